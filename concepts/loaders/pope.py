@@ -1,0 +1,151 @@
+"""POPE question files: is there a … in the image, yes or no (Li et al. 2023, arXiv 2305.10355)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+
+from concepts.errors import ConfigError, DataError
+from concepts.images import FileImage, inside
+from concepts.loaders.records import Record, read_records, sha256
+from concepts.schema import ConceptDataset, Example
+
+SPLITS = ("random", "popular", "adversarial")
+YES_NO = ("yes", "no")
+# "imange" is in published files: the release wrote "an" for every "a" of its template.
+_QUESTION = re.compile(r"\s*is there an? (\S.*?) in the iman?ge\s*\??\s*", re.IGNORECASE)
+
+
+def pope(questions: Path | str, images: Path | str, *, limit: int | None = None) -> ConceptDataset:
+    """Read a POPE question file.
+
+    Two layouts are known, each as JSON lines (whatever the file is called) or as one JSON array:
+    ``question_id, image, text, label`` and ``question_id, image, question, answer``. Other fields are ignored.
+
+    Parameters
+    ----------
+    questions
+        The file. ``random``, ``popular`` or ``adversarial`` in its name becomes the split, else it is ``neutral``.
+    images
+        The folder that the image paths are relative to.
+    limit
+        Keep this many questions, the first; the rest is read and counted, but its fields and images are not checked.
+
+    Returns
+    -------
+    ConceptDataset
+        Existence questions with the ids ``<split>/<question_id>``, grouped by image file. The labels are
+        ``object:named`` and, where the question has POPE's wording, ``object:<noun>``. The provenance holds the
+        file's SHA-256 and counts what was left out.
+
+    Raises
+    ------
+    DataError
+        Naming file, line and field: broken JSON, a field that is missing or of the wrong kind, a label that is
+        neither yes nor no, a question id that was there before, an image path that leaves the folder, an image that
+        is missing, unreadable or over Pillow's pixel limit. Every image's header is read before this returns.
+    ConfigError
+        For a limit below 1.
+    """
+    file, folder = Path(questions), Path(images)
+    if limit is not None and limit < 1:
+        msg = f"limit={limit}: read at least 1 question, or leave it out to read all"
+        raise ConfigError(msg)
+    if not folder.is_dir():
+        msg = f"image folder '{folder}' does not exist"
+        raise DataError(msg)
+    digest = sha256(file)
+    split = split_of(file.name)
+    records = read_records(file)
+    pictures: dict[str, FileImage] = {}
+    first_named: dict[str, str] = {}
+    asked: dict[str, str] = {}
+    examples: list[Example] = []
+    unnamed = 0
+    for record in islice(records, limit):
+        number = record.identifier("question_id")
+        if number in asked:
+            msg = f"{record.where}: question_id '{number}' was already used, at {asked[number]}"
+            raise DataError(msg)
+        asked[number] = record.where
+        picture = _picture(record, folder, pictures)
+        first_named.setdefault(picture.name, record.where)
+        text, answer = record.text("text", "question"), _answer(record)
+        match = _QUESTION.fullmatch(text)
+        unnamed += match is None
+        labels = {"object:named": answer == "yes"}
+        if match is not None:
+            labels[f"object:{match[1].lower()}"] = answer == "yes"
+        examples.append(
+            Example(
+                id=f"{split}/{number}",
+                image=picture,
+                question=text,
+                answer=answer,
+                candidates=YES_NO,
+                level="object",
+                kind="existence",
+                split=split,
+                group=picture.name,
+                labels=labels,
+            )
+        )
+    if not examples:
+        msg = f"{file}: there is no question in it"
+        raise DataError(msg)
+    # Before the images are looked at: another line may be broken, and that is found faster.
+    beyond = 0 if limit is None else sum(1 for _ in records)
+    for name, where in _shown(first_named):
+        try:
+            pictures[name].check()
+        except DataError as error:
+            msg = f"{where}: field 'image': {error}"
+            raise DataError(msg) from error
+    provenance = {
+        "loader": "pope",
+        "questions": str(file),
+        "sha256": digest,
+        "images": str(folder),
+        "split": split,
+        "kept": len(examples),
+        "left_out": {"questions beyond the limit": beyond, "labels of nouns, for another wording": unnamed},
+    }
+    return ConceptDataset(file.stem, tuple(examples), provenance)
+
+
+def split_of(name: str) -> str:
+    """Return the one of `SPLITS` that a file name holds; ``neutral`` where it holds none or several."""
+    found = [split for split in SPLITS if split in name.lower()]
+    return found[0] if len(found) == 1 else "neutral"
+
+
+def _answer(record: Record) -> str:
+    given = record.text("label", "answer").strip().lower()
+    if given not in YES_NO:
+        field = "label" if "label" in record.values else "answer"
+        msg = f"{record.where}: field '{field}' is '{given[:60]}', neither 'yes' nor 'no'"
+        raise DataError(msg)
+    return given
+
+
+def _picture(record: Record, folder: Path, known: dict[str, FileImage]) -> FileImage:
+    """Return the image of a record, one and the same for every spelling of its path."""
+    name = record.text("image")
+    try:
+        path = inside(folder, name)
+    except DataError as error:
+        msg = f"{record.where}: field 'image': {error}"
+        raise DataError(msg) from error
+    plain = path.relative_to(folder.resolve()).as_posix()
+    return known.setdefault(plain, FileImage(path, plain))
+
+
+def _shown(items: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """Yield the items under a progress bar, where there is a terminal."""
+    from rich.console import Console
+    from rich.progress import track
+
+    console = Console(stderr=True)
+    yield from track(items.items(), "checking images", console=console, transient=True, disable=not console.is_terminal)
