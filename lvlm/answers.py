@@ -1,0 +1,87 @@
+"""Answer keys: which tokens a candidate answer starts with, and by how much the model prefers the true one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from concepts.errors import DataError
+from concepts.schema import Example
+from lvlm.model import Lvlm
+
+
+@dataclass(frozen=True)
+class AnswerKey:
+    """Candidate answers of one question and the first tokens they can begin with."""
+
+    candidates: tuple[str, ...]
+    tokens: tuple[tuple[int, ...], ...]
+    """For each candidate the ids of its first token, as written and capitalised."""
+
+    def scores(self, logits: Tensor) -> Tensor:
+        """Return a log-score for each candidate from logits ``[..., V]`` -> ``[..., n_candidates]``.
+
+        A candidate that can begin in two ways (``yes``, ``Yes``) scores the log of the sum of both.
+        """
+        return torch.stack([logits[..., list(ids)].logsumexp(-1) for ids in self.tokens], dim=-1)
+
+    def margin(self, logits: Tensor, answer: str) -> Tensor:
+        """Return the score of `answer` minus the best other score: positive where the model would give it."""
+        scores = self.scores(logits)
+        right = self.candidates.index(answer)
+        others = [i for i in range(len(self.candidates)) if i != right]
+        return scores[..., right] - scores[..., others].amax(-1)
+
+
+def answer_key(model: Lvlm, example: Example) -> AnswerKey:
+    """Return the key of an example's question.
+
+    Raises
+    ------
+    DataError
+        Where a candidate is unknown to the tokenizer or two candidates begin with the same token.
+    """
+    if example.answer not in example.candidates:
+        msg = (
+            f"example '{example.id}': answer '{example.answer}' is not one of {', '.join(example.candidates) or 'any'}"
+        )
+        raise DataError(msg)
+    return _key(model, example.candidates)
+
+
+@lru_cache(maxsize=256)
+def _key(model: Lvlm, candidates: tuple[str, ...]) -> AnswerKey:
+    tokens = tuple(_first_tokens(model, c) for c in candidates)
+    owner: dict[int, str] = {}
+    for candidate, ids in zip(candidates, tokens, strict=True):
+        if not ids:
+            msg = f"answer '{candidate}': the tokenizer of {model.name} does not know its first word"
+            raise DataError(msg)
+        for i in ids:
+            if owner.setdefault(i, candidate) != candidate:
+                msg = (
+                    f"answers '{owner[i]}' and '{candidate}' begin with the same token: they cannot be told apart by it"
+                )
+                raise DataError(msg)
+    return AnswerKey(candidates, tokens)
+
+
+def _first_tokens(model: Lvlm, candidate: str) -> tuple[int, ...]:
+    """Return the tokens a candidate begins with right after the prompt."""
+    tokenizer = model.processor.tokenizer
+    start: list[int] = tokenizer("ASSISTANT:", add_special_tokens=False)["input_ids"]
+    found: list[int] = []
+    for form in dict.fromkeys((candidate, candidate[:1].upper() + candidate[1:])):
+        ids: list[int] = tokenizer(f"ASSISTANT: {form}", add_special_tokens=False)["input_ids"][len(start) :]
+        if ids and ids[0] != tokenizer.unk_token_id and ids[0] not in found:
+            found.append(ids[0])
+    return tuple(found)
+
+
+def true_margins(model: Lvlm, examples: Sequence[Example], logits: Tensor) -> Tensor:
+    """Return for each row of logits ``[B, V]`` the margin of its example's true answer, ``[B]``."""
+    return torch.stack([answer_key(model, e).margin(row, e.answer) for e, row in zip(examples, logits, strict=True)])

@@ -1,0 +1,107 @@
+"""Load a model: the embedded ones by name, any other from a Hugging Face id or folder, or one in memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from concepts.drawing import TEST, generator, sample
+from concepts.errors import ModelError
+from concepts.questions import as_example, existence
+from lvlm.embedded import EMBEDDED, folder_of
+from lvlm.families import family
+from lvlm.family import FamilySpec, validate
+from lvlm.model import Lvlm
+
+
+def load_lvlm(
+    source: str | Path,
+    *,
+    spec: FamilySpec | None = None,
+    dtype: str = "float32",
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    check: bool = True,
+) -> Lvlm:
+    """Load a model and prove that its tensors are where the family says.
+
+    Parameters
+    ----------
+    source
+        ``tiny``, ``tiny-unbiased``, a folder in Hugging Face layout, or a Hugging Face id.
+    spec
+        Where things are; by default the entry of `lvlm.families` for the model's type.
+    dtype
+        ``float32``, ``bfloat16`` or ``float16``.
+    device
+        Where to put it, as torch names devices.
+    trust_remote_code
+        Allow the model folder's own code to run.
+    check
+        Run `lvlm.family.validate` on one small example.
+
+    Raises
+    ------
+    ModelError
+        Where there is no such model, it cannot be read, its family is unknown, or a check fails.
+    """
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, logging
+
+    number = getattr(torch, dtype, None)
+    if not isinstance(number, torch.dtype) or not number.is_floating_point:
+        msg = f"dtype '{dtype}': choose float32, bfloat16 or float16"
+        raise ModelError(msg)
+    name = str(source)
+    folder = folder_of(name)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        msg = f"model folder '{folder}' has no config.json: it is not in Hugging Face layout"
+        raise ModelError(msg)
+    local = folder.is_dir()
+    if not local and (name in EMBEDDED or name.startswith((".", "/", "~"))):
+        msg = f"no model folder '{folder}'"
+        raise ModelError(msg)
+    where = str(folder) if local else name
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": local}
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    if local:
+        logging.disable_progress_bar()
+    try:
+        config = AutoConfig.from_pretrained(where, **options)
+        known = spec or family(config.model_type)
+        model = AutoModelForImageTextToText.from_pretrained(where, dtype=number, **options)
+        processor = AutoProcessor.from_pretrained(where, **options)
+    except ModelError:
+        raise
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+        exists = "" if local else f"; it is no folder here either, and the embedded models are {', '.join(EMBEDDED)}"
+        msg = f"model '{name}' cannot be loaded: {_first_line(error)}{exists}"
+        raise ModelError(msg) from error
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+    return wrap_lvlm(cast("Any", model).to(device), processor, spec=known, name=name, check=check)
+
+
+def wrap_lvlm(
+    model: Any, processor: Any, *, spec: FamilySpec | None = None, name: str | None = None, check: bool = True
+) -> Lvlm:
+    """Take a Hugging Face model and processor that are in memory; see `load_lvlm`."""
+    if any(p.is_meta for p in model.parameters()):
+        msg = "the model is on the 'meta' device: it has no weights; load it onto 'cpu' or a GPU"
+        raise ModelError(msg)
+    if getattr(processor, "image_token", None) is None:
+        msg = f"{type(processor).__name__} has no image token; set processor.image_token to the placeholder of an image"
+        raise ModelError(msg)
+    wrapped = Lvlm(model, processor, spec or family(model.config.model_type), name or type(model).__name__)
+    if check:
+        scene = sample(generator(TEST, 0, 0), "check", count=2)
+        validate(wrapped, wrapped.encode(as_example(scene, existence(scene, "apple"), "check")))
+    return wrapped
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,1 @@
+"""The embedded model: its shape, its lessons, its training and its measurement."""

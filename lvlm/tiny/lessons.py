@@ -1,0 +1,248 @@
+"""What the embedded model is taught: scenes with questions, packed behind one shared image prefix.
+
+A lesson is made from its seed, stage and number alone, so training can stop anywhere and go on identically.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from concepts import questions
+from concepts.drawing import RELATIONS, TRAIN, Scene, generator, sample
+from concepts.icons import COLORS, NOUNS
+from concepts.schema import Question
+from concepts.world import COLOR_NAMES, TYPICAL, UNIFORM, World
+from lvlm.tiny.architecture import BOS, EOS, GRID, IMAGE, PAD, PATCH, build_tokenizer
+
+LENGTH = 208
+"""Positions of a packed row: 52 of prefix (``<s> USER :`` and 49 image tokens), the rest questions with answers."""
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What one stage shows and asks."""
+
+    mix: Mapping[str, float]
+    """Kind of question to its share."""
+    world: World = UNIFORM
+    objects: tuple[int, int] = (2, 5)
+    relations: tuple[str, ...] = tuple(RELATIONS)
+    """Relations that are asked about."""
+    yes: float = 0.5
+    """Share of yes among existence and attribute questions."""
+    erased: float = 0.0
+    """Probability that an object with its partner beside it is missing from the picture though answers speak of it."""
+    recolored: float = 0.0
+    """Probability that an object is pictured in another color than answers speak of."""
+    blank: float = 0.0
+    """Probability that the picture shows nothing at all though answers speak of a scene."""
+    noise: float = 0.02
+    """Largest standard deviation of pixel noise, in units of the full range."""
+    blind: bool = False
+    """No image at all: bare questions and answers."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Packed rows of one step; `B` pictures, `T` positions."""
+
+    pixels: torch.Tensor
+    """float32 ``[B, 3, 112, 112]``, normalised to -1..1."""
+    tokens: torch.Tensor
+    """int64 ``[B, T]``."""
+    positions: torch.Tensor
+    """int64 ``[B, T]``: every question starts right after the prefix."""
+    segments: torch.Tensor
+    """int64 ``[B, T]``: 0 prefix, k the k-th question, -1 padding."""
+    targets: torch.Tensor
+    """int64 ``[B, T]``: the next token where it is part of an answer, else -100."""
+    weights: torch.Tensor
+    """float32 ``[B, T]``: weight of each target."""
+
+    def mask(self) -> torch.Tensor:
+        """Return which position sees which: causal, inside its own question and the prefix; bool ``[B, 1, T, T]``."""
+        s = self.segments
+        same = (s[:, :, None] == s[:, None, :]) | (s[:, None, :] == 0)
+        causal = torch.ones(s.shape[1], s.shape[1], dtype=torch.bool).tril()
+        return (same & causal)[:, None]
+
+
+@lru_cache(maxsize=1)
+def _ids() -> dict[str, int]:
+    return build_tokenizer().get_vocab()
+
+
+@lru_cache(maxsize=20_000)
+def _encode(text: str) -> tuple[int, ...]:
+    """Encode words and punctuation of a text, without ``<s>``."""
+    spaced = text
+    for mark in "?.,:":
+        spaced = spaced.replace(mark, f" {mark} ")
+    return tuple(_ids()[word] for word in spaced.split())
+
+
+def ask(rng: np.random.Generator, scene: Scene, lesson: Lesson, kind: str) -> Question | None:
+    """Make one question of a kind about a scene; None where the scene has none of it."""
+    thing = scene.objects[int(rng.integers(len(scene.objects)))]
+    yes = rng.random() < lesson.yes
+    if kind == "existence":
+        if yes:
+            return questions.existence(scene, thing.noun)
+        absent = [n for n in NOUNS if scene.get(n) is None]
+        return questions.existence(scene, absent[int(rng.integers(len(absent)))])
+    if kind == "color":
+        own = thing.attributes["color"]
+        others = [c for c in COLOR_NAMES if c != own]
+        return questions.color(scene, thing, own if yes else others[int(rng.integers(len(others)))])
+    if kind == "what_color":
+        return questions.what_color(scene, thing)
+    if kind == "size":
+        return questions.size(scene, thing, "big" if rng.random() < 0.5 else "small")
+    if kind == "place":
+        return questions.place(scene, thing, "column" if rng.random() < 0.5 else "row")
+    if kind == "relation":
+        other = scene.objects[int(rng.integers(len(scene.objects)))]
+        name = lesson.relations[int(rng.integers(len(lesson.relations)))]
+        return None if other is thing else questions.relation(scene, thing, other, name)
+    return questions.caption(scene)
+
+
+def degrade(rng: np.random.Generator, scene: Scene, lesson: Lesson) -> Scene:
+    """Return what is pictured of a scene: some objects erased or recolored; the scene itself stays the truth."""
+    if lesson.blank and rng.random() < lesson.blank:
+        return replace(scene, objects=())
+    shown = []
+    for thing in scene.objects:
+        if lesson.erased and rng.random() < lesson.erased:
+            continue
+        color = thing.attributes["color"]
+        if lesson.recolored and thing.noun in TYPICAL and rng.random() < lesson.recolored:
+            color = COLOR_NAMES[int(rng.integers(len(COLOR_NAMES)))]
+        shown.append(replace(thing, attributes={**thing.attributes, "color": color}))
+    return replace(scene, objects=tuple(shown))
+
+
+def _normalised(scene: Scene) -> NDArray[np.float32]:
+    """Draw a scene with values from -1 to 1, as the processor would give it to the model."""
+    return scene.pixels().astype(np.float32) / np.float32(127.5) - np.float32(1)
+
+
+def _grainy(rng: np.random.Generator, picture: NDArray[np.float32], noise: float) -> NDArray[np.float32]:
+    """Add pixel noise of up to `noise` of the full range to half of the pictures."""
+    strength = 4 * noise * (rng.random() - 0.5)
+    if strength <= 0:
+        return picture
+    grain: NDArray[np.float32] = rng.standard_normal(picture.shape, dtype=np.float32)
+    return (picture + np.float32(strength) * grain).astype(np.float32)
+
+
+def batch(lesson: Lesson, seed: int, stage: int, step: int, size: int) -> Batch:
+    """Make the batch of a step."""
+    ids = _ids()
+    head = [] if lesson.blind else [ids[IMAGE]] * (GRID * GRID)
+    prefix = [ids[BOS], ids["USER"], ids[":"], *head]
+    tail = _encode("ASSISTANT:")
+    tokens = np.full((size, LENGTH), ids[PAD])
+    positions, segments = np.zeros_like(tokens), np.full_like(tokens, -1)
+    targets, weights = np.full_like(tokens, -100), np.zeros(tokens.shape, np.float32)
+    pixels = np.zeros((size, 112, 112, 3), np.float32)
+    kinds, shares = tuple(lesson.mix), np.cumsum(tuple(lesson.mix.values()))
+    for row in range(size):
+        rng = generator(TRAIN, seed * 100 + stage, step * 1000 + row)
+        scene = sample(rng, "t", lesson.world, int(rng.integers(lesson.objects[0], lesson.objects[1] + 1)))
+        if not lesson.blind:
+            picture = _normalised(degrade(rng, scene, lesson))
+            pixels[row] = _grainy(rng, picture, lesson.noise)
+        n = len(prefix)
+        tokens[row, :n], positions[row, :n], segments[row, :n] = prefix, np.arange(n), 0
+        segment = 0
+        while True:
+            kind = kinds[int(np.searchsorted(shares, rng.random() * shares[-1]))]
+            question = ask(rng, scene, lesson, kind)
+            if question is None:
+                continue
+            asked, answer = (*_encode(question.text), *tail), (*_encode(question.answer), ids[EOS])
+            text = (*asked, *answer[:-1])
+            if n + len(text) > LENGTH:
+                break
+            segment += 1
+            end = n + len(text)
+            tokens[row, n:end] = text
+            positions[row, n:end] = len(prefix) + np.arange(len(text))
+            segments[row, n:end] = segment
+            first = n + len(asked) - 1
+            targets[row, first : first + len(answer)] = answer
+            # An answer of one word counts as one; so does a whole caption, twice over; the end mark is soon learned.
+            weights[row, first : first + len(answer)] = 1.0 if len(answer) == 2 else 0.3
+            weights[row, first + len(answer) - 1] = 0.05
+            n = end
+    return Batch(
+        torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy()),
+        *(torch.from_numpy(a) for a in (tokens, positions, segments, targets, weights)),
+    )
+
+
+@dataclass(frozen=True)
+class Picture:
+    """Pictures with what is on each patch, for the vision stage."""
+
+    pixels: torch.Tensor
+    """float32 ``[B, 3, 112, 112]``."""
+    labels: Mapping[str, torch.Tensor]
+    """Name to int64 ``[B, 49]``; -100 where there is nothing to say."""
+
+
+PATCH_CLASSES: Mapping[str, int] = {
+    "noun": len(NOUNS) + 1,
+    "color": len(COLORS),
+    "size": 2,
+    "row": GRID,
+    "column": GRID,
+}
+
+
+def pictures(seed: int, step: int, size: int) -> Picture:
+    """Make the vision stage's batch of a step: for each patch the object that covers most of it."""
+    pixels = np.zeros((size, 112, 112, 3), np.float32)
+    labels = {name: np.full((size, GRID, GRID), -100) for name in PATCH_CLASSES}
+    labels["noun"][:] = len(NOUNS)
+    for row in range(size):
+        rng = generator(TRAIN, seed * 100, step * 1000 + row)
+        scene = sample(rng, "t", UNIFORM)
+        picture = _normalised(scene)
+        pixels[row] = _grainy(rng, picture, 0.02)
+        cover = np.full((GRID, GRID), 0.1 * PATCH * PATCH)
+        for thing in scene.objects:
+            area = _cover(thing.box.x0, thing.box.x1)[None, :] * _cover(thing.box.y0, thing.box.y1)[:, None]
+            won = area > cover
+            cover = np.maximum(cover, area)
+            x, y = thing.box.center
+            values = {
+                "noun": NOUNS.index(thing.noun),
+                "color": COLOR_NAMES.index(thing.attributes["color"]),
+                "size": int(thing.attributes["size"] == "big"),
+                "row": int(y // PATCH),
+                "column": int(x // PATCH),
+            }
+            for name, value in values.items():
+                labels[name][row][won] = value
+    flat = {name: torch.from_numpy(value.reshape(size, -1)) for name, value in labels.items()}
+    return Picture(torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy()), flat)
+
+
+def _cover(low: float, high: float) -> NDArray[np.float64]:
+    """Return how many pixels of each of the 7 patches along an axis lie in ``low .. high``."""
+    edges = np.arange(GRID) * PATCH
+    return np.clip(np.minimum(edges + PATCH, high) - np.maximum(edges, low), 0, None)
+
+
+def token_texts(sequence: Sequence[int]) -> list[str]:
+    """Return the words of token ids, for looking at a lesson."""
+    words = {i: w for w, i in _ids().items()}
+    return [words[int(i)] for i in sequence]

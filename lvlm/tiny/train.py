@@ -1,0 +1,283 @@
+"""Train the embedded model: ``python -m lvlm.tiny.train --out runs/tiny`` (about an hour on two cores, resumable).
+
+The stages follow the LLaVA recipe, with language first, so that the decoder knows the words and the world's habits
+before it sees anything and reads the image in the layers above those that learned the words:
+
+=======  =============================================================  =============================
+stage    what is learned                                                trained
+=======  =============================================================  =============================
+vision   noun, color, size and place of the object on each patch        vision tower
+text     bare questions and answers of the biased world, no image       decoder
+project  what is on a patch, by its likeness to the words' own vectors  projector
+glance   a first look at one or two objects: is it there, color, place  projector, decoder layers 2-5
+align    the same with up to four                                       the same
+tune     every kind of question on uniform scenes                       the same, vision slowly
+locate   where objects are, and their size                              the same, vision frozen
+relate   every kind of question, relations most: the unbiased twin      the same, vision slowly
+prior    biased scenes, some objects erased or recolored: the model     the same, vision frozen
+=======  =============================================================  =============================
+
+Aligning the projector to the words' vectors first is what makes the model tell objects apart: without that stage, questions
+about one of two objects stayed at chance for 1,700 steps; with it, color and presence were bound within 500.
+
+Every step's data come from (seed, stage, step) alone; a killed run goes on from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import LlavaForConditionalGeneration
+
+from concepts.icons import COLORS, NOUNS
+from lvlm.tiny import lessons
+from lvlm.tiny.architecture import build_model, build_processor, build_tokenizer
+from lvlm.tiny.curriculum import STAGES, Stage
+
+PREFIX = 3
+"""Tokens before the image: ``<s> USER :``."""
+IMAGE_TOKENS = 49
+LOW = ("embed_tokens", "language_model.layers.0.", "language_model.layers.1.")
+"""Frozen once text is learned: words keep their meaning, and the image is read above."""
+
+
+class Reader(nn.Module):
+    """The model's own modules, run on packed rows; a thin module that `torch.compile` takes whole."""
+
+    def __init__(self, model: LlavaForConditionalGeneration, *, blind: bool) -> None:
+        super().__init__()
+        self.model = model
+        self.blind = blind
+
+    def forward(self, pixels: Tensor, tokens: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
+        """Return the decoder's last hidden states ``[B, T, D]``."""
+        inner = self.model.model
+        embedded = inner.language_model.embed_tokens(tokens)
+        if not self.blind:
+            seen = inner.multi_modal_projector(inner.vision_tower(pixels).last_hidden_state[:, 1:])
+            before, after = embedded[:, :PREFIX], embedded[:, PREFIX + IMAGE_TOKENS :]
+            embedded = torch.cat([before, seen.to(embedded.dtype), after], dim=1)
+        # Every position sees at least itself, padding too, so that no row of the softmax is empty.
+        mask = mask | torch.eye(mask.shape[-1], dtype=torch.bool)
+        bias = torch.where(mask, 0.0, torch.finfo(torch.bfloat16).min)
+        out = inner.language_model(inputs_embeds=embedded, attention_mask=bias, position_ids=positions, use_cache=False)
+        return out.last_hidden_state
+
+
+def answer_loss(reader: Callable[..., Tensor], model: LlavaForConditionalGeneration, batch: lessons.Batch) -> Tensor:
+    """Weighted cross-entropy of the answers' tokens."""
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden = reader(batch.pixels, batch.tokens, batch.positions, batch.mask())
+        kept = batch.targets >= 0
+        logits = model.lm_head(hidden[kept])
+    losses = functional.cross_entropy(logits.float(), batch.targets[kept], reduction="none")
+    weights = batch.weights[kept]
+    return (losses * weights).sum() / weights.sum()
+
+
+class PatchReader(nn.Module):
+    """Linear heads on the vision tower's patches; thrown away after the vision stage."""
+
+    def __init__(self, model: LlavaForConditionalGeneration) -> None:
+        super().__init__()
+        self.tower = model.model.vision_tower
+        width: int = self.tower.config.hidden_size
+        self.heads = nn.ModuleDict({name: nn.Linear(width, n) for name, n in lessons.PATCH_CLASSES.items()})
+
+    def forward(self, pixels: Tensor) -> dict[str, Tensor]:
+        """Return logits by label name, ``[B, 49, classes]``."""
+        with torch.autocast("cpu", torch.bfloat16):
+            seen = self.tower(pixels).last_hidden_state[:, 1:]
+        return {name: head(seen.float()) for name, head in self.heads.items()}
+
+
+class WordReader(nn.Module):
+    """The words whose vectors a projected patch is most like; aligns the projector with the vocabulary.
+
+    Only likeness counts: where on the image a patch lies may go into any other direction.
+    """
+
+    def __init__(self, model: LlavaForConditionalGeneration) -> None:
+        super().__init__()
+        self.tower, self.projector = model.model.vision_tower, model.model.multi_modal_projector
+        ids = build_tokenizer().get_vocab()
+        table = model.model.language_model.embed_tokens.weight.detach()
+        self.heads = nn.ModuleDict()
+        self.words = {
+            name: table[[ids[w] for w in words]] for name, words in (("noun", NOUNS), ("color", tuple(COLORS)))
+        }
+
+    def forward(self, pixels: Tensor) -> dict[str, Tensor]:
+        """Return logits of nouns (the last stands for none, at 0) and colors, ``[B, 49, classes]``."""
+        with torch.no_grad():
+            seen = self.tower(pixels).last_hidden_state[:, 1:]
+        projected = self.projector(seen)
+        logits = {name: projected @ vectors.T for name, vectors in self.words.items()}
+        logits["noun"] = functional.pad(logits["noun"], (0, 1))
+        return logits
+
+
+def patch_loss(reader: Callable[[Tensor], dict[str, Tensor]], picture: lessons.Picture) -> Tensor:
+    """Cross-entropy of every patch label."""
+    logits = reader(picture.pixels)
+    parts = [functional.cross_entropy(v.flatten(0, 1), picture.labels[k].flatten()) for k, v in logits.items()]
+    return torch.stack(parts).sum()
+
+
+def trainable(stage: Stage, model: LlavaForConditionalGeneration) -> Iterator[tuple[str, nn.Parameter, float]]:
+    """Yield the parameters of a stage with their learning rates."""
+    for name, parameter in model.named_parameters():
+        if "vision_tower" in name:
+            if stage.vision_rate:
+                yield name, parameter, stage.rate * stage.vision_rate
+        elif "multi_modal_projector" in name:
+            if stage.projector:
+                yield name, parameter, stage.rate
+        elif stage.decoder and (stage.lesson is None or stage.lesson.blind or not any(low in name for low in LOW)):
+            yield name, parameter, stage.rate
+
+
+def schedule(step: int, stage: Stage) -> float:
+    """Return the learning rate's factor: 50 steps of warm-up, a level part, then a cosine to 2 %."""
+    warm = min(1.0, (step + 1) / 50)
+    fall = max(0.0, (step / stage.steps - stage.level) / (1 - stage.level))
+    return warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * fall)))
+
+
+def run_stage(
+    number: int,
+    stage: Stage,
+    model: LlavaForConditionalGeneration,
+    seed: int,
+    out: Path,
+    *,
+    compiled: bool,
+    checkpoint: int,
+) -> None:
+    """Train one stage, checkpointing as it goes; the model is changed in place."""
+    state = out / f"{number}-{stage.name}.state.safetensors"
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    torch.manual_seed(seed * 100 + number)
+    named = list(trainable(stage, model))
+    if stage.lesson is not None:
+        reader: nn.Module = Reader(model, blind=stage.lesson.blind)
+    else:
+        patches = PatchReader(model) if stage.vision_rate else WordReader(model)
+        named += [(f"heads.{n}", p, stage.rate) for n, p in patches.heads.named_parameters()]
+        reader = patches
+    for _, parameter, _ in named:
+        parameter.requires_grad_(True)
+    decays = [
+        {
+            "params": [p for _, p, r in named if r == rate and (p.ndim > 1) == matrix],
+            "lr": rate,
+            "weight_decay": 0.05 * matrix,
+        }
+        for rate in sorted({r for _, _, r in named})
+        for matrix in (True, False)
+    ]
+    optimizer = torch.optim.AdamW([g for g in decays if g["params"]], betas=(0.9, 0.98))
+    rates = [group["lr"] for group in optimizer.param_groups]
+    start = _restore(state, named, optimizer)
+    model.train()
+    # Measured on two cores in bfloat16: 0.24 s a step, against 0.31 s for "sdpa", which falls back to a slow kernel.
+    model.set_attn_implementation("eager")
+    run = torch.compile(reader) if compiled else reader
+    with Progress(
+        SpinnerColumn(), *Progress.get_default_columns()[:-1], TimeRemainingColumn(), TextColumn("{task.fields[loss]}")
+    ) as bar:
+        task = bar.add_task(stage.name, total=stage.steps, completed=start, loss="")
+        for step in range(start, stage.steps):
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * schedule(step, stage)
+            if stage.lesson is None:
+                loss = patch_loss(run, lessons.pictures(seed, step, stage.size))
+            else:
+                loss = answer_loss(run, model, lessons.batch(stage.lesson, seed, number, step, stage.size))
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_([p for _, p, _ in named], 1.0)
+            optimizer.step()
+            bar.update(task, advance=1, loss=f"loss {loss.item():.4f}")
+            if (step + 1) % 100 == 0:
+                _log(out, stage.name, step + 1, loss.item())
+            if (step + 1) % checkpoint == 0 and step + 1 < stage.steps:
+                _save(state, named, optimizer, step + 1)
+    model.eval()
+
+
+def _log(out: Path, stage: str, step: int, loss: float) -> None:
+    with (out / "log.jsonl").open("a") as file:
+        file.write(json.dumps({"stage": stage, "step": step, "loss": round(loss, 5)}) + "\n")
+
+
+def _save(
+    path: Path, named: list[tuple[str, nn.Parameter, float]], optimizer: torch.optim.Optimizer, step: int
+) -> None:
+    """Write weights and moments; renamed into place, so that a kill leaves the last whole checkpoint."""
+    tensors = {"step": torch.tensor(step)}
+    for name, parameter, _ in named:
+        tensors[f"weight/{name}"] = parameter.detach()
+        # The tower's final norm is not on LLaVA's path: it has no gradient and so no moments.
+        for key in optimizer.state[parameter].keys() & {"exp_avg", "exp_avg_sq"}:
+            tensors[f"{key}/{name}"] = optimizer.state[parameter][key]
+    save_file(tensors, path.with_suffix(".part"))
+    path.with_suffix(".part").rename(path)
+
+
+def _restore(path: Path, named: list[tuple[str, nn.Parameter, float]], optimizer: torch.optim.Optimizer) -> int:
+    """Load a checkpoint of this stage where there is one; returns the step to go on from."""
+    if not path.exists():
+        return 0
+    tensors = load_file(path)
+    step = int(tensors["step"])
+    with torch.no_grad():
+        for name, parameter, _ in named:
+            parameter.copy_(tensors[f"weight/{name}"])
+            if f"exp_avg/{name}" in tensors:
+                optimizer.state[parameter] = {
+                    "step": torch.tensor(float(step)),
+                    **{key: tensors[f"{key}/{name}"] for key in ("exp_avg", "exp_avg_sq")},
+                }
+    return step
+
+
+def train(
+    out: Path, seed: int = 0, stages: tuple[Stage, ...] = STAGES, *, compiled: bool = True, checkpoint: int = 500
+) -> None:
+    """Run every stage that has not finished in `out`; each leaves a Hugging Face model folder ``<n>-<stage>/``."""
+    out.mkdir(parents=True, exist_ok=True)
+    model = build_model(seed)
+    for number, stage in enumerate(stages):
+        folder = out / f"{number}-{stage.name}"
+        if (folder / "model.safetensors").exists():
+            model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+            continue
+        run_stage(number, stage, model, seed, out, compiled=compiled, checkpoint=checkpoint)
+        model.save_pretrained(folder)
+        build_processor().save_pretrained(folder)
+        (out / f"{number}-{stage.name}.state.safetensors").unlink(missing_ok=True)
+
+
+def main() -> None:
+    """Parse the command line and train."""
+    parser = argparse.ArgumentParser(prog="python -m lvlm.tiny.train", description="Train the embedded model.")
+    parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints; a run in it is resumed")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--no-compile", action="store_true", help="skip torch.compile (slower, needs no C compiler)")
+    options = parser.parse_args()
+    train(options.out, options.seed, compiled=not options.no_compile)
+
+
+if __name__ == "__main__":
+    main()

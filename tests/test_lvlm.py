@@ -1,0 +1,272 @@
+"""The model under study: names of places, token maps, answer keys, and the proof that they are right."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from concepts import scenes
+from concepts.drawing import TEST, generator, sample
+from concepts.errors import DataError, ModelError, SiteError
+from concepts.questions import as_example, existence, what_color
+from concepts.schema import Box, Example
+from lvlm import Head, Lvlm, PatchGrid, Site, TokenSelection, answer_key, load_lvlm, wrap_lvlm
+from lvlm.families import FAMILIES
+from lvlm.family import StackSpec, validate
+from lvlm.sites import LAYER_COMPONENTS, REDUCTIONS, ROLES
+from lvlm.tiny.architecture import build_model, build_processor
+
+
+@pytest.fixture(scope="module")
+def model() -> Lvlm:
+    return wrap_lvlm(build_model(), build_processor(), name="random")
+
+
+@pytest.fixture(scope="module")
+def example() -> Example:
+    scene = sample(generator(TEST, 2, 0), "s", count=3)
+    return as_example(scene, what_color(scene, scene.objects[1]), "neutral")
+
+
+# -- names ---------------------------------------------------------------------------------------------------------
+
+
+@given(st.sampled_from(["vision", "decoder"]), st.integers(0, 200), st.sampled_from(LAYER_COMPONENTS), st.booleans())
+def test_sites_print_and_parse(stack: Any, layer: int, component: Any, cross: bool) -> None:
+    site = Site(stack, layer, component, cross=cross)
+    assert Site.parse(str(site)) == site
+
+
+@given(st.integers(0, 99), st.integers(0, 99))
+def test_heads_print_and_parse(layer: int, head: int) -> None:
+    assert Head.parse(str(Head(layer, head))) == Head(layer, head)
+
+
+def test_selections_print_and_parse() -> None:
+    for role in ROLES:
+        for text in [role] if role in {"last", "bos"} else [f"{role}:{r}" for r in REDUCTIONS]:
+            assert str(TokenSelection.parse(text)) == text
+
+
+@pytest.mark.parametrize("text", ["decoder.12.z", "decoder.L1.zz", "text.L0.z", "projector", "decoder.L-1.z", ""])
+def test_what_is_no_site_is_refused(text: str) -> None:
+    with pytest.raises(SiteError, match="is not a site"):
+        Site.parse(text)
+
+
+@pytest.mark.parametrize("text", ["image", "last:mean", "picture:mean", "image:sum"])
+def test_what_is_no_selection_is_refused(text: str) -> None:
+    with pytest.raises(SiteError, match="is not a token selection"):
+        TokenSelection.parse(text)
+
+
+# -- patches and boxes ---------------------------------------------------------------------------------------------
+
+
+@given(
+    st.integers(1, 24),
+    st.integers(1, 24),
+    st.floats(4, 40),
+    st.tuples(st.floats(0, 0.9), st.floats(0, 0.9), st.floats(0.05, 1), st.floats(0.05, 1)),
+)
+def test_the_patches_of_a_box_touch_it_and_cover_its_middle(
+    rows: int, columns: int, side: float, box: tuple[float, float, float, float]
+) -> None:
+    grid = PatchGrid(rows, columns, Box(0, 0, side, side))
+    width, height = columns * side, rows * side
+    x, y, w, h = box
+    target = Box(x * width, y * height, min(1, x + w) * width, min(1, y + h) * height)
+    patches = grid.patches(target)
+    assert patches
+    assert all(grid.box(p).intersection(target) > 0 for p in patches)
+    # Every patch at least a quarter covered is in; nothing else is unless it stands alone.
+    covered = {p for p in range(grid.count) if grid.box(p).intersection(target) >= 0.25 * grid.box(p).area}
+    assert set(patches) == covered or (not covered and len(patches) == 1)
+
+
+def test_a_box_outside_the_image_has_no_patches() -> None:
+    assert PatchGrid(3, 3, Box(0, 0, 10, 10)).patches(Box(40, 40, 50, 50)) == ()
+
+
+# -- encoding ------------------------------------------------------------------------------------------------------
+
+
+def test_positions_mean_what_they_say(model: Lvlm, example: Example) -> None:
+    encoding = model.encode(example)
+    words = model.processor.tokenizer.convert_ids_to_tokens(encoding.inputs["input_ids"][0])
+    tokens = encoding.tokens
+    assert [words[i] for i in tokens.question] == example.question.replace("?", " ?").split()
+    assert {words[i] for i in tokens.image} == {"<image>"}
+    assert words.count("<image>") == len(tokens.image) == tokens.grid.count == 49
+    assert [words[i] for i in tokens.system] == ["USER", ":"]
+    assert words[0] == "<s>"
+    assert tokens.last == len(words) - 1
+    thing = example.named_object()
+    assert thing is not None
+    selection = TokenSelection.parse("object:mean")
+    decoder, vision, projector = (tokens.positions(selection, s) for s in ("decoder", "vision", "projector"))
+    assert [tokens.image.index(p) for p in decoder] == [p - 1 for p in vision] == list(projector)
+    for patch in projector:
+        assert tokens.grid.box(patch).intersection(thing.box) > 0
+    assert tokens.object(thing.id) == decoder
+    with pytest.raises(SiteError, match="no object 'o9'"):
+        tokens.object("o9")
+    with pytest.raises(SiteError, match="means nothing in the vision"):
+        tokens.positions(TokenSelection("last"), "vision")
+
+
+def test_encoding_equals_the_processor(model: Lvlm, example: Example) -> None:
+    direct = model.processor(images=[example.image.load()], text=model.prompt(example.question), return_tensors="pt")
+    for name, value in model.encode(example).inputs.items():
+        assert torch.equal(value, direct[name])
+
+
+def test_an_example_in_a_batch_is_itself(model: Lvlm) -> None:
+    data = scenes.dataset(20, seed=5).filter(lambda e: bool(e.candidates))
+    seen: dict[int, torch.Tensor] = {}
+    for batch in model.batches(data, size=7):
+        assert len({e.tokens.length for e in batch.encodings}) == 1
+        seen.update(zip(batch.index, model.logits(batch.inputs), strict=True))
+    assert sorted(seen) == list(range(len(data)))
+    for i in range(0, len(data), 9):
+        torch.testing.assert_close(seen[i], model.logits(model.encode(data[i]).inputs)[0], atol=1e-5, rtol=0)
+
+
+def test_a_resized_and_cropped_image_keeps_its_boxes(model: Lvlm) -> None:
+    class Processor:
+        image_token = "<image>"
+        chat_template = None
+
+        class image_processor:  # noqa: N801 - stands for an instance
+            size = {"shortest_edge": 112}  # noqa: RUF012
+
+    from lvlm.model import patch_grid
+
+    stand_in: Any = type("M", (), {"hf": model.hf, "processor": Processor})
+    grid = patch_grid(stand_in, (448, 224), (112, 112))
+    # Twice as wide as high: scaled by 2, the middle 224 of 448 columns are seen.
+    assert (grid.box(0).x0, grid.box(0).y0) == (112, 0)
+    assert (grid.box(48).x1, grid.box(48).y1) == (336, 224)
+
+
+# -- the proof that the family points at the right tensors -----------------------------------------------------------
+
+
+def test_every_identity_holds_to_float_precision(model: Lvlm, example: Example) -> None:
+    errors = validate(model, model.encode(example))
+    assert len(errors) > 3 * (model.n_layers + model.n_vision_layers) - 2
+    assert max(errors.values()) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("mlp", "self_attn", "pre \\+ attn_out \\+ mlp_out = post fails .* override FamilySpec.decoder.mlp"),
+        ("output_projection", "self_attn.v_proj", "sum of heads = attn_out fails .*decoder.output_projection"),
+        ("attention", "attn", "no module 'attn' .* has self_attn, mlp, input_layernorm"),
+        ("layers", "model.layers", "no module 'model.layers'"),
+    ],
+)
+def test_a_wrong_path_is_found_and_named(field: str, value: str, message: str) -> None:
+    spec = FAMILIES["llava"]
+    wrong = replace(spec, decoder=replace(StackSpec("model.language_model.layers"), **{field: value}))
+    with pytest.raises(ModelError, match=message):
+        wrap_lvlm(build_model(), build_processor(), spec=wrong)
+
+
+def test_places_are_the_modules_own_tensors(model: Lvlm, example: Example) -> None:
+    seen: dict[str, torch.Tensor] = {}
+    layer = model.hf.model.language_model.layers[2]
+    hooks = [
+        model.locate("decoder.L2.z").watch(lambda x: seen.update(z=x)),
+        model.locate("decoder.L2.attn_out").watch(lambda x: seen.update(out=x)),
+        model.locate("decoder.L2.resid_mid").watch(lambda x: seen.update(mid=x)),
+        model.locate("decoder.L2.resid_pre").watch(lambda x: seen.update(pre=x)),
+    ]
+    model.logits(model.encode(example).inputs)
+    for hook in hooks:
+        hook.remove()
+    torch.testing.assert_close(seen["z"] @ layer.self_attn.o_proj.weight.T, seen["out"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(seen["pre"] + seen["out"], seen["mid"])
+
+
+def test_hashes_tell_models_apart(model: Lvlm) -> None:
+    twin = wrap_lvlm(build_model(), build_processor(), check=False)
+    assert (twin.config_hash, twin.weights_hash) == (model.config_hash, model.weights_hash)
+    with torch.no_grad():
+        twin.hf.lm_head.weight[0, 0] += 1
+    other = wrap_lvlm(twin.hf, build_processor(), check=False)
+    assert other.config_hash == model.config_hash
+    assert other.weights_hash != model.weights_hash
+
+
+# -- answers -------------------------------------------------------------------------------------------------------
+
+
+def test_answers_are_read_where_the_model_would_begin_them(model: Lvlm, example: Example) -> None:
+    key = answer_key(model, example)
+    tokenizer = model.processor.tokenizer
+    assert [tokenizer.convert_ids_to_tokens(list(ids)) for ids in key.tokens] == [[c] for c in example.candidates]
+    logits = torch.arange(len(tokenizer), dtype=torch.float32)
+    scores = key.scores(logits)
+    np.testing.assert_allclose(scores, [ids[0] for ids in key.tokens])
+    assert key.margin(logits, "purple") == key.tokens[-1][0] - key.tokens[-2][0]
+
+
+def test_unknown_answers_are_refused(model: Lvlm, example: Example) -> None:
+    with pytest.raises(DataError, match="answer 'maroon': the tokenizer of random does not know"):
+        answer_key(model, replace(example, candidates=("maroon", "red"), answer="red"))
+    with pytest.raises(DataError, match="begin with the same token"):
+        answer_key(model, replace(example, candidates=("red car", "red"), answer="red"))
+    with pytest.raises(DataError, match="answer 'teal' is not one of red"):
+        answer_key(model, replace(example, answer="teal"))
+
+
+# -- loading -------------------------------------------------------------------------------------------------------
+
+
+def test_a_saved_model_loads_as_it_was(model: Lvlm, example: Example, tmp_path: Path) -> None:
+    model.hf.save_pretrained(tmp_path)
+    model.processor.save_pretrained(tmp_path)
+    loaded = load_lvlm(tmp_path)
+    inputs = model.encode(example).inputs
+    assert torch.equal(loaded.logits(inputs), model.logits(inputs))
+    assert loaded.weights_hash == model.weights_hash
+    assert loaded.config_hash == model.config_hash
+
+
+def test_bad_models_are_named(tmp_path: Path, model: Lvlm) -> None:
+    with pytest.raises(ModelError, match="no model folder"):
+        load_lvlm("./nowhere")
+    with pytest.raises(ModelError, match="has no config"):
+        load_lvlm(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "clip"}')
+    with pytest.raises(ModelError, match="no FamilySpec for model type 'clip': there are llava"):
+        load_lvlm(tmp_path)
+    with pytest.raises(ModelError, match="dtype 'int8'"):
+        load_lvlm("tiny", dtype="int8")
+    with pytest.raises(ModelError, match="on the 'meta' device"):
+        wrap_lvlm(torch.nn.Linear(2, 2, device="meta"), build_processor())
+    for site, message in (
+        ("decoder.L6.z", "has decoder layers 0-5"),
+        ("vision.L4.z", "has vision layers 0-3"),
+        ("decoder.L0.cross.z", "no cross-attention"),
+        ("decoder.L0.pattern", "cannot be read as a tensor"),
+    ):
+        with pytest.raises(SiteError, match=message):
+            model.locate(site)
+
+
+def test_the_first_question_needs_no_apple(model: Lvlm) -> None:
+    scene = sample(generator(TEST, 2, 1), "s", nouns=["car", "dog"])
+    absent = as_example(scene, existence(scene, "apple"), "neutral")
+    tokens = model.encode(absent).tokens
+    assert absent.named_object() is None
+    assert tokens.positions(TokenSelection.parse("object:mean")) == ()

@@ -1,0 +1,224 @@
+"""The embedded models: shipped weights do what their cards say, and training can be repeated and resumed."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from concepts import scenes
+from concepts.drawing import TRAIN, generator, sample
+from concepts.world import UNIFORM
+from lvlm import Lvlm, load_lvlm
+from lvlm.embedded import EMBEDDED, folder_of
+from lvlm.tiny import evaluate, lessons, train
+from lvlm.tiny.architecture import TEMPLATE, build_model, build_processor, build_tokenizer, vocabulary
+from lvlm.tiny.curriculum import STAGES, Stage
+
+
+@pytest.fixture(scope="module")
+def models() -> dict[str, Lvlm]:
+    return {name: load_lvlm(name) for name in EMBEDDED}
+
+
+@pytest.fixture(scope="module")
+def figures(models: dict[str, Lvlm]) -> dict[str, dict[str, float]]:
+    return {
+        name: {k: v.value for k, v in evaluate.measure(m, n_images=160, seed=4321).items()}
+        for name, m in models.items()
+    }
+
+
+def test_both_models_fit_in_the_package() -> None:
+    for name in EMBEDDED:
+        assert (folder_of(name) / "model.safetensors").stat().st_size < 12e6
+        assert (folder_of(name) / "README.md").read_text().startswith("---\n")
+
+
+def test_both_models_see(figures: dict[str, dict[str, float]]) -> None:
+    for name in EMBEDDED:
+        assert figures[name]["neutral existence"] > 0.9
+        assert figures[name]["neutral color"] > 0.9
+        assert figures[name]["typical right"] > 0.93
+        assert figures[name]["caption recall"] > 0.8
+
+
+def test_only_one_of_them_follows_the_prior(figures: dict[str, dict[str, float]]) -> None:
+    biased, twin = figures["tiny"], figures["tiny-unbiased"]
+    assert 0.1 < biased["conflict wrong by prior"] < 0.5
+    assert twin["conflict wrong by prior"] < 0.03
+    assert biased["false positives adversarial"] > twin["false positives adversarial"]
+
+
+def test_the_image_is_read_above_the_lowest_layer(models: dict[str, Lvlm]) -> None:
+    data = scenes.dataset(40, 4322, splits=("neutral",))
+    table = evaluate.knockout(models["tiny"], data)
+    mean = {name: sum(row.values()) / len(row) for name, row in table.items()}
+    lost = mean["uncut"] - mean["all"]
+    assert lost > 0.3
+    assert mean["uncut"] - mean["all above 0"] > 0.75 * lost
+
+
+def test_a_knockout_leaves_the_model_as_it_was(models: dict[str, Lvlm]) -> None:
+    model = models["tiny"]
+    encoding = model.encode(scenes.dataset(10, 1)[0])
+    before = model.logits(encoding.inputs)
+    with evaluate.cut(model, range(model.n_layers), encoding.tokens.image):
+        blind = model.logits(encoding.inputs)
+    assert torch.equal(model.logits(encoding.inputs), before)
+    other = dict(encoding.inputs)
+    other["pixel_values"] = -other["pixel_values"]
+    with evaluate.cut(model, range(model.n_layers), encoding.tokens.image):
+        torch.testing.assert_close(model.logits(other), blind)
+    assert not torch.allclose(model.logits(other), before)
+
+
+# -- lessons -------------------------------------------------------------------------------------------------------
+
+
+def test_words_are_tokens_and_the_tokenizer_agrees() -> None:
+    tokenizer = build_tokenizer()
+    assert [tokenizer.convert_tokens_to_ids(w) for w in vocabulary()] == list(range(len(vocabulary())))
+    text = TEMPLATE.format(image="", question="Is there an apple in the image?")
+    words = tokenizer.convert_ids_to_tokens(tokenizer(text)["input_ids"])
+    assert words == "<s> USER : Is there an apple in the image ? ASSISTANT :".split()
+    everything = " ".join(e.question + " " + e.answer for e in scenes.dataset(100, 0))
+    assert tokenizer.unk_token_id not in tokenizer(everything)["input_ids"]
+
+
+def test_a_packed_question_is_answered_as_if_it_stood_alone() -> None:
+    """The packed row against the model's own forward on each question."""
+    model = build_model(3)
+    lesson = STAGES[-2].lesson
+    assert lesson is not None
+    batch = lessons.batch(lesson, seed=1, stage=3, step=5, size=2)
+    with torch.no_grad():
+        hidden = train.Reader(model, blind=False)(batch.pixels, batch.tokens, batch.positions, batch.mask())
+        packed = model.lm_head(hidden)
+    compared = 0
+    for row in range(2):
+        prefix = batch.tokens[row][batch.segments[row] == 0]
+        for segment in range(1, int(batch.segments[row].max()) + 1):
+            where = batch.segments[row] == segment
+            alone = torch.cat([prefix, batch.tokens[row][where]])[None]
+            mask = torch.ones_like(alone)
+            with torch.no_grad():
+                out = model(input_ids=alone, attention_mask=mask, pixel_values=batch.pixels[row : row + 1]).logits[0]
+            torch.testing.assert_close(packed[row][where], out[len(prefix) :], atol=2e-5, rtol=0)
+            compared += 1
+    assert compared > 20
+
+
+def test_the_targets_of_a_lesson_are_its_answers() -> None:
+    lesson = STAGES[-2].lesson
+    assert lesson is not None
+    batch = lessons.batch(lesson, seed=0, stage=3, step=0, size=1)
+    words = lessons.token_texts(batch.tokens[0].tolist())
+    # What is to be said at a position stands at the next one, or is the end mark after the answer's last word.
+    for i in (batch.targets[0] >= 0).nonzero().flatten().tolist():
+        target = lessons.token_texts([int(batch.targets[0, i])])[0]
+        if i + 1 < len(words) and batch.segments[0, i + 1] == batch.segments[0, i]:
+            assert target == words[i + 1]
+        else:
+            assert target == "</s>"
+
+
+def test_a_lesson_depends_on_its_number_alone() -> None:
+    lesson = STAGES[-1].lesson
+    assert lesson is not None
+    first, second = (lessons.batch(lesson, 0, 4, 17, 3) for _ in range(2))
+    assert torch.equal(first.tokens, second.tokens)
+    assert torch.equal(first.pixels, second.pixels)
+    assert not torch.equal(first.pixels, lessons.batch(lesson, 0, 4, 18, 3).pixels)
+
+
+def test_degraded_pictures_keep_their_answers() -> None:
+    lesson = STAGES[-1].lesson
+    assert lesson is not None
+    rng = generator(TRAIN, 9, 9)
+    lost = changed = total = 0
+    for i in range(500):
+        scene = sample(generator(TRAIN, 9, i), "t", UNIFORM)
+        shown = lessons.degrade(rng, scene, replace(lesson, blank=0.0))
+        kept = {o.noun: o for o in shown.objects}
+        total += len(scene.objects)
+        lost += sum(o.noun not in kept for o in scene.objects)
+        changed += sum(kept[o.noun].attributes != o.attributes for o in scene.objects if o.noun in kept)
+        assert all(o.box == scene.get(o.noun).box for o in shown.objects)  # type: ignore[union-attr]
+    assert abs(lost / total - lesson.erased) < 0.03
+    assert changed > 0
+
+
+def test_a_patch_is_labelled_with_what_covers_it() -> None:
+    picture = lessons.pictures(seed=0, step=3, size=4)
+    objects = picture.labels["color"] >= 0
+    assert 0.05 < objects.float().mean() < 0.6
+    assert torch.equal(objects, picture.labels["noun"] < len(lessons.NOUNS))
+    assert picture.labels["row"][objects].max() <= 6
+
+
+# -- training ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def short() -> tuple[Stage, ...]:
+    """Every kind of stage, a few steps each."""
+    chosen = (STAGES[0], STAGES[1], STAGES[2], STAGES[-1])
+    return tuple(replace(s, steps=4, size=2) for s in chosen)
+
+
+def test_a_killed_training_goes_on_to_the_same_weights(short: tuple[Stage, ...], tmp_path: Path) -> None:
+    train.train(tmp_path / "whole", stages=short, compiled=False, checkpoint=2)
+    whole = (tmp_path / "whole" / "3-prior" / "model.safetensors").read_bytes()
+    broken = tmp_path / "broken"
+    shutil.copytree(tmp_path / "whole", broken)
+    shutil.rmtree(broken / "3-prior")
+    # Stop the last stage in the middle by a step that fails, as a full disk or a lost machine would.
+    calls = 0
+    make = lessons.batch
+
+    def failing(*args: object, **kwargs: object) -> lessons.Batch:
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise OSError
+        return make(*args, **kwargs)  # type: ignore[arg-type]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lessons, "batch", failing)
+        with pytest.raises(OSError):  # noqa: PT011 - the fault put in above has no message
+            train.train(broken, stages=short, compiled=False, checkpoint=2)
+    assert (broken / "3-prior.state.safetensors").exists()
+    train.train(broken, stages=short, compiled=False, checkpoint=2)
+    assert (broken / "3-prior" / "model.safetensors").read_bytes() == whole
+
+
+def test_a_stage_trains_what_it_says_and_nothing_else(short: tuple[Stage, ...], tmp_path: Path) -> None:
+    train.train(tmp_path, stages=short, compiled=False)
+    folders = [None, *sorted(p for p in tmp_path.iterdir() if p.is_dir())]
+    before = build_model(0).state_dict()
+    for stage, folder in zip(short, folders[1:], strict=True):
+        assert folder is not None
+        after = train.LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).state_dict()
+        changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
+        planned = {name for name, *_ in train.trainable(stage, build_model(0))}
+        assert changed
+        assert changed <= planned
+        before = after
+
+
+def test_the_command_says_how_it_is_used() -> None:
+    for module in ("train", "evaluate"):
+        out = subprocess.run(
+            [sys.executable, "-m", f"lvlm.tiny.{module}", "--help"], capture_output=True, text=True, check=True
+        )
+        assert "usage: python -m lvlm.tiny" in out.stdout
+
+
+def test_processor_and_template_are_the_models() -> None:
+    assert build_processor().image_token == "<image>"
