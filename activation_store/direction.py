@@ -1,0 +1,180 @@
+"""A direction in activation space that stands for a concept, with where it came from."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Self
+
+import numpy as np
+
+from activation_store.files import explained, write_whole
+from activation_store.layout import canonical_json
+from concepts.errors import SiteError, StoreError
+from lvlm.sites import Site, TokenSelection
+
+DIRECTION_VERSION = 1
+_UNIT_TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True, eq=False)
+class Direction:
+    """A unit vector at a site that points to where a concept is true.
+
+    ``decision(x) = scale * (x @ vector) + intercept`` is positive where the concept is read as true; `x` is what
+    `ActivationStore.read` returns for the site, token selection and head.
+
+    Raises
+    ------
+    SiteError
+        Where the site or token selection is none, or a head is given for a component that has none.
+    StoreError
+        Where the vector is not one-dimensional, finite and of length 1, or a number is not finite.
+    """
+
+    site: str
+    """As printed, ``decoder.L3.z``."""
+    tokens: str
+    """Token selection as printed, ``last``."""
+    concept: str
+    """As printed, ``attribute:green``."""
+    vector: np.ndarray
+    """Unit float32 [D]; [head_dim] where `head` is given. Read-only."""
+    head: int | None = None
+    sigma: float = 1.0
+    """Standard deviation of ``x @ vector`` over the training examples, in activation units: the step of steering."""
+    scale: float = 1.0
+    """What a unit along the vector adds to the decision, > 0; for a linear classifier the norm of its weights."""
+    intercept: float = 0.0
+    """The decision at ``x = 0``."""
+    statistics: Mapping[str, float] = field(default_factory=dict)
+    """How well it separates: ``balanced_accuracy`` (held out), ``n_train``, …; NaN where undefined."""
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    """Plain JSON: digest of the store's manifest, method, split, penalty, …"""
+
+    def __post_init__(self) -> None:
+        component = Site.parse(self.site).component
+        TokenSelection.parse(self.tokens)
+        if self.head is not None and (component not in ("z", "q", "k", "v") or self.head < 0):
+            msg = f"head {self.head} at site '{self.site}' is none: heads are in 'z' (or q, k, v) and count from 0"
+            raise SiteError(msg)
+        vector = np.array(self.vector, dtype=np.float32)
+        norm = float(np.linalg.norm(vector.astype(np.float64)))
+        if vector.ndim != 1 or not abs(norm - 1) <= _UNIT_TOLERANCE:
+            msg = (
+                f"a direction needs a vector [D] of length 1, not shape {list(vector.shape)} and length {norm:g}; "
+                f"Direction.from_weights divides by the length"
+            )
+            raise StoreError(msg)
+        numbers = {"sigma": self.sigma, "scale": self.scale, "intercept": self.intercept}
+        wrong = [f"{name}={value}" for name, value in numbers.items() if not math.isfinite(value)]
+        if wrong or self.sigma < 0 or self.scale <= 0:
+            msg = f"direction for '{self.concept}': sigma={self.sigma} must be >= 0, scale={self.scale} > 0, all finite"
+            raise StoreError(msg)
+        vector.setflags(write=False)
+        object.__setattr__(self, "vector", vector)
+        for name, value in numbers.items():
+            object.__setattr__(self, name, float(value))
+        statistics = {name: float(value) for name, value in self.statistics.items()}
+        object.__setattr__(self, "statistics", MappingProxyType(statistics))
+        object.__setattr__(self, "provenance", MappingProxyType(dict(self.provenance)))
+
+    @classmethod
+    def from_weights(
+        cls,
+        site: str,
+        tokens: str,
+        concept: str,
+        weights: np.ndarray,
+        *,
+        head: int | None = None,
+        sigma: float = 1.0,
+        intercept: float = 0.0,
+        statistics: Mapping[str, float] | None = None,
+        provenance: Mapping[str, Any] | None = None,
+    ) -> Self:
+        """Return the direction of a linear classifier ``x @ weights + intercept``; its decision is the same.
+
+        Parameters
+        ----------
+        weights
+            [D], any length but 0.
+        sigma
+            Standard deviation of the projections on the *unit* vector.
+
+        Raises
+        ------
+        StoreError
+            Where the weights are all zero or not finite.
+        """
+        exact = np.asarray(weights, np.float64)
+        norm = float(np.linalg.norm(exact))
+        if not (math.isfinite(norm) and norm > 0):
+            msg = f"weights for '{concept}' at {site} have length {norm}; they point nowhere"
+            raise StoreError(msg)
+        return cls(
+            site=site,
+            tokens=tokens,
+            concept=concept,
+            vector=(exact / norm).astype(np.float32),
+            head=head,
+            sigma=sigma,
+            scale=norm,
+            intercept=intercept,
+            statistics=statistics or {},
+            provenance=provenance or {},
+        )
+
+    def decision(self, x: np.ndarray) -> np.ndarray:
+        """Return ``scale * (x @ vector) + intercept`` of activations [..., D]: positive where the concept is read."""
+        return self.scale * (x @ self.vector) + self.intercept
+
+    def save(self, path: str | Path) -> Path:
+        """Write one ``.safetensors`` file: tensor ``vector`` and, as metadata, everything else as JSON."""
+        from safetensors.numpy import save
+
+        card = {
+            "version": DIRECTION_VERSION,
+            "site": self.site,
+            "tokens": self.tokens,
+            "concept": self.concept,
+            "head": self.head,
+            "sigma": self.sigma,
+            "scale": self.scale,
+            "intercept": self.intercept,
+            # JSON has no NaN: an undefined statistic is null in the file.
+            "statistics": {k: v if math.isfinite(v) else None for k, v in self.statistics.items()},
+            "provenance": dict(self.provenance),
+        }
+        data = save({"vector": self.vector}, metadata={"direction": canonical_json(card)})
+        path = Path(path)
+        with explained(lambda reason: f"{path}: the direction cannot be written: {reason}"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, data)
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read what `save` wrote; raises `StoreError` where the file is missing, damaged or something else."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(str(path), framework="numpy") as file:
+                card = json.loads((file.metadata() or {})["direction"])
+                vector = file.get_tensor("vector")
+        except FileNotFoundError as error:
+            msg = f"no direction at {path}: there is no such file"
+            raise StoreError(msg) from error
+        except (SafetensorError, KeyError, json.JSONDecodeError, OSError) as error:
+            msg = f"{path} is not a direction, or is damaged: {error}"
+            raise StoreError(msg) from error
+        version = card.pop("version", 0)
+        if not isinstance(version, int) or version > DIRECTION_VERSION:
+            msg = f"{path}: direction version {version} is newer than {DIRECTION_VERSION}; update groundscope"
+            raise StoreError(msg)
+        statistics = {k: math.nan if v is None else v for k, v in card.pop("statistics").items()}
+        return cls(vector=vector, statistics=statistics, **card)

@@ -1,0 +1,111 @@
+"""Files that are whole or not there, and errors that say what happened to the folder."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from concepts.errors import StoreError
+
+try:
+    import fcntl
+except ImportError:  # not a Unix: no lock, the unique temporary names still keep files apart
+    fcntl = None
+
+_ERRNO = re.compile(r"errno = (\d+)")
+
+
+def sync(path: Path) -> None:
+    """Make a file's bytes, or a folder's names, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def publish(temporary: Path, final: Path) -> None:
+    """Give a complete, synced file its final name, and make the name survive a power cut."""
+    temporary.replace(final)
+    sync(final.parent)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file so that at every moment it is as before or as after, never half; a no-op where nothing changes."""
+    if path.is_file() and path.read_bytes() == data:
+        return
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        publish(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def system_reason(error: OSError | RuntimeError) -> str:
+    """Return in words why the system refused; HDF5 says it only inside its message, and not always as an OSError."""
+    number = getattr(error, "errno", None)
+    if number is None and (match := _ERRNO.search(str(error))):
+        number = int(match[1])
+    return os.strerror(number) if number else str(error).splitlines()[0]
+
+
+@contextlib.contextmanager
+def explained(message: Callable[[str], str]) -> Iterator[None]:
+    """Turn what the system or HDF5 raises into a `StoreError`; `message` makes its text from the reason."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        raise StoreError(message(system_reason(error))) from error
+
+
+class Lock:
+    """Holds a file of a folder for this process, so that two writers never take one name; freed even by kill -9.
+
+    Raises
+    ------
+    StoreError
+        Where another process holds it. On a file system without locks there is none.
+    """
+
+    def __init__(self, path: Path, held: str) -> None:
+        self._path = path
+        self._descriptor: int | None = None
+        if fcntl is None:
+            return
+        while self._descriptor is None:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                os.close(descriptor)
+                raise StoreError(held) from error
+            except OSError:
+                os.close(descriptor)
+                return
+            # The holder before may have removed the file between our opening and locking it: then lock the new one.
+            if path.exists() and path.stat().st_ino == os.fstat(descriptor).st_ino:
+                self._descriptor = descriptor
+            else:
+                os.close(descriptor)
+
+    def release(self) -> None:
+        """Let others have it; may be called again."""
+        if self._descriptor is not None:
+            self._path.unlink(missing_ok=True)
+            os.close(self._descriptor)
+            self._descriptor = None

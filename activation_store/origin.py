@@ -1,0 +1,105 @@
+"""Where a store came from: model, data, sites, and what its token selections and columns mean."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import numpy as np
+
+from activation_store.collector import Plan
+from concepts.schema import ConceptDataset
+from lvlm.family import resolve
+from lvlm.model import Lvlm
+from lvlm.sites import TokenSelection
+from lvlm.tokens import COVER
+
+ANSWER_RULE = (
+    "model_answer: the candidate with the largest log-score of its first tokens at the last prompt token; margin: the "
+    "score of the true answer minus the best other; both missing where an example has fewer than two candidates"
+)
+"""What the table's columns of the model's own answers mean; `correct` is 1 where `model_answer` is the true answer."""
+_ROLES = {
+    "last": "the last prompt token, where the answer is read",
+    "bos": "the first token",
+    "system": "the tokens before the image, without the first",
+    "image": "the image tokens",
+    "question": "the tokens of the question's own words",
+    "object": (
+        f"the image tokens whose patch is covered to at least {COVER} by the box of the object the question is about, or "
+        "else the one covered most; NaN where the image has no such object"
+    ),
+}
+_PACKAGES = ("groundscope", "torch", "transformers", "nnsight", "numpy", "h5py")
+
+
+def describe(model: Lvlm, data: ConceptDataset, plan: Plan, batch_size: int, *, answers: bool) -> dict[str, Any]:
+    """Return the provenance of a store: plain values, equal for equal stores but for what stands in ``environment``.
+
+    Parameters
+    ----------
+    model, data, plan
+        What is traced: which model, on what, where.
+    batch_size
+        Recorded as part of the environment: it may change when a store is continued.
+    answers
+        Whether the model's own answers are recorded.
+    """
+    selections = dict.fromkeys(s for kept in plan.selections.values() for s in kept)
+    stacks = {s: sorted(stack for stack, kept in plan.selections.items() if s in kept) for s in selections}
+    return {
+        "model": {
+            "name": model.name,
+            "config": model.config_hash,
+            "weights": model.weights_hash,
+            "family": asdict(model.spec),
+            "dtype": str(model.dtype).removeprefix("torch."),
+        },
+        "dataset": {
+            "name": data.name,
+            "examples": len(data),
+            "digest": data.digest,
+            "provenance": json.loads(json.dumps(dict(data.provenance), default=str)),
+        },
+        "sites": [str(read.site) for read in plan.reads],
+        "tokens": {str(s): {"definition": _definition(s), "stacks": used} for s, used in stacks.items()},
+        "answers": ANSWER_RULE if answers else "not recorded",
+        # Recorded, but may differ when a store is continued.
+        "environment": {
+            "python": platform.python_version(),
+            "packages": {name: _installed(name) for name in _PACKAGES},
+            "device": str(model.device),
+            "batch_size": batch_size,
+        },
+    }
+
+
+def unembedding(model: Lvlm, plan: Plan) -> Mapping[str, np.ndarray] | None:
+    """Return what reads a decoder residual as words: the parameters of the final norm and of the unembedding.
+
+    None where no site of the decoder is traced.
+    """
+    if "decoder" not in plan.selections:
+        return None
+    parts = {"final_norm": model.spec.final_norm, "unembedding": model.spec.unembedding}
+    return {
+        f"{name}.{kind}": parameter.detach().float().cpu().numpy()
+        for name, path in parts.items()
+        for kind, parameter in resolve(model.hf, path, model.spec).named_parameters(recurse=False)
+    }
+
+
+def _definition(selection: TokenSelection) -> str:
+    mean = "mean in float32 over " if selection.reduction == "mean" else ""
+    return mean + _ROLES.get(selection.role, selection.role)
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,339 @@
+"""From a model and a dataset to a store: nnsight reads the tensors, what is selected of them goes to disk.
+
+The model runs as it is: nnsight's wrapper stands beside it and hands out tensors while they are computed. Selected tokens
+are taken where the tensor lies, so that only they leave the device. Values are those that a module returns; a forward
+hook that somebody put on the very module that is read acts after it, and shows from the next module on.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from nnsight import NNsight
+from torch import Tensor
+
+from activation_store.collector import Plan, Read, make_plan, reducer
+from activation_store.files import Lock, explained
+from activation_store.layout import TENSORS, Key, shard_numbers
+from activation_store.origin import describe, unembedding
+from activation_store.store import ActivationStore
+from activation_store.writer import StoreWriter
+from concepts.errors import ConfigError, DataError
+from concepts.schema import ConceptDataset, Example
+from lvlm.answers import answer_key
+from lvlm.model import Batch, Encoding, Lvlm
+
+CHUNK_BATCHES = 8
+"""Examples are encoded, sorted by length and put back in order in chunks of this many batches: what bounds memory."""
+# nnsight's tracing is not thread-safe.
+_FORWARD = threading.Lock()
+
+
+def trace(
+    model: Lvlm,
+    data: ConceptDataset,
+    sites: Sequence[str],
+    tokens: Sequence[str],
+    out: str | Path,
+    *,
+    batch_size: int = 32,
+    dtype: str = "float32",
+    shard_size: int = 512,
+    answers: bool = True,
+    force: bool = False,
+    progress: bool = True,
+) -> ActivationStore:
+    """Run a model over a dataset and keep what was asked for of its inside.
+
+    A store that is there already is continued where its sealed shards end, with the same bytes as if it had been written
+    at once; one that is finished is opened without a forward over the data. Besides the activations, each example's
+    row holds what the model itself would answer (columns `model_answer`, `margin`, `correct`), from the same forward.
+
+    Parameters
+    ----------
+    model
+        The model under study.
+    data
+        What it is shown; rows of the store come in this order.
+    sites
+        Components of the decoder (``resid_post``, ``z``), of a named stack (``vision.resid_post``), ``projector.out``,
+        or single layers (``decoder.L3.z``).
+    tokens
+        Token selections: ``last``, ``image:mean``, ``object:mean``, …; those that a stack does not have are left out
+        for that stack.
+    out
+        Folder of the store.
+    batch_size
+        Examples in a forward, at most; only examples of equal token length share one, nothing is padded.
+    dtype
+        How values are stored: ``float32``, ``float16`` or ``bfloat16``.
+    shard_size
+        Examples in a file of the store.
+    answers
+        Record the model's own answers. Without them the forward ends after the last site that is asked for.
+    force
+        Throw away a store that is there and start anew.
+    progress
+        Show a progress bar where the output is a terminal.
+
+    Returns
+    -------
+    ActivationStore
+        Arrays float ``[N, L, D]`` by stack, component and token selection; z with its heads side by side. An example
+        whose selection is empty has a row of NaN. ``tensor("final_norm.weight")`` [D] and
+        ``tensor("unembedding.weight")`` [V, D] (and their biases where there are) come with the decoder's sites.
+
+    Raises
+    ------
+    SiteError
+        Where the model lacks a site or a token selection.
+    DataError
+        Where there is no example, an image cannot be read, or answers cannot be told apart by their first token.
+    ConfigError
+        For a batch size below 1.
+    StoreError
+        Where the folder holds a store of something else (names the field), or it cannot be written.
+    """
+    if batch_size < 1:
+        msg = f"batch_size={batch_size}: at least 1 example goes into a forward"
+        raise ConfigError(msg)
+    if not len(data):
+        msg = f"dataset '{data.name}' has no examples: nothing to trace"
+        raise DataError(msg)
+    if answers:
+        _check_answers(model, data)
+    with _FORWARD:
+        plan = make_plan(model, _encode(model, data.examples[0]), sites, tokens, dtype)
+    provenance = describe(model, data, plan, batch_size, answers=answers)
+    folder = Path(out)
+    if force:
+        _clear(folder)
+    run = Tracer.begin(model, data, plan, batch_size, answers=answers)
+    size = CHUNK_BATCHES * batch_size
+    with StoreWriter(folder, plan.schema, provenance, shard_size=shard_size, extra=unembedding(model, plan)) as writer:
+        done = frozenset(writer.written)
+        missing = [e for e in data if e.id not in done]
+        _check_images(missing, progress=progress)
+        with _bar("tracing", len(data), len(done), progress=progress) as advance:
+            if missing and plan.skipped:
+                advance(0, "; ".join(plan.skipped))
+            for start in range(0, len(data), size):
+                # The same chunks and batches whatever is there already: values depend on who shares a forward, in the
+                # last bits. The writer leaves out the rows that it has.
+                chunk = data.examples[start : start + size]
+                if any(e.id not in done for e in chunk):
+                    writer.append(*run.chunk(chunk, lambda some: advance(sum(e.id not in done for e in some), "")))
+    return ActivationStore(folder)
+
+
+@dataclass(frozen=True)
+class Tracer:
+    """A model made ready to be read."""
+
+    model: Lvlm
+    wrapper: Any
+    """nnsight's view of the model."""
+    reads: tuple[tuple[Read, Any], ...]
+    """Each read with nnsight's view of its module, in the order of the forward."""
+    plan: Plan
+    batch_size: int
+    concepts: tuple[str, ...]
+    answers: bool
+
+    @classmethod
+    def begin(cls, model: Lvlm, data: ConceptDataset, plan: Plan, batch_size: int, *, answers: bool) -> Tracer:
+        """Put nnsight's wrapper beside a model; its modules stay the same objects, with the same results."""
+        with warnings.catch_warnings():
+            # Said of a module that has a child called "output" or the like; we reach modules by identity, not by name.
+            warnings.filterwarnings("ignore", message=".* has a submodule named .*, which", category=UserWarning)
+            wrapper = NNsight(model.hf)
+        views = {id(envoy._module): envoy for envoy in wrapper.modules()}
+        reads = tuple((read, views[id(read.place.module)]) for read in plan.reads)
+        concepts = tuple(sorted({concept for example in data for concept in example.labels}))
+        return cls(model, wrapper, reads, plan, batch_size, concepts, answers)
+
+    def chunk(
+        self, examples: Sequence[Example], seen: Callable[[Sequence[Example]], None]
+    ) -> tuple[dict[Key, np.ndarray], dict[str, list[Any]]]:
+        """Return the arrays ``[n, L, D]`` and table columns of some examples, in their order.
+
+        After each batch `seen` is called with the examples in it.
+        """
+        n = len(examples)
+        arrays = {a.key: np.empty((n, a.n_layers, a.width), np.float32) for a in self.plan.schema.arrays}
+        order: list[int] = []
+        columns: dict[str, list[Any]] = {}
+        for batch in self.model.batches(examples, self.batch_size):
+            values, table = self.batch(batch)
+            for key, value in values.items():
+                arrays[key][list(batch.index)] = value
+            for name, column in table.items():
+                columns.setdefault(name, []).extend(column)
+            order.extend(batch.index)
+            seen([e.example for e in batch.encodings])
+        back = np.argsort(order)
+        return arrays, {name: [column[i] for i in back] for name, column in columns.items()}
+
+    def batch(self, batch: Batch) -> tuple[dict[Key, np.ndarray], dict[str, list[Any]]]:
+        """Run one batch; return its arrays ``[B, L, D]`` and table columns."""
+        values, logits = self.forward(batch)
+        arrays = {key: value.float().cpu().numpy() for key, value in values.items()}
+        last = [None] * len(batch.encodings) if logits is None else logits.float().cpu().unbind()  # B x [V]
+        rows = [self.row(encoding, one) for encoding, one in zip(batch.encodings, last, strict=True)]
+        return arrays, {name: [row[name] for row in rows] for name in rows[0]}
+
+    @torch.no_grad()
+    def forward(self, batch: Batch) -> tuple[dict[Key, Tensor], Tensor | None]:
+        """Run one batch; return what is kept ``[B, L, D]`` on its device, and the last logits ``[B, V]`` if wanted."""
+        reducers = {
+            stack: [
+                (str(s), reducer([e.tokens.positions(s, stack) for e in batch.encodings], s, self.model.device))
+                for s in selections
+            ]
+            for stack, selections in self.plan.selections.items()
+        }
+        asked = self.answers and any(_has_answers(e.example) for e in batch.encodings)
+        kept: dict[Key, dict[int, Tensor]] = {a.key: {} for a in self.plan.schema.arrays}
+        logits: list[Tensor] = []
+
+        def keep(read: Read, x: Tensor) -> None:
+            site = read.site
+            for selection, reduce in reducers[site.stack]:
+                kept[site.stack, site.component, selection][site.layer] = reduce(x)
+
+        # The same call as `Lvlm.logits`. nnsight runs this body in step with the forward: each read waits for its tensor.
+        # What is kept lives in containers made outside, as names bound inside do not come out.
+        with _FORWARD, self.wrapper.trace(**batch.inputs, use_cache=False, logits_to_keep=1) as tracer:
+            for read, view in self.reads:
+                keep(read, _tensor(view, read.place.side))
+            if asked:
+                logits.append(self.wrapper.output.logits[:, -1])
+            else:
+                tracer.stop()
+        stacked = {}
+        for a in self.plan.schema.arrays:
+            parts = [kept[a.key][layer] for layer in a.layers]
+            stacked[a.key] = torch.stack([x.to(parts[0].device) for x in parts], dim=1)  # [B, L, D]
+        return stacked, logits[0] if asked else None
+
+    def row(self, encoding: Encoding, logits: Tensor | None) -> dict[str, Any]:
+        """Return the table's row of an example, from its logits ``[V]``."""
+        e = encoding.example
+        thing = e.named_object()
+        said, margin = "", None
+        if logits is not None and _has_answers(e):
+            key = answer_key(self.model, e)
+            said = key.candidates[int(key.scores(logits).argmax())]
+            margin = float(key.margin(logits, e.answer))
+        return {
+            "id": e.id,
+            "group": e.group,
+            "question": e.question,
+            "answer": e.answer,
+            "split": e.split,
+            "kind": e.kind,
+            "level": e.level,
+            "subject": thing.noun if thing else "",
+            "prior_answer": e.prior_answer or "",
+            "model_answer": said,
+            "margin": margin,
+            "correct": float(said == e.answer) if said else None,
+            "n_tokens": encoding.tokens.length,
+            **{concept: e.labels.get(concept) for concept in self.concepts},
+        }
+
+
+def _tensor(view: Any, side: str) -> Tensor:
+    """Return a module's input or output inside a trace, as `lvlm.model.Place` has it."""
+    if side == "input":
+        args, kwargs = view.inputs
+        return args[0] if args else kwargs["hidden_states"]
+    output = view.output
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _has_answers(example: Example) -> bool:
+    return len(example.candidates) > 1
+
+
+def _check_answers(model: Lvlm, data: ConceptDataset) -> None:
+    for example in data:
+        if _has_answers(example):
+            try:
+                answer_key(model, example)
+            except DataError as error:
+                msg = f"{error}; say answers=False to trace without the model's own answers"
+                raise DataError(msg) from error
+
+
+def _check_images(examples: Sequence[Example], *, progress: bool) -> None:
+    """Raise `DataError` naming the first example whose image cannot be read; each image is read once."""
+    first = {e.image.identity: e for e in reversed(examples)}
+    with _bar("checking images", len(first), 0, progress=progress) as advance:
+        for example in reversed(first.values()):
+            _load(example)
+            advance(1, "")
+
+
+def _load(example: Example) -> None:
+    try:
+        example.image.load()
+    except (OSError, ValueError, SyntaxError) as error:  # Pillow raises all of them for files it cannot decode
+        msg = f"example '{example.id}': its image cannot be read: {error}; leave it out or mend it"
+        raise DataError(msg) from error
+
+
+def _encode(model: Lvlm, example: Example) -> Encoding:
+    _load(example)
+    return model.encode(example)
+
+
+def _clear(folder: Path) -> None:
+    """Remove the files of a store from a folder, and no others."""
+    if not folder.is_dir():
+        return
+    with explained(lambda reason: f"{folder}: the store that is there cannot be removed: {reason}"):
+        held = f"{folder}: the store is being written by another process; wait for its end"
+        lock = Lock(folder / ".worker-0.lock", held)
+        try:
+            # Manifests come first: without them what is left, should this be interrupted, does not look finished.
+            for path in sorted(folder.iterdir()):
+                ours = path.name == TENSORS or shard_numbers(path.name) or path.suffix in {".part", ".tmp"}
+                if ours or (path.name.startswith("manifest") and path.suffix == ".json"):
+                    path.unlink()
+        finally:
+            lock.release()
+
+
+@contextmanager
+def _bar(what: str, total: int, done: int, *, progress: bool) -> Iterator[Callable[[int, str], None]]:
+    """Yield a function that advances a progress bar by some examples, or has it say something."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.text import Text
+
+    class Rate(ProgressColumn):
+        def render(self, task: Any) -> Text:
+            speed = task.finished_speed or task.speed
+            return Text(f"{speed:.1f}/s" if speed else "")
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
+    shown = progress and console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=not shown) as bar:
+        task = bar.add_task(what, total=total, completed=done)
+
+        def advance(count: int, note: str) -> None:
+            if note and shown:
+                console.print(note)
+            bar.advance(task, count)
+
+        yield advance

@@ -1,0 +1,199 @@
+"""What tracing costs: a traced forward, written to HDF5, against the plain forward of the same inputs.
+
+The model is a random LLaVA of middle size (hidden 512, 16 layers, 8 heads; 256 image and 32 text tokens, batch 8, scaled
+dot product attention). Baseline and candidate are two copies of it, so that the baseline has never met nnsight. They
+take turns, in alternating order; the figure is the median of the ratios of each turn. The candidate's time holds
+everything that comes after encoding: forward, selection, table, writing, sealing, syncing.
+
+The fixed cost of a trace is measured on the architecture of the embedded model, one example and one site.
+
+    python benchmarks/trace.py [--quick] [--device cuda] [--dtype bfloat16]
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from activation_store import StoreWriter
+from activation_store.collector import make_plan
+from activation_store.tracer import Tracer
+from concepts import ConceptDataset
+from concepts.drawing import TEST, generator, sample
+from concepts.questions import YES_NO, as_example
+from concepts.schema import Question
+from lvlm import Lvlm, wrap_lvlm
+from lvlm.tiny.architecture import IMAGE, build_model, build_processor, build_tokenizer, vocabulary
+
+SITES = ["resid_post", "z"]
+TOKENS = ["last", "image:mean", "question:mean"]
+BATCH = 8
+TEXT = f"Is there a big cat {'or a dog ' * 6}in the image?"  # 32 text tokens with the template's own
+GOALS = {"overhead_vs_plain": 1.11, "fixed_cost_ms": 2.0}
+
+
+def middle_model() -> LlavaForConditionalGeneration:
+    """Build the model with random weights."""
+    torch.manual_seed(0)
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(
+            hidden_size=256,
+            intermediate_size=1024,
+            num_hidden_layers=6,
+            num_attention_heads=4,
+            image_size=224,
+            patch_size=14,
+            projection_dim=256,
+        ),
+        text_config=LlamaConfig(
+            vocab_size=8192,
+            hidden_size=512,
+            intermediate_size=1376,
+            num_hidden_layers=16,
+            num_attention_heads=8,
+            num_key_value_heads=8,
+            max_position_embeddings=512,
+        ),
+        image_token_index=vocabulary().index(IMAGE),
+        vision_feature_layer=-1,
+        image_seq_length=256,
+    )
+    return LlavaForConditionalGeneration(config).eval()
+
+
+def middle_processor() -> LlavaProcessor:
+    """Build its processor; Pillow and numpy only."""
+    pictures = CLIPImageProcessorPil(do_resize=True, size={"height": 224, "width": 224}, do_center_crop=False)
+    tokenizer = build_tokenizer()
+    tokenizer.model_max_length = 512
+    return LlavaProcessor(
+        image_processor=pictures,
+        tokenizer=tokenizer,
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        image_token=IMAGE,
+    )
+
+
+def questions(count: int, text: str = TEXT) -> ConceptDataset:
+    """Draw images and ask the same question about each."""
+    scenes = [sample(generator(TEST, 0, i), f"b{i}") for i in range(count)]
+    asked = Question(text, "yes", YES_NO, "object", "existence")
+    return ConceptDataset("benchmark", tuple(as_example(scene, asked, "neutral") for scene in scenes))
+
+
+def seconds(work: Callable[[], object], device: torch.device) -> float:
+    """Time a piece of work to its end on the device."""
+    start = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def alternate(
+    baseline: Callable[[], object], candidate: Callable[[], object], n: int, device: torch.device
+) -> list[tuple[float, float]]:
+    """Time both in turn, each going first every other time, after one turn to warm up."""
+    pairs = []
+    for turn in range(n + 1):
+        if turn % 2:
+            traced, plain = seconds(candidate, device), seconds(baseline, device)
+        else:
+            plain, traced = seconds(baseline, device), seconds(candidate, device)
+        pairs.append((plain, traced))
+    return pairs[1:]
+
+
+def overhead(n: int, batches: int, device: str, dtype: torch.dtype) -> tuple[list[tuple[float, float]], Lvlm, int]:
+    """Time traced, written forwards against plain ones."""
+    network: Any = middle_model()
+    network.to(device, dtype)
+    plain = wrap_lvlm(copy.deepcopy(network), middle_processor(), check=False)
+    traced = wrap_lvlm(network, middle_processor(), check=False)
+    data = questions(BATCH * batches)
+    encoded = list(traced.batches(data.examples, BATCH))
+    plan = make_plan(traced, encoded[0].encodings[0], SITES, TOKENS, "float32")
+    tracer = Tracer.begin(traced, data, plan, BATCH, answers=True)
+
+    def baseline() -> None:
+        for batch in encoded:
+            plain.logits(batch.inputs)
+
+    def candidate() -> None:
+        with tempfile.TemporaryDirectory() as folder, StoreWriter(folder, plan.schema, {}) as writer:
+            for batch in encoded:
+                writer.append(*tracer.batch(batch))
+
+    pairs = alternate(baseline, candidate, n, traced.device)
+    return pairs, traced, encoded[0].encodings[0].tokens.length
+
+
+def fixed_cost(n: int) -> list[tuple[float, float]]:
+    """Time a trace of one site of a small model on one example against its plain forward."""
+    network = build_model()
+    plain = wrap_lvlm(copy.deepcopy(network), build_processor(), check=False)
+    traced = wrap_lvlm(network, build_processor(), check=False)
+    data = questions(1, "Is there a cat in the image?")
+    batch = next(traced.batches(data.examples, 1))
+    plan = make_plan(traced, batch.encodings[0], ["decoder.L5.resid_post"], ["last"], "float32")
+    tracer = Tracer.begin(traced, data, plan, 1, answers=True)
+    return alternate(lambda: plain.logits(batch.inputs), lambda: tracer.forward(batch), n, traced.device)
+
+
+def main() -> None:
+    """Run, print a table, and as the last line one JSON object."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="few repetitions, about a minute")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    options = parser.parse_args()
+    console = Console()
+    console.print(
+        "Compares tracing (nnsight, selection on the device, HDF5 written and synced) with the plain forward of the same "
+        "inputs; fixed cost: tracing without writing, of a small model."
+    )
+    n, batches, small = (3, 1, 20) if options.quick else (9, 4, 100)
+    with console.status("middle-sized LLaVA") if console.is_terminal else tempfile.TemporaryDirectory():
+        pairs, model, length = overhead(n, batches, options.device, getattr(torch, options.dtype))
+        fixed = fixed_cost(small)
+    ratio = statistics.median(traced / plain for plain, traced in pairs)
+    cost = statistics.median(1000 * (traced - plain) for plain, traced in fixed)
+    figures = {
+        "overhead_vs_plain": {"value": round(ratio, 3), "n": n},
+        "fixed_cost_ms": {"value": round(cost, 2), "n": small},
+    }
+    table = Table("figure", "plain", "traced", "value", "goal", "holds", "n")
+    for (name, figure), times in zip(figures.items(), (pairs, fixed), strict=True):
+        figure |= {"goal": f"<= {GOALS[name]}", "holds": figure["value"] <= GOALS[name]}
+        plain, traced = (statistics.median(column) * 1000 for column in zip(*times, strict=True))
+        row = (f"{plain:.1f} ms", f"{traced:.1f} ms", figure["value"], figure["goal"], figure["holds"], figure["n"])
+        table.add_row(name, *map(str, row))
+    console.print(table)
+    cuda = options.device.startswith("cuda")
+    where = torch.cuda.get_device_name() if cuda else f"{platform.machine()}, {torch.get_num_threads()} threads"
+    console.print(f"{model!r}: {batches} batches of {BATCH} x {length} tokens a turn, {', '.join(SITES)} at {TOKENS}")
+    device = f"{where}, {options.dtype}, torch {torch.__version__}"
+    print(json.dumps({"benchmark": "trace", "device": device, "figures": figures}))
+
+
+if __name__ == "__main__":
+    main()
