@@ -1,0 +1,320 @@
+"""The result of probing: scores, directions and held-out margins of every concept, layer and head."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from concepts.errors import ProbeError
+from concepts.schema import Concept
+from probes.inputs import Place
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from activation_store import Direction
+
+GRID_FORMAT = "groundscope.probe_grid"
+GRID_VERSION = 1
+_TENSORS, _CARD = "grid.safetensors", "grid.json"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One layer, or one head of it, and what a concept's probe reached there."""
+
+    concept: str
+    layer: int
+    head: int | None
+    validation: float
+    """Balanced accuracy on the training rows, each left out of the fit that scored it."""
+    balanced_accuracy: float
+    """On the held-out rows."""
+    low: float
+    high: float
+    control: float
+
+
+@dataclass(frozen=True, eq=False)
+class ProbeGrid:
+    """Logistic probes of K concepts at L layers and H heads (H = 1 where layers are probed whole).
+
+    Score arrays are float64 [K, L, H], in the order of `concepts` and `layers`.
+    """
+
+    concepts: tuple[str, ...]
+    stack: str
+    component: str
+    tokens: str
+    layers: tuple[int, ...]
+    """Layer numbers."""
+    n_heads: int | None
+    """None where layers are probed whole."""
+
+    balanced_accuracy: np.ndarray
+    """On the held-out rows; chance is 0.5 whatever the class sizes."""
+    low: np.ndarray
+    """Lower end of its bootstrap interval over held-out groups."""
+    high: np.ndarray
+    auc: np.ndarray
+    """Area under the ROC curve on the held-out rows."""
+    auc_low: np.ndarray
+    auc_high: np.ndarray
+    accuracy: np.ndarray
+    """Plain accuracy on the held-out rows, to be compared with `majority`."""
+    control: np.ndarray
+    """Mean balanced accuracy of the same procedure on shuffled labels; NaN where it was not asked for."""
+    validation: np.ndarray
+    """Balanced accuracy on the training rows, each left out of the fit that scored it: what to choose cells by."""
+    penalty: np.ndarray
+    """C that was chosen."""
+    gap: np.ndarray
+    """Proven relative distance of each probe's objective from its minimum."""
+    sigma: np.ndarray
+    """Standard deviation of the projections of the training rows on the unit direction."""
+    weights: np.ndarray
+    """float64 [K, L, H, D], in the units of the activations."""
+    intercepts: np.ndarray
+    """float64 [K, L, H]."""
+
+    majority: np.ndarray
+    """float64 [K]: plain accuracy of always saying the held-out rows' more frequent class."""
+    n_train: np.ndarray
+    """int64 [K]: training rows where the concept is defined."""
+    n_test: np.ndarray
+    """int64 [K]: held-out rows where the concept is defined."""
+    n_dropped: np.ndarray
+    """int64 [K]: rows where the concept is defined but the token selection was empty."""
+
+    held_out: tuple[str, ...]
+    """Ids of all T held-out examples, in the store's order."""
+    held_out_groups: tuple[str, ...]
+    held_out_labels: np.ndarray
+    """float64 [K, T], NaN where undefined."""
+    held_out_margins: np.ndarray
+    """float32 [K, L, H, T]: the probes' decisions, also where the label is undefined."""
+    provenance: Mapping[str, Any]
+    """Plain JSON: the store's digest, the split's seed, and every option."""
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, np.ndarray):
+                value.setflags(write=False)
+        object.__setattr__(self, "provenance", MappingProxyType(dict(self.provenance)))
+
+    @property
+    def selectivity(self) -> np.ndarray:
+        """Balanced accuracy minus the control's, float64 [K, L, H] (Hewitt and Liang 2019)."""
+        return self.balanced_accuracy - self.control
+
+    def frame(self) -> pd.DataFrame:
+        """Return one row a concept, layer and head with every score; `head` is missing where layers are whole."""
+        import pandas as pd
+
+        k, at, head = (index.ravel() for index in np.indices(self.balanced_accuracy.shape))
+        names = np.array(self.concepts, dtype=object)[k]
+        columns: dict[str, Any] = {
+            "concept": names,
+            "level": [Concept.parse(name).level for name in names],
+            "stack": self.stack,
+            "component": self.component,
+            "tokens": self.tokens,
+            "layer": np.array(self.layers)[at],
+            "head": pd.array(head if self.n_heads else [pd.NA] * len(head), dtype="Int64"),
+        }
+        for score in ("balanced_accuracy", "low", "high", "auc", "auc_low", "auc_high", "accuracy"):
+            columns[score] = getattr(self, score).ravel()
+        columns["majority"] = self.majority[k]
+        for score in ("control", "selectivity", "validation", "penalty", "gap"):
+            columns[score] = getattr(self, score).ravel()
+        for count in ("n_train", "n_test", "n_dropped"):
+            columns[count] = getattr(self, count)[k]
+        return pd.DataFrame(columns)
+
+    def array(self, concept: str, score: str = "balanced_accuracy") -> np.ndarray:
+        """Return a score of a concept over the grid, float64 [L], or [L, H] where heads were probed.
+
+        Raises
+        ------
+        ProbeError
+            Where the grid has no such concept or score.
+        """
+        scores = [f.name for f in fields(self) if np.shape(getattr(self, f.name)) == self.balanced_accuracy.shape]
+        scores.append("selectivity")
+        if score not in scores:
+            msg = f"'{score}' is not a score of a grid: there are {', '.join(scores)}"
+            raise ProbeError(msg)
+        values = getattr(self, score)[self._concept(concept)]
+        return values.copy() if self.n_heads else values[:, 0].copy()
+
+    def best(self, concept: str) -> Cell:
+        """Return the cell with the highest validation score of a concept, the first such.
+
+        It is chosen on the training rows, so its held-out score is not inflated by the choice.
+        """
+        k = self._concept(concept)
+        at, head = np.unravel_index(np.argmax(self.validation[k]), self.validation[k].shape)
+        where = (k, int(at), int(head))
+        return Cell(
+            concept,
+            self.layers[at],
+            int(head) if self.n_heads else None,
+            *(float(getattr(self, s)[where]) for s in ("validation", "balanced_accuracy", "low", "high", "control")),
+        )
+
+    def decision(self, concept: str, layer: int, head: int | None, x: np.ndarray) -> np.ndarray:
+        """Return margins float64 [n] of activations [n, D]; positive where the concept is read as true.
+
+        Raises
+        ------
+        ProbeError
+            Where the grid has no such concept, layer or head, or the width is another.
+        """
+        where = self._where(concept, layer, head)
+        rows = np.asarray(x, dtype=np.float64)
+        if rows.ndim != 2 or rows.shape[1] != self.weights.shape[-1]:
+            msg = f"activations of shape {list(rows.shape)} given, the probe reads [n, {self.weights.shape[-1]}]"
+            raise ProbeError(msg)
+        return rows @ self.weights[where] + self.intercepts[where]
+
+    def direction(self, concept: str, layer: int, head: int | None = None) -> Direction:
+        """Return the probe as a unit direction in the units of the activations; its decision is the probe's.
+
+        Raises
+        ------
+        ProbeError
+            Where the grid has no such concept, layer or head, or its probe has no direction (all features constant).
+        """
+        from activation_store.direction import Direction
+
+        where = self._where(concept, layer, head)
+        if not self.weights[where].any():
+            msg = f"the probe of '{concept}' at {self._place.site(layer)} has no direction: its features are constant"
+            raise ProbeError(msg)
+        k = where[0]
+        statistics = {s: float(getattr(self, s)[where]) for s in ("balanced_accuracy", "low", "high", "auc", "control")}
+        statistics |= {"validation": float(self.validation[where])}
+        statistics |= {"n_train": float(self.n_train[k]), "n_test": float(self.n_test[k])}
+        return Direction.from_weights(
+            self._place.site(layer),
+            self.tokens,
+            concept,
+            self.weights[where],
+            head=head,
+            sigma=float(self.sigma[where]),
+            intercept=float(self.intercepts[where]),
+            statistics=statistics,
+            provenance={**self.provenance, "penalty": float(self.penalty[where])},
+        )
+
+    def held_out_frame(self, concept: str, layer: int, head: int | None = None) -> pd.DataFrame:
+        """Return the held-out examples: id, group, label (NaN where undefined) and the probe's margin."""
+        import pandas as pd
+
+        where = self._where(concept, layer, head)
+        return pd.DataFrame(
+            {
+                "id": self.held_out,
+                "group": self.held_out_groups,
+                "label": self.held_out_labels[where[0]],
+                "margin": self.held_out_margins[where],
+            }
+        )
+
+    def save(self, folder: str | Path) -> Path:
+        """Write ``grid.safetensors`` (arrays) and ``grid.json`` (the rest) into a folder, made where missing."""
+        from safetensors.numpy import save
+
+        arrays, plain = {}, {}
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, np.ndarray):
+                arrays[item.name] = np.ascontiguousarray(value)
+            else:
+                plain[item.name] = dict(value) if isinstance(value, Mapping) else value
+        data = save(arrays)
+        card = {"format": GRID_FORMAT, "version": GRID_VERSION, "sha256": hashlib.sha256(data).hexdigest(), **plain}
+        path = Path(folder)
+        path.mkdir(parents=True, exist_ok=True)
+        # Written aside and renamed, the card last: a run killed here leaves the old grid or a card that does not match.
+        for name, content in ((_TENSORS, data), (_CARD, json.dumps(card, indent=1).encode())):
+            aside = path / f"{name}.tmp"
+            aside.write_bytes(content)
+            aside.replace(path / name)
+        return path
+
+    @classmethod
+    def load(cls, folder: str | Path) -> ProbeGrid:
+        """Read what `save` wrote.
+
+        Raises
+        ------
+        ProbeError
+            Where there is no grid, it is damaged, or it was saved by another version.
+        """
+        from safetensors import SafetensorError
+        from safetensors.numpy import load
+
+        path = Path(folder)
+        try:
+            card = json.loads((path / _CARD).read_bytes())
+            data = (path / _TENSORS).read_bytes()
+        except FileNotFoundError as error:
+            msg = f"no probe grid at {path}: {Path(error.filename).name} is missing; fit one and save it there"
+            raise ProbeError(msg) from error
+        except (OSError, ValueError) as error:
+            msg = f"{path / _CARD} cannot be read: {error}"
+            raise ProbeError(msg) from error
+        if not isinstance(card, dict) or card.pop("format", None) != GRID_FORMAT:
+            msg = f"{path / _CARD} is not the card of a probe grid"
+            raise ProbeError(msg)
+        version = card.pop("version", None)
+        if version != GRID_VERSION:
+            msg = f"{path}: grid of version {version}, this reads version {GRID_VERSION}; fit it again from its store"
+            raise ProbeError(msg)
+        if card.pop("sha256", None) != hashlib.sha256(data).hexdigest():
+            msg = f"{path / _TENSORS} does not match its card: the grid is damaged or half written; fit it again"
+            raise ProbeError(msg)
+        try:
+            # Copies: safetensors' own arrays are views into the file's bytes.
+            values: dict[str, Any] = {name: np.array(array) for name, array in load(data).items()} | card
+            for name in ("concepts", "layers", "held_out", "held_out_groups"):
+                values[name] = tuple(values[name])
+            return cls(**values)
+        except (SafetensorError, TypeError, KeyError) as error:
+            msg = f"{path}: the grid is damaged: {error}; fit it again"
+            raise ProbeError(msg) from error
+
+    @property
+    def _place(self) -> Place:
+        return Place(self.stack, self.component, self.tokens, self.layers, self.n_heads)
+
+    def _concept(self, concept: str) -> int:
+        if concept not in self.concepts:
+            msg = f"'{concept}' not in this grid: it has {', '.join(self.concepts)}"
+            raise ProbeError(msg)
+        return self.concepts.index(concept)
+
+    def _where(self, concept: str, layer: int, head: int | None) -> tuple[int, int, int]:
+        k = self._concept(concept)
+        if layer not in self.layers:
+            msg = f"layer {layer} not in this grid: it has layers {', '.join(map(str, self.layers))}"
+            raise ProbeError(msg)
+        at = self.layers.index(layer)
+        if self.n_heads is None:
+            if head is not None:
+                msg = f"head {head} asked of a grid whose layers were probed whole: leave head out, or fit with heads=True"
+                raise ProbeError(msg)
+            return k, at, 0
+        if head is None or not 0 <= head < self.n_heads:
+            msg = f"head {head} not in this grid: give one of 0-{self.n_heads - 1}"
+            raise ProbeError(msg)
+        return k, at, head
