@@ -1,0 +1,188 @@
+"""What every derivation of a steering vector is made of: reading activations, means, directions, where it came from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from circuits.progress import progress_bar
+from circuits.steering import Entry, Kind, Positions, SteeringVector, name_of, site_of
+from concepts.errors import PatchError, SiteError
+from concepts.schema import CounterfactualPair
+from lvlm.sites import Head, Site
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from torch import Tensor
+
+    from concepts.schema import Example
+    from lvlm.model import Lvlm, Place
+
+
+class Store(Protocol):
+    """What is needed of an `ActivationStore`."""
+
+    @property
+    def provenance(self) -> Mapping[str, Any]:
+        """Where it came from; ``model`` holds the model's ``name`` and ``config`` hash."""
+        ...
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 that identifies its content."""
+        ...
+
+    def read(self, site: str | Site, tokens: str, head: int | None = None, examples: Any = None) -> np.ndarray:
+        """Return activations, float32 ``[n, d]``."""
+        ...
+
+    def frame(self) -> pd.DataFrame:
+        """Return one row an example, with a column for each concept (NaN where undefined)."""
+        ...
+
+    def __len__(self) -> int: ...
+
+
+def unit_difference(positive: np.ndarray, negative: np.ndarray, key: Head | int) -> Entry:
+    """Return the unit difference of two means, with the standard deviation of all projections on it."""
+    difference = mean(positive, key) - mean(negative, key)
+    norm = float(np.linalg.norm(difference))
+    unit = difference / norm if norm > 0 else difference
+    sigma = float(np.std(np.concatenate([positive, negative]) @ unit))
+    if not sigma > 0:
+        msg = f"at {name_of(key)} the two means coincide: there is no direction"
+        raise PatchError(msg)
+    return Entry(unit, sigma)
+
+
+def mean(x: np.ndarray, key: Head | int) -> np.ndarray:
+    """Return the mean of rows; raises `PatchError` where there are none."""
+    if not len(x):
+        msg = f"no examples on one side at {name_of(key)}: both sides need at least one"
+        raise PatchError(msg)
+    return x.mean(axis=0)
+
+
+def keys_of(heads: Iterable[Head], layers: Iterable[int]) -> tuple[Head | int, ...]:
+    """Return heads and layers as keys of entries; raises `PatchError` where there are none."""
+    keys: tuple[Head | int, ...] = (*heads, *layers)
+    if not keys:
+        msg = "no heads and no layers to act on: pass heads=scores.top(8), say"
+        raise PatchError(msg)
+    return tuple(dict.fromkeys(keys))
+
+
+def labels_of(store: Store, concept: str) -> np.ndarray:
+    """Return the labels of a concept, float ``[N]``, NaN where undefined."""
+    frame = store.frame()
+    if concept not in frame.columns:
+        there = ", ".join(str(c) for c in frame.columns if ":" in str(c))
+        msg = f"concept '{concept}' has no labels in the store: there are {there or 'none'}"
+        raise SiteError(msg)
+    return frame[concept].to_numpy(dtype=np.float64)
+
+
+def checked_mask(mask: object, size: int) -> np.ndarray:
+    """Return a boolean mask; raises `PatchError` where it is not one of `size` examples."""
+    array = np.asarray(mask)
+    if array.dtype != np.bool_ or array.shape != (size,):
+        msg = f"a mask of {array.dtype} {list(array.shape)}: it must be boolean [{size}], one for each example of the store"
+        raise PatchError(msg)
+    return array
+
+
+def read(store: Store, key: Head | int, tokens: str) -> np.ndarray:
+    """Return activations in float64 ``[N, d]``: sums over many float32 rows would lose digits."""
+    return store.read(site_of(key), tokens, head=key.head if isinstance(key, Head) else None).astype(np.float64)
+
+
+def sides(pairs: Sequence[CounterfactualPair]) -> tuple[list[Example], list[Example]]:
+    """Return the clean and the corrupt examples; raises `PatchError` where there are none."""
+    if not pairs:
+        msg = "no pairs: counterfactuals.pairs(data, kind='blank') makes them"
+        raise PatchError(msg)
+    return [p.clean for p in pairs], [p.corrupt for p in pairs]
+
+
+def activations(
+    model: Lvlm, examples: Sequence[Example], keys: Sequence[Head | int], tokens: str
+) -> dict[Head | int, np.ndarray]:
+    """Run examples and return what is at each head or layer, float64 ``[n, d]``: at the last token, or mean over the suffix."""
+    if tokens not in ("last", "suffix"):
+        msg = f"tokens='{tokens}': choose 'last' or 'suffix'"
+        raise SiteError(msg)
+    sites = {site: model.locate(site) for site in dict.fromkeys(site_of(key) for key in keys)}
+    wrong = [name_of(k) for k in keys if isinstance(k, Head) and not 0 <= k.head < model.n_heads]
+    if wrong:
+        msg = f"heads {', '.join(wrong)}: {model.name} has {model.n_heads} heads in each layer"
+        raise SiteError(msg)
+    rows: dict[Head | int, list[np.ndarray]] = {key: [np.empty(0)] * len(examples) for key in keys}
+    with progress_bar() as bar:
+        task = bar.add_task("reading activations", total=len(examples))
+        for batch in model.batches(examples):
+            starts = [e.tokens.last if tokens == "last" else max(e.tokens.image) + 1 for e in batch.encodings]
+            seen = _seen(model, batch.inputs, sites, min(starts))
+            for row, (number, start) in enumerate(zip(batch.index, starts, strict=True)):
+                for key in keys:
+                    x = seen[site_of(key)][row, start - min(starts) :].mean(axis=0)
+                    if isinstance(key, Head):
+                        x = x[key.head * model.head_dim : (key.head + 1) * model.head_dim]
+                    rows[key][number] = x
+            bar.advance(task, len(batch.index))
+    return {key: np.stack(values) for key, values in rows.items()}
+
+
+def _seen(model: Lvlm, inputs: Mapping[str, Tensor], sites: Mapping[Site, Place], start: int) -> dict[Site, np.ndarray]:
+    """Run a batch and return what is at each site from a position on, float64 ``[B, T - start, D]``."""
+    seen: dict[Site, np.ndarray] = {}
+    with ExitStack() as hooks:
+        for site, place in sites.items():
+
+            def see(x: Tensor, site: Site = site) -> None:
+                seen[site] = x[:, start:].detach().double().cpu().numpy()
+
+            hooks.callback(place.watch(see).remove)
+        model.logits(inputs)
+    return seen
+
+
+def made_from_store(
+    store: Store,
+    entries: Mapping[Head | int, Entry],
+    kind: Kind,
+    positions: Positions,
+    strength: float,
+    about: dict[str, Any],
+) -> SteeringVector:
+    """Make a vector for the model that a store was traced from."""
+    origin = store.provenance.get("model", {})
+    provenance = {**about, "store": store.digest}
+    return SteeringVector(
+        entries, kind, positions, strength, str(origin.get("name", "")), str(origin.get("config", "")), provenance
+    )
+
+
+def made_from_pairs(
+    model: Lvlm,
+    pairs: Sequence[CounterfactualPair],
+    entries: Mapping[Head | int, Entry],
+    kind: Kind,
+    positions: Positions,
+    strength: float,
+    how: tuple[str, str],
+) -> SteeringVector:
+    """Make a vector for a model from pairs; `how` names the method and the tokens read."""
+    from circuits.patching import pairs_digest
+
+    about = {
+        "method": how[0],
+        "tokens": how[1],
+        "pairs": len(pairs),
+        "kinds": sorted({p.kind for p in pairs}),
+        "pairs_digest": pairs_digest(pairs),
+        "weights": model.weights_hash,
+    }
+    return SteeringVector(entries, kind, positions, strength, model.name, model.config_hash, about)

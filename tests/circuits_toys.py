@@ -1,0 +1,70 @@
+"""Untrained models with weights large enough that heads differ, and pairs of pictures to show them."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+
+from concepts import questions
+from concepts.counterfactuals import pairs as counterfactual_pairs
+from concepts.drawing import TEST, generator, sample
+from concepts.schema import ConceptDataset, CounterfactualPair, Example
+from lvlm import wrap_lvlm
+from lvlm.model import Lvlm
+from lvlm.tiny.architecture import build_model, build_processor
+
+
+def lively(seed: int = 0, gain: float = 4.0) -> Lvlm:
+    """Return a random model whose linear maps are larger than at initialisation, so that images change its answers."""
+    hf = build_model(seed)
+    with torch.no_grad():
+        for module in hf.modules():
+            if isinstance(module, nn.Linear):
+                module.weight *= gain
+    return wrap_lvlm(hf, build_processor(), name="random")
+
+
+@cache
+def shared() -> Lvlm:
+    """Return one such model that no test changes."""
+    return lively()
+
+
+@cache
+def examples(count: int = 8) -> tuple[Example, ...]:
+    """Return questions of unlike kinds and lengths about different scenes."""
+    made = []
+    for i in range(count):
+        scene = sample(generator(TEST, 77, i), f"scene{i}", nouns=["apple", "car", "dog"])
+        apple = scene.objects[0]
+        asked = (
+            questions.what_color(scene, apple),
+            questions.color(scene, apple, apple.attributes["color"]),
+            questions.existence(scene, "car"),
+            questions.existence(scene, "umbrella"),
+        )[i % 4]
+        made.append(questions.as_example(scene, asked, "neutral"))
+    return tuple(made)
+
+
+def data(count: int = 8) -> ConceptDataset:
+    return ConceptDataset("toys", examples(count))
+
+
+@cache
+def pairs(kind: str, count: int = 8) -> tuple[CounterfactualPair, ...]:
+    return tuple(counterfactual_pairs(data(count), kind=kind))
+
+
+def hooks_of(model: Lvlm) -> int:
+    """Count the hooks that are on a model; transformers keeps some of its own there to record outputs."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
+    found = [hook for module in model.hf.modules() for kind in kinds for hook in getattr(module, kind).values()]
+    return sum(not getattr(hook, "__module__", "").startswith("transformers.") for hook in found)
+
+
+def layers_of(model: Lvlm) -> Any:
+    return model.hf.model.language_model.layers
