@@ -1,0 +1,291 @@
+"""POPE: does the model say that things are in the image which are not? (Li et al. 2023, arXiv 2305.10355)."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from activation_store.files import write_whole
+from behavior.parsing import named_parser
+from concepts.errors import ConfigError, DataError
+from concepts.questions import article
+from concepts.statistics import Estimate, estimate
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from behavior.result import BehaviorResult
+    from concepts.schema import ConceptDataset
+    from lvlm.model import Lvlm
+
+SPLITS = ("random", "popular", "adversarial")
+Question = Mapping[str, str | int]
+"""One line of a POPE file: ``question_id``, ``image``, ``text``, ``label``."""
+
+
+@dataclass(frozen=True)
+class PopeScores:
+    """POPE's figures, ``yes`` being the positive answer, with 95 % intervals clustered by image.
+
+    An answer that is neither yes nor no is wrong, and no prediction of yes: it lowers accuracy, and recall where the
+    truth is yes, but not precision. A figure that is 0 / 0 is NaN.
+    """
+
+    n: int
+    accuracy: Estimate
+    precision: Estimate
+    recall: Estimate
+    f1: Estimate
+    yes_ratio: Estimate
+    """Share of yes among the answers given, not among the true ones."""
+    unparsed: int
+    """Answers that are neither yes nor no."""
+
+
+@dataclass(frozen=True)
+class PopeResult:
+    """Scores by split, and the answers they come from."""
+
+    splits: Mapping[str, PopeScores]
+    answers: BehaviorResult
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "splits", MappingProxyType(dict(self.splits)))
+
+    def frame(self) -> pd.DataFrame:
+        """Return one row a split: ``n``, ``unparsed``, and each figure with ``<figure>_low`` and ``<figure>_high``."""
+        import pandas as pd
+
+        rows = []
+        for split, scores in self.splits.items():
+            row: dict[str, object] = {"split": split, "n": scores.n, "unparsed": scores.unparsed}
+            for name in ("accuracy", "precision", "recall", "f1", "yes_ratio"):
+                figure: Estimate = getattr(scores, name)
+                row |= {name: figure.value, f"{name}_low": figure.low, f"{name}_high": figure.high}
+            rows.append(row)
+        return pd.DataFrame(rows)
+
+
+def pope(
+    model: Lvlm,
+    data: ConceptDataset,
+    batch_size: int = 32,
+    *,
+    generate: bool = False,
+    parser: str = "pope_release",
+    max_new_tokens: int = 40,
+    progress: bool = True,
+) -> PopeResult:
+    """Ask a model the existence questions of a dataset and score its answers by split.
+
+    By default the answer is read from the logit margin between yes and no, which needs no parser; `generate` lets the
+    model write, as the benchmark's release does, and `parser` says how that is read. The other parameters and the
+    errors are those of `behavior.answer`.
+
+    Raises
+    ------
+    DataError
+        Where the dataset has no yes-no question of kind ``existence``.
+    """
+    from behavior.answering import answer
+
+    asked = data.filter(lambda e: e.kind == "existence" and {"yes", "no"} == set(e.candidates))
+    if not len(asked):
+        msg = f"dataset '{data.name}' has no yes-no questions of kind 'existence': POPE asks only those"
+        raise DataError(msg)
+    answers = answer(
+        model,
+        asked,
+        batch_size,
+        generate=generate,
+        parser=parser,
+        max_new_tokens=max_new_tokens,
+        progress=progress,
+    )
+    splits = dict.fromkeys(a.split for a in answers.answers)
+    return PopeResult({split: score_result(answers.where(split=split)) for split in splits}, answers)
+
+
+def score_result(answers: BehaviorResult) -> PopeScores:
+    """Score answers to yes-no questions that were already read."""
+    rows = answers.answers
+    return _scores([a.given for a in rows], [a.answer for a in rows], [a.group for a in rows])
+
+
+def score(
+    answers: Sequence[str],
+    labels: Sequence[str],
+    parser: str = "pope_release",
+    groups: Sequence[str] | None = None,
+) -> PopeScores:
+    """Score answers that were made anywhere; no model is needed.
+
+    Parameters
+    ----------
+    answers
+        What was written to each question.
+    labels
+        ``yes`` or ``no``: the truth of each.
+    parser
+        How answers are read, one of `behavior.parsing.PARSERS`.
+    groups
+        The image of each question, for the intervals; without them each question counts as an image of its own.
+
+    Raises
+    ------
+    DataError
+        For unequal lengths, no answers, or a label that is neither yes nor no.
+    ConfigError
+        For an unknown parser.
+    """
+    rule = named_parser(parser)
+    if not len(answers) == len(labels) == len(labels if groups is None else groups):
+        given = "" if groups is None else f" and {len(groups)} groups"
+        msg = f"{len(answers)} answers for {len(labels)} labels{given}: each question needs one of each"
+        raise DataError(msg)
+    if not answers:
+        msg = "there are no answers to score"
+        raise DataError(msg)
+    for number, label in enumerate(labels):
+        if label not in {"yes", "no"}:
+            msg = f"label {number} is '{label}', neither 'yes' nor 'no'"
+            raise DataError(msg)
+    return _scores([rule(text) for text in answers], labels, range(len(labels)) if groups is None else groups)
+
+
+def _scores(given: Sequence[str | None], labels: Sequence[str], groups: Sequence[str | int]) -> PopeScores:
+    said = np.array([g == "yes" for g in given])
+    true = np.array([label == "yes" for label in labels])
+    right = np.array([g == label for g, label in zip(given, labels, strict=True)])
+    hits = said & true
+    return PopeScores(
+        n=len(labels),
+        accuracy=estimate(right, groups),
+        precision=estimate(hits, groups, said),
+        recall=estimate(hits, groups, true),
+        # 2 PR / (P + R) = 2 hits / (said yes + truly yes), which is a ratio of totals.
+        f1=estimate(2.0 * hits, groups, said.astype(float) + true),
+        yes_ratio=estimate(said, groups),
+        unparsed=sum(g is None for g in given),
+    )
+
+
+# -- making questions ------------------------------------------------------------------------------------------------
+
+
+def build(
+    images: Mapping[str, Sequence[str]], seed: int = 0, per_image: int = 3, n_images: int | None = None
+) -> dict[str, tuple[Question, ...]]:
+    """Make POPE's three splits from what is in each image, by the rule of its release (RUCAIBox/POPE, ``utils.py``).
+
+    Of images with at least `per_image` different objects, the first `per_image` are asked about (yes), and after each
+    comes an object that is neither in the image nor was asked about it before (no):
+
+    ``random``
+        any object of the sampled images, all equally likely;
+    ``popular``
+        the one in most of the sampled images;
+    ``adversarial``
+        the one that most often shares a sampled image with the object just asked about.
+
+    Equal counts are decided by which was met first, in the order of images and of their objects. Where popular or
+    adversarial find none, it is drawn as in ``random``.
+
+    Parameters
+    ----------
+    images
+        Image path to its objects, in the order they are to be asked about; one named twice counts once.
+    seed
+        Decides which images are sampled and what ``random`` draws.
+    per_image
+        How many pairs of questions an image gets.
+    n_images
+        How many images to sample; all that have enough objects by default.
+
+    Returns
+    -------
+    dict
+        For each split its questions as a POPE file has them, ``question_id`` counted from 1.
+
+    Raises
+    ------
+    ConfigError
+        For fewer than 1 question or image.
+    DataError
+        Where there are not enough images, an object has no name, or nothing is left that could be asked about.
+    """
+    if per_image < 1 or (n_images is not None and n_images < 1):
+        msg = f"per_image={per_image}, n_images={n_images}: both must be at least 1"
+        raise ConfigError(msg)
+    distinct = {name: tuple(dict.fromkeys(objects)) for name, objects in images.items()}
+    for name, objects in distinct.items():
+        if not all(noun.strip() for noun in objects):
+            msg = f"image '{name}' has an object without a name"
+            raise DataError(msg)
+    able = [name for name, objects in distinct.items() if len(objects) >= per_image]
+    wanted = len(able) if n_images is None else n_images
+    if not able or wanted > len(able):
+        msg = f"{wanted or 1} images with at least {per_image} different objects are needed, there are {len(able)}"
+        raise DataError(msg)
+    rng = np.random.Generator(np.random.PCG64(seed))
+    drawn = range(len(able)) if n_images is None else rng.choice(len(able), size=wanted, replace=False)
+    sampled = {able[int(i)]: distinct[able[int(i)]] for i in drawn}
+    frequency = Counter(noun for objects in sampled.values() for noun in objects)
+    together: dict[str, Counter[str]] = {noun: Counter() for noun in frequency}
+    for objects in sampled.values():
+        for noun in objects:
+            together[noun].update(other for other in objects if other != noun)
+    # `most_common` keeps the order in which equal ones were met.
+    popular = [noun for noun, _ in frequency.most_common()]
+    partners = {noun: [other for other, _ in counts.most_common()] for noun, counts in together.items()}
+    orders: dict[str, Callable[[str], list[str]]] = {
+        "random": lambda _: [],
+        "popular": lambda _: popular,
+        "adversarial": lambda noun: partners[noun],
+    }
+    return {
+        split: tuple(_questions(sampled, list(frequency), order, per_image, rng)) for split, order in orders.items()
+    }
+
+
+def _questions(
+    sampled: Mapping[str, Sequence[str]],
+    known: Sequence[str],
+    order: Callable[[str], list[str]],
+    per_image: int,
+    rng: np.random.Generator,
+) -> Iterable[Question]:
+    number = 0
+    for image, objects in sampled.items():
+        barred = set(objects)
+        for positive in objects[:per_image]:
+            negative = next((noun for noun in order(positive) if noun not in barred), None)
+            if negative is None:
+                free = [noun for noun in known if noun not in barred]
+                if not free:
+                    msg = (
+                        f"image '{image}': none of the {len(known)} objects is left that is not in it or already asked "
+                        "about; give more images, or ask for fewer questions an image"
+                    )
+                    raise DataError(msg)
+                negative = free[int(rng.integers(len(free)))]
+            barred.add(negative)
+            for noun, label in ((positive, "yes"), (negative, "no")):
+                number += 1
+                text = f"Is there {article(noun)} {noun} in the image?"
+                yield {"question_id": number, "image": image, "text": text, "label": label}
+
+
+def write_questions(path: Path | str, records: Iterable[Question]) -> None:
+    """Write questions in POPE's file layout, a JSON object a line; `concepts.loaders.pope` reads it."""
+    lines = [json.dumps(dict(record), ensure_ascii=False) + "\n" for record in records]
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(target, "".join(lines).encode())

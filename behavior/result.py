@@ -1,0 +1,260 @@
+"""What a model answered, question by question, and the rates that follow from it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Self
+
+from activation_store.files import write_whole
+from behavior.parsing import YES_NO
+from concepts.errors import ConfigError, DataError
+from concepts.statistics import Estimate, estimate
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+FORMAT, VERSION = "groundscope.behavior", 1
+BY = ("split", "level", "kind", "group", "question", "answer")
+"""Columns that a table of rates may be split by."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One question with what the model answered."""
+
+    id: str
+    group: str
+    """The image or scene; intervals are clustered by it."""
+    split: str
+    level: str
+    kind: str
+    question: str
+    answer: str
+    """The true answer."""
+    candidates: tuple[str, ...]
+    """The answers it could choose from; empty for free text."""
+    given: str | None
+    """The candidate it chose; None for free text, and where what it wrote is none of them."""
+    correct: bool | None
+    """Whether that is the true answer; None for free text, which has no single one."""
+    margin: float | None = None
+    """Log-score of the true answer minus that of the best other candidate, in nats; None where it was not read."""
+    probabilities: tuple[float, ...] = ()
+    """Probability that the answer begins as each candidate does; what is missing to 1 goes to other words."""
+    prior_answer: str | None = None
+    """What the world's prior would say without looking."""
+    text: str | None = None
+    """What it wrote, where it was let to write."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What the answers took."""
+
+    seconds: float
+    """Wall time from the first encoding to the last answer."""
+    forwards: int
+    """Forward passes of a batch; a generated token is one."""
+    answers: int
+
+    @property
+    def seconds_per_answer(self) -> float:
+        """Wall time of an answer in seconds."""
+        return self.seconds / self.answers
+
+
+def _accuracy(row: Answer) -> bool | None:
+    return row.correct
+
+
+def _yes_ratio(row: Answer) -> bool | None:
+    return row.given == "yes" if set(row.candidates) == YES_NO else None
+
+
+def _false_positive_rate(row: Answer) -> bool | None:
+    return _yes_ratio(row) if row.answer == "no" else None
+
+
+def _wrong_by_prior(row: Answer) -> bool | None:
+    if row.split != "conflict" or row.correct is None or row.prior_answer is None:
+        return None
+    return not row.correct and row.given == row.prior_answer
+
+
+RATES: Mapping[str, Callable[[Answer], bool | None]] = MappingProxyType(
+    {
+        "accuracy": _accuracy,
+        "yes_ratio": _yes_ratio,
+        "false_positive_rate": _false_positive_rate,
+        "wrong_by_prior": _wrong_by_prior,
+    }
+)
+"""Name of a rate to what an answer adds to it: True, False, or None where it does not count."""
+
+
+def rate_of(name: str) -> Callable[[Answer], bool | None]:
+    """Return an entry of `RATES`; raises `ConfigError` for one that there is not."""
+    if name not in RATES:
+        msg = f"no rate '{name}': there are {', '.join(RATES)}"
+        raise ConfigError(msg)
+    return RATES[name]
+
+
+@dataclass(frozen=True)
+class BehaviorResult:
+    """The answers to a dataset, in its order.
+
+    Raises
+    ------
+    DataError
+        Where two answers have the same id.
+    """
+
+    answers: tuple[Answer, ...]
+    cost: Cost
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    """Model and its hashes, digest of the data, and how it was asked."""
+
+    def __post_init__(self) -> None:
+        if len({a.id for a in self.answers}) < len(self.answers):
+            msg = "two answers have the same id; ids must be unique"
+            raise DataError(msg)
+        object.__setattr__(self, "provenance", MappingProxyType(dict(self.provenance)))
+
+    def __len__(self) -> int:
+        return len(self.answers)
+
+    @property
+    def unparsed(self) -> int:
+        """How many answers to questions with candidates are none of them; they count as wrong."""
+        return sum(a.given is None and bool(a.candidates) for a in self.answers)
+
+    def where(self, **values: object) -> BehaviorResult:
+        """Return the answers whose fields equal the given values, e.g. ``where(split="conflict")``; same cost."""
+        unknown = set(values) - {f.name for f in fields(Answer)}
+        if unknown:
+            msg = f"answers have no field '{min(unknown)}': there are {', '.join(f.name for f in fields(Answer))}"
+            raise ConfigError(msg)
+        kept = tuple(a for a in self.answers if all(getattr(a, key) == value for key, value in values.items()))
+        return BehaviorResult(kept, self.cost, self.provenance)
+
+    def frame(self) -> pd.DataFrame:
+        """Return one row an answer."""
+        import pandas as pd
+
+        return pd.DataFrame([asdict(a) for a in self.answers], columns=[f.name for f in fields(Answer)])
+
+    # -- rates ---------------------------------------------------------------------------------------------------
+
+    def rate(self, name: str) -> Estimate:
+        """Return one of `RATES` over all answers it applies to, with its 95 % interval clustered by group.
+
+        See `concepts.statistics.estimate` for the interval; it has a width even where all are right.
+        """
+        value = rate_of(name)
+        counted = [(bool(v), a.group) for a in self.answers if (v := value(a)) is not None]
+        return estimate([v for v, _ in counted], [g for _, g in counted])
+
+    def rates(self, name: str, by: str | Sequence[str] | None = None) -> pd.DataFrame:
+        """Return one of `RATES` as a table: a row a value of `by`, columns ``n``, the rate's name, ``low``, ``high``.
+
+        Parameters
+        ----------
+        name
+            Which rate.
+        by
+            One or more of `BY`, in order of first appearance; None for a single row over all.
+
+        Raises
+        ------
+        ConfigError
+            For a rate or column that there is not.
+        """
+        import pandas as pd
+
+        value = rate_of(name)
+        columns = [by] if isinstance(by, str) else list(by or ())
+        unknown = [c for c in columns if c not in BY]
+        if unknown:
+            msg = f"answers cannot be split by '{unknown[0]}': there are {', '.join(BY)}"
+            raise ConfigError(msg)
+        parts: dict[tuple[str, ...], list[Answer]] = {} if columns else {(): []}
+        for row in self.answers:
+            if value(row) is not None:
+                parts.setdefault(tuple(getattr(row, c) for c in columns), []).append(row)
+        rows = []
+        for key, part in parts.items():
+            found = estimate([bool(value(a)) for a in part], [a.group for a in part])
+            rows.append((*key, found.n, found.value, found.low, found.high))
+        return pd.DataFrame(rows, columns=[*columns, "n", name, "low", "high"])
+
+    def accuracy(self, by: str | Sequence[str] | None = None) -> pd.DataFrame:
+        """Return the share of right answers among questions with candidates; see `rates`."""
+        return self.rates("accuracy", by)
+
+    def yes_ratio(self, by: str | Sequence[str] | None = None) -> pd.DataFrame:
+        """Return the share of yes among the *given* answers to yes-no questions, whatever is true; see `rates`."""
+        return self.rates("yes_ratio", by)
+
+    def false_positive_rate(self, by: str | Sequence[str] | None = None) -> pd.DataFrame:
+        """Return how often it said yes where the truth is no; see `rates`."""
+        return self.rates("false_positive_rate", by)
+
+    def wrong_by_prior(self, by: str | Sequence[str] | None = None) -> pd.DataFrame:
+        """Return how often it was wrong with just the prior's answer, on the split ``conflict``; see `rates`."""
+        return self.rates("wrong_by_prior", by)
+
+    # -- files ---------------------------------------------------------------------------------------------------
+
+    def save(self, path: Path | str) -> None:
+        """Write everything as one JSON file, an answer a line; the file is whole or not there."""
+        header = {
+            "format": FORMAT,
+            "version": VERSION,
+            "cost": asdict(self.cost),
+            "provenance": dict(self.provenance),
+        }
+        lines = ",\n".join(json.dumps(asdict(a), allow_nan=False) for a in self.answers)
+        text = f'{json.dumps(header, allow_nan=False)[:-1]}, "answers": [\n{lines}\n]}}\n'
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(target, text.encode())
+
+    @classmethod
+    def load(cls, path: Path | str) -> Self:
+        """Read what `save` wrote.
+
+        Raises
+        ------
+        DataError
+            Naming the file, where it is missing, damaged, something else, or of another version.
+        """
+        try:
+            held = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            msg = f"answers '{path}' cannot be read: {error.strerror or error}"
+            raise DataError(msg) from error
+        except (ValueError, RecursionError) as error:
+            msg = f"answers '{path}' are damaged: {error}"
+            raise DataError(msg) from error
+        if not isinstance(held, dict) or held.get("format") != FORMAT:
+            msg = f"'{path}' does not hold answers saved by BehaviorResult.save"
+            raise DataError(msg)
+        if held.get("version") != VERSION:
+            msg = f"answers '{path}' are of version {held.get('version')}, this release reads {VERSION}: answer again"
+            raise DataError(msg)
+        try:
+            answers = tuple(_answer(values) for values in held["answers"])
+            return cls(answers, Cost(**held["cost"]), held["provenance"])
+        except (KeyError, TypeError, AttributeError) as error:
+            msg = f"answers '{path}' are damaged: {error}"
+            raise DataError(msg) from error
+
+
+def _answer(values: dict[str, Any]) -> Answer:
+    lists = {name: tuple(values[name]) for name in ("candidates", "probabilities")}
+    return Answer(**{**values, **lists})

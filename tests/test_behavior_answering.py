@@ -1,0 +1,300 @@
+"""Answers of a model: batches against one by one, margins against raw logits, what is kept and what is refused."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from behavior import BehaviorResult, answer, pope
+from behavior.result import Answer, Cost
+from concepts import questions
+from concepts.drawing import TEST, generator, sample
+from concepts.errors import ConfigError, DataError, ModelError
+from concepts.schema import ConceptDataset, Example
+from lvlm import Lvlm, wrap_lvlm
+from lvlm.tiny.architecture import build_model, build_processor
+
+
+@pytest.fixture(scope="module")
+def model() -> Lvlm:
+    return wrap_lvlm(build_model(), build_processor(), name="random", check=False)
+
+
+@pytest.fixture(scope="module")
+def data() -> ConceptDataset:
+    examples: list[Example] = []
+    for index in range(6):
+        scene = sample(generator(TEST, 0, index), f"s{index}", count=3)
+        thing = scene.objects[0]
+        asked = [
+            questions.existence(scene, thing.noun),
+            questions.existence(scene, next(n for n in ("apple", "bus", "key", "bell") if scene.get(n) is None)),
+            questions.what_color(scene, thing),
+            questions.caption(scene),
+            questions.color(scene, thing, "red"),
+        ]
+        examples += [questions.as_example(scene, q, "conflict" if q.kind == "color" else "neutral") for q in asked]
+    return ConceptDataset("mixed", tuple(examples))
+
+
+@pytest.fixture(scope="module")
+def result(model: Lvlm, data: ConceptDataset) -> BehaviorResult:
+    return answer(model, data, batch_size=4, max_new_tokens=5)
+
+
+def test_order_and_fields_are_those_of_the_data(result: BehaviorResult, data: ConceptDataset) -> None:
+    assert [a.id for a in result.answers] == [e.id for e in data]
+    for given, asked in zip(result.answers, data, strict=True):
+        for name in ("group", "split", "level", "kind", "question", "answer", "candidates", "prior_answer"):
+            assert getattr(given, name) == getattr(asked, name)
+
+
+def test_batches_answer_as_one_by_one(model: Lvlm, data: ConceptDataset, result: BehaviorResult) -> None:
+    single = answer(model, data, batch_size=1, max_new_tokens=5)
+    for one, many in zip(single.answers, result.answers, strict=True):
+        assert (one.given, one.correct, one.text) == (many.given, many.correct, many.text)
+        if one.margin is not None:
+            assert many.margin == pytest.approx(one.margin, abs=1e-4)
+            assert many.probabilities == pytest.approx(one.probabilities, abs=1e-6)
+
+
+def test_margin_and_probabilities_follow_from_the_logits(
+    model: Lvlm, data: ConceptDataset, result: BehaviorResult
+) -> None:
+    """The tokenizer knows each of these answers as one lower-case word."""
+    for given, asked in zip(result.answers, data, strict=True):
+        if not asked.candidates:
+            continue
+        logits = model.logits(model.encode(asked).inputs)[0].double().numpy()
+        scores = {c: logits[model.processor.tokenizer.convert_tokens_to_ids(c)] for c in asked.candidates}
+        best = max(scores, key=scores.__getitem__)
+        margin = scores[asked.answer] - max(v for c, v in scores.items() if c != asked.answer)
+        shares = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
+        assert given.given == best
+        assert given.correct == (best == asked.answer)
+        assert given.margin == pytest.approx(margin, abs=1e-4)
+        expected = [shares[model.processor.tokenizer.convert_tokens_to_ids(c)] for c in asked.candidates]
+        assert given.probabilities == pytest.approx(expected, abs=1e-6)
+
+
+def test_captions_are_written_and_not_judged(result: BehaviorResult) -> None:
+    captions = result.where(kind="caption").answers
+    assert len(captions) == 6
+    for caption in captions:
+        assert isinstance(caption.text, str)
+        assert (caption.given, caption.correct, caption.margin, caption.probabilities) == (None, None, None, ())
+
+
+def test_written_answers_are_read_by_the_named_parser(
+    model: Lvlm, data: ConceptDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = {"existence": "No, there is not.", "what_color": "It is green.", "caption": "a car", "color": "Perhaps"}
+    monkeypatch.setattr(model, "generate", lambda batch, _: [texts[e.example.kind] for e in batch.encodings])
+    release = answer(model, data, generate=True)
+    strict = answer(model, data, generate=True, parser="strict")
+    assert {a.given for a in release.answers if a.kind == "existence"} == {"no"}
+    assert {a.given for a in release.answers if a.kind == "color"} == {"yes"}
+    assert {a.given for a in release.answers if a.kind == "what_color"} == {"green"}
+    assert {a.given for a in strict.answers if a.kind in {"existence", "color"}} == {None}
+    assert strict.unparsed == 18
+    assert not any(a.correct for a in strict.answers if a.kind == "existence")
+    assert release.provenance["parser"] == "pope_release"
+
+
+def test_cost_counts_forwards(model: Lvlm, data: ConceptDataset) -> None:
+    choices = data.filter(lambda e: bool(e.candidates))
+    lengths = [model.encode(e).tokens.length for e in choices]
+    batches = sum(-(-lengths.count(length) // 4) for length in set(lengths))
+    cost = answer(model, choices, batch_size=4).cost
+    assert (cost.forwards, cost.answers) == (batches, 24)
+    assert 0 < cost.seconds_per_answer == cost.seconds / 24
+    written = answer(model, data.where(kind="caption")[:1], max_new_tokens=3).cost
+    assert 1 <= written.forwards <= 3
+    assert not model.hf._forward_pre_hooks
+
+
+def test_provenance_names_model_and_data(model: Lvlm, data: ConceptDataset, result: BehaviorResult) -> None:
+    expected = {"model": "random", "config_hash": model.config_hash, "data_digest": data.digest}
+    assert expected.items() <= dict(result.provenance).items()
+    assert result.provenance["weights_hash"] == model.weights_hash
+
+
+def test_hooks_on_the_model_act(model: Lvlm, data: ConceptDataset, result: BehaviorResult) -> None:
+    push = torch.ones(model.width) * 3
+    hook = model.locate("decoder.L3.resid_post").edit(lambda x: x + push)
+    changed = answer(model, data.where(kind="existence"))
+    hook.remove()
+    before = result.where(kind="existence")
+    assert [a.margin for a in changed.answers] != pytest.approx([a.margin for a in before.answers], abs=1e-3)
+
+
+def test_a_tie_is_wrong(model: Lvlm, data: ConceptDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model, "logits", lambda inputs: torch.zeros(len(inputs["input_ids"]), 200))
+    for row in answer(model, data.where(kind="existence")).answers:
+        assert (row.margin, row.correct) == (0.0, False)
+        assert row.given != row.answer
+
+
+def test_what_cannot_be_asked_is_refused_before_the_first_forward(
+    model: Lvlm, data: ConceptDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(_: object) -> None:
+        pytest.fail("a forward was run")
+
+    first = data[0]
+    cases = [
+        (ConceptDataset("none", ()), DataError, "'none' has no examples"),
+        (
+            ConceptDataset("odd", (first, replace(first, id="b", answer="perhaps"))),
+            DataError,
+            "example 'b': the true answer 'perhaps'",
+        ),
+        (
+            ConceptDataset("odd", (replace(first, answer="yes", candidates=("yes",)),)),
+            DataError,
+            "two or more different",
+        ),
+        (
+            ConceptDataset("odd", (replace(first, answer="zebra", candidates=("zebra", "no")),)),
+            DataError,
+            "does not know",
+        ),
+    ]
+    monkeypatch.setattr(model, "logits", never)
+    for asked, error, words in cases:
+        with pytest.raises(error, match=words):
+            answer(model, asked)
+    with pytest.raises(ConfigError, match="no parser 'best': there are pope_release, mme, strict"):
+        answer(model, data, parser="best")
+    with pytest.raises(ConfigError, match="batch_size=0"):
+        answer(model, data, batch_size=0)
+
+
+def test_logits_that_are_not_finite_are_refused(
+    model: Lvlm, data: ConceptDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model, "logits", lambda inputs: torch.full((len(inputs["input_ids"]), 200), torch.nan))
+    with pytest.raises(ModelError, match="not finite"):
+        answer(model, data.where(kind="existence"))
+
+
+# ---- rates -------------------------------------------------------------------------------------------------------------
+
+
+def said(number: int, true: str, given: str | None, split: str = "random", **more: object) -> Answer:
+    values = {"level": "object", "kind": "existence", "question": "?", "candidates": ("yes", "no"), **more}
+    return Answer(
+        f"q{number}", f"g{number // 2}", split=split, answer=true, given=given, correct=given == true, **values
+    )  # pyright: ignore[reportArgumentType]
+
+
+@pytest.fixture
+def known() -> BehaviorResult:
+    rows = [
+        said(0, "yes", "yes"),
+        said(1, "no", "yes"),
+        said(2, "no", "no"),
+        said(3, "no", None),
+        said(4, "yes", "no", "conflict", level="attribute", kind="color", prior_answer="no"),
+        said(5, "no", "no", "conflict", level="attribute", kind="color", prior_answer="yes"),
+        said(6, "red", "green", "conflict", kind="what_color", candidates=("red", "green"), prior_answer="green"),
+        said(7, "red", "green", "typical", kind="what_color", candidates=("red", "green"), prior_answer="green"),
+    ]
+    caption = replace(rows[0], id="c", kind="caption", candidates=(), given=None, correct=None, text="a car")
+    return BehaviorResult((*rows, caption), Cost(2.0, 3, 9), {"model": "m"})
+
+
+def test_rates_by_hand(known: BehaviorResult) -> None:
+    table = known.accuracy(by="split").set_index("split")
+    assert dict(table["n"]) == {"random": 4, "conflict": 3, "typical": 1}
+    assert dict(table["accuracy"]) == pytest.approx({"random": 2 / 4, "conflict": 1 / 3, "typical": 0})
+    assert (table["low"] < table["high"]).all()
+    assert known.rate("accuracy").value == pytest.approx(3 / 8)
+    # Predictions: yes, yes, no, unparsed, no, no. The labels' ratio would be 2/6, that of random 1/4.
+    assert known.rate("yes_ratio").value == pytest.approx(2 / 6)
+    assert known.yes_ratio(by="split")["yes_ratio"].tolist() == pytest.approx([2 / 4, 0])
+    assert known.rate("false_positive_rate").value == pytest.approx(1 / 4)
+    assert known.rate("false_positive_rate").n == 4
+    assert known.rate("wrong_by_prior").value == pytest.approx(2 / 3)
+    assert known.wrong_by_prior(by=["level", "kind"])["wrong_by_prior"].tolist() == pytest.approx([1 / 2, 1])
+    assert known.unparsed == 1
+    assert known.accuracy().to_dict("records")[0]["n"] == 8
+    assert list(known.where(kind="caption").accuracy("split").columns) == ["split", "n", "accuracy", "low", "high"]
+    assert len(known.where(kind="caption").accuracy("split")) == 0
+
+
+def test_unknown_names_are_refused(known: BehaviorResult) -> None:
+    with pytest.raises(ConfigError, match="no rate 'f1': there are accuracy"):
+        known.rate("f1")
+    with pytest.raises(ConfigError, match="cannot be split by 'color'"):
+        known.accuracy(by="color")
+    with pytest.raises(ConfigError, match="no field 'color'"):
+        known.where(color="red")
+    with pytest.raises(DataError, match="same id"):
+        BehaviorResult(known.answers[:1] * 2, known.cost)
+
+
+def test_results_are_frozen_and_tabular(known: BehaviorResult) -> None:
+    frame = known.frame()
+    assert frame["id"].tolist() == [a.id for a in known.answers]
+    with pytest.raises(AttributeError):
+        known.cost = Cost(0, 0, 0)  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(TypeError):
+        known.provenance["model"] = "x"  # pyright: ignore[reportIndexIssue]
+
+
+# ---- files -------------------------------------------------------------------------------------------------------------
+
+
+def test_saved_answers_are_the_same_when_loaded(tmp_path: Path, known: BehaviorResult, result: BehaviorResult) -> None:
+    markup = replace(
+        known.answers[0], id='<b>"\n', text="", prior_answer="ünï", margin=1 / 3, probabilities=(0.1, 2e-9)
+    )
+    for number, held in enumerate((known, result, BehaviorResult((markup,), known.cost))):
+        path = tmp_path / "new" / f"{number}.json"
+        held.save(path)
+        assert BehaviorResult.load(path) == held
+        assert json.loads(path.read_text())["format"] == "groundscope.behavior"
+
+
+def test_damaged_answers_are_refused(tmp_path: Path, known: BehaviorResult) -> None:
+    path = tmp_path / "answers.json"
+    known.save(path)
+    whole = path.read_text()
+    held = json.loads(whole)
+    cases = {
+        "damaged": whole[:-30],
+        "does not hold answers": json.dumps([1]),
+        "of version 2": json.dumps({**held, "version": 2}),
+        "are damaged: 'cost'": json.dumps({k: v for k, v in held.items() if k != "cost"}),
+        "are damaged: .*color": json.dumps({**held, "answers": [{**held["answers"][0], "color": 1}]}),
+    }
+    for words, content in cases.items():
+        path.write_text(content)
+        with pytest.raises(DataError, match=words):
+            BehaviorResult.load(path)
+    with pytest.raises(DataError, match=r"none.json' cannot be read"):
+        BehaviorResult.load(tmp_path / "none.json")
+
+
+# ---- POPE on a model ---------------------------------------------------------------------------------------------------
+
+
+def test_pope_asks_the_existence_questions(model: Lvlm, data: ConceptDataset, result: BehaviorResult) -> None:
+    scored = pope(model, data)
+    expected = [a.given for a in result.answers if a.kind == "existence"]
+    assert [a.given for a in scored.answers.answers] == expected
+    assert list(scored.splits) == ["neutral"]
+    scores = scored.splits["neutral"]
+    assert scores.n == 12
+    assert scores.yes_ratio.value == pytest.approx(expected.count("yes") / 12)
+    frame = scored.frame()
+    assert frame["accuracy"].tolist() == [scores.accuracy.value]
+    assert {"split", "n", "unparsed", "f1", "f1_low", "f1_high", "yes_ratio"} <= set(frame.columns)
+    with pytest.raises(DataError, match="no yes-no questions of kind 'existence'"):
+        pope(model, data.where(kind="caption"))

@@ -1,0 +1,93 @@
+"""CHAIR against small examples worked by hand from the paper's definitions."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from behavior import chair
+from concepts.errors import ConfigError, DataError
+
+
+def test_two_captions_by_hand() -> None:
+    """Four objects are mentioned and one is not there; one caption of two has it."""
+    captions = {"1": "A cat sits beside a dog.", "2": "A car next to a bus."}
+    result = chair(captions, {"1": ["cat", "dog"], "2": ["car", "tree"]}, vocabulary=["bus"])
+    assert result.chair_i.value == pytest.approx(1 / 4)
+    assert result.chair_s.value == pytest.approx(1 / 2)
+    assert result.recall.value == pytest.approx(3 / 4)
+    assert result.captions[1].mentioned == ("car", "bus")
+    assert result.captions[1].hallucinated == ("bus",)
+    assert result.captions[1].missed == ("tree",)
+    for estimate in (result.chair_i, result.chair_s, result.recall):
+        assert 0 <= estimate.low < estimate.value < estimate.high <= 1
+    assert result.frame()["id"].tolist() == ["1", "2"]
+
+
+def test_an_object_counts_once_or_as_often_as_it_is_named() -> None:
+    captions = {"1": "A bus, a red bus and two buses by a car."}
+    objects = {"1": ["car"]}
+    assert chair(captions, objects, vocabulary=["bus"]).chair_i.value == pytest.approx(1 / 2)
+    assert chair(captions, objects, vocabulary=["bus"], variant="release").chair_i.value == pytest.approx(3 / 4)
+
+
+def test_synonyms_and_plurals() -> None:
+    synonyms = {"puppy": "dog", "men": "person", "man": "person", "Traffic Signal": "traffic light"}
+    captions = {
+        "1": "Two puppies, three men and a man watch the traffic signals; knives, leaves, glasses and cherries."
+    }
+    nouns = ["knife", "leaf", "glass", "cherry"]
+    result = chair(captions, {"1": ["Puppy", "man"]}, synonyms, vocabulary=nouns)
+    assert result.captions[0].mentioned == (
+        "dog", "person", "person", "traffic light", "knife", "leaf", "glass", "cherry",
+    )  # fmt: skip
+    assert result.recall.value == 1.0
+    assert result.chair_i.value == pytest.approx(5 / 7)
+
+
+def test_the_longest_words_win() -> None:
+    result = chair({"1": "A hot dog, and a t-shirt's dog"}, {"1": ["hot dog", "T-shirt"]}, vocabulary=["dog"])
+    assert result.captions[0].mentioned == ("hot dog", "t shirt", "dog")
+    assert result.captions[0].hallucinated == ("dog",)
+
+
+def test_words_within_words_are_no_objects() -> None:
+    result = chair({"1": "A carpet, a category and a scar"}, {"1": ["car", "cat"]})
+    assert result.captions[0].mentioned == ()
+    assert math.isnan(result.chair_i.value)
+    assert (result.chair_s.value, result.recall.value) == (0, 0)
+
+
+def test_plural_names_are_themselves() -> None:
+    """A word of the vocabulary is never cut: scissors are no scissor, and a bus is no bu."""
+    result = chair({"1": "scissors and a bus"}, {"1": ["scissors", "bus", "bu"]})
+    assert result.captions[0].mentioned == ("scissors", "bus")
+
+
+def test_only_known_words_are_objects() -> None:
+    captions, objects = {"1": "a car and a zebra"}, {"1": ["car"], "2": ["dog"]}
+    assert chair(captions, objects).chair_s.value == 0
+    assert chair(captions, objects, vocabulary=["zebra"]).chair_s.value == 1
+    assert chair({"1": "a dog"}, objects).chair_s.value == 1  # shown by another image
+
+
+def test_intervals_are_over_images() -> None:
+    captions = {str(i): "a car and a bus" for i in range(40)}
+    objects = {str(i): ["car", "bus"] if i % 2 else ["car"] for i in range(40)}
+    result = chair(captions, objects)
+    assert result.chair_s.value == 0.5
+    assert 0.3 < result.chair_s.low < 0.42
+    assert result.chair_i.value == 0.25
+    assert result.chair_i.high - result.chair_i.low == pytest.approx((result.chair_s.high - result.chair_s.low) / 2)
+
+
+def test_bad_input_is_named() -> None:
+    with pytest.raises(DataError, match="no captions"):
+        chair({}, {})
+    with pytest.raises(DataError, match="caption of image '2'"):
+        chair({"1": "a", "2": "b"}, {"1": []})
+    with pytest.raises(ConfigError, match="no variant 'new': there are paper, release"):
+        chair({"1": "a"}, {"1": []}, variant="new")
+    with pytest.raises(ConfigError, match="'dog' is what a word means and means 'animal' itself"):
+        chair({"1": "a"}, {"1": []}, {"puppy": "dog", "dog": "animal"})

@@ -1,0 +1,115 @@
+"""Paired comparison of two systems, against scipy, naive resampling and known answers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import binomtest
+
+from behavior import BehaviorResult, compare
+from behavior.comparison import mcnemar
+from behavior.result import Answer, Cost
+from concepts.errors import ConfigError, DataError
+
+
+def result(right: np.ndarray, per_group: int = 1) -> BehaviorResult:
+    rows = [
+        Answer(
+            id=f"q{i}",
+            group=f"g{i // per_group}",
+            split="random",
+            level="object",
+            kind="existence",
+            question="?",
+            answer="no",
+            candidates=("yes", "no"),
+            given="no" if r else "yes",
+            correct=bool(r),
+        )
+        for i, r in enumerate(right)
+    ]
+    return BehaviorResult(tuple(rows), Cost(1, 1, len(rows)))
+
+
+@given(st.integers(0, 80), st.integers(0, 80))
+def test_mcnemar_is_the_exact_binomial_test(gained: int, lost: int) -> None:
+    expected = binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
+    assert mcnemar(gained, lost) == pytest.approx(expected, rel=1e-9)
+
+
+def test_mcnemar_with_many_questions() -> None:
+    assert mcnemar(5200, 4800) == pytest.approx(binomtest(5200, 10000).pvalue, rel=1e-6)
+    assert 0 < mcnemar(100, 1100) < 1e-200
+
+
+def test_difference_by_hand() -> None:
+    found = compare(result(np.array([1, 1, 0, 0, 0, 1] * 4)), result(np.array([1, 0, 1, 1, 0, 1] * 4)))
+    assert (found.first, found.second) == (0.5, pytest.approx(4 / 6))
+    assert found.difference.value == pytest.approx(1 / 6)
+    assert (found.gained, found.lost, found.difference.n) == (8, 4, 24)
+    assert found.p_value == pytest.approx(binomtest(8, 12).pvalue)
+    assert found.difference.low < 0 < found.difference.high
+
+
+def test_interval_agrees_with_resampling_groups_with_both_answers() -> None:
+    rng = np.random.default_rng(0)
+    shared = rng.random((80, 1)) < 0.6
+    first = (shared & (rng.random((80, 4)) < 0.9)).ravel()
+    second = (shared | (rng.random((80, 4)) < 0.2)).ravel()
+    change = (second.astype(float) - first).reshape(80, 4)
+    draws = [change[rng.integers(0, 80, size=80)].mean() for _ in range(5000)]
+    found = compare(result(first, 4), result(second, 4), n=5000)
+    assert (found.difference.low, found.difference.high) == pytest.approx(np.quantile(draws, [0.025, 0.975]), abs=0.006)
+    turned = compare(result(second, 4), result(first, 4), n=5000)
+    assert turned.difference.value == pytest.approx(-found.difference.value)
+    assert (turned.difference.low, turned.difference.high) == pytest.approx(
+        (-found.difference.high, -found.difference.low), abs=0.006
+    )
+    assert turned.p_value == found.p_value
+
+
+def test_pairing_narrows_the_interval() -> None:
+    rng = np.random.default_rng(1)
+    first = rng.random(300) < 0.5
+    second = first.copy()
+    second[:20] = True
+    found = compare(result(first), result(second))
+    assert found.difference.low > 0
+    assert found.difference.high - found.difference.low < 0.06
+
+
+@pytest.mark.parametrize("n", [3, 50])
+def test_no_comparison_is_certain(n: int) -> None:
+    same = compare(result(np.ones(n)), result(np.ones(n)))
+    assert (same.difference.value, same.p_value) == (0, 1)
+    assert same.difference.low == -same.difference.high < 0
+    better = compare(result(np.zeros(n)), result(np.ones(n)))
+    assert better.difference.value == 1 == better.difference.high
+    assert 1 - better.difference.low > 0
+    few = compare(result(np.array([0, 1, 1])), result(np.array([1, 1, 1])))
+    assert few.difference.low < 0 < few.difference.value < few.difference.high
+
+
+def test_the_order_of_answers_and_other_rates() -> None:
+    before, after = result(np.array([0, 0, 1, 1])), result(np.array([1, 0, 1, 1]))
+    turned = BehaviorResult(after.answers[::-1], after.cost)
+    assert compare(before, turned) == compare(before, after)
+    found = compare(before, after, "false_positive_rate")
+    assert (found.first, found.second, found.gained, found.lost) == (0.5, 0.25, 0, 1)
+
+
+def test_what_cannot_be_compared_is_refused() -> None:
+    first = result(np.ones(3))
+    with pytest.raises(DataError, match=r"different questions: 'q2' is in one only \(1 such\)"):
+        compare(first, result(np.ones(2)))
+    changed = (replace(first.answers[0], question="another"), *first.answers[1:])
+    with pytest.raises(DataError, match="question 'q0' is not the same"):
+        compare(first, BehaviorResult(changed, first.cost))
+    with pytest.raises(DataError, match="'wrong_by_prior' applies to none of the 3"):
+        compare(first, first, "wrong_by_prior")
+    with pytest.raises(ConfigError, match="no rate 'f1'"):
+        compare(first, first, "f1")
