@@ -8,10 +8,12 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from concepts.errors import ConfigError, DataError
-from concepts.statistics import Estimate, estimate
 
+# `import behavior` imports this module, so numpy and what needs it wait until something is scored.
 if TYPE_CHECKING:
     import pandas as pd
+
+    from concepts.statistics import Estimate
 
 VARIANTS = ("paper", "release")
 _WORD = re.compile(r"[^\W_]+")
@@ -88,6 +90,8 @@ def chair(
     ConfigError
         For an unknown variant, or a synonym of a synonym.
     """
+    from concepts.statistics import estimate
+
     if variant not in VARIANTS:
         msg = f"no variant '{variant}': there are {', '.join(VARIANTS)}"
         raise ConfigError(msg)

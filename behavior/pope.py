@@ -10,19 +10,18 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from activation_store.files import write_whole
 from behavior.parsing import named_parser
 from concepts.errors import ConfigError, DataError
-from concepts.questions import article
-from concepts.statistics import Estimate, estimate
 
+# `import behavior` imports this module, so numpy and what needs it wait until something is asked or scored.
 if TYPE_CHECKING:
+    import numpy as np
     import pandas as pd
 
     from behavior.result import BehaviorResult
     from concepts.schema import ConceptDataset
+    from concepts.statistics import Estimate
     from lvlm.model import Lvlm
 
 SPLITS = ("random", "popular", "adversarial")
@@ -161,17 +160,19 @@ def score(
 
 
 def _scores(given: Sequence[str | None], labels: Sequence[str], groups: Sequence[str | int]) -> PopeScores:
-    said = np.array([g == "yes" for g in given])
-    true = np.array([label == "yes" for label in labels])
-    right = np.array([g == label for g, label in zip(given, labels, strict=True)])
-    hits = said & true
+    from concepts.statistics import estimate
+
+    said = [g == "yes" for g in given]
+    true = [label == "yes" for label in labels]
+    right = [g == label for g, label in zip(given, labels, strict=True)]
+    hits = [s and t for s, t in zip(said, true, strict=True)]
     return PopeScores(
         n=len(labels),
         accuracy=estimate(right, groups),
         precision=estimate(hits, groups, said),
         recall=estimate(hits, groups, true),
         # 2 PR / (P + R) = 2 hits / (said yes + truly yes), which is a ratio of totals.
-        f1=estimate(2.0 * hits, groups, said.astype(float) + true),
+        f1=estimate([2 * h for h in hits], groups, [s + t for s, t in zip(said, true, strict=True)]),
         yes_ratio=estimate(said, groups),
         unparsed=sum(g is None for g in given),
     )
@@ -221,6 +222,8 @@ def build(
     DataError
         Where there are not enough images, an object has no name, or nothing is left that could be asked about.
     """
+    import numpy as np
+
     if per_image < 1 or (n_images is not None and n_images < 1):
         msg = f"per_image={per_image}, n_images={n_images}: both must be at least 1"
         raise ConfigError(msg)
@@ -262,6 +265,8 @@ def _questions(
     per_image: int,
     rng: np.random.Generator,
 ) -> Iterable[Question]:
+    from concepts.questions import article
+
     number = 0
     for image, objects in sampled.items():
         barred = set(objects)

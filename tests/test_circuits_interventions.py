@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from circuits_toys import examples, hooks_of, layers_of, lively, shared
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from circuits import Add, Amplify, Intervention, Replace, Zero, intervened
@@ -143,6 +143,7 @@ def test_changes_at_one_site_happen_in_order_and_contexts_nest() -> None:
     assert torch.equal(nested, both)
 
 
+@settings(max_examples=20)
 @given(seed=st.integers(0, 1000), layer=st.integers(0, 5), head=st.integers(0, 7))
 def test_adding_before_the_projection_is_adding_its_image_after(seed: int, layer: int, head: int) -> None:
     model = shared()

@@ -1,0 +1,1 @@
+"""Configuration groups; a package so that the console script finds them."""

@@ -1,0 +1,132 @@
+"""Every option of a run, as dataclasses: what they are called, what they mean, what they are by default."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from omegaconf import MISSING
+
+STAGES = ("examples", "trace", "probe", "patch", "steer", "evaluate", "report")
+"""The stages of a run, in order."""
+
+
+@dataclass
+class ModelConfig:
+    """The model under study."""
+
+    path: str = MISSING
+    """`tiny`, `tiny-unbiased`, a Hugging Face id, or a folder in its layout."""
+    twin: str | None = "tiny-unbiased"
+    """A control model asked the same questions (one without the prior, say); none for null."""
+    dtype: str = "float32"
+    """`float32`, `bfloat16` or `float16`."""
+    device: str = "cpu"
+    """Where it runs, as torch names devices."""
+    trust_remote_code: bool = False
+    """Let the model folder's own code run."""
+
+
+@dataclass
+class DataConfig:
+    """What the model is shown. Two parts that share no image: one to find things on, one to test them on."""
+
+    source: str = "scenes"
+    """`scenes`: icon scenes with exact truth; `pope`: a question file in POPE's layout, with images on disk."""
+    n_images: int = 300
+    """Scenes to find things on."""
+    seed: int = 0
+    """Seed of those scenes."""
+    test_images: int = 500
+    """Scenes to test on."""
+    test_seed: int = 1000
+    """Seed of those; must differ from `seed`."""
+    questions: str | None = None
+    """Question file (`source=pope`)."""
+    images: str | None = None
+    """Folder of its images (`source=pope`)."""
+    test_share: float = 0.5
+    """Share of the images kept for testing (`source=pope`)."""
+    limit: int | None = None
+    """Read at most this many questions (`source=pope`)."""
+
+
+@dataclass
+class TraceConfig:
+    """Which activations are kept."""
+
+    sites: list[str] = field(
+        default_factory=lambda: ["resid_post", "z", "mlp_out", "vision.resid_post", "projector.out"]
+    )
+    """Components of the decoder, or of a named stack, or single sites such as `decoder.L3.z`."""
+    tokens: list[str] = field(default_factory=lambda: ["last", "image:mean", "object:mean"])
+    """Token selections."""
+    batch_size: int = 32
+    """Examples a forward."""
+    dtype: str = "float32"
+    """How they are stored: `float32`, `float16` or `bfloat16`."""
+
+
+@dataclass
+class ProbeConfig:
+    """Linear probes."""
+
+    concepts: list[str] | None = None
+    """Concepts to decode; by default the asked one of each level, and every attribute and relation with enough examples."""
+    penalties: list[float] = field(default_factory=lambda: [0.001, 0.01, 0.1, 1.0])
+    """Inverse penalties (scikit-learn's C) to choose from inside the training folds."""
+    folds: int = 4
+    """Folds of that choice; images are never divided."""
+    test_fraction: float = 0.3
+    """Share of the images held out for the reported accuracy."""
+    seed: int = 0
+    """Seed of splits and label shuffles."""
+
+
+@dataclass
+class PatchConfig:
+    """Activation patching of heads on counterfactual pairs."""
+
+    kinds: list[str] = field(default_factory=lambda: ["object", "color", "relation"])
+    """Kinds of pairs; those the data cannot make are left out and named."""
+    pairs: int = 60
+    """Pairs of each kind at most."""
+    tokens: str = "last"
+    """Where a head is patched: `last`, or `suffix` for every token after the image."""
+    min_effect: float = 0.5
+    """Pairs whose two images change the answer's log-odds by less than this are left out, and counted."""
+    top: int = 6
+    """Heads to carry on with."""
+
+
+@dataclass
+class SteerConfig:
+    """The correction."""
+
+    method: str = "amplify"
+    """How the vector is made: an entry of `experiments.steer.METHODS`."""
+    strengths: list[float] = field(default_factory=lambda: [0.5, 1.0, 1.5, 2.0])
+    """Strengths to choose from on a validation part of the images things are found on."""
+    max_drop: float = 0.01
+    """Largest loss of neutral accuracy a strength may cost on the validation part."""
+
+
+@dataclass
+class RunConfig:
+    """One run: `groundscope key=value …`; nested options are written `data.n_images=200`."""
+
+    name: str = "default"
+    """Name of the run; its folder is `<root>/<name>`."""
+    root: str = "runs"
+    """Folder of all runs."""
+    stages: list[str] = field(default_factory=lambda: list(STAGES))
+    """Stages to run; the others must have run before."""
+    force: bool = False
+    """Run stages again even where nothing changed."""
+    threads: int | None = None
+    """CPU threads; by default what torch chooses."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    trace: TraceConfig = field(default_factory=TraceConfig)
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
+    patch: PatchConfig = field(default_factory=PatchConfig)
+    steer: SteerConfig = field(default_factory=SteerConfig)

@@ -1,0 +1,71 @@
+"""Behaviour on images nothing was found on: before, after, with controls, and the twin beside it."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+
+from behavior import BehaviorResult, answer
+from behavior.result import Answer
+from circuits import SteeringVector
+from concepts.statistics import Estimate, estimate
+from experiments.context import Context
+from experiments.measures import MEASURES, PRIOR_ERRORS, measured
+from experiments.run import write_json
+
+RUNS = ("before", "after", "random direction", "other heads", "twin")
+"""Every condition the test questions are answered under; the twin where one is named."""
+
+
+def make_behavior(context: Context, root: Path) -> str:
+    """Answer the test questions under every condition; write answers, rates and paired differences."""
+    steering = context.folder.path / "steering"
+    vectors = {
+        "after": "vector.safetensors",
+        "random direction": "control-random-direction.safetensors",
+        "other heads": "control-other-heads.safetensors",
+    }
+    data = context.held_out
+    results: dict[str, BehaviorResult] = {}
+    for run in RUNS:
+        model = context.twin if run == "twin" else context.model
+        if model is None or (run in vectors and not (steering / vectors[run]).exists()):
+            continue
+        steered: AbstractContextManager[None] = (
+            SteeringVector.load(steering / vectors[run]).applied(model) if run in vectors else nullcontext()
+        )
+        with steered:
+            results[run] = answer(model, data, 64)
+        results[run].save(root / f"{run.replace(' ', '-')}.json")
+    rates = {run: measured(result, data) for run, result in results.items()}
+    write_json(root / "rates.json", {run: {k: asdict(v) for k, v in found.items()} for run, found in rates.items()})
+    changes = {
+        run: {
+            name: asdict(change)
+            for name in rates["before"]
+            if name in MEASURES and (change := difference(results["before"], results[run], name)) is not None
+        }
+        for run in results
+        if run not in {"before", "twin"}
+    }
+    write_json(root / "changes.json", changes)
+    told = [n for n in (*PRIOR_ERRORS, "neutral: right", "all: right") if n in rates["before"]]
+    return "; ".join(
+        f"{n} {rates['before'][n].value:.3f} -> {rates.get('after', rates['before'])[n].value:.3f}" for n in told[:3]
+    )
+
+
+def difference(before: BehaviorResult, after: BehaviorResult, name: str) -> Estimate | None:
+    """Return the change of a measure, question by question, with an interval over images; None where it has no answers.
+
+    The interval is that of the mean of -1, 0, 1 over the questions, shifted into 0..1 for the estimate and back.
+    """
+    measure = MEASURES[name]
+    later: dict[str, Answer] = {a.id: a for a in after.answers}
+    kept = [a for a in before.answers if measure.counts(a)]
+    if not kept:
+        return None
+    moved = [(float(measure.value(later[a.id])) - float(measure.value(a)) + 1) / 2 for a in kept]
+    found = estimate(moved, [a.group for a in kept])
+    return Estimate(2 * found.value - 1, 2 * found.low - 1, 2 * found.high - 1, found.n)

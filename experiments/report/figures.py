@@ -1,0 +1,228 @@
+"""The report's figures, drawn with matplotlib as SVG that stands inside the page."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from PIL import Image
+
+BLUE, ORANGE, GREY, GREEN = "#2563a8", "#d9730d", "#8a8f98", "#2f8f4e"
+"""Model, correction, control, truth; told apart without color by marker and order as well."""
+MARKERS = {"before": "o", "after": "D", "control": "s", "twin": "^"}
+TINTS = {"before": BLUE, "after": ORANGE, "control": GREY, "twin": GREEN}
+
+_STYLE: dict[Any, Any] = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "svg.fonttype": "none",
+    "svg.hashsalt": "groundscope",
+    "font.family": "sans-serif",
+}
+
+
+@dataclass(frozen=True)
+class Point:
+    """A rate with its interval."""
+
+    value: float
+    low: float
+    high: float
+    n: int = 0
+
+
+@contextmanager
+def drawing(width: float, height: float) -> Iterator[Figure]:
+    """Open a figure of a size in inches, in the report's style."""
+    with rc_context(_STYLE):
+        yield Figure(figsize=(width, height), layout="constrained")
+
+
+def svg(figure: Figure) -> str:
+    """Return a figure as an SVG element without the XML head."""
+    buffer = io.StringIO()
+    with rc_context(_STYLE):
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
+def rates(series: Mapping[str, Mapping[str, Point]], labels: Mapping[str, str], title: str, *, low: float = 0.0) -> str:
+    """Draw rates by measure, one row a measure and one marker a series, with intervals.
+
+    Parameters
+    ----------
+    series
+        Name of the series (a key of `MARKERS`) to measure to rate.
+    labels
+        Name of the series to what the legend calls it.
+    title
+        Title of the figure.
+    low
+        Where the axis of rates begins.
+    """
+    measures = list(next(iter(series.values())))
+    with drawing(6.4, 0.9 + 0.42 * len(measures)) as figure:
+        axes = figure.add_subplot()
+        offsets = np.linspace(-0.26, 0.26, len(series)) if len(series) > 1 else [0.0]
+        for offset, (name, points) in zip(offsets, series.items(), strict=True):
+            kept = [(i, points[m]) for i, m in enumerate(measures) if m in points]
+            x = [p.value for _, p in kept]
+            spread = [[p.value - p.low for _, p in kept], [p.high - p.value for _, p in kept]]
+            axes.errorbar(
+                x,
+                [i + offset for i, _ in kept],
+                xerr=np.maximum(spread, 0),
+                fmt=MARKERS.get(name, "o"),
+                color=TINTS.get(name, BLUE),
+                label=labels.get(name, name),
+                markersize=5,
+                capsize=2,
+                linewidth=1.2,
+            )
+        axes.set_yticks(range(len(measures)), measures)
+        axes.invert_yaxis()
+        axes.set_xlim(
+            low - 0.01, 1.01 if low or any(p.value > 0.6 for s in series.values() for p in s.values()) else None
+        )
+        axes.grid(axis="x", alpha=0.3)
+        axes.set_title(title)
+        if len(series) > 1:
+            figure.legend(loc="outside lower center", ncols=min(4, len(series)), frameon=False)
+        return svg(figure)
+
+
+def grids(rows: Sequence[tuple[str, np.ndarray, np.ndarray]], width: int = 2) -> str:
+    """Draw probe accuracy by layer and head beside its shuffled control, on one scale.
+
+    Parameters
+    ----------
+    rows
+        Title, accuracy ``[L, H]``, control ``[L, H]``.
+    width
+        Panels a row; kept for wide pages.
+    """
+    with drawing(6.4, 2.3 * len(rows) + 0.4) as figure:
+        panels = figure.subplots(len(rows), width, squeeze=False)
+        image: Any = None
+        for (title, accuracy, control), line in zip(rows, panels, strict=True):
+            for axes, values, name in zip(line, (accuracy, control), (title, "labels shuffled"), strict=True):
+                image = axes.imshow(values, vmin=0.5, vmax=1.0, cmap="viridis", origin="lower", aspect="auto")
+                axes.set_title(name)
+                axes.set_xlabel("head")
+                axes.set_ylabel("layer")
+                axes.set_xticks(range(values.shape[1]))
+                axes.set_yticks(range(values.shape[0]))
+                for spine in axes.spines.values():
+                    spine.set_visible(False)
+        figure.colorbar(image, ax=panels, shrink=0.8, label="balanced accuracy (chance .5)")
+        return svg(figure)
+
+
+def effects(panels: Sequence[tuple[str, np.ndarray]], marked: Sequence[tuple[int, int]]) -> str:
+    """Draw patching effects by layer and head, one panel a kind of pair; marked heads are framed."""
+    limit = max(0.05, *(float(np.abs(v).max()) for _, v in panels))
+    with drawing(6.4, 2.6) as figure:
+        line = figure.subplots(1, len(panels), squeeze=False)[0]
+        image: Any = None
+        for axes, (title, values) in zip(line, panels, strict=True):
+            image = axes.imshow(values, vmin=-limit, vmax=limit, cmap="RdBu_r", origin="lower", aspect="auto")
+            axes.set_title(title)
+            axes.set_xlabel("head")
+            axes.set_xticks(range(values.shape[1]))
+            axes.set_yticks(range(values.shape[0]))
+            for layer, head in marked:
+                axes.plot(head, layer, marker="s", markersize=11, markerfacecolor="none", markeredgecolor="black")
+            for spine in axes.spines.values():
+                spine.set_visible(False)
+        line[0].set_ylabel("layer")
+        figure.colorbar(image, ax=list(line), shrink=0.8, label="share of the answer brought back")
+        return svg(figure)
+
+
+def path(
+    lines: Mapping[str, Sequence[tuple[str, float, float, float]]], control: Mapping[str, float], title: str
+) -> str:
+    """Draw probe accuracy along the way an image takes: vision tower, projector, decoder.
+
+    Parameters
+    ----------
+    lines
+        Name of the line to points ``(place, value, low, high)``; places are shared and in order.
+    control
+        Place to the mean accuracy on shuffled labels.
+    title
+        Title of the figure.
+    """
+    places = list(dict.fromkeys(p for points in lines.values() for p, *_ in points))
+    places = sorted(places, key=_stage)
+    with drawing(6.4, 3.0) as figure:
+        axes = figure.add_subplot()
+        for (name, points), style in zip(lines.items(), ("o-", "D--", "^:", "s-."), strict=False):
+            ordered = sorted(points, key=lambda p: places.index(p[0]))
+            x = [places.index(p) for p, *_ in ordered]
+            axes.plot(x, [v for _, v, *_ in ordered], style, label=name, markersize=4)
+            axes.fill_between(x, [p[2] for p in ordered], [p[3] for p in ordered], alpha=0.15)
+        kept = [p for p in places if p in control]
+        axes.plot(
+            [places.index(p) for p in kept], [control[p] for p in kept], color=GREY, lw=1, label="labels shuffled"
+        )
+        axes.axhline(0.5, color="black", lw=0.6, ls=":")
+        axes.set_xticks(range(len(places)), places, rotation=60, ha="right")
+        axes.set_ylim(0.4, 1.02)
+        axes.set_ylabel("balanced accuracy")
+        axes.set_title(title)
+        axes.legend(frameon=False, fontsize=8)
+        return svg(figure)
+
+
+def _stage(place: str) -> tuple[int, int]:
+    stack, _, number = place.partition(" ")
+    return ("vision", "projector", "decoder").index(stack), int(number or 0)
+
+
+def margins(lines: Mapping[str, Sequence[float]], places: Sequence[str], title: str) -> str:
+    """Draw what probes read of one image along the way: positive where they say yes."""
+    with drawing(6.4, 2.8) as figure:
+        axes = figure.add_subplot()
+        tints = (GREEN, ORANGE, BLUE)
+        for (name, values), tint, style in zip(lines.items(), tints, ("o-", "D--", "s:"), strict=False):
+            axes.plot(range(len(values)), values, style, color=tint, label=name, markersize=4)
+        axes.axhline(0, color="black", lw=0.8)
+        axes.set_xticks(range(len(places)), places, rotation=60, ha="right")
+        axes.set_ylabel("probe margin")
+        axes.set_title(title)
+        axes.legend(frameon=False, fontsize=8)
+        return svg(figure)
+
+
+def overlay(
+    image: Image.Image, maps: Sequence[tuple[str, np.ndarray, float]], box: tuple[float, float, float, float] | None
+) -> str:
+    """Draw the attention of heads over an image: title, ``[rows, columns]`` and mass on the image for each head."""
+    with drawing(6.4, 1.9) as figure:
+        line = figure.subplots(1, 1 + len(maps), squeeze=False)[0]
+        pixels = np.asarray(image)
+        height, width = pixels.shape[:2]
+        for axes in line:
+            axes.imshow(pixels, extent=(0, width, height, 0))
+            axes.axis("off")
+        line[0].set_title("image", fontsize=8)
+        for axes, (title, values, mass) in zip(line[1:], maps, strict=True):
+            shown = values / max(float(values.max()), 1e-9)
+            axes.imshow(shown, extent=(0, width, height, 0), cmap="magma", alpha=0.65, vmin=0, vmax=1)
+            axes.set_title(f"{title}\n{mass:.0%} on image", fontsize=8)
+            if box is not None:
+                x0, y0, x1, y1 = box
+                axes.plot([x0, x1, x1, x0, x0], [y0, y0, y1, y1, y0], color="white", lw=1)
+        return svg(figure)

@@ -1,0 +1,271 @@
+"""The report's sections: each reads `Facts` and returns HTML, or nothing where the run has nothing to say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from concepts.schema import LEVELS
+from experiments.context import Context
+from experiments.report import figures
+from experiments.report.apple import apple_section
+from experiments.report.facts import Facts
+from experiments.report.figures import Point
+from experiments.report.html import figure, page, paragraph, section, table, text
+
+CONDITIONS = {
+    "before": "as it is",
+    "after": "steered",
+    "random direction": "control: random direction",
+    "other heads": "control: other heads",
+    "twin": "twin without the prior",
+}
+ERRORS = (
+    "conflict: wrong by prior",
+    "adversarial absent: says yes",
+    "popular absent: says yes",
+    "random absent: says yes",
+)
+
+
+def make_report(context: Context, root: Path) -> str:
+    """Write ``report.html`` into the run's folder; `root` keeps the tables it shows."""
+    facts = Facts(context)
+    parts = [(name, link, found) for name, link, make in SECTIONS if (found := make(facts))]
+    title = f"groundscope: {context.config.model.path}"
+    document = page(title, context.headline(), parts)
+    (context.folder.path / "report.html").write_text(document)
+    (root / "sections.json").write_text(str([name for name, _, _ in parts]).replace("'", '"') + "\n")
+    return f"{len(parts)} sections, {len(document) / 1e6:.1f} MB"
+
+
+def percent(value: float) -> str:
+    """Return a rate as people write it."""
+    return "not measured" if np.isnan(value) else f"{100 * value:.1f} %"
+
+
+def _interval(point: object) -> str:
+    value, low, high = (getattr(point, name) for name in ("value", "low", "high"))
+    return f"{percent(value)} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def summary(facts: Facts) -> str:
+    """Answer the four questions, each in two sentences with figures."""
+    before, after = facts.rates["before"], facts.rates.get("after", facts.rates["before"])
+    known = []
+    for level in LEVELS:
+        found = facts.level_arrays("decoder", "resid_post", "last", level)
+        if found is not None:
+            layer = int(found[0].argmax())
+            known.append(
+                f"{level} {percent(float(found[0][layer]))} at layer {layer} (shuffled {percent(float(found[1][layer]))})"
+            )
+    where = "At the last token, linear probes read: " + "; ".join(known) + "." if known else "No probe had enough data."
+    best = {kind: scores.top(1)[0] for kind, scores in facts.heads.items()}
+    what = (
+        "No head could be scored: the images hardly change the answers."
+        if not best
+        else "Patching every head exactly: "
+        + "; ".join(
+            f"{kind} answers rest most on {head}, which alone brings back "
+            f"{percent(float(facts.heads[kind].mean[head.layer, head.head]))} of the answer"
+            for kind, head in best.items()
+        )
+    )
+    rows = facts.known()
+    if rows:
+        seen = max((r for r in rows if "object tokens" in r[0]), key=lambda r: r[1], default=rows[0])
+        last = max((r for r in rows if "last token" in r[0]), key=lambda r: r[1], default=rows[0])
+        why = (
+            f"In {rows[0][3]} answers the prior got wrong, probes still read the true color at {seen[0]} in {percent(seen[1])} "
+            f"and at {last[0]} in {percent(last[1])}: it was seen, and lost on the way to the answer."
+            if seen[1] > 0.5
+            else f"In {rows[0][3]} answers the prior got wrong, probes read the true color in at most {percent(seen[1])}."
+        )
+    else:
+        why = "These data have no answers that are wrong by a known prior."
+    moved = [
+        f"{name}: {percent(before[name].value)} → {percent(after[name].value)}" for name in ERRORS[:2] if name in before
+    ]
+    guard = "neutral: right" if "neutral: right" in before else "all: right"
+    chosen = facts.sweep["chosen"]
+    if chosen["strength"]:
+        kept = f"{guard} {percent(before[guard].value)} → {percent(after[guard].value)}"
+        correct = f"{'; '.join([*moved, kept])}. Controls of the same size are shown below."
+    else:
+        correct = "No strength of this vector made fewer errors within the allowed cost, so none is applied."
+    items = (
+        ("Where is it known?", where),
+        ("What uses it?", what),
+        ("Why was it wrong?", why),
+        ("What corrects it?", correct),
+    )
+    body = "".join(f"<li><strong>{text(q)}</strong>{text(a)}</li>" for q, a in items)
+    return section("summary", "Four answers", f'<ul class="answers">{body}</ul>')
+
+
+def accuracy(facts: Facts) -> str:
+    """Show what the model says, split by what could mislead it, beside its twin."""
+    series = {run: facts.rates[run] for run in ("before", "twin") if run in facts.rates}
+    good = {run: _points(found, lambda name: "right" in name or "recall" in name) for run, found in series.items()}
+    bad = {
+        run: _points(found, lambda name: "says" in name or "wrong" in name or "CHAIR" in name)
+        for run, found in series.items()
+    }
+    parts = [
+        paragraph(
+            "Test questions on images that nothing was found, fitted or chosen on. "
+            "Bars are 95 % intervals from a bootstrap over images."
+        ),
+        figure(figures.rates(good, CONDITIONS, "Right answers"), "Share of right answers by split; higher is better."),
+    ]
+    if next(iter(bad.values())):
+        parts.append(
+            figure(figures.rates(bad, CONDITIONS, "Errors"), "Share of errors by what misleads; lower is better.")
+        )
+    return section("accuracy", "What the model says", *parts)
+
+
+def _points(found: dict, wanted: Callable[[str], bool]) -> dict[str, Point]:
+    return {name: Point(e.value, e.low, e.high, e.n) for name, e in found.items() if wanted(name)}
+
+
+def known(facts: Facts) -> str:
+    """Show where concepts can be decoded."""
+    parts = [
+        paragraph(
+            "Logistic probes, fitted on part of the images and scored once on others; an image is never on both sides. "
+            "The control repeats everything with shuffled labels."
+        )
+    ]
+    rows = []
+    for level in LEVELS:
+        found = facts.level_arrays("decoder", "z", "last", level)
+        if found is not None:
+            rows.append((f"{level} ({len(found[2])} concept{'s' if len(found[2]) > 1 else ''})", found[0], found[1]))
+    if rows:
+        parts.append(
+            figure(
+                figures.grids(rows),
+                "Balanced accuracy of probes on each head's output at the last token, averaged over the concepts of a "
+                "level; right: the same with shuffled labels.",
+            )
+        )
+    for tokens, name in (("object:mean", "the object's image tokens"), ("last", "the last token")):
+        lines, control = {}, {}
+        for level in LEVELS:
+            points = facts.way(level, tokens)
+            if points:
+                lines[level] = [p[:4] for p in points]
+                control |= {p[0]: p[4] for p in points}
+        if lines:
+            parts.append(
+                figure(
+                    figures.path(lines, control, f"Read at {name}"),
+                    f"Balanced accuracy of probes at {name}, from the vision tower through the projector into the decoder.",
+                )
+            )
+    return section("known", "Where it is known", *parts) if len(parts) > 1 else ""
+
+
+def used(facts: Facts) -> str:
+    """Show which heads carry it."""
+    if not facts.heads:
+        return section("used", "What uses it", *(paragraph(f"{kind}: {why}") for kind, why in facts.left_out.items()))
+    panels = [(f"{kind} ({s.n_pairs} pairs)", s.mean) for kind, s in facts.heads.items()]
+    marked = [tuple(int(n[1:]) for n in head.split(".")) for head in facts.top]
+    rows = []
+    for head in facts.top:
+        layer, number = (int(n[1:]) for n in head.split("."))
+        cells = [head]
+        for scores in facts.heads.values():
+            low, high = scores.interval()
+            mean = float(scores.mean[layer, number])
+            cells.append(f"{mean:+.3f} [{low[layer, number]:+.3f}, {high[layer, number]:+.3f}]")
+        rows.append(cells)
+    excluded = ", ".join(f"{s.excluded} of {s.n_pairs + s.excluded} {kind}" for kind, s in facts.heads.items())
+    notes = "".join(
+        paragraph(f"Not made: pairs of kind {kind}. {why}", soft=True) for kind, why in facts.left_out.items()
+    )
+    return section(
+        "used",
+        "What uses it",
+        paragraph(
+            "Each head's output at the last token of the clean run is put into the run on the changed image, "
+            "one head at a time, exactly. 1 would bring the whole difference between the two answers back."
+        ),
+        figure(
+            figures.effects(panels, [(m[0], m[1]) for m in marked]),
+            "Patching effect of each head by kind of pair; framed: the heads carried on with.",
+        ),
+        table(["head", *facts.heads], rows),
+        paragraph(f"Pairs left out because the two images hardly change the answer: {excluded}.", soft=True),
+        notes,
+    )
+
+
+def corrected(facts: Facts) -> str:
+    """Show what steering does, beside its controls."""
+    if "after" not in facts.rates:
+        return ""
+    runs = [r for r in ("before", "after", "random direction", "other heads") if r in facts.rates]
+    tint = {"before": "before", "after": "after", "random direction": "control", "other heads": "twin"}
+    names = [n for n in facts.rates["before"] if n != "all: right" or len(facts.rates["before"]) < 4]
+    series = {tint[r]: _points(facts.rates[r], lambda n: n in names) for r in runs}
+    labels = {tint[r]: CONDITIONS[r] for r in runs}
+    head = ["measure", *(CONDITIONS[r] for r in runs), "change when steered"]
+    rows = []
+    for name in facts.rates["before"]:
+        change = facts.changes["after"].get(name)
+        rows.append(
+            [
+                name,
+                *(_interval(facts.rates[r][name]) if name in facts.rates[r] else "" for r in runs),
+                f"{100 * change.value:+.1f} [{100 * change.low:+.1f}, {100 * change.high:+.1f}]" if change else "",
+            ]
+        )
+    chosen = facts.sweep["chosen"]
+    return section(
+        "corrected",
+        "What corrects it",
+        paragraph(
+            f"Method {facts.sweep['method']} at heads {', '.join(facts.top)}, strength {chosen['strength']:g}, chosen "
+            f"on the images things were found on by this rule: {facts.sweep['rule']}. Reported here on the test images."
+        ),
+        figure(
+            figures.rates(series, labels, "Before and after"),
+            "Every measure as it is, steered, and under two controls of the same size, with 95 % intervals.",
+        ),
+        table(head, rows),
+        paragraph("Changes are paired, question by question, in points, with intervals over images.", soft=True),
+    )
+
+
+def made(facts: Facts) -> str:
+    """Say what was run, with what, and where every file is."""
+    packages = ", ".join(f"{k} {v}" for k, v in facts.environment["packages"].items() if v)
+    rows = [(stage, what, f"{seconds:.1f}", key) for stage, what, seconds, key in facts.stages()]
+    return section(
+        "made",
+        "How this was made",
+        table(["stage", "what", "seconds", "key"], rows),
+        paragraph(
+            f"Run folder {facts.root}; options in config.yaml, answers in behavior/, scores in circuits/, probes in probes/.",
+            soft=True,
+        ),
+        paragraph(f"Python {facts.environment['python']} on {facts.environment['system']}; {packages}.", soft=True),
+    )
+
+
+SECTIONS: tuple[tuple[str, str, Callable[[Facts], str]], ...] = (
+    ("summary", "Four answers", summary),
+    ("apple", "The green apple", apple_section),
+    ("accuracy", "What it says", accuracy),
+    ("known", "Where it is known", known),
+    ("used", "What uses it", used),
+    ("corrected", "What corrects it", corrected),
+    ("made", "How this was made", made),
+)
+"""(name, link, maker) of every section, in order."""

@@ -1,0 +1,118 @@
+"""The correction: derive a vector, choose its strength on images it will not be tested on, keep controls beside it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+
+from rich.progress import Progress
+
+from behavior import answer
+from circuits import HeadScores, SteeringVector, derive, export, random_heads
+from concepts import counterfactuals
+from concepts.errors import ConfigError
+from concepts.schema import ConceptDataset, CounterfactualPair
+from experiments.context import Context
+from experiments.measures import guarded, harm, measured
+from experiments.run import write_json
+from lvlm import Head
+
+CONTROLS = ("random direction", "other heads")
+"""What the vector is judged beside: the same norm in random directions, the same rule at heads not selected."""
+PAIRS = 200
+"""Pairs a vector is derived from at most."""
+
+
+def _blank(context: Context) -> list[CounterfactualPair]:
+    """Pair questions with blanked images, one an image, from the split that nothing misleads in."""
+    neutral = context.discovery.where(split="neutral")
+    pairs = counterfactuals.pairs(neutral if len(neutral) else context.discovery, "blank")
+    # Spread over the images: a pair a question would take them all from the first few.
+    step = max(1, len(pairs) // PAIRS)
+    return pairs[::step][:PAIRS]
+
+
+def _changed(context: Context) -> list[CounterfactualPair]:
+    """Pair questions with images in which the answer is another."""
+    neutral = context.discovery.where(split="neutral")
+    pairs: list[CounterfactualPair] = []
+    for kind in ("object", "color", "relation"):
+        found = counterfactuals.pairs(neutral, kind)
+        pairs += found[:: max(1, 3 * len(found) // PAIRS)][: PAIRS // 3]
+    return pairs
+
+
+METHODS: Mapping[str, Callable[[Context, Sequence[Head]], SteeringVector]] = MappingProxyType(
+    {
+        "amplify": lambda c, heads: derive.amplification(c.model, _blank(c), heads=heads),
+        "prior_removal": lambda c, heads: derive.prior_removal(c.model, _blank(c), heads=heads),
+        "pair_difference": lambda c, heads: derive.from_pairs(c.model, _changed(c), heads=heads),
+    }
+)
+"""How a vector is made from the heads that patching found: one entry a method."""
+
+
+def make_vector(context: Context, root: Path) -> str:
+    """Derive the vector, choose its strength, write it with its controls and the sweep that chose."""
+    options = context.config.steer
+    if options.method not in METHODS:
+        msg = f"steer.method={options.method}: there are {', '.join(METHODS)}"
+        raise ConfigError(msg)
+    if not options.strengths:
+        msg = "steer.strengths is empty: give at least one strength to choose from"
+        raise ConfigError(msg)
+    circuit = context.folder.path / "circuits"
+    heads = [Head.parse(h) for h in json.loads((circuit / "top.json").read_text())["heads"]]
+    if not heads:
+        chosen = {"strength": 0.0}
+        write_json(root / "sweep.json", {"method": options.method, "rule": RULE, "chosen": chosen, "sweep": [chosen]})
+        return "no heads to act on: patching could score none"
+    vector = METHODS[options.method](context, heads)
+    validation = context.discovery.filter(lambda e: bool(e.candidates))
+    sweep = strengths(context, vector, validation, options.strengths)
+    chosen = choose(sweep, options.max_drop)
+    vector = vector.scaled(chosen["strength"])
+    others = random_heads(len(heads), 0, heads, shape=(context.model.n_layers, context.model.n_heads))
+    vector.save(root / "vector.safetensors")
+    vector.randomised(0).save(root / "control-random-direction.safetensors")
+    control = METHODS[options.method](context, others).scaled(chosen["strength"])
+    control.save(root / "control-other-heads.safetensors")
+    export.safetensors(vector, root / "export.safetensors")
+    write_json(root / "sweep.json", {"method": options.method, "rule": RULE, "chosen": chosen, "sweep": sweep})
+    return (
+        f"{options.method} at {', '.join(map(str, heads))}, strength {chosen['strength']:g}: "
+        f"on images not tested on, errors {sweep[0]['harm']:.3f} -> {chosen['harm']:.3f}, "
+        f"guarded accuracy {sweep[0]['guarded']:.3f} -> {chosen['guarded']:.3f}"
+    )
+
+
+RULE = "the fewest errors by prior among the strengths that cost at most max_drop of the guarded accuracy; else none"
+
+
+def strengths(
+    context: Context, vector: SteeringVector, data: ConceptDataset, wanted: Sequence[float]
+) -> list[dict[str, float]]:
+    """Return harm and guarded accuracy at strength 0 and at each wanted one."""
+    rows: list[dict[str, float]] = []
+    with Progress(console=context.console, transient=True) as bar:
+        for strength in bar.track([0.0, *sorted(wanted)], description="strengths"):
+            with vector.applied(context.model, strength):
+                found = measured(answer(context.model, data, 64, progress=False), data)
+            rows.append({"strength": float(strength), "harm": harm(found), "guarded": guarded(found)})
+            rows[-1] |= {name: e.value for name, e in found.items()}
+    return rows
+
+
+def choose(sweep: Sequence[dict[str, float]], max_drop: float) -> dict[str, float]:
+    """Choose by `RULE`; strength 0, the first row, is always allowed, and ties go to the smaller strength."""
+    allowed = [row for row in sweep if row["guarded"] >= sweep[0]["guarded"] - max_drop]
+    return min(allowed, key=lambda row: (row["harm"], row["strength"]))
+
+
+def head_scores(context: Context) -> dict[str, HeadScores]:
+    """Return the saved scores by kind of pair."""
+    circuit = context.folder.path / "circuits"
+    kinds = json.loads((circuit / "top.json").read_text())["kinds"]
+    return {kind: HeadScores.load(circuit / f"{kind}.safetensors") for kind in kinds}

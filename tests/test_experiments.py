@@ -1,0 +1,296 @@
+"""The main job from end to end through its command, on the embedded model, a random one, and files on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from activation_store import ActivationStore, verify
+from circuits import HeadScores, SteeringVector
+from concepts.drawing import TEST, generator, sample
+from experiments.config import STAGES
+from experiments.steer import choose
+from lvlm.tiny.architecture import build_model, build_processor
+from probes import ProbeGrid
+
+SMALL = ["data.n_images=80", "data.test_images=40", "patch.pairs=12", "steer.strengths=[1,2]", "threads=1"]
+ROOT = Path(__file__).parent.parent
+
+
+def groundscope(*options: str, cwd: Path, timeout: float = 500) -> subprocess.CompletedProcess[str]:
+    """Run the command as a user would."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+    return subprocess.run(
+        [sys.executable, "-m", "experiments", *options],
+        cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout, check=False,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One finished run on the embedded model, shared by the tests that only look."""
+    folder = tmp_path_factory.mktemp("main")
+    done = groundscope("name=whole", *SMALL, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "report: runs/whole/report.html" in done.stdout
+    return folder / "runs" / "whole"
+
+
+def test_every_stage_leaves_files_that_open(run: Path) -> None:
+    for folder in ("examples", "activations", "probes", "circuits", "steering", "behavior", "report"):
+        receipt = json.loads((run / folder / "stage.json").read_text())
+        assert receipt["files"]
+        assert receipt["summary"]
+    assert {"python", "packages"} <= json.loads((run / "environment.json").read_text()).keys()
+    assert "n_images: 80" in (run / "config.yaml").read_text()
+    store = ActivationStore(run / "activations")
+    frame = store.frame()
+    records = [json.loads(line) for line in (run / "examples" / "discovery.jsonl").read_text().splitlines()]
+    assert len(frame) == sum(bool(r["candidates"]) for r in records)
+    assert store.read("decoder.L3.z", "last", head=5).shape == (len(frame), 24)
+    assert store.read("vision.L2.resid_post", "object:mean").shape == (len(frame), 128)
+    assert store.read("projector.out", "image:mean").shape == (len(frame), 192)
+    assert verify(run / "activations").ok
+    grid = ProbeGrid.load(run / "probes" / "decoder.z@last")
+    assert grid.array("object:named").shape == (6, 8)
+    scores = HeadScores.load(run / "circuits" / "color.safetensors")
+    assert scores.mean.shape == (6, 8)
+    SteeringVector.load(run / "steering" / "vector.safetensors")
+
+
+def test_what_is_found_is_what_the_model_knows(run: Path) -> None:
+    grid = ProbeGrid.load(run / "probes" / "decoder.resid_post@last")
+    assert grid.array("object:named").max() > 0.85
+    assert abs(grid.array("object:named", "control").mean() - 0.5) < 0.15
+    rates = json.loads((run / "behavior" / "rates.json").read_text())
+    assert rates["before"]["neutral, object: right"]["value"] > 0.9
+    assert rates["before"]["conflict: wrong by prior"]["value"] > rates["twin"]["conflict: wrong by prior"]["value"]
+
+
+class Reader(HTMLParser):
+    """Collect what a page links to and loads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ids: set[str] = set()
+        self.links: list[str] = []
+        self.loaded: list[str] = []
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = dict(attrs)
+        if found.get("id"):
+            self.ids.add(str(found["id"]))
+        if tag == "a":
+            self.links.append(str(found["href"]))
+        if tag in {"img", "script", "link", "iframe"}:
+            self.loaded.append(str(found.get("src") or found.get("href")))
+        if tag == "img":
+            assert found.get("alt")
+
+
+def test_the_report_stands_alone_and_tells_the_story(run: Path) -> None:
+    text = (run / "report.html").read_text()
+    page = Reader()
+    page.feed(text)
+    assert all(link.startswith("#") and link[1:] in page.ids for link in page.links)
+    assert all(source.startswith("data:image/png;base64,") for source in page.loaded)
+    assert {"summary", "apple", "accuracy", "known", "used", "corrected", "made"} <= page.ids
+    assert text.count("<svg") >= 7
+    assert len(text) < 5e6
+    assert not re.search(r"\bnan\b", re.sub(r"<svg.*?</svg>", "", text, flags=re.S))
+
+
+def test_a_second_run_skips_what_is_done(run: Path) -> None:
+    before = {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.is_file() and p.parent != run}
+    done = groundscope("name=whole", *SMALL, cwd=run.parent.parent)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("unchanged") == len(STAGES)
+    assert before == {p: p.stat().st_mtime_ns for p in before}
+
+
+def test_another_option_runs_its_stage_and_what_follows(run: Path, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(run, tmp_path / "runs" / "whole")
+    done = groundscope("name=whole", *SMALL, "probe.folds=3", "stages=[examples,trace,probe]", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("unchanged") == 2
+    assert re.search(r"probe +[\d.]+ s", done.stdout)
+    # A byte that is not what the receipt says: that stage runs again, alone.
+    victim = tmp_path / "runs" / "whole" / "probes" / "plan.json"
+    victim.write_text(victim.read_text() + " ")
+    again = groundscope("name=whole", *SMALL, "probe.folds=3", "stages=[examples,trace,probe]", cwd=tmp_path)
+    assert again.stdout.count("unchanged") == 2
+
+
+@pytest.mark.parametrize("folder", ["activations", "probes", "circuits", "steering", "behavior"])
+def test_a_run_killed_in_a_stage_resumes(run: Path, tmp_path: Path, folder: str) -> None:
+    """Kill the whole process once the stage has begun; the next run finishes and finds what the shared run found."""
+    import shutil
+
+    shutil.copytree(run, tmp_path / "runs" / "whole")
+    shutil.rmtree(tmp_path / "runs" / "whole" / folder)
+    order = ["examples", "activations", "probes", "circuits", "steering", "behavior", "report"]
+    stages = f"stages=[{','.join(STAGES[: order.index(folder) + 1])}]"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "experiments", "name=whole", *SMALL, stages],
+        cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    begun = tmp_path / "runs" / "whole" / folder / ".key"
+    deadline = time.monotonic() + 200
+    while not begun.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "runs" / "whole" / folder / "stage.json").exists()
+    done = groundscope("name=whole", *SMALL, stages, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("unchanged") == order.index(folder)
+    first, second = (json.loads((r / folder / "stage.json").read_text()) for r in (run, tmp_path / "runs" / "whole"))
+    assert first["summary"] == second["summary"]
+
+
+def test_a_random_model_in_a_folder_knows_nothing(tmp_path: Path) -> None:
+    build_model(5).save_pretrained(tmp_path / "model")
+    build_processor().save_pretrained(tmp_path / "model")
+    done = groundscope("model=hf", "model.path=model", *SMALL, "name=random", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "runs" / "random"
+    grid = ProbeGrid.load(folder / "probes" / "decoder.resid_post@last")
+    # Chance at the output, within what so few images allow.
+    assert abs(grid.array("object:named")[-1] - 0.5) < 0.2
+    assert (folder / "report.html").exists()
+
+
+def pope_folder(folder: Path, count: int = 40) -> None:
+    """Write a question file in POPE's layout and its images."""
+    (folder / "images").mkdir()
+    lines = []
+    for i in range(count):
+        scene = sample(generator(TEST, 31, i), f"p{i}", count=3)
+        scene.load().save(folder / "images" / f"p{i}.png")
+        absent = next(n for n in ("car", "dog", "apple", "key") if scene.get(n) is None)
+        for noun, label in ((scene.objects[0].noun, "yes"), (absent, "no")):
+            article = "an" if noun[0] in "aeiou" else "a"
+            question = f"Is there {article} {noun} in the image?"
+            record = {"question_id": len(lines), "image": f"p{i}.png", "text": question, "label": label}
+            lines.append(json.dumps(record))
+    (folder / "pope_random.json").write_text("\n".join(lines) + "\n")
+
+
+def test_files_in_popes_layout(tmp_path: Path) -> None:
+    pope_folder(tmp_path)
+    options = ["data=pope", "data.questions=pope_random.json", "data.images=images", "patch.pairs=10", "name=pope"]
+    done = groundscope(*options, "steer.strengths=[1]", "threads=1", "probe.folds=3", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rates = json.loads((tmp_path / "runs" / "pope" / "behavior" / "rates.json").read_text())
+    assert rates["before"]["all: right"]["value"] > 0.85
+    assert (tmp_path / "runs" / "pope" / "report.html").exists()
+
+
+# -- bad input -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["model.path=./nowhere", "stages=[examples,trace]"], "no model folder 'nowhere'"),
+        (["stages=[trase]"], "no stage 'trase': there are examples, trace"),
+        (["stages=[probe]"], "stage 'probe' needs 'trace'"),
+        (["data.seed=1000"], "test scenes must not be those"),
+        (["data.n_images=2"], "at least 10 images"),
+        (["trace.sites=[decoder.L40.z]", "stages=[examples,trace]"], "decoder.L40.z"),
+        (["trace.tokens=[first]", "stages=[examples,trace]"], "'first' is not a token selection"),
+        (["probe.concepts=['object:zebra']", "stages=[examples,trace,probe]"], "object:zebra"),
+        (["data=pope", "data.questions=q.json", "data.images=."], "q.json"),
+        (["model=hf"], "model.path"),
+        (["patch.kinds=[colour]", "stages=[examples,patch]"], "colour"),
+    ],
+)
+def test_a_mistake_is_one_line(options: list[str], message: str, tmp_path: Path) -> None:
+    done = groundscope("data.n_images=20", "data.test_images=20", "threads=1", *options, cwd=tmp_path)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert done.stderr.startswith("error: ")
+    assert message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert "Traceback" not in done.stderr
+
+
+def test_a_misspelt_option_is_refused(tmp_path: Path) -> None:
+    done = groundscope("dta.n_images=20", cwd=tmp_path)
+    assert done.returncode != 0
+    assert "dta" in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_folder_of_another_version_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "runs" / "old").mkdir(parents=True)
+    (tmp_path / "runs" / "old" / "run.json").write_text('{"layout": 99}')
+    done = groundscope("name=old", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "has layout 99" in done.stderr
+
+
+def test_a_broken_question_file_is_named_with_its_line(tmp_path: Path) -> None:
+    pope_folder(tmp_path, 5)
+    file = tmp_path / "pope_random.json"
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join([*lines[:3], '{"question_id": 3, "image"', *lines[4:]]))
+    done = groundscope("data=pope", f"data.questions={file}", "data.images=images", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "line 4" in done.stderr
+    file.write_text("\n".join(lines))
+    (tmp_path / "images" / "p2.png").write_bytes(b"not an image")
+    done = groundscope("data=pope", f"data.questions={file}", "data.images=images", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "p2.png" in done.stderr
+    (tmp_path / "images" / "p2.png").unlink()
+    done = groundscope("data=pope", f"data.questions={file}", "data.images=images", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "p2.png" in done.stderr
+
+
+def test_two_runs_in_one_folder_do_not_meet(tmp_path: Path) -> None:
+    import fcntl
+
+    folder = tmp_path / "runs" / "busy"
+    folder.mkdir(parents=True)
+    with (folder / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        done = groundscope("name=busy", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "another groundscope is at work" in done.stderr
+
+
+def test_the_strength_is_chosen_by_the_written_rule() -> None:
+    rows = [
+        {"strength": 0.0, "harm": 0.30, "guarded": 0.98},
+        {"strength": 1.0, "harm": 0.20, "guarded": 0.975},
+        {"strength": 2.0, "harm": 0.20, "guarded": 0.975},
+        {"strength": 3.0, "harm": 0.05, "guarded": 0.90},
+    ]
+    assert choose(rows, 0.01)["strength"] == 1.0
+    assert choose(rows, 0.10)["strength"] == 3.0
+    assert choose(rows[:1], 0.0)["strength"] == 0.0
+
+
+def test_markup_from_data_stays_text() -> None:
+    from experiments.report.html import figure, page, paragraph, section, table
+
+    evil = '<script>alert("1")</script>'
+    parts = [paragraph(evil), table([evil], [[evil]]), figure("<svg ></svg>", evil)]
+    text = page(evil, evil, [("a", evil, section("a", evil, *parts))])
+    assert "<script" not in text
+    assert text.count("&lt;script&gt;alert(&quot;1&quot;)&lt;/script&gt;") == 10
