@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from concepts.questions import article
 from concepts.schema import ConceptDataset, Example
 from concepts.world import TYPICAL
 from experiments.report import figures
@@ -27,7 +28,7 @@ def apple_section(facts: Facts) -> str:
     enlarged = image.resize((image.width * 3, image.height * 3), resample=0) if image.width < 200 else image
     facts_list = [
         ("question", example.question),
-        ("the image shows", f"a {true} {thing.noun}"),
+        ("the image shows", f"{article(true)} {true} {thing.noun}"),
         ("the model says", facts.frame["model_answer"][row]),
         ("the truth", example.answer),
         ("steered, it says", steered),
@@ -36,7 +37,7 @@ def apple_section(facts: Facts) -> str:
         facts_list.append(("its twin without the prior says", twin))
     pairs = "".join(f"<dt>{text(k)}</dt><dd>{text(v)}</dd>" for k, v in facts_list)
     parts = [
-        f'<div class="apple">{picture(enlarged, f"Scene with a {true} {thing.noun}")}<dl>{pairs}</dl></div>',
+        f'<div class="apple">{picture(enlarged, f"Scene with {article(true)} {true} {thing.noun}")}<dl>{pairs}</dl></div>',
         paragraph(_story(facts, row, true, prior, thing.noun)),
     ]
     places, lines = _margins(facts, row, true, prior)
@@ -50,7 +51,7 @@ def apple_section(facts: Facts) -> str:
         )
     parts.append(_looks(facts, example))
     parts.append(_rates_known(facts))
-    return section("apple", f"A {true} {thing.noun}, called {prior}", *parts)
+    return section("apple", f"{article(true).capitalize()} {true} {thing.noun}, called {prior}", *parts)
 
 
 def _margins(facts: Facts, row: int, true: str, prior: str) -> tuple[list[str], dict[str, list[float]]]:
