@@ -53,10 +53,10 @@ def test_the_model_is_afterwards_what_it_was(fails: bool) -> None:
     model = lively()
     state = {name: p.clone() for name, p in model.hf.state_dict().items()}
     plain = model.logits(batch(model).inputs)
-    change: Callable[[torch.Tensor], torch.Tensor] = (lambda x: x[..., :1, :1, :1].expand(9, 9, 9)) if fails else Zero()
+    change: Callable[[torch.Tensor], torch.Tensor] = (lambda x: x.reshape(7, 11, 13)) if fails else Zero()
     items = [Intervention(SITE, change, "suffix"), Intervention(Site("decoder", 0, "resid_post"), Zero())]
     if fails:
-        with pytest.raises((RuntimeError, IndexError)), intervened(model, items):
+        with pytest.raises(RuntimeError), intervened(model, items):
             model.logits(batch(model).inputs)
     else:
         with intervened(model, items):

@@ -264,7 +264,6 @@ def test_disk_full_at_the_manifest(tmp_path: Path, reference: Path, monkeypatch:
     assert contents(tmp_path) == contents(reference)
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="file size limits are a Unix thing")
 @pytest.mark.parametrize("limit", [1, 3000, 9000, 12000])
 def test_write_refused_by_the_system_inside_hdf5(tmp_path: Path, limit: int) -> None:
     # A real refusal of write(2) at several depths of a shard: HDF5 must neither hang, crash nor leave a sealed half.
