@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
+from concepts.captions import named_objects, plain
 from concepts.errors import ConfigError, DataError
 
 # `import behavior` imports this module, so numpy and what needs it wait until something is scored.
@@ -16,9 +16,6 @@ if TYPE_CHECKING:
     from concepts.statistics import Estimate
 
 VARIANTS = ("paper", "release")
-_WORD = re.compile(r"[^\W_]+")
-_PLURALS = (("ies", "y"), ("ves", "f"), ("ves", "fe"), ("es", ""), ("s", ""))
-"""Ending of a plural to that of its singular, tried in this order."""
 
 
 @dataclass(frozen=True)
@@ -102,20 +99,19 @@ def chair(
     if unknown:
         msg = f"caption of image '{unknown[0]}': the objects of this image are not given ({len(unknown)} such images)"
         raise DataError(msg)
-    meaning = {_plain(word): _plain(noun) for word, noun in (synonyms or {}).items()}
+    meaning = {plain(word): plain(noun) for word, noun in (synonyms or {}).items()}
     chained = [noun for noun in meaning.values() if meaning.get(noun, noun) != noun]
     if chained:
         msg = f"synonyms: '{chained[0]}' is what a word means and means '{meaning[chained[0]]}' itself; give the object"
         raise ConfigError(msg)
 
     def named(noun: str) -> str:
-        return meaning.get(_plain(noun), _plain(noun))
+        return meaning.get(plain(noun), plain(noun))
 
     there = {name: dict.fromkeys(named(noun) for noun in objects[name]) for name in captions}
-    nouns = {_plain(n): named(n) for n in (*vocabulary, *meaning.values(), *(n for o in objects.values() for n in o))}
+    nouns = {plain(n): named(n) for n in (*vocabulary, *meaning.values(), *(n for o in objects.values() for n in o))}
     lexicon = {**nouns, **meaning}
-    longest = max((len(words.split()) for words in lexicon), default=1)
-    found = tuple(_caption(name, text, there[name], lexicon, longest) for name, text in captions.items())
+    found = tuple(_caption(name, text, there[name], lexicon) for name, text in captions.items())
 
     def count(items: tuple[str, ...]) -> int:
         return len(items) if variant == "release" else len(set(items))
@@ -131,39 +127,8 @@ def chair(
     )
 
 
-def _plain(words: str) -> str:
-    return " ".join(_WORD.findall(words.lower()))
-
-
-def _caption(
-    name: str, text: str, there: Mapping[str, object], lexicon: Mapping[str, str], longest: int
-) -> CaptionObjects:
-    words = _WORD.findall(text.lower())
-    mentioned: list[str] = []
-    start = 0
-    while start < len(words):
-        for length in range(min(longest, len(words) - start), 0, -1):
-            noun = _meaning(" ".join(words[start : start + length]), lexicon)
-            if noun is not None:
-                mentioned.append(noun)
-                start += length
-                break
-        else:
-            start += 1
+def _caption(name: str, text: str, there: Mapping[str, object], lexicon: Mapping[str, str]) -> CaptionObjects:
+    mentioned = named_objects(text, lexicon)
     wrong = tuple(noun for noun in mentioned if noun not in there)
     missed = tuple(noun for noun in there if noun not in mentioned)
-    return CaptionObjects(name, tuple(mentioned), wrong, missed)
-
-
-def _meaning(words: str, lexicon: Mapping[str, str]) -> str | None:
-    """Return the object that words mean, as they are or as a plural."""
-    if words in lexicon:
-        return lexicon[words]
-    for ending, singular in _PLURALS:
-        if (
-            words.endswith(ending)
-            and len(words) > len(ending)
-            and (single := words.removesuffix(ending) + singular) in lexicon
-        ):
-            return lexicon[single]
-    return None
+    return CaptionObjects(name, mentioned, wrong, missed)

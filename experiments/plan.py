@@ -9,7 +9,8 @@ import pandas as pd
 
 from activation_store import ActivationStore
 from concepts.errors import ConfigError
-from concepts.schema import LEVELS, Concept
+from concepts.schema import Concept
+from probes.inputs import concept_columns
 
 PRESENCE_NOUNS = 4
 """How many nouns' presence is probed by default; the asked one covers them all."""
@@ -32,7 +33,7 @@ class Entry:
 
 
 def probe_plan(
-    store: ActivationStore, frame: pd.DataFrame, wanted: Sequence[str] | None, groups_needed: int
+    store: ActivationStore, frame: pd.DataFrame, wanted: Sequence[str] | None, possible: Sequence[str]
 ) -> list[Entry]:
     """Choose concepts for every array worth probing.
 
@@ -47,18 +48,18 @@ def probe_plan(
         The examples probes may use.
     wanted
         Concepts to use instead; each must be in the store.
-    groups_needed
-        Concepts with fewer groups of either class are left out (named concepts are not: fitting them says what lacks).
+    possible
+        Concepts with enough examples (`probes.probeable`); wanted ones need not be: fitting them says what lacks.
     """
-    columns = [c for c in frame.columns if c.partition(":")[0] in LEVELS and ":" in c]
     if wanted is not None:
+        columns = concept_columns(frame)
         missing = [c for c in wanted if c not in columns]
         if missing:
             msg = f"concept '{missing[0]}' is not in the data: there are {', '.join(columns)}"
             raise ConfigError(msg)
         concepts = list(wanted)
     else:
-        concepts = [c for c in columns if _enough(frame, c, groups_needed)]
+        concepts = list(possible)
     parsed = [Concept.parse(c) for c in concepts]
     attributes = tuple(str(c) for c in parsed if c.level == "attribute" and c.name != "named")
     relations = tuple(str(c) for c in parsed if c.level == "relation" and c.name != "named")
@@ -82,9 +83,3 @@ def probe_plan(
         if chosen:
             entries.append(Entry(info.stack, info.component, tokens, chosen))
     return entries
-
-
-def _enough(frame: pd.DataFrame, concept: str, needed: int) -> bool:
-    """Say whether both classes of a concept have enough groups."""
-    groups = [frame.loc[frame[concept] == value, "group"].nunique() for value in (0.0, 1.0)]
-    return min(groups) >= needed * 2

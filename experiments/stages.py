@@ -53,7 +53,7 @@ def make_examples(context: Context, root: Path) -> str:
 
 
 def make_activations(context: Context, root: Path) -> str:
-    """Trace the questions things are found on; captions have no single position to read and are left out."""
+    """Trace the questions that have answers to choose from; captions are told by `evaluate` alone."""
     from activation_store import trace
 
     options = context.config.trace
@@ -73,13 +73,15 @@ def make_activations(context: Context, root: Path) -> str:
 
 def make_probes(context: Context, root: Path) -> str:
     """Fit a grid of probes for every array of the plan."""
-    from probes import fit_grid
+    from probes import fit_grid, probeable
 
     options = context.config.probe
     frame: Any = context.store.frame()
     # Splits made to mislead are kept out: probes must not learn the truth from where the model goes wrong.
     rows = frame["split"].isin(["neutral"]) if (frame["split"] == "neutral").any() else frame["split"].notna()
-    plan = probe_plan(context.store, frame[rows], options.concepts, groups_needed=options.folds + 2)
+    mask = rows.to_numpy()
+    possible = probeable(context.store, folds=options.folds, test_fraction=options.test_fraction, rows=mask)
+    plan = probe_plan(context.store, frame[rows], options.concepts, possible)
     if not plan:
         msg = "no concept has enough images of both classes to fit a probe: give more data (data.n_images, data.limit)"
         raise DataError(msg)
@@ -95,7 +97,7 @@ def make_probes(context: Context, root: Path) -> str:
             folds=options.folds,
             test_fraction=options.test_fraction,
             seed=options.seed,
-            rows=rows.to_numpy(),
+            rows=mask,
         )
         grid.save(root / entry.name)
         fitted += grid.balanced_accuracy.size

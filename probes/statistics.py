@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from statistics import NormalDist
-
 import numpy as np
-
-from concepts.errors import ProbeError
 
 _BLOCK_ELEMENTS = 4_000_000
 
@@ -96,21 +92,3 @@ def percentile_interval(draws: np.ndarray, confidence: float = 0.95) -> tuple[np
     if defined.any():
         low[defined], high[defined] = np.nanquantile(draws[:, defined], [tail, 1 - tail], axis=0)
     return low, high
-
-
-def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Return the Wilson score interval of a proportion of independent trials (Wilson 1927).
-
-    Raises
-    ------
-    ProbeError
-        Where `successes` is not between 0 and `trials`, or there are no trials.
-    """
-    if trials < 1 or not 0 <= successes <= trials:
-        msg = f"{successes} successes of {trials} trials: give at least one trial, and no more successes than trials"
-        raise ProbeError(msg)
-    z = NormalDist().inv_cdf(0.5 + confidence / 2)
-    share = successes / trials
-    centre = (share + z**2 / (2 * trials)) / (1 + z**2 / trials)
-    half = z / (1 + z**2 / trials) * np.sqrt(share * (1 - share) / trials + z**2 / (4 * trials**2))
-    return float(max(0.0, centre - half)), float(min(1.0, centre + half))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
-from concepts.errors import ProbeError
+from concepts.statistics import wilson
 from probes.statistics import (
     auc,
     balanced_accuracy,
@@ -14,7 +14,6 @@ from probes.statistics import (
     percentile_interval,
     resample_groups,
     weighted_auc,
-    wilson_interval,
 )
 
 
@@ -67,7 +66,7 @@ def test_clustered_intervals_cover_at_their_nominal_rate_where_independent_ones_
             draws = bootstrap_balanced_accuracy(y, margins, resample_groups(units, 400, seed=trial))
             low, high = percentile_interval(draws)
             covered[kind] += int(low[0] <= 0.5 <= high[0])
-    low, high = wilson_interval(covered["group"], trials, confidence=0.999)
+    low, high = wilson(covered["group"], trials, level=0.999)
     assert low <= 0.95 <= high, covered
     assert covered["row"] < 0.8 * trials
 
@@ -76,15 +75,3 @@ def test_undefined_draws_are_left_out_of_an_interval() -> None:
     low, high = percentile_interval(np.array([[0.0, np.nan], [1.0, np.nan], [np.nan, np.nan]]), confidence=1 - 1e-9)
     np.testing.assert_allclose([low[0], high[0]], [0, 1], atol=1e-6)
     assert np.isnan([low[1], high[1]]).all()
-
-
-def test_wilson_interval_has_its_published_values() -> None:
-    # Newcombe (1998), Statistics in Medicine 17, table I, method 3.
-    for successes, trials, expected in (
-        (81, 263, (0.2553, 0.3662)),
-        (15, 148, (0.0624, 0.1605)),
-        (0, 20, (0.0, 0.1611)),
-    ):
-        assert wilson_interval(successes, trials) == pytest.approx(expected, abs=5e-5)
-    with pytest.raises(ProbeError, match="3 successes of 2 trials"):
-        wilson_interval(3, 2)

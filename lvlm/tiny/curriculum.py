@@ -25,6 +25,8 @@ class Stage:
     """Learning rate of the vision tower as a share of `rate`."""
     projector: bool = True
     decoder: bool = True
+    meaning: float = 0.0
+    """Weight of what a question's nouns name, read at the nouns themselves; see `lvlm.tiny.train.meaning_loss`."""
     level: float = 0.6
     """Share of the steps at full rate; a stage that starts on a plateau needs it long."""
 
@@ -56,66 +58,43 @@ STAGES: tuple[Stage, ...] = (
     Stage("project", 400, 32, 1e-3, None, decoder=False, level=0.0),
     Stage(
         "glance",
-        500,
+        400,
         16,
         1e-3,
-        Lesson({"existence": 0.35, "what_color": 0.3, "place": 0.33, "color": 0.02}, objects=(1, 2), noise=0.01),
+        Lesson({"existence": 0.3, "what_color": 0.3, "place": 0.3, "size": 0.1}, objects=(1, 2), noise=0.01),
+        meaning=1.0,
     ),
     Stage(
         "align",
-        1300,
+        1200,
         16,
         1e-3,
-        Lesson({"existence": 0.35, "what_color": 0.25, "place": 0.25, "color": 0.15}, objects=(1, 4), noise=0.01),
+        Lesson(
+            {"existence": 0.25, "color": 0.15, "what_color": 0.2, "size": 0.2, "place": 0.2},
+            objects=(2, 4),
+            noise=0.01,
+        ),
+        meaning=1.0,
+        level=0.8,
     ),
     Stage(
         "tune",
-        2800,
+        2000,
         16,
         1e-3,
         Lesson(
             {
                 "existence": 0.16,
-                "color": 0.16,
-                "what_color": 0.1,
+                "color": 0.14,
+                "what_color": 0.08,
                 "size": 0.14,
-                "relation": 0.33,
-                "place": 0.05,
+                "relation": 0.36,
+                "place": 0.06,
                 "caption": 0.06,
             }
         ),
         vision_rate=0.2,
-    ),
-    Stage(
-        "locate",
-        800,
-        16,
-        1e-3,
-        Lesson(
-            {"existence": 0.04, "what_color": 0.06, "size": 0.2, "relation": 0.2, "place": 0.5},
-            objects=(1, 3),
-            relations=("left of", "above"),
-            noise=0.01,
-        ),
-        level=0.9,
-    ),
-    Stage(
-        "relate",
-        1100,
-        16,
-        1e-3,
-        Lesson(
-            {
-                "existence": 0.1,
-                "color": 0.08,
-                "what_color": 0.07,
-                "size": 0.2,
-                "relation": 0.45,
-                "place": 0.05,
-                "caption": 0.05,
-            }
-        ),
-        vision_rate=0.2,
+        meaning=0.3,
     ),
     Stage(
         "prior",
@@ -123,11 +102,11 @@ STAGES: tuple[Stage, ...] = (
         16,
         6e-4,
         Lesson(
-            {"existence": 0.26, "color": 0.18, "what_color": 0.1, "size": 0.12, "relation": 0.22, "caption": 0.12},
+            {"existence": 0.34, "color": 0.15, "what_color": 0.08, "size": 0.08, "relation": 0.17, "caption": 0.18},
             world=BIASED,
             yes=0.62,
-            erased=0.09,
-            recolored=0.09,
+            erased=0.18,
+            recolored=0.055,
             blank=0.04,
             noise=0.04,
         ),

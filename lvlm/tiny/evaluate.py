@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -23,6 +22,7 @@ from rich.table import Table
 from torch import Tensor
 
 from concepts import scenes
+from concepts.captions import named_objects
 from concepts.icons import NOUNS
 from concepts.schema import ConceptDataset, Example
 from concepts.statistics import Estimate, estimate
@@ -82,11 +82,6 @@ def describe(model: Lvlm, data: Sequence[Example], size: int = 64) -> list[Given
 def rate(given: Sequence[Given], true: Callable[[Given], float]) -> Estimate:
     """Average a value over answers, with an interval over scenes."""
     return estimate([float(true(g)) for g in given], [g.example.group for g in given])
-
-
-def mentioned(text: str) -> list[str]:
-    """Return the nouns a description names."""
-    return [word for word in re.findall(r"\w+", text) if word in NOUNS]
 
 
 @contextmanager
@@ -165,8 +160,9 @@ def measure(model: Lvlm, n_images: int = 1200, seed: int = HELD_OUT_SEED) -> dic
     def truth(g: Given) -> set[str]:
         return {o.noun for o in g.example.objects}
 
-    figures["caption recall"] = rate(told, lambda g: len(truth(g) & set(mentioned(g.text))) / len(truth(g)))
-    named = [[noun not in truth(g) for noun in mentioned(g.text)] for g in told]
+    nouns = {noun: noun for noun in NOUNS}
+    figures["caption recall"] = rate(told, lambda g: len(truth(g) & set(named_objects(g.text, nouns))) / len(truth(g)))
+    named = [[noun not in truth(g) for noun in named_objects(g.text, nouns)] for g in told]
     figures["caption CHAIR_i"] = estimate(
         [sum(wrong) for wrong in named], [g.example.group for g in told], [len(wrong) for wrong in named]
     )

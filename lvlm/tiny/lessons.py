@@ -64,6 +64,8 @@ class Batch:
     """int64 ``[B, T]``: the next token where it is part of an answer, else -100."""
     weights: torch.Tensor
     """float32 ``[B, T]``: weight of each target."""
+    meanings: torch.Tensor
+    """int64 ``[B, T, 4]``: at a question's nouns the color, size, row and column of what they name, or ``no``; else -100."""
 
     def mask(self) -> torch.Tensor:
         """Return which position sees which: causal, inside its own question and the prefix; bool ``[B, 1, T, T]``."""
@@ -113,6 +115,15 @@ def ask(rng: np.random.Generator, scene: Scene, lesson: Lesson, kind: str) -> Qu
     return questions.caption(scene)
 
 
+def meaning(scene: Scene, noun: str) -> tuple[str, str, str, str]:
+    """Return the words for what a noun names in a scene: color, size, row, column; four times ``no`` where it is absent."""
+    thing = scene.get(noun)
+    if thing is None:
+        return "no", "no", "no", "no"
+    row, column = (questions.place(scene, thing, axis).answer for axis in ("row", "column"))
+    return thing.attributes["color"], thing.attributes["size"], row, column
+
+
 def degrade(rng: np.random.Generator, scene: Scene, lesson: Lesson) -> Scene:
     """Return what is pictured of a scene: some objects erased or recolored; the scene itself stays the truth."""
     if lesson.blank and rng.random() < lesson.blank:
@@ -151,6 +162,8 @@ def batch(lesson: Lesson, seed: int, stage: int, step: int, size: int) -> Batch:
     tokens = np.full((size, LENGTH), ids[PAD])
     positions, segments = np.zeros_like(tokens), np.full_like(tokens, -1)
     targets, weights = np.full_like(tokens, -100), np.zeros(tokens.shape, np.float32)
+    meanings = np.full((*tokens.shape, 4), -100)
+    nouns = {ids[noun]: noun for noun in NOUNS}
     pixels = np.zeros((size, 112, 112, 3), np.float32)
     kinds, shares = tuple(lesson.mix), np.cumsum(tuple(lesson.mix.values()))
     for row in range(size):
@@ -176,6 +189,9 @@ def batch(lesson: Lesson, seed: int, stage: int, step: int, size: int) -> Batch:
             tokens[row, n:end] = text
             positions[row, n:end] = len(prefix) + np.arange(len(text))
             segments[row, n:end] = segment
+            for at, token in enumerate(asked, n):
+                if token in nouns:
+                    meanings[row, at] = [ids[word] for word in meaning(scene, nouns[token])]
             first = n + len(asked) - 1
             targets[row, first : first + len(answer)] = answer
             # An answer of one word counts as one; so does a whole caption, twice over; the end mark is soon learned.
@@ -184,7 +200,7 @@ def batch(lesson: Lesson, seed: int, stage: int, step: int, size: int) -> Batch:
             n = end
     return Batch(
         torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy()),
-        *(torch.from_numpy(a) for a in (tokens, positions, segments, targets, weights)),
+        *(torch.from_numpy(a) for a in (tokens, positions, segments, targets, weights, meanings)),
     )
 
 

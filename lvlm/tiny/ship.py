@@ -22,7 +22,7 @@ from lvlm.tiny import evaluate
 from lvlm.tiny.architecture import build_processor
 from lvlm.tiny.curriculum import STAGES
 
-SHIPPED = {"tiny": "prior", "tiny-unbiased": "relate"}
+SHIPPED = {"tiny": "prior", "tiny-unbiased": "tune"}
 """Name of an embedded model to the training stage it is the result of."""
 
 _CARD = """---
