@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,7 +81,7 @@ def compare(
     table = np.array(counted, dtype=np.int64)  # [N, 2]
     change = table[:, 1] - table[:, 0]
     gained, lost = int((change == 1).sum()), int((change == -1).sum())
-    low, high = _interval(change, groups, n, seed)
+    low, high = change_interval(change, groups, n, seed)
     return Comparison(
         rate=rate,
         first=float(table[:, 0].mean()),
@@ -103,8 +104,8 @@ def mcnemar(gained: int, lost: int) -> float:
     return min(1.0, 2 * math.fsum(math.exp(value) for value in logs))
 
 
-def _interval(change: np.ndarray, groups: list[str], n: int, seed: int) -> tuple[float, float]:
-    """Return an interval of the mean of values -1, 0, 1."""
+def change_interval(change: np.ndarray, groups: Sequence[str], n: int = 1000, seed: int = 0) -> tuple[float, float]:
+    """Return an interval, by bootstrap over groups, of the mean of changes -1, 0, 1 ``[N]``."""
     trials = len(set(groups))
     if not change.any():
         # No question differs: how often they may differ at most, either way.

@@ -6,10 +6,13 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
+
 from behavior import BehaviorResult, answer
+from behavior.comparison import change_interval
 from behavior.result import Answer
 from circuits import SteeringVector
-from concepts.statistics import Estimate, estimate
+from concepts.statistics import Estimate
 from experiments.context import Context
 from experiments.measures import MEASURES, PRIOR_ERRORS, measured
 from experiments.run import write_json
@@ -57,15 +60,12 @@ def make_behavior(context: Context, root: Path) -> str:
 
 
 def difference(before: BehaviorResult, after: BehaviorResult, name: str) -> Estimate | None:
-    """Return the change of a measure, question by question, with an interval over images; None where it has no answers.
-
-    The interval is that of the mean of -1, 0, 1 over the questions, shifted into 0..1 for the estimate and back.
-    """
+    """Return the change of a measure, question by question, with an interval over images; None where it has no answers."""
     measure = MEASURES[name]
     later: dict[str, Answer] = {a.id: a for a in after.answers}
     kept = [a for a in before.answers if measure.counts(a)]
     if not kept:
         return None
-    moved = [(float(measure.value(later[a.id])) - float(measure.value(a)) + 1) / 2 for a in kept]
-    found = estimate(moved, [a.group for a in kept])
-    return Estimate(2 * found.value - 1, 2 * found.low - 1, 2 * found.high - 1, found.n)
+    moved = np.array([int(measure.value(later[a.id])) - int(measure.value(a)) for a in kept])
+    low, high = change_interval(moved, [a.group for a in kept])
+    return Estimate(float(moved.mean()), low, high, len(moved))

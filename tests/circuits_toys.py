@@ -18,9 +18,16 @@ from lvlm.tiny.architecture import build_model, build_processor
 
 
 def lively(seed: int = 0, gain: float = 4.0) -> Lvlm:
-    """Return a random model whose linear maps are larger than at initialisation, so that images change its answers."""
+    """Return a random model whose linear maps are larger than at initialisation, so that images change its answers.
+
+    Keys are drawn anew: as the embedded model starts, enlarged, every token would attend to itself alone.
+    """
     hf = build_model(seed)
+    draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
+        for layer in hf.model.language_model.layers:
+            for maps in (layer.self_attn.q_proj, layer.self_attn.k_proj):
+                maps.weight.copy_(torch.randn(maps.weight.shape, generator=draw) * 0.02)
         for module in hf.modules():
             if isinstance(module, nn.Linear):
                 module.weight *= gain
