@@ -154,6 +154,21 @@ def test_the_nouns_of_a_question_mean_what_the_scene_shows() -> None:
     assert set(asked) <= set(lessons.NOUNS)
 
 
+def test_the_loss_of_meanings_is_its_formula() -> None:
+    """Against a loop over nouns in float64: the mean over nouns and their words of minus the log-softmax."""
+    model = build_model(1)
+    batch = lessons.batch(Lesson({"size": 0.5, "existence": 0.5}), seed=0, stage=3, step=2, size=2)
+    states = torch.randn(*batch.tokens.shape, 192, generator=torch.Generator().manual_seed(0)).bfloat16().float()
+    table = model.lm_head.weight.detach().bfloat16().double()
+    terms = []
+    for row, at in (batch.meanings[..., 0] >= 0).nonzero().tolist():
+        logits = table @ states[row, at].double()
+        terms += [float(torch.logsumexp(logits, 0) - logits[word]) for word in batch.meanings[row, at].tolist()]
+    assert len(terms) > 40
+    found = train.meaning_loss(states, model, batch).item()
+    assert found == pytest.approx(sum(terms) / len(terms), rel=2e-3)
+
+
 def test_a_lesson_depends_on_its_number_alone() -> None:
     lesson = STAGES[-1].lesson
     assert lesson is not None

@@ -37,7 +37,7 @@ class Lesson:
     yes: float = 0.5
     """Share of yes among existence and attribute questions."""
     erased: float = 0.0
-    """Probability that an object with its partner beside it is missing from the picture though answers speak of it."""
+    """Probability that an object is missing from the picture though answers speak of it."""
     recolored: float = 0.0
     """Probability that an object is pictured in another color than answers speak of."""
     blank: float = 0.0

@@ -1,4 +1,4 @@
-"""Train the embedded model: ``python -m lvlm.tiny.train --out runs/tiny`` (about an hour on two cores, resumable).
+"""Train the embedded model: ``python -m lvlm.tiny.train --out runs/tiny`` (about half an hour on two cores, resumable).
 
 The stages follow the LLaVA recipe, with language first, so that the decoder knows the words and the world's habits
 before it sees anything and reads the image in the layers above those that learned the words:
