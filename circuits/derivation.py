@@ -11,7 +11,7 @@ import numpy as np
 from circuits.progress import progress_bar
 from circuits.steering import Entry, Kind, Positions, SteeringVector, name_of, site_of
 from concepts.errors import PatchError, SiteError
-from concepts.schema import CounterfactualPair
+from concepts.schema import Concept, CounterfactualPair
 from lvlm.sites import Head, Site
 
 if TYPE_CHECKING:
@@ -64,6 +64,32 @@ def mean(x: np.ndarray, key: Head | int) -> np.ndarray:
         msg = f"no examples on one side at {name_of(key)}: both sides need at least one"
         raise PatchError(msg)
     return x.mean(axis=0)
+
+
+def two_sides(
+    store: Store, concept: Concept | str | None, positive: np.ndarray | None, negative: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return boolean masks ``[N]`` of the positive and the negative examples: of a concept, or as they were given.
+
+    Raises
+    ------
+    PatchError
+        For both or neither, a mask of another length, or masks that overlap.
+    SiteError
+        Where the store lacks the concept.
+    """
+    if (concept is None) == (positive is None) or (concept is not None and negative is not None):
+        msg = "say either which concept, or which examples are positive (and which negative)"
+        raise PatchError(msg)
+    if concept is not None:
+        truth = labels_of(store, str(concept))
+        return truth == 1, truth == 0
+    right = checked_mask(positive, len(store))
+    wrong = ~right if negative is None else checked_mask(negative, len(store))
+    if (right & wrong).any():
+        msg = f"{int((right & wrong).sum())} examples are both positive and negative"
+        raise PatchError(msg)
+    return right, wrong
 
 
 def keys_of(heads: Iterable[Head], layers: Iterable[int]) -> tuple[Head | int, ...]:

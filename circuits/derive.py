@@ -6,6 +6,7 @@ function            what it pushes                                              
 `mean_difference`   from the mean of some examples to that of others (right by looking, wrong by prior)  add
 `from_pairs`        from what a changed image gives to what the clean one gives                          add
 `probe_normal`      along a probe's direction                                                            add
+`discriminant`      what tells true from false here, the way the model itself writes it, from a threshold   amplify
 `amplification`     what this image adds to what a blank one gives: look at the image more               amplify
 `concept_subspace`  each input further to its own side of some concepts: what is known speaks louder     amplify
 `prior_removal`     what an answer shares with answers about no image, back to the mean of seen ones     amplify
@@ -25,7 +26,6 @@ import numpy as np
 from circuits.derivation import (
     Store,
     activations,
-    checked_mask,
     keys_of,
     labels_of,
     made_from_pairs,
@@ -33,8 +33,10 @@ from circuits.derivation import (
     mean,
     read,
     sides,
+    two_sides,
     unit_difference,
 )
+from circuits.discriminant import discriminant
 from circuits.steering import Entry, Positions, SteeringVector, name_of
 from concepts.errors import PatchError, SiteError
 from concepts.schema import Concept, CounterfactualPair
@@ -44,7 +46,15 @@ from lvlm.sites import Head, Site
 if TYPE_CHECKING:
     from activation_store.direction import Direction
 
-__all__ = ["amplification", "concept_subspace", "from_pairs", "mean_difference", "prior_removal", "probe_normal"]
+__all__ = [
+    "amplification",
+    "concept_subspace",
+    "discriminant",
+    "from_pairs",
+    "mean_difference",
+    "prior_removal",
+    "probe_normal",
+]
 
 
 # ---- from a store ------------------------------------------------------------------------------------------------------
@@ -90,18 +100,7 @@ def mean_difference(
     SiteError
         Where the store lacks a site or the concept.
     """
-    if (concept is None) == (positive is None) or (concept is not None and negative is not None):
-        msg = "say either which concept, or which examples are positive (and which negative)"
-        raise PatchError(msg)
-    if concept is not None:
-        truth = labels_of(store, str(concept))
-        right, wrong = truth == 1, truth == 0
-    else:
-        right = checked_mask(positive, len(store))
-        wrong = ~right if negative is None else checked_mask(negative, len(store))
-    if (right & wrong).any():
-        msg = f"{int((right & wrong).sum())} examples are both positive and negative"
-        raise PatchError(msg)
+    right, wrong = two_sides(store, concept, positive, negative)
     entries: dict[Head | int, Entry] = {}
     for key in keys_of(heads, layers):
         x = read(store, key, tokens)

@@ -36,7 +36,7 @@ class Entry:
     reads: np.ndarray | None = None
     """``amplify``: orthonormal rows ``[k, d]`` of the subspace whose deviation counts; None for all of it."""
     writes: np.ndarray | None = None
-    """``amplify``: orthonormal rows, ``[k, d]`` or ``[d, d]``, of where it goes; None for where it was."""
+    """``amplify``: orthogonal rows, ``[k, d]`` or ``[d, d]``, of where it goes and how far; None for where it was."""
 
     def __post_init__(self) -> None:
         for name in ("vector", "reads", "writes"):
@@ -209,7 +209,10 @@ class SteeringVector:
                 entries[key] = replace(entry, vector=direction / np.linalg.norm(direction))
             else:
                 k = d if entry.reads is None else len(entry.reads)
-                entries[key] = replace(entry, writes=np.linalg.qr(rng.standard_normal((d, k)))[0].T)
+                turned = np.linalg.qr(rng.standard_normal((d, k)))[0].T
+                if entry.writes is not None:
+                    turned = turned * np.linalg.norm(entry.writes, axis=1, keepdims=True)
+                entries[key] = replace(entry, writes=turned)
         return self._control(entries, f"random directions, seed {seed}")
 
     def on_heads(self, heads: Sequence[Head]) -> Self:

@@ -102,12 +102,14 @@ class PatchConfig:
 class SteerConfig:
     """The correction."""
 
-    method: str = "amplify"
+    method: str = "discriminant"
     """How the vector is made: an entry of `experiments.steer.METHODS`."""
+    doubt: float = 0.5
+    """`method=discriminant`: log-odds of yes that count as neither yes nor no; above 0, weak evidence speaks for no."""
     strengths: list[float] = field(default_factory=lambda: [0.5, 1.0, 1.5, 2.0])
     """Strengths to choose from on a validation part of the images things are found on."""
-    max_drop: float = 0.01
-    """Largest loss of neutral accuracy a strength may cost on the validation part."""
+    max_drop: float = 0.015
+    """Largest loss of accuracy on neutral questions, and on typical colors, that a strength may cost there."""
 
 
 @dataclass

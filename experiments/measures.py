@@ -81,10 +81,9 @@ def harm(found: Mapping[str, Estimate]) -> float:
     return sum(present) / len(present) if present else 1 - found["all: right"].value
 
 
-def guarded(found: Mapping[str, Estimate]) -> float:
-    """Return the mean of what a correction must not cost; 1 where the data have nothing to guard."""
-    present = [found[name].value for name in GUARDS if name in found]
-    return sum(present) / len(present) if present else 1.0
+def cost(found: Mapping[str, Estimate], before: Mapping[str, Estimate]) -> float:
+    """Return the largest loss among what a correction must not cost; 0 where the data have nothing to guard."""
+    return max((before[name].value - found[name].value for name in GUARDS if name in found), default=0.0)
 
 
 def measured(result: BehaviorResult, data: ConceptDataset) -> dict[str, Estimate]:

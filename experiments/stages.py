@@ -204,7 +204,9 @@ TABLE: Mapping[str, Stage] = MappingProxyType(
         ),
         "probe": Stage("probes", ("trace",), lambda c: asdict(c.config.probe), make_probes),
         "patch": Stage("circuits", ("examples",), lambda c: [asdict(c.config.patch), c.model_key()], make_head_scores),
-        "steer": Stage("steering", ("examples", "patch"), lambda c: [asdict(c.config.steer), c.model_key()], _steer),
+        "steer": Stage(
+            "steering", ("examples", "trace", "patch"), lambda c: [asdict(c.config.steer), c.model_key()], _steer
+        ),
         "evaluate": Stage("behavior", ("examples", "steer"), lambda c: c.model_key(), _evaluate),
         "report": Stage(
             "report", ("examples", "trace", "probe", "patch", "steer", "evaluate"), lambda c: None, _report

@@ -14,8 +14,9 @@ from circuits import HeadScores, SteeringVector, derive, export, random_heads
 from concepts import counterfactuals
 from concepts.errors import ConfigError
 from concepts.schema import ConceptDataset, CounterfactualPair
+from concepts.statistics import Estimate
 from experiments.context import Context
-from experiments.measures import guarded, harm, measured
+from experiments.measures import cost, harm, measured
 from experiments.run import write_json
 from lvlm import Head
 
@@ -44,8 +45,21 @@ def _changed(context: Context) -> list[CounterfactualPair]:
     return pairs
 
 
+def _told(context: Context, heads: Sequence[Head]) -> SteeringVector:
+    """Tell yes from no on every question of the discovery images, those that the model gets wrong among them."""
+    answers = context.store.frame()["answer"].to_numpy()
+    return derive.discriminant(
+        context.store,
+        positive=answers == "yes",
+        negative=answers == "no",
+        heads=heads,
+        doubt=context.config.steer.doubt,
+    )
+
+
 METHODS: Mapping[str, Callable[[Context, Sequence[Head]], SteeringVector]] = MappingProxyType(
     {
+        "discriminant": _told,
         "amplify": lambda c, heads: derive.amplification(c.model, _blank(c), heads=heads),
         "prior_removal": lambda c, heads: derive.prior_removal(c.model, _blank(c), heads=heads),
         "pair_difference": lambda c, heads: derive.from_pairs(c.model, _changed(c), heads=heads),
@@ -84,30 +98,32 @@ def make_vector(context: Context, root: Path) -> str:
     return (
         f"{options.method} at {', '.join(map(str, heads))}, strength {chosen['strength']:g}: "
         f"on images not tested on, errors {sweep[0]['harm']:.3f} -> {chosen['harm']:.3f}, "
-        f"guarded accuracy {sweep[0]['guarded']:.3f} -> {chosen['guarded']:.3f}"
+        f"neutral and typical questions lose at most {max(0.0, chosen['cost']):.3f}"
     )
 
 
-RULE = "the fewest errors by prior among the strengths that cost at most max_drop of the guarded accuracy; else none"
+RULE = "the fewest errors by prior among the strengths that cost neutral and typical questions max_drop at most each"
 
 
 def strengths(
     context: Context, vector: SteeringVector, data: ConceptDataset, wanted: Sequence[float]
 ) -> list[dict[str, float]]:
-    """Return harm and guarded accuracy at strength 0 and at each wanted one."""
+    """Return harm and cost at strength 0 and at each wanted one."""
     rows: list[dict[str, float]] = []
+    before: dict[str, Estimate] | None = None
     with Progress(console=context.console, transient=True) as bar:
         for strength in bar.track([0.0, *sorted(wanted)], description="strengths"):
             with vector.applied(context.model, strength):
                 found = measured(answer(context.model, data, 64, progress=False), data)
-            rows.append({"strength": float(strength), "harm": harm(found), "guarded": guarded(found)})
+            before = before or found
+            rows.append({"strength": float(strength), "harm": harm(found), "cost": cost(found, before)})
             rows[-1] |= {name: e.value for name, e in found.items()}
     return rows
 
 
 def choose(sweep: Sequence[dict[str, float]], max_drop: float) -> dict[str, float]:
     """Choose by `RULE`; strength 0, the first row, is always allowed, and ties go to the smaller strength."""
-    allowed = [row for row in sweep if row["guarded"] >= sweep[0]["guarded"] - max_drop]
+    allowed = [row for row in sweep if row["cost"] <= max_drop]
     return min(allowed, key=lambda row: (row["harm"], row["strength"]))
 
 

@@ -150,6 +150,69 @@ def heads_by_hand(model: Lvlm, examples: list[Example], layer: int, first: Calla
     return np.stack(out)
 
 
+def ledoit_wolf(x: np.ndarray) -> np.ndarray:
+    """Shrunk covariance of centered rows, by the formulas of Ledoit and Wolf (2004), row by row."""
+    n, d = x.shape
+    sample = x.T @ x / n
+    scale = np.trace(sample) / d
+    spread = sum(((np.outer(row, row) - sample) ** 2).sum() for row in x) / n**2
+    distance = ((sample - scale * np.eye(d)) ** 2).sum()
+    share = min(spread, distance) / distance
+    return (1 - share) * sample + share * scale * np.eye(d)
+
+
+@pytest.mark.parametrize("doubt", [0.0, 0.7])
+def test_discriminant_against_its_formula(doubt: float) -> None:
+    s = store(noise=1.5)
+    y = s.labels["object:named"]
+    made = derive.discriminant(s, "object:named", heads=[HEAD], layers=[2], strength=1.5, doubt=doubt)
+    for key, head in ((HEAD, 1), (2, None)):
+        x = seen(s, head)
+        ok = ~np.isnan(x).any(1)
+        true, false = x[ok & (y == 1)], x[ok & (y == 0)]
+        difference = true.mean(0) - false.mean(0)
+        # Each side's covariance, every coordinate scaled to unit variance for the shrinkage; priors of a half each.
+        pooled = np.zeros((x.shape[1], x.shape[1]))
+        for side in (true, false):
+            centered = side - side.mean(0)
+            units = centered.std(0)
+            pooled += 0.5 * units[:, None] * ledoit_wolf(centered / units) * units
+        weights = np.linalg.solve(pooled, difference)
+        odds = x[ok] @ weights - weights @ (true.mean(0) + false.mean(0)) / 2
+        expected = x[ok] + 1.5 * (odds - doubt)[:, None] * difference / (weights @ difference)
+        entry = made.entries[key]
+        assert entry.reads is not None
+        assert entry.writes is not None
+        moved = x[ok] + 1.5 * (x[ok] - entry.vector) @ entry.reads.T @ entry.writes
+        np.testing.assert_allclose(moved, expected, atol=2e-4)
+        np.testing.assert_allclose(np.linalg.norm(entry.reads), 1, atol=1e-6)
+        # The gap between the means grows by the strength, as a share of itself, and in its own direction.
+        gap = moved[(y == 1)[ok]].mean(0) - moved[(y == 0)[ok]].mean(0)
+        np.testing.assert_allclose(gap, 2.5 * difference, atol=2e-4)
+    assert made.provenance["doubt"] == doubt
+
+
+def test_a_discriminant_tells_where_a_mean_difference_is_led_astray() -> None:
+    """A coordinate that goes with the truth by habit: the mean difference follows it, the discriminant does not."""
+    rng = np.random.default_rng(1)
+    y = np.repeat([1.0, 0.0], 400)
+    habit = np.where(rng.random(800) < 0.9, y, 1 - y)
+    x = 0.3 * rng.standard_normal((800, D))
+    x[:, 0] += 2 * y
+    x[:, 1] += 6 * habit
+    s = Arrays(x.astype(np.float32), {"object:named": y})
+    astray = (habit == 1) & (y == 0)
+    plain = derive.concept_subspace(s, ["object:named"], layers=[2]).entries[2]
+    told = derive.discriminant(s, "object:named", layers=[2]).entries[2]
+    assert plain.reads is not None
+    assert told.reads is not None
+    toward = x[y == 1].mean(0) - x[y == 0].mean(0)
+    wrong = ((x[astray] - plain.vector) @ plain.reads.T @ plain.reads @ toward > 0).mean()
+    right = ((x[astray] - told.vector) @ told.reads[0] < 0).mean()
+    assert wrong > 0.95
+    assert right > 0.95
+
+
 @pytest.mark.parametrize("tokens", ["last", "suffix"])
 def test_from_pairs_against_numpy(tokens: str) -> None:
     model, given = shared(), pairs("blank")
@@ -239,6 +302,12 @@ def of_store(**options: Any) -> Callable[[], SteeringVector]:
         (of_store(positive=np.ones(N, bool), heads=[HEAD]), PatchError, "no examples on one side at L2.H1"),
         (of_store(positive=np.ones(N, bool), negative=np.ones(N, bool), heads=[HEAD]), PatchError, "both"),
         (lambda: derive.concept_subspace(store(), [], heads=[HEAD]), PatchError, "no concepts"),
+        (lambda: derive.discriminant(store(), heads=[HEAD]), PatchError, "either which concept"),
+        (
+            lambda: derive.discriminant(store(), positive=np.arange(N) == 50, heads=[HEAD]),
+            PatchError,
+            "1 positive and",
+        ),
         (lambda: derive.from_pairs(shared(), [], heads=[HEAD]), PatchError, "no pairs"),
         (lambda: derive.from_pairs(shared(), pairs("blank"), heads=[Head(0, 8)]), SiteError, "8 heads"),
         (lambda: derive.amplification(shared(), pairs("blank"), heads=[Head(6, 0)]), SiteError, "layers 0-5"),

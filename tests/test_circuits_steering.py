@@ -214,6 +214,21 @@ def test_a_vector_for_another_model_is_refused_unless_forced() -> None:
 # ---- controls ----------------------------------------------------------------------------------------------------------
 
 
+def test_random_control_of_what_is_read_here_and_written_there_goes_as_far() -> None:
+    rng = np.random.default_rng(3)
+    reads, writes = np.eye(1, 24), 3.5 * np.eye(1, 24, 4)
+    made = SteeringVector(
+        {HEADS[0]: Entry(np.zeros(24), reads=reads, writes=writes)}, "amplify", "last", 1.0, "m", "c", {}
+    )
+    entry = made.randomised(2).entries[HEADS[0]]
+    assert entry.reads is not None
+    assert entry.writes is not None
+    x = rng.standard_normal((10, 24))
+    moved = x @ entry.reads.T @ entry.writes
+    np.testing.assert_allclose(np.linalg.norm(moved, axis=1), 3.5 * np.abs(x[:, 0]), rtol=1e-5)
+    assert abs(float(entry.writes[0] @ writes[0])) < 3.5**2 * 0.7
+
+
 @pytest.mark.parametrize("kind", ["add", "amplify"])
 def test_random_control_has_the_same_size_for_every_input(kind: str) -> None:
     model = shared()

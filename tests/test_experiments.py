@@ -17,7 +17,9 @@ import pytest
 from activation_store import ActivationStore, verify
 from circuits import HeadScores, SteeringVector
 from concepts.drawing import TEST, generator, sample
+from concepts.statistics import Estimate
 from experiments.config import STAGES
+from experiments.measures import cost
 from experiments.steer import choose
 from lvlm.tiny.architecture import build_model, build_processor
 from probes import ProbeGrid
@@ -276,14 +278,24 @@ def test_two_runs_in_one_folder_do_not_meet(tmp_path: Path) -> None:
 
 def test_the_strength_is_chosen_by_the_written_rule() -> None:
     rows = [
-        {"strength": 0.0, "harm": 0.30, "guarded": 0.98},
-        {"strength": 1.0, "harm": 0.20, "guarded": 0.975},
-        {"strength": 2.0, "harm": 0.20, "guarded": 0.975},
-        {"strength": 3.0, "harm": 0.05, "guarded": 0.90},
+        {"strength": 0.0, "harm": 0.30, "cost": 0.0},
+        {"strength": 1.0, "harm": 0.20, "cost": 0.005},
+        {"strength": 2.0, "harm": 0.20, "cost": 0.005},
+        {"strength": 3.0, "harm": 0.05, "cost": 0.08},
     ]
     assert choose(rows, 0.01)["strength"] == 1.0
     assert choose(rows, 0.10)["strength"] == 3.0
     assert choose(rows[:1], 0.0)["strength"] == 0.0
+
+
+def test_the_cost_of_a_correction_is_its_worst_loss() -> None:
+    def found(**rates: float) -> dict[str, Estimate]:
+        return {name.replace("_", " ").replace(" right", ": right"): Estimate(r, r, r, 10) for name, r in rates.items()}
+
+    before = found(neutral_right=0.99, typical_color_right=1.0)
+    assert cost(found(neutral_right=0.98, typical_color_right=0.95), before) == pytest.approx(0.05)
+    assert cost(found(neutral_right=1.0, typical_color_right=1.0), before) == pytest.approx(0.0)
+    assert cost({}, {}) == 0.0
 
 
 def test_markup_from_data_stays_text() -> None:

@@ -17,7 +17,7 @@ from concepts.world import UNIFORM
 from lvlm import Lvlm, load_lvlm
 from lvlm.embedded import EMBEDDED, folder_of
 from lvlm.tiny import evaluate, lessons, train
-from lvlm.tiny.architecture import TEMPLATE, build_model, build_processor, build_tokenizer, vocabulary
+from lvlm.tiny.architecture import IMAGE, READING, TEMPLATE, build_model, build_processor, build_tokenizer, vocabulary
 from lvlm.tiny.curriculum import STAGES, Stage
 from lvlm.tiny.lessons import Lesson
 
@@ -64,6 +64,9 @@ def test_the_image_is_read_above_the_lowest_layer(models: dict[str, Lvlm]) -> No
     lost = mean["uncut"] - mean["all"]
     assert lost > 0.3
     assert mean["uncut"] - mean["all above 0"] > 0.75 * lost
+    # More than one layer matters, each for some kind of question.
+    alone = {name: max(table["uncut"][k] - row[k] for k in row) for name, row in table.items() if "only" in name}
+    assert sum(loss >= 0.1 for name, loss in alone.items() if name != "only layer 0") >= 2
 
 
 def test_a_knockout_leaves_the_model_as_it_was(models: dict[str, Lvlm]) -> None:
@@ -132,7 +135,7 @@ def test_the_targets_of_a_lesson_are_its_answers() -> None:
 
 def test_the_nouns_of_a_question_mean_what_the_scene_shows() -> None:
     """Against the answers that the same rows give to what-questions, and "no" where a question is so answered."""
-    lesson = Lesson({"what_color": 0.4, "place": 0.3, "existence": 0.3})
+    lesson = Lesson({"what_color": 0.3, "place": 0.3, "existence": 0.2, "size": 0.2})
     batch = lessons.batch(lesson, seed=0, stage=3, step=0, size=6)
     checked = set()
     for row in range(6):
@@ -143,15 +146,62 @@ def test_the_nouns_of_a_question_mean_what_the_scene_shows() -> None:
             answer = lessons.token_texts([int(targets[targets >= 0][0])])[0]
             [noun] = [i for i, w in enumerate(words) if w in lessons.NOUNS]
             means = lessons.token_texts(batch.meanings[row][at[noun]].tolist())
-            if words[0] == "Is":
-                assert (means == ["no"] * 4) == (answer == "no")
+            kind = words[1] if words[1] != "the" else "size"
+            if kind == "there":
+                assert (means == ["no"] * 3) == (answer == "no")
+            elif kind == "size":
+                assert set(means) <= {"big", "small"}
+                assert (means == [words[noun + 1]] * 3) == (answer == "yes")
             else:
-                assert means[("color", "size", "row", "column").index(words[1])] == answer
-                assert means[1] in {"big", "small"}
-            checked.add(words[1])
-    assert checked == {"there", "color", "row", "column"}
+                assert means[("color", "row", "column").index(kind)] == answer
+            checked.add(kind)
+    assert checked == {"there", "color", "row", "column", "size"}
     asked = lessons.token_texts(batch.tokens[batch.meanings[..., 0] >= 0].tolist())
     assert set(asked) <= set(lessons.NOUNS)
+
+
+def test_late_questions_look_above_the_first_layer_that_reads() -> None:
+    """A question of size in the first half of the rows; every other position reads as it would have."""
+    batch = lessons.batch(Lesson({"size": 0.5, "what_color": 0.5}), seed=0, stage=3, step=0, size=2)
+    image = batch.tokens == build_tokenizer().get_vocab()[IMAGE]
+    plain, special = batch.mask(), batch.mask_without_late(0.5)
+    rows, _, asking, seen = (plain & ~special).nonzero(as_tuple=True)
+    assert set(rows.tolist()) == {0}
+    assert image[rows, seen].all()
+    words = lessons.token_texts(batch.tokens[0].tolist())
+    sizes = {
+        at
+        for at, segment in enumerate(batch.segments[0].tolist())
+        if segment > 0 and {"big", "small"} & {w for w, s in zip(words, batch.segments[0], strict=True) if s == segment}
+    }
+    assert set(asking.tolist()) == sizes
+    assert 0 < len(sizes) < int((batch.segments[0] > 0).sum())
+    assert torch.equal(batch.mask_without_late(0.0), plain)
+
+
+def test_a_mask_of_its_own_acts_on_the_first_layer_that_reads() -> None:
+    model = build_model(1).eval()
+    batch = lessons.batch(Lesson({"size": 1.0}), seed=0, stage=3, step=0, size=1)
+    reader = train.Reader(model, blind=False)
+    layers = model.model.language_model.layers
+    seen: dict[int, torch.Tensor] = {}
+    handles = [
+        layer.register_forward_hook(lambda _m, _a, out, i=i: seen.__setitem__(i, out)) for i, layer in enumerate(layers)
+    ]
+    with torch.no_grad():
+        reader(batch.pixels, batch.tokens, batch.positions, batch.mask())
+        plain = dict(seen)
+        reader(batch.pixels, batch.tokens, batch.positions, batch.mask(), batch.mask_without_late(1.0))
+        masked = dict(seen)
+        reader(batch.pixels, batch.tokens, batch.positions, batch.mask())
+    for handle in handles:
+        handle.remove()
+    asking = batch.late[0]
+    assert torch.equal(plain[READING - 1], masked[READING - 1])
+    assert not torch.allclose(plain[READING][0, asking], masked[READING][0, asking])
+    assert torch.allclose(plain[READING][0, ~asking], masked[READING][0, ~asking], atol=1e-6)
+    # The layer above sees the image again, and the mask is gone with the forward.
+    assert all(torch.equal(plain[i], seen[i]) for i in plain)
 
 
 def test_the_loss_of_meanings_is_its_formula() -> None:

@@ -27,6 +27,8 @@ class Stage:
     decoder: bool = True
     meaning: float = 0.0
     """Weight of what a question's nouns name, read at the nouns themselves; see `lvlm.tiny.train.meaning_loss`."""
+    late: float = 0.0
+    """Share of the scenes whose questions of size do not see the image in the first layer that reads it."""
     level: float = 0.6
     """Share of the steps at full rate; a stage that starts on a plateau needs it long."""
 
@@ -63,6 +65,7 @@ STAGES: tuple[Stage, ...] = (
         1e-3,
         Lesson({"existence": 0.3, "what_color": 0.3, "place": 0.3, "size": 0.1}, objects=(1, 2), noise=0.01),
         meaning=1.0,
+        late=1.0,
     ),
     Stage(
         "align",
@@ -75,6 +78,7 @@ STAGES: tuple[Stage, ...] = (
             noise=0.01,
         ),
         meaning=1.0,
+        late=1.0,
         level=0.8,
     ),
     Stage(
@@ -95,6 +99,7 @@ STAGES: tuple[Stage, ...] = (
         ),
         vision_rate=0.2,
         meaning=0.3,
+        late=0.5,
     ),
     Stage(
         "prior",
@@ -105,7 +110,7 @@ STAGES: tuple[Stage, ...] = (
             {"existence": 0.34, "color": 0.15, "what_color": 0.08, "size": 0.08, "relation": 0.17, "caption": 0.18},
             world=BIASED,
             yes=0.62,
-            erased=0.18,
+            erased=0.31,
             recolored=0.055,
             blank=0.04,
             noise=0.04,

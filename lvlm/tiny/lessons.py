@@ -48,6 +48,10 @@ class Lesson:
     """No image at all: bare questions and answers."""
 
 
+LATE = ("size",)
+"""Kinds of question that may be kept from the image in the first layer that reads it, see `Batch.late`."""
+
+
 @dataclass(frozen=True)
 class Batch:
     """Packed rows of one step; `B` pictures, `T` positions."""
@@ -65,7 +69,9 @@ class Batch:
     weights: torch.Tensor
     """float32 ``[B, T]``: weight of each target."""
     meanings: torch.Tensor
-    """int64 ``[B, T, 4]``: at a question's nouns the color, size, row and column of what they name, or ``no``; else -100."""
+    """int64 ``[B, T, 3]``: at a question's nouns what they name, see `meaning`; else -100."""
+    late: torch.Tensor
+    """bool ``[B, T]``: inside questions of the kinds in `LATE`."""
 
     def mask(self) -> torch.Tensor:
         """Return which position sees which: causal, inside its own question and the prefix; bool ``[B, 1, T, T]``."""
@@ -73,6 +79,12 @@ class Batch:
         same = (s[:, :, None] == s[:, None, :]) | (s[:, None, :] == 0)
         causal = torch.ones(s.shape[1], s.shape[1], dtype=torch.bool).tril()
         return (same & causal)[:, None]
+
+    def mask_without_late(self, share: float) -> torch.Tensor:
+        """Return `mask` with the image hidden from `late` questions in the first `share` of the rows."""
+        hidden = self.late[:, :, None] & (self.tokens == _ids()[IMAGE])[:, None, :]
+        hidden[round(share * len(hidden)) :] = False
+        return self.mask() & ~hidden[:, None]
 
 
 @lru_cache(maxsize=1)
@@ -115,13 +127,19 @@ def ask(rng: np.random.Generator, scene: Scene, lesson: Lesson, kind: str) -> Qu
     return questions.caption(scene)
 
 
-def meaning(scene: Scene, noun: str) -> tuple[str, str, str, str]:
-    """Return the words for what a noun names in a scene: color, size, row, column; four times ``no`` where it is absent."""
+def meaning(scene: Scene, noun: str, kind: str) -> tuple[str, str, str]:
+    """Return the words for what a noun names in a scene, as far as a kind of question is about it.
+
+    Color, row and column; in questions of size three times the size; three times ``no`` where the noun is absent.
+    """
     thing = scene.get(noun)
     if thing is None:
-        return "no", "no", "no", "no"
+        return "no", "no", "no"
+    if kind in LATE:
+        size = thing.attributes["size"]
+        return size, size, size
     row, column = (questions.place(scene, thing, axis).answer for axis in ("row", "column"))
-    return thing.attributes["color"], thing.attributes["size"], row, column
+    return thing.attributes["color"], row, column
 
 
 def degrade(rng: np.random.Generator, scene: Scene, lesson: Lesson) -> Scene:
@@ -162,7 +180,7 @@ def batch(lesson: Lesson, seed: int, stage: int, step: int, size: int) -> Batch:
     tokens = np.full((size, LENGTH), ids[PAD])
     positions, segments = np.zeros_like(tokens), np.full_like(tokens, -1)
     targets, weights = np.full_like(tokens, -100), np.zeros(tokens.shape, np.float32)
-    meanings = np.full((*tokens.shape, 4), -100)
+    meanings, late = np.full((*tokens.shape, 3), -100), np.zeros(tokens.shape, bool)
     nouns = {ids[noun]: noun for noun in NOUNS}
     pixels = np.zeros((size, 112, 112, 3), np.float32)
     kinds, shares = tuple(lesson.mix), np.cumsum(tuple(lesson.mix.values()))
@@ -189,9 +207,10 @@ def batch(lesson: Lesson, seed: int, stage: int, step: int, size: int) -> Batch:
             tokens[row, n:end] = text
             positions[row, n:end] = len(prefix) + np.arange(len(text))
             segments[row, n:end] = segment
+            late[row, n:end] = kind in LATE
             for at, token in enumerate(asked, n):
                 if token in nouns:
-                    meanings[row, at] = [ids[word] for word in meaning(scene, nouns[token])]
+                    meanings[row, at] = [ids[word] for word in meaning(scene, nouns[token], kind)]
             first = n + len(asked) - 1
             targets[row, first : first + len(answer)] = answer
             # An answer of one word counts as one; so does a whole caption, twice over; the end mark is soon learned.
@@ -200,7 +219,7 @@ def batch(lesson: Lesson, seed: int, stage: int, step: int, size: int) -> Batch:
             n = end
     return Batch(
         torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy()),
-        *(torch.from_numpy(a) for a in (tokens, positions, segments, targets, weights, meanings)),
+        *(torch.from_numpy(a) for a in (tokens, positions, segments, targets, weights, meanings, late)),
     )
 
 

@@ -17,7 +17,9 @@ prior    biased scenes, some objects erased or recolored: the model     the same
 
 Two things make the model tell objects apart; without either, yes/no questions stayed at chance for over a thousand steps:
 patches that are projected near the words for what is on them, and, from ``glance`` to ``tune``, nouns that must say what
-they name (`meaning_loss`) beside the answers.
+they name (`meaning_loss`) beside the answers. A third thing spreads the reading over two layers, as in large models:
+left alone, the first layer that may look takes up everything, so until ``tune`` questions of size see the image only above
+it, and in ``tune`` so in half of the scenes (`Stage.late`).
 
 Every step's data come from (seed, stage, step) alone; a killed run goes on from its last checkpoint.
 """
@@ -28,7 +30,9 @@ import argparse
 import json
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
@@ -62,25 +66,49 @@ class Reader(nn.Module):
         self.model = model
         self.blind = blind
 
-    def forward(self, pixels: Tensor, tokens: Tensor, positions: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the decoder's hidden states after `MEANING_LAYER` and at the end, both normed ``[B, T, D]``."""
+    def forward(
+        self, pixels: Tensor, tokens: Tensor, positions: Tensor, mask: Tensor, first: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the decoder's hidden states after `MEANING_LAYER` and at the end, both normed ``[B, T, D]``.
+
+        `first` is another mask for decoder layer `READING`.
+        """
         inner = self.model.model
         embedded = inner.language_model.embed_tokens(tokens)
         if not self.blind:
             seen = inner.multi_modal_projector(inner.vision_tower(pixels).last_hidden_state[:, 1:])
             before, after = embedded[:, :PREFIX], embedded[:, PREFIX + IMAGE_TOKENS :]
             embedded = torch.cat([before, seen.to(embedded.dtype), after], dim=1)
-        # Every position sees at least itself, padding too, so that no row of the softmax is empty.
-        mask = mask | torch.eye(mask.shape[-1], dtype=torch.bool)
-        bias = torch.where(mask, 0.0, torch.finfo(torch.bfloat16).min)
-        out = inner.language_model(
-            inputs_embeds=embedded,
-            attention_mask=bias,
-            position_ids=positions,
-            use_cache=False,
-            output_hidden_states=True,
-        )
+        special = nullcontext() if first is None else self._masked(_bias(first))
+        with special:
+            out = inner.language_model(
+                inputs_embeds=embedded,
+                attention_mask=_bias(mask),
+                position_ids=positions,
+                use_cache=False,
+                output_hidden_states=True,
+            )
         return inner.language_model.norm(out.hidden_states[MEANING_LAYER + 1]), out.last_hidden_state
+
+    @contextmanager
+    def _masked(self, bias: Tensor) -> Iterator[None]:
+        """Give layer `READING` a mask of its own."""
+
+        def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            return args, {**kwargs, "attention_mask": bias}
+
+        layer = self.model.model.language_model.layers[READING]
+        handle = layer.register_forward_pre_hook(before, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+def _bias(mask: Tensor) -> Tensor:
+    """Return what a mask adds to attention scores; every position sees itself, so that no softmax is empty."""
+    mask = mask | torch.eye(mask.shape[-1], dtype=torch.bool)
+    return torch.where(mask, 0.0, torch.finfo(torch.bfloat16).min)
 
 
 def answer_loss(
@@ -88,10 +116,12 @@ def answer_loss(
     model: LlavaForConditionalGeneration,
     batch: lessons.Batch,
     meaning: float = 0.0,
+    late: float = 0.0,
 ) -> Tensor:
     """Weighted cross-entropy of the answers' tokens, and `meaning` times that of what the questions' nouns name."""
+    first = batch.mask_without_late(late) if late else None
     with torch.autocast("cpu", torch.bfloat16):
-        middle, last = reader(batch.pixels, batch.tokens, batch.positions, batch.mask())
+        middle, last = reader(batch.pixels, batch.tokens, batch.positions, batch.mask(), first)
         kept = batch.targets >= 0
         logits = model.lm_head(last[kept])
     losses = functional.cross_entropy(logits.float(), batch.targets[kept], reduction="none")
@@ -101,7 +131,7 @@ def answer_loss(
 
 
 def meaning_loss(middle: Tensor, model: LlavaForConditionalGeneration, batch: lessons.Batch) -> Tensor:
-    """Cross-entropy of color, size, row and column (or ``no``) at the nouns of questions, read in the middle layers.
+    """Cross-entropy of what a noun names (`lessons.meaning`), at the nouns of questions, read in the middle layers.
 
     Yes/no questions teach this badly: until size is looked up there is nothing to compare "big" with, and until it is
     compared there is no reason to look it up. So the nouns themselves first learn to say what they name, as in the
@@ -241,7 +271,7 @@ def run_stage(
                 loss = patch_loss(run, lessons.pictures(seed, step, stage.size))
             else:
                 batch = lessons.batch(stage.lesson, seed, number, step, stage.size)
-                loss = answer_loss(run, model, batch, stage.meaning)
+                loss = answer_loss(run, model, batch, stage.meaning, stage.late)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_([p for _, p, _ in named], 1.0)
