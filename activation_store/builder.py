@@ -218,11 +218,23 @@ class _ArrayBuilder:
             at, stop = int(offsets[0]), int(offsets[-1])
         while at < stop:
             n = min(stop - at, CHUNK_ROWS - self._filled)
-            self._block[:, self._filled : self._filled + n] = encoded.stored[at : at + n].swapaxes(0, 1)
-            self._filled += n
+            if n == CHUNK_ROWS and not self._compressed:
+                self._whole(encoded.stored[at : at + n])
+            else:
+                self._block[:, self._filled : self._filled + n] = encoded.stored[at : at + n].swapaxes(0, 1)
+                self._filled += n
             at += n
             if self._filled == CHUNK_ROWS:
                 self.flush()
+
+    def _whole(self, rows: np.ndarray) -> None:
+        # What fills a block by itself is digested layer by layer while it is still in the processor's cache.
+        block, digests = self._block, []
+        for layer, chunk in enumerate(block):
+            chunk[:] = rows[:, layer]
+            digests.append(zlib.crc32(chunk.data))
+        self._chunk_rows = CHUNK_ROWS
+        self._hand_over(block, CHUNK_ROWS, digests)
 
     def flush(self) -> None:
         n, block = self._filled, self._block
@@ -231,16 +243,20 @@ class _ArrayBuilder:
         # A first block that is not full is the only one: then chunks are clipped to it.
         self._chunk_rows = self._chunk_rows or n
         block[:, n:] = 0  # what pads the last chunk must not depend on what was there before
-        if not self._compressed:
-            self._digests.append([zlib.crc32(chunk[: self._chunk_rows].data) for chunk in block])
+        digests = [] if self._compressed else [zlib.crc32(chunk[: self._chunk_rows].data) for chunk in block]
+        self._hand_over(block, n, digests)
+
+    def _hand_over(self, block: np.ndarray, n: int, digests: list[int]) -> None:
+        self._digests.append(digests)
         self._disk.submit(lambda: self._write(block, n), block.nbytes)
         self._block, self._filled = self._fresh(), 0
 
     def finish(self) -> str:
         element, values = self._made if self._made else self._create(1)
-        digests = np.array(self._digests, np.uint32).reshape(-1, self.info.n_layers)
         if self._compressed:
             digests = self._stored_digests(values)
+        else:
+            digests = np.array(self._digests, np.uint32).reshape(-1, self.info.n_layers)
         return describe_array(
             element,
             values,

@@ -139,7 +139,7 @@ def _copy_layer(store: ActivationStore, info: ArrayInfo, values: h5py.Dataset, l
     for shard in store.shards():
         array = shard.array(info)
         for start in range(0, array.rows, step):
-            rows = np.arange(start, min(start + step, array.rows))
+            rows = range(start, min(start + step, array.rows))
             part = np.empty((1, len(rows), info.width), values.dtype)
             array.read_into(part[0], rows, layer, slice(0, info.width))
             values[layer : layer + 1, at : at + len(rows)] = part

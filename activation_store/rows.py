@@ -21,12 +21,17 @@ Rows = slice | Sequence[int] | Sequence[bool] | np.ndarray
 """A slice, a boolean mask of all rows, or row numbers in any order (negative ones count from the end)."""
 
 
-def resolve_rows(rows: Rows | None, n: int, path: Path) -> np.ndarray:
-    """Return row numbers int64 [m] out of `n`; raises `StoreError` where they do not fit."""
+def resolve_rows(rows: Rows | None, n: int, path: Path) -> np.ndarray | range:
+    """Return row numbers [m] out of `n`, as a range of step 1 where they are one; `StoreError` where they do not fit."""
     if rows is None:
-        return np.arange(n)
+        return range(n)
     if isinstance(rows, slice):
-        return np.arange(n)[rows]
+        found = range(n)[rows]
+        return found if found.step == 1 else np.asarray(found, np.int64)
+    return as_range(_row_numbers(rows, n, path))
+
+
+def _row_numbers(rows: Sequence[int] | Sequence[bool] | np.ndarray, n: int, path: Path) -> np.ndarray:
     given = np.asarray(rows)
     if given.ndim == 1 and given.dtype == bool and len(given) == n:
         return np.flatnonzero(given)
@@ -59,6 +64,7 @@ class ArrayReader:
         self._width = values.shape[2]
         self._step = (values.chunks or (1,))[0]
         self._by_layer = layer_major(element)
+        self._asked: set[int] = set()
         self._where = blocks(values) if values.id.get_create_plist().get_nfilters() == 0 else None
         self.bytes = int(values.id.get_storage_size())
         """What it takes on disk."""
@@ -69,56 +75,69 @@ class ArrayReader:
         self.counts = int(attribute(element, "overflow")), int(attribute(element, "nonfinite"))
         """How many values overflowed, and how many came as NaN or infinity."""
 
-    def read_into(self, out: np.ndarray, rows: np.ndarray, layer: int, columns: slice) -> None:
-        """Write rows int64 [n] (of a ragged array: tokens), in any order and with repeats, into `out` [n, columns].
+    def read_into(self, out: np.ndarray, rows: np.ndarray | range, layer: int, columns: slice) -> None:
+        """Write rows [n] (of a ragged array: tokens), in any order and with repeats, into `out` [n, columns].
 
-        As float32, or as they are stored where that is the dtype of `out`.
+        As float32, or as they are stored where that is the dtype of `out`. A range, of step 1, is read fastest.
         """
+        if not len(rows):
+            return
         # bfloat16 is the upper half of a float32: it is widened on its way, and moved up in place.
         widened = self._dtype == "bfloat16" and out.dtype == np.float32
         target = out.view(np.uint32) if widened else out
-        if len(rows) and self._where is None:
+        if self._where is None:
             with open_shard(self._path, source=self._source) as file:
                 values = values_of(element_at(file, f"arrays/{self._name}"))
                 self._from_chunks(target, rows, columns, lambda chunk: self._through_filter(values, chunk, layer))
-        elif len(rows) and self._where is not None:
-            places = self._where.offsets[:, layer], self._where.sizes[:, layer]
-            if self._by_layer:
-                self._from_layer(target, rows, columns, int(places[0][0]))
+        elif self._by_layer:
+            view = self._at(int(self._where.offsets[0, layer]), self.rows)
+            picked = slice(rows.start, rows.stop) if isinstance(rows, range) else rows
+            target[:] = view[picked, columns]
+        else:
+            offsets = self._where.offsets[:, layer]
+            self._soon(rows, layer)
+            if isinstance(rows, range):
+                self._from_run(target, rows, columns, offsets)
             else:
-                if _is_run(rows):
-                    for chunk in range(rows[0] // self._step, rows[-1] // self._step + 1):
-                        self._soon(int(places[0][chunk]), int(places[1][chunk]))
-                self._from_chunks(target, rows, columns, lambda chunk: self._at(int(places[0][chunk]), self._step))
+                self._from_chunks(target, rows, columns, lambda chunk: self._at(int(offsets[chunk]), self._step))
         if widened:
             np.left_shift(target, 16, out=target)
 
-    def _from_layer(self, out: np.ndarray, rows: np.ndarray, columns: slice, start: int) -> None:
-        view = self._at(start, self.rows)
-        if _is_run(rows):
-            first, run, size = int(rows[0]), len(rows), self._width * view.itemsize
-            self._soon(start + first * size, run * size)
-            out[:] = view[first : first + run, columns]
-        else:
-            out[:] = view[rows, columns]
+    def _from_run(self, out: np.ndarray, rows: range, columns: slice, offsets: np.ndarray) -> None:
+        step, at = self._step, rows.start
+        while at < rows.stop:
+            chunk, inside = divmod(at, step)
+            whole = (rows.stop - at) // step if inside == 0 else 0
+            if whole > 1:
+                # Chunks at equal distances are one array with a stride: taken with one call, not one for each.
+                jumps = np.diff(offsets[chunk : chunk + whole])
+                count = 1 + (int(np.argmax(jumps != jumps[0])) or len(jumps))
+                n = count * step
+                part = self._spaced(int(offsets[chunk]), int(jumps[0]), count)[:, :, columns]
+                out[at - rows.start : at - rows.start + n].reshape(count, step, -1)[:] = part
+            else:
+                n = min(step - inside, rows.stop - at)
+                part = self._at(int(offsets[chunk]), step)[inside : inside + n, columns]
+                out[at - rows.start : at - rows.start + n] = part
+            at += n
 
     def _from_chunks(
-        self, out: np.ndarray, rows: np.ndarray, columns: slice, chunk_at: Callable[[int], np.ndarray]
+        self, out: np.ndarray, rows: np.ndarray | range, columns: slice, chunk_at: Callable[[int], np.ndarray]
     ) -> None:
-        step, chunk_of = self._step, rows // self._step
-        run = _is_run(rows)
+        numbers = np.asarray(rows)
+        chunk_of = numbers // self._step
         for chunk in np.unique(chunk_of).tolist():
-            start, block = chunk * step, chunk_at(chunk)  # [<= 32, D]
-            if run:
-                first, last = max(start, int(rows[0])), min(start + step, int(rows[-1]) + 1)
-                out[first - rows[0] : last - rows[0]] = block[first - start : last - start, columns]
-            else:
-                wanted = np.flatnonzero(chunk_of == chunk)
-                out[wanted] = block[rows[wanted] - start, columns]
+            wanted = np.flatnonzero(chunk_of == chunk)
+            out[wanted] = chunk_at(chunk)[numbers[wanted] - chunk * self._step, columns]
 
     def _at(self, offset: int, rows: int) -> np.ndarray:
         dtype = STORAGE[self._dtype]
         return np.frombuffer(self._source.raw, dtype, rows * self._width, offset).reshape(rows, self._width)
+
+    def _spaced(self, offset: int, jump: int, count: int) -> np.ndarray:
+        dtype = STORAGE[self._dtype]
+        strides = (jump, self._width * dtype.itemsize, dtype.itemsize)
+        return np.ndarray((count, self._step, self._width), dtype, self._source.raw, offset, strides)
 
     def _through_filter(self, values: h5py.Dataset, chunk: int, layer: int) -> np.ndarray:
         start, stop = chunk * self._step, min((chunk + 1) * self._step, len(values))
@@ -127,11 +146,17 @@ class ArrayReader:
         values.read_direct(block, np.s_[start:stop, layer : layer + 1])
         return block[:, 0]
 
-    def _soon(self, start: int, size: int) -> None:
-        # So that the disk is asked for all of it at once, and not page by page as each is touched.
-        page = start - start % mmap.PAGESIZE
-        if hasattr(mmap, "MADV_WILLNEED"):
-            self._source.raw.madvise(mmap.MADV_WILLNEED, page, min(start + size, len(self._source.raw)) - page)
+    def _soon(self, rows: np.ndarray | range, layer: int) -> None:
+        # When a layer is first read in long runs, the disk is asked for all of it at once, not page by page as each is
+        # touched. Later it is in memory, or there is not memory enough.
+        where, raw = self._where, self._source.raw
+        if where is None or layer in self._asked or not isinstance(rows, range) or not hasattr(mmap, "MADV_WILLNEED"):
+            return
+        self._asked.add(layer)
+        for chunk in range(rows.start // self._step, (rows.stop - 1) // self._step + 1):
+            start, size = int(where.offsets[chunk, layer]), int(where.sizes[chunk, layer])
+            page = start - start % mmap.PAGESIZE
+            raw.madvise(mmap.MADV_WILLNEED, page, min(start + size, len(raw)) - page)
 
 
 def token_rows(offsets: np.ndarray, rows: np.ndarray) -> np.ndarray:
@@ -141,5 +166,9 @@ def token_rows(offsets: np.ndarray, rows: np.ndarray) -> np.ndarray:
     return np.repeat(starts, lengths) + within
 
 
-def _is_run(rows: np.ndarray) -> bool:
-    return bool(np.array_equal(rows, np.arange(rows[0], rows[0] + len(rows))))
+def as_range(rows: np.ndarray) -> np.ndarray | range:
+    """Return rows as a range where they are neighbours in increasing order."""
+    first, n = int(rows[0]) if len(rows) else 0, len(rows)
+    if n and int(rows[-1]) == first + n - 1 and (np.diff(rows) == 1).all():
+        return range(first, first + n)
+    return rows

@@ -18,7 +18,7 @@ from activation_store.layout import ArrayInfo, Schema, canonical_json, is_label
 from activation_store.opened import Folder, OpenShard, open_folder
 from activation_store.query import matching
 from activation_store.ragged import Ragged
-from activation_store.rows import Rows, resolve_rows, token_rows
+from activation_store.rows import Rows, as_range, resolve_rows, token_rows
 from activation_store.shard import reading
 from activation_store.tensors import read_tensor, tensor_names
 from activation_store.together import check_together, provenance_of
@@ -241,17 +241,15 @@ class ActivationStore:
             raise SiteError(msg)
         rows = resolve_rows(examples, len(self), self._path)
         out = np.empty((len(rows), columns.stop - columns.start), np.float32)
-        shard_of = np.searchsorted(self._starts, rows, side="right") - 1
-        for index in np.unique(shard_of).tolist():
-            wanted = np.flatnonzero(shard_of == index)
-            shard, within = self._shard(index), rows[wanted] - self._starts[index]
+        for index, within, place in self._by_shard(rows):
             with reading(self._shards[index][0]):
-                if wanted[-1] - wanted[0] + 1 == len(wanted):  # neighbours are filled where they are
-                    shard.array(info).read_into(out[wanted[0] : wanted[-1] + 1], within, layer, columns)
+                array = self._shard(index).array(info)
+                if isinstance(place, slice):
+                    array.read_into(out[place], within, layer, columns)
                 else:
-                    part = np.empty((len(wanted), out.shape[1]), np.float32)
-                    shard.array(info).read_into(part, within, layer, columns)
-                    out[wanted] = part
+                    part = np.empty((len(place), out.shape[1]), np.float32)
+                    array.read_into(part, within, layer, columns)
+                    out[place] = part
         return out
 
     def ragged(
@@ -273,24 +271,22 @@ class ActivationStore:
             msg = f"'{info.tokens}' of site '{site}' is one vector an example: read it with read(…)"
             raise SiteError(msg)
         rows = resolve_rows(examples, len(self), self._path)
-        shard_of = np.searchsorted(self._starts, rows, side="right") - 1
-        parts: list[np.ndarray] = []
-        lengths: list[int] = []
-        # Neighbours of one shard are read at once.
-        for run in np.split(np.arange(len(rows)), np.flatnonzero(np.diff(shard_of)) + 1) if len(rows) else []:
-            index = int(shard_of[run[0]])
-            shard, within = self._shard(index), rows[run] - self._starts[index]
+        parts: dict[int, np.ndarray] = {}
+        lengths = np.zeros(len(rows), np.int64)
+        for index, within, place in self._by_shard(rows):
             with reading(self._shards[index][0]):
-                array = shard.array(info)
+                array = self._shard(index).array(info)
                 if array.offsets is None:
                     raise KeyError(info.name)
-                wanted = token_rows(array.offsets, within)
-                part = np.empty((len(wanted), columns.stop - columns.start), np.float32)
-                array.read_into(part, wanted, layer, columns)
-                lengths += np.diff(array.offsets)[within].tolist()
-            parts.append(part)
+                examples_here, at = np.asarray(within), np.arange(len(rows))[place]
+                tokens_here = token_rows(array.offsets, examples_here)
+                part = np.empty((len(tokens_here), columns.stop - columns.start), np.float32)
+                array.read_into(part, as_range(tokens_here), layer, columns)
+                lengths[at] = counts = np.diff(array.offsets)[examples_here]
+                parts |= dict(zip(at.tolist(), np.split(part, np.cumsum(counts)[:-1]), strict=True))
+        ordered = [parts[i] for i in range(len(rows))]
         empty = np.empty((0, columns.stop - columns.start), np.float32)
-        return Ragged(np.concatenate([empty, *parts]), np.cumsum([0, *lengths], dtype=np.int64))
+        return Ragged(np.concatenate([empty, *ordered]), np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]))
 
     def batches(
         self,
@@ -305,7 +301,7 @@ class ActivationStore:
             msg = f"size={size}: a batch needs at least 1 example"
             raise StoreError(msg)
         self._catalog.find(site, tokens, head)
-        rows = resolve_rows(examples, len(self), self._path)
+        rows = np.asarray(resolve_rows(examples, len(self), self._path), np.int64)
         return ((some, self.read(site, tokens, head, some)) for some in _slices(rows, size))
 
     def torch(
@@ -329,9 +325,8 @@ class ActivationStore:
 
         self._catalog.find(site, tokens, head)
         matching(self.columns, dict.fromkeys(labels), len(self), self._path)  # raises where one is not there
-        return TorchView(
-            self, str(site), str(tokens), tuple(labels), head, resolve_rows(examples, len(self), self._path)
-        )
+        rows = np.asarray(resolve_rows(examples, len(self), self._path), np.int64)
+        return TorchView(self, str(site), str(tokens), tuple(labels), head, rows)
 
     def tensor(self, name: str) -> np.ndarray:
         """Return a model-level array as it was given; raises `StoreError` naming those there are."""
@@ -364,6 +359,26 @@ class ActivationStore:
 
     def _beside(self) -> Path:
         return next((f.path for f in self._folders if tensor_names(f.path)), self._path)
+
+    def _by_shard(self, rows: np.ndarray | range) -> Iterator[tuple[int, np.ndarray | range, slice | np.ndarray]]:
+        """Yield shard, its rows, and where these stand among `rows`."""
+        if not len(rows):
+            return
+        starts = self._starts
+        if isinstance(rows, range):
+            first = int(np.searchsorted(starts, rows.start, side="right")) - 1
+            for index in range(first, len(self._shards)):
+                begin, end = max(rows.start, int(starts[index])), min(rows.stop, int(starts[index + 1]))
+                if begin >= rows.stop:
+                    return
+                if begin < end:
+                    within = range(begin - int(starts[index]), end - int(starts[index]))
+                    yield index, within, slice(begin - rows.start, end - rows.start)
+            return
+        shard_of = np.searchsorted(starts, rows, side="right") - 1
+        for index in np.unique(shard_of).tolist():
+            wanted = np.flatnonzero(shard_of == index)
+            yield index, as_range(rows[wanted] - starts[index]), wanted
 
     def _shard(self, index: int) -> OpenShard:
         shard = self._open.pop(index, None) or OpenShard(self._shards[index][0], self._schema)
