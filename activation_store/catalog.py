@@ -15,6 +15,7 @@ class Catalog:
     def __init__(self, arrays: Sequence[ArrayInfo]) -> None:
         self._arrays = tuple(arrays)
         self._by_key = {a.key: a for a in arrays}
+        self._found: dict[tuple[object, object, int | None], tuple[ArrayInfo, int, slice]] = {}
 
     def has(self, stack: str, component: str, tokens: str | TokenSelection) -> bool:
         """Whether an array was traced."""
@@ -46,6 +47,14 @@ class Catalog:
         SiteError
             Where the site, token selection or head is not in the store; says what is.
         """
+        asked = (site, tokens, head)
+        if asked not in self._found:  # parsing takes longer than reading a head that is in memory
+            self._found[asked] = self._look_up(site, tokens, head)
+        return self._found[asked]
+
+    def _look_up(
+        self, site: str | Site, tokens: str | TokenSelection, head: int | None
+    ) -> tuple[ArrayInfo, int, slice]:
         place = site if isinstance(site, Site) else Site.parse(site)
         component = f"cross.{place.component}" if place.cross else place.component
         family = self.family(place.stack, component)

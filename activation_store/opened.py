@@ -18,6 +18,7 @@ from activation_store.layout import (
     MANIFEST,
     TENSORS,
     ArrayInfo,
+    Key,
     Schema,
     canonical_json,
     comparable,
@@ -100,17 +101,17 @@ class OpenShard:
         self._path, self._schema = path, schema
         with reading(path):
             self._source = Source(path)
-        self._readers: dict[str, ArrayReader] = {}
+        self._readers: dict[Key, ArrayReader] = {}
 
     def array(self, info: ArrayInfo) -> ArrayReader:
         """Return the reader of an array; raises KeyError where the shard lacks it."""
-        if info.name not in self._readers:
+        if info.key not in self._readers:
             need_filter(self._schema.compression)
             with open_shard(self._path, source=self._source) as file:
                 element = element_at(file, f"arrays/{info.name}")
                 reader = ArrayReader(self._path, info.name, element, self._source, self._schema.dtype)
-            self._readers[info.name] = reader
-        return self._readers[info.name]
+            self._readers[info.key] = reader
+        return self._readers[info.key]
 
     def columns(self) -> dict[str, Column]:
         """Read the table of examples."""

@@ -66,6 +66,8 @@ class ArrayReader:
         self._by_layer = layer_major(element)
         self._asked: set[int] = set()
         self._where = blocks(values) if values.id.get_create_plist().get_nfilters() == 0 else None
+        self._offsets = self._where.offsets if self._where is not None else np.zeros((0, 0), np.int64)
+        self._distances: dict[tuple[int, int], tuple[int, int]] = {}
         self.bytes = int(values.id.get_storage_size())
         """What it takes on disk."""
         self.rows = values.shape[1] if self._by_layer else len(values)
@@ -90,30 +92,31 @@ class ArrayReader:
                 values = values_of(element_at(file, f"arrays/{self._name}"))
                 self._from_chunks(target, rows, columns, lambda chunk: self._through_filter(values, chunk, layer))
         elif self._by_layer:
-            view = self._at(int(self._where.offsets[0, layer]), self.rows)
+            view = self._at(int(self._offsets[0, layer]), self.rows)
             picked = slice(rows.start, rows.stop) if isinstance(rows, range) else rows
             target[:] = view[picked, columns]
         else:
-            offsets = self._where.offsets[:, layer]
-            self._soon(rows, layer)
+            offsets = self._offsets[:, layer]
             if isinstance(rows, range):
-                self._from_run(target, rows, columns, offsets)
+                if layer not in self._asked:
+                    self._soon(rows, layer)
+                self._from_run(target, rows, layer, columns)
             else:
                 self._from_chunks(target, rows, columns, lambda chunk: self._at(int(offsets[chunk]), self._step))
         if widened:
             np.left_shift(target, 16, out=target)
 
-    def _from_run(self, out: np.ndarray, rows: range, columns: slice, offsets: np.ndarray) -> None:
-        step, at = self._step, rows.start
+    def _from_run(self, out: np.ndarray, rows: range, layer: int, columns: slice) -> None:
+        step, at, offsets = self._step, rows.start, self._offsets[:, layer]
         while at < rows.stop:
             chunk, inside = divmod(at, step)
             whole = (rows.stop - at) // step if inside == 0 else 0
             if whole > 1:
                 # Chunks at equal distances are one array with a stride: taken with one call, not one for each.
-                jumps = np.diff(offsets[chunk : chunk + whole])
-                count = 1 + (int(np.argmax(jumps != jumps[0])) or len(jumps))
+                jump, last = self._even(layer, chunk)
+                count = min(whole, last + 1 - chunk)
                 n = count * step
-                part = self._spaced(int(offsets[chunk]), int(jumps[0]), count)[:, :, columns]
+                part = self._spaced(int(offsets[chunk]), jump, count)[:, :, columns]
                 out[at - rows.start : at - rows.start + n].reshape(count, step, -1)[:] = part
             else:
                 n = min(step - inside, rows.stop - at)
@@ -134,6 +137,14 @@ class ArrayReader:
         dtype = STORAGE[self._dtype]
         return np.frombuffer(self._source.raw, dtype, rows * self._width, offset).reshape(rows, self._width)
 
+    def _even(self, layer: int, chunk: int) -> tuple[int, int]:
+        """Return the distance from a chunk to the next, and the last chunk up to which it stays the same."""
+        key = (layer, chunk)
+        if key not in self._distances:
+            jumps = np.diff(self._offsets[chunk:, layer])
+            self._distances[key] = int(jumps[0]), chunk + (int(np.argmax(jumps != jumps[0])) or len(jumps))
+        return self._distances[key]
+
     def _spaced(self, offset: int, jump: int, count: int) -> np.ndarray:
         dtype = STORAGE[self._dtype]
         strides = (jump, self._width * dtype.itemsize, dtype.itemsize)
@@ -146,11 +157,11 @@ class ArrayReader:
         values.read_direct(block, np.s_[start:stop, layer : layer + 1])
         return block[:, 0]
 
-    def _soon(self, rows: np.ndarray | range, layer: int) -> None:
+    def _soon(self, rows: range, layer: int) -> None:
         # When a layer is first read in long runs, the disk is asked for all of it at once, not page by page as each is
         # touched. Later it is in memory, or there is not memory enough.
         where, raw = self._where, self._source.raw
-        if where is None or layer in self._asked or not isinstance(rows, range) or not hasattr(mmap, "MADV_WILLNEED"):
+        if where is None or not hasattr(mmap, "MADV_WILLNEED"):
             return
         self._asked.add(layer)
         for chunk in range(rows.start // self._step, (rows.stop - 1) // self._step + 1):

@@ -23,7 +23,7 @@ from activation_store.source import Source
 from concepts.errors import StoreError
 
 # What reading raises, besides errors of the system, where a flipped byte made another name, type or size of something.
-_DAMAGE = (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError, MemoryError)
+DAMAGE = (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError, MemoryError)
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def reading(path: Path) -> Iterator[None]:
             yield
     except StoreError:
         raise
-    except _DAMAGE as error:
+    except DAMAGE as error:
         msg = f"{path}: damaged, an element cannot be read ({error!r}); {rebuild_advice(path.name)}"
         raise StoreError(msg) from error
 

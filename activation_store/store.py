@@ -19,7 +19,7 @@ from activation_store.opened import Folder, OpenShard, open_folder
 from activation_store.query import matching
 from activation_store.ragged import Ragged
 from activation_store.rows import Rows, as_range, resolve_rows, token_rows
-from activation_store.shard import reading
+from activation_store.shard import DAMAGE, reading
 from activation_store.tensors import read_tensor, tensor_names
 from activation_store.together import check_together, provenance_of
 from concepts.errors import SiteError, StoreError
@@ -241,8 +241,10 @@ class ActivationStore:
             raise SiteError(msg)
         rows = resolve_rows(examples, len(self), self._path)
         out = np.empty((len(rows), columns.stop - columns.start), np.float32)
-        for index, within, place in self._by_shard(rows):
-            with reading(self._shards[index][0]):
+        path = self._path
+        try:
+            for index, within, place in self._by_shard(rows):
+                path = self._shards[index][0]
                 array = self._shard(index).array(info)
                 if isinstance(place, slice):
                     array.read_into(out[place], within, layer, columns)
@@ -250,6 +252,9 @@ class ActivationStore:
                     part = np.empty((len(place), out.shape[1]), np.float32)
                     array.read_into(part, within, layer, columns)
                     out[place] = part
+        except (OSError, RuntimeError, *DAMAGE):
+            with reading(path):  # says what it means for the shard
+                raise
         return out
 
     def ragged(
@@ -302,7 +307,8 @@ class ActivationStore:
             raise StoreError(msg)
         self._catalog.find(site, tokens, head)
         rows = np.asarray(resolve_rows(examples, len(self), self._path), np.int64)
-        return ((some, self.read(site, tokens, head, some)) for some in _slices(rows, size))
+        parts = (rows[at : at + size] for at in range(0, len(rows), size))
+        return ((some, self.read(site, tokens, head, some)) for some in parts)
 
     def torch(
         self,
@@ -391,7 +397,3 @@ class ActivationStore:
 def _open_all(paths: Sequence[str]) -> ActivationStore:
     first, *others = paths
     return ActivationStore(first).merge(*others) if others else ActivationStore(first)
-
-
-def _slices(rows: np.ndarray, size: int) -> Iterator[np.ndarray]:
-    return (rows[at : at + size] for at in range(0, len(rows), size))
