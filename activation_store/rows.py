@@ -92,6 +92,8 @@ class ArrayReader:
                 values = values_of(element_at(file, f"arrays/{self._name}"))
                 self._from_chunks(target, rows, columns, lambda chunk: self._through_filter(values, chunk, layer))
         elif self._by_layer:
+            if isinstance(rows, range) and layer not in self._asked:
+                self._soon(rows, layer)
             view = self._at(int(self._offsets[0, layer]), self.rows)
             picked = slice(rows.start, rows.stop) if isinstance(rows, range) else rows
             target[:] = view[picked, columns]
@@ -164,7 +166,7 @@ class ArrayReader:
         if where is None or not hasattr(mmap, "MADV_WILLNEED"):
             return
         self._asked.add(layer)
-        for chunk in range(rows.start // self._step, (rows.stop - 1) // self._step + 1):
+        for chunk in range(rows.start // where.rows, (rows.stop - 1) // where.rows + 1):
             start, size = int(where.offsets[chunk, layer]), int(where.sizes[chunk, layer])
             page = start - start % mmap.PAGESIZE
             raw.madvise(mmap.MADV_WILLNEED, page, min(start + size, len(raw)) - page)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import random
 import subprocess
@@ -319,3 +320,17 @@ def test_provenance_must_be_plain(tmp_path: Path) -> None:
         pass
     with StoreWriter(tmp_path, SCHEMA, {"sizes": [1, 2]}):
         pass
+
+
+def test_several_writers_are_killed_at_random_moments() -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "crash.py"), "--kills", "8", "--workers", "2", "--seed", "1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout.splitlines()[-1])["figures"]
+    assert {name: figure["value"] for name, figure in figures.items()} == {
+        "lost": 0,
+        "runs_not_identical": 0,
+        "runs_not_clean": 0,
+    }
+    assert figures["lost"]["n"] == 8
