@@ -121,12 +121,13 @@ class ActivationStore:
         """Yield the sealed shards in order, each open until many others were asked for."""
         return (self._shard(index) for index in range(len(self._shards)))
 
-    @cached_property
+    @property
     def digest(self) -> str:
-        """SHA-256 of the manifest; of a store that is not complete, of the digests of the arrays sealed so far.
+        """SHA-256 of the manifest; of a store not complete, of the digests of its arrays; of merged ones, of theirs."""
+        return self._digest
 
-        Of several merged stores that of their digests.
-        """
+    @cached_property
+    def _digest(self) -> str:
         digests = [folder.digest() for folder in self._folders]
         return digests[0] if len(digests) == 1 else hashlib.sha256(canonical_json(digests).encode()).hexdigest()
 

@@ -45,8 +45,9 @@ class StoreWriter:
     """Appends examples to a store; as a context manager it closes at the end, and on an exception keeps what is sealed.
 
     Rows become durable a shard at a time: a shard is written under a temporary name, synced and renamed, and `written`
-    then names its examples. A killed run loses at most the shard it was at; the next run skips what is in `written`
-    (rows that are appended anyway are left out) and ends with the same bytes as one that was never interrupted.
+    then names its examples. A killed run loses what is not named there: the shard it was at and what waited to be
+    written; the next run skips what is in `written` (rows that are appended anyway are left out) and ends with the same
+    bytes as one that was never interrupted.
 
     `append` returns when the batch is checked, encoded and copied; a thread of the writer's own brings it to disk while
     the caller computes the next. What the disk refuses is raised by the next `append`, `written` or `close`.
