@@ -12,19 +12,36 @@ if TYPE_CHECKING:
     from activation_store.direction import Direction
     from activation_store.integrity import Report, verify
     from activation_store.layout import ArrayInfo, Schema
+    from activation_store.ragged import Ragged
+    from activation_store.rewrite import merge, repack
     from activation_store.store import ActivationStore
     from activation_store.tracer import trace
     from activation_store.writer import StoreWriter
 
-__all__ = ["ActivationStore", "ArrayInfo", "Direction", "Report", "Schema", "StoreWriter", "trace", "verify"]
+__all__ = [
+    "ActivationStore",
+    "ArrayInfo",
+    "Direction",
+    "Ragged",
+    "Report",
+    "Schema",
+    "StoreWriter",
+    "merge",
+    "repack",
+    "trace",
+    "verify",
+]
 
 _HOME = {
     "ActivationStore": "store",
     "ArrayInfo": "layout",
     "Direction": "direction",
+    "Ragged": "ragged",
     "Report": "integrity",
     "Schema": "layout",
     "StoreWriter": "writer",
+    "merge": "rewrite",
+    "repack": "rewrite",
     "trace": "tracer",
     "verify": "integrity",
 }

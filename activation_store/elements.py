@@ -37,6 +37,20 @@ def dataset_at(parent: h5py.Group, name: str) -> h5py.Dataset:
     return element
 
 
+def elements(parent: h5py.Group) -> Iterator[tuple[str, h5py.Group | h5py.Dataset]]:
+    """Return the groups and datasets in a group, by name, sorted."""
+    for name in _names(parent):
+        yield name, element_at(parent, name)
+
+
+def element_at(parent: h5py.Group, name: str) -> h5py.Group | h5py.Dataset:
+    """Return the group or dataset of a name; KeyError where it is not there."""
+    element = parent[name]
+    if not isinstance(element, h5py.Group | h5py.Dataset):
+        raise KeyError(name)
+    return element
+
+
 def groups(parent: h5py.Group) -> Iterator[tuple[str, h5py.Group]]:
     """Return the groups in a group, by name, sorted."""
     for name in _names(parent):

@@ -1,24 +1,14 @@
-"""How numbers and columns become what HDF5 holds, and back, with their digests."""
+"""How numbers and columns become what HDF5 holds, and back."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import h5py
 import numpy as np
 
-from activation_store.elements import attribute, datasets, mark
-from activation_store.layout import (
-    CHUNK_ROWS,
-    STANDARD_COLUMNS,
-    Dtype,
-    column_name,
-    is_label,
-    link_name,
-)
+from activation_store.layout import STANDARD_COLUMNS, Dtype, is_label
 from concepts.errors import StoreError
 
 STORAGE: Mapping[str, np.dtype] = {
@@ -32,8 +22,10 @@ LARGEST: Mapping[str, float] = {
     "bfloat16": 255.0 * 2.0**120,
 }
 """Largest finite value of each dtype."""
+_LISTS = frozenset({list, tuple, np.ndarray})
 Column = np.ndarray
-"""A table column: object array of str, float32 (label), float64, int64 or bool; shape [n]."""
+"""A table column of shape [n]: float32 (label), float64, int64, bool, or objects: str, or lists of one kind (arrays [m] or
+[m, k] of int64 or float64, tuples of str)."""
 
 
 @dataclass(frozen=True)
@@ -46,21 +38,44 @@ class Encoded:
     """int64 [n]: finite values whose magnitude is beyond the largest of the dtype; stored as it rounds them."""
     nonfinite: np.ndarray
     """int64 [n]: values that came as NaN or infinity; stored as they are."""
+    offsets: np.ndarray | None = None
+    """int64 [n+1] of a ragged array: where each example begins in `stored` [T, L, D]; None where it is one row each."""
+
+    def take(self, rows: Sequence[int]) -> Encoded:
+        """Return some of the examples."""
+        index = np.asarray(rows, np.int64)
+        if self.offsets is None:
+            return Encoded(self.stored[index], self.overflow[index], self.nonfinite[index])
+        parts = [self.stored[self.offsets[i] : self.offsets[i + 1]] for i in index]
+        lengths = np.diff(self.offsets)[index]
+        stored = np.concatenate([self.stored[:0], *parts])
+        return Encoded(stored, self.overflow[index], self.nonfinite[index], np.cumsum([0, *lengths], dtype=np.int64))
 
 
 def encode(values: np.ndarray, dtype: Dtype) -> Encoded:
     """Convert floating values [n, L, D] to the storage form of a dtype, rounding to nearest, ties to even."""
-    finite = np.isfinite(values)
-    nonfinite = np.count_nonzero(~finite, axis=(1, 2)).astype(np.int64)
-    overflow = np.zeros(len(values), np.int64)
+    nonfinite, overflow = np.zeros((2, len(values)), np.int64)
+    with np.errstate(over="ignore", invalid="ignore"):
+        sums = values.sum(axis=(1, 2))
+    # A sum is finite only where all it adds up is: a row is looked through only where it is not.
+    for row in np.flatnonzero(~np.isfinite(sums)):
+        nonfinite[row] = np.count_nonzero(~np.isfinite(values[row]))
     if np.finfo(values.dtype).max > LARGEST[dtype]:
-        overflow = np.count_nonzero((np.abs(values) > LARGEST[dtype]) & finite, axis=(1, 2)).astype(np.int64)
+        beyond = (np.abs(values) > LARGEST[dtype]) & np.isfinite(values)
+        overflow = np.count_nonzero(beyond, axis=(1, 2)).astype(np.int64)
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         if dtype == "bfloat16":
             stored = _to_bfloat16(values.astype("<f4", copy=False))
         else:
             stored = values.astype(STORAGE[dtype], copy=False)
     return Encoded(stored, overflow, nonfinite)
+
+
+def encode_ragged(values: np.ndarray, offsets: np.ndarray, dtype: Dtype) -> Encoded:
+    """Convert the tokens [T, L, D] of examples that begin at `offsets` [n+1]; counts are by example."""
+    flat = encode(values, dtype)
+    overflow, nonfinite = (np.diff(np.cumsum([0, *each])[offsets]) for each in (flat.overflow, flat.nonfinite))
+    return Encoded(flat.stored, overflow, nonfinite, offsets.astype(np.int64))
 
 
 def decode(stored: np.ndarray, dtype: str) -> np.ndarray:
@@ -80,26 +95,11 @@ def _to_bfloat16(values: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(values), quiet, rounded).astype("<u2")
 
 
-def array_digest(dataset: h5py.Dataset) -> str:
-    """Return the digest of an activation array as the layout defines it, reading a block of rows at a time."""
-    digest = hashlib.sha256()
-    step = dataset.chunks[0] if dataset.chunks else CHUNK_ROWS
-    for start in range(0, len(dataset), step):
-        block = np.asarray(dataset[start : start + step])  # [<= 32, L, D]
-        digest.update(np.ascontiguousarray(block.swapaxes(0, 1)).data)
-    return digest.hexdigest()
-
-
-def column_digest(values: Column) -> str:
-    """Return the digest of a column as the layout defines it."""
-    if values.dtype == object:
-        return hashlib.sha256("".join(f"{text}\0" for text in values).encode()).hexdigest()
-    return hashlib.sha256(np.ascontiguousarray(values, dtype=values.dtype.newbyteorder("<")).data).hexdigest()
-
-
 def column_kind(name: str, values: Iterable[Any]) -> str:
-    """Return ``label``, ``string``, ``number`` or ``empty`` (nothing but None); raises `StoreError` for a mixture."""
+    """Return ``label``, ``string``, ``number``, ``list`` or ``empty`` (nothing but None); `StoreError` for a mixture."""
     types = {type(value) for value in values if value is not None}
+    if types and types <= _LISTS and not is_label(name) and name not in STANDARD_COLUMNS:
+        return "list"
     numbers = types <= {bool, int, float}
     if is_label(name) and numbers:
         return "label"
@@ -110,7 +110,9 @@ def column_kind(name: str, values: Iterable[Any]) -> str:
     if types == {str} and not is_label(name):
         return "string"
     found = ", ".join(sorted(t.__name__ for t in types))
-    wanted = "numbers, booleans or None, as it is a label" if is_label(name) else "only text or only numbers"
+    wanted = (
+        "numbers, booleans or None, as it is a label" if is_label(name) else "only text, only numbers or only lists"
+    )
     msg = f"column '{name}' of the example table holds {found}; it must hold {wanted}"
     raise StoreError(msg)
 
@@ -118,7 +120,7 @@ def column_kind(name: str, values: Iterable[Any]) -> str:
 def stored_kind(name: str, values: Column) -> str:
     """Return the kind of a column that was read back, as `column_kind` has it for what was given."""
     if values.dtype == object:
-        return "string" if any(values) else "empty"
+        return "list" if any(not isinstance(v, str) for v in values) else "string" if any(values) else "empty"
     if is_label(name):
         return "label"
     return "empty" if values.dtype.kind == "f" and bool(np.isnan(values).all()) else "number"
@@ -127,6 +129,8 @@ def stored_kind(name: str, values: Column) -> str:
 def as_column(name: str, values: Sequence[Any]) -> Column:
     """Return plain values as a column; None becomes NaN or the empty string."""
     kind = column_kind(name, values)
+    if kind == "list":
+        return objects(as_lists(name, values))
     if kind == "string" or (kind == "empty" and name in STANDARD_COLUMNS):
         return np.array([value or "" for value in values], dtype=object)
     if kind == "label":
@@ -139,57 +143,61 @@ def as_column(name: str, values: Sequence[Any]) -> Column:
     return np.array([np.nan if value is None else value for value in values], dtype=np.float64)
 
 
-def write_columns(group: h5py.Group, columns: Mapping[str, Column]) -> None:
-    """Write the columns of a shard's table, in order."""
-    for position, (name, values) in enumerate(columns.items()):
-        if values.dtype == object:
-            kind, dataset = "string-column", group.create_dataset(link_name(name), (len(values),), h5py.string_dtype())
-            dataset[...] = values
-        else:
-            kind = "label-column" if is_label(name) else "number-column"
-            stored = values if values.dtype == bool else values.astype(values.dtype.newbyteorder("<"))
-            dataset = group.create_dataset(link_name(name), data=stored)
-        mark(dataset, kind)
-        dataset.attrs["position"] = position
-        dataset.attrs["sha256"] = column_digest(values)
+def as_lists(name: str, values: Sequence[Any]) -> list[np.ndarray | tuple[str, ...]]:
+    """Return the lists of a column as arrays int64 or float64 [m] or [m, k], or as tuples of text; None is an empty one.
 
-
-def read_column(dataset: h5py.Dataset) -> Column:
-    """Read one column as it was written."""
-    if h5py.check_string_dtype(dataset.dtype):
-        return np.asarray(dataset.asstr()[...], dtype=object)
-    values = np.asarray(dataset[...])
-    return values if values.dtype == bool else values.astype(values.dtype.newbyteorder("="), copy=False)
-
-
-def read_columns(group: h5py.Group) -> dict[str, Column]:
-    """Read every column of a shard's table, in order."""
-    found = sorted(datasets(group), key=lambda item: int(attribute(item[1], "position")))
-    return {column_name(link): read_column(dataset) for link, dataset in found}
-
-
-def join_columns(parts: Sequence[tuple[int, Mapping[str, Column]]]) -> dict[str, Column]:
-    """Join the tables of several shards (row count, columns); what a shard lacks is missing in its rows."""
-    names = dict.fromkeys(name for _, columns in parts for name in columns)
-    return {name: _join(name, [(rows, columns.get(name)) for rows, columns in parts]) for name in names}
-
-
-def _join(name: str, parts: Sequence[tuple[int, Column | None]]) -> Column:
-    present = [values for _, values in parts if values is not None]
-    if any(values.dtype == object for values in present):
-        return np.concatenate([_as_text(rows, values) for rows, values in parts])
-    if len(present) < len(parts):
-        dtype = np.float32 if is_label(name) else np.float64
-        return np.concatenate([np.full(rows, np.nan) if v is None else v for rows, v in parts]).astype(dtype)
-    return np.concatenate(present)
-
-
-def _as_text(rows: int, values: Column | None) -> Column:
-    if values is None:
-        return np.full(rows, "", dtype=object)
-    if values.dtype == object:
-        return values
-    # A shard in which nothing but None was given holds NaN.
-    return np.array(
-        ["" if missing else str(value) for missing, value in zip(np.isnan(values), values, strict=True)], object
+    Raises
+    ------
+    StoreError
+        Where they are not all of text or all of numbers, or their items are lists of unequal length.
+    """
+    lists = [[] if value is None else list(value) for value in values]
+    items = [_plain(item) for one in lists for item in one]
+    widths = {len(item) if isinstance(item, list) else 0 for item in items}
+    leaves = [leaf for item in items for leaf in (item if isinstance(item, list) else [item])]
+    types = {type(leaf) for leaf in leaves}
+    if len(widths) > 1 or (widths == {0} and any(isinstance(item, list) for item in items)):
+        problem = "items of unequal length"
+    elif types <= {bool, int, float}:
+        whole = types <= {bool, int} and all(-(2**63) <= leaf < 2**63 for leaf in leaves)
+        shape = (-1, *widths) if widths - {0} else (-1,)
+        dtype = np.int64 if whole else np.float64
+        return [np.array([_plain(i) for i in one], dtype).reshape(shape if one else (0, *shape[1:])) for one in lists]
+    elif types == {str} and widths == {0}:
+        unfit = next((leaf for leaf in leaves if "\0" in leaf or not _encodable(leaf)), None)
+        if unfit is None:
+            return [tuple(str(item) for item in one) for one in lists]
+        problem = f"{unfit[:60]!r}: HDF5 text cannot hold a zero character or half of a surrogate pair"
+    else:
+        problem = f"{', '.join(sorted(t.__name__ for t in types))}"
+    msg = (
+        f"column '{name}' of the example table holds lists with {problem}; "
+        f"they must hold only text, only numbers, or only lists of numbers of one length"
     )
+    raise StoreError(msg)
+
+
+def objects(values: Sequence[Any]) -> Column:
+    """Return values as an array of objects, whatever they are."""
+    out = np.empty(len(values), dtype=object)
+    for i, value in enumerate(values):
+        out[i] = value
+    return out
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _plain(item: Any) -> Any:
+    # numpy's values become the Python ones they stand for, its str and any subclass plain str.
+    plain = item.tolist() if isinstance(item, np.ndarray | np.generic) else item
+    if isinstance(plain, tuple):
+        plain = list(plain)
+    if isinstance(plain, list):
+        return [_plain(i) for i in plain]
+    return str(plain) if isinstance(plain, str) else plain

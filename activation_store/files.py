@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import re
@@ -34,11 +35,32 @@ def publish(temporary: Path, final: Path) -> None:
     sync(final.parent)
 
 
-def write_whole(path: Path, data: bytes) -> None:
+def publish_new(temporary: Path, final: Path) -> None:
+    """Do as `publish`, but never replace a file; raises FileExistsError where the name is taken."""
+    try:
+        # A second name is given in one step or, if somebody has it, not at all; a rename would replace theirs.
+        os.link(temporary, final)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without links
+        if final.exists():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(final)) from None
+        temporary.replace(final)
+    else:
+        temporary.unlink()
+    sync(final.parent)
+
+
+def part_of(path: Path, owner: str = "") -> Path:
+    """Return the temporary name under which a process writes a file; `owner` tells later whose it was."""
+    return path.with_name(f"{path.name}.{owner}{os.getpid()}.part")
+
+
+def write_whole(path: Path, data: bytes, owner: str = "") -> None:
     """Write a file so that at every moment it is as before or as after, never half; a no-op where nothing changes."""
     if path.is_file() and path.read_bytes() == data:
         return
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = part_of(path, owner)
     try:
         with temporary.open("wb") as file:
             file.write(data)
@@ -48,6 +70,11 @@ def write_whole(path: Path, data: bytes) -> None:
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def same_bytes(a: Path, b: Path) -> bool:
+    """Whether both files are there and hold the same."""
+    return a.is_file() and b.is_file() and a.stat().st_size == b.stat().st_size and file_digest(a) == file_digest(b)
 
 
 def file_digest(path: Path) -> str:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Literal
 
 from activation_store.files import file_digest
-from activation_store.layout import MANIFEST, TENSORS, shard_numbers
+from activation_store.layout import INDEX, MANIFEST, TENSORS, shard_numbers
 from activation_store.manifest import DamagedManifestError, Manifest, ShardEntry, read_manifest
-from activation_store.shard import damaged_elements, inspect, open_shard, reading, rebuild_advice
+from activation_store.shard import find_damage, inspect, open_shard, reading, rebuild_advice, shard_digest
 from activation_store.tensors import damaged_tensors
 from concepts.errors import StoreError
 
@@ -63,8 +63,9 @@ class Report:
 def verify(path: str | Path, progress: Callable[[int, int], None] | None = None) -> Report:
     """Read a store through and compare every file with the digests taken when it was sealed.
 
-    A shard that a manifest lists is checked to the last byte. One that none lists yet, in a run that has not finished,
-    is checked by the digests inside it: every value of arrays and columns, but not the names and attributes around them.
+    A shard that a manifest lists is checked to the last byte, and where blocks of its values changed, only the examples
+    in these are named. One that none lists yet, in a run that has not finished, is checked by the digests inside it:
+    every value of arrays and columns, but not the names and attributes around them.
 
     Parameters
     ----------
@@ -98,6 +99,7 @@ def verify(path: str | Path, progress: Callable[[int, int], None] | None = None)
         if progress:
             progress(done, len(total))
     problems.extend(_check_tensors(folder, manifest))
+    problems.extend(_check_index(folder, manifest))
     complete = manifest is not None and {e.file for e in manifest.shards} == shards
     if MANIFEST not in there:
         text = f"{MANIFEST} is not there: the run has not finished; run it again to the end"
@@ -143,18 +145,36 @@ def _check_shard(path: Path, entry: ShardEntry | None) -> tuple[Problem | None, 
             f"{path.name} is truncated or replaced: {size} bytes instead of {entry.bytes}; {rebuild_advice(path.name)}"
         )
         return Problem(path.name, "damaged", text, ids), 0
-    if file_digest(path) != entry.sha256:
-        text = f"{path.name} has changed bytes in {_where(path)}; {rebuild_advice(path.name)}"
-        return Problem(path.name, "damaged", text, ids), 0
-    return None, entry.rows
-
-
-def _where(path: Path) -> str:
     try:
         with open_shard(path) as file, reading(path):
-            return ", ".join(damaged_elements(file)) or "what describes its values, not in them"
+            intact = shard_digest(path, file) == entry.sha256
+            if intact and entry.version == 1:
+                return None, entry.rows
+            damage = find_damage(path, file)
     except StoreError:
-        return "its structure"
+        text = f"{path.name} has changed bytes in its structure; {rebuild_advice(path.name)}"
+        return Problem(path.name, "damaged", text, ids), 0
+    if intact and not damage:
+        return None, entry.rows
+    where = ", ".join(d.what for d in damage) or "what describes its values, not in them"
+    if intact:
+        # Only blocks of values are not what they were, and it is known which rows these hold.
+        rows = sorted({row for d in damage for row in (range(entry.rows) if d.rows is None else d.rows)})
+        ids = tuple(ids[row] for row in rows)
+    text = f"{path.name} has changed bytes in {where}; {rebuild_advice(path.name)}"
+    return Problem(path.name, "damaged", text, ids), 0 if not intact else entry.rows - len(ids)
+
+
+def _check_index(folder: Path, manifest: Manifest | None) -> list[Problem]:
+    entry, path = manifest.index if manifest else None, folder / INDEX
+    if entry is None:
+        return []
+    advice = "nothing else needs it; run the same trace again, it is written anew"
+    if not path.exists():
+        return [Problem(INDEX, "missing", f"{INDEX} is missing: {advice}")]
+    if path.stat().st_size != entry.bytes or file_digest(path) != entry.sha256:
+        return [Problem(INDEX, "damaged", f"{INDEX} has changed bytes: {advice}")]
+    return []
 
 
 def _check_tensors(folder: Path, manifest: Manifest | None) -> list[Problem]:

@@ -1,12 +1,13 @@
-"""The layout of an activation store on disk: version 1.
+"""The layout of an activation store on disk: version 2. Version 1 is read as well.
 
 A store is a folder::
 
     manifest.json            written last; present only in a finished store
     manifest-<worker>.json   only with several workers: what one of them finished
     shard-<worker>-<n>.h5    sealed shards, never changed again
+    index.h5                 the whole store as one HDF5 file, by virtual datasets over the shards; for other readers
     tensors.h5               arrays that belong to the model, not to an example (optional)
-    *.part, *.tmp, .*.lock   files of a run that is at work, or was killed; never read
+    *.part, .*.lock          files of a run that is at work, or was killed; never read
 
 A shard is plain HDF5 that any HDF5 library opens; with default library version bounds::
 
@@ -15,45 +16,66 @@ A shard is plain HDF5 that any HDF5 library opens; with default library version 
     /arrays/<stack>.<component>/   type ``site-group``, e.g. ``decoder.z``, ``projector.out``, ``decoder.cross.z``
         <token selection>          type ``activation-array``: [N, L, D], chunks [32, 1, D] clipped to the sizes,
                                    e.g. ``last``, ``image:mean``; z as [N, L, H*head_dim], heads side by side
+        <role>:all                 type ``ragged-array``, a group: ``values`` as above but [T, L, D], the tokens of all
+                                   examples one after the other, and ``offsets`` int64 [N+1], where each begins
+    /digests/<stack>.<component>/
+        <token selection>          type ``chunk-digests``: uint32 [blocks, L], the CRC-32 of each chunk as it is stored
     /examples/                     type ``example-table``: one row an example
-        <column>                   type ``string-column`` (UTF-8), ``label-column`` (float32, NaN = undefined) or
-                                   ``number-column`` (float64, int64 or bool)
+        <column>                   type ``string-column`` (UTF-8), ``label-column`` (float32, NaN = undefined),
+                                   ``number-column`` (float64, int64 or bool), or ``list-column``, a group: ``values``
+                                   [M] or [M, k] of int64, float64 or text, and ``offsets`` int64 [N+1]
 
 Every element carries the attributes ``encoding-type`` and ``encoding-version``. An array also carries ``dtype``
 (``bfloat16`` is held losslessly as uint16), ``layers`` (the layer numbers along the second axis), ``n_heads`` (0 where
-its width is not divided into heads), ``overflow`` and ``nonfinite`` (how many values were too large for the dtype, and
-how many came as NaN or infinity) and ``sha256``; a column carries ``position``, its place in the table, and ``sha256``.
-The digest of an array is over its little-endian values in the order row block (of the chunk's rows), layer, row,
-width; that of a string column over its values, each followed by a zero byte.
+its width is not divided into heads), ``order`` (below), ``overflow`` and ``nonfinite`` (how many values were too large
+for the dtype, and how many came as NaN or infinity) and ``sha256``; a column carries ``position``, its place in the
+table, and ``sha256``. The digest of an array is over its table of chunk digests (uint32, little-endian, row by row) and,
+of a ragged one, its offsets (int64, little-endian) after it; that of a string column over its values, each followed by a
+zero byte; that of other columns over their little-endian values; that of a list column over its offsets, then its values.
+
+``order`` is ``NLD``, as above, or ``LND``: the array is contiguous [L, N, D] ([L, T, D]), what ``repack`` makes for the
+fastest reading of whole layers; a row of its table of digests is over 32 rows of a layer all the same, fewer at the end.
+With compression (``schema``: ``bitshuffle-lz4`` or ``blosc2-zstd``) chunks go through that HDF5 filter.
 
 Column names are link names in which ``%``, ``/`` and a leading ``.`` are percent-encoded, as ``/`` divides paths.
-A missing string is the empty string. An empty token selection (no such object in the image) is a row of NaN.
+A missing string is the empty string. An empty token selection (no such object in the image) is a row of NaN; in a ragged
+array it is a row without tokens. Columns with a fixed meaning, where they are there: those of `STANDARD_COLUMNS`,
+``model_answer``, ``image`` (SHA-256 of the picture), ``span:<role>`` (a list of [start, stop) pairs: the runs of decoder
+positions of a role, `runs`), ``boxes`` (a list of x0, y0, x1, y1 in pixels, half open) and beside it, of equal lengths,
+``box_ids`` and ``box_nouns``.
 
-``manifest.json`` is canonical JSON (sorted keys, indent 1, ASCII) with ``layout-version``, ``schema``,
-``provenance``, ``tensors``, ``shards`` (file, bytes, rows, SHA-256 of the file, digests of its arrays, example ids)
+``manifest.json`` is canonical JSON (sorted keys, indent 1, ASCII) with ``layout-version``, ``schema``, ``provenance``,
+``tensors``, ``index``, ``shards`` (file, its layout version, bytes, rows, SHA-256, digests of its arrays, example ids)
 and ``sha256``, the digest of the same JSON without it, so that a flipped byte anywhere is found; this much holds for
-every version to come, so that a newer manifest is told from a damaged one. Rows of a store are its shards'
-rows, ordered by worker and number.
+every version to come, so that a newer manifest is told from a damaged one. The SHA-256 of a shard is over all of its
+bytes but those of its chunks (of contiguous arrays: those of the arrays), which the tables of digests among those bytes
+answer for: so each byte is read once when a shard is sealed. Rows of a store are its shards' rows, ordered by worker and
+number.
 
-A reader of version 1 refuses a higher ``layout-version``, and ignores elements and fields it does not know.
+Version 1 had neither ragged arrays, list columns, compression, the order LND, an index nor digests of chunks: there an
+array's digest is over its little-endian values in the order row block (of the chunk's rows), layer, row, width, and the
+SHA-256 of a shard is over the whole file. A store may hold shards of both.
+
+A reader of version 2 refuses a higher ``layout-version``, and ignores elements and fields it does not know.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, cast
 
 from concepts.errors import SiteError, StoreError
 from lvlm.sites import LAYER_COMPONENTS, TokenSelection
 
-LAYOUT_VERSION = 1
+LAYOUT_VERSION = 2
 ENCODING_VERSION = "1"
 CHUNK_ROWS = 32
 MANIFEST = "manifest.json"
 TENSORS = "tensors.h5"
+INDEX = "index.h5"
 
 REQUIRED_COLUMNS = ("id", "group")
 """Columns that every example must bring: its name, and the image or scene that splits must not divide."""
@@ -66,6 +88,9 @@ NOT_COMPARED = ("environment",)
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 DTYPES: tuple[Dtype, ...] = ("float32", "float16", "bfloat16")
+Compression = Literal["bitshuffle-lz4", "blosc2-zstd"]
+COMPRESSIONS: tuple[Compression, ...] = ("bitshuffle-lz4", "blosc2-zstd")
+"""For speed, and for size. Reading and writing either needs the package hdf5plugin."""
 Key = tuple[str, str, str]
 """What an array is called: (stack, component, token selection), e.g. ``("decoder", "z", "last")``."""
 
@@ -90,6 +115,8 @@ class ArrayInfo:
     """Into how many equal slices, heads side by side, the width divides; None where it does not."""
     layers: tuple[int, ...] = ()
     """Layer numbers along the second axis, increasing; by default 0 to n_layers-1."""
+    ragged: bool = False
+    """Every token of the selection is kept, [T, L, D] with offsets: for ``image:all`` and its like, and only for them."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(int(layer) for layer in self.layers) or tuple(range(self.n_layers)))
@@ -99,8 +126,10 @@ class ArrayInfo:
             problem = "the stack must be vision, projector or decoder"
         elif self.component.removeprefix("cross.") not in known:
             problem = f"the component must be one of {', '.join(known)}"
-        elif TokenSelection.parse(self.tokens).reduction == "all":
-            problem = "layout version 1 keeps one vector for an example; take ':mean' instead of ':all'"
+        elif TokenSelection.parse(self.tokens).reduction == "all" and not self.ragged:
+            problem = "one vector is kept for an example; take ':mean' instead of ':all', or bring all with ragged=True"
+        elif TokenSelection.parse(self.tokens).reduction != "all" and self.ragged:
+            problem = "ragged=True keeps every token of a selection: take ':all'"
         elif self.n_layers < 1 or self.width < 1:
             problem = f"n_layers={self.n_layers} and width={self.width} must be at least 1"
         elif len(self.layers) != self.n_layers or list(self.layers) != sorted(set(self.layers)):
@@ -131,22 +160,27 @@ class ArrayInfo:
 
 @dataclass(frozen=True)
 class Schema:
-    """What a store keeps for each example: its arrays and the dtype they are kept in.
+    """What a store keeps for each example: its arrays, the dtype they are kept in, and how they are compressed.
 
     Raises
     ------
     StoreError
-        Where there is no array, two have the same name, or the dtype is not float32, float16 or bfloat16.
+        Where there is no array, two have the same name, or dtype or compression is none that there is.
     """
 
     arrays: tuple[ArrayInfo, ...]
     dtype: Dtype = "float32"
+    compression: Compression | None = None
+    """None for the speed of the disk; it pays on values that came as bfloat16."""
 
     def __post_init__(self) -> None:
         arrays = tuple(sorted(self.arrays, key=lambda a: a.key))
         object.__setattr__(self, "arrays", arrays)
         if self.dtype not in DTYPES:
             msg = f"dtype '{self.dtype}' cannot be stored: choose one of {', '.join(DTYPES)}"
+            raise StoreError(msg)
+        if self.compression not in (None, *COMPRESSIONS):
+            msg = f"compression '{self.compression}' is none: choose None or one of {', '.join(COMPRESSIONS)}"
             raise StoreError(msg)
         names = [a.name for a in arrays]
         twice = sorted({name for name in names if names.count(name) > 1})
@@ -156,16 +190,20 @@ class Schema:
 
     def record(self) -> dict[str, Any]:
         """Return the schema as plain values that JSON can hold."""
-        return {"dtype": self.dtype, "arrays": [{**asdict(a), "layers": list(a.layers)} for a in self.arrays]}
+        arrays = [{**asdict(a), "layers": list(a.layers)} for a in self.arrays]
+        return {"dtype": self.dtype, "compression": self.compression, "arrays": arrays}
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Schema:
         """Read what `record` returned; raises `StoreError` for anything else."""
         fields = ("stack", "component", "tokens", "n_layers", "width", "n_heads", "layers")
         try:
-            arrays = tuple(ArrayInfo(**{f: a[f] for f in fields}) for a in record["arrays"])
-            return cls(arrays, cast("Dtype", record["dtype"]))
-        except (KeyError, TypeError, SiteError) as error:
+            # What version 1 had not is as its absence says.
+            arrays = tuple(
+                ArrayInfo(**{f: a[f] for f in fields}, ragged=a.get("ragged", False)) for a in record["arrays"]
+            )
+            return cls(arrays, cast("Dtype", record["dtype"]), record.get("compression"))
+        except (KeyError, TypeError, AttributeError, SiteError) as error:
             msg = f"the schema of the store cannot be read ({error!r}): it is damaged or of another version"
             raise StoreError(msg) from error
 
@@ -205,6 +243,17 @@ def column_name(link: str) -> str:
 def is_label(column: str) -> bool:
     """Whether a column holds a concept's labels, by its name."""
     return column.partition(":")[0] in LABEL_LEVELS and ":" in column
+
+
+def runs(positions: Iterable[int]) -> list[list[int]]:
+    """Return token positions as [start, stop) pairs of neighbours, in order: what a column ``span:<role>`` holds."""
+    out: list[list[int]] = []
+    for position in sorted(positions):
+        if out and out[-1][1] == position:
+            out[-1][1] += 1
+        else:
+            out.append([position, position + 1])
+    return out
 
 
 def canonical_json(value: object) -> str:
@@ -249,7 +298,7 @@ def comparable(schema: Schema, provenance: Mapping[str, Any]) -> dict[str, Any]:
     """Return what two runs must have in common to write into one store."""
     arrays = {a.name: {**asdict(a), "layers": list(a.layers)} for a in schema.arrays}
     kept = {key: value for key, value in provenance.items() if key not in NOT_COMPARED}
-    return {"dtype": schema.dtype, "arrays": arrays, "provenance": kept}
+    return {"dtype": schema.dtype, "compression": schema.compression, "arrays": arrays, "provenance": kept}
 
 
 def _flat(record: Mapping[str, Any], prefix: str = "") -> dict[str, object]:

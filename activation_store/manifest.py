@@ -26,11 +26,13 @@ class ShardEntry:
     bytes: int
     rows: int
     sha256: str
-    """Digest of the file."""
+    """Digest of the file but for its chunks; in version 1 of the whole file."""
     arrays: Mapping[str, str]
-    """Digest of each array's values, by name (``decoder.z/last``)."""
+    """Digest of each array, by name (``decoder.z/last``)."""
     examples: tuple[str, ...]
     """Ids in row order: so that it can be said what a lost shard held."""
+    version: int = 1
+    """Layout version of the file."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,15 @@ class TensorsEntry:
 
 
 @dataclass(frozen=True)
+class IndexEntry:
+    """What the manifest knows of the index."""
+
+    file: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
 class Manifest:
     """Schema, provenance and parts of a store."""
 
@@ -51,6 +62,7 @@ class Manifest:
     provenance: Mapping[str, Any]
     shards: tuple[ShardEntry, ...]
     tensors: TensorsEntry | None = None
+    index: IndexEntry | None = None
 
     def __post_init__(self) -> None:
         ordered = sorted(self.shards, key=lambda s: shard_numbers(s.file) or (0, 0))
@@ -64,6 +76,7 @@ class Manifest:
             "schema": self.schema.record(),
             "provenance": dict(self.provenance),
             "tensors": asdict(self.tensors) if self.tensors else None,
+            "index": asdict(self.index) if self.index else None,
             "shards": [{**asdict(s), "arrays": dict(s.arrays)} for s in self.shards],
         }
         return canonical_json({**body, "sha256": _digest(body)}).encode()
@@ -93,12 +106,13 @@ def read_manifest(path: Path) -> Manifest:
     if not intact:
         raise DamagedManifestError(damaged)
     check_version(document.get("layout-version"), str(path))
-    tensors = document["tensors"]
+    tensors, index = document["tensors"], document.get("index")
     return Manifest(
         schema=Schema.from_record(document["schema"]),
         provenance=document["provenance"],
         shards=tuple(ShardEntry(**{**s, "examples": tuple(s["examples"])}) for s in document["shards"]),
         tensors=TensorsEntry(**{**tensors, "names": tuple(tensors["names"])}) if tensors else None,
+        index=IndexEntry(**index) if index else None,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 from collections.abc import Mapping
@@ -59,6 +60,7 @@ def describe(model: Lvlm, data: ConceptDataset, plan: Plan, batch_size: int, *, 
             "family": asdict(model.spec),
             "dtype": str(model.dtype).removeprefix("torch."),
         },
+        "processor": _processor(model.processor),
         "dataset": {
             "name": data.name,
             "examples": len(data),
@@ -91,6 +93,18 @@ def unembedding(model: Lvlm, plan: Plan) -> Mapping[str, np.ndarray] | None:
         for name, path in parts.items()
         for kind, parameter in resolve(model.hf, path, model.spec).named_parameters(recurse=False)
     }
+
+
+def _processor(processor: Any) -> dict[str, str]:
+    """Return the class of a processor, and a digest of what decides on pixels and tokens."""
+    pictures, tokenizer = (getattr(processor, part, None) for part in ("image_processor", "tokenizer"))
+    settings = {
+        "pictures": pictures.to_dict() if pictures is not None else None,
+        "vocabulary": tokenizer.get_vocab() if tokenizer is not None else None,
+        "chat_template": getattr(processor, "chat_template", None),
+    }
+    text = json.dumps(settings, sort_keys=True, default=str)
+    return {"class": type(processor).__name__, "digest": hashlib.sha256(text.encode()).hexdigest()}
 
 
 def _definition(selection: TokenSelection) -> str:

@@ -1,177 +1,39 @@
-"""One shard: built chunk by chunk under a temporary name, sealed, and from then on only read."""
+"""One sealed shard: opening it, and finding what in it is not as it was sealed."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
 
-from activation_store.elements import attribute, dataset_at, datasets, group_at, groups, mark
-from activation_store.encoding import (
-    STORAGE,
-    Encoded,
-    array_digest,
-    as_column,
-    column_digest,
-    read_column,
-    write_columns,
-)
-from activation_store.files import explained, file_digest, publish, sync
-from activation_store.layout import (
-    CHUNK_ROWS,
-    LAYOUT_VERSION,
-    STANDARD_COLUMNS,
-    ArrayInfo,
-    Key,
-    Schema,
-    canonical_json,
-    check_version,
-    column_name,
-    is_label,
-    link_name,
-)
+from activation_store.chunks import arrays_in, block_rows, damaged_blocks, layer_major, structure_digest, values_of
+from activation_store.columns import column_digest, columns_in, read_column, read_offsets, rows_of
+from activation_store.elements import attribute, dataset_at, element_at, group_at
+from activation_store.files import explained, file_digest
+from activation_store.layout import CHUNK_ROWS, check_version, link_name
 from activation_store.manifest import ShardEntry
+from activation_store.source import Source
 from concepts.errors import StoreError
 
 # What reading raises, besides errors of the system, where a flipped byte made another name, type or size of something.
-_DAMAGE = (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError, MemoryError)
+DAMAGE = (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError, MemoryError)
 
 
-class ShardBuilder:
-    """Writes one shard: rows are gathered into blocks of 32, each block goes to disk as one chunk a layer.
+@dataclass(frozen=True)
+class Damage:
+    """An element of a shard that is not as it was sealed."""
 
-    What reaches the file depends only on the rows, not on how they were divided into calls, so that a shard written
-    by a resumed run has the same bytes.
-    """
-
-    def __init__(self, temporary: Path, schema: Schema, provenance: Mapping[str, Any]) -> None:
-        self._temporary = temporary
-        self._rows = 0
-        self._columns: dict[str, list[Any]] = {}
-        self._file = h5py.File(temporary, "w", locking=False)
-        try:
-            mark(self._file, "activation-shard")
-            self._file.attrs["layout-version"] = LAYOUT_VERSION
-            for name, value in (("schema", schema.record()), ("provenance", dict(provenance))):
-                mark(self._file.create_dataset(name, data=canonical_json(value), dtype=h5py.string_dtype()), "json")
-            arrays = self._file.create_group("arrays")
-            mark(arrays, "array-groups")
-            self._arrays = {info.key: _ArrayBuilder(arrays, info, schema.dtype) for info in schema.arrays}
-        except (OSError, RuntimeError):
-            self.discard()
-            raise
-
-    @property
-    def rows(self) -> int:
-        """How many rows it holds."""
-        return self._rows
-
-    def add(self, encoded: Mapping[Key, Encoded], table: Mapping[str, Sequence[Any]], rows: slice) -> None:
-        """Append some rows of an encoded batch; every batch brings the same columns, the standard ones among them."""
-        for key, array in self._arrays.items():
-            array.add(encoded[key], rows)
-        for name, values in table.items():
-            self._columns.setdefault(name, []).extend(values[rows])
-        self._rows += rows.stop - rows.start
-
-    def seal(self, final: Path) -> ShardEntry:
-        """Finish the shard and give it its final name; returns what the manifest says of it."""
-        # Further columns are sorted, labels last, so that the order in which a caller names them changes no byte.
-        further = sorted(self._columns.keys() - set(STANDARD_COLUMNS), key=lambda name: (is_label(name), name))
-        columns = {name: as_column(name, self._columns[name]) for name in (*STANDARD_COLUMNS, *further)}
-        digests = {array.info.name: array.finish() for array in self._arrays.values()}
-        table = self._file.create_group("examples")
-        mark(table, "example-table")
-        write_columns(table, columns)
-        self._file.attrs["rows"] = self._rows
-        self._file.close()
-        sync(self._temporary)
-        if final.exists():
-            msg = f"{final} is there already: another writer of the same number sealed it; give each its own worker="
-            raise StoreError(msg)
-        size, sha256 = self._temporary.stat().st_size, file_digest(self._temporary)
-        publish(self._temporary, final)
-        return ShardEntry(final.name, size, self._rows, sha256, digests, tuple(columns["id"]))
-
-    def discard(self) -> None:
-        """Drop the shard; never raises."""
-        with contextlib.suppress(OSError, RuntimeError):
-            self._file.close()
-        with contextlib.suppress(OSError):
-            self._temporary.unlink(missing_ok=True)
-
-
-class _ArrayBuilder:
-    def __init__(self, parent: h5py.Group, info: ArrayInfo, dtype: str) -> None:
-        self.info = info
-        group_name, self._name = info.name.split("/")
-        self._group = parent.require_group(group_name)
-        if "encoding-type" not in self._group.attrs:
-            mark(self._group, "site-group")
-        self._dtype = dtype
-        self._block = np.zeros((info.n_layers, CHUNK_ROWS, info.width), STORAGE[dtype])  # [L, 32, D]
-        self._filled = 0
-        self._dataset: h5py.Dataset | None = None
-        self._digest = hashlib.sha256()
-        self._overflow = 0
-        self._nonfinite = 0
-
-    def add(self, encoded: Encoded, rows: slice) -> None:
-        self._overflow += int(encoded.overflow[rows].sum())
-        self._nonfinite += int(encoded.nonfinite[rows].sum())
-        at = rows.start
-        while at < rows.stop:
-            n = min(rows.stop - at, CHUNK_ROWS - self._filled)
-            self._block[:, self._filled : self._filled + n] = encoded.stored[at : at + n].swapaxes(0, 1)
-            self._filled += n
-            at += n
-            if self._filled == CHUNK_ROWS:
-                self._flush()
-
-    def finish(self) -> str:
-        self._flush()
-        dataset = self._dataset if self._dataset is not None else self._create(1)
-        digest = self._digest.hexdigest()
-        mark(dataset, "activation-array")
-        dataset.attrs["dtype"] = self._dtype
-        dataset.attrs["layers"] = np.asarray(self.info.layers, np.int64)
-        dataset.attrs["n_heads"] = self.info.n_heads or 0
-        dataset.attrs["overflow"] = self._overflow
-        dataset.attrs["nonfinite"] = self._nonfinite
-        dataset.attrs["sha256"] = digest
-        return digest
-
-    def _create(self, chunk_rows: int) -> h5py.Dataset:
-        n_layers, width = self.info.n_layers, self.info.width
-        self._dataset = self._group.create_dataset(
-            self._name,
-            shape=(0, n_layers, width),
-            maxshape=(None, n_layers, width),
-            chunks=(chunk_rows, 1, width),
-            dtype=self._block.dtype,
-        )
-        return self._dataset
-
-    def _flush(self) -> None:
-        n = self._filled
-        if n == 0:
-            return
-        # A first block that is not full is the only one: then chunks are clipped to it.
-        dataset = self._dataset if self._dataset is not None else self._create(n)
-        start, chunk_rows = len(dataset), (dataset.chunks or (n,))[0]
-        dataset.resize(start + n, axis=0)
-        self._block[:, n:] = 0  # what pads the last chunk must not depend on what was there before
-        for layer in range(self.info.n_layers):
-            # Handing HDF5 the finished chunk skips its copying and runs at the speed of the disk.
-            dataset.id.write_direct_chunk((start, layer, 0), self._block[layer, :chunk_rows].tobytes())
-            self._digest.update(self._block[layer, :n].data)
-        self._filled = 0
+    what: str
+    """In words: ``decoder.z [last] layer 3``, ``column 'question'``."""
+    rows: tuple[int, ...] | None
+    """The rows of the shard it concerns; None for all."""
 
 
 @contextlib.contextmanager
@@ -182,13 +44,13 @@ def reading(path: Path) -> Iterator[None]:
             yield
     except StoreError:
         raise
-    except _DAMAGE as error:
+    except DAMAGE as error:
         msg = f"{path}: damaged, an element cannot be read ({error!r}); {rebuild_advice(path.name)}"
         raise StoreError(msg) from error
 
 
-def open_shard(path: Path, kind: str = "activation-shard") -> h5py.File:
-    """Open a sealed file for reading.
+def open_shard(path: Path, kind: str = "activation-shard", source: Source | None = None) -> h5py.File:
+    """Open a sealed file for reading, from its `Source` where the caller has one.
 
     Raises
     ------
@@ -196,7 +58,7 @@ def open_shard(path: Path, kind: str = "activation-shard") -> h5py.File:
         Where it is truncated, no HDF5 file, HDF5 of another kind, or of a newer layout version.
     """
     with reading(path):
-        file = h5py.File(path, "r", locking=False)  # sealed files never change: no lock, so a read-only disk will do
+        file = h5py.File(source or Source(path), "r")
     with reading(path):
         found = file.attrs.get("encoding-type")
         if found != kind:
@@ -214,17 +76,27 @@ def open_shard(path: Path, kind: str = "activation-shard") -> h5py.File:
 
 def read_ids(file: h5py.File) -> tuple[str, ...]:
     """Return the example ids of an open shard, in row order."""
-    return tuple(read_column(dataset_at(file, f"examples/{link_name('id')}")))
+    column = read_column(element_at(file, f"examples/{link_name('id')}"))
+    return tuple(column)
 
 
 def read_rows(file: h5py.File) -> int:
     """Return the rows of an open shard; raises KeyError where its table or an array has another number of them."""
     rows = int(attribute(file, "rows"))
-    arrays = (array for _, group in groups(group_at(file, "arrays")) for _, array in datasets(group))
-    for element in (*arrays, *(column for _, column in datasets(group_at(file, "examples")))):
-        if len(element) != rows:
-            raise KeyError(element.name)
+    for name, element in arrays_in(file):
+        if array_rows(element) != rows:
+            raise KeyError(name)
+    for name, element in columns_in(group_at(file, "examples")):
+        if rows_of(element) != rows:
+            raise KeyError(name)
     return rows
+
+
+def array_rows(element: h5py.Dataset | h5py.Group) -> int:
+    """Return how many examples an array holds."""
+    if isinstance(element, h5py.Dataset) and layer_major(element):
+        return element.shape[1]
+    return rows_of(element)
 
 
 def read_json(file: h5py.File, name: str) -> dict[str, Any]:
@@ -232,33 +104,69 @@ def read_json(file: h5py.File, name: str) -> dict[str, Any]:
     return json.loads(str(dataset_at(file, name).asstr()[()]))
 
 
-def damaged_elements(file: h5py.File) -> list[str]:
+def version_of(file: h5py.File) -> int:
+    """Return the layout version of an open shard."""
+    return int(attribute(file, "layout-version"))
+
+
+def find_damage(path: Path, file: h5py.File) -> list[Damage]:
     """Return the arrays and columns of an open shard whose values are not those that were sealed."""
-    damaged = []
-    for group_name, group in groups(group_at(file, "arrays")):
-        for tokens, dataset in datasets(group):
-            if array_digest(dataset) != str(attribute(dataset, "sha256")):
-                damaged.append(f"{group_name} [{tokens}]")
-    for link, dataset in datasets(group_at(file, "examples")):
-        if column_digest(read_column(dataset)) != str(attribute(dataset, "sha256")):
-            damaged.append(f"column '{column_name(link)}'")
-    return damaged
+    found = []
+    for name, element in arrays_in(file):
+        label = "{} [{}]".format(*name.split("/"))
+        if version_of(file) == 1:
+            if _digest_of_values(values_of(element)) != str(attribute(element, "sha256")):
+                found.append(Damage(label, None))
+            continue
+        bad = damaged_blocks(path, name, element)
+        layers = np.asarray(attribute(element, "layers")).tolist()
+        for layer in sorted({layer for _, layer in bad}):
+            rows = sorted({row for block, at in bad if at == layer for row in _rows_in(element, block)})
+            found.append(Damage(f"{label} layer {layers[layer]}", tuple(rows)))
+    for name, column in columns_in(group_at(file, "examples")):
+        if column_digest(read_column(column)) != str(attribute(column, "sha256")):
+            found.append(Damage(f"column '{name}'", None))
+    return found
+
+
+def _rows_in(element: h5py.Dataset | h5py.Group, block: int) -> range:
+    """Return the examples that have values in a block of an array."""
+    step = block_rows(element)
+    start, stop = block * step, (block + 1) * step
+    if isinstance(element, h5py.Group):
+        offsets = read_offsets(element)
+        first = int(np.searchsorted(offsets, start, side="right")) - 1
+        return range(first, int(np.searchsorted(offsets, min(stop, offsets[-1]), side="left")))
+    return range(start, min(stop, array_rows(element)))
+
+
+def _digest_of_values(dataset: h5py.Dataset) -> str:
+    """Return the digest that version 1 has of an array, reading a block of rows at a time."""
+    digest = hashlib.sha256()
+    step = dataset.chunks[0] if dataset.chunks else CHUNK_ROWS
+    for start in range(0, len(dataset), step):
+        block = np.asarray(dataset[start : start + step])  # [<= 32, L, D]
+        digest.update(np.ascontiguousarray(block.swapaxes(0, 1)).data)
+    return digest.hexdigest()
+
+
+def shard_digest(path: Path, file: h5py.File) -> str:
+    """Return what the manifest has as the SHA-256 of a shard, of its version."""
+    return file_digest(path) if version_of(file) == 1 else structure_digest(path, file)
 
 
 def inspect(path: Path) -> ShardEntry:
     """Read a sealed shard through and return its entry; raises `StoreError` where its values changed since."""
     with open_shard(path) as file, reading(path):
-        damaged = damaged_elements(file)
+        damaged = find_damage(path, file)
         if damaged:
-            msg = f"{path}: damaged, the values of {', '.join(damaged)} changed; {rebuild_advice(path.name)}"
+            names = ", ".join(d.what for d in damaged)
+            msg = f"{path}: damaged, the values of {names} changed; {rebuild_advice(path.name)}"
             raise StoreError(msg)
-        arrays = {
-            f"{name}/{tokens}": str(attribute(dataset, "sha256"))
-            for name, group in groups(group_at(file, "arrays"))
-            for tokens, dataset in datasets(group)
-        }
-        rows, ids = read_rows(file), read_ids(file)
-    return ShardEntry(path.name, path.stat().st_size, rows, file_digest(path), arrays, ids)
+        arrays = {name: str(attribute(element, "sha256")) for name, element in arrays_in(file)}
+        read_rows(file)
+        ids, sha256, version = read_ids(file), shard_digest(path, file), version_of(file)
+    return ShardEntry(path.name, path.stat().st_size, len(ids), sha256, arrays, ids, version)
 
 
 def rebuild_advice(name: str) -> str:

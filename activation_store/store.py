@@ -3,36 +3,32 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-import h5py
 import numpy as np
 
-from activation_store.elements import attribute, dataset_at, group_at
-from activation_store.encoding import STORAGE, Column, decode, join_columns, read_columns
-from activation_store.layout import (
-    MANIFEST,
-    ArrayInfo,
-    Schema,
-    canonical_json,
-    comparable,
-    difference,
-    is_label,
-    shard_numbers,
-)
-from activation_store.manifest import read_manifest
-from activation_store.rows import Rows, gather, resolve_rows
-from activation_store.shard import open_shard, read_json, read_rows, reading, rebuild_advice
+from activation_store.catalog import Catalog
+from activation_store.columns import join_columns
+from activation_store.encoding import Column
+from activation_store.layout import ArrayInfo, Schema, canonical_json, is_label
+from activation_store.opened import Folder, OpenShard, open_folder
+from activation_store.query import matching
+from activation_store.ragged import Ragged
+from activation_store.rows import Rows, as_range, resolve_rows, token_rows
+from activation_store.shard import DAMAGE, reading
 from activation_store.tensors import read_tensor, tensor_names
+from activation_store.together import check_together, provenance_of
 from concepts.errors import SiteError, StoreError
 from lvlm.sites import Site, TokenSelection
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from activation_store.torch_view import TorchView
 
 _OPEN_FILES = 64
 
@@ -53,56 +49,53 @@ class ActivationStore:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self._path = Path(path)
-        self._files: dict[str, h5py.File] = {}
-        shards = _sealed_shards(self._path)
-        manifest_path = self._path / MANIFEST
-        manifest = read_manifest(manifest_path) if manifest_path.exists() else None
-        listed = {e.file: e for e in manifest.shards} if manifest else {}
-        for name, entry in listed.items():
-            if name not in shards:
-                msg = (
-                    f"{self._path / name}: this shard with {entry.rows} examples ('{entry.examples[0]}' to "
-                    f"'{entry.examples[-1]}') is missing; run the same trace again: only they are traced anew"
-                )
-                raise StoreError(msg)
-            size = (self._path / name).stat().st_size
-            if size != entry.bytes:
-                msg = f"{self._path / name}: damaged, {size} bytes instead of {entry.bytes}; {rebuild_advice(name)}"
-                raise StoreError(msg)
-        self._complete = manifest is not None and listed.keys() == set(shards)
-        schema, provenance = (manifest.schema, manifest.provenance) if manifest else (None, {})
-        rows: dict[str, int] = {name: e.rows for name, e in listed.items()}
-        for name in shards:
-            if name in listed:
-                continue
-            file = self._file(name)
-            with reading(self._path / name):
-                found, source = Schema.from_record(read_json(file, "schema")), read_json(file, "provenance")
-                rows[name] = read_rows(file)
-            if schema is None:
-                schema, provenance = found, source
-            _check_same(self._path / name, (schema, provenance), (found, source))
-        if schema is None:
-            msg = f"{self._path}: no shard is sealed yet and there is no manifest; nothing to read until one is"
-            raise StoreError(msg)
-        self._schema = schema
-        self._provenance = MappingProxyType(dict(provenance))
-        self._shards = tuple(shards)
-        self._starts = np.cumsum([0, *(rows[name] for name in shards)])  # [shards + 1]: first row of each, and the end
-        self._by_key = {a.key: a for a in schema.arrays}
+        self._hold((open_folder(Path(path)),))
+
+    def _hold(self, folders: tuple[Folder, ...]) -> None:
+        self._folders = folders
+        self._path = folders[0].path
+        self._schema = folders[0].schema
+        self._provenance = MappingProxyType(provenance_of(folders))
+        self._shards = tuple(shard for folder in folders for shard in folder.shards)
+        self._starts = np.cumsum(
+            [0, *(rows for _, rows in self._shards)]
+        )  # [shards + 1]: first row of each, and the end
+        self._catalog = Catalog(self._schema.arrays)
+        self._open: dict[int, OpenShard] = {}
+
+    def merge(self, *others: ActivationStore | str | Path) -> ActivationStore:
+        """Return this store and others as one, this one's rows first; nothing is copied.
+
+        ``python -m activation_store merge`` writes what this returns into a folder of its own.
+
+        Raises
+        ------
+        StoreError
+            Where they differ in arrays, dtype, model or anything else but the dataset (names the field), or an example
+            is in two of them.
+        """
+        stores = [self, *(o if isinstance(o, ActivationStore) else ActivationStore(o) for o in others)]
+        check_together([(s._folders[0], s.columns["id"].tolist() if len(s) else []) for s in stores])
+        merged = ActivationStore.__new__(ActivationStore)
+        merged._hold(tuple(folder for store in stores for folder in store._folders))
+        return merged
 
     # ---- what there is
 
     @property
     def path(self) -> Path:
-        """Folder of the store."""
+        """Folder of the store; of several merged ones the first."""
         return self._path
+
+    @property
+    def folders(self) -> tuple[Folder, ...]:
+        """What each folder holds: one, but for several merged stores."""
+        return self._folders
 
     @property
     def complete(self) -> bool:
         """Whether the run that wrote it finished; otherwise only the shards sealed so far are read."""
-        return self._complete
+        return all(folder.complete for folder in self._folders)
 
     @property
     def arrays(self) -> tuple[ArrayInfo, ...]:
@@ -120,36 +113,37 @@ class ActivationStore:
         return self._provenance
 
     @property
+    def schema(self) -> Schema:
+        """Arrays, dtype and compression, as a writer takes them."""
+        return self._schema
+
+    def shards(self) -> Iterator[OpenShard]:
+        """Yield the sealed shards in order, each open until many others were asked for."""
+        return (self._shard(index) for index in range(len(self._shards)))
+
+    @property
     def digest(self) -> str:
-        """SHA-256 of the manifest; of a store that is not complete, of the digests of the arrays sealed so far."""
+        """SHA-256 of the manifest; of a store not complete, of the digests of its arrays; of merged ones, of theirs."""
         return self._digest
 
     @cached_property
     def _digest(self) -> str:
-        if self._complete:
-            return hashlib.sha256((self._path / MANIFEST).read_bytes()).hexdigest()
-        sealed = []
-        for name in self._shards:
-            file = self._file(name)
-            with reading(self._path / name):
-                arrays = [dataset_at(file, f"arrays/{a.name}") for a in self.arrays]
-                sealed.append([name, *(str(attribute(array, "sha256")) for array in arrays)])
-        return hashlib.sha256(canonical_json(sealed).encode()).hexdigest()
+        digests = [folder.digest() for folder in self._folders]
+        return digests[0] if len(digests) == 1 else hashlib.sha256(canonical_json(digests).encode()).hexdigest()
 
     @property
     def tensors(self) -> tuple[str, ...]:
         """Names of the model-level arrays kept beside the examples."""
-        return tensor_names(self._path)
+        return tensor_names(self._beside())
 
     @cached_property
     def columns(self) -> Mapping[str, Column]:
         """The example table as read-only columns [N]: text as objects, labels float32 with NaN where undefined."""
         parts = []
-        for index, name in enumerate(self._shards):
-            file = self._file(name)
-            with reading(self._path / name):
-                rows = int(self._starts[index + 1] - self._starts[index])
-                parts.append((rows, read_columns(group_at(file, "examples"))))
+        for index, (path, rows) in enumerate(self._shards):
+            shard = self._shard(index)
+            with reading(path):
+                parts.append((rows, shard.columns()))
         columns = join_columns(parts)
         for values in columns.values():
             values.setflags(write=False)
@@ -171,27 +165,43 @@ class ActivationStore:
 
         return pd.DataFrame({name: values.copy() for name, values in self.columns.items()})
 
+    def select(self, where: Mapping[str, Any] | None = None, /, **columns: Any) -> np.ndarray:
+        """Return the rows of the examples whose columns have the given values, to be used as `examples`.
+
+        Parameters
+        ----------
+        where
+            Value by column, for names that Python has no keyword for: ``{"attribute:green": True}``.
+        columns
+            Value by column: ``split="neutral"``. A list of values means any of them; None means undefined (of text:
+            empty). All conditions must hold.
+
+        Returns
+        -------
+        int64 [n], increasing.
+
+        Raises
+        ------
+        StoreError
+            Where a label or column is not in the store, or cannot be compared with the value.
+        """
+        return matching(self.columns, {**(where or {}), **columns}, len(self), self._path)
+
     def has(self, stack: str, component: str, tokens: str | TokenSelection) -> bool:
         """Whether an array was traced."""
-        return (stack, component, str(tokens)) in self._by_key
+        return self._catalog.has(stack, component, tokens)
 
     def layers(self, stack: str, component: str) -> int:
         """Return how many layers were traced; raises `SiteError` where none."""
-        return self._family(stack, component)[0].n_layers
+        return self._catalog.family(stack, component)[0].n_layers
 
     def width(self, stack: str, component: str) -> int:
         """Return the values kept for each layer and example; raises `SiteError` where the component was not traced."""
-        return self._family(stack, component)[0].width
+        return self._catalog.family(stack, component)[0].width
 
     def n_heads(self, stack: str) -> int:
         """Return the number of attention heads of a stack; raises `SiteError` where no z was traced in it."""
-        heads = [a.n_heads for a in self.arrays if a.stack == stack and a.component == "z" and a.n_heads]
-        if not heads:
-            msg = (
-                f"heads of '{stack}' not in store: z was not traced there; {self._what_there_is()}; trace again with z"
-            )
-            raise SiteError(msg)
-        return heads[0]
+        return self._catalog.n_heads(stack)
 
     # ---- reading
 
@@ -226,30 +236,112 @@ class ActivationStore:
         StoreError
             Where `examples` does not fit the store, or a shard cannot be read.
         """
-        info, layer = self._find(site, tokens)
-        columns = _head_slice(info, str(site), head)
+        info, layer, columns = self._catalog.find(site, tokens, head)
+        if info.ragged:
+            msg = f"'{info.tokens}' of site '{site}' has many tokens an example: read it with ragged(…)"
+            raise SiteError(msg)
         rows = resolve_rows(examples, len(self), self._path)
         out = np.empty((len(rows), columns.stop - columns.start), np.float32)
-        shard_of = np.searchsorted(self._starts, rows, side="right") - 1
-        for shard in np.unique(shard_of):
-            name = self._shards[shard]
-            wanted = np.flatnonzero(shard_of == shard)
-            file = self._file(name)
-            with reading(self._path / name):
-                dataset = dataset_at(file, f"arrays/{info.name}")
-                stored = gather(dataset, rows[wanted] - self._starts[shard], layer, columns, STORAGE[self.dtype])
-            out[wanted] = decode(stored, self.dtype)
+        path = self._path
+        try:
+            for index, within, place in self._by_shard(rows):
+                path = self._shards[index][0]
+                array = self._shard(index).array(info)
+                if isinstance(place, slice):
+                    array.read_into(out[place], within, layer, columns)
+                else:
+                    part = np.empty((len(place), out.shape[1]), np.float32)
+                    array.read_into(part, within, layer, columns)
+                    out[place] = part
+        except (OSError, RuntimeError, *DAMAGE):
+            with reading(path):  # says what it means for the shard
+                raise
         return out
+
+    def ragged(
+        self,
+        site: str | Site,
+        tokens: str | TokenSelection,
+        head: int | None = None,
+        examples: Rows | None = None,
+    ) -> Ragged:
+        """Read every token of a selection that keeps them all (``image:all``); parameters and errors as of `read`.
+
+        Returns
+        -------
+        Ragged
+            ``values`` float32 [T, D] (or head_dim) and ``offsets`` [n+1]; item i is the array [T_i, D] of example i.
+        """
+        info, layer, columns = self._catalog.find(site, tokens, head)
+        if not info.ragged:
+            msg = f"'{info.tokens}' of site '{site}' is one vector an example: read it with read(…)"
+            raise SiteError(msg)
+        rows = resolve_rows(examples, len(self), self._path)
+        parts: dict[int, np.ndarray] = {}
+        lengths = np.zeros(len(rows), np.int64)
+        for index, within, place in self._by_shard(rows):
+            with reading(self._shards[index][0]):
+                array = self._shard(index).array(info)
+                if array.offsets is None:
+                    raise KeyError(info.name)
+                examples_here, at = np.asarray(within), np.arange(len(rows))[place]
+                tokens_here = token_rows(array.offsets, examples_here)
+                part = np.empty((len(tokens_here), columns.stop - columns.start), np.float32)
+                array.read_into(part, as_range(tokens_here), layer, columns)
+                lengths[at] = counts = np.diff(array.offsets)[examples_here]
+                parts |= dict(zip(at.tolist(), np.split(part, np.cumsum(counts)[:-1]), strict=True))
+        ordered = [parts[i] for i in range(len(rows))]
+        empty = np.empty((0, columns.stop - columns.start), np.float32)
+        return Ragged(np.concatenate([empty, *ordered]), np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]))
+
+    def batches(
+        self,
+        site: str | Site,
+        tokens: str | TokenSelection,
+        size: int = 1024,
+        head: int | None = None,
+        examples: Rows | None = None,
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yield rows int64 [b] and their activations float32 [b, D], `size` examples at a time; as `read` otherwise."""
+        if size < 1:
+            msg = f"size={size}: a batch needs at least 1 example"
+            raise StoreError(msg)
+        self._catalog.find(site, tokens, head)
+        rows = np.asarray(resolve_rows(examples, len(self), self._path), np.int64)
+        parts = (rows[at : at + size] for at in range(0, len(rows), size))
+        return ((some, self.read(site, tokens, head, some)) for some in parts)
+
+    def torch(
+        self,
+        site: str | Site,
+        tokens: str | TokenSelection,
+        labels: Sequence[str] = (),
+        head: int | None = None,
+        examples: Rows | None = None,
+    ) -> TorchView:
+        """Return the store as a `torch.utils.data.Dataset` of (activation float32 [D], labels float32 [K]).
+
+        Nothing is read before an item is asked for; a `DataLoader` asks for a batch at once.
+
+        Raises
+        ------
+        SiteError, StoreError
+            As `read`; also where a label is not in the store.
+        """
+        from activation_store.torch_view import TorchView
+
+        self._catalog.find(site, tokens, head)
+        matching(self.columns, dict.fromkeys(labels), len(self), self._path)  # raises where one is not there
+        rows = np.asarray(resolve_rows(examples, len(self), self._path), np.int64)
+        return TorchView(self, str(site), str(tokens), tuple(labels), head, rows)
 
     def tensor(self, name: str) -> np.ndarray:
         """Return a model-level array as it was given; raises `StoreError` naming those there are."""
-        return read_tensor(self._path, name)
+        return read_tensor(self._beside(), name)
 
     def close(self) -> None:
-        """Close the files; reading opens them again."""
-        for file in self._files.values():
-            file.close()
-        self._files.clear()
+        """Let go of the files; reading opens them again."""
+        self._open.clear()
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -263,95 +355,46 @@ class ActivationStore:
         self.close()
 
     def __repr__(self) -> str:
-        state = "" if self._complete else ", not complete: only what is sealed so far"
+        state = "" if self.complete else ", not complete: only what is sealed so far"
+        where = str(self._path) if len(self._folders) == 1 else f"{self._path} and {len(self._folders) - 1} more"
         sizes = f"{len(self)} examples, {len(self.arrays)} arrays, {self.dtype}"
-        return f"ActivationStore({str(self._path)!r}, {sizes}{state})"
+        return f"ActivationStore({where!r}, {sizes}{state})"
 
-    def _file(self, name: str) -> h5py.File:
-        file = self._files.pop(name, None) or open_shard(self._path / name)
-        self._files[name] = file  # last used, last in the dictionary
-        while len(self._files) > _OPEN_FILES:
-            self._files.pop(next(iter(self._files))).close()
-        return file
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Open files stay in their process: a worker of a DataLoader opens its own.
+        return _open_all, (tuple(str(folder.path) for folder in self._folders),)
 
-    def _find(self, site: str | Site, tokens: str | TokenSelection) -> tuple[ArrayInfo, int]:
-        place = site if isinstance(site, Site) else Site.parse(site)
-        component = f"cross.{place.component}" if place.cross else place.component
-        family = self._family(place.stack, component)
-        selection = str(tokens if isinstance(tokens, TokenSelection) else TokenSelection.parse(tokens))
-        info = self._by_key.get((place.stack, component, selection))
-        if info is None:
-            there = ", ".join(f"'{a.tokens}'" for a in family)
-            msg = (
-                f"token selection '{selection}' of site '{place}' not in store: {there} were traced; "
-                f"trace again with tokens=['{selection}']"
-            )
-            raise SiteError(msg)
-        if place.layer not in info.layers:
-            msg = (
-                f"site '{place}' not in store: layers {_ranges(info.layers)} were traced; "
-                f"trace again with sites=['{place}'] if the model has it"
-            )
-            raise SiteError(msg)
-        return info, info.layers.index(place.layer)
+    def _beside(self) -> Path:
+        return next((f.path for f in self._folders if tensor_names(f.path)), self._path)
 
-    def _family(self, stack: str, component: str) -> list[ArrayInfo]:
-        family = [a for a in self.arrays if (a.stack, a.component) == (stack, component)]
-        if not family:
-            name = f"{stack}.{component}"
-            msg = f"'{name}' not in store: {self._what_there_is()}; trace again with sites=['{component}']"
-            raise SiteError(msg)
-        return family
+    def _by_shard(self, rows: np.ndarray | range) -> Iterator[tuple[int, np.ndarray | range, slice | np.ndarray]]:
+        """Yield shard, its rows, and where these stand among `rows`."""
+        if not len(rows):
+            return
+        starts = self._starts
+        if isinstance(rows, range):
+            first = int(np.searchsorted(starts, rows.start, side="right")) - 1
+            for index in range(first, len(self._shards)):
+                begin, end = max(rows.start, int(starts[index])), min(rows.stop, int(starts[index + 1]))
+                if begin >= rows.stop:
+                    return
+                if begin < end:
+                    within = range(begin - int(starts[index]), end - int(starts[index]))
+                    yield index, within, slice(begin - rows.start, end - rows.start)
+            return
+        shard_of = np.searchsorted(starts, rows, side="right") - 1
+        for index in np.unique(shard_of).tolist():
+            wanted = np.flatnonzero(shard_of == index)
+            yield index, as_range(rows[wanted] - starts[index]), wanted
 
-    def _what_there_is(self) -> str:
-        names = dict.fromkeys(f"{a.stack}.{a.component}" for a in self.arrays)
-        return f"{', '.join(names)} were traced"
+    def _shard(self, index: int) -> OpenShard:
+        shard = self._open.pop(index, None) or OpenShard(self._shards[index][0], self._schema)
+        self._open[index] = shard  # last used, last in the dictionary
+        while len(self._open) > _OPEN_FILES:
+            self._open.pop(next(iter(self._open)))
+        return shard
 
 
-def _sealed_shards(path: Path) -> list[str]:
-    if path.is_file():
-        msg = f"{path} is a file: an activation store is a folder of shard-<worker>-<n>.h5 files with a manifest"
-        raise StoreError(msg)
-    if not path.is_dir():
-        msg = f"no activation store at {path}: there is no such folder; trace into it first"
-        raise StoreError(msg)
-    there = sorted(p.name for p in path.iterdir())
-    shards = sorted((n for n in there if shard_numbers(n)), key=lambda n: shard_numbers(n) or (0, 0))
-    if not shards and MANIFEST not in there:
-        unfinished = [n for n in there if n.startswith("shard-")]
-        other = [n for n in there if n.endswith((".h5", ".hdf5"))]
-        found = "the folder is empty" if not there else f"the folder holds {', '.join(there[:5])}"
-        if unfinished:
-            found = f"a run has begun, but sealed no shard yet ({unfinished[0]}); run it again to the end"
-        elif other:
-            found = f"{other[0]} is plain HDF5 that is not a store's"
-        msg = f"no activation store at {path}: {found}"
-        raise StoreError(msg)
-    return shards
-
-
-def _check_same(path: Path, first: tuple[Schema, Mapping[str, Any]], this: tuple[Schema, Mapping[str, Any]]) -> None:
-    found = difference(comparable(*first), comparable(*this))
-    if found is not None:
-        field, old, new = found
-        msg = f"{path}: field '{field}' is {new!r}, but {old!r} in the rest of the store; this shard is from elsewhere"
-        raise StoreError(msg)
-
-
-def _head_slice(info: ArrayInfo, site: str, head: int | None) -> slice:
-    if head is None:
-        return slice(0, info.width)
-    dim = info.head_dim
-    if dim is None or info.n_heads is None:
-        msg = f"site '{site}' has no heads, so head={head} cannot be read; heads are in 'z'"
-        raise SiteError(msg)
-    if not 0 <= head < info.n_heads:
-        msg = f"head {head} of site '{site}' not in store: it has heads 0-{info.n_heads - 1}"
-        raise SiteError(msg)
-    return slice(head * dim, (head + 1) * dim)
-
-
-def _ranges(layers: Sequence[int]) -> str:
-    if len(layers) > 1 and list(layers) == list(range(layers[0], layers[-1] + 1)):
-        return f"{layers[0]}-{layers[-1]}"
-    return ", ".join(map(str, layers))
+def _open_all(paths: Sequence[str]) -> ActivationStore:
+    first, *others = paths
+    return ActivationStore(first).merge(*others) if others else ActivationStore(first)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import h5py
 import numpy as np
 
 from activation_store.elements import attribute, dataset_at, datasets, mark
-from activation_store.files import explained, file_digest, publish, sync
+from activation_store.files import explained, file_digest, part_of, publish, sync
 from activation_store.layout import LAYOUT_VERSION, TENSORS, column_name, link_name
 from activation_store.manifest import TensorsEntry
 from activation_store.shard import open_shard, reading
@@ -20,7 +19,7 @@ from concepts.errors import StoreError
 _KIND = "model-tensors"
 
 
-def write_tensors(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
+def write_tensors(folder: Path, arrays: Mapping[str, np.ndarray], owner: str = "") -> None:
     """Write ``tensors.h5``, or check that the one there holds the same.
 
     Raises
@@ -33,7 +32,7 @@ def write_tensors(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
     if path.exists():
         _check_same(path, {name: _digest(values) for name, values in plain.items()})
         return
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
+    temporary = part_of(path, owner)
     with explained(lambda reason: f"{path}: the model-level arrays cannot be written: {reason}"):
         try:
             with h5py.File(temporary, "w", locking=False) as file:

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Iterable, Iterator, KeysView, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
 
-from activation_store.batch import check_arrays, check_kinds, check_table, count_overflow
+from activation_store.background import Background
+from activation_store.batch import check_kinds, check_table, count_overflow
+from activation_store.builder import ShardBuilder
+from activation_store.columns import read_columns
+from activation_store.compression import need_filter
 from activation_store.elements import group_at
-from activation_store.encoding import encode, read_columns, stored_kind
-from activation_store.files import Lock, system_reason, write_whole
+from activation_store.encoding import stored_kind
+from activation_store.files import Lock, part_of, system_reason, write_whole
+from activation_store.index import write_index
+from activation_store.intake import Arrays, check_lists, encode_batch
 from activation_store.layout import (
     NOT_COMPARED,
-    Key,
     Schema,
     canonical_json,
     comparable,
@@ -27,18 +32,25 @@ from activation_store.layout import (
     shard_name,
     shard_numbers,
 )
-from activation_store.manifest import DamagedManifestError, Manifest, ShardEntry, read_manifest
-from activation_store.shard import ShardBuilder, inspect, open_shard, read_ids, read_json, reading, rebuild_advice
+from activation_store.manifest import DamagedManifestError, IndexEntry, Manifest, ShardEntry, read_manifest
+from activation_store.shard import inspect, open_shard, read_ids, read_json, reading, rebuild_advice
 from activation_store.tensors import tensors_entry, write_tensors
 from concepts.errors import StoreError
+
+_WAITING_BYTES = 128 << 20
+"""What may wait to be written, at most, before `append` waits too."""
 
 
 class StoreWriter:
     """Appends examples to a store; as a context manager it closes at the end, and on an exception keeps what is sealed.
 
     Rows become durable a shard at a time: a shard is written under a temporary name, synced and renamed, and `written`
-    then names its examples. A killed run loses at most the shard it was at; the next run skips what is in `written`
-    (rows that are appended anyway are left out) and ends with the same bytes as one that was never interrupted.
+    then names its examples. A killed run loses what is not named there: the shard it was at and what waited to be
+    written; the next run skips what is in `written` (rows that are appended anyway are left out) and ends with the same
+    bytes as one that was never interrupted.
+
+    `append` returns when the batch is checked, encoded and copied; a thread of the writer's own brings it to disk while
+    the caller computes the next. What the disk refuses is raised by the next `append`, `written` or `close`.
 
     Several workers may write into one folder at once, each with its own number, without waiting for each other; the
     last of them to close writes the manifest.
@@ -83,6 +95,7 @@ class StoreWriter:
         allow_overflow: bool = False,
         extra: Mapping[str, np.ndarray] | None = None,
     ) -> None:
+        need_filter(schema.compression)
         if not 0 <= worker < workers or shard_size < 1:
             msg = f"worker={worker} must be 0 to {workers - 1} (workers={workers}), shard_size={shard_size} at least 1"
             raise StoreError(msg)
@@ -91,6 +104,7 @@ class StoreWriter:
         # Through JSON, so that what is compared is what a reader will get: tuples become lists, keys text.
         self._provenance: dict[str, Any] = json.loads(canonical_json(dict(provenance)))
         self._worker, self._workers = worker, workers
+        self._owner = f"worker-{worker}."  # in the names of the files it is at
         self._shard_size = shard_size
         self._allow_overflow = allow_overflow
         self._sealed: dict[str, None] = {}
@@ -98,7 +112,11 @@ class StoreWriter:
         self._appended: set[str] = set()
         self._entries: dict[str, ShardEntry] = {}
         self._kinds: dict[str, str] = {}
+        self._lists: dict[str, str] = {}
         self._shard: ShardBuilder | None = None
+        self._numbers: set[int] = set()
+        self._building: set[ShardBuilder] = set()
+        self._disk = Background(_WAITING_BYTES)
         self._overflow = dict.fromkeys((a.name for a in schema.arrays), 0)
         self._closed = False
         held = f"{self._path}: worker {worker} is being written by another process; give each process its own worker="
@@ -108,14 +126,19 @@ class StoreWriter:
         try:
             self._resume()
             if extra is not None:
-                write_tensors(self._path, extra)
+                write_tensors(self._path, extra, self._owner)
         except BaseException:
             self._lock.release()
             raise
 
     @property
     def written(self) -> KeysView[str]:
-        """Ids of the examples in sealed shards, of every worker; a live read-only view."""
+        """Ids of the examples in sealed shards, of every worker; a live read-only view.
+
+        Waits until all that was appended is on its way: then whole shards of it are sealed.
+        """
+        with self._explained():
+            self._disk.wait()
         return self._sealed.keys()
 
     @property
@@ -123,18 +146,19 @@ class StoreWriter:
         """How many appended values were beyond the largest of the dtype, by array name; all 0 unless allowed."""
         return dict(self._overflow)
 
-    def append(self, arrays: Mapping[Key, np.ndarray], table: Mapping[str, Sequence[Any] | np.ndarray]) -> None:
+    def append(self, arrays: Arrays, table: Mapping[str, Sequence[Any] | np.ndarray]) -> None:
         """Append a batch of examples.
 
         Parameters
         ----------
         arrays
             Floating arrays [n, L, D], one for every array of the schema, by (stack, component, token selection).
-            An example for which a selection is empty brings NaN.
+            An example for which a selection is empty brings NaN. A ragged array comes as `Ragged`.
         table
             Columns of n values: ``id`` and ``group``; of ``question``, ``answer``, ``split``, ``kind``, ``level`` what
             there is; labels named by concept (``attribute:green``), None or NaN where undefined; further columns of
-            text or numbers. Every batch brings the same columns.
+            text, numbers, or lists of either or of lists of numbers of one length (``boxes``). Every batch brings the
+            same columns.
 
         Raises
         ------
@@ -148,16 +172,16 @@ class StoreWriter:
             raise StoreError(msg)
         columns = check_table(table)
         kinds = check_kinds(columns, self._kinds)
-        values = check_arrays(arrays, self._schema, len(columns["id"]))
+        lists = check_lists(columns, kinds, self._lists)
+        encoded = encode_batch(arrays, self._schema, len(columns["id"]))
         keep = self._new_rows(columns["id"])
         if len(keep) < len(columns["id"]):
             columns = {name: [column[i] for i in keep] for name, column in columns.items()}
-            values = {key: value[keep] for key, value in values.items()}
-        encoded = {key: encode(value, self._schema.dtype) for key, value in values.items()}
+            encoded = {key: value.take(keep) for key, value in encoded.items()}
         overflow = count_overflow(encoded, self._schema.dtype, columns["id"], allowed=self._allow_overflow)
         for name, count in overflow.items():
             self._overflow[name] += count
-        self._kinds = kinds
+        self._kinds, self._lists = kinds, lists
         self._appended.update(columns["id"])
         at = 0
         with self._explained():
@@ -176,20 +200,27 @@ class StoreWriter:
         with self._explained():
             if self._shard is not None:
                 self._seal()
+            self._disk.wait()
             if self._workers > 1:
                 own = [entry for name, entry in self._entries.items() if self._is_own(name)]
-                write_whole(self._path / manifest_name(self._worker), self._manifest(own).encode())
+                write_whole(self._path / manifest_name(self._worker), self._manifest(own).encode(), self._owner)
             if all((self._path / manifest_name(w)).exists() for w in range(self._workers)) or self._workers == 1:
                 # A function of what all workers sealed: should two find themselves last, they write the same bytes.
                 self._gather()
-                write_whole(self._path / manifest_name(), self._manifest(self._entries.values()).encode())
+                index = write_index(self._path, self._schema, self._provenance, list(self._entries), self._owner)
+                manifest = self._manifest(self._entries.values(), index)
+                write_whole(self._path / manifest_name(), manifest.encode(), self._owner)
         self._end()
 
     def abandon(self) -> None:
-        """Drop what is not sealed and write no manifest, as after a crash; never raises."""
-        if self._shard is not None:
-            self._shard.discard()
-            self._shard = None
+        """Drop what does not fill a shard and write no manifest, as after a crash; never raises."""
+        with contextlib.suppress(OSError, RuntimeError, StoreError):
+            self._disk.wait()  # whole shards that are on their way are kept
+        self._disk.stop()
+        for shard in self._building:
+            shard.discard()
+        self._building.clear()
+        self._shard = None
         self._end()
 
     def __enter__(self) -> Self:
@@ -209,7 +240,7 @@ class StoreWriter:
         return f"StoreWriter({str(self._path)!r}, {who}, {len(self._sealed)} examples sealed, {state})"
 
     def _resume(self) -> None:
-        for leftover in self._path.glob(f"shard-{self._worker}-*.h5.*.part"):
+        for leftover in self._path.glob(f"*.{self._owner}*.part"):
             leftover.unlink()  # the lock is ours: whoever was writing it is gone
         known = {e.file: e for manifest in self._manifests() for e in manifest.shards}
         for name in _shards_in(self._path):
@@ -218,6 +249,7 @@ class StoreWriter:
                 self._check_same(Schema.from_record(read_json(file, "schema")), read_json(file, "provenance"), name)
                 ids = read_ids(file)
                 if self._is_own(name):
+                    self._numbers.add((shard_numbers(name) or (0, 0))[1])
                     for column, values in read_columns(group_at(file, "examples")).items():
                         kind = stored_kind(column, values)
                         self._kinds[column] = self._kinds.get(column, kind) if kind == "empty" else kind
@@ -276,19 +308,26 @@ class StoreWriter:
         if self._shard is None:
             # The lowest free number: a run after a shard was deleted writes just that shard again.
             number = 0
-            while shard_name(self._worker, number) in self._entries:
+            while number in self._numbers:
                 number += 1
+            self._numbers.add(number)
             self._final = self._path / shard_name(self._worker, number)
-            temporary = self._path / f"{self._final.name}.{os.getpid()}.part"
-            self._shard = ShardBuilder(temporary, self._schema, self._provenance)
+            temporary = part_of(self._final, self._owner)
+            self._shard = ShardBuilder(temporary, self._schema, self._provenance, self._disk)
+            self._building.add(self._shard)
         return self._shard
 
     def _seal(self) -> None:
         if self._shard is not None:
-            entry = self._shard.seal(self._final)
-            self._entries[entry.file] = entry
-            self._sealed.update(dict.fromkeys(entry.examples))
+            self._shard.flush()
+            self._disk.submit(partial(self._seal_now, self._shard, self._final))
             self._shard = None
+
+    def _seal_now(self, shard: ShardBuilder, final: Path) -> None:
+        entry = shard.seal(final)
+        self._building.discard(shard)
+        self._entries[entry.file] = entry
+        self._sealed.update(dict.fromkeys(entry.examples))
 
     def _gather(self) -> None:
         known = {e.file: e for manifest in self._manifests() for e in manifest.shards}
@@ -298,11 +337,12 @@ class StoreWriter:
                 self._entries[name] = known[name] if name in known else inspect(self._path / name)
         self._entries = {name: self._entries[name] for name in there}
 
-    def _manifest(self, entries: Iterable[ShardEntry]) -> Manifest:
-        return Manifest(self._schema, self._provenance, tuple(entries), tensors_entry(self._path))
+    def _manifest(self, entries: Iterable[ShardEntry], index: IndexEntry | None = None) -> Manifest:
+        return Manifest(self._schema, self._provenance, tuple(entries), tensors_entry(self._path), index)
 
     def _end(self) -> None:
         self._closed = True
+        self._disk.stop()
         self._lock.release()
 
     @contextlib.contextmanager

@@ -9,7 +9,7 @@ import h5py
 import numpy as np
 import pytest
 
-from activation_store import ActivationStore, ArrayInfo, Schema, StoreWriter, verify
+from activation_store import ActivationStore, ArrayInfo, Ragged, Schema, StoreWriter, verify
 from concepts.errors import StoreError
 
 Z = ("decoder", "z", "last")
@@ -73,7 +73,7 @@ def test_flipped_byte_in_the_table(store: Path, *, listed: bool) -> None:
 
 def test_any_flipped_byte_is_found(store: Path) -> None:
     chance = random.Random(0)
-    for name in ("manifest.json", "shard-0-00000.h5", "tensors.h5"):
+    for name in ("manifest.json", "shard-0-00000.h5", "tensors.h5", "index.h5"):
         raw = (store / name).read_bytes()
         for _ in range(60):
             flip(store / name, chance.randrange(len(raw)))
@@ -141,6 +141,41 @@ def test_missing_tensors(store: Path) -> None:
     (store / "tensors.h5").unlink()
     problem = only_problem(store)
     assert (problem.file, problem.kind, "W_U" in problem.message) == ("tensors.h5", "missing", True)
+
+
+def test_only_the_examples_of_a_damaged_block_are_affected(tmp_path: Path) -> None:
+    tokens = ArrayInfo("vision", "resid_post", "image:all", n_layers=2, width=4, ragged=True)
+    rng = np.random.default_rng(1)
+    ragged = Ragged.of([rng.normal(size=(i % 6, 2, 4)).astype(np.float32) for i in range(100)])
+    dense = rng.normal(size=(100, 2, 8)).astype(np.float32)
+    names = [f"e{i}" for i in range(100)]
+    with StoreWriter(tmp_path, Schema((SCHEMA.arrays[0], tokens)), {}, shard_size=80) as writer:
+        writer.append({Z: dense, tokens.key: ragged}, {"id": names, "group": names})
+    shard = tmp_path / "shard-0-00000.h5"
+    whole = shard.read_bytes()
+    flip(shard, whole.find(dense[40, 1].tobytes()) + 2)
+    problem = only_problem(tmp_path)
+    assert "decoder.z [last] layer 1;" in problem.message
+    assert problem.examples == tuple(names[32:64])
+    assert verify(tmp_path).rows == 100 - 32
+    shard.write_bytes(whole)
+    flip(shard, whole.find(ragged.values[70, 0].tobytes()) + 2)  # in the third block of 32 tokens
+    problem = only_problem(tmp_path)
+    assert "vision.resid_post [image:all] layer 0;" in problem.message
+    begins, ends = ragged.offsets[:-1], ragged.offsets[1:]
+    inside = np.flatnonzero((begins < 96) & (ends > 64) & (ends > begins))
+    assert set(problem.examples) >= {names[i] for i in inside}
+    assert set(problem.examples) <= {names[i] for i in range(inside[0], inside[-1] + 1)}
+
+
+def test_index_that_is_lost_is_told_and_not_needed(store: Path) -> None:
+    (store / "index.h5").unlink()
+    problem = only_problem(store)
+    assert (problem.file, problem.kind, problem.examples) == ("index.h5", "missing", ())
+    np.testing.assert_array_equal(ActivationStore(store).read("decoder.L1.z", "last"), DATA[:, 1])
+    with StoreWriter(store, SCHEMA, {"model": "tiny"}, shard_size=10, extra={"W_U": np.eye(4)}):
+        pass
+    assert verify(store).ok
 
 
 def test_damaged_tensors_of_an_unfinished_store(store: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import random
 import subprocess
@@ -70,6 +71,18 @@ def test_resumed_run_is_bit_identical(tmp_path: Path, reference: Path, stopped_a
     assert verify(tmp_path).ok
 
 
+def test_bytes_do_not_depend_on_the_batches(tmp_path: Path) -> None:
+    infos = [ArrayInfo("decoder", c, "last", n_layers=2, width=8) for c in ("resid_pre", "resid_mid", "resid_post")]
+    for batch in (1, 7, 32, 150):
+        with StoreWriter(tmp_path / str(batch), Schema(tuple(infos)), PROVENANCE, shard_size=110) as writer:
+            for at in range(0, N, batch):
+                rows = slice(at, at + batch)
+                writer.append({a.key: DATA[rows] for a in infos}, {"id": IDS[rows], "group": IDS[rows]})
+    assert (
+        contents(tmp_path / "1") == contents(tmp_path / "7") == contents(tmp_path / "32") == contents(tmp_path / "150")
+    )
+
+
 def test_repeated_run_changes_nothing(tmp_path: Path) -> None:
     whole(tmp_path)
     before = {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in tmp_path.iterdir()}
@@ -115,7 +128,7 @@ with t.StoreWriter({path!r}, t.SCHEMA, t.PROVENANCE, shard_size=10) as writer:
     for i in range(t.N):
         t.append(writer, range(i, i + 1))
         if i % 10 == 9:
-            print(i + 1, flush=True)  # acknowledged
+            print(len(writer.written), flush=True)  # acknowledged
         time.sleep(0.002)
 """
 
@@ -227,14 +240,16 @@ def test_foreign_shard_of_the_same_name_is_never_replaced(tmp_path: Path) -> Non
 def test_disk_full_at_sync(tmp_path: Path, reference: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     writer = StoreWriter(tmp_path, SCHEMA, PROVENANCE, shard_size=40)
     append(writer, range(45))
+    assert len(writer.written) == 40
 
     def full(_descriptor: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        with pytest.raises(StoreError) as caught:
+        with pytest.raises(StoreError) as caught:  # noqa: PT012  # the disk's refusal may come with the next call
             append(writer, range(45, N))
+            writer.close()
     for text in (str(tmp_path), "No space left on device", "kept: 40 examples", "run again"):
         assert text in str(caught.value)
     assert sorted(contents(tmp_path)) == ["shard-0-00000.h5"]
@@ -247,6 +262,7 @@ def test_disk_full_at_sync(tmp_path: Path, reference: Path, monkeypatch: pytest.
 def test_disk_full_at_the_manifest(tmp_path: Path, reference: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     writer = StoreWriter(tmp_path, SCHEMA, PROVENANCE, shard_size=40)
     append(writer, range(N))
+    assert len(writer.written) == 120
     real, left = os.fsync, [2]  # the last shard and its folder pass, the manifest does not
 
     def full(descriptor: int) -> None:
@@ -274,9 +290,11 @@ def test_write_refused_by_the_system_inside_hdf5(tmp_path: Path, limit: int) -> 
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         writer = t.StoreWriter({str(tmp_path)!r}, t.SCHEMA, t.PROVENANCE, shard_size=40)
         t.append(writer, range(45))
+        assert len(writer.written) == 40
         resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, resource.RLIM_INFINITY))
         try:
             t.append(writer, range(45, t.N))
+            writer.close()
         except t.StoreError as error:
             print(error)
     """)
@@ -302,3 +320,17 @@ def test_provenance_must_be_plain(tmp_path: Path) -> None:
         pass
     with StoreWriter(tmp_path, SCHEMA, {"sizes": [1, 2]}):
         pass
+
+
+def test_several_writers_are_killed_at_random_moments() -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "crash.py"), "--kills", "8", "--workers", "2", "--seed", "1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout.splitlines()[-1])["figures"]
+    assert {name: figure["value"] for name, figure in figures.items()} == {
+        "lost": 0,
+        "runs_not_identical": 0,
+        "runs_not_clean": 0,
+    }
+    assert figures["lost"]["n"] == 8

@@ -98,7 +98,8 @@ def test_what_a_store_says_of_itself(made: tuple[Path, dict]) -> None:
     assert store.has("decoder", "z", "last")
     assert not store.has("decoder", "z", "image:mean")
     assert store.provenance == {"model": "tiny"}
-    assert sorted(p.name for p in path.iterdir()) == ["manifest.json", *(f"shard-0-0000{i}.h5" for i in range(3))]
+    shards = [f"shard-0-0000{i}.h5" for i in range(3)]
+    assert sorted(p.name for p in path.iterdir()) == ["index.h5", "manifest.json", *shards]
     store.close()
     assert store.read("decoder.L0.z", "last").shape == (100, 8)  # opens its files again
     store.close()
@@ -331,15 +332,15 @@ def test_newer_layout_is_refused(tmp_path: Path) -> None:
     written(tmp_path, n=3)
     (tmp_path / "manifest.json").unlink()
     with h5py.File(tmp_path / "shard-0-00000.h5", "a") as file:
-        file.attrs["layout-version"] = 2
+        file.attrs["layout-version"] = 3
     for call in (lambda: ActivationStore(tmp_path), lambda: written(tmp_path, n=3)):
-        with pytest.raises(StoreError, match="layout version 2 is newer than 1"):
+        with pytest.raises(StoreError, match="layout version 3 is newer than 2"):
             call()
     manifest = {"layout-version": 7, "something": "else"}
     digest = hashlib.sha256(json.dumps(manifest, sort_keys=True, indent=1).encode()).hexdigest()
     text = json.dumps({**manifest, "sha256": digest}, sort_keys=True, indent=1)
     (tmp_path / "manifest.json").write_text(text)
-    with pytest.raises(StoreError, match="layout version 7 is newer than 1"):
+    with pytest.raises(StoreError, match="layout version 7 is newer than 2"):
         ActivationStore(tmp_path)
 
 
@@ -349,6 +350,7 @@ def test_unfinished_store_reads_what_is_sealed(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="no activation store"):
         ActivationStore(tmp_path)
     writer.append(data, table(100))
+    assert len(writer.written) == 80
     store = ActivationStore(tmp_path)
     assert (len(store), store.complete) == (80, False)
     assert "not complete" in repr(store)

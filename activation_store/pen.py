@@ -1,0 +1,99 @@
+"""A file that HDF5 writes through us, so that the disk's refusal reaches us and not HDF5.
+
+HDF5 cannot close a file that it could not write: its handles then fail again and again, up to a crash of the process. Here
+a write that the system refuses is kept in memory and noted; HDF5 goes on as if nothing had happened, and whoever owns the
+file asks `check` before believing in it.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+class Pen:
+    """A new file, with the methods that h5py asks of a file-like object.
+
+    Raises
+    ------
+    OSError
+        Where the file cannot be made, or exists.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o644)
+        self._at = 0
+        self._end = 0
+        self._refused: OSError | None = None
+        self._kept: dict[int, bytes] = {}
+
+    def check(self) -> None:
+        """Raise what the system answered to the first write that it refused."""
+        if self._refused is not None:
+            raise self._refused
+
+    def sync(self) -> None:
+        """Make what was written survive a power cut; raises OSError, also for what was refused before."""
+        self.check()
+        os.fsync(self._descriptor)
+
+    def close(self) -> None:
+        """Close the file; may be called again."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Move to a place, counted from the start, from here or from the end."""
+        self._at = offset + (0, self._at, self._end)[whence]
+        return self._at
+
+    def tell(self) -> int:
+        """Return the place."""
+        return self._at
+
+    def write(self, data: memoryview) -> int:
+        """Write at the place and move on; never raises."""
+        view = memoryview(data).cast("B")
+        done = 0
+        try:
+            while done < len(view) and self._refused is None:
+                done += os.pwrite(self._descriptor, view[done:], self._at + done)
+        except OSError as error:
+            self._refused = error
+        if done < len(view):
+            self._kept[self._at + done] = bytes(view[done:])
+        self._at += len(view)
+        self._end = max(self._end, self._at)
+        return len(view)
+
+    def readinto(self, buffer: memoryview) -> int:
+        """Read from the place and move on."""
+        view = memoryview(buffer).cast("B")
+        data = os.pread(self._descriptor, len(view), self._at)
+        view[: len(data)] = data
+        view[len(data) :] = bytes(len(view) - len(data))
+        for start, kept in self._kept.items():
+            first, last = max(start, self._at), min(start + len(kept), self._at + len(view))
+            if first < last:
+                view[first - self._at : last - self._at] = kept[first - start : last - start]
+        self._at += len(view)
+        return len(view)
+
+    def read(self, size: int) -> bytes:
+        """Return bytes from the place and move on; h5py wants to see the method, and uses the other."""
+        data = bytearray(size)
+        self.readinto(memoryview(data))
+        return bytes(data)
+
+    def truncate(self, size: int) -> int:
+        """Set the size; never raises."""
+        try:
+            os.ftruncate(self._descriptor, size)
+        except OSError as error:
+            self._refused = self._refused or error
+        self._end = size
+        return size
+
+    def flush(self) -> None:
+        """Do nothing: nothing is held back."""

@@ -1,0 +1,26 @@
+"""Where a store says it came from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from activation_store import ActivationStore, trace
+from concepts import scenes
+from concepts.errors import StoreError
+from lvlm import load_lvlm
+
+
+def test_a_store_names_its_processor_and_refuses_another(tmp_path: Path) -> None:
+    data = scenes.dataset(10, 0).filter(lambda e: bool(e.candidates))[:6]
+    made = trace(load_lvlm("tiny"), data, ["resid_post"], ["last"], tmp_path / "a", progress=False)
+    said = made.provenance["processor"]
+    assert said["class"] == "LlavaProcessor"
+    again = trace(load_lvlm("tiny"), data, ["resid_post"], ["last"], tmp_path / "b", progress=False)
+    assert again.provenance["processor"] == said
+    other = load_lvlm("tiny")
+    other.processor.image_processor.image_mean = [0.1, 0.2, 0.3]
+    with pytest.raises(StoreError, match=r"field 'provenance.processor.digest' differs"):
+        trace(other, data, ["resid_post"], ["last"], tmp_path / "a", progress=False)
+    assert len(ActivationStore(tmp_path / "a")) == len(data)
