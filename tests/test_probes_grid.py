@@ -167,8 +167,8 @@ def test_a_cell_equals_the_protocol_done_with_scikit_learn(grid: ProbeGrid, stor
 
 
 def test_the_penalty_is_the_one_with_the_lowest_loss_on_rows_left_out() -> None:
-    from probes.fit import _choose
-    from probes.newton import Design
+    from probes.cells import Recipe, choose
+    from probes.methods import METHODS
 
     rng = np.random.default_rng(0)
     x = rng.normal(size=(120, 30))
@@ -182,7 +182,8 @@ def test_the_penalty_is_the_one_with_the_lowest_loss_on_rows_left_out() -> None:
             margins[fold == f] = model.fit(x[fold != f], y[fold != f]).decision_function(x[fold == f])
         loss = np.logaddexp(0, -(2 * y - 1) * margins)
         losses.append(loss[y == 1].mean() + loss[y == 0].mean())
-    chosen, margins = _choose(x, Design.of(x), y[None], fold, penalties)
+    recipe = Recipe(METHODS["logistic"], penalties, 0.95, 1e-10, "cpu")
+    chosen, margins = choose(x, y[None], fold, np.arange(120), recipe)
     assert chosen[0] == penalties[np.argmin(losses)]
     np.testing.assert_allclose(margins[0], left_out[np.argmin(losses)], atol=1e-4)
 
@@ -334,7 +335,7 @@ def _field(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("harm", "message"),
     [
-        (_version, "version 99, this reads version 1"),
+        (_version, "version 99, this reads version 2"),
         (_flip, "does not match its card"),
         (_field, "is damaged"),
         (lambda f: (f / "grid.json").write_text("{"), "cannot be read"),
@@ -465,7 +466,7 @@ def test_concepts_that_can_be_probed_are_listed(store: MemoryStore) -> None:
 def test_probing_needs_no_model() -> None:
     code = (
         "import sys; import probes, probes.fit, probes.grid, probes.solver, probes.splits, probes.controls\n"
-        "print(sorted({m.split('.')[0] for m in sys.modules} & {'nnsight', 'transformers', 'transformer_lens', 'torch'}))"
+        "print(sorted({m.split('.')[0] for m in sys.modules} & {'nnsight', 'transformers', 'transformer_lens'}))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent
