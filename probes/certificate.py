@@ -8,6 +8,8 @@ from torch import Tensor
 _ROWS = 32
 """Problems looked at together: few enough for the processor's cache."""
 _TINY = 1e-300
+_EXACT = 40.0
+"""Beyond this softplus is its argument in float64."""
 
 
 def certify(
@@ -65,7 +67,7 @@ def certify(
         scratch += 1
         margins *= scratch  # minus the agreement
         worst = margins.amax(dim=1)
-        loss = torch.einsum("pn,pn->p", torch.nn.functional.softplus(margins), c)
+        loss = torch.einsum("pn,pn->p", torch.nn.functional.softplus(margins, threshold=_EXACT), c)
         value[at] = 0.5 * (w * w).sum(dim=1) + loss
         lost = torch.maximum((1 - keep_up) ** 2, (1 - keep_down) ** 2)
         shrunk = torch.where(lost > 0, lost * torch.exp(worst), 0.0) * c.sum(dim=1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import MappingProxyType
@@ -154,6 +154,22 @@ class ProbeGrid:
         for count in ("n_train", "n_test", "n_dropped"):
             columns[count] = getattr(self, count)[k]
         return pd.DataFrame(columns)
+
+    def site(self, layer: int) -> str:
+        """Return the site of a layer as printed, ``decoder.L3.z``."""
+        return self._place.site(layer)
+
+    def transfer(self, targets: Mapping[str, Any], **options: Any) -> pd.DataFrame:
+        """Test the probes as they are on other stores or rows: `probes.readout.transfer`."""
+        from probes.readout import transfer
+
+        return transfer(self, targets, **options)
+
+    def multiclass(self, concepts: Sequence[str], **options: Any) -> pd.DataFrame:
+        """Score the choice among concepts of which exactly one is true: `probes.readout.multiclass`."""
+        from probes.readout import multiclass
+
+        return multiclass(self, concepts, **options)
 
     def array(self, concept: str, score: str = "balanced_accuracy") -> np.ndarray:
         """Return a score of a concept over the grid, float64 [L], or [L, H] where heads were probed.
