@@ -22,6 +22,8 @@ from probes.spaces import Space, space_of
 
 ELEMENTS = {"cpu": 250_000, "cuda": 40_000_000}
 """Problems x rows held at once on each kind of device; the iterations keep about ten such arrays."""
+_TOGETHER = 32
+"""Problems certified together."""
 _MARGIN = 0.3
 """The iterations stop at this share of the tolerance, which leaves room for their rounding."""
 CONSTANT = 1e-7
@@ -144,11 +146,23 @@ def _solve(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Solve and certify some problems; where a device's memory is short, in halves."""
     try:
-        y = labels[of_problem[part]]
-        costs = weights[of_problem[part]] * strength[part, None]
-        v = minimise(block.space, y.float(), costs.float(), _MARGIN * tolerance)
+        rows = of_problem[part]
+        # Gathered in float32, and in float64 a few at a time: copies that leave the cache cost as much as an iteration.
+        costs = weights.float()[rows].mul_(strength[part, None].float())
+        v = minimise(block.space, labels.float()[rows], costs, _MARGIN * tolerance)
+        del costs
         theta = block.space.weights(v).double()
-        intercept, objective, gap = certify(block.standard, y, costs, theta, v[:, -1].double())
+        proofs = [
+            certify(block.standard, labels[r], weights[r] * c[:, None], w, b)
+            for r, c, w, b in zip(
+                rows.split(_TOGETHER),
+                strength[part].split(_TOGETHER),
+                theta.split(_TOGETHER),
+                v[:, -1].double().split(_TOGETHER),
+                strict=True,
+            )
+        ]
+        intercept, objective, gap = (torch.cat(column) for column in zip(*proofs, strict=True))
         return theta, intercept, objective, gap
     except torch.OutOfMemoryError as error:
         if len(part) == 1:

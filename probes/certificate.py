@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_ROWS = 32
-"""Problems looked at together: few enough for the processor's cache."""
 _TINY = 1e-300
 _EXACT = 40.0
 """Beyond this softplus is its argument in float64."""
@@ -38,41 +36,33 @@ def certify(
     ``||grad||^2 / 2``. KL is bounded by chi-square, here ``(1 - s)^2 a / (1 - a)``, and
     that by ``(1 - s)^2`` times the exponential of the worst margin.
     """
-    value, bound = torch.empty_like(intercepts), torch.empty_like(intercepts)
-    shifted = torch.empty_like(intercepts)
-    buffers = labels.new_empty(3, min(_ROWS, len(labels)), labels.shape[1])
-    for part in torch.arange(len(labels), device=labels.device).split(_ROWS):
-        at = slice(int(part[0]), int(part[-1]) + 1)
-        y, c, w = labels[at], costs[at], weights[at]
-        margins, rows, scratch = (b[: len(part)] for b in buffers)
-        torch.mm(w, features.T, out=margins)
-        margins += intercepts[at, None]
-        _pulls(margins, y, c, rows)
-        torch.sigmoid(margins, out=scratch)
-        scratch.addcmul_(scratch, scratch, value=-1)
-        bend = torch.einsum("pn,pn->p", scratch, c)
-        step = torch.where(bend > 0, rows.sum(dim=1) / bend.clamp_min(_TINY), 0.0).clamp(-1, 1)
-        shifted[at] = intercepts[at] - step
-        margins -= step[:, None]
-        _pulls(margins, y, c, rows)  # minus the pull for class 1, plus it for class 0
-        up = -torch.einsum("pn,pn->p", rows, y)
-        down = rows.sum(dim=1) + up
-        weaker = torch.minimum(up, down)
-        keep_up, keep_down = (torch.where(s > 0, weaker / s.clamp_min(_TINY), 1.0) for s in (up, down))
-        torch.mul(y, (keep_up - keep_down)[:, None], out=scratch)
-        scratch += keep_down[:, None]
-        rows *= scratch
-        rest = w + rows @ features
-        torch.mul(y, -2, out=scratch)
-        scratch += 1
-        margins *= scratch  # minus the agreement
-        worst = margins.amax(dim=1)
-        loss = torch.einsum("pn,pn->p", torch.nn.functional.softplus(margins, threshold=_EXACT), c)
-        value[at] = 0.5 * (w * w).sum(dim=1) + loss
-        lost = torch.maximum((1 - keep_up) ** 2, (1 - keep_down) ** 2)
-        shrunk = torch.where(lost > 0, lost * torch.exp(worst), 0.0) * c.sum(dim=1)
-        bound[at] = (0.5 * (rest * rest).sum(dim=1) + shrunk) / value[at]
-    return shifted, value, bound
+    margins = weights @ features.T
+    margins += intercepts[:, None]
+    rows, scratch = torch.empty_like(margins), torch.empty_like(margins)
+    _pulls(margins, labels, costs, rows)
+    torch.sigmoid(margins, out=scratch)
+    scratch.addcmul_(scratch, scratch, value=-1)
+    bend = torch.einsum("pn,pn->p", scratch, costs)
+    step = torch.where(bend > 0, rows.sum(dim=1) / bend.clamp_min(_TINY), 0.0).clamp(-1, 1)
+    margins -= step[:, None]
+    _pulls(margins, labels, costs, rows)  # minus the pull for class 1, plus it for class 0
+    up = -torch.einsum("pn,pn->p", rows, labels)
+    down = rows.sum(dim=1) + up
+    weaker = torch.minimum(up, down)
+    keep_up, keep_down = (torch.where(s > 0, weaker / s.clamp_min(_TINY), 1.0) for s in (up, down))
+    torch.mul(labels, (keep_up - keep_down)[:, None], out=scratch)
+    scratch += keep_down[:, None]
+    rows *= scratch
+    rest = weights + rows @ features
+    torch.mul(labels, -2, out=scratch)
+    scratch += 1
+    margins *= scratch  # minus the agreement
+    worst = margins.amax(dim=1)
+    loss = torch.einsum("pn,pn->p", torch.nn.functional.softplus(margins, threshold=_EXACT), costs)
+    objective = 0.5 * (weights * weights).sum(dim=1) + loss
+    lost = torch.maximum((1 - keep_up) ** 2, (1 - keep_down) ** 2)
+    shrunk = torch.where(lost > 0, lost * torch.exp(worst), 0.0) * costs.sum(dim=1)
+    return intercepts - step, objective, (0.5 * (rest * rest).sum(dim=1) + shrunk) / objective
 
 
 def _pulls(margins: Tensor, labels: Tensor, costs: Tensor, out: Tensor) -> None:

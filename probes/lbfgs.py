@@ -54,7 +54,10 @@ def minimise(
     place = torch.arange(len(v), device=v.device)
     work = [torch.empty_like(labels) for _ in range(3)]
     margins, moved, rows = work
-    space.margins(v, margins)
+    if start is None:
+        margins.copy_(v[:, -1:].expand_as(margins))
+    else:
+        space.margins(v, margins)
     _derivatives(margins, labels, costs, rows)
     gradient = space.gradient(v, rows)
     curvature, value = _curvature(margins, labels, costs, v, space)
@@ -130,7 +133,7 @@ def _direction(space: Space, gradient: Tensor, curvature: Tensor, pairs: list[tu
         q -= share[:, None] * bend
         shares.append(share)
     q = space.precondition(q, curvature)
-    if pairs:
+    if pairs and space.rescaled:
         change, bend, rho = pairs[-1]
         scaled = space.dot(space.precondition(bend, curvature), bend)
         scale = torch.where(rho > 0, 1 / (rho * scaled).clamp_min(torch.finfo(q.dtype).tiny), torch.ones_like(rho))

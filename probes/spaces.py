@@ -24,6 +24,11 @@ class Space(Protocol):
         """Length of a vector."""
         ...
 
+    @property
+    def rescaled(self) -> bool:
+        """Whether the preconditioner needs the last step's curvature for its size."""
+        ...
+
     def dot(self, a: Tensor, b: Tensor) -> Tensor:
         """Inner products [P]."""
         ...
@@ -66,6 +71,11 @@ class Rotated:
         table = torch.cat([features @ axes, features.new_ones(n, 1)], dim=1)
         spectrum = torch.cat([values.clamp_min(0) / n, values.new_ones(1)])
         return cls(table, table.T.contiguous(), axes, spectrum, table.shape[1])
+
+    @property
+    def rescaled(self) -> bool:
+        """See `Space`."""
+        return False
 
     def dot(self, a: Tensor, b: Tensor) -> Tensor:
         """See `Space`."""
@@ -132,6 +142,11 @@ class Kernel:
         top, image = block @ mix, image @ mix
         tail = (gram.diagonal().sum() - values.sum()).clamp_min(0) / max(1, n - rank)
         return cls(features, gram, top, torch.cat([top, image], dim=1), values.clamp_min(0), tail, 2 * n + 1, n)
+
+    @property
+    def rescaled(self) -> bool:
+        """See `Space`: one number for all but the leading directions is a guess."""
+        return True
 
     def dot(self, a: Tensor, b: Tensor) -> Tensor:
         """See `Space`."""
