@@ -115,7 +115,7 @@ def transfer(
         groups = read_groups(frame)
         seen = np.isin(groups, known)
         n_known = int((mask & seen).sum())
-        mask &= ~seen
+        mask = mask & ~seen  # a new array: the rows given are the caller's
         labels, ids, groups = read_labels(frame, grid.concepts)[mask], frame["id"].to_numpy()[mask], groups[mask]
         for at, layer in enumerate(grid.layers):
             if layer not in place.layers:

@@ -82,6 +82,7 @@ def test_a_choice_among_concepts_is_scored_as_scikit_learn_does(grid: ProbeGrid)
 def test_probes_carry_over_to_where_they_should(grid: ProbeGrid, store: MemoryStore) -> None:
     other, against = colored(seed=1), colored(seed=2, flip=True)
     targets = {"fresh": other, "opposite": against, "home": store, "few": (other, np.arange(360) < 30)}
+    targets["few"][1].setflags(write=False)  # the caller's rows are left alone
     found = grid.transfer(targets, resamples=200)
     at = found.set_index(["target", "concept", "layer"])
     fresh = at.loc[("fresh", "attribute:red", 1)]
