@@ -9,24 +9,71 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from probes import alignment, lens
+    from probes.comparisons import control_task, lexical_control, random_features
+    from probes.estimators import ConceptSubspaceProbe, LDAProbe, LogisticProbe, MeanDifferenceProbe, RidgeProbe
     from probes.fit import fit_grid
     from probes.grid import Cell, ProbeGrid
     from probes.inputs import probeable
+    from probes.permutation import permutation_test
+    from probes.readout import multiclass, transfer
+    from probes.route import journey, landmarks
+    from probes.significance import Significance
     from probes.solver import LogisticFit, fit_logistic
 
-__all__ = ["Cell", "LogisticFit", "ProbeGrid", "fit_grid", "fit_logistic", "probeable"]
+__all__ = [
+    "Cell",
+    "ConceptSubspaceProbe",
+    "LDAProbe",
+    "LogisticFit",
+    "LogisticProbe",
+    "MeanDifferenceProbe",
+    "ProbeGrid",
+    "RidgeProbe",
+    "Significance",
+    "alignment",
+    "control_task",
+    "fit_grid",
+    "fit_logistic",
+    "journey",
+    "landmarks",
+    "lens",
+    "lexical_control",
+    "multiclass",
+    "permutation_test",
+    "probeable",
+    "random_features",
+    "transfer",
+]
 
 _HOME = {
     "Cell": "grid",
+    "ConceptSubspaceProbe": "estimators",
+    "LDAProbe": "estimators",
     "LogisticFit": "solver",
+    "LogisticProbe": "estimators",
+    "MeanDifferenceProbe": "estimators",
     "ProbeGrid": "grid",
+    "RidgeProbe": "estimators",
+    "Significance": "significance",
+    "control_task": "comparisons",
     "fit_grid": "fit",
     "fit_logistic": "solver",
+    "journey": "route",
+    "landmarks": "route",
+    "lexical_control": "comparisons",
+    "multiclass": "readout",
+    "permutation_test": "permutation",
     "probeable": "inputs",
+    "random_features": "comparisons",
+    "transfer": "readout",
 }
+_MODULES = ("alignment", "lens")
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f"probes.{name}")
     if name not in _HOME:
         msg = f"module 'probes' has no attribute '{name}'"
         raise AttributeError(msg)

@@ -6,7 +6,7 @@ import numpy as np
 
 
 def shuffle_labels(labels: np.ndarray, groups: np.ndarray, parts: np.ndarray, seed: int | list[int]) -> np.ndarray:
-    """Shuffle labels [N] in a way that keeps what splits and groups fix, and nothing else.
+    """Shuffle labels [N, ...] in a way that keeps what splits and groups fix, and nothing else.
 
     Within each part (a fold, or the held-out rows) the groups' blocks of labels are dealt over the groups of that part
     in random order, in random order within each block too. So every part keeps its class counts, labels that were alike
@@ -18,7 +18,7 @@ def shuffle_labels(labels: np.ndarray, groups: np.ndarray, parts: np.ndarray, se
     Parameters
     ----------
     labels
-        [N], any dtype.
+        [N, ...], any dtype; further axes go with their row.
     groups, parts
         [N], the group and the part of each row; a group lies in one part.
     seed
@@ -26,7 +26,7 @@ def shuffle_labels(labels: np.ndarray, groups: np.ndarray, parts: np.ndarray, se
 
     Returns
     -------
-    The shuffled labels [N], same dtype.
+    The shuffled labels, same shape and dtype.
     """
     rng = np.random.default_rng(seed)
     _, group = np.unique(groups, return_inverse=True)
@@ -36,6 +36,45 @@ def shuffle_labels(labels: np.ndarray, groups: np.ndarray, parts: np.ndarray, se
     shuffled = np.empty_like(labels)
     shuffled[target] = labels[source]
     return shuffled
+
+
+def shuffle_within(labels: np.ndarray, groups: np.ndarray, parts: np.ndarray, seed: int | list[int]) -> np.ndarray:
+    """Permute labels [N, ...] among the rows of each group: keeps whatever the group itself gives away.
+
+    A label that is constant over its group stays as it is. `parts` are there to be called as `shuffle_labels` is: a group
+    lies in one part, so class counts of parts are kept.
+    """
+    del parts
+    rng = np.random.default_rng(seed)
+    _, group = np.unique(groups, return_inverse=True)
+    source, target = np.lexsort((rng.random(len(labels)), group)), np.argsort(group, kind="stable")
+    shuffled = np.empty_like(labels)
+    shuffled[target] = labels[source]
+    return shuffled
+
+
+def control_labels(types: np.ndarray, share: float, seed: int | list[int]) -> np.ndarray:
+    """Give each type a random label: the control task of Hewitt and Liang (2019), learnt only by knowing types by heart.
+
+    Parameters
+    ----------
+    types
+        [N], what a row is an instance of, such as its question.
+    share
+        Of positives among the types, about.
+    seed
+        Of the labels.
+
+    Returns
+    -------
+    float64 [N] in 0, 1; both occur where there are two types or more.
+    """
+    rng = np.random.default_rng(seed)
+    names, of_row = np.unique(types, return_inverse=True)
+    n_positive = int(np.clip(round(share * len(names)), 1, max(1, len(names) - 1)))
+    label = np.zeros(len(names))
+    label[rng.permutation(len(names))[:n_positive]] = 1
+    return label[of_row]
 
 
 def majority_accuracy(labels: np.ndarray) -> float:

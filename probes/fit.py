@@ -9,20 +9,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from concepts.errors import ProbeError
+from probes.cells import SCORES, Recipe, fit_cell
+from probes.checkpoint import Checkpoint, digest
 from probes.controls import majority_accuracy
 from probes.grid import ProbeGrid
-from probes.inputs import Store, check_support, find_place, read_features, read_groups, read_labels, row_mask
-from probes.newton import Design
-from probes.solver import fit_logistic
-from probes.statistics import (
-    balanced_accuracy,
-    bootstrap_balanced_accuracy,
-    percentile_interval,
-    weighted_auc,
-)
-from probes.tasks import Task, build_tasks, split_rows
+from probes.inputs import Place, Store, check_support, find_place, read_features, read_groups, read_labels, row_mask
+from probes.methods import METHODS
+from probes.tasks import Rows, Task, build_tasks, split_rows
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import pandas as pd
 
     from lvlm.sites import TokenSelection
@@ -37,6 +34,7 @@ def fit_grid(
     tokens: str | TokenSelection = "last",
     stack: str = "decoder",
     *,
+    estimator: str = "logistic",
     penalties: Sequence[float] = PENALTIES,
     folds: int = 5,
     test_fraction: float = 0.3,
@@ -46,9 +44,12 @@ def fit_grid(
     rows: Sequence[bool] | np.ndarray | pd.Series | None = None,
     resamples: int = 1000,
     confidence: float = 0.95,
+    tolerance: float = 1e-8,
+    device: str = "cpu",
+    checkpoint: str | Path | None = None,
     progress: bool | None = None,
 ) -> ProbeGrid:
-    """Fit a logistic probe for each concept at every layer, and every head of `z`.
+    """Fit a linear probe for each concept at every layer, and every head of `z`.
 
     The protocol, the same for every cell: about `test_fraction` of the rows are held out, whole groups only, and used
     once, to score; the rest is dealt to `folds` folds of whole groups; the penalty with the lowest log-loss on the rows
@@ -68,6 +69,9 @@ def fit_grid(
         Token selection, ``last``, ``image:mean``.
     stack
         ``decoder``, ``vision`` or ``projector``.
+    estimator
+        ``logistic`` (the reference), ``ridge``, ``lda``, ``mean_difference`` or ``subspace`` (Gaussian concept subspace);
+        see `probes.methods`.
     penalties
         Values of C to choose from; larger means less regularised.
     folds, test_fraction, seed
@@ -81,6 +85,13 @@ def fit_grid(
         Booleans, one for each example: which to use at all.
     resamples, confidence
         Of the intervals: bootstrap over held-out groups.
+    tolerance
+        Largest proven relative gap of a logistic fit to its optimum.
+    device
+        Where logistic fits are iterated, as torch names devices. Where its memory is short, fewer at a time.
+    checkpoint
+        A folder for what is finished, layer by layer; a run that was killed goes on from there. A checkpoint of another
+        store or other options is refused.
     progress
         Whether to show a bar; by default on a terminal only.
 
@@ -94,9 +105,16 @@ def fit_grid(
         Where the store has no such array, or it has no heads.
     ProbeError
         Where a concept is not in the store, is constant, or has a class in too few groups; where an activation is not
-        finite though its selection was not empty; where an option is out of range.
+        finite though its selection was not empty; where an option is out of range; where the device holds not even one
+        probe.
+
+    Notes
+    -----
+    Memory: one layer at a time, ``4 N D`` bytes as read and ``8 N D`` in float64 of N examples and a layer of width D,
+    twice the share of one head (or layer) again while it is fitted, and the grid itself.
     """
-    _check_options(penalties, folds, test_fraction, control, resamples, confidence)
+    _check_options(penalties, folds, test_fraction, control, resamples, confidence, tolerance)
+    recipe = _recipe(estimator, penalties, confidence, tolerance, device)
     place = find_place(store, stack, site, tokens, heads)
     frame = store.frame()
     mask = row_mask(rows, len(frame))
@@ -105,34 +123,46 @@ def fit_grid(
     check_support(concepts, all_labels, groups, folds, test_fraction)
 
     first = read_features(store, place, place.layers[0], mask, ids)
-    present = ~np.isnan(first).all(axis=1)
+    present = np.asarray(~np.isnan(first).all(axis=1))
     check_support(concepts, all_labels[present], groups[present], folds, test_fraction)
     table = split_rows(ids[present], groups[present], all_labels[present], folds, test_fraction, seed)
     tasks = build_tasks(table, concepts, folds, control, resamples, seed)
 
     held = np.flatnonzero(table.fold < 0)
     n_heads = place.n_heads or 1
+    width = first.shape[1] // n_heads
     if first.shape[1] % n_heads:
         msg = f"{place.site(place.layers[0])} of width {first.shape[1]} does not divide into {n_heads} heads"
         raise ProbeError(msg)
-    out = _empty(len(concepts), len(place.layers), n_heads, first.shape[1] // n_heads, len(held))
-    total = len(place.layers) * n_heads
-    with _bar(f"probing {stack}.{site}", total, progress) as advance:
+    options = {
+        "store": store.digest,
+        "method": f"{recipe.method.words}, standardised, penalty by grouped cross-validation",
+        "estimator": estimator,
+        "penalties": [float(c) for c in penalties],
+        "folds": int(folds),
+        "test_fraction": float(test_fraction),
+        "seed": int(seed),
+        "control": int(control),
+        "resamples": int(resamples),
+        "confidence": float(confidence),
+        "tolerance": float(tolerance),
+        "n_rows": int(mask.sum()),
+        "rows_restricted": rows is not None,
+    }
+    done = Checkpoint.at(checkpoint, {**options, "place": str(place), "concepts": list(concepts), "rows": digest(mask)})
+    out = _empty(len(concepts), len(place.layers), n_heads, width, len(held))
+    with bar(f"probing {stack}.{site}", len(place.layers) * n_heads, progress) as advance:
         for at, layer in enumerate(place.layers):
-            x = first if at == 0 else read_features(store, place, layer, mask, ids)
-            if not np.array_equal(~np.isnan(x).all(axis=1), present):
-                row = int(np.flatnonzero(~np.isnan(x).all(axis=1) != present)[0])
-                msg = (
-                    f"{place.site(layer)} at {place.tokens}: example '{ids[row]}' is empty in one layer and not in another; "
-                    f"the store is inconsistent, trace it again"
-                )
-                raise ProbeError(msg)
-            # [N, H, D]: heads lie side by side.
-            by_head = x[present].astype(np.float64).reshape(int(present.sum()), n_heads, -1)
-            for head in range(n_heads):
-                for task in tasks:
-                    _fit_cell(by_head[:, head], task, held, np.asarray(penalties, float), confidence, out, (at, head))
-                advance()
+            found = done.load(layer)
+            if found is None:
+                x = first if at == 0 else read_features(store, place, layer, mask, ids)
+                _check_present(x, present, ids, place, layer)
+                found = _fit_layer(x[present], n_heads, tasks, table, held, recipe, len(concepts), advance)
+                done.save(layer, found)
+            else:
+                advance(n_heads)
+            for name, values in found.items():
+                out[name][:, at] = values[:, 0]
 
     owner = {k: task for task in tasks for k in task.concepts}
     tested = [owner[k] for k in range(len(concepts))]
@@ -151,24 +181,66 @@ def fit_grid(
         held_out=tuple(str(i) for i in table.ids[held]),
         held_out_groups=tuple(str(g) for g in table.groups[held]),
         held_out_labels=table.labels[held].T.copy(),
-        provenance={
-            "store": store.digest,
-            "method": "logistic, L2, standardised, classes balanced, penalty by grouped cross-validation",
-            "penalties": [float(c) for c in penalties],
-            "folds": int(folds),
-            "test_fraction": float(test_fraction),
-            "seed": int(seed),
-            "control": int(control),
-            "resamples": int(resamples),
-            "confidence": float(confidence),
-            "n_rows": int(mask.sum()),
-            "rows_restricted": rows is not None,
-        },
+        train_groups=tuple(str(g) for g in np.unique(table.groups[table.fold >= 0])),
+        provenance=options,
     )
 
 
+def _fit_layer(
+    x: np.ndarray,
+    n_heads: int,
+    tasks: Sequence[Task],
+    table: Rows,
+    held: np.ndarray,
+    recipe: Recipe,
+    n_concepts: int,
+    advance: Callable[[int], None],
+) -> dict[str, np.ndarray]:
+    """Fit every head of one layer: features [N, H * D], heads side by side -> the grid's arrays with one layer."""
+    by_head = x.reshape(len(x), n_heads, -1)
+    out = _empty(n_concepts, 1, n_heads, by_head.shape[2], len(held))
+    for head in range(n_heads):
+        features = by_head[:, head].astype(np.float64)
+        for task in tasks:
+            fit_cell(features, task, table.groups, held, recipe, out, (0, head))
+        advance(1)
+    return out
+
+
+def _recipe(estimator: str, penalties: Sequence[float], confidence: float, tolerance: float, device: str) -> Recipe:
+    import torch
+
+    if estimator not in METHODS:
+        msg = f"estimator '{estimator}' is none: there are {', '.join(METHODS)}"
+        raise ProbeError(msg)
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        msg = f"device '{device}' cannot be used: {str(error).splitlines()[0]}; use device='cpu'"
+        raise ProbeError(msg) from error
+    return Recipe(METHODS[estimator], np.asarray(penalties, float), confidence, tolerance, device)
+
+
+def _check_present(x: np.ndarray, present: np.ndarray, ids: np.ndarray, place: Place, layer: int) -> None:
+    """Refuse a layer in which other examples are empty than in the first."""
+    there = ~np.isnan(x).all(axis=1)
+    if not np.array_equal(there, present):
+        row = int(np.flatnonzero(there != present)[0])
+        msg = (
+            f"{place.site(layer)} at {place.tokens}: example '{ids[row]}' is empty in one layer and not in another; "
+            f"the store is inconsistent, trace it again"
+        )
+        raise ProbeError(msg)
+
+
 def _check_options(
-    penalties: Sequence[float], folds: int, test_fraction: float, control: int, resamples: int, confidence: float
+    penalties: Sequence[float],
+    folds: int,
+    test_fraction: float,
+    control: int,
+    resamples: int,
+    confidence: float,
+    tolerance: float,
 ) -> None:
     problem = ""
     if not len(penalties) or not all(np.isfinite(c) and c > 0 for c in penalties):
@@ -181,106 +253,29 @@ def _check_options(
         problem = f"control={control} must be 0 or the number of shuffles"
     elif resamples < 1 or not 0 < confidence < 1:
         problem = f"resamples={resamples} must be at least 1, confidence={confidence} between 0 and 1"
+    elif not tolerance > 0:
+        problem = f"tolerance={tolerance} must be positive"
     if problem:
         raise ProbeError(problem)
 
 
 def _empty(n_concepts: int, n_layers: int, n_heads: int, width: int, n_held: int) -> dict[str, np.ndarray]:
     cells = (n_concepts, n_layers, n_heads)
-    names = "balanced_accuracy low high auc auc_low auc_high accuracy control validation penalty gap sigma intercepts"
-    out: dict[str, np.ndarray] = {name: np.full(cells, np.nan) for name in names.split()}
+    out: dict[str, np.ndarray] = {name: np.full(cells, np.nan) for name in SCORES}
     out["weights"] = np.zeros((*cells, width))
     out["held_out_margins"] = np.full((*cells, n_held), np.nan, np.float32)
     return out
 
 
-def _balance(labels: np.ndarray, used: np.ndarray) -> np.ndarray:
-    """Weight rows so that both classes count the same: labels [Q, n], used bool [F, n] -> float64 [Q, F, n]."""
-    inside = used[None].astype(np.float64)
-    total = inside.sum(axis=2, keepdims=True)
-    positive = labels[:, None, :] * inside
-    n_positive = positive.sum(axis=2, keepdims=True)
-    share = np.where(labels[:, None, :] == 1, n_positive, total - n_positive)
-    return inside * total / (2 * np.maximum(share, 1))
-
-
-def _choose(
-    x: np.ndarray, design: Design, labels: np.ndarray, fold: np.ndarray, penalties: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Choose the penalty of each problem by the rows left out of its folds: labels [Q, n] -> C [Q], margins [Q, n]."""
-    n_problems, n_rows = labels.shape
-    present = np.unique(fold)  # a concept that is seldom defined may miss a fold
-    used = fold[None] != present[:, None]  # [F, n]
-    weights = _balance(labels, used)
-    shape = (n_problems, len(present), len(penalties))
-    fit = fit_logistic(
-        design,
-        np.broadcast_to(labels[:, None, None], (*shape, n_rows)).reshape(-1, n_rows),
-        np.broadcast_to(penalties, shape).reshape(-1),
-        np.broadcast_to(weights[:, :, None], (*shape, n_rows)).reshape(-1, n_rows),
-    )
-    # Each row's margin comes from the one probe that was not fitted on its fold.
-    margins = np.empty((n_problems, len(penalties), n_rows))
-    weight, bias = fit.coefficients.reshape(*shape, -1), fit.intercepts.reshape(shape)
-    for at, number in enumerate(present):
-        left_out = np.flatnonzero(fold == number)
-        margins[:, :, left_out] = weight[:, at] @ x[left_out].T + bias[:, at, :, None]
-    loss = np.logaddexp(0.0, -np.where(labels == 1, 1.0, -1.0)[:, None] * margins)
-    balance = _balance(labels, np.ones((1, n_rows), dtype=bool))
-    score = (loss * balance).sum(axis=2)  # [Q, C]
-    ascending = np.argsort(penalties, kind="stable")  # between equals the stronger penalty
-    best = ascending[np.argmin(score[:, ascending], axis=1)]
-    return penalties[best], margins[np.arange(n_problems), best]
-
-
-def _fit_cell(
-    x: np.ndarray,
-    task: Task,
-    held: np.ndarray,
-    penalties: np.ndarray,
-    confidence: float,
-    out: dict[str, np.ndarray],
-    cell: tuple[int, int],
-) -> None:
-    """Fit, choose and score all concepts of a task on features [N, D] of one layer and head, into `out`."""
-    training = x[task.train]
-    design = Design.of(training)
-    chosen, left_out = _choose(training, design, task.labels, task.fold, penalties)
-    everything = np.ones((1, len(task.train)), dtype=bool)
-    fit = fit_logistic(design, task.labels, chosen, _balance(task.labels, everything)[:, 0])
-    margins = fit.decision(x[task.test])  # [Q, n_test]
-    n = len(task.concepts)
-    scores = np.array([balanced_accuracy(y, m) for y, m in zip(task.test_labels, margins, strict=True)])
-    trained = fit.decision(training)[:n]
-    length = np.linalg.norm(fit.coefficients[:n], axis=1)
-    shared = fit.decision(x[held])
-    for at, k in enumerate(task.concepts):
-        where = (k, *cell)
-        truth = task.test_labels[at]
-        out["balanced_accuracy"][where] = scores[at]
-        out["control"][where] = scores[n + at :: n].mean() if len(scores) > n else np.nan
-        out["accuracy"][where] = np.mean((margins[at] > 0) == (truth == 1))
-        out["validation"][where] = balanced_accuracy(task.labels[at], left_out[at])
-        draws = bootstrap_balanced_accuracy(truth, margins[at : at + 1], task.resamples)[:, 0]
-        out["low"][where], out["high"][where] = percentile_interval(draws, confidence)
-        out["auc"][where] = weighted_auc(truth, margins[at], np.ones((1, len(truth))))[0]
-        draws = weighted_auc(truth, margins[at], task.resamples)
-        out["auc_low"][where], out["auc_high"][where] = percentile_interval(draws, confidence)
-        out["penalty"][where], out["gap"][where] = chosen[at], fit.gap[at]
-        out["sigma"][where] = trained[at].std() / length[at] if length[at] > 0 else 0.0
-        out["intercepts"][where], out["weights"][where] = fit.intercepts[at], fit.coefficients[at]
-        out["held_out_margins"][where] = shared[at]
-
-
 @contextmanager
-def _bar(what: str, total: int, progress: bool | None) -> Iterator[Callable[[], None]]:
-    """Yield a function that advances a progress bar by one cell."""
+def bar(what: str, total: int, progress: bool | None) -> Iterator[Callable[[int], None]]:
+    """Yield a function that advances a progress bar; None shows it on a terminal only."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
     shown = console.is_terminal if progress is None else progress
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not shown) as bar:
-        task = bar.add_task(what, total=total)
-        yield lambda: bar.advance(task)
+    with Progress(*columns, console=console, transient=True, disable=not shown) as shown_bar:
+        task = shown_bar.add_task(what, total=total)
+        yield lambda n: shown_bar.advance(task, n)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import MappingProxyType
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from activation_store import Direction
 
 GRID_FORMAT = "groundscope.probe_grid"
-GRID_VERSION = 1
+GRID_VERSION = 2
 _TENSORS, _CARD = "grid.safetensors", "grid.json"
 
 
@@ -44,7 +44,7 @@ class Cell:
 
 @dataclass(frozen=True, eq=False)
 class ProbeGrid:
-    """Logistic probes of K concepts at L layers and H heads (H = 1 where layers are probed whole).
+    """Linear probes of K concepts at L layers and H heads (H = 1 where layers are probed whole).
 
     Score arrays are float64 [K, L, H], in the order of `concepts` and `layers`.
     """
@@ -69,6 +69,10 @@ class ProbeGrid:
     auc_high: np.ndarray
     accuracy: np.ndarray
     """Plain accuracy on the held-out rows, to be compared with `majority`."""
+    log_loss: np.ndarray
+    """Held-out log-loss in nats, both classes counting the same; knowing nothing is ln 2."""
+    calibration: np.ndarray
+    """Expected calibration error on the held-out rows, both classes counting the same."""
     control: np.ndarray
     """Mean balanced accuracy of the same procedure on shuffled labels; NaN where it was not asked for."""
     validation: np.ndarray
@@ -76,7 +80,7 @@ class ProbeGrid:
     penalty: np.ndarray
     """C that was chosen."""
     gap: np.ndarray
-    """Proven relative distance of each probe's objective from its minimum."""
+    """Proven relative distance of each probe's objective from its minimum; 0 for a closed form."""
     sigma: np.ndarray
     """Standard deviation of the projections of the training rows on the unit direction."""
     weights: np.ndarray
@@ -100,6 +104,8 @@ class ProbeGrid:
     """float64 [K, T], NaN where undefined."""
     held_out_margins: np.ndarray
     """float32 [K, L, H, T]: the probes' decisions, also where the label is undefined."""
+    train_groups: tuple[str, ...]
+    """Groups of the training rows: no example of theirs may test these probes, in whatever store."""
     provenance: Mapping[str, Any]
     """Plain JSON: the store's digest, the split's seed, and every option."""
 
@@ -130,7 +136,17 @@ class ProbeGrid:
             "layer": np.array(self.layers)[at],
             "head": pd.array(head if self.n_heads else [pd.NA] * len(head), dtype="Int64"),
         }
-        for score in ("balanced_accuracy", "low", "high", "auc", "auc_low", "auc_high", "accuracy"):
+        for score in (
+            "balanced_accuracy",
+            "low",
+            "high",
+            "auc",
+            "auc_low",
+            "auc_high",
+            "accuracy",
+            "log_loss",
+            "calibration",
+        ):
             columns[score] = getattr(self, score).ravel()
         columns["majority"] = self.majority[k]
         for score in ("control", "selectivity", "validation", "penalty", "gap"):
@@ -138,6 +154,22 @@ class ProbeGrid:
         for count in ("n_train", "n_test", "n_dropped"):
             columns[count] = getattr(self, count)[k]
         return pd.DataFrame(columns)
+
+    def site(self, layer: int) -> str:
+        """Return the site of a layer as printed, ``decoder.L3.z``."""
+        return self._place.site(layer)
+
+    def transfer(self, targets: Mapping[str, Any], **options: Any) -> pd.DataFrame:
+        """Test the probes as they are on other stores or rows: `probes.readout.transfer`."""
+        from probes.readout import transfer
+
+        return transfer(self, targets, **options)
+
+    def multiclass(self, concepts: Sequence[str], **options: Any) -> pd.DataFrame:
+        """Score the choice among concepts of which exactly one is true: `probes.readout.multiclass`."""
+        from probes.readout import multiclass
+
+        return multiclass(self, concepts, **options)
 
     def array(self, concept: str, score: str = "balanced_accuracy") -> np.ndarray:
         """Return a score of a concept over the grid, float64 [L], or [L, H] where heads were probed.
@@ -286,7 +318,7 @@ class ProbeGrid:
         try:
             # Copies: safetensors' own arrays are views into the file's bytes.
             values: dict[str, Any] = {name: np.array(array) for name, array in load(data).items()} | card
-            for name in ("concepts", "layers", "held_out", "held_out_groups"):
+            for name in ("concepts", "layers", "held_out", "held_out_groups", "train_groups"):
                 values[name] = tuple(values[name])
             return cls(**values)
         except (SafetensorError, TypeError, KeyError) as error:

@@ -92,3 +92,92 @@ def percentile_interval(draws: np.ndarray, confidence: float = 0.95) -> tuple[np
     if defined.any():
         low[defined], high[defined] = np.nanquantile(draws[:, defined], [tail, 1 - tail], axis=0)
     return low, high
+
+
+def bootstrap_auc(labels: np.ndarray, scores: np.ndarray, groups: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Area under the ROC curve in each resample of whole groups: equals `weighted_auc`, at the price of group pairs.
+
+    Parameters
+    ----------
+    labels, scores
+        [N]: 0 or 1, and any numbers.
+    groups
+        int [N]: number of the group of each row.
+    counts
+        [B, G]: how often each group occurs in each resample.
+
+    Returns
+    -------
+    float64 [B]; NaN where a class is absent.
+    """
+    n_groups = counts.shape[1]
+    positive = np.flatnonzero(np.asarray(labels) == 1)
+    negative = np.flatnonzero(np.asarray(labels) != 1)
+    order_up, order_down = (part[np.argsort(groups[part], kind="stable")] for part in (positive, negative))
+    s = np.asarray(scores)
+    wins = np.zeros((n_groups, n_groups), dtype=np.float32)
+    if len(positive) and len(negative):
+        difference = s[order_up][:, None] - s[order_down][None]
+        pairs = (np.sign(difference) * 0.5 + 0.5).astype(np.float32)  # 1 above, 0.5 equal, 0 below
+        up_names, up_starts = np.unique(groups[order_up], return_index=True)
+        down_names, down_starts = np.unique(groups[order_down], return_index=True)
+        summed = np.add.reduceat(np.add.reduceat(pairs, up_starts, axis=0), down_starts, axis=1)
+        wins[np.ix_(up_names, down_names)] = summed
+    w = counts.astype(np.float32)
+    above = np.einsum("bg,bg->b", w @ wins, w, dtype=np.float64)
+    up = w @ np.bincount(groups[positive], minlength=n_groups).astype(np.float32)
+    down = w @ np.bincount(groups[negative], minlength=n_groups).astype(np.float32)
+    possible = up.astype(np.float64) * down
+    return np.divide(above, possible, out=np.full(len(w), np.nan), where=possible > 0)
+
+
+def log_loss(labels: np.ndarray, margins: np.ndarray) -> float:
+    """Mean log-loss in nats of margins [N] taken as log-odds, both classes counting the same; knowing nothing is ln 2.
+
+    NaN where a class is absent.
+    """
+    truth = np.asarray(labels) == 1
+    if truth.all() or not truth.any():
+        return float("nan")
+    loss = np.logaddexp(0.0, np.where(truth, -1.0, 1.0) * margins)
+    return 0.5 * float(loss[truth].mean() + loss[~truth].mean())
+
+
+def calibration_error(labels: np.ndarray, margins: np.ndarray, bins: int = 10) -> float:
+    """Return the expected calibration error (Naeini et al. 2015) of margins [N] as log-odds.
+
+    The mean distance of stated probability and share of positives over `bins` equal bins of probability, both classes
+    counting the same; NaN where a class is absent.
+    """
+    truth = np.asarray(labels) == 1
+    if truth.all() or not truth.any():
+        return float("nan")
+    weight = np.where(truth, 0.5 / truth.sum(), 0.5 / (~truth).sum())
+    stated = 0.5 * (1 + np.tanh(0.5 * np.asarray(margins, dtype=np.float64)))
+    of_bin = np.minimum((stated * bins).astype(int), bins - 1)
+    return float(np.abs(np.bincount(of_bin, weight * (stated - truth), minlength=bins)).sum())
+
+
+def log_odds_slope(labels: np.ndarray, margins: np.ndarray) -> float:
+    """Return the positive slope that makes margins [N] the best log-odds, both classes counting the same.
+
+    Platt scaling without an offset, so that no decision changes: Newton's method on the log of the slope.
+    """
+    truth = np.asarray(labels) == 1
+    weight = np.where(truth, 0.5 / max(1, truth.sum()), 0.5 / max(1, (~truth).sum()))
+    m = np.where(truth, 1.0, -1.0) * margins
+    spread = float(np.sqrt((weight * m * m).sum()))
+    if spread == 0:
+        return 1.0
+    m = m / spread
+    at = 0.0
+    for _ in range(50):
+        slope = np.exp(at)
+        wrong = 0.5 * (1 - np.tanh(0.5 * slope * m))
+        first = -slope * float((weight * m * wrong).sum())
+        second = first + slope**2 * float((weight * m * m * wrong * (1 - wrong)).sum())
+        step = float(np.clip(-first / second if second > 0 else -np.sign(first), -1.0, 1.0))
+        at = float(np.clip(at + step, -7.0, 7.0))  # margins that tell nothing, or everything, have no best slope
+        if abs(step) < 1e-8:
+            break
+    return float(np.exp(at)) / spread

@@ -41,8 +41,10 @@ class Task:
     """float64 [Q, n_train]: true labels of the concepts, then of their shuffles draw by draw."""
     test_labels: np.ndarray
     """float64 [Q, n_test], in the same order."""
+    test_groups: np.ndarray
+    """int64 [n_test]: number of the group of each held-out row."""
     resamples: np.ndarray
-    """float32 [B, n_test]: how often each held-out row occurs in each resample of the groups."""
+    """float32 [B, G]: how often each held-out group occurs in each resample."""
 
 
 def split_rows(
@@ -74,7 +76,8 @@ def build_tasks(
         ]
         labels = np.concatenate([true, *(s[None] for s in shuffled)])
         training = table.fold[rows] >= 0
-        weights = resample_groups(table.groups[rows[~training]], resamples, [seed, members[0]])
+        names, of_row = np.unique(table.groups[rows[~training]], return_inverse=True)
+        counts = resample_groups(names, resamples, [seed, members[0]])
         tasks.append(
             Task(
                 tuple(members),
@@ -83,7 +86,8 @@ def build_tasks(
                 table.fold[rows[training]],
                 labels[:, training],
                 labels[:, ~training],
-                weights,
+                of_row,
+                counts,
             )
         )
     return tuple(tasks)

@@ -1,0 +1,181 @@
+"""Many logistic regressions on the same rows: solved in float32, certified in float64, solved again there if need be.
+
+What shares its rows shares its standardisation and its principal axes: all concepts and penalties of one fold are one
+batch. `fit_logistic` is the reference this is held to, and what a fit without a certificate falls back to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from concepts.errors import ProbeError
+from probes.certificate import certify
+from probes.lbfgs import minimise
+from probes.solver import LogisticFit, fit_logistic
+from probes.spaces import Space, space_of
+
+ELEMENTS = {"cpu": 250_000, "cuda": 40_000_000}
+"""Problems x rows held at once on each kind of device; the iterations keep about ten such arrays."""
+_TOGETHER = 32
+"""Problems certified together."""
+_MARGIN = 0.3
+"""The iterations stop at this share of the tolerance, which leaves room for their rounding."""
+CONSTANT = 1e-7
+"""A feature whose standard deviation is under this share of its root mean square counts as constant."""
+
+
+@dataclass(frozen=True)
+class RowBlock:
+    """The features of the rows that a batch of probes is fitted to, standardised on them."""
+
+    standard: Tensor
+    """float64 [n, D]; a constant column is 0."""
+    mean: np.ndarray
+    """float64 [D]."""
+    deviation: np.ndarray
+    """float64 [D]; 0 where constant."""
+
+    @classmethod
+    def of(cls, features: np.ndarray, device: str = "cpu") -> RowBlock:
+        """Standardise features [n, D] of any real dtype; they must be finite."""
+        x = torch.from_numpy(np.array(features, dtype=np.float64, order="C")).to(device)  # a copy: it is changed below
+        mean = x.mean(dim=0)
+        x -= mean
+        deviation = torch.linalg.vector_norm(x, dim=0) / len(x) ** 0.5
+        # What rounding leaves of a constant column is not variation.
+        deviation[deviation <= CONSTANT * mean.abs()] = 0
+        x *= torch.where(deviation > 0, 1 / deviation, torch.zeros_like(deviation))
+        return cls(x, mean.cpu().numpy(), deviation.cpu().numpy())
+
+    @cached_property
+    def space(self) -> Space:
+        """Where its problems are solved, float32."""
+        return space_of(self.standard.float())
+
+
+def balanced_weights(labels: np.ndarray) -> np.ndarray:
+    """Weight rows so that both classes count the same (scikit-learn's ``class_weight="balanced"``): [Q, n] -> [Q, n]."""
+    y = np.asarray(labels, dtype=np.float64)
+    n, positive = y.shape[1], y.sum(axis=1, keepdims=True)
+    return np.where(y == 1, n / (2 * np.maximum(positive, 1)), n / (2 * np.maximum(n - positive, 1)))
+
+
+def fit_rows(
+    block: RowBlock,
+    labels: np.ndarray,
+    penalty: np.ndarray,
+    weights: np.ndarray,
+    *,
+    tolerance: float = 1e-8,
+) -> LogisticFit:
+    """Fit L2-regularised logistic regressions to all rows of a block, standardised.
+
+    Parameters
+    ----------
+    block
+        Of n rows.
+    labels
+        [Q, n], 0 or 1, both in each row.
+    penalty
+        C, [Q, R]: each row of labels is fitted with R penalties.
+    weights
+        [Q, n], positive: of the rows.
+    tolerance
+        Largest proven relative gap to the minimum.
+
+    Returns
+    -------
+    `LogisticFit` of Q x R problems, penalties fastest, in the units of the features as given.
+
+    Raises
+    ------
+    ProbeError
+        Where a fit cannot be brought to the tolerance in float64 either, or a device's memory holds not even one problem.
+
+    Notes
+    -----
+    Memory: the block's float64 copy, its float32 one twice (rotated, transposed), for more features than rows a Gram
+    matrix [n, n], and about ten arrays of `ELEMENTS` float32 values.
+    """
+    device = block.standard.device
+    y, w, strength = (torch.from_numpy(np.array(a, np.float64)).to(device) for a in (labels, weights, penalty.ravel()))
+    of_problem = torch.arange(len(y), device=device).repeat_interleave(len(strength) // len(y))
+    found = [_solve(block, y, w, strength, of_problem, part, tolerance) for part in _parts(block, len(strength))]
+    theta, intercept, objective, gap = (torch.cat([f[i] for f in found]).cpu().numpy() for i in range(4))
+    failed = np.flatnonzero(~(gap <= tolerance))
+    if failed.size:
+        rows = of_problem.cpu().numpy()[failed]
+        again = fit_logistic(
+            block.standard.cpu().numpy(),
+            labels[rows],
+            strength.cpu().numpy()[failed],
+            weights[rows],
+            standardize=False,
+            tolerance=tolerance,
+        )
+        theta[failed], intercept[failed] = again.coefficients, again.intercepts
+        objective[failed], gap[failed] = again.objective, again.gap
+    scale = block.deviation
+    coefficients = theta * np.divide(1.0, scale, out=np.zeros_like(scale), where=scale > 0)
+    spread = np.broadcast_to(scale, coefficients.shape)
+    return LogisticFit(coefficients, intercept - coefficients @ block.mean, objective, gap, spread)
+
+
+def _parts(block: RowBlock, count: int) -> Iterator[Tensor]:
+    device = block.standard.device
+    step = max(1, ELEMENTS[device.type] // len(block.standard))
+    # As many equal parts as are needed, not full ones and a rest.
+    n_parts = -(-count // step)
+    yield from torch.arange(count, device=device).tensor_split(n_parts)
+
+
+def _solve(
+    block: RowBlock,
+    labels: Tensor,
+    weights: Tensor,
+    strength: Tensor,
+    of_problem: Tensor,
+    part: Tensor,
+    tolerance: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Solve and certify some problems; where a device's memory is short, in halves."""
+    try:
+        rows = of_problem[part]
+        # Gathered in float32, and in float64 a few at a time: copies that leave the cache cost as much as an iteration.
+        costs = weights.float()[rows].mul_(strength[part, None].float())
+        v = minimise(block.space, labels.float()[rows], costs, _MARGIN * tolerance)
+        del costs
+        theta = block.space.weights(v).double()
+        proofs = [
+            certify(block.standard, labels[r], weights[r] * c[:, None], w, b)
+            for r, c, w, b in zip(
+                rows.split(_TOGETHER),
+                strength[part].split(_TOGETHER),
+                theta.split(_TOGETHER),
+                v[:, -1].double().split(_TOGETHER),
+                strict=True,
+            )
+        ]
+        intercept, objective, gap = (torch.cat(column) for column in zip(*proofs, strict=True))
+        return theta, intercept, objective, gap
+    except torch.OutOfMemoryError as error:
+        if len(part) == 1:
+            msg = (
+                f"device '{block.standard.device}' has no memory for a single probe on {tuple(block.standard.shape)} "
+                f"features: fit on the cpu, or on fewer examples"
+            )
+            raise ProbeError(msg) from error
+    halves = [_solve(block, labels, weights, strength, of_problem, half, tolerance) for half in part.tensor_split(2)]
+    first, second = halves
+    return (
+        torch.cat([first[0], second[0]]),
+        torch.cat([first[1], second[1]]),
+        torch.cat([first[2], second[2]]),
+        torch.cat([first[3], second[3]]),
+    )

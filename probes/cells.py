@@ -1,0 +1,149 @@
+"""One layer or head: choose the penalty on left-out folds, fit on all training rows, score once on the held-out ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from probes.batched import RowBlock, balanced_weights
+from probes.methods import Method, Rows
+from probes.statistics import (
+    auc,
+    balanced_accuracy,
+    bootstrap_auc,
+    calibration_error,
+    log_loss,
+    log_odds_slope,
+    percentile_interval,
+)
+from probes.tasks import Task
+
+SCORES = (
+    "balanced_accuracy low high auc auc_low auc_high accuracy log_loss calibration control validation penalty gap "
+    "sigma intercepts"
+).split()
+"""Arrays [K, L, H] of a grid."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is the same for all cells of a grid."""
+
+    method: Method
+    penalties: np.ndarray
+    confidence: float
+    tolerance: float
+    device: str
+
+
+def choose(
+    x: np.ndarray, labels: np.ndarray, fold: np.ndarray, groups: np.ndarray, recipe: Recipe
+) -> tuple[np.ndarray, np.ndarray]:
+    """Choose the penalty of each row of labels by the rows left out of its folds.
+
+    Parameters
+    ----------
+    x
+        [n, D], training rows.
+    labels
+        [Q, n].
+    fold, groups
+        [n]: of each row. A concept that is seldom defined may miss a fold.
+    recipe
+        What is fitted, and the penalties.
+
+    Returns
+    -------
+    C [Q], and margins [Q, n] of each row from the one probe that was not fitted on its fold, at that C.
+    """
+    method = recipe.method
+    penalties = np.sort(recipe.penalties)[: None if method.loss else 1]  # between equals the stronger penalty
+    candidates = np.broadcast_to(penalties, (len(labels), len(penalties)))
+    margins = np.empty((*candidates.shape, len(x)))
+    score = np.zeros(candidates.shape)
+    for number in np.unique(fold):
+        left_out, used = fold == number, fold != number
+        rows = Rows(RowBlock.of(x[used], recipe.device), groups[used], recipe.tolerance)
+        fit = method.fit(rows, labels[:, used], candidates)
+        found = fit.decision(x[left_out]).reshape(*candidates.shape, -1)
+        margins[:, :, left_out] = found
+        if method.loss == "squared":
+            # Least squares' own intercept: the mean target at the mean of the rows fitted to.
+            centre = (fit.coefficients @ rows.block.mean + fit.intercepts).reshape(candidates.shape)
+            targets = 2 * (labels[:, left_out] - labels[:, used].mean(axis=1, keepdims=True))
+            score += ((found - centre[:, :, None] - targets[:, None]) ** 2).sum(axis=2)
+    if method.loss is None:
+        return candidates[:, 0].copy(), margins[:, 0]
+    if method.loss == "log":
+        loss = np.logaddexp(0.0, -np.where(labels == 1, 1.0, -1.0)[:, None] * margins)
+        score = np.einsum("qcn,qn->qc", loss, balanced_weights(labels))
+    best = np.argmin(score, axis=1)
+    return penalties[best], margins[np.arange(len(labels)), best]
+
+
+def fit_cell(
+    x: np.ndarray,
+    task: Task,
+    groups: np.ndarray,
+    held: np.ndarray,
+    recipe: Recipe,
+    out: dict[str, np.ndarray],
+    cell: tuple[int, int],
+) -> None:
+    """Fit, choose and score all concepts of a task on features [N, D] of one layer and head, into `out`.
+
+    `groups` [N] are of all rows, `held` the numbers of the held-out ones.
+    """
+    training = x[task.train]
+    chosen, left_out = choose(training, task.labels, task.fold, groups[task.train], recipe)
+    rows = Rows(RowBlock.of(training, recipe.device), groups[task.train], recipe.tolerance)
+    final = recipe.method.final or recipe.method.fit
+    fit = final(rows, task.labels, chosen[:, None])
+    n = len(task.concepts)
+    weights, intercepts = fit.coefficients.copy(), fit.intercepts.copy()
+    if not recipe.method.log_odds:
+        trained = weights @ training.T + intercepts[:, None]
+        same = recipe.method.final is None
+        # Rows left out tell the slope honestly; a final fit of another kind has only its own rows to tell it.
+        slope = [log_odds_slope(y, m) for y, m in zip(task.labels, left_out if same else trained, strict=True)]
+        weights *= np.array(slope)[:, None]
+        intercepts *= np.array(slope)
+    margins = weights @ x[task.test].T + intercepts[:, None]  # [Q, n_test]
+    scores = np.array([balanced_accuracy(y, m) for y, m in zip(task.test_labels, margins, strict=True)])
+    trained = weights[:n] @ training.T
+    length = np.linalg.norm(weights[:n], axis=1)
+    shared = weights[:n] @ x[held].T + intercepts[:n, None]
+    draws = resampled_accuracy(task, margins[:n])
+    for at, k in enumerate(task.concepts):
+        where = (k, *cell)
+        truth, margin = task.test_labels[at], margins[at]
+        out["balanced_accuracy"][where] = scores[at]
+        out["control"][where] = scores[n + at :: n].mean() if len(scores) > n else np.nan
+        out["accuracy"][where] = np.mean((margin > 0) == (truth == 1))
+        out["validation"][where] = balanced_accuracy(task.labels[at], left_out[at])
+        out["low"][where], out["high"][where] = percentile_interval(draws[:, at], recipe.confidence)
+        out["auc"][where] = auc(truth, margin)
+        resampled = bootstrap_auc(truth, margin, task.test_groups, task.resamples)
+        out["auc_low"][where], out["auc_high"][where] = percentile_interval(resampled, recipe.confidence)
+        out["log_loss"][where], out["calibration"][where] = log_loss(truth, margin), calibration_error(truth, margin)
+        out["penalty"][where], out["gap"][where] = chosen[at], fit.gap[at]
+        out["sigma"][where] = trained[at].std() / length[at] if length[at] > 0 else 0.0
+        out["intercepts"][where], out["weights"][where] = intercepts[at], weights[at]
+        out["held_out_margins"][where] = shared[at]
+
+
+def resampled_accuracy(task: Task, margins: np.ndarray) -> np.ndarray:
+    """Balanced accuracy of margins [M, n_test] of the first M concepts in each resample of the groups: float64 [B, M]."""
+    n_groups = task.resamples.shape[1]
+    recalls = []
+    for value in (1, 0):
+        there = task.test_labels[: len(margins)] == value
+        right = there & ((margins > 0) == (value == 1))
+        by_group = [
+            np.stack([np.bincount(task.test_groups, row, minlength=n_groups) for row in table], axis=1)
+            for table in (right, there)
+        ]
+        hits, total = (task.resamples.astype(np.float64) @ part for part in by_group)
+        recalls.append(np.divide(hits, total, out=np.full(hits.shape, np.nan), where=total > 0))
+    return 0.5 * (recalls[0] + recalls[1])

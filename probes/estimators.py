@@ -1,0 +1,182 @@
+"""The probes as scikit-learn estimators: ``fit(X, y)``, ``decision_function``, ``predict``, ``coef_``.
+
+For two classes. They standardise inside `fit`, weigh both classes alike, and give weights in the units of X. They are
+made of the same parts as the probes of a grid, and can be used without one.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Self
+
+import numpy as np
+from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.utils.multiclass import check_classification_targets, type_of_target
+from sklearn.utils.validation import check_is_fitted, validate_data
+
+from probes.batched import RowBlock
+from probes.methods import METHODS, SUBSAMPLE_SHARE, SUBSAMPLES, Rows, concept_directions
+from probes.solver import LogisticFit
+
+
+class _Probe(ClassifierMixin, BaseEstimator):
+    """What all have in common."""
+
+    _method: ClassVar[str]
+
+    def fit(self, X: Any, y: Any) -> Self:
+        """Fit to features [n, D] and labels [n] of two classes, the second in sorted order being the positive one."""
+        features, labels = self._start(X, y)
+        fit = self._fit(features, labels, np.arange(len(labels)))
+        self.coef_, self.intercept_ = fit.coefficients.copy(), fit.intercepts.copy()
+        return self
+
+    def decision_function(self, X: Any) -> np.ndarray:
+        """Return margins float64 [n]; positive means the second class."""
+        check_is_fitted(self)
+        features = validate_data(self, X, reset=False, dtype=np.float64)
+        return features @ self.coef_[0] + self.intercept_[0]
+
+    def predict(self, X: Any) -> np.ndarray:
+        """Return classes [n]."""
+        check_is_fitted(self)
+        return self.classes_[(self.decision_function(X) > 0).astype(int)]
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.classifier_tags.multi_class = False
+        return tags
+
+    def _start(self, X: Any, y: Any) -> tuple[np.ndarray, np.ndarray]:
+        checked: Any = validate_data(self, X, y, dtype=np.float64, ensure_min_samples=2)
+        features, values = checked
+        check_classification_targets(values)
+        kind = type_of_target(values, input_name="y", raise_unknown=True)
+        if kind != "binary":
+            msg = f"Only binary classification is supported. The type of the target is {kind}."
+            raise ValueError(msg)
+        self.classes_, labels = np.unique(values, return_inverse=True)
+        if len(self.classes_) < 2:
+            msg = f"{type(self).__name__} needs two classes; the data holds one class only: {self.classes_[0]!r}"
+            raise ValueError(msg)
+        return features, labels.astype(np.float64)
+
+    def _fit(self, features: np.ndarray, labels: np.ndarray, groups: np.ndarray) -> LogisticFit:
+        rows = Rows(RowBlock.of(features), groups, float(getattr(self, "tol", 1e-8)))
+        penalty = np.array([[float(getattr(self, "C", 1.0))]])
+        return METHODS[self._method].fit(rows, labels[None], penalty)
+
+
+class LogisticProbe(_Probe):
+    """L2-regularised logistic regression on standardised features, both classes weighing the same.
+
+    Equals ``make_pipeline(StandardScaler(), LogisticRegression(C=C, class_weight="balanced"))`` at its optimum;
+    ``gap_`` is the proven relative distance from it.
+
+    Parameters
+    ----------
+    C
+        Inverse penalty.
+    tol
+        Largest proven relative gap.
+    """
+
+    _method = "logistic"
+
+    def __init__(self, C: float = 1.0, *, tol: float = 1e-8) -> None:
+        self.C = C
+        self.tol = tol
+
+    def _fit(self, features: np.ndarray, labels: np.ndarray, groups: np.ndarray) -> LogisticFit:
+        fit = super()._fit(features, labels, groups)
+        self.gap_ = float(fit.gap[0])
+        return fit
+
+    def predict_proba(self, X: Any) -> np.ndarray:
+        """Return probabilities [n, 2] for classes that are equally frequent."""
+        check_is_fitted(self)
+        positive = 0.5 * (1 + np.tanh(0.5 * self.decision_function(X)))
+        return np.column_stack([1 - positive, positive])
+
+
+class RidgeProbe(_Probe):
+    """Ridge on -1/+1 labels and standardised features, ``||y - Xw||^2 + ||w||^2 / C``; threshold midway between classes."""
+
+    _method = "ridge"
+
+    def __init__(self, C: float = 1.0) -> None:
+        self.C = C
+
+
+class LDAProbe(_Probe):
+    """Fisher's linear discriminant with equal priors and ridge ``I / (C n)`` on the standardised within-class covariance."""
+
+    _method = "lda"
+
+    def __init__(self, C: float = 1.0) -> None:
+        self.C = C
+
+
+class MeanDifferenceProbe(_Probe):
+    """Difference of the class means (mass mean), in the units of X; threshold midway."""
+
+    _method = "mean_difference"
+
+
+class ConceptSubspaceProbe(_Probe):
+    """Gaussian concept subspace (Zhao et al. 2024, arXiv 2410.00153): a distribution of directions, not one.
+
+    Logistic probes on random halves of the rows (or groups) give unit directions; their mean decides, and their mean and
+    variance along each feature are the Gaussian that `sample` draws from. Directions are of standardised features.
+
+    Parameters
+    ----------
+    C
+        Inverse penalty of the probes.
+    n_probes, share
+        How many, each on which share of the groups.
+    random_state
+        Seed of the subsamples.
+
+    Attributes
+    ----------
+    directions_
+        float64 [n_probes, D], unit.
+    mean_, variance_
+        float64 [D].
+    """
+
+    _method = "subspace"
+
+    def __init__(
+        self, C: float = 1.0, *, n_probes: int = SUBSAMPLES, share: float = SUBSAMPLE_SHARE, random_state: int = 0
+    ) -> None:
+        self.C = C
+        self.n_probes = n_probes
+        self.share = share
+        self.random_state = random_state
+
+    def fit(self, X: Any, y: Any, groups: Any = None) -> Self:
+        """Fit to features [n, D] and labels [n] of two classes; `groups` [n] are subsampled whole, by default each row."""
+        from probes import closed
+
+        features, labels = self._start(X, y)
+        names = np.arange(len(labels)) if groups is None else np.asarray(groups)
+        block = RowBlock.of(features)
+        standard = block.standard.numpy()
+        self.directions_ = concept_directions(
+            standard, labels, names, self.C, count=self.n_probes, share=self.share, seed=self.random_state
+        )
+        self.mean_, self.variance_ = self.directions_.mean(axis=0), self.directions_.var(axis=0)
+        self.scale_ = block.deviation
+        high, low, _ = closed.class_sums(standard, labels[None])
+        weights = self.mean_[None]
+        fit = closed.unstandardise(weights, closed.midway(weights, high, low), block.mean, block.deviation)
+        self.coef_, self.intercept_ = fit.coefficients, fit.intercepts
+        return self
+
+    def sample(self, count: int, seed: int = 0) -> np.ndarray:
+        """Draw unit directions float64 [count, D] of standardised features from the Gaussian."""
+        check_is_fitted(self)
+        rng = np.random.default_rng(seed)
+        drawn = self.mean_ + rng.normal(size=(count, len(self.mean_))) * np.sqrt(self.variance_)
+        return drawn / np.linalg.norm(drawn, axis=1, keepdims=True)

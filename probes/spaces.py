@@ -1,0 +1,192 @@
+"""Where a batch of logistic regressions is solved: coordinates in which their shared curvature is nearly diagonal.
+
+An L2 penalty does not change under a rotation of the features, nor when the weights are written as a combination of the
+rows (the representer theorem), so both spaces below solve the problem as given, not an approximation of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+SUBSPACE_SHARE = 20
+"""Of n rows, n // this many principal directions are preconditioned one by one in a `Kernel`."""
+
+
+class Space(Protocol):
+    """What the iterations need: vectors are [P, size], of any inner layout, the intercept last."""
+
+    @property
+    def size(self) -> int:
+        """Length of a vector."""
+        ...
+
+    @property
+    def rescaled(self) -> bool:
+        """Whether the preconditioner needs the last step's curvature for its size."""
+        ...
+
+    def dot(self, a: Tensor, b: Tensor) -> Tensor:
+        """Inner products [P]."""
+        ...
+
+    def margins(self, v: Tensor, out: Tensor) -> Tensor:
+        """Margins [P, n] of vectors [P, size], intercept included."""
+        ...
+
+    def gradient(self, v: Tensor, rows: Tensor) -> Tensor:
+        """Gradient [P, size] where the losses' derivatives by margin are rows [P, n]."""
+        ...
+
+    def precondition(self, v: Tensor, curvature: Tensor) -> Tensor:
+        """Multiply by about the inverse Hessian, for losses of total curvature [P]."""
+        ...
+
+    def weights(self, v: Tensor) -> Tensor:
+        """Weights [P, D] of the standardised features."""
+        ...
+
+
+@dataclass(frozen=True)
+class Rotated:
+    """The principal axes of standardised features [n, D] with D up to n; a vector is [weights on axes | intercept]."""
+
+    table: Tensor
+    """[n, D + 1]: the rows on the principal axes, and a column of ones."""
+    transposed: Tensor
+    axes: Tensor
+    """[D, D], an axis a column."""
+    spectrum: Tensor
+    """[D + 1]: mean square of each column of the table."""
+    size: int
+
+    @classmethod
+    def of(cls, features: Tensor) -> Rotated:
+        """Rotate features [n, D]."""
+        n = len(features)
+        values, axes = torch.linalg.eigh(features.T @ features)
+        table = torch.cat([features @ axes, features.new_ones(n, 1)], dim=1)
+        spectrum = torch.cat([values.clamp_min(0) / n, values.new_ones(1)])
+        return cls(table, table.T.contiguous(), axes, spectrum, table.shape[1])
+
+    @property
+    def rescaled(self) -> bool:
+        """See `Space`."""
+        return False
+
+    def dot(self, a: Tensor, b: Tensor) -> Tensor:
+        """See `Space`."""
+        return (a * b).sum(dim=1)
+
+    def margins(self, v: Tensor, out: Tensor) -> Tensor:
+        """See `Space`."""
+        return torch.mm(v, self.transposed, out=out)
+
+    def gradient(self, v: Tensor, rows: Tensor) -> Tensor:
+        """See `Space`."""
+        g = rows @ self.table
+        g[:, :-1] += v[:, :-1]
+        return g
+
+    def precondition(self, v: Tensor, curvature: Tensor) -> Tensor:
+        """See `Space`: were all rows weighted alike, the Hessian would be diagonal here."""
+        inverse = curvature[:, None] * self.spectrum
+        inverse[:, :-1] += 1
+        return v / inverse
+
+    def weights(self, v: Tensor) -> Tensor:
+        """See `Space`."""
+        return v[:, :-1] @ self.axes.T
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """Weights as combinations ``X' a`` of the rows, for more features than rows: [a | K a | intercept], ``K = X X'``.
+
+    Keeping ``K a`` beside ``a`` makes margins and inner products free; one product with K a step is all that is paid.
+    """
+
+    features: Tensor
+    """[n, D], standardised."""
+    gram: Tensor
+    """[n, n]."""
+    top: Tensor
+    """[n, r]: orthonormal, about the leading eigenvectors of the Gram matrix."""
+    image: Tensor
+    """[n, 2 r]: the same and their product with the Gram matrix, side by side."""
+    values: Tensor
+    """[r]: their eigenvalues."""
+    tail: Tensor
+    """Mean of the other eigenvalues."""
+    size: int
+    n_rows: int
+
+    @classmethod
+    def of(cls, features: Tensor) -> Kernel:
+        """Prepare features [n, D].
+
+        The leading eigenvectors come from two rounds of subspace iteration (Halko, Martinsson and Tropp 2011).
+        """
+        n = len(features)
+        gram = _gram(features)
+        rank = max(1, n // SUBSPACE_SHARE)
+        generator = torch.Generator(device="cpu").manual_seed(0)
+        block = torch.randn(n, rank, generator=generator, dtype=torch.float64).to(gram)
+        for _ in range(2):
+            block = torch.linalg.qr(gram @ block)[0]
+        image = gram @ block
+        values, mix = torch.linalg.eigh(block.T @ image)
+        top, image = block @ mix, image @ mix
+        tail = (gram.diagonal().sum() - values.sum()).clamp_min(0) / max(1, n - rank)
+        return cls(features, gram, top, torch.cat([top, image], dim=1), values.clamp_min(0), tail, 2 * n + 1, n)
+
+    @property
+    def rescaled(self) -> bool:
+        """See `Space`: one number for all but the leading directions is a guess."""
+        return True
+
+    def dot(self, a: Tensor, b: Tensor) -> Tensor:
+        """See `Space`."""
+        n = self.n_rows
+        return (a[:, :n] * b[:, n:-1]).sum(dim=1) + a[:, -1] * b[:, -1]
+
+    def margins(self, v: Tensor, out: Tensor) -> Tensor:
+        """See `Space`."""
+        return torch.add(v[:, self.n_rows : -1], v[:, -1:], out=out)
+
+    def gradient(self, v: Tensor, rows: Tensor) -> Tensor:
+        """See `Space`: the gradient in the geometry of the penalty, where it is ``a`` plus the derivatives themselves."""
+        g = torch.cat([rows, rows @ self.gram, rows.sum(dim=1, keepdim=True)], dim=1)
+        g[:, :-1] += v[:, :-1]
+        return g
+
+    def precondition(self, v: Tensor, curvature: Tensor) -> Tensor:
+        """See `Space`: exact for equal weights on the leading directions, one number for the others."""
+        mean = curvature[:, None] / self.n_rows
+        rest = 1 / (1 + mean * self.tail)
+        inner = (v[:, : self.n_rows] @ self.top) * (1 / (1 + mean * self.values) - rest)
+        rank = len(self.values)
+        out = v * rest
+        out[:, : self.n_rows].addmm_(inner, self.image[:, :rank].T)
+        out[:, self.n_rows : -1].addmm_(inner, self.image[:, rank:].T)
+        out[:, -1] = v[:, -1] / curvature
+        return out
+
+    def weights(self, v: Tensor) -> Tensor:
+        """See `Space`."""
+        return v[:, : self.n_rows] @ self.features
+
+
+def space_of(features: Tensor) -> Space:
+    """Choose the smaller space for standardised features [n, D]."""
+    return Kernel.of(features) if features.shape[1] > len(features) else Rotated.of(features)
+
+
+def _gram(features: Tensor) -> Tensor:
+    if features.device.type == "cpu":
+        x = features.numpy()
+        return torch.from_numpy(x @ x.T)  # numpy computes one triangle only
+    return features @ features.T

@@ -1,0 +1,152 @@
+"""The float32 solver: what it returns is at the optimum, and the float64 certificate says so truly."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
+
+from concepts.errors import ProbeError
+from probes import batched
+from probes.batched import RowBlock, balanced_weights, fit_rows
+from probes.certificate import certify
+
+PENALTIES = np.array([1e-4, 1e-2, 1.0, 100.0])
+
+
+def oracle(x: np.ndarray, y: np.ndarray, penalty: float) -> tuple[np.ndarray, float, float]:
+    """Margins, intercept and objective of scikit-learn at 1e-10, standardised, classes balanced."""
+    z = StandardScaler().fit_transform(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # where it stalls above 1e-10 the comparison by objective still holds
+        model = LogisticRegression(
+            C=penalty, tol=1e-10, solver="newton-cholesky", max_iter=10_000, class_weight="balanced"
+        ).fit(z, y)
+    w, b = model.coef_[0], float(model.intercept_[0])
+    margins = z @ w + b
+    weights = np.where(y == 1, len(y) / (2 * y.sum()), len(y) / (2 * (len(y) - y.sum())))
+    loss = np.logaddexp(0.0, -np.where(y == 1, 1.0, -1.0) * margins)
+    return margins, b, float(0.5 * w @ w + penalty * np.sum(weights * loss))
+
+
+def make(kind: str, n: int, d: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(n, d)) * rng.uniform(0.01, 100, d) + rng.normal(size=d) * 50
+    score = (x[:, 0] - x[:, 0].mean()) / x[:, 0].std()
+    noise = 0.0 if kind == "separable" else 1.0
+    y = (score + noise * rng.normal(size=n) > 0).astype(float)
+    if kind == "collinear" and d > 3:
+        x[:, 1], x[:, 2] = 3 * x[:, 0] - 2, x[:, 0] + x[:, 3]
+    elif kind == "unbalanced":
+        y = np.zeros(n)
+        y[np.argsort(score)[-3:]] = 1
+    elif kind == "constant":
+        x[:, d // 2], x[:, 0] = 0.1, 0.0
+    elif kind == "heavy":
+        x = x * np.exp(2 * rng.normal(size=(n, 1)))
+    y[:2] = [0, 1]
+    return x, y
+
+
+@given(
+    kind=st.sampled_from(["random", "separable", "collinear", "unbalanced", "constant", "heavy"]),
+    n=st.integers(12, 90),
+    d=st.integers(2, 150),
+    seed=st.integers(0, 2**31),
+)
+@settings(max_examples=80)
+def test_agrees_with_scikit_learn_and_never_claims_more_than_it_has(kind: str, n: int, d: int, seed: int) -> None:
+    """Narrow and wide, whatever the data: the objective is the truth's within the proven gap, which is small."""
+    x, y = make(kind, n, d, seed)
+    fit = fit_rows(RowBlock.of(x), y[None], PENALTIES[None], balanced_weights(y[None]))
+    assert fit.gap.max() <= 1e-8
+    for at, penalty in enumerate(PENALTIES):
+        margins, _, value = oracle(x, y, penalty)
+        assert fit.objective[at] * (1 - fit.gap[at]) <= value * (1 + 1e-9)
+        assert fit.objective[at] <= value * (1 + 2e-8)
+        # Strong convexity turns a small gap into near weights; margins are those times the rows.
+        scale = max(1.0, float(np.abs(margins).max()))
+        assert np.abs(fit.decision(x)[at] - margins).max() <= 2e-2 * scale
+
+
+@pytest.mark.parametrize("d", [20, 400])
+def test_a_batch_equals_its_problems_and_leaves_its_input_alone(d: int) -> None:
+    rng = np.random.default_rng(d)
+    x = rng.normal(size=(150, d))
+    labels = np.stack([(x[:, k] + rng.normal(size=150) > 0.3 * k).astype(float) for k in range(4)])
+    before = x.copy(), labels.copy()
+    penalties = np.broadcast_to(PENALTIES, (4, 4))
+    together = fit_rows(RowBlock.of(x), labels, penalties, balanced_weights(labels), tolerance=1e-10)
+    for k in range(4):
+        for c in range(4):
+            alone = fit_rows(
+                RowBlock.of(x), labels[k : k + 1], penalties[k : k + 1, c : c + 1], balanced_weights(labels[k : k + 1])
+            )
+            assert together.objective[4 * k + c] == pytest.approx(alone.objective[0], rel=2e-8)
+    np.testing.assert_array_equal(x, before[0])
+    np.testing.assert_array_equal(labels, before[1])
+
+
+def test_the_certificate_bounds_the_true_gap_of_any_point() -> None:
+    """Also far from the optimum, with an intercept that is off, and for weights of any size."""
+    rng = np.random.default_rng(0)
+    x, y = make("random", 80, 12, 1)
+    z = StandardScaler().fit_transform(x)
+    costs = balanced_weights(y[None]) * 0.3
+    _, _, best = oracle(x, y, 0.3)
+    for size in (0.0, 1e-3, 0.1, 1.0, 5.0):
+        w = rng.normal(size=(6, 12)) * size
+        b = rng.normal(size=6)
+        arrays = (z, np.repeat(y[None], 6, 0), np.repeat(costs, 6, 0), w, b)
+        intercepts, value, gap = (t.numpy() for t in certify(*(torch.from_numpy(a) for a in arrays)))
+        margins = w @ z.T + intercepts[:, None]
+        loss = np.logaddexp(0.0, -np.where(y == 1, 1.0, -1.0) * margins)
+        np.testing.assert_allclose(value, 0.5 * (w**2).sum(1) + (costs * loss).sum(1), rtol=1e-12)
+        assert (gap * value >= (value - best) * (1 - 1e-9)).all()
+        assert (gap > 0).all()
+
+
+def test_fits_without_a_certificate_are_solved_again_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = make("random", 100, 10, 2)
+    block, weights = RowBlock.of(x), balanced_weights(y[None])
+    good = fit_rows(block, y[None], PENALTIES[None], weights)
+    real = batched.minimise
+
+    def lame(*args, **kwargs) -> torch.Tensor:
+        found = real(*args, **kwargs)
+        found[1] = 0  # one solution is lost
+        return found
+
+    monkeypatch.setattr(batched, "minimise", lame)
+    again = fit_rows(block, y[None], PENALTIES[None], weights)
+    assert again.gap.max() <= 1e-8
+    np.testing.assert_allclose(again.objective, good.objective, rtol=2e-8)
+    np.testing.assert_allclose(again.decision(x), good.decision(x), atol=1e-3)
+
+
+def test_a_device_short_of_memory_gets_fewer_problems_then_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = make("random", 60, 10, 3)
+    block, weights = RowBlock.of(x), balanced_weights(y[None])
+    whole = fit_rows(block, y[None], PENALTIES[None], weights)
+    real, sizes = batched.minimise, []
+
+    def small(space, labels, *args) -> torch.Tensor:
+        sizes.append(len(labels))
+        if len(labels) > most:
+            raise torch.OutOfMemoryError
+        return real(space, labels, *args)
+
+    monkeypatch.setattr(batched, "minimise", small)
+    most = 1
+    parts = fit_rows(block, y[None], PENALTIES[None], weights)
+    assert sizes == [4, 2, 1, 1, 2, 1, 1]
+    np.testing.assert_allclose(parts.objective, whole.objective, rtol=2e-8)
+    most = 0
+    with pytest.raises(ProbeError, match=r"has no memory for a single probe on \(60, 10\) features"):
+        fit_rows(block, y[None], PENALTIES[None], weights)
