@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -489,3 +491,15 @@ def test_inputs_are_those_of_the_familys_own_processor(family: str) -> None:
             if family.startswith("paligemma"):  # the toy's tokenizer adds a first token, which the real one does not
                 theirs = theirs[:, -ours[name].shape[1] :] if name != "pixel_values" else theirs
             assert torch.equal(ours[name], theirs), name
+
+
+def test_the_library_is_imported_without_transformers(tmp_path: Path) -> None:
+    """So that it works under whatever release a model's own code needs."""
+    code = (
+        "import sys, pkgutil, importlib; sys.modules['transformers'] = None\nimport lvlm\n"
+        "for m in pkgutil.walk_packages(lvlm.__path__, 'lvlm.'):\n"
+        "    if '.tiny' not in m.name: importlib.import_module(m.name)\nprint('done')"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(README.parent)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout == "done\n", done.stderr
