@@ -139,7 +139,7 @@ def encode(model: Lvlm, prompt: Prompt, looks: Sequence[Look], axis: int) -> tup
 def decoder_start(model: Lvlm) -> int:
     """Return the token an encoder-decoder begins its answer with; raises `ModelError` where none is set."""
     text = getattr(model.hf.config, "text_config", None)
-    configs = (model.hf.generation_config, model.hf.config, text)
+    configs: tuple[Any, ...] = (model.hf.generation_config, model.hf.config, text)
     for config in configs:
         if getattr(config, "decoder_start_token_id", None) is not None:
             return int(config.decoder_start_token_id)
