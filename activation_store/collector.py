@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import cast
 
@@ -13,10 +14,12 @@ from torch import Tensor
 from activation_store.layout import ArrayInfo, Dtype, Schema
 from concepts.errors import SiteError
 from lvlm.model import Encoding, Lvlm, Place
-from lvlm.sites import LAYER_COMPONENTS, Component, Site, Stack, TokenSelection
+from lvlm.sites import CROSS_COMPONENTS, LAYER_COMPONENTS, Component, Site, Stack, TokenSelection
 from lvlm.tokens import TokenMap
 
-_EVERY_LAYER = re.compile(rf"^(?:(vision|decoder)\.)?({'|'.join(LAYER_COMPONENTS)})$")
+_EVERY_LAYER = re.compile(rf"^(?:(vision|decoder)\.)?(cross\.)?({'|'.join(LAYER_COMPONENTS)})$")
+Family = tuple[Stack, str]
+"""Sites that make one array: a stack and a component, ``cross.z`` for cross-attention."""
 
 
 @dataclass(frozen=True)
@@ -65,19 +68,43 @@ def make_plan(model: Lvlm, encoding: Encoding, sites: Sequence[str], tokens: Seq
     families = _families(model, sites)
     stacks: list[Stack] = list(dict.fromkeys(stack for stack, _ in families))
     selections, skipped = _selections(encoding.tokens, tokens, stacks)
-    wanted = [Site(stack, n, component) for (stack, component), layers in families.items() for n in layers]
+    families = {family: layers for family, layers in families.items() if selections[family[0]]}
+    wanted = [site_of(family, n) for family, layers in families.items() for n in layers]
     shapes = _rehearse(model, encoding, [Read(site, model.locate(site)) for site in wanted])
     arrays = []
-    for (stack, component), layers in families.items():
-        width = _width(model, {n: shapes[Site(stack, n, component)] for n in layers}, stack, component)
-        _check_tokens(encoding.tokens, shapes[Site(stack, layers[0], component)][1], stack, component)
-        heads = _heads(model, stack, component, width)
+    for family, layers in families.items():
+        stack, component = family
+        width = _width(model, {n: shapes[site_of(family, n)] for n in layers}, f"{stack}.{component}")
+        _check_tokens(encoding.tokens, shapes[site_of(family, layers[0])][1], stack, component)
+        heads = _heads(model, stack, component, layers[0], width)
         arrays += [
             ArrayInfo(stack, component, str(selection), len(layers), width, heads, layers)
             for selection in selections[stack]
         ]
     reads = tuple(Read(site, model.locate(site)) for site in shapes)
     return Plan(reads, Schema(tuple(arrays), cast("Dtype", dtype)), selections, skipped)
+
+
+def site_of(family: Family, layer: int) -> Site:
+    """Return one layer's site of a family of them."""
+    stack, component = family
+    return Site(stack, layer, cast("Component", component.removeprefix("cross.")), cross=component.startswith("cross."))
+
+
+def by_example(x: Tensor, examples: int, site: Site) -> Tensor:
+    """Return a site's tensor as ``[B, T, D]``, each example's tokens in one row.
+
+    Towers see images or tiles side by side, or all patches in one sequence; a pattern ``[B, H, Q, K]`` becomes a vector
+    of all heads' weights for each query.
+    """
+    if site.component == "pattern" and x.dim() == 4:
+        return x.permute(0, 2, 1, 3).flatten(2)
+    if x.dim() == 3 and x.shape[0] == examples:
+        return x
+    if x.dim() < 2 or x[..., 0].numel() % examples:
+        msg = f"site '{site}' has shape {list(x.shape)}, which does not divide into {examples} examples"
+        raise SiteError(msg)
+    return x.reshape(examples, -1, x.shape[-1])
 
 
 def reducer(positions: Sequence[tuple[int, ...]], selection: TokenSelection, device: torch.device) -> Reducer:
@@ -121,33 +148,38 @@ Reducer = Callable[[Tensor], Tensor]
 """Takes ``[B, T, D]``, gives ``[B, D]``."""
 
 
-def _families(model: Lvlm, sites: Sequence[str]) -> dict[tuple[Stack, Component], tuple[int, ...]]:
+def _families(model: Lvlm, sites: Sequence[str]) -> dict[Family, tuple[int, ...]]:
     """Return the layers asked for by stack and component."""
     names = [sites] if isinstance(sites, str) else list(sites)
     if not names:
         msg = f"no site to trace: name components of the decoder ({', '.join(LAYER_COMPONENTS)}), 'vision.z', …"
         raise SiteError(msg)
-    found: dict[tuple[Stack, Component], set[int]] = {}
+    found: dict[Family, set[int]] = {}
     for name in names:
         for site in _expand(model, name):
             model.locate(site)  # raises where the model lacks it
-            found.setdefault((site.stack, site.component), set()).add(site.layer)
+            component = f"cross.{site.component}" if site.cross else site.component
+            found.setdefault((site.stack, component), set()).add(site.layer)
     return {family: tuple(sorted(layers)) for family, layers in found.items()}
 
 
 def _expand(model: Lvlm, name: str) -> list[Site]:
     match = _EVERY_LAYER.match(name)
     if match:
-        stack = cast("Stack", match[1] or "decoder")
-        count = model.n_layers if stack == "decoder" else model.n_vision_layers
-        return [Site(stack, n, cast("Component", match[2])) for n in range(count)]
+        stack, cross = cast("Stack", match[1] or "decoder"), bool(match[2])
+        component = cast("Component", match[3])
+        layers = range(model.n_layers if stack == "decoder" else model.n_vision_layers)
+        if component in CROSS_COMPONENTS:  # a layer may have the one attention, the other, or both
+            layers = [n for n in layers if model.attends(stack, n, cross=cross)] or layers
+        # A stack or an attention that the model has not at all is named by its first layer's error.
+        return [Site(stack, n, component, cross=cross) for n in layers or [0]]
     try:
         return [Site.parse(name)]
     except SiteError as error:
         msg = (
             f"'{name}' is not a site: write a component of the decoder ({', '.join(LAYER_COMPONENTS)}), of a named "
-            f"stack ('vision.z'), 'projector.out', or a single layer ('decoder.L3.z'; decoder 0-{model.n_layers - 1}, "
-            f"vision 0-{model.n_vision_layers - 1})"
+            f"stack ('vision.z'), of cross-attention ('cross.z'), 'projector.out', or a single layer ('decoder.L3.z'; "
+            f"decoder 0-{model.n_layers - 1}, vision 0-{model.n_vision_layers - 1})"
         )
         raise SiteError(msg) from error
 
@@ -168,9 +200,8 @@ def _selections(
             try:
                 example.positions(selection, stack)
             except SiteError as error:
-                if stack == "decoder":
-                    raise  # what the decoder does not have, nothing has
-                refused = error
+                if refused is None or stack == "decoder":
+                    refused = error  # what the decoder says of it says most
                 skipped.append(f"'{selection}' means nothing in the {stack} and is left out there")
             else:
                 found[stack] = (*found[stack], selection)
@@ -195,11 +226,12 @@ def _rehearse(model: Lvlm, encoding: Encoding, reads: Sequence[Read]) -> dict[Si
         if site in shapes:
             msg = f"site '{site}' is reached more than once in a forward of {model.name}: it has no one value to keep"
             raise SiteError(msg)
-        shapes[site] = tuple(x.shape)
+        shapes[site] = tuple(by_example(x, 1, site).shape)
 
     handles = [read.place.watch(lambda x, site=read.site: note(site, x)) for read in reads]
     try:
-        model.logits(model.collate([encoding]))
+        with model.eager() if any(read.site.component == "pattern" for read in reads) else nullcontext():
+            model.logits(model.collate([encoding]))
     finally:
         for handle in handles:
             handle.remove()
@@ -210,8 +242,7 @@ def _rehearse(model: Lvlm, encoding: Encoding, reads: Sequence[Read]) -> dict[Si
     return shapes
 
 
-def _width(model: Lvlm, shapes: Mapping[int, tuple[int, ...]], stack: Stack, component: Component) -> int:
-    name = f"{stack}.{component}"
+def _width(model: Lvlm, shapes: Mapping[int, tuple[int, ...]], name: str) -> int:
     for layer, shape in shapes.items():
         if len(shape) != 3 or shape[0] != 1:
             msg = (
@@ -225,19 +256,20 @@ def _width(model: Lvlm, shapes: Mapping[int, tuple[int, ...]], stack: Stack, com
     return widths.pop()
 
 
-def _check_tokens(example: TokenMap, length: int, stack: Stack, component: Component) -> None:
+def _check_tokens(example: TokenMap, length: int, stack: Stack, component: str) -> None:
     """Raise `SiteError` unless a stack's sequence is as long as the token map says."""
-    image = example.positions(TokenSelection("image", "mean"), stack)
-    expected = example.length if stack == "decoder" else max(image, default=-1) + 1
+    expected = example.length if stack == "decoder" else example.sequence.get(stack, length)
     if length != expected:
         msg = f"the sequence of '{stack}.{component}' has {length} tokens, the token map says {expected}"
         raise SiteError(msg)
 
 
-def _heads(model: Lvlm, stack: Stack, component: Component, width: int) -> int | None:
-    if stack == "projector" or component not in {"z", "q", "k", "v"}:
+def _heads(model: Lvlm, stack: Stack, component: str, layer: int, width: int) -> int | None:
+    kind = component.removeprefix("cross.")
+    if stack == "projector" or kind not in {"z", "q", "k", "v", "pattern"}:
         return None
     heads = model.n_heads if stack == "decoder" else model.n_vision_heads
-    if component in {"k", "v"}:  # several query heads may share one of these
-        heads = width // (model.output_projection(stack, 0).in_features // heads)
+    if kind in {"k", "v"}:  # several query heads may share one of these
+        cross = component.startswith("cross.")
+        heads = width // (model.output_projection(stack, layer, cross=cross).in_features // heads)
     return heads if heads and width % heads == 0 else None

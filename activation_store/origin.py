@@ -30,6 +30,8 @@ _ROLES = {
     "system": "the tokens before the image, without the first",
     "image": "the image tokens",
     "question": "the tokens of the question's own words",
+    "generated": "the tokens of the model's own answer, its end included; NaN after the end",
+    "answer": "the tokens of the true answer, put after the prompt",
     "object": (
         f"the image tokens whose patch is covered to at least {COVER} by the box of the object the question is about, or "
         "else the one covered most; NaN where the image has no such object"
@@ -38,7 +40,9 @@ _ROLES = {
 _PACKAGES = ("groundscope", "torch", "transformers", "nnsight", "numpy", "h5py")
 
 
-def describe(model: Lvlm, data: ConceptDataset, plan: Plan, batch_size: int, *, answers: bool) -> dict[str, Any]:
+def describe(
+    model: Lvlm, data: ConceptDataset, plan: Plan, batch_size: int, *, answers: bool, generate: int = 0
+) -> dict[str, Any]:
     """Return the provenance of a store: plain values, equal for equal stores but for what stands in ``environment``.
 
     Parameters
@@ -49,6 +53,8 @@ def describe(model: Lvlm, data: ConceptDataset, plan: Plan, batch_size: int, *, 
         Recorded as part of the environment: it may change when a store is continued.
     answers
         Whether the model's own answers are recorded.
+    generate
+        Most tokens of a free answer; 0 for none.
     """
     selections = dict.fromkeys(s for kept in plan.selections.values() for s in kept)
     stacks = {s: sorted(stack for stack, kept in plan.selections.items() if s in kept) for s in selections}
@@ -70,6 +76,7 @@ def describe(model: Lvlm, data: ConceptDataset, plan: Plan, batch_size: int, *, 
         "sites": [str(read.site) for read in plan.reads],
         "tokens": {str(s): {"definition": _definition(s), "stacks": used} for s, used in stacks.items()},
         "answers": ANSWER_RULE if answers else "not recorded",
+        **({"generate": {"most_tokens": generate, "decoding": "greedy"}} if generate else {}),
         # Recorded, but may differ when a store is continued.
         "environment": {
             "python": platform.python_version(),
@@ -91,6 +98,7 @@ def unembedding(model: Lvlm, plan: Plan) -> Mapping[str, np.ndarray] | None:
     return {
         f"{name}.{kind}": parameter.detach().float().cpu().numpy()
         for name, path in parts.items()
+        if path
         for kind, parameter in resolve(model.hf, path, model.spec).named_parameters(recurse=False)
     }
 
@@ -109,7 +117,9 @@ def _processor(processor: Any) -> dict[str, str]:
 
 def _definition(selection: TokenSelection) -> str:
     mean = "mean in float32 over " if selection.reduction == "mean" else ""
-    return mean + _ROLES.get(selection.role, selection.role)
+    step = "" if selection.step is None else f"number {selection.step}, counted from 0, of "
+    named = f" (object '{selection.name}')" if selection.name else ""
+    return mean + step + _ROLES.get(selection.role, selection.role) + named
 
 
 def _installed(name: str) -> str | None:

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +20,20 @@ import torch
 from nnsight import NNsight
 from torch import Tensor
 
-from activation_store.collector import Plan, Read, make_plan, reducer
+from activation_store.collector import Plan, Read, by_example, make_plan, reducer
+from activation_store.continuation import Continued, GoesOn, goes_on_with, with_answers, with_generated
 from activation_store.files import Lock, explained
 from activation_store.layout import TENSORS, Key, shard_numbers
 from activation_store.origin import describe, unembedding
+from activation_store.progress import check_images, encode_first, progress_bar
 from activation_store.store import ActivationStore
 from activation_store.writer import StoreWriter
-from concepts.errors import ConfigError, DataError
+from concepts.errors import ConfigError, DataError, SiteError
 from concepts.schema import ConceptDataset, Example
 from lvlm.answers import answer_key
 from lvlm.model import Batch, Encoding, Lvlm
+from lvlm.places import Place, first_name
+from lvlm.sites import Site
 
 CHUNK_BATCHES = 8
 """Examples are encoded, sorted by length and put back in order in chunks of this many batches: what bounds memory."""
@@ -48,6 +52,7 @@ def trace(
     dtype: str = "float32",
     shard_size: int = 512,
     answers: bool = True,
+    generate: int = 0,
     force: bool = False,
     progress: bool = True,
 ) -> ActivationStore:
@@ -64,11 +69,14 @@ def trace(
     data
         What it is shown; rows of the store come in this order.
     sites
-        Components of the decoder (``resid_post``, ``z``), of a named stack (``vision.resid_post``), ``projector.out``,
-        or single layers (``decoder.L3.z``).
+        Components of the decoder (``resid_post``, ``z``), of its cross-attention (``cross.z``), of a named stack
+        (``vision.resid_post``), ``projector.out``, or single layers (``decoder.L3.z``). ``pattern`` keeps the weights of
+        all heads from a token to all others, for which all examples must be of one length, and computes all attention
+        step by step: a forward of another implementation, whose last bits differ.
     tokens
         Token selections: ``last``, ``image:mean``, ``object:mean``, …; those that a stack does not have are left out
-        for that stack.
+        for that stack. ``generated:0``, ``generated:mean`` read the model's own answer as it reads it itself, token by
+        token, ``answer:0``, ``answer:mean`` the true answer put in its place.
     out
         Folder of the store.
     batch_size
@@ -79,6 +87,9 @@ def trace(
         Examples in a file of the store.
     answers
         Record the model's own answers. Without them the forward ends after the last site that is asked for.
+    generate
+        Let the model answer freely, at most so many tokens, before it is read; needed for ``generated:…``, and kept as
+        the column ``generated``. Steps after the end of an answer are rows of NaN.
     force
         Throw away a store that is there and start anew.
     progress
@@ -98,7 +109,7 @@ def trace(
     DataError
         Where there is no example, an image cannot be read, or answers cannot be told apart by their first token.
     ConfigError
-        For a batch size below 1.
+        For a batch size below 1, or where both the model's own and the true answer are to be read in one trace.
     StoreError
         Where the folder holds a store of something else (names the field), or it cannot be written.
     """
@@ -110,19 +121,23 @@ def trace(
         raise DataError(msg)
     if answers:
         _check_answers(model, data)
+    goes_on = goes_on_with(tokens, generate)
     with _FORWARD:
-        plan = make_plan(model, _encode(model, data.examples[0]), sites, tokens, dtype)
-    provenance = describe(model, data, plan, batch_size, answers=answers)
+        first = encode_first(model, data.examples[0])
+        if goes_on:  # where the answer will be is not known yet, only that there will be one
+            first = replace(first, tokens=replace(first.tokens, generated=()))
+        plan = make_plan(model, first, sites, tokens, dtype)
+    provenance = describe(model, data, plan, batch_size, answers=answers, generate=generate)
     folder = Path(out)
     if force:
         _clear(folder)
-    run = Tracer.begin(model, data, plan, batch_size, answers=answers)
+    run = Tracer.begin(model, data, plan, batch_size, answers=answers, goes_on=goes_on, steps=generate)
     size = CHUNK_BATCHES * batch_size
     with StoreWriter(folder, plan.schema, provenance, shard_size=shard_size, extra=unembedding(model, plan)) as writer:
         done = frozenset(writer.written)
         missing = [e for e in data if e.id not in done]
-        _check_images(missing, progress=progress)
-        with _bar("tracing", len(data), len(done), progress=progress) as advance:
+        check_images(missing, progress=progress)
+        with progress_bar("tracing", len(data), len(done), progress=progress) as advance:
             if missing and plan.skipped:
                 advance(0, "; ".join(plan.skipped))
             for start in range(0, len(data), size):
@@ -141,24 +156,40 @@ class Tracer:
     model: Lvlm
     wrapper: Any
     """nnsight's view of the model."""
-    reads: tuple[tuple[Read, Any], ...]
-    """Each read with nnsight's view of its module, in the order of the forward."""
+    reads: tuple[tuple[Any, tuple[Read, ...]], ...]
+    """nnsight's view of a module and what is read there (one side of it), in the order of the forward."""
     plan: Plan
     batch_size: int
     concepts: tuple[str, ...]
     answers: bool
+    goes_on: GoesOn = ""
+    """What follows the prompt: the model's own answer (``generated``), the true one (``answer``), or nothing."""
+    steps: int = 0
+    """Most tokens of the model's own answer."""
 
     @classmethod
-    def begin(cls, model: Lvlm, data: ConceptDataset, plan: Plan, batch_size: int, *, answers: bool) -> Tracer:
+    def begin(
+        cls,
+        model: Lvlm,
+        data: ConceptDataset,
+        plan: Plan,
+        batch_size: int,
+        *,
+        answers: bool,
+        goes_on: GoesOn = "",
+        steps: int = 0,
+    ) -> Tracer:
         """Put nnsight's wrapper beside a model; its modules stay the same objects, with the same results."""
         with warnings.catch_warnings():
             # Said of a module that has a child called "output" or the like; we reach modules by identity, not by name.
             warnings.filterwarnings("ignore", message=".* has a submodule named .*, which", category=UserWarning)
             wrapper = NNsight(model.hf)
         views = {id(envoy._module): envoy for envoy in wrapper.modules()}
-        reads = tuple((read, views[id(read.place.module)]) for read in plan.reads)
+        # A module's tensor is taken once, whatever is read from it: queries, keys and values of one projection, say.
+        at = [(views[id(p.module)], tuple(some)) for p, some in _same_tensor(plan.reads)]
+        reads = tuple(at)
         concepts = tuple(sorted({concept for example in data for concept in example.labels}))
-        return cls(model, wrapper, reads, plan, batch_size, concepts, answers)
+        return cls(model, wrapper, reads, plan, batch_size, concepts, answers, goes_on, steps)
 
     def chunk(
         self, examples: Sequence[Example], seen: Callable[[Sequence[Example]], None]
@@ -184,40 +215,67 @@ class Tracer:
 
     def batch(self, batch: Batch) -> tuple[dict[Key, np.ndarray], dict[str, list[Any]]]:
         """Run one batch; return its arrays ``[B, L, D]`` and table columns."""
-        values, logits = self.forward(batch)
+        on = None
+        if self.goes_on:
+            with _FORWARD:
+                on = with_generated(self.model, batch, self.steps) if self.steps else with_answers(self.model, batch)
+        values, logits = self.forward(batch, on)
         arrays = {key: value.float().cpu().numpy() for key, value in values.items()}
         last = [None] * len(batch.encodings) if logits is None else logits.float().cpu().unbind()  # B x [V]
         rows = [self.row(encoding, one) for encoding, one in zip(batch.encodings, last, strict=True)]
+        if on and self.steps:
+            rows = [{**row, "generated": text} for row, text in zip(rows, on.texts, strict=True)]
         return arrays, {name: [row[name] for row in rows] for name in rows[0]}
 
     @torch.no_grad()
-    def forward(self, batch: Batch) -> tuple[dict[Key, Tensor], Tensor | None]:
-        """Run one batch; return what is kept ``[B, L, D]`` on its device, and the last logits ``[B, V]`` if wanted."""
+    def forward(self, batch: Batch, on: Continued | None = None) -> tuple[dict[Key, Tensor], Tensor | None]:
+        """Run one batch; return what is kept ``[B, L, D]`` on its device, and the last logits ``[B, V]`` if wanted.
+
+        With `on` the rows go on after their prompts; the logits are still those after the prompt's last token.
+        """
+        maps = on.tokens if on else tuple(e.tokens for e in batch.encodings)
         reducers = {
-            stack: [
-                (str(s), reducer([e.tokens.positions(s, stack) for e in batch.encodings], s, self.model.device))
-                for s in selections
-            ]
+            stack: [(str(s), reducer([m.positions(s, stack) for m in maps], s, self.model.device)) for s in selections]
             for stack, selections in self.plan.selections.items()
         }
         asked = self.answers and any(_has_answers(e.example) for e in batch.encodings)
         kept: dict[Key, dict[int, Tensor]] = {a.key: {} for a in self.plan.schema.arrays}
+        widths = {a.key: a.width for a in self.plan.schema.arrays}
         logits: list[Tensor] = []
+        extra = on.extra if on else 0
 
-        def keep(read: Read, x: Tensor) -> None:
-            site = read.site
-            for selection, reduce in reducers[site.stack]:
-                kept[site.stack, site.component, selection][site.layer] = reduce(x)
+        def keep(reads: tuple[Read, ...], raw: Any) -> None:
+            for read in reads:
+                site = read.site
+                x = by_example(read.place.value(raw, calls[site]), len(maps), site)
+                component = f"cross.{site.component}" if site.cross else site.component
+                for selection, reduce in reducers[site.stack]:
+                    key = (site.stack, component, selection)
+                    _check_width(site, x, widths[key], batch)
+                    kept[key][site.layer] = reduce(x)
 
-        # The same call as `Lvlm.logits`. nnsight runs this body in step with the forward: each read waits for its tensor.
-        # What is kept lives in containers made outside, as names bound inside do not come out.
-        with _FORWARD, self.wrapper.trace(**batch.inputs, use_cache=False, logits_to_keep=1) as tracer:
-            for read, view in self.reads:
-                keep(read, _tensor(view, read.place.side))
-            if asked:
-                logits.append(self.wrapper.output.logits[:, -1])
-            else:
-                tracer.stop()
+        options = dict(self.model.options)
+        if "logits_to_keep" in options:
+            options["logits_to_keep"] = extra + 1
+        inputs = on.inputs if on else batch.inputs
+        with ExitStack() as stack:
+            calls = {}
+            for _, reads in self.reads:
+                for read in reads:
+                    calls[read.site], handles = read.place.call()
+                    stack.callback(handles.remove)
+            if any(read.site.component == "pattern" for read in self.plan.reads):
+                stack.enter_context(self.model.eager())
+            stack.enter_context(_FORWARD)
+            # The same call as `Lvlm.logits`. nnsight runs this body in step with the forward: each read waits for its
+            # tensor. What is kept lives in containers made outside, as names bound inside do not come out.
+            with self.wrapper.trace(**inputs, **options) as tracer:
+                for view, reads in self.reads:
+                    keep(reads, _raw(view, reads[0].place.side))
+                if asked:
+                    logits.append(self.wrapper.output.logits[:, -1 - extra])
+                else:
+                    tracer.stop()
         stacked = {}
         for a in self.plan.schema.arrays:
             parts = [kept[a.key][layer] for layer in a.layers]
@@ -251,13 +309,34 @@ class Tracer:
         }
 
 
-def _tensor(view: Any, side: str) -> Tensor:
-    """Return a module's input or output inside a trace, as `lvlm.model.Place` has it."""
+def _raw(view: Any, side: str) -> Any:
+    """Return a module's input or output inside a trace, as `lvlm.places.Place` takes it."""
     if side == "input":
         args, kwargs = view.inputs
-        return args[0] if args else kwargs["hidden_states"]
-    output = view.output
-    return output[0] if isinstance(output, tuple) else output
+        return args[0] if args else kwargs[first_name(kwargs)]
+    return view.output
+
+
+def _same_tensor(reads: Sequence[Read]) -> list[tuple[Place, list[Read]]]:
+    """Return reads in their order, those of one side of one module together."""
+    groups: list[tuple[Place, list[Read]]] = []
+    for read in reads:
+        place = read.place
+        group = next((some for at, some in groups if at.module is place.module and at.side == place.side), None)
+        if group is None:
+            groups.append((place, [read]))
+        else:
+            group.append(read)
+    return groups
+
+
+def _check_width(site: Site, x: Tensor, width: int, batch: Batch) -> None:
+    if x.shape[-1] != width:
+        msg = (
+            f"site '{site}' has {x.shape[-1]} values for example '{batch.encodings[0].example.id}' and {width} for the "
+            "first: a pattern can be kept only of examples of one length; trace those of one length"
+        )
+        raise SiteError(msg)
 
 
 def _has_answers(example: Example) -> bool:
@@ -272,28 +351,6 @@ def _check_answers(model: Lvlm, data: ConceptDataset) -> None:
             except DataError as error:
                 msg = f"{error}; say answers=False to trace without the model's own answers"
                 raise DataError(msg) from error
-
-
-def _check_images(examples: Sequence[Example], *, progress: bool) -> None:
-    """Raise `DataError` naming the first example whose image cannot be read; each image is read once."""
-    first = {e.image.identity: e for e in reversed(examples)}
-    with _bar("checking images", len(first), 0, progress=progress) as advance:
-        for example in reversed(first.values()):
-            _load(example)
-            advance(1, "")
-
-
-def _load(example: Example) -> None:
-    try:
-        example.image.load()
-    except (OSError, ValueError, SyntaxError) as error:  # Pillow raises all of them for files it cannot decode
-        msg = f"example '{example.id}': its image cannot be read: {error}; leave it out or mend it"
-        raise DataError(msg) from error
-
-
-def _encode(model: Lvlm, example: Example) -> Encoding:
-    _load(example)
-    return model.encode(example)
 
 
 def _clear(folder: Path) -> None:
@@ -311,29 +368,3 @@ def _clear(folder: Path) -> None:
                     path.unlink()
         finally:
             lock.release()
-
-
-@contextmanager
-def _bar(what: str, total: int, done: int, *, progress: bool) -> Iterator[Callable[[int, str], None]]:
-    """Yield a function that advances a progress bar by some examples, or has it say something."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
-    from rich.text import Text
-
-    class Rate(ProgressColumn):
-        def render(self, task: Any) -> Text:
-            speed = task.finished_speed or task.speed
-            return Text(f"{speed:.1f}/s" if speed else "")
-
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
-    shown = progress and console.is_terminal
-    with Progress(*columns, console=console, transient=True, disable=not shown) as bar:
-        task = bar.add_task(what, total=total, completed=done)
-
-        def advance(count: int, note: str) -> None:
-            if note and shown:
-                console.print(note)
-            bar.advance(task, count)
-
-        yield advance

@@ -5,7 +5,9 @@ dot product attention). Baseline and candidate are two copies of it, so that the
 take turns, in alternating order; the figure is the median of the ratios of each turn. The candidate's time holds
 everything that comes after encoding: forward, selection, table, writing, sealing, syncing.
 
-The fixed cost of a trace is measured on the architecture of the embedded model, one example and one site.
+The fixed cost of a trace is measured on the architecture of the embedded model, one example and one site. TransformerLens'
+`run_with_cache` of the same sites and inputs, kept whole in memory and not written, stands beside it: it computes attention
+step by step. Memory is the peak of a process that traces ten times as many examples, over that of one that does not.
 
     python benchmarks/trace.py [--quick] [--device cuda] [--dtype bfloat16]
 """
@@ -17,6 +19,7 @@ import copy
 import json
 import platform
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -40,13 +43,15 @@ from concepts.drawing import TEST, generator, sample
 from concepts.questions import YES_NO, as_example
 from concepts.schema import Question
 from lvlm import Lvlm, wrap_lvlm
+from lvlm.lens import as_transformer_lens
 from lvlm.tiny.architecture import IMAGE, build_model, build_processor, build_tokenizer, vocabulary
 
 SITES = ["resid_post", "z"]
 TOKENS = ["last", "image:mean", "question:mean"]
 BATCH = 8
 TEXT = f"Is there a big cat {'or a dog ' * 6}in the image?"  # 32 text tokens with the template's own
-GOALS = {"overhead_vs_plain": 1.11, "fixed_cost_ms": 2.0}
+GOALS = {"overhead_vs_plain": 1.11, "fixed_cost_ms": 2.0, "peak_memory_10x": 1.10}
+PEAK = Path(__file__).resolve().parent / "_trace_memory.py"
 
 
 def middle_model() -> LlavaForConditionalGeneration:
@@ -127,8 +132,8 @@ def overhead(n: int, batches: int, device: str, dtype: torch.dtype) -> tuple[lis
     """Time traced, written forwards against plain ones."""
     network: Any = middle_model()
     network.to(device, dtype)
-    plain = wrap_lvlm(copy.deepcopy(network), middle_processor(), check=False)
-    traced = wrap_lvlm(network, middle_processor(), check=False)
+    plain = wrap_lvlm(copy.deepcopy(network), middle_processor(), validate=False)
+    traced = wrap_lvlm(network, middle_processor(), validate=False)
     data = questions(BATCH * batches)
     encoded = list(traced.batches(data.examples, BATCH))
     plan = make_plan(traced, encoded[0].encodings[0], SITES, TOKENS, "float32")
@@ -150,13 +155,39 @@ def overhead(n: int, batches: int, device: str, dtype: torch.dtype) -> tuple[lis
 def fixed_cost(n: int) -> list[tuple[float, float]]:
     """Time a trace of one site of a small model on one example against its plain forward."""
     network = build_model()
-    plain = wrap_lvlm(copy.deepcopy(network), build_processor(), check=False)
-    traced = wrap_lvlm(network, build_processor(), check=False)
+    plain = wrap_lvlm(copy.deepcopy(network), build_processor(), validate=False)
+    traced = wrap_lvlm(network, build_processor(), validate=False)
     data = questions(1, "Is there a cat in the image?")
     batch = next(traced.batches(data.examples, 1))
     plan = make_plan(traced, batch.encodings[0], ["decoder.L5.resid_post"], ["last"], "float32")
     tracer = Tracer.begin(traced, data, plan, 1, answers=True)
     return alternate(lambda: plain.logits(batch.inputs), lambda: tracer.forward(batch), n, traced.device)
+
+
+def transformer_lens(n: int, device: str, dtype: torch.dtype) -> list[tuple[float, float]]:
+    """Time TransformerLens' run_with_cache of the decoder's sites on one batch against the plain forward."""
+    network: Any = middle_model()
+    network.to(device, dtype)
+    plain = wrap_lvlm(network, middle_processor(), validate=False)
+    bridge = as_transformer_lens(plain)
+    batch = next(plain.batches(questions(BATCH).examples, BATCH))
+    inputs = dict(batch.inputs)
+    ids = inputs.pop("input_ids")
+
+    def wanted(name: str) -> bool:
+        return name.endswith(("hook_resid_post", "attn.hook_z")) and name.startswith("blocks.")
+
+    def run() -> None:
+        with torch.no_grad():
+            bridge.run_with_cache(ids, names_filter=wanted, **inputs)
+
+    return alternate(lambda: plain.logits(batch.inputs), run, n, plain.device)
+
+
+def peak_memory(examples: int) -> float:
+    """Return the peak resident memory, in MiB, of a process that traces so many examples."""
+    done = subprocess.run([sys.executable, str(PEAK), str(examples)], capture_output=True, text=True, check=True)
+    return float(done.stdout.splitlines()[-1])
 
 
 def main() -> None:
@@ -175,18 +206,31 @@ def main() -> None:
     with console.status("middle-sized LLaVA") if console.is_terminal else tempfile.TemporaryDirectory():
         pairs, model, length = overhead(n, batches, options.device, getattr(torch, options.dtype))
         fixed = fixed_cost(small)
+        lens = transformer_lens(n, options.device, getattr(torch, options.dtype))
+        few = 64 if options.quick else 128
+        peaks = [peak_memory(few), peak_memory(10 * few)]
     ratio = statistics.median(traced / plain for plain, traced in pairs)
     cost = statistics.median(1000 * (traced - plain) for plain, traced in fixed)
     figures = {
         "overhead_vs_plain": {"value": round(ratio, 3), "n": n},
         "fixed_cost_ms": {"value": round(cost, 2), "n": small},
     }
+    theirs = statistics.median(cached / plain for plain, cached in lens)
+    grown = {"value": round(peaks[1] / peaks[0], 3), "n": 1, "goal": f"<= {GOALS['peak_memory_10x']}"}
+    grown["holds"] = grown["value"] <= GOALS["peak_memory_10x"]
     table = Table("figure", "plain", "traced", "value", "goal", "holds", "n")
     for (name, figure), times in zip(figures.items(), (pairs, fixed), strict=True):
         figure |= {"goal": f"<= {GOALS[name]}", "holds": figure["value"] <= GOALS[name]}
         plain, traced = (statistics.median(column) * 1000 for column in zip(*times, strict=True))
         row = (f"{plain:.1f} ms", f"{traced:.1f} ms", figure["value"], figure["goal"], figure["holds"], figure["n"])
         table.add_row(name, *map(str, row))
+    times = [f"{statistics.median(column) * 1000:.1f} ms" for column in zip(*lens, strict=True)]
+    table.add_row("transformer_lens_vs_plain", *times, f"{theirs:.3f}", "", "", str(n))
+    table.add_row(
+        "peak_memory_10x", *(f"{p:.0f} MiB" for p in peaks), *(str(grown[k]) for k in ("value", "goal", "holds", "n"))
+    )
+    figures["transformer_lens_vs_plain"] = {"value": round(theirs, 3), "n": n, "goal": "", "holds": True}
+    figures["peak_memory_10x"] = grown
     console.print(table)
     cuda = options.device.startswith("cuda")
     where = torch.cuda.get_device_name() if cuda else f"{platform.machine()}, {torch.get_num_threads()} threads"

@@ -124,5 +124,5 @@ def _last_rows(model: Lvlm, layers: Sequence[int]) -> Iterator[dict[int, Tensor]
                     raise ModelError(msg)
                 rows[layer] = pattern[:, :, -1].clone()
 
-            hooks.callback(model.place("decoder", layer, "attn_out").module.register_forward_hook(keep).remove)
+            hooks.callback(model.place("decoder", layer, "pattern").module.register_forward_hook(keep).remove)
         yield rows

@@ -175,6 +175,9 @@ def intervened(model: Lvlm, interventions: Sequence[Intervention]) -> Iterator[N
 def width(model: Lvlm, site: Site) -> int:
     """Return the width of a site's tensor; raises `SiteError` for a site that the model lacks."""
     place = model.locate(site)
+    if site.component == "pattern":
+        msg = f"site '{site}' cannot be read where it could still be changed: change 'z', or 'v', of the same layer"
+        raise SiteError(msg)
     if site.component in ("q", "k", "v") and isinstance(place.module, nn.Linear):
         return place.module.out_features
     if site.stack == "projector":

@@ -24,6 +24,8 @@ class ModelConfig:
     """Where it runs, as torch names devices."""
     trust_remote_code: bool = False
     """Let the model folder's own code run."""
+    spec: str | None = None
+    """A yaml file with the fields of `lvlm.FamilySpec`, for a family that is not in the table; null for one that is."""
 
 
 @dataclass

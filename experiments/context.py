@@ -92,7 +92,7 @@ class Context:
         if self.config.threads:
             torch.set_num_threads(self.config.threads)
         m = self.config.model
-        return load_lvlm(path, dtype=m.dtype, device=m.device, trust_remote_code=m.trust_remote_code)
+        return load_lvlm(path, dtype=m.dtype, device=m.device, trust_remote_code=m.trust_remote_code, spec=m.spec)
 
     def model_key(self) -> object:
         """Return what identifies the models without loading them: options, and the digest of every file of a folder."""

@@ -1,149 +1,195 @@
-"""Where things are inside a family of models, and the proof that they are there.
+"""Where things are inside a family of models, as a description that code fills in and a user can override.
 
-A `FamilySpec` names modules by dotted path; `validate` runs one small forward and checks the identities every later
-result rests on. A family whose tensors are elsewhere fails at load, with the name of what to override.
+A `FamilySpec` names modules by dotted path. What it leaves open (None) is found in the model itself by
+`lvlm.discovery`; what it says is taken as it is, and `lvlm.validation` proves at load that the result is right.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from operator import attrgetter
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from concepts.errors import ModelError
 
-if TYPE_CHECKING:
-    from lvlm.model import Encoding, Lvlm
-
+ABSENT = "-"
+"""What a spec says of a part that its family does not have."""
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2, torch.float64: 1e-9}
 """Largest allowed error of an identity, relative to the largest value compared."""
 
 
 @dataclass(frozen=True)
 class StackSpec:
-    """Paths of one transformer stack; all but `layers` are relative to a layer."""
+    """Paths of one transformer stack; all but `layers` are relative to a layer.
 
-    layers: str
+    A path is made of attribute names and list indices joined by dots. Where the layers of a stack differ,
+    ``one|other`` names the first that a layer has. An empty path means that the stack has no such thing.
+    """
+
+    layers: str = ""
+    """The list of layers; several that are run one after the other are joined by ``+``. Empty: to be found, with all
+    else about the stack; ``-``: the family has no such stack."""
     attention: str = "self_attn"
     output_projection: str = "self_attn.o_proj"
     mid_norm: str = "post_attention_layernorm"
-    """The norm whose input is the residual stream between attention and MLP."""
+    """The module whose input is the residual stream between attention and MLP (nearly always a norm)."""
     mlp: str = "mlp"
     query: str = "self_attn.q_proj"
+    """Where queries come out; ``attn.qkv#0`` is the first third of a fused projection."""
     key: str = "self_attn.k_proj"
     value: str = "self_attn.v_proj"
+    attention_out: str = ""
+    """The module whose output is added to the residual stream, where that is not `attention` (a norm after it, say)."""
+    mlp_out: str = ""
+    """The same for `mlp`."""
+    attention_gate: str = ""
+    """Parameter that scales what attention adds: ``lambda_1``, or ``tanh(gate_attn)``."""
+    mlp_gate: str = ""
+    mlp_row_mask: str = ""
+    """Argument of a layer's call that masks rows of what the MLP adds."""
+    attention_post_norm: str = ""
+    """Norm of the residual stream itself after attention was added to it (post-norm transformers)."""
+    mlp_post_norm: str = ""
+    cross_attention: str = ""
+    """Attention to the image, or to an encoder."""
+    cross_output_projection: str = ""
+    cross_query: str = ""
+    cross_key: str = ""
+    cross_value: str = ""
+    cross_gate: str = ""
+    cross_post_norm: str = ""
+    weights: int = 1
+    """Which element of the attention's output holds its weights."""
 
 
 @dataclass(frozen=True)
 class FamilySpec:
-    """Where the decoder, the vision tower and the projector of a family are, by dotted path from the model."""
+    """Where the decoder, the vision tower and the projector of a family are, by dotted path from the model.
+
+    Fields that are left empty are found in the model; ``-`` says that the family has no such thing. A family that
+    transformers does not know can be described here, or in a yaml file with the same names (`FamilySpec.from_yaml`), and
+    given to `load_lvlm` or `wrap_lvlm`.
+    """
 
     model_type: str
     """`config.model_type` of the Hugging Face class."""
-    decoder: StackSpec
-    vision: StackSpec
-    projector: str
-    final_norm: str
-    unembedding: str
-    vision_prefix: int = 1
+    view: str = "whole"
+    """How an image becomes tokens: a name of `lvlm.views.VIEWS`."""
+    decoder: StackSpec = StackSpec()
+    vision: StackSpec = StackSpec()
+    projector: str = ""
+    """The module that turns vision tokens into the decoder's width."""
+    final_norm: str = ""
+    """Norm before the unembedding."""
+    unembedding: str = ""
+    vision_prefix: int | None = None
     """Tokens of the vision tower before the first patch (1 for a class token)."""
     template: str = "USER: {image}\n{question} ASSISTANT:"
-    """Prompt used where the processor has no chat template."""
+    """Prompt where the processor has no chat template; may also name {bos}, {eos} and {sep}."""
+    around: str = "{image}"
+    """What stands around each image's placeholder in a prompt."""
+    placeholder: str = ""
+    """What stands for an image in a prompt, where the processor does not say and it is not the image token itself."""
+    special_tokens: bool = True
+    """Whether the tokenizer adds its own (the first token, say) to the prompt."""
+    image_first: bool = False
+    """Whether the image's tokens stand before everything else, the first token included."""
+    token_types: bool = True
+    """Whether image tokens are marked where the model asks for token types."""
+    added_after: str = ""
+    """Where in the configuration the list stands whose length says after how many of the first decoder layers something
+    is added at image positions (DeepStack): ``resid_post`` of such a layer is not the next one's ``resid_pre`` there."""
+    notes: str = ""
+    """What differs, for people."""
 
     def stack(self, name: str) -> StackSpec:
         """Return the paths of ``decoder`` or ``vision``."""
         return self.decoder if name == "decoder" else self.vision
 
+    @classmethod
+    def from_mapping(cls, record: Mapping[str, Any]) -> FamilySpec:
+        """Make a spec of plain values; raises `ModelError` naming a field that does not exist or fit."""
+        known = {f.name for f in fields(cls)}
+        values: dict[str, Any] = dict(record)
+        _check_names("FamilySpec", values, known, "model_type")
+        for name in ("decoder", "vision"):
+            if name in values:
+                if not isinstance(values[name], Mapping):
+                    msg = f"FamilySpec.{name} is {values[name]!r}: give the fields of a StackSpec"
+                    raise ModelError(msg)
+                _check_names(f"FamilySpec.{name}", values[name], {f.name for f in fields(StackSpec)}, "layers")
+                values[name] = StackSpec(**values[name])
+        return cls(**values)
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> FamilySpec:
+        """Read a spec from a yaml file; raises `ModelError` where it cannot be read or names what does not exist."""
+        import yaml
+
+        try:
+            record = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            msg = f"family file '{path}' cannot be read: {error}"
+            raise ModelError(msg) from error
+        if not isinstance(record, Mapping):
+            msg = f"family file '{path}' holds no mapping: write the fields of a FamilySpec, model_type first"
+            raise ModelError(msg)
+        return cls.from_mapping(record)
+
+
+def _check_names(what: str, given: Mapping[str, Any], known: set[str], needed: str) -> None:
+    wrong = sorted(str(name) for name in given.keys() - known)
+    if wrong or needed not in given:
+        msg = f"{what}: {f'no field {wrong[0]!r}' if wrong else f'{needed!r} is missing'}; there are {', '.join(sorted(known))}"
+        raise ModelError(msg)
+    for name, value in given.items():
+        if not isinstance(value, str | int | bool | Mapping):
+            msg = f"{what}.{name} is {value!r}: give text, a number, or fields of a stack"
+            raise ModelError(msg)
+
+
+def find(root: Any, path: str) -> Any:
+    """Return what a dotted path leads to, of ``one|other`` the first there is; None where there is none."""
+    for way in path.split("|"):
+        found = root
+        for part in way.split("."):
+            found = getattr(found, part, None)
+            if found is None:
+                break
+        if found is not None and found is not root:
+            return found
+    return None
+
 
 def resolve(root: nn.Module, path: str, spec: FamilySpec) -> nn.Module:
     """Return the module at a dotted path; raises `ModelError` naming the part of the path that is not there."""
-    module = root
-    for done, part in enumerate(path.split(".")):
-        found = getattr(module, part, None)
-        if not isinstance(found, nn.Module):
-            here = ".".join(path.split(".")[:done]) or type(root).__name__
-            children = ", ".join(name for name, _ in module.named_children()) or "nothing"
-            msg = (
-                f"family '{spec.model_type}': no module '{path}' ('{here}' has {children}); "
-                "pass a FamilySpec with the right path"
-            )
+    found = find(root, path)
+    if isinstance(found, nn.Module):
+        return found
+    module, done = root, []
+    for part in path.split("|")[0].split("."):
+        step = getattr(module, part, None)
+        if not isinstance(step, nn.Module):
+            break
+        module = step
+        done.append(part)
+    here = ".".join(done) or type(root).__name__
+    children = ", ".join(name for name, _ in module.named_children()) or "nothing"
+    msg = f"family '{spec.model_type}': no module '{path}' ('{here}' has {children}); pass a FamilySpec with the right path"
+    raise ModelError(msg)
+
+
+def layer_list(root: nn.Module, path: str, spec: FamilySpec) -> tuple[nn.Module, ...]:
+    """Return the layers of a stack in the order they run; raises `ModelError` where the path is wrong."""
+    layers: list[nn.Module] = []
+    for one in path.split("+") if path else ():
+        found = resolve(root, one, spec)
+        if not isinstance(found, nn.ModuleList | nn.Sequential):
+            msg = f"family '{spec.model_type}': '{one}' is a {type(found).__name__}, not a list of layers"
             raise ModelError(msg)
-        module = found
-    return module
-
-
-@torch.no_grad()
-def validate(model: Lvlm, encoding: Encoding) -> dict[str, float]:
-    """Check that the spec points at the right tensors.
-
-    Identities, each relative to its largest value: the heads' contributions ``z_h W_O^h`` add up to the attention
-    output; ``resid_pre + attn_out + mlp_out == resid_post``; one layer's ``resid_post`` is the next one's
-    ``resid_pre``; the unembedding of the normed last residual is the logits.
-
-    Parameters
-    ----------
-    model
-        A loaded model.
-    encoding
-        Any encoded example.
-
-    Returns
-    -------
-    dict
-        Largest relative error by identity.
-
-    Raises
-    ------
-    ModelError
-        Naming the identity, the module and the override to write, where one fails.
-    """
-    seen: dict[str, Tensor] = {}
-    hooks = []
-    for stack, count in (("decoder", model.n_layers), ("vision", model.n_vision_layers)):
-        for layer in range(count):
-            for component in ("resid_pre", "resid_post", "attn_out", "mlp_out", "z"):
-                place = model.place(stack, layer, component)
-                hooks.append(
-                    place.watch(lambda x, name=f"{stack}.L{layer}.{component}": seen.update({name: x.clone()}))
-                )
-    try:
-        logits = model.logits(encoding.inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    errors: dict[str, float] = {}
-
-    def check(name: str, left: Tensor, right: Tensor, override: str) -> None:
-        scale = max(float(right.abs().max()), 1e-6)
-        error = float((left.float() - right.float()).abs().max()) / scale
-        errors[name] = max(error, errors.get(name, 0.0))
-        if not error <= TOLERANCE[model.dtype]:
-            msg = f"family '{model.spec.model_type}': {name} fails by {error:.1e}; override FamilySpec.{override}"
-            raise ModelError(msg)
-
-    for stack, count, heads in (
-        ("decoder", model.n_layers, model.n_heads),
-        ("vision", model.n_vision_layers, model.n_vision_heads),
-    ):
-        for layer in range(count):
-            get = attrgetter("__getitem__")(seen)
-            name = f"{stack}.L{layer}"
-            projection = model.output_projection(stack, layer)
-            z = get(f"{name}.z")
-            by_head = z.unflatten(-1, (heads, -1)).unsqueeze(-2)  # [..., H, 1, head_dim]
-            weight = projection.weight.T.unflatten(0, (heads, -1))  # [H, head_dim, D]
-            total = (by_head @ weight).squeeze(-2).sum(-2)
-            if projection.bias is not None:
-                total = total + projection.bias
-            check(f"{name}: sum of heads = attn_out", total, get(f"{name}.attn_out"), f"{stack}.output_projection")
-            parts = get(f"{name}.resid_pre") + get(f"{name}.attn_out") + get(f"{name}.mlp_out")
-            check(f"{name}: pre + attn_out + mlp_out = post", parts, get(f"{name}.resid_post"), f"{stack}.mlp")
-            if layer:
-                before = get(f"{stack}.L{layer - 1}.resid_post")
-                check(f"{name}: resid_pre = previous resid_post", get(f"{name}.resid_pre"), before, f"{stack}.layers")
-    last = seen[f"decoder.L{model.n_layers - 1}.resid_post"][:, -1:]
-    check("unembedding = logits", model.unembed(last)[:, 0], logits, "final_norm")
-    return errors
+        layers.extend(found)
+    return tuple(layers)

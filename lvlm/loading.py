@@ -12,18 +12,20 @@ from concepts.errors import ModelError
 from concepts.questions import as_example, existence
 from lvlm.embedded import EMBEDDED, folder_of
 from lvlm.families import family
-from lvlm.family import FamilySpec, validate
+from lvlm.family import FamilySpec
 from lvlm.model import Lvlm
+from lvlm.processing import assemble
+from lvlm.validation import validate_once
 
 
 def load_lvlm(
     source: str | Path,
     *,
-    spec: FamilySpec | None = None,
+    spec: FamilySpec | str | Path | None = None,
     dtype: str = "float32",
     device: str = "cpu",
     trust_remote_code: bool = False,
-    check: bool = True,
+    validate: bool = True,
 ) -> Lvlm:
     """Load a model and prove that its tensors are where the family says.
 
@@ -32,15 +34,17 @@ def load_lvlm(
     source
         ``tiny``, ``tiny-unbiased``, a folder in Hugging Face layout, or a Hugging Face id.
     spec
-        Where things are; by default the entry of `lvlm.families` for the model's type.
+        Where things are: a `FamilySpec`, or a yaml file with its fields; by default the entry of `lvlm.families` for the
+        model's type.
     dtype
         ``float32``, ``bfloat16`` or ``float16``.
     device
-        Where to put it, as torch names devices.
+        Where to put it, as torch names devices; ``auto`` spreads it over the GPUs there are (needs accelerate).
     trust_remote_code
         Allow the model folder's own code to run.
-    check
-        Run `lvlm.family.validate` on one small example.
+    validate
+        Run `lvlm.validation.validate` on one small example, unless this process has proved the same family on the same
+        configuration already.
 
     Raises
     ------
@@ -70,9 +74,15 @@ def load_lvlm(
         logging.disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(where, **options)
-        known = spec or family(config.model_type)
-        model = AutoModelForImageTextToText.from_pretrained(where, dtype=number, **options)
-        processor = AutoProcessor.from_pretrained(where, **options)
+        known = _spec(spec) or family(config.model_type)
+        spread = {"device_map": "auto"} if device == "auto" else {}
+        model = AutoModelForImageTextToText.from_pretrained(where, dtype=number, **spread, **options)
+        try:
+            processor = AutoProcessor.from_pretrained(where, **options)
+        except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError):
+            processor = None  # it wants torchvision, or there is only a tokenizer and an image processor
+        if getattr(processor, "image_processor", None) is None or not hasattr(processor, "tokenizer"):
+            processor = assemble(where, config, known, options)
     except ModelError:
         raise
     except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
@@ -83,11 +93,17 @@ def load_lvlm(
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
-    return wrap_lvlm(cast("Any", model).to(device), processor, spec=known, name=name, check=check)
+    placed = model if device == "auto" else cast("Any", model).to(device)
+    return wrap_lvlm(placed, processor, spec=known, name=name, validate=validate)
 
 
 def wrap_lvlm(
-    model: Any, processor: Any, *, spec: FamilySpec | None = None, name: str | None = None, check: bool = True
+    model: Any,
+    processor: Any,
+    *,
+    spec: FamilySpec | str | Path | None = None,
+    name: str | None = None,
+    validate: bool = True,
 ) -> Lvlm:
     """Take a Hugging Face model and processor that are in memory; see `load_lvlm`."""
     if any(p.is_meta for p in model.parameters()):
@@ -96,11 +112,17 @@ def wrap_lvlm(
     if getattr(processor, "image_token", None) is None:
         msg = f"{type(processor).__name__} has no image token; set processor.image_token to the placeholder of an image"
         raise ModelError(msg)
-    wrapped = Lvlm(model, processor, spec or family(model.config.model_type), name or type(model).__name__)
-    if check:
+    wrapped = Lvlm(
+        model, processor, _spec(spec) or family(model.config.model_type, model), name or type(model).__name__
+    )
+    if validate:
         scene = sample(generator(TEST, 0, 0), "check", count=2)
-        validate(wrapped, wrapped.encode(as_example(scene, existence(scene, "apple"), "check")))
+        validate_once(wrapped, wrapped.encode(as_example(scene, existence(scene, "apple"), "check")))
     return wrapped
+
+
+def _spec(given: FamilySpec | str | Path | None) -> FamilySpec | None:
+    return FamilySpec.from_yaml(given) if isinstance(given, str | Path) else given
 
 
 def _first_line(error: Exception) -> str:

@@ -3,78 +3,31 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from concepts.errors import DataError, ModelError, SiteError
 from concepts.schema import Box, Example
-from lvlm.family import FamilySpec, resolve
+from lvlm.discovery import complete, heads_of, text_config
+from lvlm.encoding import Batch, Encoding, Inputs, Prompt, encode
+from lvlm.family import FamilySpec, find, layer_list, resolve
+from lvlm.finding import find_place
+from lvlm.places import Place
 from lvlm.sites import Site
-from lvlm.tokens import PatchGrid, TokenMap
+from lvlm.tokens import TokenMap
+from lvlm.views import VIEWS, Look, View
 
-Inputs = dict[str, Tensor]
+__all__ = ["Batch", "Encoding", "Inputs", "Lvlm", "Place", "Prompt"]
+
 _INCIDENTAL = {"_name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype"}
-
-
-@dataclass(frozen=True)
-class Encoding:
-    """One example as the model takes it."""
-
-    example: Example
-    inputs: Inputs
-    """Model inputs by name, each with a leading batch axis of 1, on the CPU."""
-    tokens: TokenMap
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Encodings of equal length, side by side; nothing is padded."""
-
-    index: tuple[int, ...]
-    """Place of each row in the sequence the batch was cut from."""
-    encodings: tuple[Encoding, ...]
-    inputs: Inputs
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a site is read and written: the input or the output of a module."""
-
-    module: nn.Module
-    side: Literal["input", "output"]
-
-    def watch(self, see: Callable[[Tensor], None]) -> RemovableHandle:
-        """Call `see` with the site's tensor on every forward."""
-        return self.edit(lambda x: see(x))
-
-    def edit(self, change: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
-        """Replace the site's tensor by what `change` returns (None leaves it) on every forward."""
-        if self.side == "input":
-
-            def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-                if args:
-                    new = change(args[0])
-                    return None if new is None else ((new, *args[1:]), kwargs)
-                new = change(kwargs["hidden_states"])
-                return None if new is None else (args, {**kwargs, "hidden_states": new})
-
-            return self.module.register_forward_pre_hook(before, with_kwargs=True)
-
-        def after(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
-            # Layers return a bare tensor in most families and releases, a tuple in others.
-            if isinstance(output, tuple):
-                new = change(output[0])
-                return None if new is None else (new, *output[1:])
-            return change(output)
-
-        return self.module.register_forward_hook(after)
 
 
 class Lvlm:
@@ -95,14 +48,27 @@ class Lvlm:
     def __init__(self, model: nn.Module, processor: Any, spec: FamilySpec, name: str) -> None:
         self.hf: Any = model.eval()
         self.processor = processor
-        self.spec = spec
+        self.spec = complete(spec, model)
         self.name = name
-        text = self.hf.config.get_text_config(decoder=True)
-        self.n_heads: int = text.num_attention_heads
-        self.n_vision_heads: int = self.hf.config.vision_config.num_attention_heads
-        self._layers: dict[str, Any] = {s: resolve(model, spec.stack(s).layers, spec) for s in ("decoder", "vision")}
-        self._places: dict[tuple[str, int, str], Place] = {}
-        self._picture = lru_cache(maxsize=256)(self._encode_picture)
+        if spec.view not in VIEWS:
+            msg = f"family '{spec.model_type}': no view '{spec.view}'; there are {', '.join(VIEWS)}"
+            raise ModelError(msg)
+        self.view: View = VIEWS[spec.view]
+        config = self.hf.config
+        text = text_config(config)
+        self.encoder_decoder: bool = bool(getattr(config, "is_encoder_decoder", False) or text.is_encoder_decoder)
+        self.n_heads: int = heads_of(text, config)
+        self.n_vision_heads: int = heads_of(getattr(config, "vision_config", None), None) if self._has("vision") else 0
+        self._softcap: float | None = getattr(text, "final_logit_softcapping", None)
+        self._scaled: bool = bool(getattr(text, "scale_decoder_outputs", False))
+        self._layers: dict[str, tuple[nn.Module, ...]] = {
+            s: layer_list(model, self.spec.stack(s).layers, self.spec) for s in ("decoder", "vision")
+        }
+        self._places: dict[tuple[str, int, str, bool], Place] = {}
+        self._look = lru_cache(maxsize=256)(self._look_at)
+
+    def _has(self, stack: str) -> bool:
+        return bool(self.spec.stack(stack).layers)
 
     # -- shape ---------------------------------------------------------------------------------------------------
 
@@ -167,70 +133,89 @@ class Lvlm:
 
     # -- places --------------------------------------------------------------------------------------------------
 
-    def output_projection(self, stack: str, layer: int) -> nn.Linear:
+    def layers(self, stack: str) -> tuple[nn.Module, ...]:
+        """Return the layers of ``decoder`` or ``vision`` in the order they run."""
+        return self._layers[stack]
+
+    def output_projection(self, stack: str, layer: int, *, cross: bool = False) -> nn.Linear:
         """Return the linear map from a layer's heads to its attention output."""
-        module = resolve(self._layers[stack][layer], self.spec.stack(stack).output_projection, self.spec)
+        spec = self.spec.stack(stack)
+        path = spec.cross_output_projection if cross else spec.output_projection
+        module = resolve(self._layers[stack][layer], path, self.spec)
         if not isinstance(module, nn.Linear):
-            msg = f"'{self.spec.stack(stack).output_projection}' is a {type(module).__name__}, not a linear layer"
+            msg = f"'{path}' is a {type(module).__name__}, not a linear layer"
             raise ModelError(msg)
         return module
 
-    def place(self, stack: str, layer: int, component: str) -> Place:
+    def attends(self, stack: str, layer: int, *, cross: bool) -> bool:
+        """Whether a layer has self-attention, or cross-attention."""
+        spec = self.spec.stack(stack)
+        path = spec.cross_attention if cross else spec.attention
+        if not path:
+            return False
+        found = find(self._layers[stack][layer], path)
+        # A path that no layer has is a mistake in the spec, not a layer without attention; `place` names it.
+        return found is not None or not any(find(one, path) is not None for one in self._layers[stack])
+
+    def place(self, stack: str, layer: int, component: str, *, cross: bool = False) -> Place:
         """Return where a component of a layer is read; raises `SiteError` for one that the model lacks."""
-        key = (stack, layer, component)
+        key = (stack, layer, component, cross)
         if key not in self._places:
-            self._places[key] = self._find(stack, layer, component)
+            self._places[key] = find_place(self, stack, layer, component, cross=cross)
         return self._places[key]
 
     def locate(self, site: Site | str) -> Place:
         """Return where a site is read; raises `SiteError` for a site that the model lacks."""
         site = Site.parse(site) if isinstance(site, str) else site
-        if site.cross:
-            msg = f"site '{site}': {self.name} has no cross-attention layers"
-            raise SiteError(msg)
-        return self.place(site.stack, site.layer, site.component)
-
-    def _find(self, stack: str, layer: int, component: str) -> Place:
-        if stack == "projector":
-            return Place(resolve(self.hf, self.spec.projector, self.spec), "output")
-        count = len(self._layers[stack])
-        if not 0 <= layer < count:
-            msg = f"site '{stack}.L{layer}.{component}': {self.name} has {stack} layers 0-{count - 1}"
-            raise SiteError(msg)
-        paths = self.spec.stack(stack)
-        where: dict[str, tuple[str, Literal["input", "output"]]] = {
-            "resid_pre": ("", "input"),
-            "resid_mid": (paths.mid_norm, "input"),
-            "resid_post": ("", "output"),
-            "attn_out": (paths.attention, "output"),
-            "mlp_out": (paths.mlp, "output"),
-            "z": (paths.output_projection, "input"),
-            "q": (paths.query, "output"),
-            "k": (paths.key, "output"),
-            "v": (paths.value, "output"),
-        }
-        if component not in where:
-            msg = f"site '{stack}.L{layer}.{component}' cannot be read as a tensor: there are {', '.join(where)}"
-            raise SiteError(msg)
-        path, side = where[component]
-        module = self._layers[stack][layer]
-        return Place(resolve(module, path, self.spec) if path else module, side)
+        return self.place(site.stack, site.layer, site.component, cross=site.cross)
 
     # -- encoding ------------------------------------------------------------------------------------------------
 
-    def prompt(self, question: str) -> str:
-        """Return the text the model reads, up to where its answer begins; the image placeholder stands for the image."""
+    @cached_property
+    def placeholder(self) -> str:
+        """What stands for an image in a prompt."""
+        token = self.spec.placeholder or self.processor.image_token
+        return str(getattr(token, "content", token))
+
+    @cached_property
+    def content_id(self) -> int:
+        """The id of the token that the embedding of a part of an image takes the place of."""
+        config = self.hf.config
+        for name in ("image_token_id", "image_token_index"):
+            if isinstance(found := getattr(config, name, None), int):
+                return found
+        return int(self.processor.tokenizer.convert_tokens_to_ids(self.placeholder))
+
+    @cached_property
+    def content_token(self) -> str:
+        """That token as text; raises `ModelError` where the tokenizer has none."""
+        token = self.processor.tokenizer.convert_ids_to_tokens(self.content_id)
+        if token is None:
+            msg = (
+                f"the tokenizer of {self.name} has no token {self.content_id}, the configuration's image token; use the "
+                "tokenizer that belongs to the model"
+            )
+            raise ModelError(msg)
+        return str(token)
+
+    @cached_property
+    def accepts(self) -> frozenset[str]:
+        """Names of the inputs that the model's forward takes."""
+        return frozenset(inspect.signature(self.hf.forward).parameters)
+
+    def prompt(self, question: str, images: int = 1) -> str:
+        """Return the text the model reads, up to where its answer begins; each placeholder stands for an image."""
         if getattr(self.processor, "chat_template", None):
-            content = [{"type": "image"}, {"type": "text", "text": question}]
+            content = [{"type": "image"}] * images + [{"type": "text", "text": question}]
             turn = [{"role": "user", "content": content}]
             return self.processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
-        return self.spec.template.format(image=self.processor.image_token, question=question)
+        words = {n: getattr(self.processor.tokenizer, f"{n}_token") or "" for n in ("bos", "eos", "sep")}
+        shown = self.spec.around.format(image=self.placeholder) * images
+        return self.spec.template.format(image=shown, question=question, **words)
 
-    def _encode_picture(self, identity: str, source: _Source) -> tuple[Tensor, PatchGrid]:
+    def _look_at(self, identity: str, source: _Source) -> Look:
         del identity  # the cache's key
-        image = source.value.load()
-        pixels = self.processor.image_processor(images=[image], return_tensors="pt")["pixel_values"]
-        return pixels, patch_grid(self, image.size, tuple(pixels.shape[-2:]))
+        return self.view.look(self, source.value.load())
 
     def encode(self, example: Example) -> Encoding:
         """Turn an example into inputs and a token map.
@@ -240,49 +225,67 @@ class Lvlm:
         DataError
             Where the image cannot be read, or the prompt does not hold the image's tokens.
         """
-        pixels, grid = self._picture(example.image.identity, _Source(example.image))
-        placeholder = self.processor.image_token
-        text = self.prompt(example.question)
-        if text.count(placeholder) != 1:
-            msg = f"example '{example.id}': the prompt holds {text.count(placeholder)} image placeholders, not 1"
-            raise DataError(msg)
-        expanded = text.replace(placeholder, placeholder * grid.count)
-        encoded = self.processor.tokenizer(expanded, return_offsets_mapping=True)
-        ids: list[int] = encoded["input_ids"]
-        image_id = self.processor.tokenizer.convert_tokens_to_ids(placeholder)
-        image = tuple(i for i, token in enumerate(ids) if token == image_id)
-        if len(image) != grid.count:
-            msg = f"example '{example.id}': {len(image)} image tokens in the prompt, {grid.count} patches in the image"
-            raise DataError(msg)
-        start = expanded.rindex(example.question.strip())
-        end = start + len(example.question.strip())
-        question = tuple(i for i, (a, b) in enumerate(encoded["offset_mapping"]) if a < end and b > start and b > a)
-        objects = {o.id: grid.patches(o.box) for o in example.objects}
-        tokens = TokenMap(len(ids), image, question, grid, self.spec.vision_prefix, objects, example.subject)
-        inputs = {
-            "input_ids": torch.tensor([ids]),
-            "attention_mask": torch.ones(1, len(ids), dtype=torch.long),
-            "pixel_values": pixels,
-        }
-        return Encoding(example, inputs, tokens)
+        look = self._look(example.image.identity, _Source(example.image))
+        boxes = {o.id: (0, o.box) for o in example.objects}
+        prompt = Prompt(self.prompt(example.question), example.question, example.id, boxes, example.subject)
+        return Encoding(example, *encode(self, prompt, [look], self.view.axis))
+
+    def encode_prompt(
+        self,
+        text: str,
+        images: Sequence[Any],
+        *,
+        question: str = "",
+        name: str = "prompt",
+        boxes: Mapping[str, tuple[int, Box]] | None = None,
+        subject: str | None = None,
+    ) -> tuple[Inputs, TokenMap]:
+        """Turn any prompt about any number of images into inputs and a token map.
+
+        Parameters
+        ----------
+        text
+            With the model's `placeholder` once for each image, up to where the answer begins.
+        images
+            RGB images, in the order of their placeholders.
+        question
+            The part of the text whose words ``question`` selects.
+        name
+            What to call the prompt in errors.
+        boxes
+            Object id to the number of its image, counted from 0, and its pixel box.
+        subject
+            Id of the object that ``object:mean`` means.
+
+        Raises
+        ------
+        DataError
+            Where there are not as many placeholders as images.
+        """
+        looks = [self.view.look(self, image) for image in images]
+        return encode(self, Prompt(text, question, name, boxes, subject), looks, self.view.axis)
 
     def collate(self, encodings: Sequence[Encoding]) -> Inputs:
-        """Stack inputs of equal length and put them on the model's device."""
+        """Stack inputs of equal shape and put them on the model's device; raises `DataError` where shapes differ."""
         keys = encodings[0].inputs
+        if len({e.shape for e in encodings}) != 1:
+            names = ", ".join(f"'{e.example.id}'" for e in encodings[:3])
+            msg = f"examples {names}, … differ in length or in the shape of their images: batch them with model.batches"
+            raise DataError(msg)
         stacked = {k: torch.cat([e.inputs[k] for e in encodings]).to(self.device) for k in keys}
         return {k: v.to(self.dtype) if v.is_floating_point() else v for k, v in stacked.items()}
 
     def batches(self, examples: Sequence[Example], size: int = 32) -> Iterator[Batch]:
-        """Yield examples encoded in batches of equal length, shortest first, in a fixed order.
+        """Yield examples encoded in batches of equal shape, shortest first, in a fixed order.
 
         Encodes lazily in chunks of ``64 * size`` examples, so that memory does not grow with the dataset.
         """
         for start in range(0, len(examples), 64 * size):
             chunk = [(i, self.encode(examples[i])) for i in range(start, min(len(examples), start + 64 * size))]
-            by_length: dict[int, list[tuple[int, Encoding]]] = {}
+            by_shape: dict[tuple[Any, ...], list[tuple[int, Encoding]]] = {}
             for item in chunk:
-                by_length.setdefault(item[1].tokens.length, []).append(item)
-            for _, items in sorted(by_length.items()):
+                by_shape.setdefault(item[1].shape, []).append(item)
+            for _, items in sorted(by_shape.items()):
                 for k in range(0, len(items), size):
                     part = items[k : k + size]
                     encodings = tuple(e for _, e in part)
@@ -290,23 +293,78 @@ class Lvlm:
 
     # -- running -------------------------------------------------------------------------------------------------
 
+    @cached_property
+    def options(self) -> Mapping[str, Any]:
+        """What a forward that reads one answer is called with beside its inputs."""
+        keep = {"logits_to_keep": 1} if "logits_to_keep" in self.accepts else {}
+        return {"use_cache": False, **keep}
+
     @torch.no_grad()
     def logits(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Return the logits at the last position, ``[B, V]``."""
         on_device = {k: v.to(self.device) for k, v in inputs.items()}
-        return self.hf(**on_device, use_cache=False, logits_to_keep=1).logits[:, -1]
+        return self.hf(**on_device, **self.options).logits[:, -1]
 
     @torch.no_grad()
     def generate(self, batch: Batch, max_new_tokens: int = 40) -> list[str]:
         """Return greedy continuations as text."""
         out = self.hf.generate(**batch.inputs, max_new_tokens=max_new_tokens, do_sample=False)
-        new = out[:, batch.inputs["input_ids"].shape[1] :]
+        new = out[:, batch.inputs["decoder_input_ids" if self.encoder_decoder else "input_ids"].shape[1] :]
         return [t.strip() for t in self.processor.tokenizer.batch_decode(new, skip_special_tokens=True)]
 
     def unembed(self, residual: Tensor) -> Tensor:
         """Apply the final norm and the unembedding to decoder residuals ``[..., D]`` -> ``[..., V]``."""
-        norm = resolve(self.hf, self.spec.final_norm, self.spec)
-        return resolve(self.hf, self.spec.unembedding, self.spec)(norm(residual))
+        if self.spec.final_norm:
+            residual = resolve(self.hf, self.spec.final_norm, self.spec)(residual)
+        if self._scaled:
+            residual = residual * residual.shape[-1] ** -0.5
+        logits = resolve(self.hf, self.spec.unembedding or "", self.spec)(residual)
+        extra = getattr(self.hf, "final_logits_bias", None)
+        logits = logits if extra is None else logits + extra
+        return torch.tanh(logits / self._softcap) * self._softcap if self._softcap else logits
+
+    @contextmanager
+    def eager(self) -> Iterator[None]:
+        """Let attention be computed step by step, so that its pattern can be read; afterwards it is as it was."""
+        found: list[Any] = [m.config for m in self.hf.modules() if hasattr(m, "config")]
+        configs = {id(c): c for c in found if hasattr(c, "_attn_implementation")}
+        before = {key: config._attn_implementation for key, config in configs.items()}
+        try:
+            for config in configs.values():
+                config._attn_implementation = "eager"
+            yield
+        finally:
+            for key, config in configs.items():
+                config._attn_implementation = before[key]
+
+    def read(self, inputs: Mapping[str, Tensor], sites: Sequence[Site | str]) -> dict[str, Tensor]:
+        """Run one forward and return the tensors of some sites by name, as the model has them.
+
+        A ``pattern`` is attention as ``[B, heads, queries, keys]``; asking for one computes all attention of this forward
+        step by step, whose last bits differ from the usual way's.
+
+        Raises
+        ------
+        SiteError
+            For a site that the model lacks or the forward does not reach.
+        """
+        asked = [Site.parse(s) if isinstance(s, str) else s for s in sites]
+        seen: dict[str, Tensor] = {}
+        with ExitStack() as stack:
+            if any(s.component == "pattern" for s in asked):
+                stack.enter_context(self.eager())
+            for site in asked:
+                place = self.locate(site)
+                stack.callback(place.watch(lambda x, name=str(site): seen.update({name: x.clone()})).remove)
+            self.logits(inputs)
+        missing = [str(s) for s in asked if str(s) not in seen]
+        if missing:
+            why = (
+                "its attention gives no weights" if missing[0].endswith("pattern") else "its forward does not reach it"
+            )
+            msg = f"site '{missing[0]}' is in {self.name}, but {why}"
+            raise SiteError(msg)
+        return seen
 
 
 @dataclass(frozen=True, eq=False)
@@ -320,33 +378,6 @@ class _Source:
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Source)
-
-
-def patch_grid(model: Lvlm, size: tuple[int, int], shown: tuple[int, ...]) -> PatchGrid:
-    """Lay the vision tower's patches over the original image.
-
-    Follows the image processor: resize (to a fixed size, or by the shortest edge), then centre crop.
-
-    Parameters
-    ----------
-    model
-        Gives the patch size and the image processor's settings.
-    size
-        Width and height of the original image in pixels.
-    shown
-        Height and width of what the vision tower gets, in pixels.
-    """
-    patch = int(model.hf.config.vision_config.patch_size)
-    height, width = shown
-    settings = model.processor.image_processor.size
-    edge = settings.get("shortest_edge") if hasattr(settings, "get") else getattr(settings, "shortest_edge", None)
-    if edge:
-        scale_x = scale_y = min(size) / edge
-        left, top = (size[0] / scale_x - width) / 2, (size[1] / scale_y - height) / 2
-    else:
-        scale_x, scale_y, left, top = size[0] / width, size[1] / height, 0.0, 0.0
-    first = Box(left * scale_x, top * scale_y, (left + patch) * scale_x, (top + patch) * scale_y)
-    return PatchGrid(height // patch, width // patch, first)
 
 
 def _without(value: object, names: set[str]) -> object:

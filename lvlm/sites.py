@@ -26,6 +26,8 @@ LAYER_COMPONENTS: tuple[Component, ...] = (
     "z",
     "pattern",
 )
+CROSS_COMPONENTS: tuple[Component, ...] = ("attn_out", "z", "q", "k", "v", "pattern")
+"""What belongs to an attention, and so exists twice in a layer that has two of them."""
 _SITE = re.compile(r"^(vision|decoder)\.L(\d+)\.(cross\.)?(\w+)$")
 _HEAD = re.compile(r"^L(\d+)\.H(\d+)$")
 
@@ -87,6 +89,7 @@ class Head:
 
 
 ROLES = ("bos", "system", "image", "question", "object", "last", "answer", "generated")
+SINGLE = ("last", "bos")
 REDUCTIONS = ("mean", "all")
 
 
@@ -94,26 +97,39 @@ REDUCTIONS = ("mean", "all")
 class TokenSelection:
     """Which tokens of an example, and how they become one vector; prints as ``last``, ``image:mean``, ``image:all``.
 
-    ``object`` is the object the question is about: the image tokens whose patch overlaps its box. Where the example
-    has no such object the selection is empty and a store holds NaN for it.
+    ``object`` is the object the question is about: the image tokens whose patch overlaps its box; ``object:<id>:mean``
+    names another. Where the example has no such object the selection is empty and a store holds NaN for it.
+    ``generated`` are the tokens of the model's own answer, ``generated:<k>`` its k-th, counted from 0: the state in
+    which it has read that token and is about to choose the next. ``answer`` are those of the true answer, put there.
     """
 
     role: str
     reduction: Literal["mean", "all"] | None = None
     """None for a single token, ``mean`` over the role's tokens, ``all`` to keep them (ragged)."""
+    step: int | None = None
+    """Which generated token, counted from 0."""
+    name: str = ""
+    """Id of the object; empty for the one the question is about."""
 
     def __str__(self) -> str:
-        return self.role if self.reduction is None else f"{self.role}:{self.reduction}"
+        parts = [self.role, self.name, "" if self.step is None else str(self.step), self.reduction or ""]
+        return ":".join(part for part in parts if part)
 
     @classmethod
     def parse(cls, text: str) -> TokenSelection:
         """Read a selection as printed; raises `SiteError` naming the roles and reductions there are."""
-        role, _, reduction = text.partition(":")
-        single = role in {"last", "bos"}
-        if role not in ROLES or (single and reduction) or (not single and reduction not in REDUCTIONS):
-            msg = (
-                f"'{text}' is not a token selection: write 'last', 'bos', or a role of {', '.join(ROLES)} "
-                f"with ':mean' or ':all', as in 'image:mean'"
-            )
-            raise SiteError(msg)
-        return cls(role, cast("Literal['mean', 'all'] | None", reduction or None))
+        role, *rest = text.split(":")
+        match rest:
+            case [] if role in SINGLE:
+                return cls(role)
+            case [step] if role in {"generated", "answer"} and step.isdecimal() and str(int(step)) == step:
+                return cls(role, step=int(step))
+            case [reduction] if role in ROLES and role not in SINGLE and reduction in REDUCTIONS:
+                return cls(role, cast("Literal['mean', 'all']", reduction))
+            case [name, reduction] if role == "object" and name and name not in REDUCTIONS and reduction in REDUCTIONS:
+                return cls(role, cast("Literal['mean', 'all']", reduction), name=name)
+        msg = (
+            f"'{text}' is not a token selection: write 'last', 'bos', a role of {', '.join(ROLES)} with ':mean' or "
+            f"':all', as in 'image:mean', 'generated:<step>', or 'object:<id>:mean'"
+        )
+        raise SiteError(msg)

@@ -22,7 +22,7 @@ from lvlm.tiny.architecture import build_model, build_processor
 
 @pytest.fixture(scope="module")
 def model() -> Lvlm:
-    return wrap_lvlm(build_model(), build_processor(), name="random", check=False)
+    return wrap_lvlm(build_model(), build_processor(), name="random", validate=False)
 
 
 @pytest.fixture(scope="module")

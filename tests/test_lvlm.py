@@ -19,9 +19,10 @@ from concepts.questions import as_example, existence, what_color
 from concepts.schema import Box, Example
 from lvlm import Head, Lvlm, PatchGrid, Site, TokenSelection, answer_key, load_lvlm, wrap_lvlm
 from lvlm.families import FAMILIES
-from lvlm.family import StackSpec, validate
+from lvlm.family import StackSpec
 from lvlm.sites import LAYER_COMPONENTS, REDUCTIONS, ROLES
 from lvlm.tiny.architecture import build_model, build_processor
+from lvlm.validation import validate
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +148,7 @@ def test_a_resized_and_cropped_image_keeps_its_boxes(model: Lvlm) -> None:
         class image_processor:  # noqa: N801 - stands for an instance
             size = {"shortest_edge": 112}  # noqa: RUF012
 
-    from lvlm.model import patch_grid
+    from lvlm.views.single import patch_grid
 
     stand_in: Any = type("M", (), {"hf": model.hf, "processor": Processor})
     grid = patch_grid(stand_in, (448, 224), (112, 112))
@@ -198,11 +199,11 @@ def test_places_are_the_modules_own_tensors(model: Lvlm, example: Example) -> No
 
 
 def test_hashes_tell_models_apart(model: Lvlm) -> None:
-    twin = wrap_lvlm(build_model(), build_processor(), check=False)
+    twin = wrap_lvlm(build_model(), build_processor(), validate=False)
     assert (twin.config_hash, twin.weights_hash) == (model.config_hash, model.weights_hash)
     with torch.no_grad():
         twin.hf.lm_head.weight[0, 0] += 1
-    other = wrap_lvlm(twin.hf, build_processor(), check=False)
+    other = wrap_lvlm(twin.hf, build_processor(), validate=False)
     assert other.config_hash == model.config_hash
     assert other.weights_hash != model.weights_hash
 
@@ -258,7 +259,7 @@ def test_bad_models_are_named(tmp_path: Path, model: Lvlm) -> None:
         ("decoder.L6.z", "has decoder layers 0-5"),
         ("vision.L4.z", "has vision layers 0-3"),
         ("decoder.L0.cross.z", "no cross-attention"),
-        ("decoder.L0.pattern", "cannot be read as a tensor"),
+        ("decoder.L0.cross.resid_pre", "of cross-attention there are attn_out, z, q, k, v, pattern"),
     ):
         with pytest.raises(SiteError, match=message):
             model.locate(site)

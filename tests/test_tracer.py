@@ -450,7 +450,7 @@ def test_a_finished_store_is_opened_without_work_unless_forced(
         (["resid"], ["last"], "'resid' is not a site.*resid_post"),
         (["decoder.L6.z"], ["last"], "decoder layers 0-5"),
         (["vision.L4.z"], ["image:mean"], "vision layers 0-3"),
-        (["pattern"], ["last"], "cannot be read as a tensor"),
+        (["cross.z"], ["last"], "no cross-attention"),
         (["decoder.L3.cross.z"], ["last"], "no cross-attention"),
         ([], ["last"], "no site"),
         (["z"], [], "no token selection"),

@@ -1,0 +1,62 @@
+"""Reading what is to be traced, and saying how far it has come."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from concepts.errors import DataError
+from concepts.schema import Example
+
+if TYPE_CHECKING:
+    from lvlm.model import Encoding, Lvlm
+
+
+def check_images(examples: Sequence[Example], *, progress: bool) -> None:
+    """Raise `DataError` naming the first example whose image cannot be read; each image is read once."""
+    first = {e.image.identity: e for e in reversed(examples)}
+    with progress_bar("checking images", len(first), 0, progress=progress) as advance:
+        for example in reversed(first.values()):
+            _load(example)
+            advance(1, "")
+
+
+def _load(example: Example) -> None:
+    try:
+        example.image.load()
+    except (OSError, ValueError, SyntaxError) as error:  # Pillow raises all of them for files it cannot decode
+        msg = f"example '{example.id}': its image cannot be read: {error}; leave it out or mend it"
+        raise DataError(msg) from error
+
+
+def encode_first(model: Lvlm, example: Example) -> Encoding:
+    """Encode an example; raises `DataError` naming it where its image cannot be read."""
+    _load(example)
+    return model.encode(example)
+
+
+@contextmanager
+def progress_bar(what: str, total: int, done: int, *, progress: bool) -> Iterator[Callable[[int, str], None]]:
+    """Yield a function that advances a progress bar by some examples, or has it say something."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.text import Text
+
+    class Rate(ProgressColumn):
+        def render(self, task: Any) -> Text:
+            speed = task.finished_speed or task.speed
+            return Text(f"{speed:.1f}/s" if speed else "")
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
+    shown = progress and console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=not shown) as bar:
+        task = bar.add_task(what, total=total, completed=done)
+
+        def advance(count: int, note: str) -> None:
+            if note and shown:
+                console.print(note)
+            bar.advance(task, count)
+
+        yield advance
