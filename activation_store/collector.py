@@ -1,4 +1,4 @@
-"""What one forward has to give: sites in the order in which it reaches them, and how tokens become one vector."""
+"""What one forward has to give: sites in the order in which it reaches them, and which tokens of them are kept."""
 
 from __future__ import annotations
 
@@ -8,16 +8,21 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from activation_store.layout import ArrayInfo, Dtype, Schema
 from concepts.errors import SiteError
 from lvlm.model import Encoding, Lvlm, Place
-from lvlm.sites import CROSS_COMPONENTS, LAYER_COMPONENTS, Component, Site, Stack, TokenSelection
+from lvlm.sites import CROSS_COMPONENTS, LAYER_COMPONENTS, ROLES, SINGLE, Component, Site, Stack, TokenSelection
 from lvlm.tokens import TokenMap
 
 _EVERY_LAYER = re.compile(rf"^(?:(vision|decoder)\.)?(cross\.)?({'|'.join(LAYER_COMPONENTS)})$")
+CHUNK_BATCHES = 8
+"""Examples are encoded, sorted by length and put back in order in chunks of this many batches: what bounds memory."""
+CHUNK_BYTES = 256 << 20
+"""What a chunk holds of arrays that keep every token, about and at most, unless one batch is more already."""
 Family = tuple[Stack, str]
 """Sites that make one array: a stack and a component, ``cross.z`` for cross-attention."""
 
@@ -41,6 +46,8 @@ class Plan:
     """Token selections by stack."""
     skipped: tuple[str, ...]
     """In words, which selection was left out of which stack."""
+    roles: tuple[str, ...]
+    """Roles that the decoder's tokens have, in the order of `lvlm.sites.ROLES`."""
 
 
 def make_plan(model: Lvlm, encoding: Encoding, sites: Sequence[str], tokens: Sequence[str], dtype: str) -> Plan:
@@ -78,11 +85,25 @@ def make_plan(model: Lvlm, encoding: Encoding, sites: Sequence[str], tokens: Seq
         _check_tokens(encoding.tokens, shapes[site_of(family, layers[0])][1], stack, component)
         heads = _heads(model, stack, component, layers[0], width)
         arrays += [
-            ArrayInfo(stack, component, str(selection), len(layers), width, heads, layers)
-            for selection in selections[stack]
+            ArrayInfo(stack, component, str(s), len(layers), width, heads, layers, ragged=s.reduction == "all")
+            for s in selections[stack]
         ]
     reads = tuple(Read(site, model.locate(site)) for site in shapes)
-    return Plan(reads, Schema(tuple(arrays), cast("Dtype", dtype)), selections, skipped)
+    roles = tuple(role for role in ROLES if _has(encoding.tokens, role))
+    return Plan(reads, Schema(tuple(arrays), cast("Dtype", dtype)), selections, skipped, roles)
+
+
+def chunk_batches(plan: Plan, example: TokenMap, batch_size: int) -> int:
+    """Return of how many batches a chunk is, as long as a run lasts: `CHUNK_BATCHES`, fewer where every token is kept.
+
+    Chunks decide who shares a forward, so the answer depends on nothing but the plan, its example and the batch size.
+    """
+    kept = 0
+    for array in plan.schema.arrays:
+        if array.ragged:
+            tokens = len(example.positions(TokenSelection.parse(array.tokens), cast("Stack", array.stack)))
+            kept += max(1, tokens) * array.n_layers * array.width * 4
+    return max(1, min(CHUNK_BATCHES, CHUNK_BYTES // max(1, kept * batch_size)))
 
 
 def site_of(family: Family, layer: int) -> Site:
@@ -111,17 +132,19 @@ def reducer(positions: Sequence[tuple[int, ...]], selection: TokenSelection, dev
     """Return what turns a tensor ``[B, T, D]`` into the selected vectors ``[B, D]``, on its own device.
 
     A single token is copied as it is; a mean is taken in float32 whatever the tensor's dtype. A row whose selection is
-    empty becomes NaN.
+    empty becomes NaN. Where all tokens are kept they come as ``[S, D]``, those of one row after those of the other.
 
     Parameters
     ----------
     positions
         For each row the positions selected in it.
     selection
-        Whether they are averaged.
+        Whether they are averaged, or all kept.
     device
         Where the tensors will be.
     """
+    if selection.reduction == "all":
+        return _every(positions, device)
     first = positions[0]
     same = all(p == first for p in positions) and first == tuple(range(first[0], first[-1] + 1) if first else ())
     if same and first and selection.reduction is None:
@@ -144,8 +167,45 @@ def reducer(positions: Sequence[tuple[int, ...]], selection: TokenSelection, dev
     return mean
 
 
+def _every(positions: Sequence[tuple[int, ...]], device: torch.device) -> Reducer:
+    row = torch.tensor([i for i, some in enumerate(positions) for _ in some], device=device, dtype=torch.long)
+    column = torch.tensor([p for some in positions for p in some], device=device, dtype=torch.long)
+    # Indexing copies: a view would keep the whole activation alive until the forward ends.
+    return lambda x: x[row.to(x.device), column.to(x.device)]
+
+
 Reducer = Callable[[Tensor], Tensor]
-"""Takes ``[B, T, D]``, gives ``[B, D]``."""
+"""Takes ``[B, T, D]``, gives ``[B, D]``, or ``[S, D]`` where all tokens are kept."""
+
+
+def of_layers(parts: dict[int, Tensor], info: ArrayInfo) -> Tensor:
+    """Return what was kept of each layer as one tensor ``[B, L, D]``; of a ragged array float32 ``[S, L, D]`` on the CPU.
+
+    Every token of every layer is much: there each layer leaves its device, and `parts`, on its own.
+    """
+    if not info.ragged:
+        first = parts[info.layers[0]]
+        return torch.stack([parts[layer].to(first.device) for layer in info.layers], dim=1)
+    out = torch.empty((len(parts[info.layers[0]]), info.n_layers, info.width), dtype=torch.float32)
+    for i, layer in enumerate(info.layers):
+        out[:, i] = parts.pop(layer)
+    return out
+
+
+def offsets_of(maps: Sequence[TokenMap], info: ArrayInfo) -> np.ndarray:
+    """Return where the tokens of each row begin in a ragged array, int64 ``[B+1]``."""
+    selection = TokenSelection.parse(info.tokens)
+    lengths = [len(m.positions(selection, cast("Stack", info.stack))) for m in maps]
+    return np.cumsum([0, *lengths], dtype=np.int64)
+
+
+def _has(example: TokenMap, role: str) -> bool:
+    selection = TokenSelection(role, None if role in SINGLE else "mean")
+    try:
+        example.positions(selection)
+    except SiteError:
+        return False
+    return True
 
 
 def _families(model: Lvlm, sites: Sequence[str]) -> dict[Family, tuple[int, ...]]:

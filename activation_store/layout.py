@@ -40,9 +40,10 @@ With compression (``schema``: ``bitshuffle-lz4`` or ``blosc2-zstd``) chunks go t
 Column names are link names in which ``%``, ``/`` and a leading ``.`` are percent-encoded, as ``/`` divides paths.
 A missing string is the empty string. An empty token selection (no such object in the image) is a row of NaN; in a ragged
 array it is a row without tokens. Columns with a fixed meaning, where they are there: those of `STANDARD_COLUMNS`,
-``model_answer``, ``image`` (SHA-256 of the picture), ``span:<role>`` (a list of [start, stop) pairs: the runs of decoder
-positions of a role, `runs`), ``boxes`` (a list of x0, y0, x1, y1 in pixels, half open) and beside it, of equal lengths,
-``box_ids`` and ``box_nouns``.
+``model_answer``, ``image`` (SHA-256 of the picture: over its width, ``x`` and height in ASCII digits, a zero byte, and its
+RGB values row by row, uint8), ``span:<role>`` (a list of [start, stop) pairs: the runs of decoder positions of a role,
+`runs`; a role that the decoder does not have has no column), ``boxes`` (a list of x0, y0, x1, y1 in pixels, half open) and
+beside it, of equal lengths, ``box_ids`` and ``box_nouns``.
 
 ``manifest.json`` is canonical JSON (sorted keys, indent 1, ASCII) with ``layout-version``, ``schema``, ``provenance``,
 ``tensors``, ``index``, ``shards`` (file, its layout version, bytes, rows, SHA-256, digests of its arrays, example ids)

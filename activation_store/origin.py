@@ -116,10 +116,10 @@ def _processor(processor: Any) -> dict[str, str]:
 
 
 def _definition(selection: TokenSelection) -> str:
-    mean = "mean in float32 over " if selection.reduction == "mean" else ""
+    reduction = {None: "", "mean": "mean in float32 over ", "all": "every one, kept apart, of "}[selection.reduction]
     step = "" if selection.step is None else f"number {selection.step}, counted from 0, of "
     named = f" (object '{selection.name}')" if selection.name else ""
-    return mean + step + _ROLES.get(selection.role, selection.role) + named
+    return reduction + step + _ROLES.get(selection.role, selection.role) + named
 
 
 def _installed(name: str) -> str | None:

@@ -6,25 +6,37 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from activation_store.table import picture_digest
 from concepts.errors import DataError
 from concepts.schema import Example
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from lvlm.model import Encoding, Lvlm
 
 
-def check_images(examples: Sequence[Example], *, progress: bool) -> None:
-    """Raise `DataError` naming the first example whose image cannot be read; each image is read once."""
-    first = {e.image.identity: e for e in reversed(examples)}
+def check_images(examples: Sequence[Example], *, progress: bool) -> dict[str, str]:
+    """Return the digest of each example's picture by its id; each is read once, before any forward.
+
+    Raises
+    ------
+    DataError
+        Names the first example whose image cannot be read.
+    """
+    identities = [e.image.identity for e in examples]
+    first = dict(zip(reversed(identities), reversed(examples), strict=True))
+    digests: dict[str, str] = {}
     with progress_bar("checking images", len(first), 0, progress=progress) as advance:
-        for example in reversed(first.values()):
-            _load(example)
+        for identity, example in reversed(first.items()):
+            digests[identity] = picture_digest(_load(example))
             advance(1, "")
+    return {e.id: digests[identity] for e, identity in zip(examples, identities, strict=True)}
 
 
-def _load(example: Example) -> None:
+def _load(example: Example) -> Image.Image:
     try:
-        example.image.load()
+        return example.image.load()
     except (OSError, ValueError, SyntaxError) as error:  # Pillow raises all of them for files it cannot decode
         msg = f"example '{example.id}': its image cannot be read: {error}; leave it out or mend it"
         raise DataError(msg) from error

@@ -20,23 +20,31 @@ import torch
 from nnsight import NNsight
 from torch import Tensor
 
-from activation_store.collector import Plan, Read, by_example, make_plan, reducer
+from activation_store.collector import (
+    Plan,
+    Read,
+    by_example,
+    chunk_batches,
+    make_plan,
+    of_layers,
+    offsets_of,
+    reducer,
+)
 from activation_store.continuation import Continued, GoesOn, goes_on_with, with_answers, with_generated
 from activation_store.files import Lock, explained
-from activation_store.layout import TENSORS, Key, shard_numbers
+from activation_store.layout import INDEX, TENSORS, Key, shard_numbers
 from activation_store.origin import describe, unembedding
 from activation_store.progress import check_images, encode_first, progress_bar
+from activation_store.ragged import Ragged
 from activation_store.store import ActivationStore
+from activation_store.table import check_answers, has_answers, row, spans
 from activation_store.writer import StoreWriter
 from concepts.errors import ConfigError, DataError, SiteError
 from concepts.schema import ConceptDataset, Example
-from lvlm.answers import answer_key
-from lvlm.model import Batch, Encoding, Lvlm
+from lvlm.model import Batch, Lvlm
 from lvlm.places import Place, first_name
 from lvlm.sites import Site
 
-CHUNK_BATCHES = 8
-"""Examples are encoded, sorted by length and put back in order in chunks of this many batches: what bounds memory."""
 # nnsight's tracing is not thread-safe.
 _FORWARD = threading.Lock()
 
@@ -60,7 +68,9 @@ def trace(
 
     A store that is there already is continued where its sealed shards end, with the same bytes as if it had been written
     at once; one that is finished is opened without a forward over the data. Besides the activations, each example's
-    row holds what the model itself would answer (columns `model_answer`, `margin`, `correct`), from the same forward.
+    row holds what the model itself would answer (columns `model_answer`, `margin`, `correct`), from the same forward, the
+    digest of its picture (`image`), its objects' boxes (`boxes`, `box_ids`, `box_nouns`) and where in the decoder its
+    tokens are by role (`span:image`, `span:question`, …), all as `activation_store.layout` says.
 
     Parameters
     ----------
@@ -75,8 +85,9 @@ def trace(
         step by step: a forward of another implementation, whose last bits differ.
     tokens
         Token selections: ``last``, ``image:mean``, ``object:mean``, …; those that a stack does not have are left out
-        for that stack. ``generated:0``, ``generated:mean`` read the model's own answer as it reads it itself, token by
-        token, ``answer:0``, ``answer:mean`` the true answer put in its place.
+        for that stack. ``image:all``, ``question:all`` and the like keep every token: as many vectors an example as it
+        has tokens, and fewer examples in memory at a time. ``generated:0``, ``generated:mean`` read the model's own
+        answer as it reads it itself, token by token, ``answer:0``, ``answer:mean`` the true answer put in its place.
     out
         Folder of the store.
     batch_size
@@ -99,7 +110,8 @@ def trace(
     -------
     ActivationStore
         Arrays float ``[N, L, D]`` by stack, component and token selection; z with its heads side by side. An example
-        whose selection is empty has a row of NaN. ``tensor("final_norm.weight")`` [D] and
+        whose selection is empty has a row of NaN. Selections that keep every token are read by ``ragged``: ``[T, D]`` for an
+        example, no token where the selection is empty. ``tensor("final_norm.weight")`` [D] and
         ``tensor("unembedding.weight")`` [V, D] (and their biases where there are) come with the decoder's sites.
 
     Raises
@@ -120,7 +132,7 @@ def trace(
         msg = f"dataset '{data.name}' has no examples: nothing to trace"
         raise DataError(msg)
     if answers:
-        _check_answers(model, data)
+        check_answers(model, data)
     goes_on = goes_on_with(tokens, generate)
     with _FORWARD:
         first = encode_first(model, data.examples[0])
@@ -132,11 +144,11 @@ def trace(
     if force:
         _clear(folder)
     run = Tracer.begin(model, data, plan, batch_size, answers=answers, goes_on=goes_on, steps=generate)
-    size = CHUNK_BATCHES * batch_size
+    size = chunk_batches(plan, first.tokens, batch_size) * batch_size
     with StoreWriter(folder, plan.schema, provenance, shard_size=shard_size, extra=unembedding(model, plan)) as writer:
         done = frozenset(writer.written)
         missing = [e for e in data if e.id not in done]
-        check_images(missing, progress=progress)
+        pictures = check_images(missing, progress=progress)
         with progress_bar("tracing", len(data), len(done), progress=progress) as advance:
             if missing and plan.skipped:
                 advance(0, "; ".join(plan.skipped))
@@ -145,7 +157,8 @@ def trace(
                 # last bits. The writer leaves out the rows that it has.
                 chunk = data.examples[start : start + size]
                 if any(e.id not in done for e in chunk):
-                    writer.append(*run.chunk(chunk, lambda some: advance(sum(e.id not in done for e in some), "")))
+                    arrays, table = run.chunk(chunk, lambda some: advance(sum(e.id not in done for e in some), ""))
+                    writer.append(arrays, {**table, "image": [pictures.get(e.id, "") for e in chunk]})
     return ActivationStore(folder)
 
 
@@ -193,44 +206,60 @@ class Tracer:
 
     def chunk(
         self, examples: Sequence[Example], seen: Callable[[Sequence[Example]], None]
-    ) -> tuple[dict[Key, np.ndarray], dict[str, list[Any]]]:
-        """Return the arrays ``[n, L, D]`` and table columns of some examples, in their order.
+    ) -> tuple[dict[Key, np.ndarray | Ragged], dict[str, list[Any]]]:
+        """Return the arrays ``[n, L, D]`` (or ragged) and table columns of some examples, in their order.
 
         After each batch `seen` is called with the examples in it.
         """
         n = len(examples)
-        arrays = {a.key: np.empty((n, a.n_layers, a.width), np.float32) for a in self.plan.schema.arrays}
+        infos = self.plan.schema.arrays
+        arrays = {a.key: np.empty((n, a.n_layers, a.width), np.float32) for a in infos if not a.ragged}
+        parts: dict[Key, list[np.ndarray]] = {a.key: [np.empty(0)] * n for a in infos if a.ragged}
         order: list[int] = []
         columns: dict[str, list[Any]] = {}
         for batch in self.model.batches(examples, self.batch_size):
             values, table = self.batch(batch)
             for key, value in values.items():
-                arrays[key][list(batch.index)] = value
+                if isinstance(value, Ragged):
+                    for i, one in zip(batch.index, value, strict=True):
+                        parts[key][i] = one
+                else:
+                    arrays[key][list(batch.index)] = value
             for name, column in table.items():
                 columns.setdefault(name, []).extend(column)
             order.extend(batch.index)
             seen([e.example for e in batch.encodings])
         back = np.argsort(order)
-        return arrays, {name: [column[i] for i in back] for name, column in columns.items()}
+        ragged = {key: Ragged.of(parts.pop(key)) for key in list(parts)}
+        return {**arrays, **ragged}, {name: [column[i] for i in back] for name, column in columns.items()}
 
-    def batch(self, batch: Batch) -> tuple[dict[Key, np.ndarray], dict[str, list[Any]]]:
-        """Run one batch; return its arrays ``[B, L, D]`` and table columns."""
+    def batch(self, batch: Batch) -> tuple[dict[Key, np.ndarray | Ragged], dict[str, list[Any]]]:
+        """Run one batch; return its arrays ``[B, L, D]`` (or ragged) and table columns."""
         on = None
         if self.goes_on:
             with _FORWARD:
                 on = with_generated(self.model, batch, self.steps) if self.steps else with_answers(self.model, batch)
         values, logits = self.forward(batch, on)
-        arrays = {key: value.float().cpu().numpy() for key, value in values.items()}
+        maps = on.tokens if on else tuple(e.tokens for e in batch.encodings)
+        arrays: dict[Key, np.ndarray | Ragged] = {key: value.float().cpu().numpy() for key, value in values.items()}
+        for a in self.plan.schema.arrays:
+            if a.ragged:
+                arrays[a.key] = Ragged(np.asarray(arrays[a.key]), offsets_of(maps, a))
         last = [None] * len(batch.encodings) if logits is None else logits.float().cpu().unbind()  # B x [V]
-        rows = [self.row(encoding, one) for encoding, one in zip(batch.encodings, last, strict=True)]
+        roles = [role for role in self.plan.roles if role not in {"generated", "answer"} or role == self.goes_on]
+        rows = [
+            {**row(self.model, encoding, one, self.concepts), **spans(tokens, roles)}
+            for encoding, one, tokens in zip(batch.encodings, last, maps, strict=True)
+        ]
         if on and self.steps:
-            rows = [{**row, "generated": text} for row, text in zip(rows, on.texts, strict=True)]
-        return arrays, {name: [row[name] for row in rows] for name in rows[0]}
+            rows = [{**one, "generated": text} for one, text in zip(rows, on.texts, strict=True)]
+        return arrays, {name: [one[name] for one in rows] for name in rows[0]}
 
     @torch.no_grad()
     def forward(self, batch: Batch, on: Continued | None = None) -> tuple[dict[Key, Tensor], Tensor | None]:
         """Run one batch; return what is kept ``[B, L, D]`` on its device, and the last logits ``[B, V]`` if wanted.
 
+        Of ragged arrays float32 ``[S, L, D]`` is kept on the CPU, the tokens of all rows one after the other.
         With `on` the rows go on after their prompts; the logits are still those after the prompt's last token.
         """
         maps = on.tokens if on else tuple(e.tokens for e in batch.encodings)
@@ -238,7 +267,7 @@ class Tracer:
             stack: [(str(s), reducer([m.positions(s, stack) for m in maps], s, self.model.device)) for s in selections]
             for stack, selections in self.plan.selections.items()
         }
-        asked = self.answers and any(_has_answers(e.example) for e in batch.encodings)
+        asked = self.answers and any(has_answers(e.example) for e in batch.encodings)
         kept: dict[Key, dict[int, Tensor]] = {a.key: {} for a in self.plan.schema.arrays}
         widths = {a.key: a.width for a in self.plan.schema.arrays}
         logits: list[Tensor] = []
@@ -276,37 +305,8 @@ class Tracer:
                     logits.append(self.wrapper.output.logits[:, -1 - extra])
                 else:
                     tracer.stop()
-        stacked = {}
-        for a in self.plan.schema.arrays:
-            parts = [kept[a.key][layer] for layer in a.layers]
-            stacked[a.key] = torch.stack([x.to(parts[0].device) for x in parts], dim=1)  # [B, L, D]
+        stacked = {a.key: of_layers(kept[a.key], a) for a in self.plan.schema.arrays}
         return stacked, logits[0] if asked else None
-
-    def row(self, encoding: Encoding, logits: Tensor | None) -> dict[str, Any]:
-        """Return the table's row of an example, from its logits ``[V]``."""
-        e = encoding.example
-        thing = e.named_object()
-        said, margin = "", None
-        if logits is not None and _has_answers(e):
-            key = answer_key(self.model, e)
-            said = key.candidates[int(key.scores(logits).argmax())]
-            margin = float(key.margin(logits, e.answer))
-        return {
-            "id": e.id,
-            "group": e.group,
-            "question": e.question,
-            "answer": e.answer,
-            "split": e.split,
-            "kind": e.kind,
-            "level": e.level,
-            "subject": thing.noun if thing else "",
-            "prior_answer": e.prior_answer or "",
-            "model_answer": said,
-            "margin": margin,
-            "correct": float(said == e.answer) if said else None,
-            "n_tokens": encoding.tokens.length,
-            **{concept: e.labels.get(concept) for concept in self.concepts},
-        }
 
 
 def _raw(view: Any, side: str) -> Any:
@@ -339,20 +339,6 @@ def _check_width(site: Site, x: Tensor, width: int, batch: Batch) -> None:
         raise SiteError(msg)
 
 
-def _has_answers(example: Example) -> bool:
-    return len(example.candidates) > 1
-
-
-def _check_answers(model: Lvlm, data: ConceptDataset) -> None:
-    for example in data:
-        if _has_answers(example):
-            try:
-                answer_key(model, example)
-            except DataError as error:
-                msg = f"{error}; say answers=False to trace without the model's own answers"
-                raise DataError(msg) from error
-
-
 def _clear(folder: Path) -> None:
     """Remove the files of a store from a folder, and no others."""
     if not folder.is_dir():
@@ -362,8 +348,8 @@ def _clear(folder: Path) -> None:
         lock = Lock(folder / ".worker-0.lock", held)
         try:
             # Manifests come first: without them what is left, should this be interrupted, does not look finished.
-            for path in sorted(folder.iterdir()):
-                ours = path.name == TENSORS or shard_numbers(path.name) or path.suffix in {".part", ".tmp"}
+            for path in sorted(folder.iterdir(), key=lambda p: (not p.name.startswith("manifest"), p.name)):
+                ours = path.name in {TENSORS, INDEX} or shard_numbers(path.name) or path.suffix in {".part", ".tmp"}
                 if ours or (path.name.startswith("manifest") and path.suffix == ".json"):
                     path.unlink()
         finally:

@@ -456,7 +456,6 @@ def test_a_finished_store_is_opened_without_work_unless_forced(
         (["z"], [], "no token selection"),
         (["z"], ["first"], "'first' is not a token selection"),
         (["z"], ["generated:mean"], "not available before an answer is generated"),
-        (["z"], ["image:all"], "take ':mean'"),
         (["vision.z"], ["last"], "means nothing in the vision"),
         (["z", "vision.z"], ["last"], "sites of the vision are asked for"),
     ],
