@@ -14,9 +14,10 @@ from activation_store.chunks import layer_major, values_of
 from activation_store.columns import join_columns, read_columns, read_offsets, write_columns
 from activation_store.elements import element_at, group_at, mark
 from activation_store.encoding import STORAGE
-from activation_store.files import file_digest, part_of, publish, same_bytes, sync
+from activation_store.files import file_digest, part_of, publish, same_bytes
 from activation_store.layout import INDEX, LAYOUT_VERSION, ArrayInfo, Schema, canonical_json
 from activation_store.manifest import IndexEntry
+from activation_store.pen import written
 from activation_store.shard import open_shard, read_rows, reading
 
 
@@ -42,8 +43,9 @@ def write_index(
                 length = len(values_of(element))
                 parts[info.name].append((name, length, offsets))
             tables.append((read_rows(file), read_columns(group_at(file, "examples"))))
+    temporary.unlink(missing_ok=True)
     try:
-        with h5py.File(temporary, "w", locking=False) as file:
+        with written(temporary) as file:
             mark(file, "activation-index")
             file.attrs["layout-version"] = LAYOUT_VERSION
             file.attrs["rows"] = sum(rows for rows, _ in tables)
@@ -55,7 +57,6 @@ def write_index(
             table = file.create_group("examples")
             mark(table, "example-table")
             write_columns(table, join_columns(tables))
-        sync(temporary)
         if same_bytes(temporary, path):
             temporary.unlink()
         else:

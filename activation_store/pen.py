@@ -8,7 +8,11 @@ file asks `check` before believing in it.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
+
+import h5py
 
 
 class Pen:
@@ -97,3 +101,18 @@ class Pen:
 
     def flush(self) -> None:
         """Do nothing: nothing is held back."""
+
+
+@contextmanager
+def written(path: Path) -> Iterator[h5py.File]:
+    """Open a new HDF5 file for writing; it is synced when the block ends.
+
+    Raises
+    ------
+    OSError
+        Where the file cannot be made, exists, or the system refused a write.
+    """
+    with closing(Pen(path)) as pen:
+        with h5py.File(pen, "w") as file:
+            yield file
+        pen.sync()

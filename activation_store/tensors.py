@@ -6,13 +6,13 @@ import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
-import h5py
 import numpy as np
 
 from activation_store.elements import attribute, dataset_at, datasets, mark
-from activation_store.files import explained, file_digest, part_of, publish, sync
+from activation_store.files import explained, file_digest, part_of, publish
 from activation_store.layout import LAYOUT_VERSION, TENSORS, column_name, link_name
 from activation_store.manifest import TensorsEntry
+from activation_store.pen import written
 from activation_store.shard import open_shard, reading
 from concepts.errors import StoreError
 
@@ -34,15 +34,15 @@ def write_tensors(folder: Path, arrays: Mapping[str, np.ndarray], owner: str = "
         return
     temporary = part_of(path, owner)
     with explained(lambda reason: f"{path}: the model-level arrays cannot be written: {reason}"):
+        temporary.unlink(missing_ok=True)
         try:
-            with h5py.File(temporary, "w", locking=False) as file:
+            with written(temporary) as file:
                 mark(file, _KIND)
                 file.attrs["layout-version"] = LAYOUT_VERSION
                 for name in sorted(plain):
                     dataset = file.create_dataset(link_name(name), data=plain[name])
                     mark(dataset, "model-tensor")
                     dataset.attrs["sha256"] = _digest(plain[name])
-            sync(temporary)
             publish(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)

@@ -183,3 +183,18 @@ def test_damaged_tensors_of_an_unfinished_store(store: Path) -> None:
     path = store / "tensors.h5"
     flip(path, path.read_bytes().find(np.eye(4).tobytes()))
     assert "W_U changed" in str(verify(store))
+
+
+def test_a_full_disk_while_the_index_is_written_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What HDF5 says while it closes a file it could not write would be an unraisable exception, an error here."""
+    import errno
+    import os
+
+    from activation_store.pen import written
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(OSError, match="No space left"), written(tmp_path / "index.h5") as file:
+        file.create_dataset("x", data=np.arange(100_000))
