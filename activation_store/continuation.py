@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from concepts.errors import ConfigError, DataError
+from lvlm.answers import answer_tokens
 from lvlm.model import Batch, Lvlm
 from lvlm.sites import TokenSelection
 from lvlm.tokens import TokenMap
@@ -64,7 +65,7 @@ def with_answers(model: Lvlm, batch: Batch) -> Continued:
     tokenizer = model.processor.tokenizer
     answers = []
     for encoding in batch.encodings:
-        ids = tokenizer(encoding.example.answer, add_special_tokens=False)["input_ids"]
+        ids = answer_tokens(model, encoding.example.question, encoding.example.answer)
         if not ids or tokenizer.unk_token_id in ids:
             msg = (
                 f"example '{encoding.example.id}': its answer '{encoding.example.answer}' has no tokens of {model.name}"

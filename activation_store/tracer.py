@@ -41,6 +41,7 @@ from activation_store.table import check_answers, has_answers, row, spans
 from activation_store.writer import StoreWriter
 from concepts.errors import ConfigError, DataError, SiteError
 from concepts.schema import ConceptDataset, Example
+from lvlm.eager import say_eager
 from lvlm.model import Batch, Lvlm
 from lvlm.places import Place, first_name
 from lvlm.sites import Site
@@ -82,7 +83,7 @@ def trace(
         Components of the decoder (``resid_post``, ``z``), of its cross-attention (``cross.z``), of a named stack
         (``vision.resid_post``), ``projector.out``, or single layers (``decoder.L3.z``). ``pattern`` keeps the weights of
         all heads from a token to all others, for which all examples must be of one length, and computes all attention
-        step by step: a forward of another implementation, whose last bits differ.
+        step by step: a forward of another implementation, whose last bits differ, which is said through `logging`.
     tokens
         Token selections: ``last``, ``image:mean``, ``object:mean``, …; those that a stack does not have are left out
         for that stack. ``image:all``, ``question:all`` and the like keep every token: as many vectors an example as it
@@ -150,6 +151,8 @@ def trace(
         missing = [e for e in data if e.id not in done]
         pictures = check_images(missing, progress=progress)
         with progress_bar("tracing", len(data), len(done), progress=progress) as advance:
+            if missing and any(read.site.component == "pattern" for read in plan.reads):
+                say_eager(model)
             if missing and plan.skipped:
                 advance(0, "; ".join(plan.skipped))
             for start in range(0, len(data), size):

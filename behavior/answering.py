@@ -16,7 +16,7 @@ from behavior.parsing import Parser, named_parser, read_answer
 from behavior.result import Answer, BehaviorResult, Cost
 from concepts.errors import ConfigError, DataError, ModelError
 from concepts.schema import ConceptDataset, Example
-from lvlm.answers import answer_key
+from lvlm.answers import AnswerKey, answer_key
 from lvlm.model import Lvlm
 
 
@@ -131,13 +131,14 @@ def _choose(model: Lvlm, examples: Sequence[Example], logits: Tensor) -> list[An
                 f"example '{example.id}': the logits of {model.name} are not finite; steer less, or load it in float32"
             )
             raise ModelError(msg)
-    # Rows that share their candidates are scored together.
-    alike: dict[tuple[str, ...], list[int]] = {}
+    # Rows that share their candidates, and the tokens these begin with, are scored together.
+    alike: dict[AnswerKey, list[int]] = {}
     for row, example in enumerate(examples):
-        alike.setdefault(example.candidates, []).append(row)
+        alike.setdefault(answer_key(model, example), []).append(row)
     answers: dict[int, Answer] = {}
-    for candidates, members in alike.items():
-        scores = answer_key(model, examples[members[0]]).scores(wide[members])  # [M, n_candidates]
+    for key, members in alike.items():
+        candidates = key.candidates
+        scores = key.scores(wide[members])  # [M, n_candidates]
         shares = (scores - log_total[members, None]).exp().tolist()
         for row, values, probabilities in zip(members, scores.tolist(), shares, strict=True):
             example = examples[row]

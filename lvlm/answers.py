@@ -50,12 +50,13 @@ def answer_key(model: Lvlm, example: Example) -> AnswerKey:
             f"example '{example.id}': answer '{example.answer}' is not one of {', '.join(example.candidates) or 'any'}"
         )
         raise DataError(msg)
-    return _key(model, example.candidates)
+    # The end of the prompt decides how an answer goes on; of the question, only its last word can be part of that.
+    return _key(model, example.candidates, " ".join(example.question.split()[-1:]))
 
 
-@lru_cache(maxsize=256)
-def _key(model: Lvlm, candidates: tuple[str, ...]) -> AnswerKey:
-    tokens = tuple(_first_tokens(model, c) for c in candidates)
+@lru_cache(maxsize=1024)
+def _key(model: Lvlm, candidates: tuple[str, ...], question: str) -> AnswerKey:
+    tokens = tuple(_first_tokens(model, question, c) for c in candidates)
     owner: dict[int, str] = {}
     for candidate, ids in zip(candidates, tokens, strict=True):
         if not ids:
@@ -70,16 +71,48 @@ def _key(model: Lvlm, candidates: tuple[str, ...]) -> AnswerKey:
     return AnswerKey(candidates, tokens)
 
 
-def _first_tokens(model: Lvlm, candidate: str) -> tuple[int, ...]:
+def _first_tokens(model: Lvlm, question: str, candidate: str) -> tuple[int, ...]:
     """Return the tokens a candidate begins with right after the prompt."""
-    tokenizer = model.processor.tokenizer
-    start: list[int] = tokenizer("ASSISTANT:", add_special_tokens=False)["input_ids"]
+    unknown = model.processor.tokenizer.unk_token_id
     found: list[int] = []
     for form in dict.fromkeys((candidate, candidate[:1].upper() + candidate[1:])):
-        ids: list[int] = tokenizer(f"ASSISTANT: {form}", add_special_tokens=False)["input_ids"][len(start) :]
-        if ids and ids[0] != tokenizer.unk_token_id and ids[0] not in found:
+        ids = answer_tokens(model, question, form)
+        if ids and ids[0] != unknown and ids[0] not in found:
             found.append(ids[0])
     return tuple(found)
+
+
+def answer_tokens(model: Lvlm, question: str, answer: str) -> list[int]:
+    """Return the tokens of an answer as they follow the model's prompt.
+
+    The tokenizer reads the prompt with the answer behind it, and what comes after the prompt's own tokens is the answer.
+    A space stands between the two unless the prompt ends in white space or in a token that is no text (``<sep>``). The
+    decoder of an encoder-decoder sees no prompt; there the answer is read by itself.
+
+    Parameters
+    ----------
+    model
+        The model that would answer.
+    question
+        What it is asked, or the end of it.
+    answer
+        As it would be written.
+    """
+    tokenizer = model.processor.tokenizer
+
+    def read(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    if model.encoder_decoder:
+        return read(answer)
+    prompt = model.prompt(question)
+    before = read(prompt)
+    marks = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    close = prompt[-1:].isspace() or not before or before[-1] in marks
+    both = read(prompt + answer if close else f"{prompt} {answer}")
+    # A prompt that ends in a space of its own may have it drawn into the answer's first token; the model is given the
+    # prompt as it is, and goes on without that space.
+    return both[len(before) :] if both[: len(before)] == before else read(answer)
 
 
 def true_margins(model: Lvlm, examples: Sequence[Example], logits: Tensor) -> Tensor:

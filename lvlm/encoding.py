@@ -36,6 +36,25 @@ class Encoding:
         return (self.tokens.length, *((name, tuple(x.shape)) for name, x in sorted(self.inputs.items())))
 
 
+def check_alike(encodings: Sequence[Encoding]) -> None:
+    """Raise `DataError` naming what differs where encodings cannot share a batch, or where there are none."""
+    if not encodings:
+        msg = "no examples to put into a batch: give at least one"
+        raise DataError(msg)
+    first = encodings[0]
+    other = next((e for e in encodings if e.shape != first.shape), None)
+    if other is None:
+        return
+    names = sorted({*first.inputs, *other.inputs})
+    shapes = {n: tuple(list(e.inputs[n].shape) if n in e.inputs else None for e in (first, other)) for n in names}
+    unlike = [f"{name} ({one or 'none'} and {two or 'none'})" for name, (one, two) in shapes.items() if one != two]
+    msg = (
+        f"examples '{first.example.id}' and '{other.example.id}' differ in "
+        f"{', '.join(unlike) or 'the length of what the decoder reads'}: nothing is padded; batch them with model.batches"
+    )
+    raise DataError(msg)
+
+
 @dataclass(frozen=True)
 class Batch:
     """Encodings of equal shape, side by side; nothing is padded."""

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from concepts.errors import DataError, ModelError, SiteError
+from concepts.errors import ModelError, SiteError
 from concepts.schema import Box, Example
 from lvlm.discovery import complete, heads_of, text_config
-from lvlm.encoding import Batch, Encoding, Inputs, Prompt, encode
+from lvlm.eager import eager, say_eager
+from lvlm.encoding import Batch, Encoding, Inputs, Prompt, check_alike, encode
 from lvlm.family import FamilySpec, find, layer_list, resolve
 from lvlm.finding import find_place
 from lvlm.places import Place
@@ -267,12 +268,8 @@ class Lvlm:
 
     def collate(self, encodings: Sequence[Encoding]) -> Inputs:
         """Stack inputs of equal shape and put them on the model's device; raises `DataError` where shapes differ."""
-        keys = encodings[0].inputs
-        if len({e.shape for e in encodings}) != 1:
-            names = ", ".join(f"'{e.example.id}'" for e in encodings[:3])
-            msg = f"examples {names}, … differ in length or in the shape of their images: batch them with model.batches"
-            raise DataError(msg)
-        stacked = {k: torch.cat([e.inputs[k] for e in encodings]).to(self.device) for k in keys}
+        check_alike(encodings)
+        stacked = {k: torch.cat([e.inputs[k] for e in encodings]).to(self.device) for k in encodings[0].inputs}
         return {k: v.to(self.dtype) if v.is_floating_point() else v for k, v in stacked.items()}
 
     def batches(self, examples: Sequence[Example], size: int = 32) -> Iterator[Batch]:
@@ -326,22 +323,16 @@ class Lvlm:
     @contextmanager
     def eager(self) -> Iterator[None]:
         """Let attention be computed step by step, so that its pattern can be read; afterwards it is as it was."""
-        found: list[Any] = [m.config for m in self.hf.modules() if hasattr(m, "config")]
-        configs = {id(c): c for c in found if hasattr(c, "_attn_implementation")}
-        before = {key: config._attn_implementation for key, config in configs.items()}
-        try:
-            for config in configs.values():
-                config._attn_implementation = "eager"
+        with eager(self):
             yield
-        finally:
-            for key, config in configs.items():
-                config._attn_implementation = before[key]
 
-    def read(self, inputs: Mapping[str, Tensor], sites: Sequence[Site | str]) -> dict[str, Tensor]:
+    def read(
+        self, inputs: Mapping[str, Tensor], sites: Sequence[Site | str], *, quiet: bool = False
+    ) -> dict[str, Tensor]:
         """Run one forward and return the tensors of some sites by name, as the model has them.
 
         A ``pattern`` is attention as ``[B, heads, queries, keys]``; asking for one computes all attention of this forward
-        step by step, whose last bits differ from the usual way's.
+        step by step, whose last bits differ from the usual way's, and says so through `logging` unless `quiet`.
 
         Raises
         ------
@@ -349,12 +340,14 @@ class Lvlm:
             For a site that the model lacks or the forward does not reach.
         """
         asked = [Site.parse(s) if isinstance(s, str) else s for s in sites]
+        places = [(site, self.locate(site)) for site in asked]
         seen: dict[str, Tensor] = {}
+        if not quiet and any(s.component == "pattern" for s in asked):
+            say_eager(self)
         with ExitStack() as stack:
             if any(s.component == "pattern" for s in asked):
                 stack.enter_context(self.eager())
-            for site in asked:
-                place = self.locate(site)
+            for site, place in places:
                 stack.callback(place.watch(lambda x, name=str(site): seen.update({name: x.clone()})).remove)
             self.logits(inputs)
         missing = [str(s) for s in asked if str(s) not in seen]

@@ -252,7 +252,7 @@ def _check_patterns(model: Lvlm, inputs: dict[str, Tensor], proof: _Proof) -> No
             continue
         site = f"decoder.L{layer}.{'cross.' if cross else ''}pattern"
         try:
-            pattern = model.read(inputs, [site])[site].float()
+            pattern = model.read(inputs, [site], quiet=True)[site].float()
         except (SiteError, ModelError):
             continue  # asking for it will say so
         rows = pattern[:, :, -1].sum(-1)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +19,7 @@ from activation_store import trace
 from concepts import ConceptDataset
 from concepts.errors import ConfigError, DataError
 from lvlm import Lvlm
+from lvlm.validation import validate
 
 STEPS = 4
 
@@ -113,3 +118,51 @@ def test_a_pattern_is_kept_for_examples_of_one_length(tmp_path: Path) -> None:
     pattern = lvlm.read(lvlm.encode(data[0]).inputs, ["decoder.L1.pattern"])["decoder.L1.pattern"]
     np.testing.assert_array_equal(rows[0], pattern[0, :, -1].numpy())
     assert lvlm.hf.config.text_config._attn_implementation == "sdpa"
+
+
+def test_that_a_pattern_changes_how_attention_is_computed_is_said_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    lvlm = model("llava")
+    data = ConceptDataset("d", tuple(replace(example(0), id=f"e{n}") for n in range(4)))
+    inputs = lvlm.encode(data[0]).inputs
+
+    def said() -> list[str]:
+        found = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+        caplog.clear()
+        return found
+
+    def traced(*sites: str, where: str) -> None:
+        trace(lvlm, data, sites, ["last"], tmp_path / where, batch_size=2, answers=False)
+
+    traced("z", where="plain")
+    lvlm.read(inputs, ["decoder.L0.z"])
+    assert said() == []
+    for _ in range(2):  # each call says it, and only once, whatever the number of forwards and layers
+        lvlm.read(inputs, ["decoder.L0.pattern", "decoder.L1.pattern"])
+        (text,) = said()
+        assert text.startswith("an attention pattern was asked for: llava computes attention step by step (eager)")
+        assert "instead of sdpa" in text
+    traced("pattern", "z", where="patterns")
+    assert len(said()) == 1
+    traced("pattern", "z", where="patterns")  # it is there: no forward over the data, nothing to say
+    assert said() == []
+    with lvlm.eager():  # nothing changes
+        lvlm.read(inputs, ["decoder.L0.pattern"])
+    assert said() == []
+    validate(lvlm, lvlm.encode(data[0]))
+    assert said() == []
+
+
+def test_it_is_seen_where_no_logging_is_set_up(tmp_path: Path) -> None:
+    code = (
+        "from concepts import ConceptDataset\nfrom test_lvlm_families import example, model\n"
+        "lvlm = model('llava')\nfor _ in range(2): lvlm.read(lvlm.encode(example(0)).inputs, ['decoder.L0.pattern'])"
+    )
+    root = Path(__file__).resolve().parent
+    environment = {**os.environ, "PYTHONPATH": f"{root.parent}{os.pathsep}{root}"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("an attention pattern was asked for") == 2
