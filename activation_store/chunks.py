@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -139,8 +139,3 @@ def stated_digest(element: h5py.Dataset | h5py.Group) -> str:
 def layer_major(element: h5py.Dataset | h5py.Group) -> bool:
     """Whether an array is held as [L, N, D]."""
     return values_of(element).attrs.get("order", "NLD") == "LND"
-
-
-def concatenated(parts: Sequence[np.ndarray]) -> np.ndarray:
-    """Return digests of blocks of rows [b, L] under each other."""
-    return np.concatenate(parts) if parts else np.zeros((0, 0), np.uint32)

@@ -46,6 +46,8 @@ def execute(config: RunConfig) -> Path:
         write_json(folder.path / "environment.json", environment())
         context = Context(config, folder, console)
         console.print(f"[bold]groundscope[/] {escape(config.name)}: {context.headline()}")
+        for name in config.stages:
+            TABLE[name].check(context)
         receipts: dict[str, Receipt] = {}
         for name in STAGES:
             stage = TABLE[name]

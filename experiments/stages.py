@@ -34,6 +34,8 @@ class Stage:
     work: Callable[[Context, Path], str]
     version: int = 1
     """Raised where the same options would now make something else."""
+    check: Callable[[Context], None] = lambda _: None
+    """Raises `ConfigError` where its options cannot work; called before any stage works."""
 
 
 def make_examples(context: Context, root: Path) -> str:
@@ -109,15 +111,18 @@ FALLBACK = "blank"
 """The kind of pair every image allows."""
 
 
+def _check_patch(context: Context) -> None:
+    kinds = list(context.config.patch.kinds)
+    if not kinds or not set(kinds) <= set(counterfactuals.KINDS):
+        msg = f"patch.kinds={kinds}: choose from {', '.join(counterfactuals.KINDS)}"
+        raise ConfigError(msg)
+
+
 def make_head_scores(context: Context, root: Path) -> str:
     """Patch every head on counterfactual pairs of every kind the data can make."""
     from circuits import patch_heads
 
     options = context.config.patch
-    unknown = [k for k in options.kinds if k not in counterfactuals.KINDS]
-    if unknown or not options.kinds:
-        msg = f"patch.kinds={list(options.kinds)}: choose from {', '.join(counterfactuals.KINDS)}"
-        raise ConfigError(msg)
     done: dict[str, HeadScores] = {}
     left_out: dict[str, str] = {}
     # Images that cannot be drawn again with one thing changed can still be blanked.
@@ -173,6 +178,12 @@ def top_heads(scores: Mapping[str, HeadScores], count: int) -> Sequence[object]:
     return [Head(int(i) // mean.shape[1], int(i) % mean.shape[1]) for i in order]
 
 
+def _check_steer(context: Context) -> None:
+    from experiments.steer import check
+
+    check(context)
+
+
 def _steer(context: Context, root: Path) -> str:
     from experiments.steer import make_vector
 
@@ -200,12 +211,23 @@ TABLE: Mapping[str, Stage] = MappingProxyType(
             make_examples,
         ),
         "trace": Stage(
-            "activations", ("examples",), lambda c: [asdict(c.config.trace), c.model_key()], make_activations
+            "activations", ("examples",), lambda c: [asdict(c.config.trace), c.model_key()], make_activations, 2
         ),
-        "probe": Stage("probes", ("trace",), lambda c: asdict(c.config.probe), make_probes),
-        "patch": Stage("circuits", ("examples",), lambda c: [asdict(c.config.patch), c.model_key()], make_head_scores),
+        "probe": Stage("probes", ("trace",), lambda c: asdict(c.config.probe), make_probes, 2),
+        "patch": Stage(
+            "circuits",
+            ("examples",),
+            lambda c: [asdict(c.config.patch), c.model_key()],
+            make_head_scores,
+            check=_check_patch,
+        ),
         "steer": Stage(
-            "steering", ("examples", "trace", "patch"), lambda c: [asdict(c.config.steer), c.model_key()], _steer
+            "steering",
+            ("examples", "trace", "patch"),
+            lambda c: [asdict(c.config.steer), c.model_key()],
+            _steer,
+            2,
+            _check_steer,
         ),
         "evaluate": Stage("behavior", ("examples", "steer"), lambda c: c.model_key(), _evaluate),
         "report": Stage(

@@ -68,8 +68,8 @@ METHODS: Mapping[str, Callable[[Context, Sequence[Head]], SteeringVector]] = Map
 """How a vector is made from the heads that patching found: one entry a method."""
 
 
-def make_vector(context: Context, root: Path) -> str:
-    """Derive the vector, choose its strength, write it with its controls and the sweep that chose."""
+def check(context: Context) -> None:
+    """Raise `ConfigError` for an unknown method, no strengths, or data that the method has nothing to learn from."""
     options = context.config.steer
     if options.method not in METHODS:
         msg = f"steer.method={options.method}: there are {', '.join(METHODS)}"
@@ -77,6 +77,18 @@ def make_vector(context: Context, root: Path) -> str:
     if not options.strengths:
         msg = "steer.strengths is empty: give at least one strength to choose from"
         raise ConfigError(msg)
+    missing = {"yes", "no"} - {e.answer for e in context.discovery}
+    if options.method == "discriminant" and missing:
+        msg = (
+            f"steer.method=discriminant tells yes from no, and no question is answered {' or '.join(sorted(missing))}: "
+            f"choose another, steer.method=amplify"
+        )
+        raise ConfigError(msg)
+
+
+def make_vector(context: Context, root: Path) -> str:
+    """Derive the vector, choose its strength, write it with its controls and the sweep that chose."""
+    options = context.config.steer
     circuit = context.folder.path / "circuits"
     heads = [Head.parse(h) for h in json.loads((circuit / "top.json").read_text())["heads"]]
     if not heads:

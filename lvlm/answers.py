@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -113,8 +112,3 @@ def answer_tokens(model: Lvlm, question: str, answer: str) -> list[int]:
     # A prompt that ends in a space of its own may have it drawn into the answer's first token; the model is given the
     # prompt as it is, and goes on without that space.
     return both[len(before) :] if both[: len(before)] == before else read(answer)
-
-
-def true_margins(model: Lvlm, examples: Sequence[Example], logits: Tensor) -> Tensor:
-    """Return for each row of logits ``[B, V]`` the margin of its example's true answer, ``[B]``."""
-    return torch.stack([answer_key(model, e).margin(row, e.answer) for e, row in zip(examples, logits, strict=True)])

@@ -12,6 +12,7 @@ from probes.statistics import (
     auc,
     balanced_accuracy,
     bootstrap_auc,
+    bootstrap_balanced_accuracy,
     calibration_error,
     log_loss,
     log_odds_slope,
@@ -114,7 +115,7 @@ def fit_cell(
     trained = weights[:n] @ training.T
     length = np.linalg.norm(weights[:n], axis=1)
     shared = weights[:n] @ x[held].T + intercepts[:n, None]
-    draws = resampled_accuracy(task, margins[:n])
+    draws = bootstrap_balanced_accuracy(task.test_labels[:n], margins[:n], task.test_groups, task.resamples)
     for at, k in enumerate(task.concepts):
         where = (k, *cell)
         truth, margin = task.test_labels[at], margins[at]
@@ -131,19 +132,3 @@ def fit_cell(
         out["sigma"][where] = trained[at].std() / length[at] if length[at] > 0 else 0.0
         out["intercepts"][where], out["weights"][where] = intercepts[at], weights[at]
         out["held_out_margins"][where] = shared[at]
-
-
-def resampled_accuracy(task: Task, margins: np.ndarray) -> np.ndarray:
-    """Balanced accuracy of margins [M, n_test] of the first M concepts in each resample of the groups: float64 [B, M]."""
-    n_groups = task.resamples.shape[1]
-    recalls = []
-    for value in (1, 0):
-        there = task.test_labels[: len(margins)] == value
-        right = there & ((margins > 0) == (value == 1))
-        by_group = [
-            np.stack([np.bincount(task.test_groups, row, minlength=n_groups) for row in table], axis=1)
-            for table in (right, there)
-        ]
-        hits, total = (task.resamples.astype(np.float64) @ part for part in by_group)
-        recalls.append(np.divide(hits, total, out=np.full(hits.shape, np.nan), where=total > 0))
-    return 0.5 * (recalls[0] + recalls[1])

@@ -11,6 +11,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from activation_store.files import write_whole
 from concepts.errors import ProbeError
 
 _CARD = "checkpoint.json"
@@ -60,7 +61,7 @@ class Checkpoint:
                 )
                 raise ProbeError(msg)
         else:
-            _write(card, text.encode())
+            write_whole(card, text.encode())
         return cls(path, key)
 
     def save(self, layer: int, arrays: Mapping[str, np.ndarray]) -> None:
@@ -69,7 +70,7 @@ class Checkpoint:
 
         if self.folder is not None:
             data = save({k: np.ascontiguousarray(v) for k, v in arrays.items()}, metadata={"key": self.key})
-            _write(self.folder / f"layer-{layer}.safetensors", data)
+            write_whole(self.folder / f"layer-{layer}.safetensors", data)
 
     def load(self, layer: int) -> dict[str, np.ndarray] | None:
         """Return a layer's arrays, or None where it is not finished; one that is damaged counts as not finished."""
@@ -85,10 +86,3 @@ class Checkpoint:
                 return {name: np.array(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError):
             return None
-
-
-def _write(path: Path, data: bytes) -> None:
-    # Written aside and renamed: a run killed here leaves no half file under the name.
-    aside = path.with_name(f"{path.name}.tmp")
-    aside.write_bytes(data)
-    aside.replace(path)

@@ -12,8 +12,7 @@ from probes.controls import control_labels
 from probes.fit import fit_grid
 from probes.grid import ProbeGrid
 from probes.inputs import Store
-from probes.readout import resampled_recalls
-from probes.statistics import percentile_interval, resample_groups
+from probes.statistics import bootstrap_balanced_accuracy, percentile_interval, resample_groups
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -101,7 +100,7 @@ def lexical_control(
         used = ~np.isnan(grid.held_out_labels[k])
         truth = grid.held_out_labels[k, used]
         drawn = [
-            resampled_recalls(truth, g.held_out_margins[k, at, head, used] > 0, of_row[used], counts)
+            bootstrap_balanced_accuracy(truth, g.held_out_margins[k, at, head, used][None], of_row[used], counts)[:, 0]
             for g in (grid, theirs)
         ]
         low, high = percentile_interval(drawn[0] - drawn[1], confidence)

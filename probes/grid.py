@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from activation_store.files import write_whole
 from concepts.errors import ProbeError
 from concepts.schema import Concept
 from probes.inputs import Place
@@ -278,9 +279,7 @@ class ProbeGrid:
         path.mkdir(parents=True, exist_ok=True)
         # Written aside and renamed, the card last: a run killed here leaves the old grid or a card that does not match.
         for name, content in ((_TENSORS, data), (_CARD, json.dumps(card, indent=1).encode())):
-            aside = path / f"{name}.tmp"
-            aside.write_bytes(content)
-            aside.replace(path / name)
+            write_whole(path / name, content)
         return path
 
     @classmethod

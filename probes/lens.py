@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
+from activation_store.files import write_whole
 from concepts.errors import ProbeError
 from concepts.schema import Concept
 from probes.inputs import Place, Store, find_place, read_features, read_groups, read_labels, row_mask
@@ -109,9 +110,8 @@ class Unembedding:
 def keep_vocabulary(store: str | Path, vocabulary: Mapping[str, int]) -> Path:
     """Write which word is which row of the unembedding next to a store, as ``<store>.vocabulary.json``."""
     path = _vocabulary_path(store)
-    aside = path.with_name(f"{path.name}.tmp")
-    aside.write_text(json.dumps({str(k): int(v) for k, v in sorted(vocabulary.items())}, ensure_ascii=False, indent=0))
-    aside.replace(path)
+    words = {str(k): int(v) for k, v in sorted(vocabulary.items())}
+    write_whole(path, json.dumps(words, ensure_ascii=False, indent=0).encode())
     return path
 
 

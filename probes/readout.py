@@ -10,7 +10,14 @@ import numpy as np
 from concepts.errors import ProbeError
 from probes.grid import ProbeGrid
 from probes.inputs import find_place, read_features, read_groups, read_labels, row_mask
-from probes.statistics import auc, balanced_accuracy, bootstrap_auc, percentile_interval, resample_groups
+from probes.statistics import (
+    auc,
+    balanced_accuracy,
+    bootstrap_auc,
+    bootstrap_balanced_accuracy,
+    percentile_interval,
+    resample_groups,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -151,21 +158,8 @@ def _scores(
     names = ("balanced_accuracy", "low", "high", "auc", "auc_low", "auc_high")
     if not (truth == 1).any() or not (truth == 0).any():
         return dict.fromkeys(names, float("nan"))
-    draws = resampled_recalls(truth, margin > 0, of_row, counts)
+    draws = bootstrap_balanced_accuracy(truth, margin[None], of_row, counts)[:, 0]
     low, high = percentile_interval(draws, confidence)
     auc_low, auc_high = percentile_interval(bootstrap_auc(truth, margin, of_row, counts), confidence)
     values = (balanced_accuracy(truth, margin), low, high, auc(truth, margin), auc_low, auc_high)
     return {name: float(value) for name, value in zip(names, values, strict=True)}
-
-
-def resampled_recalls(truth: np.ndarray, said: np.ndarray, of_row: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Balanced accuracy of yes-or-no answers [n] in each resample [B, G] of the groups: float64 [B], NaN without both classes."""
-    recalls = []
-    for value in (1, 0):
-        there = truth == value
-        right, total = (
-            counts.astype(np.float64) @ np.bincount(of_row, part, minlength=counts.shape[1])
-            for part in (there & (said == (value == 1)), there)
-        )
-        recalls.append(np.divide(right, total, out=np.full(len(counts), np.nan), where=total > 0))
-    return 0.5 * (recalls[0] + recalls[1])

@@ -72,14 +72,37 @@ def resample_groups(groups: np.ndarray, resamples: int, seed: int | list[int]) -
     return counts.astype(np.float32)[:, of_row]
 
 
-def bootstrap_balanced_accuracy(labels: np.ndarray, margins: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Balanced accuracy of margins [M, N] in each resample of weights [B, N]: float64 [B, M], NaN without both classes."""
-    truth = np.asarray(labels) == 1
-    correct = ((margins > 0) == truth).astype(weights.dtype)
+def bootstrap_balanced_accuracy(
+    labels: np.ndarray, margins: np.ndarray, groups: np.ndarray, counts: np.ndarray
+) -> np.ndarray:
+    """Balanced accuracy in each resample of whole groups, of several rows of margins at once.
+
+    Parameters
+    ----------
+    labels
+        0 or 1, [N], or [M, N] where each row of margins has its own.
+    margins
+        [M, N]: positive where 1 is said.
+    groups
+        int [N]: number of the group of each column.
+    counts
+        [B, G]: how often each group occurs in each resample.
+
+    Returns
+    -------
+    float64 [B, M]; NaN where a class is absent.
+    """
+    truth = np.broadcast_to(labels, margins.shape)
+    times = counts.astype(np.float64)
     recalls = []
-    for mask in (truth, ~truth):
-        total = weights[:, mask].sum(axis=1, dtype=np.float64)[:, None]
-        hits = (weights[:, mask] @ correct[:, mask].T).astype(np.float64)
+    for value in (1, 0):
+        there = truth == value
+        right = there & ((margins > 0) == (value == 1))
+        by_group = [
+            np.stack([np.bincount(groups, row, minlength=counts.shape[1]) for row in table], axis=1)
+            for table in (right, there)
+        ]
+        hits, total = (times @ part for part in by_group)
         recalls.append(np.divide(hits, total, out=np.full(hits.shape, np.nan), where=total > 0))
     return 0.5 * (recalls[0] + recalls[1])
 

@@ -13,13 +13,19 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from activation_store import ActivationStore, verify
 from circuits import HeadScores, SteeringVector
+from concepts import scenes
 from concepts.drawing import TEST, generator, sample
+from concepts.errors import ConfigError
 from concepts.statistics import Estimate
-from experiments.config import STAGES
+from experiments import steer
+from experiments.config import STAGES, RunConfig
+from experiments.context import Context
 from experiments.measures import cost
+from experiments.run import RunFolder
 from experiments.steer import choose
 from lvlm.tiny.architecture import build_model, build_processor
 from probes import ProbeGrid
@@ -219,6 +225,8 @@ def test_files_in_popes_layout(tmp_path: Path) -> None:
         (["data=pope", "data.questions=q.json", "data.images=."], "q.json"),
         (["model=hf"], "model.path"),
         (["patch.kinds=[colour]", "stages=[examples,patch]"], "colour"),
+        (["steer.method=magic"], "steer.method=magic: there are discriminant, amplify"),
+        (["steer.strengths=[]"], "steer.strengths is empty"),
     ],
 )
 def test_a_mistake_is_one_line(options: list[str], message: str, tmp_path: Path) -> None:
@@ -296,6 +304,23 @@ def test_the_cost_of_a_correction_is_its_worst_loss() -> None:
     assert cost(found(neutral_right=0.98, typical_color_right=0.95), before) == pytest.approx(0.05)
     assert cost(found(neutral_right=1.0, typical_color_right=1.0), before) == pytest.approx(0.0)
     assert cost({}, {}) == 0.0
+
+
+def test_options_are_checked_before_any_stage_works(tmp_path: Path) -> None:
+    for options in (["patch.kinds=[colour]"], ["steer.method=magic"]):
+        assert groundscope("data.n_images=20", "data.test_images=20", *options, cwd=tmp_path).returncode == 2
+    assert not (tmp_path / "runs" / "default" / "examples").exists()
+
+
+def test_telling_yes_from_no_needs_both(tmp_path: Path) -> None:
+    data = scenes.dataset(12, 3).filter(lambda e: e.answer != "no")
+    config = RunConfig()
+    context = Context(config, RunFolder(tmp_path), Console())
+    context.__dict__["parts"] = (data, data)
+    with pytest.raises(ConfigError, match=r"no question is answered no: choose another, steer\.method=amplify"):
+        steer.check(context)
+    config.steer.method = "amplify"
+    steer.check(context)
 
 
 def test_markup_from_data_stays_text() -> None:

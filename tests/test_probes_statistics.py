@@ -46,7 +46,8 @@ def test_resampled_scores_equal_those_of_the_rows_written_out() -> None:
         assert (weights[:, groups == name] == weights[:, groups == name][:, :1]).all()
     first = [np.flatnonzero(groups == name)[0] for name in np.unique(groups)]
     assert (weights[:, first].sum(axis=1) == n_groups).all()
-    drawn = bootstrap_balanced_accuracy(y, margins, weights)
+    of_row = np.unique(groups, return_inverse=True)[1]
+    drawn = bootstrap_balanced_accuracy(y, margins, of_row, weights[:, first])
     for b in range(20):
         rows = np.repeat(np.arange(60), weights[b].astype(int))
         for m in range(2):
@@ -63,7 +64,9 @@ def test_clustered_intervals_cover_at_their_nominal_rate_where_independent_ones_
         y = np.repeat(rng.permutation(np.arange(60) % 2), 5).astype(float)
         margins = (np.repeat(rng.normal(size=60), 5) + 0.3 * rng.normal(size=300))[None]
         for kind, units in (("group", groups), ("row", np.arange(300))):
-            draws = bootstrap_balanced_accuracy(y, margins, resample_groups(units, 400, seed=trial))
+            _, first, of_row = np.unique(units, return_index=True, return_inverse=True)
+            counts = resample_groups(units, 400, seed=trial)[:, first]
+            draws = bootstrap_balanced_accuracy(y, margins, of_row, counts)
             low, high = percentile_interval(draws)
             covered[kind] += int(low[0] <= 0.5 <= high[0])
     low, high = wilson(covered["group"], trials, level=0.999)
