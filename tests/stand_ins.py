@@ -12,10 +12,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from family_toys import ID, _fixed, tokenizer
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention, silu
-from transformers import PreTrainedConfig
+from toy_parts import ID, fixed, tokenizer
+from transformers import PretrainedConfig  # the name that every release has
 
 from lvlm.processing import Parts
 
@@ -33,7 +33,7 @@ def _attend(qkv: Any, heads: int, *, causal: bool) -> Tensor:
     return out.transpose(1, 2).flatten(2)
 
 
-class Config(PreTrainedConfig):
+class Config(PretrainedConfig):
     """What the library asks of a configuration."""
 
     model_type = "stand_in"
@@ -309,4 +309,4 @@ def build_stand_in(name: str) -> tuple[Any, Any]:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = STAND_INS[name]()
-    return model.eval(), Parts(tokenizer(), _fixed(), IMAGE)
+    return model.eval(), Parts(tokenizer(), fixed(), IMAGE)
