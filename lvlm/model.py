@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from concepts.errors import ModelError, SiteError
 from concepts.schema import Box, Example
-from lvlm.discovery import complete, heads_of, text_config
+from lvlm.discovery import complete, heads_of, text_config, vision_heads
 from lvlm.eager import eager, say_eager
 from lvlm.encoding import Batch, Encoding, Inputs, Prompt, check_alike, encode
 from lvlm.family import FamilySpec, find, layer_list, resolve
@@ -59,17 +59,14 @@ class Lvlm:
         text = text_config(config)
         self.encoder_decoder: bool = bool(getattr(config, "is_encoder_decoder", False) or text.is_encoder_decoder)
         self.n_heads: int = heads_of(text, config)
-        self.n_vision_heads: int = heads_of(getattr(config, "vision_config", None), None) if self._has("vision") else 0
         self._softcap: float | None = getattr(text, "final_logit_softcapping", None)
         self._scaled: bool = bool(getattr(text, "scale_decoder_outputs", False))
         self._layers: dict[str, tuple[nn.Module, ...]] = {
             s: layer_list(model, self.spec.stack(s).layers, self.spec) for s in ("decoder", "vision")
         }
+        self.n_vision_heads: int = vision_heads(self.spec, model, self._layers["vision"])
         self._places: dict[tuple[str, int, str, bool], Place] = {}
         self._look = lru_cache(maxsize=256)(self._look_at)
-
-    def _has(self, stack: str) -> bool:
-        return bool(self.spec.stack(stack).layers)
 
     # -- shape ---------------------------------------------------------------------------------------------------
 

@@ -395,8 +395,12 @@ def test_a_saved_model_loads_with_pillow_alone(family: str, tmp_path: Path) -> N
 
 def test_sites_that_a_family_lacks_are_named() -> None:
     for family, site, message in (
-        ("chameleon", "projector.out", "has no projector"),
-        ("chameleon", "vision.L0.z", "has no vision layers that can be read"),
+        ("chameleon", "projector.out", r"has no projector: its VQ encoder \(model.vqmodel\) is convolutions"),
+        (
+            "chameleon",
+            "vision.L0.z",
+            r"no vision layers that can be read: its VQ .* is 'decoder.L0.resid_pre' at 'image:all'",
+        ),
         ("mllama", "decoder.L1.z", r"no self-attention in this layer; layers that have it: \[0, 2\]"),
         ("mllama", "decoder.L0.cross.z", r"no cross-attention in this layer; layers that have it: \[1, 3\]"),
     ):
