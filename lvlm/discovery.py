@@ -230,9 +230,11 @@ def _prefix(model: nn.Module, vision: StackSpec) -> int:
 
 def text_config(config: Any) -> Any:
     """Return the configuration of the text model, under any release of transformers from 4.40 on."""
-    if hasattr(config, "get_text_config"):
-        return config.get_text_config(decoder=True)
-    return getattr(config, "text_config", config)
+    found = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    if found is not config:
+        return found
+    names = ("text_config", "language_config", "llm_config")  # the second and third in families' own code
+    return next((one for name in names if (one := getattr(config, name, None)) is not None), config)
 
 
 _HEADS = ("num_attention_heads", "decoder_attention_heads", "attention_heads", "num_heads", "n_head", "heads")

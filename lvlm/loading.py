@@ -16,6 +16,7 @@ from lvlm.family import FamilySpec
 from lvlm.model import Lvlm
 from lvlm.processing import assemble
 from lvlm.validation import validate_once
+from lvlm.weights import empty
 
 
 def load_lvlm(
@@ -39,7 +40,8 @@ def load_lvlm(
     dtype
         ``float32``, ``bfloat16`` or ``float16``.
     device
-        Where to put it, as torch names devices; ``auto`` spreads it over the GPUs there are (needs accelerate).
+        Where to put it, as torch names devices; ``auto`` spreads it over the GPUs there are, and what they cannot hold over
+        main memory and disk (needs accelerate).
     trust_remote_code
         Allow the model folder's own code to run.
     validate
@@ -106,7 +108,7 @@ def wrap_lvlm(
     validate: bool = True,
 ) -> Lvlm:
     """Take a Hugging Face model and processor that are in memory; see `load_lvlm`."""
-    if any(p.is_meta for p in model.parameters()):
+    if empty(model):
         msg = "the model is on the 'meta' device: it has no weights; load it onto 'cpu' or a GPU"
         raise ModelError(msg)
     if getattr(processor, "image_token", None) is None:

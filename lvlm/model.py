@@ -25,6 +25,7 @@ from lvlm.places import Place
 from lvlm.sites import Site
 from lvlm.tokens import TokenMap
 from lvlm.views import VIEWS, Look, View
+from lvlm.weights import device_of, named_weights
 
 __all__ = ["Batch", "Encoding", "Inputs", "Lvlm", "Place", "Prompt"]
 
@@ -92,8 +93,8 @@ class Lvlm:
 
     @property
     def device(self) -> torch.device:
-        """Where the first parameter is."""
-        return next(self.hf.parameters()).device
+        """Where inputs go: where the first parameter is, or will be when it is needed."""
+        return device_of(self.hf)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -122,7 +123,7 @@ class Lvlm:
         A sample, so that a model of many gigabytes is identified in seconds; any fine-tuning changes it.
         """
         h = hashlib.sha256()
-        for name, parameter in sorted(self.hf.named_parameters()):
+        for name, parameter in sorted(named_weights(self.hf)):
             flat = parameter.detach().flatten()
             step = max(1, flat.numel() // 4096)
             h.update(f"{name}{tuple(parameter.shape)}".encode())

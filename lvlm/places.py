@@ -133,8 +133,10 @@ class Place:
             return Handles((*context.hooks, self.module.register_forward_pre_hook(before, with_kwargs=True)))
 
         def after(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
-            if self.element and not (isinstance(output, tuple) and len(output) > self.element):
-                return None
+            if self.element and (
+                not isinstance(output, tuple) or output[self.element : self.element + 1] in ((), (None,))
+            ):
+                return None  # attention that does not hand out its weights
             new = change(self.value(output, seen))
             return None if new is None else self.replaced(output, new, seen)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from concepts.errors import ModelError, SiteError
 from lvlm.family import TOLERANCE, layer_list, resolve
 from lvlm.places import Handles, Place
+from lvlm.weights import weight
 
 if TYPE_CHECKING:
     from lvlm.encoding import Encoding
@@ -223,10 +224,14 @@ class _Proof:
                 msg = f"family '{self.model.spec.model_type}': {name}.{kind}z of width {z.shape[-1]} has not {heads} heads"
                 raise ModelError(msg)
             by_head = z.unflatten(-1, (heads, -1)).unsqueeze(-2)  # [..., H, 1, head_dim]
-            weight = projection.weight.T.unflatten(0, (heads, -1))  # [H, head_dim, D]
-            total = (by_head @ weight).squeeze(-2).sum(-2)
-            if projection.bias is not None:
-                total = total + projection.bias
+            w, b = (weight(projection, name) for name in ("weight", "bias"))
+            total = (
+                (by_head @ (projection.weight if w is None else w).to(z).T.unflatten(0, (heads, -1)))
+                .squeeze(-2)
+                .sum(-2)
+            )
+            if b is not None:
+                total = total + b.to(z)
             given = now[f"{kind}projected"]
             if total.numel() == given.numel():
                 total = total.reshape(given.shape)
