@@ -53,7 +53,8 @@ def load_lvlm(
     ModelError
         Where there is no such model, it cannot be read, its family is unknown, or a check fails.
     """
-    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, logging
+    from transformers import AutoConfig, AutoProcessor
+    from transformers.utils import logging
 
     number = getattr(torch, dtype, None)
     if not isinstance(number, torch.dtype) or not number.is_floating_point:
@@ -78,7 +79,7 @@ def load_lvlm(
         config = AutoConfig.from_pretrained(where, **options)
         known = _spec(spec) or family(config.model_type)
         spread = {"device_map": "auto"} if device == "auto" else {}
-        model = AutoModelForImageTextToText.from_pretrained(where, dtype=number, **spread, **options)
+        model = _auto_class(config).from_pretrained(where, **_in_number(number), **spread, **options)
         try:
             processor = AutoProcessor.from_pretrained(where, **options)
         except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError):
@@ -89,6 +90,8 @@ def load_lvlm(
         raise
     except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
         exists = "" if local else f"; it is no folder here either, and the embedded models are {', '.join(EMBEDDED)}"
+        if not trust_remote_code and "trust_remote_code" in str(error):
+            exists = "; it runs with trust_remote_code=True: read its code first"
         msg = f"model '{name}' cannot be loaded: {_first_line(error)}{exists}"
         raise ModelError(msg) from error
     finally:
@@ -121,6 +124,25 @@ def wrap_lvlm(
         scene = sample(generator(TEST, 0, 0), "check", count=2)
         validate_once(wrapped, wrapped.encode(as_example(scene, existence(scene, "apple"), "check")))
     return wrapped
+
+
+def _auto_class(config: Any) -> Any:
+    """Return what loads a model: what its own code names where it brings some, else transformers' class for such models."""
+    import transformers
+
+    own = getattr(config, "auto_map", None) or {}
+    names = ("AutoModelForImageTextToText", "AutoModelForVision2Seq", "AutoModelForCausalLM", "AutoModel")
+    wanted = next((name for name in names if name in own), None)
+    # The first is there from release 4.45 on, the second until release 5.
+    found = wanted or next(name for name in names if hasattr(transformers, name))
+    return getattr(transformers, found)
+
+
+def _in_number(number: torch.dtype) -> dict[str, torch.dtype]:
+    """Return the option that says in which numbers to load, by its name in this release of transformers."""
+    import transformers
+
+    return {"dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype": number}
 
 
 def _spec(given: FamilySpec | str | Path | None) -> FamilySpec | None:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from stand_ins import STAND_INS, build_stand_in
 from toy_examples import example
+from toy_parts import ID, fixed, tokenizer
 
 from activation_store import trace
 from concepts import ConceptDataset
-from lvlm import Lvlm, wrap_lvlm
+from concepts.errors import ModelError
+from lvlm import FamilySpec, Lvlm, load_lvlm, wrap_lvlm
+from lvlm.processing import Parts
 from lvlm.validation import validate
 
 DECODER = {
@@ -126,3 +131,113 @@ def test_what_is_put_into_qwens_tower_is_what_is_read_there(component: str) -> N
         hook.remove()
     torch.testing.assert_close(after, target, rtol=0, atol=0)
     assert not torch.allclose(changed, lvlm.logits(inputs), rtol=0, atol=1e-4)
+
+
+OWN_CODE = """
+from types import SimpleNamespace
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+
+class MineConfig(PretrainedConfig):
+    model_type = "mine"
+    vision_config = SimpleNamespace(num_attention_heads=2, patch_size=14)
+
+    def __init__(self, image_token_id=4, **more):
+        self.num_attention_heads = 4
+        self.image_token_id = image_token_id
+        super().__init__(**more)
+
+
+class Attention(nn.Module):
+    def __init__(self, width, heads, causal):
+        super().__init__()
+        self.heads, self.causal = heads, causal
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(width, width) for _ in range(4))
+
+    def forward(self, x):
+        q, k, v = (p(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+        out = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+
+class Layer(nn.Module):
+    def __init__(self, width, heads, causal):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.self_attn, self.mlp = Attention(width, heads, causal), nn.Linear(width, width)
+
+    def forward(self, x):
+        x = x + self.self_attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class Mine(PreTrainedModel):
+    config_class = MineConfig
+    all_tied_weights_keys = {}
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.patches = nn.Conv2d(3, 24, 14, 14)
+        self.vision_layers = nn.ModuleList(Layer(24, 2, False) for _ in range(2))
+        self.projector = nn.Linear(24, 32)
+        self.embed = nn.Embedding(256, 32)
+        self.layers = nn.ModuleList(Layer(32, 4, True) for _ in range(2))
+        self.norm, self.lm_head = nn.LayerNorm(32), nn.Linear(32, 256, bias=False)
+
+    def get_input_embeddings(self):
+        return self.embed
+
+    def get_output_embeddings(self):
+        return self.lm_head
+
+    def forward(self, input_ids, attention_mask=None, pixel_values=None, use_cache=False):
+        seen = self.patches(pixel_values).flatten(2).transpose(1, 2)
+        for layer in self.vision_layers:
+            seen = layer(seen)
+        x = self.embed(input_ids)
+        x = x.masked_scatter((input_ids == self.config.image_token_id)[..., None], self.projector(seen))
+        for layer in self.layers:
+            x = layer(x)
+        return SimpleNamespace(logits=self.lm_head(self.norm(x)))
+"""
+
+
+def test_a_folder_with_code_of_its_own_loads_where_that_is_allowed(tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "modeling_mine.py").write_text(OWN_CODE)
+    named = {"AutoConfig": "modeling_mine.MineConfig", "AutoModelForCausalLM": "modeling_mine.Mine"}
+    scope: dict[str, Any] = {"__name__": "own"}
+    exec(compile(OWN_CODE, "own", "exec"), scope)  # noqa: S102 - the very text that lies in the folder
+    torch.manual_seed(0)
+    network = scope["Mine"](scope["MineConfig"](image_token_id=ID["<image>"]))
+    network.save_pretrained(folder)
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**settings, "auto_map": named}))
+    Parts(tokenizer(), fixed(), "<image>").save_pretrained(folder)
+    spec = FamilySpec("mine", template="{image}{question}", placeholder="<image>")
+    with pytest.raises(
+        ModelError, match=r"cannot be loaded: .*it runs with trust_remote_code=True: read its code first"
+    ):
+        load_lvlm(folder, spec=spec)
+    loaded = load_lvlm(folder, spec=spec, trust_remote_code=True)
+    assert loaded.spec.vision.layers == "vision_layers"
+    assert type(loaded.hf).__name__ == "Mine"
+    inputs = loaded.encode(example()).inputs
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.logits(inputs), network.eval()(**inputs).logits[:, -1], rtol=0, atol=1e-6)
+
+
+def test_a_tokenizer_that_does_not_tell_where_tokens_stand_is_refused() -> None:
+    class Slow:
+        is_fast = False
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(tokenizer(), name)
+
+    lvlm = wrap_lvlm(build_stand_in("qwen")[0], Parts(Slow(), fixed(), "<image>"), name="mine", validate=False)
+    with pytest.raises(ModelError, match="Slow of mine does not tell where in a text its tokens stand: give a fast"):
+        lvlm.encode(example())
