@@ -148,7 +148,7 @@ class MineConfig(PretrainedConfig):
     def __init__(self, image_token_id=4, **more):
         self.num_attention_heads = 4
         self.image_token_id = image_token_id
-        super().__init__(**more)
+        super().__init__(**{"tie_word_embeddings": False, **more})
 
 
 class Attention(nn.Module):
