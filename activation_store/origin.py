@@ -18,6 +18,7 @@ from lvlm.family import resolve
 from lvlm.model import Lvlm
 from lvlm.sites import TokenSelection
 from lvlm.tokens import COVER
+from lvlm.weights import named_weights
 
 ANSWER_RULE = (
     "model_answer: the candidate with the largest log-score of its first tokens at the last prompt token; margin: the "
@@ -99,7 +100,7 @@ def unembedding(model: Lvlm, plan: Plan) -> Mapping[str, np.ndarray] | None:
         f"{name}.{kind}": parameter.detach().float().cpu().numpy()
         for name, path in parts.items()
         if path
-        for kind, parameter in resolve(model.hf, path, model.spec).named_parameters(recurse=False)
+        for kind, parameter in named_weights(resolve(model.hf, path, model.spec))
     }
 
 

@@ -45,6 +45,7 @@ from lvlm.eager import say_eager
 from lvlm.model import Batch, Lvlm
 from lvlm.places import Place, first_name
 from lvlm.sites import Site
+from lvlm.weights import device_of
 
 # nnsight's tracing is not thread-safe.
 _FORWARD = threading.Lock()
@@ -199,7 +200,7 @@ class Tracer:
         with warnings.catch_warnings():
             # Said of a module that has a child called "output" or the like; we reach modules by identity, not by name.
             warnings.filterwarnings("ignore", message=".* has a submodule named .*, which", category=UserWarning)
-            wrapper = NNsight(model.hf)
+            wrapper = _Beside(model.hf)
         views = {id(envoy._module): envoy for envoy in wrapper.modules()}
         # A module's tensor is taken once, whatever is read from it: queries, keys and values of one projection, say.
         at = [(views[id(p.module)], tuple(some)) for p, some in _same_tensor(plan.reads)]
@@ -310,6 +311,15 @@ class Tracer:
                     tracer.stop()
         stacked = {a.key: of_layers(kept[a.key], a) for a in self.plan.schema.arrays}
         return stacked, logits[0] if asked else None
+
+
+class _Beside(NNsight):
+    """nnsight's view of a model; inputs go where the model takes them, even where its first parameter is kept elsewhere."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go."""
+        return device_of(self._module)
 
 
 def _raw(view: Any, side: str) -> Any:

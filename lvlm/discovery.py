@@ -8,6 +8,7 @@ after the attention it follows, which in sandwich-norm families is another thing
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -229,17 +230,52 @@ def _prefix(model: nn.Module, vision: StackSpec) -> int:
 
 def text_config(config: Any) -> Any:
     """Return the configuration of the text model, under any release of transformers from 4.40 on."""
-    if hasattr(config, "get_text_config"):
-        return config.get_text_config(decoder=True)
-    return getattr(config, "text_config", config)
+    found = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    if found is not config:
+        return found
+    names = ("text_config", "language_config", "llm_config")  # the second and third in families' own code
+    return next((one for name in names if (one := getattr(config, name, None)) is not None), config)
+
+
+_HEADS = ("num_attention_heads", "decoder_attention_heads", "attention_heads", "num_heads", "n_head", "heads")
 
 
 def heads_of(config: Any, other: Any) -> int:
     """Return the number of attention heads a configuration states, under any of the names in use."""
-    names = ("num_attention_heads", "decoder_attention_heads", "attention_heads", "num_heads", "n_head")
-    for place in (config, other):
-        for name in names:
-            if isinstance(found := getattr(place, name, None), int):
-                return found
-    msg = f"{type(config).__name__} does not say how many attention heads there are ({', '.join(names)})"
-    raise ModelError(msg)
+    found = _stated(config, _HEADS) or _stated(other, _HEADS)
+    if found is None:
+        msg = f"{type(config).__name__} does not say how many attention heads there are ({', '.join(_HEADS)})"
+        raise ModelError(msg)
+    return found
+
+
+def vision_heads(spec: FamilySpec, model: Any, layers: Sequence[nn.Module]) -> int:
+    """Return the number of attention heads in a layer of the vision tower, 0 where it has no layers.
+
+    Where the configuration does not say one number, as for a tower whose stages differ, the attention itself is asked.
+
+    Raises
+    ------
+    ModelError
+        Where nothing says it, or the layers differ.
+    """
+    if not layers:
+        return 0
+    config = getattr(model.config, "vision_config", None)
+    said = _stated(config, _HEADS)
+    if said is not None:
+        return said
+    counts = {_stated(find(layer, spec.vision.attention), (*_HEADS, "groups")) for layer in layers}
+    if None in counts:
+        return heads_of(config, None)
+    if len(counts) > 1:
+        msg = (
+            f"family '{spec.model_type}': the layers at '{spec.vision.layers}' have {counts} heads; override "
+            "FamilySpec.vision.layers with layers that have as many heads each"
+        )
+        raise ModelError(msg)
+    return int(counts.pop() or 0)
+
+
+def _stated(holder: Any, names: Sequence[str]) -> int | None:
+    return next((found for name in names if isinstance(found := getattr(holder, name, None), int)), None)

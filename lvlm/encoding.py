@@ -102,6 +102,12 @@ def encode(model: Lvlm, prompt: Prompt, looks: Sequence[Look], axis: int) -> tup
     tokenizer = model.processor.tokenizer
     text, spans = _expand(model, prompt, looks)
     leading = "".join(look.text for look in looks) if model.spec.image_first else ""
+    if not getattr(tokenizer, "is_fast", False):
+        msg = (
+            f"{type(tokenizer).__name__} of {model.name} does not tell where in a text its tokens stand: give a fast "
+            "tokenizer (PreTrainedTokenizerFast), into which transformers can convert most"
+        )
+        raise ModelError(msg)
     special = model.spec.special_tokens and not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))
     read = tokenizer(text, return_offsets_mapping=True, add_special_tokens=special)
     first = tokenizer(leading, add_special_tokens=False)["input_ids"] if leading else []

@@ -26,6 +26,30 @@ _BART = StackSpec(
     cross_value="encoder_attn.v_proj",
     cross_post_norm="encoder_attn_layer_norm",
 )
+_DAVIT = StackSpec(
+    "model.vision_tower.blocks.-1.*",
+    attention="window_attn|channel_attn",
+    output_projection="window_attn.proj|channel_attn.proj",
+    mid_norm="conv2",
+    mlp="ffn",
+    query="window_attn.qkv|channel_attn.qkv#0",
+    key="window_attn.qkv|channel_attn.qkv#1",
+    value="window_attn.qkv|channel_attn.qkv#2",
+    attention_conv="conv1",
+    mlp_conv="conv2",
+    layout="picture",
+    window="window_attn.window_size",
+)
+_QWEN_VISUAL = StackSpec(
+    "transformer.visual.transformer.resblocks",
+    attention="attn",
+    output_projection="attn.out_proj",
+    mid_norm="ln_2",
+    query="attn.in_proj#0/heads",
+    key="attn.in_proj#1/heads",
+    value="attn.in_proj#2/heads",
+    layout="tokens first",
+)
 _CHATML = "<|im_start|>user\n{image}{question}<|im_end|>\n<|im_start|>assistant\n"
 _BRACKETS = "<|vision_start|>{image}<|vision_end|>"
 
@@ -95,13 +119,24 @@ FAMILIES: Mapping[str, FamilySpec] = MappingProxyType(
                 "florence2",
                 "florence",
                 decoder=_BART,
-                vision=_NONE,
+                vision=_DAVIT,
                 final_norm=ABSENT,
                 template="{image}{bos}{question}{eos}",
                 special_tokens=False,
-                notes="encoder-decoder, post-norm; DaViT has no plain layers",
+                notes="encoder-decoder, post-norm; of DaViT's stages the last: window and channel attention in turn",
             ),
-            FamilySpec("chameleon", template="{image}{question}{sep}", vision=_NONE, notes="images are vocabulary"),
+            FamilySpec(
+                "chameleon",
+                template="{image}{question}{sep}",
+                vision=_NONE,
+                projector=ABSENT,
+                lacks=(
+                    "its VQ encoder (model.vqmodel) is convolutions on pictures of changing size, rounded to codes that are "
+                    "words of the vocabulary, and has no residual stream of tokens; what the decoder is given for an "
+                    "image is 'decoder.L0.resid_pre' at 'image:all'"
+                ),
+                notes="images are vocabulary, from a convolutional encoder without sites",
+            ),
             FamilySpec(
                 "llama4",
                 "llama4",
@@ -126,7 +161,8 @@ FAMILIES: Mapping[str, FamilySpec] = MappingProxyType(
             FamilySpec(
                 "qwen",
                 "resampled",
-                vision=_NONE,  # its tower runs with tokens first and examples second, which the store does not
+                vision=_QWEN_VISUAL,
+                projector="transformer.visual",  # which norms and maps what its resampler gives
                 template="{image}{question} Answer:",
                 around="Picture: <img>{image}</img>\n",
                 notes="own code; fused queries, keys and values",

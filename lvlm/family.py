@@ -31,15 +31,17 @@ class StackSpec:
     """
 
     layers: str = ""
-    """The list of layers; several that are run one after the other are joined by ``+``. Empty: to be found, with all
-    else about the stack; ``-``: the family has no such stack."""
+    """The list of layers; several that are run one after the other are joined by ``+``, and ``blocks.-1.*`` means the
+    children of each member of the last of `blocks`. Empty: to be found, with all else about the stack; ``-``: the family
+    has no such stack."""
     attention: str = "self_attn"
     output_projection: str = "self_attn.o_proj"
     mid_norm: str = "post_attention_layernorm"
     """The module whose input is the residual stream between attention and MLP (nearly always a norm)."""
     mlp: str = "mlp"
     query: str = "self_attn.q_proj"
-    """Where queries come out; ``attn.qkv#0`` is the first third of a fused projection."""
+    """Where queries come out, before any rotation by position (as TransformerLens' ``hook_q``); ``attn.qkv#0`` is the first
+    third of a fused projection, ``attn.qkv#0/heads`` the first third of what it gives to each head."""
     key: str = "self_attn.k_proj"
     value: str = "self_attn.v_proj"
     attention_out: str = ""
@@ -54,6 +56,15 @@ class StackSpec:
     attention_post_norm: str = ""
     """Norm of the residual stream itself after attention was added to it (post-norm transformers)."""
     mlp_post_norm: str = ""
+    attention_conv: str = ""
+    """Convolution whose output is added to the residual stream before attention, beside the sites (DaViT)."""
+    mlp_conv: str = ""
+    """The same before the MLP."""
+    layout: str = ""
+    """How hidden states lie: ``[examples, tokens, width]`` where empty, ``tokens first``, or ``picture`` for
+    ``[examples, width, rows, columns]`` between layers. Sites always have examples first and width last."""
+    window: str = ""
+    """Where a layer says how many tokens a side of its attention's windows has; inside them tokens stand window by window."""
     cross_attention: str = ""
     """Attention to the image, or to an encoder."""
     cross_output_projection: str = ""
@@ -103,6 +114,8 @@ class FamilySpec:
     added_after: str = ""
     """Where in the configuration the list stands whose length says after how many of the first decoder layers something
     is added at image positions (DeepStack): ``resid_post`` of such a layer is not the next one's ``resid_pre`` there."""
+    lacks: str = ""
+    """Why the family has no vision sites, for the error of who asks for one."""
     notes: str = ""
     """What differs, for people."""
 
@@ -157,6 +170,8 @@ def find(root: Any, path: str) -> Any:
     for way in path.split("|"):
         found = root
         for part in way.split("."):
+            if isinstance(found, nn.ModuleList | nn.Sequential) and part.startswith("-") and part[1:].isdecimal():
+                part = str(len(found) - int(part[1:]))  # the last of a list, whatever its length
             found = getattr(found, part, None)
             if found is None:
                 break
@@ -185,11 +200,12 @@ def resolve(root: nn.Module, path: str, spec: FamilySpec) -> nn.Module:
 
 def layer_list(root: nn.Module, path: str, spec: FamilySpec) -> tuple[nn.Module, ...]:
     """Return the layers of a stack in the order they run; raises `ModelError` where the path is wrong."""
-    layers: list[nn.Module] = []
-    for one in path.split("+") if path else ():
-        found = resolve(root, one, spec)
-        if not isinstance(found, nn.ModuleList | nn.Sequential):
-            msg = f"family '{spec.model_type}': '{one}' is a {type(found).__name__}, not a list of layers"
-            raise ModelError(msg)
-        layers.extend(found)
-    return tuple(layers)
+    return tuple(layer for one in path.split("+") if path for layer in _members(root, one, spec))
+
+
+def _members(root: nn.Module, path: str, spec: FamilySpec) -> list[nn.Module]:
+    found = resolve(root, path.removesuffix(".*"), spec)
+    if not isinstance(found, nn.ModuleList | nn.Sequential):
+        msg = f"family '{spec.model_type}': '{path}' is a {type(found).__name__}, not a list of layers"
+        raise ModelError(msg)
+    return [child for one in found for child in one.children()] if path.endswith(".*") else list(found)

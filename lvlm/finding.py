@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
@@ -21,12 +22,16 @@ def find_place(model: Lvlm, stack: str, layer: int, component: str, *, cross: bo
     name = str(Site(cast("Stack", stack), layer, cast("Any", component), cross=cross))
     if stack == "projector":
         if not model.spec.projector:
-            msg = f"site '{name}': {model.name} ({model.spec.model_type}) has no projector"
+            msg = f"site '{name}': {model.name} ({model.spec.model_type}) has no projector{_why(model.spec)}"
             raise SiteError(msg)
         return Place(resolve(model.hf, model.spec.projector, model.spec), "output")
     count = len(model.layers(stack))
     if not 0 <= layer < count:
-        there = f"has {stack} layers 0-{count - 1}" if count else f"has no {stack} layers that can be read"
+        there = (
+            f"has {stack} layers 0-{count - 1}"
+            if count
+            else f"has no {stack} layers that can be read{_why(model.spec)}"
+        )
         msg = f"site '{name}': {model.name} {there}"
         raise SiteError(msg)
     spec, module = model.spec.stack(stack), model.layers(stack)[layer]
@@ -40,10 +45,17 @@ def find_place(model: Lvlm, stack: str, layer: int, component: str, *, cross: bo
         if cross and not having:
             msg = f"site '{name}': {model.name} has no cross-attention layers"
         raise SiteError(msg)
-    return _in_layer(model.spec, spec, module, component, cross=cross)
+    heads = model.n_heads if stack == "decoder" else model.n_vision_heads
+    place = _in_layer(model.spec, spec, module, component, heads, cross=cross)
+    if not spec.layout:
+        return place
+    side = find(module, spec.window) if spec.window and component in {"z", "q", "k", "v"} else None
+    return replace(place, layout=spec.layout, window=int(side or 0), layer=module)
 
 
-def _in_layer(family: FamilySpec, spec: StackSpec, layer: nn.Module, component: str, *, cross: bool) -> Place:
+def _in_layer(
+    family: FamilySpec, spec: StackSpec, layer: nn.Module, component: str, heads: int, *, cross: bool
+) -> Place:
     def at(path: str) -> nn.Module:
         return resolve(layer, path, family)
 
@@ -80,7 +92,12 @@ def _in_layer(family: FamilySpec, spec: StackSpec, layer: nn.Module, component: 
                 else {"q": spec.query, "k": spec.key, "v": spec.value}
             )
             path, _, third = paths[component].partition("#")
-            return Place(at(path), "output", third=int(third) if third else None)
+            third, _, by_head = third.partition("/")
+            return Place(at(path), "output", third=int(third) if third else None, heads=heads if by_head else 0)
+
+
+def _why(spec: FamilySpec) -> str:
+    return f": {spec.lacks}" if spec.lacks else ""
 
 
 def _gate(layer: nn.Module, name: str) -> tuple[nn.Parameter | None, bool]:

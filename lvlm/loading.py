@@ -16,6 +16,7 @@ from lvlm.family import FamilySpec
 from lvlm.model import Lvlm
 from lvlm.processing import assemble
 from lvlm.validation import validate_once
+from lvlm.weights import empty
 
 
 def load_lvlm(
@@ -39,7 +40,8 @@ def load_lvlm(
     dtype
         ``float32``, ``bfloat16`` or ``float16``.
     device
-        Where to put it, as torch names devices; ``auto`` spreads it over the GPUs there are (needs accelerate).
+        Where to put it, as torch names devices; ``auto`` spreads it over the GPUs there are, and what they cannot hold over
+        main memory and disk (needs accelerate).
     trust_remote_code
         Allow the model folder's own code to run.
     validate
@@ -51,7 +53,8 @@ def load_lvlm(
     ModelError
         Where there is no such model, it cannot be read, its family is unknown, or a check fails.
     """
-    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, logging
+    from transformers import AutoConfig, AutoProcessor
+    from transformers.utils import logging
 
     number = getattr(torch, dtype, None)
     if not isinstance(number, torch.dtype) or not number.is_floating_point:
@@ -76,7 +79,7 @@ def load_lvlm(
         config = AutoConfig.from_pretrained(where, **options)
         known = _spec(spec) or family(config.model_type)
         spread = {"device_map": "auto"} if device == "auto" else {}
-        model = AutoModelForImageTextToText.from_pretrained(where, dtype=number, **spread, **options)
+        model = _auto_class(config).from_pretrained(where, **_in_number(number), **spread, **options)
         try:
             processor = AutoProcessor.from_pretrained(where, **options)
         except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError):
@@ -87,6 +90,8 @@ def load_lvlm(
         raise
     except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
         exists = "" if local else f"; it is no folder here either, and the embedded models are {', '.join(EMBEDDED)}"
+        if not trust_remote_code and "trust_remote_code" in str(error):
+            exists = "; it runs with trust_remote_code=True: read its code first"
         msg = f"model '{name}' cannot be loaded: {_first_line(error)}{exists}"
         raise ModelError(msg) from error
     finally:
@@ -106,7 +111,7 @@ def wrap_lvlm(
     validate: bool = True,
 ) -> Lvlm:
     """Take a Hugging Face model and processor that are in memory; see `load_lvlm`."""
-    if any(p.is_meta for p in model.parameters()):
+    if empty(model):
         msg = "the model is on the 'meta' device: it has no weights; load it onto 'cpu' or a GPU"
         raise ModelError(msg)
     if getattr(processor, "image_token", None) is None:
@@ -119,6 +124,25 @@ def wrap_lvlm(
         scene = sample(generator(TEST, 0, 0), "check", count=2)
         validate_once(wrapped, wrapped.encode(as_example(scene, existence(scene, "apple"), "check")))
     return wrapped
+
+
+def _auto_class(config: Any) -> Any:
+    """Return what loads a model: what its own code names where it brings some, else transformers' class for such models."""
+    import transformers
+
+    own = getattr(config, "auto_map", None) or {}
+    names = ("AutoModelForImageTextToText", "AutoModelForVision2Seq", "AutoModelForCausalLM", "AutoModel")
+    wanted = next((name for name in names if name in own), None)
+    # The first is there from release 4.45 on, the second until release 5.
+    found = wanted or next(name for name in names if hasattr(transformers, name))
+    return getattr(transformers, found)
+
+
+def _in_number(number: torch.dtype) -> dict[str, torch.dtype]:
+    """Return the option that says in which numbers to load, by its name in this release of transformers."""
+    import transformers
+
+    return {"dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype": number}
 
 
 def _spec(given: FamilySpec | str | Path | None) -> FamilySpec | None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from concepts.errors import ModelError, SiteError
 from concepts.schema import Box, Example
-from lvlm.discovery import complete, heads_of, text_config
+from lvlm.discovery import complete, heads_of, text_config, vision_heads
 from lvlm.eager import eager, say_eager
 from lvlm.encoding import Batch, Encoding, Inputs, Prompt, check_alike, encode
 from lvlm.family import FamilySpec, find, layer_list, resolve
@@ -25,6 +25,7 @@ from lvlm.places import Place
 from lvlm.sites import Site
 from lvlm.tokens import TokenMap
 from lvlm.views import VIEWS, Look, View
+from lvlm.weights import device_of, named_weights
 
 __all__ = ["Batch", "Encoding", "Inputs", "Lvlm", "Place", "Prompt"]
 
@@ -59,17 +60,14 @@ class Lvlm:
         text = text_config(config)
         self.encoder_decoder: bool = bool(getattr(config, "is_encoder_decoder", False) or text.is_encoder_decoder)
         self.n_heads: int = heads_of(text, config)
-        self.n_vision_heads: int = heads_of(getattr(config, "vision_config", None), None) if self._has("vision") else 0
         self._softcap: float | None = getattr(text, "final_logit_softcapping", None)
         self._scaled: bool = bool(getattr(text, "scale_decoder_outputs", False))
         self._layers: dict[str, tuple[nn.Module, ...]] = {
             s: layer_list(model, self.spec.stack(s).layers, self.spec) for s in ("decoder", "vision")
         }
+        self.n_vision_heads: int = vision_heads(self.spec, model, self._layers["vision"])
         self._places: dict[tuple[str, int, str, bool], Place] = {}
         self._look = lru_cache(maxsize=256)(self._look_at)
-
-    def _has(self, stack: str) -> bool:
-        return bool(self.spec.stack(stack).layers)
 
     # -- shape ---------------------------------------------------------------------------------------------------
 
@@ -95,8 +93,8 @@ class Lvlm:
 
     @property
     def device(self) -> torch.device:
-        """Where the first parameter is."""
-        return next(self.hf.parameters()).device
+        """Where inputs go: where the first parameter is, or will be when it is needed."""
+        return device_of(self.hf)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -125,7 +123,7 @@ class Lvlm:
         A sample, so that a model of many gigabytes is identified in seconds; any fine-tuning changes it.
         """
         h = hashlib.sha256()
-        for name, parameter in sorted(self.hf.named_parameters()):
+        for name, parameter in sorted(named_weights(self.hf)):
             flat = parameter.detach().flatten()
             step = max(1, flat.numel() // 4096)
             h.update(f"{name}{tuple(parameter.shape)}".encode())

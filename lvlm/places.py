@@ -56,11 +56,17 @@ class Place:
     """The layer whose call has to be known: it flattens its tokens, or masks rows."""
     row_mask: str = ""
     """The layer's argument that masks rows of its MLP."""
+    layout: str = ""
+    """How the layer's hidden states lie, as `lvlm.family.StackSpec.layout` has it."""
+    window: int = 0
+    """Tokens along a side of the windows in which tokens stand here; 0 where they stand as they are."""
+    heads: int = 0
+    """Heads that each have a third, where a projection holds queries, keys and values head by head; 0 where it does not."""
 
     @property
     def plain(self) -> bool:
         """Whether the module's tensor is the value as it is."""
-        return self.layer is None and self.gate is None and self.third is None
+        return self.layer is None and self.gate is None and self.third is None and not self.layout
 
     def call(self) -> tuple[Call, Handles]:
         """Return a record of the layer's call, filled by every forward until the handles are removed."""
@@ -78,29 +84,26 @@ class Place:
 
     def value(self, raw: Any, call: Call) -> Tensor:
         """Return the site's value from what the module was given or gave."""
-        x = self._tensor(raw)
+        x = self._by_token(self._tensor(raw), call)
         if self.third is not None:
-            width = x.shape[-1] // 3
-            return x[..., self.third * width : (self.third + 1) * width]
-        if call.shape and x.dim() < len(call.shape):
-            x = x.reshape(*call.shape[:-1], x.shape[-1])
+            return x.unflatten(-1, (self.heads or 1, 3, -1))[..., self.third, :].flatten(-2)
         scale = self._scale(call)
         return x if scale is None else x * scale
 
     def replaced(self, raw: Any, new: Tensor, call: Call) -> Any:
         """Return what the module would have to give for the site to be `new`; where a gate is closed nothing can be."""
-        x = self._tensor(raw)
+        given = self._tensor(raw)
+        x = self._by_token(given, call)
         if self.third is not None:
-            width = x.shape[-1] // 3
-            value = x.clone()
-            value[..., self.third * width : (self.third + 1) * width] = new
+            parts = x.unflatten(-1, (self.heads or 1, 3, -1)).clone()
+            parts[..., self.third, :] = new.unflatten(-1, (self.heads or 1, -1))
+            new = parts.flatten(-3)
         else:
             scale = self._scale(call)
             if scale is not None:
                 open_ = scale != 0
-                full = x.reshape(new.shape)
-                new = torch.where(open_, new / torch.where(open_, scale, torch.ones_like(scale)), full)
-            value = new.reshape(x.shape)
+                new = torch.where(open_, new / torch.where(open_, scale, torch.ones_like(scale)), x)
+        value = self._as_given(new, given, call)
         if isinstance(raw, tuple):
             return (*raw[: self.element], value, *raw[self.element + 1 :])
         return value
@@ -130,8 +133,10 @@ class Place:
             return Handles((*context.hooks, self.module.register_forward_pre_hook(before, with_kwargs=True)))
 
         def after(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
-            if self.element and not (isinstance(output, tuple) and len(output) > self.element):
-                return None
+            if self.element and (
+                not isinstance(output, tuple) or output[self.element : self.element + 1] in ((), (None,))
+            ):
+                return None  # attention that does not hand out its weights
             new = change(self.value(output, seen))
             return None if new is None else self.replaced(output, new, seen)
 
@@ -146,11 +151,45 @@ class Place:
             raise ModelError(msg)
         return raw
 
+    def _by_token(self, x: Tensor, call: Call) -> Tensor:
+        """Return a tensor as ``[B, T, D]`` where the module has its examples, tokens and width in another order."""
+        if self.layout == "picture":
+            if self.window:
+                rows, columns = call.shape[2:]
+                return _joined(x, rows, columns, self.window)[:, :rows, :columns].flatten(1, 2)
+            return x.flatten(2).transpose(1, 2) if x.dim() == 4 else x
+        if call.shape and x.dim() < len(call.shape):
+            x = x.reshape(*call.shape[:-1], x.shape[-1])
+        return x.transpose(0, 1) if self.layout else x
+
+    def _as_given(self, new: Tensor, given: Tensor, call: Call) -> Tensor:
+        """Return ``[B, T, D]`` in the order of what the module was given or gave."""
+        if self.layout == "picture" and self.window:
+            rows, columns = call.shape[2:]
+            whole = _joined(given, rows, columns, self.window).clone()  # what fills windows up beyond the picture stays
+            whole[:, :rows, :columns] = new.unflatten(1, (rows, columns))
+            return _cut(whole, self.window).reshape(given.shape)
+        if self.layout == "picture":
+            return new.transpose(1, 2).reshape(given.shape) if given.dim() == 4 else new
+        return (new.transpose(0, 1) if self.layout else new).reshape(given.shape)
+
     def _scale(self, call: Call) -> Tensor | None:
         scale = None if self.gate is None else (self.gate.tanh() if self.tanh else self.gate)
         if call.rows is not None:
             scale = call.rows if scale is None else scale * call.rows
         return scale
+
+
+def _joined(x: Tensor, rows: int, columns: int, side: int) -> Tensor:
+    """Put windows ``[B * windows, side * side, D]`` together as ``[B, rows, columns, D]``, filled up to whole windows."""
+    high, wide = -(-rows // side), -(-columns // side)
+    by_window = x.reshape(-1, high, wide, side, side, x.shape[-1])
+    return by_window.transpose(2, 3).reshape(-1, high * side, wide * side, x.shape[-1])
+
+
+def _cut(x: Tensor, side: int) -> Tensor:
+    """Cut ``[B, rows, columns, D]`` into windows ``[B, high, wide, side, side, D]``."""
+    return x.unflatten(2, (-1, side)).unflatten(1, (-1, side)).transpose(2, 3)
 
 
 def first_name(kwargs: dict[str, Any]) -> str:

@@ -5,14 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import lru_cache
 from operator import attrgetter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from concepts.errors import ModelError, SiteError
-from lvlm.family import TOLERANCE, resolve
+from lvlm.family import TOLERANCE, layer_list, resolve
 from lvlm.places import Handles, Place
+from lvlm.weights import weight
 
 if TYPE_CHECKING:
     from lvlm.encoding import Encoding
@@ -62,8 +63,7 @@ def validate(model: Lvlm, encoding: Encoding) -> dict[str, float]:
                 hooks.append(place.watch(lambda x, at=(stack, layer, component): proof.see(*at, x)))
                 if name == "z":
                     hooks.append(proof.watch_projected(stack, layer, cross=cross))
-            if model.spec.stack(stack).attention_post_norm:
-                hooks += proof.watch_norms(stack, layer)
+            hooks += proof.watch_beside(stack, layer)
     try:
         watched = model.logits(inputs)
     finally:
@@ -138,9 +138,14 @@ class _Proof:
             self.reached[stack] = self.reached.get(stack, 0) + 1
             self.now = {}
 
-    def watch_norms(self, stack: str, layer: int) -> list[torch.utils.hooks.RemovableHandle]:
-        """Watch the norms of the residual stream itself."""
-        spec, module, handles = self.model.spec.stack(stack), self.model.layers(stack)[layer], []
+    def watch_beside(self, stack: str, layer: int) -> list[Any]:
+        """Watch what changes the residual stream beside the sites: its own norms, and convolutions."""
+        spec, module = self.model.spec.stack(stack), self.model.layers(stack)[layer]
+        handles: list[Any] = []
+        for name, path in (("attn", spec.attention_conv), ("mlp", spec.mlp_conv)):
+            if path:
+                place = Place(resolve(module, path, self.model.spec), "output", layout=spec.layout)
+                handles.append(place.watch(lambda x, name=name: self.now.update({f"{name}.conv": x.clone()})))
         paths = {"attn": spec.attention_post_norm, "cross": spec.cross_post_norm, "mlp": spec.mlp_post_norm}
         for name, path in paths.items():
             if path:
@@ -157,7 +162,8 @@ class _Proof:
         spec, name = self.model.spec.stack(stack), f"{'cross.' if cross else ''}projected"
         path = spec.cross_attention if cross else spec.attention
         module = resolve(self.model.layers(stack)[layer], path, self.model.spec)
-        return Place(module, "output").watch(lambda x: self.now.update({name: x.clone()}))
+        place = Place(module, "output", layout=spec.layout)
+        return place.watch(lambda x: self.now.update({name: x.clone()}))
 
     def check(self, name: str, left: Tensor, right: Tensor, override: str) -> None:
         """Record the error of an identity; raise `ModelError` where it is too large."""
@@ -199,7 +205,7 @@ class _Proof:
     def _begins(self, stack: str, layer: int) -> bool:
         """Whether a layer is the first of another list than the one before."""
         paths = self.model.spec.stack(stack).layers.split("+")
-        lengths = [len(attrgetter(path)(self.model.hf)) for path in paths]
+        lengths = [len(layer_list(self.model.hf, path, self.model.spec)) for path in paths]
         return layer in {sum(lengths[: n + 1]) for n in range(len(lengths))}
 
     def _added(self) -> int:
@@ -218,10 +224,14 @@ class _Proof:
                 msg = f"family '{self.model.spec.model_type}': {name}.{kind}z of width {z.shape[-1]} has not {heads} heads"
                 raise ModelError(msg)
             by_head = z.unflatten(-1, (heads, -1)).unsqueeze(-2)  # [..., H, 1, head_dim]
-            weight = projection.weight.T.unflatten(0, (heads, -1))  # [H, head_dim, D]
-            total = (by_head @ weight).squeeze(-2).sum(-2)
-            if projection.bias is not None:
-                total = total + projection.bias
+            w, b = (weight(projection, name) for name in ("weight", "bias"))
+            total = (
+                (by_head @ (projection.weight if w is None else w).to(z).T.unflatten(0, (heads, -1)))
+                .squeeze(-2)
+                .sum(-2)
+            )
+            if b is not None:
+                total = total + b.to(z)
             given = now[f"{kind}projected"]
             if total.numel() == given.numel():
                 total = total.reshape(given.shape)
@@ -234,6 +244,8 @@ class _Proof:
                 continue
             if component == "mlp_out" and not post_norm and "resid_mid" in now:
                 self.check(f"{name}: pre + attn_out = mid", stream, now["resid_mid"], f"{stack}.mid_norm")
+            if f"{part}.conv" in now:
+                stream = stream + now[f"{part}.conv"]
             stream = stream + now[component]
             if post_norm:
                 self.check(

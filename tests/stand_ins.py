@@ -12,10 +12,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from family_toys import ID, _fixed, tokenizer
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention, silu
-from transformers import PreTrainedConfig
+from toy_parts import ID, fixed, tokenizer
+from transformers import PretrainedConfig  # the name that every release has
 
 from lvlm.processing import Parts
 
@@ -33,7 +33,7 @@ def _attend(qkv: Any, heads: int, *, causal: bool) -> Tensor:
     return out.transpose(1, 2).flatten(2)
 
 
-class Config(PreTrainedConfig):
+class Config(PretrainedConfig):
     """What the library asks of a configuration."""
 
     model_type = "stand_in"
@@ -245,18 +245,23 @@ class ResidualBlock(nn.Module):
         self.ln_1, self.ln_2, self.attn = nn.LayerNorm(VISION), nn.LayerNorm(VISION), VisualAttention()
         self.mlp = Mlp(VISION)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.ln_1(x))
+    def forward(self, q_x: Tensor) -> Tensor:
+        normed = self.ln_1(q_x)
+        x = q_x + self.attn(normed, normed, normed)
         return x + self.mlp(self.ln_2(x))
 
 
 class VisualAttention(nn.Module):
+    """Tokens first, examples second; queries, keys and values of one head side by side, then those of the next."""
+
     def __init__(self) -> None:
         super().__init__()
         self.in_proj, self.out_proj = nn.Linear(VISION, 3 * VISION), nn.Linear(VISION, VISION)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.out_proj(_attend(self.in_proj(x).chunk(3, -1), 2, causal=False))
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        q, k, v = self.in_proj(query).unflatten(-1, (2, 3 * VISION // 2)).split(VISION // 2, -1)  # [T, B, H, head_dim]
+        heads = scaled_dot_product_attention(*(x.permute(1, 2, 0, 3) for x in (q, k, v)))
+        return self.out_proj(heads.permute(2, 0, 1, 3).flatten(2))
 
 
 class Resampler(nn.Module):
@@ -276,13 +281,14 @@ class Visual(nn.Module):
         self.conv1 = nn.Conv2d(3, VISION, 14, 14)
         self.transformer: Any = nn.Module()
         self.transformer.resblocks = nn.ModuleList(ResidualBlock() for _ in range(2))
-        self.attn_pool = Resampler()
+        self.attn_pool, self.ln_post = Resampler(), nn.LayerNorm(WIDTH)
+        self.proj = nn.Parameter(torch.randn(WIDTH, WIDTH) / WIDTH**0.5)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        x = self.conv1(pixels).flatten(2).transpose(1, 2)
+        x = self.conv1(pixels).flatten(2).permute(2, 0, 1)  # [T, B, D]
         for block in self.transformer.resblocks:
             x = block(x)
-        return self.attn_pool(x)
+        return self.ln_post(self.attn_pool(x.transpose(0, 1))) @ self.proj
 
 
 class QwenVL(nn.Module):
@@ -309,4 +315,4 @@ def build_stand_in(name: str) -> tuple[Any, Any]:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = STAND_INS[name]()
-    return model.eval(), Parts(tokenizer(), _fixed(), IMAGE)
+    return model.eval(), Parts(tokenizer(), fixed(), IMAGE)

@@ -16,15 +16,14 @@ import torch
 from family_toys import BUILDERS, build
 from PIL import Image
 from stand_ins import STAND_INS, build_stand_in
+from toy_examples import example
 
 from activation_store import trace
 from activation_store.collector import make_plan
 from activation_store.tracer import Tracer
 from concepts import ConceptDataset
-from concepts.drawing import TEST, generator, sample
 from concepts.errors import ModelError, SiteError
-from concepts.questions import as_example, existence
-from concepts.schema import Box, Example
+from concepts.schema import Box
 from lvlm import FamilySpec, Lvlm, TokenSelection, load_lvlm, wrap_lvlm
 from lvlm.families import FAMILIES
 from lvlm.validation import validate
@@ -79,36 +78,9 @@ LENS = "llava llava_next llava_onevision qwen2_5_vl qwen3_vl glm4v idefics3 gemm
 FAMILY = pytest.mark.parametrize("family", list(BUILDERS))
 
 
-class Picture:
-    """An image of any size in memory."""
-
-    def __init__(self, name: str, pixels: np.ndarray) -> None:
-        self.identity, self._pixels = name, pixels
-
-    def load(self) -> Image.Image:
-        return Image.fromarray(self._pixels)
-
-
 @cache
 def model(family: str) -> Lvlm:
     return wrap_lvlm(*build(family), name=family, validate=False)
-
-
-@cache
-def example(number: int = 0, size: tuple[int, int] = (140, 100)) -> Example:
-    """A question about an image wider than high, with a box somewhere in it."""
-    scene = sample(generator(TEST, 5, number), f"s{number}", count=2)
-    asked = as_example(scene, existence(scene, scene.objects[0].noun), "neutral")
-    width, height = size
-    image = scene.pixels() if hasattr(scene, "pixels") else None
-    picture = Image.fromarray(np.asarray(image)).resize(size)
-    scale_x, scale_y = width / np.asarray(image).shape[1], height / np.asarray(image).shape[0]
-    objects = tuple(
-        replace(o, box=Box(o.box.x0 * scale_x, o.box.y0 * scale_y, o.box.x1 * scale_x, o.box.y1 * scale_y))
-        for o in asked.objects
-    )
-    source = Picture(f"s{number}-{size}", np.asarray(picture))
-    return replace(asked, id=f"e{number}-{size}", image=source, objects=objects)
 
 
 def at(root: Any, path: str) -> Any:
@@ -211,27 +183,6 @@ def test_an_example_in_a_batch_is_as_it_is_alone(family: str) -> None:
     for key, values in together.items():
         scale = max(1.0, float(np.abs(alone[key]).max()))
         np.testing.assert_allclose(values, alone[key], rtol=0, atol=1e-5 * scale, err_msg=str(key))
-
-
-@pytest.mark.parametrize("family", list(STAND_INS))
-def test_families_with_code_of_their_own_are_described(family: str, tmp_path: Path) -> None:
-    lvlm = wrap_lvlm(*build_stand_in(family), name=family, validate=False)
-    errors = validate(lvlm, lvlm.encode(example()))
-    assert max(errors.values()) <= 1e-5
-    layers = {
-        "minigpt4": "llama_model.model.layers",
-        "deepseek_vl_v2": "language.model.layers",
-        "qwen": "transformer.h",
-    }
-    projection = {"qwen": "attn.c_proj"}.get(family, "self_attn.o_proj")
-    data = ConceptDataset("d", (example(0), example(1)))
-    store = trace(lvlm, data, ["z", "v"] if family != "deepseek_vl_v2" else ["z"], ["last"], tmp_path, answers=False)
-    seen: list[torch.Tensor] = []
-    hook = at(at(lvlm.hf, f"{layers[family]}.1"), projection).register_forward_pre_hook(lambda _m, a: seen.append(a[0]))
-    batch = next(lvlm.batches(data.examples, 8))
-    lvlm.logits(batch.inputs)
-    hook.remove()
-    np.testing.assert_array_equal(store.read("decoder.L1.z", "last"), seen[0][:, -1].numpy())
 
 
 # -- where tokens are ----------------------------------------------------------------------------------------------------
@@ -444,8 +395,12 @@ def test_a_saved_model_loads_with_pillow_alone(family: str, tmp_path: Path) -> N
 
 def test_sites_that_a_family_lacks_are_named() -> None:
     for family, site, message in (
-        ("chameleon", "projector.out", "has no projector"),
-        ("chameleon", "vision.L0.z", "has no vision layers that can be read"),
+        ("chameleon", "projector.out", r"has no projector: its VQ encoder \(model.vqmodel\) is convolutions"),
+        (
+            "chameleon",
+            "vision.L0.z",
+            r"no vision layers that can be read: its VQ .* is 'decoder.L0.resid_pre' at 'image:all'",
+        ),
         ("mllama", "decoder.L1.z", r"no self-attention in this layer; layers that have it: \[0, 2\]"),
         ("mllama", "decoder.L0.cross.z", r"no cross-attention in this layer; layers that have it: \[1, 3\]"),
     ):

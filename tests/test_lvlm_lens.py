@@ -22,6 +22,9 @@ HOOKS = {
     "attn_out": "hook_attn_out",
     "mlp_out": "hook_mlp_out",
     "z": "attn.hook_z",
+    "q": "attn.hook_q",
+    "k": "attn.hook_k",
+    "v": "attn.hook_v",
 }
 
 

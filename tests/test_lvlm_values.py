@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from family_toys import BUILDERS
-from test_lvlm_families import PLACED, example, model
+from test_lvlm_families import example, model
 from test_lvlm_tokens import QUESTION, picture
 
 from activation_store import trace
@@ -19,9 +19,6 @@ from lvlm import Lvlm, wrap_lvlm
 from lvlm.processing import Parts
 from lvlm.views import VIEWS
 
-# Florence-2's encoder counts its learned positions from the first token, padding included, whatever the mask says: its own
-# values change with padding on the left, in transformers as here.
-PADDED = [f for f in BUILDERS if f != "florence2"]
 # Whatever has an axis of tokens that belong to the prompt; the Q-Former reads the question apart, padded on the right.
 OF_TOKENS = (
     "input_ids",
@@ -34,14 +31,19 @@ OF_TOKENS = (
 
 
 def lengthened(lvlm: Lvlm, name: str, x: torch.Tensor, to: int) -> torch.Tensor:
-    """Fill the second axis up: with padding tokens where it holds tokens, with zeros where it says which are meant."""
+    """Fill the second axis up: with padding tokens where it holds tokens, with zeros where it says which are meant.
+
+    On the left, where a decoder goes on after the last token; an encoder that counts positions from the first token, padding
+    included, as Florence-2's does whatever the mask says, and a Q-Former are filled up on the right.
+    """
     fill = lvlm.processor.tokenizer.pad_token_id if name.endswith("input_ids") else 0
     more = x.new_full((len(x), to - x.shape[1], *x.shape[2:]), fill)
-    return torch.cat([x, more] if name.startswith("qformer") else [more, x], dim=1)
+    right = name.startswith("qformer") or lvlm.spec.model_type == "florence2"
+    return torch.cat([x, more] if right else [more, x], dim=1)
 
 
-@pytest.mark.parametrize("family", PADDED)
-def test_a_row_padded_on_the_left_is_as_it_is_alone(family: str) -> None:
+@pytest.mark.parametrize("family", list(BUILDERS))
+def test_a_row_in_a_padded_batch_is_as_it_is_alone(family: str) -> None:
     lvlm = model(family)
     short = lvlm.encode(example(0)).inputs
     long = lvlm.encode(replace(example(1), question=f"{example(1).question} Is there a cat in the image?")).inputs
@@ -66,7 +68,7 @@ def test_a_row_padded_on_the_left_is_as_it_is_alone(family: str) -> None:
     assert not torch.allclose(lvlm.logits(bare)[0], both_logits[0], rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", [*PLACED, "mllama"])
+@pytest.mark.parametrize("family", [f for f in BUILDERS if f != "kosmos2"])
 def test_a_second_image_leaves_the_first_as_it_was(family: str) -> None:
     """In the tower everywhere; in the decoder where a token sees only what is before it, or its own image."""
     lvlm = model(family)
@@ -75,9 +77,11 @@ def test_a_second_image_leaves_the_first_as_it_was(family: str) -> None:
     images = [picture(size, n) for n, size in enumerate(sizes)]
     one, one_map = lvlm.encode_prompt(lvlm.prompt(QUESTION), images[:1], question=QUESTION)
     two, two_map = lvlm.encode_prompt(lvlm.prompt(QUESTION, 2), images, question=QUESTION)
-    # PaliGemma reads the whole prompt both ways, the second image too; Llama-3.2's decoder holds no image tokens.
-    causal = not family.startswith(("paligemma", "mllama"))
-    sites = {"vision": [f"vision.L{lvlm.n_vision_layers - 1}.{c}" for c in ("resid_post", "mlp_out")]}
+    # PaliGemma and encoders read the whole prompt both ways, the second image too; Llama-3.2's decoder has no image tokens.
+    causal = not (family.startswith(("paligemma", "mllama")) or lvlm.encoder_decoder)
+    sites = {}
+    if lvlm.n_vision_layers:  # Chameleon has none
+        sites["vision"] = [f"vision.L{lvlm.n_vision_layers - 1}.{c}" for c in ("resid_post", "mlp_out")]
     if causal:
         sites["decoder"] = [f"decoder.L{n}.resid_post" for n in range(lvlm.n_layers)]
     for stack, some in sites.items():
@@ -135,6 +139,12 @@ def test_unlike_images_in_one_batch_are_refused_by_what_differs() -> None:
     lvlm = model("qwen2_vl")
     with pytest.raises(DataError, match=r"differ in .*pixel_values \(\[\d+, \d+\] and \[\d+, \d+\]\)"):
         lvlm.collate([lvlm.encode(example(0)), lvlm.encode(example(1, (60, 60)))])
+
+
+def test_two_images_for_a_model_that_takes_one_are_refused() -> None:
+    lvlm = model("kosmos2")
+    with pytest.raises(ModelError, match="kosmos2 takes one image for a prompt, not 2"):
+        lvlm.encode_prompt(lvlm.prompt(QUESTION, 2), [picture((60, 60)), picture((60, 60), 1)])
 
 
 def test_no_encodings_are_no_batch() -> None:

@@ -18,7 +18,6 @@ from transformers import (
     LlavaProcessor,
     PreTrainedTokenizerFast,
 )
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from concepts.drawing import SIDE
 from concepts.icons import COLORS, NOUNS
@@ -71,6 +70,8 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 def build_processor() -> LlavaProcessor:
     """Make the processor; Pillow and numpy only."""
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
     pictures = CLIPImageProcessorPil(
         do_resize=True,
         size={"height": SIDE, "width": SIDE},

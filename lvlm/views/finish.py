@@ -16,15 +16,15 @@ if TYPE_CHECKING:
 
 
 def question_for_queries(model: Lvlm, ids: list[int], looks: Sequence[Look], text: str) -> dict[str, Tensor]:
-    """InstructBLIP: its Q-Former reads the question too."""
-    del ids, looks
+    """InstructBLIP: its Q-Former reads the question too, once for each image."""
+    del ids
     if "qformer_input_ids" not in model.accepts:
         return {}
     tokenizer = getattr(model.processor, "qformer_tokenizer", None)
     if tokenizer is None:
         msg = f"{model.name} has a Q-Former that reads the question, but its processor has no qformer_tokenizer"
         raise ModelError(msg)
-    read = torch.tensor([tokenizer(text)["input_ids"]])
+    read = torch.tensor([tokenizer(text)["input_ids"]] * len(looks))
     return {"qformer_input_ids": read, "qformer_attention_mask": torch.ones_like(read)}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -73,15 +74,26 @@ def kosmos(model: Lvlm, image: Image.Image) -> Look:
 
 
 def florence(model: Lvlm, image: Image.Image) -> Look:
-    """Florence-2: an encoder reads the image, so the decoder's own sequence has none of it."""
+    """Florence-2: an encoder reads the image, so the decoder's own sequence has none of it.
+
+    Its tower halves the picture from stage to stage; the vision stack is the one stage that the spec names. Kernels overlap:
+    a token sees its own box, and that of its neighbors above and to the left in part.
+    """
     pixels: Tensor = processed(model, image)["pixel_values"]
     height, width = pixels.shape[-2:]
     vision = model.hf.config.vision_config
+    grids: list[PatchGrid] = []
     for size, stride, padding in zip(vision.patch_size, vision.patch_stride, vision.patch_padding, strict=True):
         height, width = ((side + 2 * padding - size) // stride + 1 for side in (height, width))
-    cells = stretched(image.size, width, height).grid(height, width, width, height)
-    lattice = Lattice(tuple(range(1, cells.count + 1)), cells)  # the mean of all of them comes first
-    return _look(model, pixels, {"projector": (lattice,)}, cells.count + 1, {"projector": cells.count + 1})
+        grids.append(stretched(image.size, width, height).grid(height, width, width, height))
+    cells = grids[-1]
+    lattices = {"projector": (Lattice(tuple(range(1, cells.count + 1)), cells),)}  # the mean of all of them comes first
+    sequence = {"projector": cells.count + 1}
+    stage = re.search(r"\.(-?\d+)\.\*$", model.spec.stack("vision").layers)
+    if stage:
+        grid = grids[int(stage[1])]
+        lattices["vision"], sequence["vision"] = (Lattice(tuple(range(grid.count)), grid),), grid.count
+    return _look(model, pixels, lattices, cells.count + 1, sequence)
 
 
 def picture_frame(model: Lvlm, size: tuple[int, int], pixels: Tensor) -> Frame:
