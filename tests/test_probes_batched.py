@@ -136,11 +136,11 @@ def test_a_device_short_of_memory_gets_fewer_problems_then_says_so(monkeypatch: 
     whole = fit_rows(block, y[None], PENALTIES[None], weights)
     real, sizes = batched.minimise, []
 
-    def small(space, labels, *args) -> torch.Tensor:
+    def small(space, labels, *args, **options) -> torch.Tensor:
         sizes.append(len(labels))
         if len(labels) > most:
             raise torch.OutOfMemoryError
-        return real(space, labels, *args)
+        return real(space, labels, *args, **options)
 
     monkeypatch.setattr(batched, "minimise", small)
     most = 1
