@@ -5,6 +5,9 @@
 Everything is synthetic. Scores are balanced accuracies on held-out images, means over the concepts named; chance is 0.5.
 Probes are fitted on the neutral split only. "Wrong by prior" are answers on the conflict split that the model gets wrong;
 their images are other ones than those the probes were fitted to.
+
+"Lexical" is what the same probes reach on the same questions about one grey picture: what is not above it is not read from
+the image. The statements at the end are those that are hoped for; what is measured is told whether they hold or not.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import json
 import platform
 import sys
 import tempfile
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +25,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
 from activation_store import ActivationStore, trace
-from concepts import scenes
+from concepts import ConceptDataset, scenes
 from lvlm import load_lvlm
-from probes import ProbeGrid, alignment, fit_grid, lens, probeable
+from probes import ProbeGrid, alignment, fit_grid, lens, lexical_control, probeable
 
 RESULTS = Path(__file__).parent / "results" / "probes_embedded.json"
 SITES = ["resid_post", "vision.resid_post", "projector.out"]
@@ -43,7 +48,32 @@ PLACES = (
     ("relation", "vision", "resid_post", "image:mean"),
     ("relation", "projector", "out", "image:mean"),
     ("relation", "decoder", "resid_post", "last"),
+    ("noun", "decoder", "resid_post", "last"),
+    ("named", "decoder", "resid_post", "last"),
 )
+"""What, and where: ``named`` is which object the question names, the concept that the words alone must give away."""
+
+
+@dataclass(frozen=True)
+class Grey:
+    """One grey picture of some size. The mean of an image's own pixels would not do: it tells the colors in it."""
+
+    size: tuple[int, int]
+
+    @property
+    def identity(self) -> str:
+        """Size and color."""
+        return f"grey 128 {self.size[0]}x{self.size[1]}"
+
+    def load(self) -> Image.Image:
+        """Return it, RGB."""
+        return Image.new("RGB", self.size, (128, 128, 128))
+
+
+def without_images(data: ConceptDataset) -> ConceptDataset:
+    """Return the same questions about a grey picture."""
+    size = data[0].image.load().size
+    return ConceptDataset(f"{data.name}, no images", tuple(replace(e, image=Grey(size)) for e in data))
 
 
 def by_layer(grid: ProbeGrid, score: str = "balanced_accuracy") -> list[float]:
@@ -51,16 +81,18 @@ def by_layer(grid: ProbeGrid, score: str = "balanced_accuracy") -> list[float]:
     return [round(float(v), 3) for v in getattr(grid, score).mean(axis=(0, 2))]
 
 
-def measure(store: ActivationStore) -> dict[str, Any]:
+def measure(store: ActivationStore, blank: ActivationStore) -> dict[str, Any]:
     """Fit every place and collect figures."""
     frame = store.frame()
     neutral = (frame["split"] == "neutral").to_numpy()
     wrong = ((frame["split"] == "conflict") & (frame["correct"] == 0)).to_numpy()
-    possible = [c for c in probeable(store, folds=3, rows=neutral) if not c.endswith(":named")]
+    every = probeable(store, folds=3, rows=neutral)
+    possible = [c for c in every if not c.endswith(":named")]
     kinds = {
         "color": [c for c in possible if c.startswith("attribute:")],
         "noun": [c for c in possible if c.startswith("object:")][:6],
         "relation": [c for c in possible if c.startswith("relation:")],
+        "named": [c for c in every if c.endswith(":named")][:6],
     }
     figures: dict[str, Any] = {}
     for kind, stack, component, tokens in PLACES:
@@ -74,6 +106,11 @@ def measure(store: ActivationStore) -> dict[str, Any]:
             "concepts": len(kinds[kind]),
             "n": int(grid.n_test.max()),
         }
+        if stack == "decoder":
+            words: Any = lexical_control(grid, blank, rows=neutral, resamples=300)
+            entry["lexical"] = [round(float(v), 3) for v in words.groupby("layer")["lexical"].mean()]
+            visual = [int(v) for v in words.groupby("layer")["is_visual"].sum()]
+            entry["concepts_above_lexical"] = visual
         if kind == "color":
             moved: Any = grid.transfer({"wrong by prior": (store, wrong)}, resamples=1)
             entry["where_wrong_by_prior"] = [
@@ -81,10 +118,11 @@ def measure(store: ActivationStore) -> dict[str, Any]:
             ]
             entry["n_wrong_by_prior"] = int(moved["n"].max())
         figures[f"{kind} at {stack}.{component} {tokens}"] = entry
+    figures |= statements(figures)
     vocabulary = lens.read_vocabulary(store.path)
-    words = [c for c in kinds["noun"] if c.split(":")[1] in vocabulary]
-    if words:
-        read: Any = lens.object_readout(store, words, vocabulary, rows=neutral, resamples=200)
+    nouns = [c for c in kinds["noun"] if c.split(":")[1] in vocabulary]
+    if nouns:
+        read: Any = lens.object_readout(store, nouns, vocabulary, rows=neutral, resamples=200)
         auc = [round(float(v), 3) for v in read.groupby("layer")["auc"].mean()]
         figures["noun by the unembedding at image:mean, auc"] = {"value": auc, "n": int(read["n"].max())}
     alike: Any = alignment.layerwise(store, permutations=100)
@@ -95,6 +133,29 @@ def measure(store: ActivationStore) -> dict[str, Any]:
             "n": int(part["n"].max()),
         }
     return figures
+
+
+def statements(figures: dict[str, Any]) -> dict[str, Any]:
+    """Say what holds: decodable means that the mean lower end of the intervals is over chance at some layer."""
+
+    def best(name: str, key: str = "low") -> float:
+        return max(figures[name][key], default=float("nan")) if name in figures else float("nan")
+
+    def said(value: float, holds: bool) -> dict[str, Any]:
+        return {"value": [value], "goal": "> 0.5", "holds": holds, "n": 1}
+
+    out = {}
+    for kind, tokens in (("color", "object:mean"), ("noun", "image:mean")):
+        for place in ("vision.resid_post", "projector.out"):
+            value = best(f"{kind} at {place} {tokens}")
+            out[f"{kind} is decodable at {place}"] = said(value, value > 0.5)
+    early = max(best(f"relation at {place} image:mean") for place in ("vision.resid_post", "projector.out"))
+    late = best("relation at decoder.resid_post last")
+    out["relation is decodable in the decoder and not before"] = said(late, early <= 0.5 < late)
+    for tokens in ("object:mean", "last"):
+        value = best(f"color at decoder.resid_post {tokens}", "where_wrong_by_prior")
+        out[f"true color is decodable where wrong by prior, {tokens}"] = said(value, value > 0.5)
+    return out
 
 
 def main() -> None:
@@ -112,7 +173,8 @@ def main() -> None:
         path = Path(folder) / "store"
         trace(model, data, sites=SITES, tokens=TOKENS, out=path)
         lens.keep_vocabulary(path, model.processor.tokenizer.get_vocab())
-        figures = measure(ActivationStore(path))
+        trace(model, without_images(data), sites=["resid_post"], tokens=TOKENS, out=path.with_name("blank"))
+        figures = measure(ActivationStore(path), ActivationStore(path.with_name("blank")))
     table = Table("where", "by layer", "beside it", "n")
     for name, f in figures.items():
         beside = {k: v for k, v in f.items() if k not in {"value", "n"}}

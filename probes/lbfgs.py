@@ -154,8 +154,8 @@ class _Pairs:
     def none(cls, like: Tensor) -> Self:
         """Begin without any, for problems of vectors [P, size]."""
         count, size = like.shape
-        pairs, table = (like.new_empty(count, MEMORY, size) for _ in range(2)), like.new_empty(count, MEMORY, MEMORY)
-        return cls(*pairs, table, [])
+        shape = (count, MEMORY, size)
+        return cls(like.new_empty(shape), like.new_empty(shape), like.new_empty(count, MEMORY, MEMORY), [])
 
     def add(self, space: Space, step: Tensor, change: Tensor) -> None:
         """Keep a pair, in the place of the oldest where there is no room."""

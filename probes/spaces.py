@@ -75,11 +75,10 @@ class Rotated:
     def of(cls, features: Tensor, axes: Tensor | None = None) -> Rotated:
         """Rotate features [n, D], to axes [D, D] that are nearly theirs where such are at hand."""
         n = len(features)
-        if axes is None:
-            axes = torch.linalg.eigh(features.T @ features)[1]
-        table = torch.cat([features @ axes, features.new_ones(n, 1)], dim=1)
+        turn: Tensor = torch.linalg.eigh(features.T @ features)[1] if axes is None else axes
+        table = torch.cat([features @ turn, features.new_ones(n, 1)], dim=1)
         spectrum = torch.einsum("nd,nd->d", table, table) / n
-        return cls(table, table.T.contiguous(), axes, spectrum, table.shape[1])
+        return cls(table, table.T.contiguous(), turn, spectrum, table.shape[1])
 
     @property
     def rescaled(self) -> bool:

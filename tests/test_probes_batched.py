@@ -150,3 +150,19 @@ def test_a_device_short_of_memory_gets_fewer_problems_then_says_so(monkeypatch: 
     most = 0
     with pytest.raises(ProbeError, match=r"has no memory for a single probe on \(60, 10\) features"):
         fit_rows(block, y[None], PENALTIES[None], weights)
+
+
+@pytest.mark.parametrize("kind", ["separable", "unbalanced"])
+def test_wherever_iterations_begin_the_optimum_and_its_proof_are_the_same(kind: str) -> None:
+    """At what nearly the same rows gave, and at nonsense; on axes of other rows."""
+    x, y = make(kind, 80, 12, 5)
+    weights, kept = balanced_weights(y[None]), np.arange(80) != 7
+    whole = RowBlock.of(x)
+    near = fit_rows(RowBlock.of(x[kept], near=whole), y[None, kept], PENALTIES[None], balanced_weights(y[None, kept]))
+    rng = np.random.default_rng(0)
+    far = rng.normal(size=near.coefficients.shape) / x.std(axis=0), rng.normal(size=4)
+    for start in ((near.coefficients, near.intercepts), far):
+        fit = fit_rows(whole, y[None], PENALTIES[None], weights, start=start)
+        assert fit.gap.max() <= 1e-8
+        for at, penalty in enumerate(PENALTIES):
+            assert fit.objective[at] == pytest.approx(oracle(x, y, penalty)[2], rel=2e-8)
