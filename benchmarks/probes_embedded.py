@@ -50,8 +50,10 @@ PLACES = (
     ("relation", "decoder", "resid_post", "last"),
     ("noun", "decoder", "resid_post", "last"),
     ("named", "decoder", "resid_post", "last"),
+    ("asked", "decoder", "resid_post", "last"),
 )
-"""What, and where: ``named`` is which object the question names, the concept that the words alone must give away."""
+"""What, and where. ``named``: whether what the question says is true. ``asked``: whether it asks for an attribute, which the
+words alone give away and no picture does: the lexical control must say so."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,13 @@ class Grey:
     def load(self) -> Image.Image:
         """Return it, RGB."""
         return Image.new("RGB", self.size, (128, 128, 128))
+
+
+def with_asked(data: ConceptDataset) -> ConceptDataset:
+    """Label each example with whether its question asks for an attribute."""
+    return replace(
+        data, examples=tuple(replace(e, labels={**e.labels, "attribute:asked": e.level == "attribute"}) for e in data)
+    )
 
 
 def without_images(data: ConceptDataset) -> ConceptDataset:
@@ -87,12 +96,13 @@ def measure(store: ActivationStore, blank: ActivationStore) -> dict[str, Any]:
     neutral = (frame["split"] == "neutral").to_numpy()
     wrong = ((frame["split"] == "conflict") & (frame["correct"] == 0)).to_numpy()
     every = probeable(store, folds=3, rows=neutral)
-    possible = [c for c in every if not c.endswith(":named")]
+    possible = [c for c in every if not c.endswith((":named", ":asked"))]
     kinds = {
         "color": [c for c in possible if c.startswith("attribute:")],
         "noun": [c for c in possible if c.startswith("object:")][:6],
         "relation": [c for c in possible if c.startswith("relation:")],
-        "named": [c for c in every if c.endswith(":named")][:6],
+        "named": [c for c in every if c.endswith(":named")],
+        "asked": [c for c in every if c.endswith(":asked")],
     }
     figures: dict[str, Any] = {}
     for kind, stack, component, tokens in PLACES:
@@ -112,10 +122,9 @@ def measure(store: ActivationStore, blank: ActivationStore) -> dict[str, Any]:
             visual = [int(v) for v in words.groupby("layer")["is_visual"].sum()]
             entry["concepts_above_lexical"] = visual
         if kind == "color":
-            moved: Any = grid.transfer({"wrong by prior": (store, wrong)}, resamples=1)
-            entry["where_wrong_by_prior"] = [
-                round(float(v), 3) for v in moved.groupby("layer")["balanced_accuracy"].mean()
-            ]
+            moved: Any = grid.transfer({"wrong by prior": (store, wrong)}, resamples=300)
+            for name, score in (("where_wrong_by_prior", "balanced_accuracy"), ("low_where_wrong_by_prior", "low")):
+                entry[name] = [round(float(v), 3) for v in moved.groupby("layer")[score].mean()]
             entry["n_wrong_by_prior"] = int(moved["n"].max())
         figures[f"{kind} at {stack}.{component} {tokens}"] = entry
     figures |= statements(figures)
@@ -153,8 +162,17 @@ def statements(figures: dict[str, Any]) -> dict[str, Any]:
     late = best("relation at decoder.resid_post last")
     out["relation is decodable in the decoder and not before"] = said(late, early <= 0.5 < late)
     for tokens in ("object:mean", "last"):
-        value = best(f"color at decoder.resid_post {tokens}", "where_wrong_by_prior")
+        value = best(f"color at decoder.resid_post {tokens}", "low_where_wrong_by_prior")
         out[f"true color is decodable where wrong by prior, {tokens}"] = said(value, value > 0.5)
+    asked = figures.get("asked at decoder.resid_post last")
+    if asked:
+        value = sum(asked["concepts_above_lexical"])
+        out["layers where the words' own concept is called visual"] = {
+            "value": [value],
+            "goal": "0",
+            "holds": value == 0,
+            "n": len(asked["value"]),
+        }
     return out
 
 
@@ -168,6 +186,7 @@ def main() -> None:
     console = Console()
     console.print("Compares what probes read from the embedded model, place by place, with shuffled labels.")
     data = scenes.dataset(n_images=80 if options.quick else 250, seed=0).filter(lambda e: bool(e.candidates))
+    data = with_asked(data)
     model = load_lvlm("tiny")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "store"

@@ -57,6 +57,10 @@ class Space(Protocol):
         """Vectors [P, size] of weights [P, D] and intercepts [P]; None where that is dearer than to begin anew."""
         ...
 
+    def refreshed(self, v: Tensor) -> Tensor:
+        """Vectors [P, size] whose parts agree with each other: iterations let rounding gather between them."""
+        ...
+
 
 @dataclass(frozen=True)
 class Rotated:
@@ -116,6 +120,10 @@ class Rotated:
     def vectors(self, weights: Tensor, intercepts: Tensor) -> Tensor | None:
         """See `Space`."""
         return torch.cat([weights @ self.axes, intercepts[:, None]], dim=1)
+
+    def refreshed(self, v: Tensor) -> Tensor:
+        """See `Space`."""
+        return v
 
 
 @dataclass(frozen=True)
@@ -204,6 +212,11 @@ class Kernel:
         """See `Space`: what combination of the rows given weights are would take a system of equations to find."""
         del weights, intercepts
         return None
+
+    def refreshed(self, v: Tensor) -> Tensor:
+        """See `Space`: the product with the Gram matrix is taken anew."""
+        rows = v[:, : self.n_rows]
+        return torch.cat([rows, rows @ self.gram, v[:, -1:]], dim=1)
 
 
 def space_of(features: Tensor, near: Space | None = None) -> Space:
