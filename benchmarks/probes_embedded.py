@@ -5,6 +5,9 @@
 Everything is synthetic. Scores are balanced accuracies on held-out images, means over the concepts named; chance is 0.5.
 Probes are fitted on the neutral split only. "Wrong by prior" are answers on the conflict split that the model gets wrong;
 their images are other ones than those the probes were fitted to.
+
+"Lexical" is what the same probes reach on the same questions about one grey picture: what is not above it is not read from
+the image. The statements at the end are those that are hoped for; what is measured is told whether they hold or not.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import json
 import platform
 import sys
 import tempfile
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +25,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
 from activation_store import ActivationStore, trace
-from concepts import scenes
+from concepts import ConceptDataset, scenes
 from lvlm import load_lvlm
-from probes import ProbeGrid, alignment, fit_grid, lens, probeable
+from probes import ProbeGrid, alignment, fit_grid, lens, lexical_control, probeable
 
 RESULTS = Path(__file__).parent / "results" / "probes_embedded.json"
 SITES = ["resid_post", "vision.resid_post", "projector.out"]
@@ -43,7 +48,41 @@ PLACES = (
     ("relation", "vision", "resid_post", "image:mean"),
     ("relation", "projector", "out", "image:mean"),
     ("relation", "decoder", "resid_post", "last"),
+    ("noun", "decoder", "resid_post", "last"),
+    ("named", "decoder", "resid_post", "last"),
+    ("asked", "decoder", "resid_post", "last"),
 )
+"""What, and where. ``named``: whether what the question says is true. ``asked``: whether it asks for an attribute, which the
+words alone give away and no picture does: the lexical control must say so."""
+
+
+@dataclass(frozen=True)
+class Grey:
+    """One grey picture of some size. The mean of an image's own pixels would not do: it tells the colors in it."""
+
+    size: tuple[int, int]
+
+    @property
+    def identity(self) -> str:
+        """Size and color."""
+        return f"grey 128 {self.size[0]}x{self.size[1]}"
+
+    def load(self) -> Image.Image:
+        """Return it, RGB."""
+        return Image.new("RGB", self.size, (128, 128, 128))
+
+
+def with_asked(data: ConceptDataset) -> ConceptDataset:
+    """Label each example with whether its question asks for an attribute."""
+    return replace(
+        data, examples=tuple(replace(e, labels={**e.labels, "attribute:asked": e.level == "attribute"}) for e in data)
+    )
+
+
+def without_images(data: ConceptDataset) -> ConceptDataset:
+    """Return the same questions about a grey picture."""
+    size = data[0].image.load().size
+    return ConceptDataset(f"{data.name}, no images", tuple(replace(e, image=Grey(size)) for e in data))
 
 
 def by_layer(grid: ProbeGrid, score: str = "balanced_accuracy") -> list[float]:
@@ -51,16 +90,19 @@ def by_layer(grid: ProbeGrid, score: str = "balanced_accuracy") -> list[float]:
     return [round(float(v), 3) for v in getattr(grid, score).mean(axis=(0, 2))]
 
 
-def measure(store: ActivationStore) -> dict[str, Any]:
+def measure(store: ActivationStore, blank: ActivationStore) -> dict[str, Any]:
     """Fit every place and collect figures."""
     frame = store.frame()
     neutral = (frame["split"] == "neutral").to_numpy()
     wrong = ((frame["split"] == "conflict") & (frame["correct"] == 0)).to_numpy()
-    possible = [c for c in probeable(store, folds=3, rows=neutral) if not c.endswith(":named")]
+    every = probeable(store, folds=3, rows=neutral)
+    possible = [c for c in every if not c.endswith((":named", ":asked"))]
     kinds = {
         "color": [c for c in possible if c.startswith("attribute:")],
         "noun": [c for c in possible if c.startswith("object:")][:6],
         "relation": [c for c in possible if c.startswith("relation:")],
+        "named": [c for c in every if c.endswith(":named")],
+        "asked": [c for c in every if c.endswith(":asked")],
     }
     figures: dict[str, Any] = {}
     for kind, stack, component, tokens in PLACES:
@@ -74,17 +116,22 @@ def measure(store: ActivationStore) -> dict[str, Any]:
             "concepts": len(kinds[kind]),
             "n": int(grid.n_test.max()),
         }
+        if stack == "decoder":
+            words: Any = lexical_control(grid, blank, rows=neutral, resamples=300)
+            entry["lexical"] = [round(float(v), 3) for v in words.groupby("layer")["lexical"].mean()]
+            visual = [int(v) for v in words.groupby("layer")["is_visual"].sum()]
+            entry["concepts_above_lexical"] = visual
         if kind == "color":
-            moved: Any = grid.transfer({"wrong by prior": (store, wrong)}, resamples=1)
-            entry["where_wrong_by_prior"] = [
-                round(float(v), 3) for v in moved.groupby("layer")["balanced_accuracy"].mean()
-            ]
+            moved: Any = grid.transfer({"wrong by prior": (store, wrong)}, resamples=300)
+            for name, score in (("where_wrong_by_prior", "balanced_accuracy"), ("low_where_wrong_by_prior", "low")):
+                entry[name] = [round(float(v), 3) for v in moved.groupby("layer")[score].mean()]
             entry["n_wrong_by_prior"] = int(moved["n"].max())
         figures[f"{kind} at {stack}.{component} {tokens}"] = entry
+    figures |= statements(figures)
     vocabulary = lens.read_vocabulary(store.path)
-    words = [c for c in kinds["noun"] if c.split(":")[1] in vocabulary]
-    if words:
-        read: Any = lens.object_readout(store, words, vocabulary, rows=neutral, resamples=200)
+    nouns = [c for c in kinds["noun"] if c.split(":")[1] in vocabulary]
+    if nouns:
+        read: Any = lens.object_readout(store, nouns, vocabulary, rows=neutral, resamples=200)
         auc = [round(float(v), 3) for v in read.groupby("layer")["auc"].mean()]
         figures["noun by the unembedding at image:mean, auc"] = {"value": auc, "n": int(read["n"].max())}
     alike: Any = alignment.layerwise(store, permutations=100)
@@ -97,6 +144,38 @@ def measure(store: ActivationStore) -> dict[str, Any]:
     return figures
 
 
+def statements(figures: dict[str, Any]) -> dict[str, Any]:
+    """Say what holds: decodable means that the mean lower end of the intervals is over chance at some layer."""
+
+    def best(name: str, key: str = "low") -> float:
+        return max(figures[name][key], default=float("nan")) if name in figures else float("nan")
+
+    def said(value: float, holds: bool) -> dict[str, Any]:
+        return {"value": [value], "goal": "> 0.5", "holds": holds, "n": 1}
+
+    out = {}
+    for kind, tokens in (("color", "object:mean"), ("noun", "image:mean")):
+        for place in ("vision.resid_post", "projector.out"):
+            value = best(f"{kind} at {place} {tokens}")
+            out[f"{kind} is decodable at {place}"] = said(value, value > 0.5)
+    early = max(best(f"relation at {place} image:mean") for place in ("vision.resid_post", "projector.out"))
+    late = best("relation at decoder.resid_post last")
+    out["relation is decodable in the decoder and not before"] = said(late, early <= 0.5 < late)
+    for tokens in ("object:mean", "last"):
+        value = best(f"color at decoder.resid_post {tokens}", "low_where_wrong_by_prior")
+        out[f"true color is decodable where wrong by prior, {tokens}"] = said(value, value > 0.5)
+    asked = figures.get("asked at decoder.resid_post last")
+    if asked:
+        value = sum(asked["concepts_above_lexical"])
+        out["layers where the words' own concept is called visual"] = {
+            "value": [value],
+            "goal": "0",
+            "holds": value == 0,
+            "n": len(asked["value"]),
+        }
+    return out
+
+
 def main() -> None:
     """Trace, fit, print a table, and as the last line one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -107,12 +186,14 @@ def main() -> None:
     console = Console()
     console.print("Compares what probes read from the embedded model, place by place, with shuffled labels.")
     data = scenes.dataset(n_images=80 if options.quick else 250, seed=0).filter(lambda e: bool(e.candidates))
+    data = with_asked(data)
     model = load_lvlm("tiny")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "store"
         trace(model, data, sites=SITES, tokens=TOKENS, out=path)
         lens.keep_vocabulary(path, model.processor.tokenizer.get_vocab())
-        figures = measure(ActivationStore(path))
+        trace(model, without_images(data), sites=["resid_post"], tokens=TOKENS, out=path.with_name("blank"))
+        figures = measure(ActivationStore(path), ActivationStore(path.with_name("blank")))
     table = Table("where", "by layer", "beside it", "n")
     for name, f in figures.items():
         beside = {k: v for k, v in f.items() if k not in {"value", "n"}}

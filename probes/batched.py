@@ -1,4 +1,4 @@
-"""Many logistic regressions on the same rows: solved in float32, certified in float64, solved again there if need be.
+"""Many logistic regressions on the same rows: solved in float32, certified in float64, finished there if need be.
 
 What shares its rows shares its standardisation and its principal axes: all concepts and penalties of one fold are one
 batch. `fit_logistic` is the reference this is held to, and what a fit without a certificate falls back to.
@@ -40,9 +40,11 @@ class RowBlock:
     """float64 [D]."""
     deviation: np.ndarray
     """float64 [D]; 0 where constant."""
+    near: RowBlock | None = None
+    """One with most of its rows, whose principal axes are near enough to its own."""
 
     @classmethod
-    def of(cls, features: np.ndarray, device: str = "cpu") -> RowBlock:
+    def of(cls, features: np.ndarray, device: str = "cpu", near: RowBlock | None = None) -> RowBlock:
         """Standardise features [n, D] of any real dtype; they must be finite."""
         x = torch.from_numpy(np.array(features, dtype=np.float64, order="C")).to(device)  # a copy: it is changed below
         mean = x.mean(dim=0)
@@ -51,12 +53,17 @@ class RowBlock:
         # What rounding leaves of a constant column is not variation.
         deviation[deviation <= CONSTANT * mean.abs()] = 0
         x *= torch.where(deviation > 0, 1 / deviation, torch.zeros_like(deviation))
-        return cls(x, mean.cpu().numpy(), deviation.cpu().numpy())
+        return cls(x, mean.cpu().numpy(), deviation.cpu().numpy(), near)
 
     @cached_property
     def space(self) -> Space:
         """Where its problems are solved, float32."""
-        return space_of(self.standard.float())
+        return space_of(self.standard.float(), None if self.near is None else self.near.space)
+
+    @cached_property
+    def exact(self) -> Space:
+        """The same in float64, for what float32 cannot bring to the tolerance."""
+        return space_of(self.standard)
 
 
 def balanced_weights(labels: np.ndarray) -> np.ndarray:
@@ -73,6 +80,7 @@ def fit_rows(
     weights: np.ndarray,
     *,
     tolerance: float = 1e-8,
+    start: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> LogisticFit:
     """Fit L2-regularised logistic regressions to all rows of a block, standardised.
 
@@ -88,6 +96,9 @@ def fit_rows(
         [Q, n], positive: of the rows.
     tolerance
         Largest proven relative gap to the minimum.
+    start
+        Coefficients [Q x R, D] and intercepts [Q x R] to begin at: what was found on nearly the same rows. Whatever they
+        are, what is proven is the same.
 
     Returns
     -------
@@ -106,7 +117,8 @@ def fit_rows(
     device = block.standard.device
     y, w, strength = (torch.from_numpy(np.array(a, np.float64)).to(device) for a in (labels, weights, penalty.ravel()))
     of_problem = torch.arange(len(y), device=device).repeat_interleave(len(strength) // len(y))
-    found = [_solve(block, y, w, strength, of_problem, part, tolerance) for part in _parts(block, len(strength))]
+    begin = None if start is None else _begin(block, *start)
+    found = [_solve(block, y, w, strength, of_problem, part, tolerance, begin) for part in _parts(block, len(strength))]
     theta, intercept, objective, gap = (torch.cat([f[i] for f in found]).cpu().numpy() for i in range(4))
     failed = np.flatnonzero(~(gap <= tolerance))
     if failed.size:
@@ -127,12 +139,43 @@ def fit_rows(
     return LogisticFit(coefficients, intercept - coefficients @ block.mean, objective, gap, spread)
 
 
+def _begin(block: RowBlock, coefficients: np.ndarray, intercepts: np.ndarray) -> Tensor | None:
+    theta = torch.from_numpy(np.asarray(coefficients * block.deviation, np.float32)).to(block.standard.device)
+    intercept = torch.from_numpy(np.asarray(intercepts + coefficients @ block.mean, np.float32)).to(theta.device)
+    return block.space.vectors(theta, intercept)
+
+
 def _parts(block: RowBlock, count: int) -> Iterator[Tensor]:
     device = block.standard.device
     step = max(1, ELEMENTS[device.type] // len(block.standard))
     # As many equal parts as are needed, not full ones and a rest.
     n_parts = -(-count // step)
     yield from torch.arange(count, device=device).tensor_split(n_parts)
+
+
+def _proven(
+    block: RowBlock,
+    labels: Tensor,
+    weights: Tensor,
+    rows: Tensor,
+    strength: Tensor,
+    v: Tensor,
+    space: Space,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Weights [P, D], intercepts, objectives and proven gaps [P] of vectors [P, size]."""
+    theta = space.weights(v).double()
+    proofs = [
+        certify(block.standard, labels[r], weights[r] * c[:, None], w, b)
+        for r, c, w, b in zip(
+            rows.split(_TOGETHER),
+            strength.split(_TOGETHER),
+            theta.split(_TOGETHER),
+            v[:, -1].double().split(_TOGETHER),
+            strict=True,
+        )
+    ]
+    intercept, objective, gap = (torch.cat(column) for column in zip(*proofs, strict=True))
+    return theta, intercept, objective, gap
 
 
 def _solve(
@@ -143,27 +186,27 @@ def _solve(
     of_problem: Tensor,
     part: Tensor,
     tolerance: float,
+    begin: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Solve and certify some problems; where a device's memory is short, in halves."""
     try:
         rows = of_problem[part]
         # Gathered in float32, and in float64 a few at a time: copies that leave the cache cost as much as an iteration.
         costs = weights.float()[rows].mul_(strength[part, None].float())
-        v = minimise(block.space, labels.float()[rows], costs, _MARGIN * tolerance)
-        del costs
-        theta = block.space.weights(v).double()
-        proofs = [
-            certify(block.standard, labels[r], weights[r] * c[:, None], w, b)
-            for r, c, w, b in zip(
-                rows.split(_TOGETHER),
-                strength[part].split(_TOGETHER),
-                theta.split(_TOGETHER),
-                v[:, -1].double().split(_TOGETHER),
-                strict=True,
-            )
-        ]
-        intercept, objective, gap = (torch.cat(column) for column in zip(*proofs, strict=True))
-        return theta, intercept, objective, gap
+        at = None if begin is None else begin[part]
+        v = minimise(block.space, labels.float()[rows], costs, _MARGIN * tolerance, start=at)
+        found = _proven(block, labels, weights, rows, strength[part], v, block.space)
+        failed = torch.nonzero(~(found[3] <= tolerance))[:, 0]
+        if len(failed):
+            # What float32 cannot tell from the optimum is near it: a few iterations in float64 from there.
+            start = block.exact.vectors(found[0][failed], found[1][failed])
+            start = block.exact.refreshed(v[failed].double()) if start is None else start
+            exact = weights[rows[failed]] * strength[part[failed], None]
+            better = minimise(block.exact, labels[rows[failed]], exact, _MARGIN * tolerance, start=start)
+            proofs = _proven(block, labels, weights, rows[failed], strength[part[failed]], better, block.exact)
+            for whole, new in zip(found, proofs, strict=True):
+                whole[failed] = new
+        return found
     except torch.OutOfMemoryError as error:
         if len(part) == 1:
             msg = (
@@ -171,7 +214,9 @@ def _solve(
                 f"features: fit on the cpu, or on fewer examples"
             )
             raise ProbeError(msg) from error
-    halves = [_solve(block, labels, weights, strength, of_problem, half, tolerance) for half in part.tensor_split(2)]
+    halves = [
+        _solve(block, labels, weights, strength, of_problem, half, tolerance, begin) for half in part.tensor_split(2)
+    ]
     first, second = halves
     return (
         torch.cat([first[0], second[0]]),

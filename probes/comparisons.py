@@ -64,7 +64,8 @@ def lexical_control(
     grid
         Fitted on the real images.
     blank
-        A store of the same examples (same ids, groups and labels) traced with every image replaced by a blank one.
+        A store of the same examples (same ids, groups and labels) traced with every image replaced by one and the same
+        blank one. The mean of each image's own pixels would not do: it still tells its colours.
     rows
         As given to `fit_grid`.
     resamples, confidence

@@ -86,7 +86,8 @@ def fit_grid(
     resamples, confidence
         Of the intervals: bootstrap over held-out groups.
     tolerance
-        Largest proven relative gap of a logistic fit to its optimum.
+        Largest proven relative gap of a logistic fit to its optimum; of the fits on folds, that only choose a penalty,
+        1e-6 where this is smaller (`probes.cells.SELECTION`).
     device
         Where logistic fits are iterated, as torch names devices. Where its memory is short, fewer at a time.
     checkpoint

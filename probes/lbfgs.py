@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Self
+
 import torch
 from torch import Tensor
 
@@ -49,40 +52,40 @@ def minimise(
     objective; else the secant's zero of the slope is tried (Nocedal and Wright 2006, chapters 3 and 7). Problems that
     are done leave the batch.
     """
-    result = start.clone() if start is not None else _constant(space, labels, costs)
-    v = result.clone()
-    place = torch.arange(len(v), device=v.device)
     work = [torch.empty_like(labels) for _ in range(3)]
     margins, moved, rows = work
     if start is None:
+        v, curvature, value = _constant(space, labels, costs)
         margins.copy_(v[:, -1:].expand_as(margins))
     else:
+        v = start.clone()
         space.margins(v, margins)
+        curvature, value = _curvature(margins, costs), _value(margins, labels, costs, v, space)
+    result = v.clone()
+    place = torch.arange(len(v), device=v.device)
     _derivatives(margins, labels, costs, rows)
     gradient = space.gradient(v, rows)
-    curvature, value = _curvature(margins, labels, costs, v, space)
-    pairs: list[tuple[Tensor, Tensor, Tensor]] = []
+    pairs = _Pairs.none(v)
     for iteration in range(max_iterations):
-        step = _direction(space, gradient, curvature, pairs)
+        step = pairs.direction(space, gradient, curvature)
         space.margins(step, moved)
         margins += moved
         _derivatives(margins, labels, costs, rows)
         new = v + step
         new_gradient = space.gradient(new, rows)
-        down = -space.dot(step, gradient)
-        slope = space.dot(step, new_gradient)
+        down, slope = -space.dot(step, gradient), space.dot(step, new_gradient)
         far = torch.nonzero(~(slope <= 0.5 * down))[:, 0]
         if len(far):
             _shorten(space, far, (v, step, new, new_gradient), (margins, moved, labels, costs), (down, slope))
-        change, bend = new - v, new_gradient - gradient
-        curve = space.dot(change, bend)
-        # Where rounding hides the curvature the pair is void: rho 0 leaves the product as it is.
-        rho = torch.where(curve > 0, 1 / curve.clamp_min(torch.finfo(curve.dtype).tiny), torch.zeros_like(curve))
-        pairs.append((change, bend, rho))
-        del pairs[:-MEMORY]
+            step = new - v
+        # The trapezoid along the step is near enough to tell what is done; what is proven is computed elsewhere.
+        value = value + 0.5 * (space.dot(step, gradient) + space.dot(step, new_gradient))
+        pairs.add(space, step, new_gradient - gradient)
         v, gradient = new, new_gradient
         if iteration < 2 or iteration % _REFRESH == 0:
-            curvature, value = _curvature(margins, labels, costs, v, space)
+            curvature = _curvature(margins, costs)
+        if iteration == 1 or (iteration and iteration % _REFRESH == 0):
+            value = _value(margins, labels, costs, v, space)
         gap = 0.5 * (space.dot(gradient, gradient) - gradient[:, -1] ** 2) + gradient[:, -1] ** 2 / curvature
         done = gap <= tolerance * value
         keep = torch.nonzero(~done)[:, 0]
@@ -93,7 +96,7 @@ def minimise(
             return result
         place, v, gradient, curvature, value = (t[keep] for t in (place, v, gradient, curvature, value))
         labels, costs = labels[keep], costs[keep]
-        pairs = [(s[keep], y[keep], r[keep]) for s, y, r in pairs]
+        pairs.keep(keep)
         kept = margins[keep]
         margins, moved, rows = (t[: len(keep)] for t in work)
         margins.copy_(kept)
@@ -101,11 +104,14 @@ def minimise(
     return result
 
 
-def _constant(space: Space, labels: Tensor, costs: Tensor) -> Tensor:
+def _constant(space: Space, labels: Tensor, costs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """No weights and the best intercept [P, size], with the total curvature of the losses [P] and the objective [P]."""
     v = costs.new_zeros(len(labels), space.size)
-    positive = (costs * labels).sum(dim=1)
-    v[:, -1] = torch.log(positive) - torch.log(costs.sum(dim=1) - positive)
-    return v
+    total = costs.sum(dim=1)
+    share = torch.einsum("pn,pn->p", costs, labels) / total
+    v[:, -1] = torch.logit(share)
+    # The objective there is the entropy of the classes.
+    return v, total * share * (1 - share), -total * (torch.xlogy(share, share) + torch.xlogy(1 - share, 1 - share))
 
 
 def _derivatives(margins: Tensor, labels: Tensor, costs: Tensor, out: Tensor) -> None:
@@ -113,34 +119,92 @@ def _derivatives(margins: Tensor, labels: Tensor, costs: Tensor, out: Tensor) ->
     out.sub_(labels).mul_(costs)
 
 
-def _curvature(margins: Tensor, labels: Tensor, costs: Tensor, v: Tensor, space: Space) -> tuple[Tensor, Tensor]:
-    """Total curvature of the losses [P] and the objective [P]."""
+def _curvature(margins: Tensor, costs: Tensor) -> Tensor:
+    """Total curvature of the losses [P]."""
     p = torch.sigmoid(margins)
     bend = torch.einsum("pn,pn->p", p.addcmul_(p, p, value=-1), costs)
-    floor = torch.finfo(bend.dtype).eps * costs.sum(dim=1)
+    return torch.maximum(bend, torch.finfo(bend.dtype).eps * costs.sum(dim=1))
+
+
+def _value(margins: Tensor, labels: Tensor, costs: Tensor, v: Tensor, space: Space) -> Tensor:
+    """Return the objective [P]."""
     # log(1 + exp(m)) - y m, whichever the class.
-    p = torch.nn.functional.softplus(margins)
-    loss = torch.einsum("pn,pn->p", p.addcmul_(margins, labels, value=-1), costs)
-    return torch.maximum(bend, floor), 0.5 * (space.dot(v, v) - v[:, -1] ** 2) + loss
+    loss = torch.nn.functional.softplus(margins).addcmul_(margins, labels, value=-1)
+    return 0.5 * (space.dot(v, v) - v[:, -1] ** 2) + torch.einsum("pn,pn->p", loss, costs)
 
 
-def _direction(space: Space, gradient: Tensor, curvature: Tensor, pairs: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
-    """Two-loop recursion (Nocedal and Wright 2006, algorithm 7.4) around the space's preconditioner."""
-    q = gradient.clone()
-    shares = []
-    for change, bend, rho in reversed(pairs):
-        share = rho * space.dot(q, change)
-        q -= share[:, None] * bend
-        shares.append(share)
-    q = space.precondition(q, curvature)
-    if pairs and space.rescaled:
-        change, bend, rho = pairs[-1]
-        scaled = space.dot(space.precondition(bend, curvature), bend)
-        scale = torch.where(rho > 0, 1 / (rho * scaled).clamp_min(torch.finfo(q.dtype).tiny), torch.ones_like(rho))
-        q *= scale[:, None]
-    for (change, bend, rho), share in zip(pairs, reversed(shares), strict=True):
-        q += (share - rho * space.dot(q, bend))[:, None] * change
-    return q.neg_()
+@dataclass
+class _Pairs:
+    """The last steps and changes of the gradient, each pair scaled so that their inner product is 1.
+
+    The product with the inverse Hessian they imply is taken in the compact form of Byrd, Nocedal and Schnabel (1994,
+    theorem 2.2): a few batched products however many pairs there are.
+    """
+
+    steps: Tensor
+    """[P, MEMORY, size]."""
+    changes: Tensor
+    """The same, of the gradient."""
+    table: Tensor
+    """[P, MEMORY, MEMORY]: inner products of steps (row) and changes (column)."""
+    order: list[int]
+    """Places of the pairs there are, the oldest first."""
+
+    @classmethod
+    def none(cls, like: Tensor) -> Self:
+        """Begin without any, for problems of vectors [P, size]."""
+        count, size = like.shape
+        shape = (count, MEMORY, size)
+        return cls(like.new_empty(shape), like.new_empty(shape), like.new_empty(count, MEMORY, MEMORY), [])
+
+    def add(self, space: Space, step: Tensor, change: Tensor) -> None:
+        """Keep a pair, in the place of the oldest where there is no room."""
+        full = len(self.order) == MEMORY
+        place = self.order.pop(0) if full else len(self.order)
+        self.order.append(place)
+        curve = space.dot(step, change)
+        # Where rounding hides the curvature the pair is void: a pair of zeros leaves the product as it is.
+        scale = torch.where(curve > torch.finfo(curve.dtype).tiny, curve.rsqrt(), 0.0)[:, None]
+        torch.mul(step, scale, out=self.steps[:, place])
+        torch.mul(change, scale, out=self.changes[:, place])
+        n = len(self.order)
+        self.table[:, :n, place] = space.dots(self.steps[:, :n], self.changes[:, place])
+
+    def keep(self, rows: Tensor) -> None:
+        """Forget the other problems."""
+        self.steps, self.changes, self.table = self.steps[rows], self.changes[rows], self.table[rows]
+
+    def direction(self, space: Space, gradient: Tensor, curvature: Tensor) -> Tensor:
+        """Return the step [P, size], around the space's preconditioner."""
+        n = len(self.order)
+        if not n:
+            return space.precondition(gradient, curvature).neg_()
+        steps, changes = self.steps[:, :n], self.changes[:, :n]
+        ordered = torch.tensor(self.order, device=gradient.device)
+        table = self.table[:, ordered[:, None], ordered]
+        inner = space.dots(steps, gradient)[:, ordered, None]
+        first = torch.linalg.solve_triangular(table, inner, upper=True, unitriangular=True)
+        q = _less(gradient, self._placed(first, ordered), changes)
+        q = space.precondition(q, curvature)
+        if space.rescaled:
+            last = self.changes[:, self.order[-1]]
+            bend = space.dot(space.precondition(last, curvature), last)
+            q *= torch.where(bend > 0, 1 / bend.clamp_min(torch.finfo(bend.dtype).tiny), 1.0)[:, None]
+        rest = space.dots(changes, q)[:, ordered, None] - first
+        second = torch.linalg.solve_triangular(table.mT, rest, upper=False, unitriangular=True)
+        return _less(q, self._placed(second, ordered), steps).neg_()
+
+    @staticmethod
+    def _placed(values: Tensor, ordered: Tensor) -> Tensor:
+        """Put values [P, n, 1] back from order of age to the places of the pairs, [P, 1, n]."""
+        out = torch.empty_like(values[:, :, 0])
+        out[:, ordered] = values[:, :, 0]
+        return out[:, None]
+
+
+def _less(v: Tensor, shares: Tensor, stack: Tensor) -> Tensor:
+    """Subtract from v [P, size] the sum over i of shares [P, 1, i] times stack [P, i, size]."""
+    return torch.baddbmm(v[:, None], shares, stack, alpha=-1)[:, 0]
 
 
 def _shorten(

@@ -27,6 +27,8 @@ class Rows:
     groups: np.ndarray
     """[n]."""
     tolerance: float
+    start: tuple[np.ndarray, np.ndarray] | None = None
+    """Coefficients [Q x R, D] and intercepts [Q x R] that iterations may begin at."""
 
 
 Fit = Callable[[Rows, np.ndarray, np.ndarray], LogisticFit]
@@ -50,7 +52,7 @@ class Method:
 
 
 def _logistic(rows: Rows, labels: np.ndarray, penalty: np.ndarray) -> LogisticFit:
-    return fit_rows(rows.block, labels, penalty, balanced_weights(labels), tolerance=rows.tolerance)
+    return fit_rows(rows.block, labels, penalty, balanced_weights(labels), tolerance=rows.tolerance, start=rows.start)
 
 
 def _ridge(rows: Rows, labels: np.ndarray, penalty: np.ndarray) -> LogisticFit:

@@ -28,8 +28,10 @@ def multiclass(
 ) -> pd.DataFrame:
     """Score the choice among concepts of which exactly one is true: the colour of the named object, which relation.
 
-    The largest margin of the concepts' probes decides (one against the rest), on held-out rows where exactly one of them
-    is true. The score is the mean recall over the concepts that occur, so knowing nothing gives 1 over their number.
+    The largest margin of the concepts' probes decides, on held-out rows where exactly one of them is true. Each probe was
+    fitted by itself, one against the rest: this is not a multinomial regression, whose weights are fitted together and which
+    can tell classes apart that no single hyperplane cuts from all others. The score is the mean recall over the concepts
+    that occur, so knowing nothing gives 1 over their number.
 
     Returns
     -------

@@ -33,6 +33,10 @@ class Space(Protocol):
         """Inner products [P]."""
         ...
 
+    def dots(self, stack: Tensor, v: Tensor) -> Tensor:
+        """Inner products [P, k] of stacked vectors [P, k, size] with v [P, size]."""
+        ...
+
     def margins(self, v: Tensor, out: Tensor) -> Tensor:
         """Margins [P, n] of vectors [P, size], intercept included."""
         ...
@@ -47,6 +51,14 @@ class Space(Protocol):
 
     def weights(self, v: Tensor) -> Tensor:
         """Weights [P, D] of the standardised features."""
+        ...
+
+    def vectors(self, weights: Tensor, intercepts: Tensor) -> Tensor | None:
+        """Vectors [P, size] of weights [P, D] and intercepts [P]; None where that is dearer than to begin anew."""
+        ...
+
+    def refreshed(self, v: Tensor) -> Tensor:
+        """Vectors [P, size] whose parts agree with each other: iterations let rounding gather between them."""
         ...
 
 
@@ -64,13 +76,13 @@ class Rotated:
     size: int
 
     @classmethod
-    def of(cls, features: Tensor) -> Rotated:
-        """Rotate features [n, D]."""
+    def of(cls, features: Tensor, axes: Tensor | None = None) -> Rotated:
+        """Rotate features [n, D], to axes [D, D] that are nearly theirs where such are at hand."""
         n = len(features)
-        values, axes = torch.linalg.eigh(features.T @ features)
-        table = torch.cat([features @ axes, features.new_ones(n, 1)], dim=1)
-        spectrum = torch.cat([values.clamp_min(0) / n, values.new_ones(1)])
-        return cls(table, table.T.contiguous(), axes, spectrum, table.shape[1])
+        turn: Tensor = torch.linalg.eigh(features.T @ features)[1] if axes is None else axes
+        table = torch.cat([features @ turn, features.new_ones(n, 1)], dim=1)
+        spectrum = torch.einsum("nd,nd->d", table, table) / n
+        return cls(table, table.T.contiguous(), turn, spectrum, table.shape[1])
 
     @property
     def rescaled(self) -> bool:
@@ -80,6 +92,10 @@ class Rotated:
     def dot(self, a: Tensor, b: Tensor) -> Tensor:
         """See `Space`."""
         return (a * b).sum(dim=1)
+
+    def dots(self, stack: Tensor, v: Tensor) -> Tensor:
+        """See `Space`."""
+        return torch.bmm(stack, v[:, :, None])[:, :, 0]
 
     def margins(self, v: Tensor, out: Tensor) -> Tensor:
         """See `Space`."""
@@ -100,6 +116,14 @@ class Rotated:
     def weights(self, v: Tensor) -> Tensor:
         """See `Space`."""
         return v[:, :-1] @ self.axes.T
+
+    def vectors(self, weights: Tensor, intercepts: Tensor) -> Tensor | None:
+        """See `Space`."""
+        return torch.cat([weights @ self.axes, intercepts[:, None]], dim=1)
+
+    def refreshed(self, v: Tensor) -> Tensor:
+        """See `Space`."""
+        return v
 
 
 @dataclass(frozen=True)
@@ -153,6 +177,11 @@ class Kernel:
         n = self.n_rows
         return (a[:, :n] * b[:, n:-1]).sum(dim=1) + a[:, -1] * b[:, -1]
 
+    def dots(self, stack: Tensor, v: Tensor) -> Tensor:
+        """See `Space`."""
+        n = self.n_rows
+        return torch.bmm(stack[:, :, :n], v[:, n:-1, None])[:, :, 0] + stack[:, :, -1] * v[:, -1:]
+
     def margins(self, v: Tensor, out: Tensor) -> Tensor:
         """See `Space`."""
         return torch.add(v[:, self.n_rows : -1], v[:, -1:], out=out)
@@ -179,10 +208,22 @@ class Kernel:
         """See `Space`."""
         return v[:, : self.n_rows] @ self.features
 
+    def vectors(self, weights: Tensor, intercepts: Tensor) -> Tensor | None:
+        """See `Space`: what combination of the rows given weights are would take a system of equations to find."""
+        del weights, intercepts
+        return None
 
-def space_of(features: Tensor) -> Space:
-    """Choose the smaller space for standardised features [n, D]."""
-    return Kernel.of(features) if features.shape[1] > len(features) else Rotated.of(features)
+    def refreshed(self, v: Tensor) -> Tensor:
+        """See `Space`: the product with the Gram matrix is taken anew."""
+        rows = v[:, : self.n_rows]
+        return torch.cat([rows, rows @ self.gram, v[:, -1:]], dim=1)
+
+
+def space_of(features: Tensor, near: Space | None = None) -> Space:
+    """Choose the smaller space for standardised features [n, D]; `near` is one of nearly the same rows."""
+    if features.shape[1] > len(features):
+        return Kernel.of(features)
+    return Rotated.of(features, near.axes if isinstance(near, Rotated) else None)
 
 
 def _gram(features: Tensor) -> Tensor:

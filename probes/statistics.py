@@ -123,35 +123,47 @@ def bootstrap_auc(labels: np.ndarray, scores: np.ndarray, groups: np.ndarray, co
     Parameters
     ----------
     labels, scores
-        [N]: 0 or 1, and any numbers.
+        [M, N], or [N]: 0 or 1, and any numbers.
     groups
-        int [N]: number of the group of each row.
+        int [N]: number of the group of each column.
     counts
         [B, G]: how often each group occurs in each resample.
 
     Returns
     -------
-    float64 [B]; NaN where a class is absent.
+    float64 [B, M], or [B]; NaN where a class is absent.
     """
-    n_groups = counts.shape[1]
-    positive = np.flatnonzero(np.asarray(labels) == 1)
-    negative = np.flatnonzero(np.asarray(labels) != 1)
-    order_up, order_down = (part[np.argsort(groups[part], kind="stable")] for part in (positive, negative))
-    s = np.asarray(scores)
-    wins = np.zeros((n_groups, n_groups), dtype=np.float32)
-    if len(positive) and len(negative):
-        difference = s[order_up][:, None] - s[order_down][None]
-        pairs = (np.sign(difference) * 0.5 + 0.5).astype(np.float32)  # 1 above, 0.5 equal, 0 below
-        up_names, up_starts = np.unique(groups[order_up], return_index=True)
-        down_names, down_starts = np.unique(groups[order_down], return_index=True)
-        summed = np.add.reduceat(np.add.reduceat(pairs, up_starts, axis=0), down_starts, axis=1)
-        wins[np.ix_(up_names, down_names)] = summed
-    w = counts.astype(np.float32)
-    above = np.einsum("bg,bg->b", w @ wins, w, dtype=np.float64)
-    up = w @ np.bincount(groups[positive], minlength=n_groups).astype(np.float32)
-    down = w @ np.bincount(groups[negative], minlength=n_groups).astype(np.float32)
-    possible = up.astype(np.float64) * down
-    return np.divide(above, possible, out=np.full(len(w), np.nan), where=possible > 0)
+    s, truth = np.atleast_2d(scores), np.atleast_2d(np.asarray(labels) == 1)
+    n_cells, n_groups = len(s), counts.shape[1]
+    truth = np.broadcast_to(truth, s.shape)
+    by_group = np.argsort(groups, kind="stable")
+    w = np.asarray(counts, dtype=np.float32)
+    members = np.zeros((2, n_groups, n_cells), np.float32)
+    result = np.full((len(w), n_cells), np.nan)
+    step = max(1, _BLOCK_ELEMENTS // (max(len(w), n_groups) * n_groups))
+    for begin in range(0, n_cells, step):
+        cells = range(begin, min(begin + step, n_cells))
+        wins = np.zeros((n_groups, len(cells), n_groups), np.float32)  # of a group's positives over a group's negatives
+        for at, k in enumerate(cells):
+            up, down = by_group[truth[k, by_group]], np.flatnonzero(~truth[k])
+            members[0, :, k], members[1, :, k] = (np.bincount(groups[p], minlength=n_groups) for p in (up, down))
+            if not len(up) or not len(down):
+                continue
+            down = down[np.argsort(s[k, down])]
+            # Row i: how many of the lowest i negatives are of each group; ties count half.
+            below = np.zeros((len(down) + 1, n_groups), np.float32)
+            below[np.arange(1, len(down) + 1), groups[down]] = 1
+            np.cumsum(below, axis=0, out=below)
+            left, right = (np.searchsorted(s[k, down], s[k, up], side=side) for side in ("left", "right"))
+            above = below[left] + below[right]
+            starts = np.flatnonzero(np.diff(groups[up], prepend=-1))
+            wins[groups[up[starts]], at] = 0.5 * np.add.reduceat(above, starts, axis=0)
+        won = (w @ wins.reshape(n_groups, -1)).reshape(len(w), len(cells), n_groups)
+        result[:, cells.start : cells.stop] = np.einsum("bkg,bg->bk", won, w)
+    possible = (w @ members[0]).astype(np.float64) * (w @ members[1])
+    np.divide(result, possible, out=result, where=possible > 0)
+    result[possible <= 0] = np.nan
+    return result if np.ndim(scores) == 2 else result[:, 0]
 
 
 def log_loss(labels: np.ndarray, margins: np.ndarray) -> float:

@@ -16,6 +16,7 @@ from concepts.errors import ProbeError
 from probes import batched
 from probes.batched import RowBlock, balanced_weights, fit_rows
 from probes.certificate import certify
+from probes.solver import LogisticFit, fit_logistic
 
 PENALTIES = np.array([1e-4, 1e-2, 1.0, 100.0])
 
@@ -112,19 +113,32 @@ def test_the_certificate_bounds_the_true_gap_of_any_point() -> None:
         assert (gap > 0).all()
 
 
-def test_fits_without_a_certificate_are_solved_again_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
-    x, y = make("random", 100, 10, 2)
+@pytest.mark.parametrize("lost", [(torch.float32,), (torch.float32, torch.float64)])
+@pytest.mark.parametrize("d", [10, 130])
+def test_fits_without_a_certificate_are_solved_again_in_float64(
+    d: int, lost: tuple[torch.dtype, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """First from where float32 ended; where that fails as well, from nothing by the reference."""
+    x, y = make("random", 100, d, 2)
     block, weights = RowBlock.of(x), balanced_weights(y[None])
     good = fit_rows(block, y[None], PENALTIES[None], weights)
     real = batched.minimise
 
     def lame(*args, **kwargs) -> torch.Tensor:
         found = real(*args, **kwargs)
-        found[1] = 0  # one solution is lost
+        if found.dtype in lost:
+            found[-1] = 0  # one solution is lost
         return found
 
+    def reference(*args, **kwargs) -> LogisticFit:
+        called.append(1)
+        return fit_logistic(*args, **kwargs)
+
+    called: list[int] = []
     monkeypatch.setattr(batched, "minimise", lame)
+    monkeypatch.setattr(batched, "fit_logistic", reference)
     again = fit_rows(block, y[None], PENALTIES[None], weights)
+    assert len(called) == len(lost) - 1
     assert again.gap.max() <= 1e-8
     np.testing.assert_allclose(again.objective, good.objective, rtol=2e-8)
     np.testing.assert_allclose(again.decision(x), good.decision(x), atol=1e-3)
@@ -136,11 +150,11 @@ def test_a_device_short_of_memory_gets_fewer_problems_then_says_so(monkeypatch: 
     whole = fit_rows(block, y[None], PENALTIES[None], weights)
     real, sizes = batched.minimise, []
 
-    def small(space, labels, *args) -> torch.Tensor:
+    def small(space, labels, *args, **options) -> torch.Tensor:
         sizes.append(len(labels))
         if len(labels) > most:
             raise torch.OutOfMemoryError
-        return real(space, labels, *args)
+        return real(space, labels, *args, **options)
 
     monkeypatch.setattr(batched, "minimise", small)
     most = 1
@@ -150,3 +164,19 @@ def test_a_device_short_of_memory_gets_fewer_problems_then_says_so(monkeypatch: 
     most = 0
     with pytest.raises(ProbeError, match=r"has no memory for a single probe on \(60, 10\) features"):
         fit_rows(block, y[None], PENALTIES[None], weights)
+
+
+@pytest.mark.parametrize("kind", ["separable", "unbalanced"])
+def test_wherever_iterations_begin_the_optimum_and_its_proof_are_the_same(kind: str) -> None:
+    """At what nearly the same rows gave, and at nonsense; on axes of other rows."""
+    x, y = make(kind, 80, 12, 5)
+    weights, kept = balanced_weights(y[None]), np.arange(80) != 7
+    whole = RowBlock.of(x)
+    near = fit_rows(RowBlock.of(x[kept], near=whole), y[None, kept], PENALTIES[None], balanced_weights(y[None, kept]))
+    rng = np.random.default_rng(0)
+    far = rng.normal(size=near.coefficients.shape) / x.std(axis=0), rng.normal(size=4)
+    for start in ((near.coefficients, near.intercepts), far):
+        fit = fit_rows(whole, y[None], PENALTIES[None], weights, start=start)
+        assert fit.gap.max() <= 1e-8
+        for at, penalty in enumerate(PENALTIES):
+            assert fit.objective[at] == pytest.approx(oracle(x, y, penalty)[2], rel=2e-8)

@@ -165,3 +165,8 @@ def test_resampled_areas_by_group_equal_those_by_row() -> None:
         bootstrap_auc(y, scores, of_row, counts), weighted_auc(y, scores, counts[:, of_row]), rtol=1e-5
     )
     assert np.isnan(bootstrap_auc(np.ones(150), scores, of_row, counts)).all()
+    labels, several = np.stack([y, 1 - y, np.zeros(150)]), np.stack([scores, scores**2, scores])
+    found = bootstrap_auc(labels, several, of_row, counts)
+    for k in range(2):
+        np.testing.assert_allclose(found[:, k], weighted_auc(labels[k], several[k], counts[:, of_row]), rtol=1e-5)
+    assert np.isnan(found[:, 2]).all()
