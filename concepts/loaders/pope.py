@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -53,15 +54,9 @@ def pope(questions: Path | str, images: Path | str, *, limit: int | None = None)
     digest = sha256(file)
     split = split_of(file.name)
     records = read_records(file)
-    asked: dict[str, str] = {}
     examples: list[Example] = []
     unnamed = 0
-    for record in islice(records, limit):
-        number = record.identifier("question_id")
-        if number in asked:
-            msg = f"{record.where}: question_id '{number}' was already used, at {asked[number]}"
-            raise DataError(msg)
-        asked[number] = record.where
+    for number, record in _numbered(islice(records, limit)):
         picture = pictures.find(record.text("image"), record.where)
         text, answer = record.text("text", "question"), _answer(record)
         match = _QUESTION.fullmatch(text)
@@ -99,6 +94,30 @@ def pope(questions: Path | str, images: Path | str, *, limit: int | None = None)
         "left_out": {"questions beyond the limit": beyond, "labels of nouns, for another wording": unnamed},
     }
     return ConceptDataset(file.stem, tuple(examples), provenance)
+
+
+def pope_labels(questions: Path | str) -> Iterator[tuple[str, str, str]]:
+    """Yield id, image and true answer of each question of a POPE file; no image is looked at.
+
+    Raises
+    ------
+    DataError
+        As `pope` does, for what is in the file.
+    """
+    for number, record in _numbered(read_records(Path(questions))):
+        yield number, record.text("image"), _answer(record)
+
+
+def _numbered(records: Iterable[Record]) -> Iterator[tuple[str, Record]]:
+    """Yield records with their ids, each of which may be there once."""
+    asked: dict[str, str] = {}
+    for record in records:
+        number = record.identifier("question_id")
+        if number in asked:
+            msg = f"{record.where}: question_id '{number}' was already used, at {asked[number]}"
+            raise DataError(msg)
+        asked[number] = record.where
+        yield number, record
 
 
 def split_of(name: str) -> str:
