@@ -13,19 +13,23 @@ from hypothesis import strategies as st
 from PIL import Image
 from sklearn.metrics import f1_score, precision_score, recall_score
 
-from behavior import BehaviorResult, amber, answered_elsewhere, mme
+from behavior import BehaviorResult, amber, answer, answered_elsewhere, chair, mme, taxonomy
 from behavior.pope import questions_about, score_files, score_result, write_questions
 from behavior.result import Answer, Cost
 from concepts import loaders, scenes
+from concepts.drawing import TEST, generator, sample
 from concepts.errors import ConfigError, DataError
+from concepts.icons import NOUNS
+from lvlm import load_lvlm
+from lvlm.answers import answer_key
 
 
 def row(
-    number: int, kind: str, answer: str, said: str | None, level: str = "object", group: str | None = None
+    number: int, kind: str, truth: str, said: str | None, level: str = "object", group: str | None = None
 ) -> Answer:
     return Answer(
         id=str(number), group=group or f"{number // 2}", split="neutral", level=level, kind=kind, question="?",
-        answer=answer, candidates=("yes", "no"), given=said, correct=said == answer,
+        answer=truth, candidates=("yes", "no"), given=said, correct=said == truth,
     )  # fmt: skip
 
 
@@ -171,15 +175,15 @@ def pope(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("field", ["answer", "text", "response", "output"])
 @pytest.mark.parametrize("names", ["question_id", "id", None])
 def test_pope_answer_files_need_no_model(pope: Path, tmp_path: Path, field: str, names: str | None) -> None:
-    given = ["Yes", "Yes, there is.", "No", "no"]
-    records = [{field: text, **({names: i} if names else {})} for i, text in enumerate(given, 1)]
+    texts = ["Yes", "Yes, there is.", "No", "no"]
+    records = [{field: text, **({names: i} if names else {})} for i, text in enumerate(texts, 1)]
     path = lines(tmp_path / "answers.jsonl", *(records if names is None else records[::-1]))
     scores = score_files(pope, path)
     assert (scores.accuracy.value, scores.precision.value, scores.recall.value) == (0.5, 0.5, 0.5)
     assert scores.yes_ratio.value == 0.5
     answers = answered_elsewhere(loaders.pope(pope, tmp_path), path, "pope_release")
     assert score_result(answers) == scores
-    assert [a.text for a in answers.answers] == given
+    assert [a.text for a in answers.answers] == texts
     assert answers.cost.seconds_per_answer is None
     assert answers.cost.forwards_per_answer is None
     answers.save(tmp_path / "saved.json")
@@ -253,6 +257,44 @@ def test_pope_is_built_from_any_annotation(tmp_path: Path) -> None:
     assert [(e.id, e.question, e.answer, e.labels) for e in again] == [
         (e.id, e.question, e.answer, e.labels) for e in part
     ]
-    drawn = questions_about(scenes.dataset(60, 0), n_images=20)
-    assert len({e.group for e in drawn}) == 20
-    assert {e.kind for e in drawn} == {"existence"}
+    asked = questions_about(scenes.dataset(60, 0), n_images=20)
+    assert len({e.group for e in asked}) == 20
+    assert {e.kind for e in asked} == {"existence"}
+
+
+# ---- from annotations to answers ---------------------------------------------------------------------------------------
+
+
+def test_a_model_answers_what_the_loaders_ask(tmp_path: Path) -> None:
+    """Icon scenes as files, annotated like COCO: the embedded model tells what is there."""
+    model = load_lvlm("tiny-unbiased")
+    held: dict[str, Any] = {"images": [], "annotations": [],
+                            "categories": [{"id": i, "name": noun} for i, noun in enumerate(NOUNS)]}  # fmt: skip
+    captions: list[Any] = []
+    for i in range(12):
+        scene = sample(generator(TEST, 77, i), f"s{i}", count=3)
+        scene.load().save(tmp_path / f"{i}.png")
+        held["images"].append({"id": i, "file_name": f"{i}.png"})
+        for thing in scene.objects:
+            box = [thing.box.x0, thing.box.y0, thing.box.x1 - thing.box.x0, thing.box.y1 - thing.box.y0]
+            number = len(held["annotations"])
+            held["annotations"].append(
+                {"id": number, "image_id": i, "category_id": NOUNS.index(thing.noun), "bbox": box}
+            )
+        first, other = scene.objects[0], next(n for n in NOUNS if scene.get(n) is None)
+        captions.append({"image_path": f"{i}.png", "caption_options": [f"a {first.noun}", f"a {other}"]})
+    (tmp_path / "instances.json").write_text(json.dumps(held))
+    data = loaders.coco(tmp_path / "instances.json", tmp_path)
+    result = answer(model, data, progress=False)
+    assert result.rate("accuracy").value > 0.85
+    sorted_out = taxonomy.tabulate(result)
+    assert sorted_out.get("object", "existence").frequency.value == pytest.approx(1 - result.rate("accuracy").value)
+    assert sorted_out.cost.seconds_per_answer is not None
+    scores = chair(
+        {e.id: " and ".join(o.noun for o in e.objects) for e in data}, {e.id: [o.noun for o in e.objects] for e in data}
+    )
+    assert scores.chair_s.value == 0
+    (tmp_path / "captions.json").write_text(json.dumps(captions))
+    told = loaders.whatsup(tmp_path / "captions.json", tmp_path)
+    assert all(answer_key(model, e).candidates == ("yes", "no") for e in told)
+    assert len(answer(model, told, progress=False)) == 24
