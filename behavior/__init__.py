@@ -2,6 +2,7 @@
 
 `pope` and `chair` have the names of their modules, so they are bound here at once: bound on first use, ``behavior.pope``
 would become the module for whoever imported that first. Both modules are light; the other names come when first used.
+`amber`, `judged`, `mme` and `taxonomy` are modules.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ from behavior.chair import chair
 from behavior.pope import pope
 
 if TYPE_CHECKING:
+    from behavior import amber, judged, mme, taxonomy
     from behavior.answering import answer
     from behavior.chair import ChairResult
     from behavior.comparison import Comparison, compare
+    from behavior.elsewhere import answered_elsewhere
     from behavior.parsing import PARSERS
     from behavior.pope import PopeResult, PopeScores
     from behavior.result import Answer, BehaviorResult, Cost
@@ -29,12 +32,18 @@ __all__ = [
     "Cost",
     "PopeResult",
     "PopeScores",
+    "amber",
     "answer",
+    "answered_elsewhere",
     "chair",
     "compare",
+    "judged",
+    "mme",
     "pope",
+    "taxonomy",
 ]
 
+_MODULES = ("amber", "judged", "mme", "taxonomy")
 _HOME = {
     "PARSERS": "parsing",
     "Answer": "result",
@@ -45,12 +54,15 @@ _HOME = {
     "PopeResult": "pope",
     "PopeScores": "pope",
     "answer": "answering",
+    "answered_elsewhere": "elsewhere",
     "compare": "comparison",
 }
 
 
 def __getattr__(name: str) -> object:
     """Import a public name when it is first used."""
+    if name in _MODULES:
+        return import_module(f"behavior.{name}")
     if name not in _HOME:
         msg = f"module 'behavior' has no attribute '{name}'"
         raise AttributeError(msg)

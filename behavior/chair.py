@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from concepts.captions import named_objects, plain
@@ -13,9 +15,25 @@ from concepts.errors import ConfigError, DataError
 if TYPE_CHECKING:
     import pandas as pd
 
+    from behavior.result import BehaviorResult
+    from concepts.schema import ConceptDataset
     from concepts.statistics import Estimate
 
 VARIANTS = ("paper", "release")
+_ANIMALS = "bird cat dog horse sheep cow elephant bear zebra giraffe animal cub".split()
+COCO_PHRASES: Mapping[str, str] = MappingProxyType(
+    {
+        **{f"{age} {animal}": animal for animal in _ANIMALS for age in ("baby", "adult")},
+        **{f"passenger {vehicle}": vehicle for vehicle in ("jet", "train")},
+        "bow tie": "tie",
+        "toilet seat": "toilet",
+        "home plate": "",
+        "laptop computer": "laptop",
+        "stove top oven": "oven",
+    }
+)
+"""Pairs of words that are one thing in COCO, by the rules of the release (LisaAnne/Hallucination, ``utils/chair.py``):
+the young of an animal are no person, a toilet's seat no chair, a home plate no dish."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +75,7 @@ def chair(
     synonyms: Mapping[str, str] | None = None,
     *,
     vocabulary: Iterable[str] = (),
+    phrases: Mapping[str, str] | None = None,
     variant: str = "paper",
 ) -> ChairResult:
     """Score captions against the objects of their images.
@@ -76,6 +95,10 @@ def chair(
     vocabulary
         Objects a caption may name that are in none of the images. Only words of the vocabulary, of the synonyms and of
         `objects` are objects at all: without it, what no image shows cannot be hallucinated.
+    phrases
+        Words that stand together to the words they count as, `COCO_PHRASES` for COCO; what these mean is looked up among
+        synonyms and objects, and is nothing where it is neither. With phrases, "seat" is no object in a caption that
+        names a toilet, as in the release.
     variant
         ``paper``: an object counts once a caption. ``release``: as often as it is named (LisaAnne/Hallucination,
         ``utils/chair.py``).
@@ -110,8 +133,15 @@ def chair(
 
     there = {name: dict.fromkeys(named(noun) for noun in objects[name]) for name in captions}
     nouns = {plain(n): named(n) for n in (*vocabulary, *meaning.values(), *(n for o in objects.values() for n in o))}
-    lexicon = {**nouns, **meaning}
-    found = tuple(_caption(name, text, there[name], lexicon) for name, text in captions.items())
+    words = {**nouns, **meaning}
+    pairs = {plain(phrase): words.get(plain(means), "") for phrase, means in (phrases or {}).items()}
+    lexicon = {**words, **pairs}
+    seatless = {word: noun for word, noun in lexicon.items() if word != "seat"} if pairs else lexicon
+
+    def known(text: str) -> Mapping[str, str]:
+        return seatless if pairs and "toilet" in plain(text).split() else lexicon
+
+    found = tuple(_caption(name, text, there[name], known(text)) for name, text in captions.items())
 
     def count(items: tuple[str, ...]) -> int:
         return len(items) if variant == "release" else len(set(items))
@@ -125,6 +155,87 @@ def chair(
         captions=found,
         variant=variant,
     )
+
+
+def read_synonyms(path: Path | str) -> dict[str, str]:
+    """Read a list of synonyms in the layout of the release: a line for each object, its name first, commas between.
+
+    The release's own list for COCO is ``data/synonyms.txt`` of LisaAnne/Hallucination: 80 lines.
+
+    Raises
+    ------
+    DataError
+        Naming file and line: it cannot be read, has a line without a name, or a word means two objects.
+    """
+    from concepts.loaders.records import readable
+
+    file = Path(path)
+    found: dict[str, str] = {}
+    homes: dict[str, int] = {}
+    with readable(file):
+        try:
+            lines = file.read_text(encoding="utf-8-sig").splitlines()
+        except UnicodeDecodeError as error:
+            msg = f"{file}: not UTF-8 at byte {error.start + 1}"
+            raise DataError(msg) from error
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        words = [plain(word) for word in line.split(",")]
+        if not words[0]:
+            msg = f"{file}: line {number} begins without the name of an object"
+            raise DataError(msg)
+        for word in filter(None, words):
+            if homes.setdefault(word, number) != number:
+                msg = f"{file}: line {number}: '{word}' already means '{found[word]}', by line {homes[word]}"
+                raise DataError(msg)
+            found[word] = words[0]
+    if not found:
+        msg = f"{file}: there is no object in it"
+        raise DataError(msg)
+    return found
+
+
+def score_captions(
+    answers: BehaviorResult,
+    data: ConceptDataset,
+    synonyms: Mapping[str, str] | None = None,
+    *,
+    vocabulary: Iterable[str] = (),
+    phrases: Mapping[str, str] | None = None,
+    variant: str = "paper",
+) -> ChairResult:
+    """Score the captions among answers; what is in an image are its annotated objects, and those its captions name.
+
+    Parameters
+    ----------
+    answers
+        Answers to `data`, of a model or read by `behavior.elsewhere.answered_elsewhere`.
+    data
+        With questions of kind ``caption``, whose true answer is what people wrote, as `concepts.loaders.coco` gives it.
+    synonyms, vocabulary, phrases, variant
+        As for `chair`.
+
+    Raises
+    ------
+    DataError
+        Where there is no caption; else as `chair`.
+    """
+    told = {a.id: a.text or "" for a in answers.answers if a.kind == "caption"}
+    asked = {e.id: e for e in data if e.id in told}
+    missing = [number for number in told if number not in asked]
+    if missing or not told:
+        msg = (
+            f"caption '{missing[0]}' is not of '{data.name}'" if missing else "there are no captions among the answers"
+        )
+        raise DataError(msg)
+    annotated = {number: [o.noun for o in e.objects] for number, e in asked.items()}
+    every = [*vocabulary, *(noun for nouns in annotated.values() for noun in nouns)]
+    people = {number: e.answer for number, e in asked.items()}
+    # What people wrote is read just as what the model wrote is, with nothing in the image: all of it is then "named".
+    read = chair(people, dict.fromkeys(people, ()), synonyms, vocabulary=every, phrases=phrases, variant=variant)
+    there = {c.id: [*annotated[c.id], *c.mentioned] for c in read.captions}
+    return chair(told, there, synonyms, vocabulary=every, phrases=phrases, variant=variant)
 
 
 def _caption(name: str, text: str, there: Mapping[str, object], lexicon: Mapping[str, str]) -> CaptionObjects:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from behavior.result import BehaviorResult, rate_of
+from behavior.result import Answer, BehaviorResult, rate_of
 from concepts.errors import DataError
 from concepts.statistics import FEW_GROUPS, Estimate, cluster_bootstrap, wilson
 
@@ -58,19 +58,9 @@ def compare(
         For an unknown rate.
     """
     value = rate_of(rate)
-    others = {a.id: a for a in second.answers}
-    ids = {a.id for a in first.answers}
-    if ids != set(others):
-        missing = sorted(ids ^ set(others))
-        msg = f"the two systems answered different questions: '{missing[0]}' is in one only ({len(missing)} such)"
-        raise DataError(msg)
     counted: list[tuple[bool, bool]] = []
     groups: list[str] = []
-    for before in first.answers:
-        after = others[before.id]
-        if (before.question, before.answer, before.split) != (after.question, after.answer, after.split):
-            msg = f"question '{before.id}' is not the same for the two systems: their data differ"
-            raise DataError(msg)
+    for before, after in same_questions(first, second):
         a, b = value(before), value(after)
         if a is not None and b is not None:
             counted.append((a, b))
@@ -93,6 +83,22 @@ def compare(
     )
 
 
+def same_questions(first: BehaviorResult, second: BehaviorResult) -> list[tuple[Answer, Answer]]:
+    """Pair the answers of two systems, in the order of the first; raises `DataError` where their questions differ."""
+    others = {a.id: a for a in second.answers}
+    ids = {a.id for a in first.answers}
+    if ids != set(others):
+        missing = sorted(ids ^ set(others))
+        msg = f"the two systems answered different questions: '{missing[0]}' is in one only ({len(missing)} such)"
+        raise DataError(msg)
+    pairs = [(before, others[before.id]) for before in first.answers]
+    for before, after in pairs:
+        if (before.question, before.answer, before.split) != (after.question, after.answer, after.split):
+            msg = f"question '{before.id}' is not the same for the two systems: their data differ"
+            raise DataError(msg)
+    return pairs
+
+
 def mcnemar(gained: int, lost: int) -> float:
     """Return the two-sided exact p-value that of ``gained + lost`` fair coin flips so few or so many are gains."""
     flips, fewer = gained + lost, min(gained, lost)
@@ -105,7 +111,7 @@ def mcnemar(gained: int, lost: int) -> float:
 
 
 def change_interval(change: np.ndarray, groups: Sequence[str], n: int = 1000, seed: int = 0) -> tuple[float, float]:
-    """Return an interval, by bootstrap over groups, of the mean of changes -1, 0, 1 ``[N]``."""
+    """Return an interval, by bootstrap over groups, of the mean of changes from -1 to 1 ``[N]``."""
     trials = len(set(groups))
     if not change.any():
         # No question differs: how often they may differ at most, either way.

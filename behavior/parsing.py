@@ -36,13 +36,23 @@ def mme(text: str) -> str | None:
     return next((answer for answer in ("yes", "no") if answer in plain[:4]), None)
 
 
+def amber_release(text: str) -> str | None:
+    """Take a text that is just ``Yes`` or ``No``, so written, as AMBER's released evaluation does; None for all others.
+
+    Source: junyangwang0410/AMBER, ``inference.py``; answers are brought to these words before.
+    """
+    return text.lower() if text in {"Yes", "No"} else None
+
+
 def strict(text: str) -> str | None:
     """Take a text that is ``yes`` or ``no``, in any case, with at most one full stop after it; None for all others."""
     plain = text.strip().lower().removesuffix(".")
     return plain if plain in YES_NO else None
 
 
-PARSERS: Mapping[str, Parser] = MappingProxyType({"pope_release": pope_release, "mme": mme, "strict": strict})
+PARSERS: Mapping[str, Parser] = MappingProxyType(
+    {"pope_release": pope_release, "mme": mme, "strict": strict, "amber_release": amber_release}
+)
 """Name to rule for answers to yes-no questions."""
 
 

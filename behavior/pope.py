@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from activation_store.files import write_whole
 from behavior.parsing import named_parser
 from concepts.errors import ConfigError, DataError
+from concepts.schema import ConceptDataset
 
 # `import behavior` imports this module, so numpy and what needs it wait until something is asked or scored.
 if TYPE_CHECKING:
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from behavior.result import BehaviorResult
-    from concepts.schema import ConceptDataset
     from concepts.statistics import Estimate
     from lvlm.model import Lvlm
 
@@ -159,6 +159,38 @@ def score(
     return _scores([rule(text) for text in answers], labels, range(len(labels)) if groups is None else groups)
 
 
+def score_files(questions: Path | str, answers: Path | str, parser: str = "pope_release") -> PopeScores:
+    """Score an answer file that was made anywhere against a question file; neither model nor images are needed.
+
+    Parameters
+    ----------
+    questions
+        A question file in a layout that `concepts.loaders.pope` reads, of one split.
+    answers
+        An answer file as for `behavior.elsewhere.read_answers`; without ids, the answers are in the questions' order, as
+        the benchmark's own evaluation takes them.
+    parser
+        How answers are read, one of `behavior.parsing.PARSERS`.
+
+    Raises
+    ------
+    DataError
+        Naming file and record, where either cannot be read or they do not belong together.
+    ConfigError
+        For an unknown parser.
+    """
+    from behavior.elsewhere import matched, read_answers
+    from concepts.loaders.pope import pope_labels
+
+    asked = {number: (image, label) for number, image, label in pope_labels(questions)}
+    if not asked:
+        msg = f"{questions}: there is no question in it"
+        raise DataError(msg)
+    found = matched(read_answers(answers), {number: number for number in asked}, answers)
+    texts = [found[number].text for number in asked]
+    return score(texts, [label for _, label in asked.values()], parser, [image for image, _ in asked.values()])
+
+
 def _scores(given: Sequence[str | None], labels: Sequence[str], groups: Sequence[str | int]) -> PopeScores:
     from concepts.statistics import estimate
 
@@ -256,6 +288,50 @@ def build(
     return {
         split: tuple(_questions(sampled, list(frequency), order, per_image, rng)) for split, order in orders.items()
     }
+
+
+def questions_about(
+    data: ConceptDataset, seed: int = 0, per_image: int = 3, n_images: int | None = None
+) -> ConceptDataset:
+    """Make POPE's three splits about the images of a dataset, from the objects that its examples have.
+
+    Any annotated data will do: scenes, and what `concepts.loaders` reads of COCO, GQA, Visual Genome or CLEVR. The
+    parameters and errors are those of `build`; an image is a group of `data`, its objects in their order.
+
+    Returns
+    -------
+    ConceptDataset
+        Existence questions of the splits ``random``, ``popular`` and ``adversarial``, as a file of `write_questions`
+        would give them, with the objects and boxes of `data`.
+    """
+    from dataclasses import replace
+
+    first = {e.group: e for e in reversed(data.examples)}
+    shown = {name: first[name] for name in dict.fromkeys(e.group for e in data)}
+    built = build({name: [o.noun for o in e.objects] for name, e in shown.items()}, seed, per_image, n_images)
+    examples = []
+    for split, records in built.items():
+        for record in records:
+            example, text = shown[str(record["image"])], str(record["text"])
+            noun = text.removesuffix(" in the image?").split(" ", 3)[3]
+            truth = record["label"] == "yes"
+            examples.append(
+                replace(
+                    example,
+                    id=f"{split}/{record['question_id']}",
+                    question=text,
+                    answer=str(record["label"]),
+                    candidates=("yes", "no"),
+                    level="object",
+                    kind="existence",
+                    split=split,
+                    labels={"object:named": truth, f"object:{noun}": truth},
+                    subject=next((o.id for o in example.objects if o.noun == noun), None),
+                    prior_answer=None,
+                )
+            )
+    made = {"maker": "behavior.pope", "seed": seed, "per_image": per_image, "n_images": n_images, "of": data.digest}
+    return ConceptDataset(f"pope-{data.name}", tuple(examples), made)
 
 
 def _questions(

@@ -55,16 +55,21 @@ class Answer:
 class Cost:
     """What the answers took."""
 
-    seconds: float
-    """Wall time from the first encoding to the last answer."""
-    forwards: int
-    """Forward passes of a batch; a generated token is one."""
+    seconds: float | None
+    """Wall time from the first encoding to the last answer; None for answers made elsewhere, unless they tell."""
+    forwards: int | None
+    """Forward passes of a batch; a generated token is one. None for answers made elsewhere."""
     answers: int
 
     @property
-    def seconds_per_answer(self) -> float:
-        """Wall time of an answer in seconds."""
-        return self.seconds / self.answers
+    def seconds_per_answer(self) -> float | None:
+        """Wall time of an answer in seconds; None where it is not known."""
+        return None if self.seconds is None else self.seconds / self.answers
+
+    @property
+    def forwards_per_answer(self) -> float | None:
+        """Forward passes of an answer, below 1 where a batch answers several; None where they are not known."""
+        return None if self.forwards is None else self.forwards / self.answers
 
 
 def _accuracy(row: Answer) -> bool | None:

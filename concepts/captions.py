@@ -26,7 +26,7 @@ def named_objects(text: str, lexicon: Mapping[str, str]) -> tuple[str, ...]:
     text
         A caption.
     lexicon
-        `plain` words to the object they mean.
+        `plain` words to the object they mean; words that mean nothing (an empty text) are passed over as a whole.
     """
     longest = max((len(words.split()) for words in lexicon), default=1)
     words = _WORD.findall(text.lower())
@@ -36,7 +36,7 @@ def named_objects(text: str, lexicon: Mapping[str, str]) -> tuple[str, ...]:
         for length in range(min(longest, len(words) - start), 0, -1):
             noun = _meaning(" ".join(words[start : start + length]), lexicon)
             if noun is not None:
-                found.append(noun)
+                found += [noun] if noun else []
                 start += length
                 break
         else:

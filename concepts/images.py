@@ -93,6 +93,29 @@ class FileImage:
             return upright.convert("RGB")
 
 
+@dataclass(frozen=True)
+class Cropped:
+    """A box of an image as an `ImageSource`."""
+
+    base: FileImage
+    box: tuple[float, float, float, float]
+    """Left, upper, right and lower edge in pixels; what reaches over the image is black."""
+
+    @property
+    def identity(self) -> str:
+        """The box, and the identity of the whole image."""
+        return json.dumps({"crop": list(self.box), "of": json.loads(self.base.identity)})
+
+    def load(self) -> Image.Image:
+        """Return the box as RGB, its edges rounded as Pillow's `crop` does; raises `DataError` as the whole does."""
+        whole = self.base.load()
+        left, upper, right, lower = (round(edge) for edge in self.box)
+        if left >= whole.width or upper >= whole.height or right <= 0 or lower <= 0:
+            msg = f"image '{self.base.path}' of {whole.width} x {whole.height} pixels has nothing in box {self.box}"
+            raise DataError(msg)
+        return whole.crop((left, upper, right, lower))
+
+
 @contextlib.contextmanager
 def _explained(path: Path) -> Iterator[None]:
     """Turn whatever Pillow or the system raises on a bad file into a `DataError` that names it."""

@@ -52,7 +52,7 @@ class Concept:
         return cls(level, name)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Box:
     """Axis-aligned pixel box, half open: columns ``x0 .. x1-1``, rows ``y0 .. y1-1``."""
 
@@ -76,7 +76,7 @@ class Box:
         return Box(max(self.x0, other.x0), max(self.y0, other.y0), min(self.x1, other.x1), min(self.y1, other.y1)).area
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class SceneObject:
     """An object in an image, as its annotation names it."""
 
@@ -119,7 +119,7 @@ class Question:
     """What the world's prior would say without looking, where one is known (the typical color, say)."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Example:
     """One question about one image, with everything that is known to be true of it."""
 

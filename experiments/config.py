@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from omegaconf import MISSING
 
@@ -33,7 +34,7 @@ class DataConfig:
     """What the model is shown. Two parts that share no image: one to find things on, one to test them on."""
 
     source: str = "scenes"
-    """`scenes`: icon scenes with exact truth; `pope`: a question file in POPE's layout, with images on disk."""
+    """`scenes`: icon scenes with exact truth; else a format of `concepts.loaders.LOADERS`, with images on disk."""
     n_images: int = 300
     """Scenes to find things on."""
     seed: int = 0
@@ -43,13 +44,15 @@ class DataConfig:
     test_seed: int = 1000
     """Seed of those; must differ from `seed`."""
     questions: str | None = None
-    """Question file (`source=pope`)."""
+    """File of questions or annotations, the loader's first argument (all sources but `scenes`)."""
     images: str | None = None
-    """Folder of its images (`source=pope`)."""
+    """Folder of its images (all sources but `scenes`)."""
     test_share: float = 0.5
-    """Share of the images kept for testing (`source=pope`)."""
+    """Share of the images kept for testing (all sources but `scenes`)."""
     limit: int | None = None
-    """Read at most this many questions (`source=pope`)."""
+    """Read at most this many questions, or images where the loader makes the questions (all sources but `scenes`)."""
+    loader: dict[str, Any] = field(default_factory=dict)
+    """Further files and options of the loader, by its own names: `+data.loader.captions=FILE` for `source=coco`."""
 
 
 @dataclass

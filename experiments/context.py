@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +12,7 @@ from rich.console import Console
 
 from concepts.errors import ConfigError
 from concepts.schema import ConceptDataset
-from experiments.config import RunConfig
+from experiments.config import DataConfig, RunConfig
 from experiments.run import RunFolder, digest, file_digest
 
 if TYPE_CHECKING:
@@ -46,16 +47,7 @@ class Context:
                 msg = f"data.seed and data.test_seed are both {data.seed}: test scenes must not be those things are found on"
                 raise ConfigError(msg)
             return scenes.dataset(data.n_images, data.seed), scenes.dataset(data.test_images, data.test_seed)
-        if data.source == "pope":
-            from concepts import loaders
-
-            if not data.questions or not data.images:
-                msg = "data=pope needs data.questions=<file> and data.images=<folder>"
-                raise ConfigError(msg)
-            whole = loaders.pope(Path(str(data.questions)), Path(str(data.images)), limit=data.limit)
-            return _divided(whole, data.test_share, data.seed)
-        msg = f"data.source={data.source}: there are scenes, pope"
-        raise ConfigError(msg)
+        return _divided(_loaded(data), data.test_share, data.seed)
 
     @property
     def discovery(self) -> ConceptDataset:
@@ -113,6 +105,30 @@ def _fingerprint(path: str) -> object:
         [p.name, file_digest(p) if p.stat().st_size < 1 << 28 else [p.stat().st_size, p.stat().st_mtime_ns]]
         for p in files
     ]
+
+
+def _loaded(data: DataConfig) -> ConceptDataset:
+    """Read the user's files with the loader of their format."""
+    from concepts import loaders
+
+    if data.source not in loaders.LOADERS:
+        msg = f"data.source={data.source}: there are scenes, {', '.join(loaders.LOADERS)}"
+        raise ConfigError(msg)
+    if not data.questions or not data.images:
+        msg = f"data={data.source} needs data.questions=<file> and data.images=<folder>"
+        raise ConfigError(msg)
+    load = loaders.LOADERS[data.source]
+    taken = inspect.signature(load).parameters
+    possible = list(taken)[2:]  # the first two are the file and the folder
+    unknown = [name for name in data.loader if name not in possible or name == "limit"]
+    missing = [n for n in possible if taken[n].default is inspect.Parameter.empty and n not in data.loader]
+    if unknown or missing:
+        msg = (
+            f"data.loader.{[*unknown, *missing][0]}: {'is not an option of' if unknown else 'is needed by'} {data.source}; "
+            f"it has {', '.join(n for n in possible if n != 'limit') or 'none'}"
+        )
+        raise ConfigError(msg)
+    return load(Path(data.questions), Path(data.images), limit=data.limit, **data.loader)
 
 
 def _divided(whole: ConceptDataset, share: float, seed: int) -> tuple[ConceptDataset, ConceptDataset]:

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 
-from behavior import chair
+from behavior import BehaviorResult, chair
+from behavior.chair import COCO_PHRASES, read_synonyms, score_captions
+from behavior.elsewhere import row_of
+from behavior.parsing import PARSERS
+from behavior.result import Cost
+from concepts import ConceptDataset, Example, SceneObject, scenes
 from concepts.errors import ConfigError, DataError
+from concepts.schema import Box
 
 
 def test_two_captions_by_hand() -> None:
@@ -91,3 +98,95 @@ def test_bad_input_is_named() -> None:
         chair({"1": "a"}, {"1": []}, variant="new")
     with pytest.raises(ConfigError, match="'dog' is what a word means and means 'animal' itself"):
         chair({"1": "a"}, {"1": []}, {"puppy": "dog", "dog": "animal"})
+
+
+# ---- COCO's synonyms and pairs of words --------------------------------------------------------------------------------
+
+SYNONYMS = """person, man, boy, baby, passenger, person
+dog, puppy
+bear, cub
+bird
+train
+airplane, jet, air plane
+
+chair, seat
+toilet
+tie, bow
+laptop, computer
+"""
+
+
+@pytest.fixture
+def synonyms(tmp_path: Path) -> dict[str, str]:
+    path = tmp_path / "synonyms.txt"
+    path.write_text(SYNONYMS)
+    return read_synonyms(path)
+
+
+def test_synonyms_are_read_as_the_release_writes_them(synonyms: dict[str, str], tmp_path: Path) -> None:
+    assert len(synonyms) == 21
+    assert synonyms["man"] == synonyms["person"] == "person"
+    assert synonyms["air plane"] == "airplane"
+    path = tmp_path / "synonyms.txt"
+    for text, words in (
+        ("dog, puppy\ncat, puppy\n", r"line 2: 'puppy' already means 'dog', by line 1"),
+        (", puppy\n", "line 1 begins without the name of an object"),
+        ("\n", "there is no object in it"),
+    ):
+        path.write_text(text)
+        with pytest.raises(DataError, match=words):
+            read_synonyms(path)
+    path.write_bytes(b"dog, \xff")
+    with pytest.raises(DataError, match="not UTF-8 at byte 6"):
+        read_synonyms(path)
+    with pytest.raises(DataError, match="cannot be read"):
+        read_synonyms(tmp_path / "none.txt")
+
+
+@pytest.mark.parametrize(
+    ("caption", "mentioned", "without"),
+    [
+        ("A baby bird and a baby", ("bird", "person"), ("person", "bird", "person")),
+        ("Two adult dogs", ("dog",), ("dog",)),
+        ("a passenger jet, a passenger train, passengers", ("airplane", "train", "person"),
+         ("person", "airplane", "person", "train", "person")),
+        ("a toilet seat", ("toilet",), ("toilet", "chair")),
+        ("A toilet with its seat up by a seat", ("toilet",), ("toilet", "chair", "chair")),
+        ("a seat", ("chair",), ("chair",)),
+        ("a man in a bow tie", ("person", "tie"), ("person", "tie", "tie")),
+        ("a laptop computer", ("laptop",), ("laptop", "laptop")),
+        ("a baby animal beside a bear cub", ("bear", "bear"), ("person", "bear", "bear")),
+    ],
+)  # fmt: skip
+def test_pairs_of_words(
+    synonyms: dict[str, str], caption: str, mentioned: tuple[str, ...], without: tuple[str, ...]
+) -> None:
+    assert chair({"1": caption}, {"1": ()}, synonyms, phrases=COCO_PHRASES).captions[0].mentioned == mentioned
+    assert chair({"1": caption}, {"1": ()}, synonyms).captions[0].mentioned == without
+
+
+def test_the_papers_example_with_synonyms(synonyms: dict[str, str]) -> None:
+    """Two captions, four objects, one of them not there: CHAIR_i 1/4, CHAIR_s 1/2."""
+    captions = {"1": "A boy throws a ball to his puppy.", "2": "A passenger jet over a train"}
+    objects = {"1": ["person", "dog"], "2": ["airplane"]}
+    result = chair(captions, objects, synonyms, phrases=COCO_PHRASES)
+    assert (result.chair_i.value, result.chair_s.value) == (1 / 4, 1 / 2)
+    assert result.captions[1].hallucinated == ("train",)
+
+
+def test_what_people_wrote_is_in_the_image_too(synonyms: dict[str, str]) -> None:
+    image = scenes.dataset(10)[0].image
+    things = (SceneObject("1", "dog", Box(0, 0, 1, 1)),)
+    asked = Example("7/caption", image, "Describe the image.", "A man walks a puppy. A dog on a leash.", (), "object",
+                    "caption", "caption", "7.jpg", objects=things)  # fmt: skip
+    data = ConceptDataset("coco", (asked,))
+    told = row_of(asked, "A boy and his dog on a train", PARSERS["strict"])
+    answers = BehaviorResult((told,), Cost(None, None, 1))
+    result = score_captions(answers, data, synonyms, phrases=COCO_PHRASES)
+    assert result.captions[0].hallucinated == ("train",)
+    assert result.chair_i.value == pytest.approx(1 / 3)
+    assert result.recall.value == 1
+    with pytest.raises(DataError, match="caption '7/caption' is not of 'other'"):
+        score_captions(answers, ConceptDataset("other", ()), synonyms)
+    with pytest.raises(DataError, match="no captions among the answers"):
+        score_captions(BehaviorResult((), Cost(None, None, 0)), data)

@@ -30,6 +30,7 @@ from concepts.errors import ConfigError, DataError
         ("no", "no", "no", "no"),
         ("No", "no", "no", "no"),
         ("NO", "yes", "no", "no"),
+        ("Yes", "yes", "yes", "yes"),
         (" Yes.", "yes", "yes", "yes"),
         ("No.", "no", "no", "no"),
         ("No, there is no dog.", "no", "no", None),
@@ -46,7 +47,8 @@ from concepts.errors import ConfigError, DataError
     ],
 )
 def test_parsers_case_by_case(text: str, pope_release: str, mme: str | None, strict: str | None) -> None:
-    expected = {"pope_release": pope_release, "mme": mme, "strict": strict}
+    amber = {"Yes": "yes", "No": "no"}.get(text)
+    expected = {"pope_release": pope_release, "mme": mme, "strict": strict, "amber_release": amber}
     assert {name: rule(text) for name, rule in PARSERS.items()} == expected
 
 

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
-from concepts.errors import ConfigError, DataError
-from concepts.images import FileImage, inside
+from concepts.errors import DataError
+from concepts.loaders.collecting import YES_NO, Pictures, check_counts
 from concepts.loaders.records import Record, read_records, sha256
 from concepts.schema import ConceptDataset, Example
 
 SPLITS = ("random", "popular", "adversarial")
-YES_NO = ("yes", "no")
 # "imange" is in published files: the release wrote "an" for every "a" of its template.
 _QUESTION = re.compile(r"\s*is there an? (\S.*?) in the iman?ge\s*\??\s*", re.IGNORECASE)
 
@@ -50,28 +49,15 @@ def pope(questions: Path | str, images: Path | str, *, limit: int | None = None)
         For a limit below 1.
     """
     file, folder = Path(questions), Path(images)
-    if limit is not None and limit < 1:
-        msg = f"limit={limit}: read at least 1 question, or leave it out to read all"
-        raise ConfigError(msg)
-    if not folder.is_dir():
-        msg = f"image folder '{folder}' does not exist"
-        raise DataError(msg)
+    check_counts(limit=limit)
+    pictures = Pictures(folder)
     digest = sha256(file)
     split = split_of(file.name)
     records = read_records(file)
-    pictures: dict[str, FileImage] = {}
-    first_named: dict[str, str] = {}
-    asked: dict[str, str] = {}
     examples: list[Example] = []
     unnamed = 0
-    for record in islice(records, limit):
-        number = record.identifier("question_id")
-        if number in asked:
-            msg = f"{record.where}: question_id '{number}' was already used, at {asked[number]}"
-            raise DataError(msg)
-        asked[number] = record.where
-        picture = _picture(record, folder, pictures)
-        first_named.setdefault(picture.name, record.where)
+    for number, record in _numbered(islice(records, limit)):
+        picture = pictures.find(record.text("image"), record.where)
         text, answer = record.text("text", "question"), _answer(record)
         match = _QUESTION.fullmatch(text)
         unnamed += match is None
@@ -97,12 +83,7 @@ def pope(questions: Path | str, images: Path | str, *, limit: int | None = None)
         raise DataError(msg)
     # Before the images are looked at: another line may be broken, and that is found faster.
     beyond = 0 if limit is None else sum(1 for _ in records)
-    for name, where in _shown(first_named):
-        try:
-            pictures[name].check()
-        except DataError as error:
-            msg = f"{where}: field 'image': {error}"
-            raise DataError(msg) from error
+    pictures.check()
     provenance = {
         "loader": "pope",
         "questions": str(file),
@@ -113,6 +94,30 @@ def pope(questions: Path | str, images: Path | str, *, limit: int | None = None)
         "left_out": {"questions beyond the limit": beyond, "labels of nouns, for another wording": unnamed},
     }
     return ConceptDataset(file.stem, tuple(examples), provenance)
+
+
+def pope_labels(questions: Path | str) -> Iterator[tuple[str, str, str]]:
+    """Yield id, image and true answer of each question of a POPE file; no image is looked at.
+
+    Raises
+    ------
+    DataError
+        As `pope` does, for what is in the file.
+    """
+    for number, record in _numbered(read_records(Path(questions))):
+        yield number, record.text("image"), _answer(record)
+
+
+def _numbered(records: Iterable[Record]) -> Iterator[tuple[str, Record]]:
+    """Yield records with their ids, each of which may be there once."""
+    asked: dict[str, str] = {}
+    for record in records:
+        number = record.identifier("question_id")
+        if number in asked:
+            msg = f"{record.where}: question_id '{number}' was already used, at {asked[number]}"
+            raise DataError(msg)
+        asked[number] = record.where
+        yield number, record
 
 
 def split_of(name: str) -> str:
@@ -128,24 +133,3 @@ def _answer(record: Record) -> str:
         msg = f"{record.where}: field '{field}' is '{given[:60]}', neither 'yes' nor 'no'"
         raise DataError(msg)
     return given
-
-
-def _picture(record: Record, folder: Path, known: dict[str, FileImage]) -> FileImage:
-    """Return the image of a record, one and the same for every spelling of its path."""
-    name = record.text("image")
-    try:
-        path = inside(folder, name)
-    except DataError as error:
-        msg = f"{record.where}: field 'image': {error}"
-        raise DataError(msg) from error
-    plain = path.relative_to(folder.resolve()).as_posix()
-    return known.setdefault(plain, FileImage(path, plain))
-
-
-def _shown(items: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    """Yield the items under a progress bar, where there is a terminal."""
-    from rich.console import Console
-    from rich.progress import track
-
-    console = Console(stderr=True)
-    yield from track(items.items(), "checking images", console=console, transient=True, disable=not console.is_terminal)

@@ -1,0 +1,212 @@
+"""COCO: objects with boxes, and captions (Lin et al. 2014, arXiv 1405.0312)."""
+
+from __future__ import annotations
+
+from array import array
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from concepts.errors import DataError
+from concepts.loaders.annotated import Annotated, Asker
+from concepts.loaders.collecting import Pictures, check_counts, dataset
+from concepts.loaders.records import Record
+from concepts.loaders.streams import missing_list, stream, stream_list
+from concepts.schema import Box, ConceptDataset, Example, SceneObject
+
+_BEYOND = "images beyond the limit"
+
+
+def coco(
+    instances: Path | str,
+    images: Path | str,
+    captions: Path | str | None = None,
+    *,
+    per_image: int = 3,
+    seed: int = 0,
+    limit: int | None = None,
+) -> ConceptDataset:
+    """Read COCO annotations: which of its categories are in an image, asked in POPE's words.
+
+    The file is streamed: a box takes 48 bytes while it is read, its outline none.
+
+    Parameters
+    ----------
+    instances
+        File with ``images[id, file_name]``, ``annotations[id, image_id, category_id, bbox]``, ``categories[id, name]``,
+        in any order. Other fields are ignored; crowds count as objects.
+    images
+        The folder that the file names are relative to.
+    captions
+        File with ``annotations[image_id, caption]``: adds a question for a description of each image, whose answer is
+        all of its captions.
+    per_image
+        How many categories that are in an image are asked about, the first of the file; as many that are not are drawn.
+    seed
+        Decides which absent ones.
+    limit
+        Keep this many images, the first with objects.
+
+    Returns
+    -------
+    ConceptDataset
+        Existence questions of split ``random``, and captions, with objects and boxes. The labels are ``object:named``
+        and, as COCO annotates every category, ``object:<category>`` for each.
+
+    Raises
+    ------
+    DataError
+        Naming file, list, record and field: a file that is cut or broken, a field that is missing or of the wrong kind,
+        an id used twice, an image or category that is not in the file, an image that is missing, unreadable or outside
+        the folder. Every image's header is read before this returns.
+    ConfigError
+        For a limit or number of questions below 1.
+    """
+    check_counts(per_image=per_image, limit=limit)
+    file, pictures = Path(instances), Pictures(Path(images))
+    left_out: Counter[str] = Counter({"images without objects": 0, _BEYOND: 0})
+    held = _read(file)
+    asker = Asker(
+        tuple(held.categories.values()),
+        per_image,
+        seed,
+        left_out,
+        {f"object:{noun}": noun for noun in held.categories.values()},
+    )
+    kept = dict(_kept(held, pictures, left_out, limit))
+    files = [file]
+    examples = [e for scene in kept.values() for e in asker.questions(scene)]
+    if captions is not None:
+        files.append(Path(captions))
+        examples += _described(Path(captions), kept, left_out)
+    return dataset("coco", files, pictures, examples, left_out, per_image=per_image, seed=seed)
+
+
+@dataclass(frozen=True)
+class _Held:
+    images: dict[int, tuple[str, str]]
+    """Id to file name, and the record that has it."""
+    categories: dict[int, str]
+    boxes: dict[int, array[float]]
+    """Image id to annotation id, category id, x, y, width, height, one after the other."""
+
+
+def _read(file: Path) -> _Held:
+    held = _Held({}, {}, {})
+    for entry in stream(file):
+        if entry.key == "images":
+            record = entry.record()
+            if record.values.get("id") in held.images:
+                _twice(record)
+            held.images[_whole(record, "id")] = (record.text("file_name"), record.where)
+        elif entry.key == "categories":
+            record = entry.record()
+            if record.values.get("id") in held.categories:
+                _twice(record)
+            held.categories[_whole(record, "id")] = record.text("name").strip().lower()
+        elif entry.key == "annotations":
+            record = entry.record()
+            box = Record(record.where, dict(zip("xywh", _four(record), strict=True))).numbers(*"xywh")
+            values = (_whole(record, "id"), _whole(record, "category_id"), *box)
+            image = _whole(record, "image_id")
+            if image not in held.boxes:
+                held.boxes[image] = array("d")
+            held.boxes[image].extend(values)
+    for key in ("images", "annotations", "categories"):
+        if not getattr(held, "boxes" if key == "annotations" else key):
+            msg = f"{file}: {missing_list(key)}; an instances file has images, annotations and categories"
+            raise DataError(msg)
+    _check_references(file, held)
+    return held
+
+
+def _check_references(file: Path, held: _Held) -> None:
+    seen: set[float] = set()
+    for image, boxes in held.boxes.items():
+        for number, category in zip(boxes[::6], boxes[1::6], strict=True):
+            where = f"{file}: annotation {int(number)}"
+            if image not in held.images:
+                msg = f"{where}: field 'image_id' is {image}, which is not among the {len(held.images)} images"
+                raise DataError(msg)
+            if category not in held.categories:
+                known = ", ".join(map(str, sorted(held.categories)[:10]))
+                msg = f"{where}: field 'category_id' is {int(category)}, which is not among the categories {known}, …"
+                raise DataError(msg)
+            if number in seen:
+                msg = f"{where}: this id was already used"
+                raise DataError(msg)
+            seen.add(number)
+
+
+def _kept(
+    held: _Held, pictures: Pictures, left_out: Counter[str], limit: int | None
+) -> Iterator[tuple[int, Annotated]]:
+    count = 0
+    for image, (name, where) in held.images.items():
+        boxes = held.boxes.pop(image, None)
+        if boxes is None:
+            left_out["images without objects"] += 1
+        elif limit is not None and count >= limit:
+            left_out[_BEYOND] += 1
+        else:
+            count += 1
+            rows = [boxes[i : i + 6] for i in range(0, len(boxes), 6)]
+            things = tuple(
+                SceneObject(str(int(row[0])), held.categories[int(row[1])], _box(*row[2:]), _NOTHING) for row in rows
+            )
+            yield image, Annotated(str(image), pictures.find(name, where, "file_name"), things)
+
+
+_NOTHING: dict[str, str] = {}
+
+
+def _box(x: float, y: float, width: float, height: float) -> Box:
+    return Box(x, y, x + width, y + height)
+
+
+def _described(file: Path, kept: dict[int, Annotated], left_out: Counter[str]) -> Iterator[Example]:
+    told: dict[int, list[str]] = {}
+    for record in stream_list(file, "annotations"):
+        image, caption = _whole(record, "image_id"), record.text("caption")
+        if image in kept:
+            told.setdefault(image, []).append(caption.strip())
+        else:
+            left_out["captions of images that are not kept"] += 1
+    for image, scene in kept.items():
+        if image not in told:
+            left_out["images without captions"] += 1
+            continue
+        yield Example(
+            id=f"{scene.id}/caption",
+            image=scene.image,
+            question="Describe the image.",
+            answer=" ".join(told[image]),
+            candidates=(),
+            level="object",
+            kind="caption",
+            split="caption",
+            group=scene.image.name,
+            objects=scene.objects,
+        )
+
+
+def _four(record: Record) -> list[object]:
+    box = record.list("bbox")
+    if len(box) != 4:
+        msg = f"{record.where}: field 'bbox' must hold x, y, width, height, not {len(box)} values"
+        raise DataError(msg)
+    return box
+
+
+def _whole(record: Record, name: str) -> int:
+    value = record.field(name)
+    if isinstance(value, bool) or not isinstance(value, int) or abs(value) >= 1 << 53:
+        msg = f"{record.where}: field '{name}' must hold a whole number, not {str(value)[:60]!r}"
+        raise DataError(msg)
+    return value
+
+
+def _twice(record: Record) -> None:
+    msg = f"{record.where}: field 'id': {record.values['id']} was already used"
+    raise DataError(msg)

@@ -1,0 +1,300 @@
+"""MME, AMBER and answer files made elsewhere, against examples worked by hand from the papers' definitions."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from sklearn.metrics import f1_score, precision_score, recall_score
+
+from behavior import BehaviorResult, amber, answer, answered_elsewhere, chair, mme, taxonomy
+from behavior.pope import questions_about, score_files, score_result, write_questions
+from behavior.result import Answer, Cost
+from concepts import loaders, scenes
+from concepts.drawing import TEST, generator, sample
+from concepts.errors import ConfigError, DataError
+from concepts.icons import NOUNS
+from lvlm import load_lvlm
+from lvlm.answers import answer_key
+
+
+def row(
+    number: int, kind: str, truth: str, said: str | None, level: str = "object", group: str | None = None
+) -> Answer:
+    return Answer(
+        id=str(number), group=group or f"{number // 2}", split="neutral", level=level, kind=kind, question="?",
+        answer=truth, candidates=("yes", "no"), given=said, correct=said == truth,
+    )  # fmt: skip
+
+
+def result(rows: list[Answer]) -> BehaviorResult:
+    return BehaviorResult(tuple(rows), Cost(None, None, len(rows)))
+
+
+def lines(path: Path, *records: Any) -> Path:
+    path.write_text("".join(json.dumps(r) + "\n" for r in records))
+    return path
+
+
+# ---- MME ---------------------------------------------------------------------------------------------------------------
+
+
+def test_mme_by_hand() -> None:
+    """Three images: both right; one right; one right and one unreadable. acc = 4/6, acc+ = 1/3, score = 100."""
+    said = [("yes", "yes"), ("no", "no"), ("yes", "yes"), ("no", "yes"), ("yes", None), ("no", "no")]
+    rows = [row(i, "existence", a, s) for i, (a, s) in enumerate(said)]
+    rows += [row(10 + i, "position", a, s, "relation") for i, (a, s) in enumerate([("yes", "yes"), ("no", "no")])]
+    found = mme.score(result(rows))
+    existence = found.subtasks["existence"]
+    assert existence.accuracy.value == pytest.approx(4 / 6)
+    assert existence.accuracy_plus.value == pytest.approx(1 / 3)
+    assert existence.score.value == pytest.approx(100 * (4 / 6 + 1 / 3))
+    assert existence.score.low < existence.score.value < existence.score.high
+    assert (existence.n, existence.unparsed) == (6, 1)
+    assert found.perception == pytest.approx(300)
+    assert found.cognition == 0
+    assert found.levels == {"object": pytest.approx(100), "relation": pytest.approx(200)}
+    assert found.frame()["subtask"].tolist() == ["existence", "position"]
+
+
+def test_mme_answer_files(tmp_path: Path) -> None:
+    (tmp_path / "color.txt").write_text("a.png\tIs it red?\tYes\tYes, it is.\na.png\tIs it blue?\tNo\tIt is red\n")
+    (tmp_path / "code_reasoning.txt").write_text("b.png\tIs it 1?\tYes\tno\nb.png\tIs it 2?\tNo\tNO\n")
+    found = mme.score_files(tmp_path)
+    # "It is red" has neither yes nor no within its first four characters.
+    assert found.subtasks["color"].score.value == pytest.approx(50)
+    assert found.subtasks["color"].unparsed == 1
+    assert (found.perception, found.cognition) == (pytest.approx(50), pytest.approx(50))
+    assert found.levels == {"attribute": pytest.approx(50)}
+    (tmp_path / "count.txt").write_text("a.png\tOne?\tyes\tyes\n")
+    with pytest.raises(DataError, match=r"subtask 'count', image 'a\.png': 1 questions, but MME asks two"):
+        mme.score_files(tmp_path)
+    (tmp_path / "count.txt").write_text("a.png\tOne?\tyes\n")
+    with pytest.raises(DataError, match=r"count\.txt: line 1: 3 columns"):
+        mme.score_files(tmp_path)
+    with pytest.raises(DataError, match="kind 'smell', which is no subtask"):
+        mme.score(result([row(0, "smell", "yes", "yes")]))
+    with pytest.raises(ConfigError, match="no parser"):
+        mme.score_files(tmp_path, parser="x")
+
+
+@settings(max_examples=20)
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=30))
+def test_mme_keeps_its_definition(images: list[tuple[bool, bool]]) -> None:
+    rows = [row(2 * i + j, "count", a, a if images[i][j] else "yes" if a == "no" else "no")
+            for i in range(len(images)) for j, a in enumerate(("yes", "no"))]  # fmt: skip
+    found = mme.score(result(rows)).subtasks["count"]
+    accuracy = sum(a + b for a, b in images) / (2 * len(images))
+    plus = sum(a and b for a, b in images) / len(images)
+    assert found.score.value == pytest.approx(100 * (accuracy + plus))
+    assert 0 <= found.score.low <= found.score.value + 1e-9
+    assert found.score.value <= found.score.high + 1e-9 <= 200 + 1e-6
+
+
+# ---- AMBER -------------------------------------------------------------------------------------------------------------
+
+
+def test_amber_by_hand() -> None:
+    """No is positive. 3 denied rightly, 1 denied wrongly, 1 claimed wrongly, 2 claimed rightly, 1 neither (truly no)."""
+    said = [("no", "no")] * 3 + [("yes", "no"), ("no", "yes"), ("yes", "yes"), ("yes", "yes"), ("no", None)]
+    rows = [row(i, "existence", a, s) for i, (a, s) in enumerate(said)]
+    rows.append(row(8, "state", "no", "no", "attribute"))
+    found = amber.score(result(rows)).parts
+    assert list(found) == ["all", "existence", "attribute", "state"]
+    existence = found["existence"]
+    assert existence.accuracy.value == pytest.approx(5 / 8)
+    assert existence.precision.value == pytest.approx(3 / 4)
+    assert existence.recall.value == pytest.approx(3 / 5)
+    assert existence.f1.value == pytest.approx(2 * (3 / 4) * (3 / 5) / (3 / 4 + 3 / 5))
+    assert existence.unparsed == 1
+    assert found["all"].n == 9
+    assert found["state"].recall.value == 1
+
+
+@settings(max_examples=20)
+@given(st.lists(st.tuples(st.sampled_from(["yes", "no"]), st.sampled_from(["yes", "no"])), min_size=1, max_size=30))
+def test_amber_is_scikit_learns_with_no_as_positive(pairs: list[tuple[str, str]]) -> None:
+    scores = amber.score(result([row(i, "relation", a, s, "relation") for i, (a, s) in enumerate(pairs)])).parts["all"]
+    truth, said = [a for a, _ in pairs], [s for _, s in pairs]
+    for name, metric in (("precision", precision_score), ("recall", recall_score), ("f1", f1_score)):
+        expected = metric(truth, said, pos_label="no", zero_division=math.nan)
+        assert getattr(scores, name).value == pytest.approx(expected, nan_ok=True)
+
+
+def test_amber_response_files(tmp_path: Path) -> None:
+    annotations = tmp_path / "annotations.json"
+    annotations.write_text(json.dumps([
+        {"id": 1, "type": "generative", "truth": ["dog"], "hallu": ["cat"]},
+        {"id": 2, "type": "discriminative-hallucination", "truth": "no"},
+        {"id": 3, "type": "discriminative-attribute-state", "truth": "yes"},
+        {"id": 4, "type": "relation", "truth": "no"},
+    ]))  # fmt: skip
+    responses = tmp_path / "responses.json"
+    responses.write_text(json.dumps([{"id": 2, "response": "No"}, {"id": 3, "response": "yes"}, {"id": 4, "response": "Yes"},
+                                     {"id": 1, "response": "A dog."}]))  # fmt: skip
+    found = amber.score_files(annotations, responses).parts
+    # The release counts "yes" in small letters as neither.
+    assert (found["all"].n, found["all"].unparsed) == (3, 1)
+    assert found["all"].accuracy.value == pytest.approx(1 / 3)
+    assert amber.score_files(annotations, responses, parser="strict").parts["all"].accuracy.value == pytest.approx(
+        2 / 3
+    )
+    queries = tmp_path / "queries.json"
+    queries.write_text(json.dumps([{"id": i, "image": "one.jpg", "query": "?"} for i in range(1, 5)]))
+    with_images = amber.score_files(annotations, responses, queries).parts["all"].accuracy
+    assert with_images.high - with_images.low > found["all"].accuracy.high - found["all"].accuracy.low
+    responses.write_text(json.dumps([{"id": 9, "response": "No"}]))
+    with pytest.raises(DataError, match="id '9' is not that of a question"):
+        amber.score_files(annotations, responses)
+    responses.write_text(json.dumps([{"id": 1, "response": "A dog."}]))
+    with pytest.raises(DataError, match="no answers to yes-no questions"):
+        amber.score_files(annotations, responses)
+
+
+# ---- answers made elsewhere --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pope(tmp_path: Path) -> Path:
+    """Write four POPE questions about two images."""
+    for name in "ab":
+        Image.new("RGB", (2, 2)).save(tmp_path / f"{name}.png")
+    nouns = [("a", "dog", "yes"), ("a", "cat", "no"), ("b", "car", "yes"), ("b", "bus", "no")]
+    return lines(tmp_path / "pope_random.json", *(
+        {"question_id": i, "image": f"{image}.png", "text": f"Is there a {noun} in the image?", "label": label}
+        for i, (image, noun, label) in enumerate(nouns, 1)
+    ))  # fmt: skip
+
+
+@pytest.mark.parametrize("field", ["answer", "text", "response", "output"])
+@pytest.mark.parametrize("names", ["question_id", "id", None])
+def test_pope_answer_files_need_no_model(pope: Path, tmp_path: Path, field: str, names: str | None) -> None:
+    texts = ["Yes", "Yes, there is.", "No", "no"]
+    records = [{field: text, **({names: i} if names else {})} for i, text in enumerate(texts, 1)]
+    path = lines(tmp_path / "answers.jsonl", *(records if names is None else records[::-1]))
+    scores = score_files(pope, path)
+    assert (scores.accuracy.value, scores.precision.value, scores.recall.value) == (0.5, 0.5, 0.5)
+    assert scores.yes_ratio.value == 0.5
+    answers = answered_elsewhere(loaders.pope(pope, tmp_path), path, "pope_release")
+    assert score_result(answers) == scores
+    assert [a.text for a in answers.answers] == texts
+    assert answers.cost.seconds_per_answer is None
+    assert answers.cost.forwards_per_answer is None
+    answers.save(tmp_path / "saved.json")
+    assert BehaviorResult.load(tmp_path / "saved.json") == answers
+
+
+def test_what_answers_cost_is_told(pope: Path, tmp_path: Path) -> None:
+    path = lines(tmp_path / "a.jsonl", *({"id": f"random/{i}", "answer": "yes", "seconds": 0.5} for i in range(1, 5)))
+    assert answered_elsewhere(loaders.pope(pope, tmp_path), path).cost == Cost(2.0, None, 4)
+
+
+def test_answers_that_are_neither_are_counted(pope: Path, tmp_path: Path) -> None:
+    path = lines(tmp_path / "a.jsonl", *({"answer": text} for text in ("yes", "oui", "", "nein")))
+    found = answered_elsewhere(loaders.pope(pope, tmp_path), path)
+    assert found.unparsed == 3
+    assert score_files(pope, path, "strict").unparsed == 3
+    assert found.rate("accuracy").value == 0.25
+
+
+BAD: dict[str, tuple[list[Any], str]] = {
+    "nothing": ([], "there is no answer in it"),
+    "twice": (
+        [{"id": 1, "answer": "a"}, {"id": "1", "answer": "b"}],
+        "line 2: id '1' was already answered, at .*line 1",
+    ),
+    "some without": ([{"id": 1, "answer": "a"}, {"answer": "b"}], "line 2: some answers have an id and some have none"),
+    "no text": ([{"id": 1}], "line 1: no field 'answer' or 'text' or 'response' or 'output'; it has 'id'"),
+    "no words": ([{"id": 1, "answer": None}], "must hold text, not None"),
+    "unknown": ([{"id": 7, "answer": "a"}], "line 1: id '7' is not that of a question; ids are"),
+    "missing": ([{"id": 1, "answer": "a"}], r"no answer to question '.*2' \(3 of 4 have none\)"),
+    "too few": ([{"answer": "a"}], "1 answers without ids for 4 questions"),
+    "both names": ([{"id": 1, "answer": "a"}, {"id": "random/1", "answer": "b"}], "already answered|is not that of"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_answer_files_are_refused_with_their_place(pope: Path, tmp_path: Path, case: str) -> None:
+    records, words = BAD[case]
+    path = lines(tmp_path / "answers.jsonl", *records)
+    with pytest.raises(DataError, match=words):
+        answered_elsewhere(loaders.pope(pope, tmp_path), path)
+    with pytest.raises(DataError, match=words):
+        score_files(pope, path)
+
+
+# ---- POPE of any annotated data ----------------------------------------------------------------------------------------
+
+
+def test_pope_is_built_from_any_annotation(tmp_path: Path) -> None:
+    held: dict[str, Any] = {"images": [], "annotations": [],
+                            "categories": [{"id": i, "name": f"noun{i}"} for i in range(9)]}  # fmt: skip
+    for i in range(12):
+        Image.new("RGB", (2, 2)).save(tmp_path / f"{i}.png")
+        held["images"].append({"id": i, "file_name": f"{i}.png"})
+        held["annotations"] += [
+            {"id": 10 * i + j, "image_id": i, "category_id": (i + j * j) % 9, "bbox": [0, 0, 1, 1]} for j in range(4)
+        ]
+    (tmp_path / "instances.json").write_text(json.dumps(held))
+    data = loaders.coco(tmp_path / "instances.json", tmp_path)
+    made = questions_about(data, seed=3)
+    assert {e.split for e in made} == {"random", "popular", "adversarial"}
+    for e in made:
+        assert (e.question.split()[3] in {o.noun for o in e.objects}) == (e.answer == "yes")
+        assert (e.named_object() is not None) == (e.answer == "yes")
+    part = made.where(split="popular")
+    records = [
+        {"question_id": e.id.split("/")[1], "image": e.group, "text": e.question, "label": e.answer} for e in part
+    ]
+    write_questions(tmp_path / "x_popular.json", records)
+    again = loaders.pope(tmp_path / "x_popular.json", tmp_path)
+    assert [(e.id, e.question, e.answer, e.labels) for e in again] == [
+        (e.id, e.question, e.answer, e.labels) for e in part
+    ]
+    asked = questions_about(scenes.dataset(60, 0), n_images=20)
+    assert len({e.group for e in asked}) == 20
+    assert {e.kind for e in asked} == {"existence"}
+
+
+# ---- from annotations to answers ---------------------------------------------------------------------------------------
+
+
+def test_a_model_answers_what_the_loaders_ask(tmp_path: Path) -> None:
+    """Icon scenes as files, annotated like COCO: the embedded model tells what is there."""
+    model = load_lvlm("tiny-unbiased")
+    held: dict[str, Any] = {"images": [], "annotations": [],
+                            "categories": [{"id": i, "name": noun} for i, noun in enumerate(NOUNS)]}  # fmt: skip
+    captions: list[Any] = []
+    for i in range(12):
+        scene = sample(generator(TEST, 77, i), f"s{i}", count=3)
+        scene.load().save(tmp_path / f"{i}.png")
+        held["images"].append({"id": i, "file_name": f"{i}.png"})
+        for thing in scene.objects:
+            box = [thing.box.x0, thing.box.y0, thing.box.x1 - thing.box.x0, thing.box.y1 - thing.box.y0]
+            number = len(held["annotations"])
+            held["annotations"].append(
+                {"id": number, "image_id": i, "category_id": NOUNS.index(thing.noun), "bbox": box}
+            )
+        first, other = scene.objects[0], next(n for n in NOUNS if scene.get(n) is None)
+        captions.append({"image_path": f"{i}.png", "caption_options": [f"a {first.noun}", f"a {other}"]})
+    (tmp_path / "instances.json").write_text(json.dumps(held))
+    data = loaders.coco(tmp_path / "instances.json", tmp_path)
+    result = answer(model, data, progress=False)
+    assert result.rate("accuracy").value > 0.85
+    sorted_out = taxonomy.tabulate(result)
+    assert sorted_out.get("object", "existence").frequency.value == pytest.approx(1 - result.rate("accuracy").value)
+    assert sorted_out.cost.seconds_per_answer is not None
+    scores = chair(
+        {e.id: " and ".join(o.noun for o in e.objects) for e in data}, {e.id: [o.noun for o in e.objects] for e in data}
+    )
+    assert scores.chair_s.value == 0
+    (tmp_path / "captions.json").write_text(json.dumps(captions))
+    told = loaders.whatsup(tmp_path / "captions.json", tmp_path)
+    assert all(answer_key(model, e).candidates == ("yes", "no") for e in told)
+    assert len(answer(model, told, progress=False)) == 24

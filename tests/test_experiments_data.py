@@ -1,0 +1,70 @@
+"""A run's data from people's own files: every loader by its name, with its own options."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from PIL import Image
+from rich.console import Console
+
+from concepts import loaders
+from concepts.errors import ConfigError
+from experiments.config import DataConfig, RunConfig
+from experiments.context import Context
+from experiments.run import RunFolder
+
+
+def context(folder: Path, **data: Any) -> Context:
+    config = RunConfig(root=str(folder), data=DataConfig(questions=str(folder / "q.json"), images=str(folder), **data))
+    return Context(config, RunFolder(folder), Console())
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    held: dict[str, Any] = {
+        "images": [],
+        "annotations": [],
+        "categories": [{"id": i, "name": f"n{i}"} for i in range(9)],
+    }
+    for i in range(12):
+        Image.new("RGB", (2, 2)).save(tmp_path / f"{i}.png")
+        held["images"].append({"id": i, "file_name": f"{i}.png"})
+        held["annotations"].append({"id": i, "image_id": i, "category_id": i % 9, "bbox": [0, 0, 1, 1]})
+    (tmp_path / "q.json").write_text(json.dumps(held))
+    (tmp_path / "c.json").write_text(json.dumps({"annotations": [{"image_id": 3, "caption": "A thing."}]}))
+    return tmp_path
+
+
+def test_coco_with_captions_in_two_parts_that_share_no_image(folder: Path) -> None:
+    made = context(folder, source="coco", loader={"captions": str(folder / "c.json"), "seed": 4})
+    found, held = made.parts
+    assert len(found) + len(held) == 25
+    assert not {e.group for e in found} & {e.group for e in held}
+    assert sum(e.kind == "caption" for part in made.parts for e in part) == 1
+    assert found.provenance["seed"] == 4
+
+
+def test_mistakes_name_what_there_is(folder: Path) -> None:
+    for data, words in (
+        ({"source": "cocoa"}, "data.source=cocoa: there are scenes, amber, aro"),
+        (
+            {"source": "coco", "loader": {"caption": "x"}},
+            r"data\.loader\.caption: is not an option of coco; it has captions",
+        ),
+        ({"source": "vsr", "loader": {"limit": 3}}, r"data\.loader\.limit: is not an option of vsr; it has none"),
+        ({"source": "amber"}, r"data\.loader\.annotations: is needed by amber; it has annotations"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            _ = context(folder, **data).parts
+    with pytest.raises(ConfigError, match="data=vsr needs data"):
+        _ = Context(RunConfig(data=DataConfig(source="vsr")), RunFolder(folder), Console()).parts
+
+
+def test_every_loader_has_its_line_in_the_configuration() -> None:
+    folder = Path(__file__).resolve().parent.parent / "experiments" / "conf" / "data"
+    held = {path.stem: yaml.safe_load(path.read_text())["source"] for path in folder.glob("*.yaml")}
+    assert held == {name: name for name in ("scenes", *loaders.LOADERS)}
