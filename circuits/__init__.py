@@ -6,8 +6,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from circuits import derive, export
+    from circuits import derive, export, planted
     from circuits.attention import ImageAttention, attention_to_image
+    from circuits.head_statistics import Comparison, Stability, compare
     from circuits.heads import HeadScores, random_heads
     from circuits.interventions import Add, Amplify, Intervention, Replace, Zero, intervened
     from circuits.patching import patch_heads
@@ -16,30 +17,37 @@ if TYPE_CHECKING:
 __all__ = [
     "Add",
     "Amplify",
+    "Comparison",
     "HeadScores",
     "ImageAttention",
     "Intervention",
     "Replace",
+    "Stability",
     "SteeringVector",
     "Zero",
     "attention_to_image",
+    "compare",
     "derive",
     "export",
     "intervened",
     "patch_heads",
+    "planted",
     "random_heads",
 ]
 
 _HOME = {
     "Add": "interventions",
     "Amplify": "interventions",
+    "Comparison": "head_statistics",
     "HeadScores": "heads",
     "ImageAttention": "attention",
     "Intervention": "interventions",
     "Replace": "interventions",
+    "Stability": "head_statistics",
     "SteeringVector": "steering",
     "Zero": "interventions",
     "attention_to_image": "attention",
+    "compare": "head_statistics",
     "intervened": "interventions",
     "patch_heads": "patching",
     "random_heads": "heads",
@@ -47,7 +55,7 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
-    if name in {"derive", "export"}:
+    if name in {"derive", "export", "planted"}:
         return import_module(f"circuits.{name}")
     if name not in _HOME:
         msg = f"module 'circuits' has no attribute '{name}'"
