@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from circuits import derive, export, planted
+    from circuits.ablation import Ablation, ablate
     from circuits.attention import ImageAttention, attention_to_image
     from circuits.head_statistics import Comparison, Stability, compare
     from circuits.heads import HeadScores, random_heads
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from circuits.steering import SteeringVector
 
 __all__ = [
+    "Ablation",
     "Add",
     "Amplify",
     "Comparison",
@@ -25,6 +27,7 @@ __all__ = [
     "Stability",
     "SteeringVector",
     "Zero",
+    "ablate",
     "attention_to_image",
     "compare",
     "derive",
@@ -36,6 +39,7 @@ __all__ = [
 ]
 
 _HOME = {
+    "Ablation": "ablation",
     "Add": "interventions",
     "Amplify": "interventions",
     "Comparison": "head_statistics",
@@ -46,6 +50,7 @@ _HOME = {
     "Stability": "head_statistics",
     "SteeringVector": "steering",
     "Zero": "interventions",
+    "ablate": "ablation",
     "attention_to_image": "attention",
     "compare": "head_statistics",
     "intervened": "interventions",

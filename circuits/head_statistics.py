@@ -80,6 +80,18 @@ def by_group(values: np.ndarray, groups: Sequence[str]) -> tuple[list[str], np.n
     return names.tolist(), sums, np.bincount(index)
 
 
+def mean_interval(
+    values: np.ndarray, groups: Sequence[str], level: float = 0.95, resamples: int = 2000, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the percentile bootstrap interval over groups of the mean over rows, ``[N, ...]`` -> twice ``[...]``."""
+    _, sums, counts = by_group(values, groups)
+    n = len(counts)
+    weights = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples)  # [resamples, groups]
+    means = (weights @ sums.reshape(n, -1)) / (weights @ counts)[:, None]
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2], axis=0)
+    return low.reshape(values.shape[1:]), high.reshape(values.shape[1:])
+
+
 def share_positive(values: np.ndarray, groups: Sequence[str]) -> np.ndarray:
     """Return the share of groups whose mean is above 0, ``[N, L, H]`` -> ``[L, H]``."""
     _, sums, _ = by_group(values, groups)

@@ -17,6 +17,7 @@ from circuits.head_statistics import (
     Stability,
     by_group,
     family_p,
+    mean_interval,
     share_positive,
     stability,
 )
@@ -109,7 +110,7 @@ class HeadScores:
     @property
     def standard_error(self) -> np.ndarray:
         """Standard error of `mean`, float64 ``[n_layers, n_heads]``, clustered by group; NaN with one group only."""
-        sums, counts = self._by_group()
+        _, sums, counts = by_group(self.effects, self.groups)
         n = len(counts)
         if n < 2:
             return np.full(self.shape, math.nan)
@@ -118,12 +119,7 @@ class HeadScores:
 
     def interval(self, level: float = 0.95, resamples: int = 2000, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
         """Return the percentile bootstrap interval of `mean` over groups: low and high, ``[n_layers, n_heads]`` each."""
-        sums, counts = self._by_group()
-        n = len(counts)
-        weights = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples)  # [resamples, groups]
-        means = (weights @ sums.reshape(n, -1)) / (weights @ counts)[:, None]
-        low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2], axis=0)
-        return low.reshape(self.shape), high.reshape(self.shape)
+        return mean_interval(self.effects, self.groups, level, resamples, seed)
 
     @property
     def sign(self) -> np.ndarray:
@@ -159,10 +155,6 @@ class HeadScores:
             With fewer than 4 groups, or fewer than `k` heads.
         """
         return stability(self.effects, self.groups, k, splits, seed, level)
-
-    def _by_group(self) -> tuple[np.ndarray, np.ndarray]:
-        _, sums, counts = by_group(self.effects, self.groups)
-        return sums, counts
 
     # ---- choices
 
