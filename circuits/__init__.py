@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from circuits import derive, export, planted
     from circuits.ablation import Ablation, ablate
     from circuits.attention import ImageAttention, attention_to_image
+    from circuits.correlational import HeadTable, head_scores
     from circuits.head_statistics import Comparison, Stability, compare
     from circuits.heads import HeadScores, random_heads
     from circuits.interventions import Add, Amplify, Intervention, Replace, Zero, intervened
@@ -21,6 +22,7 @@ __all__ = [
     "Amplify",
     "Comparison",
     "HeadScores",
+    "HeadTable",
     "ImageAttention",
     "Intervention",
     "Replace",
@@ -32,6 +34,7 @@ __all__ = [
     "compare",
     "derive",
     "export",
+    "head_scores",
     "intervened",
     "patch_heads",
     "planted",
@@ -44,6 +47,7 @@ _HOME = {
     "Amplify": "interventions",
     "Comparison": "head_statistics",
     "HeadScores": "heads",
+    "HeadTable": "correlational",
     "ImageAttention": "attention",
     "Intervention": "interventions",
     "Replace": "interventions",
@@ -53,6 +57,7 @@ _HOME = {
     "ablate": "ablation",
     "attention_to_image": "attention",
     "compare": "head_statistics",
+    "head_scores": "correlational",
     "intervened": "interventions",
     "patch_heads": "patching",
     "random_heads": "heads",
