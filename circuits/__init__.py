@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from circuits import derive, export, planted
+    from circuits import derive, export, knockout, planted
     from circuits.ablation import Ablation, ablate
     from circuits.attention import ImageAttention, attention_to_image
     from circuits.correlational import HeadTable, head_scores
@@ -36,6 +36,7 @@ __all__ = [
     "export",
     "head_scores",
     "intervened",
+    "knockout",
     "patch_heads",
     "planted",
     "random_heads",
@@ -65,7 +66,7 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
-    if name in {"derive", "export", "planted"}:
+    if name in {"derive", "export", "knockout", "planted"}:
         return import_module(f"circuits.{name}")
     if name not in _HOME:
         msg = f"module 'circuits' has no attribute '{name}'"
