@@ -1,0 +1,214 @@
+"""Which heads of the embedded model carry the image to the answer, and what predicts them.
+
+    python benchmarks/heads_embedded.py [--quick] [--save]
+
+Everything is synthetic. For each level, pairs of neutral questions are divided into halves by scene. Heads found by patching
+on one half are held against the effects in the other half; then the best 5 % of them are ablated on the other half's
+questions, beside 5 % at random. Scores that need no patching are compared with patching on the same pairs, and attention
+to the image is cut by layer. Intervals are 95 % over scenes; those of random heads are over scenes and over draws.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from circuits import ablate, compare, head_scores, knockout, patch_heads, random_heads
+from circuits.ablation import Where
+from circuits.correlational import CAUSAL, CORRELATIONAL
+from circuits.knockout import Role
+from concepts import counterfactuals, scenes
+from concepts.schema import LEVELS, ConceptDataset, CounterfactualPair, Example
+from concepts.statistics import Estimate, cluster_bootstrap
+from lvlm import load_lvlm
+from lvlm.model import Lvlm
+
+RESULTS = Path(__file__).parent / "results" / "heads_embedded.json"
+KINDS = {"object": "object", "attribute": "color", "relation": "relation"}
+SHARE = 0.05
+ROUTES: tuple[tuple[Role, Role, int], ...] = (
+    ("last", "image", 1),
+    ("last", "image", 3),
+    ("question", "image", 1),
+    ("question", "image", 3),
+    ("last", "question", 3),
+)
+
+
+def halves(items: Sequence[Any], seed: int = 0) -> tuple[list[Any], list[Any]]:
+    """Divide by group: no scene is in both."""
+    groups = sorted({item.group for item in items})
+    first = {groups[i] for i in np.random.default_rng(seed).permutation(len(groups))[: len(groups) // 2]}
+    return [i for i in items if i.group in first], [i for i in items if i.group not in first]
+
+
+def spread(items: Sequence[Any], count: int) -> list[Any]:
+    """Return some of them, evenly spaced, so that they are of as many scenes as possible."""
+    return [items[i] for i in np.linspace(0, len(items) - 1, min(count, len(items))).astype(int)]
+
+
+def plain(e: Estimate) -> dict[str, float]:
+    return {"value": round(e.value, 4), "low": round(e.low, 4), "high": round(e.high, 4), "n": e.n}
+
+
+def over_scenes(values: np.ndarray, groups: Sequence[str]) -> Estimate:
+    """Return the mean with its interval; of ``[N, sets]`` over draws of sets too."""
+    table = values[:, None] if values.ndim == 1 else values
+    if table.shape[1] == 1:
+        low, high = cluster_bootstrap(table[:, 0], groups)
+        return Estimate(float(table.mean()), low, high, len(table))
+    rng = np.random.default_rng(0)
+    names, index = np.unique(np.array(groups), return_inverse=True)
+    sums = np.zeros((len(names), table.shape[1]))
+    np.add.at(sums, index, table)
+    counts = np.bincount(index)
+    draws = []
+    for _ in range(1000):
+        rows, sets = rng.integers(len(names), size=len(names)), rng.integers(table.shape[1], size=table.shape[1])
+        draws.append(sums[rows][:, sets].sum() / (counts[rows].sum() * len(sets)))
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return Estimate(float(table.mean()), float(low), float(high), len(table))
+
+
+def ablated(
+    model: Lvlm, pairs: Sequence[CounterfactualPair], questions: Sequence[Example], tokens: Where, draws: int
+) -> dict[str, Any]:
+    """Find heads on one half of the scenes, and see on the other half what they explain."""
+    found, held_out = halves(pairs)
+    given = "suffix" if tokens == "suffix" else "last"
+    first, second = (patch_heads(model, part, given) for part in (found, held_out))
+    alike = compare(first, second, k=(5,))
+    size = max(1, round(SHARE * model.n_layers * model.n_heads))
+    top = first.top(size)
+    random = [random_heads(size, seed, top, shape=first.shape) for seed in range(draws)]
+    # Of the questions too one half gives the means, the other is asked; no scene on which heads were found is asked about.
+    used = {pair.group for pair in found}
+    asked = [e for e in questions if e.group not in used]
+    lost = ablate(model, asked, [top, *random], "mean", tokens, reference=[e for e in questions if e.group in used])
+    wrong = lost.right[:, None].astype(float) - lost.right_without
+    p = first.family_p()
+    out: dict[str, Any] = {
+        "heads": [str(h) for h in top],
+        "effect_of_heads": [round(float(first.mean[h.layer, h.head]), 3) for h in top],
+        "heads_with_p_under_.05": int((p <= 0.05).sum()),
+        "rank_correlation_of_halves": plain(alike.rank_correlation),
+        "overlap_at_5": plain(alike.overlap[5]),
+        "pairs": [first.n_pairs, second.n_pairs],
+        "excluded": first.excluded + second.excluded,
+        "scenes": [len(set(first.groups)), len(set(second.groups))],
+        "questions": len(asked),
+    }
+    for name, values in (("margin_lost", lost.effects), ("accuracy_lost", wrong)):
+        best, chance = over_scenes(values[:, 0], lost.groups), over_scenes(values[:, 1:], lost.groups)
+        out[name] = {"top": plain(best), "random": plain(chance), "apart": bool(best.low > chance.high)}
+    return out
+
+
+def measure(model: Lvlm, data: ConceptDataset, limit: int, draws: int) -> dict[str, Any]:
+    """Collect every figure."""
+    neutral = data.where(split="neutral")
+    by_level = {level: spread(counterfactuals.pairs(neutral, KINDS[level]), limit) for level in LEVELS}
+    figures: dict[str, Any] = {}
+    for level, pairs in by_level.items():
+        kinds = {pair.clean.kind for pair in pairs}
+        questions = spread([e for e in neutral if e.kind in kinds], 2 * limit)
+        for tokens in ("last", "suffix"):
+            figures[f"{level}, heads at {tokens}"] = ablated(model, pairs, questions, tokens, draws)
+    table = head_scores(
+        model, [p for pairs in by_level.values() for p in spread(pairs, limit // 2)], CORRELATIONAL + CAUSAL
+    )
+    for row in table.agreement(k=(5,)).to_dict("records"):
+        figures[f"agreement with patching, {row['level']}, {row['method']}"] = {
+            name: {
+                key: round(float(row[f"{name}{end}"]), 4)
+                for key, end in (("value", ""), ("low", "_low"), ("high", "_high"))
+            }
+            for name in ("rank_correlation", "overlap@5")
+        } | {"n": int(row["groups"]), "chance_of_overlap": round(float(row["chance@5"]), 4)}
+    for level, pairs in by_level.items():
+        asked = [p.clean for p in spread(pairs, limit // 2)]
+        for target, source, window in ROUTES:
+            cut = knockout.sweep(model, asked, target, source, window=window)
+            frame = cut.frame()
+            figures[f"knockout, {level}, {target} from {source}, window {window}"] = {
+                "value": [round(float(v), 3) for v in frame["change"]],
+                "low": [round(float(v), 3) for v in frame["change_low"]],
+                "high": [round(float(v), 3) for v in frame["change_high"]],
+                "right": [round(float(v), 3) for v in frame["right"]],
+                "n": len(cut.ids),
+            }
+    return figures
+
+
+def report(figures: dict[str, Any], console: Console) -> None:
+    """Print the tables."""
+
+    def text(e: dict[str, float]) -> str:
+        return f"{e['value']:.2f} [{e['low']:.2f}, {e['high']:.2f}]"
+
+    table = Table(
+        "",
+        "heads",
+        "halves: rank corr.",
+        "top 5 in common",
+        "margin lost: top",
+        "random",
+        "accuracy lost: top",
+        "random",
+    )
+    for name, f in figures.items():
+        if "heads" in f:
+            losses = [text(f[kind][which]) for kind in ("margin_lost", "accuracy_lost") for which in ("top", "random")]
+            table.add_row(
+                name, " ".join(f["heads"]), text(f["rank_correlation_of_halves"]), text(f["overlap_at_5"]), *losses
+            )
+    console.print(table)
+    table = Table("agreement with patching", "rank correlation", "overlap at 5", "scenes")
+    for name, f in figures.items():
+        if name.startswith("agreement"):
+            table.add_row(name.split(", ", 1)[1], text(f["rank_correlation"]), text(f["overlap@5"]), str(f["n"]))
+    console.print(table)
+    table = Table("knockout: relative change of the answer's probability", "by layer", "still right", "n")
+    for name, f in figures.items():
+        if name.startswith("knockout"):
+            table.add_row(name.split(", ", 1)[1], str(f["value"]), str(f["right"]), str(f["n"]))
+    console.print(table)
+
+
+def main() -> None:
+    """Measure, print tables, and as the last line one JSON object."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer scenes, about a minute")
+    parser.add_argument("--save", action="store_true", help="write the figures to benchmarks/results")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    console = Console()
+    console.print("Compares heads found by patching with effects on other scenes, random heads and cheaper scores.")
+    start = time.perf_counter()
+    data = scenes.dataset(n_images=100 if options.quick else 300, seed=11)
+    figures = measure(load_lvlm("tiny"), data, *((40, 5) if options.quick else (100, 10)))
+    report(figures, console)
+    console.print(f"{time.perf_counter() - start:.0f} s")
+    device = f"{platform.machine()}, torch {torch.__version__}, numpy {np.__version__}"
+    outcome = {"benchmark": "heads_embedded", "device": device, "figures": figures}
+    if options.save:
+        RESULTS.parent.mkdir(exist_ok=True)
+        RESULTS.write_text(json.dumps(outcome, indent=1) + "\n")
+    print(json.dumps(outcome))
+
+
+if __name__ == "__main__":
+    main()
