@@ -10,7 +10,8 @@ if TYPE_CHECKING:
     from circuits.attention import ImageAttention, attention_to_image
     from circuits.heads import HeadScores, random_heads
     from circuits.interventions import Add, Amplify, Intervention, Replace, Zero, intervened
-    from circuits.patching import patch_heads
+    from circuits.patch_scores import PatchScores
+    from circuits.patching import patch, patch_heads
     from circuits.steering import SteeringVector
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "HeadScores",
     "ImageAttention",
     "Intervention",
+    "PatchScores",
     "Replace",
     "SteeringVector",
     "Zero",
@@ -26,6 +28,7 @@ __all__ = [
     "derive",
     "export",
     "intervened",
+    "patch",
     "patch_heads",
     "random_heads",
 ]
@@ -36,11 +39,13 @@ _HOME = {
     "HeadScores": "heads",
     "ImageAttention": "attention",
     "Intervention": "interventions",
+    "PatchScores": "patch_scores",
     "Replace": "interventions",
     "SteeringVector": "steering",
     "Zero": "interventions",
     "attention_to_image": "attention",
     "intervened": "interventions",
+    "patch": "patching",
     "patch_heads": "patching",
     "random_heads": "heads",
 }
