@@ -15,12 +15,14 @@ the patches run, counted at every operation, over the budget they were given.
 
 from __future__ import annotations
 
+import argparse
+import json
+import platform
 import statistics
 import sys
 import time
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,17 +31,23 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
+from rich.console import Console
+from rich.table import Table
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from benchmarks.trace import middle_processor, questions
 from circuits import patch, patch_heads
+from circuits.engine import Row, resume
+from circuits.recording import Recording, observe, record
+from circuits.sweep import rows_of
 from concepts.schema import CounterfactualPair
-from lvlm import FamilySpec, Lvlm, wrap_lvlm
+from lvlm import FamilySpec, Lvlm, Site, wrap_lvlm
 from lvlm.tiny.architecture import IMAGE, vocabulary
 
-TEXT = " ".join(["Is there a big cat", *["or a dog"] * 8, "in the image"])  # 31 words and a question mark
+TEXT = " ".join(["Is there a cat", *["or a dog"] * 8, "in the image"])  # 31 words, and a question mark
 Patch = tuple[int, int, tuple[int, ...]]
 """Layer, head, positions."""
 
@@ -83,7 +91,7 @@ def build(layers: int = 16, heads: int = 8, side: int = 16, seed: int = 0) -> Lv
 
 
 def pair_of(seed: int = 0) -> CounterfactualPair:
-    """The same question about two pictures."""
+    """Ask the same question about two pictures."""
     one, two = questions(2 + seed, f"{TEXT}?").examples[-2:]
     return CounterfactualPair(one, replace(two, question=one.question, answer="no"), "image", "another image")
 
@@ -225,23 +233,32 @@ def _loop_seconds(loop: Loop, chosen: list[Patch], count: int) -> float:
     return own + seconds(lambda: [loop.patch(p) for p in chosen], loop.device) * count / len(chosen)
 
 
+@dataclass(frozen=True)
+class Parts:
+    """What the engine is given for some patches."""
+
+    run: Recording
+    rows: list[Row]
+
+
+def parts(model: Lvlm, pair: CounterfactualPair, patches: list[Patch]) -> Parts:
+    """Record the pair and make a row of each patch."""
+    clean, corrupt = (model.collate([model.encode(e)]) for e in (pair.clean, pair.corrupt))
+    sites = [Site("decoder", i, "z") for i in range(model.n_layers)]
+    start = min(p[0] for _, _, p in patches)
+    source, run = observe(model, clean, start, sites), record(model, corrupt, start, sites)
+    return Parts(run, [rows_of(model, [((sites[i], h),)], [at], source)[0] for i, h, at in patches])
+
+
 def largest_difference(model: Lvlm, pair: CounterfactualPair, count: int) -> float:
     """Return the largest difference of any logit to the loop's, over a sample of each sweep's patches."""
-    from circuits.engine import resume
-    from circuits.recording import observe, record
-    from circuits.sweep import rows_of
-    from lvlm import Site
-
     loop = Loop(model, pair)
     loop.own_runs()
-    sites = [Site("decoder", i, "z") for i in range(model.n_layers)]
     draw, worst = np.random.default_rng(1), 0.0
     for sweep in sweeps(model, pair):
         chosen = [sweep.patches[i] for i in draw.choice(len(sweep.patches), count, replace=False)]
-        start = min(p[0] for _, _, p in chosen)
-        source, run = observe(model, loop.clean, start, sites), record(model, loop.corrupt, start, sites)
-        rows = [rows_of(model, [((sites[i], h),)], [at], source)[0] for i, h, at in chosen]
-        ours = resume(model, run, rows, lambda x: x[:, :, -1], memory=2**30)[0]
+        given = parts(model, pair, chosen)
+        ours = resume(model, given.run, given.rows, lambda x: x[:, :, -1], memory=2**30)[0]
         theirs = torch.stack([loop.patch(p) for p in chosen])
         worst = max(worst, float((ours.float() - theirs.float()).abs().max()))
     return worst
@@ -258,8 +275,10 @@ class Live(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation and count what it made."""
         out = func(*args, **(kwargs or {}))
-        for x in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(x, Tensor):
+        # What an operation was given is no new memory when it gives it back, as a view of a weight is.
+        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        for x in tree_leaves(out):
+            if isinstance(x, Tensor) and x.untyped_storage()._cdata not in given:
                 self._count(x.untyped_storage())
         return out
 
@@ -277,29 +296,146 @@ class Live(TorchDispatchMode):
         self.now -= size
 
 
-def peak_bytes(model: Lvlm, pair: CounterfactualPair, memory: int) -> int:
-    """Return the most bytes that live while every head is patched at all question tokens within a budget."""
-    from circuits import engine
-
-    counted: list[int] = []
-    inner = engine._run
-
-    def watched(*args: Any) -> Any:
-        with counting() as live:
-            out = inner(*args)
-        counted.append(live.most)
-        return out
-
-    engine._run = watched
-    try:
-        patch_heads(model, [pair], "suffix", min_effect=0, memory=memory, progress=False)
-    finally:
-        engine._run = inner
-    return max(counted)
-
-
-@contextmanager
-def counting() -> Iterator[Live]:
-    """Count bytes while the context is open."""
+def peak_share(model: Lvlm, pair: CounterfactualPair, memory: int) -> float:
+    """Return the most bytes that patching every head at all question tokens adds to what was recorded, over its budget."""
+    given = parts(model, pair, sweeps(model, pair)[1].patches)
     with Live() as live:
-        yield live
+        resume(model, given.run, given.rows, lambda x: x[:, :, -1, :2].clone(), memory=memory)
+    return live.most / memory
+
+
+def growth(turns: int) -> dict[str, list[tuple[int, float, float]]]:
+    """Time all heads at the last token for models that grow in one way: size, our forwards, the loop's forwards."""
+    grown: dict[str, list[tuple[int, float, float]]] = {}
+    for name, sizes in (("layers", (4, 8, 16, 24)), ("heads", (4, 8, 12)), ("image tokens", (64, 256, 576, 1024))):
+        for size in sizes:
+            model = build(
+                layers=size if name == "layers" else 16,
+                heads=size if name == "heads" else 8,
+                side=round(size**0.5) if name == "image tokens" else 16,
+            )
+            sweep, loop = sweeps(model, pair_of())[0], Loop(model, pair_of())
+            seconds(loop.own_runs, model.device)
+            ratios = []
+            for _ in range(turns):
+                plain = seconds(lambda c=loop: c.forward(c.corrupt), model.device)
+                ours = seconds(sweep.run, model.device)
+                ratios.append(ours / min(plain, seconds(lambda c=loop: c.forward(c.corrupt), model.device)))
+            grown.setdefault(name, []).append((size, statistics.median(ratios), len(sweep.patches) + 2.0))
+    return grown
+
+
+def draw(grown: dict[str, list[tuple[int, float, float]]], path: Path) -> None:
+    """Draw how cost grows: one small panel for each way of growing, cost in plain forwards of that model."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, panels = plt.subplots(1, len(grown), figsize=(9, 3), sharey=True, layout="constrained")
+    for panel, (name, rows) in zip(panels, grown.items(), strict=True):
+        sizes, ours, loop = zip(*rows, strict=True)
+        panel.plot(sizes, loop, "o-", color="0.55", label="one forward a head")
+        panel.plot(sizes, ours, "o-", color="C0", label="circuits.patch_heads")
+        panel.set(xlabel=name, yscale="log", xticks=sizes)
+        panel.grid(axis="y", color="0.9")
+        panel.spines[["top", "right"]].set_visible(False)
+        for x, y in zip(sizes, ours, strict=True):
+            panel.annotate(f"{y:.1f}", (x, y), (0, 6), textcoords="offset points", ha="center", fontsize=8)
+    panels[0].set_ylabel("plain forwards")
+    panels[0].set_ylim(1, None)
+    panels[0].annotate("one forward a head", (panels[0].get_xlim()[1], 50), ha="right", fontsize=8, color="0.45")
+    panels[0].annotate("circuits.patch_heads", (panels[0].get_xlim()[1], 4), ha="right", fontsize=8, color="C0")
+    figure.suptitle("All heads at the last token of one pair, its own two runs included", fontsize=10)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def show_growth(console: Console, path: Path, turns: int) -> None:
+    """Measure and draw growth, and print it as a table and a line of JSON."""
+    grown = growth(turns)
+    draw(grown, path)
+    table = Table("grown in", "to", "forwards", "one forward a head")
+    for name, rows in grown.items():
+        for size, ours, whole in rows:
+            table.add_row(name, str(size), f"{ours:.2f}", f"{whole:.0f}")
+    console.print(table)
+    figures = {
+        f"forwards_at_{size}_{name.replace(' ', '_')}": {"value": round(ours, 3), "goal": "", "holds": True, "n": turns}
+        for name, rows in grown.items()
+        for size, ours, _ in rows
+    }
+    print(json.dumps({"benchmark": "patching", "device": device_name("cpu", "float32"), "figures": figures}))
+
+
+def device_name(device: str, dtype: str) -> str:
+    """Say what was measured on."""
+    cuda = device.startswith("cuda")
+    where = torch.cuda.get_device_name() if cuda else f"{platform.machine()}, {torch.get_num_threads()} threads"
+    return f"{where}, {dtype}, torch {torch.__version__}"
+
+
+def main() -> None:
+    """Run, print a table, and as the last line one JSON object."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="few repetitions, about a minute")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument(
+        "--figure", type=Path, help="instead draw growth with layers, heads and image tokens to this file"
+    )
+    options = parser.parse_args()
+    console = Console()
+    console.print(
+        "Compares exact patching of heads with the loop of one whole forward a patch; each counts all its runs."
+    )
+    if options.figure:
+        show_growth(console, options.figure, 1 if options.quick else 5)
+        return
+    model = build()
+    model.hf.to(options.device, getattr(torch, options.dtype))
+    pair = pair_of()
+    length, question = model.encode(pair.clean).tokens.length, len(sweeps(model, pair)[1].patches[0][2])
+    console.print(f"{model!r}: {length} tokens, {question} of them after the image, {torch.get_num_threads()} threads")
+    turns = (3, 1, 1) if options.quick else (5, 5, 1)
+    sample = 4 if options.quick else 16
+    table = Table("sweep", "patches", "seconds", "loop", "plain forward", "forwards", "times the loop", "n")
+    measured = []
+    for sweep, n in zip(sweeps(model, pair), turns, strict=True):
+        found = measure(model, pair, sweep, n, sample)
+        measured.append(found)
+        times = (f"{found.ours:.2f}", f"{found.loop:.1f}", f"{found.forward:.3f}")
+        table.add_row(
+            sweep.name, str(len(sweep.patches)), *times, f"{found.forwards:.2f}", f"{found.speedup:.1f}", str(n)
+        )
+    console.print(table)
+    figures: dict[str, dict[str, Any]] = {}
+
+    def add(name: str, value: float, goal: str, n: int) -> None:
+        sign, _, bound = goal.partition(" ")
+        holds = not goal or (value <= float(bound) if sign == "<=" else value >= float(bound))
+        figures[name] = {"value": float(f"{value:.4g}"), "goal": goal, "holds": holds, "n": n}
+
+    last, joint, apart = measured
+    add("last_token_forwards", last.forwards, "<= 3", last.n)
+    add("last_token_speedup", last.speedup, ">= 40", last.n)
+    add("question_at_once_forwards", joint.forwards, "<= 10", joint.n)
+    add("question_at_once_speedup", joint.speedup, "", joint.n)
+    add("question_apart_speedup", apart.speedup, ">= 25", apart.n)
+    count = 4 if options.quick else 24
+    error = largest_difference(model, pair, count)
+    add("largest_logit_difference", error, "<= 1e-5" if options.dtype == "float32" else "", 3 * count)
+    if options.device == "cpu":
+        budgets = (2**26, 2**28)
+        add("peak_memory_over_budget", max(peak_share(model, pair, m) for m in budgets), "<= 1", len(budgets))
+    rows = Table("figure", "value", "goal", "holds")
+    for name, figure in figures.items():
+        rows.add_row(name, f"{figure['value']:g}", figure["goal"], str(figure["holds"]))
+    console.print(rows)
+    device = device_name(options.device, options.dtype)
+    print(json.dumps({"benchmark": "patching", "device": device, "figures": figures}))
+
+
+if __name__ == "__main__":
+    main()

@@ -20,8 +20,10 @@ from circuits.budget import rows_within
 from circuits.interventions import Intervention, columns_of
 from circuits.recording import Recording
 from circuits.sharing import NotShared, Prefix, SharedAttention, shared_attention
+from circuits.writing import edit
 from lvlm.family import TOLERANCE
 from lvlm.model import Lvlm
+from lvlm.sites import Site
 
 Row = tuple[Intervention, ...]
 """What is changed in one run: every change at once. Positions are whole numbers, counted from 0 in the prompt."""
@@ -178,13 +180,13 @@ def _prefix(run: Recording, layer: int, start: int, which: Tensor) -> Prefix:
 
 def _edits(model: Lvlm, layer: int, rows: Sequence[Row], start: int, examples: int) -> list[Any]:
     """Put hooks where rows change a layer; each row is changed in its own part of the batch alone."""
-    by_place: dict[tuple[str, bool], list[tuple[int, Intervention]]] = {}
+    by_site: dict[Site, list[tuple[int, Intervention]]] = {}
     for number, row in enumerate(rows):
         for item in row:
             if item.site.layer == layer:
-                by_place.setdefault((item.site.component, item.site.cross), []).append((number, item))
+                by_site.setdefault(item.site, []).append((number, item))
     hooks = []
-    for (component, cross), items in by_place.items():
+    for site, items in by_site.items():
         made = [(number, _slice(positions_of(item), start), columns_of(model, item), item) for number, item in items]
 
         def change(x: Tensor, made: list[Any] = made) -> Tensor:
@@ -194,7 +196,7 @@ def _edits(model: Lvlm, layer: int, rows: Sequence[Row], start: int, examples: i
                 by_row[:, number, at, columns] = item.change(by_row[:, number, at, columns])
             return x
 
-        hooks.append(model.place("decoder", layer, component, cross=cross).edit(change))
+        hooks.append(edit(model, site, change))
     return hooks
 
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from circuits.writing import edit
 from concepts.errors import PatchError, SiteError
 from lvlm.model import Lvlm
 from lvlm.sites import Site
@@ -148,7 +149,8 @@ def intervened(model: Lvlm, interventions: Sequence[Intervention]) -> Iterator[N
     by_site: dict[Site, list[tuple[Intervention, slice]]] = {}
     for item in interventions:
         by_site.setdefault(item.site, []).append((item, columns_of(model, item)))
-    places = {site: model.locate(site) for site in by_site}
+    for site in by_site:
+        model.locate(site)
     seen = _Tokens(model)
     with ExitStack() as hooks:
         if any(isinstance(i.positions, str) and i.positions in ("image", "suffix") for i in interventions):
@@ -168,7 +170,7 @@ def intervened(model: Lvlm, interventions: Sequence[Intervention]) -> Iterator[N
                         x[where] = item.change(x[where])
                 return x
 
-            hooks.callback(places[site].edit(change).remove)
+            hooks.callback(edit(model, site, change).remove)
         yield
 
 
