@@ -398,13 +398,14 @@ def main() -> None:
     pair = pair_of()
     length, question = model.encode(pair.clean).tokens.length, len(sweeps(model, pair)[1].patches[0][2])
     console.print(f"{model!r}: {length} tokens, {question} of them after the image, {torch.get_num_threads()} threads")
-    turns = (3, 1, 1) if options.quick else (5, 5, 1)
-    sample = 4 if options.quick else 16
+    turns = (3, 1, 1) if options.quick else (5, 3, 1)
+    sample = 4 if options.quick else 8
     table = Table("sweep", "patches", "seconds", "loop", "plain forward", "forwards", "times the loop", "n")
     measured = []
     for sweep, n in zip(sweeps(model, pair), turns, strict=True):
         found = measure(model, pair, sweep, n, sample)
         measured.append(found)
+        console.print(f"{sweep.name}: {found}")
         times = (f"{found.ours:.2f}", f"{found.loop:.1f}", f"{found.forward:.3f}")
         table.add_row(
             sweep.name, str(len(sweep.patches)), *times, f"{found.forwards:.2f}", f"{found.speedup:.1f}", str(n)
@@ -423,7 +424,7 @@ def main() -> None:
     add("question_at_once_forwards", joint.forwards, "<= 10", joint.n)
     add("question_at_once_speedup", joint.speedup, "", joint.n)
     add("question_apart_speedup", apart.speedup, ">= 25", apart.n)
-    count = 4 if options.quick else 24
+    count = 4 if options.quick else 12
     error = largest_difference(model, pair, count)
     add("largest_logit_difference", error, "<= 1e-5" if options.dtype == "float32" else "", 3 * count)
     if options.device == "cpu":

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from circuits.interventions import Add, Amplify, Intervention, Replace, Zero, intervened
     from circuits.patch_scores import PatchScores
     from circuits.patching import patch, patch_heads
+    from circuits.paths import patch_paths
     from circuits.steering import SteeringVector
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "intervened",
     "patch",
     "patch_heads",
+    "patch_paths",
     "random_heads",
 ]
 
@@ -47,6 +49,7 @@ _HOME = {
     "intervened": "interventions",
     "patch": "patching",
     "patch_heads": "patching",
+    "patch_paths": "paths",
     "random_heads": "heads",
 }
 

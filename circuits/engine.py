@@ -18,7 +18,7 @@ from torch import Tensor
 from circuits.arguments import arguments_for
 from circuits.budget import rows_within
 from circuits.interventions import Intervention, columns_of
-from circuits.recording import Recording
+from circuits.recording import Recording, See, crosses
 from circuits.sharing import NotShared, Prefix, SharedAttention, shared_attention
 from circuits.writing import edit
 from lvlm.family import TOLERANCE
@@ -52,6 +52,7 @@ def resume(
     most: int | None = None,
     examples: Sequence[int] | None = None,
     check: bool = False,
+    see: See | None = None,
 ) -> Tensor:
     """Return what is read of the logits of a run changed in each of many ways, for each example of the recording.
 
@@ -73,6 +74,8 @@ def resume(
         Which examples of the recording; None for all.
     check
         Also run the recording unchanged, as one row more, and compare.
+    see
+        Is shown what each layer's heads put out, from the first position of the suffix on.
 
     Returns
     -------
@@ -93,7 +96,8 @@ def resume(
         for number, chunk in enumerate(_chunks(model, run, rows, len(which), memory, most)):
             given = [rows[i] for i in chunk.numbers]
             checked = check and number == 0
-            logits = _run(model, run, [(), *given] if checked else given, chunk.start, which, attention)
+            shown = None if see is None else (see, (-1, *chunk.numbers) if checked else chunk.numbers)
+            logits = _run(model, run, [(), *given] if checked else given, chunk.start, which, attention, shown)
             if checked:
                 _compare(model, run, logits[:, 0], which)
                 logits = logits[:, 1:]
@@ -103,7 +107,13 @@ def resume(
 
 
 def _run(
-    model: Lvlm, run: Recording, rows: Sequence[Row], start: int, which: Tensor, attention: SharedAttention
+    model: Lvlm,
+    run: Recording,
+    rows: Sequence[Row],
+    start: int,
+    which: Tensor,
+    attention: SharedAttention,
+    shown: tuple[See, tuple[int, ...]] | None = None,
 ) -> Tensor:
     """Return the logits of some rows at the positions kept, ``[P, n, kept, V]``; the lowest layers come first."""
     entry = [_first_layer(row) for row in rows]
@@ -117,6 +127,8 @@ def _run(
         attention.prefix = _prefix(run, layer, start, which)
         attention.calls = 0
         hooks = _edits(model, layer, rows[:count], start, examples)
+        if shown is not None:
+            hooks.append(_watch(model, layer, examples, shown[0], shown[1][:count]))
         try:
             module = model.place("decoder", layer, "resid_post").module
             out = module(hidden.flatten(0, 1), **arguments_for(run, layer, start, which, count))
@@ -198,6 +210,11 @@ def _edits(model: Lvlm, layer: int, rows: Sequence[Row], start: int, examples: i
 
         hooks.append(edit(model, site, change))
     return hooks
+
+
+def _watch(model: Lvlm, layer: int, examples: int, see: See, numbers: tuple[int, ...]) -> Any:
+    place = model.place("decoder", layer, "z", cross=crosses(model, layer))
+    return place.watch(lambda x: see(layer, numbers, x.unflatten(0, (examples, -1))))
 
 
 def _slice(positions: tuple[int, ...], start: int) -> slice | list[int]:

@@ -33,7 +33,7 @@ class PatchScores:
     corrupt: np.ndarray
     """The same in the corrupt run."""
     sites: tuple[str, ...]
-    """What was patched at once: ``decoder.L3.resid_post``, ``L3.H5``, ``L3.H5+L4.H1``."""
+    """What was patched at once: ``decoder.L3.resid_post``, ``L3.H5``, ``L3.H5+L4.H1``, the path ``L3.H5->L4.H1``."""
     positions: tuple[str, ...]
     """What each position is: the tokens asked for, or, where each was patched apart, its distance from the last of
     them, ``-2``, ``-1``, ``0``."""
@@ -57,6 +57,8 @@ class PatchScores:
     weights_hash: str
     pairs_digest: str
     """SHA-256 of all pairs that were given, those left out included."""
+    through: str = ""
+    """Of patched paths, by which of a receiver's inputs, and what lies between: ``qkv, mlps frozen``."""
 
     def __post_init__(self) -> None:
         for name in _ARRAYS:

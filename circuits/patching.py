@@ -20,7 +20,7 @@ from circuits.pairing import (
 from circuits.patch_scores import PatchScores
 from circuits.progress import progress_bar
 from circuits.sites import Wanted, every_head, units_of
-from circuits.sweep import Direction, Plan, Settings, sweep
+from circuits.sweep import Direction, Plan, Settings, Swept, patches, sweep
 from concepts.errors import ConfigError, PatchError
 from concepts.schema import CounterfactualPair
 from lvlm.model import Lvlm
@@ -101,7 +101,7 @@ def patch_heads(
         raise ConfigError(msg)
     settings = settings_of(model, direction, metric, memory, batch_rows, min_effect, progress)
     plans = plans_of(model, pairs, tokens, settings)
-    found = sweep(model, plans, every_head(model), settings)
+    found = sweep(model, plans, patches(model, every_head(model)), settings)
     check_kept(found.clean, found.corrupt, found.kept, settings.min_effect)
     chosen = [plan.pair for plan, keep in zip(plans, found.kept, strict=True) if keep]
     return HeadScores(
@@ -172,7 +172,22 @@ def patch(
     settings = settings_of(model, direction, metric, memory, batch_rows, min_effect, progress)
     units, names = units_of(model, sites)
     plans = plans_of(model, pairs, tokens, settings)
-    found = sweep(model, plans, units, settings)
+    count = max(len(plan.positions) for plan in plans)
+    found = sweep(model, plans, patches(model, units, count), settings)
+    return scores_of(model, pairs, plans, found, settings, names, tokens)
+
+
+def scores_of(
+    model: Lvlm,
+    pairs: Sequence[CounterfactualPair],
+    plans: Sequence[Plan],
+    found: Swept,
+    settings: Settings,
+    names: Sequence[str],
+    tokens: str,
+    through: str = "",
+) -> PatchScores:
+    """Return what a sweep found as a result; raises `PatchError` where most pairs were left out."""
     check_kept(found.clean, found.corrupt, found.kept, settings.min_effect)
     chosen = [plan.pair for plan, keep in zip(plans, found.kept, strict=True) if keep]
     count = found.effects.shape[2]
@@ -187,8 +202,8 @@ def patch(
         levels=tuple(p.clean.level for p in chosen),
         kinds=tuple(p.kind for p in chosen),
         tokens=tokens,
-        direction=direction,
-        metric=metric,
+        direction=settings.direction,
+        metric=settings.metric.name,
         min_effect=settings.min_effect,
         excluded=int((~found.kept).sum()),
         path="shared prefix" if found.shared else "whole forwards",
@@ -196,6 +211,7 @@ def patch(
         config_hash=model.config_hash,
         weights_hash=model.weights_hash,
         pairs_digest=pairs_digest(pairs),
+        through=through,
     )
 
 

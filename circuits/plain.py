@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from circuits.budget import row_bytes
 from circuits.engine import Reader, Row
 from circuits.interventions import intervened
+from circuits.recording import See, crosses
 from concepts.errors import PatchError
 from lvlm.model import Lvlm
 
@@ -38,6 +40,7 @@ def run_whole(
     keep: int = 1,
     memory: int,
     most: int | None = None,
+    see: See | None = None,
 ) -> Tensor:
     """Return what is read of the logits of a run changed in each of many ways, ``[P, rows, …]``.
 
@@ -57,6 +60,8 @@ def run_whole(
         Bytes that rows running side by side may take.
     most
         Most rows that run side by side.
+    see
+        Is shown what each layer's heads put out, at all positions.
 
     Raises
     ------
@@ -85,7 +90,17 @@ def run_whole(
             for number, row in enumerate(part)
             for item in row
         ]
-        with intervened(model, items):
+        with ExitStack() as stack:
+            stack.enter_context(intervened(model, items))
+            if see is not None:
+                numbers = tuple(range(k, k + len(part)))
+                for layer in range(model.n_layers):
+
+                    def look(x: Tensor, layer: int = layer, numbers: tuple[int, ...] = numbers) -> None:
+                        see(layer, numbers, x.unflatten(0, (len(numbers), examples)).transpose(0, 1))
+
+                    place = model.place("decoder", layer, "z", cross=crosses(model, layer))
+                    stack.callback(place.watch(look).remove)
             logits = model.hf(**many, use_cache=False, **less).logits[:, -keep:]
         found.append(read(logits.unflatten(0, (len(part), examples)).transpose(0, 1)))
     return torch.cat(found, dim=1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +15,9 @@ from circuits.sharing import NotShared, closed
 from lvlm.family import find
 from lvlm.model import Lvlm
 from lvlm.sites import Site
+
+See = Callable[[int, tuple[int, ...], Tensor], None]
+"""Shown for each layer: its number, which rows have come that far, and their head outputs ``[P, rows, S, width]``."""
 
 
 @dataclass(frozen=True, eq=False)
