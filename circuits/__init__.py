@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from circuits.head_statistics import Comparison, Stability, compare
     from circuits.heads import HeadScores, random_heads
     from circuits.interventions import Add, Amplify, Intervention, Replace, Zero, intervened
-    from circuits.patching import patch_heads
+    from circuits.patch_scores import PatchScores
+    from circuits.patching import patch, patch_heads
+    from circuits.paths import patch_paths
     from circuits.steering import SteeringVector
 
 __all__ = [
@@ -25,6 +27,7 @@ __all__ = [
     "HeadTable",
     "ImageAttention",
     "Intervention",
+    "PatchScores",
     "Replace",
     "Stability",
     "SteeringVector",
@@ -37,7 +40,9 @@ __all__ = [
     "head_scores",
     "intervened",
     "knockout",
+    "patch",
     "patch_heads",
+    "patch_paths",
     "planted",
     "random_heads",
 ]
@@ -51,6 +56,7 @@ _HOME = {
     "HeadTable": "correlational",
     "ImageAttention": "attention",
     "Intervention": "interventions",
+    "PatchScores": "patch_scores",
     "Replace": "interventions",
     "Stability": "head_statistics",
     "SteeringVector": "steering",
@@ -60,7 +66,9 @@ _HOME = {
     "compare": "head_statistics",
     "head_scores": "correlational",
     "intervened": "interventions",
+    "patch": "patching",
     "patch_heads": "patching",
+    "patch_paths": "paths",
     "random_heads": "heads",
 }
 

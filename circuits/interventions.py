@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from circuits.writing import edit
 from concepts.errors import PatchError, SiteError
 from lvlm.model import Lvlm
 from lvlm.sites import Site
@@ -147,8 +148,9 @@ def intervened(model: Lvlm, interventions: Sequence[Intervention]) -> Iterator[N
     """
     by_site: dict[Site, list[tuple[Intervention, slice]]] = {}
     for item in interventions:
-        by_site.setdefault(item.site, []).append((item, _columns(model, item)))
-    places = {site: model.locate(site) for site in by_site}
+        by_site.setdefault(item.site, []).append((item, columns_of(model, item)))
+    for site in by_site:
+        model.locate(site)
     seen = _Tokens(model)
     with ExitStack() as hooks:
         if any(isinstance(i.positions, str) and i.positions in ("image", "suffix") for i in interventions):
@@ -168,7 +170,7 @@ def intervened(model: Lvlm, interventions: Sequence[Intervention]) -> Iterator[N
                         x[where] = item.change(x[where])
                 return x
 
-            hooks.callback(places[site].edit(change).remove)
+            hooks.callback(edit(model, site, change).remove)
         yield
 
 
@@ -182,7 +184,7 @@ def width(model: Lvlm, site: Site) -> int:
         return place.module.out_features
     if site.stack == "projector":
         return model.width
-    projection = model.output_projection(site.stack, site.layer)
+    projection = model.output_projection(site.stack, site.layer, cross=site.cross)
     return projection.in_features if site.component == "z" else projection.out_features
 
 
@@ -205,7 +207,7 @@ class _Tokens:
         return image if rule == "image" else image.flip(1).cumsum(1).flip(1) == 0
 
 
-def _columns(model: Lvlm, item: Intervention) -> slice:
+def columns_of(model: Lvlm, item: Intervention) -> slice:
     """Return the columns an intervention touches, after checking that they exist and that its change fits them."""
     full = width(model, item.site)
     columns = slice(0, full)

@@ -166,6 +166,16 @@ def test_every_site_with_a_tensor_can_be_intervened_on() -> None:
             assert not torch.equal(model.logits(batch(model).inputs), plain), site
 
 
+@pytest.mark.parametrize("stack", ["decoder", "vision"])
+def test_what_is_put_between_attention_and_mlp_reaches_the_layers_end(stack: str) -> None:
+    model = shared()
+    mid, out, mlp = (Site(stack, 1, c) for c in ("resid_mid", "resid_post", "mlp_out"))  # pyright: ignore[reportArgumentType]
+    value = torch.randn(seen(model, mid, []).shape[-1], generator=generator())
+    item = Intervention(mid, Replace(value), "all")
+    torch.testing.assert_close(seen(model, mid, [item])[0, 3], value, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(seen(model, out, [item]), value + seen(model, mlp, [item]), atol=1e-4, rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("item", "error", "said"),
     [
