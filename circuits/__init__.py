@@ -6,11 +6,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from circuits import derive, export
+    from circuits import derive, export, sources
     from circuits.attention import ImageAttention, attention_to_image
     from circuits.heads import HeadScores, random_heads
     from circuits.interventions import Add, Amplify, Intervention, Replace, Zero, intervened
     from circuits.patching import patch_heads
+    from circuits.shares import Sources, SourceShares
     from circuits.steering import SteeringVector
 
 __all__ = [
@@ -20,6 +21,8 @@ __all__ = [
     "ImageAttention",
     "Intervention",
     "Replace",
+    "SourceShares",
+    "Sources",
     "SteeringVector",
     "Zero",
     "attention_to_image",
@@ -28,6 +31,7 @@ __all__ = [
     "intervened",
     "patch_heads",
     "random_heads",
+    "sources",
 ]
 
 _HOME = {
@@ -37,6 +41,8 @@ _HOME = {
     "ImageAttention": "attention",
     "Intervention": "interventions",
     "Replace": "interventions",
+    "SourceShares": "shares",
+    "Sources": "shares",
     "SteeringVector": "steering",
     "Zero": "interventions",
     "attention_to_image": "attention",
@@ -47,7 +53,7 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
-    if name in {"derive", "export"}:
+    if name in {"derive", "export", "sources"}:
         return import_module(f"circuits.{name}")
     if name not in _HOME:
         msg = f"module 'circuits' has no attribute '{name}'"
