@@ -10,7 +10,8 @@ if TYPE_CHECKING:
     from circuits.attention import ImageAttention, attention_to_image
     from circuits.heads import HeadScores, random_heads
     from circuits.interventions import Add, Amplify, Intervention, Replace, Zero, intervened
-    from circuits.patching import patch_heads
+    from circuits.patch_scores import PatchScores
+    from circuits.patching import patch, patch_heads
     from circuits.shares import Sources, SourceShares
     from circuits.steering import SteeringVector
 
@@ -20,6 +21,7 @@ __all__ = [
     "HeadScores",
     "ImageAttention",
     "Intervention",
+    "PatchScores",
     "Replace",
     "SourceShares",
     "Sources",
@@ -29,6 +31,7 @@ __all__ = [
     "derive",
     "export",
     "intervened",
+    "patch",
     "patch_heads",
     "random_heads",
     "sources",
@@ -40,6 +43,7 @@ _HOME = {
     "HeadScores": "heads",
     "ImageAttention": "attention",
     "Intervention": "interventions",
+    "PatchScores": "patch_scores",
     "Replace": "interventions",
     "SourceShares": "shares",
     "Sources": "shares",
@@ -47,6 +51,7 @@ _HOME = {
     "Zero": "interventions",
     "attention_to_image": "attention",
     "intervened": "interventions",
+    "patch": "patching",
     "patch_heads": "patching",
     "random_heads": "heads",
 }

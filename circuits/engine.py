@@ -1,175 +1,215 @@
 """Run many patches of one prompt for little more than one forward.
 
 What precedes the first patched position never changes, and neither does what lies below the patched layer. So a run
-is recorded once (keys and values of its prefix; at the suffix every layer's input and every head's output) and each
-patch enters at its own layer as one more row of a batch that grows on the way up, and consists of the suffix alone.
+is recorded once (keys and values of all its positions; every layer's input from the first patched position on) and each
+patch enters at its own layer as one more row of a batch that grows on the way up, consists of the suffix alone and
+attends to the prefix that all rows of an example share.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from circuits.interventions import Intervention, Replace, intervened
-from concepts.errors import ModelError
+from circuits.arguments import arguments_for
+from circuits.budget import rows_within
+from circuits.interventions import Intervention, columns_of
+from circuits.recording import Recording
+from circuits.sharing import NotShared, Prefix, SharedAttention, shared_attention
 from lvlm.family import TOLERANCE
 from lvlm.model import Lvlm
-from lvlm.sites import Head, Site
+
+Row = tuple[Intervention, ...]
+"""What is changed in one run: every change at once. Positions are whole numbers, counted from 0 in the prompt."""
+Reader = Callable[[Tensor], Tensor]
+"""Logits ``[P, n, kept, V]`` to what is kept of them ``[P, n, …]``."""
 
 
-@dataclass(frozen=True, eq=False)
-class Recording:
-    """One forward of P examples of equal length T, kept from position `start` on (S = T - start positions)."""
+@dataclass(frozen=True)
+class _Chunk:
+    """Rows that run side by side."""
 
     start: int
-    length: int
-    logits: Tensor
-    """At the last position, ``[P, V]``."""
-    residual: tuple[Tensor, ...]
-    """Input of each layer at the suffix, ``[P, S, D]``."""
-    z: tuple[Tensor, ...]
-    """Head outputs of each layer at the suffix, heads side by side, ``[P, S, H * head_dim]``."""
-    keys: tuple[Tensor, ...]
-    """Of each layer before the suffix, positions already applied, ``[P, key heads, start, head_dim]``."""
-    values: tuple[Tensor, ...]
-    arguments: tuple[Mapping[str, Any], ...]
-    """What else each layer was called with."""
-
-
-class _Prefix:
-    """The part of a cache that a decoder layer uses: the prefix's keys and values, followed by the new ones."""
-
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
-        self._keys, self._values = keys, values
-
-    def update(self, keys: Tensor, values: Tensor, *_args: Any, **_kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Return keys and values of prefix and suffix, ``[rows, key heads, T, head_dim]``; keeps nothing."""
-        return torch.cat([self._keys, keys], dim=-2), torch.cat([self._values, values], dim=-2)
+    """First position of their suffix."""
+    numbers: tuple[int, ...]
+    """Which rows, lowest layer first."""
 
 
 @torch.no_grad()
-def record(model: Lvlm, inputs: Mapping[str, Tensor], start: int) -> Recording:
-    """Run examples once, as they are, and keep what patches at positions from `start` on need."""
-    from transformers import DynamicCache
-
-    layers = range(model.n_layers)
-    residual: dict[int, Tensor] = {}
-    z: dict[int, Tensor] = {}
-    arguments: dict[int, dict[str, Any]] = {}
-    # Without a configuration every layer keeps all keys, also those outside a sliding window: its mask hides them.
-    cache: Any = DynamicCache()
-    with ExitStack() as hooks:
-        for layer in layers:
-
-            def called(_module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any], layer: int = layer) -> None:
-                arguments[layer] = {name: value for name, value in kwargs.items() if name != "hidden_states"}
-
-            def entered(x: Tensor, layer: int = layer) -> None:
-                residual[layer] = x[:, start:].clone()
-
-            def attended(x: Tensor, layer: int = layer) -> None:
-                z[layer] = x[:, start:].clone()
-
-            place = model.place("decoder", layer, "resid_pre")
-            hooks.callback(place.module.register_forward_pre_hook(called, with_kwargs=True).remove)
-            hooks.callback(place.watch(entered).remove)
-            hooks.callback(model.place("decoder", layer, "z").watch(attended).remove)
-        logits = model.hf(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
-    return Recording(
-        start,
-        inputs["input_ids"].shape[1],
-        logits,
-        tuple(residual[i] for i in layers),
-        tuple(z[i] for i in layers),
-        tuple(cache.layers[i].keys[:, :, :start] for i in layers),
-        tuple(cache.layers[i].values[:, :, :start] for i in layers),
-        tuple(arguments[i] for i in layers),
-    )
-
-
-@torch.no_grad()
-def resume(model: Lvlm, run: Recording, rows: Sequence[tuple[int, Head]], source: Recording | None = None) -> Tensor:
-    """Return the logits of `run` with one head's output at the suffix taken from `source`, a patch a row.
+def resume(
+    model: Lvlm,
+    run: Recording,
+    rows: Sequence[Row],
+    read: Reader,
+    *,
+    memory: int,
+    most: int | None = None,
+    examples: Sequence[int] | None = None,
+    check: bool = False,
+) -> Tensor:
+    """Return what is read of the logits of a run changed in each of many ways, for each example of the recording.
 
     Parameters
     ----------
     model
-        The model of both recordings.
+        The model of the recording.
     run
-        The run that is patched.
+        The run that is changed.
     rows
-        For each patch the example (row of the recordings) and the head, layers ascending.
-    source
-        Where the patched head's output comes from; None patches nothing.
+        What is changed; each is one run of its own.
+    read
+        What is kept of the logits ``[P, n, kept, V]`` of some rows.
+    memory
+        Bytes that rows running side by side may take.
+    most
+        Most rows that run side by side; None for as many as memory allows.
+    examples
+        Which examples of the recording; None for all.
+    check
+        Also run the recording unchanged, as one row more, and compare.
 
     Returns
     -------
     Tensor
-        Logits at the last position, ``[rows, V]``.
+        What was read, ``[P, rows, …]``.
+
+    Raises
+    ------
+    NotShared
+        Where this model's layers cannot be run one by one upon a shared prefix.
+    PatchError
+        For a budget that is too small for one row.
     """
-    hidden = run.residual[0][:0]
-    owners = torch.zeros(0, dtype=torch.long, device=hidden.device)
-    for layer in range(rows[0][1].layer, model.n_layers):
-        entering = [(example, head.head) for example, head in rows if head.layer == layer]
-        first = len(owners)
-        new = torch.tensor([example for example, _ in entering], dtype=torch.long, device=hidden.device)
-        hidden, owners = torch.cat([hidden, run.residual[layer][new]]), torch.cat([owners, new])
-        patches = [] if source is None else _patches(layer, entering, first, source.z[layer], model.head_dim)
-        with intervened(model, patches):
-            out = model.place("decoder", layer, "resid_post").module(hidden, **_arguments(run, layer, owners))
-        hidden = out[0] if isinstance(out, tuple) else out
-    return model.unembed(hidden[:, -1])
+    which = torch.arange(len(run.logits)) if examples is None else torch.tensor(list(examples))
+    which = which.to(run.logits.device)
+    found: dict[int, Tensor] = {}
+    with shared_attention(model) as attention:
+        for number, chunk in enumerate(_chunks(model, run, rows, len(which), memory, most)):
+            given = [rows[i] for i in chunk.numbers]
+            checked = check and number == 0
+            logits = _run(model, run, [(), *given] if checked else given, chunk.start, which, attention)
+            if checked:
+                _compare(model, run, logits[:, 0], which)
+                logits = logits[:, 1:]
+            kept = read(logits)
+            found.update((i, kept[:, k]) for k, i in enumerate(chunk.numbers))
+    return torch.stack([found[i] for i in range(len(rows))], dim=1)
 
 
-def check_resumable(model: Lvlm, run: Recording) -> None:
-    """Raise `ModelError` where running the layers one by one does not give the model's own logits."""
-    again = resume(model, run, [(i, Head(0, 0)) for i in range(len(run.logits))])
-    scale = max(float(run.logits.abs().max()), 1e-6)
-    error = float((again.float() - run.logits.float()).abs().max()) / scale
-    if not error <= TOLERANCE[model.dtype]:
-        msg = (
-            f"{model.name}: its decoder layers run one by one give other logits than the model (by {error:.1e} of the "
-            f"largest); family '{model.spec.model_type}' does something between layers that patching cannot restart"
-        )
-        raise ModelError(msg)
+def _run(
+    model: Lvlm, run: Recording, rows: Sequence[Row], start: int, which: Tensor, attention: SharedAttention
+) -> Tensor:
+    """Return the logits of some rows at the positions kept, ``[P, n, kept, V]``; the lowest layers come first."""
+    entry = [_first_layer(row) for row in rows]
+    offset, examples = start - run.start, len(which)
+    hidden = run.residual[0][which][:, None, offset:][:, :0]  # [P, n, S, D]
+    for layer in range(entry[0], model.n_layers):
+        entering = entry.count(layer)
+        new = run.residual[layer][which][:, None, offset:].expand(-1, entering, -1, -1)
+        hidden = torch.cat([hidden, new], dim=1)
+        count = hidden.shape[1]
+        attention.prefix = _prefix(run, layer, start, which)
+        attention.calls = 0
+        hooks = _edits(model, layer, rows[:count], start, examples)
+        try:
+            module = model.place("decoder", layer, "resid_post").module
+            out = module(hidden.flatten(0, 1), **arguments_for(run, layer, start, which, count))
+        finally:
+            for hook in hooks:
+                hook.remove()
+            attention.prefix = None
+        if attention.calls != 1:
+            msg = f"layer {layer} does not attend through transformers' table of attention functions"
+            raise NotShared(msg)
+        hidden = (out[0] if isinstance(out, tuple) else out).unflatten(0, (examples, count))
+        if run.added and layer + 1 < model.n_layers and (more := run.added[layer]) is not None:
+            hidden = hidden + more[which][:, None, offset:]
+    logits = model.unembed(hidden[:, :, hidden.shape[2] - run.logits.shape[1] :])
+    lowest = torch.finfo(logits.dtype).min / 2  # Chameleon rules out image tokens by the lowest number there is
+    own = run.logits[which][:, None]
+    return torch.where(own > lowest, logits, own) if bool((own <= lowest).any()) else logits
 
 
-def _patches(
-    layer: int, entering: Sequence[tuple[int, int]], first: int, source: Tensor, head_dim: int
-) -> list[Intervention]:
-    """Return for each head that enters at a layer the intervention that patches it in its own rows."""
-    made = []
-    for head in dict.fromkeys(head for _, head in entering):
-        members = [(first + k, example) for k, (example, h) in enumerate(entering) if h == head]
-        value = source[[example for _, example in members], :, head * head_dim : (head + 1) * head_dim]
-        site, rows = Site("decoder", layer, "z"), tuple(row for row, _ in members)
-        made.append(Intervention(site, Replace(value), "all", head, rows))
-    return made
+def _first_layer(row: Row) -> int:
+    return min((item.site.layer for item in row), default=0)
 
 
-def _arguments(run: Recording, layer: int, owners: Tensor) -> dict[str, Any]:
-    """Return what a layer is called with for a batch of suffixes, each belonging to one recorded example."""
+def first_position(row: Row) -> int:
+    """Return the first position that a row changes."""
+    return min(min(positions_of(item)) for item in row)
 
-    def rows(x: Tensor) -> Tensor:
-        return x if x.shape[0] == 1 else x[owners]
 
-    given = dict(run.arguments[layer])
-    size = run.length - run.start
-    mask = given.get("attention_mask")
+def positions_of(item: Intervention) -> tuple[int, ...]:
+    """Return the positions of an intervention that names them."""
+    if isinstance(item.positions, tuple):
+        return item.positions
+    msg = f"positions {item.positions!r} at '{item.site}': patches that share a prefix name their positions by number"
+    raise NotShared(msg)
+
+
+def _chunks(
+    model: Lvlm, run: Recording, rows: Sequence[Row], examples: int, memory: int, most: int | None
+) -> Iterator[_Chunk]:
+    """Yield rows that run side by side: of one suffix, from the lowest layer up, as many as the budget allows."""
+    by_start: dict[int, list[int]] = {}
+    for number, row in enumerate(rows):
+        by_start.setdefault(run.closed(first_position(row)), []).append(number)
+    for start, numbers in sorted(by_start.items()):
+        numbers.sort(key=lambda i: _first_layer(rows[i]))
+        size = rows_within(model, run, start, examples, memory, most)
+        for k in range(0, len(numbers), size):
+            yield _Chunk(start, tuple(numbers[k : k + size]))
+
+
+def _prefix(run: Recording, layer: int, start: int, which: Tensor) -> Prefix:
+    keys, values, mask = run.keys[layer], run.values[layer], run.masks[layer]
+    cross = layer in run.cross
+    if not cross:
+        keys, values = keys[:, :, :start], values[:, :, :start]
     if mask is not None:
-        given["attention_mask"] = rows(mask)[..., run.start :, :]
-    elif size > 1:
-        hidden = run.residual[layer]
-        future = torch.full((size, run.length), torch.finfo(hidden.dtype).min, dtype=hidden.dtype, device=hidden.device)
-        given["attention_mask"] = future.triu(run.start + 1)[None, None]
-    if given.get("position_embeddings") is not None:
-        given["position_embeddings"] = tuple(rows(x)[..., run.start :, :] for x in given["position_embeddings"])
-    if given.get("position_ids") is not None:
-        given["position_ids"] = rows(given["position_ids"])[..., run.start :]
-    given["past_key_values"] = _Prefix(run.keys[layer][owners], run.values[layer][owners])
-    return given
+        mask = (mask if len(mask) == 1 else mask[which])[..., start:, :]
+    everything = len(which) == len(run.logits)  # in order, then
+    return Prefix(keys if everything else keys[which], values if everything else values[which], mask, cross)
+
+
+def _edits(model: Lvlm, layer: int, rows: Sequence[Row], start: int, examples: int) -> list[Any]:
+    """Put hooks where rows change a layer; each row is changed in its own part of the batch alone."""
+    by_place: dict[tuple[str, bool], list[tuple[int, Intervention]]] = {}
+    for number, row in enumerate(rows):
+        for item in row:
+            if item.site.layer == layer:
+                by_place.setdefault((item.site.component, item.site.cross), []).append((number, item))
+    hooks = []
+    for (component, cross), items in by_place.items():
+        made = [(number, _slice(positions_of(item), start), columns_of(model, item), item) for number, item in items]
+
+        def change(x: Tensor, made: list[Any] = made) -> Tensor:
+            x = x.clone()
+            by_row = x.unflatten(0, (examples, -1))
+            for number, at, columns, item in made:
+                by_row[:, number, at, columns] = item.change(by_row[:, number, at, columns])
+            return x
+
+        hooks.append(model.place("decoder", layer, component, cross=cross).edit(change))
+    return hooks
+
+
+def _slice(positions: tuple[int, ...], start: int) -> slice | list[int]:
+    first, last = positions[0], positions[-1]
+    if positions == tuple(range(first, last + 1)):
+        return slice(first - start, last + 1 - start)
+    return [p - start for p in positions]
+
+
+def _compare(model: Lvlm, run: Recording, again: Tensor, which: Tensor) -> None:
+    own = run.logits[which].float()
+    seen = own > torch.finfo(run.logits.dtype).min / 2
+    scale = max(float(own[seen].abs().max()), 1e-6)
+    error = float((again.float() - own)[seen].abs().max()) / scale
+    if not error <= TOLERANCE[model.dtype]:
+        msg = f"its decoder layers run one by one give other logits than the model (by {error:.1e} of the largest)"
+        raise NotShared(msg)

@@ -147,7 +147,7 @@ def intervened(model: Lvlm, interventions: Sequence[Intervention]) -> Iterator[N
     """
     by_site: dict[Site, list[tuple[Intervention, slice]]] = {}
     for item in interventions:
-        by_site.setdefault(item.site, []).append((item, _columns(model, item)))
+        by_site.setdefault(item.site, []).append((item, columns_of(model, item)))
     places = {site: model.locate(site) for site in by_site}
     seen = _Tokens(model)
     with ExitStack() as hooks:
@@ -182,7 +182,7 @@ def width(model: Lvlm, site: Site) -> int:
         return place.module.out_features
     if site.stack == "projector":
         return model.width
-    projection = model.output_projection(site.stack, site.layer)
+    projection = model.output_projection(site.stack, site.layer, cross=site.cross)
     return projection.in_features if site.component == "z" else projection.out_features
 
 
@@ -205,7 +205,7 @@ class _Tokens:
         return image if rule == "image" else image.flip(1).cumsum(1).flip(1) == 0
 
 
-def _columns(model: Lvlm, item: Intervention) -> slice:
+def columns_of(model: Lvlm, item: Intervention) -> slice:
     """Return the columns an intervention touches, after checking that they exist and that its change fits them."""
     full = width(model, item.site)
     columns = slice(0, full)

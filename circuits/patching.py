@@ -1,42 +1,33 @@
-"""Exact activation patching of every attention head: what each carries from the changed image to the answer."""
+"""Exact activation patching: what each head, layer or position carries from the changed image to the answer."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import zip_longest
+import math
+from collections.abc import Sequence
 from typing import Literal
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from circuits.engine import Recording, check_resumable, record, resume
+from circuits.budget import MEMORY
 from circuits.heads import HeadScores
-from circuits.metrics import logit_difference, pair_key
+from circuits.metrics import LEAST, Metric, MetricName
+from circuits.pairing import (
+    DIRECTIONS,
+    check_evaluating,
+    check_kept,
+    check_pair,
+    pairs_digest,
+    plan_pair,
+)
+from circuits.patch_scores import PatchScores
 from circuits.progress import progress_bar
+from circuits.sites import Wanted, every_head, units_of
+from circuits.sweep import Direction, Plan, Settings, sweep
 from concepts.errors import ConfigError, PatchError
-from concepts.schema import CounterfactualPair, Example
-from lvlm.answers import AnswerKey
-from lvlm.model import Encoding, Lvlm
-from lvlm.sites import Head
+from concepts.schema import CounterfactualPair
+from lvlm.model import Lvlm
 
-Direction = Literal["denoise", "noise"]
+__all__ = ["Direction", "check_evaluating", "check_pair", "pairs_digest", "patch", "patch_heads"]
+
 TOKENS = ("last", "suffix")
-DIRECTIONS = ("denoise", "noise")
-
-
-@dataclass(frozen=True, eq=False)
-class _Plan:
-    """What is known of a pair before anything runs."""
-
-    pair: CounterfactualPair
-    key: AnswerKey
-    length: int
-    start: int
-    """First patched position."""
 
 
 def patch_heads(
@@ -45,14 +36,16 @@ def patch_heads(
     tokens: Literal["last", "suffix"] = "last",
     direction: Direction = "denoise",
     *,
-    batch_rows: int = 512,
-    min_effect: float = 0.5,
+    metric: MetricName = "logit_difference",
+    memory: int = MEMORY,
+    batch_rows: int | None = None,
+    min_effect: float | None = None,
     progress: bool | None = None,
 ) -> HeadScores:
     """Patch each attention head of the decoder, one at a time, for each pair, and measure what it does to the answer.
 
-    With LD the log-odds of the clean image's answer against the corrupt image's answer, and
-    ``PE = (LD_patched - LD_corrupt) / (LD_clean - LD_corrupt)``, the effect of a head is
+    With M the metric, by default the log-odds of the clean image's answer against the corrupt image's answer, and
+    ``PE = (M_patched - M_corrupt) / (M_clean - M_corrupt)``, the effect of a head is
 
     - ``denoise``: its output of the clean run put into the corrupt run; effect = PE: the share of the difference that
       this head alone brings back;
@@ -60,7 +53,9 @@ def patch_heads(
       that is lost with this head alone.
 
     Either way 0 means that the head carries nothing of what was changed (Wang et al. 2023, arXiv 2211.00593;
-    Zhang & Nanda 2024, arXiv 2309.16042). Every effect is an actual run of the model, none is an approximation.
+    Zhang & Nanda 2024, arXiv 2309.16042). Every effect is an actual run of the model, none is an approximation. All
+    heads together cost a few forwards, because what precedes the patched tokens is computed once and shared; a model
+    that does not allow it is patched by whole forwards, and says so through the logger ``circuits.plain``.
 
     Parameters
     ----------
@@ -72,85 +67,131 @@ def patch_heads(
         Where a head is patched: ``last``, the last prompt token; ``suffix``, every token after the image at once.
     direction
         ``denoise`` or ``noise``.
+    metric
+        ``logit_difference``, ``probability``, ``log_probability`` or ``kl``; see `circuits.metrics.Metric`.
+    memory
+        Bytes that patches running side by side may take, beside the model and the recorded runs; results do not
+        depend on it.
     batch_rows
-        Most patches that run side by side; memory grows with it, results do not depend on it.
+        Most patches that run side by side; None for as many as memory allows.
     min_effect
-        Pairs with ``|LD_clean - LD_corrupt|`` below this (in logits) are left out and counted in
-        `HeadScores.excluded`; a share of next to nothing is noise.
+        Pairs with ``|M_clean - M_corrupt|`` below this are left out and counted in `HeadScores.excluded`; a share of
+        next to nothing is noise. By default 0.5 for logits and log-probabilities, 0.05 for the others. With 0, pairs
+        whose images are identical are kept: what is the same changes nothing, and every effect is exactly 0.
     progress
         Show progress; by default where standard error is a terminal.
 
     Returns
     -------
     HeadScores
-        Effects ``[n_pairs, n_layers, n_heads]`` of the pairs kept, in their order.
+        Effects ``[n_pairs, n_layers, n_heads]`` of the pairs kept, in their order. Where a layer attends to the image
+        alone (Llama-3.2-Vision), its heads are those of its cross-attention.
 
     Raises
     ------
     PatchError
         Before anything runs, for no pairs, pairs of unlike length or with images at other positions, answers that are
-        equal or begin with the same token, or a model in training mode; afterwards where more than half of the pairs
-        fall under `min_effect`.
+        equal or begin with the same token, a model in training mode, or a budget too small for one patch; afterwards
+        where more than half of the pairs fall under `min_effect`.
     ConfigError
         For an option that does not exist.
-    ModelError
-        Where the family's layers cannot be run one by one.
     """
-    _check_options(model, tokens, direction, batch_rows, min_effect)
-    with progress_bar(progress) as bar:
-        plans = []
-        task = bar.add_task("checking pairs", total=len(pairs))
-        for pair in pairs:
-            plans.append(_plan(model, pair, tokens))
-            bar.advance(task)
-        if not plans:
-            msg = "no pairs to patch: counterfactuals.pairs(data, kind=…) makes them"
-            raise PatchError(msg)
-        effects = np.full((len(plans), model.n_layers, model.n_heads), np.nan, np.float32)
-        baseline = np.empty((2, len(plans)), np.float32)  # clean, corrupt
-        task = bar.add_task("patching heads", total=len(plans))
-        for number, group in enumerate(_groups(plans, max(1, batch_rows // (model.n_layers * model.n_heads)))):
-            members = [plans[i] for i in group]
-            clean, corrupt = (_record(model, members, side) for side in ("clean", "corrupt"))
-            if number == 0:
-                check_resumable(model, corrupt)
-            differences = [_differences(run.logits, members, range(len(members))) for run in (clean, corrupt)]
-            baseline[:, group] = differences
-            gap = differences[0] - differences[1]
-            kept = [k for k in range(len(members)) if abs(gap[k]) >= min_effect and gap[k] != 0]
-            source, run = (clean, corrupt) if direction == "denoise" else (corrupt, clean)
-            unpatched = differences[1] if direction == "denoise" else differences[0]
-            sign = 1 if direction == "denoise" else -1
-            for rows in _rows(model, kept, batch_rows):
-                owners = [k for k, _ in rows]
-                patched = _differences(resume(model, run, rows, source), members, owners)
-                share = sign * (patched - unpatched[owners]) / gap[owners]
-                for (k, head), effect in zip(rows, share, strict=True):
-                    effects[group[k], head.layer, head.head] = effect
-            bar.advance(task, len(group))
-    kept = np.abs(baseline[0] - baseline[1]) >= min_effect
-    kept &= baseline[0] != baseline[1]
-    excluded = int((~kept).sum())
-    if 2 * excluded > len(plans):
-        msg = (
-            f"{excluded} of {len(plans)} pairs have |LD_clean - LD_corrupt| under min_effect={min_effect:g}: the model "
-            f"hardly tells clean from corrupt (median {np.median(np.abs(baseline[0] - baseline[1])):.3g}); "
-            "use pairs it does, or lower min_effect"
-        )
-        raise PatchError(msg)
-    chosen = [plan.pair for plan, keep in zip(plans, kept, strict=True) if keep]
+    if tokens not in TOKENS:
+        msg = f"tokens='{tokens}': choose tokens of {TOKENS}; circuits.patch has more"
+        raise ConfigError(msg)
+    settings = settings_of(model, direction, metric, memory, batch_rows, min_effect, progress)
+    plans = plans_of(model, pairs, tokens, settings)
+    found = sweep(model, plans, every_head(model), settings)
+    check_kept(found.clean, found.corrupt, found.kept, settings.min_effect)
+    chosen = [plan.pair for plan, keep in zip(plans, found.kept, strict=True) if keep]
     return HeadScores(
-        effects=effects[kept],
-        clean=baseline[0, kept],
-        corrupt=baseline[1, kept],
+        effects=found.effects[found.kept].reshape(len(chosen), model.n_layers, model.n_heads),
+        clean=found.clean[found.kept],
+        corrupt=found.corrupt[found.kept],
         ids=tuple(p.clean.id for p in chosen),
         groups=tuple(p.group for p in chosen),
         levels=tuple(p.clean.level for p in chosen),
         kinds=tuple(p.kind for p in chosen),
         tokens=tokens,
         direction=direction,
-        min_effect=min_effect,
-        excluded=excluded,
+        min_effect=settings.min_effect,
+        excluded=int((~found.kept).sum()),
+        model=model.name,
+        config_hash=model.config_hash,
+        weights_hash=model.weights_hash,
+        pairs_digest=pairs_digest(pairs),
+        provenance={"metric": metric, "path": "shared prefix" if found.shared else "whole forwards"},
+    )
+
+
+def patch(
+    model: Lvlm,
+    pairs: Sequence[CounterfactualPair],
+    sites: Wanted | Sequence[Wanted] = "z",
+    tokens: str = "last",
+    direction: Direction = "denoise",
+    *,
+    metric: MetricName = "logit_difference",
+    memory: int = MEMORY,
+    batch_rows: int | None = None,
+    min_effect: float | None = None,
+    progress: bool | None = None,
+) -> PatchScores:
+    """Patch sites of the decoder at tokens, each by itself, for each pair; see `patch_heads` for what an effect is.
+
+    Parameters
+    ----------
+    model
+        In evaluation mode.
+    pairs
+        Pairs of equal token length whose true answers differ.
+    sites
+        One or several of: a component of every layer (``resid_pre``, ``resid_mid``, ``resid_post``, ``attn_out``,
+        ``mlp_out``; ``z`` for each head apart), a `Site`, a `Head`, or a tuple or set of heads that are patched together.
+    tokens
+        ``last``; ``suffix`` (every token after the image), ``question``, ``image`` or ``object`` at once, or each apart
+        with ``:each``, as in ``suffix:each``; or positions counted from 0, ``12,13``. What lies at or after the first
+        patched position is computed anew from the patched layer on, so that early positions cost more than late ones.
+    direction, metric, memory, batch_rows, min_effect, progress
+        As in `patch_heads`.
+
+    Returns
+    -------
+    PatchScores
+        Effects ``[n_pairs, n_sites, n_positions]`` of the pairs kept, in their order.
+
+    Raises
+    ------
+    PatchError
+        As `patch_heads`, and for tokens that a pair does not have.
+    SiteError
+        For a site or head that the model does not have or that has no positions.
+    ConfigError
+        For an option that does not exist.
+    """
+    settings = settings_of(model, direction, metric, memory, batch_rows, min_effect, progress)
+    units, names = units_of(model, sites)
+    plans = plans_of(model, pairs, tokens, settings)
+    found = sweep(model, plans, units, settings)
+    check_kept(found.clean, found.corrupt, found.kept, settings.min_effect)
+    chosen = [plan.pair for plan, keep in zip(plans, found.kept, strict=True) if keep]
+    count = found.effects.shape[2]
+    return PatchScores(
+        effects=found.effects[found.kept],
+        clean=found.clean[found.kept],
+        corrupt=found.corrupt[found.kept],
+        sites=tuple(names),
+        positions=tuple(str(k - count + 1) for k in range(count)) if tokens.endswith(":each") else (tokens,),
+        ids=tuple(p.clean.id for p in chosen),
+        groups=tuple(p.group for p in chosen),
+        levels=tuple(p.clean.level for p in chosen),
+        kinds=tuple(p.kind for p in chosen),
+        tokens=tokens,
+        direction=direction,
+        metric=metric,
+        min_effect=settings.min_effect,
+        excluded=int((~found.kept).sum()),
+        path="shared prefix" if found.shared else "whole forwards",
         model=model.name,
         config_hash=model.config_hash,
         weights_hash=model.weights_hash,
@@ -158,90 +199,37 @@ def patch_heads(
     )
 
 
-def pairs_digest(pairs: Sequence[CounterfactualPair]) -> str:
-    """Return the SHA-256 over every pair in order: equal for equal pairs, whatever machine made them."""
-    h = hashlib.sha256()
-    for pair in pairs:
-        record_ = [pair.clean.record(), pair.corrupt.record(), pair.kind, pair.change]
-        h.update(json.dumps(record_, sort_keys=True).encode() + b"\n")
-    return h.hexdigest()
-
-
-def check_pair(model: Lvlm, pair: CounterfactualPair) -> Encoding:
-    """Return the encoded clean example; raises `PatchError` where the corrupt one's tokens do not lie like its own."""
-    clean, corrupt = model.encode(pair.clean), model.encode(pair.corrupt)
-    if clean.tokens.length != corrupt.tokens.length:
-        both = [
-            model.processor.tokenizer.convert_ids_to_tokens(e.inputs["input_ids"][0].tolist()) for e in (clean, corrupt)
-        ]
-        differing = enumerate(zip_longest(*both, fillvalue="nothing"))
-        position, (left, right) = next((i, words) for i, words in differing if words[0] != words[1])
-        msg = (
-            f"pair '{pair.clean.id}' ({pair.change}): clean has {clean.tokens.length} tokens, corrupt "
-            f"{corrupt.tokens.length}; they first differ at position {position}, '{left}' against '{right}'; "
-            "patching needs equal length"
-        )
-        raise PatchError(msg)
-    if clean.tokens.image != corrupt.tokens.image:
-        msg = f"pair '{pair.clean.id}' ({pair.change}): the image is at other positions in clean than in corrupt"
-        raise PatchError(msg)
-    return clean
-
-
-def _check_options(model: Lvlm, tokens: str, direction: str, batch_rows: int, min_effect: float) -> None:
-    if tokens not in TOKENS or direction not in DIRECTIONS:
-        msg = f"tokens='{tokens}', direction='{direction}': choose tokens of {TOKENS} and a direction of {DIRECTIONS}"
+def settings_of(
+    model: Lvlm,
+    direction: str,
+    metric: MetricName,
+    memory: int,
+    batch_rows: int | None,
+    min_effect: float | None,
+    progress: bool | None,
+) -> Settings:
+    """Return how a sweep runs; raises `ConfigError` for an option that does not exist, `PatchError` while training."""
+    if direction not in DIRECTIONS:
+        msg = f"direction='{direction}': choose one of {DIRECTIONS}"
         raise ConfigError(msg)
-    if batch_rows < 1 or not min_effect >= 0:
-        msg = f"batch_rows={batch_rows} must be at least 1, min_effect={min_effect} at least 0"
+    measured = Metric(metric)
+    least = LEAST[metric] if min_effect is None else min_effect
+    if (batch_rows is not None and batch_rows < 1) or memory < 1 or not least >= 0 or math.isinf(least):
+        msg = f"batch_rows={batch_rows} and memory={memory} must be at least 1, min_effect={least} at least 0"
         raise ConfigError(msg)
     check_evaluating(model)
+    return Settings("denoise" if direction == "denoise" else "noise", measured, least, memory, batch_rows, progress)
 
 
-def check_evaluating(model: Lvlm) -> None:
-    """Raise `PatchError` where any module is in training mode: dropout would make two runs differ by chance."""
-    training = next((name for name, module in model.hf.named_modules() if module.training), None)
-    if training is not None:
-        msg = f"{model.name} is in training mode (module '{training or 'model'}'): call model.hf.eval() first"
+def plans_of(model: Lvlm, pairs: Sequence[CounterfactualPair], tokens: str, settings: Settings) -> list[Plan]:
+    """Check every pair and return what is known of each; raises `PatchError` for a pair that cannot be patched."""
+    plans = []
+    with progress_bar(settings.progress) as bar:
+        task = bar.add_task("checking pairs", total=len(pairs))
+        for pair in pairs:
+            plans.append(plan_pair(model, pair, tokens, settings.metric))
+            bar.advance(task)
+    if not plans:
+        msg = "no pairs to patch: counterfactuals.pairs(data, kind=…) makes them"
         raise PatchError(msg)
-
-
-def _plan(model: Lvlm, pair: CounterfactualPair, tokens: str) -> _Plan:
-    key = pair_key(model, pair)
-    positions = check_pair(model, pair).tokens
-    start = positions.last if tokens == "last" else max(positions.image) + 1
-    return _Plan(pair, key, positions.length, start)
-
-
-def _groups(plans: Sequence[_Plan], size: int) -> Iterator[list[int]]:
-    """Yield numbers of pairs that can run side by side, at most `size` at a time."""
-    alike: dict[tuple[int, int], list[int]] = {}
-    for number, plan in enumerate(plans):
-        alike.setdefault((plan.length, plan.start), []).append(number)
-    for _, members in sorted(alike.items()):
-        for k in range(0, len(members), size):
-            yield members[k : k + size]
-
-
-def _rows(model: Lvlm, kept: Sequence[int], size: int) -> Iterator[list[tuple[int, Head]]]:
-    """Yield the patches of some examples, layers ascending, at most `size` at a time."""
-    every = [(k, Head(i, h)) for i in range(model.n_layers) for h in range(model.n_heads) for k in kept]
-    for k in range(0, len(every), size):
-        yield every[k : k + size]
-
-
-def _record(model: Lvlm, members: Sequence[_Plan], side: Literal["clean", "corrupt"]) -> Recording:
-    examples: list[Example] = [plan.pair.clean if side == "clean" else plan.pair.corrupt for plan in members]
-    return record(model, model.collate([model.encode(e) for e in examples]), members[0].start)
-
-
-def _differences(logits: Tensor, members: Sequence[_Plan], owners: Sequence[int]) -> np.ndarray:
-    """Return clean against corrupt answer for each row of logits, float32 ``[rows]``; `owners` says whose row it is."""
-    out = torch.empty(len(logits))
-    owner = torch.tensor(list(owners))
-    for k in dict.fromkeys(owners):
-        plan, mine = members[k], owner == k
-        out[mine] = logit_difference(
-            logits[mine.to(logits.device)], plan.key, plan.pair.clean.answer, plan.pair.corrupt.answer
-        ).cpu()
-    return out.numpy()
+    return plans

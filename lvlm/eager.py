@@ -19,16 +19,23 @@ def _configs(model: Lvlm) -> list[Any]:
 
 
 @contextmanager
-def eager(model: Lvlm) -> Iterator[None]:
-    """Let attention be computed step by step, so that its pattern can be read; afterwards it is as it was."""
+def attention(model: Lvlm, name: str) -> Iterator[None]:
+    """Let attention be computed in the way that transformers knows by a name; afterwards it is as it was."""
     before = [(config, config._attn_implementation) for config in _configs(model)]
     try:
         for config, _ in before:
-            config._attn_implementation = "eager"
+            config._attn_implementation = name
         yield
     finally:
         for config, implementation in before:
             config._attn_implementation = implementation
+
+
+@contextmanager
+def eager(model: Lvlm) -> Iterator[None]:
+    """Let attention be computed step by step, so that its pattern can be read; afterwards it is as it was."""
+    with attention(model, "eager"):
+        yield
 
 
 def say_eager(model: Lvlm) -> None:

@@ -11,7 +11,7 @@ from circuits_toys import hooks_of, layers_of, lively, pairs, shared
 
 from circuits import patch_heads
 from circuits.patching import pairs_digest
-from concepts.errors import ConfigError, ModelError, PatchError
+from concepts.errors import ConfigError, PatchError
 from concepts.schema import CounterfactualPair, Example
 from lvlm.model import Lvlm
 
@@ -124,15 +124,18 @@ def test_pairs_without_a_difference_are_left_out_and_counted() -> None:
     assert scores.excluded == without.excluded + 1
     assert scores.ids == without.ids
     assert scores.n_pairs + scores.excluded == len(given) + 1
-    zero = patch_heads(model, [*given, same], min_effect=0)
-    assert zero.excluded == 1
-    assert np.isfinite(zero.effects).all()
 
 
-def test_identical_images_everywhere_are_an_error() -> None:
-    same = [replace(p, corrupt=replace(p.corrupt, image=p.clean.image)) for p in pairs("color")]
-    with pytest.raises(PatchError, match=rf"{len(same)} of {len(same)} pairs .* min_effect=0"):
-        patch_heads(shared(), same, min_effect=0)
+@pytest.mark.parametrize("direction", ["denoise", "noise"])
+def test_identical_images_have_no_effect_at_all(direction: str) -> None:
+    given = pairs("color")
+    same = [replace(p, corrupt=replace(p.corrupt, image=p.clean.image)) for p in given]
+    with pytest.raises(PatchError, match=rf"{len(same)} of {len(same)} pairs .* min_effect=0\.5"):
+        patch_heads(shared(), same)
+    zero = patch_heads(shared(), [*given, *same], direction=direction, min_effect=0)  # pyright: ignore[reportArgumentType]
+    assert zero.excluded == 0
+    assert np.array_equal(zero.effects[len(given) :], np.zeros_like(zero.effects[len(given) :]))
+    assert np.abs(zero.effects[: len(given)]).max() > 0.01
 
 
 def test_most_pairs_under_the_threshold_is_an_error() -> None:
@@ -206,12 +209,18 @@ def test_options_that_do_not_exist(options: dict[str, object]) -> None:
         patch_heads(shared(), pairs("color"), **options)  # pyright: ignore[reportArgumentType]  # a user's mistake
 
 
-def test_a_family_that_acts_between_layers_is_refused() -> None:
-    model = lively()
+@pytest.mark.parametrize("tokens", ["last", "suffix"])
+def test_a_family_that_acts_between_layers_is_run_whole(tokens: str, caplog: pytest.LogCaptureFixture) -> None:
+    model, pair = lively(), pairs("color")[0]
     # What DeepStack does: something is added between two layers, where no layer of its own says so.
     # Only a run over the whole sequence sees it, as DeepStack sees the image's positions.
     layers_of(model)[2].register_forward_pre_hook(
         lambda _module, args: (args[0] + 1.0, *args[1:]) if args[0].shape[1] > 49 else None
     )
-    with pytest.raises(ModelError, match="one by one"):
-        patch_heads(model, pairs("color"), min_effect=LEAST)
+    scores = patch_heads(model, [pair], tokens, min_effect=0)  # pyright: ignore[reportArgumentType]  # any
+    assert "every patch runs as a whole forward, because its decoder layers run one by one give other" in caplog.text
+    assert scores.provenance["path"] == "whole forwards"
+    positions = model.encode(pair.clean).tokens
+    first = positions.last if tokens == "last" else positions.image[-1] + 1
+    ours = scores.patching_effect[0] * (scores.clean[0] - scores.corrupt[0]) + scores.corrupt[0]
+    assert np.abs(ours - naive(model, pair, first, "denoise")).max() <= 1e-5
