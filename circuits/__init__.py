@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from circuits import derive, export, sources
+    from circuits import attribution, derive, export, sources
     from circuits.attention import ImageAttention, attention_to_image
     from circuits.heads import HeadScores, random_heads
     from circuits.interventions import Add, Amplify, Intervention, Replace, Zero, intervened
@@ -28,6 +28,7 @@ __all__ = [
     "SteeringVector",
     "Zero",
     "attention_to_image",
+    "attribution",
     "derive",
     "export",
     "intervened",
@@ -58,7 +59,7 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
-    if name in {"derive", "export", "sources"}:
+    if name in {"attribution", "derive", "export", "sources"}:
         return import_module(f"circuits.{name}")
     if name not in _HOME:
         msg = f"module 'circuits' has no attribute '{name}'"
