@@ -6,8 +6,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from circuits import attribution, derive, export, sources
+    from circuits import attribution, derive, export, planted, sources
+    from circuits.ablation import Ablation, ablate
     from circuits.attention import ImageAttention, attention_to_image
+    from circuits.correlational import HeadTable, head_scores
+    from circuits.head_statistics import Comparison, Stability, compare
     from circuits.heads import HeadScores, random_heads
     from circuits.interventions import Add, Amplify, Intervention, Replace, Zero, intervened
     from circuits.patch_scores import PatchScores
@@ -16,41 +19,56 @@ if TYPE_CHECKING:
     from circuits.steering import SteeringVector
 
 __all__ = [
+    "Ablation",
     "Add",
     "Amplify",
+    "Comparison",
     "HeadScores",
+    "HeadTable",
     "ImageAttention",
     "Intervention",
     "PatchScores",
     "Replace",
     "SourceShares",
     "Sources",
+    "Stability",
     "SteeringVector",
     "Zero",
+    "ablate",
     "attention_to_image",
     "attribution",
+    "compare",
     "derive",
     "export",
+    "head_scores",
     "intervened",
     "patch",
     "patch_heads",
+    "planted",
     "random_heads",
     "sources",
 ]
 
 _HOME = {
+    "Ablation": "ablation",
     "Add": "interventions",
     "Amplify": "interventions",
+    "Comparison": "head_statistics",
     "HeadScores": "heads",
+    "HeadTable": "correlational",
     "ImageAttention": "attention",
     "Intervention": "interventions",
     "PatchScores": "patch_scores",
     "Replace": "interventions",
     "SourceShares": "shares",
     "Sources": "shares",
+    "Stability": "head_statistics",
     "SteeringVector": "steering",
     "Zero": "interventions",
+    "ablate": "ablation",
     "attention_to_image": "attention",
+    "compare": "head_statistics",
+    "head_scores": "correlational",
     "intervened": "interventions",
     "patch": "patching",
     "patch_heads": "patching",
@@ -59,7 +77,7 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
-    if name in {"attribution", "derive", "export", "sources"}:
+    if name in {"attribution", "derive", "export", "planted", "sources"}:
         return import_module(f"circuits.{name}")
     if name not in _HOME:
         msg = f"module 'circuits' has no attribute '{name}'"

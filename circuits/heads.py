@@ -12,11 +12,21 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from circuits import files
+from circuits.head_figures import heatmap
+from circuits.head_statistics import (
+    Stability,
+    by_group,
+    family_p,
+    mean_interval,
+    share_positive,
+    stability,
+)
 from concepts.errors import PatchError, StoreError
 from lvlm.sites import Head
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.axes import Axes
 
 VERSION = 1
 _KIND = "head_scores"
@@ -100,7 +110,7 @@ class HeadScores:
     @property
     def standard_error(self) -> np.ndarray:
         """Standard error of `mean`, float64 ``[n_layers, n_heads]``, clustered by group; NaN with one group only."""
-        sums, counts = self._by_group()
+        _, sums, counts = by_group(self.effects, self.groups)
         n = len(counts)
         if n < 2:
             return np.full(self.shape, math.nan)
@@ -109,18 +119,42 @@ class HeadScores:
 
     def interval(self, level: float = 0.95, resamples: int = 2000, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
         """Return the percentile bootstrap interval of `mean` over groups: low and high, ``[n_layers, n_heads]`` each."""
-        sums, counts = self._by_group()
-        n = len(counts)
-        weights = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples)  # [resamples, groups]
-        means = (weights @ sums.reshape(n, -1)) / (weights @ counts)[:, None]
-        low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2], axis=0)
-        return low.reshape(self.shape), high.reshape(self.shape)
+        return mean_interval(self.effects, self.groups, level, resamples, seed)
 
-    def _by_group(self) -> tuple[np.ndarray, np.ndarray]:
-        names, index = np.unique(np.array(self.groups), return_inverse=True)
-        sums = np.zeros((len(names), *self.shape))
-        np.add.at(sums, index, self.effects.astype(np.float64))
-        return sums, np.bincount(index)
+    @property
+    def sign(self) -> np.ndarray:
+        """Share of groups whose mean effect is above 0, float64 ``[n_layers, n_heads]``; 1 where all agree."""
+        return share_positive(self.effects, self.groups)
+
+    def family_p(self, flips: int = 2000, seed: int = 0) -> np.ndarray:
+        """Return each head's two-sided p against no effect, corrected for all heads, ``[n_layers, n_heads]``.
+
+        By flipping the signs of whole groups and comparing with the largest statistic of any head:
+        `circuits.head_statistics.family_p`. The chance that any head without an effect has p <= a is at most a.
+        """
+        return family_p(self.effects, self.groups, flips, seed)
+
+    def stability(self, k: int = 5, splits: int = 200, seed: int = 0, level: float = 0.95) -> Stability:
+        """Divide the groups into random halves and say how alike the two rank the heads.
+
+        Parameters
+        ----------
+        k
+            How many of the first heads to compare.
+        splits
+            Number of random divisions.
+        seed
+            Decides them.
+        level
+            Share of the divisions that the ranges cover. They say how much rankings from half of the groups vary, not
+            how sure the ranking from all of them is: that is surer.
+
+        Raises
+        ------
+        PatchError
+            With fewer than 4 groups, or fewer than `k` heads.
+        """
+        return stability(self.effects, self.groups, k, splits, seed, level)
 
     # ---- choices
 
@@ -141,7 +175,10 @@ class HeadScores:
         return replace(self, **{name: getattr(self, name)[which] for name in _ARRAYS}, **lists)
 
     def frame(self, level: float = 0.95) -> pd.DataFrame:
-        """Return one row a head: layer, head, name, effect, standard_error, low, high, rank (1 for the largest)."""
+        """Return one row a head: layer, head, name, effect, standard_error, low, high, sign, p, rank (1 for the largest).
+
+        ``p`` is `family_p`: corrected for looking at all heads.
+        """
         import pandas as pd
 
         low, high = self.interval(level)
@@ -157,9 +194,26 @@ class HeadScores:
                 "standard_error": self.standard_error.ravel(),
                 "low": low.ravel(),
                 "high": high.ravel(),
+                "sign": self.sign.ravel(),
+                "p": self.family_p().ravel(),
                 "rank": rank,
             }
         )
+
+    def heatmap(self, path: str | Path | None = None, ax: Axes | None = None, *, level: float = 0.05) -> Axes:
+        """Draw the mean effects, layers upwards; a dot marks heads whose `family_p` is at most `level`.
+
+        Parameters
+        ----------
+        path
+            Where to write the picture; its ending decides the format. Without one nothing is written.
+        ax
+            Where to draw; by default a figure of its own.
+        level
+            Of significance.
+        """
+        title = f"{self.model}: {self.direction} at {self.tokens}, {self.n_pairs} pairs"
+        return heatmap(self.mean, title=title, label="mean effect", marked=self.family_p() <= level, path=path, ax=ax)
 
     def _check_count(self, k: int) -> None:
         if not 1 <= k <= self.mean.size:

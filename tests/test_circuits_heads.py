@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 from safetensors.numpy import save_file
+from scipy import stats
 
-from circuits import HeadScores, random_heads
+from circuits import HeadScores, compare, patch_heads, planted, random_heads
 from concepts.errors import PatchError, StoreError
 from lvlm import Head
 
@@ -164,3 +165,174 @@ def test_files_that_are_not_head_scores(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match="cannot be written"):
         scores().save(tmp_path / "file" / "heads.safetensors")
+
+
+# ---- how far they are to be believed
+
+
+def test_sign_is_the_share_of_groups_above_zero() -> None:
+    s = scores()
+    expected = np.zeros(s.shape)
+    names = sorted(set(s.groups))
+    for name in names:
+        expected += np.mean([s.effects[i] for i in range(s.n_pairs) if s.groups[i] == name], axis=0) > 0
+    np.testing.assert_allclose(s.sign, expected / len(names))
+    assert s.sign[1, 2] == 1
+
+
+def test_family_wise_p_against_a_loop() -> None:
+    s = scores(n=30, groups=8)
+    flips, names = 400, sorted(set(s.groups))
+    sums = np.stack([s.effects[np.array(s.groups) == name].astype(np.float64).sum(0) for name in names])
+    signs = np.random.default_rng(5).integers(0, 2, size=(flips, len(names))) * 2 - 1
+
+    def statistic(sign: np.ndarray) -> np.ndarray:
+        flipped = [sign[g] * sums[g] for g in range(len(names))]
+        return np.abs(np.sum(flipped, axis=0)) / np.sqrt(np.sum(np.square(sums), axis=0))
+
+    seen = statistic(np.ones(len(names)))
+    largest = [statistic(sign).max() for sign in signs]
+    expected = np.array([[(1 + sum(m >= v - 1e-12 for m in largest)) / (1 + flips) for v in row] for row in seen])
+    np.testing.assert_allclose(s.family_p(flips, seed=5), expected, rtol=1e-12)
+    # The strongest head, and 8 groups: 2 in 256 flips are as extreme.
+    assert expected[1, 2] < 0.03
+
+
+def test_a_head_without_any_effect_has_p_one() -> None:
+    s = scores()
+    effects = s.effects.copy()
+    effects[:, 0, 0] = 0
+    p = HeadScores(**{**vars(s), "effects": effects}).family_p()
+    assert p[0, 0] == 1
+    assert np.isfinite(p).all()
+
+
+def test_noise_is_called_an_effect_no_more_often_than_stated() -> None:
+    """Groups of unlike size and spread, heads that hang together: what a test that assumed less would get wrong."""
+    rng = np.random.default_rng(3)
+    s, runs, level = scores(n=36, groups=12), 400, 0.1
+    members = np.array(s.groups)
+    wrong = 0
+    for run in range(runs):
+        shared = rng.standard_t(3, (s.n_pairs, 1, 1))
+        noise = shared * rng.normal(size=s.shape) + rng.laplace(size=s.effects.shape)
+        for k, name in enumerate(sorted(set(s.groups))):
+            noise[members == name] = (1 + k) * (noise[members == name] + rng.standard_t(3, s.shape))
+        wrong += HeadScores(**{**vars(s), "effects": noise}).family_p(99, seed=run).min() <= level
+    # Exactly at the level, but for the binomial error of 400 runs (standard error .015).
+    assert 0.055 <= wrong / runs <= 0.145
+
+
+def test_shuffled_pairs_stay_within_the_null() -> None:
+    """Which picture of a pair is called clean is drawn by lot: what remains must not look like an effect."""
+    p = planted.plant(4)
+    measured = patch_heads(p.model, p.pairs(24))
+    logits = measured.effects * (measured.clean - measured.corrupt)[:, None, None]
+    rng, runs = np.random.default_rng(0), 200
+    wrong = 0
+    for run in range(runs):
+        turned = logits * rng.choice([-1.0, 1.0], measured.n_pairs)[:, None, None]
+        wrong += HeadScores(**{**vars(measured), "effects": turned}).family_p(99, seed=run).min() <= 0.05
+    assert wrong / runs <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / runs)
+    assert p.grounding is not None
+    assert measured.family_p()[p.grounding.layer, p.grounding.head] < 0.001
+
+
+def test_stability_against_scipy() -> None:
+    s = scores(n=60, groups=20)
+    found = s.stability(k=3, splits=50, seed=1)
+    names = np.array(sorted(set(s.groups)))
+    order = np.argsort(np.random.default_rng(1).random((50, len(names))), axis=1)
+    correlations, overlaps = [], []
+    for row in order:
+        inside = np.isin(s.groups, names[row < len(names) // 2])
+        a, b = (s.effects[m].astype(np.float64).mean(0).ravel() for m in (inside, ~inside))
+        correlations.append(stats.spearmanr(a, b).statistic)
+        overlaps.append(len(set(np.argsort(-a)[:3]) & set(np.argsort(-b)[:3])) / 3)
+    for estimate, draws in ((found.rank_correlation, correlations), (found.overlap, overlaps)):
+        assert estimate.value == pytest.approx(np.median(draws))
+        assert (estimate.low, estimate.high) == pytest.approx(tuple(np.quantile(draws, [0.025, 0.975])))
+    assert found.chance == 0.25
+    noise = HeadScores(**{**vars(s), "effects": np.random.default_rng(0).normal(size=(60, 3, 4))})
+    assert abs(noise.stability(k=3).rank_correlation.value) < 0.45 < found.rank_correlation.value
+    with pytest.raises(PatchError, match="3 groups cannot be divided"):
+        HeadScores(**{**vars(s), "groups": tuple(f"g{i % 3}" for i in range(60))}).stability()
+
+
+def test_comparison_of_the_same_pairs_is_paired() -> None:
+    a, b = scores(n=60, groups=20), scores(n=60, groups=20, seed=0)
+    moved = HeadScores(**{**vars(b), "effects": b.effects + 0.25})
+    same = compare(a, moved, k=(1, 3))
+    assert same.rank_correlation.value == same.rank_correlation.low == pytest.approx(1)
+    assert same.overlap[3].low == 1
+    np.testing.assert_allclose(same.difference, -0.25, atol=1e-6)
+    # What all groups share leaves the difference without spread, whatever the groups' own spread is.
+    np.testing.assert_allclose(same.high - same.low, 0, atol=1e-6)
+    assert same.groups == (0, 0, len(set(a.groups)))
+    assert same.chance(3) == 0.25
+
+
+def test_comparison_against_a_naive_bootstrap() -> None:
+    a = scores(n=60, groups=20)
+    rng = np.random.default_rng(2)
+    b = HeadScores(**{**vars(a), "effects": a.effects + rng.normal(size=a.effects.shape)})
+    other = HeadScores(**{**vars(b), "groups": tuple(f"other{g}" for g in b.groups)})
+    for second, shared in ((b, True), (other, False)):
+        found = compare(a, second, k=(3,), resamples=2000)
+        names = sorted(set(a.groups))
+        rows = [np.flatnonzero(np.array(a.groups) == name) for name in names]
+        differences, correlations = [], []
+        for _ in range(400):
+            drawn = rng.integers(len(names), size=len(names))
+            again = drawn if shared else rng.integers(len(names), size=len(names))
+            x, y = (
+                s.effects[np.concatenate([rows[i] for i in d])].astype(np.float64).mean(0).ravel()
+                for s, d in ((a, drawn), (second, again))
+            )
+            differences.append(x - y)
+            correlations.append(stats.spearmanr(x, y).statistic)
+        width = np.subtract(*np.quantile(differences, [0.975, 0.025], axis=0))
+        np.testing.assert_allclose((found.high - found.low).ravel(), width, rtol=0.3)
+        middle = stats.spearmanr(a.mean.ravel(), second.mean.ravel()).statistic
+        assert found.rank_correlation.value == pytest.approx(middle)
+        low, high = np.quantile(correlations, [0.025, 0.975])
+        assert (found.rank_correlation.low, found.rank_correlation.high) == pytest.approx((low, high), abs=0.12)
+    assert compare(a, other).groups == (len(names), len(names), 0)
+    with pytest.raises(PatchError, match="not of the same layers"):
+        compare(a, HeadScores(**{**vars(a), "effects": a.effects[:, :2]}))
+    with pytest.raises(PatchError, match="top 13"):
+        compare(a, b, k=(13,))
+
+
+def test_heatmap(tmp_path: Path) -> None:
+    s = scores()
+    ax = s.heatmap(tmp_path / "deep" / "heads.png")
+    assert (tmp_path / "deep" / "heads.png").stat().st_size > 1000
+    np.testing.assert_allclose(np.asarray(ax.images[0].get_array()), s.mean)
+    low, high = ax.images[0].get_clim()
+    assert -low == high == pytest.approx(np.abs(s.mean).max())
+    x, y = ax.lines[0].get_data()
+    assert {(int(b), int(a)) for a, b in zip(x, y, strict=True)} == set(
+        zip(*np.nonzero(s.family_p() <= 0.05), strict=True)
+    )
+    from matplotlib.figure import Figure
+
+    given = Figure().subplots()
+    assert s.heatmap(ax=given) is given
+
+
+def test_a_file_written_by_the_first_version_still_opens(tmp_path: Path) -> None:
+    card = {
+        "version": 1, "ids": ["a", "b"], "groups": ["g", "h"], "levels": ["object"] * 2,
+        "kinds": ["object"] * 2, "tokens": "last", "direction": "noise", "min_effect": 0.5, "excluded": 1, "model": "m",
+        "config_hash": "c", "weights_hash": "w", "pairs_digest": "d", "provenance": {},
+    }  # fmt: skip
+    tensors = {
+        "effects": np.ones((2, 3, 4), np.float32),
+        "clean": np.ones(2, np.float32),
+        "corrupt": np.zeros(2, np.float32),
+    }
+    save_file(tensors, tmp_path / "old.safetensors", metadata={"head_scores": json.dumps(card)})
+    old = HeadScores.load(tmp_path / "old.safetensors")
+    assert (old.direction, old.shape, old.ids) == ("noise", (3, 4), ("a", "b"))
+    assert old.frame()["sign"].eq(1).all()

@@ -1,0 +1,57 @@
+"""Scores of heads as a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+def heatmap(
+    values: np.ndarray,
+    *,
+    title: str,
+    label: str,
+    marked: np.ndarray | None = None,
+    path: str | Path | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """Draw scores ``[n_layers, n_heads]`` with 0 in the middle of the colors, the first layer at the bottom.
+
+    Parameters
+    ----------
+    values
+        What the colors say.
+    title, label
+        Above the picture, and beside its color bar.
+    marked
+        Heads to mark with a dot, bool of the same shape.
+    path
+        Write a file in the format its name ends in.
+    ax
+        Draw here; otherwise into a figure of its own, which belongs to no window.
+    """
+    if ax is None:
+        from matplotlib.figure import Figure
+
+        size = (2.2 + 0.32 * min(values.shape[1], 40), 1.6 + 0.32 * min(values.shape[0], 40))
+        ax = Figure(figsize=size, layout="constrained").subplots()
+    largest = float(np.nanmax(np.abs(values))) or 1.0
+    image = ax.imshow(values, cmap="RdBu_r", vmin=-largest, vmax=largest, origin="lower", aspect="auto")
+    if marked is not None and marked.any():
+        rows, columns = np.nonzero(marked)
+        ax.plot(columns, rows, "o", markersize=3.5, markerfacecolor="white", markeredgecolor="black", linestyle="none")
+    for axis, count in ((ax.xaxis, values.shape[1]), (ax.yaxis, values.shape[0])):
+        axis.set_ticks(range(0, count, max(1, count // 16)))
+    ax.set(xlabel="head", ylabel="layer", title=title)
+    figure = ax.get_figure(root=True)
+    if figure is not None:
+        figure.colorbar(image, ax=ax, label=label)
+        if path is not None:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            figure.savefig(path, dpi=150)
+    return ax
