@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from circuits import attribution, derive, export, planted, sources
+    from circuits import attribution, derive, export, faithfulness, planted, sources
     from circuits.ablation import Ablation, ablate
     from circuits.attention import ImageAttention, attention_to_image
     from circuits.correlational import HeadTable, head_scores
@@ -40,6 +40,7 @@ __all__ = [
     "compare",
     "derive",
     "export",
+    "faithfulness",
     "head_scores",
     "intervened",
     "patch",
@@ -77,7 +78,7 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
-    if name in {"attribution", "derive", "export", "planted", "sources"}:
+    if name in {"attribution", "derive", "export", "faithfulness", "planted", "sources"}:
         return import_module(f"circuits.{name}")
     if name not in _HOME:
         msg = f"module 'circuits' has no attribute '{name}'"
