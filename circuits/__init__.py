@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from circuits import derive, export, knockout, planted
+    from circuits import attribution, derive, export, faithfulness, knockout, planted, sources
     from circuits.ablation import Ablation, ablate
     from circuits.attention import ImageAttention, attention_to_image
     from circuits.correlational import HeadTable, head_scores
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from circuits.patch_scores import PatchScores
     from circuits.patching import patch, patch_heads
     from circuits.paths import patch_paths
+    from circuits.shares import Sources, SourceShares
     from circuits.steering import SteeringVector
 
 __all__ = [
@@ -29,14 +30,18 @@ __all__ = [
     "Intervention",
     "PatchScores",
     "Replace",
+    "SourceShares",
+    "Sources",
     "Stability",
     "SteeringVector",
     "Zero",
     "ablate",
     "attention_to_image",
+    "attribution",
     "compare",
     "derive",
     "export",
+    "faithfulness",
     "head_scores",
     "intervened",
     "knockout",
@@ -45,6 +50,7 @@ __all__ = [
     "patch_paths",
     "planted",
     "random_heads",
+    "sources",
 ]
 
 _HOME = {
@@ -58,6 +64,8 @@ _HOME = {
     "Intervention": "interventions",
     "PatchScores": "patch_scores",
     "Replace": "interventions",
+    "SourceShares": "shares",
+    "Sources": "shares",
     "Stability": "head_statistics",
     "SteeringVector": "steering",
     "Zero": "interventions",
@@ -74,7 +82,7 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
-    if name in {"derive", "export", "knockout", "planted"}:
+    if name in {"attribution", "derive", "export", "faithfulness", "knockout", "planted", "sources"}:
         return import_module(f"circuits.{name}")
     if name not in _HOME:
         msg = f"module 'circuits' has no attribute '{name}'"
