@@ -21,7 +21,6 @@ import platform
 import statistics
 import sys
 import time
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,10 +33,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
+from benchmarks._patching_parts import Live, draw
 from benchmarks.trace import middle_processor, questions
 from circuits import patch, patch_heads
 from circuits.engine import Row, resume
@@ -264,38 +262,6 @@ def largest_difference(model: Lvlm, pair: CounterfactualPair, count: int) -> flo
     return worst
 
 
-class Live(TorchDispatchMode):
-    """Counts the bytes of all storages that operations make and that are still alive."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.most = 0
-        self._seen: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operation and count what it made."""
-        out = func(*args, **(kwargs or {}))
-        # What an operation was given is no new memory when it gives it back, as a view of a weight is.
-        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
-        for x in tree_leaves(out):
-            if isinstance(x, Tensor) and x.untyped_storage()._cdata not in given:
-                self._count(x.untyped_storage())
-        return out
-
-    def _count(self, storage: Any) -> None:
-        key = storage._cdata
-        if key in self._seen:
-            return
-        self._seen.add(key)
-        self.now += storage.nbytes()
-        self.most = max(self.most, self.now)
-        weakref.finalize(storage, self._gone, key, storage.nbytes())
-
-    def _gone(self, key: int, size: int) -> None:
-        self._seen.discard(key)
-        self.now -= size
-
-
 def peak_share(model: Lvlm, pair: CounterfactualPair, memory: int) -> float:
     """Return the most bytes that patching every head at all question tokens adds to what was recorded, over its budget."""
     given = parts(model, pair, sweeps(model, pair)[1].patches)
@@ -323,33 +289,6 @@ def growth(turns: int) -> dict[str, list[tuple[int, float, float]]]:
                 ratios.append(ours / min(plain, seconds(lambda c=loop: c.forward(c.corrupt), model.device)))
             grown.setdefault(name, []).append((size, statistics.median(ratios), len(sweep.patches) + 2.0))
     return grown
-
-
-def draw(grown: dict[str, list[tuple[int, float, float]]], path: Path) -> None:
-    """Draw how cost grows: one small panel for each way of growing, cost in plain forwards of that model."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, panels = plt.subplots(1, len(grown), figsize=(9, 3), sharey=True, layout="constrained")
-    for panel, (name, rows) in zip(panels, grown.items(), strict=True):
-        sizes, ours, loop = zip(*rows, strict=True)
-        panel.plot(sizes, loop, "o-", color="0.55", label="one forward a head")
-        panel.plot(sizes, ours, "o-", color="C0", label="circuits.patch_heads")
-        panel.set(xlabel=name, yscale="log", xticks=sizes)
-        panel.grid(axis="y", color="0.9")
-        panel.spines[["top", "right"]].set_visible(False)
-        for x, y in zip(sizes, ours, strict=True):
-            panel.annotate(f"{y:.1f}", (x, y), (0, 6), textcoords="offset points", ha="center", fontsize=8)
-    panels[0].set_ylabel("plain forwards")
-    panels[0].set_ylim(1, None)
-    panels[0].annotate("one forward a head", (panels[0].get_xlim()[1], 50), ha="right", fontsize=8, color="0.45")
-    panels[0].annotate("circuits.patch_heads", (panels[0].get_xlim()[1], 4), ha="right", fontsize=8, color="C0")
-    figure.suptitle("All heads at the last token of one pair, its own two runs included", fontsize=10)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
 
 
 def show_growth(console: Console, path: Path, turns: int) -> None:
