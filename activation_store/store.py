@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -57,9 +59,8 @@ class ActivationStore:
         self._schema = folders[0].schema
         self._provenance = MappingProxyType(provenance_of(folders))
         self._shards = tuple(shard for folder in folders for shard in folder.shards)
-        self._starts = np.cumsum(
-            [0, *(rows for _, rows in self._shards)]
-        )  # [shards + 1]: first row of each, and the end
+        # [shards + 1]: first row of each, and the end; plain numbers, as finding a head takes no longer than looking here.
+        self._starts = list(accumulate((rows for _, rows in self._shards), initial=0))
         self._catalog = Catalog(self._schema.arrays)
         self._open: dict[int, OpenShard] = {}
 
@@ -344,7 +345,7 @@ class ActivationStore:
         self._open.clear()
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return self._starts[-1]
 
     def __enter__(self) -> Self:
         return self
@@ -373,13 +374,12 @@ class ActivationStore:
             return
         starts = self._starts
         if isinstance(rows, range):
-            first = int(np.searchsorted(starts, rows.start, side="right")) - 1
-            for index in range(first, len(self._shards)):
-                begin, end = max(rows.start, int(starts[index])), min(rows.stop, int(starts[index + 1]))
+            for index in range(bisect_right(starts, rows.start) - 1, len(self._shards)):
+                begin, end = max(rows.start, starts[index]), min(rows.stop, starts[index + 1])
                 if begin >= rows.stop:
                     return
                 if begin < end:
-                    within = range(begin - int(starts[index]), end - int(starts[index]))
+                    within = range(begin - starts[index], end - starts[index])
                     yield index, within, slice(begin - rows.start, end - rows.start)
             return
         shard_of = np.searchsorted(starts, rows, side="right") - 1
