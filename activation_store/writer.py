@@ -37,8 +37,9 @@ from activation_store.shard import inspect, open_shard, read_ids, read_json, rea
 from activation_store.tensors import tensors_entry, write_tensors
 from concepts.errors import StoreError
 
-_WAITING_BYTES = 48 << 20
-"""What may wait to be written, at most, before `append` waits too."""
+_WAITING_BYTES = 16 << 20
+"""What may wait to be written, at most, before `append` waits too: what is still in the processor's cache is copied faster,
+and the system itself holds back much more before the disk must have it."""
 
 
 class StoreWriter:

@@ -35,7 +35,9 @@ def measure_read(bench: Bench, root: Path, quick: bool) -> dict[str, Figure]:
     for layer in range(layers):
         whole[layer] = source.read(f"decoder.L{layer}.z", "last")
     whole.flush()
-    del whole
+    # What is mapped cannot be forgotten by the system: nothing may be cold while these are there.
+    source.close()
+    del whole, source
     rows = np.random.default_rng(1).permutation(examples)[:256]
     stores: dict[str, ActivationStore] = {}
     maps: list[np.ndarray] = []
