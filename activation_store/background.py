@@ -6,6 +6,8 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
+import numpy as np
+
 
 class Background:
     """Runs jobs in the order in which they are given; after one that failed, none of those that follow.
@@ -51,3 +53,19 @@ class Background:
         done, size = self._waiting.popleft()
         self._held -= size
         done.result()
+
+
+class Pool:
+    """Arrays to be filled again: memory that is new must first be had from the system, page by page."""
+
+    def __init__(self) -> None:
+        self._free: dict[tuple[tuple[int, ...], np.dtype], list[np.ndarray]] = {}
+
+    def take(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        """Return an array that nobody uses; what it holds is left from before."""
+        free = self._free.setdefault((shape, dtype), [])
+        return free.pop() if free else np.zeros(shape, dtype)
+
+    def give(self, array: np.ndarray) -> None:
+        """Take back an array that was given out; from any thread."""
+        self._free.setdefault((array.shape, array.dtype), []).append(array)

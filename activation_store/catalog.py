@@ -69,7 +69,7 @@ class Catalog:
             raise SiteError(msg)
         if place.layer not in info.layers:
             msg = (
-                f"site '{place}' not in store: layers {_ranges(info.layers)} were traced; "
+                f"site '{place}' not in store: layers {layer_range(info.layers)} were traced; "
                 f"trace again with sites=['{place}'] if the model has it"
             )
             raise SiteError(msg)
@@ -93,7 +93,8 @@ def _head_slice(info: ArrayInfo, site: str, head: int | None) -> slice:
     return slice(head * dim, (head + 1) * dim)
 
 
-def _ranges(layers: Sequence[int]) -> str:
+def layer_range(layers: Sequence[int]) -> str:
+    """Return layer numbers for people: ``0-31`` where none between is missing, else each."""
     if len(layers) > 1 and list(layers) == list(range(layers[0], layers[-1] + 1)):
         return f"{layers[0]}-{layers[-1]}"
     return ", ".join(map(str, layers))

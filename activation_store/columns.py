@@ -19,7 +19,7 @@ _KINDS = frozenset({"string-column", "label-column", "number-column", "list-colu
 
 def is_lists(values: Column) -> bool:
     """Whether a column holds lists."""
-    return values.dtype == object and any(not isinstance(value, str) for value in values)
+    return values.dtype == object and not set(map(type, values)) <= {str}
 
 
 def frozen(values: np.ndarray) -> np.ndarray:
@@ -39,7 +39,7 @@ def column_digest(values: Column) -> str:
 
 def _plain_bytes(values: np.ndarray) -> bytes:
     if values.dtype == object:
-        return "".join(f"{text}\0" for text in values).encode()
+        return "\0".join([*values, ""]).encode()
     return np.ascontiguousarray(values, dtype=values.dtype.newbyteorder("<")).tobytes()
 
 

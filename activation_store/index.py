@@ -9,7 +9,6 @@ from typing import Any
 import h5py
 import numpy as np
 
-from activation_store.builder import site_group
 from activation_store.chunks import layer_major, values_of
 from activation_store.columns import join_columns, read_columns, read_offsets, write_columns
 from activation_store.elements import element_at, group_at, mark
@@ -17,6 +16,7 @@ from activation_store.encoding import STORAGE
 from activation_store.files import file_digest, part_of, publish, same_bytes
 from activation_store.layout import INDEX, LAYOUT_VERSION, ArrayInfo, Schema, canonical_json
 from activation_store.manifest import IndexEntry
+from activation_store.parts import site_group
 from activation_store.pen import written
 from activation_store.shard import open_shard, read_rows, reading
 

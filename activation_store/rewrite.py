@@ -11,13 +11,13 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from activation_store.builder import create_array, describe_array, finish_shard, publish_shard, start_shard
 from activation_store.chunks import blocks, read_digests
 from activation_store.compression import need_filter
 from activation_store.files import explained, part_of, publish_new, sync, write_whole
 from activation_store.index import write_index
 from activation_store.layout import MANIFEST, ArrayInfo, Schema, shard_name, shard_numbers
 from activation_store.manifest import Manifest, ShardEntry, read_manifest
+from activation_store.parts import create_array, describe_array, finish_shard, publish_shard, start_shard
 from activation_store.pen import Pen
 from activation_store.shard import inspect, rebuild_advice
 from activation_store.store import ActivationStore

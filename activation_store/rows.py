@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -65,6 +64,8 @@ class ArrayReader:
         self._step = (values.chunks or (1,))[0]
         self._by_layer = layer_major(element)
         self._asked: set[int] = set()
+        if self._by_layer:
+            source.in_order()
         self._where = blocks(values) if values.id.get_create_plist().get_nfilters() == 0 else None
         self._offsets = self._where.offsets if self._where is not None else np.zeros((0, 0), np.int64)
         self._distances: dict[tuple[int, int], tuple[int, int]] = {}
@@ -92,8 +93,6 @@ class ArrayReader:
                 values = values_of(element_at(file, f"arrays/{self._name}"))
                 self._from_chunks(target, rows, columns, lambda chunk: self._through_filter(values, chunk, layer))
         elif self._by_layer:
-            if isinstance(rows, range) and layer not in self._asked:
-                self._soon(rows, layer)
             view = self._at(int(self._offsets[0, layer]), self.rows)
             picked = slice(rows.start, rows.stop) if isinstance(rows, range) else rows
             target[:] = view[picked, columns]
@@ -104,6 +103,7 @@ class ArrayReader:
                     self._soon(rows, layer)
                 self._from_run(target, rows, layer, columns)
             else:
+                self._rows_soon(rows, offsets)
                 self._from_chunks(target, rows, columns, lambda chunk: self._at(int(offsets[chunk]), self._step))
         if widened:
             np.left_shift(target, 16, out=target)
@@ -137,7 +137,7 @@ class ArrayReader:
 
     def _at(self, offset: int, rows: int) -> np.ndarray:
         dtype = STORAGE[self._dtype]
-        return np.frombuffer(self._source.raw, dtype, rows * self._width, offset).reshape(rows, self._width)
+        return np.ndarray((rows, self._width), dtype, self._source.raw, offset)
 
     def _even(self, layer: int, chunk: int) -> tuple[int, int]:
         """Return the distance from a chunk to the next, and the last chunk up to which it stays the same."""
@@ -160,16 +160,18 @@ class ArrayReader:
         return block[:, 0]
 
     def _soon(self, rows: range, layer: int) -> None:
-        # When a layer is first read in long runs, the disk is asked for all of it at once, not page by page as each is
-        # touched. Later it is in memory, or there is not memory enough.
-        where, raw = self._where, self._source.raw
-        if where is None or not hasattr(mmap, "MADV_WILLNEED"):
-            return
+        # When a layer is first read in long runs, the disk is asked for all of it at once. Later it is in memory, or
+        # there is not memory enough.
+        where = self._where
         self._asked.add(layer)
-        for chunk in range(rows.start // where.rows, (rows.stop - 1) // where.rows + 1):
-            start, size = int(where.offsets[chunk, layer]), int(where.sizes[chunk, layer])
-            page = start - start % mmap.PAGESIZE
-            raw.madvise(mmap.MADV_WILLNEED, page, min(start + size, len(raw)) - page)
+        if where is not None:
+            for chunk in range(rows.start // where.rows, (rows.stop - 1) // where.rows + 1):
+                self._source.soon(int(where.offsets[chunk, layer]), int(where.sizes[chunk, layer]))
+
+    def _rows_soon(self, rows: np.ndarray, offsets: np.ndarray) -> None:
+        size = self._width * STORAGE[self._dtype].itemsize
+        for start in np.sort(offsets[rows // self._step] + rows % self._step * size).tolist():
+            self._source.soon(start, size)
 
 
 def token_rows(offsets: np.ndarray, rows: np.ndarray) -> np.ndarray:

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from activation_store.catalog import layer_range
 from activation_store.columns import is_lists
 from activation_store.encoding import STORAGE
 from activation_store.store import ActivationStore
@@ -41,7 +42,9 @@ def show(store: ActivationStore, console: Console) -> None:
 
 
 def _arrays(store: ActivationStore) -> Table:
-    table = _table("arrays", "site", "tokens", "shape", "layers", "heads", "on disk", "to know")
+    table = _table("arrays", "site", "tokens", "shape", "layers", "heads", "on disk", "notes")
+    for column in table.columns[:3]:
+        column.no_wrap = True  # half a name or shape says nothing; notes may take several lines
     for a in store.arrays:
         rows = disk = overflow = nonfinite = 0
         for shard in store.shards():
@@ -59,7 +62,7 @@ def _arrays(store: ActivationStore) -> Table:
             f"{a.stack}.{a.component}",
             a.tokens,
             f"[{rows}, {a.n_layers}, {a.width}]",
-            f"{a.layers[0]}-{a.layers[-1]}" if a.n_layers > 1 else str(a.layers[0]),
+            layer_range(a.layers),
             f"{a.n_heads} x {a.width // a.n_heads}" if a.n_heads else "",
             _size(disk),
             ", ".join(filter(None, notes)),
@@ -70,7 +73,7 @@ def _arrays(store: ActivationStore) -> Table:
 
 def _table(title: str, *columns: str) -> Table:
     # Without lines between columns more fits beside each other.
-    return Table(*columns, title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    return Table(*columns, title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
 
 
 def _columns(store: ActivationStore) -> Table:

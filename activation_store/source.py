@@ -21,6 +21,23 @@ class Source:
                 raise OSError(errno.ENODATA, os.strerror(errno.ENODATA), str(path))
             self.raw = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self._at = 0
+        # What is wanted of a layer or a table lies in pieces: around a byte that is touched the system would read
+        # megabytes that nobody asked for. What is wanted is said with `soon` instead.
+        self._advise("MADV_RANDOM")
+
+    def soon(self, start: int, size: int) -> None:
+        """Have the system begin to read some bytes, all at once and not page by page as each is touched."""
+        page = start - start % mmap.PAGESIZE
+        self._advise("MADV_WILLNEED", page, min(start + size, len(self.raw)) - page)
+
+    def in_order(self) -> None:
+        """Let the system read ahead: what is wanted lies in one piece."""
+        self._advise("MADV_NORMAL")
+
+    def _advise(self, name: str, *where: int) -> None:
+        advice = getattr(mmap, name, None)  # not every system has it
+        if advice is not None:
+            self.raw.madvise(advice, *where)
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         """Move to a place, counted from the start, from here or from the end."""
@@ -34,6 +51,8 @@ class Source:
     def readinto(self, buffer: memoryview) -> int:
         """Read from the place and move on."""
         view = memoryview(buffer).cast("B")
+        if len(view) > mmap.PAGESIZE:
+            self.soon(self._at, len(view))
         data = self.raw[self._at : self._at + len(view)]
         view[: len(data)] = data
         self._at += len(data)

@@ -12,7 +12,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from activation_store.background import Background
+from activation_store.background import Background, Pool
 from activation_store.batch import check_kinds, check_table, count_overflow
 from activation_store.builder import ShardBuilder
 from activation_store.columns import read_columns
@@ -37,8 +37,9 @@ from activation_store.shard import inspect, open_shard, read_ids, read_json, rea
 from activation_store.tensors import tensors_entry, write_tensors
 from concepts.errors import StoreError
 
-_WAITING_BYTES = 128 << 20
-"""What may wait to be written, at most, before `append` waits too."""
+_WAITING_BYTES = 16 << 20
+"""What may wait to be written, at most, before `append` waits too: what is still in the processor's cache is copied faster,
+and the system itself holds back much more before the disk must have it."""
 
 
 class StoreWriter:
@@ -117,6 +118,8 @@ class StoreWriter:
         self._numbers: set[int] = set()
         self._building: set[ShardBuilder] = set()
         self._disk = Background(_WAITING_BYTES)
+        self._sealing = Background(1)  # one shard may wait for the disk while the next is written
+        self._pool = Pool()
         self._overflow = dict.fromkeys((a.name for a in schema.arrays), 0)
         self._closed = False
         held = f"{self._path}: worker {worker} is being written by another process; give each process its own worker="
@@ -138,7 +141,7 @@ class StoreWriter:
         Waits until all that was appended is on its way: then whole shards of it are sealed.
         """
         with self._explained():
-            self._disk.wait()
+            self._wait()
         return self._sealed.keys()
 
     @property
@@ -200,7 +203,7 @@ class StoreWriter:
         with self._explained():
             if self._shard is not None:
                 self._seal()
-            self._disk.wait()
+            self._wait()
             if self._workers > 1:
                 own = [entry for name, entry in self._entries.items() if self._is_own(name)]
                 write_whole(self._path / manifest_name(self._worker), self._manifest(own).encode(), self._owner)
@@ -214,9 +217,10 @@ class StoreWriter:
 
     def abandon(self) -> None:
         """Drop what does not fill a shard and write no manifest, as after a crash; never raises."""
-        with contextlib.suppress(OSError, RuntimeError, StoreError):
-            self._disk.wait()  # whole shards that are on their way are kept
-        self._disk.stop()
+        for thread in (self._disk, self._sealing):
+            with contextlib.suppress(OSError, RuntimeError, StoreError):
+                thread.wait()  # whole shards that are on their way are kept
+            thread.stop()
         for shard in self._building:
             shard.discard()
         self._building.clear()
@@ -313,21 +317,30 @@ class StoreWriter:
             self._numbers.add(number)
             self._final = self._path / shard_name(self._worker, number)
             temporary = part_of(self._final, self._owner)
-            self._shard = ShardBuilder(temporary, self._schema, self._provenance, self._disk)
+            self._shard = ShardBuilder(temporary, self._schema, self._provenance, self._disk, self._pool)
             self._building.add(self._shard)
         return self._shard
 
     def _seal(self) -> None:
         if self._shard is not None:
             self._shard.flush()
-            self._disk.submit(partial(self._seal_now, self._shard, self._final))
+            self._disk.submit(partial(self._finish, self._shard, self._final))
             self._shard = None
 
-    def _seal_now(self, shard: ShardBuilder, final: Path) -> None:
-        entry = shard.seal(final)
+    def _finish(self, shard: ShardBuilder, final: Path) -> None:
+        shard.finish()
+        # The disk takes its time to confirm a shard: blocks of the next one are handed to it meanwhile.
+        self._sealing.submit(partial(self._publish, shard, final), size=1)
+
+    def _publish(self, shard: ShardBuilder, final: Path) -> None:
+        entry = shard.publish(final)
         self._building.discard(shard)
         self._entries[entry.file] = entry
         self._sealed.update(dict.fromkeys(entry.examples))
+
+    def _wait(self) -> None:
+        self._disk.wait()
+        self._sealing.wait()
 
     def _gather(self) -> None:
         known = {e.file: e for manifest in self._manifests() for e in manifest.shards}
@@ -343,6 +356,7 @@ class StoreWriter:
     def _end(self) -> None:
         self._closed = True
         self._disk.stop()
+        self._sealing.stop()
         self._lock.release()
 
     @contextlib.contextmanager

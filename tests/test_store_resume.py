@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import random
+import stat
 import subprocess
 import sys
 import textwrap
@@ -334,3 +335,47 @@ def test_several_writers_are_killed_at_random_moments() -> None:
         "runs_not_clean": 0,
     }
     assert figures["lost"]["n"] == 8
+
+
+def test_a_store_is_read_while_it_is_written(tmp_path: Path) -> None:
+    seen: list[int] = []
+    with StoreWriter(tmp_path, SCHEMA, PROVENANCE, shard_size=10) as writer:
+        for i in range(0, N, 5):
+            append(writer, range(i, i + 5))
+            acknowledged = len(writer.written) if i % 15 == 0 else 0
+            try:
+                store = ActivationStore(tmp_path)
+            except StoreError:
+                assert not acknowledged
+                continue
+            assert not store.complete
+            assert store.columns["id"].tolist() == IDS[: len(store)]
+            expected = DATA[: len(store), 1].astype(np.float16).astype(np.float32)
+            np.testing.assert_array_equal(store.read("decoder.L1.z", "last"), expected)
+            assert len(store) >= acknowledged
+            seen.append(len(store))
+    assert seen == sorted(seen)
+    assert len(ActivationStore(tmp_path)) == N
+
+
+def test_a_shard_that_the_disk_refuses_ends_the_writer_while_it_writes_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The shard before it is kept; of the next one, begun meanwhile, nothing is."""
+    real, files = os.fsync, []
+
+    def sync(descriptor: int) -> None:
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            files.append(descriptor)
+            if len(files) == 2:
+                time.sleep(0.05)  # the caller is well into the third shard by then
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    writer = StoreWriter(tmp_path, SCHEMA, PROVENANCE, shard_size=10)
+    append(writer, range(25))
+    with pytest.raises(StoreError, match="No space left on device; kept: 10 examples in sealed shards"):
+        _ = writer.written
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["shard-0-00000.h5"]
+    assert len(ActivationStore(tmp_path)) == 10

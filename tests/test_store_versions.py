@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from activation_store import ActivationStore, StoreWriter, repack, verify
+from activation_store.__main__ import main
 
 KEPT = Path(__file__).parent / "stores"
 SITES = {"decoder.L1.z": (0, 6), "decoder.L4.z": (1, 6), "decoder.L2.resid_post": (2, 4), "projector.out": (0, 5)}
@@ -137,3 +138,13 @@ def test_index_is_the_whole_store_for_any_hdf5_reader() -> None:
         np.testing.assert_array_equal(bits.view(np.float32), expected.values)
         assert file["examples/id"].asstr()[...].tolist() == store.columns["id"].tolist()
         np.testing.assert_array_equal(file["examples/attribute:green"][...], store.columns["attribute:green"])
+
+
+def test_info_names_arrays_in_full(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", str(KEPT / "v2")]) == 0
+    shown = capsys.readouterr().out
+    for row in (
+        "decoder.resid_post  image:mean  [50, 3, 4]  0-2 ",
+        "decoder.z           last        [50, 2, 6]  1, 4 ",
+    ):
+        assert row in shown, shown
