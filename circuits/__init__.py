@@ -8,21 +8,26 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from circuits import derive, export
     from circuits.attention import ImageAttention, attention_to_image
+    from circuits.entries import ProbeGate
     from circuits.heads import HeadScores, random_heads
-    from circuits.interventions import Add, Amplify, Intervention, Replace, Zero, intervened
+    from circuits.interventions import Add, Amplify, Gate, Intervention, Project, Replace, Zero, intervened
     from circuits.patching import patch_heads
-    from circuits.steering import SteeringVector
+    from circuits.steering import SteeringVector, combined
 
 __all__ = [
     "Add",
     "Amplify",
+    "Gate",
     "HeadScores",
     "ImageAttention",
     "Intervention",
+    "ProbeGate",
+    "Project",
     "Replace",
     "SteeringVector",
     "Zero",
     "attention_to_image",
+    "combined",
     "derive",
     "export",
     "intervened",
@@ -33,13 +38,17 @@ __all__ = [
 _HOME = {
     "Add": "interventions",
     "Amplify": "interventions",
+    "Gate": "interventions",
     "HeadScores": "heads",
     "ImageAttention": "attention",
     "Intervention": "interventions",
+    "ProbeGate": "entries",
+    "Project": "interventions",
     "Replace": "interventions",
     "SteeringVector": "steering",
     "Zero": "interventions",
     "attention_to_image": "attention",
+    "combined": "steering",
     "intervened": "interventions",
     "patch_heads": "patching",
     "random_heads": "heads",

@@ -339,7 +339,7 @@ def test_files_that_are_no_vectors(tmp_path: Path) -> None:
         SteeringVector.load(tmp_path / "other")
     tensors, card = load_file(path), json.loads(path.with_suffix(".json").read_text())
     for name, change, said in (
-        ("newer", {"version": 2}, "version 2"),
+        ("newer", {"version": 3}, "version 3"),
         ("kind", {"kind": "multiply"}, "damaged"),
         ("name", {"entries": {"layers.1.mlp": {"sigma": 1.0}}}, "damaged"),
         ("gap", {"entries": {"layers.5.head.0": {"sigma": 1.0}}}, "damaged"),
