@@ -10,25 +10,29 @@ if TYPE_CHECKING:
     from circuits.ablation import Ablation, ablate
     from circuits.attention import ImageAttention, attention_to_image
     from circuits.correlational import HeadTable, head_scores
+    from circuits.entries import ProbeGate
     from circuits.head_statistics import Comparison, Stability, compare
     from circuits.heads import HeadScores, random_heads
-    from circuits.interventions import Add, Amplify, Intervention, Replace, Zero, intervened
+    from circuits.interventions import Add, Amplify, Gate, Intervention, Project, Replace, Zero, intervened
     from circuits.patch_scores import PatchScores
     from circuits.patching import patch, patch_heads
     from circuits.paths import patch_paths
     from circuits.shares import Sources, SourceShares
-    from circuits.steering import SteeringVector
+    from circuits.steering import SteeringVector, combined
 
 __all__ = [
     "Ablation",
     "Add",
     "Amplify",
     "Comparison",
+    "Gate",
     "HeadScores",
     "HeadTable",
     "ImageAttention",
     "Intervention",
     "PatchScores",
+    "ProbeGate",
+    "Project",
     "Replace",
     "SourceShares",
     "Sources",
@@ -38,6 +42,7 @@ __all__ = [
     "ablate",
     "attention_to_image",
     "attribution",
+    "combined",
     "compare",
     "derive",
     "export",
@@ -58,11 +63,14 @@ _HOME = {
     "Add": "interventions",
     "Amplify": "interventions",
     "Comparison": "head_statistics",
+    "Gate": "interventions",
     "HeadScores": "heads",
     "HeadTable": "correlational",
     "ImageAttention": "attention",
     "Intervention": "interventions",
     "PatchScores": "patch_scores",
+    "ProbeGate": "entries",
+    "Project": "interventions",
     "Replace": "interventions",
     "SourceShares": "shares",
     "Sources": "shares",
@@ -71,6 +79,7 @@ _HOME = {
     "Zero": "interventions",
     "ablate": "ablation",
     "attention_to_image": "attention",
+    "combined": "steering",
     "compare": "head_statistics",
     "head_scores": "correlational",
     "intervened": "interventions",

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
+from circuits.entries import Entry, Key, canonical, name_of, site_of
 from circuits.progress import progress_bar
-from circuits.steering import Entry, Kind, Positions, SteeringVector, name_of, site_of
-from concepts.errors import PatchError, SiteError
+from circuits.steering import Kind, Positions, SteeringVector
+from concepts.errors import ConfigError, PatchError, SiteError
 from concepts.schema import Concept, CounterfactualPair
 from lvlm.sites import Head, Site
 
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
 
     from concepts.schema import Example
     from lvlm.model import Lvlm, Place
+
+
+Variant = Literal["paper", "release"]
+"""The form that a paper gives, or that of its authors' code where it departs from it."""
 
 
 class Store(Protocol):
@@ -46,19 +51,24 @@ class Store(Protocol):
     def __len__(self) -> int: ...
 
 
-def unit_difference(positive: np.ndarray, negative: np.ndarray, key: Head | int) -> Entry:
+def unit_difference(positive: np.ndarray, negative: np.ndarray, key: Key) -> Entry:
     """Return the unit difference of two means, with the standard deviation of all projections on it."""
     difference = mean(positive, key) - mean(negative, key)
-    norm = float(np.linalg.norm(difference))
-    unit = difference / norm if norm > 0 else difference
-    sigma = float(np.std(np.concatenate([positive, negative]) @ unit))
+    return along(difference, np.concatenate([positive, negative]), key)
+
+
+def along(direction: np.ndarray, x: np.ndarray, key: Key) -> Entry:
+    """Return a direction ``[d]``, made unit, with the standard deviation of the projections of ``[n, d]`` on it."""
+    length = float(np.linalg.norm(direction))
+    unit = direction / length if length > 0 else direction
+    sigma = float(np.std(x @ unit))
     if not sigma > 0:
         msg = f"at {name_of(key)} the two means coincide: there is no direction"
         raise PatchError(msg)
     return Entry(unit, sigma)
 
 
-def mean(x: np.ndarray, key: Head | int) -> np.ndarray:
+def mean(x: np.ndarray, key: Key) -> np.ndarray:
     """Return the mean of rows; raises `PatchError` where there are none."""
     if not len(x):
         msg = f"no examples on one side at {name_of(key)}: both sides need at least one"
@@ -92,9 +102,17 @@ def two_sides(
     return right, wrong
 
 
-def keys_of(heads: Iterable[Head], layers: Iterable[int]) -> tuple[Head | int, ...]:
-    """Return heads and layers as keys of entries; raises `PatchError` where there are none."""
-    keys: tuple[Head | int, ...] = (*heads, *layers)
+def check_variant(variant: str) -> None:
+    """Raise `ConfigError` for anything but ``paper`` and ``release``."""
+    if variant not in ("paper", "release"):
+        msg = f"variant='{variant}': choose 'paper', or 'release' for the form of the released code"
+        raise ConfigError(msg)
+
+
+def keys_of(heads: Iterable[Head], layers: Iterable[int], sites: Iterable[Site | str] = ()) -> tuple[Key, ...]:
+    """Return heads, layers and other sites as keys of entries; raises `PatchError` where there are none."""
+    others = (Site.parse(s) if isinstance(s, str) else s for s in sites)
+    keys: tuple[Key, ...] = (*heads, *layers, *(canonical(s) for s in others))
     if not keys:
         msg = "no heads and no layers to act on: pass heads=scores.top(8), say"
         raise PatchError(msg)
@@ -120,7 +138,7 @@ def checked_mask(mask: object, size: int) -> np.ndarray:
     return array
 
 
-def read(store: Store, key: Head | int, tokens: str) -> np.ndarray:
+def read(store: Store, key: Key, tokens: str) -> np.ndarray:
     """Return activations in float64 ``[N, d]``: sums over many float32 rows would lose digits."""
     return store.read(site_of(key), tokens, head=key.head if isinstance(key, Head) else None).astype(np.float64)
 
@@ -133,19 +151,20 @@ def sides(pairs: Sequence[CounterfactualPair]) -> tuple[list[Example], list[Exam
     return [p.clean for p in pairs], [p.corrupt for p in pairs]
 
 
-def activations(
-    model: Lvlm, examples: Sequence[Example], keys: Sequence[Head | int], tokens: str
-) -> dict[Head | int, np.ndarray]:
+def activations(model: Lvlm, examples: Sequence[Example], keys: Sequence[Key], tokens: str) -> dict[Key, np.ndarray]:
     """Run examples and return what is at each head or layer, float64 ``[n, d]``: at the last token, or mean over the suffix."""
     if tokens not in ("last", "suffix"):
         msg = f"tokens='{tokens}': choose 'last' or 'suffix'"
+        raise SiteError(msg)
+    if any(site_of(key).stack != "decoder" for key in keys):
+        msg = f"sites {', '.join(map(name_of, keys))}: tokens='{tokens}' are read in the decoder"
         raise SiteError(msg)
     sites = {site: model.locate(site) for site in dict.fromkeys(site_of(key) for key in keys)}
     wrong = [name_of(k) for k in keys if isinstance(k, Head) and not 0 <= k.head < model.n_heads]
     if wrong:
         msg = f"heads {', '.join(wrong)}: {model.name} has {model.n_heads} heads in each layer"
         raise SiteError(msg)
-    rows: dict[Head | int, list[np.ndarray]] = {key: [np.empty(0)] * len(examples) for key in keys}
+    rows: dict[Key, list[np.ndarray]] = {key: [np.empty(0)] * len(examples) for key in keys}
     with progress_bar() as bar:
         task = bar.add_task("reading activations", total=len(examples))
         for batch in model.batches(examples):
@@ -177,11 +196,11 @@ def _seen(model: Lvlm, inputs: Mapping[str, Tensor], sites: Mapping[Site, Place]
 
 def made_from_store(
     store: Store,
-    entries: Mapping[Head | int, Entry],
+    entries: Mapping[Key, Entry],
     kind: Kind,
     positions: Positions,
     strength: float,
-    about: dict[str, Any],
+    about: Mapping[str, Any],
 ) -> SteeringVector:
     """Make a vector for the model that a store was traced from."""
     origin = store.provenance.get("model", {})
@@ -194,7 +213,7 @@ def made_from_store(
 def made_from_pairs(
     model: Lvlm,
     pairs: Sequence[CounterfactualPair],
-    entries: Mapping[Head | int, Entry],
+    entries: Mapping[Key, Entry],
     kind: Kind,
     positions: Positions,
     strength: float,

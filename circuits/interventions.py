@@ -5,83 +5,52 @@ Patching, ablation and steering are all an `Intervention` with another change.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from circuits.changes import Add, Amplify, Change, Project, Replace, Zero
 from circuits.writing import edit
 from concepts.errors import PatchError, SiteError
 from lvlm.model import Lvlm
 from lvlm.sites import Site
 
-Change = Callable[[Tensor], Tensor]
-"""What the chosen part of a tensor becomes: ``[..., d]`` -> ``[..., d]``."""
-Rule = Literal["all", "last", "image", "suffix"]
-RULES: tuple[Rule, ...] = ("all", "last", "image", "suffix")
+__all__ = [
+    "RULES",
+    "Add",
+    "Amplify",
+    "Change",
+    "Gate",
+    "Intervention",
+    "Project",
+    "Replace",
+    "Rule",
+    "Zero",
+    "intervened",
+    "width",
+]
+
+Rule = Literal["all", "last", "image", "suffix", "question", "generated"]
+RULES: tuple[Rule, ...] = ("all", "last", "image", "suffix", "question", "generated")
+_AROUND_IMAGE = ("image", "suffix", "question")
+_REACHED = ("resid_pre", "q", "k", "v", "pattern", "z", "attn_out", "resid_mid", "mlp_out", "resid_post")
 
 
 @dataclass(frozen=True, eq=False)
-class Replace:
-    """x becomes `value`: a patch, or with a mean over other runs a mean ablation."""
+class Gate:
+    """A linear probe that decides, token by token, whether a change happens there: where ``weights . x + bias > 0``."""
 
-    value: Tensor
-    """Anything that broadcasts to ``[rows, positions, d]``."""
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Return what ``[..., d]`` becomes."""
-        return self.value.to(x).expand_as(x)
-
-
-@dataclass(frozen=True, eq=False)
-class Add:
-    """x becomes ``x + value``."""
-
-    value: Tensor
-    """``[d]``, or anything that broadcasts to ``[rows, positions, d]``."""
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Return what ``[..., d]`` becomes."""
-        return x + self.value.to(x)
-
-
-@dataclass(frozen=True)
-class Zero:
-    """x becomes 0."""
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Return what ``[..., d]`` becomes."""
-        return torch.zeros_like(x)
-
-
-@dataclass(frozen=True, eq=False)
-class Amplify:
-    """x becomes ``x + factor * (x - mean) reads^T writes``: what sets this input apart from the mean, made larger.
-
-    Without `reads` that is ``mean + (1 + factor) (x - mean)``; a factor of -1 leaves nothing but the mean. With
-    `reads` only the deviation within the subspace spanned by its rows counts: a factor of -1 removes it.
-    """
-
-    mean: Tensor
-    """``[d]``: what the site holds where there is nothing to see, or the middle between the classes."""
-    factor: float
-    reads: Tensor | None = None
-    """Orthonormal rows ``[k, d]``."""
-    writes: Tensor | None = None
-    """``[k, d]``: where the deviation goes; `reads` itself by default, other rows for a control of the same size."""
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Return what ``[..., d]`` becomes."""
-        deviation = x - self.mean.to(x)
-        if self.reads is not None:
-            writes = self.reads if self.writes is None else self.writes
-            deviation = deviation @ self.reads.to(x).T @ writes.to(x)
-        elif self.writes is not None:
-            deviation = deviation @ self.writes.to(x)
-        return x + self.factor * deviation
+    site: Site
+    """A decoder site that is reached before, or with, what the gate holds back."""
+    weights: Tensor
+    """``[d]``."""
+    bias: float
+    head: int | None = None
+    """The head of ``z`` the probe reads; None for the whole width."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +62,7 @@ class Intervention:
     site
         Where; ``decoder.L3.z``, ``decoder.L3.resid_post``, …
     change
-        What becomes of the chosen part: `Replace`, `Add`, `Zero`, `Amplify`, or any function of ``[..., d]``.
+        What becomes of the chosen part: `Replace`, `Add`, `Zero`, `Amplify`, `Project`, or any function of ``[..., d]``.
     positions
         At which tokens, decided anew in every forward:
 
@@ -105,12 +74,20 @@ class Intervention:
             the image's tokens; none in a step of cached generation;
         ``suffix``
             every token after the image; in a step of cached generation the new one;
+        ``question``
+            every token of the prompt after the image; none in a step of cached generation;
+        ``generated``
+            every token that cached generation has added; none of the prompt;
         a tuple of whole numbers, or a LongTensor ``[rows, n]`` with the positions of each row
             counted from 0 in the prompt; they are in no step of cached generation.
     head
         One head of ``z``, counted from 0; None for the whole width.
     rows
         Rows of the batch; None for all.
+    gate
+        Let the change happen only at tokens where this probe is positive.
+    decay
+        Factor, in (0, 1], by which the change gets weaker with every step of cached generation.
     """
 
     site: Site
@@ -118,6 +95,8 @@ class Intervention:
     positions: Rule | tuple[int, ...] | Tensor = "last"
     head: int | None = None
     rows: tuple[int, ...] | None = None
+    gate: Gate | None = None
+    decay: float = 1.0
 
     def __post_init__(self) -> None:
         if isinstance(self.positions, str) and self.positions not in RULES:
@@ -126,8 +105,17 @@ class Intervention:
         if not isinstance(self.positions, str) and min(_numbers(self.positions), default=0) < 0:
             msg = f"positions {self.positions} at '{self.site}': they count from 0; for the last token say 'last'"
             raise PatchError(msg)
-        if isinstance(self.positions, str) and self.positions in ("image", "suffix") and self.site.stack != "decoder":
+        if self.site.stack != "decoder" and _needs_steps(self):
             msg = f"positions '{self.positions}' at '{self.site}' mean nothing: only the decoder has text around the image"
+            raise SiteError(msg)
+        if not 0 < self.decay <= 1 or (self.decay < 1 and not hasattr(self.change, "scaled")):
+            msg = f"decay={self.decay} of {type(self.change).__name__}: it must be in (0, 1], and 1 for what has no strength"
+            raise PatchError(msg)
+        if self.gate is not None and (self.gate.site.stack != "decoder" or _when(self.gate.site) > _when(self.site)):
+            msg = (
+                f"a gate at '{self.gate.site}' cannot hold back what happens at '{self.site}': choose a decoder site that is "
+                f"reached no later"
+            )
             raise SiteError(msg)
 
 
@@ -149,29 +137,98 @@ def intervened(model: Lvlm, interventions: Sequence[Intervention]) -> Iterator[N
     by_site: dict[Site, list[tuple[Intervention, slice]]] = {}
     for item in interventions:
         by_site.setdefault(item.site, []).append((item, columns_of(model, item)))
-    for site in by_site:
-        model.locate(site)
+    gates = {item.gate: columns_of(model, _watched(item.gate)) for item in interventions if item.gate is not None}
+    places = {site: model.locate(site) for site in (*by_site, *(gate.site for gate in gates))}
     seen = _Tokens(model)
     with ExitStack() as hooks:
-        if any(isinstance(i.positions, str) and i.positions in ("image", "suffix") for i in interventions):
+        if any(i.decay < 1 or _needs_steps(i) for i in interventions):
             hooks.callback(model.hf.register_forward_pre_hook(seen.look, with_kwargs=True).remove)
-        for site, items in by_site.items():
+        for gate, columns in gates.items():  # before the changes: a probe reads what the model itself has there
 
-            def change(x: Tensor, site: Site = site, items: list[tuple[Intervention, slice]] = items) -> Tensor:
+            def judge(x: Tensor, gate: Gate = gate, columns: slice = columns) -> None:
+                seen.open[gate] = x[..., columns] @ gate.weights.to(x) + gate.bias > 0  # [rows, positions]
+
+            hooks.callback(places[gate.site].watch(judge).remove)
+        for site, items in by_site.items():
+            merged = _merged(model, items, width(model, site))
+
+            def change(x: Tensor, site: Site = site, items: list[tuple[Intervention, slice]] = merged) -> Tensor:
                 if x.dim() != 3:
                     msg = (
                         f"site '{site}' holds {list(x.shape)}, not [rows, positions, width]: it cannot be intervened on"
                     )
                     raise PatchError(msg)
+                if len(items) == 1 and _is_everything(*items[0], x):
+                    return _happening(items[0][0], seen)(x)
                 x = x.clone()
                 for item, columns in items:
                     where = _chosen(item, columns, x, seen)
-                    if where is not None:
-                        x[where] = item.change(x[where])
+                    if where is None:
+                        continue
+                    new = _happening(item, seen)(x[where])
+                    if item.gate is not None:
+                        new = torch.where(seen.open[item.gate][where[:-1]][..., None], new, x[where])
+                    x[where] = new
                 return x
 
             hooks.callback(edit(model, site, change).remove)
         yield
+
+
+def _needs_steps(item: Intervention) -> bool:
+    """Whether positions are told by the prompt's tokens, or by the steps of generation."""
+    return isinstance(item.positions, str) and item.positions in (*_AROUND_IMAGE, "generated")
+
+
+def _when(site: Site) -> tuple[int, int]:
+    """Return when a forward reaches a decoder site."""
+    return (site.layer, _REACHED.index(site.component)) if site.component in _REACHED else (-1, 0)
+
+
+def _watched(gate: Gate) -> Intervention:
+    """Return a gate as a change of nothing, to be checked like one."""
+    return Intervention(gate.site, Replace(gate.weights), "all", gate.head)
+
+
+def _merged(model: Lvlm, items: list[tuple[Intervention, slice]], full: int) -> list[tuple[Intervention, slice]]:
+    """Add up additions that follow each other at the same tokens: one hook's work instead of one a head."""
+    made: list[tuple[Intervention, slice]] = []
+    for item, columns in items:
+        if isinstance(item.change, Add) and item.change.norm == "free" and item.change.value.dim() == 1:
+            value = torch.zeros(full)
+            value[columns] = item.change.value.detach().float().cpu()
+            last = made[-1][0] if made else None
+            if (
+                last is not None
+                and isinstance(last.change, Add)
+                and last.head is None
+                and last.change.norm == "free"
+                and last.change.value.dim() == 1
+                and isinstance(item.positions, str)
+                and (last.positions, last.rows, last.gate, last.decay)
+                == (item.positions, item.rows, item.gate, item.decay)
+            ):
+                value = value + last.change.value.float().cpu()
+                made.pop()
+            if isinstance(item.positions, str):
+                ready = value.to(model.device, model.dtype)
+                made.append((replace(item, change=Add(ready), head=None), slice(0, full)))
+                continue
+        made.append((item, columns))
+    return made
+
+
+def _happening(item: Intervention, seen: _Tokens) -> Change:
+    """Return the change at this step of generation."""
+    change: Any = item.change
+    return change if item.decay == 1 or not seen.step else change.scaled(item.decay**seen.step)
+
+
+def _is_everything(item: Intervention, columns: slice, x: Tensor) -> bool:
+    """Whether an intervention changes all of a tensor, so that nothing need be kept of it."""
+    if item.rows is not None or item.gate is not None or columns != slice(0, x.shape[-1]):
+        return False
+    return item.positions == "all" or (item.positions == "last" and x.shape[1] == 1)
 
 
 def width(model: Lvlm, site: Site) -> int:
@@ -189,14 +246,19 @@ def width(model: Lvlm, site: Site) -> int:
 
 
 class _Tokens:
-    """Which tokens of the forward at hand are the image's."""
+    """Which tokens the forward at hand holds, how many steps of generation came before it, and which gates are open."""
 
     def __init__(self, model: Lvlm) -> None:
         self._image = model.processor.tokenizer.convert_tokens_to_ids(model.processor.image_token)
         self._ids: Tensor | None = None
+        self.step = 0
+        self.open: dict[Gate, Tensor] = {}
 
     def look(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._ids = kwargs.get("input_ids", args[0] if args else None)
+        cache = kwargs.get("past_key_values")
+        # A forward onto an empty cache, or without one, reads the prompt; what fills the cache further is generated.
+        self.step = self.step + 1 if cache is not None and cache.get_seq_length() else 0
 
     def mask(self, rule: str, x: Tensor, site: Site) -> Tensor:
         """Return the tokens that a rule means, bool ``[rows, positions]``."""
@@ -237,7 +299,9 @@ def _chosen(item: Intervention, columns: slice, x: Tensor, seen: _Tokens) -> tup
         msg = f"row {max(rows)} at '{item.site}': the batch has rows 0-{x.shape[0] - 1}"
         raise PatchError(msg)
     if isinstance(positions, str):
-        if positions in ("image", "suffix"):
+        if (positions == "question" and seen.step) or (positions == "generated" and not seen.step):
+            return None
+        if positions in _AROUND_IMAGE:
             mask = seen.mask(positions, x, item.site)
             if rows is not None:
                 only = torch.zeros_like(mask)

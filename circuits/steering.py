@@ -12,72 +12,59 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 
+from circuits.entries import NORMS, Entry, Key, Norm, ProbeGate, canonical, name_of, order, site_of
 from concepts.errors import ConfigError, ModelError, PatchError
 from lvlm.sites import Head, Site
 
 if TYPE_CHECKING:
-    from circuits.interventions import Intervention
+    from circuits.interventions import Change, Intervention
     from lvlm.model import Lvlm
 
-Kind = Literal["add", "amplify"]
-Positions = Literal["last", "all", "image", "suffix"]
-KINDS: tuple[Kind, ...] = ("add", "amplify")
-POSITIONS: tuple[Positions, ...] = ("last", "all", "image", "suffix")
+__all__ = [
+    "KINDS",
+    "NORMS",
+    "POSITIONS",
+    "Entry",
+    "Key",
+    "Kind",
+    "Norm",
+    "Positions",
+    "ProbeGate",
+    "SteeringVector",
+    "combined",
+    "name_of",
+    "site_of",
+]
 
-
-@dataclass(frozen=True, eq=False)
-class Entry:
-    """What is done at one head or layer; arrays are float32 and read-only."""
-
-    vector: np.ndarray
-    """``[d]``. ``add``: the direction, of length 1. ``amplify``: the mean that deviations are counted from."""
-    sigma: float = 1.0
-    """``add``: standard deviation of the projections on the direction, in activation units: one unit of strength."""
-    reads: np.ndarray | None = None
-    """``amplify``: orthonormal rows ``[k, d]`` of the subspace whose deviation counts; None for all of it."""
-    writes: np.ndarray | None = None
-    """``amplify``: orthogonal rows, ``[k, d]`` or ``[d, d]``, of where it goes and how far; None for where it was."""
-
-    def __post_init__(self) -> None:
-        for name in ("vector", "reads", "writes"):
-            value = getattr(self, name)
-            if value is None:
-                continue
-            array = np.array(value, np.float32, order="C")  # in one order, so that a file gives the same sums
-            if array.ndim != (1 if name == "vector" else 2) or not np.isfinite(array).all():
-                msg = f"{name} of shape {list(array.shape)}: it must be finite and {'[d]' if name == 'vector' else '[k, d]'}"
-                raise PatchError(msg)
-            array.setflags(write=False)
-            object.__setattr__(self, name, array)
-        object.__setattr__(self, "sigma", float(self.sigma))
-        if not (math.isfinite(self.sigma) and self.sigma > 0):
-            msg = f"sigma={self.sigma}: the unit of strength must be positive and finite"
-            raise PatchError(msg)
-        rows = [len(a) for a in (self.reads, self.writes) if a is not None]
-        if self.writes is not None and len(self.writes) != len(self.vector if self.reads is None else self.reads):
-            msg = f"reads and writes must have as many rows, not {rows}"
-            raise PatchError(msg)
+Kind = Literal["add", "amplify", "project"]
+Positions = Literal["last", "all", "image", "suffix", "question", "generated"]
+KINDS: tuple[Kind, ...] = ("add", "amplify", "project")
+POSITIONS: tuple[Positions, ...] = ("last", "all", "image", "suffix", "question", "generated")
 
 
 @dataclass(frozen=True, eq=False)
 class SteeringVector:
-    """A change at chosen heads and layers of a decoder; made by `circuits.derive`, used by `applied`.
+    """A change at chosen places of a model; made by `circuits.derive`, used by `applied`.
 
     ``add``
         ``x <- x + strength * sigma * direction``: ITI's form (Li et al. 2023, arXiv 2306.03341). It pushes every
-        input the same way, and suits an error that has one way (yes for no).
+        input the same way, and suits an error that has one way (yes for no). The norm rule may keep x as long as it was.
     ``amplify``
         ``x <- x + strength * (x - mean)``, in full or within a subspace: what this input has that the mean does not
         is made larger, so that questions may want opposite answers. A strength of -1 takes it away instead. Where
         the mean is that of blank images, the deviation is what the head took from this image.
+    ``project``
+        ``x <- x - strength * max(<x, t>, 0) / <t, t> * t``: what points along t is taken out (ProjectAway, Jiang et al.
+        2024, arXiv 2410.02762).
     """
 
-    entries: Mapping[Head | int, Entry]
-    """By head (its ``z``) or by layer number (``resid_post``)."""
+    entries: Mapping[Key, Entry]
+    """By head (its ``z``), by layer number (``resid_post``), or by any other `Site`."""
     kind: Kind
     positions: Positions
     """``last``: the last position of every forward, so the last prompt token and every generated one; ``all``;
-    ``image``: the image's tokens; ``suffix``: everything after the image, generated tokens included."""
+    ``image``: the image's tokens; ``suffix``: everything after the image, generated tokens included; ``question``: what
+    follows the image in the prompt; ``generated``: the tokens that cached generation adds."""
     strength: float
     """Used where `applied` is given none."""
     model: str
@@ -86,23 +73,45 @@ class SteeringVector:
     """SHA-256 of that model's configuration."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
     """Plain JSON: method, digests of what it was derived from."""
+    norm: Norm = "free"
+    """``add`` only. ``free``: x gets longer or shorter; ``kept``: ``|x| unit(x + d)``; ``relative``:
+    ``|x| unit(x / |x| + d)``, with sigma as a share of the length of x."""
+    decay: float = 1.0
+    """Schedule: factor, in (0, 1], by which the strength shrinks with each generated token; 1 is constant."""
+    gate: ProbeGate | None = None
+    """Schedule: the probe that lets it act only where it sees the problem; None for everywhere."""
 
     def __post_init__(self) -> None:
         if not self.entries:
             msg = "a steering vector needs at least one head or layer; none was given"
             raise PatchError(msg)
-        if self.kind not in KINDS or self.positions not in POSITIONS:
-            msg = f"kind='{self.kind}', positions='{self.positions}': choose a kind of {KINDS} and positions of {POSITIONS}"
+        if self.kind not in KINDS or self.positions not in POSITIONS or self.norm not in NORMS:
+            msg = (
+                f"kind='{self.kind}', positions='{self.positions}', norm='{self.norm}': choose a kind of {KINDS}, positions "
+                f"of {POSITIONS}, a norm of {NORMS}"
+            )
+            raise ConfigError(msg)
+        if not 0 < self.decay <= 1 or (self.norm != "free" and self.kind != "add"):
+            msg = (
+                f"decay={self.decay}, norm='{self.norm}' of kind '{self.kind}': decay is in (0, 1], norms are for 'add'"
+            )
             raise ConfigError(msg)
         object.__setattr__(self, "strength", _finite(self.strength))
-        ordered = sorted(self.entries.items(), key=lambda item: _order(item[0]))
+        named = {canonical(key): entry for key, entry in self.entries.items()}
+        ordered = sorted(named.items(), key=lambda item: order(item[0]))
         object.__setattr__(self, "entries", MappingProxyType(dict(ordered)))
         object.__setattr__(self, "provenance", MappingProxyType(dict(self.provenance)))
-        for key, entry in ordered:
-            norm = float(np.linalg.norm(entry.vector.astype(np.float64)))
-            if self.kind == "add" and not abs(norm - 1) <= 1e-4:
-                msg = f"direction at {name_of(key)} has length {norm:g}, not 1: its length belongs in sigma"
+        for key, entry in ordered if self.kind != "amplify" else ():
+            lengths = np.atleast_1d(np.linalg.norm(entry.vector.astype(np.float64), axis=-1))
+            # A token without a direction of its own has a row of zeros, and is left alone.
+            wrong = lengths[(np.abs(lengths - 1) > 1e-4) & ((lengths > 0) | (not entry.by_token))]
+            if len(wrong):
+                msg = f"direction at {name_of(key)} has length {wrong[0]:g}, not 1: its length belongs in sigma"
                 raise PatchError(msg)
+        by_token = [name_of(key) for key, entry in ordered if entry.by_token]
+        if by_token and (self.kind != "add" or self.positions != "all"):
+            msg = f"a direction for each token ({', '.join(by_token)}) is of kind 'add' and acts at positions 'all'"
+            raise PatchError(msg)
 
     def __repr__(self) -> str:
         where = ", ".join(name_of(k) for k in self.entries)
@@ -118,7 +127,12 @@ class SteeringVector:
     @property
     def layers(self) -> tuple[int, ...]:
         """Layers whose residual stream it acts on."""
-        return tuple(k for k in self.entries if not isinstance(k, Head))
+        return tuple(k for k in self.entries if isinstance(k, int))
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """Other sites it acts on."""
+        return tuple(k for k in self.entries if isinstance(k, Site))
 
     # ---- use
 
@@ -155,25 +169,38 @@ class SteeringVector:
 
     def interventions(self, strength: float | None = None) -> list[Intervention]:
         """Return what `applied` does, as interventions; none where the strength is 0."""
-        from torch import Tensor, tensor
+        from torch import tensor
 
-        from circuits.interventions import Add, Amplify, Intervention
+        from circuits.interventions import Gate, Intervention
 
         s = self.strength if strength is None else _finite(strength)
+        gate = None
+        if self.gate is not None:
+            place = self.gate.place
+            head = place.head if isinstance(place, Head) else None
+            gate = Gate(site_of(place), tensor(self.gate.weights), self.gate.bias, head)
+        made = []
+        for key, entry in self.entries.items() if s else ():
+            head = key.head if isinstance(key, Head) else None
+            change = self._change(entry, s)
+            made.append(Intervention(site_of(key), change, self.positions, head, gate=gate, decay=self.decay))
+        return made
+
+    def _change(self, entry: Entry, strength: float) -> Change:
+        """Return what becomes of the tensor at a place."""
+        from torch import Tensor, tensor
+
+        from circuits.interventions import Add, Amplify, Project
 
         def as_tensor(array: np.ndarray | None) -> Tensor | None:
             return None if array is None else tensor(array)
 
-        made = []
-        for key, entry in self.entries.items() if s else ():
-            vector = tensor(entry.vector)
-            if self.kind == "add":
-                change = Add(s * entry.sigma * vector)
-            else:
-                change = Amplify(vector, s, as_tensor(entry.reads), as_tensor(entry.writes))
-            head = key.head if isinstance(key, Head) else None
-            made.append(Intervention(site_of(key), change, self.positions, head))
-        return made
+        vector = tensor(entry.vector)
+        if self.kind == "add":
+            return Add(strength * entry.sigma * vector, self.norm)
+        if self.kind == "project":
+            return Project(vector, strength)
+        return Amplify(vector, strength, as_tensor(entry.reads), as_tensor(entry.writes))
 
     def check(self, model: Lvlm) -> None:
         """Raise `ModelError` where a model's configuration is not that of the one this was made for."""
@@ -194,19 +221,30 @@ class SteeringVector:
         """Return the same vector at other positions."""
         return replace(self, positions=positions)
 
+    def decaying(self, factor: float) -> Self:
+        """Return the same vector, `factor` times as strong with every generated token; raises `ConfigError` outside (0, 1]."""
+        return replace(self, decay=factor)
+
+    def gated(self, gate: ProbeGate | None) -> Self:
+        """Return the same vector that acts only where a probe sees the problem; None takes the gate away."""
+        return replace(self, gate=gate)
+
     def randomised(self, seed: int) -> Self:
         """Return a control of the same size: every entry pushes as far as before, but in a random direction.
 
-        ``add``: a random direction of the same length and sigma. ``amplify``: each input's deviation is turned by a
+        ``add``, ``project``: a random direction of the same length and sigma. ``amplify``: each input's deviation is turned by a
         random rotation, so that it has the same length for the same input.
         """
         rng = np.random.default_rng(seed)
-        entries: dict[Head | int, Entry] = {}
+        entries: dict[Key, Entry] = {}
         for key, entry in self.entries.items():
-            d = len(entry.vector)
-            if self.kind == "add":
-                direction = rng.standard_normal(d)
-                entries[key] = replace(entry, vector=direction / np.linalg.norm(direction))
+            d = entry.vector.shape[-1]
+            if self.kind != "amplify":
+                direction = rng.standard_normal(entry.vector.shape)
+                length = np.linalg.norm(entry.vector, axis=-1, keepdims=True)  # 0 for a token that is left alone
+                entries[key] = replace(
+                    entry, vector=length * direction / np.linalg.norm(direction, axis=-1, keepdims=True)
+                )
             else:
                 k = d if entry.reads is None else len(entry.reads)
                 turned = np.linalg.qr(rng.standard_normal((d, k)))[0].T
@@ -224,16 +262,16 @@ class SteeringVector:
             For another number of heads, a head twice, a vector that acts on layers, or one that amplifies: a mean
             belongs to its head, so derive it anew for the other heads.
         """
-        if self.kind != "add" or self.layers:
+        if self.kind != "add" or len(self.heads) < len(self.entries):
             msg = "only directions at heads can be moved to other heads; derive an amplification anew for them"
             raise PatchError(msg)
         if len(set(heads)) != len(self.entries) or len(heads) != len(self.entries):
             msg = f"{len(self.entries)} different heads are needed, not {', '.join(map(str, heads)) or 'none'}"
             raise PatchError(msg)
-        moved: dict[Head | int, Entry] = dict(zip(heads, self.entries.values(), strict=True))
+        moved: dict[Key, Entry] = dict(zip(heads, self.entries.values(), strict=True))
         return self._control(moved, f"moved from {', '.join(map(str, self.heads))}")
 
-    def _control(self, entries: Mapping[Head | int, Entry], how: str) -> Self:
+    def _control(self, entries: Mapping[Key, Entry], how: str) -> Self:
         return replace(self, entries=entries, provenance={**self.provenance, "control": how})
 
     # ---- files
@@ -252,19 +290,46 @@ class SteeringVector:
         return load(path)
 
 
-def site_of(key: Head | int) -> Site:
-    """Return the site of an entry: ``z`` of a head's layer, or ``resid_post`` of a layer."""
-    return Site("decoder", key.layer, "z") if isinstance(key, Head) else Site("decoder", key, "resid_post")
+def combined(vectors: Sequence[SteeringVector]) -> SteeringVector:
+    """Return one additive vector that does what several do together, of strength 1.
 
+    Parameters
+    ----------
+    vectors
+        For one model and at the same positions, of kind ``add``, with a free norm and without schedule: nested contexts
+        (`SteeringVector.applied`) stack any others.
 
-def name_of(key: Head | int) -> str:
-    """Return ``L3.H5`` or ``L3``."""
-    return str(key) if isinstance(key, Head) else f"L{key}"
-
-
-def _order(key: Head | int) -> tuple[int, int]:
-    """Sort by layer, its heads before its residual stream: the order in which they are reached."""
-    return (key.layer, key.head) if isinstance(key, Head) else (key, 1 << 30)
+    Raises
+    ------
+    PatchError
+        For none, or vectors that do not add up to one, or that cancel out at some place.
+    """
+    first = vectors[0] if vectors else None
+    alike = {(v.kind, v.positions, v.config_hash, v.norm, v.decay, v.gate is None) for v in vectors}
+    if (
+        first is None
+        or len(alike) > 1
+        or (first.kind, first.norm, first.decay, first.gate) != ("add", "free", 1.0, None)
+    ):
+        msg = (
+            f"{len(vectors)} vectors cannot be made one: they must be additive, without norm rule and schedule, at the same "
+            f"positions and for the same model; nest their contexts instead"
+        )
+        raise PatchError(msg)
+    moves: dict[Key, np.ndarray] = {}
+    for vector in vectors:
+        for key, entry in vector.entries.items():
+            move = vector.strength * entry.sigma * entry.vector.astype(np.float64)
+            moves[key] = moves[key] + move if key in moves else move
+    entries: dict[Key, Entry] = {}
+    for key, move in moves.items():
+        length = float(np.linalg.norm(move))
+        if move.ndim > 1 or not length > 0:
+            msg = f"at {name_of(key)} the vectors cancel out, or differ from token to token: there is no one direction"
+            raise PatchError(msg)
+        entries[key] = Entry(move / length, length)
+    parts = [{"strength": v.strength, **v.provenance} for v in vectors]
+    return replace(first, entries=entries, strength=1.0, provenance={"method": "combined", "parts": parts})
 
 
 def _finite(strength: float) -> float:

@@ -75,3 +75,26 @@ def hooks_of(model: Lvlm) -> int:
 
 def layers_of(model: Lvlm) -> Any:
     return model.hf.model.language_model.layers
+
+
+@torch.no_grad()
+def captured(model: Lvlm, inputs: Any) -> dict[str, Any]:
+    """One plain forward of one example: z, attn_out, mlp_out and resid_post of every layer, float64 ``[L, T, d]``."""
+    seen: dict[str, list[torch.Tensor]] = {"z": [], "attn_out": [], "mlp_out": [], "resid_post": []}
+
+    def keep(name: str) -> Any:
+        def hook(_m: Any, args: Any, out: Any) -> None:
+            seen[name].append((args[0] if name == "z" else out)[0].double())
+
+        return hook
+
+    hooks = []
+    for layer in layers_of(model):
+        modules = {"z": layer.self_attn.o_proj, "attn_out": layer.self_attn.o_proj, "mlp_out": layer.mlp}
+        hooks += [m.register_forward_hook(keep(name)) for name, m in {**modules, "resid_post": layer}.items()]
+    try:
+        model.hf(**inputs, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: torch.stack(values).numpy() for name, values in seen.items()}

@@ -315,7 +315,7 @@ def of_store(**options: Any) -> Callable[[], SteeringVector]:
         (lambda: derive.probe_normal([], shared()), PatchError, "at least one"),
         (lambda: derive.probe_normal([direction(), direction()], shared()), SiteError, "two directions at L2.H1"),
         (lambda: derive.probe_normal([direction("vision.L2.z")], shared()), SiteError, "decoder 'z'"),
-        (lambda: derive.probe_normal([direction("decoder.L2.mlp_out", None)], shared()), SiteError, "resid_post"),
+        (lambda: derive.probe_normal([direction("decoder.L2.q", 1)], shared()), SiteError, "heads of decoder 'z'"),
         (lambda: derive.probe_normal([direction(sigma=0)], shared()), PatchError, "sigma"),
     ],
 )

@@ -14,8 +14,7 @@ import torch
 from circuits_toys import examples, hooks_of, layers_of, lively, shared
 from safetensors.numpy import load_file, save_file
 
-from circuits import SteeringVector, export
-from circuits.export import baked as bake
+from circuits import SteeringVector
 from circuits.steering import Entry
 from concepts.errors import ConfigError, ModelError, PatchError, SiteError, StoreError
 from lvlm import Head
@@ -339,7 +338,7 @@ def test_files_that_are_no_vectors(tmp_path: Path) -> None:
         SteeringVector.load(tmp_path / "other")
     tensors, card = load_file(path), json.loads(path.with_suffix(".json").read_text())
     for name, change, said in (
-        ("newer", {"version": 2}, "version 2"),
+        ("newer", {"version": 3}, "version 3"),
         ("kind", {"kind": "multiply"}, "damaged"),
         ("name", {"entries": {"layers.1.mlp": {"sigma": 1.0}}}, "damaged"),
         ("gap", {"entries": {"layers.5.head.0": {"sigma": 1.0}}}, "damaged"),
@@ -347,54 +346,3 @@ def test_files_that_are_no_vectors(tmp_path: Path) -> None:
         save_file(tensors, tmp_path / name, metadata={"steering_vector": json.dumps({**card, **change})})
         with pytest.raises(StoreError, match=said):
             SteeringVector.load(tmp_path / name)
-
-
-def test_exports_by_name(tmp_path: Path) -> None:
-    model = shared()
-    made = vector(model, positions="all")
-    assert set(export.EXPORTS) == {"safetensors", "baked"}
-    for name, write in export.EXPORTS.items():
-        assert write(made, tmp_path / f"{name}.safetensors", model).is_file()
-    with pytest.raises(ModelError):
-        export.safetensors(replace(made, config_hash="x"), tmp_path / "x.safetensors", model)
-
-
-def test_baked_biases_do_what_the_vector_does(tmp_path: Path) -> None:
-    model = shared()
-    made = vector(model, positions="all", strength=1.5)
-    path = export.baked(made, tmp_path / "bias.safetensors", model)
-    tensors = load_file(path)
-    assert set(tensors) == {f"model.language_model.layers.{i}.self_attn.o_proj.bias" for i in (1, 4)}
-    other, twice = lively(), lively()
-    from circuits.export.baked import apply
-
-    apply(other.hf, path)
-    inputs = rows(model).inputs
-    with made.applied(model):
-        torch.testing.assert_close(other.logits(inputs), model.logits(inputs), atol=1e-5, rtol=1e-5)
-    export.baked(made, tmp_path / "half.safetensors", model, strength=0.75)
-    for _ in range(2):  # a bias that is there is added to
-        apply(twice.hf, tmp_path / "half.safetensors")
-    torch.testing.assert_close(twice.logits(inputs), other.logits(inputs), atol=1e-5, rtol=1e-5)
-
-
-def test_what_a_bias_cannot_hold_is_refused(tmp_path: Path) -> None:
-    model = shared()
-    made = vector(model, positions="all")
-    for unfit, said in (
-        (vector(model), r"vector\.at\('all'\)"),
-        (vector(model, "amplify", positions="all"), "export it as 'safetensors'"),
-        (vector(model, "add", (2,), positions="all"), "export it as 'safetensors'"),
-    ):
-        with pytest.raises(ConfigError, match=said):
-            bake(unfit, tmp_path / "no.safetensors", model)
-    with pytest.raises(ModelError):
-        bake(replace(made, config_hash="x"), tmp_path / "no.safetensors", model)
-    assert not (tmp_path / "no.safetensors").exists()
-    from circuits.export.baked import apply
-
-    path = bake(made, tmp_path / "bias.safetensors", model)
-    with pytest.raises(ModelError, match="no linear layer"):
-        apply(torch.nn.Linear(2, 2), path)
-    with pytest.raises(StoreError):
-        apply(model.hf, made.save(tmp_path / "vector.safetensors"))

@@ -1,15 +1,75 @@
-"""Files that other code loads a steering vector from: one function a format, by name in `EXPORTS`."""
+"""Files that other code loads a steering vector from: one function a format, by name in `FORMATS`.
+
+`iti` and `ict` write the activations that the code of those papers derives its own vectors from.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from circuits.export.baked import baked
+from circuits.export import baked as _baked
+from circuits.export import gguf as _gguf
+from circuits.export import steering_vectors as _steering_vectors
+from circuits.export import vllm as _vllm
+from circuits.export import vti as _vti
+from circuits.export.abilities import EVERYTHING, Ability
+from circuits.export.ict import ict
+from circuits.export.iti import iti
 from circuits.export.native import safetensors
+from circuits.steering import SteeringVector
 
-__all__ = ["EXPORTS", "baked", "safetensors"]
+__all__ = [
+    "EXPORTS",
+    "FORMATS",
+    "Format",
+    "baked",
+    "formats_for",
+    "gguf",
+    "ict",
+    "iti",
+    "safetensors",
+    "steering_vectors",
+    "vllm",
+    "vti",
+]
 
-EXPORTS: Mapping[str, Callable[..., Any]] = MappingProxyType({"safetensors": safetensors, "baked": baked})
+
+@dataclass(frozen=True)
+class Format:
+    """One format: how it is written, and what it can express."""
+
+    write: Callable[..., Any]
+    """``(vector, path, model, …) -> path``."""
+    ability: Ability
+
+
+baked, gguf, steering_vectors, vllm, vti = (
+    _baked.baked,
+    _gguf.gguf,
+    _steering_vectors.steering_vectors,
+    _vllm.vllm,
+    _vti.vti,
+)
+
+FORMATS: Mapping[str, Format] = MappingProxyType(
+    {
+        "safetensors": Format(safetensors, EVERYTHING),
+        "baked": Format(baked, _baked.ABILITY),
+        "gguf": Format(gguf, _gguf.ABILITY),
+        "steering_vectors": Format(steering_vectors, _steering_vectors.ABILITY),
+        "vllm": Format(vllm, _vllm.ABILITY),
+        "vti": Format(vti, _vti.ABILITY),
+    }
+)
+"""Every format by name."""
+
+EXPORTS: Mapping[str, Callable[..., Any]] = MappingProxyType({name: form.write for name, form in FORMATS.items()})
 """Name of a format to the function that writes it: ``(vector, path, …) -> path``."""
+
+
+def formats_for(vector: SteeringVector) -> tuple[str, ...]:
+    """Return the names of the formats that can hold a vector as it is."""
+    return tuple(name for name, form in FORMATS.items() if not form.ability.obstacles(vector))

@@ -1,7 +1,9 @@
 """The native format: a safetensors file, and beside it the same card as readable JSON.
 
 Tensors are named ``layers.{l}.head.{h}`` ``[head_dim]`` and ``layers.{l}.residual`` ``[D]``; an amplification may add
-``….reads`` and ``….writes`` ``[k, d]``. The card is in the file's header too, and is read from there.
+``….reads`` and ``….writes`` ``[k, d]``; other sites are named ``layers.{l}.mlp_out``, ``vision.layers.{l}.mlp_out``
+(``[n, d]`` where every token has its own direction). A gate's probe is ``gate.weights`` ``[d]``.
+The card is in the file's header too, and is read from there.
 """
 
 from __future__ import annotations
@@ -15,18 +17,22 @@ import numpy as np
 
 from activation_store.layout import canonical_json
 from circuits import files
-from circuits.steering import Entry, SteeringVector, site_of
-from concepts.errors import GroundscopeError, StoreError
-from lvlm.sites import Head
+from circuits.entries import Entry, Key, ProbeGate, site_of
+from circuits.steering import SteeringVector
+from concepts.errors import StoreError
+from lvlm.sites import Head, Site
 
 if TYPE_CHECKING:
     from lvlm.model import Lvlm
 
-VERSION = 1
+VERSION = 2
+"""2 since there are norm rules, schedules and sites other than heads and residual streams; version 1 is read as well."""
 KIND = "steering_vector"
-_NAME = re.compile(r"^layers\.(\d+)\.(?:residual|head\.(\d+))$")
+_NAME = re.compile(r"^(?:(vision)\.)?layers\.(\d+)\.(?:head\.(\d+)|(\w+))$")
+_GATE = "gate.weights"
 _RULES = {
-    "add": "x + strength * sigma * vector",
+    "add": "x + strength * sigma * vector; norm 'kept': |x| unit(that), 'relative': |x| unit(x / |x| + ...)",
+    "project": "x - strength * max(<x, vector>, 0) * vector",
     "amplify": "x + strength * (x - vector) @ reads.T @ writes; reads is the identity where absent, writes is reads",
 }
 
@@ -69,7 +75,12 @@ def safetensors(vector: SteeringVector, path: str | Path, model: Lvlm | None = N
         "config_hash": vector.config_hash,
         "entries": about,
         "provenance": dict(vector.provenance),
+        "norm": vector.norm,
+        "decay": vector.decay,
     }
+    if vector.gate is not None:
+        tensors[_GATE] = vector.gate.weights
+        card["gate"] = {"at": tensor_name(vector.gate.place), "bias": vector.gate.bias, "about": vector.gate.about}
     files.write(path, KIND, VERSION, tensors, card)
     files.write_bytes(path.with_suffix(".json"), f"{canonical_json({'version': VERSION, **card})}\n".encode(), KIND)
     return path
@@ -81,22 +92,40 @@ def load(path: str | Path) -> SteeringVector:
     try:
         entries = dict(_entry(name, about, tensors) for name, about in card["entries"].items())
         fields = ("kind", "positions", "strength", "model", "config_hash", "provenance")
-        return SteeringVector(entries=entries, **{name: card[name] for name in fields})
-    except (KeyError, TypeError, AttributeError, GroundscopeError) as error:
+        schedule = {name: card[name] for name in ("norm", "decay") if name in card}
+        gate = None
+        if "gate" in card:
+            told = card["gate"]
+            gate = ProbeGate(_key(told["at"]), tensors[_GATE], told["bias"], told["about"])
+        return SteeringVector(entries=entries, gate=gate, **{name: card[name] for name in fields}, **schedule)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         msg = f"{path}: damaged steering vector: {error}"
         raise StoreError(msg) from error
 
 
-def tensor_name(key: Head | int) -> str:
-    """Return ``layers.3.head.5`` or ``layers.3.residual``."""
+def tensor_name(key: Key) -> str:
+    """Return ``layers.3.head.5``, ``layers.3.residual``, or ``layers.3.mlp_out`` for another site."""
+    if isinstance(key, Site):
+        stack = "" if key.stack == "decoder" else f"{key.stack}."
+        return f"{stack}layers.{key.layer}.{'cross_' if key.cross else ''}{key.component}"
     return f"layers.{key.layer}.head.{key.head}" if isinstance(key, Head) else f"layers.{key}.residual"
 
 
-def _entry(name: str, about: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> tuple[Head | int, Entry]:
+def _key(name: str) -> Key:
+    """Read what `tensor_name` wrote."""
     match = _NAME.match(name)
-    if match is None:
+    if match is None or (match[1] and match[3]):
         msg = f"no entry is called '{name}'"
         raise StoreError(msg)
-    key = int(match[1]) if match[2] is None else Head(int(match[1]), int(match[2]))
+    stack, layer, head, part = match[1] or "decoder", int(match[2]), match[3], match[4]
+    if head is not None:
+        return Head(layer, int(head))
+    if part == "residual":
+        return layer
+    cross = "cross." if part.startswith("cross_") else ""
+    return Site.parse(f"{stack}.L{layer}.{cross}{part.removeprefix('cross_')}")
+
+
+def _entry(name: str, about: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> tuple[Key, Entry]:
     entry = Entry(tensors[name], about["sigma"], tensors.get(f"{name}.reads"), tensors.get(f"{name}.writes"))
-    return key, entry
+    return _key(name), entry

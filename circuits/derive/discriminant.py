@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from circuits.derivation import Store, keys_of, made_from_store, mean, read, two_sides
-from circuits.steering import Entry, Positions, SteeringVector, name_of
+from circuits.entries import Entry, Key, name_of
+from circuits.steering import Positions, SteeringVector
 from concepts.errors import PatchError
 
 if TYPE_CHECKING:
     from concepts.schema import Concept
-    from lvlm.sites import Head
+    from lvlm.sites import Head, Site
 
 
 def discriminant(
@@ -24,6 +25,7 @@ def discriminant(
     negative: np.ndarray | None = None,
     heads: Iterable[Head] = (),
     layers: Iterable[int] = (),
+    sites: Iterable[Site | str] = (),
     tokens: str = "last",
     positions: Positions = "last",
     strength: float = 1.0,
@@ -39,7 +41,7 @@ def discriminant(
 
     Parameters
     ----------
-    store, concept, positive, negative, heads, layers, tokens, positions
+    store, concept, positive, negative, heads, layers, sites, tokens, positions
         As for `circuits.derive.mean_difference`. Examples that the model gets wrong should be among them.
     strength
         Share of the gap between the means that is added.
@@ -55,8 +57,8 @@ def discriminant(
         Where the store lacks a site or the concept.
     """
     right, wrong = two_sides(store, concept, positive, negative)
-    entries: dict[Head | int, Entry] = {}
-    for key in keys_of(heads, layers):
+    entries: dict[Key, Entry] = {}
+    for key in keys_of(heads, layers, sites):
         x = read(store, key, tokens)
         there = ~np.isnan(x).any(axis=1)
         entries[key] = _entry(x[right & there], x[wrong & there], doubt, key)
@@ -65,20 +67,10 @@ def discriminant(
     return made_from_store(store, entries, "amplify", positions, strength, {**about, "tokens": tokens, "doubt": doubt})
 
 
-def _entry(positive: np.ndarray, negative: np.ndarray, doubt: float, key: Head | int) -> Entry:
-    """Fit one head or layer from the two sides' activations, ``[n, d]`` each."""
-    from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
-
+def _entry(positive: np.ndarray, negative: np.ndarray, doubt: float, key: Key) -> Entry:
+    """Fit one place from the two sides' activations, ``[n, d]`` each."""
     difference = mean(positive, key) - mean(negative, key)  # [d]
-    if min(len(positive), len(negative)) < 2 or not np.linalg.norm(difference) > 0:
-        msg = (
-            f"at {name_of(key)} there are {len(positive)} positive and {len(negative)} negative examples: "
-            f"a discriminant needs two of each, with different means"
-        )
-        raise PatchError(msg)
-    fisher = LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto", priors=(0.5, 0.5))
-    fisher.fit(np.concatenate([positive, negative]), np.r_[np.ones(len(positive)), np.zeros(len(negative))])
-    weights, bias = fisher.coef_[0], float(fisher.intercept_[0])
+    weights, bias = fisher(positive, negative, key)
     length = float(np.linalg.norm(weights))
     gap = float(weights @ difference) / length
     if not gap > 0:
@@ -86,3 +78,25 @@ def _entry(positive: np.ndarray, negative: np.ndarray, doubt: float, key: Head |
         raise PatchError(msg)
     center = weights * (doubt - bias) / length**2
     return Entry(center, reads=weights[None] / length, writes=difference[None] / gap)
+
+
+def fisher(positive: np.ndarray, negative: np.ndarray, key: Key) -> tuple[np.ndarray, float]:
+    """Return weights ``[d]`` and bias of Fisher's linear discriminant with equal priors and shrunk covariance.
+
+    Raises
+    ------
+    PatchError
+        Where a side has fewer than two rows, or the means coincide.
+    """
+    from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+
+    difference = mean(positive, key) - mean(negative, key)
+    if min(len(positive), len(negative)) < 2 or not np.linalg.norm(difference) > 0:
+        msg = (
+            f"at {name_of(key)} there are {len(positive)} positive and {len(negative)} negative examples: "
+            f"a discriminant needs two of each, with different means"
+        )
+        raise PatchError(msg)
+    made = LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto", priors=(0.5, 0.5))
+    made.fit(np.concatenate([positive, negative]), np.r_[np.ones(len(positive)), np.zeros(len(negative))])
+    return made.coef_[0], float(made.intercept_[0])
