@@ -1,0 +1,139 @@
+"""What steering and answering cost: steered cached generation against plain, answers by logit margin against plain forwards.
+
+The model is the random LLaVA of middle size of benchmarks/trace.py (hidden 512, 16 layers, 8 heads; 256 image tokens, batch 8).
+Generation: 64 new tokens, greedy; steered at 48 heads by an additive vector at the last token, as ITI does it, and beside it by
+an amplification at 6 heads, which is what the default run applies. Answering: `behavior.answer` on six yes-no questions about
+each image, everything from pictures to results, by a model that has not seen the images; the plain forward is given inputs that
+are encoded already. Both take turns, in alternating order, after one to warm up; figures are medians of the turns' ratios.
+
+    python benchmarks/steering.py [--quick] [--device cuda] [--dtype bfloat16]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from behavior import answer
+from benchmarks.trace import BATCH, TEXT, alternate, middle_model, middle_processor, questions
+from circuits import SteeringVector
+from circuits.entries import Entry, Key
+from concepts import ConceptDataset
+from concepts.drawing import TEST, generator, sample
+from concepts.questions import YES_NO, as_example
+from concepts.schema import Question
+from lvlm import Head, Lvlm, wrap_lvlm
+
+NEW_TOKENS = 64
+ASKED = ("cat", "dog", "car", "apple", "cup", "bus")
+GOALS = {"steered_generation_vs_plain": ("<=", 1.03), "answering_throughput_vs_plain": (">=", 0.9)}
+
+
+def vector(model: Lvlm, kind: str, count: int) -> SteeringVector:
+    """Make a vector at so many heads, spread over all layers."""
+    rng = np.random.default_rng(0)
+    every = [Head(i, k) for i in range(model.n_layers) for k in range(model.n_heads)]
+    entries: dict[Key, Entry] = {}
+    for head in every[:: len(every) // count][:count]:
+        v = rng.standard_normal(model.head_dim)
+        direction = v / np.linalg.norm(v)
+        reads = None if kind == "add" else direction[None]
+        entries[head] = Entry(direction, 0.1, reads)
+    return SteeringVector(entries, kind, "last", 1.0, model.name, model.config_hash)  # pyright: ignore[reportArgumentType]  # one of the kinds
+
+
+def generation(model: Lvlm, made: SteeringVector, n: int) -> list[tuple[float, float]]:
+    """Time plain and steered generation of one batch."""
+    batch = next(model.batches(questions(BATCH).examples, BATCH))
+
+    def write() -> None:
+        with torch.no_grad():
+            out = model.hf.generate(
+                **batch.inputs, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False
+            )
+        if out.shape[1] != batch.inputs["input_ids"].shape[1] + NEW_TOKENS:
+            raise SystemExit(f"generated {out.shape[1]} tokens")  # noqa: EM102  # a check, not an error of a user
+
+    def steered() -> None:
+        with made.applied(model):
+            write()
+
+    return alternate(write, steered, n, model.device)
+
+
+def polled(images: int) -> ConceptDataset:
+    """Ask about every one of so many images whether each of six things is in it."""
+    scenes = [sample(generator(TEST, 1, i), f"p{i}") for i in range(images)]
+    asked = [Question(TEXT.replace("cat", noun), "yes", YES_NO, "object", "existence") for noun in ASKED]
+    return ConceptDataset("polled", tuple(as_example(s, q, "neutral") for s in scenes for q in asked))
+
+
+def answering(network: Any, images: int, n: int) -> list[tuple[float, float]]:
+    """Time plain forwards of encoded questions and answering them from the start."""
+    plain = wrap_lvlm(network, middle_processor(), validate=False)
+    data = polled(images)
+    encoded = list(plain.batches(data.examples, BATCH))
+
+    def forwards() -> None:
+        for batch in encoded:
+            plain.logits(batch.inputs)
+
+    def asked() -> None:
+        # A model keeps what its last images became; every turn starts without.
+        answer(wrap_lvlm(network, middle_processor(), validate=False), data, BATCH, progress=False)
+
+    return alternate(forwards, asked, n, plain.device)
+
+
+def main() -> None:
+    """Run, print a table, and as the last line one JSON object."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="few repetitions, about a minute")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    options = parser.parse_args()
+    console = Console()
+    console.print("Compares steered with plain cached generation, and answering by logit margin with plain forwards.")
+    n = 3 if options.quick else 7
+    network: Any = middle_model()
+    network.to(options.device, getattr(torch, options.dtype))
+    model = wrap_lvlm(network, middle_processor(), validate=False)
+    added = generation(model, vector(model, "add", 48), n)
+    amplified = generation(model, vector(model, "amplify", 6), n)
+    answered = answering(network, 4, n)
+    values = {
+        "steered_generation_vs_plain": (added, statistics.median(b / a for a, b in added)),
+        "amplified_generation_vs_plain": (amplified, statistics.median(b / a for a, b in amplified)),
+        "answering_throughput_vs_plain": (answered, statistics.median(a / b for a, b in answered)),
+    }
+    figures: dict[str, dict[str, Any]] = {}
+    table = Table("figure", "plain", "candidate", "value", "goal", "holds", "n")
+    for name, (pairs, value) in values.items():
+        sign, bound = GOALS.get(name, ("", 0.0))
+        holds = not sign or (value <= bound if sign == "<=" else value >= bound)
+        goal = f"{sign} {bound}" if sign else ""
+        figures[name] = {"value": round(value, 3), "goal": goal, "holds": holds, "n": n}
+        times = [f"{statistics.median(column) * 1000:.0f} ms" for column in zip(*pairs, strict=True)]
+        table.add_row(name, *times, f"{value:.3f}", goal, str(holds), str(n))
+    console.print(table)
+    cuda = options.device.startswith("cuda")
+    where = torch.cuda.get_device_name() if cuda else f"{platform.machine()}, {torch.get_num_threads()} threads"
+    console.print(f"{model!r}: batch {BATCH}, {NEW_TOKENS} new tokens; {len(ASKED)} questions on each of 4 images")
+    device = f"{where}, {options.dtype}, torch {torch.__version__}"
+    print(json.dumps({"benchmark": "steering", "device": device, "figures": figures}))
+
+
+if __name__ == "__main__":
+    main()
