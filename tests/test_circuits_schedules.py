@@ -46,11 +46,13 @@ def batch() -> Batch:
 
 
 def gate() -> ProbeGate:
-    """A gate on the first layer that is open at about half of the tokens."""
+    """A gate on the first layer that is open at the last token of one prompt, and closed at many others."""
     model, weights = shared(), unit(192, 50)
     with torch.no_grad():
         seen = model.read(batch().inputs, ["decoder.L0.resid_post"])["decoder.L0.resid_post"].numpy() @ weights
-    return ProbeGate(0, weights, -float(np.median(seen)))
+    bias = -float(seen[:, -1].mean())  # between the two prompts' last tokens
+    assert 0.05 < (seen + bias > 0).mean() < 0.95
+    return ProbeGate(0, weights, bias)
 
 
 def change_by_hand(vector: SteeringVector, entry: Entry, strength: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
