@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from circuits.ablation import Ablation, ablate
     from circuits.attention import ImageAttention, attention_to_image
     from circuits.correlational import HeadTable, head_scores
-    from circuits.head_statistics import Comparison, Stability, compare
-    from circuits.heads import HeadScores, random_heads
+    from circuits.head_statistics import Comparison, Stability
+    from circuits.heads import HeadScores, compare, random_heads
     from circuits.interventions import Add, Amplify, Intervention, Replace, Zero, intervened
     from circuits.patching import patch_heads
     from circuits.steering import SteeringVector
@@ -57,7 +57,7 @@ _HOME = {
     "Zero": "interventions",
     "ablate": "ablation",
     "attention_to_image": "attention",
-    "compare": "head_statistics",
+    "compare": "heads",
     "head_scores": "correlational",
     "intervened": "interventions",
     "patch_heads": "patching",
