@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from circuits.attention import ImageAttention, attention_to_image
     from circuits.correlational import HeadTable, head_scores
     from circuits.entries import ProbeGate
-    from circuits.head_statistics import Comparison, Stability, compare
-    from circuits.heads import HeadScores, random_heads
+    from circuits.head_statistics import Comparison, Stability
+    from circuits.heads import HeadScores, compare, random_heads
     from circuits.interventions import Add, Amplify, Gate, Intervention, Project, Replace, Zero, intervened
     from circuits.patch_scores import PatchScores
     from circuits.patching import patch, patch_heads
@@ -80,7 +80,7 @@ _HOME = {
     "ablate": "ablation",
     "attention_to_image": "attention",
     "combined": "steering",
-    "compare": "head_statistics",
+    "compare": "heads",
     "head_scores": "correlational",
     "intervened": "interventions",
     "patch": "patching",

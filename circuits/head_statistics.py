@@ -9,16 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float
 
 from concepts.errors import ConfigError, PatchError
 from concepts.statistics import Estimate
-
-if TYPE_CHECKING:
-    from circuits.heads import HeadScores
 
 _TIE = 1e-9
 """Statistics closer than this, relatively, are equal: sums of the same numbers in another order."""
@@ -39,7 +35,7 @@ class Stability:
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """How alike two sets of scores rank the heads, with bootstrap intervals over groups; made by `compare`."""
+    """How alike two sets of scores rank the heads, with bootstrap intervals over groups; made by `circuits.compare`."""
 
     rank_correlation: Estimate
     """Spearman correlation of the mean scores over all heads."""
@@ -156,47 +152,10 @@ def stability(
     )
 
 
-def compare(
-    a: HeadScores,
-    b: HeadScores,
-    k: tuple[int, ...] = (5, 10),
-    *,
-    resamples: int = 1000,
-    seed: int = 0,
-    level: float = 0.95,
-) -> Comparison:
-    """Say how alike two scores of the same heads are: other pairs, other positions, another direction, another model.
-
-    Groups are drawn with replacement; a group in both is drawn for both at once, so that on the same pairs the
-    difference is a paired one, and groups in one only are drawn apart. A draw ranks heads by noisier means than the
-    data do: percentile intervals of rank correlation and overlap therefore lie rather too low than too high.
-
-    Parameters
-    ----------
-    a, b
-        Scores of models with as many layers and heads.
-    k
-        At which numbers of first heads to compare.
-    resamples
-        Number of draws.
-    seed
-        Decides them.
-    level
-        Coverage of the intervals.
-
-    Raises
-    ------
-    PatchError
-        Where the shapes differ, or there are fewer than `k` heads.
-    """
-    first, second = Rows(a.effects, a.groups), Rows(b.effects, b.groups)
-    return compare_rows(first, second, k, resamples=resamples, seed=seed, level=level)
-
-
 def compare_rows(
     a: Rows, b: Rows, k: Sequence[int], *, resamples: int = 1000, seed: int = 0, level: float = 0.95
 ) -> Comparison:
-    """Compare two sets of scores of the same heads; see `compare`."""
+    """Compare two sets of scores of the same heads; see `circuits.compare`."""
     if a.values.shape[1:] != b.values.shape[1:] or not len(a.values) or not len(b.values):
         msg = f"scores {list(a.values.shape)} and {list(b.values.shape)} are not of the same layers and heads, or empty"
         raise PatchError(msg)

@@ -27,65 +27,29 @@ the first backup does its work, and hides the next one the same way.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from concepts.drawing import TEST, generator
+from circuits.squares import ANSWERS, GRID, PATCH, SIDE, Square, asked, drawn, usual
 from concepts.errors import ConfigError
 from concepts.icons import NOUNS
-from concepts.schema import Box, CounterfactualPair, Example, SceneObject
+from concepts.schema import CounterfactualPair, Example
 from lvlm import wrap_lvlm
 from lvlm.model import Lvlm
 from lvlm.sites import Head
 
-if TYPE_CHECKING:
-    from PIL import Image
+__all__ = ["ANSWERS", "Planted", "Square", "plant", "usual"]
 
-ANSWERS = ("red", "blue")
-SIDE, PATCH = 16, 4
-GRID = SIDE // PATCH
 WIDTH, HEAD_DIM = 32, 8
 CONST = 30.0
 """Length of ``const``; everything else at a token is of length about 2."""
 SHARP = 40.0
 """Attention logit of what a head is made to look at."""
 _NAMES = "const red square image noun bos last prior moved found done answer".split()
-_INK = {"red": (255, 0, 0), "blue": (0, 0, 255)}
-
-
-@dataclass(frozen=True)
-class Square:
-    """A black picture with one patch in color."""
-
-    cell: int
-    """Which patch, counted row by row."""
-    color: str
-
-    @property
-    def box(self) -> Box:
-        """Its pixels."""
-        y, x = divmod(self.cell, GRID)
-        return Box(x * PATCH, y * PATCH, (x + 1) * PATCH, (y + 1) * PATCH)
-
-    @property
-    def identity(self) -> str:
-        """What is in it."""
-        return json.dumps(["square", asdict(self)])
-
-    def load(self) -> Image.Image:
-        """Return the RGB picture, `SIDE` pixels square."""
-        from PIL import Image
-
-        pixels = np.zeros((SIDE, SIDE, 3), np.uint8)
-        box = self.box
-        pixels[int(box.y0) : int(box.y1), int(box.x0) : int(box.x1)] = _INK[self.color]
-        return Image.fromarray(pixels)
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,7 +78,7 @@ class Planted:
 
     def examples(self, count: int, seed: int = 0) -> tuple[Example, ...]:
         """Return questions about pictures of their own: cell, color and noun are drawn."""
-        return tuple(_example(i, seed) for i in range(count))
+        return tuple(drawn(i, seed) for i in range(count))
 
     def pairs(self, count: int, seed: int = 0) -> tuple[CounterfactualPair, ...]:
         """Return the same questions, each with the picture whose square has the other color."""
@@ -124,7 +88,7 @@ class Planted:
             cell = example.image.cell if isinstance(example.image, Square) else 0
             change = f"square: {example.answer} -> {other}"
             noun = example.objects[0].noun
-            corrupt = _asked(f"{example.id}|{change}", Square(cell, other), noun, example.group)
+            corrupt = asked(f"{example.id}|{change}", Square(cell, other), noun, example.group)
             made.append(CounterfactualPair(example, corrupt, "color", change))
         return tuple(made)
 
@@ -316,11 +280,6 @@ class _Hand:
         return torch.tensor(self.rng.standard_normal(shape), dtype=torch.float32)
 
 
-def usual(noun: str) -> int:
-    """Return which color the prior head says a noun has: 1 for red, -1 for blue, 0 for neither."""
-    return (1, -1, 0)[NOUNS.index(noun) % 3]
-
-
 def _build(n_layers: int, n_heads: int) -> Lvlm:
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -384,32 +343,3 @@ def _build(n_layers: int, n_heads: int) -> Lvlm:
         torch.manual_seed(0)
         model = LlavaForConditionalGeneration(config)
     return wrap_lvlm(model.eval(), processor, name="planted")
-
-
-def _example(index: int, seed: int) -> Example:
-    rng = generator(TEST, seed, index)
-    square = Square(int(rng.integers(GRID * GRID)), ANSWERS[int(rng.integers(2))])
-    noun = _pick(rng, NOUNS)
-    return _asked(f"square{seed}-{index}", square, noun, f"square{seed}-{index}")
-
-
-def _asked(name: str, square: Square, noun: str, group: str) -> Example:
-    usually = usual(noun)
-    return Example(
-        id=name,
-        image=square,
-        question=f"What color is the {noun}?",
-        answer=square.color,
-        candidates=ANSWERS,
-        level="attribute",
-        kind="what_color",
-        split="neutral" if not usually else "typical" if ANSWERS[(1 - usually) // 2] == square.color else "conflict",
-        group=group,
-        objects=(SceneObject("square", noun, square.box, {"color": square.color}),),
-        subject="square",
-        prior_answer=ANSWERS[(1 - usually) // 2] if usually else None,
-    )
-
-
-def _pick(rng: np.random.Generator, items: Sequence[str]) -> str:
-    return items[int(rng.integers(len(items)))]
