@@ -11,6 +11,7 @@ from circuits_toys import hooks_of, layers_of, lively, pairs, shared
 
 from circuits import patch_heads
 from circuits.patching import pairs_digest
+from circuits.sharing import Prefix, SharedAttention
 from concepts.errors import ConfigError, PatchError
 from concepts.schema import CounterfactualPair, Example
 from lvlm.model import Lvlm
@@ -198,6 +199,15 @@ def test_a_model_in_training_mode() -> None:
     layers_of(model)[1].train()
     with pytest.raises(PatchError, match="training mode"):
         patch_heads(model, pairs("color"))
+
+
+def test_attention_that_drops_outside_of_training() -> None:
+    keys = torch.randn(1, 2, 3, 4)
+    attention = SharedAttention()
+    attention.prefix = Prefix(keys, keys, None, cross=False)
+    new = torch.randn(1, 2, 1, 4)
+    with pytest.raises(PatchError, match=r"drops 0.1 of its attention"):
+        attention(torch.nn.Identity(), new, new, new, dropout=0.1)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from circuits import attention_to_image, patch_heads
+from circuits import attention_to_image, patch_heads, patch_paths
 from circuits.planted import ANSWERS, Planted, Square, plant, usual
 from concepts.errors import ConfigError
 from lvlm import Head
@@ -78,6 +78,24 @@ def test_two_steps_are_found_where_each_acts() -> None:
         assert abs(last.mean[p.mover.layer, p.mover.head]) < NOISE
         assert set(suffix.top(2)) == {p.mover, p.reader}
         assert suffix.mean.ravel()[np.argsort(suffix.mean, axis=None)[:-2]].max() < NOISE
+
+
+def test_path_patching_recovers_the_two_steps() -> None:
+    for seed in range(4):
+        p = plant(seed, "two_step")
+        mover, reader = p.mover, p.reader
+        assert mover is not None
+        assert reader is not None
+        senders = [head for head in every_head(p) if head.layer < reader.layer]
+        told = patch_paths(p.model, p.pairs(3), senders, [reader], "suffix")
+        mean = dict(zip(told.sites, told.mean.ravel(), strict=True))
+        first = f"{mover}->{reader}"
+        assert mean[first] == pytest.approx(1, abs=NOISE)  # all that the reader says, it has from the mover
+        assert max(abs(v) for name, v in mean.items() if name != first) < NOISE
+        direct = patch_paths(p.model, p.pairs(3), [mover, reader], "logits", "suffix")
+        said = dict(zip(direct.sites, direct.mean.ravel(), strict=True))
+        assert abs(said[f"{mover}->logits"]) < NOISE
+        assert said[f"{reader}->logits"] == pytest.approx(1, abs=NOISE)
 
 
 def test_the_answer_is_what_is_seen_and_the_prior_pulls_at_it() -> None:

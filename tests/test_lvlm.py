@@ -271,3 +271,24 @@ def test_the_first_question_needs_no_apple(model: Lvlm) -> None:
     tokens = model.encode(absent).tokens
     assert absent.named_object() is None
     assert tokens.positions(TokenSelection.parse("object:mean")) == ()
+
+
+def test_a_configuration_is_proved_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    proofs: list[str] = []
+
+    def counted(model: Lvlm, encoding: Any) -> Any:
+        proofs.append(model.name)
+        return validate(model, encoding)
+
+    monkeypatch.setattr("lvlm.validation.validate", counted)
+    shape = build_model(seed=0).config
+    shape.text_config.rms_norm_eps = 1.25e-6  # a configuration that no other test has
+    made = [type(build_model(seed=0))(shape) for _ in range(2)]
+    for i, hf in enumerate(made):
+        wrap_lvlm(hf, build_processor(), name=f"model {i}")
+    assert proofs == ["model 0"]
+    wrap_lvlm(made[0].double(), build_processor(), name="in double precision")
+    assert proofs == ["model 0", "in double precision"]
+    shape.text_config.rms_norm_eps = 1.5e-6
+    wrap_lvlm(type(made[0])(shape), build_processor(), name="not proved", validate=False)
+    assert len(proofs) == 2

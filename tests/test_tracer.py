@@ -187,11 +187,12 @@ def test_every_site_is_what_raw_hooks_see(model: Lvlm, tmp_path: Path) -> None:
     assert verify(tmp_path / "s").ok
 
 
-def test_values_of_a_bfloat16_model_are_its_own(tmp_path: Path) -> None:
-    model = wrap_lvlm(build_model().bfloat16(), build_processor(), name="half")
+@pytest.mark.parametrize(("half", "step"), [(torch.bfloat16, 2**-8), (torch.float16, 2**-10)])
+def test_values_of_a_model_of_half_precision_are_its_own(half: torch.dtype, step: float, tmp_path: Path) -> None:
+    model = wrap_lvlm(build_model().to(half), build_processor(), name="half")
     data = of_one_length()
     sites = ["decoder.L2.resid_post", "decoder.L2.z"]
-    store = trace(model, data, sites, ["last", "image:mean"], tmp_path, batch_size=8, dtype="bfloat16")
+    store = trace(model, data, sites, ["last", "image:mean"], tmp_path, batch_size=8, dtype=str(half)[6:])
     seen = raw(model, next(model.batches(data.examples, 8)).inputs)
     for site in sites:
         np.testing.assert_array_equal(store.read(site, "last"), seen[site][:, -1].float().numpy())
@@ -199,7 +200,7 @@ def test_values_of_a_bfloat16_model_are_its_own(tmp_path: Path) -> None:
         seen["decoder.L2.z"].float().numpy()[:, next(iter(model.batches(data.examples, 8))).encodings[0].tokens.image]
     )
     # The mean is taken in float32 and rounded once, when it is stored.
-    np.testing.assert_allclose(store.read("decoder.L2.z", "image:mean"), image.mean(1), rtol=2**-8, atol=1e-6)
+    np.testing.assert_allclose(store.read("decoder.L2.z", "image:mean"), image.mean(1), rtol=step, atol=1e-6)
 
 
 def test_the_row_of_an_example_says_what_it_is_and_what_the_model_said(
