@@ -281,7 +281,7 @@ def test_a_configuration_is_proved_once(monkeypatch: pytest.MonkeyPatch) -> None
         return validate(model, encoding)
 
     monkeypatch.setattr("lvlm.validation.validate", counted)
-    shape = build_model(seed=0).config
+    shape: Any = build_model(seed=0).config
     shape.text_config.rms_norm_eps = 1.25e-6  # a configuration that no other test has
     made = [type(build_model(seed=0))(shape) for _ in range(2)]
     for i, hf in enumerate(made):
