@@ -63,7 +63,7 @@ def draw(grown: dict[str, list[tuple[int, float, float]]], path: Path) -> None:
     panels[0].set_ylabel("plain forwards")
     panels[0].set_ylim(1, None)
     panels[0].annotate("one forward a head", (panels[0].get_xlim()[1], 50), ha="right", fontsize=8, color="0.45")
-    panels[0].annotate("circuits.patch_heads", (panels[0].get_xlim()[1], 4), ha="right", fontsize=8, color="C0")
+    panels[0].annotate("circuits.patch_heads", (panels[0].get_xlim()[1], 6), ha="right", fontsize=8, color="C0")
     figure.suptitle("All heads at the last token of one pair, its own two runs included", fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
