@@ -8,7 +8,7 @@ one run to the other: Hanna et al. 2024 (EAP-IG), arXiv 2403.17806.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -18,11 +18,11 @@ from torch import Tensor
 from circuits.gradients import Slopes, slopes
 from circuits.heads import HeadScores
 from circuits.metrics import LEAST, logit_difference
-from circuits.pairing import DIRECTIONS, check_evaluating, check_kept, pairs_digest
-from circuits.patching import plans_of, settings_of
+from circuits.pairing import DIRECTIONS
+from circuits.patching import head_scores_of, plans_of, settings_of
 from circuits.progress import progress_bar
 from circuits.recording import crosses
-from circuits.sweep import Direction, Plan
+from circuits.sweep import Direction, Plan, side_by_side
 from concepts.errors import ConfigError
 from concepts.schema import CounterfactualPair
 from lvlm.model import Inputs, Lvlm
@@ -92,7 +92,6 @@ def heads(
         Where no gradient can be had.
     """
     _check(tokens, direction, point, steps, batch_pairs)
-    check_evaluating(model)
     settings = settings_of(model, direction, _METRIC, 1, None, min_effect, progress)
     plans = plans_of(model, pairs, tokens, settings)
     sites = [Site("decoder", i, "z", cross=crosses(model, i)) for i in range(model.n_layers)]
@@ -100,7 +99,7 @@ def heads(
     baseline = np.zeros((2, len(plans)), np.float32)  # clean, corrupt
     with progress_bar(progress) as bar:
         task = bar.add_task("attribution patching", total=len(plans))
-        for group in _groups(plans, batch_pairs):
+        for group in side_by_side([plan.shape for plan in plans], lambda _: batch_pairs):
             members = [plans[i] for i in group]
             estimate, baseline[:, group] = _estimates(model, members, sites, direction, point, steps, drop)
             gap = baseline[0, group] - baseline[1, group]
@@ -110,31 +109,9 @@ def heads(
             effects[group] = share
             bar.advance(task, len(group))
     kept = np.abs(baseline[0] - baseline[1]) >= max(min_effect, np.finfo(np.float32).tiny)
-    check_kept(baseline[0], baseline[1], kept, min_effect)
-    chosen = [plan.pair for plan, keep in zip(plans, kept, strict=True) if keep]
-    return HeadScores(
-        effects=effects[kept],
-        clean=baseline[0, kept],
-        corrupt=baseline[1, kept],
-        ids=tuple(p.clean.id for p in chosen),
-        groups=tuple(p.group for p in chosen),
-        levels=tuple(p.clean.level for p in chosen),
-        kinds=tuple(p.kind for p in chosen),
-        tokens=tokens,
-        direction=direction,
-        min_effect=min_effect,
-        excluded=int((~kept).sum()),
-        model=model.name,
-        config_hash=model.config_hash,
-        weights_hash=model.weights_hash,
-        pairs_digest=pairs_digest(pairs),
-        provenance={
-            "method": "attribution patching",
-            "point": point,
-            **({"steps": steps} if point == "path" else {}),
-            "drop": drop,
-        },
-    )
+    about = {"method": "attribution patching", "point": point, "drop": drop}
+    about |= {"steps": steps} if point == "path" else {}
+    return head_scores_of(model, plans, effects, baseline, kept, tokens, settings, about)
 
 
 def _estimates(
@@ -186,15 +163,6 @@ def _difference(logits: Tensor, plan: Plan) -> Tensor:
         msg = f"pair '{plan.pair.clean.id}' has no answer key"
         raise ConfigError(msg)
     return logit_difference(logits, key, plan.pair.clean.answer, plan.pair.corrupt.answer)
-
-
-def _groups(plans: Sequence[Plan], size: int) -> Iterator[list[int]]:
-    alike: dict[tuple[object, ...], list[int]] = {}
-    for number, plan in enumerate(plans):
-        alike.setdefault(plan.shape, []).append(number)
-    for members in alike.values():
-        for k in range(0, len(members), size):
-            yield members[k : k + size]
 
 
 def _check(tokens: str, direction: str, point: str, steps: int, batch_pairs: int) -> None:

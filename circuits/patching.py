@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
 
 from circuits.budget import MEMORY
 from circuits.heads import HeadScores
@@ -102,25 +104,47 @@ def patch_heads(
     settings = settings_of(model, direction, metric, memory, batch_rows, min_effect, progress)
     plans = plans_of(model, pairs, tokens, settings)
     found = sweep(model, plans, patches(model, every_head(model)), settings)
-    check_kept(found.clean, found.corrupt, found.kept, settings.min_effect)
-    chosen = [plan.pair for plan, keep in zip(plans, found.kept, strict=True) if keep]
+    effects = found.effects.reshape(len(plans), model.n_layers, model.n_heads)
+    about = {"metric": metric, "path": "shared prefix" if found.shared else "whole forwards"}
+    return head_scores_of(
+        model, plans, effects, np.stack([found.clean, found.corrupt]), found.kept, tokens, settings, about
+    )
+
+
+def head_scores_of(
+    model: Lvlm,
+    plans: Sequence[Plan],
+    effects: np.ndarray,
+    baseline: np.ndarray,
+    kept: np.ndarray,
+    tokens: str,
+    settings: Settings,
+    provenance: Mapping[str, Any],
+) -> HeadScores:
+    """Return effects of all pairs ``[n_pairs, n_layers, n_heads]`` as scores of those that are kept.
+
+    `baseline` is the metric of the clean and of the corrupt runs, ``[2, n_pairs]``. Raises `PatchError` where more than half
+    of the pairs are not kept.
+    """
+    check_kept(baseline[0], baseline[1], kept, settings.min_effect)
+    chosen = [plan.pair for plan, keep in zip(plans, kept, strict=True) if keep]
     return HeadScores(
-        effects=found.effects[found.kept].reshape(len(chosen), model.n_layers, model.n_heads),
-        clean=found.clean[found.kept],
-        corrupt=found.corrupt[found.kept],
+        effects=effects[kept],
+        clean=baseline[0, kept],
+        corrupt=baseline[1, kept],
         ids=tuple(p.clean.id for p in chosen),
         groups=tuple(p.group for p in chosen),
         levels=tuple(p.clean.level for p in chosen),
         kinds=tuple(p.kind for p in chosen),
         tokens=tokens,
-        direction=direction,
+        direction=settings.direction,
         min_effect=settings.min_effect,
-        excluded=int((~found.kept).sum()),
+        excluded=int((~kept).sum()),
         model=model.name,
         config_hash=model.config_hash,
         weights_hash=model.weights_hash,
-        pairs_digest=pairs_digest(pairs),
-        provenance={"metric": metric, "path": "shared prefix" if found.shared else "whole forwards"},
+        pairs_digest=pairs_digest([plan.pair for plan in plans]),
+        provenance=provenance,
     )
 
 

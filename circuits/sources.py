@@ -19,6 +19,7 @@ from circuits.games import Game, make_game, players_of
 from circuits.patching import check_evaluating
 from circuits.progress import progress_bar
 from circuits.shares import Sources, SourceShares
+from circuits.sweep import side_by_side
 from concepts.counterfactuals import Edited
 from concepts.errors import ConfigError, PatchError
 from concepts.schema import Example, ImageSource
@@ -131,16 +132,11 @@ def split(
 
 def _run(model: Lvlm, runs: Sequence[Encoding], size: int) -> torch.Tensor:
     """Return the logits at the last position, float64 ``[runs, V]``, inputs of equal shape side by side."""
-    alike: dict[tuple[object, ...], list[int]] = {}
-    for number, run in enumerate(runs):
-        alike.setdefault(run.shape, []).append(number)
     out: list[torch.Tensor] = [torch.empty(0)] * len(runs)
-    for _, members in sorted(alike.items(), key=lambda item: item[1]):
-        for k in range(0, len(members), size):
-            part = members[k : k + size]
-            logits = model.logits(model.collate([runs[i] for i in part])).double().cpu()
-            for i, row in zip(part, logits, strict=True):
-                out[i] = row
+    for part in side_by_side([run.shape for run in runs], lambda _: size):
+        logits = model.logits(model.collate([runs[i] for i in part])).double().cpu()
+        for i, row in zip(part, logits, strict=True):
+            out[i] = row
     return torch.stack(out)
 
 

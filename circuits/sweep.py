@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -293,15 +293,23 @@ def _inputs(model: Lvlm, members: Sequence[Plan], side: Literal["clean", "corrup
 
 def _groups(model: Lvlm, plans: Sequence[Plan], rows: int, settings: Settings) -> Iterator[list[int]]:
     """Yield numbers of pairs that run side by side: as many as there is room for with all their patches."""
-    alike: dict[tuple[object, ...], list[int]] = {}
-    for number, plan in enumerate(plans):
-        alike.setdefault(plan.shape, []).append(number)
-    for members in alike.values():
-        plan = plans[members[0]]
+
+    def size(first: int) -> int:
+        plan = plans[first]
         length = plan.clean.tokens.length + len(plan.answer)
         each = max(rows * row_bytes(model, length - plan.start, length), kept_bytes(model, length - plan.start, length))
-        size = max(1, settings.memory // each)
-        if settings.most is not None:
-            size = min(size, max(1, settings.most // rows))
-        for k in range(0, len(members), size):
-            yield members[k : k + size]
+        most = settings.memory // each if settings.most is None else min(settings.memory // each, settings.most // rows)
+        return max(1, most)
+
+    yield from side_by_side([plan.shape for plan in plans], size)
+
+
+def side_by_side(shapes: Sequence[Hashable], size: Callable[[int], int]) -> Iterator[list[int]]:
+    """Yield numbers of what has equal shapes, together; `size` says how many, given the number of the first of a shape."""
+    alike: dict[Hashable, list[int]] = {}
+    for number, shape in enumerate(shapes):
+        alike.setdefault(shape, []).append(number)
+    for members in alike.values():
+        step = size(members[0])
+        for k in range(0, len(members), step):
+            yield members[k : k + step]
