@@ -34,9 +34,16 @@ np.testing.assert_allclose(heads[layer * model.n_heads + head].detach(), result 
 
 def test_every_page_is_linked_from_the_readme() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert PAGES
-    for page in PAGES:
-        assert f"(docs/{page.name})" in text
+    every = sorted((ROOT / "docs").rglob("*.md"))
+    assert len(every) > len(PAGES)
+    for page in every:
+        assert f"({page.relative_to(ROOT)})" in text
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))], ids=lambda p: p.stem)
+def test_links_within_the_project_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\((?!https?:|#)([^)#\s]+)", page.read_text(encoding="utf-8")):
+        assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)

@@ -28,7 +28,8 @@ from lvlm import FamilySpec, Lvlm, TokenSelection, load_lvlm, wrap_lvlm
 from lvlm.families import FAMILIES
 from lvlm.validation import validate
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "guides" / "families.md"
 L, VT = "model.language_model.layers", "model.vision_tower.encoder.layers"
 CLIP = (VT, "self_attn.out_proj")
 # Where layers and output projections are in the Hugging Face classes, written down independently of the library.
@@ -283,7 +284,7 @@ NAMES = {
 
 
 def table() -> str:
-    """The README's table of families, from the models that the tests above prove."""
+    """The table of families, from the models that the tests above prove."""
     from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_ARCHITECTURES
 
     lines = [
@@ -305,17 +306,17 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def test_the_readme_lists_the_families_that_are_proved() -> None:
+def test_the_guide_lists_the_families_that_are_proved() -> None:
     assert set(NAMES) == set(BUILDERS) | set(STAND_INS)
     assert {FAMILIES[m].model_type for m in FAMILIES} == {
         (model(f) if f in BUILDERS else wrap_lvlm(*build_stand_in(f), validate=False)).spec.model_type for f in NAMES
     }
-    text = README.read_text(encoding="utf-8")
+    text = PAGE.read_text(encoding="utf-8")
     start, end = "<!-- families: begin -->\n", "\n<!-- families: end -->"
     if os.environ.get("WRITE_FAMILIES"):
         head, _, rest = text.partition(start)
-        README.write_text(head + start + table() + end + rest.partition(end)[2], encoding="utf-8")
-        text = README.read_text(encoding="utf-8")
+        PAGE.write_text(head + start + table() + end + rest.partition(end)[2], encoding="utf-8")
+        text = PAGE.read_text(encoding="utf-8")
     assert table() == text.partition(start)[2].partition(end)[0], (
         "run this test with WRITE_FAMILIES=1 to renew the table"
     )
@@ -455,6 +456,6 @@ def test_the_library_is_imported_without_transformers(tmp_path: Path) -> None:
         "for m in pkgutil.walk_packages(lvlm.__path__, 'lvlm.'):\n"
         "    if '.tiny' not in m.name: importlib.import_module(m.name)\nprint('done')"
     )
-    environment = {**os.environ, "PYTHONPATH": str(README.parent)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.stdout == "done\n", done.stderr
