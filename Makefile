@@ -17,7 +17,7 @@ JOBS ?= 2
 ARGS ?=
 comma := ,
 
-.PHONY: help demo test lint format bench install install-dev clean
+.PHONY: help demo test lint format bench docs notebooks install install-dev clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -46,12 +46,20 @@ bench: install-dev ## every benchmark, one after the other; ARGS=--quick for a m
 	done; \
 	if [ -n "$$failed" ]; then echo "failed:$$failed" >&2; exit 1; fi
 
+docs: install-dev ## build the documentation into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@echo "The documentation is at $(CURDIR)/site/index.html"
+
+notebooks: install-dev ## run the notebooks on runs/default and write them into docs/notebooks
+	@if [ ! -f runs/default/report.html ]; then $(BIN)/groundscope; fi
+	$(BIN)/python -m experiments.notebooks.render
+
 install: $(VENV)/.installed ## create .venv and install groundscope in it
 
 install-dev: $(VENV)/.installed-dev ## the same with what lint and tests need
 
 clean: ## remove .venv, caches and builds; never runs/
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) build dist site .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # pip is the last thing venv puts in place: where it is, the environment is whole.
