@@ -15,9 +15,10 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 JOBS ?= 2
 ARGS ?=
+REPORT ?= runs/check/report.html
 comma := ,
 
-.PHONY: help demo test lint format bench docs notebooks install install-dev clean
+.PHONY: help demo test lint format bench docs notebooks check-report install install-dev clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -53,6 +54,10 @@ docs: install-dev ## build the documentation into site/
 notebooks: install-dev ## run the notebooks on runs/default and write them into docs/notebooks
 	@if [ ! -f runs/default/report.html ]; then $(BIN)/groundscope; fi
 	$(BIN)/python -m experiments.notebooks.render
+
+check-report: $(VENV)/.installed-report ## look at a small run's report in Chromium; REPORT=FILE for another
+	@if [ ! -f $(REPORT) ]; then $(BIN)/groundscope name=check data.n_images=80 data.test_images=40 patch.pairs=12 'steer.strengths=[1,2]'; fi
+	$(BIN)/python -m experiments.report.check $(REPORT) --screenshots runs/screenshots
 
 install: $(VENV)/.installed ## create .venv and install groundscope in it
 
@@ -93,3 +98,7 @@ $(VENV)/.installed: $(REQUIREMENTS) | $(BIN)/pip
 $(VENV)/.installed-dev: $(REQUIREMENTS) | $(BIN)/pip
 	$(call install,what it$(comma) lint and tests need,.[dev])
 	@touch $(VENV)/.installed $@
+
+$(VENV)/.installed-report: $(REQUIREMENTS) | $(VENV)/.installed
+	@$(PIP) --editable '.[report]'
+	@touch $@
