@@ -15,9 +15,10 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 JOBS ?= 2
 ARGS ?=
+REPORT ?= runs/check/report.html
 comma := ,
 
-.PHONY: help demo test lint format bench install install-dev clean
+.PHONY: help demo test lint format bench docs notebooks check-report install install-dev clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -46,12 +47,24 @@ bench: install-dev ## every benchmark, one after the other; ARGS=--quick for a m
 	done; \
 	if [ -n "$$failed" ]; then echo "failed:$$failed" >&2; exit 1; fi
 
+docs: install-dev ## build the documentation into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@echo "The documentation is at $(CURDIR)/site/index.html"
+
+notebooks: install-dev ## run the notebooks on runs/default and write them into docs/notebooks
+	@if [ ! -f runs/default/report.html ]; then $(BIN)/groundscope; fi
+	$(BIN)/python -m experiments.notebooks.render
+
+check-report: $(VENV)/.installed-report ## look at a small run's report in Chromium; REPORT=FILE for another
+	@if [ ! -f $(REPORT) ]; then $(BIN)/groundscope name=check data.n_images=80 data.test_images=40 patch.pairs=12 'steer.strengths=[1,2]'; fi
+	$(BIN)/python -m experiments.report.check $(REPORT) --screenshots runs/screenshots
+
 install: $(VENV)/.installed ## create .venv and install groundscope in it
 
 install-dev: $(VENV)/.installed-dev ## the same with what lint and tests need
 
 clean: ## remove .venv, caches and builds; never runs/
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) build dist site .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # pip is the last thing venv puts in place: where it is, the environment is whole.
@@ -85,3 +98,7 @@ $(VENV)/.installed: $(REQUIREMENTS) | $(BIN)/pip
 $(VENV)/.installed-dev: $(REQUIREMENTS) | $(BIN)/pip
 	$(call install,what it$(comma) lint and tests need,.[dev])
 	@touch $(VENV)/.installed $@
+
+$(VENV)/.installed-report: $(REQUIREMENTS) | $(VENV)/.installed
+	@$(PIP) --editable '.[report]'
+	@touch $@

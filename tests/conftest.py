@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import subprocess
+import sys
+from pathlib import Path
 
+import pytest
 from hypothesis import settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -14,3 +19,27 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 settings.register_profile("groundscope", deadline=None)
 settings.load_profile("groundscope")
+
+SMALL = ("data.n_images=80", "data.test_images=40", "patch.pairs=12", "steer.strengths=[1,2]", "threads=1")
+"""Options of `finished_run`."""
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """One small run of every stage on the embedded model, made once for all workers; look, do not touch."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base if worker_id == "master" else base.parent) / "finished"
+    folder.mkdir(exist_ok=True)
+    root = Path(__file__).parent.parent
+    with (folder / "lock").open("w") as lock:
+        # Whoever comes first makes it; the others wait.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "done").exists():
+            done = subprocess.run(
+                [sys.executable, "-m", "experiments", "name=whole", *SMALL],
+                cwd=folder, env={**os.environ, "PYTHONPATH": str(root), "COLUMNS": "200"},
+                capture_output=True, text=True, timeout=500, check=False,
+            )  # fmt: skip
+            assert done.returncode == 0, done.stderr
+            (folder / "done").write_text(done.stdout)
+    return folder / "runs" / "whole"

@@ -13,6 +13,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from conftest import SMALL
 from rich.console import Console
 
 from activation_store import ActivationStore, verify
@@ -30,7 +31,6 @@ from experiments.steer import choose
 from lvlm.tiny.architecture import build_model, build_processor
 from probes import ProbeGrid
 
-SMALL = ["data.n_images=80", "data.test_images=40", "patch.pairs=12", "steer.strengths=[1,2]", "threads=1"]
 ROOT = Path(__file__).parent.parent
 
 
@@ -43,14 +43,11 @@ def groundscope(*options: str, cwd: Path, timeout: float = 500) -> subprocess.Co
     )  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture
+def run(finished_run: Path) -> Path:
     """One finished run on the embedded model, shared by the tests that only look."""
-    folder = tmp_path_factory.mktemp("main")
-    done = groundscope("name=whole", *SMALL, cwd=folder)
-    assert done.returncode == 0, done.stderr
-    assert "report: runs/whole/report.html" in done.stdout
-    return folder / "runs" / "whole"
+    assert "report: runs/whole/report.html" in (finished_run.parent.parent / "done").read_text()
+    return finished_run
 
 
 def test_every_stage_leaves_files_that_open(run: Path) -> None:

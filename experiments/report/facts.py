@@ -24,6 +24,19 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Spot:
+    """A place, and what probes reach there: means over the concepts of a level."""
+
+    place: str
+    value: float
+    """Balanced accuracy, held out."""
+    low: float
+    high: float
+    control: float
+    """The same with shuffled labels."""
+
+
+@dataclass(frozen=True)
 class Facts:
     """The files of a run, read when first asked for."""
 
@@ -84,12 +97,13 @@ class Facts:
         """Packages and machine."""
         return self._json("environment.json")
 
-    def stages(self) -> list[tuple[str, str, float, str]]:
-        """Return (stage, what it did, seconds, key) of every stage with a receipt."""
+    def stages(self) -> list[tuple[str, str, str, float, str]]:
+        """Return (stage, what it did, folder, seconds, key) of every stage with a receipt."""
         rows = []
         for path in sorted(self.root.glob(f"*/{RECEIPT}"), key=lambda p: p.stat().st_mtime):
             receipt = json.loads(path.read_text())
-            rows.append((receipt["stage"], receipt["summary"], receipt["seconds"], receipt["key"][:12]))
+            what = (receipt["stage"], receipt["summary"], path.parent.name)
+            rows.append((*what, receipt["seconds"], receipt["key"][:12]))
         return rows
 
     def level_arrays(
@@ -109,6 +123,16 @@ class Facts:
             np.mean([grid.array(c, "control") for c in names], axis=0),
             names,
         )
+
+    def best(self, level: str, tokens: str) -> Spot | None:
+        """Return the decoder layer whose probes of a level did best on training rows, with what they reach held out."""
+        found = self.level_arrays("decoder", "resid_post", tokens, level)
+        if found is None:
+            return None
+        grid = self.grids["decoder", "resid_post", tokens]
+        at = int(np.mean([grid.array(c, "validation") for c in found[2]], axis=0).argmax())
+        low, high = (float(np.mean([grid.array(c, end)[at] for c in found[2]])) for end in ("low", "high"))
+        return Spot(f"layer {grid.layers[at]}", float(found[0][at]), low, high, float(found[1][at]))
 
     def way(self, level: str, tokens: str) -> list[tuple[str, float, float, float, float]]:
         """Return (place, accuracy, low, high, control) along vision tower, projector and decoder for a level."""

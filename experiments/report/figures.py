@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -225,4 +226,21 @@ def overlay(
             if box is not None:
                 x0, y0, x1, y1 = box
                 axes.plot([x0, x1, x1, x0, x0], [y0, y0, y1, y1, y0], color="white", lw=1)
+        return svg(figure)
+
+
+def overlays(panels: Sequence[tuple[Image.Image, np.ndarray, str]]) -> str:
+    """Draw one head's attention over several images: image, map ``[rows, columns]`` and title of each."""
+    with drawing(6.4, 2.5) as figure:
+        line = figure.subplots(1, max(3, len(panels)), squeeze=False)[0]
+        for axes in line:
+            axes.axis("off")
+        for axes, (image, values, title) in zip(line, panels, strict=False):
+            pixels = np.asarray(image)
+            extent = (0, pixels.shape[1], pixels.shape[0], 0)
+            axes.imshow(pixels, extent=extent)
+            axes.imshow(values / max(float(values.max()), 1e-9), extent=extent, cmap="magma", alpha=0.6, vmin=0, vmax=1)
+            axes.set_title(
+                "\n".join(textwrap.fill(part, 30) for part in title.splitlines()), fontsize=8, weight="normal"
+            )
         return svg(figure)

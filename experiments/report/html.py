@@ -16,10 +16,12 @@ def text(value: object) -> str:
     return html.escape(str(value), quote=True)
 
 
-def section(name: str, title: str, *parts: str) -> str:
-    """Return a section that the navigation can link to."""
+def section(name: str, title: str, *parts: str, made: Sequence[str] = ()) -> str:
+    """Return a section that the navigation can link to; at its end, links to the stages that its numbers come from."""
     heading = f'<h2 id="{text(name)}-t">{text(title)}</h2>'
-    return f'<section id="{text(name)}" aria-labelledby="{text(name)}-t">{heading}{"".join(parts)}</section>'
+    links = ", ".join(f'<a href="#made-{text(stage)}">{text(stage)}</a>' for stage in made)
+    source = f'<p class="soft">Files and commands behind these numbers: {links}.</p>' if made else ""
+    return f'<section id="{text(name)}" aria-labelledby="{text(name)}-t">{heading}{"".join(parts)}{source}</section>'
 
 
 def paragraph(content: str, *, soft: bool = False) -> str:
@@ -33,11 +35,18 @@ def figure(svg: str, caption: str) -> str:
     return f'<figure tabindex="0">{labelled}<figcaption>{text(caption)}</figcaption></figure>'
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Return a table with a header row; wide ones scroll inside themselves."""
+def table(head: Sequence[str], rows: Sequence[Sequence[object]], ids: Sequence[str] = ()) -> str:
+    """Return a table with a header row, and rows to link to where `ids` names them; wide ones scroll inside themselves."""
     top = "".join(f'<th scope="col">{text(h)}</th>' for h in head)
-    body = "".join(f"<tr>{''.join(f'<td>{text(c)}</td>' for c in row)}</tr>" for row in rows)
+    names = [f' id="{text(name)}"' for name in ids] or [""] * len(rows)
+    lines = ("".join(f"<td>{text(cell)}</td>" for cell in row) for row in rows)
+    body = "".join(f"<tr{name}>{line}</tr>" for name, line in zip(names, lines, strict=True))
     return f'<div class="scroll" tabindex="0"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def closed(name: str, title: str, *parts: str) -> str:
+    """Return a part that opens when it is chosen; a link to `name` opens it too, because the anchor is inside."""
+    return f'<details><summary>{text(title)}</summary><div id="{text(name)}">{"".join(parts)}</div></details>'
 
 
 def picture(image: Image.Image, description: str) -> str:

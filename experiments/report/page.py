@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -13,7 +14,12 @@ from experiments.report import figures
 from experiments.report.apple import apple_section
 from experiments.report.facts import Facts
 from experiments.report.figures import Point
+from experiments.report.heads import heads_section
 from experiments.report.html import figure, page, paragraph, section, table, text
+
+if TYPE_CHECKING:
+    from circuits import HeadScores
+    from lvlm import Head
 
 CONDITIONS = {
     "before": "as it is",
@@ -51,28 +57,28 @@ def _interval(point: object) -> str:
     return f"{percent(value)} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
+def _effect(scores: HeadScores, head: Head) -> str:
+    low, high = scores.interval()
+    at = (head.layer, head.head)
+    return _interval(Point(float(scores.mean[at]), float(low[at]), float(high[at])))
+
+
 def summary(facts: Facts) -> str:
     """Answer the four questions, each in two sentences with figures."""
     before, after = facts.rates["before"], facts.rates.get("after", facts.rates["before"])
-    known = []
-    for level in LEVELS:
-        found = facts.level_arrays("decoder", "resid_post", "last", level)
-        if found is not None:
-            layer = int(found[0].argmax())
-            known.append(
-                f"{level} {percent(float(found[0][layer]))} at layer {layer} (shuffled {percent(float(found[1][layer]))})"
-            )
-    where = "At the last token, linear probes read: " + "; ".join(known) + "." if known else "No probe had enough data."
+    known = [
+        f"{level} {_interval(Point(best.value, best.low, best.high))} at {best.place} (shuffled {percent(best.control)})"
+        for level in LEVELS
+        if (best := facts.best(level, "last")) is not None
+    ]
+    where = "Linear probes at the last token read " + "; ".join(known) + "." if known else "No probe had enough data."
     best = {kind: scores.top(1)[0] for kind, scores in facts.heads.items()}
     what = (
         "No head could be scored: the images hardly change the answers."
         if not best
-        else "Patching every head exactly: "
-        + "; ".join(
-            f"{kind} answers rest most on {head}, which alone brings back "
-            f"{percent(float(facts.heads[kind].mean[head.layer, head.head]))} of the answer"
-            for kind, head in best.items()
-        )
+        else "Of what changes an answer, one head alone brings back: "
+        + "; ".join(f"{kind} {_effect(facts.heads[kind], head)} by {head}" for kind, head in best.items())
+        + ". Every head was patched, exactly."
     )
     rows = facts.known()
     if rows:
@@ -85,10 +91,13 @@ def summary(facts: Facts) -> str:
             else f"In {rows[0][3]} answers the prior got wrong, probes read the true color in at most {percent(seen[1])}."
         )
     else:
-        why = "These data have no answers that are wrong by a known prior."
-    moved = [
-        f"{name}: {percent(before[name].value)} → {percent(after[name].value)}" for name in ERRORS[:2] if name in before
-    ]
+        why = (
+            f"{len(facts.misled)} answers follow the prior against the image, but too few images show each color to fit "
+            "probes that could follow it."
+            if facts.misled
+            else "These data have no answers that are wrong by a known prior."
+        )
+    moved = [f"{name}: {_interval(before[name])} → {_interval(after[name])}" for name in ERRORS[:2] if name in before]
     guard = "neutral: right" if "neutral: right" in before else "all: right"
     chosen = facts.sweep["chosen"]
     if chosen["strength"]:
@@ -97,13 +106,14 @@ def summary(facts: Facts) -> str:
     else:
         correct = "No strength of this vector made fewer errors within the allowed cost, so none is applied."
     items = (
-        ("Where is it known?", where),
-        ("What uses it?", what),
-        ("Why was it wrong?", why),
-        ("What corrects it?", correct),
+        ("Where is it known?", where, "known" if facts.grids else "accuracy"),
+        ("What uses it?", what, "used"),
+        ("Why was it wrong?", why, "apple" if facts.apple() is not None else "accuracy"),
+        ("What corrects it?", correct, "corrected" if "after" in facts.rates else "accuracy"),
     )
-    body = "".join(f"<li><strong>{text(q)}</strong>{text(a)}</li>" for q, a in items)
-    return section("summary", "Four answers", f'<ul class="answers">{body}</ul>')
+    body = "".join(f'<li><strong><a href="#{link}">{text(q)}</a></strong>{text(a)}</li>' for q, a, link in items)
+    note = paragraph("In brackets: 95 % intervals over images.", soft=True)
+    return section("summary", "Four answers", f'<ul class="answers">{body}</ul>', note)
 
 
 def accuracy(facts: Facts) -> str:
@@ -125,7 +135,7 @@ def accuracy(facts: Facts) -> str:
         parts.append(
             figure(figures.rates(bad, CONDITIONS, "Errors"), "Share of errors by what misleads; lower is better.")
         )
-    return section("accuracy", "What the model says", *parts)
+    return section("accuracy", "What the model says", *parts, made=("evaluate",))
 
 
 def _points(found: dict, wanted: Callable[[str], bool]) -> dict[str, Point]:
@@ -167,7 +177,7 @@ def known(facts: Facts) -> str:
                     f"Balanced accuracy of probes at {name}, from the vision tower through the projector into the decoder.",
                 )
             )
-    return section("known", "Where it is known", *parts) if len(parts) > 1 else ""
+    return section("known", "Where it is known", *parts, made=("trace", "probe")) if len(parts) > 1 else ""
 
 
 def used(facts: Facts) -> str:
@@ -203,6 +213,7 @@ def used(facts: Facts) -> str:
         table(["head", *facts.heads], rows),
         paragraph(f"Pairs left out because the two images hardly change the answer: {excluded}.", soft=True),
         notes,
+        made=("patch",),
     )
 
 
@@ -240,17 +251,33 @@ def corrected(facts: Facts) -> str:
         ),
         table(head, rows),
         paragraph("Changes are paired, question by question, in points, with intervals over images.", soft=True),
+        made=("steer", "evaluate"),
     )
 
 
 def made(facts: Facts) -> str:
     """Say what was run, with what, and where every file is."""
     packages = ", ".join(f"{k} {v}" for k, v in facts.environment["packages"].items() if v)
-    rows = [(stage, what, f"{seconds:.1f}", key) for stage, what, seconds, key in facts.stages()]
+    stages = facts.stages()
+    rows = [
+        (
+            stage,
+            what,
+            f"{folder}/",
+            f"groundscope resume={facts.root} stages=[{stage}] force=true",
+            f"{seconds:.1f}",
+            key,
+        )
+        for stage, what, folder, seconds, key in stages
+    ]
     return section(
         "made",
         "How this was made",
-        table(["stage", "what", "seconds", "key"], rows),
+        table(
+            ["stage", "what", "files", "to make it again", "seconds", "key"],
+            rows,
+            [f"made-{stage}" for stage, *_ in stages],
+        ),
         paragraph(
             f"Run folder {facts.root}; options in config.yaml, answers in behavior/, scores in circuits/, probes in probes/.",
             soft=True,
@@ -265,6 +292,7 @@ SECTIONS: tuple[tuple[str, str, Callable[[Facts], str]], ...] = (
     ("accuracy", "What it says", accuracy),
     ("known", "Where it is known", known),
     ("used", "What uses it", used),
+    ("heads", "Head by head", heads_section),
     ("corrected", "What corrects it", corrected),
     ("made", "How this was made", made),
 )

@@ -1,0 +1,1 @@
+"""Notebooks, kept as text. `python -m experiments.notebooks.render` runs them on a finished run."""
