@@ -7,6 +7,7 @@ from pathlib import Path
 
 from concepts.errors import ConfigError
 from experiments.headlines import Headline, headlines
+from experiments.words import plain_console
 
 
 def show(arguments: Sequence[str]) -> int:
@@ -17,7 +18,6 @@ def show(arguments: Sequence[str]) -> int:
     ConfigError
         Where two runs are not given, or one has finished no stage.
     """
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -37,7 +37,7 @@ def show(arguments: Sequence[str]) -> int:
         a, b = first.get(name), second.get(name)
         moved = f"{b.value - a.value:+.4g}" if a and b else ""
         table.add_row(Text(name), _cell(a), _cell(b), moved)
-    Console(highlight=False).print(table)
+    plain_console().print(table)
     return 0
 
 

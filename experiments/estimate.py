@@ -79,6 +79,7 @@ def estimate(context: Context, examples: int | None = None, seconds: float = SEC
             some = min(len(data), context.config.trace.batch_size)
             _trace(context, _spread(data, some), Path(folder) / "first")  # what happens once: memory, kernels, proofs
             spent, number = 0.0, 0
+            sizes: list[tuple[int, int]] = []
             while True:
                 number, count = number + 1, 0
                 root = Path(folder) / str(number)
@@ -86,6 +87,7 @@ def estimate(context: Context, examples: int | None = None, seconds: float = SEC
                 store = _trace(context, _spread(data, some), root)
                 took = time.perf_counter() - begun
                 spent += took
+                sizes.append((some, sum(p.stat().st_size for p in root.rglob("*") if p.is_file())))
                 # Longer traces hide what a trace costs however short it is; the last one counts.
                 if some == len(data) or spent + 2 * took > seconds:
                     break
@@ -101,13 +103,18 @@ def estimate(context: Context, examples: int | None = None, seconds: float = SEC
                     tokens = len(store.ragged(site, info.tokens).values) / some
                 each = tokens * info.n_layers * info.width * _BYTES[context.config.trace.dtype]
                 sites[info.name] = each * wanted
-            once = sum(p.stat().st_size for p in root.glob("tensors.h5"))
-            disk = sum(p.stat().st_size for p in root.rglob("*") if p.is_file()) - once
             return Estimate(
-                wanted, some, sites, disk * factor + once, math.ceil(count * factor), took * factor, loading
+                wanted, some, sites, _grown(sizes, wanted), math.ceil(count * factor), took * factor, loading
             )
     finally:
         handle.remove()
+
+
+def _grown(sizes: Sequence[tuple[int, int]], examples: int) -> float:
+    """Return the bytes of a store of so many examples, from (examples, bytes) of smaller ones: what is there once, and each."""
+    (few, small), (many, large) = sizes[max(0, len(sizes) - 2)], sizes[-1]
+    each = (large - small) / (many - few) if many > few else large / many
+    return large + (examples - many) * each
 
 
 def _trace(context: Context, some: ConceptDataset, root: Path) -> ActivationStore:
@@ -140,14 +147,13 @@ def show(arguments: Sequence[str]) -> int:
     ConfigError
         For options that cannot be, as running them would.
     """
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     from experiments.checks import check
     from experiments.overrides import composed, read
     from experiments.run import RunFolder
-    from experiments.words import size
+    from experiments.words import plain_console, size
 
     own = {w.partition("=")[0]: w.partition("=")[2] for w in arguments if w.startswith(("examples=", "seconds="))}
     words = [w for w in arguments if w.partition("=")[0] not in own]
@@ -162,7 +168,7 @@ def show(arguments: Sequence[str]) -> int:
         raise ConfigError(msg)
     config, _ = composed(read(words).first())
     check(config)
-    console = Console(highlight=False)
+    console = plain_console()
     with tempfile.TemporaryDirectory() as folder:
         context = Context(config, RunFolder(Path(folder)), console)
         with console.status("measuring") if console.is_terminal else nullcontext():
@@ -186,5 +192,5 @@ def show(arguments: Sequence[str]) -> int:
         hours = found.hours(parts)
         label = "one process" if parts == 1 else f"{parts} processes, trace.shards={parts}"
         console.print(f"{label}: {hours:.2f} hours" + ("" if parts == 1 else " each"))
-    console.print("hours are this machine's; several processes need as many machines, or GPUs, like it")
+    console.print("hours are this machine's; several processes need as many machines like it")
     return 0

@@ -14,7 +14,7 @@ from experiments.locks import holder, taken
 from experiments.run import FAILED, read_receipt
 from experiments.sharing import runs_in
 from experiments.stages import TABLE
-from experiments.words import size
+from experiments.words import plain_console, size
 
 _TOLD = ("all: right", "neutral: right", "conflict: wrong by prior", "adversarial absent: says yes")
 """Measures that are told of a run, where it has them."""
@@ -72,7 +72,6 @@ def show(arguments: Sequence[str]) -> int:
     ConfigError
         Where there is no run.
     """
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -83,16 +82,20 @@ def show(arguments: Sequence[str]) -> int:
             f"; it was given {len(arguments)} arguments" if len(arguments) > 1 else ""
         )
         raise ConfigError(msg)
-    console = Console(highlight=False)
+    console = plain_console()
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for heading in ("run", *STAGES, "size", "found"):
-        table.add_column(heading, overflow="fold")
+    table.add_column("run", overflow="fold")
+    for name in STAGES:
+        table.add_column(name, justify="center", no_wrap=True)
+    table.add_column("size", justify="right", no_wrap=True)
+    table.add_column("found", overflow="fold")
     for found in map(status, runs):
         name = str(found.path.relative_to(root)) if found.path != root else str(root)
         said = [*found.figures, *found.errors, *([f"at work: {found.at_work}"] if found.at_work else [])]
-        marks = [Text(f"{_MARKS[s]} {s}", _style(s)) for s in found.stages.values()]
+        marks = [Text(_MARKS[s], _style(s)) for s in found.stages.values()]
         table.add_row(Text(name), *marks, size(found.bytes), Text("\n".join(said)))
     console.print(table)
+    console.print(", ".join(f"{mark} {state}" for state, mark in _MARKS.items()))
     once = {(p.stat().st_dev, p.stat().st_ino): p.stat().st_size for p in root.rglob("*") if p.is_file()}
     console.print(f"{len(runs)} runs, {size(sum(once.values()))} on the disk: stages that runs share lie there once")
     return 0

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -22,3 +26,11 @@ def size(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} TB"
+
+
+def plain_console() -> Console:
+    """Return standard output for tables: as wide as the terminal, and wide enough for programs that read it."""
+    from rich.console import Console
+
+    width = None if Console().is_terminal else 240
+    return Console(highlight=False, width=width)
