@@ -42,7 +42,8 @@ def _scenes(config: RunConfig) -> str | None:
 
 def _twin(config: RunConfig) -> str | None:
     model = config.model
-    if model.twin == "tiny-unbiased" and model.path not in {"tiny", "tiny-unbiased"}:
+    asked = "evaluate" in config.stages and "twin" in config.evaluate.conditions
+    if asked and model.twin == "tiny-unbiased" and model.path not in {"tiny", "tiny-unbiased"}:
         return (
             f"model.path={model.path} with the embedded model's twin: say model=hf model.path={model.path}, "
             "or name its own control, model.twin=…"
