@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from activation_store.table import picture_digest
 from concepts.errors import DataError
+from concepts.progress import display
 from concepts.schema import Example
 
 if TYPE_CHECKING:
@@ -51,8 +52,7 @@ def encode_first(model: Lvlm, example: Example) -> Encoding:
 @contextmanager
 def progress_bar(what: str, total: int, done: int, *, progress: bool) -> Iterator[Callable[[int, str], None]]:
     """Yield a function that advances a progress bar by some examples, or has it say something."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, TextColumn, TimeRemainingColumn
     from rich.text import Text
 
     class Rate(ProgressColumn):
@@ -60,15 +60,13 @@ def progress_bar(what: str, total: int, done: int, *, progress: bool) -> Iterato
             speed = task.finished_speed or task.speed
             return Text(f"{speed:.1f}/s" if speed else "")
 
-    console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
-    shown = progress and console.is_terminal
-    with Progress(*columns, console=console, transient=True, disable=not shown) as bar:
+    with display(*columns, show=None if progress else False) as bar:
         task = bar.add_task(what, total=total, completed=done)
 
         def advance(count: int, note: str) -> None:
-            if note and shown:
-                console.print(note)
+            if note and not bar.disable:
+                bar.console.print(note)
             bar.advance(task, count)
 
         yield advance

@@ -65,6 +65,8 @@ def trace(
     generate: int = 0,
     force: bool = False,
     progress: bool = True,
+    worker: int = 0,
+    workers: int = 1,
 ) -> ActivationStore:
     """Run a model over a dataset and keep what was asked for of its inside.
 
@@ -107,14 +109,19 @@ def trace(
         Throw away a store that is there and start anew.
     progress
         Show a progress bar where the output is a terminal.
+    worker, workers
+        Trace one of several parts of the data, each in a process of its own, into the same folder; the last to finish
+        makes the store whole. Parts are runs of neighbouring examples, cut between chunks of batches: rows and values are
+        those of a trace in one piece. With fewer chunks than workers some parts are empty.
 
     Returns
     -------
     ActivationStore
-        Arrays float ``[N, L, D]`` by stack, component and token selection; z with its heads side by side. An example
-        whose selection is empty has a row of NaN. Selections that keep every token are read by ``ragged``: ``[T, D]`` for an
-        example, no token where the selection is empty. ``tensor("final_norm.weight")`` [D] and
-        ``tensor("unembedding.weight")`` [V, D] (and their biases where there are) come with the decoder's sites.
+        What is there: with several workers, the rows that they have sealed so far. Arrays float ``[N, L, D]`` by
+        stack, component and token selection; z with its heads side by side. An example whose selection is empty has a
+        row of NaN. Selections that keep every token are read by ``ragged``: ``[T, D]`` for an example, no token where
+        the selection is empty. ``tensor("final_norm.weight")`` [D] and ``tensor("unembedding.weight")`` [V, D] (and
+        their biases where there are) come with the decoder's sites.
 
     Raises
     ------
@@ -129,6 +136,9 @@ def trace(
     """
     if batch_size < 1:
         msg = f"batch_size={batch_size}: at least 1 example goes into a forward"
+        raise ConfigError(msg)
+    if not 0 <= worker < workers or (force and workers > 1):
+        msg = f"worker={worker} of workers={workers}, force={force}: worker is 0 to {workers - 1}; force is for one worker"
         raise ConfigError(msg)
     if not len(data):
         msg = f"dataset '{data.name}' has no examples: nothing to trace"
@@ -147,19 +157,25 @@ def trace(
         _clear(folder)
     run = Tracer.begin(model, data, plan, batch_size, answers=answers, goes_on=goes_on, steps=generate)
     size = chunk_batches(plan, first.tokens, batch_size) * batch_size
-    with StoreWriter(folder, plan.schema, provenance, shard_size=shard_size, extra=unembedding(model, plan)) as writer:
+    chunks = -(-len(data) // size)
+    first_row, stop_row = (min(len(data), worker_at * chunks // workers * size) for worker_at in (worker, worker + 1))
+    part = data.examples[first_row:stop_row]
+    extra = unembedding(model, plan)
+    with StoreWriter(
+        folder, plan.schema, provenance, worker, shard_size=shard_size, workers=workers, extra=extra
+    ) as writer:
         done = frozenset(writer.written)
-        missing = [e for e in data if e.id not in done]
+        missing = [e for e in part if e.id not in done]
         pictures = check_images(missing, progress=progress)
-        with progress_bar("tracing", len(data), len(done), progress=progress) as advance:
+        with progress_bar("tracing", len(part), len(part) - len(missing), progress=progress) as advance:
             if missing and any(read.site.component == "pattern" for read in plan.reads):
                 say_eager(model)
             if missing and plan.skipped:
                 advance(0, "; ".join(plan.skipped))
-            for start in range(0, len(data), size):
+            for start in range(0, len(part), size):
                 # The same chunks and batches whatever is there already: values depend on who shares a forward, in the
                 # last bits. The writer leaves out the rows that it has.
-                chunk = data.examples[start : start + size]
+                chunk = part[start : start + size]
                 if any(e.id not in done for e in chunk):
                     arrays, table = run.chunk(chunk, lambda some: advance(sum(e.id not in done for e in some), ""))
                     writer.append(arrays, {**table, "image": [pictures.get(e.id, "") for e in chunk]})

@@ -8,13 +8,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
 from behavior.parsing import Parser, named_parser, read_answer
 from behavior.result import Answer, BehaviorResult, Cost
 from concepts.errors import ConfigError, DataError, ModelError
+from concepts.progress import display
 from concepts.schema import ConceptDataset, Example
 from lvlm.answers import AnswerKey, answer_key
 from lvlm.model import Lvlm
@@ -182,7 +182,6 @@ def _counted(model: Lvlm) -> Iterator[list[None]]:
 
 @contextmanager
 def _bar(total: int, wanted: bool) -> Iterator[Progress]:
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not (wanted and console.is_terminal)) as bar:
+    with display(show=None if wanted else False) as bar:
         bar.add_task("answering", total=total)
         yield bar

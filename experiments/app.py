@@ -4,7 +4,10 @@ groundscope                                        the embedded model on icon sc
 groundscope model=hf model.path=FOLDER             another model
 groundscope data=pope data.questions=F data.images=D   another data set
 groundscope stages=[probe,report] probe.folds=5    some stages, other options
-groundscope -m data.seed=0,1,2 name='s${data.seed}'    several runs
+groundscope -m probe.folds=3,4                     several runs, which share what they have in common
+groundscope help | resume=RUN | status | compare | plan
+
+What reads nothing but its arguments is dispatched first, so that help is quick.
 """
 
 from __future__ import annotations
@@ -12,62 +15,125 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
-from concepts.errors import GroundscopeError
+from concepts.errors import ConfigError, GroundscopeError
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 def main() -> None:
-    """Read the options with Hydra and run."""
+    """Do what the command line says; a user's mistake ends in one line and exit status 2."""
     # Nothing this tool runs may report home or ask a hub what it can find on disk.
     for variable in ("HF_HUB_DISABLE_TELEMETRY", "HF_HUB_DISABLE_PROGRESS_BARS", "DO_NOT_TRACK"):
         os.environ.setdefault(variable, "1")
+    arguments = sys.argv[1:]
+    status = _guarded(lambda console: _dispatch(arguments, console))
+    if status:
+        sys.exit(status)
+
+
+def _dispatch(arguments: Sequence[str], console: Console) -> int:
+    first = arguments[0] if arguments else ""
+    if first in {"--help", "-h", "help"} or first.startswith("help="):
+        from rich.console import Console
+
+        from experiments.help import show
+
+        about = first.partition("=")[2] or (arguments[1] if first == "help" and len(arguments) > 1 else "")
+        show(Console(highlight=False), about)
+        return 0
+    if first in COMMANDS:
+        return COMMANDS[first](arguments[1:])
+    if first.startswith("resume="):
+        from experiments.resume import resume
+
+        return resume(first.partition("=")[2], arguments[1:], lambda words: _run(words, console))
+    return _run(arguments, console)
+
+
+def _run(arguments: Sequence[str], console: Console) -> int:
+    """Run one configuration, or several."""
+    from experiments.checks import check
+    from experiments.overrides import composed, read
+
+    request = read(arguments)
+    # What concerns Hydra alone (--cfg job, --config-dir) is left to it.
+    if not request.plain:
+        _hydra(arguments)
+        return 0
+    config, own = composed(request.first())
+    check(config)
+    from hydra.types import RunMode
+
+    if request.several or own.mode == RunMode.MULTIRUN:
+        from experiments.sweep import start
+
+        params = list(own.sweeper.get("params") or {})
+        return start(request, config, params, lambda more: _hydra([*arguments, *more]), console)
+    from experiments.pipeline import execute
+
+    execute(config)
+    return 0
+
+
+def _hydra(arguments: Sequence[str]) -> None:
+    """Let Hydra read the arguments and run one task, or one a job."""
     import hydra
-    from hydra.core.config_store import ConfigStore
+    from hydra.errors import HydraException
 
-    from experiments.config import RunConfig
+    from experiments.overrides import register
 
-    ConfigStore.instance().store(name="run", node=RunConfig)
-    hydra.main(version_base="1.3", config_path="conf", config_name="config")(_task)()
+    register()
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come here instead of being printed by it
+    sys.argv = [sys.argv[0], *arguments]
+    try:
+        hydra.main(version_base="1.3", config_path="conf", config_name="config")(_task)()
+    except HydraException as error:
+        raise ConfigError(str(error).splitlines()[0]) from error
 
 
 def _task(options: Any) -> None:
-    """Run one configuration; a user's mistake ends in one line and exit status 2."""
+    """Run one configuration that Hydra made."""
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
+
+    from experiments.overrides import finished
+    from experiments.pipeline import execute
+    from experiments.sweep import job
+
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        job(options, HydraConfig.get())
+    else:
+        execute(finished(options))
+
+
+def _guarded(work: Callable[[Console], int]) -> int:
     from rich.console import Console
 
-    several = HydraConfig.get().mode == RunMode.MULTIRUN
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     try:
-        missing = sorted(OmegaConf.missing_keys(options))
-        if missing:
-            message = f"option {missing[0]} has no value: write {missing[0]}=…"
-            raise GroundscopeError(message)
-        try:
-            config: Any = OmegaConf.to_object(options)
-        except OmegaConfBaseException as error:
-            raise GroundscopeError(str(error).splitlines()[0]) from error
-        from experiments.pipeline import execute
-
-        execute(config)
+        return work(console)
     except GroundscopeError as error:
-        if several:
-            raise
-        console.print(f"[bold red]error:[/] {_plain(str(error))}")
-        sys.exit(2)
+        _say(console, str(error))
+        return 2
     except OSError as error:
-        if several or error.errno != errno.ENOSPC:
+        if error.errno not in {errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT}:
             raise
-        console.print(
-            f"[bold red]error:[/] disk full at '{error.filename}': finished stages are kept; free room, run again"
-        )
-        sys.exit(2)
-    except KeyboardInterrupt:
-        console.print("[bold]stopped[/]; finished work is kept: run the same command again to go on")
-        sys.exit(130)
+        what = "disk full" if error.errno == errno.ENOSPC else str(error.strerror).lower()
+        _say(console, f"{what} at '{error.filename}': finished stages are kept; mend that, run again")
+        return 2
+    except KeyboardInterrupt as stop:
+        folder = next(iter(stop.args), None)
+        go_on = f"groundscope resume={folder}" if folder else "the same command"
+        console.print(f"[bold]stopped[/]; finished work is kept: go on with {_plain(go_on)}")
+        return 130
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(f"[bold red]error:[/] {_plain(text)}")
 
 
 def _plain(text: str) -> str:
@@ -75,3 +141,25 @@ def _plain(text: str) -> str:
     from rich.markup import escape
 
     return escape(text)
+
+
+def _status(arguments: Sequence[str]) -> int:
+    from experiments.status import show
+
+    return show(arguments)
+
+
+def _compare(arguments: Sequence[str]) -> int:
+    from experiments.compare import show
+
+    return show(arguments)
+
+
+def _plan(arguments: Sequence[str]) -> int:
+    from experiments.estimate import show
+
+    return show(arguments)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"status": _status, "compare": _compare, "plan": _plan}
+"""What is a word, not an option."""

@@ -9,6 +9,8 @@ from omegaconf import MISSING
 
 STAGES = ("examples", "trace", "probe", "patch", "steer", "evaluate", "report")
 """The stages of a run, in order."""
+CONDITIONS = ("before", "after", "random direction", "other heads", "twin")
+"""What the test questions can be answered under, in order."""
 
 
 @dataclass
@@ -69,6 +71,10 @@ class TraceConfig:
     """Examples a forward."""
     dtype: str = "float32"
     """How they are stored: `float32`, `float16` or `bfloat16`."""
+    shards: int = 1
+    """Parts in which the data are traced, each by a process of its own."""
+    shard: int | None = None
+    """Trace this part alone, from 0; null traces all (`shards=1`) or makes the finished parts whole."""
 
 
 @dataclass
@@ -118,6 +124,34 @@ class SteerConfig:
 
 
 @dataclass
+class EvaluateConfig:
+    """What the model says on images that nothing was found on."""
+
+    conditions: list[str] = field(default_factory=lambda: list(CONDITIONS))
+    """Answer under these: `before`, `after`, the two controls, and the `twin`; `before` is always among them."""
+    batch_size: int = 64
+    """Questions a forward."""
+
+
+@dataclass
+class ReportConfig:
+    """The page that tells what was found."""
+
+    title: str | None = None
+    """Its title; by default it names the model."""
+
+
+@dataclass
+class SweepConfig:
+    """Several runs from one command (`-m`). Their folders, table and page lie in `<root>/sweeps/<name>`."""
+
+    name: str | None = None
+    """Name of the sweep; by default that of the run."""
+    by: list[str] = field(default_factory=list)
+    """Options that the jobs differ in, which name their folders; filled in by the command."""
+
+
+@dataclass
 class RunConfig:
     """One run: `groundscope key=value …`; nested options are written `data.n_images=200`."""
 
@@ -137,3 +171,6 @@ class RunConfig:
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     patch: PatchConfig = field(default_factory=PatchConfig)
     steer: SteerConfig = field(default_factory=SteerConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)

@@ -13,12 +13,10 @@ from behavior.comparison import change_interval
 from behavior.result import Answer
 from circuits import SteeringVector
 from concepts.statistics import Estimate
+from experiments.config import CONDITIONS
 from experiments.context import Context
 from experiments.measures import MEASURES, PRIOR_ERRORS, measured
 from experiments.run import write_json
-
-RUNS = ("before", "after", "random direction", "other heads", "twin")
-"""Every condition the test questions are answered under; the twin where one is named."""
 
 
 def make_behavior(context: Context, root: Path) -> str:
@@ -31,7 +29,8 @@ def make_behavior(context: Context, root: Path) -> str:
     }
     data = context.held_out
     results: dict[str, BehaviorResult] = {}
-    for run in RUNS:
+    options = context.config.evaluate
+    for run in (c for c in CONDITIONS if c == "before" or c in options.conditions):
         model = context.twin if run == "twin" else context.model
         if model is None or (run in vectors and not (steering / vectors[run]).exists()):
             continue
@@ -39,7 +38,7 @@ def make_behavior(context: Context, root: Path) -> str:
             SteeringVector.load(steering / vectors[run]).applied(model) if run in vectors else nullcontext()
         )
         with steered:
-            results[run] = answer(model, data, 64)
+            results[run] = answer(model, data, options.batch_size)
         results[run].save(root / f"{run.replace(' ', '-')}.json")
     rates = {run: measured(result, data) for run, result in results.items()}
     write_json(root / "rates.json", {run: {k: asdict(v) for k, v in found.items()} for run, found in rates.items()})

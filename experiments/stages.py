@@ -20,6 +20,7 @@ from experiments.plan import probe_plan
 from experiments.run import write_json
 
 if TYPE_CHECKING:
+    from activation_store import ActivationStore
     from circuits import HeadScores
 
 
@@ -36,6 +37,8 @@ class Stage:
     """Raised where the same options would now make something else."""
     check: Callable[[Context], None] = lambda _: None
     """Raises `ConfigError` where its options cannot work; called before any stage works."""
+    shared: bool = True
+    """Whether runs with the same key may share its files: not where it writes outside its folder, or of the run itself."""
 
 
 def make_examples(context: Context, root: Path) -> str:
@@ -56,21 +59,45 @@ def make_examples(context: Context, root: Path) -> str:
 
 def make_activations(context: Context, root: Path) -> str:
     """Trace the questions that have answers to choose from; captions are told by `evaluate` alone."""
+    from experiments.shards import merge
+
+    options = context.config.trace
+    return told(trace_into(context, root) if options.shards == 1 else merge(context, root), root)
+
+
+def trace_into(context: Context, root: Path, worker: int = 0) -> ActivationStore:
+    """Trace into a folder, all of the data or one of its parts."""
     from activation_store import trace
 
     options = context.config.trace
-    asked = context.discovery.filter(lambda e: bool(e.candidates))
-    store = trace(
+    return trace(
         context.model,
-        asked,
+        traced(context),
         sites=options.sites,
         tokens=options.tokens,
         out=root,
         batch_size=options.batch_size,
         dtype=options.dtype,
+        worker=worker,
+        workers=options.shards,
     )
+
+
+def traced(context: Context) -> ConceptDataset:
+    """Return the questions that are traced."""
+    return context.discovery.filter(lambda e: bool(e.candidates))
+
+
+def told(store: ActivationStore, root: Path) -> str:
+    """Say what a store holds."""
     size = sum(p.stat().st_size for p in root.rglob("*.h5")) / 1e6
     return f"{len(store)} examples, {len(store.arrays)} arrays, {size:.0f} MB"
+
+
+def _trace_options(context: Context) -> object:
+    # In how many parts it is traced changes neither rows nor values.
+    options = {k: v for k, v in asdict(context.config.trace).items() if k not in {"shards", "shard"}}
+    return [options, context.model_key()]
 
 
 def make_probes(context: Context, root: Path) -> str:
@@ -210,9 +237,7 @@ TABLE: Mapping[str, Stage] = MappingProxyType(
             lambda c: [asdict(c.config.data), c.discovery.digest, c.held_out.digest],
             make_examples,
         ),
-        "trace": Stage(
-            "activations", ("examples",), lambda c: [asdict(c.config.trace), c.model_key()], make_activations, 2
-        ),
+        "trace": Stage("activations", ("examples",), _trace_options, make_activations, 2),
         "probe": Stage("probes", ("trace",), lambda c: asdict(c.config.probe), make_probes, 2),
         "patch": Stage(
             "circuits",
@@ -229,9 +254,15 @@ TABLE: Mapping[str, Stage] = MappingProxyType(
             2,
             _check_steer,
         ),
-        "evaluate": Stage("behavior", ("examples", "steer"), lambda c: c.model_key(), _evaluate),
+        "evaluate": Stage(
+            "behavior", ("examples", "steer"), lambda c: [asdict(c.config.evaluate), c.model_key()], _evaluate
+        ),
         "report": Stage(
-            "report", ("examples", "trace", "probe", "patch", "steer", "evaluate"), lambda c: None, _report
+            "report",
+            ("examples", "trace", "probe", "patch", "steer", "evaluate"),
+            lambda c: asdict(c.config.report),
+            _report,
+            shared=False,
         ),
     }
 )

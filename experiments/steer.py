@@ -7,12 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
-from rich.progress import Progress
-
 from behavior import answer
 from circuits import HeadScores, SteeringVector, derive, export, random_heads
 from concepts import counterfactuals
 from concepts.errors import ConfigError
+from concepts.progress import display
 from concepts.schema import ConceptDataset, CounterfactualPair
 from concepts.statistics import Estimate
 from experiments.context import Context
@@ -123,7 +122,7 @@ def strengths(
     """Return harm and cost at strength 0 and at each wanted one."""
     rows: list[dict[str, float]] = []
     before: dict[str, Estimate] | None = None
-    with Progress(console=context.console, transient=True) as bar:
+    with display() as bar:
         for strength in bar.track([0.0, *sorted(wanted)], description="strengths"):
             with vector.applied(context.model, strength):
                 found = measured(answer(context.model, data, 64, progress=False), data)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from concepts.errors import ProbeError
+from concepts.progress import display
 from probes.cells import SCORES, Recipe, fit_cell
 from probes.checkpoint import Checkpoint, digest
 from probes.controls import majority_accuracy
@@ -271,12 +272,9 @@ def _empty(n_concepts: int, n_layers: int, n_heads: int, width: int, n_held: int
 @contextmanager
 def bar(what: str, total: int, progress: bool | None) -> Iterator[Callable[[int], None]]:
     """Yield a function that advances a progress bar; None shows it on a terminal only."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
-    console = Console(stderr=True)
-    shown = console.is_terminal if progress is None else progress
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not shown) as shown_bar:
+    with display(*columns, show=progress) as shown_bar:
         task = shown_bar.add_task(what, total=total)
         yield lambda n: shown_bar.advance(task, n)

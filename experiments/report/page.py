@@ -40,7 +40,7 @@ def make_report(context: Context, root: Path) -> str:
     """Write ``report.html`` into the run's folder; `root` keeps the tables it shows."""
     facts = Facts(context)
     parts = [(name, link, found) for name, link, make in SECTIONS if (found := make(facts))]
-    title = f"groundscope: {context.config.model.path}"
+    title = context.config.report.title or f"groundscope: {context.config.model.path}"
     document = page(title, context.headline(), parts)
     (context.folder.path / "report.html").write_text(document)
     (root / "sections.json").write_text(str([name for name, _, _ in parts]).replace("'", '"') + "\n")

@@ -1,0 +1,56 @@
+"""``groundscope compare runs/a runs/b``: what two runs found, side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from concepts.errors import ConfigError
+from experiments.headlines import Headline, headlines
+from experiments.words import plain_console
+
+
+def show(arguments: Sequence[str]) -> int:
+    """Print the figures of two runs and how they differ.
+
+    Raises
+    ------
+    ConfigError
+        Where two runs are not given, or one has finished no stage.
+    """
+    from rich.table import Table
+    from rich.text import Text
+
+    if len(arguments) != 2:
+        msg = f"groundscope compare takes two runs, runs/a runs/b; it was given {len(arguments)}"
+        raise ConfigError(msg)
+    first, second = (_figures(Path(a)) for a in arguments)
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for heading, side in (
+        ("figure", "left"),
+        (arguments[0], "right"),
+        (arguments[1], "right"),
+        ("difference", "right"),
+    ):
+        table.add_column(Text(heading), justify=side, overflow="fold")  # pyright: ignore[reportArgumentType]
+    for name in dict.fromkeys([*first, *second]):
+        a, b = first.get(name), second.get(name)
+        moved = f"{b.value - a.value:+.4g}" if a and b else ""
+        table.add_row(Text(name), _cell(a), _cell(b), moved)
+    plain_console().print(table)
+    return 0
+
+
+def _figures(run: Path) -> dict[str, Headline]:
+    found = {f.name: f for f in headlines(run) if f.main}
+    if not found:
+        msg = f"'{run}' is no run with finished stages: groundscope status {run.parent} lists those there are"
+        raise ConfigError(msg)
+    return found
+
+
+def _cell(figure: Headline | None) -> str:
+    if figure is None:
+        return ""
+    ends = f" [{figure.low:.4g}, {figure.high:.4g}]" if figure.low is not None and figure.high is not None else ""
+    return f"{figure.value:.4g}{ends}"

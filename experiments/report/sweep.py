@@ -1,0 +1,131 @@
+"""The page of a sweep: one small picture a figure, all jobs in each, and the table behind them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.report.figures import BLUE, GREY, drawing, svg
+from experiments.report.html import figure, page, paragraph, section, table
+
+_TINTS = (BLUE, "#d9730d", "#2f8f4e", "#8a4fbe", "#8a8f98", "#b23b3b")
+_MARKS = "oDs^vP"
+_ACROSS = 3
+_MOST = 24
+"""Pictures on the page; further figures are in the table."""
+
+
+def make_sweep_report(
+    folder: Path, by: Sequence[str], records: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]
+) -> str:
+    """Return the page.
+
+    Parameters
+    ----------
+    folder
+        Folder of the sweep.
+    by
+        The options that the jobs differ in: the first is the axis of every picture, the others tell the lines apart.
+    records, rows
+        The jobs, and their figures (`gather`).
+    """
+    keys = [k for k in by if any(k in r for r in rows)]
+    shown = list(dict.fromkeys((r["stage"], r["measure"]) for r in rows if r["main"]))
+    parts = [("jobs", "Jobs", _jobs(by, records))]
+    for stage in dict.fromkeys(stage for stage, _ in shown):
+        measures = [m for s, m in shown if s == stage][:_MOST]
+        kept = [r for r in rows if r["stage"] == stage and r["measure"] in measures]
+        caption = (
+            f"Each picture is one figure of stage {stage}, over {keys[0] if keys else 'the jobs'}"
+            + (f", a line for each {' and '.join(keys[1:])}" if len(keys) > 1 else "")
+            + "; bars are 95 % intervals, grey is the control."
+        )
+        numbers = table(
+            ["job", *keys, "figure", "value", "low", "high", "control"],
+            [[r["job"], *(r.get(k, "") for k in keys), r["measure"], *map(_number, _values(r))] for r in kept],
+        )
+        parts.append((stage, stage, section(stage, stage, figure(multiples(kept, measures, keys), caption), numbers)))
+    return page(
+        f"groundscope sweep: {folder.name}", f"{len(records)} jobs over {', '.join(by)}; {folder}/sweep.csv", parts
+    )
+
+
+def multiples(rows: Sequence[Mapping[str, Any]], measures: Sequence[str], keys: Sequence[str]) -> str:
+    """Draw one small picture a measure, all on the same horizontal axis."""
+    down = -(-len(measures) // _ACROSS)
+    ticks = list(dict.fromkeys(str(r.get(keys[0], r["job"])) if keys else str(r["job"]) for r in rows))
+    ticks.sort(key=_order)
+    lines = list(dict.fromkeys(_line(r, keys) for r in rows))
+    with drawing(3.0 * _ACROSS, 2.1 * down + 0.4) as picture:
+        grid = picture.subplots(down, _ACROSS, squeeze=False).ravel()
+        for axes, measure in zip(grid, measures, strict=False):
+            for n, line in enumerate(lines):
+                here = [r for r in rows if r["measure"] == measure and _line(r, keys) == line]
+                x = [ticks.index(str(r.get(keys[0], r["job"])) if keys else str(r["job"])) for r in here]
+                order = sorted(range(len(here)), key=lambda i, x=x: x[i])
+                here, x = [here[i] for i in order], [x[i] for i in order]
+                y = [r["value"] for r in here]
+                ends = [
+                    [max(0.0, r["value"] - r["low"]) if r["low"] is not None else 0.0 for r in here],
+                    [max(0.0, r["high"] - r["value"]) if r["high"] is not None else 0.0 for r in here],
+                ]
+                style = {
+                    "color": _TINTS[n % len(_TINTS)],
+                    "marker": _MARKS[n % len(_MARKS)],
+                    "markersize": 4,
+                    "linewidth": 1,
+                }
+                axes.errorbar(x, y, yerr=ends, label=line, **style)
+                control = [r["control"] for r in here]
+                if any(c is not None for c in control):
+                    axes.plot(
+                        x, [float("nan") if c is None else c for c in control], color=GREY, linewidth=1, linestyle=":"
+                    )
+            axes.set_title(measure.replace(", ", ",\n", 1), fontsize=7)
+            axes.set_xticks(range(len(ticks)), [t if len(t) < 12 else f"{t[:10]}…" for t in ticks], fontsize=7)
+            axes.set_xlim(-0.5, len(ticks) - 0.5)
+            axes.tick_params(axis="y", labelsize=7)
+            if keys:
+                axes.set_xlabel(keys[0], fontsize=7)
+        for axes in grid[len(measures) :]:
+            axes.set_axis_off()
+        if len(lines) > 1:
+            grid[0].legend(fontsize=6, frameon=False)
+        return svg(picture)
+
+
+def _jobs(by: Sequence[str], records: Sequence[Mapping[str, Any]]) -> str:
+    rows = [
+        [
+            r["job"],
+            *(r["options"].get(k, "") for k in by),
+            r["status"],
+            f"{r.get('seconds', 0):.1f}",
+            r["folder"],
+            r.get("error", ""),
+        ]
+        for r in records
+    ]
+    failed = sum(r["status"] != "done" for r in records)
+    said = f"{failed} of {len(records)} jobs did not finish." if failed else f"All {len(records)} jobs finished."
+    return section("jobs", "Jobs", paragraph(said), table(["job", *by, "status", "seconds", "folder", "error"], rows))
+
+
+def _line(row: Mapping[str, Any], keys: Sequence[str]) -> str:
+    return ", ".join(f"{k.rpartition('.')[2]}={row.get(k, '')}" for k in keys[1:])
+
+
+def _order(tick: str) -> tuple[bool, float, str]:
+    try:
+        return False, float(tick), tick
+    except ValueError:
+        return True, 0.0, tick
+
+
+def _values(row: Mapping[str, Any]) -> list[float | None]:
+    return [row[k] for k in ("value", "low", "high", "control")]
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
