@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-STAGES = ("examples", "trace", "probe", "patch", "steer", "evaluate", "report")
+STAGES = ("examples", "trace", "probe", "patch", "steer", "evaluate", "export", "report")
 """The stages of a run, in order."""
 
 
@@ -113,8 +113,24 @@ class SteerConfig:
     """`method=discriminant`: log-odds of yes that count as neither yes nor no; above 0, weak evidence speaks for no."""
     strengths: list[float] = field(default_factory=lambda: [0.5, 1.0, 1.5, 2.0])
     """Strengths to choose from on a validation part of the images things are found on."""
+    decay: float = 0.5
+    """Factor by which the correction gets weaker with every token that the model writes; 1 leaves it as strong. Half leaves
+    answers of a word as they are corrected, and captions as they were."""
+    compare: bool = True
+    """Try every other method at the same strengths as well, for the report's plot."""
     max_drop: float = 0.015
     """Largest loss of accuracy on neutral questions, and on typical colors, that a strength may cost there."""
+
+
+@dataclass
+class ExportConfig:
+    """Files that other code loads the correction from."""
+
+    formats: list[str] | None = None
+    """Formats by their names in `circuits.export.FORMATS`: `safetensors`, `baked`, `gguf`, `steering_vectors`, `vllm`, `vti`; by
+    default all, of which those are written that can hold the vector."""
+    convert: bool = False
+    """Carry heads through the output projection for formats that know no heads; the card says where that is approximate."""
 
 
 @dataclass
@@ -137,3 +153,4 @@ class RunConfig:
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     patch: PatchConfig = field(default_factory=PatchConfig)
     steer: SteerConfig = field(default_factory=SteerConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)

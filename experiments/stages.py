@@ -196,6 +196,18 @@ def _evaluate(context: Context, root: Path) -> str:
     return make_behavior(context, root)
 
 
+def _check_export(context: Context) -> None:
+    from experiments.export import check
+
+    check(context)
+
+
+def _export(context: Context, root: Path) -> str:
+    from experiments.export import make_exports
+
+    return make_exports(context, root)
+
+
 def _report(context: Context, root: Path) -> str:
     from experiments.report import make_report
 
@@ -226,12 +238,15 @@ TABLE: Mapping[str, Stage] = MappingProxyType(
             ("examples", "trace", "patch"),
             lambda c: [asdict(c.config.steer), c.model_key()],
             _steer,
-            2,
+            3,
             _check_steer,
         ),
-        "evaluate": Stage("behavior", ("examples", "steer"), lambda c: c.model_key(), _evaluate),
+        "evaluate": Stage("behavior", ("examples", "steer"), lambda c: c.model_key(), _evaluate, 2),
+        "export": Stage(
+            "export", ("steer",), lambda c: [asdict(c.config.export), c.model_key()], _export, check=_check_export
+        ),
         "report": Stage(
-            "report", ("examples", "trace", "probe", "patch", "steer", "evaluate"), lambda c: None, _report
+            "report", ("examples", "trace", "probe", "patch", "steer", "evaluate", "export"), lambda c: None, _report, 2
         ),
     }
 )
