@@ -15,7 +15,7 @@ from behavior.pope import pope
 
 if TYPE_CHECKING:
     from behavior import amber, judged, mme, taxonomy
-    from behavior.answering import answer
+    from behavior.answering import answer, answer_each
     from behavior.chair import ChairResult
     from behavior.comparison import Comparison, compare
     from behavior.elsewhere import answered_elsewhere
@@ -34,6 +34,7 @@ __all__ = [
     "PopeScores",
     "amber",
     "answer",
+    "answer_each",
     "answered_elsewhere",
     "chair",
     "compare",
@@ -54,6 +55,7 @@ _HOME = {
     "PopeResult": "pope",
     "PopeScores": "pope",
     "answer": "answering",
+    "answer_each": "answering",
     "answered_elsewhere": "elsewhere",
     "compare": "comparison",
 }

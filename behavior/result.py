@@ -56,9 +56,10 @@ class Cost:
     """What the answers took."""
 
     seconds: float | None
-    """Wall time from the first encoding to the last answer; None for answers made elsewhere, unless they tell."""
+    """Wall time from the first encoding to the last answer; None for answers made elsewhere, unless they tell, and for
+    those that shared their forwards with other conditions."""
     forwards: int | None
-    """Forward passes of a batch; a generated token is one. None for answers made elsewhere."""
+    """Forward passes of a batch; a generated token is one. None where the seconds are."""
     answers: int
 
     @property

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from circuits import attribution, derive, export, faithfulness, knockout, planted, sources
     from circuits.ablation import Ablation, ablate
     from circuits.attention import ImageAttention, attention_to_image
+    from circuits.conditions import logits_under
     from circuits.correlational import HeadTable, head_scores
     from circuits.entries import ProbeGate
     from circuits.head_statistics import Comparison, Stability
@@ -50,6 +51,7 @@ __all__ = [
     "head_scores",
     "intervened",
     "knockout",
+    "logits_under",
     "patch",
     "patch_heads",
     "patch_paths",
@@ -83,6 +85,7 @@ _HOME = {
     "compare": "heads",
     "head_scores": "correlational",
     "intervened": "interventions",
+    "logits_under": "conditions",
     "patch": "patching",
     "patch_heads": "patching",
     "patch_paths": "paths",

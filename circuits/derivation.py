@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
@@ -149,6 +150,87 @@ def sides(pairs: Sequence[CounterfactualPair]) -> tuple[list[Example], list[Exam
         msg = "no pairs: counterfactuals.pairs(data, kind='blank') makes them"
         raise PatchError(msg)
     return [p.clean for p in pairs], [p.corrupt for p in pairs]
+
+
+@dataclass(frozen=True)
+class Made:
+    """What becomes of the entries that a derivation fits."""
+
+    method: str
+    tokens: str
+    """Token selection the activations were read at."""
+    positions: Positions
+    strength: float
+    kind: Kind = "add"
+    more: Mapping[str, Any] = field(default_factory=dict)
+    """Further provenance."""
+
+
+def by_sides(
+    store: Store,
+    told: tuple[Concept | str | None, np.ndarray | None, np.ndarray | None],
+    keys: Sequence[Key],
+    fit: Callable[[np.ndarray, np.ndarray, Key], Entry],
+    made: Made,
+) -> SteeringVector:
+    """Fit every place to the activations ``[n, d]`` of the positive and of the negative examples.
+
+    Parameters
+    ----------
+    store
+        With the places' activations.
+    told
+        Concept, or else masks of the positive and the negative examples, as `two_sides` takes them.
+    keys
+        The places.
+    fit
+        From both sides' activations to what is done there. Rows that are undefined are left out before.
+    made
+        What the vector is.
+    """
+    right, wrong = two_sides(store, *told)
+    entries: dict[Key, Entry] = {}
+    for key in keys:
+        x = read(store, key, made.tokens)
+        there = ~np.isnan(x).any(axis=1)
+        entries[key] = fit(x[right & there], x[wrong & there], key)
+    about = {
+        "method": made.method,
+        "concept": None if told[0] is None else str(told[0]),
+        "positive": int(right.sum()),
+        "negative": int(wrong.sum()),
+        "tokens": made.tokens,
+        **made.more,
+    }
+    return made_from_store(store, entries, made.kind, made.positions, made.strength, about)
+
+
+def by_pairs(
+    model: Lvlm,
+    pairs: Sequence[CounterfactualPair],
+    keys: Sequence[Key],
+    fit: Callable[[np.ndarray, np.ndarray, Key], Entry],
+    made: Made,
+) -> SteeringVector:
+    """Fit every place to what the clean and the corrupt side of pairs leave there, ``[n, d]`` each, pair by pair.
+
+    Parameters
+    ----------
+    model
+        The model to steer.
+    pairs
+        At least one.
+    keys
+        The places.
+    fit
+        From both sides' activations to what is done there.
+    made
+        What the vector is; its tokens are ``last`` or ``suffix``.
+    """
+    clean, corrupt = (activations(model, side, keys, made.tokens) for side in sides(pairs))
+    entries = {key: fit(clean[key], corrupt[key], key) for key in keys}
+    how = (made.method, made.tokens)
+    return made_from_pairs(model, pairs, entries, made.kind, made.positions, made.strength, how)
 
 
 def activations(model: Lvlm, examples: Sequence[Example], keys: Sequence[Key], tokens: str) -> dict[Key, np.ndarray]:

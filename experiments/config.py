@@ -7,9 +7,12 @@ from typing import Any
 
 from omegaconf import MISSING
 
-STAGES = ("examples", "trace", "probe", "patch", "steer", "evaluate", "report")
+STAGES = ("examples", "trace", "probe", "patch", "steer", "evaluate", "export", "report")
 """The stages of a run, in order."""
-CONDITIONS = ("before", "after", "random direction", "other heads", "twin")
+CONTROLS = ("random direction", "shuffled labels", "moved to other heads", "derived at other heads")
+"""What the vector is judged beside, all pushing as far: random directions, the same rule from labels that mean nothing, the
+same directions at heads not selected, and the same rule at those, which says how much rests on which heads."""
+CONDITIONS = ("before", "after", *CONTROLS, "twin")
 """What the test questions can be answered under, in order."""
 
 
@@ -119,6 +122,11 @@ class SteerConfig:
     """`method=discriminant`: log-odds of yes that count as neither yes nor no; above 0, weak evidence speaks for no."""
     strengths: list[float] = field(default_factory=lambda: [0.5, 1.0, 1.5, 2.0])
     """Strengths to choose from on a validation part of the images things are found on."""
+    decay: float = 0.5
+    """Factor by which the correction gets weaker with every token that the model writes; 1 leaves it as strong. Half leaves
+    answers of a word as they are corrected, and captions as they were."""
+    compare: bool = True
+    """Try every other method at the same strengths as well, for the report's plot."""
     max_drop: float = 0.015
     """Largest loss of accuracy on neutral questions, and on typical colors, that a strength may cost there."""
 
@@ -128,7 +136,7 @@ class EvaluateConfig:
     """What the model says on images that nothing was found on."""
 
     conditions: list[str] = field(default_factory=lambda: list(CONDITIONS))
-    """Answer under these: `before`, `after`, the two controls, and the `twin`; `before` is always among them."""
+    """Answer under these: `before`, `after`, the controls of `CONTROLS`, and the `twin`; `before` is always among them."""
     batch_size: int = 64
     """Questions a forward."""
 
@@ -149,6 +157,17 @@ class SweepConfig:
     """Name of the sweep; by default that of the run."""
     by: list[str] = field(default_factory=list)
     """Options that the jobs differ in, which name their folders; filled in by the command."""
+
+
+@dataclass
+class ExportConfig:
+    """Files that other code loads the correction from."""
+
+    formats: list[str] | None = None
+    """Formats by their names in `circuits.export.FORMATS`: `safetensors`, `baked`, `gguf`, `steering_vectors`, `vllm`, `vti`; by
+    default all, of which those are written that can hold the vector."""
+    convert: bool = False
+    """Carry heads through the output projection for formats that know no heads; the card says where that is approximate."""
 
 
 @dataclass
@@ -174,3 +193,4 @@ class RunConfig:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)

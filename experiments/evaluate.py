@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,33 +12,28 @@ from behavior.comparison import change_interval
 from behavior.result import Answer
 from circuits import SteeringVector
 from concepts.statistics import Estimate
-from experiments.config import CONDITIONS
+from experiments.config import CONTROLS
 from experiments.context import Context
 from experiments.measures import MEASURES, PRIOR_ERRORS, measured
 from experiments.run import write_json
+from experiments.steer import control_file
+from experiments.steered import answers_under
 
 
 def make_behavior(context: Context, root: Path) -> str:
     """Answer the test questions under every condition; write answers, rates and paired differences."""
     steering = context.folder.path / "steering"
-    vectors = {
-        "after": "vector.safetensors",
-        "random direction": "control-random-direction.safetensors",
-        "other heads": "control-other-heads.safetensors",
-    }
+    files = {"after": "vector.safetensors", **{name: control_file(name) for name in CONTROLS}}
     data = context.held_out
-    results: dict[str, BehaviorResult] = {}
     options = context.config.evaluate
-    for run in (c for c in CONDITIONS if c == "before" or c in options.conditions):
-        model = context.twin if run == "twin" else context.model
-        if model is None or (run in vectors and not (steering / vectors[run]).exists()):
-            continue
-        steered: AbstractContextManager[None] = (
-            SteeringVector.load(steering / vectors[run]).applied(model) if run in vectors else nullcontext()
-        )
-        with steered:
-            results[run] = answer(model, data, options.batch_size)
-        results[run].save(root / f"{run.replace(' ', '-')}.json")
+    wanted = {run: file for run, file in files.items() if run in options.conditions}
+    vectors: dict[str, SteeringVector | None] = {"before": None}
+    vectors |= {run: SteeringVector.load(steering / f) for run, f in wanted.items() if (steering / f).exists()}
+    results = answers_under(context.model, data, vectors, options.batch_size)
+    if context.twin is not None and "twin" in options.conditions:
+        results["twin"] = answer(context.twin, data, options.batch_size)
+    for run, result in results.items():
+        result.save(root / f"{run.replace(' ', '-')}.json")
     rates = {run: measured(result, data) for run, result in results.items()}
     write_json(root / "rates.json", {run: {k: asdict(v) for k, v in found.items()} for run, found in rates.items()})
     changes = {

@@ -223,6 +223,18 @@ def _evaluate(context: Context, root: Path) -> str:
     return make_behavior(context, root)
 
 
+def _check_export(context: Context) -> None:
+    from experiments.export import check
+
+    check(context)
+
+
+def _export(context: Context, root: Path) -> str:
+    from experiments.export import make_exports
+
+    return make_exports(context, root)
+
+
 def _report(context: Context, root: Path) -> str:
     from experiments.report import make_report
 
@@ -251,17 +263,21 @@ TABLE: Mapping[str, Stage] = MappingProxyType(
             ("examples", "trace", "patch"),
             lambda c: [asdict(c.config.steer), c.model_key()],
             _steer,
-            2,
+            3,
             _check_steer,
         ),
         "evaluate": Stage(
-            "behavior", ("examples", "steer"), lambda c: [asdict(c.config.evaluate), c.model_key()], _evaluate
+            "behavior", ("examples", "steer"), lambda c: [asdict(c.config.evaluate), c.model_key()], _evaluate, 2
+        ),
+        "export": Stage(
+            "export", ("steer",), lambda c: [asdict(c.config.export), c.model_key()], _export, check=_check_export
         ),
         "report": Stage(
             "report",
-            ("examples", "trace", "probe", "patch", "steer", "evaluate"),
+            ("examples", "trace", "probe", "patch", "steer", "evaluate", "export"),
             lambda c: asdict(c.config.report),
             _report,
+            2,
             shared=False,
         ),
     }

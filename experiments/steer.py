@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from behavior import answer
-from circuits import HeadScores, SteeringVector, derive, export, random_heads
+from circuits import HeadScores, SteeringVector, derive, random_heads
+from circuits.controls import matched, moved, shuffled, swapped
 from concepts import counterfactuals
-from concepts.errors import ConfigError
-from concepts.progress import display
-from concepts.schema import ConceptDataset, CounterfactualPair
-from concepts.statistics import Estimate
+from concepts.errors import ConfigError, DataError, PatchError, SiteError
+from concepts.schema import CounterfactualPair
+from experiments.config import CONTROLS
 from experiments.context import Context
-from experiments.measures import cost, harm, measured
 from experiments.run import write_json
+from experiments.steered import RULE, choose, swept
 from lvlm import Head
 
-CONTROLS = ("random direction", "other heads")
-"""What the vector is judged beside: the same norm in random directions, the same rule at heads not selected."""
 PAIRS = 200
 """Pairs a vector is derived from at most."""
 
@@ -44,27 +42,46 @@ def _changed(context: Context) -> list[CounterfactualPair]:
     return pairs
 
 
-def _told(context: Context, heads: Sequence[Head]) -> SteeringVector:
+def _told(context: Context, heads: Sequence[Head], shuffle: int | None) -> SteeringVector:
     """Tell yes from no on every question of the discovery images, those that the model gets wrong among them."""
     answers = context.store.frame()["answer"].to_numpy()
+    positive, asked = answers == "yes", (answers == "yes") | (answers == "no")
+    positive = positive if shuffle is None else shuffled(positive, shuffle, asked)
     return derive.discriminant(
-        context.store,
-        positive=answers == "yes",
-        negative=answers == "no",
-        heads=heads,
-        doubt=context.config.steer.doubt,
+        context.store, positive=positive, negative=asked & ~positive, heads=heads, doubt=context.config.steer.doubt
     )
 
 
-METHODS: Mapping[str, Callable[[Context, Sequence[Head]], SteeringVector]] = MappingProxyType(
+def _from_pairs(
+    derivation: Callable[..., SteeringVector], pairs: Callable[[Context], list[CounterfactualPair]]
+) -> Callable[[Context, Sequence[Head], int | None], SteeringVector]:
+    def make(context: Context, heads: Sequence[Head], shuffle: int | None) -> SteeringVector:
+        made = pairs(context)
+        return derivation(context.model, made if shuffle is None else swapped(made, shuffle), heads=heads)
+
+    return make
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to make a vector from the heads that patching found."""
+
+    make: Callable[[Context, Sequence[Head], int | None], SteeringVector]
+    """From heads and, for a control, the seed by which labels are shuffled; None leaves them as they are."""
+    unit: float = 1.0
+    """What 1 in `steer.strengths` is to its vector."""
+
+
+METHODS: Mapping[str, Method] = MappingProxyType(
     {
-        "discriminant": _told,
-        "amplify": lambda c, heads: derive.amplification(c.model, _blank(c), heads=heads),
-        "prior_removal": lambda c, heads: derive.prior_removal(c.model, _blank(c), heads=heads),
-        "pair_difference": lambda c, heads: derive.from_pairs(c.model, _changed(c), heads=heads),
+        "discriminant": Method(_told),
+        "amplify": Method(_from_pairs(derive.amplification, _blank)),
+        # It removes: all of it at -1.
+        "prior_removal": Method(_from_pairs(derive.prior_removal, _blank), unit=-0.5),
+        "pair_difference": Method(_from_pairs(derive.from_pairs, _changed)),
     }
 )
-"""How a vector is made from the heads that patching found: one entry a method."""
+"""How a vector is made: one entry a method."""
 
 
 def check(context: Context) -> None:
@@ -90,22 +107,29 @@ def make_vector(context: Context, root: Path) -> str:
     options = context.config.steer
     circuit = context.folder.path / "circuits"
     heads = [Head.parse(h) for h in json.loads((circuit / "top.json").read_text())["heads"]]
+    about = {"method": options.method, "rule": RULE}
     if not heads:
         chosen = {"strength": 0.0}
-        write_json(root / "sweep.json", {"method": options.method, "rule": RULE, "chosen": chosen, "sweep": [chosen]})
+        write_json(root / "sweep.json", {**about, "chosen": chosen, "sweep": [chosen], "curves": {}, "left_out": {}})
         return "no heads to act on: patching could score none"
-    vector = METHODS[options.method](context, heads)
+    left_out: dict[str, str] = {}
+    vector = METHODS[options.method].make(context, heads, None).decaying(options.decay)
+    beside = {name: METHODS[name] for name in METHODS if name != options.method} if options.compare else {}
+    others = _possible({n: lambda m=m: m.make(context, heads, None) for n, m in beside.items()}, left_out)
+    controls = _possible(_controls(context, vector, heads), left_out)
+    unit = METHODS[options.method].unit
+    tried = {options.method: (vector, [unit * s for s in options.strengths])}
+    tried |= {name: (made, [METHODS[name].unit * s for s in options.strengths]) for name, made in others.items()}
+    tried |= {f"control: {name}": (made, [unit * s for s in options.strengths]) for name, made in controls.items()}
     validation = context.discovery.filter(lambda e: bool(e.candidates))
-    sweep = strengths(context, vector, validation, options.strengths)
+    curves = swept(context.model, validation, tried)
+    sweep = curves[options.method]
     chosen = choose(sweep, options.max_drop)
     vector = vector.scaled(chosen["strength"])
-    others = random_heads(len(heads), 0, heads, shape=(context.model.n_layers, context.model.n_heads))
     vector.save(root / "vector.safetensors")
-    vector.randomised(0).save(root / "control-random-direction.safetensors")
-    control = METHODS[options.method](context, others).scaled(chosen["strength"])
-    control.save(root / "control-other-heads.safetensors")
-    export.safetensors(vector, root / "export.safetensors")
-    write_json(root / "sweep.json", {"method": options.method, "rule": RULE, "chosen": chosen, "sweep": sweep})
+    for name, control in controls.items():
+        control.scaled(chosen["strength"]).save(root / control_file(name))
+    write_json(root / "sweep.json", {**about, "chosen": chosen, "sweep": sweep, "curves": curves, "left_out": left_out})
     return (
         f"{options.method} at {', '.join(map(str, heads))}, strength {chosen['strength']:g}: "
         f"on images not tested on, errors {sweep[0]['harm']:.3f} -> {chosen['harm']:.3f}, "
@@ -113,29 +137,40 @@ def make_vector(context: Context, root: Path) -> str:
     )
 
 
-RULE = "the fewest errors by prior among the strengths that cost neutral and typical questions max_drop at most each"
+def control_file(name: str) -> str:
+    """Return the file of a control, one of `CONTROLS`."""
+    return f"control-{name.replace(' ', '-')}.safetensors"
 
 
-def strengths(
-    context: Context, vector: SteeringVector, data: ConceptDataset, wanted: Sequence[float]
-) -> list[dict[str, float]]:
-    """Return harm and cost at strength 0 and at each wanted one."""
-    rows: list[dict[str, float]] = []
-    before: dict[str, Estimate] | None = None
-    with display() as bar:
-        for strength in bar.track([0.0, *sorted(wanted)], description="strengths"):
-            with vector.applied(context.model, strength):
-                found = measured(answer(context.model, data, 64, progress=False), data)
-            before = before or found
-            rows.append({"strength": float(strength), "harm": harm(found), "cost": cost(found, before)})
-            rows[-1] |= {name: e.value for name, e in found.items()}
-    return rows
+def _controls(
+    context: Context, vector: SteeringVector, heads: Sequence[Head]
+) -> Mapping[str, Callable[[], SteeringVector]]:
+    """Return how each of `CONTROLS` is made: all push as far as the vector."""
+    make, store, decay = METHODS[context.config.steer.method].make, context.store, vector.decay
+
+    def elsewhere() -> tuple[Head, ...]:
+        return random_heads(len(heads), 0, heads, shape=(context.model.n_layers, context.model.n_heads))
+
+    made = (
+        lambda: vector.randomised(0),
+        lambda: matched(make(context, heads, 0).decaying(decay), vector, store),
+        lambda: moved(vector, elsewhere(), store),
+        lambda: matched(make(context, elsewhere(), None).decaying(decay), vector, store),
+    )
+    return dict(zip(CONTROLS, made, strict=True))
 
 
-def choose(sweep: Sequence[dict[str, float]], max_drop: float) -> dict[str, float]:
-    """Choose by `RULE`; strength 0, the first row, is always allowed, and ties go to the smaller strength."""
-    allowed = [row for row in sweep if row["cost"] <= max_drop]
-    return min(allowed, key=lambda row: (row["harm"], row["strength"]))
+def _possible(
+    makers: Mapping[str, Callable[[], SteeringVector]], left_out: dict[str, str]
+) -> dict[str, SteeringVector]:
+    """Make what can be made of these data, and note why the rest cannot."""
+    made: dict[str, SteeringVector] = {}
+    for name, make in makers.items():
+        try:
+            made[name] = make()
+        except (DataError, PatchError, SiteError) as error:
+            left_out[name] = str(error)
+    return made
 
 
 def head_scores(context: Context) -> dict[str, HeadScores]:

@@ -7,8 +7,10 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from circuits.derivation import (
+    Made,
     Store,
     activations,
+    by_pairs,
     keys_of,
     labels_of,
     made_from_pairs,
@@ -150,10 +152,9 @@ def prior_removal(
     SiteError
         For a head or layer that the model lacks.
     """
-    keys = keys_of(heads, layers, sites)
-    clean, corrupt = (activations(model, side, keys, tokens) for side in sides(pairs))
-    entries: dict[Key, Entry] = {
-        key: Entry(mean(clean[key], key), reads=unit_difference(corrupt[key], clean[key], key).vector[None])
-        for key in keys
-    }
-    return made_from_pairs(model, pairs, entries, "amplify", positions, strength, ("prior removal", tokens))
+
+    def fit(clean: np.ndarray, corrupt: np.ndarray, key: Key) -> Entry:
+        return Entry(mean(clean, key), reads=unit_difference(corrupt, clean, key).vector[None])
+
+    made = Made("prior removal", tokens, positions, strength, "amplify")
+    return by_pairs(model, pairs, keys_of(heads, layers, sites), fit, made)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from circuits.derivation import Store, keys_of, made_from_store, mean, read, two_sides
+from circuits.derivation import Made, Store, by_sides, keys_of, mean
 from circuits.entries import Entry, Key, name_of
 from circuits.steering import Positions, SteeringVector
 from concepts.errors import PatchError
@@ -56,18 +57,12 @@ def discriminant(
     SiteError
         Where the store lacks a site or the concept.
     """
-    right, wrong = two_sides(store, concept, positive, negative)
-    entries: dict[Key, Entry] = {}
-    for key in keys_of(heads, layers, sites):
-        x = read(store, key, tokens)
-        there = ~np.isnan(x).any(axis=1)
-        entries[key] = _entry(x[right & there], x[wrong & there], doubt, key)
-    sizes = {"positive": int(right.sum()), "negative": int(wrong.sum())}
-    about = {"method": "discriminant", "concept": None if concept is None else str(concept), **sizes}
-    return made_from_store(store, entries, "amplify", positions, strength, {**about, "tokens": tokens, "doubt": doubt})
+    told = (concept, positive, negative)
+    made = Made("discriminant", tokens, positions, strength, "amplify", {"doubt": doubt})
+    return by_sides(store, told, keys_of(heads, layers, sites), partial(_entry, doubt), made)
 
 
-def _entry(positive: np.ndarray, negative: np.ndarray, doubt: float, key: Key) -> Entry:
+def _entry(doubt: float, positive: np.ndarray, negative: np.ndarray, key: Key) -> Entry:
     """Fit one place from the two sides' activations, ``[n, d]`` each."""
     difference = mean(positive, key) - mean(negative, key)  # [d]
     weights, bias = fisher(positive, negative, key)

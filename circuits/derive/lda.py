@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from circuits.derivation import Store, along, keys_of, made_from_store, read, two_sides
+from circuits.derivation import Made, Store, along, by_sides, keys_of
 from circuits.derive.discriminant import fisher
 from circuits.entries import Entry, Key
 from circuits.steering import Positions, SteeringVector
@@ -47,13 +47,9 @@ def lda(
     SiteError
         Where the store lacks a site or the concept.
     """
-    right, wrong = two_sides(store, concept, positive, negative)
-    entries: dict[Key, Entry] = {}
-    for key in keys_of(heads, layers, sites):
-        x = read(store, key, tokens)
-        there = ~np.isnan(x).any(axis=1)
-        weights, _ = fisher(x[right & there], x[wrong & there], key)
-        entries[key] = along(weights, x[(right | wrong) & there], key)
-    sizes = {"positive": int(right.sum()), "negative": int(wrong.sum())}
-    about = {"method": "lda", "concept": None if concept is None else str(concept), **sizes, "tokens": tokens}
-    return made_from_store(store, entries, "add", positions, strength, about)
+
+    def fit(right: np.ndarray, wrong: np.ndarray, key: Key) -> Entry:
+        return along(fisher(right, wrong, key)[0], np.concatenate([right, wrong]), key)
+
+    told = (concept, positive, negative)
+    return by_sides(store, told, keys_of(heads, layers, sites), fit, Made("lda", tokens, positions, strength))

@@ -6,18 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from circuits.derivation import (
-    Store,
-    activations,
-    keys_of,
-    made_from_pairs,
-    made_from_store,
-    read,
-    sides,
-    two_sides,
-    unit_difference,
-)
-from circuits.entries import Entry, Key
+from circuits.derivation import Made, Store, by_pairs, by_sides, keys_of, unit_difference
 from circuits.steering import Positions, SteeringVector
 from concepts.schema import Concept, CounterfactualPair
 from lvlm.model import Lvlm
@@ -65,15 +54,8 @@ def mean_difference(
     SiteError
         Where the store lacks a site or the concept.
     """
-    right, wrong = two_sides(store, concept, positive, negative)
-    entries: dict[Key, Entry] = {}
-    for key in keys_of(heads, layers, sites):
-        x = read(store, key, tokens)
-        there = ~np.isnan(x).any(axis=1)
-        entries[key] = unit_difference(x[right & there], x[wrong & there], key)
-    sizes = {"positive": int(right.sum()), "negative": int(wrong.sum())}
-    about = {"method": "mean difference", "concept": None if concept is None else str(concept), **sizes}
-    return made_from_store(store, entries, "add", positions, strength, {**about, "tokens": tokens})
+    told, made = (concept, positive, negative), Made("mean difference", tokens, positions, strength)
+    return by_sides(store, told, keys_of(heads, layers, sites), unit_difference, made)
 
 
 def from_pairs(
@@ -108,7 +90,5 @@ def from_pairs(
     SiteError
         For a head or layer that the model lacks.
     """
-    keys = keys_of(heads, layers, sites)
-    clean, corrupt = (activations(model, side, keys, tokens) for side in sides(pairs))
-    entries: dict[Key, Entry] = {key: unit_difference(clean[key], corrupt[key], key) for key in keys}
-    return made_from_pairs(model, pairs, entries, "add", positions, strength, ("paired mean difference", tokens))
+    made = Made("paired mean difference", tokens, positions, strength)
+    return by_pairs(model, pairs, keys_of(heads, layers, sites), unit_difference, made)

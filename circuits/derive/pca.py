@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from circuits.derivation import Variant, activations, along, check_variant, keys_of, made_from_pairs, sides
+from circuits.derivation import Made, Variant, along, by_pairs, check_variant, keys_of
 from circuits.entries import Entry, Key, name_of
 from circuits.steering import Positions, SteeringVector
 from concepts.errors import PatchError
@@ -49,17 +49,15 @@ def paired_pca(
         For a head or layer that the model lacks.
     """
     check_variant(variant)
-    keys = keys_of(heads, layers, sites)
-    clean, corrupt = (activations(model, side, keys, tokens) for side in sides(pairs))
-    entries: dict[Key, Entry] = {}
-    for key in keys:
-        direction = first_direction(clean[key] - corrupt[key], key, center=variant == "release")
-        ahead = (clean[key] - corrupt[key]) @ direction
+
+    def fit(clean: np.ndarray, corrupt: np.ndarray, key: Key) -> Entry:
+        direction = first_direction(clean - corrupt, key, center=variant == "release")
+        ahead = (clean - corrupt) @ direction
         turned = ahead.mean() < 0 if variant == "paper" else (ahead > 0).mean() < 0.5
-        both = np.concatenate([clean[key], corrupt[key]])
-        entries[key] = along(-direction if turned else direction, both, key)
-    how = (f"paired PCA ({variant})", tokens)
-    return made_from_pairs(model, pairs, entries, "add", positions, strength, how)
+        return along(-direction if turned else direction, np.concatenate([clean, corrupt]), key)
+
+    made = Made(f"paired PCA ({variant})", tokens, positions, strength)
+    return by_pairs(model, pairs, keys_of(heads, layers, sites), fit, made)
 
 
 def first_direction(x: np.ndarray, key: Key, *, center: bool) -> np.ndarray:

@@ -70,6 +70,11 @@ class Facts:
         return self._json("steering", "sweep.json")
 
     @cached_property
+    def exports(self) -> dict[str, dict[str, str]]:
+        """``written``: format to file; ``refused``: format to why it cannot hold the vector."""
+        return self._json("export", "formats.json")
+
+    @cached_property
     def grids(self) -> dict[tuple[str, str, str], ProbeGrid]:
         """(stack, component, tokens) to grid."""
         entries = [Entry(**{**e, "concepts": tuple(e["concepts"])}) for e in self._json("probes", "plan.json")]

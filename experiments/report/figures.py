@@ -16,8 +16,16 @@ from PIL import Image
 
 BLUE, ORANGE, GREY, GREEN = "#2563a8", "#d9730d", "#8a8f98", "#2f8f4e"
 """Model, correction, control, truth; told apart without color by marker and order as well."""
-MARKERS = {"before": "o", "after": "D", "control": "s", "twin": "^"}
-TINTS = {"before": BLUE, "after": ORANGE, "control": GREY, "twin": GREEN}
+MARKERS = {"before": "o", "after": "D", "control": "s", "twin": "^", "shuffled": "x", "moved": "v", "derived": "P"}
+TINTS = {
+    "before": BLUE,
+    "after": ORANGE,
+    "control": GREY,
+    "twin": GREEN,
+    "shuffled": GREY,
+    "moved": GREY,
+    "derived": GREY,
+}
 
 _STYLE: dict[Any, Any] = {
     "font.size": 9,
@@ -184,6 +192,54 @@ def path(
         axes.set_ylabel("balanced accuracy")
         axes.set_title(title)
         axes.legend(frameon=False, fontsize=8)
+        return svg(figure)
+
+
+def tradeoff(
+    curves: Mapping[str, Sequence[Mapping[str, float]]], chosen: tuple[str, float], most: float, title: str
+) -> str:
+    """Draw errors against what they cost, a line a method or control with a point a strength.
+
+    Parameters
+    ----------
+    curves
+        Name, beginning with ``control:`` for a control, to rows with ``strength``, ``harm`` and ``cost``, strength 0 first.
+    chosen
+        Name and strength that is marked.
+    most
+        Largest cost that a strength may have.
+    title
+        Title of the figure.
+    """
+    tints = (BLUE, GREEN, "#7b4fa3", "#a3554f", "#3d8a8a")
+    with drawing(6.4, 4.0) as figure:
+        axes = figure.add_subplot()
+        methods = [name for name in curves if not name.startswith("control:") and name != chosen[0]]
+        for name, rows in curves.items():
+            x, y = [100 * max(0.0, r["cost"]) for r in rows], [100 * r["harm"] for r in rows]
+            if name == chosen[0]:
+                style: dict[str, Any] = {"color": ORANGE, "marker": "D", "lw": 2.2, "zorder": 4}
+            elif name in methods:
+                place = methods.index(name)
+                style = {"color": tints[place % len(tints)], "marker": "o^sPv"[place % 5], "lw": 1.4}
+            else:
+                place = [n for n in curves if n.startswith("control:")].index(name)
+                style = {"color": GREY, "marker": "sxv+"[place % 4], "lw": 1, "ls": (":", "--", "-.", "-")[place % 4]}
+            axes.plot(x, y, label=name, markersize=4, **style)
+            if name == chosen[0]:
+                for row, at, up in zip(rows, x, y, strict=True):
+                    axes.annotate(f"{row['strength']:g}", (at, up), (4, 5), textcoords="offset points", fontsize=7)
+                    if row["strength"] == chosen[1]:
+                        axes.plot([at], [up], "o", ms=13, mfc="none", mec="black", zorder=5)
+        axes.axvline(100 * most, color="black", lw=0.8, ls=":")
+        axes.set_xscale("symlog", linthresh=1)
+        axes.set_xlim(left=-0.05)
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("what it costs: points of right answers lost, of neutral or typical questions")
+        axes.set_ylabel("errors by prior, %")
+        axes.set_title(title)
+        axes.grid(alpha=0.3)
+        figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
         return svg(figure)
 
 

@@ -25,9 +25,12 @@ CONDITIONS = {
     "before": "as it is",
     "after": "steered",
     "random direction": "control: random direction",
-    "other heads": "control: other heads",
+    "shuffled labels": "control: shuffled labels",
+    "moved to other heads": "control: same directions, other heads",
+    "derived at other heads": "control: same rule, other heads",
     "twin": "twin without the prior",
 }
+CONTROLS = tuple(name for name in CONDITIONS if CONDITIONS[name].startswith("control"))
 ERRORS = (
     "conflict: wrong by prior",
     "adversarial absent: says yes",
@@ -221,8 +224,9 @@ def corrected(facts: Facts) -> str:
     """Show what steering does, beside its controls."""
     if "after" not in facts.rates:
         return ""
-    runs = [r for r in ("before", "after", "random direction", "other heads") if r in facts.rates]
-    tint = {"before": "before", "after": "after", "random direction": "control", "other heads": "twin"}
+    runs = [r for r in ("before", "after", *CONTROLS) if r in facts.rates]
+    tint = {"before": "before", "after": "after"}
+    tint |= dict(zip(CONTROLS, ("control", "shuffled", "moved", "derived"), strict=True))
     names = [n for n in facts.rates["before"] if n != "all: right" or len(facts.rates["before"]) < 4]
     series = {tint[r]: _points(facts.rates[r], lambda n: n in names) for r in runs}
     labels = {tint[r]: CONDITIONS[r] for r in runs}
@@ -238,6 +242,25 @@ def corrected(facts: Facts) -> str:
             ]
         )
     chosen = facts.sweep["chosen"]
+    most = facts.context.config.steer.max_drop
+    parts = []
+    if facts.sweep["curves"]:
+        parts.append(
+            figure(
+                figures.tradeoff(
+                    facts.sweep["curves"],
+                    (facts.sweep["method"], chosen["strength"]),
+                    most,
+                    "Benefit against side effect",
+                ),
+                f"On the images things were found on: errors by prior against the largest loss among neutral and typical "
+                f"questions, a point a strength. Dotted: the most it may cost ({percent(most)}); circled: the strength that is "
+                "applied. Lower and further left is better.",
+            )
+        )
+        parts += [paragraph(f"Not made: {name}. {why}", soft=True) for name, why in facts.sweep["left_out"].items()]
+    files = [(name, file, "") for name, file in facts.exports["written"].items()]
+    files += [(name, "not written", why) for name, why in facts.exports["refused"].items()]
     return section(
         "corrected",
         "What corrects it",
@@ -247,11 +270,13 @@ def corrected(facts: Facts) -> str:
         ),
         figure(
             figures.rates(series, labels, "Before and after"),
-            "Every measure as it is, steered, and under two controls of the same size, with 95 % intervals.",
+            "Every measure as it is, steered, and under controls that push as far, with 95 % intervals.",
         ),
         table(head, rows),
         paragraph("Changes are paired, question by question, in points, with intervals over images.", soft=True),
-        made=("steer", "evaluate"),
+        *parts,
+        table(["format", "file in export/", "why not"], files) if files else "",
+        made=("steer", "evaluate", "export"),
     )
 
 

@@ -1,0 +1,371 @@
+"""What every way of steering does on the embedded model: errors by prior, what it costs, and its controls.
+
+    python benchmarks/steering_embedded.py [--quick] [--save] [--work DIR]
+
+Everything is synthetic. Vectors are derived on the scenes of the default run (300, seed 0) at the six heads that patching finds
+there, or at heads, layers or tokens of their own. Place and strength are chosen on all questions about those scenes by the
+rule of the default run; the table is of other scenes (500, seed 1000). Controls push as far at the same strength: random
+directions, the rule from shuffled labels, the same directions moved to other heads, each drawn several times, and the rule
+derived anew at other heads. Methods that act at more than the last token, or differ from question to question, need whole
+forwards; they are chosen and tested on a fifth of the scenes, vsv on 40 questions of each split. Intervals are 95 % over
+scenes; those of controls are of the mean over draws. CHAIR_i is of 100 test scenes, "fading" where the vector halves with every
+token written. What is finished lies in the work folder, and is not done again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from activation_store import trace
+from behavior import BehaviorResult, chair
+from benchmarks._steering_methods import Method, World, methods
+from circuits import SteeringVector, patch_heads
+from circuits.controls import matched, moved
+from concepts import questions, scenes
+from concepts.errors import DataError, PatchError, SiteError
+from concepts.icons import NOUNS
+from concepts.schema import ConceptDataset
+from concepts.statistics import Estimate, cluster_bootstrap, ratio
+from experiments.config import SteerConfig
+from experiments.evaluate import difference
+from experiments.measures import MEASURES, PRIOR_ERRORS, cost, harm, measured
+from experiments.stages import patching_pairs, top_heads
+from experiments.steered import RULE, Row, answers_under, choose, swept
+from lvlm import Lvlm, load_lvlm
+
+RESULTS = Path(__file__).parent / "results" / "steering_embedded.json"
+WORK = Path("runs") / "benchmark-steering"
+SHOWN = (*PRIOR_ERRORS, "neutral: right", "typical color: right", "present: says no")
+MAX_DROP = SteerConfig().max_drop
+FADING = SteerConfig().decay
+BATCH = 6
+"""Methods that share a run of the questions as they are: more would hold too many answers in memory."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is done."""
+
+    images: int
+    tested: int
+    draws: int
+    captions: int
+    share: int
+    """Methods that need whole forwards are asked about one scene in so many."""
+    questions: int
+    """Those that need some for each question are asked so many."""
+    pairs: int
+    """Pairs of images that a method is given at most."""
+    thin: int
+    """One strength in so many is tried."""
+
+
+FULL, QUICK = Plan(300, 500, 3, 100, 5, 240, 120, 1), Plan(40, 40, 1, 10, 4, 30, 30, 2)
+
+
+def world(plan: Plan, work: Path) -> World:
+    """Trace the discovery scenes and find the heads, as the default run does."""
+    model = load_lvlm("tiny")
+    data = scenes.dataset(plan.images, seed=0)
+    asked = data.filter(lambda e: bool(e.candidates))
+    store = trace(model, asked, sites=["resid_post", "z", "mlp_out"], tokens=["last"], out=work / "activations")
+    scores = {k: patch_heads(model, patching_pairs(data, k, 60)) for k in ("object", "color", "relation")}
+    return World(model, store, store.frame(), asked, tuple(top_heads(scores, 6)), plan.pairs)  # pyright: ignore[reportArgumentType]  # heads
+
+
+def part(data: ConceptDataset, method: Method, plan: Plan) -> ConceptDataset:
+    """Return the questions that a method is asked."""
+    if method.late:
+        return data
+    if "residual" not in method.places:
+        return data.filter(lambda e: int(e.group.rsplit("-", 1)[-1]) % plan.share == 0)
+    # A vector for each question: of every split alike.
+    kept: dict[str, int] = {}
+
+    def room(split: str) -> bool:
+        kept[split] = kept.get(split, 0) + 1
+        return kept[split] <= plan.questions // 6
+
+    return data.filter(lambda e: room(e.split))
+
+
+def asked_by_parts(
+    model: Lvlm, data: ConceptDataset, method: Method, strengths: Sequence[float], *, control: bool = False
+) -> dict[float, BehaviorResult]:
+    """Ask questions under vectors of their own, at each strength; 0 is the model as it is."""
+    found: dict[float, list[Any]] = {s: [] for s in (0.0, *strengths)}
+    for few, vector in method.parts(data) if method.parts else ():
+        used = None if vector is None else vector.randomised(0) if control else vector
+        vectors = {str(s): used.scaled(s) if used is not None and s else None for s in found}
+        for s, result in answers_under(model, few, vectors, progress=False).items():
+            found[float(s)].append(result)
+    order = {e.id: i for i, e in enumerate(data)}
+    return {
+        s: BehaviorResult(tuple(sorted((a for r in rs for a in r.answers), key=lambda a: order[a.id])), rs[0].cost)
+        for s, rs in found.items()
+    }
+
+
+def chosen_places(
+    w: World, data: ConceptDataset, group: Mapping[str, Method], thin: int
+) -> dict[str, tuple[str, Row, Row]]:
+    """Return for each method the place and the row of its sweep that the rule chooses, and the row without steering."""
+    made: dict[str, tuple[SteeringVector, Sequence[float]]] = {}
+    names: dict[str, tuple[str, str]] = {}
+    for name, method in group.items():
+        for place, make in method.places.items():
+            if make is None:
+                continue
+            made[f"{name} at {place}"] = (make(None), method.strengths[::thin])
+            names[f"{name} at {place}"] = (name, place)
+    curves = swept(w.model, data, made)
+    found: dict[str, tuple[str, Row, Row]] = {}
+    for key, rows in curves.items():
+        name, place = names[key]
+        row = choose(rows, MAX_DROP)
+        if name not in found or row["harm"] < found[name][1]["harm"]:
+            found[name] = (place, row, rows[0])
+    return found
+
+
+def controls_of(
+    w: World, method: Method, place: str, vector: SteeringVector, draws: int
+) -> dict[str, list[SteeringVector]]:
+    """Return every control that a method can have, each drawn so many times."""
+    make_one = method.places[place] if method.labels else None
+    makers = {
+        "random direction": lambda seed: vector.randomised(seed),
+        "shuffled labels": lambda seed: matched(make_one(seed), vector, w.store) if make_one else None,
+        "moved to other heads": lambda seed: moved(vector, w.others(seed), w.store),
+        "derived at other heads": lambda seed: (
+            matched(method.elsewhere(seed), vector, w.store) if method.elsewhere else None
+        ),
+    }
+    found: dict[str, list[SteeringVector]] = {}
+    for name, make in makers.items():
+        try:
+            drawn = [make(seed) for seed in range(draws if method.late else 1)]
+        except (DataError, PatchError, SiteError):
+            continue  # this method has no such control: another kind, or no heads
+        found[name] = [one.scaled(vector.strength) for one in drawn if one is not None]
+    return {name: drawn for name, drawn in found.items() if drawn}
+
+
+def cut(before: BehaviorResult, after: Sequence[BehaviorResult], name: str) -> Estimate:
+    """Return the share of an error that is gone, the mean over draws, with a paired interval over scenes."""
+    measure = MEASURES[name]
+    kept = [i for i, a in enumerate(before.answers) if measure.counts(a)]
+    base = np.array([measure.value(before.answers[i]) for i in kept], float)
+    late = np.mean([[measure.value(r.answers[i]) for i in kept] for r in after], axis=0)
+    table = np.column_stack([base - late, base])
+    low, high = cluster_bootstrap(table, [before.answers[i].group for i in kept], ratio)
+    return Estimate(float(table[:, 0].sum() / base.sum()) if base.any() else float("nan"), low, high, len(kept))
+
+
+def told(result: BehaviorResult, data: ConceptDataset) -> dict[str, Any]:
+    """Return the measures that are shown."""
+    return {name: asdict(e) for name, e in measured(result, data).items() if name in SHOWN}
+
+
+def row_of(
+    before: BehaviorResult,
+    after: BehaviorResult,
+    controls: Mapping[str, Sequence[BehaviorResult]],
+    data: ConceptDataset,
+) -> dict[str, Any]:
+    """Return what is written of a method on the test scenes."""
+    changes = {name: difference(before, after, name) for name in SHOWN}
+    return {
+        "questions": len(data),
+        "before": told(before, data),
+        "test": told(after, data),
+        "change": {name: asdict(c) for name, c in changes.items() if c is not None},
+        "cut": {name: asdict(cut(before, [after], name)) for name in PRIOR_ERRORS},
+        "controls": {
+            control: {
+                "draws": len(drawn),
+                "cut": {name: asdict(cut(before, drawn, name)) for name in PRIOR_ERRORS},
+                "neutral": float(np.mean([measured(r, data)["neutral: right"].value for r in drawn])),
+            }
+            for control, drawn in controls.items()
+        },
+    }
+
+
+def captioned(model: Lvlm, data: ConceptDataset, vector: SteeringVector | None, count: int) -> dict[str, Any]:
+    """Let the model describe scenes, and return what of it is not there."""
+    firsts = list({e.group: e for e in data}.values())[:count]
+    made: list[Any] = [(e.image, questions.as_example(e.image, questions.caption(e.image), "caption")) for e in firsts]  # pyright: ignore[reportArgumentType]  # scenes
+    asked = ConceptDataset("captions", tuple(e for _, e in made))
+    result = answers_under(model, asked, {"": vector}, progress=False)[""]
+    objects = {e.id: [o.noun for o in scene.objects] for scene, e in made}
+    scores = chair({a.id: a.text or "" for a in result.answers}, objects, vocabulary=NOUNS)
+    return {"chair_i": asdict(scores.chair_i), "recall": asdict(scores.recall)}
+
+
+def tested(
+    w: World, group: Mapping[str, Method], plan: Plan, data: ConceptDataset
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Choose and test methods that share their questions, and yield a row each."""
+    kind = next(iter(group.values()))
+    validation, test = part(w.discovery, kind, plan), part(data, kind, plan)
+    found = chosen_places(w, validation, group, plan.thin)
+    vectors: dict[str, SteeringVector | None] = {"before": None}
+    drawn: dict[tuple[str, str], list[str]] = {}
+    for name, (place, row, _) in found.items():
+        make = group[name].places[place]
+        if make is None or not row["strength"]:
+            vectors[name] = None
+            continue
+        vector = make(None).scaled(row["strength"])
+        vectors[name] = vector
+        for control, made in controls_of(w, group[name], place, vector, plan.draws).items():
+            drawn[name, control] = [f"{name}: {control} {i}" for i in range(len(made))]
+            vectors.update(zip(drawn[name, control], made, strict=True))
+    results = answers_under(w.model, test, vectors)
+    for name, (place, row, start) in found.items():
+        controls = {c: [results[k] for k in keys] for (n, c), keys in drawn.items() if n == name}
+        about = {"place": place, "strength": row["strength"], "harm": [start["harm"], row["harm"]], "cost": row["cost"]}
+        captions = captioned(w.model, data, vectors[name], plan.captions)
+        vector = vectors[name]
+        if vector is not None and vector.decay == 1 and group[name].late:
+            about["fading"] = captioned(w.model, data, vector.decaying(FADING), plan.captions)
+        yield name, {**about, **row_of(results["before"], results[name], controls, test), **captions}
+
+
+def tested_by_parts(w: World, method: Method, plan: Plan, data: ConceptDataset) -> dict[str, Any]:
+    """Choose and test a method whose vector belongs to a question."""
+    validation, test = part(w.discovery, method, plan), part(data, method, plan)
+    sweep: list[Row] = []
+    before: dict[str, Estimate] = {}
+    for s, result in asked_by_parts(w.model, validation, method, method.strengths[:: plan.thin]).items():
+        rates = measured(result, validation)
+        before = before or rates
+        sweep.append({"strength": s, "harm": harm(rates), "cost": cost(rates, before)})
+    row = choose(sweep, MAX_DROP)
+    used = [row["strength"]] if row["strength"] else []
+    results = asked_by_parts(w.model, test, method, used)
+    controls = {}
+    if used:
+        controls["random direction"] = [asked_by_parts(w.model, test, method, used, control=True)[used[0]]]
+    about = {"place": next(iter(method.places)), "strength": row["strength"], "cost": row["cost"]}
+    about["harm"] = [sweep[0]["harm"], row["harm"]]
+    return {**about, **row_of(results[0.0], results[used[0] if used else 0.0], controls, test)}
+
+
+def run(plan: Plan, work: Path, console: Console) -> dict[str, dict[str, Any]]:
+    """Do what is not done yet, and return every row."""
+    w = world(plan, work)
+    every = methods(w)
+    data = scenes.dataset(plan.tested, seed=1000).filter(lambda e: bool(e.candidates))
+    done = {name: work / f"{name.replace(' ', '-').replace(',', '')}.json" for name in every}
+    if not (work / "before.json").exists():
+        (work / "before.json").write_text(json.dumps(captioned(w.model, data, None, plan.captions)))
+    todo = [name for name in every if not done[name].exists()]
+    late = [name for name in todo if every[name].late]
+    groups = [late[k : k + BATCH] for k in range(0, len(late), BATCH)]
+    groups += [[name] for name in todo if not every[name].late]
+    for number, group in enumerate(groups):
+        start = time.perf_counter()
+        if every[group[0]].parts is not None:
+            rows = [(group[0], tested_by_parts(w, every[group[0]], plan, data))]
+        else:
+            rows = list(tested(w, {name: every[name] for name in group}, plan, data))
+        for name, row in rows:
+            done[name].write_text(json.dumps(row))
+        console.print(f"{number + 1} of {len(groups)}: {'; '.join(group)}, {time.perf_counter() - start:.0f} s")
+    return {name: json.loads(path.read_text()) for name, path in done.items()}
+
+
+def percent(e: Mapping[str, float]) -> str:
+    """Return a rate and its interval as a reader wants it."""
+    return f"{100 * e['value']:.1f} [{100 * e['low']:.1f}, {100 * e['high']:.1f}]"
+
+
+def report(rows: Mapping[str, dict[str, Any]], before: Mapping[str, Any], console: Console) -> None:
+    """Print the table of methods, and that of controls."""
+    table = Table(
+        "method", "place", "strength", "wrong by prior %", "adversarial yes %", "neutral %", "CHAIR_i %", "fading", "n"
+    )
+    first = next(r for r in rows.values() if r["questions"] == max(q["questions"] for q in rows.values()))
+    shown = [percent(first["before"][m]) if m in first["before"] else "" for m in SHOWN[:3]]
+    table.add_row("none", "", "", *shown, percent(before["chair_i"]), "", str(first["questions"]))
+    for name, row in rows.items():
+        shown = [percent(row["test"][m]) if m in row["test"] else "" for m in SHOWN[:3]]
+        caption = percent(row["chair_i"]) if "chair_i" in row else ""
+        fading = percent(row["fading"]["chair_i"]) if "fading" in row else ""
+        table.add_row(name, row["place"], f"{row['strength']:g}", *shown, caption, fading, str(row["questions"]))
+    console.print(table)
+    table = Table("method", "cut of", *PRIOR_ERRORS, "neutral %", "draws")
+    for name, row in rows.items():
+        own = 100 * row["test"]["neutral: right"]["value"]
+        table.add_row(name, "itself", *(percent(row["cut"][m]) for m in PRIOR_ERRORS), f"{own:.1f}", "")
+        for control, found in row["controls"].items():
+            cells = [percent(found["cut"][m]) for m in PRIOR_ERRORS]
+            table.add_row("", control, *cells, f"{100 * found['neutral']:.1f}", str(found["draws"]))
+    console.print(table)
+
+
+def figures_of(rows: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Hold the best method by its validation scenes, of those asked every question, against the goals."""
+    most = max(r["questions"] for r in rows.values())
+    best = min((n for n in rows if rows[n]["questions"] == most), key=lambda n: rows[n]["harm"][1])
+    row = rows[best]
+    figures: dict[str, dict[str, Any]] = {}
+
+    def add(name: str, e: Mapping[str, float], goal: str, *, holds: bool) -> None:
+        interval = [round(e["low"], 4), round(e["high"], 4)]
+        figures[name] = {"value": round(e["value"], 4), "interval": interval, "goal": goal, "holds": holds, "n": e["n"]}
+
+    for measure, short in zip(PRIOR_ERRORS, ("wrong_by_prior", "adversarial_yes"), strict=True):
+        add(f"{short}_cut", row["cut"][measure], ">= 0.5", holds=row["cut"][measure]["value"] >= 0.5)
+        for control, found in row["controls"].items():
+            e = found["cut"][measure]
+            add(f"{short}_cut_by_{control.replace(' ', '_')}", e, "< 0.1", holds=e["value"] < 0.1)
+    drop = row["change"]["neutral: right"]
+    add("neutral_change", drop, ">= -0.01", holds=drop["value"] >= -0.01)
+    return {"best": {"value": best, "goal": "", "holds": True, "n": most}, **figures}
+
+
+def main() -> None:
+    """Measure, print tables, and as the last line one JSON object."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer scenes and draws, under a minute")
+    parser.add_argument("--save", action="store_true", help="write the table to benchmarks/results")
+    parser.add_argument("--work", type=Path, help="where finished methods are kept; runs/benchmark-steering by default")
+    options = parser.parse_args()
+    torch.set_num_threads(2)
+    console = Console()
+    console.print("Compares every way of steering with the model as it is and with controls that push as far.")
+    start = time.perf_counter()
+    plan = QUICK if options.quick else FULL
+    work = (options.work or WORK) / ("quick" if options.quick else "full")
+    work.mkdir(parents=True, exist_ok=True)
+    rows = run(plan, work, console)
+    before = json.loads((work / "before.json").read_text())
+    report(rows, before, console)
+    console.print(f"{time.perf_counter() - start:.0f} s; chosen by: {RULE} ({MAX_DROP:g})")
+    device = f"{platform.machine()}, torch {torch.__version__}, numpy {np.__version__}"
+    outcome = {"benchmark": "steering_embedded", "device": device, "figures": figures_of(rows)}
+    if options.save:
+        RESULTS.write_text(json.dumps({**outcome, "captions_before": before, "methods": rows}, indent=1) + "\n")
+    print(json.dumps(outcome))
+
+
+if __name__ == "__main__":
+    main()
