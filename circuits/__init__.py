@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from circuits.ablation import Ablation, ablate
     from circuits.attention import ImageAttention, attention_to_image
     from circuits.correlational import HeadTable, head_scores
+    from circuits.diagnoses import Diagnoses, Diagnosis
+    from circuits.diagnosis import diagnose
     from circuits.entries import ProbeGate
     from circuits.head_statistics import Comparison, Stability
     from circuits.heads import HeadScores, compare, random_heads
@@ -25,6 +27,8 @@ __all__ = [
     "Add",
     "Amplify",
     "Comparison",
+    "Diagnoses",
+    "Diagnosis",
     "Gate",
     "HeadScores",
     "HeadTable",
@@ -45,6 +49,7 @@ __all__ = [
     "combined",
     "compare",
     "derive",
+    "diagnose",
     "export",
     "faithfulness",
     "head_scores",
@@ -63,6 +68,8 @@ _HOME = {
     "Add": "interventions",
     "Amplify": "interventions",
     "Comparison": "head_statistics",
+    "Diagnoses": "diagnoses",
+    "Diagnosis": "diagnoses",
     "Gate": "interventions",
     "HeadScores": "heads",
     "HeadTable": "correlational",
@@ -81,6 +88,7 @@ _HOME = {
     "attention_to_image": "attention",
     "combined": "steering",
     "compare": "heads",
+    "diagnose": "diagnosis",
     "head_scores": "correlational",
     "intervened": "interventions",
     "patch": "patching",

@@ -92,6 +92,12 @@ class Diagnosis:
     """One of `VERDICTS`; None for a right answer."""
     confidence: float
     """Probability of the verdict by its evidence, 0 to 1; NaN for a right answer."""
+    shows: str = ""
+    """What the image shows of what is asked, in a few words: ``green``."""
+    says: str = ""
+    """What the answer claims instead: ``red``."""
+    stages: Mapping[str, str] = field(default_factory=dict)
+    """What each of `STAGES` reads: ``truth``, ``other``, ``unclear``, ``gone`` or ``unknown``; see `circuits.verdicts`."""
     reason: str = ""
     """Why it is ``other``, in words."""
     readings: tuple[Reading, ...] = ()
@@ -113,7 +119,8 @@ class Diagnosis:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "example", MappingProxyType({name: self.example[name] for name in ABOUT}))
-        object.__setattr__(self, "sources", MappingProxyType(dict(self.sources)))
+        for name in ("sources", "stages"):
+            object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
 
     def margins(self, stage: str) -> dict[str, float]:
         """Return the calibrated log-odds at every place of a stage, by site."""
@@ -277,7 +284,7 @@ def kind_of(one: Diagnosis) -> str:
 def _record(one: Diagnosis) -> dict[str, Any]:
     record = {f.name: getattr(one, f.name) for f in fields(one)}
     parts = {name: [asdict(item) for item in record[name]] for name in ("readings", "pushes")}
-    return record | parts | {"example": dict(one.example), "sources": dict(one.sources)}
+    return record | parts | {name: dict(record[name]) for name in ("example", "sources", "stages")}
 
 
 def _diagnosis(held: dict[str, Any]) -> Diagnosis:
