@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -17,7 +17,7 @@ from activation_store.layout import canonical_json
 from concepts.errors import SiteError, StoreError
 from lvlm.sites import Site, TokenSelection
 
-DIRECTION_VERSION = 1
+DIRECTION_VERSION = 2
 _UNIT_TOLERANCE = 1e-4
 
 
@@ -55,6 +55,10 @@ class Direction:
     """How well it separates: ``balanced_accuracy`` (held out), ``n_train``, …; NaN where undefined."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
     """Plain JSON: digest of the store's manifest, method, split, penalty, …"""
+    train_groups: tuple[str, ...] = ()
+    """Groups of the examples it was fitted to: none of theirs may test or calibrate it. Empty where that is not known."""
+    kind: str = ""
+    """Level and kind of the questions it was fitted to, ``attribute what_color``; empty for any."""
 
     def __post_init__(self) -> None:
         component = Site.parse(self.site).component
@@ -82,6 +86,7 @@ class Direction:
         statistics = {name: float(value) for name, value in self.statistics.items()}
         object.__setattr__(self, "statistics", MappingProxyType(statistics))
         object.__setattr__(self, "provenance", MappingProxyType(dict(self.provenance)))
+        object.__setattr__(self, "train_groups", tuple(self.train_groups))
 
     @classmethod
     def from_weights(
@@ -96,6 +101,8 @@ class Direction:
         intercept: float = 0.0,
         statistics: Mapping[str, float] | None = None,
         provenance: Mapping[str, Any] | None = None,
+        train_groups: Sequence[str] = (),
+        kind: str = "",
     ) -> Self:
         """Return the direction of a linear classifier ``x @ weights + intercept``; its decision is the same.
 
@@ -127,6 +134,8 @@ class Direction:
             intercept=intercept,
             statistics=statistics or {},
             provenance=provenance or {},
+            train_groups=tuple(train_groups),
+            kind=kind,
         )
 
     def decision(self, x: np.ndarray) -> np.ndarray:
@@ -149,6 +158,8 @@ class Direction:
             # JSON has no NaN: an undefined statistic is null in the file.
             "statistics": {k: v if math.isfinite(v) else None for k, v in self.statistics.items()},
             "provenance": dict(self.provenance),
+            "train_groups": list(self.train_groups),
+            "kind": self.kind,
         }
         data = save({"vector": self.vector}, metadata={"direction": canonical_json(card)})
         path = Path(path)

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from circuits.attention import ImageAttention, attention_to_image
     from circuits.conditions import logits_under
     from circuits.correlational import HeadTable, head_scores
+    from circuits.diagnoses import Diagnoses, Diagnosis
+    from circuits.diagnosis import diagnose
     from circuits.entries import ProbeGate
     from circuits.head_statistics import Comparison, Stability
     from circuits.heads import HeadScores, compare, random_heads
@@ -26,6 +28,8 @@ __all__ = [
     "Add",
     "Amplify",
     "Comparison",
+    "Diagnoses",
+    "Diagnosis",
     "Gate",
     "HeadScores",
     "HeadTable",
@@ -46,6 +50,7 @@ __all__ = [
     "combined",
     "compare",
     "derive",
+    "diagnose",
     "export",
     "faithfulness",
     "head_scores",
@@ -65,6 +70,8 @@ _HOME = {
     "Add": "interventions",
     "Amplify": "interventions",
     "Comparison": "head_statistics",
+    "Diagnoses": "diagnoses",
+    "Diagnosis": "diagnoses",
     "Gate": "interventions",
     "HeadScores": "heads",
     "HeadTable": "correlational",
@@ -83,6 +90,7 @@ _HOME = {
     "attention_to_image": "attention",
     "combined": "steering",
     "compare": "heads",
+    "diagnose": "diagnosis",
     "head_scores": "correlational",
     "intervened": "interventions",
     "logits_under": "conditions",

@@ -8,7 +8,7 @@ value, and what is left with everything neutral is the prior. This answers the q
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -45,7 +45,7 @@ def split(
     image: Literal["whole", "objects"] = "whole",
     prompt: Literal["whole", "words"] = "whole",
     neutral_images: Sequence[str | ImageSource] = NEUTRAL_IMAGES,
-    neutral_questions: Sequence[str] | None = None,
+    neutral_questions: Sequence[str] | Mapping[str, Sequence[str]] | None = None,
     orders: int = 64,
     seed: int = 0,
     batch_size: int = 64,
@@ -74,8 +74,9 @@ def split(
         Names of edits of the image itself (``blank``, ``blur``, ``noise``), or images of the same size. Values are
         averaged over them; their spread is kept.
     neutral_questions
-        Questions of as many tokens as those asked. None: up to 4 others among `examples` that have as many tokens and the
-        same candidates, chosen by `seed`; then "neutral" means "another question of the kind".
+        Questions of as many tokens as those asked; or those of each example, by its id. None: up to 4 others among
+        `examples` that have as many tokens and the same candidates, chosen by `seed`; then "neutral" means "another question
+        of the kind".
     orders
         Orders of arrival drawn where there are more than 10 players and not all coalitions are run.
     seed
@@ -191,8 +192,16 @@ def _about(example: Example) -> dict[str, str]:
     }
 
 
-def _texts(model: Lvlm, examples: Sequence[Example], given: Sequence[str] | None, seed: int) -> list[tuple[str, ...]]:
+def _texts(
+    model: Lvlm, examples: Sequence[Example], given: Sequence[str] | Mapping[str, Sequence[str]] | None, seed: int
+) -> list[tuple[str, ...]]:
     """Return the neutral questions of every example."""
+    if isinstance(given, Mapping):
+        missing = next((e.id for e in examples if not given.get(e.id)), None)
+        if missing is not None:
+            msg = f"example '{missing}': neutral_questions names none for it; give at least one of as many tokens"
+            raise PatchError(msg)
+        return [tuple(given[e.id]) for e in examples]
     if given is not None:
         return [tuple(given)] * len(examples)
     length = {q: len(model.processor.tokenizer(model.prompt(q))["input_ids"]) for q in {e.question for e in examples}}

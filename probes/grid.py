@@ -246,6 +246,7 @@ class ProbeGrid:
             intercept=float(self.intercepts[where]),
             statistics=statistics,
             provenance={**self.provenance, "penalty": float(self.penalty[where])},
+            train_groups=self.train_groups,
         )
 
     def held_out_frame(self, concept: str, layer: int, head: int | None = None) -> pd.DataFrame:

@@ -1,0 +1,110 @@
+"""What a question is about, and what it would take for each of two answers to be true."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from activation_store import ActivationStore
+from concepts.schema import Concept, Example
+
+_YES_NO = {"yes", "no"}
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One row of a store as a choice between its true answer and others."""
+
+    row: int
+    id: str
+    group: str
+    kind: str
+    """Level and kind of the question, ``attribute what_color``."""
+    level: str
+    concept: str
+    """What it is about, ``attribute:red``; of a question with open answers the true one; empty where no label says so."""
+    holds: bool
+    """Whether that is true of the image."""
+    yes_no: bool
+    truth: str
+    said: str
+    rivals: tuple[str, ...]
+    """Concepts of the other answers; of a wrong answer the one given. None for yes or no."""
+    nouns: tuple[str, ...]
+    """For a relation, the two object concepts it is between, in the order of the question."""
+
+    @property
+    def right(self) -> bool:
+        """Whether the model's answer is the true one."""
+        return self.said == self.truth
+
+    @property
+    def named(self) -> str:
+        """The concept that what is asked is true of the image."""
+        return f"{self.level}:named"
+
+
+def claims_of(store: ActivationStore) -> list[Claim | None]:
+    """Return what each row of a store is about; None for rows without an answer to choose.
+
+    The concept of a yes-no question is the longest name among the store's labels of its level that stands in the question.
+    """
+    columns = store.columns
+    names: dict[str, list[str]] = {}
+    for label in store.labels:
+        concept = Concept.parse(label)
+        if concept.name != "named":
+            names.setdefault(concept.level, []).append(concept.name)
+    patterns = {level: _pattern(found) for level, found in names.items()}
+    kinds = [f"{a} {b}" for a, b in zip(columns["level"], columns["kind"], strict=True)]
+    answers: dict[str, set[str]] = {}
+    for kind, truth in zip(kinds, columns["answer"], strict=True):
+        answers.setdefault(kind, set()).add(str(truth))
+    out: list[Claim | None] = []
+    for row, (kind, question) in enumerate(zip(kinds, columns["question"], strict=True)):
+        level, truth, said = (str(columns[name][row]) for name in ("level", "answer", "model_answer"))
+        if not said:
+            out.append(None)
+            continue
+        yes_no = truth in _YES_NO
+        if yes_no:
+            found = _longest(patterns.get(level), str(question))
+            concept, rivals = (f"{level}:{found}" if found else ""), ()
+            holds = truth == "yes"
+        else:
+            concept, holds = f"{level}:{truth}", True
+            others = sorted(answers[kind] - {truth}) if said == truth else [said]
+            rivals = tuple(f"{level}:{name}" for name in others)
+            concept = concept if concept in columns else ""
+        nouns = _between(patterns.get("object"), str(question)) if level == "relation" and yes_no else ()
+        about = (str(columns["id"][row]), str(columns["group"][row]))
+        out.append(Claim(row, *about, kind, level, concept, holds, yes_no, truth, said, rivals, nouns))
+    return out
+
+
+def objects_of(claim: Claim, example: Example) -> tuple[str, ...]:
+    """Return the ids of the objects a relation is between, first the first named; empty where they are not both there."""
+    by_noun = {f"object:{o.noun}": o.id for o in example.objects}
+    found = tuple(by_noun[noun] for noun in claim.nouns if noun in by_noun)
+    return found if len(found) == 2 else ()
+
+
+def values_seen(examples: Iterable[Example]) -> dict[str, str]:
+    """Return for each attribute value what kind of attribute it is: ``{"green": "color"}``."""
+    return {value: kind for e in examples for o in e.objects for kind, value in o.attributes.items()}
+
+
+def _pattern(names: Sequence[str]) -> re.Pattern[str]:
+    longest = sorted(names, key=len, reverse=True)
+    return re.compile(r"\b(?:" + "|".join(re.escape(name) for name in longest) + r")\b", re.IGNORECASE)
+
+
+def _longest(pattern: re.Pattern[str] | None, question: str) -> str:
+    found = pattern.findall(question) if pattern else []
+    return max(found, key=len, default="").lower()
+
+
+def _between(pattern: re.Pattern[str] | None, question: str) -> tuple[str, ...]:
+    found = dict.fromkeys(f"object:{name.lower()}" for name in pattern.findall(question)) if pattern else {}
+    return tuple(found) if len(found) == 2 else ()
