@@ -91,7 +91,7 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Lay out what the sessions open: a file with its images, a store, a model of another type."""
     folder = tmp_path_factory.mktemp("desk")
-    data = scenes.dataset(n_images=8, seed=1).filter(lambda e: e.kind == "existence")
+    data = scenes.dataset(n_images=12, seed=1).filter(lambda e: e.kind == "existence")
     (folder / "images").mkdir()
     data[0].image.load().save(folder / "images" / "a.png")
     rows = [{"image": "a.png", "noun": "pear", "present": True}, {"image": "a.png", "noun": "bell", "present": False}]
@@ -99,14 +99,9 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     trace(load_lvlm("tiny"), data, sites=["resid_post", "z"], tokens=["last"], out=folder / "activations")
     small = build_model().config
     torch.manual_seed(0)
-    other = VipLlavaForConditionalGeneration(
-        VipLlavaConfig(
-            vision_config=small.vision_config,
-            text_config=small.text_config,
-            image_token_index=small.image_token_id,
-            vision_feature_layers=[-2, -1],
-        )
-    )
+    about = {"image_token_index": small.image_token_id, "vision_feature_layers": [-2, -1]}
+    config = VipLlavaConfig(vision_config=small.vision_config, text_config=small.text_config, **about)
+    other = VipLlavaForConditionalGeneration(config)
     other.save_pretrained(folder / "vip-llava")
     build_processor().save_pretrained(folder / "vip-llava")
     return folder
