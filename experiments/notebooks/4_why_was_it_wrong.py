@@ -82,7 +82,13 @@ readings = [r for r in one.readings if np.isfinite(r.log_odds)]
 figure, ax = plt.subplots(figsize=(8, 3.2), layout="constrained")
 ax.plot([r.log_odds for r in readings], "o-", color="#2563a8")
 ax.axhline(0, color="black", linewidth=0.8)
-ax.set_xticks(range(len(readings)), [f"{r.stage}: {r.site}" for r in readings], rotation=60, ha="right", fontsize=7)
+ax.set_xticks(
+    range(len(readings)),
+    [r.site + (" (last token)" if r.stage == "last" else "") for r in readings],
+    rotation=60,
+    ha="right",
+    fontsize=7,
+)
 _ = ax.set(
     ylabel="log-odds of the truth", title=f"{one.example['question']}  {one.example['truth']}, it said {one.said}"
 )
