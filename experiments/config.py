@@ -9,8 +9,6 @@ from omegaconf import MISSING
 
 STAGES = ("examples", "trace", "probe", "patch", "steer", "evaluate", "report")
 """The stages of a run, in order."""
-CONDITIONS = ("before", "after", "random direction", "other heads", "twin")
-"""What the test questions can be answered under, in order."""
 
 
 @dataclass
@@ -127,8 +125,8 @@ class SteerConfig:
 class EvaluateConfig:
     """What the model says on images that nothing was found on."""
 
-    conditions: list[str] = field(default_factory=lambda: list(CONDITIONS))
-    """Answer under these: `before`, `after`, the two controls, and the `twin`; `before` is always among them."""
+    conditions: list[str] | None = None
+    """Answer under these: `before`, `after` (corrected), controls by their names, `twin`; by default all. `before` always is."""
     batch_size: int = 64
     """Questions a forward."""
 

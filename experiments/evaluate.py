@@ -12,11 +12,29 @@ from behavior import BehaviorResult, answer
 from behavior.comparison import change_interval
 from behavior.result import Answer
 from circuits import SteeringVector
+from concepts.errors import ConfigError
 from concepts.statistics import Estimate
-from experiments.config import CONDITIONS
 from experiments.context import Context
 from experiments.measures import MEASURES, PRIOR_ERRORS, measured
 from experiments.run import write_json
+from experiments.words import nearest
+
+RUNS = ("before", "after", "random direction", "other heads", "twin")
+"""Every condition the test questions are answered under; the twin where one is named."""
+
+
+def check(context: Context) -> None:
+    """Raise `ConfigError` for a condition that there is not."""
+    for name in context.config.evaluate.conditions or ():
+        if name not in RUNS:
+            msg = f"evaluate.conditions: no '{name}': there are {', '.join(RUNS)}{nearest(name, RUNS)}"
+            raise ConfigError(msg)
+
+
+def wanted(context: Context) -> list[str]:
+    """Return the conditions that are asked for, in order; what the others are compared with is always there."""
+    chosen = context.config.evaluate.conditions
+    return [run for run in RUNS if chosen is None or run == "before" or run in chosen]
 
 
 def make_behavior(context: Context, root: Path) -> str:
@@ -29,8 +47,7 @@ def make_behavior(context: Context, root: Path) -> str:
     }
     data = context.held_out
     results: dict[str, BehaviorResult] = {}
-    options = context.config.evaluate
-    for run in (c for c in CONDITIONS if c == "before" or c in options.conditions):
+    for run in wanted(context):
         model = context.twin if run == "twin" else context.model
         if model is None or (run in vectors and not (steering / vectors[run]).exists()):
             continue
@@ -38,7 +55,7 @@ def make_behavior(context: Context, root: Path) -> str:
             SteeringVector.load(steering / vectors[run]).applied(model) if run in vectors else nullcontext()
         )
         with steered:
-            results[run] = answer(model, data, options.batch_size)
+            results[run] = answer(model, data, context.config.evaluate.batch_size)
         results[run].save(root / f"{run.replace(' ', '-')}.json")
     rates = {run: measured(result, data) for run, result in results.items()}
     write_json(root / "rates.json", {run: {k: asdict(v) for k, v in found.items()} for run, found in rates.items()})

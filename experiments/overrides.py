@@ -25,7 +25,10 @@ LAUNCHERS = MappingProxyType(
         "joblib": ("hydra_joblib_launcher", "pip install 'groundscope[cluster]'"),
         "submitit_local": ("hydra_submitit_launcher", "pip install 'groundscope[cluster]'"),
         "submitit_slurm": ("hydra_submitit_launcher", "pip install 'groundscope[cluster]'"),
-        "ray": ("hydra_ray_launcher", "pip install 'groundscope[ray]' into an environment of its own (see CONTRIBUTING.md)"),
+        "ray": (
+            "hydra_ray_launcher",
+            "pip install 'groundscope[ray]' into an environment of its own (see CONTRIBUTING.md)",
+        ),
     }
 )
 """How jobs of a sweep are started: the plugin's module and how to get it."""

@@ -223,6 +223,13 @@ def _evaluate(context: Context, root: Path) -> str:
     return make_behavior(context, root)
 
 
+def _check_evaluate(context: Context) -> None:
+    if context.config.evaluate.conditions is not None:
+        from experiments.evaluate import check
+
+        check(context)
+
+
 def _report(context: Context, root: Path) -> str:
     from experiments.report import make_report
 
@@ -255,7 +262,11 @@ TABLE: Mapping[str, Stage] = MappingProxyType(
             _check_steer,
         ),
         "evaluate": Stage(
-            "behavior", ("examples", "steer"), lambda c: [asdict(c.config.evaluate), c.model_key()], _evaluate
+            "behavior",
+            ("examples", "steer"),
+            lambda c: [asdict(c.config.evaluate), c.model_key()],
+            _evaluate,
+            check=_check_evaluate,
         ),
         "report": Stage(
             "report",
