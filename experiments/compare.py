@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
-from concepts.errors import ConfigError
+from concepts.errors import ConfigError, GroundscopeError
 from experiments.headlines import Headline, headlines
 from experiments.words import plain_console
 
 
 def show(arguments: Sequence[str]) -> int:
-    """Print the figures of two runs and how they differ.
+    """Print the figures of two runs and how they differ, then what changed question by question.
+
+    Parameters
+    ----------
+    arguments
+        Two runs, and optionally under which condition each answered (one for both): ``before``, ``after``, …
 
     Raises
     ------
@@ -21,10 +28,11 @@ def show(arguments: Sequence[str]) -> int:
     from rich.table import Table
     from rich.text import Text
 
-    if len(arguments) != 2:
-        msg = f"groundscope compare takes two runs, runs/a runs/b; it was given {len(arguments)}"
+    if not 2 <= len(arguments) <= 4:
+        msg = f"groundscope compare takes two runs, runs/a runs/b; it was given {len(arguments)} arguments"
         raise ConfigError(msg)
-    first, second = (_figures(Path(a)) for a in arguments)
+    runs, conditions = arguments[:2], [*arguments[2:], *(arguments[2:] or ["before"])][:2]
+    first, second = (_figures(Path(a)) for a in runs)
     table = Table(box=None, padding=(0, 2, 0, 0))
     for heading, side in (
         ("figure", "left"),
@@ -37,8 +45,20 @@ def show(arguments: Sequence[str]) -> int:
         a, b = first.get(name), second.get(name)
         moved = f"{b.value - a.value:+.4g}" if a and b else ""
         table.add_row(Text(name), _cell(a), _cell(b), moved)
-    plain_console().print(table)
+    console = plain_console()
+    console.print(table)
+    console.print(_paired(runs, conditions), markup=False)
     return 0
+
+
+def _paired(runs: Sequence[str], conditions: Sequence[str]) -> str:
+    """Say what changed question by question, where both runs have answers to the same questions."""
+    if find_spec("experiments.comparison") is None:
+        return ""
+    try:
+        return import_module("experiments.comparison").compare_runs(*runs, conditions=tuple(conditions)).text()
+    except GroundscopeError as error:
+        return f"not compared question by question: {error}"
 
 
 def _figures(run: Path) -> dict[str, Headline]:

@@ -9,11 +9,6 @@ from omegaconf import MISSING
 
 STAGES = ("examples", "trace", "probe", "patch", "steer", "evaluate", "export", "report")
 """The stages of a run, in order."""
-CONTROLS = ("random direction", "shuffled labels", "moved to other heads", "derived at other heads")
-"""What the vector is judged beside, all pushing as far: random directions, the same rule from labels that mean nothing, the
-same directions at heads not selected, and the same rule at those, which says how much rests on which heads."""
-CONDITIONS = ("before", "after", *CONTROLS, "twin")
-"""What the test questions can be answered under, in order."""
 
 
 @dataclass
@@ -135,8 +130,8 @@ class SteerConfig:
 class EvaluateConfig:
     """What the model says on images that nothing was found on."""
 
-    conditions: list[str] = field(default_factory=lambda: list(CONDITIONS))
-    """Answer under these: `before`, `after`, the controls of `CONTROLS`, and the `twin`; `before` is always among them."""
+    conditions: list[str] | None = None
+    """Answer under these: `before`, `after` (corrected), controls by their names, `twin`; by default all. `before` always is."""
     batch_size: int = 64
     """Questions a forward."""
 

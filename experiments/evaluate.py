@@ -11,13 +11,31 @@ from behavior import BehaviorResult, answer
 from behavior.comparison import change_interval
 from behavior.result import Answer
 from circuits import SteeringVector
+from concepts.errors import ConfigError
 from concepts.statistics import Estimate
-from experiments.config import CONTROLS
 from experiments.context import Context
 from experiments.measures import MEASURES, PRIOR_ERRORS, measured
 from experiments.run import write_json
-from experiments.steer import control_file
+from experiments.steer import CONTROLS, control_file
 from experiments.steered import answers_under
+from experiments.words import nearest
+
+RUNS = ("before", "after", *CONTROLS, "twin")
+"""Every condition the test questions are answered under; the twin where one is named."""
+
+
+def check(context: Context) -> None:
+    """Raise `ConfigError` for a condition that there is not."""
+    for name in context.config.evaluate.conditions or ():
+        if name not in RUNS:
+            msg = f"evaluate.conditions: no '{name}': there are {', '.join(RUNS)}{nearest(name, RUNS)}"
+            raise ConfigError(msg)
+
+
+def wanted(context: Context) -> list[str]:
+    """Return the conditions that are asked for, in order; what the others are compared with is always there."""
+    chosen = context.config.evaluate.conditions
+    return [run for run in RUNS if chosen is None or run == "before" or run in chosen]
 
 
 def make_behavior(context: Context, root: Path) -> str:
@@ -25,12 +43,14 @@ def make_behavior(context: Context, root: Path) -> str:
     steering = context.folder.path / "steering"
     files = {"after": "vector.safetensors", **{name: control_file(name) for name in CONTROLS}}
     data = context.held_out
+    asked = wanted(context)
     options = context.config.evaluate
-    wanted = {run: file for run, file in files.items() if run in options.conditions}
     vectors: dict[str, SteeringVector | None] = {"before": None}
-    vectors |= {run: SteeringVector.load(steering / f) for run, f in wanted.items() if (steering / f).exists()}
+    vectors |= {
+        r: SteeringVector.load(steering / f) for r, f in files.items() if r in asked and (steering / f).exists()
+    }
     results = answers_under(context.model, data, vectors, options.batch_size)
-    if context.twin is not None and "twin" in options.conditions:
+    if context.twin is not None and "twin" in asked:
         results["twin"] = answer(context.twin, data, options.batch_size)
     for run, result in results.items():
         result.save(root / f"{run.replace(' ', '-')}.json")

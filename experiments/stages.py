@@ -235,6 +235,13 @@ def _export(context: Context, root: Path) -> str:
     return make_exports(context, root)
 
 
+def _check_evaluate(context: Context) -> None:
+    if context.config.evaluate.conditions is not None:
+        from experiments.evaluate import check
+
+        check(context)
+
+
 def _report(context: Context, root: Path) -> str:
     from experiments.report import make_report
 
@@ -267,7 +274,12 @@ TABLE: Mapping[str, Stage] = MappingProxyType(
             _check_steer,
         ),
         "evaluate": Stage(
-            "behavior", ("examples", "steer"), lambda c: [asdict(c.config.evaluate), c.model_key()], _evaluate, 2
+            "behavior",
+            ("examples", "steer"),
+            lambda c: [asdict(c.config.evaluate), c.model_key()],
+            _evaluate,
+            2,
+            _check_evaluate,
         ),
         "export": Stage(
             "export", ("steer",), lambda c: [asdict(c.config.export), c.model_key()], _export, check=_check_export

@@ -13,12 +13,14 @@ from circuits.controls import matched, moved, shuffled, swapped
 from concepts import counterfactuals
 from concepts.errors import ConfigError, DataError, PatchError, SiteError
 from concepts.schema import CounterfactualPair
-from experiments.config import CONTROLS
 from experiments.context import Context
 from experiments.run import write_json
 from experiments.steered import RULE, choose, swept
 from lvlm import Head
 
+CONTROLS = ("random direction", "shuffled labels", "moved to other heads", "derived at other heads")
+"""What the vector is judged beside, all pushing as far: random directions, the same rule from labels that mean nothing, the
+same directions at heads not selected, and the same rule at those, which says how much rests on which heads."""
 PAIRS = 200
 """Pairs a vector is derived from at most."""
 

@@ -1,0 +1,135 @@
+"""What a sweep costs beside the work it is about, and what starting the command costs.
+
+Compared: twelve probe stages, one after the other in one process that has all it needs loaded, with the whole command
+``groundscope -m stages=[examples,trace,probe] probe.folds=… probe.seed=…`` of twelve jobs over the same cache: starting
+Python, its imports, composing each job, taking the trace, the probes, the table and the page. In turn, the order
+alternating; medians. The trace is made once, before; how often it was made in all is counted in the receipts.
+
+    python benchmarks/sweep.py [--quick]
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+
+from experiments.context import Context
+from experiments.overrides import composed
+from experiments.pipeline import execute
+from experiments.run import RunFolder, read_receipt
+from experiments.stages import TABLE
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDS, SEEDS = (2, 3, 4), (0, 1, 2, 3)
+QUIET = Console(file=io.StringIO())
+
+
+def probes_alone(options: list[str], folder: Path) -> float:
+    """Return the seconds of the twelve probe stages over a run's cache, without anything around them."""
+    base, _ = composed(options)
+    run, total = RunFolder(Path(base.root) / base.name), 0.0
+    for number, (folds, seed) in enumerate((f, s) for f in FOLDS for s in SEEDS):
+        context = Context(replace(base, probe=replace(base.probe, folds=folds, seed=seed)), run, QUIET)
+        at = folder / f"probes-{number}"
+        at.mkdir()
+        start = time.perf_counter()
+        TABLE["probe"].work(context, at)
+        total += time.perf_counter() - start
+    return total
+
+
+def sweep(options: list[str], cwd: Path) -> float:
+    """Return the seconds of the command."""
+    values = [f"probe.folds={','.join(map(str, FOLDS))}", f"probe.seed={','.join(map(str, SEEDS))}"]
+    return command(["-m", *options, *values, "sweep.name=bench"], cwd)
+
+
+def command(arguments: list[str], cwd: Path) -> float:
+    """Return the seconds of a command, from its start to its end."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    start = time.perf_counter()
+    subprocess.run(
+        [sys.executable, "-m", "experiments", *arguments], cwd=cwd, env=environment, check=True, capture_output=True
+    )
+    return time.perf_counter() - start
+
+
+def traces_made(root: Path) -> tuple[int, int]:
+    """Return how many runs of a root have a trace, and how many made it themselves."""
+    found = [r for p in root.rglob("activations/stage.json") if (r := read_receipt(p.parent)) is not None]
+    return len(found), sum(not r.origin for r in found)
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="one round on fewer scenes")
+    quick = parser.parse_args().quick
+    rounds, scenes = (1, 60) if quick else (3, 120)
+    alone, swept, starts = [], [], []
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        os.chdir(folder)
+        options = [f"data.n_images={scenes}", "data.test_images=10", "threads=1", "stages=[examples,trace,probe]"]
+        composed_once, _ = composed([*options, "stages=[examples,trace]"])
+        execute(composed_once, QUIET)
+        for number in range(rounds):
+            here = folder / f"round-{number}"
+            here.mkdir()
+
+            def first(here: Path = here) -> None:
+                alone.append(probes_alone(options, here))
+
+            def second() -> None:
+                shutil.rmtree(folder / "runs" / "sweeps", ignore_errors=True)
+                swept.append(sweep(options, folder))
+
+            for measure in (first, second) if number % 2 == 0 else (second, first):
+                measure()
+            starts.append(command(["--help"], folder))
+        runs, made = traces_made(folder / "runs")
+        size = json.loads((folder / "runs" / "sweeps" / "bench" / "sweep.json").read_text())["jobs"]
+        page = (folder / "runs" / "sweeps" / "bench" / "report.html").stat().st_size / 1e6
+    base, whole = statistics.median(alone), statistics.median(swept)
+    ratio = statistics.median(s / a for s, a in zip(swept, alone, strict=True))
+    print(f"{len(size)} jobs over one cache of {scenes} scenes, medians of {rounds}")
+    print(f"{'twelve probe stages alone':<40} {base:8.1f} s")
+    print(f"{'the whole command, sweep and page':<40} {whole:8.1f} s")
+    print(f"{'ratio':<40} {ratio:8.2f}")
+    print(f"{'runs with a trace, and those that made it':<40} {runs:>5}, {made}")
+    print(f"{'groundscope --help':<40} {statistics.median(starts):8.2f} s")
+    figures = {
+        "sweep_vs_stages": {"value": round(ratio, 3), "goal": "<= 1.2", "holds": ratio <= 1.2, "n": rounds},
+        "traces_made": {"value": made, "goal": "1", "holds": made == 1, "n": runs},
+        "help_s": {
+            "value": round(statistics.median(starts), 3),
+            "goal": "<= 2",
+            "holds": statistics.median(starts) <= 2,
+            "n": rounds,
+        },
+        "page_mb": {"value": round(page, 2), "goal": "<= 5", "holds": page <= 5, "n": 1},
+        "stages_s": {"value": round(base, 2), "n": rounds},
+        "sweep_s": {"value": round(whole, 2), "n": rounds},
+    }
+    print(
+        json.dumps(
+            {"benchmark": "sweep", "device": f"{platform.machine()}, {os.cpu_count()} cores", "figures": figures}
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
