@@ -349,7 +349,6 @@ def main() -> None:
     parser.add_argument("--save", action="store_true", help="write the table to benchmarks/results")
     parser.add_argument("--work", type=Path, help="where finished methods are kept; runs/benchmark-steering by default")
     options = parser.parse_args()
-    torch.set_num_threads(2)
     console = Console()
     console.print("Compares every way of steering with the model as it is and with controls that push as far.")
     start = time.perf_counter()
