@@ -57,7 +57,9 @@ def vector(model: Lvlm, kind: str, count: int) -> SteeringVector:
     return SteeringVector(entries, kind, "last", 1.0, model.name, model.config_hash)  # pyright: ignore[reportArgumentType]  # one of the kinds
 
 
-def turns(what: Mapping[str, Callable[[], object]], n: int, device: torch.device, bar: Progress) -> dict[str, list[float]]:
+def turns(
+    what: Mapping[str, Callable[[], object]], n: int, device: torch.device, bar: Progress
+) -> dict[str, list[float]]:
     """Time each in turn, another first every time, after one turn to warm up; seconds by name."""
     times: dict[str, list[float]] = {name: [] for name in what}
     order = list(what)
