@@ -3,8 +3,9 @@
 The model is the random LLaVA of middle size of benchmarks/trace.py (hidden 512, 16 layers, 8 heads; 256 image tokens, batch 8).
 Generation: 64 new tokens, greedy; steered at 48 heads by an additive vector at the last token, as ITI does it, and beside it by
 an amplification at 6 heads, which is what the default run applies. Answering: `behavior.answer` on six yes-no questions about
-each image, everything from pictures to results, by a model that has not seen the images; the plain forward is given inputs that
-are encoded already. Both take turns, in alternating order, after one to warm up; figures are medians of the turns' ratios.
+each of four images, everything from pictures to results, by a model that has not seen the images; the plain forward is given
+inputs that are encoded already. What is compared takes turns, whose order rotates, after one to warm up; figures are medians of
+the turns' ratios.
 
     python benchmarks/steering.py [--quick] [--device cuda] [--dtype bfloat16]
 """
@@ -16,6 +17,7 @@ import json
 import platform
 import statistics
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +26,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 
 from behavior import answer
-from benchmarks.trace import BATCH, TEXT, alternate, middle_model, middle_processor, questions
+from benchmarks.trace import BATCH, TEXT, middle_model, middle_processor, questions, seconds
 from circuits import SteeringVector
 from circuits.entries import Entry, Key
 from concepts import ConceptDataset
@@ -54,23 +57,37 @@ def vector(model: Lvlm, kind: str, count: int) -> SteeringVector:
     return SteeringVector(entries, kind, "last", 1.0, model.name, model.config_hash)  # pyright: ignore[reportArgumentType]  # one of the kinds
 
 
-def generation(model: Lvlm, made: SteeringVector, n: int) -> list[tuple[float, float]]:
+def turns(
+    what: Mapping[str, Callable[[], object]], n: int, device: torch.device, bar: Progress
+) -> dict[str, list[float]]:
+    """Time each in turn, another first every time, after one turn to warm up; seconds by name."""
+    times: dict[str, list[float]] = {name: [] for name in what}
+    order = list(what)
+    task = bar.add_task(f"{' and '.join(order)}", total=(n + 1) * len(order))
+    for turn in range(n + 1):
+        for name in order[turn % len(order) :] + order[: turn % len(order)]:
+            times[name].append(seconds(what[name], device))
+            bar.advance(task)
+    return {name: column[1:] for name, column in times.items()}
+
+
+def generation(model: Lvlm, n: int, new: int, bar: Progress) -> dict[str, list[float]]:
     """Time plain and steered generation of one batch."""
     batch = next(model.batches(questions(BATCH).examples, BATCH))
 
     def write() -> None:
         with torch.no_grad():
-            out = model.hf.generate(
-                **batch.inputs, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False
-            )
-        if out.shape[1] != batch.inputs["input_ids"].shape[1] + NEW_TOKENS:
+            out = model.hf.generate(**batch.inputs, max_new_tokens=new, min_new_tokens=new, do_sample=False)
+        if out.shape[1] != batch.inputs["input_ids"].shape[1] + new:
             raise SystemExit(f"generated {out.shape[1]} tokens")  # noqa: EM102  # a check, not an error of a user
 
-    def steered() -> None:
+    def steered(made: SteeringVector) -> None:
         with made.applied(model):
             write()
 
-    return alternate(write, steered, n, model.device)
+    added, amplified = vector(model, "add", 48), vector(model, "amplify", 6)
+    what = {"plain": write, "added": lambda: steered(added), "amplified": lambda: steered(amplified)}
+    return turns(what, n, model.device, bar)
 
 
 def polled(images: int) -> ConceptDataset:
@@ -80,7 +97,7 @@ def polled(images: int) -> ConceptDataset:
     return ConceptDataset("polled", tuple(as_example(s, q, "neutral") for s in scenes for q in asked))
 
 
-def answering(network: Any, images: int, n: int) -> list[tuple[float, float]]:
+def answering(network: Any, images: int, n: int, bar: Progress) -> dict[str, list[float]]:
     """Time plain forwards of encoded questions and answering them from the start."""
     plain = wrap_lvlm(network, middle_processor(), validate=False)
     data = polled(images)
@@ -94,7 +111,7 @@ def answering(network: Any, images: int, n: int) -> list[tuple[float, float]]:
         # A model keeps what its last images became; every turn starts without.
         answer(wrap_lvlm(network, middle_processor(), validate=False), data, BATCH, progress=False)
 
-    return alternate(forwards, asked, n, plain.device)
+    return turns({"forwards": forwards, "answers": asked}, n, plain.device, bar)
 
 
 def main() -> None:
@@ -106,31 +123,33 @@ def main() -> None:
     options = parser.parse_args()
     console = Console()
     console.print("Compares steered with plain cached generation, and answering by logit margin with plain forwards.")
-    n = 3 if options.quick else 7
+    n, new, images = (3, 16, 2) if options.quick else (5, NEW_TOKENS, 4)
     network: Any = middle_model()
     network.to(options.device, getattr(torch, options.dtype))
     model = wrap_lvlm(network, middle_processor(), validate=False)
-    added = generation(model, vector(model, "add", 48), n)
-    amplified = generation(model, vector(model, "amplify", 6), n)
-    answered = answering(network, 4, n)
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        written = generation(model, n, new, bar)
+        answered = answering(network, images, n, bar)
     values = {
-        "steered_generation_vs_plain": (added, statistics.median(b / a for a, b in added)),
-        "amplified_generation_vs_plain": (amplified, statistics.median(b / a for a, b in amplified)),
-        "answering_throughput_vs_plain": (answered, statistics.median(a / b for a, b in answered)),
+        "steered_generation_vs_plain": (written["plain"], written["added"]),
+        "amplified_generation_vs_plain": (written["plain"], written["amplified"]),
+        "answering_throughput_vs_plain": (answered["forwards"], answered["answers"]),
     }
     figures: dict[str, dict[str, Any]] = {}
     table = Table("figure", "plain", "candidate", "value", "goal", "holds", "n")
-    for name, (pairs, value) in values.items():
+    for name, columns in values.items():
         sign, bound = GOALS.get(name, ("", 0.0))
+        over, under = columns if "throughput" in name else columns[::-1]
+        value = statistics.median(a / b for a, b in zip(over, under, strict=True))
         holds = not sign or (value <= bound if sign == "<=" else value >= bound)
         goal = f"{sign} {bound}" if sign else ""
         figures[name] = {"value": round(value, 3), "goal": goal, "holds": holds, "n": n}
-        times = [f"{statistics.median(column) * 1000:.0f} ms" for column in zip(*pairs, strict=True)]
+        times = [f"{statistics.median(column) * 1000:.0f} ms" for column in columns]
         table.add_row(name, *times, f"{value:.3f}", goal, str(holds), str(n))
     console.print(table)
     cuda = options.device.startswith("cuda")
     where = torch.cuda.get_device_name() if cuda else f"{platform.machine()}, {torch.get_num_threads()} threads"
-    console.print(f"{model!r}: batch {BATCH}, {NEW_TOKENS} new tokens; {len(ASKED)} questions on each of 4 images")
+    console.print(f"{model!r}: batch {BATCH}, {new} new tokens; {len(ASKED)} questions on each of {images} images")
     device = f"{where}, {options.dtype}, torch {torch.__version__}"
     print(json.dumps({"benchmark": "steering", "device": device, "figures": figures}))
 

@@ -5,11 +5,11 @@
 Everything is synthetic. Vectors are derived on the scenes of the default run (300, seed 0) at the six heads that patching finds
 there, or at heads, layers or tokens of their own. Place and strength are chosen on all questions about those scenes by the
 rule of the default run; the table is of other scenes (500, seed 1000). Controls push as far at the same strength: random
-directions, the rule from shuffled labels, the same directions moved to other heads, each drawn several times, and the rule
-derived anew at other heads. Methods that act at more than the last token, or differ from question to question, need whole
-forwards; they are chosen and tested on a fifth of the scenes, vsv on 40 questions of each split. Intervals are 95 % over
-scenes; those of controls are of the mean over draws. CHAIR_i is of 100 test scenes, "fading" where the vector halves with every
-token written. What is finished lies in the work folder, and is not done again.
+directions, the rule from shuffled labels, the same directions moved to other heads, each drawn three times (20 times for the
+best method), and the rule derived anew at other heads. Methods that act at more than the last token, or differ from question to
+question, need whole forwards; they are chosen and tested on a fifth of the scenes, vsv on 40 questions of each split. Intervals
+are 95 % over scenes; those of controls are of the mean over draws. CHAIR_i is of 100 test scenes, "fading" where the vector
+halves with every token written. What is finished lies in the work folder, and is not done again.
 """
 
 from __future__ import annotations
@@ -71,11 +71,13 @@ class Plan:
     """Those that need some for each question are asked so many."""
     pairs: int
     """Pairs of images that a method is given at most."""
+    often: int
+    """How many times the controls of the best method are drawn."""
     thin: int
     """One strength in so many is tried."""
 
 
-FULL, QUICK = Plan(300, 500, 3, 100, 5, 240, 120, 1), Plan(40, 40, 1, 10, 4, 30, 30, 2)
+FULL, QUICK = Plan(300, 500, 3, 100, 5, 240, 120, 20, 1), Plan(40, 40, 1, 10, 4, 30, 30, 2, 2)
 
 
 def world(plan: Plan, work: Path) -> World:
@@ -289,7 +291,32 @@ def run(plan: Plan, work: Path, console: Console) -> dict[str, dict[str, Any]]:
         for name, row in rows:
             done[name].write_text(json.dumps(row))
         console.print(f"{number + 1} of {len(groups)}: {'; '.join(group)}, {time.perf_counter() - start:.0f} s")
-    return {name: json.loads(path.read_text()) for name, path in done.items()}
+    rows = {name: json.loads(path.read_text()) for name, path in done.items()}
+    best, kept = best_of(rows), work / "best.json"
+    if not kept.exists():
+        kept.write_text(json.dumps(drawn_often(w, every[best], rows[best], plan, data)))
+    return {**rows, best: json.loads(kept.read_text())}
+
+
+def best_of(rows: Mapping[str, dict[str, Any]]) -> str:
+    """Return the method with the fewest errors on the validation scenes, of those that were asked every question."""
+    most = max(r["questions"] for r in rows.values())
+    return min((n for n in rows if rows[n]["questions"] == most), key=lambda n: rows[n]["harm"][1])
+
+
+def drawn_often(w: World, method: Method, row: dict[str, Any], plan: Plan, data: ConceptDataset) -> dict[str, Any]:
+    """Return the row of a method with its controls drawn many times: three draws say little about a few errors."""
+    make = method.places[row["place"]]
+    if make is None or not row["strength"]:
+        return row
+    vector = make(None).scaled(row["strength"])
+    controls = controls_of(w, method, row["place"], vector, plan.often)
+    names = {c: [f"{c} {i}" for i in range(len(made))] for c, made in controls.items()}
+    vectors: dict[str, SteeringVector | None] = {"before": None, "after": vector}
+    vectors |= {n: v for c, made in controls.items() for n, v in zip(names[c], made, strict=True)}
+    results = answers_under(w.model, data, vectors)
+    many = {c: [results[n] for n in names[c]] for c in names}
+    return {**row, **row_of(results["before"], results["after"], many, data)}
 
 
 def percent(e: Mapping[str, float]) -> str:
@@ -323,8 +350,7 @@ def report(rows: Mapping[str, dict[str, Any]], before: Mapping[str, Any], consol
 
 def figures_of(rows: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Hold the best method by its validation scenes, of those asked every question, against the goals."""
-    most = max(r["questions"] for r in rows.values())
-    best = min((n for n in rows if rows[n]["questions"] == most), key=lambda n: rows[n]["harm"][1])
+    best = best_of(rows)
     row = rows[best]
     figures: dict[str, dict[str, Any]] = {}
 
@@ -339,7 +365,7 @@ def figures_of(rows: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
             add(f"{short}_cut_by_{control.replace(' ', '_')}", e, "< 0.1", holds=e["value"] < 0.1)
     drop = row["change"]["neutral: right"]
     add("neutral_change", drop, ">= -0.01", holds=drop["value"] >= -0.01)
-    return {"best": {"value": best, "goal": "", "holds": True, "n": most}, **figures}
+    return {"best": {"value": best, "goal": "", "holds": True, "n": row["questions"]}, **figures}
 
 
 def main() -> None:
@@ -349,7 +375,6 @@ def main() -> None:
     parser.add_argument("--save", action="store_true", help="write the table to benchmarks/results")
     parser.add_argument("--work", type=Path, help="where finished methods are kept; runs/benchmark-steering by default")
     options = parser.parse_args()
-    torch.set_num_threads(2)
     console = Console()
     console.print("Compares every way of steering with the model as it is and with controls that push as far.")
     start = time.perf_counter()

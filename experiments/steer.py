@@ -92,6 +92,9 @@ def check(context: Context) -> None:
     if options.method not in METHODS:
         msg = f"steer.method={options.method}: there are {', '.join(METHODS)}"
         raise ConfigError(msg)
+    if not 0 < options.decay <= 1:
+        msg = f"steer.decay={options.decay:g}: give a factor in (0, 1]; 1 is as strong at every token"
+        raise ConfigError(msg)
     if not options.strengths:
         msg = "steer.strengths is empty: give at least one strength to choose from"
         raise ConfigError(msg)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ from concepts import loaders, scenes
 from concepts.drawing import TEST, generator, sample
 from concepts.errors import ConfigError, DataError
 from concepts.icons import NOUNS
-from lvlm import load_lvlm
+from lvlm import Lvlm, load_lvlm, wrap_lvlm
 from lvlm.answers import answer_key
+from lvlm.tiny.architecture import build_model, build_processor
 
 
 def row(
@@ -262,7 +264,65 @@ def test_pope_is_built_from_any_annotation(tmp_path: Path) -> None:
     assert {e.kind for e in asked} == {"existence"}
 
 
+GQA = {
+    str(i): {"width": 8, "height": 8, "objects": {
+        str(j): {"name": f"noun{(i + j * j) % 7}", "x": 0, "y": 0, "w": 2, "h": 2, "attributes": [], "relations": []}
+        for j in range(3)
+    }}
+    for i in range(8)
+}  # fmt: skip
+GENOME = [
+    {"image_id": i, "objects": [
+        {"object_id": 10 * i + j, "x": 0, "y": 0, "w": 2, "h": 2, "names": [f"noun{(i + j * j) % 7}"]} for j in range(3)
+    ]}
+    for i in range(8)
+]  # fmt: skip
+NOWHERE = {side: [[], [], []] for side in ("left", "right", "front", "behind")}
+_SHAPES, _SIZES = ("cube", "sphere", "cylinder"), ("large", "small")
+CLEVR = {
+    "scenes": [
+        {"image_filename": f"{i}.png", "image_index": i, "relationships": NOWHERE, "objects": [
+            {"shape": _SHAPES[(i + j) % 3 if j < 2 else i % 3], "color": "red", "size": _SIZES[j % 2], "material": "metal",
+             "3d_coords": [0, 0, 0], "pixel_coords": [2 + j, 3, 9]}
+            for j in range(3)
+        ]}
+        for i in range(8)
+    ]
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("loader", "held", "per_image"),
+    [(loaders.gqa, GQA, 3), (loaders.visual_genome, GENOME, 3), (loaders.clevr, CLEVR, 1)],
+    ids=["gqa", "visual genome", "clevr"],
+)
+def test_pope_is_built_from_other_annotations(tmp_path: Path, loader: Any, held: Any, per_image: int) -> None:
+    for i in range(8):
+        for suffix in ("png", "jpg"):
+            Image.new("RGB", (8, 8)).save(tmp_path / f"{i}.{suffix}")
+    (tmp_path / "annotations.json").write_text(json.dumps(held))
+    data = loader(tmp_path / "annotations.json", tmp_path)
+    made = questions_about(data, per_image=per_image, seed=1)
+    shown = {e.group: {o.noun for o in e.objects} for e in data}
+    assert {e.split for e in made} == {"random", "popular", "adversarial"}
+    for split in ("random", "popular", "adversarial"):
+        part = made.where(split=split)
+        assert sum(e.answer == "yes" for e in part) == sum(e.answer == "no" for e in part) == per_image * len(shown)
+    for e in made:
+        noun = e.question.removeprefix("Is there ").split(" ", 1)[1].removesuffix(" in the image?")
+        assert (noun in shown[e.group]) == (e.answer == "yes")
+
+
 # ---- from annotations to answers ---------------------------------------------------------------------------------------
+
+
+@cache
+def lettered() -> Lvlm:
+    """A random model that knows two letters."""
+    network, processor = build_model(4), build_processor()
+    processor.tokenizer.add_tokens(["A", "B"])
+    network.resize_token_embeddings(len(processor.tokenizer), mean_resizing=False)
+    return wrap_lvlm(network, processor, validate=False)
 
 
 def test_a_model_answers_what_the_loaders_ask(tmp_path: Path) -> None:
@@ -298,3 +358,12 @@ def test_a_model_answers_what_the_loaders_ask(tmp_path: Path) -> None:
     told = loaders.whatsup(tmp_path / "captions.json", tmp_path)
     assert all(answer_key(model, e).candidates == ("yes", "no") for e in told)
     assert len(answer(model, told, progress=False)) == 24
+    # By letter: the model is given both captions, and answers with the letter of one.
+    by_letter = loaders.whatsup(tmp_path / "captions.json", tmp_path, form="choice")
+    chosen = answer(lettered(), by_letter, progress=False)
+    assert [a.candidates for a in chosen.answers] == [("A", "B")] * 12
+    for reply, asked in zip(chosen.answers, by_letter, strict=True):
+        logits = lettered().logits(lettered().encode(asked).inputs)[0]
+        ids = [lettered().processor.tokenizer(x, add_special_tokens=False)["input_ids"][0] for x in ("A", "B")]
+        assert reply.given == ("A", "B")[int(logits[ids].argmax())]
+        assert reply.correct == (reply.given == asked.answer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import shutil
@@ -13,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import numpy as np
 import pytest
 import torch
@@ -30,7 +32,7 @@ from circuits.export.convert import to_residual
 from circuits.export.gguf import card_in, check
 from concepts.errors import ConfigError, ModelError, PatchError, StoreError
 from concepts.schema import Example
-from lvlm import Head, Site
+from lvlm import Head, Site, wrap_lvlm
 from lvlm.model import Lvlm
 
 HEADS = (Head(1, 3), Head(1, 6), Head(4, 0))
@@ -259,6 +261,18 @@ def test_baked_biases_do_what_the_vector_does(tmp_path: Path) -> None:
     for _ in range(2):  # a bias that is there is added to
         apply(twice.hf, half)
     same(twice.logits(inputs()), steered(vector))
+
+
+def test_a_model_that_is_kept_elsewhere_is_baked_and_converted_as_if_it_were_here(tmp_path: Path) -> None:
+    model, vector = shared(), made(*HEADS, 2, MLP)
+    network = copy.deepcopy(model.hf)
+    accelerate.cpu_offload(network, execution_device=torch.device("cpu"))
+    assert all(parameter.is_meta for parameter in network.parameters())
+    away = wrap_lvlm(network, model.processor, name=model.name, validate=False)
+    here, there = (export.baked(vector, tmp_path / f"{i}.safetensors", m) for i, m in enumerate((model, away)))
+    assert here.read_bytes() == there.read_bytes()
+    for one, other in zip(*(to_residual(made(*HEADS), m).entries.values() for m in (model, away)), strict=True):
+        np.testing.assert_array_equal(one.vector, other.vector)
 
 
 def test_the_loader_stands_alone(tmp_path: Path) -> None:

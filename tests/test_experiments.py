@@ -12,22 +12,25 @@ import time
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import SMALL
 from rich.console import Console
 
 from activation_store import ActivationStore, verify
 from circuits import HeadScores, SteeringVector
+from circuits.entries import Entry, Key
 from concepts import scenes
 from concepts.drawing import TEST, generator, sample
 from concepts.errors import ConfigError
 from concepts.statistics import Estimate
-from experiments import steer
+from experiments import export, steer
 from experiments.config import STAGES, RunConfig
 from experiments.context import Context
 from experiments.measures import cost
 from experiments.run import RunFolder
-from experiments.steer import choose
+from experiments.steered import choose
+from lvlm import Head
 from lvlm.tiny.architecture import build_model, build_processor
 from probes import ProbeGrid
 
@@ -113,6 +116,71 @@ def test_the_report_stands_alone_and_tells_the_story(run: Path) -> None:
     assert text.count("<svg") >= 7
     assert len(text) < 5e6
     assert not re.search(r"\bnan\b", re.sub(r"<svg.*?</svg>", "", text, flags=re.S))
+
+
+def test_every_method_and_control_was_tried_at_every_strength(run: Path) -> None:
+    sweep = json.loads((run / "steering" / "sweep.json").read_text())
+    assert set(sweep["curves"]) == {*steer.METHODS, *(f"control: {name}" for name in steer.CONTROLS)}
+    for name, rows in sweep["curves"].items():
+        unit = steer.METHODS[name].unit if name in steer.METHODS else 1.0
+        assert [row["strength"] for row in rows] == [0, unit, 2 * unit]
+        assert rows[0] == sweep["sweep"][0]
+        assert rows[0]["cost"] == 0
+    assert sweep["chosen"] in sweep["sweep"]
+    rates = json.loads((run / "behavior" / "rates.json").read_text())
+    assert set(rates) == {"before", "after", *steer.CONTROLS, "twin"}
+    text = (run / "report.html").read_text()
+    assert "Benefit against side effect" in text
+    for name in sweep["curves"]:
+        assert f"{name}</text>" in text
+    vector = SteeringVector.load(run / "steering" / "vector.safetensors")
+    assert vector.decay == 0.5
+    for name in steer.CONTROLS:
+        control = SteeringVector.load(run / "steering" / steer.control_file(name))
+        assert (control.strength, control.decay) == (vector.strength, 0.5)
+
+
+def test_what_was_tried_together_is_what_each_gives_alone(run: Path) -> None:
+    from behavior import answer
+    from experiments.measures import measured
+    from lvlm import load_lvlm
+
+    model, vector = load_lvlm("tiny"), SteeringVector.load(run / "steering" / "vector.safetensors")
+    data = scenes.dataset(80, 0).filter(lambda e: bool(e.candidates))
+    with vector.applied(model, 2.0):
+        alone = measured(answer(model, data, progress=False), data)
+    row = json.loads((run / "steering" / "sweep.json").read_text())["curves"]["discriminant"][-1]
+    assert row["strength"] == 2
+    assert {name: e.value for name, e in alone.items()} == {name: row[name] for name in alone}
+
+
+def test_exports_are_written_where_they_can_be_and_the_rest_explained(run: Path, tmp_path: Path) -> None:
+    import shutil
+
+    told = json.loads((run / "export" / "formats.json").read_text())
+    assert told["written"] == {"safetensors": "vector.safetensors"}
+    assert set(told["refused"]) == {"baked", "gguf", "steering_vectors", "vllm", "vti"}
+    assert "it is of kind 'amplify'" in told["refused"]["gguf"]
+    saved, again = (SteeringVector.load(run / part / "vector.safetensors") for part in ("steering", "export"))
+    assert again.provenance == saved.provenance
+    assert "not written" in (run / "report.html").read_text()
+    # An additive vector at heads and all tokens goes into biases, and where it is asked for through the projection.
+    shutil.copytree(run, tmp_path / "runs" / "whole")
+    folder = RunFolder(tmp_path / "runs" / "whole")
+    entries: dict[Key, Entry] = {Head(2, 3): Entry(np.eye(1, 24)[0])}
+    plain = SteeringVector(entries, "add", "all", 1.0, saved.model, saved.config_hash)
+    plain.save(folder.path / "steering" / "vector.safetensors")
+    config = RunConfig()
+    config.model.path, config.export.convert = "tiny", True
+    context = Context(config, folder, Console())
+    assert "vti" in export.make_exports(context, tmp_path)
+    told = json.loads((tmp_path / "formats.json").read_text())
+    assert set(told["written"]) == {"safetensors", "baked", "gguf", "steering_vectors", "vllm"}
+    assert all((tmp_path / file).is_file() for file in told["written"].values())
+    config.export.formats = ["vti", "baked"]
+    assert export.make_exports(context, tmp_path) == (
+        "written: baked (baked.safetensors); cannot hold it: vti (why: formats.json)"
+    )
 
 
 def test_a_second_run_skips_what_is_done(run: Path) -> None:
@@ -224,6 +292,8 @@ def test_files_in_popes_layout(tmp_path: Path) -> None:
         (["patch.kinds=[colour]", "stages=[examples,patch]"], "colour"),
         (["steer.method=magic"], "steer.method=magic: there are discriminant, amplify"),
         (["steer.strengths=[]"], "steer.strengths is empty"),
+        (["steer.decay=0"], "steer.decay=0"),
+        (["export.formats=[onnx]"], "export.formats=['onnx']: there are safetensors, baked, gguf"),
     ],
 )
 def test_a_mistake_is_one_line(options: list[str], message: str, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from circuits.export.abilities import displacement, place_of
 from circuits.steering import SteeringVector
 from concepts.errors import ConfigError
 from lvlm.sites import Head
+from lvlm.weights import weight
 
 if TYPE_CHECKING:
     from lvlm.model import Lvlm
@@ -26,8 +27,10 @@ LATE = (
 def through_projection(model: Lvlm, head: Head, move: np.ndarray) -> np.ndarray:
     """Return ``W_O d``, float64 ``[D]``, of what is added to a head's z, ``[head_dim]``."""
     columns = slice(head.head * model.head_dim, (head.head + 1) * model.head_dim)
-    weight = model.output_projection("decoder", head.layer).weight[:, columns]
-    return weight.detach().double().cpu().numpy() @ move
+    projection = model.output_projection("decoder", head.layer)
+    held = weight(projection)  # which may be kept elsewhere until the layer runs
+    held = projection.weight if held is None else held
+    return held[:, columns].detach().double().cpu().numpy() @ move
 
 
 def to_residual(vector: SteeringVector, model: Lvlm) -> SteeringVector:

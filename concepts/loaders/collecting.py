@@ -41,11 +41,11 @@ class Pictures:
             return self.known[name]
         place = f"{where}: field '{name_of_field}'"
         try:
-            path = inside(self.folder, name)
+            path = inside(self.folder, name, self._root)
         except DataError as error:
             msg = f"{place}: {error}"
             raise DataError(msg) from error
-        plain = path.relative_to(self._root).as_posix()
+        plain = path.as_posix()[len(self._root.as_posix().rstrip("/")) + 1 :]
         self.named.setdefault(plain, place)
         return self.known.setdefault(plain, FileImage(path, plain))
 
