@@ -19,6 +19,7 @@ from probes.certificate import certify
 from probes.lbfgs import minimise
 from probes.solver import LogisticFit, fit_logistic
 from probes.spaces import Space, space_of, square_sums
+from probes.threads import keep_freed_memory
 
 ELEMENTS = {"cpu": 250_000, "cuda": 40_000_000}
 """Problems x rows held at once on each kind of device; the iterations keep about ten such arrays."""
@@ -26,9 +27,6 @@ _TOGETHER = 32
 """Problems certified together."""
 _MARGIN = 0.3
 """The iterations stop at this share of the tolerance, which leaves room for their rounding."""
-_KEPT = 31 * 2**20
-"""Bytes. glibc, once it has freed a block of this size, keeps twice as much for what comes next (mallopt(3), of the mmap
-threshold), where it would else give pages back and fetch them anew: a tenth of the time of a fit."""
 CONSTANT = 1e-7
 """A feature whose standard deviation is under this share of its root mean square counts as constant."""
 
@@ -117,7 +115,7 @@ def fit_rows(
     Memory: the block's float64 copy, its float32 one twice (rotated, transposed), for more features than rows a Gram
     matrix [n, n], and about ten arrays of `ELEMENTS` float32 values.
     """
-    torch.empty(_KEPT, dtype=torch.uint8)
+    keep_freed_memory()
     device = block.standard.device
     y, w, strength = (torch.from_numpy(np.array(a, np.float64)).to(device) for a in (labels, weights, penalty.ravel()))
     of_problem = torch.arange(len(y), device=device).repeat_interleave(len(strength) // len(y))
