@@ -18,7 +18,8 @@ from concepts.errors import ProbeError
 from probes.certificate import certify
 from probes.lbfgs import minimise
 from probes.solver import LogisticFit, fit_logistic
-from probes.spaces import Space, space_of
+from probes.spaces import Space, space_of, square_sums
+from probes.threads import keep_freed_memory
 
 ELEMENTS = {"cpu": 250_000, "cuda": 40_000_000}
 """Problems x rows held at once on each kind of device; the iterations keep about ten such arrays."""
@@ -49,7 +50,7 @@ class RowBlock:
         x = torch.from_numpy(np.array(features, dtype=np.float64, order="C")).to(device)  # a copy: it is changed below
         mean = x.mean(dim=0)
         x -= mean
-        deviation = torch.linalg.vector_norm(x, dim=0) / len(x) ** 0.5
+        deviation = torch.sqrt(square_sums(x) / len(x))
         # What rounding leaves of a constant column is not variation.
         deviation[deviation <= CONSTANT * mean.abs()] = 0
         x *= torch.where(deviation > 0, 1 / deviation, torch.zeros_like(deviation))
@@ -114,6 +115,7 @@ def fit_rows(
     Memory: the block's float64 copy, its float32 one twice (rotated, transposed), for more features than rows a Gram
     matrix [n, n], and about ten arrays of `ELEMENTS` float32 values.
     """
+    keep_freed_memory()
     device = block.standard.device
     y, w, strength = (torch.from_numpy(np.array(a, np.float64)).to(device) for a in (labels, weights, penalty.ravel()))
     of_problem = torch.arange(len(y), device=device).repeat_interleave(len(strength) // len(y))
@@ -174,8 +176,8 @@ def _proven(
             strict=True,
         )
     ]
-    intercept, objective, gap = (torch.cat(column) for column in zip(*proofs, strict=True))
-    return theta, intercept, objective, gap
+    objective, gap = (torch.cat(column) for column in zip(*proofs, strict=True))
+    return theta, v[:, -1].double(), objective, gap
 
 
 def _solve(

@@ -5,14 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_TINY = 1e-300
+from probes.spaces import multiply
+
 _EXACT = 40.0
 """Beyond this softplus is its argument in float64."""
 
 
 def certify(
     features: Tensor, labels: Tensor, costs: Tensor, weights: Tensor, intercepts: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Bound ``F - min F`` of ``F = 0.5 ||w||^2 + sum_i c_i log(1 + exp(-y_i m_i))`` whatever way w was found.
 
     Parameters
@@ -26,46 +27,28 @@ def certify(
 
     Returns
     -------
-    intercepts [P] after a Newton step on the intercept alone, the objective there [P], and the bound over it [P].
+    The objective [P], and the bound over it [P]; infinite where the intercept is so far off that this proves nothing.
 
     Notes
     -----
-    With ``a_i = sigma(-y_i m_i)``, shrunk for one class by the factor s that makes both classes pull equally, a is dual
-    feasible and the duality gap is ``0.5 ||w - X'(c a y)||^2`` plus ``sum_i c_i KL(a'_i || a_i)`` over the shrunk rows
-    (Fenchel and Young's inequality is an equality elsewhere). With ``s = 1`` it is the strong-convexity bound
-    ``||grad||^2 / 2``. KL is bounded by chi-square, here ``(1 - s)^2 a / (1 - a)``, and
-    that by ``(1 - s)^2`` times the exponential of the worst margin.
+    Any p in [0, 1] with ``sum_i c_i (p_i - y_i) = 0``, y in 0 and 1, is dual feasible, and the duality gap is then
+    ``0.5 ||w + X'(c (p - y))||^2 + sum_i c_i KL(p_i || s_i)`` with ``s_i = sigma(m_i)`` (Fenchel and Young). Here p is s
+    moved along its own derivative, ``p = s - t s (1 - s)``, with the one t that makes it feasible; it stays in [0, 1] for
+    ``|t| <= 1``. KL is bounded by chi-square, which is ``t^2 s (1 - s)``. With ``t = 0`` it is the strong-convexity bound
+    ``||grad||^2 / 2``.
     """
-    margins = weights @ features.T
+    margins = multiply(weights, features.T)
     margins += intercepts[:, None]
-    rows, scratch = torch.empty_like(margins), torch.empty_like(margins)
-    _pulls(margins, labels, costs, rows)
-    torch.sigmoid(margins, out=scratch)
-    scratch.addcmul_(scratch, scratch, value=-1)
-    bend = torch.einsum("pn,pn->p", scratch, costs)
-    step = torch.where(bend > 0, rows.sum(dim=1) / bend.clamp_min(_TINY), 0.0).clamp(-1, 1)
-    margins -= step[:, None]
-    _pulls(margins, labels, costs, rows)  # minus the pull for class 1, plus it for class 0
-    up = -torch.einsum("pn,pn->p", rows, labels)
-    down = rows.sum(dim=1) + up
-    weaker = torch.minimum(up, down)
-    keep_up, keep_down = (torch.where(s > 0, weaker / s.clamp_min(_TINY), 1.0) for s in (up, down))
-    torch.mul(labels, (keep_up - keep_down)[:, None], out=scratch)
-    scratch += keep_down[:, None]
-    rows *= scratch
-    rest = weights + rows @ features
-    torch.mul(labels, -2, out=scratch)
-    scratch += 1
-    margins *= scratch  # minus the agreement
-    worst = margins.amax(dim=1)
-    loss = torch.einsum("pn,pn->p", torch.nn.functional.softplus(margins, threshold=_EXACT), costs)
-    objective = 0.5 * (weights * weights).sum(dim=1) + loss
-    lost = torch.maximum((1 - keep_up) ** 2, (1 - keep_down) ** 2)
-    shrunk = torch.where(lost > 0, lost * torch.exp(worst), 0.0) * costs.sum(dim=1)
-    return intercepts - step, objective, (0.5 * (rest * rest).sum(dim=1) + shrunk) / objective
-
-
-def _pulls(margins: Tensor, labels: Tensor, costs: Tensor, out: Tensor) -> None:
-    """Write the losses' derivatives by margin [P, n]."""
-    torch.sigmoid(margins, out=out)
-    out.sub_(labels).mul_(costs)
+    s = torch.sigmoid(margins)
+    pull = (s - labels).mul_(costs)
+    bend = s.addcmul_(s, s, value=-1).mul_(costs)
+    total = bend.sum(dim=1)
+    t = pull.sum(dim=1) / total
+    pull.addcmul_(bend, t[:, None], value=-1)
+    rest = multiply(pull, features)
+    rest += weights
+    # log(1 + exp(m)) - y m, whichever the class.
+    loss = torch.nn.functional.softplus(margins, threshold=_EXACT).addcmul_(margins, labels, value=-1)
+    objective = 0.5 * torch.linalg.vecdot(weights, weights) + torch.linalg.vecdot(loss, costs)
+    bound = 0.5 * torch.linalg.vecdot(rest, rest) + t * t * total
+    return objective, torch.where(t.abs() <= 1, bound / objective, torch.inf)

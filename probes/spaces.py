@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -68,7 +69,6 @@ class Rotated:
 
     table: Tensor
     """[n, D + 1]: the rows on the principal axes, and a column of ones."""
-    transposed: Tensor
     axes: Tensor
     """[D, D], an axis a column."""
     spectrum: Tensor
@@ -80,9 +80,9 @@ class Rotated:
         """Rotate features [n, D], to axes [D, D] that are nearly theirs where such are at hand."""
         n = len(features)
         turn: Tensor = torch.linalg.eigh(features.T @ features)[1] if axes is None else axes
-        table = torch.cat([features @ turn, features.new_ones(n, 1)], dim=1)
-        spectrum = torch.einsum("nd,nd->d", table, table) / n
-        return cls(table, table.T.contiguous(), turn, spectrum, table.shape[1])
+        table = features.new_ones(n, features.shape[1] + 1)
+        multiply(features, turn, out=table[:, :-1])
+        return cls(table, turn, square_sums(table) / n, table.shape[1])
 
     @property
     def rescaled(self) -> bool:
@@ -91,19 +91,19 @@ class Rotated:
 
     def dot(self, a: Tensor, b: Tensor) -> Tensor:
         """See `Space`."""
-        return (a * b).sum(dim=1)
+        return torch.linalg.vecdot(a, b)
 
     def dots(self, stack: Tensor, v: Tensor) -> Tensor:
         """See `Space`."""
-        return torch.bmm(stack, v[:, :, None])[:, :, 0]
+        return torch.bmm(v[:, None], stack.mT)[:, 0]
 
     def margins(self, v: Tensor, out: Tensor) -> Tensor:
         """See `Space`."""
-        return torch.mm(v, self.transposed, out=out)
+        return multiply(v, self.table.T, out=out)
 
     def gradient(self, v: Tensor, rows: Tensor) -> Tensor:
         """See `Space`."""
-        g = rows @ self.table
+        g = multiply(rows, self.table)
         g[:, :-1] += v[:, :-1]
         return g
 
@@ -115,7 +115,7 @@ class Rotated:
 
     def weights(self, v: Tensor) -> Tensor:
         """See `Space`."""
-        return v[:, :-1] @ self.axes.T
+        return multiply(v[:, :-1], self.axes.T)
 
     def vectors(self, weights: Tensor, intercepts: Tensor) -> Tensor | None:
         """See `Space`."""
@@ -155,7 +155,7 @@ class Kernel:
         The leading eigenvectors come from two rounds of subspace iteration (Halko, Martinsson and Tropp 2011).
         """
         n = len(features)
-        gram = _gram(features)
+        gram = multiply(features, features.T)
         rank = max(1, n // SUBSPACE_SHARE)
         generator = torch.Generator(device="cpu").manual_seed(0)
         block = torch.randn(n, rank, generator=generator, dtype=torch.float64).to(gram)
@@ -175,12 +175,12 @@ class Kernel:
     def dot(self, a: Tensor, b: Tensor) -> Tensor:
         """See `Space`."""
         n = self.n_rows
-        return (a[:, :n] * b[:, n:-1]).sum(dim=1) + a[:, -1] * b[:, -1]
+        return torch.linalg.vecdot(a[:, :n], b[:, n:-1]) + a[:, -1] * b[:, -1]
 
     def dots(self, stack: Tensor, v: Tensor) -> Tensor:
         """See `Space`."""
         n = self.n_rows
-        return torch.bmm(stack[:, :, :n], v[:, n:-1, None])[:, :, 0] + stack[:, :, -1] * v[:, -1:]
+        return torch.bmm(v[:, None, n:-1], stack[:, :, :n].mT)[:, 0] + stack[:, :, -1] * v[:, -1:]
 
     def margins(self, v: Tensor, out: Tensor) -> Tensor:
         """See `Space`."""
@@ -188,8 +188,12 @@ class Kernel:
 
     def gradient(self, v: Tensor, rows: Tensor) -> Tensor:
         """See `Space`: the gradient in the geometry of the penalty, where it is ``a`` plus the derivatives themselves."""
-        g = torch.cat([rows, rows @ self.gram, rows.sum(dim=1, keepdim=True)], dim=1)
-        g[:, :-1] += v[:, :-1]
+        g = torch.empty_like(v)
+        n = self.n_rows
+        torch.add(rows, v[:, :n], out=g[:, :n])
+        multiply(rows, self.gram, out=g[:, n:-1])
+        g[:, n:-1] += v[:, n:-1]
+        torch.sum(rows, dim=1, out=g[:, -1])
         return g
 
     def precondition(self, v: Tensor, curvature: Tensor) -> Tensor:
@@ -226,8 +230,18 @@ def space_of(features: Tensor, near: Space | None = None) -> Space:
     return Rotated.of(features, near.axes if isinstance(near, Rotated) else None)
 
 
-def _gram(features: Tensor) -> Tensor:
-    if features.device.type == "cpu":
-        x = features.numpy()
-        return torch.from_numpy(x @ x.T)  # numpy computes one triangle only
-    return features @ features.T
+def multiply(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """Return the matrix product; on the CPU by numpy, which is faster at those of a batch and sees a Gram matrix."""
+    if a.device.type != "cpu":
+        return torch.mm(a, b, out=out)
+    if out is None:
+        return torch.from_numpy(np.matmul(a.numpy(), b.numpy()))
+    np.matmul(a.numpy(), b.numpy(), out=out.numpy())
+    return out
+
+
+def square_sums(table: Tensor) -> Tensor:
+    """Return the sum of squares of each column of [n, D]."""
+    if table.device.type != "cpu":
+        return torch.linalg.vecdot(table, table, dim=0)
+    return torch.from_numpy(np.einsum("nd,nd->d", table.numpy(), table.numpy()))
