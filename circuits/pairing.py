@@ -19,7 +19,7 @@ from lvlm.sites import TokenSelection
 from lvlm.tokens import TokenMap
 
 DIRECTIONS = ("denoise", "noise")
-TOKENS = ("last", "suffix", "question", "image", "object")
+TOKENS = ("last", "suffix", "question", "image", "object", "all")
 
 
 def plan_pair(model: Lvlm, pair: CounterfactualPair, tokens: str, metric: Metric) -> Plan:
@@ -69,8 +69,8 @@ def positions_for(pair: CounterfactualPair, tokens: TokenMap, asked: str) -> tup
     tokens
         Its token map.
     asked
-        ``last``; ``suffix`` (all after the image), ``question``, ``image`` or ``object``, all of them at once or, with
-        ``:each``, each apart; or positions counted from 0, as in ``12`` or ``12,13``.
+        ``last``; ``suffix`` (all after the image), ``question``, ``image``, ``object`` or ``all``, all of them at once or,
+        with ``:each``, each apart; or positions counted from 0, as in ``12`` or ``12,13``.
 
     Raises
     ------
@@ -89,6 +89,8 @@ def positions_for(pair: CounterfactualPair, tokens: TokenMap, asked: str) -> tup
                 found: tuple[int, ...] = (tokens.last,)
             case "suffix":
                 found = tuple(range(max(tokens.image, default=-1) + 1, tokens.length))
+            case "all":
+                found = tuple(range(tokens.length))
             case "question" | "image" | "object":
                 found = tuple(sorted(tokens.positions(TokenSelection(role, "all"))))
             case _:

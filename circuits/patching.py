@@ -173,8 +173,8 @@ def patch(
         One or several of: a component of every layer (``resid_pre``, ``resid_mid``, ``resid_post``, ``attn_out``,
         ``mlp_out``; ``z`` for each head apart), a `Site`, a `Head`, or a tuple or set of heads that are patched together.
     tokens
-        ``last``; ``suffix`` (every token after the image), ``question``, ``image`` or ``object`` at once, or each apart
-        with ``:each``, as in ``suffix:each``; or positions counted from 0, ``12,13``. What lies at or after the first
+        ``last``; ``suffix`` (every token after the image), ``question``, ``image``, ``object`` or ``all`` at once, or each
+        apart with ``:each``, as in ``suffix:each``; or positions counted from 0, ``12,13``. What lies at or after the first
         patched position is computed anew from the patched layer on, so that early positions cost more than late ones.
     direction, metric, memory, batch_rows, min_effect, progress
         As in `patch_heads`.

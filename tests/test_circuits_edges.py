@@ -1,0 +1,391 @@
+"""Edges against finite differences of real forwards in float64, a linear decoder, and graphs worked out by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from copy import deepcopy
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers as hf
+from circuits_toys import hooks_of
+from family_toys import BUILDERS, build
+from test_circuits_families import pair_of
+from test_lvlm_families import at, model
+from torch import Tensor, nn
+from toy_parts import ID, TEXT, clip
+
+from circuits import attribution, patch
+from concepts.errors import ConfigError, ModelError, PatchError
+from concepts.schema import CounterfactualPair, Example
+from lvlm import FamilySpec, Lvlm, wrap_lvlm
+from lvlm.family import StackSpec
+
+LLAMA = ("self_attn.", "input_layernorm", "post_attention_layernorm", "", "mlp")
+PATHS: dict[str, tuple[str, tuple[str, ...], str]] = {
+    "llava": ("model.language_model.layers", LLAMA, "model.language_model.norm"),
+    "qwen3_vl": ("model.language_model.layers", LLAMA, "model.language_model.norm"),
+    "paligemma2": (
+        "model.language_model.layers",
+        (
+            "self_attn.",
+            "input_layernorm",
+            "pre_feedforward_layernorm",
+            "post_attention_layernorm",
+            "post_feedforward_layernorm",
+        ),
+        "model.language_model.norm",
+    ),
+    "blip2_opt": (
+        "language_model.model.decoder.layers",
+        ("self_attn.", "self_attn_layer_norm", "final_layer_norm", "", "fc2"),
+        "language_model.model.decoder.final_layer_norm",
+    ),
+}
+"""Where layers are, and in a layer: attention, norm before it, norm before the MLP, norm after attention, what the MLP adds."""
+
+
+@pytest.fixture
+def precise(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let what is computed in float32 whatever the model's precision be computed in float64."""
+    monkeypatch.setattr(torch, "float32", torch.float64)
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)
+
+
+def double(family: str) -> Lvlm:
+    network, processor = build(family)
+    return wrap_lvlm(deepcopy(network).double(), processor, name=family, validate=False)
+
+
+class Oracle:
+    """A decoder run by whole forwards and plain torch hooks."""
+
+    def __init__(self, lvlm: Lvlm, pair: CounterfactualPair, paths: tuple[str, tuple[str, ...], str]) -> None:
+        self.lvlm, self.pair = lvlm, pair
+        layers, (attention, norm, middle, after, mlp), final = paths
+        self.layers = [
+            {
+                "norm": at(layer, norm),
+                "middle": at(layer, middle),
+                "after": at(layer, after) if after else nn.Identity(),
+                "mlp": at(layer, mlp),
+                "o": at(layer, attention + ("o_proj" if hasattr(layer.self_attn, "o_proj") else "out_proj")),
+                **{c: at(layer, f"{attention}{c}_proj") for c in "qkv"},
+            }
+            for layer in at(lvlm.hf, layers)
+        ]
+        self.first, self.final = at(lvlm.hf, layers)[0], at(lvlm.hf, final)
+        key = lvlm.processor.tokenizer.convert_tokens_to_ids
+        self.tokens = [key(example.answer) for example in (pair.clean, pair.corrupt)]
+        self.seen = {side: self.watch(getattr(pair, side)) for side in ("clean", "corrupt")}
+        self.gap = self.seen["clean"]["metric"] - self.seen["corrupt"]["metric"]
+
+    @contextmanager
+    def changed(self, edits: dict[tuple[int, str], Any], kept: dict[Any, Any] | None = None) -> Iterator[None]:
+        """Edit what modules are given (norms, projections of heads) or give (projections of inputs), and keep it all."""
+        with ExitStack() as stack:
+            for i, parts in enumerate([*self.layers, {"final": self.final}]):
+                for name, module in parts.items():
+
+                    def before(_m: Any, args: Any, i: int = i, name: str = name) -> Any:
+                        x = args[0]
+                        new = edits[i, name](x) if (i, name) in edits else x
+                        if kept is not None:
+                            kept[i, name] = new.clone()
+                        return (new, *args[1:])
+
+                    def after(_m: Any, _a: Any, out: Any, i: int = i, name: str = name) -> Any:
+                        new = edits[i, name](out) if (i, name) in edits else out
+                        if kept is not None:
+                            kept[i, name] = new.clone()
+                        return new
+
+                    given = name in ("norm", "middle", "o", "final")
+                    stack.callback(
+                        (
+                            module.register_forward_pre_hook(before) if given else module.register_forward_hook(after)
+                        ).remove
+                    )
+            yield
+
+    @torch.no_grad()
+    def metric(self, example: Example, edits: dict[tuple[int, str], Any], kept: Any = None) -> float:
+        with self.changed(edits, kept):
+            logits = self.lvlm.hf(**self.lvlm.collate([self.lvlm.encode(example)]), use_cache=False).logits[0, -1]
+        return float(logits[self.tokens[0]] - logits[self.tokens[1]])
+
+    def watch(self, example: Example) -> dict[Any, Any]:
+        kept: dict[Any, Any] = {}
+        start: list[Tensor] = []
+        hook = self.first.register_forward_pre_hook(
+            lambda _m, a, kw: start.append((a[0] if a else kw["hidden_states"]).clone()), with_kwargs=True
+        )
+        kept["metric"] = self.metric(example, {}, kept)
+        hook.remove()
+        kept["input"] = start[0]
+        return kept
+
+    def moved(self, source: str, by: float) -> Tensor:
+        """What a node writes more when it is moved a part of the way from the corrupt to the clean run."""
+        clean, corrupt = self.seen["clean"], self.seen["corrupt"]
+        if source == "input":
+            return by * (clean["input"] - corrupt["input"])
+        layer, _, head = source[1:].partition(".h")
+        if source.startswith("m"):
+            return by * (clean[int(layer), "mlp"] - corrupt[int(layer), "mlp"]).reshape(clean["input"].shape)
+        parts, h = self.layers[int(layer)], int(head)
+        z, other = corrupt[int(layer), "o"], clean[int(layer), "o"]
+        width = z.shape[-1] // self.lvlm.n_heads
+        columns = slice(h * width, (h + 1) * width)
+        new = z.clone()
+        new[..., columns] += by * (other - z)[..., columns]
+        with torch.no_grad():
+            return parts["after"](parts["o"](new)) - parts["after"](parts["o"](z))
+
+    def told(self, source: str, target: str, by: float) -> float:
+        """The metric in the corrupt run where one node alone sees another moved."""
+        delta = self.moved(source, by)
+        if target == "logits":
+            return self.metric(self.pair.corrupt, {(len(self.layers), "final"): lambda x: x + delta})
+        layer, _, rest = target[1:].partition(".h")
+        i = int(layer)
+        if target.startswith("m"):
+            return self.metric(self.pair.corrupt, {(i, "middle"): lambda x: x + delta.reshape(x.shape)})
+        head, letter = int(rest[: rest.index("<")]), rest[-2]
+        parts, x = self.layers[i], self.seen["corrupt"][i, "norm"]
+        with torch.no_grad():
+            new = parts[letter](parts["norm"](x + delta))
+        heard: dict[Any, Any] = {}
+        self.metric(self.pair.corrupt, {(i, letter): lambda _: new}, heard)
+        width = heard[i, "o"].shape[-1] // self.lvlm.n_heads
+
+        def only(z: Tensor) -> Tensor:  # of all heads that read the new projection, this one alone is kept
+            z = z.clone()
+            columns = slice(head * width, (head + 1) * width)
+            z[..., columns] = heard[i, "o"][..., columns]
+            return z
+
+        return self.metric(self.pair.corrupt, {(i, "o"): only})
+
+
+@pytest.mark.usefixtures("precise")
+@pytest.mark.parametrize("family", list(PATHS))
+def test_an_edge_is_how_the_answer_changes_as_its_reader_alone_sees_its_writer_move(family: str) -> None:
+    lvlm = double(family)
+    oracle = Oracle(lvlm, pair_of(0), PATHS[family])
+    graph = attribution.edges(lvlm, [pair_of(0)], point="run", min_effect=0)
+    largest = np.abs(graph.scores).max()
+    targets = ("a1.h2<q>", "a1.h2<k>", "a1.h3<v>", "a2.h1<k>", "a2.h0<v>", "m1", "m2", "logits")
+    for source in ("input", "a0.h1", "a0.h2", "m0", "a1.h0"):
+        for target in targets:
+            if (source, target[:2]) == ("a1.h0", "a1") or (source == "input" and family == "qwen3_vl"):
+                continue  # no such edge; and there, what is read as input also holds what the model adds to it later
+            step = 1e-4
+            up, down = (oracle.told(source, target, by) for by in (step, -step))
+            slope = (up - down) / (2 * step) / oracle.gap
+            assert graph.score(f"{source} -> {target}") == pytest.approx(slope, rel=1e-4, abs=1e-6 * largest), (
+                source,
+                target,
+            )
+
+
+@pytest.mark.parametrize(
+    "family", [f for f in BUILDERS if f not in ("mllama", "instructblip_t5", "florence2", "qwen3_vl")]
+)
+def test_what_the_input_tells_all_is_what_patching_the_embeddings_would_do(family: str) -> None:
+    options: dict[str, Any] = {"point": "path", "steps": 2, "min_effect": 0}
+    graph = attribution.edges(model(family), [pair_of(0)], **options)
+    embeddings = attribution.nodes(model(family), [pair_of(0)], "embeddings", "all", **options)
+    assert graph.scores[0].sum() == pytest.approx(float(embeddings.effects[0, 0, 0]), rel=2e-3)
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen3_vl", "gemma3"])
+def test_edges_out_of_the_input_add_up_to_the_whole_difference(family: str) -> None:
+    few, many = (
+        abs(attribution.edges(model(family), [pair_of(0)], steps=steps, min_effect=0).scores[0].sum() - 1)
+        for steps in (2, 32)
+    )
+    assert many < 0.01
+    assert many < few / 4
+
+
+def linear() -> Lvlm:
+    """A decoder that is linear: attention looks everywhere alike, MLPs are maps, there are no norms."""
+    lvlm = double("llava")
+    text = lvlm.hf.model.language_model
+    text.norm = nn.Identity().eval()
+    for layer in text.layers:
+        layer.input_layernorm, layer.post_attention_layernorm = nn.Identity().eval(), nn.Identity().eval()
+        layer.mlp = nn.Linear(text.config.hidden_size, text.config.hidden_size).double().eval()
+        nn.init.zeros_(layer.self_attn.q_proj.weight)
+    return wrap_lvlm(lvlm.hf, lvlm.processor, name="linear", validate=False)
+
+
+@pytest.mark.usefixtures("precise")
+@pytest.mark.parametrize("direction", ["denoise", "noise"])
+def test_in_a_linear_decoder_estimates_are_patches_and_edges_are_complete(direction: Any) -> None:
+    lvlm, pairs = linear(), [pair_of(0), pair_of(2)]
+    sites = ("z", "mlp_out", "resid_mid", "decoder.L0.resid_pre")
+    options: dict[str, Any] = {"direction": direction, "min_effect": 0}
+    for tokens in ("all", "image:each"):
+        exact = patch(lvlm, pairs, sites, tokens, **options)
+        for point in ("run", "source", "path"):
+            found = attribution.nodes(lvlm, pairs, sites, tokens, point=point, steps=2, **options)
+            assert found.sites == exact.sites
+            assert found.positions == exact.positions
+            np.testing.assert_allclose(found.effects, exact.effects, rtol=0, atol=1e-6)
+    assert np.abs(exact.effects).max() > 0.1
+    for point in ("run", "path"):
+        graph = attribution.edges(lvlm, pairs, point=point, steps=2, **options)
+        assert graph.scores[0].sum() == pytest.approx(1, abs=1e-6)
+        assert graph.scores[:, -1].sum() == pytest.approx(1, abs=1e-6)
+        into_keys = [name for name in graph.shape.targets if name.endswith("<k>")]
+        assert all(graph.score(f"input -> {name}") == 0 for name in into_keys)  # queries are nothing
+
+
+def test_the_papers_points_and_the_releases() -> None:
+    options: dict[str, Any] = {"min_effect": 0}
+    lvlm, pairs, steps = model("llava"), [pair_of(0)], 3
+    paper, release = (
+        attribution.edges(lvlm, pairs, steps=steps, variant=variant, **options).scores
+        for variant in ("paper", "release")
+    )
+    source, run = (attribution.edges(lvlm, pairs, point=point, **options).scores for point in ("source", "run"))
+    np.testing.assert_allclose(steps * (paper - release), source - run, atol=2e-3 * np.abs(source).max())
+    assert np.abs(paper - release).max() > 1e-3
+
+
+def test_pairs_are_averaged_and_do_not_mix() -> None:
+    lvlm, pairs = model("llava"), [pair_of(0), pair_of(2)]
+    hooks = hooks_of(lvlm)
+    before = lvlm.hf.config.text_config._attn_implementation
+    together = attribution.edges(lvlm, pairs, steps=2, min_effect=0)
+    apart = [attribution.edges(lvlm, [pair], steps=2, min_effect=0).scores for pair in pairs]
+    np.testing.assert_allclose(together.scores, np.mean(apart, axis=0), atol=1e-4 * np.abs(apart).max())
+    assert hooks_of(lvlm) == hooks
+    assert lvlm.hf.config.text_config._attn_implementation == before
+    assert together.n_pairs == 2
+    assert together.heads.shape == (lvlm.n_layers, lvlm.n_heads)
+    out = [together.frame().query("source == 'a1.h2'").score.sum(), together.heads[1, 2]]
+    assert out[0] == pytest.approx(out[1])
+
+
+@pytest.mark.usefixtures("precise")
+@pytest.mark.parametrize("config", [hf.PhiConfig, hf.CohereConfig])
+def test_blocks_whose_mlp_stands_beside_the_attention(config: Any) -> None:
+    network, processor = build("llava")
+    del network
+    torch.manual_seed(0)
+    whole = hf.LlavaConfig(
+        vision_config=clip(), text_config=config(**TEXT), image_token_index=ID["<image>"], vision_feature_layer=-1
+    )
+    made = hf.LlavaForConditionalGeneration(whole).double()
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    output = "self_attn.dense" if config is hf.PhiConfig else "self_attn.o_proj"
+    stack = StackSpec("model.language_model.layers", mid_norm="input_layernorm", output_projection=output)
+    lvlm = wrap_lvlm(made, processor, spec=FamilySpec("llava", decoder=stack), name="parallel", validate=False)
+    graph = attribution.edges(lvlm, [pair_of(0)], point="run", min_effect=0)
+    assert graph.shape.parallel == (True,) * lvlm.n_layers
+    with pytest.raises(PatchError, match=r"'m1' reads before 'a1\.h0' writes"):
+        graph.score("a1.h0 -> m1")
+    layers = made.model.language_model.layers
+    embeddings: dict[Any, Tensor] = {}
+    for side in ("clean", "corrupt"):
+        hook = layers[0].register_forward_pre_hook(lambda _m, a, side=side: embeddings.update({side: a[0].clone()}))
+        lvlm.logits(lvlm.encode(getattr(pair_of(0), side)).inputs)
+        hook.remove()
+    delta, key = embeddings["clean"] - embeddings["corrupt"], lvlm.processor.tokenizer.convert_tokens_to_ids
+    right, wrong = (key(getattr(pair_of(0), side).answer) for side in ("clean", "corrupt"))
+
+    def metric(side: str, by: float) -> float:
+        layer = layers[1]
+        kept: list[Tensor] = []
+        hooks = [
+            layer.register_forward_pre_hook(lambda _m, a: kept.append(a[0])),
+            layer.mlp.register_forward_pre_hook(lambda _m, _a: (layer.input_layernorm(kept[0] + by * delta),)),
+        ]
+        logits = lvlm.logits(lvlm.encode(getattr(pair_of(0), side)).inputs)[0]
+        for hook in hooks:
+            hook.remove()
+        return float(logits[right] - logits[wrong])
+
+    gap = metric("clean", 0) - metric("corrupt", 0)
+    slope = (metric("corrupt", 1e-4) - metric("corrupt", -1e-4)) / 2e-4 / gap
+    assert graph.score("input -> m1") == pytest.approx(slope, rel=1e-4)
+
+
+def ran(lvlm: Lvlm) -> Any:
+    """Count forwards."""
+    calls: list[int] = []
+    hook = lvlm.hf.register_forward_hook(lambda *_: calls.append(1))
+    return calls, hook
+
+
+@pytest.mark.parametrize("family", ["mllama", "instructblip_t5", "florence2"])
+@pytest.mark.parametrize("method", [attribution.edges, attribution.inputs])
+def test_a_family_whose_heads_inputs_cannot_be_told_apart_is_refused_before_it_runs(family: str, method: Any) -> None:
+    lvlm = model(family)
+    calls, hook = ran(lvlm)
+    with pytest.raises(ModelError, match=r"cannot be told apart here: .*attribution\.heads"):
+        method(lvlm, [pair_of(0)])
+    hook.remove()
+    assert not calls
+
+
+@pytest.mark.parametrize("method", [attribution.edges, attribution.inputs, attribution.heads, attribution.nodes])
+def test_an_attention_without_derivatives_is_refused_before_it_runs(method: Any) -> None:
+    network, processor = build("llava")
+    lvlm = wrap_lvlm(deepcopy(network), processor, name="flash", validate=False)
+    lvlm.hf.config.text_config._attn_implementation = "flash_attention_2"
+    calls, hook = ran(lvlm)
+    with pytest.raises(ModelError, match=r"'flash_attention_2'.*attn_implementation='sdpa' or 'eager'"):
+        method(lvlm, [pair_of(0)])
+    hook.remove()
+    assert not calls
+
+
+def test_attention_that_is_not_called_by_name_is_refused() -> None:
+    network, processor = build("llava")
+    lvlm = wrap_lvlm(deepcopy(network), processor, name="own", validate=False)
+    attention = lvlm.hf.model.language_model.layers[1].self_attn
+
+    def own(hidden_states: Tensor, **_: Any) -> tuple[Tensor, None]:
+        return attention.o_proj(attention.q_proj(hidden_states)), None
+
+    attention.forward = own
+    for method in (attribution.edges, attribution.inputs):
+        with pytest.raises(ModelError, match="layer 1 does not attend through transformers' table"):
+            method(lvlm, [pair_of(0)], min_effect=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"direction": "up"}, ConfigError, "direction='up'"),
+        ({"point": "middle"}, ConfigError, "point='middle'"),
+        ({"variant": "mine"}, ConfigError, "variant='mine'"),
+        ({"steps": 0}, ConfigError, "steps=0"),
+        ({"min_effect": 1e9}, PatchError, "under min_effect"),
+    ],
+)
+def test_a_mistake_is_named(options: dict[str, Any], error: type[Exception], match: str) -> None:
+    with pytest.raises(error, match=match):
+        attribution.edges(model("llava"), [pair_of(0)], **options)
+
+
+def test_pairs_of_unlike_length_are_named() -> None:
+    pair = pair_of(0)
+    longer = replace(pair, corrupt=replace(pair.corrupt, question=f"{pair.corrupt.question} {pair.corrupt.question}"))
+    for method in (attribution.edges, attribution.inputs, attribution.nodes):
+        with pytest.raises(PatchError, match="equal length"):
+            method(model("llava"), [longer])
