@@ -254,7 +254,6 @@ def test_a_plan_grows_with_the_examples_and_leaves_nothing(root: Path, loaded: L
     assert (found.examples, found.measured) == (asked, asked)
     assert found.sites == {"decoder.z/last": asked * 6 * 192 * 4.0}
     chunks = [questions[i : i + 32] for i in range(0, asked, 32)]  # eight batches of four share a chunk
-    print([[len(b.encodings) for b in loaded.batches(chunk, 4)] for chunk in chunks])
     assert found.forwards == sum(len(list(loaded.batches(chunk, 4))) for chunk in chunks)
     store = sum(
         p.stat().st_size for p in (root / "whole" / "activations").glob("*.[hj][5s]*") if p.name != "stage.json"
