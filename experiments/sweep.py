@@ -151,7 +151,7 @@ def _tell(folder: Path, about: dict[str, Any], trouble: str, console: Console) -
     for record in records:
         if record["status"] != "done":
             options = " ".join(f"{k}={v}" for k, v in record["options"].items())
-            said = record.get("error", "its process ended before it was done")
+            said = record.get("error", "its process ended before it was done, or is still at work")
             console.print(f"  {record['status']} {options}: {said}", style="red", markup=False)
     if trouble:
         console.print(f"  launcher: {trouble}", style="red", markup=False)
