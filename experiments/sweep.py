@@ -84,7 +84,7 @@ def job(options: Any, hydra: Any) -> None:
     config = finished(options)
     number, tasks = int(hydra.job.num), [str(o) for o in hydra.overrides.task]
     config = replace(config, name=job_name(config, tasks))
-    path = Path(str(hydra.sweep.dir)) / JOBS / f"{number}.json"
+    path = Path(config.root) / SWEEPS / str(config.sweep.name) / JOBS / f"{number}.json"
     folder = Path(config.root) / config.name
     record: dict[str, Any] = {
         "job": number,

@@ -84,6 +84,8 @@ def test_help_tells_every_option_with_its_default(command: Command) -> None:
             assert f"{option.key}={option.default}".replace(" ", "") in re.sub(r"\s", "", said) or option.key in plain
         assert all(name in said for name, _ in choices(group.name))
     assert "Folds of that choice" in command("help=probe.folds")[1]
+    for stage in STAGES:
+        assert command(f"help={stage}")[0] == 0
 
 
 def test_every_choice_of_every_group_says_what_it_is_and_composes() -> None:

@@ -171,6 +171,16 @@ def test_a_sweep_shares_its_trace_and_a_failed_job_leaves_the_others(root: Path,
     assert "at least 10 images" in page
 
 
+def test_a_choice_of_the_group_sweep_is_a_sweep(root: Path, command: Command) -> None:
+    status, _, complaint = command(*TRACED, "sweep=seeds", "stages=[examples]", "name=n")
+    assert status == 0
+    assert "sweep: 3 of 3 jobs done" in complaint
+    assert {p.name for p in (root / "sweeps" / "n").glob("[!.]*/")} == {f"probe.seed={n}" for n in range(3)}
+    # Going on with it finds everything done.
+    status, said, _ = command(f"resume={root / 'sweeps' / 'n'}")
+    assert (status, said.count("unchanged")) == (0, 3)
+
+
 def test_a_sweep_draws_one_small_picture_a_figure() -> None:
     from experiments.report.sweep import make_sweep_report
 
