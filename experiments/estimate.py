@@ -69,7 +69,7 @@ def estimate(context: Context, examples: int | None = None, seconds: float = SEC
     loading = time.perf_counter() - start
     count = 0
 
-    def counted(*_: object) -> None:
+    def counted(*_: object) -> None:  # one of each trace is for the shapes alone
         nonlocal count
         count += 1
 
@@ -104,7 +104,7 @@ def estimate(context: Context, examples: int | None = None, seconds: float = SEC
                 each = tokens * info.n_layers * info.width * _BYTES[context.config.trace.dtype]
                 sites[info.name] = each * wanted
             return Estimate(
-                wanted, some, sites, _grown(sizes, wanted), math.ceil(count * factor), took * factor, loading
+                wanted, some, sites, _grown(sizes, wanted), math.ceil((count - 1) * factor), took * factor, loading
             )
     finally:
         handle.remove()

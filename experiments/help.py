@@ -27,6 +27,9 @@ groundscope compare runs/a runs/b              what two runs found, side by side
 groundscope plan [option=value …]              bytes, forwards and hours of a trace, from a measured minute
 groundscope help=probe                         the options of a group, in full"""
 
+_STAGES = {"examples": "data"}
+"""Stages whose options are a group of another name."""
+
 
 @dataclass(frozen=True)
 class Option:
@@ -117,7 +120,7 @@ def show(console: Console, about: str = "") -> None:
 
 
 def _show_one(console: Console, about: str) -> None:
-    group = next((g for g in groups() if g.name == about), None)
+    group = next((g for g in groups() if g.name == _STAGES.get(about, about)), None)
     if group is None:
         found = tuple(o for g in groups() for o in g.options if o.key == about)
         if not found:

@@ -102,7 +102,8 @@ def lock(
 def _opened(path: Path) -> IO[str]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        return path.open("a")  # not "w": the name of who holds it stays readable
+        # Not "w": the name of who holds it stays readable. NFS wants to read for a shared lock and to write for the other.
+        return path.open("a+")
     except OSError as error:
         msg = f"'{path.parent}' cannot be written: {error.strerror}; choose a folder that can (root=…, name=…)"
         raise ConfigError(msg) from error

@@ -116,7 +116,10 @@ def _check(override: Override, *, own: bool) -> None:
         names = [name for name, _ in choices(key)]
         for value in _values(override):
             if own and isinstance(value, str) and value not in names:
-                msg = f"{key}={value}: there are {', '.join(names)}{nearest(value, names)}"
+                there = (
+                    f"there are {', '.join(names)}" if names else f"it has no named choices, write {key}.OPTION=VALUE"
+                )
+                msg = f"{key}={value}: {there}{nearest(value, names)}"
                 raise ConfigError(msg)
         return
     if key in leaves:

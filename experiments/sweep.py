@@ -84,7 +84,7 @@ def job(options: Any, hydra: Any) -> None:
     config = finished(options)
     number, tasks = int(hydra.job.num), [str(o) for o in hydra.overrides.task]
     config = replace(config, name=job_name(config, tasks))
-    path = Path(str(hydra.sweep.dir)) / JOBS / f"{number}.json"
+    path = Path(config.root) / SWEEPS / str(config.sweep.name) / JOBS / f"{number}.json"
     folder = Path(config.root) / config.name
     record: dict[str, Any] = {
         "job": number,
@@ -151,7 +151,7 @@ def _tell(folder: Path, about: dict[str, Any], trouble: str, console: Console) -
     for record in records:
         if record["status"] != "done":
             options = " ".join(f"{k}={v}" for k, v in record["options"].items())
-            said = record.get("error", "its process ended before it was done")
+            said = record.get("error", "its process ended before it was done, or is still at work")
             console.print(f"  {record['status']} {options}: {said}", style="red", markup=False)
     if trouble:
         console.print(f"  launcher: {trouble}", style="red", markup=False)

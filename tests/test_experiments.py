@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from app_runs import run_command
 from conftest import SMALL
 from rich.console import Console
 
@@ -27,6 +28,7 @@ from concepts.statistics import Estimate
 from experiments import export, steer
 from experiments.config import STAGES, RunConfig
 from experiments.context import Context
+from experiments.headlines import headlines
 from experiments.measures import cost
 from experiments.run import RunFolder
 from experiments.steered import choose
@@ -82,6 +84,32 @@ def test_what_is_found_is_what_the_model_knows(run: Path) -> None:
     rates = json.loads((run / "behavior" / "rates.json").read_text())
     assert rates["before"]["neutral, object: right"]["value"] > 0.9
     assert rates["before"]["conflict: wrong by prior"]["value"] > rates["twin"]["conflict: wrong by prior"]["value"]
+
+
+def test_headlines_are_what_the_files_say(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = {h.name: h for h in headlines(run)}
+    frame = ProbeGrid.load(run / "probes" / "decoder.z@last").frame()
+    named = frame[frame["concept"] == "object:named"]
+    best = named[named["validation"] == named["validation"].max()]["balanced_accuracy"]
+    assert told["probe: decoder.z@last, object:named: best cell"].value in best.to_numpy()
+    scores = HeadScores.load(run / "circuits" / "color.safetensors")
+    assert told["patch: color: effect of the strongest head"].value == pytest.approx(float(scores.mean.max()))
+    rates = json.loads((run / "behavior" / "rates.json").read_text())
+    for condition, measures in rates.items():
+        for name, rate in measures.items():
+            found = told[f"evaluate: {name}, {condition}"]
+            assert (found.value, found.low, found.high) == (rate["value"], rate["low"], rate["high"])
+    quick = {h.name for h in headlines(run, quick=True)}
+    assert {name for name in told if name.startswith(("evaluate", "steer"))} <= quick < told.keys()
+    status, said, _ = run_command(("compare", str(run), str(run)), tmp_path, monkeypatch, capsys)
+    assert status == 0
+    assert set(re.findall(r"([+-][\d.e-]+) *$", said.split("not compared")[0], flags=re.M)) <= {"+0"}
+    assert "patch: color: effect of the strongest head" in said
+    status, said, _ = run_command(("status", str(run)), tmp_path, monkeypatch, capsys)
+    assert said.count("●") == len(STAGES) + 1
+    assert f"neutral: right {100 * rates['before']['neutral: right']['value']:.1f} → " in said
 
 
 class Reader(HTMLParser):

@@ -75,7 +75,9 @@ def test_help_tells_every_option_with_its_default(command: Command) -> None:
         assert len(option.meaning) > 10, key
         assert option.meaning.endswith("."), key
         assert yaml.safe_load(option.default) == (None if defaults[key] == MISSING else defaults[key]), key
-    assert [group.name for group in groups()][1:] == [f.name for f in dataclasses.fields(RunConfig) if choices(f.name)]
+    assert {"model", "data", "trace", "probe", "patch", "steer", "evaluate", "report", "sweep"} <= {
+        g.name for g in groups()
+    }
     for group in groups()[1:]:
         status, said, _ = command(f"help={group.name}")
         plain = "".join(said.split())
@@ -84,6 +86,8 @@ def test_help_tells_every_option_with_its_default(command: Command) -> None:
             assert f"{option.key}={option.default}".replace(" ", "") in re.sub(r"\s", "", said) or option.key in plain
         assert all(name in said for name, _ in choices(group.name))
     assert "Folds of that choice" in command("help=probe.folds")[1]
+    for stage in STAGES:
+        assert command(f"help={stage}")[0] == 0
 
 
 def test_every_choice_of_every_group_says_what_it_is_and_composes() -> None:
@@ -302,8 +306,8 @@ def test_status_and_compare_tell_what_the_files_say(tmp_path: Path, command: Com
     status, said, _ = command("status", "runs")
     assert status == 0
     (line,) = [line for line in said.splitlines() if line.startswith("a ")]
-    # examples, trace, probe, patch, steer, evaluate, report
-    assert re.findall("[●✗◐·]", line) == ["●", "·", "✗", "◐", "·", "●", "·"][: len(STAGES)]
+    marks = {"examples": "●", "probe": "✗", "patch": "◐", "evaluate": "●"}
+    assert re.findall("[●✗◐·]", line) == [marks.get(stage, "·") for stage in STAGES]
     assert "neutral: right 75.0 → 75.0 %" in said
     assert "probe: StoreError: no [room]" in said
     total = sum(

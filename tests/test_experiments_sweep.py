@@ -171,6 +171,16 @@ def test_a_sweep_shares_its_trace_and_a_failed_job_leaves_the_others(root: Path,
     assert "at least 10 images" in page
 
 
+def test_a_choice_of_the_group_sweep_is_a_sweep(root: Path, command: Command) -> None:
+    status, _, complaint = command(*TRACED, "sweep=seeds", "stages=[examples]", "name=n")
+    assert status == 0
+    assert "sweep: 3 of 3 jobs done" in complaint
+    assert {p.name for p in (root / "sweeps" / "n").glob("[!.]*/")} == {f"probe.seed={n}" for n in range(3)}
+    # Going on with it finds everything done.
+    status, said, _ = command(f"resume={root / 'sweeps' / 'n'}")
+    assert (status, said.count("unchanged")) == (0, 3)
+
+
 def test_a_sweep_draws_one_small_picture_a_figure() -> None:
     from experiments.report.sweep import make_sweep_report
 
@@ -254,7 +264,6 @@ def test_a_plan_grows_with_the_examples_and_leaves_nothing(root: Path, loaded: L
     assert (found.examples, found.measured) == (asked, asked)
     assert found.sites == {"decoder.z/last": asked * 6 * 192 * 4.0}
     chunks = [questions[i : i + 32] for i in range(0, asked, 32)]  # eight batches of four share a chunk
-    print([[len(b.encodings) for b in loaded.batches(chunk, 4)] for chunk in chunks])
     assert found.forwards == sum(len(list(loaded.batches(chunk, 4))) for chunk in chunks)
     store = sum(
         p.stat().st_size for p in (root / "whole" / "activations").glob("*.[hj][5s]*") if p.name != "stage.json"

@@ -442,6 +442,25 @@ def test_a_finished_store_is_opened_without_work_unless_forced(
     assert verify(path).ok
 
 
+def test_parts_make_the_store_of_one_trace(model: Lvlm, data: ConceptDataset, tmp_path: Path) -> None:
+    """More parts than chunks of batches, begun in any order: some are empty, and nothing else differs."""
+    asked: dict[str, Any] = {"sites": ["z"], "tokens": ["last"], "batch_size": 2}
+    small = first(data, 40)  # three chunks of eight batches
+    whole = trace(model, small, out=tmp_path / "whole", **asked)
+    for worker in (3, 0, 4, 2, 1):
+        parts = trace(model, small, out=tmp_path / "parts", worker=worker, workers=5, **asked)
+        assert parts.complete == (worker == 1)
+    assert verify(tmp_path / "parts").ok
+    assert list(parts.frame()["id"]) == list(whole.frame()["id"])
+    for layer in range(6):
+        site = f"decoder.L{layer}.z"
+        np.testing.assert_array_equal(parts.read(site, "last"), whole.read(site, "last"))
+    for wrong in ({"worker": 2, "workers": 2}, {"workers": 2, "force": True}):
+        with pytest.raises(ConfigError, match="worker is 0 to 1; force is for one worker"):
+            trace(model, small, out=tmp_path / "wrong", **asked, **wrong)
+    assert not (tmp_path / "wrong").exists()
+
+
 # ---- mistakes ----------------------------------------------------------------------------------------------------------
 
 

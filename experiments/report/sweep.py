@@ -90,8 +90,16 @@ def multiples(rows: Sequence[Mapping[str, Any]], measures: Sequence[str], keys: 
                 axes.set_xlabel(keys[0], fontsize=7)
         for axes in grid[len(measures) :]:
             axes.set_axis_off()
+        ends = [v for r in rows for v in _values(r) if v is not None]
+        if ends and min(ends) >= 0 and max(ends) <= 1:
+            # Rates are drawn on one scale, so that pictures can be compared.
+            for axes in grid[: len(measures)]:
+                axes.set_ylim(min(ends) - 0.03, max(ends) + 0.03)
         if len(lines) > 1:
-            grid[0].legend(fontsize=6, frameon=False)
+            handles, labels = grid[0].get_legend_handles_labels()
+            picture.legend(
+                handles, labels, loc="outside lower center", ncols=min(6, len(lines)), fontsize=7, frameon=False
+            )
         return svg(picture)
 
 
