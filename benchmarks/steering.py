@@ -123,7 +123,7 @@ def main() -> None:
     options = parser.parse_args()
     console = Console()
     console.print("Compares steered with plain cached generation, and answering by logit margin with plain forwards.")
-    n, new, images = (3, 16, 2) if options.quick else (5, NEW_TOKENS, 4)
+    n, new, images = (2, 16, 2) if options.quick else (5, NEW_TOKENS, 4)
     network: Any = middle_model()
     network.to(options.device, getattr(torch, options.dtype))
     model = wrap_lvlm(network, middle_processor(), validate=False)

@@ -233,6 +233,7 @@ def tradeoff(
                         axes.plot([at], [up], "o", ms=13, mfc="none", mec="black", zorder=5)
         axes.axvline(100 * most, color="black", lw=0.8, ls=":")
         axes.set_xscale("symlog", linthresh=1)
+        axes.xaxis.set_major_formatter("{x:g}")
         axes.set_xlim(left=-0.05)
         axes.set_ylim(bottom=0)
         axes.set_xlabel("what it costs: points of right answers lost, of neutral or typical questions")
