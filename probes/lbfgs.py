@@ -80,7 +80,9 @@ def minimise(
         allowed = torch.maximum(-_SLOPE * before, 0.1 * tolerance * value)
         far = torch.nonzero(~(slope <= allowed))[:, 0]
         if len(far):
-            _shorten(space, far, (v, step, new, new_gradient), (margins, moved, labels, costs), (-before, slope, allowed))
+            _shorten(
+                space, far, (v, step, new, new_gradient), (margins, moved, labels, costs), (-before, slope, allowed)
+            )
             step = new - v
             before, slope = space.dot(step, gradient), space.dot(step, new_gradient)
         # The trapezoid along the step is near enough to tell what is done; what is proven is computed elsewhere.

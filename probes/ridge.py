@@ -154,9 +154,7 @@ class _Fold:
         first[:, half:] *= 2
         return first, second, 2 * shrink, np.column_stack([self.left.T, -self.offset])
 
-    def add_loss(
-        self, loss: np.ndarray, others: np.ndarray, own: np.ndarray, forms: tuple[np.ndarray, ...]
-    ) -> None:
+    def add_loss(self, loss: np.ndarray, others: np.ndarray, own: np.ndarray, forms: tuple[np.ndarray, ...]) -> None:
         """Add the squared error of the rows left out to loss [R, m], up to what is the same for all penalties.
 
         `others`, `own` are ``X't`` [D + 1, m] of standardised features and a column of ones.

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-import numpy as np
 import torch
 from threadpoolctl import threadpool_limits
 
@@ -36,4 +35,4 @@ def keep_freed_memory() -> None:
     Its threshold for that follows the largest block freed so far (mallopt(3), M_MMAP_THRESHOLD); none of this one's pages
     is ever touched. A tenth of the time of a fit; nothing, where another allocator is used.
     """
-    np.empty(KEPT, np.uint8)
+    torch.empty(KEPT, dtype=torch.uint8)
