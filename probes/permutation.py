@@ -21,6 +21,7 @@ from probes.inputs import Store
 from probes.ridge import Targets, ridge_scores
 from probes.significance import Significance, adjust
 from probes.tasks import Rows
+from probes.threads import side_by_side
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -72,8 +73,8 @@ def permutation_test(
 
     Notes
     -----
-    Memory: the permuted labels (at most `LABEL_BYTES`, float32 [N, B K]), one layer, and about ten arrays of
-    D x `probes.ridge.CHUNK` float32 values. Everything is computed in float32;
+    Memory: the permuted labels (at most `LABEL_BYTES`, float32 [N, B K]), one layer, and on each of torch's
+    threads about ten arrays of D x `probes.ridge.CHUNK` float32 values. Everything is computed in float32;
     where a permuted labelling scores as high as the true one it counts against the concept.
     """
     if permutations < 1 or scheme not in SCHEMES:
@@ -92,7 +93,8 @@ def permutation_test(
     maxima = np.full((n_concepts, permutations), -np.inf, np.float32)
     size = max(1, LABEL_BYTES // (4 * max(1, len(table.ids)) * n_concepts))
     parts = [range(a, min(a + size, permutations)) for a in range(0, permutations, size)]
-    with bar(f"permuting {grid.stack}.{grid.component}", len(parts) * len(place.layers) * n_heads, progress) as advance:
+    shown = bar(f"permuting {grid.stack}.{grid.component}", len(parts) * len(place.layers) * n_heads, progress)
+    with shown as advance, side_by_side() as each:
         for part in parts:
             drawn = [
                 (members, rows_, _labels(table, members, rows_, part, scheme, seed)) for members, rows_ in families
@@ -101,7 +103,7 @@ def permutation_test(
                 by_head = again.by_head(at)
                 for head in range(n_heads):
                     for members, rows_, targets in drawn:
-                        scores = ridge_scores(by_head[rows_, head], targets, penalties)
+                        scores = ridge_scores(by_head[rows_, head], targets, penalties, each)
                         scores = scores.reshape(len(part) + 1, len(members))
                         chosen = list(members)
                         observed[chosen, at, head] = scores[0]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from contextlib import contextmanager
+from typing import Protocol, TypeVar
 
 import torch
 from threadpoolctl import threadpool_limits
@@ -16,17 +17,26 @@ Given = TypeVar("Given")
 Made = TypeVar("Made")
 
 
-def each(work: Callable[[Given], Made], over: Iterable[Given]) -> Iterator[Made]:
-    """Yield the work's results in order, on as many threads as torch uses (`torch.set_num_threads`).
+class Each(Protocol):
+    """What `map` does."""
+
+    def __call__(self, work: Callable[[Given], Made], over: Iterable[Given], /) -> Iterator[Made]:
+        """Yield the work's results in order."""
+        ...
+
+
+@contextmanager
+def side_by_side() -> Iterator[Each]:
+    """Give a `map` that works on as many threads as torch uses (`torch.set_num_threads`).
 
     Each multiplies matrices on one thread: numpy's other operations know one only, and would leave the rest idle.
     """
     count = torch.get_num_threads()
     if count == 1:
-        yield from map(work, over)
+        yield map
         return
     with threadpool_limits(1, "blas"), ThreadPoolExecutor(count) as pool:
-        yield from pool.map(work, over)
+        yield pool.map
 
 
 def keep_freed_memory() -> None:
