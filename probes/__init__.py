@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from probes import alignment, lens
     from probes.comparisons import control_task, lexical_control, random_features
-    from probes.estimators import ConceptSubspaceProbe, LDAProbe, LogisticProbe, MeanDifferenceProbe, RidgeProbe
+    from probes.estimators import (
+        ConceptSubspaceProbe,
+        LDAProbe,
+        LogisticProbe,
+        MeanDifferenceProbe,
+        MultinomialProbe,
+        RidgeProbe,
+    )
     from probes.fit import fit_grid
     from probes.grid import Cell, ProbeGrid
     from probes.inputs import probeable
@@ -28,6 +35,7 @@ __all__ = [
     "LogisticFit",
     "LogisticProbe",
     "MeanDifferenceProbe",
+    "MultinomialProbe",
     "ProbeGrid",
     "RidgeProbe",
     "Significance",
@@ -53,6 +61,7 @@ _HOME = {
     "LogisticFit": "solver",
     "LogisticProbe": "estimators",
     "MeanDifferenceProbe": "estimators",
+    "MultinomialProbe": "estimators",
     "ProbeGrid": "grid",
     "RidgeProbe": "estimators",
     "Significance": "significance",

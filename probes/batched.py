@@ -6,7 +6,7 @@ batch. `fit_logistic` is the reference this is held to, and what a fit without a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -46,8 +46,18 @@ class RowBlock:
 
     @classmethod
     def of(cls, features: np.ndarray, device: str = "cpu", near: RowBlock | None = None) -> RowBlock:
-        """Standardise features [n, D] of any real dtype; they must be finite."""
-        x = torch.from_numpy(np.array(features, dtype=np.float64, order="C")).to(device)  # a copy: it is changed below
+        """Standardise features [n, D] of any real dtype; they must be finite.
+
+        Raises
+        ------
+        ProbeError
+            Where the device's memory does not hold them.
+        """
+        copied = torch.from_numpy(np.array(features, dtype=np.float64, order="C"))  # it is changed below
+        try:
+            x = copied.to(device)
+        except torch.OutOfMemoryError as error:
+            raise _no_room(device, copied.shape) from error
         mean = x.mean(dim=0)
         x -= mean
         deviation = torch.sqrt(square_sums(x) / len(x))
@@ -119,7 +129,10 @@ def fit_rows(
     device = block.standard.device
     y, w, strength = (torch.from_numpy(np.array(a, np.float64)).to(device) for a in (labels, weights, penalty.ravel()))
     of_problem = torch.arange(len(y), device=device).repeat_interleave(len(strength) // len(y))
-    begin = None if start is None else _begin(block, *start)
+    try:
+        begin = None if start is None else _begin(block, *start)
+    except torch.OutOfMemoryError:
+        begin = None  # where a beginning has no room the smaller parts below may have one
     found = [_solve(block, y, w, strength, of_problem, part, tolerance, begin) for part in _parts(block, len(strength))]
     theta, intercept, objective, gap = (torch.cat([f[i] for f in found]).cpu().numpy() for i in range(4))
     failed = np.flatnonzero(~(gap <= tolerance))
@@ -139,6 +152,12 @@ def fit_rows(
     coefficients = theta * np.divide(1.0, scale, out=np.zeros_like(scale), where=scale > 0)
     spread = np.broadcast_to(scale, coefficients.shape)
     return LogisticFit(coefficients, intercept - coefficients @ block.mean, objective, gap, spread)
+
+
+def _no_room(device: str | torch.device, shape: Sequence[int]) -> ProbeError:
+    return ProbeError(
+        f"device '{device}' has no memory for a single probe on {tuple(shape)} features: fit on the cpu, or on fewer examples"
+    )
 
 
 def _begin(block: RowBlock, coefficients: np.ndarray, intercepts: np.ndarray) -> Tensor | None:
@@ -211,11 +230,7 @@ def _solve(
         return found
     except torch.OutOfMemoryError as error:
         if len(part) == 1:
-            msg = (
-                f"device '{block.standard.device}' has no memory for a single probe on {tuple(block.standard.shape)} "
-                f"features: fit on the cpu, or on fewer examples"
-            )
-            raise ProbeError(msg) from error
+            raise _no_room(block.standard.device, block.standard.shape) from error
     halves = [
         _solve(block, labels, weights, strength, of_problem, half, tolerance, begin) for half in part.tensor_split(2)
     ]

@@ -1,7 +1,7 @@
 """The probes as scikit-learn estimators: ``fit(X, y)``, ``decision_function``, ``predict``, ``coef_``.
 
-For two classes. They standardise inside `fit`, weigh both classes alike, and give weights in the units of X. They are
-made of the same parts as the probes of a grid, and can be used without one.
+For two classes, but for `MultinomialProbe`. They standardise inside `fit`, weigh all classes alike, and give weights in
+the units of X. They are made of the same parts as the probes of a grid, and can be used without one.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from sklearn.utils.multiclass import check_classification_targets, type_of_targe
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from probes.batched import RowBlock
+from probes.closed import Spectrum, unstandardise
 from probes.methods import METHODS, SUBSAMPLE_SHARE, SUBSAMPLES, Rows, concept_directions
+from probes.multinomial import fit_multinomial
 from probes.solver import LogisticFit
 
 
@@ -51,7 +53,7 @@ class _Probe(ClassifierMixin, BaseEstimator):
         features, values = checked
         check_classification_targets(values)
         kind = type_of_target(values, input_name="y", raise_unknown=True)
-        if kind != "binary":
+        if kind != "binary" and not self.__sklearn_tags__().classifier_tags.multi_class:
             msg = f"Only binary classification is supported. The type of the target is {kind}."
             raise ValueError(msg)
         self.classes_, labels = np.unique(values, return_inverse=True)
@@ -96,6 +98,61 @@ class LogisticProbe(_Probe):
         check_is_fitted(self)
         positive = 0.5 * (1 + np.tanh(0.5 * self.decision_function(X)))
         return np.column_stack([1 - positive, positive])
+
+
+class MultinomialProbe(_Probe):
+    """L2-regularised multinomial (softmax) regression on standardised features, for two or more classes alike in weight.
+
+    Equals ``make_pipeline(StandardScaler(), LogisticRegression(C=C, class_weight="balanced"))`` at its optimum for three
+    or more classes; ``gap_`` is the proven relative distance from it. ``coef_`` is [K, D], also for two classes.
+
+    Parameters
+    ----------
+    C
+        Inverse penalty.
+    tol
+        Largest proven relative gap.
+    """
+
+    def __init__(self, C: float = 1.0, *, tol: float = 1e-8) -> None:
+        self.C = C
+        self.tol = tol
+
+    def fit(self, X: Any, y: Any) -> Self:
+        """Fit to features [n, D] and labels [n] of two or more classes; raises `ProbeError` where `tol` is not reached."""
+        features, labels = self._start(X, y)
+        block = RowBlock.of(features)
+        found = fit_multinomial(
+            Spectrum(block.standard.numpy()), labels.astype(int), len(self.classes_), self.C, tolerance=self.tol
+        )
+        fit = unstandardise(found.coefficients, found.intercepts, block.mean, block.deviation)
+        self.coef_, self.intercept_, self.gap_ = fit.coefficients, fit.intercepts, found.gap
+        return self
+
+    def decision_function(self, X: Any) -> np.ndarray:
+        """Return margins float64 [n, K]; for two classes [n], the second's less the first's."""
+        check_is_fitted(self)
+        features = validate_data(self, X, reset=False, dtype=np.float64)
+        margins = features @ self.coef_.T + self.intercept_
+        return margins[:, 1] - margins[:, 0] if len(self.classes_) == 2 else margins
+
+    def predict(self, X: Any) -> np.ndarray:
+        """Return classes [n]."""
+        margins = self.decision_function(X)
+        return self.classes_[(margins > 0).astype(int) if margins.ndim == 1 else margins.argmax(axis=1)]
+
+    def predict_proba(self, X: Any) -> np.ndarray:
+        """Return probabilities [n, K] for classes that are equally frequent."""
+        margins = self.decision_function(X)
+        if margins.ndim == 1:
+            margins = np.column_stack([np.zeros(len(margins)), margins])
+        p = np.exp(margins - margins.max(axis=1, keepdims=True))
+        return p / p.sum(axis=1, keepdims=True)
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.classifier_tags.multi_class = True
+        return tags
 
 
 class RidgeProbe(_Probe):

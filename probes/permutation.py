@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from concepts.errors import ProbeError
+from probes.again import split_again
 from probes.controls import shuffle_labels, shuffle_within
 from probes.fit import bar
 from probes.grid import ProbeGrid
-from probes.inputs import Store, find_place, read_features, read_groups, read_labels, row_mask
+from probes.inputs import Store
 from probes.ridge import Targets, ridge_scores
 from probes.significance import Significance, adjust
-from probes.tasks import Rows, split_rows
+from probes.tasks import Rows
+from probes.threads import side_by_side
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -71,37 +73,19 @@ def permutation_test(
 
     Notes
     -----
-    Memory: the permuted labels (at most `LABEL_BYTES`, float32 [N, B K]), one layer, and about ten arrays of
-    D x `probes.ridge.CHUNK` float32 values. Everything is computed in float32;
+    Memory: the permuted labels (at most `LABEL_BYTES`, float32 [N, B K]), one layer, and on each of torch's
+    threads about ten arrays of D x `probes.ridge.CHUNK` float32 values. Everything is computed in float32;
     where a permuted labelling scores as high as the true one it counts against the concept.
     """
     if permutations < 1 or scheme not in SCHEMES:
         msg = f"permutations={permutations} must be at least 1, scheme='{scheme}' one of {', '.join(SCHEMES)}"
         raise ProbeError(msg)
-    if store.digest != grid.provenance["store"]:
-        msg = f"the grid was fitted on store {grid.provenance['store'][:12]}…, this one is {store.digest[:12]}…"
-        raise ProbeError(msg)
-    place = find_place(store, grid.stack, grid.component, grid.tokens, grid.n_heads is not None)
-    frame = store.frame()
-    mask = row_mask(rows, len(frame))
-    labels, ids, groups = (
-        read_labels(frame, grid.concepts)[mask],
-        frame["id"].to_numpy()[mask],
-        read_groups(frame)[mask],
-    )
-    first = read_features(store, place, place.layers[0], mask, ids)
-    present = np.asarray(~np.isnan(first).all(axis=1))
-    options = grid.provenance
-    table = split_rows(
-        ids[present], groups[present], labels[present], options["folds"], options["test_fraction"], options["seed"]
-    )
-    if tuple(str(i) for i in table.ids[table.fold < 0]) != grid.held_out:
-        msg = "these rows are not split as the grid's were: give the `rows` it was fitted with"
-        raise ProbeError(msg)
+    again = split_again(store, grid, rows)
+    place, table = again.place, again.table
     families = list(_families(table))
     if scheme == "within":
         _check_varies(table, grid.concepts)
-    penalties = np.sort(np.asarray(options["penalties"], dtype=np.float32))
+    penalties = np.sort(np.asarray(grid.provenance["penalties"], dtype=np.float32))
     n_heads = grid.n_heads or 1
     n_concepts = len(grid.concepts)
     observed = np.empty((n_concepts, len(place.layers), n_heads), np.float32)
@@ -109,17 +93,17 @@ def permutation_test(
     maxima = np.full((n_concepts, permutations), -np.inf, np.float32)
     size = max(1, LABEL_BYTES // (4 * max(1, len(table.ids)) * n_concepts))
     parts = [range(a, min(a + size, permutations)) for a in range(0, permutations, size)]
-    with bar(f"permuting {grid.stack}.{grid.component}", len(parts) * len(place.layers) * n_heads, progress) as advance:
+    shown = bar(f"permuting {grid.stack}.{grid.component}", len(parts) * len(place.layers) * n_heads, progress)
+    with shown as advance, side_by_side() as each:
         for part in parts:
             drawn = [
                 (members, rows_, _labels(table, members, rows_, part, scheme, seed)) for members, rows_ in families
             ]
-            for at, layer in enumerate(place.layers):
-                x = first if at == 0 else read_features(store, place, layer, mask, ids)
-                by_head = x[present].reshape(len(table.ids), n_heads, -1)
+            for at in range(len(place.layers)):
+                by_head = again.by_head(at)
                 for head in range(n_heads):
                     for members, rows_, targets in drawn:
-                        scores = ridge_scores(by_head[rows_, head], targets, penalties)
+                        scores = ridge_scores(by_head[rows_, head], targets, penalties, each)
                         scores = scores.reshape(len(part) + 1, len(members))
                         chosen = list(members)
                         observed[chosen, at, head] = scores[0]

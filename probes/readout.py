@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from concepts.errors import ProbeError
 from probes.grid import ProbeGrid
-from probes.inputs import find_place, read_features, read_groups, read_labels, row_mask
+from probes.inputs import Store, find_place, read_features, read_groups, read_labels, row_mask
 from probes.statistics import (
     auc,
     balanced_accuracy,
@@ -24,29 +24,54 @@ if TYPE_CHECKING:
 
 
 def multiclass(
-    grid: ProbeGrid, concepts: Sequence[str], *, resamples: int = 1000, confidence: float = 0.95, seed: int = 0
+    grid: ProbeGrid,
+    concepts: Sequence[str],
+    *,
+    how: str = "rest",
+    store: Store | None = None,
+    rows: Sequence[bool] | np.ndarray | pd.Series | None = None,
+    resamples: int = 1000,
+    confidence: float = 0.95,
+    seed: int = 0,
+    progress: bool | None = None,
 ) -> pd.DataFrame:
     """Score the choice among concepts of which exactly one is true: the colour of the named object, which relation.
 
-    The largest margin of the concepts' probes decides, on held-out rows where exactly one of them is true. Each probe was
-    fitted by itself, one against the rest: this is not a multinomial regression, whose weights are fitted together and which
-    can tell classes apart that no single hyperplane cuts from all others. The score is the mean recall over the concepts
-    that occur, so knowing nothing gives 1 over their number.
+    Scored on held-out rows where exactly one of them is true, by the mean recall over the concepts that occur, so that
+    knowing nothing gives 1 over their number.
+
+    Parameters
+    ----------
+    how
+        ``rest``: the largest margin of the grid's own probes decides, each fitted against the rest. ``softmax``: a
+        multinomial regression is fitted for the choice, on the grid's training rows, with its folds and penalties
+        (`probes.MultinomialProbe`): its weights are fitted together.
+    store, rows
+        For ``softmax``: the grid's store, and the rows given to `fit_grid`.
+    resamples, confidence, seed
+        Of the intervals over groups.
+    progress
+        For ``softmax``: whether to show a bar; by default on a terminal only.
 
     Returns
     -------
-    A row a layer and head: balanced_accuracy with its interval over groups, chance, and n.
+    A row a layer and head: balanced_accuracy with its interval over groups, chance, and n; for ``softmax`` also penalty
+    and gap, the proven relative distance of the fit from its optimum.
 
     Raises
     ------
     ProbeError
-        Where fewer than two concepts are given, the grid has not all of them, or on no held-out row exactly one is true.
+        Where fewer than two concepts are given, the grid has not all of them, on no held-out row exactly one is true, or
+        for ``softmax`` no store is given, it is not the grid's, or training rows are too few.
     """
     import pandas as pd
 
     missing = [c for c in concepts if c not in grid.concepts]
-    if missing or len(set(concepts)) < 2:
+    if missing or len(set(concepts)) < 2 or len(set(concepts)) < len(concepts):
         msg = f"choose among two or more concepts of the grid: it has {', '.join(grid.concepts)}; got {list(concepts)}"
+        raise ProbeError(msg)
+    if how not in HOW or (how == "softmax") != (store is not None):
+        msg = f"how='{how}' must be one of {', '.join(HOW)}; softmax, which is fitted anew, needs store=…, rest takes none"
         raise ProbeError(msg)
     at = [grid.concepts.index(c) for c in concepts]
     labels = grid.held_out_labels[at]  # [C, T]
@@ -59,23 +84,38 @@ def multiclass(
     classes = np.unique(truth)
     names, of_row = np.unique(np.array(grid.held_out_groups)[used], return_inverse=True)
     counts = resample_groups(names, resamples, seed).astype(np.float64)
+    if store is not None:
+        from probes.choice import softmax_choices
+
+        choices = softmax_choices(store, grid, concepts, used, rows, progress)
+    else:
+        choices = _largest(grid, at, used)
     table = []
-    for where, layer in enumerate(grid.layers):
+    for where, head, said, *fitted in choices:
+        recalls, drawn = [], []
+        for c in classes:
+            there = truth == c
+            right = np.bincount(of_row, there & (said == c), minlength=len(names))
+            total = np.bincount(of_row, there, minlength=len(names))
+            recalls.append(right.sum() / total.sum())
+            below = counts @ total
+            drawn.append(np.divide(counts @ right, below, out=np.full(len(counts), np.nan), where=below > 0))
+        low, high = percentile_interval(np.mean(drawn, axis=0), confidence)
+        cell = (grid.layers[where], head if grid.n_heads else pd.NA)
+        table.append((*cell, float(np.mean(recalls)), float(low), float(high), 1 / len(classes), len(truth), *fitted))
+    columns = ["layer", "head", "balanced_accuracy", "low", "high", "chance", "n"]
+    columns += ["penalty", "gap"] if how == "softmax" else []
+    return pd.DataFrame(table, columns=columns).astype({"head": "Int64"})
+
+
+HOW = ("rest", "softmax")
+"""How a choice among concepts is made."""
+
+
+def _largest(grid: ProbeGrid, at: Sequence[int], used: np.ndarray) -> Iterator[tuple[int, int, np.ndarray]]:
+    for where in range(len(grid.layers)):
         for head in range(grid.n_heads or 1):
-            said = grid.held_out_margins[at, where, head][:, used].argmax(axis=0)
-            recalls, drawn = [], []
-            for c in classes:
-                there = truth == c
-                right = np.bincount(of_row, there & (said == c), minlength=len(names))
-                total = np.bincount(of_row, there, minlength=len(names))
-                recalls.append(right.sum() / total.sum())
-                below = counts @ total
-                drawn.append(np.divide(counts @ right, below, out=np.full(len(counts), np.nan), where=below > 0))
-            low, high = percentile_interval(np.mean(drawn, axis=0), confidence)
-            cell = (layer, head if grid.n_heads else pd.NA)
-            table.append((*cell, float(np.mean(recalls)), float(low), float(high), 1 / len(classes), len(truth)))
-    names_ = ["layer", "head", "balanced_accuracy", "low", "high", "chance", "n"]
-    return pd.DataFrame(table, columns=names_).astype({"head": "Int64"})
+            yield where, head, grid.held_out_margins[at, where, head][:, used].argmax(axis=0)
 
 
 def transfer(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from probes.threads import each, keep_freed_memory
+from probes.threads import Each, keep_freed_memory
 
 CHUNK = 1000
 """Columns of labels multiplied at once: few enough for the processor's cache."""
@@ -44,7 +44,7 @@ class Targets:
         return cls(fold, tuple(blocks))
 
 
-def ridge_scores(features: np.ndarray, targets: Targets, penalties: np.ndarray) -> np.ndarray:
+def ridge_scores(features: np.ndarray, targets: Targets, penalties: np.ndarray, each: Each = map) -> np.ndarray:
     """Return held-out balanced accuracies of ridge probes, one for each column of targets.
 
     Standardised inside folds; C is the one with the least squared error on the rows left out, between equals the first;
@@ -58,6 +58,8 @@ def ridge_scores(features: np.ndarray, targets: Targets, penalties: np.ndarray) 
         Of the same n rows.
     penalties
         C, increasing.
+    each
+        How folds and blocks of columns are gone through: `probes.threads.side_by_side`.
 
     Returns
     -------
@@ -72,8 +74,7 @@ def ridge_scores(features: np.ndarray, targets: Targets, penalties: np.ndarray) 
     standard = ((x - mean) / deviation).astype(np.float32)
     ends = np.cumsum([0, *(len(p) for p in targets.blocks[0].parts)])
     spans = [slice(a, b) for a, b in itertools.pairwise(ends)]
-    folds = [_Fold.of(standard, span) for span in spans]
-    whole = _Fold.of(standard, slice(0, 0))
+    whole, *folds = each(lambda span: _Fold.of(standard, span), [slice(0, 0), *spans])
     on_axes = ((features[fold < 0] - mean) / deviation).astype(np.float32) @ whole.left
     shrink = 1 / (whole.values + 1 / penalties[:, None])  # [R, r]
     n = len(standard)

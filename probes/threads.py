@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from contextlib import contextmanager
+from typing import Protocol, TypeVar
 
-import numpy as np
 import torch
 from threadpoolctl import threadpool_limits
 
@@ -17,17 +17,26 @@ Given = TypeVar("Given")
 Made = TypeVar("Made")
 
 
-def each(work: Callable[[Given], Made], over: Iterable[Given]) -> Iterator[Made]:
-    """Yield the work's results in order, on as many threads as torch uses (`torch.set_num_threads`).
+class Each(Protocol):
+    """What `map` does."""
+
+    def __call__(self, work: Callable[[Given], Made], over: Iterable[Given], /) -> Iterator[Made]:
+        """Yield the work's results in order."""
+        ...
+
+
+@contextmanager
+def side_by_side() -> Iterator[Each]:
+    """Give a `map` that works on as many threads as torch uses (`torch.set_num_threads`).
 
     Each multiplies matrices on one thread: numpy's other operations know one only, and would leave the rest idle.
     """
     count = torch.get_num_threads()
     if count == 1:
-        yield from map(work, over)
+        yield map
         return
     with threadpool_limits(1, "blas"), ThreadPoolExecutor(count) as pool:
-        yield from pool.map(work, over)
+        yield pool.map
 
 
 def keep_freed_memory() -> None:
@@ -36,4 +45,4 @@ def keep_freed_memory() -> None:
     Its threshold for that follows the largest block freed so far (mallopt(3), M_MMAP_THRESHOLD); none of this one's pages
     is ever touched. A tenth of the time of a fit; nothing, where another allocator is used.
     """
-    np.empty(KEPT, np.uint8)
+    torch.empty(KEPT, dtype=torch.uint8)

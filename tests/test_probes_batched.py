@@ -167,6 +167,15 @@ def test_a_device_short_of_memory_gets_fewer_problems_then_says_so(monkeypatch: 
         fit_rows(block, y[None], PENALTIES[None], weights)
 
 
+def test_a_device_that_cannot_hold_the_features_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_, **__) -> torch.Tensor:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(torch.Tensor, "to", full)
+    with pytest.raises(ProbeError, match=r"device 'cpu' has no memory for a single probe on \(60, 10\) features"):
+        RowBlock.of(make("random", 60, 10, 3)[0])
+
+
 @pytest.mark.parametrize("kind", ["separable", "unbalanced"])
 def test_wherever_iterations_begin_the_optimum_and_its_proof_are_the_same(kind: str) -> None:
     """At what nearly the same rows gave, and at nonsense; on axes of other rows."""

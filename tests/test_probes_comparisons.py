@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score, recall_score, roc_auc_score
+from sklearn.preprocessing import StandardScaler
 
 from concepts.errors import ProbeError, SiteError
 from probes import (
@@ -77,6 +79,40 @@ def test_a_choice_among_concepts_is_scored_as_scikit_learn_does(grid: ProbeGrid)
     with pytest.raises(ProbeError, match="choose among two or more concepts of the grid"):
         multiclass(grid, ["attribute:red"])
     assert grid.multiclass(COLORS, resamples=300).equals(found.reset_index()[found.reset_index().columns])
+
+
+def test_a_choice_fitted_together_equals_the_protocol_done_with_scikit_learn(
+    grid: ProbeGrid, store: MemoryStore
+) -> None:
+    found = grid.multiclass(COLORS, how="softmax", store=store, resamples=300)
+    split = np.isin(store.table["id"], grid.held_out)
+    y = store.table[list(COLORS)].to_numpy().argmax(axis=1)
+    for at in range(3):
+        x = store.read(f"decoder.L{at}.resid_post", "last", examples=slice(None)).astype(float)
+        penalty = found.loc[at, "penalty"]
+        assert penalty in (1e-2, 1.0)
+        scaler = StandardScaler().fit(x[~split])
+        model = LogisticRegression(C=penalty, class_weight="balanced", tol=1e-10, solver="newton-cg", max_iter=1000)
+        model.fit(scaler.transform(x[~split]), y[~split])
+        said = model.predict(scaler.transform(x[split]))
+        score = recall_score(y[split], said, average="macro")
+        assert found.loc[at, "balanced_accuracy"] == pytest.approx(score, abs=1e-9)
+        assert 0 <= found.loc[at, "gap"] <= 1e-8
+        assert found.loc[at, "low"] <= score <= found.loc[at, "high"]
+    assert found.loc[1, "low"] > 0.5
+
+
+def test_choices_that_cannot_be_fitted_are_refused(grid: ProbeGrid, store: MemoryStore) -> None:
+    with pytest.raises(ProbeError, match="softmax, which is fitted anew, needs store"):
+        grid.multiclass(COLORS, how="softmax")
+    with pytest.raises(ProbeError, match="how='best' must be one of rest, softmax"):
+        grid.multiclass(COLORS, how="best")
+    other = colored(seed=1)
+    other.digest = "e" * 64
+    with pytest.raises(ProbeError, match="the grid was fitted on store dddddddddddd"):
+        grid.multiclass(COLORS, how="softmax", store=other)
+    with pytest.raises(ProbeError, match="not split as the grid's were"):
+        grid.multiclass(COLORS, how="softmax", store=store, rows=np.arange(360) < 300)
 
 
 def test_probes_carry_over_to_where_they_should(grid: ProbeGrid, store: MemoryStore) -> None:

@@ -16,13 +16,21 @@ from probes import (
     LDAProbe,
     LogisticProbe,
     MeanDifferenceProbe,
+    MultinomialProbe,
     RidgeProbe,
     fit_grid,
 )
 from probes.statistics import bootstrap_auc, calibration_error, log_loss, log_odds_slope, resample_groups, weighted_auc
 from probes_stores import make_store
 
-ALL = [LogisticProbe(), RidgeProbe(), LDAProbe(), MeanDifferenceProbe(), ConceptSubspaceProbe(n_probes=4)]
+ALL = [
+    LogisticProbe(),
+    MultinomialProbe(),
+    RidgeProbe(),
+    LDAProbe(),
+    MeanDifferenceProbe(),
+    ConceptSubspaceProbe(n_probes=4),
+]
 
 
 @pytest.mark.filterwarnings("ignore:.*")  # the checks themselves warn
