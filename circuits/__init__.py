@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from circuits.attention import ImageAttention, attention_to_image
     from circuits.correlational import HeadTable, head_scores
     from circuits.entries import ProbeGate
+    from circuits.graph import Graph
     from circuits.head_statistics import Comparison, Stability
     from circuits.heads import HeadScores, compare, random_heads
     from circuits.interventions import Add, Amplify, Gate, Intervention, Project, Replace, Zero, intervened
@@ -26,6 +27,7 @@ __all__ = [
     "Amplify",
     "Comparison",
     "Gate",
+    "Graph",
     "HeadScores",
     "HeadTable",
     "ImageAttention",
@@ -64,6 +66,7 @@ _HOME = {
     "Amplify": "interventions",
     "Comparison": "head_statistics",
     "Gate": "interventions",
+    "Graph": "graph",
     "HeadScores": "heads",
     "HeadTable": "correlational",
     "ImageAttention": "attention",
