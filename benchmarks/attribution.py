@@ -1,12 +1,14 @@
 """What estimating instead of patching costs and what it is worth; what splitting an answer by source costs.
 
 Cost, on the random LLaVA of middle size of benchmarks/trace.py (256 image and 32 question tokens), in turns with plain
-forwards of the same prompts: attribution patching of all heads and positions of a pair; the same with gradients at five
-points between the runs; `circuits.sources.split` of four questions, over plain forwards of its distinct coalitions in
-batches of the same size.
+forwards of the same prompts: attribution patching of all heads, MLPs and embeddings at all positions of a pair; of its
+heads with gradients at five points between the runs; all edges of the decoder with gradients at five points (EAP-IG);
+`circuits.sources.split` of four questions, over plain forwards of its distinct coalitions in batches of the same size.
 
-Worth, on the embedded model: how the estimates rank heads beside exact patching, with intervals over scenes, for each
-level; and how faithful the best heads alone are (CPR) by exact patching, by the estimates and by chance.
+Worth, on the embedded model and on models with planted circuits: how the estimates rank heads beside exact patching, with
+intervals over scenes, for each level; how near estimates of patched queries come to patching them, with and without the
+query/key fix; and how faithful the best heads alone are (CPR) and how like the model they behave (CMD) by exact patching,
+by the estimates, by attention to the image and by chance.
 
     python benchmarks/attribution.py [--quick] [--save]
 """
@@ -18,7 +20,8 @@ import json
 import platform
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +34,25 @@ from rich.table import Table
 
 from benchmarks.patching import build, pair_of
 from benchmarks.trace import alternate, questions
-from circuits import HeadScores, attribution, compare, faithfulness, patch_heads, sources
+from circuits import (
+    HeadScores,
+    Intervention,
+    Replace,
+    attention_to_image,
+    attribution,
+    compare,
+    faithfulness,
+    intervened,
+    patch_heads,
+    sources,
+)
+from circuits.planted import plant
 from concepts import counterfactuals, scenes
-from lvlm import Lvlm, load_lvlm
+from concepts.schema import CounterfactualPair
+from lvlm import Head, Lvlm, Site, load_lvlm
 
 RESULTS = Path(__file__).parent / "results" / "attribution.json"
-GOALS = {"attribution_patching": 5.0, "five_points": 20.0, "sources": 1.3}
+GOALS = {"attribution_patching": 5.0, "five_points": 20.0, "eap_ig": 20.0, "sources": 1.3}
 KINDS = {"object": "object", "attribute": "color", "relation": "relation"}
 ESTIMATES: dict[str, dict[str, Any]] = {
     "run": {},
@@ -45,6 +61,8 @@ ESTIMATES: dict[str, dict[str, Any]] = {
     "dropped": {"drop": True},
 }
 """What each estimate is called and asked for with."""
+EDGE_PAIRS, QUERY_PAIRS, WATCHED = 24, 16, 64
+"""Of how many pairs edges are scored one by one and queries patched, and on how many examples attention is watched."""
 
 
 def cost(n: int) -> dict[str, dict[str, Any]]:
@@ -58,13 +76,13 @@ def cost(n: int) -> dict[str, dict[str, Any]]:
         return lambda: [one() for _ in range(count)]
 
     options: dict[str, Any] = {"min_effect": 0, "progress": False}
-    for name, more in (("attribution_patching", {}), ("five_points", {"point": "path", "steps": 5})):
-        times = alternate(
-            forwards(lambda: model.logits(inputs), 4),
-            lambda more=more: attribution.heads(model, [pair], "image", **options, **more),
-            n,
-            cpu,
-        )
+    methods: dict[str, Callable[[], object]] = {
+        "attribution_patching": lambda: attribution.nodes(model, [pair], **options),
+        "five_points": lambda: attribution.heads(model, [pair], "image", point="path", steps=5, **options),
+        "eap_ig": lambda: attribution.edges(model, [pair], steps=5, **options),
+    }
+    for name, method in methods.items():
+        times = alternate(forwards(lambda: model.logits(inputs), 4), method, n, cpu)
         figures[name] = _figure(name, [taken / (plain / 4) for plain, taken in times], "plain forwards")
 
     asked = list(questions(4))
@@ -99,24 +117,105 @@ def worth(model: Lvlm, images: int) -> dict[str, dict[str, Any]]:
     data, held_out = (scenes.dataset(n_images=images, seed=seed) for seed in (0, 1))
     for level, kind in KINDS.items():
         pairs = counterfactuals.pairs(data, kind=kind, limit=images)
-        exact = patch_heads(model, pairs, "suffix", progress=False)
-        rankings: dict[str, HeadScores | np.ndarray] = {"exact": exact}
-        for name, more in ESTIMATES.items():
-            estimate = attribution.heads(model, pairs, "suffix", progress=False, **more)
-            rankings[name] = estimate
-            found = compare(exact, estimate, k=(5,))
-            figures[f"{level}_{name}"] = {
-                "rank_correlation": str(found.rank_correlation),
-                "overlap_at_5": str(found.overlap[5]),
-                "pairs": exact.n_pairs,
-            }
+        rankings = compared(model, pairs, level, figures, most=min(images, EDGE_PAIRS))
         examples = [e for e in held_out if e.level == level and e.candidates][:images]
-        rng = np.random.Generator(np.random.PCG64(0))
-        rankings["random"] = rng.normal(size=exact.shape)
+        seen = attention_to_image(model, examples[:WATCHED], faithfulness.heads_of(model)).image_mass.mean(0)
+        rankings["attention"] = seen.reshape(model.n_layers, model.n_heads)
+        rankings["random"] = np.random.Generator(np.random.PCG64(0)).normal(size=seen.size).reshape(model.n_layers, -1)
         for name, ranking in rankings.items():
-            curve = faithfulness.curve(model, examples, ranking, progress=False)
-            figures.setdefault(f"{level}_{name}", {})["cpr"] = str(curve.interval("cpr"))
+            figure = figures.setdefault(f"{level}_{name}", {})
+            signed = faithfulness.curve(model, examples, ranking, "signed", progress=False)
+            absolute = faithfulness.curve(model, examples, ranking, "absolute", progress=False)
+            figure |= {"cpr": str(signed.interval("cpr")), "cmd": str(absolute.interval("cmd"))}
+        figures[f"{level}_queries"] = queries(model, pairs[: min(images, QUERY_PAIRS)])
     return figures
+
+
+def compared(
+    model: Lvlm, pairs: Sequence[CounterfactualPair], name: str, figures: dict[str, dict[str, Any]], most: int
+) -> dict[str, HeadScores | np.ndarray]:
+    """Rank heads exactly and by each estimate, and note how alike; of edges, pair by pair for intervals, `most` pairs."""
+    exact = patch_heads(model, pairs, "suffix", progress=False)
+    rankings: dict[str, HeadScores | np.ndarray] = {"exact": exact}
+    few = max(1, round(0.05 * exact.mean.size))
+    for estimate, more in ESTIMATES.items():
+        rankings[estimate] = attribution.heads(model, pairs, "suffix", progress=False, **more)
+    kept = [pair for pair in pairs if pair.clean.id in set(exact.ids)][:most]
+    apart = [attribution.edges(model, [pair], min_effect=0, progress=False).heads for pair in kept]
+    first = exact.select(np.arange(len(kept)))
+    rankings["eap_ig"] = replace(first, effects=np.stack(apart).astype(np.float32))
+    for estimate, scores in rankings.items():
+        if isinstance(scores, HeadScores) and estimate != "exact":
+            beside = first if estimate == "eap_ig" else exact
+            found = compare(beside, scores, k=(few, 5))
+            figures[f"{name}_{estimate}"] = {
+                "rank_correlation": str(found.rank_correlation),
+                "overlap_at_5_percent": str(found.overlap[few]),
+                "overlap_at_5": str(found.overlap[5]),
+                "pairs": beside.n_pairs,
+            }
+    return rankings
+
+
+@torch.no_grad()
+def queries(model: Lvlm, pairs: Sequence[CounterfactualPair]) -> dict[str, Any]:
+    """Patch each head's query at the last token, and say how near estimates with and without the fix come."""
+    exact = []
+    for pair in pairs:
+        clean, corrupt = (model.encode(getattr(pair, side)) for side in ("clean", "corrupt"))
+        rows = model.collate([corrupt] * model.n_heads)
+        ids = [model.processor.tokenizer.convert_tokens_to_ids(e.answer) for e in (pair.clean, pair.corrupt)]
+        ends = [model.logits(model.collate([one]))[0] for one in (clean, corrupt)]
+        low, high = (float(x[ids[0]] - x[ids[1]]) for x in ends[::-1])
+        effects = np.empty((model.n_layers, model.n_heads))
+        for layer in range(model.n_layers):
+            site = Site("decoder", layer, "q")
+            source, run = (model.read(model.collate([one]), [site])[str(site)][:, -1] for one in (clean, corrupt))
+            by_head = run.repeat(model.n_heads, 1).unflatten(-1, (model.n_heads, -1)).clone()
+            own = torch.arange(model.n_heads)
+            by_head[own, own] = source.unflatten(-1, (model.n_heads, -1))[0]
+            with intervened(model, [Intervention(site, Replace(by_head.flatten(1)[:, None]), "last")]):
+                logits = model.logits(rows)
+            effects[layer] = ((logits[:, ids[0]] - logits[:, ids[1]]).numpy() - low) / (high - low)
+        exact.append(effects)
+    found: dict[str, Any] = {"pairs": len(pairs)}
+    truth = np.stack(exact)
+    for name, fix in (("plain", False), ("fixed", True)):
+        estimate = attribution.inputs(model, pairs, "q", "last", fix=fix, min_effect=0, progress=False).effects
+        found[f"error_{name}"] = round(float(np.abs(estimate - truth).sum() / np.abs(truth).sum()), 3)
+        found[f"correlation_{name}"] = round(float(np.corrcoef(estimate.ravel(), truth.ravel())[0, 1]), 3)
+    return found
+
+
+def in_planted(count: int) -> dict[str, dict[str, Any]]:
+    """Look for the circuits of models in which they were put: how often each method ranks their heads first."""
+    figures: dict[str, dict[str, Any]] = {}
+    for circuit in ("direct", "two_step"):
+        hits: dict[str, list[float]] = {}
+        for seed in range(count):
+            planted = plant(seed, circuit)
+            pairs = planted.pairs(3)
+            truth = [head for head in (planted.grounding, planted.mover, planted.reader) if head is not None]
+            graph = attribution.edges(planted.model, pairs, progress=False)
+            rankings = {
+                "exact": patch_heads(planted.model, pairs, "suffix", progress=False).mean,
+                "eap_ig": graph.heads,
+            }
+            for name, more in ESTIMATES.items():
+                rankings[name] = attribution.heads(planted.model, pairs, "suffix", progress=False, **more).mean
+            for name, scores in rankings.items():
+                best = faithfulness.ranked(planted.model, scores)[: len(truth)]
+                hits.setdefault(name, []).append(len(set(best) & set(truth)) / len(truth))
+            edges = {e.name for e in graph.greedy(len(truth) + 1).edges}
+            hits.setdefault("edges_of_the_circuit", []).append(len(edges & circuit_edges(truth)) / (len(truth) + 1))
+        figures[f"planted_{circuit}"] = {name: round(statistics.mean(x), 3) for name, x in hits.items()} | {"n": count}
+    return figures
+
+
+def circuit_edges(heads: Sequence[Head]) -> set[str]:
+    """Name the edges of a chain of heads that each read, by their values, what the one before wrote."""
+    names = [f"a{head.layer}.h{head.head}" for head in heads]
+    return {f"{a} -> {b}<v>" for a, b in zip(("input", *names), names, strict=False)} | {f"{names[-1]} -> logits"}
 
 
 def main() -> None:
@@ -132,11 +231,29 @@ def main() -> None:
     for name, f in figures.items():
         table.add_row(name, *(str(f[k]) for k in ("value", "of", "range", "goal", "holds", "n")))
     console.print(table)
-    agreement = worth(load_lvlm("tiny"), 8 if options.quick else 120)
-    table = Table("embedded model, level and ranking", "rank correlation with exact", "of the best 5", "CPR")
+    agreement = worth(load_lvlm("tiny"), 4 if options.quick else 80)
+    columns = ("rank_correlation", "overlap_at_5_percent", "overlap_at_5", "cpr", "cmd")
+    table = Table(
+        "embedded model, level and ranking", "rank correlation with exact", "of the best 5 %", "best 5", "CPR", "CMD"
+    )
     for name, f in agreement.items():
-        table.add_row(name, *(str(f.get(k, "")) for k in ("rank_correlation", "overlap_at_5", "cpr")))
+        if not name.endswith("queries"):
+            table.add_row(name, *(str(f.get(k, "")) for k in columns))
     console.print(table)
+    table = Table(
+        "patched queries", "pairs", "error, plain", "error, fixed", "correlation, plain", "correlation, fixed"
+    )
+    columns = ("pairs", "error_plain", "error_fixed", "correlation_plain", "correlation_fixed")
+    for name, f in agreement.items():
+        if name.endswith("queries"):
+            table.add_row(name, *(str(f[k]) for k in columns))
+    console.print(table)
+    planted = in_planted(2 if options.quick else 25)
+    table = Table("planted circuits: share of their heads found first", *next(iter(planted.values())))
+    for name, f in planted.items():
+        table.add_row(name, *(str(value) for value in f.values()))
+    console.print(table)
+    agreement |= planted
     device = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     outcome = {"benchmark": "attribution", "device": device, "figures": {**figures, **agreement}}
     if options.save:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from circuits.diagnoses import Diagnoses, Diagnosis
     from circuits.diagnosis import diagnose
     from circuits.entries import ProbeGate
+    from circuits.graph import Graph
     from circuits.head_statistics import Comparison, Stability
     from circuits.heads import HeadScores, compare, random_heads
     from circuits.interventions import Add, Amplify, Gate, Intervention, Project, Replace, Zero, intervened
@@ -31,6 +32,7 @@ __all__ = [
     "Diagnoses",
     "Diagnosis",
     "Gate",
+    "Graph",
     "HeadScores",
     "HeadTable",
     "ImageAttention",
@@ -73,6 +75,7 @@ _HOME = {
     "Diagnoses": "diagnoses",
     "Diagnosis": "diagnoses",
     "Gate": "interventions",
+    "Graph": "graph",
     "HeadScores": "heads",
     "HeadTable": "correlational",
     "ImageAttention": "attention",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
@@ -151,6 +152,70 @@ def test_dropped_gradients_are_those_of_a_model_whose_layer_is_stopped() -> None
                 total[layer] += np.abs(product.reshape(model.n_heads, -1).sum(-1).detach().numpy())
     gap = abs(float(found.clean[0] - found.corrupt[0]))
     np.testing.assert_allclose(found.effects[0], total / (model.n_layers - 1) / gap, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("drop", [False, True])
+def test_nodes_are_heads_position_by_position(drop: bool) -> None:
+    model = shared()
+    some, options = pairs("color")[:2], {"min_effect": 0, "drop": drop}
+    whole = attribution.heads(model, some, "suffix", **options)  # type: ignore[arg-type]
+    at_once = attribution.nodes(model, some, "z", "suffix", **options)  # type: ignore[arg-type]
+    assert at_once.sites[9] == "L1.H1"
+    np.testing.assert_allclose(at_once.effects[:, 9, 0], whole.effects[:, 1, 1], rtol=1e-4, atol=1e-6)
+    assert "estimated from gradients at the run" in at_once.path
+    if not drop:
+        each = attribution.nodes(model, some, ["z", "mlp_out", "embeddings"], "suffix:each", min_effect=0)
+        np.testing.assert_allclose(np.nansum(each.effects[:, :48], -1), whole.effects.reshape(2, -1), atol=1e-4)
+        assert len(each.sites) == 48 + 6 + 1
+        assert each.sites[-1] == "decoder.L0.resid_pre"
+
+
+def test_an_embedding_and_an_mlp_have_the_slope_of_the_answer() -> None:
+    model, pair = precise(), pairs("color")[0]
+    found = attribution.nodes(
+        model, [pair], ["embeddings", "decoder.L2.mlp_out", "decoder.L2.resid_mid"], "all", min_effect=0
+    )
+    layers = layers_of(model)
+    places = (  # a module, whether its input is the node, and what else has to be moved by as much
+        (layers[0], True),
+        (layers[2].mlp, False),
+        (layers[2].self_attn, False),  # what attention adds makes the stream between attention and MLP
+    )
+    gap = float(found.clean[0] - found.corrupt[0])
+    entered: list[torch.Tensor] = []
+    for number, (module, given) in enumerate(places):
+
+        def run(example: Example, by: torch.Tensor | float, module: nn.Module = module, given: bool = given) -> Any:
+            kept: list[torch.Tensor] = []
+
+            def before(_m: object, args: tuple[Any, ...]) -> Any:
+                kept.append(args[0])
+                return (args[0] + by, *args[1:])
+
+            def after(_m: object, _a: object, out: Any) -> Any:
+                x = out[0] if isinstance(out, tuple) else out
+                kept.append(x)
+                return (x + by, *out[1:]) if isinstance(out, tuple) else x + by
+
+            hook = module.register_forward_pre_hook(before) if given else module.register_forward_hook(after)
+            with torch.no_grad():
+                logits = model.hf(**model.collate([model.encode(example)])).logits[0, -1]
+            hook.remove()
+            return kept[0], difference(model, logits, pair)
+
+        if number == 2:  # all of the stream moves, and not only what this layer's attention adds
+            hook = layers[2].post_attention_layernorm.register_forward_pre_hook(
+                lambda _m, args: entered.append(args[0])
+            )
+            for example in (pair.clean, pair.corrupt):
+                run(example, 0.0)
+            hook.remove()
+            delta = entered[0] - entered[1]
+        else:
+            delta = run(pair.clean, 0.0)[0] - run(pair.corrupt, 0.0)[0]
+        step = 2e-2  # as above
+        up, down = (float(run(pair.corrupt, s * delta)[1]) for s in (step, -step))
+        np.testing.assert_allclose(found.effects[0, number, 0], (up - down) / (2 * step) / gap, rtol=5e-3, atol=1e-4)
 
 
 def test_nothing_is_left_behind_and_pairs_do_not_mix() -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from toy_parts import ID, TEXT, clip
 
 from circuits import attribution, patch
+from circuits.planted import plant
 from concepts.errors import ConfigError, ModelError, PatchError
 from concepts.schema import CounterfactualPair, Example
 from lvlm import FamilySpec, Lvlm, wrap_lvlm
@@ -322,6 +323,19 @@ def test_blocks_whose_mlp_stands_beside_the_attention(config: Any) -> None:
     gap = metric("clean", 0) - metric("corrupt", 0)
     slope = (metric("corrupt", 1e-4) - metric("corrupt", -1e-4)) / 2e-4 / gap
     assert graph.score("input -> m1") == pytest.approx(slope, rel=1e-4)
+
+
+@pytest.mark.parametrize("circuit", ["direct", "two_step"])
+def test_a_planted_circuit_is_found_edge_by_edge(circuit: Any) -> None:
+    for seed in (1, 7):
+        planted = plant(seed, circuit)
+        graph = attribution.edges(planted.model, planted.pairs(3))
+        names = [f"a{h.layer}.h{h.head}" for h in (planted.grounding, planted.mover, planted.reader) if h is not None]
+        chain = {f"{a} -> {b}<v>" for a, b in zip(["input", *names], names, strict=False)} | {f"{names[-1]} -> logits"}
+        found = graph.greedy(len(chain))
+        assert {e.name for e in found.edges} == chain
+        assert [e.score for e in found.edges] == pytest.approx([1] * len(chain), abs=0.01)
+        assert np.abs(np.where(found.kept, 0, graph.scores)).max() < 0.005
 
 
 def ran(lvlm: Lvlm) -> Any:

@@ -121,7 +121,7 @@ def test_where_attention_saturates_a_plain_gradient_sees_nothing_and_the_fix_all
     # most like it in the one, at the key least like it in the other, and at no other.
     sides = torch.linalg.lstsq(torch.stack(given), torch.tensor([[1.0], [-1.0]], dtype=torch.float64)).solution[:, 0]
     with torch.no_grad():
-        last(lvlm).q_proj.weight[: lvlm.head_dim] = 100 * torch.outer(torch.ones(lvlm.head_dim), sides)
+        last(lvlm).q_proj.weight[: lvlm.head_dim] = 400 * torch.outer(torch.ones(lvlm.head_dim), sides)
     exact = brute(lvlm, pair, "q")[0]
     plain, fixed = (
         attribution.inputs(lvlm, [pair], "q", fix=fix, min_effect=0).effects[0, -1, 0] for fix in (False, True)
@@ -136,11 +136,11 @@ class Saturating(nn.Module):
 
     def __init__(self, weight: Tensor, middle: float, half: float) -> None:
         super().__init__()
-        self.weight, self.middle, self.half = weight, middle, half
+        self.weight, self.middle, self.scale = weight, middle, 6 / half
 
     def forward(self, x: Tensor) -> Tensor:
         margin = x @ self.weight  # [..., 2]: right, wrong
-        squashed = torch.tanh(6 * ((margin[..., 0] - margin[..., 1]) - self.middle) / self.half)
+        squashed = torch.tanh(self.scale * (margin[..., 0] - margin[..., 1] - self.middle))
         logits = torch.zeros(*x.shape[:-1], 256, dtype=x.dtype)
         logits[..., 0], logits[..., 1] = squashed, -squashed
         return logits

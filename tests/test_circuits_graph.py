@@ -1,0 +1,183 @@
+"""Circuits cut out of small graphs, against loops over named edges."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from circuits.graph import Graph, Shape
+from concepts.errors import PatchError, StoreError
+
+
+def graph(seed: int = 0, layers: int = 3, heads: int = 2, parallel: bool = False) -> Graph:
+    shape = Shape(layers, heads, (parallel,) * layers)
+    draw = np.random.default_rng(seed).normal(size=shape.there.shape)
+    return Graph(np.where(shape.there, draw, 0), shape, "toy", "c", "w", "p", 4, 1, "denoise", provenance={"steps": 5})
+
+
+def named(one: Graph) -> dict[str, float]:
+    """All edges by name, from the order in which nodes write, written down anew."""
+    layers, heads = one.shape.n_layers, one.shape.n_heads
+    found: dict[str, float] = {}
+    written = ["input"]
+    for i in range(layers):
+        mine = [f"a{i}.h{h}" for h in range(heads)]
+        found |= {f"{u} -> {v}<{c}>": 0.0 for u in written for v in mine for c in "qkv"}
+        found |= {f"{u} -> m{i}": 0.0 for u in written + ([] if one.shape.parallel[i] else mine)}
+        written += [*mine, f"m{i}"]
+    found |= {f"{u} -> logits": 0.0 for u in written}
+    return {name: one.score(name) for name in found}
+
+
+def ends(name: str) -> tuple[str, str]:
+    source, target = name.split(" -> ")
+    return source, target.split("<")[0]
+
+
+def without_dead_ends(edges: set[str]) -> set[str]:
+    while True:
+        begun, ended = ({ends(e)[k] for e in edges} for k in (0, 1))
+        keep = {e for e in edges if ends(e)[0] in ended | {"input"} and ends(e)[1] in begun | {"logits"}}
+        if keep == edges:
+            return edges
+        edges = keep
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+def test_edges_are_those_from_earlier_writers_to_later_readers(parallel: bool) -> None:
+    one = graph(parallel=parallel)
+    edges = named(one)
+    assert len(one) == len(edges) == one.shape.there.sum()
+    assert {e.name: e.score for e in one.edges} == edges
+    assert [abs(e.score) for e in one.edges] == sorted((abs(s) for s in edges.values()), reverse=True)
+    frame = one.frame()
+    assert dict(zip(frame.name, frame.score, strict=True)) == edges
+    assert set(frame.input) == {"q", "k", "v", ""}
+    assert one.nodes[0] == "input"
+    assert one.nodes[-1] == "logits"
+    assert len(one.nodes) == 2 + 3 * 3
+
+
+@pytest.mark.parametrize("absolute", [True, False])
+@pytest.mark.parametrize("seed", range(5))
+def test_top_threshold_and_pruning(seed: int, absolute: bool) -> None:
+    one = graph(seed)
+    edges = named(one)
+    order = sorted(edges, key=lambda name: -(abs(edges[name]) if absolute else edges[name]))
+    for n in (1, 8, 20, len(edges)):
+        plain = one.top(n, absolute=absolute, prune=False)
+        assert {e.name for e in plain.edges} == set(order[:n])
+        assert {e.name for e in one.top(n, absolute=absolute).edges} == without_dead_ends(set(order[:n]))
+    least = 0.7
+    above = {name for name, score in edges.items() if (abs(score) if absolute else score) >= least}
+    assert {e.name for e in one.threshold(least, absolute=absolute, prune=False).edges} == above
+    cut = one.threshold(least, absolute=absolute)
+    assert {e.name for e in cut.edges} == without_dead_ends(above)
+    assert cut.pruned().edges == cut.edges
+    assert (cut.scores == one.scores).all()
+
+
+@pytest.mark.parametrize("absolute", [True, False])
+@pytest.mark.parametrize("seed", range(5))
+def test_greedy_is_the_loop_that_always_takes_the_largest_edge_into_what_is_there(seed: int, absolute: bool) -> None:
+    one = graph(seed)
+    edges = named(one)
+    inside, chosen = {"logits"}, []
+    while len(chosen) < 25:
+        open_ = [name for name in edges if ends(name)[1] in inside and name not in chosen]
+        best = max(open_, key=lambda name: abs(edges[name]) if absolute else edges[name])
+        chosen.append(best)
+        inside.add(ends(best)[0])
+        found = one.greedy(len(chosen), absolute=absolute, prune=False)
+        assert {e.name for e in found.edges} == set(chosen)
+    assert {e.name for e in one.greedy(25, absolute=absolute).edges} == without_dead_ends(set(chosen))
+
+
+def test_heads_are_ranked_by_what_they_tell_others() -> None:
+    one = graph()
+    edges = named(one)
+    for i in range(3):
+        for h in range(2):
+            told = sum(score for name, score in edges.items() if ends(name)[0] == f"a{i}.h{h}")
+            assert one.heads[i, h] == pytest.approx(told)
+
+
+def test_a_graph_survives_its_file(tmp_path: Path) -> None:
+    one = graph(parallel=True).top(12)
+    path = one.save(tmp_path / "deep" / "graph.json")
+    back = Graph.load(path)
+    assert repr(back) == repr(one)
+    np.testing.assert_array_equal(back.scores, one.scores)
+    np.testing.assert_array_equal(back.kept, one.kept)
+    assert back.shape == one.shape
+    assert back.provenance == one.provenance
+    record = json.loads(path.read_text())
+    assert record["edges"]["input -> a0.h0<q>"] == {
+        "score": one.score("input -> a0.h0<q>"),
+        "kept": bool(one.kept[0, 0]),
+    }
+    small = Graph.load(one.save(tmp_path / "small.json", every=False))
+    assert small.edges == one.edges
+    assert not small.scores[~one.kept].any()
+    with pytest.raises(ValueError, match="read-only"):
+        back.scores[0, 0] = 1
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ("{", "damaged"),
+        ("[1]", "no graph"),
+        ({"edge_graph": 9}, "version 9"),
+        ({"n_layers": 10**6}, "damaged graph"),
+        ({"n_layers": 2}, "damaged graph"),
+        ({"edges": {"m2 -> a0.h0<q>": {"score": 1, "kept": True}}}, "damaged graph"),
+        ({"edges": {"input -> m0": {"score": None, "kept": True}}}, "damaged graph"),
+        ({"model": None, "n_pairs": None, "more": 1}, "damaged graph"),
+    ],
+)
+def test_a_damaged_file_is_named(tmp_path: Path, change: str | dict[str, object], match: str) -> None:
+    path = graph().save(tmp_path / "graph.json")
+    path.write_text(change if isinstance(change, str) else json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(StoreError, match=match):
+        Graph.load(path)
+    with pytest.raises(StoreError, match="no such file"):
+        Graph.load(tmp_path / "none.json")
+
+
+def test_mistakes_are_named() -> None:
+    one = graph()
+    for n in (0, 10**6):
+        with pytest.raises(PatchError, match=f"circuit of {n} edges: there are"):
+            one.top(n)
+        with pytest.raises(PatchError, match=f"circuit of {n} edges: there are"):
+            one.greedy(n)
+    with pytest.raises(PatchError, match="edges are named like"):
+        one.score("a9.h0 -> m0")
+    with pytest.raises(PatchError, match=r"'a0\.h0' reads before 'm0' writes|reads before"):
+        one.score("m0 -> a0.h0<q>")
+    with pytest.raises(PatchError, match="needs finite scores"):
+        Graph(one.scores[:2], one.shape, "toy", "c", "w", "p", 4, 1, "denoise")
+    backwards = one.scores.copy()
+    backwards[-1, 0] = 1
+    with pytest.raises(PatchError, match="lead backwards"):
+        Graph(backwards, one.shape, "toy", "c", "w", "p", 4, 1, "denoise")
+
+
+def test_what_is_drawn_is_what_is_kept(tmp_path: Path) -> None:
+    from matplotlib.patches import FancyArrowPatch
+
+    one = graph().greedy(15)
+    ax = one.draw(tmp_path / "deep" / "graph.png")
+    assert (tmp_path / "deep" / "graph.png").stat().st_size > 5000
+    arrows = [p for p in ax.patches if isinstance(p, FancyArrowPatch)]
+    assert len(arrows) == len(one)
+    assert {t.get_text() for t in ax.texts if len(t.get_text()) > 1} == set(one.nodes)
+    assert len([p for p in one.draw(most=3).patches if isinstance(p, FancyArrowPatch)]) == 3
+    assert "the largest 3 drawn" in one.draw(most=3).get_title()
+    empty = one.threshold(1e9)
+    assert len(empty) == 0
+    assert not empty.draw().patches
