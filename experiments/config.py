@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-STAGES = ("examples", "trace", "probe", "patch", "steer", "evaluate", "report")
+STAGES = ("examples", "trace", "probe", "patch", "steer", "evaluate", "diagnose", "report")
 """The stages of a run, in order."""
 
 
@@ -118,6 +118,20 @@ class SteerConfig:
 
 
 @dataclass
+class DiagnoseConfig:
+    """Why answers are wrong."""
+
+    limit: int = 60
+    """Wrong answers diagnosed at most, spread over levels and splits; 0 for none."""
+    sources: bool = True
+    """Also split each of them into image, prompt and prior."""
+    seed: int = 0
+    """Decides which, the probes' split, and which neutral questions are asked."""
+    shown: int = 6
+    """Wrong answers told in full in the report."""
+
+
+@dataclass
 class RunConfig:
     """One run: `groundscope key=value …`; nested options are written `data.n_images=200`."""
 
@@ -137,3 +151,4 @@ class RunConfig:
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     patch: PatchConfig = field(default_factory=PatchConfig)
     steer: SteerConfig = field(default_factory=SteerConfig)
+    diagnose: DiagnoseConfig = field(default_factory=DiagnoseConfig)

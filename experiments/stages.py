@@ -196,6 +196,12 @@ def _evaluate(context: Context, root: Path) -> str:
     return make_behavior(context, root)
 
 
+def _diagnose(context: Context, root: Path) -> str:
+    from experiments.diagnose import make_diagnoses
+
+    return make_diagnoses(context, root)
+
+
 def _report(context: Context, root: Path) -> str:
     from experiments.report import make_report
 
@@ -230,8 +236,11 @@ TABLE: Mapping[str, Stage] = MappingProxyType(
             _check_steer,
         ),
         "evaluate": Stage("behavior", ("examples", "steer"), lambda c: c.model_key(), _evaluate),
+        "diagnose": Stage(
+            "diagnosis", ("examples", "trace"), lambda c: [asdict(c.config.diagnose), c.model_key()], _diagnose
+        ),
         "report": Stage(
-            "report", ("examples", "trace", "probe", "patch", "steer", "evaluate"), lambda c: None, _report
+            "report", ("examples", "trace", "probe", "patch", "steer", "evaluate", "diagnose"), lambda c: None, _report
         ),
     }
 )

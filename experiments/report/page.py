@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from circuits.diagnoses import VERDICTS
 from concepts.schema import LEVELS
 from experiments.context import Context
 from experiments.report import figures
@@ -14,6 +15,7 @@ from experiments.report.apple import apple_section
 from experiments.report.facts import Facts
 from experiments.report.figures import Point
 from experiments.report.html import figure, page, paragraph, section, table, text
+from experiments.report.why import why_section
 
 CONDITIONS = {
     "before": "as it is",
@@ -86,6 +88,12 @@ def summary(facts: Facts) -> str:
         )
     else:
         why = "These data have no answers that are wrong by a known prior."
+    if facts.diagnoses is not None:
+        told = sorted(
+            ((sum(o.verdict == v for o in facts.diagnoses.wrong), v) for v in VERDICTS), key=lambda item: -item[0]
+        )
+        listed = ", ".join(f"{n} {verdict}" for n, verdict in told if n)
+        why += f" Of {len(facts.diagnoses.wrong)} wrong answers diagnosed one by one: {listed}."
     moved = [
         f"{name}: {percent(before[name].value)} → {percent(after[name].value)}" for name in ERRORS[:2] if name in before
     ]
@@ -265,6 +273,7 @@ SECTIONS: tuple[tuple[str, str, Callable[[Facts], str]], ...] = (
     ("accuracy", "What it says", accuracy),
     ("known", "Where it is known", known),
     ("used", "What uses it", used),
+    ("why", "Why it was wrong", why_section),
     ("corrected", "What corrects it", corrected),
     ("made", "How this was made", made),
 )
