@@ -91,11 +91,13 @@ class Diagnosis:
     verdict: str | None
     """One of `VERDICTS`; None for a right answer."""
     confidence: float
-    """Probability of the verdict by its evidence, 0 to 1; NaN for a right answer."""
+    """Probability of the verdict by its evidence, 0 to 1; 0 for ``other``, NaN for a right answer."""
     shows: str = ""
-    """What the image shows of what is asked, in a few words: ``green``."""
+    """What is true of the image of what is asked, as a clause: ``the apple is not red``."""
     says: str = ""
-    """What the answer claims instead: ``red``."""
+    """What the answer claims instead: ``the apple is red``."""
+    fact: str = ""
+    """The attribute the object has where another is asked for: ``the apple is green``."""
     stages: Mapping[str, str] = field(default_factory=dict)
     """What each of `STAGES` reads: ``truth``, ``other``, ``unclear``, ``gone`` or ``unknown``; see `circuits.verdicts`."""
     reason: str = ""
@@ -232,20 +234,16 @@ class Diagnoses:
         return pd.DataFrame([asdict(place) for place in self.places], columns=[f.name for f in fields(Place)])
 
     def save(self, path: str | Path) -> Path:
-        """Write one JSON file; raises `StoreError` where that cannot be done."""
+        """Write one JSON file, an answer a line; raises `StoreError` where that cannot be done."""
         card = {
             f.name: getattr(self, f.name) for f in fields(self) if f.name not in {"examples", "places", "provenance"}
         }
-        document = {
-            "format": FORMAT,
-            "version": VERSION,
-            **card,
-            "provenance": dict(self.provenance),
-            "places": [_plain(asdict(place)) for place in self.places],
-            "diagnoses": [_plain(_record(one)) for one in self.examples],
-        }
+        head = {"format": FORMAT, "version": VERSION, **card, "provenance": dict(self.provenance)}
+        head["places"] = [_plain(asdict(place)) for place in self.places]
+        lines = ",\n".join(json.dumps(_plain(_record(one)), allow_nan=False) for one in self.examples)
+        text = f'{json.dumps(head, allow_nan=False)[:-1]}, "diagnoses": [\n{lines}\n]}}\n'
         path = Path(path)
-        files.write_bytes(path, (json.dumps(document, indent=1, allow_nan=False) + "\n").encode(), "diagnoses")
+        files.write_bytes(path, text.encode(), "diagnoses")
         return path
 
     @classmethod

@@ -20,7 +20,7 @@ from circuits import sources
 from circuits.claims import Claim, claims_of, values_seen
 from circuits.diagnoses import OTHER, STAGES, Diagnoses, Diagnosis, Place, Reading
 from circuits.diagnosis_input import check_known, check_sites, check_store
-from circuits.diagnosis_words import shown_and_said
+from circuits.diagnosis_words import in_words
 from circuits.patching import check_evaluating
 from circuits.probe_sets import EVERY, ProbeSet, check_origin, probe_sets
 from circuits.progress import progress_bar
@@ -141,8 +141,8 @@ def diagnose(
         about = Diagnosis(_about(example), claim.said, claim.concept, None, math.nan)
         if example.id in each:
             change, said = each[example.id]
-            shows, says = shown_and_said(claim, example, seen)
-            about = replace(about, shows=shows, says=says)
+            shows, says, fact = in_words(claim, example, seen)
+            about = replace(about, shows=shows, says=says, fact=fact)
             about = _judged(about, claim, found[claim.kind], change, said, shares.get(example.id))
         made.append(about)
     places = tuple(place for stages in found.values() for place in stages.places)

@@ -32,8 +32,9 @@ from lvlm.sites import Site
 
 MOST = 6
 """Parts that are put to their usual values together at the most."""
-HARM = 0.1
-"""Share of right answers of the kind that a part may turn wrong and still be named."""
+HARM = 0.25
+"""Share of right answers of the kind that a part may turn wrong and still be named; without the question half of yes and no
+would be wrong, and some right answers are right by the very prior that makes others wrong."""
 _SHOWN = 8
 """Parts that are kept in a diagnosis."""
 _BATCH = 16

@@ -74,17 +74,18 @@ def judge(states: Mapping[str, str], sure: Mapping[str, float], *, undone: bool)
     -------
     tuple
         The confidence is the probability that the truth is where the verdict says it still was, times that it is not where
-        the verdict says it no longer was; of an override, that the last token has it.
+        the verdict says it no longer was; of an override, that the last token has it; of an ``other`` 0.
     """
     reads = [stage for stage in STAGES if states[stage] == "truth"]
     before = max((sure[stage] for stage in reads if stage in _SEEN), default=0.0)
     if states["last"] == "truth":
-        why = (
-            ""
-            if undone
-            else "the last token reads the truth, but putting no few heads or MLPs to usual undoes the answer"
-        )
-        return (OVERRIDDEN if undone else OTHER), sure["last"], why
+        if not undone:
+            return (
+                OTHER,
+                0.0,
+                "the last token reads the truth, but no few heads or MLPs were found that turn the answer",
+            )
+        return OVERRIDDEN, sure["last"], ""
     if "projector" in reads or "image" in reads:
         if states["last"] == "unknown":
             return OTHER, 0.0, "no probe reads the last token"
@@ -97,5 +98,5 @@ def judge(states: Mapping[str, str], sure: Mapping[str, float], *, undone: bool)
     if states["vision"] in ("other", "gone"):
         return NOT_SEEN, 1 - sure["vision"], ""
     if states["vision"] == "unclear":
-        return OTHER, 0.5, "the vision tower's probes do not decide for this picture"
+        return OTHER, 0.0, "the vision tower's probes do not decide for this picture"
     return OTHER, 0.0, "no probe reads what this question is about in the image"

@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-STAGES = ("examples", "trace", "probe", "patch", "steer", "evaluate", "export", "report")
+STAGES = ("examples", "trace", "probe", "patch", "steer", "evaluate", "diagnose", "export", "report")
 """The stages of a run, in order."""
 
 
@@ -166,6 +166,20 @@ class ExportConfig:
 
 
 @dataclass
+class DiagnoseConfig:
+    """Why answers are wrong."""
+
+    limit: int = 60
+    """Wrong answers diagnosed at most, spread over levels and splits; 0 for none."""
+    sources: bool = True
+    """Also split each of them into image, prompt and prior."""
+    seed: int = 0
+    """Decides which, the probes' split, and which neutral questions are asked."""
+    shown: int = 6
+    """Wrong answers told in full in the report."""
+
+
+@dataclass
 class RunConfig:
     """One run: `groundscope key=value …`; nested options are written `data.n_images=200`."""
 
@@ -189,3 +203,4 @@ class RunConfig:
     report: ReportConfig = field(default_factory=ReportConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
+    diagnose: DiagnoseConfig = field(default_factory=DiagnoseConfig)

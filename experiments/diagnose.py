@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from concepts.schema import LEVELS
+from circuits.diagnoses import Diagnoses
+from circuits.diagnosis import diagnose
+from concepts.errors import GroundscopeError
+from concepts.schema import LEVELS, Example
+from experiments.context import Context
+from experiments.run import digest, write_json
 from probes import fit_grid, probeable
 
 if TYPE_CHECKING:
@@ -17,6 +23,69 @@ if TYPE_CHECKING:
     from activation_store import ActivationStore, ArrayInfo, Direction
 
 FOLDS, TEST, PENALTIES = 3, 0.3, (0.001, 0.01, 0.1)
+FEWEST = 8
+"""Images of either class without which a concept is left out: the split would leave a part without it."""
+
+
+def make_diagnoses(context: Context, root: Path) -> str:
+    """Diagnose wrong answers to the questions that things are found on; what cannot be diagnosed is said, not raised."""
+    options = context.config.diagnose
+    try:
+        found = _diagnosed(context)
+    except GroundscopeError as error:
+        # Other data or fewer sites than usual: the rest of the run does not depend on it.
+        write_json(root / "left_out.json", {"reason": str(error)})
+        return f"nothing diagnosed: {error}"
+    if found is None:
+        reason = (
+            "no wrong answers on images that the probes were not fitted to" if options.limit else "diagnose.limit=0"
+        )
+        write_json(root / "left_out.json", {"reason": reason})
+        return f"nothing diagnosed: {reason}"
+    found.save(root / "diagnoses.json")
+    counts: dict[str, int] = {}
+    for one in found.wrong:
+        counts[str(one.verdict)] = counts.get(str(one.verdict), 0) + 1
+    told = ", ".join(f"{n} {verdict}" for verdict, n in sorted(counts.items(), key=lambda item: -item[1]))
+    return f"{len(found.wrong)} wrong answers: {told}"
+
+
+def _diagnosed(context: Context) -> Diagnoses | None:
+    options, store = context.config.diagnose, context.store
+    frame = store.frame()
+    correct = dict(zip(frame["id"], frame["correct"], strict=True))
+    directions = fit_directions(store, learning_rows(frame, options.seed), seed=options.seed)
+    trained = {g for d in directions for g in d.train_groups}
+    free = [e for e in context.discovery if e.id in correct and e.group not in trained]
+    wrong = spread([e for e in free if correct[e.id] == 0], options.limit, options.seed)
+    if not wrong:
+        return None
+    right = [e for e in free if correct[e.id] == 1]
+    return diagnose(context.model, store, directions, [*wrong, *right], with_sources=options.sources, seed=options.seed)
+
+
+def learning_rows(frame: pd.DataFrame, seed: int) -> np.ndarray:
+    """Return which examples probes learn from: the split that nothing misleads in, else those of half the images."""
+    neutral = (frame["split"] == "neutral").to_numpy()
+    if neutral.any() and not neutral.all():
+        return neutral
+    half = {g: int(digest([g, seed])[:8], 16) % 2 == 0 for g in set(frame["group"])}
+    return np.array([half[g] for g in frame["group"]])
+
+
+def spread(examples: Sequence[Example], limit: int, seed: int) -> list[Example]:
+    """Choose at most so many examples, as evenly over levels and splits as they allow."""
+    rng = np.random.default_rng(seed)
+    parts: dict[tuple[str, str], list[Example]] = {}
+    for i in rng.permutation(len(examples)):
+        e = examples[int(i)]
+        parts.setdefault((e.level, e.split), []).append(e)
+    chosen: list[Example] = []
+    while len(chosen) < limit and any(parts.values()):
+        for key in sorted(parts):
+            if parts[key] and len(chosen) < limit:
+                chosen.append(parts[key].pop())
+    return chosen
 
 
 class _Subjects:
@@ -89,7 +158,7 @@ def _nouns(store: ActivationStore, component: str, stack: str, rows: np.ndarray,
     first = ~frame.duplicated(["group", "subject"]).to_numpy() & (frame["subject"] != "").to_numpy() & rows
     view: Any = _Subjects(store)
     nouns = [str(c) for c in frame if str(c).startswith("object:") and c != "object:named"]
-    yield from _fitted(view, nouns, component, "object:mean", stack, first, seed)
+    yield from _fitted(view, nouns, component, "object:mean", stack, first, seed, folds=2)
 
 
 def _fitted(
@@ -101,13 +170,17 @@ def _fitted(
     rows: np.ndarray,
     seed: int,
     kind: str = "",
+    folds: int = FOLDS,
 ) -> Iterator[Direction]:
-    possible = set(probeable(store, folds=FOLDS, test_fraction=TEST, rows=rows)) if rows.any() else set()
+    possible = set(probeable(store, folds=folds, test_fraction=TEST, rows=rows)) if rows.any() else set()
+    frame: Any = store.frame()[rows]
+    both = {c: frame.loc[frame[c].notna()].groupby(c)["group"].nunique() for c in possible}
+    possible = {c for c, count in both.items() if len(count) == 2 and count.min() >= FEWEST}
     wanted = [c for c in concepts if c in possible]
     if not wanted:
         return
     grid = fit_grid(
-        store, wanted, component, tokens, stack, penalties=PENALTIES, folds=FOLDS, test_fraction=TEST, seed=seed,
+        store, wanted, component, tokens, stack, penalties=PENALTIES, folds=folds, test_fraction=TEST, seed=seed,
         control=0, rows=rows, resamples=1, progress=False, heads=False,
     )  # fmt: skip
     for concept in wanted:

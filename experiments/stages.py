@@ -242,6 +242,12 @@ def _check_evaluate(context: Context) -> None:
         check(context)
 
 
+def _diagnose(context: Context, root: Path) -> str:
+    from experiments.diagnose import make_diagnoses
+
+    return make_diagnoses(context, root)
+
+
 def _report(context: Context, root: Path) -> str:
     from experiments.report import make_report
 
@@ -281,12 +287,15 @@ TABLE: Mapping[str, Stage] = MappingProxyType(
             2,
             _check_evaluate,
         ),
+        "diagnose": Stage(
+            "diagnosis", ("examples", "trace"), lambda c: [asdict(c.config.diagnose), c.model_key()], _diagnose
+        ),
         "export": Stage(
             "export", ("steer",), lambda c: [asdict(c.config.export), c.model_key()], _export, check=_check_export
         ),
         "report": Stage(
             "report",
-            ("examples", "trace", "probe", "patch", "steer", "evaluate", "export"),
+            ("examples", "trace", "probe", "patch", "steer", "evaluate", "diagnose", "export"),
             lambda c: asdict(c.config.report),
             _report,
             2,

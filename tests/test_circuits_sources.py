@@ -124,6 +124,15 @@ def test_shares_equal_four_forwards_by_hand() -> None:
         assert one.said == max(e.candidates, key=lambda c: odds(model, e, c))
 
 
+def test_each_example_can_have_neutral_questions_of_its_own() -> None:
+    model, three = shared(), asked()
+    other = {e.id: [f.question] for e, f in zip(three, three[::-1], strict=True)}
+    with pytest.raises(PatchError, match="names none for it"):
+        split(model, three, neutral_questions={three[0].id: other[three[0].id]})
+    first = split(model, three[:1], neutral_questions={three[0].id: other[three[0].id]})[0]
+    np.testing.assert_array_equal(first.shares, split(model, three[:1], neutral_questions=other[three[0].id])[0].shares)
+
+
 def test_objects_and_words_are_players_of_their_own() -> None:
     model, three = shared(), asked()
     found = split(model, three, image="objects", prompt="words", of="true")

@@ -19,7 +19,7 @@ from conftest import SMALL
 from rich.console import Console
 
 from activation_store import ActivationStore, verify
-from circuits import HeadScores, SteeringVector
+from circuits import Diagnoses, HeadScores, SteeringVector
 from circuits.entries import Entry, Key
 from concepts import scenes
 from concepts.drawing import TEST, generator, sample
@@ -56,7 +56,7 @@ def run(finished_run: Path) -> Path:
 
 
 def test_every_stage_leaves_files_that_open(run: Path) -> None:
-    for folder in ("examples", "activations", "probes", "circuits", "steering", "behavior", "report"):
+    for folder in ("examples", "activations", "probes", "circuits", "steering", "behavior", "diagnosis", "report"):
         receipt = json.loads((run / folder / "stage.json").read_text())
         assert receipt["files"]
         assert receipt["summary"]
@@ -112,6 +112,20 @@ def test_headlines_are_what_the_files_say(
     assert f"neutral: right {100 * rates['before']['neutral: right']['value']:.1f} → " in said
 
 
+def test_wrong_answers_are_diagnosed_and_told(run: Path) -> None:
+    found = Diagnoses.load(run / "diagnosis" / "diagnoses.json")
+    assert 0 < len(found.wrong) <= 60
+    frame = ActivationStore(run / "activations").frame().set_index("id")
+    assert all((one.verdict is None) == bool(frame["correct"][one.example["id"]]) for one in found.examples)
+    assert all(one.said == frame["model_answer"][one.example["id"]] for one in found.examples)
+    misled = found.table("split").set_index(["split", "verdict"]).loc[("conflict", "overridden by the prior")]
+    assert misled["share"] > 0.5  # what this model's training made it do
+    shares = [o.sources for o in found.wrong if o.sources]
+    assert all(abs(s["prior"] + s["image"] + s["prompt"] - s["log_odds"]) < 1e-5 for s in shares)
+    text = (run / "report.html").read_text()
+    assert "Verdict: overridden by the prior" in text
+
+
 class Reader(HTMLParser):
     """Collect what a page links to and loads."""
 
@@ -140,7 +154,7 @@ def test_the_report_stands_alone_and_tells_the_story(run: Path) -> None:
     page.feed(text)
     assert all(link.startswith("#") and link[1:] in page.ids for link in page.links)
     assert all(source.startswith("data:image/png;base64,") for source in page.loaded)
-    assert {"summary", "apple", "accuracy", "known", "used", "corrected", "made"} <= page.ids
+    assert {"summary", "apple", "accuracy", "known", "used", "why", "corrected", "made"} <= page.ids
     assert text.count("<svg") >= 7
     assert len(text) < 5e6
     assert not re.search(r"\bnan\b", re.sub(r"<svg.*?</svg>", "", text, flags=re.S))
@@ -241,7 +255,7 @@ def test_a_run_killed_in_a_stage_resumes(run: Path, tmp_path: Path, folder: str)
 
     shutil.copytree(run, tmp_path / "runs" / "whole")
     shutil.rmtree(tmp_path / "runs" / "whole" / folder)
-    order = ["examples", "activations", "probes", "circuits", "steering", "behavior", "report"]
+    order = ["examples", "activations", "probes", "circuits", "steering", "behavior", "diagnosis", "report"]
     stages = f"stages=[{','.join(STAGES[: order.index(folder) + 1])}]"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(

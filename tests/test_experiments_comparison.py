@@ -12,12 +12,16 @@ import pytest
 from scipy.stats import binomtest, spearmanr
 from sklearn.metrics import balanced_accuracy_score
 
-from behavior import BehaviorResult
+from behavior import BehaviorResult, answer
 from behavior.result import Answer, Cost
+from circuits import planted_causes
 from circuits.diagnoses import Diagnoses, Diagnosis
 from circuits.heads import HeadScores
+from circuits.planted import plant
 from concepts.errors import ConfigError, DataError
+from concepts.schema import ConceptDataset
 from experiments.comparison import DIAGNOSES, compare, compare_runs, read_run
+from experiments.models import compare_models
 from probes import fit_grid
 from probes_stores import make_store
 
@@ -144,3 +148,23 @@ def test_what_cannot_be_compared_is_said(runs: tuple[Path, Path], tmp_path: Path
     assert "cannot be set side by side" in notes
     with pytest.raises(ConfigError, match="no table 'answer'"):
         compare(a, b).frame("answer")
+
+
+def test_two_models_in_memory_are_asked_and_looked_into_alike() -> None:
+    """A head that speaks for the usual color is made louder: the answers that turn are those it turns."""
+    planted = plant(0)
+    assert planted.prior is not None
+    louder = planted_causes.amplified(planted.model, planted.prior, 8.0)
+    asked = [
+        replace(e, labels={f"attribute:{c}": e.answer == c for c in e.candidates}) for e in planted.examples(300, 5)
+    ]
+    data = ConceptDataset("squares", tuple(asked))
+    found = compare_models(planted.model, louder, data)
+    before, after = (answer(m, data, progress=False).answers for m in (planted.model, louder))
+    row = found.answers.set_index("measure").loc["all: right"]
+    assert row["first"] == pytest.approx(np.mean([a.correct for a in before]))
+    assert row["second"] == pytest.approx(np.mean([a.correct for a in after]))
+    turned = found.verdicts.set_index(["first", "second"])["n"]
+    assert turned["right", "overridden by the prior"] == turned.drop(("right", "right")).sum() > 20
+    assert found.probes["paired"].all()
+    assert "overridden by the prior" in found.text()

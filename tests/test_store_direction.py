@@ -38,11 +38,24 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
         intercept=-2.5,
         statistics={"balanced_accuracy": 0.93, "undefined": float("nan")},
         provenance={"store": "ab" * 32, "method": {"name": "logistic", "penalty": 0.1}},
+        train_groups=("scene 1", "scene 2"),
+        kind="attribute what_color",
     )
     path = direction.save(tmp_path / "deep" / "green.safetensors")
     loaded = Direction.load(path)
     np.testing.assert_array_equal(loaded.vector, UNIT)
-    for name in ("site", "tokens", "concept", "head", "sigma", "scale", "intercept", "provenance"):
+    for name in (
+        "site",
+        "tokens",
+        "concept",
+        "head",
+        "sigma",
+        "scale",
+        "intercept",
+        "provenance",
+        "train_groups",
+        "kind",
+    ):
         assert getattr(loaded, name) == getattr(direction, name), name
     assert loaded.statistics["balanced_accuracy"] == 0.93
     assert np.isnan(loaded.statistics["undefined"])

@@ -20,7 +20,7 @@ from experiments.run import RECEIPT
 from probes import ProbeGrid
 
 if TYPE_CHECKING:
-    from circuits import HeadScores
+    from circuits import Diagnoses, HeadScores
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,20 @@ class Facts:
     def left_out(self) -> dict[str, str]:
         """Kinds of pairs the data could not make, with the reason."""
         return self._json("circuits", "top.json")["left_out"]
+
+    @cached_property
+    def diagnoses(self) -> Diagnoses | None:
+        """Why answers are wrong; None where none could be diagnosed."""
+        from circuits import Diagnoses
+
+        file = self.root / "diagnosis" / "diagnoses.json"
+        return Diagnoses.load(file) if file.is_file() else None
+
+    @cached_property
+    def undiagnosed(self) -> str:
+        """Why nothing was diagnosed; empty where something was."""
+        file = self.root / "diagnosis" / "left_out.json"
+        return self._json("diagnosis", "left_out.json")["reason"] if file.is_file() else ""
 
     @cached_property
     def environment(self) -> dict[str, Any]:

@@ -264,6 +264,41 @@ def margins(lines: Mapping[str, Sequence[float]], places: Sequence[str], title: 
         return svg(figure)
 
 
+def way(places: Sequence[tuple[str, float, str]], title: str, above: str, below: str) -> str:
+    """Draw log-odds of the truth along the way of one image; unreadable places are small crosses on the line.
+
+    Parameters
+    ----------
+    places
+        Name, log-odds and what it reads (``truth``, ``other``, ``unclear``, ``unreadable``), in the order of the forward.
+    title
+        Title of the figure.
+    above, below
+        What it means to lie above or below 0.
+    """
+    tints = {"truth": GREEN, "other": ORANGE, "unclear": GREY, "unreadable": GREY}
+    marks = {"truth": "o", "other": "D", "unclear": "s", "unreadable": "x"}
+    with drawing(6.4, 2.5) as figure:
+        axes = figure.add_subplot()
+        values = [0.0 if np.isnan(v) else float(np.clip(v, -8, 8)) for _, v, _ in places]
+        stages = [name.split(" ")[0] for name, _, _ in places]
+        for stage in dict.fromkeys(stages):
+            x = [i for i, s in enumerate(stages) if s == stage and places[i][2] != "unreadable"]
+            axes.plot(x, [values[i] for i in x], color=GREY, lw=0.8, zorder=1)
+        for state in dict.fromkeys(s for _, _, s in places):
+            x = [i for i, (_, _, s) in enumerate(places) if s == state]
+            label = {"truth": above, "other": below}.get(state, state)
+            axes.scatter(x, [values[i] for i in x], c=tints[state], marker=marks[state], s=26, zorder=2, label=label)
+        axes.axhline(0, color="black", lw=0.8)
+        limit = max(2.0, *(abs(v) for v in values)) * 1.1
+        axes.set_ylim(-limit, limit)
+        axes.set_xticks(range(len(places)), [name for name, _, _ in places], rotation=60, ha="right", fontsize=7)
+        axes.set_ylabel("log-odds of the truth")
+        axes.set_title(title)
+        axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+        return svg(figure)
+
+
 def overlay(
     image: Image.Image, maps: Sequence[tuple[str, np.ndarray, float]], box: tuple[float, float, float, float] | None
 ) -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from circuits.diagnoses import VERDICTS
 from concepts.schema import LEVELS
 from experiments.context import Context
 from experiments.report import figures
@@ -16,6 +17,7 @@ from experiments.report.facts import Facts
 from experiments.report.figures import Point
 from experiments.report.heads import heads_section
 from experiments.report.html import figure, page, paragraph, section, table, text
+from experiments.report.why import why_section
 
 if TYPE_CHECKING:
     from circuits import HeadScores
@@ -100,6 +102,12 @@ def summary(facts: Facts) -> str:
             if facts.misled
             else "These data have no answers that are wrong by a known prior."
         )
+    if facts.diagnoses is not None:
+        told = sorted(
+            ((sum(o.verdict == v for o in facts.diagnoses.wrong), v) for v in VERDICTS), key=lambda item: -item[0]
+        )
+        listed = ", ".join(f"{n} {verdict}" for n, verdict in told if n)
+        why += f" Of {len(facts.diagnoses.wrong)} wrong answers diagnosed one by one: {listed}."
     moved = [f"{name}: {_interval(before[name])} → {_interval(after[name])}" for name in ERRORS[:2] if name in before]
     guard = "neutral: right" if "neutral: right" in before else "all: right"
     chosen = facts.sweep["chosen"]
@@ -111,7 +119,7 @@ def summary(facts: Facts) -> str:
     items = (
         ("Where is it known?", where, "known" if facts.grids else "accuracy"),
         ("What uses it?", what, "used"),
-        ("Why was it wrong?", why, "apple" if facts.apple() is not None else "accuracy"),
+        ("Why was it wrong?", why, "why" if facts.diagnoses is not None else "accuracy"),
         ("What corrects it?", correct, "corrected" if "after" in facts.rates else "accuracy"),
     )
     body = "".join(f'<li><strong><a href="#{link}">{text(q)}</a></strong>{text(a)}</li>' for q, a, link in items)
@@ -318,6 +326,7 @@ SECTIONS: tuple[tuple[str, str, Callable[[Facts], str]], ...] = (
     ("known", "Where it is known", known),
     ("used", "What uses it", used),
     ("heads", "Head by head", heads_section),
+    ("why", "Why it was wrong", why_section),
     ("corrected", "What corrects it", corrected),
     ("made", "How this was made", made),
 )

@@ -1,0 +1,377 @@
+"""Diagnoses: rules against a table, calibration against scikit-learn and scipy, causes that were planted, bad input."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import minimize_scalar
+from sklearn.linear_model import LogisticRegression
+
+from activation_store import ActivationStore, Direction, trace
+from behavior import answer
+from circuits import Diagnoses, diagnose, planted_causes
+from circuits.claims import claims_of
+from circuits.diagnoses import STAGES, VERDICTS, Diagnosis, Place
+from circuits.planted import Planted, plant
+from circuits.stage_calibration import calibrate
+from circuits.verdicts import judge, stage_state, state_of
+from concepts import scenes
+from concepts.errors import DataError, ProbeError, SiteError, StoreError
+from concepts.schema import ConceptDataset, Example
+from experiments.diagnose import fit_directions
+from lvlm import Lvlm, load_lvlm
+
+SITES = [
+    "vision.L3.resid_post", "projector.out", "decoder.L2.resid_post", "decoder.L4.resid_post", "decoder.L5.resid_post", "z",
+]  # fmt: skip
+
+
+# ---- rules -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("states", "undone", "verdict"),
+    [
+        ("other other other other", False, "not seen"),
+        ("gone gone gone gone", True, "not seen"),
+        ("truth other other other", True, "lost at the projector"),
+        ("truth gone gone gone", False, "lost at the projector"),
+        ("truth unknown gone gone", False, "lost at the projector"),
+        ("truth truth truth other", True, "not integrated"),
+        ("truth truth truth gone", False, "not integrated"),
+        ("unknown truth unclear unclear", False, "not integrated"),
+        ("truth truth truth truth", True, "overridden by the prior"),
+        ("unknown unknown unknown truth", True, "overridden by the prior"),
+        ("truth truth truth truth", False, "other"),
+        ("truth truth truth unknown", False, "other"),
+        ("truth unknown unknown unknown", False, "other"),
+        ("unclear other other other", False, "other"),
+        ("unknown unknown unknown unknown", True, "other"),
+    ],
+)
+def test_the_verdict_is_where_the_truth_was_last_known(states: str, undone: bool, verdict: str) -> None:
+    named = dict(zip(STAGES, states.split(), strict=True))
+    belief = {"truth": 0.9, "other": 0.1, "gone": 0.05, "unclear": 0.5, "unknown": 0.5}
+    found, confidence, reason = judge(named, {s: belief[v] for s, v in named.items()}, undone=undone)
+    assert found == verdict
+    assert bool(reason) == (verdict == "other")
+    assert (confidence > 0) == (verdict != "other")
+
+
+def place(stage: str, *, readable: bool, threshold: float = 0.0) -> Place:
+    accuracy = 0.9 if readable else 0.5
+    return Place("k", stage, f"{stage}.x", "last", 0, 50, accuracy, accuracy - 0.1, 1.0, 1.0, threshold, readable, True)
+
+
+def test_probes_at_chance_say_something_only_if_all_after_them_are() -> None:
+    chance, good = place("vision", readable=False), place("last", readable=True)
+    assert stage_state([], [chance, place("last", readable=False)], "vision") == "gone"
+    assert stage_state([], [chance, good], "vision") == "unknown"
+    assert stage_state(["other", "truth"], [good], "last") == "truth"
+    assert state_of(place("last", readable=True, threshold=1.0), 0.7) == (0.7, "unclear")
+    assert state_of(good, -0.7) == (-0.7, "other")
+    assert math.isnan(state_of(chance, 5.0)[0])
+
+
+# ---- calibration -------------------------------------------------------------------------------------------------------
+
+
+def test_log_odds_are_those_of_a_logistic_fit_with_one_more_wrong() -> None:
+    rng = np.random.default_rng(0)
+    margins = rng.normal(1.0, 1.5, 200)
+    found = calibrate([np.array([m]) for m in margins], np.ones(200), [f"g{i}" for i in range(200)], margins > -9, 1)
+    every = np.append(margins, -np.abs(margins).mean())
+    best = minimize_scalar(lambda k: np.logaddexp(0, -k * every).sum(), bounds=(0, 10), method="bounded")
+    assert found.slope == pytest.approx(best.x, rel=1e-3)
+    assert found.accuracy == pytest.approx((margins > 0).mean())
+    # The threshold: as far on either side of 0 as one right answer in 20 lies on the wrong one.
+    assert found.threshold == pytest.approx(-np.quantile(found.slope * margins, 0.05))
+
+
+def test_two_sides_get_an_offset() -> None:
+    rng = np.random.default_rng(1)
+    side = rng.random(400) < 0.3
+    x = np.where(side, 2.0, 0.5) + rng.normal(size=400)  # what is read lies too high for both
+    margins = np.where(side, x, -x)
+    found = calibrate([np.array([m]) for m in margins], side.astype(float), [f"g{i}" for i in range(400)], side, 1)
+    weight = np.where(side, 0.5 / side.sum(), 0.5 / (~side).sum()) * 400
+    oracle = LogisticRegression(C=1e6, tol=1e-10).fit(x[:, None], side, sample_weight=weight)
+    assert found.slope == pytest.approx(float(oracle.coef_[0, 0]), rel=0.05)
+    assert found.offset == pytest.approx(float(oracle.intercept_[0]), rel=0.1)
+    read = np.array([found.log_odds(m, s) > 0 for m, s in zip(margins, side, strict=True)])
+    assert found.accuracy == pytest.approx((read[side].mean() + read[~side].mean()) / 2)
+
+
+def test_chance_is_not_readable_and_few_examples_say_nothing() -> None:
+    rng = np.random.default_rng(2)
+    margins = rng.normal(size=300)
+    groups = [f"g{i // 3}" for i in range(300)]
+    assert not calibrate([np.array([m]) for m in margins], np.ones(300), groups, margins > 0, 3).readable
+    assert calibrate([np.array([m + 2]) for m in margins], np.ones(300), groups, margins > 0, 3).readable
+    few = calibrate([np.array([9.0])] * 19, np.ones(19), groups[:19], np.ones(19, bool), 1)
+    assert not few.readable
+    assert math.isnan(few.accuracy)
+
+
+# ---- planted causes ----------------------------------------------------------------------------------------------------
+
+
+@cache
+def intact() -> Lvlm:
+    return load_lvlm("tiny")
+
+
+@cache
+def questions(cause: str) -> ConceptDataset:
+    """Questions about color: of the embedded model, or of one whose circuit was put there by hand, which is faster."""
+    if cause in VERDICTS[:2]:
+        return scenes.dataset(240, 7, splits=("neutral",)).filter(lambda e: e.kind in {"color", "what_color"})
+    asked = [
+        replace(e, labels={f"attribute:{c}": e.answer == c for c in e.candidates}) for e in by_hand().examples(300, 5)
+    ]
+    return ConceptDataset("squares", tuple(asked))
+
+
+@cache
+def by_hand() -> Planted:
+    return plant(0)
+
+
+@cache
+def spoiled(cause: str) -> Lvlm:
+    if cause == "not seen":
+        return planted_causes.color_blind(intact())
+    if cause == "lost at the projector":
+        return planted_causes.color_erased(intact(), scenes.dataset(120, 98))
+    if cause == "not integrated":
+        return planted_causes.image_cut(by_hand().model, 0)
+    prior = by_hand().prior
+    assert prior is not None
+    return planted_causes.amplified(by_hand().model, prior, 8.0)
+
+
+@cache
+def right_before(cause: str) -> frozenset[str]:
+    model = intact() if cause in VERDICTS[:2] else by_hand().model
+    return frozenset(a.id for a in answer(model, questions(cause), 64, progress=False).answers if a.correct)
+
+
+@dataclass(frozen=True)
+class Found:
+    model: Lvlm
+    store: ActivationStore
+    diagnoses: Diagnoses
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Found]:
+    """Diagnose what became wrong in a spoiled model, beside what stayed right."""
+
+    @cache
+    def make(cause: str) -> Found:
+        model, out = spoiled(cause), tmp_path_factory.mktemp("store") / "s"
+        sites = SITES if cause in VERDICTS[:2] else ["vision.resid_post", "projector.out", "resid_post", "z"]
+        tokens, data = ["last", "object:mean"], questions(cause)
+        store = trace(model, data, sites=sites, tokens=tokens, out=out, progress=False, batch_size=64)
+        frame = store.frame()
+        directions = fit_directions(store, (frame["split"] == "neutral").to_numpy())
+        known = {g for d in directions for g in d.train_groups}
+        correct = dict(zip(frame["id"], frame["correct"], strict=True))
+        asked = [e for e in data if e.group not in known and (correct[e.id] or e.id in right_before(cause))]
+        return Found(model, store, diagnose(model, store, directions, asked, with_sources=False, progress=False))
+
+    return make
+
+
+@pytest.mark.parametrize("cause", VERDICTS[:4])
+def test_what_was_planted_is_found(planted: Callable[[str], Found], cause: str) -> None:
+    found = planted(cause).diagnoses
+    counts = Counter(one.verdict for one in found.wrong)
+    assert len(found.wrong) >= 15
+    assert counts[cause] >= 0.9 * len(found.wrong), (counts, Counter(o.reason for o in found.wrong))
+    right = [one for one in found.examples if one.said == one.example["truth"]]
+    assert right
+    assert all(one.verdict is None for one in right)
+    assert len(right) + len(found.wrong) == len(found)
+
+
+@pytest.mark.parametrize("cause", VERDICTS[:4])
+def test_a_diagnosis_reads_well_and_keeps(planted: Callable[[str], Found], cause: str, tmp_path: Path) -> None:
+    found = planted(cause).diagnoses
+    index, one = next((i, o) for i, o in enumerate(found.examples) if o.verdict == cause)
+    text = found.text(index)
+    assert text.startswith(f"Asked '{one.example['question']}', the model says '{one.said}'; right is")
+    assert f"Verdict: {cause} (" in text
+    clue = {
+        "not seen": "Nothing in the vision tower, or after it, tells whether the",
+        "lost at the projector": "After the projector it is no longer known.",
+        "not integrated": "Where the answer is read, no layer ever knows it.",
+        "overridden by the prior": "as it usually is, the answer would be right",
+    }[cause]
+    several = "as they usually are, the answer would be right"
+    assert any(clue in str(o) or several in str(o) for o in found.wrong if o.verdict == cause)
+    path = found.save(tmp_path / "d.json")
+    again = Diagnoses.load(path)
+    assert again.save(tmp_path / "e.json").read_bytes() == path.read_bytes()
+    table = again.table("kind")
+    assert table["n"].sum() == len(found.wrong)
+    assert (table["low"] <= table["share"]).all()
+    assert (again.frame()["verdict"].notna()).sum() == len(found.wrong)
+    assert set(again.calibration()["stage"]) == set(STAGES)
+    path.write_text(path.read_text()[:-20])
+    with pytest.raises(StoreError, match="damaged"):
+        Diagnoses.load(path)
+
+
+@torch.no_grad()
+def test_spoiled_models_are_what_they_say() -> None:
+    model = intact()
+    before = [p.clone() for p in model.hf.parameters()]
+    first, second = (e for e in scenes.dataset(20, 3).examples[:40:30] if e.candidates)
+    cut = planted_causes.image_cut(model, 0)
+    logits = [cut.logits(cut.encode(replace(first, image=e.image)).inputs) for e in (first, second)]
+    torch.testing.assert_close(logits[0], logits[1])
+    whole = [model.logits(model.encode(replace(first, image=e.image)).inputs) for e in (first, second)]
+    assert not torch.allclose(whole[0], whole[1])
+    blind = planted_causes.color_blind(model)
+    scene, noun = first.image, first.objects[0].noun
+    seen = [blind.encode(replace(first, image=scene.recolored(noun, c))).inputs for c in ("yellow", "blue")]
+    changed = (seen[0]["pixel_values"] - seen[1]["pixel_values"]).abs().mean()
+    own = [model.encode(replace(first, image=scene.recolored(noun, c))).inputs for c in ("yellow", "blue")]
+    assert changed < 0.3 * (own[0]["pixel_values"] - own[1]["pixel_values"]).abs().mean()
+    assert all(torch.equal(a, b) for a, b in zip(before, model.hf.parameters(), strict=True))
+
+
+def test_no_linear_reader_finds_an_erased_color() -> None:
+    erased = spoiled("lost at the projector")
+    scores = []
+    pictures = {e.image.identity: e for e in scenes.dataset(120, 98)}
+    for model in (intact(), erased):
+        rows, colors = [], []
+        for batch in model.batches(list(pictures.values())):
+            out = model.read(batch.inputs, ["projector.out"])["projector.out"]
+            for row, encoding in enumerate(batch.encodings):
+                for thing in encoding.example.objects:
+                    rows.append(out[row, list(encoding.tokens.object(thing.id, "projector"))].mean(0).numpy())
+                    colors.append(thing.attributes["color"])
+        half = len(rows) // 2
+        reader = LogisticRegression(C=0.01, max_iter=2000).fit(np.stack(rows[:half]), colors[:half])
+        scores.append(reader.score(np.stack(rows[half:]), colors[half:]))
+    assert scores[0] > 0.9
+    assert scores[1] < 0.35
+
+
+# ---- what pushes an answer ---------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_a_push_is_what_a_plain_forward_gains(planted: Callable[[str], Found]) -> None:
+    """Put a head's output to its mean over right answers by a hook of our own."""
+    made = planted(VERDICTS[3])
+    model, store = made.model, made.store
+    one = next(o for o in made.diagnoses.wrong if any(".H" in p.part for p in o.pushes))
+    example = next(e for e in questions(VERDICTS[3]) if e.id == one.example["id"])
+    push = next(p for p in one.pushes if ".H" in p.part)
+    layer, head = (int(n[1:]) for n in push.part.split("."))
+    frame = store.frame()
+    rows = frame[(frame["kind"] == example.kind) & (frame["level"] == example.level) & (frame["correct"] == 1)]
+    z = store.read(f"decoder.L{layer}.z", "last")
+    mean = np.mean([z[list(part.index)].mean(0) for _, part in rows.groupby("answer")], axis=0)
+    at = slice(head * model.head_dim, (head + 1) * model.head_dim)
+
+    def put(_module: object, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        x = args[0].clone()
+        x[:, -1, at] = torch.tensor(mean[at], dtype=x.dtype)
+        return (x, *args[1:])
+
+    def odds() -> float:
+        ids = {w: model.processor.tokenizer.convert_tokens_to_ids(w) for w in example.candidates}
+        logits = model.hf(**model.encode(example).inputs).logits[0, -1]
+        return float(logits[ids[example.answer]] - max(logits[i] for w, i in ids.items() if w != example.answer))
+
+    before = odds()
+    hook = model.hf.model.language_model.layers[layer].self_attn.o_proj.register_forward_pre_hook(put)
+    try:
+        after = odds()
+    finally:
+        hook.remove()
+    assert one.log_odds == pytest.approx(before, abs=1e-4)
+    assert push.effect == pytest.approx(after - before, abs=1e-3)
+
+
+# ---- bad input ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[ActivationStore, list[Example]]:
+    data = scenes.dataset(10, 4, splits=("neutral",)).filter(lambda e: e.kind == "color")
+    out = tmp_path_factory.mktemp("small") / "s"
+    store = trace(intact(), data, sites=["projector.out"], tokens=["object:mean"], out=out, progress=False)
+    return store, list(data)
+
+
+def direction(site: str = "projector.out", tokens: str = "object:mean", **more: object) -> Direction:
+    width = 128 if site.startswith("vision") else 192
+    return Direction(site, tokens, "attribute:red", np.eye(width)[0], **more)
+
+
+def test_bad_input_is_named(small: tuple[ActivationStore, list[Example]]) -> None:
+    store, asked = small
+    with pytest.raises(
+        SiteError, match=r"lacks decoder\.z at last: trace\(model, data, sites=\['projector\.out', 'z'\]"
+    ):
+        diagnose(intact(), store, [direction()], asked)
+    with pytest.raises(SiteError, match=r"decoder\.z at last, vision\.resid_post at object:mean"):
+        diagnose(intact(), store, [direction("vision.L3.resid_post")], asked)
+    with pytest.raises(ProbeError, match="was fitted on weights 0000"):
+        diagnose(intact(), store, [direction(provenance={"weights": "0" * 64})], asked)
+    with pytest.raises(ProbeError, match="was fitted on store abc"):
+        diagnose(intact(), store, [direction(provenance={"store": "abc"})], asked)
+    with pytest.raises(ProbeError, match="two directions for 'attribute:red'"):
+        diagnose(intact(), store, [direction(), direction()], asked)
+    with pytest.raises(ProbeError, match="no directions"):
+        diagnose(intact(), store, [], asked)
+    with pytest.raises(StoreError, match="was traced from weights"):
+        diagnose(load_lvlm("tiny-unbiased"), store, [direction()], asked)
+
+
+def test_answers_must_be_in_the_store(tmp_path: Path) -> None:
+    data = scenes.dataset(10, 4, splits=("neutral",)).filter(lambda e: e.kind == "color")
+    store = trace(
+        intact(), data, sites=["projector.out", "z"], tokens=["object:mean", "last"], out=tmp_path / "s", progress=False
+    )
+    stranger = replace(data[0], id="stranger")
+    with pytest.raises(DataError, match="example 'stranger'"):
+        diagnose(intact(), store, [direction()], [stranger])
+    with pytest.raises(DataError, match="no answers"):
+        diagnose(intact(), store, [direction()], [])
+    claims = claims_of(store)
+    for claim, example in zip(claims, data, strict=True):
+        assert claim is not None
+        words = example.question.rstrip("?").split()
+        assert claim.concept == f"attribute:{words[-1]}"
+        assert claim.holds == (example.answer == "yes")
+
+
+def test_a_right_answer_is_told_as_such() -> None:
+    about = {
+        "id": "a",
+        "group": "g",
+        "level": "object",
+        "split": "s",
+        "kind": "existence",
+        "question": "Is it?",
+        "truth": "no",
+    }
+    assert (
+        str(Diagnosis(about, "no", "object:bell", None, math.nan))
+        == "Asked 'Is it?', the model says 'no', which is right."
+    )
