@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 
 from concepts.errors import ConfigError, GroundscopeError
@@ -53,10 +51,10 @@ def show(arguments: Sequence[str]) -> int:
 
 def _paired(runs: Sequence[str], conditions: Sequence[str]) -> str:
     """Say what changed question by question, where both runs have answers to the same questions."""
-    if find_spec("experiments.comparison") is None:
-        return ""
+    from experiments.comparison import compare_runs
+
     try:
-        return import_module("experiments.comparison").compare_runs(*runs, conditions=tuple(conditions)).text()
+        return compare_runs(runs[0], runs[1], conditions=(conditions[0], conditions[1])).text()
     except GroundscopeError as error:
         return f"not compared question by question: {error}"
 

@@ -51,6 +51,7 @@ def why_section(facts: Facts) -> str:
             for one in shown
             if one.example["id"] in by_id
         ),
+        made=("trace", "diagnose"),
     )
 
 
