@@ -231,7 +231,7 @@ def main() -> None:
     for name, f in figures.items():
         table.add_row(name, *(str(f[k]) for k in ("value", "of", "range", "goal", "holds", "n")))
     console.print(table)
-    agreement = worth(load_lvlm("tiny"), 4 if options.quick else 80)
+    agreement = worth(load_lvlm("tiny"), 10 if options.quick else 80)
     columns = ("rank_correlation", "overlap_at_5_percent", "overlap_at_5", "cpr", "cmd")
     table = Table(
         "embedded model, level and ranking", "rank correlation with exact", "of the best 5 %", "best 5", "CPR", "CMD"

@@ -13,7 +13,7 @@ the point where gradients are taken, so that all of an edge is linear at that po
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -94,10 +94,8 @@ def edges(
     check_opened(model)
     settings = settings_of(model, direction, _METRIC, 1, None, min_effect, progress)
     plans = plans_of(model, pairs, "all", settings)
-    forms = forms_of(model, model.collate([plans[0].clean]))
-    decoder = _Decoder(model, forms, Shape(model.n_layers, model.n_heads, tuple(form.parallel for form in forms)))
-    shape = decoder.shape
-    total = np.zeros((shape.n_sources, shape.n_targets))
+    decoder = _Decoder(model)
+    total: np.ndarray | float = 0.0
     baseline = np.zeros((2, len(plans)))
 
     def do(sides: Sides) -> tuple[np.ndarray, Tensor, Tensor]:
@@ -105,12 +103,12 @@ def edges(
 
     for group, share, metrics in groups(model, plans, how, settings, batch_pairs, do, "scoring edges"):
         baseline[:, group] = metrics
-        total += share[kept_of(metrics[0], metrics[1], settings.min_effect)].sum(0)
+        total = total + share[kept_of(metrics[0], metrics[1], settings.min_effect)].sum(0)
     kept = kept_of(baseline[0], baseline[1], settings.min_effect)
     check_kept(baseline[0], baseline[1], kept, settings.min_effect)
     return Graph(
-        scores=total / kept.sum(),
-        shape=shape,
+        scores=np.asarray(total) / kept.sum(),
+        shape=decoder.shape,
         model=model.name,
         config_hash=model.config_hash,
         weights_hash=model.weights_hash,
@@ -122,15 +120,24 @@ def edges(
     )
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class _Decoder:
-    """What does not change from pair to pair."""
+    """What does not change from pair to pair, learned from the first of them."""
 
     model: Lvlm
-    forms: tuple[Form, ...]
-    shape: Shape
-    readers: list[Reader] = field(default_factory=list)
-    """Of each layer, known from the first gradients on."""
+    forms: tuple[Form, ...] = ()
+    readers: tuple[Reader, ...] = ()
+
+    @property
+    def shape(self) -> Shape:
+        return Shape(self.model.n_layers, self.model.n_heads, tuple(form.parallel for form in self.forms))
+
+    def look(self, sides: Sides) -> Run:
+        """Run the source, and find out how each layer reads."""
+        if self.forms:
+            return run(self.model, sides.source, sides.metric)
+        self.forms, found = forms_of(self.model, lambda: run(self.model, sides.source, sides.metric))
+        return found
 
     def know(self, at: Run) -> None:
         """Find out how to take gradients back to what heads read, and check that their parts make up the whole."""
@@ -139,13 +146,16 @@ class _Decoder:
         weights = [weights_of(self.model, i) for i in range(self.model.n_layers)]
         check_split(self.model, at.readings, weights)
         given = zip(self.forms, weights, at.readings, strict=True)
-        self.readers.extend(reader_of(form.norm, weight, reading.entering) for form, weight, reading in given)
+        self.readers = tuple(reader_of(form.norm, weight, reading.entering) for form, weight, reading in given)
 
 
 def _scores(decoder: _Decoder, sides: Sides, how: How) -> tuple[np.ndarray, Tensor, Tensor]:
     """Return what each edge would change of the metric, ``[P, sources, targets]``, and the metric of both runs."""
-    model, forms = decoder.model, decoder.forms
-    first = run(model, sides.source, sides.metric, forms if how.point == "source" else ())
+    model = decoder.model
+    first = decoder.look(sides)
+    forms = decoder.forms
+    if how.point == "source":
+        first = run(model, sides.source, sides.metric, forms)
     second = run(model, sides.run, sides.metric, forms if how.point == "run" else ())
     source, here = first.written, second.written
     moved = replace(

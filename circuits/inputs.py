@@ -215,7 +215,8 @@ def _look(
     if differentiate:
         nodes = [getattr(seen[i], name) for i in range(model.n_layers)]
         try:
-            slopes = torch.autograd.grad(score.sum(), nodes, materialize_grads=True)
+            with torch.enable_grad():  # the sum is part of what is differentiated
+                slopes = torch.autograd.grad(score.sum(), nodes, materialize_grads=True)
         except RuntimeError as error:
             msg = f"{model.name}: no gradient reaches its attention: {error}"
             raise ModelError(msg) from error

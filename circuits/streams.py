@@ -9,7 +9,7 @@ at the point where gradients are taken.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -131,8 +131,8 @@ def run(
 
 
 @torch.no_grad()
-def forms_of(model: Lvlm, inputs: Mapping[str, Tensor]) -> tuple[Form, ...]:
-    """Find out, from one forward, how each layer reads the stream.
+def forms_of(model: Lvlm, forward: Callable[[], Run]) -> tuple[tuple[Form, ...], Run]:
+    """Find out how each layer reads the stream while a forward runs, and return what that forward returns.
 
     Raises
     ------
@@ -161,16 +161,20 @@ def forms_of(model: Lvlm, inputs: Mapping[str, Tensor]) -> tuple[Form, ...]:
                 if module is not layer and id(module) not in inner:
                     hooks.callback(module.register_forward_hook(through, with_kwargs=True).remove)
             hooks.callback(attention.register_forward_hook(attends, with_kwargs=True).remove)
-            for name in ("resid_pre", "attn_out"):
-                place = model.place("decoder", i, name)
-                hooks.callback(place.watch(lambda x, at=(name, i): given.update({at: x})).remove)
+
+            def entered(_m: nn.Module, args: Any, kwargs: Any, _out: Any, i: int = i) -> None:
+                given["resid_pre", i] = args[0] if args else kwargs[first_name(kwargs)]
+
+            hooks.callback(layer.register_forward_hook(entered, with_kwargs=True).remove)
+            place = model.place("decoder", i, "attn_out")
+            hooks.callback(place.watch(lambda x, i=i: given.update({("attn_out", i): x})).remove)
             middle = resolve(layer, spec.mid_norm, model.spec)
 
             def between(_module: nn.Module, args: Any, i: int = i) -> None:
                 given["middle", i] = args[0]
 
             hooks.callback(middle.register_forward_pre_hook(between).remove)
-        model.logits(inputs)
+        result = forward()
     found = []
     for i, layer in enumerate(model.layers("decoder")):
         x, read = given["resid_pre", i], given["attention", i]
@@ -182,7 +186,7 @@ def forms_of(model: Lvlm, inputs: Mapping[str, Tensor]) -> tuple[Form, ...]:
         middle = given["middle", i].reshape(x.shape)
         shared = norm is not None and resolve(layer, spec.mid_norm, model.spec) is norm
         found.append(Form(norm, torch.equal(middle, x), shared))
-    return tuple(found)
+    return tuple(found), result
 
 
 def written_by(model: Lvlm, layer: int, attention: Tensor) -> Tensor:

@@ -175,7 +175,8 @@ def test_earlier_layers_and_positions() -> None:
     # Before the image nothing differs between the runs, so that its patch changes nothing.
     np.testing.assert_allclose(sum(apart), together, atol=1e-5)
     assert np.abs(together[0, 1]).max() > 1e-4
-    noise = attribution.inputs(lvlm, [pair], "k", direction="noise", point="source", min_effect=0)
+    with torch.no_grad():  # whoever asks need not ask for gradients
+        noise = attribution.inputs(lvlm, [pair], "k", direction="noise", point="source", min_effect=0)
     assert noise.direction == "noise"
     assert np.isfinite(noise.effects).all()
 
