@@ -44,7 +44,18 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
     path = direction.save(tmp_path / "deep" / "green.safetensors")
     loaded = Direction.load(path)
     np.testing.assert_array_equal(loaded.vector, UNIT)
-    for name in ("site", "tokens", "concept", "head", "sigma", "scale", "intercept", "provenance", "train_groups", "kind"):
+    for name in (
+        "site",
+        "tokens",
+        "concept",
+        "head",
+        "sigma",
+        "scale",
+        "intercept",
+        "provenance",
+        "train_groups",
+        "kind",
+    ):
         assert getattr(loaded, name) == getattr(direction, name), name
     assert loaded.statistics["balanced_accuracy"] == 0.93
     assert np.isnan(loaded.statistics["undefined"])
