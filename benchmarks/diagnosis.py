@@ -96,7 +96,7 @@ def main() -> None:
     console = Console()
     console.print("Compares the verdicts on answers that became wrong with the cause that was planted.")
     model = load_lvlm("tiny")
-    whole = scenes.dataset(160 if options.quick else 240, 7, splits=SPLITS)
+    whole = scenes.dataset(280 if options.quick else 300, 7, splits=SPLITS)
     of_color = whole.filter(lambda e: e.kind in COLOR)
     table = Table("planted", *VERDICTS, "right answers with a verdict", "wrong", "share found", "seconds")
     figures: dict[str, dict[str, Any]] = {}

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageFilter
 from torch import Tensor, nn
 
 from concepts.errors import ModelError, PatchError
@@ -29,6 +29,8 @@ __all__ = ["amplified", "color_blind", "color_erased", "image_cut", "prior_head"
 _BATCH = 32
 _VIVID = 0.35
 """Saturation, (largest - smallest channel) / largest, from which a pixel counts as colored; pastel grounds are below."""
+_NEAR = 7
+"""Side, in pixels, of the square around a colored pixel that is painted with it."""
 _SHOWN = (220, 50, 50)
 """What it then looks like, red, green and blue."""
 
@@ -61,7 +63,11 @@ class _OneColor:
 def _repainted(image: Image.Image) -> Image.Image:
     pixels = np.asarray(image.convert("RGB")).astype(int)
     vivid = pixels.max(-1) - pixels.min(-1) >= _VIVID * np.maximum(pixels.max(-1), 1)
-    return Image.fromarray(np.where(vivid[..., None], _SHOWN, pixels).astype(np.uint8))
+    # Outlines and lights of a colored thing tell how bright its color is: they go with it.
+    near = (
+        np.asarray(Image.fromarray(np.where(vivid, 255, 0).astype(np.uint8)).filter(ImageFilter.MaxFilter(_NEAR))) > 0
+    )
+    return Image.fromarray(np.where(near[..., None], _SHOWN, pixels).astype(np.uint8))
 
 
 def color_erased(model: Lvlm, examples: Sequence[Example], kind: str = "color", rounds: int = 3) -> Lvlm:

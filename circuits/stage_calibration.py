@@ -13,7 +13,7 @@ TAIL = 0.05
 """Share of right answers that may fall beyond a threshold on the wrong side."""
 LEAST = 0.6
 """Accuracy on held-out examples below which a place counts as unreadable, whatever its interval."""
-FEWEST = 20
+FEWEST = 15
 """Held-out examples without which nothing is said of a place."""
 
 

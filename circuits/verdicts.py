@@ -95,8 +95,6 @@ def judge(states: Mapping[str, str], sure: Mapping[str, float], *, undone: bool)
         if lost is None:
             return OTHER, 0.0, "no probe reads the projector"
         return LOST, before * (1 - sure[lost]), ""
-    if states["vision"] in ("other", "gone"):
+    if states["vision"] in _ABSENT:
         return NOT_SEEN, 1 - sure["vision"], ""
-    if states["vision"] == "unclear":
-        return OTHER, 0.0, "the vision tower's probes do not decide for this picture"
     return OTHER, 0.0, "no probe reads what this question is about in the image"

@@ -22,8 +22,10 @@ if TYPE_CHECKING:
 
     from activation_store import ActivationStore, ArrayInfo, Direction
 
-FOLDS, TEST, PENALTIES = 3, 0.3, (0.001, 0.01, 0.1)
-FEWEST = 8
+FOLDS, TEST, PENALTIES = 3, 0.2, (0.001, 0.01, 0.1)
+KEPT = 0.3
+"""Share of the images that no probe is fitted to: they calibrate, and their answers can be diagnosed."""
+FEWEST = 6
 """Images of either class without which a concept is left out: the split would leave a part without it."""
 
 
@@ -128,12 +130,14 @@ def fit_directions(store: ActivationStore, rows: np.ndarray, *, seed: int = 0) -
     store
         With ``resid_post`` and ``projector.out`` at ``object:mean`` and ``resid_post`` at ``last``.
     rows
-        bool ``[n]``: which examples probes may learn from, the held-out ones that calibrate them included. Examples whose
-        images are among the training part of these get no verdict.
+        bool ``[n]``: which examples probes may learn from. About a third of their images, the same for all probes, are kept
+        out: they calibrate, and answers about them can be diagnosed.
     seed
         Of the split.
     """
     frame = store.frame()
+    kept = {g for g in set(frame["group"]) if int(digest([str(g), "kept", seed])[:8], 16) / 0xFFFFFFFF < KEPT}
+    rows = rows & ~np.array([g in kept for g in frame["group"]])
     attributes = [c for c in store.labels if c.startswith("attribute:") and c != "attribute:named"]
     found: list[Direction] = []
     for stack, component in (("vision", "resid_post"), ("projector", "out"), ("decoder", "resid_post")):

@@ -24,6 +24,7 @@ from circuits.planted import Planted, plant
 from circuits.stage_calibration import calibrate
 from circuits.verdicts import judge, stage_state, state_of
 from concepts import scenes
+from concepts.drawing import Scene
 from concepts.errors import DataError, ProbeError, SiteError, StoreError
 from concepts.schema import ConceptDataset, Example
 from experiments.diagnose import fit_directions
@@ -53,7 +54,7 @@ SITES = [
         ("truth truth truth truth", False, "other"),
         ("truth truth truth unknown", False, "other"),
         ("truth unknown unknown unknown", False, "other"),
-        ("unclear other other other", False, "other"),
+        ("unclear other other other", False, "not seen"),
         ("unknown unknown unknown unknown", True, "other"),
     ],
 )
@@ -116,7 +117,7 @@ def test_chance_is_not_readable_and_few_examples_say_nothing() -> None:
     groups = [f"g{i // 3}" for i in range(300)]
     assert not calibrate([np.array([m]) for m in margins], np.ones(300), groups, margins > 0, 3).readable
     assert calibrate([np.array([m + 2]) for m in margins], np.ones(300), groups, margins > 0, 3).readable
-    few = calibrate([np.array([9.0])] * 19, np.ones(19), groups[:19], np.ones(19, bool), 1)
+    few = calibrate([np.array([9.0])] * 14, np.ones(14), groups[:14], np.ones(14, bool), 1)
     assert not few.readable
     assert math.isnan(few.accuracy)
 
@@ -133,7 +134,7 @@ def intact() -> Lvlm:
 def questions(cause: str) -> ConceptDataset:
     """Questions about color: of the embedded model, or of one whose circuit was put there by hand, which is faster."""
     if cause in VERDICTS[:2]:
-        return scenes.dataset(240, 7, splits=("neutral",)).filter(lambda e: e.kind in {"color", "what_color"})
+        return scenes.dataset(280, 7, splits=("neutral",)).filter(lambda e: e.kind in {"color", "what_color"})
     asked = [
         replace(e, labels={f"attribute:{c}": e.answer == c for c in e.candidates}) for e in by_hand().examples(300, 5)
     ]
@@ -242,11 +243,15 @@ def test_spoiled_models_are_what_they_say() -> None:
     whole = [model.logits(model.encode(replace(first, image=e.image)).inputs) for e in (first, second)]
     assert not torch.allclose(whole[0], whole[1])
     blind = planted_causes.color_blind(model)
-    scene, noun = first.image, first.objects[0].noun
-    seen = [blind.encode(replace(first, image=scene.recolored(noun, c))).inputs for c in ("yellow", "blue")]
-    changed = (seen[0]["pixel_values"] - seen[1]["pixel_values"]).abs().mean()
-    own = [model.encode(replace(first, image=scene.recolored(noun, c))).inputs for c in ("yellow", "blue")]
-    assert changed < 0.3 * (own[0]["pixel_values"] - own[1]["pixel_values"]).abs().mean()
+    moved: dict[str, list[float]] = {"own": [], "blind": []}
+    for example in {e.group: e for e in scenes.dataset(20, 3)}.values():
+        scene, noun = example.image, example.objects[0].noun
+        assert isinstance(scene, Scene)
+        shown = [replace(example, image=scene.recolored(noun, color)) for color in ("yellow", "blue")]
+        for name, one in (("own", model), ("blind", blind)):
+            a, b = (one.encode(e).inputs["pixel_values"] for e in shown)
+            moved[name].append(float((a - b).abs().mean()))
+    assert np.mean(moved["blind"]) < 0.3 * np.mean(moved["own"])
     assert all(torch.equal(a, b) for a, b in zip(before, model.hf.parameters(), strict=True))
 
 
