@@ -98,6 +98,7 @@ def main() -> None:
         folder = Path(temporary)
         os.chdir(folder)
         options = [f"data.n_images={scenes}", "data.test_images=10", "threads=1", "trace=heads"]
+        options.append("probe.concepts=[object:named,attribute:named,relation:named]")
         options.append("stages=[examples,trace,probe]")
         composed_once, _ = composed([*options, "stages=[examples,trace]"])
         execute(composed_once, QUIET)
