@@ -162,8 +162,8 @@ def test_two_models_in_memory_are_asked_and_looked_into_alike() -> None:
     found = compare_models(planted.model, louder, data)
     before, after = (answer(m, data, progress=False).answers for m in (planted.model, louder))
     row = found.answers.set_index("measure").loc["all: right"]
-    assert row["first"] == pytest.approx(np.mean([a.correct for a in before]))
-    assert row["second"] == pytest.approx(np.mean([a.correct for a in after]))
+    assert row["first"] == pytest.approx(np.mean([bool(a.correct) for a in before]))
+    assert row["second"] == pytest.approx(np.mean([bool(a.correct) for a in after]))
     turned = found.verdicts.set_index(["first", "second"])["n"]
     assert turned["right", "overridden by the prior"] == turned.drop(("right", "right")).sum() > 20
     assert found.probes["paired"].all()
