@@ -8,7 +8,7 @@ image that they were fitted to. The tower and the projector lose color only, so 
 
 The time is that of `circuits.diagnose` alone, store and probes given, with sources and without a cache of anything.
 
-    python benchmarks/diagnosis.py [--quick] [--save]
+    python benchmarks/diagnosis.py [--quick] [--only CAUSE] [--save]
 """
 
 from __future__ import annotations
@@ -92,16 +92,17 @@ def main() -> None:
         "--quick", action="store_true", help="fewer images and questions about color only, about a minute"
     )
     parser.add_argument("--save", action="store_true", help="write the figures to benchmarks/results")
+    parser.add_argument("--only", choices=VERDICTS[:4], help="one cause alone; saved figures of the others stay")
     options = parser.parse_args()
     console = Console()
     console.print("Compares the verdicts on answers that became wrong with the cause that was planted.")
     model = load_lvlm("tiny")
-    whole = scenes.dataset(280 if options.quick else 300, 7, splits=SPLITS)
+    whole = scenes.dataset(240 if options.quick else 300, 7, splits=SPLITS)
     of_color = whole.filter(lambda e: e.kind in COLOR)
     table = Table("planted", *VERDICTS, "right answers with a verdict", "wrong", "share found", "seconds")
     figures: dict[str, dict[str, Any]] = {}
     slowest: dict[str, Any] = {}
-    for cause in VERDICTS[:4]:
+    for cause in [options.only] if options.only else VERDICTS[:4]:
         data = of_color if options.quick or cause in (NOT_SEEN, LOST) else whole
         before = right(model, data)
         if cause == OVERRIDDEN:
@@ -115,6 +116,7 @@ def main() -> None:
         row = [str(counts[v]) for v in VERDICTS]
         table.add_row(cause, *row, str(blamed), str(len(found.wrong)), f"{share:.3f}", f"{seconds:.1f}")
         figures[cause.replace(" ", "_")] = {
+            "images": len({e.group for e in data}), "kinds": sorted({e.kind for e in data}),
             "value": round(share, 4), "goal": f">= {SHARE}", "holds": share >= SHARE, "n": len(found.wrong),
             "verdicts": {v: counts[v] for v in VERDICTS}, "right_with_verdict": blamed, "of_right": len(found) - len(found.wrong),
             "reasons_of_other": dict(reasons), "seconds": round(seconds, 1),
@@ -131,6 +133,8 @@ def main() -> None:
     outcome = {"benchmark": "diagnosis", "device": device, "quick": options.quick, "figures": figures}
     if options.save:
         RESULTS.parent.mkdir(exist_ok=True)
+        if options.only and RESULTS.is_file():
+            outcome["figures"] = {**json.loads(RESULTS.read_text())["figures"], **figures}
         RESULTS.write_text(json.dumps(outcome, indent=1) + "\n")
     print(json.dumps(outcome))
 

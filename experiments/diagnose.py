@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
     from activation_store import ActivationStore, ArrayInfo, Direction
 
-FOLDS, TEST, PENALTIES = 3, 0.2, (0.001, 0.01, 0.1)
-KEPT = 0.3
+FOLDS, TEST, PENALTIES = 3, 0.3, (0.001, 0.01, 0.1)
+KEPT = 0.2
 """Share of the images that no probe is fitted to: they calibrate, and their answers can be diagnosed."""
 FEWEST = 6
 """Images of either class without which a concept is left out: the split would leave a part without it."""
@@ -130,7 +130,7 @@ def fit_directions(store: ActivationStore, rows: np.ndarray, *, seed: int = 0) -
     store
         With ``resid_post`` and ``projector.out`` at ``object:mean`` and ``resid_post`` at ``last``.
     rows
-        bool ``[n]``: which examples probes may learn from. About a third of their images, the same for all probes, are kept
+        bool ``[n]``: which examples probes may learn from. About a fifth of their images, the same for all probes, are kept
         out: they calibrate, and answers about them can be diagnosed.
     seed
         Of the split.

@@ -134,7 +134,7 @@ def intact() -> Lvlm:
 def questions(cause: str) -> ConceptDataset:
     """Questions about color: of the embedded model, or of one whose circuit was put there by hand, which is faster."""
     if cause in VERDICTS[:2]:
-        return scenes.dataset(280, 7, splits=("neutral",)).filter(lambda e: e.kind in {"color", "what_color"})
+        return scenes.dataset(260, 7, splits=("neutral",)).filter(lambda e: e.kind in {"color", "what_color"})
     asked = [
         replace(e, labels={f"attribute:{c}": e.answer == c for c in e.candidates}) for e in by_hand().examples(300, 5)
     ]
