@@ -33,7 +33,7 @@ from rich.table import Table
 from activation_store import trace
 from behavior import answer
 from circuits import Diagnoses, diagnose, planted_causes
-from circuits.diagnoses import LOST, NOT_INTEGRATED, NOT_SEEN, OVERRIDDEN, VERDICTS
+from circuits.diagnosing.diagnoses import LOST, NOT_INTEGRATED, NOT_SEEN, OVERRIDDEN, VERDICTS
 from concepts import scenes
 from concepts.icons import NOUNS
 from concepts.schema import ConceptDataset, Example

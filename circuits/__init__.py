@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from circuits.attention import ImageAttention, attention_to_image
     from circuits.conditions import logits_under
     from circuits.correlational import HeadTable, head_scores
-    from circuits.diagnoses import Diagnoses, Diagnosis
+    from circuits.diagnosing.diagnoses import Diagnoses, Diagnosis
     from circuits.diagnosis import diagnose
     from circuits.entries import ProbeGate
     from circuits.graph import Graph
@@ -72,8 +72,8 @@ _HOME = {
     "Add": "interventions",
     "Amplify": "interventions",
     "Comparison": "head_statistics",
-    "Diagnoses": "diagnoses",
-    "Diagnosis": "diagnoses",
+    "Diagnoses": "diagnosing.diagnoses",
+    "Diagnosis": "diagnosing.diagnoses",
     "Gate": "interventions",
     "Graph": "graph",
     "HeadScores": "heads",

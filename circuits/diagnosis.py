@@ -17,18 +17,18 @@ import torch
 
 from activation_store import ActivationStore, Direction
 from circuits import sources
-from circuits.claims import Claim, claims_of, values_seen
-from circuits.diagnoses import OTHER, STAGES, Diagnoses, Diagnosis, Place, Reading
-from circuits.diagnosis_input import check_known, check_sites, check_store
-from circuits.diagnosis_words import in_words
+from circuits.diagnosing.claims import Claim, claims_of, values_seen
+from circuits.diagnosing.diagnoses import OTHER, STAGES, Diagnoses, Diagnosis, Place, Reading
+from circuits.diagnosing.input import check_known, check_sites, check_store
+from circuits.diagnosing.probe_sets import EVERY, ProbeSet, check_origin, probe_sets
+from circuits.diagnosing.stage_calibration import Calibration, calibrate
+from circuits.diagnosing.stage_reading import Margins, read_live, read_stored, read_tokens
+from circuits.diagnosing.undoing import Undone, undo, usual_values
+from circuits.diagnosing.verdicts import belief, judge, stage_state, state_of
+from circuits.diagnosing.words import in_words
 from circuits.patching import check_evaluating
-from circuits.probe_sets import EVERY, ProbeSet, check_origin, probe_sets
 from circuits.progress import progress_bar
 from circuits.shares import SourceShares
-from circuits.stage_calibration import Calibration, calibrate
-from circuits.stage_reading import Margins, read_live, read_stored, read_tokens
-from circuits.undoing import Undone, undo, usual_values
-from circuits.verdicts import belief, judge, stage_state, state_of
 from concepts.counterfactuals import Edited
 from concepts.schema import Example
 from lvlm.answers import answer_key

@@ -18,7 +18,7 @@ import numpy as np
 from behavior import BehaviorResult
 from behavior.comparison import change_interval, mcnemar, same_questions
 from behavior.result import Answer
-from circuits.diagnoses import RIGHT, VERDICTS, Diagnoses
+from circuits.diagnosing.diagnoses import RIGHT, VERDICTS, Diagnoses
 from circuits.head_statistics import Rows, compare_rows
 from circuits.heads import HeadScores
 from concepts.errors import ConfigError

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from circuits.diagnoses import Diagnoses
+from circuits.diagnosing.diagnoses import Diagnoses
 from circuits.diagnosis import diagnose
 from concepts.errors import GroundscopeError
 from concepts.schema import LEVELS, Example

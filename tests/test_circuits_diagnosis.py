@@ -18,11 +18,11 @@ from sklearn.linear_model import LogisticRegression
 from activation_store import ActivationStore, Direction, trace
 from behavior import answer
 from circuits import Diagnoses, diagnose, planted_causes
-from circuits.claims import claims_of
-from circuits.diagnoses import STAGES, VERDICTS, Diagnosis, Place
+from circuits.diagnosing.claims import claims_of
+from circuits.diagnosing.diagnoses import STAGES, VERDICTS, Diagnosis, Place
+from circuits.diagnosing.stage_calibration import calibrate
+from circuits.diagnosing.verdicts import judge, stage_state, state_of
 from circuits.planted import Planted, plant
-from circuits.stage_calibration import calibrate
-from circuits.verdicts import judge, stage_state, state_of
 from concepts import scenes
 from concepts.drawing import Scene
 from concepts.errors import DataError, ProbeError, SiteError, StoreError

@@ -15,7 +15,7 @@ from sklearn.metrics import balanced_accuracy_score
 from behavior import BehaviorResult, answer
 from behavior.result import Answer, Cost
 from circuits import planted_causes
-from circuits.diagnoses import Diagnoses, Diagnosis
+from circuits.diagnosing.diagnoses import Diagnoses, Diagnosis
 from circuits.heads import HeadScores
 from circuits.planted import plant
 from concepts.errors import ConfigError, DataError

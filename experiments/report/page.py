@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from circuits.diagnoses import VERDICTS
+from circuits.diagnosing.diagnoses import VERDICTS
 from concepts.schema import LEVELS
 from experiments.context import Context
 from experiments.report import figures

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from circuits.diagnoses import OTHER, OVERRIDDEN, VERDICTS, Diagnoses, Diagnosis
-from circuits.diagnosis_words import verdict_of
+from circuits.diagnosing.diagnoses import OTHER, OVERRIDDEN, VERDICTS, Diagnoses, Diagnosis
+from circuits.diagnosing.words import verdict_of
 from concepts.schema import Example
 from concepts.statistics import estimate
 from experiments.report import figures

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from activation_store import ActivationStore
-from circuits.claims import Claim
-from circuits.probe_sets import EVERY, ProbeSet
+from circuits.diagnosing.claims import Claim
+from circuits.diagnosing.probe_sets import EVERY, ProbeSet
 from concepts.errors import DataError, SiteError, StoreError
 from concepts.schema import Example
 from lvlm.model import Lvlm

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from activation_store import ActivationStore
-from circuits.claims import Claim, objects_of
-from circuits.probe_sets import EVERY, ProbeSet, check_width
+from circuits.diagnosing.claims import Claim, objects_of
+from circuits.diagnosing.probe_sets import EVERY, ProbeSet, check_width
 from concepts.schema import Example
 from lvlm.model import Lvlm
 from lvlm.sites import Site, TokenSelection

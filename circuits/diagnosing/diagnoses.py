@@ -99,7 +99,8 @@ class Diagnosis:
     fact: str = ""
     """The attribute the object has where another is asked for: ``the apple is green``."""
     stages: Mapping[str, str] = field(default_factory=dict)
-    """What each of `STAGES` reads: ``truth``, ``other``, ``unclear``, ``gone`` or ``unknown``; see `circuits.verdicts`."""
+    """What each of `STAGES` reads: ``truth``, ``other``, ``unclear``, ``gone`` or ``unknown``; see
+    `circuits.diagnosing.verdicts`."""
     reason: str = ""
     """Why it is ``other``, in words."""
     readings: tuple[Reading, ...] = ()

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from activation_store import ActivationStore
 from circuits.budget import MEMORY
-from circuits.claims import Claim
-from circuits.diagnoses import Push
+from circuits.diagnosing.claims import Claim
+from circuits.diagnosing.diagnoses import Push
 from circuits.engine import Reader, Row, resume
 from circuits.interventions import Intervention, Replace
 from circuits.plain import run_whole, say_plain

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from circuits.diagnoses import LOST, NOT_INTEGRATED, NOT_SEEN, OTHER, OVERRIDDEN, STAGES, Place, Reading
+from circuits.diagnosing.diagnoses import LOST, NOT_INTEGRATED, NOT_SEEN, OTHER, OVERRIDDEN, STAGES, Place, Reading
 
 _SEEN = ("vision", "projector", "image")
 _ABSENT = frozenset({"other", "gone", "unclear"})

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from concepts.schema import Example
 
 if TYPE_CHECKING:
-    from circuits.claims import Claim
-    from circuits.diagnoses import Diagnosis
+    from circuits.diagnosing.claims import Claim
+    from circuits.diagnosing.diagnoses import Diagnosis
 
 
 def explain(one: Diagnosis) -> str:

@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 
 from activation_store import ActivationStore, Direction
-from circuits.claims import Claim
+from circuits.diagnosing.claims import Claim
 from concepts.errors import ProbeError, SiteError
 from lvlm.model import Lvlm
 from lvlm.sites import Site, TokenSelection
