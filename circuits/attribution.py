@@ -17,10 +17,10 @@ from typing import Literal
 
 import numpy as np
 
-from circuits.edges import edges
-from circuits.estimates import POINTS, How, Point, check_how, estimate
+from circuits.attributing.edges import edges
+from circuits.attributing.estimates import POINTS, How, Point, check_how, estimate
+from circuits.attributing.inputs import inputs
 from circuits.heads import HeadScores
-from circuits.inputs import inputs
 from circuits.metrics import LEAST
 from circuits.patch_scores import PatchScores
 from circuits.patching import head_scores_of, plans_of, scores_of, settings_of

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from circuits.gradients import configurations
+from circuits.attributing.gradients import configurations
 from concepts.errors import ModelError
 from lvlm.family import resolve
 from lvlm.model import Lvlm

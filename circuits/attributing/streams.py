@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from circuits.gradients import Metric
-from circuits.opened import Opened, opened
+from circuits.attributing.gradients import Metric
+from circuits.attributing.opened import Opened, opened
 from circuits.writing import edit
 from concepts.errors import ModelError
 from lvlm.family import TOLERANCE, find, resolve
@@ -96,7 +96,7 @@ def run(
     Parameters
     ----------
     model
-        One that `circuits.opened.check_opened` does not refuse.
+        One that `circuits.attributing.opened.check_opened` does not refuse.
     inputs
         Of P examples.
     metric

@@ -19,14 +19,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from circuits.estimates import How, Point, Sides, Variant, check_how, groups, kept_of
+from circuits.attributing.estimates import How, Point, Sides, Variant, check_how, groups, kept_of
+from circuits.attributing.norms import Reader, reader_of, through
+from circuits.attributing.opened import check_opened
+from circuits.attributing.streams import Form, Run, Written, check_split, forms_of, run, weights_of, written_by
 from circuits.graph import Graph, Shape
 from circuits.metrics import LEAST
-from circuits.norms import Reader, reader_of, through
-from circuits.opened import check_opened
 from circuits.pairing import check_kept, pairs_digest
 from circuits.patching import plans_of, settings_of
-from circuits.streams import Form, Run, Written, check_split, forms_of, run, weights_of, written_by
 from circuits.sweep import Direction
 from concepts.schema import CounterfactualPair
 from lvlm.model import Lvlm

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from circuits.gradients import Metric, Slopes, check_differentiable, slopes
+from circuits.attributing.gradients import Metric, Slopes, check_differentiable, slopes
 from circuits.metrics import logit_difference
 from circuits.pairing import DIRECTIONS
 from circuits.progress import progress_bar

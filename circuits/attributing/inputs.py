@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from circuits.estimates import How, Point, Sides, check_how, groups, kept_of
+from circuits.attributing.estimates import How, Point, Sides, check_how, groups, kept_of
+from circuits.attributing.opened import Opened, check_opened, opened
 from circuits.heads import HeadScores
 from circuits.metrics import LEAST
-from circuits.opened import Opened, check_opened, opened
 from circuits.patching import head_scores_of, plans_of, settings_of
 from circuits.sweep import Direction
 from concepts.errors import ConfigError, ModelError
