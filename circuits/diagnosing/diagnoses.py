@@ -10,7 +10,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Self
 
-from circuits import diagnosis_words, files
+from circuits import files
+from circuits.diagnosing import words
 from concepts.errors import ConfigError, StoreError
 from concepts.statistics import estimate
 
@@ -130,7 +131,7 @@ class Diagnosis:
         return {r.site: r.log_odds for r in self.readings if r.stage == stage}
 
     def __str__(self) -> str:
-        return diagnosis_words.explain(self)
+        return words.explain(self)
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,7 +163,7 @@ class Diagnoses:
 
     def text(self, index: int) -> str:
         """Say in plain words what happened to an answer."""
-        return diagnosis_words.explain(self.examples[index])
+        return words.explain(self.examples[index])
 
     def frame(self) -> pd.DataFrame:
         """Return one row an answer: the example's columns, verdict, confidence, best reading of each stage, causes, words."""
@@ -175,7 +176,7 @@ class Diagnoses:
             row |= {f"{stage}_log_odds": self.strongest(one, stage) for stage in STAGES}
             row |= {"flip": one.flip, "undone_by": " ".join(one.undone_by), "without_image": one.without_image}
             row |= {part: one.sources.get(part, math.nan) for part in ("image", "prompt", "prior")}
-            rows.append({**row, "text": diagnosis_words.explain(one)})
+            rows.append({**row, "text": words.explain(one)})
         return pd.DataFrame(rows)
 
     def strongest(self, one: Diagnosis, stage: str) -> float:
