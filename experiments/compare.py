@@ -29,7 +29,7 @@ def show(arguments: Sequence[str]) -> int:
     if not 2 <= len(arguments) <= 4:
         msg = f"groundscope compare takes two runs, runs/a runs/b; it was given {len(arguments)} arguments"
         raise ConfigError(msg)
-    runs, conditions = arguments[:2], [*arguments[2:], *(arguments[2:] or ["before"])][:2]
+    runs, conditions = arguments[:2], (list(arguments[2:]) or ["before"]) * 2
     first, second = (_figures(Path(a)) for a in runs)
     table = Table(box=None, padding=(0, 2, 0, 0))
     for heading, side in (

@@ -33,8 +33,6 @@ from experiments.pipeline import execute
 from experiments.run import RunFolder
 from experiments.stages import TABLE
 
-GUIDES = [ROOT / "docs" / "guides" / f"{name}.md" for name in ("command", "clusters")]
-
 
 @pytest.fixture
 def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
@@ -351,12 +349,13 @@ def test_a_terminal_sees_one_table_with_rates_and_others_plain_lines() -> None:
 
 
 def shown() -> list[str]:
-    """Every command that the guides show."""
+    """Every command that the README and the guides show, in blocks and within a line."""
     lines = []
-    for guide in GUIDES:
+    for guide in [ROOT / "README.md", *sorted((ROOT / "docs" / "guides").glob("*.md"))]:
+        lines += re.findall(r"`(groundscope(?: [^`…]+)?)`", guide.read_text())
         for block in re.findall(r"^```sh\n(.*?)^```", guide.read_text(), flags=re.M | re.S):
             lines += [line for line in block.replace("\\\n", " ").splitlines() if line.startswith("groundscope")]
-    return lines
+    return list(dict.fromkeys(lines))
 
 
 def test_the_guides_show_commands() -> None:
