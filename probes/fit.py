@@ -279,3 +279,9 @@ def bar(what: str, total: int, progress: bool | None) -> Iterator[Callable[[int]
     with display(*columns, show=progress) as shown_bar:
         task = shown_bar.add_task(what, total=total)
         yield lambda n: shown_bar.advance(task, n)
+
+
+def _weights_hash(store: Store) -> str | None:
+    """Return what a store says of the weights it was traced from; None where it says nothing."""
+    model = dict(getattr(store, "provenance", {})).get("model")
+    return model.get("weights") if isinstance(model, Mapping) else None
