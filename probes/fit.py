@@ -138,7 +138,7 @@ def fit_grid(
         raise ProbeError(msg)
     options = {
         "store": store.digest,
-        "weights": dict(getattr(store, "provenance", {})).get("model", {}).get("weights"),
+        "weights": _weights_hash(store),
         "method": f"{recipe.method.words}, standardised, penalty by grouped cross-validation",
         "estimator": estimator,
         "penalties": [float(c) for c in penalties],
