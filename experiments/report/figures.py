@@ -107,7 +107,7 @@ def rates(series: Mapping[str, Mapping[str, Point]], labels: Mapping[str, str], 
         axes.grid(axis="x", alpha=0.3)
         axes.set_title(title)
         if len(series) > 1:
-            figure.legend(loc="outside lower center", ncols=min(4, len(series)), frameon=False)
+            figure.legend(loc="outside lower center", ncols=len(series) if len(series) < 4 else 2, frameon=False)
         return svg(figure)
 
 
@@ -278,7 +278,7 @@ def way(places: Sequence[tuple[str, float, str]], title: str, above: str, below:
     """
     tints = {"truth": GREEN, "other": ORANGE, "unclear": GREY, "unreadable": GREY}
     marks = {"truth": "o", "other": "D", "unclear": "s", "unreadable": "x"}
-    with drawing(6.4, 2.5) as figure:
+    with drawing(6.4, 2.9) as figure:
         axes = figure.add_subplot()
         values = [0.0 if np.isnan(v) else float(np.clip(v, -8, 8)) for _, v, _ in places]
         stages = [name.split(" ")[0] for name, _, _ in places]
@@ -323,7 +323,7 @@ def overlay(
 
 def overlays(panels: Sequence[tuple[Image.Image, np.ndarray, str]]) -> str:
     """Draw one head's attention over several images: image, map ``[rows, columns]`` and title of each."""
-    with drawing(6.4, 2.5) as figure:
+    with drawing(6.4, 2.9) as figure:
         line = figure.subplots(1, max(3, len(panels)), squeeze=False)[0]
         for axes in line:
             axes.axis("off")
