@@ -223,15 +223,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few repetitions and images, about a minute")
     parser.add_argument("--save", action="store_true", help="write the figures to benchmarks/results")
+    parser.add_argument("--parts", default="cost,agreement,planted", help="of these; saved figures of the others stay")
     options = parser.parse_args()
+    parts = set(options.parts.split(","))
+    if unknown := parts - {"cost", "agreement", "planted"}:
+        parser.error(f"no part {', '.join(sorted(unknown))}: there are cost, agreement, planted")
     console = Console()
     console.print("Compares attribution patching and source attribution with plain forwards, and with exact patching.")
-    figures = cost(1 if options.quick else 9)
+    figures = cost(1 if options.quick else 9) if "cost" in parts else {}
     table = Table("figure", "times", "of", "range", "goal", "holds", "n")
     for name, f in figures.items():
         table.add_row(name, *(str(f[k]) for k in ("value", "of", "range", "goal", "holds", "n")))
-    console.print(table)
-    agreement = worth(load_lvlm("tiny"), 10 if options.quick else 80)
+    if figures:
+        console.print(table)
+    agreement = worth(load_lvlm("tiny"), 10 if options.quick else 80) if "agreement" in parts else {}
     columns = ("rank_correlation", "overlap_at_5_percent", "overlap_at_5", "cpr", "cmd")
     table = Table(
         "embedded model, level and ranking", "rank correlation with exact", "of the best 5 %", "best 5", "CPR", "CMD"
@@ -239,7 +244,8 @@ def main() -> None:
     for name, f in agreement.items():
         if not name.endswith("queries"):
             table.add_row(name, *(str(f.get(k, "")) for k in columns))
-    console.print(table)
+    if agreement:
+        console.print(table)
     table = Table(
         "patched queries", "pairs", "error, plain", "error, fixed", "correlation, plain", "correlation, fixed"
     )
@@ -247,17 +253,21 @@ def main() -> None:
     for name, f in agreement.items():
         if name.endswith("queries"):
             table.add_row(name, *(str(f[k]) for k in columns))
-    console.print(table)
-    planted = in_planted(2 if options.quick else 25)
-    table = Table("planted circuits: share of their heads found first", *next(iter(planted.values())))
-    for name, f in planted.items():
-        table.add_row(name, *(str(value) for value in f.values()))
-    console.print(table)
+    if agreement:
+        console.print(table)
+    planted = in_planted(2 if options.quick else 25) if "planted" in parts else {}
+    if planted:
+        table = Table("planted circuits: share of their heads found first", *next(iter(planted.values())))
+        for name, f in planted.items():
+            table.add_row(name, *(str(value) for value in f.values()))
+        console.print(table)
     agreement |= planted
     device = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     outcome = {"benchmark": "attribution", "device": device, "figures": {**figures, **agreement}}
     if options.save:
         RESULTS.parent.mkdir(exist_ok=True)
+        if len(parts) < 3 and RESULTS.is_file():
+            outcome["figures"] = {**json.loads(RESULTS.read_text())["figures"], **outcome["figures"]}
         RESULTS.write_text(json.dumps(outcome, indent=1) + "\n")
     print(json.dumps(outcome))
 
