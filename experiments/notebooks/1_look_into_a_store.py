@@ -18,7 +18,7 @@ from activation_store import ActivationStore
 
 run = Path(os.environ.get("GROUNDSCOPE_RUN", "../../runs/default"))
 store = ActivationStore(run / "activations")
-store
+print(f"{len(store)} examples, {len(store.arrays)} arrays")
 
 # %% [markdown]
 # ## What was traced
