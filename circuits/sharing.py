@@ -21,6 +21,9 @@ from lvlm.model import Lvlm
 SCORES = 2**23
 """Bytes of attention scores computed at a time: few enough to stay in a processor's cache."""
 
+UNKNOWN = ("position_bias", "s_aux")
+"""What some families give their attention beside a mask, and what no attention function of this package knows."""
+
 
 class NotShared(Exception):  # no user's error: what is asked for is then computed another way
     """Why a model's patches cannot be run as suffixes of a shared prefix."""
@@ -68,7 +71,7 @@ class SharedAttention:
         if dropout:
             msg = f"{type(module).__name__} drops {dropout:g} of its attention: set its dropout to 0, or call model.hf.eval()"
             raise PatchError(msg)
-        unknown = next((k for k in ("position_bias", "s_aux") if more.get(k) is not None), None)
+        unknown = next((k for k in UNKNOWN if more.get(k) is not None), None)
         if unknown:
             msg = f"{type(module).__name__} gives its attention '{unknown}', which sharing a prefix does not know"
             raise NotShared(msg)

@@ -17,12 +17,10 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from circuits.attributing.gradients import configurations
+from circuits.sharing import UNKNOWN
 from concepts.errors import ModelError
 from lvlm.family import resolve
 from lvlm.model import Lvlm
-
-UNKNOWN = ("position_bias", "s_aux")
-"""What some families give their attention beside a mask, and what is not known here."""
 
 
 @dataclass(frozen=True, eq=False)
