@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -28,14 +28,16 @@ from circuits.diagnosing.verdicts import belief, judge, stage_state, state_of
 from circuits.diagnosing.words import in_words
 from circuits.patching import check_evaluating
 from circuits.progress import progress_bar
-from circuits.shares import SourceShares
 from concepts.counterfactuals import Edited
+from concepts.errors import DataError
 from concepts.schema import Example
 from lvlm.answers import answer_key
 from lvlm.model import Lvlm
 
 CALIBRATE = 150
 """Held-out examples of a kind whose image tokens are read from the model; a store keeps one vector an example."""
+PARTS = ("image", "prompt", "prior", "log_odds")
+"""What is kept of an answer's sources."""
 CHECKED = 32
 """Right answers of a kind on which it is seen what a part does beside."""
 
@@ -47,6 +49,7 @@ def diagnose(
     answers: Sequence[Example],
     *,
     with_sources: bool = True,
+    compared: Collection[str] = (),
     seed: int = 0,
     progress: bool | None = None,
 ) -> Diagnoses:
@@ -85,6 +88,8 @@ def diagnose(
         Examples of the store. Right ones get no verdict and help to calibrate.
     with_sources
         Also split each wrong answer's log-odds into image, prompt and prior (`circuits.sources`).
+    compared
+        Ids of right answers whose log-odds are split too, to compare those of wrong ones with.
     seed
         Decides which neutral questions are asked, and which right answers calibrate where there are many.
     progress
@@ -99,7 +104,7 @@ def diagnose(
     ProbeError
         For no directions, directions of another model, or two for the same.
     DataError
-        For answers that are not in the store.
+        For answers that are not in the store, or right ones to compare with that are no answers.
     PatchError
         For a model in training mode.
     """
@@ -111,6 +116,9 @@ def diagnose(
     claims = {c.id: c for c in claims_of(store) if c is not None}
     check_known(answers, claims)
     asked = {e.id: e for e in answers}
+    if unknown := next((name for name in compared if name not in asked), None):
+        msg = f"'{unknown}' is to be compared, but is none of the answers"
+        raise DataError(msg)
     wrong = [e for e in answers if not claims[e.id].right]
     kinds = list(dict.fromkeys(claims[e.id].kind for e in wrong))
     steps = 4 + int(with_sources)
@@ -133,7 +141,8 @@ def diagnose(
         bar.advance(task)
         blind = _without_image(model, wrong)
         bar.advance(task)
-        shares = _sources(model, store, claims, wrong, seed) if with_sources else {}
+        split = [*wrong, *(asked[name] for name in compared if claims[name].right)]
+        shares = _sources(model, store, claims, split, seed) if with_sources else {}
     made, seen = [], values_seen(answers)
     each = dict(zip([e.id for e in wrong], zip(undone, blind, strict=True), strict=True))
     for example in answers:
@@ -143,8 +152,8 @@ def diagnose(
             change, said = each[example.id]
             shows, says, fact = in_words(claim, example, seen)
             about = replace(about, shows=shows, says=says, fact=fact)
-            about = _judged(about, claim, found[claim.kind], change, said, shares.get(example.id))
-        made.append(about)
+            about = _judged(about, claim, found[claim.kind], change, said)
+        made.append(replace(about, sources=shares.get(example.id, {})))
     places = tuple(place for stages in found.values() for place in stages.places)
     digest = hashlib.sha256(
         b"".join(d.vector.tobytes() + f"{d.site}|{d.tokens}|{d.concept}".encode() for d in directions)
@@ -219,9 +228,7 @@ def _place(kind: str, s: ProbeSet, f: Calibration, *, chosen: bool) -> Place:
     )
 
 
-def _judged(
-    about: Diagnosis, claim: Claim, stages: _Stages, change: Undone | None, blind: str, share: SourceShares | None
-) -> Diagnosis:
+def _judged(about: Diagnosis, claim: Claim, stages: _Stages, change: Undone | None, blind: str) -> Diagnosis:
     """Put the evidence together."""
     readings = []
     for place, odds in zip(stages.places, stages.odds, strict=True):
@@ -243,7 +250,6 @@ def _judged(
     if claim.group in stages.trained:
         verdict, confidence = OTHER, 0.0
         reason = "probes were fitted to questions about this very image: fit them on other images"
-    split = {} if share is None else {name: getattr(share, name) for name in ("image", "prompt", "prior", "log_odds")}
     return replace(
         about,
         verdict=verdict,
@@ -257,7 +263,6 @@ def _judged(
         log_odds=change.log_odds if change else math.nan,
         undone=change.undone if change else math.nan,
         without_image=blind,
-        sources=split,
     )
 
 
@@ -318,8 +323,8 @@ def _without_image(model: Lvlm, examples: Sequence[Example]) -> list[str]:
 
 
 def _sources(
-    model: Lvlm, store: ActivationStore, claims: Mapping[str, Claim], wrong: Sequence[Example], seed: int
-) -> dict[str, SourceShares]:
+    model: Lvlm, store: ActivationStore, claims: Mapping[str, Claim], examples: Sequence[Example], seed: int
+) -> dict[str, dict[str, float]]:
     """Split answers by source; neutral questions are others of the same kind and length in the store."""
     questions, length = store.columns["question"], store.columns["n_tokens"]
     pools: dict[tuple[str, float], list[str]] = {}
@@ -328,16 +333,16 @@ def _sources(
         if questions[claim.row] not in pool:
             pool.append(str(questions[claim.row]))
     neutral: dict[str, list[str]] = {}
-    for i, example in enumerate(wrong):
+    for i, example in enumerate(examples):
         claim = claims[example.id]
         others = [q for q in pools[claim.kind, float(length[claim.row])] if q != example.question]
         order = np.random.Generator(np.random.PCG64([seed, i])).permutation(len(others))
         neutral[example.id] = [others[k] for k in order[: sources.NEUTRAL_QUESTIONS]]
-    possible = [e for e in wrong if neutral[e.id]]
+    possible = [e for e in examples if neutral[e.id]]
     if not possible or model.encoder_decoder:
         return {}
     found = sources.split(model, possible, neutral_questions=neutral, progress=False)
-    return {one.example["id"]: one for one in found.examples}
+    return {one.example["id"]: {name: getattr(one, name) for name in PARTS} for one in found.examples}
 
 
 def _about(example: Example) -> dict[str, str]:

@@ -173,6 +173,8 @@ class DiagnoseConfig:
     """Wrong answers diagnosed at most, spread over levels and splits; 0 for none."""
     sources: bool = True
     """Also split each of them into image, prompt and prior."""
+    compared: int = 60
+    """Right answers that are split too, to compare with; spread over levels and splits."""
     seed: int = 0
     """Decides which, the probes' split, and which neutral questions are asked."""
     shown: int = 6

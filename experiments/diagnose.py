@@ -63,7 +63,16 @@ def _diagnosed(context: Context) -> Diagnoses | None:
     if not wrong:
         return None
     right = [e for e in free if correct[e.id] == 1]
-    return diagnose(context.model, store, directions, [*wrong, *right], with_sources=options.sources, seed=options.seed)
+    compared = [e.id for e in spread(right, options.compared, options.seed)]
+    return diagnose(
+        context.model,
+        store,
+        directions,
+        [*wrong, *right],
+        with_sources=options.sources,
+        compared=compared,
+        seed=options.seed,
+    )
 
 
 def learning_rows(frame: pd.DataFrame, seed: int) -> np.ndarray:

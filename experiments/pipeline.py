@@ -16,6 +16,7 @@ from experiments.board import Board
 from experiments.checks import check
 from experiments.config import STAGES, RunConfig
 from experiments.context import Context
+from experiments.interrupts import load_torch
 from experiments.run import LAYOUT, Receipt, RunFolder, Stopped, digest, environment, write_json, write_text
 from experiments.stages import TABLE
 
@@ -95,6 +96,8 @@ def _run(name: str, context: Context, board: Board, receipts: dict[str, Receipt]
     try:
         if not config.force and (found := there()):
             return found
+        if stage.needs:
+            load_torch()
         if name == "trace" and config.trace.shard is not None:
             return shards.trace_part(context, board, key)
         with sharing.door(

@@ -358,6 +358,8 @@ def test_answers_must_be_in_the_store(tmp_path: Path) -> None:
         diagnose(intact(), store, [direction()], [stranger])
     with pytest.raises(DataError, match="no answers"):
         diagnose(intact(), store, [direction()], [])
+    with pytest.raises(DataError, match="'stranger' is to be compared, but is none of the answers"):
+        diagnose(intact(), store, [direction()], [data[0]], compared=["stranger"])
     claims = claims_of(store)
     for claim, example in zip(claims, data, strict=True):
         assert claim is not None

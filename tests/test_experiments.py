@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -121,9 +122,34 @@ def test_wrong_answers_are_diagnosed_and_told(run: Path) -> None:
     misled = found.table("split").set_index(["split", "verdict"]).loc[("conflict", "overridden by the prior")]
     assert misled["share"] > 0.5  # what this model's training made it do
     shares = [o.sources for o in found.wrong if o.sources]
+    assert sum(bool(o.sources) for o in found.examples) > len(shares)  # some right ones too, to compare with
     assert all(abs(s["prior"] + s["image"] + s["prompt"] - s["log_odds"]) < 1e-5 for s in shares)
     text = (run / "report.html").read_text()
     assert "Verdict: overridden by the prior" in text
+
+
+def test_the_report_tells_what_right_and_wrong_answers_came_from(run: Path) -> None:
+    told = json.loads((run / "diagnosis" / "diagnoses.json").read_text())["diagnoses"]
+    split = [one for one in told if one["sources"]]
+    rows = re.findall(
+        r"<tr><td>(\w+): (right|wrong) \((\d+)\)</td><td>([^ ]+) \[[^]]+\]</td><td>([^ ]+)", report_of(run)
+    )
+    assert {"right", "wrong"} == {row[1] for row in rows}
+    for level, side, n, image, prompt in rows:
+        ones = [
+            o["sources"] for o in split if o["example"]["level"] == level and bool(o["verdict"]) == (side == "wrong")
+        ]
+        assert int(n) == len(ones)
+        assert float(image) == pytest.approx(sum(o["image"] for o in ones) / len(ones), abs=0.0051)
+        assert float(prompt) == pytest.approx(sum(o["prompt"] for o in ones) / len(ones), abs=0.0051)
+    attribute = {row[1]: float(row[3]) for row in rows if row[0] == "attribute"}
+    assert attribute["wrong"] < 0 < attribute["right"]  # the image is against what the prior made it say
+    verdicts = Counter(o["verdict"] for o in told if o["verdict"] and o["example"]["level"] == "attribute")
+    assert f"<td>{', '.join(f'{n} {verdict}' for verdict, n in verdicts.most_common())}</td>" in report_of(run)
+
+
+def report_of(run: Path) -> str:
+    return (run / "report.html").read_text()
 
 
 class Reader(HTMLParser):
@@ -154,7 +180,18 @@ def test_the_report_stands_alone_and_tells_the_story(run: Path) -> None:
     page.feed(text)
     assert all(link.startswith("#") and link[1:] in page.ids for link in page.links)
     assert all(source.startswith("data:image/png;base64,") for source in page.loaded)
-    assert {"summary", "apple", "accuracy", "known", "used", "why", "corrected", "made"} <= page.ids
+    assert {
+        "summary",
+        "apple",
+        "levels",
+        "accuracy",
+        "known",
+        "used",
+        "sources",
+        "why",
+        "corrected",
+        "made",
+    } <= page.ids
     assert text.count("<svg") >= 7
     assert len(text) < 5e6
     assert not re.search(r"\bnan\b", re.sub(r"<svg.*?</svg>", "", text, flags=re.S))
@@ -248,27 +285,38 @@ def test_another_option_runs_its_stage_and_what_follows(run: Path, tmp_path: Pat
     assert again.stdout.count("unchanged") == 2
 
 
-@pytest.mark.parametrize("folder", ["activations", "probes", "circuits", "steering", "behavior"])
-def test_a_run_killed_in_a_stage_resumes(run: Path, tmp_path: Path, folder: str) -> None:
-    """Kill the whole process once the stage has begun; the next run finishes and finds what the shared run found."""
+KILLED = ["activations", "probes", "circuits", "steering", "behavior", "diagnosis", "export", "report"]
+
+
+@pytest.mark.parametrize(
+    ("folder", "by"), [*((folder, signal.SIGKILL) for folder in KILLED), ("activations", signal.SIGINT)]
+)
+def test_a_run_killed_in_a_stage_resumes(run: Path, tmp_path: Path, folder: str, by: signal.Signals) -> None:
+    """Kill the whole process, or press Ctrl-C, once the stage has begun; the next run finds what the shared run found."""
     import shutil
 
     shutil.copytree(run, tmp_path / "runs" / "whole")
     shutil.rmtree(tmp_path / "runs" / "whole" / folder)
-    order = ["examples", "activations", "probes", "circuits", "steering", "behavior", "diagnosis", "report"]
+    order = ["examples", "activations", "probes", "circuits", "steering", "behavior", "diagnosis", "export", "report"]
     stages = f"stages=[{','.join(STAGES[: order.index(folder) + 1])}]"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
-        [sys.executable, "-m", "experiments", "name=whole", *SMALL, stages],
-        cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        [sys.executable, "-X", "faulthandler", "-m", "experiments", "name=whole", *SMALL, stages],
+        cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
     )  # fmt: skip
     begun = tmp_path / "runs" / "whole" / folder / ".key"
     deadline = time.monotonic() + 200
     while not begun.exists() and time.monotonic() < deadline:
         time.sleep(0.02)
     time.sleep(0.3)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    os.killpg(process.pid, by)
+    _, complaint = process.communicate(timeout=120)
+    if by == signal.SIGINT:
+        # Python itself ends by the signal where an interrupt once passed through code run by `exec`; a shell calls both 130.
+        assert process.returncode in (130, -signal.SIGINT), complaint
+        assert "stopped; finished work is kept: go on with groundscope resume=runs/whole" in complaint
+        assert "Traceback" not in complaint
     assert not (tmp_path / "runs" / "whole" / folder / "stage.json").exists()
     done = groundscope("name=whole", *SMALL, stages, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -11,6 +11,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from experiments import pipeline
 from experiments.board import Board
 from experiments.config import STAGES, RunConfig
 from experiments.help import choices, groups
+from experiments.interrupts import held
 from experiments.locks import lock
 from experiments.overrides import composed, read
 from experiments.pipeline import execute
@@ -260,6 +262,28 @@ def test_a_stopped_run_says_how_to_go_on_and_does(
     assert (config["root"], config["name"], config["data"]["n_images"]) == ("moved", "x", 11)
     assert "unchanged" in command("resume=moved/x")[1]
     assert "resume takes options, not 'model=hf'" in command("resume=moved/x", "model=hf")[2]
+
+
+def test_an_interrupt_waits_for_what_must_not_be_interrupted() -> None:
+    done: list[str] = []
+
+    def work() -> None:
+        with held():
+            signal.raise_signal(signal.SIGINT)
+            done.append("inside")
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert done == ["inside"]
+    assert signal.getsignal(signal.SIGINT) is before
+    with pytest.raises(ZeroDivisionError), held():
+        _ = 1 / 0
+    assert signal.getsignal(signal.SIGINT) is before
+    thread = threading.Thread(target=lambda: held().__enter__())
+    thread.start()
+    thread.join()
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_a_configuration_of_another_version_is_refused(tmp_path: Path, command: Command) -> None:

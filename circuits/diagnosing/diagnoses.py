@@ -119,7 +119,8 @@ class Diagnosis:
     without_image: str = ""
     """What it says when shown a blank picture."""
     sources: Mapping[str, float] = field(default_factory=dict)
-    """``image``, ``prompt``, ``prior`` and ``log_odds`` of the answer given; see `circuits.sources`."""
+    """``image``, ``prompt``, ``prior`` and ``log_odds`` of the answer given; see `circuits.sources`. Of right
+    answers, where they were to be compared."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "example", MappingProxyType({name: self.example[name] for name in ABOUT}))

@@ -111,6 +111,38 @@ def rates(series: Mapping[str, Mapping[str, Point]], labels: Mapping[str, str], 
         return svg(figure)
 
 
+def shares(lines: Mapping[str, Sequence[Point]], rows: Sequence[str], title: str) -> str:
+    """Draw what each of up to three parts brought, for or against, one row a kind of answer.
+
+    Parameters
+    ----------
+    lines
+        Name of the part to its point in every row.
+    rows
+        What the rows are called.
+    title
+        Title of the figure.
+    """
+    with drawing(6.4, 1.1 + 0.45 * len(rows)) as figure:
+        axes = figure.add_subplot()
+        axes.axvline(0, color="black", lw=0.8)
+        offsets = np.linspace(-0.25, 0.25, len(lines))
+        for (name, points), offset, tint, mark in zip(
+            lines.items(), offsets, (GREEN, ORANGE, GREY), "oDs", strict=False
+        ):
+            x, at = [p.value for p in points], np.arange(len(rows)) + offset
+            spread = np.nan_to_num([[p.value - p.low for p in points], [p.high - p.value for p in points]])
+            axes.barh(at, x, height=0.22, color=tint, alpha=0.3)
+            axes.errorbar(x, at, xerr=spread, fmt=mark, color=tint, label=name, markersize=5, capsize=2, linewidth=1.2)
+        axes.set_yticks(range(len(rows)), rows)
+        axes.invert_yaxis()
+        axes.grid(axis="x", alpha=0.3)
+        axes.set_xlabel("log-odds")
+        axes.set_title(title)
+        figure.legend(loc="outside lower center", ncols=len(lines), frameon=False)
+        return svg(figure)
+
+
 def grids(rows: Sequence[tuple[str, np.ndarray, np.ndarray]], width: int = 2) -> str:
     """Draw probe accuracy by layer and head beside its shuffled control, on one scale.
 
@@ -285,7 +317,7 @@ def way(places: Sequence[tuple[str, float, str]], title: str, above: str, below:
         for stage in dict.fromkeys(stages):
             x = [i for i, s in enumerate(stages) if s == stage and places[i][2] != "unreadable"]
             axes.plot(x, [values[i] for i in x], color=GREY, lw=0.8, zorder=1)
-        for state in dict.fromkeys(s for _, _, s in places):
+        for state in (state for state in marks if any(s == state for _, _, s in places)):
             x = [i for i, (_, _, s) in enumerate(places) if s == state]
             label = {"truth": above, "other": below}.get(state, state)
             axes.scatter(x, [values[i] for i in x], c=tints[state], marker=marks[state], s=26, zorder=2, label=label)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import math
 from collections.abc import Sequence
 from importlib.resources import files
 
@@ -14,6 +15,11 @@ from PIL import Image
 def text(value: object) -> str:
     """Escape anything for use inside an element or an attribute."""
     return html.escape(str(value), quote=True)
+
+
+def percent(value: float) -> str:
+    """Return a rate as people write it."""
+    return "not measured" if math.isnan(value) else f"{100 * value:.1f} %"
 
 
 def section(name: str, title: str, *parts: str, made: Sequence[str] = ()) -> str:

@@ -6,8 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from circuits.diagnosing.diagnoses import VERDICTS
 from concepts.schema import LEVELS
 from experiments.context import Context
@@ -16,7 +14,9 @@ from experiments.report.apple import apple_section
 from experiments.report.facts import Facts
 from experiments.report.figures import Point
 from experiments.report.heads import heads_section
-from experiments.report.html import figure, page, paragraph, section, table, text
+from experiments.report.html import figure, page, paragraph, percent, section, table, text
+from experiments.report.levels import levels_section
+from experiments.report.sources import sources_section
 from experiments.report.why import why_section
 
 if TYPE_CHECKING:
@@ -50,11 +50,6 @@ def make_report(context: Context, root: Path) -> str:
     (context.folder.path / "report.html").write_text(document)
     (root / "sections.json").write_text(str([name for name, _, _ in parts]).replace("'", '"') + "\n")
     return f"{len(parts)} sections, {len(document) / 1e6:.1f} MB"
-
-
-def percent(value: float) -> str:
-    """Return a rate as people write it."""
-    return "not measured" if np.isnan(value) else f"{100 * value:.1f} %"
 
 
 def _interval(point: object) -> str:
@@ -322,10 +317,12 @@ def made(facts: Facts) -> str:
 SECTIONS: tuple[tuple[str, str, Callable[[Facts], str]], ...] = (
     ("summary", "Four answers", summary),
     ("apple", "The green apple", apple_section),
+    ("levels", "Level by level", levels_section),
     ("accuracy", "What it says", accuracy),
     ("known", "Where it is known", known),
     ("used", "What uses it", used),
     ("heads", "Head by head", heads_section),
+    ("sources", "What answers came from", sources_section),
     ("why", "Why it was wrong", why_section),
     ("corrected", "What corrects it", corrected),
     ("made", "How this was made", made),
