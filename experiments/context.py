@@ -13,6 +13,7 @@ from rich.console import Console
 from concepts.errors import ConfigError
 from concepts.schema import ConceptDataset
 from experiments.config import DataConfig, RunConfig
+from experiments.interrupts import load_torch
 from experiments.run import RunFolder, digest, file_digest
 
 if TYPE_CHECKING:
@@ -77,12 +78,9 @@ class Context:
         return ActivationStore(self.folder.path / IMAGE_FILES)
 
     def _load(self, path: str) -> Lvlm:
-        import torch
-
         from lvlm import load_lvlm
 
-        if self.config.threads:
-            torch.set_num_threads(self.config.threads)
+        load_torch(self.config.threads)
         m = self.config.model
         return load_lvlm(path, dtype=m.dtype, device=m.device, trust_remote_code=m.trust_remote_code, spec=m.spec)
 

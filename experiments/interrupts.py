@@ -36,7 +36,12 @@ def held() -> Iterator[None]:
         raise KeyboardInterrupt
 
 
-def load_torch() -> None:
-    """Import torch, all of it or not at all: interrupted inside its C++ part the process would abort without a word."""
+def load_torch(threads: int | None) -> None:
+    """Import torch, all of it or not at all, and let it have so many threads (None: as many as it has).
+
+    Interrupted inside its C++ part the process would abort without a word.
+    """
     with held():
-        import torch  # noqa: F401  # pyright: ignore[reportUnusedImport]  # imported for those who import it next
+        import torch
+    if threads:
+        torch.set_num_threads(threads)

@@ -97,7 +97,7 @@ def _run(name: str, context: Context, board: Board, receipts: dict[str, Receipt]
         if not config.force and (found := there()):
             return found
         if stage.needs:
-            load_torch()
+            load_torch(config.threads)
         if name == "trace" and config.trace.shard is not None:
             return shards.trace_part(context, board, key)
         with sharing.door(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 import shutil
@@ -13,18 +14,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from app_runs import FEW, TRACED, Command, run_command, spawn
 from rich.console import Console
 
 from activation_store import ActivationStore, verify
 from concepts.errors import ConfigError
-from experiments import sharing
+from experiments import pipeline, sharing
 from experiments.config import RunConfig
 from experiments.context import Context
 from experiments.estimate import estimate
 from experiments.overrides import composed
 from experiments.pipeline import execute
 from experiments.run import RunFolder, read_receipt
+from experiments.stages import TABLE
 from experiments.sweep import job_name
 from lvlm import Lvlm, load_lvlm
 
@@ -69,6 +72,33 @@ def trees(folder: Path) -> dict[str, bytes]:
 
 
 # -- what runs have in common --------------------------------------------------------------------------------------
+
+
+def test_a_stage_has_its_threads_where_no_model_is_loaded(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+
+    def probe(_: Context, folder: Path) -> str:
+        seen.append(torch.get_num_threads())
+        (folder / "done").write_text("")
+        return ""
+
+    monkeypatch.setattr(pipeline, "TABLE", {**TABLE, "probe": dataclasses.replace(TABLE["probe"], work=probe)})
+    before = torch.get_num_threads()
+    try:
+        for threads in (3, 1):
+            execute(
+                configured(
+                    root,
+                    f"on{threads}",
+                    f"threads={threads}",
+                    f"probe.folds={threads + 2}",
+                    "stages=[examples,trace,probe]",
+                ),
+                QUIET,
+            )
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [3, 1]
 
 
 def test_a_second_run_takes_what_the_first_made(root: Path) -> None:
