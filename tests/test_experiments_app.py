@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -401,6 +402,10 @@ def test_every_command_of_the_guides_is_one(line: str, tmp_path: Path, command: 
     words = [w for w in words if w != "plan" and w.partition("=")[0] not in {"examples", "seconds"}]
     if words and words[0].startswith("resume="):
         words = words[1:]
+    if "hydra/launcher=ray" in words and find_spec("hydra_plugins.hydra_ray_launcher") is None:
+        with pytest.raises(ConfigError, match=r"pip install 'groundscope\[ray\]' into an environment of its own"):
+            read(words)
+        words = [w for w in words if "hydra" not in w]
     request = read(words)
     config, own = composed(request.first())
     assert isinstance(config, RunConfig)

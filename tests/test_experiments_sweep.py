@@ -10,6 +10,7 @@ import shutil
 import signal
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -170,6 +171,11 @@ LAUNCHERS = {
     "joblib": ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"],
     "submitit_local": ["hydra/launcher=submitit_local"],
 }
+if find_spec("hydra_plugins.hydra_ray_launcher"):  # in an environment of its own, see CONTRIBUTING
+    LAUNCHERS["ray"] = [
+        "hydra/launcher=ray",
+        *(f"+hydra.launcher.ray.init.{o}" for o in ("include_dashboard=false", "num_cpus=2")),
+    ]
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
