@@ -127,18 +127,28 @@ def answer_each(
     def in_contexts(batch: Batch) -> Iterator[Tensor]:
         for opened in conditions.values():
             with opened():
-                yield model.logits(batch.inputs)
+                yield model.logits(batch.inputs, batch.images)
 
     start = time.perf_counter()
     with _counted(model) as forwards, _bar(len(data), progress) as bar:
-        for batch in model.batches([data.examples[i] for i in chosen], batch_size):
+
+        def read(batch: Batch, every: Sequence[Tensor]) -> None:
             examples = [e.example for e in batch.encodings]
-            every = in_contexts(batch) if logits is None else logits(batch)
             for name, one in zip(conditions, every, strict=True):
                 found = _choose(model, examples, one)
                 rows[name].update(zip((chosen[i] for i in batch.index), found, strict=True))
             bar.advance(bar.task_ids[0], len(examples))
-        for batch in model.batches([data.examples[i] for i in written], batch_size):
+
+        # A device goes on by itself until its results are read: the next batch is encoded and sent before that.
+        unread: tuple[Batch, Sequence[Tensor]] | None = None
+        for batch in model.batches([data.examples[i] for i in chosen], batch_size, in_order=False):
+            every = list(in_contexts(batch)) if logits is None else logits(batch)
+            if unread is not None:
+                read(*unread)
+            unread = batch, every
+        if unread is not None:
+            read(*unread)
+        for batch in model.batches([data.examples[i] for i in written], batch_size, in_order=False):
             examples = [e.example for e in batch.encodings]
             for name, opened in conditions.items():
                 with opened():

@@ -7,7 +7,7 @@ each of four images, everything from pictures to results, by a model that has no
 inputs that are encoded already. What is compared takes turns, whose order rotates, after one to warm up; figures are medians of
 the turns' ratios.
 
-    python benchmarks/steering.py [--quick] [--device cuda] [--dtype bfloat16]
+    python benchmarks/steering.py [--quick] [--only answering] [--device cuda] [--dtype bfloat16]
 """
 
 from __future__ import annotations
@@ -118,6 +118,7 @@ def main() -> None:
     """Run, print a table, and as the last line one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few repetitions, about a minute")
+    parser.add_argument("--only", choices=["generation", "answering"], help="one of the two parts")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     options = parser.parse_args()
@@ -128,16 +129,19 @@ def main() -> None:
     network.to(options.device, getattr(torch, options.dtype))
     model = wrap_lvlm(network, middle_processor(), validate=False)
     with Progress(console=Console(stderr=True), transient=True) as bar:
-        written = generation(model, n, new, bar)
-        answered = answering(network, images, n, bar)
+        written = {} if options.only == "answering" else generation(model, n, new, bar)
+        answered = {} if options.only == "generation" else answering(network, images, n, bar)
     values = {
-        "steered_generation_vs_plain": (written["plain"], written["added"]),
-        "amplified_generation_vs_plain": (written["plain"], written["amplified"]),
-        "answering_throughput_vs_plain": (answered["forwards"], answered["answers"]),
+        "steered_generation_vs_plain": (written.get("plain"), written.get("added")),
+        "amplified_generation_vs_plain": (written.get("plain"), written.get("amplified")),
+        "answering_throughput_vs_plain": (answered.get("forwards"), answered.get("answers")),
     }
     figures: dict[str, dict[str, Any]] = {}
     table = Table("figure", "plain", "candidate", "value", "goal", "holds", "n")
-    for name, columns in values.items():
+    for name, (first, second) in values.items():
+        if first is None or second is None:
+            continue
+        columns = first, second
         sign, bound = GOALS.get(name, ("", 0.0))
         over, under = columns if "throughput" in name else columns[::-1]
         value = statistics.median(a / b for a, b in zip(over, under, strict=True))

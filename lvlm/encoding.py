@@ -64,6 +64,11 @@ class Batch:
     encodings: tuple[Encoding, ...]
     inputs: Inputs
 
+    @property
+    def images(self) -> tuple[str, ...]:
+        """Identity of each row's image: rows that ask about the same one share it."""
+        return tuple(e.example.image.identity for e in self.encodings)
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -123,15 +128,18 @@ def encode(model: Lvlm, prompt: Prompt, looks: Sequence[Look], axis: int) -> tup
         raise DataError(msg)
     lattices = _lay(model, looks, cells)
     used = {p for lattice in lattices.get("decoder", ()) for p in lattice.positions}
-    inside = {i for i, (a, b) in enumerate(offsets) if b > a and any(a < e and b > s for s, e in spans)}
+    inside = {i for s, e in spans for i, (a, b) in enumerate(offsets) if b > a and a < e and b > s}
     separators = tuple(sorted((inside | set(cells)) - used))
     start = text.rindex(prompt.question.strip()) if prompt.question.strip() else 0
     end = start + len(prompt.question.strip())
     question = tuple(i for i, (a, b) in enumerate(offsets) if a < end and b > start and b > a)
     inputs: Inputs = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
-    for name in looks[0].inputs:
-        inputs[name] = torch.cat(
-            [look.inputs[name] for look in looks], dim=axis if looks[0].inputs[name].dim() > 3 else 0
+    for name, first_look in looks[0].inputs.items():
+        # One picture is not copied: hundreds of questions may wait for their batch with it.
+        inputs[name] = (
+            first_look
+            if len(looks) == 1
+            else torch.cat([look.inputs[name] for look in looks], dim=axis if first_look.dim() > 3 else 0)
         )
     # Which tokens are an image's: for positions in three axes, or for attention that runs both ways among them.
     for name in ("mm_token_type_ids", "token_type_ids"):

@@ -21,6 +21,7 @@ from lvlm.eager import eager, say_eager
 from lvlm.encoding import Batch, Encoding, Inputs, Prompt, check_alike, encode
 from lvlm.family import FamilySpec, find, layer_list, resolve
 from lvlm.finding import find_place
+from lvlm.once import each_picture_once, tower_of
 from lvlm.places import Place
 from lvlm.sites import Site
 from lvlm.tokens import TokenMap
@@ -270,21 +271,34 @@ class Lvlm:
         stacked = {k: torch.cat([e.inputs[k] for e in encodings]).to(self.device) for k in encodings[0].inputs}
         return {k: v.to(self.dtype) if v.is_floating_point() else v for k, v in stacked.items()}
 
-    def batches(self, examples: Sequence[Example], size: int = 32) -> Iterator[Batch]:
-        """Yield examples encoded in batches of equal shape, shortest first, in a fixed order.
+    def batches(self, examples: Sequence[Example], size: int = 32, *, in_order: bool = True) -> Iterator[Batch]:
+        """Yield examples encoded in batches of equal shape, in a fixed order.
 
         Encodes lazily in chunks of ``64 * size`` examples, so that memory does not grow with the dataset.
+
+        Parameters
+        ----------
+        examples
+            What to encode.
+        size
+            Most rows of a batch.
+        in_order
+            Encode a chunk, then yield its batches, shortest first; else the same batches, each as soon as it is full.
         """
         for start in range(0, len(examples), 64 * size):
-            chunk = [(i, self.encode(examples[i])) for i in range(start, min(len(examples), start + 64 * size))]
             by_shape: dict[tuple[Any, ...], list[tuple[int, Encoding]]] = {}
-            for item in chunk:
-                by_shape.setdefault(item[1].shape, []).append(item)
+            for i in range(start, min(len(examples), start + 64 * size)):
+                encoding = self.encode(examples[i])
+                by_shape.setdefault(encoding.shape, []).append((i, encoding))
+                if not in_order and len(by_shape[encoding.shape]) == size:
+                    yield self._batch(by_shape.pop(encoding.shape))
             for _, items in sorted(by_shape.items()):
                 for k in range(0, len(items), size):
-                    part = items[k : k + size]
-                    encodings = tuple(e for _, e in part)
-                    yield Batch(tuple(i for i, _ in part), encodings, self.collate(encodings))
+                    yield self._batch(items[k : k + size])
+
+    def _batch(self, items: Sequence[tuple[int, Encoding]]) -> Batch:
+        index, encodings = zip(*items, strict=True)
+        return Batch(index, encodings, self.collate(encodings))
 
     # -- running -------------------------------------------------------------------------------------------------
 
@@ -294,16 +308,23 @@ class Lvlm:
         keep = {"logits_to_keep": 1} if "logits_to_keep" in self.accepts else {}
         return {"use_cache": False, **keep}
 
+    @cached_property
+    def tower(self) -> nn.Module | None:
+        """The vision tower; None where there is none that can be told from the decoder."""
+        return tower_of(self)
+
     @torch.no_grad()
-    def logits(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Return the logits at the last position, ``[B, V]``."""
+    def logits(self, inputs: Mapping[str, Tensor], images: Sequence[str] = ()) -> Tensor:
+        """Return the logits at the last position, ``[B, V]``; rows of equal `images` share the tower's run (`lvlm.once`)."""
         on_device = {k: v.to(self.device) for k, v in inputs.items()}
-        return self.hf(**on_device, **self.options).logits[:, -1]
+        with each_picture_once(self, images):
+            return self.hf(**on_device, **self.options).logits[:, -1]
 
     @torch.no_grad()
     def generate(self, batch: Batch, max_new_tokens: int = 40) -> list[str]:
         """Return greedy continuations as text."""
-        out = self.hf.generate(**batch.inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        with each_picture_once(self, batch.images):
+            out = self.hf.generate(**batch.inputs, max_new_tokens=max_new_tokens, do_sample=False)
         new = out[:, batch.inputs["decoder_input_ids" if self.encoder_decoder else "input_ids"].shape[1] :]
         return [t.strip() for t in self.processor.tokenizer.batch_decode(new, skip_special_tokens=True)]
 

@@ -77,6 +77,8 @@ class Lattice:
 
     def moved(self, offset: int, image: int) -> Lattice:
         """Return the same view of another image, its positions moved."""
+        if not offset and image == self.image:
+            return self
         return replace(self, positions=tuple(p + offset for p in self.positions), image=image)
 
 

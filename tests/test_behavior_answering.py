@@ -137,7 +137,7 @@ def test_hooks_on_the_model_act(model: Lvlm, data: ConceptDataset, result: Behav
 
 
 def test_a_tie_is_wrong(model: Lvlm, data: ConceptDataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model, "logits", lambda inputs: torch.zeros(len(inputs["input_ids"]), 200))
+    monkeypatch.setattr(model, "logits", lambda inputs, _: torch.zeros(len(inputs["input_ids"]), 200))
     for row in answer(model, data.where(kind="existence")).answers:
         assert (row.margin, row.correct) == (0.0, False)
         assert row.given != row.answer
@@ -146,7 +146,7 @@ def test_a_tie_is_wrong(model: Lvlm, data: ConceptDataset, monkeypatch: pytest.M
 def test_what_cannot_be_asked_is_refused_before_the_first_forward(
     model: Lvlm, data: ConceptDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def never(_: object) -> None:
+    def never(*_: object) -> None:
         pytest.fail("a forward was run")
 
     first = data[0]
@@ -181,7 +181,7 @@ def test_what_cannot_be_asked_is_refused_before_the_first_forward(
 def test_logits_that_are_not_finite_are_refused(
     model: Lvlm, data: ConceptDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(model, "logits", lambda inputs: torch.full((len(inputs["input_ids"]), 200), torch.nan))
+    monkeypatch.setattr(model, "logits", lambda inputs, _: torch.full((len(inputs["input_ids"]), 200), torch.nan))
     with pytest.raises(ModelError, match="not finite"):
         answer(model, data.where(kind="existence"))
 

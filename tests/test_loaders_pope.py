@@ -125,7 +125,10 @@ def test_another_wording_or_language_is_kept_without_a_noun(folder: Path) -> Non
 
 BAD: dict[str, tuple[str | bytes, str]] = {
     "broken line": (lines(LINES[0]) + '{"question_id": 2, "image"\n', r"random\.json: line 2: broken JSON at column"),
-    "cut file": (lines(*LINES)[:-20], r"line 3: broken JSON"),
+    "cut file": (
+        lines(*LINES)[:-20],
+        r"line 3: broken JSON at column \d+: .*; the file ends in this line: was it cut\?$",
+    ),
     "cut array": (
         json.dumps(LINES, indent=1)[:-20],
         r"random\.json: record 3: JSON that cannot be read at byte \d+: the file ends in",

@@ -126,7 +126,7 @@ def read_table(path: Path, fields: Sequence[str], *, spare: Sequence[str] = ()) 
             try:
                 cells = line.decode().rstrip("\r\n").split("\t")
             except UnicodeDecodeError as error:
-                msg = f"{where}: not UTF-8 at byte {error.start + 1}"
+                msg = f"{where}: not UTF-8 at byte {error.start + 1}: save the file as UTF-8"
                 raise DataError(msg) from error
             if not len(fields) <= len(cells) <= len(names):
                 msg = f"{where}: {len(cells)} columns between tabs, but {', '.join(names)} are expected"
@@ -187,11 +187,13 @@ def _parsed(where: str, data: bytes) -> Any:
     try:
         return json.loads(data.decode())
     except UnicodeDecodeError as error:
-        msg = f"{where}: not UTF-8 at byte {error.start + 1}"
+        msg = f"{where}: not UTF-8 at byte {error.start + 1}: save the file as UTF-8"
         raise DataError(msg) from error
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, column {error.colno}" if b"\n" in data.strip() else f"column {error.colno}"
-        msg = f"{where}: broken JSON at {place}: {error.msg}"
+        why = error.msg.removesuffix(" starting at")
+        cut = "" if data.endswith(b"\n") else "; the file ends in this line: was it cut?"
+        msg = f"{where}: broken JSON at {place}: {why}{cut}"
         raise DataError(msg) from error
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
         msg = f"{where}: JSON that cannot be read: {error}"

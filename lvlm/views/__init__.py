@@ -33,6 +33,9 @@ class View:
     """Axis along which the pictures of several images of one prompt are joined."""
     finish: Callable[[Lvlm, list[int], Sequence[Look], str], dict[str, Tensor]] | None = None
     """Makes what else the model wants, from the prompt's tokens, its images and its text."""
+    apart: bool = True
+    """Whether a batch of prompts with one image each reaches the vision tower as equal parts along the first axis, a part a
+    row, that it sees one by one and gives in the same order: what `lvlm.once` needs."""
 
 
 VIEWS: Mapping[str, View] = MappingProxyType(
@@ -45,7 +48,7 @@ VIEWS: Mapping[str, View] = MappingProxyType(
         "split": View(split, axis=1),
         "crops": View(crops),
         "packed": View(packed),
-        "rows": View(rows),
+        "rows": View(rows, apart=False),  # its tower gives one sequence for all rows
         "llama4": View(llama4),
         "mllama": View(mllama, axis=1, finish=who_sees_which_tile),
     }
