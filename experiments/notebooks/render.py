@@ -46,8 +46,9 @@ def executed(source: Path, run: Path, timeout: int = 600) -> NotebookNode:
         manager = client.create_kernel_manager()
         manager.transport, manager.ip = "ipc", f"{folder}/kernel"
         client.execute(env=environment)
-    for cell in notebook.cells:
-        # When it ran, and how long, would make every rendering differ.
+    for number, cell in enumerate(notebook.cells):
+        # Drawn names, when it ran, and how long, would make every rendering differ.
+        cell["id"] = f"{source.stem}-{number}"
         cell.metadata.pop("execution", None)
     return notebook
 
