@@ -279,9 +279,8 @@ def test_pairs_are_averaged_and_do_not_mix() -> None:
     assert out[0] == pytest.approx(out[1])
 
 
-@pytest.mark.usefixtures("precise")
-@pytest.mark.parametrize("config", [hf.PhiConfig, hf.CohereConfig])
-def test_blocks_whose_mlp_stands_beside_the_attention(config: Any) -> None:
+def parallel(config: Any = hf.PhiConfig) -> Lvlm:
+    """A decoder whose MLPs read what its attention reads."""
     network, processor = build("llava")
     del network
     torch.manual_seed(0)
@@ -294,7 +293,14 @@ def test_blocks_whose_mlp_stands_beside_the_attention(config: Any) -> None:
             parameter.add_(torch.randn_like(parameter) * 0.1)
     output = "self_attn.dense" if config is hf.PhiConfig else "self_attn.o_proj"
     stack = StackSpec("model.language_model.layers", mid_norm="input_layernorm", output_projection=output)
-    lvlm = wrap_lvlm(made, processor, spec=FamilySpec("llava", decoder=stack), name="parallel", validate=False)
+    return wrap_lvlm(made, processor, spec=FamilySpec("llava", decoder=stack), name="parallel", validate=False)
+
+
+@pytest.mark.usefixtures("precise")
+@pytest.mark.parametrize("config", [hf.PhiConfig, hf.CohereConfig])
+def test_blocks_whose_mlp_stands_beside_the_attention(config: Any) -> None:
+    lvlm = parallel(config)
+    made = lvlm.hf
     graph = attribution.edges(lvlm, [pair_of(0)], point="run", min_effect=0)
     assert graph.shape.parallel == (True,) * lvlm.n_layers
     with pytest.raises(PatchError, match=r"'m1' reads before 'a1\.h0' writes"):
