@@ -14,6 +14,7 @@ import torch
 import transformers as hf
 from circuits_toys import hooks_of
 from family_toys import BUILDERS, build
+from scipy.stats import bootstrap
 from test_circuits_families import pair_of
 from test_lvlm_families import at, model
 from torch import Tensor, nn
@@ -277,6 +278,29 @@ def test_pairs_are_averaged_and_do_not_mix() -> None:
     assert together.heads.shape == (lvlm.n_layers, lvlm.n_heads)
     out = [together.frame().query("source == 'a1.h2'").score.sum(), together.heads[1, 2]]
     assert out[0] == pytest.approx(out[1])
+
+
+def test_intervals_are_those_of_scipys_bootstrap_over_groups() -> None:
+    lvlm, pairs = model("llava"), [pair_of(k) for k in range(5)]
+    alike = [replace(pair, clean=replace(pair.clean, group=f"g{k % 4}")) for k, pair in enumerate(pairs)]
+    graph = attribution.edges(lvlm, alike, point="run", min_effect=0)
+    apart = np.stack([attribution.edges(lvlm, [pair], point="run", min_effect=0).scores for pair in pairs])
+    frame = graph.frame().set_index("name")
+    for name in ("input -> a0.h1<v>", "m0 -> logits", "a0.h1 -> m1"):
+        at = graph.shape.sources.index(name.split(" -> ")[0]), graph.shape.targets.index(name.split(" -> ")[1])
+        sums = np.array([apart[k::4, *at].sum() for k in range(4)])
+        count = np.array([2, 1, 1, 1])
+
+        def mean(number: np.ndarray, sums: np.ndarray = sums, count: np.ndarray = count) -> float:
+            return float(sums[number.astype(int)].sum() / count[number.astype(int)].sum())
+
+        drawn = bootstrap((np.arange(4),), mean, n_resamples=4000, method="percentile", vectorized=False, rng=0)
+        width = drawn.confidence_interval.high - drawn.confidence_interval.low
+        assert width > 0
+        ends = (frame.low[name], frame.high[name])
+        assert ends == pytest.approx(tuple(drawn.confidence_interval), abs=0.1 * width)
+        assert frame.low[name] <= frame.score[name] <= frame.high[name]
+    assert attribution.edges(lvlm, alike[:1], point="run", min_effect=0).frame()["low"].isna().all()
 
 
 def parallel(config: Any = hf.PhiConfig) -> Lvlm:
