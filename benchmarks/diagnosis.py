@@ -126,7 +126,11 @@ def counted(found: Diagnoses, *by: str) -> dict[str, dict[str, int]]:
 def figure_of(found: Diagnoses, cause: str, data: ConceptDataset, seconds: float) -> dict[str, Any]:
     """Return what is kept of a cause."""
     counts = Counter(str(one.verdict) for one in found.wrong)
-    figure: dict[str, Any] = {"images": len({e.group for e in data}), "kinds": sorted({e.kind for e in data})}
+    figure: dict[str, Any] = {
+        "threads": torch.get_num_threads(),
+        "images": len({e.group for e in data}),
+        "kinds": sorted({e.kind for e in data}),
+    }
     if cause != OWN:
         share = counts[cause] / max(1, len(found.wrong))
         figure |= {"value": round(share, 4), "goal": f">= {SHARE}", "holds": share >= SHARE}
@@ -160,7 +164,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         for cause in causes:
             figures[cause.replace(" ", "_")] = run(cause, options, options.folder or Path(temporary), console)
-            outcome = kept(figures, options.quick, save=options.save)
+            outcome = kept(figures, options)
     show(console, figures)
     print(json.dumps(outcome))
 
@@ -187,22 +191,21 @@ def run(cause: str, options: argparse.Namespace, folder: Path, console: Console)
     return figure
 
 
-def kept(figures: dict[str, dict[str, Any]], quick: bool, *, save: bool) -> dict[str, Any]:
-    """Return all figures, with those saved before of causes that were not run; write them where asked to."""
-    known = json.loads(RESULTS.read_text())["figures"] if save and RESULTS.is_file() else {}
-    known.pop("seconds_for_200", None)
+def kept(figures: dict[str, dict[str, Any]], options: argparse.Namespace) -> dict[str, Any]:
+    """Return all figures, with those saved before of causes that were not run; write them where asked to.
+
+    What 200 answers take is that of a run of all causes: one alone is often run beside other work.
+    """
+    known = json.loads(RESULTS.read_text())["figures"] if options.save and RESULTS.is_file() else {}
     whole = {**known, **figures}
-    each = {name: (f["seconds"] * COUNT / max(1, f["n"]), f["n"]) for name, f in whole.items()}
-    slowest, n = max(each.values())
-    whole["seconds_for_200"] = {
-        "value": round(slowest, 1),
-        "n": n,
-        "goal": f"<= {SECONDS}",
-        "holds": slowest <= SECONDS,
-    }
+    if not options.only:
+        each = [(f["seconds"] * COUNT / max(1, f["n"]), f["n"]) for f in figures.values()]
+        value, n = max(each)
+        holds = value <= SECONDS
+        whole["seconds_for_200"] = {"value": round(value, 1), "n": n, "goal": f"<= {SECONDS}", "holds": holds}
     device = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    outcome = {"benchmark": "diagnosis", "device": device, "quick": quick, "figures": whole}
-    if save:
+    outcome = {"benchmark": "diagnosis", "device": device, "figures": whole}
+    if options.save:
         RESULTS.parent.mkdir(exist_ok=True)
         RESULTS.write_text(json.dumps(outcome, indent=1) + "\n")
     return outcome

@@ -30,11 +30,12 @@ from concepts import scenes
 from concepts.drawing import Scene
 from concepts.errors import DataError, PatchError, ProbeError, SiteError, StoreError
 from concepts.schema import ConceptDataset, Example
+from concepts.world import COLOR_NAMES
 from experiments.diagnose import fit_directions
 from lvlm import Lvlm, load_lvlm
 
 SITES = [
-    "vision.L3.resid_post", "projector.out", "decoder.L2.resid_post", "decoder.L4.resid_post", "decoder.L5.resid_post", "z",
+    "vision.L3.resid_post", "projector.out", "decoder.L4.resid_post", "decoder.L5.resid_post", "z",
 ]  # fmt: skip
 
 
@@ -137,7 +138,11 @@ def intact() -> Lvlm:
 def questions(cause: str) -> ConceptDataset:
     """Questions about color: of the embedded model, or of one whose circuit was put there by hand, which is faster."""
     if cause in VERDICTS[:2]:
-        return scenes.dataset(260, 7, splits=("neutral",)).filter(lambda e: e.kind in {"color", "what_color"})
+        data = scenes.dataset(260, 7, splits=("neutral",)).filter(lambda e: e.kind in {"color", "what_color"})
+        # Without labels of nouns and sizes, which no question is about, no probes are fitted to them.
+        about = {f"attribute:{value}" for value in (*COLOR_NAMES, "named")}
+        lean = [replace(e, labels={c: v for c, v in e.labels.items() if c in about}) for e in data]
+        return ConceptDataset("colors", tuple(lean))
     asked = [
         replace(e, labels={f"attribute:{c}": e.answer == c for c in e.candidates}) for e in by_hand().examples(300, 5)
     ]
@@ -189,7 +194,9 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Found]:
         directions = fit_directions(store, (frame["split"] == "neutral").to_numpy())
         known = {g for d in directions for g in d.train_groups}
         correct = dict(zip(frame["id"], frame["correct"], strict=True))
-        asked = [e for e in data if e.group not in known and (correct[e.id] or e.id in right_before(cause))]
+        free = [e for e in data if e.group not in known]
+        wrong = [e for e in free if not correct[e.id] and e.id in right_before(cause)][:40]
+        asked = wrong + [e for e in free if correct[e.id]]
         return Found(model, store, diagnose(model, store, directions, asked, with_sources=False, progress=False))
 
     return make

@@ -186,8 +186,9 @@ def test_an_edge_is_how_the_answer_changes_as_its_reader_alone_sees_its_writer_m
     graph = attribution.edges(lvlm, [pair_of(0)], point="run", min_effect=0)
     largest = np.abs(graph.scores).max()
     targets = ("a1.h2<q>", "a1.h2<k>", "a1.h3<v>", "a2.h1<k>", "a2.h0<v>", "m1", "m2", "logits")
-    for source in ("input", "a0.h1", "a0.h2", "m0", "a1.h0"):
-        for target in targets:
+    turn = list(PATHS).index(family)  # every writer with half of the readers, the other half in the next family
+    for number, source in enumerate(("input", "a0.h1", "a0.h2", "m0", "a1.h0")):
+        for target in targets[(number + turn) % 2 :: 2]:
             if (source, target[:2]) == ("a1.h0", "a1") or (source == "input" and family == "qwen3_vl"):
                 continue  # no such edge; and there, what is read as input also holds what the model adds to it later
             step = 1e-4
@@ -203,7 +204,7 @@ def test_an_edge_is_how_the_answer_changes_as_its_reader_alone_sees_its_writer_m
     "family", [f for f in BUILDERS if f not in ("mllama", "instructblip_t5", "florence2", "qwen3_vl")]
 )
 def test_what_the_input_tells_all_is_what_patching_the_embeddings_would_do(family: str) -> None:
-    options: dict[str, Any] = {"point": "path", "steps": 2, "min_effect": 0}
+    options: dict[str, Any] = {"point": "path", "steps": 1, "min_effect": 0}
     graph = attribution.edges(model(family), [pair_of(0)], **options)
     embeddings = attribution.nodes(model(family), [pair_of(0)], "embeddings", "all", **options)
     assert graph.scores[0].sum() == pytest.approx(float(embeddings.effects[0, 0, 0]), rel=2e-3)
