@@ -8,9 +8,11 @@ heads with gradients at five points between the runs; all edges of the decoder w
 Worth, on the embedded model and on models with planted circuits: how the estimates rank heads beside exact patching, with
 intervals over scenes, for each level; how near estimates of patched queries come to patching them, with and without the
 query/key fix; and how faithful the best heads alone are (CPR) and how like the model they behave (CMD) by exact patching,
-by the estimates, by attention to the image and by chance.
+by the estimates, by attention to the image and by chance; and circuits of edges by EAP-IG and by chance.
 
-    python benchmarks/attribution.py [--quick] [--save]
+    python benchmarks/attribution.py [--quick] [--save [--resume]] [--parts cost,object,attribute,relation,planted]
+
+With ``--save`` each part is written as soon as it is done; ``--resume`` leaves out those that a whole run has written.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import json
 import platform
 import statistics
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -61,8 +64,10 @@ ESTIMATES: dict[str, dict[str, Any]] = {
     "dropped": {"drop": True},
 }
 """What each estimate is called and asked for with."""
-EDGE_PAIRS, QUERY_PAIRS, WATCHED = 24, 16, 64
-"""Of how many pairs edges are scored one by one and queries patched, and on how many examples attention is watched."""
+EDGE_PAIRS, QUERY_PAIRS, WATCHED, CIRCUIT_PAIRS = 24, 16, 64, 10
+"""Of how many pairs edges are scored one by one and queries patched, on how many examples attention is watched, and on how many
+pairs circuits of edges are run."""
+PARTS = ("cost", *KINDS, "planted")
 
 
 def cost(n: int) -> dict[str, dict[str, Any]]:
@@ -111,23 +116,31 @@ def _figure(name: str, ratios: list[float], of: str) -> dict[str, Any]:
     return {"value": value, "of": of, "range": spread, "goal": f"<= {goal}", "holds": value <= goal, "n": len(ratios)}
 
 
-def worth(model: Lvlm, images: int) -> dict[str, dict[str, Any]]:
+def worth(level: str, images: int) -> dict[str, dict[str, Any]]:
     """Compare estimated with exact effects, and how faithful the heads are that each ranks first."""
-    figures: dict[str, dict[str, Any]] = {}
+    model, figures = load_lvlm("tiny"), {}
     data, held_out = (scenes.dataset(n_images=images, seed=seed) for seed in (0, 1))
-    for level, kind in KINDS.items():
-        pairs = counterfactuals.pairs(data, kind=kind, limit=images)
-        rankings = compared(model, pairs, level, figures, most=min(images, EDGE_PAIRS))
-        examples = [e for e in held_out if e.level == level and e.candidates][:images]
-        seen = attention_to_image(model, examples[:WATCHED], faithfulness.heads_of(model)).image_mass.mean(0)
-        rankings["attention"] = seen.reshape(model.n_layers, model.n_heads)
-        rankings["random"] = np.random.Generator(np.random.PCG64(0)).normal(size=seen.size).reshape(model.n_layers, -1)
-        for name, ranking in rankings.items():
-            figure = figures.setdefault(f"{level}_{name}", {})
-            signed = faithfulness.curve(model, examples, ranking, "signed", progress=False)
-            absolute = faithfulness.curve(model, examples, ranking, "absolute", progress=False)
-            figure |= {"cpr": str(signed.interval("cpr")), "cmd": str(absolute.interval("cmd"))}
-        figures[f"{level}_queries"] = queries(model, pairs[: min(images, QUERY_PAIRS)])
+    pairs = counterfactuals.pairs(data, kind=KINDS[level], limit=images)
+    rankings = compared(model, pairs, level, figures, most=min(images, EDGE_PAIRS))
+    examples = [e for e in held_out if e.level == level and e.candidates][:images]
+    seen = attention_to_image(model, examples[:WATCHED], faithfulness.heads_of(model)).image_mass.mean(0)
+    rankings["attention"] = seen.reshape(model.n_layers, model.n_heads)
+    rankings["random"] = np.random.Generator(np.random.PCG64(0)).normal(size=seen.size).reshape(model.n_layers, -1)
+    for name, ranking in rankings.items():
+        figure = figures.setdefault(f"{level}_{name}", {})
+        signed = faithfulness.curve(model, examples, ranking, "signed", progress=False)
+        absolute = faithfulness.curve(model, examples, ranking, "absolute", progress=False)
+        figure |= {"cpr": str(signed.interval("cpr")), "cmd": str(absolute.interval("cmd"))}
+    other = counterfactuals.pairs(held_out, kind=KINDS[level], limit=CIRCUIT_PAIRS)
+    graph = attribution.edges(model, pairs[: min(images, EDGE_PAIRS)], progress=False)
+    draw = np.random.Generator(np.random.PCG64(0)).normal(size=graph.scores.shape)
+    drawn = replace(graph, scores=np.where(graph.shape.there, draw, 0))
+    for name, scored in (("edges_eap_ig", graph), ("edges_random", drawn)):
+        curve = faithfulness.edges(model, other, scored, "absolute", progress=False)
+        figures[f"{level}_{name}"] = {
+            "pairs": len(other), "cpr": str(curve.interval("cpr")), "cmd": str(curve.interval("cmd"))
+        }  # fmt: skip
+    figures[f"{level}_queries"] = queries(model, pairs[: min(images, QUERY_PAIRS)])
     return figures
 
 
@@ -222,54 +235,78 @@ def main() -> None:
     """Run, print tables, and as the last line one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few repetitions and images, about a minute")
-    parser.add_argument("--save", action="store_true", help="write the figures to benchmarks/results")
-    parser.add_argument("--parts", default="cost,agreement,planted", help="of these; saved figures of the others stay")
+    parser.add_argument("--save", action="store_true", help="write the figures to benchmarks/results, part by part")
+    parser.add_argument("--resume", action="store_true", help="leave out parts that a whole run has written")
+    parser.add_argument("--parts", default=",".join(PARTS), help="of these; saved figures of the others stay")
     options = parser.parse_args()
-    parts = set(options.parts.split(","))
-    if unknown := parts - {"cost", "agreement", "planted"}:
-        parser.error(f"no part {', '.join(sorted(unknown))}: there are cost, agreement, planted")
+    parts = options.parts.split(",")
+    if unknown := set(parts) - set(PARTS):
+        parser.error(f"no part {', '.join(sorted(unknown))}: there are {', '.join(PARTS)}")
     console = Console()
     console.print("Compares attribution patching and source attribution with plain forwards, and with exact patching.")
-    figures = cost(1 if options.quick else 9) if "cost" in parts else {}
-    table = Table("figure", "times", "of", "range", "goal", "holds", "n")
-    for name, f in figures.items():
-        table.add_row(name, *(str(f[k]) for k in ("value", "of", "range", "goal", "holds", "n")))
-    if figures:
+    outcome = json.loads(RESULTS.read_text()) if options.save and RESULTS.is_file() else {}
+    done = outcome.get("parts", {})
+    for part in parts:
+        if options.resume and done.get(part, {}).get("quick") is False:
+            continue
+        started = time.perf_counter()
+        figures = measured(part, quick=options.quick)
+        show(console, part, figures)
+        about = {
+            "quick": options.quick,
+            "threads": torch.get_num_threads(),
+            "seconds": round(time.perf_counter() - started),
+        }
+        outcome = {
+            "benchmark": "attribution",
+            "device": f"{platform.machine()}, torch {torch.__version__}",
+            "parts": {**outcome.get("parts", {}), part: about},
+            "figures": {**outcome.get("figures", {}), **figures},
+        }
+        if options.save:
+            RESULTS.parent.mkdir(exist_ok=True)
+            RESULTS.write_text(json.dumps(outcome, indent=1) + "\n")
+    print(json.dumps(outcome))
+
+
+def measured(part: str, *, quick: bool) -> dict[str, dict[str, Any]]:
+    """Return the figures of one part."""
+    if part == "cost":
+        return cost(1 if quick else 9)
+    if part == "planted":
+        return in_planted(2 if quick else 25)
+    return worth(part, 10 if quick else 80)
+
+
+def show(console: Console, part: str, figures: dict[str, dict[str, Any]]) -> None:
+    """Print the tables of one part."""
+    if part == "cost":
+        table = Table("figure", "times", "of", "range", "goal", "holds", "n")
+        for name, f in figures.items():
+            table.add_row(name, *(str(f[k]) for k in ("value", "of", "range", "goal", "holds", "n")))
         console.print(table)
-    agreement = worth(load_lvlm("tiny"), 10 if options.quick else 80) if "agreement" in parts else {}
-    columns = ("rank_correlation", "overlap_at_5_percent", "overlap_at_5", "cpr", "cmd")
+        return
+    if part == "planted":
+        table = Table("planted circuits: share of their heads found first", *next(iter(figures.values())))
+        for name, f in figures.items():
+            table.add_row(name, *(str(value) for value in f.values()))
+        console.print(table)
+        return
     table = Table(
         "embedded model, level and ranking", "rank correlation with exact", "of the best 5 %", "best 5", "CPR", "CMD"
     )
-    for name, f in agreement.items():
-        if not name.endswith("queries"):
-            table.add_row(name, *(str(f.get(k, "")) for k in columns))
-    if agreement:
-        console.print(table)
-    table = Table(
+    asked = Table(
         "patched queries", "pairs", "error, plain", "error, fixed", "correlation, plain", "correlation, fixed"
     )
-    columns = ("pairs", "error_plain", "error_fixed", "correlation_plain", "correlation_fixed")
-    for name, f in agreement.items():
+    for name, f in figures.items():
         if name.endswith("queries"):
-            table.add_row(name, *(str(f[k]) for k in columns))
-    if agreement:
-        console.print(table)
-    planted = in_planted(2 if options.quick else 25) if "planted" in parts else {}
-    if planted:
-        table = Table("planted circuits: share of their heads found first", *next(iter(planted.values())))
-        for name, f in planted.items():
-            table.add_row(name, *(str(value) for value in f.values()))
-        console.print(table)
-    agreement |= planted
-    device = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    outcome = {"benchmark": "attribution", "device": device, "figures": {**figures, **agreement}}
-    if options.save:
-        RESULTS.parent.mkdir(exist_ok=True)
-        if len(parts) < 3 and RESULTS.is_file():
-            outcome["figures"] = {**json.loads(RESULTS.read_text())["figures"], **outcome["figures"]}
-        RESULTS.write_text(json.dumps(outcome, indent=1) + "\n")
-    print(json.dumps(outcome))
+            columns = ("pairs", "error_plain", "error_fixed", "correlation_plain", "correlation_fixed")
+            asked.add_row(name, *(str(f[k]) for k in columns))
+        else:
+            columns = ("rank_correlation", "overlap_at_5_percent", "overlap_at_5", "cpr", "cmd")
+            table.add_row(name, *(str(f.get(k, "")) for k in columns))
+    console.print(table)
+    console.print(asked)
 
 
 if __name__ == "__main__":

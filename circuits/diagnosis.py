@@ -17,13 +17,13 @@ import torch
 
 from activation_store import ActivationStore, Direction
 from circuits import sources
-from circuits.diagnosing.claims import Claim, claims_of, values_seen
+from circuits.diagnosing.claims import Claim, claims_of, opposites_of, values_seen
 from circuits.diagnosing.diagnoses import OTHER, STAGES, Diagnoses, Diagnosis, Place, Reading
 from circuits.diagnosing.input import check_known, check_sites, check_store
 from circuits.diagnosing.probe_sets import EVERY, ProbeSet, check_origin, probe_sets
 from circuits.diagnosing.stage_calibration import Calibration, calibrate
 from circuits.diagnosing.stage_reading import Margins, read_live, read_stored, read_tokens
-from circuits.diagnosing.undoing import Undone, undo, usual_values
+from circuits.diagnosing.undoing import Undone, leans, undo, usual_values
 from circuits.diagnosing.verdicts import belief, judge, stage_state, state_of
 from circuits.diagnosing.words import in_words
 from circuits.patching import check_evaluating
@@ -113,7 +113,7 @@ def diagnose(
     check_origin(model, store, directions)
     sets = probe_sets(directions)
     check_sites(store, sets)
-    claims = {c.id: c for c in claims_of(store) if c is not None}
+    claims = {c.id: c for c in claims_of(store, opposites_of(answers, store.labels)) if c is not None}
     check_known(answers, claims)
     asked = {e.id: e for e in answers}
     if unknown := next((name for name in compared if name not in asked), None):
@@ -138,6 +138,7 @@ def diagnose(
         bar.advance(task)
         usual = usual_values(model, store, list(claims.values()), kinds)
         undone = undo(model, wrong, [claims[e.id].kind for e in wrong], usual, _right(answers, claims, kinds, seed))
+        leaning = leans(list(claims.values()), kinds)
         bar.advance(task)
         blind = _without_image(model, wrong)
         bar.advance(task)
@@ -147,12 +148,14 @@ def diagnose(
     each = dict(zip([e.id for e in wrong], zip(undone, blind, strict=True), strict=True))
     for example in answers:
         claim = claims[example.id]
-        about = Diagnosis(_about(example), claim.said, claim.concept, None, math.nan)
+        about = Diagnosis(_about(example), claim.said, claim.asked, None, math.nan)
         if example.id in each:
             change, said = each[example.id]
             shows, says, fact = in_words(claim, example, seen)
             about = replace(about, shows=shows, says=says, fact=fact)
-            about = _judged(about, claim, found[claim.kind], change, said)
+            lean = leaning.get(claim.kind, {}).get(claim.said, 0.0)
+            last = f"decoder.L{model.n_layers - 1}.resid_post"
+            about = _judged(about, claim, found[claim.kind], change, lean, last, said)
         made.append(replace(about, sources=shares.get(example.id, {})))
     places = tuple(place for stages in found.values() for place in stages.places)
     digest = hashlib.sha256(
@@ -228,8 +231,20 @@ def _place(kind: str, s: ProbeSet, f: Calibration, *, chosen: bool) -> Place:
     )
 
 
-def _judged(about: Diagnosis, claim: Claim, stages: _Stages, change: Undone | None, blind: str) -> Diagnosis:
-    """Put the evidence together."""
+def _judged(
+    about: Diagnosis,
+    claim: Claim,
+    stages: _Stages,
+    change: Undone | None,
+    lean: float,
+    last: str,
+    blind: str,
+) -> Diagnosis:
+    """Put the evidence together.
+
+    `lean` is how far such answers lean to the one given; what still reads the truth at `last`, the last layer, only the reading
+    of the answer itself can have turned.
+    """
     readings = []
     for place, odds in zip(stages.places, stages.odds, strict=True):
         if claim.row in odds:
@@ -246,7 +261,8 @@ def _judged(about: Diagnosis, claim: Claim, stages: _Stages, change: Undone | No
     }
     flip = next((r.site for r in reversed(judged) if r.stage == "last" and r.state == "truth"), "")
     undone = change is not None and bool(change.undone_by)
-    verdict, confidence, reason = judge(states, sure, undone=undone)
+    leant = not undone and flip == last and claim.margin + lean > 0
+    verdict, confidence, reason = judge(states, sure, undone=undone or leant)
     if claim.group in stages.trained:
         verdict, confidence = OTHER, 0.0
         reason = "probes were fitted to questions about this very image: fit them on other images"
@@ -262,6 +278,7 @@ def _judged(about: Diagnosis, claim: Claim, stages: _Stages, change: Undone | No
         undone_by=change.undone_by if change else (),
         log_odds=change.log_odds if change else math.nan,
         undone=change.undone if change else math.nan,
+        lean=lean if leant else math.nan,
         without_image=blind,
     )
 

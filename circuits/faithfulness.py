@@ -8,93 +8,43 @@ performance is there; CMD, of ``|1 - f|``, for a ranking by absolute effect, how
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 
 from circuits.ablation import How, Where, ablate
-from circuits.head_statistics import by_group
+from circuits.edge_faithfulness import EdgeCurve, edges
+from circuits.faithful_curves import SHARES, FaithfulCurve, area, check_gap, ratio
 from circuits.heads import HeadScores
 from concepts.errors import ConfigError, PatchError
 from concepts.schema import Example
-from concepts.statistics import Estimate
 from lvlm.model import Lvlm
 from lvlm.sites import Head
 
-if TYPE_CHECKING:
-    import pandas as pd
+__all__ = ["SHARES", "Curve", "EdgeCurve", "MinimalSet", "area", "curve", "edges", "heads_of", "minimal", "ranked"]
 
-SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
-"""Shares of all heads at which a curve is read."""
 Ranking = HeadScores | Sequence[Head] | np.ndarray
 """Scores, of which mean effects rank; all heads, best first; or one number a head, ``[n_layers, n_heads]``."""
-_LEAST = 1e-6
 
 
 @dataclass(frozen=True, eq=False)
-class Curve:
-    """What is left of the model's preference for the truth with the best heads alone."""
+class Curve(FaithfulCurve):
+    """What is left of the model's preference for the truth, its margin in logits, with the best heads alone."""
 
-    shares: tuple[float, ...]
-    """Shares of all heads, ascending."""
+    counted = "heads"
+
     circuits: tuple[tuple[Head, ...], ...]
-    """The heads of each, ``round(share * n_heads)`` of them, best first."""
-    margins: np.ndarray
-    """Margin of the true answer with each circuit alone, float64 ``[n_examples, n_shares]``, in logits."""
-    full: np.ndarray
-    """Margin of the whole model, ``[n_examples]``."""
-    empty: np.ndarray
-    """Margin with every head ablated, ``[n_examples]``."""
-    groups: tuple[str, ...]
+    """The heads of each share, ``round(share * n_heads)`` of them, best first."""
     order: Literal["signed", "absolute"]
     how: How
     """What became of the heads outside."""
 
     @property
-    def faithfulness(self) -> np.ndarray:
-        """F at each share, float64 ``[n_shares]``: 0 without heads, 1 where all of the model's margin is there."""
-        return _f(self.margins.mean(0), self.full.mean(), self.empty.mean())
-
-    @property
-    def cpr(self) -> float:
-        """Area under f over `shares`, by the trapezoid rule: .999 for a circuit that is faithful from the start."""
-        return area(self.shares, self.faithfulness)
-
-    @property
-    def cmd(self) -> float:
-        """Area under ``|1 - f|``: 0 for a circuit that behaves like the model from the start."""
-        return area(self.shares, np.abs(1 - self.faithfulness))
-
-    def interval(
-        self, what: Literal["cpr", "cmd"] = "cpr", level: float = 0.95, resamples: int = 1000, seed: int = 0
-    ) -> Estimate:
-        """Return an area with its percentile interval, whole groups drawn again."""
-        drawn = self._draws(resamples, seed)
-        curves = drawn if what == "cpr" else np.abs(1 - drawn)
-        areas = np.array([area(self.shares, f) for f in curves if np.isfinite(f).all()])
-        low, high = np.quantile(areas, [(1 - level) / 2, (1 + level) / 2]) if len(areas) else (math.nan, math.nan)
-        return Estimate(getattr(self, what), float(low), float(high), len(self.full))
-
-    def frame(self, level: float = 0.95, resamples: int = 1000, seed: int = 0) -> pd.DataFrame:
-        """Return one row a share: ``share``, ``heads``, ``faithfulness``, ``low``, ``high``."""
-        import pandas as pd
-
-        low, high = np.nanquantile(self._draws(resamples, seed), [(1 - level) / 2, (1 + level) / 2], axis=0)
-        size = [len(c) for c in self.circuits]
-        columns = {"share": self.shares, "heads": size, "faithfulness": self.faithfulness, "low": low, "high": high}
-        return pd.DataFrame(columns)
-
-    def _draws(self, resamples: int, seed: int) -> np.ndarray:
-        """Return f of redrawn groups, ``[resamples, n_shares]``; NaN where a draw leaves nothing to divide by."""
-        table = np.column_stack([self.margins, self.full, self.empty])
-        _, sums, _ = by_group(table, self.groups)  # [G, n_shares + 2]
-        rng = np.random.Generator(np.random.PCG64(seed))
-        drawn = rng.multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=resamples) @ sums
-        gap = drawn[:, -2] - drawn[:, -1]
-        return np.where(np.abs(gap) > _LEAST, (drawn[:, :-2].T - drawn[:, -1]) / np.where(gap == 0, 1, gap), np.nan).T
+    def sizes(self) -> tuple[int, ...]:
+        """Number of heads of each circuit."""
+        return tuple(len(c) for c in self.circuits)
 
 
 @dataclass(frozen=True)
@@ -198,8 +148,9 @@ def curve(
     circuits = tuple(best[: round(share * len(best))] for share in given)
     alone = _Alone(model, examples, how, tokens, reference, batch_size, seed, progress)
     found = alone.margins([(), best, *circuits])
-    _check_gap(model, found[:, 1], found[:, 0])
-    return Curve(given, circuits, found[:, 2:], found[:, 1], found[:, 0], tuple(e.group for e in examples), order, how)
+    check_gap(model.name, found[:, 1], found[:, 0], "without any head")
+    groups = tuple(e.group for e in examples)
+    return Curve(given, found[:, 2:], found[:, 1], found[:, 0], groups, circuits, order, how)
 
 
 def minimal(
@@ -239,10 +190,10 @@ def minimal(
     best = ranked(model, ranking, "signed")
     alone = _Alone(model, examples, how, tokens, reference, batch_size, seed, progress)
     empty, full = (float(x) for x in alone.margins([(), best]).mean(0))
-    _check_gap(model, np.array([full]), np.array([empty]))
+    check_gap(model.name, np.array([full]), np.array([empty]), "without any head")
 
     def f(*circuits: Sequence[Head]) -> np.ndarray:
-        return _f(alone.margins(circuits).mean(0), full, empty)
+        return ratio(alone.margins(circuits).mean(0), full, empty)
 
     size = next(k for k in range(len(best) + 1) if k == len(best) or f(best[:k])[0] >= goal)
     chosen, now = list(best[:size]), float(f(best[:size])[0])
@@ -256,11 +207,6 @@ def minimal(
     rest = [h for h in best if h not in chosen]
     dropped = tuple(h for h in best[:size] if h not in chosen)
     return MinimalSet(tuple(chosen), now, float(f(rest)[0]), tuple(lost.tolist()), dropped, goal, tolerance)
-
-
-def area(shares: Sequence[float], values: np.ndarray) -> float:
-    """Return the area under values over shares, by the trapezoid rule."""
-    return float(np.trapezoid(np.asarray(values, np.float64), np.asarray(shares, np.float64)))
 
 
 def ranked(model: Lvlm, ranking: Ranking, order: str = "signed") -> tuple[Head, ...]:
@@ -285,14 +231,3 @@ def ranked(model: Lvlm, ranking: Ranking, order: str = "signed") -> tuple[Head, 
 def heads_of(model: Lvlm) -> list[Head]:
     """Return all heads of the decoder, layer by layer."""
     return [Head(i, h) for i in range(model.n_layers) for h in range(model.n_heads)]
-
-
-def _f(margins: np.ndarray, full: float, empty: float) -> np.ndarray:
-    return (margins - empty) / (full - empty)
-
-
-def _check_gap(model: Lvlm, full: np.ndarray, empty: np.ndarray) -> None:
-    gap = float(full.mean() - empty.mean())
-    if abs(gap) <= _LEAST:
-        msg = f"{model.name} prefers the truth by as much without any head ({empty.mean():.3g} logits): f is undefined"
-        raise PatchError(msg)

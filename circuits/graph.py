@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
-VERSION = 1
+VERSION = 2
 MOST = 2**27
 """Most entries of the table of edges that is read from a file."""
 _KIND = "edge_graph"
@@ -135,6 +135,10 @@ class Graph:
     """Edges in the circuit, bool, shaped as `scores`; all that there are unless something was cut out."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
     """How gradients were taken, plain JSON."""
+    low: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    """Lower end of each score's interval over the pairs' groups, shaped as `scores`; empty where there is none."""
+    high: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    """Upper end."""
 
     def __post_init__(self) -> None:
         there = self.shape.there
@@ -146,7 +150,14 @@ class Graph:
         if len(self.shape.parallel) != self.shape.n_layers or (scores[~there] != 0).any() or kept[~there].any():
             msg = "a graph has scores of edges that lead backwards: they do not belong to it"
             raise PatchError(msg)
-        for name, array in (("scores", scores), ("kept", kept.copy())):
+        ends = {name: np.array(getattr(self, name), np.float64) for name in ("low", "high")}
+        if (
+            any(array.shape not in ((0,), there.shape) for array in ends.values())
+            or len({a.shape for a in ends.values()}) > 1
+        ):
+            msg = f"intervals of a graph's scores {list(there.shape)} need as many ends"
+            raise PatchError(msg)
+        for name, array in (("scores", scores), ("kept", kept.copy()), *ends.items()):
             array.setflags(write=False)
             object.__setattr__(self, name, array)
         object.__setattr__(self, "provenance", MappingProxyType(dict(self.provenance)))
@@ -192,13 +203,18 @@ class Graph:
         return sums.reshape(self.shape.n_layers, self.shape.n_heads + 1)[:, :-1].copy()
 
     def frame(self) -> pd.DataFrame:
-        """Return one row an edge kept, those of largest size first: name, source, target, input, score."""
+        """Return one row an edge kept, those of largest size first: name, source, target, input, score, low, high.
+
+        The last two are the score's 95 % interval when whole groups of pairs are drawn again; NaN where it is not known.
+        """
         import pandas as pd
 
-        columns = ("name", "source", "target", "input", "score")
+        columns = ("name", "source", "target", "input", "score", "low", "high")
         rows = [
-            (e.name, e.source, e.target.partition("<")[0], e.target.partition("<")[2].rstrip(">"), e.score)
-            for e in self.edges
+            (e.name, e.source, e.target.partition("<")[0], e.target.partition("<")[2].rstrip(">"), e.score, *ends)
+            for e, ends in (
+                (self._edge(a, b), self._interval(a, b)) for a, b in self._ordered(self.kept, absolute=True)
+            )
         ]
         return pd.DataFrame(rows, columns=list(columns))
 
@@ -290,13 +306,15 @@ class Graph:
             Also edges that are not kept; without them, what is read back has scores of 0 there.
         """
         path = Path(path)
-        record = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in {"scores", "kept", "shape"}}
+        arrays = {"scores", "kept", "shape", "low", "high"}
+        record = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in arrays}
         record["provenance"] = dict(self.provenance)
         chosen = self.shape.there if every else self.kept
         edges = {
             f"{self.shape.sources[a]} -> {self.shape.targets[b]}": {
                 "score": float(self.scores[a, b]),
                 "kept": bool(self.kept[a, b]),
+                **(dict(zip(("low", "high"), self._interval(a, b), strict=True)) if self.low.size else {}),
             }
             for a, b in np.argwhere(chosen)
         }
@@ -326,8 +344,7 @@ class Graph:
             if not 0 < shape.n_sources * shape.n_targets <= MOST:
                 msg = f"{shape.n_layers} layers of {shape.n_heads} heads"
                 raise ValueError(msg)  # said below
-            scores, kept = _arrays(shape, record.pop("edges"))
-            return cls(scores=scores, kept=kept, shape=shape, **record)
+            return cls(shape=shape, **_arrays(shape, record.pop("edges")), **record)
         except (KeyError, TypeError, ValueError, AttributeError, MemoryError) as error:
             msg = f"{path}: damaged graph: {error!r}"
             raise StoreError(msg) from error
@@ -342,6 +359,9 @@ class Graph:
 
     def _edge(self, a: int, b: int) -> Edge:
         return Edge(self.shape.sources[a], self.shape.targets[b], float(self.scores[a, b]), bool(self.kept[a, b]))
+
+    def _interval(self, a: int, b: int) -> tuple[float, float]:
+        return (float(self.low[a, b]), float(self.high[a, b])) if self.low.size else (float("nan"), float("nan"))
 
     def _ordered(self, among: np.ndarray, *, absolute: bool) -> Iterator[tuple[int, int]]:
         at = np.argwhere(among)
@@ -360,13 +380,17 @@ class Graph:
             raise PatchError(msg)
 
 
-def _arrays(shape: Shape, edges: Mapping[str, Mapping[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
-    """Return scores and which edges are kept of edges by name."""
-    scores, kept = np.zeros(shape.there.shape), np.zeros(shape.there.shape, bool)
+def _arrays(shape: Shape, edges: Mapping[str, Mapping[str, Any]]) -> dict[str, np.ndarray]:
+    """Return scores, which edges are kept, and ends of intervals, of edges by name."""
+    found = {name: np.zeros(shape.there.shape) for name in ("scores", "low", "high")}
+    found["kept"] = np.zeros(shape.there.shape, bool)
     rows = {name: i for i, name in enumerate(shape.sources)}
     columns = {name: i for i, name in enumerate(shape.targets)}
+    ends = all("low" in edge for edge in edges.values())
     for name, edge in edges.items():
         source, _, target = name.partition(" -> ")
         at = rows[source], columns[target]
-        scores[at], kept[at] = float(edge["score"]), bool(edge["kept"])
-    return scores, kept
+        found["scores"][at], found["kept"][at] = float(edge["score"]), bool(edge["kept"])
+        if ends:
+            found["low"][at], found["high"][at] = float(edge["low"]), float(edge["high"])
+    return found if ends and edges else {name: found[name] for name in ("scores", "kept")}

@@ -1,9 +1,10 @@
-"""Four ways to make a model wrong for a reason that is known: what a diagnosis must find.
+"""Ways to make a model wrong for a reason that is known: what a diagnosis must find.
 
 Each takes a model and returns another with the same parts and one of them spoiled: the vision tower blinded to color, color
-taken out of the projector's output, the decoder's text kept from reading the image, or a head that answers from the
-question's noun alone (put there, or one that does so made louder). The model given is left as it is. They are for whoever
-wants to know what a diagnosis of *their* model is worth: the answers that become wrong have the planted cause.
+taken out of the projector's output, the decoder's text kept from reading the image, a head that answers from the question's
+noun alone (put there, or one that does so made louder), or an answer that is leant to whatever is asked. The model given is left
+as it is. They are for whoever wants to know what a diagnosis of *their* model is worth: the answers that become wrong have the
+planted cause.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from lvlm.family import resolve
 from lvlm.model import Lvlm
 from lvlm.sites import Head
 
-__all__ = ["amplified", "color_blind", "color_erased", "image_cut", "prior_head"]
+__all__ = ["amplified", "color_blind", "color_erased", "image_cut", "leaning", "prior_head"]
 
 _BATCH = 32
 _VIVID = 0.35
@@ -194,6 +195,37 @@ def amplified(model: Lvlm, head: Head, factor: float) -> Lvlm:
     return spoiled
 
 
+def leaning(model: Lvlm, examples: Sequence[Example], answer: str, logits: float) -> Lvlm:
+    """Return a model that leans to an answer by so many logits, whatever is asked and shown.
+
+    Parameters
+    ----------
+    model
+        Its unembedding is a linear layer.
+    examples
+        Questions, one of which can have the answer.
+    answer, logits
+        To what, and how far.
+
+    Raises
+    ------
+    PatchError
+        Where none of the examples can have the answer.
+    ModelError
+        Where its unembedding is not linear.
+    """
+    spoiled = _copied(model, f"leaning to {answer}")
+    head: Any = resolve(spoiled.hf, spoiled.spec.unembedding or "", spoiled.spec)
+    if not isinstance(head, nn.Linear):
+        msg = f"{model.name}: its unembedding is a {type(head).__name__}, not a linear layer that could lean"
+        raise ModelError(msg)
+    key = answer_key(spoiled, _able(examples, answer))
+    bias = torch.zeros(head.out_features) if head.bias is None else head.bias.detach().clone()
+    bias[list(dict(zip(key.candidates, key.tokens, strict=True))[answer])] += logits
+    head.bias = nn.Parameter(bias.to(head.weight))
+    return spoiled
+
+
 def prior_head(
     model: Lvlm, examples: Sequence[Example], head: Head, answers: Mapping[str, str], strength: float
 ) -> Lvlm:
@@ -285,16 +317,21 @@ def _pushes(model: Lvlm, examples: Sequence[Example], said: Sequence[str]) -> li
     norm = _weight(model, model.spec.final_norm) if model.spec.final_norm else torch.ones(1, dtype=torch.float64)
     made = []
     for answer in said:
-        example = next((e for e in examples if answer in e.candidates), None)
-        if example is None:
-            msg = f"no example can be answered '{answer}': give questions that can"
-            raise PatchError(msg)
-        key = answer_key(model, example)
+        key = answer_key(model, _able(examples, answer))
         means = {c: unembedding[list(ids)].mean(0) for c, ids in zip(key.candidates, key.tokens, strict=True)}
         others = torch.stack([v for c, v in means.items() if c != answer]).mean(0)
         direction = (means[answer] - others) * norm
         made.append(direction / direction.norm())
     return made
+
+
+def _able(examples: Sequence[Example], answer: str) -> Example:
+    """Return an example that can have an answer."""
+    for example in examples:
+        if answer in example.candidates:
+            return example
+    msg = f"no example can be answered '{answer}': give questions that can"
+    raise PatchError(msg)
 
 
 def _weight(model: Lvlm, path: str) -> Tensor:

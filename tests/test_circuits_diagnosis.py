@@ -18,20 +18,24 @@ from sklearn.linear_model import LogisticRegression
 from activation_store import ActivationStore, Direction, trace
 from behavior import answer
 from circuits import Diagnoses, diagnose, planted_causes
-from circuits.diagnosing.claims import claims_of
+from circuits.diagnosing.claims import Claim, claims_of, opposites_of
 from circuits.diagnosing.diagnoses import STAGES, VERDICTS, Diagnosis, Place
+from circuits.diagnosing.probe_sets import ProbeSet
 from circuits.diagnosing.stage_calibration import calibrate
+from circuits.diagnosing.stage_reading import read_stored
+from circuits.diagnosing.undoing import leans
 from circuits.diagnosing.verdicts import judge, stage_state, state_of
 from circuits.planted import Planted, plant
 from concepts import scenes
 from concepts.drawing import Scene
-from concepts.errors import DataError, ProbeError, SiteError, StoreError
+from concepts.errors import DataError, PatchError, ProbeError, SiteError, StoreError
 from concepts.schema import ConceptDataset, Example
+from concepts.world import COLOR_NAMES
 from experiments.diagnose import fit_directions
 from lvlm import Lvlm, load_lvlm
 
 SITES = [
-    "vision.L3.resid_post", "projector.out", "decoder.L2.resid_post", "decoder.L4.resid_post", "decoder.L5.resid_post", "z",
+    "vision.L3.resid_post", "projector.out", "decoder.L4.resid_post", "decoder.L5.resid_post", "z",
 ]  # fmt: skip
 
 
@@ -134,7 +138,11 @@ def intact() -> Lvlm:
 def questions(cause: str) -> ConceptDataset:
     """Questions about color: of the embedded model, or of one whose circuit was put there by hand, which is faster."""
     if cause in VERDICTS[:2]:
-        return scenes.dataset(260, 7, splits=("neutral",)).filter(lambda e: e.kind in {"color", "what_color"})
+        data = scenes.dataset(260, 7, splits=("neutral",)).filter(lambda e: e.kind in {"color", "what_color"})
+        # Without labels of nouns and sizes, which no question is about, no probes are fitted to them.
+        about = {f"attribute:{value}" for value in (*COLOR_NAMES, "named")}
+        lean = [replace(e, labels={c: v for c, v in e.labels.items() if c in about}) for e in data]
+        return ConceptDataset("colors", tuple(lean))
     asked = [
         replace(e, labels={f"attribute:{c}": e.answer == c for c in e.candidates}) for e in by_hand().examples(300, 5)
     ]
@@ -186,7 +194,9 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Found]:
         directions = fit_directions(store, (frame["split"] == "neutral").to_numpy())
         known = {g for d in directions for g in d.train_groups}
         correct = dict(zip(frame["id"], frame["correct"], strict=True))
-        asked = [e for e in data if e.group not in known and (correct[e.id] or e.id in right_before(cause))]
+        free = [e for e in data if e.group not in known]
+        wrong = [e for e in free if not correct[e.id] and e.id in right_before(cause)][:40]
+        asked = wrong + [e for e in free if correct[e.id]]
         return Found(model, store, diagnose(model, store, directions, asked, with_sources=False, progress=False))
 
     return make
@@ -272,6 +282,76 @@ def test_no_linear_reader_finds_an_erased_color() -> None:
         scores.append(reader.score(np.stack(rows[half:]), colors[half:]))
     assert scores[0] > 0.9
     assert scores[1] < 0.35
+
+
+def test_an_answer_that_all_lean_to_is_overridden_though_no_part_pushes_it(tmp_path: Path) -> None:
+    data = scenes.dataset(300, 7, splits=("neutral",)).filter(lambda e: e.kind == "existence")
+    model = planted_causes.leaning(intact(), data, "yes", 1.5)
+    assert intact().hf.lm_head.bias is None
+    before = {a.id: a for a in answer(intact(), data, 64, progress=False).answers}
+    store = trace(
+        model, data, sites=["decoder.L5.resid_post", "z"], tokens=["last"], out=tmp_path / "s", progress=False
+    )
+    frame = store.frame().set_index("id")
+    for one in before.values():  # the plant is what it says
+        assert one.margin is not None
+        assert frame.margin[one.id] == pytest.approx(one.margin + (1.5 if one.answer == "yes" else -1.5), abs=1e-3)
+    learn = np.array([int(g.split("-")[1]) % 4 > 0 for g in frame["group"]])
+    directions = fit_directions(store, learn)
+    known = {g for d in directions for g in d.train_groups}
+    asked = [e for e in data if e.group not in known]
+    found = diagnose(model, store, directions, asked, with_sources=False, progress=False)
+    assert len(found.wrong) >= 8
+    assert Counter(o.verdict for o in found.wrong)["overridden by the prior"] >= 0.9 * len(found.wrong)
+    right = frame[frame.correct == 1]
+    yes, no = (right.margin[right.answer == truth].mean() for truth in ("yes", "no"))
+    leant = [o for o in found.wrong if not math.isnan(o.lean)]
+    assert leant
+    for one in leant:
+        assert one.said == "yes"
+        assert not one.undone_by
+        assert one.lean == pytest.approx((yes - no) / 2, abs=1e-4)
+        assert one.lean + one.log_odds > 0
+        assert f"lean to 'yes' by {one.lean:.1f} logits: without that, the answer would be right" in str(one)
+    with pytest.raises(PatchError, match="no example can be answered 'maybe'"):
+        planted_causes.leaning(intact(), data, "maybe", 1.0)
+
+
+def test_a_value_without_a_label_is_read_by_its_only_alternative(tmp_path: Path) -> None:
+    data = scenes.dataset(10, 4, splits=("neutral",)).filter(lambda e: e.kind in ("size", "color"))
+    store = trace(intact(), data, sites=["projector.out"], tokens=["object:mean"], out=tmp_path / "s", progress=False)
+    assert opposites_of(data, store.labels) == {"small": "big"}
+    first = Direction("projector.out", "object:mean", "attribute:big", np.eye(192)[0])
+    read = ProbeSet("projector", first.site, first.tokens, "", {first.concept: first})
+    sized = [c for c in claims_of(store, {"small": "big"}) if c is not None and c.kind == "attribute size"]
+    margins = read_stored(store, read, sized)
+    assert len(margins.rows) == len(sized) >= 8
+    x = store.read("projector.out", "object:mean", examples=np.array([c.row for c in sized]))[:, 0]
+    for claim, example, value, side, mean in zip(
+        sized, [e for e in data if e.kind == "size"], margins.values, margins.classes, x, strict=True
+    ):
+        thing = example.named_object()
+        assert thing is not None
+        big = thing.attributes["size"] == "big"
+        asked = "small" if "small" in example.question else "big"
+        assert (claim.concept, claim.asked) == ("attribute:big", f"attribute:{asked}")
+        assert side == big
+        assert value[0] == pytest.approx(mean if big else -mean, abs=1e-5)
+
+
+def test_a_lean_is_the_mean_over_right_answers_of_both_truths_and_must_not_break_them() -> None:
+    def claim(truth: str, margin: float, kind: str = "object existence") -> Claim:
+        said = truth if margin > 0 else {"yes": "no", "no": "yes"}[truth]
+        return Claim(0, "i", "g", kind, "object", "object:bell", truth == "yes", True, truth, said, (), (), margin)
+
+    sure = [claim("yes", 7.0 + i % 2) for i in range(30)]
+    unsure = [claim("no", 1.0 + i % 3) for i in range(15)] + [claim("no", -9.0)] * 40  # wrong ones say nothing
+    assert leans([*sure, *unsure], ["object existence"]) == {"object existence": {"no": -2.75, "yes": 2.75}}
+    assert leans([*sure, *unsure[:14]], ["object existence"]) == {}  # too few of one truth
+    # Taking 2.5 away would turn all right answers of one truth wrong, half of all.
+    split = [claim("yes", 1.0)] * 25 + [claim("yes", 20.0)] * 10 + [claim("no", 1.0)] * 20
+    assert leans(split, ["object existence"]) == {}
+    assert leans([claim("yes", 3.0, "a b")] * 20, ["a b"]) == {}
 
 
 # ---- what pushes an answer ---------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -110,6 +111,15 @@ def test_a_graph_survives_its_file(tmp_path: Path) -> None:
     path = one.save(tmp_path / "deep" / "graph.json")
     back = Graph.load(path)
     assert repr(back) == repr(one)
+    assert back.low.size == 0
+    ends = replace(one, low=one.scores - 1, high=one.scores + one.shape.there)
+    again = Graph.load(ends.save(tmp_path / "ends.json"))
+    np.testing.assert_array_equal(again.high, ends.high)
+    np.testing.assert_array_equal(again.low, np.where(one.shape.there, ends.low, 0))
+    assert again.frame().iloc[0][["low", "high"]].tolist() == pytest.approx([again.edges[0].score + d for d in (-1, 1)])
+    assert one.frame()["low"].isna().all()
+    with pytest.raises(PatchError, match="need as many ends"):
+        replace(one, low=one.scores)
     np.testing.assert_array_equal(back.scores, one.scores)
     np.testing.assert_array_equal(back.kept, one.kept)
     assert back.shape == one.shape

@@ -13,7 +13,7 @@ the point where gradients are taken, so that all of an edge is linear at that po
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from circuits.attributing.norms import Reader, reader_of, through
 from circuits.attributing.opened import check_opened
 from circuits.attributing.streams import Form, Run, Written, check_split, forms_of, run, weights_of, written_by
 from circuits.graph import Graph, Shape
+from circuits.head_statistics import mean_interval
 from circuits.metrics import LEAST
 from circuits.pairing import check_kept, pairs_digest
 from circuits.patching import plans_of, settings_of
@@ -33,6 +34,10 @@ from lvlm.model import Lvlm
 
 CHUNK = 2**27
 """Bytes that nodes' outputs, or gradients at their inputs, may take at a time."""
+HELD = 2**30
+"""Bytes that the scores of all pairs, which intervals need, may take."""
+EDGES = 2**12
+"""Edges whose intervals are made at a time."""
 _METRIC = "logit_difference"
 
 
@@ -77,7 +82,9 @@ def edges(
     -------
     Graph
         Mean over pairs of each edge's share of ``LD_clean - LD_corrupt``. With ``path``, the edges out of ``input`` add up
-        to 1, the whole difference, the closer the more steps there are (completeness).
+        to 1, the whole difference, the closer the more steps there are (completeness). Intervals of scores are over groups
+        of pairs (percentile bootstrap); there are none for a single group, or where scores of all pairs would not fit into
+        memory.
 
     Raises
     ------
@@ -96,6 +103,7 @@ def edges(
     plans = plans_of(model, pairs, "all", settings)
     decoder = _Decoder(model)
     total: np.ndarray | float = 0.0
+    apart = _Apart()
     baseline = np.zeros((2, len(plans)))
 
     def do(sides: Sides) -> tuple[np.ndarray, Tensor, Tensor]:
@@ -103,11 +111,16 @@ def edges(
 
     for group, share, metrics in groups(model, plans, how, settings, batch_pairs, do, "scoring edges"):
         baseline[:, group] = metrics
-        total = total + share[kept_of(metrics[0], metrics[1], settings.min_effect)].sum(0)
+        used = kept_of(metrics[0], metrics[1], settings.min_effect)
+        total = total + share[used].sum(0)
+        apart.add(share[used], [plans[i].pair.clean.group for i, u in zip(group, used, strict=True) if u])
     kept = kept_of(baseline[0], baseline[1], settings.min_effect)
     check_kept(baseline[0], baseline[1], kept, settings.min_effect)
+    low, high = apart.ends(decoder.shape)
     return Graph(
         scores=np.asarray(total) / kept.sum(),
+        low=low,
+        high=high,
         shape=decoder.shape,
         model=model.name,
         config_hash=model.config_hash,
@@ -118,6 +131,32 @@ def edges(
         direction=direction,
         provenance={**how.about, "min_effect": min_effect},
     )
+
+
+@dataclass(eq=False)
+class _Apart:
+    """Scores of every pair, as long as they fit."""
+
+    scores: list[np.ndarray] = field(default_factory=list)
+    groups: list[str] = field(default_factory=list)
+    fits: bool = True
+
+    def add(self, scores: np.ndarray, groups: Sequence[str]) -> None:
+        """Keep some pairs' scores ``[P, sources, targets]``, or give up."""
+        self.scores.append(scores.astype(np.float32))
+        self.groups += groups
+        if sum(x.nbytes for x in self.scores) > HELD:
+            self.fits, self.scores = False, []
+
+    def ends(self, shape: Shape) -> tuple[np.ndarray, np.ndarray]:
+        """Return both ends of every edge's interval; empty without one."""
+        if not self.fits or len(set(self.groups)) < 2:
+            return np.zeros(0), np.zeros(0)
+        each = np.concatenate(self.scores)[:, shape.there]  # [pairs, edges]
+        found = np.zeros((2, *shape.there.shape))
+        parts = [each[:, k : k + EDGES] for k in range(0, each.shape[1], EDGES)]
+        found[:, shape.there] = np.concatenate([mean_interval(x, self.groups, resamples=1000) for x in parts], axis=1)
+        return found[0], found[1]
 
 
 @dataclass(eq=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from activation_store import ActivationStore
@@ -25,7 +25,7 @@ class Claim:
     concept: str
     """What it is about, ``attribute:red``; of a question with open answers the true one; empty where no label says so."""
     holds: bool
-    """Whether that is true of the image."""
+    """Whether what is asked is true of the image."""
     yes_no: bool
     truth: str
     said: str
@@ -33,6 +33,10 @@ class Claim:
     """Concepts of the other answers; of a wrong answer the one given. None for yes or no."""
     nouns: tuple[str, ...]
     """For a relation, the two object concepts it is between, in the order of the question."""
+    margin: float
+    """Log-odds of the truth against the best other answer, as the model has it; below 0 where it is wrong."""
+    opposite: str = ""
+    """The value asked for where no label is of it, but of its only alternative, which is then the concept: ``small``."""
 
     @property
     def right(self) -> bool:
@@ -40,16 +44,29 @@ class Claim:
         return self.said == self.truth
 
     @property
+    def concept_holds(self) -> bool:
+        """Whether the concept is true of the image."""
+        return self.holds != bool(self.opposite)
+
+    @property
+    def asked(self) -> str:
+        """The concept that is asked for, with a label or without."""
+        return f"{self.level}:{self.opposite}" if self.opposite else self.concept
+
+    @property
     def named(self) -> str:
         """The concept that what is asked is true of the image."""
         return f"{self.level}:named"
 
 
-def claims_of(store: ActivationStore) -> list[Claim | None]:
+def claims_of(store: ActivationStore, opposites: Mapping[str, str] | None = None) -> list[Claim | None]:
     """Return what each row of a store is about; None for rows without an answer to choose.
 
-    The concept of a yes-no question is the longest name among the store's labels of its level that stands in the question.
+    The concept of a yes-no question is the longest name among the store's labels of its level that stands in the question; or,
+    where none does, the opposite of an attribute that does (`opposites_of`).
     """
+    opposites = opposites or {}
+    others = _pattern(list(opposites)) if opposites else None
     columns = store.columns
     names: dict[str, list[str]] = {}
     for label in store.labels:
@@ -70,16 +87,34 @@ def claims_of(store: ActivationStore) -> list[Claim | None]:
         yes_no = truth in _YES_NO
         if yes_no:
             found = _longest(patterns.get(level), str(question))
+            opposite = _longest(others, str(question)) if level == "attribute" and not found else ""
+            found = found or opposites.get(opposite, "")
             concept, rivals = (f"{level}:{found}" if found else ""), ()
             holds = truth == "yes"
         else:
-            concept, holds = f"{level}:{truth}", True
-            others = sorted(answers[kind] - {truth}) if said == truth else [said]
-            rivals = tuple(f"{level}:{name}" for name in others)
+            concept, holds, opposite = f"{level}:{truth}", True, ""
+            wrong = sorted(answers[kind] - {truth}) if said == truth else [said]
+            rivals = tuple(f"{level}:{name}" for name in wrong)
             concept = concept if concept in columns else ""
         nouns = _between(patterns.get("object"), str(question)) if level == "relation" and yes_no else ()
         about = (str(columns["id"][row]), str(columns["group"][row]))
-        out.append(Claim(row, *about, kind, level, concept, holds, yes_no, truth, said, rivals, nouns))
+        out.append(
+            Claim(
+                row,
+                *about,
+                kind,
+                level,
+                concept,
+                holds,
+                yes_no,
+                truth,
+                said,
+                rivals,
+                nouns,
+                float(columns["margin"][row]),
+                opposite,
+            )
+        )
     return out
 
 
@@ -88,6 +123,16 @@ def objects_of(claim: Claim, example: Example) -> tuple[str, ...]:
     by_noun = {f"object:{o.noun}": o.id for o in example.objects}
     found = tuple(by_noun[noun] for noun in claim.nouns if noun in by_noun)
     return found if len(found) == 2 else ()
+
+
+def opposites_of(examples: Iterable[Example], labels: Iterable[str]) -> dict[str, str]:
+    """Return attribute values that are no labels, with the one label that is their only alternative: ``{"small": "big"}``."""
+    kinds: dict[str, set[str]] = {}
+    for value, kind in values_seen(examples).items():
+        kinds.setdefault(kind, set()).add(value)
+    labelled = {Concept.parse(c).name for c in labels if c.startswith("attribute:")}
+    pairs = (sorted(values, key=lambda v: v in labelled) for values in kinds.values() if len(values) == 2)
+    return {a: b for a, b in pairs if a not in labelled and b in labelled}
 
 
 def values_seen(examples: Iterable[Example]) -> dict[str, str]:

@@ -18,7 +18,7 @@ from concepts.statistics import estimate
 if TYPE_CHECKING:
     import pandas as pd
 
-FORMAT, VERSION = "groundscope.diagnoses", 1
+FORMAT, VERSION = "groundscope.diagnoses", 2
 NOT_SEEN, LOST, NOT_INTEGRATED = "not seen", "lost at the projector", "not integrated"
 OVERRIDDEN, OTHER, RIGHT = "overridden by the prior", "other", "right"
 VERDICTS = (NOT_SEEN, LOST, NOT_INTEGRATED, OVERRIDDEN, OTHER)
@@ -116,6 +116,9 @@ class Diagnosis:
     """Of the truth against the answer given, as the model has it; below 0."""
     undone: float = math.nan
     """The same with `undone_by` put to their usual values."""
+    lean: float = math.nan
+    """By how many logits all answers to such questions lean to the one given, where the last layer still reads the truth, no
+    parts undo the answer, and it is right without that lean; NaN elsewhere. See `circuits.diagnosing.undoing.leans`."""
     without_image: str = ""
     """What it says when shown a blank picture."""
     sources: Mapping[str, float] = field(default_factory=dict)
@@ -175,7 +178,12 @@ class Diagnoses:
             row: dict[str, Any] = {**one.example, "said": one.said, "concept": one.concept}
             row |= {"verdict": one.verdict, "confidence": one.confidence}
             row |= {f"{stage}_log_odds": self.strongest(one, stage) for stage in STAGES}
-            row |= {"flip": one.flip, "undone_by": " ".join(one.undone_by), "without_image": one.without_image}
+            row |= {
+                "flip": one.flip,
+                "undone_by": " ".join(one.undone_by),
+                "lean": one.lean,
+                "without_image": one.without_image,
+            }
             row |= {part: one.sources.get(part, math.nan) for part in ("image", "prompt", "prior")}
             rows.append({**row, "text": words.explain(one)})
         return pd.DataFrame(rows)
@@ -265,8 +273,8 @@ class Diagnoses:
             msg = f"'{path}' does not hold diagnoses"
             raise StoreError(msg)
         version = held.pop("version", None)
-        if version != VERSION:
-            msg = f"diagnoses '{path}' are of version {version}, this groundscope reads {VERSION}: diagnose again"
+        if version not in range(1, VERSION + 1):  # those of version 1 know no lean
+            msg = f"diagnoses '{path}' are of version {version}, this groundscope reads up to {VERSION}: diagnose again"
             raise StoreError(msg)
         try:
             places = tuple(Place(**_numbers(place, Place)) for place in held.pop("places"))

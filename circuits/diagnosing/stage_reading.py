@@ -56,11 +56,12 @@ def read_stored(store: ActivationStore, probes: ProbeSet, claims: Sequence[Claim
             continue  # the question is about nothing in this image
         rows.append(claim.row)
         at = line[[number[c] for c in concepts]]
+        holds = claim.holds if concepts == (claim.named,) else claim.concept_holds
         if claim.yes_no:
-            values.append(at if claim.holds else -at)
+            values.append(at if holds else -at)
         else:
             values.append(at[0] - at[1:])
-        classes.append(claim.holds)
+        classes.append(holds)
     return Margins(tuple(rows), tuple(values), np.array(classes, float))
 
 

@@ -19,6 +19,7 @@ from activation_store import ActivationStore
 from circuits.budget import MEMORY
 from circuits.diagnosing.claims import Claim
 from circuits.diagnosing.diagnoses import Push
+from circuits.diagnosing.stage_calibration import FEWEST
 from circuits.engine import Reader, Row, resume
 from circuits.interventions import Intervention, Replace
 from circuits.plain import run_whole, say_plain
@@ -72,6 +73,27 @@ def usual_values(model: Lvlm, store: ActivationStore, claims: Sequence[Claim], k
         weight = np.concatenate([np.full(len(some), 1 / len(some) / len(members)) for some in members.values()])
         out[kind] = {site: weight @ store.read(site, "last", examples=rows).astype(np.float64) for site in sites}
     return out
+
+
+def leans(claims: Sequence[Claim], kinds: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Return for kinds of question with two answers by how many logits all answers lean to each of them, whatever is asked.
+
+    The usual value of the answer itself: the mean log-odds of one against the other over right answers, those of both truths
+    counting the same. As a part, it is left out where putting it at 0 would turn too many right answers wrong. It is the prior
+    that contextual calibration takes away (Zhao et al. 2021, arXiv 2102.09690), there estimated from inputs without content.
+    """
+    found = {}
+    for kind in kinds:
+        mine = [c for c in claims if c.kind == kind]
+        answers = sorted({c.truth for c in mine} | {c.said for c in mine})
+        sides = [np.array([c.margin for c in mine if c.right and c.truth == answer]) for answer in answers]
+        if len(sides) != 2 or min(len(x) for x in sides) < FEWEST:
+            continue
+        lean = float(sides[0].mean() - sides[1].mean()) / 2
+        harm = float(np.mean([(sides[0] <= lean).mean(), (sides[1] <= -lean).mean()]))
+        if harm <= HARM:
+            found[kind] = {answers[0]: lean, answers[1]: -lean}
+    return found
 
 
 @torch.no_grad()

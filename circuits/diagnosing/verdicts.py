@@ -68,7 +68,8 @@ def judge(states: Mapping[str, str], sure: Mapping[str, float], *, undone: bool)
     sure
         Of each the probability that the truth is there, by `belief`.
     undone
-        Whether putting some heads or MLPs to their usual values makes the answer right.
+        Whether putting some heads or MLPs to their usual values makes the answer right, or taking away what all such answers
+        lean to.
 
     Returns
     -------
@@ -83,7 +84,7 @@ def judge(states: Mapping[str, str], sure: Mapping[str, float], *, undone: bool)
             return (
                 OTHER,
                 0.0,
-                "the last token reads the truth, but no few heads or MLPs were found that turn the answer",
+                "the last token reads the truth, but no few heads or MLPs were found that turn the answer, nor does a lean",
             )
         return OVERRIDDEN, sure["last"], ""
     if "projector" in reads or "image" in reads:

@@ -25,6 +25,11 @@ def explain(one: Diagnosis) -> str:
             f"{_listed(one.undone_by)} push{'' if many else 'es'} towards '{one.said}': as {'they' if many else 'it'} usually "
             f"{'are' if many else 'is'}, the answer would be right."
         )
+    elif one.lean > 0:
+        parts.append(
+            f"Right or not, answers to such questions lean to '{one.said}' by {one.lean:.1f} logits: without that, the answer "
+            "would be right."
+        )
     elif one.pushes:
         parts.append(
             f"{_listed([one.pushes[0].part])} pushes most towards '{one.said}', but does not explain it alone."
@@ -84,7 +89,7 @@ def in_words(claim: Claim, example: Example, kinds: dict[str, str]) -> tuple[str
     kinds
         Attribute value to kind of attribute (``green`` to ``color``).
     """
-    name = claim.concept.partition(":")[2]
+    name = claim.asked.partition(":")[2]
     thing = example.named_object()
     noun = thing.noun if thing is not None else "it"
     the = "it" if thing is None else f"the {noun}"

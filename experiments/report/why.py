@@ -19,7 +19,8 @@ MEANING = {
     "not seen": "no probe of the vision tower reads the truth, nor does any after it",
     "lost at the projector": "the vision tower reads it, the projector and all after it do not",
     "not integrated": "it is read at the image's tokens, never at the last token, where the answer is read",
-    "overridden by the prior": "the last token reads it, other heads or MLPs push another answer, and without them it is right",
+    "overridden by the prior": "the last token reads it; without what pushes another answer (heads, MLPs, or what all such "
+    "answers lean to) it is right",
     "other": "none of these; the reason is given",
 }
 
@@ -105,6 +106,8 @@ def _told(found: Diagnoses, index: int, example: Example) -> str:
         facts_list.append(
             ("undone by", f"{', '.join(one.undone_by)}: log-odds {one.log_odds:+.2f} → {one.undone:+.2f}")
         )
+    elif one.lean > 0:
+        facts_list.append(("without what such answers lean to", f"right: they lean to it by {one.lean:.1f} logits"))
     if one.sources:
         split = ", ".join(f"{name} {one.sources[name]:+.2f}" for name in ("image", "prompt", "prior"))
         facts_list.append(("log-odds of its answer", f"{one.sources['log_odds']:+.2f} = {split}"))
