@@ -304,6 +304,8 @@ def test_a_run_killed_in_a_stage_resumes(run: Path, tmp_path: Path, folder: str,
         [sys.executable, "-X", "faulthandler", "-m", "experiments", "name=whole", *SMALL, stages],
         cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         start_new_session=True,
+        # Whoever starts the tests in the background may have it ignored, and that is passed on.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     begun = tmp_path / "runs" / "whole" / folder / ".key"
     deadline = time.monotonic() + 200
