@@ -23,7 +23,7 @@ from probes.threads import keep_freed_memory
 
 ELEMENTS = {"cpu": 250_000, "cuda": 40_000_000}
 """Problems x rows held at once on each kind of device; the iterations keep about ten such arrays."""
-_TOGETHER = 32
+_TOGETHER = 64
 """Problems certified together."""
 _MARGIN = 0.3
 """The iterations stop at this share of the tolerance, which leaves room for their rounding."""

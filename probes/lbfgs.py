@@ -65,6 +65,9 @@ def minimise(
         curvature, value = _curvature(margins, costs, rows), _value(margins, labels, costs, v, space)
     result = v.clone()
     place = torch.arange(len(v), device=v.device)
+    # What is done stays as it was then, though it moves on with the batch: steps in the rounding of its gradient would in
+    # the end lead anywhere.
+    finished = torch.zeros(len(v), dtype=torch.bool, device=v.device)
     _derivatives(margins, labels, costs, rows)
     gradient = space.gradient(v, rows)
     pairs = _Pairs.none(v)
@@ -78,7 +81,7 @@ def minimise(
         before, slope = space.dot(step, gradient), space.dot(step, new_gradient)
         # A convex function is at the end at most the slope there above its start: less than this is nothing to search for.
         allowed = torch.maximum(-_SLOPE * before, 0.1 * tolerance * value)
-        far = torch.nonzero(~(slope <= allowed))[:, 0]
+        far = torch.nonzero(~(slope <= allowed) & ~finished)[:, 0]
         if len(far):
             _shorten(
                 space, far, (v, step, new, new_gradient), (margins, moved, labels, costs), (-before, slope, allowed)
@@ -94,21 +97,23 @@ def minimise(
         if iteration == 1 or (iteration and iteration % _REFRESH == 0):
             value = _value(margins, labels, costs, v, space)
         gap = 0.5 * (space.dot(gradient, gradient) - gradient[:, -1] ** 2) + gradient[:, -1] ** 2 / curvature
-        done = gap <= tolerance * value
-        keep = torch.nonzero(~done)[:, 0]
-        if len(keep) > _DROP * len(place):  # copying costs more than a further iteration of a few
-            continue
+        done = torch.nonzero((gap <= tolerance * value) & ~finished)[:, 0]
         result[place[done]] = v[done]
+        finished[done] = True
+        keep = torch.nonzero(~finished)[:, 0]
         if not len(keep):
             return result
+        if len(keep) > _DROP * len(place):  # copying costs more than a further iteration of a few
+            continue
         place, v, gradient, curvature, value = (t[keep] for t in (place, v, gradient, curvature, value))
+        finished = finished[keep]
         pairs.keep(keep)
         # Into what is free: fresh memory would cost as much as an iteration.
         labels, moved = _moved(labels, keep, moved)
         costs, rows = _moved(costs, keep, rows)
         margins, moved = _moved(margins, keep, moved)
         moved, rows = moved[: len(keep)], rows[: len(keep)]
-    result[place] = v
+    result[place[~finished]] = v[~finished]
     return result
 
 
@@ -219,9 +224,8 @@ class _Pairs:
         first = torch.bmm(self.along[:, None, :n], inverse.mT)  # [P, 1, n]
         q = torch.baddbmm(gradient[:, None], first, changes, alpha=-1)[:, 0]
         q = space.precondition(q, curvature)
-        if space.rescaled:
-            last = self.changes[:, self.newest]
-            bend = space.dot(space.precondition(last, curvature), last)
+        bend = space.bend(self.changes[:, self.newest], curvature)
+        if bend is not None:
             q *= torch.where(bend > 0, 1 / bend.clamp_min(torch.finfo(bend.dtype).tiny), 1.0)[:, None]
         second = torch.bmm(space.dots(changes, q)[:, None] - first, inverse)
         return torch.baddbmm(q[:, None], second, steps, beta=-1)[:, 0]

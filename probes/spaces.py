@@ -25,11 +25,6 @@ class Space(Protocol):
         """Length of a vector."""
         ...
 
-    @property
-    def rescaled(self) -> bool:
-        """Whether the preconditioner needs the last step's curvature for its size."""
-        ...
-
     def dot(self, a: Tensor, b: Tensor) -> Tensor:
         """Inner products [P]."""
         ...
@@ -48,6 +43,10 @@ class Space(Protocol):
 
     def precondition(self, v: Tensor, curvature: Tensor) -> Tensor:
         """Multiply by about the inverse Hessian, for losses of total curvature [P]."""
+        ...
+
+    def bend(self, v: Tensor, curvature: Tensor) -> Tensor | None:
+        """Inner products [P] of vectors with what `precondition` makes of them; None where its size needs no correction."""
         ...
 
     def weights(self, v: Tensor) -> Tensor:
@@ -84,11 +83,6 @@ class Rotated:
         multiply(features, turn, out=table[:, :-1])
         return cls(table, turn, square_sums(table) / n, table.shape[1])
 
-    @property
-    def rescaled(self) -> bool:
-        """See `Space`."""
-        return False
-
     def dot(self, a: Tensor, b: Tensor) -> Tensor:
         """See `Space`."""
         return torch.linalg.vecdot(a, b)
@@ -112,6 +106,10 @@ class Rotated:
         inverse = curvature[:, None] * self.spectrum
         inverse[:, :-1] += 1
         return v / inverse
+
+    def bend(self, v: Tensor, curvature: Tensor) -> None:
+        """See `Space`."""
+        del v, curvature
 
     def weights(self, v: Tensor) -> Tensor:
         """See `Space`."""
@@ -167,11 +165,6 @@ class Kernel:
         tail = (gram.diagonal().sum() - values.sum()).clamp_min(0) / max(1, n - rank)
         return cls(features, gram, top, torch.cat([top, image], dim=1), values.clamp_min(0), tail, 2 * n + 1, n)
 
-    @property
-    def rescaled(self) -> bool:
-        """See `Space`: one number for all but the leading directions is a guess."""
-        return True
-
     def dot(self, a: Tensor, b: Tensor) -> Tensor:
         """See `Space`."""
         n = self.n_rows
@@ -198,15 +191,27 @@ class Kernel:
 
     def precondition(self, v: Tensor, curvature: Tensor) -> Tensor:
         """See `Space`: exact for equal weights on the leading directions, one number for the others."""
-        mean = curvature[:, None] / self.n_rows
-        rest = 1 / (1 + mean * self.tail)
-        inner = (v[:, : self.n_rows] @ self.top) * (1 / (1 + mean * self.values) - rest)
+        rest, leading = self._inverse(curvature)
+        inner = (v[:, : self.n_rows] @ self.top) * leading
         rank = len(self.values)
         out = v * rest
         out[:, : self.n_rows].addmm_(inner, self.image[:, :rank].T)
         out[:, self.n_rows : -1].addmm_(inner, self.image[:, rank:].T)
         out[:, -1] = v[:, -1] / curvature
         return out
+
+    def bend(self, v: Tensor, curvature: Tensor) -> Tensor:
+        """See `Space`: one number for all but the leading directions is a guess, put right by the last step's curvature."""
+        rest, leading = self._inverse(curvature)
+        rows, image = v[:, : self.n_rows], v[:, self.n_rows : -1]
+        along = torch.linalg.vecdot((rows @ self.top) * leading, image @ self.top)
+        return rest[:, 0] * torch.linalg.vecdot(rows, image) + along + v[:, -1] ** 2 / curvature
+
+    def _inverse(self, curvature: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what all directions are multiplied by [P, 1], and what the leading ones are besides [P, r]."""
+        mean = curvature[:, None] / self.n_rows
+        rest = 1 / (1 + mean * self.tail)
+        return rest, 1 / (1 + mean * self.values) - rest
 
     def weights(self, v: Tensor) -> Tensor:
         """See `Space`."""

@@ -16,6 +16,7 @@ from concepts.errors import ProbeError
 from probes import batched
 from probes.batched import RowBlock, balanced_weights, fit_rows
 from probes.certificate import certify
+from probes.lbfgs import minimise
 from probes.solver import LogisticFit, fit_logistic
 
 PENALTIES = np.array([1e-4, 1e-2, 1.0, 100.0])
@@ -190,3 +191,18 @@ def test_wherever_iterations_begin_the_optimum_and_its_proof_are_the_same(kind: 
         assert fit.gap.max() <= 1e-8
         for at, penalty in enumerate(PENALTIES):
             assert fit.objective[at] == pytest.approx(oracle(x, y, penalty)[2], rel=2e-8)
+
+
+@pytest.mark.parametrize(("n", "d"), [(300, 600), (600, 40)])
+def test_what_is_done_stays_as_it_was_while_others_go_on(n: int, d: int) -> None:
+    """Steps in the rounding of a gradient lead anywhere, and an easy problem waits long for eleven hard ones."""
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        x = rng.normal(size=(n, d)) * np.exp(-np.arange(d) / (d / 6))
+        y = (x @ rng.normal(size=(d, 12)) > 0).T.astype(float)
+        space = RowBlock.of(x).space
+        costs = torch.from_numpy(balanced_weights(y) * np.r_[1e-3, np.full(11, 1e3)][:, None]).float()
+        labels = torch.from_numpy(y).float()
+        alone = minimise(space, labels[:1].clone(), costs[:1].clone(), 1e-9)[0]
+        among = minimise(space, labels.clone(), costs.clone(), 1e-9)[0]
+        torch.testing.assert_close(among, alone, rtol=0, atol=2e-6 * float(alone.abs().max()))
