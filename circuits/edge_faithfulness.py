@@ -34,11 +34,7 @@ class EdgeCurve(FaithfulCurve):
     counted = "edges"
 
     circuits: tuple[Graph, ...]
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """Number of edges of each circuit."""
-        return tuple(len(c) for c in self.circuits)
+    """Cut at each share, or as given."""
 
 
 def edges(

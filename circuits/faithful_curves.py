@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 """Shares of all heads, or edges, at which a curve is read."""
-LEAST = 1e-6
+_LEAST = 1e-6
+"""Logits of difference without which f is undefined."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,11 +38,13 @@ class FaithfulCurve:
     empty: np.ndarray
     """What is given without any part, ``[n_examples]``."""
     groups: tuple[str, ...]
+    circuits: tuple[Sized, ...]
+    """The parts of each share, best first."""
 
     @property
     def sizes(self) -> tuple[int, ...]:
         """Number of parts of each circuit."""
-        raise NotImplementedError
+        return tuple(len(c) for c in self.circuits)
 
     @property
     def faithfulness(self) -> np.ndarray:
@@ -83,7 +86,7 @@ class FaithfulCurve:
         rng = np.random.Generator(np.random.PCG64(seed))
         drawn = rng.multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=resamples) @ sums
         gap = drawn[:, -2] - drawn[:, -1]
-        return np.where(np.abs(gap) > LEAST, (drawn[:, :-2].T - drawn[:, -1]) / np.where(gap == 0, 1, gap), np.nan).T
+        return np.where(np.abs(gap) > _LEAST, (drawn[:, :-2].T - drawn[:, -1]) / np.where(gap == 0, 1, gap), np.nan).T
 
 
 def area(shares: Sequence[float], values: np.ndarray) -> float:
@@ -99,6 +102,6 @@ def ratio(margins: np.ndarray, full: float, empty: float) -> np.ndarray:
 def check_gap(name: str, full: np.ndarray, empty: np.ndarray, without: str) -> None:
     """Raise `PatchError` where f is undefined: a model prefers the truth as much without what is counted."""
     gap = float(full.mean() - empty.mean())
-    if abs(gap) <= LEAST:
+    if abs(gap) <= _LEAST:
         msg = f"{name} prefers the truth by as much {without} ({empty.mean():.3g} logits): f is undefined"
         raise PatchError(msg)

@@ -41,11 +41,6 @@ class Curve(FaithfulCurve):
     how: How
     """What became of the heads outside."""
 
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """Number of heads of each circuit."""
-        return tuple(len(c) for c in self.circuits)
-
 
 @dataclass(frozen=True)
 class MinimalSet:
