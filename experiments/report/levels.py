@@ -9,8 +9,8 @@ from experiments.report.facts import Facts
 from experiments.report.html import paragraph, percent, section, table
 from experiments.report.sources import PARTS, shares
 
-KINDS = {"color": "attribute", "size": "attribute"}
-"""Level of a kind of pair that is not called after its level."""
+KINDS = {"color": "attribute"}
+"""Level of a kind of pair (`concepts.counterfactuals.KINDS`) that is not called after its level."""
 HEADS = 3
 """Heads named at most."""
 
