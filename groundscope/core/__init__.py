@@ -1,0 +1,1 @@
+"""What every room stands on and what has no subject: bytes, numbers, files, terminals."""

@@ -1,0 +1,146 @@
+"""Read files that users bring: regular files only, bounded in size, UTF-8, JSON without duplicate keys.
+
+A path that comes from a user or from another file may name a FIFO, which blocks forever, a device, which never ends, or
+a file larger than memory. Each reader here looks at the open descriptor, not at the name, before it reads a byte.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Callable
+from typing import IO, Any
+
+from concepts.errors import DataError, GroundscopeError
+
+MAX_JSON_BYTES = 1 << 30
+"""Limit of `read_text` and `read_json`; larger annotation files are streamed by their loaders."""
+
+
+def open_regular(path: str | os.PathLike[str], *, error: type[GroundscopeError] = DataError) -> IO[bytes]:
+    """Open a regular file for reading bytes.
+
+    Parameters
+    ----------
+    path
+        The file; a symbolic link to a regular file is followed.
+    error
+        The class of the exception for anything but a missing or unreadable file.
+
+    Returns
+    -------
+    binary file
+        Open at its start; the caller closes it.
+
+    Raises
+    ------
+    GroundscopeError
+        An `error` where the path is a directory, FIFO, socket or device.
+    OSError
+        Where the file is missing or cannot be read, as from `open`.
+    """
+    # O_NONBLOCK: opening a FIFO that nobody writes to must not wait.
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
+    try:
+        mode = os.fstat(descriptor).st_mode
+        if not stat.S_ISREG(mode):
+            msg = f"{path}: not a regular file but a {_kind(mode)}"
+            raise error(msg)
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def read_bytes(
+    path: str | os.PathLike[str], *, limit: int = MAX_JSON_BYTES, error: type[GroundscopeError] = DataError
+) -> bytes:
+    """Read a regular file of at most `limit` bytes. Raises as `open_regular`, and an `error` for a larger file."""
+    with open_regular(path, error=error) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > limit:
+            msg = f"{path}: {size} bytes, more than the limit of {limit}"
+            raise error(msg)
+        return file.read(limit)
+
+
+def read_text(
+    path: str | os.PathLike[str], *, limit: int = MAX_JSON_BYTES, error: type[GroundscopeError] = DataError
+) -> str:
+    """Read a regular UTF-8 file, whatever the locale. Raises as `read_bytes`, and an `error` for other encodings."""
+    data = read_bytes(path, limit=limit, error=error)
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as reason:
+        msg = f"{path}: not UTF-8 at byte {reason.start}"
+        raise error(msg) from None
+
+
+def read_json(
+    path: str | os.PathLike[str],
+    *,
+    check: Callable[[Any], str | None] | None = None,
+    limit: int = MAX_JSON_BYTES,
+    error: type[GroundscopeError] = DataError,
+) -> Any:
+    """Read one JSON document from a regular UTF-8 file.
+
+    Parameters
+    ----------
+    path
+        The file.
+    check
+        Receives the document and returns what is wrong with it, or None.
+    limit
+        Largest accepted size in bytes.
+    error
+        The class of the exception.
+
+    Raises
+    ------
+    GroundscopeError
+        An `error` that names the file and the position, for invalid JSON, a key that occurs twice in one object, nesting
+        that is too deep, or what `check` returns.
+    OSError
+        Where the file is missing or cannot be read.
+    """
+    text = read_text(path, limit=limit, error=error)
+    try:
+        document = parse_json(text)
+    except (ValueError, RecursionError) as reason:
+        what = "nested too deeply" if isinstance(reason, RecursionError) else str(reason)
+        msg = f"{path}: invalid JSON: {what}"
+        raise error(msg) from None
+    if check is not None and (problem := check(document)) is not None:
+        msg = f"{path}: {problem}"
+        raise error(msg)
+    return document
+
+
+def parse_json(text: str) -> Any:
+    """Parse JSON; raises ValueError also for a key that occurs twice in one object, which Python would drop silently."""
+    return json.loads(text, object_pairs_hook=_unique_keys)
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        msg = f"the key {twice!r} occurs twice in one object"
+        raise ValueError(msg)
+    return table
+
+
+def _kind(mode: int) -> str:
+    for test, name in (
+        (stat.S_ISDIR, "directory"),
+        (stat.S_ISFIFO, "FIFO"),
+        (stat.S_ISSOCK, "socket"),
+        (stat.S_ISCHR, "character device"),
+        (stat.S_ISBLK, "block device"),
+    ):
+        if test(mode):
+            return name
+    return "special file"

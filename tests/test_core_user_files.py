@@ -1,0 +1,64 @@
+"""Files that users bring: what is no regular file is refused at once, and JSON is read strictly."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from concepts.errors import ConfigError, DataError
+from groundscope.core.user_files import open_regular, read_bytes, read_json, read_text
+
+
+def test_a_fifo_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.json")
+    with pytest.raises(ConfigError, match=r"pipe\.json: not a regular file but a FIFO"):
+        read_json(tmp_path / "pipe.json", error=ConfigError)
+
+
+@pytest.mark.parametrize(("path", "kind"), [("/dev/zero", "character device"), ("/", "directory")])
+def test_devices_and_directories_are_refused(path: str, kind: str) -> None:
+    with pytest.raises(DataError, match=f"not a regular file but a {kind}"):
+        read_bytes(path)
+
+
+def test_a_link_to_a_regular_file_is_read(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"abc")
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    with open_regular(tmp_path / "b") as file:
+        assert file.read() == b"abc"
+
+
+def test_a_missing_file_is_an_os_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        read_text(tmp_path / "none")
+
+
+def test_a_file_beyond_the_limit_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    with (tmp_path / "large").open("wb") as file:
+        file.truncate(1 << 40)  # sparse
+    with pytest.raises(DataError, match="more than the limit of 1000"):
+        read_bytes(tmp_path / "large", limit=1000)
+
+
+@pytest.mark.parametrize(
+    ("data", "problem"),
+    [
+        (b'{"a": 1, "b": {"c": 1, "c": 2}}', "the key 'c' occurs twice"),
+        (b'{"a": ', "invalid JSON"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b"\xff\xfe{}", "not UTF-8 at byte 0"),
+    ],
+)
+def test_what_is_wrong_with_a_document_is_named(tmp_path: Path, data: bytes, problem: str) -> None:
+    (tmp_path / "x.json").write_bytes(data)
+    with pytest.raises(DataError, match=problem):
+        read_json(tmp_path / "x.json")
+
+
+def test_a_document_is_checked(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_bytes(b'\xef\xbb\xbf{"a": "\xc3\xa9"}')
+    assert read_json(tmp_path / "x.json") == {"a": "é"}
+    with pytest.raises(DataError, match=r"x\.json: no list"):
+        read_json(tmp_path / "x.json", check=lambda d: None if isinstance(d, list) else "no list")
