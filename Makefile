@@ -57,7 +57,7 @@ notebooks: install-dev ## run the notebooks on runs/default and write them into 
 
 check-report: $(VENV)/.installed-report ## look at a small run's report in Chromium; REPORT=FILE for another
 	@if [ ! -f $(REPORT) ]; then $(BIN)/groundscope name=check data.n_images=80 data.test_images=40 patch.pairs=12 'steer.strengths=[1,2]'; fi
-	$(BIN)/python -m experiments.report.check $(REPORT) --screenshots runs/screenshots
+	$(BIN)/python -m experiments.report.browser_check $(REPORT) --screenshots runs/screenshots
 
 install: $(VENV)/.installed ## create .venv and install groundscope in it
 

@@ -12,11 +12,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
 
-from activation_store.integrity import verify
-from activation_store.rewrite import merge, repack
-from activation_store.show import show
-from activation_store.store import ActivationStore
-from concepts.errors import GroundscopeError
+from activation_store.merging import merge, repack
+from activation_store.reading.integrity import verify
+from activation_store.reading.store import ActivationStore
+from activation_store.summary import show
+from groundscope.core.errors import GroundscopeError
 
 Result = TypeVar("Result")
 

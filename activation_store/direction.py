@@ -12,9 +12,8 @@ from typing import Any, Self
 
 import numpy as np
 
-from activation_store.files import explained, write_whole
-from activation_store.layout import canonical_json
-from concepts.errors import SiteError, StoreError
+from groundscope.core.errors import SiteError, StoreError
+from groundscope.core.files import canonical_json, explained, write_whole
 from lvlm.sites import Site, TokenSelection
 
 DIRECTION_VERSION = 2

@@ -2,23 +2,23 @@
 
 `pope` and `chair` have the names of their modules, so they are bound here at once: bound on first use, ``behavior.pope``
 would become the module for whoever imported that first. Both modules are light; the other names come when first used.
-`amber`, `judged`, `mme` and `taxonomy` are modules.
+`amber`, `judge_files`, `mme` and `taxonomy` are modules.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from behavior.chair import chair
 from behavior.pope import pope
 
 if TYPE_CHECKING:
-    from behavior import amber, judged, mme, taxonomy
+    from behavior import amber, judge_files, mme, taxonomy
+    from behavior.answer_files import answered_elsewhere
     from behavior.answering import answer, answer_each
     from behavior.chair import ChairResult
     from behavior.comparison import Comparison, compare
-    from behavior.elsewhere import answered_elsewhere
     from behavior.parsing import PARSERS
     from behavior.pope import PopeResult, PopeScores
     from behavior.result import Answer, BehaviorResult, Cost
@@ -38,34 +38,43 @@ __all__ = [
     "answered_elsewhere",
     "chair",
     "compare",
-    "judged",
+    "judge_files",
     "mme",
     "pope",
     "taxonomy",
 ]
 
-_MODULES = ("amber", "judged", "mme", "taxonomy")
 _HOME = {
-    "PARSERS": "parsing",
-    "Answer": "result",
-    "BehaviorResult": "result",
-    "ChairResult": "chair",
-    "Comparison": "comparison",
-    "Cost": "result",
-    "PopeResult": "pope",
-    "PopeScores": "pope",
-    "answer": "answering",
-    "answer_each": "answering",
-    "answered_elsewhere": "elsewhere",
-    "compare": "comparison",
+    "Answer": "behavior.result",
+    "BehaviorResult": "behavior.result",
+    "ChairResult": "behavior.chair",
+    "Comparison": "behavior.comparison",
+    "Cost": "behavior.result",
+    "PARSERS": "behavior.parsing",
+    "PopeResult": "behavior.pope",
+    "PopeScores": "behavior.pope",
+    "answer": "behavior.answering",
+    "answer_each": "behavior.answering",
+    "answered_elsewhere": "behavior.answer_files",
+    "compare": "behavior.comparison",
+}
+_MODULES = {
+    "amber": "behavior.amber",
+    "judge_files": "behavior.judge_files",
+    "mme": "behavior.mme",
+    "taxonomy": "behavior.taxonomy",
 }
 
 
-def __getattr__(name: str) -> object:
+def __getattr__(name: str) -> Any:
     """Import a public name when it is first used."""
     if name in _MODULES:
-        return import_module(f"behavior.{name}")
+        return import_module(_MODULES[name])
     if name not in _HOME:
         msg = f"module 'behavior' has no attribute '{name}'"
         raise AttributeError(msg)
-    return getattr(import_module(f"behavior.{_HOME[name]}"), name)
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

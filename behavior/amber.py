@@ -8,13 +8,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from behavior.elsewhere import matched, read_answers
+from behavior.answer_files import matched, read_answers
 from behavior.parsing import named_parser
 from behavior.result import Answer, BehaviorResult
-from concepts.errors import DataError
 from concepts.loaders.amber import described
-from concepts.loaders.records import read_records
-from concepts.statistics import Estimate, estimate
+from concepts.reading.records import read_records
+from groundscope.core.errors import DataError
+from groundscope.core.statistics import Estimate, estimate
 
 if TYPE_CHECKING:
     import pandas as pd

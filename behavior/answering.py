@@ -13,9 +13,9 @@ from torch import Tensor
 
 from behavior.parsing import Parser, named_parser, read_answer
 from behavior.result import Answer, BehaviorResult, Cost
-from concepts.errors import ConfigError, DataError, ModelError
-from concepts.progress import display
 from concepts.schema import ConceptDataset, Example
+from groundscope.core.errors import ConfigError, DataError, ModelError
+from groundscope.core.progress import display
 from lvlm.answers import AnswerKey, answer_key
 from lvlm.model import Batch, Lvlm
 
@@ -103,7 +103,7 @@ def answer_each(
         Name to what opens the context that the model answers in, such as an applied steering vector.
     logits
         Gives a batch's logits at the last position under each condition, ``[B, V]`` each, where that is possible faster
-        than by a forward in each context (`circuits.conditions.logits_under`). Text is always written in the contexts.
+        than by a forward in each context (`circuits.execution.conditions.logits_under`). Text is always written in the contexts.
 
     Returns
     -------

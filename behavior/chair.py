@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from concepts.captions import named_objects, plain
-from concepts.errors import ConfigError, DataError
+from groundscope.core.errors import ConfigError, DataError
 
 # `import behavior` imports this module, so numpy and what needs it wait until something is scored.
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from behavior.result import BehaviorResult
     from concepts.schema import ConceptDataset
-    from concepts.statistics import Estimate
+    from groundscope.core.statistics import Estimate
 
 VARIANTS = ("paper", "release")
 _ANIMALS = "bird cat dog horse sheep cow elephant bear zebra giraffe animal cub".split()
@@ -110,7 +110,7 @@ def chair(
     ConfigError
         For an unknown variant, or a synonym of a synonym.
     """
-    from concepts.statistics import estimate
+    from groundscope.core.statistics import estimate
 
     if variant not in VARIANTS:
         msg = f"no variant '{variant}': there are {', '.join(VARIANTS)}"
@@ -167,7 +167,7 @@ def read_synonyms(path: Path | str) -> dict[str, str]:
     DataError
         Naming file and line: it cannot be read, has a line without a name, or a word means two objects.
     """
-    from concepts.loaders.records import readable
+    from concepts.reading.records import readable
 
     file = Path(path)
     found: dict[str, str] = {}
@@ -210,7 +210,7 @@ def score_captions(
     Parameters
     ----------
     answers
-        Answers to `data`, of a model or read by `behavior.elsewhere.answered_elsewhere`.
+        Answers to `data`, of a model or read by `behavior.answer_files.answered_elsewhere`.
     data
         With questions of kind ``caption``, whose true answer is what people wrote, as `concepts.loaders.coco` gives it.
     synonyms, vocabulary, phrases, variant

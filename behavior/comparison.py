@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from behavior.result import Answer, BehaviorResult, rate_of
-from concepts.errors import DataError
-from concepts.statistics import FEW_GROUPS, Estimate, cluster_bootstrap, wilson
+from groundscope.core.errors import DataError
+from groundscope.core.statistics import FEW_GROUPS, Estimate, cluster_bootstrap, wilson
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def compare(
     """Compare two systems, or one before and after, question by question.
 
     The interval draws whole groups with replacement and takes both systems' answers along. With fewer than
-    `concepts.statistics.FEW_GROUPS` groups, or where all questions differ by the same, it is Wilson's with each group
+    `groundscope.core.statistics.FEW_GROUPS` groups, or where all questions differ by the same, it is Wilson's with each group
     as one trial. The exact McNemar test (McNemar 1947; binomial on the questions they differ on) takes questions as
     independent: with several questions an image, trust the interval.
 

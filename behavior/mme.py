@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 
 from behavior.parsing import named_parser
 from behavior.result import Answer, BehaviorResult
-from concepts.errors import DataError
 from concepts.loaders.mme import COGNITION, LEVEL_OF, answer_of, subtask_files, subtask_of
-from concepts.loaders.records import read_table
+from concepts.reading.records import read_table
 from concepts.schema import LEVELS, Level
-from concepts.statistics import Estimate, estimate
+from groundscope.core.errors import DataError
+from groundscope.core.statistics import Estimate, estimate
 
 if TYPE_CHECKING:
     import pandas as pd

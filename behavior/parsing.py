@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
-from concepts.errors import ConfigError
+from groundscope.core.errors import ConfigError
 
 Parser = Callable[[str], str | None]
 """From a text to ``yes``, ``no``, or None where it is neither."""

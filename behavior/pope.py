@@ -10,10 +10,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from activation_store.files import write_whole
 from behavior.parsing import named_parser
-from concepts.errors import ConfigError, DataError
 from concepts.schema import ConceptDataset
+from groundscope.core.errors import ConfigError, DataError
+from groundscope.core.files import write_whole
 
 # `import behavior` imports this module, so numpy and what needs it wait until something is asked or scored.
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from behavior.result import BehaviorResult
-    from concepts.statistics import Estimate
+    from groundscope.core.statistics import Estimate
     from lvlm.model import Lvlm
 
 SPLITS = ("random", "popular", "adversarial")
@@ -167,7 +167,7 @@ def score_files(questions: Path | str, answers: Path | str, parser: str = "pope_
     questions
         A question file in a layout that `concepts.loaders.pope` reads, of one split.
     answers
-        An answer file as for `behavior.elsewhere.read_answers`; without ids, the answers are in the questions' order, as
+        An answer file as for `behavior.answer_files.read_answers`; without ids, the answers are in the questions' order, as
         the benchmark's own evaluation takes them.
     parser
         How answers are read, one of `behavior.parsing.PARSERS`.
@@ -179,7 +179,7 @@ def score_files(questions: Path | str, answers: Path | str, parser: str = "pope_
     ConfigError
         For an unknown parser.
     """
-    from behavior.elsewhere import matched, read_answers
+    from behavior.answer_files import matched, read_answers
     from concepts.loaders.pope import pope_labels
 
     asked = {number: (image, label) for number, image, label in pope_labels(questions)}
@@ -192,7 +192,7 @@ def score_files(questions: Path | str, answers: Path | str, parser: str = "pope_
 
 
 def _scores(given: Sequence[str | None], labels: Sequence[str], groups: Sequence[str | int]) -> PopeScores:
-    from concepts.statistics import estimate
+    from groundscope.core.statistics import estimate
 
     said = [g == "yes" for g in given]
     true = [label == "yes" for label in labels]

@@ -9,10 +9,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Self
 
-from activation_store.files import write_whole
 from behavior.parsing import YES_NO
-from concepts.errors import ConfigError, DataError
-from concepts.statistics import Estimate, estimate
+from groundscope.core.errors import ConfigError, DataError
+from groundscope.core.files import write_whole
+from groundscope.core.statistics import Estimate, estimate
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -159,7 +159,7 @@ class BehaviorResult:
     def rate(self, name: str) -> Estimate:
         """Return one of `RATES` over all answers it applies to, with its 95 % interval clustered by group.
 
-        See `concepts.statistics.estimate` for the interval; it has a width even where all are right.
+        See `groundscope.core.statistics.estimate` for the interval; it has a width even where all are right.
         """
         value = rate_of(name)
         counted = [(bool(v), a.group) for a in self.answers if (v := value(a)) is not None]

@@ -15,9 +15,9 @@ import numpy as np
 
 from behavior.comparison import Comparison, change_interval, compare, same_questions
 from behavior.result import Answer, BehaviorResult, Cost
-from concepts.errors import ConfigError, DataError
 from concepts.schema import LEVELS
-from concepts.statistics import Estimate, estimate
+from groundscope.core.errors import ConfigError, DataError
+from groundscope.core.statistics import Estimate, estimate
 
 if TYPE_CHECKING:
     import pandas as pd

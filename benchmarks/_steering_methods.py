@@ -10,15 +10,16 @@ from typing import Any
 import numpy as np
 
 from activation_store import ActivationStore, Direction
-from circuits import SteeringVector, combined, derive, random_heads
-from circuits.controls import shuffled, swapped
-from circuits.derive import Demonstration
-from circuits.entries import Key, site_of
+from circuits import random_heads
 from concepts import counterfactuals, questions
 from concepts.captions import named_objects
 from concepts.icons import NOUNS
 from concepts.schema import ConceptDataset, CounterfactualPair
 from lvlm import Head, Lvlm
+from mitigation import SteeringVector, combined, derive
+from mitigation.steering.controls import shuffled, swapped
+from mitigation.steering.derive import Demonstration
+from mitigation.steering.placement import Key, site_of
 
 MISLEADING = ("conflict", "adversarial", "popular", "random")
 SIGMAS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)

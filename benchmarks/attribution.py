@@ -3,7 +3,8 @@
 Cost, on the random LLaVA of middle size of benchmarks/trace.py (256 image and 32 question tokens), in turns with plain
 forwards of the same prompts: attribution patching of all heads, MLPs and embeddings at all positions of a pair; of its
 heads with gradients at five points between the runs; all edges of the decoder with gradients at five points (EAP-IG);
-`circuits.sources.split` of four questions, over plain forwards of its distinct coalitions in batches of the same size.
+`circuits.input_attribution.split` of four questions, over plain forwards of its distinct coalitions in batches of the same
+size.
 
 Worth, on the embedded model and on models with planted circuits: how the estimates rank heads beside exact patching, with
 intervals over scenes, for each level; how near estimates of patched queries come to patching them, with and without the
@@ -45,13 +46,13 @@ from circuits import (
     attribution,
     compare,
     faithfulness,
+    input_attribution,
     intervened,
     patch_heads,
-    sources,
 )
-from circuits.planted import plant
 from concepts import counterfactuals, scenes
 from concepts.schema import CounterfactualPair
+from groundscope.testing.planted_circuits import plant
 from lvlm import Head, Lvlm, Site, load_lvlm
 
 RESULTS = Path(__file__).parent / "results" / "attribution.json"
@@ -93,8 +94,8 @@ def cost(n: int) -> dict[str, dict[str, Any]]:
     asked = list(questions(4))
     neutral = [asked[0].question.replace("cat", "dog")]
 
-    def split() -> sources.Sources:
-        return sources.split(model, asked, neutral_questions=neutral, progress=False, batch_size=8)
+    def split() -> input_attribution.Sources:
+        return input_attribution.split(model, asked, neutral_questions=neutral, progress=False, batch_size=8)
 
     found = split()
     distinct = sum(one.forwards for one in found.examples)

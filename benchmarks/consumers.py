@@ -33,12 +33,12 @@ from rich.table import Table
 from transformers import logging
 
 from activation_store import trace
-from circuits import SteeringVector, derive, export
-from circuits.entries import Entry, Key
-from circuits.export import apply_bias
 from concepts import counterfactuals, scenes
 from lvlm import Head, Lvlm, Site, load_lvlm
 from lvlm.model import Batch
+from mitigation import SteeringVector, derive, export
+from mitigation.steering.export import apply_bias
+from mitigation.steering.placement import Entry, Key
 
 TOLERANCE = 1e-5
 READ = Path(__file__).resolve().parent / "_consumers_read.py"

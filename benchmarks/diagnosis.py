@@ -1,6 +1,7 @@
 """Whether a diagnosis finds the cause that was planted, and how long 200 wrong answers take.
 
-The embedded model is spoiled in four ways (`circuits.planted_causes`): its vision tower sees every object in one color, color is
+The embedded model is spoiled in four ways (`groundscope.testing.planted_failures`): its vision tower sees every object in one
+color, color is
 taken out of the projector's output, nothing after the image can attend to it, two heads of the last layer push an answer for each
 noun. Diagnosed are the answers that became wrong: right before, wrong now; for the heads also right with the heads in place and
 silent. Probes are fitted on the spoiled model, as anyone would who diagnoses a model as it is; no answer diagnosed is about an
@@ -9,7 +10,7 @@ others questions of every kind, as many of each as there are, up to a limit.
 
 Beside them the embedded model as it is: there nobody knows the cause, so the table only says what the verdicts are.
 
-The time is that of `circuits.diagnose` alone, store and probes given, with sources and without a cache of anything.
+The time is that of `diagnosis.diagnose` alone, store and probes given, with sources and without a cache of anything.
 
     python benchmarks/diagnosis.py [--quick] [--only CAUSE] [--folder PATH] [--save]
 
@@ -37,13 +38,14 @@ from rich.table import Table
 
 from activation_store import ActivationStore, trace
 from behavior import answer
-from circuits import Diagnoses, diagnose, planted_causes
-from circuits.diagnosing.diagnoses import LOST, NOT_INTEGRATED, NOT_SEEN, OVERRIDDEN, VERDICTS
 from concepts import scenes
 from concepts.icons import NOUNS
 from concepts.schema import ConceptDataset, Example
 from concepts.world import COLOR_NAMES
-from experiments.diagnose import fit_directions
+from diagnosis import Diagnoses, diagnose
+from diagnosis.results import LOST, NOT_INTEGRATED, NOT_SEEN, OVERRIDDEN, VERDICTS
+from experiments.stages.diagnose import fit_directions
+from groundscope.testing import planted_failures
 from lvlm import Head, Lvlm, load_lvlm
 
 RESULTS = Path(__file__).parent / "results" / "diagnosis.json"
@@ -65,16 +67,16 @@ def spoiled(model: Lvlm, cause: str, strength: float = 0.5, seed: int = 98) -> L
     if cause == OWN:
         return model
     if cause == NOT_SEEN:
-        return planted_causes.color_blind(model)
+        return planted_failures.color_blind(model)
     if cause == LOST:
-        return planted_causes.color_erased(model, other)
+        return planted_failures.color_erased(model, other)
     if cause == NOT_INTEGRATED:
-        return planted_causes.image_cut(model, 1)
+        return planted_failures.image_cut(model, 1)
     asked = [e for e in other if e.candidates][::6]
     signs = {noun: ("yes", "no")[i % 2] for i, noun in enumerate(NOUNS)}
-    pushed = planted_causes.prior_head(model, asked, Head(5, 1), signs, strength)
+    pushed = planted_failures.prior_head(model, asked, Head(5, 1), signs, strength)
     colors = {noun: COLOR_NAMES[i % len(COLOR_NAMES)] for i, noun in enumerate(NOUNS)}
-    return planted_causes.prior_head(pushed, asked, Head(5, 4), colors, strength)
+    return planted_failures.prior_head(pushed, asked, Head(5, 4), colors, strength)
 
 
 def right(model: Lvlm, data: ConceptDataset, kept: Path) -> set[str]:

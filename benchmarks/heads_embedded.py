@@ -26,13 +26,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from circuits import ablate, compare, head_scores, knockout, patch_heads, random_heads
+from circuits import ablate, attention_knockout, compare, head_scores, patch_heads, random_heads
 from circuits.ablation import Where
-from circuits.correlational import CAUSAL, CORRELATIONAL
-from circuits.knockout import Role
+from circuits.attention_knockout import Role
+from circuits.head_screening.table import CAUSAL, CORRELATIONAL
 from concepts import counterfactuals, scenes
 from concepts.schema import LEVELS, ConceptDataset, CounterfactualPair, Example
-from concepts.statistics import Estimate, cluster_bootstrap
+from groundscope.core.statistics import Estimate, cluster_bootstrap
 from lvlm import load_lvlm
 from lvlm.model import Lvlm
 
@@ -141,7 +141,7 @@ def measure(model: Lvlm, data: ConceptDataset, limit: int, draws: int) -> dict[s
     for level, pairs in by_level.items():
         asked = [p.clean for p in spread(pairs, limit // 2)]
         for target, source, window in ROUTES:
-            cut = knockout.sweep(model, asked, target, source, window=window)
+            cut = attention_knockout.sweep(model, asked, target, source, window=window)
             frame = cut.frame()
             figures[f"knockout, {level}, {target} from {source}, window {window}"] = {
                 "value": [round(float(v), 3) for v in frame["change"]],

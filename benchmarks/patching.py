@@ -38,9 +38,9 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 from benchmarks._patching_parts import Live, draw
 from benchmarks.trace import middle_processor, questions
 from circuits import patch, patch_heads
-from circuits.engine import Row, resume
-from circuits.recording import Recording, observe, record
-from circuits.sweep import rows_of
+from circuits.execution.prefix_cache import Recording, observe, record
+from circuits.execution.suffix_runner import Row, resume
+from circuits.patching.sweep import rows_of
 from concepts.schema import CounterfactualPair
 from lvlm import FamilySpec, Lvlm, Site, wrap_lvlm
 from lvlm.tiny.architecture import IMAGE, vocabulary

@@ -42,7 +42,7 @@ from sklearn.linear_model import LogisticRegression
 
 from activation_store import ActivationStore, ArrayInfo, Schema, StoreWriter
 from probes import fit_grid, permutation_test
-from probes.batched import RowBlock, balanced_weights, fit_rows
+from probes.solvers.logistic_float32 import RowBlock, balanced_weights, fit_rows
 
 PENALTIES = np.logspace(-5, 0, 6)
 CONCEPTS, FOLDS, ROWS, HELD_OUT = 20, 5, 2000, 500

@@ -32,7 +32,8 @@ from rich.table import Table
 from activation_store import ActivationStore, trace
 from concepts import ConceptDataset, scenes
 from lvlm import load_lvlm
-from probes import ProbeGrid, alignment, fit_grid, lens, lexical_control, probeable
+from probes import ProbeGrid, fit_grid, lexical_control, probeable
+from probes.analysis import alignment, logit_lens
 
 RESULTS = Path(__file__).parent / "results" / "probes_embedded.json"
 SITES = ["resid_post", "vision.resid_post", "projector.out"]
@@ -128,10 +129,10 @@ def measure(store: ActivationStore, blank: ActivationStore) -> dict[str, Any]:
             entry["n_wrong_by_prior"] = int(moved["n"].max())
         figures[f"{kind} at {stack}.{component} {tokens}"] = entry
     figures |= statements(figures)
-    vocabulary = lens.read_vocabulary(store.path)
+    vocabulary = logit_lens.read_vocabulary(store.path)
     nouns = [c for c in kinds["noun"] if c.split(":")[1] in vocabulary]
     if nouns:
-        read: Any = lens.object_readout(store, nouns, vocabulary, rows=neutral, resamples=200)
+        read: Any = logit_lens.object_readout(store, nouns, vocabulary, rows=neutral, resamples=200)
         auc = [round(float(v), 3) for v in read.groupby("layer")["auc"].mean()]
         figures["noun by the unembedding at image:mean, auc"] = {"value": auc, "n": int(read["n"].max())}
     alike: Any = alignment.layerwise(store, permutations=100)
@@ -191,7 +192,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "store"
         trace(model, data, sites=SITES, tokens=TOKENS, out=path)
-        lens.keep_vocabulary(path, model.processor.tokenizer.get_vocab())
+        logit_lens.keep_vocabulary(path, model.processor.tokenizer.get_vocab())
         trace(model, without_images(data), sites=["resid_post"], tokens=TOKENS, out=path.with_name("blank"))
         figures = measure(ActivationStore(path), ActivationStore(path.with_name("blank")))
     table = Table("where", "by layer", "beside it", "n")

@@ -31,13 +31,13 @@ from rich.table import Table
 
 from behavior import answer
 from benchmarks.trace import BATCH, TEXT, middle_model, middle_processor, questions, seconds
-from circuits import SteeringVector
-from circuits.entries import Entry, Key
 from concepts import ConceptDataset
 from concepts.drawing import TEST, generator, sample
 from concepts.questions import YES_NO, as_example
 from concepts.schema import Question
 from lvlm import Head, Lvlm, wrap_lvlm
+from mitigation import SteeringVector
+from mitigation.steering.placement import Entry, Key
 
 NEW_TOKENS = 64
 ASKED = ("cat", "dog", "car", "apple", "cup", "bus")

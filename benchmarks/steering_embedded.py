@@ -34,19 +34,20 @@ from rich.table import Table
 from activation_store import trace
 from behavior import BehaviorResult, chair
 from benchmarks._steering_methods import Method, World, methods
-from circuits import SteeringVector, patch_heads
-from circuits.controls import matched, moved
+from circuits import patch_heads
 from concepts import questions, scenes
-from concepts.errors import DataError, PatchError, SiteError
 from concepts.icons import NOUNS
 from concepts.schema import ConceptDataset
-from concepts.statistics import Estimate, cluster_bootstrap, ratio
 from experiments.config import SteerConfig
-from experiments.evaluate import difference
-from experiments.measures import MEASURES, PRIOR_ERRORS, cost, harm, measured
-from experiments.stages import patching_pairs, top_heads
-from experiments.steered import RULE, Row, answers_under, choose, swept
+from experiments.stages.evaluate import difference
+from experiments.stages.measures import MEASURES, PRIOR_ERRORS, cost, harm, measured
+from experiments.stages.strength import RULE, Row, answers_under, choose, swept
+from experiments.stages.table import patching_pairs, top_heads
+from groundscope.core.errors import DataError, PatchError, SiteError
+from groundscope.core.statistics import Estimate, cluster_bootstrap, ratio
 from lvlm import Lvlm, load_lvlm
+from mitigation import SteeringVector
+from mitigation.steering.controls import matched, moved
 
 RESULTS = Path(__file__).parent / "results" / "steering_embedded.json"
 WORK = Path("runs") / "benchmark-steering"

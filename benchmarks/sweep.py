@@ -31,11 +31,11 @@ from rich.console import Console
 # A benchmark beside this one is called like a package: the root comes first.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from experiments.context import Context
-from experiments.overrides import composed
+from experiments.cli.overrides import composed
 from experiments.pipeline import execute
-from experiments.run import RunFolder, read_receipt
-from experiments.stages import TABLE
+from experiments.run.context import Context
+from experiments.run.folder import RunFolder, read_receipt
+from experiments.stages.table import TABLE
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDS, SEEDS = (2, 3, 4), (0, 1, 2, 3)

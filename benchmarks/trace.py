@@ -36,15 +36,15 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from activation_store import StoreWriter
-from activation_store.collector import make_plan
-from activation_store.tracer import Tracer
+from activation_store.tracing.plan import make_plan
+from activation_store.tracing.tracer import Tracer
 from concepts import ConceptDataset
 from concepts.drawing import TEST, generator, sample
 from concepts.questions import YES_NO, as_example
 from concepts.schema import Question
 from lvlm import Lvlm, wrap_lvlm
-from lvlm.lens import as_transformer_lens
 from lvlm.tiny.architecture import IMAGE, build_model, build_processor, build_tokenizer, vocabulary
+from lvlm.transformer_lens import as_transformer_lens
 
 SITES = ["resid_post", "z"]
 TOKENS = ["last", "image:mean", "question:mean"]

@@ -1,4 +1,4 @@
-"""What is causal: which heads carry the image to the answer, and what pushed there changes it."""
+"""What is causal: which heads carry the image to the answer, and how a change of them changes the answer."""
 
 from __future__ import annotations
 
@@ -6,31 +6,25 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from circuits import attribution, derive, export, faithfulness, knockout, planted, sources
+    from circuits import attention_knockout, attribution, faithfulness, input_attribution
     from circuits.ablation import Ablation, ablate
-    from circuits.attention import ImageAttention, attention_to_image
-    from circuits.conditions import logits_under
-    from circuits.correlational import HeadTable, head_scores
-    from circuits.diagnosing.diagnoses import Diagnoses, Diagnosis
-    from circuits.diagnosis import diagnose
-    from circuits.entries import ProbeGate
-    from circuits.graph import Graph
-    from circuits.head_statistics import Comparison, Stability
-    from circuits.heads import HeadScores, compare, random_heads
-    from circuits.interventions import Add, Amplify, Gate, Intervention, Project, Replace, Zero, intervened
-    from circuits.patch_scores import PatchScores
-    from circuits.patching import patch, patch_heads
-    from circuits.paths import patch_paths
-    from circuits.shares import Sources, SourceShares
-    from circuits.steering import SteeringVector, combined
+    from circuits.execution.conditions import logits_under
+    from circuits.head_screening.image_attention import ImageAttention, attention_to_image
+    from circuits.head_screening.table import HeadTable, head_scores
+    from circuits.input_attribution.results import Sources, SourceShares
+    from circuits.interventions.intervention import Add, Amplify, Gate, Intervention, Project, Replace, Zero, intervened
+    from circuits.patching.activation import patch, patch_heads
+    from circuits.patching.path import patch_paths
+    from circuits.results.graph import Graph
+    from circuits.results.head_scores import HeadScores, compare, random_heads
+    from circuits.results.patch_scores import PatchScores
+    from circuits.results.statistics import Comparison, Stability
 
 __all__ = [
     "Ablation",
     "Add",
     "Amplify",
     "Comparison",
-    "Diagnoses",
-    "Diagnosis",
     "Gate",
     "Graph",
     "HeadScores",
@@ -38,79 +32,73 @@ __all__ = [
     "ImageAttention",
     "Intervention",
     "PatchScores",
-    "ProbeGate",
     "Project",
     "Replace",
     "SourceShares",
     "Sources",
     "Stability",
-    "SteeringVector",
     "Zero",
     "ablate",
+    "attention_knockout",
     "attention_to_image",
     "attribution",
-    "combined",
     "compare",
-    "derive",
-    "diagnose",
-    "export",
     "faithfulness",
     "head_scores",
+    "input_attribution",
     "intervened",
-    "knockout",
     "logits_under",
     "patch",
     "patch_heads",
     "patch_paths",
-    "planted",
     "random_heads",
-    "sources",
 ]
 
 _HOME = {
-    "Ablation": "ablation",
-    "Add": "interventions",
-    "Amplify": "interventions",
-    "Comparison": "head_statistics",
-    "Diagnoses": "diagnosing.diagnoses",
-    "Diagnosis": "diagnosing.diagnoses",
-    "Gate": "interventions",
-    "Graph": "graph",
-    "HeadScores": "heads",
-    "HeadTable": "correlational",
-    "ImageAttention": "attention",
-    "Intervention": "interventions",
-    "PatchScores": "patch_scores",
-    "ProbeGate": "entries",
-    "Project": "interventions",
-    "Replace": "interventions",
-    "SourceShares": "shares",
-    "Sources": "shares",
-    "Stability": "head_statistics",
-    "SteeringVector": "steering",
-    "Zero": "interventions",
-    "ablate": "ablation",
-    "attention_to_image": "attention",
-    "combined": "steering",
-    "compare": "heads",
-    "diagnose": "diagnosis",
-    "head_scores": "correlational",
-    "intervened": "interventions",
-    "logits_under": "conditions",
-    "patch": "patching",
-    "patch_heads": "patching",
-    "patch_paths": "paths",
-    "random_heads": "heads",
+    "Ablation": "circuits.ablation",
+    "Add": "circuits.interventions.intervention",
+    "Amplify": "circuits.interventions.intervention",
+    "Comparison": "circuits.results.statistics",
+    "Gate": "circuits.interventions.intervention",
+    "Graph": "circuits.results.graph",
+    "HeadScores": "circuits.results.head_scores",
+    "HeadTable": "circuits.head_screening.table",
+    "ImageAttention": "circuits.head_screening.image_attention",
+    "Intervention": "circuits.interventions.intervention",
+    "PatchScores": "circuits.results.patch_scores",
+    "Project": "circuits.interventions.intervention",
+    "Replace": "circuits.interventions.intervention",
+    "SourceShares": "circuits.input_attribution.results",
+    "Sources": "circuits.input_attribution.results",
+    "Stability": "circuits.results.statistics",
+    "Zero": "circuits.interventions.intervention",
+    "ablate": "circuits.ablation",
+    "attention_to_image": "circuits.head_screening.image_attention",
+    "compare": "circuits.results.head_scores",
+    "head_scores": "circuits.head_screening.table",
+    "intervened": "circuits.interventions.intervention",
+    "logits_under": "circuits.execution.conditions",
+    "patch": "circuits.patching.activation",
+    "patch_heads": "circuits.patching.activation",
+    "patch_paths": "circuits.patching.path",
+    "random_heads": "circuits.results.head_scores",
+}
+_MODULES = {
+    "attention_knockout": "circuits.attention_knockout",
+    "attribution": "circuits.attribution",
+    "faithfulness": "circuits.faithfulness",
+    "input_attribution": "circuits.input_attribution",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name in {"attribution", "derive", "export", "faithfulness", "knockout", "planted", "sources"}:
-        return import_module(f"circuits.{name}")
+    """Import a public name when it is first used."""
+    if name in _MODULES:
+        return import_module(_MODULES[name])
     if name not in _HOME:
         msg = f"module 'circuits' has no attribute '{name}'"
         raise AttributeError(msg)
-    return getattr(import_module(f"circuits.{_HOME[name]}"), name)
+    return getattr(import_module(_HOME[name]), name)
 
 
 def __dir__() -> list[str]:

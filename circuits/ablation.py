@@ -10,17 +10,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from circuits.head_statistics import mean_interval
-from circuits.interventions import Intervention, Replace, Zero, intervened
-from circuits.patching import check_evaluating
-from circuits.progress import progress_bar
-from concepts.errors import ConfigError, PatchError, SiteError
+from circuits.interventions.intervention import Intervention, Replace, Zero, intervened
+from circuits.patching.activation import check_evaluating
+from circuits.results.statistics import mean_interval
 from concepts.schema import Example
+from groundscope.core.errors import ConfigError, PatchError, SiteError
+from groundscope.core.progress import progress_bar
 from lvlm.answers import answer_key
-from lvlm.encoding import Encoding
+from lvlm.encoding.encode import Encoding
 from lvlm.model import Lvlm
 from lvlm.sites import Head, Site
-from lvlm.tokens import TokenMap
+from lvlm.token_map import TokenMap
 
 if TYPE_CHECKING:
     import pandas as pd

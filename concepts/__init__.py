@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from concepts import counterfactuals, loaders, questions, scenes
-    from concepts.errors import GroundscopeError
     from concepts.schema import Box, Concept, ConceptDataset, CounterfactualPair, Example, Question, SceneObject
+    from groundscope.core.errors import GroundscopeError
 
 __all__ = [
     "Box",
@@ -36,4 +36,4 @@ def __getattr__(name: str) -> object:
     if name not in __all__:
         msg = f"module 'concepts' has no attribute '{name}'"
         raise AttributeError(msg)
-    return getattr(import_module("concepts.errors" if name == "GroundscopeError" else "concepts.schema"), name)
+    return getattr(import_module("groundscope.core.errors" if name == "GroundscopeError" else "concepts.schema"), name)

@@ -17,9 +17,9 @@ from PIL import Image, ImageFilter
 
 from concepts import questions
 from concepts.drawing import RELATIONS, Scene
-from concepts.errors import ConfigError, DataError
 from concepts.schema import Box, ConceptDataset, CounterfactualPair, Example, ImageSource, Question
 from concepts.world import COLOR_NAMES
+from groundscope.core.errors import ConfigError, DataError
 
 BLUR_RADIUS = 5.0
 """Gaussian radius in pixels (ICT)."""

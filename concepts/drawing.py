@@ -16,10 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from concepts.errors import DataError
 from concepts.icons import icon
 from concepts.schema import Box, SceneObject
 from concepts.world import UNIFORM, World
+from groundscope.core.errors import DataError
 
 SIDE = 112
 """Width and height of a scene in pixels."""

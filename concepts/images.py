@@ -16,7 +16,7 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
-from concepts.errors import DataError
+from groundscope.core.errors import DataError
 
 
 def inside(folder: Path, name: str, root: Path | None = None) -> Path:

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from PIL import Image
 
-from concepts.errors import DataError
 from concepts.schema import Box, ImageSource
+from groundscope.core.errors import DataError
 
 
 @dataclass(frozen=True)

@@ -25,11 +25,11 @@ import numpy as np
 
 from concepts import questions
 from concepts.drawing import TEST, Scene, generator, sample
-from concepts.errors import ConfigError
 from concepts.icons import NOUNS
 from concepts.questions import as_example
 from concepts.schema import ConceptDataset, Example, Question
 from concepts.world import BIASED, COLOR_NAMES, PARTNER, POPULAR, TYPICAL, UNIFORM
+from groundscope.core.errors import ConfigError
 
 T = TypeVar("T")
 

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal, Protocol, overload
 
-from concepts.errors import DataError
+from groundscope.core.errors import DataError
 
 if TYPE_CHECKING:
     import pandas as pd

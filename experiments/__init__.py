@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from experiments.app import main
+    from experiments.cli.main import main
 
 __all__ = ["main"]
 
@@ -14,6 +14,6 @@ def __getattr__(name: str) -> Any:
     if name != "main":
         msg = f"module 'experiments' has no attribute '{name}'"
         raise AttributeError(msg)
-    from experiments.app import main
+    from experiments.cli.main import main
 
     return main

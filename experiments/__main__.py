@@ -1,6 +1,6 @@
 """``python -m experiments`` is ``groundscope``."""
 
-from experiments.app import main
+from experiments.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -10,15 +10,16 @@ from pathlib import Path
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from concepts.errors import ConfigError
-from experiments import shards, sharing
-from experiments.board import Board
-from experiments.checks import check
+from experiments.cli.validation import check
 from experiments.config import STAGES, RunConfig
-from experiments.context import Context
-from experiments.interrupts import load_torch
-from experiments.run import LAYOUT, Receipt, RunFolder, Stopped, digest, environment, write_json, write_text
-from experiments.stages import TABLE
+from experiments.run import stage_cache
+from experiments.run.context import Context
+from experiments.run.folder import LAYOUT, Receipt, RunFolder, Stopped, digest, environment, write_json, write_text
+from experiments.run.interrupts import load_torch
+from experiments.run.live_table import Board
+from experiments.stages import trace_shards
+from experiments.stages.table import TABLE
+from groundscope.core.errors import ConfigError
 
 
 def execute(config: RunConfig, console: Console | None = None) -> Path:
@@ -54,7 +55,7 @@ def execute(config: RunConfig, console: Console | None = None) -> Path:
 def _work(config: RunConfig, folder: RunFolder, console: Console | None) -> None:
     start = time.perf_counter()
     with folder.lock(shared=config.trace.shard is not None), Board(config.stages, console) as board:
-        write_text(folder.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(shards.whole(config))))
+        write_text(folder.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(trace_shards.whole(config))))
         write_json(folder.path / "environment.json", environment())
         context = Context(config, folder, board.console)
         board.say(f"groundscope {config.name}: {context.headline()}", bold="groundscope")
@@ -99,15 +100,15 @@ def _run(name: str, context: Context, board: Board, receipts: dict[str, Receipt]
         if stage.needs:
             load_torch(config.threads)
         if name == "trace" and config.trace.shard is not None:
-            return shards.trace_part(context, board, key)
-        with sharing.door(
+            return trace_shards.trace_part(context, board, key)
+        with stage_cache.door(
             root, name, key, lambda who: board.say(f"  {name:<9} waiting for {who}, which makes the same")
         ):
             if not config.force:
                 # Somebody may have made it while this process waited: here, or in another run.
                 if found := there():
                     return found
-                if stage.shared and (found := sharing.take(root, folder, stage.folder, key)):
+                if stage.shared and (found := stage_cache.take(root, folder, stage.folder, key)):
                     board.done(name, "shared", f"{found.summary} (made by {found.origin})")
                     return found
             done = folder.finish(name, stage.folder, key, lambda at: stage.work(context, at), anew=config.force)

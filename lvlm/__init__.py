@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lvlm.answers import AnswerKey, answer_key
-    from lvlm.family import FamilySpec, StackSpec
+    from lvlm.family.specification import FamilySpec, StackSpec
     from lvlm.loading import load_lvlm, wrap_lvlm
     from lvlm.model import Lvlm
     from lvlm.sites import Head, Site, TokenSelection
-    from lvlm.tokens import PatchGrid, TokenMap
+    from lvlm.token_map import PatchGrid, TokenMap
 
 __all__ = [
     "AnswerKey",
@@ -28,26 +29,28 @@ __all__ = [
 ]
 
 _HOME = {
-    "AnswerKey": "answers",
-    "answer_key": "answers",
-    "FamilySpec": "family",
-    "StackSpec": "family",
-    "load_lvlm": "loading",
-    "wrap_lvlm": "loading",
-    "Lvlm": "model",
-    "Head": "sites",
-    "Site": "sites",
-    "TokenSelection": "sites",
-    "PatchGrid": "tokens",
-    "TokenMap": "tokens",
+    "AnswerKey": "lvlm.answers",
+    "FamilySpec": "lvlm.family.specification",
+    "Head": "lvlm.sites",
+    "Lvlm": "lvlm.model",
+    "PatchGrid": "lvlm.token_map",
+    "Site": "lvlm.sites",
+    "StackSpec": "lvlm.family.specification",
+    "TokenMap": "lvlm.token_map",
+    "TokenSelection": "lvlm.sites",
+    "answer_key": "lvlm.answers",
+    "load_lvlm": "lvlm.loading",
+    "wrap_lvlm": "lvlm.loading",
 }
 
 
-def __getattr__(name: str) -> object:
-    """Import a public name when it is first used, so that ``lvlm.sites`` alone needs no model stack."""
-    from importlib import import_module
-
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used."""
     if name not in _HOME:
         msg = f"module 'lvlm' has no attribute '{name}'"
         raise AttributeError(msg)
-    return getattr(import_module(f"lvlm.{_HOME[name]}"), name)
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

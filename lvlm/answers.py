@@ -8,8 +8,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from concepts.errors import DataError
 from concepts.schema import Example
+from groundscope.core.errors import DataError
 from lvlm.model import Lvlm
 
 

@@ -8,15 +8,15 @@ from typing import Any, cast
 import torch
 
 from concepts.drawing import TEST, generator, sample
-from concepts.errors import ModelError
 from concepts.questions import as_example, existence
+from groundscope.core.errors import ModelError
+from lvlm.access.weights import empty
 from lvlm.embedded import EMBEDDED, folder_of
-from lvlm.families import family
-from lvlm.family import FamilySpec
+from lvlm.encoding.processor import assemble
+from lvlm.family.registry import family
+from lvlm.family.specification import FamilySpec
+from lvlm.family.validation import validate_once
 from lvlm.model import Lvlm
-from lvlm.processing import assemble
-from lvlm.validation import validate_once
-from lvlm.weights import empty
 
 
 def load_lvlm(
@@ -35,7 +35,7 @@ def load_lvlm(
     source
         ``tiny``, ``tiny-unbiased``, a folder in Hugging Face layout, or a Hugging Face id.
     spec
-        Where things are: a `FamilySpec`, or a yaml file with its fields; by default the entry of `lvlm.families` for the
+        Where things are: a `FamilySpec`, or a yaml file with its fields; by default the entry of `lvlm.family.registry` for the
         model's type.
     dtype
         ``float32``, ``bfloat16`` or ``float16``.
@@ -45,7 +45,7 @@ def load_lvlm(
     trust_remote_code
         Allow the model folder's own code to run.
     validate
-        Run `lvlm.validation.validate` on one small example, unless this process has proved the same family on the same
+        Run `lvlm.family.validation.validate` on one small example, unless this process has proved the same family on the same
         configuration already.
 
     Raises

@@ -14,19 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from concepts.errors import ModelError, SiteError
 from concepts.schema import Box, Example
-from lvlm.discovery import complete, heads_of, text_config, vision_heads
-from lvlm.eager import eager, say_eager
-from lvlm.encoding import Batch, Encoding, Inputs, Prompt, check_alike, encode
-from lvlm.family import FamilySpec, find, layer_list, resolve
-from lvlm.finding import find_place
-from lvlm.once import each_picture_once, tower_of
-from lvlm.places import Place
+from groundscope.core.errors import ModelError, SiteError
+from lvlm.access.eager_attention import eager, say_eager
+from lvlm.access.places import Place
+from lvlm.access.shared_vision_run import each_picture_once, tower_of
+from lvlm.access.site_lookup import find_place
+from lvlm.access.weights import device_of, named_weights
+from lvlm.encoding.encode import Batch, Encoding, Inputs, Prompt, check_alike, encode
+from lvlm.encoding.registry import VIEWS, Look, View
+from lvlm.family.discovery import complete, heads_of, text_config, vision_heads
+from lvlm.family.specification import FamilySpec, find, layer_list, resolve
 from lvlm.sites import Site
-from lvlm.tokens import TokenMap
-from lvlm.views import VIEWS, Look, View
-from lvlm.weights import device_of, named_weights
+from lvlm.token_map import TokenMap
 
 __all__ = ["Batch", "Encoding", "Inputs", "Lvlm", "Place", "Prompt"]
 
@@ -315,7 +315,10 @@ class Lvlm:
 
     @torch.no_grad()
     def logits(self, inputs: Mapping[str, Tensor], images: Sequence[str] = ()) -> Tensor:
-        """Return the logits at the last position, ``[B, V]``; rows of equal `images` share the tower's run (`lvlm.once`)."""
+        """Return the logits at the last position, ``[B, V]``; rows of equal `images` share one run of the vision tower.
+
+        See `lvlm.access.shared_vision_run`.
+        """
         on_device = {k: v.to(self.device) for k, v in inputs.items()}
         with each_picture_once(self, images):
             return self.hf(**on_device, **self.options).logits[:, -1]

@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal, cast
 
-from concepts.errors import SiteError
+from groundscope.core.errors import SiteError
 
 Stack = Literal["vision", "projector", "decoder"]
 Component = Literal["resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "q", "k", "v", "z", "pattern", "out"]

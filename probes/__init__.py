@@ -9,8 +9,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from probes import alignment, lens
-    from probes.comparisons import control_task, lexical_control, random_features
+    from probes.analysis import alignment, logit_lens
+    from probes.analysis.baselines import control_task, lexical_control, random_features
+    from probes.analysis.permutation import permutation_test
+    from probes.analysis.significance import Significance
+    from probes.analysis.trajectory import journey, landmarks
+    from probes.analysis.transfer import multiclass, transfer
     from probes.estimators import (
         ConceptSubspaceProbe,
         LDAProbe,
@@ -21,12 +25,8 @@ if TYPE_CHECKING:
     )
     from probes.fit import fit_grid
     from probes.grid import Cell, ProbeGrid
-    from probes.inputs import probeable
-    from probes.permutation import permutation_test
-    from probes.readout import multiclass, transfer
-    from probes.route import journey, landmarks
-    from probes.significance import Significance
-    from probes.solver import LogisticFit, fit_logistic
+    from probes.protocol.inputs import probeable
+    from probes.solvers.logistic_reference import LogisticFit, fit_logistic
 
 __all__ = [
     "Cell",
@@ -45,8 +45,8 @@ __all__ = [
     "fit_logistic",
     "journey",
     "landmarks",
-    "lens",
     "lexical_control",
+    "logit_lens",
     "multiclass",
     "permutation_test",
     "probeable",
@@ -55,38 +55,42 @@ __all__ = [
 ]
 
 _HOME = {
-    "Cell": "grid",
-    "ConceptSubspaceProbe": "estimators",
-    "LDAProbe": "estimators",
-    "LogisticFit": "solver",
-    "LogisticProbe": "estimators",
-    "MeanDifferenceProbe": "estimators",
-    "MultinomialProbe": "estimators",
-    "ProbeGrid": "grid",
-    "RidgeProbe": "estimators",
-    "Significance": "significance",
-    "control_task": "comparisons",
-    "fit_grid": "fit",
-    "fit_logistic": "solver",
-    "journey": "route",
-    "landmarks": "route",
-    "lexical_control": "comparisons",
-    "multiclass": "readout",
-    "permutation_test": "permutation",
-    "probeable": "inputs",
-    "random_features": "comparisons",
-    "transfer": "readout",
+    "Cell": "probes.grid",
+    "ConceptSubspaceProbe": "probes.estimators",
+    "LDAProbe": "probes.estimators",
+    "LogisticFit": "probes.solvers.logistic_reference",
+    "LogisticProbe": "probes.estimators",
+    "MeanDifferenceProbe": "probes.estimators",
+    "MultinomialProbe": "probes.estimators",
+    "ProbeGrid": "probes.grid",
+    "RidgeProbe": "probes.estimators",
+    "Significance": "probes.analysis.significance",
+    "control_task": "probes.analysis.baselines",
+    "fit_grid": "probes.fit",
+    "fit_logistic": "probes.solvers.logistic_reference",
+    "journey": "probes.analysis.trajectory",
+    "landmarks": "probes.analysis.trajectory",
+    "lexical_control": "probes.analysis.baselines",
+    "multiclass": "probes.analysis.transfer",
+    "permutation_test": "probes.analysis.permutation",
+    "probeable": "probes.protocol.inputs",
+    "random_features": "probes.analysis.baselines",
+    "transfer": "probes.analysis.transfer",
 }
-_MODULES = ("alignment", "lens")
+_MODULES = {
+    "alignment": "probes.analysis.alignment",
+    "logit_lens": "probes.analysis.logit_lens",
+}
 
 
 def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used."""
     if name in _MODULES:
-        return import_module(f"probes.{name}")
+        return import_module(_MODULES[name])
     if name not in _HOME:
         msg = f"module 'probes' has no attribute '{name}'"
         raise AttributeError(msg)
-    return getattr(import_module(f"probes.{_HOME[name]}"), name)
+    return getattr(import_module(_HOME[name]), name)
 
 
 def __dir__() -> list[str]:

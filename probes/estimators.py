@@ -13,11 +13,11 @@ from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils.multiclass import check_classification_targets, type_of_target
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from probes.batched import RowBlock
-from probes.closed import Spectrum, unstandardise
-from probes.methods import METHODS, SUBSAMPLE_SHARE, SUBSAMPLES, Rows, concept_directions
-from probes.multinomial import fit_multinomial
-from probes.solver import LogisticFit
+from probes.protocol.methods import METHODS, SUBSAMPLE_SHARE, SUBSAMPLES, Rows, concept_directions
+from probes.solvers.closed_form import Spectrum, unstandardise
+from probes.solvers.logistic_float32 import RowBlock
+from probes.solvers.logistic_reference import LogisticFit
+from probes.solvers.multinomial import fit_multinomial
 
 
 class _Probe(ClassifierMixin, BaseEstimator):
@@ -214,7 +214,7 @@ class ConceptSubspaceProbe(_Probe):
 
     def fit(self, X: Any, y: Any, groups: Any = None) -> Self:
         """Fit to features [n, D] and labels [n] of two classes; `groups` [n] are subsampled whole, by default each row."""
-        from probes import closed
+        from probes.solvers import closed_form
 
         features, labels = self._start(X, y)
         names = np.arange(len(labels)) if groups is None else np.asarray(groups)
@@ -225,9 +225,9 @@ class ConceptSubspaceProbe(_Probe):
         )
         self.mean_, self.variance_ = self.directions_.mean(axis=0), self.directions_.var(axis=0)
         self.scale_ = block.deviation
-        high, low, _ = closed.class_sums(standard, labels[None])
+        high, low, _ = closed_form.class_sums(standard, labels[None])
         weights = self.mean_[None]
-        fit = closed.unstandardise(weights, closed.midway(weights, high, low), block.mean, block.deviation)
+        fit = closed_form.unstandardise(weights, closed_form.midway(weights, high, low), block.mean, block.deviation)
         self.coef_, self.intercept_ = fit.coefficients, fit.intercepts
         return self
 

@@ -8,15 +8,24 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from concepts.errors import ProbeError
-from concepts.progress import display
-from probes.cells import SCORES, Recipe, fit_cell
-from probes.checkpoint import Checkpoint, digest
-from probes.controls import majority_accuracy
+from groundscope.core.errors import ProbeError
+from groundscope.core.progress import display
 from probes.grid import ProbeGrid
-from probes.inputs import Place, Store, check_support, find_place, read_features, read_groups, read_labels, row_mask
-from probes.methods import METHODS
-from probes.tasks import Rows, Task, build_tasks, split_rows
+from probes.protocol.cell import SCORES, Recipe, fit_cell
+from probes.protocol.checkpoint import Checkpoint, digest
+from probes.protocol.controls import majority_accuracy
+from probes.protocol.inputs import (
+    Place,
+    Store,
+    check_support,
+    find_place,
+    read_features,
+    read_groups,
+    read_labels,
+    row_mask,
+)
+from probes.protocol.methods import METHODS
+from probes.protocol.tasks import Rows, Task, build_tasks, split_rows
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -72,7 +81,7 @@ def fit_grid(
         ``decoder``, ``vision`` or ``projector``.
     estimator
         ``logistic`` (the reference), ``ridge``, ``lda``, ``mean_difference`` or ``subspace`` (Gaussian concept subspace);
-        see `probes.methods`.
+        see `probes.protocol.methods`.
     penalties
         Values of C to choose from; larger means less regularised.
     folds, test_fraction, seed
@@ -80,7 +89,7 @@ def fit_grid(
     heads
         Whether each head is probed by itself; by default for `z` only.
     control
-        How many times labels are shuffled (see `probes.controls.shuffle_labels`) and everything repeated, the choice
+        How many times labels are shuffled (see `probes.protocol.controls.shuffle_labels`) and everything repeated, the choice
         of the penalty included; their mean score is the control. 0: none.
     rows
         Booleans, one for each example: which to use at all.
@@ -88,7 +97,7 @@ def fit_grid(
         Of the intervals: bootstrap over held-out groups.
     tolerance
         Largest proven relative gap of a logistic fit to its optimum; of the fits on folds, that only choose a penalty,
-        1e-6 where this is smaller (`probes.cells.SELECTION`).
+        1e-6 where this is smaller (`probes.protocol.cell.SELECTION`).
     device
         Where logistic fits are iterated, as torch names devices. Where its memory is short, fewer at a time.
     checkpoint

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from activation_store.files import write_whole
-from concepts.errors import ProbeError
 from concepts.schema import Concept
-from probes.inputs import Place
+from groundscope.core.errors import ProbeError
+from groundscope.core.files import write_whole
+from probes.protocol.inputs import Place
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -161,14 +161,14 @@ class ProbeGrid:
         return self._place.site(layer)
 
     def transfer(self, targets: Mapping[str, Any], **options: Any) -> pd.DataFrame:
-        """Test the probes as they are on other stores or rows: `probes.readout.transfer`."""
-        from probes.readout import transfer
+        """Test the probes as they are on other stores or rows: `probes.analysis.transfer.transfer`."""
+        from probes.analysis.transfer import transfer
 
         return transfer(self, targets, **options)
 
     def multiclass(self, concepts: Sequence[str], **options: Any) -> pd.DataFrame:
-        """Score the choice among concepts of which exactly one is true: `probes.readout.multiclass`."""
-        from probes.readout import multiclass
+        """Score the choice among concepts of which exactly one is true: `probes.analysis.transfer.multiclass`."""
+        from probes.analysis.transfer import multiclass
 
         return multiclass(self, concepts, **options)
 

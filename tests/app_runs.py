@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 
-from experiments.app import main
+from experiments.cli.main import main
 
 ROOT = Path(__file__).resolve().parent.parent
 FEW = ("data.n_images=10", "data.test_images=10", "threads=1")

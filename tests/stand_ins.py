@@ -17,7 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention, silu
 from toy_parts import ID, fixed, tokenizer
 from transformers import PretrainedConfig  # the name that every release has
 
-from lvlm.processing import Parts
+from lvlm.encoding.processor import Parts
 
 WIDTH, HEADS, LAYERS, VISION = 32, 4, 3, 24
 IMAGE = "<image>"

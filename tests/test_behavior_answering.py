@@ -14,8 +14,8 @@ from behavior import BehaviorResult, answer, pope
 from behavior.result import Answer, Cost
 from concepts import questions
 from concepts.drawing import TEST, generator, sample
-from concepts.errors import ConfigError, DataError, ModelError
 from concepts.schema import ConceptDataset, Example
+from groundscope.core.errors import ConfigError, DataError, ModelError
 from lvlm import Lvlm, wrap_lvlm
 from lvlm.tiny.architecture import build_model, build_processor
 

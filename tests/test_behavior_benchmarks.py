@@ -19,8 +19,8 @@ from behavior.pope import questions_about, score_files, score_result, write_ques
 from behavior.result import Answer, Cost
 from concepts import loaders, scenes
 from concepts.drawing import TEST, generator, sample
-from concepts.errors import ConfigError, DataError
 from concepts.icons import NOUNS
+from groundscope.core.errors import ConfigError, DataError
 from lvlm import Lvlm, load_lvlm, wrap_lvlm
 from lvlm.answers import answer_key
 from lvlm.tiny.architecture import build_model, build_processor

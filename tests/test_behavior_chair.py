@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from behavior import BehaviorResult, chair
+from behavior.answer_files import row_of
 from behavior.chair import COCO_PHRASES, read_synonyms, score_captions
-from behavior.elsewhere import row_of
 from behavior.parsing import PARSERS
 from behavior.result import Cost
 from concepts import ConceptDataset, Example, SceneObject, scenes
-from concepts.errors import ConfigError, DataError
 from concepts.schema import Box
+from groundscope.core.errors import ConfigError, DataError
 
 
 def test_two_captions_by_hand() -> None:

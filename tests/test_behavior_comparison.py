@@ -13,7 +13,7 @@ from scipy.stats import binomtest
 from behavior import BehaviorResult, compare
 from behavior.comparison import mcnemar
 from behavior.result import Answer, Cost
-from concepts.errors import ConfigError, DataError
+from groundscope.core.errors import ConfigError, DataError
 
 
 def result(right: np.ndarray, per_group: int = 1) -> BehaviorResult:

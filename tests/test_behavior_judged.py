@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from behavior import BehaviorResult, judged
-from behavior.judged import Item
+from behavior import BehaviorResult, judge_files
+from behavior.judge_files import Item
 from behavior.result import Answer, Cost
-from concepts.errors import ConfigError, DataError
+from groundscope.core.errors import ConfigError, DataError
 
 ITEMS = [
     Item("a", "What is it?", "A red cup on a table", "A cup.", "cup, table", "attribute", "1.jpg"),
@@ -22,7 +22,7 @@ ITEMS = [
 
 def asked(tmp_path: Path, name: str) -> Path:
     path = tmp_path / "out" / "requests.jsonl"
-    assert judged.write_requests(path, name, ITEMS) == 3
+    assert judge_files.write_requests(path, name, ITEMS) == 3
     return path
 
 
@@ -32,20 +32,20 @@ def said(tmp_path: Path, *records: Any) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", judged.BENCHMARKS)
+@pytest.mark.parametrize("name", judge_files.BENCHMARKS)
 def test_requests_hold_all_a_judge_needs(tmp_path: Path, name: str) -> None:
     records = [json.loads(line) for line in asked(tmp_path, name).read_text(encoding="utf-8").splitlines()]
     assert [r["id"] for r in records] == ["a", "b", "c"]
     assert records[1]["answer"] == "Two ünits"
     assert {r["benchmark"] for r in records} == {name}
-    assert set(records[0]["verdict"]) == set(judged.BENCHMARKS[name].values)
+    assert set(records[0]["verdict"]) == set(judge_files.BENCHMARKS[name].values)
     assert records[0]["image_content"] == "cup, table"
     assert len(records[0]["instruction"]) > 80
 
 
 def test_mmhal(tmp_path: Path) -> None:
     verdicts = said(tmp_path, {"id": "b", "rating": 2}, {"id": "a", "rating": 6}, {"id": "c", "rating": 3})
-    found = judged.read_verdicts(verdicts, asked(tmp_path, "mmhal"))
+    found = judge_files.read_verdicts(verdicts, asked(tmp_path, "mmhal"))
     assert found.figures["score"].value == pytest.approx(11 / 3)
     assert found.figures["hallucination_rate"].value == pytest.approx(1 / 3)
     assert found.kinds["attribute"]["score"].value == pytest.approx(4.5)
@@ -57,7 +57,7 @@ def test_mmhal(tmp_path: Path) -> None:
 def test_llava_bench(tmp_path: Path) -> None:
     verdicts = said(tmp_path, {"id": "a", "rating": 6, "reference_rating": 8}, {"id": "b", "verdict": None},
                     {"id": "c", "rating": 3, "reference_rating": 10})  # fmt: skip
-    found = judged.read_verdicts(verdicts, asked(tmp_path, "llava_bench"))
+    found = judge_files.read_verdicts(verdicts, asked(tmp_path, "llava_bench"))
     assert found.figures["relative_score"].value == pytest.approx(100 * 9 / 18)
     assert found.unjudged == 1
     assert list(found.kinds) == ["attribute"]
@@ -67,7 +67,7 @@ def test_gavie(tmp_path: Path) -> None:
     verdicts = said(
         tmp_path, *({"id": i, "accuracy": a, "relevancy": 9} for i, a in zip("abc", (4, 10, 1), strict=True))
     )
-    found = judged.read_verdicts(verdicts, asked(tmp_path, "gavie"))
+    found = judge_files.read_verdicts(verdicts, asked(tmp_path, "gavie"))
     assert {k: v.value for k, v in found.figures.items()} == {
         "accuracy": pytest.approx(5),
         "relevancy": pytest.approx(9),
@@ -80,7 +80,7 @@ def test_cceval(tmp_path: Path) -> None:
     verdicts = said(
         tmp_path, *({"id": i, **dict(zip(names, c, strict=True))} for i, c in zip("abc", counts, strict=True))
     )
-    found = {k: v.value for k, v in judged.read_verdicts(verdicts, asked(tmp_path, "cceval")).figures.items()}
+    found = {k: v.value for k, v in judge_files.read_verdicts(verdicts, asked(tmp_path, "cceval")).figures.items()}
     assert found == {
         "chair_i": pytest.approx(1 / 6), "chair_s": pytest.approx(1 / 3), "coverage": pytest.approx(4 / 10),
         "objects_per_caption": pytest.approx(2), "words_per_caption": pytest.approx((6 + 2 + 1) / 3),
@@ -89,7 +89,7 @@ def test_cceval(tmp_path: Path) -> None:
 
 def test_items_of_answers() -> None:
     row = Answer("1", "x.jpg", "s", "object", "caption", "Describe.", "A cup.", (), None, None, text="A mug.")
-    (item,) = judged.items_of(BehaviorResult((row,), Cost(None, None, 1)), {"x.jpg": "cup"})
+    (item,) = judge_files.items_of(BehaviorResult((row,), Cost(None, None, 1)), {"x.jpg": "cup"})
     assert item == Item("1", "Describe.", "A mug.", "A cup.", "cup", "caption", "x.jpg")
 
 
@@ -109,18 +109,18 @@ BAD: dict[str, tuple[list[Any], str]] = {
 def test_bad_verdicts_are_refused_with_their_place(tmp_path: Path, case: str) -> None:
     records, words = BAD[case]
     with pytest.raises(DataError, match=words):
-        judged.read_verdicts(said(tmp_path, *records), asked(tmp_path, "mmhal"))
+        judge_files.read_verdicts(said(tmp_path, *records), asked(tmp_path, "mmhal"))
 
 
 def test_bad_requests(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no judged benchmark 'x': there are mmhal, llava_bench"):
-        judged.write_requests(tmp_path / "r", "x", ITEMS)
+        judge_files.write_requests(tmp_path / "r", "x", ITEMS)
     with pytest.raises(DataError, match="item 'a' is there twice"):
-        judged.write_requests(tmp_path / "r", "gavie", [ITEMS[0], ITEMS[0]])
+        judge_files.write_requests(tmp_path / "r", "gavie", [ITEMS[0], ITEMS[0]])
     with pytest.raises(DataError, match="item 'z' has no reference, which the judge of mmhal needs"):
-        judged.write_requests(tmp_path / "r", "mmhal", [Item("z", "?", "x", image_content="y")])
+        judge_files.write_requests(tmp_path / "r", "mmhal", [Item("z", "?", "x", image_content="y")])
     more = {"mentioned": 2, "hallucinated": 3, "objects": 1, "covered": 0}
     with pytest.raises(DataError, match="field 'hallucinated' is 3, more than 'mentioned', 2"):
-        judged.read_verdicts(said(tmp_path, {"id": "a", **more}), asked(tmp_path, "cceval"))
+        judge_files.read_verdicts(said(tmp_path, {"id": "a", **more}), asked(tmp_path, "cceval"))
     with pytest.raises(DataError, match="expected requests of one benchmark, found none"):
-        judged.read_verdicts(said(tmp_path, *RIGHT), said(tmp_path))
+        judge_files.read_verdicts(said(tmp_path, *RIGHT), said(tmp_path))

@@ -18,7 +18,7 @@ from sklearn.metrics import accuracy_score, f1_score, precision_score, recall_sc
 from behavior.parsing import PARSERS, read_answer
 from behavior.pope import build, score, write_questions
 from concepts import loaders
-from concepts.errors import ConfigError, DataError
+from groundscope.core.errors import ConfigError, DataError
 
 # ---- parsers -----------------------------------------------------------------------------------------------------------
 

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-from concepts.errors import ConfigError, DataError
-from concepts.statistics import FEW_GROUPS, Estimate, cluster_bootstrap, estimate, ratio, wilson
+from groundscope.core.errors import ConfigError, DataError
+from groundscope.core.statistics import FEW_GROUPS, Estimate, cluster_bootstrap, estimate, ratio, wilson
 
 
 def naive(values: np.ndarray, groups: list[str], draws: int, seed: int) -> np.ndarray:

@@ -12,7 +12,7 @@ from scipy.stats import binomtest
 
 from behavior import BehaviorResult, taxonomy
 from behavior.result import Answer, Cost
-from concepts.errors import ConfigError, DataError
+from groundscope.core.errors import ConfigError, DataError
 
 LEVEL = {"existence": "object", "count": "object", "color": "attribute", "relation": "relation"}
 

@@ -11,10 +11,11 @@ import torch
 from circuits_toys import examples, hooks_of, layers_of, shared
 from scipy import stats
 
-from circuits import ablate, planted
+from circuits import ablate
 from circuits.ablation import How, Where
-from concepts.errors import ConfigError, PatchError, SiteError
 from concepts.schema import Example
+from groundscope.core.errors import ConfigError, PatchError, SiteError
+from groundscope.testing import planted_circuits
 from lvlm import Head
 from lvlm.model import Lvlm
 
@@ -119,7 +120,7 @@ def test_sweeps_cover_every_head_and_layer() -> None:
 @pytest.mark.parametrize("backups", [1, 2])
 def test_backups_show_in_joint_but_not_in_single_ablation(how: How, backups: int) -> None:
     for seed in range(6):
-        p = planted.plant(seed, backups=backups)
+        p = planted_circuits.plant(seed, backups=backups)
         assert p.grounding is not None
         balanced = [e for pair in p.pairs(4) for e in (pair.clean, pair.corrupt)]
         chain = [p.grounding, *p.backups]
@@ -131,7 +132,7 @@ def test_backups_show_in_joint_but_not_in_single_ablation(how: How, backups: int
 
 
 def test_without_the_prior_head_conflicts_are_answered_more_surely() -> None:
-    p = planted.plant(2)
+    p = planted_circuits.plant(2)
     assert p.prior is not None
     asked = p.examples(20)
     found = ablate(p.model, asked, [p.prior], "zero").effects[:, 0]
@@ -140,7 +141,7 @@ def test_without_the_prior_head_conflicts_are_answered_more_surely() -> None:
 
 
 def test_numbers_by_group() -> None:
-    p = planted.plant(5)
+    p = planted_circuits.plant(5)
     assert p.grounding is not None
     asked = [replace(e, group=f"g{i // 3}") for i, e in enumerate(p.examples(30))]
     found = ablate(p.model, asked, [p.grounding, p.decoys[0]], "zero")

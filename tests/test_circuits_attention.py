@@ -10,8 +10,8 @@ import torch
 from circuits_toys import examples, hooks_of, layers_of, lively, shared
 
 from circuits import attention_to_image
-from concepts.errors import DataError, ModelError, SiteError
 from concepts.schema import Box, Example
+from groundscope.core.errors import DataError, ModelError, SiteError
 from lvlm import Head
 from lvlm.model import Lvlm
 

@@ -12,8 +12,8 @@ from circuits_toys import hooks_of, layers_of, lively, pairs, shared
 from torch import nn
 
 from circuits import attribution, patch_heads
-from concepts.errors import ConfigError, ModelError, PatchError
 from concepts.schema import CounterfactualPair, Example
+from groundscope.core.errors import ConfigError, ModelError, PatchError
 from lvlm.model import Lvlm
 
 

@@ -13,13 +13,14 @@ import torch
 from circuits_toys import data, examples, hooks_of, pairs, shared
 
 from behavior import answer, answer_each
-from circuits import ProbeGate, SteeringVector, intervened, logits_under
-from circuits.controls import matched, moved, push, shuffled, swapped
-from circuits.entries import Entry, Key
-from concepts.errors import ConfigError, PatchError
+from circuits import intervened, logits_under
 from concepts.schema import ConceptDataset
+from groundscope.core.errors import ConfigError, PatchError
 from lvlm import Head, Site
 from lvlm.model import Batch
+from mitigation import ProbeGate, SteeringVector
+from mitigation.steering.controls import matched, moved, push, shuffled, swapped
+from mitigation.steering.placement import Entry, Key
 
 RNG = np.random.default_rng(0)
 WIDTH = 192
@@ -90,8 +91,8 @@ def test_what_acts_at_the_last_token_alone_takes_no_forward_of_its_own() -> None
 def test_a_model_that_cannot_be_resumed_says_so_and_runs_whole(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from circuits import conditions
-    from circuits.sharing import NotShared
+    from circuits.execution import conditions
+    from circuits.execution.prefix_attention import NotShared
 
     def refused(*_: Any, **__: Any) -> None:
         msg = "it is a test"
@@ -102,7 +103,7 @@ def test_a_model_that_cannot_be_resumed_says_so_and_runs_whole(
     expected = logits_under(model, [[], items])(given)
     monkeypatch.setattr(conditions, "record", refused)
     run = logits_under(model, [[], items])
-    with caplog.at_level(logging.WARNING, "circuits.conditions"):
+    with caplog.at_level(logging.WARNING, "circuits.execution.conditions"):
         for _ in range(2):
             for got, wanted in zip(run(given), expected, strict=True):
                 torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)

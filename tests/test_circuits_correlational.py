@@ -12,10 +12,11 @@ from circuits_toys import examples, hooks_of, layers_of, pairs, shared
 from safetensors.numpy import save_file
 from scipy import ndimage, stats
 
-from circuits import HeadTable, ablate, attention_to_image, head_scores, patch_heads, planted
-from circuits.localisation import components, elbow, selected, spatial_entropy
-from concepts.errors import ConfigError, ModelError, PatchError, StoreError
+from circuits import HeadTable, ablate, attention_to_image, head_scores, patch_heads
+from circuits.head_screening.localization import components, elbow, selected, spatial_entropy
 from concepts.schema import Example
+from groundscope.core.errors import ConfigError, ModelError, PatchError, StoreError
+from groundscope.testing import planted_circuits
 from lvlm import Head
 from lvlm.model import Lvlm
 
@@ -146,7 +147,7 @@ def test_elbow_and_selection() -> None:
 
 def test_what_each_score_sees_of_a_known_circuit() -> None:
     for seed in range(4):
-        p = planted.plant(seed)
+        p = planted_circuits.plant(seed)
         assert p.grounding is not None
         assert p.prior is not None
         table = head_scores(p.model, p.pairs(12), ALL)
@@ -233,7 +234,7 @@ def test_what_is_refused() -> None:
 
 
 def test_a_model_whose_logits_are_no_linear_map_is_named() -> None:
-    p = planted.plant(0)
+    p = planted_circuits.plant(0)
     hook = p.model.hf.lm_head.register_forward_hook(lambda _m, _a, out: 3 * torch.tanh(out / 3))
     with pytest.raises(ModelError, match="no linear map"):
         head_scores(p.model, p.examples(2), ["direct"])

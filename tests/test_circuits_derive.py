@@ -13,12 +13,12 @@ import torch
 from circuits_toys import hooks_of, layers_of, pairs, shared
 
 from activation_store import Direction
-from circuits import SteeringVector, derive
-from circuits.patching import pairs_digest
-from concepts.errors import PatchError, SiteError
+from circuits.patching.activation import pairs_digest
 from concepts.schema import Example
+from groundscope.core.errors import PatchError, SiteError
 from lvlm import Head, Site
 from lvlm.model import Lvlm
+from mitigation import SteeringVector, derive
 
 HEAD, D, DIM, N = Head(2, 1), 32, 8, 400
 PLANTED = np.random.default_rng(9).standard_normal(D)

@@ -17,21 +17,22 @@ from sklearn.linear_model import LogisticRegression
 
 from activation_store import ActivationStore, Direction, trace
 from behavior import answer
-from circuits import Diagnoses, diagnose, planted_causes
-from circuits.diagnosing.claims import Claim, claims_of, opposites_of
-from circuits.diagnosing.diagnoses import STAGES, VERDICTS, Diagnosis, Place
-from circuits.diagnosing.probe_sets import ProbeSet
-from circuits.diagnosing.stage_calibration import calibrate
-from circuits.diagnosing.stage_reading import read_stored
-from circuits.diagnosing.undoing import leans
-from circuits.diagnosing.verdicts import judge, stage_state, state_of
-from circuits.planted import Planted, plant
 from concepts import scenes
 from concepts.drawing import Scene
-from concepts.errors import DataError, PatchError, ProbeError, SiteError, StoreError
 from concepts.schema import ConceptDataset, Example
 from concepts.world import COLOR_NAMES
-from experiments.diagnose import fit_directions
+from diagnosis import Diagnoses, diagnose
+from diagnosis.calibration import calibrate
+from diagnosis.causal_check import leans
+from diagnosis.claims import Claim, claims_of, opposites_of
+from diagnosis.probe_sets import ProbeSet
+from diagnosis.readings import read_stored
+from diagnosis.results import STAGES, VERDICTS, Diagnosis, Place
+from diagnosis.verdicts import judge, stage_state, state_of
+from experiments.stages.diagnose import fit_directions
+from groundscope.core.errors import DataError, PatchError, ProbeError, SiteError, StoreError
+from groundscope.testing import planted_failures
+from groundscope.testing.planted_circuits import Planted, plant
 from lvlm import Lvlm, load_lvlm
 
 SITES = [
@@ -157,14 +158,14 @@ def by_hand() -> Planted:
 @cache
 def spoiled(cause: str) -> Lvlm:
     if cause == "not seen":
-        return planted_causes.color_blind(intact())
+        return planted_failures.color_blind(intact())
     if cause == "lost at the projector":
-        return planted_causes.color_erased(intact(), scenes.dataset(120, 98))
+        return planted_failures.color_erased(intact(), scenes.dataset(120, 98))
     if cause == "not integrated":
-        return planted_causes.image_cut(by_hand().model, 0)
+        return planted_failures.image_cut(by_hand().model, 0)
     prior = by_hand().prior
     assert prior is not None
-    return planted_causes.amplified(by_hand().model, prior, 8.0)
+    return planted_failures.amplified(by_hand().model, prior, 8.0)
 
 
 @cache
@@ -247,12 +248,12 @@ def test_spoiled_models_are_what_they_say() -> None:
     model = intact()
     before = [p.clone() for p in model.hf.parameters()]
     first, second = (e for e in scenes.dataset(20, 3).examples[:40:30] if e.candidates)
-    cut = planted_causes.image_cut(model, 0)
+    cut = planted_failures.image_cut(model, 0)
     logits = [cut.logits(cut.encode(replace(first, image=e.image)).inputs) for e in (first, second)]
     torch.testing.assert_close(logits[0], logits[1])
     whole = [model.logits(model.encode(replace(first, image=e.image)).inputs) for e in (first, second)]
     assert not torch.allclose(whole[0], whole[1])
-    blind = planted_causes.color_blind(model)
+    blind = planted_failures.color_blind(model)
     moved: dict[str, list[float]] = {"own": [], "blind": []}
     for example in {e.group: e for e in scenes.dataset(20, 3)}.values():
         scene, noun = example.image, example.objects[0].noun
@@ -286,7 +287,7 @@ def test_no_linear_reader_finds_an_erased_color() -> None:
 
 def test_an_answer_that_all_lean_to_is_overridden_though_no_part_pushes_it(tmp_path: Path) -> None:
     data = scenes.dataset(300, 7, splits=("neutral",)).filter(lambda e: e.kind == "existence")
-    model = planted_causes.leaning(intact(), data, "yes", 1.5)
+    model = planted_failures.leaning(intact(), data, "yes", 1.5)
     assert intact().hf.lm_head.bias is None
     before = {a.id: a for a in answer(intact(), data, 64, progress=False).answers}
     store = trace(
@@ -314,7 +315,7 @@ def test_an_answer_that_all_lean_to_is_overridden_though_no_part_pushes_it(tmp_p
         assert one.lean + one.log_odds > 0
         assert f"lean to 'yes' by {one.lean:.1f} logits: without that, the answer would be right" in str(one)
     with pytest.raises(PatchError, match="no example can be answered 'maybe'"):
-        planted_causes.leaning(intact(), data, "maybe", 1.0)
+        planted_failures.leaning(intact(), data, "maybe", 1.0)
 
 
 def test_a_value_without_a_label_is_read_by_its_only_alternative(tmp_path: Path) -> None:

@@ -13,9 +13,9 @@ from test_circuits_families import pair_of
 from test_lvlm_families import model
 
 from circuits import attribution, faithfulness
-from circuits.graph import Graph, Shape
-from circuits.planted import plant
-from concepts.errors import ConfigError, PatchError
+from circuits.results.graph import Graph, Shape
+from groundscope.core.errors import ConfigError, PatchError
+from groundscope.testing.planted_circuits import plant
 from lvlm import Lvlm
 
 

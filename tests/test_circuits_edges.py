@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from toy_parts import ID, TEXT, clip
 
 from circuits import attribution, patch
-from circuits.planted import plant
-from concepts.errors import ConfigError, ModelError, PatchError
 from concepts.schema import CounterfactualPair, Example
+from groundscope.core.errors import ConfigError, ModelError, PatchError
+from groundscope.testing.planted_circuits import plant
 from lvlm import FamilySpec, Lvlm, wrap_lvlm
-from lvlm.family import StackSpec
+from lvlm.family.specification import StackSpec
 
 LLAMA = ("self_attn.", "input_layernorm", "post_attention_layernorm", "", "mlp")
 PATHS: dict[str, tuple[str, tuple[str, ...], str]] = {

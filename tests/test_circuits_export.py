@@ -24,16 +24,16 @@ from safetensors.numpy import load_file
 from torch.nn.functional import normalize
 
 from activation_store import trace
-from circuits import SteeringVector, derive, export
-from circuits.entries import Entry, Key, ProbeGate
-from circuits.export import apply_bias
-from circuits.export.baked import apply
-from circuits.export.convert import to_residual
-from circuits.export.gguf import card_in, check
-from concepts.errors import ConfigError, ModelError, PatchError, StoreError
 from concepts.schema import Example
+from groundscope.core.errors import ConfigError, ModelError, PatchError, StoreError
 from lvlm import Head, Site, wrap_lvlm
 from lvlm.model import Lvlm
+from mitigation import SteeringVector, derive, export
+from mitigation.steering.export import apply_bias
+from mitigation.steering.export.baked import apply
+from mitigation.steering.export.convert import to_residual
+from mitigation.steering.export.gguf import card_in, check
+from mitigation.steering.placement import Entry, Key, ProbeGate
 
 HEADS = (Head(1, 3), Head(1, 6), Head(4, 0))
 MLP = Site("decoder", 3, "mlp_out")

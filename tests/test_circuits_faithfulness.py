@@ -8,8 +8,8 @@ import torch
 from circuits_toys import examples, layers_of, shared
 
 from circuits import faithfulness, patch_heads
-from circuits.planted import plant
-from concepts.errors import ConfigError, PatchError
+from groundscope.core.errors import ConfigError, PatchError
+from groundscope.testing.planted_circuits import plant
 from lvlm.answers import answer_key
 from lvlm.model import Lvlm
 from lvlm.sites import Head

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from circuits.graph import Graph, Shape
-from concepts.errors import PatchError, StoreError
+from circuits.results.graph import Graph, Shape
+from groundscope.core.errors import PatchError, StoreError
 
 
 def graph(seed: int = 0, layers: int = 3, heads: int = 2, parallel: bool = False) -> Graph:

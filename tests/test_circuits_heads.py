@@ -11,8 +11,9 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 from scipy import stats
 
-from circuits import HeadScores, compare, patch_heads, planted, random_heads
-from concepts.errors import PatchError, StoreError
+from circuits import HeadScores, compare, patch_heads, random_heads
+from groundscope.core.errors import PatchError, StoreError
+from groundscope.testing import planted_circuits
 from lvlm import Head
 
 
@@ -225,7 +226,7 @@ def test_noise_is_called_an_effect_no_more_often_than_stated() -> None:
 
 def test_shuffled_pairs_stay_within_the_null() -> None:
     """Which picture of a pair is called clean is drawn by lot: what remains must not look like an effect."""
-    p = planted.plant(4)
+    p = planted_circuits.plant(4)
     measured = patch_heads(p.model, p.pairs(24))
     logits = measured.effects * (measured.clean - measured.corrupt)[:, None, None]
     rng, runs = np.random.default_rng(0), 200

@@ -14,8 +14,8 @@ from test_circuits_families import pair_of
 from torch import Tensor, nn
 
 from circuits import attribution
-from concepts.errors import ConfigError
 from concepts.schema import CounterfactualPair, Example
+from groundscope.core.errors import ConfigError
 from lvlm import Lvlm, wrap_lvlm
 
 

@@ -12,10 +12,11 @@ import torch
 from circuits_toys import examples, hooks_of, layers_of, lively, shared
 from family_toys import build
 
-from circuits import knockout, planted
-from circuits.knockout import Role
-from concepts.errors import ConfigError, ModelError, PatchError, SiteError
+from circuits import attention_knockout
+from circuits.attention_knockout import Role
 from concepts.schema import Example
+from groundscope.core.errors import ConfigError, ModelError, PatchError, SiteError
+from groundscope.testing import planted_circuits
 from lvlm import wrap_lvlm
 from lvlm.answers import answer_key
 from lvlm.model import Lvlm
@@ -108,7 +109,7 @@ def test_equals_a_decoder_written_out(target: Role, source: Role, attention: str
     model = shared() if attention == "sdpa" else lively()
     model.hf.set_attn_implementation(attention)
     asked = answered(shared())[:2]
-    found = knockout.sweep(model, asked, target, source, window=3, batch_size=1)
+    found = attention_knockout.sweep(model, asked, target, source, window=3, batch_size=1)
     assert found.windows == ((0, 1), (0, 1, 2), (1, 2, 3), (2, 3, 4), (3, 4, 5), (4, 5))
     assert found.ids == tuple(e.id for e in asked)
     for n, example in enumerate(asked):
@@ -135,7 +136,7 @@ def test_equals_a_decoder_written_out(target: Role, source: Role, attention: str
 def test_the_object_is_part_of_the_image() -> None:
     model = shared()
     asked = answered(model)
-    found = knockout.sweep(model, asked, "last", "object", window=6)
+    found = attention_knockout.sweep(model, asked, "last", "object", window=6)
     inside = [e for e in asked if e.named_object() is not None]
     assert found.ids == tuple(e.id for e in inside)
     assert found.without == len(asked) - len(inside) > 0
@@ -149,10 +150,10 @@ def test_the_object_is_part_of_the_image() -> None:
 
 
 def test_known_circuits_lose_the_answer_where_they_are() -> None:
-    direct, two = planted.plant(3, prior=False), planted.plant(3, "two_step", prior=False)
+    direct, two = planted_circuits.plant(3, prior=False), planted_circuits.plant(3, "two_step", prior=False)
     assert direct.grounding is not None
     asked = direct.examples(8)
-    found = knockout.sweep(direct.model, asked, "last", "image", window=1)
+    found = attention_knockout.sweep(direct.model, asked, "last", "image", window=1)
     layers = np.arange(4)
     lost = found.change.mean(0)
     assert lost[direct.grounding.layer] < -0.3
@@ -160,9 +161,9 @@ def test_known_circuits_lose_the_answer_where_they_are() -> None:
     assert found.right[:, layers != direct.grounding.layer].all()
     assert two.mover is not None
     assert two.reader is not None
-    first = knockout.sweep(two.model, asked, "question", "image", window=1).change.mean(0)
-    then = knockout.sweep(two.model, asked, "last", "question", window=1).change.mean(0)
-    past = knockout.sweep(two.model, asked, "last", "image", window=1).change.mean(0)
+    first = attention_knockout.sweep(two.model, asked, "question", "image", window=1).change.mean(0)
+    then = attention_knockout.sweep(two.model, asked, "last", "question", window=1).change.mean(0)
+    past = attention_knockout.sweep(two.model, asked, "last", "image", window=1).change.mean(0)
     assert int(first.argmin()) == two.mover.layer
     assert int(then.argmin()) == two.reader.layer
     assert max(first.min(), then.min()) < -0.3
@@ -170,10 +171,10 @@ def test_known_circuits_lose_the_answer_where_they_are() -> None:
 
 
 def test_wrong_answers_are_left_out_and_counted() -> None:
-    p = planted.plant(1)
+    p = planted_circuits.plant(1)
     asked = list(p.examples(8))
     turned = replace(asked[0], answer=next(c for c in asked[0].candidates if c != asked[0].answer))
-    found = knockout.sweep(p.model, [turned, *asked[1:]], windows=[range(4), [2]])
+    found = attention_knockout.sweep(p.model, [turned, *asked[1:]], windows=[range(4), [2]])
     assert (found.wrong, found.without, len(found.ids)) == (1, 0, 7)
     assert found.windows == ((0, 1, 2, 3), (2,))
     frame = found.frame()
@@ -191,7 +192,7 @@ def test_families_whose_attention_takes_a_mask(name: str) -> None:
         for e in examples(4)
         for answer in ("yes", "no")
     ]  # fmt: skip
-    found = knockout.sweep(model, asked, "question", "image", windows=[range(model.n_layers)])
+    found = attention_knockout.sweep(model, asked, "question", "image", windows=[range(model.n_layers)])
     assert found.wrong + len(found.ids) == len(asked)
     assert np.abs(found.change).max() > 1e-4
     # What was cut is not attended to, and no other token attends to less than all of 1.
@@ -200,7 +201,7 @@ def test_families_whose_attention_takes_a_mask(name: str) -> None:
     block = torch.zeros(1, tokens.length, tokens.length, dtype=torch.bool)
     block[:, np.ix_(tokens.question, tokens.image)[0], np.ix_(tokens.question, tokens.image)[1]] = True
     site = f"decoder.L{model.n_layers - 1}.pattern"
-    with knockout.blocked(model, [model.n_layers - 1], block):
+    with attention_knockout.blocked(model, [model.n_layers - 1], block):
         pattern = model.read(encoding.inputs, [site], quiet=True)[site][0]
     assert pattern[:, block[0]].abs().max() == 0
     assert torch.allclose(pattern.sum(-1), torch.ones(()), atol=1e-5)
@@ -212,7 +213,7 @@ def test_families_without_image_tokens_in_the_decoder_are_told(name: str) -> Non
     model = wrap_lvlm(*build(name), name=name)
     asked = [replace(e, candidates=("yes", "no"), answer="yes") for e in examples(2)]
     with pytest.raises(PatchError, match="read by cross-attention"):
-        knockout.sweep(model, asked)
+        attention_knockout.sweep(model, asked)
 
 
 def test_attention_that_ignores_its_mask_is_named() -> None:
@@ -221,32 +222,32 @@ def test_attention_that_ignores_its_mask_is_named() -> None:
     forward = attention.forward
     attention.forward = lambda *args, **kwargs: forward(*args, **{**kwargs, "attention_mask": None})
     with pytest.raises(ModelError, match="does not take an additive mask"):
-        knockout.sweep(model, answered(shared())[:4], windows=[[2]])
+        attention_knockout.sweep(model, answered(shared())[:4], windows=[[2]])
     layer = layers_of(model)[4]
     attention = layer.self_attn
     attention.register_forward_pre_hook(
         lambda _m, args, kw: (args, {k: v for k, v in kw.items() if k != "attention_mask"}), with_kwargs=True
     )
     with pytest.raises(ModelError, match="no attention_mask of its own"):
-        knockout.sweep(model, answered(shared())[:4], windows=[[4]])
+        attention_knockout.sweep(model, answered(shared())[:4], windows=[[4]])
 
 
 def test_windows() -> None:
-    assert knockout.layer_windows(4, 1) == ((0,), (1,), (2,), (3,))
-    assert knockout.layer_windows(4, 2) == ((0,), (0, 1), (1, 2), (2, 3))
-    assert knockout.layer_windows(20, knockout.WINDOW)[10] == tuple(range(6, 15))
+    assert attention_knockout.layer_windows(4, 1) == ((0,), (1,), (2,), (3,))
+    assert attention_knockout.layer_windows(4, 2) == ((0,), (0, 1), (1, 2), (2, 3))
+    assert attention_knockout.layer_windows(20, attention_knockout.WINDOW)[10] == tuple(range(6, 15))
 
 
 def test_what_is_refused() -> None:
     model, asked = shared(), answered(shared())
     for options in ({"target": "first"}, {"source": "text"}, {"window": 0}):
         with pytest.raises(ConfigError):
-            knockout.sweep(model, asked, **options)
+            attention_knockout.sweep(model, asked, **options)
     for windows in ([[6]], [], [[]]):
         with pytest.raises(SiteError, match="layers 0-5"):
-            knockout.sweep(model, asked, windows=windows)
+            attention_knockout.sweep(model, asked, windows=windows)
     with pytest.raises(PatchError, match="no examples"):
-        knockout.sweep(model, [])
+        attention_knockout.sweep(model, [])
     absent = [e for e in asked if e.named_object() is None]
     with pytest.raises(PatchError, match="lack 'last' or 'object'"):
-        knockout.sweep(model, absent, "last", "object")
+        attention_knockout.sweep(model, absent, "last", "object")

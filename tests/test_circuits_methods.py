@@ -15,13 +15,13 @@ from circuits_toys import captured, examples, hooks_of, layers_of, pairs, shared
 from sklearn.linear_model import LogisticRegression
 from test_circuits_derive import Arrays, D, ledoit_wolf
 
-from circuits import SteeringVector, combined, derive
-from circuits.derive.selection import group_folds, probe_accuracies
-from circuits.entries import Key
-from concepts.errors import ConfigError, DataError, PatchError, SiteError
 from concepts.schema import Example
+from groundscope.core.errors import ConfigError, DataError, PatchError, SiteError
 from lvlm import Head, Site
 from lvlm.model import Lvlm
+from mitigation import SteeringVector, combined, derive
+from mitigation.steering.derive.head_selection import group_folds, probe_accuracies
+from mitigation.steering.placement import Key
 
 MLP = Site("decoder", 3, "mlp_out")
 

@@ -12,7 +12,7 @@ from test_circuits_families import model, pair_of
 
 from circuits import patch_heads
 from lvlm import Lvlm
-from lvlm.lens import as_transformer_lens
+from lvlm.transformer_lens import as_transformer_lens
 
 HEADS = ((0, 1), (1, 3), (2, 0))
 

@@ -16,8 +16,8 @@ from test_circuits_families import at, model, pair_of
 from test_lvlm_families import WHERE
 
 from circuits import PatchScores, patch, patch_heads
-from concepts.errors import ConfigError, PatchError, SiteError
 from concepts.schema import CounterfactualPair, Example
+from groundscope.core.errors import ConfigError, PatchError, SiteError
 from lvlm import Head, Lvlm
 
 PARTS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
@@ -346,7 +346,7 @@ def test_what_attention_was_is_put_back_after_an_error_too(monkeypatch: pytest.M
 
 
 def test_an_encoder_decoder_says_that_it_runs_whole_forwards(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING, "circuits.plain"):
+    with caplog.at_level(logging.WARNING, "circuits.execution.full_runner"):
         scores = patch(model("florence2"), [pair_of(0)], "z", min_effect=0)
     assert scores.path == "whole forwards"
     assert "because an encoder reads the prompt" in caplog.text

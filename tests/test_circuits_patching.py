@@ -10,10 +10,10 @@ import torch
 from circuits_toys import hooks_of, layers_of, lively, pairs, shared
 
 from circuits import patch_heads
-from circuits.patching import pairs_digest
-from circuits.sharing import Prefix, SharedAttention
-from concepts.errors import ConfigError, PatchError
+from circuits.execution.prefix_attention import Prefix, SharedAttention
+from circuits.patching.activation import pairs_digest
 from concepts.schema import CounterfactualPair, Example
+from groundscope.core.errors import ConfigError, PatchError
 from lvlm.model import Lvlm
 
 LEAST = 0.02

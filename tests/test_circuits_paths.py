@@ -12,8 +12,8 @@ from test_circuits_families import at, model, pair_of
 from test_lvlm_families import WHERE
 
 from circuits import patch, patch_heads, patch_paths
-from concepts.errors import ConfigError, PatchError, SiteError
 from concepts.schema import CounterfactualPair, Example
+from groundscope.core.errors import ConfigError, PatchError, SiteError
 from lvlm import Head, Lvlm
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from circuits import attention_to_image, patch_heads, patch_paths
-from circuits.planted import ANSWERS, Planted, Square, plant, usual
-from concepts.errors import ConfigError
+from groundscope.core.errors import ConfigError
+from groundscope.testing.planted_circuits import ANSWERS, Planted, Square, plant, usual
 from lvlm import Head
 
 PLANTINGS = 50

@@ -11,9 +11,9 @@ import pytest
 import torch
 from circuits_toys import captured, examples, layers_of, pairs, shared
 
-from circuits import SteeringVector, derive
 from concepts.schema import Example
 from lvlm import Head, Site
+from mitigation import SteeringVector, derive
 
 TIMES = 12
 """What is planted is so many times as long as what differs anyway."""

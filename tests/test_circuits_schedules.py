@@ -17,11 +17,12 @@ from circuits_toys import examples, hooks_of, layers_of, lively, shared
 from safetensors.numpy import load_file, save_file
 
 from activation_store import Direction
-from circuits import Add, Gate, Intervention, ProbeGate, SteeringVector, Zero, intervened
-from circuits.entries import Entry, Key
-from concepts.errors import ConfigError, PatchError, SiteError
+from circuits import Add, Gate, Intervention, Zero, intervened
+from groundscope.core.errors import ConfigError, PatchError, SiteError
 from lvlm import Head, Site
 from lvlm.model import Batch
+from mitigation import ProbeGate, SteeringVector
+from mitigation.steering.placement import Entry, Key
 
 KEYS: tuple[Key, ...] = (Head(2, 3), Head(2, 6), 1, Site("decoder", 3, "mlp_out"))
 

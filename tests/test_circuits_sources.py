@@ -14,14 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from circuits import Sources, shapley
-from circuits.sources import split
+from circuits import Sources
+from circuits.input_attribution import shapley
+from circuits.input_attribution.attribute import split
 from concepts import questions
 from concepts.counterfactuals import Edited
 from concepts.drawing import TEST, generator, sample
-from concepts.errors import ConfigError, PatchError, StoreError
 from concepts.regions import Revealed, owners
 from concepts.schema import Box, Example
+from groundscope.core.errors import ConfigError, PatchError, StoreError
 from lvlm.model import Lvlm
 
 

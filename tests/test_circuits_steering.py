@@ -14,11 +14,11 @@ import torch
 from circuits_toys import examples, hooks_of, layers_of, lively, shared
 from safetensors.numpy import load_file, save_file
 
-from circuits import SteeringVector
-from circuits.steering import Entry
-from concepts.errors import ConfigError, ModelError, PatchError, SiteError, StoreError
+from groundscope.core.errors import ConfigError, ModelError, PatchError, SiteError, StoreError
 from lvlm import Head
 from lvlm.model import Batch, Lvlm
+from mitigation import SteeringVector
+from mitigation.steering.vector import Entry
 
 HEADS = (Head(1, 3), Head(1, 6), Head(4, 0))
 

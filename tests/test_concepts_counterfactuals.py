@@ -7,8 +7,8 @@ import pytest
 
 from concepts import counterfactuals, scenes
 from concepts.drawing import Scene
-from concepts.errors import ConfigError, DataError
 from concepts.schema import ConceptDataset
+from groundscope.core.errors import ConfigError, DataError
 
 
 @pytest.fixture(scope="module")

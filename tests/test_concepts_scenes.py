@@ -12,10 +12,10 @@ import pytest
 
 from concepts import scenes
 from concepts.drawing import MARGIN, SIDE, TEST, TRAIN, Scene, generator, sample
-from concepts.errors import ConfigError, DataError
 from concepts.icons import COLORS, NOUNS, icon
 from concepts.schema import Concept, ConceptDataset, Example
 from concepts.world import BIASED, PARTNER, POPULAR, TYPICAL, UNIFORM
+from groundscope.core.errors import ConfigError, DataError
 
 
 @pytest.fixture(scope="module")

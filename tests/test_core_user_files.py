@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from concepts.errors import ConfigError, DataError
+from groundscope.core.errors import ConfigError, DataError
 from groundscope.core.user_files import open_regular, read_bytes, read_json, read_text
 
 

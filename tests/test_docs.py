@@ -62,7 +62,9 @@ def test_a_page_runs_from_top_to_bottom(page: Path, tmp_path: Path) -> None:
 
 def test_every_function_that_the_page_of_papers_names_is_there() -> None:
     text = (ROOT / "docs" / "papers.md").read_text(encoding="utf-8")
-    names = re.findall(r"`((?:concepts|lvlm|probes|circuits|behavior|experiments)\.[\w.]+)`", text)
+    names = re.findall(
+        r"`((?:concepts|lvlm|probes|circuits|behavior|mitigation|diagnosis|groundscope|experiments)\.[\w.]+)`", text
+    )
     assert len(names) > 40
     for name in names:
         parts = name.split(".")

@@ -20,21 +20,23 @@ from conftest import SMALL
 from rich.console import Console
 
 from activation_store import ActivationStore, verify
-from circuits import Diagnoses, HeadScores, SteeringVector
-from circuits.entries import Entry, Key
+from circuits import HeadScores
 from concepts import scenes
 from concepts.drawing import TEST, generator, sample
-from concepts.errors import ConfigError
-from concepts.statistics import Estimate
-from experiments import export, steer
+from diagnosis import Diagnoses
 from experiments.config import STAGES, RunConfig
-from experiments.context import Context
-from experiments.headlines import headlines
-from experiments.measures import cost
-from experiments.run import RunFolder
-from experiments.steered import choose
+from experiments.results.headlines import headlines
+from experiments.run.context import Context
+from experiments.run.folder import RunFolder
+from experiments.stages import export, steer
+from experiments.stages.measures import cost
+from experiments.stages.strength import choose
+from groundscope.core.errors import ConfigError
+from groundscope.core.statistics import Estimate
 from lvlm import Head
 from lvlm.tiny.architecture import build_model, build_processor
+from mitigation import SteeringVector
+from mitigation.steering.placement import Entry, Key
 from probes import ProbeGrid
 
 ROOT = Path(__file__).parent.parent
@@ -221,7 +223,7 @@ def test_every_method_and_control_was_tried_at_every_strength(run: Path) -> None
 
 def test_what_was_tried_together_is_what_each_gives_alone(run: Path) -> None:
     from behavior import answer
-    from experiments.measures import measured
+    from experiments.stages.measures import measured
     from lvlm import load_lvlm
 
     model, vector = load_lvlm("tiny"), SteeringVector.load(run / "steering" / "vector.safetensors")

@@ -24,18 +24,18 @@ from app_runs import FEW, ROOT, Command, run_command
 from omegaconf import MISSING
 from rich.console import Console
 
-from concepts.errors import ConfigError, StoreError
-from concepts.progress import display
 from experiments import pipeline
-from experiments.board import Board
+from experiments.cli.help import choices, groups
+from experiments.cli.overrides import composed, read
 from experiments.config import STAGES, RunConfig
-from experiments.help import choices, groups
-from experiments.interrupts import held
-from experiments.locks import lock
-from experiments.overrides import composed, read
 from experiments.pipeline import execute
-from experiments.run import RunFolder
-from experiments.stages import TABLE
+from experiments.run.folder import RunFolder
+from experiments.run.interrupts import held
+from experiments.run.live_table import Board
+from experiments.stages.table import TABLE
+from groundscope.core.errors import ConfigError, StoreError
+from groundscope.core.locks import lock
+from groundscope.core.progress import display
 
 
 @pytest.fixture
@@ -154,7 +154,7 @@ def test_a_mistake_is_one_line_with_what_to_do(options: list[str], message: str,
 
 
 def test_the_launchers_of_the_extra_are_known_where_they_are_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("experiments.overrides.find_spec", lambda _: None)
+    monkeypatch.setattr("experiments.cli.overrides.find_spec", lambda _: None)
     for name in ("joblib", "submitit_local", "submitit_slurm"):
         with pytest.raises(ConfigError, match=rf"{name} is not installed: pip install 'groundscope\[cluster\]'"):
             read(["-m", f"hydra/launcher={name}"])
@@ -181,8 +181,8 @@ def test_a_full_or_read_only_disk_is_one_line(command: Command, monkeypatch: pyt
 HOLD = """
 import sys, time
 from pathlib import Path
-from experiments.locks import lock
-from experiments.run import RunFolder
+from groundscope.core.locks import lock
+from experiments.run.folder import RunFolder
 with (RunFolder(Path(sys.argv[1])).lock() if sys.argv[2] == "run" else lock(Path(sys.argv[1]))):
     print("held", flush=True)
     time.sleep(100)

@@ -14,14 +14,14 @@ from sklearn.metrics import balanced_accuracy_score
 
 from behavior import BehaviorResult, answer
 from behavior.result import Answer, Cost
-from circuits import planted_causes
-from circuits.diagnosing.diagnoses import Diagnoses, Diagnosis
-from circuits.heads import HeadScores
-from circuits.planted import plant
-from concepts.errors import ConfigError, DataError
+from circuits.results.head_scores import HeadScores
 from concepts.schema import ConceptDataset
-from experiments.comparison import DIAGNOSES, compare, compare_runs, read_run
-from experiments.models import compare_models
+from diagnosis.results import Diagnoses, Diagnosis
+from experiments.results.compare_models import compare_models
+from experiments.results.comparison import DIAGNOSES, compare, compare_runs, read_run
+from groundscope.core.errors import ConfigError, DataError
+from groundscope.testing import planted_failures
+from groundscope.testing.planted_circuits import plant
 from probes import fit_grid
 from probes_stores import make_store
 
@@ -154,7 +154,7 @@ def test_two_models_in_memory_are_asked_and_looked_into_alike() -> None:
     """A head that speaks for the usual color is made louder: the answers that turn are those it turns."""
     planted = plant(0)
     assert planted.prior is not None
-    louder = planted_causes.amplified(planted.model, planted.prior, 8.0)
+    louder = planted_failures.amplified(planted.model, planted.prior, 8.0)
     asked = [
         replace(e, labels={f"attribute:{c}": e.answer == c for c in e.candidates}) for e in planted.examples(300, 5)
     ]

@@ -12,10 +12,10 @@ from PIL import Image
 from rich.console import Console
 
 from concepts import loaders
-from concepts.errors import ConfigError
 from experiments.config import DataConfig, RunConfig
-from experiments.context import Context
-from experiments.run import RunFolder
+from experiments.run.context import Context
+from experiments.run.folder import RunFolder
+from groundscope.core.errors import ConfigError
 
 
 def context(folder: Path, **data: Any) -> Context:

@@ -20,16 +20,17 @@ from app_runs import FEW, TRACED, Command, run_command, spawn
 from rich.console import Console
 
 from activation_store import ActivationStore, verify
-from concepts.errors import ConfigError
-from experiments import pipeline, sharing
+from experiments import pipeline
+from experiments.cli.overrides import composed
+from experiments.cli.plan import estimate
+from experiments.cli.sweep import job_name
 from experiments.config import RunConfig
-from experiments.context import Context
-from experiments.estimate import estimate
-from experiments.overrides import composed
 from experiments.pipeline import execute
-from experiments.run import RunFolder, read_receipt
-from experiments.stages import TABLE
-from experiments.sweep import job_name
+from experiments.run import stage_cache
+from experiments.run.context import Context
+from experiments.run.folder import RunFolder, read_receipt
+from experiments.stages.table import TABLE
+from groundscope.core.errors import ConfigError
 from lvlm import Lvlm, load_lvlm
 
 QUIET = Console(file=io.StringIO())
@@ -317,5 +318,5 @@ def test_parts_need_the_examples_of_the_run(tmp_path: Path, command: Command) ->
     assert "stage 'trace' needs 'examples'" in complaint
     with pytest.raises(ConfigError, match="nothing can follow it"):
         execute(configured(tmp_path, "x", "trace.shards=2", "trace.shard=0"), QUIET)
-    assert [run.name for run in sharing.runs_in(tmp_path / "runs")] == ["default"]
+    assert [run.name for run in stage_cache.runs_in(tmp_path / "runs")] == ["default"]
     assert FEW[0] in TRACED

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,8 @@ from lvlm import load_lvlm
 from lvlm.tiny.architecture import build_model, build_processor
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("concepts", "lvlm", "activation_store", "probes", "circuits", "behavior", "experiments")
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+PACKAGES = PYPROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
 PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
 SECTIONS = dict(re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", PAGE, flags=re.M | re.S))
 BLOCK = re.compile(r"^```(\w+)(?: title=\"([^\"]+)\")?\n(.*?)^```", flags=re.M | re.S)
@@ -49,7 +51,7 @@ assert "rows" in export.formats_for(vector)
 rows = np.load(path)
 assert np.flatnonzero(np.abs(rows).sum(1)).tolist() == [2]
 np.testing.assert_allclose(rows[2], vector.entries[2].sigma * vector.entries[2].vector, rtol=1e-5)
-from concepts.errors import ConfigError
+from groundscope.core.errors import ConfigError
 from lvlm import Head
 with pytest.raises(ConfigError, match="export it as .*'baked'"):
     export.rows(derive.mean_difference(store, "object:named", heads=[Head(2, 1)], positions="all"), "rows.npy", model)

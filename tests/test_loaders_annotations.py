@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from concepts import ConceptDataset, loaders
-from concepts.errors import ConfigError, DataError
-from concepts.loaders.annotated import COLORS
+from concepts.reading.annotation_questions import COLORS
+from groundscope.core.errors import ConfigError, DataError
 
 COCO: dict[str, Any] = {
     "info": {"year": 2017},

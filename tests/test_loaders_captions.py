@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from concepts import ConceptDataset, loaders
-from concepts.errors import ConfigError, DataError
 from concepts.loaders.whatsup import preposition
+from groundscope.core.errors import ConfigError, DataError
 
 
 @pytest.fixture

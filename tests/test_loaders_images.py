@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from concepts.errors import DataError
 from concepts.images import FileImage, inside
+from groundscope.core.errors import DataError
 
 
 def noise(seed: int = 0, size: tuple[int, int] = (8, 6)) -> Image.Image:

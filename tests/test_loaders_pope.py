@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 from concepts import loaders
-from concepts.errors import ConfigError, DataError
-from concepts.loaders import records, streams
+from concepts.reading import records, streams
+from groundscope.core.errors import ConfigError, DataError
 
 LINES: list[dict[str, Any]] = [
     {"question_id": 1, "image": "a.png", "text": "Is there an apple in the image?", "label": "yes"},

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from concepts.errors import DataError
-from concepts.loaders import streams
-from concepts.loaders.streams import stream, stream_list
+from concepts.reading import streams
+from concepts.reading.streams import stream, stream_list
+from groundscope.core.errors import DataError
 
 scalars = (
     st.none()

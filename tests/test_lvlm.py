@@ -14,15 +14,15 @@ from hypothesis import strategies as st
 
 from concepts import scenes
 from concepts.drawing import TEST, generator, sample
-from concepts.errors import DataError, ModelError, SiteError
 from concepts.questions import as_example, existence, what_color
 from concepts.schema import Box, Example
+from groundscope.core.errors import DataError, ModelError, SiteError
 from lvlm import Head, Lvlm, PatchGrid, Site, TokenSelection, answer_key, load_lvlm, wrap_lvlm
-from lvlm.families import FAMILIES
-from lvlm.family import StackSpec
+from lvlm.family.registry import FAMILIES
+from lvlm.family.specification import StackSpec
+from lvlm.family.validation import validate
 from lvlm.sites import LAYER_COMPONENTS, REDUCTIONS, ROLES
 from lvlm.tiny.architecture import build_model, build_processor
-from lvlm.validation import validate
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +148,7 @@ def test_a_resized_and_cropped_image_keeps_its_boxes(model: Lvlm) -> None:
         class image_processor:  # noqa: N801 - stands for an instance
             size = {"shortest_edge": 112}  # noqa: RUF012
 
-    from lvlm.views.single import patch_grid
+    from lvlm.encoding.single import patch_grid
 
     stand_in: Any = type("M", (), {"hf": model.hf, "processor": Processor})
     grid = patch_grid(stand_in, (448, 224), (112, 112))
@@ -280,7 +280,7 @@ def test_a_configuration_is_proved_once(monkeypatch: pytest.MonkeyPatch) -> None
         proofs.append(model.name)
         return validate(model, encoding)
 
-    monkeypatch.setattr("lvlm.validation.validate", counted)
+    monkeypatch.setattr("lvlm.family.validation.validate", counted)
     shape: Any = build_model(seed=0).config
     shape.text_config.rms_norm_eps = 1.25e-6  # a configuration that no other test has
     made = [type(build_model(seed=0))(shape) for _ in range(2)]

@@ -12,10 +12,10 @@ from test_lvlm_families import example, model
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from activation_store.continuation import with_answers
+from activation_store.tracing.continuation import with_answers
 from lvlm import Lvlm, answer_key, wrap_lvlm
 from lvlm.answers import answer_tokens
-from lvlm.processing import Parts
+from lvlm.encoding.processor import Parts
 
 ANSWERS = ("yes", "no", "red")
 

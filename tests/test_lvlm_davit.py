@@ -16,12 +16,12 @@ from toy_examples import example
 
 from activation_store import trace
 from concepts import ConceptDataset
-from concepts.errors import ModelError, SiteError
 from concepts.schema import Box
+from groundscope.core.errors import ModelError, SiteError
 from lvlm import Lvlm, TokenSelection, wrap_lvlm
-from lvlm.families import FAMILIES
-from lvlm.tokens import Lattice
-from lvlm.validation import validate
+from lvlm.family.registry import FAMILIES
+from lvlm.family.validation import validate
+from lvlm.token_map import Lattice
 
 COMPONENTS = ("resid_pre", "q", "k", "v", "z", "attn_out", "resid_mid", "mlp_out", "resid_post")
 STAGE = pytest.mark.parametrize("stage", [0, 1])

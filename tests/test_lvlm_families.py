@@ -19,14 +19,14 @@ from stand_ins import STAND_INS, build_stand_in
 from toy_examples import example
 
 from activation_store import trace
-from activation_store.collector import make_plan
-from activation_store.tracer import Tracer
+from activation_store.tracing.plan import make_plan
+from activation_store.tracing.tracer import Tracer
 from concepts import ConceptDataset
-from concepts.errors import ModelError, SiteError
 from concepts.schema import Box
+from groundscope.core.errors import ModelError, SiteError
 from lvlm import FamilySpec, Lvlm, TokenSelection, load_lvlm, wrap_lvlm
-from lvlm.families import FAMILIES
-from lvlm.validation import validate
+from lvlm.family.registry import FAMILIES
+from lvlm.family.validation import validate
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "guides" / "families.md"

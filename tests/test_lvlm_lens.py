@@ -10,10 +10,10 @@ import torch
 from test_lvlm_families import LENS, example, model
 
 from activation_store import trace
-from activation_store.lens import activation_cache
+from activation_store.transformer_lens import activation_cache
 from concepts import ConceptDataset
-from concepts.errors import ModelError, SiteError
-from lvlm.lens import as_transformer_lens
+from groundscope.core.errors import ModelError, SiteError
+from lvlm.transformer_lens import as_transformer_lens
 
 HOOKS = {
     "resid_pre": "hook_resid_pre",
@@ -35,7 +35,7 @@ def test_a_bridge_sees_the_same_tensors(family: str) -> None:
     bridge = as_transformer_lens(lvlm)
     inputs = dict(lvlm.encode(example()).inputs)
     sites = [f"decoder.L{n}.{c}" for n in range(lvlm.n_layers) for c in HOOKS]
-    with lvlm.eager():
+    with lvlm.access.eager_attention():
         seen, logits = lvlm.read(inputs, sites), lvlm.logits(inputs)
     with torch.no_grad():
         theirs, cache = bridge.run_with_cache(inputs.pop("input_ids"), **inputs)

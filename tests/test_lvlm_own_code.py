@@ -16,10 +16,10 @@ from toy_parts import ID, fixed, tokenizer
 
 from activation_store import trace
 from concepts import ConceptDataset
-from concepts.errors import ModelError
+from groundscope.core.errors import ModelError
 from lvlm import FamilySpec, Lvlm, load_lvlm, wrap_lvlm
-from lvlm.processing import Parts
-from lvlm.validation import validate
+from lvlm.encoding.processor import Parts
+from lvlm.family.validation import validate
 
 DECODER = {
     "minigpt4": ("llama_model.model.layers.1", "self_attn.o_proj"),

@@ -16,7 +16,7 @@ from transformers import AutoModelForImageTextToText
 
 from activation_store import ActivationStore, trace
 from concepts import ConceptDataset
-from concepts.errors import ModelError
+from groundscope.core.errors import ModelError
 from lvlm import Lvlm, load_lvlm, wrap_lvlm
 
 FAMILIES = ["llava", "qwen2_5_vl", "gemma3"]

@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from test_lvlm_families import PLACED, model
 
-from concepts.errors import DataError, SiteError
 from concepts.schema import Box
+from groundscope.core.errors import DataError, SiteError
 from lvlm import TokenSelection
-from lvlm.tokens import TokenMap
-from lvlm.views import VIEWS
+from lvlm.encoding.registry import VIEWS
+from lvlm.token_map import TokenMap
 
 QUESTION = "Is there a cat?"
 SIZES = st.tuples(st.integers(40, 220), st.integers(40, 220))

@@ -14,10 +14,10 @@ from test_lvlm_tokens import QUESTION, picture
 
 from activation_store import trace
 from concepts import ConceptDataset
-from concepts.errors import DataError, ModelError
+from groundscope.core.errors import DataError, ModelError
 from lvlm import Lvlm, wrap_lvlm
-from lvlm.processing import Parts
-from lvlm.views import VIEWS
+from lvlm.encoding.processor import Parts
+from lvlm.encoding.registry import VIEWS
 
 # Whatever has an axis of tokens that belong to the prompt; the Q-Former reads the question apart, padded on the right.
 OF_TOKENS = (

@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from concepts.errors import ProbeError, SiteError
-from probes import alignment
+from groundscope.core.errors import ProbeError, SiteError
+from probes.analysis import alignment
 from probes_stores import MemoryStore
 
 

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from concepts.errors import ProbeError
-from probes import batched
-from probes.batched import RowBlock, balanced_weights, fit_rows
-from probes.certificate import certify
-from probes.lbfgs import minimise
-from probes.solver import LogisticFit, fit_logistic
+from groundscope.core.errors import ProbeError
+from probes.solvers import logistic_float32
+from probes.solvers.duality_gap import certify
+from probes.solvers.lbfgs import minimise
+from probes.solvers.logistic_float32 import RowBlock, balanced_weights, fit_rows
+from probes.solvers.logistic_reference import LogisticFit, fit_logistic
 
 PENALTIES = np.array([1e-4, 1e-2, 1.0, 100.0])
 
@@ -124,7 +124,7 @@ def test_fits_without_a_certificate_are_solved_again_in_float64(
     x, y = make("random", 100, d, 2)
     block, weights = RowBlock.of(x), balanced_weights(y[None])
     good = fit_rows(block, y[None], PENALTIES[None], weights)
-    real = batched.minimise
+    real = logistic_float32.minimise
 
     def lame(*args, **kwargs) -> torch.Tensor:
         found = real(*args, **kwargs)
@@ -137,8 +137,8 @@ def test_fits_without_a_certificate_are_solved_again_in_float64(
         return fit_logistic(*args, **kwargs)
 
     called: list[int] = []
-    monkeypatch.setattr(batched, "minimise", lame)
-    monkeypatch.setattr(batched, "fit_logistic", reference)
+    monkeypatch.setattr(logistic_float32, "minimise", lame)
+    monkeypatch.setattr(logistic_float32, "fit_logistic", reference)
     again = fit_rows(block, y[None], PENALTIES[None], weights)
     assert len(called) == len(lost) - 1
     assert again.gap.max() <= 1e-8
@@ -150,7 +150,7 @@ def test_a_device_short_of_memory_gets_fewer_problems_then_says_so(monkeypatch: 
     x, y = make("random", 60, 10, 3)
     block, weights = RowBlock.of(x), balanced_weights(y[None])
     whole = fit_rows(block, y[None], PENALTIES[None], weights)
-    real, sizes = batched.minimise, []
+    real, sizes = logistic_float32.minimise, []
 
     def small(space, labels, *args, **options) -> torch.Tensor:
         sizes.append(len(labels))
@@ -158,7 +158,7 @@ def test_a_device_short_of_memory_gets_fewer_problems_then_says_so(monkeypatch: 
             raise torch.OutOfMemoryError
         return real(space, labels, *args, **options)
 
-    monkeypatch.setattr(batched, "minimise", small)
+    monkeypatch.setattr(logistic_float32, "minimise", small)
     most = 1
     parts = fit_rows(block, y[None], PENALTIES[None], weights)
     assert sizes == [4, 2, 1, 1, 2, 1, 1]

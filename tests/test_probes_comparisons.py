@@ -13,7 +13,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score, recall_score, roc_auc_score
 from sklearn.preprocessing import StandardScaler
 
-from concepts.errors import ProbeError, SiteError
+from groundscope.core.errors import ProbeError, SiteError
 from probes import (
     ProbeGrid,
     control_task,

@@ -19,8 +19,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from activation_store import ActivationStore, ArrayInfo, Schema, StoreWriter
-from concepts.errors import ProbeError, SiteError
-from concepts.statistics import wilson
+from groundscope.core.errors import ProbeError, SiteError
+from groundscope.core.statistics import wilson
 from probes import ProbeGrid, fit_grid, probeable
 from probes_stores import PLANTED, MemoryStore, make_store
 
@@ -95,9 +95,9 @@ def test_a_cell_equals_the_protocol_done_with_scikit_learn(grid: ProbeGrid, stor
 
 
 def test_the_penalty_is_the_one_with_the_lowest_loss_on_rows_left_out() -> None:
-    from probes.batched import RowBlock
-    from probes.cells import Recipe, choose
-    from probes.methods import METHODS
+    from probes.protocol.cell import Recipe, choose
+    from probes.protocol.methods import METHODS
+    from probes.solvers.logistic_float32 import RowBlock
 
     rng = np.random.default_rng(0)
     x = rng.normal(size=(120, 30))
@@ -396,7 +396,8 @@ def test_concepts_that_can_be_probed_are_listed(store: MemoryStore) -> None:
 
 def test_probing_needs_no_model() -> None:
     code = (
-        "import sys; import probes, probes.fit, probes.grid, probes.solver, probes.splits, probes.controls\n"
+        "import sys; import probes, probes.fit, probes.grid, probes.solvers.logistic_reference, probes.protocol.splits, "
+        "probes.protocol.controls\n"
         "print(sorted({m.split('.')[0] for m in sys.modules} & {'nnsight', 'transformers', 'transformer_lens'}))"
     )
     done = subprocess.run(

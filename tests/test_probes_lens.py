@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from concepts.errors import ProbeError, SiteError
-from probes import lens
-from probes.lens import Unembedding
+from groundscope.core.errors import ProbeError, SiteError
+from probes.analysis import logit_lens
+from probes.analysis.logit_lens import Unembedding
 from probes_stores import MemoryStore, make_store
 
 
@@ -47,7 +47,7 @@ def store() -> WithTensors:
 
 
 def test_the_logit_lens_is_the_formula(store: WithTensors) -> None:
-    found = lens.logit_lens(store, ["cat", "apple"], VOCABULARY)
+    found = logit_lens.logit_lens(store, ["cat", "apple"], VOCABULARY)
     assert sorted(found) == [0, 1]
     weight, matrix = (store.kept[k].astype(float) for k in ("final_norm.weight", "unembedding.weight"))
     for layer, got in found.items():
@@ -74,13 +74,13 @@ def test_a_layer_norm_and_biases_are_used_where_there_are(store: WithTensors) ->
 
 
 def test_an_object_is_read_where_it_is_written(store: WithTensors) -> None:
-    found = lens.object_readout(store, ["object:apple"], VOCABULARY, resamples=200).set_index("layer")
+    found = logit_lens.object_readout(store, ["object:apple"], VOCABULARY, resamples=200).set_index("layer")
     assert found.loc[1, "auc"] > 0.8
     assert found.loc[1, "auc_low"] > 0.7
     assert found.loc[1, "present"] > found.loc[1, "absent"] + 0.5
     assert found.loc[0, "auc_low"] < 0.5 < found.loc[0, "auc_high"]
     assert (found["n"] == 239).all()
-    log_p = lens.logit_lens(store, ["apple"], VOCABULARY)[1][:, 0]
+    log_p = logit_lens.logit_lens(store, ["apple"], VOCABULARY)[1][:, 0]
     truth = store.table["object:apple"].to_numpy() == 1
     ok = ~np.isnan(log_p)
     up, down = log_p[ok & truth], log_p[ok & ~truth]
@@ -88,31 +88,31 @@ def test_an_object_is_read_where_it_is_written(store: WithTensors) -> None:
 
 
 def test_a_vocabulary_is_kept_next_to_the_store(tmp_path: Path) -> None:
-    path = lens.keep_vocabulary(tmp_path / "activations", VOCABULARY)
+    path = logit_lens.keep_vocabulary(tmp_path / "activations", VOCABULARY)
     assert path == tmp_path / "activations.vocabulary.json"
-    assert lens.read_vocabulary(tmp_path / "activations") == VOCABULARY
+    assert logit_lens.read_vocabulary(tmp_path / "activations") == VOCABULARY
     with pytest.raises(ProbeError, match=r"no vocabulary at .*keep_vocabulary"):
-        lens.read_vocabulary(tmp_path / "other")
+        logit_lens.read_vocabulary(tmp_path / "other")
     path.write_text("[1]")
     with pytest.raises(ProbeError, match="is not a vocabulary"):
-        lens.read_vocabulary(tmp_path / "activations")
+        logit_lens.read_vocabulary(tmp_path / "activations")
     path.write_text("{")
     with pytest.raises(ProbeError, match="cannot be read"):
-        lens.read_vocabulary(tmp_path / "activations")
+        logit_lens.read_vocabulary(tmp_path / "activations")
 
 
 def test_bad_input_is_refused(store: WithTensors) -> None:
     with pytest.raises(ProbeError, match="'pear' not in the vocabulary of 3 words"):
-        lens.logit_lens(store, ["pear"], VOCABULARY)
+        logit_lens.logit_lens(store, ["pear"], VOCABULARY)
     with pytest.raises(ProbeError, match="is number 99 of an unembedding of 9 rows"):
-        lens.logit_lens(store, ["pear"], {"pear": 99})
+        logit_lens.logit_lens(store, ["pear"], {"pear": 99})
     with pytest.raises(SiteError, match=r"decoder.resid_post at last not in store"):
-        lens.logit_lens(store, ["cat"], VOCABULARY, tokens="last")
+        logit_lens.logit_lens(store, ["cat"], VOCABULARY, tokens="last")
     with pytest.raises(ProbeError, match="'object:pear' not in store"):
-        lens.object_readout(store, ["object:pear"], VOCABULARY)
+        logit_lens.object_readout(store, ["object:pear"], VOCABULARY)
     store.kept["unembedding.weight"] = np.ones((9, 4), np.float32)
     with pytest.raises(ProbeError, match="width 16 given, the unembedding reads 4"):
-        lens.logit_lens(store, ["cat"], VOCABULARY)
+        logit_lens.logit_lens(store, ["cat"], VOCABULARY)
     del store.kept["unembedding.weight"]
     with pytest.raises(ProbeError, match=r"keeps no unembedding.weight \(it keeps final_norm.weight\)"):
-        lens.logit_lens(store, ["cat"], VOCABULARY)
+        logit_lens.logit_lens(store, ["cat"], VOCABULARY)

@@ -20,7 +20,14 @@ from probes import (
     RidgeProbe,
     fit_grid,
 )
-from probes.statistics import bootstrap_auc, calibration_error, log_loss, log_odds_slope, resample_groups, weighted_auc
+from probes.protocol.scoring import (
+    bootstrap_auc,
+    calibration_error,
+    log_loss,
+    log_odds_slope,
+    resample_groups,
+    weighted_auc,
+)
 from probes_stores import make_store
 
 ALL = [

@@ -14,10 +14,10 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.multiclass import OneVsRestClassifier
 from sklearn.preprocessing import StandardScaler
 
-from concepts.errors import ProbeError
+from groundscope.core.errors import ProbeError
 from probes import LogisticProbe, MultinomialProbe
-from probes.closed import Spectrum
-from probes.multinomial import fit_multinomial
+from probes.solvers.closed_form import Spectrum
+from probes.solvers.multinomial import fit_multinomial
 
 
 def make(kind: str, n: int, d: int, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

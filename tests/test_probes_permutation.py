@@ -9,12 +9,12 @@ from scipy.stats import false_discovery_control
 from sklearn.linear_model import Ridge
 from sklearn.preprocessing import StandardScaler
 
-from concepts.errors import ProbeError
-from concepts.statistics import wilson
+from groundscope.core.errors import ProbeError
+from groundscope.core.statistics import wilson
 from probes import fit_grid, permutation_test
-from probes.controls import control_labels, shuffle_within
-from probes.ridge import Targets, ridge_scores
-from probes.significance import benjamini_hochberg, benjamini_yekutieli
+from probes.analysis.significance import benjamini_hochberg, benjamini_yekutieli
+from probes.protocol.controls import control_labels, shuffle_within
+from probes.solvers.ridge_many_labels import Targets, ridge_scores
 from probes_stores import PLANTED, MemoryStore, make_store
 
 PENALTIES = np.array([1e-4, 1e-2, 1.0], dtype=np.float32)
@@ -81,7 +81,7 @@ def test_parts_that_fit_into_memory_change_nothing(monkeypatch: pytest.MonkeyPat
     store = make_store(n_groups=60)
     grid = fit_grid(store, ["object:apple"], control=0, penalties=(1e-2,), folds=3)
     whole = permutation_test(store, grid, 25)
-    monkeypatch.setattr("probes.permutation.LABEL_BYTES", 4 * 240 * 7)
+    monkeypatch.setattr("probes.analysis.permutation.LABEL_BYTES", 4 * 240 * 7)
     parts = permutation_test(store, grid, 25)
     np.testing.assert_array_equal(whole.maxima, parts.maxima)
     np.testing.assert_array_equal(whole.p, parts.p)

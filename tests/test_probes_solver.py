@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from concepts.errors import ProbeError
+from groundscope.core.errors import ProbeError
 from probes import fit_logistic
-from probes.newton import Design
+from probes.solvers.newton import Design
 
 
 def oracle(
@@ -135,7 +135,7 @@ def test_wide_and_narrow_solvers_find_the_same(monkeypatch: pytest.MonkeyPatch) 
     x, y = make("random", np.random.default_rng(5))
     penalties = np.array([1e-3, 1.0, 1e4])
     narrow = fit_logistic(x, y, penalties)
-    monkeypatch.setattr("probes.newton.DIRECT_WIDTH", 0)
+    monkeypatch.setattr("probes.solvers.newton.DIRECT_WIDTH", 0)
     wide = fit_logistic(x, y, penalties)
     np.testing.assert_allclose(wide.objective, narrow.objective, rtol=1e-9)
     np.testing.assert_allclose(wide.decision(x), narrow.decision(x), rtol=1e-3, atol=1e-4)

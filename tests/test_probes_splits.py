@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from concepts.errors import ProbeError
-from probes.controls import majority_accuracy, shuffle_labels
-from probes.splits import assign_parts, grouped_folds, grouped_split, groups_needed, support_problem
+from groundscope.core.errors import ProbeError
+from probes.protocol.controls import majority_accuracy, shuffle_labels
+from probes.protocol.splits import assign_parts, grouped_folds, grouped_split, groups_needed, support_problem
 
 
 @given(

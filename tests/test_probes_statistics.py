@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
-from concepts.statistics import wilson
-from probes.statistics import (
+from groundscope.core.statistics import wilson
+from probes.protocol.scoring import (
     auc,
     balanced_accuracy,
     bootstrap_balanced_accuracy,

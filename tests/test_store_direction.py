@@ -9,7 +9,7 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 
 from activation_store import Direction
-from concepts.errors import SiteError, StoreError
+from groundscope.core.errors import SiteError, StoreError
 
 UNIT = np.array([0.6, 0.8], np.float32)
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from activation_store import ActivationStore, ArrayInfo, Ragged, Schema, StoreWriter, verify
-from concepts.errors import StoreError
+from groundscope.core.errors import StoreError
 
 Z = ("decoder", "z", "last")
 SCHEMA = Schema((ArrayInfo("decoder", "z", "last", n_layers=2, width=8, n_heads=2),))
@@ -190,7 +190,7 @@ def test_a_full_disk_while_the_index_is_written_is_one_error(tmp_path: Path, mon
     import errno
     import os
 
-    from activation_store.pen import written
+    from activation_store.format.buffered_file import written
 
     def full(*_: object) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -9,7 +9,7 @@ import pytest
 
 from activation_store import ActivationStore, trace
 from concepts import scenes
-from concepts.errors import StoreError
+from groundscope.core.errors import StoreError
 from lvlm import load_lvlm
 
 

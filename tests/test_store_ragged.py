@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from activation_store import ActivationStore, ArrayInfo, Ragged, Schema, StoreWriter, merge, repack, verify
-from activation_store.layout import runs
-from concepts.errors import SiteError, StoreError
+from activation_store.format.schema import runs
+from groundscope.core.errors import SiteError, StoreError
 
 ROOT = Path(__file__).parents[1]
 INFO = ArrayInfo("decoder", "z", "image:all", n_layers=2, width=6, n_heads=3, ragged=True)
@@ -227,7 +227,7 @@ def test_compression_that_is_none_or_not_installed(tmp_path: Path) -> None:
 import sys
 sys.modules["hdf5plugin"] = None  # as if it were not installed
 from activation_store import ActivationStore, ArrayInfo, Schema, StoreWriter
-from concepts.errors import StoreError
+from groundscope.core.errors import StoreError
 store = ActivationStore({str(tmp_path / "s")!r})
 print(len(store.frame()))
 info = store.arrays[0]

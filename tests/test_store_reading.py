@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from activation_store import ActivationStore, ArrayInfo, Schema, StoreWriter, merge, repack, verify
 from activation_store.__main__ import main
-from concepts.errors import SiteError, StoreError
+from groundscope.core.errors import SiteError, StoreError
 
 ROOT = Path(__file__).parents[1]
 INFO = ArrayInfo("decoder", "z", "last", n_layers=2, width=8, n_heads=2)

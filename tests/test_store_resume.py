@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from activation_store import ActivationStore, ArrayInfo, Schema, StoreWriter, verify
-from concepts.errors import StoreError
+from groundscope.core.errors import StoreError
 
 ROOT = Path(__file__).parents[1]
 Z = ("decoder", "z", "last")

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from activation_store import ActivationStore, ArrayInfo, Schema, StoreWriter, verify
-from concepts.errors import SiteError, StoreError
+from groundscope.core.errors import SiteError, StoreError
 from lvlm.sites import Site, TokenSelection
 
 ROOT = Path(__file__).parents[1]

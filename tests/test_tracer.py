@@ -22,8 +22,8 @@ from PIL import Image
 from activation_store import ActivationStore, trace, verify
 from concepts import ConceptDataset, Example, scenes
 from concepts.drawing import TEST, generator, sample
-from concepts.errors import ConfigError, DataError, SiteError, StoreError
 from concepts.questions import as_example, caption, existence
+from groundscope.core.errors import ConfigError, DataError, SiteError, StoreError
 from lvlm import Lvlm, answer_key, wrap_lvlm
 from lvlm.tiny.architecture import build_model, build_processor
 

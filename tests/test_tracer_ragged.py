@@ -16,9 +16,9 @@ from test_lvlm_families import raw as toy_raw
 from test_tracer import COLUMNS, counted, hooked, of_one_length, patches_of, raw, same_bytes
 
 from activation_store import ActivationStore, trace, verify
-from activation_store.collector import chunk_batches, make_plan
+from activation_store.tracing.plan import chunk_batches, make_plan
 from concepts import ConceptDataset, scenes
-from concepts.errors import SiteError
+from groundscope.core.errors import SiteError
 from lvlm import Lvlm, TokenSelection, wrap_lvlm
 from lvlm.tiny.architecture import build_model, build_processor
 

@@ -9,7 +9,7 @@ import transformers as hf
 from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from lvlm.processing import Parts
+from lvlm.encoding.processor import Parts
 from lvlm.tiny.architecture import vocabulary
 
 WIDTH, LAYERS, HEADS = 32, 3, 4

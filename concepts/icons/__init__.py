@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from concepts.errors import DataError
+from groundscope.core.errors import DataError
 
 NOUNS: tuple[str, ...] = (
     "airplane", "apple", "balloon", "banana", "bell", "bike", "bird", "boat", "bus", "butterfly", "car", "cat",

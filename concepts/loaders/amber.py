@@ -8,10 +8,10 @@ from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
 
-from concepts.errors import DataError
-from concepts.loaders.collecting import YES_NO, Pictures, check_counts, dataset
-from concepts.loaders.records import Record, read_records
+from concepts.reading.assembly import YES_NO, Pictures, check_counts, dataset
+from concepts.reading.records import Record, read_records
 from concepts.schema import ConceptDataset, Example, Level
+from groundscope.core.errors import DataError
 
 DISCRIMINATIVE: Mapping[str, tuple[Level, str]] = MappingProxyType(
     {

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
-from concepts.errors import DataError
 from concepts.images import Cropped
-from concepts.loaders.collecting import Pictures, check_counts, dataset
-from concepts.loaders.records import Record, read_records
-from concepts.loaders.statements import Captioned, asked, check_form
+from concepts.reading.assembly import Pictures, check_counts, dataset
+from concepts.reading.caption_statements import Captioned, asked, check_form
+from concepts.reading.records import Record, read_records
 from concepts.schema import ConceptDataset, Example, Level
+from groundscope.core.errors import DataError
 
 
 def aro(captions: Path | str, images: Path | str, *, form: str = "yes_no", limit: int | None = None) -> ConceptDataset:

@@ -10,13 +10,13 @@ from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
 
-from concepts.errors import DataError
 from concepts.images import FileImage
-from concepts.loaders.collecting import YES_NO, Pictures, check_counts, dataset, yes_or_no
-from concepts.loaders.records import Record, as_record
-from concepts.loaders.streams import stream_list
 from concepts.questions import article
+from concepts.reading.assembly import YES_NO, Pictures, check_counts, dataset, yes_or_no
+from concepts.reading.records import Record, as_record
+from concepts.reading.streams import stream_list
 from concepts.schema import Box, ConceptDataset, Example, Level, SceneObject
+from groundscope.core.errors import DataError
 
 WORDING: Mapping[str, tuple[str, str]] = MappingProxyType(
     {"left": ("left of", "right"), "right": ("right of", "left"), "front": ("in front of", "behind"),

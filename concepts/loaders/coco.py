@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from concepts.errors import DataError
-from concepts.loaders.annotated import Annotated, Asker
-from concepts.loaders.collecting import Pictures, check_counts, dataset
-from concepts.loaders.records import Record
-from concepts.loaders.streams import missing_list, stream, stream_list
+from concepts.reading.annotation_questions import Annotated, Asker
+from concepts.reading.assembly import Pictures, check_counts, dataset
+from concepts.reading.records import Record
+from concepts.reading.streams import missing_list, stream, stream_list
 from concepts.schema import Box, ConceptDataset, Example, SceneObject
+from groundscope.core.errors import DataError
 
 _BEYOND = "images beyond the limit"
 

@@ -7,12 +7,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
-from concepts.errors import DataError
-from concepts.loaders.annotated import RELATION_NAMES, SPELLINGS, Annotated, Asker
-from concepts.loaders.collecting import YES_NO, Pictures, check_counts, dataset
-from concepts.loaders.records import Record, as_record
-from concepts.loaders.streams import stream
+from concepts.reading.annotation_questions import RELATION_NAMES, SPELLINGS, Annotated, Asker
+from concepts.reading.assembly import YES_NO, Pictures, check_counts, dataset
+from concepts.reading.records import Record, as_record
+from concepts.reading.streams import stream
 from concepts.schema import Box, ConceptDataset, Example, Level, SceneObject
+from groundscope.core.errors import DataError
 
 LEVEL_OF: Mapping[str, Level] = MappingProxyType(
     {"obj": "object", "cat": "object", "attr": "attribute", "global": "attribute", "rel": "relation"}
@@ -45,7 +45,7 @@ def gqa(
         ``{question id: {imageId, question, answer, types: {semantic}}}``: GQA's own questions instead of made ones;
         those that are answered yes or no are kept.
     per_image
-        Pairs of made questions of each level an image gets at most; see `concepts.loaders.annotated`.
+        Pairs of made questions of each level an image gets at most; see `concepts.reading.annotation_questions`.
     seed
         Decides what is drawn.
     limit

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
-from concepts.errors import DataError
-from concepts.loaders.collecting import YES_NO, Pictures, check_counts, dataset
-from concepts.loaders.records import Record, read_table
+from concepts.reading.assembly import YES_NO, Pictures, check_counts, dataset
+from concepts.reading.records import Record, read_table
 from concepts.schema import ConceptDataset, Example, Level
+from groundscope.core.errors import DataError
 
 LEVEL_OF: Mapping[str, Level] = MappingProxyType(
     {

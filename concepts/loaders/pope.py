@@ -7,10 +7,10 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
-from concepts.errors import DataError
-from concepts.loaders.collecting import YES_NO, Pictures, check_counts
-from concepts.loaders.records import Record, read_records, sha256
+from concepts.reading.assembly import YES_NO, Pictures, check_counts
+from concepts.reading.records import Record, read_records, sha256
 from concepts.schema import ConceptDataset, Example
+from groundscope.core.errors import DataError
 
 SPLITS = ("random", "popular", "adversarial")
 # "imange" is in published files: the release wrote "an" for every "a" of its template.

@@ -7,11 +7,11 @@ from itertools import islice
 from pathlib import Path
 from typing import get_args
 
-from concepts.errors import ConfigError
-from concepts.loaders.collecting import Pictures, check_counts, dataset
-from concepts.loaders.statements import Captioned, asked, check_form
-from concepts.loaders.streams import stream
+from concepts.reading.assembly import Pictures, check_counts, dataset
+from concepts.reading.caption_statements import Captioned, asked, check_form
+from concepts.reading.streams import stream
 from concepts.schema import ConceptDataset, Example, Level
+from groundscope.core.errors import ConfigError
 
 LEVEL_OF: dict[str, Level] = {"obj": "object", "ent": "object", "att": "attribute", "rel": "relation"}
 """What the file's name ends in to its level: ``replace_att.json``."""

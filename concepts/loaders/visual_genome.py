@@ -6,14 +6,14 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from concepts.errors import DataError
 from concepts.images import FileImage
-from concepts.loaders.annotated import RELATION_NAMES, Annotated, Asker
-from concepts.loaders.collecting import Pictures, check_counts, dataset
 from concepts.loaders.gqa import attributes_of
-from concepts.loaders.records import Record, as_record
-from concepts.loaders.streams import stream_list
+from concepts.reading.annotation_questions import RELATION_NAMES, Annotated, Asker
+from concepts.reading.assembly import Pictures, check_counts, dataset
+from concepts.reading.records import Record, as_record
+from concepts.reading.streams import stream_list
 from concepts.schema import Box, ConceptDataset, Example, SceneObject
+from groundscope.core.errors import DataError
 
 _FOLDERS = ("", "VG_100K/", "VG_100K_2/")
 _BEYOND = "images beyond the limit"
@@ -49,7 +49,7 @@ def visual_genome(
         ``[{image_id or id, regions[{phrase}]}]``: adds a question for a description of each image, whose answer is all
         of its phrases.
     per_image
-        Pairs of questions of each level an image gets at most; see `concepts.loaders.annotated`.
+        Pairs of questions of each level an image gets at most; see `concepts.reading.annotation_questions`.
     seed
         Decides what is drawn.
     limit

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
-from concepts.errors import DataError
-from concepts.loaders.collecting import Pictures, check_counts, dataset
-from concepts.loaders.records import Record, read_records
-from concepts.loaders.statements import Captioned, statement
+from concepts.reading.assembly import Pictures, check_counts, dataset
+from concepts.reading.caption_statements import Captioned, statement
+from concepts.reading.records import Record, read_records
 from concepts.schema import ConceptDataset, Example
+from groundscope.core.errors import DataError
 
 
 def vsr(captions: Path | str, images: Path | str, *, limit: int | None = None) -> ConceptDataset:

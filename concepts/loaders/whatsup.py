@@ -9,12 +9,12 @@ from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 from typing import Any
 
-from concepts.errors import ConfigError, DataError
-from concepts.loaders.collecting import Pictures, check_counts, dataset
-from concepts.loaders.records import Record, as_record
-from concepts.loaders.statements import Captioned, asked, check_form, further
-from concepts.loaders.streams import Entry, stream
+from concepts.reading.assembly import Pictures, check_counts, dataset
+from concepts.reading.caption_statements import Captioned, asked, check_form, further
+from concepts.reading.records import Record, as_record
+from concepts.reading.streams import Entry, stream
 from concepts.schema import ConceptDataset, Example
+from groundscope.core.errors import ConfigError, DataError
 
 NAMES: Mapping[str, str] = MappingProxyType({"coco": "%012d.jpg", "vg": "%d.jpg"})
 """How ``coco_qa`` and ``vg_qa`` files mean an image id."""

@@ -12,9 +12,9 @@ import numpy as np
 import yaml
 
 from activation_store import ActivationStore
-from circuits import diagnose
 from concepts import scenes
-from experiments.diagnose import fit_directions
+from diagnosis import diagnose
+from experiments.stages.diagnose import fit_directions
 from lvlm import load_lvlm
 
 run = Path(os.environ.get("GROUNDSCOPE_RUN", "../../runs/default"))

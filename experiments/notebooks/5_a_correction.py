@@ -14,9 +14,10 @@ import pandas as pd
 
 from activation_store import ActivationStore
 from behavior import answer, compare
-from circuits import HeadScores, derive, export
+from circuits import HeadScores
 from concepts import scenes
 from lvlm import load_lvlm
+from mitigation import derive, export
 
 run = Path(os.environ.get("GROUNDSCOPE_RUN", "../../runs/default"))
 store = ActivationStore(run / "activations")

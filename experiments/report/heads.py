@@ -9,7 +9,7 @@ import numpy as np
 
 from concepts.schema import Example
 from experiments.report import figures
-from experiments.report.facts import Facts
+from experiments.report.data import Facts
 from experiments.report.html import closed, figure, paragraph, section, table, text
 from lvlm import Head
 

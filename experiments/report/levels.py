@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from concepts.schema import LEVELS
-from experiments.report.facts import Facts
+from experiments.report.data import Facts
 from experiments.report.html import paragraph, percent, section, table
 from experiments.report.sources import PARTS, shares
 

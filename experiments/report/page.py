@@ -6,18 +6,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from circuits.diagnosing.diagnoses import VERDICTS
 from concepts.schema import LEVELS
-from experiments.context import Context
+from diagnosis.results import VERDICTS
 from experiments.report import figures
-from experiments.report.apple import apple_section
-from experiments.report.facts import Facts
+from experiments.report.data import Facts
+from experiments.report.diagnoses import why_section
+from experiments.report.example_story import apple_section
 from experiments.report.figures import Point
 from experiments.report.heads import heads_section
 from experiments.report.html import figure, page, paragraph, percent, section, table, text
 from experiments.report.levels import levels_section
 from experiments.report.sources import sources_section
-from experiments.report.why import why_section
+from experiments.run.context import Context
 
 if TYPE_CHECKING:
     from circuits import HeadScores

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from circuits.diagnosing.diagnoses import Diagnosis
 from concepts.schema import LEVELS
-from concepts.statistics import cluster_bootstrap
+from diagnosis.results import Diagnosis
 from experiments.report import figures
-from experiments.report.facts import Facts
+from experiments.report.data import Facts
 from experiments.report.figures import Point
 from experiments.report.html import figure, paragraph, section, table
+from groundscope.core.statistics import cluster_bootstrap
 
 PARTS = ("image", "prompt", "prior")
 FEWEST = 3

@@ -1,1 +1,1 @@
-"""What every room stands on and what has no subject: bytes, numbers, files, terminals."""
+"""No subject: errors, files, locks, progress, statistics, text. Every room stands on it."""

@@ -12,7 +12,7 @@ import stat
 from collections.abc import Callable
 from typing import IO, Any
 
-from concepts.errors import DataError, GroundscopeError
+from groundscope.core.errors import DataError, GroundscopeError
 
 MAX_JSON_BYTES = 1 << 30
 """Limit of `read_text` and `read_json`; larger annotation files are streamed by their loaders."""

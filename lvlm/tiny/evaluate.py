@@ -25,7 +25,7 @@ from concepts import scenes
 from concepts.captions import named_objects
 from concepts.icons import NOUNS
 from concepts.schema import ConceptDataset, Example
-from concepts.statistics import Estimate, estimate
+from groundscope.core.statistics import Estimate, estimate
 from lvlm.answers import answer_key
 from lvlm.loading import load_lvlm
 from lvlm.model import Lvlm

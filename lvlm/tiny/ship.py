@@ -15,7 +15,7 @@ from rich.console import Console
 from transformers import LlavaForConditionalGeneration
 
 from concepts import scenes
-from concepts.statistics import Estimate
+from groundscope.core.statistics import Estimate
 from lvlm.embedded import folder_of
 from lvlm.loading import load_lvlm
 from lvlm.tiny import evaluate

@@ -1,0 +1,1 @@
+"""The file format: what is on disk, encoded and checked. Private; `activation_store` has the public names."""

@@ -1,0 +1,67 @@
+"""Elements of an HDF5 file with the type they must have; anything else is damage, raised as KeyError."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import h5py
+
+from activation_store.format.schema import ENCODING_VERSION
+
+
+def mark(element: h5py.Group | h5py.Dataset, kind: str) -> None:
+    """Give an element its encoding type and version."""
+    element.attrs["encoding-type"] = kind
+    element.attrs["encoding-version"] = ENCODING_VERSION
+
+
+def attribute(element: h5py.Group | h5py.Dataset, name: str) -> Any:
+    """Return an attribute; KeyError where it is not there."""
+    return element.attrs[name]
+
+
+def group_at(parent: h5py.Group, name: str) -> h5py.Group:
+    """Return the group of a name; KeyError where it is not there or no group."""
+    element = parent[name]
+    if not isinstance(element, h5py.Group):
+        raise KeyError(name)
+    return element
+
+
+def dataset_at(parent: h5py.Group, name: str) -> h5py.Dataset:
+    """Return the dataset of a name; KeyError where it is not there or no dataset."""
+    element = parent[name]
+    if not isinstance(element, h5py.Dataset):
+        raise KeyError(name)
+    return element
+
+
+def elements(parent: h5py.Group) -> Iterator[tuple[str, h5py.Group | h5py.Dataset]]:
+    """Return the groups and datasets in a group, by name, sorted."""
+    for name in _names(parent):
+        yield name, element_at(parent, name)
+
+
+def element_at(parent: h5py.Group, name: str) -> h5py.Group | h5py.Dataset:
+    """Return the group or dataset of a name; KeyError where it is not there."""
+    element = parent[name]
+    if not isinstance(element, h5py.Group | h5py.Dataset):
+        raise KeyError(name)
+    return element
+
+
+def groups(parent: h5py.Group) -> Iterator[tuple[str, h5py.Group]]:
+    """Return the groups in a group, by name, sorted."""
+    for name in _names(parent):
+        yield name, group_at(parent, name)
+
+
+def datasets(parent: h5py.Group) -> Iterator[tuple[str, h5py.Dataset]]:
+    """Return the datasets in a group, by name, sorted."""
+    for name in _names(parent):
+        yield name, dataset_at(parent, name)
+
+
+def _names(parent: h5py.Group) -> list[str]:
+    return sorted(str(name) for name in parent)

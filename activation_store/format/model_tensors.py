@@ -1,0 +1,109 @@
+"""Arrays that belong to the model and not to an example (an unembedding matrix, say), kept once beside the shards."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from activation_store.format.buffered_file import written
+from activation_store.format.hdf5 import attribute, dataset_at, datasets, mark
+from activation_store.format.manifest import TensorsEntry
+from activation_store.format.schema import LAYOUT_VERSION, TENSORS, column_name, link_name
+from activation_store.format.shard import open_shard, reading
+from groundscope.core.errors import StoreError
+from groundscope.core.files import explained, file_digest, part_of, publish
+
+_KIND = "model-tensors"
+
+
+def write_tensors(folder: Path, arrays: Mapping[str, np.ndarray], owner: str = "") -> None:
+    """Write ``tensors.h5``, or check that the one there holds the same.
+
+    Raises
+    ------
+    StoreError
+        Where another set of arrays is there already, an array is not numeric, or the disk refuses.
+    """
+    plain = {name: _little_endian(name, np.asarray(values)) for name, values in arrays.items()}
+    path = folder / TENSORS
+    if path.exists():
+        _check_same(path, {name: _digest(values) for name, values in plain.items()})
+        return
+    temporary = part_of(path, owner)
+    with explained(lambda reason: f"{path}: the model-level arrays cannot be written: {reason}"):
+        temporary.unlink(missing_ok=True)
+        try:
+            with written(temporary) as file:
+                mark(file, _KIND)
+                file.attrs["layout-version"] = LAYOUT_VERSION
+                for name in sorted(plain):
+                    dataset = file.create_dataset(link_name(name), data=plain[name])
+                    mark(dataset, "model-tensor")
+                    dataset.attrs["sha256"] = _digest(plain[name])
+            publish(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def read_tensor(folder: Path, name: str) -> np.ndarray:
+    """Return one model-level array as it was given; raises `StoreError` naming those there are."""
+    path = folder / TENSORS
+    names = tensor_names(folder)
+    if name not in names:
+        msg = f"{folder}: no tensor '{name}' is kept beside the activations; there are: {', '.join(names) or 'none'}"
+        raise StoreError(msg)
+    with open_shard(path, _KIND) as file, reading(path):
+        return np.asarray(dataset_at(file, link_name(name))[...])
+
+
+def tensor_names(folder: Path) -> tuple[str, ...]:
+    """Return the names of the model-level arrays, sorted."""
+    path = folder / TENSORS
+    if not path.exists():
+        return ()
+    with open_shard(path, _KIND) as file, reading(path):
+        return tuple(sorted(column_name(link) for link, _ in datasets(file)))
+
+
+def damaged_tensors(folder: Path) -> list[str]:
+    """Return the names of the model-level arrays whose values are not those that were written."""
+    path = folder / TENSORS
+    with open_shard(path, _KIND) as file, reading(path):
+        found = [(column_name(link), data) for link, data in datasets(file)]
+        return [name for name, data in found if _digest(np.asarray(data[...])) != attribute(data, "sha256")]
+
+
+def tensors_entry(folder: Path) -> TensorsEntry | None:
+    """Return what the manifest says of ``tensors.h5``; None where there is none."""
+    path = folder / TENSORS
+    if not path.exists():
+        return None
+    return TensorsEntry(TENSORS, path.stat().st_size, file_digest(path), tensor_names(folder))
+
+
+def _check_same(path: Path, wanted: Mapping[str, str]) -> None:
+    with open_shard(path, _KIND) as file, reading(path):
+        there = {column_name(link): str(attribute(data, "sha256")) for link, data in datasets(file)}
+    for name in sorted(there.keys() | wanted.keys()):
+        old, new = there.get(name, "nothing"), wanted.get(name, "nothing")
+        if old != new:
+            msg = (
+                f"{path}: field 'extra.{name}' differs: the store has {old}, this run brings {new}; "
+                f"write into another folder, or with the same model"
+            )
+            raise StoreError(msg)
+
+
+def _little_endian(name: str, values: np.ndarray) -> np.ndarray:
+    if not name or values.dtype.kind not in "fiub":
+        msg = f"extra array '{name}' of dtype {values.dtype} cannot be stored: it needs a name and numbers or booleans"
+        raise StoreError(msg)
+    return np.ascontiguousarray(values, dtype=values.dtype.newbyteorder("<"))
+
+
+def _digest(values: np.ndarray) -> str:
+    head = f"{values.dtype.str} {values.shape}\n".encode()
+    return hashlib.sha256(head + np.ascontiguousarray(values).tobytes()).hexdigest()

@@ -1,0 +1,100 @@
+"""Which array, layer and columns are meant by a site, a token selection and a head; and what there is, where they are not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from activation_store.format.schema import ArrayInfo
+from groundscope.core.errors import SiteError
+from lvlm.sites import Site, TokenSelection
+
+
+class Catalog:
+    """The arrays of a store."""
+
+    def __init__(self, arrays: Sequence[ArrayInfo]) -> None:
+        self._arrays = tuple(arrays)
+        self._by_key = {a.key: a for a in arrays}
+        self._found: dict[tuple[object, object, int | None], tuple[ArrayInfo, int, slice]] = {}
+
+    def has(self, stack: str, component: str, tokens: str | TokenSelection) -> bool:
+        """Whether an array was traced."""
+        return (stack, component, str(tokens)) in self._by_key
+
+    def family(self, stack: str, component: str) -> list[ArrayInfo]:
+        """Return the arrays of a component, one for each token selection; raises `SiteError` where there is none."""
+        family = [a for a in self._arrays if (a.stack, a.component) == (stack, component)]
+        if not family:
+            msg = f"'{stack}.{component}' not in store: {self._there()}; trace again with sites=['{component}']"
+            raise SiteError(msg)
+        return family
+
+    def n_heads(self, stack: str) -> int:
+        """Return the number of attention heads of a stack; raises `SiteError` where no z was traced in it."""
+        heads = [a.n_heads for a in self._arrays if a.stack == stack and a.component == "z" and a.n_heads]
+        if not heads:
+            msg = f"heads of '{stack}' not in store: z was not traced there; {self._there()}; trace again with z"
+            raise SiteError(msg)
+        return heads[0]
+
+    def find(
+        self, site: str | Site, tokens: str | TokenSelection, head: int | None = None
+    ) -> tuple[ArrayInfo, int, slice]:
+        """Return the array, the place of the layer along its second axis, and the columns of the head (None: all).
+
+        Raises
+        ------
+        SiteError
+            Where the site, token selection or head is not in the store; says what is.
+        """
+        asked = (site, tokens, head)
+        if asked not in self._found:  # parsing takes longer than reading a head that is in memory
+            self._found[asked] = self._look_up(site, tokens, head)
+        return self._found[asked]
+
+    def _look_up(
+        self, site: str | Site, tokens: str | TokenSelection, head: int | None
+    ) -> tuple[ArrayInfo, int, slice]:
+        place = site if isinstance(site, Site) else Site.parse(site)
+        component = f"cross.{place.component}" if place.cross else place.component
+        family = self.family(place.stack, component)
+        selection = str(tokens if isinstance(tokens, TokenSelection) else TokenSelection.parse(tokens))
+        info = self._by_key.get((place.stack, component, selection))
+        if info is None:
+            there = ", ".join(f"'{a.tokens}'" for a in family)
+            msg = (
+                f"token selection '{selection}' of site '{place}' not in store: {there} were traced; "
+                f"trace again with tokens=['{selection}']"
+            )
+            raise SiteError(msg)
+        if place.layer not in info.layers:
+            msg = (
+                f"site '{place}' not in store: layers {layer_range(info.layers)} were traced; "
+                f"trace again with sites=['{place}'] if the model has it"
+            )
+            raise SiteError(msg)
+        return info, info.layers.index(place.layer), _head_slice(info, str(site), head)
+
+    def _there(self) -> str:
+        names = dict.fromkeys(f"{a.stack}.{a.component}" for a in self._arrays)
+        return f"{', '.join(names)} were traced"
+
+
+def _head_slice(info: ArrayInfo, site: str, head: int | None) -> slice:
+    if head is None:
+        return slice(0, info.width)
+    dim = info.head_dim
+    if dim is None or info.n_heads is None:
+        msg = f"site '{site}' has no heads, so head={head} cannot be read; heads are in 'z'"
+        raise SiteError(msg)
+    if not 0 <= head < info.n_heads:
+        msg = f"head {head} of site '{site}' not in store: it has heads 0-{info.n_heads - 1}"
+        raise SiteError(msg)
+    return slice(head * dim, (head + 1) * dim)
+
+
+def layer_range(layers: Sequence[int]) -> str:
+    """Return layer numbers for people: ``0-31`` where none between is missing, else each."""
+    if len(layers) > 1 and list(layers) == list(range(layers[0], layers[-1] + 1)):
+        return f"{layers[0]}-{layers[-1]}"
+    return ", ".join(map(str, layers))

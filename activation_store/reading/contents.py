@@ -1,0 +1,185 @@
+"""What a store holds: its arrays, its table of examples, where it came from; and its shards, open as long as needed."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from itertools import accumulate
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from activation_store.format.columns import join_columns
+from activation_store.format.encoding import Column
+from activation_store.format.model_tensors import tensor_names
+from activation_store.format.schema import ArrayInfo, Schema, is_label
+from activation_store.format.shard import reading
+from activation_store.reading.catalog import Catalog
+from activation_store.reading.combined_folders import provenance_of
+from activation_store.reading.folder import Folder, OpenShard
+from activation_store.reading.query import matching
+from groundscope.core.files import canonical_json
+from lvlm.sites import TokenSelection
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_OPEN_FILES = 64
+
+
+class Contents:
+    """What is in one or several folders of one store; `ActivationStore` adds reading."""
+
+    def __init__(self, folders: tuple[Folder, ...]) -> None:
+        self._folders = folders
+        self._path = folders[0].path
+        self._schema = folders[0].schema
+        self._provenance = MappingProxyType(provenance_of(folders))
+        self._shards = tuple(shard for folder in folders for shard in folder.shards)
+        # [shards + 1]: first row of each, and the end; plain numbers, as finding a head takes no longer than looking here.
+        self._starts = list(accumulate((rows for _, rows in self._shards), initial=0))
+        self._catalog = Catalog(self._schema.arrays)
+        self._open: dict[int, OpenShard] = {}
+
+    @property
+    def path(self) -> Path:
+        """Folder of the store; of several merged ones the first."""
+        return self._path
+
+    @property
+    def folders(self) -> tuple[Folder, ...]:
+        """What each folder holds: one, but for several merged stores."""
+        return self._folders
+
+    @property
+    def complete(self) -> bool:
+        """Whether the run that wrote it finished; otherwise only the shards sealed so far are read."""
+        return all(folder.complete for folder in self._folders)
+
+    @property
+    def arrays(self) -> tuple[ArrayInfo, ...]:
+        """What is kept for each example, sorted by stack, component and token selection."""
+        return self._schema.arrays
+
+    @property
+    def dtype(self) -> str:
+        """The dtype values are kept in: float32, float16 or bfloat16; reading gives float32."""
+        return self._schema.dtype
+
+    @property
+    def provenance(self) -> Mapping[str, Any]:
+        """Where it came from, as the tracer recorded it."""
+        return self._provenance
+
+    @property
+    def schema(self) -> Schema:
+        """Arrays, dtype and compression, as a writer takes them."""
+        return self._schema
+
+    def shards(self) -> Iterator[OpenShard]:
+        """Yield the sealed shards in order, each open until many others were asked for."""
+        return (self._shard(index) for index in range(len(self._shards)))
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the manifest; of a store not complete, of the digests of its arrays; of merged ones, of theirs."""
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> str:
+        digests = [folder.digest() for folder in self._folders]
+        return digests[0] if len(digests) == 1 else hashlib.sha256(canonical_json(digests).encode()).hexdigest()
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """Names of the model-level arrays kept beside the examples."""
+        return tensor_names(self._beside())
+
+    @cached_property
+    def columns(self) -> Mapping[str, Column]:
+        """The example table as read-only columns [N]: text as objects, labels float32 with NaN where undefined."""
+        parts = []
+        for index, (path, rows) in enumerate(self._shards):
+            shard = self._shard(index)
+            with reading(path):
+                parts.append((rows, shard.columns()))
+        columns = join_columns(parts)
+        for values in columns.values():
+            values.setflags(write=False)
+        return MappingProxyType(columns)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Concepts that have a label column, in order."""
+        return tuple(name for name in self.columns if is_label(name))
+
+    @property
+    def examples(self) -> pd.DataFrame:
+        """The table of examples, one row for each; the same as `frame()`."""
+        return self.frame()
+
+    def frame(self) -> pd.DataFrame:
+        """Return the table of examples: id, group, question, …, a float32 column for each concept (NaN: undefined)."""
+        import pandas as pd
+
+        return pd.DataFrame({name: values.copy() for name, values in self.columns.items()})
+
+    def select(self, where: Mapping[str, Any] | None = None, /, **columns: Any) -> np.ndarray:
+        """Return the rows of the examples whose columns have the given values, to be used as `examples`.
+
+        Parameters
+        ----------
+        where
+            Value by column, for names that Python has no keyword for: ``{"attribute:green": True}``.
+        columns
+            Value by column: ``split="neutral"``. A list of values means any of them; None means undefined (of text:
+            empty). All conditions must hold.
+
+        Returns
+        -------
+        int64 [n], increasing.
+
+        Raises
+        ------
+        StoreError
+            Where a label or column is not in the store, or cannot be compared with the value.
+        """
+        return matching(self.columns, {**(where or {}), **columns}, len(self), self._path)
+
+    def has(self, stack: str, component: str, tokens: str | TokenSelection) -> bool:
+        """Whether an array was traced."""
+        return self._catalog.has(stack, component, tokens)
+
+    def layers(self, stack: str, component: str) -> int:
+        """Return how many layers were traced; raises `SiteError` where none."""
+        return self._catalog.family(stack, component)[0].n_layers
+
+    def width(self, stack: str, component: str) -> int:
+        """Return the values kept for each layer and example; raises `SiteError` where the component was not traced."""
+        return self._catalog.family(stack, component)[0].width
+
+    def n_heads(self, stack: str) -> int:
+        """Return the number of attention heads of a stack; raises `SiteError` where no z was traced in it."""
+        return self._catalog.n_heads(stack)
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def __repr__(self) -> str:
+        state = "" if self.complete else ", not complete: only what is sealed so far"
+        where = str(self._path) if len(self._folders) == 1 else f"{self._path} and {len(self._folders) - 1} more"
+        sizes = f"{len(self)} examples, {len(self.arrays)} arrays, {self.dtype}"
+        return f"ActivationStore({where!r}, {sizes}{state})"
+
+    def _beside(self) -> Path:
+        return next((f.path for f in self._folders if tensor_names(f.path)), self._path)
+
+    def _shard(self, index: int) -> OpenShard:
+        shard = self._open.pop(index, None) or OpenShard(self._shards[index][0], self._schema)
+        self._open[index] = shard  # last used, last in the dictionary
+        while len(self._open) > _OPEN_FILES:
+            self._open.pop(next(iter(self._open)))
+        return shard

@@ -1,0 +1,149 @@
+"""Opening: what a folder holds, found without reading any activations, and shards kept open for reading."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from activation_store.format.columns import read_columns
+from activation_store.format.compression import need_filter
+from activation_store.format.digests import stated_digest
+from activation_store.format.encoding import Column
+from activation_store.format.hdf5 import element_at, group_at
+from activation_store.format.manifest import read_manifest
+from activation_store.format.mapped_file import Source
+from activation_store.format.schema import (
+    INDEX,
+    MANIFEST,
+    TENSORS,
+    ArrayInfo,
+    Key,
+    Schema,
+    comparable,
+    difference,
+    shard_numbers,
+)
+from activation_store.format.shard import open_shard, read_json, read_rows, reading, rebuild_advice
+from activation_store.reading.rows import ArrayReader
+from groundscope.core.errors import StoreError
+from groundscope.core.files import canonical_json
+
+
+@dataclass(frozen=True)
+class Folder:
+    """What a folder holds: its schema, where it came from, and its sealed shards."""
+
+    path: Path
+    schema: Schema
+    provenance: Mapping[str, Any]
+    shards: tuple[tuple[Path, int], ...]
+    """Each with its rows, in order."""
+    complete: bool
+    """Whether a manifest lists just these."""
+
+    def digest(self) -> str:
+        """Return the SHA-256 of the manifest; of a folder that is not complete, of the digests of its arrays."""
+        if self.complete:
+            return hashlib.sha256((self.path / MANIFEST).read_bytes()).hexdigest()
+        sealed = []
+        for path, _ in self.shards:
+            with open_shard(path) as file, reading(path):
+                elements = [element_at(file, f"arrays/{a.name}") for a in self.schema.arrays]
+                sealed.append([path.name, *map(stated_digest, elements)])
+        return hashlib.sha256(canonical_json(sealed).encode()).hexdigest()
+
+
+def open_folder(folder: Path) -> Folder:
+    """Find out what a folder holds; raises `StoreError` where it is no store, or a file is missing or damaged."""
+    names = _sealed_shards(folder)
+    manifest_path = folder / MANIFEST
+    manifest = read_manifest(manifest_path) if manifest_path.exists() else None
+    listed = {e.file: e for e in manifest.shards} if manifest else {}
+    for name, entry in listed.items():
+        if name not in names:
+            msg = (
+                f"{folder / name}: this shard with {entry.rows} examples ('{entry.examples[0]}' to "
+                f"'{entry.examples[-1]}') is missing; run the same trace again: only they are traced anew"
+            )
+            raise StoreError(msg)
+        size = (folder / name).stat().st_size
+        if size != entry.bytes:
+            msg = f"{folder / name}: damaged, {size} bytes instead of {entry.bytes}; {rebuild_advice(name)}"
+            raise StoreError(msg)
+    schema, provenance = (manifest.schema, manifest.provenance) if manifest else (None, {})
+    rows = {name: e.rows for name, e in listed.items()}
+    for name in names:
+        if name in listed:
+            continue
+        with open_shard(folder / name) as file, reading(folder / name):
+            found, source = Schema.from_record(read_json(file, "schema")), read_json(file, "provenance")
+            rows[name] = read_rows(file)
+        if schema is None:
+            schema, provenance = found, source
+        _check_same(folder / name, (schema, provenance), (found, source))
+    if schema is None:
+        msg = f"{folder}: no shard is sealed yet and there is no manifest; nothing to read until one is"
+        raise StoreError(msg)
+    complete = manifest is not None and listed.keys() == set(names)
+    return Folder(folder, schema, provenance, tuple((folder / name, rows[name]) for name in names), complete)
+
+
+class OpenShard:
+    """A shard mapped for reading, with readers of its arrays made as they are asked for.
+
+    No HDF5 file is kept open: one that is still open when the interpreter ends can crash it.
+    """
+
+    def __init__(self, path: Path, schema: Schema) -> None:
+        self._path, self._schema = path, schema
+        with reading(path):
+            self._source = Source(path)
+        self._readers: dict[Key, ArrayReader] = {}
+
+    def array(self, info: ArrayInfo) -> ArrayReader:
+        """Return the reader of an array; raises KeyError where the shard lacks it."""
+        if info.key not in self._readers:
+            need_filter(self._schema.compression)
+            with open_shard(self._path, source=self._source) as file:
+                element = element_at(file, f"arrays/{info.name}")
+                reader = ArrayReader(self._path, info.name, element, self._source, self._schema.dtype)
+            self._readers[info.key] = reader
+        return self._readers[info.key]
+
+    def columns(self) -> dict[str, Column]:
+        """Read the table of examples."""
+        with open_shard(self._path, source=self._source) as file:
+            return read_columns(group_at(file, "examples"))
+
+
+def _sealed_shards(path: Path) -> list[str]:
+    if path.is_file():
+        msg = f"{path} is a file: an activation store is a folder of shard-<worker>-<n>.h5 files with a manifest"
+        raise StoreError(msg)
+    if not path.is_dir():
+        msg = f"no activation store at {path}: there is no such folder; trace into it first"
+        raise StoreError(msg)
+    there = sorted(p.name for p in path.iterdir())
+    shards = sorted((n for n in there if shard_numbers(n)), key=lambda n: shard_numbers(n) or (0, 0))
+    if not shards and MANIFEST not in there:
+        unfinished = [n for n in there if n.startswith("shard-")]
+        other = [n for n in there if n.endswith((".h5", ".hdf5")) and n not in (TENSORS, INDEX)]
+        found = "the folder is empty" if not there else f"the folder holds {', '.join(there[:5])}"
+        if unfinished:
+            found = f"a run has begun, but sealed no shard yet ({unfinished[0]}); run it again to the end"
+        elif other:
+            found = f"{other[0]} is plain HDF5 that is not a store's"
+        msg = f"no activation store at {path}: {found}"
+        raise StoreError(msg)
+    return shards
+
+
+def _check_same(path: Path, first: tuple[Schema, Mapping[str, Any]], this: tuple[Schema, Mapping[str, Any]]) -> None:
+    found = difference(comparable(*first), comparable(*this))
+    if found is not None:
+        field, old, new = found
+        msg = f"{path}: field '{field}' is {new!r}, but {old!r} in the rest of the store; this shard is from elsewhere"
+        raise StoreError(msg)

@@ -1,0 +1,115 @@
+"""What a store holds, for people: tables in the terminal."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from activation_store.format.columns import is_lists
+from activation_store.format.encoding import STORAGE
+from activation_store.reading.catalog import layer_range
+from activation_store.reading.store import ActivationStore
+
+_LONGEST = 100
+
+
+def show(store: ActivationStore, console: Console) -> None:
+    """Print what is in a store."""
+    size = sum(p.stat().st_size for part in store.folders for p in part.path.iterdir() if p.is_file())
+    state = "complete" if store.complete else "not complete: read as far as it is sealed"
+    console.print(f"[bold]{escape(str(store.path))}[/bold]", highlight=False, soft_wrap=True)
+    kept = f"{store.dtype}, {store.schema.compression or 'not compressed'}"
+    shards = sum(len(part.shards) for part in store.folders)
+    console.print(f"{len(store)} examples in {shards} shards, {kept}, {_size(size)}, {state}", highlight=False)
+    console.print(f"digest {store.digest}", highlight=False, soft_wrap=True)
+    console.print(_arrays(store))
+    if len(store):
+        for table in (_columns(store), _labels(store)):
+            if table.row_count:
+                console.print(table)
+    if store.tensors:
+        console.print(escape(f"tensors: {', '.join(store.tensors)}"), highlight=False)
+    provenance = _table("provenance", "field", "value")
+    for key, value in sorted(store.provenance.items()):
+        provenance.add_row(escape(key), escape(_text(value)))
+    if provenance.row_count:
+        console.print(provenance)
+
+
+def _arrays(store: ActivationStore) -> Table:
+    table = _table("arrays", "site", "tokens", "shape", "layers", "heads", "on disk", "notes")
+    for column in table.columns[:3]:
+        column.no_wrap = True  # half a name or shape says nothing; notes may take several lines
+    for a in store.arrays:
+        rows = disk = overflow = nonfinite = 0
+        for shard in store.shards():
+            array = shard.array(a)
+            rows, disk = rows + array.rows, disk + array.bytes
+            overflow, nonfinite = overflow + array.counts[0], nonfinite + array.counts[1]
+        raw = rows * a.n_layers * a.width * STORAGE[store.dtype].itemsize
+        notes = (
+            f"{rows} tokens" if a.ragged else "",
+            f"{disk / raw:.0%} of raw" if raw and store.schema.compression else "",
+            f"{overflow} overflowed" if overflow else "",
+            f"{nonfinite} NaN or inf" if nonfinite else "",
+        )
+        row = (
+            f"{a.stack}.{a.component}",
+            a.tokens,
+            f"[{rows}, {a.n_layers}, {a.width}]",
+            layer_range(a.layers),
+            f"{a.n_heads} x {a.width // a.n_heads}" if a.n_heads else "",
+            _size(disk),
+            ", ".join(filter(None, notes)),
+        )
+        table.add_row(*map(escape, row))
+    return table
+
+
+def _table(title: str, *columns: str) -> Table:
+    # Without lines between columns more fits beside each other.
+    return Table(*columns, title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+
+
+def _columns(store: ActivationStore) -> Table:
+    table = _table("examples", "column", "different", "most frequent")
+    for name, values in store.columns.items():
+        if name in store.labels:
+            continue
+        if is_lists(values):
+            table.add_row(escape(name), "", f"lists, {sum(len(one) for one in values)} items in all")
+            continue
+        found, counts = np.unique(values.astype(str), return_counts=True)
+        if len(found) == 1 and not found[0]:
+            continue  # a standard column that was not given
+        names = ["(none)" if one in ("", "nan") else one for one in found.tolist()]
+        most = ", ".join(f"{names[i]} {counts[i]}" for i in np.argsort(-counts, kind="stable")[:4])
+        table.add_row(escape(name), str(len(found)), escape(_text(most) if len(found) < len(values) else ""))
+    return table
+
+
+def _labels(store: ActivationStore) -> Table:
+    table = _table("labels", "label", "true", "false", "undefined")
+    for name in store.labels:
+        values = store.columns[name]
+        counts = (np.sum(values > 0), np.sum(values <= 0), np.sum(np.isnan(values)))
+        table.add_row(escape(name), *(str(int(c)) for c in counts))
+    return table
+
+
+def _size(n: float) -> str:
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if n < 1000:
+            return f"{n:.0f} {unit}" if unit == "bytes" else f"{n:.1f} {unit}"
+        n /= 1000
+    return f"{n:.1f} TB"
+
+
+def _text(value: object) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+    return text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"

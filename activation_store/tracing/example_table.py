@@ -1,0 +1,96 @@
+"""The row of an example in the table: what it is, where its tokens and objects are, and what the model said."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from activation_store.format.schema import runs
+from concepts.schema import ConceptDataset, Example
+from groundscope.core.errors import DataError
+from lvlm.answers import answer_key
+from lvlm.sites import SINGLE, TokenSelection
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from torch import Tensor
+
+    from lvlm.model import Encoding, Lvlm
+    from lvlm.token_map import TokenMap
+
+
+def row(model: Lvlm, encoding: Encoding, logits: Tensor | None, concepts: Sequence[str]) -> dict[str, Any]:
+    """Return the table's row of an example, but for its spans and picture.
+
+    Parameters
+    ----------
+    model
+        Whose answers are told apart.
+    encoding
+        The example, with its prompt's tokens.
+    logits
+        ``[V]`` after the prompt's last token; None where answers are not recorded.
+    concepts
+        Labels that every row has, None where one is undefined.
+    """
+    e = encoding.example
+    thing = e.named_object()
+    said, margin = "", None
+    if logits is not None and has_answers(e):
+        key = answer_key(model, e)
+        said = key.candidates[int(key.scores(logits).argmax())]
+        margin = float(key.margin(logits, e.answer))
+    return {
+        "id": e.id,
+        "group": e.group,
+        "question": e.question,
+        "answer": e.answer,
+        "split": e.split,
+        "kind": e.kind,
+        "level": e.level,
+        "subject": thing.noun if thing else "",
+        "prior_answer": e.prior_answer or "",
+        "model_answer": said,
+        "margin": margin,
+        "correct": float(said == e.answer) if said else None,
+        "n_tokens": encoding.tokens.length,
+        "boxes": [[float(side) for side in (o.box.x0, o.box.y0, o.box.x1, o.box.y1)] for o in e.objects],
+        "box_ids": [o.id for o in e.objects],
+        "box_nouns": [o.noun for o in e.objects],
+        **{concept: e.labels.get(concept) for concept in concepts},
+    }
+
+
+def spans(tokens: TokenMap, roles: Iterable[str]) -> dict[str, list[list[int]]]:
+    """Return the columns ``span:<role>`` of an example: the runs of decoder positions that each role means in it.
+
+    Raises
+    ------
+    SiteError
+        For a role that the decoder does not have.
+    """
+    selections = {role: TokenSelection(role, None if role in SINGLE else "all") for role in roles}
+    return {f"span:{role}": runs(tokens.positions(selection)) for role, selection in selections.items()}
+
+
+def picture_digest(image: Image.Image) -> str:
+    """Return the SHA-256 of a picture: of the bytes that `activation_store.format.schema` names."""
+    rgb = image if image.mode == "RGB" else image.convert("RGB")
+    return hashlib.sha256(f"{rgb.width}x{rgb.height}\0".encode() + rgb.tobytes()).hexdigest()
+
+
+def has_answers(example: Example) -> bool:
+    """Whether there is anything to choose from."""
+    return len(example.candidates) > 1
+
+
+def check_answers(model: Lvlm, data: ConceptDataset) -> None:
+    """Raise `DataError` naming an example whose answers the model cannot tell apart by their first token."""
+    for example in data:
+        if has_answers(example):
+            try:
+                answer_key(model, example)
+            except DataError as error:
+                msg = f"{error}; say answers=False to trace without the model's own answers"
+                raise DataError(msg) from error

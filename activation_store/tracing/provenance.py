@@ -1,0 +1,130 @@
+"""Where a store came from: model, data, sites, and what its token selections and columns mean."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import numpy as np
+
+from activation_store.tracing.plan import Plan
+from concepts.schema import ConceptDataset
+from lvlm.access.weights import named_weights
+from lvlm.family.specification import resolve
+from lvlm.model import Lvlm
+from lvlm.sites import TokenSelection
+from lvlm.token_map import COVER
+
+ANSWER_RULE = (
+    "model_answer: the candidate with the largest log-score of its first tokens at the last prompt token; margin: the "
+    "score of the true answer minus the best other; both missing where an example has fewer than two candidates"
+)
+"""What the table's columns of the model's own answers mean; `correct` is 1 where `model_answer` is the true answer."""
+_ROLES = {
+    "last": "the last prompt token, where the answer is read",
+    "bos": "the first token",
+    "system": "the tokens before the image, without the first",
+    "image": "the image tokens",
+    "question": "the tokens of the question's own words",
+    "generated": "the tokens of the model's own answer, its end included; NaN after the end",
+    "answer": "the tokens of the true answer, put after the prompt",
+    "object": (
+        f"the image tokens whose patch is covered to at least {COVER} by the box of the object the question is about, or "
+        "else the one covered most; NaN where the image has no such object"
+    ),
+}
+_PACKAGES = ("groundscope", "torch", "transformers", "nnsight", "numpy", "h5py")
+
+
+def describe(
+    model: Lvlm, data: ConceptDataset, plan: Plan, batch_size: int, *, answers: bool, generate: int = 0
+) -> dict[str, Any]:
+    """Return the provenance of a store: plain values, equal for equal stores but for what stands in ``environment``.
+
+    Parameters
+    ----------
+    model, data, plan
+        What is traced: which model, on what, where.
+    batch_size
+        Recorded as part of the environment: it may change when a store is continued.
+    answers
+        Whether the model's own answers are recorded.
+    generate
+        Most tokens of a free answer; 0 for none.
+    """
+    selections = dict.fromkeys(s for kept in plan.selections.values() for s in kept)
+    stacks = {s: sorted(stack for stack, kept in plan.selections.items() if s in kept) for s in selections}
+    return {
+        "model": {
+            "name": model.name,
+            "config": model.config_hash,
+            "weights": model.weights_hash,
+            "family": asdict(model.spec),
+            "dtype": str(model.dtype).removeprefix("torch."),
+        },
+        "processor": _processor(model.processor),
+        "dataset": {
+            "name": data.name,
+            "examples": len(data),
+            "digest": data.digest,
+            "provenance": json.loads(json.dumps(dict(data.provenance), default=str)),
+        },
+        "sites": [str(read.site) for read in plan.reads],
+        "tokens": {str(s): {"definition": _definition(s), "stacks": used} for s, used in stacks.items()},
+        "answers": ANSWER_RULE if answers else "not recorded",
+        **({"generate": {"most_tokens": generate, "decoding": "greedy"}} if generate else {}),
+        # Recorded, but may differ when a store is continued.
+        "environment": {
+            "python": platform.python_version(),
+            "packages": {name: _installed(name) for name in _PACKAGES},
+            "device": str(model.device),
+            "batch_size": batch_size,
+        },
+    }
+
+
+def unembedding(model: Lvlm, plan: Plan) -> Mapping[str, np.ndarray] | None:
+    """Return what reads a decoder residual as words: the parameters of the final norm and of the unembedding.
+
+    None where no site of the decoder is traced.
+    """
+    if "decoder" not in plan.selections:
+        return None
+    parts = {"final_norm": model.spec.final_norm, "unembedding": model.spec.unembedding}
+    return {
+        f"{name}.{kind}": parameter.detach().float().cpu().numpy()
+        for name, path in parts.items()
+        if path
+        for kind, parameter in named_weights(resolve(model.hf, path, model.spec))
+    }
+
+
+def _processor(processor: Any) -> dict[str, str]:
+    """Return the class of a processor, and a digest of what decides on pixels and tokens."""
+    pictures, tokenizer = (getattr(processor, part, None) for part in ("image_processor", "tokenizer"))
+    settings = {
+        "pictures": pictures.to_dict() if pictures is not None else None,
+        "vocabulary": tokenizer.get_vocab() if tokenizer is not None else None,
+        "chat_template": getattr(processor, "chat_template", None),
+    }
+    text = json.dumps(settings, sort_keys=True, default=str)
+    return {"class": type(processor).__name__, "digest": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def _definition(selection: TokenSelection) -> str:
+    reduction = {None: "", "mean": "mean in float32 over ", "all": "every one, kept apart, of "}[selection.reduction]
+    step = "" if selection.step is None else f"number {selection.step}, counted from 0, of "
+    named = f" (object '{selection.name}')" if selection.name else ""
+    return reduction + step + _ROLES.get(selection.role, selection.role) + named
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None

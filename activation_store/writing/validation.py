@@ -1,0 +1,123 @@
+"""What a batch must be before a row of it is written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from activation_store.format.encoding import LARGEST, Encoded, column_kind
+from activation_store.format.schema import REQUIRED_COLUMNS, STANDARD_COLUMNS, Dtype, Key, Schema, array_name
+from groundscope.core.errors import StoreError
+
+
+def check_arrays(arrays: Mapping[Key, np.ndarray], schema: Schema, n: int) -> dict[Key, np.ndarray]:
+    """Return the arrays [n, L, D] of a batch; raises `StoreError` where they are not those of the schema."""
+    infos = {info.key: info for info in schema.arrays}
+    if infos.keys() != arrays.keys():
+        missing = ", ".join(sorted(array_name(key) for key in infos.keys() - arrays.keys())) or "none"
+        added = ", ".join(sorted(str(key) for key in arrays.keys() - infos.keys())) or "none"
+        msg = f"the batch does not fit the schema; arrays missing: {missing}; not in the schema: {added}"
+        raise StoreError(msg)
+    values = {key: np.asarray(arrays[key]) for key in infos}
+    for key, info in infos.items():
+        shape, given = (n, info.n_layers, info.width), values[key]
+        if given.shape != shape or given.dtype.kind != "f":
+            msg = (
+                f"the batch of {info.name} has shape {list(given.shape)} and dtype {given.dtype}; "
+                f"it must be {list(shape)} (examples of the table, layers, width) of floating numbers"
+            )
+            raise StoreError(msg)
+    return values
+
+
+def count_overflow(
+    encoded: Mapping[Key, Encoded], dtype: Dtype, ids: Sequence[str], *, allowed: bool
+) -> dict[str, int]:
+    """Return by array name how many values were too large for the dtype; raises `StoreError` where not allowed."""
+    counts = {array_name(key): int(e.overflow.sum()) for key, e in encoded.items()}
+    for key, e in encoded.items():
+        count = counts[array_name(key)]
+        if count and not allowed:
+            msg = (
+                f"{count} values of {array_name(key)} do not fit {dtype}, whose largest is {LARGEST[dtype]:g}; "
+                f"first in example '{ids[int(np.argmax(e.overflow > 0))]}'; choose dtype bfloat16 or float32, "
+                f"or say allow_overflow=True to store them as {dtype} rounds them"
+            )
+            raise StoreError(msg)
+    return counts
+
+
+def check_kinds(columns: Mapping[str, Sequence[Any]], before: Mapping[str, str]) -> dict[str, str]:
+    """Return the kind of each column so far; raises `StoreError` where names or kinds differ from those before."""
+    known = before or dict.fromkeys(columns, "empty")
+    missing, added = sorted(known.keys() - columns.keys()), sorted(columns.keys() - known.keys())
+    if missing or added:
+        msg = (
+            f"every batch must bring the same columns of the example table; "
+            f"missing: {', '.join(missing) or 'none'}; new: {', '.join(added) or 'none'}; "
+            f"give None where a value or label is undefined"
+        )
+        raise StoreError(msg)
+    kinds = {name: column_kind(name, values) for name, values in columns.items()}
+    for name, kind in kinds.items():
+        if "empty" not in (kind, known[name]) and kind != known[name]:
+            msg = f"column '{name}' held {known[name]} values before and holds {kind} values now"
+            raise StoreError(msg)
+    return {name: known[name] if kind == "empty" else kind for name, kind in kinds.items()}
+
+
+def check_table(table: Mapping[str, Sequence[Any] | np.ndarray]) -> dict[str, list[Any]]:
+    """Return a batch of table columns as lists of plain values, after checking names, lengths and kinds.
+
+    Standard columns that were not given are filled with empty strings.
+
+    Raises
+    ------
+    StoreError
+        Where a required column is missing, lengths differ, a value is of no kind that is stored, or text holds a
+        character that HDF5 cannot (zero, or half of a surrogate pair).
+    """
+    missing = [name for name in REQUIRED_COLUMNS if name not in table]
+    if missing:
+        msg = f"the example table lacks {', '.join(missing)}; it has {', '.join(table) or 'no columns'}"
+        raise StoreError(msg)
+    columns = {name: _plain(values) for name, values in table.items()}
+    rows = len(columns["id"])
+    columns = {**{name: [""] * rows for name in STANDARD_COLUMNS if name not in columns}, **columns}
+    lengths = {name: len(values) for name, values in columns.items()}
+    if len(set(lengths.values())) > 1:
+        msg = f"columns of the example table differ in length: {lengths}"
+        raise StoreError(msg)
+    for name, values in columns.items():
+        _check_text(name, f"the column name {name!r}")
+        kind = column_kind(name, values)
+        if kind == "string":
+            for value in values:
+                if value is not None:
+                    _check_text(value, f"column '{name}'")
+        if name in STANDARD_COLUMNS and kind not in ("string", "empty"):
+            msg = f"column '{name}' must hold text, not {kind} values"
+            raise StoreError(msg)
+    return columns
+
+
+def _plain(values: Sequence[Any] | np.ndarray) -> list[Any]:
+    # numpy scalars become the Python value they stand for; str subclasses (numpy's too) become str.
+    out = values.tolist() if hasattr(values, "tolist") else list(values)  # type: ignore[union-attr]  # numpy or pandas
+    plain = [value.item() if isinstance(value, np.generic) else value for value in out]
+    return [str(value) if isinstance(value, str) else value for value in plain]
+
+
+def _check_text(text: str, where: str) -> None:
+    if not text and where.startswith("the column name"):
+        msg = "a column of the example table has an empty name"
+        raise StoreError(msg)
+    try:
+        fits = b"\0" not in text.encode()
+    except UnicodeEncodeError:
+        fits = False
+    if not fits:
+        msg = f"{where} holds {text[:60]!r}: HDF5 text cannot hold a zero character or half of a surrogate pair"
+        raise StoreError(msg)

@@ -1,0 +1,380 @@
+"""Writing a store: one stream of sealed shards for each worker, resumed exactly where the sealed shards end."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterable, Iterator, KeysView, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from activation_store.format.columns import read_columns
+from activation_store.format.compression import need_filter
+from activation_store.format.encoding import stored_kind
+from activation_store.format.hdf5 import group_at
+from activation_store.format.manifest import DamagedManifestError, IndexEntry, Manifest, ShardEntry, read_manifest
+from activation_store.format.model_tensors import tensors_entry, write_tensors
+from activation_store.format.schema import (
+    NOT_COMPARED,
+    Schema,
+    comparable,
+    difference,
+    manifest_name,
+    shard_name,
+    shard_numbers,
+)
+from activation_store.format.shard import inspect, open_shard, read_ids, read_json, reading, rebuild_advice
+from activation_store.writing.intake import Arrays, check_lists, encode_batch
+from activation_store.writing.queue import Background, Pool
+from activation_store.writing.shard_writer import ShardBuilder
+from activation_store.writing.validation import check_kinds, check_table, count_overflow
+from activation_store.writing.virtual_index import write_index
+from groundscope.core.errors import StoreError
+from groundscope.core.files import Lock, canonical_json, part_of, system_reason, write_whole
+
+_WAITING_BYTES = 16 << 20
+"""What may wait to be written, at most, before `append` waits too: what is still in the processor's cache is copied faster,
+and the system itself holds back much more before the disk must have it."""
+
+
+class StoreWriter:
+    """Appends examples to a store; as a context manager it closes at the end, and on an exception keeps what is sealed.
+
+    Rows become durable a shard at a time: a shard is written under a temporary name, synced and renamed, and `written`
+    then names its examples. A killed run loses what is not named there: the shard it was at and what waited to be
+    written; the next run skips what is in `written` (rows that are appended anyway are left out) and ends with the same
+    bytes as one that was never interrupted.
+
+    `append` returns when the batch is checked, encoded and copied; a thread of the writer's own brings it to disk while
+    the caller computes the next. What the disk refuses is raised by the next `append`, `written` or `close`.
+
+    Several workers may write into one folder at once, each with its own number, without waiting for each other; the
+    last of them to close writes the manifest.
+
+    Parameters
+    ----------
+    path
+        Folder of the store; made where it is missing.
+    schema
+        The arrays each example brings, and the dtype they are kept in.
+    provenance
+        Plain JSON values: model, weights, dataset, selections and whatever else must be equal for all rows. What stands
+        under the key ``environment`` (package versions, machine) is recorded but may change between runs.
+    worker
+        Number of this stream of shards, from 0.
+    shard_size
+        Examples in a shard.
+    workers
+        How many streams the store will have.
+    allow_overflow
+        Keep finite values that are beyond the largest of the dtype as the dtype rounds them (infinity); otherwise they
+        are an error. They are counted in either case.
+    extra
+        Arrays that belong to the model, kept once beside the examples and read by `ActivationStore.tensor`.
+
+    Raises
+    ------
+    StoreError
+        Where the folder holds a store of another model, dataset, selection or dtype (names the field, the old and the
+        new value), another process writes as the same worker, a sealed shard is damaged, or the disk refuses.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        schema: Schema,
+        provenance: Mapping[str, Any],
+        worker: int = 0,
+        shard_size: int = 512,
+        *,
+        workers: int = 1,
+        allow_overflow: bool = False,
+        extra: Mapping[str, np.ndarray] | None = None,
+    ) -> None:
+        need_filter(schema.compression)
+        if not 0 <= worker < workers or shard_size < 1:
+            msg = f"worker={worker} must be 0 to {workers - 1} (workers={workers}), shard_size={shard_size} at least 1"
+            raise StoreError(msg)
+        self._path = Path(path)
+        self._schema = schema
+        # Through JSON, so that what is compared is what a reader will get: tuples become lists, keys text.
+        self._provenance: dict[str, Any] = json.loads(canonical_json(dict(provenance)))
+        self._worker, self._workers = worker, workers
+        self._owner = f"worker-{worker}."  # in the names of the files it is at
+        self._shard_size = shard_size
+        self._allow_overflow = allow_overflow
+        self._sealed: dict[str, None] = {}
+        self._earlier: frozenset[str] = frozenset()
+        self._appended: set[str] = set()
+        self._entries: dict[str, ShardEntry] = {}
+        self._kinds: dict[str, str] = {}
+        self._lists: dict[str, str] = {}
+        self._shard: ShardBuilder | None = None
+        self._numbers: set[int] = set()
+        self._building: set[ShardBuilder] = set()
+        self._disk = Background(_WAITING_BYTES)
+        self._sealing = Background(1)  # one shard may wait for the disk while the next is written
+        self._pool = Pool()
+        self._overflow = dict.fromkeys((a.name for a in schema.arrays), 0)
+        self._closed = False
+        held = f"{self._path}: worker {worker} is being written by another process; give each process its own worker="
+        with self._explained():
+            self._path.mkdir(parents=True, exist_ok=True)
+            self._lock = Lock(self._path / f".worker-{worker}.lock", held)
+        try:
+            self._resume()
+            if extra is not None:
+                write_tensors(self._path, extra, self._owner)
+        except BaseException:
+            self._lock.release()
+            raise
+
+    @property
+    def written(self) -> KeysView[str]:
+        """Ids of the examples in sealed shards, of every worker; a live read-only view.
+
+        Waits until all that was appended is on its way: then whole shards of it are sealed.
+        """
+        with self._explained():
+            self._wait()
+        return self._sealed.keys()
+
+    @property
+    def overflow(self) -> dict[str, int]:
+        """How many appended values were beyond the largest of the dtype, by array name; all 0 unless allowed."""
+        return dict(self._overflow)
+
+    def append(self, arrays: Arrays, table: Mapping[str, Sequence[Any] | np.ndarray]) -> None:
+        """Append a batch of examples.
+
+        Parameters
+        ----------
+        arrays
+            Floating arrays [n, L, D], one for every array of the schema, by (stack, component, token selection).
+            An example for which a selection is empty brings NaN. A ragged array comes as `Ragged`.
+        table
+            Columns of n values: ``id`` and ``group``; of ``question``, ``answer``, ``split``, ``kind``, ``level`` what
+            there is; labels named by concept (``attribute:green``), None or NaN where undefined; further columns of
+            text, numbers, or lists of either or of lists of numbers of one length (``boxes``). Every batch brings the
+            same columns.
+
+        Raises
+        ------
+        StoreError
+            Where arrays or columns do not fit the schema or each other, an id comes twice, values overflow the dtype,
+            or the disk refuses. A batch that does not fit leaves the store as it was; after a refusal by the disk the
+            writer is closed and everything sealed before is kept.
+        """
+        if self._closed:
+            msg = f"{self._path}: this writer is closed; open another to go on, sealed shards are kept"
+            raise StoreError(msg)
+        columns = check_table(table)
+        kinds = check_kinds(columns, self._kinds)
+        lists = check_lists(columns, kinds, self._lists)
+        encoded = encode_batch(arrays, self._schema, len(columns["id"]))
+        keep = self._new_rows(columns["id"])
+        if len(keep) < len(columns["id"]):
+            columns = {name: [column[i] for i in keep] for name, column in columns.items()}
+            encoded = {key: value.take(keep) for key, value in encoded.items()}
+        overflow = count_overflow(encoded, self._schema.dtype, columns["id"], allowed=self._allow_overflow)
+        for name, count in overflow.items():
+            self._overflow[name] += count
+        self._kinds, self._lists = kinds, lists
+        self._appended.update(columns["id"])
+        at = 0
+        with self._explained():
+            while at < len(keep):
+                shard = self._current_shard()
+                stop = min(len(keep), at + self._shard_size - shard.rows)
+                shard.add(encoded, columns, slice(at, stop))
+                at = stop
+                if shard.rows == self._shard_size:
+                    self._seal()
+
+    def close(self) -> None:
+        """Seal the last shard and write the manifest (with several workers: once all have closed); may be repeated."""
+        if self._closed:
+            return
+        with self._explained():
+            if self._shard is not None:
+                self._seal()
+            self._wait()
+            if self._workers > 1:
+                own = [entry for name, entry in self._entries.items() if self._is_own(name)]
+                write_whole(self._path / manifest_name(self._worker), self._manifest(own).encode(), self._owner)
+            if all((self._path / manifest_name(w)).exists() for w in range(self._workers)) or self._workers == 1:
+                # A function of what all workers sealed: should two find themselves last, they write the same bytes.
+                self._gather()
+                index = write_index(self._path, self._schema, self._provenance, list(self._entries), self._owner)
+                manifest = self._manifest(self._entries.values(), index)
+                write_whole(self._path / manifest_name(), manifest.encode(), self._owner)
+        self._end()
+
+    def abandon(self) -> None:
+        """Drop what does not fill a shard and write no manifest, as after a crash; never raises."""
+        for thread in (self._disk, self._sealing):
+            with contextlib.suppress(OSError, RuntimeError, StoreError):
+                thread.wait()  # whole shards that are on their way are kept
+            thread.stop()
+        for shard in self._building:
+            shard.discard()
+        self._building.clear()
+        self._shard = None
+        self._end()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.abandon()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else "open"
+        who = f"worker {self._worker} of {self._workers}"
+        return f"StoreWriter({str(self._path)!r}, {who}, {len(self._sealed)} examples sealed, {state})"
+
+    def _resume(self) -> None:
+        for leftover in self._path.glob(f"*.{self._owner}*.part"):
+            leftover.unlink()  # the lock is ours: whoever was writing it is gone
+        known = {e.file: e for manifest in self._manifests() for e in manifest.shards}
+        for name in _shards_in(self._path):
+            path = self._path / name
+            with open_shard(path) as file, reading(path):
+                self._check_same(Schema.from_record(read_json(file, "schema")), read_json(file, "provenance"), name)
+                ids = read_ids(file)
+                if self._is_own(name):
+                    self._numbers.add((shard_numbers(name) or (0, 0))[1])
+                    for column, values in read_columns(group_at(file, "examples")).items():
+                        kind = stored_kind(column, values)
+                        self._kinds[column] = self._kinds.get(column, kind) if kind == "empty" else kind
+            self._sealed.update(dict.fromkeys(ids))
+            size = path.stat().st_size
+            if name in known and known[name].bytes != size:
+                msg = f"{path}: damaged, {size} bytes instead of {known[name].bytes}; {rebuild_advice(name)}"
+                raise StoreError(msg)
+            if name in known:
+                self._entries[name] = known[name]
+            elif self._is_own(name):
+                self._entries[name] = inspect(path)
+        self._earlier = frozenset(self._sealed)
+
+    def _is_own(self, name: str) -> bool:
+        numbers = shard_numbers(name)
+        return numbers is not None and numbers[0] == self._worker
+
+    def _manifests(self) -> Iterator[Manifest]:
+        # Whole manifests that can be read; a damaged one is no loss, as the shards say the same.
+        for path in sorted(self._path.glob("manifest*.json")):
+            try:
+                manifest = read_manifest(path)
+            except DamagedManifestError:
+                continue
+            self._check_same(manifest.schema, manifest.provenance, path.name)
+            yield manifest
+
+    def _check_same(self, schema: Schema, provenance: Mapping[str, Any], where: str) -> None:
+        found = difference(comparable(schema, provenance), comparable(self._schema, self._provenance))
+        if found is not None:
+            field, old, new = found
+            msg = (
+                f"{self._path}: field '{field}' differs: {where} was written with {old!r}, this run has {new!r}; "
+                f"a store holds one model, dataset, selection and dtype, so write into another folder"
+            )
+            raise StoreError(msg)
+        # What may differ is kept as the first run recorded it, so that a resumed store equals an uninterrupted one.
+        kept = {key: provenance[key] for key in NOT_COMPARED if key in provenance}
+        self._provenance = {**{k: v for k, v in self._provenance.items() if k not in NOT_COMPARED}, **kept}
+
+    def _new_rows(self, ids: Sequence[Any]) -> list[int]:
+        strange = next((i for i in ids if not isinstance(i, str) or not i), None)
+        if strange is not None or None in ids:
+            msg = f"{self._path}: an example has the id {strange!r}; ids must be text that is not empty"
+            raise StoreError(msg)
+        seen: set[str] = set()
+        for name in ids:
+            if name in seen or name in self._appended:
+                msg = f"{self._path}: the example '{name}' is appended twice; ids must be unique"
+                raise StoreError(msg)
+            seen.add(name)
+        return [i for i, name in enumerate(ids) if name not in self._earlier]
+
+    def _current_shard(self) -> ShardBuilder:
+        if self._shard is None:
+            # The lowest free number: a run after a shard was deleted writes just that shard again.
+            number = 0
+            while number in self._numbers:
+                number += 1
+            self._numbers.add(number)
+            self._final = self._path / shard_name(self._worker, number)
+            temporary = part_of(self._final, self._owner)
+            self._shard = ShardBuilder(temporary, self._schema, self._provenance, self._disk, self._pool)
+            self._building.add(self._shard)
+        return self._shard
+
+    def _seal(self) -> None:
+        if self._shard is not None:
+            self._shard.flush()
+            self._disk.submit(partial(self._finish, self._shard, self._final))
+            self._shard = None
+
+    def _finish(self, shard: ShardBuilder, final: Path) -> None:
+        shard.finish()
+        # The disk takes its time to confirm a shard: blocks of the next one are handed to it meanwhile.
+        self._sealing.submit(partial(self._publish, shard, final), size=1)
+
+    def _publish(self, shard: ShardBuilder, final: Path) -> None:
+        entry = shard.publish(final)
+        self._building.discard(shard)
+        self._entries[entry.file] = entry
+        self._sealed.update(dict.fromkeys(entry.examples))
+
+    def _wait(self) -> None:
+        self._disk.wait()
+        self._sealing.wait()
+
+    def _gather(self) -> None:
+        known = {e.file: e for manifest in self._manifests() for e in manifest.shards}
+        there = _shards_in(self._path)
+        for name in there:
+            if name not in self._entries:
+                self._entries[name] = known[name] if name in known else inspect(self._path / name)
+        self._entries = {name: self._entries[name] for name in there}
+
+    def _manifest(self, entries: Iterable[ShardEntry], index: IndexEntry | None = None) -> Manifest:
+        return Manifest(self._schema, self._provenance, tuple(entries), tensors_entry(self._path), index)
+
+    def _end(self) -> None:
+        self._closed = True
+        self._disk.stop()
+        self._sealing.stop()
+        self._lock.release()
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, RuntimeError, StoreError) as error:
+            if hasattr(self, "_lock"):
+                self.abandon()
+            if isinstance(error, StoreError):
+                raise
+            msg = (
+                f"{self._path}: cannot be written: {system_reason(error)}; "
+                f"kept: {len(self._sealed)} examples in sealed shards, read by ActivationStore; "
+                f"make room and run again, it goes on from there"
+            )
+            raise StoreError(msg) from error
+
+
+def _shards_in(folder: Path) -> list[str]:
+    names = [p.name for p in folder.iterdir() if shard_numbers(p.name) is not None]
+    return sorted(names, key=lambda name: shard_numbers(name) or (0, 0))

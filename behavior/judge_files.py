@@ -1,0 +1,293 @@
+"""Benchmarks whose answers another model judges: what to ask the judge is written, what it said is read.
+
+No judge is called here. `write_requests` writes a JSON line an answer, to be put before whatever judge is at hand, person
+or model; `read_verdicts` reads a JSON line a verdict and scores. The instructions say in our words what the benchmark has
+its judge rate; figures are comparable with published ones only under the benchmark's own prompt and judge.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+
+from behavior.result import BehaviorResult
+from concepts.reading.records import Record, read_records
+from groundscope.core.errors import ConfigError, DataError
+from groundscope.core.files import write_whole
+from groundscope.core.statistics import Estimate, cluster_bootstrap, estimate, ratio
+
+
+@dataclass(frozen=True)
+class Item:
+    """One answer to be judged."""
+
+    id: str
+    question: str
+    answer: str
+    """What the model wrote."""
+    reference: str = ""
+    """A true answer, by people or another model."""
+    image_content: str = ""
+    """What is in the image, for judges that do not see it."""
+    kind: str = ""
+    """Kind of the question, which figures are split by."""
+    group: str = ""
+    """The image; the id where it is not said."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a judge said of one answer."""
+
+    item: Item
+    values: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class JudgedResult:
+    """A judged benchmark, with 95 % intervals clustered by image."""
+
+    benchmark: str
+    figures: Mapping[str, Estimate]
+    kinds: Mapping[str, Mapping[str, Estimate]]
+    """The same by kind of question, where the requests name kinds."""
+    unjudged: int
+    """Answers whose verdict is null: the judge gave none that could be read. They count nowhere else."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "figures", MappingProxyType(dict(self.figures)))
+        object.__setattr__(self, "kinds", MappingProxyType(dict(self.kinds)))
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """What a judge gives, and what follows."""
+
+    source: str
+    instruction: str
+    values: Mapping[str, tuple[float, float]]
+    """Fields of a verdict with their lowest and highest value."""
+    needs: tuple[str, ...]
+    """Fields of an item that must not be empty."""
+    figures: Callable[[Sequence[Verdict]], dict[str, Estimate]]
+    parts: Mapping[str, str] = field(default_factory=dict)
+    """Field of a verdict to another that it may not exceed."""
+
+
+def items_of(answers: BehaviorResult, image_content: Mapping[str, str] | None = None) -> tuple[Item, ...]:
+    """Return what was written to the questions as items; the true answer is the reference.
+
+    Parameters
+    ----------
+    answers
+        Answers with text.
+    image_content
+        By group, what is in the image.
+    """
+    told = image_content or {}
+    return tuple(
+        Item(a.id, a.question, a.text or "", a.answer, told.get(a.group, ""), a.kind, a.group) for a in answers.answers
+    )
+
+
+def write_requests(path: Path | str, benchmark: str, items: Iterable[Item]) -> int:
+    """Write what to put before a judge, a JSON object a line; return how many.
+
+    Raises
+    ------
+    ConfigError
+        For an unknown benchmark.
+    DataError
+        Naming the item: an id used twice, or a field that the benchmark needs and that is empty.
+    """
+    found = _benchmark(benchmark)
+    seen: set[str] = set()
+    lines: list[str] = []
+    for item in items:
+        empty = [name for name in found.needs if not getattr(item, name).strip()]
+        if item.id in seen or empty:
+            what = f"has no {empty[0]}, which the judge of {benchmark} needs" if empty else "is there twice"
+            msg = f"item '{item.id}' {what}"
+            raise DataError(msg)
+        seen.add(item.id)
+        scale = {name: f"{low:g} to {high:g}" for name, (low, high) in found.values.items()}
+        held = {"id": item.id, "benchmark": benchmark, "instruction": found.instruction, "verdict": scale}
+        lines.append(json.dumps({**held, **_plain(item)}, ensure_ascii=False) + "\n")
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(target, "".join(lines).encode())
+    return len(lines)
+
+
+def read_verdicts(path: Path | str, requests: Path | str) -> JudgedResult:
+    """Read what a judge said to the requests of a file, and score it.
+
+    Parameters
+    ----------
+    path
+        JSON lines or one list: ``id``, and either the benchmark's fields or ``verdict: null`` where there is none.
+    requests
+        The file that `write_requests` wrote.
+
+    Raises
+    ------
+    DataError
+        Naming file, record and field: a verdict to no request or given twice, a request without one, a value that is no
+        number, outside its scale or larger than what it is part of; where all verdicts are null.
+    """
+    asked: dict[str, Item] = {}
+    names: dict[str, None] = {}
+    for record in read_records(Path(requests)):
+        names.setdefault(record.text("benchmark"))
+        asked[record.identifier("id")] = _item(record)
+    if len(names) != 1:
+        msg = f"{requests}: expected requests of one benchmark, found {', '.join(names) or 'none'}"
+        raise DataError(msg)
+    name = next(iter(names))
+    benchmark = _benchmark(name)
+    given: dict[str, Verdict | None] = {}
+    for record in read_records(Path(path)):
+        number = record.identifier("id")
+        if number not in asked or number in given:
+            what = "was already judged" if number in given else "is not that of a request"
+            msg = f"{record.where}: field 'id': '{number}' {what}"
+            raise DataError(msg)
+        none = "verdict" in record.values and record.values["verdict"] is None
+        given[number] = None if none else Verdict(asked[number], _values(record, benchmark))
+    missing = [number for number in asked if number not in given]
+    if missing:
+        msg = f"{path}: no verdict on '{missing[0]}' ({len(missing)} of {len(asked)} have none; write verdict: null)"
+        raise DataError(msg)
+    judged = [v for v in given.values() if v is not None]
+    if not judged:
+        msg = f"{path}: every verdict is null"
+        raise DataError(msg)
+    kinds = [k for k in dict.fromkeys(v.item.kind for v in judged) if k]
+    parts = {kind: benchmark.figures([v for v in judged if v.item.kind == kind]) for kind in kinds}
+    return JudgedResult(name, benchmark.figures(judged), parts, len(given) - len(judged))
+
+
+def _benchmark(name: str) -> Benchmark:
+    if name not in BENCHMARKS:
+        msg = f"no judged benchmark '{name}': there are {', '.join(BENCHMARKS)}"
+        raise ConfigError(msg)
+    return BENCHMARKS[name]
+
+
+def _plain(item: Item) -> dict[str, str]:
+    return {f: getattr(item, f) for f in ("question", "answer", "reference", "image_content", "kind", "group")}
+
+
+def _item(record: Record) -> Item:
+    fields = {name: str(record.field(name)) for name in _plain(Item("", "", ""))}
+    return Item(record.identifier("id"), **fields)
+
+
+def _values(record: Record, benchmark: Benchmark) -> dict[str, float]:
+    found = dict(zip(benchmark.values, record.numbers(*benchmark.values), strict=True))
+    for name, (low, high) in benchmark.values.items():
+        if not low <= found[name] <= high:
+            msg = f"{record.where}: field '{name}' is {found[name]:g}, but goes from {low:g} to {high:g}"
+            raise DataError(msg)
+    for part, whole in benchmark.parts.items():
+        if found[part] > found[whole]:
+            msg = f"{record.where}: field '{part}' is {found[part]:g}, more than '{whole}', {found[whole]:g}"
+            raise DataError(msg)
+    return found
+
+
+# -- what follows from verdicts --------------------------------------------------------------------------------------
+
+
+def _groups(verdicts: Sequence[Verdict]) -> list[str]:
+    return [v.item.group or v.item.id for v in verdicts]
+
+
+def _column(verdicts: Sequence[Verdict], name: str) -> list[float]:
+    return [v.values[name] for v in verdicts]
+
+
+def _mean(verdicts: Sequence[Verdict], name: str, top: float) -> Estimate:
+    """Return the mean of a rating from 0 to `top`."""
+    share = estimate([value / top for value in _column(verdicts, name)], _groups(verdicts))
+    return Estimate(top * share.value, top * share.low, top * share.high, share.n)
+
+
+def _mmhal(verdicts: Sequence[Verdict]) -> dict[str, Estimate]:
+    wrong = [value < 3 for value in _column(verdicts, "rating")]
+    return {"score": _mean(verdicts, "rating", 6), "hallucination_rate": estimate(wrong, _groups(verdicts))}
+
+
+def _llava_bench(verdicts: Sequence[Verdict]) -> dict[str, Estimate]:
+    own, other = _column(verdicts, "rating"), _column(verdicts, "reference_rating")
+    low, high = cluster_bootstrap(list(zip(own, other, strict=True)), _groups(verdicts), ratio)
+    return {"relative_score": Estimate(100 * sum(own) / sum(other), 100 * low, 100 * high, len(verdicts))}
+
+
+def _gavie(verdicts: Sequence[Verdict]) -> dict[str, Estimate]:
+    return {name: _mean(verdicts, name, 10) for name in ("accuracy", "relevancy")}
+
+
+def _cceval(verdicts: Sequence[Verdict]) -> dict[str, Estimate]:
+    named = _column(verdicts, "mentioned")
+    wrong = _column(verdicts, "hallucinated")
+    groups = _groups(verdicts)
+    words = [len(v.item.answer.split()) for v in verdicts]
+    return {
+        "chair_i": estimate(wrong, groups, named),
+        "chair_s": estimate([w > 0 for w in wrong], groups),
+        "coverage": estimate(_column(verdicts, "covered"), groups, _column(verdicts, "objects")),
+        "objects_per_caption": _plain_mean(named, groups),
+        "words_per_caption": _plain_mean(words, groups),
+    }
+
+
+def _plain_mean(values: Sequence[float], groups: Sequence[str]) -> Estimate:
+    low, high = cluster_bootstrap(list(values), groups)
+    return Estimate(sum(values) / len(values), low, high, len(values))
+
+
+_MANY = 1e6
+BENCHMARKS: Mapping[str, Benchmark] = MappingProxyType(
+    {
+        "mmhal": Benchmark(
+            "MMHal-Bench (Sun et al. 2023, arXiv 2309.14525)",
+            "Rate the answer to a question about an image from 0 to 6: 6, 5, 4, 3 for an answer without anything that is "
+            "not in the image, from very informative with analysis or reasoning, over very and somewhat, to not "
+            "informative; 2, 1, 0 likewise for an answer that says something untrue of the image. You are given what is "
+            "in the image and a good answer. A guess that is marked as one is not untrue.",
+            {"rating": (0, 6)},
+            ("reference", "image_content"),
+            _mmhal,
+        ),
+        "llava_bench": Benchmark(
+            "LLaVA-Bench (Liu et al. 2023, arXiv 2304.08485)",
+            "Two answers to a question about an image that is described to you: the reference and another. Rate each from "
+            "1 to 10 for how helpful, relevant, accurate and detailed it is, whichever comes first.",
+            {"reference_rating": (1, 10), "rating": (1, 10)},
+            ("reference", "image_content"),
+            _llava_bench,
+        ),
+        "gavie": Benchmark(
+            "GAVIE (Liu et al. 2023, arXiv 2306.14565)",
+            "You are told what is in an image, with boxes. Rate the answer from 0 to 10 twice: accuracy, whether it says "
+            "nothing that is not in the image; relevancy, whether it does what the instruction asks.",
+            {"accuracy": (0, 10), "relevancy": (0, 10)},
+            ("image_content",),
+            _gavie,
+        ),
+        "cceval": Benchmark(
+            "CCEval (Zhai et al. 2023, arXiv 2310.01779)",
+            "Count in a caption the objects it mentions and those of them that are not among the objects of the image; "
+            "and of the objects of the image those that the caption covers. Synonyms count as the same object.",
+            {"mentioned": (0, _MANY), "hallucinated": (0, _MANY), "objects": (0, _MANY), "covered": (0, _MANY)},
+            ("image_content",),
+            _cceval,
+            MappingProxyType({"hallucinated": "mentioned", "covered": "objects"}),
+        ),
+    }
+)
+"""Name to benchmark: one entry each."""

@@ -1,0 +1,106 @@
+"""Patches as anyone would run them: one whole forward each, several side by side. For models that cannot do better."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from circuits.execution.memory import row_bytes
+from circuits.execution.prefix_cache import See, crosses
+from circuits.execution.suffix_runner import Reader, Row
+from circuits.interventions.intervention import intervened
+from groundscope.core.errors import PatchError
+from lvlm.model import Lvlm
+
+_LOG = logging.getLogger(__name__)
+
+
+def say_plain(model: Lvlm, why: str) -> None:
+    """Log, at level WARNING, that every patch will be a whole forward (logger ``circuits.execution.full_runner``)."""
+    _LOG.warning(
+        "%s (%s): every patch runs as a whole forward, because %s; results are the same, it takes longer",
+        model.name,
+        model.spec.model_type,
+        why,
+    )
+
+
+@torch.no_grad()
+def run_whole(
+    model: Lvlm,
+    inputs: Mapping[str, Tensor],
+    rows: Sequence[Row],
+    read: Reader,
+    *,
+    keep: int = 1,
+    memory: int,
+    most: int | None = None,
+    see: See | None = None,
+) -> Tensor:
+    """Return what is read of the logits of a run changed in each of many ways, ``[P, rows, …]``.
+
+    Parameters
+    ----------
+    model
+        Any model.
+    inputs
+        Of P examples of equal shape.
+    rows
+        What is changed; each is one run of its own.
+    read
+        What is kept of the logits ``[P, n, kept, V]`` of some rows.
+    keep
+        How many of the last positions logits are read at.
+    memory
+        Bytes that rows running side by side may take.
+    most
+        Most rows that run side by side.
+    see
+        Is shown what each layer's heads put out, at all positions.
+
+    Raises
+    ------
+    PatchError
+        For a budget that is too small for one row.
+    """
+    ids = inputs["decoder_input_ids" if model.encoder_decoder else "input_ids"]
+    examples, length = ids.shape
+    each = examples * row_bytes(model, length, length, keep)
+    if each > memory:
+        msg = f"memory={memory:,}: one patch of {length} positions needs {each:,} bytes beside the model; give at least that"
+        raise PatchError(msg)
+    size = max(1, min(memory // each, len(rows) if most is None else most))
+    less = {"logits_to_keep": keep} if "logits_to_keep" in model.accepts else {}
+    found = []
+    for k in range(0, len(rows), size):
+        part = rows[k : k + size]
+        many = {name: torch.cat([x] * len(part)) for name, x in inputs.items()}
+        items = [
+            # Of a sequence of one position there is no prompt and no step after it: it is all there is.
+            replace(
+                item,
+                rows=tuple(range(number * examples, (number + 1) * examples)),
+                positions="all" if length == 1 else item.positions,
+            )
+            for number, row in enumerate(part)
+            for item in row
+        ]
+        with ExitStack() as stack:
+            stack.enter_context(intervened(model, items))
+            if see is not None:
+                numbers = tuple(range(k, k + len(part)))
+                for layer in range(model.n_layers):
+
+                    def look(x: Tensor, layer: int = layer, numbers: tuple[int, ...] = numbers) -> None:
+                        see(layer, numbers, x.unflatten(0, (len(numbers), examples)).transpose(0, 1))
+
+                    place = model.place("decoder", layer, "z", cross=crosses(model, layer))
+                    stack.callback(place.watch(look).remove)
+            logits = model.hf(**many, use_cache=False, **less).logits[:, -keep:]
+        found.append(read(logits.unflatten(0, (len(part), examples)).transpose(0, 1)))
+    return torch.cat(found, dim=1)

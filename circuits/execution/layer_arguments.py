@@ -1,0 +1,75 @@
+"""What a decoder layer is called with for a batch of suffixes instead of whole prompts."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+from torch import Tensor
+
+from circuits.execution.prefix_attention import NotShared
+from circuits.execution.prefix_cache import CACHE, Recording
+
+# By name of an argument: on which axis its examples are, counted from the end, and on which its positions.
+_AXES = {
+    "position_embeddings": (-3, -2),
+    "position_ids": (-2, -1),
+    "cache_position": (None, -1),
+    "full_text_row_masked_out_mask": (-4, -2),
+}
+# What attention alone looks at; it has its own from the recording.
+_ATTENDED = ("attention_mask", "cross_attention_mask", "cross_attention_states", "causal_mask")
+
+
+class _Suffix:
+    """The part of a cache that a decoder layer uses; what is new is all it gives back, the prefix is shared."""
+
+    def __init__(self, run: Recording, start: int) -> None:
+        self._run, self._start = run, start
+
+    @property
+    def layers(self) -> list[SimpleNamespace]:
+        """Keys and values by layer, for cross-attention."""
+        return [SimpleNamespace(keys=k, values=v) for k, v in zip(self._run.keys, self._run.values, strict=True)]
+
+    def update(self, keys: Tensor, values: Tensor, *_args: Any, **_kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Return keys and values as they are."""
+        return keys, values
+
+    def get_seq_length(self, *_args: Any) -> int:
+        """Return how many positions come before the suffix."""
+        return self._start
+
+
+def arguments_for(run: Recording, layer: int, start: int, which: Tensor, rows: int) -> dict[str, Any]:
+    """Return what a layer is called with beside hidden states ``[P rows, S, D]`` of the examples `which`.
+
+    Raises
+    ------
+    NotShared
+        For a tensor of which nothing is known.
+    """
+    given: dict[str, Any] = {}
+    for name, value in run.arguments[layer].items():
+        if value is CACHE:
+            given[name] = _Suffix(run, start)
+        elif name in _ATTENDED:
+            given[name] = None
+        elif name in _AXES and isinstance(value, Tensor):
+            given[name] = _part(value, name, start, which, rows)
+        elif name in _AXES and isinstance(value, tuple):
+            given[name] = tuple(_part(x, name, start, which, rows) for x in value)
+        elif isinstance(value, Tensor):
+            msg = f"its layers are given '{name}', of which sharing a prefix knows nothing"
+            raise NotShared(msg)
+        else:
+            given[name] = value
+    return given
+
+
+def _part(x: Tensor, name: str, start: int, which: Tensor, rows: int) -> Tensor:
+    examples, positions = _AXES[name]
+    x = x.narrow(positions, start, x.shape[positions] - start)
+    if examples is None or x.dim() < -examples or x.shape[examples] == 1:
+        return x
+    return x.index_select(examples, which).repeat_interleave(rows, dim=examples)

@@ -1,0 +1,208 @@
+"""One forward, kept so that it can be resumed with something changed, or be what changes are taken from."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Collection, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from circuits.execution.prefix_attention import NotShared, closed
+from lvlm.family.specification import find
+from lvlm.model import Lvlm
+from lvlm.sites import Site
+
+See = Callable[[int, tuple[int, ...], Tensor], None]
+"""Shown for each layer: its number, which rows have come that far, and their head outputs ``[P, rows, S, width]``."""
+
+
+@dataclass(frozen=True, eq=False)
+class Values:
+    """What some sites held in a forward of P examples of equal length T, from position `start` on (S = T - start)."""
+
+    start: int
+    length: int
+    logits: Tensor
+    """At the last `keep` positions, ``[P, keep, V]``."""
+    sites: Mapping[Site, Tensor]
+    """By site, ``[P, S, width]``."""
+
+    def at(self, site: Site, positions: tuple[int, ...], columns: slice = slice(None)) -> Tensor:
+        """Return a site's value at positions counted from 0 in the prompt, ``[P, positions, columns]``."""
+        first = positions[0]
+        if positions == tuple(range(first, first + len(positions))):
+            return self.sites[site][:, first - self.start : first - self.start + len(positions), columns]
+        return self.sites[site][:, [p - self.start for p in positions], columns]
+
+
+@dataclass(frozen=True, eq=False)
+class Recording(Values):
+    """A forward that can be resumed at any layer, from position `start` on."""
+
+    residual: tuple[Tensor, ...]
+    """Input of each layer at the suffix, ``[P, S, D]``."""
+    keys: tuple[Tensor, ...]
+    """Of each layer at all positions, positions already applied, ``[P, key heads, T, head_dim]``; of a cross-attention
+    layer at all positions it attends to."""
+    values: tuple[Tensor, ...]
+    masks: tuple[Tensor | None, ...]
+    """What each layer's attention was given, ``[P or 1, heads or 1, T, keys]``."""
+    arguments: tuple[Mapping[str, Any], ...]
+    """What else each layer was called with, by name."""
+    cross: frozenset[int]
+    """Layers of cross-attention."""
+    added: tuple[Tensor | None, ...]
+    """What the model adds between a layer and the next, ``[P, S, D]``; empty for most families."""
+
+    def closed(self, start: int) -> int:
+        """Return the last position up to `start` before which no position of any layer sees one at or after it."""
+        for mask in {id(m): m for i, m in enumerate(self.masks) if m is not None and i not in self.cross}.values():
+            start = closed(mask, start)
+        return start
+
+
+@torch.no_grad()
+def record(
+    model: Lvlm, inputs: Mapping[str, Tensor], start: int, sites: Collection[Site] = (), keep: int = 1
+) -> Recording:
+    """Run examples once, as they are, and keep what changes at positions from `start` on need.
+
+    Where earlier positions read later ones (an image read both ways, say), more than asked for is kept.
+
+    Raises
+    ------
+    NotShared
+        Where the model gives no keys and values to keep, or calls its layers with something unknown.
+    """
+    from transformers import DynamicCache
+
+    if model.encoder_decoder or not model.accepts & {"past_key_values", "kwargs"}:
+        msg = "an encoder reads the prompt" if model.encoder_decoder else "its forward takes no cache"
+        raise NotShared(msg)
+    # Without a configuration every layer keeps all keys, also those outside a sliding window: its mask hides them.
+    cache: Any = DynamicCache()
+    begin, residual, after, calls = start, {}, {}, {}
+    layers = range(model.n_layers)
+    with ExitStack() as hooks:
+        for layer in layers:
+
+            def called(module: nn.Module, args: Any, kwargs: Any, layer: int = layer) -> None:
+                nonlocal begin
+                calls[layer] = _named(module, args, kwargs)
+                if not crosses(model, layer):
+                    begin = closed(_mask(model, layer, calls[layer]), begin)
+
+            def entered(x: Tensor, layer: int = layer) -> None:
+                residual[layer] = x[:, begin:].clone()
+
+            def left(x: Tensor, layer: int = layer) -> None:
+                after[layer] = x[:, begin:].clone()
+
+            place = model.place("decoder", layer, "resid_pre")
+            hooks.callback(place.module.register_forward_pre_hook(called, with_kwargs=True).remove)
+            hooks.callback(place.watch(entered).remove)
+            if layer < _added(model):
+                hooks.callback(model.place("decoder", layer, "resid_post").watch(left).remove)
+        held, logits = _watched(model, inputs, start, sites, keep, {"past_key_values": cache, "use_cache": True})
+    if len(calls) != model.n_layers or len(getattr(cache, "layers", ())) != model.n_layers:
+        msg = "its forward keeps no keys and values of its layers"
+        raise NotShared(msg)
+    if residual and any(x.shape[1] != residual[model.n_layers - 1].shape[1] for x in residual.values()):
+        return record(model, inputs, begin, sites, keep)  # a later layer reads further both ways than the first
+    shorter = {site: x[:, begin - start :] if begin > start else x for site, x in held.items()}
+    if begin < start:
+        shorter = _watched(model, inputs, begin, sites, keep, {"use_cache": False})[0] if sites else {}
+    length = next(iter(residual.values())).shape[1] + begin
+    for name in ("keys", "values"):
+        if any(getattr(cache.layers[i], name, None) is None for i in layers):
+            msg = "its forward keeps no keys and values of its layers"
+            raise NotShared(msg)
+    return Recording(
+        begin,
+        length,
+        logits,
+        shorter,
+        tuple(residual[i] for i in layers),
+        tuple(cache.layers[i].keys for i in layers),
+        tuple(cache.layers[i].values for i in layers),
+        tuple(_mask(model, i, calls[i]) for i in layers),
+        tuple({n: v for n, v in calls[i].items() if v is not cache} | _cache_name(calls[i], cache) for i in layers),
+        frozenset(i for i in layers if crosses(model, i)),
+        tuple(residual[i + 1] - after[i] if i in after and i + 1 < model.n_layers else None for i in layers)
+        if after
+        else (),
+    )
+
+
+@torch.no_grad()
+def observe(model: Lvlm, inputs: Mapping[str, Tensor], start: int, sites: Collection[Site], keep: int = 1) -> Values:
+    """Run examples once, as they are, and keep what sites hold from position `start` on."""
+    from transformers import DynamicCache
+
+    # As `record` runs: equal inputs then give equal values, bit for bit.
+    cached = not model.encoder_decoder and model.accepts & {"past_key_values", "kwargs"}
+    options: dict[str, Any] = {"past_key_values": DynamicCache(), "use_cache": True} if cached else {"use_cache": False}
+    held, logits = _watched(model, inputs, start, sites, keep, options)
+    name = "decoder_input_ids" if model.encoder_decoder else "input_ids"
+    return Values(start, inputs[name].shape[1], logits, held)
+
+
+def _watched(
+    model: Lvlm,
+    inputs: Mapping[str, Tensor],
+    start: int,
+    sites: Collection[Site],
+    keep: int,
+    options: Mapping[str, Any],
+) -> tuple[dict[Site, Tensor], Tensor]:
+    held: dict[Site, Tensor] = {}
+    with ExitStack() as hooks:
+        for site in sites:
+
+            def see(x: Tensor, site: Site = site) -> None:
+                held[site] = x[:, start:].clone()
+
+            hooks.callback(model.locate(site).watch(see).remove)
+        less = {"logits_to_keep": keep} if "logits_to_keep" in model.accepts else {}
+        logits = model.hf(**inputs, **options, **less).logits[:, -keep:]
+    return held, logits
+
+
+def crosses(model: Lvlm, layer: int) -> bool:
+    """Whether all that a layer attends to is the image."""
+    return model.attends("decoder", layer, cross=True) and not model.attends("decoder", layer, cross=False)
+
+
+def _named(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a layer was called with by name, without the hidden states, its first argument."""
+    if not args:
+        return {n: v for n, v in kwargs.items() if n != "hidden_states"}
+    names = list(inspect.signature(module.forward).parameters)[: len(args)]
+    return {**dict(zip(names[1:], args[1:], strict=True)), **kwargs}
+
+
+def _mask(model: Lvlm, layer: int, call: Mapping[str, Any]) -> Tensor | None:
+    mask = call.get("cross_attention_mask" if crosses(model, layer) else "attention_mask")
+    return mask if isinstance(mask, Tensor) and mask.dim() == 4 else None
+
+
+def _cache_name(call: Mapping[str, Any], cache: Any) -> dict[str, Any]:
+    """Return under which name a layer is given its cache, the cache itself left out."""
+    return {name: CACHE for name, value in call.items() if value is cache}
+
+
+class _Cache:
+    """Stands in a recording's arguments where a layer is given its cache."""
+
+
+CACHE = _Cache()
+
+
+def _added(model: Lvlm) -> int:
+    """Return after how many of the first layers something is added at image positions."""
+    path = model.spec.added_after
+    return len(find(model.hf.config, path)) if path else 0

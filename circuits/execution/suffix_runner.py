@@ -1,0 +1,234 @@
+"""Run many patches of one prompt for little more than one forward.
+
+What precedes the first patched position never changes, and neither does what lies below the patched layer. So a run
+is recorded once (keys and values of all its positions; every layer's input from the first patched position on) and each
+patch enters at its own layer as one more row of a batch that grows on the way up, consists of the suffix alone and
+attends to the prefix that all rows of an example share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from circuits.execution.layer_arguments import arguments_for
+from circuits.execution.memory import rows_within
+from circuits.execution.prefix_attention import NotShared, Prefix, SharedAttention, shared_attention
+from circuits.execution.prefix_cache import Recording, See, crosses
+from circuits.interventions.hooks import edit
+from circuits.interventions.intervention import Intervention, columns_of
+from lvlm.family.specification import TOLERANCE
+from lvlm.model import Lvlm
+from lvlm.sites import Site
+
+Row = tuple[Intervention, ...]
+"""What is changed in one run: every change at once. Positions are whole numbers, counted from 0 in the prompt."""
+Reader = Callable[[Tensor], Tensor]
+"""Logits ``[P, n, kept, V]`` to what is kept of them ``[P, n, …]``."""
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Rows that run side by side."""
+
+    start: int
+    """First position of their suffix."""
+    numbers: tuple[int, ...]
+    """Which rows, lowest layer first."""
+
+
+@torch.no_grad()
+def resume(
+    model: Lvlm,
+    run: Recording,
+    rows: Sequence[Row],
+    read: Reader,
+    *,
+    memory: int,
+    most: int | None = None,
+    examples: Sequence[int] | None = None,
+    check: bool = False,
+    see: See | None = None,
+) -> Tensor:
+    """Return what is read of the logits of a run changed in each of many ways, for each example of the recording.
+
+    Parameters
+    ----------
+    model
+        The model of the recording.
+    run
+        The run that is changed.
+    rows
+        What is changed; each is one run of its own.
+    read
+        What is kept of the logits ``[P, n, kept, V]`` of some rows.
+    memory
+        Bytes that rows running side by side may take.
+    most
+        Most rows that run side by side; None for as many as memory allows.
+    examples
+        Which examples of the recording; None for all.
+    check
+        Also run the recording unchanged, as one row more, and compare.
+    see
+        Is shown what each layer's heads put out, from the first position of the suffix on.
+
+    Returns
+    -------
+    Tensor
+        What was read, ``[P, rows, …]``.
+
+    Raises
+    ------
+    NotShared
+        Where this model's layers cannot be run one by one upon a shared prefix.
+    PatchError
+        For a budget that is too small for one row.
+    """
+    which = torch.arange(len(run.logits)) if examples is None else torch.tensor(list(examples))
+    which = which.to(run.logits.device)
+    found: dict[int, Tensor] = {}
+    with shared_attention(model) as attention:
+        for number, chunk in enumerate(_chunks(model, run, rows, len(which), memory, most)):
+            given = [rows[i] for i in chunk.numbers]
+            checked = check and number == 0
+            shown = None if see is None else (see, (-1, *chunk.numbers) if checked else chunk.numbers)
+            logits = _run(model, run, [(), *given] if checked else given, chunk.start, which, attention, shown)
+            if checked:
+                _compare(model, run, logits[:, 0], which)
+                logits = logits[:, 1:]
+            kept = read(logits)
+            found.update((i, kept[:, k]) for k, i in enumerate(chunk.numbers))
+    return torch.stack([found[i] for i in range(len(rows))], dim=1)
+
+
+def _run(
+    model: Lvlm,
+    run: Recording,
+    rows: Sequence[Row],
+    start: int,
+    which: Tensor,
+    attention: SharedAttention,
+    shown: tuple[See, tuple[int, ...]] | None = None,
+) -> Tensor:
+    """Return the logits of some rows at the positions kept, ``[P, n, kept, V]``; the lowest layers come first."""
+    entry = [_first_layer(row) for row in rows]
+    offset, examples = start - run.start, len(which)
+    hidden = run.residual[0][which][:, None, offset:][:, :0]  # [P, n, S, D]
+    for layer in range(entry[0], model.n_layers):
+        entering = entry.count(layer)
+        new = run.residual[layer][which][:, None, offset:].expand(-1, entering, -1, -1)
+        hidden = torch.cat([hidden, new], dim=1)
+        count = hidden.shape[1]
+        attention.prefix = _prefix(run, layer, start, which)
+        attention.calls = 0
+        hooks = _edits(model, layer, rows[:count], start, examples)
+        if shown is not None:
+            hooks.append(_watch(model, layer, examples, shown[0], shown[1][:count]))
+        try:
+            module = model.place("decoder", layer, "resid_post").module
+            out = module(hidden.flatten(0, 1), **arguments_for(run, layer, start, which, count))
+        finally:
+            for hook in hooks:
+                hook.remove()
+            attention.prefix = None
+        if attention.calls != 1:
+            msg = f"layer {layer} does not attend through transformers' table of attention functions"
+            raise NotShared(msg)
+        hidden = (out[0] if isinstance(out, tuple) else out).unflatten(0, (examples, count))
+        if run.added and layer + 1 < model.n_layers and (more := run.added[layer]) is not None:
+            hidden = hidden + more[which][:, None, offset:]
+    logits = model.unembed(hidden[:, :, hidden.shape[2] - run.logits.shape[1] :])
+    lowest = torch.finfo(logits.dtype).min / 2  # Chameleon rules out image tokens by the lowest number there is
+    own = run.logits[which][:, None]
+    return torch.where(own > lowest, logits, own) if bool((own <= lowest).any()) else logits
+
+
+def _first_layer(row: Row) -> int:
+    return min((item.site.layer for item in row), default=0)
+
+
+def first_position(row: Row) -> int:
+    """Return the first position that a row changes."""
+    return min(min(positions_of(item)) for item in row)
+
+
+def positions_of(item: Intervention) -> tuple[int, ...]:
+    """Return the positions of an intervention that names them."""
+    if isinstance(item.positions, tuple):
+        return item.positions
+    msg = f"positions {item.positions!r} at '{item.site}': patches that share a prefix name their positions by number"
+    raise NotShared(msg)
+
+
+def _chunks(
+    model: Lvlm, run: Recording, rows: Sequence[Row], examples: int, memory: int, most: int | None
+) -> Iterator[_Chunk]:
+    """Yield rows that run side by side: of one suffix, from the lowest layer up, as many as the budget allows."""
+    by_start: dict[int, list[int]] = {}
+    for number, row in enumerate(rows):
+        by_start.setdefault(run.closed(first_position(row)), []).append(number)
+    for start, numbers in sorted(by_start.items()):
+        numbers.sort(key=lambda i: _first_layer(rows[i]))
+        size = rows_within(model, run, start, examples, memory, most)
+        for k in range(0, len(numbers), size):
+            yield _Chunk(start, tuple(numbers[k : k + size]))
+
+
+def _prefix(run: Recording, layer: int, start: int, which: Tensor) -> Prefix:
+    keys, values, mask = run.keys[layer], run.values[layer], run.masks[layer]
+    cross = layer in run.cross
+    if not cross:
+        keys, values = keys[:, :, :start], values[:, :, :start]
+    if mask is not None:
+        mask = (mask if len(mask) == 1 else mask[which])[..., start:, :]
+    everything = len(which) == len(run.logits)  # in order, then
+    return Prefix(keys if everything else keys[which], values if everything else values[which], mask, cross)
+
+
+def _edits(model: Lvlm, layer: int, rows: Sequence[Row], start: int, examples: int) -> list[Any]:
+    """Put hooks where rows change a layer; each row is changed in its own part of the batch alone."""
+    by_site: dict[Site, list[tuple[int, Intervention]]] = {}
+    for number, row in enumerate(rows):
+        for item in row:
+            if item.site.layer == layer:
+                by_site.setdefault(item.site, []).append((number, item))
+    hooks = []
+    for site, items in by_site.items():
+        made = [(number, _slice(positions_of(item), start), columns_of(model, item), item) for number, item in items]
+
+        def change(x: Tensor, made: list[Any] = made) -> Tensor:
+            x = x.clone()
+            by_row = x.unflatten(0, (examples, -1))
+            for number, at, columns, item in made:
+                by_row[:, number, at, columns] = item.change(by_row[:, number, at, columns])
+            return x
+
+        hooks.append(edit(model, site, change))
+    return hooks
+
+
+def _watch(model: Lvlm, layer: int, examples: int, see: See, numbers: tuple[int, ...]) -> Any:
+    place = model.place("decoder", layer, "z", cross=crosses(model, layer))
+    return place.watch(lambda x: see(layer, numbers, x.unflatten(0, (examples, -1))))
+
+
+def _slice(positions: tuple[int, ...], start: int) -> slice | list[int]:
+    first, last = positions[0], positions[-1]
+    if positions == tuple(range(first, last + 1)):
+        return slice(first - start, last + 1 - start)
+    return [p - start for p in positions]
+
+
+def _compare(model: Lvlm, run: Recording, again: Tensor, which: Tensor) -> None:
+    own = run.logits[which].float()
+    seen = own > torch.finfo(run.logits.dtype).min / 2
+    scale = max(float(own[seen].abs().max()), 1e-6)
+    error = float((again.float() - own)[seen].abs().max()) / scale
+    if not error <= TOLERANCE[model.dtype]:
+        msg = f"its decoder layers run one by one give other logits than the model (by {error:.1e} of the largest)"
+        raise NotShared(msg)

@@ -1,0 +1,137 @@
+"""What heads write at the last position: straight to the answer's logits, and differently without an image."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from groundscope.core.errors import ModelError
+from lvlm.answers import AnswerKey
+from lvlm.encoding.encode import Batch
+from lvlm.family.specification import TOLERANCE, resolve
+from lvlm.model import Lvlm
+from lvlm.sites import Site
+
+
+def direct_attribution(model: Lvlm, batch: Batch, keys: Sequence[AnswerKey], answers: Sequence[str]) -> Tensor:
+    """Return what each head adds to the answer's margin directly, past all later layers: ``[B, L, H]``, in logits.
+
+    ``z W_O W_U`` in the direction of the margin's gradient by the logits, with the final norm's scale held at what it
+    was (direct logit attribution; Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits").
+
+    Raises
+    ------
+    ModelError
+        Where a layer's attention does not add ``z W_O``, the logits are not a linear map of the normed residual, or the
+        final norm is neither an RMS norm nor a layer norm.
+    """
+    layers = range(model.n_layers)
+    last = model.n_layers - 1
+    sites = [Site("decoder", i, c) for i in layers for c in ("z", "attn_out")] + [Site("decoder", last, "resid_post")]
+    seen = {name: x[:, -1].float() for name, x in model.read(batch.inputs, sites).items()}
+    residual = seen[f"decoder.L{last}.resid_post"]  # [B, D]
+    frozen = _frozen_norm(model, residual)
+    unembedding: Any = resolve(model.hf, model.spec.unembedding or "", model.spec)
+    weight: Tensor = unembedding.weight.float()  # [V, D]
+    bias: Tensor | None = getattr(unembedding, "bias", None)
+    normed = (
+        resolve(model.hf, model.spec.final_norm, model.spec)(residual.to(model.dtype))
+        if model.spec.final_norm
+        else residual
+    )
+    logits = normed.float() @ weight.T + (0 if bias is None else bias.float())
+    _check(
+        model, "its logits are no linear map of the normed residual", logits, model.unembed(residual.to(model.dtype))
+    )
+    direction = _gradient(logits, keys, answers) @ weight  # [B, D]
+    out = torch.empty(len(residual), model.n_layers, model.n_heads, device=residual.device)
+    for i in layers:
+        projection = model.output_projection("decoder", i)
+        w_o = projection.weight.float().reshape(-1, model.n_heads, model.head_dim)  # [D, H, head_dim]
+        z = seen[f"decoder.L{i}.z"].reshape(len(residual), model.n_heads, model.head_dim)
+        written = torch.einsum("bhk,dhk->bhd", z, w_o)
+        whole = written.sum(1) if projection.bias is None else written.sum(1) + projection.bias.float()
+        _check(model, f"the attention of layer {i} does not add z W_O", whole, seen[f"decoder.L{i}.attn_out"])
+        out[:, i] = (frozen(written) * direction[:, None]).sum(-1)
+    return out
+
+
+def without_image(model: Lvlm, batch: Batch) -> dict[str, Tensor]:
+    """Return a batch's inputs without the image: its tokens and what surrounds them are gone from the prompt.
+
+    Raises
+    ------
+    ModelError
+        Where the image is not among the tokens of the decoder.
+    """
+    ids = batch.inputs["input_ids"]
+    rows = []
+    for encoding in batch.encodings:
+        gone = {*encoding.tokens.image, *encoding.tokens.separators}
+        rows.append([i for i in range(ids.shape[1]) if i not in gone])
+    if len({len(row) for row in rows}) != 1 or len(rows[0]) in (0, ids.shape[1]):
+        msg = f"{model.name}: the image is not among the tokens of the decoder, so it cannot be left out of the prompt"
+        raise ModelError(msg)
+    kept = torch.tensor(rows, device=ids.device)
+    return {"input_ids": ids.gather(1, kept), "attention_mask": torch.ones_like(kept)}
+
+
+def image_difference(model: Lvlm, batch: Batch) -> Tensor:
+    """Return how far each head's output at the last position moves when the image is left out, ``[B, L, H]``.
+
+    The Euclidean norm of ``A(image) - A(no image)``, before the output projection (vision-aware head divergence;
+    He et al. 2024, arXiv 2412.13949).
+    """
+    sites = [Site("decoder", i, "z") for i in range(model.n_layers)]
+    outputs = []
+    for inputs in (batch.inputs, without_image(model, batch)):
+        seen = model.read(inputs, sites)
+        z = torch.stack([seen[str(site)][:, -1].float() for site in sites], dim=1)  # [B, L, H * head_dim]
+        outputs.append(z.reshape(*z.shape[:2], model.n_heads, model.head_dim))
+    return (outputs[0] - outputs[1]).norm(dim=-1)
+
+
+def _gradient(logits: Tensor, keys: Sequence[AnswerKey], answers: Sequence[str]) -> Tensor:
+    """Return the gradient of each row's margin by its logits, ``[B, V]``."""
+    with torch.enable_grad():
+        given = logits.detach().requires_grad_()
+        margins = [key.margin(row, answer) for key, row, answer in zip(keys, given, answers, strict=True)]
+        (gradient,) = torch.autograd.grad(torch.stack(margins).sum(), given)
+    return gradient
+
+
+def _frozen_norm(model: Lvlm, residual: Tensor) -> Callable[[Tensor], Tensor]:
+    """Return the final norm as a linear map of parts of the residual, its scale that of the whole ``[B, D]``."""
+    if not model.spec.final_norm:
+        return lambda part: part
+    norm = resolve(model.hf, model.spec.final_norm, model.spec)
+    wanted = norm(residual.to(model.dtype)).float()
+    # Without mean, and so large that the norm's epsilon vanishes: what comes out is its weight, for either kind of norm.
+    probe = torch.ones(residual.shape[-1], device=residual.device)
+    probe[1::2] = -1
+    shift = norm(torch.zeros_like(residual[:1]).to(model.dtype)).float()[0]
+    weight = (norm((1e3 * probe)[None].to(model.dtype)).float()[0] - shift) * probe
+    for centred in (False, True):
+
+        def linear(part: Tensor, centred: bool = centred) -> Tensor:
+            return (part - part.mean(-1, keepdim=True) if centred else part) * weight
+
+        whole = linear(residual)
+        scale = (whole * (wanted - shift)).sum(-1, keepdim=True) / (whole**2).sum(-1, keepdim=True)
+        if _error(scale * whole, wanted - shift) <= TOLERANCE[model.dtype]:
+            return lambda part, scale=scale, linear=linear: linear(part) * scale[:, None]
+    msg = f"{model.name}: its final norm ({type(norm).__name__}) is neither an RMS norm nor a layer norm"
+    raise ModelError(msg)
+
+
+def _error(left: Tensor, right: Tensor) -> float:
+    return float((left.float() - right.float()).abs().max()) / max(float(right.abs().max()), 1e-6)
+
+
+def _check(model: Lvlm, said: str, left: Tensor, right: Tensor) -> None:
+    if not _error(left, right) <= TOLERANCE[model.dtype]:
+        msg = f"{model.name} (family '{model.spec.model_type}'): {said}, so no head's share of the answer can be told"
+        raise ModelError(msg)

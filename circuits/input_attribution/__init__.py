@@ -1,0 +1,8 @@
+"""Split an answer's log-odds into what image, prompt and language prior contribute (Shapley values)."""
+
+from __future__ import annotations
+
+from circuits.input_attribution.attribute import NEUTRAL_QUESTIONS, split
+from circuits.input_attribution.results import Sources, SourceShares
+
+__all__ = ["NEUTRAL_QUESTIONS", "SourceShares", "Sources", "split"]

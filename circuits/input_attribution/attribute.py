@@ -1,0 +1,257 @@
+"""Where an answer came from: its log-odds split into what image, prompt and language prior brought.
+
+The players are parts of the input that can be given or replaced by something neutral; each gets its exact Shapley
+value, and what is left with everything neutral is the prior. This answers the question of section H.2 of Shu et al.
+(arXiv 2501.01346): prompt, image or the language model's own knowledge. Shapley values of model inputs with replaced
+("baseline") parts: Lundberg & Lee 2017, arXiv 1705.07874; Sundararajan & Najmi 2020, arXiv 1908.08474.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+
+from circuits.input_attribution import shapley
+from circuits.input_attribution.coalitions import Game, make_game, players_of
+from circuits.input_attribution.results import Sources, SourceShares
+from circuits.patching.activation import check_evaluating
+from circuits.patching.sweep import side_by_side
+from concepts.counterfactuals import Edited
+from concepts.schema import Example, ImageSource
+from groundscope.core.errors import ConfigError, PatchError
+from groundscope.core.progress import progress_bar
+from lvlm.answers import AnswerKey, answer_key
+from lvlm.model import Encoding, Lvlm
+
+EDITS = ("blank", "blur", "noise")
+"""Edits of an image that need no box."""
+NEUTRAL_IMAGES = ("blank",)
+NEUTRAL_QUESTIONS = 4
+"""Neutral questions an example is given where none are named."""
+EFFICIENCY = 1e-6
+"""How far prior and shares may be from the log-odds, relative to the largest value."""
+_CHUNK = 16
+"""Examples whose inputs are held at once."""
+
+
+def split(
+    model: Lvlm,
+    examples: Sequence[Example],
+    *,
+    of: Literal["said", "true"] = "said",
+    image: Literal["whole", "objects"] = "whole",
+    prompt: Literal["whole", "words"] = "whole",
+    neutral_images: Sequence[str | ImageSource] = NEUTRAL_IMAGES,
+    neutral_questions: Sequence[str] | Mapping[str, Sequence[str]] | None = None,
+    orders: int = 64,
+    seed: int = 0,
+    batch_size: int = 64,
+    progress: bool | None = None,
+) -> Sources:
+    """Split each answer's log-odds into prior, image and prompt.
+
+    With v(S) the log-odds of the answer against all other candidates when the parts in S are given and the others are
+    neutral, the prior is v(nothing), and each part gets its Shapley value; ``prior + sum of shares`` is the log-odds of
+    the answer as the model gave it. `SourceShares.interaction` is what image and prompt bring together beyond what each
+    brings alone: ``v(both) - v(image) - v(prompt) + v(nothing)``, half of which is in the share of either.
+
+    Parameters
+    ----------
+    model
+        In evaluation mode.
+    examples
+        With candidate answers.
+    of
+        Which answer: ``said``, the one the model gives, or ``true``.
+    image
+        ``whole``; or ``objects``: each object's box and the rest of the image as players of their own.
+    prompt
+        ``whole``: the question; or ``words``: each of its words.
+    neutral_images
+        Names of edits of the image itself (``blank``, ``blur``, ``noise``), or images of the same size. Values are
+        averaged over them; their spread is kept.
+    neutral_questions
+        Questions of as many tokens as those asked; or those of each example, by its id. None: up to 4 others among
+        `examples` that have as many tokens and the same candidates, chosen by `seed`; then "neutral" means "another question
+        of the kind".
+    orders
+        Orders of arrival drawn where there are more than 10 players and not all coalitions are run.
+    seed
+        Decides drawn orders and chosen questions.
+    batch_size
+        Inputs side by side.
+    progress
+        Show progress; by default where standard error is a terminal.
+
+    Returns
+    -------
+    Sources
+        Shares of every example, in order.
+
+    Raises
+    ------
+    ConfigError
+        For an option that does not exist, or a family whose decoder does not read the question.
+    PatchError
+        For no examples, neutral inputs of another length, or an example for which no neutral question is found.
+    DataError
+        For an example without candidates, or candidates that begin with the same token.
+    """
+    _check(model, examples, of, image, prompt, neutral_images, orders)
+    keys = [answer_key(model, example) for example in examples]
+    texts = _texts(model, examples, neutral_questions, seed)
+    made: list[SourceShares] = []
+    with progress_bar(progress) as bar:
+        task = bar.add_task("splitting answers by source", total=len(examples))
+        for start in range(0, len(examples), _CHUNK):
+            chunk = range(start, min(start + _CHUNK, len(examples)))
+            games = [
+                make_game(
+                    model,
+                    examples[i],
+                    players_of(model, examples[i], model.encode(examples[i]), image, prompt),
+                    [Edited(examples[i].image, n) if isinstance(n, str) else n for n in neutral_images],
+                    texts[i],
+                    orders,
+                    seed,
+                )
+                for i in chunk
+            ]
+            logits = _run(model, [run for game in games for run in game.runs], batch_size)
+            first = 0
+            for i, game in zip(chunk, games, strict=True):
+                scores = keys[i].scores(logits[first : first + len(game.runs)])
+                made.append(_shares(examples[i], keys[i], game, scores.numpy(), of))
+                first += len(game.runs)
+            bar.advance(task, len(chunk))
+    names = tuple(n if isinstance(n, str) else n.identity for n in neutral_images)
+    return Sources(tuple(made), of, names, model.name, model.config_hash, model.weights_hash)
+
+
+def _run(model: Lvlm, runs: Sequence[Encoding], size: int) -> torch.Tensor:
+    """Return the logits at the last position, float64 ``[runs, V]``, inputs of equal shape side by side."""
+    out: list[torch.Tensor] = [torch.empty(0)] * len(runs)
+    for part in side_by_side([run.shape for run in runs], lambda _: size):
+        logits = model.logits(model.collate([runs[i] for i in part])).double().cpu()
+        for i, row in zip(part, logits, strict=True):
+            out[i] = row
+    return torch.stack(out)
+
+
+def _shares(example: Example, key: AnswerKey, game: Game, scores: np.ndarray, of: str) -> SourceShares:
+    """Turn candidate scores ``[runs, candidates]`` into shares."""
+    everything = int(game.members[-1, 0])
+    said = key.candidates[int(scores[everything].argmax())]
+    answer = said if of == "said" else example.answer
+    mine = key.candidates.index(answer)
+    odds = scores[:, mine] - np.logaddexp.reduce(np.delete(scores, mine, axis=1), axis=1)  # [runs]
+    values = odds[game.members]  # [coalitions, neutrals]
+    if game.orders is None:
+        each, error = shapley.exact(values.T), np.zeros(len(game.players.names))  # [neutrals, players]
+    else:
+        each, errors = zip(*(_sampled(game.orders, game.coalitions, column) for column in values.T), strict=True)
+        each, error = np.stack(each), np.sqrt(np.mean(np.square(errors), axis=0))
+    mean = values.mean(1)
+    shares, log_odds, prior = each.mean(0), float(mean[-1]), float(mean[0])
+    gap = abs(prior + shares.sum() - log_odds)
+    if not gap <= EFFICIENCY * max(1.0, float(np.abs(values).max())):
+        msg = f"example '{example.id}': prior and shares miss the log-odds by {gap:.2g}; the model's logits are not finite"
+        raise PatchError(msg)
+    image = np.arange(len(shares)) < game.players.of_image
+    corner = [mean[(game.coalitions == c).all(1).argmax()] for c in (image, ~image)]
+    return SourceShares(
+        example=_about(example),
+        answer=answer,
+        said=said,
+        players=game.players.names,
+        of_image=game.players.of_image,
+        log_odds=log_odds,
+        prior=prior,
+        shares=shares,
+        spread=each.std(0, ddof=1) if len(each) > 1 else np.full(len(shares), np.nan),
+        error=error,
+        interaction=float(log_odds - corner[0] - corner[1] + prior),
+        coalitions=game.coalitions,
+        values=mean,
+        forwards=len(game.runs),
+    )
+
+
+def _sampled(orders: np.ndarray, coalitions: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    place = {row.tobytes(): i for i, row in enumerate(coalitions)}
+    along = [[values[place[row.tobytes()]] for row in order] for order in shapley.arrivals(orders)]
+    return shapley.from_orders(orders, np.array(along))
+
+
+def _about(example: Example) -> dict[str, str]:
+    return {name: getattr(example, name) for name in ("id", "group", "level", "split", "kind", "question")} | {
+        "truth": example.answer
+    }
+
+
+def _texts(
+    model: Lvlm, examples: Sequence[Example], given: Sequence[str] | Mapping[str, Sequence[str]] | None, seed: int
+) -> list[tuple[str, ...]]:
+    """Return the neutral questions of every example."""
+    if isinstance(given, Mapping):
+        missing = next((e.id for e in examples if not given.get(e.id)), None)
+        if missing is not None:
+            msg = f"example '{missing}': neutral_questions names none for it; give at least one of as many tokens"
+            raise PatchError(msg)
+        return [tuple(given[e.id]) for e in examples]
+    if given is not None:
+        return [tuple(given)] * len(examples)
+    length = {q: len(model.processor.tokenizer(model.prompt(q))["input_ids"]) for q in {e.question for e in examples}}
+    pools: dict[tuple[int, tuple[str, ...]], list[str]] = {}
+    for e in examples:
+        pool = pools.setdefault((length[e.question], e.candidates), [])
+        if e.question not in pool:
+            pool.append(e.question)
+    out = []
+    for i, e in enumerate(examples):
+        others = [q for q in pools[length[e.question], e.candidates] if q != e.question]
+        if not others:
+            msg = (
+                f"example '{e.id}': no other example asks a question of {length[e.question]} tokens with the same "
+                "candidates; give more examples, or neutral_questions=[…] of as many tokens"
+            )
+            raise PatchError(msg)
+        order = np.random.Generator(np.random.PCG64([seed, i])).permutation(len(others))
+        out.append(tuple(others[k] for k in order[:NEUTRAL_QUESTIONS]))
+    return out
+
+
+def _check(
+    model: Lvlm,
+    examples: Sequence[Example],
+    of: str,
+    image: str,
+    prompt: str,
+    neutral_images: Sequence[str | ImageSource],
+    orders: int,
+) -> None:
+    for name, value, allowed in (
+        ("of", of, ("said", "true")),
+        ("image", image, ("whole", "objects")),
+        ("prompt", prompt, ("whole", "words")),
+    ):
+        if value not in allowed:
+            msg = f"{name}='{value}': choose {' or '.join(allowed)}"
+            raise ConfigError(msg)
+    wrong = [n for n in neutral_images if isinstance(n, str) and n not in EDITS]
+    if wrong or not neutral_images:
+        msg = f"neutral image '{''.join(wrong[:1])}': choose of {', '.join(EDITS)}, or give images of the same size"
+        raise ConfigError(msg)
+    if orders < 2:
+        msg = f"orders={orders}: a standard error needs at least 2"
+        raise ConfigError(msg)
+    if model.encoder_decoder:
+        msg = f"{model.name}: an encoder reads the question; where its answers come from cannot be split yet"
+        raise ConfigError(msg)
+    if not examples:
+        msg = "no examples whose answers could be split by source"
+        raise PatchError(msg)
+    check_evaluating(model)

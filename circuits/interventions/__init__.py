@@ -1,0 +1,1 @@
+"""Changes of activations during a forward, as hooks."""

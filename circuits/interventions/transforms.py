@@ -1,0 +1,126 @@
+"""What can become of the chosen part of a tensor: small functions of ``[..., d]``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from circuits.interventions.options import Norm
+from groundscope.core.errors import PatchError
+
+Change = Callable[[Tensor], Tensor]
+"""``[..., d]`` -> ``[..., d]``."""
+_TINY = 1e-12
+
+
+@dataclass(frozen=True, eq=False)
+class Replace:
+    """x becomes `value`: a patch, or with a mean over other runs a mean ablation."""
+
+    value: Tensor
+    """Anything that broadcasts to ``[rows, positions, d]``."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return what ``[..., d]`` becomes."""
+        return self.value.to(x).expand_as(x)
+
+
+@dataclass(frozen=True, eq=False)
+class Add:
+    """x becomes ``x + value``, or that brought back to the length of x.
+
+    ``free``
+        ``x + value``.
+    ``kept``
+        ``|x| unit(x + value)``: VISTA (Li et al. 2025, arXiv 2502.03628).
+    ``relative``
+        ``|x| unit(x / |x| + value)``, so that `value` is a share of x: VTI (Liu et al. 2024, arXiv 2410.15778).
+    """
+
+    value: Tensor
+    """``[d]``, or anything that broadcasts to ``[rows, positions, d]``."""
+    norm: Norm = "free"
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return what ``[..., d]`` becomes; raises `PatchError` where a value per token meets another number of tokens."""
+        if self.value.dim() == 2 and x.dim() == 3 and self.value.shape[0] not in (1, x.shape[1]):
+            msg = f"a value for each of {self.value.shape[0]} tokens was given, the site holds {x.shape[1]}"
+            raise PatchError(msg)
+        if self.norm == "free":
+            return x + self.value.to(x)
+        # In float32: a half's square of a long residual stream would overflow.
+        wide = x.float()
+        length = wide.norm(dim=-1, keepdim=True)
+        start = wide if self.norm == "kept" else wide / length.clamp_min(_TINY)
+        moved = start + self.value.to(wide)
+        return (moved * (length / moved.norm(dim=-1, keepdim=True).clamp_min(_TINY))).to(x)
+
+    def scaled(self, factor: float) -> Self:
+        """Return the same change, `factor` times as strong."""
+        return replace(self, value=factor * self.value)
+
+
+@dataclass(frozen=True)
+class Zero:
+    """x becomes 0."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return what ``[..., d]`` becomes."""
+        return torch.zeros_like(x)
+
+
+@dataclass(frozen=True, eq=False)
+class Amplify:
+    """x becomes ``x + factor * (x - mean) reads^T writes``: what sets this input apart from the mean, made larger.
+
+    Without `reads` that is ``mean + (1 + factor) (x - mean)``; a factor of -1 leaves nothing but the mean. With
+    `reads` only the deviation within the subspace spanned by its rows counts: a factor of -1 removes it.
+    """
+
+    mean: Tensor
+    """``[d]``: what the site holds where there is nothing to see, or the middle between the classes."""
+    factor: float
+    reads: Tensor | None = None
+    """Orthonormal rows ``[k, d]``."""
+    writes: Tensor | None = None
+    """``[k, d]``: where the deviation goes; `reads` itself by default, other rows for a control of the same size."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return what ``[..., d]`` becomes."""
+        deviation = x - self.mean.to(x)
+        if self.reads is not None:
+            writes = self.reads if self.writes is None else self.writes
+            deviation = deviation @ self.reads.to(x).T @ writes.to(x)
+        elif self.writes is not None:
+            deviation = deviation @ self.writes.to(x)
+        return x + self.factor * deviation
+
+    def scaled(self, factor: float) -> Self:
+        """Return the same change, `factor` times as strong."""
+        return replace(self, factor=factor * self.factor)
+
+
+@dataclass(frozen=True, eq=False)
+class Project:
+    """x loses what of it points along `value`: ``x - weight * max(<x, t>, 0) / <t, t> * t``.
+
+    ProjectAway (Jiang et al. 2024, arXiv 2410.02762): what points the other way is left as it is.
+    """
+
+    value: Tensor
+    """``[d]``: t, of any length."""
+    weight: float = 1.0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return what ``[..., d]`` becomes."""
+        t = self.value.to(x)
+        share = (x @ t).clamp_min(0) / (t @ t)
+        return x - self.weight * share[..., None] * t
+
+    def scaled(self, factor: float) -> Self:
+        """Return the same change, `factor` times as strong."""
+        return replace(self, weight=factor * self.weight)

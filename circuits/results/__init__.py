@@ -1,0 +1,1 @@
+"""Results: scores of heads, of patches, graphs, their statistics and plots."""

@@ -1,0 +1,149 @@
+"""A circuit as a picture: layers upwards, heads side by side, the MLP at the end, edges between them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from circuits.results.graph import Edge, Graph
+
+FOR, AGAINST = "#2166ac", "#b2182b"
+"""Colors of edges that carry the answer and of those that work against it."""
+_HEAD, _MLP, _END = "#f7f7f7", "#e8dff0", "#dfeadf"
+
+
+def draw(
+    graph: Graph,
+    path: str | Path | None = None,
+    ax: Axes | None = None,
+    *,
+    most: int = 200,
+    title: str | None = None,
+) -> Axes:
+    """Draw the edges kept of a graph.
+
+    Parameters
+    ----------
+    graph
+        A circuit: of a whole graph the largest edges only are drawn.
+    path
+        Write a file in the format its name ends in.
+    ax
+        Draw here; otherwise into a figure of its own, which belongs to no window.
+    most
+        Most edges to draw, those of largest size; the title says where there are more.
+    title
+        Above the picture.
+    """
+    edges = graph.edges[:most]
+    names = [name for name in (*graph.shape.sources, "logits") if name in _ends(edges)]
+    rows = _rows(names)
+    at = _places(rows)
+    if ax is None:
+        from matplotlib.figure import Figure
+
+        wide = max((len(row) for row in rows), default=1)
+        ax = Figure(figsize=(max(5.0, 1.05 * wide + 1.6), 1.4 + 0.95 * len(rows)), layout="constrained").subplots()
+    largest = max((abs(edge.score) for edge in edges), default=1.0) or 1.0
+    for edge in reversed(edges):  # the largest on top
+        _arrow(ax, edge, at, abs(edge.score) / largest)
+    for name, (x, y) in at.items():
+        _box(ax, name, x, y)
+    _finish(ax, at, rows)
+    left = len(graph) - len(edges)
+    said = title or f"{graph.model}: {len(graph)} edges{f', the largest {most} drawn' if left else ''}"
+    ax.set_title(said, fontsize=10)
+    figure = ax.get_figure(root=True)
+    if path is not None and figure is not None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=150)
+    return ax
+
+
+def _ends(edges: tuple[Edge, ...]) -> set[str]:
+    return {name for edge in edges for name in (edge.source, edge.target.partition("<")[0])}
+
+
+def _rows(names: list[str]) -> list[list[str]]:
+    """Put nodes in rows: the input, each layer's heads and then its MLP, the logits."""
+    rows: dict[tuple[int, int], list[str]] = {}
+    for name in names:
+        layer = -1 if name == "input" else 10**9 if name == "logits" else int(name[1:].partition(".")[0])
+        rows.setdefault((layer, int(name.startswith("m"))), []).append(name)
+    return [rows[key] for key in sorted(rows)]
+
+
+def _places(rows: list[list[str]]) -> dict[str, tuple[float, float]]:
+    """Return where each node is drawn; MLPs stand to the right of the heads, so that long edges pass beside them."""
+    wide = max((len(row) for row in rows), default=1)
+    at = {}
+    for y, row in enumerate(rows):
+        mlp = row[0].startswith("m")
+        for k, name in enumerate(row):
+            x = (wide - 1) / 2 + 0.35 * wide + 0.35 if mlp else k + (wide - len(row)) / 2
+            # Neighbours in a row stand at unlike heights: an edge between rows then does not run through a third node.
+            at[name] = (x, y + 0.16 * (k % 2))
+    return at
+
+
+def _arrow(ax: Axes, edge: Edge, at: dict[str, tuple[float, float]], size: float) -> None:
+    from matplotlib.patches import FancyArrowPatch
+
+    node, _, read = edge.target.partition("<")
+    (x0, y0), (x1, y1) = at[edge.source], at[node]
+    shift = {"q>": -0.22, "k>": 0.0, "v>": 0.22}.get(read, 0.0)
+    bend = 0.0 if abs(x1 - x0) > 0.05 and y1 - y0 < 1.5 else 0.16 * np.sign(x1 - x0 or 1)
+    patch = FancyArrowPatch(
+        (x0, y0 + 0.17),
+        (x1 + shift, y1 - 0.19),
+        connectionstyle=f"arc3,rad={bend}",
+        arrowstyle="-|>",
+        mutation_scale=5 + 5 * size,
+        linewidth=0.5 + 3.5 * size,
+        color=FOR if edge.score >= 0 else AGAINST,
+        alpha=0.35 + 0.55 * size,
+        shrinkA=0,
+        shrinkB=0,
+        zorder=1 + size,
+    )
+    ax.add_patch(patch)
+    if read:
+        ax.text(x1 + shift, y1 - 0.085, read[0], fontsize=6, ha="center", va="center", color="0.3", zorder=6)
+
+
+def _box(ax: Axes, name: str, x: float, y: float) -> None:
+    from matplotlib.patches import FancyBboxPatch
+
+    color = _END if name in ("input", "logits") else _MLP if name.startswith("m") else _HEAD
+    box = FancyBboxPatch(
+        (x - 0.31, y - 0.13),
+        0.62,
+        0.26,
+        boxstyle="round,pad=0.03,rounding_size=0.09",
+        facecolor=color,
+        edgecolor="0.35",
+        linewidth=0.8,
+        zorder=5,
+    )
+    ax.add_patch(box)
+    ax.text(x, y + (0.03 if name.startswith("a") else 0), name, ha="center", va="center", fontsize=8, zorder=6)
+
+
+def _finish(ax: Axes, at: dict[str, tuple[float, float]], rows: list[list[str]]) -> None:
+    from matplotlib.lines import Line2D
+
+    if at:
+        x = [place[0] for place in at.values()]
+        ax.set_xlim(min(x) - 0.7, max(x) + 0.7)
+    ax.set_ylim(-0.4, len(rows) - 0.7)
+    ax.set_axis_off()
+    handles = [
+        Line2D([], [], color=color, linewidth=2, label=label)
+        for color, label in ((FOR, "carries the answer"), (AGAINST, "works against it"))
+    ]
+    ax.legend(handles=handles, loc="lower right", fontsize=7, frameon=False)

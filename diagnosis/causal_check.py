@@ -1,0 +1,236 @@
+"""Which heads and MLPs push an answer at the last token, and which of them together undo it when put to their usual values.
+
+The usual value of a part is the mean of its output at the last token over right answers to questions of the same kind, each
+answer counting the same: what it puts out when nothing is known of which question this is (mean ablation towards a stated
+distribution, as in `circuits.ablate`). A part that right answers need as well would undo a wrong one by breaking the question
+itself; such parts are told by what they do to right answers, and left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from activation_store import ActivationStore
+from circuits.execution.full_runner import run_whole, say_plain
+from circuits.execution.memory import MEMORY
+from circuits.execution.prefix_attention import NotShared
+from circuits.execution.prefix_cache import Recording, record
+from circuits.execution.suffix_runner import Reader, Row, resume
+from circuits.interventions.intervention import Intervention, Replace
+from concepts.schema import Example
+from diagnosis.calibration import FEWEST
+from diagnosis.claims import Claim
+from diagnosis.results import Push
+from lvlm.answers import answer_key
+from lvlm.encoding.encode import Encoding, Inputs
+from lvlm.model import Lvlm
+from lvlm.sites import Site
+
+MOST = 6
+"""Parts that are put to their usual values together at the most."""
+HARM = 0.25
+"""Share of right answers of the kind that a part may turn wrong and still be named; without the question half of yes and no
+would be wrong, and some right answers are right by the very prior that makes others wrong."""
+_SHOWN = 8
+"""Parts that are kept in a diagnosis."""
+_BATCH = 16
+
+
+@dataclass(frozen=True)
+class Undone:
+    """What pushes one answer, and what undoes it."""
+
+    log_odds: float
+    pushes: tuple[Push, ...]
+    undone_by: tuple[str, ...]
+    undone: float
+
+
+Usual = Mapping[str, Mapping[Site, np.ndarray]]
+"""Kind of question to site to mean ``[width]``."""
+Run = Callable[[Sequence[Row]], np.ndarray]
+"""Margins of the truth with some rows changed, ``[P, rows]``."""
+
+
+def usual_values(model: Lvlm, store: ActivationStore, claims: Sequence[Claim], kinds: Sequence[str]) -> Usual:
+    """Return the mean output of every layer's heads, and MLPs where they are stored, over right answers of some kinds."""
+    components = ("z", "mlp_out") if store.has("decoder", "mlp_out", "last") else ("z",)
+    sites = [Site.parse(f"decoder.L{layer}.{c}") for layer in range(model.n_layers) for c in components]
+    out: dict[str, dict[Site, np.ndarray]] = {}
+    for kind in kinds:
+        members: dict[str, list[int]] = {}
+        for claim in claims:
+            if claim.kind == kind and claim.right:
+                members.setdefault(claim.truth, []).append(claim.row)
+        if not members:
+            continue
+        rows = np.array([r for some in members.values() for r in some])
+        weight = np.concatenate([np.full(len(some), 1 / len(some) / len(members)) for some in members.values()])
+        out[kind] = {site: weight @ store.read(site, "last", examples=rows).astype(np.float64) for site in sites}
+    return out
+
+
+def leans(claims: Sequence[Claim], kinds: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Return for kinds of question with two answers by how many logits all answers lean to each of them, whatever is asked.
+
+    The usual value of the answer itself: the mean log-odds of one against the other over right answers, those of both truths
+    counting the same. As a part, it is left out where putting it at 0 would turn too many right answers wrong. It is the prior
+    that contextual calibration takes away (Zhao et al. 2021, arXiv 2102.09690), there estimated from inputs without content.
+    """
+    found = {}
+    for kind in kinds:
+        mine = [c for c in claims if c.kind == kind]
+        answers = sorted({c.truth for c in mine} | {c.said for c in mine})
+        sides = [np.array([c.margin for c in mine if c.right and c.truth == answer]) for answer in answers]
+        if len(sides) != 2 or min(len(x) for x in sides) < FEWEST:
+            continue
+        lean = float(sides[0].mean() - sides[1].mean()) / 2
+        harm = float(np.mean([(sides[0] <= lean).mean(), (sides[1] <= -lean).mean()]))
+        if harm <= HARM:
+            found[kind] = {answers[0]: lean, answers[1]: -lean}
+    return found
+
+
+@torch.no_grad()
+def undo(
+    model: Lvlm,
+    examples: Sequence[Example],
+    kinds: Sequence[str],
+    usual: Usual,
+    right: Mapping[str, Sequence[Example]],
+) -> list[Undone | None]:
+    """Put each part to its usual value by itself, then the strongest together, one more at a time.
+
+    Effects are on the log-odds of the truth against the best other answer.
+
+    Parameters
+    ----------
+    examples, kinds
+        Wrong answers and their kinds of question.
+    usual
+        Of `usual_values`.
+    right
+        Right answers of each kind, which show what a part does beside; kinds without any get no parts named.
+
+    Returns
+    -------
+    list
+        None for examples of a kind without right answers.
+    """
+    harmless = {kind: _harmless(model, some, usual[kind]) for kind, some in right.items() if kind in usual and some}
+    found: list[Undone | None] = [None] * len(examples)
+    for kind, usable in harmless.items():
+        mine = [i for i, k in enumerate(kinds) if k == kind]
+        for members, last, run in _runs(model, [examples[i] for i in mine]):
+            parts = _parts(model, usual[kind], last)
+            names = list(parts)
+            after = run([(), *parts.values()])
+            plain, effects = after[:, 0], after[:, 1:] - after[:, :1]
+            order = np.argsort(-effects, axis=1, kind="stable")
+            joint: list[list[tuple[str, ...]]] = []
+            for p, line in enumerate(order):
+                strongest = [names[i] for i in line if effects[p, i] > 0 and names[i] in usable][:MOST]
+                joint.append([tuple(strongest[: n + 1]) for n in range(len(strongest))])
+            wanted = list(dict.fromkeys(part for some in joint for part in some))
+            both = run([tuple(item for name in some for item in parts[name]) for some in wanted]) if wanted else plain
+            for p, k in enumerate(members):
+                tried = [(some, float(both[p, wanted.index(some)])) for some in joint[p]]
+                enough = next(((some, value) for some, value in tried if value > 0), ((), float("nan")))
+                pushing = [i for i in order[p] if effects[p, i] > 0 and names[i] in usable][:_SHOWN]
+                pushes = tuple(Push(names[i], float(effects[p, i])) for i in pushing)
+                found[mine[k]] = Undone(float(plain[p]), pushes, *enough)
+    return found
+
+
+def _harmless(model: Lvlm, right: Sequence[Example], usual: Mapping[Site, np.ndarray]) -> frozenset[str]:
+    """Return the parts whose usual values leave right answers right, each true answer counting the same."""
+    shares: dict[str, list[np.ndarray]] = {}
+    names: list[str] = []
+    for members, last, run in _runs(model, right):
+        parts = _parts(model, usual, last)
+        names = list(parts)
+        for k, row in zip(members, run(list(parts.values())) <= 0, strict=True):
+            shares.setdefault(right[k].answer, []).append(row)
+    harm = np.mean([np.mean(rows, axis=0) for rows in shares.values()], axis=0)
+    return frozenset(name for name, h in zip(names, harm, strict=True) if h <= HARM)
+
+
+class _Way:
+    """How changed runs are made: as suffixes of a shared prefix until that proves impossible, then whole."""
+
+    def __init__(self, model: Lvlm) -> None:
+        self._model = model
+        self._shared = True
+
+    def runs(self, inputs: Inputs, last: int, read: Reader) -> Run:
+        """Return how to run changes at the last position of some examples."""
+        recorded = self._recorded(inputs, last)
+
+        def run(rows: Sequence[Row]) -> np.ndarray:
+            plain = read(self._model.logits(inputs)[:, None, None])[:, 0]
+            changed = [row for row in rows if row]
+            made = iter(self._changed(inputs, recorded, changed, read).unbind(1) if changed else ())
+            return torch.stack([next(made) if row else plain for row in rows], 1).cpu().numpy()
+
+        return run
+
+    def _recorded(self, inputs: Inputs, last: int) -> Recording | None:
+        try:
+            return record(self._model, inputs, last) if self._shared else None
+        except NotShared as error:
+            return self._give_up(error)
+
+    def _changed(self, inputs: Inputs, recorded: Recording | None, rows: Sequence[Row], read: Reader) -> Tensor:
+        if recorded is not None and self._shared:
+            try:
+                return resume(self._model, recorded, rows, read, memory=MEMORY, check=True)
+            except NotShared as error:
+                self._give_up(error)
+        return run_whole(self._model, inputs, rows, read, memory=MEMORY)
+
+    def _give_up(self, why: NotShared) -> None:
+        if self._shared:
+            say_plain(self._model, str(why))
+        self._shared = False
+
+
+def _runs(model: Lvlm, examples: Sequence[Example]) -> Iterator[tuple[list[int], int, Run]]:
+    """Yield examples that share shape and candidates: their numbers, their last position, and how to run changes of them."""
+    way = _Way(model)
+    for batch in model.batches(examples, _BATCH):
+        alike: dict[tuple[str, ...], list[int]] = {}
+        for k, number in enumerate(batch.index):
+            alike.setdefault(examples[number].candidates, []).append(k)
+        for members in alike.values():
+            encodings = [batch.encodings[k] for k in members]
+            inputs, last = model.collate(encodings), encodings[0].tokens.last
+            yield [batch.index[k] for k in members], last, way.runs(inputs, last, _margins(model, encodings))
+
+
+def _margins(model: Lvlm, encodings: Sequence[Encoding]) -> Reader:
+    asked = [(answer_key(model, e.example), e.example.answer) for e in encodings]
+
+    def read(logits: Tensor) -> Tensor:
+        rows = logits[:, :, -1].float()
+        return torch.stack([key.margin(row, answer) for (key, answer), row in zip(asked, rows, strict=True)])
+
+    return read
+
+
+def _parts(model: Lvlm, usual: Mapping[Site, np.ndarray], last: int) -> dict[str, Row]:
+    """Return for each head, and each MLP that is known, the change that puts it to its usual value."""
+    made: dict[str, Row] = {}
+    for site, mean in usual.items():
+        value = torch.tensor(mean, dtype=torch.float32)
+        if site.component != "z":
+            made[f"L{site.layer}.mlp"] = (Intervention(site, Replace(value), (last,)),)
+            continue
+        for head in range(model.n_heads):
+            own = value.unflatten(0, (model.n_heads, -1))[head]
+            made[f"L{site.layer}.H{head}"] = (Intervention(site, Replace(own), (last,), head),)
+    return made

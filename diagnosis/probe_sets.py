@@ -1,0 +1,129 @@
+"""Directions sorted by where they are read, and what they say of a row for the truth and against another answer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from activation_store import ActivationStore, Direction
+from diagnosis.claims import Claim
+from groundscope.core.errors import ProbeError, SiteError
+from lvlm.model import Lvlm
+from lvlm.sites import Site, TokenSelection
+
+EVERY = "image:all"
+"""Directions at this selection are read at each of the image's tokens."""
+
+
+@dataclass(frozen=True, eq=False)
+class ProbeSet:
+    """Directions that are read at one place together."""
+
+    stage: str
+    site: str
+    tokens: str
+    kind: str
+    """Questions they were fitted to; empty for any."""
+    directions: Mapping[str, Direction]
+    """By concept."""
+
+    @property
+    def layer(self) -> int:
+        """Number of the layer."""
+        return max(0, Site.parse(self.site).layer)
+
+    @cached_property
+    def train_groups(self) -> frozenset[str]:
+        """Groups that must not calibrate them."""
+        return frozenset[str]().union(*{d.train_groups for d in self.directions.values()})
+
+    def weights(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return weights float64 ``[D, concepts]`` and intercepts ``[concepts]``."""
+        found = self.directions.values()
+        return np.stack([d.scale * d.vector.astype(float) for d in found], 1), np.array([d.intercept for d in found])
+
+    def validation(self, concepts: Sequence[str]) -> float:
+        """Return how well some concepts are read here, by what the held-out examples had no part in."""
+        found = [self.directions[c].statistics for c in concepts if c in self.directions]
+        return float(np.mean([s.get("validation", s.get("balanced_accuracy", 0.5)) for s in found])) if found else 0.0
+
+    def concepts_for(self, claim: Claim) -> tuple[str, ...]:
+        """Return the concepts by which a claim is read here; empty where it cannot be."""
+        if self.kind not in ("", claim.kind):
+            return ()
+        if self.stage == "last":
+            if claim.yes_no:
+                wanted = claim.named if claim.named in self.directions else claim.concept
+                return (wanted,) if wanted in self.directions else ()
+            return self._choice(claim)
+        if self.tokens == EVERY:
+            if claim.level == "object" and claim.yes_no:
+                return (claim.concept,) if claim.concept in self.directions else ()
+            return claim.nouns if claim.nouns and all(n in self.directions for n in claim.nouns) else ()
+        if claim.level == "object" and not self.tokens.startswith("image"):
+            return ()  # what is not there has no tokens of its own
+        if claim.yes_no:
+            return (claim.concept,) if claim.concept in self.directions else ()
+        return self._choice(claim)
+
+    def _choice(self, claim: Claim) -> tuple[str, ...]:
+        rivals = tuple(r for r in claim.rivals if r in self.directions)
+        return (claim.concept, *rivals) if rivals and claim.concept in self.directions else ()
+
+
+def probe_sets(directions: Sequence[Direction]) -> list[ProbeSet]:
+    """Sort directions by place, in the order of the forward; raises `ProbeError` where there are none or two are the same."""
+    if not directions:
+        msg = "no directions to read with: fit probes, and take grid.direction(concept, layer) of them"
+        raise ProbeError(msg)
+    found: dict[tuple[str, str, str], dict[str, Direction]] = {}
+    for d in directions:
+        if d.head is not None:
+            msg = f"direction '{d.concept}' at {d.site} reads head {d.head}: diagnoses read whole layers, fit on resid_post"
+            raise ProbeError(msg)
+        here = found.setdefault((d.site, d.tokens, d.kind), {})
+        if d.concept in here:
+            msg = f"two directions for '{d.concept}' at {d.site}, {d.tokens}: give one (or each the kind it was fitted to)"
+            raise ProbeError(msg)
+        here[d.concept] = d
+    sets = [ProbeSet(_stage(site, tokens), site, tokens, kind, here) for (site, tokens, kind), here in found.items()]
+    order = ("vision", "projector", "image", "last")
+    return sorted(sets, key=lambda s: (order.index(s.stage), s.tokens, s.kind, s.layer))
+
+
+def check_origin(model: Lvlm, store: ActivationStore, directions: Sequence[Direction]) -> None:
+    """Raise `ProbeError` where a direction was fitted on another model; of the store's see `check_store`."""
+    for d in directions:
+        weights, digest = d.provenance.get("weights"), d.provenance.get("store")
+        other = weights != model.weights_hash if weights else bool(digest) and digest != store.digest
+        if other:
+            of = f"weights {str(weights)[:12]}" if weights else f"store {str(digest)[:12]}"
+            here = model.weights_hash[:12] if weights else store.digest[:12]
+            msg = (
+                f"direction '{d.concept}' at {d.site} was fitted on {of}, this is {model.name} with {here}: fit probes on a "
+                "store of this model"
+            )
+            raise ProbeError(msg)
+
+
+def check_width(x: np.ndarray, probes: ProbeSet) -> None:
+    """Raise `SiteError` where what is stored has another width than the directions."""
+    width = len(next(iter(probes.directions.values())).vector)
+    if x.shape[-1] != width:
+        msg = f"{probes.site} at {probes.tokens} has width {x.shape[-1]}, its directions read {width}: fit them on this store"
+        raise SiteError(msg)
+
+
+def _stage(site: str, tokens: str) -> str:
+    stack, role = Site.parse(site).stack, TokenSelection.parse(tokens).role
+    if stack in ("vision", "projector"):
+        return stack
+    if role in ("image", "object"):
+        return "image"
+    if role == "last":
+        return "last"
+    msg = f"directions at {site}, {tokens}: a diagnosis reads image, object and last tokens"
+    raise ProbeError(msg)

@@ -1,0 +1,133 @@
+"""Margins of the truth at every place: from a store where it holds one vector an example, else from the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from activation_store import ActivationStore
+from concepts.schema import Example
+from diagnosis.claims import Claim, objects_of
+from diagnosis.probe_sets import EVERY, ProbeSet, check_width
+from lvlm.model import Lvlm
+from lvlm.sites import Site, TokenSelection
+
+_BATCH = 32
+
+
+@dataclass(frozen=True, eq=False)
+class Margins:
+    """What a probe set says of some claims."""
+
+    rows: tuple[int, ...]
+    """Of the store."""
+    values: tuple[np.ndarray, ...]
+    """For each row the margin of its truth against each rival (one for yes or no); positive where truth is read."""
+    classes: np.ndarray
+    """For each row the side its truth is on: 1 or 0 where truths fall into two, 1 for all where sides are alike."""
+
+
+@dataclass(frozen=True, eq=False)
+class TokenReadings:
+    """Decisions at every image token of some pictures."""
+
+    decisions: Mapping[tuple[str, str], np.ndarray]
+    """By picture and site, float64 ``[tokens, concepts]``."""
+    objects: Mapping[tuple[str, str], Mapping[str, tuple[int, ...]]]
+    """By picture and stack, object id to numbers of its tokens."""
+
+
+def read_stored(store: ActivationStore, probes: ProbeSet, claims: Sequence[Claim]) -> Margins:
+    """Read claims at a place that the store holds one vector for."""
+    used = [(c, found) for c in claims if (found := probes.concepts_for(c))]
+    if not used:
+        return Margins((), (), np.zeros(0))
+    x = store.read(probes.site, probes.tokens, examples=np.array([c.row for c, _ in used]))
+    check_width(x, probes)
+    weights, intercepts = probes.weights()
+    decisions = x.astype(np.float64) @ weights + intercepts
+    number = {concept: k for k, concept in enumerate(probes.directions)}
+    rows, values, classes = [], [], []
+    for (claim, concepts), line in zip(used, decisions, strict=True):
+        if np.isnan(line).any():
+            continue  # the question is about nothing in this image
+        rows.append(claim.row)
+        at = line[[number[c] for c in concepts]]
+        holds = claim.holds if concepts == (claim.named,) else claim.concept_holds
+        if claim.yes_no:
+            values.append(at if holds else -at)
+        else:
+            values.append(at[0] - at[1:])
+        classes.append(holds)
+    return Margins(tuple(rows), tuple(values), np.array(classes, float))
+
+
+@torch.no_grad()
+def read_tokens(model: Lvlm, sets: Sequence[ProbeSet], examples: Sequence[Example]) -> TokenReadings:
+    """Read the image tokens of each different picture once; what lies before the question cannot depend on it."""
+    sets = [s for s in sets if s.tokens == EVERY]
+    pictures = list({e.image.identity: e for e in examples}.values()) if sets else []
+    sites = list(dict.fromkeys(s.site for s in sets))
+    by_site = {s.site: s for s in sets}
+    decisions: dict[tuple[str, str], np.ndarray] = {}
+    objects: dict[tuple[str, str], Mapping[str, tuple[int, ...]]] = {}
+    everything = TokenSelection.parse(EVERY)
+    for batch in model.batches(pictures, _BATCH):
+        seen = model.read(batch.inputs, sites)
+        for row, encoding in enumerate(batch.encodings):
+            for site in sites:
+                stack = Site.parse(site).stack
+                at = encoding.tokens.positions(everything, stack)
+                x = seen[site][row, list(at)].double().cpu().numpy()
+                check_width(x, by_site[site])
+                weights, intercepts = by_site[site].weights()
+                key = (encoding.example.image.identity, site)
+                decisions[key] = x @ weights + intercepts
+                if (key[0], stack) not in objects:
+                    number = {p: i for i, p in enumerate(at)}
+                    objects[key[0], stack] = {
+                        name: tuple(number[p] for p in encoding.tokens.object(name, stack) if p in number)
+                        for name in encoding.tokens.boxes
+                    }
+    return TokenReadings(decisions, objects)
+
+
+def read_live(
+    readings: TokenReadings, probes: ProbeSet, claims: Sequence[Claim], examples: Mapping[str, Example]
+) -> Margins:
+    """Read claims from image tokens.
+
+    Whether a noun is in the image: the largest lead of its decision over those of all other nouns at any token. Which of two
+    objects is where, on which a relation rests: how much better each noun is read at its own object's tokens than at the
+    other's.
+    """
+    number = {concept: k for k, concept in enumerate(probes.directions)}
+    rows, values, classes = [], [], []
+    for claim in claims:
+        concepts = probes.concepts_for(claim)
+        example = examples.get(claim.id)
+        key = (example.image.identity, probes.site) if example is not None else ("", "")
+        if not concepts or example is None or key not in readings.decisions:
+            continue
+        table = readings.decisions[key]
+        if claim.level == "object":
+            own = number[concepts[0]]
+            others = np.delete(table, own, axis=1)
+            lead = table[:, own] - (others.max(1) if others.shape[1] else 0.0)
+            value = float(lead.max()) * (1 if claim.holds else -1)
+            side = claim.holds
+        else:
+            ids = objects_of(claim, example)
+            tokens = [list(readings.objects[key[0], Site.parse(probes.site).stack].get(name, ())) for name in ids]
+            if len(tokens) != 2 or not all(tokens):
+                continue
+            a, b = (number[c] for c in concepts)
+            first, second = (table[t].mean(0) for t in tokens)
+            value, side = float(first[a] + second[b] - first[b] - second[a]), True
+        rows.append(claim.row)
+        values.append(np.array([value]))
+        classes.append(side)
+    return Margins(tuple(rows), tuple(values), np.array(classes, float))

@@ -1,0 +1,1 @@
+"""The command: arguments, help, plan, status, comparison, sweeps, resuming."""

@@ -1,0 +1,207 @@
+"""The options and what they mean, read from the dataclasses of ``config.py``: their docstrings are the documentation.
+
+The source is parsed, not imported, so that help needs neither Hydra nor anything else.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import TYPE_CHECKING
+
+from groundscope.core.errors import ConfigError
+from groundscope.core.text import nearest
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+USAGE = """\
+groundscope [option=value …]                   run what is not done yet of the run `name`
+groundscope -m option=a,b [option=value …]     one run each, with what they share made once
+groundscope resume=runs/x [option=value …]     go on with a run or a sweep as it was configured
+groundscope status [runs/]                     runs, their stages, sizes and headline figures
+groundscope compare runs/a runs/b              what two runs found, side by side
+groundscope plan [option=value …]              bytes, forwards and hours of a trace, from a measured minute
+groundscope help=probe                         the options of a group, in full"""
+
+_STAGES = {"examples": "data"}
+"""Stages whose options are a group of another name."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option as the command line knows it."""
+
+    key: str
+    """``probe.folds``."""
+    type: str
+    default: str
+    meaning: str
+
+
+@dataclass(frozen=True)
+class Group:
+    """Options that belong together: a dataclass."""
+
+    name: str
+    """Empty for those of the run itself."""
+    meaning: str
+    options: tuple[Option, ...]
+
+
+@cache
+def groups() -> tuple[Group, ...]:
+    """Return all options, those of the run first."""
+    tree = ast.parse(files("experiments").joinpath("config.py").read_text(encoding="utf-8"))
+    constants = {
+        name.id: ast.unparse(node.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign)
+        for name in node.targets
+        if isinstance(name, ast.Name)
+    }
+    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+    inner = {
+        str(field.target.id): classes[field.annotation.id]
+        for field in classes["RunConfig"].body
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
+        if isinstance(field.annotation, ast.Name) and field.annotation.id in classes
+    }
+    whole = Group("", _told(classes["RunConfig"]), tuple(_options("", classes["RunConfig"], constants, set(inner))))
+    return (
+        whole,
+        *(
+            Group(name, _told(node), tuple(_options(f"{name}.", node, constants, set())))
+            for name, node in inner.items()
+        ),
+    )
+
+
+def choices(group: str) -> tuple[tuple[str, str], ...]:
+    """Return the named choices of a group (``model=tiny``) with what their file says of them, by name."""
+    folder = files("experiments.conf").joinpath(group)
+    if not group or not folder.is_dir():
+        return ()
+    found = []
+    for entry in folder.iterdir():
+        if entry.name.endswith(".yaml"):
+            comments = [line[2:] for line in entry.read_text(encoding="utf-8").splitlines() if line.startswith("# ")]
+            told = " ".join(c for c in comments if not c.startswith("@"))
+            found.append((entry.name.removesuffix(".yaml"), told))
+    return tuple(sorted(found))
+
+
+def show(console: Console, about: str = "") -> None:
+    """Print the help: of everything in short, or of a group or one option in full.
+
+    Raises
+    ------
+    ConfigError
+        Where there is no such group or option.
+    """
+    if about:
+        _show_one(console, about)
+        return
+    console.print(USAGE, markup=False, soft_wrap=True)
+    console.print("\nThe options of a run (groundscope help=GROUP tells more of the others):\n", style="bold")
+    whole, *others = groups()
+    _table(console, whole.options)
+    named = {g.name: ", ".join(name for name, _ in choices(g.name)) for g in others}
+    console.print("\nGroups:\n", style="bold")
+    _rows(console, [(f"{g.name}.…", f"{g.meaning}\n{g.name}= {named[g.name]}") for g in others])
+    console.print(
+        "\nHydra's own options go through: --cfg job shows the composed options, hydra/launcher=joblib runs a sweep in "
+        "parallel, --hydra-help tells the rest.",
+        markup=False,
+    )
+
+
+def _show_one(console: Console, about: str) -> None:
+    group = next((g for g in groups() if g.name == _STAGES.get(about, about)), None)
+    if group is None:
+        found = tuple(o for g in groups() for o in g.options if o.key == about)
+        if not found:
+            names = [g.name for g in groups() if g.name]
+            keys = [o.key for g in groups() for o in g.options]
+            msg = f"no option or group '{about}': groups are {', '.join(names)}{nearest(about, [*names, *keys])}"
+            raise ConfigError(msg)
+        _table(console, found)
+        return
+    console.print(f"{group.name}: {group.meaning}\n", style="bold", markup=False)
+    _table(console, group.options)
+    named = choices(group.name)
+    if named:
+        console.print(f"\nChoices, {group.name}=NAME:\n", style="bold", markup=False)
+        _rows(console, named)
+
+
+def _table(console: Console, options: Sequence[Option]) -> None:
+    _rows(console, [(f"{o.key}={o.default}", f"{o.meaning} ({o.type})") for o in options])
+
+
+def _rows(console: Console, rows: Sequence[tuple[str, str]]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
+    grid.add_column(style="cyan", overflow="fold", max_width=44)
+    grid.add_column(overflow="fold")
+    for row in rows:
+        grid.add_row(*(Text(cell) for cell in row))  # as text: meanings hold square brackets
+    console.print(grid)
+
+
+def _told(node: ast.ClassDef) -> str:
+    return " ".join((ast.get_docstring(node) or "").split())
+
+
+def _options(prefix: str, node: ast.ClassDef, constants: dict[str, str], skip: set[str]) -> list[Option]:
+    """Return a dataclass's fields; the string after a field is what it means."""
+    found = []
+    for field, after in zip(node.body, [*node.body[1:], None], strict=True):
+        if not isinstance(field, ast.AnnAssign) or not isinstance(field.target, ast.Name) or field.target.id in skip:
+            continue
+        told = ""
+        if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
+            told = " ".join(str(after.value.value).split())
+        found.append(
+            Option(
+                prefix + field.target.id,
+                ast.unparse(field.annotation).replace(" | None", " or null"),
+                _default(field.value, constants),
+                told,
+            )
+        )
+    return found
+
+
+def _default(node: ast.expr | None, constants: dict[str, str]) -> str:
+    """Return a default as one would write it on the command line; empty where it must be given."""
+    if node is None or (isinstance(node, ast.Name) and node.id == "MISSING"):
+        return ""
+    if isinstance(node, ast.Call):  # field(default_factory=list), or =lambda: […]
+        made = next((k.value for k in node.keywords if k.arg == "default_factory"), None)
+        if isinstance(made, ast.Lambda):
+            return _default(made.body, constants)
+        if isinstance(made, ast.Name):
+            return {"list": "[]", "dict": "{}"}.get(made.id, made.id)
+        # list(STAGES)
+        inside = node.args[0] if node.args else None
+        if isinstance(inside, ast.Name) and inside.id in constants:
+            return _written(ast.literal_eval(constants[inside.id]))
+        return ast.unparse(node)
+    try:
+        return _written(ast.literal_eval(node))
+    except ValueError:
+        return ast.unparse(node)
+
+
+def _written(value: object) -> str:
+    if isinstance(value, (list, tuple)):
+        return f"[{','.join(_written(v) for v in value)}]"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(value)

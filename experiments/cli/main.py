@@ -1,0 +1,165 @@
+"""The command line: ``groundscope`` runs the stages of one run, in order, skipping what is done.
+
+groundscope                                        the embedded model on icon scenes
+groundscope model=hf model.path=FOLDER             another model
+groundscope data=pope data.questions=F data.images=D   another data set
+groundscope stages=[probe,report] probe.folds=5    some stages, other options
+groundscope -m probe.folds=3,4                     several runs, which share what they have in common
+groundscope help | resume=RUN | status | compare | plan
+
+What reads nothing but its arguments is dispatched first, so that help is quick.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from groundscope.core.errors import ConfigError, GroundscopeError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def main() -> None:
+    """Do what the command line says; a user's mistake ends in one line and exit status 2."""
+    # Nothing this tool runs may report home or ask a hub what it can find on disk.
+    for variable in ("HF_HUB_DISABLE_TELEMETRY", "HF_HUB_DISABLE_PROGRESS_BARS", "DO_NOT_TRACK"):
+        os.environ.setdefault(variable, "1")
+    arguments = sys.argv[1:]
+    status = _guarded(lambda console: _dispatch(arguments, console))
+    if status:
+        sys.exit(status)
+
+
+def _dispatch(arguments: Sequence[str], console: Console) -> int:
+    first = arguments[0] if arguments else ""
+    if first in {"--help", "-h", "help"} or first.startswith("help="):
+        from rich.console import Console
+
+        from experiments.cli.help import show
+
+        about = first.partition("=")[2] or (arguments[1] if first == "help" and len(arguments) > 1 else "")
+        show(Console(highlight=False), about)
+        return 0
+    if first in COMMANDS:
+        return COMMANDS[first](arguments[1:])
+    if first.startswith("resume="):
+        from experiments.cli.resume import resume
+
+        return resume(first.partition("=")[2], arguments[1:], lambda words: _run(words, console))
+    return _run(arguments, console)
+
+
+def _run(arguments: Sequence[str], console: Console) -> int:
+    """Run one configuration, or several."""
+    from experiments.cli.overrides import composed, read
+    from experiments.cli.validation import check
+
+    request = read(arguments)
+    # What concerns Hydra alone (--cfg job, --config-dir) is left to it.
+    if not request.plain:
+        _hydra(arguments)
+        return 0
+    config, own = composed(request.first())
+    check(config)
+    from hydra.types import RunMode
+
+    if request.several or own.mode == RunMode.MULTIRUN:
+        from experiments.cli.sweep import start
+
+        params = list(own.sweeper.get("params") or {})
+        return start(request, config, params, lambda more: _hydra([*arguments, *more]), console)
+    from experiments.pipeline import execute
+
+    execute(config)
+    return 0
+
+
+def _hydra(arguments: Sequence[str]) -> None:
+    """Let Hydra read the arguments and run one task, or one a job."""
+    import hydra
+    from hydra.errors import HydraException
+
+    from experiments.cli.overrides import register
+
+    register()
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come here instead of being printed by it
+    sys.argv = [sys.argv[0], *arguments]
+    try:
+        hydra.main(version_base="1.3", config_path="pkg://experiments.conf", config_name="config")(_task)()
+    except HydraException as error:
+        raise ConfigError(str(error).splitlines()[0]) from error
+
+
+def _task(options: Any) -> None:
+    """Run one configuration that Hydra made."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    from experiments.cli.overrides import finished
+    from experiments.cli.sweep import job
+    from experiments.pipeline import execute
+
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        job(options, HydraConfig.get())
+    else:
+        execute(finished(options))
+
+
+def _guarded(work: Callable[[Console], int]) -> int:
+    from rich.console import Console
+
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    try:
+        return work(console)
+    except GroundscopeError as error:
+        _say(console, str(error))
+        return 2
+    except OSError as error:
+        if error.errno not in {errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT}:
+            raise
+        what = "disk full" if error.errno == errno.ENOSPC else str(error.strerror).lower()
+        _say(console, f"{what} at '{error.filename}': finished stages are kept; mend that, run again")
+        return 2
+    except KeyboardInterrupt as stop:
+        folder = next(iter(stop.args), None)
+        go_on = f"groundscope resume={folder}" if folder else "the same command"
+        console.print(f"[bold]stopped[/]; finished work is kept: go on with {_plain(go_on)}")
+        return 130
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(f"[bold red]error:[/] {_plain(text)}")
+
+
+def _plain(text: str) -> str:
+    """Keep square brackets in messages from being read as markup."""
+    from rich.markup import escape
+
+    return escape(text)
+
+
+def _status(arguments: Sequence[str]) -> int:
+    from experiments.cli.status import show
+
+    return show(arguments)
+
+
+def _compare(arguments: Sequence[str]) -> int:
+    from experiments.cli.compare import show
+
+    return show(arguments)
+
+
+def _plan(arguments: Sequence[str]) -> int:
+    from experiments.cli.plan import show
+
+    return show(arguments)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"status": _status, "compare": _compare, "plan": _plan}
+"""What is a word, not an option."""

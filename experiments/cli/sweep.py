@@ -1,0 +1,161 @@
+"""Several runs from one command: where each lies, what became of it, and all they found as one table and one page.
+
+Jobs are runs of their own in ``<root>/sweeps/<name>/<options they differ in>``, started by whatever Hydra launcher was
+chosen, and share stages as any runs of a root do (`sharing`). Parts of one trace (``trace.shard``) are jobs of one run.
+A job that fails says so in its record and leaves the others; the command ends with status 1 and lists it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from experiments.cli.overrides import Request, finished
+from experiments.config import RunConfig
+from experiments.run.folder import Stopped, digest, write_json
+from experiments.run.stage_cache import SWEEPS
+from groundscope.core.errors import GroundscopeError
+from groundscope.core.locks import lock
+
+JOBS = ".jobs"
+RECORD = "sweep.json"
+_LONGEST = 100
+"""Characters of a job's folder name."""
+
+
+def start(
+    request: Request, config: RunConfig, params: Sequence[str], launch: Callable[[list[str]], None], console: Console
+) -> int:
+    """Run a sweep and write what it found.
+
+    Parameters
+    ----------
+    request
+        The command line.
+    config
+        The configuration of its first job.
+    params
+        Options that a choice of the group `sweep` varies.
+    launch
+        Starts Hydra with further overrides, and returns when all jobs have ended.
+    console
+        Where failures and the table's place are told.
+
+    Returns
+    -------
+    int
+        Exit status: 0, or 1 where a job failed.
+    """
+    by = list(dict.fromkeys([*request.swept, *params]))
+    own = _own_names(by, [o.input_line or "" for o in request.overrides])
+    name = config.sweep.name or ("default" if own else config.name.replace("/", "-"))
+    folder = Path(config.root) / SWEEPS / name
+    command = [o.input_line or "" for o in request.overrides]
+    held = f"another groundscope is at work on the sweep '{folder}'"
+    with lock(folder / ".lock", refuse=lambda who: f"{held} ({who}): wait for it, or choose another sweep.name=…"):
+        for old in (folder / JOBS).glob("*.json"):
+            old.unlink()
+        about = {"command": [*request.flags, *command], "by": by, "started": time.strftime("%Y-%m-%d %H:%M:%S")}
+        write_json(folder / RECORD, about)
+        trouble = ""
+        try:
+            launch([f"++sweep.name={_quoted(name)}", f"++sweep.by=[{','.join(map(_quoted, by))}]"])
+        except GroundscopeError:
+            raise
+        except KeyboardInterrupt as stop:
+            raise Stopped(folder) from stop
+        except Exception as error:  # noqa: BLE001  a launcher's process was killed, say: what the jobs left is told all the same
+            trouble = f"{type(error).__name__}: {error}".splitlines()[0]
+        return _tell(folder, about, trouble, console)
+
+
+def job(options: Any, hydra: Any) -> None:
+    """Run one job of a sweep; whatever goes wrong goes into its record."""
+    from experiments.pipeline import execute
+
+    config = finished(options)
+    number, tasks = int(hydra.job.num), [str(o) for o in hydra.overrides.task]
+    config = replace(config, name=job_name(config, tasks))
+    path = Path(config.root) / SWEEPS / str(config.sweep.name) / JOBS / f"{number}.json"
+    folder = Path(config.root) / config.name
+    record: dict[str, Any] = {
+        "job": number,
+        "options": {key: value for key, value in map(_split, tasks) if key in config.sweep.by},
+        "folder": str(folder),
+        "status": "stopped",
+    }
+    write_json(path, record)
+    begun = time.perf_counter()
+    try:
+        execute(config)
+        record["status"] = "done"
+    except Exception as error:  # noqa: BLE001  one job's failure, whatever it is, leaves the others
+        record |= {"status": "failed", "error": f"{error}" or type(error).__name__}
+        if not isinstance(error, GroundscopeError):
+            record |= {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
+    record["seconds"] = round(time.perf_counter() - begun, 2)
+    write_json(path, record)
+
+
+def job_name(config: RunConfig, overrides: Sequence[str]) -> str:
+    """Return the name of a job's run: its own where one is given for each, else by the options the jobs differ in."""
+    by = list(config.sweep.by)
+    if _own_names(by, overrides):
+        return config.name
+    parts = [f"{key}={value}" for key, value in map(_split, overrides) if key in by and key != "trace.shard"]
+    if not parts:
+        return config.name
+    written = ",".join(parts)
+    plain = re.sub(r"[^\w.=,+-]+", "_", written)
+    if plain != written or len(plain) > _LONGEST:
+        plain = f"{plain[: _LONGEST - 9]}-{digest(written)[:8]}"
+    return f"{SWEEPS}/{config.sweep.name}/{plain}"
+
+
+def _own_names(by: Sequence[str], overrides: Sequence[str]) -> bool:
+    return "name" in by or any(o.lstrip("+").startswith("name=") and "${" in o for o in overrides)
+
+
+def _split(override: str) -> tuple[str, str]:
+    key, _, value = override.lstrip("+~").partition("=")
+    return key, value.strip("'\"")
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def _tell(folder: Path, about: dict[str, Any], trouble: str, console: Console) -> int:
+    """Gather what the jobs left, write the table and the page, and say what failed."""
+    from experiments.cli.sweep_table import gather, write_csv
+
+    records = [json.loads(p.read_text()) for p in sorted((folder / JOBS).glob("*.json"), key=lambda p: int(p.stem))]
+    rows = gather(records)
+    write_json(folder / RECORD, about | {"jobs": records, "figures": rows, "launcher": trouble or None})
+    console.print(f"sweep: {sum(r['status'] == 'done' for r in records)} of {len(records)} jobs done", markup=False)
+    if rows:
+        from experiments.report.sweep import make_sweep_report
+
+        write_csv(folder / "sweep.csv", rows)
+        (folder / "report.html").write_text(make_sweep_report(folder, about["by"], records, rows))
+        console.print(f"table: {folder / 'sweep.csv'}", markup=False)
+        console.print(f"report: {folder / 'report.html'}", markup=False)
+    for record in records:
+        if record["status"] != "done":
+            options = " ".join(f"{k}={v}" for k, v in record["options"].items())
+            said = record.get("error", "its process ended before it was done, or is still at work")
+            console.print(f"  {record['status']} {options}: {said}", style="red", markup=False)
+    if trouble:
+        console.print(f"  launcher: {trouble}", style="red", markup=False)
+    if trouble or any(r["status"] != "done" for r in records):
+        console.print(f"go on with: groundscope resume={folder}", markup=False)
+        return 1
+    return 0

@@ -1,0 +1,1 @@
+"""Results of runs side by side: headline figures, comparisons of methods and models."""

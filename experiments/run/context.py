@@ -1,0 +1,142 @@
+"""What the stages of one run share: options, folder, data, and models loaded when first needed."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from concepts.schema import ConceptDataset
+from experiments.config import DataConfig, RunConfig
+from experiments.run.folder import RunFolder, digest, file_digest
+from experiments.run.interrupts import load_torch
+from groundscope.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from activation_store import ActivationStore
+    from lvlm import Lvlm
+
+IMAGE_FILES = "activations"
+
+
+@dataclass(frozen=True)
+class Context:
+    """One run at work."""
+
+    config: RunConfig
+    folder: RunFolder
+    console: Console
+
+    def headline(self) -> str:
+        """Say in a line what is run on what."""
+        data = self.config.data
+        shown = f"{data.n_images} + {data.test_images} scenes" if data.source == "scenes" else str(data.questions)
+        return f"model {self.config.model.path}, {shown}, folder {self.folder.path}"
+
+    @cached_property
+    def parts(self) -> tuple[ConceptDataset, ConceptDataset]:
+        """The examples to find things on, and those to test on; they share no group."""
+        data = self.config.data
+        if data.source == "scenes":
+            from concepts import scenes
+
+            if data.seed == data.test_seed:
+                msg = f"data.seed and data.test_seed are both {data.seed}: test scenes must not be those things are found on"
+                raise ConfigError(msg)
+            return scenes.dataset(data.n_images, data.seed), scenes.dataset(data.test_images, data.test_seed)
+        return _divided(_loaded(data), data.test_share, data.seed)
+
+    @property
+    def discovery(self) -> ConceptDataset:
+        """The examples things are found on."""
+        return self.parts[0]
+
+    @property
+    def held_out(self) -> ConceptDataset:
+        """The examples the correction is tested on."""
+        return self.parts[1]
+
+    @cached_property
+    def model(self) -> Lvlm:
+        """The model under study."""
+        return self._load(self.config.model.path)
+
+    @cached_property
+    def twin(self) -> Lvlm | None:
+        """The control model, where one is named."""
+        return self._load(self.config.model.twin) if self.config.model.twin else None
+
+    @cached_property
+    def store(self) -> ActivationStore:
+        """The traced activations."""
+        from activation_store import ActivationStore
+
+        return ActivationStore(self.folder.path / IMAGE_FILES)
+
+    def _load(self, path: str) -> Lvlm:
+        from lvlm import load_lvlm
+
+        load_torch(self.config.threads)
+        m = self.config.model
+        return load_lvlm(path, dtype=m.dtype, device=m.device, trust_remote_code=m.trust_remote_code, spec=m.spec)
+
+    def model_key(self) -> object:
+        """Return what identifies the models without loading them: options, and the digest of every file of a folder."""
+        m = self.config.model
+        return [asdict(m), _fingerprint(m.path), _fingerprint(m.twin) if m.twin else None]
+
+
+def _fingerprint(path: str) -> object:
+    """Digest a model folder's files; a Hugging Face id stands for itself."""
+    from lvlm.embedded import folder_of
+
+    root = folder_of(path)
+    if not root.is_dir():
+        return path
+    files = [p for p in sorted(root.iterdir()) if p.is_file() and p.suffix in {".json", ".safetensors", ".bin"}]
+    # Digesting a large model takes longer than tracing a few examples with it; size and time tell as much.
+    return [
+        [p.name, file_digest(p) if p.stat().st_size < 1 << 28 else [p.stat().st_size, p.stat().st_mtime_ns]]
+        for p in files
+    ]
+
+
+def _loaded(data: DataConfig) -> ConceptDataset:
+    """Read the user's files with the loader of their format."""
+    from concepts import loaders
+
+    if data.source not in loaders.LOADERS:
+        msg = f"data.source={data.source}: there are scenes, {', '.join(loaders.LOADERS)}"
+        raise ConfigError(msg)
+    if not data.questions or not data.images:
+        msg = f"data={data.source} needs data.questions=<file> and data.images=<folder>"
+        raise ConfigError(msg)
+    load = loaders.LOADERS[data.source]
+    taken = inspect.signature(load).parameters
+    possible = list(taken)[2:]  # the first two are the file and the folder
+    unknown = [name for name in data.loader if name not in possible or name == "limit"]
+    missing = [n for n in possible if taken[n].default is inspect.Parameter.empty and n not in data.loader]
+    if unknown or missing:
+        msg = (
+            f"data.loader.{[*unknown, *missing][0]}: {'is not an option of' if unknown else 'is needed by'} {data.source}; "
+            f"it has {', '.join(n for n in possible if n != 'limit') or 'none'}"
+        )
+        raise ConfigError(msg)
+    return load(Path(data.questions), Path(data.images), limit=data.limit, **data.loader)
+
+
+def _divided(whole: ConceptDataset, share: float, seed: int) -> tuple[ConceptDataset, ConceptDataset]:
+    """Divide a data set by groups: each group falls by the digest of its name, whatever else is in the data."""
+    if not 0 < share < 1:
+        msg = f"data.test_share={share}: give a share between 0 and 1"
+        raise ConfigError(msg)
+    tested = {g for g in {e.group for e in whole} if int(digest([g, seed])[:8], 16) / 0xFFFFFFFF < share}
+    first, second = whole.filter(lambda e: e.group not in tested), whole.filter(lambda e: e.group in tested)
+    if not len(first) or not len(second):
+        msg = f"data set '{whole.name}' has too few images to keep some for testing: give more, or another data.test_share"
+        raise ConfigError(msg)
+    return first, second

@@ -1,0 +1,84 @@
+"""Behaviour on images nothing was found on: before, after, with controls, and the twin beside it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from behavior import BehaviorResult, answer
+from behavior.comparison import change_interval
+from behavior.result import Answer
+from experiments.run.context import Context
+from experiments.run.folder import write_json
+from experiments.stages.measures import MEASURES, PRIOR_ERRORS, measured
+from experiments.stages.steer import CONTROLS, control_file
+from experiments.stages.strength import answers_under
+from groundscope.core.errors import ConfigError
+from groundscope.core.statistics import Estimate
+from groundscope.core.text import nearest
+from mitigation import SteeringVector
+
+RUNS = ("before", "after", *CONTROLS, "twin")
+"""Every condition the test questions are answered under; the twin where one is named."""
+
+
+def check(context: Context) -> None:
+    """Raise `ConfigError` for a condition that there is not."""
+    for name in context.config.evaluate.conditions or ():
+        if name not in RUNS:
+            msg = f"evaluate.conditions: no '{name}': there are {', '.join(RUNS)}{nearest(name, RUNS)}"
+            raise ConfigError(msg)
+
+
+def wanted(context: Context) -> list[str]:
+    """Return the conditions that are asked for, in order; what the others are compared with is always there."""
+    chosen = context.config.evaluate.conditions
+    return [run for run in RUNS if chosen is None or run == "before" or run in chosen]
+
+
+def make_behavior(context: Context, root: Path) -> str:
+    """Answer the test questions under every condition; write answers, rates and paired differences."""
+    steering = context.folder.path / "steering"
+    files = {"after": "vector.safetensors", **{name: control_file(name) for name in CONTROLS}}
+    data = context.held_out
+    asked = wanted(context)
+    options = context.config.evaluate
+    vectors: dict[str, SteeringVector | None] = {"before": None}
+    vectors |= {
+        r: SteeringVector.load(steering / f) for r, f in files.items() if r in asked and (steering / f).exists()
+    }
+    results = answers_under(context.model, data, vectors, options.batch_size)
+    if context.twin is not None and "twin" in asked:
+        results["twin"] = answer(context.twin, data, options.batch_size)
+    for run, result in results.items():
+        result.save(root / f"{run.replace(' ', '-')}.json")
+    rates = {run: measured(result, data) for run, result in results.items()}
+    write_json(root / "rates.json", {run: {k: asdict(v) for k, v in found.items()} for run, found in rates.items()})
+    changes = {
+        run: {
+            name: asdict(change)
+            for name in rates["before"]
+            if name in MEASURES and (change := difference(results["before"], results[run], name)) is not None
+        }
+        for run in results
+        if run not in {"before", "twin"}
+    }
+    write_json(root / "changes.json", changes)
+    told = [n for n in (*PRIOR_ERRORS, "neutral: right", "all: right") if n in rates["before"]]
+    return "; ".join(
+        f"{n} {rates['before'][n].value:.3f} -> {rates.get('after', rates['before'])[n].value:.3f}" for n in told[:3]
+    )
+
+
+def difference(before: BehaviorResult, after: BehaviorResult, name: str) -> Estimate | None:
+    """Return the change of a measure, question by question, with an interval over images; None where it has no answers."""
+    measure = MEASURES[name]
+    later: dict[str, Answer] = {a.id: a for a in after.answers}
+    kept = [a for a in before.answers if measure.counts(a)]
+    if not kept:
+        return None
+    moved = np.array([int(measure.value(later[a.id])) - int(measure.value(a)) for a in kept])
+    low, high = change_interval(moved, [a.group for a in kept])
+    return Estimate(float(moved.mean()), low, high, len(moved))

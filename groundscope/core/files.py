@@ -1,0 +1,154 @@
+"""Files that are whole or not there, and errors that say what happened to the folder."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from groundscope.core.errors import StoreError
+
+try:
+    import fcntl
+except ImportError:  # not a Unix: no lock, the unique temporary names still keep files apart
+    fcntl = None
+
+_ERRNO = re.compile(r"errno = (\d+)")
+
+
+def sync(path: Path) -> None:
+    """Make a file's bytes, or a folder's names, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def publish(temporary: Path, final: Path) -> None:
+    """Give a complete, synced file its final name, and make the name survive a power cut."""
+    temporary.replace(final)
+    sync(final.parent)
+
+
+def publish_new(temporary: Path, final: Path) -> None:
+    """Do as `publish`, but never replace a file; raises FileExistsError where the name is taken."""
+    try:
+        # A second name is given in one step or, if somebody has it, not at all; a rename would replace theirs.
+        os.link(temporary, final)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without links
+        if final.exists():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(final)) from None
+        temporary.replace(final)
+    else:
+        temporary.unlink()
+    sync(final.parent)
+
+
+def part_of(path: Path, owner: str = "") -> Path:
+    """Return the temporary name under which a process writes a file; `owner` tells later whose it was."""
+    return path.with_name(f"{path.name}.{owner}{os.getpid()}.part")
+
+
+def write_whole(path: Path, data: bytes, owner: str = "") -> None:
+    """Write a file so that at every moment it is as before or as after, never half; a no-op where nothing changes."""
+    if path.is_file() and path.read_bytes() == data:
+        return
+    temporary = part_of(path, owner)
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        publish(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def same_bytes(a: Path, b: Path) -> bool:
+    """Whether both files are there and hold the same."""
+    return a.is_file() and b.is_file() and a.stat().st_size == b.stat().st_size and file_digest(a) == file_digest(b)
+
+
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def system_reason(error: OSError | RuntimeError) -> str:
+    """Return in words why the system refused; HDF5 says it only inside its message, and not always as an OSError."""
+    number = getattr(error, "errno", None)
+    if number is None and (match := _ERRNO.search(str(error))):
+        number = int(match[1])
+    return os.strerror(number) if number else str(error).splitlines()[0]
+
+
+@contextlib.contextmanager
+def explained(message: Callable[[str], str]) -> Iterator[None]:
+    """Turn what the system or HDF5 raises into a `StoreError`; `message` makes its text from the reason."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        raise StoreError(message(system_reason(error))) from error
+
+
+class Lock:
+    """Holds a file of a folder for this process, so that two writers never take one name; freed even by kill -9.
+
+    Raises
+    ------
+    StoreError
+        Where another process holds it. On a file system without locks there is none.
+    """
+
+    def __init__(self, path: Path, held: str) -> None:
+        self._path = path
+        self._descriptor: int | None = None
+        if fcntl is None:
+            return
+        while self._descriptor is None:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                os.close(descriptor)
+                raise StoreError(held) from error
+            except OSError:
+                os.close(descriptor)
+                return
+            # The holder before may have removed the file between our opening and locking it: then lock the new one.
+            if path.exists() and path.stat().st_ino == os.fstat(descriptor).st_ino:
+                self._descriptor = descriptor
+            else:
+                os.close(descriptor)
+
+    def release(self) -> None:
+        """Let others have it; may be called again."""
+        if self._descriptor is not None:
+            self._path.unlink(missing_ok=True)
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+def canonical_json(value: object) -> str:
+    """Return the one text that stands for a value: sorted keys, indent 1, ASCII.
+
+    Raises
+    ------
+    StoreError
+        Where the value is not made of what JSON has: text, finite numbers, booleans, None, lists, mappings.
+    """
+    try:
+        return json.dumps(value, sort_keys=True, indent=1, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        msg = f"provenance must be plain JSON (text, finite numbers, booleans, None, lists, mappings): {error}"
+        raise StoreError(msg) from error

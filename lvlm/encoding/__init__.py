@@ -1,0 +1,1 @@
+"""From a prompt and its images to model inputs and token positions."""

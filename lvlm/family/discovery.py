@@ -1,0 +1,281 @@
+"""Find a family's parts in the model itself, by the names that transformers' families and their forebears use.
+
+What is found is a guess until `lvlm.family.validation` has checked it with numbers. The names below are tried in order; where
+two could be meant, the one that says more comes first (a norm named after the MLP it precedes before the one named
+after the attention it follows, which in sandwich-norm families is another thing).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from groundscope.core.errors import ModelError
+from lvlm.family.specification import ABSENT, FamilySpec, StackSpec, find
+
+_ATTENTION = ("self_attn", "self_attention", "attention", "attn", "layer.0.SelfAttention")
+_CROSS = ("cross_attn", "encoder_attn", "layer.1.EncDecAttention")
+_OUTPUT = ("o_proj", "out_proj", "projection_layer", "projection", "proj", "c_proj", "dense", "o", "wo")
+_QUERY, _KEY, _VALUE = ("q_proj", "q", "query"), ("k_proj", "k", "key"), ("v_proj", "v", "value")
+_FUSED = ("qkv", "c_attn", "in_proj", "query_key_value")
+_MLP = ("mlp", "feed_forward", "ffn", "fc2", "layer.2.DenseReluDense", "layer.1.DenseReluDense")
+_MID = (
+    "pre_feedforward_layernorm",
+    "layer_norm2",
+    "layernorm_after",
+    "norm2",
+    "ln_2",
+    "ffn_norm",
+    "layer.2.layer_norm",
+    "layer.1.layer_norm",
+    "post_attention_layernorm",
+    "final_layer_norm",
+)
+_ATTENTION_OUT = ("post_self_attn_layernorm", "ls1")
+_MLP_OUT = ("post_mlp_layernorm", "post_feedforward_layernorm", "ls2")
+_ATTENTION_GATES = ("lambda_1", "tanh(gate_attn)", "tanh(cross_attn_attn_gate)")
+_MLP_GATES = ("lambda_2", "tanh(gate_ffn)", "tanh(cross_attn_mlp_gate)")
+_PROJECTOR = (
+    "multi_modal_projector",
+    "connector",
+    "aligner",
+    "visual.merger",
+    "language_projection",
+    "image_to_text_projection",
+    "projector",
+    "llama_proj",
+    "visual.attn_pool",
+)
+_FINAL_NORM = ("norm", "final_layer_norm", "layer_norm", "ln_f", "final_layernorm")
+_VISION = re.compile(r"vision|visual|(^|[._])vit([._]|$)")
+_INNER = {"layer", "layers", "blocks", "resblocks", "encoder", "transformer"}
+"""Names of what lies between a vision tower and its layers."""
+_OTHER = re.compile(r"q_?former|vqmodel|generation|resampler|perceiver|predictor|audio", re.IGNORECASE)
+
+
+def complete(spec: FamilySpec, model: nn.Module) -> FamilySpec:
+    """Return the spec with everything that it leaves open found in the model.
+
+    Raises
+    ------
+    ModelError
+        Where a part cannot be found; the message shows the model's module tree and what to write.
+    """
+    stacks = layer_lists(model)
+    decoder = _stack(spec, model, "decoder", stacks.get("decoder", ""))
+    unembedding = spec.unembedding or _path_of(model, _output_embeddings(model))
+    if not unembedding:
+        msg = _ask(spec, model, "unembedding", "no output embeddings")
+        raise ModelError(msg)
+    vision = _stack(spec, model, "vision", stacks.get("vision", ""))
+    return replace(
+        spec,
+        decoder=decoder,
+        vision=vision,
+        projector=_given(spec.projector or _projector(model)),
+        final_norm=_given(spec.final_norm or _final_norm(model, decoder)),
+        unembedding=unembedding,
+        vision_prefix=_prefix(model, vision) if spec.vision_prefix is None else spec.vision_prefix,
+    )
+
+
+def layer_lists(model: nn.Module) -> dict[str, str]:
+    """Return the path of the list of layers of each stack that is found: ``decoder``, ``vision``."""
+    lists: list[tuple[str, nn.Module]] = []
+    for path, module in model.named_modules():
+        inside = any(path.startswith(f"{outer}.") for outer, _ in lists)
+        listed = isinstance(module, nn.ModuleList | nn.Sequential) and any(True for _ in module.children())
+        if listed and not inside and not _OTHER.search(path) and _is_layer(next(iter(module.children()))):
+            lists.append((path, module))
+    vision = [path for path, _ in lists if _VISION.search(path)]
+    text = [path for path, _ in lists if not _VISION.search(path)]
+    # Of an encoder and a decoder the decoder is meant; it comes last.
+    found = {"decoder": text[-1]} if text else {}
+    return {**found, "vision": "+".join(vision)} if vision else found
+
+
+def tree(model: nn.Module, depth: int = 4) -> str:
+    """Return the model's module tree, lists of equal children as one line, for a message to a person."""
+    lines: list[str] = []
+
+    def walk(module: nn.Module, name: str, level: int) -> None:
+        children = list(module.named_children())
+        listed = isinstance(module, nn.ModuleList | nn.Sequential) and len(children) > 1
+        lines.append(f"{'  ' * level}{name}: {type(module).__name__}{f' of {len(children)}' if listed else ''}")
+        for child, inner in children[:1] if listed else children:
+            if level < depth + listed:
+                walk(inner, child, level + 1)
+
+    for name, module in model.named_children():
+        walk(module, name, 1)
+    return "\n".join(lines)
+
+
+def describe_stack(model: nn.Module, layers: str) -> StackSpec:
+    """Return the paths inside the layers of a list, each as the first candidate that any of them has."""
+    members: list[nn.Module] = [layer for one in layers.split("+") for layer in find(model, one)]
+
+    def first(candidates: tuple[str, ...]) -> str:
+        names = (name for name in candidates if any(_has(layer, name) for layer in members))
+        return next(names, "")
+
+    def below(parent: str, candidates: tuple[str, ...]) -> str:
+        names = [f"{parent}.{name}" for name in candidates]
+        return first(tuple(names)) if parent else ""
+
+    attention, cross = first(_ATTENTION), first(_CROSS)
+    fused, cross_fused = below(attention, _FUSED), below(cross, _FUSED)
+    sandwich = any(_has(layer, "pre_feedforward_layernorm") for layer in members)
+    return StackSpec(
+        layers=layers,
+        attention=attention,
+        output_projection=below(attention, _OUTPUT),
+        mid_norm=first(_MID),
+        mlp=first(_MLP),
+        query=below(attention, _QUERY) or (f"{fused}#0" if fused else ""),
+        key=below(attention, _KEY) or (f"{fused}#1" if fused else ""),
+        value=below(attention, _VALUE) or (f"{fused}#2" if fused else ""),
+        attention_out=first(_ATTENTION_OUT) or ("post_attention_layernorm" if sandwich else ""),
+        mlp_out=first(_MLP_OUT),
+        attention_gate=first(tuple(g for g in _ATTENTION_GATES if "cross" not in g)),
+        mlp_gate=first(_MLP_GATES),
+        mlp_row_mask="full_text_row_masked_out_mask" if first(("cross_attn_mlp_gate",)) else "",
+        cross_attention=cross,
+        cross_output_projection=below(cross, _OUTPUT),
+        cross_query=below(cross, _QUERY) or (f"{cross_fused}#0" if cross_fused else ""),
+        cross_key=below(cross, _KEY) or (f"{cross_fused}#1" if cross_fused else ""),
+        cross_value=below(cross, _VALUE) or (f"{cross_fused}#2" if cross_fused else ""),
+        cross_gate=first(("tanh(cross_attn_attn_gate)",)),
+        weights=2 if attention.startswith("layer.0.") else 1,
+    )
+
+
+def bare(name: str) -> str:
+    """Return the path of a gate without its function: ``tanh(gate_attn)`` -> ``gate_attn``."""
+    return name.removeprefix("tanh(").removesuffix(")")
+
+
+def _has(layer: nn.Module, name: str) -> bool:
+    return isinstance(find(layer, bare(name)), nn.Module | nn.Parameter)
+
+
+def _is_layer(module: nn.Module) -> bool:
+    parents = [name for name in (*_ATTENTION, *_CROSS) if find(module, name) is not None]
+    return any(isinstance(find(module, f"{p}.{o}"), nn.Linear) for p in parents for o in _OUTPUT)
+
+
+def _stack(spec: FamilySpec, model: nn.Module, name: str, layers: str) -> StackSpec:
+    said = spec.stack(name)
+    if said.layers:
+        return replace(said, layers=_given(said.layers))
+    if layers:
+        return describe_stack(model, layers)
+    if name == "vision":
+        return StackSpec()
+    msg = _ask(spec, model, name, "no list of layers with an attention and its output projection")
+    raise ModelError(msg)
+
+
+def _given(path: str) -> str:
+    """Return a path, empty where a spec says that there is no such thing."""
+    return "" if path == ABSENT else path
+
+
+def _ask(spec: FamilySpec, model: nn.Module, field: str, missing: str) -> str:
+    return (
+        f"family '{spec.model_type}': {missing} found in {type(model).__name__}; say where, as in "
+        f"FamilySpec('{spec.model_type}', {field}=…), and give it as spec=…; its modules are\n{tree(model)}"
+    )
+
+
+def _output_embeddings(model: nn.Module) -> Any:
+    give = getattr(model, "get_output_embeddings", None)
+    return (give() if give else None) or find(
+        model, "lm_head|language_model.lm_head|llama_model.lm_head|language.lm_head"
+    )
+
+
+def _path_of(model: nn.Module, module: Any) -> str:
+    return next((path for path, found in model.named_modules() if found is module), "") if module is not None else ""
+
+
+def _projector(model: nn.Module) -> str:
+    for name in _PROJECTOR:
+        for root in ("", "model.", "transformer."):
+            if isinstance(find(model, root + name), nn.Module):
+                return root + name
+    return ""
+
+
+def _final_norm(model: nn.Module, decoder: StackSpec) -> str:
+    parent = decoder.layers.split("+")[-1].rpartition(".")[0]
+    root = find(model, parent) if parent else model
+    name = next((n for n in _FINAL_NORM if isinstance(getattr(root, n, None), nn.Module)), "")
+    return f"{parent}.{name}".lstrip(".") if name else ""
+
+
+def _prefix(model: nn.Module, vision: StackSpec) -> int:
+    """Return 1 where the vision tower has a class token of its own, else 0."""
+    parts = vision.layers.split("+")[0].split(".")
+    while parts and parts[-1] in _INNER:
+        parts.pop()
+    tower = find(model, ".".join(parts)) if parts else None
+    names = [n for n, _ in (tower or nn.Module()).named_parameters()] if isinstance(tower, nn.Module) else []
+    return int(any(n.endswith(("class_embedding", "cls_token")) for n in names))
+
+
+def text_config(config: Any) -> Any:
+    """Return the configuration of the text model, under any release of transformers from 4.40 on."""
+    found = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    if found is not config:
+        return found
+    names = ("text_config", "language_config", "llm_config")  # the second and third in families' own code
+    return next((one for name in names if (one := getattr(config, name, None)) is not None), config)
+
+
+_HEADS = ("num_attention_heads", "decoder_attention_heads", "attention_heads", "num_heads", "n_head", "heads")
+
+
+def heads_of(config: Any, other: Any) -> int:
+    """Return the number of attention heads a configuration states, under any of the names in use."""
+    found = _stated(config, _HEADS) or _stated(other, _HEADS)
+    if found is None:
+        msg = f"{type(config).__name__} does not say how many attention heads there are ({', '.join(_HEADS)})"
+        raise ModelError(msg)
+    return found
+
+
+def vision_heads(spec: FamilySpec, model: Any, layers: Sequence[nn.Module]) -> int:
+    """Return the number of attention heads in a layer of the vision tower, 0 where it has no layers.
+
+    Where the configuration does not say one number, as for a tower whose stages differ, the attention itself is asked.
+
+    Raises
+    ------
+    ModelError
+        Where nothing says it, or the layers differ.
+    """
+    if not layers:
+        return 0
+    config = getattr(model.config, "vision_config", None)
+    said = _stated(config, _HEADS)
+    if said is not None:
+        return said
+    counts = {_stated(find(layer, spec.vision.attention), (*_HEADS, "groups")) for layer in layers}
+    if None in counts:
+        return heads_of(config, None)
+    if len(counts) > 1:
+        msg = (
+            f"family '{spec.model_type}': the layers at '{spec.vision.layers}' have {counts} heads; override "
+            "FamilySpec.vision.layers with layers that have as many heads each"
+        )
+        raise ModelError(msg)
+    return int(counts.pop() or 0)
+
+
+def _stated(holder: Any, names: Sequence[str]) -> int | None:
+    return next((found for name in names if isinstance(found := getattr(holder, name, None), int)), None)

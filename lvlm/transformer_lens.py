@@ -1,0 +1,68 @@
+"""A model as TransformerLens has it: its hook names, its analysis tools, on a copy."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from groundscope.core.errors import ModelError
+
+if TYPE_CHECKING:
+    from lvlm.model import Lvlm
+
+_BUILDING = threading.Lock()
+
+
+def as_transformer_lens(model: Lvlm) -> Any:
+    """Return a TransformerLens bridge over a copy of the model.
+
+    TransformerLens replaces modules in place and switches attention to eager, so it is given a copy: twice the memory. It
+    is built from the module in memory; nothing is downloaded or installed. Give it the inputs of `Lvlm.encode`:
+    ``bridge.run_with_cache(inputs["input_ids"], pixel_values=inputs["pixel_values"])``.
+
+    Parameters
+    ----------
+    model
+        The model.
+
+    Raises
+    ------
+    ModelError
+        Where TransformerLens has no adapter for the model's class.
+
+    Returns
+    -------
+    TransformerBridge
+        With the hooks ``blocks.<l>.hook_resid_pre``, ``…hook_resid_mid``, ``…hook_resid_post``, ``…hook_attn_out``,
+        ``…hook_mlp_out``, ``blocks.<l>.attn.hook_z`` and more, and weights such as ``blocks[l].attn.W_O``.
+    """
+    from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_ARCHITECTURES
+    from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
+
+    name = type(model.hf).__name__
+    if name not in SUPPORTED_ARCHITECTURES:
+        known = ", ".join(sorted(n for n in SUPPORTED_ARCHITECTURES if n.endswith("ForConditionalGeneration")))
+        msg = f"TransformerLens has no adapter for {name}; of models that take images or encode it has {known}"
+        raise ModelError(msg)
+    with _BUILDING, _without_libraries(SUPPORTED_ARCHITECTURES[name]):
+        network = copy.deepcopy(model.hf)
+        bridge = build_bridge_from_module(network, name, hf_config=network.config)
+    return bridge.eval()
+
+
+@contextmanager
+def _without_libraries(adapter: Any) -> Iterator[None]:
+    """Build an adapter without the packages it asks for to load pictures: pictures are loaded here, with Pillow."""
+    own = "required_libraries" in vars(adapter)
+    before = adapter.required_libraries
+    adapter.required_libraries = []
+    try:
+        yield
+    finally:
+        if own:
+            adapter.required_libraries = before
+        else:
+            del adapter.required_libraries

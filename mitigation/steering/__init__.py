@@ -1,0 +1,1 @@
+"""Steering vectors: derive, apply, export. `mitigation` has the public names."""

@@ -1,0 +1,55 @@
+"""The direction that tells true from false best where what varies anyway is discounted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mitigation.steering.derive.base import Made, Store, along, by_sides, keys_of
+from mitigation.steering.derive.discriminant import fisher
+from mitigation.steering.placement import Entry, Key
+from mitigation.steering.vector import Positions, SteeringVector
+
+if TYPE_CHECKING:
+    from concepts.schema import Concept
+    from lvlm.sites import Head, Site
+
+
+def lda(
+    store: Store,
+    concept: Concept | str | None = None,
+    *,
+    positive: np.ndarray | None = None,
+    negative: np.ndarray | None = None,
+    heads: Iterable[Head] = (),
+    layers: Iterable[int] = (),
+    sites: Iterable[Site | str] = (),
+    tokens: str = "last",
+    positions: Positions = "last",
+    strength: float = 1.0,
+) -> SteeringVector:
+    """Return ``unit(C^-1 (mean of the positive - mean of the negative))`` at each place: Fisher's direction (1936).
+
+    C is the pooled covariance of two equally likely sides, shrunk as in Ledoit and Wolf (2004), by scikit-learn. Sigma is
+    the standard deviation of the projections of all the examples used.
+
+    Parameters
+    ----------
+    store, concept, positive, negative, heads, layers, sites, tokens, positions, strength
+        As for `mean_difference`.
+
+    Raises
+    ------
+    PatchError
+        Where a side has fewer than two examples, the masks overlap, the two means coincide, or there is no place.
+    SiteError
+        Where the store lacks a site or the concept.
+    """
+
+    def fit(right: np.ndarray, wrong: np.ndarray, key: Key) -> Entry:
+        return along(fisher(right, wrong, key)[0], np.concatenate([right, wrong]), key)
+
+    told = (concept, positive, negative)
+    return by_sides(store, told, keys_of(heads, layers, sites), fit, Made("lda", tokens, positions, strength))

@@ -1,0 +1,79 @@
+"""Visual steering vector: what this image adds to what the words alone would give."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from groundscope.core.errors import PatchError
+from lvlm.sites import Site
+from mitigation.steering.derive.base import Variant, activations, check_variant
+from mitigation.steering.derive.text_only import read_text
+from mitigation.steering.placement import Entry, Key, canonical
+from mitigation.steering.vector import Positions, SteeringVector
+
+if TYPE_CHECKING:
+    from concepts.schema import Example
+    from lvlm.model import Lvlm
+
+
+def vsv(
+    model: Lvlm,
+    example: Example,
+    *,
+    layers: Sequence[int] | None = None,
+    positions: Positions = "last",
+    strength: float = 0.1,
+    variant: Variant = "paper",
+) -> SteeringVector:
+    """Return the visual steering vector of one question about one image.
+
+    VISTA (Li et al. 2025, arXiv 2502.03628): V is what the residual stream holds at the last token of the prompt with the
+    image minus that without; while the answer is written ``h <- |h| unit(h + lambda V)``. It belongs to its image. VISTA's
+    other half, mixing in early logits, is no steering and is not done here.
+
+    Parameters
+    ----------
+    model
+        The model to steer.
+    example
+        Image and question.
+    layers
+        Of the decoder; all by default.
+    positions
+        Where it acts.
+    strength
+        lambda.
+    variant
+        ``paper``: at the residual stream, with the length that V has. ``release`` (github.com/LzVv123456/VISTA, its simple
+        mode): at the MLP's output, ``x <- |x| unit(unit(x) + lambda unit(V))``. (Its other mode also weighs lambda by how
+        much x points away from V.)
+
+    Raises
+    ------
+    PatchError
+        Where image and no image give the same at a layer.
+    SiteError
+        For a layer that the model lacks.
+    ModelError
+        For a model whose decoder does not read the prompt.
+    """
+    check_variant(variant)
+    chosen = tuple(range(model.n_layers) if layers is None else layers)
+    sites = [Site("decoder", layer, "resid_post") for layer in chosen]
+    seen = activations(model, [example], [canonical(site) for site in sites], "last")
+    told = read_text(model, model.prompt(example.question, images=0), sites)
+    entries: dict[Key, Entry] = {}
+    for site in sites:
+        difference = seen[canonical(site)][0] - told[site]
+        length = float(np.linalg.norm(difference))
+        if not length > 0:
+            msg = f"at L{site.layer} the image changes nothing: there is no direction"
+            raise PatchError(msg)
+        key = canonical(site) if variant == "paper" else Site("decoder", site.layer, "mlp_out")
+        entries[key] = Entry(difference / length, length if variant == "paper" else 1.0)
+    about = {"method": f"VSV ({variant})", "example": example.id, "weights": model.weights_hash}
+    norm = "kept" if variant == "paper" else "relative"
+    return SteeringVector(entries, "add", positions, strength, model.name, model.config_hash, about, norm=norm)

@@ -1,0 +1,286 @@
+"""Visual and textual intervention: features that do not shake, in the vision tower and in the decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from groundscope.core.errors import DataError, ModelError, PatchError, SiteError
+from groundscope.core.progress import progress_bar
+from lvlm.family.specification import resolve
+from lvlm.sites import Site
+from mitigation.steering.derive.base import Variant, check_variant
+from mitigation.steering.placement import Entry, Key
+from mitigation.steering.vector import SteeringVector
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from concepts.schema import Example
+    from lvlm.model import Lvlm
+
+SHARE = 0.1
+"""VTI's fixed factor: what a strength of 1 adds, as a share of the length of x."""
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """A picture with a description of it, and the same description with things that are not there."""
+
+    example: Example
+    """Picture and question."""
+    correct: str
+    hallucinated: str
+
+
+def vti_text(
+    model: Lvlm,
+    demonstrations: Sequence[Demonstration],
+    *,
+    layers: Sequence[int] | None = None,
+    strength: float = 0.8,
+    variant: Variant = "paper",
+) -> SteeringVector:
+    """Return VTI's textual vector: at every layer's MLP output, ``x <- |x| unit(unit(x) + 0.1 alpha unit(D))``.
+
+    Liu et al. 2024 (arXiv 2410.15778): D = PC1 + mean, over N = 50 demonstrations, of what the residual stream after the
+    layer holds at the last token of the correct caption minus that of the hallucinated one; alpha = 0.8. The sign of a
+    principal direction is free; here it goes with the mean.
+
+    Parameters
+    ----------
+    model
+        The model to steer.
+    demonstrations
+        At least one; with a single one D is its difference.
+    layers
+        Of the decoder; all by default.
+    strength
+        alpha.
+    variant
+        ``paper``: a principal direction for each layer. ``release`` (github.com/shengliu66/VTI): one for all layers laid
+        end to end, the embeddings and the final norm's output among them, its sign that of the largest score.
+
+    Raises
+    ------
+    PatchError
+        For no demonstrations, or a layer at which correct and hallucinated captions give the same.
+    SiteError
+        For a layer that the model lacks.
+    DataError
+        Where a caption is empty or unknown to the tokenizer.
+    """
+    check_variant(variant)
+    chosen = tuple(range(model.n_layers) if layers is None else layers)
+    sites = [Site("decoder", i, "resid_post") for i in range(model.n_layers)]
+    for layer in chosen:
+        model.locate(Site("decoder", layer, "mlp_out"))
+    if not demonstrations:
+        msg = "no demonstrations: give pictures with a correct and a hallucinated caption each"
+        raise PatchError(msg)
+    right, wrong = (
+        _after_captions(model, [replace(d.example, answer=a, candidates=()) for d, a in told], sites, variant)
+        for told in ([(d, d.correct) for d in demonstrations], [(d, d.hallucinated) for d in demonstrations])
+    )
+    differences = right - wrong  # [N, 1 + layers, D]
+    if variant == "paper":
+        found = np.stack([_mean_and_first(differences[:, i + 1], flip="mean") for i in range(model.n_layers)])
+    else:
+        joint = _mean_and_first(differences.reshape(len(differences), -1), flip="score")
+        found = joint.reshape(differences.shape[1:])[1:]
+    entries: dict[Key, Entry] = {}
+    for layer in chosen:
+        length = float(np.linalg.norm(found[layer]))
+        if not length > 0:
+            msg = f"at L{layer} correct and hallucinated captions give the same: there is no direction"
+            raise PatchError(msg)
+        entries[Site("decoder", layer, "mlp_out")] = Entry(found[layer] / length, SHARE)
+    about = {"method": f"VTI text ({variant})", "demonstrations": len(demonstrations), "weights": model.weights_hash}
+    return SteeringVector(entries, "add", "all", strength, model.name, model.config_hash, about, norm="relative")
+
+
+def vti_vision(
+    model: Lvlm,
+    examples: Sequence[Example],
+    *,
+    layers: Sequence[int] | None = None,
+    copies: int = 50,
+    ratio: float = 0.99,
+    strength: float = 0.9,
+    seed: int = 0,
+    variant: Variant = "paper",
+) -> SteeringVector:
+    """Return VTI's visual vector, one direction for each layer and token of the vision tower.
+
+    Liu et al. 2024 (arXiv 2410.15778): D = PC1 + mean, over images, of the mean over m = 50 masked copies minus the clean
+    image; a copy has 99 % of its patches set to the image's mean. Applied at MLP outputs as in `vti_text`; alpha = 0.9.
+
+    Parameters
+    ----------
+    model
+        With a vision tower that takes ``pixel_values [1, 3, H, W]``: one view of fixed size.
+    examples
+        Only their images are used. All differences are held in memory: examples x layers x tokens x width x 4 bytes.
+    layers
+        Of the vision tower; all by default.
+    copies, ratio
+        m, and the share of patches that a copy loses.
+    strength
+        alpha.
+    seed
+        Of which patches go.
+    variant
+        ``paper``, or ``release`` (github.com/shengliu66/VTI): layers and tokens are regrouped without being permuted, so that
+        principal directions mix tokens of different layers; the sign of each is that of its largest score.
+
+    Raises
+    ------
+    PatchError
+        For no examples, fewer than one copy, or a ratio outside (0, 1].
+    ModelError
+        For a vision tower that is given anything else, or runs on several views of an image.
+    SiteError
+        For a layer that the vision tower lacks.
+    """
+    check_variant(variant)
+    if not examples or copies < 1 or not 0 < ratio <= 1:
+        msg = f"{len(examples)} examples, copies={copies}, ratio={ratio}: at least one of each, and a ratio in (0, 1]"
+        raise PatchError(msg)
+    sites = [Site("vision", i, "resid_post") for i in range(model.n_vision_layers)]
+    chosen = tuple(range(model.n_vision_layers) if layers is None else layers)
+    for layer in chosen:
+        model.locate(Site("vision", layer, "mlp_out"))
+    rng = np.random.default_rng(seed)
+    rows: list[np.ndarray] = []
+    with progress_bar() as bar:
+        for example in bar.track(examples, description="masking images"):
+            inputs = model.collate([model.encode(example)])
+            clean = _tower(model, inputs, sites)[0]  # [layers, tokens, D]
+            masked = _masked(inputs["pixel_values"], _patch(model), copies, ratio, rng)
+            seen = np.zeros_like(clean, np.float64)
+            for part in masked.split(10):
+                seen += _tower(model, {**inputs, "pixel_values": part}, sites).sum(axis=0, dtype=np.float64)
+            rows.append((seen / copies - clean).astype(np.float32))
+    differences = np.stack(rows)  # [N, layers, tokens, D]
+    n, depth, tokens, width = differences.shape
+    if variant == "paper":
+        flat = differences.reshape(n, depth * tokens, width)
+        found = np.stack([_mean_and_first(flat[:, k], flip="mean") for k in range(flat.shape[1])])
+    else:
+        flat = differences.reshape(n, tokens, depth * width)
+        found = np.stack([_mean_and_first(flat[:, k], flip="score") for k in range(tokens)])
+    found = found.reshape(depth, tokens, width)
+    lengths = np.linalg.norm(found, axis=-1, keepdims=True)
+    # A token that no mask moves keeps a row of zeros: it is left as it is.
+    units = np.divide(found, lengths, out=np.zeros_like(found), where=lengths > 0)
+    entries: dict[Key, Entry] = {Site("vision", i, "mlp_out"): Entry(units[i], SHARE) for i in chosen}
+    about = {
+        "method": f"VTI vision ({variant})",
+        "images": n,
+        "copies": copies,
+        "ratio": ratio,
+        "seed": seed,
+        "weights": model.weights_hash,
+    }
+    return SteeringVector(entries, "add", "all", strength, model.name, model.config_hash, about, norm="relative")
+
+
+def _mean_and_first(x: np.ndarray, *, flip: str) -> np.ndarray:
+    """Return the mean plus the unit first principal direction of rows ``[n, d]``, float64; the mean where all are alike."""
+    x = x.astype(np.float64)
+    mean = x.mean(axis=0)
+    centred = x - mean
+    # Through the rows' products: there are few rows and many columns.
+    size, mixes = np.linalg.eigh(centred @ centred.T)
+    if not size[-1] > 1e-18 * max(1.0, float((x**2).sum())):
+        return mean
+    first = mixes[:, -1] @ centred
+    first /= np.linalg.norm(first)
+    scores = centred @ first
+    turned = first @ mean < 0 if flip == "mean" else scores[np.abs(scores).argmax()] < 0
+    return mean - first if turned else mean + first
+
+
+def _after_captions(model: Lvlm, examples: Sequence[Example], sites: Sequence[Site], variant: Variant) -> np.ndarray:
+    """Return what is at the last token of each example's answer, ``[N, 1 + layers, D]``: embeddings, then every layer."""
+    import torch
+
+    from activation_store.tracing.continuation import with_answers
+
+    empty = next((e.id for e in examples if not e.answer.strip()), None)
+    if empty is not None:
+        msg = f"demonstration '{empty}': a caption is empty"
+        raise DataError(msg)
+    rows = [np.empty(0)] * len(examples)
+    first = Site("decoder", 0, "resid_pre")
+    with progress_bar() as bar:
+        task = bar.add_task("reading captions", total=len(examples))
+        for batch in model.batches(examples):
+            told = with_answers(model, batch)
+            seen = model.read(told.inputs, [first, *sites])
+            for row, (number, tokens) in enumerate(zip(batch.index, told.tokens, strict=True)):
+                last = (tokens.generated or (tokens.last,))[-1]
+                kept = [seen[str(site)][row, last] for site in (first, *sites)]
+                if variant == "release" and model.spec.final_norm:  # what transformers gives as the last hidden state
+                    with torch.no_grad():
+                        kept[-1] = resolve(model.hf, model.spec.final_norm, model.spec)(kept[-1])
+                rows[number] = np.stack([x.double().cpu().numpy() for x in kept])
+            bar.advance(task, len(batch.index))
+    return np.stack(rows)
+
+
+class _Seen(Exception):  # a signal, not an error
+    """The tower has run; what comes after it is not needed."""
+
+
+def _tower(model: Lvlm, inputs: dict[str, Tensor], sites: Sequence[Site]) -> np.ndarray:
+    """Run the vision tower and return what its layers give, float32 ``[rows, layers, tokens, D]``."""
+    seen: list[np.ndarray] = []
+
+    def see(x: Tensor) -> None:
+        if x.dim() != 3 or x.shape[0] != inputs["pixel_values"].shape[0]:
+            msg = f"{model.name}: its vision tower holds {list(x.shape)}, not one view [rows, tokens, width]"
+            raise ModelError(msg)
+        seen.append(x.detach().float().cpu().numpy())
+        if len(seen) == len(sites):
+            raise _Seen
+
+    rows = inputs["pixel_values"].shape[0]
+    repeated = {k: v if k == "pixel_values" else v.expand(rows, *v.shape[1:]) for k, v in inputs.items()}
+    with ExitStack() as hooks:
+        for site in sites:
+            hooks.callback(model.locate(site).watch(see).remove)
+        try:
+            model.logits(repeated)
+        except _Seen:
+            return np.stack(seen, axis=1)
+    msg = f"{model.name}: a forward does not reach all {len(sites)} layers of its vision tower"
+    raise SiteError(msg)
+
+
+def _patch(model: Lvlm) -> int:
+    """Return the side of a patch in pixels; raises `ModelError` where the configuration names none."""
+    size = getattr(getattr(model.hf.config, "vision_config", None), "patch_size", None)
+    if not isinstance(size, int):
+        msg = f"{model.name}: its configuration names no vision patch_size, so that no patches can be masked"
+        raise ModelError(msg)
+    return size
+
+
+def _masked(pixels: Tensor, patch: int, copies: int, ratio: float, rng: np.random.Generator) -> Tensor:
+    """Return copies of preprocessed pixels ``[1, 3, H, W]`` with a share of patches set to the image's mean."""
+    if pixels.dim() != 4 or pixels.shape[0] != 1:
+        msg = f"pixel_values {list(pixels.shape)}: VTI masks one view [1, channels, height, width]"
+        raise ModelError(msg)
+    rows, columns = pixels.shape[2] // patch, pixels.shape[3] // patch
+    made = pixels.repeat(copies, 1, 1, 1)
+    mean = pixels.mean(dim=(2, 3))[0]  # [channels]
+    for copy in range(copies):
+        for index in rng.permutation(rows * columns)[: int(ratio * rows * columns)]:
+            top, left = int(index) // columns * patch, int(index) % columns * patch
+            made[copy, :, top : top + patch, left : left + patch] = mean[:, None, None]
+    return made

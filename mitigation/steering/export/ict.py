@@ -1,0 +1,72 @@
+"""Activations in the files that ICT's code reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from groundscope.core.errors import PatchError
+from lvlm.sites import Site
+from mitigation.steering.derive.base import activations
+from mitigation.steering.export.iti import written
+from mitigation.steering.placement import Key
+
+if TYPE_CHECKING:
+    from concepts.schema import CounterfactualPair
+    from lvlm.model import Lvlm
+
+NAMES = ("base.npy", "hallucinated.npy", "object.npy")
+
+
+def ict(
+    model: Lvlm,
+    blurred: Sequence[CounterfactualPair],
+    masked: Sequence[CounterfactualPair],
+    folder: str | Path,
+    *,
+    tokens: str = "last",
+) -> tuple[Path, Path, Path]:
+    """Write ``base.npy``, ``hallucinated.npy`` and ``object.npy``, float32 ``[N, layers, D]``, for github.com/THU-BPM/ICT.
+
+    They hold what attention adds at the last token (the output of the output projection) for the clean images, the blurred
+    ones, and those with the object masked, row by row for the same questions. Its scripts read the answer's own token after
+    the prompt instead. All load with ``allow_pickle=False``.
+
+    Parameters
+    ----------
+    model
+        The model to read.
+    blurred, masked
+        Pairs of the same clean examples in the same order.
+    folder
+        Where the three files go.
+    tokens
+        ``last``, or ``suffix`` for the mean over all tokens after the image.
+
+    Returns
+    -------
+    The three paths.
+
+    Raises
+    ------
+    PatchError
+        For no pairs, or pairs of different clean examples.
+    StoreError
+        Where a file cannot be written.
+    """
+    if not blurred or [p.clean.id for p in blurred] != [p.clean.id for p in masked]:
+        msg = (
+            f"{len(blurred)} blurred and {len(masked)} masked pairs: they must be of the same clean examples, in the same "
+            f"order, and at least one"
+        )
+        raise PatchError(msg)
+    sites: list[Key] = [Site("decoder", layer, "attn_out") for layer in range(model.n_layers)]
+    sides = ([p.clean for p in blurred], [p.corrupt for p in blurred], [p.corrupt for p in masked])
+    paths = tuple(Path(folder) / name for name in NAMES)
+    for path, examples in zip(paths, sides, strict=True):
+        seen = activations(model, examples, sites, tokens)
+        with written(path, (len(examples), model.n_layers, model.width)) as array:
+            for layer, site in enumerate(sites):
+                array[:, layer] = seen[site]
+    return paths[0], paths[1], paths[2]

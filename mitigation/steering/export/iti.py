@@ -1,0 +1,110 @@
+"""Activations in the files that honest_llama reads: from them its own scripts derive and test."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from groundscope.core.errors import ModelError, PatchError
+from groundscope.core.files import explained
+from groundscope.core.progress import progress_bar
+from lvlm.family.specification import resolve
+from lvlm.sites import Site
+from mitigation.steering.derive.base import read, two_sides
+from mitigation.steering.derive.iti import HeadStore
+
+if TYPE_CHECKING:
+    from concepts.schema import Concept
+    from lvlm.model import Lvlm
+
+
+def iti(
+    store: HeadStore,
+    prefix: str | Path,
+    model: Lvlm,
+    concept: Concept | str | None = None,
+    *,
+    positive: np.ndarray | None = None,
+    negative: np.ndarray | None = None,
+    tokens: str = "last",
+) -> tuple[Path, Path, Path]:
+    """Write ``PREFIX_head_wise.npy``, ``PREFIX_layer_wise.npy`` and ``PREFIX_labels.npy`` for github.com/likenneth/honest_llama.
+
+    ``head_wise`` float32 ``[N, layers, heads * head_dim]``: z, what the output projection is given. ``layer_wise`` float32
+    ``[N, layers + 1, D]``: embeddings, then what every layer gives, the last one after the final norm, as transformers has
+    it. ``labels`` int64 ``[N]``: 1 for positive. All load with ``allow_pickle=False``.
+
+    Parameters
+    ----------
+    store
+        With ``z`` and ``resid_post`` of all layers and ``decoder.L0.resid_pre``.
+    prefix
+        Folder and beginning of the names, as in ``features/llava_pope``.
+    model
+        The model the store was traced from: its final norm is needed.
+    concept, positive, negative, tokens
+        As for `derive.mean_difference`; examples on neither side are left out, and those without the token.
+
+    Returns
+    -------
+    The three paths.
+
+    Raises
+    ------
+    ModelError
+        For another model.
+    PatchError, SiteError
+        As for `derive.mean_difference`.
+    StoreError
+        Where a file cannot be written.
+    """
+    import torch
+
+    if store.provenance.get("model", {}).get("config") != model.config_hash:
+        msg = f"the store was not traced from '{model.name}': its final norm is not that of these activations"
+        raise ModelError(msg)
+    right, wrong = two_sides(store, concept, positive, negative)
+    layers = store.layers("decoder", "z")
+    first = read(store, Site("decoder", 0, "z"), tokens)
+    rows = np.flatnonzero((right | wrong) & ~np.isnan(first).any(axis=1))
+    if not len(rows):
+        msg = f"no examples with '{tokens}' on either side: nothing to write"
+        raise PatchError(msg)
+    paths = tuple(Path(f"{prefix}_{name}.npy") for name in ("head_wise", "layer_wise", "labels"))
+    embedded = read(store, Site("decoder", 0, "resid_pre"), tokens)[rows]  # before anything is written
+    with (
+        written(paths[0], (len(rows), layers, first.shape[1])) as heads,
+        written(paths[1], (len(rows), layers + 1, embedded.shape[1])) as residual,
+        progress_bar() as bar,
+    ):
+        residual[:, 0] = embedded
+        for layer in bar.track(range(layers), description="writing activations"):
+            heads[:, layer] = read(store, Site("decoder", layer, "z"), tokens)[rows]
+            x = read(store, layer, tokens)[rows]
+            if layer == layers - 1 and model.spec.final_norm:
+                norm = resolve(model.hf, model.spec.final_norm, model.spec)
+                with torch.no_grad():
+                    x = norm(torch.tensor(x, device=model.device, dtype=model.dtype)).float().cpu().numpy()
+            residual[:, layer + 1] = x
+    with written(paths[2], (len(rows),), np.int64) as labels:
+        labels[:] = right[rows]
+    return paths[0], paths[1], paths[2]
+
+
+@contextmanager
+def written(path: Path, shape: tuple[int, ...], dtype: type[np.generic] = np.float32) -> Iterator[np.ndarray]:
+    """Give an array on disk to fill; the file has its name once it is whole. Raises `StoreError` where it cannot be written."""
+    part = path.with_name(f"{path.name}.part")
+    with explained(lambda reason: f"{path}: the activations cannot be written: {reason}"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        array = np.lib.format.open_memmap(part, mode="w+", dtype=dtype, shape=shape)
+        try:
+            yield array
+            array.flush()
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)

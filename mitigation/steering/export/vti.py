@@ -1,0 +1,76 @@
+"""Directions for VTI's own code: normalised there, and added as a share of the MLP output's length."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from groundscope.core.errors import ConfigError
+from lvlm.sites import Site
+from mitigation.steering.derive.vti import SHARE
+from mitigation.steering.export.capabilities import Ability, card_of, require
+from mitigation.steering.export.torch_files import write_pt
+from mitigation.steering.vector import SteeringVector
+
+if TYPE_CHECKING:
+    from lvlm.model import Lvlm
+
+ABILITY = Ability(
+    "VTI",
+    "MLP output, at every token",
+    ("MLP output", "vision MLP output"),
+    norms=("relative",),
+    by_token=True,
+    one_place=True,
+)
+
+
+def vti(vector: SteeringVector, path: str | Path, model: Lvlm, strength: float | None = None) -> Path:
+    """Write float32 directions ``[layers, 1, D]`` of the decoder, or ``[vision layers, 1, tokens, D]`` of the vision tower.
+
+    For ``add_vti_layers(stack, torch.load(path, weights_only=True), alpha=[alpha])`` of github.com/shengliu66/VTI, with the
+    alpha that the card beside the file names: the code normalises every direction, so that strength cannot be in the file.
+    A layer that is not steered is a row of zeros.
+
+    Parameters
+    ----------
+    vector
+        As `derive.vti_text` or `derive.vti_vision` make it: relative additions at MLP outputs, at every token.
+    path
+        Of the ``.pt`` file.
+    model
+        The model it was made for.
+    strength
+        By default the vector's own.
+
+    Raises
+    ------
+    ConfigError
+        Where the format cannot express the vector, layers of different sigma among that.
+    ModelError
+        For a model that the vector was not made for.
+    StoreError
+        Where the file cannot be written.
+    """
+    vector.check(model)
+    require(vector, "vti", ABILITY)
+    s = vector.scaled(vector.strength if strength is None else strength).strength
+    sigmas = {entry.sigma for entry in vector.entries.values()}
+    if max(sigmas) - min(sigmas) > 1e-6 * max(sigmas):
+        msg = (
+            f"{vector}: VTI has one strength for all layers, this vector sigmas from {min(sigmas):g} to {max(sigmas):g}"
+        )
+        raise ConfigError(msg)
+    first = next(iter(vector.entries.values()))
+    vision = any(isinstance(key, Site) and key.stack == "vision" for key in vector.entries)
+    made = np.zeros((model.n_vision_layers if vision else model.n_layers, *first.vector.shape), np.float32)
+    for key, entry in vector.entries.items():
+        if isinstance(key, Site):
+            made[key.layer] = entry.vector
+    path = Path(path)
+    alpha = s * first.sigma / SHARE
+    write_pt(path, torch.from_numpy(made)[:, None], card_of(vector, "vti", s, alpha=alpha), "VTI directions")
+    return path

@@ -1,0 +1,137 @@
+"""What is done where: the places a steering vector acts on, and what it does at each."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Self
+
+import numpy as np
+
+from groundscope.core.errors import PatchError, SiteError
+from lvlm.sites import Head, Site
+
+if TYPE_CHECKING:
+    from activation_store.direction import Direction
+
+Key = Head | int | Site
+"""A head (its ``z``), a decoder layer by number (``resid_post``), or any other site."""
+_REACHED = ("resid_pre", "q", "k", "v", "z", "attn_out", "resid_mid", "mlp_out", "resid_post")
+_STACKS = ("vision", "projector", "decoder")
+
+
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """What is done at one place; arrays are float32 and read-only."""
+
+    vector: np.ndarray
+    """``[d]``, or ``[n, d]`` with a row for each token. ``add`` and ``project``: the direction, of length 1.
+    ``amplify``: the mean that deviations are counted from."""
+    sigma: float = 1.0
+    """``add``: standard deviation of the projections on the direction, in activation units: one unit of strength."""
+    reads: np.ndarray | None = None
+    """``amplify``: orthonormal rows ``[k, d]`` of the subspace whose deviation counts; None for all of it."""
+    writes: np.ndarray | None = None
+    """``amplify``: orthogonal rows, ``[k, d]`` or ``[d, d]``, of where it goes and how far; None for where it was."""
+
+    def __post_init__(self) -> None:
+        for name in ("vector", "reads", "writes"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            array = np.array(value, np.float32, order="C")  # in one order, so that a file gives the same sums
+            if array.ndim not in ((1, 2) if name == "vector" else (2,)) or not np.isfinite(array).all():
+                msg = f"{name} of shape {list(array.shape)}: it must be finite and {'[d]' if name == 'vector' else '[k, d]'}"
+                raise PatchError(msg)
+            array.setflags(write=False)
+            object.__setattr__(self, name, array)
+        object.__setattr__(self, "sigma", float(self.sigma))
+        if not (math.isfinite(self.sigma) and self.sigma > 0):
+            msg = f"sigma={self.sigma}: the unit of strength must be positive and finite"
+            raise PatchError(msg)
+        rows = [len(a) for a in (self.reads, self.writes) if a is not None]
+        if self.writes is not None and len(self.writes) != len(self.vector if self.reads is None else self.reads):
+            msg = f"reads and writes must have as many rows, not {rows}"
+            raise PatchError(msg)
+
+    @property
+    def by_token(self) -> bool:
+        """Whether every token has a direction of its own."""
+        return self.vector.ndim == 2
+
+
+@dataclass(frozen=True, eq=False)
+class ProbeGate:
+    """A probe that lets a vector act only at tokens where ``weights . x + bias > 0``: where it sees the problem."""
+
+    place: Key
+    """What it reads: a head's ``z``, a layer's ``resid_post``, another decoder site. Reached no later than what is steered."""
+    weights: np.ndarray
+    """float32 ``[d]``, read-only."""
+    bias: float = 0.0
+    about: str = field(default="")
+    """What it was fitted to tell, as in ``attribute:green``."""
+
+    def __post_init__(self) -> None:
+        weights = np.array(self.weights, np.float32)
+        if weights.ndim != 1 or not np.isfinite(weights).all() or not weights.any() or not math.isfinite(self.bias):
+            msg = f"gate of weights {list(weights.shape)} and bias {self.bias}: they must be finite, [d], and not all 0"
+            raise PatchError(msg)
+        weights.setflags(write=False)
+        object.__setattr__(self, "weights", weights)
+        object.__setattr__(self, "bias", float(self.bias))
+        object.__setattr__(self, "place", canonical(self.place))
+
+    @classmethod
+    def from_direction(cls, direction: Direction, *, when: bool = True, threshold: float = 0.0) -> Self:
+        """Return the gate of a probe: open where it reads its concept as true (`when`), or as false.
+
+        Parameters
+        ----------
+        direction
+            As a probe grid gives it.
+        when
+            Which side of the threshold opens the gate.
+        threshold
+            On the probe's own scale, log-odds for a logistic one.
+
+        Raises
+        ------
+        SiteError
+            For a head of another component than ``z``.
+        """
+        site = Site.parse(direction.site)
+        if direction.head is not None and (site.component != "z" or site.stack != "decoder"):
+            msg = f"head {direction.head} at '{site}': a gate reads heads in decoder 'z'"
+            raise SiteError(msg)
+        place: Key = site if direction.head is None else Head(site.layer, direction.head)
+        sign = 1 if when else -1
+        about = f"{direction.concept} read as {str(when).lower()}"
+        return cls(place, sign * direction.scale * direction.vector, sign * (direction.intercept - threshold), about)
+
+
+def canonical(key: Key) -> Key:
+    """Return the one name of a place: ``resid_post`` of a decoder layer is its number."""
+    if isinstance(key, Site) and key.stack == "decoder" and key.component == "resid_post" and not key.cross:
+        return key.layer
+    return key
+
+
+def site_of(key: Key) -> Site:
+    """Return the site of an entry: ``z`` of a head's layer, ``resid_post`` of a layer, or the site itself."""
+    if isinstance(key, Site):
+        return key
+    return Site("decoder", key.layer, "z") if isinstance(key, Head) else Site("decoder", key, "resid_post")
+
+
+def name_of(key: Key) -> str:
+    """Return ``L3.H5``, ``L3`` or ``decoder.L3.mlp_out``."""
+    return f"L{key}" if isinstance(key, int) else str(key)
+
+
+def order(key: Key) -> tuple[int, int, int, int]:
+    """Sort by stack and layer, and there as a forward reaches things; heads before the whole of their ``z``."""
+    site = site_of(key)
+    part = _REACHED.index(site.component) if site.component in _REACHED else len(_REACHED)
+    head = key.head if isinstance(key, Head) else 1 << 30
+    return (_STACKS.index(site.stack), site.layer, part, head)

@@ -1,0 +1,1 @@
+"""Read results of probes further: significance, baselines, transfer, alignment, lens, trajectory."""

@@ -1,0 +1,222 @@
+"""What a grid is held against: the words alone, random types, random features. Each is the same protocol run again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from groundscope.core.errors import ProbeError
+from probes.fit import fit_grid
+from probes.grid import ProbeGrid
+from probes.protocol.controls import control_labels
+from probes.protocol.inputs import Store
+from probes.protocol.scoring import bootstrap_balanced_accuracy, percentile_interval, resample_groups
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from activation_store import ArrayInfo
+
+
+class _Changed:
+    """A store with some of its labels or activations exchanged."""
+
+    def __init__(
+        self, store: Store, labels: pd.DataFrame | None = None, features: tuple[str, np.ndarray] | None = None
+    ) -> None:
+        self._store, self._labels, self._features = store, labels, features
+
+    @property
+    def arrays(self) -> Sequence[ArrayInfo]:
+        return self._store.arrays
+
+    @property
+    def digest(self) -> str:
+        return self._store.digest
+
+    def frame(self) -> pd.DataFrame:
+        frame = self._store.frame()
+        return frame if self._labels is None else frame.assign(**{str(c): self._labels[c] for c in self._labels})
+
+    def read(self, site: str, tokens: str, head: int | None = None, examples: Any = None) -> np.ndarray:
+        x = self._store.read(site, tokens, head=head, examples=examples)
+        if self._features is None:
+            return x
+        noise = self._features[1][examples if examples is not None else slice(None)]
+        return np.where(np.isnan(x).all(axis=1, keepdims=True), np.nan, noise).astype(np.float32)
+
+
+def lexical_control(
+    grid: ProbeGrid,
+    blank: Store,
+    *,
+    rows: Sequence[bool] | np.ndarray | pd.Series | None = None,
+    resamples: int = 1000,
+    confidence: float = 0.95,
+    progress: bool | None = None,
+) -> pd.DataFrame:
+    """Ask how much of a grid the words alone explain: the same probes on the same questions about a blank image.
+
+    Parameters
+    ----------
+    grid
+        Fitted on the real images.
+    blank
+        A store of the same examples (same ids, groups and labels) traced with every image replaced by one and the same
+        blank one. The mean of each image's own pixels would not do: it still tells its colours.
+    rows
+        As given to `fit_grid`.
+    resamples, confidence
+        Of the interval of the difference, over held-out groups, paired example by example.
+
+    Returns
+    -------
+    A row a concept, layer and head: balanced_accuracy, lexical (the blank image's), visual (their difference) with
+    visual_low and visual_high, and is_visual: whether the whole interval lies above 0. A concept that is decodable but not
+    is_visual may be read from the question.
+
+    Raises
+    ------
+    ProbeError
+        Where the blank store's examples are not the grid's.
+    """
+    import pandas as pd
+
+    theirs = _again(grid, blank, rows=rows, progress=progress)
+    same = theirs.held_out == grid.held_out and np.array_equal(
+        theirs.held_out_labels, grid.held_out_labels, equal_nan=True
+    )
+    if not same:
+        msg = (
+            "the blank store does not hold the grid's examples: trace the same dataset, in the same order, with blank "
+            "images, and give the `rows` the grid was fitted with"
+        )
+        raise ProbeError(msg)
+    table = []
+    names, of_row = np.unique(np.array(grid.held_out_groups), return_inverse=True)
+    counts = resample_groups(names, resamples, int(grid.provenance["seed"]))
+    for k, at, head in np.ndindex(grid.balanced_accuracy.shape):
+        used = ~np.isnan(grid.held_out_labels[k])
+        truth = grid.held_out_labels[k, used]
+        drawn = [
+            bootstrap_balanced_accuracy(truth, g.held_out_margins[k, at, head, used][None], of_row[used], counts)[:, 0]
+            for g in (grid, theirs)
+        ]
+        low, high = percentile_interval(drawn[0] - drawn[1], confidence)
+        seen, words = (float(g.balanced_accuracy[k, at, head]) for g in (grid, theirs))
+        cell = (grid.concepts[k], grid.layers[at], head if grid.n_heads else pd.NA)
+        table.append((*cell, seen, words, seen - words, float(low), float(high), bool(low > 0)))
+    columns = "concept layer head balanced_accuracy lexical visual visual_low visual_high is_visual".split()
+    return pd.DataFrame(table, columns=columns).astype({"head": "Int64"})
+
+
+def control_task(
+    grid: ProbeGrid,
+    store: Store,
+    types: str = "question",
+    *,
+    rows: Sequence[bool] | np.ndarray | pd.Series | None = None,
+    draws: int = 3,
+    seed: int = 0,
+    progress: bool | None = None,
+) -> pd.DataFrame:
+    """Return the selectivity of Hewitt and Liang (2019): accuracy on the concept less that on a task of random types.
+
+    In the control task every type has a random label, the same wherever it occurs, so a probe can only know it by heart. A
+    probe that does that as well as it reads the concept says little about the activations.
+
+    Parameters
+    ----------
+    types
+        Column of the store's table that says what an example is an instance of.
+    rows
+        As given to `fit_grid`.
+    draws, seed
+        Of the random labels; their scores are averaged.
+
+    Returns
+    -------
+    A row a concept, layer and head: balanced_accuracy, control_task, selectivity.
+
+    Raises
+    ------
+    ProbeError
+        Where the store has no such column, it holds one type only, or the labels cannot be split by group.
+    """
+    frame: Any = store.frame()
+    if types not in frame.columns or frame[types].nunique() < 2:
+        msg = (
+            f"types='{types}' must be a column of the store with two values or more: it has {', '.join(frame.columns)}"
+        )
+        raise ProbeError(msg)
+    scores = []
+    for draw in range(draws):
+        labels: dict[str, np.ndarray] = {}
+        for k, concept in enumerate(grid.concepts):
+            true = frame[concept].to_numpy(dtype=np.float64)
+            random = control_labels(frame[types].to_numpy(dtype=str), float(np.nanmean(true)), [seed, draw, k])
+            labels[concept] = np.where(np.isnan(true), np.nan, random)
+        changed = _Changed(store, frame.assign(**labels)[list(grid.concepts)])
+        scores.append(_again(grid, changed, rows=rows, progress=progress).balanced_accuracy)
+    control = np.mean(scores, axis=0).ravel()
+    table: Any = grid.frame()[["concept", "layer", "head", "balanced_accuracy"]].copy()
+    table["control_task"] = control
+    table["selectivity"] = table["balanced_accuracy"] - control
+    return table
+
+
+def random_features(
+    grid: ProbeGrid,
+    store: Store,
+    *,
+    rows: Sequence[bool] | np.ndarray | pd.Series | None = None,
+    seed: int = 0,
+    progress: bool | None = None,
+) -> pd.DataFrame:
+    """Return what the same protocol reaches on random features of the same width, alike within a group and not.
+
+    Half of their variance is common to the group, as an image is to its questions, so that a split which divided groups
+    would show. One layer is enough: random features have no depth.
+
+    Returns
+    -------
+    A row a concept and head: balanced_accuracy on random features, majority.
+    """
+    frame = store.frame()
+    _, of_row = np.unique(frame["group"].to_numpy(dtype=str), return_inverse=True)
+    width = grid.weights.shape[-1] * (grid.n_heads or 1)
+    rng = np.random.default_rng(seed)
+    noise = rng.normal(size=(int(of_row.max()) + 1, width))[of_row] + rng.normal(size=(len(frame), width))
+    fitted: Any = _again(grid, _Changed(store, features=("all", noise)), rows=rows, progress=progress).frame()
+    return fitted.loc[fitted["layer"] == grid.layers[0], ["concept", "head", "balanced_accuracy", "majority"]]
+
+
+def _again(
+    grid: ProbeGrid,
+    store: Store,
+    *,
+    rows: Sequence[bool] | np.ndarray | pd.Series | None,
+    progress: bool | None,
+) -> ProbeGrid:
+    """Fit a grid with all the options of another, without its shuffles."""
+    options = grid.provenance
+    return fit_grid(
+        store,
+        grid.concepts,
+        grid.component,
+        grid.tokens,
+        grid.stack,
+        estimator=options["estimator"],
+        penalties=options["penalties"],
+        folds=options["folds"],
+        test_fraction=options["test_fraction"],
+        seed=options["seed"],
+        heads=grid.n_heads is not None,
+        control=0,
+        rows=rows,
+        resamples=1,
+        tolerance=options["tolerance"],
+        progress=progress,
+    )

@@ -1,0 +1,281 @@
+"""What the model's own unembedding reads from residuals that a store holds: the logit lens, without a model.
+
+A store traced in the decoder keeps the parameters of the final norm and the unembedding beside the activations
+(``final_norm.weight``, ``unembedding.weight`` and biases where there are). Which word is which row of the unembedding is
+the tokenizer's knowledge: it is given, or kept next to the store by `keep_vocabulary`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import numpy as np
+
+from concepts.schema import Concept
+from groundscope.core.errors import ProbeError
+from groundscope.core.files import write_whole
+from probes.protocol.inputs import Place, Store, find_place, read_features, read_groups, read_labels, row_mask
+from probes.protocol.scoring import auc, bootstrap_auc, percentile_interval, resample_groups
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_BLOCK = 4_000_000
+"""Logits held at once."""
+
+
+class TensorStore(Store, Protocol):
+    """A store that keeps model-level arrays."""
+
+    def tensor(self, name: str) -> np.ndarray:
+        """Return one of them."""
+        ...
+
+    @property
+    def tensors(self) -> Sequence[str]:
+        """Their names."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Unembedding:
+    """The final norm and the unembedding of a decoder."""
+
+    matrix: np.ndarray
+    """float32 [V, D]."""
+    scale: np.ndarray
+    """float32 [D]: of the norm."""
+    shift: np.ndarray | None
+    bias: np.ndarray | None
+    norm: Literal["rms", "layer"]
+    epsilon: float
+
+    @classmethod
+    def of(
+        cls, store: TensorStore, norm: Literal["rms", "layer"] | None = None, epsilon: float = 1e-6, offset: float = 0.0
+    ) -> Unembedding:
+        """Take it from a store.
+
+        Parameters
+        ----------
+        norm
+            ``rms`` or ``layer``; by default layer norm where the norm has a bias.
+        epsilon
+            Added under the root, as the model's configuration says.
+        offset
+            Added to the norm's weight: 1 for Gemma, whose weights are kept as distances from 1.
+
+        Raises
+        ------
+        ProbeError
+            Where the store keeps none.
+        """
+        there = set(store.tensors)
+        missing = {"final_norm.weight", "unembedding.weight"} - there
+        if missing:
+            msg = (
+                f"the store keeps no {' and no '.join(sorted(missing))} (it keeps {', '.join(sorted(there)) or 'nothing'}): "
+                f"trace a site of the decoder, they come with it"
+            )
+            raise ProbeError(msg)
+        shift = store.tensor("final_norm.bias") if "final_norm.bias" in there else None
+        bias = store.tensor("unembedding.bias") if "unembedding.bias" in there else None
+        kind = norm or ("rms" if shift is None else "layer")
+        return cls(
+            store.tensor("unembedding.weight"), store.tensor("final_norm.weight") + offset, shift, bias, kind, epsilon
+        )
+
+    def logits(self, residual: np.ndarray) -> np.ndarray:
+        """Return logits float32 [n, V] of residuals [n, D], the final norm applied once.
+
+        A store's ``resid_post`` of the last layer is not normed; the last of a Hugging Face model's ``hidden_states`` is.
+        """
+        x = np.asarray(residual, dtype=np.float64)
+        if x.shape[-1] != self.matrix.shape[1]:
+            msg = f"residuals of width {x.shape[-1]} given, the unembedding reads {self.matrix.shape[1]}: use the decoder's"
+            raise ProbeError(msg)
+        if self.norm == "layer":
+            x = x - x.mean(axis=-1, keepdims=True)
+        x = x / np.sqrt((x * x).mean(axis=-1, keepdims=True) + self.epsilon) * self.scale
+        if self.shift is not None:
+            x = x + self.shift
+        out = x.astype(np.float32) @ self.matrix.T
+        return out if self.bias is None else out + self.bias
+
+
+def keep_vocabulary(store: str | Path, vocabulary: Mapping[str, int]) -> Path:
+    """Write which word is which row of the unembedding next to a store, as ``<store>.vocabulary.json``."""
+    path = _vocabulary_path(store)
+    words = {str(k): int(v) for k, v in sorted(vocabulary.items())}
+    write_whole(path, json.dumps(words, ensure_ascii=False, indent=0).encode())
+    return path
+
+
+def read_vocabulary(store: str | Path) -> dict[str, int]:
+    """Read what `keep_vocabulary` wrote; raises `ProbeError` where there is none or it is damaged."""
+    path = _vocabulary_path(store)
+    try:
+        found = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        msg = f"no vocabulary at {path}: write it with probes.analysis.logit_lens.keep_vocabulary(store, tokenizer.get_vocab())"
+        raise ProbeError(msg) from error
+    except (OSError, ValueError) as error:
+        msg = f"{path} cannot be read: {error}"
+        raise ProbeError(msg) from error
+    if not isinstance(found, dict) or not all(isinstance(v, int) for v in found.values()):
+        msg = f"{path} is not a vocabulary: it must map words to numbers"
+        raise ProbeError(msg)
+    return found
+
+
+def logit_lens(
+    store: TensorStore,
+    words: Sequence[str],
+    vocabulary: Mapping[str, int],
+    tokens: str = "image:mean",
+    site: str = "resid_post",
+    *,
+    rows: Sequence[bool] | np.ndarray | pd.Series | None = None,
+    unembedding: Unembedding | None = None,
+) -> dict[int, np.ndarray]:
+    """Return the log-probability of words at every layer (Neo et al. 2410.07149: at image tokens).
+
+    ``log softmax(W_U norm(h))`` over the whole vocabulary, layer by layer from the store.
+
+    Parameters
+    ----------
+    store
+        Traced in the decoder.
+    words, vocabulary
+        What to read, and which row of the unembedding each word is.
+    tokens, site
+        Where: a residual of the decoder.
+    rows
+        Booleans, one for each example: which to read.
+    unembedding
+        By default the store's (`Unembedding.of`).
+
+    Returns
+    -------
+    Layer to float32 [n, words]; a row is NaN where the selection was empty.
+
+    Raises
+    ------
+    SiteError
+        Where the store has no such array.
+    ProbeError
+        Where a word is not in the vocabulary, or the store keeps no unembedding.
+    """
+    head = unembedding or Unembedding.of(store)
+    place, mask, ids = _place(store, site, tokens, rows)
+    numbers = _numbers(words, vocabulary, len(head.matrix))
+    return dict(_read(store, place, mask, ids, head, numbers))
+
+
+def object_readout(
+    store: TensorStore,
+    concepts: Sequence[str],
+    vocabulary: Mapping[str, int],
+    tokens: str = "image:mean",
+    site: str = "resid_post",
+    *,
+    rows: Sequence[bool] | np.ndarray | pd.Series | None = None,
+    unembedding: Unembedding | None = None,
+    resamples: int = 1000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Return how well the model's own words tell, at every layer, where a concept is true: nothing is fitted.
+
+    The score of an example is the log-probability of the concept's name (``apple`` of ``object:apple``) at the selection.
+
+    Returns
+    -------
+    A row a concept and layer: auc with its interval over groups, mean log-probability where the concept is true
+    (``present``) and where it is not (``absent``), and n.
+
+    Raises
+    ------
+    SiteError
+        Where the store has no such array.
+    ProbeError
+        Where a concept is not in the store, its name is not in the vocabulary, or the store keeps no unembedding.
+    """
+    import pandas as pd
+
+    head = unembedding or Unembedding.of(store)
+    frame = store.frame()
+    place, mask, ids = _place(store, site, tokens, rows)
+    labels = read_labels(frame, concepts)[mask]
+    groups = read_groups(frame)[mask]
+    numbers = _numbers([Concept.parse(c).name for c in concepts], vocabulary, len(head.matrix))
+    table: list[dict[str, Any]] = []
+    for layer, found in _read(store, place, mask, ids, head, numbers):
+        for k, concept in enumerate(concepts):
+            used = ~np.isnan(labels[:, k]) & ~np.isnan(found[:, k])
+            truth, score = labels[used, k], found[used, k].astype(np.float64)
+            names, of_row = np.unique(groups[used], return_inverse=True)
+            draws = bootstrap_auc(truth, score, of_row, resample_groups(names, resamples, [seed, k]))
+            low, high = percentile_interval(draws, confidence)
+            present, absent = (score[truth == v] for v in (1, 0))
+            table.append(
+                {
+                    "concept": concept,
+                    "layer": layer,
+                    "auc": auc(truth, score),
+                    "auc_low": float(low),
+                    "auc_high": float(high),
+                    "present": float(present.mean()) if len(present) else np.nan,
+                    "absent": float(absent.mean()) if len(absent) else np.nan,
+                    "n": len(truth),
+                }
+            )
+    return pd.DataFrame(table).sort_values(["concept", "layer"], ignore_index=True)
+
+
+def _vocabulary_path(store: str | Path) -> Path:
+    path = Path(store)
+    return path.with_name(f"{path.name}.vocabulary.json")
+
+
+def _place(
+    store: Store, site: str, tokens: str, rows: Sequence[bool] | np.ndarray | pd.Series | None
+) -> tuple[Place, np.ndarray, np.ndarray]:
+    frame = store.frame()
+    mask = row_mask(rows, len(frame))
+    return find_place(store, "decoder", site, tokens, heads=False), mask, frame["id"].to_numpy()[mask]
+
+
+def _numbers(words: Sequence[str], vocabulary: Mapping[str, int], size: int) -> list[int]:
+    missing = [w for w in words if w not in vocabulary]
+    if missing:
+        msg = (
+            f"{', '.join(map(repr, missing))} not in the vocabulary of {len(vocabulary)} words: give words of one token"
+        )
+        raise ProbeError(msg)
+    numbers = [int(vocabulary[w]) for w in words]
+    outside = [w for w, number in zip(words, numbers, strict=True) if not 0 <= number < size]
+    if outside:
+        msg = f"{outside[0]!r} is number {vocabulary[outside[0]]} of an unembedding of {size} rows: another vocabulary"
+        raise ProbeError(msg)
+    return numbers
+
+
+def _read(
+    store: Store, place: Place, mask: np.ndarray, ids: np.ndarray, head: Unembedding, numbers: Sequence[int]
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield each layer with log-probabilities float32 [n, words], a block of rows at a time."""
+    step = max(1, _BLOCK // len(head.matrix))
+    for layer in place.layers:
+        x = read_features(store, place, layer, mask, ids)
+        out = np.full((len(x), len(numbers)), np.nan, np.float32)
+        for start in range(0, len(x), step):
+            logits = head.logits(x[start : start + step])
+            top = logits.max(axis=1, keepdims=True)
+            total = top + np.log(np.exp(logits - top).sum(axis=1, keepdims=True))
+            out[start : start + step] = logits[:, list(numbers)] - total
+        yield layer, out

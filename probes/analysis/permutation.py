@@ -1,0 +1,153 @@
+"""Exact permutation tests over a whole grid: how high the best of so many probes scores where labels mean nothing.
+
+The statistic is the held-out balanced accuracy of ridge probes, for the true labels and the permuted ones alike, with the
+penalty chosen anew on left-out folds each time. Ridge is linear in the labels, so one factorisation a fold serves
+thousands of permutations; a test is valid whatever its statistic is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from groundscope.core.errors import ProbeError
+from probes.analysis.refit import split_again
+from probes.analysis.significance import Significance, adjust
+from probes.fit import bar
+from probes.grid import ProbeGrid
+from probes.protocol.controls import shuffle_labels, shuffle_within
+from probes.protocol.inputs import Store
+from probes.protocol.tasks import Rows
+from probes.solvers.ridge_many_labels import Targets, ridge_scores
+from probes.solvers.threads import side_by_side
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+LABEL_BYTES = 512 * 2**20
+"""Memory for permuted labels; where they need more, the activations are read once for each such part."""
+
+
+def permutation_test(
+    store: Store,
+    grid: ProbeGrid,
+    permutations: int = 1000,
+    *,
+    scheme: str = "blocks",
+    rows: Sequence[bool] | np.ndarray | pd.Series | None = None,
+    seed: int = 0,
+    progress: bool | None = None,
+) -> Significance:
+    """Test every cell of a grid against permuted labels, on the grid's own split, folds and penalties.
+
+    Parameters
+    ----------
+    store
+        The store the grid was fitted on.
+    grid
+        What to test: its concepts, layers and heads.
+    permutations
+        B; p-values are ``(1 + how many are at least as high) / (1 + B)``.
+    scheme
+        ``blocks``: groups exchange their labels whole, within each fold and within the held-out part
+        (`probes.protocol.controls.shuffle_labels`). ``within``: labels are permuted among the rows of each group, which also
+        keeps whatever the group itself gives away; for concepts that vary within groups.
+    rows
+        As given to `fit_grid`.
+    seed
+        Of the permutations. All cells see the same ones: the maximum over cells keeps their dependence.
+
+    Returns
+    -------
+    Significance
+        p of each cell; family-wise p from the maximum over all cells and concepts, and over the cells of each concept
+        (Westfall and Young 1993); Benjamini-Hochberg and Benjamini-Yekutieli q.
+
+    Raises
+    ------
+    ProbeError
+        Where the store is not the grid's, `rows` gives other examples, an option is out of range, or a concept is constant
+        within all groups and `scheme` is ``within``.
+
+    Notes
+    -----
+    Memory: the permuted labels (at most `LABEL_BYTES`, float32 [N, B K]), one layer, and on each of torch's
+    threads about ten arrays of D x `probes.solvers.ridge_many_labels.CHUNK` float32 values. Everything is computed in float32;
+    where a permuted labelling scores as high as the true one it counts against the concept.
+    """
+    if permutations < 1 or scheme not in SCHEMES:
+        msg = f"permutations={permutations} must be at least 1, scheme='{scheme}' one of {', '.join(SCHEMES)}"
+        raise ProbeError(msg)
+    again = split_again(store, grid, rows)
+    place, table = again.place, again.table
+    families = list(_families(table))
+    if scheme == "within":
+        _check_varies(table, grid.concepts)
+    penalties = np.sort(np.asarray(grid.provenance["penalties"], dtype=np.float32))
+    n_heads = grid.n_heads or 1
+    n_concepts = len(grid.concepts)
+    observed = np.empty((n_concepts, len(place.layers), n_heads), np.float32)
+    exceed = np.zeros(observed.shape, np.int64)
+    maxima = np.full((n_concepts, permutations), -np.inf, np.float32)
+    size = max(1, LABEL_BYTES // (4 * max(1, len(table.ids)) * n_concepts))
+    parts = [range(a, min(a + size, permutations)) for a in range(0, permutations, size)]
+    shown = bar(f"permuting {grid.stack}.{grid.component}", len(parts) * len(place.layers) * n_heads, progress)
+    with shown as advance, side_by_side() as each:
+        for part in parts:
+            drawn = [
+                (members, rows_, _labels(table, members, rows_, part, scheme, seed)) for members, rows_ in families
+            ]
+            for at in range(len(place.layers)):
+                by_head = again.by_head(at)
+                for head in range(n_heads):
+                    for members, rows_, targets in drawn:
+                        scores = ridge_scores(by_head[rows_, head], targets, penalties, each)
+                        scores = scores.reshape(len(part) + 1, len(members))
+                        chosen = list(members)
+                        observed[chosen, at, head] = scores[0]
+                        exceed[chosen, at, head] += (scores[1:] >= scores[0]).sum(axis=0)
+                        best = maxima[chosen, part.start : part.stop]
+                        maxima[chosen, part.start : part.stop] = np.maximum(best, scores[1:].T)
+                    advance(1)
+    return adjust(grid, observed.astype(np.float64), exceed, maxima.astype(np.float64), scheme, seed)
+
+
+SCHEMES = ("blocks", "within")
+
+
+def _families(table: Rows) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
+    """Yield the concepts that are defined on the same rows, and those rows."""
+    together: dict[bytes, list[int]] = {}
+    for k in range(table.labels.shape[1]):
+        together.setdefault(np.isnan(table.labels[:, k]).tobytes(), []).append(k)
+    for members in together.values():
+        yield tuple(members), np.flatnonzero(~np.isnan(table.labels[:, members[0]]))
+
+
+def _labels(table: Rows, members: Sequence[int], rows: np.ndarray, part: range, scheme: str, seed: int) -> Targets:
+    """Return the targets of (1 + permutations) x concepts columns, the true labels first."""
+    true = table.labels[rows][:, list(members)]
+    out = np.empty((len(rows), len(part) + 1, len(members)), np.float32)
+    out[:, 0] = 2 * true - 1
+    groups, fold = table.groups[rows], table.fold[rows]
+    _, numbers = np.unique(groups, return_inverse=True)
+    shuffle = shuffle_labels if scheme == "blocks" else shuffle_within
+    for at, number in enumerate(part):
+        # One order for all concepts: what labels have to do with each other is kept.
+        out[:, at + 1] = 2 * shuffle(true, numbers, fold, [seed, number]) - 1
+    return Targets.of(out.reshape(len(rows), -1), fold)
+
+
+def _check_varies(table: Rows, concepts: Sequence[str]) -> None:
+    constant = []
+    for k, concept in enumerate(concepts):
+        rows = ~np.isnan(table.labels[:, k])
+        names, of_row = np.unique(table.groups[rows], return_inverse=True)
+        share = np.bincount(of_row, table.labels[rows, k]) / np.bincount(of_row)
+        if ((share == 0) | (share == 1)).all():
+            constant.append(f"'{concept}' ({len(names)} groups)")
+    if constant:
+        msg = f"{', '.join(constant)}: constant within every group, nothing to permute there; use scheme='blocks'"
+        raise ProbeError(msg)

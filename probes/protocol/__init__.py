@@ -1,0 +1,1 @@
+"""How a probe is fitted and judged: tasks, splits, controls, scores, one cell at a time. Private."""

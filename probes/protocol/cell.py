@@ -1,0 +1,154 @@
+"""One layer or head: choose the penalty on left-out folds, fit on all training rows, score once on the held-out ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from probes.protocol.methods import Method, Rows
+from probes.protocol.scoring import (
+    auc,
+    balanced_accuracy,
+    bootstrap_auc,
+    bootstrap_balanced_accuracy,
+    calibration_error,
+    log_loss,
+    log_odds_slope,
+    percentile_interval,
+)
+from probes.protocol.tasks import Task
+from probes.solvers.logistic_float32 import RowBlock, balanced_weights
+
+SCORES = (
+    "balanced_accuracy low high auc auc_low auc_high accuracy log_loss calibration control validation penalty gap "
+    "sigma intercepts"
+).split()
+"""Arrays [K, L, H] of a grid."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is the same for all cells of a grid."""
+
+    method: Method
+    penalties: np.ndarray
+    confidence: float
+    tolerance: float
+    device: str
+
+
+SELECTION = 1e-6
+"""Proven relative gap of the fits that a penalty is chosen by; those that are kept are held to the grid's tolerance."""
+
+
+def choose(
+    whole: RowBlock, x: np.ndarray, labels: np.ndarray, fold: np.ndarray, groups: np.ndarray, recipe: Recipe
+) -> tuple[np.ndarray, np.ndarray, tuple[np.ndarray, np.ndarray]]:
+    """Choose the penalty of each row of labels by the rows left out of its folds.
+
+    Parameters
+    ----------
+    whole
+        The training rows, standardised on all of them.
+    x
+        [n, D], the same as given.
+    labels
+        [Q, n].
+    fold, groups
+        [n]: of each row. A concept that is seldom defined may miss a fold.
+    recipe
+        What is fitted, and the penalties.
+
+    Returns
+    -------
+    C [Q], and at that C: margins [Q, n] of each row from the one probe that was not fitted on its fold, and coefficients
+    [Q, D] with intercepts [Q], means over folds.
+    """
+    method = recipe.method
+    penalties = np.sort(recipe.penalties)[: None if method.loss else 1]  # between equals the stronger penalty
+    candidates = np.broadcast_to(penalties, (len(labels), len(penalties)))
+    margins = np.empty((*candidates.shape, len(x)))
+    score = np.zeros(candidates.shape)
+    tolerance = max(recipe.tolerance, SELECTION)
+    coefficients, intercepts = np.zeros((candidates.size, x.shape[1])), np.zeros(candidates.size)
+    for done, number in enumerate(np.unique(fold)):
+        left_out, used = fold == number, fold != number
+        # Folds share most of their rows: each begins at the mean of what those before it found.
+        start = (coefficients / done, intercepts / done) if done else None
+        rows = Rows(RowBlock.of(x[used], recipe.device, whole), groups[used], tolerance, start)
+        fit = method.fit(rows, labels[:, used], candidates)
+        coefficients += fit.coefficients
+        intercepts += fit.intercepts
+        found = fit.decision(x[left_out]).reshape(*candidates.shape, -1)
+        margins[:, :, left_out] = found
+        if method.loss == "squared":
+            # Least squares' own intercept: the mean target at the mean of the rows fitted to.
+            centre = (fit.coefficients @ rows.block.mean + fit.intercepts).reshape(candidates.shape)
+            targets = 2 * (labels[:, left_out] - labels[:, used].mean(axis=1, keepdims=True))
+            score += ((found - centre[:, :, None] - targets[:, None]) ** 2).sum(axis=2)
+    n_folds = len(np.unique(fold))
+    coefficients, intercepts = coefficients.reshape(*candidates.shape, -1), intercepts.reshape(candidates.shape)
+    if method.loss is None:
+        return candidates[:, 0].copy(), margins[:, 0], (coefficients[:, 0] / n_folds, intercepts[:, 0] / n_folds)
+    if method.loss == "log":
+        against = np.where(labels == 1, -1.0, 1.0)[:, None] * margins
+        loss = torch.nn.functional.softplus(torch.from_numpy(against), threshold=40).numpy()  # four times numpy's speed
+        score = np.matmul(loss, balanced_weights(labels)[:, :, None])[:, :, 0]
+    best = np.argmin(score, axis=1)
+    q = np.arange(len(labels))
+    return penalties[best], margins[q, best], (coefficients[q, best] / n_folds, intercepts[q, best] / n_folds)
+
+
+def fit_cell(
+    x: np.ndarray,
+    task: Task,
+    groups: np.ndarray,
+    held: np.ndarray,
+    recipe: Recipe,
+    out: dict[str, np.ndarray],
+    cell: tuple[int, int],
+) -> None:
+    """Fit, choose and score all concepts of a task on features [N, D] of one layer and head, into `out`.
+
+    `groups` [N] are of all rows, `held` the numbers of the held-out ones.
+    """
+    training = x[task.train]
+    whole = RowBlock.of(training, recipe.device)
+    chosen, left_out, start = choose(whole, training, task.labels, task.fold, groups[task.train], recipe)
+    rows = Rows(whole, groups[task.train], recipe.tolerance, start)
+    final = recipe.method.final or recipe.method.fit
+    fit = final(rows, task.labels, chosen[:, None])
+    n = len(task.concepts)
+    weights, intercepts = fit.coefficients.copy(), fit.intercepts.copy()
+    if not recipe.method.log_odds:
+        trained = weights @ training.T + intercepts[:, None]
+        same = recipe.method.final is None
+        # Rows left out tell the slope honestly; a final fit of another kind has only its own rows to tell it.
+        slope = [log_odds_slope(y, m) for y, m in zip(task.labels, left_out if same else trained, strict=True)]
+        weights *= np.array(slope)[:, None]
+        intercepts *= np.array(slope)
+    margins = weights @ x[task.test].T + intercepts[:, None]  # [Q, n_test]
+    scores = np.array([balanced_accuracy(y, m) for y, m in zip(task.test_labels, margins, strict=True)])
+    trained = weights[:n] @ training.T
+    length = np.linalg.norm(weights[:n], axis=1)
+    shared = weights[:n] @ x[held].T + intercepts[:n, None]
+    resampled = (task.test_labels[:n], margins[:n], task.test_groups, task.resamples)
+    low, high = percentile_interval(bootstrap_balanced_accuracy(*resampled), recipe.confidence)
+    auc_low, auc_high = percentile_interval(bootstrap_auc(*resampled), recipe.confidence)
+    for at, k in enumerate(task.concepts):
+        where = (k, *cell)
+        truth, margin = task.test_labels[at], margins[at]
+        out["balanced_accuracy"][where] = scores[at]
+        out["control"][where] = scores[n + at :: n].mean() if len(scores) > n else np.nan
+        out["accuracy"][where] = np.mean((margin > 0) == (truth == 1))
+        out["validation"][where] = balanced_accuracy(task.labels[at], left_out[at])
+        out["low"][where], out["high"][where] = low[at], high[at]
+        out["auc"][where] = auc(truth, margin)
+        out["auc_low"][where], out["auc_high"][where] = auc_low[at], auc_high[at]
+        out["log_loss"][where], out["calibration"][where] = log_loss(truth, margin), calibration_error(truth, margin)
+        out["penalty"][where], out["gap"][where] = chosen[at], fit.gap[at]
+        out["sigma"][where] = trained[at].std() / length[at] if length[at] > 0 else 0.0
+        out["intercepts"][where], out["weights"][where] = intercepts[at], weights[at]
+        out["held_out_margins"][where] = shared[at]

@@ -1,0 +1,115 @@
+"""Who is fitted on which rows: the split of a grid, and its concepts with their shuffled controls."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from groundscope.core.errors import ProbeError
+from probes.protocol.controls import shuffle_labels
+from probes.protocol.scoring import resample_groups
+from probes.protocol.splits import grouped_folds, grouped_split
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The examples of a grid: those used, whose token selection was not empty."""
+
+    ids: np.ndarray
+    groups: np.ndarray
+    labels: np.ndarray
+    """float64 [N, K]."""
+    fold: np.ndarray
+    """int64 [N]: fold of a training row, -1 for a held-out one."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """Concepts that are defined on the same rows, with their labels and the shuffled ones of their controls."""
+
+    concepts: tuple[int, ...]
+    """Places of the concepts in the grid."""
+    train: np.ndarray
+    """Row numbers of the training rows."""
+    test: np.ndarray
+    """Row numbers of the held-out rows."""
+    fold: np.ndarray
+    """Fold of each training row."""
+    labels: np.ndarray
+    """float64 [Q, n_train]: true labels of the concepts, then of their shuffles draw by draw."""
+    test_labels: np.ndarray
+    """float64 [Q, n_test], in the same order."""
+    test_groups: np.ndarray
+    """int64 [n_test]: number of the group of each held-out row."""
+    resamples: np.ndarray
+    """float32 [B, G]: how often each held-out group occurs in each resample."""
+
+
+def split_rows(
+    ids: np.ndarray, groups: np.ndarray, labels: np.ndarray, folds: int, test_fraction: float, seed: int
+) -> Rows:
+    """Hold out whole groups and deal the others to folds, the same for all concepts: labels [N, K] -> `Rows`."""
+    held = grouped_split(groups, labels, test_fraction, seed)
+    fold = np.full(len(ids), -1)
+    fold[~held] = grouped_folds(groups[~held], labels[~held], folds, seed)
+    return Rows(ids, groups, labels, fold)
+
+
+def build_tasks(
+    table: Rows, concepts: Sequence[str], folds: int, control: int, resamples: int, seed: int
+) -> tuple[Task, ...]:
+    """Put concepts that are defined on the same rows together: they share their features and resamples."""
+    _check_placed(table, concepts, folds)
+    together: dict[bytes, list[int]] = {}
+    for k in range(len(concepts)):
+        together.setdefault(np.isnan(table.labels[:, k]).tobytes(), []).append(k)
+    tasks = []
+    for members in together.values():
+        rows = np.flatnonzero(~np.isnan(table.labels[:, members[0]]))
+        true = table.labels[rows][:, members].T
+        shuffled = [
+            shuffle_labels(true[at], table.groups[rows], table.fold[rows], [seed, draw, k])
+            for draw in range(control)
+            for at, k in enumerate(members)
+        ]
+        labels = np.concatenate([true, *(s[None] for s in shuffled)])
+        training = table.fold[rows] >= 0
+        names, of_row = np.unique(table.groups[rows[~training]], return_inverse=True)
+        counts = resample_groups(names, resamples, [seed, members[0]])
+        tasks.append(
+            Task(
+                tuple(members),
+                rows[training],
+                rows[~training],
+                table.fold[rows[training]],
+                labels[:, training],
+                labels[:, ~training],
+                of_row,
+                counts,
+            )
+        )
+    return tuple(tasks)
+
+
+def _check_placed(table: Rows, concepts: Sequence[str], folds: int) -> None:
+    """Refuse a concept of which a split that divides no group left a class out of a part that needs it."""
+    problems = []
+    for k, concept in enumerate(concepts):
+        for value in (0, 1):
+            rows = table.labels[:, k] == value
+            tested = len(np.unique(table.groups[rows & (table.fold < 0)]))
+            in_folds = sum(bool((rows & (table.fold == f)).any()) for f in range(folds))
+            if tested < 2 or in_folds < 2:
+                total = len(np.unique(table.groups[rows]))
+                problems.append(
+                    f"class {value} of '{concept}', in {total} groups, got {tested} of the held-out groups (2 are needed) "
+                    f"and {in_folds} of the {folds} folds (2 are needed)"
+                )
+    if problems:
+        msg = (
+            f"{'; '.join(problems)}: groups cannot be divided, so leave the concept out, add data, or change test_fraction, "
+            f"folds or seed"
+        )
+        raise ProbeError(msg)
