@@ -1,34 +1,8 @@
 """Why an answer is wrong: probes and causal checks together, one verdict for each answer."""
 
-from __future__ import annotations
+import lazy_loader
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from groundscope.core.rooms import check_rooms
 
-if TYPE_CHECKING:
-    from diagnosis.pipeline import diagnose
-    from diagnosis.results import Diagnoses, Diagnosis
-
-__all__ = [
-    "Diagnoses",
-    "Diagnosis",
-    "diagnose",
-]
-
-_HOME = {
-    "Diagnoses": "diagnosis.results",
-    "Diagnosis": "diagnosis.results",
-    "diagnose": "diagnosis.pipeline",
-}
-
-
-def __getattr__(name: str) -> Any:
-    """Import a public name when it is first used."""
-    if name not in _HOME:
-        msg = f"module 'diagnosis' has no attribute '{name}'"
-        raise AttributeError(msg)
-    return getattr(import_module(_HOME[name]), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+check_rooms()
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,19 +1,16 @@
-"""Who runs it: the command `groundscope`, its stages, and the report."""
+"""Who runs it: the command `groundscope`, its stages, and the report. In Python use the other rooms."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from experiments.cli.main import main
+from groundscope.core.rooms import check_rooms
 
 __all__ = ["main"]
 
+check_rooms()
 
-def __getattr__(name: str) -> Any:
-    if name != "main":
-        msg = f"module 'experiments' has no attribute '{name}'"
-        raise AttributeError(msg)
-    from experiments.cli.main import main
 
-    return main
+def main() -> None:
+    """Run the command line; see `experiments.cli.main`."""
+    from experiments.cli.main import main as run
+
+    run()

@@ -23,7 +23,13 @@ def run_command(
     arguments: tuple[str, ...], folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> tuple[int, str, str]:
     """Run the command in a folder; return its status, what it said and what it complained of."""
-    for name in ("HF_HUB_DISABLE_TELEMETRY", "HF_HUB_DISABLE_PROGRESS_BARS", "DO_NOT_TRACK", "HYDRA_FULL_ERROR"):
+    for name in (
+        "HF_HUB_DISABLE_TELEMETRY",
+        "HF_HUB_DISABLE_PROGRESS_BARS",
+        "DO_NOT_TRACK",
+        "HYDRA_FULL_ERROR",
+        "PYTHONSAFEPATH",
+    ):
         monkeypatch.setenv(name, "1")  # as the command would; taken back after the test
     monkeypatch.setattr(sys, "argv", ["groundscope", *arguments])
     monkeypatch.chdir(folder)
@@ -40,9 +46,9 @@ def run_command(
 
 
 def spawn(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
-    """Start the command in a process of its own."""
+    """Start the command in its own process; like the console script it does not import from the current directory."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
     return subprocess.Popen(
-        [sys.executable, "-m", "experiments", *arguments],
+        [sys.executable, "-P", "-m", "experiments", *arguments],
         cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip

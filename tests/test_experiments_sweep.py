@@ -31,6 +31,7 @@ from experiments.run.context import Context
 from experiments.run.folder import RunFolder, read_receipt
 from experiments.stages.table import TABLE
 from groundscope.core.errors import ConfigError
+from groundscope.core.rooms import ROOMS
 from lvlm import Lvlm, load_lvlm
 
 QUIET = Console(file=io.StringIO())
@@ -181,7 +182,13 @@ if find_spec("hydra_plugins.hydra_ray_launcher"):  # in an environment of its ow
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_a_sweep_shares_its_trace_and_a_failed_job_leaves_the_others(root: Path, launcher: str) -> None:
-    """Two jobs take the trace that is there, a third cannot work; table, page and list say so."""
+    """Two jobs take the trace that is there, a third cannot work; table, page and list say so.
+
+    The folder has packages named like ours, as a research repository has: neither the command nor a worker imports them.
+    """
+    for room in ROOMS:
+        (root.parent / room).mkdir(exist_ok=True)
+        (root.parent / room / "__init__.py").write_text("raise RuntimeError(__file__)\n")
     words = [*TRACED, "data.n_images=10,5", "probe.folds=2,3", "stages=[examples,trace]", "sweep.name=s"]
     process = spawn("-m", *[w for w in words if w != "data.n_images=10"], *LAUNCHERS[launcher], cwd=root.parent)
     _, complaint = process.communicate(timeout=300)

@@ -29,6 +29,8 @@ def main() -> None:
     # Nothing this tool runs may report home or ask a hub what it can find on disk.
     for variable in ("HF_HUB_DISABLE_TELEMETRY", "HF_HUB_DISABLE_PROGRESS_BARS", "DO_NOT_TRACK"):
         os.environ.setdefault(variable, "1")
+    # Workers started as `python -m …` (submitit) must not import a user's folder named like one of our packages.
+    os.environ.setdefault("PYTHONSAFEPATH", "1")
     arguments = sys.argv[1:]
     status = _guarded(lambda console: _dispatch(arguments, console))
     if status:

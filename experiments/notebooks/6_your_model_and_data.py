@@ -13,7 +13,8 @@ from pathlib import Path
 from activation_store import ActivationStore, trace
 from behavior import answer
 from circuits import patch_heads
-from concepts import GroundscopeError, counterfactuals, loaders, scenes
+from concepts import counterfactuals, loaders, scenes
+from groundscope import GroundscopeError
 from lvlm import wrap_lvlm
 from lvlm.tiny.architecture import build_model, build_processor
 

@@ -1,0 +1,24 @@
+"""Public names of `activation_store`, each with the module that it comes from."""
+
+from .direction import Direction
+from .format.ragged import Ragged
+from .format.schema import ArrayInfo, Schema
+from .merging import merge, repack
+from .reading.integrity import Report, verify
+from .reading.store import ActivationStore
+from .tracing.tracer import trace
+from .writing.writer import StoreWriter
+
+__all__ = [
+    "ActivationStore",
+    "ArrayInfo",
+    "Direction",
+    "Ragged",
+    "Report",
+    "Schema",
+    "StoreWriter",
+    "merge",
+    "repack",
+    "trace",
+    "verify",
+]

@@ -1,0 +1,49 @@
+"""Public names of `circuits`, each with the module that it comes from."""
+
+from . import attention_knockout, attribution, faithfulness, input_attribution
+from .ablation import Ablation, ablate
+from .execution.conditions import logits_under
+from .head_screening.image_attention import ImageAttention, attention_to_image
+from .head_screening.table import HeadTable, head_scores
+from .input_attribution.results import Sources, SourceShares
+from .interventions.intervention import Add, Amplify, Gate, Intervention, Project, Replace, Zero, intervened
+from .patching.activation import patch, patch_heads
+from .patching.path import patch_paths
+from .results.graph import Graph
+from .results.head_scores import HeadScores, compare, random_heads
+from .results.patch_scores import PatchScores
+from .results.statistics import Comparison, Stability
+
+__all__ = [
+    "Ablation",
+    "Add",
+    "Amplify",
+    "Comparison",
+    "Gate",
+    "Graph",
+    "HeadScores",
+    "HeadTable",
+    "ImageAttention",
+    "Intervention",
+    "PatchScores",
+    "Project",
+    "Replace",
+    "SourceShares",
+    "Sources",
+    "Stability",
+    "Zero",
+    "ablate",
+    "attention_knockout",
+    "attention_to_image",
+    "attribution",
+    "compare",
+    "faithfulness",
+    "head_scores",
+    "input_attribution",
+    "intervened",
+    "logits_under",
+    "patch",
+    "patch_heads",
+    "patch_paths",
+    "random_heads",
+]

@@ -1,0 +1,23 @@
+"""Public names of `lvlm`, each with the module that it comes from."""
+
+from .answers import AnswerKey, answer_key
+from .family.specification import FamilySpec, StackSpec
+from .loading import load_lvlm, wrap_lvlm
+from .model import Lvlm
+from .sites import Head, Site, TokenSelection
+from .token_map import PatchGrid, TokenMap
+
+__all__ = [
+    "AnswerKey",
+    "FamilySpec",
+    "Head",
+    "Lvlm",
+    "PatchGrid",
+    "Site",
+    "StackSpec",
+    "TokenMap",
+    "TokenSelection",
+    "answer_key",
+    "load_lvlm",
+    "wrap_lvlm",
+]

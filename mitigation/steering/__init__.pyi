@@ -1,0 +1,5 @@
+"""Public modules of this wing."""
+
+from . import derive, export
+
+__all__ = ["derive", "export"]

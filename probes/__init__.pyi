@@ -1,0 +1,39 @@
+"""Public names of `probes`, each with the module that it comes from."""
+
+from .analysis import alignment, logit_lens
+from .analysis.baselines import control_task, lexical_control, random_features
+from .analysis.permutation import permutation_test
+from .analysis.significance import Significance
+from .analysis.trajectory import journey, landmarks
+from .analysis.transfer import multiclass, transfer
+from .estimators import ConceptSubspaceProbe, LDAProbe, LogisticProbe, MeanDifferenceProbe, MultinomialProbe, RidgeProbe
+from .fit import fit_grid
+from .grid import Cell, ProbeGrid
+from .protocol.inputs import probeable
+from .solvers.logistic_reference import LogisticFit, fit_logistic
+
+__all__ = [
+    "Cell",
+    "ConceptSubspaceProbe",
+    "LDAProbe",
+    "LogisticFit",
+    "LogisticProbe",
+    "MeanDifferenceProbe",
+    "MultinomialProbe",
+    "ProbeGrid",
+    "RidgeProbe",
+    "Significance",
+    "alignment",
+    "control_task",
+    "fit_grid",
+    "fit_logistic",
+    "journey",
+    "landmarks",
+    "lexical_control",
+    "logit_lens",
+    "multiclass",
+    "permutation_test",
+    "probeable",
+    "random_features",
+    "transfer",
+]
