@@ -54,7 +54,7 @@ def released(release: Path, pattern: Path) -> tuple[Reader, Callable[[str], str]
     text = (release / "utils/chair.py").read_text(encoding="utf-8")
     text = text[text.index("class CHAIR") : text.index("def load_generated_captions")].replace('print "\\n"', "pass")
     text = text.replace("'data/synonyms.txt'", repr(str(release / "data/synonyms.txt")))
-    import nltk
+    import nltk  # pyright: ignore[reportMissingImports]
 
     scorer: dict[str, Any] = {"nltk": nltk, "singularize": words["singularize"]}
     exec(text, scorer)  # noqa: S102
