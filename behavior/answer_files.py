@@ -12,8 +12,8 @@ from concepts.reading.records import Record, read_records, sha256
 from concepts.schema import ConceptDataset, Example
 from groundscope.core.errors import DataError
 
-IDS = ("question_id", "id")
-TEXTS = ("answer", "text", "response", "output")
+IDS = ("question_id", "id", "image_id")
+TEXTS = ("answer", "text", "response", "output", "caption")
 """Names of the fields of an answer file; the first that is there counts."""
 
 
@@ -34,8 +34,8 @@ def read_answers(path: Path | str) -> tuple[Given, ...]:
     Parameters
     ----------
     path
-        Fields are ``question_id`` or ``id``, and ``answer``, ``text``, ``response`` or ``output``; ``seconds`` may be
-        told too. Without any id the order counts.
+        Fields are ``question_id`` or ``id``, and ``answer``, ``text``, ``response`` or ``output``, or the ``image_id`` and
+        ``caption`` that scorers of captions read; ``seconds`` is optional. Without any id the order counts.
 
     Raises
     ------
@@ -120,7 +120,8 @@ def answered_elsewhere(data: ConceptDataset, path: Path | str, parser: str = "st
     data
         What was asked.
     path
-        Answers as for `read_answers`; an id may leave out the split in front (``random/17`` is also ``17``).
+        Answers as for `read_answers`; an id may leave out the split in front (``random/17`` is also ``17``), and that of a
+        caption is also the image's (``17/caption`` is also ``17``).
     parser
         How yes-no answers are read, one of `behavior.parsing.PARSERS`; other candidates are looked for as whole words.
 
@@ -138,7 +139,7 @@ def answered_elsewhere(data: ConceptDataset, path: Path | str, parser: str = "st
     """
     rule = named_parser(parser)
     given = read_answers(path)
-    found = matched(given, {e.id: e.id.removeprefix(f"{e.split}/") for e in data}, path)
+    found = matched(given, {e.id: _short(e) for e in data}, path)
     rows = tuple(row_of(e, found[e.id].text, rule) for e in data)
     times = [answer.seconds for answer in given if answer.seconds is not None]
     seconds = sum(times) if len(times) == len(given) else None
@@ -150,6 +151,12 @@ def answered_elsewhere(data: ConceptDataset, path: Path | str, parser: str = "st
         "parser": parser,
     }
     return BehaviorResult(rows, Cost(seconds, None, len(rows)), provenance)
+
+
+def _short(example: Example) -> str:
+    """Return the other name of a question in answer files."""
+    short = example.id.removeprefix(f"{example.split}/")
+    return short.removesuffix("/caption") if example.kind == "caption" else short
 
 
 def row_of(example: Example, text: str, rule: Parser) -> Answer:

@@ -212,7 +212,7 @@ BAD: dict[str, tuple[list[Any], str]] = {
         "line 2: id '1' was already answered, at .*line 1",
     ),
     "some without": ([{"id": 1, "answer": "a"}, {"answer": "b"}], "line 2: some answers have an id and some have none"),
-    "no text": ([{"id": 1}], "line 1: no field 'answer' or 'text' or 'response' or 'output'; it has 'id'"),
+    "no text": ([{"id": 1}], "line 1: no field 'answer' or 'text' or 'response' or 'output' or 'caption'; it has 'id'"),
     "no words": ([{"id": 1, "answer": None}], "must hold text, not None"),
     "unknown": ([{"id": 7, "answer": "a"}], "line 1: id '7' is not that of a question; ids are"),
     "missing": ([{"id": 1, "answer": "a"}], r"no answer to question '.*2' \(3 of 4 have none\)"),

@@ -76,7 +76,7 @@ def gqa(
     asker = Asker(tuple(nouns), per_image, seed, left_out)
     scenes = _scenes(file, pictures, left_out, limit)
     if questions is None:
-        examples = [e for scene in scenes for e in asker.questions(scene)]
+        examples = asker.ask(scenes)
         return dataset("gqa", [file], pictures, examples, left_out, per_image=per_image, seed=seed)
     known = {scene.id: scene for scene in scenes}
     examples = list(_own(Path(questions), known, left_out))

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
+from concepts.nouns import asked_noun
 from concepts.reading.assembly import YES_NO, Pictures, check_counts
 from concepts.reading.records import Record, read_records, sha256
 from concepts.schema import ConceptDataset, Example
 from groundscope.core.errors import DataError
 
 SPLITS = ("random", "popular", "adversarial")
-# "imange" is in published files: the release wrote "an" for every "a" of its template.
-_QUESTION = re.compile(r"\s*is there an? (\S.*?) in the iman?ge\s*\??\s*", re.IGNORECASE)
 
 
 def pope(questions: Path | str, images: Path | str, *, limit: int | None = None) -> ConceptDataset:
@@ -59,11 +57,11 @@ def pope(questions: Path | str, images: Path | str, *, limit: int | None = None)
     for number, record in _numbered(islice(records, limit)):
         picture = pictures.find(record.text("image"), record.where)
         text, answer = record.text("text", "question"), _answer(record)
-        match = _QUESTION.fullmatch(text)
-        unnamed += match is None
+        noun = asked_noun(text)
+        unnamed += noun is None
         labels = {"object:named": answer == "yes"}
-        if match is not None:
-            labels[f"object:{match[1].lower()}"] = answer == "yes"
+        if noun is not None:
+            labels[f"object:{noun.lower()}"] = answer == "yes"
         examples.append(
             Example(
                 id=f"{split}/{number}",
