@@ -155,8 +155,9 @@ def score_files(
     if queries is not None:
         for record in read_records(Path(queries)):
             number = record.identifier("id")
-            if number in images:
-                msg = f"{record.where}: field 'id': {number} was already used"
+            if number in images or number not in truths:
+                what = "was already used" if number in images else "has no annotation"
+                msg = f"{record.where}: field 'id': {number} {what}"
                 raise DataError(msg)
             images[number] = record.text("image")
     rows: list[Answer] = []
@@ -164,6 +165,9 @@ def score_files(
         level, kind, truth = described(truths[number])
         if kind == "caption":
             continue
+        if queries is not None and number not in images:
+            msg = f"{queries}: no query of id '{number}', which was answered at {answer.where}"
+            raise DataError(msg)
         said = rule(answer.text)
         rows.append(
             Answer(

@@ -16,7 +16,7 @@ from typing import Any
 from behavior.parsing import Parser, named_parser, parser_for, read_answer
 from behavior.result import Answer, BehaviorResult, Cost
 from concepts.loaders.pope import SPLITS, same_wording, splits_of
-from concepts.reading.records import Record, as_record, read_rows, sha256
+from concepts.reading.records import Record, as_record, is_text, read_rows, sha256
 from concepts.schema import ConceptDataset, Example
 from groundscope.core.errors import DataError
 
@@ -126,7 +126,7 @@ def _read(record: Record, answer_field: str | None, id_field: str | None) -> tup
         msg = f"{record.where}: field 'seconds' must be at least 0, not {seconds:g}"
         raise DataError(msg)
     question = next(
-        (about.values[n] for n in QUESTIONS if n != name and isinstance(about.values.get(n), str)),
+        (about.values[n] for n in QUESTIONS if n != name and is_text(about.values.get(n))),
         None,
     )
     splits = splits_of(about.values.get("category"))
@@ -190,18 +190,23 @@ def _text(record: Record, name: str) -> str:
     if record.table:
         return "nan" if value is None else value  # as pandas reads a missing cell, and str() writes it
     if name in {"filtered_resps", "resps"}:
-        while isinstance(value, list) and value:
-            value = value[0]
-    if not isinstance(value, str):
+        first = value[0] if isinstance(value, list) and value else None
+        value = first[0] if isinstance(first, list) and len(first) == 1 else first
+    if not is_text(value):
         fields = f"'{name}'" if name not in TEXTS else " or ".join(map(repr, TEXTS))
-        msg = f"{record.where}: field {fields} must hold text, not {str(value)[:60]}"
+        msg = f"{record.where}: field {fields} must hold text, not {_plain(value)}"
         raise DataError(msg)
     return value
 
 
+def _plain(value: object) -> str:
+    return ascii(value) if isinstance(value, str) else str(value)[:60]
+
+
 def _shown(value: object) -> str:
     text = value if isinstance(value, str) else str(value)
-    return repr(text if len(text) <= 40 else f"{text[:37]}...")
+    text = text if len(text) <= 40 else f"{text[:37]}..."
+    return repr(text) if is_text(text) else ascii(text)
 
 
 def match_answers(

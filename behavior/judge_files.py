@@ -15,7 +15,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from behavior.result import BehaviorResult
-from concepts.reading.records import Record, read_records
+from concepts.reading.records import Record, is_text, read_records
 from groundscope.core.errors import ConfigError, DataError
 from groundscope.core.files import write_whole
 from groundscope.core.statistics import Estimate, cluster_bootstrap, estimate, ratio
@@ -215,8 +215,8 @@ def _item(record: Record) -> Item:
     fields: dict[str, str] = {}
     for name in _plain(Item("", "", "")):
         value = record.field(name)
-        if not isinstance(value, str):
-            msg = f"{record.where}: field '{name}' must hold text, not {str(value)[:60]}"
+        if not is_text(value):
+            msg = f"{record.where}: field '{name}' must hold text, not {ascii(value)[:60]}"
             raise DataError(msg)
         fields[name] = value
     return Item(record.identifier("id"), **fields)
@@ -232,8 +232,8 @@ def _values(record: Record, benchmark: Benchmark) -> dict[str, float] | None:
             msg = f"{record.where}: the verdict may be field 'reply' or field '{both}'; leave one of them out"
             raise DataError(msg)
         reply = record.values["reply"]
-        if not isinstance(reply, str):
-            msg = f"{record.where}: field 'reply' must hold text, not {str(reply)[:60]}"
+        if not is_text(reply):
+            msg = f"{record.where}: field 'reply' must hold text, not {ascii(reply)[:60]}"
             raise DataError(msg)
         return benchmark.read_reply(reply)
     found = dict(zip(benchmark.values, record.numbers(*benchmark.values), strict=True))

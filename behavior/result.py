@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Self
 
 from behavior.parsing import YES_NO
+from concepts.reading.records import is_text
 from groundscope.core.errors import ConfigError, DataError
 from groundscope.core.files import write_whole
 from groundscope.core.statistics import Estimate, estimate
@@ -252,8 +253,8 @@ class BehaviorResult:
         if not isinstance(held, dict) or held.get("format") != FORMAT:
             msg = f"'{path}' does not hold answers saved by BehaviorResult.save"
             raise DataError(msg)
-        if held.get("version") != VERSION:
-            msg = f"answers '{path}' are of version {held.get('version')}, this release reads {VERSION}: answer again"
+        if type(held.get("version")) is not int or held["version"] != VERSION:
+            msg = f"answers '{path}' are of version {held.get('version')!a}, this release reads {VERSION}: answer again"
             raise DataError(msg)
         for name, kind in (("answers", list), ("cost", dict), ("provenance", dict)):
             if not isinstance(held.get(name), kind):
@@ -262,7 +263,12 @@ class BehaviorResult:
                 raise DataError(msg)
         rows = [_fields(values, _ANSWER, f"answer {n}", path) for n, values in enumerate(held["answers"], 1)]
         answers = tuple(_answer(row) for row in rows)
-        return cls(answers, Cost(**_fields(held["cost"], _COST, "cost", path)), held["provenance"])
+        cost = Cost(**_fields(held["cost"], _COST, "cost", path))
+        try:
+            return cls(answers, cost, held["provenance"])
+        except DataError as error:
+            msg = f"answers '{path}' are damaged: {error}"
+            raise DataError(msg) from error
 
 
 def _answer(values: dict[str, Any]) -> Answer:
@@ -280,12 +286,12 @@ def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 1 << 53
 
 
-_TEXT = ("text", lambda v: isinstance(v, str))
-_TEXT_OR_NULL = ("text or null", lambda v: v is None or isinstance(v, str))
+_TEXT = ("text", lambda v: is_text(v))
+_TEXT_OR_NULL = ("text or null", lambda v: v is None or is_text(v))
 _ANSWER: Mapping[str, tuple[str, Callable[[object], bool]]] = MappingProxyType(
     {
         **dict.fromkeys(("id", "group", "split", "level", "kind", "question", "answer"), _TEXT),
-        "candidates": ("a list of texts", lambda v: isinstance(v, list) and all(isinstance(x, str) for x in v)),
+        "candidates": ("a list of texts", lambda v: isinstance(v, list) and all(is_text(x) for x in v)),
         "given": _TEXT_OR_NULL,
         "correct": ("true, false or null", lambda v: v is None or isinstance(v, bool)),
         "margin": ("a number or null", lambda v: v is None or _is_number(v)),

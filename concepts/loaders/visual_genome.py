@@ -142,7 +142,7 @@ def _attributes(file: Path, wanted: Mapping[str, None], left_out: Counter[str]) 
             continue
         held = found.setdefault(image, {})
         for thing in record.records("attributes"):
-            if thing.values.get("attributes"):
+            if thing.values.get("attributes") is not None:  # many things have none
                 words = [w.strip().lower() for w in thing.words("attributes")]
                 held.setdefault(thing.identifier("object_id"), []).extend(words)
     return found

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import IO, Any, NoReturn, TypeGuard
 
 from groundscope.core.errors import DataError
 from groundscope.core.user_files import open_regular, unique_keys
@@ -52,7 +52,7 @@ class Record:
     def text(self, *names: str) -> str:
         """Return a field that holds words; raises `DataError` where it holds anything else or nothing."""
         value = self.field(*names)
-        if not isinstance(value, str) or not value.strip():
+        if not is_text(value) or not value.strip():
             msg = f"{self.where}: field {' or '.join(map(repr, names))} must hold words, not {_shown(value)}"
             raise DataError(msg)
         return value
@@ -90,7 +90,7 @@ class Record:
     def words(self, *names: str) -> tuple[str, ...]:
         """Return a field that holds a list of texts; raises `DataError` where it holds anything else."""
         value = self.list(*names)
-        if not all(isinstance(word, str) and word.strip() for word in value):
+        if not all(is_text(word) and word.strip() for word in value):
             msg = f"{self.where}: field {' or '.join(map(repr, names))} must hold words, not {_shown(value)}"
             raise DataError(msg)
         return tuple(value)
@@ -326,6 +326,17 @@ def as_record(where: str, value: Any) -> Record:
         msg = f"{where}: expected a JSON object with fields, found {_shown(value)}"
         raise DataError(msg)
     return Record(where, value)
+
+
+def is_text(value: object) -> TypeGuard[str]:
+    r"""Say whether a value is text that can be written as UTF-8; a ``\\ud800`` of JSON alone is half a character."""
+    if not isinstance(value, str):
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def refuse_constant(name: str) -> NoReturn:

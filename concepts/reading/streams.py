@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NoReturn
 
-from concepts.reading.records import Record, as_record, readable, refuse_constant, skip_mark
+from concepts.reading.records import Record, as_record, is_text, readable, refuse_constant, skip_mark
 from groundscope.core.errors import DataError
 from groundscope.core.user_files import open_regular, unique_keys
 
@@ -141,8 +141,8 @@ class _Scanner:
             self._next()
             self._what = f"key {len(seen) + 1}"
             key = self._value()
-            if not isinstance(key, str):
-                self._fail("expected a key in quotes")
+            if not is_text(key):
+                self._fail("expected a key in quotes, of whole characters")
             self._what = f"record '{key}'"
             if key in seen:
                 self._fail("this key was already used")
