@@ -98,9 +98,10 @@ def pope(
 def score_result(answers: BehaviorResult) -> PopeScores:
     """Score answers to yes-no questions that were already read."""
     rows = answers.answers
-    released = answers.provenance.get("parser") == "pope_release"
+    parser = str(answers.provenance.get("parser"))
+    released = parser == "pope_release"
     unparsed = sum(a.given is None or (released and a.text is not None and yes_no(a.text) is None) for a in rows)
-    return scores_of([a.given for a in rows], [a.answer for a in rows], [a.group for a in rows], unparsed)
+    return scores_of([a.given for a in rows], [a.answer for a in rows], [a.group for a in rows], unparsed, parser)
 
 
 def score(
@@ -148,7 +149,7 @@ def score(
             raise DataError(msg)
     unparsed = sum((yes_no if parser == "pope_release" else rule)(text) is None for text in answers)
     return scores_of(
-        [rule(text) for text in answers], labels, range(len(labels)) if groups is None else groups, unparsed
+        [rule(text) for text in answers], labels, range(len(labels)) if groups is None else groups, unparsed, parser
     )
 
 

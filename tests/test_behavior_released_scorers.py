@@ -14,6 +14,7 @@ from PIL import Image
 from behavior import amber, judge_files, mme
 from behavior.judge_files import Item
 from behavior.parsing import PARSERS
+from behavior.pope import score
 from concepts import loaders
 from groundscope.core.errors import ConfigError, DataError
 
@@ -105,6 +106,26 @@ def test_rules_of_a_text_are_those_of_the_releases() -> None:
         assert PARSERS["yes_no"](text) in {None, pope_by_hand(text)}
     assert PARSERS["vlmevalkit"]("." * 33 + " yes.") is None
     assert PARSERS["vlmevalkit"]("." * 31 + " yes.") == "yes"
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_pope_by_lmms_eval(seed: int) -> None:
+    """Neither yes nor no is wrong, and otherwise left out; the share of yes is that of the truth (lmms-eval 0.7.2)."""
+    chance = random.Random(seed)
+    labels = [chance.choice(["yes", "no"]) for _ in range(60)]
+    texts = [chance.choice(["Yes", " no ", "NO", "yes", "Yes.", "perhaps"]) for _ in labels]
+    said = [t.lower().strip() for t in texts]
+    hits = sum(s == t == "yes" for s, t in zip(said, labels, strict=True))
+    false = sum((s, t) == ("yes", "no") for s, t in zip(said, labels, strict=True))
+    missed = sum((s, t) == ("no", "yes") for s, t in zip(said, labels, strict=True))
+    precision, recall = hits / (hits + false), hits / (hits + missed)
+    scores = score(texts, labels, "lmms_eval")
+    assert scores.accuracy.value == pytest.approx(sum(s == t for s, t in zip(said, labels, strict=True)) / 60)
+    assert scores.precision.value == pytest.approx(precision)
+    assert scores.recall.value == pytest.approx(recall)
+    assert scores.f1.value == pytest.approx(2 * precision * recall / (precision + recall))
+    assert scores.yes_ratio.value == pytest.approx(labels.count("yes") / 60)
+    assert scores.unparsed == sum(s not in {"yes", "no"} for s in said)
 
 
 # ---- AMBER -------------------------------------------------------------------------------------------------------------

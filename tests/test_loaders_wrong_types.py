@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from behavior import BehaviorResult, amber, judge_files
+from behavior import BehaviorResult, amber, judge_files, mme
 from behavior.answer_files import read_answers
 from behavior.pope import score_files
 from behavior.result import Answer, Cost
@@ -259,3 +259,53 @@ def test_a_field_of_another_type_is_refused_with_its_place(folder: Path, name: s
                         silent.append((file, at, value))
         write(paths[file], held)
     assert silent == []
+
+
+NO_WORDS = ("", " ")
+NO_PATH = ("", " ", "../x", "/x", "\0")
+NO_TRUTH = ("", " ", "maybe", "1")
+TABLES: dict[str, tuple[str, Callable[[Path, Path], Any], list[list[str]], list[tuple[str, ...]]]] = {
+    "pope": (
+        "POPE.tsv", lambda f, p: loaders.pope(p, f),
+        [["index", "question", "answer", "category"], ["1", "Is there a dog in the image?", "yes", "random"]],
+        [NO_PATH, NO_WORDS, NO_TRUTH, ()],
+    ),
+    "answers": (
+        "a.tsv", lambda f, p: read_answers(p),
+        [["index", "question", "prediction"], ["1", "Is there a dog?", "Yes"]], [NO_WORDS, (), ()],
+    ),
+    "mme": (
+        "existence.txt", lambda f, p: loaders.mme(p, f),
+        [["a.png", "Is it?", "Yes"], ["a.png", "Is it not?", "No"]], [NO_PATH, NO_WORDS, NO_TRUTH],
+    ),
+    "mme scored": (
+        "existence.txt", lambda f, p: mme.score_files(p),
+        [["a.png", "?", "Yes", "No"], ["a.png", "!", "No", "No"]], [NO_WORDS, NO_WORDS, NO_TRUTH, ()],
+    ),
+}  # fmt: skip
+"""Name to file name, what reads it, its rows, and for each column the cells that it may not hold."""
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_cell_that_its_column_may_not_hold_is_refused_with_its_line(folder: Path, name: str) -> None:
+    file, read, rows, refused = TABLES[name]
+    path = folder.parent / file
+
+    def put_rows(changed: list[list[str]]) -> None:
+        path.write_text("".join("\t".join(row) + "\n" for row in changed))
+
+    put_rows(rows)
+    assert read(folder, path)
+    for line in range(rows[0][0] == "index", len(rows)):
+        where = rf"{file}: line {line + 1}: "
+        for column, cells in enumerate(refused):
+            for cell in cells:
+                put_rows(put(rows, (line, column), cell))
+                with pytest.raises(DataError, match=where):
+                    read(folder, path)
+        put_rows(put(rows, (line,), rows[line][:-1]))
+        with pytest.raises(DataError, match=where):
+            read(folder, path)
+        put_rows(put(rows, (line,), [*rows[line], "x", "y"]))
+        with pytest.raises(DataError, match=where):
+            read(folder, path)
