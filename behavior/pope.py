@@ -211,7 +211,8 @@ def build(
     """Make POPE's three splits from what is in each image, by the rule of its release (RUCAIBox/POPE, ``utils.py``).
 
     Of images with at least `per_image` different objects, the first `per_image` are asked about (yes), and after each
-    comes an object that is neither in the image nor was asked about it before (no):
+    comes an object that is neither in the image, under its own name or a synonym (`concepts.nouns.Present`), nor was asked
+    about it before (no). A plural is asked with "Are there":
 
     ``random``
         any object of the sampled images, all equally likely;
@@ -296,6 +297,8 @@ def questions_about(
         Existence questions of the splits ``random``, ``popular`` and ``adversarial``, as a file of `write_questions`
         would give them, with the objects and boxes of `data`.
     """
+    from concepts.nouns import asked_noun
+
     first = {e.group: e for e in reversed(data.examples)}
     shown = {name: first[name] for name in dict.fromkeys(e.group for e in data)}
     built = build({name: [o.noun for o in e.objects] for name, e in shown.items()}, seed, per_image, n_images)
@@ -303,7 +306,7 @@ def questions_about(
     for split, records in built.items():
         for record in records:
             example, text = shown[str(record["image"])], str(record["text"])
-            noun = text.removesuffix(" in the image?").split(" ", 3)[3]
+            noun = asked_noun(text) or ""
             truth = record["label"] == "yes"
             examples.append(
                 replace(
@@ -331,15 +334,16 @@ def _questions(
     per_image: int,
     rng: np.random.Generator,
 ) -> Iterable[Question]:
-    from concepts.questions import article
+    from concepts.nouns import Present, existence_question, thing
 
     number = 0
     for image, objects in sampled.items():
-        barred = set(objects)
+        present, denied = Present(objects), set[str]()
         for positive in objects[:per_image]:
-            negative = next((noun for noun in order(positive) if noun not in barred), None)
+            free_first = (noun for noun in order(positive) if not present.includes(noun) and thing(noun) not in denied)
+            negative = next(free_first, None)
             if negative is None:
-                free = [noun for noun in known if noun not in barred]
+                free = [noun for noun in known if not present.includes(noun) and thing(noun) not in denied]
                 if not free:
                     msg = (
                         f"image '{image}': none of the {len(known)} objects is left that is not in it or already asked "
@@ -347,10 +351,10 @@ def _questions(
                     )
                     raise DataError(msg)
                 negative = free[int(rng.integers(len(free)))]
-            barred.add(negative)
+            denied.add(thing(negative))
             for noun, label in ((positive, "yes"), (negative, "no")):
                 number += 1
-                text = f"Is there {article(noun)} {noun} in the image?"
+                text = existence_question(noun)
                 yield {"question_id": number, "image": image, "text": text, "label": label}
 
 

@@ -217,7 +217,7 @@ def captioned(model: Lvlm, data: ConceptDataset, vector: SteeringVector | None, 
     asked = ConceptDataset("captions", tuple(e for _, e in made))
     result = answers_under(model, asked, {"": vector}, progress=False)[""]
     objects = {e.id: [o.noun for o in scene.objects] for scene, e in made}
-    scores = chair({a.id: a.text or "" for a in result.answers}, objects, vocabulary=NOUNS)
+    scores = chair({a.id: a.text or "" for a in result.answers}, objects, vocabulary=NOUNS, variant="paper")
     return {"chair_i": asdict(scores.chair_i), "recall": asdict(scores.recall)}
 
 

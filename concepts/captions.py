@@ -1,58 +1,78 @@
-"""Which objects a text names, by a lexicon of words and phrases."""
+"""Words of a text, and the objects that it names by a lexicon of words and phrases."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-_WORD = re.compile(r"[^\W_]+")
-_PLURALS = (("ies", "y"), ("ves", "f"), ("ves", "fe"), ("es", ""), ("s", ""))
-"""Ending of a plural to that of its singular, tried in this order."""
+from concepts.nouns import singular
+
+_SPACED = (
+    (re.compile(r"\.{2,}"), r" \g<0> "),
+    # A period ends a sentence before white space and punctuation; within "t.v" or "dog.a" it is part of the word.
+    (re.compile(r"(?<=[^.\s])\.(?=\s|$|[])}>\"'»”\u2019;*:@({\[?!])"), " . "),
+    (re.compile(r"(?<!\w)'(?!(?:re|ve|ll|m|t|s|d|n)\b)(?=\w)"), "' "),
+    (re.compile(r"[:,](?!\d)"), r" \g<0> "),
+    (re.compile(r"[][(){}<>;@#$%&?!*\"«»“”\u2018\u2019„`\u2012-\u2015]|--|''"), r" \g<0> "),
+    (re.compile(r"(?<=[^'\s])'(?=\s|$)"), " ' "),
+    (re.compile(r"(?<=[^'\s])(?:n't|'(?:s|m|d|ll|re|ve))(?=\s|$)"), r" \g<0> "),
+)
 
 
-def plain(words: str) -> str:
-    """Return the words in lower case with single spaces, as a lexicon has them."""
-    return " ".join(_WORD.findall(words.lower()))
+def words_of(text: str) -> list[str]:
+    """Return the words of an English text in lower case, punctuation as words.
+
+    They are those of NLTK's ``word_tokenize`` (Penn Treebank rules within sentences), but for its list of abbreviations:
+    a word with a hyphen is one word, "man's" is "man" and "'s", and "dog.A" without a blank is one word.
+    """
+    text = text.lower()
+    for pattern, spaced in _SPACED:
+        text = pattern.sub(spaced, text)
+    return text.split()
 
 
 def named_objects(text: str, lexicon: Mapping[str, str]) -> tuple[str, ...]:
     """Return the objects a text names, in order, as often as it names them.
 
-    Words are runs of letters and digits, in lower case. The longest entry is found first, so that a "hot dog" is no dog.
-    A word that is not known is tried without a plural's ending (ies -> y, ves -> f or fe, es, s).
+    The longest entry is found first, so that a "hot dog" is no dog. Words that are no entry are looked up in the singular
+    (`concepts.nouns.singular`); a word with a hyphen is one word.
 
     Parameters
     ----------
     text
         A caption.
     lexicon
-        `plain` words to the object they mean; words that mean nothing (an empty text) are passed over as a whole.
+        Words in lower case, with single blanks between them, to the object they mean; words that mean nothing (an empty
+        text) are passed over as a whole.
     """
-    longest = max((len(words.split()) for words in lexicon), default=1)
-    words = _WORD.findall(text.lower())
-    found: list[str] = []
+    return matches(words_of(text), lexicon, numbers=True)
+
+
+def matches(words: Sequence[str], lexicon: Mapping[str, str], *, numbers: bool) -> tuple[str, ...]:
+    """Return the objects that words name, the longest entry first.
+
+    Parameters
+    ----------
+    words
+        As `words_of` returns them.
+    lexicon
+        As for `named_objects`.
+    numbers
+        Whether the last word of an entry may also be in the plural.
+    """
+    longest = max((entry.count(" ") + 1 for entry in lexicon), default=1)
+    objects: list[str] = []
     start = 0
     while start < len(words):
         for length in range(min(longest, len(words) - start), 0, -1):
-            noun = _meaning(" ".join(words[start : start + length]), lexicon)
+            entry = " ".join(words[start : start + length])
+            noun = lexicon.get(entry)
+            if noun is None and numbers:
+                noun = lexicon.get(singular(entry))
             if noun is not None:
-                found += [noun] if noun else []
+                objects += [noun] if noun else []
                 start += length
                 break
         else:
             start += 1
-    return tuple(found)
-
-
-def _meaning(words: str, lexicon: Mapping[str, str]) -> str | None:
-    """Return the object that words mean, as they are or as a plural."""
-    if words in lexicon:
-        return lexicon[words]
-    for ending, singular in _PLURALS:
-        if (
-            words.endswith(ending)
-            and len(words) > len(ending)
-            and (single := words.removesuffix(ending) + singular) in lexicon
-        ):
-            return lexicon[single]
-    return None
+    return tuple(objects)

@@ -7,17 +7,13 @@ from __future__ import annotations
 
 from concepts.drawing import RELATIONS, SIDE, Scene
 from concepts.icons import COLORS, NOUNS
+from concepts.nouns import article, existence_question
 from concepts.schema import Concept, Example, Question, SceneObject
 from concepts.world import TYPICAL
 
 YES_NO = ("yes", "no")
 COLOR_ANSWERS = tuple(COLORS)
 THIRDS = {"column": ("left", "middle", "right"), "row": ("top", "middle", "bottom")}
-
-
-def article(noun: str) -> str:
-    """Return ``a`` or ``an``."""
-    return "an" if noun[0] in "aeiou" else "a"
 
 
 def _yes(truth: bool) -> str:
@@ -28,7 +24,7 @@ def existence(scene: Scene, noun: str) -> Question:
     """Ask whether a noun is in the image, in the words of POPE."""
     thing = scene.get(noun)
     return Question(
-        f"Is there {article(noun)} {noun} in the image?",
+        existence_question(noun),
         _yes(thing is not None),
         YES_NO,
         "object",

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from activation_store import ActivationStore
+from concepts.captions import words_of
+from concepts.nouns import singular
 from concepts.schema import Concept, Example
 
 _YES_NO = {"yes", "no"}
@@ -63,17 +64,18 @@ def claims_of(store: ActivationStore, opposites: Mapping[str, str] | None = None
     """Return what each row of a store is about; None for rows without an answer to choose.
 
     The concept of a yes-no question is the longest name among the store's labels of its level that stands in the question; or,
-    where none does, the opposite of an attribute that does (`opposites_of`).
+    where none does, the opposite of an attribute that does (`opposites_of`). Words are compared whole ("bear" is not in
+    "bear-shaped"), and nouns in either number: "Are there bananas" is about the label ``object:banana``.
     """
     opposites = opposites or {}
-    others = _pattern(list(opposites)) if opposites else None
+    others = _Names(opposites)
     columns = store.columns
     names: dict[str, list[str]] = {}
     for label in store.labels:
         concept = Concept.parse(label)
         if concept.name != "named":
             names.setdefault(concept.level, []).append(concept.name)
-    patterns = {level: _pattern(found) for level, found in names.items()}
+    known = {level: _Names(found, numbers=level == "object") for level, found in names.items()}
     kinds = [f"{a} {b}" for a, b in zip(columns["level"], columns["kind"], strict=True)]
     answers: dict[str, set[str]] = {}
     for kind, truth in zip(kinds, columns["answer"], strict=True):
@@ -86,7 +88,7 @@ def claims_of(store: ActivationStore, opposites: Mapping[str, str] | None = None
             continue
         yes_no = truth in _YES_NO
         if yes_no:
-            found = _longest(patterns.get(level), str(question))
+            found = _longest(known.get(level), str(question))
             opposite = _longest(others, str(question)) if level == "attribute" and not found else ""
             found = found or opposites.get(opposite, "")
             concept, rivals = (f"{level}:{found}" if found else ""), ()
@@ -96,7 +98,7 @@ def claims_of(store: ActivationStore, opposites: Mapping[str, str] | None = None
             wrong = sorted(answers[kind] - {truth}) if said == truth else [said]
             rivals = tuple(f"{level}:{name}" for name in wrong)
             concept = concept if concept in columns else ""
-        nouns = _between(patterns.get("object"), str(question)) if level == "relation" and yes_no else ()
+        nouns = _between(known.get("object"), str(question)) if level == "relation" and yes_no else ()
         about = (str(columns["id"][row]), str(columns["group"][row]))
         out.append(
             Claim(
@@ -140,16 +142,46 @@ def values_seen(examples: Iterable[Example]) -> dict[str, str]:
     return {value: kind for e in examples for o in e.objects for kind, value in o.attributes.items()}
 
 
-def _pattern(names: Sequence[str]) -> re.Pattern[str]:
-    longest = sorted(names, key=len, reverse=True)
-    return re.compile(r"\b(?:" + "|".join(re.escape(name) for name in longest) + r")\b", re.IGNORECASE)
+class _Names:
+    """Names of concepts, to be found in questions as whole words.
+
+    Parameters
+    ----------
+    names
+        The names.
+    numbers
+        Whether they are nouns, which count in singular and plural.
+    """
+
+    def __init__(self, names: Iterable[str], *, numbers: bool = False) -> None:
+        self._numbers = numbers
+        self._names = {" ".join(words_of(name)): name for name in names}
+        if numbers:
+            self._names = {singular(words): name for words, name in self._names.items()} | self._names
+        self._longest = max((words.count(" ") + 1 for words in self._names), default=0)
+
+    def find(self, question: str) -> list[str]:
+        """Return the names in a question, in order, the longest at each place."""
+        words = words_of(question)
+        names: list[str] = []
+        start = 0
+        while start < len(words):
+            lengths = range(min(self._longest, len(words) - start), 0, -1)
+            found = ((length, self._name(" ".join(words[start : start + length]))) for length in lengths)
+            length, name = next(((length, name) for length, name in found if name is not None), (1, None))
+            names += [] if name is None else [name]
+            start += length
+        return names
+
+    def _name(self, words: str) -> str | None:
+        name = self._names.get(words)
+        return self._names.get(singular(words)) if name is None and self._numbers else name
 
 
-def _longest(pattern: re.Pattern[str] | None, question: str) -> str:
-    found = pattern.findall(question) if pattern else []
-    return max(found, key=len, default="").lower()
+def _longest(names: _Names | None, question: str) -> str:
+    return max(names.find(question) if names else [], key=len, default="")
 
 
-def _between(pattern: re.Pattern[str] | None, question: str) -> tuple[str, ...]:
-    found = dict.fromkeys(f"object:{name.lower()}" for name in pattern.findall(question)) if pattern else {}
+def _between(names: _Names | None, question: str) -> tuple[str, ...]:
+    found = dict.fromkeys(f"object:{name}" for name in names.find(question)) if names else {}
     return tuple(found) if len(found) == 2 else ()

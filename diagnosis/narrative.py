@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from concepts.nouns import absence_clause, be, existence_clause
 from concepts.schema import Example
 
 if TYPE_CHECKING:
@@ -92,20 +93,20 @@ def in_words(claim: Claim, example: Example, kinds: dict[str, str]) -> tuple[str
     name = claim.asked.partition(":")[2]
     thing = example.named_object()
     noun = thing.noun if thing is not None else "it"
-    the = "it" if thing is None else f"the {noun}"
+    the, verb = ("it", "is") if thing is None else (f"the {noun}", be(noun))
     if not name:
         return f"'{claim.truth}' is right", f"'{claim.said}' is right", ""
     if not claim.yes_no:
-        return f"{the} is {claim.truth}", f"{the} is {claim.said}", ""
+        return f"{the} {verb} {claim.truth}", f"{the} {verb} {claim.said}", ""
     if claim.level == "object":
-        words = f"there is {'an' if name[0] in 'aeiou' else 'a'} {name}", f"there is no {name}"
+        words = existence_clause(name), absence_clause(name)
     elif claim.level == "relation" and len(claim.nouns) == 2:
         a, b = (noun.partition(":")[2] for noun in claim.nouns)
-        words = f"the {a} is {name} the {b}", f"the {a} is not {name} the {b}"
+        words = f"the {a} {be(a)} {name} the {b}", f"the {a} {be(a)} not {name} the {b}"
     else:
-        words = f"{the} is {name}", f"{the} is not {name}"
+        words = f"{the} {verb} {name}", f"{the} {verb} not {name}"
     own = thing.attributes.get(kinds.get(name, ""), "") if thing is not None and claim.level == "attribute" else ""
-    fact = f"{the} is {own}" if own and own != name else ""
+    fact = f"{the} {verb} {own}" if own and own != name else ""
     return (*words, fact) if claim.holds else (words[1], words[0], fact)
 
 

@@ -134,6 +134,9 @@ class EvaluateConfig:
     """Answer under these: `before`, `after` (corrected), controls by their names, `twin`; by default all. `before` always is."""
     batch_size: int = 64
     """Questions a forward."""
+    synonyms: str | None = None
+    """CHAIR on `data=coco`: file with the words for each category, such as `data/synonyms.txt` of the released scorer, which
+    published figures use; null for the list of `behavior.chair.COCO_SYNONYMS`."""
 
 
 @dataclass

@@ -20,7 +20,7 @@ from groundscope.core.errors import ConfigError, DataError
 def test_two_captions_by_hand() -> None:
     """Four objects are mentioned and one is not there; one caption of two has it."""
     captions = {"1": "A cat sits beside a dog.", "2": "A car next to a bus."}
-    result = chair(captions, {"1": ["cat", "dog"], "2": ["car", "tree"]}, vocabulary=["bus"])
+    result = chair(captions, {"1": ["cat", "dog"], "2": ["car", "tree"]}, vocabulary=["bus"], variant="paper")
     assert result.chair_i.value == pytest.approx(1 / 4)
     assert result.chair_s.value == pytest.approx(1 / 2)
     assert result.recall.value == pytest.approx(3 / 4)
@@ -33,19 +33,19 @@ def test_two_captions_by_hand() -> None:
 
 
 def test_an_object_counts_once_or_as_often_as_it_is_named() -> None:
-    captions = {"1": "A bus, a red bus and two buses by a car."}
+    captions = {"1": "A truck, a red truck and two trucks by a car."}
     objects = {"1": ["car"]}
-    assert chair(captions, objects, vocabulary=["bus"]).chair_i.value == pytest.approx(1 / 2)
-    assert chair(captions, objects, vocabulary=["bus"], variant="release").chair_i.value == pytest.approx(3 / 4)
+    assert chair(captions, objects, vocabulary=["truck"]).chair_i.value == pytest.approx(3 / 4)
+    assert chair(captions, objects, vocabulary=["truck"], variant="paper").chair_i.value == pytest.approx(1 / 2)
 
 
 def test_synonyms_and_plurals() -> None:
-    synonyms = {"puppy": "dog", "men": "person", "man": "person", "Traffic Signal": "traffic light"}
+    synonyms = {"puppy": "dog", "man": "person", "Traffic Signal": "traffic light"}
     captions = {
         "1": "Two puppies, three men and a man watch the traffic signals; knives, leaves, glasses and cherries."
     }
     nouns = ["knife", "leaf", "glass", "cherry"]
-    result = chair(captions, {"1": ["Puppy", "man"]}, synonyms, vocabulary=nouns)
+    result = chair(captions, {"1": ["Puppy", "man"]}, synonyms, vocabulary=nouns, variant="paper")
     assert result.captions[0].mentioned == (
         "dog", "person", "person", "traffic light", "knife", "leaf", "glass", "cherry",
     )  # fmt: skip
@@ -55,7 +55,7 @@ def test_synonyms_and_plurals() -> None:
 
 def test_the_longest_words_win() -> None:
     result = chair({"1": "A hot dog, and a t-shirt's dog"}, {"1": ["hot dog", "T-shirt"]}, vocabulary=["dog"])
-    assert result.captions[0].mentioned == ("hot dog", "t shirt", "dog")
+    assert result.captions[0].mentioned == ("hot dog", "t-shirt", "dog")
     assert result.captions[0].hallucinated == ("dog",)
 
 
@@ -68,7 +68,7 @@ def test_words_within_words_are_no_objects() -> None:
 
 def test_plural_names_are_themselves() -> None:
     """A word of the vocabulary is never cut: scissors are no scissor, and a bus is no bu."""
-    result = chair({"1": "scissors and a bus"}, {"1": ["scissors", "bus", "bu"]})
+    result = chair({"1": "scissors and a bus"}, {"1": ["scissors", "bus", "bu"]}, variant="paper")
     assert result.captions[0].mentioned == ("scissors", "bus")
 
 
@@ -80,8 +80,8 @@ def test_only_known_words_are_objects() -> None:
 
 
 def test_intervals_are_over_images() -> None:
-    captions = {str(i): "a car and a bus" for i in range(40)}
-    objects = {str(i): ["car", "bus"] if i % 2 else ["car"] for i in range(40)}
+    captions = {str(i): "a car and a truck" for i in range(40)}
+    objects = {str(i): ["car", "truck"] if i % 2 else ["car"] for i in range(40)}
     result = chair(captions, objects)
     assert result.chair_s.value == 0.5
     assert 0.3 < result.chair_s.low < 0.42
@@ -94,7 +94,7 @@ def test_bad_input_is_named() -> None:
         chair({}, {})
     with pytest.raises(DataError, match="caption of image '2'"):
         chair({"1": "a", "2": "b"}, {"1": []})
-    with pytest.raises(ConfigError, match="no variant 'new': there are paper, release"):
+    with pytest.raises(ConfigError, match="unknown variant 'new'; choose from release, paper"):
         chair({"1": "a"}, {"1": []}, variant="new")
     with pytest.raises(ConfigError, match="'dog' is what a word means and means 'animal' itself"):
         chair({"1": "a"}, {"1": []}, {"puppy": "dog", "dog": "animal"})
@@ -129,7 +129,7 @@ def test_synonyms_are_read_as_the_release_writes_them(synonyms: dict[str, str], 
     assert synonyms["air plane"] == "airplane"
     path = tmp_path / "synonyms.txt"
     for text, words in (
-        ("dog, puppy\ncat, puppy\n", r"line 2: 'puppy' already means 'dog', by line 1"),
+        ("dog, puppy\ncat, puppy\n", r"line 2: 'puppy' already means another object, by line 1"),
         (", puppy\n", "line 1 begins without the name of an object"),
         ("\n", "there is no object in it"),
     ):
@@ -137,7 +137,7 @@ def test_synonyms_are_read_as_the_release_writes_them(synonyms: dict[str, str], 
         with pytest.raises(DataError, match=words):
             read_synonyms(path)
     path.write_bytes(b"dog, \xff")
-    with pytest.raises(DataError, match="not UTF-8 at byte 6"):
+    with pytest.raises(DataError, match="not UTF-8 at byte 5"):
         read_synonyms(path)
     with pytest.raises(DataError, match="cannot be read"):
         read_synonyms(tmp_path / "none.txt")

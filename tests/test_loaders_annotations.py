@@ -102,7 +102,7 @@ def test_coco_in_any_order_and_with_captions(folder: Path) -> None:
     captions = write(folder, CAPTIONS, "captions.json")
     data = loaders.coco(write(folder, COCO), folder, captions)
     (told,) = data.where(kind="caption")
-    assert (told.question, told.answer, told.candidates) == ("Describe the image.", "A car. A man by a car.", ())
+    assert (told.question, told.answer, told.candidates) == ("Describe the image.", "A car.\nA man by a car.", ())
     assert {o.noun for o in told.objects} == {"car", "person"}
     assert left_out(data)["captions of images that are not kept"] == 1
     assert left_out(data)["images without captions"] == 1

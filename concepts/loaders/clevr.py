@@ -11,7 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from concepts.images import FileImage
-from concepts.questions import article
+from concepts.nouns import existence_question
 from concepts.reading.assembly import YES_NO, Pictures, check_counts, dataset, yes_or_no
 from concepts.reading.records import Record, as_record
 from concepts.reading.streams import stream_list
@@ -149,7 +149,7 @@ def _existence(scene: _Scene, chance: random.Random) -> Iterator[tuple[Example, 
         yield tuple(
             _asked(
                 scene,
-                f"Is there {article(words)} {words} in the image?",
+                existence_question(words),
                 "object",
                 "existence",
                 truth,

@@ -8,6 +8,7 @@ from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from concepts.nouns import thing
 from concepts.reading.annotation_questions import Annotated, Asker
 from concepts.reading.assembly import Pictures, check_counts, dataset
 from concepts.reading.records import Record
@@ -40,13 +41,13 @@ def coco(
         The folder that the file names are relative to.
     captions
         File with ``annotations[image_id, caption]``: adds a question for a description of each image, whose answer is
-        all of its captions.
+        all of its captions, one a line. Images without objects are then kept for their captions.
     per_image
         How many categories that are in an image are asked about, the first of the file; as many that are not are drawn.
     seed
         Decides which absent ones.
     limit
-        Keep this many images, the first with objects.
+        Keep this many images, the first with objects; with `captions` the first.
 
     Returns
     -------
@@ -72,11 +73,11 @@ def coco(
         per_image,
         seed,
         left_out,
-        {f"object:{noun}": noun for noun in held.categories.values()},
+        {f"object:{noun}": thing(noun) for noun in held.categories.values()},
     )
-    kept = dict(_kept(held, pictures, left_out, limit))
+    kept = dict(_kept(held, pictures, left_out, limit, bare=captions is not None))
     files = [file]
-    examples = [e for scene in kept.values() for e in asker.questions(scene)]
+    examples = asker.ask(kept.values())
     if captions is not None:
         files.append(Path(captions))
         examples += _described(Path(captions), kept, left_out)
@@ -136,11 +137,14 @@ def _check_references(file: Path, held: _Held) -> None:
 
 
 def _kept(
-    held: _Held, pictures: Pictures, left_out: Counter[str], limit: int | None
+    held: _Held, pictures: Pictures, left_out: Counter[str], limit: int | None, *, bare: bool
 ) -> Iterator[tuple[int, Annotated]]:
+    """Yield images with their objects; `bare` ones, without any, too."""
     count = 0
     for image, (name, where) in held.images.items():
         boxes = held.boxes.pop(image, None)
+        if boxes is None and bare:
+            boxes = array("d")
         if boxes is None:
             left_out["images without objects"] += 1
         elif limit is not None and count >= limit:
@@ -166,18 +170,18 @@ def _described(file: Path, kept: dict[int, Annotated], left_out: Counter[str]) -
     for record in stream_list(file, "annotations"):
         image, caption = _whole(record, "image_id"), record.text("caption")
         if image in kept:
-            told.setdefault(image, []).append(caption.strip())
+            told.setdefault(image, []).append(caption)
         else:
             left_out["captions of images that are not kept"] += 1
     for image, scene in kept.items():
         if image not in told:
-            left_out["images without captions"] += 1
+            left_out["images without captions"] += bool(scene.objects)
             continue
         yield Example(
             id=f"{scene.id}/caption",
             image=scene.image,
             question="Describe the image.",
-            answer=" ".join(told[image]),
+            answer="\n".join(" ".join(text.split()) for text in told[image]),
             candidates=(),
             level="object",
             kind="caption",

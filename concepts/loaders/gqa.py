@@ -81,7 +81,7 @@ def gqa(
     beyond: set[str] = set()
     scenes = _scenes(file, pictures, left_out, limit, beyond)
     if questions is None:
-        examples = [e for scene in scenes for e in asker.questions(scene)]
+        examples = asker.ask(scenes)
         return dataset("gqa", [file], pictures, examples, left_out, per_image=per_image, seed=seed)
     known = {scene.id: scene for scene in scenes}
     own = _Own(known, beyond, pictures, limit, left_out)

@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+from concepts.nouns import asked_noun
 from concepts.reading.assembly import YES_NO, Pictures, check_counts
 from concepts.reading.records import Record, read_rows, sha256
 from concepts.schema import ConceptDataset, Example
 from groundscope.core.errors import DataError
 
 SPLITS = ("random", "popular", "adversarial")
-# "imange" is in published files: the release wrote "an" for every "a" of its template.
-_QUESTION = re.compile(r"\s*is there an? (\S.*?) in the iman?ge\s*\??\s*", re.IGNORECASE)
 _ENDINGS = (".jpg", ".png", ".jpeg")
 _LONGEST_NAME = 255
 """Characters of an image's name; a longer text in a table is the image itself, as base64."""
@@ -100,8 +99,8 @@ def pope(
     for question in _numbered(islice(records, limit), split_of(file.name), truths):
         name = next((name for name in question.images if pictures.has(name)), question.images[0])
         picture = pictures.find(name, question.where, question.image_field)
-        match = _QUESTION.fullmatch(_first_line(question.text))
-        unnamed += match is None
+        noun = asked_noun(_first_line(question.text))
+        unnamed += noun is None
         true = question.answer == "yes"
         examples += [
             Example(
@@ -114,7 +113,7 @@ def pope(
                 kind="existence",
                 split=split,
                 group=picture.name,
-                labels={"object:named": true, **({} if match is None else {f"object:{match[1].lower()}": true})},
+                labels={"object:named": true, **({} if noun is None else {f"object:{noun.lower()}": true})},
             )
             for split in question.splits
         ]

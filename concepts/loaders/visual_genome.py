@@ -84,7 +84,7 @@ def visual_genome(
     stands = _relationships(Path(relationships), wanted, left_out) if relationships is not None else {}
     asker = Asker(tuple(nouns), per_image, seed, left_out)
     scenes = {s.id: s for s in _scenes(file, pictures, wanted, told, stands, left_out)}
-    examples = [e for scene in scenes.values() for e in asker.questions(scene)]
+    examples = asker.ask(scenes.values())
     if regions is not None:
         examples += _described(Path(regions), scenes, left_out)
     return dataset("visual_genome", [file, *more], pictures, examples, left_out, per_image=per_image, seed=seed)

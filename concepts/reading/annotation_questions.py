@@ -1,23 +1,25 @@
 """Yes-no questions about annotated images: is a thing there, has it a color, how do two of them stand.
 
-Each kind is asked in pairs, one question answered yes and one no, with the article and wording of POPE. Only what the
-annotation decides is asked: a thing whose name is unique in the image, with exactly one color; two such things in a
-relation that has an opposite. The rest is counted.
+Each kind is asked in pairs, one question answered yes and one no, in the wording of POPE with the number and article of the
+noun. Only what the annotation decides is asked: a thing whose name, singular or plural, is unique in the image, with exactly
+one color; two such things in a relation that has an opposite; as absent a noun that means nothing annotated in the image,
+whatever its number or synonym (`concepts.nouns.Present`). The rest is counted.
 """
 
 from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from concepts.images import FileImage
-from concepts.questions import article
+from concepts.nouns import Present, existence_question, is_the, singular, thing
 from concepts.reading.assembly import YES_NO, yes_or_no
 from concepts.schema import Example, Level, SceneObject
 
+_UNPAIRED = "objects that no absent one is left to ask beside"
 COLORS = tuple("red orange yellow green blue purple pink brown black white gray".split())
 SPELLINGS: Mapping[str, str] = MappingProxyType({"grey": "gray", "violet": "purple", **{c: c for c in COLORS}})
 """Word of an annotation to the color it means."""
@@ -91,7 +93,18 @@ class Asker:
     left_out: Counter[str]
     """Counts, by reason, what is not asked."""
     known: Mapping[str, str] | None = None
-    """``object:<noun>`` to noun, where every noun is annotated in every image that shows it: each is then a label."""
+    """``object:<noun>`` to the thing that the noun names, where every noun is annotated in every image that shows it: each is
+    then a label."""
+    unpaired: list[Example] = field(default_factory=list)
+    """Questions about present objects that lack an absent one to ask beside."""
+
+    def ask(self, scenes: Iterable[Annotated]) -> list[Example]:
+        """Return the questions of all images; those about present objects alone where no other question is possible."""
+        examples = [e for scene in scenes for e in self.questions(scene)]
+        if examples:
+            return examples
+        self.left_out[_UNPAIRED] -= len(self.unpaired)
+        return self.unpaired
 
     def questions(self, scene: Annotated) -> Iterator[Example]:
         """Yield the questions of an image; what is drawn depends on the seed and the image's id alone."""
@@ -100,29 +113,31 @@ class Asker:
             self.left_out["images without objects"] += 1
             return
         yield from self._existence(scene, chance)
-        counts = Counter(o.noun for o in scene.objects)
-        alone = {o.id: o for o in scene.objects if counts[o.noun] == 1}
+        counts = Counter(singular(o.noun) for o in scene.objects)
+        alone = {o.id: o for o in scene.objects if counts[singular(o.noun)] == 1}
         yield from self._colors(scene, alone, chance)
         yield from self._relations(scene, alone, chance)
 
     def _existence(self, scene: Annotated, chance: random.Random) -> Iterator[Example]:
         first = {o.noun: o for o in reversed(scene.objects)}
-        present = frozenset(first)
+        present = frozenset(map(thing, first))
         asked = tuple(first[noun] for noun in dict.fromkeys(o.noun for o in scene.objects))[: self.per_image]
-        absent = _draw(self.nouns, present, len(asked), chance)
-        self.left_out["objects that no absent one is left to ask beside"] += len(asked) - len(absent)
-        for thing, other in zip(asked, absent, strict=False):
-            yield self._asked(scene, thing.noun, "object", "existence", thing.noun, True, thing.id, present)
+        absent = _draw(self.nouns, Present(first).includes, len(asked), chance)
+        self.left_out[_UNPAIRED] += len(asked) - len(absent)
+        for one, other in zip(asked, absent, strict=False):
+            yield self._asked(scene, one.noun, "object", "existence", one.noun, True, one.id, present)
             yield self._asked(scene, other, "object", "existence", other, False, None, present)
+        for one in asked[len(absent) :]:
+            self.unpaired.append(self._asked(scene, one.noun, "object", "existence", one.noun, True, one.id, present))
 
     def _colors(self, scene: Annotated, alone: Mapping[str, SceneObject], chance: random.Random) -> Iterator[Example]:
         told = [o for o in scene.objects if "color" in o.attributes]
-        for thing in [o for o in told if o.id in alone][: self.per_image]:
-            own = thing.attributes["color"]
+        for one in [o for o in told if o.id in alone][: self.per_image]:
+            own = one.attributes["color"]
             other = chance.choice([c for c in COLORS if c != own])
             for color in (own, other):
-                text = f"Is the {thing.noun} {color}?"
-                yield self._asked(scene, text, "attribute", "color", own, color == own, thing.id)
+                text = f"{is_the(one.noun)} {color}?"
+                yield self._asked(scene, text, "attribute", "color", own, color == own, one.id)
         self.left_out["colors of things whose name is not unique"] += sum(o.id not in alone for o in told)
 
     def _relations(
@@ -136,7 +151,7 @@ class Asker:
         self.left_out["relations that contradict another"] += len(possible) - len(clear)
         for first, name, second in chance.sample(clear, min(self.per_image, len(clear))):
             for asked in (name, OPPOSITES[name]):
-                text = f"Is the {alone[first].noun} {asked} the {alone[second].noun}?"
+                text = f"{is_the(alone[first].noun)} {asked} the {alone[second].noun}?"
                 yield self._asked(scene, text, "relation", "relation", name, asked == name, first)
 
     def _asked(
@@ -162,7 +177,7 @@ class Asker:
         return Example(
             id=f"{scene.id}/{text}",
             image=scene.image,
-            question=f"Is there {article(text)} {text} in the image?" if kind == "existence" else text,
+            question=existence_question(text) if kind == "existence" else text,
             answer=yes_or_no(truth),
             candidates=YES_NO,
             level=level,
@@ -175,14 +190,17 @@ class Asker:
         )
 
 
-def _draw(nouns: Sequence[str], barred: frozenset[str], count: int, chance: random.Random) -> list[str]:
-    """Draw up to `count` different nouns that are not barred, all equally likely."""
-    found: dict[str, None] = {}
+def _draw(nouns: Sequence[str], barred: Callable[[str], bool], count: int, chance: random.Random) -> list[str]:
+    """Draw up to `count` nouns that are not barred and name different things, all equally likely."""
+    drawn: dict[str, str] = {}
     for _ in range(20 * count):  # nearly always enough; below is exact
         noun = chance.choice(nouns)
-        if noun not in barred:
-            found.setdefault(noun)
-        if len(found) == count:
-            return list(found)
-    free = [n for n in nouns if n not in barred and n not in found]
-    return [*found, *chance.sample(free, min(count - len(found), len(free)))]
+        if not barred(noun):
+            drawn.setdefault(thing(noun), noun)
+        if len(drawn) == count:
+            return list(drawn.values())
+    free: dict[str, str] = {}
+    for noun in nouns:
+        if not barred(noun) and thing(noun) not in drawn:
+            free.setdefault(thing(noun), noun)
+    return [*drawn.values(), *chance.sample(list(free.values()), min(count - len(drawn), len(free)))]

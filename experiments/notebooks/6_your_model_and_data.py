@@ -30,12 +30,7 @@ lines = []
 for number, example in enumerate(drawn):
     name = f"{example.group.replace('/', '-')}.png"
     example.image.load().save(folder / name)
-    noun = next(
-        label.split(":")[1] for label in example.labels if label.startswith("object:") and label != "object:named"
-    )
-    lines.append(
-        {"question_id": number, "image": name, "text": f"Is there a {noun} in the image?", "label": example.answer}
-    )
+    lines.append({"question_id": number, "image": name, "text": example.question, "label": example.answer})
 (folder / "random.json").write_text("\n".join(map(json.dumps, lines)))
 
 data = loaders.pope(folder / "random.json", folder)

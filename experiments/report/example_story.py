@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from concepts.questions import article
+from concepts.nouns import article
 from concepts.schema import ConceptDataset, Example
 from concepts.world import TYPICAL
 from experiments.report import figures

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from behavior import BehaviorResult, answer
+from behavior.chair import read_synonyms
 from behavior.comparison import change_interval
 from behavior.result import Answer
 from experiments.run.context import Context
@@ -25,11 +26,17 @@ RUNS = ("before", "after", *CONTROLS, "twin")
 
 
 def check(context: Context) -> None:
-    """Raise `ConfigError` for a condition that there is not."""
+    """Raise `ConfigError` for an unknown condition, or a list of synonyms that cannot be read or has no use."""
     for name in context.config.evaluate.conditions or ():
         if name not in RUNS:
             msg = f"evaluate.conditions: no '{name}': there are {', '.join(RUNS)}{nearest(name, RUNS)}"
             raise ConfigError(msg)
+    file, source = context.config.evaluate.synonyms, context.config.data.source
+    if file is not None and source != "coco":
+        msg = f"evaluate.synonyms={file}: captions of data={source} are not scored with it; use data=coco, or remove the option"
+        raise ConfigError(msg)
+    if file is not None:
+        read_synonyms(file)
 
 
 def wanted(context: Context) -> list[str]:
@@ -54,7 +61,8 @@ def make_behavior(context: Context, root: Path) -> str:
         results["twin"] = answer(context.twin, data, options.batch_size)
     for run, result in results.items():
         result.save(root / f"{run.replace(' ', '-')}.json")
-    rates = {run: measured(result, data) for run, result in results.items()}
+    synonyms = None if options.synonyms is None else read_synonyms(options.synonyms)
+    rates = {run: measured(result, data, synonyms) for run, result in results.items()}
     write_json(root / "rates.json", {run: {k: asdict(v) for k, v in found.items()} for run, found in rates.items()})
     changes = {
         run: {

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from behavior import BehaviorResult
+from behavior.chair import COCO_CATEGORIES, COCO_PHRASES, COCO_SYNONYMS, ChairResult, chair, score_captions
 from behavior.result import Answer
 from concepts.icons import NOUNS
+from concepts.nouns import thing
 from concepts.schema import ConceptDataset
 from groundscope.core.statistics import Estimate, estimate
 
@@ -86,19 +88,48 @@ def cost(found: Mapping[str, Estimate], before: Mapping[str, Estimate]) -> float
     return max((before[name].value - found[name].value for name in GUARDS if name in found), default=0.0)
 
 
-def measured(result: BehaviorResult, data: ConceptDataset) -> dict[str, Estimate]:
-    """Return every measure that has answers, with intervals clustered by image; captions by CHAIR."""
+def measured(
+    result: BehaviorResult, data: ConceptDataset, synonyms: Mapping[str, str] | None = None
+) -> dict[str, Estimate]:
+    """Return every measure that has answers, with intervals clustered by image; captions by CHAIR.
+
+    Parameters
+    ----------
+    result, data
+        Answers, and what was asked.
+    synonyms
+        Words for the objects of COCO's captions, `behavior.chair.COCO_SYNONYMS` by default.
+    """
     found: dict[str, Estimate] = {}
     for name, measure in MEASURES.items():
         kept = [a for a in result.answers if measure.counts(a)]
         if kept:
             found[name] = estimate([measure.value(a) for a in kept], [a.group for a in kept])
-    told = {a.id: a.text or "" for a in result.answers if a.kind == "caption"}
-    if told:
-        from behavior import chair
-
-        objects = {e.id: [o.noun for o in e.objects] for e in data if e.id in told}
-        scores = chair(told, objects, vocabulary=NOUNS)
+    if any(a.kind == "caption" for a in result.answers):
+        scores = caption_scores(result, data, synonyms)
         found["caption: invented of named (CHAIR_i)"] = scores.chair_i
+        if "loader" in data.provenance:
+            found["caption: with something invented (CHAIR_s)"] = scores.chair_s
         found["caption: named of shown (recall)"] = scores.recall
     return found
+
+
+def caption_scores(
+    result: BehaviorResult, data: ConceptDataset, synonyms: Mapping[str, str] | None = None
+) -> ChairResult:
+    """Score the captions among answers, with the words that their data have.
+
+    Captions of COCO are scored as by the released scorer, with COCO's categories, pairs of words and captions of people; those
+    of scenes with the nouns of the icons; any other with the annotated nouns and their synonyms. Only the first is comparable
+    with published figures, and only with the synonyms of the release.
+    """
+    loader = data.provenance.get("loader")
+    if loader == "coco":
+        words = COCO_SYNONYMS if synonyms is None else synonyms
+        return score_captions(result, data, words, vocabulary=COCO_CATEGORIES, phrases=COCO_PHRASES)
+    if loader is not None:
+        nouns = {o.noun for e in data for o in e.objects}
+        return score_captions(result, data, {noun: thing(noun) for noun in nouns}, variant="paper")
+    texts = {a.id: a.text or "" for a in result.answers if a.kind == "caption"}
+    objects = {e.id: [o.noun for o in e.objects] for e in data if e.id in texts}
+    return chair(texts, objects, vocabulary=NOUNS, variant="paper")

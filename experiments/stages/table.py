@@ -217,6 +217,15 @@ def _steer(context: Context, root: Path) -> str:
     return make_vector(context, root)
 
 
+def _evaluate_options(context: Context) -> object:
+    from behavior.chair import read_synonyms
+
+    options = asdict(context.config.evaluate)
+    file = options.pop("synonyms")  # without it the key is the one of runs that had no such option
+    words = {} if file is None else {"synonyms": sorted(read_synonyms(file).items())}
+    return [options | words, context.model_key()]
+
+
 def _evaluate(context: Context, root: Path) -> str:
     from experiments.stages.evaluate import make_behavior
 
@@ -236,7 +245,8 @@ def _export(context: Context, root: Path) -> str:
 
 
 def _check_evaluate(context: Context) -> None:
-    if context.config.evaluate.conditions is not None:
+    options = context.config.evaluate
+    if options.conditions is not None or options.synonyms is not None:
         from experiments.stages.evaluate import check
 
         check(context)
@@ -282,7 +292,7 @@ TABLE: Mapping[str, Stage] = MappingProxyType(
         "evaluate": Stage(
             "behavior",
             ("examples", "steer"),
-            lambda c: [asdict(c.config.evaluate), c.model_key()],
+            _evaluate_options,
             _evaluate,
             2,
             _check_evaluate,
