@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from behavior.answer_files import matched, read_answers
+from behavior.answer_files import AskedQuestion, match_answers, read_answers
 from behavior.parsing import named_parser
 from behavior.result import Answer, BehaviorResult
-from concepts.loaders.amber import described
+from concepts.loaders.amber import annotations_by_id, described
 from concepts.reading.records import read_records
-from groundscope.core.errors import DataError
+from groundscope.core.errors import ConfigError, DataError
 from groundscope.core.statistics import Estimate, estimate
 
 if TYPE_CHECKING:
@@ -24,14 +24,21 @@ DIMENSIONS: Mapping[str, str] = MappingProxyType(
 )
 """Level of a question to the benchmark's word for it."""
 FIGURES = ("accuracy", "precision", "recall", "f1")
+VARIANTS = ("release", "exact")
+"""``release``: the figures as the release prints them. ``exact``: the ratios themselves."""
 
 
 @dataclass(frozen=True)
 class AmberScores:
     """AMBER's figures, ``no`` being the positive answer, with 95 % intervals clustered by image.
 
-    An answer that is neither yes nor no is wrong, and no prediction of no. A figure that is 0 / 0 is NaN. F1 is the
-    harmonic mean itself; the release adds 0.0001 to its denominator.
+    An answer that is neither yes nor no is wrong, and no prediction of no.
+
+    ``release`` (junyangwang0410/AMBER, ``inference.py``, commit 534babf) prints per cent with one decimal; its slips are
+    kept: .001 is added to each denominator (.003 over all attributes, which is three of them), so that a figure of
+    nothing is 0; F1 is computed from the rounded precision P and recall R as 2PR / (P + R + .0001), with .001 for
+    existence, and rounded again. Here the figures are those divided by 100, and the intervals are of the exact ratios.
+    With ``exact`` a figure that is 0 / 0 is NaN.
     """
 
     n: int
@@ -69,14 +76,26 @@ class AmberResult:
         return pd.DataFrame(rows)
 
 
-def score(answers: BehaviorResult) -> AmberResult:
+def score(answers: BehaviorResult, variant: str = "release") -> AmberResult:
     """Score answers to AMBER's yes-no questions, as `concepts.loaders.amber` asks them; descriptions are passed over.
+
+    Parameters
+    ----------
+    answers
+        The answers.
+    variant
+        One of `VARIANTS`; see `AmberScores`.
 
     Raises
     ------
     DataError
         Where there is no yes-no question.
+    ConfigError
+        For an unknown variant.
     """
+    if variant not in VARIANTS:
+        msg = f"unknown variant '{variant}'; choose from {', '.join(VARIANTS)}"
+        raise ConfigError(msg)
     rows = [a for a in answers.answers if set(a.candidates) == {"yes", "no"}]
     if not rows:
         msg = "there are no answers to yes-no questions to score"
@@ -86,25 +105,36 @@ def score(answers: BehaviorResult) -> AmberResult:
         parts[dimension] = [a for a in rows if a.level == level]
     for kind in ("state", "number", "action"):
         parts[kind] = [a for a in rows if a.kind == kind]
-    return AmberResult({name: _scores(part) for name, part in parts.items() if part})
+    return AmberResult({name: _scores(name, part, variant) for name, part in parts.items() if part})
 
 
 def score_files(
-    annotations: Path | str, responses: Path | str, queries: Path | str | None = None, parser: str = "amber_release"
+    annotations: Path | str,
+    responses: Path | str,
+    queries: Path | str | None = None,
+    parser: str = "amber_release",
+    *,
+    variant: str = "release",
+    answer_field: str | None = None,
 ) -> AmberResult:
     """Score a response file that was made anywhere; neither model nor images are needed.
 
     Parameters
     ----------
     annotations
-        The benchmark's: a list whose entry number ``id`` (from 1) has ``type`` and ``truth``.
+        The benchmark's: a list of ``{id, type, truth}``, in any order; without ids, the first entry is that of id 1.
     responses
-        ``[{id, response}]``, of all or some of the yes-no questions; descriptions are passed over.
+        ``[{id, response}]``, of all or some of the yes-no questions, in any order; descriptions are passed over. Without
+        ids, one for each annotation in their order.
     queries
-        ``[{id, image, query}]``: where given, intervals are clustered by its images; else each question counts as an
-        image of its own, and intervals are too narrow.
+        ``[{id, image, query}]``: if present, intervals are clustered by its images; else each question counts as an
+        image, and intervals are too narrow.
     parser
         How responses are read, one of `behavior.parsing.PARSERS`.
+    variant
+        One of `VARIANTS`; see `AmberScores`.
+    answer_field
+        As for `behavior.answer_files.read_answers`.
 
     Raises
     ------
@@ -112,23 +142,32 @@ def score_files(
         Naming file and record: what cannot be read, an id without an annotation or answered twice, an unknown type, a
         truth that is neither yes nor no.
     ConfigError
-        For an unknown parser.
+        For an unknown parser or variant.
     """
     from behavior.result import Cost
 
     rule = named_parser(parser)
-    truths = list(read_records(Path(annotations)))
-    given = read_answers(responses)
-    every = {str(number): str(number) for number in range(1, len(truths) + 1)}
-    found = matched(given, {a.id: a.id for a in given if a.id in every} if given[0].id else every, responses)
-    images = {}
+    truths = annotations_by_id(Path(annotations))
+    given = read_answers(responses, answer_field)
+    ids = list(truths) if given[0].id is None else [str(a.id) for a in given if a.id in truths]
+    found = match_answers(given, [AskedQuestion(number) for number in ids], responses)
+    images: dict[str, str] = {}
     if queries is not None:
-        images = {r.identifier("id"): r.text("image") for r in read_records(Path(queries))}
+        for record in read_records(Path(queries)):
+            number = record.identifier("id")
+            if number in images or number not in truths:
+                what = "was already used" if number in images else "has no annotation"
+                msg = f"{record.where}: field 'id': {number} {what}"
+                raise DataError(msg)
+            images[number] = record.text("image")
     rows: list[Answer] = []
     for number, answer in found.items():
-        level, kind, truth = described(truths[int(number) - 1])
+        level, kind, truth = described(truths[number])
         if kind == "caption":
             continue
+        if queries is not None and number not in images:
+            msg = f"{queries}: no query of id '{number}', which was answered at {answer.where}"
+            raise DataError(msg)
         said = rule(answer.text)
         rows.append(
             Answer(
@@ -145,15 +184,15 @@ def score_files(
                 text=answer.text,
             )
         )
-    return score(BehaviorResult(tuple(rows), Cost(None, None, len(rows))))
+    return score(BehaviorResult(tuple(rows), Cost(None, None, len(rows))), variant)
 
 
-def _scores(rows: Sequence[Answer]) -> AmberScores:
+def _scores(part: str, rows: Sequence[Answer], variant: str) -> AmberScores:
     groups = [a.group for a in rows]
     said = [a.given == "no" for a in rows]
     true = [a.answer == "no" for a in rows]
     hits = [s and t for s, t in zip(said, true, strict=True)]
-    return AmberScores(
+    exact = AmberScores(
         n=len(rows),
         accuracy=estimate([bool(a.correct) for a in rows], groups),
         precision=estimate(hits, groups, said),
@@ -161,3 +200,22 @@ def _scores(rows: Sequence[Answer]) -> AmberScores:
         f1=estimate([2 * h for h in hits], groups, [s + t for s, t in zip(said, true, strict=True)]),
         unparsed=sum(a.given is None for a in rows),
     )
+    if variant == "exact":
+        return exact
+    # The release starts its denominators at .001, and adds up those of the three kinds of attributes.
+    start = 0.003 if part == "attribute" else 0.001
+
+    def printed(above: float, below: float) -> float:
+        return round(above / below * 100, 1) / 100
+
+    precision = printed(sum(hits), sum(said) + start)
+    recall = printed(sum(hits), sum(true) + start)
+    harmonic = printed(2 * precision * recall, precision + recall + (0.001 if part == "existence" else 0.0001))
+    accuracy = printed(sum(bool(a.correct) for a in rows), len(rows) + start)
+    values = {"accuracy": accuracy, "precision": precision, "recall": recall, "f1": harmonic}
+    return replace(exact, **{name: _with_value(getattr(exact, name), value) for name, value in values.items()})
+
+
+def _with_value(exact: Estimate, value: float) -> Estimate:
+    """Return an estimate with the printed value; its interval is that of the exact figure, widened to hold the value."""
+    return Estimate(value, min(exact.low, value), max(exact.high, value), exact.n)

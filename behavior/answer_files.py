@@ -1,166 +1,380 @@
-"""Answers that were made elsewhere, by any model, closed ones included: read from a file and scored like our own."""
+"""Answers of any model, read from a file and scored like our own: no model is needed.
+
+Answer files come in the layouts of their tools. A record often holds the question and the true answer too, under the
+names that other tools use for the model's answer. Where a record can be read in two ways it is refused, with both
+readings in the message, and `answer_field` decides.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from behavior.parsing import Parser, named_parser, read_answer
+from behavior.parsing import Parser, named_parser, parser_for, read_answer
 from behavior.result import Answer, BehaviorResult, Cost
-from concepts.reading.records import Record, read_records, sha256
+from concepts.loaders.pope import SPLITS, same_wording, splits_of
+from concepts.reading.records import Record, as_record, is_text, read_rows, sha256
 from concepts.schema import ConceptDataset, Example
 from groundscope.core.errors import DataError
 
-IDS = ("question_id", "id", "image_id")
-TEXTS = ("answer", "text", "response", "output", "caption")
-"""Names of the fields of an answer file; the first that is there counts."""
+IDS = ("question_id", "questionId", "index", "id", "image_id")
+"""Fields that may identify the question; the first that a record has counts."""
+TEXTS = ("answer", "text", "response", "output", "prediction", "caption")
+"""Fields that may hold the model's answer; a record with two of them is refused."""
+QUESTIONS = ("prompt", "question", "query")
+"""Fields that may hold the question."""
 
 
 @dataclass(frozen=True)
-class Given:
-    """What was answered to one question."""
+class AnswerRecord:
+    """One record of an answer file."""
 
     id: str | None
     """None in files without ids, whose order is that of the questions."""
     text: str
     where: str
+    """File and record, for error messages."""
     seconds: float | None = None
+    split: str | None = None
+    """POPE's split, where the record has one."""
+    question: str | None = None
+    """The question, where the record has it."""
 
 
-def read_answers(path: Path | str) -> tuple[Given, ...]:
-    """Read an answer file: JSON lines or one JSON list, each with an id and a text.
+@dataclass(frozen=True)
+class AskedQuestion:
+    """One question that an answer file must answer."""
+
+    id: str
+    aliases: tuple[str, ...] = ()
+    """Other names that an answer file may have for it."""
+    splits: tuple[str, ...] = ()
+    """The splits it is part of; with them, an id that occurs in several splits is still unique."""
+    text: str = ""
+    """Its wording; empty where it is not known."""
+    image: str = ""
+
+
+def read_answers(
+    path: Path | str, answer_field: str | None = None, *, id_field: str | None = None
+) -> tuple[AnswerRecord, ...]:
+    """Read an answer file: JSON lines, one JSON list, or a table with a heading (``.tsv``, ``.csv``).
 
     Parameters
     ----------
     path
-        Fields are ``question_id`` or ``id``, and ``answer``, ``text``, ``response`` or ``output``, or the ``image_id`` and
-        ``caption`` that scorers of captions read; ``seconds`` is optional. Without any id the order counts.
+        Each record has an id (one of `IDS`) and the model's answer (one of `TEXTS`); ``seconds`` may be there too.
+        Without any id the order counts. Layouts of other tools: LLaVA's answers (``question_id, prompt, text``), samples
+        of lmms-eval (``doc, filtered_resps``: the first filtered response, the id of ``doc``), tables of VLMEvalKit
+        (``index, prediction``; cells that pandas reads as missing are the text ``nan``), captions (``image_id,
+        caption``).
+    answer_field
+        The field with the model's answer, for records with more than one candidate, or under another name.
+    id_field
+        The field with the id; by default the first of `IDS` that is there.
 
     Raises
     ------
     DataError
-        Naming file and record: broken or cut JSON, no text, an id that was there before or is there in some only.
+        Naming file and record: broken or cut JSON, no answer, an answer that is no text, an id that occurs twice or in
+        some records only; a record that can be read in two ways, naming both; answers in another field than before.
     """
     file = Path(path)
-    found: list[Given] = []
-    seen: dict[str, str] = {}
-    for record in read_records(file):
-        number = record.identifier(*IDS) if any(name in record.values for name in IDS) else None
-        if number is not None:
-            if number in seen:
-                msg = f"{record.where}: id '{number}' was already answered, at {seen[number]}"
+    answers: list[AnswerRecord] = []
+    places: dict[tuple[str | None, str], str] = {}
+    first_field: str | None = None
+    for record in read_rows(file):
+        name, answer = _read(record, answer_field, id_field)
+        if answer.id is not None:
+            key = (answer.split, answer.id)
+            if key in places:
+                msg = f"{record.where}: id '{answer.id}' was already answered, at {places[key]}"
                 raise DataError(msg)
-            seen[number] = record.where
-        if (number is None) != (found[0].id is None if found else number is None):
+            places[key] = record.where
+        if answers and (answer.id is None) != (answers[0].id is None):
             msg = f"{record.where}: some answers have an id and some have none; give one to each, or to none"
             raise DataError(msg)
-        seconds = record.numbers("seconds")[0] if "seconds" in record.values else None
-        found.append(Given(number, _text(record), record.where, seconds))
-    if not found:
+        if first_field is not None and name != first_field:
+            msg = (
+                f"{record.where}: the answer is in field '{name}', but in '{first_field}' in the records before; "
+                "write all answers into one field"
+            )
+            raise DataError(msg)
+        first_field = name
+        answers.append(answer)
+    if not answers:
         msg = f"{file}: there is no answer in it"
         raise DataError(msg)
-    return tuple(found)
+    return tuple(answers)
 
 
-def _text(record: Record) -> str:
-    """Return what was answered; nothing at all is an answer too."""
-    text = record.field(*TEXTS)
-    if not isinstance(text, str):
-        msg = f"{record.where}: field {' or '.join(map(repr, TEXTS))} must hold text, not {str(text)[:60]}"
+def _read(record: Record, answer_field: str | None, id_field: str | None) -> tuple[str, AnswerRecord]:
+    """Return the field that holds the answer, and the record as an answer."""
+    values = record.values
+    doc = values.get("doc")
+    if isinstance(doc, dict) and ("filtered_resps" in values or "resps" in values):
+        name = answer_field or ("filtered_resps" if "filtered_resps" in values else "resps")
+        about = as_record(f"{record.where}, doc", doc)
+    else:
+        name, about = answer_field or _answer_field(record), record
+    number = _identifier(about, id_field, needed=about is not record)
+    seconds = record.numbers("seconds")[0] if "seconds" in values else None
+    if seconds is not None and seconds < 0:
+        msg = f"{record.where}: field 'seconds' must be at least 0, not {seconds:g}"
         raise DataError(msg)
-    return text
+    question = next(
+        (about.values[n] for n in QUESTIONS if n != name and is_text(about.values.get(n))),
+        None,
+    )
+    splits = splits_of(about.values.get("category"))
+    split = splits[0] if len(splits) == 1 else None
+    return name, AnswerRecord(number, _text(record, name), record.where, seconds, split, question)
 
 
-def matched(given: Iterable[Given], ids: Mapping[str, str], path: Path | str) -> dict[str, Given]:
-    """Give each question its answer.
+def _answer_field(record: Record) -> str:
+    """Return the field with the model's answer; raises `DataError` where that can be read in two ways."""
+    values = record.values
+    names = [name for name in TEXTS if name in values]
+    if not names:
+        record.field(*TEXTS)  # raises, naming the fields
+    if "index" in values and "prediction" in values:
+        return "prediction"  # a table of VLMEvalKit, whose 'answer' is the truth
+    if len(names) > 1:
+        readings = " or ".join(f"field '{name}' ({_shown(values[name])})" for name in names)
+        msg = (
+            f"{record.where}: the model's answer may be {readings}; name the one that the model wrote, "
+            f"as in answer_field='{names[-1]}'"
+        )
+        raise DataError(msg)
+    (name,) = names
+    second = _second_reading(name, values)
+    if second is not None:
+        reading, sign = second
+        msg = (
+            f"{record.where}: field '{name}' ({_shown(values[name])}) may be what the model wrote, or {reading}, which "
+            f"has '{sign}' too; if the model wrote it, say answer_field='{name}'"
+        )
+        raise DataError(msg)
+    return name
+
+
+def _second_reading(name: str, values: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Return what else a field may be, and the other field that says so; None where it can only be an answer."""
+    asked = any(question in values for question in QUESTIONS)
+    if name == "answer" and (asked or "index" in values):
+        reading, signs = "the true answer of a question table", ("image", "image_source", "category", "index")
+    elif name == "text" and not asked:
+        reading, signs = "the question of a question file", ("image", "label", "category")
+    elif name == "caption":
+        reading, signs = "the reference of an annotation file", ("id", "label") if "image_id" in values else ("label",)
+    else:
+        return None
+    sign = next((sign for sign in signs if sign in values), None)
+    return None if sign is None else (reading, sign)
+
+
+def _identifier(about: Record, id_field: str | None, *, needed: bool) -> str | None:
+    if id_field is not None:
+        return about.identifier(id_field)
+    if needed or any(name in about.values for name in IDS):
+        return about.identifier(*IDS)
+    return None
+
+
+def _text(record: Record, name: str) -> str:
+    """Return the model's answer; an empty text is an answer too."""
+    value: Any = record.field(name)
+    if record.table:
+        return "nan" if value is None else value  # as pandas reads a missing cell, and str() writes it
+    if name in {"filtered_resps", "resps"}:
+        first = value[0] if isinstance(value, list) and value else None
+        value = first[0] if isinstance(first, list) and len(first) == 1 else first
+    if not is_text(value):
+        fields = f"'{name}'" if name not in TEXTS else " or ".join(map(repr, TEXTS))
+        msg = f"{record.where}: field {fields} must hold text, not {_plain(value)}"
+        raise DataError(msg)
+    return value
+
+
+def _plain(value: object) -> str:
+    return ascii(value) if isinstance(value, str) else str(value)[:60]
+
+
+def _shown(value: object) -> str:
+    text = value if isinstance(value, str) else str(value)
+    text = text if len(text) <= 40 else f"{text[:37]}..."
+    return repr(text) if is_text(text) else ascii(text)
+
+
+def match_answers(
+    answers: Iterable[AnswerRecord], questions: Sequence[AskedQuestion], path: Path | str
+) -> dict[str, AnswerRecord]:
+    """Assign to each question its answer, by id, or by order where the answers have no ids.
 
     Parameters
     ----------
-    given
-        The answers.
-    ids
-        Id of a question, in the order of the questions, to another name that a file may have for it (or the id itself).
+    answers
+        The answers; at least one.
+    questions
+        The questions. A name that two questions share identifies neither, unless wording and image are the same.
     path
-        The answers' file, for messages.
+        The answers' file, for error messages.
+
+    Returns
+    -------
+    dict
+        Id of a question to its answer, in the order of the questions.
 
     Raises
     ------
     DataError
-        Where a question has no answer, or an answer no question.
+        Naming the record: an answer without a question, to a question that was already answered, or whose own question
+        is another; and where a question has no answer.
     """
-    answers = list(given)
-    if answers[0].id is None:
-        if len(answers) != len(ids):
-            msg = f"{path}: {len(answers)} answers without ids for {len(ids)} questions: give one for each, in their order"
+    records = list(answers)
+    matches: dict[str, AnswerRecord] = {}
+    if records[0].id is None:
+        if len(records) != len(questions):
+            msg = (
+                f"{path}: {len(records)} answers without ids for {len(questions)} questions: give one for each, in "
+                "their order"
+            )
             raise DataError(msg)
-        return dict(zip(ids, answers, strict=True))
-    names = {short: number for number, short in ids.items()} if len({*ids.values()}) == len(ids) else {}
-    names |= {number: number for number in ids}
-    found: dict[str, Given] = {}
-    for answer in answers:
-        number = names.get(str(answer.id))
-        if number is None or number in found:
-            what = "is not that of a question" if number is None else "answers a question that was already answered"
-            msg = f"{answer.where}: id '{answer.id}' {what}; ids are {', '.join(list(ids)[:3])}, …"
+        matches = {question.id: record for question, record in zip(questions, records, strict=True)}
+    else:
+        names = _names(questions)
+        for record in records:
+            qualified = [f"{record.split}/{record.id}"] if record.split else []
+            named = next((names[n] for n in (*qualified, str(record.id)) if names.get(n)), ())
+            chosen = [q for q in named if record.split is None or not q.splits or record.split in q.splits]
+            taken = next((question for question in chosen if question.id in matches), None)
+            if not chosen or taken is not None:
+                if taken is not None:
+                    what = "answers a question that was already answered"
+                elif named:
+                    what = f"has the category '{record.split}', but is that of a question of '{named[0].splits[0]}'"
+                elif str(record.id) in names:
+                    what = "is that of several questions; give ids like '<split>/<id>', or a field 'category'"
+                else:
+                    what = "is not that of a question"
+                known = ", ".join(question.id for question in questions[:3])
+                msg = f"{record.where}: id '{record.id}' {what}; ids are {known}, …"
+                raise DataError(msg)
+            matches.update((question.id, record) for question in chosen)
+        missing = [question.id for question in questions if question.id not in matches]
+        if missing:
+            msg = f"{path}: no answer to question '{missing[0]}' ({len(missing)} of {len(questions)} have none)"
             raise DataError(msg)
-        found[number] = answer
-    missing = [number for number in ids if number not in found]
-    if missing:
-        msg = f"{path}: no answer to question '{missing[0]}' ({len(missing)} of {len(ids)} have none)"
-        raise DataError(msg)
-    return found
+    for question in questions:
+        _check_wording(question, matches[question.id])
+    return {question.id: matches[question.id] for question in questions}
 
 
-def answered_elsewhere(data: ConceptDataset, path: Path | str, parser: str = "strict") -> BehaviorResult:
+def _names(questions: Sequence[AskedQuestion]) -> dict[str, tuple[AskedQuestion, ...]]:
+    """Return each name with the questions it means; no question where it means several different ones."""
+    names: dict[str, list[AskedQuestion]] = {}
+    for question in questions:
+        qualified = [f"{split}/{name}" for split in question.splits for name in (question.id, *question.aliases)]
+        for name in dict.fromkeys((question.id, *question.aliases, *qualified)):
+            names.setdefault(name, []).append(question)
+    ids = {question.id for question in questions}
+    clear: dict[str, tuple[AskedQuestion, ...]] = {}
+    for name, several in names.items():
+        own = [question for question in several if question.id == name] if name in ids else several
+        alike = bool(own[0].text) and len({(question.text, question.image) for question in own}) == 1
+        clear[name] = tuple(own) if len(own) == 1 or alike else ()
+    return clear
+
+
+def _check_wording(question: AskedQuestion, record: AnswerRecord) -> None:
+    """Refuse an answer whose own question is not the one it is joined to; a prompt without a question is no evidence."""
+    own = record.question
+    if own is None or "?" not in own or not question.text or same_wording(question.text, own):
+        return
+    named, why = (
+        ("the question", "give the answers in the order of the questions")
+        if record.id is None
+        else (f"the question of id '{record.id}'", "the ids are those of another file")
+    )
+    msg = (
+        f"{record.where}: {named} is {_shown(_first_line(own))} here, but {_shown(_first_line(question.text))} in the "
+        f"question file; {why}"
+    )
+    raise DataError(msg)
+
+
+def _first_line(text: str) -> str:
+    return re.split(r"[\r\n]", text.strip(), maxsplit=1)[0]
+
+
+def answered_elsewhere(
+    data: ConceptDataset,
+    path: Path | str,
+    parser: str | None = None,
+    *,
+    answer_field: str | None = None,
+    id_field: str | None = None,
+) -> BehaviorResult:
     """Read the answers to a dataset from a file; no model is needed.
 
     Parameters
     ----------
     data
-        What was asked.
+        The questions.
     path
-        Answers as for `read_answers`; an id may leave out the split in front (``random/17`` is also ``17``), and that of a
-        caption is also the image's (``17/caption`` is also ``17``).
+        Answers as for `read_answers`. An id may leave out the split in front (``random/17`` is also ``17``), and the
+        ``/caption`` behind the id of an image.
     parser
-        How yes-no answers are read, one of `behavior.parsing.PARSERS`; other candidates are looked for as whole words.
+        How yes-no answers are read, one of `behavior.parsing.PARSERS`; by default the rule of the benchmark that `data`
+        was loaded from (`behavior.parsing.parser_for`). Other candidates are searched as whole words.
+    answer_field, id_field
+        As for `read_answers`.
 
     Returns
     -------
     BehaviorResult
-        The answers in the order of `data`. What is none of the candidates is wrong, and counted in ``unparsed``.
+        The answers in the order of `data`. An answer that is none of the candidates is wrong, and counted in
+        ``unparsed``.
 
     Raises
     ------
     DataError
-        As `read_answers`, and where questions and answers do not belong together.
+        As `read_answers` and `match_answers`.
     ConfigError
         For an unknown parser.
     """
-    rule = named_parser(parser)
-    given = read_answers(path)
-    found = matched(given, {e.id: _short(e) for e in data}, path)
-    rows = tuple(row_of(e, found[e.id].text, rule) for e in data)
-    times = [answer.seconds for answer in given if answer.seconds is not None]
-    seconds = sum(times) if len(times) == len(given) else None
+    name = parser_for(data, parser)
+    rule = named_parser(name)
+    records = read_answers(path, answer_field, id_field=id_field)
+    questions = [
+        AskedQuestion(e.id, _aliases(e), (e.split,) if e.split in SPLITS else (), e.question, e.group) for e in data
+    ]
+    matches = match_answers(records, questions, path)
+    rows = tuple(row_of(e, matches[e.id].text, rule) for e in data)
+    times = [record.seconds for record in records if record.seconds is not None]
+    seconds = sum(times) if len(times) == len(records) else None
     provenance = {
         "answers": str(path),
         "sha256": sha256(Path(path)),
         "data": data.name,
         "data_digest": data.digest,
-        "parser": parser,
+        "parser": name,
     }
     return BehaviorResult(rows, Cost(seconds, None, len(rows)), provenance)
 
 
-def _short(example: Example) -> str:
-    """Return the other name of a question in answer files."""
+def _aliases(example: Example) -> tuple[str, ...]:
     short = example.id.removeprefix(f"{example.split}/")
-    return short.removesuffix("/caption") if example.kind == "caption" else short
+    if example.kind == "caption":
+        short = short.removesuffix("/caption")
+    return (short,) if short != example.id else ()
 
 
 def row_of(example: Example, text: str, rule: Parser) -> Answer:
-    """Return the answer to a question as a text gives it."""
+    """Return the answer to a question, read from a text by a rule."""
     given = read_answer(text, example.candidates, rule) if example.candidates else None
     return Answer(
         id=example.id,

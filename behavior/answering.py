@@ -11,7 +11,7 @@ from typing import Any
 from rich.progress import Progress
 from torch import Tensor
 
-from behavior.parsing import Parser, named_parser, read_answer
+from behavior.parsing import Parser, named_parser, parser_for, read_answer
 from behavior.result import Answer, BehaviorResult, Cost
 from concepts.schema import ConceptDataset, Example
 from groundscope.core.errors import ConfigError, DataError, ModelError
@@ -26,7 +26,7 @@ def answer(
     batch_size: int = 32,
     *,
     generate: bool = False,
-    parser: str = "pope_release",
+    parser: str | None = None,
     max_new_tokens: int = 40,
     progress: bool = True,
 ) -> BehaviorResult:
@@ -47,7 +47,8 @@ def answer(
     generate
         Let the model write its answers, and read them by the parser, also where there are candidates.
     parser
-        Name of the parser of written yes-no answers, one of `behavior.parsing.PARSERS`.
+        Name of the parser of written yes-no answers, one of `behavior.parsing.PARSERS`; by default the rule of the
+        benchmark that `data` was loaded from (`behavior.parsing.parser_for`).
     max_new_tokens
         How many tokens it may write.
     progress
@@ -89,7 +90,7 @@ def answer_each(
     *,
     logits: Callable[[Batch], Sequence[Tensor]] | None = None,
     generate: bool = False,
-    parser: str = "pope_release",
+    parser: str | None = None,
     max_new_tokens: int = 40,
     progress: bool = True,
 ) -> dict[str, BehaviorResult]:
@@ -118,6 +119,7 @@ def answer_each(
     if batch_size < 1 or max_new_tokens < 1:
         msg = f"batch_size={batch_size}, max_new_tokens={max_new_tokens}: both must be at least 1"
         raise ConfigError(msg)
+    parser = parser_for(data, parser)
     rule = named_parser(parser)
     _check(model, data, written=generate)
     chosen = [i for i, e in enumerate(data) if e.candidates and not generate]

@@ -8,16 +8,20 @@ its judge rate; figures are comparable with published ones only under the benchm
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 
 from behavior.result import BehaviorResult
-from concepts.reading.records import Record, read_records
+from concepts.reading.records import Record, is_text, read_records
 from groundscope.core.errors import ConfigError, DataError
 from groundscope.core.files import write_whole
 from groundscope.core.statistics import Estimate, cluster_bootstrap, estimate, ratio
+
+VARIANTS = ("release", "judged_only")
+"""How an unreadable verdict counts: as in the release of the benchmark, or not at all."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,8 @@ class JudgedResult:
     kinds: Mapping[str, Mapping[str, Estimate]]
     """The same by kind of question, where the requests name kinds."""
     unjudged: int
-    """Answers whose verdict is null: the judge gave none that could be read. They count nowhere else."""
+    """Answers whose verdict is null or, in a reply, unreadable. They count nowhere else, but under the variant
+    ``release`` in MMHal-Bench, which rates them 0."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "figures", MappingProxyType(dict(self.figures)))
@@ -75,6 +80,12 @@ class Benchmark:
     figures: Callable[[Sequence[Verdict]], dict[str, Estimate]]
     parts: Mapping[str, str] = field(default_factory=dict)
     """Field of a verdict to another that it may not exceed."""
+    accepted: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """Field to a wider scale that verdicts are read in, as judges leave the scale that they were given."""
+    unreadable: Mapping[str, float] | None = None
+    """The values that the release gives an answer without a readable verdict; None where it is left out."""
+    read_reply: Callable[[str], dict[str, float] | None] | None = None
+    """Reads the judge's words by the rule of the release; None for a reply that cannot be read."""
 
 
 def items_of(answers: BehaviorResult, image_content: Mapping[str, str] | None = None) -> tuple[Item, ...]:
@@ -122,27 +133,40 @@ def write_requests(path: Path | str, benchmark: str, items: Iterable[Item]) -> i
     return len(lines)
 
 
-def read_verdicts(path: Path | str, requests: Path | str) -> JudgedResult:
-    """Read what a judge said to the requests of a file, and score it.
+def read_verdicts(path: Path | str, requests: Path | str, *, variant: str = "release") -> JudgedResult:
+    """Read the verdicts of a judge on the requests of a file, and score them.
 
     Parameters
     ----------
     path
-        JSON lines or one list: ``id``, and either the benchmark's fields or ``verdict: null`` where there is none.
+        JSON lines or one list: ``id``, and either the benchmark's fields, or ``reply`` with the judge's words
+        (MMHal-Bench only), or ``verdict: null`` for a verdict that could not be read.
     requests
         The file that `write_requests` wrote.
+    variant
+        ``release``: an unreadable verdict counts as the release counts it (MMHal-Bench: rating 0); ``judged_only``: it
+        is left out.
 
     Raises
     ------
     DataError
         Naming file, record and field: a verdict to no request or given twice, a request without one, a value that is no
         number, outside its scale or larger than what it is part of; where all verdicts are null.
+    ConfigError
+        For an unknown variant.
     """
+    if variant not in VARIANTS:
+        msg = f"unknown variant '{variant}'; choose from {', '.join(VARIANTS)}"
+        raise ConfigError(msg)
     asked: dict[str, Item] = {}
     names: dict[str, None] = {}
     for record in read_records(Path(requests)):
         names.setdefault(record.text("benchmark"))
-        asked[record.identifier("id")] = _item(record)
+        number = record.identifier("id")
+        if number in asked:
+            msg = f"{record.where}: field 'id': '{number}' is that of an earlier request"
+            raise DataError(msg)
+        asked[number] = _item(record)
     if len(names) != 1:
         msg = f"{requests}: expected requests of one benchmark, found {', '.join(names) or 'none'}"
         raise DataError(msg)
@@ -155,19 +179,25 @@ def read_verdicts(path: Path | str, requests: Path | str) -> JudgedResult:
             what = "was already judged" if number in given else "is not that of a request"
             msg = f"{record.where}: field 'id': '{number}' {what}"
             raise DataError(msg)
-        none = "verdict" in record.values and record.values["verdict"] is None
-        given[number] = None if none else Verdict(asked[number], _values(record, benchmark))
+        values = _values(record, benchmark)
+        given[number] = None if values is None else Verdict(asked[number], values)
     missing = [number for number in asked if number not in given]
     if missing:
         msg = f"{path}: no verdict on '{missing[0]}' ({len(missing)} of {len(asked)} have none; write verdict: null)"
         raise DataError(msg)
-    judged = [v for v in given.values() if v is not None]
-    if not judged:
+    unjudged = sum(verdict is None for verdict in given.values())
+    if unjudged == len(given):
         msg = f"{path}: every verdict is null"
         raise DataError(msg)
+    fallback = benchmark.unreadable if variant == "release" else None
+    judged = [
+        verdict or Verdict(asked[number], fallback or {})
+        for number, verdict in given.items()
+        if verdict is not None or fallback is not None
+    ]
     kinds = [k for k in dict.fromkeys(v.item.kind for v in judged) if k]
     parts = {kind: benchmark.figures([v for v in judged if v.item.kind == kind]) for kind in kinds}
-    return JudgedResult(name, benchmark.figures(judged), parts, len(given) - len(judged))
+    return JudgedResult(name, benchmark.figures(judged), parts, unjudged)
 
 
 def _benchmark(name: str) -> Benchmark:
@@ -182,13 +212,33 @@ def _plain(item: Item) -> dict[str, str]:
 
 
 def _item(record: Record) -> Item:
-    fields = {name: str(record.field(name)) for name in _plain(Item("", "", ""))}
+    fields: dict[str, str] = {}
+    for name in _plain(Item("", "", "")):
+        value = record.field(name)
+        if not is_text(value):
+            msg = f"{record.where}: field '{name}' must hold text, not {ascii(value)[:60]}"
+            raise DataError(msg)
+        fields[name] = value
     return Item(record.identifier("id"), **fields)
 
 
-def _values(record: Record, benchmark: Benchmark) -> dict[str, float]:
+def _values(record: Record, benchmark: Benchmark) -> dict[str, float] | None:
+    """Return the values of a verdict; None where it is null or a reply that cannot be read."""
+    if "verdict" in record.values and record.values["verdict"] is None:
+        return None
+    if benchmark.read_reply is not None and "reply" in record.values:
+        both = next((name for name in benchmark.values if name in record.values), None)
+        if both is not None:
+            msg = f"{record.where}: the verdict may be field 'reply' or field '{both}'; leave one of them out"
+            raise DataError(msg)
+        reply = record.values["reply"]
+        if not is_text(reply):
+            msg = f"{record.where}: field 'reply' must hold text, not {ascii(reply)[:60]}"
+            raise DataError(msg)
+        return benchmark.read_reply(reply)
     found = dict(zip(benchmark.values, record.numbers(*benchmark.values), strict=True))
-    for name, (low, high) in benchmark.values.items():
+    for name, scale in benchmark.values.items():
+        low, high = benchmark.accepted.get(name, scale)
         if not low <= found[name] <= high:
             msg = f"{record.where}: field '{name}' is {found[name]:g}, but goes from {low:g} to {high:g}"
             raise DataError(msg)
@@ -221,8 +271,16 @@ def _mmhal(verdicts: Sequence[Verdict]) -> dict[str, Estimate]:
     return {"score": _mean(verdicts, "rating", 6), "hallucination_rate": estimate(wrong, _groups(verdicts))}
 
 
+def _mmhal_reply(reply: str) -> dict[str, float] | None:
+    """Read a reply as MMHal-Bench's release does: ``rating: s`` in any case, for exactly one s of 0 to 6."""
+    ratings = [s for s in range(7) if f"rating: {s}" in reply.lower()]
+    return {"rating": float(ratings[0])} if len(ratings) == 1 else None
+
+
 def _llava_bench(verdicts: Sequence[Verdict]) -> dict[str, Estimate]:
     own, other = _column(verdicts, "rating"), _column(verdicts, "reference_rating")
+    if not sum(other):
+        return {"relative_score": Estimate(math.nan, math.nan, math.nan, len(verdicts))}
     low, high = cluster_bootstrap(list(zip(own, other, strict=True)), _groups(verdicts), ratio)
     return {"relative_score": Estimate(100 * sum(own) / sum(other), 100 * low, 100 * high, len(verdicts))}
 
@@ -235,7 +293,7 @@ def _cceval(verdicts: Sequence[Verdict]) -> dict[str, Estimate]:
     named = _column(verdicts, "mentioned")
     wrong = _column(verdicts, "hallucinated")
     groups = _groups(verdicts)
-    words = [len(v.item.answer.split()) for v in verdicts]
+    words = [len(v.item.answer.split(" ")) for v in verdicts]  # as the release counts: two spaces enclose a word
     return {
         "chair_i": estimate(wrong, groups, named),
         "chair_s": estimate([w > 0 for w in wrong], groups),
@@ -262,6 +320,8 @@ BENCHMARKS: Mapping[str, Benchmark] = MappingProxyType(
             {"rating": (0, 6)},
             ("reference", "image_content"),
             _mmhal,
+            unreadable=MappingProxyType({"rating": 0.0}),
+            read_reply=_mmhal_reply,
         ),
         "llava_bench": Benchmark(
             "LLaVA-Bench (Liu et al. 2023, arXiv 2304.08485)",
@@ -270,6 +330,7 @@ BENCHMARKS: Mapping[str, Benchmark] = MappingProxyType(
             {"reference_rating": (1, 10), "rating": (1, 10)},
             ("reference", "image_content"),
             _llava_bench,
+            accepted=MappingProxyType({"reference_rating": (0, 10), "rating": (0, 10)}),
         ),
         "gavie": Benchmark(
             "GAVIE (Liu et al. 2023, arXiv 2306.14565)",

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from behavior.parsing import named_parser
+from behavior.parsing import DEFAULT_PARSER, named_parser, yes_no
+from behavior.pope_scores import PopeScores, scores_of
 from concepts.schema import ConceptDataset
 from groundscope.core.errors import ConfigError, DataError
 from groundscope.core.files import write_whole
@@ -27,25 +28,6 @@ if TYPE_CHECKING:
 SPLITS = ("random", "popular", "adversarial")
 Question = Mapping[str, str | int]
 """One line of a POPE file: ``question_id``, ``image``, ``text``, ``label``."""
-
-
-@dataclass(frozen=True)
-class PopeScores:
-    """POPE's figures, ``yes`` being the positive answer, with 95 % intervals clustered by image.
-
-    An answer that is neither yes nor no is wrong, and no prediction of yes: it lowers accuracy, and recall where the
-    truth is yes, but not precision. A figure that is 0 / 0 is NaN.
-    """
-
-    n: int
-    accuracy: Estimate
-    precision: Estimate
-    recall: Estimate
-    f1: Estimate
-    yes_ratio: Estimate
-    """Share of yes among the answers given, not among the true ones."""
-    unparsed: int
-    """Answers that are neither yes nor no."""
 
 
 @dataclass(frozen=True)
@@ -78,14 +60,15 @@ def pope(
     batch_size: int = 32,
     *,
     generate: bool = False,
-    parser: str = "pope_release",
+    parser: str | None = None,
     max_new_tokens: int = 40,
     progress: bool = True,
 ) -> PopeResult:
     """Ask a model the existence questions of a dataset and score its answers by split.
 
     By default the answer is read from the logit margin between yes and no, which needs no parser; `generate` lets the
-    model write, as the benchmark's release does, and `parser` says how that is read. The other parameters and the
+    model write, as the benchmark's release does, and `parser` says how that is read (``pope_release`` as the release
+    does; by default as `behavior.answer`). The other parameters and the
     errors are those of `behavior.answer`.
 
     Raises
@@ -115,13 +98,16 @@ def pope(
 def score_result(answers: BehaviorResult) -> PopeScores:
     """Score answers to yes-no questions that were already read."""
     rows = answers.answers
-    return _scores([a.given for a in rows], [a.answer for a in rows], [a.group for a in rows])
+    parser = str(answers.provenance.get("parser"))
+    released = parser == "pope_release"
+    unparsed = sum(a.given is None or (released and a.text is not None and yes_no(a.text) is None) for a in rows)
+    return scores_of([a.given for a in rows], [a.answer for a in rows], [a.group for a in rows], unparsed, parser)
 
 
 def score(
     answers: Sequence[str],
     labels: Sequence[str],
-    parser: str = "pope_release",
+    parser: str = DEFAULT_PARSER,
     groups: Sequence[str] | None = None,
 ) -> PopeScores:
     """Score answers that were made anywhere; no model is needed.
@@ -129,11 +115,12 @@ def score(
     Parameters
     ----------
     answers
-        What was written to each question.
+        The texts that answer the questions.
     labels
         ``yes`` or ``no``: the truth of each.
     parser
-        How answers are read, one of `behavior.parsing.PARSERS`.
+        How answers are read, one of `behavior.parsing.PARSERS`. By default a text that says neither yes nor no is
+        unparsed and wrong; ``pope_release`` takes it for yes, as the release does.
     groups
         The image of each question, for the intervals; without them each question counts as an image of its own.
 
@@ -156,58 +143,63 @@ def score(
         if label not in {"yes", "no"}:
             msg = f"label {number} is '{label}', neither 'yes' nor 'no'"
             raise DataError(msg)
-    return _scores([rule(text) for text in answers], labels, range(len(labels)) if groups is None else groups)
+    for number, text in enumerate(answers):
+        if not isinstance(text, str):
+            msg = f"answer {number} must be text, not {str(text)[:60]}"
+            raise DataError(msg)
+    unparsed = sum((yes_no if parser == "pope_release" else rule)(text) is None for text in answers)
+    return scores_of(
+        [rule(text) for text in answers], labels, range(len(labels)) if groups is None else groups, unparsed, parser
+    )
 
 
-def score_files(questions: Path | str, answers: Path | str, parser: str = "pope_release") -> PopeScores:
+def score_files(
+    questions: Path | str,
+    answers: Path | str,
+    parser: str = DEFAULT_PARSER,
+    *,
+    labels: Path | str | Sequence[Path | str] | None = None,
+    answer_field: str | None = None,
+    id_field: str | None = None,
+) -> PopeScores:
     """Score an answer file that was made anywhere against a question file; neither model nor images are needed.
 
     Parameters
     ----------
     questions
-        A question file in a layout that `concepts.loaders.pope` reads, of one split.
+        A question file in a layout that `concepts.loaders.pope` reads. Where its ``category`` names several splits, the
+        figures are over all lines, and by split in ``splits``; a row of several splits counts in each, and as often
+        over all, as in VLMEvalKit.
     answers
-        An answer file as for `behavior.answer_files.read_answers`; without ids, the answers are in the questions' order, as
-        the benchmark's own evaluation takes them.
+        An answer file as for `behavior.answer_files.read_answers`, joined by id: ``<split>/<id>``, or the id alone, with
+        the record's ``category`` where ids occur in several splits. Without ids, the answers are in the order of the
+        questions, as in the benchmark's own evaluation. An answer that has its question must have the same one.
     parser
-        How answers are read, one of `behavior.parsing.PARSERS`.
+        How answers are read, one of `behavior.parsing.PARSERS`. By default a text that says neither yes nor no is
+        unparsed and wrong; ``pope_release`` takes it for yes, as the release does.
+    labels
+        Label files for questions without labels, as for `concepts.loaders.pope`.
+    answer_field, id_field
+        As for `behavior.answer_files.read_answers`.
 
     Raises
     ------
     DataError
-        Naming file and record, where either cannot be read or they do not belong together.
+        Naming file and record, where a file cannot be read, can be read in two ways, or they do not belong together.
     ConfigError
         For an unknown parser.
     """
-    from behavior.answer_files import matched, read_answers
-    from concepts.loaders.pope import pope_labels
+    from behavior.pope_files import join_answers
 
-    asked = {number: (image, label) for number, image, label in pope_labels(questions)}
-    if not asked:
-        msg = f"{questions}: there is no question in it"
-        raise DataError(msg)
-    found = matched(read_answers(answers), {number: number for number in asked}, answers)
-    texts = [found[number].text for number in asked]
-    return score(texts, [label for _, label in asked.values()], parser, [image for image, _ in asked.values()])
+    named_parser(parser)
+    rows = join_answers(questions, answers, labels, answer_field, id_field)
 
+    def part(split: str | None = None) -> PopeScores:
+        chosen = [row for row in rows if split in (None, row.split)]
+        return score([r.text for r in chosen], [r.label for r in chosen], parser, [r.image for r in chosen])
 
-def _scores(given: Sequence[str | None], labels: Sequence[str], groups: Sequence[str | int]) -> PopeScores:
-    from groundscope.core.statistics import estimate
-
-    said = [g == "yes" for g in given]
-    true = [label == "yes" for label in labels]
-    right = [g == label for g, label in zip(given, labels, strict=True)]
-    hits = [s and t for s, t in zip(said, true, strict=True)]
-    return PopeScores(
-        n=len(labels),
-        accuracy=estimate(right, groups),
-        precision=estimate(hits, groups, said),
-        recall=estimate(hits, groups, true),
-        # 2 PR / (P + R) = 2 hits / (said yes + truly yes), which is a ratio of totals.
-        f1=estimate([2 * h for h in hits], groups, [s + t for s, t in zip(said, true, strict=True)]),
-        yes_ratio=estimate(said, groups),
-        unparsed=sum(g is None for g in given),
-    )
+    splits = list(dict.fromkeys(row.split for row in rows))
+    return replace(part(), splits={split: part(split) for split in splits} if len(splits) > 1 else {})
 
 
 # -- making questions ------------------------------------------------------------------------------------------------
@@ -305,8 +297,6 @@ def questions_about(
         Existence questions of the splits ``random``, ``popular`` and ``adversarial``, as a file of `write_questions`
         would give them, with the objects and boxes of `data`.
     """
-    from dataclasses import replace
-
     from concepts.nouns import asked_noun
 
     first = {e.group: e for e in reversed(data.examples)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -10,9 +11,11 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Self
 
 from behavior.parsing import YES_NO
+from concepts.reading.records import is_text
 from groundscope.core.errors import ConfigError, DataError
 from groundscope.core.files import write_whole
 from groundscope.core.statistics import Estimate, estimate
+from groundscope.core.user_files import read_json
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -240,23 +243,30 @@ class BehaviorResult:
             Naming the file, where it is missing, damaged, something else, or of another version.
         """
         try:
-            held = json.loads(Path(path).read_text(encoding="utf-8"))
+            held = read_json(path)
         except OSError as error:
             msg = f"answers '{path}' cannot be read: {error.strerror or error}"
             raise DataError(msg) from error
-        except (ValueError, RecursionError) as error:
+        except DataError as error:
             msg = f"answers '{path}' are damaged: {error}"
             raise DataError(msg) from error
         if not isinstance(held, dict) or held.get("format") != FORMAT:
             msg = f"'{path}' does not hold answers saved by BehaviorResult.save"
             raise DataError(msg)
-        if held.get("version") != VERSION:
-            msg = f"answers '{path}' are of version {held.get('version')}, this release reads {VERSION}: answer again"
+        if type(held.get("version")) is not int or held["version"] != VERSION:
+            msg = f"answers '{path}' are of version {held.get('version')!a}, this release reads {VERSION}: answer again"
             raise DataError(msg)
+        for name, kind in (("answers", list), ("cost", dict), ("provenance", dict)):
+            if not isinstance(held.get(name), kind):
+                what = "a list" if kind is list else "an object"
+                msg = f"answers '{path}' are damaged: '{name}' must be {what}, not {_shown(held.get(name))}"
+                raise DataError(msg)
+        rows = [_fields(values, _ANSWER, f"answer {n}", path) for n, values in enumerate(held["answers"], 1)]
+        answers = tuple(_answer(row) for row in rows)
+        cost = Cost(**_fields(held["cost"], _COST, "cost", path))
         try:
-            answers = tuple(_answer(values) for values in held["answers"])
-            return cls(answers, Cost(**held["cost"]), held["provenance"])
-        except (KeyError, TypeError, AttributeError) as error:
+            return cls(answers, cost, held["provenance"])
+        except DataError as error:
             msg = f"answers '{path}' are damaged: {error}"
             raise DataError(msg) from error
 
@@ -264,3 +274,61 @@ class BehaviorResult:
 def _answer(values: dict[str, Any]) -> Answer:
     lists = {name: tuple(values[name]) for name in ("candidates", "probabilities")}
     return Answer(**{**values, **lists})
+
+
+def _is_number(value: object) -> bool:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return abs(value) <= 1 << 53
+    return isinstance(value, float) and math.isfinite(value)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 1 << 53
+
+
+_TEXT = ("text", lambda v: is_text(v))
+_TEXT_OR_NULL = ("text or null", lambda v: v is None or is_text(v))
+_ANSWER: Mapping[str, tuple[str, Callable[[object], bool]]] = MappingProxyType(
+    {
+        **dict.fromkeys(("id", "group", "split", "level", "kind", "question", "answer"), _TEXT),
+        "candidates": ("a list of texts", lambda v: isinstance(v, list) and all(is_text(x) for x in v)),
+        "given": _TEXT_OR_NULL,
+        "correct": ("true, false or null", lambda v: v is None or isinstance(v, bool)),
+        "margin": ("a number or null", lambda v: v is None or _is_number(v)),
+        "probabilities": ("a list of numbers", lambda v: isinstance(v, list) and all(_is_number(x) for x in v)),
+        "prior_answer": _TEXT_OR_NULL,
+        "text": _TEXT_OR_NULL,
+    }
+)
+"""Field of an answer to what it must hold, in words and as a test."""
+_COST: Mapping[str, tuple[str, Callable[[object], bool]]] = MappingProxyType(
+    {
+        "seconds": ("a number or null", lambda v: v is None or _is_number(v)),
+        "forwards": ("a whole number or null", lambda v: v is None or _is_count(v)),
+        "answers": ("a whole number", _is_count),
+    }
+)
+
+
+def _fields(
+    values: Any, rules: Mapping[str, tuple[str, Callable[[object], bool]]], where: str, path: Path | str
+) -> dict[str, Any]:
+    """Return the fields of a stored object; raises `DataError` for one that is missing, unknown or of a wrong type."""
+    problem = None
+    if not isinstance(values, dict):
+        problem = f"must be an object, not {_shown(values)}"
+    elif missing := [name for name in rules if name not in values]:
+        problem = f"has no field '{missing[0]}'"
+    elif unknown := [name for name in values if name not in rules]:
+        problem = f"has an unknown field '{unknown[0]}'"
+    elif wrong := [name for name, (_, good) in rules.items() if not good(values[name])]:
+        problem = f"field '{wrong[0]}' must hold {rules[wrong[0]][0]}, not {_shown(values[wrong[0]])}"
+    if problem is not None:
+        msg = f"answers '{path}' are damaged: {where}: {problem}"
+        raise DataError(msg)
+    return values
+
+
+def _shown(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -95,7 +95,8 @@ def test_written_answers_are_read_by_the_named_parser(
 ) -> None:
     texts = {"existence": "No, there is not.", "what_color": "It is green.", "caption": "a car", "color": "Perhaps"}
     monkeypatch.setattr(model, "generate", lambda batch, _: [texts[e.example.kind] for e in batch.encodings])
-    release = answer(model, data, generate=True)
+    plain = answer(model, data, generate=True)
+    release = answer(model, data, generate=True, parser="pope_release")
     strict = answer(model, data, generate=True, parser="strict")
     assert {a.given for a in release.answers if a.kind == "existence"} == {"no"}
     assert {a.given for a in release.answers if a.kind == "color"} == {"yes"}
@@ -103,7 +104,10 @@ def test_written_answers_are_read_by_the_named_parser(
     assert {a.given for a in strict.answers if a.kind in {"existence", "color"}} == {None}
     assert strict.unparsed == 18
     assert not any(a.correct for a in strict.answers if a.kind == "existence")
-    assert release.provenance["parser"] == "pope_release"
+    assert (plain.provenance["parser"], release.provenance["parser"]) == ("yes_no", "pope_release")
+    # "Perhaps" is no answer, and yes by the rule of POPE's release only.
+    assert {a.given for a in plain.answers if a.kind == "existence"} == {"no"}
+    assert {a.given for a in plain.answers if a.kind == "color"} == {None}
 
 
 def test_cost_counts_forwards(model: Lvlm, data: ConceptDataset) -> None:

@@ -24,31 +24,41 @@ from groundscope.core.errors import ConfigError, DataError
 
 
 @pytest.mark.parametrize(
-    ("text", "pope_release", "mme", "strict"),
+    ("text", "pope_release", "mme", "strict", "yes_no", "vlmevalkit"),
     [
-        ("yes", "yes", "yes", "yes"),
-        ("no", "no", "no", "no"),
-        ("No", "no", "no", "no"),
-        ("NO", "yes", "no", "no"),
-        ("Yes", "yes", "yes", "yes"),
-        (" Yes.", "yes", "yes", "yes"),
-        ("No.", "no", "no", "no"),
-        ("No, there is no dog.", "no", "no", None),
-        ("There is not a dog. Yes", "no", None, None),
-        ("There is a dog. No cat.", "yes", None, None),
-        ("Yes, there is no doubt", "no", "yes", None),
-        ("nothing", "yes", "no", None),
-        ("I do not know", "no", None, None),
-        ("I cannot tell", "yes", None, None),
-        ("It's not,", "no", None, None),
-        ("no\nyes", "yes", "no", None),
-        ("", "yes", None, None),
-        ("yes..", "yes", "yes", None),
+        ("yes", "yes", "yes", "yes", "yes", "yes"),
+        ("no", "no", "no", "no", "no", "no"),
+        ("No", "no", "no", "no", "no", "no"),
+        ("NO", "yes", "no", "no", None, "no"),
+        ("Yes", "yes", "yes", "yes", "yes", "yes"),
+        (" Yes.", "yes", "yes", "yes", "yes", "yes"),
+        ("No.", "no", "no", "no", "no", "no"),
+        ("No, there is no dog.", "no", "no", None, "no", "no"),
+        ("There is not a dog. Yes", "no", None, None, "no", "yes"),
+        ("There is a dog. No cat.", "yes", None, None, None, "no"),
+        ("Yes, there is no doubt", "no", "yes", None, "no", None),
+        ("nothing", "yes", "no", None, None, None),
+        ("I do not know", "no", None, None, "no", None),
+        ("I cannot tell", "yes", None, None, None, None),
+        ("It's not,", "no", None, None, "no", None),
+        ("no\nyes", "yes", "no", None, "yes", None),
+        ("", "yes", None, None, None, None),
+        ("yes..", "yes", "yes", None, "yes", "yes"),
+        ("  Yes", "yes", None, "yes", "yes", "yes"),
+        ("**Yes**", "yes", None, None, "yes", None),
+        ("No!", "yes", "no", None, None, "no"),
+        ("None", "yes", "no", None, None, None),
     ],
 )
-def test_parsers_case_by_case(text: str, pope_release: str, mme: str | None, strict: str | None) -> None:
+def test_parsers_case_by_case(
+    text: str, pope_release: str, mme: str | None, strict: str | None, yes_no: str | None, vlmevalkit: str | None
+) -> None:
     amber = {"Yes": "yes", "No": "no"}.get(text)
-    expected = {"pope_release": pope_release, "mme": mme, "strict": strict, "amber_release": amber}
+    lmms_eval = {"yes": "yes", "no": "no"}.get(text.lower().strip())
+    expected = {
+        "pope_release": pope_release, "mme": mme, "strict": strict, "amber_release": amber, "yes_no": yes_no,
+        "lmms_eval": lmms_eval, "vlmevalkit": vlmevalkit,
+    }  # fmt: skip
     assert {name: rule(text) for name, rule in PARSERS.items()} == expected
 
 
@@ -106,7 +116,10 @@ def test_answers_that_are_neither_count_as_wrong_and_are_counted() -> None:
     assert scores.precision.value == pytest.approx(1.0)
     assert scores.recall.value == pytest.approx(1 / 2)
     assert scores.yes_ratio.value == pytest.approx(1 / 4)
-    assert score(["yes", "perhaps"], ["yes", "no"]).unparsed == 0  # the release's parser takes it for yes
+    # The rule of the release takes it for yes; it is still counted as unparsed next to that.
+    released = score(["yes", "perhaps"], ["yes", "no"], parser="pope_release")
+    assert (released.yes_ratio.value, released.unparsed) == (1.0, 1)
+    assert score(["yes", "perhaps"], ["yes", "no"]).yes_ratio.value == 0.5
 
 
 def test_undefined_figures_are_nan_and_intervals_have_a_width() -> None:

@@ -234,8 +234,60 @@ def test_gqas_own_questions(folder: Path) -> None:
     with pytest.raises(DataError, match="record 'q1': field 'types': semantic is 'smell', known are obj"):
         loaders.gqa(write(folder, GRAPHS), folder, write(folder, questions, "questions.json"))
     questions = {"q9": {"imageId": "77", "question": "?", "answer": "yes", "types": {"semantic": "obj"}}}
-    with pytest.raises(DataError, match="field 'imageId' is '77', which has no scene graph"):
+    with pytest.raises(DataError, match=r"record 'q9': field 'imageId': image .*77\.jpg' does not exist"):
         loaders.gqa(write(folder, GRAPHS), folder, write(folder, questions, "questions.json"))
+
+
+def own_question(semantic: str, answer: str, **annotations: Any) -> dict[str, Any]:
+    about = {"imageId": "1", "question": "?", "answer": answer, "types": {"semantic": semantic}}
+    return {**about, "annotations": {"answer": {}, "fullAnswer": {}, "question": annotations.get("question", {})}}
+
+
+def test_the_subject_of_gqas_own_questions_is_the_object_that_they_name(folder: Path) -> None:
+    for semantic, answer, named, subject in (
+        ("attr", "yes", {"2": "o1"}, "o1"),
+        ("rel", "no", {"10": "o1", "2:4": "o2"}, "o2"),
+        ("rel", "no", {"2": "o9", "6": "o2"}, "o2"),
+        ("attr", "no", {"2": "o9"}, None),
+        ("obj", "yes", {"3": "o1"}, "o1"),
+        # What is asked for is not there; the object that is named is another.
+        ("obj", "no", {"3": "o1"}, None),
+        ("attr", "yes", {}, None),
+    ):
+        held = {"q": own_question(semantic, answer, question=named)}
+        data = loaders.gqa(write(folder, GRAPHS), folder, write(folder, held, "questions.json"))
+        assert data[0].subject == subject
+    held = {"q": own_question("attr", "yes", question={"2": "o1"})}
+    (example,) = loaders.gqa(write(folder, GRAPHS), folder, write(folder, held, "questions.json"))
+    thing = example.named_object()
+    assert thing is not None
+    x, y, w, h = (GRAPHS["1"]["objects"]["o1"][side] for side in "xywh")
+    assert (thing.box.x0, thing.box.y0, thing.box.x1, thing.box.y1) == (x, y, x + w, y + h)
+    for wrong, words in (
+        ({"x": "o1"}, "annotations, question: 'x' is no place of a word"),
+        ({"2": None}, "annotations, question: field '2' must hold words, not null"),
+        ([1], "annotations, question: expected a JSON object"),
+    ):
+        held = {"q": own_question("attr", "yes", question=wrong)}
+        with pytest.raises(DataError, match=rf"questions\.json: record 'q', {words}"):
+            loaders.gqa(write(folder, GRAPHS), folder, write(folder, held, "questions.json"))
+
+
+def test_gqas_own_questions_without_a_scene_graph_are_kept(folder: Path) -> None:
+    held = {f"q{i}": {**own_question("attr", "yes", question={"2": "o1"}), "imageId": i} for i in ("2", "1")}
+    graphs = write(folder, {"1": GRAPHS["1"]}, "graphs.json")
+    questions = write(folder, held, "questions.json")
+    data = loaders.gqa(graphs, folder, questions)
+    assert [(e.id, e.group, len(e.objects), e.subject) for e in data] == [
+        ("q2", "2.jpg", 0, None), ("q1", "1.jpg", len(GRAPHS["1"]["objects"]), "o1"),
+    ]  # fmt: skip
+    assert data.provenance["without_scene_graph"] == 1
+    short = loaders.gqa(graphs, folder, questions, limit=1)
+    assert [e.id for e in short] == ["q1"]
+    assert left_out(short)["questions about images that are not kept"] == 1
+    assert [e.id for e in loaders.gqa(write(folder, GRAPHS), folder, questions, limit=1)] == ["q1"]
+    with pytest.raises(DataError, match="expected one JSON object with a record under each id, found a list"):
+        loaders.gqa(graphs, folder, write(folder, list(held.values()), "questions.json"))
 
 
 def test_bad_scene_graphs(folder: Path) -> None:

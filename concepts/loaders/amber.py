@@ -39,8 +39,8 @@ def amber(
     images
         The folder that the image names are relative to.
     annotations
-        A list whose entry number ``id`` (from 1) has ``type`` and ``truth``: yes or no, or for a description the words
-        that are true of the image.
+        A list of ``{id, type, truth}``, joined by ``id`` in any order; without ids, the first entry is that of id 1. The
+        truth is yes or no, or for a description the words that are true of the image.
     limit
         Keep this many queries, the first.
 
@@ -61,22 +61,22 @@ def amber(
     """
     check_counts(limit=limit)
     file, truths, pictures = Path(queries), Path(annotations), Pictures(Path(images))
-    known = list(read_records(truths))
+    known = annotations_by_id(truths)
     records = read_records(file)
-    asked: dict[int, str] = {}
+    asked: dict[str, str] = {}
     examples: list[Example] = []
     for record in islice(records, limit):
-        number = _number(record, len(known), truths)
+        number = _number(record, known, truths)
         if number in asked:
             msg = f"{record.where}: field 'id': {number} was already used, at {asked[number]}"
             raise DataError(msg)
         asked[number] = record.where
-        truth = known[number - 1]
+        truth = known[number]
         level, kind, answer = described(truth)
         picture = pictures.find(record.text("image"), record.where)
         examples.append(
             Example(
-                id=str(number),
+                id=number,
                 image=picture,
                 question=record.text("query"),
                 answer=answer,
@@ -107,9 +107,39 @@ def described(truth: Record) -> tuple[Level, str, str]:
     return (*DISCRIMINATIVE[kind], answer)
 
 
-def _number(record: Record, count: int, truths: Path) -> int:
+def annotations_by_id(path: Path) -> dict[str, Record]:
+    """Return AMBER's annotations by id.
+
+    The release takes entry number ``id - 1``, which is the same for its own file; here an annotation belongs to the id
+    that it names, whatever its place. In a file without ids the place counts.
+
+    Raises
+    ------
+    DataError
+        Naming file and record: what cannot be read, an id that occurs twice, or in some annotations only.
+    """
+    records: dict[str, Record] = {}
+    named: bool | None = None
+    for place, record in enumerate(read_records(path), 1):
+        if named is None:
+            named = "id" in record.values
+        if named != ("id" in record.values):
+            msg = f"{record.where}: some annotations have a field 'id' and some have none; give one to each, or to none"
+            raise DataError(msg)
+        number = record.identifier("id") if named else str(place)
+        if number in records:
+            msg = f"{record.where}: field 'id': {number} was already used, at {records[number].where}"
+            raise DataError(msg)
+        records[number] = record
+    return records
+
+
+def _number(record: Record, known: Mapping[str, Record], truths: Path) -> str:
     text = record.identifier("id")
-    if not text.isdecimal() or not 1 <= int(text) <= count:
-        msg = f"{record.where}: field 'id' is '{text[:40]}', but '{truths}' has annotations 1 to {count}"
+    if text not in known:
+        ids = sorted(int(number) for number in known if number.isdecimal() and len(number) < 20)
+        msg = f"{record.where}: field 'id' is '{text[:40]}', but '{truths}' has " + (
+            f"annotations {ids[0]} to {ids[-1]}" if ids else "no annotation with a number"
+        )
         raise DataError(msg)
-    return int(text)
+    return text

@@ -120,7 +120,11 @@ def _thing(number: int, value: Record) -> SceneObject:
             msg = f"{value.where}: field '{name}' is '{word[:40]}', known are {', '.join(VALUES[name])}"
             raise DataError(msg)
     place = value.list("pixel_coords")
-    x, y = Record(value.where, dict(zip(("x", "y"), place, strict=False))).numbers("x", "y")
+    if len(place) not in (2, 3):
+        msg = f"{value.where}: field 'pixel_coords' must hold x, y and the depth, not {len(place)} values"
+        raise DataError(msg)
+    names = ("x", "y", "depth")[: len(place)]
+    x, y, *_ = Record(f"{value.where}, pixel_coords", dict(zip(names, place, strict=True))).numbers(*names)
     shape = found.pop("shape")
     return SceneObject(str(number), shape, Box(x, y, x + 1, y + 1), found)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,14 +98,10 @@ def _read(file: Path) -> _Held:
     for entry in stream(file):
         if entry.key == "images":
             record = entry.record()
-            if record.values.get("id") in held.images:
-                _twice(record)
-            held.images[_whole(record, "id")] = (record.text("file_name"), record.where)
+            held.images[_new(record, held.images)] = (record.text("file_name"), record.where)
         elif entry.key == "categories":
             record = entry.record()
-            if record.values.get("id") in held.categories:
-                _twice(record)
-            held.categories[_whole(record, "id")] = record.text("name").strip().lower()
+            held.categories[_new(record, held.categories)] = record.text("name").strip().lower()
         elif entry.key == "annotations":
             record = entry.record()
             box = Record(record.where, dict(zip("xywh", _four(record), strict=True))).numbers(*"xywh")
@@ -211,6 +207,10 @@ def _whole(record: Record, name: str) -> int:
     return value
 
 
-def _twice(record: Record) -> None:
-    msg = f"{record.where}: field 'id': {record.values['id']} was already used"
-    raise DataError(msg)
+def _new(record: Record, known: Container[int]) -> int:
+    """Return the id of a record; raises `DataError` where it is already known."""
+    number = _whole(record, "id")
+    if number in known:
+        msg = f"{record.where}: field 'id': {number} was already used"
+        raise DataError(msg)
+    return number

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 
 from concepts.reading.annotation_questions import RELATION_NAMES, SPELLINGS, Annotated, Asker
 from concepts.reading.assembly import YES_NO, Pictures, check_counts, dataset
 from concepts.reading.records import Record, as_record
-from concepts.reading.streams import stream
+from concepts.reading.streams import stream_keyed
 from concepts.schema import Box, ConceptDataset, Example, Level, SceneObject
 from groundscope.core.errors import DataError
 
@@ -42,27 +44,29 @@ def gqa(
     images
         Folder with ``<image id>.jpg``.
     questions
-        ``{question id: {imageId, question, answer, types: {semantic}}}``: GQA's own questions instead of made ones;
-        those that are answered yes or no are kept.
+        ``{question id: {imageId, question, answer, types: {semantic}, annotations: {question}}}``: GQA's own questions
+        instead of made ones; those that are answered yes or no are kept. A question about an image without a scene graph
+        is kept too, without objects, and counted in the provenance (``without_scene_graph``).
     per_image
         Pairs of made questions of each level an image gets at most; see `concepts.reading.annotation_questions`.
     seed
         Decides what is drawn.
     limit
-        Keep this many images, the first.
+        Keep this many images, the first; images without a scene graph follow those with one.
 
     Returns
     -------
     ConceptDataset
-        Yes-no questions of every level, with objects and boxes. An attribute that is a color is kept under ``color``
-        where the object has one only, any other under its own name.
+        Yes-no questions of every level, with objects and boxes. The subject of one of GQA's own questions is the first
+        object that its ``annotations.question`` names; an object that is asked for and absent is no subject. An attribute
+        that is a color is kept under ``color`` where the object has one only, any other under its own name.
 
     Raises
     ------
     DataError
         Naming file, record and field: a file that is cut or broken, a field that is missing or of the wrong kind, a
-        relation to an object that is not there, a question about an image without a scene graph or of an unknown type,
-        an image that is missing, unreadable or outside the folder.
+        relation to an object that is not there, a question of an unknown type, an image that is missing, unreadable or
+        outside the folder.
     ConfigError
         For a limit or number of questions below 1.
     """
@@ -70,29 +74,36 @@ def gqa(
     file, pictures = Path(scene_graphs), Pictures(Path(images))
     left_out: Counter[str] = Counter({_BEYOND: 0, "attributes that are no color": 0, "relations without opposite": 0})
     nouns: dict[str, None] = {}
-    for entry in stream(file):
-        for _, thing in _objects(entry.record()):
+    for _, record in stream_keyed(file):
+        for _, thing in _objects(record):
             nouns.setdefault(thing.text("name").strip().lower())
     asker = Asker(tuple(nouns), per_image, seed, left_out)
-    scenes = _scenes(file, pictures, left_out, limit)
+    beyond: set[str] = set()
+    scenes = _scenes(file, pictures, left_out, limit, beyond)
     if questions is None:
         examples = asker.ask(scenes)
         return dataset("gqa", [file], pictures, examples, left_out, per_image=per_image, seed=seed)
     known = {scene.id: scene for scene in scenes}
-    examples = list(_own(Path(questions), known, left_out))
-    return dataset("gqa", [file, Path(questions)], pictures, examples, left_out)
+    own = _Own(known, beyond, pictures, limit, left_out)
+    examples = list(own.examples(Path(questions)))
+    return dataset(
+        "gqa", [file, Path(questions)], pictures, examples, left_out, without_scene_graph=own.without_scene_graph
+    )
 
 
-def _scenes(file: Path, pictures: Pictures, left_out: Counter[str], limit: int | None) -> Iterator[Annotated]:
-    for count, entry in enumerate(stream(file)):
+def _scenes(
+    file: Path, pictures: Pictures, left_out: Counter[str], limit: int | None, beyond: set[str]
+) -> Iterator[Annotated]:
+    """Yield the images of a file; the ids of those beyond the limit are added to `beyond`."""
+    for count, (image, record) in enumerate(stream_keyed(file)):
         if limit is not None and count >= limit:
             left_out[_BEYOND] += 1
+            beyond.add(image)
             continue
-        record = entry.record()
         objects = dict(_objects(record))
         things = tuple(_thing(key, value, left_out) for key, value in objects.items())
         relations = tuple(r for key, value in objects.items() for r in _relations(key, value, objects, left_out))
-        yield Annotated(str(entry.key), pictures.find(f"{entry.key}.jpg", record.where), things, relations)
+        yield Annotated(image, pictures.find(f"{image}.jpg", record.where), things, relations)
 
 
 def _objects(record: Record) -> Iterator[tuple[str, Record]]:
@@ -141,34 +152,84 @@ def _relations(
             left_out["relations without opposite"] += 1
 
 
-def _own(file: Path, known: Mapping[str, Annotated], left_out: Counter[str]) -> Iterator[Example]:
-    for entry in stream(file):
-        record = entry.record()
-        image, answer = record.identifier("imageId"), record.text("answer").strip().lower()
-        semantic = as_record(f"{record.where}, types", record.field("types")).text("semantic")
-        if semantic not in LEVEL_OF:
-            msg = f"{record.where}: field 'types': semantic is '{semantic[:60]}', known are {', '.join(LEVEL_OF)}"
-            raise DataError(msg)
-        if image not in known:
-            if not left_out[_BEYOND]:
-                msg = f"{record.where}: field 'imageId' is '{image}', which has no scene graph"
+@dataclass
+class _Own:
+    """Reads GQA's own questions."""
+
+    known: Mapping[str, Annotated]
+    beyond: AbstractSet[str]
+    """Images that have a scene graph and are not kept."""
+    pictures: Pictures
+    limit: int | None
+    left_out: Counter[str]
+    without_scene_graph: int = 0
+    """Questions that are kept though their image has no scene graph."""
+    bare: dict[str, Annotated] = field(default_factory=dict)
+    """Images without a scene graph."""
+
+    def examples(self, file: Path) -> Iterator[Example]:
+        """Yield the questions that are answered yes or no."""
+        for number, record in stream_keyed(file):
+            image, answer = record.identifier("imageId"), record.text("answer").strip().lower()
+            semantic = as_record(f"{record.where}, types", record.field("types")).text("semantic")
+            if semantic not in LEVEL_OF:
+                msg = f"{record.where}: field 'types': semantic is '{semantic[:60]}', known are {', '.join(LEVEL_OF)}"
                 raise DataError(msg)
-            left_out["questions about images that are not kept"] += 1
-            continue
-        if answer not in YES_NO:
-            left_out["questions not answered yes or no"] += 1
-            continue
-        level = LEVEL_OF[semantic]
-        yield Example(
-            id=str(entry.key),
-            image=known[image].image,
-            question=record.text("question"),
-            answer=answer,
-            candidates=YES_NO,
-            level=level,
-            kind=f"gqa_{semantic}",
-            split="neutral",
-            group=known[image].image.name,
-            labels={f"{level}:named": answer == "yes"},
-            objects=known[image].objects,
-        )
+            level = LEVEL_OF[semantic]
+            if answer not in YES_NO:
+                self.left_out["questions not answered yes or no"] += 1
+                continue
+            scene = self._scene(image, record)
+            if scene is None:
+                self.left_out["questions about images that are not kept"] += 1
+                continue
+            self.without_scene_graph += image in self.bare
+            absent = level == "object" and answer == "no"
+            yield Example(
+                id=number,
+                image=scene.image,
+                question=record.text("question"),
+                answer=answer,
+                candidates=YES_NO,
+                level=level,
+                kind=f"gqa_{semantic}",
+                split="neutral",
+                group=scene.image.name,
+                labels={f"{level}:named": answer == "yes"},
+                objects=scene.objects,
+                subject=None if absent else self._subject(record, scene),
+            )
+
+    def _scene(self, image: str, record: Record) -> Annotated | None:
+        """Return an image with its objects, without any where it has no scene graph; None beyond the limit."""
+        if image in self.known:
+            return self.known[image]
+        if image in self.beyond:
+            return None
+        if image not in self.bare:
+            if self.limit is not None and len(self.known) + len(self.bare) >= self.limit:
+                return None
+            self.bare[image] = Annotated(image, self.pictures.find(f"{image}.jpg", record.where, "imageId"), ())
+        return self.bare[image]
+
+    def _subject(self, record: Record, scene: Annotated) -> str | None:
+        """Return the first object, in the order of the words, that the question names and the scene graph has."""
+        annotations = record.values.get("annotations")
+        if annotations is None:
+            return None
+        about = as_record(f"{record.where}, annotations", annotations)
+        if about.values.get("question") is None:
+            return None
+        named = as_record(f"{about.where}, question", about.values["question"])
+        first_words: dict[str, int] = {}
+        for words in named.values:  # '2' or '4:6', the places of words
+            start = words.partition(":")[0]
+            if not (start.isascii() and start.isdecimal() and len(start) < 6):
+                msg = f"{named.where}: '{words[:40]}' is no place of a word, such as '2' or '4:6'"
+                raise DataError(msg)
+            first_words[words] = int(start)
+        there = {thing.id for thing in scene.objects}
+        ids = [named.identifier(words) for words in sorted(first_words, key=first_words.__getitem__)]
+        if ids and not there & set(ids):
+            self.left_out["objects that a question names and no scene graph has"] += 1
+        return next((number for number in ids if number in there), None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
@@ -31,16 +31,24 @@ COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation
 """Subtasks about what follows from an image, not what is in it; they have no level."""
 
 
+_ENDINGS = (".jpg", ".png", ".jpeg")
+_IMAGES, _QUESTIONS = "images", "questions_answers_YN"
+"""Folders inside a subtask's folder of the release; some subtasks have images and questions side by side instead."""
+
+
 def mme(questions: Path | str, images: Path | str, *, limit: int | None = None) -> ConceptDataset:
     r"""Read MME questions.
 
     Parameters
     ----------
     questions
-        A file of one subtask, or a folder of them: lines ``image \t question \t answer``, the name of the file that of
-        the subtask (``existence.txt``). A fourth column, an answer, is ignored here.
+        A file of one subtask or a folder of such files: lines ``image \t question \t answer``, the file named like the
+        subtask (``existence.txt``); a fourth column, a response, is ignored. Or the folder of the release, with a folder
+        for each subtask that has a file of lines ``question \t answer`` for each image, next to the image
+        (``existence/0001.txt``) or in ``questions_answers_YN``.
     images
-        The folder that the image names are relative to, or one with a folder of images for each subtask.
+        The folder that the image names are relative to, or one with a folder for each subtask, which may have its images
+        in ``images``, as the release has it.
     limit
         Keep this many questions of each subtask, the first.
 
@@ -60,19 +68,18 @@ def mme(questions: Path | str, images: Path | str, *, limit: int | None = None) 
     """
     check_counts(limit=limit)
     pictures = Pictures(Path(images))
-    files = subtask_files(Path(questions))
+    sources = _sources(Path(questions))
     left_out: Counter[str] = Counter({"questions of cognition": 0, "questions beyond the limit": 0})
     examples: list[Example] = []
-    for file in files:
-        subtask = subtask_of(file)
+    for subtask, (folder, files) in sources.items():
         asked: dict[tuple[str, str], str] = {}
-        folder = f"{file.stem}/" if (pictures.folder / file.stem).is_dir() else ""
-        for number, record in enumerate(read_table(file, ("image", "question", "answer"), spare=("given",)), 1):
+        for number, record in enumerate(_records(files, released=folder is not None), 1):
             if subtask not in LEVEL_OF or (limit is not None and number > limit):
                 left_out["questions of cognition" if subtask not in LEVEL_OF else "questions beyond the limit"] += 1
                 continue
             level, answer = LEVEL_OF[subtask], answer_of(record)
-            picture = pictures.find(folder + record.text("image"), record.where)
+            name = _image_name(record, folder or files[0].stem, pictures, released=folder is not None)
+            picture = pictures.find(name, record.where)
             question = record.text("question").strip()
             if (picture.name, question) in asked:
                 msg = (
@@ -94,24 +101,78 @@ def mme(questions: Path | str, images: Path | str, *, limit: int | None = None) 
                     labels={f"{level}:named": answer == "yes"},
                 )
             )
-    return dataset("mme", files, pictures, examples, left_out)
+    return dataset("mme", [file for _, files in sources.values() for file in files], pictures, examples, left_out)
 
 
-def subtask_files(path: Path) -> Sequence[Path]:
-    """Return the file, or the ``.txt`` files of a folder; raises `DataError` where there are none."""
+def _sources(path: Path) -> dict[str, tuple[str | None, list[Path]]]:
+    """Return each subtask with its folder in the release, None for one file a subtask, and its files."""
+    folders = sorted(part for part in path.iterdir() if part.is_dir()) if path.is_dir() else []
+    if not folders or any(path.glob("*.txt")):
+        return {subtask: (None, [file]) for subtask, file in subtask_files(path).items()}
+    sources: dict[str, tuple[str | None, list[Path]]] = {}
+    for folder in folders:
+        name = _subtask_name(folder.name)
+        inner = folder / _QUESTIONS if (folder / _QUESTIONS).is_dir() else folder
+        files = sorted(inner.glob("*.txt"))
+        if name is not None and files:
+            sources[name] = folder.name, files
+    if not sources:
+        msg = f"folder '{path}' holds no folder of a subtask, as in existence, with questions in .txt files"
+        raise DataError(msg)
+    return sources
+
+
+def _records(files: Sequence[Path], *, released: bool) -> Iterator[Record]:
+    for file in files:
+        if not released:
+            yield from read_table(file, ("image", "question", "answer"), spare=("given",))
+            continue
+        for record in read_table(file, ("question", "answer")):
+            yield Record(record.where, {"image": file.stem, **record.values})
+
+
+def _image_name(record: Record, folder: str, pictures: Pictures, *, released: bool) -> str:
+    """Return the name of an image under the folder of images, where it may be in a folder of its subtask."""
+    image = record.text("image")
+    names = [f"{image}{ending}" for ending in (_ENDINGS if released else ("",))]
+    names = [*(f"{folder}/{name}" for name in names), *(f"{folder}/{_IMAGES}/{name}" for name in names), *names]
+    missing = names[0] if (pictures.folder / folder).is_dir() else names[-1]
+    return next((name for name in names if pictures.has(name)), missing)
+
+
+def subtask_files(path: Path) -> dict[str, Path]:
+    """Return each subtask with its file: the file itself, or the ``.txt`` files of a folder.
+
+    Raises
+    ------
+    DataError
+        For a folder without any, an unknown subtask, two files of one subtask.
+    """
     files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
     if not files:
         msg = f"folder '{path}' holds no .txt file of a subtask, as in existence.txt"
         raise DataError(msg)
-    return files
+    named: dict[str, Path] = {}
+    for file in files:
+        if named.setdefault(subtask_of(file), file) != file:
+            msg = f"'{file}' and '{named[subtask_of(file)]}' are both of subtask '{subtask_of(file)}'; keep one of them"
+            raise DataError(msg)
+    return named
+
+
+def _subtask_name(stem: str) -> str | None:
+    """Return the subtask that a name means, or None."""
+    name = stem.strip().lower()
+    name = "color" if name == "colour" else name
+    return name if name in LEVEL_OF or name in COGNITION else None
 
 
 def subtask_of(file: Path) -> str:
-    """Return the subtask that a file is called; raises `DataError` for one that there is not."""
-    name = file.stem.strip().lower()
-    name = "color" if name == "colour" else name
-    if name not in LEVEL_OF and name not in COGNITION:
-        msg = f"'{file}': there is no subtask '{name}'; there are {', '.join((*LEVEL_OF, *COGNITION))}"
+    """Return the subtask that a file is named after; raises `DataError` for an unknown one."""
+    name = _subtask_name(file.stem)
+    if name is None:
+        known = ", ".join((*LEVEL_OF, *COGNITION))
+        msg = f"'{file}': there is no subtask '{file.stem.strip().lower()}'; there are {known}"
         raise DataError(msg)
     return name
 

@@ -61,7 +61,7 @@ def sugarcrepe(
         msg = f"level={level}: the name of '{file.name}' does not end in _obj, _att or _rel; say level='attribute', say"
         raise ConfigError(msg)
     chosen: Level = about
-    entries = stream(file)
+    entries = stream(file, whole=True)
 
     def questions() -> Iterator[Example]:
         for number, entry in enumerate(islice(entries, limit)):

@@ -129,7 +129,7 @@ def _scenes(
 def _image(image: str, pictures: Pictures, record: Record) -> FileImage:
     """Find an image where it lies; one that is nowhere is named as if it lay in the folder itself."""
     names = [f"{folder}{image}.jpg" for folder in _FOLDERS]
-    there = next((name for name in names if (pictures.folder / name).is_file()), names[0])
+    there = next((name for name in names if pictures.has(name)), names[0])
     return pictures.find(there, record.where, "image_id")
 
 
@@ -142,7 +142,7 @@ def _attributes(file: Path, wanted: Mapping[str, None], left_out: Counter[str]) 
             continue
         held = found.setdefault(image, {})
         for thing in record.records("attributes"):
-            if thing.values.get("attributes"):
+            if thing.values.get("attributes") is not None:  # many things have none
                 words = [w.strip().lower() for w in thing.words("attributes")]
                 held.setdefault(thing.identifier("object_id"), []).extend(words)
     return found

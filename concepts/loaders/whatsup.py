@@ -71,7 +71,7 @@ def whatsup(
     def questions() -> Iterator[Example]:
         for number, entry in enumerate(islice(entries, limit), 1):
             image, true, false = _read(entry, pattern)
-            picture = pictures.find(_there(image, pictures.folder), entry.where)
+            picture = pictures.find(_there(image, pictures), entry.where)
             left_out["false captions, where one is asked about"] += further(false, form)
             named = preposition(picture.name)
             labels = {f"relation:{named}": True} if named and isinstance(entry.value, dict) else {}
@@ -112,6 +112,6 @@ def _triple(entry: Entry, value: list[Any], pattern: str | None) -> tuple[str, s
     return NAMES[pattern] % int(number), record.text("true"), (record.text("false"),)
 
 
-def _there(name: str, folder: Path) -> str:
+def _there(name: str, pictures: Pictures) -> str:
     shorter = name.removeprefix("data/")
-    return shorter if shorter != name and not (folder / name).exists() else name
+    return shorter if shorter != name and not pictures.has(name) else name

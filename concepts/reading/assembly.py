@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +35,10 @@ class Pictures:
             msg = f"image folder '{self.folder}' does not exist"
             raise DataError(msg)
         self._root = self.folder.resolve()
+
+    def has(self, name: str) -> bool:
+        """Say whether the folder has a file of this name; the name may be any text."""
+        return os.path.isfile(os.path.join(self.folder, name))  # noqa: PTH113, PTH118  # Path raises for some names
 
     def find(self, name: str, where: str, name_of_field: str = "image") -> FileImage:
         """Return the image of a record; raises `DataError` naming it where the path leaves the folder."""

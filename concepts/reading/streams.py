@@ -12,10 +12,11 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
+from typing import IO, TYPE_CHECKING, Any, NoReturn
 
-from concepts.reading.records import Record, as_record, readable, skip_mark
+from concepts.reading.records import Record, as_record, is_text, readable, refuse_constant, skip_mark
 from groundscope.core.errors import DataError
+from groundscope.core.user_files import open_regular, unique_keys
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -44,28 +45,28 @@ class Entry:
         return as_record(self.where, self.value)
 
 
-def stream(path: Path) -> Iterator[Entry]:
+def stream(path: Path, *, whole: bool = False) -> Iterator[Entry]:
     """Yield what a JSON file holds, in its order, one piece at a time.
 
     A file that is one list gives its entries. A file that is one object gives, key by key, the entries of a list, or
-    what else stands there as one value.
+    any other value as one piece; with `whole`, a list under a key is one piece too.
 
     Raises
     ------
     DataError
-        Naming file, record and byte: it cannot be read, is cut, broken or not UTF-8, holds something else, a key twice,
-        or one record of more than `LARGEST_RECORD` characters.
+        Naming file, record and byte: it is not a regular file, cannot be read, is cut, broken or not UTF-8, holds
+        something else, a key twice in one object, or one record of more than `LARGEST_RECORD` characters.
     """
     from rich.console import Console
     from rich.progress import Progress
 
     console = Console(stderr=True)
-    with readable(path), path.open("rb") as file:
+    with readable(path), open_regular(path) as file:
         skip_mark(file)
         size = path.stat().st_size
         with Progress(console=console, transient=True, disable=not console.is_terminal or size < _SLOW) as bar:
             bar.add_task(f"reading {path.name}", total=size)
-            yield from _Scanner(path, file, bar).entries()
+            yield from _Scanner(path, file, bar, whole).entries()
 
 
 def stream_list(path: Path, key: str | None = None) -> Iterator[Record]:
@@ -88,6 +89,21 @@ def stream_list(path: Path, key: str | None = None) -> Iterator[Record]:
         raise DataError(msg)
 
 
+def stream_keyed(path: Path) -> Iterator[tuple[str, Record]]:
+    """Yield the JSON objects of a file that holds one under each key.
+
+    Raises
+    ------
+    DataError
+        As for `stream`; where a value is no JSON object, or the file is a list.
+    """
+    for entry in stream(path, whole=True):
+        if entry.key is None:
+            msg = f"{path}: expected one JSON object with a record under each id, found a list"
+            raise DataError(msg)
+        yield entry.key, entry.record()
+
+
 def missing_list(key: str | None) -> str:
     """Say that a list is not there, or empty."""
     return f"there is nothing in the list '{key}'" if key else "expected one JSON list"
@@ -96,10 +112,10 @@ def missing_list(key: str | None) -> str:
 class _Scanner:
     """A window on a file, and a place in it."""
 
-    def __init__(self, path: Path, file: BinaryIO, bar: Progress) -> None:
-        self._path, self._file, self._bar = str(path), file, bar
+    def __init__(self, path: Path, file: IO[bytes], bar: Progress, whole: bool) -> None:
+        self._path, self._file, self._bar, self._whole = str(path), file, bar, whole
         self._utf8 = codecs.getincrementaldecoder("utf-8")()
-        self._decoder = json.JSONDecoder(parse_constant=_no_constant)
+        self._decoder = json.JSONDecoder(parse_constant=refuse_constant, object_pairs_hook=unique_keys)
         self._text, self._at, self._ended = "", 0, False
         self._read = file.tell()
         """Bytes read so far."""
@@ -125,15 +141,15 @@ class _Scanner:
             self._next()
             self._what = f"key {len(seen) + 1}"
             key = self._value()
-            if not isinstance(key, str):
-                self._fail("expected a key in quotes")
+            if not is_text(key):
+                self._fail("expected a key in quotes, of whole characters")
             self._what = f"record '{key}'"
             if key in seen:
                 self._fail("this key was already used")
             seen.add(key)
             self._next()
             self._expect(":", "':'")
-            if self._next() == "[":
+            if self._next() == "[" and not self._whole:
                 yield from self._list(key)
             else:
                 yield Entry(key, self._value(), f"{self._path}: {self._what}")
@@ -219,8 +235,3 @@ class _Scanner:
             reason = f"more than {LARGEST_RECORD} characters in one record, or broken: {reason}"
         msg = f"{self._path}: {self._what}: JSON that cannot be read at byte {byte + 1}: {reason}"
         raise DataError(msg)
-
-
-def _no_constant(name: str) -> NoReturn:
-    msg = f"{name} is no number of JSON"
-    raise ValueError(msg)

@@ -120,10 +120,11 @@ def read_json(
 
 def parse_json(text: str) -> Any:
     """Parse JSON; raises ValueError also for a key that occurs twice in one object, which Python would drop silently."""
-    return json.loads(text, object_pairs_hook=_unique_keys)
+    return json.loads(text, object_pairs_hook=unique_keys)
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the pairs of a JSON object as a dict: an `object_pairs_hook` that raises ValueError for a repeated key."""
     table = dict(pairs)
     if len(table) < len(pairs):
         keys = [key for key, _ in pairs]
