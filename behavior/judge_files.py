@@ -80,6 +80,8 @@ class Benchmark:
     figures: Callable[[Sequence[Verdict]], dict[str, Estimate]]
     parts: Mapping[str, str] = field(default_factory=dict)
     """Field of a verdict to another that it may not exceed."""
+    optional: tuple[str, ...] = ()
+    """Fields of a verdict that may be left out, all of them in every verdict."""
     accepted: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     """Field to a wider scale that verdicts are read in, as judges leave the scale that they were given."""
     unreadable: Mapping[str, float] | None = None
@@ -173,6 +175,7 @@ def read_verdicts(path: Path | str, requests: Path | str, *, variant: str = "rel
     name = next(iter(names))
     benchmark = _benchmark(name)
     given: dict[str, Verdict | None] = {}
+    first: dict[str, float] | None = None
     for record in read_records(Path(path)):
         number = record.identifier("id")
         if number not in asked or number in given:
@@ -180,6 +183,11 @@ def read_verdicts(path: Path | str, requests: Path | str, *, variant: str = "rel
             msg = f"{record.where}: field 'id': '{number}' {what}"
             raise DataError(msg)
         values = _values(record, benchmark)
+        if values is not None and first is not None and values.keys() != first.keys():
+            name = sorted(values.keys() ^ first.keys())[0]
+            msg = f"{record.where}: field '{name}' is in some verdicts only; write it into all, or into none"
+            raise DataError(msg)
+        first = values if first is None else first
         given[number] = None if values is None else Verdict(asked[number], values)
     missing = [number for number in asked if number not in given]
     if missing:
@@ -236,14 +244,16 @@ def _values(record: Record, benchmark: Benchmark) -> dict[str, float] | None:
             msg = f"{record.where}: field 'reply' must hold text, not {ascii(reply)[:60]}"
             raise DataError(msg)
         return benchmark.read_reply(reply)
-    found = dict(zip(benchmark.values, record.numbers(*benchmark.values), strict=True))
-    for name, scale in benchmark.values.items():
+    left_out = set() if any(name in record.values for name in benchmark.optional) else set(benchmark.optional)
+    scales = {name: scale for name, scale in benchmark.values.items() if name not in left_out}
+    found = dict(zip(scales, record.numbers(*scales), strict=True))
+    for name, scale in scales.items():
         low, high = benchmark.accepted.get(name, scale)
         if not low <= found[name] <= high:
             msg = f"{record.where}: field '{name}' is {found[name]:g}, but goes from {low:g} to {high:g}"
             raise DataError(msg)
     for part, whole in benchmark.parts.items():
-        if found[part] > found[whole]:
+        if part in found and found[part] > found[whole]:
             msg = f"{record.where}: field '{part}' is {found[part]:g}, more than '{whole}', {found[whole]:g}"
             raise DataError(msg)
     return found
@@ -294,13 +304,15 @@ def _cceval(verdicts: Sequence[Verdict]) -> dict[str, Estimate]:
     wrong = _column(verdicts, "hallucinated")
     groups = _groups(verdicts)
     words = [len(v.item.answer.split(" ")) for v in verdicts]  # as the release counts: two spaces enclose a word
-    return {
+    figures = {
         "chair_i": estimate(wrong, groups, named),
         "chair_s": estimate([w > 0 for w in wrong], groups),
-        "coverage": estimate(_column(verdicts, "covered"), groups, _column(verdicts, "objects")),
         "objects_per_caption": _plain_mean(named, groups),
         "words_per_caption": _plain_mean(words, groups),
     }
+    if "covered" in verdicts[0].values:
+        figures["coverage"] = estimate(_column(verdicts, "covered"), groups, _column(verdicts, "objects"))
+    return figures
 
 
 def _plain_mean(values: Sequence[float], groups: Sequence[str]) -> Estimate:
@@ -348,6 +360,7 @@ BENCHMARKS: Mapping[str, Benchmark] = MappingProxyType(
             ("image_content",),
             _cceval,
             MappingProxyType({"hallucinated": "mentioned", "covered": "objects"}),
+            optional=("objects", "covered"),
         ),
     }
 )

@@ -356,6 +356,11 @@ def test_cceval_counts_words_between_single_spaces(tmp_path: Path) -> None:
     counts = {"mentioned": 1, "hallucinated": 0, "objects": 1, "covered": 1}
     found = judge(tmp_path, "cceval", counts)
     assert found.figures["words_per_caption"].value == len(ITEMS[0].answer.split(" ")) == 5
+    assert found.figures["coverage"].value == 1
+    short = judge(tmp_path, "cceval", {"mentioned": 1, "hallucinated": 0})  # coverage is optional
+    assert set(found.figures) - set(short.figures) == {"coverage"}
+    with pytest.raises(DataError, match="line 2: field 'covered' is in some verdicts only"):
+        judge(tmp_path, "cceval", counts, {"mentioned": 1, "hallucinated": 0})
 
 
 def test_the_same_request_twice_is_refused(tmp_path: Path) -> None:
