@@ -85,12 +85,12 @@ class Lvlm:
     @property
     def head_dim(self) -> int:
         """Width of a decoder head: its share of the input of the output projection."""
-        return self.output_projection("decoder", 0).in_features // self.n_heads
+        return self.head_projection(0).in_features // self.n_heads
 
     @property
     def width(self) -> int:
         """Width of the decoder's residual stream."""
-        return self.output_projection("decoder", 0).out_features
+        return self.head_projection(0).out_features
 
     @property
     def device(self) -> torch.device:
@@ -156,6 +156,15 @@ class Lvlm:
         found = find(self._layers[stack][layer], path)
         # A path that no layer has is a mistake in the spec, not a layer without attention; `place` names it.
         return found is not None or not any(find(one, path) is not None for one in self._layers[stack])
+
+    def head_site(self, layer: int) -> Site:
+        """Return where a decoder layer's heads are: in its self-attention, or in its cross-attention where it has no other."""
+        own = self.attends("decoder", layer, cross=False)
+        return Site("decoder", layer, "z", cross=not own and self.attends("decoder", layer, cross=True))
+
+    def head_projection(self, layer: int) -> nn.Linear:
+        """Return the linear map from the heads of `head_site` to the output of their attention."""
+        return self.output_projection("decoder", layer, cross=self.head_site(layer).cross)
 
     def place(self, stack: str, layer: int, component: str, *, cross: bool = False) -> Place:
         """Return where a component of a layer is read; raises `SiteError` for one that the model lacks."""

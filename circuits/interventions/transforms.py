@@ -59,9 +59,9 @@ class Add:
         moved = start + self.value.to(wide)
         return (moved * (length / moved.norm(dim=-1, keepdim=True).clamp_min(_TINY))).to(x)
 
-    def scaled(self, factor: float) -> Self:
-        """Return the same change, `factor` times as strong."""
-        return replace(self, value=factor * self.value)
+    def scaled(self, factor: float | Tensor) -> Self:
+        """Return the same change, `factor` times as strong: a number, or ``[..., 1]`` with one for each token."""
+        return replace(self, value=factor * (self.value.to(factor) if isinstance(factor, Tensor) else self.value))
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,8 @@ class Amplify:
 
     mean: Tensor
     """``[d]``: what the site holds where there is nothing to see, or the middle between the classes."""
-    factor: float
+    factor: float | Tensor
+    """A number, or ``[..., 1]`` with one for each token."""
     reads: Tensor | None = None
     """Orthonormal rows ``[k, d]``."""
     writes: Tensor | None = None
@@ -97,10 +98,10 @@ class Amplify:
             deviation = deviation @ self.reads.to(x).T @ writes.to(x)
         elif self.writes is not None:
             deviation = deviation @ self.writes.to(x)
-        return x + self.factor * deviation
+        return x + _as(self.factor, x) * deviation
 
-    def scaled(self, factor: float) -> Self:
-        """Return the same change, `factor` times as strong."""
+    def scaled(self, factor: float | Tensor) -> Self:
+        """Return the same change, `factor` times as strong: a number, or ``[..., 1]`` with one for each token."""
         return replace(self, factor=factor * self.factor)
 
 
@@ -113,14 +114,19 @@ class Project:
 
     value: Tensor
     """``[d]``: t, of any length."""
-    weight: float = 1.0
+    weight: float | Tensor = 1.0
+    """A number, or ``[..., 1]`` with one for each token."""
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return what ``[..., d]`` becomes."""
         t = self.value.to(x)
         share = (x @ t).clamp_min(0) / (t @ t)
-        return x - self.weight * share[..., None] * t
+        return x - _as(self.weight, x) * share[..., None] * t
 
-    def scaled(self, factor: float) -> Self:
-        """Return the same change, `factor` times as strong."""
+    def scaled(self, factor: float | Tensor) -> Self:
+        """Return the same change, `factor` times as strong: a number, or ``[..., 1]`` with one for each token."""
         return replace(self, weight=factor * self.weight)
+
+
+def _as(factor: float | Tensor, x: Tensor) -> float | Tensor:
+    return factor.to(x) if isinstance(factor, Tensor) else factor

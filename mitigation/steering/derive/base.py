@@ -12,7 +12,7 @@ import numpy as np
 from concepts.schema import Concept, CounterfactualPair
 from groundscope.core.errors import ConfigError, PatchError, SiteError
 from groundscope.core.progress import progress_bar
-from lvlm.sites import Head, Site
+from lvlm.sites import Head, Site, parse_heads
 from mitigation.steering.placement import Entry, Key, canonical, name_of, site_of
 from mitigation.steering.vector import Kind, Positions, SteeringVector
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from torch import Tensor
 
+    from activation_store.format.schema import ArrayInfo
     from concepts.schema import Example
     from lvlm.model import Lvlm, Place
 
@@ -110,10 +111,10 @@ def check_variant(variant: str) -> None:
         raise ConfigError(msg)
 
 
-def keys_of(heads: Iterable[Head], layers: Iterable[int], sites: Iterable[Site | str] = ()) -> tuple[Key, ...]:
+def keys_of(heads: Iterable[Head | str], layers: Iterable[int], sites: Iterable[Site | str] = ()) -> tuple[Key, ...]:
     """Return heads, layers and other sites as keys of entries; raises `PatchError` where there are none."""
     others = (Site.parse(s) if isinstance(s, str) else s for s in sites)
-    keys: tuple[Key, ...] = (*heads, *layers, *(canonical(s) for s in others))
+    keys: tuple[Key, ...] = (*parse_heads(heads), *layers, *(canonical(s) for s in others))
     if not keys:
         msg = "no heads and no layers to act on: pass heads=scores.top(8), say"
         raise PatchError(msg)
@@ -141,7 +142,23 @@ def checked_mask(mask: object, size: int) -> np.ndarray:
 
 def read(store: Store, key: Key, tokens: str) -> np.ndarray:
     """Return activations in float64 ``[N, d]``: sums over many float32 rows would lose digits."""
-    return store.read(site_of(key), tokens, head=key.head if isinstance(key, Head) else None).astype(np.float64)
+    if isinstance(key, Head):
+        site = traced_heads(store).get(key.layer, site_of(key))
+        return store.read(site, tokens, head=key.head).astype(np.float64)
+    return store.read(site_of(key), tokens).astype(np.float64)
+
+
+def traced_heads(store: Store) -> dict[int, Site]:
+    """Return by layer where a store holds its heads: in cross-attention for layers traced there and not in ``z``."""
+    arrays: Sequence[ArrayInfo] = getattr(store, "arrays", ())
+    own, cross = (
+        {layer for a in arrays if (a.stack, a.component) == ("decoder", name) for layer in a.layers}
+        for name in ("z", "cross.z")
+    )
+    found = {layer: Site("decoder", layer, "z") for layer in own}
+    if own:
+        found |= {layer: Site("decoder", layer, "z", cross=True) for layer in cross - own}
+    return dict(sorted(found.items()))
 
 
 def sides(pairs: Sequence[CounterfactualPair]) -> tuple[list[Example], list[Example]]:
@@ -241,25 +258,33 @@ def activations(model: Lvlm, examples: Sequence[Example], keys: Sequence[Key], t
     if any(site_of(key).stack != "decoder" for key in keys):
         msg = f"sites {', '.join(map(name_of, keys))}: tokens='{tokens}' are read in the decoder"
         raise SiteError(msg)
-    sites = {site: model.locate(site) for site in dict.fromkeys(site_of(key) for key in keys)}
     wrong = [name_of(k) for k in keys if isinstance(k, Head) and not 0 <= k.head < model.n_heads]
     if wrong:
         msg = f"heads {', '.join(wrong)}: {model.name} has {model.n_heads} heads in each layer"
         raise SiteError(msg)
+    where = {key: site_in(model, key) for key in keys}
+    sites = {site: model.locate(site) for site in dict.fromkeys(where.values())}
     rows: dict[Key, list[np.ndarray]] = {key: [np.empty(0)] * len(examples) for key in keys}
     with progress_bar() as bar:
         task = bar.add_task("reading activations", total=len(examples))
         for batch in model.batches(examples):
-            starts = [e.tokens.last if tokens == "last" else max(e.tokens.image) + 1 for e in batch.encodings]
+            starts = [e.tokens.last if tokens == "last" else e.tokens.suffix[0] for e in batch.encodings]
             seen = _seen(model, batch.inputs, sites, min(starts))
             for row, (number, start) in enumerate(zip(batch.index, starts, strict=True)):
                 for key in keys:
-                    x = seen[site_of(key)][row, start - min(starts) :].mean(axis=0)
+                    x = seen[where[key]][row, start - min(starts) :].mean(axis=0)
                     if isinstance(key, Head):
                         x = x[key.head * model.head_dim : (key.head + 1) * model.head_dim]
                     rows[key][number] = x
             bar.advance(task, len(batch.index))
     return {key: np.stack(values) for key, values in rows.items()}
+
+
+def site_in(model: Lvlm, key: Key) -> Site:
+    """Return the site of an entry in a model: heads of a layer of cross-attention alone are in that."""
+    if isinstance(key, Head) and 0 <= key.layer < model.n_layers:
+        return model.head_site(key.layer)
+    return site_of(key)
 
 
 def _seen(model: Lvlm, inputs: Mapping[str, Tensor], sites: Mapping[Site, Place], start: int) -> dict[Site, np.ndarray]:

@@ -9,7 +9,7 @@ import numpy as np
 from concepts.schema import CounterfactualPair
 from groundscope.core.errors import PatchError
 from lvlm.model import Lvlm
-from lvlm.sites import Head, Site
+from lvlm.sites import Head, Site, parse_heads
 from mitigation.steering.derive.base import (
     Variant,
     activations,
@@ -31,7 +31,7 @@ def ict(
     model: Lvlm,
     pairs: Sequence[CounterfactualPair],
     *,
-    heads: Iterable[Head] = (),
+    heads: Iterable[Head | str] = (),
     top: int = 256,
     positions: Positions = "last",
     tokens: str = "last",
@@ -90,7 +90,7 @@ def ict(
         part[order] = np.arange(len(truth)) * 2 // len(truth)
         entries = _slices(model, (clean, corrupt, tokens), slice_width, top, [(part != i, part == i) for i in (0, 1)])
         return made_from_pairs(model, pairs, entries, "add", positions, strength, how)
-    candidates = tuple(heads) or tuple(Head(i, k) for i in range(model.n_layers) for k in range(model.n_heads))
+    candidates = parse_heads(heads) or tuple(Head(i, k) for i in range(model.n_layers) for k in range(model.n_heads))
     seen, unseen = (activations(model, side, candidates, tokens) for side in (clean, corrupt))
     folds = group_folds([p.clean.group for p in pairs] * 2, 2, seed)
     known = probe_accuracies(candidates, lambda key: np.concatenate([seen[key], unseen[key]]), truth, folds)
