@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from groundscope.core.errors import ModelError, PatchError
 from lvlm.image_tokens import after_image, image_in_sequence, image_tokens
 from lvlm.model import Lvlm
+from lvlm.text_only import decoder_of
 
 _UNKNOWN_PREFILL = ("assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size")
 
@@ -210,13 +211,6 @@ class DecoderTokens:
         if call.image is None:
             call.image = image_tokens(self._model, call.inputs)
         return call.image.repeat_interleave(rows // len(call.image), 0)  # beams of one prompt stand side by side
-
-
-def decoder_of(model: Lvlm) -> nn.Module:
-    """Return the module that runs the decoder's layers."""
-    first = model.layers("decoder")[0]
-    path = next(name for name, module in model.hf.named_modules() if module is first).split(".")[:-2]
-    return model.hf.get_submodule(".".join(path))
 
 
 def _named(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -269,10 +269,12 @@ class Lvlm:
         Raises
         ------
         DataError
-            Where there are not as many placeholders as images.
+            Where there are not as many placeholders as images, or images of unlike size that the family cannot take in one
+            prompt.
         """
         looks = [self.view.look(self, image) for image in images]
-        return encode(self, Prompt(text, question, name, boxes, subject), looks, self.view.axis)
+        sizes = [image.size for image in images]
+        return encode(self, Prompt(text, question, name, boxes, subject), looks, self.view.axis, sizes)
 
     def collate(self, encodings: Sequence[Encoding]) -> Inputs:
         """Stack inputs of equal shape and put them on the model's device; raises `DataError` where shapes differ."""

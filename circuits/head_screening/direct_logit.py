@@ -16,6 +16,7 @@ from lvlm.family.specification import TOLERANCE, resolve
 from lvlm.image_tokens import image_in_sequence
 from lvlm.model import Lvlm
 from lvlm.sites import Site
+from lvlm.text_only import read_text_only
 
 
 def direct_attribution(model: Lvlm, batch: Batch, keys: Sequence[AnswerKey], answers: Sequence[str]) -> Tensor:
@@ -92,8 +93,8 @@ def image_difference(model: Lvlm, batch: Batch) -> Tensor:
     """
     sites = [model.head_site(i) for i in range(model.n_layers)]
     outputs = []
-    for inputs in (batch.inputs, without_image(model, batch)):
-        seen = model.read(inputs, sites)
+    words = without_image(model, batch)
+    for seen in (model.read(batch.inputs, sites), read_text_only(model, words, sites)):
         z = torch.stack([seen[str(site)][:, -1].float() for site in sites], dim=1)  # [B, L, H * head_dim]
         outputs.append(z.reshape(*z.shape[:2], model.n_heads, model.head_dim))
     return (outputs[0] - outputs[1]).norm(dim=-1)

@@ -39,6 +39,9 @@ class Add:
         ``|x| unit(x + value)``: VISTA (Li et al. 2025, arXiv 2502.03628).
     ``relative``
         ``|x| unit(x / |x| + value)``, so that `value` is a share of x: VTI (Liu et al. 2024, arXiv 2410.15778).
+    ``away``
+        ``|x| unit(x / |x| + (1 + max(0, cos(x, -value))) value)``: up to twice as strong where x points away from `value`;
+        the rule in the run scripts of VISTA's release (github.com/LzVv123456/VISTA).
     """
 
     value: Tensor
@@ -56,7 +59,11 @@ class Add:
         wide = x.float()
         length = wide.norm(dim=-1, keepdim=True)
         start = wide if self.norm == "kept" else wide / length.clamp_min(_TINY)
-        moved = start + self.value.to(wide)
+        push = self.value.to(wide)
+        if self.norm == "away":
+            size = push.norm(dim=-1, keepdim=True).clamp_min(_TINY)
+            push = push * (1 + (-(start * push).sum(-1, keepdim=True) / size).clamp_min(0))
+        moved = start + push
         return (moved * (length / moved.norm(dim=-1, keepdim=True).clamp_min(_TINY))).to(x)
 
     def scaled(self, factor: float | Tensor) -> Self:

@@ -86,7 +86,9 @@ class Prompt:
     subject: str | None = None
 
 
-def encode(model: Lvlm, prompt: Prompt, looks: Sequence[Look], axis: int) -> tuple[Inputs, TokenMap]:
+def encode(
+    model: Lvlm, prompt: Prompt, looks: Sequence[Look], axis: int, sizes: Sequence[tuple[int, int]] = ()
+) -> tuple[Inputs, TokenMap]:
     """Return the inputs and the token map of a prompt.
 
     Parameters
@@ -99,11 +101,14 @@ def encode(model: Lvlm, prompt: Prompt, looks: Sequence[Look], axis: int) -> tup
         What each of its images became, in order.
     axis
         Along which axis pixels of several images are joined.
+    sizes
+        Width and height of each image, for errors.
 
     Raises
     ------
     DataError
-        Where the prompt has not as many placeholders as there are images, or the tokenizer does not keep image tokens.
+        Where the prompt has not as many placeholders as there are images, the tokenizer does not keep image tokens, or the
+        images differ in size and the family does not pad them.
     """
     tokenizer = model.processor.tokenizer
     text, spans = _expand(model, prompt, looks)
@@ -131,13 +136,8 @@ def encode(model: Lvlm, prompt: Prompt, looks: Sequence[Look], axis: int) -> tup
     end = start + len(prompt.question.strip())
     question = tuple(i for i, (a, b) in enumerate(offsets) if a < end and b > start and b > a)
     inputs: Inputs = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
-    for name, first_look in looks[0].inputs.items():
-        # One picture is not copied: hundreds of questions may wait for their batch with it.
-        inputs[name] = (
-            first_look
-            if len(looks) == 1
-            else torch.cat([look.inputs[name] for look in looks], dim=axis if first_look.dim() > 3 else 0)
-        )
+    for name in looks[0].inputs:
+        inputs[name] = _join(model, prompt.name, [look.inputs[name] for look in looks], axis, sizes)
     # Which tokens are an image's: for positions in three axes, or for attention that runs both ways among them.
     for name in ("mm_token_type_ids", "token_type_ids"):
         if name in model.accepts:
@@ -207,6 +207,30 @@ def _expand(model: Lvlm, prompt: Prompt, looks: Sequence[Look]) -> tuple[str, li
         spans.append((len(text), len(text) + len(look.text)))
         text += look.text + part
     return text, spans
+
+
+def _join(model: Lvlm, name: str, parts: list[Tensor], axis: int, sizes: Sequence[tuple[int, int]]) -> Tensor:
+    """Join an input of several images, filled up with zeros at the end as transformers' image processors do."""
+    if len(parts) == 1:
+        return parts[0]  # not copied: hundreds of questions may wait for their batch with it
+    dim = axis if parts[0].dim() > 3 else 0
+    alike = {(*part.shape[:dim], *part.shape[dim + 1 :]) for part in parts}
+    if len(alike) > 1 and not (model.view.pads and parts[0].dim() > 3):
+        shown = " and ".join(dict.fromkeys(f"{width} x {height}" for width, height in sizes)) or "unlike sizes"
+        msg = (
+            f"example '{name}': images of {shown} pixels cannot share a prompt of {model.name} ({model.spec.model_type}): resize "
+            "them to one size first"
+        )
+        raise DataError(msg)
+    if len(alike) > 1:
+        most = [max(part.shape[i] for part in parts) for i in range(parts[0].dim())]
+        most[dim] = 0  # joined along this one
+        filled = [[max(0, most[i] - part.shape[i]) for i in range(part.dim())] for part in parts]
+        parts = [
+            torch.nn.functional.pad(part, [n for more in reversed(fill) for n in (0, more)])
+            for part, fill in zip(parts, filled, strict=True)
+        ]
+    return torch.cat(parts, dim=dim)
 
 
 def _within(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> set[int]:

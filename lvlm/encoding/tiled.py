@@ -42,13 +42,13 @@ def anyres(model: Lvlm, image: Image.Image) -> Look:
     frame = canvas.part(layout.cut[1] * patch, layout.cut[0] * patch)
     span_y, span_x = (patches * patch for patches in layout.patches)
     kept = layout.kept
-    cells = frame.grid(layout.rows, layout.columns, span_x, span_y)
     length = small.count + prefix
     lattices = tower(views, prefix, length, projector=kept)
-    lattices["decoder"] = (
-        Lattice(tuple(range(small.count)), small, "thumbnail"),
-        Lattice(tuple(range(small.count, small.count + cells.count)), cells),
-    )
+    lattices["decoder"] = (Lattice(tuple(range(small.count)), small, "thumbnail"),)
+    if layout.rows and layout.columns:  # of a very wide or high image the tiles are padding alone, and are cut off
+        cells = frame.grid(layout.rows, layout.columns, span_x, span_y)
+        joined = Lattice(tuple(range(small.count, small.count + cells.count)), cells)
+        lattices["decoder"] = (*lattices["decoder"], joined)
     inputs = {"pixel_values": pixels, "image_sizes": _as_tensor(out["image_sizes"])}
     sequence: dict[Stack, int] = {"vision": len(views) * length, "projector": len(views) * (small.count + kept)}
     return Look(model.content_token * len(layout.pattern), inputs, lattices, sequence)

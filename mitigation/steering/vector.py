@@ -76,7 +76,8 @@ class SteeringVector:
     """Plain JSON: method, digests of what it was derived from."""
     norm: Norm = "free"
     """``add`` only. ``free``: x gets longer or shorter; ``kept``: ``|x| unit(x + d)``; ``relative``:
-    ``|x| unit(x / |x| + d)``, with sigma as a share of the length of x."""
+    ``|x| unit(x / |x| + d)``, with sigma as a share of the length of x; ``away``: ``relative`` with d times
+    ``1 + max(0, cos(x, -d))``."""
     decay: float = 1.0
     """Schedule: factor, in (0, 1], by which the strength shrinks with each generated token; 1 is constant."""
     gate: ProbeGate | None = None

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 
 from concepts.schema import Concept, CounterfactualPair
-from groundscope.core.errors import ConfigError, PatchError, SiteError
+from groundscope.core.errors import ConfigError, ModelError, PatchError, SiteError
 from groundscope.core.progress import progress_bar
 from lvlm.sites import Head, Site, parse_heads
 from mitigation.steering.placement import Entry, Key, canonical, name_of, site_of
@@ -104,10 +104,10 @@ def two_sides(
     return right, wrong
 
 
-def check_variant(variant: str) -> None:
-    """Raise `ConfigError` for anything but ``paper`` and ``release``."""
-    if variant not in ("paper", "release"):
-        msg = f"variant='{variant}': choose 'paper', or 'release' for the form of the released code"
+def check_variant(variant: str, variants: Sequence[str] = ("paper", "release")) -> None:
+    """Raise `ConfigError` for a variant that a method does not have."""
+    if variant not in variants:
+        msg = f"variant='{variant}': choose 'paper', or {' or '.join(map(repr, variants[1:]))} for a form of the released code"
         raise ConfigError(msg)
 
 
@@ -244,6 +244,7 @@ def by_pairs(
     made
         What the vector is; its tokens are ``last`` or ``suffix``.
     """
+    check_image_reaches(model, pairs, keys)
     clean, corrupt = (activations(model, side, keys, made.tokens) for side in sides(pairs))
     entries = {key: fit(clean[key], corrupt[key], key) for key in keys}
     how = (made.method, made.tokens)
@@ -278,6 +279,23 @@ def activations(model: Lvlm, examples: Sequence[Example], keys: Sequence[Key], t
                     rows[key][number] = x
             bar.advance(task, len(batch.index))
     return {key: np.stack(values) for key, values in rows.items()}
+
+
+def first_image_layer(model: Lvlm) -> int:
+    """Return the first decoder layer that can depend on the image: 0, or the first of cross-attention alone."""
+    return next((i for i in range(model.n_layers) if model.head_site(i).cross), 0)
+
+
+def check_image_reaches(model: Lvlm, pairs: Sequence[CounterfactualPair], keys: Sequence[Key]) -> None:
+    """Raise `ModelError` for a place before the first layer that reads the image, where pairs differ in the image alone."""
+    first = first_image_layer(model)
+    early = [key for key in keys if site_of(key).stack == "decoder" and site_of(key).layer < first]
+    if early and pairs and all(pair.clean.question == pair.corrupt.question for pair in pairs):
+        msg = (
+            f"{name_of(early[0])} comes before layer {first}, the first of {model.name} ({model.spec.model_type}) whose "
+            f"cross-attention reads the image, so a changed image changes nothing there: choose layers from {first} on"
+        )
+        raise ModelError(msg)
 
 
 def site_in(model: Lvlm, key: Key) -> Site:
