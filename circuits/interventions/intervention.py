@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from circuits.interventions.decoder_tokens import DecoderTokens
 from circuits.interventions.hooks import edit
 from circuits.interventions.options import RULES, Rule
 from circuits.interventions.transforms import Add, Amplify, Change, Project, Replace, Zero
-from circuits.positions import DecoderTokens
 from groundscope.core.errors import ModelError, PatchError, SiteError
 from lvlm.image_tokens import check_image_in_sequence
 from lvlm.model import Lvlm
@@ -137,7 +137,7 @@ def intervened(model: Lvlm, interventions: Sequence[Intervention]) -> Iterator[N
         that its batch does not have.
     ModelError
         For positions ``image`` where the decoder's sequence holds no image; during a forward, where its tokens cannot be
-        told from each other (`circuits.positions`).
+        told from each other (`circuits.interventions.decoder_tokens`).
     """
     by_site: dict[Site, list[tuple[Intervention, slice]]] = {}
     for item in (placed(model, item) for item in interventions):
