@@ -69,6 +69,7 @@ class Lvlm:
         self.n_vision_heads: int = vision_heads(self.spec, model, self._layers["vision"])
         self._places: dict[tuple[str, int, str, bool], Place] = {}
         self._look = lru_cache(maxsize=256)(self._look_at)
+        self.answer_from: int | None = None
 
     # -- shape ---------------------------------------------------------------------------------------------------
 
@@ -352,6 +353,18 @@ class Lvlm:
         extra = getattr(self.hf, "final_logits_bias", None)
         logits = logits if extra is None else logits + extra
         return torch.tanh(logits / self._softcap) * self._softcap if self._softcap else logits
+
+    @contextmanager
+    def reading_answers(self, start: int | None) -> Iterator[None]:
+        """Let forwards hold prompts with their answers: tokens from `start` on count as generated (None: forwards as usual).
+
+        Interventions then act as they do while an answer is generated.
+        """
+        before, self.answer_from = self.answer_from, start
+        try:
+            yield
+        finally:
+            self.answer_from = before
 
     @contextmanager
     def eager(self) -> Iterator[None]:

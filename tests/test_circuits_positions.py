@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,9 @@ from PIL import Image
 from test_lvlm_families import FAMILY, WHERE, at, example, model
 from transformers import DynamicCache
 
+from activation_store import trace
 from circuits import Add, Intervention, intervened
+from concepts import ConceptDataset
 from groundscope.core.errors import DataError, ModelError, PatchError
 from lvlm import Lvlm, Site, wrap_lvlm
 from lvlm.image_tokens import image_tokens
@@ -312,3 +315,22 @@ def test_a_class_token_is_no_part_of_the_image() -> None:
     inputs = lvlm.collate([encoding])
     assert pixels_reach(lvlm, inputs) == runs((3, 19))
     assert moved(lvlm, inputs, "image") == runs((4, 19))
+
+
+def test_answers_that_are_read_in_one_forward_count_as_generated(tmp_path: Path) -> None:
+    """Traced with its answer after the prompt, a vector acts as while the answer is generated."""
+    lvlm = model("llava")
+    data, site = ConceptDataset("d", (example(0),)), "decoder.L1.resid_pre"
+    tokens = lvlm.encode(example(0)).tokens
+    for rule, decay in (("generated", 0.5), ("last", 0.5), ("suffix", 1.0), ("image", 1.0), ("question", 1.0)):
+        stores = []
+        for strength in (0.0, 1.0):
+            item = Intervention(FIRST, Add(strength * torch.ones(lvlm.width)), rule, decay=decay)  # pyright: ignore[reportArgumentType]
+            with intervened(lvlm, [item]):
+                path = tmp_path / f"{rule}{strength}"
+                stores.append(trace(lvlm, data, [site], ["last", "answer:0"], path, answers=False, progress=False))
+        want = strengths(rule, list(tokens.image), tokens.length, tokens.length + 1, decay)
+        for selection, position in (("last", -2), ("answer:0", -1)):
+            plain, steered = (store.read(site, selection)[0] for store in stores)
+            np.testing.assert_allclose(steered - plain, want[position], atol=1e-4, err_msg=f"{rule} {selection}")
+    assert lvlm.answer_from is None

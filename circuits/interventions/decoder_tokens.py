@@ -156,8 +156,9 @@ class DecoderTokens:
                 self._call.prompt = past + count
             return self._call.prompt
         if past == 0:
-            self._prompt = count
-            return count
+            start = self._model.answer_from
+            self._prompt = count if start is None else min(start, count)
+            return self._prompt
         if count > 1:
             msg = (
                 f"{self._model.name}: {count} tokens that follow a cache of {past} outside of generate may continue the prompt "
@@ -205,12 +206,15 @@ class DecoderTokens:
         ids = None if call is None else call.inputs.get("input_ids")
         known = isinstance(ids, Tensor) and ids.dim() == 2 and ids.shape[0] > 0 and rows % ids.shape[0] == 0
         length = ids.shape[1] if isinstance(ids, Tensor) and known else 0
-        if call is None or not 0 < length <= prompt or (length < prompt and not call.generates):
+        answered = not (call is None or call.generates) and self._model.answer_from is not None
+        fits = 0 < length <= prompt if call is not None and call.generates else length == prompt
+        if call is None or not (fits or (answered and length > prompt)):
             msg = f"positions '{rule}' at '{where}' need input_ids [rows, positions] given to the model's own forward or generate"
             raise PatchError(msg)
         if call.image is None:
             call.image = image_tokens(self._model, call.inputs)
-        return call.image.repeat_interleave(rows // len(call.image), 0)  # beams of one prompt stand side by side
+        image = call.image[:, :prompt]
+        return image.repeat_interleave(rows // len(image), 0)  # beams of one prompt stand side by side
 
 
 def _named(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
