@@ -19,7 +19,7 @@ from groundscope.core.progress import progress_bar
 from lvlm.answers import answer_key
 from lvlm.encoding.encode import Encoding
 from lvlm.model import Lvlm
-from lvlm.sites import Head, Site
+from lvlm.sites import Head, parse_heads
 from lvlm.token_map import TokenMap
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ class Ablation:
 def ablate(
     model: Lvlm,
     examples: Sequence[Example],
-    sets: Literal["heads", "layers"] | Sequence[Head | Collection[Head]] = "heads",
+    sets: Literal["heads", "layers"] | Sequence[Head | str | Collection[Head | str]] = "heads",
     how: How = "mean",
     tokens: Where = "all",
     *,
@@ -207,14 +207,16 @@ def positions_of(tokens: TokenMap, where: Where) -> list[int]:
         return [tokens.last]
     if where == "all":
         return list(range(tokens.length))
+    if where == "suffix":
+        return list(tokens.suffix)
     if not tokens.image:
-        msg = f"tokens='{where}' need the image's tokens in the decoder's own sequence: use 'last' or 'all'"
+        msg = f"tokens='{where}' need the image's tokens in the decoder's own sequence: use 'last', 'suffix' or 'all'"
         raise PatchError(msg)
-    return list(tokens.image) if where == "image" else list(range(max(tokens.image) + 1, tokens.length))
+    return list(tokens.image)
 
 
 def _sets(
-    model: Lvlm, sets: Literal["heads", "layers"] | Sequence[Head | Collection[Head]]
+    model: Lvlm, sets: Literal["heads", "layers"] | Sequence[Head | str | Collection[Head | str]]
 ) -> tuple[tuple[Head, ...], ...]:
     every = [[Head(i, h) for h in range(model.n_heads)] for i in range(model.n_layers)]
     if isinstance(sets, str):
@@ -222,7 +224,7 @@ def _sets(
             msg = f"sets='{sets}': choose 'heads', 'layers', or give heads and collections of heads"
             raise ConfigError(msg)
         return tuple(tuple(layer) for layer in every) if sets == "layers" else tuple((h,) for row in every for h in row)
-    chosen = tuple((item,) if isinstance(item, Head) else tuple(dict.fromkeys(item)) for item in sets)
+    chosen = tuple(tuple(dict.fromkeys(parse_heads(item))) for item in sets)
     known = {head for layer in every for head in layer}
     wrong = [str(head) for heads in chosen for head in heads if head not in known]
     if wrong:
@@ -235,7 +237,7 @@ def _sets(
 
 
 def _taken_out(model: Lvlm, head: Head, values: dict[int, Tensor], at: Tensor) -> Intervention:
-    site = Site("decoder", head.layer, "z")
+    site = model.head_site(head.layer)
     if not values:
         return Intervention(site, Zero(), at, head.head)
     columns = slice(head.head * model.head_dim, (head.head + 1) * model.head_dim)
@@ -255,7 +257,7 @@ def _read(
     model: Lvlm, examples: Sequence[Example], layers: Sequence[int], where: Where, size: int
 ) -> Iterator[tuple[int, list[Tensor]]]:
     """Yield each example's number with its head outputs of each layer, ``[n, H * head_dim]``."""
-    sites = [Site("decoder", layer, "z") for layer in layers]
+    sites = [model.head_site(layer) for layer in layers]
     for batch in model.batches(examples, size):
         seen = model.read(batch.inputs, sites)
         for row, (number, encoding) in enumerate(zip(batch.index, batch.encodings, strict=True)):

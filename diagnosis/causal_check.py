@@ -60,7 +60,11 @@ Run = Callable[[Sequence[Row]], np.ndarray]
 def usual_values(model: Lvlm, store: ActivationStore, claims: Sequence[Claim], kinds: Sequence[str]) -> Usual:
     """Return the mean output of every layer's heads, and MLPs where they are stored, over right answers of some kinds."""
     components = ("z", "mlp_out") if store.has("decoder", "mlp_out", "last") else ("z",)
-    sites = [Site.parse(f"decoder.L{layer}.{c}") for layer in range(model.n_layers) for c in components]
+    sites = [
+        model.head_site(layer) if component == "z" else Site("decoder", layer, component)  # pyright: ignore[reportArgumentType]
+        for layer in range(model.n_layers)
+        for component in components
+    ]
     out: dict[str, dict[Site, np.ndarray]] = {}
     for kind in kinds:
         members: dict[str, list[int]] = {}

@@ -69,6 +69,7 @@ class Lvlm:
         self.n_vision_heads: int = vision_heads(self.spec, model, self._layers["vision"])
         self._places: dict[tuple[str, int, str, bool], Place] = {}
         self._look = lru_cache(maxsize=256)(self._look_at)
+        self.answer_from: int | None = None
 
     # -- shape ---------------------------------------------------------------------------------------------------
 
@@ -85,12 +86,12 @@ class Lvlm:
     @property
     def head_dim(self) -> int:
         """Width of a decoder head: its share of the input of the output projection."""
-        return self.output_projection("decoder", 0).in_features // self.n_heads
+        return self.head_projection(0).in_features // self.n_heads
 
     @property
     def width(self) -> int:
         """Width of the decoder's residual stream."""
-        return self.output_projection("decoder", 0).out_features
+        return self.head_projection(0).out_features
 
     @property
     def device(self) -> torch.device:
@@ -156,6 +157,15 @@ class Lvlm:
         found = find(self._layers[stack][layer], path)
         # A path that no layer has is a mistake in the spec, not a layer without attention; `place` names it.
         return found is not None or not any(find(one, path) is not None for one in self._layers[stack])
+
+    def head_site(self, layer: int) -> Site:
+        """Return where a decoder layer's heads are: in its self-attention, or in its cross-attention where it has no other."""
+        own = self.attends("decoder", layer, cross=False)
+        return Site("decoder", layer, "z", cross=not own and self.attends("decoder", layer, cross=True))
+
+    def head_projection(self, layer: int) -> nn.Linear:
+        """Return the linear map from the heads of `head_site` to the output of their attention."""
+        return self.output_projection("decoder", layer, cross=self.head_site(layer).cross)
 
     def place(self, stack: str, layer: int, component: str, *, cross: bool = False) -> Place:
         """Return where a component of a layer is read; raises `SiteError` for one that the model lacks."""
@@ -260,10 +270,12 @@ class Lvlm:
         Raises
         ------
         DataError
-            Where there are not as many placeholders as images.
+            Where there are not as many placeholders as images, or images of unlike size that the family cannot take in one
+            prompt.
         """
         looks = [self.view.look(self, image) for image in images]
-        return encode(self, Prompt(text, question, name, boxes, subject), looks, self.view.axis)
+        sizes = [image.size for image in images]
+        return encode(self, Prompt(text, question, name, boxes, subject), looks, self.view.axis, sizes)
 
     def collate(self, encodings: Sequence[Encoding]) -> Inputs:
         """Stack inputs of equal shape and put them on the model's device; raises `DataError` where shapes differ."""
@@ -341,6 +353,18 @@ class Lvlm:
         extra = getattr(self.hf, "final_logits_bias", None)
         logits = logits if extra is None else logits + extra
         return torch.tanh(logits / self._softcap) * self._softcap if self._softcap else logits
+
+    @contextmanager
+    def reading_answers(self, start: int | None) -> Iterator[None]:
+        """Let forwards hold prompts with their answers: tokens from `start` on count as generated (None: forwards as usual).
+
+        Interventions then act as they do while an answer is generated.
+        """
+        before, self.answer_from = self.answer_from, start
+        try:
+            yield
+        finally:
+            self.answer_from = before
 
     @contextmanager
     def eager(self) -> Iterator[None]:

@@ -259,7 +259,8 @@ class Tracer:
         if self.goes_on:
             with _FORWARD:
                 on = with_generated(self.model, batch, self.steps) if self.steps else with_answers(self.model, batch)
-        values, logits = self.forward(batch, on)
+        with self.model.reading_answers(batch.encodings[0].tokens.length if on else None):
+            values, logits = self.forward(batch, on)
         maps = on.tokens if on else tuple(e.tokens for e in batch.encodings)
         arrays: dict[Key, np.ndarray | Ragged] = {key: value.float().cpu().numpy() for key, value in values.items()}
         for a in self.plan.schema.arrays:

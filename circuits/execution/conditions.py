@@ -12,7 +12,7 @@ from circuits.execution.memory import MEMORY
 from circuits.execution.prefix_attention import NotShared
 from circuits.execution.prefix_cache import record
 from circuits.execution.suffix_runner import resume
-from circuits.interventions.intervention import Intervention, intervened
+from circuits.interventions.intervention import Intervention, intervened, placed
 from lvlm.model import Batch, Lvlm
 
 Condition = Sequence[Intervention]
@@ -80,7 +80,7 @@ def _shared(
     """Return the logits of the model as it is, and of conditions at the last token, by their numbers."""
     last = batch.encodings[0].tokens.last
     recording = record(model, batch.inputs, last)
-    rows = [tuple(replace(item, positions=(last,)) for item in condition) for condition in late.values()]
+    rows = [tuple(replace(placed(model, item), positions=(last,)) for item in condition) for condition in late.values()]
     seen = resume(model, recording, rows, lambda logits: logits[:, :, -1], memory=memory, check=True)  # [B, rows, V]
     found = {number: seen[:, k] for k, number in enumerate(late)}
     return {**found, **dict.fromkeys(plain, recording.logits[:, -1])}

@@ -81,12 +81,7 @@ def run_whole(
         part = rows[k : k + size]
         many = {name: torch.cat([x] * len(part)) for name, x in inputs.items()}
         items = [
-            # Of a sequence of one position there is no prompt and no step after it: it is all there is.
-            replace(
-                item,
-                rows=tuple(range(number * examples, (number + 1) * examples)),
-                positions="all" if length == 1 else item.positions,
-            )
+            replace(item, rows=tuple(range(number * examples, (number + 1) * examples)))
             for number, row in enumerate(part)
             for item in row
         ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,8 +13,10 @@ from groundscope.core.errors import ModelError
 from lvlm.answers import AnswerKey
 from lvlm.encoding.encode import Batch
 from lvlm.family.specification import TOLERANCE, resolve
+from lvlm.image_tokens import image_in_sequence
 from lvlm.model import Lvlm
 from lvlm.sites import Site
+from lvlm.text_only import read_text_only
 
 
 def direct_attribution(model: Lvlm, batch: Batch, keys: Sequence[AnswerKey], answers: Sequence[str]) -> Tensor:
@@ -30,7 +33,9 @@ def direct_attribution(model: Lvlm, batch: Batch, keys: Sequence[AnswerKey], ans
     """
     layers = range(model.n_layers)
     last = model.n_layers - 1
-    sites = [Site("decoder", i, c) for i in layers for c in ("z", "attn_out")] + [Site("decoder", last, "resid_post")]
+    heads = [model.head_site(i) for i in layers]
+    sums = [replace(site, component="attn_out") for site in heads]
+    sites = [*heads, *sums, Site("decoder", last, "resid_post")]
     seen = {name: x[:, -1].float() for name, x in model.read(batch.inputs, sites).items()}
     residual = seen[f"decoder.L{last}.resid_post"]  # [B, D]
     frozen = _frozen_norm(model, residual)
@@ -49,12 +54,13 @@ def direct_attribution(model: Lvlm, batch: Batch, keys: Sequence[AnswerKey], ans
     direction = _gradient(logits, keys, answers) @ weight  # [B, D]
     out = torch.empty(len(residual), model.n_layers, model.n_heads, device=residual.device)
     for i in layers:
-        projection = model.output_projection("decoder", i)
+        projection = model.head_projection(i)
         w_o = projection.weight.float().reshape(-1, model.n_heads, model.head_dim)  # [D, H, head_dim]
-        z = seen[f"decoder.L{i}.z"].reshape(len(residual), model.n_heads, model.head_dim)
-        written = torch.einsum("bhk,dhk->bhd", z, w_o)
-        whole = written.sum(1) if projection.bias is None else written.sum(1) + projection.bias.float()
-        _check(model, f"the attention of layer {i} does not add z W_O", whole, seen[f"decoder.L{i}.attn_out"])
+        z = seen[str(heads[i])].reshape(len(residual), model.n_heads, model.head_dim)
+        gate = gate_of(model, sums[i])
+        written = gate * torch.einsum("bhk,dhk->bhd", z, w_o)
+        whole = written.sum(1) if projection.bias is None else written.sum(1) + gate * projection.bias.float()
+        _check(model, f"the attention of layer {i} does not add z W_O", whole, seen[str(sums[i])])
         out[:, i] = (frozen(written) * direction[:, None]).sum(-1)
     return out
 
@@ -72,7 +78,7 @@ def without_image(model: Lvlm, batch: Batch) -> dict[str, Tensor]:
     for encoding in batch.encodings:
         gone = {*encoding.tokens.image, *encoding.tokens.separators}
         rows.append([i for i in range(ids.shape[1]) if i not in gone])
-    if len({len(row) for row in rows}) != 1 or len(rows[0]) in (0, ids.shape[1]):
+    if not image_in_sequence(model) or len({len(row) for row in rows}) != 1 or len(rows[0]) in (0, ids.shape[1]):
         msg = f"{model.name}: the image is not among the tokens of the decoder, so it cannot be left out of the prompt"
         raise ModelError(msg)
     kept = torch.tensor(rows, device=ids.device)
@@ -85,13 +91,21 @@ def image_difference(model: Lvlm, batch: Batch) -> Tensor:
     The Euclidean norm of ``A(image) - A(no image)``, before the output projection (vision-aware head divergence;
     He et al. 2024, arXiv 2412.13949).
     """
-    sites = [Site("decoder", i, "z") for i in range(model.n_layers)]
+    sites = [model.head_site(i) for i in range(model.n_layers)]
     outputs = []
-    for inputs in (batch.inputs, without_image(model, batch)):
-        seen = model.read(inputs, sites)
+    words = without_image(model, batch)
+    for seen in (model.read(batch.inputs, sites), read_text_only(model, words, sites)):
         z = torch.stack([seen[str(site)][:, -1].float() for site in sites], dim=1)  # [B, L, H * head_dim]
         outputs.append(z.reshape(*z.shape[:2], model.n_heads, model.head_dim))
     return (outputs[0] - outputs[1]).norm(dim=-1)
+
+
+def gate_of(model: Lvlm, attn_out: Site) -> float:
+    """Return what a layer multiplies its attention's output with before it adds it: its gate, or 1."""
+    place = model.locate(attn_out)
+    if place.gate is None:
+        return 1.0
+    return float((place.gate.tanh() if place.tanh else place.gate).detach())
 
 
 def _gradient(logits: Tensor, keys: Sequence[AnswerKey], answers: Sequence[str]) -> Tensor:

@@ -202,6 +202,16 @@ class Graph:
         sums = np.where(self.kept, self.scores, 0).sum(1)[1:]
         return sums.reshape(self.shape.n_layers, self.shape.n_heads + 1)[:, :-1].copy()
 
+    @property
+    def explained(self) -> float | None:
+        """What share of ``LD_clean - LD_corrupt`` all edges out of ``input`` add up to, mean over pairs; 1 is all of it.
+
+        Of scores along the path only (completeness); None for others, and for graphs of earlier releases. The lowest and the
+        highest of the pairs are in ``provenance["explained"]``.
+        """
+        found = self.provenance.get("explained")
+        return float(found["mean"]) if isinstance(found, Mapping) and "mean" in found else None
+
     def frame(self) -> pd.DataFrame:
         """Return one row an edge kept, those of largest size first: name, source, target, input, score, low, high.
 

@@ -68,8 +68,9 @@ def iti(
         msg = f"the store was not traced from '{model.name}': its final norm is not that of these activations"
         raise ModelError(msg)
     right, wrong = two_sides(store, concept, positive, negative)
-    layers = store.layers("decoder", "z")
-    first = read(store, Site("decoder", 0, "z"), tokens)
+    heads_at = [model.head_site(layer) for layer in range(model.n_layers)]
+    layers = len(heads_at)
+    first = read(store, heads_at[0], tokens)
     rows = np.flatnonzero((right | wrong) & ~np.isnan(first).any(axis=1))
     if not len(rows):
         msg = f"no examples with '{tokens}' on either side: nothing to write"
@@ -83,7 +84,7 @@ def iti(
     ):
         residual[:, 0] = embedded
         for layer in bar.track(range(layers), description="writing activations"):
-            heads[:, layer] = read(store, Site("decoder", layer, "z"), tokens)[rows]
+            heads[:, layer] = read(store, heads_at[layer], tokens)[rows]
             x = read(store, layer, tokens)[rows]
             if layer == layers - 1 and model.spec.final_norm:
                 norm = resolve(model.hf, model.spec.final_norm, model.spec)
