@@ -46,13 +46,28 @@ class Lvlm:
         Where things are.
     name
         What to call it in results.
+    revision
+        The commit of a Hugging Face id; None for any other model.
+    unused_weights
+        Tensors of its checkpoint that the model does not use.
     """
 
-    def __init__(self, model: nn.Module, processor: Any, spec: FamilySpec, name: str) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        processor: Any,
+        spec: FamilySpec,
+        name: str,
+        *,
+        revision: str | None = None,
+        unused_weights: tuple[str, ...] = (),
+    ) -> None:
         self.hf: Any = model.eval()
         self.processor = processor
         self.spec = complete(spec, model)
         self.name = name
+        self.revision = revision
+        self.unused_weights = unused_weights
         if spec.view not in VIEWS:
             msg = f"family '{spec.model_type}': no view '{spec.view}'; there are {', '.join(VIEWS)}"
             raise ModelError(msg)
