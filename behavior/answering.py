@@ -17,6 +17,7 @@ from concepts.schema import ConceptDataset, Example
 from groundscope.core.errors import ConfigError, DataError, ModelError
 from groundscope.core.progress import display
 from lvlm.answers import AnswerKey, answer_key
+from lvlm.applied import observer
 from lvlm.model import Batch, Lvlm
 
 
@@ -251,7 +252,7 @@ def _row(example: Example, **said: Any) -> Answer:
 def _counted(model: Lvlm) -> Iterator[list[None]]:
     """Count the forward passes of a model: a generated token is one too, and only the model knows when it stops."""
     seen: list[None] = []
-    hook = model.hf.register_forward_pre_hook(lambda *_: seen.append(None))
+    hook = model.hf.register_forward_pre_hook(observer(lambda *_: seen.append(None)))
     try:
         yield seen
     finally:

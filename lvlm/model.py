@@ -16,15 +16,17 @@ from torch import Tensor, nn
 
 from concepts.schema import Box, Example
 from groundscope.core.errors import ModelError, SiteError
-from lvlm.access.eager_attention import eager, say_eager
+from lvlm.access.eager_attention import eager, implementations, say_eager
 from lvlm.access.places import Place
 from lvlm.access.shared_vision_run import each_picture_once, tower_of
 from lvlm.access.site_lookup import find_place
-from lvlm.access.weights import device_of, named_weights
+from lvlm.access.weights import device_of
+from lvlm.applied import Applied, Registration, active, unregistered_hooks
 from lvlm.encoding.encode import Batch, Encoding, Inputs, Prompt, check_alike, encode
 from lvlm.encoding.registry import VIEWS, Look, View
 from lvlm.family.discovery import complete, heads_of, text_config, vision_heads
 from lvlm.family.specification import FamilySpec, find, layer_list, resolve
+from lvlm.fingerprint import has_weights, weights_hash
 from lvlm.sites import Site
 from lvlm.token_map import TokenMap
 
@@ -125,26 +127,42 @@ class Lvlm:
 
     # -- identity ------------------------------------------------------------------------------------------------
 
-    @cached_property
+    @property
     def config_hash(self) -> str:
         """SHA-256 of the configuration, without what depends on where, how or with which release it was loaded."""
         config = _without(self.hf.config.to_dict(), _INCIDENTAL)
         text = json.dumps(config, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
-    @cached_property
+    @property
     def weights_hash(self) -> str:
-        """SHA-256 over name, shape and up to 4,096 evenly spaced values of every parameter.
+        """``<algorithm>:<hex>`` over every byte of the weights, computed again when they changed; see `lvlm.fingerprint`."""
+        return weights_hash(self.hf)
 
-        A sample, so that a model of many gigabytes is identified in seconds; any fine-tuning changes it.
-        """
-        h = hashlib.sha256()
-        for name, parameter in sorted(named_weights(self.hf)):
-            flat = parameter.detach().flatten()
-            step = max(1, flat.numel() // 4096)
-            h.update(f"{name}{tuple(parameter.shape)}".encode())
-            h.update(flat[::step].float().cpu().numpy().tobytes())
-        return h.hexdigest()
+    def has_weights(self, recorded: str) -> bool:
+        """Whether these are the weights whose hash was recorded; hashes of earlier releases are compared, with a warning."""
+        return has_weights(self.hf, recorded)
+
+    @property
+    def attention(self) -> str:
+        """How attention is computed, by transformers' names: ``sdpa``, ``eager``, ...; several where parts differ."""
+        return ", ".join(implementations(self))
+
+    # -- what is done to it --------------------------------------------------------------------------------------
+
+    @property
+    def interventions(self) -> tuple[Applied, ...]:
+        """Changes that are active now, in the order in which they were applied: steering vectors, patches, cut attention."""
+        return active(self.hf)
+
+    @property
+    def unregistered_hooks(self) -> tuple[str, ...]:
+        """Forward hooks that may change what the model computes, by qualified name; see `lvlm.applied.observer`."""
+        return unregistered_hooks(self.hf)
+
+    def register(self, applied: Applied) -> Registration:
+        """Record that something changes what the model computes, until the registration is removed."""
+        return Registration(self.hf, applied)
 
     # -- places --------------------------------------------------------------------------------------------------
 

@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from circuits.identity import digest_of
 from circuits.interventions.hooks import edit
 from circuits.interventions.options import RULES, Rule
 from circuits.interventions.transforms import Add, Amplify, Change, Project, Replace, Zero
 from groundscope.core.errors import PatchError, SiteError
+from lvlm.applied import Applied, observer, registered
 from lvlm.model import Lvlm
 from lvlm.sites import Site
 
@@ -119,11 +121,23 @@ class Intervention:
 
 
 @contextmanager
-def intervened(model: Lvlm, interventions: Sequence[Intervention]) -> Iterator[None]:
+def intervened(
+    model: Lvlm, interventions: Sequence[Intervention], *, kind: str = "intervention", name: str = ""
+) -> Iterator[None]:
     """Change what flows through a model while the context is open; what happens at one site happens in order.
 
     Afterwards, after an error too, every hook is gone and the model is bit for bit what it was. With nothing to do
-    nothing is hooked. Contexts nest: an inner one sees what an outer one made of a site.
+    nothing is hooked. Contexts nest: an inner one sees what an outer one made of a site. While the context is open the
+    change is one of `Lvlm.interventions`, so that the provenance of traces and answers names it.
+
+    Parameters
+    ----------
+    model
+        The model.
+    interventions
+        What is changed, in order.
+    kind, name
+        What the change is called in `Lvlm.interventions`; by default its sites.
 
     Raises
     ------
@@ -140,6 +154,10 @@ def intervened(model: Lvlm, interventions: Sequence[Intervention]) -> Iterator[N
     places = {site: model.locate(site) for site in (*by_site, *(gate.site for gate in gates))}
     seen = _Tokens(model)
     with ExitStack() as hooks:
+        if interventions:
+            name = name or ", ".join(dict.fromkeys(_place_name(item) for item in interventions))
+            applied = Applied(kind, name, lambda: digest_of(list(interventions)))
+            hooks.callback(model.register(applied).remove)
         if any(i.decay < 1 or _needs_steps(i) for i in interventions):
             hooks.callback(model.hf.register_forward_pre_hook(seen.look, with_kwargs=True).remove)
         for gate, columns in gates.items():  # before the changes: a probe reads what the model itself has there
@@ -151,6 +169,7 @@ def intervened(model: Lvlm, interventions: Sequence[Intervention]) -> Iterator[N
         for site, items in by_site.items():
             merged = _merged(model, items, width(model, site))
 
+            @registered
             def change(x: Tensor, site: Site = site, items: list[tuple[Intervention, slice]] = merged) -> Tensor:
                 if x.dim() != 3:
                     msg = (
@@ -172,6 +191,10 @@ def intervened(model: Lvlm, interventions: Sequence[Intervention]) -> Iterator[N
 
             hooks.callback(edit(model, site, change).remove)
         yield
+
+
+def _place_name(item: Intervention) -> str:
+    return str(item.site) if item.head is None else f"{item.site} of head {item.head}"
 
 
 def _needs_steps(item: Intervention) -> bool:
@@ -253,6 +276,7 @@ class _Tokens:
         self.step = 0
         self.open: dict[Gate, Tensor] = {}
 
+    @observer
     def look(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._ids = kwargs.get("input_ids", args[0] if args else None)
         cache = kwargs.get("past_key_values")
