@@ -12,6 +12,7 @@ from torch import Tensor
 from concepts.schema import Box, Example
 from groundscope.core.errors import DataError, ModelError
 from lvlm.encoding.image_inputs import Look
+from lvlm.prompting import find_question
 from lvlm.sites import Stack
 from lvlm.token_map import Lattice, TokenMap
 
@@ -130,8 +131,15 @@ def encode(model: Lvlm, prompt: Prompt, looks: Sequence[Look], axis: int) -> tup
     used = {p for lattice in lattices.get("decoder", ()) for p in lattice.positions}
     inside = {i for s, e in spans for i, (a, b) in enumerate(offsets) if b > a and a < e and b > s}
     separators = tuple(sorted((inside | set(cells)) - used))
-    start = text.rindex(prompt.question.strip()) if prompt.question.strip() else 0
-    end = start + len(prompt.question.strip())
+    span = find_question(text, prompt.question)
+    if span is None:
+        msg = (
+            f"example '{prompt.name}': the chat template of {model.name} does not repeat the question "
+            f"'{prompt.question.strip()}' word for word, so its tokens cannot be found; set processor.chat_template to one "
+            "that does"
+        )
+        raise DataError(msg)
+    start, end = span
     question = tuple(i for i, (a, b) in enumerate(offsets) if a < end and b > start and b > a)
     inputs: Inputs = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
     for name, first_look in looks[0].inputs.items():
