@@ -110,7 +110,7 @@ def unregistered_hooks(module: nn.Module) -> tuple[str, ...]:
     for path, inner in module.named_modules():
         look(path, inner._forward_pre_hooks, "forward pre-hook")
         look(path, inner._forward_hooks, "forward hook")
-        own = vars(inner).get("forward")
+        own = _own_forward(inner)
         if own is not None and getattr(own, "__module__", None) != type(inner).__module__:
             look(path, {0: own}, "replaced forward")
     look("all modules", torch_module._global_forward_pre_hooks, "global forward pre-hook")
@@ -136,6 +136,23 @@ def _accounted(hook: Any, *, changed: bool) -> bool:
         return True
     source = getattr(hook, "__module__", None) or type(hook).__module__
     return str(source).partition(".")[0] in _LIBRARIES
+
+
+def _own_forward(module: nn.Module) -> Any:
+    """Return the ``forward`` that was set on a module itself; None where its class has it."""
+    own = vars(module).get("forward")
+    if not _from_nnsight(own):
+        return own
+    # nnsight's controller runs the forward that it found: the class's, or through a closure the module's own.
+    found = getattr(getattr(own, "state", None), "original", None)
+    if _from_nnsight(found):
+        found = next((cell.cell_contents for cell in getattr(found, "__closure__", None) or ()), None)
+    return None if found is getattr(type(module), "forward", None) else found
+
+
+def _from_nnsight(function: Any) -> bool:
+    sources = (type(function).__module__, getattr(function, "__module__", None))
+    return any(str(source).partition(".")[0] == "nnsight" for source in sources)
 
 
 def _name(hook: Any) -> str:

@@ -38,7 +38,8 @@ def other_rules(model: Lvlm) -> tuple[str, ...]:
     names: set[str] = set()
     for part in _generating(model):
         differ = part.generation_config.to_diff_dict()
-        names |= {name for name, value in differ.items() if value is not None and name not in _WITHOUT_EFFECT}
+        settings = (name for name, value in differ.items() if value is not None and not name.startswith("_"))
+        names |= {name for name in settings if name not in _WITHOUT_EFFECT}
     return tuple(sorted(names))
 
 

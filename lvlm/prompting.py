@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 MAX_PROMPT = 1 << 20
 """Longest prompt in characters."""
-MAX_STEPS = 1_000_000
+MAX_STEPS = 100_000
 """Most lines of a compiled chat template that are run for one prompt; usual templates run a few hundred."""
 _TEMPLATE_FILES = ("<template>", "<unknown>")
 
