@@ -33,7 +33,7 @@ def _feed(h: Any, value: Any) -> bool:
     elif isinstance(value, Tensor):
         flat = value.detach().contiguous().cpu().reshape(-1)
         h.update(f"{value.dtype}{tuple(value.shape)}".encode())
-        h.update(memoryview(flat.view(torch.uint8).numpy()))
+        h.update(flat.view(torch.uint8).numpy().data)
     elif isinstance(value, np.ndarray):
         h.update(f"{value.dtype}{value.shape}".encode())
         h.update(np.ascontiguousarray(value).tobytes())

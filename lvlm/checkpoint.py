@@ -28,6 +28,7 @@ LEFTOVERS: Mapping[str, tuple[str, ...]] = {
 stored buffer, heads of a tower that only pretraining used. Those under the empty name hold for every family."""
 _SHOWN = 3
 _MOST_LAYERS = 2048
+_MOST_SIDE = 1 << 14
 
 
 def check_loading(model: nn.Module, info: Mapping[str, Iterable[Any]], name: str) -> tuple[str, ...]:
@@ -100,7 +101,7 @@ def devices() -> tuple[str, ...]:
     """Return the devices that torch can use on this machine: ``cpu``, ``cuda``, ``cuda:0``, ..."""
     found = ["cpu"]
     for kind in ("cuda", "mps", "xpu", "npu"):
-        backend = torch.backends.mps if kind == "mps" else getattr(torch, kind, None)
+        backend: Any = torch.backends.mps if kind == "mps" else getattr(torch, kind, None)
         if backend is None or not backend.is_available():
             continue
         count = 1 if kind == "mps" else int(backend.device_count())
@@ -125,6 +126,24 @@ def check_sizes(config: Any, name: str) -> None:
                 raise ModelError(msg)
 
     walk(config.to_dict(), "")
+
+
+def check_pixels(processor: Any, name: str) -> None:
+    """Raise `ModelError` where an image processor would enlarge every image beyond `_MOST_SIDE` pixels a side."""
+    pictures = getattr(processor, "image_processor", None)
+    settings = pictures.to_dict() if hasattr(pictures, "to_dict") else {}
+    for field in ("size", "crop_size"):
+        value = settings.get(field)
+        sides = dict(value) if isinstance(value, Mapping) else {}
+        if {"shortest_edge", "longest_edge"} <= {*sides}:
+            continue  # numbers of pixels in some families
+        for side, length in sides.items():
+            if isinstance(length, int) and length > _MOST_SIDE:
+                msg = (
+                    f"the image processor of {name} has {field}.{side}={length}: every image would be enlarged to it; at most "
+                    f"{_MOST_SIDE} is accepted"
+                )
+                raise ModelError(msg)
 
 
 def unwrapped(model: Any) -> Any:

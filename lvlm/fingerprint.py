@@ -40,8 +40,8 @@ def weights_hash(module: nn.Module) -> str:
     """Return ``sha256:<hex>`` over all bytes of a module's parameters and of the buffers that its checkpoints hold.
 
     Computed once for the weights that are there: it is computed again where a tensor was replaced, written to in place
-    (torch counts that), or has other values at some of up to 257 places. A single value changed behind torch's back
-    (through ``.data``) in a module whose digest is known may go unnoticed.
+    (torch counts that), or has another value at one of up to 257 places. A single value changed through ``.data``, which
+    torch does not count, may go unnoticed in a module whose digest is known; see `forget`.
 
     Parameters
     ----------
@@ -64,6 +64,11 @@ def weights_hash(module: nn.Module) -> str:
         known = _Known(state, f"{ALGORITHM}:{_digest(_tensors(module))}")
         _KNOWN[module] = known
     return known.digest
+
+
+def forget(module: nn.Module) -> None:
+    """Drop what is known of a module's weights: the next hash reads all of them."""
+    _KNOWN.pop(module, None)
 
 
 def sampled_weights_hash(module: nn.Module) -> str:
@@ -163,4 +168,4 @@ def _digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def _hashed(chunk: Tensor) -> bytes:
-    return hashlib.sha256(memoryview(chunk.contiguous().cpu().view(torch.uint8).numpy())).digest()
+    return hashlib.sha256(chunk.contiguous().cpu().view(torch.uint8).numpy().data).digest()

@@ -12,7 +12,7 @@ from concepts.drawing import TEST, generator, sample
 from concepts.questions import as_example, existence
 from groundscope.core.errors import ModelError
 from lvlm.access.weights import empty
-from lvlm.checkpoint import check_device, check_loading, check_sizes, unwrapped
+from lvlm.checkpoint import check_device, check_loading, check_pixels, check_sizes, unwrapped
 from lvlm.embedded import EMBEDDED, folder_of
 from lvlm.encoding.processor import assemble
 from lvlm.family.registry import family
@@ -174,6 +174,7 @@ def _wrapped(
     if getattr(processor, "image_token", None) is None:
         msg = f"{type(processor).__name__} has no image token; set processor.image_token to the placeholder of an image"
         raise ModelError(msg)
+    check_pixels(processor, name or type(model).__name__)
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     if not isinstance(model_type, str):
         msg = f"{type(model).__name__} has no config.model_type: give a Hugging Face model"

@@ -50,9 +50,9 @@ def test_every_file_that_decides_on_prompts_tokens_pixels_or_code_is_listed(tmp_
 # -- weights ---------------------------------------------------------------------------------------------------------
 
 
-def matrix() -> nn.Module:
+def matrix() -> Any:
     """One matrix as wide as a language model of 7 billion parameters has them; its columns are 32 heads of width 128."""
-    module = nn.Module()
+    module: Any = nn.Module()
     module.o_proj = nn.Linear(4096, 256, bias=False)
     with torch.random.fork_rng():
         torch.manual_seed(0)

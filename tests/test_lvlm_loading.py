@@ -207,3 +207,13 @@ def test_unknown_models_are_one_sentence(folder: Path) -> None:
     (folder / "config.json").write_text("{")
     with pytest.raises(GroundscopeError, match="cannot be loaded"):
         load_lvlm(folder)
+
+
+def test_absurd_image_sizes_are_refused(folder: Path) -> None:
+    (file,) = [p for p in folder.glob("*processor_config.json") if "size" in p.read_text()]
+    settings = json.loads(file.read_text())
+    inner = settings.get("image_processor", settings)
+    inner["size"] = {"height": 10**6, "width": 10**6}
+    file.write_text(json.dumps(settings))
+    with pytest.raises(ModelError, match=r"has size\.(height|width)=1000000"):
+        load_lvlm(folder)

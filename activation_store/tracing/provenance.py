@@ -135,10 +135,11 @@ def check_known(model: Lvlm, folder: Path, workers: int) -> None:
         return
     started = folder.is_dir() and any(shard_numbers(p.name) or p.name.startswith("manifest") for p in folder.iterdir())
     if started or workers > 1:
-        more = f" and {len(acting) - 1} more" if len(acting) > 1 else ""
+        first, *others = acting
+        more = f" and {len(others)} more" if others else ""
         msg = (
             f"{folder}: rows cannot be added to a store, or shared between workers, while hooks act on {model.name} whose "
-            f"effect is not known: {acting[0]}{more}; remove them, mark those that change nothing with "
+            f"effect is not known: {first}{more}; remove them, mark those that change nothing with "
             "lvlm.applied.observer, or trace in one process into a new folder"
         )
         raise StoreError(msg)
