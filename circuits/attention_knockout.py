@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from circuits.identity import digest_of
 from circuits.patching.activation import check_evaluating
 from circuits.patching.metrics import probability
 from circuits.results.statistics import mean_interval
@@ -23,6 +22,7 @@ from groundscope.core.errors import ConfigError, ModelError, PatchError, SiteErr
 from groundscope.core.progress import progress_bar
 from lvlm.answers import answer_key
 from lvlm.applied import Applied, registered
+from lvlm.digest import digest_of
 from lvlm.encoding.encode import Batch
 from lvlm.family.specification import TOLERANCE, resolve
 from lvlm.model import Lvlm

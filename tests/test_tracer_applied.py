@@ -20,13 +20,13 @@ from activation_store import ActivationStore, trace
 from activation_store.forms import same_form
 from behavior.answering import answer, answer_each
 from circuits.attention_knockout import blocked
-from circuits.identity import digest_of
 from circuits.interventions.intervention import Gate, Intervention, intervened
 from circuits.interventions.transforms import Add, Zero
 from concepts import ConceptDataset
 from groundscope.core.errors import StoreError
 from lvlm import Head, Lvlm, load_lvlm
 from lvlm.applied import Applied, observer
+from lvlm.digest import digest_of
 from lvlm.sites import Site
 from mitigation.steering.placement import Entry
 from mitigation.steering.vector import SteeringVector

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from circuits.identity import digest_of
 from circuits.interventions.hooks import edit
 from circuits.interventions.options import RULES, Rule
 from circuits.interventions.transforms import Add, Amplify, Change, Project, Replace, Zero
 from groundscope.core.errors import PatchError, SiteError
 from lvlm.applied import Applied, observer, registered
+from lvlm.digest import digest_of
 from lvlm.model import Lvlm
 from lvlm.sites import Site
 

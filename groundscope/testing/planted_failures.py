@@ -18,11 +18,11 @@ import torch
 from PIL import Image, ImageFilter
 from torch import Tensor, nn
 
-from circuits.identity import digest_of
 from concepts.schema import Example
 from groundscope.core.errors import ModelError, PatchError
 from lvlm.answers import answer_key
 from lvlm.applied import Applied, observer, registered
+from lvlm.digest import digest_of
 from lvlm.family.specification import resolve
 from lvlm.model import Lvlm
 from lvlm.sites import Head

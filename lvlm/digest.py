@@ -1,4 +1,4 @@
-"""Digests of interventions: equal digests, equal effects."""
+"""Digests of what changes a model: equal digests, equal effects."""
 
 from __future__ import annotations
 
