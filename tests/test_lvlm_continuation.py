@@ -148,7 +148,7 @@ def test_that_a_pattern_changes_how_attention_is_computed_is_said_once(
     assert len(said()) == 1
     traced("pattern", "z", where="patterns")  # it is there: no forward over the data, nothing to say
     assert said() == []
-    with lvlm.access.eager_attention():  # nothing changes
+    with lvlm.eager():  # nothing changes
         lvlm.read(inputs, ["decoder.L0.pattern"])
     assert said() == []
     validate(lvlm, lvlm.encode(data[0]))
