@@ -131,7 +131,7 @@ def check_sizes(config: Any, name: str) -> None:
 def check_pixels(processor: Any, name: str) -> None:
     """Raise `ModelError` where an image processor would enlarge every image beyond `_MOST_SIDE` pixels a side."""
     pictures = getattr(processor, "image_processor", None)
-    settings = pictures.to_dict() if hasattr(pictures, "to_dict") else {}
+    settings = pictures.to_dict() if pictures is not None and hasattr(pictures, "to_dict") else {}
     for field in ("size", "crop_size"):
         value = settings.get(field)
         sides = dict(value) if isinstance(value, Mapping) else {}
