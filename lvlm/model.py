@@ -5,31 +5,37 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from typing import Any
+from functools import lru_cache
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from concepts.schema import Box, Example
 from groundscope.core.errors import ModelError, SiteError
-from lvlm.access.eager_attention import eager, say_eager
+from lvlm.access.eager_attention import eager, implementations, say_eager
 from lvlm.access.places import Place
 from lvlm.access.shared_vision_run import each_picture_once, tower_of
 from lvlm.access.site_lookup import find_place
-from lvlm.access.weights import device_of, named_weights
+from lvlm.access.weights import device_of
+from lvlm.applied import Applied, Registration, active, unregistered_hooks
 from lvlm.encoding.encode import Batch, Encoding, Inputs, Prompt, check_alike, encode
 from lvlm.encoding.registry import VIEWS, Look, View
 from lvlm.family.discovery import complete, heads_of, text_config, vision_heads
 from lvlm.family.specification import FamilySpec, find, layer_list, resolve
+from lvlm.fingerprint import has_weights, weights_hash
+from lvlm.generation import greedy
+from lvlm.prompting import prompt_of
+from lvlm.settings import pixel_settings
 from lvlm.sites import Site
 from lvlm.token_map import TokenMap
 
 __all__ = ["Batch", "Encoding", "Inputs", "Lvlm", "Place", "Prompt"]
 
+_Value = TypeVar("_Value")
 _INCIDENTAL = {"_name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype"}
 
 
@@ -46,13 +52,28 @@ class Lvlm:
         Where things are.
     name
         What to call it in results.
+    revision
+        The commit of a Hugging Face id; None for any other model.
+    unused_weights
+        Tensors of its checkpoint that the model does not use.
     """
 
-    def __init__(self, model: nn.Module, processor: Any, spec: FamilySpec, name: str) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        processor: Any,
+        spec: FamilySpec,
+        name: str,
+        *,
+        revision: str | None = None,
+        unused_weights: tuple[str, ...] = (),
+    ) -> None:
         self.hf: Any = model.eval()
         self.processor = processor
         self.spec = complete(spec, model)
         self.name = name
+        self.revision = revision
+        self.unused_weights = unused_weights
         if spec.view not in VIEWS:
             msg = f"family '{spec.model_type}': no view '{spec.view}'; there are {', '.join(VIEWS)}"
             raise ModelError(msg)
@@ -63,11 +84,9 @@ class Lvlm:
         self.n_heads: int = heads_of(text, config)
         self._softcap: float | None = getattr(text, "final_logit_softcapping", None)
         self._scaled: bool = bool(getattr(text, "scale_decoder_outputs", False))
-        self._layers: dict[str, tuple[nn.Module, ...]] = {
-            s: layer_list(model, self.spec.stack(s).layers, self.spec) for s in ("decoder", "vision")
-        }
-        self.n_vision_heads: int = vision_heads(self.spec, model, self._layers["vision"])
-        self._places: dict[tuple[str, int, str, bool], Place] = {}
+        self.n_vision_heads: int = vision_heads(self.spec, model, self.layers("vision"))
+        self._tower: tuple[tuple[nn.Module, ...], nn.Module | None] | None = None
+        self._answers: dict[Hashable, Any] = {}
         self._look = lru_cache(maxsize=256)(self._look_at)
         self.answer_from: int | None = None
 
@@ -76,12 +95,12 @@ class Lvlm:
     @property
     def n_layers(self) -> int:
         """Number of decoder layers."""
-        return len(self._layers["decoder"])
+        return len(self.layers("decoder"))
 
     @property
     def n_vision_layers(self) -> int:
         """Number of vision tower layers."""
-        return len(self._layers["vision"])
+        return len(self.layers("vision"))
 
     @property
     def head_dim(self) -> int:
@@ -111,38 +130,55 @@ class Lvlm:
 
     # -- identity ------------------------------------------------------------------------------------------------
 
-    @cached_property
+    @property
     def config_hash(self) -> str:
         """SHA-256 of the configuration, without what depends on where, how or with which release it was loaded."""
         config = _without(self.hf.config.to_dict(), _INCIDENTAL)
         text = json.dumps(config, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
-    @cached_property
+    @property
     def weights_hash(self) -> str:
-        """SHA-256 over name, shape and up to 4,096 evenly spaced values of every parameter.
+        """``<algorithm>:<hex>`` over every byte of the weights, computed again when they changed; see `lvlm.fingerprint`."""
+        return weights_hash(self.hf)
 
-        A sample, so that a model of many gigabytes is identified in seconds; any fine-tuning changes it.
-        """
-        h = hashlib.sha256()
-        for name, parameter in sorted(named_weights(self.hf)):
-            flat = parameter.detach().flatten()
-            step = max(1, flat.numel() // 4096)
-            h.update(f"{name}{tuple(parameter.shape)}".encode())
-            h.update(flat[::step].float().cpu().numpy().tobytes())
-        return h.hexdigest()
+    def has_weights(self, recorded: str) -> bool:
+        """Whether these are the weights whose hash was recorded; hashes of earlier releases are compared, with a warning."""
+        return has_weights(self.hf, recorded)
+
+    @property
+    def attention(self) -> str:
+        """How attention is computed, by transformers' names: ``sdpa``, ``eager``, ...; several where parts differ."""
+        return ", ".join(implementations(self))
+
+    # -- what is done to it --------------------------------------------------------------------------------------
+
+    @property
+    def interventions(self) -> tuple[Applied, ...]:
+        """Changes that are active now, in the order in which they were applied: steering vectors, patches, cut attention."""
+        return active(self.hf)
+
+    @property
+    def unregistered_hooks(self) -> tuple[str, ...]:
+        """Forward hooks that may change what the model computes, by qualified name; see `lvlm.applied.observer`."""
+        return unregistered_hooks(self.hf)
+
+    def register(self, applied: Applied) -> Registration:
+        """Record that something changes what the model computes, until the registration is removed."""
+        return Registration(self.hf, applied)
 
     # -- places --------------------------------------------------------------------------------------------------
 
     def layers(self, stack: str) -> tuple[nn.Module, ...]:
         """Return the layers of ``decoder`` or ``vision`` in the order they run."""
-        return self._layers[stack]
+        # Found again each time: a layer may be replaced, by an adapter for example.
+        return layer_list(self.hf, self.spec.stack(stack).layers, self.spec)
 
     def output_projection(self, stack: str, layer: int, *, cross: bool = False) -> nn.Linear:
         """Return the linear map from a layer's heads to its attention output."""
         spec = self.spec.stack(stack)
         path = spec.cross_output_projection if cross else spec.output_projection
-        module = resolve(self._layers[stack][layer], path, self.spec)
+        module = resolve(self.layers(stack)[layer], path, self.spec)
         if not isinstance(module, nn.Linear):
             msg = f"'{path}' is a {type(module).__name__}, not a linear layer"
             raise ModelError(msg)
@@ -154,9 +190,10 @@ class Lvlm:
         path = spec.cross_attention if cross else spec.attention
         if not path:
             return False
-        found = find(self._layers[stack][layer], path)
+        layers = self.layers(stack)
+        found = find(layers[layer], path)
         # A path that no layer has is a mistake in the spec, not a layer without attention; `place` names it.
-        return found is not None or not any(find(one, path) is not None for one in self._layers[stack])
+        return found is not None or not any(find(one, path) is not None for one in layers)
 
     def head_site(self, layer: int) -> Site:
         """Return where a decoder layer's heads are: in its self-attention, or in its cross-attention where it has no other."""
@@ -169,10 +206,7 @@ class Lvlm:
 
     def place(self, stack: str, layer: int, component: str, *, cross: bool = False) -> Place:
         """Return where a component of a layer is read; raises `SiteError` for one that the model lacks."""
-        key = (stack, layer, component, cross)
-        if key not in self._places:
-            self._places[key] = find_place(self, stack, layer, component, cross=cross)
-        return self._places[key]
+        return find_place(self, stack, layer, component, cross=cross)
 
     def locate(self, site: Site | str) -> Place:
         """Return where a site is read; raises `SiteError` for a site that the model lacks."""
@@ -181,13 +215,13 @@ class Lvlm:
 
     # -- encoding ------------------------------------------------------------------------------------------------
 
-    @cached_property
+    @property
     def placeholder(self) -> str:
         """What stands for an image in a prompt."""
         token = self.spec.placeholder or self.processor.image_token
         return str(getattr(token, "content", token))
 
-    @cached_property
+    @property
     def content_id(self) -> int:
         """The id of the token that the embedding of a part of an image takes the place of."""
         config = self.hf.config
@@ -196,7 +230,7 @@ class Lvlm:
                 return found
         return int(self.processor.tokenizer.convert_tokens_to_ids(self.placeholder))
 
-    @cached_property
+    @property
     def content_token(self) -> str:
         """That token as text; raises `ModelError` where the tokenizer has none."""
         token = self.processor.tokenizer.convert_ids_to_tokens(self.content_id)
@@ -208,22 +242,22 @@ class Lvlm:
             raise ModelError(msg)
         return str(token)
 
-    @cached_property
+    @property
     def accepts(self) -> frozenset[str]:
         """Names of the inputs that the model's forward takes."""
         return frozenset(inspect.signature(self.hf.forward).parameters)
 
     def prompt(self, question: str, images: int = 1) -> str:
-        """Return the text the model reads, up to where its answer begins; each placeholder stands for an image."""
-        if getattr(self.processor, "chat_template", None):
-            content = [{"type": "image"}] * images + [{"type": "text", "text": question}]
-            turn = [{"role": "user", "content": content}]
-            return self.processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
-        words = {n: getattr(self.processor.tokenizer, f"{n}_token") or "" for n in ("bos", "eos", "sep")}
-        shown = self.spec.around.format(image=self.placeholder) * images
-        return self.spec.template.format(image=shown, question=question, **words)
+        """Return the text the model reads, up to where its answer begins; each placeholder stands for an image.
 
-    def _look_at(self, identity: str, source: _Source) -> Look:
+        Raises
+        ------
+        ModelError
+            Where the chat template fails, does not end, or writes no text or too much of it.
+        """
+        return prompt_of(self, question, images)
+
+    def _look_at(self, identity: tuple[str, ...], source: _Source) -> Look:
         del identity  # the cache's key
         return self.view.look(self, source.value.load())
 
@@ -235,7 +269,7 @@ class Lvlm:
         DataError
             Where the image cannot be read, or the prompt does not hold the image's tokens.
         """
-        look = self._look(example.image.identity, _Source(example.image))
+        look = self._look((example.image.identity, pixel_settings(self.processor)), _Source(example.image))
         boxes = {o.id: (0, o.box) for o in example.objects}
         prompt = Prompt(self.prompt(example.question), example.question, example.id, boxes, example.subject)
         return Encoding(example, *encode(self, prompt, [look], self.view.axis))
@@ -314,16 +348,27 @@ class Lvlm:
 
     # -- running -------------------------------------------------------------------------------------------------
 
-    @cached_property
+    @property
     def options(self) -> Mapping[str, Any]:
         """What a forward that reads one answer is called with beside its inputs."""
         keep = {"logits_to_keep": 1} if "logits_to_keep" in self.accepts else {}
         return {"use_cache": False, **keep}
 
-    @cached_property
+    @property
     def tower(self) -> nn.Module | None:
-        """The vision tower; None where there is none that can be told from the decoder."""
-        return tower_of(self)
+        """The vision tower; None where no module holds all vision layers and no decoder layer."""
+        layers = (self.hf, *self.layers("vision"), *self.layers("decoder"))
+        if self._tower is None or self._tower[0] != layers:
+            self._tower = layers, tower_of(self)
+        return self._tower[1]
+
+    def remember(self, key: Hashable, make: Callable[[], _Value]) -> _Value:
+        """Return the value of a key that names all it depends on, made once; freed with the model. The last 1,024 are kept."""
+        if key not in self._answers:
+            while len(self._answers) >= 1024:
+                del self._answers[next(iter(self._answers))]
+            self._answers[key] = make()
+        return self._answers[key]
 
     @torch.no_grad()
     def logits(self, inputs: Mapping[str, Tensor], images: Sequence[str] = ()) -> Tensor:
@@ -335,13 +380,10 @@ class Lvlm:
         with each_picture_once(self, images):
             return self.hf(**on_device, **self.options).logits[:, -1]
 
-    @torch.no_grad()
     def generate(self, batch: Batch, max_new_tokens: int = 40) -> list[str]:
-        """Return greedy continuations as text."""
-        with each_picture_once(self, batch.images):
-            out = self.hf.generate(**batch.inputs, max_new_tokens=max_new_tokens, do_sample=False)
-        new = out[:, batch.inputs["decoder_input_ids" if self.encoder_decoder else "input_ids"].shape[1] :]
-        return [t.strip() for t in self.processor.tokenizer.batch_decode(new, skip_special_tokens=True)]
+        """Return greedy continuations as text: the largest logit at each step, whatever the checkpoint's generation settings."""
+        answers = greedy(self, batch, max_new_tokens)
+        return [t.strip() for t in self.processor.tokenizer.batch_decode(answers, skip_special_tokens=True)]
 
     def unembed(self, residual: Tensor) -> Tensor:
         """Apply the final norm and the unembedding to decoder residuals ``[..., D]`` -> ``[..., V]``."""

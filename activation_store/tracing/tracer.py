@@ -36,7 +36,7 @@ from activation_store.tracing.plan import (
     offsets_of,
     reducer,
 )
-from activation_store.tracing.provenance import describe, unembedding
+from activation_store.tracing.provenance import check_known, describe, unembedding
 from activation_store.writing.writer import StoreWriter
 from concepts.schema import ConceptDataset, Example
 from groundscope.core.errors import ConfigError, DataError, SiteError
@@ -132,7 +132,9 @@ def trace(
     ConfigError
         For a batch size below 1, or where both the model's own and the true answer are to be read in one trace.
     StoreError
-        Where the folder holds a store of something else (names the field), or it cannot be written.
+        Where the folder holds a store of something else (names the field; a steering vector or other intervention that is
+        applied now and was not then is one), a hook of unknown effect acts on the model and rows are to join others, or it
+        cannot be written.
     """
     if batch_size < 1:
         msg = f"batch_size={batch_size}: at least 1 example goes into a forward"
@@ -155,6 +157,7 @@ def trace(
     folder = Path(out)
     if force:
         _clear(folder)
+    check_known(model, folder, workers)
     run = Tracer.begin(model, data, plan, batch_size, answers=answers, goes_on=goes_on, steps=generate)
     size = chunk_batches(plan, first.tokens, batch_size) * batch_size
     chunks = -(-len(data) // size)

@@ -28,6 +28,7 @@ from activation_store.format.schema import (
     shard_numbers,
 )
 from activation_store.format.shard import inspect, open_shard, read_ids, read_json, reading, rebuild_advice
+from activation_store.forms import same_form
 from activation_store.writing.intake import Arrays, check_lists, encode_batch
 from activation_store.writing.queue import Background, Pool
 from activation_store.writing.shard_writer import ShardBuilder
@@ -282,6 +283,8 @@ class StoreWriter:
             yield manifest
 
     def _check_same(self, schema: Schema, provenance: Mapping[str, Any], where: str) -> None:
+        # A store that an earlier release began is continued in its form.
+        self._provenance = same_form(self._provenance, provenance, str(self._path))
         found = difference(comparable(schema, provenance), comparable(self._schema, self._provenance))
         if found is not None:
             field, old, new = found

@@ -18,6 +18,8 @@ from circuits.interventions.hooks import edit
 from circuits.interventions.options import RULES, Rule
 from circuits.interventions.transforms import Add, Amplify, Change, Project, Replace, Zero
 from groundscope.core.errors import ModelError, PatchError, SiteError
+from lvlm.applied import Applied, registered
+from lvlm.digest import digest_of
 from lvlm.image_tokens import check_image_in_sequence
 from lvlm.model import Lvlm
 from lvlm.sites import Site
@@ -122,11 +124,23 @@ class Intervention:
 
 
 @contextmanager
-def intervened(model: Lvlm, interventions: Sequence[Intervention]) -> Iterator[None]:
+def intervened(
+    model: Lvlm, interventions: Sequence[Intervention], *, kind: str = "intervention", name: str = ""
+) -> Iterator[None]:
     """Change what flows through a model while the context is open; what happens at one site happens in order.
 
     Afterwards, after an error too, every hook is gone and the model is bit for bit what it was. With nothing to do
-    nothing is hooked. Contexts nest: an inner one sees what an outer one made of a site.
+    nothing is hooked. Contexts nest: an inner one sees what an outer one made of a site. While the context is open the
+    change is one of `Lvlm.interventions`, so that the provenance of traces and answers names it.
+
+    Parameters
+    ----------
+    model
+        The model.
+    interventions
+        What is changed, in order.
+    kind, name
+        What the change is called in `Lvlm.interventions`; by default its sites.
 
     Raises
     ------
@@ -147,6 +161,10 @@ def intervened(model: Lvlm, interventions: Sequence[Intervention]) -> Iterator[N
     places = {site: model.locate(site) for site in (*by_site, *(gate.site for gate in gates))}
     tokens, opened = DecoderTokens(model), {}
     with ExitStack() as hooks:
+        if interventions:
+            name = name or ", ".join(dict.fromkeys(_place_name(item) for item in interventions))
+            applied = Applied(kind, name, lambda: digest_of(list(interventions)))
+            hooks.callback(model.register(applied).remove)
         if any(_needs_tokens(item) for item in every):
             hooks.enter_context(tokens.watched())
         for gate, columns in gates.items():  # before the changes: a probe reads what the model itself has there
@@ -158,6 +176,7 @@ def intervened(model: Lvlm, interventions: Sequence[Intervention]) -> Iterator[N
         for site, items in by_site.items():
             merged = _merged(model, items, width(model, site))
 
+            @registered
             def change(x: Tensor, site: Site = site, items: list[tuple[Intervention, slice]] = merged) -> Tensor:
                 if x.dim() != 3:
                     msg = (
@@ -179,6 +198,10 @@ def intervened(model: Lvlm, interventions: Sequence[Intervention]) -> Iterator[N
 
             hooks.callback(edit(model, site, change).remove)
         yield
+
+
+def _place_name(item: Intervention) -> str:
+    return str(item.site) if item.head is None else f"{item.site} of head {item.head}"
 
 
 def placed(model: Lvlm, item: Intervention) -> Intervention:

@@ -63,12 +63,15 @@ def estimate(context: Context, examples: int | None = None, seconds: float = SEC
     seconds
         How long to measure, about.
     """
+    from lvlm.applied import observer
+
     data = traced(context)
     start = time.perf_counter()
     model = context.model.hf
     loading = time.perf_counter() - start
     count = 0
 
+    @observer
     def counted(*_: object) -> None:  # one of each trace is for the shapes alone
         nonlocal count
         count += 1

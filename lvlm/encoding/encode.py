@@ -13,6 +13,7 @@ from concepts.schema import Box, Example
 from groundscope.core.errors import DataError, ModelError
 from lvlm.encoding.image_inputs import Look
 from lvlm.image_tokens import image_in_sequence, image_tokens
+from lvlm.prompting import find_question
 from lvlm.sites import Stack
 from lvlm.token_map import Lattice, TokenMap
 
@@ -132,8 +133,15 @@ def encode(
             f"keep '{model.content_token}' as one token, or the question holds it"
         )
         raise DataError(msg)
-    start = text.rindex(prompt.question.strip()) if prompt.question.strip() else 0
-    end = start + len(prompt.question.strip())
+    span = find_question(text, prompt.question)
+    if span is None:
+        msg = (
+            f"example '{prompt.name}': the chat template of {model.name} does not repeat the question "
+            f"'{prompt.question.strip()}' word for word, so its tokens cannot be found; set processor.chat_template to one "
+            "that does"
+        )
+        raise DataError(msg)
+    start, end = span
     question = tuple(i for i, (a, b) in enumerate(offsets) if a < end and b > start and b > a)
     inputs: Inputs = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
     for name in looks[0].inputs:

@@ -169,7 +169,9 @@ class SteeringVector:
 
         if not force:
             self.check(model)
-        with intervened(model, self.interventions(strength)):
+        at = self.strength if strength is None else strength
+        name = f"{self.kind} at {', '.join(name_of(key) for key in self.entries)}; {self.positions}, strength {at:g}"
+        with intervened(model, self.interventions(strength), kind="steering vector", name=name):
             yield
 
     def interventions(self, strength: float | None = None) -> list[Intervention]:
