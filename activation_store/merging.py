@@ -22,7 +22,7 @@ from activation_store.reading.store import ActivationStore
 from activation_store.writing.shard_parts import create_array, describe_array, finish_shard, publish_shard, start_shard
 from activation_store.writing.virtual_index import write_index
 from groundscope.core.errors import StoreError
-from groundscope.core.files import explained, part_of, publish_new, sync, write_whole
+from groundscope.core.files import DamagedFileError, explained, part_of, publish_new, sync, write_whole
 
 Progress = Callable[[int, int], None]
 """Called with what is done and the total."""
@@ -130,7 +130,7 @@ def _one_shard(store: ActivationStore, schema: Schema, folder: Path, progress: P
                     order="LND",
                 )
             finish_shard(file, store.columns, len(store))
-        pen.sync()
+        pen.check()
     return publish_shard(temporary, folder / name, digests, tuple(store.columns["id"]))
 
 
@@ -160,8 +160,8 @@ def _offsets(store: ActivationStore, info: ArrayInfo) -> np.ndarray | None:
 def _check_copy(copy: Path, original: Path, entry: ShardEntry) -> None:
     found = inspect(copy)  # raises where its values changed
     if (found.bytes, found.sha256) != (entry.bytes, entry.sha256):
-        msg = f"{original}: damaged, its bytes are not those that the manifest has; {rebuild_advice(original.name)}"
-        raise StoreError(msg)
+        msg = f"{original}: damaged, its bytes are not those that the manifest lists; {rebuild_advice(original.name)}"
+        raise DamagedFileError(msg)
 
 
 @contextlib.contextmanager

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from activation_store.format.compression import need_filter
 from activation_store.format.digests import stated_digest
 from activation_store.format.encoding import Column
 from activation_store.format.hdf5 import element_at, group_at
-from activation_store.format.manifest import read_manifest
+from activation_store.format.manifest import IndexEntry, ShardEntry, read_manifest
 from activation_store.format.mapped_file import Source
 from activation_store.format.schema import (
     INDEX,
@@ -26,10 +28,24 @@ from activation_store.format.schema import (
     difference,
     shard_numbers,
 )
-from activation_store.format.shard import open_shard, read_json, read_rows, reading, rebuild_advice
+from activation_store.format.shard import (
+    LAST_UNSEALED,
+    SHARD_KIND,
+    check_outcome,
+    open_shard,
+    open_unscreened,
+    read_ids,
+    read_json,
+    read_rows,
+    reading,
+    rebuild_advice,
+)
 from activation_store.reading.rows import ArrayReader
+from activation_store.screening import screen
+from activation_store.seal import seal_digest
 from groundscope.core.errors import StoreError
-from groundscope.core.files import canonical_json
+from groundscope.core.files import DamagedFileError, canonical_json, file_digest, system_reason
+from groundscope.core.user_files import read_text
 
 
 @dataclass(frozen=True)
@@ -43,21 +59,49 @@ class Folder:
     """Each with its rows, in order."""
     complete: bool
     """Whether a manifest lists just these."""
+    entries: Mapping[str, ShardEntry] = field(default_factory=dict)
+    """What the manifest lists, by file name."""
+    index: IndexEntry | None = None
 
     def digest(self) -> str:
         """Return the SHA-256 of the manifest; of a folder that is not complete, of the digests of its arrays."""
         if self.complete:
-            return hashlib.sha256((self.path / MANIFEST).read_bytes()).hexdigest()
+            with reading(self.path / MANIFEST):
+                return file_digest(self.path / MANIFEST)
         sealed = []
         for path, _ in self.shards:
-            with open_shard(path) as file, reading(path):
+            with open_shard(path, entry=self.entries.get(path.name)) as file, reading(path):
                 elements = [element_at(file, f"arrays/{a.name}") for a in self.schema.arrays]
                 sealed.append([path.name, *map(stated_digest, elements)])
         return hashlib.sha256(canonical_json(sealed).encode()).hexdigest()
 
+    def table(self) -> dict[str, Column] | None:
+        """Return the whole table of examples out of the index, where that is as the manifest lists it; else None."""
+        return read_index(self.path, self.index) if self.complete else None
+
+
+def read_index(folder: Path, entry: IndexEntry | None) -> dict[str, Column] | None:
+    """Return the table of examples out of the index of a folder; None where it is not as the manifest lists it."""
+    path = folder / INDEX
+    if entry is None:
+        return None
+    with contextlib.suppress(StoreError), reading(path):
+        if path.stat().st_size == entry.bytes and file_digest(path) == entry.sha256:
+            with open_unscreened(path, "activation-index") as file:
+                return read_columns(group_at(file, "examples"))
+    return None
+
 
 def open_folder(folder: Path) -> Folder:
     """Find out what a folder holds; raises `StoreError` where it is no store, or a file is missing or damaged."""
+    try:
+        return _open_folder(folder)
+    except OSError as error:
+        msg = f"{error.filename or folder}: cannot be read: {system_reason(error)}"
+        raise StoreError(msg) from error
+
+
+def _open_folder(folder: Path) -> Folder:
     names = _sealed_shards(folder)
     manifest_path = folder / MANIFEST
     manifest = read_manifest(manifest_path) if manifest_path.exists() else None
@@ -66,29 +110,82 @@ def open_folder(folder: Path) -> Folder:
         if name not in names:
             msg = (
                 f"{folder / name}: this shard with {entry.rows} examples ('{entry.examples[0]}' to "
-                f"'{entry.examples[-1]}') is missing; run the same trace again: only they are traced anew"
+                f"'{entry.examples[-1]}') is missing; run the same trace again: only they are traced again"
             )
             raise StoreError(msg)
-        size = (folder / name).stat().st_size
-        if size != entry.bytes:
-            msg = f"{folder / name}: damaged, {size} bytes instead of {entry.bytes}; {rebuild_advice(name)}"
-            raise StoreError(msg)
+        check_listed(folder / name, entry)
     schema, provenance = (manifest.schema, manifest.provenance) if manifest else (None, {})
     rows = {name: e.rows for name, e in listed.items()}
-    for name in names:
-        if name in listed:
-            continue
+    ids = {name: e.examples for name, e in listed.items()}
+    unlisted = [name for name in names if name not in listed]
+    sealed = read_sealed(folder)
+    screen([folder / name for name in unlisted], SHARD_KIND)  # all at once: files without a seal share a process
+    for name in unlisted:
+        check_sealed(folder / name, sealed)
         with open_shard(folder / name) as file, reading(folder / name):
-            found, source = Schema.from_record(read_json(file, "schema")), read_json(file, "provenance")
-            rows[name] = read_rows(file)
+            own, source = Schema.from_record(read_json(file, "schema")), read_json(file, "provenance")
+            rows[name], ids[name] = read_rows(file), read_ids(file)
         if schema is None:
-            schema, provenance = found, source
-        _check_same(folder / name, (schema, provenance), (found, source))
+            schema, provenance = own, source
+        _check_same(folder / name, (schema, provenance), (own, source))
     if schema is None:
         msg = f"{folder}: no shard is sealed yet and there is no manifest; nothing to read until one is"
         raise StoreError(msg)
+    check_ids(folder, {name: ids[name] for name in names})
     complete = manifest is not None and listed.keys() == set(names)
-    return Folder(folder, schema, provenance, tuple((folder / name, rows[name]) for name in names), complete)
+    shards = tuple((folder / name, rows[name]) for name in names)
+    return Folder(folder, schema, provenance, shards, complete, listed, manifest.index if manifest else None)
+
+
+def check_listed(path: Path, entry: ShardEntry) -> None:
+    """Raise `DamagedFileError` where a shard's size, or the digest at its end, is not the one in the manifest."""
+    size = path.stat().st_size
+    if size != entry.bytes:
+        msg = f"{path}: damaged, {size} bytes instead of {entry.bytes}; {rebuild_advice(path.name)}"
+        raise DamagedFileError(msg)
+    if entry.version > LAST_UNSEALED and seal_digest(path) != entry.sha256:
+        msg = (
+            f"{path}: damaged or from another store, its digest is not the one in the manifest; "
+            f"{rebuild_advice(path.name)}"
+        )
+        raise DamagedFileError(msg)
+
+
+def read_sealed(folder: Path) -> dict[str, str]:
+    """Return the digests by file name of the shards that unfinished runs sealed into a folder."""
+    out: dict[str, str] = {}
+    for path in folder.glob(".sealed-*.jsonl"):
+        for line in read_text(path, error=StoreError).splitlines():
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # a line that a kill cut says nothing
+                record = json.loads(line)
+                out[str(record["file"])] = str(record["sha256"])
+    return out
+
+
+def check_sealed(path: Path, sealed: Mapping[str, str]) -> None:
+    """Raise `DamagedFileError` where a shard is not the one that an unfinished run sealed under its name."""
+    if path.name in sealed and seal_digest(path) != sealed[path.name]:
+        msg = (
+            f"{path}: damaged or from another store, its digest is not the one under which this store sealed it; "
+            f"{rebuild_advice(path.name)}"
+        )
+        raise DamagedFileError(msg)
+
+
+def check_ids(folder: Path, ids: Mapping[str, Sequence[str]]) -> None:
+    """Raise `StoreError` where an example is in two shards (by file name, in order), or twice in one."""
+    if len({name for some in ids.values() for name in some}) == sum(map(len, ids.values())):
+        return
+    where: dict[str, str] = {}
+    for shard, some in ids.items():
+        for name in some:
+            if name in where:
+                msg = (
+                    f"{folder / shard}: the example '{name}' is also in {where[name]}: "
+                    f"one of the two is a copy or from another store; remove it and run the same trace again"
+                )
+                raise StoreError(msg)
+            where[name] = shard
 
 
 class OpenShard:
@@ -97,10 +194,13 @@ class OpenShard:
     No HDF5 file is kept open: one that is still open when the interpreter ends can crash it.
     """
 
-    def __init__(self, path: Path, schema: Schema) -> None:
+    def __init__(self, path: Path, schema: Schema, entry: ShardEntry | None = None) -> None:
         self._path, self._schema = path, schema
         with reading(path):
+            outcome = screen([path], SHARD_KIND)[0]
+            check_outcome(path, outcome, entry)
             self._source = Source(path)
+        self._source.screened = True
         self._readers: dict[Key, ArrayReader] = {}
 
     def array(self, info: ArrayInfo) -> ArrayReader:

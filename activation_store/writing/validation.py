@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from activation_store.format.encoding import LARGEST, Encoded, column_kind
+from activation_store.format.encoding import LARGEST, Encoded, column_kind, fits_float
 from activation_store.format.schema import REQUIRED_COLUMNS, STANDARD_COLUMNS, Dtype, Key, Schema, array_name
 from groundscope.core.errors import StoreError
 
@@ -97,10 +97,22 @@ def check_table(table: Mapping[str, Sequence[Any] | np.ndarray]) -> dict[str, li
             for value in values:
                 if value is not None:
                     _check_text(value, f"column '{name}'")
+        if kind in ("number", "label"):
+            _check_numbers(name, values, columns["id"])
         if name in STANDARD_COLUMNS and kind not in ("string", "empty"):
             msg = f"column '{name}' must hold text, not {kind} values"
             raise StoreError(msg)
     return columns
+
+
+def _check_numbers(name: str, values: Sequence[Any], ids: Sequence[Any]) -> None:
+    for value, example in zip(values, ids, strict=True):
+        if type(value) is int and not fits_float(value):
+            msg = (
+                f"column '{name}' holds an integer of {value.bit_length()} bits for the example '{example}': "
+                f"float64, which numbers beyond int64 are stored as, ends at 1.8e308"
+            )
+            raise StoreError(msg)
 
 
 def _plain(values: Sequence[Any] | np.ndarray) -> list[Any]:
