@@ -176,7 +176,7 @@ def test_no_byte_of_a_damaged_shard_reaches_hdf5(tmp_path: Path, monkeypatch: py
 @pytest.mark.parametrize("kind", ["external storage", "external link", "soft link", "virtual"])
 @pytest.mark.parametrize("version", [2, 3])
 def test_nothing_outside_a_shard_is_read(tmp_path: Path, kind: str, version: int) -> None:
-    from activation_store.seal import block_table, write_seal
+    from activation_store.format.seal import block_table, write_seal
 
     path = write(tmp_path / "store", finish=False, shard=6)
     shard = path / "shard-0-00000.h5"
@@ -262,6 +262,21 @@ def test_a_value_beyond_float64_is_named_and_loses_nothing(tmp_path: Path, colum
     assert "e7" in str(caught.value) or "row 3" in str(caught.value)
     assert len(ActivationStore(tmp_path)) == 4
     StoreWriter(tmp_path, SCHEMA, {}).close()  # the lock is released
+
+
+@pytest.mark.parametrize("other", [None, 0.5, 2**70])
+def test_an_integer_that_float64_rounds_is_refused_next_to_what_makes_it_float64(tmp_path: Path, other: object) -> None:
+    wide = 2**53 + 1
+    for first, second in (([1, wide], [other, 1]), ([other, 1], [1, wide]), ([1, 1], [wide, other])):
+        with StoreWriter(tmp_path, SCHEMA, {}) as writer:
+            writer.append(batch([0, 1]), table([0, 1]) | {"k": first})
+            with pytest.raises(StoreError, match=r"column 'k' holds integers beyond 2\*\*53"):
+                writer.append(batch([2, 3]), table([2, 3]) | {"k": second})
+            writer.abandon()
+    with StoreWriter(tmp_path, SCHEMA, {}) as writer:
+        writer.append(batch([0, 1]), table([0, 1]) | {"k": [wide, -wide], "m": [None, 2**53]})
+    assert ActivationStore(tmp_path).columns["k"].tolist() == [wide, -wide]
+    assert ActivationStore(tmp_path).columns["m"][1] == 2**53
 
 
 def test_an_unexpected_error_ends_the_writer_and_keeps_whole_shards(
@@ -481,7 +496,7 @@ ELEMENTS = ("schema", "provenance", "examples/id", "examples/margin", "arrays/de
 @pytest.mark.parametrize("element", ELEMENTS)
 def test_an_element_of_a_shard_may_be_of_another_type(tmp_path: Path, element: str) -> None:
     """The seal fits, as in a file that another program wrote; no manifest lists the shard."""
-    from activation_store.seal import block_table, write_seal
+    from activation_store.format.seal import block_table, write_seal
 
     write(tmp_path, 4, finish=False)
     shard = tmp_path / "shard-0-00000.h5"
@@ -513,7 +528,7 @@ def test_an_element_of_a_shard_may_be_of_another_type(tmp_path: Path, element: s
 
 @pytest.mark.parametrize("name", ["encoding-type", "layout-version", "rows", "position", "layers", "sha256"])
 def test_an_attribute_of_a_shard_may_be_of_another_type(tmp_path: Path, name: str) -> None:
-    from activation_store.seal import block_table, write_seal
+    from activation_store.format.seal import block_table, write_seal
 
     write(tmp_path, 4, finish=False)
     shard = tmp_path / "shard-0-00000.h5"

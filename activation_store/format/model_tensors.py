@@ -14,9 +14,9 @@ from activation_store.format.buffered_file import written
 from activation_store.format.hdf5 import attribute, dataset_at, datasets, mark
 from activation_store.format.manifest import TensorsEntry
 from activation_store.format.schema import LAYOUT_VERSION, TENSORS, column_name, link_name
+from activation_store.format.screening import in_child
+from activation_store.format.seal import block_table, read_seal, write_seal
 from activation_store.format.shard import check_outcome, open_shard, reading
-from activation_store.screening import in_child
-from activation_store.seal import block_table, read_seal, write_seal
 from groundscope.core.errors import StoreError
 from groundscope.core.files import explained, file_digest, part_of, publish
 

@@ -50,7 +50,7 @@ beside it, of equal lengths, ``box_ids`` and ``box_nouns``.
 ``tensors``, ``index``, ``shards`` (file, its layout version, bytes, rows, SHA-256, digests of its arrays, example ids)
 and ``sha256``, the digest of the same JSON without it, so that a flipped byte anywhere is found; this much holds for
 every version to come, so that a newer manifest can be told from a damaged one. Shards and ``tensors.h5`` end with a seal
-(`activation_store.seal`): digests of all their bytes that need no HDF5, and a digest of these, which is the SHA-256 that
+(`activation_store.format.seal`): digests of all their bytes that need no HDF5, and a digest of these, which is the SHA-256 that
 the manifest has of a shard. Links to other places or files, external storage and virtual datasets are refused in shards and
 ``tensors.h5``. Rows of a store are its shards' rows, ordered by worker and number.
 

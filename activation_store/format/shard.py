@@ -26,8 +26,8 @@ from activation_store.format.hdf5 import attribute, dataset_at, element_at, grou
 from activation_store.format.manifest import ShardEntry
 from activation_store.format.mapped_file import Source
 from activation_store.format.schema import CHUNK_ROWS, check_version, link_name
-from activation_store.screening import Outcome, screen
-from activation_store.seal import changed_blocks, read_seal
+from activation_store.format.screening import Outcome, screen
+from activation_store.format.seal import changed_blocks, read_seal
 from groundscope.core.errors import StoreError
 from groundscope.core.files import DamagedFileError, file_digest, system_number, system_reason
 
@@ -221,9 +221,12 @@ def _digest_of_values(dataset: h5py.Dataset) -> str:
     return digest.hexdigest()
 
 
-def inspect(path: Path, entry: ShardEntry | None = None) -> ShardEntry:
-    """Read a sealed shard through and return its entry; raises `StoreError` where a byte of it changed since."""
-    with open_shard(path, entry=entry) as file, reading(path):
+def inspect(path: Path, *, screened: bool = False) -> ShardEntry:
+    """Read a sealed shard through and return its entry; raises `StoreError` where a byte of it changed since.
+
+    With `screened` it is the copy of a file that was compared: HDF5 may parse it.
+    """
+    with open_unscreened(path, SHARD_KIND) if screened else open_shard(path) as file, reading(path):
         seal = read_seal(path)
         damaged = find_damage(path, file) if seal is None or changed_blocks(path, seal) else []
         if damaged:

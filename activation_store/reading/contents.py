@@ -16,12 +16,12 @@ from activation_store.format.columns import join_columns
 from activation_store.format.encoding import Column
 from activation_store.format.model_tensors import tensor_names
 from activation_store.format.schema import ArrayInfo, Schema, is_label
+from activation_store.format.screening import screen
 from activation_store.format.shard import LAST_UNSEALED, SHARD_KIND, reading
 from activation_store.reading.catalog import Catalog
 from activation_store.reading.combined_folders import provenance_of
 from activation_store.reading.folder import Folder, OpenShard
 from activation_store.reading.query import matching
-from activation_store.screening import screen
 from groundscope.core.errors import StoreError
 from groundscope.core.files import canonical_json, too_many_files
 from lvlm.sites import TokenSelection

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ from activation_store.format.columns import read_columns
 from activation_store.format.compression import need_filter
 from activation_store.format.digests import stated_digest
 from activation_store.format.encoding import Column
+from activation_store.format.folder_checks import check_ids, check_listed, check_sealed, read_index, read_sealed
 from activation_store.format.hdf5 import element_at, group_at
 from activation_store.format.manifest import IndexEntry, ShardEntry, read_manifest
 from activation_store.format.mapped_file import Source
@@ -28,24 +27,19 @@ from activation_store.format.schema import (
     difference,
     shard_numbers,
 )
+from activation_store.format.screening import screen
 from activation_store.format.shard import (
-    LAST_UNSEALED,
     SHARD_KIND,
     check_outcome,
     open_shard,
-    open_unscreened,
     read_ids,
     read_json,
     read_rows,
     reading,
-    rebuild_advice,
 )
 from activation_store.reading.rows import ArrayReader
-from activation_store.screening import screen
-from activation_store.seal import seal_digest
 from groundscope.core.errors import StoreError
-from groundscope.core.files import DamagedFileError, canonical_json, file_digest, system_reason
-from groundscope.core.user_files import read_text
+from groundscope.core.files import canonical_json, file_digest, system_reason
 
 
 @dataclass(frozen=True)
@@ -78,18 +72,6 @@ class Folder:
     def table(self) -> dict[str, Column] | None:
         """Return the whole table of examples out of the index, where that is as the manifest lists it; else None."""
         return read_index(self.path, self.index) if self.complete else None
-
-
-def read_index(folder: Path, entry: IndexEntry | None) -> dict[str, Column] | None:
-    """Return the table of examples out of the index of a folder; None where it is not as the manifest lists it."""
-    path = folder / INDEX
-    if entry is None:
-        return None
-    with contextlib.suppress(StoreError), reading(path):
-        if path.stat().st_size == entry.bytes and file_digest(path) == entry.sha256:
-            with open_unscreened(path, "activation-index") as file:
-                return read_columns(group_at(file, "examples"))
-    return None
 
 
 def open_folder(folder: Path) -> Folder:
@@ -135,57 +117,6 @@ def _open_folder(folder: Path) -> Folder:
     complete = manifest is not None and listed.keys() == set(names)
     shards = tuple((folder / name, rows[name]) for name in names)
     return Folder(folder, schema, provenance, shards, complete, listed, manifest.index if manifest else None)
-
-
-def check_listed(path: Path, entry: ShardEntry) -> None:
-    """Raise `DamagedFileError` where a shard's size, or the digest at its end, is not the one in the manifest."""
-    size = path.stat().st_size
-    if size != entry.bytes:
-        msg = f"{path}: damaged, {size} bytes instead of {entry.bytes}; {rebuild_advice(path.name)}"
-        raise DamagedFileError(msg)
-    if entry.version > LAST_UNSEALED and seal_digest(path) != entry.sha256:
-        msg = (
-            f"{path}: damaged or from another store, its digest is not the one in the manifest; "
-            f"{rebuild_advice(path.name)}"
-        )
-        raise DamagedFileError(msg)
-
-
-def read_sealed(folder: Path) -> dict[str, str]:
-    """Return the digests by file name of the shards that unfinished runs sealed into a folder."""
-    out: dict[str, str] = {}
-    for path in folder.glob(".sealed-*.jsonl"):
-        for line in read_text(path, error=StoreError).splitlines():
-            with contextlib.suppress(ValueError, KeyError, TypeError):  # a line that a kill cut says nothing
-                record = json.loads(line)
-                out[str(record["file"])] = str(record["sha256"])
-    return out
-
-
-def check_sealed(path: Path, sealed: Mapping[str, str]) -> None:
-    """Raise `DamagedFileError` where a shard is not the one that an unfinished run sealed under its name."""
-    if path.name in sealed and seal_digest(path) != sealed[path.name]:
-        msg = (
-            f"{path}: damaged or from another store, its digest is not the one under which this store sealed it; "
-            f"{rebuild_advice(path.name)}"
-        )
-        raise DamagedFileError(msg)
-
-
-def check_ids(folder: Path, ids: Mapping[str, Sequence[str]]) -> None:
-    """Raise `StoreError` where an example is in two shards (by file name, in order), or twice in one."""
-    if len({name for some in ids.values() for name in some}) == sum(map(len, ids.values())):
-        return
-    where: dict[str, str] = {}
-    for shard, some in ids.items():
-        for name in some:
-            if name in where:
-                msg = (
-                    f"{folder / shard}: the example '{name}' is also in {where[name]}: "
-                    f"one of the two is a copy or from another store; remove it and run the same trace again"
-                )
-                raise StoreError(msg)
-            where[name] = shard
 
 
 class OpenShard:

@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from activation_store.format.folder_checks import read_sealed
 from activation_store.format.manifest import DamagedManifestError, Manifest, ShardEntry, read_manifest
 from activation_store.format.model_tensors import damaged_tensors
 from activation_store.format.schema import INDEX, MANIFEST, TENSORS, shard_numbers
+from activation_store.format.screening import Outcome, in_child
+from activation_store.format.seal import changed_blocks, read_seal, seal_digest, structure_is_whole
 from activation_store.format.shard import (
     LAST_UNSEALED,
     SHARD_KIND,
@@ -20,9 +23,6 @@ from activation_store.format.shard import (
     reading,
     rebuild_advice,
 )
-from activation_store.reading.folder import read_sealed
-from activation_store.screening import Outcome, in_child
-from activation_store.seal import changed_blocks, read_seal, seal_digest, structure_is_whole
 from groundscope.core.errors import StoreError
 from groundscope.core.files import DamagedFileError, file_digest, system_reason
 

@@ -17,7 +17,7 @@ from activation_store.format.hdf5 import dataset_at, group_at, mark
 from activation_store.format.manifest import ShardEntry
 from activation_store.format.mapped_file import Source
 from activation_store.format.schema import LAYOUT_VERSION, ArrayInfo, Schema
-from activation_store.seal import block_table, write_seal
+from activation_store.format.seal import block_table, write_seal
 from groundscope.core.errors import StoreError
 from groundscope.core.files import canonical_json, publish_new
 

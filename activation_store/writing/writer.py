@@ -17,6 +17,7 @@ from activation_store.format.buffered_file import hold_hdf5_while_forking
 from activation_store.format.columns import columns_in, read_column
 from activation_store.format.compression import need_filter
 from activation_store.format.encoding import stored_kind
+from activation_store.format.folder_checks import check_ids, check_listed, check_sealed, read_index, read_sealed
 from activation_store.format.hdf5 import group_at
 from activation_store.format.manifest import DamagedManifestError, IndexEntry, Manifest, ShardEntry, read_manifest
 from activation_store.format.model_tensors import tensors_entry, write_tensors
@@ -31,6 +32,7 @@ from activation_store.format.schema import (
     shard_name,
     shard_numbers,
 )
+from activation_store.format.screening import screen
 from activation_store.format.shard import (
     LAST_UNSEALED,
     SHARD_KIND,
@@ -41,12 +43,10 @@ from activation_store.format.shard import (
     read_json,
     reading,
 )
-from activation_store.reading.folder import check_ids, check_listed, check_sealed, read_index, read_sealed
-from activation_store.screening import screen
 from activation_store.writing.intake import Arrays, check_lists, encode_batch
 from activation_store.writing.queue import Background, Pool
 from activation_store.writing.shard_writer import ShardBuilder
-from activation_store.writing.validation import check_kinds, check_table, count_overflow
+from activation_store.writing.validation import check_exact, check_kinds, check_table, count_overflow
 from activation_store.writing.virtual_index import write_index
 from groundscope.core.errors import StoreError
 from groundscope.core.files import Lock, canonical_json, file_digest, part_of, system_reason, write_whole
@@ -130,6 +130,7 @@ class StoreWriter:
         self._entries: dict[str, ShardEntry] = {}
         self._kinds: dict[str, str] = {}
         self._lists: dict[str, str] = {}
+        self._exact: dict[str, str] = {}
         self._shard: ShardBuilder | None = None
         self._numbers: set[int] = set()
         self._building: set[ShardBuilder] = set()
@@ -196,6 +197,7 @@ class StoreWriter:
         columns = check_table(table)
         kinds = check_kinds(columns, self._kinds)
         lists = check_lists(columns, kinds, self._lists)
+        exact = check_exact(columns, kinds, self._exact)
         encoded = encode_batch(arrays, self._schema, len(columns["id"]))
         keep = self._new_rows(columns["id"])
         if len(keep) < len(columns["id"]):
@@ -204,7 +206,7 @@ class StoreWriter:
         overflow = count_overflow(encoded, self._schema.dtype, columns["id"], allowed=self._allow_overflow)
         for name, count in overflow.items():
             self._overflow[name] += count
-        self._kinds, self._lists = kinds, lists
+        self._kinds, self._lists, self._exact = kinds, lists, exact
         self._appended.update(columns["id"])
         at = 0
         with self._explained():

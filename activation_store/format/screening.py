@@ -1,6 +1,6 @@
 """Whether HDF5 may parse a file: its digests first; files without a seal first in a child process with limits.
 
-A sealed file (layout version 3, `activation_store.seal`) is compared with its own seal. A file of versions 1 and 2 has no
+A sealed file (layout version 3, `activation_store.format.seal`) is compared with its own seal. A file of versions 1 and 2 has no
 digest that can be checked without HDF5: a child process opens it first, with limits on time and memory, and does there with
 HDF5 what this process will do. A child that hangs, crashes or fails means a damaged file. The results are remembered for a
 file's identity (device, inode, size, time of change), so that each file is examined once.
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from activation_store.seal import read_seal, structure_is_whole
+from activation_store.format.seal import read_seal, structure_is_whole
 from groundscope.core.errors import StoreError
 from groundscope.core.files import DamagedFileError
 
@@ -33,7 +33,7 @@ MEMORY = 2 << 30
 WAITING = 10.0
 """Factor on the time limit: how long the answer of a child is waited for, as other processes may take the processor."""
 _MOST_REMEMBERED = 1 << 16
-_CODE = "import sys,json;sys.path[:]=json.loads(sys.argv[1]);from activation_store.screening_child import main;main()"
+_CODE = "import sys,json;sys.path[:]=json.loads(sys.argv[1]);from activation_store.reading.screening_child import main;main()"
 
 _remembered: dict[tuple[int, int, int, int], Outcome] = {}
 
