@@ -394,8 +394,11 @@ def main() -> None:
         "kind", "mutations", "found", "harmless", "hangs", "crashes", "silent", "wrong advice", "unverified reads"
     )
     for kind, each in results.items():
-        found = Counter(str(one["result"]) for one in each)
-        row = [found[r] for r in ("found", "harmless", "hang", "crash", "silent", "wrong_advice", "unverified_read")]
+        results_of_kind = Counter(str(one["result"]) for one in each)
+        row = [
+            results_of_kind[r]
+            for r in ("found", "harmless", "hang", "crash", "silent", "wrong_advice", "unverified_read")
+        ]
         table.add_row(kind, str(len(each)), *map(str, row))
         for name, result in (
             ("hangs", "hang"),
@@ -403,11 +406,11 @@ def main() -> None:
             ("silent", "silent"),
             ("wrong_advice", "wrong_advice"),
         ):
-            count = found[result]
+            count = results_of_kind[result]
             figures[f"{kind}_{name}"] = {"value": count, "goal": "= 0", "holds": count == 0, "n": len(each)}
         if kind == "store":
             figures["store_unverified_reads"] = {
-                "value": found["unverified_read"],
+                "value": results_of_kind["unverified_read"],
                 "goal": "none",
                 "holds": True,
                 "n": len(each),

@@ -44,9 +44,9 @@ def read_sealed(folder: Path) -> dict[str, str]:
     return out
 
 
-def check_sealed(path: Path, sealed: Mapping[str, str]) -> None:
+def check_sealed(path: Path, digests: Mapping[str, str]) -> None:
     """Raise `DamagedFileError` where a shard is not the one that an unfinished run sealed under its name."""
-    if path.name in sealed and seal_digest(path) != sealed[path.name]:
+    if path.name in digests and seal_digest(path) != digests[path.name]:
         msg = (
             f"{path}: damaged or from another store, its digest is not the one under which this store sealed it; "
             f"{rebuild_advice(path.name)}"

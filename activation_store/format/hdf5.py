@@ -31,10 +31,10 @@ def element_at(parent: h5py.Group, name: str) -> h5py.Group | h5py.Dataset:
     for part in name.split("/"):
         if not isinstance(element, h5py.Group) or not isinstance(element.get(part, getlink=True), h5py.HardLink):
             raise KeyError(name)
-        found = element[part]
-        if not isinstance(found, h5py.Group | h5py.Dataset):
+        child = element[part]
+        if not isinstance(child, h5py.Group | h5py.Dataset):
             raise KeyError(name)
-        element = found
+        element = child
     if isinstance(element, h5py.Dataset) and (element.external or element.is_virtual):
         msg = f"{name}: its values are in another file"
         raise KeyError(msg)

@@ -71,7 +71,7 @@ def screen(paths: Sequence[Path], kind: str) -> list[Outcome]:
         Where one cannot be read.
     """
     out: dict[Path, Outcome] = {}
-    unsealed = []
+    without_seal = []
     for path in dict.fromkeys(paths):
         identity = _identity(path)
         if identity in _remembered:
@@ -80,7 +80,7 @@ def screen(paths: Sequence[Path], kind: str) -> list[Outcome]:
         try:
             seal = read_seal(path)
             if seal is None:
-                unsealed.append(path)
+                without_seal.append(path)
                 continue
             whole = structure_is_whole(path, seal)
             problem = None if whole else f"{path}: damaged, its structure or table of examples has changed bytes"
@@ -88,8 +88,8 @@ def screen(paths: Sequence[Path], kind: str) -> list[Outcome]:
         except DamagedFileError as error:
             out[path] = Outcome(str(error), damaged=True, sealed=True)
         _remember(identity, out[path])
-    if unsealed:
-        for path, outcome in zip(unsealed, in_child("screen", unsealed, kind), strict=True):
+    if without_seal:
+        for path, outcome in zip(without_seal, in_child("screen", without_seal, kind), strict=True):
             out[path] = outcome
     return [out[path] for path in paths]
 

@@ -145,12 +145,12 @@ def changed_blocks(path: Path, seal: Seal) -> list[int]:
     """Return the numbers of the blocks whose bytes are not those that were sealed."""
     out = []
     with open_regular(path, error=StoreError) as file:
-        for number, (offset, size, crc) in enumerate(seal.blocks.tolist()):
+        for number, (offset, size, expected) in enumerate(seal.blocks.tolist()):
             file.seek(offset)
-            found = 0
+            crc = 0
             for part in _parts(file, size):
-                found = zlib.crc32(part, found)
-            if found != crc:
+                crc = zlib.crc32(part, crc)
+            if crc != expected:
                 out.append(number)
     return out
 

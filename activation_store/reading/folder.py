@@ -99,11 +99,11 @@ def _open_folder(folder: Path) -> Folder:
     schema, provenance = (manifest.schema, manifest.provenance) if manifest else (None, {})
     rows = {name: e.rows for name, e in listed.items()}
     ids = {name: e.examples for name, e in listed.items()}
-    unlisted = [name for name in names if name not in listed]
-    sealed = read_sealed(folder)
-    screen([folder / name for name in unlisted], SHARD_KIND)  # all at once: files without a seal share a process
-    for name in unlisted:
-        check_sealed(folder / name, sealed)
+    newer_names = [name for name in names if name not in listed]
+    records = read_sealed(folder)
+    screen([folder / name for name in newer_names], SHARD_KIND)  # all at once: files without a seal share a process
+    for name in newer_names:
+        check_sealed(folder / name, records)
         with open_shard(folder / name) as file, reading(folder / name):
             own, source = Schema.from_record(read_json(file, "schema")), read_json(file, "provenance")
             rows[name], ids[name] = read_rows(file), read_ids(file)

@@ -111,14 +111,14 @@ def _verify(folder: Path, progress: Callable[[int, int], None] | None) -> Report
     manifest = next((m for name, m in parts if name == MANIFEST), None)
     listed = {e.file: e for _, m in parts if m is not None for e in m.shards}
     rows = 0
-    sealed = read_sealed(folder)
+    records = read_sealed(folder)
     total = sorted(shards | listed.keys(), key=lambda name: shard_numbers(name) or (0, 0))
-    unsealed = _without_seal(folder, [name for name in total if name in shards], listed)
+    outcomes = _without_seal(folder, [name for name in total if name in shards], listed)
     ids: dict[str, tuple[str, ...]] = {}
     for done, name in enumerate(total, start=1):
         entry = listed.get(name)
         problem, here = _check_shard(
-            folder / name, entry, unsealed.get(name), sealed.get(name) if entry is None else None
+            folder / name, entry, outcomes.get(name), records.get(name) if entry is None else None
         )
         rows += len(here) - len(set(problem.examples) & set(here) if problem else ())
         ids[name] = here
@@ -164,11 +164,11 @@ def _without_seal(folder: Path, names: list[str], listed: dict[str, ShardEntry])
 
 
 def _check_shard(
-    path: Path, entry: ShardEntry | None, unsealed: Outcome | None, sealed: str | None
+    path: Path, entry: ShardEntry | None, outcome: Outcome | None, record: str | None
 ) -> tuple[Problem | None, tuple[str, ...]]:
     """Return what is wrong with a shard (None where nothing is), and its examples as far as they can be read.
 
-    `unsealed` is what a child process found where the file has no seal, `sealed` the digest that an unfinished run recorded.
+    `outcome` is that of a child process where the file has no seal, `record` the digest that an unfinished run wrote down.
     """
     ids = entry.examples if entry else ()
     if not path.exists():
@@ -178,15 +178,15 @@ def _check_shard(
     if entry is not None and size != entry.bytes:
         what = f"is truncated or replaced: {size} bytes instead of {entry.bytes}"
         return _damaged(path, what, ids), ids
-    if unsealed is not None:
-        return _check_unsealed(path, entry, unsealed)
+    if outcome is not None:
+        return _check_unsealed(path, entry, outcome)
     try:
         seal = read_seal(path)
     except DamagedFileError as error:
         return _damaged(path, f"has changed bytes in its seal ({error})", ids), ids
     if seal is None:
         return _damaged(path, "has changed bytes in its seal", ids), ids
-    expected = entry.sha256 if entry else sealed
+    expected = entry.sha256 if entry else record
     if expected is not None and seal.digest != expected:
         return _damaged(path, "is not the shard that this store sealed under its name", ids), ids
     if not structure_is_whole(path, seal):

@@ -286,10 +286,10 @@ class StoreWriter:
             leftover.unlink()  # the lock is ours: whoever was writing it is gone
         manifests = list(self._manifests())
         known = {e.file: e for manifest in manifests for e in manifest.shards}
-        sealed = read_sealed(self._path)
+        records = read_sealed(self._path)
         names = _shards_in(self._path)
-        unsealed = [self._path / n for n in names if n not in known or known[n].version <= LAST_UNSEALED]
-        screen(unsealed, SHARD_KIND)
+        old = [self._path / n for n in names if n not in known or known[n].version <= LAST_UNSEALED]
+        screen(old, SHARD_KIND)
         ids: dict[str, Sequence[str]] = {}
         for name in names:
             path = self._path / name
@@ -302,7 +302,7 @@ class StoreWriter:
                 self._entries[name] = known[name]
                 ids[name] = known[name].examples
                 continue
-            check_sealed(path, sealed)
+            check_sealed(path, records)
             with open_shard(path) as file, reading(path):
                 self._check_same(Schema.from_record(read_json(file, "schema")), read_json(file, "provenance"), name)
                 ids[name] = read_ids(file)

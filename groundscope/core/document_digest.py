@@ -37,9 +37,9 @@ def take_digest(document: dict[str, Any], where: str, error: type[GroundscopeErr
     GroundscopeError
         An `error` where the digest is not that of the rest.
     """
-    stated = document.pop(KEY, None)
-    if stated is None and not required:
+    digest = document.pop(KEY, None)
+    if digest is None and not required:
         return
-    if stated != document_digest(document):
+    if digest != document_digest(document):
         msg = f"{where}: damaged: its content does not have the digest that it states"
         raise error(msg)

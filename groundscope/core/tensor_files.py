@@ -48,7 +48,7 @@ def read_tensors(
     ------
     GroundscopeError
         An `error` where the path is not a regular file, too large, not a safetensors file, or where a digest in it is not
-        that of its content. Files without a digest, of earlier releases and other programs, are read as they are.
+        that of its content. Files without a digest, of earlier releases and other programs, are read without a comparison.
     OSError
         Where the file is missing or cannot be read.
     """
@@ -64,8 +64,8 @@ def read_tensors(
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as reason:
         msg = f"{path}: damaged, or not a safetensors file: {reason}"
         raise error(msg) from reason
-    stated = metadata.pop(_DIGEST, None)
-    if stated is not None and stated != _digest(tensors, metadata):
+    digest = metadata.pop(_DIGEST, None)
+    if digest is not None and digest != _digest(tensors, metadata):
         msg = f"{path}: damaged: its content does not have the digest that it states"
         raise error(msg)
     return tensors, metadata
