@@ -11,6 +11,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from groundscope.core import artifacts
 from groundscope.core.errors import SiteError, StoreError
 from groundscope.core.files import canonical_json, explained, write_whole
 from groundscope.core.tensor_files import encode_tensors, read_tensors
@@ -169,17 +170,10 @@ class Direction:
     @classmethod
     def load(cls, path: str | Path) -> Self:
         """Read what `save` wrote; raises `StoreError` where the file is missing, damaged or something else."""
-        try:
+        with artifacts.reading_result(Path(path), "direction"):
             tensors, header = read_tensors(path, error=StoreError)
+        try:
             card, vector = parse_json(header["direction"]), tensors["vector"]
-        except FileNotFoundError as error:
-            msg = f"no direction at {path}: there is no such file"
-            raise StoreError(msg) from error
-        except OSError as error:
-            msg = f"{path}: the direction cannot be read: {error.strerror or error}"
-            raise StoreError(msg) from error
-        except StoreError:
-            raise
         except (KeyError, ValueError, RecursionError) as error:
             msg = f"{path} is not a direction, or is damaged: {error}"
             raise StoreError(msg) from error
