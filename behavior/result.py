@@ -16,7 +16,7 @@ from groundscope.core.document_digest import KEY, document_digest, take_digest
 from groundscope.core.errors import ConfigError, DataError
 from groundscope.core.files import write_whole
 from groundscope.core.statistics import Estimate, estimate
-from groundscope.core.user_files import read_json
+from groundscope.core.user_files import parse_json, read_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -247,12 +247,14 @@ class BehaviorResult:
             Naming the file, where it is missing, damaged, something else, or of another version.
         """
         try:
-            held = read_json(path)
+            text = read_text(path)
         except OSError as error:
             msg = f"answers '{path}' cannot be read: {error.strerror or error}"
             raise DataError(msg) from error
-        except DataError as error:
-            msg = f"answers '{path}' are damaged: {error}"
+        try:
+            held = parse_json(text)
+        except (ValueError, RecursionError) as error:
+            msg = f"answers '{path}' are damaged: invalid JSON: {error}"
             raise DataError(msg) from error
         if not isinstance(held, dict) or held.get("format") != FORMAT:
             msg = f"'{path}' does not hold answers saved by BehaviorResult.save"
