@@ -18,6 +18,7 @@ from groundscope.core.errors import ConfigError, PatchError, SiteError
 from groundscope.core.progress import progress_bar
 from lvlm.answers import answer_key
 from lvlm.encoding.encode import Encoding
+from lvlm.finite import check_finite
 from lvlm.model import Lvlm
 from lvlm.sites import Head, parse_heads
 from lvlm.token_map import TokenMap
@@ -148,6 +149,8 @@ def ablate(
         For no examples or sets, a model in training mode, or an example for which there is no donor.
     DataError
         Where an answer cannot be read from one token.
+    ModelError
+        Where the logits are not finite, of the whole model or without some heads.
     """
     if how not in HOW or tokens not in WHERE or batch_size < 1:
         msg = f"how='{how}' of {HOW}, tokens='{tokens}' of {WHERE}, batch_size={batch_size} of at least 1"
@@ -169,6 +172,7 @@ def ablate(
         for batch in model.batches(examples, batch_size):
 
             def margin(logits: Tensor, index: tuple[int, ...] = batch.index) -> list[float]:
+                check_finite(logits.float().logsumexp(-1), [f"example '{examples[i].id}'" for i in index], model.name)
                 return [
                     float(keys[i].margin(row.float(), examples[i].answer)) for i, row in zip(index, logits, strict=True)
                 ]

@@ -32,6 +32,7 @@ from diagnosis.verdicts import belief, judge, stage_state, state_of
 from groundscope.core.errors import DataError
 from groundscope.core.progress import progress_bar
 from lvlm.answers import answer_key
+from lvlm.finite import check_finite
 from lvlm.model import Lvlm
 
 CALIBRATE = 150
@@ -335,6 +336,9 @@ def _without_image(model: Lvlm, examples: Sequence[Example]) -> list[str]:
     for batch in model.batches(blank):
         for number, encoding, row in zip(batch.index, batch.encodings, model.logits(batch.inputs), strict=True):
             key = answer_key(model, encoding.example)
+            check_finite(
+                row.float().logsumexp(-1)[None], [f"example '{encoding.example.id}' without its image"], model.name
+            )
             out[number] = key.candidates[int(key.scores(row.float()).argmax())]
     return out
 

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import hashlib
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
+import h5py
 import numpy as np
 
 from activation_store.format.buffered_file import written
 from activation_store.format.hdf5 import attribute, dataset_at, datasets, mark
 from activation_store.format.manifest import TensorsEntry
 from activation_store.format.schema import LAYOUT_VERSION, TENSORS, column_name, link_name
-from activation_store.format.shard import open_shard, reading
+from activation_store.format.screening import in_child
+from activation_store.format.seal import block_table, read_seal, write_seal
+from activation_store.format.shard import check_outcome, open_shard, reading
 from groundscope.core.errors import StoreError
 from groundscope.core.files import explained, file_digest, part_of, publish
 
-_KIND = "model-tensors"
+KIND = "model-tensors"
+"""The ``encoding-type`` of the file."""
 
 
 def write_tensors(folder: Path, arrays: Mapping[str, np.ndarray], owner: str = "") -> None:
@@ -37,12 +42,13 @@ def write_tensors(folder: Path, arrays: Mapping[str, np.ndarray], owner: str = "
         temporary.unlink(missing_ok=True)
         try:
             with written(temporary) as file:
-                mark(file, _KIND)
+                mark(file, KIND)
                 file.attrs["layout-version"] = LAYOUT_VERSION
                 for name in sorted(plain):
                     dataset = file.create_dataset(link_name(name), data=plain[name])
                     mark(dataset, "model-tensor")
                     dataset.attrs["sha256"] = _digest(plain[name])
+            seal_tensors(temporary, plain)
             publish(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -55,7 +61,7 @@ def read_tensor(folder: Path, name: str) -> np.ndarray:
     if name not in names:
         msg = f"{folder}: no tensor '{name}' is kept beside the activations; there are: {', '.join(names) or 'none'}"
         raise StoreError(msg)
-    with open_shard(path, _KIND) as file, reading(path):
+    with open_shard(path, KIND) as file, reading(path):
         return np.asarray(dataset_at(file, link_name(name))[...])
 
 
@@ -64,16 +70,47 @@ def tensor_names(folder: Path) -> tuple[str, ...]:
     path = folder / TENSORS
     if not path.exists():
         return ()
-    with open_shard(path, _KIND) as file, reading(path):
+    with open_shard(path, KIND) as file, reading(path):
         return tuple(sorted(column_name(link) for link, _ in datasets(file)))
 
 
+def seal_tensors(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Seal a finished ``tensors.h5``: the values of each array are a block that HDF5 does not parse."""
+    places: list[tuple[int, int, int]] = []
+    with h5py.File(path, "r") as file:
+        for name, values in arrays.items():
+            offset = dataset_at(file, link_name(name)).id.get_offset()
+            if offset is not None:
+                places.append(
+                    (offset, values.nbytes, zlib.crc32(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data))
+                )
+    offsets, sizes, digests = np.array(places, np.int64).reshape(-1, 3).T
+    write_seal(path, block_table(offsets, sizes, digests))
+
+
 def damaged_tensors(folder: Path) -> list[str]:
-    """Return the names of the model-level arrays whose values are not those that were written."""
+    """Return the names of the model-level arrays whose values are not those that were written.
+
+    Raises
+    ------
+    StoreError
+        Where the file around the values is damaged.
+    """
     path = folder / TENSORS
-    with open_shard(path, _KIND) as file, reading(path):
-        found = [(column_name(link), data) for link, data in datasets(file)]
-        return [name for name, data in found if _digest(np.asarray(data[...])) != attribute(data, "sha256")]
+    with reading(path):
+        seal = read_seal(path)
+        if seal is None:
+            outcome = in_child("inspect", [path], KIND)[0]
+            check_outcome(path, outcome, None)
+            return list((outcome.details or {})["changed"])
+    with open_shard(path, KIND) as file, reading(path):
+        return damaged_in(file)
+
+
+def damaged_in(file: h5py.File) -> list[str]:
+    """Return the names of the arrays of an open file whose values are not those that were written."""
+    arrays = [(column_name(link), data) for link, data in datasets(file)]
+    return [name for name, data in arrays if _digest(np.asarray(data[...])) != attribute(data, "sha256")]
 
 
 def tensors_entry(folder: Path) -> TensorsEntry | None:
@@ -85,7 +122,7 @@ def tensors_entry(folder: Path) -> TensorsEntry | None:
 
 
 def _check_same(path: Path, wanted: Mapping[str, str]) -> None:
-    with open_shard(path, _KIND) as file, reading(path):
+    with open_shard(path, KIND) as file, reading(path):
         there = {column_name(link): str(attribute(data, "sha256")) for link, data in datasets(file)}
     for name in sorted(there.keys() | wanted.keys()):
         old, new = there.get(name, "nothing"), wanted.get(name, "nothing")

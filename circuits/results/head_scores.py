@@ -239,7 +239,7 @@ class HeadScores:
         tensors, card = artifacts.read(Path(path), _KIND, VERSION)
         try:
             return cls(**tensors, **card)
-        except (TypeError, PatchError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             msg = f"{path}: damaged head scores: {error}"
             raise StoreError(msg) from error
 

@@ -21,6 +21,10 @@ except ImportError:  # not a Unix: no lock, the unique temporary names still kee
 _ERRNO = re.compile(r"errno = (\d+)")
 
 
+class DamagedFileError(StoreError):
+    """A file whose bytes are not those that were sealed."""
+
+
 def sync(path: Path) -> None:
     """Make a file's bytes, or a folder's names, survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -84,12 +88,23 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def system_reason(error: OSError | RuntimeError) -> str:
-    """Return in words why the system refused; HDF5 says it only inside its message, and not always as an OSError."""
+def system_number(error: BaseException) -> int | None:
+    """Return the number of a system error, None for others; HDF5 states it only inside its message."""
     number = getattr(error, "errno", None)
-    if number is None and (match := _ERRNO.search(str(error))):
+    if number is None and isinstance(error, OSError | RuntimeError) and (match := _ERRNO.search(str(error))):
         number = int(match[1])
-    return os.strerror(number) if number else str(error).splitlines()[0]
+    return number
+
+
+def too_many_files(error: BaseException | None) -> bool:
+    """Whether the process or the system has as many files open as it may."""
+    return error is not None and system_number(error) in (errno.EMFILE, errno.ENFILE)
+
+
+def system_reason(error: OSError | RuntimeError) -> str:
+    """Return in words why the system refused."""
+    number = system_number(error)
+    return os.strerror(number) if number else (str(error).splitlines() or [type(error).__name__])[0]
 
 
 @contextlib.contextmanager
@@ -104,6 +119,8 @@ def explained(message: Callable[[str], str]) -> Iterator[None]:
 class Lock:
     """Holds a file of a folder for this process, so that two writers never take one name; freed even by kill -9.
 
+    The child of a fork never holds it: there `release` only closes the descriptor.
+
     Raises
     ------
     StoreError
@@ -112,6 +129,7 @@ class Lock:
 
     def __init__(self, path: Path, held: str) -> None:
         self._path = path
+        self._owner = os.getpid()
         self._descriptor: int | None = None
         if fcntl is None:
             return
@@ -134,7 +152,8 @@ class Lock:
     def release(self) -> None:
         """Let others have it; may be called again."""
         if self._descriptor is not None:
-            self._path.unlink(missing_ok=True)
+            if os.getpid() == self._owner:
+                self._path.unlink(missing_ok=True)
             os.close(self._descriptor)
             self._descriptor = None
 
