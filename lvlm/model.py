@@ -5,16 +5,16 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from concepts.schema import Box, Example
+from concepts.schema import Box, Example, ImageSource
+from groundscope.core.bounded_cache import BoundedCache
 from groundscope.core.errors import ModelError, SiteError
 from lvlm.access.eager_attention import eager, say_eager
 from lvlm.access.places import Place
@@ -30,6 +30,10 @@ from lvlm.token_map import TokenMap
 
 __all__ = ["Batch", "Encoding", "Inputs", "Lvlm", "Place", "Prompt"]
 
+LOOK_BYTES = 256 << 20
+"""Bytes of processed images that a model keeps, because several questions may ask about one image."""
+CHUNK_BYTES = 256 << 20
+"""Bytes of encodings after which `Lvlm.batches` stops to collect more of them before it yields batches."""
 _INCIDENTAL = {"_name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype"}
 
 
@@ -68,7 +72,7 @@ class Lvlm:
         }
         self.n_vision_heads: int = vision_heads(self.spec, model, self._layers["vision"])
         self._places: dict[tuple[str, int, str, bool], Place] = {}
-        self._look = lru_cache(maxsize=256)(self._look_at)
+        self._looks: BoundedCache[Look] = BoundedCache(LOOK_BYTES, _bytes_of)
 
     # -- shape ---------------------------------------------------------------------------------------------------
 
@@ -213,9 +217,8 @@ class Lvlm:
         shown = self.spec.around.format(image=self.placeholder) * images
         return self.spec.template.format(image=shown, question=question, **words)
 
-    def _look_at(self, identity: str, source: _Source) -> Look:
-        del identity  # the cache's key
-        return self.view.look(self, source.value.load())
+    def _look(self, source: ImageSource) -> Look:
+        return self._looks.get(source.identity, lambda: self.view.look(self, source.load()))
 
     def encode(self, example: Example) -> Encoding:
         """Turn an example into inputs and a token map.
@@ -225,7 +228,7 @@ class Lvlm:
         DataError
             Where the image cannot be read, or the prompt does not hold the image's tokens.
         """
-        look = self._look(example.image.identity, _Source(example.image))
+        look = self._look(example.image)
         boxes = {o.id: (0, o.box) for o in example.objects}
         prompt = Prompt(self.prompt(example.question), example.question, example.id, boxes, example.subject)
         return Encoding(example, *encode(self, prompt, [look], self.view.axis))
@@ -274,7 +277,8 @@ class Lvlm:
     def batches(self, examples: Sequence[Example], size: int = 32, *, in_order: bool = True) -> Iterator[Batch]:
         """Yield examples encoded in batches of equal shape, in a fixed order.
 
-        Encodes lazily in chunks of ``64 * size`` examples, so that memory does not grow with the dataset.
+        Encodes lazily in chunks of ``64 * size`` examples, or of fewer where their inputs hold `CHUNK_BYTES`, so that memory
+        grows neither with the dataset nor with the size of images.
 
         Parameters
         ----------
@@ -285,13 +289,22 @@ class Lvlm:
         in_order
             Encode a chunk, then yield its batches, shortest first; else the same batches, each as soon as it is full.
         """
-        for start in range(0, len(examples), 64 * size):
+        start = 0
+        while start < len(examples):
             by_shape: dict[tuple[Any, ...], list[tuple[int, Encoding]]] = {}
-            for i in range(start, min(len(examples), start + 64 * size)):
+            tensors: dict[int, int] = {}  # bytes by identity: questions about one image share its pixels
+            i = start
+            while i < min(len(examples), start + 64 * size):
                 encoding = self.encode(examples[i])
                 by_shape.setdefault(encoding.shape, []).append((i, encoding))
+                tensors |= {id(x): x.nbytes for x in encoding.inputs.values()}
+                i += 1
                 if not in_order and len(by_shape[encoding.shape]) == size:
                     yield self._batch(by_shape.pop(encoding.shape))
+                # Only whole batches: a chunk that ends anywhere would leave a short batch behind.
+                if (i - start) % size == 0 and sum(tensors.values()) > CHUNK_BYTES:
+                    break
+            start = i
             for _, items in sorted(by_shape.items()):
                 for k in range(0, len(items), size):
                     yield self._batch(items[k : k + size])
@@ -303,15 +316,51 @@ class Lvlm:
     # -- running -------------------------------------------------------------------------------------------------
 
     @cached_property
-    def options(self) -> Mapping[str, Any]:
-        """What a forward that reads one answer is called with beside its inputs."""
-        keep = {"logits_to_keep": 1} if "logits_to_keep" in self.accepts else {}
-        return {"use_cache": False, **keep}
-
-    @cached_property
     def tower(self) -> nn.Module | None:
         """The vision tower; None where there is none that can be told from the decoder."""
         return tower_of(self)
+
+    @contextmanager
+    def last_logits(self, keep: int = 1) -> Iterator[dict[str, Any]]:
+        """Let forwards compute logits at the last `keep` positions only; yields the options to call the model with.
+
+        All positions times the vocabulary is the largest tensor of a forward. Where the model's forward takes
+        ``logits_to_keep``, it is used; elsewhere the unembedding is given the last positions alone.
+        """
+        if "logits_to_keep" in self.accepts:
+            yield {"logits_to_keep": keep}
+            return
+
+        def cut(_module: nn.Module, args: tuple[Any, ...]) -> Any:
+            x = args[0] if args else None
+            return (x[:, -keep:], *args[1:]) if isinstance(x, Tensor) and x.dim() == 3 and x.shape[1] > keep else None
+
+        handle = resolve(self.hf, self.spec.unembedding or "", self.spec).register_forward_pre_hook(cut)
+        try:
+            yield {}
+        finally:
+            handle.remove()
+
+    def forward(self, inputs: Mapping[str, Tensor], *, keep: int = 1, **options: Any) -> Tensor:
+        """Run one forward, with gradients where they are enabled; return the logits at the last positions.
+
+        Parameters
+        ----------
+        inputs
+            Tensors by name, on any device.
+        keep
+            At how many of the last positions.
+        **options
+            What else the model is called with; by default without a cache.
+
+        Returns
+        -------
+        Tensor
+            ``[B, keep, V]``.
+        """
+        on_device = {k: v.to(self.device) for k, v in inputs.items()}
+        with self.last_logits(keep) as less:
+            return self.hf(**on_device, **{"use_cache": False, **options, **less}).logits[:, -keep:]
 
     @torch.no_grad()
     def logits(self, inputs: Mapping[str, Tensor], images: Sequence[str] = ()) -> Tensor:
@@ -319,9 +368,8 @@ class Lvlm:
 
         See `lvlm.access.shared_vision_run`.
         """
-        on_device = {k: v.to(self.device) for k, v in inputs.items()}
         with each_picture_once(self, images):
-            return self.hf(**on_device, **self.options).logits[:, -1]
+            return self.forward(inputs)[:, -1]
 
     @torch.no_grad()
     def generate(self, batch: Batch, max_new_tokens: int = 40) -> list[str]:
@@ -349,9 +397,17 @@ class Lvlm:
             yield
 
     def read(
-        self, inputs: Mapping[str, Tensor], sites: Sequence[Site | str], *, quiet: bool = False
+        self,
+        inputs: Mapping[str, Tensor],
+        sites: Sequence[Site | str],
+        *,
+        take: Callable[[Site, Tensor], Tensor] | None = None,
+        quiet: bool = False,
     ) -> dict[str, Tensor]:
         """Run one forward and return the tensors of some sites by name, as the model has them.
+
+        Many sites at all tokens are much memory. `take` is called with each site and its tensor while the forward runs,
+        and only what it returns is kept (``lambda _, x: x[:, -1]``: the last token).
 
         A ``pattern`` is attention as ``[B, heads, queries, keys]``; asking for one computes all attention of this forward
         step by step, whose last bits differ from the usual way's, and says so through `logging` unless `quiet`.
@@ -370,7 +426,12 @@ class Lvlm:
             if any(s.component == "pattern" for s in asked):
                 stack.enter_context(self.eager())
             for site, place in places:
-                stack.callback(place.watch(lambda x, name=str(site): seen.update({name: x.clone()})).remove)
+
+                def see(x: Tensor, site: Site = site) -> None:
+                    # A copy: a view keeps the whole tensor alive, and modules may write into what they were given.
+                    seen[str(site)] = (x if take is None else take(site, x)).clone()
+
+                stack.callback(place.watch(see).remove)
             self.logits(inputs)
         missing = [str(s) for s in asked if str(s) not in seen]
         if missing:
@@ -382,17 +443,8 @@ class Lvlm:
         return seen
 
 
-@dataclass(frozen=True, eq=False)
-class _Source:
-    """An image source as a cache argument that never decides the key (equal to any other)."""
-
-    value: Any
-
-    def __hash__(self) -> int:
-        return 0
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Source)
+def _bytes_of(look: Look) -> int:
+    return sum(x.nbytes for x in look.inputs.values())
 
 
 def _without(value: object, names: set[str]) -> object:

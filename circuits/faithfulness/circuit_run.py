@@ -94,8 +94,7 @@ def run_circuit(
     with ExitStack() as hooks:
         one.attention = hooks.enter_context(opened(model, change=one.attend))
         one.watch(hooks)
-        on_device = {k: v.to(model.device) for k, v in ends.inputs.items()}
-        return metric(model.hf(**on_device, **model.options).logits[:, -1])
+        return metric(model.forward(ends.inputs)[:, -1])
 
 
 class _CircuitRun:
