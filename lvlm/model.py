@@ -401,13 +401,13 @@ class Lvlm:
         inputs: Mapping[str, Tensor],
         sites: Sequence[Site | str],
         *,
-        take: Callable[[Site, Tensor], Tensor] | None = None,
+        take: Callable[[Site, Tensor], Tensor | None] | None = None,
         quiet: bool = False,
     ) -> dict[str, Tensor]:
         """Run one forward and return the tensors of some sites by name, as the model has them.
 
         Many sites at all tokens are much memory. `take` is called with each site and its tensor while the forward runs,
-        and only what it returns is kept (``lambda _, x: x[:, -1]``: the last token).
+        and only what it returns is kept (``lambda _, x: x[:, -1]``: the last token), nothing for None.
 
         A ``pattern`` is attention as ``[B, heads, queries, keys]``; asking for one computes all attention of this forward
         step by step, whose last bits differ from the usual way's, and says so through `logging` unless `quiet`.
@@ -420,6 +420,7 @@ class Lvlm:
         asked = [Site.parse(s) if isinstance(s, str) else s for s in sites]
         places = [(site, self.locate(site)) for site in asked]
         seen: dict[str, Tensor] = {}
+        reached: set[Site] = set()
         if not quiet and any(s.component == "pattern" for s in asked):
             say_eager(self)
         with ExitStack() as stack:
@@ -428,12 +429,15 @@ class Lvlm:
             for site, place in places:
 
                 def see(x: Tensor, site: Site = site) -> None:
-                    # A copy: a view keeps the whole tensor alive, and modules may write into what they were given.
-                    seen[str(site)] = (x if take is None else take(site, x)).clone()
+                    reached.add(site)
+                    part = x if take is None else take(site, x)
+                    if part is not None:
+                        # A copy: a view keeps the whole tensor alive, and modules may write into what they were given.
+                        seen[str(site)] = part.clone()
 
                 stack.callback(place.watch(see).remove)
             self.logits(inputs)
-        missing = [str(s) for s in asked if str(s) not in seen]
+        missing = [str(s) for s in asked if s not in reached]
         if missing:
             why = (
                 "its attention gives no weights" if missing[0].endswith("pattern") else "its forward does not reach it"

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from h5py import Dataset
 
 from activation_store.format.buffered_file import written
 from activation_store.format.hdf5 import attribute, dataset_at, datasets, mark
@@ -17,9 +20,35 @@ from groundscope.core.errors import StoreError
 from groundscope.core.files import explained, file_digest, part_of, publish
 
 _KIND = "model-tensors"
+_BLOCK_BYTES = 8 << 20
 
 
-def write_tensors(folder: Path, arrays: Mapping[str, np.ndarray], owner: str = "") -> None:
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """A large array that is computed some rows at a time: a converted copy of an unembedding may be gigabytes."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[slice], np.ndarray]
+    """Returns some rows of the first axis."""
+
+    def blocks(self) -> Iterator[tuple[slice, np.ndarray]]:
+        """Yield blocks of rows as contiguous little-endian arrays, with their places."""
+        row = max(1, int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize)
+        step = max(1, _BLOCK_BYTES // row)
+        for start in range(0, self.shape[0], step):
+            part = slice(start, min(start + step, self.shape[0]))
+            yield part, np.ascontiguousarray(self.read(part), dtype=self.dtype)
+
+    def digest(self) -> str:
+        """Return the SHA-256 of dtype, shape and values."""
+        h = _header(self.dtype, self.shape)
+        for _, block in self.blocks():
+            h.update(block.data)
+        return h.hexdigest()
+
+
+def write_tensors(folder: Path, arrays: Mapping[str, np.ndarray | Rows], owner: str = "") -> None:
     """Write ``tensors.h5``, or check that the one there holds the same.
 
     Raises
@@ -27,7 +56,7 @@ def write_tensors(folder: Path, arrays: Mapping[str, np.ndarray], owner: str = "
     StoreError
         Where another set of arrays is there already, an array is not numeric, or the disk refuses.
     """
-    plain = {name: _little_endian(name, np.asarray(values)) for name, values in arrays.items()}
+    plain = {name: _little_endian(name, values) for name, values in arrays.items()}
     path = folder / TENSORS
     if path.exists():
         _check_same(path, {name: _digest(values) for name, values in plain.items()})
@@ -40,9 +69,15 @@ def write_tensors(folder: Path, arrays: Mapping[str, np.ndarray], owner: str = "
                 mark(file, _KIND)
                 file.attrs["layout-version"] = LAYOUT_VERSION
                 for name in sorted(plain):
-                    dataset = file.create_dataset(link_name(name), data=plain[name])
+                    values = plain[name]
+                    if isinstance(values, Rows):
+                        dataset = file.create_dataset(link_name(name), values.shape, values.dtype, fill_time="never")
+                        for part, block in values.blocks():
+                            dataset[part] = block
+                    else:
+                        dataset = file.create_dataset(link_name(name), data=values)
                     mark(dataset, "model-tensor")
-                    dataset.attrs["sha256"] = _digest(plain[name])
+                    dataset.attrs["sha256"] = _digest(values)
             publish(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -73,7 +108,7 @@ def damaged_tensors(folder: Path) -> list[str]:
     path = folder / TENSORS
     with open_shard(path, _KIND) as file, reading(path):
         found = [(column_name(link), data) for link, data in datasets(file)]
-        return [name for name, data in found if _digest(np.asarray(data[...])) != attribute(data, "sha256")]
+        return [name for name, data in found if _stored_digest(data) != attribute(data, "sha256")]
 
 
 def tensors_entry(folder: Path) -> TensorsEntry | None:
@@ -97,13 +132,27 @@ def _check_same(path: Path, wanted: Mapping[str, str]) -> None:
             raise StoreError(msg)
 
 
-def _little_endian(name: str, values: np.ndarray) -> np.ndarray:
-    if not name or values.dtype.kind not in "fiub":
-        msg = f"extra array '{name}' of dtype {values.dtype} cannot be stored: it needs a name and numbers or booleans"
+def _little_endian(name: str, values: np.ndarray | Rows) -> np.ndarray | Rows:
+    plain = values if isinstance(values, Rows) else np.asarray(values)
+    if not name or plain.dtype.kind not in "fiub":
+        msg = f"extra array '{name}' of dtype {plain.dtype} cannot be stored: it needs a name and numbers or booleans"
         raise StoreError(msg)
-    return np.ascontiguousarray(values, dtype=values.dtype.newbyteorder("<"))
+    return plain if isinstance(plain, Rows) else np.ascontiguousarray(plain, dtype=plain.dtype.newbyteorder("<"))
 
 
-def _digest(values: np.ndarray) -> str:
-    head = f"{values.dtype.str} {values.shape}\n".encode()
-    return hashlib.sha256(head + np.ascontiguousarray(values).tobytes()).hexdigest()
+def _stored_digest(data: Dataset) -> str:
+    if not data.shape:
+        return _digest(np.asarray(data[...]))
+    return Rows(data.shape, data.dtype, lambda part: data[part]).digest()
+
+
+def _digest(values: np.ndarray | Rows) -> str:
+    if isinstance(values, Rows):
+        return values.digest()
+    h = _header(values.dtype, values.shape)
+    h.update(np.ascontiguousarray(values).data)
+    return h.hexdigest()
+
+
+def _header(dtype: np.dtype, shape: tuple[int, ...]) -> Any:
+    return hashlib.sha256(f"{dtype.str} {shape}\n".encode())

@@ -23,6 +23,8 @@ CHUNK_BATCHES = 8
 """Examples are encoded, sorted by length and put back in order in chunks of this many batches: what bounds memory."""
 CHUNK_BYTES = 256 << 20
 """What a chunk holds of arrays that keep every token, about and at most, unless one batch is more already."""
+FIXED_BYTES = 512 << 20
+"""What a chunk holds of arrays of one vector an example and layer, at most, unless one batch is more already."""
 Family = tuple[Stack, str]
 """Sites that make one array: a stack and a component, ``cross.z`` for cross-attention."""
 
@@ -94,16 +96,19 @@ def make_plan(model: Lvlm, encoding: Encoding, sites: Sequence[str], tokens: Seq
 
 
 def chunk_batches(plan: Plan, example: TokenMap, batch_size: int) -> int:
-    """Return of how many batches a chunk is, as long as a run lasts: `CHUNK_BATCHES`, fewer where every token is kept.
+    """Return of how many batches a chunk is, as long as a run lasts: `CHUNK_BATCHES`, fewer where they hold too much.
 
     Chunks decide who shares a forward, so the answer depends on nothing but the plan, its example and the batch size.
     """
-    kept = 0
+    ragged = fixed = 0
     for array in plan.schema.arrays:
         if array.ragged:
             tokens = len(example.positions(TokenSelection.parse(array.tokens), cast("Stack", array.stack)))
-            kept += max(1, tokens) * array.n_layers * array.width * 4
-    return max(1, min(CHUNK_BATCHES, CHUNK_BYTES // max(1, kept * batch_size)))
+            ragged += max(1, tokens) * array.n_layers * array.width * 4
+        else:
+            fixed += array.n_layers * array.width * 4
+    within = (CHUNK_BYTES // max(1, ragged * batch_size), FIXED_BYTES // max(1, fixed * batch_size))
+    return max(1, min(CHUNK_BATCHES, *within))
 
 
 def site_of(family: Family, layer: int) -> Site:

@@ -17,7 +17,7 @@ from activation_store.format.compression import need_filter
 from activation_store.format.encoding import stored_kind
 from activation_store.format.hdf5 import group_at
 from activation_store.format.manifest import DamagedManifestError, IndexEntry, Manifest, ShardEntry, read_manifest
-from activation_store.format.model_tensors import tensors_entry, write_tensors
+from activation_store.format.model_tensors import Rows, tensors_entry, write_tensors
 from activation_store.format.schema import (
     NOT_COMPARED,
     Schema,
@@ -93,7 +93,7 @@ class StoreWriter:
         *,
         workers: int = 1,
         allow_overflow: bool = False,
-        extra: Mapping[str, np.ndarray] | None = None,
+        extra: Mapping[str, np.ndarray | Rows] | None = None,
     ) -> None:
         need_filter(schema.compression)
         if not 0 <= worker < workers or shard_size < 1:

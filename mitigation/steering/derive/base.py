@@ -251,10 +251,10 @@ def activations(model: Lvlm, examples: Sequence[Example], keys: Sequence[Key], t
         task = bar.add_task("reading activations", total=len(examples))
         for batch in model.batches(examples):
             starts = [e.tokens.last if tokens == "last" else max(e.tokens.image) + 1 for e in batch.encodings]
-            seen = _seen(model, batch.inputs, sites, min(starts))
-            for row, (number, start) in enumerate(zip(batch.index, starts, strict=True)):
+            seen = _seen(model, batch.inputs, sites, starts)
+            for row, number in enumerate(batch.index):
                 for key in keys:
-                    x = seen[site_of(key)][row, start - min(starts) :].mean(axis=0)
+                    x = seen[site_of(key)][row]
                     if isinstance(key, Head):
                         x = x[key.head * model.head_dim : (key.head + 1) * model.head_dim]
                     rows[key][number] = x
@@ -262,14 +262,17 @@ def activations(model: Lvlm, examples: Sequence[Example], keys: Sequence[Key], t
     return {key: np.stack(values) for key, values in rows.items()}
 
 
-def _seen(model: Lvlm, inputs: Mapping[str, Tensor], sites: Mapping[Site, Place], start: int) -> dict[Site, np.ndarray]:
-    """Run a batch and return what is at each site from a position on, float64 ``[B, T - start, D]``."""
+def _seen(
+    model: Lvlm, inputs: Mapping[str, Tensor], sites: Mapping[Site, Place], starts: Sequence[int]
+) -> dict[Site, np.ndarray]:
+    """Run a batch and return each site's mean from a position of each row on, float64 ``[B, D]``."""
     seen: dict[Site, np.ndarray] = {}
     with ExitStack() as hooks:
         for site, place in sites.items():
 
             def see(x: Tensor, site: Site = site) -> None:
-                seen[site] = x[:, start:].detach().double().cpu().numpy()
+                rows = [row[start:].detach().double().cpu().numpy() for row, start in zip(x, starts, strict=True)]
+                seen[site] = np.stack([row.mean(axis=0) for row in rows])
 
             hooks.callback(place.watch(see).remove)
         model.logits(inputs)

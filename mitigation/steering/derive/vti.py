@@ -221,10 +221,14 @@ def _after_captions(model: Lvlm, examples: Sequence[Example], sites: Sequence[Si
         task = bar.add_task("reading captions", total=len(examples))
         for batch in model.batches(examples):
             told = with_answers(model, batch)
-            seen = model.read(told.inputs, [first, *sites])
-            for row, (number, tokens) in enumerate(zip(batch.index, told.tokens, strict=True)):
-                last = (tokens.generated or (tokens.last,))[-1]
-                kept = [seen[str(site)][row, last] for site in (first, *sites)]
+            ends = torch.tensor([(tokens.generated or (tokens.last,))[-1] for tokens in told.tokens])
+
+            def at_end(_site: Site, x: Tensor, ends: Tensor = ends) -> Tensor:
+                return x[torch.arange(len(ends), device=x.device), ends.to(x.device)]
+
+            seen = model.read(told.inputs, [first, *sites], take=at_end)  # [rows, D]
+            for row, number in enumerate(batch.index):
+                kept = [seen[str(site)][row] for site in (first, *sites)]
                 if variant == "release" and model.spec.final_norm:  # what transformers gives as the last hidden state
                     with torch.no_grad():
                         kept[-1] = resolve(model.hf, model.spec.final_norm, model.spec)(kept[-1])
