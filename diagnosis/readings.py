@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from activation_store import ActivationStore
+from circuits.execution.memory import batch_rows
 from concepts.schema import Example
 from diagnosis.claims import Claim, objects_of
 from diagnosis.probe_sets import EVERY, ProbeSet, check_width
@@ -77,7 +78,7 @@ def read_tokens(model: Lvlm, sets: Sequence[ProbeSet], examples: Sequence[Exampl
     decisions: dict[tuple[str, str], np.ndarray] = {}
     objects: dict[tuple[str, str], Mapping[str, tuple[int, ...]]] = {}
     everything = TokenSelection.parse(EVERY)
-    for batch in model.batches(pictures, _BATCH):
+    for batch in model.batches(pictures, batch_rows(model, pictures, _BATCH)):
         encodings = batch.encodings
 
         def decide(site: Site, values: Tensor, encodings: Sequence[Encoding] = encodings) -> None:

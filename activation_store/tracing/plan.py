@@ -17,6 +17,7 @@ from groundscope.core.errors import SiteError
 from lvlm.model import Encoding, Lvlm, Place
 from lvlm.sites import CROSS_COMPONENTS, LAYER_COMPONENTS, ROLES, SINGLE, Component, Site, Stack, TokenSelection
 from lvlm.token_map import TokenMap
+from lvlm.widths import site_width
 
 _EVERY_LAYER = re.compile(rf"^(?:(vision|decoder)\.)?(cross\.)?({'|'.join(LAYER_COMPONENTS)})$")
 CHUNK_BATCHES = 8
@@ -91,8 +92,43 @@ def make_plan(model: Lvlm, encoding: Encoding, sites: Sequence[str], tokens: Seq
             for s in selections[stack]
         ]
     reads = tuple(Read(site, model.locate(site)) for site in shapes)
-    roles = tuple(role for role in ROLES if _has(encoding.tokens, role))
-    return Plan(reads, Schema(tuple(arrays), cast("Dtype", dtype)), selections, skipped, roles)
+    return Plan(reads, Schema(tuple(arrays), cast("Dtype", dtype)), selections, skipped, _roles(encoding.tokens))
+
+
+def outline_plan(model: Lvlm, encoding: Encoding, sites: Sequence[str], tokens: Sequence[str], dtype: str) -> Plan:
+    """Return the plan of a trace without a forward and without weights: its arrays, and no `reads`.
+
+    Parameters
+    ----------
+    model
+        The model under study, or its outline (`lvlm.loading.outline_lvlm`).
+    encoding, sites, tokens, dtype
+        As in `make_plan`.
+
+    Raises
+    ------
+    SiteError
+        Where the model lacks a site, or a token selection means nothing in any stack.
+    """
+    families = _families(model, sites)
+    stacks: list[Stack] = list(dict.fromkeys(stack for stack, _ in families))
+    selections, skipped = _selections(encoding.tokens, tokens, stacks)
+    arrays = []
+    for family, layers in families.items():
+        stack, component = family
+        site = site_of(family, layers[0])
+        if site.component == "pattern":
+            lattices = encoding.tokens.sequence
+            keys = encoding.tokens.length if stack == "decoder" else lattices.get(stack, 0)
+            width = keys * (model.n_heads if stack == "decoder" else model.n_vision_heads)
+        else:
+            width = site_width(model, site)
+        heads = _heads(model, stack, component, layers[0], width)
+        arrays += [
+            ArrayInfo(stack, component, str(s), len(layers), width, heads, layers, ragged=s.reduction == "all")
+            for s in selections[stack]
+        ]
+    return Plan((), Schema(tuple(arrays), cast("Dtype", dtype)), selections, skipped, _roles(encoding.tokens))
 
 
 def chunk_batches(plan: Plan, example: TokenMap, batch_size: int) -> int:
@@ -202,6 +238,10 @@ def offsets_of(maps: Sequence[TokenMap], info: ArrayInfo) -> np.ndarray:
     selection = TokenSelection.parse(info.tokens)
     lengths = [len(m.positions(selection, cast("Stack", info.stack))) for m in maps]
     return np.cumsum([0, *lengths], dtype=np.int64)
+
+
+def _roles(example: TokenMap) -> tuple[str, ...]:
+    return tuple(role for role in ROLES if _has(example, role))
 
 
 def _has(example: TokenMap, role: str) -> bool:

@@ -19,6 +19,7 @@ from circuits.interventions.transforms import Add, Amplify, Change, Project, Rep
 from groundscope.core.errors import PatchError, SiteError
 from lvlm.model import Lvlm
 from lvlm.sites import Site
+from lvlm.widths import site_width
 
 __all__ = [
     "RULES",
@@ -232,16 +233,10 @@ def _is_everything(item: Intervention, columns: slice, x: Tensor) -> bool:
 
 def width(model: Lvlm, site: Site) -> int:
     """Return the width of a site's tensor; raises `SiteError` for a site that the model lacks."""
-    place = model.locate(site)
     if site.component == "pattern":
         msg = f"site '{site}' cannot be read where it could still be changed: change 'z', or 'v', of the same layer"
         raise SiteError(msg)
-    if site.component in ("q", "k", "v") and isinstance(place.module, nn.Linear):
-        return place.module.out_features
-    if site.stack == "projector":
-        return model.width
-    projection = model.output_projection(site.stack, site.layer, cross=site.cross)
-    return projection.in_features if site.component == "z" else projection.out_features
+    return site_width(model, site)
 
 
 class _Tokens:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
+from circuits.execution.memory import batch_rows
 from concepts.schema import Concept, CounterfactualPair
 from groundscope.core.errors import ConfigError, PatchError, SiteError
 from groundscope.core.progress import progress_bar
@@ -249,7 +250,7 @@ def activations(model: Lvlm, examples: Sequence[Example], keys: Sequence[Key], t
     rows: dict[Key, list[np.ndarray]] = {key: [np.empty(0)] * len(examples) for key in keys}
     with progress_bar() as bar:
         task = bar.add_task("reading activations", total=len(examples))
-        for batch in model.batches(examples):
+        for batch in model.batches(examples, batch_rows(model, examples, 32)):
             starts = [e.tokens.last if tokens == "last" else max(e.tokens.image) + 1 for e in batch.encodings]
             seen = _seen(model, batch.inputs, sites, starts)
             for row, number in enumerate(batch.index):

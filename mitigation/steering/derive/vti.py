@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from circuits.execution.memory import batch_rows
 from groundscope.core.errors import DataError, ModelError, PatchError, SiteError
 from groundscope.core.progress import progress_bar
 from lvlm.family.specification import resolve
@@ -219,7 +220,7 @@ def _after_captions(model: Lvlm, examples: Sequence[Example], sites: Sequence[Si
     first = Site("decoder", 0, "resid_pre")
     with progress_bar() as bar:
         task = bar.add_task("reading captions", total=len(examples))
-        for batch in model.batches(examples):
+        for batch in model.batches(examples, batch_rows(model, examples, 32)):
             told = with_answers(model, batch)
             ends = torch.tensor([(tokens.generated or (tokens.last,))[-1] for tokens in told.tokens])
 

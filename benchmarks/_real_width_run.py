@@ -1,0 +1,138 @@
+"""One step on a model of real width in a process of its own; prints bytes as JSON. Used by benchmarks/real_width.py."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+
+from activation_store import ActivationStore, trace
+from circuits import ablate, applied, patch_heads
+from concepts import counterfactuals, scenes
+from concepts.schema import ConceptDataset, Example
+from diagnosis import diagnose
+from lvlm import Head, Lvlm, load_lvlm
+from mitigation import derive
+from probes.direction import ConceptDirection
+
+EXAMPLES, BATCH = 6, 2
+SITES = ["resid_post", "z", "mlp_out", "vision.resid_post", "projector.out"]
+TOKENS = ["last", "image:mean", "object:mean"]
+QUESTION = "Look at the picture and answer yes or no : {question} Please answer this question"
+
+
+def questions(count: int, kind: str = "existence") -> ConceptDataset:
+    """Yes-no questions about as many scenes, of one length."""
+    data = scenes.dataset(10, 0, splits=("neutral",)).filter(lambda e: e.kind == kind)
+    first = list({e.group: e for e in data}.values())[:count]
+    asked = {e.id: replace(e, question=QUESTION.format(question=e.question)) for e in first}
+    return ConceptDataset(data.name, tuple(asked.values()), {})
+
+
+def do_trace(model: Lvlm, folder: Path) -> ActivationStore:
+    """Trace what a run traces by default."""
+    return trace(model, questions(EXAMPLES), SITES, TOKENS, folder / "store", batch_size=BATCH, progress=False)
+
+
+def do_patch(model: Lvlm, _: Path) -> None:
+    """Patch every head of one pair."""
+    patch_heads(model, pairs(1), min_effect=0.0, progress=False)
+
+
+def do_ablate(model: Lvlm, _: Path) -> None:
+    """Take out a head, and a layer, by means and by donors."""
+    some = list(questions(EXAMPLES))
+    layer = [Head(1, h) for h in range(model.n_heads)]
+    for how in ("mean", "resample"):
+        ablate(model, some, [Head(0, 0), layer], how, "all", batch_size=BATCH, progress=False)  # type: ignore[arg-type]
+
+
+def do_steer(model: Lvlm, _: Path) -> None:
+    """Derive a vector from pairs, and answer and write with it."""
+    from behavior import answer
+
+    keys = [Head(layer, head) for layer in range(model.n_layers) for head in range(0, model.n_heads, 8)]
+    vector = derive.from_pairs(model, pairs(2), keys, tokens="last")
+    with applied(model, vector):
+        answer(model, questions(EXAMPLES), BATCH, progress=False)
+        model.generate(next(model.batches(list(questions(1)), 1)), 4)
+
+
+def do_diagnose(model: Lvlm, folder: Path) -> None:
+    """Diagnose wrong answers with probes that point anywhere."""
+    store = do_trace(model, folder)
+    if hasattr(torch, "cuda"):
+        reset()
+    rng = np.random.default_rng(0)
+    last = f"decoder.L{model.n_layers - 1}.resid_post"
+    places = {"vision.L22.resid_post": 1024, "projector.out": model.width, last: model.width}
+    nouns = [c for c in store.labels if c.startswith("object:") and c != "object:named"]
+    found = [
+        ConceptDirection(site, "image:all", noun, rng.normal(size=width))
+        for site, width in places.items()
+        for noun in nouns
+    ]
+    found.append(ConceptDirection(last, "last", "object:named", rng.normal(size=model.width)))
+    diagnose(model, store, found, list(questions(EXAMPLES)), progress=False)
+
+
+def pairs(count: int) -> list[counterfactuals.CounterfactualPair]:
+    """Pairs of scenes whose questions have the length of `questions`."""
+    data = scenes.dataset(20, 1, splits=("neutral",))
+    made = counterfactuals.pairs(data, "object", limit=count)
+
+    def longer(example: Example) -> Example:
+        return replace(example, question=QUESTION.format(question=example.question))
+
+    return [replace(p, clean=longer(p.clean), corrupt=longer(p.corrupt)) for p in made]
+
+
+def reset() -> None:
+    """Let the process's peak begin at what it takes now."""
+    Path("/proc/self/clear_refs").write_text("5")
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def taken(name: str) -> int:
+    """Return a figure of the process's memory in bytes."""
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(name))
+    return int(line.split()[1]) * 1024
+
+
+STEPS: dict[str, Callable[[Lvlm, Path], object]] = {
+    "trace": do_trace,
+    "patch": do_patch,
+    "ablate": do_ablate,
+    "steer": do_steer,
+    "diagnose": do_diagnose,
+}
+
+
+def main() -> None:
+    """Run the step named first, on the folder named second, in the dtype and on the device named then."""
+    step, folder, dtype, device = sys.argv[1:5]
+    torch.set_num_threads(int(sys.argv[5]) if len(sys.argv) > 5 else torch.get_num_threads())
+    idle = taken("VmRSS")
+    reset()
+    model = load_lvlm(folder, dtype=dtype, device=device, validate=step == "load")
+    weights = sum(p.numel() * p.element_size() for p in model.hf.parameters())
+    tokens = model.encode(questions(1).examples[0]).tokens.length
+    if step != "load":
+        reset()
+        with tempfile.TemporaryDirectory() as place:
+            STEPS[step](model, Path(place))
+    peak = torch.cuda.max_memory_allocated() if device.startswith("cuda") else taken("VmHWM") - idle
+    print(json.dumps({"weights": weights, "peak": peak, "tokens": tokens}))
+
+
+if __name__ == "__main__":
+    main()
