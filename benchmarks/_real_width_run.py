@@ -14,19 +14,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 
-from activation_store import ActivationStore, trace
-from circuits import ablate, applied, patch_heads
+from activation_store import ActivationStore, Direction, trace
+from circuits import ablate, patch_heads
 from concepts import counterfactuals, scenes
 from concepts.schema import ConceptDataset, Example
 from diagnosis import diagnose
 from lvlm import Head, Lvlm, load_lvlm
 from mitigation import derive
-from probes.direction import ConceptDirection
 
-EXAMPLES, BATCH = 6, 2
+EXAMPLES, BATCH = 2, 2
 SITES = ["resid_post", "z", "mlp_out", "vision.resid_post", "projector.out"]
 TOKENS = ["last", "image:mean", "object:mean"]
-QUESTION = "Look at the picture and answer yes or no : {question} Please answer this question"
+QUESTION = "Please answer yes or no : {question}"
 
 
 def questions(count: int, kind: str = "existence") -> ConceptDataset:
@@ -48,11 +47,11 @@ def do_patch(model: Lvlm, _: Path) -> None:
 
 
 def do_ablate(model: Lvlm, _: Path) -> None:
-    """Take out a head, and a layer, by means and by donors."""
+    """Take out all heads at all tokens, by means and by donors."""
     some = list(questions(EXAMPLES))
-    layer = [Head(1, h) for h in range(model.n_heads)]
+    heads = [Head(layer, h) for layer in range(model.n_layers) for h in range(model.n_heads)]
     for how in ("mean", "resample"):
-        ablate(model, some, [Head(0, 0), layer], how, "all", batch_size=BATCH, progress=False)  # type: ignore[arg-type]
+        ablate(model, some, [heads], how, "all", batch_size=BATCH, progress=False)  # type: ignore[arg-type]
 
 
 def do_steer(model: Lvlm, _: Path) -> None:
@@ -60,8 +59,8 @@ def do_steer(model: Lvlm, _: Path) -> None:
     from behavior import answer
 
     keys = [Head(layer, head) for layer in range(model.n_layers) for head in range(0, model.n_heads, 8)]
-    vector = derive.from_pairs(model, pairs(2), keys, tokens="last")
-    with applied(model, vector):
+    vector = derive.from_pairs(model, pairs(2), heads=keys)
+    with vector.applied(model):
         answer(model, questions(EXAMPLES), BATCH, progress=False)
         model.generate(next(model.batches(list(questions(1)), 1)), 4)
 
@@ -69,18 +68,13 @@ def do_steer(model: Lvlm, _: Path) -> None:
 def do_diagnose(model: Lvlm, folder: Path) -> None:
     """Diagnose wrong answers with probes that point anywhere."""
     store = do_trace(model, folder)
-    if hasattr(torch, "cuda"):
-        reset()
+    reset()
     rng = np.random.default_rng(0)
     last = f"decoder.L{model.n_layers - 1}.resid_post"
-    places = {"vision.L22.resid_post": 1024, "projector.out": model.width, last: model.width}
+    places = {f"vision.L{model.n_vision_layers - 1}.resid_post": 1024, "projector.out": model.width, last: model.width}
     nouns = [c for c in store.labels if c.startswith("object:") and c != "object:named"]
-    found = [
-        ConceptDirection(site, "image:all", noun, rng.normal(size=width))
-        for site, width in places.items()
-        for noun in nouns
-    ]
-    found.append(ConceptDirection(last, "last", "object:named", rng.normal(size=model.width)))
+    found = [Direction(site, "image:all", noun, unit(rng, width)) for site, width in places.items() for noun in nouns]
+    found.append(Direction(last, "last", "object:named", unit(rng, model.width)))
     diagnose(model, store, found, list(questions(EXAMPLES)), progress=False)
 
 
@@ -93,6 +87,12 @@ def pairs(count: int) -> list[counterfactuals.CounterfactualPair]:
         return replace(example, question=QUESTION.format(question=example.question))
 
     return [replace(p, clean=longer(p.clean), corrupt=longer(p.corrupt)) for p in made]
+
+
+def unit(rng: np.random.Generator, width: int) -> np.ndarray:
+    """Return a random vector of length 1."""
+    drawn = rng.normal(size=width)
+    return drawn / np.linalg.norm(drawn)
 
 
 def reset() -> None:

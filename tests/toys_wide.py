@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,7 +27,7 @@ def wide(layers: int, side: int = 24, *, vocabulary_size: int = 512, validate: b
             image_size=PATCH * side, patch_size=PATCH, projection_dim=32,
         ),
         text_config=LlamaConfig(
-            vocab_size=vocabulary_size, hidden_size=WIDTH, intermediate_size=256, num_hidden_layers=layers,
+            vocab_size=vocabulary_size, hidden_size=WIDTH, intermediate_size=64, num_hidden_layers=layers,
             num_attention_heads=HEADS, num_key_value_heads=HEADS, max_position_embeddings=1024,
             tie_word_embeddings=False, bos_token_id=1, eos_token_id=2, pad_token_id=0,
         ),
@@ -84,6 +83,3 @@ def peak_of(work: Callable[[], object]) -> int:
     with Live() as live:
         work()
     return live.peak
-
-
-__all__ = ["HEADS", "WIDTH", "Live", "peak_of", "replace", "wide"]

@@ -170,6 +170,9 @@ class _CircuitRun:
                     whole = out[0] if isinstance(out, tuple) else out
                     there = self.ends.corrupt.heads[i], self.ends.corrupt.attention[i]
                     self.heads[i] = Heads.moved(model, i, (self.z.pop(i), whole), there)
+                    # The layer's attention is over: its queries, keys, values and inputs are not needed again.
+                    self.attention.seen.pop(i, None)
+                    self.called.pop(i, None)
 
             def told(_module: nn.Module, args: Any, kwargs: Any, i: int = i) -> Any:
                 key = None if args else first_name(kwargs)
