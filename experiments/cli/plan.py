@@ -131,10 +131,11 @@ def _array_bytes(plan: Plan, encodings: Sequence[Encoding], examples: int) -> di
 
 
 def _stored_rows(examples: int) -> int:
-    """Return the rows that arrays of one vector an example take on disk: the last chunk of each shard is padded."""
+    """Return the rows that arrays of one vector an example take on disk: whole chunks in a shard of more than one."""
     from activation_store.format.schema import CHUNK_ROWS
 
-    return examples // _SHARD * _SHARD + -(-(examples % _SHARD) // CHUNK_ROWS) * CHUNK_ROWS
+    last = examples % _SHARD
+    return examples - last + (last if last <= CHUNK_ROWS else -(-last // CHUNK_ROWS) * CHUNK_ROWS)
 
 
 def _own_bytes(model: Lvlm, plan: Plan) -> float:
