@@ -6,7 +6,8 @@ A random LLaVA-1.5-7B (decoder of width 4096, 32 heads, MLP 11008, 32,000 words;
 in all) is cut to 2 and to 4 decoder layers. Each step runs in a process of its own, and the peak of its memory is read from
 the system; for steps after loading, from then on. What grows with layers is extrapolated to 32; the goal is that no step takes
 more than 2 GB beside the weights. Most of the time goes into the vision tower, whose memory is no question here: ``--tower 2``
-leaves it two layers. ``--quick`` takes width 1024, 8 heads, MLP 2816.
+leaves it two layers. ``--quick`` takes width 1024, 8 heads, MLP 2816. With
+``--save`` the figures are written after each step.
 """
 
 from __future__ import annotations
@@ -117,44 +118,53 @@ def main() -> None:
     parser.add_argument("--steps", default=",".join(STEPS))
     options = parser.parse_args()
     steps = options.steps.split(",")
-    found: dict[str, list[dict[str, int]]] = {step: [] for step in steps}
-    for layers in LAYERS:
-        with tempfile.TemporaryDirectory() as place:
-            folder = Path(place) / "model"
+    found: dict[str, list[dict[str, int]]] = {}
+    outcome: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as place:
+        folders = [Path(place) / str(layers) for layers in LAYERS]
+        for layers, folder in zip(LAYERS, folders, strict=True):
             # In a process of its own: what it takes must not stay while steps are measured.
             call = f"write_model(Path({str(folder)!r}), {layers}, {options.dtype!r}, {options.tower}, quick={options.quick})"
             code = f"from benchmarks.real_width import *; {call}"
             subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)
-            for step in steps:
-                found[step].append(run(step, folder, options.dtype, options.device))
-                print(step, layers, found[step][-1], file=sys.stderr)
-    table = Table("step", "beside weights, 2 layers", "4 layers", f"{WHOLE} layers", "goal")
-    figures: dict[str, dict[str, Any]] = {}
+        for step in steps:
+            found[step] = [run(step, folder, options.dtype, options.device) for folder in folders]
+            outcome = outcome_of(found, options)
+            if options.save:
+                RESULTS.write_text(json.dumps(outcome, indent=4) + "\n")
+    table = Table("step", *(f"{layers} layers" for layers in (*LAYERS, WHOLE)), "goal")
     for step in steps:
-        beside = [(one["peak"] - one["weights"]) / 1e9 for one in found[step]]
-        whole = beside[1] + (beside[1] - beside[0]) / (LAYERS[1] - LAYERS[0]) * (WHOLE - LAYERS[1])
-        goal = f"<= {ALLOWED:g} GB"
-        table.add_row(step, *(f"{x:.2f} GB" for x in (*beside, whole)), goal)
-        for name, value in ((f"{step}_2_layers_gb", beside[0]), (f"{step}_4_layers_gb", beside[1])):
-            figures[name] = {"value": round(value, 3), "goal": "", "holds": True, "n": 1}
-        figures[f"{step}_{WHOLE}_layers_gb"] = {
-            "value": round(whole, 3), "goal": goal, "holds": whole <= ALLOWED, "n": 1
-        }  # fmt: skip
+        figures = [outcome["figures"][f"{step}_{layers}_layers_gb"] for layers in (*LAYERS, WHOLE)]
+        table.add_row(step, *(f"{figure['value']:.2f} GB" for figure in figures), figures[-1]["goal"])
     Console().print("peak memory beside the weights; 32 layers are extrapolated from 2 and 4")
     Console().print(table)
-    first = found[steps[0]][0]
-    outcome = {
+    print(json.dumps(outcome))
+
+
+def outcome_of(found: dict[str, list[dict[str, int]]], options: argparse.Namespace) -> dict[str, Any]:
+    """Return the figures of the steps that have run."""
+    figures: dict[str, dict[str, Any]] = {}
+    for step, runs in found.items():
+        beside = [(one["peak"] - one["weights"]) / 1e9 for one in runs]
+        whole = beside[1] + (beside[1] - beside[0]) / (LAYERS[1] - LAYERS[0]) * (WHOLE - LAYERS[1])
+        for layers, value in zip(LAYERS, beside, strict=True):
+            figures[f"{step}_{layers}_layers_gb"] = {"value": round(value, 3), "goal": "", "holds": True, "n": 1}
+        figures[f"{step}_{WHOLE}_layers_gb"] = {
+            "value": round(whole, 3),
+            "goal": f"<= {ALLOWED:g} GB",
+            "holds": whole <= ALLOWED,
+            "n": 1,
+        }
+    return {
         "benchmark": "real_width",
         "device": platform.machine() if options.device == "cpu" else options.device,
         "torch": torch.__version__,
         "dtype": options.dtype,
-        "tokens": first["tokens"],
+        "width": 1024 if options.quick else 4096,
+        "tokens": next(iter(found.values()))[0]["tokens"],
         "tower_layers": options.tower,
         "figures": figures,
     }
-    if options.save:
-        RESULTS.write_text(json.dumps(outcome, indent=4) + "\n")
-    print(json.dumps(outcome))
 
 
 if __name__ == "__main__":

@@ -174,26 +174,26 @@ class FourBit(nn.Linear):
         codes = torch.stack([packed // 16, packed % 16], 1).flatten().unflatten(0, (self.out_features, -1))
         return (codes - 7).float() * self.scale
 
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.matrix().to(x), None if self.bias is None else self.bias.to(x))
+    def forward(self, input: Tensor) -> Tensor:  # named as in torch
+        return nn.functional.linear(input, self.matrix().to(input), None if self.bias is None else self.bias.to(input))
 
 
 class EightBit(FourBit):
     """Rounds its inputs too, row by row, to 8 bits."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        scale = x.abs().amax(-1, keepdim=True).clamp(min=1e-12) / 127
-        return super().forward((x / scale).round() * scale)
+    def forward(self, input: Tensor) -> Tensor:
+        scale = input.abs().amax(-1, keepdim=True).clamp(min=1e-12) / 127
+        return super().forward((input / scale).round() * scale)
 
 
 class Sealed(FourBit):
     """Runs on the tokens of a prompt only."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        if x.dim() == 2:
+    def forward(self, input: Tensor) -> Tensor:
+        if input.dim() == 2:
             message = "no kernel for this shape"
             raise RuntimeError(message)
-        return super().forward(x)
+        return super().forward(input)
 
 
 def with_projections(kind: type[FourBit]) -> Lvlm:

@@ -177,7 +177,8 @@ def _narrow_store(
     count = len(encodings)
     nothing = np.zeros((count, 1, 1), np.float32)
     values: dict[Any, Any] = {a.key: Ragged(nothing, np.arange(count + 1)) if a.ragged else nothing for a in arrays}
-    logits = torch.zeros(resolve(model.hf, model.spec.unembedding or "", model.spec).weight.shape[0])
+    unembedding: Any = resolve(model.hf, model.spec.unembedding or "", model.spec)
+    logits = torch.zeros(int(unembedding.weight.shape[0]))
     roles = [role for role in plan.roles if role not in {"generated", "answer"}]
     rows = [{**row(model, e, logits, concepts), **spans(e.tokens, roles), "image": "0" * 64} for e in encodings]
     with StoreWriter(folder, Schema(arrays, plan.schema.dtype), {}) as writer:
