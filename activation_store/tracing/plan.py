@@ -14,10 +14,10 @@ from torch import Tensor
 
 from activation_store.format.schema import ArrayInfo, Dtype, Schema
 from groundscope.core.errors import SiteError
+from lvlm.access.site_width import site_width
 from lvlm.model import Encoding, Lvlm, Place
 from lvlm.sites import CROSS_COMPONENTS, LAYER_COMPONENTS, ROLES, SINGLE, Component, Site, Stack, TokenSelection
 from lvlm.token_map import TokenMap
-from lvlm.widths import site_width
 
 _EVERY_LAYER = re.compile(rf"^(?:(vision|decoder)\.)?(cross\.)?({'|'.join(LAYER_COMPONENTS)})$")
 CHUNK_BATCHES = 8

@@ -17,9 +17,9 @@ from circuits.interventions.hooks import edit
 from circuits.interventions.options import RULES, Rule
 from circuits.interventions.transforms import Add, Amplify, Change, Project, Replace, Zero
 from groundscope.core.errors import PatchError, SiteError
+from lvlm.access.site_width import site_width
 from lvlm.model import Lvlm
 from lvlm.sites import Site
-from lvlm.widths import site_width
 
 __all__ = [
     "RULES",
