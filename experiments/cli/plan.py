@@ -287,6 +287,7 @@ def show(arguments: Sequence[str]) -> int:
         raise ConfigError(msg)
     config, _ = composed(read(words).first())
     check(config)
+    config.model.validate = False  # forwards that a plan of bytes and hours does not need
     console = plain_console()
     with tempfile.TemporaryDirectory() as folder:
         context = Context(config, RunFolder(Path(folder)), console)
