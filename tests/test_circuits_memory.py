@@ -196,6 +196,7 @@ def test_rows_are_written_block_by_block_with_the_same_digest(tmp_path: Path) ->
     assert rows.digest() == hashlib.sha256(header + values.tobytes()).hexdigest()
     assert max(read) * 4000 <= 8 << 20
     assert sum(read) == 5000
+    assert rows.nbytes == values.nbytes
     (tmp_path / "rows").mkdir()
     (tmp_path / "whole").mkdir()
     write_tensors(tmp_path / "rows", {"w": rows})

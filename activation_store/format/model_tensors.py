@@ -32,6 +32,11 @@ class Rows:
     read: Callable[[slice], np.ndarray]
     """Returns some rows of the first axis."""
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all rows."""
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
     def blocks(self) -> Iterator[tuple[slice, np.ndarray]]:
         """Yield blocks of rows as contiguous little-endian arrays, with their places."""
         row = max(1, int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize)

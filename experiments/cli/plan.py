@@ -143,7 +143,7 @@ def _own_bytes(model: Lvlm, plan: Plan) -> float:
     from activation_store.tracing.provenance import unembedding
 
     arrays = unembedding(model, plan) or {}
-    return float(sum(math.prod(rows.shape) * rows.dtype.itemsize for rows in arrays.values()))
+    return float(sum(rows.nbytes for rows in arrays.values()))
 
 
 def _table_bytes(model: Lvlm, data: ConceptDataset, plan: Plan, encodings: Sequence[Encoding], examples: int) -> float:
