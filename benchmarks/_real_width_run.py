@@ -19,7 +19,8 @@ from circuits import ablate, patch_heads
 from concepts import counterfactuals, scenes
 from concepts.schema import ConceptDataset, Example
 from diagnosis import diagnose
-from lvlm import Head, Lvlm, load_lvlm
+from lvlm import Head, Lvlm, Site, load_lvlm
+from lvlm.access.site_width import site_width
 from mitigation import derive
 
 EXAMPLES, BATCH = 2, 2
@@ -71,9 +72,10 @@ def do_diagnose(model: Lvlm, folder: Path) -> None:
     reset()
     rng = np.random.default_rng(0)
     last = f"decoder.L{model.n_layers - 1}.resid_post"
-    places = {f"vision.L{model.n_vision_layers - 1}.resid_post": 1024, "projector.out": model.width, last: model.width}
+    places = (f"vision.L{model.n_vision_layers - 1}.resid_post", "projector.out", last)
     nouns = [c for c in store.labels if c.startswith("object:") and c != "object:named"]
-    found = [Direction(site, "image:all", noun, unit(rng, width)) for site, width in places.items() for noun in nouns]
+    widths = {site: site_width(model, Site.parse(site)) for site in places}
+    found = [Direction(site, "image:all", noun, unit(rng, width)) for site, width in widths.items() for noun in nouns]
     found.append(Direction(last, "last", "object:named", unit(rng, model.width)))
     diagnose(model, store, found, list(questions(EXAMPLES)), progress=False)
 

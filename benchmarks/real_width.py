@@ -146,7 +146,8 @@ def outcome_of(found: dict[str, list[dict[str, int]]], options: argparse.Namespa
     figures: dict[str, dict[str, Any]] = {}
     for step, runs in found.items():
         beside = [(one["peak"] - one["weights"]) / 1e9 for one in runs]
-        whole = beside[1] + (beside[1] - beside[0]) / (LAYERS[1] - LAYERS[0]) * (WHOLE - LAYERS[1])
+        growth = max(0.0, beside[1] - beside[0]) / (LAYERS[1] - LAYERS[0])  # pages of the file may come and go
+        whole = max(beside) + growth * (WHOLE - LAYERS[1])
         for layers, value in zip(LAYERS, beside, strict=True):
             figures[f"{step}_{layers}_layers_gb"] = {"value": round(value, 3), "goal": "", "holds": True, "n": 1}
         figures[f"{step}_{WHOLE}_layers_gb"] = {
