@@ -23,6 +23,13 @@ from lvlm.model import Lvlm
 
 _LOG = records.getLogger(__name__)
 _DTYPES = {d: getattr(torch, d) for d in ("float32", "bfloat16", "float16", "float64")}
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt")
+_WEIGHT_NAMES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
 
 
 def load_lvlm(
@@ -65,7 +72,7 @@ def load_lvlm(
         unknown, or a check fails. Tensors of the checkpoint that the model does not use are a warning of the logger
         ``lvlm.loading``, and recorded in provenance.
     """
-    from transformers import AutoConfig, AutoProcessor
+    from transformers import AutoConfig
     from transformers.utils import logging
 
     number = _DTYPES.get(dtype)
@@ -109,12 +116,7 @@ def load_lvlm(
         )
         model, info = loaded if isinstance(loaded, tuple) else (loaded, {})
         unused = check_loading(model, info, name)
-        try:
-            processor = AutoProcessor.from_pretrained(where, **options)
-        except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError):
-            processor = None  # it wants torchvision, or there is only a tokenizer and an image processor
-        if getattr(processor, "image_processor", None) is None or not hasattr(processor, "tokenizer"):
-            processor = assemble(where, config, known, options)
+        processor = _processor(where, config, known, options)
     except ModelError:
         raise
     except Exception as error:  # damaged files fail in as many ways as there are readers below
@@ -191,6 +193,68 @@ def _wrapped(
         scene = sample(generator(TEST, 0, 0), "check", count=2)
         validate_once(wrapped, wrapped.encode(as_example(scene, existence(scene, "apple"), "check")))
     return wrapped
+
+
+def outline_lvlm(
+    source: str | Path,
+    *,
+    spec: FamilySpec | str | Path | None = None,
+    dtype: str = "float32",
+    trust_remote_code: bool = False,
+) -> Lvlm:
+    """Return a model without weights, on the device ``meta``: it encodes examples and knows every site, and cannot run.
+
+    Parameters
+    ----------
+    source, spec, dtype, trust_remote_code
+        As in `lvlm.load_lvlm`; of a folder the weights are not read, of a Hugging Face id not downloaded.
+
+    Raises
+    ------
+    ModelError
+        Where there is no such model, its configuration or processor cannot be read, or its family is unknown.
+    """
+    from transformers import AutoConfig
+
+    folder = folder_of(str(source))
+    local = folder.is_dir()
+    where = str(folder) if local else str(source)
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": local}
+    try:
+        config = AutoConfig.from_pretrained(where, **options)
+        known = _spec(spec) or family(config.model_type)
+        with torch.device("meta"):
+            model = _auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
+        processor = _processor(where, config, known, options)
+    except ModelError:
+        raise
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+        msg = f"the configuration of model '{source}' cannot be read: {_first_line(error)}"
+        raise ModelError(msg) from error
+    return Lvlm(model.to(getattr(torch, dtype)), processor, known, str(source))
+
+
+def has_weights(source: str | Path) -> bool:
+    """Whether a model's weights are on this machine: in its folder, or in the Hugging Face cache."""
+    folder = folder_of(str(source))
+    if folder.is_dir():
+        return any(p.suffix in _WEIGHT_SUFFIXES for p in folder.iterdir())
+    from huggingface_hub import try_to_load_from_cache
+
+    return any(isinstance(try_to_load_from_cache(str(source), name), str) for name in _WEIGHT_NAMES)
+
+
+def _processor(where: str, config: Any, spec: FamilySpec, options: dict[str, Any]) -> Any:
+    """Return the processor of a folder or id: its own, or one put together from its tokenizer and image processor."""
+    from transformers import AutoProcessor
+
+    try:
+        processor = AutoProcessor.from_pretrained(where, **options)
+    except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError):
+        processor = None  # it wants torchvision, or there is only a tokenizer and an image processor
+    if getattr(processor, "image_processor", None) is None or not hasattr(processor, "tokenizer"):
+        processor = assemble(where, config, spec, options)
+    return processor
 
 
 def _auto_class(config: Any) -> Any:

@@ -7,21 +7,20 @@ import inspect
 import json
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from concepts.schema import Box, Example
+from concepts.schema import Box, Example, ImageSource
+from groundscope.core.bounded_cache import BoundedCache
 from groundscope.core.errors import ModelError, SiteError
 from lvlm.access.eager_attention import eager, implementations, say_eager
 from lvlm.access.places import Place
 from lvlm.access.shared_vision_run import each_picture_once, tower_of
 from lvlm.access.site_lookup import find_place
 from lvlm.access.weights import device_of
-from lvlm.applied import Applied, Registration, active, unregistered_hooks
+from lvlm.applied import Applied, Registration, active, observer, unregistered_hooks
 from lvlm.encoding.encode import Batch, Encoding, Inputs, Prompt, check_alike, encode
 from lvlm.encoding.registry import VIEWS, Look, View
 from lvlm.family.discovery import complete, heads_of, text_config, vision_heads
@@ -36,6 +35,10 @@ from lvlm.token_map import TokenMap
 __all__ = ["Batch", "Encoding", "Inputs", "Lvlm", "Place", "Prompt"]
 
 _Value = TypeVar("_Value")
+LOOK_BYTES = 256 << 20
+"""Bytes of processed images that a model keeps, because several questions may ask about one image."""
+CHUNK_BYTES = 256 << 20
+"""Bytes of encodings after which `Lvlm.batches` stops to collect more of them before it yields batches."""
 _INCIDENTAL = {"_name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype"}
 
 
@@ -87,7 +90,7 @@ class Lvlm:
         self.n_vision_heads: int = vision_heads(self.spec, model, self.layers("vision"))
         self._tower: tuple[tuple[nn.Module, ...], nn.Module | None] | None = None
         self._answers: dict[Hashable, Any] = {}
-        self._look = lru_cache(maxsize=256)(self._look_at)
+        self._looks: BoundedCache[Look] = BoundedCache(LOOK_BYTES, _bytes_of)
         self.answer_from: int | None = None
 
     # -- shape ---------------------------------------------------------------------------------------------------
@@ -257,9 +260,9 @@ class Lvlm:
         """
         return prompt_of(self, question, images)
 
-    def _look_at(self, identity: tuple[str, ...], source: _Source) -> Look:
-        del identity  # the cache's key
-        return self.view.look(self, source.value.load())
+    def _look(self, source: ImageSource) -> Look:
+        key = (source.identity, pixel_settings(self.processor))
+        return self._looks.get(key, lambda: self.view.look(self, source.load()))
 
     def encode(self, example: Example) -> Encoding:
         """Turn an example into inputs and a token map.
@@ -269,7 +272,7 @@ class Lvlm:
         DataError
             Where the image cannot be read, or the prompt does not hold the image's tokens.
         """
-        look = self._look((example.image.identity, pixel_settings(self.processor)), _Source(example.image))
+        look = self._look(example.image)
         boxes = {o.id: (0, o.box) for o in example.objects}
         prompt = Prompt(self.prompt(example.question), example.question, example.id, boxes, example.subject)
         return Encoding(example, *encode(self, prompt, [look], self.view.axis))
@@ -320,7 +323,8 @@ class Lvlm:
     def batches(self, examples: Sequence[Example], size: int = 32, *, in_order: bool = True) -> Iterator[Batch]:
         """Yield examples encoded in batches of equal shape, in a fixed order.
 
-        Encodes lazily in chunks of ``64 * size`` examples, so that memory does not grow with the dataset.
+        Encodes lazily in chunks of ``64 * size`` examples, or of fewer where their inputs hold `CHUNK_BYTES`, so that memory
+        grows neither with the dataset nor with the size of images.
 
         Parameters
         ----------
@@ -331,13 +335,22 @@ class Lvlm:
         in_order
             Encode a chunk, then yield its batches, shortest first; else the same batches, each as soon as it is full.
         """
-        for start in range(0, len(examples), 64 * size):
+        start = 0
+        while start < len(examples):
             by_shape: dict[tuple[Any, ...], list[tuple[int, Encoding]]] = {}
-            for i in range(start, min(len(examples), start + 64 * size)):
+            tensors: dict[int, int] = {}  # bytes by identity: questions about one image share its pixels
+            i = start
+            while i < min(len(examples), start + 64 * size):
                 encoding = self.encode(examples[i])
                 by_shape.setdefault(encoding.shape, []).append((i, encoding))
+                tensors |= {id(x): x.nbytes for x in encoding.inputs.values()}
+                i += 1
                 if not in_order and len(by_shape[encoding.shape]) == size:
                     yield self._batch(by_shape.pop(encoding.shape))
+                # Only whole batches: a chunk that ends anywhere would leave a short batch behind.
+                if (i - start) % size == 0 and sum(tensors.values()) > CHUNK_BYTES:
+                    break
+            start = i
             for _, items in sorted(by_shape.items()):
                 for k in range(0, len(items), size):
                     yield self._batch(items[k : k + size])
@@ -347,12 +360,6 @@ class Lvlm:
         return Batch(index, encodings, self.collate(encodings))
 
     # -- running -------------------------------------------------------------------------------------------------
-
-    @property
-    def options(self) -> Mapping[str, Any]:
-        """What a forward that reads one answer is called with beside its inputs."""
-        keep = {"logits_to_keep": 1} if "logits_to_keep" in self.accepts else {}
-        return {"use_cache": False, **keep}
 
     @property
     def tower(self) -> nn.Module | None:
@@ -370,15 +377,57 @@ class Lvlm:
             self._answers[key] = make()
         return self._answers[key]
 
+    @contextmanager
+    def last_logits(self, keep: int = 1) -> Iterator[dict[str, Any]]:
+        """Let forwards compute logits at the last `keep` positions only; yields the options to call the model with.
+
+        All positions times the vocabulary is the largest tensor of a forward. Where the model's forward takes
+        ``logits_to_keep``, it is used; elsewhere the unembedding is given the last positions alone.
+        """
+        if "logits_to_keep" in self.accepts:
+            yield {"logits_to_keep": keep}
+            return
+
+        @observer
+        def cut(_module: nn.Module, args: tuple[Any, ...]) -> Any:
+            x = args[0] if args else None
+            return (x[:, -keep:], *args[1:]) if isinstance(x, Tensor) and x.dim() == 3 and x.shape[1] > keep else None
+
+        handle = resolve(self.hf, self.spec.unembedding or "", self.spec).register_forward_pre_hook(cut)
+        try:
+            yield {}
+        finally:
+            handle.remove()
+
+    def forward(self, inputs: Mapping[str, Tensor], *, keep: int = 1, **options: Any) -> Tensor:
+        """Run one forward, with gradients where they are enabled; return the logits at the last positions.
+
+        Parameters
+        ----------
+        inputs
+            Tensors by name, on any device.
+        keep
+            At how many of the last positions.
+        **options
+            What else the model is called with; by default without a cache.
+
+        Returns
+        -------
+        Tensor
+            ``[B, keep, V]``.
+        """
+        on_device = {k: v.to(self.device) for k, v in inputs.items()}
+        with self.last_logits(keep) as less:
+            return self.hf(**on_device, **{"use_cache": False, **options, **less}).logits[:, -keep:]
+
     @torch.no_grad()
     def logits(self, inputs: Mapping[str, Tensor], images: Sequence[str] = ()) -> Tensor:
         """Return the logits at the last position, ``[B, V]``; rows of equal `images` share one run of the vision tower.
 
         See `lvlm.access.shared_vision_run`.
         """
-        on_device = {k: v.to(self.device) for k, v in inputs.items()}
         with each_picture_once(self, images):
-            return self.hf(**on_device, **self.options).logits[:, -1]
+            return self.forward(inputs)[:, -1]
 
     def generate(self, batch: Batch, max_new_tokens: int = 40) -> list[str]:
         """Return greedy continuations as text: the largest logit at each step, whatever the checkpoint's generation settings."""
@@ -415,9 +464,17 @@ class Lvlm:
             yield
 
     def read(
-        self, inputs: Mapping[str, Tensor], sites: Sequence[Site | str], *, quiet: bool = False
+        self,
+        inputs: Mapping[str, Tensor],
+        sites: Sequence[Site | str],
+        *,
+        take: Callable[[Site, Tensor], Tensor | None] | None = None,
+        quiet: bool = False,
     ) -> dict[str, Tensor]:
         """Run one forward and return the tensors of some sites by name, as the model has them.
+
+        Many sites at all tokens are much memory. `take` is called with each site and its tensor while the forward runs,
+        and only what it returns is kept (``lambda _, x: x[:, -1]``: the last token), nothing for None.
 
         A ``pattern`` is attention as ``[B, heads, queries, keys]``; asking for one computes all attention of this forward
         step by step, whose last bits differ from the usual way's, and says so through `logging` unless `quiet`.
@@ -430,15 +487,24 @@ class Lvlm:
         asked = [Site.parse(s) if isinstance(s, str) else s for s in sites]
         places = [(site, self.locate(site)) for site in asked]
         seen: dict[str, Tensor] = {}
+        reached: set[Site] = set()
         if not quiet and any(s.component == "pattern" for s in asked):
             say_eager(self)
         with ExitStack() as stack:
             if any(s.component == "pattern" for s in asked):
                 stack.enter_context(self.eager())
             for site, place in places:
-                stack.callback(place.watch(lambda x, name=str(site): seen.update({name: x.clone()})).remove)
+
+                def see(x: Tensor, site: Site = site) -> None:
+                    reached.add(site)
+                    part = x if take is None else take(site, x)
+                    if part is not None:
+                        # A copy: a view keeps the whole tensor alive, and modules may write into what they were given.
+                        seen[str(site)] = part.clone()
+
+                stack.callback(place.watch(see).remove)
             self.logits(inputs)
-        missing = [str(s) for s in asked if str(s) not in seen]
+        missing = [str(s) for s in asked if s not in reached]
         if missing:
             why = (
                 "its attention gives no weights" if missing[0].endswith("pattern") else "its forward does not reach it"
@@ -448,17 +514,8 @@ class Lvlm:
         return seen
 
 
-@dataclass(frozen=True, eq=False)
-class _Source:
-    """An image source as a cache argument that never decides the key (equal to any other)."""
-
-    value: Any
-
-    def __hash__(self) -> int:
-        return 0
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Source)
+def _bytes_of(look: Look) -> int:
+    return sum(x.nbytes for x in look.inputs.values())
 
 
 def _without(value: object, names: set[str]) -> object:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
@@ -25,7 +25,13 @@ def decoder_of(model: Lvlm) -> nn.Module:
 
 
 @torch.no_grad()
-def read_text_only(model: Lvlm, inputs: Mapping[str, Tensor], sites: Sequence[Site]) -> dict[str, Tensor]:
+def read_text_only(
+    model: Lvlm,
+    inputs: Mapping[str, Tensor],
+    sites: Sequence[Site],
+    *,
+    take: Callable[[Site, Tensor], Tensor] | None = None,
+) -> dict[str, Tensor]:
     """Run one forward on words alone and return the tensors of some decoder sites by name.
 
     A model whose own forward needs a picture (BLIP-2, InstructBLIP, Kosmos-2) is run from its decoder on. Layers of
@@ -39,6 +45,8 @@ def read_text_only(model: Lvlm, inputs: Mapping[str, Tensor], sites: Sequence[Si
         ``input_ids`` and ``attention_mask``, ``[rows, positions]``.
     sites
         Of the decoder.
+    take
+        What is kept of each tensor, as for `Lvlm.read`; by default all of it.
 
     Raises
     ------
@@ -54,9 +62,9 @@ def read_text_only(model: Lvlm, inputs: Mapping[str, Tensor], sites: Sequence[Si
     pixels = inspect.signature(model.hf.forward).parameters.get("pixel_values")
     needed = pixels is not None and pixels.default is pixels.empty and pixels.kind is not pixels.VAR_KEYWORD
     if model.view.text_only and not needed:
-        seen = model.read(inputs, list(dict.fromkeys(where.values())))
+        seen = model.read(inputs, list(dict.fromkeys(where.values())), take=take)
     else:
-        seen = _from_decoder(model, inputs, list(dict.fromkeys(where.values())))
+        seen = _from_decoder(model, inputs, list(dict.fromkeys(where.values())), take)
     return {str(site): seen[str(place)] for site, place in where.items()}
 
 
@@ -83,12 +91,15 @@ def _unskipped(model: Lvlm, site: Site) -> Site:
     return Site("decoder", skipped.index(False), "resid_pre")
 
 
-def _from_decoder(model: Lvlm, inputs: Mapping[str, Tensor], sites: Sequence[Site]) -> dict[str, Tensor]:
+def _from_decoder(
+    model: Lvlm, inputs: Mapping[str, Tensor], sites: Sequence[Site], take: Callable[[Site, Tensor], Tensor] | None
+) -> dict[str, Tensor]:
     seen: dict[str, Tensor] = {}
+    keep = take if take is not None else lambda _, x: x.clone()
     with ExitStack() as stack:
         for site in sites:
             place = model.locate(site)
-            stack.callback(place.watch(lambda x, name=str(site): seen.update({name: x.clone()})).remove)
+            stack.callback(place.watch(lambda x, site=site: seen.update({str(site): keep(site, x)})).remove)
         decoder_of(model)(**{name: x.to(model.device) for name, x in inputs.items()}, use_cache=False)
     missing = [str(site) for site in sites if str(site) not in seen]
     if missing:

@@ -315,7 +315,11 @@ def test_a_plan_grows_with_the_examples_and_leaves_nothing(root: Path, loaded: L
     assert found.on_disk == pytest.approx(store, rel=0.05)
     double = estimate(context, examples=2 * asked, seconds=0.01)
     assert double.sites == {"decoder.z/last": 2 * asked * 6 * 192 * 4.0}
-    assert double.hours(1) > 3 * (double.hours(4) - double.loading / 3600)
+    assert double.loading is not None
+    hours = [double.hours(1), double.hours(4)]
+    assert hours[0] is not None
+    assert hours[1] is not None
+    assert hours[0] > 3 * (hours[1] - double.loading / 3600)
     assert [p.name for p in (root / "planned").iterdir()] == ["run.json"]
 
 

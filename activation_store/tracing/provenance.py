@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
+from activation_store.format.model_tensors import Rows
 from activation_store.format.schema import shard_numbers
 from activation_store.forms import VERSION
 from activation_store.tracing.plan import Plan
@@ -112,16 +114,16 @@ def describe(
     }
 
 
-def unembedding(model: Lvlm, plan: Plan) -> Mapping[str, np.ndarray] | None:
-    """Return what reads a decoder residual as words: the parameters of the final norm and of the unembedding.
+def unembedding(model: Lvlm, plan: Plan) -> Mapping[str, Rows] | None:
+    """Return what reads a decoder residual as words: the parameters of the final norm and of the unembedding, as float32.
 
-    None where no site of the decoder is traced.
+    They are converted some rows at a time. None where no site of the decoder is traced.
     """
     if "decoder" not in plan.selections:
         return None
     parts = {"final_norm": model.spec.final_norm, "unembedding": model.spec.unembedding}
     return {
-        f"{name}.{kind}": parameter.detach().float().cpu().numpy()
+        f"{name}.{kind}": _rows(parameter.detach())
         for name, path in parts.items()
         if path
         for kind, parameter in named_weights(resolve(model.hf, path, model.spec))
@@ -143,6 +145,10 @@ def check_known(model: Lvlm, folder: Path, workers: int) -> None:
             "lvlm.applied.observer, or trace in one process into a new folder"
         )
         raise StoreError(msg)
+
+
+def _rows(x: Tensor) -> Rows:
+    return Rows(tuple(x.shape), np.dtype("<f4"), lambda part: x[part].float().cpu().numpy())
 
 
 def _definition(selection: TokenSelection) -> str:

@@ -329,9 +329,6 @@ class Tracer:
                     _check_width(site, x, widths[key], batch)
                     kept[key][site.layer] = reduce(x)
 
-        options = dict(self.model.options)
-        if "logits_to_keep" in options:
-            options["logits_to_keep"] = extra + 1
         inputs = on.inputs if on else batch.inputs
         with ExitStack() as stack:
             calls = {}
@@ -342,9 +339,10 @@ class Tracer:
             if any(read.site.component == "pattern" for read in self.plan.reads):
                 stack.enter_context(self.model.eager())
             stack.enter_context(_FORWARD)
+            less = stack.enter_context(self.model.last_logits(extra + 1))
             # The same call as `Lvlm.logits`. nnsight runs this body in step with the forward: each read waits for its
             # tensor. What is kept lives in containers made outside, as names bound inside do not come out.
-            with self.wrapper.trace(**inputs, **options) as tracer:
+            with self.wrapper.trace(**inputs, use_cache=False, **less) as tracer:
                 for view, reads in self.reads:
                     keep(reads, _raw(view, reads[0].place.side))
                 if asked:

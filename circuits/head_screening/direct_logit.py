@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from groundscope.core.errors import ModelError
+from lvlm.access.weights import columns
 from lvlm.answers import AnswerKey
 from lvlm.encoding.encode import Batch
 from lvlm.family.specification import TOLERANCE, resolve
@@ -17,6 +18,9 @@ from lvlm.image_tokens import image_in_sequence
 from lvlm.model import Lvlm
 from lvlm.sites import Site
 from lvlm.text_only import read_text_only
+
+_BLOCK = 4096
+"""Rows of the unembedding that are multiplied at a time."""
 
 
 def direct_attribution(model: Lvlm, batch: Batch, keys: Sequence[AnswerKey], answers: Sequence[str]) -> Tensor:
@@ -36,26 +40,31 @@ def direct_attribution(model: Lvlm, batch: Batch, keys: Sequence[AnswerKey], ans
     heads = [model.head_site(i) for i in layers]
     sums = [replace(site, component="attn_out") for site in heads]
     sites = [*heads, *sums, Site("decoder", last, "resid_post")]
-    seen = {name: x[:, -1].float() for name, x in model.read(batch.inputs, sites).items()}
+    seen = model.read(batch.inputs, sites, take=lambda _, x: x[:, -1].float())
     residual = seen[f"decoder.L{last}.resid_post"]  # [B, D]
     frozen = _frozen_norm(model, residual)
     unembedding: Any = resolve(model.hf, model.spec.unembedding or "", model.spec)
-    weight: Tensor = unembedding.weight.float()  # [V, D]
+    weight: Tensor = unembedding.weight  # [V, D]
     bias: Tensor | None = getattr(unembedding, "bias", None)
     normed = (
         resolve(model.hf, model.spec.final_norm, model.spec)(residual.to(model.dtype))
         if model.spec.final_norm
         else residual
     )
-    logits = normed.float() @ weight.T + (0 if bias is None else bias.float())
+    # Block by block: the whole unembedding in float32 may be as large as many layers.
+    parts = [normed.float() @ block.float().T for block in weight.split(_BLOCK)]
+    logits = torch.cat(parts, dim=1) + (0 if bias is None else bias.float())
     _check(
         model, "its logits are no linear map of the normed residual", logits, model.unembed(residual.to(model.dtype))
     )
-    direction = _gradient(logits, keys, answers) @ weight  # [B, D]
+    gradient = _gradient(logits, keys, answers)  # [B, V]: zero but for the answers' tokens
+    used = gradient.any(0).nonzero().flatten()
+    direction = gradient[:, used] @ weight[used].float()  # [B, D]
     out = torch.empty(len(residual), model.n_layers, model.n_heads, device=residual.device)
     for i in layers:
         projection = model.head_projection(i)
-        w_o = projection.weight.float().reshape(-1, model.n_heads, model.head_dim)  # [D, H, head_dim]
+        w_o = columns(projection, slice(0, projection.in_features), residual.to(model.dtype)).float()
+        w_o = w_o.reshape(-1, model.n_heads, model.head_dim)  # [D, H, head_dim]
         z = seen[str(heads[i])].reshape(len(residual), model.n_heads, model.head_dim)
         gate = gate_of(model, sums[i])
         written = gate * torch.einsum("bhk,dhk->bhd", z, w_o)
@@ -94,8 +103,12 @@ def image_difference(model: Lvlm, batch: Batch) -> Tensor:
     sites = [model.head_site(i) for i in range(model.n_layers)]
     outputs = []
     words = without_image(model, batch)
-    for seen in (model.read(batch.inputs, sites), read_text_only(model, words, sites)):
-        z = torch.stack([seen[str(site)][:, -1].float() for site in sites], dim=1)  # [B, L, H * head_dim]
+
+    def last(_site: Site, x: Tensor) -> Tensor:
+        return x[:, -1].float()
+
+    for seen in (model.read(batch.inputs, sites, take=last), read_text_only(model, words, sites, take=last)):
+        z = torch.stack([seen[str(site)] for site in sites], dim=1)  # [B, L, H * head_dim]
         outputs.append(z.reshape(*z.shape[:2], model.n_heads, model.head_dim))
     return (outputs[0] - outputs[1]).norm(dim=-1)
 

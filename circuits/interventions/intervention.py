@@ -11,13 +11,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from circuits.interventions.decoder_tokens import DecoderTokens
 from circuits.interventions.hooks import edit
 from circuits.interventions.options import RULES, Rule
 from circuits.interventions.transforms import Add, Amplify, Change, Project, Replace, Zero
 from groundscope.core.errors import ModelError, PatchError, SiteError
+from lvlm.access.site_width import site_width
 from lvlm.applied import Applied, registered
 from lvlm.digest import digest_of
 from lvlm.image_tokens import check_image_in_sequence
@@ -300,16 +301,10 @@ def _is_everything(item: Intervention, columns: slice, x: Tensor, tokens: Decode
 
 def width(model: Lvlm, site: Site) -> int:
     """Return the width of a site's tensor; raises `SiteError` for a site that the model lacks."""
-    place = model.locate(site)
     if site.component == "pattern":
         msg = f"site '{site}' cannot be read where it could still be changed: change 'z', or 'v', of the same layer"
         raise SiteError(msg)
-    if site.component in ("q", "k", "v") and isinstance(place.module, nn.Linear):
-        return place.module.out_features // (1 if place.third is None else 3)
-    if site.stack == "projector" or (site.stack == "decoder" and site.component not in ("z", "q", "k", "v")):
-        return model.width
-    projection = model.output_projection(site.stack, site.layer, cross=site.cross)
-    return projection.in_features if site.component == "z" else projection.out_features
+    return site_width(model, site)
 
 
 def columns_of(model: Lvlm, item: Intervention) -> slice:

@@ -66,6 +66,17 @@ class Context:
         return self._load(self.config.model.path)
 
     @cached_property
+    def outline(self) -> Lvlm:
+        """The model under study without its weights; the model itself where it is loaded already."""
+        if "model" in self.__dict__:
+            return self.model
+        from lvlm.loading import outline_lvlm
+
+        load_torch(self.config.threads)
+        m = self.config.model
+        return outline_lvlm(m.path, dtype=m.dtype, trust_remote_code=m.trust_remote_code, spec=m.spec)
+
+    @cached_property
     def twin(self) -> Lvlm | None:
         """The control model, where one is named."""
         return self._load(self.config.model.twin) if self.config.model.twin else None
@@ -82,12 +93,21 @@ class Context:
 
         load_torch(self.config.threads)
         m = self.config.model
-        return load_lvlm(path, dtype=m.dtype, device=m.device, trust_remote_code=m.trust_remote_code, spec=m.spec)
+        return load_lvlm(
+            path,
+            dtype=m.dtype,
+            device=m.device,
+            trust_remote_code=m.trust_remote_code,
+            spec=m.spec,
+            validate=m.validate,
+        )
 
     def model_key(self) -> object:
         """Return what identifies the models without loading them: options, and the digest of every file of a folder."""
         m = self.config.model
-        return [asdict(m), _fingerprint(m.path), _fingerprint(m.twin) if m.twin else None]
+        # Whether it was validated changes no result.
+        options = {name: value for name, value in asdict(m).items() if name != "validate"}
+        return [options, _fingerprint(m.path), _fingerprint(m.twin) if m.twin else None]
 
 
 def _fingerprint(path: str) -> object:

@@ -74,7 +74,7 @@ def trace_into(context: Context, root: Path, worker: int = 0) -> ActivationStore
         context.model,
         traced(context),
         sites=options.sites,
-        tokens=options.tokens,
+        tokens=traced_tokens(context),
         out=root,
         batch_size=options.batch_size,
         dtype=options.dtype,
@@ -86,6 +86,37 @@ def trace_into(context: Context, root: Path, worker: int = 0) -> ActivationStore
 def traced(context: Context) -> ConceptDataset:
     """Return the questions that are traced."""
     return context.discovery.filter(lambda e: bool(e.candidates))
+
+
+def traced_tokens(context: Context) -> list[str]:
+    """Return the token selections of the configuration that some example has tokens for.
+
+    Without a box of the object that a question is about (POPE's files hold none), ``object:…`` would be rows of NaN.
+
+    Raises
+    ------
+    ConfigError
+        Where no selection is left.
+    """
+    from lvlm.sites import TokenSelection
+
+    data = traced(context)
+    boxes = [{o.id for o in example.objects if o.box is not None} for example in data]
+
+    def fits(text: str) -> bool:
+        selection = TokenSelection.parse(text)
+        names = [selection.name or example.subject for example in data]
+        return selection.role != "object" or any(name in own for name, own in zip(names, boxes, strict=True))
+
+    tokens = context.config.trace.tokens
+    chosen = [text for text in tokens if fits(text)]
+    if tokens and not chosen:
+        msg = (
+            f"trace.tokens=[{','.join(tokens)}]: no example of this data has a box of the object it asks about; trace 'last' "
+            "or 'image:mean', or give data with boxes"
+        )
+        raise ConfigError(msg)
+    return chosen
 
 
 def told(store: ActivationStore, root: Path) -> str:

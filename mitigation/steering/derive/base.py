@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
+from circuits.execution.memory import batch_rows
 from concepts.schema import Concept, CounterfactualPair
 from groundscope.core.errors import ConfigError, ModelError, PatchError, SiteError
 from groundscope.core.progress import progress_bar
@@ -268,12 +269,12 @@ def activations(model: Lvlm, examples: Sequence[Example], keys: Sequence[Key], t
     rows: dict[Key, list[np.ndarray]] = {key: [np.empty(0)] * len(examples) for key in keys}
     with progress_bar() as bar:
         task = bar.add_task("reading activations", total=len(examples))
-        for batch in model.batches(examples):
+        for batch in model.batches(examples, batch_rows(model, examples, 32)):
             starts = [e.tokens.last if tokens == "last" else e.tokens.suffix[0] for e in batch.encodings]
-            seen = _seen(model, batch.inputs, sites, min(starts))
-            for row, (number, start) in enumerate(zip(batch.index, starts, strict=True)):
+            seen = _seen(model, batch.inputs, sites, starts)
+            for row, number in enumerate(batch.index):
                 for key in keys:
-                    x = seen[where[key]][row, start - min(starts) :].mean(axis=0)
+                    x = seen[where[key]][row]
                     if isinstance(key, Head):
                         x = x[key.head * model.head_dim : (key.head + 1) * model.head_dim]
                     rows[key][number] = x
@@ -305,14 +306,17 @@ def site_in(model: Lvlm, key: Key) -> Site:
     return site_of(key)
 
 
-def _seen(model: Lvlm, inputs: Mapping[str, Tensor], sites: Mapping[Site, Place], start: int) -> dict[Site, np.ndarray]:
-    """Run a batch and return what is at each site from a position on, float64 ``[B, T - start, D]``."""
+def _seen(
+    model: Lvlm, inputs: Mapping[str, Tensor], sites: Mapping[Site, Place], starts: Sequence[int]
+) -> dict[Site, np.ndarray]:
+    """Run a batch and return each site's mean from a position of each row on, float64 ``[B, D]``."""
     seen: dict[Site, np.ndarray] = {}
     with ExitStack() as hooks:
         for site, place in sites.items():
 
             def see(x: Tensor, site: Site = site) -> None:
-                seen[site] = x[:, start:].detach().double().cpu().numpy()
+                rows = [row[start:].detach().double().cpu().numpy() for row, start in zip(x, starts, strict=True)]
+                seen[site] = np.stack([row.mean(axis=0) for row in rows])
 
             hooks.callback(place.watch(see).remove)
         model.logits(inputs)

@@ -40,5 +40,6 @@ def read_text(model: Lvlm, text: str, sites: Sequence[Site]) -> dict[Site, np.nd
     # The same rule as for prompts with images: a template may have written the first token already.
     special = model.spec.special_tokens and not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))
     ids = torch.tensor([token_ids(model, text, special=special)])
-    seen = read_text_only(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, sites)
-    return {site: seen[str(site)][0, -1].double().cpu().numpy() for site in sites}
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    seen = read_text_only(model, inputs, sites, take=lambda _, x: x[0, -1])
+    return {site: seen[str(site)].double().cpu().numpy() for site in sites}

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from circuits.execution.memory import batch_rows
 from groundscope.core.errors import DataError, ModelError, PatchError, SiteError
 from groundscope.core.progress import progress_bar
 from lvlm.family.specification import resolve
@@ -223,12 +224,16 @@ def _after_captions(model: Lvlm, examples: Sequence[Example], sites: Sequence[Si
     first = Site("decoder", 0, "resid_pre")
     with progress_bar() as bar:
         task = bar.add_task("reading captions", total=len(examples))
-        for batch in model.batches(examples):
+        for batch in model.batches(examples, batch_rows(model, examples, 32)):
             told = with_answers(model, batch)
-            seen = model.read(told.inputs, [first, *sites])
-            for row, (number, tokens) in enumerate(zip(batch.index, told.tokens, strict=True)):
-                last = (tokens.generated or (tokens.last,))[-1]
-                kept = [seen[str(site)][row, last] for site in (first, *sites)]
+            ends = torch.tensor([(tokens.generated or (tokens.last,))[-1] for tokens in told.tokens])
+
+            def at_end(_site: Site, x: Tensor, ends: Tensor = ends) -> Tensor:
+                return x[torch.arange(len(ends), device=x.device), ends.to(x.device)]
+
+            seen = model.read(told.inputs, [first, *sites], take=at_end)  # [rows, D]
+            for row, number in enumerate(batch.index):
+                kept = [seen[str(site)][row] for site in (first, *sites)]
                 if variant == "release" and model.spec.final_norm:  # what transformers gives as the last hidden state
                     with torch.no_grad():
                         kept[-1] = resolve(model.hf, model.spec.final_norm, model.spec)(kept[-1])
