@@ -47,6 +47,11 @@ def _dispatch(arguments: Sequence[str], console: Console) -> int:
         about = first.partition("=")[2] or (arguments[1] if first == "help" and len(arguments) > 1 else "")
         show(Console(highlight=False), about)
         return 0
+    if first == "--version":
+        from importlib.metadata import version
+
+        sys.stdout.write(f"groundscope {version('groundscope')}\n")
+        return 0
     if first in COMMANDS:
         return COMMANDS[first](arguments[1:])
     if first.startswith("resume="):
@@ -122,10 +127,10 @@ def _guarded(work: Callable[[Console], int]) -> int:
         _say(console, str(error))
         return 2
     except OSError as error:
-        if error.errno not in {errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT}:
+        if error.errno is None or error.filename is None or isinstance(error, BrokenPipeError):
             raise
         what = "disk full" if error.errno == errno.ENOSPC else str(error.strerror).lower()
-        _say(console, f"{what} at '{error.filename}': finished stages are kept; mend that, run again")
+        _say(console, f"{what} at '{error.filename}': finished stages are kept; correct that, then run again")
         return 2
     except KeyboardInterrupt as stop:
         folder = next(iter(stop.args), None)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import fnmatch
+import hashlib
 import inspect
+import re
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +18,7 @@ from experiments.config import DataConfig, RunConfig
 from experiments.run.folder import RunFolder, digest, file_digest
 from experiments.run.interrupts import load_torch
 from groundscope.core.errors import ConfigError
+from groundscope.core.paths import files_below
 
 if TYPE_CHECKING:
     from activation_store import ActivationStore
@@ -85,24 +89,78 @@ class Context:
         return load_lvlm(path, dtype=m.dtype, device=m.device, trust_remote_code=m.trust_remote_code, spec=m.spec)
 
     def model_key(self) -> object:
-        """Return what identifies the models without loading them: options, and the digest of every file of a folder."""
+        """Return what identifies the models without loading them: options, and what `fingerprint` says of their files."""
         m = self.config.model
-        return [asdict(m), _fingerprint(m.path), _fingerprint(m.twin) if m.twin else None]
+        # Consent to code and checks at loading change no value.
+        options = {k: v for k, v in asdict(m).items() if k not in {"trust_remote_code", "validate"}}
+        spec = file_digest(Path(m.spec)) if m.spec is not None and Path(m.spec).is_file() else None
+        return [options, spec, fingerprint(m.path), fingerprint(m.twin) if m.twin else None]
+
+    def model_here(self) -> bool:
+        """Whether the files of the models can be looked at on this machine."""
+        m = self.config.model
+        return all(fingerprint(name) != name for name in (m.path, m.twin) if name)
 
 
-def _fingerprint(path: str) -> object:
-    """Digest a model folder's files; a Hugging Face id stands for itself."""
+_LARGE = 1 << 28
+"""Bytes from which a file is not digested whole: a large model would take longer to digest than a few examples to trace."""
+_NO_PART = ("readme*", "license*", "notice*", ".git*", ".cache/*", ".git/*", "*.md", "*.png", "*.jpg", "*.gif")
+"""Files of a model's folder that decide on nothing."""
+
+
+def fingerprint(path: str) -> object:
+    """Return what identifies a model's files: a digest of each file of a folder, or the commit of a Hugging Face id.
+
+    Every file of the folder counts, since prompts, tokens, pixels and code are decided by many: chat templates in all their
+    forms, ``merges.txt``, ``tokenizer.model``, processor and generation configurations, the folder's own modules.
+    """
     from lvlm.embedded import folder_of
 
     root = folder_of(path)
     if not root.is_dir():
-        return path
-    files = [p for p in sorted(root.iterdir()) if p.is_file() and p.suffix in {".json", ".safetensors", ".bin"}]
-    # Digesting a large model takes longer than tracing a few examples with it; size and time tell as much.
-    return [
-        [p.name, file_digest(p) if p.stat().st_size < 1 << 28 else [p.stat().st_size, p.stat().st_mtime_ns]]
-        for p in files
-    ]
+        commit = _commit(path)
+        return [path, commit] if commit else path
+    found = []
+    for name, _ in files_below(root):
+        if any(fnmatch.fnmatch(name.lower(), pattern) for pattern in _NO_PART):
+            continue
+        file = root / name
+        if file.is_file():  # a link too: caches keep their files behind links
+            found.append([name, _file_key(file)])
+    return found
+
+
+def _file_key(file: Path) -> object:
+    """Return a file's digest; for a large one its size, its time of change and a digest of a sample."""
+    about = file.stat()
+    if about.st_size < _LARGE:
+        return file_digest(file)
+    sample = hashlib.sha256()
+    with file.open("rb") as content:
+        for at in range(0, about.st_size, about.st_size // 256):
+            content.seek(at)
+            sample.update(content.read(4096))
+    return [about.st_size, about.st_mtime_ns, sample.hexdigest()]
+
+
+def _commit(name: str) -> str | None:
+    """Return the commit that a Hugging Face id stands for on this machine; None where it is not a repository's id.
+
+    The small file that every model has is asked for as loading the model would, so that both mean the same commit.
+    """
+    if not _REPOSITORY.fullmatch(name):
+        return None
+    from huggingface_hub import hf_hub_download
+
+    try:
+        file = Path(hf_hub_download(name, "config.json"))
+    except (OSError, ValueError, RuntimeError):  # no such repository, or no network: loading the model says which
+        return None
+    # …/snapshots/<commit>/config.json
+    return file.parent.name if file.parent.parent.name == "snapshots" else None
+
+
+_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def _loaded(data: DataConfig) -> ConceptDataset:
