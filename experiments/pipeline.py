@@ -128,15 +128,19 @@ def _run(name: str, context: Context, board: Board, receipts: Mapping[str, Recei
         board.done(name, "unchanged", found.summary)
         return found
 
+    def work(at: Path) -> str:
+        _record(context)  # once the folder can be used: a call that is refused writes nothing
+        return stage.work(context, at)
+
     board.begin(name)
     try:
         if not config.force and (found := unchanged()):
             return found
         if stage.needs:
             load_torch(config.threads)
-        _record(context)
         about = {"basis": basis, "inputs": inputs, "environment": environment(_threads(config))}
         if name == "trace" and config.trace.shard is not None:
+            _record(context)
             return trace_shards.trace_part(context, board, key, about)
         with stage_cache.door(
             root, name, key, lambda who: board.say(f"  {name:<9} waiting for {who}, which makes the same")
@@ -146,13 +150,14 @@ def _run(name: str, context: Context, board: Board, receipts: Mapping[str, Recei
                 if found := unchanged():
                     return found
                 if stage.shared and (found := stage_cache.take(root, folder, stage.folder, key)):
+                    _record(context)
                     board.done(name, "shared", f"{found.summary} (made by {found.origin})")
                     return found
             done = folder.finish(
                 name,
                 stage.folder,
                 key,
-                lambda at: stage.work(context, at),
+                work,
                 anew=config.force,
                 about=about,
                 outside=stage.outside,

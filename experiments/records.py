@@ -107,12 +107,12 @@ def _fields(value: Any, shape: Mapping[str, Any], at: str) -> str | None:
 
 
 def _simple(value: Any, shape: str, at: str) -> str | None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    whole = isinstance(value, int) and not isinstance(value, bool) and abs(value) <= 1 << 62
     if shape == TEXT and not isinstance(value, str):
         return _wrong(value, "text", at)
-    if shape == NUMBER and (not number or (isinstance(value, int) and abs(value) > 1 << 62) or math.isinf(value)):
+    if shape == NUMBER and not whole and not (isinstance(value, float) and not math.isinf(value)):
         return _wrong(value, "a number", at)
-    if shape == INTEGER and (not number or not isinstance(value, int) or abs(value) > 1 << 62):
+    if shape == INTEGER and not whole:
         return _wrong(value, "an integer", at)
     return None
 

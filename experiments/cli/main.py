@@ -13,6 +13,7 @@ What reads nothing but its arguments is dispatched first, so that help is quick.
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -31,6 +32,9 @@ def main() -> None:
         os.environ.setdefault(variable, "1")
     # Workers started as `python -m …` (submitit) must not import a user's folder named like one of our packages.
     os.environ.setdefault("PYTHONSAFEPATH", "1")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what a terminal's encoding lacks is escaped, not an error
+            stream.reconfigure(errors="backslashreplace")
     arguments = sys.argv[1:]
     status = _guarded(lambda console: _dispatch(arguments, console))
     if status:

@@ -5,6 +5,7 @@ Hydra checks too, but after its own fashion: here a mistake is one line that say
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
@@ -235,4 +236,5 @@ def register() -> None:
 
 def quoted(text: str) -> str:
     """Return text as a value that Hydra reads as that text, whatever characters it holds."""
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    # Hydra halves backslashes only where they stand before a quote.
+    return "'" + re.sub(r"(\\*)('|\Z)", lambda m: m[1] * 2 + m[2].replace("'", "\\'"), text) + "'"

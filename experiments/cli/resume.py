@@ -18,8 +18,10 @@ from groundscope.core.user_files import read_text
 
 CONFIG = "config.yaml"
 RECORD = "sweep.json"
-_LIMIT = 1 << 20
+_LIMIT = 1 << 17
 """Bytes of a configuration."""
+_DEPTH = 16
+"""Levels of nesting in one."""
 TRUST = "model.trust_remote_code"
 _ONLY_HERE = ("${", "_target_", "trust_remote_code")
 """What a stored command line may not hold anywhere."""
@@ -148,9 +150,12 @@ def _stored(folder: Path) -> dict[str, Any]:
         raise ConfigError(msg)
     try:
         text = read_text(path, limit=_LIMIT, error=ConfigError)
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
-            msg = f"{path}: aliases (*name) are not allowed in a configuration"
-            raise ConfigError(msg)
+        depth = 0
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if isinstance(event, yaml.AliasEvent) or depth > _DEPTH:
+                msg = f"{path}: aliases (*name) and more than {_DEPTH} levels are not allowed in a configuration"
+                raise ConfigError(msg)
         loaded = OmegaConf.create(text)  # refuses keys that occur twice
         values: Any = OmegaConf.to_container(loaded, resolve=False)
     except OSError as error:
