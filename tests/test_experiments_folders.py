@@ -8,6 +8,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -679,3 +681,48 @@ def test_no_text_file_is_opened_in_the_encoding_of_the_machine() -> None:
             if name == "open" and not other and not any("b" in t for t in texts[-1:]):
                 wrong.append(f"{path}:{node.lineno}")
     assert wrong == []
+
+
+def test_a_sample_of_damaged_runs_is_answered_plainly(finished_run: Path) -> None:
+    """One case of every kind of `benchmarks/hostile_folders.py`, which has thousands."""
+    words = [
+        "benchmarks/hostile_folders.py",
+        "--cases",
+        "7",
+        "--seed",
+        "3",
+        "--limit",
+        "200",
+        "--run",
+        str(finished_run),
+    ]
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, check=True, timeout=1500)
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert len(found["kinds"]) == 7
+    assert found["wrong"] == []
+    assert all(figure["holds"] for figure in found["figures"].values())
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from mitigation.steering.export.gguf import check as read_vector
+
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(ConfigError, match=r"pip install 'groundscope\[gguf\]'"):
+        read_vector(tmp_path / "vector.gguf")
+
+
+def test_pictures_are_written_whole(tmp_path: Path) -> None:
+    import numpy as np
+
+    from circuits.results.head_plot import heatmap
+
+    outside = tmp_path / "outside"
+    outside.write_text("mine")
+    path = tmp_path / "heads.svg"
+    path.symlink_to(outside)
+    heatmap(np.zeros((2, 2)), title="costs $5 and $x_{", label="$", path=path)
+    assert outside.read_text() == "mine"
+    assert not path.is_symlink()
+    assert not list(tmp_path.glob("*.part"))
+    with pytest.raises(ConfigError, match="no picture format 'doc'; choose an ending from"):
+        heatmap(np.zeros((2, 2)), title="", label="", path=tmp_path / "heads.doc")

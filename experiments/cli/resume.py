@@ -85,7 +85,7 @@ def _allowed(stored: Sequence[str], words: Sequence[str], source: Path) -> list[
             kept.append(word)
         elif key in here or key in {"root", "sweep.name"}:
             continue
-        elif word.startswith("-") or key.startswith("hydra") or any(part in word for part in _ONLY_HERE):
+        elif only_here(word):
             msg = (
                 f"{source} holds {word!r}: options and flags of Hydra, interpolations and consent to remote code are not taken "
                 f"from a file; write {word} on this command line where you mean it"
@@ -94,6 +94,13 @@ def _allowed(stored: Sequence[str], words: Sequence[str], source: Path) -> list[
         else:
             kept.append(word)
     return kept
+
+
+def only_here(word: str) -> bool:
+    """Say whether a word of a command line counts in the call alone in which it is written, and not where a file holds it."""
+    if word in {"-m", "--multirun"}:
+        return False
+    return word.startswith("-") or _key(word).startswith("hydra") or any(part in word for part in _ONLY_HERE)
 
 
 def _key(word: str) -> str:

@@ -8,6 +8,7 @@ A job that fails says so in its record and leaves the others; the command ends w
 from __future__ import annotations
 
 import re
+import shlex
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,7 @@ from typing import Any
 from rich.console import Console
 
 from experiments.cli.overrides import Request, finished, quoted
+from experiments.cli.resume import only_here
 from experiments.config import RunConfig
 from experiments.records import JOB, SWEEP_RECORD, read_record
 from experiments.run.folder import OWN, RECEIPT, Stopped, digest, stamp, write_json, write_text
@@ -191,6 +193,8 @@ def _tell(folder: Path, about: dict[str, Any], trouble: str, console: Console) -
     if trouble:
         console.print(f"  launcher: {trouble}", style="red", markup=False)
     if trouble or any(r["status"] != "done" for r in records):
-        console.print(f"go on with: groundscope resume={folder}", markup=False)
+        # What a call alone may say is not taken from the sweep's file, so it is said again.
+        again = [f"resume={folder}", *(word for word in about["command"] if only_here(word))]
+        console.print(f"go on with: groundscope {shlex.join(again)}", markup=False)
         return 1
     return 0
