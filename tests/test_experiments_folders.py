@@ -726,3 +726,24 @@ def test_pictures_are_written_whole(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.part"))
     with pytest.raises(ConfigError, match="no picture format 'doc'; choose an ending from"):
         heatmap(np.zeros((2, 2)), title="", label="", path=tmp_path / "heads.doc")
+
+
+def test_concepts_asked_for_that_few_images_cannot_fit_are_left_out(tmp_path: Path) -> None:
+    from activation_store import trace
+    from experiments.stages.table import make_probes, traced
+
+    context = photographs(tmp_path)
+    context.config.probe.concepts = ["object:named"]
+    trace(
+        context.model,
+        traced(context),
+        sites=["z"],
+        tokens=["last"],
+        out=context.folder.path / "activations",
+        progress=False,
+    )
+    root = tmp_path / "probes"
+    root.mkdir()
+    said = make_probes(context, root)
+    assert said.startswith("left out: ")
+    assert json.loads((root / "plan.json").read_text()) == []

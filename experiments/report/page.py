@@ -73,7 +73,7 @@ def summary(facts: Facts) -> str:
         if (best := facts.best(level, "last")) is not None
     ]
     where = "Linear probes at the last token read " + "; ".join(known) + "." if known else "No probe had enough data."
-    if facts.no_probes:
+    if facts.no_probes and not facts.grids:
         where = f"No probe was fitted: {facts.no_probes}."
     best = {kind: scores.top(1)[0] for kind, scores in facts.heads.items()}
     what = (

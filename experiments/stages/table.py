@@ -17,7 +17,7 @@ from concepts.schema import ConceptDataset, CounterfactualPair
 from experiments.run.context import Context
 from experiments.run.folder import write_json, write_text
 from experiments.stages.probe_plan import probe_plan
-from groundscope.core.errors import ConfigError, DataError, PatchError
+from groundscope.core.errors import ConfigError, DataError, PatchError, ProbeError
 from groundscope.core.text import nearest
 
 if TYPE_CHECKING:
@@ -117,24 +117,35 @@ def make_probes(context: Context, root: Path) -> str:
         write_json(root / "left_out.json", {"reason": reason})
         write_json(root / "plan.json", [])
         return f"left out: {reason}"
-    fitted = 0
+    fitted, done, left_out = 0, [], {}
     for entry in plan:
-        grid = fit_grid(
-            context.store,
-            entry.concepts,
-            entry.component,
-            entry.tokens,
-            entry.stack,
-            penalties=options.penalties,
-            folds=options.folds,
-            test_fraction=options.test_fraction,
-            seed=options.seed,
-            rows=mask,
-        )
+        try:
+            grid = fit_grid(
+                context.store,
+                entry.concepts,
+                entry.component,
+                entry.tokens,
+                entry.stack,
+                penalties=options.penalties,
+                folds=options.folds,
+                test_fraction=options.test_fraction,
+                seed=options.seed,
+                rows=mask,
+            )
+        except ProbeError as error:  # concepts that were asked for by name and that these images cannot fit
+            left_out[entry.name] = str(error)
+            continue
         grid.save(root / entry.name)
         fitted += grid.balanced_accuracy.size
-    write_json(root / "plan.json", [asdict(entry) for entry in plan])
-    return f"{fitted} probes and as many controls in {len(plan)} grids"
+        done.append(entry)
+    write_json(root / "plan.json", [asdict(entry) for entry in done])
+    if left_out:
+        name, reason = next(iter(left_out.items()))
+        write_json(root / "left_out.json", {"reason": reason, "grids": left_out})
+        if not done:
+            return f"left out: {reason}; {more_data(context)}"
+        return f"{fitted} probes and as many controls in {len(done)} grids; left out: {len(left_out)}, {name}: {reason}"
+    return f"{fitted} probes and as many controls in {len(done)} grids"
 
 
 def more_data(context: Context) -> str:
