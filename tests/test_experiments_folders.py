@@ -424,6 +424,7 @@ def test_every_file_that_decides_is_in_the_models_key(tmp_path: Path, name: str)
 
 def test_a_large_file_is_sampled_beyond_its_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("experiments.run.context._LARGE", 1000)
+    monkeypatch.setattr("experiments.run.context._SMALL", 500)
     path = tmp_path / "model.safetensors"
     path.write_bytes(bytes(5000))
     stamp = path.stat().st_mtime_ns

@@ -58,6 +58,8 @@ def resume(path: str, words: Sequence[str], run: Callable[[Sequence[str]], int])
 
 def _folder(path: str) -> Path:
     folder = Path(path)
+    if not folder.name or ".." in folder.parts:  # ``.``, say: its name is needed
+        folder = folder.resolve()
     if is_link(folder):
         msg = f"'{folder}' is a symbolic link, which is not followed: name the folder itself, resume={folder.resolve()}"
         raise ConfigError(msg)

@@ -7,7 +7,7 @@ import hashlib
 import inspect
 import re
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -104,6 +104,8 @@ class Context:
 
 _LARGE = 1 << 28
 """Bytes from which a file is not digested whole: a large model would take longer to digest than a few examples to trace."""
+_SMALL = 1 << 20
+"""Bytes up to which a file is digested each time."""
 _NO_PART = ("readme*", "license*", "notice*", ".git*", ".cache/*", ".git/*", "*.md", "*.png", "*.jpg", "*.gif")
 """Files of a model's folder that decide on nothing."""
 
@@ -133,14 +135,21 @@ def fingerprint(path: str) -> object:
 def _file_key(file: Path) -> object:
     """Return a file's digest; for a large one its size, its time of change and a digest of a sample."""
     about = file.stat()
-    if about.st_size < _LARGE:
+    if about.st_size < _SMALL:
         return file_digest(file)
+    if about.st_size < _LARGE:  # asked for by every stage of a run
+        return _known_digest(str(file), about.st_size, about.st_mtime_ns)
     sample = hashlib.sha256()
     with file.open("rb") as content:
         for at in range(0, about.st_size, about.st_size // 256):
             content.seek(at)
             sample.update(content.read(4096))
     return [about.st_size, about.st_mtime_ns, sample.hexdigest()]
+
+
+@lru_cache(4096)
+def _known_digest(file: str, _size: int, _changed: int) -> str:
+    return file_digest(Path(file))
 
 
 def _commit(name: str) -> str | None:
