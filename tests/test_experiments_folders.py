@@ -748,3 +748,13 @@ def test_concepts_asked_for_that_few_images_cannot_fit_are_left_out(tmp_path: Pa
     said = make_probes(context, root)
     assert said.startswith("left out: ")
     assert json.loads((root / "plan.json").read_text()) == []
+
+
+def test_text_of_a_file_does_not_drive_the_terminal(sent: Path, command: Command) -> None:
+    write_json(sent / "circuits" / ".failed.json", {"error": "\x1b]0;owned\x07\x1b[2J"})
+    change(sent / "examples" / "stage.json", summary="\x1b[31mred")
+    for words in (["status"], ["resume=runs/sent"]):
+        status, said, _ = command(*words)
+        assert status == 0
+        assert "\x1b" not in said
+        assert "\\x1b" in said

@@ -144,7 +144,9 @@ def _guarded(work: Callable[[Console], int]) -> int:
 
 
 def _say(console: Console, text: str) -> None:
-    console.print(f"[bold red]error:[/] {_plain(text)}")
+    from experiments.text import printable
+
+    console.print(f"[bold red]error:[/] {_plain(printable(text))}")
 
 
 def _plain(text: str) -> str:

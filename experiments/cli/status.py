@@ -13,7 +13,7 @@ from experiments.results.headlines import headlines
 from experiments.run.folder import BEGUN, FAILED, MARKER, check_layout, read_receipt
 from experiments.run.stage_cache import runs_in
 from experiments.stages.table import TABLE
-from experiments.text import plain_console, size
+from experiments.text import plain_console, printable, size
 from groundscope.core.errors import ConfigError, GroundscopeError
 from groundscope.core.locks import holder, taken
 from groundscope.core.paths import files_below, is_file
@@ -109,7 +109,7 @@ def show(arguments: Sequence[str]) -> int:
         name = str(found.path.relative_to(root)) if found.path != root else str(root)
         said = [*found.figures, *found.errors, *([f"at work: {found.at_work}"] if found.at_work else [])]
         marks = [Text(_MARKS[s], _style(s)) for s in found.stages.values()]
-        table.add_row(Text(name), *marks, size(found.bytes), Text("\n".join(said)))
+        table.add_row(Text(printable(name)), *marks, size(found.bytes), Text(printable("\n".join(said))))
     console.print(table)
     console.print(", ".join(f"{mark} {state}" for state, mark in _MARKS.items()))
     once = {(s.st_dev, s.st_ino): s.st_size for _, s in files_below(root) if stat.S_ISREG(s.st_mode)}
