@@ -150,9 +150,14 @@ def test_what_does_not_hold_any_more_is_not_taken(root: Path) -> None:
 
 def test_force_makes_it_anew(root: Path) -> None:
     old = (root / "whole" / "examples" / "discovery.jsonl").stat().st_ino
-    (root / "whole" / "examples" / "leftover").write_text("x")
+    notes = root / "whole" / "examples" / "notes.txt"
+    notes.write_text("x")
+    with pytest.raises(ConfigError, match=r"notes\.txt' was not written by this stage"):
+        execute(configured(root, "whole", "stages=[examples]", "force=true"), QUIET)
+    assert notes.read_text() == "x"
+    assert read_receipt(root / "whole" / "examples") is not None
+    notes.unlink()
     execute(configured(root, "whole", "stages=[examples]", "force=true"), QUIET)
-    assert not (root / "whole" / "examples" / "leftover").exists()
     assert (root / "whole" / "examples" / "discovery.jsonl").stat().st_ino != old
 
 

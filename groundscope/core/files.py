@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from groundscope.core.errors import StoreError
+from groundscope.core.paths import create_part, is_file, part_path
 
 try:
     import fcntl
@@ -58,23 +59,52 @@ def publish_new(temporary: Path, final: Path) -> None:
 
 def part_of(path: Path, owner: str = "") -> Path:
     """Return the temporary name under which a process writes a file; `owner` tells later whose it was."""
-    return path.with_name(f"{path.name}.{owner}{os.getpid()}.part")
+    return part_path(path, owner)
 
 
 def write_whole(path: Path, data: bytes, owner: str = "") -> None:
-    """Write a file so that at every moment it is as before or as after, never half; a no-op where nothing changes."""
-    if path.is_file() and path.read_bytes() == data:
+    """Write a file so that at every moment it is as before or as after, never half; a no-op where nothing changes.
+
+    A link at `path` is replaced, never written through. An OSError names `path`.
+    """
+    if is_file(path) and path.stat().st_size == len(data) and path.read_bytes() == data:
         return
-    temporary = part_of(path, owner)
+    temporary = None
     try:
-        with temporary.open("wb") as file:
+        temporary, file = create_part(path, owner)
+        with file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         publish(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
+    except BaseException as error:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)  # what fails on an open descriptor names no file
         raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 file by `write_whole`, whatever the locale; lone surrogates are written as escapes."""
+    write_whole(path, text.encode("utf-8", errors="backslashreplace"))
+
+
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Give a new, empty file to write for code that takes a path; it gets its name once the block has ended without error.
+
+    The name of the new file cannot be foreseen, so what opens it again by that name does not follow a link placed there.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary, file = create_part(path)
+    file.close()
+    try:
+        yield temporary
+        sync(temporary)
+        publish(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def same_bytes(a: Path, b: Path) -> bool:

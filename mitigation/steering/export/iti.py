@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from groundscope.core.errors import ModelError, PatchError
-from groundscope.core.files import explained
+from groundscope.core.files import explained, whole
 from groundscope.core.progress import progress_bar
 from lvlm.family.specification import resolve
 from lvlm.sites import Site
@@ -99,13 +99,7 @@ def iti(
 @contextmanager
 def written(path: Path, shape: tuple[int, ...], dtype: type[np.generic] = np.float32) -> Iterator[np.ndarray]:
     """Give an array on disk to fill; the file has its name once it is whole. Raises `StoreError` where it cannot be written."""
-    part = path.with_name(f"{path.name}.part")
-    with explained(lambda reason: f"{path}: the activations cannot be written: {reason}"):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with explained(lambda reason: f"{path}: the activations cannot be written: {reason}"), whole(path) as part:
         array = np.lib.format.open_memmap(part, mode="w+", dtype=dtype, shape=shape)
-        try:
-            yield array
-            array.flush()
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
+        yield array
+        array.flush()
