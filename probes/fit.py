@@ -94,7 +94,8 @@ def fit_grid(
     rows
         Booleans, one for each example: which to use at all.
     resamples, confidence
-        Of the intervals: bootstrap over held-out groups.
+        Of the intervals, over held-out groups: balanced accuracy has a formula
+        (`groundscope.core.intervals.combined_interval`), the area under the ROC curve a bootstrap of so many resamples.
     tolerance
         Largest proven relative gap of a logistic fit to its optimum; of the fits on folds, that only choose a penalty,
         1e-6 where this is smaller (`probes.protocol.cell.SELECTION`).

@@ -83,7 +83,7 @@ def edges(
     Graph
         Mean over pairs of each edge's share of ``LD_clean - LD_corrupt``. With ``path``, the edges out of ``input`` add up
         to 1, the whole difference, the closer the more steps there are (completeness). Intervals of scores are over groups
-        of pairs (percentile bootstrap); there are none for a single group, or where scores of all pairs would not fit into
+        of pairs (bootstrap); there are none for a single group, or where scores of all pairs would not fit into
         memory.
 
     Raises
