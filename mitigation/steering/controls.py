@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from concepts.schema import CounterfactualPair
 from groundscope.core.errors import PatchError
+from groundscope.core.permutations import LEAST_MOVABLE, exchange_groups, movable_groups
 from lvlm.sites import Head
 from mitigation.steering.derive.base import Store, mean, read
 from mitigation.steering.placement import Entry, Key, name_of, order
@@ -77,8 +78,13 @@ def _times(entry: Entry, factor: float, kind: str) -> Entry:
     return replace(entry, writes=factor * (np.eye(len(entry.vector)) if rows is None else rows))
 
 
-def shuffled(mask: np.ndarray, seed: int, among: np.ndarray | None = None) -> np.ndarray:
+def shuffled(
+    mask: np.ndarray, seed: int, among: np.ndarray | None = None, *, groups: Sequence[Hashable] | None = None
+) -> np.ndarray:
     """Return a boolean mask ``[N]`` with as many true entries elsewhere: labels that mean nothing.
+
+    Whole groups exchange their labels, those with equally many rows (`groundscope.core.permutations.exchange_groups`): rows
+    of one image share what is in it, and labels that are alike within it stay alike.
 
     Parameters
     ----------
@@ -88,10 +94,26 @@ def shuffled(mask: np.ndarray, seed: int, among: np.ndarray | None = None) -> np
         Decides where they go.
     among
         Boolean ``[N]``: the examples that labels are shuffled among; the others keep theirs. All by default.
+    groups
+        ``[N]``: the group of each row; None where every row is a group by itself.
+
+    Raises
+    ------
+    PatchError
+        Where fewer than `groundscope.core.permutations.LEAST_MOVABLE` groups can take other labels.
     """
     which = np.flatnonzero(np.ones(len(mask), bool) if among is None else among)
+    names = np.arange(len(mask)) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
+    one = np.zeros(len(which), dtype=np.int64)
+    can = movable_groups(names[which], one, mask[which])
+    if can.sum() < LEAST_MOVABLE:
+        msg = (
+            f"labels cannot be shuffled: {int(can.sum())} of {len(can)} groups can take other labels, {LEAST_MOVABLE} are "
+            f"needed; groups with equally many examples exchange theirs, so trace more images"
+        )
+        raise PatchError(msg)
     made = mask.copy()
-    made[which] = mask[np.random.default_rng(seed).permutation(which)]
+    made[which] = mask[which][exchange_groups(names[which], one, seed)]
     return made
 
 

@@ -143,7 +143,8 @@ def fit_cell(
         where = (k, *cell)
         truth, margin = task.test_labels[at], margins[at]
         out["balanced_accuracy"][where] = scores[at]
-        out["control"][where] = scores[n + at :: n].mean() if len(scores) > n else np.nan
+        controlled = len(scores) > n and task.has_control(at)
+        out["control"][where] = scores[n + at :: n].mean() if controlled else np.nan
         out["accuracy"][where] = np.mean((margin > 0) == (truth == 1))
         out["validation"][where] = balanced_accuracy(task.labels[at], left_out[at])
         out["low"][where], out["high"][where] = low[at], high[at]
