@@ -7,11 +7,13 @@ from collections import Counter
 import numpy as np
 import pytest
 from null_data import mean_distance_p, null_store
+from PIL import Image
 from scipy.stats import binomtest, chisquare
 
+from concepts.schema import CounterfactualPair, Example
 from groundscope.core.errors import PatchError, ProbeError
 from groundscope.core.permutations import exchange_groups, movable_groups
-from mitigation.steering.controls import shuffled
+from mitigation.steering.controls import shuffled, swapped
 from probes import fit_grid, permutation_test
 from probes.protocol.controls import movable, shuffle_labels
 
@@ -101,3 +103,19 @@ def test_labels_of_a_vectors_control_move_by_group() -> None:
         PatchError, match="labels cannot be shuffled: 1 of 6 groups can take other labels, 10 are needed"
     ):
         shuffled(np.arange(21) < 11, 0, groups=np.repeat(np.arange(6), np.arange(1, 7)).tolist())
+
+
+def test_pairs_of_one_image_are_swapped_together() -> None:
+    image = Image.new("RGB", (4, 4))
+    made = []
+    for k in range(36):
+        sides = [
+            Example(f"{k}{a}", image, "?", a, ("yes", "no"), "object", "existence", "neutral", f"g{k // 3}")
+            for a in ("yes", "no")
+        ]
+        made.append(CounterfactualPair(*sides, kind="object", change="a: b -> c"))
+    turned = [p.clean.answer == "no" for p in swapped(made, 0)]
+    assert sum(turned) == 18
+    assert {sum(turned[k : k + 3]) for k in range(0, 36, 3)} == {0, 3}
+    few = [p.clean.answer == "no" for p in swapped(made[:9], 0)]
+    assert sum(few) == 4

@@ -118,8 +118,24 @@ def shuffled(
 
 
 def swapped(pairs: Sequence[CounterfactualPair], seed: int) -> list[CounterfactualPair]:
-    """Return pairs with clean and corrupt exchanged in half of them, at random: pairs whose sides mean nothing."""
-    turn = np.random.default_rng(seed).permutation(len(pairs)) < len(pairs) // 2
+    """Return pairs with clean and corrupt exchanged in half of them, at random: pairs whose sides mean nothing.
+
+    Pairs of one image are exchanged together, because what differs between their sides is alike: groups in random order, as
+    long as they are no more than half of the pairs. With fewer than `groundscope.core.permutations.LEAST_MOVABLE` groups
+    pairs are exchanged one by one.
+    """
+    rng = np.random.default_rng(seed)
+    groups = [p.group for p in pairs]
+    names = list(dict.fromkeys(groups))
+    if len(names) < LEAST_MOVABLE:
+        turn = rng.permutation(len(pairs)) < len(pairs) // 2
+    else:
+        left, chosen = len(pairs) // 2, set[str]()
+        for name in (names[i] for i in rng.permutation(len(names))):
+            if groups.count(name) <= left:
+                chosen.add(name)
+                left -= groups.count(name)
+        turn = np.array([name in chosen for name in groups])
     return [replace(p, clean=p.corrupt, corrupt=p.clean) if t else p for p, t in zip(pairs, turn, strict=True)]
 
 
