@@ -18,7 +18,7 @@ ARGS ?=
 REPORT ?= runs/check/report.html
 comma := ,
 
-.PHONY: help demo test lint format bench docs notebooks check-report install install-dev clean
+.PHONY: help demo test validate lint format bench docs notebooks check-report install install-dev clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -29,6 +29,9 @@ demo: install ## run every stage on the embedded model and say where the report 
 
 test: lint ## lint, then all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+
+validate: install-dev ## the long checks of validation/: error rates and coverage by simulation
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(if $(ARGS),$(ARGS),validation)
 
 lint: install-dev ## ruff, formatting, types, import ladder
 	$(BIN)/ruff check .

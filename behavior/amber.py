@@ -218,4 +218,4 @@ def _scores(part: str, rows: Sequence[Answer], variant: str) -> AmberScores:
 
 def _with_value(exact: Estimate, value: float) -> Estimate:
     """Return an estimate with the printed value; its interval is that of the exact figure, widened to hold the value."""
-    return Estimate(value, min(exact.low, value), max(exact.high, value), exact.n)
+    return Estimate(value, min(exact.low, value), max(exact.high, value), exact.n, exact.few_groups)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from behavior.result import Answer, BehaviorResult, rate_of
 from groundscope.core.errors import DataError
-from groundscope.core.statistics import FEW_GROUPS, Estimate, cluster_bootstrap, wilson
+from groundscope.core.statistics import FEW_GROUPS, Estimate, changes_of_columns, group_totals
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Comparison:
     lost: int
     """Questions that count for the first system only."""
     p_value: float
-    """Two-sided exact McNemar test that gains and losses are equally likely."""
+    """Two-sided exact test that gains and losses are equally likely, with groups as the units (`mcnemar_by_group`)."""
 
 
 def compare(
@@ -36,10 +36,8 @@ def compare(
 ) -> Comparison:
     """Compare two systems, or one before and after, question by question.
 
-    The interval draws whole groups with replacement and takes both systems' answers along. With fewer than
-    `groundscope.core.statistics.FEW_GROUPS` groups, or where all questions differ by the same, it is Wilson's with each group
-    as one trial. The exact McNemar test (McNemar 1947; binomial on the questions they differ on) takes questions as
-    independent: with several questions an image, trust the interval.
+    Questions of one group are not independent: the interval (`change_interval`) and the test (`mcnemar_by_group`) take
+    whole groups as the units. Where every group has one question the test is McNemar's exact one.
 
     Parameters
     ----------
@@ -48,7 +46,7 @@ def compare(
     rate
         One of `behavior.result.RATES`.
     n, seed
-        Number and seed of the bootstrap's draws.
+        Not used since the interval has a formula; accepted so that calls stay as they are.
 
     Raises
     ------
@@ -71,15 +69,15 @@ def compare(
     table = np.array(counted, dtype=np.int64)  # [N, 2]
     change = table[:, 1] - table[:, 0]
     gained, lost = int((change == 1).sum()), int((change == -1).sum())
-    low, high = change_interval(change, groups, n, seed)
+    del n, seed
     return Comparison(
         rate=rate,
         first=float(table[:, 0].mean()),
         second=float(table[:, 1].mean()),
-        difference=Estimate(float(change.mean()), low, high, len(change)),
+        difference=change_estimate(change, groups),
         gained=gained,
         lost=lost,
-        p_value=mcnemar(gained, lost),
+        p_value=mcnemar_by_group(change, groups),
     )
 
 
@@ -100,7 +98,10 @@ def same_questions(first: BehaviorResult, second: BehaviorResult) -> list[tuple[
 
 
 def mcnemar(gained: int, lost: int) -> float:
-    """Return the two-sided exact p-value that of ``gained + lost`` fair coin flips so few or so many are gains."""
+    """Return the two-sided exact p-value that of ``gained + lost`` fair coin flips so few or so many are gains.
+
+    McNemar's exact test (McNemar 1947), for independent questions; with several of an image use `mcnemar_by_group`.
+    """
     flips, fewer = gained + lost, min(gained, lost)
     # In logarithms: 2 ** -flips is below the smallest float from 1,075 flips on.
     logs = [
@@ -110,15 +111,64 @@ def mcnemar(gained: int, lost: int) -> float:
     return min(1.0, 2 * math.fsum(math.exp(value) for value in logs))
 
 
-def change_interval(change: np.ndarray, groups: Sequence[str], n: int = 1000, seed: int = 0) -> tuple[float, float]:
-    """Return an interval, by bootstrap over groups, of the mean of changes from -1 to 1 ``[N]``."""
-    trials = len(set(groups))
-    if not change.any():
-        # No question differs: how often they may differ at most, either way.
-        _, most = wilson(0, trials)
-        return -most, most
-    low, high = cluster_bootstrap(change, groups, n=n, seed=seed)
-    if trials < FEW_GROUPS or high - low < 1e-12:
-        # (change + 1) / 2 is between 0 and 1, and varies at most as much as a trial of that mean.
-        low, high = (2 * end - 1 for end in wilson((float(change.mean()) + 1) / 2 * trials, trials))
-    return low, high
+def mcnemar_by_group(change: Iterable[int] | np.ndarray, groups: Iterable[Hashable]) -> float:
+    """Return the exact two-sided p-value that gains and losses are equally likely, questions of a group kept together.
+
+    If the two systems are equally good, exchanging them in any group changes nothing, so that a group's gains less its
+    losses are as likely to have one sign as the other. p is the share of all choices of signs for which the sum over groups
+    is as far from 0 as it is, or farther. All choices are counted, by adding one group after the other to the
+    distribution of the sum. With one question a group this is McNemar's exact test; groups whose gains equal their losses
+    say nothing. Ignoring groups, p-values are too small where questions of an image are gained or lost together.
+
+    Parameters
+    ----------
+    change
+        1 for a question gained, -1 for one lost, 0 for one that stays: whole numbers ``[N]``.
+    groups
+        The group of each question.
+
+    Raises
+    ------
+    DataError
+        Where there are not as many groups as changes, or a change is not whole.
+    """
+    changes = np.asarray(list(change), dtype=np.float64)
+    if (changes != np.round(changes)).any():
+        msg = "changes must be whole numbers: 1 for a question gained, -1 for one lost, 0 otherwise"
+        raise DataError(msg)
+    net = np.abs(group_totals(changes[:, None], groups)[:, 0]).astype(np.int64)
+    seen = abs(int(changes.sum()))
+    net = np.sort(net[net > 0])
+    if seen == 0:
+        return 1.0
+    # chances[k]: of the sum k - reach, over the groups added so far. Adding only positive numbers, tails stay exact.
+    reach = int(net.sum())
+    chances = np.zeros(2 * reach + 1)
+    chances[reach] = 1.0
+    done = 0
+    for step in net.tolist():
+        part = chances[reach - done : reach + done + 1] / 2
+        done += step
+        chances[reach - done : reach + done + 1] = 0
+        chances[reach - done : reach + done + 1 - 2 * step] += part
+        chances[reach - done + 2 * step : reach + done + 1] += part
+    return min(1.0, 2 * math.fsum(chances[reach + seen :].tolist()))
+
+
+def change_estimate(change: np.ndarray, groups: Sequence[Hashable]) -> Estimate:
+    """Return the mean of changes from -1 to 1 ``[N]`` with its interval (`change_interval`)."""
+    low, high = change_interval(change, groups)
+    return Estimate(float(np.mean(change)), low, high, len(change), len(set(groups)) < FEW_GROUPS)
+
+
+def change_interval(
+    change: np.ndarray, groups: Sequence[Hashable], n: int = 1000, seed: int = 0, level: float = 0.95
+) -> tuple[float, float]:
+    """Return an interval, clustered by group, of the mean of changes from -1 to 1 ``[N]``.
+
+    See `groundscope.core.statistics.changes_of_columns`. `n` and `seed` are not used since it has a formula; they are accepted so
+    that calls stay as they are.
+    """
+    del n, seed
+    low, high = changes_of_columns(change, groups, level)
+    return float(low), float(high)

@@ -18,7 +18,7 @@ from behavior.result import BehaviorResult
 from concepts.reading.records import Record, is_text, read_records
 from groundscope.core.errors import ConfigError, DataError
 from groundscope.core.files import write_whole
-from groundscope.core.statistics import Estimate, cluster_bootstrap, estimate, ratio
+from groundscope.core.statistics import FEW_GROUPS, Estimate, cluster_bootstrap, estimate, ratio
 
 VARIANTS = ("release", "judged_only")
 """How an unreadable verdict counts: as in the release of the benchmark, or not at all."""
@@ -273,7 +273,7 @@ def _column(verdicts: Sequence[Verdict], name: str) -> list[float]:
 def _mean(verdicts: Sequence[Verdict], name: str, top: float) -> Estimate:
     """Return the mean of a rating from 0 to `top`."""
     share = estimate([value / top for value in _column(verdicts, name)], _groups(verdicts))
-    return Estimate(top * share.value, top * share.low, top * share.high, share.n)
+    return Estimate(top * share.value, top * share.low, top * share.high, share.n, share.few_groups)
 
 
 def _mmhal(verdicts: Sequence[Verdict]) -> dict[str, Estimate]:
@@ -292,7 +292,8 @@ def _llava_bench(verdicts: Sequence[Verdict]) -> dict[str, Estimate]:
     if not sum(other):
         return {"relative_score": Estimate(math.nan, math.nan, math.nan, len(verdicts))}
     low, high = cluster_bootstrap(list(zip(own, other, strict=True)), _groups(verdicts), ratio)
-    return {"relative_score": Estimate(100 * sum(own) / sum(other), 100 * low, 100 * high, len(verdicts))}
+    few = len(set(_groups(verdicts))) < FEW_GROUPS
+    return {"relative_score": Estimate(100 * sum(own) / sum(other), 100 * low, 100 * high, len(verdicts), few)}
 
 
 def _gavie(verdicts: Sequence[Verdict]) -> dict[str, Estimate]:
@@ -317,7 +318,7 @@ def _cceval(verdicts: Sequence[Verdict]) -> dict[str, Estimate]:
 
 def _plain_mean(values: Sequence[float], groups: Sequence[str]) -> Estimate:
     low, high = cluster_bootstrap(list(values), groups)
-    return Estimate(sum(values) / len(values), low, high, len(values))
+    return Estimate(sum(values) / len(values), low, high, len(values), len(set(groups)) < FEW_GROUPS)
 
 
 _MANY = 1e6

@@ -202,6 +202,6 @@ def _subtask(pairs: Sequence[tuple[Answer, Answer]]) -> SubtaskScores:
         n=len(rows),
         accuracy=estimate([bool(r.correct) for r in rows], [r.group for r in rows]),
         accuracy_plus=estimate([all(both) for both in right], groups),
-        score=Estimate(200 * whole.value, 200 * whole.low, 200 * whole.high, whole.n),
+        score=Estimate(200 * whole.value, 200 * whole.low, 200 * whole.high, whole.n, whole.few_groups),
         unparsed=sum(r.given is None for r in rows),
     )

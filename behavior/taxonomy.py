@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from behavior.comparison import Comparison, change_interval, compare, same_questions
+from behavior.comparison import Comparison, change_estimate, compare, same_questions
 from behavior.result import Answer, BehaviorResult, Cost
 from concepts.schema import LEVELS
 from groundscope.core.errors import ConfigError, DataError
@@ -152,7 +152,7 @@ def compare_systems(
     severity
         Weights; the same for both systems.
     n, seed
-        Number and seed of the bootstrap's draws of images.
+        Not used since intervals have a formula; accepted so that calls stay as they are.
 
     Raises
     ------
@@ -161,6 +161,7 @@ def compare_systems(
     ConfigError
         For a weight that is not between 0 and 1.
     """
+    del n, seed
     weigh = _weigher(severity)
     found: list[Change] = []
     for level in (ALL, *LEVELS):
@@ -168,10 +169,9 @@ def compare_systems(
         pairs = [(a, b) for a, b in same_questions(before, after) if a.correct is not None and b.correct is not None]
         if not pairs and level != ALL:
             continue
-        accuracy = compare(before, after, n=n, seed=seed)
+        accuracy = compare(before, after)
         moved = np.array([weigh(b) * (not b.correct) - weigh(a) * (not a.correct) for a, b in pairs], dtype=np.float64)
-        low, high = change_interval(moved, [a.group for a, _ in pairs], n, seed)
-        found.append(Change(level, accuracy, Estimate(float(moved.mean()), low, high, len(moved))))
+        found.append(Change(level, accuracy, change_estimate(moved, [a.group for a, _ in pairs])))
     return tuple(found)
 
 

@@ -97,7 +97,8 @@ def right_and_wrong(world: World, shuffle: int | None) -> tuple[np.ndarray, np.n
     """Return masks of the misleading questions that the model gets right, and of those it gets wrong."""
     asked = world.frame["split"].isin(MISLEADING).to_numpy()
     right = asked & world.frame["correct"].to_numpy(dtype=bool)
-    right = right if shuffle is None else shuffled(right, shuffle, asked)
+    groups = world.frame["group"].tolist()
+    right = right if shuffle is None else shuffled(right, shuffle, asked, groups=groups)
     return right, asked & ~right
 
 
@@ -105,7 +106,8 @@ def yes_and_no(world: World, shuffle: int | None) -> tuple[np.ndarray, np.ndarra
     """Return masks of the questions whose true answer is yes, and of those whose is no."""
     answers = world.frame["answer"].to_numpy()
     asked = (answers == "yes") | (answers == "no")
-    yes = answers == "yes" if shuffle is None else shuffled(answers == "yes", shuffle, asked)
+    groups = world.frame["group"].tolist()
+    yes = answers == "yes" if shuffle is None else shuffled(answers == "yes", shuffle, asked, groups=groups)
     return yes, asked & ~yes
 
 

@@ -32,7 +32,7 @@ from circuits.attention_knockout import Role
 from circuits.head_screening.table import CAUSAL, CORRELATIONAL
 from concepts import counterfactuals, scenes
 from concepts.schema import LEVELS, ConceptDataset, CounterfactualPair, Example
-from groundscope.core.statistics import Estimate, cluster_bootstrap
+from groundscope.core.statistics import Estimate, cluster_bootstrap, draws_interval
 from lvlm import load_lvlm
 from lvlm.model import Lvlm
 
@@ -79,7 +79,7 @@ def over_scenes(values: np.ndarray, groups: Sequence[str]) -> Estimate:
     for _ in range(1000):
         rows, sets = rng.integers(len(names), size=len(names)), rng.integers(table.shape[1], size=table.shape[1])
         draws.append(sums[rows][:, sets].sum() / (counts[rows].sum() * len(sets)))
-    low, high = np.quantile(draws, [0.025, 0.975])
+    low, high = draws_interval(np.array(draws), table.mean(), len(names))
     return Estimate(float(table.mean()), float(low), float(high), len(table))
 
 

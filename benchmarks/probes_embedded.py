@@ -135,7 +135,7 @@ def measure(store: ActivationStore, blank: ActivationStore) -> dict[str, Any]:
         read: Any = logit_lens.object_readout(store, nouns, vocabulary, rows=neutral, resamples=200)
         auc = [round(float(v), 3) for v in read.groupby("layer")["auc"].mean()]
         figures["noun by the unembedding at image:mean, auc"] = {"value": auc, "n": int(read["n"].max())}
-    alike: Any = alignment.layerwise(store, permutations=100)
+    alike: Any = alignment.layerwise(store, text_store=blank, permutations=100)
     for name, part in alike.groupby("measure"):
         figures[f"image and question tokens, {name}"] = {
             "value": [round(float(v), 3) for v in part["value"]],

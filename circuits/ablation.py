@@ -17,6 +17,7 @@ from circuits.results.statistics import mean_interval
 from concepts.schema import Example
 from groundscope.core.errors import ConfigError, PatchError, SiteError
 from groundscope.core.progress import progress_bar
+from groundscope.core.statistics import changes_of_columns, rates_of_columns
 from lvlm.answers import answer_key
 from lvlm.encoding.encode import Encoding
 from lvlm.finite import check_finite
@@ -85,8 +86,8 @@ class Ablation:
     def frame(self, level: float = 0.95) -> pd.DataFrame:
         """Return one row a set: its name, size, mean effect and accuracy without it, each with its interval.
 
-        Intervals are percentile intervals of a bootstrap over groups. ``accuracy`` is the share of answers that are
-        right without the set, ``lost`` what that is below the whole model's.
+        Intervals are clustered by group: of effects from a bootstrap, of rates by formula. ``accuracy`` is the share of
+        answers that are right without the set, ``lost`` what that is below the whole model's.
         """
         import pandas as pd
 
@@ -95,8 +96,13 @@ class Ablation:
             "heads": [len(heads) for heads in self.sets],
         }
         lost = self.right[:, None].astype(float) - self.right_without
-        for name, values in (("effect", self.effects), ("accuracy", self.right_without), ("lost", lost)):
-            low, high = mean_interval(values, self.groups, level)
+        measured = (
+            ("effect", self.effects, mean_interval),
+            ("accuracy", self.right_without, rates_of_columns),
+            ("lost", lost, changes_of_columns),
+        )
+        for name, values, interval in measured:
+            low, high = interval(values, self.groups, level)
             columns |= {name: values.mean(axis=0, dtype=float), f"{name}_low": low, f"{name}_high": high}
         return pd.DataFrame(columns)
 

@@ -20,6 +20,7 @@ from circuits.results.statistics import mean_interval
 from concepts.schema import Example
 from groundscope.core.errors import ConfigError, ModelError, PatchError, SiteError
 from groundscope.core.progress import progress_bar
+from groundscope.core.statistics import rates_of_columns
 from lvlm.answers import answer_key
 from lvlm.applied import Applied, registered
 from lvlm.digest import digest_of
@@ -82,8 +83,11 @@ class Knockout:
         import pandas as pd
 
         columns: dict[str, object] = {"first": [w[0] for w in self.windows], "last": [w[-1] for w in self.windows]}
-        for name, values in (("change", self.change), ("right", self.right)):
-            low, high = mean_interval(values, self.groups, level)
+        for name, values, interval in (
+            ("change", self.change, mean_interval),
+            ("right", self.right, rates_of_columns),
+        ):
+            low, high = interval(values, self.groups, level)
             columns |= {name: values.mean(axis=0, dtype=float), f"{name}_low": low, f"{name}_high": high}
         return pd.DataFrame(columns)
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from groundscope.core.statistics import cluster_bootstrap
+from groundscope.core.intervals import combined_interval
+from groundscope.core.statistics import group_totals, relative_variance
 
 TAIL = 0.05
 """Share of right answers that may fall beyond a threshold on the wrong side."""
@@ -79,8 +80,7 @@ def calibrate(
     read = np.array([(k * v + (offset if s else -offset) > 0).mean() for v, s in zip(values, sides, strict=True)])
     accuracy = float((weight * read).sum())
     level = 1 - TAIL / max(1, places)
-    # Weighted so that a plain mean over groups' totals is the mean of both sides.
-    low, high = cluster_bootstrap(np.column_stack([weight * read, weight]), groups, _ratio, 1000, 0, level)
+    low, high = _accuracy_interval(read, sides, groups, level)
     odds = slope * mean + offset * np.where(sides == 1, 1, -1)
     kept = odds[right] if right.sum() >= FEWEST else odds
     edge = float(np.quantile(kept, TAIL))
@@ -90,9 +90,17 @@ def calibrate(
     )
 
 
-def _ratio(totals: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    del counts
-    return totals[:, 0] / totals[:, 1]
+def _accuracy_interval(read: np.ndarray, sides: np.ndarray, groups: Sequence[str], level: float) -> tuple[float, float]:
+    """Return the interval, over groups, of the mean over sides of the share that is read right."""
+    names = sorted(set(sides.tolist()))
+    parts = [sides == name for name in names]
+    columns = [column for part in parts for column in (part * read, part * 1.0)]
+    totals = group_totals(np.column_stack(columns), groups).T  # [2 sides, G]
+    spreads = [
+        relative_variance(read[part], int(np.count_nonzero(t))) for part, t in zip(parts, totals[1::2], strict=True)
+    ]
+    low, high = combined_interval(totals[::2], totals[1::2], np.full(len(names), 1 / len(names)), level, spread=spreads)
+    return float(low), float(high)
 
 
 def _platt(margin: np.ndarray, side: np.ndarray, weight: np.ndarray, n: int) -> tuple[float, float]:

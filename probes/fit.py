@@ -90,11 +90,14 @@ def fit_grid(
         Whether each head is probed by itself; by default for `z` only.
     control
         How many times labels are shuffled (see `probes.protocol.controls.shuffle_labels`) and everything repeated, the choice
-        of the penalty included; their mean score is the control. 0: none.
+        of the penalty included; their mean score is the control. 0: none. NaN for a concept of which fewer than 10
+        groups, or fewer than half, share their number of rows with another of their fold, so that most shuffled labels
+        would be the true ones; how many can move is ``provenance["control_groups"]``, concept to (movable, all).
     rows
         Booleans, one for each example: which to use at all.
     resamples, confidence
-        Of the intervals: bootstrap over held-out groups.
+        Of the intervals, over held-out groups: balanced accuracy has a formula
+        (`groundscope.core.intervals.combined_interval`), the area under the ROC curve a bootstrap of so many resamples.
     tolerance
         Largest proven relative gap of a logistic fit to its optimum; of the fits on folds, that only choose a penalty,
         1e-6 where this is smaller (`probes.protocol.cell.SELECTION`).
@@ -160,6 +163,7 @@ def fit_grid(
         "tolerance": float(tolerance),
         "n_rows": int(mask.sum()),
         "rows_restricted": rows is not None,
+        "control_groups": {concepts[k]: list(task.movable[at]) for task in tasks for at, k in enumerate(task.concepts)},
     }
     done = Checkpoint.at(checkpoint, {**options, "place": str(place), "concepts": list(concepts), "rows": digest(mask)})
     out = _empty(len(concepts), len(place.layers), n_heads, width, len(held))

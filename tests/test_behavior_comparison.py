@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 
 from behavior import BehaviorResult, compare
-from behavior.comparison import mcnemar
+from behavior.comparison import mcnemar, mcnemar_by_group
 from behavior.result import Answer, Cost
 from groundscope.core.errors import ConfigError, DataError
 
@@ -113,3 +114,49 @@ def test_what_cannot_be_compared_is_refused() -> None:
         compare(first, first, "wrong_by_prior")
     with pytest.raises(ConfigError, match="no rate 'f1'"):
         compare(first, first, "f1")
+
+
+@given(st.lists(st.tuples(st.integers(-1, 1), st.integers(0, 6)), max_size=14))
+def test_the_test_by_group_is_the_count_of_all_choices_of_signs(rows: list[tuple[int, int]]) -> None:
+    nets = [sum(c for c, g in rows if g == name) for name in range(7)]
+    sums = [abs(sum(s * n for s, n in zip(signs, nets, strict=True))) for signs in product((-1, 1), repeat=7)]
+    expected = np.mean([total >= abs(sum(nets)) for total in sums])
+    assert mcnemar_by_group([c for c, _ in rows], [g for _, g in rows]) == pytest.approx(expected, rel=1e-12)
+
+
+@given(st.integers(0, 60), st.integers(0, 60))
+def test_the_test_by_group_is_mcnemars_where_questions_are_independent(gained: int, lost: int) -> None:
+    change = [1] * gained + [-1] * lost + [0] * 5
+    expected = binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
+    assert mcnemar_by_group(change, range(len(change))) == pytest.approx(expected, rel=1e-9)
+
+
+def test_questions_of_one_image_count_once() -> None:
+    """Twelve questions gained in two images are two coin flips, not twelve."""
+    assert mcnemar(12, 0) < 0.001
+    assert mcnemar_by_group([1] * 12, [0] * 6 + [1] * 6) == 0.5
+    found = compare(result(np.zeros(12), 6), result(np.ones(12), 6))
+    assert found.p_value == 0.5
+    assert found.difference.few_groups
+    with pytest.raises(DataError, match="whole numbers"):
+        mcnemar_by_group([0.5], [0])
+    with pytest.raises(DataError, match="1 groups for 2 rows"):
+        mcnemar_by_group([1, 1], [0])
+
+
+def test_the_test_by_group_holds_where_questions_go_together() -> None:
+    """Two equal systems; every image's questions are gained or lost together: McNemar's p is too small in half of samples."""
+    rng = np.random.default_rng(0)
+    wrong = {"group": 0, "row": 0}
+    for _ in range(200):
+        change = np.repeat(rng.choice([-1, 0, 1], 40), 8)
+        groups = np.repeat(np.arange(40), 8)
+        wrong["group"] += mcnemar_by_group(change, groups.tolist()) <= 0.05
+        wrong["row"] += mcnemar(int((change == 1).sum()), int((change == -1).sum())) <= 0.05
+    assert binomtest(wrong["group"], 200, 0.05, alternative="greater").pvalue > 0.01
+    assert wrong["row"] > 60
+
+
+def test_many_questions_have_a_p_value_that_is_right() -> None:
+    change = [1] * 5200 + [-1] * 4800
+    assert mcnemar_by_group(change, range(10_000)) == pytest.approx(binomtest(5200, 10_000).pvalue, rel=1e-6)

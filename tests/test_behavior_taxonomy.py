@@ -98,7 +98,7 @@ def test_two_systems_by_level() -> None:
     moved = np.array([weights.get(k, 1.0) * (a - b) if k == "color" else 0.0
                       for (k, a), (_, b) in zip(first, second, strict=True)]).reshape(40, 6)  # fmt: skip
     draws = [moved[rng.integers(0, 40, 40)].mean() for _ in range(4000)]
-    assert (found[0].harm.low, found[0].harm.high) == pytest.approx(np.quantile(draws, [0.025, 0.975]), abs=0.004)
+    assert (found[0].harm.low, found[0].harm.high) == pytest.approx(np.quantile(draws, [0.025, 0.975]), abs=0.006)
     still = found[1]
     assert still.harm.value == 0
     assert still.harm.low < 0 < still.harm.high

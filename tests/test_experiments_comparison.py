@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from scipy.stats import binomtest, spearmanr
+from scipy.stats import spearmanr
 from sklearn.metrics import balanced_accuracy_score
 
 from behavior import BehaviorResult, answer
@@ -87,7 +87,13 @@ def test_answers_are_compared_question_by_question(runs: tuple[Path, Path]) -> N
     assert row["difference"] == pytest.approx(RIGHT[1].mean() - RIGHT[0].mean())
     gained, lost = int((RIGHT[1] & ~RIGHT[0]).sum()), int((RIGHT[0] & ~RIGHT[1]).sum())
     assert (row["gained"], row["lost"]) == (gained, lost)
-    assert row["p"] == pytest.approx(binomtest(gained, gained + lost).pvalue)
+    # Two questions an image: the sum over images whose signs are drawn, as far from 0 as it is.
+    net = np.abs((RIGHT[1].astype(int) - RIGHT[0]).reshape(30, 2).sum(1))
+    chances = {0: 1.0}
+    for step in net[net > 0].tolist():
+        moved = [(total + sign * step, chance / 2) for total, chance in chances.items() for sign in (-1, 1)]
+        chances = {total: sum(c for k, c in moved if k == total) for total, _ in moved}
+    assert row["p"] == pytest.approx(sum(c for total, c in chances.items() if abs(total) >= abs(gained - lost)))
     # The normal interval of the mean of 30 images' mean changes, by hand.
     by_image = (RIGHT[1].astype(float) - RIGHT[0]).reshape(30, 2).mean(1)
     half = 1.96 * by_image.std(ddof=1) / np.sqrt(30)

@@ -151,16 +151,43 @@ def test_layers_of_a_store_one_example_a_group() -> None:
     store = MemoryStore(
         table, {("decoder", "resid_post", "image:mean"): image, ("decoder", "resid_post", "question:mean"): text}
     )
-    found = alignment.layerwise(store, permutations=49).set_index(["layer", "measure"])
+    found = alignment.layerwise(store, joint=True, permutations=49).set_index(["layer", "measure"])
     assert (found["n"] == groups - 1).all()
     assert found.loc[(1, "mutual_knn"), "value"] > 0.7
     assert found.loc[(1, "cka_unbiased"), "value"] > 0.9
     assert abs(found.loc[(0, "cka_unbiased"), "value"]) < 0.2
     assert found.loc[(0, "mutual_knn"), "p"] > 0.02
     with pytest.raises(SiteError, match="mlp_out"):
-        alignment.layerwise(store, "mlp_out")
+        alignment.layerwise(store, "mlp_out", joint=True)
     with pytest.raises(ProbeError, match="3 groups have both"):
-        alignment.layerwise(store, rows=np.arange(120) < 12)
+        alignment.layerwise(store, joint=True, rows=np.arange(120) < 12)
+
+
+def test_an_image_is_compared_with_a_text_that_has_not_seen_it() -> None:
+    """Question tokens that copied the image look aligned; the same questions about a blank image do not."""
+    rng = np.random.default_rng(1)
+    n, d = 60, 12
+    image, words = rng.normal(size=(n, 1, d)), rng.normal(size=(n, 1, d))
+    table = pd.DataFrame({"id": [f"q{i}" for i in range(n)], "group": [f"g{i}" for i in range(n)]})
+    selections = [("decoder", "resid_post", f"{name}:mean") for name in ("image", "question")]
+    store = MemoryStore(table, dict(zip(selections, (image, words + 5 * image), strict=True)))
+    order = rng.permutation(n)  # rows are matched by id
+    blank = MemoryStore(
+        table.iloc[order].reset_index(drop=True), dict(zip(selections, (0 * image, words[order]), strict=True))
+    )
+    for wrong in ({}, {"joint": True, "text_store": blank}):
+        with pytest.raises(ProbeError, match="question tokens of a prompt with an image have attended to that image"):
+            alignment.layerwise(store, **wrong)
+    joint = alignment.layerwise(store, joint=True, permutations=0).set_index("measure")
+    alone = alignment.layerwise(store, text_store=blank, permutations=0).set_index("measure")
+    assert set(joint["text"]) == {"joint"}
+    assert set(alone["text"]) == {"alone"}
+    assert joint.loc["cka_unbiased", "value"] > 0.9
+    expected = alignment.cka(image[:, 0].astype(np.float32), words[:, 0].astype(np.float32))
+    assert alone.loc["cka_unbiased", "value"] == pytest.approx(expected, abs=1e-6)
+    assert abs(expected) < 0.3
+    with pytest.raises(ProbeError, match="no example 'q5'"):
+        alignment.layerwise(store, text_store=MemoryStore(table.iloc[:5], {k: v[:5] for k, v in blank.values.items()}))
 
 
 def test_bad_input_is_refused(x: np.ndarray) -> None:

@@ -9,10 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from groundscope.core.errors import ProbeError
-from probes import fit_logistic
+from probes import LDAProbe, LogisticProbe, RidgeProbe, fit_logistic
+from probes.solvers.logistic_float32 import balanced_weights
 from probes.solvers.newton import Design
 
 
@@ -179,3 +181,48 @@ def test_bad_input_is_refused(change: dict, message: str) -> None:
     arguments = {**good, "penalty": 1.0, **change}
     with pytest.raises(ProbeError, match=message):
         fit_logistic(**arguments)
+
+
+@pytest.mark.parametrize(("offset", "scale"), [(0.0, 1.0), (1e6, 1.0), (1e8, 1.0), (-3e4, 1e-4)])
+def test_a_massive_column_counts_as_in_scikit_learn(offset: float, scale: float) -> None:
+    """A deviation under 1e-7 of the mean was taken for none: margins differed by a third."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((200, 12))
+    y = (x @ rng.standard_normal(12) + rng.standard_normal(200) > 0).astype(int)
+    x[:, 3] = offset + scale * x[:, 3]
+    reference = make_pipeline(
+        StandardScaler(), LogisticRegression(class_weight="balanced", tol=1e-12, max_iter=100_000)
+    ).fit(x, y)
+    expected = reference.decision_function(x)
+    probe = LogisticProbe(1.0).fit(x, y)
+    assert np.abs(probe.decision_function(x) - expected).max() < 1e-4 * np.abs(expected).max()
+    weights = balanced_weights(y[None].astype(float))
+    single = fit_logistic(x, y, 1.0, weights[0])
+    assert np.abs(single.decision(x)[0] - expected).max() < 1e-4 * np.abs(expected).max()
+
+
+def test_one_far_row_outside_of_a_problem_does_not_drop_its_column() -> None:
+    rng = np.random.default_rng(1)
+    x = rng.standard_normal((150, 4))
+    y = (x[:, 0] + 0.5 * rng.standard_normal(150) > 0).astype(float)
+    expected = fit_logistic(x, y, 1.0).decision(x)
+    used, labels = np.r_[np.ones(150), 0.0], np.r_[y, 0.0]
+    far = np.vstack([x, [[1e5, 0, 0, 0]]])
+    np.testing.assert_allclose(fit_logistic(far, labels, 1.0, used).decision(x), expected, atol=1e-4)
+    far[-1, 0] = 1e10
+    with pytest.raises(ProbeError, match=r"feature column 0 varies .* times as much over all rows"):
+        fit_logistic(far, labels, 1.0, used)
+
+
+@pytest.mark.parametrize("estimator", [LogisticProbe, RidgeProbe, LDAProbe])
+def test_a_column_that_float64_cannot_resolve_is_named(estimator: type) -> None:
+    rng = np.random.default_rng(2)
+    x = rng.standard_normal((60, 5))
+    y = (x[:, 0] > 0).astype(int)
+    x[:, 2] = 1e13 + rng.integers(0, 9, 60)
+    with pytest.raises(
+        ProbeError, match=r"feature column 2 has mean 1e\+13 and standard deviation .*subtract its mean"
+    ):
+        estimator().fit(x, y)
+    x[:, 2] = 1e13  # the same everywhere: no weight, as in scikit-learn
+    assert estimator().fit(x, y).coef_[0, 2] == 0

@@ -89,8 +89,8 @@ def edges(
         Mean over pairs of each edge's share of ``LD_clean - LD_corrupt``. With ``path``, the edges out of ``input`` add up
         to 1, the whole difference, the closer the more steps there are (completeness); `Graph.explained` is their sum. Where
         it is off by more than `EXPLAINED`, a record of level WARNING of the logger ``circuits.attribution.heads`` says so.
-        Intervals of scores are over groups of pairs (percentile bootstrap); there are none for a single group, or where
-        scores of all pairs would not fit into memory.
+        Intervals of scores are over groups of pairs (bootstrap); there are none for a single group, or where scores of all
+        pairs would not fit into memory.
 
     Raises
     ------

@@ -11,7 +11,7 @@ import numpy as np
 
 from circuits.results.statistics import by_group
 from groundscope.core.errors import PatchError
-from groundscope.core.statistics import Estimate
+from groundscope.core.statistics import FEW_GROUPS, Estimate, draws_interval
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -64,18 +64,19 @@ class FaithfulCurve:
     def interval(
         self, what: Literal["cpr", "cmd"] = "cpr", level: float = 0.95, resamples: int = 1000, seed: int = 0
     ) -> Estimate:
-        """Return an area with its percentile interval, whole groups drawn again."""
+        """Return an area with its bootstrap interval, whole groups drawn again (`groundscope.core.statistics.draws_interval`)."""
         drawn = self._draws(resamples, seed)
         curves = drawn if what == "cpr" else np.abs(1 - drawn)
-        areas = np.array([area(self.shares, f) for f in curves if np.isfinite(f).all()])
-        low, high = np.quantile(areas, [(1 - level) / 2, (1 + level) / 2]) if len(areas) else (math.nan, math.nan)
-        return Estimate(getattr(self, what), float(low), float(high), len(self.full))
+        areas = np.array([area(self.shares, f) if np.isfinite(f).all() else math.nan for f in curves])
+        value, n = getattr(self, what), len(set(self.groups))
+        low, high = draws_interval(areas, value, n, level)
+        return Estimate(value, float(low), float(high), len(self.full), n < FEW_GROUPS)
 
     def frame(self, level: float = 0.95, resamples: int = 1000, seed: int = 0) -> pd.DataFrame:
         """Return one row a share: ``share``, ``heads`` or ``edges``, ``faithfulness``, ``low``, ``high``."""
         import pandas as pd
 
-        low, high = np.nanquantile(self._draws(resamples, seed), [(1 - level) / 2, (1 + level) / 2], axis=0)
+        low, high = draws_interval(self._draws(resamples, seed), self.faithfulness, len(set(self.groups)), level)
         columns = {"share": self.shares, self.counted: self.sizes, "faithfulness": self.faithfulness}
         return pd.DataFrame({**columns, "low": low, "high": high})
 

@@ -121,7 +121,7 @@ class HeadScores:
         return np.sqrt((residual**2).sum(axis=0) * n / (n - 1)) / self.n_pairs
 
     def interval(self, level: float = 0.95, resamples: int = 2000, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-        """Return the percentile bootstrap interval of `mean` over groups: low and high, ``[n_layers, n_heads]`` each."""
+        """Return the bootstrap interval of `mean` over groups: low and high, ``[n_layers, n_heads]`` each."""
         return mean_interval(self.effects, self.groups, level, resamples, seed)
 
     @property
@@ -257,7 +257,7 @@ def compare(
 
     Groups are drawn with replacement; a group in both is drawn for both at once, so that on the same pairs the
     difference is a paired one, and groups in one only are drawn apart. A draw ranks heads by noisier means than the
-    data do: percentile intervals of rank correlation and overlap therefore lie rather too low than too high.
+    data do: intervals of rank correlation and overlap therefore lie rather too low than too high.
 
     Parameters
     ----------

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float
 
 from groundscope.core.errors import ConfigError, PatchError
-from groundscope.core.statistics import Estimate
+from groundscope.core.statistics import FEW_GROUPS, Estimate, draws_interval
 
 _TIE = 1e-9
 """Statistics closer than this, relatively, are equal: sums of the same numbers in another order."""
@@ -79,12 +79,16 @@ def by_group(values: np.ndarray, groups: Sequence[str]) -> tuple[list[str], np.n
 def mean_interval(
     values: np.ndarray, groups: Sequence[str], level: float = 0.95, resamples: int = 2000, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the percentile bootstrap interval over groups of the mean over rows, ``[N, ...]`` -> twice ``[...]``."""
+    """Return the bootstrap interval over groups of the mean over rows, ``[N, ...]`` -> twice ``[...]``.
+
+    Percentiles, moved apart for the number of groups (`groundscope.core.intervals.widen`); NaN for a single group.
+    """
     _, sums, counts = by_group(values, groups)
     n = len(counts)
     weights = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples)  # [resamples, groups]
     means = (weights @ sums.reshape(n, -1)) / (weights @ counts)[:, None]
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2], axis=0)
+    mean = sums.reshape(n, -1).sum(axis=0) / counts.sum()
+    low, high = draws_interval(means, mean, n, level)
     return low.reshape(values.shape[1:]), high.reshape(values.shape[1:])
 
 
@@ -171,15 +175,18 @@ def compare_rows(
     means_b = (drawn_b @ sums_b) / (drawn_b @ counts_b)[:, None]
     n = sum(sizes)
 
-    def measured(value: np.ndarray, draws: np.ndarray) -> Estimate:
-        draws = draws[~np.isnan(draws)]
-        low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2]) if len(draws) else (np.nan, np.nan)
-        return Estimate(float(value[0]), float(low), float(high), n)
+    fewest = min(sizes[0] + sizes[2], sizes[1] + sizes[2])
 
-    low, high = np.quantile(means_a - means_b, [(1 - level) / 2, (1 + level) / 2], axis=0)
+    def measured(value: np.ndarray, draws: np.ndarray, least: float) -> Estimate:
+        low, high = draws_interval(draws, value[0], fewest, level)
+        return Estimate(float(value[0]), max(float(low), least), min(float(high), 1.0), n, fewest < FEW_GROUPS)
+
+    low, high = draws_interval(means_a - means_b, mean_a - mean_b, fewest, level)
     return Comparison(
-        rank_correlation=measured(spearman(mean_a[None], mean_b[None]), spearman(means_a, means_b)),
-        overlap={one: measured(overlap(mean_a[None], mean_b[None], one), overlap(means_a, means_b, one)) for one in k},
+        rank_correlation=measured(spearman(mean_a[None], mean_b[None]), spearman(means_a, means_b), -1.0),
+        overlap={
+            one: measured(overlap(mean_a[None], mean_b[None], one), overlap(means_a, means_b, one), 0.0) for one in k
+        },
         difference=(mean_a - mean_b).reshape(shape),
         low=low.reshape(shape),
         high=high.reshape(shape),

@@ -26,6 +26,14 @@ if TYPE_CHECKING:
     from diagnosis import Diagnoses
 
 
+def mean_defined(values: Sequence[np.ndarray]) -> np.ndarray:
+    """Return the mean over the first axis of what is not NaN; NaN where nothing is: a concept may have no control."""
+    table = np.asarray(values, dtype=np.float64)
+    known = ~np.isnan(table)
+    count = known.sum(axis=0)
+    return np.where(count > 0, np.where(known, table, 0.0).sum(axis=0) / np.maximum(count, 1), np.nan)
+
+
 @dataclass(frozen=True)
 class Spot:
     """A place, and what probes reach there: means over the concepts of a level."""
@@ -149,7 +157,7 @@ class Facts:
             return None
         return (
             np.mean([grid.array(c) for c in names], axis=0),
-            np.mean([grid.array(c, "control") for c in names], axis=0),
+            mean_defined([grid.array(c, "control") for c in names]),
             names,
         )
 
@@ -180,7 +188,7 @@ class Facts:
             for i, layer in enumerate(grid.layers):
                 place = stack if stack == "projector" else f"{stack} {layer}"
                 values = [
-                    np.mean([grid.array(c, s)[i] for c in names])
+                    mean_defined([grid.array(c, s)[i] for c in names])
                     for s in ("balanced_accuracy", "low", "high", "control")
                 ]
                 points.append((place, *(float(v) for v in values)))

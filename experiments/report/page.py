@@ -55,7 +55,8 @@ def make_report(context: Context, root: Path) -> str:
 
 def _interval(point: object) -> str:
     value, low, high = (getattr(point, name) for name in ("value", "low", "high"))
-    return f"{percent(value)} [{100 * low:.1f}, {100 * high:.1f}]"
+    few = " (few images)" if getattr(point, "few_groups", False) else ""
+    return f"{percent(value)} [{100 * low:.1f}, {100 * high:.1f}]{few}"
 
 
 def _effect(scores: HeadScores, head: Head) -> str:

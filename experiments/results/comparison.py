@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from behavior import BehaviorResult
-from behavior.comparison import change_interval, mcnemar, same_questions
+from behavior.comparison import change_interval, mcnemar_by_group, same_questions
 from behavior.result import Answer
 from circuits.results.head_scores import HeadScores
 from circuits.results.statistics import Rows, compare_rows
@@ -25,7 +25,7 @@ from experiments.run.folder import file_digest, write_json
 from experiments.stages.measures import MEASURES
 from groundscope.core.errors import ConfigError
 from probes import ProbeGrid
-from probes.protocol.scoring import bootstrap_balanced_accuracy, percentile_interval, resample_groups
+from probes.protocol.scoring import class_totals, difference_interval
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -182,7 +182,7 @@ def compare(first: Measured, second: Measured, *, resamples: int = RESAMPLES, se
     first, second
         Of the same questions.
     resamples, seed
-        Of the bootstraps.
+        Of the bootstrap of heads; differences of answers and probes have a formula.
 
     Raises
     ------
@@ -195,7 +195,7 @@ def compare(first: Measured, second: Measured, *, resamples: int = RESAMPLES, se
     pairs = same_questions(first.answers, second.answers)
     heads, ranking = _heads(first.heads, second.heads, notes, resamples, seed)
     columns = ["grid", "concept", "layer", "head", "first", "second", "difference", "low", "high", "n", "paired"]
-    probes = pd.DataFrame(_probes(first.grids, second.grids, notes, resamples, seed), columns=columns)
+    probes = pd.DataFrame(_probes(first.grids, second.grids, notes), columns=columns)
     return Comparison(
         first.name,
         second.name,
@@ -232,17 +232,18 @@ def _answers(pairs: Sequence[tuple[Answer, Answer]]) -> Iterator[dict[str, Any]]
             continue
         table = np.array([[bool(value(a)), bool(value(b))] for a, b in kept], dtype=np.int64)
         change = table[:, 1] - table[:, 0]
-        low, high = change_interval(change, [a.group for a, _ in kept])
+        groups = [a.group for a, _ in kept]
+        low, high = change_interval(change, groups)
         gained, lost = int((change == 1).sum()), int((change == -1).sum())
         rates = {"first": float(table[:, 0].mean()), "second": float(table[:, 1].mean())}
         yield {
             "measure": name, "n": len(kept), **rates, "difference": float(change.mean()), "low": low, "high": high,
-            "gained": gained, "lost": lost, "p": mcnemar(gained, lost),
+            "gained": gained, "lost": lost, "p": mcnemar_by_group(change, groups),
         }  # fmt: skip
 
 
 def _probes(
-    first: Mapping[str, ProbeGrid], second: Mapping[str, ProbeGrid], notes: list[str], resamples: int, seed: int
+    first: Mapping[str, ProbeGrid], second: Mapping[str, ProbeGrid], notes: list[str]
 ) -> Iterator[dict[str, Any]]:
     for name in sorted({*first, *second}):
         if name not in first or name not in second:
@@ -258,10 +259,10 @@ def _probes(
         if not alike:
             notes.append(f"probes {name}: held-out examples differ, so differences are not paired")
         for concept in concepts:
-            scores = [
-                _scores(grid, concept, layers, resamples, [seed, 0 if alike else k]) for k, grid in enumerate((a, b))
-            ]
-            low, high = percentile_interval(scores[1][1] - scores[0][1])
+            # Groups that both have are the same axis: scores of one image rise and fall together, paired or not.
+            names = np.unique([*a.held_out_groups, *b.held_out_groups])
+            scores = [_scores(grid, concept, layers, names) for grid in (a, b)]
+            low, high = difference_interval(scores[1][1], scores[0][1])
             values = [found[0] for found in scores]
             for cell, (layer, head) in enumerate((i, h) for i in layers for h in range(a.n_heads or 1)):
                 yield {
@@ -277,17 +278,15 @@ def _labels(grid: ProbeGrid, concepts: Sequence[str]) -> np.ndarray:
 
 
 def _scores(
-    grid: ProbeGrid, concept: str, layers: Sequence[int], resamples: int, seed: list[int]
-) -> tuple[np.ndarray, np.ndarray, int]:
-    """Return balanced accuracy of each layer and head ``[cells]``, its draws ``[resamples, cells]`` and the number of rows."""
+    grid: ProbeGrid, concept: str, layers: Sequence[int], names: np.ndarray
+) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray], int]:
+    """Return balanced accuracy of each layer and head ``[cells]``, its `class_totals` by named group, and the number of rows."""
     k, at = grid.concepts.index(concept), [grid.layers.index(layer) for layer in layers]
     defined = ~np.isnan(grid.held_out_labels[k])
     truth = grid.held_out_labels[k, defined]
     margins = grid.held_out_margins[k][at][..., defined].reshape(-1, len(truth))
-    names, of_row = np.unique(np.array(grid.held_out_groups)[defined], return_inverse=True)
-    counts = resample_groups(names, resamples, seed)
-    draws = bootstrap_balanced_accuracy(truth, margins, of_row, counts)
-    return grid.balanced_accuracy[k][at].ravel(), draws, len(truth)
+    of_row = np.searchsorted(names, np.array(grid.held_out_groups)[defined])
+    return grid.balanced_accuracy[k][at].ravel(), class_totals(truth, margins, of_row, len(names)), len(truth)
 
 
 def _heads(

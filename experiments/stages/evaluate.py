@@ -9,7 +9,7 @@ import numpy as np
 
 from behavior import BehaviorResult, answer
 from behavior.chair import read_synonyms
-from behavior.comparison import change_interval
+from behavior.comparison import change_estimate
 from behavior.result import Answer
 from experiments.run.context import Context
 from experiments.run.folder import write_json
@@ -88,5 +88,4 @@ def difference(before: BehaviorResult, after: BehaviorResult, name: str) -> Esti
     if not kept:
         return None
     moved = np.array([int(measure.value(later[a.id])) - int(measure.value(a)) for a in kept])
-    low, high = change_interval(moved, [a.group for a in kept])
-    return Estimate(float(moved.mean()), low, high, len(moved))
+    return change_estimate(moved, [a.group for a in kept])

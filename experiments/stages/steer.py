@@ -56,9 +56,10 @@ def _changed(context: Context) -> list[CounterfactualPair]:
 
 def _told(context: Context, heads: Sequence[Head], shuffle: int | None) -> SteeringVector:
     """Tell yes from no on every question of the discovery images, those that the model gets wrong among them."""
-    answers = context.store.frame()["answer"].to_numpy()
+    frame = context.store.frame()
+    answers, groups = frame["answer"].to_numpy(), frame["group"].tolist()
     positive, asked = answers == "yes", (answers == "yes") | (answers == "no")
-    positive = positive if shuffle is None else shuffled(positive, shuffle, asked)
+    positive = positive if shuffle is None else shuffled(positive, shuffle, asked, groups=groups)
     return derive.discriminant(
         context.store, positive=positive, negative=asked & ~positive, heads=heads, doubt=context.config.steer.doubt
     )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from concepts.schema import CounterfactualPair
 from groundscope.core.errors import PatchError
+from groundscope.core.permutations import LEAST_MOVABLE, exchange_groups, movable_groups
 from lvlm.sites import Head, parse_heads
 from mitigation.steering.derive.base import Store, mean, read
 from mitigation.steering.placement import Entry, Key, name_of, order
@@ -77,8 +78,13 @@ def _times(entry: Entry, factor: float, kind: str) -> Entry:
     return replace(entry, writes=factor * (np.eye(len(entry.vector)) if rows is None else rows))
 
 
-def shuffled(mask: np.ndarray, seed: int, among: np.ndarray | None = None) -> np.ndarray:
+def shuffled(
+    mask: np.ndarray, seed: int, among: np.ndarray | None = None, *, groups: Sequence[Hashable] | None = None
+) -> np.ndarray:
     """Return a boolean mask ``[N]`` with as many true entries elsewhere: labels that mean nothing.
+
+    Whole groups exchange their labels, those with equally many rows (`groundscope.core.permutations.exchange_groups`): rows
+    of one image share what is in it, and labels that are alike within it stay alike.
 
     Parameters
     ----------
@@ -88,16 +94,48 @@ def shuffled(mask: np.ndarray, seed: int, among: np.ndarray | None = None) -> np
         Decides where they go.
     among
         Boolean ``[N]``: the examples that labels are shuffled among; the others keep theirs. All by default.
+    groups
+        ``[N]``: the group of each row; None where every row is a group by itself.
+
+    Raises
+    ------
+    PatchError
+        Where fewer than `groundscope.core.permutations.LEAST_MOVABLE` groups can take other labels.
     """
     which = np.flatnonzero(np.ones(len(mask), bool) if among is None else among)
+    names = np.arange(len(mask)) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
+    one = np.zeros(len(which), dtype=np.int64)
+    can = movable_groups(names[which], one, mask[which])
+    if can.sum() < LEAST_MOVABLE:
+        msg = (
+            f"labels cannot be shuffled: {int(can.sum())} of {len(can)} groups can take other labels, {LEAST_MOVABLE} are "
+            f"needed; groups with equally many examples exchange theirs, so trace more images"
+        )
+        raise PatchError(msg)
     made = mask.copy()
-    made[which] = mask[np.random.default_rng(seed).permutation(which)]
+    made[which] = mask[which][exchange_groups(names[which], one, seed)]
     return made
 
 
 def swapped(pairs: Sequence[CounterfactualPair], seed: int) -> list[CounterfactualPair]:
-    """Return pairs with clean and corrupt exchanged in half of them, at random: pairs whose sides mean nothing."""
-    turn = np.random.default_rng(seed).permutation(len(pairs)) < len(pairs) // 2
+    """Return pairs with clean and corrupt exchanged in half of them, at random: pairs whose sides mean nothing.
+
+    Pairs of one image are exchanged together, because what differs between their sides is alike: groups in random order, as
+    long as they are no more than half of the pairs. With fewer than `groundscope.core.permutations.LEAST_MOVABLE` groups
+    pairs are exchanged one by one.
+    """
+    rng = np.random.default_rng(seed)
+    groups = [p.group for p in pairs]
+    names = list(dict.fromkeys(groups))
+    if len(names) < LEAST_MOVABLE:
+        turn = rng.permutation(len(pairs)) < len(pairs) // 2
+    else:
+        left, chosen = len(pairs) // 2, set[str]()
+        for name in (names[i] for i in rng.permutation(len(names))):
+            if groups.count(name) <= left:
+                chosen.add(name)
+                left -= groups.count(name)
+        turn = np.array([name in chosen for name in groups])
     return [replace(p, clean=p.corrupt, corrupt=p.clean) if t else p for p, t in zip(pairs, turn, strict=True)]
 
 

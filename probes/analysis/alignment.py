@@ -173,21 +173,34 @@ def layerwise(
     text: str = "question:mean",
     stack: str = "decoder",
     *,
+    text_store: Store | None = None,
+    joint: bool = False,
     rows: Sequence[bool] | np.ndarray | pd.Series | None = None,
     permutations: int = 200,
     limit: int = 2000,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Compare image-token with text-token representations at every layer of a store.
+    """Compare image-token with text-token representations at every layer.
+
+    How alike a model represents an image and a text about it is measured on the image alone and the text alone (Shu et al.,
+    arXiv 2501.01346, appendix C). In one prompt the tokens of the question have attended to the image, so that
+    they resemble it because it was copied there. Give the text from `text_store`: the same examples traced with every
+    image replaced by one and the same blank one (the store that `lexical_control` takes), or without images. Image tokens
+    have not seen the question where they come before it, as in the decoders of most families; else take a stack that
+    knows no text, ``vision`` or ``projector``, for both.
 
     One example of each group is used, the first, because questions about one image share their image tokens exactly.
 
     Parameters
     ----------
     store
-        Holds both token selections of the site.
+        Holds the image tokens; without `text_store` both token selections of the site.
     image, text
         Token selections.
+    text_store
+        Holds the text tokens of the same examples, matched by id, that have not seen the image.
+    joint
+        Compare the image with question tokens of the same prompt, which have seen it: how far the two have mixed.
     rows
         Booleans, one for each example: which to use at all.
     permutations, seed
@@ -197,28 +210,43 @@ def layerwise(
 
     Returns
     -------
-    The rows of `compare` for each layer, with ``layer`` and ``n``.
+    The rows of `compare` for each layer, with ``layer``, ``n`` and ``text``: ``alone`` or ``joint``.
 
     Raises
     ------
     SiteError
-        Where the store has not both arrays.
+        Where a store has not its array.
     ProbeError
-        Where fewer than 12 groups have both selections.
+        Where neither `text_store` nor `joint` is given, or both are, an example is missing in the text store, or fewer than
+        12 groups have both selections.
     """
     import pandas as pd
 
-    places = [find_place(store, stack, site, tokens, heads=False) for tokens in (image, text)]
+    if joint == (text_store is not None):
+        msg = (
+            "question tokens of a prompt with an image have attended to that image: give text_store=, the same examples "
+            "traced with blank images, to compare an image alone with a text alone; or joint=True, and no text_store, to "
+            "compare the image with the question that has seen it"
+        )
+        raise ProbeError(msg)
+    other = store if text_store is None else text_store
+    places = [find_place(one, stack, site, tokens, heads=False) for one, tokens in ((store, image), (other, text))]
     frame = store.frame()
     mask = row_mask(rows, len(frame))
     groups, ids = read_groups(frame), frame["id"].to_numpy()
     chosen = np.zeros(len(frame), dtype=bool)
     used = np.flatnonzero(mask)
     chosen[used[np.unique(groups[used], return_index=True)[1]]] = True
+    theirs = np.flatnonzero(chosen) if text_store is None else _find_rows(text_store, ids[chosen])
+    selected = np.zeros(len(frame) if text_store is None else len(text_store.frame()), dtype=bool)
+    selected[theirs] = True
+    # Read in the order of their store, put in that of ours.
+    order = np.searchsorted(np.sort(theirs), theirs)
     layers = [layer for layer in places[0].layers if layer in places[1].layers]
     parts = []
     for layer in layers:
-        x, y = (read_features(store, place, layer, chosen, ids[chosen]) for place in places)
+        x = read_features(store, places[0], layer, chosen, ids[chosen])
+        y = read_features(other, places[1], layer, selected, ids[chosen][np.argsort(theirs)])[order]
         both = np.flatnonzero(~np.isnan(x).any(axis=1) & ~np.isnan(y).any(axis=1))[:limit]
         if len(both) < NEIGHBOURS + 2:
             msg = (
@@ -228,8 +256,22 @@ def layerwise(
         part = compare(x[both], y[both], permutations=permutations, seed=seed)
         part.insert(0, "layer", layer)
         part["n"] = len(both)
+        part["text"] = "joint" if joint else "alone"
         parts.append(part)
     return pd.concat(parts, ignore_index=True)
+
+
+def _find_rows(store: Store, ids: np.ndarray) -> np.ndarray:
+    """Return the row numbers of examples in a store; raises `ProbeError` where one is missing."""
+    place = {name: at for at, name in enumerate(store.frame()["id"].tolist())}
+    missing = [name for name in ids.tolist() if name not in place]
+    if missing:
+        msg = (
+            f"the text store has no example '{missing[0]}' ({len(missing)} of {len(ids)} are missing): trace the same "
+            f"examples with blank images"
+        )
+        raise ProbeError(msg)
+    return np.array([place[name] for name in ids.tolist()], dtype=np.int64)
 
 
 def _shuffled(name: str, x: np.ndarray, y: np.ndarray) -> Callable[[np.random.Generator | None], float]:

@@ -12,7 +12,7 @@ from probes.fit import fit_grid
 from probes.grid import ProbeGrid
 from probes.protocol.controls import control_labels
 from probes.protocol.inputs import Store
-from probes.protocol.scoring import bootstrap_balanced_accuracy, percentile_interval, resample_groups
+from probes.protocol.scoring import class_totals, difference_interval
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -68,8 +68,10 @@ def lexical_control(
         blank one. The mean of each image's own pixels would not do: it still tells its colours.
     rows
         As given to `fit_grid`.
-    resamples, confidence
+    confidence
         Of the interval of the difference, over held-out groups, paired example by example.
+    resamples
+        Not used since the interval has a formula; accepted so that calls stay as they are.
 
     Returns
     -------
@@ -84,6 +86,7 @@ def lexical_control(
     """
     import pandas as pd
 
+    del resamples
     theirs = _again(grid, blank, rows=rows, progress=progress)
     same = theirs.held_out == grid.held_out and np.array_equal(
         theirs.held_out_labels, grid.held_out_labels, equal_nan=True
@@ -96,15 +99,14 @@ def lexical_control(
         raise ProbeError(msg)
     table = []
     names, of_row = np.unique(np.array(grid.held_out_groups), return_inverse=True)
-    counts = resample_groups(names, resamples, int(grid.provenance["seed"]))
     for k, at, head in np.ndindex(grid.balanced_accuracy.shape):
         used = ~np.isnan(grid.held_out_labels[k])
         truth = grid.held_out_labels[k, used]
-        drawn = [
-            bootstrap_balanced_accuracy(truth, g.held_out_margins[k, at, head, used][None], of_row[used], counts)[:, 0]
+        both = [
+            class_totals(truth, g.held_out_margins[k, at, head, used][None], of_row[used], len(names))
             for g in (grid, theirs)
         ]
-        low, high = percentile_interval(drawn[0] - drawn[1], confidence)
+        (low,), (high,) = difference_interval(both[0], both[1], confidence)
         seen, words = (float(g.balanced_accuracy[k, at, head]) for g in (grid, theirs))
         cell = (grid.concepts[k], grid.layers[at], head if grid.n_heads else pd.NA)
         table.append((*cell, seen, words, seen - words, float(low), float(high), bool(low > 0)))

@@ -20,7 +20,7 @@ from groundscope.core.errors import ProbeError
 from groundscope.core.files import write_whole
 from groundscope.core.user_files import read_json
 from probes.protocol.inputs import Place, Store, find_place, read_features, read_groups, read_labels, row_mask
-from probes.protocol.scoring import auc, bootstrap_auc, percentile_interval, resample_groups
+from probes.protocol.scoring import auc, auc_interval, bootstrap_auc, resample_groups
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -221,13 +221,14 @@ def object_readout(
             truth, score = labels[used, k], found[used, k].astype(np.float64)
             names, of_row = np.unique(groups[used], return_inverse=True)
             draws = bootstrap_auc(truth, score, of_row, resample_groups(names, resamples, [seed, k]))
-            low, high = percentile_interval(draws, confidence)
+            area = auc(truth, score)
+            (low,), (high,) = auc_interval(truth, np.array([area]), draws[:, None], of_row, len(names), confidence)
             present, absent = (score[truth == v] for v in (1, 0))
             table.append(
                 {
                     "concept": concept,
                     "layer": layer,
-                    "auc": auc(truth, score),
+                    "auc": area,
                     "auc_low": float(low),
                     "auc_high": float(high),
                     "present": float(present.mean()) if len(present) else np.nan,

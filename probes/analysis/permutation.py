@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from groundscope.core.errors import ProbeError
+from groundscope.core.permutations import LEAST_MOVABLE
 from probes.analysis.refit import split_again
 from probes.analysis.significance import Significance, adjust
 from probes.fit import bar
 from probes.grid import ProbeGrid
-from probes.protocol.controls import shuffle_labels, shuffle_within
+from probes.protocol.controls import movable, shuffle_labels, shuffle_within
 from probes.protocol.inputs import Store
 from probes.protocol.tasks import Rows
 from probes.solvers.ridge_many_labels import Targets, ridge_scores
@@ -51,9 +52,10 @@ def permutation_test(
     permutations
         B; p-values are ``(1 + how many are at least as high) / (1 + B)``.
     scheme
-        ``blocks``: groups exchange their labels whole, within each fold and within the held-out part
-        (`probes.protocol.controls.shuffle_labels`). ``within``: labels are permuted among the rows of each group, which also
-        keeps whatever the group itself gives away; for concepts that vary within groups.
+        ``blocks``: groups with equally many rows exchange their labels whole, within each fold and within the held-out
+        part (`probes.protocol.controls.shuffle_labels`); groups of a size that occurs once keep theirs. ``within``: labels are
+        permuted among the rows of each group, which also keeps whatever the group itself gives away; for concepts that
+        vary within groups.
     rows
         As given to `fit_grid`.
     seed
@@ -63,13 +65,14 @@ def permutation_test(
     -------
     Significance
         p of each cell; family-wise p from the maximum over all cells and concepts, and over the cells of each concept
-        (Westfall and Young 1993); Benjamini-Hochberg and Benjamini-Yekutieli q.
+        (Westfall and Young 1993); Benjamini-Hochberg and Benjamini-Yekutieli q; and how many groups could move.
 
     Raises
     ------
     ProbeError
-        Where the store is not the grid's, `rows` gives other examples, an option is out of range, or a concept is constant
-        within all groups and `scheme` is ``within``.
+        Where the store is not the grid's, `rows` gives other examples, an option is out of range, a concept is constant
+        within all groups and `scheme` is ``within``, or fewer than `groundscope.core.permutations.LEAST_MOVABLE` (10) of a
+        concept's groups can take other labels.
 
     Notes
     -----
@@ -85,6 +88,8 @@ def permutation_test(
     families = list(_families(table))
     if scheme == "within":
         _check_varies(table, grid.concepts)
+    moving = np.array([_movable(table, k, scheme) for k in range(len(grid.concepts))])  # [K, 2]
+    _check_movable(grid.concepts, moving)
     penalties = np.sort(np.asarray(grid.provenance["penalties"], dtype=np.float32))
     n_heads = grid.n_heads or 1
     n_concepts = len(grid.concepts)
@@ -111,7 +116,7 @@ def permutation_test(
                         best = maxima[chosen, part.start : part.stop]
                         maxima[chosen, part.start : part.stop] = np.maximum(best, scores[1:].T)
                     advance(1)
-    return adjust(grid, observed.astype(np.float64), exceed, maxima.astype(np.float64), scheme, seed)
+    return adjust(grid, observed.astype(np.float64), exceed, maxima.astype(np.float64), moving, scheme, seed)
 
 
 SCHEMES = ("blocks", "within")
@@ -138,6 +143,24 @@ def _labels(table: Rows, members: Sequence[int], rows: np.ndarray, part: range, 
         # One order for all concepts: what labels have to do with each other is kept.
         out[:, at + 1] = 2 * shuffle(true, numbers, fold, [seed, number]) - 1
     return Targets.of(out.reshape(len(rows), -1), fold)
+
+
+def _movable(table: Rows, concept: int, scheme: str) -> tuple[int, int]:
+    """Return how many groups of a concept a permutation can give other labels, and how many it has."""
+    rows = ~np.isnan(table.labels[:, concept])
+    return movable(table.labels[rows, concept], table.groups[rows], table.fold[rows], scheme)
+
+
+def _check_movable(concepts: Sequence[str], moving: np.ndarray) -> None:
+    few = [
+        f"'{c}': {m} of {n} groups" for c, (m, n) in zip(concepts, moving.tolist(), strict=True) if m < LEAST_MOVABLE
+    ]
+    if few:
+        msg = (
+            f"{', '.join(few)} can take other labels, {LEAST_MOVABLE} are needed: labels are exchanged among groups with "
+            f"equally many rows in one fold; use rows=… to keep equally many rows of each group, fewer folds, or more data"
+        )
+        raise ProbeError(msg)
 
 
 def _check_varies(table: Rows, concepts: Sequence[str]) -> None:

@@ -36,15 +36,22 @@ class Significance:
     """The same under any dependence (Benjamini and Yekutieli 2001)."""
     maxima: np.ndarray
     """float64 [K, B]: the best cell of each concept in each permutation."""
+    movable: np.ndarray
+    """int64 [K]: groups that a permutation could give other labels; the others kept theirs."""
+    n_groups: np.ndarray
+    """int64 [K]: groups in which the concept is defined."""
     provenance: Mapping[str, Any]
 
     def __post_init__(self) -> None:
-        for name in ("observed", "p", "p_concept", "p_family", "q_bh", "q_by", "maxima"):
+        for name in ("observed", "p", "p_concept", "p_family", "q_bh", "q_by", "maxima", "movable", "n_groups"):
             getattr(self, name).setflags(write=False)
         object.__setattr__(self, "provenance", MappingProxyType(dict(self.provenance)))
 
     def frame(self) -> pd.DataFrame:
-        """Return one row a concept, layer and head; `head` is missing where layers are whole."""
+        """Return one row a concept, layer and head; `head` is missing where layers are whole.
+
+        ``movable`` and ``n_groups`` are those of the concept.
+        """
         import pandas as pd
 
         k, at, head = (index.ravel() for index in np.indices(self.p.shape))
@@ -55,14 +62,25 @@ class Significance:
                 "layer": np.array(self.layers)[at],
                 "head": pd.array(head if self.n_heads else [pd.NA] * len(head), dtype="Int64"),
                 **{name: getattr(self, name).ravel() for name in scores},
+                "movable": self.movable[k],
+                "n_groups": self.n_groups[k],
             }
         )
 
 
 def adjust(
-    grid: ProbeGrid, observed: np.ndarray, exceed: np.ndarray, maxima: np.ndarray, scheme: str, seed: int
+    grid: ProbeGrid,
+    observed: np.ndarray,
+    exceed: np.ndarray,
+    maxima: np.ndarray,
+    moving: np.ndarray,
+    scheme: str,
+    seed: int,
 ) -> Significance:
-    """Make p-values from how many permutations reach each cell [K, L, H] and the best of each permutation [K, B]."""
+    """Make p-values from how many permutations reach each cell [K, L, H] and the best of each permutation [K, B].
+
+    `moving` [K, 2] are the groups that could move, and all of a concept.
+    """
     n = maxima.shape[1]
     p = (1 + exceed) / (1 + n)
     by_concept = np.stack([_share_above(maxima[k], observed[k]) for k in range(len(observed))])
@@ -77,6 +95,8 @@ def adjust(
         q_bh=benjamini_hochberg(p),
         q_by=benjamini_yekutieli(p),
         maxima=maxima,
+        movable=moving[:, 0].copy(),
+        n_groups=moving[:, 1].copy(),
         provenance={"grid": dict(grid.provenance), "permutations": n, "scheme": scheme, "seed": seed},
     )
 

@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from groundscope.core.errors import ProbeError
+from groundscope.core.intervals import combined_interval
 from probes.grid import ProbeGrid
 from probes.protocol.inputs import Store, find_place, read_features, read_groups, read_labels, row_mask
 from probes.protocol.scoring import (
     auc,
+    auc_interval,
     balanced_accuracy,
+    balanced_accuracy_interval,
     bootstrap_auc,
-    bootstrap_balanced_accuracy,
-    percentile_interval,
     resample_groups,
 )
 
@@ -48,8 +49,10 @@ def multiclass(
         (`probes.MultinomialProbe`): its weights are fitted together.
     store, rows
         For ``softmax``: the grid's store, and the rows given to `fit_grid`.
-    resamples, confidence, seed
+    confidence
         Of the intervals over groups.
+    resamples, seed
+        Not used since the interval has a formula; accepted so that calls stay as they are.
     progress
         For ``softmax``: whether to show a bar; by default on a terminal only.
 
@@ -66,6 +69,7 @@ def multiclass(
     """
     import pandas as pd
 
+    del resamples, seed
     missing = [c for c in concepts if c not in grid.concepts]
     if missing or len(set(concepts)) < 2 or len(set(concepts)) < len(concepts):
         msg = f"choose among two or more concepts of the grid: it has {', '.join(grid.concepts)}; got {list(concepts)}"
@@ -83,7 +87,6 @@ def multiclass(
     truth = labels[:, used].argmax(axis=0)
     classes = np.unique(truth)
     names, of_row = np.unique(np.array(grid.held_out_groups)[used], return_inverse=True)
-    counts = resample_groups(names, resamples, seed).astype(np.float64)
     if store is not None:
         from probes.analysis.softmax import softmax_choices
 
@@ -92,15 +95,13 @@ def multiclass(
         choices = _largest(grid, at, used)
     table = []
     for where, head, said, *fitted in choices:
-        recalls, drawn = [], []
-        for c in classes:
-            there = truth == c
-            right = np.bincount(of_row, there & (said == c), minlength=len(names))
-            total = np.bincount(of_row, there, minlength=len(names))
-            recalls.append(right.sum() / total.sum())
-            below = counts @ total
-            drawn.append(np.divide(counts @ right, below, out=np.full(len(counts), np.nan), where=below > 0))
-        low, high = percentile_interval(np.mean(drawn, axis=0), confidence)
+        tables = [
+            [np.bincount(of_row, rows, minlength=len(names)) for rows in (there & (said == c), there)]
+            for c, there in ((c, truth == c) for c in classes)
+        ]
+        hits, total = np.array(tables, dtype=np.float64).swapaxes(0, 1)  # [C, G] each
+        recalls = hits.sum(axis=1) / total.sum(axis=1)
+        low, high = combined_interval(hits, total, np.full(len(classes), 1 / len(classes)), confidence)
         cell = (grid.layers[where], head if grid.n_heads else pd.NA)
         table.append((*cell, float(np.mean(recalls)), float(low), float(high), 1 / len(classes), len(truth), *fitted))
     columns = ["layer", "head", "balanced_accuracy", "low", "high", "chance", "n"]
@@ -200,8 +201,10 @@ def _scores(
     names = ("balanced_accuracy", "low", "high", "auc", "auc_low", "auc_high")
     if not (truth == 1).any() or not (truth == 0).any():
         return dict.fromkeys(names, float("nan"))
-    draws = bootstrap_balanced_accuracy(truth, margin[None], of_row, counts)[:, 0]
-    low, high = percentile_interval(draws, confidence)
-    auc_low, auc_high = percentile_interval(bootstrap_auc(truth, margin, of_row, counts), confidence)
-    values = (balanced_accuracy(truth, margin), low, high, auc(truth, margin), auc_low, auc_high)
+    n_groups = counts.shape[1] and int(of_row.max()) + 1
+    (low,), (high,) = balanced_accuracy_interval(truth, margin[None], of_row, n_groups, confidence)
+    area = auc(truth, margin)
+    draws = bootstrap_auc(truth, margin, of_row, counts)[:, None]
+    (auc_low,), (auc_high,) = auc_interval(truth, np.array([area]), draws, of_row, n_groups, confidence)
+    values = (balanced_accuracy(truth, margin), low, high, area, auc_low, auc_high)
     return {name: float(value) for name, value in zip(names, values, strict=True)}

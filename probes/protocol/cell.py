@@ -10,13 +10,13 @@ import torch
 from probes.protocol.methods import Method, Rows
 from probes.protocol.scoring import (
     auc,
+    auc_interval,
     balanced_accuracy,
+    balanced_accuracy_interval,
     bootstrap_auc,
-    bootstrap_balanced_accuracy,
     calibration_error,
     log_loss,
     log_odds_slope,
-    percentile_interval,
 )
 from probes.protocol.tasks import Task
 from probes.solvers.logistic_float32 import RowBlock, balanced_weights
@@ -134,18 +134,21 @@ def fit_cell(
     trained = weights[:n] @ training.T
     length = np.linalg.norm(weights[:n], axis=1)
     shared = weights[:n] @ x[held].T + intercepts[:n, None]
-    resampled = (task.test_labels[:n], margins[:n], task.test_groups, task.resamples)
-    low, high = percentile_interval(bootstrap_balanced_accuracy(*resampled), recipe.confidence)
-    auc_low, auc_high = percentile_interval(bootstrap_auc(*resampled), recipe.confidence)
+    truths, groups_of, n_groups = task.test_labels[:n], task.test_groups, task.resamples.shape[1]
+    low, high = balanced_accuracy_interval(truths, margins[:n], groups_of, n_groups, recipe.confidence)
+    areas = np.array([auc(y, m) for y, m in zip(truths, margins[:n], strict=True)])
+    draws = bootstrap_auc(truths, margins[:n], groups_of, task.resamples)
+    auc_low, auc_high = auc_interval(truths, areas, draws, groups_of, n_groups, recipe.confidence)
     for at, k in enumerate(task.concepts):
         where = (k, *cell)
         truth, margin = task.test_labels[at], margins[at]
         out["balanced_accuracy"][where] = scores[at]
-        out["control"][where] = scores[n + at :: n].mean() if len(scores) > n else np.nan
+        controlled = len(scores) > n and task.has_control(at)
+        out["control"][where] = scores[n + at :: n].mean() if controlled else np.nan
         out["accuracy"][where] = np.mean((margin > 0) == (truth == 1))
         out["validation"][where] = balanced_accuracy(task.labels[at], left_out[at])
         out["low"][where], out["high"][where] = low[at], high[at]
-        out["auc"][where] = auc(truth, margin)
+        out["auc"][where] = areas[at]
         out["auc_low"][where], out["auc_high"][where] = auc_low[at], auc_high[at]
         out["log_loss"][where], out["calibration"][where] = log_loss(truth, margin), calibration_error(truth, margin)
         out["penalty"][where], out["gap"][where] = chosen[at], fit.gap[at]

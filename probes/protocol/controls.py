@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import numpy as np
 
+from groundscope.core.permutations import exchange_groups, movable_groups
+
 
 def shuffle_labels(labels: np.ndarray, groups: np.ndarray, parts: np.ndarray, seed: int | list[int]) -> np.ndarray:
     """Shuffle labels [N, ...] in a way that keeps what splits and groups fix, and nothing else.
 
-    Within each part (a fold, or the held-out rows) the groups' blocks of labels are dealt over the groups of that part
-    in random order, in random order within each block too. So every part keeps its class counts, labels that were alike
-    within a group stay alike (exactly for groups of equal size), and no label keeps its features: a probe that still
-    beats chance has learnt from the number of its parameters or from a leak. Shuffling only within groups would leave
-    every label in place that is constant over its image; shuffling rows freely would make the control's errors
-    independent where the real ones are not.
+    Within each part (a fold, or the held-out rows) groups with equally many rows exchange their blocks of labels, in random
+    order within each block too (`groundscope.core.permutations.exchange_groups`, which says why p-values from it are
+    valid). So every part keeps its class counts, every block goes whole to one group, and labels that were alike within a
+    group stay alike: a probe that still beats chance has learned from the number of its parameters or from a leak.
+    Shuffling only within groups would leave every label in place that is constant over its image; shuffling rows freely, or
+    blocks across the borders of groups of unlike sizes, would make the shuffled labels agree less within groups than the
+    real ones.
+
+    A group whose size no other group of its part has keeps its labels, up to their order: `movable` counts the others.
 
     Parameters
     ----------
     labels
         [N, ...], any dtype; further axes go with their row.
     groups, parts
-        [N], the group and the part of each row; a group lies in one part.
+        [N], the group and the part of each row; a group belongs to one part.
     seed
         Of the random order.
 
@@ -28,14 +33,23 @@ def shuffle_labels(labels: np.ndarray, groups: np.ndarray, parts: np.ndarray, se
     -------
     The shuffled labels, same shape and dtype.
     """
-    rng = np.random.default_rng(seed)
-    _, group = np.unique(groups, return_inverse=True)
-    rank = rng.permutation(int(group.max()) + 1) if len(group) else np.empty(0, dtype=np.int64)
-    source = np.lexsort((rng.random(len(labels)), rank[group], parts))
-    target = np.lexsort((group, parts))
-    shuffled = np.empty_like(labels)
-    shuffled[target] = labels[source]
-    return shuffled
+    return labels[exchange_groups(groups, parts, seed)]
+
+
+def movable(labels: np.ndarray, groups: np.ndarray, parts: np.ndarray, scheme: str = "blocks") -> tuple[int, int]:
+    """Return how many groups a shuffle can give other labels, and how many groups there are.
+
+    Parameters
+    ----------
+    labels, groups, parts
+        As for `shuffle_labels`, labels [N].
+    scheme
+        ``blocks`` for `shuffle_labels`, ``within`` for `shuffle_within`, under which groups of mixed labels can change.
+    """
+    if scheme == "within":
+        parts = np.unique(groups, return_inverse=True)[1]  # each group by itself
+    can = movable_groups(groups, parts, labels)
+    return int(can.sum()), len(can)
 
 
 def shuffle_within(labels: np.ndarray, groups: np.ndarray, parts: np.ndarray, seed: int | list[int]) -> np.ndarray:

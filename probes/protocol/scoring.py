@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from groundscope.core.intervals import combined_interval, share_interval
+
 _BLOCK_ELEMENTS = 4_000_000
 
 
@@ -72,10 +74,10 @@ def resample_groups(groups: np.ndarray, resamples: int, seed: int | list[int]) -
     return counts.astype(np.float32)[:, of_row]
 
 
-def bootstrap_balanced_accuracy(
-    labels: np.ndarray, margins: np.ndarray, groups: np.ndarray, counts: np.ndarray
-) -> np.ndarray:
-    """Balanced accuracy in each resample of whole groups, of several rows of margins at once.
+def class_totals(
+    labels: np.ndarray, margins: np.ndarray, groups: np.ndarray, n_groups: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Count in each group the rows of both classes that are scored right, and all of them.
 
     Parameters
     ----------
@@ -85,36 +87,94 @@ def bootstrap_balanced_accuracy(
         [M, N]: positive where 1 is said.
     groups
         int [N]: number of the group of each column.
-    counts
-        [B, G]: how often each group occurs in each resample.
+    n_groups
+        G.
 
     Returns
     -------
-    float64 [B, M]; NaN where a class is absent.
+    Two arrays float64 [2, M, G], class 1 first: the recalls' numerators and denominators.
     """
     truth = np.broadcast_to(labels, margins.shape)
-    times = counts.astype(np.float64)
-    recalls = []
-    for value in (1, 0):
+    tables = np.empty((2, 2, len(margins), n_groups))
+    for at, value in enumerate((1, 0)):
         there = truth == value
-        right = there & ((margins > 0) == (value == 1))
-        by_group = [
-            np.stack([np.bincount(groups, row, minlength=counts.shape[1]) for row in table], axis=1)
-            for table in (right, there)
-        ]
-        hits, total = (times @ part for part in by_group)
-        recalls.append(np.divide(hits, total, out=np.full(hits.shape, np.nan), where=total > 0))
-    return 0.5 * (recalls[0] + recalls[1])
+        for k, table in enumerate((there & ((margins > 0) == (value == 1)), there)):
+            tables[k, at] = [np.bincount(groups, row, minlength=n_groups) for row in table]
+    return tables[0], tables[1]
 
 
-def percentile_interval(draws: np.ndarray, confidence: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
-    """Return the central `confidence` share of draws [B, ...] as (low, high) [...]; undefined draws (NaN) are left out."""
-    tail = (1 - confidence) / 2
-    defined = ~np.isnan(draws).all(axis=0)
-    low, high = np.full(defined.shape, np.nan), np.full(defined.shape, np.nan)
-    if defined.any():
-        low[defined], high[defined] = np.nanquantile(draws[:, defined], [tail, 1 - tail], axis=0)
-    return low, high
+def balanced_accuracy_interval(
+    labels: np.ndarray, margins: np.ndarray, groups: np.ndarray, n_groups: int, confidence: float = 0.95
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return intervals of balanced accuracies, as means of two rates (`groundscope.core.intervals.combined_interval`).
+
+    Parameters
+    ----------
+    labels, margins, groups, n_groups
+        As for `class_totals`.
+    confidence
+        Coverage aimed at.
+
+    Returns
+    -------
+    Low and high ends float64 [M]; NaN where a class is absent.
+    """
+    hits, trials = class_totals(labels, margins, groups, n_groups)
+    return combined_interval(hits, trials, (0.5, 0.5), confidence)
+
+
+def difference_interval(
+    first: tuple[np.ndarray, np.ndarray], second: tuple[np.ndarray, np.ndarray], confidence: float = 0.95
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return intervals of balanced accuracies of the first less those of the second, given their `class_totals`.
+
+    Groups of both are the same for scores of the same examples, which are then paired; for other examples each has its own
+    groups, and 0 rows in those of the other.
+    """
+    hits, trials = (np.concatenate(both) for both in zip(first, second, strict=True))
+    return combined_interval(hits, trials, (0.5, 0.5, -0.5, -0.5), confidence)
+
+
+def auc_interval(
+    labels: np.ndarray,
+    values: np.ndarray,
+    draws: np.ndarray,
+    groups: np.ndarray,
+    n_groups: int,
+    confidence: float = 0.95,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return intervals of areas under ROC curves from draws of whole groups (`groundscope.core.intervals.share_interval`).
+
+    A score can be worth as many trials as ``4 / (1 / n_1 + 1 / n_0)``, n the rows of each class; where no draw differs, the
+    groups with rows of each class, because then nothing says that rows of a group differ.
+
+    Parameters
+    ----------
+    labels
+        0 or 1, [N] or [M, N].
+    values
+        [M]: the areas.
+    draws
+        [B, M]: of `bootstrap_auc`.
+    groups, n_groups
+        As for `class_totals`.
+    confidence
+        Coverage aimed at.
+
+    Returns
+    -------
+    Low and high ends float64 [M]; NaN where a class is absent.
+    """
+    truth = np.atleast_2d(labels)
+    rows = np.stack([(truth == 1).sum(axis=1), (truth == 0).sum(axis=1)]).astype(np.float64)  # [2, M]
+    of_class = np.array([[len(np.unique(groups[row == value])) for row in truth] for value in (1, 0)], dtype=np.float64)
+    defined = ~np.isnan(draws).all(axis=0) & ~np.isnan(values)
+    variance = np.zeros(len(values))
+    variance[defined] = np.nanvar(draws[:, defined], axis=0)
+    counted = np.where(variance > 0, rows, of_class)
+    trials = 4 / (1 / np.maximum(counted, 1)).sum(axis=0)
+    low, high = share_interval(np.nan_to_num(values), variance, trials, of_class.min(axis=0), confidence)
+    return np.where(defined, low, np.nan), np.where(defined, high, np.nan)
 
 
 def bootstrap_auc(labels: np.ndarray, scores: np.ndarray, groups: np.ndarray, counts: np.ndarray) -> np.ndarray:

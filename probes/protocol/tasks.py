@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from groundscope.core.errors import ProbeError
-from probes.protocol.controls import shuffle_labels
+from groundscope.core.permutations import LEAST_MOVABLE
+from probes.protocol.controls import movable, shuffle_labels
 from probes.protocol.scoring import resample_groups
 from probes.protocol.splits import grouped_folds, grouped_split
 
@@ -45,6 +46,13 @@ class Task:
     """int64 [n_test]: number of the group of each held-out row."""
     resamples: np.ndarray
     """float32 [B, G]: how often each held-out group occurs in each resample."""
+    movable: tuple[tuple[int, int], ...]
+    """Of each concept, how many groups its shuffles can give other labels, and how many it has."""
+
+    def has_control(self, at: int) -> bool:
+        """Whether the shuffled labels of a concept mean nothing: at least 10 groups, and half of them, can move."""
+        can, of = self.movable[at]
+        return can >= LEAST_MOVABLE and 2 * can >= of
 
 
 def split_rows(
@@ -88,6 +96,7 @@ def build_tasks(
                 labels[:, ~training],
                 of_row,
                 counts,
+                tuple(movable(row, table.groups[rows], table.fold[rows]) for row in true),
             )
         )
     return tuple(tasks)

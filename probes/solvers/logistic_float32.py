@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from groundscope.core.errors import ProbeError
+from probes.solvers.columns import column_scales
 from probes.solvers.coordinates import Space, space_of, square_sums
 from probes.solvers.duality_gap import certify
 from probes.solvers.lbfgs import minimise
@@ -27,8 +28,6 @@ _TOGETHER = 64
 """Problems certified together."""
 _MARGIN = 0.3
 """The iterations stop at this share of the tolerance, which leaves room for their rounding."""
-CONSTANT = 1e-7
-"""A feature whose standard deviation is under this share of its root mean square counts as constant."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ class RowBlock:
         Raises
         ------
         ProbeError
-            Where the device's memory does not hold them.
+            Where the device's memory does not hold them, or a column varies too little for its mean (`column_scales`).
         """
         copied = torch.from_numpy(np.array(features, dtype=np.float64, order="C"))  # it is changed below
         try:
@@ -60,9 +59,12 @@ class RowBlock:
             raise _no_room(device, copied.shape) from error
         mean = x.mean(dim=0)
         x -= mean
+        # Of large values the mean itself is rounded: what is left of it is taken away too.
+        rest = x.mean(dim=0)
+        x -= rest
+        mean += rest
         deviation = torch.sqrt(square_sums(x) / len(x))
-        # What rounding leaves of a constant column is not variation.
-        deviation[deviation <= CONSTANT * mean.abs()] = 0
+        deviation = torch.from_numpy(column_scales(mean.cpu().numpy(), deviation.cpu().numpy(), len(x))).to(device)
         x *= torch.where(deviation > 0, 1 / deviation, torch.zeros_like(deviation))
         return cls(x, mean.cpu().numpy(), deviation.cpu().numpy(), near)
 

@@ -9,11 +9,13 @@ from functools import cached_property
 import numpy as np
 
 from groundscope.core.errors import ProbeError
+from probes.solvers.columns import column_scales
 
 DIRECT_WIDTH = 40
 """Up to this many features the Hessians are formed (one matrix product for all problems) and solved directly."""
-CONSTANT = 1e-7
-"""A column whose deviation within a problem is under this share of its deviation over all rows counts as constant."""
+
+NEAR = 1e-7
+"""Least deviation of a column over a problem's rows, as a share of that over all rows, that one design serves both."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +42,7 @@ class Design:
             raise ProbeError(msg)
         mean = x.mean(axis=0)
         centred = x - mean
-        deviation = np.sqrt(np.mean(centred**2, axis=0))
-        # What rounding leaves of a constant column is not variation.
-        deviation[deviation <= 1e-14 * np.abs(mean)] = 0.0
+        deviation = column_scales(mean, np.sqrt(np.mean(centred**2, axis=0)), len(x))
         matrix = np.divide(centred, deviation, out=np.zeros_like(centred), where=deviation > 0)
         return cls(matrix, mean, deviation)
 
@@ -57,14 +57,27 @@ class Design:
         return self.matrix.shape[1]
 
     def scales(self, used: np.ndarray) -> np.ndarray:
-        """Return the deviation of each feature over each problem's rows: bool [P, N] -> float64 [P, D], 0 if constant."""
+        """Return the deviation of each feature over each problem's rows: bool [P, N] -> float64 [P, D], 0 if constant.
+
+        Raises `ProbeError` where a column varies too little, for its mean or for its deviation over all rows.
+        """
         known: dict[bytes, np.ndarray] = {}
         rows = []
         for mask in used:
             key = mask.tobytes()
             if key not in known:
-                spread = self.matrix[mask].std(axis=0)
-                known[key] = np.where(spread > CONSTANT, spread * self.deviation, 0.0)
+                part = self.matrix[mask]
+                # Of the column as given, and of what is left of it here, which is rounded too.
+                size = np.abs(self.mean) + self.deviation * np.abs(part.mean(axis=0))
+                spread = part.std(axis=0)
+                known[key] = column_scales(size, spread * self.deviation, len(part))
+                far = np.flatnonzero((known[key] > 0) & (spread < NEAR))
+                if len(far):
+                    msg = (
+                        f"feature column {far[0]} varies {1 / spread[far[0]]:.2g} times as much over all rows as over those of "
+                        f"a problem, which float64 cannot resolve together: fit the rows of each problem by themselves"
+                    )
+                    raise ProbeError(msg)
             rows.append(known[key])
         return np.stack(rows)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from probes.solvers.columns import column_scales
 from probes.solvers.threads import Each, keep_freed_memory
 
 CHUNK = 1000
@@ -70,7 +71,8 @@ def ridge_scores(features: np.ndarray, targets: Targets, penalties: np.ndarray, 
     order = np.concatenate([np.flatnonzero(fold == f) for f in np.unique(fold[fold >= 0])])
     x = features[order].astype(np.float64)
     mean, deviation = x.mean(axis=0), x.std(axis=0)
-    deviation[deviation <= 1e-7 * np.abs(mean)] = np.inf
+    deviation = column_scales(mean, deviation, len(x))
+    deviation[deviation == 0] = np.inf
     standard = ((x - mean) / deviation).astype(np.float32)
     ends = np.cumsum([0, *(len(p) for p in targets.blocks[0].parts)])
     spans = [slice(a, b) for a, b in itertools.pairwise(ends)]
