@@ -51,7 +51,7 @@ def test_the_sum_is_reported_and_warned_about(caplog: pytest.LogCaptureFixture, 
         (model("llava"), pair_of(0), 20, True),
     ):
         caplog.clear()
-        with caplog.at_level(logging.WARNING, "circuits.attribution.heads"):
+        with caplog.at_level(logging.WARNING, "circuits.attribution"):
             graph = attribution.edges(lvlm, [pair], steps=steps, min_effect=0, progress=False)
         want = share_along_the_path(lvlm, layers_of(lvlm)[0], pair, steps)
         assert graph.explained == pytest.approx(want, abs=1e-3)

@@ -43,7 +43,7 @@ EDGES = 2**12
 EXPLAINED = 0.1
 """How far from 1 the sum of the scores of the input's edges may be before it is warned about."""
 _METRIC = "logit_difference"
-_LOG = logging.getLogger("circuits.attribution.heads")
+_LOG = logging.getLogger("circuits.attribution")
 
 
 def edges(
@@ -88,7 +88,7 @@ def edges(
     Graph
         Mean over pairs of each edge's share of ``LD_clean - LD_corrupt``. With ``path``, the edges out of ``input`` add up
         to 1, the whole difference, the closer the more steps there are (completeness); `Graph.explained` is their sum. Where
-        it is off by more than `EXPLAINED`, a record of level WARNING of the logger ``circuits.attribution.heads`` says so.
+        it is off by more than `EXPLAINED`, a record of level WARNING of the logger ``circuits.attribution`` says so.
         Intervals of scores are over groups of pairs (bootstrap); there are none for a single group, or where scores of all
         pairs would not fit into memory.
 
