@@ -70,7 +70,7 @@ def write(folder: Path, size: int) -> tuple[Path, int]:
             # A file may have some ten thousand names, not more.
             one = folder / f"{len(entries) // 10_000}.png"
             if not one.exists():
-                Image.new("RGB", (64, 64), "red").save(one)
+                Image.new("RGB", (640, 480), "red").save(one)
             os.link(one, images / name)
             entries.append({"id": len(entries) + 1, "file_name": name, "width": 640, "height": 480, "license": 1})
             for _ in range(OBJECTS):

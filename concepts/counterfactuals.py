@@ -58,7 +58,8 @@ class Edited:
             pixels = 127.5 * (kept * (pixels / 127.5 - 1) + np.sqrt(1 - kept**2) * noise + 1)
         elif self.box is not None:
             pixels = pixels.copy()
-            pixels[int(self.box.y0) : int(self.box.y1), int(self.box.x0) : int(self.box.x1)] = mean
+            x, y = int(self.box.x0), int(self.box.y0)
+            pixels[y : max(int(self.box.y1), y + 1), x : max(int(self.box.x1), x + 1)] = mean  # at least one pixel
         return Image.fromarray(np.rint(np.clip(pixels, 0, 255)).astype(np.uint8))
 
 
@@ -172,7 +173,7 @@ def _relation(example: Example) -> Iterator[CounterfactualPair]:
 def _destroyed(edit: str) -> Callable[[Example], Iterator[CounterfactualPair]]:
     def make(example: Example) -> Iterator[CounterfactualPair]:
         thing = example.named_object()
-        if not example.candidates or (edit == "mask" and thing is None):
+        if not example.candidates or (edit == "mask" and (thing is None or thing.box is None)):
             return
         if example.kind == "existence" and example.answer == "no":
             return  # nothing to destroy: the noun is not in either image

@@ -58,7 +58,7 @@ class Scene:
         """Draw the scene: uint8 ``[112, 112, 3]``."""
         canvas = _background(self.background).copy()
         for thing in self.objects:
-            box = thing.box
+            box = thing.require_box()
             side = int(box.x1 - box.x0)
             rgb, alpha = icon(thing.noun, thing.attributes["color"], side)
             region = canvas[int(box.y0) : int(box.y1), int(box.x0) : int(box.x1)]
@@ -73,7 +73,11 @@ class Scene:
     def identity(self) -> str:
         """The description as JSON: equal for equal images."""
         b = self.background
-        things = [[o.id, o.noun, dict(o.attributes), [o.box.x0, o.box.y0, o.box.x1, o.box.y1]] for o in self.objects]
+        boxes = [o.require_box() for o in self.objects]
+        things = [
+            [o.id, o.noun, dict(o.attributes), [box.x0, box.y0, box.x1, box.y1]]
+            for o, box in zip(self.objects, boxes, strict=True)
+        ]
         return json.dumps({"scene": self.id, "background": [b.kind, b.top, b.bottom, b.seed], "objects": things})
 
     def get(self, noun: str) -> SceneObject | None:
@@ -83,7 +87,7 @@ class Scene:
     def relation(self, first: SceneObject, second: SceneObject, name: str) -> bool | None:
         """Say whether `first` is in relation `name` to `second`; None where their centres are too close to tell."""
         axis, sign = RELATIONS[name]
-        difference = first.box.center[axis] - second.box.center[axis]
+        difference = first.require_box().center[axis] - second.require_box().center[axis]
         return None if abs(difference) < MARGIN else difference * sign > 0
 
     # -- edits: each returns a scene that differs in one thing ---------------------------------------------------
@@ -115,7 +119,7 @@ class Scene:
                 return Box(SIDE - box.x1, box.y0, SIDE - box.x0, box.y1)
             return Box(box.x0, SIDE - box.y1, box.x1, SIDE - box.y0)
 
-        things = tuple(replace(o, box=flip(o.box)) for o in self.objects)
+        things = tuple(replace(o, box=flip(o.require_box())) for o in self.objects)
         return replace(self, id=f"{self.id}-mirror{axis}", objects=things)
 
     def _need(self, noun: str) -> SceneObject:
@@ -175,8 +179,8 @@ def _place(rng: np.random.Generator, nouns: list[str], world: World) -> tuple[Sc
         for _ in range(60):
             x, y = (int(v) for v in rng.integers(1, SIDE - side, size=2))
             if all(
-                x >= o.box.x1 + 2 or x + side + 2 <= o.box.x0 or y >= o.box.y1 + 2 or y + side + 2 <= o.box.y0
-                for o in things
+                x >= b.x1 + 2 or x + side + 2 <= b.x0 or y >= b.y1 + 2 or y + side + 2 <= b.y0
+                for b in (o.require_box() for o in things)
             ):
                 box = Box(x, y, x + side, y + side)
                 things.append(SceneObject(f"o{number}", noun, box, {"color": color, "size": size}))

@@ -104,7 +104,7 @@ def relation(scene: Scene, first: SceneObject, second: SceneObject, name: str) -
 
 def place(scene: Scene, thing: SceneObject, axis: str) -> Question:
     """Ask in which third of the image (``column`` or ``row``) an object's centre lies; used in training."""
-    along = thing.box.center[0 if axis == "column" else 1]
+    along = thing.require_box().center[0 if axis == "column" else 1]
     words = THIRDS[axis]
     return Question(
         f"Which {axis} is the {thing.noun} in?",
@@ -118,7 +118,7 @@ def place(scene: Scene, thing: SceneObject, axis: str) -> Question:
 
 def caption(scene: Scene) -> Question:
     """Ask for a description; the reference names every object with its color, left to right."""
-    things = sorted(scene.objects, key=lambda o: o.box.center)
+    things = sorted(scene.objects, key=lambda o: o.require_box().center)
     parts = [f"{article(o.attributes['color'])} {o.attributes['color']} {o.noun}" for o in things]
     text = ", ".join(parts[:-1]) + f" and {parts[-1]}" if len(parts) > 1 else "".join(parts)
     return Question("Describe the image.", f"{text}.", (), "object", "caption")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from types import MappingProxyType
@@ -68,7 +69,7 @@ class Box:
 
     @property
     def center(self) -> tuple[float, float]:
-        """Centre ``(x, y)`` in pixels."""
+        """Center ``(x, y)`` in pixels."""
         return (self.x0 + self.x1) / 2, (self.y0 + self.y1) / 2
 
     def intersection(self, other: Box) -> float:
@@ -76,15 +77,44 @@ class Box:
         return Box(max(self.x0, other.x0), max(self.y0, other.y0), min(self.x1, other.x1), min(self.y1, other.y1)).area
 
 
+def check_box(box: Box, name: str) -> None:
+    """Raise `DataError` for a box of an object that is not finite, begins at a negative pixel or has no area."""
+    sides = (box.x0, box.y0, box.x1, box.y1)
+    if not all(math.isfinite(side) for side in sides) or min(box.x0, box.y0) < 0 or not box.area:
+        msg = (
+            f"object '{name}' has the box {', '.join(f'{side:g}' for side in sides)} (x0, y0, x1, y1): its sides must be "
+            "finite, not negative, and x0 < x1, y0 < y1; clip it to the image, or give None for an object without a box"
+        )
+        raise DataError(msg)
+
+
 @dataclass(frozen=True, slots=True)
 class SceneObject:
-    """An object in an image, as its annotation names it."""
+    """An object in an image, as its annotation names it.
+
+    Raises
+    ------
+    DataError
+        For a box that is not finite, begins at a negative pixel or has no area.
+    """
 
     id: str
     noun: str
-    box: Box
+    box: Box | None
+    """Where it is, in pixels of the loaded image; None where that is not known: it then has no image tokens."""
     attributes: Mapping[str, str] = field(default_factory=dict)
     """Attribute kind to value, e.g. ``{"color": "green", "size": "big"}``; empty where nothing is annotated."""
+
+    def __post_init__(self) -> None:
+        if self.box is not None:
+            check_box(self.box, self.id)
+
+    def require_box(self) -> Box:
+        """Return the box; raises `DataError` naming the object where it has none."""
+        if self.box is None:
+            msg = f"object '{self.id}' ({self.noun}) has no box: its annotation does not say where it is"
+            raise DataError(msg)
+        return self.box
 
 
 class ImageSource(Protocol):

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from concepts.schema import Box, Example, ImageSource
+from concepts.schema import Box, Example, ImageSource, check_box
 from groundscope.core.bounded_cache import BoundedCache
 from groundscope.core.errors import ModelError, SiteError
 from lvlm.access.eager_attention import eager, implementations, say_eager
@@ -273,7 +273,7 @@ class Lvlm:
             Where the image cannot be read, or the prompt does not hold the image's tokens.
         """
         look = self._look(example.image)
-        boxes = {o.id: (0, o.box) for o in example.objects}
+        boxes = {o.id: (0, o.box) for o in example.objects if o.box is not None}
         prompt = Prompt(self.prompt(example.question), example.question, example.id, boxes, example.subject)
         return Encoding(example, *encode(self, prompt, [look], self.view.axis))
 
@@ -307,9 +307,11 @@ class Lvlm:
         Raises
         ------
         DataError
-            Where there are not as many placeholders as images, or images of unlike size that the family cannot take in one
-            prompt.
+            Where there are not as many placeholders as images, images are of unlike size that the family cannot take in one
+            prompt, or a box is not finite, negative or without area.
         """
+        for identity, (_, box) in (boxes or {}).items():
+            check_box(box, identity)
         looks = [self.view.look(self, image) for image in images]
         sizes = [image.size for image in images]
         return encode(self, Prompt(text, question, name, boxes, subject), looks, self.view.axis, sizes)

@@ -339,7 +339,8 @@ def test_a_model_answers_what_the_loaders_ask(tmp_path: Path) -> None:
         scene.load().save(tmp_path / f"{i}.png")
         held["images"].append({"id": i, "file_name": f"{i}.png"})
         for thing in scene.objects:
-            box = [thing.box.x0, thing.box.y0, thing.box.x1 - thing.box.x0, thing.box.y1 - thing.box.y0]
+            b = thing.require_box()
+            box = [b.x0, b.y0, b.x1 - b.x0, b.y1 - b.y0]
             number = len(held["annotations"])
             held["annotations"].append(
                 {"id": number, "image_id": i, "category_id": NOUNS.index(thing.noun), "bbox": box}

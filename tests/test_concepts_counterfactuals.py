@@ -38,7 +38,7 @@ def test_color_changes_pixels_of_one_object_only(data: ConceptDataset) -> None:
         changed = pair.clean.image.pixels() != pair.corrupt.image.pixels()
         thing = pair.clean.named_object()
         assert thing is not None
-        b = thing.box
+        b = thing.require_box()
         assert changed[int(b.y0) : int(b.y1), int(b.x0) : int(b.x1)].any()
         changed[int(b.y0) : int(b.y1), int(b.x0) : int(b.x1)] = False
         assert not changed.any()
@@ -55,8 +55,9 @@ def test_relation_pairs_mirror_every_place(data: ConceptDataset) -> None:
     for pair in counterfactuals.pairs(data, "relation", limit=20):
         axis = 0 if "left-right" in pair.change else 1
         for a, b in zip(pair.clean.objects, pair.corrupt.objects, strict=True):
-            assert a.box.center[axis] + b.box.center[axis] == 112
-            assert a.box.center[1 - axis] == b.box.center[1 - axis]
+            here, there = a.require_box().center, b.require_box().center
+            assert here[axis] + there[axis] == 112
+            assert here[1 - axis] == there[1 - axis]
 
 
 def test_the_noise_schedule_is_that_of_the_paper() -> None:
@@ -75,7 +76,8 @@ def test_destroyed_images_hold_what_they_say(data: ConceptDataset) -> None:
     thing = mask.clean.named_object()
     assert thing is not None
     changed = np.asarray(mask.corrupt.image.load()) != np.asarray(mask.clean.image.load())
-    changed[int(thing.box.y0) : int(thing.box.y1), int(thing.box.x0) : int(thing.box.x1)] = False
+    b = thing.require_box()
+    changed[int(b.y0) : int(b.y1), int(b.x0) : int(b.x1)] = False
     assert not changed.any()
 
 

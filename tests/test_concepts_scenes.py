@@ -56,7 +56,7 @@ def test_an_icon_has_the_hue_it_is_named_after(noun: str, color: str) -> None:
 
 def test_objects_are_inside_the_image_and_apart(data: ConceptDataset) -> None:
     for example in data:
-        boxes = [o.box for o in example.objects]
+        boxes = [o.require_box() for o in example.objects]
         assert all(b.x0 >= 0 and b.y0 >= 0 and b.x1 <= SIDE and b.y1 <= SIDE for b in boxes)
         assert all(a.intersection(b) == 0 for i, a in enumerate(boxes) for b in boxes[:i])
         assert len({o.noun for o in example.objects}) == len(example.objects)
@@ -68,7 +68,8 @@ def test_pixels_outside_the_boxes_are_background(data: ConceptDataset) -> None:
         empty = Scene(scene.id, scene.background, ())
         changed = (scene.pixels() != empty.pixels()).any(-1)
         for o in scene.objects:
-            inside = changed[int(o.box.y0) : int(o.box.y1), int(o.box.x0) : int(o.box.x1)]
+            b = o.require_box()
+            inside = changed[int(b.y0) : int(b.y1), int(b.x0) : int(b.x1)]
             assert inside.mean() > 0.2
             inside[:] = False
         assert not changed.any()
@@ -83,7 +84,7 @@ def answer_from_words(example: Example) -> str:
     if found := re.match(r"What color is the (\w+)\?", example.question):
         return things[found[1]].attributes["color"]
     if found := re.match(r"Is the (\w+) (left of|right of|above|below) the (\w+)\?", example.question):
-        a, b = things[found[1]].box, things[found[3]].box
+        a, b = (things[found[n]].require_box() for n in (1, 3))
         dx, dy = (b.x0 + b.x1 - a.x0 - a.x1) / 2, (b.y0 + b.y1 - a.y0 - a.y1) / 2
         gap = {"left of": dx, "right of": -dx, "above": dy, "below": -dy}[found[2]]
         assert abs(gap) >= MARGIN
@@ -91,7 +92,7 @@ def answer_from_words(example: Example) -> str:
     if words[:2] == ["Is", "the"]:
         values = things[words[2]].attributes.values()
         return "yes" if words[3] in values else "no"
-    ordered = sorted(example.objects, key=lambda o: o.box.x0 + o.box.x1)
+    ordered = sorted(example.objects, key=lambda o: o.require_box().center)
     return " ".join(o.noun for o in ordered)
 
 
@@ -139,7 +140,7 @@ def test_conflict_shows_the_typical_scene_in_another_color(data: ConceptDataset)
         assert example.prior_answer == color != example.answer
         assert typical[group].answer == color
         difference = scene_of(example).pixels() != scene_of(typical[group]).pixels()
-        b = thing.box
+        b = thing.require_box()
         difference[int(b.y0) : int(b.y1), int(b.x0) : int(b.x1)] = False
         assert not difference.any()
 

@@ -12,6 +12,7 @@ from PIL import Image
 
 from concepts import ConceptDataset, loaders
 from concepts.reading.annotation_questions import COLORS
+from concepts.schema import Box
 from groundscope.core.errors import ConfigError, DataError
 
 COCO: dict[str, Any] = {
@@ -81,8 +82,8 @@ def test_coco_by_hand(folder: Path) -> None:
         "object:person": True, "object:car": True, "object:hot dog": False, "object:named": True,
     }  # fmt: skip
     assert len(first.labels) == 4
-    assert [(o.noun, o.box.x0, o.box.y0, o.box.x1, o.box.y1) for o in first.objects] == [
-        ("car", 1, 2, 4, 6), ("person", 0.5, 0, 2.5, 2), ("car", 5, 5, 6, 6),
+    assert [(o.noun, o.box) for o in first.objects] == [
+        ("car", Box(1, 2, 4, 6)), ("person", Box(0.5, 0, 2.5, 2)), ("car", Box(5, 5, 6, 6)),
     ]  # fmt: skip
     named = first.named_object()
     assert named is not None
@@ -262,7 +263,7 @@ def test_the_subject_of_gqas_own_questions_is_the_object_that_they_name(folder: 
     thing = example.named_object()
     assert thing is not None
     x, y, w, h = (GRAPHS["1"]["objects"]["o1"][side] for side in "xywh")
-    assert (thing.box.x0, thing.box.y0, thing.box.x1, thing.box.y1) == (x, y, x + w, y + h)
+    assert thing.box == Box(x, y, x + w, y + h)
     for wrong, words in (
         ({"x": "o1"}, "annotations, question: 'x' is no place of a word"),
         ({"2": None}, "annotations, question: field '2' must hold words, not null"),
@@ -394,7 +395,7 @@ def test_clevr_by_hand(folder: Path) -> None:
     assert example.labels == {"relation:left of": True, "relation:right of": False, "relation:named": True}
     thing = example.named_object()
     assert thing is not None
-    assert (thing.noun, thing.box.center) == ("cube", (1.5, 2.5))
+    assert (thing.noun, thing.box) == ("cube", None)  # the file has centers, no outlines
 
 
 def test_bad_clevr_scenes(folder: Path) -> None:

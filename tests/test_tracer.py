@@ -132,7 +132,7 @@ def patches_of(example: Example) -> list[int]:
     thing = example.named_object()
     if thing is None:
         return []
-    b = thing.box
+    b = thing.require_box()
     counts = np.zeros(COLUMNS * COLUMNS)
     for y in range(int(b.y0), int(b.y1)):
         for x in range(int(b.x0), int(b.x1)):

@@ -32,9 +32,10 @@ def example(number: int = 0, size: tuple[int, int] = (140, 100)) -> Example:
     image = scene.pixels() if hasattr(scene, "pixels") else None
     picture = Image.fromarray(np.asarray(image)).resize(size)
     scale_x, scale_y = width / np.asarray(image).shape[1], height / np.asarray(image).shape[0]
+    boxes = [o.require_box() for o in asked.objects]
     objects = tuple(
-        replace(o, box=Box(o.box.x0 * scale_x, o.box.y0 * scale_y, o.box.x1 * scale_x, o.box.y1 * scale_y))
-        for o in asked.objects
+        replace(o, box=Box(b.x0 * scale_x, b.y0 * scale_y, b.x1 * scale_x, b.y1 * scale_y))
+        for o, b in zip(asked.objects, boxes, strict=True)
     )
     source = Picture(f"s{number}-{size}", np.asarray(picture))
     return replace(asked, id=f"e{number}-{size}", image=source, objects=objects)

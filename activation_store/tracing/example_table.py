@@ -48,6 +48,7 @@ def row(model: Lvlm, encoding: Encoding, logits: Tensor | None, concepts: Sequen
         key = answer_key(model, e)
         said = key.candidates[int(key.scores(logits).argmax())]
         margin = float(key.margin(logits, e.answer))
+    places = [(o, o.box) for o in e.objects if o.box is not None]
     return {
         "id": e.id,
         "group": e.group,
@@ -62,9 +63,9 @@ def row(model: Lvlm, encoding: Encoding, logits: Tensor | None, concepts: Sequen
         "margin": margin,
         "correct": float(said == e.answer) if said else None,
         "n_tokens": encoding.tokens.length,
-        "boxes": [[float(side) for side in (o.box.x0, o.box.y0, o.box.x1, o.box.y1)] for o in e.objects],
-        "box_ids": [o.id for o in e.objects],
-        "box_nouns": [o.noun for o in e.objects],
+        "boxes": [[float(side) for side in (box.x0, box.y0, box.x1, box.y1)] for _, box in places],
+        "box_ids": [o.id for o, _ in places],
+        "box_nouns": [o.noun for o, _ in places],
         **{concept: e.labels.get(concept) for concept in concepts},
     }
 

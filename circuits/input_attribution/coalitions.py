@@ -48,8 +48,9 @@ class Game:
 
 def players_of(model: Lvlm, example: Example, encoding: Encoding, image: str, prompt: str) -> Players:
     """Return an example's players: the image ``whole`` or by ``objects``, the prompt ``whole`` or by ``words``."""
-    boxes = tuple(o.box for o in example.objects) if image == "objects" else ()
-    seen = (*(f"image: {o.noun}" for o in example.objects), "image: rest") if image == "objects" else ("image",)
+    places = [(o.noun, o.box) for o in example.objects if o.box is not None] if image == "objects" else []
+    boxes = tuple(box for _, box in places)
+    seen = (*(f"image: {noun}" for noun, _ in places), "image: rest") if image == "objects" else ("image",)
     question = encoding.tokens.question
     if prompt == "whole":
         return Players((*seen, "prompt"), boxes, (question,))

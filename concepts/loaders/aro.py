@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
 from concepts.images import Cropped
 from concepts.reading.assembly import Pictures, check_counts, dataset
+from concepts.reading.boxes import box_numbers
 from concepts.reading.caption_statements import Captioned, asked, check_form
 from concepts.reading.records import Record, read_records
 from concepts.schema import ConceptDataset, Example, Level
@@ -33,7 +35,8 @@ def aro(captions: Path | str, images: Path | str, *, form: str = "yes_no", limit
     -------
     ConceptDataset
         Relation or attribute questions, grouped by image; the labels are ``<level>:named``, and
-        ``relation:<relation_name>`` or ``attribute:<value>`` for both.
+        ``relation:<relation_name>`` or ``attribute:<value>`` for both. A record whose image has an EXIF orientation is
+        left out, as it is not known whether its box was drawn before or after the turn.
 
     Raises
     ------
@@ -47,17 +50,21 @@ def aro(captions: Path | str, images: Path | str, *, form: str = "yes_no", limit
     check_form(form)
     file, pictures = Path(captions), Pictures(Path(images))
     records = read_records(file)
+    left_out: Counter[str] = Counter()
 
     def questions() -> Iterator[Example]:
         for number, record in enumerate(islice(records, limit), 1):
             picture = pictures.find(record.text("image_path"), record.where, "image_path")
             level, kind, labels = _about(record)
+            if pictures.is_turned(picture):
+                left_out["records whose image has an EXIF orientation, in which the box may be drawn or not"] += 1
+                continue
             crop = Cropped(picture, _box(record))
             subject = Captioned(str(number), crop, picture.name, level, kind, labels=labels)
             yield from asked(subject, record.text("true_caption"), [record.text("false_caption")], form, record.where)
 
     examples = tuple(questions())
-    left_out = {"records beyond the limit": sum(1 for _ in records)}
+    left_out["records beyond the limit"] = sum(1 for _ in records)
     return dataset("aro", [file], pictures, examples, left_out, form=form)
 
 
@@ -69,8 +76,8 @@ def _about(record: Record) -> tuple[Level, str, dict[str, bool]]:
 
 
 def _box(record: Record) -> tuple[float, float, float, float]:
-    x, y, width, height = record.numbers("bbox_x", "bbox_y", "bbox_w", "bbox_h")
-    if width <= 0 or height <= 0:
+    x, y, width, height = box_numbers(record, "bbox_x", "bbox_y", "bbox_w", "bbox_h")
+    if not width or not height:
         msg = f"{record.where}: field 'bbox_w' or 'bbox_h': a box of {width:g} x {height:g} pixels shows nothing"
         raise DataError(msg)
     return x, y, x + width, y + height

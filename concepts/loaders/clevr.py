@@ -15,7 +15,7 @@ from concepts.nouns import existence_question
 from concepts.reading.assembly import YES_NO, Pictures, check_counts, dataset, yes_or_no
 from concepts.reading.records import Record, as_record
 from concepts.reading.streams import stream_list
-from concepts.schema import Box, ConceptDataset, Example, Level, SceneObject
+from concepts.schema import ConceptDataset, Example, Level, SceneObject
 from groundscope.core.errors import DataError
 
 WORDING: Mapping[str, tuple[str, str]] = MappingProxyType(
@@ -52,7 +52,7 @@ def clevr(
     Parameters
     ----------
     scenes
-        ``{scenes: [{image_filename, objects[{shape, color, size, material, pixel_coords}], relationships}]}``, or
+        ``{scenes: [{image_filename, objects[{shape, color, size, material}], relationships}]}``, or
         ``relations``; ``j in relationships["left"][i]`` means that j is left of i. The file is streamed.
     images
         The folder that the file names are relative to.
@@ -67,8 +67,8 @@ def clevr(
     -------
     ConceptDataset
         Questions of every level. A thing is named by its color and shape, or, where its color is asked for, by size,
-        material and shape, and only where that fits nothing else in the image. The box of an object is the pixel at its
-        centre, as the file has no outlines.
+        material and shape, and only where that fits nothing else in the image. Objects have no
+        boxes, as the file has their centers only.
 
     Raises
     ------
@@ -124,9 +124,9 @@ def _thing(number: int, value: Record) -> SceneObject:
         msg = f"{value.where}: field 'pixel_coords' must hold x, y and the depth, not {len(place)} values"
         raise DataError(msg)
     names = ("x", "y", "depth")[: len(place)]
-    x, y, *_ = Record(f"{value.where}, pixel_coords", dict(zip(names, place, strict=True))).numbers(*names)
+    Record(f"{value.where}, pixel_coords", dict(zip(names, place, strict=True))).numbers(*names)
     shape = found.pop("shape")
-    return SceneObject(str(number), shape, Box(x, y, x + 1, y + 1), found)
+    return SceneObject(str(number), shape, None, found)
 
 
 def _named(thing: SceneObject, *names: str) -> str:

@@ -11,9 +11,10 @@ from pathlib import Path
 from concepts.nouns import thing
 from concepts.reading.annotation_questions import Annotated, Asker
 from concepts.reading.assembly import Pictures, check_counts, dataset
+from concepts.reading.boxes import annotated_size, box_numbers
 from concepts.reading.records import Record
 from concepts.reading.streams import missing_list, stream, stream_list
-from concepts.schema import Box, ConceptDataset, Example, SceneObject
+from concepts.schema import ConceptDataset, Example, SceneObject
 from groundscope.core.errors import DataError
 
 _BEYOND = "images beyond the limit"
@@ -35,8 +36,9 @@ def coco(
     Parameters
     ----------
     instances
-        File with ``images[id, file_name]``, ``annotations[id, image_id, category_id, bbox]``, ``categories[id, name]``,
-        in any order. Other fields are ignored; crowds count as objects.
+        File with ``images[id, file_name, width, height]``, ``annotations[id, image_id, category_id, bbox]``,
+        ``categories[id, name]``, in any order. Other fields are ignored; crowds count as objects. With width and height,
+        boxes are scaled and turned with an image that was resized in proportion or has an EXIF orientation.
     images
         The folder that the file names are relative to.
     captions
@@ -53,14 +55,16 @@ def coco(
     -------
     ConceptDataset
         Existence questions of split ``random``, and captions, with objects and boxes. The labels are ``object:named``
-        and, as COCO annotates every category, ``object:<category>`` for each.
+        and, as COCO annotates every category, ``object:<category>`` for each. An object whose box has no area, passes
+        the edge of the image by more than a pixel, or cannot be placed (`concepts.reading.boxes`) has no box, and is
+        counted.
 
     Raises
     ------
     DataError
         Naming file, list, record and field: a file that is cut or broken, a field that is missing or of the wrong kind,
-        an id used twice, an image or category that is not in the file, an image that is missing, unreadable or outside
-        the folder. Every image's header is read before this returns.
+        an id used twice, an image or category that is not in the file, an image that is missing, unreadable, outside
+        the folder, or of other proportions than the file says. Every image's header is read before this returns.
     ConfigError
         For a limit or number of questions below 1.
     """
@@ -86,8 +90,8 @@ def coco(
 
 @dataclass(frozen=True)
 class _Held:
-    images: dict[int, tuple[str, str]]
-    """Id to file name, and the record that has it."""
+    images: dict[int, tuple[str, str, tuple[int, int] | None]]
+    """Id to file name, the record that has it, and its width and height."""
     categories: dict[int, str]
     boxes: dict[int, array[float]]
     """Image id to annotation id, category id, x, y, width, height, one after the other."""
@@ -98,13 +102,14 @@ def _read(file: Path) -> _Held:
     for entry in stream(file):
         if entry.key == "images":
             record = entry.record()
-            held.images[_new(record, held.images)] = (record.text("file_name"), record.where)
+            number = _new(record, held.images)
+            held.images[number] = (record.text("file_name"), record.where, annotated_size(record))
         elif entry.key == "categories":
             record = entry.record()
             held.categories[_new(record, held.categories)] = record.text("name").strip().lower()
         elif entry.key == "annotations":
             record = entry.record()
-            box = Record(record.where, dict(zip("xywh", _four(record), strict=True))).numbers(*"xywh")
+            box = box_numbers(Record(record.where, dict(zip("xywh", _four(record), strict=True))), *"xywh")
             values = (_whole(record, "id"), _whole(record, "category_id"), *box)
             image = _whole(record, "image_id")
             if image not in held.boxes:
@@ -141,7 +146,7 @@ def _kept(
 ) -> Iterator[tuple[int, Annotated]]:
     """Yield images with their objects; `bare` ones, without any, too."""
     count = 0
-    for image, (name, where) in held.images.items():
+    for image, (name, where, size) in held.images.items():
         boxes = held.boxes.pop(image, None)
         if boxes is None and bare:
             boxes = array("d")
@@ -152,17 +157,18 @@ def _kept(
         else:
             count += 1
             rows = [boxes[i : i + 6] for i in range(0, len(boxes), 6)]
+            picture = pictures.find(name, where, "file_name")
+            frame = pictures.box_frame(picture, size)
             things = tuple(
-                SceneObject(str(int(row[0])), held.categories[int(row[1])], _box(*row[2:]), _NOTHING) for row in rows
+                SceneObject(
+                    str(int(number)), held.categories[int(category)], frame.place(x, y, w, h, left_out), _NOTHING
+                )
+                for number, category, x, y, w, h in rows
             )
-            yield image, Annotated(str(image), pictures.find(name, where, "file_name"), things)
+            yield image, Annotated(str(image), picture, things)
 
 
 _NOTHING: dict[str, str] = {}
-
-
-def _box(x: float, y: float, width: float, height: float) -> Box:
-    return Box(x, y, x + width, y + height)
 
 
 def _described(file: Path, kept: dict[int, Annotated], left_out: Counter[str]) -> Iterator[Example]:

@@ -11,9 +11,10 @@ from types import MappingProxyType
 
 from concepts.reading.annotation_questions import RELATION_NAMES, SPELLINGS, Annotated, Asker
 from concepts.reading.assembly import YES_NO, Pictures, check_counts, dataset
+from concepts.reading.boxes import BoxFrame, annotated_size, box_numbers
 from concepts.reading.records import Record, as_record
 from concepts.reading.streams import stream_keyed
-from concepts.schema import Box, ConceptDataset, Example, Level, SceneObject
+from concepts.schema import ConceptDataset, Example, Level, SceneObject
 from groundscope.core.errors import DataError
 
 LEVEL_OF: Mapping[str, Level] = MappingProxyType(
@@ -39,8 +40,9 @@ def gqa(
     Parameters
     ----------
     scene_graphs
-        ``{image id: {objects: {object id: {name, x, y, w, h, attributes, relations}}}}``; relations are a list of
-        ``{name, object}`` or such objects by key.
+        ``{image id: {width, height, objects: {object id: {name, x, y, w, h, attributes, relations}}}}``; relations are a
+        list of ``{name, object}`` or such objects by key. With width and height, boxes are scaled and turned with an
+        image that was resized in proportion or has an EXIF orientation.
     images
         Folder with ``<image id>.jpg``.
     questions
@@ -59,14 +61,16 @@ def gqa(
     ConceptDataset
         Yes-no questions of every level, with objects and boxes. The subject of one of GQA's own questions is the first
         object that its ``annotations.question`` names; an object that is asked for and absent is no subject. An attribute
-        that is a color is kept under ``color`` where the object has one only, any other under its own name.
+        that is a color is kept under ``color`` where the object has one only, any other under its own name. An object
+        whose box has no area, passes the edge of the image by more than a pixel, or cannot be placed
+        (`concepts.reading.boxes`) has no box, and is counted.
 
     Raises
     ------
     DataError
         Naming file, record and field: a file that is cut or broken, a field that is missing or of the wrong kind, a
-        relation to an object that is not there, a question of an unknown type, an image that is missing, unreadable or
-        outside the folder.
+        relation to an object that is not there, a question of an unknown type, an image that is missing, unreadable,
+        outside the folder, or of other proportions than its scene graph says.
     ConfigError
         For a limit or number of questions below 1.
     """
@@ -101,9 +105,11 @@ def _scenes(
             beyond.add(image)
             continue
         objects = dict(_objects(record))
-        things = tuple(_thing(key, value, left_out) for key, value in objects.items())
+        picture = pictures.find(f"{image}.jpg", record.where)
+        frame = pictures.box_frame(picture, annotated_size(record))
+        things = tuple(_thing(key, value, frame, left_out) for key, value in objects.items())
         relations = tuple(r for key, value in objects.items() for r in _relations(key, value, objects, left_out))
-        yield Annotated(image, pictures.find(f"{image}.jpg", record.where), things, relations)
+        yield Annotated(image, picture, things, relations)
 
 
 def _objects(record: Record) -> Iterator[tuple[str, Record]]:
@@ -115,12 +121,10 @@ def _objects(record: Record) -> Iterator[tuple[str, Record]]:
         yield key, as_record(f"{record.where}, object '{key}'", value)
 
 
-def _thing(key: str, value: Record, left_out: Counter[str]) -> SceneObject:
-    x, y, width, height = value.numbers("x", "y", "w", "h")
+def _thing(key: str, value: Record, frame: BoxFrame, left_out: Counter[str]) -> SceneObject:
+    box = frame.place(*box_numbers(value, *"xywh"), left_out)
     words = [w.strip().lower() for w in value.words("attributes")] if "attributes" in value.values else []
-    return SceneObject(
-        key, value.text("name").strip().lower(), Box(x, y, x + width, y + height), attributes_of(words, left_out)
-    )
+    return SceneObject(key, value.text("name").strip().lower(), box, attributes_of(words, left_out))
 
 
 def attributes_of(words: list[str], left_out: Counter[str]) -> dict[str, str]:

@@ -10,9 +10,10 @@ from concepts.images import FileImage
 from concepts.loaders.gqa import attributes_of
 from concepts.reading.annotation_questions import RELATION_NAMES, Annotated, Asker
 from concepts.reading.assembly import Pictures, check_counts, dataset
+from concepts.reading.boxes import annotated_size, box_numbers
 from concepts.reading.records import Record, as_record
 from concepts.reading.streams import stream_list
-from concepts.schema import Box, ConceptDataset, Example, SceneObject
+from concepts.schema import ConceptDataset, Example, SceneObject
 from groundscope.core.errors import DataError
 
 _FOLDERS = ("", "VG_100K/", "VG_100K_2/")
@@ -26,6 +27,7 @@ def visual_genome(
     relationships: Path | str | None = None,
     regions: Path | str | None = None,
     *,
+    image_data: Path | str | None = None,
     per_image: int = 3,
     seed: int = 0,
     limit: int | None = None,
@@ -48,6 +50,9 @@ def visual_genome(
     regions
         ``[{image_id or id, regions[{phrase}]}]``: adds a question for a description of each image, whose answer is all
         of its phrases.
+    image_data
+        ``[{image_id, width, height}]``: with it, boxes are scaled and turned with an image that was resized in
+        proportion or has an EXIF orientation.
     per_image
         Pairs of questions of each level an image gets at most; see `concepts.reading.annotation_questions`.
     seed
@@ -59,13 +64,16 @@ def visual_genome(
     -------
     ConceptDataset
         Yes-no questions of every level that was annotated, and captions, with objects and boxes. What is not annotated
-        counts as absent, though people who annotated freely may have passed it over.
+        counts as absent, though people who annotated freely may have passed it over. An object whose box has no area,
+        passes the edge of the image by more than a pixel, or cannot be placed (`concepts.reading.boxes`) has no box, and
+        is counted.
 
     Raises
     ------
     DataError
         Naming file, record and field: a file that is cut or broken, a field that is missing or of the wrong kind, an
-        object id used twice, an image that is missing, unreadable or outside the folder.
+        object id used twice, an image that is missing, unreadable, outside the folder, or of other proportions than
+        `image_data` says.
     ConfigError
         For a limit or number of questions below 1.
     """
@@ -79,11 +87,12 @@ def visual_genome(
             wanted.setdefault(record.identifier("image_id"))
         for thing in record.records("objects"):
             nouns.setdefault(_noun(thing))
-    more = [Path(p) for p in (attributes, relationships, regions) if p is not None]
+    more = [Path(p) for p in (attributes, relationships, regions, image_data) if p is not None]
     told = _attributes(Path(attributes), wanted, left_out) if attributes is not None else {}
     stands = _relationships(Path(relationships), wanted, left_out) if relationships is not None else {}
+    sizes = _sizes(Path(image_data), wanted) if image_data is not None else {}
     asker = Asker(tuple(nouns), per_image, seed, left_out)
-    scenes = {s.id: s for s in _scenes(file, pictures, wanted, told, stands, left_out)}
+    scenes = {s.id: s for s in _scenes(file, pictures, wanted, sizes, told, stands, left_out)}
     examples = asker.ask(scenes.values())
     if regions is not None:
         examples += _described(Path(regions), scenes, left_out)
@@ -102,6 +111,7 @@ def _scenes(
     file: Path,
     pictures: Pictures,
     wanted: Mapping[str, None],
+    sizes: Mapping[str, tuple[int, int] | None],
     told: Mapping[str, Mapping[str, list[str]]],
     stands: Mapping[str, list[tuple[str, str, str]]],
     left_out: Counter[str],
@@ -111,19 +121,20 @@ def _scenes(
         if image not in wanted:
             left_out[_BEYOND] += 1
             continue
+        picture = _image(image, pictures, record)
+        frame = pictures.box_frame(picture, sizes.get(image) or annotated_size(record))
         things: dict[str, SceneObject] = {}
         for thing in record.records("objects"):
             number = thing.identifier("object_id")
             if number in things:
                 msg = f"{thing.where}: field 'object_id': {number} was already used in this image"
                 raise DataError(msg)
-            x, y, width, height = thing.numbers("x", "y", "w", "h")
             words = told.get(image, {}).get(number, [])
-            box = Box(x, y, x + width, y + height)
+            box = frame.place(*box_numbers(thing, *"xywh"), left_out)
             things[number] = SceneObject(number, _noun(thing), box, attributes_of(words, left_out))
         relations = [r for r in stands.get(image, []) if r[0] in things and r[2] in things]
         left_out["relations of objects that are not annotated"] += len(stands.get(image, [])) - len(relations)
-        yield Annotated(image, _image(image, pictures, record), tuple(things.values()), tuple(relations))
+        yield Annotated(image, picture, tuple(things.values()), tuple(relations))
 
 
 def _image(image: str, pictures: Pictures, record: Record) -> FileImage:
@@ -131,6 +142,11 @@ def _image(image: str, pictures: Pictures, record: Record) -> FileImage:
     names = [f"{folder}{image}.jpg" for folder in _FOLDERS]
     there = next((name for name in names if pictures.has(name)), names[0])
     return pictures.find(there, record.where, "image_id")
+
+
+def _sizes(file: Path, wanted: Mapping[str, None]) -> dict[str, tuple[int, int] | None]:
+    records = ((record.identifier("image_id", "id"), record) for record in stream_list(file))
+    return {image: annotated_size(record) for image, record in records if image in wanted}
 
 
 def _attributes(file: Path, wanted: Mapping[str, None], left_out: Counter[str]) -> dict[str, dict[str, list[str]]]:

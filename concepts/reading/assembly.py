@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from concepts.images import FileImage, inside
+from concepts.reading.boxes import BoxFrame, box_frame
 from concepts.reading.records import sha256
 from concepts.schema import ConceptDataset, Example
 from groundscope.core.errors import ConfigError, DataError
@@ -53,6 +54,18 @@ class Pictures:
         plain = path.as_posix()[len(self._root.as_posix().rstrip("/")) + 1 :]
         self.named.setdefault(plain, place)
         return self.known.setdefault(plain, FileImage(path, plain))
+
+    def box_frame(self, picture: FileImage, annotated: tuple[int, int] | None) -> BoxFrame:
+        """Decide the frame of an image's boxes as `box_frame` does; its errors name the place of the image too."""
+        try:
+            return box_frame(picture, annotated)
+        except DataError as error:
+            msg = f"{self.named[picture.name]}: {error}"
+            raise DataError(msg) from error
+
+    def is_turned(self, picture: FileImage) -> bool:
+        """Whether an EXIF orientation turns or mirrors the stored pixels; errors name the place of the image too."""
+        return self.box_frame(picture, None).decided is False
 
     def check(self) -> None:
         """Read the header of every image; raises `DataError` for one that is missing or unreadable."""

@@ -109,7 +109,7 @@ def _looks(facts: Facts, example: Example) -> str:
     heads = [Head.parse(h) for h in facts.top][:4]
     seen = attention_to_image(facts.context.model, [example], heads)
     thing = example.named_object()
-    box = (thing.box.x0, thing.box.y0, thing.box.x1, thing.box.y1) if thing else None
+    box = (thing.box.x0, thing.box.y0, thing.box.x1, thing.box.y1) if thing and thing.box else None
     maps = [
         (str(head), seen.maps[0, i].reshape(seen.grid), float(seen.image_mass[0, i])) for i, head in enumerate(heads)
     ]

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from PIL import Image as Pillow
 from torch import Tensor
 
 from concepts.schema import Box
@@ -60,16 +61,32 @@ def stretched(size: tuple[int, int], width: float, height: float) -> Frame:
 
 
 def processed(model: Lvlm, image: Image.Image, **options: Any) -> Mapping[str, Any]:
-    """Run the processor's image part; raises `DataError` where it will not take the image."""
+    """Run the processor's image part; raises `DataError` where it refuses the image, or would make too many pixels of it."""
     pictures = getattr(model.processor, "image_processor", None)
     if pictures is None:
         msg = f"the processor of {model.name} has no image_processor"
         raise ModelError(msg)
+    _check_resized_size(pictures, image.size)
     try:
         return pictures(images=[image], return_tensors="pt", **options)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, ZeroDivisionError) as error:
         msg = f"{type(pictures).__name__} does not take an image of {image.size[0]} x {image.size[1]} pixels: {error}"
         raise DataError(msg) from error
+
+
+def _check_resized_size(pictures: Any, size: tuple[int, int]) -> None:
+    """Raise `DataError` for an image so long that it fills memory once its short side has a fixed length."""
+    settings = getattr(pictures, "size", None)
+    if settings is None or not getattr(pictures, "do_resize", True) or number(settings, "longest_edge"):
+        return
+    edge, limit = number(settings, "shortest_edge"), Pillow.MAX_IMAGE_PIXELS
+    long = int(edge * max(size) / min(size)) if edge else 0
+    if edge and limit and edge * long > limit:
+        msg = (
+            f"an image of {size[0]} x {size[1]} pixels becomes one of {edge} x {long}, more than {limit} pixels, as "
+            f"{type(pictures).__name__} gives its short side {edge}: crop it or cut it into several images"
+        )
+        raise DataError(msg)
 
 
 def vision_config(model: Lvlm) -> Any:

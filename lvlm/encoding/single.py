@@ -80,12 +80,13 @@ def florence(model: Lvlm, image: Image.Image) -> Look:
     a token sees its own box, and that of its neighbors above and to the left in part.
     """
     pixels: Tensor = processed(model, image)["pixel_values"]
-    height, width = pixels.shape[-2:]
+    height, width = shown_y, shown_x = pixels.shape[-2:]
+    frame = picture_frame(model, image.size, pixels)
     vision = model.hf.config.vision_config
     grids: list[PatchGrid] = []
     for size, stride, padding in zip(vision.patch_size, vision.patch_stride, vision.patch_padding, strict=True):
         height, width = ((side + 2 * padding - size) // stride + 1 for side in (height, width))
-        grids.append(stretched(image.size, width, height).grid(height, width, width, height))
+        grids.append(frame.grid(height, width, shown_x, shown_y))
     cells = grids[-1]
     lattices = {"projector": (Lattice(tuple(range(1, cells.count + 1)), cells),)}  # the mean of all of them comes first
     sequence = {"projector": cells.count + 1}
@@ -99,23 +100,51 @@ def florence(model: Lvlm, image: Image.Image) -> Look:
 def picture_frame(model: Lvlm, size: tuple[int, int], pixels: Tensor) -> Frame:
     """Say how a picture of fixed size lies over the original (width, height), by the image processor's settings.
 
-    Follows what it does: resize to a fixed size, or by an edge and then crop the middle, or pad to a square.
+    Follows what it does: pad to a square, resize to a fixed size or by an edge, crop the middle.
+
+    Raises
+    ------
+    ModelError
+        Where it crops, and resizes in a way that is not known.
     """
     pictures: Any = model.processor.image_processor
     height, width = pixels.shape[-2:]
-    if hasattr(pictures, "background_color") or getattr(pictures, "do_pad", False):
+    padded = hasattr(pictures, "background_color") or bool(getattr(pictures, "do_pad", False))
+    whole_x, whole_y = _size_before_crop(model, (max(size), max(size)) if padded else size, (width, height))
+    if padded:
         # Made square around the middle, in whole pixels of the picture.
-        delta = width / max(size)
+        delta = whole_x / max(size)
         floor = int(getattr(pictures, "min_size", 0) or 0)
         shown_x, shown_y = (max(round(side * delta), floor) for side in size)
-        left, top = (width - shown_x) // 2, (height - shown_y) // 2
-        scale_x, scale_y = size[0] / shown_x, size[1] / shown_y
-        return Frame(scale_x, scale_y, -left * scale_x, -top * scale_y)
-    edge = number(pictures.size, "shortest_edge") if getattr(pictures, "do_resize", True) else None
-    if edge:
-        scale = min(size) / edge
-        return Frame(scale, scale, (size[0] - width * scale) / 2, (size[1] - height * scale) / 2)
-    return stretched(size, width, height)
+        frame = stretched(size, shown_x, shown_y).part(-((whole_x - shown_x) // 2), -((whole_y - shown_y) // 2))
+    else:
+        frame = stretched(size, whole_x, whole_y)
+    return frame.part((whole_x - width) // 2, (whole_y - height) // 2)
+
+
+def _size_before_crop(model: Lvlm, size: tuple[int, int], picture: tuple[int, int]) -> tuple[int, int]:
+    """Return the (width, height) to which an image is resized before its middle is cropped to the picture's size."""
+    pictures: Any = model.processor.image_processor
+    stated = hasattr(pictures, "do_center_crop")
+    if stated and not pictures.do_center_crop:
+        return picture
+    if not getattr(pictures, "do_resize", True):
+        return size
+    settings = pictures.size
+    width, height, edge = (number(settings, name) for name in ("width", "height", "shortest_edge"))
+    if width and height:
+        return width, height
+    if not edge or number(settings, "longest_edge"):
+        if not stated:
+            return picture
+        msg = (
+            f"{type(pictures).__name__} of {model.name} crops the middle of an image resized by {settings}: known are a "
+            "height and width, or a shortest_edge alone; change its size"
+        )
+        raise ModelError(msg)
+    # As transformers rounds it (get_resize_output_image_size).
+    long = int(edge * max(size) / min(size))
+    return (long, edge) if size[0] >= size[1] else (edge, long)
 
 
 def patch_grid(model: Lvlm, size: tuple[int, int], shown: tuple[int, int]) -> PatchGrid:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from lvlm.encoding.image_inputs import Look, patch_size, processed, stretched, tower, vision_config
+from groundscope.core.errors import ModelError
+from lvlm.encoding.image_inputs import Look, number, patch_size, processed, stretched, tower, vision_config
 from lvlm.sites import Stack
 from lvlm.token_map import Lattice, PatchGrid
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 def anyres(model: Lvlm, image: Image.Image) -> Look:
     """LLaVA-NeXT and OneVision: a thumbnail, then the tiles joined again, padding cut off, each row with an end token."""
     out = processed(model, image)
+    _check_uncropped(model)
     pixels: Tensor = out["pixel_values"]  # [1, tiles + 1, C, side, side]
     side = int(pixels.shape[-1])
     patch, prefix = patch_size(model), model.spec.vision_prefix or 0
@@ -98,6 +100,20 @@ def anyres_layout(model: Lvlm, size: tuple[int, int], *, tiles: bool = True) -> 
         if ratio > 1.1:
             rows, columns = int(rows // ratio), int(columns // ratio)
     return AnyresLayout(kept, across**2, rows, columns, (high, wide), patches, (cut_y, cut_x))
+
+
+def _check_uncropped(model: Lvlm) -> None:
+    """Raise `ModelError` for a processor that cuts the edges of every tile off: its tokens then have gaps between them."""
+    pictures: Any = model.processor.image_processor
+    crop = number(getattr(pictures, "crop_size", None) or {}, "height")
+    edge = number(pictures.size, "height") or number(pictures.size, "shortest_edge")
+    if crop and edge and crop != edge:
+        msg = (
+            f"{type(pictures).__name__} of {model.name} resizes tiles of {crop} pixels to {edge}"
+            f"{' and crops their middle' if getattr(pictures, 'do_center_crop', False) else ''}: where the tokens are in the "
+            "image is not known; set its crop_size and size to equal values"
+        )
+        raise ModelError(msg)
 
 
 def split(model: Lvlm, image: Image.Image) -> Look:

@@ -254,10 +254,11 @@ def pictures(seed: int, step: int, size: int) -> Picture:
         pixels[row] = _grainy(rng, picture, 0.02)
         cover = np.full((GRID, GRID), 0.1 * PATCH * PATCH)
         for thing in scene.objects:
-            area = _cover(thing.box.x0, thing.box.x1)[None, :] * _cover(thing.box.y0, thing.box.y1)[:, None]
+            box = thing.require_box()
+            area = _cover(box.x0, box.x1)[None, :] * _cover(box.y0, box.y1)[:, None]
             won = area > cover
             cover = np.maximum(cover, area)
-            x, y = thing.box.center
+            x, y = box.center
             values = {
                 "noun": NOUNS.index(thing.noun),
                 "color": COLOR_NAMES.index(thing.attributes["color"]),
