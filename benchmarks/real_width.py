@@ -27,6 +27,8 @@ from rich.console import Console
 from rich.table import Table
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from lvlm.tiny.architecture import IMAGE, build_tokenizer, vocabulary
 
 RESULTS = Path(__file__).parent / "results" / "real_width.json"

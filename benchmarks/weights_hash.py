@@ -9,11 +9,15 @@ import argparse
 import hashlib
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from lvlm import fingerprint
 from lvlm.fingerprint import sampled_weights_hash, weights_hash
