@@ -194,6 +194,7 @@ class Diagnoses:
                 "flip": one.flip,
                 "undone_by": " ".join(one.undone_by),
                 "lean": one.lean,
+                "unread": " ".join(one.unread),
                 "without_image": one.without_image,
             }
             row |= {part: one.sources.get(part, math.nan) for part in ("image", "prompt", "prior")}
