@@ -27,6 +27,7 @@ from diagnosis.probe_sets import ProbeSet
 from diagnosis.readings import Margins
 from diagnosis.results import STAGES, VERDICTS, Diagnosis, Place
 from diagnosis.verdicts import OwnExamples, belief, judge, own_examples, place_of_concept, stage_state, suggests
+from experiments.report import diagnoses as report
 from experiments.run.folder import digest
 from experiments.stages.diagnose import KEPT, fit_directions
 from groundscope.core.errors import ProbeError, StoreError
@@ -276,6 +277,29 @@ def test_without_boxes_a_verdict_says_what_was_not_read(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="unknown verdict 'overridden'; choose from not seen"):
         Diagnoses.load(path)
     assert VERDICTS[3:5] == ("overridden by the prior", "overridden late")
+
+
+def test_the_report_says_which_verdicts_cannot_be_reached() -> None:
+    def one(kind: str, **stages: str) -> Diagnosis:
+        about = dict.fromkeys(("id", "group", "split", "question", "truth"), "x") | {"level": "object", "kind": kind}
+        return Diagnosis(
+            about, "yes", "", "overridden late", 0.9, stages={**dict.fromkeys(STAGES, "unknown"), **stages}
+        )
+
+    ones = (
+        one("a", last="truth"),
+        one("a", last="truth", vision="other"),
+        one("b", last="truth"),
+        one("c", last="truth"),
+    )
+    model = Diagnoses(ones, (), "m", "c", "w")
+    between, all_of_it = report.unread(model)
+    assert between.startswith("Not read in wrong answers of kind object a (2): the projector and the image's tokens. ")
+    assert between.endswith("The verdicts lost at the projector, not integrated cannot be reached there.")
+    assert "kind object b (1), object c (1): the vision tower, the projector and the image's tokens. " in all_of_it
+    assert all_of_it.endswith("The verdicts not seen, lost at the projector, not integrated cannot be reached there.")
+    assert report.unread(Diagnoses((one("a", **dict.fromkeys(STAGES, "truth")),), (), "m", "c", "w")) == []
+    assert set(report.MEANING) == set(VERDICTS)
 
 
 # ---- concepts that no split can place ----------------------------------------------------------------------------------

@@ -7,12 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 from circuits import HeadScores, random_heads
 from concepts import counterfactuals
 from concepts.schema import CounterfactualPair
 from experiments.run.context import Context
 from experiments.run.folder import write_json
+from experiments.stages.measures import guards
 from experiments.stages.strength import RULE, choose, swept
 from groundscope.core.errors import ConfigError, DataError, PatchError, SiteError
 from lvlm import Head
@@ -113,7 +115,7 @@ def make_vector(context: Context, root: Path) -> str:
     options = context.config.steer
     circuit = context.folder.path / "circuits"
     heads = [Head.parse(h) for h in json.loads((circuit / "top.json").read_text())["heads"]]
-    about = {"method": options.method, "rule": RULE}
+    about: dict[str, Any] = {"method": options.method, "rule": RULE}
     if not heads:
         chosen = {"strength": 0.0}
         write_json(root / "sweep.json", {**about, "chosen": chosen, "sweep": [chosen], "curves": {}, "left_out": {}})
@@ -131,15 +133,18 @@ def make_vector(context: Context, root: Path) -> str:
     curves = swept(context.model, validation, tried)
     sweep = curves[options.method]
     chosen = choose(sweep, options.max_drop)
+    guarded = guards(sweep[0])
     vector = vector.scaled(chosen["strength"])
     vector.save(root / "vector.safetensors")
     for name, control in controls.items():
         control.scaled(chosen["strength"]).save(root / control_file(name))
+    about["guards"] = guarded
     write_json(root / "sweep.json", {**about, "chosen": chosen, "sweep": sweep, "curves": curves, "left_out": left_out})
+    loses = f"lose at most {max(0.0, chosen['cost']):.3f}" if guarded else "cannot be guarded: these data have none"
     return (
         f"{options.method} at {', '.join(map(str, heads))}, strength {chosen['strength']:g}: "
         f"on images not tested on, errors {sweep[0]['harm']:.3f} -> {chosen['harm']:.3f}, "
-        f"neutral and typical questions lose at most {max(0.0, chosen['cost']):.3f}"
+        f"{' and '.join(guarded) or 'questions that it should not change'} {loses}"
     )
 
 
