@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,8 +11,11 @@ from typing import Any, Self
 
 import numpy as np
 
+from groundscope.core import artifacts
 from groundscope.core.errors import SiteError, StoreError
 from groundscope.core.files import canonical_json, explained, write_whole
+from groundscope.core.tensor_files import encode_tensors, read_tensors
+from groundscope.core.user_files import parse_json
 from lvlm.sites import Site, TokenSelection
 
 DIRECTION_VERSION = 2
@@ -143,8 +145,6 @@ class Direction:
 
     def save(self, path: str | Path) -> Path:
         """Write one ``.safetensors`` file: tensor ``vector`` and, as metadata, everything else as JSON."""
-        from safetensors.numpy import save
-
         card = {
             "version": DIRECTION_VERSION,
             "site": self.site,
@@ -160,7 +160,7 @@ class Direction:
             "train_groups": list(self.train_groups),
             "kind": self.kind,
         }
-        data = save({"vector": self.vector}, metadata={"direction": canonical_json(card)})
+        data = encode_tensors({"vector": self.vector}, {"direction": canonical_json(card)})
         path = Path(path)
         with explained(lambda reason: f"{path}: the direction cannot be written: {reason}"):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -170,21 +170,20 @@ class Direction:
     @classmethod
     def load(cls, path: str | Path) -> Self:
         """Read what `save` wrote; raises `StoreError` where the file is missing, damaged or something else."""
-        from safetensors import SafetensorError, safe_open
-
+        with artifacts.reading_result(Path(path), "direction"):
+            tensors, header = read_tensors(path, error=StoreError)
         try:
-            with safe_open(str(path), framework="numpy") as file:
-                card = json.loads((file.metadata() or {})["direction"])
-                vector = file.get_tensor("vector")
-        except FileNotFoundError as error:
-            msg = f"no direction at {path}: there is no such file"
-            raise StoreError(msg) from error
-        except (SafetensorError, KeyError, json.JSONDecodeError, OSError) as error:
+            card, vector = parse_json(header["direction"]), tensors["vector"]
+        except (KeyError, ValueError, RecursionError) as error:
             msg = f"{path} is not a direction, or is damaged: {error}"
             raise StoreError(msg) from error
-        version = card.pop("version", 0)
+        version = card.pop("version", 0) if isinstance(card, dict) else None
         if not isinstance(version, int) or version > DIRECTION_VERSION:
-            msg = f"{path}: direction version {version} is newer than {DIRECTION_VERSION}; update groundscope"
+            msg = f"{path}: direction version {version}, this reads up to {DIRECTION_VERSION}; update groundscope"
             raise StoreError(msg)
-        statistics = {k: math.nan if v is None else v for k, v in card.pop("statistics").items()}
-        return cls(vector=vector, statistics=statistics, **card)
+        try:
+            statistics = {k: math.nan if v is None else v for k, v in card.pop("statistics").items()}
+            return cls(vector=vector, statistics=statistics, **card)
+        except (KeyError, TypeError, AttributeError) as error:
+            msg = f"{path}: damaged direction: {error}"
+            raise StoreError(msg) from error

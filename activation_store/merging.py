@@ -17,12 +17,13 @@ from activation_store.format.digests import blocks, read_digests
 from activation_store.format.manifest import Manifest, ShardEntry, read_manifest
 from activation_store.format.model_tensors import tensors_entry, write_tensors
 from activation_store.format.schema import MANIFEST, ArrayInfo, Schema, shard_name, shard_numbers
-from activation_store.format.shard import inspect, rebuild_advice
+from activation_store.format.screening import screen
+from activation_store.format.shard import SHARD_KIND, check_outcome, inspect, rebuild_advice
 from activation_store.reading.store import ActivationStore
 from activation_store.writing.shard_parts import create_array, describe_array, finish_shard, publish_shard, start_shard
 from activation_store.writing.virtual_index import write_index
 from groundscope.core.errors import StoreError
-from groundscope.core.files import explained, part_of, publish_new, sync, write_whole
+from groundscope.core.files import DamagedFileError, explained, part_of, publish_new, same_bytes, sync, write_whole
 
 Progress = Callable[[int, int], None]
 """Called with what is done and the total."""
@@ -80,6 +81,10 @@ def merge(stores: ActivationStore, out: str | Path, progress: Progress | None = 
         total = sum(len(part.shards) for part in stores.folders)
         for part in stores.folders:
             listed = read_manifest(part.path / MANIFEST).shards
+            originals = [part.path / e.file for e in listed]
+            # All at once: files without a seal share a child process.
+            for path, outcome, entry in zip(originals, screen(originals, SHARD_KIND), listed, strict=True):
+                check_outcome(path, outcome, entry)
             numbers = [shard_numbers(e.file) or (0, 0) for e in listed]
             for entry, (worker, number) in zip(listed, numbers, strict=True):
                 name = shard_name(first + worker, number)
@@ -130,7 +135,7 @@ def _one_shard(store: ActivationStore, schema: Schema, folder: Path, progress: P
                     order="LND",
                 )
             finish_shard(file, store.columns, len(store))
-        pen.sync()
+        pen.check()
     return publish_shard(temporary, folder / name, digests, tuple(store.columns["id"]))
 
 
@@ -158,10 +163,13 @@ def _offsets(store: ActivationStore, info: ArrayInfo) -> np.ndarray | None:
 
 
 def _check_copy(copy: Path, original: Path, entry: ShardEntry) -> None:
-    found = inspect(copy)  # raises where its values changed
-    if (found.bytes, found.sha256) != (entry.bytes, entry.sha256):
-        msg = f"{original}: damaged, its bytes are not those that the manifest has; {rebuild_advice(original.name)}"
+    if not same_bytes(copy, original):
+        msg = f"{original}: its copy has other bytes: the disk fails, or the file was changed while it was copied"
         raise StoreError(msg)
+    found = inspect(copy, screened=True)  # raises where its values changed
+    if (found.bytes, found.sha256) != (entry.bytes, entry.sha256):
+        msg = f"{original}: damaged, its bytes are not those that the manifest lists; {rebuild_advice(original.name)}"
+        raise DamagedFileError(msg)
 
 
 @contextlib.contextmanager

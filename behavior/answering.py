@@ -16,6 +16,7 @@ from behavior.result import Answer, BehaviorResult, Cost
 from concepts.schema import ConceptDataset, Example
 from groundscope.core.errors import ConfigError, DataError, ModelError
 from groundscope.core.progress import display
+from lvlm import applied
 from lvlm.answers import AnswerKey, answer_key
 from lvlm.model import Batch, Lvlm
 
@@ -171,11 +172,16 @@ def answer_each(
         "generate": generate,
         "parser": parser,
         "max_new_tokens": max_new_tokens,
+        "attention": model.attention,
+        **({"revision": model.revision} if model.revision else {}),
+        **({"decoding": "greedy"} if written else {}),
     }
-    if list(conditions) != ["as it is"]:
-        said = {name: {**provenance, "condition": name} for name in conditions}
-    else:
-        said = {"as it is": provenance}
+    said: dict[str, dict[str, Any]] = {}
+    for name, opened in conditions.items():
+        with opened():  # what is applied in it is part of where its answers came from
+            said[name] = {**provenance, **applied.record(model.hf)}
+        if list(conditions) != ["as it is"]:
+            said[name]["condition"] = name
     return {
         name: BehaviorResult(tuple(found[i] for i in range(len(data))), cost, said[name])
         for name, found in rows.items()
@@ -251,7 +257,7 @@ def _row(example: Example, **said: Any) -> Answer:
 def _counted(model: Lvlm) -> Iterator[list[None]]:
     """Count the forward passes of a model: a generated token is one too, and only the model knows when it stops."""
     seen: list[None] = []
-    hook = model.hf.register_forward_pre_hook(lambda *_: seen.append(None))
+    hook = model.hf.register_forward_pre_hook(applied.observer(lambda *_: seen.append(None)))
     try:
         yield seen
     finally:

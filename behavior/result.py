@@ -12,15 +12,17 @@ from typing import TYPE_CHECKING, Any, Self
 
 from behavior.parsing import YES_NO
 from concepts.reading.records import is_text
+from groundscope.core.document_digest import KEY, document_digest, take_digest
 from groundscope.core.errors import ConfigError, DataError
 from groundscope.core.files import write_whole
 from groundscope.core.statistics import Estimate, estimate
-from groundscope.core.user_files import read_json
+from groundscope.core.user_files import parse_json, read_text
 
 if TYPE_CHECKING:
     import pandas as pd
 
-FORMAT, VERSION = "groundscope.behavior", 1
+FORMAT, VERSION = "groundscope.behavior", 2
+_LAST_WITHOUT_DIGEST = 1
 BY = ("split", "level", "kind", "group", "question", "answer")
 """Columns that a table of rates may be split by."""
 
@@ -227,7 +229,9 @@ class BehaviorResult:
             "cost": asdict(self.cost),
             "provenance": dict(self.provenance),
         }
-        lines = ",\n".join(json.dumps(asdict(a), allow_nan=False) for a in self.answers)
+        answers = [asdict(a) for a in self.answers]
+        header[KEY] = document_digest({**header, "answers": answers})
+        lines = ",\n".join(json.dumps(a, allow_nan=False) for a in answers)
         text = f'{json.dumps(header, allow_nan=False)[:-1]}, "answers": [\n{lines}\n]}}\n'
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -243,19 +247,23 @@ class BehaviorResult:
             Naming the file, where it is missing, damaged, something else, or of another version.
         """
         try:
-            held = read_json(path)
+            text = read_text(path)
         except OSError as error:
             msg = f"answers '{path}' cannot be read: {error.strerror or error}"
             raise DataError(msg) from error
-        except DataError as error:
-            msg = f"answers '{path}' are damaged: {error}"
+        try:
+            held = parse_json(text)
+        except (ValueError, RecursionError) as error:
+            msg = f"answers '{path}' are damaged: invalid JSON: {error}"
             raise DataError(msg) from error
         if not isinstance(held, dict) or held.get("format") != FORMAT:
             msg = f"'{path}' does not hold answers saved by BehaviorResult.save"
             raise DataError(msg)
-        if type(held.get("version")) is not int or held["version"] != VERSION:
-            msg = f"answers '{path}' are of version {held.get('version')!a}, this release reads {VERSION}: answer again"
+        version = held.get("version")
+        if type(version) is not int or not 1 <= version <= VERSION:
+            msg = f"answers '{path}' are of version {version!a}, this release reads up to {VERSION}: answer again"
             raise DataError(msg)
+        take_digest(held, str(path), DataError, required=version > _LAST_WITHOUT_DIGEST)
         for name, kind in (("answers", list), ("cost", dict), ("provenance", dict)):
             if not isinstance(held.get(name), kind):
                 what = "a list" if kind is list else "an object"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, Self
 
@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from circuits.execution.memory import MEMORY
 from circuits.interventions.intervention import Intervention, Replace, Zero, intervened
 from circuits.patching.activation import check_evaluating
 from circuits.results.statistics import mean_interval
@@ -18,8 +19,9 @@ from groundscope.core.errors import ConfigError, PatchError, SiteError
 from groundscope.core.progress import progress_bar
 from lvlm.answers import answer_key
 from lvlm.encoding.encode import Encoding
+from lvlm.finite import check_finite
 from lvlm.model import Lvlm
-from lvlm.sites import Head, Site
+from lvlm.sites import Head, Site, parse_heads
 from lvlm.token_map import TokenMap
 
 if TYPE_CHECKING:
@@ -103,12 +105,13 @@ class Ablation:
 def ablate(
     model: Lvlm,
     examples: Sequence[Example],
-    sets: Literal["heads", "layers"] | Sequence[Head | Collection[Head]] = "heads",
+    sets: Literal["heads", "layers"] | Sequence[Head | str | Collection[Head | str]] = "heads",
     how: How = "mean",
     tokens: Where = "all",
     *,
     reference: Sequence[Example] | None = None,
     batch_size: int = 64,
+    memory: int = MEMORY,
     seed: int = 0,
     progress: bool | None = None,
 ) -> Ablation:
@@ -132,7 +135,9 @@ def ablate(
     reference
         The distribution that means and donors are taken from; `examples` themselves by default.
     batch_size
-        Examples side by side. Donors of one batch are held in memory.
+        Examples side by side, at most.
+    memory
+        Bytes that the donors of one batch may take (``resample``); batches are smaller where they would take more.
     seed
         Decides the donors.
     progress
@@ -148,9 +153,11 @@ def ablate(
         For no examples or sets, a model in training mode, or an example for which there is no donor.
     DataError
         Where an answer cannot be read from one token.
+    ModelError
+        Where the logits are not finite, of the whole model or without some heads.
     """
-    if how not in HOW or tokens not in WHERE or batch_size < 1:
-        msg = f"how='{how}' of {HOW}, tokens='{tokens}' of {WHERE}, batch_size={batch_size} of at least 1"
+    if how not in HOW or tokens not in WHERE or batch_size < 1 or memory < 1:
+        msg = f"how='{how}' of {HOW}, tokens='{tokens}' of {WHERE}, batch_size={batch_size} and memory={memory} of at least 1"
         raise ConfigError(msg)
     check_evaluating(model)
     chosen = _sets(model, sets)
@@ -166,9 +173,12 @@ def ablate(
         means = _means(model, given, layers, tokens, batch_size) if how == "mean" else {}
         donors = _donors(model, examples, given, tokens, seed) if how == "resample" else []
         task = bar.add_task("ablating heads", total=len(examples) * len(chosen))
+        if donors:
+            batch_size = _rows_within(model, examples[0], len(layers), tokens, batch_size, memory)
         for batch in model.batches(examples, batch_size):
 
             def margin(logits: Tensor, index: tuple[int, ...] = batch.index) -> list[float]:
+                check_finite(logits.float().logsumexp(-1), [f"example '{examples[i].id}'" for i in index], model.name)
                 return [
                     float(keys[i].margin(row.float(), examples[i].answer)) for i, row in zip(index, logits, strict=True)
                 ]
@@ -179,7 +189,7 @@ def ablate(
             values: dict[int, Tensor] = means
             if how == "resample":
                 taken = [given[donors[i]] for i in rows]
-                values = dict(zip(layers, _outputs(model, taken, layers, tokens, batch_size), strict=True))
+                values = _outputs(model, taken, layers, tokens, batch_size)
             for s, heads in enumerate(chosen):
                 with intervened(model, [_taken_out(model, head, values, at) for head in heads]):
                     ablated[rows, s] = margin(model.logits(batch.inputs))
@@ -207,14 +217,16 @@ def positions_of(tokens: TokenMap, where: Where) -> list[int]:
         return [tokens.last]
     if where == "all":
         return list(range(tokens.length))
+    if where == "suffix":
+        return list(tokens.suffix)
     if not tokens.image:
-        msg = f"tokens='{where}' need the image's tokens in the decoder's own sequence: use 'last' or 'all'"
+        msg = f"tokens='{where}' need the image's tokens in the decoder's own sequence: use 'last', 'suffix' or 'all'"
         raise PatchError(msg)
-    return list(tokens.image) if where == "image" else list(range(max(tokens.image) + 1, tokens.length))
+    return list(tokens.image)
 
 
 def _sets(
-    model: Lvlm, sets: Literal["heads", "layers"] | Sequence[Head | Collection[Head]]
+    model: Lvlm, sets: Literal["heads", "layers"] | Sequence[Head | str | Collection[Head | str]]
 ) -> tuple[tuple[Head, ...], ...]:
     every = [[Head(i, h) for h in range(model.n_heads)] for i in range(model.n_layers)]
     if isinstance(sets, str):
@@ -222,7 +234,7 @@ def _sets(
             msg = f"sets='{sets}': choose 'heads', 'layers', or give heads and collections of heads"
             raise ConfigError(msg)
         return tuple(tuple(layer) for layer in every) if sets == "layers" else tuple((h,) for row in every for h in row)
-    chosen = tuple((item,) if isinstance(item, Head) else tuple(dict.fromkeys(item)) for item in sets)
+    chosen = tuple(tuple(dict.fromkeys(parse_heads(item))) for item in sets)
     known = {head for layer in every for head in layer}
     wrong = [str(head) for heads in chosen for head in heads if head not in known]
     if wrong:
@@ -235,7 +247,7 @@ def _sets(
 
 
 def _taken_out(model: Lvlm, head: Head, values: dict[int, Tensor], at: Tensor) -> Intervention:
-    site = Site("decoder", head.layer, "z")
+    site = model.head_site(head.layer)
     if not values:
         return Intervention(site, Zero(), at, head.head)
     columns = slice(head.head * model.head_dim, (head.head + 1) * model.head_dim)
@@ -251,38 +263,53 @@ def _positions(encodings: Sequence[Encoding], where: Where) -> Tensor:
     return torch.tensor(found)
 
 
-def _read(
-    model: Lvlm, examples: Sequence[Example], layers: Sequence[int], where: Where, size: int
-) -> Iterator[tuple[int, list[Tensor]]]:
-    """Yield each example's number with its head outputs of each layer, ``[n, H * head_dim]``."""
-    sites = [Site("decoder", layer, "z") for layer in layers]
-    for batch in model.batches(examples, size):
-        seen = model.read(batch.inputs, sites)
-        for row, (number, encoding) in enumerate(zip(batch.index, batch.encodings, strict=True)):
-            at = positions_of(encoding.tokens, where)
-            yield number, [seen[str(site)][row, at] for site in sites]
-
-
 def _means(
     model: Lvlm, examples: Sequence[Example], layers: Sequence[int], where: Where, size: int
 ) -> dict[int, Tensor]:
     """Return each layer's mean head output over all such tokens of all examples, ``[H * head_dim]``."""
+    sites = [model.head_site(layer) for layer in layers]
     sums: dict[int, Tensor] = {}
     count = 0
-    for _, outputs in _read(model, examples, layers, where, size):
-        for layer, z in zip(layers, outputs, strict=True):
-            total = z.double().sum(0)
-            sums[layer] = sums[layer] + total if layer in sums else total
-        count += len(outputs[0])
+    for batch in model.batches(examples, size):
+        at = [positions_of(encoding.tokens, where) for encoding in batch.encodings]
+
+        def total(_site: Site, z: Tensor, at: list[list[int]] = at) -> Tensor:
+            return torch.stack([z[row, some].double().sum(0) for row, some in enumerate(at)])
+
+        seen = model.read(batch.inputs, sites, take=total)  # [rows, H * head_dim]
+        for row, some in enumerate(at):
+            for layer, site in zip(layers, sites, strict=True):
+                part = seen[str(site)][row]
+                sums[layer] = sums[layer] + part if layer in sums else part
+            count += len(some)
     return {layer: (total / count).to(model.dtype) for layer, total in sums.items()}
 
 
 def _outputs(
     model: Lvlm, examples: Sequence[Example], layers: Sequence[int], where: Where, size: int
-) -> Iterable[Tensor]:
+) -> dict[int, Tensor]:
     """Return for each layer the head outputs of examples with as many such tokens, ``[rows, n, H * head_dim]``."""
-    found = dict(_read(model, examples, layers, where, size))
-    return [torch.stack([found[i][k] for i in range(len(examples))]) for k in range(len(layers))]
+    sites = [model.head_site(layer) for layer in layers]
+    out: dict[int, Tensor] = {}
+    for batch in model.batches(examples, size):
+        at = torch.tensor([positions_of(encoding.tokens, where) for encoding in batch.encodings])
+        rows = torch.arange(len(at))[:, None]
+        index = torch.tensor(batch.index)
+
+        def put(site: Site, z: Tensor, at: Tensor = at, rows: Tensor = rows, index: Tensor = index) -> None:
+            if site.layer not in out:
+                out[site.layer] = z.new_empty(len(examples), at.shape[1], z.shape[-1])
+            out[site.layer][index.to(z.device)] = z[rows.to(z.device), at.to(z.device)]
+
+        model.read(batch.inputs, sites, take=put)
+    return out
+
+
+def _rows_within(model: Lvlm, example: Example, layers: int, where: Where, size: int, memory: int) -> int:
+    """Return of how many examples a budget holds the donors: a head output of each layer at each such token."""
+    tokens = model.encode(example).tokens
+    each = layers * len(positions_of(tokens, where)) * model.n_heads * model.head_dim * model.dtype.itemsize
+    return max(1, min(size, memory // each))
 
 
 def _donors(model: Lvlm, examples: Sequence[Example], given: Sequence[Example], where: Where, seed: int) -> list[int]:

@@ -21,6 +21,8 @@ from concepts.schema import Example
 from groundscope.core.errors import ConfigError, ModelError, PatchError, SiteError
 from groundscope.core.progress import progress_bar
 from lvlm.answers import answer_key
+from lvlm.applied import Applied, registered
+from lvlm.digest import digest_of
 from lvlm.encoding.encode import Batch
 from lvlm.family.specification import TOLERANCE, resolve
 from lvlm.model import Lvlm
@@ -202,6 +204,7 @@ def blocked(model: Lvlm, layers: Sequence[int], block: Tensor) -> Iterator[None]
         During a forward, where a layer's attention is not given a mask that can be added to.
     """
 
+    @registered
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         hidden: Tensor = args[0] if args else kwargs["hidden_states"]
         mask = kwargs.get("attention_mask", _MISSING)
@@ -225,7 +228,11 @@ def blocked(model: Lvlm, layers: Sequence[int], block: Tensor) -> Iterator[None]
             mask = torch.zeros(mask.shape, dtype=hidden.dtype, device=mask.device).masked_fill(~mask, float("-inf"))
         return args, {**kwargs, "attention_mask": mask}
 
+    applied = Applied(
+        "attention knockout", f"layers {', '.join(map(str, layers))}", lambda: digest_of([*layers, block])
+    )
     with ExitStack() as hooks:
+        hooks.callback(model.register(applied).remove)
         for layer in layers:
             module = resolve(model.layers("decoder")[layer], model.spec.decoder.attention, model.spec)
             hooks.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)

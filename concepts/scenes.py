@@ -65,14 +65,27 @@ def dataset(n_images: int = 500, seed: int = 0, splits: Sequence[str] = SPLITS) 
     makers = {"neutral": _neutral, "presence": _presence, "color": _color, "caption": _caption}
     examples: list[Example] = []
     first = 0
-    for design, share in SHARES.items():
-        count = round(n_images * share)
+    for design, count in _counts(n_images).items():
         for index in range(first, first + count):
             rng = generator(TEST, seed, index)
             examples += [e for e in makers[design](rng, f"s{seed}-{index}") if e.split in splits]
         first += count
     provenance = {"generator": "concepts.scenes", "n_images": n_images, "seed": seed, "splits": list(splits)}
     return ConceptDataset(f"scenes-{n_images}-{seed}", tuple(examples), provenance)
+
+
+def _counts(n_images: int) -> dict[str, int]:
+    """Return how many images each design has; they add up to `n_images`.
+
+    Each share is rounded; where that makes too many or too few, the designs that rounding changed most are corrected.
+    """
+    exact = {design: n_images * share for design, share in SHARES.items()}
+    counts = {design: round(value) for design, value in exact.items()}
+    while (left := n_images - sum(counts.values())) != 0:
+        step = 1 if left > 0 else -1
+        most = max(counts, key=lambda design: step * (exact[design] - counts[design]))
+        counts[most] += step
+    return counts
 
 
 def _pick(rng: np.random.Generator, items: Sequence[T]) -> T:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from activation_store import ActivationStore
 from circuits.execution.full_runner import run_whole, say_plain
-from circuits.execution.memory import MEMORY
+from circuits.execution.memory import MEMORY, batch_rows
 from circuits.execution.prefix_attention import NotShared
 from circuits.execution.prefix_cache import Recording, record
 from circuits.execution.suffix_runner import Reader, Row, resume
@@ -63,7 +63,11 @@ Run = Callable[[Sequence[Row]], np.ndarray]
 def usual_values(model: Lvlm, store: ActivationStore, claims: Sequence[Claim], kinds: Sequence[str]) -> Usual:
     """Return the mean output of every layer's heads, and MLPs where they are stored, over right answers of some kinds."""
     components = ("z", "mlp_out") if store.has("decoder", "mlp_out", "last") else ("z",)
-    sites = [Site.parse(f"decoder.L{layer}.{c}") for layer in range(model.n_layers) for c in components]
+    sites = [
+        model.head_site(layer) if component == "z" else Site("decoder", layer, component)  # pyright: ignore[reportArgumentType]
+        for layer in range(model.n_layers)
+        for component in components
+    ]
     out: dict[str, dict[Site, np.ndarray]] = {}
     for kind in kinds:
         members: dict[str, list[int]] = {}
@@ -234,7 +238,7 @@ class _Way:
 def _runs(model: Lvlm, examples: Sequence[Example]) -> Iterator[tuple[list[int], int, Run]]:
     """Yield examples that share shape and candidates: their numbers, their last position, and how to run changes of them."""
     way = _Way(model)
-    for batch in model.batches(examples, _BATCH):
+    for batch in model.batches(examples, batch_rows(model, examples, _BATCH, recorded=True)):
         alike: dict[tuple[str, ...], list[int]] = {}
         for k, number in enumerate(batch.index):
             alike.setdefault(examples[number].candidates, []).append(k)

@@ -9,16 +9,17 @@ from concepts.schema import Example
 from diagnosis.claims import Claim
 from diagnosis.probe_sets import EVERY, ProbeSet
 from groundscope.core.errors import DataError, SiteError, StoreError
+from lvlm.fingerprint import short
 from lvlm.model import Lvlm
 
 
 def check_store(model: Lvlm, store: ActivationStore) -> None:
     """Raise `StoreError` where a store was traced from another model."""
     weights = store.provenance.get("model", {}).get("weights")
-    if weights != model.weights_hash:
+    if not isinstance(weights, str) or not model.has_weights(weights):
         msg = (
-            f"the store at {store.path} was traced from weights {str(weights)[:12]}, {model.name} has "
-            f"{model.weights_hash[:12]}: trace this model"
+            f"the store at {store.path} was traced from weights {short(str(weights))}, {model.name} has "
+            f"{short(model.weights_hash)}: trace this model"
         )
         raise StoreError(msg)
 

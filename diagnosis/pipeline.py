@@ -17,6 +17,7 @@ import torch
 
 from activation_store import ActivationStore, Direction
 from circuits import input_attribution
+from circuits.execution.memory import batch_rows
 from circuits.patching.activation import check_evaluating
 from concepts.counterfactuals import Edited
 from concepts.schema import Example
@@ -41,6 +42,7 @@ from diagnosis.verdicts import (
 from groundscope.core.errors import DataError
 from groundscope.core.progress import progress_bar
 from lvlm.answers import answer_key
+from lvlm.finite import check_finite
 from lvlm.model import Lvlm
 
 CALIBRATE = 150
@@ -364,9 +366,12 @@ def _without_image(model: Lvlm, examples: Sequence[Example]) -> list[str]:
     """Return what the model says to each question about a blank picture."""
     out = [""] * len(examples)
     blank = [replace(e, image=Edited(e.image, "blank")) for e in examples]
-    for batch in model.batches(blank):
+    for batch in model.batches(blank, batch_rows(model, blank, 32)):
         for number, encoding, row in zip(batch.index, batch.encodings, model.logits(batch.inputs), strict=True):
             key = answer_key(model, encoding.example)
+            check_finite(
+                row.float().logsumexp(-1)[None], [f"example '{encoding.example.id}' without its image"], model.name
+            )
             out[number] = key.candidates[int(key.scores(row.float()).argmax())]
     return out
 
@@ -390,7 +395,8 @@ def _sources(
     possible = [e for e in examples if neutral[e.id]]
     if not possible or model.encoder_decoder:
         return {}
-    found = input_attribution.split(model, possible, neutral_questions=neutral, progress=False)
+    size = batch_rows(model, possible, 64)
+    found = input_attribution.split(model, possible, neutral_questions=neutral, batch_size=size, progress=False)
     return {one.example["id"]: {name: getattr(one, name) for name in PARTS} for one in found.examples}
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from activation_store import ActivationStore, Direction
 from diagnosis.claims import Claim
 from groundscope.core.errors import ProbeError, SiteError
+from lvlm.fingerprint import short
 from lvlm.model import Lvlm
 from lvlm.sites import Site, TokenSelection
 
@@ -96,12 +97,14 @@ def probe_sets(directions: Sequence[Direction]) -> list[ProbeSet]:
 
 def check_origin(model: Lvlm, store: ActivationStore, directions: Sequence[Direction]) -> None:
     """Raise `ProbeError` where a direction was fitted on another model; of the store's see `check_store`."""
+    recorded = {str(d.provenance["weights"]) for d in directions if d.provenance.get("weights")}
+    same = {weights for weights in recorded if model.has_weights(weights)}
     for d in directions:
         weights, digest = d.provenance.get("weights"), d.provenance.get("store")
-        other = weights != model.weights_hash if weights else bool(digest) and digest != store.digest
+        other = str(weights) not in same if weights else bool(digest) and digest != store.digest
         if other:
-            of = f"weights {str(weights)[:12]}" if weights else f"store {str(digest)[:12]}"
-            here = model.weights_hash[:12] if weights else store.digest[:12]
+            of = f"weights {short(str(weights))}" if weights else f"store {str(digest)[:12]}"
+            here = short(model.weights_hash) if weights else store.digest[:12]
             msg = (
                 f"direction '{d.concept}' at {d.site} was fitted on {of}, this is {model.name} with {here}: fit probes on a "
                 "store of this model"

@@ -7,11 +7,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from activation_store import ActivationStore
+from circuits.execution.memory import batch_rows
 from concepts.schema import Example
 from diagnosis.claims import Claim, objects_of
 from diagnosis.probe_sets import EVERY, ProbeSet, check_width
+from lvlm.encoding.encode import Encoding
 from lvlm.model import Lvlm
 from lvlm.sites import Site, TokenSelection
 
@@ -75,17 +78,24 @@ def read_tokens(model: Lvlm, sets: Sequence[ProbeSet], examples: Sequence[Exampl
     decisions: dict[tuple[str, str], np.ndarray] = {}
     objects: dict[tuple[str, str], Mapping[str, tuple[int, ...]]] = {}
     everything = TokenSelection.parse(EVERY)
-    for batch in model.batches(pictures, _BATCH):
-        seen = model.read(batch.inputs, sites)
-        for row, encoding in enumerate(batch.encodings):
+    for batch in model.batches(pictures, batch_rows(model, pictures, _BATCH)):
+        encodings = batch.encodings
+
+        def decide(site: Site, values: Tensor, encodings: Sequence[Encoding] = encodings) -> None:
+            probes = by_site[str(site)]
+            weights, intercepts = probes.weights()
+            for row, encoding in enumerate(encodings):
+                at = encoding.tokens.positions(everything, site.stack)
+                x = values[row, list(at)].double().cpu().numpy()
+                check_width(x, probes)
+                decisions[encoding.example.image.identity, str(site)] = x @ weights + intercepts
+
+        model.read(batch.inputs, sites, take=decide)
+        for encoding in encodings:
             for site in sites:
                 stack = Site.parse(site).stack
                 at = encoding.tokens.positions(everything, stack)
-                x = seen[site][row, list(at)].double().cpu().numpy()
-                check_width(x, by_site[site])
-                weights, intercepts = by_site[site].weights()
                 key = (encoding.example.image.identity, site)
-                decisions[key] = x @ weights + intercepts
                 if (key[0], stack) not in objects:
                     number = {p: i for i, p in enumerate(at)}
                     objects[key[0], stack] = {

@@ -12,15 +12,18 @@ from typing import TYPE_CHECKING, Any, Self
 
 from diagnosis import narrative
 from groundscope.core import artifacts
+from groundscope.core.document_digest import KEY, document_digest, take_digest
 from groundscope.core.errors import ConfigError, StoreError
 from groundscope.core.statistics import estimate
+from groundscope.core.user_files import read_json
 
 if TYPE_CHECKING:
     import pandas as pd
 
-FORMAT, VERSION = "groundscope.diagnoses", 3
-"""Version 1 has no lean; versions 1 and 2 have neither ``overridden late`` nor ``not readable``, and their ``overridden by the
-prior`` needs no evidence of a prior."""
+FORMAT, VERSION = "groundscope.diagnoses", 4
+"""Versions 1 and 2 have no digest, version 1 no lean; versions 1 to 3 have neither ``overridden late`` nor ``not readable``, and
+their ``overridden by the prior`` needs no evidence of a prior."""
+_LAST_WITHOUT_DIGEST = 2
 NOT_SEEN, LOST, NOT_INTEGRATED = "not seen", "lost at the projector", "not integrated"
 OVERRIDDEN, OVERRIDDEN_LATE = "overridden by the prior", "overridden late"
 NOT_READABLE, OTHER, RIGHT = "not readable", "other", "right"
@@ -264,7 +267,9 @@ class Diagnoses:
         }
         head = {"format": FORMAT, "version": VERSION, **card, "provenance": dict(self.provenance)}
         head["places"] = [_plain(asdict(place)) for place in self.places]
-        lines = ",\n".join(json.dumps(_plain(_record(one)), allow_nan=False) for one in self.examples)
+        records = [_plain(_record(one)) for one in self.examples]
+        head[KEY] = document_digest({**head, "diagnoses": records})
+        lines = ",\n".join(json.dumps(record, allow_nan=False) for record in records)
         text = f'{json.dumps(head, allow_nan=False)[:-1]}, "diagnoses": [\n{lines}\n]}}\n'
         path = Path(path)
         artifacts.write_bytes(path, text.encode(), "diagnoses")
@@ -274,32 +279,29 @@ class Diagnoses:
     def load(cls, path: str | Path) -> Self:
         """Read what `save` wrote; raises `StoreError` where it is missing, damaged, something else or newer."""
         path = Path(path)
-        try:
-            held = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            msg = f"no diagnoses at {path}: there is no such file"
-            raise StoreError(msg) from error
-        except (OSError, ValueError) as error:
-            msg = f"diagnoses '{path}' are damaged: {error}"
-            raise StoreError(msg) from error
-        if not isinstance(held, dict) or held.pop("format", None) != FORMAT:
+        with artifacts.reading_result(path, "file of diagnoses"):
+            held = read_json(path, error=StoreError)
+        if not isinstance(held, dict) or held.get("format") != FORMAT:
             msg = f"'{path}' does not hold diagnoses"
             raise StoreError(msg)
-        version = held.pop("version", None)
-        if version not in range(1, VERSION + 1):
+        version = held.get("version")
+        if not isinstance(version, int) or version not in range(1, VERSION + 1):
             msg = f"diagnoses '{path}' are of version {version}, this groundscope reads up to {VERSION}: diagnose again"
             raise StoreError(msg)
+        take_digest(held, str(path), StoreError, required=version > _LAST_WITHOUT_DIGEST)
         try:
+            del held["format"], held["version"]
             places = tuple(Place(**_numbers(place, Place)) for place in held.pop("places"))
             made = tuple(_diagnosis(one) for one in held.pop("diagnoses"))
-            unknown = next((o.verdict for o in made if o.verdict is not None and o.verdict not in VERDICTS), None)
-            if unknown is not None:
-                msg = f"diagnoses '{path}' are damaged: unknown verdict '{unknown}'; choose from {', '.join(VERDICTS)}"
-                raise StoreError(msg)
-            return cls(made, places, **held)
-        except (KeyError, TypeError, AttributeError) as error:
+            loaded = cls(made, places, **held)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             msg = f"diagnoses '{path}' are damaged: {error}"
             raise StoreError(msg) from error
+        unknown = next((o.verdict for o in loaded.wrong if o.verdict not in VERDICTS), None)
+        if unknown is not None:
+            msg = f"diagnoses '{path}' are damaged: unknown verdict '{unknown}'; choose from {', '.join(VERDICTS)}"
+            raise StoreError(msg)
+        return loaded
 
 
 def kind_of(one: Diagnosis) -> str:

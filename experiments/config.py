@@ -25,6 +25,8 @@ class ModelConfig:
     """Where it runs, as torch names devices."""
     trust_remote_code: bool = False
     """Let the model folder's own code run."""
+    validate: bool = True
+    """Prove at load, with forwards of one example, that tensors are where the family says; false saves that time."""
     spec: str | None = None
     """A yaml file with the fields of `lvlm.FamilySpec`, for a family that is not in the table; null for one that is."""
 

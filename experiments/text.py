@@ -1,4 +1,4 @@
-"""Text for people: sizes, and a console for tables."""
+"""Text for people: sizes, a console for tables, and text from files without a terminal's control codes."""
 
 from __future__ import annotations
 
@@ -15,6 +15,11 @@ def size(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} TB"
+
+
+def printable(text: str) -> str:
+    """Return text with control characters as escapes, so that text of a file cannot drive a terminal; line ends stay."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 def plain_console() -> Console:

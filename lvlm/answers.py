@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -50,10 +49,13 @@ def answer_key(model: Lvlm, example: Example) -> AnswerKey:
         )
         raise DataError(msg)
     # The end of the prompt decides how an answer goes on; of the question, only its last word can be part of that.
-    return _key(model, example.candidates, " ".join(example.question.split()[-1:]))
+    last_word = " ".join(example.question.split()[-1:])
+    tokenizer = model.processor.tokenizer
+    template = str(getattr(model.processor, "chat_template", None))
+    key = ("answer key", example.candidates, last_word, tokenizer, len(tokenizer), template, model.placeholder)
+    return model.remember(key, lambda: _key(model, example.candidates, last_word))
 
 
-@lru_cache(maxsize=1024)
 def _key(model: Lvlm, candidates: tuple[str, ...], question: str) -> AnswerKey:
     tokens = tuple(_first_tokens(model, question, c) for c in candidates)
     owner: dict[int, str] = {}

@@ -6,6 +6,7 @@ Pure text and integers, so that a notebook over cached activations needs no mode
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, cast
 
@@ -86,6 +87,22 @@ class Head:
             msg = f"'{text}' is not a head: write it as in 'L12.H7'"
             raise SiteError(msg)
         return cls(int(match[1]), int(match[2]))
+
+
+def parse_heads(heads: Head | str | Iterable[Head | str]) -> tuple[Head, ...]:
+    """Return heads that are given as `Head` or as text (``L12.H7``), one alone or several in order.
+
+    Raises
+    ------
+    SiteError
+        For anything else.
+    """
+    several = [heads] if isinstance(heads, Head | str) else list(heads)
+    wrong = [item for item in several if not isinstance(item, Head | str)]
+    if wrong:
+        msg = f"{wrong[0]!r} is not a head: give Head(layer, head), or text as in 'L12.H7'"
+        raise SiteError(msg)
+    return tuple(Head.parse(item) if isinstance(item, str) else item for item in several)
 
 
 ROLES = ("bos", "system", "image", "question", "object", "last", "answer", "generated")

@@ -111,6 +111,11 @@ class TokenMap:
         return tuple(p for lattice in self.lattices.get("decoder", ()) for p in lattice.positions)
 
     @property
+    def suffix(self) -> tuple[int, ...]:
+        """Positions after the image; all where the image is not in the decoder's sequence, whose every token may see it."""
+        return tuple(range(max(self.image, default=-1) + 1, self.length))
+
+    @property
     def grid(self) -> PatchGrid:
         """Where the image's tokens lie; raises `SiteError` where they lie in several views, or nowhere."""
         views = self.lattices.get("decoder", ())

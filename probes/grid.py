@@ -13,8 +13,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from concepts.schema import Concept
+from groundscope.core.document_digest import KEY, document_digest, take_digest
 from groundscope.core.errors import ProbeError
 from groundscope.core.files import write_whole
+from groundscope.core.tensor_files import MAX_TENSOR_BYTES
+from groundscope.core.user_files import read_bytes, read_json
 from probes.protocol.inputs import Place
 
 if TYPE_CHECKING:
@@ -23,7 +26,8 @@ if TYPE_CHECKING:
     from activation_store import Direction
 
 GRID_FORMAT = "groundscope.probe_grid"
-GRID_VERSION = 2
+GRID_VERSION = 3
+_LAST_WITHOUT_DIGEST = 2
 _TENSORS, _CARD = "grid.safetensors", "grid.json"
 
 
@@ -276,6 +280,7 @@ class ProbeGrid:
                 plain[item.name] = dict(value) if isinstance(value, Mapping) else value
         data = save(arrays)
         card = {"format": GRID_FORMAT, "version": GRID_VERSION, "sha256": hashlib.sha256(data).hexdigest(), **plain}
+        card[KEY] = document_digest(card)
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
         # Written aside and renamed, the card last: a run killed here leaves the old grid or a card that does not match.
@@ -297,21 +302,23 @@ class ProbeGrid:
 
         path = Path(folder)
         try:
-            card = json.loads((path / _CARD).read_bytes())
-            data = (path / _TENSORS).read_bytes()
+            card = read_json(path / _CARD, error=ProbeError)
+            data = read_bytes(path / _TENSORS, limit=MAX_TENSOR_BYTES, error=ProbeError)
         except FileNotFoundError as error:
             msg = f"no probe grid at {path}: {Path(error.filename).name} is missing; fit one and save it there"
             raise ProbeError(msg) from error
-        except (OSError, ValueError) as error:
-            msg = f"{path / _CARD} cannot be read: {error}"
+        except OSError as error:
+            msg = f"{error.filename or path}: cannot be read: {error.strerror or error}"
             raise ProbeError(msg) from error
-        if not isinstance(card, dict) or card.pop("format", None) != GRID_FORMAT:
+        if not isinstance(card, dict) or card.get("format") != GRID_FORMAT:
             msg = f"{path / _CARD} is not the card of a probe grid"
             raise ProbeError(msg)
-        version = card.pop("version", None)
-        if version != GRID_VERSION:
+        version = card.get("version")
+        if version not in (_LAST_WITHOUT_DIGEST, GRID_VERSION):
             msg = f"{path}: grid of version {version}, this reads version {GRID_VERSION}; fit it again from its store"
             raise ProbeError(msg)
+        take_digest(card, str(path / _CARD), ProbeError, required=version > _LAST_WITHOUT_DIGEST)
+        del card["format"], card["version"]
         if card.pop("sha256", None) != hashlib.sha256(data).hexdigest():
             msg = f"{path / _TENSORS} does not match its card: the grid is damaged or half written; fit it again"
             raise ProbeError(msg)
@@ -321,7 +328,7 @@ class ProbeGrid:
             for name in ("concepts", "layers", "held_out", "held_out_groups", "train_groups"):
                 values[name] = tuple(values[name])
             return cls(**values)
-        except (SafetensorError, TypeError, KeyError) as error:
+        except (SafetensorError, TypeError, KeyError, ValueError, AttributeError) as error:
             msg = f"{path}: the grid is damaged: {error}; fit it again"
             raise ProbeError(msg) from error
 

@@ -15,6 +15,7 @@ from behavior.result import Answer, Cost
 from concepts import questions
 from concepts.drawing import TEST, generator, sample
 from concepts.schema import ConceptDataset, Example
+from groundscope.core.document_digest import document_digest
 from groundscope.core.errors import ConfigError, DataError, ModelError
 from lvlm import Lvlm, wrap_lvlm
 from lvlm.tiny.architecture import build_model, build_processor
@@ -275,13 +276,16 @@ def test_damaged_answers_are_refused(tmp_path: Path, known: BehaviorResult) -> N
     whole = path.read_text()
     held = json.loads(whole)
     cases = {
-        "damaged": whole[:-30],
+        "invalid JSON": whole[:-30],
         "does not hold answers": json.dumps([1]),
-        "of version 2": json.dumps({**held, "version": 2}),
-        "are damaged: 'cost'": json.dumps({k: v for k, v in held.items() if k != "cost"}),
-        "are damaged: .*color": json.dumps({**held, "answers": [{**held["answers"][0], "color": 1}]}),
+        "of version 3": {**held, "version": 3},
+        "are damaged: 'cost'": {k: v for k, v in held.items() if k != "cost"},
+        "are damaged: .*color": {**held, "answers": [{**held["answers"][0], "color": 1}]},
+        "does not have the digest": json.dumps({**held, "cost": {**held["cost"], "forwards": 12345}}),
     }
     for words, content in cases.items():
+        if isinstance(content, dict):
+            content = json.dumps({**content, "digest": document_digest(content)})
         path.write_text(content)
         with pytest.raises(DataError, match=words):
             BehaviorResult.load(path)

@@ -241,7 +241,7 @@ def test_a_diagnosis_reads_well_and_keeps(planted: Callable[[str], Found], cause
     assert (again.frame()["verdict"].notna()).sum() == len(found.wrong)
     assert set(again.calibration()["stage"]) == set(STAGES)
     path.write_text(path.read_text()[:-20])
-    with pytest.raises(StoreError, match="damaged"):
+    with pytest.raises(StoreError, match="invalid JSON"):
         Diagnoses.load(path)
 
 

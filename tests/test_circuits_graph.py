@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from circuits.results.graph import Graph, Shape
+from groundscope.core.document_digest import document_digest
 from groundscope.core.errors import PatchError, StoreError
 
 
@@ -151,7 +152,10 @@ def test_a_graph_survives_its_file(tmp_path: Path) -> None:
 )
 def test_a_damaged_file_is_named(tmp_path: Path, change: str | dict[str, object], match: str) -> None:
     path = graph().save(tmp_path / "graph.json")
-    path.write_text(change if isinstance(change, str) else json.dumps(json.loads(path.read_text()) | change))
+    if not isinstance(change, str):
+        changed = json.loads(path.read_text()) | change
+        change = json.dumps(changed | {"digest": document_digest(changed)})
+    path.write_text(change)
     with pytest.raises(StoreError, match=match):
         Graph.load(path)
     with pytest.raises(StoreError, match="no such file"):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -375,19 +377,51 @@ def words_alone(model: Lvlm, text: str) -> np.ndarray:
     return captured(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})["resid_post"][:, -1]
 
 
-@pytest.mark.parametrize("variant", ["paper", "release"])
+@pytest.mark.parametrize("variant", ["paper", "release", "simple"])
 def test_vsv_is_what_the_image_adds(variant: Any) -> None:
     model, example = shared(), examples()[0]
-    made = derive.vsv(model, example, layers=[1, 4], variant=variant)
+    made = derive.vsv(model, example, layers=[0, 1, 4], variant=variant)
     told = words_alone(model, model.prompt(example.question).replace(model.placeholder, "", 1).strip())
     seen = captured(model, model.encode(example).inputs)["resid_post"][:, -1]
-    for layer in (1, 4):
+    for layer in (0, 1, 4):
         key = layer if variant == "paper" else Site("decoder", layer, "mlp_out")
         difference = seen[layer] - told[layer]
+        if layer == 0 and variant != "paper":
+            difference[0] += 1  # what a principal component analysis of one sample leaves
         np.testing.assert_allclose(made.entries[key].vector, unit(difference), atol=1e-3)
         length = np.linalg.norm(difference) if variant == "paper" else 1
         assert made.entries[key].sigma == pytest.approx(length, rel=1e-3)
-    assert made.norm == ("kept" if variant == "paper" else "relative")
+    assert made.norm == {"paper": "kept", "release": "away", "simple": "relative"}[variant]
+    assert made.positions == ("last" if variant == "paper" else "all")
+
+
+@torch.no_grad()
+def test_the_rule_of_vistas_run_scripts() -> None:
+    """``x <- |x| unit(unit(x) + s (1 + max(0, cos(x, -v))) unit(v))`` at every MLP output and position, in float64."""
+    model, example = shared(), examples()[0]
+    made = derive.vsv(model, example, layers=[2], strength=0.17, variant="release")
+    inputs = model.encode(example).inputs
+    v = made.entries[Site("decoder", 2, "mlp_out")].vector.astype(float)
+    x = captured(model, inputs)["mlp_out"][2]
+    lengths = np.linalg.norm(x, axis=-1, keepdims=True)
+    toward = (x @ -v)[:, None] / lengths / np.linalg.norm(v)
+    assert (toward > 0.01).any()
+    assert (toward < -0.01).any()
+    moved = x / lengths + 0.17 * (1 + np.maximum(0, toward)) * v / np.linalg.norm(v)
+    want = lengths * moved / np.linalg.norm(moved, axis=-1, keepdims=True)
+    with made.applied(model):
+        after = captured(model, inputs)["mlp_out"][2]
+    np.testing.assert_allclose(after, want, atol=1e-4)
+
+
+def test_files_of_the_new_norm_rule(tmp_path: Path) -> None:
+    made = derive.vsv(shared(), examples()[0], layers=[2], variant="release")
+    assert SteeringVector.load(made.save(tmp_path / "v.safetensors")).norm == "away"
+    card = json.loads((tmp_path / "v.json").read_text())
+    assert card["version"] == 3
+    plain = derive.vsv(shared(), examples()[0], layers=[2], variant="simple")
+    plain.save(tmp_path / "w.safetensors")
+    assert json.loads((tmp_path / "w.json").read_text())["version"] == 2  # which earlier releases read
 
 
 @pytest.mark.parametrize("variant", ["paper", "release"])

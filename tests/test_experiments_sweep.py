@@ -150,9 +150,14 @@ def test_what_does_not_hold_any_more_is_not_taken(root: Path) -> None:
 
 def test_force_makes_it_anew(root: Path) -> None:
     old = (root / "whole" / "examples" / "discovery.jsonl").stat().st_ino
-    (root / "whole" / "examples" / "leftover").write_text("x")
+    notes = root / "whole" / "examples" / "notes.txt"
+    notes.write_text("x")
+    with pytest.raises(ConfigError, match=r"notes\.txt' was not written by this stage"):
+        execute(configured(root, "whole", "stages=[examples]", "force=true"), QUIET)
+    assert notes.read_text() == "x"
+    assert read_receipt(root / "whole" / "examples") is not None
+    notes.unlink()
     execute(configured(root, "whole", "stages=[examples]", "force=true"), QUIET)
-    assert not (root / "whole" / "examples" / "leftover").exists()
     assert (root / "whole" / "examples" / "discovery.jsonl").stat().st_ino != old
 
 
@@ -315,7 +320,11 @@ def test_a_plan_grows_with_the_examples_and_leaves_nothing(root: Path, loaded: L
     assert found.on_disk == pytest.approx(store, rel=0.05)
     double = estimate(context, examples=2 * asked, seconds=0.01)
     assert double.sites == {"decoder.z/last": 2 * asked * 6 * 192 * 4.0}
-    assert double.hours(1) > 3 * (double.hours(4) - double.loading / 3600)
+    assert double.loading is not None
+    hours = [double.hours(1), double.hours(4)]
+    assert hours[0] is not None
+    assert hours[1] is not None
+    assert hours[0] > 3 * (hours[1] - double.loading / 3600)
     assert [p.name for p in (root / "planned").iterdir()] == ["run.json"]
 
 

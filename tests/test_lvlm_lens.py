@@ -35,7 +35,7 @@ def test_a_bridge_sees_the_same_tensors(family: str) -> None:
     bridge = as_transformer_lens(lvlm)
     inputs = dict(lvlm.encode(example()).inputs)
     sites = [f"decoder.L{n}.{c}" for n in range(lvlm.n_layers) for c in HOOKS]
-    with lvlm.access.eager_attention():
+    with lvlm.eager():
         seen, logits = lvlm.read(inputs, sites), lvlm.logits(inputs)
     with torch.no_grad():
         theirs, cache = bridge.run_with_cache(inputs.pop("input_ids"), **inputs)

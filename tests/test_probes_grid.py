@@ -19,6 +19,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from activation_store import ActivationStore, ArrayInfo, Schema, StoreWriter
+from groundscope.core.document_digest import document_digest
 from groundscope.core.errors import ProbeError, SiteError
 from groundscope.core.statistics import wilson
 from probes import ProbeGrid, fit_grid, probeable
@@ -251,6 +252,17 @@ def _version(folder: Path) -> None:
     (folder / "grid.json").write_text(json.dumps({**card, "version": 99}))
 
 
+def _without_digest(folder: Path) -> None:
+    card = json.loads((folder / "grid.json").read_text())
+    (folder / "grid.json").write_text(json.dumps({**card, "version": 2}))
+    _number(folder)
+
+
+def _number(folder: Path) -> None:
+    card = json.loads((folder / "grid.json").read_text())
+    (folder / "grid.json").write_text(json.dumps({**card, "layers": [7, *card["layers"][1:]]}))
+
+
 def _flip(folder: Path) -> None:
     data = bytearray((folder / "grid.safetensors").read_bytes())
     data[-1] ^= 1
@@ -260,16 +272,18 @@ def _flip(folder: Path) -> None:
 def _field(folder: Path) -> None:
     card = json.loads((folder / "grid.json").read_text())
     del card["layers"]
-    (folder / "grid.json").write_text(json.dumps(card))
+    (folder / "grid.json").write_text(json.dumps({**card, "digest": document_digest(card)}))
 
 
 @pytest.mark.parametrize(
     ("harm", "message"),
     [
-        (_version, "version 99, this reads version 2"),
+        (_version, "version 99, this reads version 3"),
         (_flip, "does not match its card"),
         (_field, "is damaged"),
-        (lambda f: (f / "grid.json").write_text("{"), "cannot be read"),
+        (_number, "does not have the digest"),
+        (_without_digest, "does not have the digest"),
+        (lambda f: (f / "grid.json").write_text("{"), "invalid JSON"),
         (lambda f: (f / "grid.json").write_text("[]"), "not the card of a probe grid"),
         (lambda f: (f / "grid.safetensors").unlink(), "no probe grid at .* grid.safetensors is missing"),
     ],

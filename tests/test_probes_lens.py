@@ -97,7 +97,7 @@ def test_a_vocabulary_is_kept_next_to_the_store(tmp_path: Path) -> None:
     with pytest.raises(ProbeError, match="is not a vocabulary"):
         logit_lens.read_vocabulary(tmp_path / "activations")
     path.write_text("{")
-    with pytest.raises(ProbeError, match="cannot be read"):
+    with pytest.raises(ProbeError, match="invalid JSON"):
         logit_lens.read_vocabulary(tmp_path / "activations")
 
 

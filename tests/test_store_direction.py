@@ -96,6 +96,6 @@ def test_files_that_are_no_direction(tmp_path: Path) -> None:
         Direction.load(tmp_path / "nothing.safetensors")
     (tmp_path / "text.safetensors").write_text("text")
     save_file({"vector": UNIT}, tmp_path / "other.safetensors")
-    for name in ("text", "other"):
-        with pytest.raises(StoreError, match="is not a direction, or is damaged"):
+    for name, words in (("text", "damaged, or not a safetensors file"), ("other", "is not a direction, or is damaged")):
+        with pytest.raises(StoreError, match=words):
             Direction.load(tmp_path / f"{name}.safetensors")

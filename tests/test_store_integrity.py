@@ -68,7 +68,8 @@ def test_flipped_byte_in_the_table(store: Path, *, listed: bool) -> None:
     if not listed:
         (store / "manifest.json").unlink()
     problem = next(p for p in verify(store).problems if p.file == shard.name)
-    assert "column 'question'" in problem.message
+    # Nothing of a file with changed bytes is parsed to name the column: HDF5 may hang or crash over them.
+    assert "its table of examples" in problem.message
 
 
 def test_any_flipped_byte_is_found(store: Path) -> None:
@@ -132,7 +133,7 @@ def test_rows_that_disagree_are_damage(store: Path) -> None:
     (store / "manifest.json").unlink()
     with h5py.File(store / "shard-0-00001.h5", "a") as file:
         file.attrs["rows"] = 2**50
-    with pytest.raises(StoreError, match=r"shard-0-00001.h5: damaged, an element cannot be read"):
+    with pytest.raises(StoreError, match=r"shard-0-00001.h5: damaged"):
         ActivationStore(store)
     assert "shard-0-00001.h5" in {p.file for p in verify(store).problems}
 

@@ -25,6 +25,7 @@ from concepts.drawing import TEST, generator, sample
 from concepts.questions import as_example, caption, existence
 from groundscope.core.errors import ConfigError, DataError, SiteError, StoreError
 from lvlm import Lvlm, answer_key, wrap_lvlm
+from lvlm.applied import observer
 from lvlm.tiny.architecture import build_model, build_processor
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -75,7 +76,7 @@ def first(data: ConceptDataset, n: int) -> ConceptDataset:
 @contextmanager
 def hooked(model: Lvlm, see: Callable[[], None]) -> Iterator[None]:
     """Call something at the start of every forward of the whole model."""
-    handle = model.hf.register_forward_pre_hook(lambda *_: see())
+    handle = model.hf.register_forward_pre_hook(observer(lambda *_: see()))
     try:
         yield
     finally:
@@ -388,6 +389,7 @@ import os, signal, sys
 from activation_store import trace
 from concepts import scenes
 from lvlm import wrap_lvlm
+from lvlm.applied import observer
 from lvlm.tiny.architecture import build_model, build_processor
 
 model = wrap_lvlm(build_model(), build_processor(), name="random")
@@ -398,7 +400,7 @@ def die(*_):
     if len(calls) == 15:
         os.kill(os.getpid(), signal.SIGKILL)
 
-model.hf.register_forward_pre_hook(die)
+model.hf.register_forward_pre_hook(observer(die))
 trace(model, scenes.dataset(n_images=10, seed=0), out=sys.argv[1], shard_size=10, **{ASKED!r})
 """
     killed = tmp_path / "killed"

@@ -232,7 +232,10 @@ def test_a_chunk_is_smaller_where_every_token_is_kept(model: Lvlm) -> None:
     first = model.encode(of_one_length(1).examples[0])
     few = make_plan(model, first, ["resid_post"], ["last"], "float32")
     every = make_plan(model, first, ["resid_post"], ["last", "image:all"], "float32")
-    assert chunk_batches(few, first.tokens, 10**9) == 8
+    assert chunk_batches(few, first.tokens, 1000) == 8
+    each = few.schema.arrays[0].n_layers * few.schema.arrays[0].width * 4
+    assert chunk_batches(few, first.tokens, (512 << 20) // (3 * each)) == 3
+    assert chunk_batches(few, first.tokens, 10**9) == 1
     assert chunk_batches(every, first.tokens, 32) == 8
     values = COLUMNS**2 * every.schema.arrays[0].n_layers * every.schema.arrays[0].width
     assert chunk_batches(every, first.tokens, (256 << 20) // (3 * values * 4)) == 3

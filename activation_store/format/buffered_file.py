@@ -3,6 +3,8 @@
 HDF5 cannot close a file that it could not write: its handles then fail again and again, up to a crash of the process. Here
 a write that the system refuses is kept in memory and noted; HDF5 goes on as if nothing had happened, and whoever owns the
 file asks `check` before believing in it.
+
+In the child of a fork nothing is written: the file is its parent's, and HDF5 is to let go of it without a change.
 """
 
 from __future__ import annotations
@@ -10,9 +12,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from functools import cache
 from pathlib import Path
 
 import h5py
+from h5py._objects import phil
 
 
 class Pen:
@@ -26,6 +30,7 @@ class Pen:
 
     def __init__(self, path: Path) -> None:
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o644)
+        self._owner = os.getpid()
         self._at = 0
         self._end = 0
         self._refused: OSError | None = None
@@ -59,7 +64,7 @@ class Pen:
     def write(self, data: memoryview) -> int:
         """Write at the place and move on; never raises."""
         view = memoryview(data).cast("B")
-        done = 0
+        done = 0 if os.getpid() == self._owner else len(view)
         try:
             while done < len(view) and self._refused is None:
                 done += os.pwrite(self._descriptor, view[done:], self._at + done)
@@ -93,7 +98,8 @@ class Pen:
     def truncate(self, size: int) -> int:
         """Set the size; never raises."""
         try:
-            os.ftruncate(self._descriptor, size)
+            if os.getpid() == self._owner:
+                os.ftruncate(self._descriptor, size)
         except OSError as error:
             self._refused = self._refused or error
         self._end = size
@@ -116,3 +122,14 @@ def written(path: Path) -> Iterator[h5py.File]:
         with h5py.File(pen, "w") as file:
             yield file
         pen.sync()
+
+
+@cache
+def hold_hdf5_while_forking() -> None:
+    """From now on, fork only while no thread is inside HDF5.
+
+    h5py guards HDF5 with one lock. Where a thread holds it at the moment of a fork, the child would wait for it forever, at
+    the latest when the interpreter ends.
+    """
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(before=phil.acquire, after_in_parent=phil.release, after_in_child=phil.release)

@@ -158,6 +158,8 @@ def as_lists(name: str, values: Sequence[Any]) -> list[np.ndarray | tuple[str, .
     types = {type(leaf) for leaf in leaves}
     if len(widths) > 1 or (widths == {0} and any(isinstance(item, list) for item in items)):
         problem = "items of unequal length"
+    elif (row := _first_beyond_float(lists)) is not None:
+        problem = f"an integer beyond the largest float64 (in row {row} of the batch)"
     elif types <= {bool, int, float}:
         whole = types <= {bool, int} and all(-(2**63) <= leaf < 2**63 for leaf in leaves)
         shape = (-1, *widths) if widths - {0} else (-1,)
@@ -175,6 +177,23 @@ def as_lists(name: str, values: Sequence[Any]) -> list[np.ndarray | tuple[str, .
         f"they must hold only text, only numbers, or only lists of numbers of one length"
     )
     raise StoreError(msg)
+
+
+def fits_float(value: int) -> bool:
+    """Whether an integer is within the range of float64."""
+    try:
+        float(value)
+    except OverflowError:
+        return False
+    return True
+
+
+def _first_beyond_float(lists: Sequence[Any]) -> int | None:
+    for row, one in enumerate(lists):
+        for item in map(_plain, one):
+            if any(type(v) is int and not fits_float(v) for v in (item if isinstance(item, list) else [item])):
+                return row
+    return None
 
 
 def objects(values: Sequence[Any]) -> Column:

@@ -21,9 +21,29 @@ def attribute(element: h5py.Group | h5py.Dataset, name: str) -> Any:
     return element.attrs[name]
 
 
+def element_at(parent: h5py.Group, name: str) -> h5py.Group | h5py.Dataset:
+    """Return the group or dataset of a name or path; KeyError where it is not there.
+
+    A link to another place or file, values in another file, and virtual datasets are refused with a KeyError: what a store
+    holds is in its own files, and nothing else on the disk can be read through it.
+    """
+    element: h5py.Group | h5py.Dataset = parent
+    for part in name.split("/"):
+        if not isinstance(element, h5py.Group) or not isinstance(element.get(part, getlink=True), h5py.HardLink):
+            raise KeyError(name)
+        child = element[part]
+        if not isinstance(child, h5py.Group | h5py.Dataset):
+            raise KeyError(name)
+        element = child
+    if isinstance(element, h5py.Dataset) and (element.external or element.is_virtual):
+        msg = f"{name}: its values are in another file"
+        raise KeyError(msg)
+    return element
+
+
 def group_at(parent: h5py.Group, name: str) -> h5py.Group:
     """Return the group of a name; KeyError where it is not there or no group."""
-    element = parent[name]
+    element = element_at(parent, name)
     if not isinstance(element, h5py.Group):
         raise KeyError(name)
     return element
@@ -31,7 +51,7 @@ def group_at(parent: h5py.Group, name: str) -> h5py.Group:
 
 def dataset_at(parent: h5py.Group, name: str) -> h5py.Dataset:
     """Return the dataset of a name; KeyError where it is not there or no dataset."""
-    element = parent[name]
+    element = element_at(parent, name)
     if not isinstance(element, h5py.Dataset):
         raise KeyError(name)
     return element
@@ -41,14 +61,6 @@ def elements(parent: h5py.Group) -> Iterator[tuple[str, h5py.Group | h5py.Datase
     """Return the groups and datasets in a group, by name, sorted."""
     for name in _names(parent):
         yield name, element_at(parent, name)
-
-
-def element_at(parent: h5py.Group, name: str) -> h5py.Group | h5py.Dataset:
-    """Return the group or dataset of a name; KeyError where it is not there."""
-    element = parent[name]
-    if not isinstance(element, h5py.Group | h5py.Dataset):
-        raise KeyError(name)
-    return element
 
 
 def groups(parent: h5py.Group) -> Iterator[tuple[str, h5py.Group]]:

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from activation_store.format.schema import LAYOUT_VERSION, Schema, check_version, shard_numbers
+from activation_store.format.schema import INDEX, LAYOUT_VERSION, TENSORS, Schema, check_version, shard_numbers
 from groundscope.core.errors import StoreError
-from groundscope.core.files import canonical_json
+from groundscope.core.files import DamagedFileError, canonical_json
+from groundscope.core.user_files import read_bytes
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_MOST_BYTES = 1 << 34
 
 
-class DamagedManifestError(StoreError):
+class DamagedManifestError(DamagedFileError):
     """A manifest whose bytes are not those that were written."""
 
 
@@ -27,7 +32,7 @@ class ShardEntry:
     bytes: int
     rows: int
     sha256: str
-    """Digest of the file but for its chunks; in version 1 of the whole file."""
+    """Digest of the file: that of its seal; in version 2 over all but its chunks, in version 1 over the whole file."""
     arrays: Mapping[str, str]
     """Digest of each array, by name (``decoder.z/last``)."""
     examples: tuple[str, ...]
@@ -84,19 +89,21 @@ class Manifest:
 
 
 def read_manifest(path: Path) -> Manifest:
-    """Read a manifest and check that not a byte of it changed.
+    """Read a manifest and check that not a byte of it changed. Fields that this version does not know are ignored.
 
     Raises
     ------
     DamagedManifestError
         Where any byte of it changed.
     StoreError
-        Where it is of a newer layout version.
+        Where it is of a newer layout version, a field has a wrong type, or it is not a regular file.
+    OSError
+        Where it cannot be read.
     """
-    raw = path.read_bytes()
+    raw = read_bytes(path, limit=_MOST_BYTES, error=StoreError)
     damaged = (
         f"{path}: the manifest is damaged; delete it and run the same trace again: "
-        f"sealed shards are checked and kept, and the manifest is written anew"
+        f"sealed shards are checked and kept, and the manifest is written again"
     )
     try:
         document = json.loads(raw)
@@ -107,14 +114,68 @@ def read_manifest(path: Path) -> Manifest:
     if not intact:
         raise DamagedManifestError(damaged)
     check_version(document.get("layout-version"), str(path))
-    tensors, index = document["tensors"], document.get("index")
-    return Manifest(
-        schema=Schema.from_record(document["schema"]),
-        provenance=document["provenance"],
-        shards=tuple(ShardEntry(**{**s, "examples": tuple(s["examples"])}) for s in document["shards"]),
-        tensors=TensorsEntry(**{**tensors, "names": tuple(tensors["names"])}) if tensors else None,
-        index=IndexEntry(**index) if index else None,
+    try:
+        tensors, index = document["tensors"], document.get("index")
+        return Manifest(
+            schema=Schema.from_record(document["schema"]),
+            provenance=_typed(document, "provenance", dict),
+            shards=tuple(_shard_entry(s) for s in _typed(document, "shards", list)),
+            tensors=TensorsEntry(*_file(tensors, TENSORS), _texts(tensors, "names")) if tensors else None,
+            index=IndexEntry(*_file(index, INDEX)) if index else None,
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        if isinstance(error, StoreError):
+            raise
+        msg = f"{path}: a field of the manifest is missing or has a wrong type ({error}); it is of another program"
+        raise StoreError(msg) from error
+
+
+def _shard_entry(record: Any) -> ShardEntry:
+    file, size, sha256 = _file(record)
+    if shard_numbers(file) is None:
+        msg = f"'file' is {file!r}, not the name of a shard"
+        raise TypeError(msg)
+    arrays = _typed(record, "arrays", dict)
+    if not all(isinstance(value, str) for value in arrays.values()):
+        msg = "'arrays' must map names to digests"
+        raise TypeError(msg)
+    rows, examples = _typed(record, "rows", int), _texts(record, "examples")
+    if rows != len(examples) or not rows:
+        msg = f"'rows' is {rows} for {len(examples)} examples"
+        raise TypeError(msg)
+    version = record.get("version", 1)
+    check_version(version, file)
+    return ShardEntry(file, size, rows, sha256, arrays, examples, version)
+
+
+def _file(record: Any, name: str | None = None) -> tuple[str, int, str]:
+    """Return name, bytes and SHA-256 of a file; raises TypeError or KeyError where they are not, or it has another name."""
+    file, size, sha256 = (
+        _typed(record, field, kind) for field, kind in (("file", str), ("bytes", int), ("sha256", str))
     )
+    if (name is not None and file != name) or not _SHA256.fullmatch(sha256) or size < 0:
+        msg = f"'file', 'bytes' or 'sha256' of {file!r} is not possible"
+        raise TypeError(msg)
+    return file, size, sha256
+
+
+def _texts(record: Any, field: str) -> tuple[str, ...]:
+    values = _typed(record, field, list)
+    if not all(isinstance(value, str) for value in values):
+        msg = f"'{field}' must be a list of texts"
+        raise TypeError(msg)
+    return tuple(values)
+
+
+def _typed(record: Any, field: str, kind: type) -> Any:
+    if not isinstance(record, dict):
+        msg = f"an object with '{field}' is expected, not {type(record).__name__}"
+        raise TypeError(msg)
+    value = record[field]
+    if not isinstance(value, kind) or isinstance(value, bool):
+        msg = f"'{field}' must be {kind.__name__}, not {type(value).__name__}"
+        raise TypeError(msg)
+    return value
 
 
 def _digest(body: Mapping[str, Any]) -> str:

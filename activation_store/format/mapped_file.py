@@ -6,21 +6,37 @@ on some read-only and network file systems. Sealed files never change, so none i
 
 from __future__ import annotations
 
-import errno
 import mmap
 import os
 from pathlib import Path
 
+from groundscope.core.errors import StoreError
+from groundscope.core.files import DamagedFileError
+from groundscope.core.user_files import open_regular
+
 
 class Source:
-    """A file mapped into memory, with the methods that h5py asks of a file-like object; raises OSError where it is empty."""
+    """A file mapped into memory, with the methods that h5py asks of a file-like object.
+
+    Raises
+    ------
+    DamagedFileError
+        Where it is empty.
+    StoreError
+        Where it is not a regular file.
+    OSError
+        Where it cannot be opened or mapped.
+    """
 
     def __init__(self, path: Path) -> None:
-        with path.open("rb") as file:
-            if not path.stat().st_size:
-                raise OSError(errno.ENODATA, os.strerror(errno.ENODATA), str(path))
+        with open_regular(path, error=StoreError) as file:
+            if not os.fstat(file.fileno()).st_size:
+                msg = f"{path}: damaged or truncated, it is empty"
+                raise DamagedFileError(msg)
             self.raw = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self._at = 0
+        self.screened = False
+        """Whether its digests were compared, so that HDF5 may parse it."""
         # What is wanted of a layer or a table lies in pieces: around a byte that is touched the system would read
         # megabytes that nobody asked for. What is wanted is said with `soon` instead.
         self._advise("MADV_RANDOM")

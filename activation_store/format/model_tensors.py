@@ -3,23 +3,62 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import h5py
 import numpy as np
+from h5py import Dataset
 
 from activation_store.format.buffered_file import written
 from activation_store.format.hdf5 import attribute, dataset_at, datasets, mark
 from activation_store.format.manifest import TensorsEntry
 from activation_store.format.schema import LAYOUT_VERSION, TENSORS, column_name, link_name
-from activation_store.format.shard import open_shard, reading
+from activation_store.format.screening import in_child
+from activation_store.format.seal import block_table, read_seal, write_seal
+from activation_store.format.shard import check_outcome, open_shard, reading
 from groundscope.core.errors import StoreError
 from groundscope.core.files import explained, file_digest, part_of, publish
 
-_KIND = "model-tensors"
+KIND = "model-tensors"
+"""The ``encoding-type`` of the file."""
+_BLOCK_BYTES = 8 << 20
 
 
-def write_tensors(folder: Path, arrays: Mapping[str, np.ndarray], owner: str = "") -> None:
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """A large array that is computed some rows at a time: a converted copy of an unembedding may be gigabytes."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[slice], np.ndarray]
+    """Returns some rows of the first axis."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all rows."""
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+    def blocks(self) -> Iterator[tuple[slice, np.ndarray]]:
+        """Yield blocks of rows as contiguous little-endian arrays, with their places."""
+        row = max(1, int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize)
+        step = max(1, _BLOCK_BYTES // row)
+        for start in range(0, self.shape[0], step):
+            part = slice(start, min(start + step, self.shape[0]))
+            yield part, np.ascontiguousarray(self.read(part), dtype=self.dtype)
+
+    def digest(self) -> str:
+        """Return the SHA-256 of dtype, shape and values."""
+        h = _header(self.dtype, self.shape)
+        for _, block in self.blocks():
+            h.update(block.data)
+        return h.hexdigest()
+
+
+def write_tensors(folder: Path, arrays: Mapping[str, np.ndarray | Rows], owner: str = "") -> None:
     """Write ``tensors.h5``, or check that the one there holds the same.
 
     Raises
@@ -27,7 +66,7 @@ def write_tensors(folder: Path, arrays: Mapping[str, np.ndarray], owner: str = "
     StoreError
         Where another set of arrays is there already, an array is not numeric, or the disk refuses.
     """
-    plain = {name: _little_endian(name, np.asarray(values)) for name, values in arrays.items()}
+    plain = {name: _little_endian(name, values) for name, values in arrays.items()}
     path = folder / TENSORS
     if path.exists():
         _check_same(path, {name: _digest(values) for name, values in plain.items()})
@@ -37,12 +76,19 @@ def write_tensors(folder: Path, arrays: Mapping[str, np.ndarray], owner: str = "
         temporary.unlink(missing_ok=True)
         try:
             with written(temporary) as file:
-                mark(file, _KIND)
+                mark(file, KIND)
                 file.attrs["layout-version"] = LAYOUT_VERSION
                 for name in sorted(plain):
-                    dataset = file.create_dataset(link_name(name), data=plain[name])
+                    values = plain[name]
+                    if isinstance(values, Rows):
+                        dataset = file.create_dataset(link_name(name), values.shape, values.dtype, fill_time="never")
+                        for part, block in values.blocks():
+                            dataset[part] = block
+                    else:
+                        dataset = file.create_dataset(link_name(name), data=values)
                     mark(dataset, "model-tensor")
-                    dataset.attrs["sha256"] = _digest(plain[name])
+                    dataset.attrs["sha256"] = _digest(values)
+            seal_tensors(temporary, plain)
             publish(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -55,7 +101,7 @@ def read_tensor(folder: Path, name: str) -> np.ndarray:
     if name not in names:
         msg = f"{folder}: no tensor '{name}' is kept beside the activations; there are: {', '.join(names) or 'none'}"
         raise StoreError(msg)
-    with open_shard(path, _KIND) as file, reading(path):
+    with open_shard(path, KIND) as file, reading(path):
         return np.asarray(dataset_at(file, link_name(name))[...])
 
 
@@ -64,16 +110,54 @@ def tensor_names(folder: Path) -> tuple[str, ...]:
     path = folder / TENSORS
     if not path.exists():
         return ()
-    with open_shard(path, _KIND) as file, reading(path):
+    with open_shard(path, KIND) as file, reading(path):
         return tuple(sorted(column_name(link) for link, _ in datasets(file)))
 
 
+def seal_tensors(path: Path, arrays: Mapping[str, np.ndarray | Rows]) -> None:
+    """Seal a finished ``tensors.h5``: the values of each array are a block that HDF5 does not parse."""
+    places: list[tuple[int, int, int]] = []
+    with h5py.File(path, "r") as file:
+        for name, values in arrays.items():
+            offset = dataset_at(file, link_name(name)).id.get_offset()
+            if offset is not None:
+                places.append((offset, values.nbytes, _crc(values)))
+    offsets, sizes, digests = np.array(places, np.int64).reshape(-1, 3).T
+    write_seal(path, block_table(offsets, sizes, digests))
+
+
+def _crc(values: np.ndarray | Rows) -> int:
+    """Return the CRC-32 of an array's bytes."""
+    blocks = (block for _, block in values.blocks()) if isinstance(values, Rows) else (np.ascontiguousarray(values),)
+    crc = 0
+    for block in blocks:
+        crc = zlib.crc32(block.reshape(-1).view(np.uint8).data, crc)
+    return crc
+
+
 def damaged_tensors(folder: Path) -> list[str]:
-    """Return the names of the model-level arrays whose values are not those that were written."""
+    """Return the names of the model-level arrays whose values are not those that were written.
+
+    Raises
+    ------
+    StoreError
+        Where the file around the values is damaged.
+    """
     path = folder / TENSORS
-    with open_shard(path, _KIND) as file, reading(path):
-        found = [(column_name(link), data) for link, data in datasets(file)]
-        return [name for name, data in found if _digest(np.asarray(data[...])) != attribute(data, "sha256")]
+    with reading(path):
+        seal = read_seal(path)
+        if seal is None:
+            outcome = in_child("inspect", [path], KIND)[0]
+            check_outcome(path, outcome, None)
+            return list((outcome.details or {})["changed"])
+    with open_shard(path, KIND) as file, reading(path):
+        return damaged_in(file)
+
+
+def damaged_in(file: h5py.File) -> list[str]:
+    """Return the names of the arrays of an open file whose values are not those that were written."""
+    arrays = [(column_name(link), data) for link, data in datasets(file)]
+    return [name for name, data in arrays if _stored_digest(data) != attribute(data, "sha256")]
 
 
 def tensors_entry(folder: Path) -> TensorsEntry | None:
@@ -85,7 +169,7 @@ def tensors_entry(folder: Path) -> TensorsEntry | None:
 
 
 def _check_same(path: Path, wanted: Mapping[str, str]) -> None:
-    with open_shard(path, _KIND) as file, reading(path):
+    with open_shard(path, KIND) as file, reading(path):
         there = {column_name(link): str(attribute(data, "sha256")) for link, data in datasets(file)}
     for name in sorted(there.keys() | wanted.keys()):
         old, new = there.get(name, "nothing"), wanted.get(name, "nothing")
@@ -97,13 +181,27 @@ def _check_same(path: Path, wanted: Mapping[str, str]) -> None:
             raise StoreError(msg)
 
 
-def _little_endian(name: str, values: np.ndarray) -> np.ndarray:
-    if not name or values.dtype.kind not in "fiub":
-        msg = f"extra array '{name}' of dtype {values.dtype} cannot be stored: it needs a name and numbers or booleans"
+def _little_endian(name: str, values: np.ndarray | Rows) -> np.ndarray | Rows:
+    plain = values if isinstance(values, Rows) else np.asarray(values)
+    if not name or plain.dtype.kind not in "fiub":
+        msg = f"extra array '{name}' of dtype {plain.dtype} cannot be stored: it needs a name and numbers or booleans"
         raise StoreError(msg)
-    return np.ascontiguousarray(values, dtype=values.dtype.newbyteorder("<"))
+    return plain if isinstance(plain, Rows) else np.ascontiguousarray(plain, dtype=plain.dtype.newbyteorder("<"))
 
 
-def _digest(values: np.ndarray) -> str:
-    head = f"{values.dtype.str} {values.shape}\n".encode()
-    return hashlib.sha256(head + np.ascontiguousarray(values).tobytes()).hexdigest()
+def _stored_digest(data: Dataset) -> str:
+    if not data.shape:
+        return _digest(np.asarray(data[...]))
+    return Rows(data.shape, data.dtype, lambda part: data[part]).digest()
+
+
+def _digest(values: np.ndarray | Rows) -> str:
+    if isinstance(values, Rows):
+        return values.digest()
+    h = _header(values.dtype, values.shape)
+    h.update(np.ascontiguousarray(values).data)
+    return h.hexdigest()
+
+
+def _header(dtype: np.dtype, shape: tuple[int, ...]) -> Any:
+    return hashlib.sha256(f"{dtype.str} {shape}\n".encode())

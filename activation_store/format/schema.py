@@ -1,4 +1,4 @@
-"""The layout of an activation store on disk: version 2. Version 1 is read as well.
+"""The layout of an activation store on disk: version 3. Versions 1 and 2 are read as well.
 
 A store is a folder::
 
@@ -7,6 +7,7 @@ A store is a folder::
     shard-<worker>-<n>.h5    sealed shards, never changed again
     index.h5                 the whole store as one HDF5 file, by virtual datasets over the shards; for other readers
     tensors.h5               arrays that belong to the model, not to an example (optional)
+    .sealed-<worker>.jsonl   digests of the shards that an unfinished run sealed, a line for each
     *.part, .*.lock          files of a run that is at work, or was killed; never read
 
 A shard is plain HDF5 that any HDF5 library opens; with default library version bounds::
@@ -48,16 +49,19 @@ beside it, of equal lengths, ``box_ids`` and ``box_nouns``.
 ``manifest.json`` is canonical JSON (sorted keys, indent 1, ASCII) with ``layout-version``, ``schema``, ``provenance``,
 ``tensors``, ``index``, ``shards`` (file, its layout version, bytes, rows, SHA-256, digests of its arrays, example ids)
 and ``sha256``, the digest of the same JSON without it, so that a flipped byte anywhere is found; this much holds for
-every version to come, so that a newer manifest is told from a damaged one. The SHA-256 of a shard is over all of its
-bytes but those of its chunks (of contiguous arrays: those of the arrays), which the tables of digests among those bytes
-answer for: so each byte is read once when a shard is sealed. Rows of a store are its shards' rows, ordered by worker and
-number.
+every version to come, so that a newer manifest can be told from a damaged one. Shards and ``tensors.h5`` end with a seal
+(`activation_store.format.seal`): digests of all their bytes that need no HDF5, and a digest of these, which is the SHA-256 that
+the manifest has of a shard. Links to other places or files, external storage and virtual datasets are refused in shards and
+``tensors.h5``. Rows of a store are its shards' rows, ordered by worker and number.
+
+In version 2 files had no seal, and the SHA-256 of a shard was over all of its bytes but those of its chunks (of contiguous
+arrays: those of the arrays), whose digests are in the tables among those bytes.
 
 Version 1 had neither ragged arrays, list columns, compression, the order LND, an index nor digests of chunks: there an
 array's digest is over its little-endian values in the order row block (of the chunk's rows), layer, row, width, and the
-SHA-256 of a shard is over the whole file. A store may hold shards of both.
+SHA-256 of a shard is over the whole file. A store may hold shards of all versions.
 
-A reader of version 2 refuses a higher ``layout-version``, and ignores elements and fields it does not know.
+A reader of version 3 refuses a higher ``layout-version``, and ignores elements and fields it does not know.
 """
 
 from __future__ import annotations
@@ -70,7 +74,7 @@ from typing import Any, Literal, cast
 from groundscope.core.errors import SiteError, StoreError
 from lvlm.sites import LAYER_COMPONENTS, TokenSelection
 
-LAYOUT_VERSION = 2
+LAYOUT_VERSION = 3
 ENCODING_VERSION = "1"
 CHUNK_ROWS = 32
 MANIFEST = "manifest.json"
@@ -196,14 +200,22 @@ class Schema:
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Schema:
         """Read what `record` returned; raises `StoreError` for anything else."""
-        fields = ("stack", "component", "tokens", "n_layers", "width", "n_heads", "layers")
+        fields = {"stack": str, "component": str, "tokens": str, "n_layers": int, "width": int, "layers": list}
         try:
-            # What version 1 had not is as its absence says.
+            for a in record["arrays"]:
+                wrong = [f for f, kind in fields.items() if type(a[f]) is not kind]
+                wrong += ["n_heads"] * (type(a["n_heads"]) not in (int, type(None)))
+                wrong += ["layers"] * any(type(layer) is not int for layer in a["layers"])
+                if wrong or type(a.get("ragged", False)) is not bool:
+                    msg = f"'{(wrong or ['ragged'])[0]}' of an array has a wrong type"
+                    raise TypeError(msg)
+            # A field that version 1 did not have has its default.
             arrays = tuple(
-                ArrayInfo(**{f: a[f] for f in fields}, ragged=a.get("ragged", False)) for a in record["arrays"]
+                ArrayInfo(**{f: a[f] for f in (*fields, "n_heads")}, ragged=a.get("ragged", False))
+                for a in record["arrays"]
             )
             return cls(arrays, cast("Dtype", record["dtype"]), record.get("compression"))
-        except (KeyError, TypeError, AttributeError, SiteError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             msg = f"the schema of the store cannot be read ({error!r}): it is damaged or of another version"
             raise StoreError(msg) from error
 
@@ -227,6 +239,11 @@ def shard_numbers(name: str) -> tuple[int, int] | None:
 def manifest_name(worker: int | None = None) -> str:
     """Return the file name of the manifest, or of the part that one of several workers writes."""
     return MANIFEST if worker is None else f"manifest-{worker}.json"
+
+
+def sealed_name(worker: int) -> str:
+    """Return the file name under which an unfinished run keeps the digests of the shards that it sealed."""
+    return f".sealed-{worker}.jsonl"
 
 
 def link_name(column: str) -> str:
@@ -258,8 +275,8 @@ def runs(positions: Iterable[int]) -> list[list[int]]:
 
 def check_version(version: object, where: str) -> None:
     """Raise `StoreError` unless this code can read a layout version."""
-    if not isinstance(version, int) or version < 1:
-        msg = f"{where}: layout version {version!r} is none that exists; the file is damaged"
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        msg = f"{where}: layout version {version!r} does not exist; the file is damaged"
         raise StoreError(msg)
     if version > LAYOUT_VERSION:
         msg = (

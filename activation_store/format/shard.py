@@ -26,11 +26,16 @@ from activation_store.format.hdf5 import attribute, dataset_at, element_at, grou
 from activation_store.format.manifest import ShardEntry
 from activation_store.format.mapped_file import Source
 from activation_store.format.schema import CHUNK_ROWS, check_version, link_name
+from activation_store.format.screening import Outcome, screen
+from activation_store.format.seal import changed_blocks, read_seal
 from groundscope.core.errors import StoreError
-from groundscope.core.files import explained, file_digest
+from groundscope.core.files import DamagedFileError, file_digest, system_number, system_reason
 
 # What reading raises, besides errors of the system, where a flipped byte made another name, type or size of something.
 DAMAGE = (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError, MemoryError)
+SHARD_KIND = "activation-shard"
+LAST_UNSEALED = 2
+"""The last layout version of files without a seal."""
 
 
 @dataclass(frozen=True)
@@ -45,45 +50,100 @@ class Damage:
 
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turn what HDF5 raises over a damaged file into a `StoreError` that names it."""
+    """Turn what the system or HDF5 raises over a file into a `StoreError` that names it.
+
+    An error of the system (too many open files, no memory, no permission) says what it is; only what HDF5 or a value in the
+    file contradicts is a `DamagedFileError`.
+    """
     try:
-        with explained(lambda reason: f"{path}: damaged or truncated ({reason}); {rebuild_advice(path.name)}"):
-            yield
+        yield
     except StoreError:
         raise
+    except MemoryError as error:
+        msg = f"{path}: not enough memory to read it; free some, or read fewer examples at a time"
+        raise StoreError(msg) from error
+    except (OSError, RuntimeError) as error:
+        reason = system_reason(error)
+        if system_number(error) is not None:
+            msg = f"{path}: cannot be read: {reason}"
+            raise StoreError(msg) from error
+        msg = f"{path}: damaged or truncated ({reason}); {rebuild_advice(path.name)}"
+        raise DamagedFileError(msg) from error
     except DAMAGE as error:
         msg = f"{path}: damaged, an element cannot be read ({error!r}); {rebuild_advice(path.name)}"
-        raise StoreError(msg) from error
+        raise DamagedFileError(msg) from error
 
 
-def open_shard(path: Path, kind: str = "activation-shard", source: Source | None = None) -> h5py.File:
-    """Open a sealed file for reading, from its `Source` where the caller has one.
+def open_shard(
+    path: Path, kind: str = SHARD_KIND, source: Source | None = None, entry: ShardEntry | None = None
+) -> h5py.File:
+    """Open a sealed file for reading; HDF5 parses it only after its digests were compared.
+
+    Parameters
+    ----------
+    path
+        The file.
+    kind
+        The ``encoding-type`` that it must have.
+    source
+        Where the caller has one: a file that was opened through it before is not compared again.
+    entry
+        What the manifest lists under this name.
 
     Raises
     ------
     StoreError
         Where it is truncated, no HDF5 file, HDF5 of another kind, or of a newer layout version.
     """
+    if source is None or not source.screened:
+        with reading(path):
+            outcome = screen([path], kind)[0]
+        check_outcome(path, outcome, entry)
+    with reading(path):
+        source = source or Source(path)
+    source.screened = True
+    return open_unscreened(path, kind, source)
+
+
+def check_outcome(path: Path, outcome: Outcome, entry: ShardEntry | None) -> None:
+    """Raise `StoreError` where a file is damaged, or not the one that the manifest lists."""
+    if outcome.problem is not None:
+        if outcome.damaged:
+            msg = f"{outcome.problem}; {rebuild_advice(path.name)}"
+            raise DamagedFileError(msg)
+        raise StoreError(outcome.problem)
+    if entry is not None and outcome.digest and outcome.digest != entry.sha256:
+        msg = (
+            f"{path}: damaged or from another store, its digest is not the one under which this store sealed it; "
+            f"{rebuild_advice(path.name)}"
+        )
+        raise DamagedFileError(msg)
+
+
+def open_unscreened(path: Path, kind: str, source: Source | None = None) -> h5py.File:
+    """Open a file that HDF5 may parse, or in a child process; raises as `open_shard`."""
     with reading(path):
         file = h5py.File(source or Source(path), "r")
-    with reading(path):
-        found = file.attrs.get("encoding-type")
-        if found != kind:
-            file.close()
-            msg = f"{path} is HDF5 but not part of an activation store (encoding-type {found!r} instead of '{kind}')"
-            raise StoreError(msg)
-        version = int(attribute(file, "layout-version"))
     try:
+        with reading(path):
+            encoding = file.attrs.get("encoding-type")
+            if not isinstance(encoding, str) or encoding != kind:
+                msg = f"{path} is HDF5 but not part of an activation store (encoding-type {encoding!r} instead of '{kind}')"
+                raise StoreError(msg)
+            version = int(attribute(file, "layout-version"))
         check_version(version, str(path))
-    except StoreError:
+    except BaseException:
         file.close()
         raise
     return file
 
 
 def read_ids(file: h5py.File) -> tuple[str, ...]:
-    """Return the example ids of an open shard, in row order."""
+    """Return the example ids of an open shard, in row order; raises TypeError where they are not text."""
     column = read_column(element_at(file, f"examples/{link_name('id')}"))
+    if not all(isinstance(name, str) for name in column):
+        msg = "the ids of examples are not text"
+        raise TypeError(msg)
     return tuple(column)
 
 
@@ -107,8 +167,12 @@ def array_rows(element: h5py.Dataset | h5py.Group) -> int:
 
 
 def read_json(file: h5py.File, name: str) -> dict[str, Any]:
-    """Return a JSON element of an open shard."""
-    return json.loads(str(dataset_at(file, name).asstr()[()]))
+    """Return a JSON element of an open shard; raises TypeError where it is not an object."""
+    value = json.loads(str(dataset_at(file, name).asstr()[()]))
+    if not isinstance(value, dict):
+        msg = f"'{name}' is not a JSON object"
+        raise TypeError(msg)
+    return value
 
 
 def version_of(file: h5py.File) -> int:
@@ -157,25 +221,31 @@ def _digest_of_values(dataset: h5py.Dataset) -> str:
     return digest.hexdigest()
 
 
-def shard_digest(path: Path, file: h5py.File) -> str:
-    """Return what the manifest has as the SHA-256 of a shard, of its version."""
-    return file_digest(path) if version_of(file) == 1 else structure_digest(path, file)
+def inspect(path: Path, *, screened: bool = False) -> ShardEntry:
+    """Read a sealed shard through and return its entry; raises `StoreError` where a byte of it changed since.
 
-
-def inspect(path: Path) -> ShardEntry:
-    """Read a sealed shard through and return its entry; raises `StoreError` where its values changed since."""
-    with open_shard(path) as file, reading(path):
-        damaged = find_damage(path, file)
+    With `screened` it is the copy of a file that was compared: HDF5 may parse it.
+    """
+    with open_unscreened(path, SHARD_KIND) if screened else open_shard(path) as file, reading(path):
+        seal = read_seal(path)
+        damaged = find_damage(path, file) if seal is None or changed_blocks(path, seal) else []
         if damaged:
             names = ", ".join(d.what for d in damaged)
             msg = f"{path}: damaged, the values of {names} changed; {rebuild_advice(path.name)}"
-            raise StoreError(msg)
-        arrays = {name: str(attribute(element, "sha256")) for name, element in arrays_in(file)}
-        read_rows(file)
-        ids, sha256, version = read_ids(file), shard_digest(path, file), version_of(file)
-    return ShardEntry(path.name, path.stat().st_size, len(ids), sha256, arrays, ids, version)
+            raise DamagedFileError(msg)
+        if seal is not None:
+            return entry_of(path, file, seal.digest)
+        return entry_of(path, file, file_digest(path) if version_of(file) == 1 else structure_digest(path, file))
+
+
+def entry_of(path: Path, file: h5py.File, sha256: str) -> ShardEntry:
+    """Return what the manifest lists of an open shard whose digest is known."""
+    arrays = {name: str(attribute(element, "sha256")) for name, element in arrays_in(file)}
+    read_rows(file)
+    ids = read_ids(file)
+    return ShardEntry(path.name, path.stat().st_size, len(ids), sha256, arrays, ids, version_of(file))
 
 
 def rebuild_advice(name: str) -> str:
     """Return what to do about a shard that is lost."""
-    return f"delete {name} and run the same trace again: sealed shards are kept, only its examples are traced anew"
+    return f"delete {name} and run the same trace again: sealed shards are kept, only its examples are traced again"

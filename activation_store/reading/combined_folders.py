@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from activation_store.format.schema import Schema, comparable, difference
+from activation_store.forms import same_form
 from activation_store.reading.folder import Folder
 from groundscope.core.errors import StoreError
 
@@ -18,7 +19,9 @@ def check_together(parts: Sequence[tuple[Folder, Sequence[str]]]) -> None:
     first = parts[0][0]
     where: dict[str, Folder] = {}
     for folder, ids in parts:
-        found = difference(_same(first.schema, first.provenance), _same(folder.schema, folder.provenance))
+        one = same_form(first.provenance, folder.provenance, str(folder.path))
+        other = same_form(folder.provenance, first.provenance, str(first.path))
+        found = difference(_same(first.schema, one), _same(folder.schema, other))
         if found is not None:
             field, old, new = found
             msg = (

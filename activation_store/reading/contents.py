@@ -16,18 +16,26 @@ from activation_store.format.columns import join_columns
 from activation_store.format.encoding import Column
 from activation_store.format.model_tensors import tensor_names
 from activation_store.format.schema import ArrayInfo, Schema, is_label
-from activation_store.format.shard import reading
+from activation_store.format.screening import screen
+from activation_store.format.shard import LAST_UNSEALED, SHARD_KIND, reading
 from activation_store.reading.catalog import Catalog
 from activation_store.reading.combined_folders import provenance_of
 from activation_store.reading.folder import Folder, OpenShard
 from activation_store.reading.query import matching
-from groundscope.core.files import canonical_json
+from groundscope.core.errors import StoreError
+from groundscope.core.files import canonical_json, too_many_files
 from lvlm.sites import TokenSelection
 
 if TYPE_CHECKING:
     import pandas as pd
 
+try:
+    import resource
+except ImportError:  # not a Unix
+    resource = None
+
 _OPEN_FILES = 64
+"""Shards that a store keeps open at most; a quarter of the files that the process may open, where that is less."""
 
 
 class Contents:
@@ -42,7 +50,9 @@ class Contents:
         # [shards + 1]: first row of each, and the end; plain numbers, as finding a head takes no longer than looking here.
         self._starts = list(accumulate((rows for _, rows in self._shards), initial=0))
         self._catalog = Catalog(self._schema.arrays)
+        self._entries = tuple(folder.entries.get(path.name) for folder in folders for path, _ in folder.shards)
         self._open: dict[int, OpenShard] = {}
+        self._screened = False
 
     @property
     def path(self) -> Path:
@@ -101,11 +111,18 @@ class Contents:
     @cached_property
     def columns(self) -> Mapping[str, Column]:
         """The example table as read-only columns [N]: text as objects, labels float32 with NaN where undefined."""
-        parts = []
-        for index, (path, rows) in enumerate(self._shards):
-            shard = self._shard(index)
-            with reading(path):
-                parts.append((rows, shard.columns()))
+        parts: list[tuple[int, Mapping[str, Column]]] = []
+        index = 0
+        for folder in self._folders:
+            table = folder.table()  # one file, where opening thousands of shards takes minutes
+            if table is not None:
+                parts.append((sum(rows for _, rows in folder.shards), table))
+            else:
+                for number, (path, rows) in enumerate(folder.shards, start=index):
+                    shard = self._shard(number)
+                    with reading(path):
+                        parts.append((rows, shard.columns()))
+            index += len(folder.shards)
         columns = join_columns(parts)
         for values in columns.values():
             values.setflags(write=False)
@@ -178,8 +195,37 @@ class Contents:
         return next((f.path for f in self._folders if tensor_names(f.path)), self._path)
 
     def _shard(self, index: int) -> OpenShard:
-        shard = self._open.pop(index, None) or OpenShard(self._shards[index][0], self._schema)
+        shard = self._open.pop(index, None)
+        while shard is None:
+            self._screen_unsealed()
+            path, entry = self._shards[index][0], self._entries[index]
+            try:
+                shard = OpenShard(path, self._schema, entry)
+            except StoreError as error:
+                if not self._open or not too_many_files(error.__cause__):
+                    raise
+                self._let_go(len(self._open) // 2)
         self._open[index] = shard  # last used, last in the dictionary
-        while len(self._open) > _OPEN_FILES:
-            self._open.pop(next(iter(self._open)))
+        self._let_go(_open_files())
         return shard
+
+    def _let_go(self, keep: int) -> None:
+        while len(self._open) > keep:
+            self._open.pop(next(iter(self._open)))
+
+    def _screen_unsealed(self) -> None:
+        # All files of older layout versions at once: they share one child process.
+        if not self._screened:
+            self._screened = True
+            pairs = zip(self._shards, self._entries, strict=True)
+            old = [path for (path, _), entry in pairs if entry is not None and entry.version <= LAST_UNSEALED]
+            if old:
+                with reading(old[0]):
+                    screen(old, SHARD_KIND)
+
+
+def _open_files() -> int:
+    if resource is None:
+        return _OPEN_FILES
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return _OPEN_FILES if limit == resource.RLIM_INFINITY else max(1, min(_OPEN_FILES, limit // 4))

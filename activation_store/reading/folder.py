@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,9 @@ from activation_store.format.columns import read_columns
 from activation_store.format.compression import need_filter
 from activation_store.format.digests import stated_digest
 from activation_store.format.encoding import Column
+from activation_store.format.folder_checks import check_ids, check_listed, check_sealed, read_index, read_sealed
 from activation_store.format.hdf5 import element_at, group_at
-from activation_store.format.manifest import read_manifest
+from activation_store.format.manifest import IndexEntry, ShardEntry, read_manifest
 from activation_store.format.mapped_file import Source
 from activation_store.format.schema import (
     INDEX,
@@ -26,10 +27,19 @@ from activation_store.format.schema import (
     difference,
     shard_numbers,
 )
-from activation_store.format.shard import open_shard, read_json, read_rows, reading, rebuild_advice
+from activation_store.format.screening import screen
+from activation_store.format.shard import (
+    SHARD_KIND,
+    check_outcome,
+    open_shard,
+    read_ids,
+    read_json,
+    read_rows,
+    reading,
+)
 from activation_store.reading.rows import ArrayReader
 from groundscope.core.errors import StoreError
-from groundscope.core.files import canonical_json
+from groundscope.core.files import canonical_json, file_digest, system_reason
 
 
 @dataclass(frozen=True)
@@ -43,21 +53,37 @@ class Folder:
     """Each with its rows, in order."""
     complete: bool
     """Whether a manifest lists just these."""
+    entries: Mapping[str, ShardEntry] = field(default_factory=dict)
+    """What the manifest lists, by file name."""
+    index: IndexEntry | None = None
 
     def digest(self) -> str:
         """Return the SHA-256 of the manifest; of a folder that is not complete, of the digests of its arrays."""
         if self.complete:
-            return hashlib.sha256((self.path / MANIFEST).read_bytes()).hexdigest()
+            with reading(self.path / MANIFEST):
+                return file_digest(self.path / MANIFEST)
         sealed = []
         for path, _ in self.shards:
-            with open_shard(path) as file, reading(path):
+            with open_shard(path, entry=self.entries.get(path.name)) as file, reading(path):
                 elements = [element_at(file, f"arrays/{a.name}") for a in self.schema.arrays]
                 sealed.append([path.name, *map(stated_digest, elements)])
         return hashlib.sha256(canonical_json(sealed).encode()).hexdigest()
 
+    def table(self) -> dict[str, Column] | None:
+        """Return the whole table of examples out of the index, where that is as the manifest lists it; else None."""
+        return read_index(self.path, self.index) if self.complete else None
+
 
 def open_folder(folder: Path) -> Folder:
     """Find out what a folder holds; raises `StoreError` where it is no store, or a file is missing or damaged."""
+    try:
+        return _open_folder(folder)
+    except OSError as error:
+        msg = f"{error.filename or folder}: cannot be read: {system_reason(error)}"
+        raise StoreError(msg) from error
+
+
+def _open_folder(folder: Path) -> Folder:
     names = _sealed_shards(folder)
     manifest_path = folder / MANIFEST
     manifest = read_manifest(manifest_path) if manifest_path.exists() else None
@@ -66,29 +92,31 @@ def open_folder(folder: Path) -> Folder:
         if name not in names:
             msg = (
                 f"{folder / name}: this shard with {entry.rows} examples ('{entry.examples[0]}' to "
-                f"'{entry.examples[-1]}') is missing; run the same trace again: only they are traced anew"
+                f"'{entry.examples[-1]}') is missing; run the same trace again: only they are traced again"
             )
             raise StoreError(msg)
-        size = (folder / name).stat().st_size
-        if size != entry.bytes:
-            msg = f"{folder / name}: damaged, {size} bytes instead of {entry.bytes}; {rebuild_advice(name)}"
-            raise StoreError(msg)
+        check_listed(folder / name, entry)
     schema, provenance = (manifest.schema, manifest.provenance) if manifest else (None, {})
     rows = {name: e.rows for name, e in listed.items()}
-    for name in names:
-        if name in listed:
-            continue
+    ids = {name: e.examples for name, e in listed.items()}
+    newer_names = [name for name in names if name not in listed]
+    records = read_sealed(folder)
+    screen([folder / name for name in newer_names], SHARD_KIND)  # all at once: files without a seal share a process
+    for name in newer_names:
+        check_sealed(folder / name, records)
         with open_shard(folder / name) as file, reading(folder / name):
-            found, source = Schema.from_record(read_json(file, "schema")), read_json(file, "provenance")
-            rows[name] = read_rows(file)
+            own, source = Schema.from_record(read_json(file, "schema")), read_json(file, "provenance")
+            rows[name], ids[name] = read_rows(file), read_ids(file)
         if schema is None:
-            schema, provenance = found, source
-        _check_same(folder / name, (schema, provenance), (found, source))
+            schema, provenance = own, source
+        _check_same(folder / name, (schema, provenance), (own, source))
     if schema is None:
         msg = f"{folder}: no shard is sealed yet and there is no manifest; nothing to read until one is"
         raise StoreError(msg)
+    check_ids(folder, {name: ids[name] for name in names})
     complete = manifest is not None and listed.keys() == set(names)
-    return Folder(folder, schema, provenance, tuple((folder / name, rows[name]) for name in names), complete)
+    shards = tuple((folder / name, rows[name]) for name in names)
+    return Folder(folder, schema, provenance, shards, complete, listed, manifest.index if manifest else None)
 
 
 class OpenShard:
@@ -97,10 +125,13 @@ class OpenShard:
     No HDF5 file is kept open: one that is still open when the interpreter ends can crash it.
     """
 
-    def __init__(self, path: Path, schema: Schema) -> None:
+    def __init__(self, path: Path, schema: Schema, entry: ShardEntry | None = None) -> None:
         self._path, self._schema = path, schema
         with reading(path):
+            outcome = screen([path], SHARD_KIND)[0]
+            check_outcome(path, outcome, entry)
             self._source = Source(path)
+        self._source.screened = True
         self._readers: dict[Key, ArrayReader] = {}
 
     def array(self, info: ArrayInfo) -> ArrayReader:

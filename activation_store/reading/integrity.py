@@ -7,12 +7,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from activation_store.format.folder_checks import read_sealed
 from activation_store.format.manifest import DamagedManifestError, Manifest, ShardEntry, read_manifest
 from activation_store.format.model_tensors import damaged_tensors
 from activation_store.format.schema import INDEX, MANIFEST, TENSORS, shard_numbers
-from activation_store.format.shard import find_damage, inspect, open_shard, reading, rebuild_advice, shard_digest
+from activation_store.format.screening import Outcome, in_child
+from activation_store.format.seal import changed_blocks, read_seal, seal_digest, structure_is_whole
+from activation_store.format.shard import (
+    LAST_UNSEALED,
+    SHARD_KIND,
+    Damage,
+    find_damage,
+    open_shard,
+    read_ids,
+    reading,
+    rebuild_advice,
+)
 from groundscope.core.errors import StoreError
-from groundscope.core.files import file_digest
+from groundscope.core.files import DamagedFileError, file_digest, system_reason
 
 
 @dataclass(frozen=True)
@@ -20,7 +32,7 @@ class Problem:
     """One thing that is wrong with a store."""
 
     file: str
-    kind: Literal["missing", "damaged", "unfinished"]
+    kind: Literal["missing", "damaged", "unfinished", "duplicate"]
     message: str
     """What is wrong and what to do."""
     examples: tuple[str, ...] = ()
@@ -63,9 +75,10 @@ class Report:
 def verify(path: str | Path, progress: Callable[[int, int], None] | None = None) -> Report:
     """Read a store through and compare every file with the digests taken when it was sealed.
 
-    A shard that a manifest lists is checked to the last byte, and where blocks of its values changed, only the examples
-    in these are named. One that none lists yet, in a run that has not finished, is checked by the digests inside it:
-    every value of arrays and columns, but not the names and attributes around them.
+    Every byte is compared before HDF5 parses one, so that no damage can hang or crash this process. Where only blocks of
+    values changed, only the examples in these are named. Files of layout versions 1 and 2, whose digests need HDF5, are
+    read in a child process with limits on time and memory; shards of these that no manifest lists are checked by the
+    digests inside them: every value of arrays and columns, but not the names and attributes around them.
 
     Parameters
     ----------
@@ -77,9 +90,17 @@ def verify(path: str | Path, progress: Callable[[int, int], None] | None = None)
     Raises
     ------
     StoreError
-        Where there is no store to verify, or it is of a newer layout version.
+        Where there is no store to verify, it is of a newer layout version, or a file cannot be read (too many open
+        files, no permission): that is not damage.
     """
-    folder = Path(path)
+    try:
+        return _verify(Path(path), progress)
+    except OSError as error:
+        msg = f"{error.filename or path}: cannot be read: {system_reason(error)}"
+        raise StoreError(msg) from error
+
+
+def _verify(folder: Path, progress: Callable[[int, int], None] | None) -> Report:
     there = {p.name for p in folder.iterdir()} if folder.is_dir() else set()
     shards = {name for name in there if shard_numbers(name)}
     if not shards and MANIFEST not in there:
@@ -90,14 +111,22 @@ def verify(path: str | Path, progress: Callable[[int, int], None] | None = None)
     manifest = next((m for name, m in parts if name == MANIFEST), None)
     listed = {e.file: e for _, m in parts if m is not None for e in m.shards}
     rows = 0
+    records = read_sealed(folder)
     total = sorted(shards | listed.keys(), key=lambda name: shard_numbers(name) or (0, 0))
+    outcomes = _without_seal(folder, [name for name in total if name in shards], listed)
+    ids: dict[str, tuple[str, ...]] = {}
     for done, name in enumerate(total, start=1):
-        problem, n = _check_shard(folder / name, listed.get(name))
-        rows += n
+        entry = listed.get(name)
+        problem, here = _check_shard(
+            folder / name, entry, outcomes.get(name), records.get(name) if entry is None else None
+        )
+        rows += len(here) - len(set(problem.examples) & set(here) if problem else ())
+        ids[name] = here
         if problem:
             problems.append(problem)
         if progress:
             progress(done, len(total))
+    problems.extend(_duplicates(ids))
     problems.extend(_check_tensors(folder, manifest))
     problems.extend(_check_index(folder, manifest))
     complete = manifest is not None and {e.file for e in manifest.shards} == shards
@@ -127,49 +156,108 @@ def _manifest(path: Path, problems: list[Problem]) -> tuple[str, Manifest | None
         return path.name, None
 
 
-def _check_shard(path: Path, entry: ShardEntry | None) -> tuple[Problem | None, int]:
-    """Return what is wrong with a shard (None where nothing is) and its intact rows."""
+def _without_seal(folder: Path, names: list[str], listed: dict[str, ShardEntry]) -> dict[str, Outcome]:
+    """Return what a child process found in shards that have no seal and need none; all of them share a process."""
+    paths = [folder / name for name in names if name not in listed or listed[name].version <= LAST_UNSEALED]
+    paths = [path for path in paths if seal_digest(path) is None]
+    return {path.name: outcome for path, outcome in zip(paths, in_child("inspect", paths, SHARD_KIND), strict=True)}
+
+
+def _check_shard(
+    path: Path, entry: ShardEntry | None, outcome: Outcome | None, record: str | None
+) -> tuple[Problem | None, tuple[str, ...]]:
+    """Return what is wrong with a shard (None where nothing is), and its examples as far as they can be read.
+
+    `outcome` is that of a child process where the file has no seal, `record` the digest that an unfinished run wrote down.
+    """
     ids = entry.examples if entry else ()
     if not path.exists():
         text = f"{path.name} is missing; run the same trace again: sealed shards are kept, only its examples are traced"
-        return Problem(path.name, "missing", text, ids), 0
-    if entry is None:
-        # Not in any manifest: the digests kept inside the shard say whether its values are as they were.
-        try:
-            return None, inspect(path).rows
-        except StoreError as error:
-            return Problem(path.name, "damaged", str(error)), 0
+        return Problem(path.name, "missing", text, ids), ids
     size = path.stat().st_size
-    if size != entry.bytes:
-        text = (
-            f"{path.name} is truncated or replaced: {size} bytes instead of {entry.bytes}; {rebuild_advice(path.name)}"
-        )
-        return Problem(path.name, "damaged", text, ids), 0
+    if entry is not None and size != entry.bytes:
+        what = f"is truncated or replaced: {size} bytes instead of {entry.bytes}"
+        return _damaged(path, what, ids), ids
+    if outcome is not None:
+        return _check_unsealed(path, entry, outcome)
     try:
-        with open_shard(path) as file, reading(path):
-            intact = shard_digest(path, file) == entry.sha256
-            if intact and entry.version == 1:
-                return None, entry.rows
-            damage = find_damage(path, file)
-    except StoreError:
-        text = f"{path.name} has changed bytes in its structure; {rebuild_advice(path.name)}"
-        return Problem(path.name, "damaged", text, ids), 0
-    if intact and not damage:
-        return None, entry.rows
+        seal = read_seal(path)
+    except DamagedFileError as error:
+        return _damaged(path, f"has changed bytes in its seal ({error})", ids), ids
+    if seal is None:
+        return _damaged(path, "has changed bytes in its seal", ids), ids
+    expected = entry.sha256 if entry else record
+    if expected is not None and seal.digest != expected:
+        return _damaged(path, "is not the shard that this store sealed under its name", ids), ids
+    if not structure_is_whole(path, seal):
+        return _damaged(path, "has changed bytes in its structure or its table of examples", ids), ids
+    changed = changed_blocks(path, seal)
+    if entry is not None and not changed:
+        return None, ids
+    # Its structure is whole, so HDF5 may parse it: which rows do the changed blocks hold?
+    with open_shard(path) as file, reading(path):
+        ids = read_ids(file)
+        damage = find_damage(path, file) if changed else []
+    if not changed:
+        return None, ids
+    return _damaged(path, _changed_in(damage), _examples(ids, damage)), ids
+
+
+def _check_unsealed(path: Path, entry: ShardEntry | None, outcome: Outcome) -> tuple[Problem | None, tuple[str, ...]]:
+    """Return the problem and the examples of a file of version 1 or 2, from what a child process found."""
+    ids = entry.examples if entry else ()
+    if outcome.problem is not None:
+        if not outcome.damaged:
+            raise StoreError(outcome.problem)
+        return _damaged(path, f"is {outcome.problem.removeprefix(f'{path}: ')}", ids), ids
+    details = outcome.details or {}
+    damage = [Damage(d["what"], None if d["rows"] is None else tuple(d["rows"])) for d in details["damage"]]
+    if entry is None:
+        if damage:
+            return _damaged(path, _changed_in(damage), ()), ()
+        return None, tuple(details["entry"]["examples"])
+    digest = outcome.digest or file_digest(path)  # version 1 has the digest of the whole file
+    if digest == entry.sha256 and not damage:
+        return None, ids
+    affected = _examples(ids, damage) if outcome.digest == entry.sha256 else ids
+    return _damaged(path, _changed_in(damage), affected), ids
+
+
+def _damaged(path: Path, what: str, examples: tuple[str, ...]) -> Problem:
+    return Problem(path.name, "damaged", f"{path.name} {what}; {rebuild_advice(path.name)}", examples)
+
+
+def _changed_in(damage: list[Damage]) -> str:
     where = ", ".join(d.what for d in damage) or "what describes its values, not in them"
-    if intact:
-        # Only blocks of values are not what they were, and it is known which rows these hold.
-        rows = sorted({row for d in damage for row in (range(entry.rows) if d.rows is None else d.rows)})
-        ids = tuple(ids[row] for row in rows)
-    text = f"{path.name} has changed bytes in {where}; {rebuild_advice(path.name)}"
-    return Problem(path.name, "damaged", text, ids), 0 if not intact else entry.rows - len(ids)
+    return f"has changed bytes in {where}"
+
+
+def _examples(ids: tuple[str, ...], damage: list[Damage]) -> tuple[str, ...]:
+    """Return the examples whose rows are in damaged elements."""
+    rows = sorted({row for d in damage for row in (range(len(ids)) if d.rows is None else d.rows)})
+    return tuple(ids[row] for row in rows)
+
+
+def _duplicates(ids: dict[str, tuple[str, ...]]) -> list[Problem]:
+    """Return a problem for each shard that repeats examples of an earlier one."""
+    out, where = [], {}
+    for shard, some in ids.items():
+        twice = tuple(name for name in some if name in where)
+        if twice:
+            text = (
+                f"{shard} repeats the example '{twice[0]}' of {where[twice[0]]}: "
+                f"one of the two is a copy or from another store; remove it and run the same trace again"
+            )
+            out.append(Problem(shard, "duplicate", text, twice))
+        where.update(dict.fromkeys(some, shard))
+    return out
 
 
 def _check_index(folder: Path, manifest: Manifest | None) -> list[Problem]:
     entry, path = manifest.index if manifest else None, folder / INDEX
     if entry is None:
         return []
-    advice = "nothing else needs it; run the same trace again, it is written anew"
+    advice = "nothing else needs it; run the same trace again, it is written again"
     if not path.exists():
         return [Problem(INDEX, "missing", f"{INDEX} is missing: {advice}")]
     if path.stat().st_size != entry.bytes or file_digest(path) != entry.sha256:
@@ -191,7 +279,7 @@ def _check_tensors(folder: Path, manifest: Manifest | None) -> list[Problem]:
         return [] if whole else [Problem(TENSORS, "damaged", f"{TENSORS} has changed bytes; {advice}")]
     try:
         names = damaged_tensors(folder)
-    except StoreError as error:
+    except DamagedFileError as error:
         return [Problem(TENSORS, "damaged", str(error))]
     return [Problem(TENSORS, "damaged", f"{TENSORS}: {', '.join(names)} changed; {advice}")] if names else []
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import numpy as np
 from activation_store.format.columns import read_offsets
 from activation_store.format.digests import blocks, layer_major, values_of
 from activation_store.format.encoding import STORAGE
-from activation_store.format.hdf5 import attribute, element_at
+from activation_store.format.hdf5 import attribute, dataset_at, element_at, group_at
 from activation_store.format.mapped_file import Source
 from activation_store.format.shard import open_shard
 from groundscope.core.errors import StoreError
@@ -67,6 +68,8 @@ class ArrayReader:
         if self._by_layer:
             source.in_order()
         self._where = blocks(values) if values.id.get_create_plist().get_nfilters() == 0 else None
+        # What a filter takes apart is compared first: a filter is not written for changed bytes either.
+        self._packed = (blocks(values), _stored_digests(element, name)) if self._where is None else None
         self._offsets = self._where.offsets if self._where is not None else np.zeros((0, 0), np.int64)
         self._distances: dict[tuple[int, int], tuple[int, int]] = {}
         self.bytes = int(values.id.get_storage_size())
@@ -153,6 +156,12 @@ class ArrayReader:
         return np.ndarray((count, self._step, self._width), dtype, self._source.raw, offset, strides)
 
     def _through_filter(self, values: h5py.Dataset, chunk: int, layer: int) -> np.ndarray:
+        if self._packed is not None:
+            where, digests = self._packed
+            at, size = int(where.offsets[chunk, layer]), int(where.sizes[chunk, layer])
+            if zlib.crc32(self._source.raw[at : at + size]) != digests[chunk, layer]:
+                msg = f"block {chunk} of layer number {layer} of {self._name} has changed bytes"
+                raise ValueError(msg)
         start, stop = chunk * self._step, min((chunk + 1) * self._step, len(values))
         # Same rank on both sides: HDF5 is many times slower where the layer axis is dropped while reading.
         block = np.empty((stop - start, 1, self._width), STORAGE[self._dtype])
@@ -172,6 +181,10 @@ class ArrayReader:
         size = self._width * STORAGE[self._dtype].itemsize
         for start in np.sort(offsets[rows // self._step] + rows % self._step * size).tolist():
             self._source.soon(start, size)
+
+
+def _stored_digests(element: h5py.Dataset | h5py.Group, name: str) -> np.ndarray:
+    return np.asarray(dataset_at(group_at(element.file, "digests"), name)[...])
 
 
 def token_rows(offsets: np.ndarray, rows: np.ndarray) -> np.ndarray:

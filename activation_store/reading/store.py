@@ -41,7 +41,7 @@ class ActivationStore(Contents):
     """
 
     def __init__(self, path: str | Path) -> None:
-        super().__init__((open_folder(Path(path)),))
+        super().__init__((open_folder(Path(path).absolute()),))
 
     def merge(self, *others: ActivationStore | str | Path) -> ActivationStore:
         """Return this store and others as one, this one's rows first; nothing is copied.
@@ -181,12 +181,19 @@ class ActivationStore(Contents):
         Raises
         ------
         SiteError, StoreError
-            As `read`; also where a label is not in the store.
+            As `read`; also where a label is not in the store, or holds text or lists.
         """
         from activation_store.torch_dataset import TorchView
 
         self._catalog.find(site, tokens, head)
         matching(self.columns, dict.fromkeys(labels), len(self), self._path)  # raises where one is not there
+        texts = [name for name in labels if len(self) and self.columns[name].dtype == object]
+        if texts:
+            msg = (
+                f"{self._path}: column '{texts[0]}' holds text or lists, and labels are numbers; "
+                f"choose from {', '.join(self.labels) or 'the columns of numbers'}"
+            )
+            raise StoreError(msg)
         rows = np.asarray(resolve_rows(examples, len(self), self._path), np.int64)
         return TorchView(self, str(site), str(tokens), tuple(labels), head, rows)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from groundscope.core.errors import ConfigError, DataError
 from lvlm.answers import answer_tokens
+from lvlm.generation import greedy
 from lvlm.model import Batch, Lvlm
 from lvlm.sites import TokenSelection
 from lvlm.token_map import TokenMap
@@ -39,18 +40,9 @@ class Continued:
 def with_generated(model: Lvlm, batch: Batch, steps: int) -> Continued:
     """Let the model answer, greedily and at most so many tokens, and return the inputs with what it said.
 
-    A row that ends early keeps its end token as its last; its later steps are empty.
+    The token that ends an answer is no part of it: a row that ends early has fewer steps, one that ends at once has none.
     """
-    ids = batch.inputs["decoder_input_ids" if model.encoder_decoder else "input_ids"]
-    with torch.no_grad():
-        out = model.hf.generate(**batch.inputs, max_new_tokens=steps, do_sample=False)
-    new = out[:, ids.shape[1] :]
-    ends = model.hf.generation_config.eos_token_id
-    stops = set(ends if isinstance(ends, list) else [ends]) - {None}
-    answers = []
-    for row in new.tolist():
-        stop = next((i for i, token in enumerate(row) if token in stops), len(row) - 1)
-        answers.append(row[: stop + 1])
+    answers = greedy(model, batch, steps)
     return _continued(model, batch, answers)
 
 

@@ -10,6 +10,7 @@ from activation_store.format.schema import runs
 from concepts.schema import ConceptDataset, Example
 from groundscope.core.errors import DataError
 from lvlm.answers import answer_key
+from lvlm.finite import check_finite
 from lvlm.sites import SINGLE, TokenSelection
 
 if TYPE_CHECKING:
@@ -33,11 +34,17 @@ def row(model: Lvlm, encoding: Encoding, logits: Tensor | None, concepts: Sequen
         ``[V]`` after the prompt's last token; None where answers are not recorded.
     concepts
         Labels that every row has, None where one is undefined.
+
+    Raises
+    ------
+    ModelError
+        Where the logits are not finite.
     """
     e = encoding.example
     thing = e.named_object()
     said, margin = "", None
     if logits is not None and has_answers(e):
+        check_finite(logits.logsumexp(-1)[None], [f"example '{e.id}'"], model.name)
         key = answer_key(model, e)
         said = key.candidates[int(key.scores(logits).argmax())]
         margin = float(key.margin(logits, e.answer))

@@ -35,11 +35,30 @@ def check_images(examples: Sequence[Example], *, progress: bool) -> dict[str, st
     return {e.id: digests[identity] for e, identity in zip(examples, identities, strict=True)}
 
 
+def unreadable_images(examples: Sequence[Example], *, progress: bool) -> dict[str, str]:
+    """Return why the image of an example cannot be read, by the example's id, of those whose image cannot."""
+    reasons: dict[str, str] = {}
+    known: dict[str, str] = {}
+    with progress_bar("checking images", len(examples), 0, progress=progress) as advance:
+        for example in examples:
+            identity = example.image.identity
+            if identity not in known:
+                try:
+                    _load(example)
+                    known[identity] = ""
+                except DataError as error:
+                    known[identity] = str(error.__cause__ or error).splitlines()[0]
+            if known[identity]:
+                reasons[example.id] = known[identity]
+            advance(1, "")
+    return reasons
+
+
 def _load(example: Example) -> Image.Image:
     try:
         return example.image.load()
     except (OSError, ValueError, SyntaxError) as error:  # Pillow raises all of them for files it cannot decode
-        msg = f"example '{example.id}': its image cannot be read: {error}; leave it out or mend it"
+        msg = f"example '{example.id}': its image cannot be read: {error}; leave it out, repair it, or say on_error='skip'"
         raise DataError(msg) from error
 
 

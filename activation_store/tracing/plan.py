@@ -14,6 +14,7 @@ from torch import Tensor
 
 from activation_store.format.schema import ArrayInfo, Dtype, Schema
 from groundscope.core.errors import SiteError
+from lvlm.access.site_width import site_width
 from lvlm.model import Encoding, Lvlm, Place
 from lvlm.sites import CROSS_COMPONENTS, LAYER_COMPONENTS, ROLES, SINGLE, Component, Site, Stack, TokenSelection
 from lvlm.token_map import TokenMap
@@ -23,6 +24,8 @@ CHUNK_BATCHES = 8
 """Examples are encoded, sorted by length and put back in order in chunks of this many batches: what bounds memory."""
 CHUNK_BYTES = 256 << 20
 """What a chunk holds of arrays that keep every token, about and at most, unless one batch is more already."""
+FIXED_BYTES = 512 << 20
+"""What a chunk holds of arrays of one vector an example and layer, at most, unless one batch is more already."""
 Family = tuple[Stack, str]
 """Sites that make one array: a stack and a component, ``cross.z`` for cross-attention."""
 
@@ -89,21 +92,59 @@ def make_plan(model: Lvlm, encoding: Encoding, sites: Sequence[str], tokens: Seq
             for s in selections[stack]
         ]
     reads = tuple(Read(site, model.locate(site)) for site in shapes)
-    roles = tuple(role for role in ROLES if _has(encoding.tokens, role))
-    return Plan(reads, Schema(tuple(arrays), cast("Dtype", dtype)), selections, skipped, roles)
+    return Plan(reads, Schema(tuple(arrays), cast("Dtype", dtype)), selections, skipped, _roles(encoding.tokens))
+
+
+def outline_plan(model: Lvlm, encoding: Encoding, sites: Sequence[str], tokens: Sequence[str], dtype: str) -> Plan:
+    """Return the plan of a trace without a forward and without weights: its arrays, and no `reads`.
+
+    Parameters
+    ----------
+    model
+        The model under study, or its outline (`lvlm.loading.outline_lvlm`).
+    encoding, sites, tokens, dtype
+        As in `make_plan`.
+
+    Raises
+    ------
+    SiteError
+        Where the model lacks a site, or a token selection means nothing in any stack.
+    """
+    families = _families(model, sites)
+    stacks: list[Stack] = list(dict.fromkeys(stack for stack, _ in families))
+    selections, skipped = _selections(encoding.tokens, tokens, stacks)
+    arrays = []
+    for family, layers in families.items():
+        stack, component = family
+        site = site_of(family, layers[0])
+        if site.component == "pattern":
+            lattices = encoding.tokens.sequence
+            keys = encoding.tokens.length if stack == "decoder" else lattices.get(stack, 0)
+            width = keys * (model.n_heads if stack == "decoder" else model.n_vision_heads)
+        else:
+            width = site_width(model, site)
+        heads = _heads(model, stack, component, layers[0], width)
+        arrays += [
+            ArrayInfo(stack, component, str(s), len(layers), width, heads, layers, ragged=s.reduction == "all")
+            for s in selections[stack]
+        ]
+    return Plan((), Schema(tuple(arrays), cast("Dtype", dtype)), selections, skipped, _roles(encoding.tokens))
 
 
 def chunk_batches(plan: Plan, example: TokenMap, batch_size: int) -> int:
-    """Return of how many batches a chunk is, as long as a run lasts: `CHUNK_BATCHES`, fewer where every token is kept.
+    """Return of how many batches a chunk is, as long as a run lasts: `CHUNK_BATCHES`, fewer where they hold too much.
 
     Chunks decide who shares a forward, so the answer depends on nothing but the plan, its example and the batch size.
     """
-    kept = 0
+    ragged = fixed = 0
     for array in plan.schema.arrays:
         if array.ragged:
             tokens = len(example.positions(TokenSelection.parse(array.tokens), cast("Stack", array.stack)))
-            kept += max(1, tokens) * array.n_layers * array.width * 4
-    return max(1, min(CHUNK_BATCHES, CHUNK_BYTES // max(1, kept * batch_size)))
+            ragged += max(1, tokens) * array.n_layers * array.width * 4
+        else:
+            fixed += array.n_layers * array.width * 4
+    within = (CHUNK_BYTES // max(1, ragged * batch_size), FIXED_BYTES // max(1, fixed * batch_size))
+    return max(1, min(CHUNK_BATCHES, *within))
 
 
 def site_of(family: Family, layer: int) -> Site:
@@ -197,6 +238,10 @@ def offsets_of(maps: Sequence[TokenMap], info: ArrayInfo) -> np.ndarray:
     selection = TokenSelection.parse(info.tokens)
     lengths = [len(m.positions(selection, cast("Stack", info.stack))) for m in maps]
     return np.cumsum([0, *lengths], dtype=np.int64)
+
+
+def _roles(example: TokenMap) -> tuple[str, ...]:
+    return tuple(role for role in ROLES if _has(example, role))
 
 
 def _has(example: TokenMap, role: str) -> bool:

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
+from activation_store.format.model_tensors import Rows
+from activation_store.format.schema import shard_numbers
+from activation_store.forms import VERSION
 from activation_store.tracing.plan import Plan
 from concepts.schema import ConceptDataset
+from groundscope.core.errors import StoreError
+from lvlm import applied
 from lvlm.access.weights import named_weights
 from lvlm.family.specification import resolve
+from lvlm.fingerprint import sampled_weights_hash
+from lvlm.generation import end_tokens, other_rules
 from lvlm.model import Lvlm
+from lvlm.settings import processor_digest, sampled_processor_digest
 from lvlm.sites import TokenSelection
 from lvlm.token_map import COVER
 
@@ -31,7 +40,7 @@ _ROLES = {
     "system": "the tokens before the image, without the first",
     "image": "the image tokens",
     "question": "the tokens of the question's own words",
-    "generated": "the tokens of the model's own answer, its end included; NaN after the end",
+    "generated": "the tokens of the model's own answer, without the token that ends it; NaN after them",
     "answer": "the tokens of the true answer, put after the prompt",
     "object": (
         f"the image tokens whose patch is covered to at least {COVER} by the box of the object the question is about, or "
@@ -59,15 +68,28 @@ def describe(
     """
     selections = dict.fromkeys(s for kept in plan.selections.values() for s in kept)
     stacks = {s: sorted(stack for stack, kept in plan.selections.items() if s in kept) for s in selections}
+    ends, rules = (sorted(end_tokens(model)), list(other_rules(model))) if generate else ([], [])
     return {
+        "version": VERSION,
         "model": {
             "name": model.name,
             "config": model.config_hash,
             "weights": model.weights_hash,
+            # To compare with stores of earlier releases.
+            "weights-sample": sampled_weights_hash(model.hf),
             "family": asdict(model.spec),
             "dtype": str(model.dtype).removeprefix("torch."),
+            "attention": model.attention,
+            **({"revision": model.revision} if model.revision else {}),
+            **({"unused-weights": list(model.unused_weights)} if model.unused_weights else {}),
         },
-        "processor": _processor(model.processor),
+        "processor": {
+            "class": type(model.processor).__name__,
+            "digest": processor_digest(model.processor),
+            "settings": sampled_processor_digest(model.processor),
+        },
+        # What was done to the model while it was read: ``interventions``, ``hooks``.
+        **applied.record(model.hf),
         "dataset": {
             "name": data.name,
             "examples": len(data),
@@ -77,7 +99,11 @@ def describe(
         "sites": [str(read.site) for read in plan.reads],
         "tokens": {str(s): {"definition": _definition(s), "stacks": used} for s, used in stacks.items()},
         "answers": ANSWER_RULE if answers else "not recorded",
-        **({"generate": {"most_tokens": generate, "decoding": "greedy"}} if generate else {}),
+        **(
+            {"generate": {"most_tokens": generate, "decoding": "greedy", "ends": ends, "left-out": rules}}
+            if generate
+            else {}
+        ),
         # Recorded, but may differ when a store is continued.
         "environment": {
             "python": platform.python_version(),
@@ -88,32 +114,41 @@ def describe(
     }
 
 
-def unembedding(model: Lvlm, plan: Plan) -> Mapping[str, np.ndarray] | None:
-    """Return what reads a decoder residual as words: the parameters of the final norm and of the unembedding.
+def unembedding(model: Lvlm, plan: Plan) -> Mapping[str, Rows] | None:
+    """Return what reads a decoder residual as words: the parameters of the final norm and of the unembedding, as float32.
 
-    None where no site of the decoder is traced.
+    They are converted some rows at a time. None where no site of the decoder is traced.
     """
     if "decoder" not in plan.selections:
         return None
     parts = {"final_norm": model.spec.final_norm, "unembedding": model.spec.unembedding}
     return {
-        f"{name}.{kind}": parameter.detach().float().cpu().numpy()
+        f"{name}.{kind}": _rows(parameter.detach())
         for name, path in parts.items()
         if path
         for kind, parameter in named_weights(resolve(model.hf, path, model.spec))
     }
 
 
-def _processor(processor: Any) -> dict[str, str]:
-    """Return the class of a processor, and a digest of what decides on pixels and tokens."""
-    pictures, tokenizer = (getattr(processor, part, None) for part in ("image_processor", "tokenizer"))
-    settings = {
-        "pictures": pictures.to_dict() if pictures is not None else None,
-        "vocabulary": tokenizer.get_vocab() if tokenizer is not None else None,
-        "chat_template": getattr(processor, "chat_template", None),
-    }
-    text = json.dumps(settings, sort_keys=True, default=str)
-    return {"class": type(processor).__name__, "digest": hashlib.sha256(text.encode()).hexdigest()}
+def check_known(model: Lvlm, folder: Path, workers: int) -> None:
+    """Raise `StoreError` where rows are to join others, and something that cannot be compared acts on the model."""
+    acting = applied.unknown(model.hf)
+    if not acting:
+        return
+    started = folder.is_dir() and any(shard_numbers(p.name) or p.name.startswith("manifest") for p in folder.iterdir())
+    if started or workers > 1:
+        first, *others = acting
+        more = f" and {len(others)} more" if others else ""
+        msg = (
+            f"{folder}: rows cannot be added to a store, or shared between workers, while hooks act on {model.name} whose "
+            f"effect is not known: {first}{more}; remove them, mark those that change nothing with "
+            "lvlm.applied.observer, or trace in one process into a new folder"
+        )
+        raise StoreError(msg)
+
+
+def _rows(x: Tensor) -> Rows:
+    return Rows(tuple(x.shape), np.dtype("<f4"), lambda part: x[part].float().cpu().numpy())
 
 
 def _definition(selection: TokenSelection) -> str:

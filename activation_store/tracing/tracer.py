@@ -7,13 +7,14 @@ hook that somebody put on the very module that is read acts after it, and shows 
 
 from __future__ import annotations
 
+import logging
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ from activation_store.format.schema import INDEX, TENSORS, Key, shard_numbers
 from activation_store.reading.store import ActivationStore
 from activation_store.tracing.continuation import Continued, GoesOn, goes_on_with, with_answers, with_generated
 from activation_store.tracing.example_table import check_answers, has_answers, row, spans
-from activation_store.tracing.inputs import check_images, encode_first, progress_bar
+from activation_store.tracing.inputs import check_images, encode_first, progress_bar, unreadable_images
 from activation_store.tracing.plan import (
     Plan,
     Read,
@@ -36,7 +37,7 @@ from activation_store.tracing.plan import (
     offsets_of,
     reducer,
 )
-from activation_store.tracing.provenance import describe, unembedding
+from activation_store.tracing.provenance import check_known, describe, unembedding
 from activation_store.writing.writer import StoreWriter
 from concepts.schema import ConceptDataset, Example
 from groundscope.core.errors import ConfigError, DataError, SiteError
@@ -67,6 +68,7 @@ def trace(
     progress: bool = True,
     worker: int = 0,
     workers: int = 1,
+    on_error: Literal["raise", "skip"] = "raise",
 ) -> ActivationStore:
     """Run a model over a dataset and keep what was asked for of its inside.
 
@@ -113,6 +115,11 @@ def trace(
         Trace one of several parts of the data, each in a process of its own, into the same folder; the last to finish
         makes the store whole. Parts are runs of neighbouring examples, cut between chunks of batches: rows and values are
         those of a trace in one piece. With fewer chunks than workers some parts are empty.
+    on_error
+        What an image that cannot be read does: ``raise`` a `DataError` before the first forward, or ``skip`` its examples.
+        Those are named with the reason in the store's provenance under ``skipped``, and counted in a warning through
+        `logging`; to look for them, all images are read first, by each worker. Where there are any, the store is one of the
+        remaining examples: after an image was repaired, trace into another folder.
 
     Returns
     -------
@@ -128,11 +135,17 @@ def trace(
     SiteError
         Where the model lacks a site or a token selection.
     DataError
-        Where there is no example, an image cannot be read, or answers cannot be told apart by their first token.
+        Where there is no example, an image (with ``skip``: every image) cannot be read, or answers cannot be told apart
+        by their first token.
+    ModelError
+        Where the logits that an answer is read from are not finite.
     ConfigError
-        For a batch size below 1, or where both the model's own and the true answer are to be read in one trace.
+        For a batch size below 1, an unknown `on_error`, or where both the model's own and the true answer are to be
+        read in one trace.
     StoreError
-        Where the folder holds a store of something else (names the field), or it cannot be written.
+        Where the folder holds a store of something else (names the field; a steering vector or other intervention that is
+        applied now and was not then is one), a hook of unknown effect acts on the model and rows are to join others, or it
+        cannot be written.
     """
     if batch_size < 1:
         msg = f"batch_size={batch_size}: at least 1 example goes into a forward"
@@ -140,26 +153,38 @@ def trace(
     if not 0 <= worker < workers or (force and workers > 1):
         msg = f"worker={worker} of workers={workers}, force={force}: worker is 0 to {workers - 1}; force is for one worker"
         raise ConfigError(msg)
+    if on_error not in ("raise", "skip"):
+        msg = f"on_error='{on_error}': choose 'raise' or 'skip'"
+        raise ConfigError(msg)
     if not len(data):
         msg = f"dataset '{data.name}' has no examples: nothing to trace"
         raise DataError(msg)
+    skipped = unreadable_images(data.examples, progress=progress) if on_error == "skip" else {}
+    readable = [e for e in data.examples if e.id not in skipped]
+    if skipped:
+        _say_skipped(skipped, data)
     if answers:
         check_answers(model, data)
     goes_on = goes_on_with(tokens, generate)
     with _FORWARD:
-        first = encode_first(model, data.examples[0])
+        first = encode_first(model, readable[0])
         if goes_on:  # where the answer will be is not known yet, only that there will be one
             first = replace(first, tokens=replace(first.tokens, generated=()))
         plan = make_plan(model, first, sites, tokens, dtype)
     provenance = describe(model, data, plan, batch_size, answers=answers, generate=generate)
+    if skipped:
+        provenance["skipped"] = skipped
     folder = Path(out)
     if force:
         _clear(folder)
+    check_known(model, folder, workers)
     run = Tracer.begin(model, data, plan, batch_size, answers=answers, goes_on=goes_on, steps=generate)
     size = chunk_batches(plan, first.tokens, batch_size) * batch_size
-    chunks = -(-len(data) // size)
-    first_row, stop_row = (min(len(data), worker_at * chunks // workers * size) for worker_at in (worker, worker + 1))
-    part = data.examples[first_row:stop_row]
+    chunks = -(-len(readable) // size)
+    first_row, stop_row = (
+        min(len(readable), worker_at * chunks // workers * size) for worker_at in (worker, worker + 1)
+    )
+    part = readable[first_row:stop_row]
     extra = unembedding(model, plan)
     with StoreWriter(
         folder, plan.schema, provenance, worker, shard_size=shard_size, workers=workers, extra=extra
@@ -259,7 +284,8 @@ class Tracer:
         if self.goes_on:
             with _FORWARD:
                 on = with_generated(self.model, batch, self.steps) if self.steps else with_answers(self.model, batch)
-        values, logits = self.forward(batch, on)
+        with self.model.reading_answers(batch.encodings[0].tokens.length if on else None):
+            values, logits = self.forward(batch, on)
         maps = on.tokens if on else tuple(e.tokens for e in batch.encodings)
         arrays: dict[Key, np.ndarray | Ragged] = {key: value.float().cpu().numpy() for key, value in values.items()}
         for a in self.plan.schema.arrays:
@@ -303,9 +329,6 @@ class Tracer:
                     _check_width(site, x, widths[key], batch)
                     kept[key][site.layer] = reduce(x)
 
-        options = dict(self.model.options)
-        if "logits_to_keep" in options:
-            options["logits_to_keep"] = extra + 1
         inputs = on.inputs if on else batch.inputs
         with ExitStack() as stack:
             calls = {}
@@ -316,9 +339,10 @@ class Tracer:
             if any(read.site.component == "pattern" for read in self.plan.reads):
                 stack.enter_context(self.model.eager())
             stack.enter_context(_FORWARD)
+            less = stack.enter_context(self.model.last_logits(extra + 1))
             # The same call as `Lvlm.logits`. nnsight runs this body in step with the forward: each read waits for its
             # tensor. What is kept lives in containers made outside, as names bound inside do not come out.
-            with self.wrapper.trace(**inputs, **options) as tracer:
+            with self.wrapper.trace(**inputs, use_cache=False, **less) as tracer:
                 for view, reads in self.reads:
                     keep(reads, _raw(view, reads[0].place.side))
                 if asked:
@@ -327,6 +351,23 @@ class Tracer:
                     tracer.stop()
         stacked = {a.key: of_layers(kept[a.key], a) for a in self.plan.schema.arrays}
         return stacked, logits[0] if asked else None
+
+
+def _say_skipped(skipped: Mapping[str, str], data: ConceptDataset) -> None:
+    name, reason = next(iter(skipped.items()))
+    if len(skipped) == len(data):
+        msg = f"dataset '{data.name}': no image can be read; the first is that of example '{name}': {reason}"
+        raise DataError(msg)
+    more = f" and {len(skipped) - 1} more" if len(skipped) > 1 else ""
+    logging.getLogger(__name__).warning(
+        "%d of %d examples are left out, as their images cannot be read: '%s' (%s)%s; all are named in the store's "
+        "provenance under 'skipped'",
+        len(skipped),
+        len(data),
+        name,
+        reason,
+        more,
+    )
 
 
 class _Beside(NNsight):
@@ -379,6 +420,7 @@ def _clear(folder: Path) -> None:
             # Manifests come first: without them what is left, should this be interrupted, does not look finished.
             for path in sorted(folder.iterdir(), key=lambda p: (not p.name.startswith("manifest"), p.name)):
                 ours = path.name in {TENSORS, INDEX} or shard_numbers(path.name) or path.suffix in {".part", ".tmp"}
+                ours = ours or (path.name.startswith(".sealed-") and path.suffix == ".jsonl")
                 if ours or (path.name.startswith("manifest") and path.suffix == ".json"):
                     path.unlink()
         finally:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,13 @@ import h5py
 import numpy as np
 
 from activation_store.format.columns import write_columns
-from activation_store.format.digests import array_digest, structure_digest
+from activation_store.format.digests import array_digest, arrays_in, blocks, values_of
 from activation_store.format.encoding import STORAGE
-from activation_store.format.hdf5 import mark
+from activation_store.format.hdf5 import dataset_at, group_at, mark
 from activation_store.format.manifest import ShardEntry
+from activation_store.format.mapped_file import Source
 from activation_store.format.schema import LAYOUT_VERSION, ArrayInfo, Schema
-from activation_store.format.shard import open_shard
+from activation_store.format.seal import block_table, write_seal
 from groundscope.core.errors import StoreError
 from groundscope.core.files import canonical_json, publish_new
 
@@ -38,17 +40,33 @@ def finish_shard(file: h5py.File, columns: Mapping[str, np.ndarray], rows: int) 
     file.attrs["rows"] = rows
 
 
-def publish_shard(temporary: Path, final: Path, arrays: Mapping[str, str], ids: tuple[str, ...]) -> ShardEntry:
-    """Give a closed and synced shard its final name; raises `StoreError` where there is one of that name."""
-    with open_shard(temporary) as file:
-        sha256 = structure_digest(temporary, file)
-    size = temporary.stat().st_size
+def publish_shard(
+    temporary: Path,
+    final: Path,
+    arrays: Mapping[str, str],
+    ids: tuple[str, ...],
+    announce: Callable[[ShardEntry], None] | None = None,
+) -> ShardEntry:
+    """Seal a closed shard, sync it and give it its final name; returns what the manifest lists of it.
+
+    `announce` is called in between, so that a record of the digest is older than the name. Raises `StoreError` where a
+    file has that name.
+    """
+    with contextlib.closing(h5py.File(Source(temporary), "r")) as file:
+        tables = []
+        for name, element in arrays_in(file):
+            where, digests = blocks(values_of(element)), dataset_at(group_at(file, "digests"), name)[...]
+            tables.append(np.stack([where.offsets, where.sizes, digests.astype(np.int64)]).reshape(3, -1))
+    sha256 = write_seal(temporary, block_table(*np.concatenate(tables, axis=1)), rows=len(ids))
+    entry = ShardEntry(final.name, temporary.stat().st_size, len(ids), sha256, arrays, ids, LAYOUT_VERSION)
+    if announce is not None:
+        announce(entry)
     try:
         publish_new(temporary, final)
     except FileExistsError as error:
         msg = f"{final} is there already: another writer of the same number sealed it; give each its own worker="
         raise StoreError(msg) from error
-    return ShardEntry(final.name, size, len(ids), sha256, arrays, ids, LAYOUT_VERSION)
+    return entry
 
 
 def create_array(

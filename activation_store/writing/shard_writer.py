@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,11 +78,11 @@ class ShardBuilder:
         finish_shard(self._file, columns, self._rows)
         self._file.close()
 
-    def publish(self, final: Path) -> ShardEntry:
-        """Bring the finished shard to the disk and give it its final name; returns what the manifest says of it."""
-        self._pen.sync()
+    def publish(self, final: Path, announce: Callable[[ShardEntry], None]) -> ShardEntry:
+        """Bring the finished shard to the disk and give it its final name; see `publish_shard`."""
+        self._pen.check()
         self._pen.close()
-        entry = publish_shard(self._temporary, final, self._digests, self._ids)
+        entry = publish_shard(self._temporary, final, self._digests, self._ids, announce)
         self._drop.detach()
         return entry
 
@@ -92,10 +92,11 @@ class ShardBuilder:
 
 
 def _discard(file: h5py.File, pen: Pen, temporary: Path, owner: int) -> None:
-    if os.getpid() != owner:
-        return  # a fork: the file is its parent's
+    # In the child of a fork HDF5 lets go of the file as well, or it would at the end of the interpreter; the pen writes
+    # nothing there, as the file is its parent's.
     with contextlib.suppress(OSError, RuntimeError):
         file.close()
     pen.close()
-    with contextlib.suppress(OSError):
-        temporary.unlink(missing_ok=True)
+    if os.getpid() == owner:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)

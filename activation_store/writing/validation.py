@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from activation_store.format.encoding import LARGEST, Encoded, column_kind
+from activation_store.format.encoding import LARGEST, Encoded, column_kind, fits_float
 from activation_store.format.schema import REQUIRED_COLUMNS, STANDARD_COLUMNS, Dtype, Key, Schema, array_name
 from groundscope.core.errors import StoreError
 
@@ -68,6 +68,35 @@ def check_kinds(columns: Mapping[str, Sequence[Any]], before: Mapping[str, str])
     return {name: known[name] if kind == "empty" else kind for name, kind in kinds.items()}
 
 
+def check_exact(
+    columns: Mapping[str, Sequence[Any]], kinds: Mapping[str, str], before: Mapping[str, str]
+) -> dict[str, str]:
+    """Return by column of numbers what decides on its dtype so far: ``wide`` integers, or values that make it ``float64``.
+
+    Raises
+    ------
+    StoreError
+        Where a column would have both: float64 cannot hold such an integer.
+    """
+    known = dict(before)
+    for name, values in columns.items():
+        if kinds[name] != "number":
+            continue
+        wide = next((v for v in values if type(v) is int and int(float(v)) != v), None)
+        as_float = any(v is None or type(v) is float or (type(v) is int and not -(2**63) <= v < 2**63) for v in values)
+        traits = (
+            {known.get(name, "")} | ({"wide"} if wide is not None else set()) | ({"float64"} if as_float else set())
+        )
+        if {"wide", "float64"} <= traits:
+            msg = (
+                f"column '{name}' holds integers beyond 2**53{f' ({wide})' if wide is not None else ''} and missing, fractional "
+                f"or larger values: such a column is float64, which cannot hold these integers; bring it as text"
+            )
+            raise StoreError(msg)
+        known[name] = max(traits)
+    return known
+
+
 def check_table(table: Mapping[str, Sequence[Any] | np.ndarray]) -> dict[str, list[Any]]:
     """Return a batch of table columns as lists of plain values, after checking names, lengths and kinds.
 
@@ -97,10 +126,22 @@ def check_table(table: Mapping[str, Sequence[Any] | np.ndarray]) -> dict[str, li
             for value in values:
                 if value is not None:
                     _check_text(value, f"column '{name}'")
+        if kind in ("number", "label"):
+            _check_numbers(name, values, columns["id"])
         if name in STANDARD_COLUMNS and kind not in ("string", "empty"):
             msg = f"column '{name}' must hold text, not {kind} values"
             raise StoreError(msg)
     return columns
+
+
+def _check_numbers(name: str, values: Sequence[Any], ids: Sequence[Any]) -> None:
+    for value, example in zip(values, ids, strict=True):
+        if type(value) is int and not fits_float(value):
+            msg = (
+                f"column '{name}' holds an integer of {value.bit_length()} bits for the example '{example}': "
+                f"float64, which numbers beyond int64 are stored as, ends at 1.8e308"
+            )
+            raise StoreError(msg)
 
 
 def _plain(values: Sequence[Any] | np.ndarray) -> list[Any]:

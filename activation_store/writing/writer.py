@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Iterable, Iterator, KeysView, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,29 +13,44 @@ from typing import Any, Self
 
 import numpy as np
 
-from activation_store.format.columns import read_columns
+from activation_store.format.buffered_file import hold_hdf5_while_forking
+from activation_store.format.columns import columns_in, read_column
 from activation_store.format.compression import need_filter
 from activation_store.format.encoding import stored_kind
+from activation_store.format.folder_checks import check_ids, check_listed, check_sealed, read_index, read_sealed
 from activation_store.format.hdf5 import group_at
 from activation_store.format.manifest import DamagedManifestError, IndexEntry, Manifest, ShardEntry, read_manifest
-from activation_store.format.model_tensors import tensors_entry, write_tensors
+from activation_store.format.model_tensors import Rows, tensors_entry, write_tensors
 from activation_store.format.schema import (
+    INDEX,
     NOT_COMPARED,
     Schema,
     comparable,
     difference,
     manifest_name,
+    sealed_name,
     shard_name,
     shard_numbers,
 )
-from activation_store.format.shard import inspect, open_shard, read_ids, read_json, reading, rebuild_advice
+from activation_store.format.screening import screen
+from activation_store.format.shard import (
+    LAST_UNSEALED,
+    SHARD_KIND,
+    check_outcome,
+    inspect,
+    open_shard,
+    read_ids,
+    read_json,
+    reading,
+)
+from activation_store.forms import same_form
 from activation_store.writing.intake import Arrays, check_lists, encode_batch
 from activation_store.writing.queue import Background, Pool
 from activation_store.writing.shard_writer import ShardBuilder
-from activation_store.writing.validation import check_kinds, check_table, count_overflow
+from activation_store.writing.validation import check_exact, check_kinds, check_table, count_overflow
 from activation_store.writing.virtual_index import write_index
 from groundscope.core.errors import StoreError
-from groundscope.core.files import Lock, canonical_json, part_of, system_reason, write_whole
+from groundscope.core.files import Lock, canonical_json, file_digest, part_of, system_reason, write_whole
 
 _WAITING_BYTES = 16 << 20
 """What may wait to be written, at most, before `append` waits too: what is still in the processor's cache is copied faster,
@@ -93,13 +109,15 @@ class StoreWriter:
         *,
         workers: int = 1,
         allow_overflow: bool = False,
-        extra: Mapping[str, np.ndarray] | None = None,
+        extra: Mapping[str, np.ndarray | Rows] | None = None,
     ) -> None:
         need_filter(schema.compression)
+        hold_hdf5_while_forking()
         if not 0 <= worker < workers or shard_size < 1:
             msg = f"worker={worker} must be 0 to {workers - 1} (workers={workers}), shard_size={shard_size} at least 1"
             raise StoreError(msg)
-        self._path = Path(path)
+        self._path = Path(path).absolute()
+        self._process = os.getpid()
         self._schema = schema
         # Through JSON, so that what is compared is what a reader will get: tuples become lists, keys text.
         self._provenance: dict[str, Any] = json.loads(canonical_json(dict(provenance)))
@@ -113,6 +131,7 @@ class StoreWriter:
         self._entries: dict[str, ShardEntry] = {}
         self._kinds: dict[str, str] = {}
         self._lists: dict[str, str] = {}
+        self._exact: dict[str, str] = {}
         self._shard: ShardBuilder | None = None
         self._numbers: set[int] = set()
         self._building: set[ShardBuilder] = set()
@@ -121,6 +140,8 @@ class StoreWriter:
         self._pool = Pool()
         self._overflow = dict.fromkeys((a.name for a in schema.arrays), 0)
         self._closed = False
+        self._before: Manifest | None = None
+        self._sealed_log = self._path / sealed_name(worker)
         held = f"{self._path}: worker {worker} is being written by another process; give each process its own worker="
         with self._explained():
             self._path.mkdir(parents=True, exist_ok=True)
@@ -139,6 +160,7 @@ class StoreWriter:
 
         Waits until all that was appended is on its way: then whole shards of it are sealed.
         """
+        self._check_process()
         with self._explained():
             self._wait()
         return self._sealed.keys()
@@ -172,9 +194,11 @@ class StoreWriter:
         if self._closed:
             msg = f"{self._path}: this writer is closed; open another to go on, sealed shards are kept"
             raise StoreError(msg)
+        self._check_process()
         columns = check_table(table)
         kinds = check_kinds(columns, self._kinds)
         lists = check_lists(columns, kinds, self._lists)
+        exact = check_exact(columns, kinds, self._exact)
         encoded = encode_batch(arrays, self._schema, len(columns["id"]))
         keep = self._new_rows(columns["id"])
         if len(keep) < len(columns["id"]):
@@ -183,7 +207,7 @@ class StoreWriter:
         overflow = count_overflow(encoded, self._schema.dtype, columns["id"], allowed=self._allow_overflow)
         for name, count in overflow.items():
             self._overflow[name] += count
-        self._kinds, self._lists = kinds, lists
+        self._kinds, self._lists, self._exact = kinds, lists, exact
         self._appended.update(columns["id"])
         at = 0
         with self._explained():
@@ -199,6 +223,7 @@ class StoreWriter:
         """Seal the last shard and write the manifest (with several workers: once all have closed); may be repeated."""
         if self._closed:
             return
+        self._check_process()
         with self._explained():
             if self._shard is not None:
                 self._seal()
@@ -209,15 +234,20 @@ class StoreWriter:
             if all((self._path / manifest_name(w)).exists() for w in range(self._workers)) or self._workers == 1:
                 # A function of what all workers sealed: should two find themselves last, they write the same bytes.
                 self._gather()
-                index = write_index(self._path, self._schema, self._provenance, list(self._entries), self._owner)
-                manifest = self._manifest(self._entries.values(), index)
+                manifest = self._manifest(self._entries.values(), self._index())
                 write_whole(self._path / manifest_name(), manifest.encode(), self._owner)
+            self._sealed_log.unlink(missing_ok=True)  # the manifest says it now
         self._end()
 
     def abandon(self) -> None:
-        """Drop what does not fill a shard and write no manifest, as after a crash; never raises."""
+        """Drop what does not fill a shard and write no manifest, as after a crash; never raises.
+
+        In the child of a fork it does nothing: the store is its parent's.
+        """
+        if os.getpid() != self._process:
+            return
         for thread in (self._disk, self._sealing):
-            with contextlib.suppress(OSError, RuntimeError, StoreError):
+            with contextlib.suppress(Exception):
                 thread.wait()  # whole shards that are on their way are kept
             thread.stop()
         for shard in self._building:
@@ -232,6 +262,8 @@ class StoreWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if os.getpid() != self._process:
+            return  # the store is the parent's
         if kind is None:
             self.close()
         else:
@@ -242,30 +274,77 @@ class StoreWriter:
         who = f"worker {self._worker} of {self._workers}"
         return f"StoreWriter({str(self._path)!r}, {who}, {len(self._sealed)} examples sealed, {state})"
 
+    def _check_process(self) -> None:
+        if os.getpid() != self._process:
+            msg = (
+                f"{self._path}: this writer belongs to process {self._process}, of which this one is a fork; "
+                f"open a writer of this process, with another worker="
+            )
+            raise StoreError(msg)
+
     def _resume(self) -> None:
         for leftover in self._path.glob(f"*.{self._owner}*.part"):
             leftover.unlink()  # the lock is ours: whoever was writing it is gone
-        known = {e.file: e for manifest in self._manifests() for e in manifest.shards}
-        for name in _shards_in(self._path):
+        manifests = list(self._manifests())
+        known = {e.file: e for manifest in manifests for e in manifest.shards}
+        records = read_sealed(self._path)
+        names = _shards_in(self._path)
+        old = [self._path / n for n in names if n not in known or known[n].version <= LAST_UNSEALED]
+        screen(old, SHARD_KIND)
+        ids: dict[str, Sequence[str]] = {}
+        for name in names:
             path = self._path / name
+            if self._is_own(name):
+                self._numbers.add((shard_numbers(name) or (0, 0))[1])
+            if name in known:
+                check_listed(path, known[name])
+                if known[name].version <= LAST_UNSEALED:
+                    check_outcome(path, screen([path], SHARD_KIND)[0], known[name])
+                self._entries[name] = known[name]
+                ids[name] = known[name].examples
+                continue
+            check_sealed(path, records)
             with open_shard(path) as file, reading(path):
                 self._check_same(Schema.from_record(read_json(file, "schema")), read_json(file, "provenance"), name)
-                ids = read_ids(file)
-                if self._is_own(name):
-                    self._numbers.add((shard_numbers(name) or (0, 0))[1])
-                    for column, values in read_columns(group_at(file, "examples")).items():
-                        kind = stored_kind(column, values)
-                        self._kinds[column] = self._kinds.get(column, kind) if kind == "empty" else kind
-            self._sealed.update(dict.fromkeys(ids))
-            size = path.stat().st_size
-            if name in known and known[name].bytes != size:
-                msg = f"{path}: damaged, {size} bytes instead of {known[name].bytes}; {rebuild_advice(name)}"
-                raise StoreError(msg)
-            if name in known:
-                self._entries[name] = known[name]
-            elif self._is_own(name):
+                ids[name] = read_ids(file)
+            if self._is_own(name):
                 self._entries[name] = inspect(path)
+        check_ids(self._path, ids)
+        self._sealed.update(dict.fromkeys(name for some in ids.values() for name in some))
         self._earlier = frozenset(self._sealed)
+        self._before = next((m for m in manifests if m.shards == tuple(self._entries.values())), None)
+        own = [name for name in names if self._is_own(name)]
+        if own:
+            self._learn_kinds(own)
+
+    def _learn_kinds(self, own: Sequence[str]) -> None:
+        """Find out what kind each column is of: from the index, else from its first shard that says so."""
+        table = read_index(self._path, self._before.index) if self._before is not None else None
+        if table is not None:
+            self._kinds = {column: stored_kind(column, values) for column, values in table.items()}
+            return
+        for name in own:
+            path = self._path / name
+            with open_shard(path, entry=self._entries.get(name)) as file, reading(path):
+                unknown = [
+                    c for c in columns_in(group_at(file, "examples")) if self._kinds.get(c[0], "empty") == "empty"
+                ]
+                for column, element in unknown:
+                    self._kinds[column] = stored_kind(column, read_column(element))
+            if "empty" not in self._kinds.values():
+                return
+
+    def _index(self) -> IndexEntry | None:
+        path, entries = self._path / INDEX, tuple(self._entries.values())
+        entry = self._before.index if self._before is not None and self._before.shards == entries else None
+        if (
+            entry is not None
+            and path.exists()
+            and path.stat().st_size == entry.bytes
+            and file_digest(path) == entry.sha256
+        ):
+            return entry
+        return write_index(self._path, self._schema, self._provenance, list(self._entries), self._owner)
 
     def _is_own(self, name: str) -> bool:
         numbers = shard_numbers(name)
@@ -282,6 +361,8 @@ class StoreWriter:
             yield manifest
 
     def _check_same(self, schema: Schema, provenance: Mapping[str, Any], where: str) -> None:
+        # A store that an earlier release began is continued in its form.
+        self._provenance = same_form(self._provenance, provenance, str(self._path))
         found = difference(comparable(schema, provenance), comparable(self._schema, self._provenance))
         if found is not None:
             field, old, new = found
@@ -332,10 +413,18 @@ class StoreWriter:
         self._sealing.submit(partial(self._publish, shard, final), size=1)
 
     def _publish(self, shard: ShardBuilder, final: Path) -> None:
-        entry = shard.publish(final)
+        entry = shard.publish(final, self._log)
         self._building.discard(shard)
         self._entries[entry.file] = entry
         self._sealed.update(dict.fromkeys(entry.examples))
+
+    def _log(self, entry: ShardEntry) -> None:
+        try:
+            with self._sealed_log.open("a", encoding="ascii") as file:
+                file.write(json.dumps({"file": entry.file, "sha256": entry.sha256}) + "\n")
+        except OSError:  # without a record nothing is compared; with a part of it wrong things would be
+            with contextlib.suppress(OSError):
+                self._sealed_log.unlink(missing_ok=True)
 
     def _wait(self) -> None:
         self._disk.wait()
@@ -362,10 +451,11 @@ class StoreWriter:
     def _explained(self) -> Iterator[None]:
         try:
             yield
-        except (OSError, RuntimeError, StoreError) as error:
+        except BaseException as error:
+            # Whatever it was: what is sealed is kept, the rest is dropped and the lock released.
             if hasattr(self, "_lock"):
                 self.abandon()
-            if isinstance(error, StoreError):
+            if not isinstance(error, OSError | RuntimeError):
                 raise
             msg = (
                 f"{self._path}: cannot be written: {system_reason(error)}; "

@@ -12,8 +12,10 @@ the point where gradients are taken, so that all of an edge is linear at that po
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,7 +40,10 @@ HELD = 2**30
 """Bytes that the scores of all pairs, which intervals need, may take."""
 EDGES = 2**12
 """Edges whose intervals are made at a time."""
+EXPLAINED = 0.1
+"""How far from 1 the sum of the scores of the input's edges may be before it is warned about."""
 _METRIC = "logit_difference"
+_LOG = logging.getLogger("circuits.attribution.heads")
 
 
 def edges(
@@ -68,7 +73,7 @@ def edges(
         Where gradients are taken: ``run`` (with ``noise`` EAP), ``source``, or ``path``: the mean over `steps` points
         ``run + k / steps (source - run)`` between the embeddings of both (EAP-IG).
     steps
-        Points on the way.
+        Points on the way. The paper's 5 may explain far less or more than the whole difference: see `Graph.explained`.
     variant
         ``paper``: k = 1 ... steps; ``release``: k = 0 ... steps - 1, as in the authors' code.
     min_effect
@@ -82,9 +87,10 @@ def edges(
     -------
     Graph
         Mean over pairs of each edge's share of ``LD_clean - LD_corrupt``. With ``path``, the edges out of ``input`` add up
-        to 1, the whole difference, the closer the more steps there are (completeness). Intervals of scores are over groups
-        of pairs (percentile bootstrap); there are none for a single group, or where scores of all pairs would not fit into
-        memory.
+        to 1, the whole difference, the closer the more steps there are (completeness); `Graph.explained` is their sum. Where
+        it is off by more than `EXPLAINED`, a record of level WARNING of the logger ``circuits.attribution.heads`` says so.
+        Intervals of scores are over groups of pairs (percentile bootstrap); there are none for a single group, or where
+        scores of all pairs would not fit into memory.
 
     Raises
     ------
@@ -104,6 +110,7 @@ def edges(
     decoder = _Decoder(model)
     total: np.ndarray | float = 0.0
     apart = _Apart()
+    sums: list[float] = []
     baseline = np.zeros((2, len(plans)))
 
     def do(sides: Sides) -> tuple[np.ndarray, Tensor, Tensor]:
@@ -113,6 +120,7 @@ def edges(
         baseline[:, group] = metrics
         used = kept_of(metrics[0], metrics[1], settings.min_effect)
         total = total + share[used].sum(0)
+        sums += share[used][:, 0].sum(-1).tolist()
         apart.add(share[used], [plans[i].pair.clean.group for i, u in zip(group, used, strict=True) if u])
     kept = kept_of(baseline[0], baseline[1], settings.min_effect)
     check_kept(baseline[0], baseline[1], kept, settings.min_effect)
@@ -129,8 +137,27 @@ def edges(
         n_pairs=int(kept.sum()),
         excluded=int((~kept).sum()),
         direction=direction,
-        provenance={**how.about, "min_effect": min_effect},
+        provenance={**how.about, "min_effect": min_effect, **_explained(model, how, sums)},
     )
+
+
+def _explained(model: Lvlm, how: How, sums: Sequence[float]) -> dict[str, Any]:
+    """Return what share of the difference the input's edges add up to, and warn where it is not all of it."""
+    if how.point != "path":
+        return {}
+    mean, lowest, highest = float(np.mean(sums)), min(sums), max(sums)
+    if abs(mean - 1) > EXPLAINED:
+        _LOG.warning(
+            "%s: with steps=%d the scores add up to %.2f of the difference between clean and corrupt (%.2f to %.2f over %d "
+            "pairs): use more steps",
+            model.name,
+            how.steps,
+            mean,
+            lowest,
+            highest,
+            len(sums),
+        )
+    return {"explained": {"mean": mean, "lowest": lowest, "highest": highest}}
 
 
 @dataclass(eq=False)

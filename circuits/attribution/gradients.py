@@ -103,8 +103,7 @@ def slopes(
 
             for component in ("attn_out", "mlp_out"):
                 hooks.callback(model.place("decoder", layer, component).edit(write).remove)
-        on_device = {k: v.to(model.device) for k, v in inputs.items()}
-        score = metric(model.hf(**on_device, **model.options).logits[:, -1])
+        score = metric(model.forward(inputs)[:, -1])
         gradients: list[tuple[Tensor, ...]] = []
         for layer in (layers if drop else (-1,)) if differentiate else ():
             dropped[0] = layer

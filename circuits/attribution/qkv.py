@@ -199,8 +199,7 @@ def _look(
     hook = model.place("decoder", 0, "resid_pre").edit(enter)
     try:
         with torch.set_grad_enabled(differentiate), opened(model, patterns=name == "pattern") as attention:
-            on_device = {k: v.to(model.device) for k, v in given.items()}
-            score = sides.metric(model.hf(**on_device, **model.options).logits[:, -1])
+            score = sides.metric(model.forward(given)[:, -1])
             seen = attention.seen
     finally:
         hook.remove()

@@ -117,8 +117,7 @@ def run(
     with torch.set_grad_enabled(bool(forms)), ExitStack() as hooks:
         attention = hooks.enter_context(opened(model))
         seen.watch(hooks, forms, embeddings, added or {})
-        on_device = {k: v.to(model.device) for k, v in inputs.items()}
-        score = metric(model.hf(**on_device, **model.options).logits[:, -1])
+        score = metric(model.forward(inputs)[:, -1])
         if len(attention.seen) != model.n_layers:
             missing = next(i for i in range(model.n_layers) if i not in attention.seen)
             msg = (

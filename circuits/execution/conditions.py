@@ -6,13 +6,14 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
-from circuits.execution.memory import MEMORY
+from circuits.execution.memory import MEMORY, kept_bytes
 from circuits.execution.prefix_attention import NotShared
 from circuits.execution.prefix_cache import record
 from circuits.execution.suffix_runner import resume
-from circuits.interventions.intervention import Intervention, intervened
+from circuits.interventions.intervention import Intervention, intervened, placed
 from lvlm.model import Batch, Lvlm
 
 Condition = Sequence[Intervention]
@@ -78,9 +79,18 @@ def _shared(
     model: Lvlm, batch: Batch, late: dict[int, Condition], plain: Sequence[int], memory: int
 ) -> dict[int, Tensor]:
     """Return the logits of the model as it is, and of conditions at the last token, by their numbers."""
+    rows_within = max(1, memory // kept_bytes(model, 1, batch.encodings[0].tokens.length))
+    if len(batch.encodings) > rows_within:  # what is recorded is keys and values of every layer and token
+        found: dict[int, list[Tensor]] = {}
+        for k in range(0, len(batch.encodings), rows_within):
+            encodings = batch.encodings[k : k + rows_within]
+            part = Batch(batch.index[k : k + rows_within], encodings, model.collate(encodings))
+            for number, logits in _shared(model, part, late, plain, memory).items():
+                found.setdefault(number, []).append(logits)
+        return {number: torch.cat(some) for number, some in found.items()}
     last = batch.encodings[0].tokens.last
     recording = record(model, batch.inputs, last)
-    rows = [tuple(replace(item, positions=(last,)) for item in condition) for condition in late.values()]
+    rows = [tuple(replace(placed(model, item), positions=(last,)) for item in condition) for condition in late.values()]
     seen = resume(model, recording, rows, lambda logits: logits[:, :, -1], memory=memory, check=True)  # [B, rows, V]
-    found = {number: seen[:, k] for k, number in enumerate(late)}
-    return {**found, **dict.fromkeys(plain, recording.logits[:, -1])}
+    resumed = {number: seen[:, k] for k, number in enumerate(late)}
+    return {**resumed, **dict.fromkeys(plain, recording.logits[:, -1])}

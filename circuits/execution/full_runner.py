@@ -75,18 +75,12 @@ def run_whole(
         msg = f"memory={memory:,}: one patch of {length} positions needs {each:,} bytes beside the model; give at least that"
         raise PatchError(msg)
     size = max(1, min(memory // each, len(rows) if most is None else most))
-    less = {"logits_to_keep": keep} if "logits_to_keep" in model.accepts else {}
     found = []
     for k in range(0, len(rows), size):
         part = rows[k : k + size]
         many = {name: torch.cat([x] * len(part)) for name, x in inputs.items()}
         items = [
-            # Of a sequence of one position there is no prompt and no step after it: it is all there is.
-            replace(
-                item,
-                rows=tuple(range(number * examples, (number + 1) * examples)),
-                positions="all" if length == 1 else item.positions,
-            )
+            replace(item, rows=tuple(range(number * examples, (number + 1) * examples)))
             for number, row in enumerate(part)
             for item in row
         ]
@@ -101,6 +95,6 @@ def run_whole(
 
                     place = model.place("decoder", layer, "z", cross=crosses(model, layer))
                     stack.callback(place.watch(look).remove)
-            logits = model.hf(**many, use_cache=False, **less).logits[:, -keep:]
+            logits = model.forward(many, keep=keep)
         found.append(read(logits.unflatten(0, (len(part), examples)).transpose(0, 1)))
     return torch.cat(found, dim=1)

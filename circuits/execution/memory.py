@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
 from circuits.execution.prefix_attention import SCORES
 from circuits.execution.prefix_cache import Recording
+from concepts.schema import Example
 from groundscope.core.errors import PatchError
 from lvlm.family.specification import resolve
 from lvlm.model import Lvlm
@@ -54,6 +56,30 @@ def kept_bytes(model: Lvlm, size: int, length: int) -> int:
     """Return about how many bytes the two recorded runs of one pair take, of which `size` positions may be patched."""
     width, attended, _, _ = _widths(model)
     return model.n_layers * model.dtype.itemsize * (2 * length * attended + size * (width + attended))
+
+
+def batch_rows(
+    model: Lvlm, examples: Sequence[Example], most: int, memory: int = MEMORY, *, recorded: bool = False
+) -> int:
+    """Return how many examples a forward of a step whose batch size no user chooses takes side by side.
+
+    Parameters
+    ----------
+    model, examples
+        What runs; the first example stands for all.
+    most
+        As many as are wanted where memory is no matter.
+    memory
+        Bytes that a batch may take, about.
+    recorded
+        Whether the forward is kept, to be resumed with changes (`circuits.execution.prefix_cache.record`).
+    """
+    if not examples:
+        return most
+    encoding = model.encode(examples[0])
+    length = max(encoding.tokens.length, encoding.inputs["input_ids"].shape[1])
+    each = row_bytes(model, length, length) if not recorded else kept_bytes(model, 1, length)
+    return max(1, min(most, memory // each))
 
 
 def _widths(model: Lvlm) -> tuple[int, int, int, int]:

@@ -167,8 +167,7 @@ def _watched(
                 held[site] = x[:, start:].clone()
 
             hooks.callback(model.locate(site).watch(see).remove)
-        less = {"logits_to_keep": keep} if "logits_to_keep" in model.accepts else {}
-        logits = model.hf(**inputs, **options, **less).logits[:, -keep:]
+        logits = model.forward(inputs, keep=keep, **options)
     return held, logits
 
 

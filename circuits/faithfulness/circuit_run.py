@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ from circuits.attribution.residual_stream import Form, Written, written_by
 from circuits.interventions.hooks import edit
 from circuits.results.graph import Shape
 from lvlm.access.places import first_name
+from lvlm.access.weights import columns, quantized, weight
 from lvlm.family.specification import resolve
 from lvlm.model import Lvlm
 from lvlm.sites import Site
@@ -33,56 +34,93 @@ from lvlm.sites import Site
 
 @dataclass(frozen=True, eq=False)
 class Ends:
-    """Both runs of P pairs: the inputs of the clean one, and what every node writes in the corrupt one."""
+    """Both runs of P pairs: the inputs of the clean one, and what nodes write in the corrupt one."""
 
     inputs: Mapping[str, Tensor]
-    corrupt: Tensor
-    """``[n_sources, P, T, D]``."""
-    added: Mapping[int, Tensor]
-    """What the model itself adds to the corrupt stream after a layer, ``[P, T, D]``."""
+    corrupt: Written
     embeddings: Tensor
     """How what the first layer is given differs, clean less corrupt, ``[P, T, D]``."""
     more: Mapping[int, Tensor]
     """How what the model adds after a layer differs."""
 
 
-def ends_of(model: Lvlm, shape: Shape, inputs: Mapping[str, Tensor], clean: Written, corrupt: Written) -> Ends:
+def ends_of(model: Lvlm, inputs: Mapping[str, Tensor], clean: Written, corrupt: Written) -> Ends:
     """Return both ends from what nodes write in both runs; `inputs` are the clean run's."""
-    nodes = torch.empty(shape.n_sources, *corrupt.embeddings.shape, dtype=_dtype(corrupt.embeddings)).to(
-        corrupt.embeddings.device
-    )
-    nodes[0] = corrupt.embeddings
-    for i in range(model.n_layers):
-        first = shape.before_attention(i)
-        nodes[first : first + model.n_heads] = shares_of(model, i, corrupt.heads[i], corrupt.attention[i])
-        nodes[first + model.n_heads] = corrupt.mlps[i]
     nothing = torch.zeros_like(corrupt.embeddings)
     layers = {*clean.added, *corrupt.added}
     more = {i: clean.added.get(i, nothing) - corrupt.added.get(i, nothing) for i in layers}
-    return Ends(inputs, nodes, corrupt.added, clean.embeddings - corrupt.embeddings, more)
+    return Ends(inputs, corrupt, clean.embeddings - corrupt.embeddings, more)
 
 
-def shares_of(model: Lvlm, layer: int, z: Tensor, attention: Tensor) -> Tensor:
-    """Return each head's share of what a layer adds to the stream, ``[H, P, T, D]``; they add up to it.
+@dataclass(frozen=True, eq=False)
+class Heads:
+    """What each head of a layer adds to the stream, in the form of what makes it: sums of any heads are computed on demand.
 
-    Parameters
-    ----------
-    model, layer
-        Which.
-    z
-        Input of the output projection, ``[P, T, H * d]``.
-    attention
-        What the projection made of it, ``[P, T, D]``.
+    Every head's share of every layer at every token would be heads x tokens x width numbers a layer.
     """
-    by_head = model.output_projection("decoder", layer).weight.detach().unflatten(1, (model.n_heads, -1))  # [D, H, d]
-    x = z.unflatten(-1, (model.n_heads, -1))
-    parts = torch.einsum("pthd,whd->hptw", x.to(_dtype(x)), by_head.to(_dtype(x)))
-    parts += (attention - parts.sum(0)) / model.n_heads
-    place = model.place("decoder", layer, "attn_out")
-    if place.gate is None and not model.spec.decoder.attention_out:
-        return parts
-    written = written_by(model, layer, attention)
-    return parts * torch.where(attention == 0, 0, written / attention)
+
+    projection: nn.Linear
+    z: Tensor
+    """Input of the output projection, ``[P, T, H * d]``."""
+    even: Tensor
+    """What each head has of that which no head makes (a bias), ``[P, T, D]``."""
+    scale: Tensor | None
+    """What a norm or gate after the projection multiplies by, ``[P, T, D]``; None for nothing."""
+    count: int
+    """Number of heads."""
+
+    @classmethod
+    def of_run(cls, model: Lvlm, layer: int, z: Tensor, attention: Tensor) -> Heads:
+        """Take a layer's heads in one run.
+
+        Parameters
+        ----------
+        model, layer
+            Which.
+        z
+            Input of the output projection, ``[P, T, H * d]``.
+        attention
+            What the projection made of it, ``[P, T, D]``.
+        """
+        place = model.place("decoder", layer, "attn_out")
+        scale = None
+        if place.gate is not None or model.spec.decoder.attention_out:
+            scale = torch.where(attention == 0, 0, written_by(model, layer, attention) / attention)
+        return cls._of(model.output_projection("decoder", layer), z, attention, scale, model.n_heads)
+
+    @classmethod
+    def moved(cls, model: Lvlm, layer: int, now: tuple[Tensor, Tensor], before: tuple[Tensor, Tensor]) -> list[Heads]:
+        """Return what adds up to how heads' shares differ between two runs, given as `z` and `attention` of each."""
+        place = model.place("decoder", layer, "attn_out")
+        if place.gate is None and not model.spec.decoder.attention_out:  # shares are linear: their difference is one
+            z, attention = (a.to(_dtype(a)) - b.to(_dtype(b)) for a, b in zip(now, before, strict=True))
+            return [cls._of(model.output_projection("decoder", layer), z, attention, None, model.n_heads)]
+        return [cls.of_run(model, layer, *now), cls.of_run(model, layer, *before).negative()]
+
+    @classmethod
+    def _of(cls, projection: nn.Linear, z: Tensor, attention: Tensor, scale: Tensor | None, count: int) -> Heads:
+        z = z.to(_dtype(z))
+        empty = cls(projection, z, torch.zeros_like(attention[..., :1], dtype=z.dtype), None, count)
+        made = empty.sum_of(np.arange(count))
+        return replace(empty, even=(attention - made) / count, scale=scale)
+
+    def negative(self) -> Heads:
+        """Return the same with the sign turned."""
+        return replace(self, z=-self.z, even=-self.even)
+
+    def sum_of(self, heads: np.ndarray) -> Tensor:
+        """Return what some heads, by number, add together, ``[P, T, D]``."""
+        width = self.z.shape[-1] // self.count
+        if len(heads) == self.count:
+            z, matrix = self.z, columns(self.projection, slice(0, self.z.shape[-1]), self.z)
+        else:
+            at = torch.as_tensor(heads[:, None] * width + np.arange(width), device=self.z.device).flatten()
+            z = self.z[..., at]
+            stored = None if quantized(self.projection) else weight(self.projection)
+            whole = columns(self.projection, slice(0, self.z.shape[-1]), self.z) if stored is None else stored
+            matrix = whole[:, at.to(whole.device)].to(z)
+        total = z @ matrix.detach().T + len(heads) * self.even
+        return total if self.scale is None else total * self.scale
 
 
 @torch.no_grad()
@@ -94,8 +132,7 @@ def run_circuit(
     with ExitStack() as hooks:
         one.attention = hooks.enter_context(opened(model, change=one.attend))
         one.watch(hooks)
-        on_device = {k: v.to(model.device) for k, v in ends.inputs.items()}
-        return metric(model.hf(**on_device, **model.options).logits[:, -1])
+        return metric(model.forward(ends.inputs)[:, -1])
 
 
 class _CircuitRun:
@@ -110,9 +147,10 @@ class _CircuitRun:
         self.called: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
         self.z: dict[int, Tensor] = {}
         self.asking = False
-        # What each node writes more than in the corrupt run; 0 for those that have not written yet.
-        self.moved = torch.zeros_like(ends.corrupt)
-        self.moved[0] = ends.embeddings
+        # What nodes that have written write more than in the corrupt run.
+        self.heads: dict[int, list[Heads]] = {}
+        self.mlps: dict[int, Tensor] = {}
+        self._before = 0, torch.zeros_like(ends.embeddings, dtype=_dtype(ends.embeddings))
 
     def watch(self, hooks: ExitStack) -> None:
         """Put hooks where nodes read and write."""
@@ -129,10 +167,12 @@ class _CircuitRun:
 
             def after(_module: nn.Module, _args: Any, out: Any, i: int = i) -> None:
                 if not self.asking:
-                    first = self.shape.before_attention(i)
-                    at = slice(first, first + model.n_heads)
                     whole = out[0] if isinstance(out, tuple) else out
-                    self.moved[at] = shares_of(model, i, self.z[i], whole) - self.ends.corrupt[at]
+                    there = self.ends.corrupt.heads[i], self.ends.corrupt.attention[i]
+                    self.heads[i] = Heads.moved(model, i, (self.z.pop(i), whole), there)
+                    # The layer's attention is over: its queries, keys, values and inputs are not needed again.
+                    self.attention.seen.pop(i, None)
+                    self.called.pop(i, None)
 
             def told(_module: nn.Module, args: Any, kwargs: Any, i: int = i) -> Any:
                 key = None if args else first_name(kwargs)
@@ -143,8 +183,7 @@ class _CircuitRun:
                 return ((new, *args[1:]), kwargs) if key is None else (args, {**kwargs, key: new})
 
             def wrote(x: Tensor, i: int = i) -> None:
-                at = self.shape.before_attention(i) + model.n_heads
-                self.moved[at] = x - self.ends.corrupt[at]
+                self.mlps[i] = x - self.ends.corrupt.mlps[i]
 
             hooks.callback(self.modules[i].register_forward_pre_hook(before, with_kwargs=True).remove)
             hooks.callback(model.place("decoder", i, "z").watch(keep).remove)
@@ -161,11 +200,38 @@ class _CircuitRun:
 
     def stream(self, layer: int, before: int, told: np.ndarray) -> Tensor:
         """Return what a reader of a layer is given, ``[P, T, D]``: of the nodes before it those that it is told of."""
-        of = torch.as_tensor(np.flatnonzero(told[:before]), device=self.moved.device)
-        x = self.ends.corrupt[:before].sum(0) + self.moved[of].sum(0)
-        earlier = range(layer)
-        x = x + sum(self.ends.added[i] for i in earlier if i in self.ends.added)
+        x = self._corrupt(before)
+        if told[0]:
+            x = x + self.ends.embeddings
+        for i in range(self.model.n_layers):
+            first = self.shape.before_attention(i)
+            if first >= before:
+                break
+            heads = np.flatnonzero(told[first : first + self.model.n_heads])
+            for part in self.heads[i] if len(heads) else ():
+                x = x + part.sum_of(heads)
+            mlp = first + self.model.n_heads
+            if mlp < before and told[mlp]:
+                x = x + self.mlps[i]
+        earlier = [i for i in range(layer) if i in self.ends.corrupt.added or i in self.ends.more]
+        x = x + sum(self.ends.corrupt.added[i] for i in earlier if i in self.ends.corrupt.added)
         return x + sum(self.ends.more[i] for i in earlier if i in self.ends.more) if told[0] else x
+
+    def _corrupt(self, before: int) -> Tensor:
+        """Return what the first so many nodes write together in the corrupt run, ``[P, T, D]``; `before` never falls."""
+        done, total = self._before
+        written = self.ends.corrupt
+        if done == 0 < before:
+            total = total + written.embeddings
+        for i in range(self.model.n_layers):
+            first = self.shape.before_attention(i)
+            mlp = first + self.model.n_heads
+            if done <= first < before:
+                total = total + written_by(self.model, i, written.attention[i])
+            if done <= mlp < before:
+                total = total + written.mlps[i]
+        self._before = before, total
+        return total
 
     def attend(self, layer: int, given: Opened) -> tuple[Tensor, Tensor, Tensor] | None:
         """Return queries, keys and values of heads that each read a stream of their own."""

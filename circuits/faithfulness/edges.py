@@ -71,7 +71,7 @@ def edges(
     shares
         Shares of all edges, ascending.
     batch_pairs
-        Pairs side by side; what every node writes is held of each.
+        Pairs side by side; what every layer's heads and MLP write is held of each.
     progress
         Show progress; by default where standard error is a terminal.
 
@@ -113,7 +113,7 @@ def edges(
                 other = [c for c in circuits if c.shape != shape]
                 if other:
                     raise PatchError(_other(model, other[0]))
-            both = ends_of(model, shape, clean, first, second)
+            both = ends_of(model, clean, first, second)
             if not ends.any():
                 _check_exact(model, forms, shape, both, sides, (first.metric, second.metric))
             ends[:, group] = [x.double().cpu().numpy() for x in (first.metric, second.metric)]

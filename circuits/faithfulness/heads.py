@@ -20,11 +20,11 @@ from circuits.results.head_scores import HeadScores
 from concepts.schema import Example
 from groundscope.core.errors import ConfigError, PatchError
 from lvlm.model import Lvlm
-from lvlm.sites import Head
+from lvlm.sites import Head, parse_heads
 
 __all__ = ["Curve", "MinimalSet", "curve", "heads_of", "minimal", "ranked"]
 
-Ranking = HeadScores | Sequence[Head] | np.ndarray
+Ranking = HeadScores | Sequence[Head | str] | np.ndarray
 """Scores, of which mean effects rank; all heads, best first; or one number a head, ``[n_layers, n_heads]``."""
 
 
@@ -216,10 +216,11 @@ def ranked(model: Lvlm, ranking: Ranking, order: str = "signed") -> tuple[Head, 
             raise PatchError(msg)
         flat = scores.ravel() if order == "signed" else np.abs(scores).ravel()
         return tuple(every[i] for i in np.argsort(-flat, kind="stable"))
-    if sorted(ranking) != every:
+    heads = parse_heads(ranking)
+    if sorted(heads) != every:
         msg = f"a ranking of {model.name} needs each of its {len(every)} heads once"
         raise PatchError(msg)
-    return tuple(ranking)
+    return heads
 
 
 def heads_of(model: Lvlm) -> list[Head]:

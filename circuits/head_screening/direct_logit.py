@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from groundscope.core.errors import ModelError
+from lvlm.access.weights import columns
 from lvlm.answers import AnswerKey
 from lvlm.encoding.encode import Batch
 from lvlm.family.specification import TOLERANCE, resolve
+from lvlm.image_tokens import image_in_sequence
 from lvlm.model import Lvlm
 from lvlm.sites import Site
+from lvlm.text_only import read_text_only
+
+_BLOCK = 4096
+"""Rows of the unembedding that are multiplied at a time."""
 
 
 def direct_attribution(model: Lvlm, batch: Batch, keys: Sequence[AnswerKey], answers: Sequence[str]) -> Tensor:
@@ -30,31 +37,39 @@ def direct_attribution(model: Lvlm, batch: Batch, keys: Sequence[AnswerKey], ans
     """
     layers = range(model.n_layers)
     last = model.n_layers - 1
-    sites = [Site("decoder", i, c) for i in layers for c in ("z", "attn_out")] + [Site("decoder", last, "resid_post")]
-    seen = {name: x[:, -1].float() for name, x in model.read(batch.inputs, sites).items()}
+    heads = [model.head_site(i) for i in layers]
+    sums = [replace(site, component="attn_out") for site in heads]
+    sites = [*heads, *sums, Site("decoder", last, "resid_post")]
+    seen = model.read(batch.inputs, sites, take=lambda _, x: x[:, -1].float())
     residual = seen[f"decoder.L{last}.resid_post"]  # [B, D]
     frozen = _frozen_norm(model, residual)
     unembedding: Any = resolve(model.hf, model.spec.unembedding or "", model.spec)
-    weight: Tensor = unembedding.weight.float()  # [V, D]
+    weight: Tensor = unembedding.weight  # [V, D]
     bias: Tensor | None = getattr(unembedding, "bias", None)
     normed = (
         resolve(model.hf, model.spec.final_norm, model.spec)(residual.to(model.dtype))
         if model.spec.final_norm
         else residual
     )
-    logits = normed.float() @ weight.T + (0 if bias is None else bias.float())
+    # Block by block: the whole unembedding in float32 may be as large as many layers.
+    parts = [normed.float() @ block.float().T for block in weight.split(_BLOCK)]
+    logits = torch.cat(parts, dim=1) + (0 if bias is None else bias.float())
     _check(
         model, "its logits are no linear map of the normed residual", logits, model.unembed(residual.to(model.dtype))
     )
-    direction = _gradient(logits, keys, answers) @ weight  # [B, D]
+    gradient = _gradient(logits, keys, answers)  # [B, V]: zero but for the answers' tokens
+    used = gradient.any(0).nonzero().flatten()
+    direction = gradient[:, used] @ weight[used].float()  # [B, D]
     out = torch.empty(len(residual), model.n_layers, model.n_heads, device=residual.device)
     for i in layers:
-        projection = model.output_projection("decoder", i)
-        w_o = projection.weight.float().reshape(-1, model.n_heads, model.head_dim)  # [D, H, head_dim]
-        z = seen[f"decoder.L{i}.z"].reshape(len(residual), model.n_heads, model.head_dim)
-        written = torch.einsum("bhk,dhk->bhd", z, w_o)
-        whole = written.sum(1) if projection.bias is None else written.sum(1) + projection.bias.float()
-        _check(model, f"the attention of layer {i} does not add z W_O", whole, seen[f"decoder.L{i}.attn_out"])
+        projection = model.head_projection(i)
+        w_o = columns(projection, slice(0, projection.in_features), residual.to(model.dtype)).float()
+        w_o = w_o.reshape(-1, model.n_heads, model.head_dim)  # [D, H, head_dim]
+        z = seen[str(heads[i])].reshape(len(residual), model.n_heads, model.head_dim)
+        gate = gate_of(model, sums[i])
+        written = gate * torch.einsum("bhk,dhk->bhd", z, w_o)
+        whole = written.sum(1) if projection.bias is None else written.sum(1) + gate * projection.bias.float()
+        _check(model, f"the attention of layer {i} does not add z W_O", whole, seen[str(sums[i])])
         out[:, i] = (frozen(written) * direction[:, None]).sum(-1)
     return out
 
@@ -72,7 +87,7 @@ def without_image(model: Lvlm, batch: Batch) -> dict[str, Tensor]:
     for encoding in batch.encodings:
         gone = {*encoding.tokens.image, *encoding.tokens.separators}
         rows.append([i for i in range(ids.shape[1]) if i not in gone])
-    if len({len(row) for row in rows}) != 1 or len(rows[0]) in (0, ids.shape[1]):
+    if not image_in_sequence(model) or len({len(row) for row in rows}) != 1 or len(rows[0]) in (0, ids.shape[1]):
         msg = f"{model.name}: the image is not among the tokens of the decoder, so it cannot be left out of the prompt"
         raise ModelError(msg)
     kept = torch.tensor(rows, device=ids.device)
@@ -85,13 +100,25 @@ def image_difference(model: Lvlm, batch: Batch) -> Tensor:
     The Euclidean norm of ``A(image) - A(no image)``, before the output projection (vision-aware head divergence;
     He et al. 2024, arXiv 2412.13949).
     """
-    sites = [Site("decoder", i, "z") for i in range(model.n_layers)]
+    sites = [model.head_site(i) for i in range(model.n_layers)]
     outputs = []
-    for inputs in (batch.inputs, without_image(model, batch)):
-        seen = model.read(inputs, sites)
-        z = torch.stack([seen[str(site)][:, -1].float() for site in sites], dim=1)  # [B, L, H * head_dim]
+    words = without_image(model, batch)
+
+    def last(_site: Site, x: Tensor) -> Tensor:
+        return x[:, -1].float()
+
+    for seen in (model.read(batch.inputs, sites, take=last), read_text_only(model, words, sites, take=last)):
+        z = torch.stack([seen[str(site)] for site in sites], dim=1)  # [B, L, H * head_dim]
         outputs.append(z.reshape(*z.shape[:2], model.n_heads, model.head_dim))
     return (outputs[0] - outputs[1]).norm(dim=-1)
+
+
+def gate_of(model: Lvlm, attn_out: Site) -> float:
+    """Return what a layer multiplies its attention's output with before it adds it: its gate, or 1."""
+    place = model.locate(attn_out)
+    if place.gate is None:
+        return 1.0
+    return float((place.gate.tanh() if place.tanh else place.gate).detach())
 
 
 def _gradient(logits: Tensor, keys: Sequence[AnswerKey], answers: Sequence[str]) -> Tensor:

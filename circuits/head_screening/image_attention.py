@@ -15,7 +15,7 @@ from concepts.schema import Example
 from groundscope.core.errors import DataError, ModelError, SiteError
 from groundscope.core.progress import progress_bar
 from lvlm.model import Lvlm
-from lvlm.sites import Head
+from lvlm.sites import Head, parse_heads
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +35,7 @@ class ImageAttention:
 
 @torch.no_grad()
 def attention_to_image(
-    model: Lvlm, examples: Sequence[Example], heads: Sequence[Head], *, batch_size: int = 32
+    model: Lvlm, examples: Sequence[Example], heads: Sequence[Head | str], *, batch_size: int = 32
 ) -> ImageAttention:
     """Return where heads look from the last position.
 
@@ -62,7 +62,7 @@ def attention_to_image(
     ModelError
         Where the family's attention gives no weights.
     """
-    heads = tuple(heads)
+    heads = parse_heads(heads)
     wrong = [str(h) for h in heads if not (0 <= h.layer < model.n_layers and 0 <= h.head < model.n_heads)]
     if wrong or not heads:
         msg = f"heads {', '.join(wrong) or 'none'}: {model.name} has {model.n_layers} layers of {model.n_heads} heads"

@@ -154,7 +154,7 @@ class HeadTable:
         tensors, card = artifacts.read(Path(path), _KIND, VERSION)
         try:
             return cls(values={name: tensors[name] for name in card.pop("methods")}, **card)
-        except (KeyError, TypeError, PatchError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             msg = f"{path}: damaged table of head scores: {error}"
             raise StoreError(msg) from error
 

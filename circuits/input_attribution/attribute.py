@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
-import torch
 
 from circuits.input_attribution import shapley
 from circuits.input_attribution.coalitions import Game, make_game, players_of
@@ -120,25 +119,25 @@ def split(
                 )
                 for i in chunk
             ]
-            logits = _run(model, [run for game in games for run in game.runs], batch_size)
-            first = 0
+            runs = [(run, keys[i]) for i, game in zip(chunk, games, strict=True) for run in game.runs]
+            scores, first = _run(model, runs, batch_size), 0
             for i, game in zip(chunk, games, strict=True):
-                scores = keys[i].scores(logits[first : first + len(game.runs)])
-                made.append(_shares(examples[i], keys[i], game, scores.numpy(), of))
+                own = np.stack(scores[first : first + len(game.runs)])
+                made.append(_shares(examples[i], keys[i], game, own, of))
                 first += len(game.runs)
             bar.advance(task, len(chunk))
     names = tuple(n if isinstance(n, str) else n.identity for n in neutral_images)
     return Sources(tuple(made), of, names, model.name, model.config_hash, model.weights_hash)
 
 
-def _run(model: Lvlm, runs: Sequence[Encoding], size: int) -> torch.Tensor:
-    """Return the logits at the last position, float64 ``[runs, V]``, inputs of equal shape side by side."""
-    out: list[torch.Tensor] = [torch.empty(0)] * len(runs)
-    for part in side_by_side([run.shape for run in runs], lambda _: size):
-        logits = model.logits(model.collate([runs[i] for i in part])).double().cpu()
+def _run(model: Lvlm, runs: Sequence[tuple[Encoding, AnswerKey]], size: int) -> list[np.ndarray]:
+    """Return the candidates' scores after each run, float64 ``[candidates]``; inputs of equal shape run side by side."""
+    out: list[np.ndarray] = [np.empty(0)] * len(runs)
+    for part in side_by_side([run.shape for run, _ in runs], lambda _: size):
+        logits = model.logits(model.collate([runs[i][0] for i in part])).double().cpu()
         for i, row in zip(part, logits, strict=True):
-            out[i] = row
-    return torch.stack(out)
+            out[i] = runs[i][1].scores(row).numpy()
+    return out
 
 
 def _shares(example: Example, key: AnswerKey, game: Game, scores: np.ndarray, of: str) -> SourceShares:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from groundscope.core import artifacts
-from groundscope.core.errors import ConfigError, PatchError, StoreError
+from groundscope.core.errors import ConfigError, StoreError
 from groundscope.core.statistics import cluster_bootstrap
 
 if TYPE_CHECKING:
@@ -208,6 +208,6 @@ class Sources:
                 made.append(SourceShares(**about, **arrays))
             card["neutral_images"] = tuple(card["neutral_images"])
             return cls(tuple(made), **card)
-        except (KeyError, TypeError, ValueError, PatchError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             msg = f"{path}: damaged sources: {error}"
             raise StoreError(msg) from error

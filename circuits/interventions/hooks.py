@@ -9,6 +9,7 @@ from torch import Tensor
 
 from groundscope.core.errors import SiteError
 from lvlm.access.places import Handles
+from lvlm.applied import marked_as
 from lvlm.model import Lvlm
 from lvlm.sites import Site
 
@@ -48,6 +49,8 @@ def _edit_mid(model: Lvlm, site: Site, change: Change) -> Handles:
     def add(x: Tensor) -> Tensor:
         stream = before["x"] + x
         return x + (change(stream) - stream)
+
+    marked_as(add, change)
 
     watched = model.place(site.stack, site.layer, "resid_pre").watch(see)
     edited = model.place(site.stack, site.layer, "attn_out", cross=cross and not own).edit(add)

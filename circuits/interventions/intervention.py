@@ -11,12 +11,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from circuits.interventions.decoder_tokens import DecoderTokens
 from circuits.interventions.hooks import edit
 from circuits.interventions.options import RULES, Rule
 from circuits.interventions.transforms import Add, Amplify, Change, Project, Replace, Zero
-from groundscope.core.errors import PatchError, SiteError
+from groundscope.core.errors import ModelError, PatchError, SiteError
+from lvlm.access.site_width import site_width
+from lvlm.applied import Applied, registered
+from lvlm.digest import digest_of
+from lvlm.image_tokens import check_image_in_sequence
 from lvlm.model import Lvlm
 from lvlm.sites import Site
 
@@ -63,22 +68,23 @@ class Intervention:
     change
         What becomes of the chosen part: `Replace`, `Add`, `Zero`, `Amplify`, `Project`, or any function of ``[..., d]``.
     positions
-        At which tokens, decided anew in every forward:
+        At which tokens. A rule means the same tokens whether an answer is generated with a cache, without one, or
+        after a prefill in chunks:
 
         ``all``
             every token;
         ``last``
-            the last one: the last of the prompt, then, in cached generation, every new one;
+            the last token of the prompt, and every generated one;
         ``image``
-            the image's tokens; none in a step of cached generation;
+            the image's tokens, as `lvlm.token_map.TokenMap.image` has them;
         ``suffix``
-            every token after the image; in a step of cached generation the new one;
+            every token after the image, generated ones included; every token where the image is not in the sequence;
         ``question``
-            every token of the prompt after the image; none in a step of cached generation;
+            the same, without generated tokens;
         ``generated``
-            every token that cached generation has added; none of the prompt;
+            every generated token;
         a tuple of whole numbers, or a LongTensor ``[rows, n]`` with the positions of each row
-            counted from 0 in the prompt; they are in no step of cached generation.
+            counted from 0 in the prompt.
     head
         One head of ``z``, counted from 0; None for the whole width.
     rows
@@ -86,7 +92,7 @@ class Intervention:
     gate
         Let the change happen only at tokens where this probe is positive.
     decay
-        Factor, in (0, 1], by which the change gets weaker with every step of cached generation.
+        Factor, in (0, 1], by which the change gets weaker with every generated token.
     """
 
     site: Site
@@ -104,7 +110,7 @@ class Intervention:
         if not isinstance(self.positions, str) and min(_numbers(self.positions), default=0) < 0:
             msg = f"positions {self.positions} at '{self.site}': they count from 0; for the last token say 'last'"
             raise PatchError(msg)
-        if self.site.stack != "decoder" and _needs_steps(self):
+        if not _in_decoder(self.site) and isinstance(self.positions, str) and self.positions not in ("all", "last"):
             msg = f"positions '{self.positions}' at '{self.site}' mean nothing: only the decoder has text around the image"
             raise SiteError(msg)
         if not 0 < self.decay <= 1 or (self.decay < 1 and not hasattr(self.change, "scaled")):
@@ -119,11 +125,23 @@ class Intervention:
 
 
 @contextmanager
-def intervened(model: Lvlm, interventions: Sequence[Intervention]) -> Iterator[None]:
+def intervened(
+    model: Lvlm, interventions: Sequence[Intervention], *, kind: str = "intervention", name: str = ""
+) -> Iterator[None]:
     """Change what flows through a model while the context is open; what happens at one site happens in order.
 
     Afterwards, after an error too, every hook is gone and the model is bit for bit what it was. With nothing to do
-    nothing is hooked. Contexts nest: an inner one sees what an outer one made of a site.
+    nothing is hooked. Contexts nest: an inner one sees what an outer one made of a site. While the context is open the
+    change is one of `Lvlm.interventions`, so that the provenance of traces and answers names it.
+
+    Parameters
+    ----------
+    model
+        The model.
+    interventions
+        What is changed, in order.
+    kind, name
+        What the change is called in `Lvlm.interventions`; by default its sites.
 
     Raises
     ------
@@ -132,41 +150,50 @@ def intervened(model: Lvlm, interventions: Sequence[Intervention]) -> Iterator[N
     PatchError
         For a change of another width than its site or that is not finite; during a forward, for positions or rows
         that its batch does not have.
+    ModelError
+        For positions ``image`` where the decoder's sequence holds no image; during a forward, where its tokens cannot be
+        told from each other (`circuits.interventions.decoder_tokens`).
     """
     by_site: dict[Site, list[tuple[Intervention, slice]]] = {}
-    for item in interventions:
+    for item in (placed(model, item) for item in interventions):
         by_site.setdefault(item.site, []).append((item, columns_of(model, item)))
-    gates = {item.gate: columns_of(model, _watched(item.gate)) for item in interventions if item.gate is not None}
+    every = [item for items in by_site.values() for item, _ in items]
+    gates = {item.gate: columns_of(model, _watched(item.gate)) for item in every if item.gate is not None}
     places = {site: model.locate(site) for site in (*by_site, *(gate.site for gate in gates))}
-    seen = _Tokens(model)
+    tokens, opened = DecoderTokens(model), {}
     with ExitStack() as hooks:
-        if any(i.decay < 1 or _needs_steps(i) for i in interventions):
-            hooks.callback(model.hf.register_forward_pre_hook(seen.look, with_kwargs=True).remove)
+        if interventions:
+            name = name or ", ".join(dict.fromkeys(_place_name(item) for item in interventions))
+            applied = Applied(kind, name, lambda: digest_of(list(interventions)))
+            hooks.callback(model.register(applied).remove)
+        if any(_needs_tokens(item) for item in every):
+            hooks.enter_context(tokens.watched())
         for gate, columns in gates.items():  # before the changes: a probe reads what the model itself has there
 
             def judge(x: Tensor, gate: Gate = gate, columns: slice = columns) -> None:
-                seen.open[gate] = x[..., columns] @ gate.weights.to(x) + gate.bias > 0  # [rows, positions]
+                opened[gate] = x[..., columns] @ gate.weights.to(x) + gate.bias > 0  # [rows, positions]
 
             hooks.callback(places[gate.site].watch(judge).remove)
         for site, items in by_site.items():
             merged = _merged(model, items, width(model, site))
 
+            @registered
             def change(x: Tensor, site: Site = site, items: list[tuple[Intervention, slice]] = merged) -> Tensor:
                 if x.dim() != 3:
                     msg = (
                         f"site '{site}' holds {list(x.shape)}, not [rows, positions, width]: it cannot be intervened on"
                     )
                     raise PatchError(msg)
-                if len(items) == 1 and _is_everything(*items[0], x):
-                    return _happening(items[0][0], seen)(x)
+                if len(items) == 1 and _is_everything(*items[0], x, tokens):
+                    return _weakened(items[0][0], x, None, tokens)(x)
                 x = x.clone()
                 for item, columns in items:
-                    where = _chosen(item, columns, x, seen)
+                    where = _chosen(item, columns, x, tokens)
                     if where is None:
                         continue
-                    new = _happening(item, seen)(x[where])
+                    new = _weakened(item, x, where, tokens)(x[where])
                     if item.gate is not None:
-                        new = torch.where(seen.open[item.gate][where[:-1]][..., None], new, x[where])
+                        new = torch.where(opened[item.gate][where[:-1]][..., None], new, x[where])
                     x[where] = new
                 return x
 
@@ -174,9 +201,42 @@ def intervened(model: Lvlm, interventions: Sequence[Intervention]) -> Iterator[N
         yield
 
 
-def _needs_steps(item: Intervention) -> bool:
-    """Whether positions are told by the prompt's tokens, or by the steps of generation."""
-    return isinstance(item.positions, str) and item.positions in (*_AROUND_IMAGE, "generated")
+def _place_name(item: Intervention) -> str:
+    return str(item.site) if item.head is None else f"{item.site} of head {item.head}"
+
+
+def placed(model: Lvlm, item: Intervention) -> Intervention:
+    """Return an intervention where the model has it: a head of a layer of cross-attention alone is one of that attention.
+
+    Raises
+    ------
+    ModelError
+        For the image's tokens of a model whose decoder has none in its sequence.
+    """
+    if item.positions == "image":
+        check_image_in_sequence(model, f"positions 'image' at '{item.site}'")
+    gate = item.gate
+    if gate is not None and gate.head is not None:
+        gate = replace(gate, site=head_site(model, gate.site))
+    site = item.site if item.head is None else head_site(model, item.site)
+    return item if site == item.site and gate is item.gate else replace(item, site=site, gate=gate)
+
+
+def head_site(model: Lvlm, site: Site) -> Site:
+    """Return where the heads of a layer's ``z`` are: in its cross-attention where it has no other."""
+    if (site.stack, site.component) != ("decoder", "z") or not 0 <= site.layer < model.n_layers:
+        return site
+    return model.head_site(site.layer) if not site.cross else site
+
+
+def _in_decoder(site: Site) -> bool:
+    """Whether a site holds a vector for each token of the decoder's sequence; keys and values of cross-attention do not."""
+    return site.stack == "decoder" and not (site.cross and site.component in ("k", "v"))
+
+
+def _needs_tokens(item: Intervention) -> bool:
+    """Whether it has to be known which tokens a forward of the decoder holds."""
+    return _in_decoder(item.site) and (item.decay < 1 or not isinstance(item.positions, str) or item.positions != "all")
 
 
 def _when(site: Site) -> tuple[int, int]:
@@ -217,55 +277,34 @@ def _merged(model: Lvlm, items: list[tuple[Intervention, slice]], full: int) -> 
     return made
 
 
-def _happening(item: Intervention, seen: _Tokens) -> Change:
-    """Return the change at this step of generation."""
+def _weakened(item: Intervention, x: Tensor, where: tuple[Any, ...] | None, tokens: DecoderTokens) -> Change:
+    """Return the change of ``x[where]`` (None: of all of it), weaker for every generated token."""
     change: Any = item.change
-    return change if item.decay == 1 or not seen.step else change.scaled(item.decay**seen.step)
+    if item.decay == 1 or not _in_decoder(item.site):
+        return change
+    steps = tokens.steps(x.shape[1])
+    if len(set(steps)) == 1:
+        return change if not steps[0] else change.scaled(item.decay ** steps[0])
+    factor = (item.decay ** torch.tensor(steps, device=x.device, dtype=torch.float32))[None, :, None]
+    factor = factor.expand(x.shape[0], -1, 1)  # one for each token
+    return change.scaled(factor if where is None else factor[(*where[:-1], slice(None))])
 
 
-def _is_everything(item: Intervention, columns: slice, x: Tensor) -> bool:
+def _is_everything(item: Intervention, columns: slice, x: Tensor, tokens: DecoderTokens) -> bool:
     """Whether an intervention changes all of a tensor, so that nothing need be kept of it."""
     if item.rows is not None or item.gate is not None or columns != slice(0, x.shape[-1]):
         return False
-    return item.positions == "all" or (item.positions == "last" and x.shape[1] == 1)
+    if not isinstance(item.positions, str) or item.positions in _AROUND_IMAGE:
+        return False
+    return item.positions == "all" or (_in_decoder(item.site) and tokens.start(item.positions, x.shape[1]) == 0)
 
 
 def width(model: Lvlm, site: Site) -> int:
     """Return the width of a site's tensor; raises `SiteError` for a site that the model lacks."""
-    place = model.locate(site)
     if site.component == "pattern":
         msg = f"site '{site}' cannot be read where it could still be changed: change 'z', or 'v', of the same layer"
         raise SiteError(msg)
-    if site.component in ("q", "k", "v") and isinstance(place.module, nn.Linear):
-        return place.module.out_features
-    if site.stack == "projector":
-        return model.width
-    projection = model.output_projection(site.stack, site.layer, cross=site.cross)
-    return projection.in_features if site.component == "z" else projection.out_features
-
-
-class _Tokens:
-    """Which tokens the forward at hand holds, how many steps of generation came before it, and which gates are open."""
-
-    def __init__(self, model: Lvlm) -> None:
-        self._image = model.processor.tokenizer.convert_tokens_to_ids(model.processor.image_token)
-        self._ids: Tensor | None = None
-        self.step = 0
-        self.open: dict[Gate, Tensor] = {}
-
-    def look(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._ids = kwargs.get("input_ids", args[0] if args else None)
-        cache = kwargs.get("past_key_values")
-        # A forward onto an empty cache, or without one, reads the prompt; what fills the cache further is generated.
-        self.step = self.step + 1 if cache is not None and cache.get_seq_length() else 0
-
-    def mask(self, rule: str, x: Tensor, site: Site) -> Tensor:
-        """Return the tokens that a rule means, bool ``[rows, positions]``."""
-        if self._ids is None or self._ids.shape != x.shape[:2]:
-            msg = f"positions '{rule}' at '{site}' need input_ids [rows, positions] given to the model's own forward"
-            raise PatchError(msg)
-        image = self._ids == self._image
-        return image if rule == "image" else image.flip(1).cumsum(1).flip(1) == 0
+    return site_width(model, site)
 
 
 def columns_of(model: Lvlm, item: Intervention) -> slice:
@@ -291,34 +330,44 @@ def columns_of(model: Lvlm, item: Intervention) -> slice:
     return columns
 
 
-def _chosen(item: Intervention, columns: slice, x: Tensor, seen: _Tokens) -> tuple[Any, ...] | None:
+def _chosen(item: Intervention, columns: slice, x: Tensor, tokens: DecoderTokens) -> tuple[Any, ...] | None:
     """Return the index of what an intervention changes in ``[rows, positions, width]``; None where nothing."""
-    rows, positions = item.rows, item.positions
+    rows, positions, count = item.rows, item.positions, x.shape[1]
     if rows is not None and max(rows, default=0) >= x.shape[0]:
         msg = f"row {max(rows)} at '{item.site}': the batch has rows 0-{x.shape[0] - 1}"
         raise PatchError(msg)
+    if isinstance(positions, str) and positions in _AROUND_IMAGE:
+        mask = tokens.mask(positions, x, item.site)
+        if rows is not None:
+            only = torch.zeros_like(mask)
+            only[list(rows)] = True
+            mask = mask & only
+        return mask, columns
     if isinstance(positions, str):
-        if (positions == "question" and seen.step) or (positions == "generated" and not seen.step):
-            return None
-        if positions in _AROUND_IMAGE:
-            mask = seen.mask(positions, x, item.site)
-            if rows is not None:
-                only = torch.zeros_like(mask)
-                only[list(rows)] = True
-                mask = mask & only
-            return mask, columns
-        which = slice(-1, None) if positions == "last" else slice(None)
-        return slice(None) if rows is None else list(rows), which, columns
-    if x.shape[1] == 1:
-        return None  # a step of cached generation: the prompt's positions were in the first forward
-    if max(_numbers(positions), default=0) >= x.shape[1]:
-        msg = f"position {max(_numbers(positions))} at '{item.site}': the sequence has positions 0-{x.shape[1] - 1}"
-        raise PatchError(msg)
-    count = x.shape[0] if rows is None else len(rows)
-    index = torch.arange(count, device=x.device) if rows is None else torch.tensor(rows, device=x.device)
+        outside = count - 1 if positions == "last" else 0
+        start = tokens.start(positions, count) if _in_decoder(item.site) else outside
+        return None if start >= count else (slice(None) if rows is None else list(rows), slice(start, None), columns)
     at = torch.as_tensor(positions, device=x.device)
-    if at.dim() == 2 and at.shape[0] != count:
-        msg = f"positions {list(at.shape)} at '{item.site}' are for {at.shape[0]} rows, but {count} are changed"
+    past, prompt = (tokens.past(), tokens.prompt(count)) if _in_decoder(item.site) else (0, count)
+    if past >= prompt:
+        return None  # generated tokens alone
+    if at.numel() and int(at.max()) >= prompt:
+        msg = f"position {int(at.max())} at '{item.site}': the sequence has positions 0-{prompt - 1}"
+        raise PatchError(msg)
+    here = (at >= past) & (at < past + count)
+    if not bool(here.any()):
+        return None
+    if not bool(here.all()):
+        msg = (
+            f"positions {positions} at '{item.site}': the prompt is read in parts, and this one holds tokens "
+            f"{past}-{past + count - 1} of it: generate without prefill_chunk_size"
+        )
+        raise ModelError(msg)
+    at = at - past
+    members = x.shape[0] if rows is None else len(rows)
+    index = torch.arange(members, device=x.device) if rows is None else torch.tensor(rows, device=x.device)
+    if at.dim() == 2 and at.shape[0] != members:
+        msg = f"positions {list(at.shape)} at '{item.site}' are for {at.shape[0]} rows, but {members} are changed"
         raise PatchError(msg)
     return index[:, None], at if at.dim() == 2 else at[None], columns
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Literal
 
 Rule = Literal["all", "last", "image", "suffix", "question", "generated"]
-"""Which tokens an intervention changes, in every forward."""
+"""Which tokens an intervention changes."""
 RULES: tuple[Rule, ...] = ("all", "last", "image", "suffix", "question", "generated")
-Norm = Literal["free", "kept", "relative"]
+Norm = Literal["free", "kept", "relative", "away"]
 """What becomes of the length of what is changed."""
-NORMS: tuple[Norm, ...] = ("free", "kept", "relative")
+NORMS: tuple[Norm, ...] = ("free", "kept", "relative", "away")

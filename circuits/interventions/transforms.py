@@ -39,6 +39,9 @@ class Add:
         ``|x| unit(x + value)``: VISTA (Li et al. 2025, arXiv 2502.03628).
     ``relative``
         ``|x| unit(x / |x| + value)``, so that `value` is a share of x: VTI (Liu et al. 2024, arXiv 2410.15778).
+    ``away``
+        ``|x| unit(x / |x| + (1 + max(0, cos(x, -value))) value)``: up to twice as strong where x points away from `value`;
+        the rule in the run scripts of VISTA's release (github.com/LzVv123456/VISTA).
     """
 
     value: Tensor
@@ -56,12 +59,16 @@ class Add:
         wide = x.float()
         length = wide.norm(dim=-1, keepdim=True)
         start = wide if self.norm == "kept" else wide / length.clamp_min(_TINY)
-        moved = start + self.value.to(wide)
+        push = self.value.to(wide)
+        if self.norm == "away":
+            size = push.norm(dim=-1, keepdim=True).clamp_min(_TINY)
+            push = push * (1 + (-(start * push).sum(-1, keepdim=True) / size).clamp_min(0))
+        moved = start + push
         return (moved * (length / moved.norm(dim=-1, keepdim=True).clamp_min(_TINY))).to(x)
 
-    def scaled(self, factor: float) -> Self:
-        """Return the same change, `factor` times as strong."""
-        return replace(self, value=factor * self.value)
+    def scaled(self, factor: float | Tensor) -> Self:
+        """Return the same change, `factor` times as strong: a number, or ``[..., 1]`` with one for each token."""
+        return replace(self, value=factor * (self.value.to(factor) if isinstance(factor, Tensor) else self.value))
 
 
 @dataclass(frozen=True)
@@ -83,7 +90,8 @@ class Amplify:
 
     mean: Tensor
     """``[d]``: what the site holds where there is nothing to see, or the middle between the classes."""
-    factor: float
+    factor: float | Tensor
+    """A number, or ``[..., 1]`` with one for each token."""
     reads: Tensor | None = None
     """Orthonormal rows ``[k, d]``."""
     writes: Tensor | None = None
@@ -97,10 +105,10 @@ class Amplify:
             deviation = deviation @ self.reads.to(x).T @ writes.to(x)
         elif self.writes is not None:
             deviation = deviation @ self.writes.to(x)
-        return x + self.factor * deviation
+        return x + _as(self.factor, x) * deviation
 
-    def scaled(self, factor: float) -> Self:
-        """Return the same change, `factor` times as strong."""
+    def scaled(self, factor: float | Tensor) -> Self:
+        """Return the same change, `factor` times as strong: a number, or ``[..., 1]`` with one for each token."""
         return replace(self, factor=factor * self.factor)
 
 
@@ -113,14 +121,19 @@ class Project:
 
     value: Tensor
     """``[d]``: t, of any length."""
-    weight: float = 1.0
+    weight: float | Tensor = 1.0
+    """A number, or ``[..., 1]`` with one for each token."""
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return what ``[..., d]`` becomes."""
         t = self.value.to(x)
         share = (x @ t).clamp_min(0) / (t @ t)
-        return x - self.weight * share[..., None] * t
+        return x - _as(self.weight, x) * share[..., None] * t
 
-    def scaled(self, factor: float) -> Self:
-        """Return the same change, `factor` times as strong."""
+    def scaled(self, factor: float | Tensor) -> Self:
+        """Return the same change, `factor` times as strong: a number, or ``[..., 1]`` with one for each token."""
         return replace(self, weight=factor * self.weight)
+
+
+def _as(factor: float | Tensor, x: Tensor) -> float | Tensor:
+    return factor.to(x) if isinstance(factor, Tensor) else factor

@@ -88,6 +88,8 @@ def patch_heads(
         Before anything runs, for no pairs, pairs of unlike length or with images at other positions, answers that are
         equal or begin with the same token, a model in training mode, or a budget too small for one patch; afterwards
         where more than half of the pairs fall under `min_effect`.
+    ModelError
+        Where the metric of a pair, patched or not, is not finite.
     ConfigError
         For an option that does not exist.
     """
@@ -181,6 +183,8 @@ def patch(
     ------
     PatchError
         As `patch_heads`, and for tokens that a pair does not have.
+    ModelError
+        Where the metric of a pair, patched or not, is not finite.
     SiteError
         For a site or head that the model does not have or that has no positions.
     ConfigError

@@ -88,7 +88,7 @@ def positions_for(pair: CounterfactualPair, tokens: TokenMap, asked: str) -> tup
             case "last":
                 found: tuple[int, ...] = (tokens.last,)
             case "suffix":
-                found = tuple(range(max(tokens.image, default=-1) + 1, tokens.length))
+                found = tokens.suffix
             case "all":
                 found = tuple(range(tokens.length))
             case "question" | "image" | "object":

@@ -19,7 +19,7 @@ from circuits.results.patch_scores import PatchScores
 from concepts.schema import CounterfactualPair
 from groundscope.core.errors import ConfigError, PatchError
 from lvlm.model import Lvlm
-from lvlm.sites import Head, Site
+from lvlm.sites import Head, Site, parse_heads
 
 Mlps = Literal["frozen", "live"]
 
@@ -27,8 +27,8 @@ Mlps = Literal["frozen", "live"]
 def patch_paths(
     model: Lvlm,
     pairs: Sequence[CounterfactualPair],
-    senders: Sequence[Head],
-    receivers: Sequence[Head] | Literal["logits"] = "logits",
+    senders: Sequence[Head | str],
+    receivers: Sequence[Head | str] | Literal["logits"] = "logits",
     tokens: str = "last",
     direction: Direction = "denoise",
     *,
@@ -85,11 +85,13 @@ def patch_paths(
     if mlps not in ("frozen", "live") or not inputs or set(inputs) - set("qkv") or tokens.endswith(":each"):
         msg = f"inputs='{inputs}', mlps='{mlps}', tokens='{tokens}': give letters of 'qkv', 'frozen' or 'live', no ':each'"
         raise ConfigError(msg)
-    froms = sorted(set(senders))
+    froms = sorted(set(parse_heads(senders)))
     if not froms:
         msg = "no senders: give heads, as Head(layer, head)"
         raise PatchError(msg)
-    ways = _Paths(model, tuple(froms), None if receivers == "logits" else tuple(receivers), inputs, live=mlps == "live")
+    ways = _Paths(
+        model, tuple(froms), None if receivers == "logits" else parse_heads(receivers), inputs, live=mlps == "live"
+    )
     plans = plans_of(model, pairs, tokens, settings)
     found = sweep(model, plans, ways.work(), settings)
     return scores_of(model, pairs, plans, found, settings, ways.names(), tokens, f"{inputs}, mlps {mlps}")

@@ -21,6 +21,7 @@ from circuits.patching.metrics import Metric
 from concepts.schema import CounterfactualPair
 from groundscope.core.progress import progress_bar
 from lvlm.answers import AnswerKey
+from lvlm.finite import check_finite
 from lvlm.model import Batch, Encoding, Inputs, Lvlm
 from lvlm.sites import Site
 
@@ -163,6 +164,8 @@ def _group(
     run = _recorded(model, given[run_side], start, work.sites, keep, way)
     clean, corrupt = (source, run) if denoise else (run, source)
     scores = [settings.metric.scores(x.logits[:, None], members, clean.logits)[:, 0] for x in (clean, corrupt)]
+    names = [f"pair '{plan.pair.clean.id}', '{plan.pair.corrupt.id}'" for plan in members]
+    check_finite(np.stack(scores, axis=1), names, model.name)
     gap = scores[0] - scores[1]
     same = (gap == 0) & _same(source, run, work.sites)
     kept = (abs(gap) >= settings.min_effect) & ((gap != 0) | same)
@@ -171,6 +174,7 @@ def _group(
     todo = np.flatnonzero(kept & ~same)
     if len(todo):
         patched = _done(model, members, work, source, run, todo.tolist(), settings, way, clean.logits)
+        check_finite(patched, [f"patched {names[k]}" for k in todo], model.name)
         unpatched = scores[1 if denoise else 0][todo][:, None, None]
         sign = 1 if denoise else -1
         effects[todo] = sign * (patched - unpatched) / gap[todo][:, None, None]

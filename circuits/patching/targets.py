@@ -8,10 +8,10 @@ from circuits.execution.prefix_cache import crosses
 from circuits.patching.sweep import Unit
 from groundscope.core.errors import SiteError
 from lvlm.model import Lvlm
-from lvlm.sites import Head, Site
+from lvlm.sites import Head, Site, parse_heads
 
 RESIDUAL = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
-Wanted = str | Site | Head | Collection[Head]
+Wanted = str | Site | Head | Collection[Head | str]
 """A component of every layer (``resid_post``, ``z``), a site, a head, or heads that are patched together."""
 
 
@@ -25,7 +25,7 @@ def units_of(model: Lvlm, sites: Wanted | Sequence[Wanted]) -> tuple[list[Unit],
     sites
         One or several of: a component, meaning that of every layer (``resid_pre``, ``resid_mid``, ``resid_post``,
         ``attn_out``, ``mlp_out``, or ``z``: each head apart); a `Site` or its text (of ``z``: each of its heads apart); a
-        `Head` or its text (``L3.H5``); a set, tuple or list of heads, which are patched together.
+        `Head` or its text (``L3.H5``); a set, tuple or list of heads or their texts, which are patched together.
 
     Raises
     ------
@@ -33,9 +33,7 @@ def units_of(model: Lvlm, sites: Wanted | Sequence[Wanted]) -> tuple[list[Unit],
         For what the model does not have, or cannot be patched by position.
     """
     asked: Sequence[Wanted]
-    if isinstance(sites, str | Site | Head) or (
-        sites and all(isinstance(s, Head) for s in sites) and not _is_list(sites)
-    ):
+    if isinstance(sites, str | Site | Head) or (sites and all(map(_is_head, sites)) and not _is_list(sites)):
         asked = [sites]  # pyright: ignore[reportAssignmentType]  # one wanted thing
     else:
         asked = list(sites)  # pyright: ignore[reportArgumentType]
@@ -64,16 +62,19 @@ def every_head(model: Lvlm) -> list[Unit]:
     return [(head_part(model, Head(i, h)),) for i in range(model.n_layers) for h in range(model.n_heads)]
 
 
+def _is_head(one: object) -> bool:
+    return isinstance(one, Head) or (isinstance(one, str) and one.startswith("L") and ".H" in one)
+
+
 def _is_list(sites: object) -> bool:
     """Whether heads are given one by one: in a list; a tuple or set of heads is one set."""
     return isinstance(sites, list)
 
 
 def _units(model: Lvlm, one: Wanted) -> list[tuple[Unit, str]]:
-    if isinstance(one, str) and one.startswith("L") and ".H" in one:
-        one = Head.parse(one)
-    if isinstance(one, Head):
-        return [((head_part(model, one),), str(one))]
+    if isinstance(one, Head) or (isinstance(one, str) and _is_head(one)):
+        (head,) = parse_heads(one)
+        return [((head_part(model, head),), str(head))]
     if isinstance(one, str) and one in (*RESIDUAL, "z"):
         layers = range(model.n_layers)
         if one == "z":
@@ -83,9 +84,9 @@ def _units(model: Lvlm, one: Wanted) -> list[tuple[Unit, str]]:
         return [(((site, None),), str(site)) for site in sites if _there(model, site)]
     if isinstance(one, str | Site):
         return _of_site(model, Site.parse(one) if isinstance(one, str) else one)
-    heads = sorted(set(one))
-    if not heads or not all(isinstance(head, Head) for head in heads):
-        msg = f"{one!r} is no set of heads: give Head(layer, head) of which all are patched at once"
+    heads = sorted(set(parse_heads(one)))
+    if not heads:
+        msg = f"{one!r} is no set of heads: give heads of which all are patched at once"
         raise SiteError(msg)
     return [(tuple(head_part(model, head) for head in heads), "+".join(str(head) for head in heads))]
 

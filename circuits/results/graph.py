@@ -13,14 +13,17 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from groundscope.core.artifacts import write_bytes
+from groundscope.core.artifacts import reading_result, write_bytes
+from groundscope.core.document_digest import KEY, document_digest, take_digest
 from groundscope.core.errors import PatchError, StoreError
+from groundscope.core.user_files import read_json
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
-VERSION = 2
+VERSION = 3
+_LAST_WITHOUT_DIGEST = 2
 MOST = 2**27
 """Most entries of the table of edges that is read from a file."""
 _KIND = "edge_graph"
@@ -202,6 +205,16 @@ class Graph:
         sums = np.where(self.kept, self.scores, 0).sum(1)[1:]
         return sums.reshape(self.shape.n_layers, self.shape.n_heads + 1)[:, :-1].copy()
 
+    @property
+    def explained(self) -> float | None:
+        """What share of ``LD_clean - LD_corrupt`` all edges out of ``input`` add up to, mean over pairs; 1 is all of it.
+
+        Of scores along the path only (completeness); None for others, and for graphs of earlier releases. The lowest and the
+        highest of the pairs are in ``provenance["explained"]``.
+        """
+        found = self.provenance.get("explained")
+        return float(found["mean"]) if isinstance(found, Mapping) and "mean" in found else None
+
     def frame(self) -> pd.DataFrame:
         """Return one row an edge kept, those of largest size first: name, source, target, input, score, low, high.
 
@@ -320,6 +333,7 @@ class Graph:
         }
         shape = {"n_layers": self.shape.n_layers, "n_heads": self.shape.n_heads, "parallel": list(self.shape.parallel)}
         whole = {_KIND: VERSION, **record, **shape, "nodes": list(self.nodes), "edges": edges}
+        whole[KEY] = document_digest(whole)
         write_bytes(path, (json.dumps(whole, indent=1) + "\n").encode(), "graph")
         return path
 
@@ -327,18 +341,18 @@ class Graph:
     def load(cls, path: str | Path) -> Self:
         """Read what `save` wrote; raises `StoreError` where it is missing, damaged, something else or newer."""
         try:
-            record = json.loads(Path(path).read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            msg = f"no graph at {path}: there is no such file"
-            raise StoreError(msg) from error
-        except (OSError, ValueError, RecursionError) as error:
+            with reading_result(Path(path), "graph"):
+                record = read_json(path, error=StoreError)
+        except RecursionError as error:
             msg = f"{path} is no graph, or is damaged: {error}"
             raise StoreError(msg) from error
-        version = record.pop(_KIND, None) if isinstance(record, dict) else None
+        version = record.get(_KIND) if isinstance(record, dict) else None
         if not isinstance(version, int) or not 1 <= version <= VERSION:
             msg = f"{path}: {'no graph' if version is None else f'a graph of version {version}'}; this reads up to {VERSION}"
             raise StoreError(msg)
+        take_digest(record, str(path), StoreError, required=version > _LAST_WITHOUT_DIGEST)
         try:
+            record.pop(_KIND)
             shape = Shape(int(record.pop("n_layers")), int(record.pop("n_heads")), tuple(record.pop("parallel")))
             record.pop("nodes")
             if not 0 < shape.n_sources * shape.n_targets <= MOST:

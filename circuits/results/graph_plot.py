@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from circuits.results.head_plot import write_figure
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -57,11 +59,10 @@ def draw(
     _finish(ax, at, rows)
     left = len(graph) - len(edges)
     said = title or f"{graph.model}: {len(graph)} edges{f', the largest {most} drawn' if left else ''}"
-    ax.set_title(said, fontsize=10)
+    ax.set_title(said, fontsize=10, parse_math=False)
     figure = ax.get_figure(root=True)
     if path is not None and figure is not None:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=150)
+        write_figure(figure, Path(path))
     return ax
 
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from groundscope.core.artifacts import write_bytes
+from groundscope.core.errors import ConfigError
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure, SubFigure
 
 
 def heatmap(
@@ -47,11 +52,31 @@ def heatmap(
         ax.plot(columns, rows, "o", markersize=3.5, markerfacecolor="white", markeredgecolor="black", linestyle="none")
     for axis, count in ((ax.xaxis, values.shape[1]), (ax.yaxis, values.shape[0])):
         axis.set_ticks(range(0, count, max(1, count // 16)))
-    ax.set(xlabel="head", ylabel="layer", title=title)
+    ax.set(xlabel="head", ylabel="layer")
+    ax.set_title(title, parse_math=False)
     figure = ax.get_figure(root=True)
     if figure is not None:
-        figure.colorbar(image, ax=ax, label=label)
+        figure.colorbar(image, ax=ax).set_label(label, parse_math=False)
         if path is not None:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            figure.savefig(path, dpi=150)
+            write_figure(figure, Path(path))
     return ax
+
+
+def write_figure(figure: Figure | SubFigure, path: Path) -> None:
+    """Write a figure in the format that the file's name ends in; the file is whole or as it was before.
+
+    Raises
+    ------
+    ConfigError
+        Where matplotlib knows no format of that ending.
+    StoreError
+        Where the file cannot be written.
+    """
+    known = figure.canvas.get_supported_filetypes()
+    form = path.suffix.removeprefix(".").lower() or "png"
+    if form not in known:
+        msg = f"{path}: no picture format '{form}'; choose an ending from {', '.join(sorted(known))}"
+        raise ConfigError(msg)
+    buffer = io.BytesIO()
+    figure.canvas.print_figure(buffer, format=form, dpi=150)
+    write_bytes(path, buffer.getvalue(), "figure")

@@ -25,7 +25,7 @@ from circuits.results.statistics import (
 )
 from groundscope.core import artifacts
 from groundscope.core.errors import PatchError, StoreError
-from lvlm.sites import Head
+from lvlm.sites import Head, parse_heads
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -167,7 +167,7 @@ class HeadScores:
         order = np.argsort(-self.mean, axis=None, kind="stable")[:k]
         return tuple(Head(int(i) // self.shape[1], int(i) % self.shape[1]) for i in order)
 
-    def random_heads(self, k: int, seed: int, exclude: Collection[Head] = ()) -> tuple[Head, ...]:
+    def random_heads(self, k: int, seed: int, exclude: Collection[Head | str] = ()) -> tuple[Head, ...]:
         """Return `k` heads at random, none of `exclude`: a control; see `circuits.random_heads`."""
         return random_heads(k, seed, exclude, shape=self.shape)
 
@@ -239,7 +239,7 @@ class HeadScores:
         tensors, card = artifacts.read(Path(path), _KIND, VERSION)
         try:
             return cls(**tensors, **card)
-        except (TypeError, PatchError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             msg = f"{path}: damaged head scores: {error}"
             raise StoreError(msg) from error
 
@@ -281,7 +281,9 @@ def compare(
     return compare_rows(first, second, k, resamples=resamples, seed=seed, level=level)
 
 
-def random_heads(k: int, seed: int, exclude: Collection[Head] = (), *, shape: tuple[int, int]) -> tuple[Head, ...]:
+def random_heads(
+    k: int, seed: int, exclude: Collection[Head | str] = (), *, shape: tuple[int, int]
+) -> tuple[Head, ...]:
     """Return `k` different heads at random: the control of a choice of heads.
 
     Parameters
@@ -300,7 +302,8 @@ def random_heads(k: int, seed: int, exclude: Collection[Head] = (), *, shape: tu
     PatchError
         Where fewer than `k` are left.
     """
-    left = [Head(i, h) for i in range(shape[0]) for h in range(shape[1]) if Head(i, h) not in set(exclude)]
+    out = set(parse_heads(exclude))
+    left = [head for i in range(shape[0]) for h in range(shape[1]) if (head := Head(i, h)) not in out]
     if not 0 < k <= len(left):
         msg = f"{k} heads at random: {len(left)} of {shape[0] * shape[1]} are left to draw from"
         raise PatchError(msg)

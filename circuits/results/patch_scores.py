@@ -127,6 +127,6 @@ class PatchScores:
         tensors, card = artifacts.read(Path(path), _KIND, VERSION)
         try:
             return cls(**tensors, **card)
-        except (TypeError, PatchError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             msg = f"{path}: damaged patch scores: {error}"
             raise StoreError(msg) from error

@@ -25,7 +25,10 @@ groundscope resume=runs/x [option=value …]     go on with a run or a sweep as 
 groundscope status [runs/]                     runs, their stages, sizes and headline figures
 groundscope compare runs/a runs/b              what two runs found, side by side
 groundscope plan [option=value …]              bytes, forwards and hours of a trace, from a measured minute
-groundscope help=probe                         the options of a group, in full"""
+groundscope help=probe                         the options of a group, in full
+groundscope --version                          the version of this package
+
+Values that hold =, #, (, ~, commas, blanks or letters of other alphabets are quoted twice: "key='…'"."""
 
 _STAGES = {"examples": "data"}
 """Stages whose options are a group of another name."""

@@ -13,6 +13,7 @@ What reads nothing but its arguments is dispatched first, so that help is quick.
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -31,6 +32,9 @@ def main() -> None:
         os.environ.setdefault(variable, "1")
     # Workers started as `python -m …` (submitit) must not import a user's folder named like one of our packages.
     os.environ.setdefault("PYTHONSAFEPATH", "1")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what a terminal's encoding lacks is escaped, not an error
+            stream.reconfigure(errors="backslashreplace")
     arguments = sys.argv[1:]
     status = _guarded(lambda console: _dispatch(arguments, console))
     if status:
@@ -46,6 +50,11 @@ def _dispatch(arguments: Sequence[str], console: Console) -> int:
 
         about = first.partition("=")[2] or (arguments[1] if first == "help" and len(arguments) > 1 else "")
         show(Console(highlight=False), about)
+        return 0
+    if first == "--version":
+        from importlib.metadata import version
+
+        sys.stdout.write(f"groundscope {version('groundscope')}\n")
         return 0
     if first in COMMANDS:
         return COMMANDS[first](arguments[1:])
@@ -122,10 +131,10 @@ def _guarded(work: Callable[[Console], int]) -> int:
         _say(console, str(error))
         return 2
     except OSError as error:
-        if error.errno not in {errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT}:
+        if error.errno is None or error.filename is None or isinstance(error, BrokenPipeError):
             raise
         what = "disk full" if error.errno == errno.ENOSPC else str(error.strerror).lower()
-        _say(console, f"{what} at '{error.filename}': finished stages are kept; mend that, run again")
+        _say(console, f"{what} at '{error.filename}': finished stages are kept; correct that, then run again")
         return 2
     except KeyboardInterrupt as stop:
         folder = next(iter(stop.args), None)
@@ -135,7 +144,9 @@ def _guarded(work: Callable[[Console], int]) -> int:
 
 
 def _say(console: Console, text: str) -> None:
-    console.print(f"[bold red]error:[/] {_plain(text)}")
+    from experiments.text import printable
+
+    console.print(f"[bold red]error:[/] {_plain(printable(text))}")
 
 
 def _plain(text: str) -> str:

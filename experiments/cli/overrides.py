@@ -5,6 +5,7 @@ Hydra checks too, but after its own fashion: here a mistake is one line that say
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
@@ -88,7 +89,8 @@ def read(arguments: Sequence[str]) -> Request:
         overrides = tuple(OverridesParser.create().parse_overrides(words))
     except OverrideParseException as error:
         msg = (
-            f"{error.override}: cannot be read: {str(error).splitlines()[0]}; quote values that hold commas or brackets"
+            f"{error.override}: cannot be read: {str(error).splitlines()[0]}; "
+            f"quote such a value twice: {_advised(error.override)}"
         )
         raise ConfigError(msg) from error
     request = Request(overrides, tuple(flags))
@@ -97,9 +99,14 @@ def read(arguments: Sequence[str]) -> Request:
         _check(override, own=own)
     if request.swept and not request.several:
         key = request.swept[0]
-        msg = f"{key} has several values: add -m for a run of each, or write {key}=[…] for one list"
+        msg = f"{key} has several values: add -m for a run of each, write {key}=[…] for one list, \"{key}='…'\" for one text"
         raise ConfigError(msg)
     return request
+
+
+def _advised(word: str | None) -> str:
+    key, _, value = (word or "key=…").partition("=")
+    return f'"{key}={quoted(value.strip(chr(39) + chr(34)))}"'
 
 
 COMMANDS = ("status", "compare", "plan", "help", "resume")
@@ -225,3 +232,9 @@ def register() -> None:
     from hydra.core.config_store import ConfigStore
 
     ConfigStore.instance().store(name="run", node=RunConfig)
+
+
+def quoted(text: str) -> str:
+    """Return text as a value that Hydra reads as that text, whatever characters it holds."""
+    # Hydra halves backslashes only where they stand before a quote.
+    return "'" + re.sub(r"(\\*)('|\Z)", lambda m: m[1] * 2 + m[2].replace("'", "\\'"), text) + "'"

@@ -1,8 +1,8 @@
-"""``groundscope plan …``: what a trace will take, from tracing some of it for a minute or less.
+"""``groundscope plan …``: what a trace will take, found in a minute or less.
 
-The configured model traces examples spread evenly over the configured data, in a folder that is removed again; bytes,
-forwards and seconds for an example come from that, and grow with the number of examples. What is measured is this
-machine: on another one the hours are others, the bytes and forwards are not.
+Sizes come from the model's configuration, its processor and the data: no weights are read for them. Where the weights are
+on this machine, some examples run as a trace runs them, for a bounded time, and hours are extrapolated from that: a forward
+that would take longer than that time is stopped between two layers. Hours are this machine's; bytes and forwards are not.
 """
 
 from __future__ import annotations
@@ -11,21 +11,32 @@ import math
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from concepts.schema import ConceptDataset
+import numpy as np
+
+from concepts.schema import ConceptDataset, Example
 from experiments.run.context import Context
-from experiments.stages.table import traced
+from experiments.stages.table import traced, traced_tokens
 from groundscope.core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from activation_store import ActivationStore
+    from activation_store.tracing.plan import Plan
+    from lvlm.model import Encoding, Lvlm
 
 SECONDS = 30.0
-"""How long is measured, about: half a minute, so that with the model's loading it is a minute."""
+"""How long is measured by default, about: half a minute, so that with the model's loading it is a minute."""
+MOST_SECONDS = 60.0
+"""How long is measured at most, whatever is asked for."""
+_SAMPLE = 64
+"""Examples whose tokens and table rows are looked at for sizes."""
+_ENCODING_SECONDS = 10.0
+"""How long examples are encoded at most to count forwards."""
+_SHARD = 512
+"""Examples in a file of a store, as `activation_store.trace` writes it by default."""
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -35,24 +46,26 @@ class Estimate:
 
     examples: int
     measured: int
-    """Examples that were traced to find out."""
+    """Examples that ran to find out; 0 where the weights are not on this machine."""
     sites: dict[str, float]
     """Array to its bytes for all examples."""
     on_disk: float
-    """Bytes of the whole store, with its tables and digests."""
+    """Bytes of the whole store, with its tables and digests and the model's own arrays."""
     forwards: int
-    seconds: float
-    """For all examples in one process, after the model is loaded."""
-    loading: float
+    seconds: float | None
+    """For all examples in one process, after the model is loaded; None where nothing was measured."""
+    loading: float | None
     """Seconds to load the model, in every process."""
 
-    def hours(self, parts: int) -> float:
-        """Return the hours each of so many processes takes, on as many machines like this one."""
+    def hours(self, parts: int) -> float | None:
+        """Return the hours each of so many processes takes, on as many machines like this one; None if not measured."""
+        if self.seconds is None or self.loading is None:
+            return None
         return (self.seconds / parts + self.loading) / 3600
 
 
 def estimate(context: Context, examples: int | None = None, seconds: float = SECONDS) -> Estimate:
-    """Trace a little and return what all of it will take.
+    """Return what a trace will take.
 
     Parameters
     ----------
@@ -61,82 +74,191 @@ def estimate(context: Context, examples: int | None = None, seconds: float = SEC
     examples
         For how many examples; by default those of the configured data.
     seconds
-        How long to measure, about.
+        How long to measure, about; at most `MOST_SECONDS`.
     """
-    data = traced(context)
+    from activation_store.tracing.plan import outline_plan
+    from lvlm.loading import has_weights
+
+    data, options = traced(context), context.config.trace
+    if not len(data):
+        msg = "the configured data have no question with candidate answers: nothing would be traced"
+        raise ConfigError(msg)
+    wanted = len(data) if examples is None else examples
+    outline, tokens = context.outline, traced_tokens(context)
+    first = _planned(outline.encode(data.examples[0]), tokens)
+    plan = outline_plan(outline, first, options.sites, tokens, options.dtype)
+    encodings = [_planned(outline.encode(e), tokens) for e in _spread(data, min(len(data), _SAMPLE))]
+    sites = _array_bytes(plan, encodings, wanted)
+    arrays = {a.name: 1.0 if a.ragged else _stored_rows(wanted) / wanted for a in plan.schema.arrays}
+    on_disk = sum(size * arrays[name] for name, size in sites.items())
+    on_disk += _table_bytes(outline, data, plan, encodings, wanted) + _own_bytes(outline, plan)
+    forwards = math.ceil(_forwards_of_each(outline, data, plan, first, options.batch_size) * wanted)
+    if not has_weights(context.config.model.path):
+        return Estimate(wanted, 0, sites, on_disk, forwards, None, None)
     start = time.perf_counter()
-    model = context.model.hf
+    model = context.model
     loading = time.perf_counter() - start
-    count = 0
-
-    def counted(*_: object) -> None:  # one of each trace is for the shapes alone
-        nonlocal count
-        count += 1
-
-    handle = model.register_forward_pre_hook(counted)
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            some = min(len(data), context.config.trace.batch_size)
-            _trace(context, _spread(data, some), Path(folder) / "first")  # what happens once: memory, kernels, proofs
-            spent, number = 0.0, 0
-            sizes: list[tuple[int, int]] = []
-            while True:
-                number, count = number + 1, 0
-                root = Path(folder) / str(number)
-                begun = time.perf_counter()
-                store = _trace(context, _spread(data, some), root)
-                took = time.perf_counter() - begun
-                spent += took
-                sizes.append((some, sum(p.stat().st_size for p in root.rglob("*") if p.is_file())))
-                # Longer traces hide what a trace costs however short it is; the last one counts.
-                if some == len(data) or spent + 2 * took > seconds:
-                    break
-                some = min(len(data), 2 * some)
-            wanted = len(data) if examples is None else examples
-            factor = wanted / some
-            sites = {}
-            for info in store.arrays:
-                tokens = 1.0
-                if info.ragged:
-                    layer = info.layers[0] if info.layers else 0
-                    site = "projector.out" if info.stack == "projector" else f"{info.stack}.L{layer}.{info.component}"
-                    tokens = len(store.ragged(site, info.tokens).values) / some
-                each = tokens * info.n_layers * info.width * _BYTES[context.config.trace.dtype]
-                sites[info.name] = each * wanted
-            return Estimate(
-                wanted, some, sites, _grown(sizes, wanted), math.ceil((count - 1) * factor), took * factor, loading
-            )
-    finally:
-        handle.remove()
+    measured, each = _measure(context, model, data, tokens, min(seconds, MOST_SECONDS))
+    return Estimate(wanted, measured, sites, on_disk, forwards, each * wanted, loading)
 
 
-def _grown(sizes: Sequence[tuple[int, int]], examples: int) -> float:
-    """Return the bytes of a store of so many examples, from (examples, bytes) of smaller ones: what is there once, and each."""
-    (few, small), (many, large) = sizes[max(0, len(sizes) - 2)], sizes[-1]
-    each = (large - small) / (many - few) if many > few else large / many
-    return large + (examples - many) * each
+def _planned(encoding: Encoding, tokens: Sequence[str]) -> Encoding:
+    """Return an encoding that has an answer, of no token yet, where the answer's tokens are traced too."""
+    from activation_store.tracing.continuation import goes_on_with
+
+    if not goes_on_with(tokens, 0):
+        return encoding
+    return replace(encoding, tokens=replace(encoding.tokens, generated=()))
 
 
-def _trace(context: Context, some: ConceptDataset, root: Path) -> ActivationStore:
-    from activation_store import trace
+def _spread(data: ConceptDataset, count: int) -> list[Example]:
+    """Return so many examples, evenly spread: lengths and images may change along the data."""
+    return [data.examples[i * len(data) // count] for i in range(count)]
+
+
+def _array_bytes(plan: Plan, encodings: Sequence[Encoding], examples: int) -> dict[str, float]:
+    """Return each array's bytes for so many examples like some."""
+    from lvlm.sites import TokenSelection
+
+    found = {}
+    for array in plan.schema.arrays:
+        tokens = 1.0
+        if array.ragged:
+            selection, stack = TokenSelection.parse(array.tokens), array.stack
+            tokens = float(np.mean([len(e.tokens.positions(selection, stack)) for e in encodings]))  # type: ignore[arg-type]
+        found[array.name] = examples * tokens * array.n_layers * array.width * _BYTES[plan.schema.dtype]
+    return found
+
+
+def _stored_rows(examples: int) -> int:
+    """Return the rows that arrays of one vector an example take on disk: whole chunks in a shard of more than one."""
+    from activation_store.format.schema import CHUNK_ROWS
+
+    last = examples % _SHARD
+    return examples - last + (last if last <= CHUNK_ROWS else -(-last // CHUNK_ROWS) * CHUNK_ROWS)
+
+
+def _own_bytes(model: Lvlm, plan: Plan) -> float:
+    """Return the bytes of what is stored once: final norm and unembedding in float32, where the decoder is traced."""
+    from activation_store.tracing.provenance import unembedding
+
+    arrays = unembedding(model, plan) or {}
+    return float(sum(rows.nbytes for rows in arrays.values()))
+
+
+def _table_bytes(model: Lvlm, data: ConceptDataset, plan: Plan, encodings: Sequence[Encoding], examples: int) -> float:
+    """Return the bytes of tables, indexes and digests, from small stores of the same rows with arrays one number wide."""
+    concepts = tuple(sorted({concept for example in data for concept in example.labels}))
+    few = max(1, len(encodings) // 4)
+    with tempfile.TemporaryDirectory() as folder:
+        small, large = (
+            _narrow_store(model, plan, encodings[:n], concepts, Path(folder) / str(n)) for n in (few, len(encodings))
+        )
+    if len(encodings) == few:
+        return large * examples / few
+    each = (large - small) / (len(encodings) - few)
+    shards = math.ceil(examples / _SHARD)
+    return examples * each + shards * max(0.0, large - len(encodings) * each)
+
+
+def _narrow_store(
+    model: Lvlm, plan: Plan, encodings: Sequence[Encoding], concepts: tuple[str, ...], folder: Path
+) -> float:
+    """Write a store of some rows whose arrays have one layer and one column; return its bytes without these columns."""
+    import torch
+
+    from activation_store.format.ragged import Ragged
+    from activation_store.format.schema import Schema
+    from activation_store.tracing.example_table import row, spans
+    from activation_store.writing.writer import StoreWriter
+    from lvlm.family.specification import resolve
+
+    arrays = tuple(replace(a, n_layers=1, width=1, n_heads=None, layers=(0,)) for a in plan.schema.arrays)
+    count = len(encodings)
+    nothing = np.zeros((count, 1, 1), np.float32)
+    values: dict[Any, Any] = {a.key: Ragged(nothing, np.arange(count + 1)) if a.ragged else nothing for a in arrays}
+    unembedding: Any = resolve(model.hf, model.spec.unembedding or "", model.spec)
+    logits = torch.zeros(int(unembedding.weight.shape[0]))
+    roles = [role for role in plan.roles if role not in {"generated", "answer"}]
+    rows = [{**row(model, e, logits, concepts), **spans(e.tokens, roles), "image": "0" * 64} for e in encodings]
+    with StoreWriter(folder, Schema(arrays, plan.schema.dtype), {}) as writer:
+        writer.append(values, {name: [one[name] for one in rows] for name in rows[0]})
+    written = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+    return float(written - count * len(arrays) * _BYTES[plan.schema.dtype])
+
+
+def _forwards_of_each(model: Lvlm, data: ConceptDataset, plan: Plan, first: Encoding, batch_size: int) -> float:
+    """Return how many forwards a trace takes for an example, from as many chunks of the data as a bounded time allows."""
+    from activation_store.tracing.plan import chunk_batches
+
+    size = chunk_batches(plan, first.tokens, batch_size) * batch_size
+    start, done, forwards = time.perf_counter(), 0, 0
+    while done < len(data):
+        chunk = data.examples[done : done + size]
+        forwards += sum(1 for _ in model.batches(chunk, batch_size))
+        done += len(chunk)
+        if time.perf_counter() - start > _ENCODING_SECONDS:
+            break
+    return forwards / done
+
+
+def _measure(
+    context: Context, model: Lvlm, data: ConceptDataset, tokens: Sequence[str], seconds: float
+) -> tuple[int, float]:
+    """Return how many examples ran, and the seconds that a trace takes for each."""
+    from activation_store.tracing.continuation import goes_on_with
+    from activation_store.tracing.plan import make_plan
+    from activation_store.tracing.tracer import Tracer
 
     options = context.config.trace
-    return trace(
-        context.model,
-        some,
-        sites=options.sites,
-        tokens=options.tokens,
-        out=root,
-        batch_size=options.batch_size,
-        dtype=options.dtype,
-        progress=False,
-    )
+    begun = time.perf_counter()
+    first = _planned(model.encode(data.examples[0]), tokens)
+    one = _one_forward(model, first, seconds / 2)
+    # The plan takes a forward too, and a first chunk and a longer one have to fit.
+    if 8 * one > seconds:
+        return 1, one
+    plan = make_plan(model, first, options.sites, tokens, options.dtype)
+    tracer = Tracer.begin(model, data, plan, options.batch_size, answers=True, goes_on=goes_on_with(tokens, 0))
+    some = max(1, min(len(data), options.batch_size, int(seconds / (8 * one))))
+    while True:
+        start = time.perf_counter()
+        tracer.chunk(_spread(data, some), lambda _: None)
+        took = time.perf_counter() - start
+        # Longer runs hide what happens once; the last one counts.
+        if some == len(data) or time.perf_counter() - begun + 2 * took > seconds:
+            return some, took / some
+        some = min(len(data), 2 * some)
 
 
-def _spread(data: ConceptDataset, count: int) -> ConceptDataset:
-    """Return so many examples, evenly spread: lengths and pictures may change along the data."""
-    chosen = {data.examples[i * len(data) // count].id for i in range(count)}
-    return data.filter(lambda e: e.id in chosen)
+class _Enough(Exception):  # a signal, not an error
+    """A forward has run for long enough."""
+
+
+def _one_forward(model: Lvlm, encoding: Encoding, seconds: float) -> float:
+    """Return how long a forward of one example takes; it is stopped between two decoder layers after so many seconds.
+
+    What is left of a stopped forward is taken to cost as much a layer as the layers that ran.
+    """
+    from lvlm.applied import observer
+
+    times: list[float] = []
+
+    @observer
+    def layer(*_: object) -> None:
+        times.append(time.perf_counter())
+        if len(times) > 1 and times[-1] - start > seconds:
+            raise _Enough
+
+    with ExitStack() as hooks:
+        for module in model.layers("decoder"):
+            hooks.callback(module.register_forward_pre_hook(layer).remove)
+        start = time.perf_counter()
+        try:
+            model.logits(model.collate([encoding]))
+        except _Enough:
+            each = (times[-1] - times[0]) / (len(times) - 1)
+            return times[0] - start + each * model.n_layers
+    return time.perf_counter() - start
 
 
 def show(arguments: Sequence[str]) -> int:
@@ -168,14 +290,15 @@ def show(arguments: Sequence[str]) -> int:
         raise ConfigError(msg)
     config, _ = composed(read(words).first())
     check(config)
+    config.model.validate = False  # forwards that a plan of bytes and hours does not need
     console = plain_console()
     with tempfile.TemporaryDirectory() as folder:
         context = Context(config, RunFolder(Path(folder)), console)
         with console.status("measuring") if console.is_terminal else nullcontext():
             found = estimate(context, examples, seconds)
+    measured = f"measured on {found.measured}" if found.measured else "sizes from the configuration"
     console.print(
-        f"model {config.model.path} on {config.model.device}, {found.examples} examples; measured on {found.measured}",
-        markup=False,
+        f"model {config.model.path} on {config.model.device}, {found.examples} examples; {measured}", markup=False
     )
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("array")
@@ -184,13 +307,18 @@ def show(arguments: Sequence[str]) -> int:
         table.add_row(Text(name), size(count))
     table.add_row("all on disk", size(found.on_disk))
     console.print(table)
+    if found.seconds is None:
+        console.print(
+            f"{found.forwards} forwards; hours: not measured, the weights of {config.model.path} are not on this machine",
+            markup=False,
+        )
+        return 0
     each = found.seconds / found.examples
     console.print(
         f"{found.forwards} forwards, {1000 * each:.1f} ms an example, {found.loading:.0f} s to load the model"
     )
     for parts in sorted({1, 4, config.trace.shards}):
-        hours = found.hours(parts)
         label = "one process" if parts == 1 else f"{parts} processes, trace.shards={parts}"
-        console.print(f"{label}: {hours:.2f} hours" + ("" if parts == 1 else " each"))
+        console.print(f"{label}: {found.hours(parts):.2f} hours" + ("" if parts == 1 else " each"))
     console.print("hours are this machine's; several processes need as many machines like it")
     return 0

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import json
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from experiments.config import STAGES
+from experiments.records import FAILURE, read_record
 from experiments.results.headlines import headlines
-from experiments.run.folder import FAILED, read_receipt
+from experiments.run.folder import BEGUN, FAILED, MARKER, check_layout, read_receipt
 from experiments.run.stage_cache import runs_in
 from experiments.stages.table import TABLE
-from experiments.text import plain_console, size
-from groundscope.core.errors import ConfigError
+from experiments.text import plain_console, printable, size
+from groundscope.core.errors import ConfigError, GroundscopeError
 from groundscope.core.locks import holder, taken
+from groundscope.core.paths import files_below, is_file
 
 _TOLD = ("all: right", "neutral: right", "conflict: wrong by prior", "adversarial absent: says yes")
 """Measures that are told of a run, where it has them."""
@@ -37,21 +39,35 @@ class RunStatus:
 
 
 def status(run: Path) -> RunStatus:
-    """Return how far a run came."""
+    """Return how far a run came; what cannot be read in it is among its errors."""
     stages, errors = {}, []
     for name in STAGES:
         folder = run / TABLE[name].folder
-        failed = folder / FAILED
-        if read_receipt(folder) is not None:
-            stages[name] = "done"
-        elif failed.is_file():
-            stages[name] = "failed"
-            errors.append(f"{name}: {json.loads(failed.read_text())['error']}".splitlines()[0])
-        else:
-            stages[name] = "begun" if (folder / ".key").exists() else "missing"
-    count = sum(p.stat().st_size for p in run.rglob("*") if p.is_file())
+        try:
+            stages[name], error = _state(folder)
+        except ConfigError as damage:
+            stages[name], error = "failed", str(damage)
+        if error:
+            errors.append(f"{name}: {error}".splitlines()[0])
+    count = sum(about.st_size for _, about in files_below(run) if stat.S_ISREG(about.st_mode))
     at_work = holder(run / ".lock") if taken(run / ".lock") else ""
-    return RunStatus(run, stages, at_work, count, tuple(_figures(run)), tuple(errors))
+    try:
+        check_layout(run)
+        figures = tuple(_figures(run))
+    except GroundscopeError as damage:
+        figures = ()
+        if str(damage).splitlines()[0] not in " ".join(errors):
+            errors.append(str(damage).splitlines()[0])
+    return RunStatus(run, stages, at_work, count, figures, tuple(errors))
+
+
+def _state(folder: Path) -> tuple[str, str]:
+    """Return the state of a stage, and the error that it ended in."""
+    if read_receipt(folder) is not None:
+        return "done", ""
+    if is_file(folder / FAILED):
+        return "failed", read_record(folder / FAILED, FAILURE)["error"]
+    return ("begun" if is_file(folder / BEGUN) else "missing"), ""
 
 
 def _figures(run: Path) -> list[str]:
@@ -76,7 +92,7 @@ def show(arguments: Sequence[str]) -> int:
     from rich.text import Text
 
     root = Path(arguments[0] if arguments else "runs")
-    runs = [root] if (root / "run.json").is_file() else list(runs_in(root))
+    runs = [root] if is_file(root / MARKER) else list(runs_in(root))
     if len(arguments) > 1 or not runs:
         msg = f"no runs in '{root}': groundscope status FOLDER takes a folder of runs, or a run" + (
             f"; it was given {len(arguments)} arguments" if len(arguments) > 1 else ""
@@ -93,10 +109,10 @@ def show(arguments: Sequence[str]) -> int:
         name = str(found.path.relative_to(root)) if found.path != root else str(root)
         said = [*found.figures, *found.errors, *([f"at work: {found.at_work}"] if found.at_work else [])]
         marks = [Text(_MARKS[s], _style(s)) for s in found.stages.values()]
-        table.add_row(Text(name), *marks, size(found.bytes), Text("\n".join(said)))
+        table.add_row(Text(printable(name)), *marks, size(found.bytes), Text(printable("\n".join(said))))
     console.print(table)
     console.print(", ".join(f"{mark} {state}" for state, mark in _MARKS.items()))
-    once = {(p.stat().st_dev, p.stat().st_ino): p.stat().st_size for p in root.rglob("*") if p.is_file()}
+    once = {(s.st_dev, s.st_ino): s.st_size for _, s in files_below(root) if stat.S_ISREG(s.st_mode)}
     console.print(f"{len(runs)} runs, {size(sum(once.values()))} on the disk: stages that runs share lie there once")
     return 0
 

@@ -7,23 +7,26 @@ A job that fails says so in its record and leaves the others; the command ends w
 
 from __future__ import annotations
 
-import json
 import re
+import shlex
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from experiments.cli.overrides import Request, finished
+from experiments.cli.overrides import Request, finished, quoted
+from experiments.cli.resume import only_here
 from experiments.config import RunConfig
-from experiments.run.folder import Stopped, digest, write_json
+from experiments.records import JOB, SWEEP_RECORD, read_record
+from experiments.run.folder import OWN, RECEIPT, Stopped, digest, stamp, write_json, write_text
 from experiments.run.stage_cache import SWEEPS
-from groundscope.core.errors import GroundscopeError
+from groundscope.core.errors import ConfigError, GroundscopeError
 from groundscope.core.locks import lock
+from groundscope.core.paths import below, files_below, is_file
 
 JOBS = ".jobs"
 RECORD = "sweep.json"
@@ -57,17 +60,19 @@ def start(
     by = list(dict.fromkeys([*request.swept, *params]))
     own = _own_names(by, [o.input_line or "" for o in request.overrides])
     name = config.sweep.name or ("default" if own else config.name.replace("/", "-"))
-    folder = Path(config.root) / SWEEPS / name
+    folder = sweep_folder(config.root, name)
     command = [o.input_line or "" for o in request.overrides]
     held = f"another groundscope is at work on the sweep '{folder}'"
     with lock(folder / ".lock", refuse=lambda who: f"{held} ({who}): wait for it, or choose another sweep.name=…"):
-        for old in (folder / JOBS).glob("*.json"):
+        earlier = _earlier(folder)
+        for old in _job_files(folder):
             old.unlink()
         about = {"command": [*request.flags, *command], "by": by, "started": time.strftime("%Y-%m-%d %H:%M:%S")}
-        write_json(folder / RECORD, about)
+        # Jobs that make nothing this time keep the seconds that they took when they were made.
+        write_json(folder / RECORD, about | {"jobs": earlier})
         trouble = ""
         try:
-            launch([f"++sweep.name={_quoted(name)}", f"++sweep.by=[{','.join(map(_quoted, by))}]"])
+            launch([f"++sweep.name={quoted(name)}", f"++sweep.by=[{','.join(map(quoted, by))}]"])
         except GroundscopeError:
             raise
         except KeyboardInterrupt as stop:
@@ -84,7 +89,8 @@ def job(options: Any, hydra: Any) -> None:
     config = finished(options)
     number, tasks = int(hydra.job.num), [str(o) for o in hydra.overrides.task]
     config = replace(config, name=job_name(config, tasks))
-    path = Path(config.root) / SWEEPS / str(config.sweep.name) / JOBS / f"{number}.json"
+    sweep = sweep_folder(config.root, str(config.sweep.name))
+    path = below(sweep, f"{JOBS}/{number}.json", error=ConfigError)
     folder = Path(config.root) / config.name
     record: dict[str, Any] = {
         "job": number,
@@ -93,7 +99,7 @@ def job(options: Any, hydra: Any) -> None:
         "status": "stopped",
     }
     write_json(path, record)
-    begun = time.perf_counter()
+    begun, before = time.perf_counter(), _receipts(folder)
     try:
         execute(config)
         record["status"] = "done"
@@ -102,7 +108,42 @@ def job(options: Any, hydra: Any) -> None:
         if not isinstance(error, GroundscopeError):
             record |= {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
     record["seconds"] = round(time.perf_counter() - begun, 2)
+    if record["status"] == "done" and before == _receipts(folder):
+        same = [j for j in _earlier(sweep) if (j["folder"], j["options"], j["status"]) == _identity(record)]
+        record["seconds"] = next((j["seconds"] for j in same if j.get("seconds") is not None), record["seconds"])
     write_json(path, record)
+
+
+def sweep_folder(root: str | Path, name: str) -> Path:
+    """Return the folder of a sweep; raises `ConfigError` for a name that is not one plain name, or a link in its place."""
+    if "/" in name:
+        msg = f"sweep.name='{name}': a sweep is in ROOT/{SWEEPS}, so give one plain name; root=… moves all runs"
+        raise ConfigError(msg)
+    return below(Path(root), f"{SWEEPS}/{name}", error=ConfigError)
+
+
+def _identity(record: Mapping[str, Any]) -> tuple[object, ...]:
+    return record["folder"], record["options"], record["status"]
+
+
+def _receipts(folder: Path) -> dict[str, list[int]]:
+    """Return size and time of every receipt of a run."""
+    return {name: stamp(folder / name / RECEIPT) for name in OWN if is_file(folder / name / RECEIPT)}
+
+
+def _earlier(folder: Path) -> list[dict[str, Any]]:
+    """Return the records of a sweep's jobs when it was last finished; none where they cannot be read."""
+    try:
+        return read_record(folder / RECORD, SWEEP_RECORD).get("jobs") or []
+    except ConfigError:
+        return []
+
+
+def _job_files(folder: Path) -> list[Path]:
+    """Return the records that the jobs of a sweep left, by number."""
+    jobs = below(folder, JOBS, error=ConfigError)
+    names = [n for n, _ in files_below(jobs) if n.endswith(".json") and n.removesuffix(".json").isdecimal()]
+    return [jobs / n for n in sorted(names, key=lambda n: int(n.removesuffix(".json")))]
 
 
 def job_name(config: RunConfig, overrides: Sequence[str]) -> str:
@@ -129,15 +170,11 @@ def _split(override: str) -> tuple[str, str]:
     return key, value.strip("'\"")
 
 
-def _quoted(text: str) -> str:
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
-
-
 def _tell(folder: Path, about: dict[str, Any], trouble: str, console: Console) -> int:
     """Gather what the jobs left, write the table and the page, and say what failed."""
     from experiments.cli.sweep_table import gather, write_csv
 
-    records = [json.loads(p.read_text()) for p in sorted((folder / JOBS).glob("*.json"), key=lambda p: int(p.stem))]
+    records = [read_record(path, JOB) for path in _job_files(folder)]
     rows = gather(records)
     write_json(folder / RECORD, about | {"jobs": records, "figures": rows, "launcher": trouble or None})
     console.print(f"sweep: {sum(r['status'] == 'done' for r in records)} of {len(records)} jobs done", markup=False)
@@ -145,7 +182,7 @@ def _tell(folder: Path, about: dict[str, Any], trouble: str, console: Console) -
         from experiments.report.sweep import make_sweep_report
 
         write_csv(folder / "sweep.csv", rows)
-        (folder / "report.html").write_text(make_sweep_report(folder, about["by"], records, rows))
+        write_text(folder / "report.html", make_sweep_report(folder, about["by"], records, rows))
         console.print(f"table: {folder / 'sweep.csv'}", markup=False)
         console.print(f"report: {folder / 'report.html'}", markup=False)
     for record in records:
@@ -156,6 +193,8 @@ def _tell(folder: Path, about: dict[str, Any], trouble: str, console: Console) -
     if trouble:
         console.print(f"  launcher: {trouble}", style="red", markup=False)
     if trouble or any(r["status"] != "done" for r in records):
-        console.print(f"go on with: groundscope resume={folder}", markup=False)
+        # What a call alone may say is not taken from the sweep's file, so it is said again.
+        again = [f"resume={folder}", *(word for word in about["command"] if only_here(word))]
+        console.print(f"go on with: groundscope {shlex.join(again)}", markup=False)
         return 1
     return 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,9 +12,12 @@ import numpy as np
 
 from concepts.schema import Example
 from concepts.world import COLOR_NAMES, TYPICAL
+from experiments.records import ENVIRONMENT, EXPORTS, PLAN, RATES, REASON, SWEEP, TOP_HEADS, read_record
 from experiments.run.context import Context
-from experiments.run.folder import RECEIPT
-from experiments.stages.probe_plan import Entry
+from experiments.run.folder import OWN, read_receipt
+from experiments.stages.probe_plan import entries
+from groundscope.core.errors import ConfigError
+from groundscope.core.paths import below, is_file
 from groundscope.core.statistics import Estimate
 from probes import ProbeGrid
 
@@ -48,38 +50,49 @@ class Facts:
         """The run's folder."""
         return self.context.folder.path
 
-    def _json(self, *parts: str) -> Any:
-        return json.loads(self.root.joinpath(*parts).read_text())
+    def _json(self, name: str, shape: Any) -> Any:
+        return read_record(below(self.root, name, error=ConfigError), shape)
 
     @cached_property
     def rates(self) -> dict[str, dict[str, Estimate]]:
         """Condition to measure to rate."""
         return {
             run: {k: Estimate(**v) for k, v in found.items()}
-            for run, found in self._json("behavior", "rates.json").items()
+            for run, found in self._json("behavior/rates.json", RATES).items()
         }
 
     @cached_property
     def changes(self) -> dict[str, dict[str, Estimate]]:
         """Condition to measure to its paired change against before."""
-        found = self._json("behavior", "changes.json")
+        found = self._json("behavior/changes.json", RATES)
         return {run: {k: Estimate(**v) for k, v in part.items()} for run, part in found.items()}
 
     @cached_property
     def sweep(self) -> dict[str, Any]:
         """How the strength was chosen."""
-        return self._json("steering", "sweep.json")
+        return self._json("steering/sweep.json", SWEEP)
 
     @cached_property
     def exports(self) -> dict[str, dict[str, str]]:
         """``written``: format to file; ``refused``: format to why it cannot hold the vector."""
-        return self._json("export", "formats.json")
+        return self._json("export/formats.json", EXPORTS)
 
     @cached_property
     def grids(self) -> dict[tuple[str, str, str], ProbeGrid]:
         """(stack, component, tokens) to grid."""
-        entries = [Entry(**{**e, "concepts": tuple(e["concepts"])}) for e in self._json("probes", "plan.json")]
-        return {(e.stack, e.component, e.tokens): ProbeGrid.load(self.root / "probes" / e.name) for e in entries}
+        folder = self.root / "probes"
+        return {
+            (e.stack, e.component, e.tokens): ProbeGrid.load(
+                below(folder, e.name, source="plan.json", error=ConfigError)
+            )
+            for e in entries(self._json("probes/plan.json", PLAN))
+        }
+
+    @cached_property
+    def no_probes(self) -> str:
+        """Why no probe was fitted; empty where some were."""
+        file = self.root / "probes" / "left_out.json"
+        return self._json("probes/left_out.json", REASON)["reason"] if is_file(file) else ""
 
     @cached_property
     def heads(self) -> dict[str, HeadScores]:
@@ -91,12 +104,12 @@ class Facts:
     @cached_property
     def top(self) -> list[str]:
         """The heads carried on with, as printed."""
-        return self._json("circuits", "top.json")["heads"]
+        return self._json("circuits/top.json", TOP_HEADS)["heads"]
 
     @cached_property
     def left_out(self) -> dict[str, str]:
         """Kinds of pairs the data could not make, with the reason."""
-        return self._json("circuits", "top.json")["left_out"]
+        return self._json("circuits/top.json", TOP_HEADS)["left_out"]
 
     @cached_property
     def diagnoses(self) -> Diagnoses | None:
@@ -104,27 +117,23 @@ class Facts:
         from diagnosis import Diagnoses
 
         file = self.root / "diagnosis" / "diagnoses.json"
-        return Diagnoses.load(file) if file.is_file() else None
+        return Diagnoses.load(file) if is_file(file) else None
 
     @cached_property
     def undiagnosed(self) -> str:
         """Why nothing was diagnosed; empty where something was."""
         file = self.root / "diagnosis" / "left_out.json"
-        return self._json("diagnosis", "left_out.json")["reason"] if file.is_file() else ""
+        return self._json("diagnosis/left_out.json", REASON)["reason"] if is_file(file) else ""
 
     @cached_property
     def environment(self) -> dict[str, Any]:
         """Packages and machine."""
-        return self._json("environment.json")
+        return self._json("environment.json", ENVIRONMENT)
 
     def stages(self) -> list[tuple[str, str, str, float, str]]:
         """Return (stage, what it did, folder, seconds, key) of every stage with a receipt."""
-        rows = []
-        for path in sorted(self.root.glob(f"*/{RECEIPT}"), key=lambda p: p.stat().st_mtime):
-            receipt = json.loads(path.read_text())
-            what = (receipt["stage"], receipt["summary"], path.parent.name)
-            rows.append((*what, receipt["seconds"], receipt["key"][:12]))
-        return rows
+        found = [(folder, read_receipt(self.root / folder)) for folder in OWN]
+        return [(r.stage, r.summary, folder, r.seconds, r.key[:12]) for folder, r in found if r is not None]
 
     def level_arrays(
         self, stack: str, component: str, tokens: str, level: str

@@ -35,6 +35,7 @@ _STYLE: dict[Any, Any] = {
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
     "svg.fonttype": "none",
+    "text.parse_math": False,  # a $ in a label is a $
     "svg.hashsalt": "groundscope",
     "font.family": "sans-serif",
 }

@@ -65,7 +65,7 @@ def picture(image: Image.Image, description: str) -> str:
 
 def page(title: str, lead: str, sections: Sequence[tuple[str, str, str]]) -> str:
     """Return the whole document from ``(name, link, section)`` parts; one file, no script, nothing loaded from outside."""
-    style = files("experiments.report").joinpath("style.css").read_text()
+    style = files("experiments.report").joinpath("style.css").read_text(encoding="utf-8")
     links = "".join(f'<li><a href="#{text(name)}">{text(link)}</a></li>' for name, link, _ in sections)
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'

@@ -18,6 +18,7 @@ from experiments.report.html import figure, page, paragraph, percent, section, t
 from experiments.report.levels import levels_section
 from experiments.report.sources import sources_section
 from experiments.run.context import Context
+from experiments.run.folder import write_json, write_text
 
 if TYPE_CHECKING:
     from circuits import HeadScores
@@ -47,8 +48,8 @@ def make_report(context: Context, root: Path) -> str:
     parts = [(name, link, found) for name, link, make in SECTIONS if (found := make(facts))]
     title = context.config.report.title or f"groundscope: {context.config.model.path}"
     document = page(title, context.headline(), parts)
-    (context.folder.path / "report.html").write_text(document)
-    (root / "sections.json").write_text(str([name for name, _, _ in parts]).replace("'", '"') + "\n")
+    write_text(context.folder.path / "report.html", document)
+    write_json(root / "sections.json", [name for name, _, _ in parts])
     return f"{len(parts)} sections, {len(document) / 1e6:.1f} MB"
 
 
@@ -72,6 +73,8 @@ def summary(facts: Facts) -> str:
         if (best := facts.best(level, "last")) is not None
     ]
     where = "Linear probes at the last token read " + "; ".join(known) + "." if known else "No probe had enough data."
+    if facts.no_probes and not facts.grids:
+        where = f"No probe was fitted: {facts.no_probes}."
     best = {kind: scores.top(1)[0] for kind, scores in facts.heads.items()}
     what = (
         "No head could be scored: the images hardly change the answers."
@@ -115,8 +118,11 @@ def summary(facts: Facts) -> str:
     if chosen["strength"]:
         kept = f"{guard} {percent(before[guard].value)} → {percent(after[guard].value)}"
         correct = f"{'; '.join([*moved, kept])}. Controls of the same size are shown below."
-    else:
+    elif facts.sweep["curves"]:
         correct = "No strength of this vector made fewer errors within the allowed cost, so none is applied."
+    else:
+        reasons = "; ".join(facts.sweep["left_out"].values()) or "patching could score no head"
+        correct = f"No vector was made: {reasons}."
     items = (
         ("Where is it known?", where, "known" if facts.grids else "accuracy"),
         ("What uses it?", what, "used"),

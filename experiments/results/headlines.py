@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from concepts.schema import LEVELS
-from experiments.run.folder import RECEIPT
+from experiments.records import HEADLINE_RATES, NUMBER, PLAN, TOP_HEADS, read_record
+from experiments.run.folder import OWN, RECEIPT, read_receipt
+from groundscope.core.errors import ConfigError
+from groundscope.core.paths import below, is_file
 
 
 @dataclass(frozen=True)
@@ -49,21 +51,23 @@ def headlines(run: Path, *, quick: bool = False) -> list[Headline]:
     return [*found, *_seconds(run)]
 
 
-def _read(run: Path, folder: str, name: str) -> Any:
+def _read(run: Path, folder: str, name: str, shape: Any) -> Any:
     """Return a stage's JSON, None where the stage is not finished."""
-    path = run / folder / name
-    return json.loads(path.read_text()) if (run / folder / RECEIPT).is_file() and path.is_file() else None
+    path = below(run, f"{folder}/{name}", error=ConfigError)
+    if not is_file(run / folder / RECEIPT) or not is_file(path):
+        return None
+    return read_record(path, shape)
 
 
 def _probes(run: Path) -> Iterator[Headline]:
-    plan = _read(run, "probes", "plan.json")
+    plan = _read(run, "probes", "plan.json", PLAN)
     if plan is None:
         return
-    from experiments.stages.probe_plan import Entry
+    from experiments.stages.probe_plan import entries
     from probes import ProbeGrid
 
-    for entry in (Entry(**{**e, "concepts": tuple(e["concepts"])}) for e in plan):
-        grid = ProbeGrid.load(run / "probes" / entry.name)
+    for entry in entries(plan):
+        grid = ProbeGrid.load(below(run / "probes", entry.name, source="plan.json", error=ConfigError))
         best = [grid.best(concept) for concept in grid.concepts]
         # Cells are chosen by validation, so the held-out value of the best one is not the best of many.
         for level in LEVELS:
@@ -87,20 +91,21 @@ def _probes(run: Path) -> Iterator[Headline]:
 
 
 def _heads(run: Path) -> Iterator[Headline]:
-    top = _read(run, "circuits", "top.json")
+    top = _read(run, "circuits", "top.json", TOP_HEADS)
     if top is None or not top["kinds"]:
         return
     from circuits import HeadScores
 
     for kind in top["kinds"]:
-        scores = HeadScores.load(run / "circuits" / f"{kind}.safetensors")
+        name = f"{kind}.safetensors"
+        scores = HeadScores.load(below(run / "circuits", name, source="top.json", error=ConfigError))
         head = scores.top(1)[0]
         value, low, high = (float(x[head.layer, head.head]) for x in (scores.mean, *scores.interval()))
         yield Headline("patch", f"{kind}: effect of the strongest head", value, low, high)
 
 
 def _steering(run: Path) -> Iterator[Headline]:
-    sweep = _read(run, "steering", "sweep.json")
+    sweep = _read(run, "steering", "sweep.json", {"chosen": {"*": NUMBER}})
     if sweep is not None:
         for name in ("strength", "harm", "cost"):
             if name in sweep["chosen"]:
@@ -108,7 +113,7 @@ def _steering(run: Path) -> Iterator[Headline]:
 
 
 def _behavior(run: Path) -> Iterator[Headline]:
-    rates = _read(run, "behavior", "rates.json")
+    rates = _read(run, "behavior", "rates.json", HEADLINE_RATES)
     for condition, found in (rates or {}).items():
         for name, rate in found.items():
             main = condition in {"before", "after"}
@@ -116,6 +121,7 @@ def _behavior(run: Path) -> Iterator[Headline]:
 
 
 def _seconds(run: Path) -> Iterator[Headline]:
-    for path in sorted(run.glob(f"*/{RECEIPT}")):
-        receipt = json.loads(path.read_text())
-        yield Headline(receipt["stage"], "seconds", float(receipt["seconds"]), main=False)
+    for folder in sorted(OWN):
+        receipt = read_receipt(run / folder)
+        if receipt is not None:
+            yield Headline(receipt.stage, "seconds", float(receipt.seconds), main=False)

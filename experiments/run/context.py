@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -66,6 +67,17 @@ class Context:
         return self._load(self.config.model.path)
 
     @cached_property
+    def outline(self) -> Lvlm:
+        """The model under study without its weights; the model itself where it is loaded already."""
+        if "model" in self.__dict__:
+            return self.model
+        from lvlm.loading import outline_lvlm
+
+        load_torch(self.config.threads)
+        m = self.config.model
+        return outline_lvlm(m.path, dtype=m.dtype, trust_remote_code=m.trust_remote_code, spec=m.spec)
+
+    @cached_property
     def twin(self) -> Lvlm | None:
         """The control model, where one is named."""
         return self._load(self.config.model.twin) if self.config.model.twin else None
@@ -82,27 +94,69 @@ class Context:
 
         load_torch(self.config.threads)
         m = self.config.model
-        return load_lvlm(path, dtype=m.dtype, device=m.device, trust_remote_code=m.trust_remote_code, spec=m.spec)
+        return load_lvlm(
+            path,
+            dtype=m.dtype,
+            device=m.device,
+            trust_remote_code=m.trust_remote_code,
+            spec=m.spec,
+            validate=m.validate,
+        )
 
     def model_key(self) -> object:
-        """Return what identifies the models without loading them: options, and the digest of every file of a folder."""
+        """Return what identifies the models without loading them: options, and what `fingerprint` says of their files."""
         m = self.config.model
-        return [asdict(m), _fingerprint(m.path), _fingerprint(m.twin) if m.twin else None]
+        # Consent to code and checks at loading change no value.
+        options = {k: v for k, v in asdict(m).items() if k not in {"trust_remote_code", "validate"}}
+        spec = file_digest(Path(m.spec)) if m.spec is not None and Path(m.spec).is_file() else None
+        return [options, spec, fingerprint(m.path), fingerprint(m.twin) if m.twin else None]
+
+    def model_here(self) -> bool:
+        """Whether the files of the models can be looked at on this machine."""
+        m = self.config.model
+        return all(fingerprint(name) != name for name in (m.path, m.twin) if name)
 
 
-def _fingerprint(path: str) -> object:
-    """Digest a model folder's files; a Hugging Face id stands for itself."""
+_LARGE = 1 << 28
+"""Bytes from which a file is not digested whole: a large model would take longer to digest than a few examples to trace."""
+_SMALL = 1 << 20
+"""Bytes up to which a file is digested each time."""
+
+
+def fingerprint(path: str) -> object:
+    """Return what identifies a model's files: a digest of each file of a folder, or the commit of a Hugging Face id.
+
+    Every file of the folder counts, since prompts, tokens, pixels and code are decided by many: chat templates in all their
+    forms, ``merges.txt``, ``tokenizer.model``, processor and generation configurations, the folder's own modules.
+    """
     from lvlm.embedded import folder_of
+    from lvlm.identity import deciding_files, resolved_revision
 
     root = folder_of(path)
     if not root.is_dir():
-        return path
-    files = [p for p in sorted(root.iterdir()) if p.is_file() and p.suffix in {".json", ".safetensors", ".bin"}]
-    # Digesting a large model takes longer than tracing a few examples with it; size and time tell as much.
-    return [
-        [p.name, file_digest(p) if p.stat().st_size < 1 << 28 else [p.stat().st_size, p.stat().st_mtime_ns]]
-        for p in files
-    ]
+        commit = resolved_revision(path)
+        return [path, commit] if commit else path
+    return [[str(file.relative_to(root)), _file_key(file)] for file in deciding_files(root)]
+
+
+def _file_key(file: Path) -> object:
+    """Return a file's digest; for a large one its size, its time of change and a digest of a sample."""
+    about = file.stat()
+    if about.st_size < _SMALL:
+        return file_digest(file)
+    if about.st_size < _LARGE:  # asked for by every stage of a run
+        return _known_digest(str(file), about.st_size, about.st_mtime_ns)
+    sample = hashlib.sha256()
+    with file.open("rb") as content:
+        for at in range(0, about.st_size, about.st_size // 256):
+            content.seek(at)
+            sample.update(content.read(4096))
+    return [about.st_size, about.st_mtime_ns, sample.hexdigest()]
+
+
+@lru_cache(4096)
+def _known_digest(file: str, _size: int, _changed: int) -> str:
+    return file_digest(Path(file))
 
 
 def _loaded(data: DataConfig) -> ConceptDataset:

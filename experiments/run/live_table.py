@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from experiments.config import STAGES
+from experiments.text import printable
 from groundscope.core.progress import watched
 
 _STYLES = {"unchanged": "dim", "shared": "cyan", "failed": "bold red", "waits": "dim"}
@@ -60,7 +61,7 @@ class Board:
 
     def say(self, text: str, bold: str = "") -> None:
         """Say a line, above the table where there is one; `bold` is a word of it."""
-        line = Text(text)
+        line = Text(printable(text))
         if bold:
             line.highlight_words([bold], "bold")
         self.console.print(line, soft_wrap=not self.console.is_terminal)
@@ -72,7 +73,7 @@ class Board:
 
     def done(self, stage: str, state: str, told: str) -> None:
         """Show how a stage is finished, and what it says of itself."""
-        self._rows[stage] = _Row(state, told)
+        self._rows[stage] = _Row(state, printable(told))
         if not self.console.is_terminal:
             self.say(f"  {stage:<9} {state:>9}  {told}")
 

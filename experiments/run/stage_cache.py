@@ -15,38 +15,57 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
-from experiments.run.folder import RECEIPT, Receipt, RunFolder, read_receipt, write_json
+from experiments.cli.validation import SWEEPS
+from experiments.run.folder import MARKER, RECEIPT, Receipt, RunFolder, begun_under, read_receipt, write_json
+from groundscope.core.errors import ConfigError, DataError
 from groundscope.core.locks import lock
-
-SWEEPS = "sweeps"
-"""Folder of sweeps inside a root; a sweep's jobs are runs in its folder."""
+from groundscope.core.paths import below, create_part, is_file, is_link
+from groundscope.core.user_files import open_regular
 
 
 def runs_in(root: Path) -> Iterator[Path]:
     """Yield the folders of all runs of a root, those of sweeps after the others."""
-    for pattern in ("*/run.json", f"{SWEEPS}/*/*/run.json"):
-        yield from (marker.parent for marker in sorted(root.glob(pattern)))
+    sweeps = root / SWEEPS
+    for start, depth in ((root, 1), (sweeps, 2)):
+        if start == root or not is_link(sweeps):
+            yield from (folder for folder in sorted(_folders(start, depth)) if is_file(folder / MARKER))
+
+
+def _folders(root: Path, depth: int) -> Iterator[Path]:
+    """Yield the folders so many levels below a folder; links are passed over."""
+    if depth == 0:
+        yield root
+        return
+    try:
+        inner = [Path(entry.path) for entry in os.scandir(root) if entry.is_dir(follow_symlinks=False)]
+    except OSError:
+        return
+    for folder in inner:
+        yield from _folders(folder, depth - 1)
 
 
 def door(root: Path, stage: str, key: str, waiting: Callable[[str], None]) -> AbstractContextManager[None]:
     """Hold the right to make a stage; wait for who holds it."""
-    return lock(root / ".locks" / f"{stage}-{key[:24]}", waiting=waiting, transient=True)
+    return lock(below(root, f".locks/{stage}-{key[:24]}", error=ConfigError), waiting=waiting, transient=True)
 
 
 def take(root: Path, run: RunFolder, folder: str, key: str) -> Receipt | None:
-    """Take a stage from another run of the root that has finished it under the same key; None where there is none."""
+    """Take a stage from another run of the root that has finished it under the same key; None where no run has.
+
+    A run whose receipt, folder or files cannot be trusted (names or links that lead outside, files that changed) is passed over.
+    """
     for other in runs_in(root):
         source = other / folder
-        if other == run.path or _key(source) != key:
+        if other == run.path or begun_under(source) != key:
             continue
-        found = read_receipt(source)
-        if found is None or found.key != key or not found.holds(source):
+        found = _usable(source, key)
+        if found is None:
             continue
         target = run.begin(folder, key, anew=True)
         try:
             for name in found.files:
-                _link(source / name, target / name)
-        except OSError:  # somebody is clearing it away: make it here
+                _link(below(source, name), below(target, name))
+        except (OSError, DataError):  # another process is clearing it: make it here
             continue
         if not found.holds(target):
             continue
@@ -56,16 +75,29 @@ def take(root: Path, run: RunFolder, folder: str, key: str) -> Receipt | None:
     return None
 
 
-def _key(folder: Path) -> str:
+def _usable(source: Path, key: str) -> Receipt | None:
+    """Return the receipt of another run's stage where it has this key and its files hold."""
     try:
-        return (folder / ".key").read_text()
-    except OSError:
-        return ""
+        if is_link(source):
+            return None
+        found = read_receipt(source)
+    except ConfigError:
+        return None
+    if found is None or found.key != key or found.outside or not found.holds(source):
+        return None
+    return found
 
 
 def _link(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
+        os.link(source, target, follow_symlinks=False)
+    except (OSError, NotImplementedError):
+        part, file = create_part(target)
+        try:
+            with file, open_regular(source) as original:
+                shutil.copyfileobj(original, file)
+            shutil.copystat(source, part)
+            part.replace(target)
+        finally:
+            part.unlink(missing_ok=True)

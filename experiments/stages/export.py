@@ -10,6 +10,7 @@ from types import MappingProxyType
 from experiments.run.context import Context
 from experiments.run.folder import write_json
 from groundscope.core.errors import ConfigError, GroundscopeError
+from groundscope.core.paths import is_file
 from mitigation import SteeringVector, export
 
 FILES: Mapping[str, str] = MappingProxyType(
@@ -30,10 +31,13 @@ def make_exports(context: Context, root: Path) -> str:
     """Write the chosen vector in every format that was asked for and can hold it; note why the others cannot."""
     options = context.config.export
     made = context.folder.path / "steering" / "vector.safetensors"
-    if not made.exists():
+    if not is_file(made):
         write_json(root / "formats.json", {"written": {}, "refused": {}})
         return "nothing to write: no vector was made"
     vector = SteeringVector.load(made)
+    if vector.strength == 0:
+        write_json(root / "formats.json", {"written": {}, "refused": {}})
+        return "nothing to write: no strength made fewer errors within the allowed cost, so the vector is not applied"
     written: dict[str, str] = {}
     refused: dict[str, str] = {}
     for name in export.FORMATS if options.formats is None else options.formats:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 
@@ -30,6 +31,11 @@ class Entry:
     def name(self) -> str:
         """Folder of the grid."""
         return f"{self.stack}.{self.component}@{self.tokens.replace(':', '-')}"
+
+
+def entries(plan: Sequence[Mapping[str, Any]]) -> list[Entry]:
+    """Return the entries of a plan that was written as JSON."""
+    return [Entry(e["stack"], e["component"], e["tokens"], tuple(e["concepts"])) for e in plan]
 
 
 def probe_plan(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -12,11 +13,13 @@ from typing import Any
 from circuits import HeadScores, random_heads
 from concepts import counterfactuals
 from concepts.schema import CounterfactualPair
+from experiments.records import TOP_HEADS, read_record
 from experiments.run.context import Context
 from experiments.run.folder import write_json
 from experiments.stages.measures import guards
 from experiments.stages.strength import RULE, choose, swept
-from groundscope.core.errors import ConfigError, DataError, PatchError, SiteError
+from groundscope.core.errors import ConfigError, DataError, PatchError, ProbeError, SiteError
+from groundscope.core.paths import below
 from lvlm import Head
 from mitigation import SteeringVector, derive
 from mitigation.steering.controls import matched, moved, shuffled, swapped
@@ -24,6 +27,8 @@ from mitigation.steering.controls import matched, moved, shuffled, swapped
 CONTROLS = ("random direction", "shuffled labels", "moved to other heads", "derived at other heads")
 """What the vector is judged beside, all pushing as far: random directions, the same rule from labels that mean nothing, the
 same directions at heads not selected, and the same rule at those, which says how much rests on which heads."""
+CHANGED = ("object", "color", "relation")
+"""Kinds of pairs whose images differ in one thing; icon scenes alone can be drawn again."""
 PAIRS = 200
 """Pairs a vector is derived from at most."""
 
@@ -41,9 +46,13 @@ def _changed(context: Context) -> list[CounterfactualPair]:
     """Pair questions with images in which the answer is another."""
     neutral = context.discovery.where(split="neutral")
     pairs: list[CounterfactualPair] = []
-    for kind in ("object", "color", "relation"):
-        found = counterfactuals.pairs(neutral, kind)
-        pairs += found[:: max(1, 3 * len(found) // PAIRS)][: PAIRS // 3]
+    for kind in CHANGED:
+        with suppress(DataError):  # a kind that these data cannot make
+            found = counterfactuals.pairs(neutral, kind)
+            pairs += found[:: max(1, 3 * len(found) // PAIRS)][: PAIRS // 3]
+    if not pairs:
+        msg = f"no question allows a pair of kind {', '.join(CHANGED)}: they need icon scenes"
+        raise DataError(msg)
     return pairs
 
 
@@ -109,19 +118,39 @@ def check(context: Context) -> None:
         )
         raise ConfigError(msg)
 
+    if options.method == "pair_difference" and not any(map(partial(_possible_kind, context), CHANGED)):
+        msg = (
+            f"steer.method=pair_difference needs pairs of kind {', '.join(CHANGED)}, which only icon scenes allow: "
+            "choose another, steer.method=discriminant or steer.method=amplify"
+        )
+        raise ConfigError(msg)
+
+
+def _possible_kind(context: Context, kind: str) -> bool:
+    neutral = context.discovery.where(split="neutral")
+    try:
+        return bool(counterfactuals.pairs(neutral, kind, limit=1))
+    except DataError:
+        return False
+
 
 def make_vector(context: Context, root: Path) -> str:
     """Derive the vector, choose its strength, write it with its controls and the sweep that chose."""
     options = context.config.steer
     circuit = context.folder.path / "circuits"
-    heads = [Head.parse(h) for h in json.loads((circuit / "top.json").read_text())["heads"]]
+    heads = [Head.parse(h) for h in read_record(circuit / "top.json", TOP_HEADS)["heads"]]
     about: dict[str, Any] = {"method": options.method, "rule": RULE}
-    if not heads:
-        chosen = {"strength": 0.0}
-        write_json(root / "sweep.json", {**about, "chosen": chosen, "sweep": [chosen], "curves": {}, "left_out": {}})
-        return "no heads to act on: patching could score none"
     left_out: dict[str, str] = {}
-    vector = METHODS[options.method].make(context, heads, None).decaying(options.decay)
+    method = METHODS[options.method]
+    made = _possible({options.method: lambda: method.make(context, heads, None)}, left_out) if heads else {}
+    if not made:
+        reason = left_out.setdefault(options.method, "no head to act on, since patching could score none")
+        chosen = {"strength": 0.0}
+        write_json(
+            root / "sweep.json", {**about, "chosen": chosen, "sweep": [chosen], "curves": {}, "left_out": left_out}
+        )
+        return f"no vector: {reason}"
+    vector = made[options.method].decaying(options.decay)
     beside = {name: METHODS[name] for name in METHODS if name != options.method} if options.compare else {}
     others = _possible({n: lambda m=m: m.make(context, heads, None) for n, m in beside.items()}, left_out)
     controls = _possible(_controls(context, vector, heads), left_out)
@@ -179,7 +208,7 @@ def _possible(
     for name, make in makers.items():
         try:
             made[name] = make()
-        except (DataError, PatchError, SiteError) as error:
+        except (DataError, PatchError, ProbeError, SiteError) as error:
             left_out[name] = str(error)
     return made
 
@@ -187,5 +216,8 @@ def _possible(
 def head_scores(context: Context) -> dict[str, HeadScores]:
     """Return the saved scores by kind of pair."""
     circuit = context.folder.path / "circuits"
-    kinds = json.loads((circuit / "top.json").read_text())["kinds"]
-    return {kind: HeadScores.load(circuit / f"{kind}.safetensors") for kind in kinds}
+    kinds = read_record(circuit / "top.json", TOP_HEADS)["kinds"]
+    return {
+        kind: HeadScores.load(below(circuit, f"{kind}.safetensors", source=circuit / "top.json", error=ConfigError))
+        for kind in kinds
+    }

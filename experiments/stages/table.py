@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from concepts import counterfactuals
 from concepts.schema import ConceptDataset, CounterfactualPair
 from experiments.run.context import Context
-from experiments.run.folder import write_json
+from experiments.run.folder import write_json, write_text
 from experiments.stages.probe_plan import probe_plan
-from groundscope.core.errors import ConfigError, DataError, PatchError
+from groundscope.core.errors import ConfigError, DataError, PatchError, ProbeError
+from groundscope.core.text import nearest
 
 if TYPE_CHECKING:
     from activation_store import ActivationStore
@@ -39,14 +40,14 @@ class Stage:
     """Raises `ConfigError` where its options cannot work; called before any stage works."""
     shared: bool = True
     """Whether runs with the same key may share its files: not where it writes outside its folder, or of the run itself."""
+    outside: tuple[str, ...] = ()
+    """Files that it writes into the run's own folder."""
 
 
 def make_examples(context: Context, root: Path) -> str:
     """Write both parts of the data, one record a line."""
     for name, part in (("discovery", context.discovery), ("held_out", context.held_out)):
-        with (root / f"{name}.jsonl").open("w") as file:
-            for example in part:
-                file.write(json.dumps(example.record()) + "\n")
+        write_text(root / f"{name}.jsonl", "".join(json.dumps(example.record()) + "\n" for example in part))
         write_json(
             root / f"{name}.json", {"name": part.name, "digest": part.digest, "provenance": dict(part.provenance)}
         )
@@ -74,7 +75,7 @@ def trace_into(context: Context, root: Path, worker: int = 0) -> ActivationStore
         context.model,
         traced(context),
         sites=options.sites,
-        tokens=options.tokens,
+        tokens=traced_tokens(context),
         out=root,
         batch_size=options.batch_size,
         dtype=options.dtype,
@@ -86,6 +87,37 @@ def trace_into(context: Context, root: Path, worker: int = 0) -> ActivationStore
 def traced(context: Context) -> ConceptDataset:
     """Return the questions that are traced."""
     return context.discovery.filter(lambda e: bool(e.candidates))
+
+
+def traced_tokens(context: Context) -> list[str]:
+    """Return the token selections of the configuration that some example has tokens for.
+
+    Without a box of the object that a question is about (POPE's files hold none), ``object:…`` would be rows of NaN.
+
+    Raises
+    ------
+    ConfigError
+        Where no selection is left.
+    """
+    from lvlm.sites import TokenSelection
+
+    data = traced(context)
+    boxes = [{o.id for o in example.objects if o.box is not None} for example in data]
+
+    def fits(text: str) -> bool:
+        selection = TokenSelection.parse(text)
+        names = [selection.name or example.subject for example in data]
+        return selection.role != "object" or any(name in own for name, own in zip(names, boxes, strict=True))
+
+    tokens = context.config.trace.tokens
+    chosen = [text for text in tokens if fits(text)]
+    if tokens and not chosen:
+        msg = (
+            f"trace.tokens=[{','.join(tokens)}]: no example of this data has a box of the object it asks about; trace 'last' "
+            "or 'image:mean', or give data with boxes"
+        )
+        raise ConfigError(msg)
+    return chosen
 
 
 def told(store: ActivationStore, root: Path) -> str:
@@ -112,26 +144,62 @@ def make_probes(context: Context, root: Path) -> str:
     possible = probeable(context.store, folds=options.folds, test_fraction=options.test_fraction, rows=mask)
     plan = probe_plan(context.store, frame[rows], options.concepts, possible)
     if not plan:
-        msg = "no concept has enough images of both classes to fit a probe: give more data (data.n_images, data.limit)"
-        raise DataError(msg)
-    fitted = 0
+        reason = f"no concept has enough images of both classes to fit a probe: {more_data(context)}"
+        write_json(root / "left_out.json", {"reason": reason})
+        write_json(root / "plan.json", [])
+        return f"left out: {reason}"
+    fitted, done, left_out = 0, [], {}
     for entry in plan:
-        grid = fit_grid(
-            context.store,
-            entry.concepts,
-            entry.component,
-            entry.tokens,
-            entry.stack,
-            penalties=options.penalties,
-            folds=options.folds,
-            test_fraction=options.test_fraction,
-            seed=options.seed,
-            rows=mask,
-        )
+        try:
+            grid = fit_grid(
+                context.store,
+                entry.concepts,
+                entry.component,
+                entry.tokens,
+                entry.stack,
+                penalties=options.penalties,
+                folds=options.folds,
+                test_fraction=options.test_fraction,
+                seed=options.seed,
+                rows=mask,
+                skip_unplaceable=True,
+            )
+        except ProbeError as error:  # none of the concepts can be fitted to these images
+            left_out[entry.name] = str(error)
+            continue
+        unplaced = grid.provenance.get("left_out", {})
+        left_out |= {f"{concept} in {entry.name}": reason for concept, reason in unplaced.items()}
         grid.save(root / entry.name)
         fitted += grid.balanced_accuracy.size
-    write_json(root / "plan.json", [asdict(entry) for entry in plan])
-    return f"{fitted} probes and as many controls in {len(plan)} grids"
+        done.append(replace(entry, concepts=grid.concepts))
+    write_json(root / "plan.json", [asdict(entry) for entry in done])
+    if left_out:
+        name, reason = next(iter(left_out.items()))
+        write_json(root / "left_out.json", {"reason": reason, "grids": left_out})
+        if not done:
+            return f"left out: {reason}; {more_data(context)}"
+        return f"{fitted} probes and as many controls in {len(done)} grids; left out: {len(left_out)}, {name}: {reason}"
+    return f"{fitted} probes and as many controls in {len(done)} grids"
+
+
+def more_data(context: Context) -> str:
+    """Say which options of the configured data give more images to find things on."""
+    data = context.config.data
+    if data.source == "scenes":
+        return f"draw more scenes, data.n_images above {data.n_images}"
+    limited = f"raise data.limit={data.limit}, or " if data.limit is not None else ""
+    return f"{limited}give questions on more images (data.questions, data.images), or lower data.test_share={data.test_share:g}"
+
+
+def _check_probe(context: Context) -> None:
+    wanted = context.config.probe.concepts
+    if wanted is None:
+        return
+    known = list(dict.fromkeys(c for e in traced(context) for c in e.labels))
+    missing = next((c for c in wanted if c not in known), None)
+    if missing is not None:
+        msg = f"concept '{missing}' is not in the data: there are {', '.join(known)}{nearest(missing, known)}"
+        raise ConfigError(msg)
 
 
 FALLBACK = "blank"
@@ -271,14 +339,16 @@ TABLE: Mapping[str, Stage] = MappingProxyType(
             (),
             lambda c: [asdict(c.config.data), c.discovery.digest, c.held_out.digest],
             make_examples,
+            2,
         ),
-        "trace": Stage("activations", ("examples",), _trace_options, make_activations, 2),
-        "probe": Stage("probes", ("trace",), lambda c: asdict(c.config.probe), make_probes, 2),
+        "trace": Stage("activations", ("examples",), _trace_options, make_activations, 3),
+        "probe": Stage("probes", ("trace",), lambda c: asdict(c.config.probe), make_probes, 3, _check_probe),
         "patch": Stage(
             "circuits",
             ("examples",),
             lambda c: [asdict(c.config.patch), c.model_key()],
             make_head_scores,
+            2,
             check=_check_patch,
         ),
         "steer": Stage(
@@ -286,7 +356,7 @@ TABLE: Mapping[str, Stage] = MappingProxyType(
             ("examples", "trace", "patch"),
             lambda c: [asdict(c.config.steer), c.model_key()],
             _steer,
-            3,
+            4,
             _check_steer,
         ),
         "evaluate": Stage(
@@ -294,22 +364,23 @@ TABLE: Mapping[str, Stage] = MappingProxyType(
             ("examples", "steer"),
             _evaluate_options,
             _evaluate,
-            2,
+            3,
             _check_evaluate,
         ),
         "diagnose": Stage(
-            "diagnosis", ("examples", "trace"), lambda c: [asdict(c.config.diagnose), c.model_key()], _diagnose
+            "diagnosis", ("examples", "trace"), lambda c: [asdict(c.config.diagnose), c.model_key()], _diagnose, 2
         ),
         "export": Stage(
-            "export", ("steer",), lambda c: [asdict(c.config.export), c.model_key()], _export, check=_check_export
+            "export", ("steer",), lambda c: [asdict(c.config.export), c.model_key()], _export, 2, _check_export
         ),
         "report": Stage(
             "report",
             ("examples", "trace", "probe", "patch", "steer", "evaluate", "diagnose", "export"),
-            lambda c: asdict(c.config.report),
+            lambda c: [asdict(c.config.report), c.headline(), c.config.diagnose.shown, c.config.steer.max_drop],
             _report,
-            2,
+            3,
             shared=False,
+            outside=("report.html",),
         ),
     }
 )

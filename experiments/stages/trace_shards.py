@@ -9,23 +9,24 @@ last to finish makes the store whole; ``trace.shards=64`` without a part does so
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from activation_store.format.schema import MANIFEST, manifest_name
 from experiments.config import RunConfig
 from experiments.run import stage_cache
 from experiments.run.context import Context
-from experiments.run.folder import RECEIPT, Receipt, write_text
+from experiments.run.folder import RECEIPT, SHARDS, Receipt, begun_under, write_text
 from experiments.run.live_table import Board
 from experiments.stages.table import TABLE, told, trace_into, traced
 from groundscope.core.errors import ConfigError
+from groundscope.core.paths import is_file
+from groundscope.core.user_files import read_text
 
 if TYPE_CHECKING:
     from activation_store import ActivationStore
-
-_MARK = ".shards"
 
 
 def whole(config: RunConfig) -> RunConfig:
@@ -38,8 +39,8 @@ def unfinished(root: Path, shards: int) -> list[int]:
     return [n for n in range(shards) if not (root / manifest_name(n)).exists()]
 
 
-def trace_part(context: Context, board: Board, key: str) -> Receipt | None:
-    """Trace one part; the receipt of the whole where it was the last, else None.
+def trace_part(context: Context, board: Board, key: str, about: Mapping[str, Any]) -> Receipt | None:
+    """Trace one part; return the receipt of the whole where it was the last, else None. `about` as for `RunFolder.seal`.
 
     Raises
     ------
@@ -57,7 +58,7 @@ def trace_part(context: Context, board: Board, key: str) -> Receipt | None:
                 return found
             folder.begin(place, key)
         check_parts(root, options.shards)
-        write_text(root / _MARK, str(options.shards))
+        write_text(root / SHARDS, str(options.shards))
     start = time.perf_counter()
     if number in unfinished(root, options.shards):
         store = trace_into(context, root, number)
@@ -74,7 +75,7 @@ def trace_part(context: Context, board: Board, key: str) -> Receipt | None:
         found = folder.receipt(place)
         if found is None:
             summary = told(merge(context, root), root)
-            found = folder.seal("trace", place, key, summary, time.perf_counter() - start)
+            found = folder.seal("trace", place, key, summary, time.perf_counter() - start, about=about)
     board.done("trace", "whole", f"{part}, the last: {found.summary}")
     return found
 
@@ -109,8 +110,8 @@ def merge(context: Context, root: Path) -> ActivationStore:
 
 def check_parts(root: Path, shards: int) -> None:
     """Raise `ConfigError` where a folder was begun in another number of parts."""
-    mark = root / _MARK
-    begun = mark.read_text() if mark.exists() else ""
+    mark = root / SHARDS
+    begun = read_text(mark, limit=64, error=ConfigError).strip() if is_file(mark) else ""
     if begun not in {"", str(shards)} and not (root / MANIFEST).exists():
         msg = (
             f"'{root}' was begun in {begun} parts, not {shards}: go on with trace.shards={begun}, "
@@ -120,7 +121,4 @@ def check_parts(root: Path, shards: int) -> None:
 
 
 def _begun(root: Path, key: str) -> bool:
-    try:
-        return (root / ".key").read_text() == key and not (root / RECEIPT).exists()
-    except OSError:
-        return False
+    return begun_under(root) == key and not (root / RECEIPT).exists()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +11,14 @@ import numpy as np
 
 from groundscope.core.errors import StoreError
 from groundscope.core.files import canonical_json, explained, write_whole
+from groundscope.core.tensor_files import encode_tensors, read_tensors
+from groundscope.core.user_files import parse_json
 
 
 def write(path: Path, kind: str, version: int, tensors: Mapping[str, np.ndarray], card: Mapping[str, Any]) -> None:
     """Write tensors and a card; the file is whole or as it was before. Raises `StoreError` where it cannot be written."""
-    from safetensors.numpy import save
-
     text = canonical_json({"version": version, **card})
-    contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
-    write_bytes(path, save(contiguous, metadata={kind: text}), kind)
+    write_bytes(path, encode_tensors(tensors, {kind: text}), kind)
 
 
 def write_bytes(path: Path, data: bytes, kind: str) -> None:
@@ -29,26 +28,36 @@ def write_bytes(path: Path, data: bytes, kind: str) -> None:
         write_whole(path, data)
 
 
-def read(path: Path, kind: str, version: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Read what `write` wrote; raises `StoreError` where it is missing, damaged, of another kind or a newer version."""
-    from safetensors import SafetensorError, safe_open
-
+@contextlib.contextmanager
+def reading_result(path: Path, kind: str) -> Iterator[None]:
+    """Turn an error of the system over a file of results into a `StoreError` that says what it is."""
     try:
-        with safe_open(str(path), framework="numpy") as file:
-            header = file.metadata() or {}
-            if kind not in header:
-                msg = f"{path} is no {kind}: its header names {', '.join(header) or 'nothing'}"
-                raise StoreError(msg)
-            card = json.loads(header[kind])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
+        yield
     except FileNotFoundError as error:
         msg = f"no {kind} at {path}: there is no such file"
         raise StoreError(msg) from error
-    except (SafetensorError, json.JSONDecodeError, OSError) as error:
+    except OSError as error:
+        msg = f"{path}: the {kind} cannot be read: {error.strerror or error}"
+        raise StoreError(msg) from error
+
+
+def read(path: Path, kind: str, version: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Read what `write` wrote; raises `StoreError` where it is missing, damaged, of another kind or a newer version."""
+    with reading_result(path, kind):
+        tensors, header = read_tensors(path, error=StoreError)
+    if kind not in header:
+        msg = f"{path} is no {kind}: its header names {', '.join(header) or 'nothing'}"
+        raise StoreError(msg)
+    try:
+        card = parse_json(header[kind])
+    except (ValueError, RecursionError) as error:
         msg = f"{path} is no {kind}, or is damaged: {error}"
         raise StoreError(msg) from error
+    if not isinstance(card, dict):
+        msg = f"{path} is no {kind}, or is damaged: its card is not a JSON object"
+        raise StoreError(msg)
     found = card.pop("version", 0)
     if not isinstance(found, int) or not 1 <= found <= version:
-        msg = f"{path}: {kind} of version {found}, this groundscope reads up to {version}; update it, or make the file anew"
+        msg = f"{path}: {kind} of version {found}, this groundscope reads up to {version}; update it, or make the file again"
         raise StoreError(msg)
     return tensors, card

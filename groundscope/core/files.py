@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from groundscope.core.errors import StoreError
+from groundscope.core.paths import create_part, is_file, part_path
 
 try:
     import fcntl
@@ -19,6 +20,10 @@ except ImportError:  # not a Unix: no lock, the unique temporary names still kee
     fcntl = None
 
 _ERRNO = re.compile(r"errno = (\d+)")
+
+
+class DamagedFileError(StoreError):
+    """A file whose bytes are not those that were sealed."""
 
 
 def sync(path: Path) -> None:
@@ -54,23 +59,52 @@ def publish_new(temporary: Path, final: Path) -> None:
 
 def part_of(path: Path, owner: str = "") -> Path:
     """Return the temporary name under which a process writes a file; `owner` tells later whose it was."""
-    return path.with_name(f"{path.name}.{owner}{os.getpid()}.part")
+    return part_path(path, owner)
 
 
 def write_whole(path: Path, data: bytes, owner: str = "") -> None:
-    """Write a file so that at every moment it is as before or as after, never half; a no-op where nothing changes."""
-    if path.is_file() and path.read_bytes() == data:
+    """Write a file so that at every moment it is as before or as after, never half; a no-op where nothing changes.
+
+    A link at `path` is replaced, never written through. An OSError names `path`.
+    """
+    if is_file(path) and path.stat().st_size == len(data) and path.read_bytes() == data:
         return
-    temporary = part_of(path, owner)
+    temporary = None
     try:
-        with temporary.open("wb") as file:
+        temporary, file = create_part(path, owner)
+        with file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         publish(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
+    except BaseException as error:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)  # what fails on an open descriptor names no file
         raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 file by `write_whole`, whatever the locale; lone surrogates are written as escapes."""
+    write_whole(path, text.encode("utf-8", errors="backslashreplace"))
+
+
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Give a new, empty file to write for code that takes a path; it gets its name once the block has ended without error.
+
+    The name of the new file cannot be foreseen, so what opens it again by that name does not follow a link placed there.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary, file = create_part(path)
+    file.close()
+    try:
+        yield temporary
+        sync(temporary)
+        publish(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def same_bytes(a: Path, b: Path) -> bool:
@@ -84,12 +118,23 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def system_reason(error: OSError | RuntimeError) -> str:
-    """Return in words why the system refused; HDF5 says it only inside its message, and not always as an OSError."""
+def system_number(error: BaseException) -> int | None:
+    """Return the number of a system error, None for others; HDF5 states it only inside its message."""
     number = getattr(error, "errno", None)
-    if number is None and (match := _ERRNO.search(str(error))):
+    if number is None and isinstance(error, OSError | RuntimeError) and (match := _ERRNO.search(str(error))):
         number = int(match[1])
-    return os.strerror(number) if number else str(error).splitlines()[0]
+    return number
+
+
+def too_many_files(error: BaseException | None) -> bool:
+    """Whether the process or the system has as many files open as it may."""
+    return error is not None and system_number(error) in (errno.EMFILE, errno.ENFILE)
+
+
+def system_reason(error: OSError | RuntimeError) -> str:
+    """Return in words why the system refused."""
+    number = system_number(error)
+    return os.strerror(number) if number else (str(error).splitlines() or [type(error).__name__])[0]
 
 
 @contextlib.contextmanager
@@ -104,6 +149,8 @@ def explained(message: Callable[[str], str]) -> Iterator[None]:
 class Lock:
     """Holds a file of a folder for this process, so that two writers never take one name; freed even by kill -9.
 
+    The child of a fork never holds it: there `release` only closes the descriptor.
+
     Raises
     ------
     StoreError
@@ -112,6 +159,7 @@ class Lock:
 
     def __init__(self, path: Path, held: str) -> None:
         self._path = path
+        self._owner = os.getpid()
         self._descriptor: int | None = None
         if fcntl is None:
             return
@@ -134,7 +182,8 @@ class Lock:
     def release(self) -> None:
         """Let others have it; may be called again."""
         if self._descriptor is not None:
-            self._path.unlink(missing_ok=True)
+            if os.getpid() == self._owner:
+                self._path.unlink(missing_ok=True)
             os.close(self._descriptor)
             self._descriptor = None
 

@@ -13,6 +13,7 @@ import fcntl
 import json
 import os
 import socket
+import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +21,8 @@ from pathlib import Path
 from typing import IO
 
 from groundscope.core.errors import ConfigError
+from groundscope.core.paths import is_file, is_link
+from groundscope.core.user_files import read_json
 
 _TAKEN = {errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES}
 
@@ -27,7 +30,7 @@ _TAKEN = {errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES}
 def holder(path: Path) -> str:
     """Say who wrote their name into a lock file last: ``process 123 on host, since 10:31:05``."""
     try:
-        found = json.loads(path.read_text())
+        found = read_json(path, limit=1 << 12) if is_file(path) else {}
         return f"process {found['process']} on {found['host']}, since {found['since']}"
     except (OSError, ValueError, KeyError, TypeError):
         return "another process"
@@ -36,7 +39,9 @@ def holder(path: Path) -> str:
 def taken(path: Path) -> bool:
     """Say whether somebody holds a lock now."""
     try:
-        with path.open("r") as file:
+        if not is_file(path):
+            return False
+        with path.open("r", encoding="utf-8") as file:
             return not _take(file, fcntl.LOCK_SH, path)
     except OSError:
         return False
@@ -81,7 +86,7 @@ def lock(
                 waiting(holder(path))
                 fcntl.flock(file, how)
             # Who held it may have removed the file meanwhile: then this is a lock on nothing, and another file counts.
-            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            if is_file(path) and os.path.samestat(os.fstat(file.fileno()), path.lstat()):
                 break
         except BaseException:
             file.close()
@@ -102,11 +107,21 @@ def lock(
 def _opened(path: Path) -> IO[str]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Not "w": the name of who holds it stays readable. NFS wants to read for a shared lock and to write for the other.
-        return path.open("a+")
+        # A link or a FIFO in its place is neither followed nor waited for.
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        descriptor = os.open(path, flags, 0o666)
     except OSError as error:
+        if is_link(path):
+            msg = f"'{path}' is a symbolic link, which is not followed: remove it"
+            raise ConfigError(msg) from error
         msg = f"'{path.parent}' cannot be written: {error.strerror}; choose a folder that can (root=…, name=…)"
         raise ConfigError(msg) from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        msg = f"'{path}' is not a lock file but a FIFO or device: remove it"
+        raise ConfigError(msg)
+    # Not "w": who holds it stays readable. NFS asks for reading for a shared lock and for writing for the other.
+    return os.fdopen(descriptor, "r+", encoding="utf-8")
 
 
 def _take(file: IO[str], how: int, path: Path) -> bool:

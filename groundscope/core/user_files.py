@@ -62,7 +62,7 @@ def read_bytes(
         if size > limit:
             msg = f"{path}: {size} bytes, more than the limit of {limit}"
             raise error(msg)
-        return file.read(limit)
+        return file.read(size)  # not the limit: a buffer of that many bytes would be allocated
 
 
 def read_text(

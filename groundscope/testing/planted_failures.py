@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from concepts.schema import Example
 from groundscope.core.errors import ModelError, PatchError
 from lvlm.answers import answer_key
+from lvlm.applied import Applied, observer, registered
+from lvlm.digest import digest_of
 from lvlm.family.specification import resolve
 from lvlm.model import Lvlm
 from lvlm.sites import Head
@@ -161,9 +163,11 @@ def image_cut(model: Lvlm, first: int) -> Lvlm:
     image = spoiled.content_id
     held: dict[str, Tensor] = {}
 
+    @observer
     def look(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         held["ids"] = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
 
+    @registered
     def cut(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         hidden: Tensor = args[0] if args else kwargs["hidden_states"]
         ids = held["ids"]
@@ -180,6 +184,9 @@ def image_cut(model: Lvlm, first: int) -> Lvlm:
         blocked = mask & ~block if mask.dtype == torch.bool else mask.masked_fill(block, torch.finfo(mask.dtype).min)
         return args, {**kwargs, "attention_mask": blocked}
 
+    spoiled.register(
+        Applied("planted cause", f"image cut from layer {first}", lambda: digest_of(["image cut", first, image]))
+    )
     spoiled.hf.register_forward_pre_hook(look, with_kwargs=True)
     for layer in spoiled.layers("decoder")[first:]:
         layer.register_forward_pre_hook(cut, with_kwargs=True)
@@ -340,4 +347,7 @@ def _weight(model: Lvlm, path: str) -> Tensor:
 
 
 def _copied(model: Lvlm, what: str) -> Lvlm:
-    return Lvlm(copy.deepcopy(model.hf), model.processor, model.spec, f"{model.name} ({what})")
+    made = Lvlm(copy.deepcopy(model.hf), model.processor, model.spec, f"{model.name} ({what})")
+    for applied in model.interventions:  # whose hooks were copied
+        made.register(applied)
+    return made

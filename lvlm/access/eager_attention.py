@@ -18,6 +18,11 @@ def _configs(model: Lvlm) -> list[Any]:
     return list({id(c): c for c in found if hasattr(c, "_attn_implementation")}.values())
 
 
+def implementations(model: Lvlm) -> tuple[str, ...]:
+    """Return the ways in which attention is computed, by transformers' names, sorted."""
+    return tuple(sorted({str(config._attn_implementation) for config in _configs(model)}))
+
+
 @contextmanager
 def attention(model: Lvlm, name: str) -> Iterator[None]:
     """Let attention be computed in the way that transformers knows by a name; afterwards it is as it was."""

@@ -32,6 +32,43 @@ def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         yield path, parameter if found is None else found
 
 
+def columns(module: nn.Linear, which: slice, like: Tensor) -> Tensor:
+    """Return columns of the matrix that a linear layer applies, ``[out, n]``, in the dtype and on the device of `like`.
+
+    A plain layer's matrix is its weight. A quantized layer stores codes in another dtype or shape: it is given unit
+    vectors, and what it returns, less what it returns for zero, are the columns that it really applies.
+
+    Parameters
+    ----------
+    module
+        The layer.
+    which
+        Columns, with plain bounds: ``slice(start, stop)``.
+    like
+        A tensor with the dtype and device of the layer's inputs.
+    """
+    stored = weight(module)
+    if stored is not None and not quantized(module):
+        return stored[:, which].to(like)
+    units = like.new_zeros(which.stop - which.start + 1, module.in_features)
+    units[torch.arange(len(units) - 1), torch.arange(which.start, which.stop)] = 1
+    # `forward`, not a call: hooks on the module watch the forward pass of the model, and this is none.
+    out = module.forward(units).to(like)
+    return (out[:-1] - out[-1]).T
+
+
+def quantized(module: nn.Linear) -> bool:
+    """Whether a linear layer stores anything but its matrix in floating point of at least two bytes."""
+    stored = weight(module)
+    return (
+        stored is None
+        or type(stored) not in (Tensor, nn.Parameter)
+        or not stored.is_floating_point()
+        or stored.element_size() < 2
+        or tuple(stored.shape) != (module.out_features, module.in_features)
+    )
+
+
 def empty(model: nn.Module) -> bool:
     """Whether a model has parameters without values: made on ``meta``, and not kept elsewhere."""
     return any(tensor.is_meta for _, tensor in named_weights(model))

@@ -12,6 +12,8 @@ from torch import Tensor
 from concepts.schema import Box, Example
 from groundscope.core.errors import DataError, ModelError
 from lvlm.encoding.image_inputs import Look
+from lvlm.image_tokens import image_in_sequence, image_tokens
+from lvlm.prompting import find_question
 from lvlm.sites import Stack
 from lvlm.token_map import Lattice, TokenMap
 
@@ -85,7 +87,9 @@ class Prompt:
     subject: str | None = None
 
 
-def encode(model: Lvlm, prompt: Prompt, looks: Sequence[Look], axis: int) -> tuple[Inputs, TokenMap]:
+def encode(
+    model: Lvlm, prompt: Prompt, looks: Sequence[Look], axis: int, sizes: Sequence[tuple[int, int]] = ()
+) -> tuple[Inputs, TokenMap]:
     """Return the inputs and the token map of a prompt.
 
     Parameters
@@ -98,11 +102,14 @@ def encode(model: Lvlm, prompt: Prompt, looks: Sequence[Look], axis: int) -> tup
         What each of its images became, in order.
     axis
         Along which axis pixels of several images are joined.
+    sizes
+        Width and height of each image, for errors.
 
     Raises
     ------
     DataError
-        Where the prompt has not as many placeholders as there are images, or the tokenizer does not keep image tokens.
+        Where the prompt has not as many placeholders as there are images, the tokenizer does not keep image tokens, or the
+        images differ in size and the family does not pad them.
     """
     tokenizer = model.processor.tokenizer
     text, spans = _expand(model, prompt, looks)
@@ -126,35 +133,42 @@ def encode(model: Lvlm, prompt: Prompt, looks: Sequence[Look], axis: int) -> tup
             f"keep '{model.content_token}' as one token, or the question holds it"
         )
         raise DataError(msg)
-    lattices = _lay(model, looks, cells)
-    used = {p for lattice in lattices.get("decoder", ()) for p in lattice.positions}
-    inside = {i for s, e in spans for i, (a, b) in enumerate(offsets) if b > a and a < e and b > s}
-    separators = tuple(sorted((inside | set(cells)) - used))
-    start = text.rindex(prompt.question.strip()) if prompt.question.strip() else 0
-    end = start + len(prompt.question.strip())
+    span = find_question(text, prompt.question)
+    if span is None:
+        msg = (
+            f"example '{prompt.name}': the chat template of {model.name} does not repeat the question "
+            f"'{prompt.question.strip()}' word for word, so its tokens cannot be found; set processor.chat_template to one "
+            "that does"
+        )
+        raise DataError(msg)
+    start, end = span
     question = tuple(i for i, (a, b) in enumerate(offsets) if a < end and b > start and b > a)
     inputs: Inputs = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
-    for name, first_look in looks[0].inputs.items():
-        # One picture is not copied: hundreds of questions may wait for their batch with it.
-        inputs[name] = (
-            first_look
-            if len(looks) == 1
-            else torch.cat([look.inputs[name] for look in looks], dim=axis if first_look.dim() > 3 else 0)
-        )
+    for name in looks[0].inputs:
+        inputs[name] = _join(model, prompt.name, [look.inputs[name] for look in looks], axis, sizes)
     # Which tokens are an image's: for positions in three axes, or for attention that runs both ways among them.
     for name in ("mm_token_type_ids", "token_type_ids"):
         if name in model.accepts:
             marked = torch.tensor([[int(token == model.content_id and model.spec.token_types) for token in ids]])
             inputs[name] = marked
     inputs.update(model.view.finish(model, ids, looks, text) if model.view.finish else {})
+    image = image_tokens(model, inputs)[0].nonzero().flatten().tolist() if image_in_sequence(model) else []
+    placed = sum(len(view.positions) for look in looks for view in look.lattices.get("decoder", ()))
+    if image_in_sequence(model) and len(image) != placed:
+        msg = (
+            f"view '{model.spec.view}' of {model.name} places {placed} image tokens and marks {len(image)}: View.mark must mark "
+            "the tokens of its lattices"
+        )
+        raise ModelError(msg)
+    lattices = _lay(looks, image)
+    separators = () if model.encoder_decoder else tuple(sorted((_within(offsets, spans) | set(cells)) - set(image)))
     sequence: dict[Stack, int] = {}
     for look in looks:
         for stack, length in look.sequence.items():
             sequence[stack] = sequence.get(stack, 0) + length
     if model.encoder_decoder:
         inputs["decoder_input_ids"] = torch.tensor([[decoder_start(model)]])
-        lattices.pop("decoder", None)
-        question, separators = (), ()
+        question = ()
     length = 1 if model.encoder_decoder else len(ids)
     tokens = TokenMap(
         length,
@@ -203,19 +217,50 @@ def _expand(model: Lvlm, prompt: Prompt, looks: Sequence[Look]) -> tuple[str, li
     return text, spans
 
 
-def _lay(model: Lvlm, looks: Sequence[Look], cells: Sequence[int]) -> dict[Stack, tuple[Lattice, ...]]:
-    """Move each image's views to where they stand among those of all images."""
+def _join(model: Lvlm, name: str, parts: list[Tensor], axis: int, sizes: Sequence[tuple[int, int]]) -> Tensor:
+    """Join an input of several images, filled up with zeros at the end as transformers' image processors do."""
+    if len(parts) == 1:
+        return parts[0]  # not copied: hundreds of questions may wait for their batch with it
+    dim = axis if parts[0].dim() > 3 else 0
+    alike = {(*part.shape[:dim], *part.shape[dim + 1 :]) for part in parts}
+    if len(alike) > 1 and not (model.view.pads and parts[0].dim() > 3):
+        shown = " and ".join(dict.fromkeys(f"{width} x {height}" for width, height in sizes)) or "unlike sizes"
+        msg = (
+            f"example '{name}': images of {shown} pixels cannot share a prompt of {model.name} ({model.spec.model_type}): resize "
+            "them to one size first"
+        )
+        raise DataError(msg)
+    if len(alike) > 1:
+        most = [max(part.shape[i] for part in parts) for i in range(parts[0].dim())]
+        most[dim] = 0  # joined along this one
+        filled = [[max(0, most[i] - part.shape[i]) for i in range(part.dim())] for part in parts]
+        parts = [
+            torch.nn.functional.pad(part, [n for more in reversed(fill) for n in (0, more)])
+            for part, fill in zip(parts, filled, strict=True)
+        ]
+    return torch.cat(parts, dim=dim)
+
+
+def _within(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> set[int]:
+    """Return the tokens that stand in some spans of the text."""
+    return {i for s, e in spans for i, (a, b) in enumerate(offsets) if b > a and a < e and b > s}
+
+
+def _lay(looks: Sequence[Look], image: Sequence[int]) -> dict[Stack, tuple[Lattice, ...]]:
+    """Move each image's views to where they stand among those of all images; `image` are the image tokens in order."""
     found: dict[Stack, tuple[Lattice, ...]] = {}
     before, seen = 0, {"vision": 0, "projector": 0}
-    for image, look in enumerate(looks):
+    for number, look in enumerate(looks):
         for stack, views in look.lattices.items():
             if stack == "decoder":
+                if not image:
+                    continue
                 moved = tuple(
-                    Lattice(tuple(cells[before + p] for p in v.positions), v.grid, v.kind, image) for v in views
+                    Lattice(tuple(image[before + p] for p in v.positions), v.grid, v.kind, number) for v in views
                 )
+                before += sum(len(v.positions) for v in views)
             else:
-                moved = tuple(v.moved(seen[stack], image) for v in views)
+                moved = tuple(v.moved(seen[stack], number) for v in views)
             found[stack] = (*found.get(stack, ()), *moved)
-        before += look.text.count(model.content_token)
         seen = {stack: length + look.sequence.get(stack, 0) for stack, length in seen.items()}  # type: ignore[call-overload]
     return found

@@ -27,7 +27,8 @@ class Look:
     """What stands in the prompt for it; the model's image token once for each token that the image becomes."""
     inputs: Mapping[str, Tensor]
     lattices: Mapping[Stack, tuple[Lattice, ...]]
-    """Its views by stack. In the decoder positions count the image tokens of `text`, in other stacks the sequence."""
+    """Its views by stack. In the decoder positions count the tokens of the image that `View.mark` finds, in other stacks the
+    sequence."""
     sequence: Mapping[Stack, int] = field(default_factory=dict)
     """Length of its sequence in each stack but the decoder."""
 

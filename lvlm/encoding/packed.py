@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from groundscope.core.errors import DataError
 from lvlm.encoding.image_inputs import Look, patch_size, processed, stretched, vision_config
 from lvlm.token_map import Lattice
 
@@ -70,6 +71,12 @@ def rows(model: Lvlm, image: Image.Image) -> Look:
     height, width = (int(n) for n in out["image_sizes"][0])
     frame = stretched(image.size, width, height)
     high, wide = height // patch // merge, width // patch // merge
+    if high * wide < 2:
+        msg = (
+            f"an image of {image.size[0]} x {image.size[1]} pixels becomes {high * wide} tokens of {model.name}, whose forward "
+            f"needs at least 2: enlarge it to more than {patch * merge} pixels along one side"
+        )
+        raise DataError(msg)
     cells = frame.grid(high, wide, width, height)
     patches = frame.grid(high * merge, wide * merge, width, height)
     end_of_row = getattr(model.processor, "image_break_token", "[IMG_BREAK]")

@@ -6,13 +6,16 @@ tokenizer, an image processor that works with Pillow, and the placeholder that t
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from groundscope.core.errors import ModelError
+from groundscope.core.user_files import read_json, read_text
 from lvlm.family.specification import FamilySpec
+from lvlm.identity import hub_file
+
+_MAX_TEMPLATE = 1 << 22
 
 
 @dataclass
@@ -33,6 +36,8 @@ class Parts:
         self.tokenizer.save_pretrained(folder)
         if self.image_processor is not None:
             self.image_processor.save_pretrained(folder)
+        if self.chat_template is not None:
+            (Path(folder) / "chat_template.jinja").write_text(self.chat_template, encoding="utf-8")
 
 
 def assemble(where: str, config: Any, spec: FamilySpec, options: dict[str, Any]) -> Parts:
@@ -57,15 +62,28 @@ def assemble(where: str, config: Any, spec: FamilySpec, options: dict[str, Any])
             f"{'none' if identity is None else f'number {identity}'}; say FamilySpec.placeholder"
         )
         raise ModelError(msg)
-    return Parts(tokenizer, pictures, token, _template(where) or getattr(tokenizer, "chat_template", None))
+    template = _template(where, options) or getattr(tokenizer, "chat_template", None)
+    return Parts(tokenizer, pictures, token, template)
 
 
-def _template(where: str) -> str | None:
-    """Return the chat template that lies beside a model, where that is a folder."""
-    folder = Path(where)
-    plain, wrapped = folder / "chat_template.jinja", folder / "chat_template.json"
-    if plain.is_file():
-        return plain.read_text(encoding="utf-8")
-    if wrapped.is_file():
-        return json.loads(wrapped.read_text(encoding="utf-8")).get("chat_template")
-    return None
+def _template(where: str, options: dict[str, Any]) -> str | None:
+    """Return the chat template of a model's processor, from its folder, the cache or the Hub; None where it has none.
+
+    Raises
+    ------
+    ModelError
+        Where the file holds something else.
+    """
+    plain = hub_file(where, "chat_template.jinja", options)
+    if plain is not None:
+        return read_text(plain, limit=_MAX_TEMPLATE, error=ModelError)
+    wrapped = hub_file(where, "chat_template.json", options)
+    if wrapped is None:
+        return None
+    return read_json(wrapped, check=_not_a_template, limit=_MAX_TEMPLATE, error=ModelError)["chat_template"]
+
+
+def _not_a_template(document: Any) -> str | None:
+    if isinstance(document, dict) and isinstance(document.get("chat_template"), str):
+        return None
+    return 'no chat template: the file must be an object whose "chat_template" is text'

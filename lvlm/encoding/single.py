@@ -40,7 +40,7 @@ def whole(model: Lvlm, image: Image.Image) -> Look:
     lattices = tower([(grid, "view")], prefix, length, projector=kept)
     if pooled:
         lattices["projector"] = (Lattice(tuple(range(cells.count)), cells),)
-    lattices["decoder"] = (Lattice(tuple(range(kept, kept + cells.count)), cells),)
+    lattices["decoder"] = (Lattice(tuple(range(cells.count)), cells),)
     return _look(model, pixels, lattices, kept + cells.count, {"vision": length, "projector": kept + cells.count})
 
 
@@ -69,7 +69,7 @@ def kosmos(model: Lvlm, image: Image.Image) -> Look:
     """Kosmos-2: queries between brackets, whose first is the placeholder itself."""
     look = resampled(model, image)
     count = len(look.lattices["decoder"][0].positions)
-    views: dict[Stack, tuple[Lattice, ...]] = {**look.lattices, "decoder": (Lattice(tuple(range(1, count + 1)), None),)}
+    views: dict[Stack, tuple[Lattice, ...]] = {**look.lattices, "decoder": (Lattice(tuple(range(count)), None),)}
     return Look(f"{model.content_token * (count + 1)}</image>", look.inputs, views, look.sequence)
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from lvlm.encoding.image_inputs import Look, patch_size, processed, stretched, tower
+from lvlm.encoding.image_inputs import Look, patch_size, processed, stretched, tower, vision_config
 from lvlm.sites import Stack
 from lvlm.token_map import Lattice, PatchGrid
 
@@ -22,12 +23,13 @@ def anyres(model: Lvlm, image: Image.Image) -> Look:
     """LLaVA-NeXT and OneVision: a thumbnail, then the tiles joined again, padding cut off, each row with an end token."""
     out = processed(model, image)
     pixels: Tensor = out["pixel_values"]  # [1, tiles + 1, C, side, side]
-    side, config = int(pixels.shape[-1]), model.hf.config
+    side = int(pixels.shape[-1])
     patch, prefix = patch_size(model), model.spec.vision_prefix or 0
     across = side // patch
     small = stretched(image.size, side, side).grid(across, across, side, side)
     width, height = image.size
-    high, wide = best_canvas(width, height, config.image_grid_pinpoints)
+    layout = anyres_layout(model, (height, width))
+    high, wide = layout.canvas
     shown_x, shown_y = _fitted(width, height, wide, high)
     left, top = (wide - shown_x) // 2, (high - shown_y) // 2
     canvas = stretched(image.size, shown_x, shown_y).part(-left, -top)
@@ -37,28 +39,65 @@ def anyres(model: Lvlm, image: Image.Image) -> Look:
         for y in range(0, high, side)
         for x in range(0, wide, side)
     ]
-    kept = prefix if getattr(config, "vision_feature_select_strategy", "default") == "full" else 0
+    frame = canvas.part(layout.cut[1] * patch, layout.cut[0] * patch)
+    span_y, span_x = (patches * patch for patches in layout.patches)
+    kept = layout.kept
+    length = small.count + prefix
+    lattices = tower(views, prefix, length, projector=kept)
+    lattices["decoder"] = (Lattice(tuple(range(small.count)), small, "thumbnail"),)
+    if layout.rows and layout.columns:  # of a very wide or high image the tiles are padding alone, and are cut off
+        cells = frame.grid(layout.rows, layout.columns, span_x, span_y)
+        joined = Lattice(tuple(range(small.count, small.count + cells.count)), cells)
+        lattices["decoder"] = (*lattices["decoder"], joined)
+    inputs = {"pixel_values": pixels, "image_sizes": _as_tensor(out["image_sizes"])}
+    sequence: dict[Stack, int] = {"vision": len(views) * length, "projector": len(views) * (small.count + kept)}
+    return Look(model.content_token * len(layout.pattern), inputs, lattices, sequence)
+
+
+@dataclass(frozen=True)
+class AnyresLayout:
+    """How LLaVA-NeXT and OneVision lay out the tokens of one image: a thumbnail, then rows of joined tiles, each with an end."""
+
+    kept: int
+    """Class tokens before the thumbnail."""
+    thumbnail: int
+    """Tokens of the thumbnail."""
+    rows: int
+    columns: int
+    """Tokens of a row without its end."""
+    canvas: tuple[int, int] = (0, 0)
+    """Height and width of the tiles side by side, in pixels."""
+    patches: tuple[int, int] = (0, 0)
+    """Rows and columns of vision patches that the rows of tokens cover."""
+    cut: tuple[int, int] = (0, 0)
+    """Rows and columns of patches that were cut off before them as padding."""
+
+    @property
+    def pattern(self) -> list[bool]:
+        """Whether each token is a part of the image."""
+        one = [False] * self.kept + [True] * self.thumbnail
+        return one + ([True] * self.columns + [False]) * self.rows
+
+
+def anyres_layout(model: Lvlm, size: tuple[int, int], *, tiles: bool = True) -> AnyresLayout:
+    """Return the layout of an image of some (height, width); without `tiles` its thumbnail and one end alone (OneVision)."""
+    config = model.hf.config
+    side, kept = int(vision_config(model).image_size), 0
+    if getattr(config, "vision_feature_select_strategy", "default") == "full":
+        kept = model.spec.vision_prefix or 0
+    across = side // patch_size(model)
+    if not tiles:
+        return AnyresLayout(kept, across**2, 1, 0)
+    height, width = size
+    high, wide = best_canvas(width, height, config.image_grid_pinpoints)
     rows, columns, cut_y, cut_x = _unpadded(high // side * across, wide // side * across, height, width)
-    frame = canvas.part(cut_x * patch, cut_y * patch)
-    span_x, span_y = columns * patch, rows * patch
+    patches = (rows, columns)
     most = str(getattr(config, "vision_aspect_ratio", "")).removeprefix("anyres_max_")
     if most.isdecimal():  # OneVision shrinks what would be too many tokens
         ratio = math.sqrt(rows * columns / (int(most) * across**2))
         if ratio > 1.1:
             rows, columns = int(rows // ratio), int(columns // ratio)
-    cells = frame.grid(rows, columns, span_x, span_y)
-    first = kept + small.count
-    joined = tuple(first + r * (columns + 1) + c for r in range(rows) for c in range(columns))
-    length = small.count + prefix
-    lattices = tower(views, prefix, length, projector=kept)
-    lattices["decoder"] = (
-        Lattice(tuple(range(kept, first)), small, "thumbnail"),
-        Lattice(joined, cells),
-    )
-    count = first + rows * (columns + 1)
-    inputs = {"pixel_values": pixels, "image_sizes": _as_tensor(out["image_sizes"])}
-    sequence: dict[Stack, int] = {"vision": len(views) * length, "projector": len(views) * (small.count + kept)}
-    return Look(model.content_token * count, inputs, lattices, sequence)
+    return AnyresLayout(kept, across**2, rows, columns, (high, wide), patches, (cut_y, cut_x))
 
 
 def split(model: Lvlm, image: Image.Image) -> Look:

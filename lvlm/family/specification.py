@@ -15,7 +15,10 @@ import torch
 from torch import nn
 
 from groundscope.core.errors import ModelError
+from groundscope.core.user_files import read_text
 
+MAX_BYTES = 1 << 20
+"""Largest file that describes a family."""
 ABSENT = "-"
 """What a spec says of a part that its family does not have."""
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2, torch.float64: 1e-5}
@@ -145,8 +148,8 @@ class FamilySpec:
         import yaml
 
         try:
-            record = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            record = yaml.safe_load(read_text(path, limit=MAX_BYTES, error=ModelError))
+        except (OSError, RecursionError, yaml.YAMLError) as error:
             msg = f"family file '{path}' cannot be read: {error}"
             raise ModelError(msg) from error
         if not isinstance(record, Mapping):

@@ -194,7 +194,7 @@ def main() -> None:
     if options.json:
         found = {"model": options.model, "seed": options.seed, "images": options.images, "knockout": cuts}
         found["figures"] = {name: asdict(figure) for name, figure in figures.items()}
-        options.json.write_text(json.dumps(found, indent=1))
+        options.json.write_text(json.dumps(found, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

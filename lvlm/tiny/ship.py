@@ -81,7 +81,7 @@ def ship(run: Path, name: str, images: int, console: Console) -> None:
     console.print(f"measuring {name} …")
     figures = evaluate.measure(model, images)
     cuts = evaluate.knockout(model, scenes.dataset(200, evaluate.HELD_OUT_SEED + 1, splits=("neutral",)))
-    (target / "README.md").write_text(card(name, figures, cuts, images))
+    (target / "README.md").write_text(card(name, figures, cuts, images), encoding="utf-8")
 
 
 def card(name: str, figures: Mapping[str, Estimate], cuts: Mapping[str, Mapping[str, float]], images: int) -> str:

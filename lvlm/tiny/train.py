@@ -285,7 +285,7 @@ def run_stage(
 
 
 def _log(out: Path, stage: str, step: int, loss: float) -> None:
-    with (out / "log.jsonl").open("a") as file:
+    with (out / "log.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps({"stage": stage, "step": step, "loss": round(loss, 5)}) + "\n")
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from concepts.schema import CounterfactualPair
 from groundscope.core.errors import PatchError
-from lvlm.sites import Head
+from lvlm.sites import Head, parse_heads
 from mitigation.steering.derive.base import Store, mean, read
 from mitigation.steering.placement import Entry, Key, name_of, order
 from mitigation.steering.vector import SteeringVector
@@ -101,7 +101,7 @@ def swapped(pairs: Sequence[CounterfactualPair], seed: int) -> list[Counterfactu
     return [replace(p, clean=p.corrupt, corrupt=p.clean) if t else p for p, t in zip(pairs, turn, strict=True)]
 
 
-def moved(vector: SteeringVector, heads: Sequence[Head], store: Store, tokens: str = "last") -> SteeringVector:
+def moved(vector: SteeringVector, heads: Sequence[Head | str], store: Store, tokens: str = "last") -> SteeringVector:
     """Return a control: the same directions at other heads, pushing as far.
 
     What an amplification counts deviations from belongs to its head: at another head it stands as far from that head's
@@ -121,6 +121,7 @@ def moved(vector: SteeringVector, heads: Sequence[Head], store: Store, tokens: s
     PatchError
         For another number of heads, a head twice, or a vector that acts elsewhere too.
     """
+    heads = parse_heads(heads)
     if (
         len(vector.heads) < len(vector.entries)
         or len(set(heads)) != len(vector.entries)

@@ -25,13 +25,15 @@ from mitigation.steering.vector import SteeringVector
 if TYPE_CHECKING:
     from lvlm.model import Lvlm
 
-VERSION = 2
-"""2 since there are norm rules, schedules and sites other than heads and residual streams; version 1 is read as well."""
+VERSION = 3
+"""2 since there are norm rules, schedules and sites other than heads and residual streams, 3 for files with the norm rule
+'away'; versions 1 and 2 are read as well."""
 KIND = "steering_vector"
 _NAME = re.compile(r"^(?:(vision)\.)?layers\.(\d+)\.(?:head\.(\d+)|(\w+))$")
 _GATE = "gate.weights"
 _RULES = {
-    "add": "x + strength * sigma * vector; norm 'kept': |x| unit(that), 'relative': |x| unit(x / |x| + ...)",
+    "add": "x + strength * sigma * vector; norm 'kept': |x| unit(that), 'relative': |x| unit(x / |x| + ...), "
+    "'away': 'relative' with ... times 1 + max(0, cos(x, -vector))",
     "project": "x - strength * max(<x, vector>, 0) * vector",
     "amplify": "x + strength * (x - vector) @ reads.T @ writes; reads is the identity where absent, writes is reads",
 }
@@ -81,8 +83,9 @@ def safetensors(vector: SteeringVector, path: str | Path, model: Lvlm | None = N
     if vector.gate is not None:
         tensors[_GATE] = vector.gate.weights
         card["gate"] = {"at": tensor_name(vector.gate.place), "bias": vector.gate.bias, "about": vector.gate.about}
-    artifacts.write(path, KIND, VERSION, tensors, card)
-    artifacts.write_bytes(path.with_suffix(".json"), f"{canonical_json({'version': VERSION, **card})}\n".encode(), KIND)
+    version = VERSION if vector.norm == "away" else 2
+    artifacts.write(path, KIND, version, tensors, card)
+    artifacts.write_bytes(path.with_suffix(".json"), f"{canonical_json({'version': version, **card})}\n".encode(), KIND)
     return path
 
 

@@ -110,8 +110,10 @@ class ProbeGate:
         return cls(place, sign * direction.scale * direction.vector, sign * (direction.intercept - threshold), about)
 
 
-def canonical(key: Key) -> Key:
-    """Return the one name of a place: ``resid_post`` of a decoder layer is its number."""
+def canonical(key: Key | str) -> Key:
+    """Return the one name of a place, which may be text: ``resid_post`` of a decoder layer is its number."""
+    if isinstance(key, str):
+        key = Head.parse(key) if key.startswith("L") else Site.parse(key)
     if isinstance(key, Site) and key.stack == "decoder" and key.component == "resid_post" and not key.cross:
         return key.layer
     return key

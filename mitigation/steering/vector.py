@@ -14,7 +14,7 @@ import numpy as np
 
 from circuits.interventions.options import NORMS, Norm
 from groundscope.core.errors import ConfigError, ModelError, PatchError
-from lvlm.sites import Head, Site
+from lvlm.sites import Head, Site, parse_heads
 from mitigation.steering.placement import Entry, Key, ProbeGate, canonical, name_of, order, site_of
 
 if TYPE_CHECKING:
@@ -63,9 +63,9 @@ class SteeringVector:
     """By head (its ``z``), by layer number (``resid_post``), or by any other `Site`."""
     kind: Kind
     positions: Positions
-    """``last``: the last position of every forward, so the last prompt token and every generated one; ``all``;
-    ``image``: the image's tokens; ``suffix``: everything after the image, generated tokens included; ``question``: what
-    follows the image in the prompt; ``generated``: the tokens that cached generation adds."""
+    """``last``: the last token of the prompt and every generated one; ``all``; ``image``: the image's tokens; ``suffix``:
+    everything after the image, generated tokens included; ``question``: what follows the image in the prompt;
+    ``generated``: every generated token. With a cache, without one and after a prefill in chunks they are the same tokens."""
     strength: float
     """Used where `applied` is given none."""
     model: str
@@ -76,7 +76,8 @@ class SteeringVector:
     """Plain JSON: method, digests of what it was derived from."""
     norm: Norm = "free"
     """``add`` only. ``free``: x gets longer or shorter; ``kept``: ``|x| unit(x + d)``; ``relative``:
-    ``|x| unit(x / |x| + d)``, with sigma as a share of the length of x."""
+    ``|x| unit(x / |x| + d)``, with sigma as a share of the length of x; ``away``: ``relative`` with d times
+    ``1 + max(0, cos(x, -d))``."""
     decay: float = 1.0
     """Schedule: factor, in (0, 1], by which the strength shrinks with each generated token; 1 is constant."""
     gate: ProbeGate | None = None
@@ -139,7 +140,7 @@ class SteeringVector:
 
     @contextmanager
     def applied(self, model: Lvlm, strength: float | None = None, *, force: bool = False) -> Iterator[None]:
-        """Steer a model while the context is open: in forwards, cached generation and beam search alike.
+        """Steer a model while the context is open: in forwards, in generation of any form, and in beam search.
 
         Afterwards, after an error too, the model is bit for bit what it was. Contexts nest: vectors add up.
 
@@ -160,12 +161,17 @@ class SteeringVector:
             For a strength that is not a finite number.
         SiteError, PatchError
             Where a forced model lacks the heads or layers, or they have another width.
+        ModelError
+            For positions ``image`` where the image is not in the decoder's sequence; during a forward, for a form in which
+            positions cannot be known: several tokens onto a cache outside of `generate`, continuous batching.
         """
         from circuits.interventions.intervention import intervened
 
         if not force:
             self.check(model)
-        with intervened(model, self.interventions(strength)):
+        at = self.strength if strength is None else strength
+        name = f"{self.kind} at {', '.join(name_of(key) for key in self.entries)}; {self.positions}, strength {at:g}"
+        with intervened(model, self.interventions(strength), kind="steering vector", name=name):
             yield
 
     def interventions(self, strength: float | None = None) -> list[Intervention]:
@@ -254,7 +260,7 @@ class SteeringVector:
                 entries[key] = replace(entry, writes=turned)
         return self._control(entries, f"random directions, seed {seed}")
 
-    def on_heads(self, heads: Sequence[Head]) -> Self:
+    def on_heads(self, heads: Sequence[Head | str]) -> Self:
         """Return a control: the same directions and sigmas, entry by entry, at other heads.
 
         Raises
@@ -263,6 +269,7 @@ class SteeringVector:
             For another number of heads, a head twice, a vector that acts on layers, or one that amplifies: a mean
             belongs to its head, so derive it anew for the other heads.
         """
+        heads = parse_heads(heads)
         if self.kind != "add" or len(self.heads) < len(self.entries):
             msg = "only directions at heads can be moved to other heads; derive an amplification anew for them"
             raise PatchError(msg)

@@ -18,6 +18,7 @@ import numpy as np
 from concepts.schema import Concept
 from groundscope.core.errors import ProbeError
 from groundscope.core.files import write_whole
+from groundscope.core.user_files import read_json
 from probes.protocol.inputs import Place, Store, find_place, read_features, read_groups, read_labels, row_mask
 from probes.protocol.scoring import auc, bootstrap_auc, percentile_interval, resample_groups
 
@@ -119,12 +120,12 @@ def read_vocabulary(store: str | Path) -> dict[str, int]:
     """Read what `keep_vocabulary` wrote; raises `ProbeError` where there is none or it is damaged."""
     path = _vocabulary_path(store)
     try:
-        found = json.loads(path.read_bytes())
+        found = read_json(path, error=ProbeError)
     except FileNotFoundError as error:
         msg = f"no vocabulary at {path}: write it with probes.analysis.logit_lens.keep_vocabulary(store, tokenizer.get_vocab())"
         raise ProbeError(msg) from error
-    except (OSError, ValueError) as error:
-        msg = f"{path} cannot be read: {error}"
+    except OSError as error:
+        msg = f"{path}: cannot be read: {error.strerror or error}"
         raise ProbeError(msg) from error
     if not isinstance(found, dict) or not all(isinstance(v, int) for v in found.values()):
         msg = f"{path} is not a vocabulary: it must map words to numbers"

@@ -11,8 +11,10 @@ from typing import Any, Self
 
 import numpy as np
 
-from groundscope.core.errors import ProbeError
+from groundscope.core.errors import ProbeError, StoreError
 from groundscope.core.files import write_whole
+from groundscope.core.tensor_files import encode_tensors, read_tensors
+from groundscope.core.user_files import read_json
 
 _CARD = "checkpoint.json"
 
@@ -47,10 +49,13 @@ class Checkpoint:
         card = path / _CARD
         if card.exists():
             try:
-                there = json.loads(card.read_bytes())
-            except ValueError as error:
-                msg = f"{card} cannot be read: {error}; remove the folder to begin anew"
+                there = read_json(card, error=ProbeError)
+            except OSError as error:
+                msg = f"{card}: cannot be read: {error.strerror or error}"
                 raise ProbeError(msg) from error
+            if not isinstance(there, dict):
+                msg = f"{card} is not the card of a checkpoint; remove the folder to begin again"
+                raise ProbeError(msg)
             wanted = json.loads(text)
             changed = [k for k in sorted(wanted.keys() | there.keys()) if there.get(k) != wanted.get(k)]
             if changed:
@@ -66,23 +71,25 @@ class Checkpoint:
 
     def save(self, layer: int, arrays: Mapping[str, np.ndarray]) -> None:
         """Keep a layer's arrays."""
-        from safetensors.numpy import save
-
         if self.folder is not None:
-            data = save({k: np.ascontiguousarray(v) for k, v in arrays.items()}, metadata={"key": self.key})
-            write_whole(self.folder / f"layer-{layer}.safetensors", data)
+            write_whole(self.folder / f"layer-{layer}.safetensors", encode_tensors(arrays, {"key": self.key}))
 
     def load(self, layer: int) -> dict[str, np.ndarray] | None:
-        """Return a layer's arrays, or None where it is not finished; one that is damaged counts as not finished."""
-        from safetensors import SafetensorError, safe_open
+        """Return a layer's arrays, or None where it is not finished; one that is damaged counts as not finished.
 
+        Raises
+        ------
+        ProbeError
+            Where the system cannot read it (too many open files, no permission): that is not damage.
+        """
         path = None if self.folder is None else self.folder / f"layer-{layer}.safetensors"
         if path is None or not path.exists():
             return None
         try:
-            with safe_open(str(path), framework="numpy") as file:
-                if (file.metadata() or {}).get("key") != self.key:
-                    return None
-                return {name: np.array(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError):
+            arrays, header = read_tensors(path, error=StoreError)
+        except StoreError:
             return None
+        except OSError as error:
+            msg = f"{path}: cannot be read: {error.strerror or error}"
+            raise ProbeError(msg) from error
+        return arrays if header.get("key") == self.key else None

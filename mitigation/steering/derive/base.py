@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
+from circuits.execution.memory import batch_rows
 from concepts.schema import Concept, CounterfactualPair
-from groundscope.core.errors import ConfigError, PatchError, SiteError
+from groundscope.core.errors import ConfigError, ModelError, PatchError, SiteError
 from groundscope.core.progress import progress_bar
-from lvlm.sites import Head, Site
+from lvlm.sites import Head, Site, parse_heads
 from mitigation.steering.placement import Entry, Key, canonical, name_of, site_of
 from mitigation.steering.vector import Kind, Positions, SteeringVector
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from torch import Tensor
 
+    from activation_store.format.schema import ArrayInfo
     from concepts.schema import Example
     from lvlm.model import Lvlm, Place
 
@@ -103,17 +105,17 @@ def two_sides(
     return right, wrong
 
 
-def check_variant(variant: str) -> None:
-    """Raise `ConfigError` for anything but ``paper`` and ``release``."""
-    if variant not in ("paper", "release"):
-        msg = f"variant='{variant}': choose 'paper', or 'release' for the form of the released code"
+def check_variant(variant: str, variants: Sequence[str] = ("paper", "release")) -> None:
+    """Raise `ConfigError` for a variant that a method does not have."""
+    if variant not in variants:
+        msg = f"variant='{variant}': choose 'paper', or {' or '.join(map(repr, variants[1:]))} for a form of the released code"
         raise ConfigError(msg)
 
 
-def keys_of(heads: Iterable[Head], layers: Iterable[int], sites: Iterable[Site | str] = ()) -> tuple[Key, ...]:
+def keys_of(heads: Iterable[Head | str], layers: Iterable[int], sites: Iterable[Site | str] = ()) -> tuple[Key, ...]:
     """Return heads, layers and other sites as keys of entries; raises `PatchError` where there are none."""
     others = (Site.parse(s) if isinstance(s, str) else s for s in sites)
-    keys: tuple[Key, ...] = (*heads, *layers, *(canonical(s) for s in others))
+    keys: tuple[Key, ...] = (*parse_heads(heads), *layers, *(canonical(s) for s in others))
     if not keys:
         msg = "no heads and no layers to act on: pass heads=scores.top(8), say"
         raise PatchError(msg)
@@ -141,7 +143,23 @@ def checked_mask(mask: object, size: int) -> np.ndarray:
 
 def read(store: Store, key: Key, tokens: str) -> np.ndarray:
     """Return activations in float64 ``[N, d]``: sums over many float32 rows would lose digits."""
-    return store.read(site_of(key), tokens, head=key.head if isinstance(key, Head) else None).astype(np.float64)
+    if isinstance(key, Head):
+        site = traced_heads(store).get(key.layer, site_of(key))
+        return store.read(site, tokens, head=key.head).astype(np.float64)
+    return store.read(site_of(key), tokens).astype(np.float64)
+
+
+def traced_heads(store: Store) -> dict[int, Site]:
+    """Return by layer where a store holds its heads: in cross-attention for layers traced there and not in ``z``."""
+    arrays: Sequence[ArrayInfo] = getattr(store, "arrays", ())
+    own, cross = (
+        {layer for a in arrays if (a.stack, a.component) == ("decoder", name) for layer in a.layers}
+        for name in ("z", "cross.z")
+    )
+    found = {layer: Site("decoder", layer, "z") for layer in own}
+    if own:
+        found |= {layer: Site("decoder", layer, "z", cross=True) for layer in cross - own}
+    return dict(sorted(found.items()))
 
 
 def sides(pairs: Sequence[CounterfactualPair]) -> tuple[list[Example], list[Example]]:
@@ -227,6 +245,7 @@ def by_pairs(
     made
         What the vector is; its tokens are ``last`` or ``suffix``.
     """
+    check_image_reaches(model, pairs, keys)
     clean, corrupt = (activations(model, side, keys, made.tokens) for side in sides(pairs))
     entries = {key: fit(clean[key], corrupt[key], key) for key in keys}
     how = (made.method, made.tokens)
@@ -241,20 +260,21 @@ def activations(model: Lvlm, examples: Sequence[Example], keys: Sequence[Key], t
     if any(site_of(key).stack != "decoder" for key in keys):
         msg = f"sites {', '.join(map(name_of, keys))}: tokens='{tokens}' are read in the decoder"
         raise SiteError(msg)
-    sites = {site: model.locate(site) for site in dict.fromkeys(site_of(key) for key in keys)}
     wrong = [name_of(k) for k in keys if isinstance(k, Head) and not 0 <= k.head < model.n_heads]
     if wrong:
         msg = f"heads {', '.join(wrong)}: {model.name} has {model.n_heads} heads in each layer"
         raise SiteError(msg)
+    where = {key: site_in(model, key) for key in keys}
+    sites = {site: model.locate(site) for site in dict.fromkeys(where.values())}
     rows: dict[Key, list[np.ndarray]] = {key: [np.empty(0)] * len(examples) for key in keys}
     with progress_bar() as bar:
         task = bar.add_task("reading activations", total=len(examples))
-        for batch in model.batches(examples):
-            starts = [e.tokens.last if tokens == "last" else max(e.tokens.image) + 1 for e in batch.encodings]
-            seen = _seen(model, batch.inputs, sites, min(starts))
-            for row, (number, start) in enumerate(zip(batch.index, starts, strict=True)):
+        for batch in model.batches(examples, batch_rows(model, examples, 32)):
+            starts = [e.tokens.last if tokens == "last" else e.tokens.suffix[0] for e in batch.encodings]
+            seen = _seen(model, batch.inputs, sites, starts)
+            for row, number in enumerate(batch.index):
                 for key in keys:
-                    x = seen[site_of(key)][row, start - min(starts) :].mean(axis=0)
+                    x = seen[where[key]][row]
                     if isinstance(key, Head):
                         x = x[key.head * model.head_dim : (key.head + 1) * model.head_dim]
                     rows[key][number] = x
@@ -262,14 +282,41 @@ def activations(model: Lvlm, examples: Sequence[Example], keys: Sequence[Key], t
     return {key: np.stack(values) for key, values in rows.items()}
 
 
-def _seen(model: Lvlm, inputs: Mapping[str, Tensor], sites: Mapping[Site, Place], start: int) -> dict[Site, np.ndarray]:
-    """Run a batch and return what is at each site from a position on, float64 ``[B, T - start, D]``."""
+def first_image_layer(model: Lvlm) -> int:
+    """Return the first decoder layer that can depend on the image: 0, or the first of cross-attention alone."""
+    return next((i for i in range(model.n_layers) if model.head_site(i).cross), 0)
+
+
+def check_image_reaches(model: Lvlm, pairs: Sequence[CounterfactualPair], keys: Sequence[Key]) -> None:
+    """Raise `ModelError` for a place before the first layer that reads the image, where pairs differ in the image alone."""
+    first = first_image_layer(model)
+    early = [key for key in keys if site_of(key).stack == "decoder" and site_of(key).layer < first]
+    if early and pairs and all(pair.clean.question == pair.corrupt.question for pair in pairs):
+        msg = (
+            f"{name_of(early[0])} comes before layer {first}, the first of {model.name} ({model.spec.model_type}) whose "
+            f"cross-attention reads the image, so a changed image changes nothing there: choose layers from {first} on"
+        )
+        raise ModelError(msg)
+
+
+def site_in(model: Lvlm, key: Key) -> Site:
+    """Return the site of an entry in a model: heads of a layer of cross-attention alone are in that."""
+    if isinstance(key, Head) and 0 <= key.layer < model.n_layers:
+        return model.head_site(key.layer)
+    return site_of(key)
+
+
+def _seen(
+    model: Lvlm, inputs: Mapping[str, Tensor], sites: Mapping[Site, Place], starts: Sequence[int]
+) -> dict[Site, np.ndarray]:
+    """Run a batch and return each site's mean from a position of each row on, float64 ``[B, D]``."""
     seen: dict[Site, np.ndarray] = {}
     with ExitStack() as hooks:
         for site, place in sites.items():
 
             def see(x: Tensor, site: Site = site) -> None:
-                seen[site] = x[:, start:].detach().double().cpu().numpy()
+                rows = [row[start:].detach().double().cpu().numpy() for row, start in zip(x, starts, strict=True)]
+                seen[site] = np.stack([row.mean(axis=0) for row in rows])
 
             hooks.callback(place.watch(see).remove)
         model.logits(inputs)

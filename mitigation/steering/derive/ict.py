@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from concepts.schema import CounterfactualPair
 from groundscope.core.errors import PatchError
 from lvlm.model import Lvlm
-from lvlm.sites import Head, Site
+from lvlm.sites import Head, parse_heads
 from mitigation.steering.derive.base import (
     Variant,
     activations,
     along,
+    check_image_reaches,
     check_variant,
+    first_image_layer,
     made_from_pairs,
     sides,
     unit_difference,
@@ -31,7 +34,7 @@ def ict(
     model: Lvlm,
     pairs: Sequence[CounterfactualPair],
     *,
-    heads: Iterable[Head] = (),
+    heads: Iterable[Head | str] = (),
     top: int = 256,
     positions: Positions = "last",
     tokens: str = "last",
@@ -90,7 +93,11 @@ def ict(
         part[order] = np.arange(len(truth)) * 2 // len(truth)
         entries = _slices(model, (clean, corrupt, tokens), slice_width, top, [(part != i, part == i) for i in (0, 1)])
         return made_from_pairs(model, pairs, entries, "add", positions, strength, how)
-    candidates = tuple(heads) or tuple(Head(i, k) for i in range(model.n_layers) for k in range(model.n_heads))
+    first = first_image_layer(model)
+    candidates = parse_heads(heads) or tuple(
+        Head(i, k) for i in range(first, model.n_layers) for k in range(model.n_heads)
+    )
+    check_image_reaches(model, pairs, candidates)
     seen, unseen = (activations(model, side, candidates, tokens) for side in (clean, corrupt))
     folds = group_folds([p.clean.group for p in pairs] * 2, 2, seed)
     known = probe_accuracies(candidates, lambda key: np.concatenate([seen[key], unseen[key]]), truth, folds)
@@ -105,13 +112,13 @@ def _slices(
     if width < 1 or model.width % width:
         msg = f"slice_width={width} does not divide the width {model.width} of {model.name}"
         raise PatchError(msg)
-    sites: tuple[Key, ...] = tuple(Site("decoder", i, "attn_out") for i in range(model.n_layers))
+    sites: tuple[Key, ...] = tuple(replace(model.head_site(i), component="attn_out") for i in range(model.n_layers))
     clean, corrupt, tokens = given
     seen, unseen = (activations(model, side, sites, tokens) for side in (clean, corrupt))
     # A slice goes by the name of the head it is taken for.
     taken = {
         Head(i, k): slice(k * width, (k + 1) * width)
-        for i in range(model.n_layers)
+        for i in range(first_image_layer(model), model.n_layers)
         for k in range(model.width // width)
     }
     parts: dict[Key, tuple[np.ndarray, np.ndarray]] = {

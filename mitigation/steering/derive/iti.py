@@ -8,8 +8,18 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from groundscope.core.errors import PatchError
-from lvlm.sites import Head
-from mitigation.steering.derive.base import Store, Variant, along, check_variant, made_from_store, mean, read, two_sides
+from lvlm.sites import Head, parse_heads
+from mitigation.steering.derive.base import (
+    Store,
+    Variant,
+    along,
+    check_variant,
+    made_from_store,
+    mean,
+    read,
+    traced_heads,
+    two_sides,
+)
 from mitigation.steering.derive.head_selection import best, group_folds, probe_accuracies
 from mitigation.steering.placement import Entry, Key
 from mitigation.steering.vector import Positions, SteeringVector
@@ -36,9 +46,9 @@ def iti(
     *,
     positive: np.ndarray | None = None,
     negative: np.ndarray | None = None,
-    heads: Iterable[Head] = (),
+    heads: Iterable[Head | str] = (),
     top: int = 48,
-    accuracy: Mapping[Head, float] | None = None,
+    accuracy: Mapping[Head, float] | Mapping[str, float] | None = None,
     folds: int = 5,
     tokens: str = "last",
     positions: Positions = "last",
@@ -82,8 +92,10 @@ def iti(
     """
     check_variant(variant)
     right, wrong = two_sides(store, concept, positive, negative)
-    candidates = tuple(heads) or tuple(
-        Head(i, k) for i in range(store.layers("decoder", "z")) for k in range(store.n_heads("decoder"))
+    candidates = parse_heads(heads) or tuple(
+        Head(i, k)
+        for i in traced_heads(store) or range(store.layers("decoder", "z"))
+        for k in range(store.n_heads("decoder"))
     )
     used = np.flatnonzero((right | wrong) & ~np.isnan(read(store, candidates[0], tokens)).any(axis=1))
     truth = right[used]
@@ -92,11 +104,12 @@ def iti(
     if accuracy is None:
         known = probe_accuracies(candidates, lambda key: read(store, key, tokens)[used], truth, [(train, held)])
     else:
-        missing = [h for h in candidates if h not in accuracy]
+        by_head = {head: value for name, value in accuracy.items() for head in parse_heads(name)}
+        missing = [h for h in candidates if h not in by_head]
         if missing:
             msg = f"no accuracy given for {', '.join(map(str, missing[:5]))}: give it for all heads, or name those in heads="
             raise PatchError(msg)
-        known = {h: float(accuracy[h]) for h in candidates}
+        known = {h: float(by_head[h]) for h in candidates}
     chosen = best(known, top)
     seen = train if variant == "paper" else np.ones(len(used), bool)
     entries: dict[Key, Entry] = {}

@@ -23,7 +23,7 @@ def lda(
     *,
     positive: np.ndarray | None = None,
     negative: np.ndarray | None = None,
-    heads: Iterable[Head] = (),
+    heads: Iterable[Head | str] = (),
     layers: Iterable[int] = (),
     sites: Iterable[Site | str] = (),
     tokens: str = "last",

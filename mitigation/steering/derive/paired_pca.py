@@ -19,7 +19,7 @@ def paired_pca(
     model: Lvlm,
     pairs: Sequence[CounterfactualPair],
     *,
-    heads: Iterable[Head] = (),
+    heads: Iterable[Head | str] = (),
     layers: Iterable[int] = (),
     sites: Iterable[Site | str] = (),
     tokens: str = "last",

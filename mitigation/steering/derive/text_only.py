@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from groundscope.core.errors import DataError, ModelError
+from groundscope.core.errors import DataError
+from lvlm.text_only import read_text_only
 
 if TYPE_CHECKING:
     from lvlm.model import Lvlm
@@ -35,12 +36,10 @@ def read_text(model: Lvlm, text: str, sites: Sequence[Site]) -> dict[Site, np.nd
     DataError
         Where the text has no tokens.
     """
-    if model.encoder_decoder:
-        msg = f"{model.name}: an encoder reads its prompt, so that a text alone leaves nothing in the decoder"
-        raise ModelError(msg)
     tokenizer = model.processor.tokenizer
     # The same rule as for prompts with images: a template may have written the first token already.
     special = model.spec.special_tokens and not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))
     ids = torch.tensor([token_ids(model, text, special=special)])
-    seen = model.read({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, list(sites))
-    return {site: seen[str(site)][0, -1].double().cpu().numpy() for site in sites}
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    seen = read_text_only(model, inputs, sites, take=lambda _, x: x[0, -1])
+    return {site: seen[str(site)].double().cpu().numpy() for site in sites}

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from circuits.interventions.options import Norm
 from groundscope.core.errors import PatchError
 from lvlm.sites import Site
-from mitigation.steering.derive.base import Variant, activations, check_variant
+from mitigation.steering.derive.base import activations, check_variant
 from mitigation.steering.derive.text_only import read_text
 from mitigation.steering.placement import Entry, Key, canonical
 from mitigation.steering.vector import Positions, SteeringVector
@@ -24,9 +25,9 @@ def vsv(
     example: Example,
     *,
     layers: Sequence[int] | None = None,
-    positions: Positions = "last",
+    positions: Positions | None = None,
     strength: float = 0.1,
-    variant: Variant = "paper",
+    variant: Literal["paper", "release", "simple"] = "paper",
 ) -> SteeringVector:
     """Return the visual steering vector of one question about one image.
 
@@ -43,13 +44,16 @@ def vsv(
     layers
         Of the decoder; all by default.
     positions
-        Where it acts.
+        Where it acts; by default ``last`` for the paper's form and ``all`` for those of the release.
     strength
-        lambda.
+        lambda. The paper states none for its form; the release's scripts use 0.17 for captions and 0.01 for POPE.
     variant
-        ``paper``: at the residual stream, with the length that V has. ``release`` (github.com/LzVv123456/VISTA, its simple
-        mode): at the MLP's output, ``x <- |x| unit(unit(x) + lambda unit(V))``. (Its other mode also weighs lambda by how
-        much x points away from V.)
+        ``paper``: at the residual stream, with the length that V has.
+        ``release`` (github.com/LzVv123456/VISTA, as its run scripts set it): at the MLP's output,
+        ``x <- |x| unit(unit(x) + lambda (1 + max(0, cos(x, -V))) unit(V))``.
+        ``simple`` (the release's simple mode): the same without the cosine, ``x <- |x| unit(unit(x) + lambda unit(V))``.
+        Both modes of the release take V through a principal component analysis of one sample, which leaves V as it is but
+        for 1 added to coordinate 0 of layer 0.
 
     Raises
     ------
@@ -60,7 +64,7 @@ def vsv(
     ModelError
         For a model whose decoder does not read the prompt.
     """
-    check_variant(variant)
+    check_variant(variant, ("paper", "release", "simple"))
     chosen = tuple(range(model.n_layers) if layers is None else layers)
     sites = [Site("decoder", layer, "resid_post") for layer in chosen]
     seen = activations(model, [example], [canonical(site) for site in sites], "last")
@@ -68,6 +72,8 @@ def vsv(
     entries: dict[Key, Entry] = {}
     for site in sites:
         difference = seen[canonical(site)][0] - told[site]
+        if variant != "paper" and site.layer == 0:
+            difference[0] += 1
         length = float(np.linalg.norm(difference))
         if not length > 0:
             msg = f"at L{site.layer} the image changes nothing: there is no direction"
@@ -75,5 +81,6 @@ def vsv(
         key = canonical(site) if variant == "paper" else Site("decoder", site.layer, "mlp_out")
         entries[key] = Entry(difference / length, length if variant == "paper" else 1.0)
     about = {"method": f"VSV ({variant})", "example": example.id, "weights": model.weights_hash}
-    norm = "kept" if variant == "paper" else "relative"
-    return SteeringVector(entries, "add", positions, strength, model.name, model.config_hash, about, norm=norm)
+    norm: Norm = {"paper": "kept", "release": "away", "simple": "relative"}[variant]  # pyright: ignore[reportAssignmentType]
+    where = positions or ("last" if variant == "paper" else "all")
+    return SteeringVector(entries, "add", where, strength, model.name, model.config_hash, about, norm=norm)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from circuits.execution.memory import batch_rows
 from groundscope.core.errors import DataError, ModelError, PatchError, SiteError
 from groundscope.core.progress import progress_bar
 from lvlm.family.specification import resolve
@@ -154,11 +155,15 @@ def vti_vision(
     chosen = tuple(range(model.n_vision_layers) if layers is None else layers)
     for layer in chosen:
         model.locate(Site("vision", layer, "mlp_out"))
+    if not sites:
+        msg = f"{model.name} has no vision layers to steer{': ' + model.spec.lacks if model.spec.lacks else ''}"
+        raise ModelError(msg)
     rng = np.random.default_rng(seed)
     rows: list[np.ndarray] = []
     with progress_bar() as bar:
         for example in bar.track(examples, description="masking images"):
             inputs = model.collate([model.encode(example)])
+            _check_one_view(model, inputs["pixel_values"])
             clean = _tower(model, inputs, sites)[0]  # [layers, tokens, D]
             masked = _masked(inputs["pixel_values"], _patch(model), copies, ratio, rng)
             seen = np.zeros_like(clean, np.float64)
@@ -219,12 +224,16 @@ def _after_captions(model: Lvlm, examples: Sequence[Example], sites: Sequence[Si
     first = Site("decoder", 0, "resid_pre")
     with progress_bar() as bar:
         task = bar.add_task("reading captions", total=len(examples))
-        for batch in model.batches(examples):
+        for batch in model.batches(examples, batch_rows(model, examples, 32)):
             told = with_answers(model, batch)
-            seen = model.read(told.inputs, [first, *sites])
-            for row, (number, tokens) in enumerate(zip(batch.index, told.tokens, strict=True)):
-                last = (tokens.generated or (tokens.last,))[-1]
-                kept = [seen[str(site)][row, last] for site in (first, *sites)]
+            ends = torch.tensor([(tokens.generated or (tokens.last,))[-1] for tokens in told.tokens])
+
+            def at_end(_site: Site, x: Tensor, ends: Tensor = ends) -> Tensor:
+                return x[torch.arange(len(ends), device=x.device), ends.to(x.device)]
+
+            seen = model.read(told.inputs, [first, *sites], take=at_end)  # [rows, D]
+            for row, number in enumerate(batch.index):
+                kept = [seen[str(site)][row] for site in (first, *sites)]
                 if variant == "release" and model.spec.final_norm:  # what transformers gives as the last hidden state
                     with torch.no_grad():
                         kept[-1] = resolve(model.hf, model.spec.final_norm, model.spec)(kept[-1])
@@ -271,11 +280,18 @@ def _patch(model: Lvlm) -> int:
     return size
 
 
+def _check_one_view(model: Lvlm, pixels: Tensor) -> None:
+    """Raise `ModelError` where a model does not see an image as one picture of fixed size."""
+    if pixels.dim() != 4 or pixels.shape[0] != 1 or not model.view.apart:
+        msg = (
+            f"{model.name} ({model.spec.model_type}) sees an image as pixel_values {list(pixels.shape)}, in packed patches or "
+            "several views: VTI's vision half masks patches of one view [1, channels, height, width]"
+        )
+        raise ModelError(msg)
+
+
 def _masked(pixels: Tensor, patch: int, copies: int, ratio: float, rng: np.random.Generator) -> Tensor:
     """Return copies of preprocessed pixels ``[1, 3, H, W]`` with a share of patches set to the image's mean."""
-    if pixels.dim() != 4 or pixels.shape[0] != 1:
-        msg = f"pixel_values {list(pixels.shape)}: VTI masks one view [1, channels, height, width]"
-        raise ModelError(msg)
     rows, columns = pixels.shape[2] // patch, pixels.shape[3] // patch
     made = pixels.repeat(copies, 1, 1, 1)
     mean = pixels.mean(dim=(2, 3))[0]  # [channels]

@@ -20,6 +20,8 @@ from torch import nn
 
 def read(path: str | Path) -> tuple[dict[str, torch.Tensor], dict]:
     """Return the changes by parameter name, and the card; raises `ValueError` for any other file."""
+    if not Path(path).is_file():  # a FIFO would block for ever
+        raise ValueError(f"{path} is no bias patch: it is not a regular file")  # noqa: EM102  # stands alone
     try:
         with safe_open(str(path), framework="pt") as file:
             card = json.loads((file.metadata() or {})["bias_patch"])

@@ -66,7 +66,7 @@ def baked(vector: SteeringVector, path: str | Path, model: Lvlm, strength: float
     for key, entry in vector.entries.items():
         delta = displacement(entry, s)
         if isinstance(key, Head):
-            linear, delta = model.output_projection("decoder", key.layer), through_projection(model, key, delta)
+            linear, delta = model.head_projection(key.layer), through_projection(model, key, delta)
         else:
             linear = _end_of_mlp(model, key if isinstance(key, int) else key.layer)
         name = f"{names[linear]}.bias"

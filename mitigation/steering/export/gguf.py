@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from groundscope.core.errors import ConfigError
-from groundscope.core.files import canonical_json, explained
+from groundscope.core.files import canonical_json, explained, whole
 from mitigation.steering.export.capabilities import Ability, card_of, displacement, require
 from mitigation.steering.export.convert import to_residual
 from mitigation.steering.vector import SteeringVector
@@ -20,6 +20,16 @@ if TYPE_CHECKING:
 ARCHITECTURE = "controlvector"
 ABILITY = Ability("llama.cpp", "output of block k, at every token", ("residual",), first_layer=1)
 """llama.cpp's loader refuses ``direction.0``: the output of the first block cannot be named."""
+
+
+def _package() -> Any:
+    """Return the module `gguf`; raises `ConfigError` where it is not installed."""
+    try:
+        import gguf as package
+    except ImportError as error:
+        msg = "the format gguf needs the package gguf: pip install 'groundscope[gguf]'"
+        raise ConfigError(msg) from error
+    return package
 
 
 def gguf(
@@ -59,18 +69,15 @@ def gguf(
     StoreError
         Where the file cannot be written.
     """
-    from gguf import GGUFWriter
-
+    library = _package()
     vector = converted(vector, model) if convert else vector
     require(vector, "gguf", ABILITY, convertible=not convert)
     if model is not None:
         vector.check(model)
     s = vector.scaled(vector.strength if strength is None else strength).strength
     path = Path(path)
-    part = path.with_name(f"{path.name}.part")
-    with explained(lambda reason: f"{path}: the control vector cannot be written: {reason}"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        writer = GGUFWriter(part, ARCHITECTURE)
+    with explained(lambda reason: f"{path}: the control vector cannot be written: {reason}"), whole(path) as part:
+        writer = library.GGUFWriter(part, ARCHITECTURE)
         writer.add_string(f"{ARCHITECTURE}.model_hint", vector.model if model is None else model.spec.model_type)
         writer.add_uint32(f"{ARCHITECTURE}.layer_count", len(vector.layers))
         writer.add_string("groundscope.card", canonical_json(card_of(vector, "gguf", s)))
@@ -80,7 +87,6 @@ def gguf(
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        part.replace(path)  # whole or as it was before
     return path
 
 
@@ -93,16 +99,16 @@ def check(path: str | Path) -> dict[int, np.ndarray]:
         For what llama.cpp refuses: a direction of layer 0 or of no layer, another type than F32, more than one axis,
         unequal lengths, none at all.
     """
-    from gguf import GGMLQuantizationType, GGUFReader
+    library = _package()
 
     found: dict[int, np.ndarray] = {}
     wrong = []
-    for tensor in GGUFReader(path).tensors:
+    for tensor in library.GGUFReader(path).tensors:
         name, _, number = tensor.name.partition(".")
         layer = int(number) if number.isdecimal() else 0
         if name != "direction" or layer < 1:
             wrong.append(f"'{tensor.name}' names no layer from 1 on")
-        elif tensor.tensor_type != GGMLQuantizationType.F32 or len(tensor.shape) != 1:
+        elif tensor.tensor_type != library.GGMLQuantizationType.F32 or len(tensor.shape) != 1:
             wrong.append(f"'{tensor.name}' is {tensor.tensor_type.name} {list(tensor.shape)}, not F32 with one axis")
         else:
             found[layer] = np.array(tensor.data)
@@ -124,7 +130,7 @@ def converted(vector: SteeringVector, model: Lvlm | None) -> SteeringVector:
 
 def card_in(path: str | Path) -> dict[str, object]:
     """Return the card that `gguf` wrote into a file."""
-    from gguf import GGUFReader
+    library = _package()
 
-    field = GGUFReader(path).get_field("groundscope.card")
+    field = library.GGUFReader(path).get_field("groundscope.card")
     return {} if field is None else json.loads(field.contents())

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from groundscope.core.errors import ModelError, PatchError
-from groundscope.core.files import explained
+from groundscope.core.files import explained, whole
 from groundscope.core.progress import progress_bar
 from lvlm.family.specification import resolve
 from lvlm.sites import Site
@@ -68,8 +68,9 @@ def iti(
         msg = f"the store was not traced from '{model.name}': its final norm is not that of these activations"
         raise ModelError(msg)
     right, wrong = two_sides(store, concept, positive, negative)
-    layers = store.layers("decoder", "z")
-    first = read(store, Site("decoder", 0, "z"), tokens)
+    heads_at = [model.head_site(layer) for layer in range(model.n_layers)]
+    layers = len(heads_at)
+    first = read(store, heads_at[0], tokens)
     rows = np.flatnonzero((right | wrong) & ~np.isnan(first).any(axis=1))
     if not len(rows):
         msg = f"no examples with '{tokens}' on either side: nothing to write"
@@ -83,7 +84,7 @@ def iti(
     ):
         residual[:, 0] = embedded
         for layer in bar.track(range(layers), description="writing activations"):
-            heads[:, layer] = read(store, Site("decoder", layer, "z"), tokens)[rows]
+            heads[:, layer] = read(store, heads_at[layer], tokens)[rows]
             x = read(store, layer, tokens)[rows]
             if layer == layers - 1 and model.spec.final_norm:
                 norm = resolve(model.hf, model.spec.final_norm, model.spec)
@@ -98,13 +99,7 @@ def iti(
 @contextmanager
 def written(path: Path, shape: tuple[int, ...], dtype: type[np.generic] = np.float32) -> Iterator[np.ndarray]:
     """Give an array on disk to fill; the file has its name once it is whole. Raises `StoreError` where it cannot be written."""
-    part = path.with_name(f"{path.name}.part")
-    with explained(lambda reason: f"{path}: the activations cannot be written: {reason}"):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with explained(lambda reason: f"{path}: the activations cannot be written: {reason}"), whole(path) as part:
         array = np.lib.format.open_memmap(part, mode="w+", dtype=dtype, shape=shape)
-        try:
-            yield array
-            array.flush()
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
+        yield array
+        array.flush()

@@ -68,7 +68,7 @@ def steering_vectors(
             move = torch.from_numpy(through_projection(model, head, displacement(vector.entries[head], s)))
             rows[head.layer] = rows[head.layer] + move if head.layer in rows else move
         kind = "self_attn"
-        pattern = _pattern(model, [model.output_projection("decoder", i) for i in range(model.n_layers)])
+        pattern = _pattern(model, [model.head_projection(i) for i in range(model.n_layers)])
         how = {"conversion": "exact: W_O d at the output of the output projection"}
     else:
         vector = to_residual(vector, model) if convert else vector

@@ -1,0 +1,140 @@
+"""One step on a model of real width in a process of its own; prints bytes as JSON. Used by benchmarks/real_width.py."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+
+from activation_store import ActivationStore, Direction, trace
+from circuits import ablate, patch_heads
+from concepts import counterfactuals, scenes
+from concepts.schema import ConceptDataset, Example
+from diagnosis import diagnose
+from lvlm import Head, Lvlm, Site, load_lvlm
+from lvlm.access.site_width import site_width
+from mitigation import derive
+
+EXAMPLES, BATCH = 2, 2
+SITES = ["resid_post", "z", "mlp_out", "vision.resid_post", "projector.out"]
+TOKENS = ["last", "image:mean", "object:mean"]
+QUESTION = "Please answer yes or no : {question}"
+
+
+def questions(count: int, kind: str = "existence") -> ConceptDataset:
+    """Yes-no questions about as many scenes, of one length."""
+    data = scenes.dataset(10, 0, splits=("neutral",)).filter(lambda e: e.kind == kind)
+    first = list({e.group: e for e in data}.values())[:count]
+    asked = {e.id: replace(e, question=QUESTION.format(question=e.question)) for e in first}
+    return ConceptDataset(data.name, tuple(asked.values()), {})
+
+
+def do_trace(model: Lvlm, folder: Path) -> ActivationStore:
+    """Trace what a run traces by default."""
+    return trace(model, questions(EXAMPLES), SITES, TOKENS, folder / "store", batch_size=BATCH, progress=False)
+
+
+def do_patch(model: Lvlm, _: Path) -> None:
+    """Patch every head of one pair."""
+    patch_heads(model, pairs(1), min_effect=0.0, progress=False)
+
+
+def do_ablate(model: Lvlm, _: Path) -> None:
+    """Take out all heads at all tokens, by means and by donors."""
+    some = list(questions(EXAMPLES))
+    heads = [Head(layer, h) for layer in range(model.n_layers) for h in range(model.n_heads)]
+    for how in ("mean", "resample"):
+        ablate(model, some, [heads], how, "all", batch_size=BATCH, progress=False)  # type: ignore[arg-type]
+
+
+def do_steer(model: Lvlm, _: Path) -> None:
+    """Derive a vector from pairs, and answer and write with it."""
+    from behavior import answer
+
+    keys = [Head(layer, head) for layer in range(model.n_layers) for head in range(0, model.n_heads, 8)]
+    vector = derive.from_pairs(model, pairs(2), heads=keys)
+    with vector.applied(model):
+        answer(model, questions(EXAMPLES), BATCH, progress=False)
+        model.generate(next(model.batches(list(questions(1)), 1)), 4)
+
+
+def do_diagnose(model: Lvlm, folder: Path) -> None:
+    """Diagnose wrong answers with probes that point anywhere."""
+    store = do_trace(model, folder)
+    reset()
+    rng = np.random.default_rng(0)
+    last = f"decoder.L{model.n_layers - 1}.resid_post"
+    places = (f"vision.L{model.n_vision_layers - 1}.resid_post", "projector.out", last)
+    nouns = [c for c in store.labels if c.startswith("object:") and c != "object:named"]
+    widths = {site: site_width(model, Site.parse(site)) for site in places}
+    found = [Direction(site, "image:all", noun, unit(rng, width)) for site, width in widths.items() for noun in nouns]
+    found.append(Direction(last, "last", "object:named", unit(rng, model.width)))
+    diagnose(model, store, found, list(questions(EXAMPLES)), progress=False)
+
+
+def pairs(count: int) -> list[counterfactuals.CounterfactualPair]:
+    """Pairs of scenes whose questions have the length of `questions`."""
+    data = scenes.dataset(20, 1, splits=("neutral",))
+    made = counterfactuals.pairs(data, "object", limit=count)
+
+    def longer(example: Example) -> Example:
+        return replace(example, question=QUESTION.format(question=example.question))
+
+    return [replace(p, clean=longer(p.clean), corrupt=longer(p.corrupt)) for p in made]
+
+
+def unit(rng: np.random.Generator, width: int) -> np.ndarray:
+    """Return a random vector of length 1."""
+    drawn = rng.normal(size=width)
+    return drawn / np.linalg.norm(drawn)
+
+
+def reset() -> None:
+    """Let the process's peak begin at what it takes now."""
+    Path("/proc/self/clear_refs").write_text("5")
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def taken(name: str) -> int:
+    """Return a figure of the process's memory in bytes."""
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(name))
+    return int(line.split()[1]) * 1024
+
+
+STEPS: dict[str, Callable[[Lvlm, Path], object]] = {
+    "trace": do_trace,
+    "patch": do_patch,
+    "ablate": do_ablate,
+    "steer": do_steer,
+    "diagnose": do_diagnose,
+}
+
+
+def main() -> None:
+    """Run the step named first, on the folder named second, in the dtype and on the device named then."""
+    step, folder, dtype, device = sys.argv[1:5]
+    torch.set_num_threads(int(sys.argv[5]) if len(sys.argv) > 5 else torch.get_num_threads())
+    idle = taken("VmRSS")
+    reset()
+    model = load_lvlm(folder, dtype=dtype, device=device, validate=step == "load")
+    weights = sum(p.numel() * p.element_size() for p in model.hf.parameters())
+    tokens = model.encode(questions(1).examples[0]).tokens.length
+    if step != "load":
+        reset()
+        with tempfile.TemporaryDirectory() as place:
+            STEPS[step](model, Path(place))
+    peak = torch.cuda.max_memory_allocated() if device.startswith("cuda") else taken("VmHWM") - idle
+    print(json.dumps({"weights": weights, "peak": peak, "tokens": tokens}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""The JSON files of a run, read as what they should hold: types are checked before a value is used.
+
+A run folder may come from elsewhere, may be damaged, or may be written by another release. Each file has its shape here, and
+`read_record` says in one sentence where a file has another.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from groundscope.core.errors import ConfigError
+from groundscope.core.user_files import read_json
+
+MAX_BYTES = 1 << 28
+"""Largest record that is read: the figures of a large sweep."""
+
+
+@dataclass(frozen=True)
+class Optional:
+    """A field that may be missing or null."""
+
+    shape: Any
+
+
+TEXT, NUMBER, INTEGER, ANY = "text", "number", "integer", "any"
+"""Names of simple shapes. `NUMBER` may be NaN. A list of one shape is a list of it, ``{"*": shape}`` an object with any keys, a
+mapping an object with these fields and perhaps others, a tuple a list of that length."""
+ESTIMATE = {"value": NUMBER, "low": NUMBER, "high": NUMBER, "n": INTEGER}
+TOP_HEADS = {"heads": [TEXT], "left_out": {"*": TEXT}, "kinds": [TEXT]}
+PLAN = [{"stack": TEXT, "component": TEXT, "tokens": TEXT, "concepts": [TEXT]}]
+SWEEP = {
+    "method": TEXT,
+    "rule": TEXT,
+    "chosen": {"strength": NUMBER, "*": NUMBER},
+    "sweep": [{"strength": NUMBER, "*": NUMBER}],
+    "curves": {"*": [{"strength": NUMBER, "*": NUMBER}]},
+    "left_out": {"*": TEXT},
+    "guards": Optional([TEXT]),
+}
+RATES = {"*": {"*": ESTIMATE}}
+HEADLINE_RATES = {"*": {"*": {"value": NUMBER, "low": NUMBER, "high": NUMBER}}}
+EXPORTS = {"written": {"*": TEXT}, "refused": {"*": TEXT}}
+REASON = {"reason": TEXT}
+FAILURE = {"error": TEXT}
+ENVIRONMENT = {"python": TEXT, "system": TEXT, "packages": {"*": Optional(TEXT)}}
+JOB = {
+    "job": INTEGER,
+    "options": {"*": TEXT},
+    "folder": TEXT,
+    "status": TEXT,
+    "seconds": Optional(NUMBER),
+    "error": Optional(TEXT),
+}
+SWEEP_RECORD = {"command": [TEXT], "by": Optional([TEXT]), "jobs": Optional([JOB])}
+
+
+def read_record(path: Path, shape: Any, *, limit: int = MAX_BYTES) -> Any:
+    """Read a JSON file of a run.
+
+    Raises
+    ------
+    ConfigError
+        Where it is missing, no regular file, not JSON, or of another shape; the message names the file and the field.
+    """
+    try:
+        return read_json(path, check=lambda value: problem(value, shape), limit=limit, error=ConfigError)
+    except OSError as error:
+        msg = f"{path}: cannot be read: {error.strerror or error}"
+        raise ConfigError(msg) from error
+
+
+def problem(value: Any, shape: Any, at: str = "") -> str | None:
+    """Return where and how a value differs from a shape, or None."""
+    if isinstance(shape, Optional):
+        return None if value is None else problem(value, shape.shape, at)
+    if isinstance(shape, str):
+        return _simple(value, shape, at)
+    if isinstance(shape, list):
+        if not isinstance(value, list):
+            return _wrong(value, "a list", at)
+        return next((p for i, v in enumerate(value) if (p := problem(v, shape[0], f"{at}[{i}]"))), None)
+    if isinstance(shape, tuple):
+        if not isinstance(value, list) or len(value) != len(shape):
+            return _wrong(value, f"a list of {len(shape)}", at)
+        return next(
+            (p for i, (v, s) in enumerate(zip(value, shape, strict=True)) if (p := problem(v, s, f"{at}[{i}]"))), None
+        )
+    return _fields(value, shape, at)
+
+
+def _fields(value: Any, shape: Mapping[str, Any], at: str) -> str | None:
+    if not isinstance(value, dict):
+        return _wrong(value, "an object", at)
+    for name, inner in shape.items():
+        if name != "*" and name not in value:
+            if isinstance(inner, Optional):
+                continue
+            return f"{at or 'the file'} has no field '{name}'; it was damaged or written by another release"
+    for name, item in value.items():
+        inner = shape.get(name, shape.get("*", ANY))
+        if found := problem(item, inner, f"{at}.{name}" if at else name):
+            return found
+    return None
+
+
+def _simple(value: Any, shape: str, at: str) -> str | None:
+    whole = isinstance(value, int) and not isinstance(value, bool) and abs(value) <= 1 << 62
+    if shape == TEXT and not isinstance(value, str):
+        return _wrong(value, "text", at)
+    if shape == NUMBER and not whole and not (isinstance(value, float) and not math.isinf(value)):
+        return _wrong(value, "a number", at)
+    if shape == INTEGER and not whole:
+        return _wrong(value, "an integer", at)
+    return None
+
+
+def _wrong(value: Any, wanted: str, at: str) -> str:
+    return (
+        f"{at or 'the file'} must be {wanted}, not {type(value).__name__}; it was damaged or written by another release"
+    )

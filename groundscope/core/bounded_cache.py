@@ -1,0 +1,55 @@
+"""A cache of values by key that is bounded by the bytes that its values hold, not by their number."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Generic, TypeVar
+
+Value = TypeVar("Value")
+
+
+class BoundedCache(Generic[Value]):
+    """The values used last, as many as fit into a number of bytes.
+
+    Parameters
+    ----------
+    limit
+        Bytes that all values together may hold. A value larger than that is returned and not stored.
+    size
+        Returns the bytes that a value holds.
+    """
+
+    def __init__(self, limit: int, size: Callable[[Value], int]) -> None:
+        self._limit, self._size = limit, size
+        self._values: OrderedDict[Hashable, tuple[Value, int]] = OrderedDict()
+        self._lock = threading.Lock()
+        self.held = 0
+        """Bytes of all stored values."""
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def get(self, key: Hashable, make: Callable[[], Value]) -> Value:
+        """Return the value of a key; `make` computes it where it is not stored."""
+        with self._lock:
+            if key in self._values:
+                self._values.move_to_end(key)
+                return self._values[key][0]
+        value = make()
+        size = self._size(value)
+        with self._lock:
+            if key not in self._values and size <= self._limit:
+                self._values[key] = value, size
+                self.held += size
+                while self.held > self._limit:
+                    _, (_, dropped) = self._values.popitem(last=False)
+                    self.held -= dropped
+        return value
+
+    def clear(self) -> None:
+        """Drop every value."""
+        with self._lock:
+            self._values.clear()
+            self.held = 0

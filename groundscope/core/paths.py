@@ -1,0 +1,150 @@
+"""Paths that stay below a folder: names read from files, links, and files that are created under new names.
+
+A name that comes from a file may be absolute, may climb out with ``..``, or may pass through a symbolic link that somebody
+placed there. `below` is the one function that turns such a name into a path; whoever deletes, clears or writes uses it, and
+walks folders with `files_below`, which reports links instead of following them.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from groundscope.core.errors import DataError, GroundscopeError
+
+MAX_NAME_BYTES = 255
+"""Longest component of a path on common file systems, in bytes of UTF-8."""
+
+
+def name_problem(name: object) -> str | None:
+    """Return why `name` is not a plain relative name (``a`` or ``a/b``), or None where it is one."""
+    if not isinstance(name, str):
+        return f"a name must be text, not {type(name).__name__}"
+    if not name:
+        return "the name is empty"
+    if "\0" in name:
+        return "the name holds a NUL character"
+    if name.startswith("/") or (os.name == "nt" and ("\\" in name or ":" in name)):
+        return "the name is absolute"
+    parts = name.split("/")
+    if any(part in {"", ".", ".."} for part in parts):
+        return "the name holds '..', '.' or an empty part"
+    try:
+        longest = max(len(part.encode()) for part in parts)
+    except UnicodeEncodeError:
+        return "the name is not valid UTF-8"
+    return f"a part of the name is longer than {MAX_NAME_BYTES} bytes" if longest > MAX_NAME_BYTES else None
+
+
+def below(root: Path, name: object, *, source: object = None, error: type[GroundscopeError] = DataError) -> Path:
+    """Return the path of a plain relative name below a folder; no part of it may be a symbolic link.
+
+    Parameters
+    ----------
+    root
+        The folder. It may itself be a link: who names it, means it.
+    name
+        A relative name with ``/`` between its parts, as a file holds it.
+    source
+        The file that holds the name, for the message.
+    error
+        The class of the exception.
+
+    Returns
+    -------
+    Path
+        ``root / name``; it need not exist.
+
+    Raises
+    ------
+    GroundscopeError
+        An `error` for a name that is absolute, empty, holds ``..``, ``.`` or NUL, is not UTF-8, is too long, or passes
+        through a link.
+    """
+    origin = f"{source}: " if source is not None else ""
+    problem = name_problem(name)
+    if problem is not None or not isinstance(name, str):
+        msg = f"{origin}{str(name)[:200]!r} is not a name below '{root}': {problem}"
+        raise error(msg)
+    path = root
+    for part in name.split("/"):
+        path = path / part
+        if is_link(path):
+            msg = f"{origin}'{path}' is a symbolic link, which is not followed: put the file or folder itself there"
+            raise error(msg)
+    return path
+
+
+def is_link(path: Path) -> bool:
+    """Whether a path itself is a symbolic link, wherever it points."""
+    try:
+        return stat.S_ISLNK(path.lstat().st_mode)
+    except (OSError, ValueError):
+        return False
+
+
+def is_file(path: Path) -> bool:
+    """Whether a path itself is a regular file: no link, FIFO or device."""
+    try:
+        return stat.S_ISREG(path.lstat().st_mode)
+    except (OSError, ValueError):
+        return False
+
+
+def files_below(root: Path) -> Iterator[tuple[str, os.stat_result]]:
+    """Yield everything below a folder that is not a folder: its name relative to `root`, with ``/``, and its own `lstat`.
+
+    Links are reported, never followed; what disappears meanwhile, or cannot be listed, is passed over. Sorted.
+    """
+    pending = [""]
+    while pending:
+        prefix = pending.pop()
+        try:
+            with os.scandir(root / prefix if prefix else root) as entries:
+                listed = sorted(entries, key=lambda entry: entry.name)
+        except OSError:
+            continue
+        for entry in listed:
+            name = f"{prefix}{entry.name}"
+            try:
+                about = entry.stat(follow_symlinks=False)
+            except OSError:
+                continue
+            if stat.S_ISDIR(about.st_mode):
+                pending.append(f"{name}/")
+            else:
+                yield name, about
+
+
+def create_part(path: Path, owner: str = "") -> tuple[Path, IO[bytes]]:
+    """Create a file next to `path` under a name that nobody can foresee, and open it for writing.
+
+    It never opens what exists: not a file, and not a link that somebody placed there.
+
+    Parameters
+    ----------
+    path
+        The final name.
+    owner
+        Part of the temporary name, by which a process recognizes its own.
+
+    Returns
+    -------
+    path, binary file
+        The temporary name, which ends in ``.part``, and the open file.
+    """
+    part = part_path(path, owner)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+    return part, os.fdopen(os.open(part, flags, 0o666), "wb")
+
+
+def part_path(path: Path, owner: str = "") -> Path:
+    """Return a temporary name for a file, which nobody can foresee; `owner` tells later whose it was."""
+    ending = f".{owner}{os.getpid()}-{secrets.token_hex(8)}.part"
+    # Names end at 255 bytes; the temporary one may be cut, it is renamed in any case.
+    kept = path.name.encode()[: MAX_NAME_BYTES - len(ending.encode())].decode(errors="ignore")
+    return path.with_name(f"{kept}{ending}")

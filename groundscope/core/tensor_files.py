@@ -1,0 +1,80 @@
+"""Read and write safetensors files of results: regular files only, with a digest of every number in them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+
+import numpy as np
+
+from groundscope.core.errors import DataError, GroundscopeError
+from groundscope.core.user_files import read_bytes
+
+MAX_TENSOR_BYTES = 1 << 36
+"""Limit of `read_tensors`."""
+_DIGEST = "sha256"
+
+
+def encode_tensors(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> bytes:
+    """Return the bytes of a safetensors file, with the digest of tensors and metadata as the entry ``sha256`` of the latter."""
+    from safetensors.numpy import save
+
+    contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    return save(contiguous, metadata={**metadata, _DIGEST: _digest(contiguous, metadata)})
+
+
+def read_tensors(
+    path: str | os.PathLike[str], *, limit: int = MAX_TENSOR_BYTES, error: type[GroundscopeError] = DataError
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Read a safetensors file.
+
+    Parameters
+    ----------
+    path
+        The file.
+    limit
+        Largest accepted size in bytes.
+    error
+        The class of the exception.
+
+    Returns
+    -------
+    (tensors, metadata)
+        Arrays that can be written to, by name, and the text entries of the header, without the digest.
+
+    Raises
+    ------
+    GroundscopeError
+        An `error` where the path is not a regular file, too large, not a safetensors file, or where a digest in it is not
+        that of its content. Files without a digest, of earlier releases and other programs, are read without a comparison.
+    OSError
+        Where the file is missing or cannot be read.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
+    data = read_bytes(path, limit=limit, error=error)
+    try:
+        # Copies: safetensors' own arrays are views into the file's bytes.
+        tensors = {name: np.array(array) for name, array in load(data).items()}
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        metadata = {str(name): str(text) for name, text in (header.get("__metadata__") or {}).items()}
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as reason:
+        msg = f"{path}: damaged, or not a safetensors file: {reason}"
+        raise error(msg) from reason
+    digest = metadata.pop(_DIGEST, None)
+    if digest is not None and digest != _digest(tensors, metadata):
+        msg = f"{path}: damaged: its content does not have the digest that it states"
+        raise error(msg)
+    return tensors, metadata
+
+
+def _digest(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> str:
+    digest = hashlib.sha256(json.dumps(dict(metadata), sort_keys=True).encode())
+    for name in sorted(tensors):
+        values = np.ascontiguousarray(tensors[name])
+        digest.update(json.dumps([name, values.dtype.str, list(values.shape)]).encode())
+        digest.update(values.reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()

@@ -1,0 +1,53 @@
+"""Digests of what changes a model: equal digests, equal effects."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_OURS = {"groundscope", "concepts", "lvlm", "circuits", "mitigation", "diagnosis"}
+
+
+def digest_of(value: Any) -> str | None:
+    """Return a SHA-256 of everything that decides on what a value does; None where it holds code that cannot be read.
+
+    Known are numbers, text, tensors, arrays, sequences, mappings and dataclasses of this package; any other object, a
+    function say, is code.
+    """
+    h = hashlib.sha256()
+    return h.hexdigest() if _feed(h, value) else None
+
+
+def _feed(h: Any, value: Any) -> bool:
+    """Add a value to a digest; return whether all of it is known."""
+    h.update(f"{type(value).__module__}.{type(value).__qualname__}(".encode())
+    known = True
+    if value is None or isinstance(value, str | int | float | bool | np.number):
+        h.update(repr(value).encode())
+    elif isinstance(value, Tensor):
+        flat = value.detach().contiguous().cpu().reshape(-1)
+        h.update(f"{value.dtype}{tuple(value.shape)}".encode())
+        h.update(flat.view(torch.uint8).numpy().data)
+    elif isinstance(value, np.ndarray):
+        h.update(f"{value.dtype}{value.shape}".encode())
+        h.update(np.ascontiguousarray(value).tobytes())
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            known = _feed(h, key) and _feed(h, item) and known
+    elif isinstance(value, Sequence):
+        for item in value:
+            known = _feed(h, item) and known
+    elif is_dataclass(value) and type(value).__module__.partition(".")[0] in _OURS:
+        for field in fields(value):
+            h.update(field.name.encode())
+            known = _feed(h, getattr(value, field.name)) and known
+    else:
+        known = False
+    h.update(b")")
+    return known
