@@ -169,11 +169,13 @@ def make_vector(context: Context, root: Path) -> str:
         control.scaled(chosen["strength"]).save(root / control_file(name))
     about["guards"] = guarded
     write_json(root / "sweep.json", {**about, "chosen": chosen, "sweep": sweep, "curves": curves, "left_out": left_out})
-    loses = f"lose at most {max(0.0, chosen['cost']):.3f}" if guarded else "cannot be guarded: these data have none"
+    loss = f"largest loss in {' and '.join(guarded)}: {max(0.0, chosen['cost']):.3f}"
+    if not guarded:
+        loss = "nothing could be guarded: these data have no questions that a correction must not cost"
     return (
         f"{options.method} at {', '.join(map(str, heads))}, strength {chosen['strength']:g}: "
         f"on images not tested on, errors {sweep[0]['harm']:.3f} -> {chosen['harm']:.3f}, "
-        f"{' and '.join(guarded) or 'questions that it should not change'} {loses}"
+        f"{loss}"
     )
 
 
