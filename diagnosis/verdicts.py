@@ -49,7 +49,8 @@ class OwnExamples:
     n: int
     """Examples."""
     accuracy: float
-    """Share in which the truth is read, both sides counting the same; NaN where a side that the kind has is missing."""
+    """Share in which the truth is read, both sides counting the same. NaN where a side is missing, and for questions whose
+    answers are the concepts themselves: probes that always read the same concept are right of it and wrong of all others."""
     worth: float
     """Number of independent examples that say as much: no more than there are images."""
 
@@ -67,11 +68,11 @@ def own_examples(read: np.ndarray, sides: np.ndarray, groups: Sequence[str], *, 
         Whether questions of the kind have truths of two sides.
     """
     n = len(read)
-    parts = [read[sides == side] for side in ((1, 0) if two else sorted(set(sides.tolist())))]
-    if not n or not all(len(part) for part in parts):
+    parts = [read[sides == side] for side in (1, 0)]
+    if not two or not all(len(part) for part in parts):
         return OwnExamples(n, math.nan, 0.0)
-    # The mean over sides varies as the share of so many: of one side n, of two n where they are equally many.
-    worth = len(parts) ** 2 / sum(1 / len(part) for part in parts)
+    # The mean of both sides varies as one share of so many examples; n where the sides are equally large.
+    worth = 4 / sum(1 / len(part) for part in parts)
     return OwnExamples(n, float(np.mean([part.mean() for part in parts])), min(worth, len(set(groups))))
 
 
