@@ -36,6 +36,10 @@ class Calibration:
         """Return the log-odds of the truth for a margin on a side (1 or 0)."""
         return self.slope * margin + self.offset * (1 if side else -1)
 
+    def reads(self, values: np.ndarray, side: float) -> float:
+        """Return the share of rivals against which the truth is read; without a slope by the sign of the margins."""
+        return float(((self.slope or 1.0) * values + (self.offset if side else -self.offset) > 0).mean())
+
 
 def calibrate(
     values: Sequence[np.ndarray], sides: np.ndarray, groups: Sequence[str], right: np.ndarray, places: int

@@ -1,9 +1,9 @@
-"""Which heads and MLPs push an answer at the last token, and which of them together undo it when put to their usual values.
+"""What pushes an answer at the last token (a lean of all answers, heads and MLPs), and what undoes it.
 
 The usual value of a part is the mean of its output at the last token over right answers to questions of the same kind, each
 answer counting the same: what it puts out when nothing is known of which question this is (mean ablation towards a stated
 distribution, as in `circuits.ablate`). A part that right answers need as well would undo a wrong one by breaking the question
-itself; such parts are told by what they do to right answers, and left out.
+itself; such parts are recognized by what they do to right answers, and left out.
 """
 
 from __future__ import annotations
@@ -49,6 +49,9 @@ class Undone:
     pushes: tuple[Push, ...]
     undone_by: tuple[str, ...]
     undone: float
+    """Log-odds with `undone_by` at their usual values and without `lean`; NaN where that does not undo the answer."""
+    lean: float
+    """What all such answers lean to the one given, where taking it away helps to undo it; NaN elsewhere."""
 
 
 Usual = Mapping[str, Mapping[Site, np.ndarray]]
@@ -82,22 +85,27 @@ def usual_values(model: Lvlm, store: ActivationStore, claims: Sequence[Claim], k
 def leans(claims: Sequence[Claim], kinds: Sequence[str]) -> dict[str, dict[str, float]]:
     """Return for kinds of question with two answers by how many logits all answers lean to each of them, whatever is asked.
 
-    The usual value of the answer itself: the mean log-odds of one against the other over right answers, those of both truths
-    counting the same. As a part, it is left out where putting it at 0 would turn too many right answers wrong. It is the prior
-    that contextual calibration takes away (Zhao et al. 2021, arXiv 2102.09690), there estimated from inputs without content.
+    The mean log-odds of one answer against the other over all questions, right or wrong, those of both truths counting the
+    same: means over right answers alone are cut off at 0, and do not exist where a bias leaves no answer of one truth right. As
+    a part, a lean is left out where taking it away would turn too many right answers wrong. It is the prior that contextual
+    calibration takes away (Zhao et al. 2021, arXiv 2102.09690), there estimated from inputs without content.
     """
-    found = {}
+    table = {}
     for kind in kinds:
         mine = [c for c in claims if c.kind == kind]
         answers = sorted({c.truth for c in mine} | {c.said for c in mine})
-        sides = [np.array([c.margin for c in mine if c.right and c.truth == answer]) for answer in answers]
-        if len(sides) != 2 or min(len(x) for x in sides) < FEWEST:
+        # Margins are of the truth: the sign turns those of the second answer into log-odds of the first.
+        sides = [
+            sign * np.array([c.margin for c in mine if c.truth == a]) for a, sign in zip(answers, (1, -1), strict=False)
+        ]
+        if len(answers) != 2 or min(len(x) for x in sides) < FEWEST:
             continue
-        lean = float(sides[0].mean() - sides[1].mean()) / 2
-        harm = float(np.mean([(sides[0] <= lean).mean(), (sides[1] <= -lean).mean()]))
-        if harm <= HARM:
-            found[kind] = {answers[0]: lean, answers[1]: -lean}
-    return found
+        lean = float(sides[0].mean() + sides[1].mean()) / 2
+        right = [side[sign * side > 0] for side, sign in zip(sides, (1, -1), strict=True)]
+        broken = [(sign * (x - lean) <= 0).mean() for x, sign in zip(right, (1, -1), strict=True) if len(x)]
+        if broken and np.mean(broken) <= HARM:
+            table[kind] = {answers[0]: lean, answers[1]: -lean}
+    return table
 
 
 @torch.no_grad()
@@ -107,10 +115,13 @@ def undo(
     kinds: Sequence[str],
     usual: Usual,
     right: Mapping[str, Sequence[Example]],
+    leaning: Sequence[float],
 ) -> list[Undone | None]:
-    """Put each part to its usual value by itself, then the strongest together, one more at a time.
+    """Find what undoes each answer: the lean of all such answers, or parts at their usual values, or both.
 
-    Effects are on the log-odds of the truth against the best other answer.
+    The lean is tried first: a bias of the output is not the doing of any head or MLP. Each part is put to its usual value by
+    itself, then the strongest together, one more at a time; with the lean as well where that takes fewer, the lean counting as
+    one part. Effects are on the log-odds of the truth against the best other answer.
 
     Parameters
     ----------
@@ -119,7 +130,9 @@ def undo(
     usual
         Of `usual_values`.
     right
-        Right answers of each kind, which show what a part does beside; kinds without any get no parts named.
+        Right answers of each kind, which show what else a part does; kinds without any get no parts named.
+    leaning
+        For each example by how many logits all answers to such questions lean to the one given (`leans`); 0 for none.
 
     Returns
     -------
@@ -143,12 +156,31 @@ def undo(
             wanted = list(dict.fromkeys(part for some in joint for part in some))
             both = run([tuple(item for name in some for item in parts[name]) for some in wanted]) if wanted else plain
             for p, k in enumerate(members):
-                tried = [(some, float(both[p, wanted.index(some)])) for some in joint[p]]
-                enough = next(((some, value) for some, value in tried if value > 0), ((), float("nan")))
+                tried = [((), float(plain[p]))]
+                tried += [(some, float(both[p, wanted.index(some)])) for some in joint[p]]
+                enough = _fewest(tried, leaning[mine[k]])
                 pushing = [i for i in order[p] if effects[p, i] > 0 and names[i] in usable][:_SHOWN]
                 pushes = tuple(Push(names[i], float(effects[p, i])) for i in pushing)
                 found[mine[k]] = Undone(float(plain[p]), pushes, *enough)
     return found
+
+
+def _fewest(tried: Sequence[tuple[tuple[str, ...], float]], lean: float) -> tuple[tuple[str, ...], float, float]:
+    """Return the fewest parts that undo an answer, its log-odds then, and the lean where that is one of them.
+
+    Parameters
+    ----------
+    tried
+        Parts, fewest first, with the log-odds of the truth under each set.
+    lean
+        To the answer given, in logits; counts as one part, and goes before a part.
+    """
+    nan = float("nan")
+    alone = next(((parts, value) for parts, value in tried if parts and value > 0), None)
+    jointly = next(((parts, value + lean) for parts, value in tried if value + lean > 0), None) if lean > 0 else None
+    if jointly is not None and (alone is None or len(jointly[0]) + 1 <= len(alone[0])):
+        return (*jointly, lean)
+    return (*alone, nan) if alone is not None else ((), nan, nan)
 
 
 def _harmless(model: Lvlm, right: Sequence[Example], usual: Mapping[Site, np.ndarray]) -> frozenset[str]:

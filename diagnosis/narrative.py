@@ -13,6 +13,20 @@ if TYPE_CHECKING:
     from diagnosis.results import Diagnosis
 
 
+_STAGE_NAMES = {
+    "vision": "the vision tower",
+    "projector": "the projector",
+    "image": "the image's tokens",
+    "last": "the last token",
+}
+
+
+def named_stages(stages: Sequence[str]) -> str:
+    """Name stages in words: ``the vision tower, the projector and the image's tokens``."""
+    names = [_STAGE_NAMES[stage] for stage in stages]
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]])) if names else ""
+
+
 def explain(one: Diagnosis) -> str:
     """Return some sentences: what each part of the model shows, what pushed the answer, what it would say without the image."""
     asked = f"Asked '{one.example['question']}', the model says '{one.said}'"
@@ -20,16 +34,17 @@ def explain(one: Diagnosis) -> str:
         return f"{asked}, which is right."
     true = f" ({one.fact})" if one.fact else ""
     parts = [f"{asked}; right is '{one.example['truth']}'{true}.", *_way(one)]
-    if one.undone_by:
-        many = len(one.undone_by) > 1
-        parts.append(
-            f"{_listed(one.undone_by)} push{'' if many else 'es'} towards '{one.said}': as {'they' if many else 'it'} usually "
-            f"{'are' if many else 'is'}, the answer would be right."
-        )
-    elif one.lean > 0:
+    if one.lean > 0 and not one.undone_by:
         parts.append(
             f"Right or not, answers to such questions lean to '{one.said}' by {one.lean:.1f} logits: without that, the answer "
             "would be right."
+        )
+    elif one.undone_by:
+        many = len(one.undone_by) > 1
+        lean = f" and without the {one.lean:.1f} logits by which all such answers lean to it" if one.lean > 0 else ""
+        parts.append(
+            f"{_listed(one.undone_by)} push{'' if many else 'es'} towards '{one.said}': as {'they' if many else 'it'} usually "
+            f"{'are' if many else 'is'}{lean}, the answer would be right."
         )
     elif one.pushes:
         parts.append(
@@ -38,12 +53,14 @@ def explain(one: Diagnosis) -> str:
     if one.without_image:
         also = "also " if one.without_image == one.said else ""
         parts.append(f"Without the image it would {also}say '{one.without_image}'.")
+    if one.unread and not one.reason:
+        parts.append(f"Not read: {named_stages(one.unread)}; what they know of this is not part of the verdict.")
     parts.append(f"Verdict: {verdict_of(one)}{f'; {one.reason}' if one.reason else ''}.")
     return " ".join(parts)
 
 
 def verdict_of(one: Diagnosis) -> str:
-    """Return the verdict and how sure it is; of an ``other`` there is nothing to be sure of."""
+    """Return the verdict and how sure it is; of a verdict with a reason, which names no cause, the verdict alone."""
     return str(one.verdict) if one.reason else f"{one.verdict} ({100 * one.confidence:.0f} % sure)"
 
 

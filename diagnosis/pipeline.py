@@ -29,7 +29,16 @@ from diagnosis.narrative import in_words
 from diagnosis.probe_sets import EVERY, ProbeSet, check_origin, probe_sets
 from diagnosis.readings import Margins, read_live, read_stored, read_tokens
 from diagnosis.results import OTHER, STAGES, Diagnoses, Diagnosis, Place, Reading
-from diagnosis.verdicts import belief, judge, stage_state, state_of
+from diagnosis.verdicts import (
+    OwnExamples,
+    belief,
+    judge,
+    own_examples,
+    place_of_concept,
+    stage_state,
+    state_of,
+    suggests,
+)
 from groundscope.core.errors import DataError
 from groundscope.core.progress import progress_bar
 from lvlm.answers import answer_key
@@ -58,22 +67,30 @@ def diagnose(
     """Say of each wrong answer whether the truth was not seen, lost, not integrated or overridden, with the evidence.
 
     ``not seen``
-        no probe of the vision tower reads the truth, and none after it does;
+        the vision tower's probe of this concept reads another answer, or is at chance with so narrow an interval that the
+        tower does not carry the concept, and no probe after it reads the truth;
     ``lost at the projector``
         the tower reads it, the projector and all after it do not;
     ``not integrated``
         it is read at the image's tokens, at the last token never;
     ``overridden by the prior``
-        the last token reads it at some layer, the model answers otherwise, and a few named heads or MLPs, put to their usual
-        values at the last token, undo that (parts that right answers need as well do not count);
+        the last token reads it at some layer, the model answers otherwise, and taking away what all answers to such questions
+        lean to, or putting a few named heads or MLPs to their usual values at the last token, undoes that (parts that right
+        answers need as well do not count); and there is evidence of a prior: the answer about a blank picture is the same,
+        and where sources are split, prior and prompt speak for it more than the image does;
+    ``overridden late``
+        the same without evidence of a prior;
+    ``not readable``
+        the stage that decides has no probe of this concept, or only one whose interval says nothing;
     ``other``
         anything else, with the reason.
 
     A place is read where its held-out accuracy is above chance; its log-odds are calibrated on the held-out examples of
     the same kind of question, and its threshold is such that 1 in 20 right answers falls beyond it on the wrong side. What is
     read at a later stage was there at every one before it, so a stage that no probe reads although a later one does is a
-    blind spot of its probes and says nothing. Probes that are at chance at a stage and everywhere after it say that what they
-    look for is not there: the probes are fitted on the model that is diagnosed.
+    blind spot of its probes and says nothing. Probes that are shown to be at chance at a stage, where none after it reads the
+    concept, say that it is not there: the probes are fitted on the model that is diagnosed. Stages that no probe reads are
+    named in every verdict (`Diagnosis.unread`).
 
     Parameters
     ----------
@@ -139,25 +156,28 @@ def diagnose(
         found = {kind: _stages(kind, sets, margins, by_row) for kind in kinds}
         bar.advance(task)
         usual = usual_values(model, store, list(claims.values()), kinds)
-        undone = undo(model, wrong, [claims[e.id].kind for e in wrong], usual, _right(answers, claims, kinds, seed))
-        leaning = leans(list(claims.values()), kinds)
+        by_kind = leans(list(claims.values()), kinds)
+        leaning = [by_kind.get(claims[e.id].kind, {}).get(claims[e.id].said, 0.0) for e in wrong]
+        right = _right(answers, claims, kinds, seed)
+        undone = undo(model, wrong, [claims[e.id].kind for e in wrong], usual, right, leaning)
         bar.advance(task)
         blind = _without_image(model, wrong)
         bar.advance(task)
         split = [*wrong, *(asked[name] for name in compared if claims[name].right)]
         shares = _sources(model, store, claims, split, seed) if with_sources else {}
     made, seen = [], values_seen(answers)
-    each = dict(zip([e.id for e in wrong], zip(undone, blind, strict=True), strict=True))
+    each = dict(zip([e.id for e in wrong], zip(undone, blind, leaning, strict=True), strict=True))
     for example in answers:
         claim = claims[example.id]
         about = Diagnosis(_about(example), claim.said, claim.asked, None, math.nan)
         if example.id in each:
-            change, said = each[example.id]
+            change, said, lean = each[example.id]
+            if change is None and claim.margin + lean > 0:  # no right answer shows what a part does; a lean needs none
+                change = Undone(claim.margin, (), (), claim.margin + lean, lean)
             shows, says, fact = in_words(claim, example, seen)
             about = replace(about, shows=shows, says=says, fact=fact)
-            lean = leaning.get(claim.kind, {}).get(claim.said, 0.0)
-            last = f"decoder.L{model.n_layers - 1}.resid_post"
-            about = _judged(about, claim, found[claim.kind], change, lean, last, said)
+            about = replace(about, without_image=said, sources=shares.get(example.id, {}))
+            about = _judged(about, claim, found[claim.kind], change)
         made.append(replace(about, sources=shares.get(example.id, {})))
     places = tuple(place for stages in found.values() for place in stages.places)
     digest = hashlib.sha256(
@@ -171,9 +191,12 @@ def diagnose(
 class _Stages:
     """All places for one kind of question: how each is calibrated, and what it says of each row."""
 
+    sets: tuple[ProbeSet, ...]
     places: tuple[Place, ...]
     odds: tuple[Mapping[int, float], ...]
-    """Of each place, row of the store to log-odds of the truth."""
+    """Of each place, row of the store to log-odds of the truth; rows of concepts without a probe there are missing."""
+    own: tuple[Mapping[str, OwnExamples], ...]
+    """Of each place, how well it reads the held-out examples of a concept."""
     trained: frozenset[str]
     """Groups that a probe was fitted to."""
 
@@ -181,11 +204,11 @@ class _Stages:
 def _stages(
     kind: str, sets: Sequence[ProbeSet], margins: Mapping[int, Margins], claims: Mapping[int, Claim]
 ) -> _Stages:
-    places, odds, trained = [], [], set()
+    places, odds, own, trained = [], [], [], set()
     mine = [s for s in sets if any(claims[r].kind == kind for r in margins[id(s)].rows)]
     # Probes fitted to just this kind of question leave out those fitted to any at the same place.
-    own = {(s.site, s.tokens) for s in mine if s.kind}
-    mine = [s for s in mine if s.kind or (s.site, s.tokens) not in own]
+    special = {(s.site, s.tokens) for s in mine if s.kind}
+    mine = [s for s in mine if s.kind or (s.site, s.tokens) not in special]
     for s in mine:
         read = margins[id(s)]
         at = [i for i, row in enumerate(read.rows) if claims[row].kind == kind]
@@ -200,6 +223,7 @@ def _stages(
         )
         trained |= s.train_groups
         places.append((s, fitted))
+        own.append(_by_concept(s, fitted, [read.values[i] for i in held], read.classes[held], some))
         odds.append({read.rows[i]: fitted.log_odds(float(read.values[i].mean()), read.classes[i]) for i in at})
     named = {c for claim in claims.values() if claim.kind == kind for c in (claim.concept, claim.named, *claim.rivals)}
     best = {}
@@ -209,10 +233,33 @@ def _stages(
             nouns = tuple(named | {n for claim in claims.values() if claim.kind == kind for n in claim.nouns})
             best[stage] = max(there, key=lambda p: (p[1].readable, p[0].validation(nouns)))[0]
     return _Stages(
+        tuple(s for s, _ in places),
         tuple(_place(kind, s, f, chosen=s.stage == "last" or best[s.stage] is s) for s, f in places),
         tuple(odds),
+        tuple(own),
         frozenset(trained),
     )
+
+
+def _by_concept(
+    s: ProbeSet, fitted: Calibration, values: Sequence[np.ndarray], sides: np.ndarray, claims: Sequence[Claim]
+) -> dict[str, OwnExamples]:
+    """Count the held-out examples of each concept that is read at a place."""
+    members: dict[str, list[int]] = {}
+    for i, claim in enumerate(claims):
+        members.setdefault(_read_as(s, claim), []).append(i)
+    read = np.array([fitted.reads(v, side) for v, side in zip(values, sides, strict=True)])
+    two = len(set(sides.tolist())) == 2
+    return {
+        concept: own_examples(read[at], sides[at], [claims[i].group for i in at], two=two)
+        for concept, at in members.items()
+    }
+
+
+def _read_as(s: ProbeSet, claim: Claim) -> str:
+    """Name what a claim is read by at a place; relations, which are read by pairs of nouns, are one."""
+    concepts = s.concepts_for(claim)
+    return "" if concepts == claim.nouns or not concepts else concepts[0]
 
 
 def _place(kind: str, s: ProbeSet, f: Calibration, *, chosen: bool) -> Place:
@@ -233,38 +280,24 @@ def _place(kind: str, s: ProbeSet, f: Calibration, *, chosen: bool) -> Place:
     )
 
 
-def _judged(
-    about: Diagnosis,
-    claim: Claim,
-    stages: _Stages,
-    change: Undone | None,
-    lean: float,
-    last: str,
-    blind: str,
-) -> Diagnosis:
-    """Put the evidence together.
-
-    `lean` is how far such answers lean to the one given; what still reads the truth at `last`, the last layer, only the reading
-    of the answer itself can have turned.
-    """
-    readings = []
-    for place, odds in zip(stages.places, stages.odds, strict=True):
-        if claim.row in odds:
-            readings.append(
-                Reading(place.stage, place.site, place.tokens, place.layer, *state_of(place, odds[claim.row]))
-            )
+def _judged(about: Diagnosis, claim: Claim, stages: _Stages, change: Undone | None) -> Diagnosis:
+    """Put the evidence together."""
+    readings, read_by = [], []
+    for s, place, odds, own in zip(stages.sets, stages.places, stages.odds, stages.own, strict=True):
+        if claim.row not in odds:
+            continue  # no probe of this concept
+        here = place_of_concept(place, own.get(_read_as(s, claim), OwnExamples(0, math.nan, 0.0)))
+        state = state_of(here or place, odds[claim.row])
+        readings.append(Reading(place.stage, place.site, place.tokens, place.layer, *state))
+        read_by += [here] if here is not None else []
     chosen = {(p.site, p.tokens) for p in stages.places if p.chosen}
     judged = [r for r in readings if (r.site, r.tokens) in chosen]
-    states = {
-        stage: stage_state([r.state for r in judged if r.stage == stage], stages.places, stage) for stage in STAGES
-    }
-    sure = {
-        stage: belief([r for r in judged if r.stage == stage], states[stage], stages.places, stage) for stage in STAGES
-    }
+    states = {stage: stage_state([r.state for r in judged if r.stage == stage], read_by, stage) for stage in STAGES}
+    sure = {stage: belief([r for r in judged if r.stage == stage], states[stage], read_by, stage) for stage in STAGES}
     flip = next((r.site for r in reversed(judged) if r.stage == "last" and r.state == "truth"), "")
-    undone = change is not None and bool(change.undone_by)
-    leant = not undone and flip == last and claim.margin + lean > 0
-    verdict, confidence, reason = judge(states, sure, undone=undone or leant)
+    undone = change is not None and change.undone > 0
+    prior = suggests(about.said, about.without_image, about.sources)
+    verdict, confidence, reason = judge(states, sure, undone=undone, prior=prior)
     if claim.group in stages.trained:
         verdict, confidence = OTHER, 0.0
         reason = "probes were fitted to questions about this very image: fit them on other images"
@@ -280,8 +313,7 @@ def _judged(
         undone_by=change.undone_by if change else (),
         log_odds=change.log_odds if change else math.nan,
         undone=change.undone if change else math.nan,
-        lean=lean if leant else math.nan,
-        without_image=blind,
+        lean=change.lean if change else math.nan,
     )
 
 

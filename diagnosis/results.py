@@ -20,12 +20,17 @@ from groundscope.core.user_files import read_json
 if TYPE_CHECKING:
     import pandas as pd
 
-FORMAT, VERSION = "groundscope.diagnoses", 3
+FORMAT, VERSION = "groundscope.diagnoses", 4
+"""Versions 1 and 2 have no digest, version 1 no lean; versions 1 to 3 have neither ``overridden late`` nor ``not readable``, and
+their ``overridden by the prior`` needs no evidence of a prior."""
 _LAST_WITHOUT_DIGEST = 2
 NOT_SEEN, LOST, NOT_INTEGRATED = "not seen", "lost at the projector", "not integrated"
-OVERRIDDEN, OTHER, RIGHT = "overridden by the prior", "other", "right"
-VERDICTS = (NOT_SEEN, LOST, NOT_INTEGRATED, OVERRIDDEN, OTHER)
+OVERRIDDEN, OVERRIDDEN_LATE = "overridden by the prior", "overridden late"
+NOT_READABLE, OTHER, RIGHT = "not readable", "other", "right"
+VERDICTS = (NOT_SEEN, LOST, NOT_INTEGRATED, OVERRIDDEN, OVERRIDDEN_LATE, NOT_READABLE, OTHER)
 """In the order in which an image passes through the model."""
+UNEXPLAINED = (NOT_READABLE, OTHER)
+"""Verdicts that name no cause: they have a reason and no confidence."""
 STAGES = ("vision", "projector", "image", "last")
 """Vision tower; projector; the decoder at the image's tokens; the decoder at the last token, where the answer is read."""
 ABOUT = ("id", "group", "level", "split", "kind", "question", "truth")
@@ -74,6 +79,8 @@ class Place:
     low: float
     """Lower end of its interval over images; the place is readable where this is above chance, 0.5."""
     high: float
+    """Upper end; a place that is not readable shows that the concept is absent only where this is below
+    `diagnosis.verdicts.ABSENT`."""
     slope: float
     """What makes log-odds of the probes' margins."""
     threshold: float
@@ -95,7 +102,7 @@ class Diagnosis:
     verdict: str | None
     """One of `VERDICTS`; None for a right answer."""
     confidence: float
-    """Probability of the verdict by its evidence, 0 to 1; 0 for ``other``, NaN for a right answer."""
+    """Probability of the verdict by its evidence, 0 to 1; 0 for `UNEXPLAINED` verdicts, NaN for a right answer."""
     shows: str = ""
     """What is true of the image of what is asked, as a clause: ``the apple is not red``."""
     says: str = ""
@@ -106,7 +113,7 @@ class Diagnosis:
     """What each of `STAGES` reads: ``truth``, ``other``, ``unclear``, ``gone`` or ``unknown``; see
     `diagnosis.verdicts`."""
     reason: str = ""
-    """Why it is ``other``, in words."""
+    """Why it is ``other`` or ``not readable``, in words."""
     readings: tuple[Reading, ...] = ()
     """Every place that was read, in the order of the forward."""
     flip: str = ""
@@ -118,10 +125,10 @@ class Diagnosis:
     log_odds: float = math.nan
     """Of the truth against the answer given, as the model has it; below 0."""
     undone: float = math.nan
-    """The same with `undone_by` put to their usual values."""
+    """The same with `undone_by` put to their usual values, and without `lean` where that is a number."""
     lean: float = math.nan
-    """By how many logits all answers to such questions lean to the one given, where the last layer still reads the truth, no
-    parts undo the answer, and it is right without that lean; NaN elsewhere. See `diagnosis.causal_check.leans`."""
+    """By how many logits all answers to such questions lean to the one given, where the answer is right without that lean:
+    alone (`undone_by` is empty) or together with `undone_by`; NaN elsewhere. See `diagnosis.causal_check.leans`."""
     without_image: str = ""
     """What it says when shown a blank picture."""
     sources: Mapping[str, float] = field(default_factory=dict)
@@ -132,6 +139,11 @@ class Diagnosis:
         object.__setattr__(self, "example", MappingProxyType({name: self.example[name] for name in ABOUT}))
         for name in ("sources", "stages"):
             object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
+
+    @property
+    def unread(self) -> tuple[str, ...]:
+        """Stages that no probe reads for this concept, or only probes that show neither its presence nor its absence."""
+        return tuple(stage for stage in STAGES if self.stages.get(stage) == "unknown")
 
     def margins(self, stage: str) -> dict[str, float]:
         """Return the calibrated log-odds at every place of a stage, by site."""
@@ -185,6 +197,7 @@ class Diagnoses:
                 "flip": one.flip,
                 "undone_by": " ".join(one.undone_by),
                 "lean": one.lean,
+                "unread": " ".join(one.unread),
                 "without_image": one.without_image,
             }
             row |= {part: one.sources.get(part, math.nan) for part in ("image", "prompt", "prior")}
@@ -272,7 +285,7 @@ class Diagnoses:
             msg = f"'{path}' does not hold diagnoses"
             raise StoreError(msg)
         version = held.get("version")
-        if not isinstance(version, int) or version not in range(1, VERSION + 1):  # those of version 1 know no lean
+        if not isinstance(version, int) or version not in range(1, VERSION + 1):
             msg = f"diagnoses '{path}' are of version {version}, this groundscope reads up to {VERSION}: diagnose again"
             raise StoreError(msg)
         take_digest(held, str(path), StoreError, required=version > _LAST_WITHOUT_DIGEST)
@@ -280,10 +293,15 @@ class Diagnoses:
             del held["format"], held["version"]
             places = tuple(Place(**_numbers(place, Place)) for place in held.pop("places"))
             made = tuple(_diagnosis(one) for one in held.pop("diagnoses"))
-            return cls(made, places, **held)
+            loaded = cls(made, places, **held)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             msg = f"diagnoses '{path}' are damaged: {error}"
             raise StoreError(msg) from error
+        unknown = next((o.verdict for o in loaded.wrong if o.verdict not in VERDICTS), None)
+        if unknown is not None:
+            msg = f"diagnoses '{path}' are damaged: unknown verdict '{unknown}'; choose from {', '.join(VERDICTS)}"
+            raise StoreError(msg)
+        return loaded
 
 
 def kind_of(one: Diagnosis) -> str:

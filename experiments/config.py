@@ -125,7 +125,8 @@ class SteerConfig:
     compare: bool = True
     """Try every other method at the same strengths as well, for the report's plot."""
     max_drop: float = 0.015
-    """Largest loss of accuracy on neutral questions, and on typical colors, that a strength may cost there."""
+    """Largest loss of accuracy on neutral questions, and on typical colors, that a strength may cost there; data without such
+    questions (POPE): of recall on present objects."""
 
 
 @dataclass

@@ -39,6 +39,7 @@ SWEEP = {
     "sweep": [{"strength": NUMBER, "*": NUMBER}],
     "curves": {"*": [{"strength": NUMBER, "*": NUMBER}]},
     "left_out": {"*": TEXT},
+    "guards": Optional([TEXT]),
 }
 RATES = {"*": {"*": ESTIMATE}}
 HEADLINE_RATES = {"*": {"*": {"value": NUMBER, "low": NUMBER, "high": NUMBER}}}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -25,7 +25,7 @@ from probes.protocol.inputs import (
     row_mask,
 )
 from probes.protocol.methods import METHODS
-from probes.protocol.tasks import Rows, Task, build_tasks, split_rows
+from probes.protocol.tasks import Rows, Task, build_tasks, split_possible, split_rows
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -52,6 +52,7 @@ def fit_grid(
     heads: bool | None = None,
     control: int = 1,
     rows: Sequence[bool] | np.ndarray | pd.Series | None = None,
+    skip_unplaceable: bool = False,
     resamples: int = 1000,
     confidence: float = 0.95,
     tolerance: float = 1e-8,
@@ -95,6 +96,9 @@ def fit_grid(
         would be the true ones; how many can move is ``provenance["control_groups"]``, concept to (movable, all).
     rows
         Booleans, one for each example: which to use at all.
+    skip_unplaceable
+        Leave out concepts that no split into whole groups can place (too few groups of a class, or a class that the split
+        leaves out of a part) instead of raising; ``provenance["left_out"]`` has the reason for each.
     resamples, confidence
         Of the intervals, over held-out groups: balanced accuracy has a formula
         (`groundscope.core.intervals.combined_interval`), the area under the ROC curve a bootstrap of so many resamples.
@@ -134,10 +138,16 @@ def fit_grid(
     mask = row_mask(rows, len(frame))
     all_labels = read_labels(frame, concepts)[mask]
     ids, groups = frame["id"].to_numpy()[mask], read_groups(frame)[mask]
-    check_support(concepts, all_labels, groups, folds, test_fraction)
+    if not skip_unplaceable:
+        check_support(concepts, all_labels, groups, folds, test_fraction)
 
     first = read_features(store, place, place.layers[0], mask, ids)
     present = np.asarray(~np.isnan(first).all(axis=1))
+    left_out: dict[str, str] = {}
+    if skip_unplaceable:
+        split = (folds, test_fraction, seed)
+        used, left_out = split_possible(ids[present], groups[present], all_labels[present], concepts, *split)
+        concepts, all_labels = [concepts[k] for k in used], all_labels[:, used]
     check_support(concepts, all_labels[present], groups[present], folds, test_fraction)
     table = split_rows(ids[present], groups[present], all_labels[present], folds, test_fraction, seed)
     tasks = build_tasks(table, concepts, folds, control, resamples, seed)
@@ -148,7 +158,7 @@ def fit_grid(
     if first.shape[1] % n_heads:
         msg = f"{place.site(place.layers[0])} of width {first.shape[1]} does not divide into {n_heads} heads"
         raise ProbeError(msg)
-    options = {
+    options: dict[str, Any] = {
         "store": store.digest,
         "weights": _weights_hash(store),
         "method": f"{recipe.method.words}, standardised, penalty by grouped cross-validation",
@@ -165,6 +175,8 @@ def fit_grid(
         "rows_restricted": rows is not None,
         "control_groups": {concepts[k]: list(task.movable[at]) for task in tasks for at, k in enumerate(task.concepts)},
     }
+    if left_out:
+        options["left_out"] = left_out
     done = Checkpoint.at(checkpoint, {**options, "place": str(place), "concepts": list(concepts), "rows": digest(mask)})
     out = _empty(len(concepts), len(place.layers), n_heads, width, len(held))
     with bar(f"probing {stack}.{site}", len(place.layers) * n_heads, progress) as advance:

@@ -27,7 +27,7 @@ from diagnosis.causal_check import leans
 from diagnosis.claims import Claim, claims_of, opposites_of
 from diagnosis.probe_sets import ProbeSet
 from diagnosis.readings import read_stored
-from diagnosis.results import STAGES, VERDICTS, Diagnosis, Place
+from diagnosis.results import STAGES, UNEXPLAINED, VERDICTS, Diagnosis, Place
 from diagnosis.verdicts import judge, stage_state, state_of
 from experiments.stages.diagnose import fit_directions
 from groundscope.core.errors import DataError, PatchError, ProbeError, SiteError, StoreError
@@ -57,10 +57,11 @@ SITES = [
         ("truth truth truth truth", True, "overridden by the prior"),
         ("unknown unknown unknown truth", True, "overridden by the prior"),
         ("truth truth truth truth", False, "other"),
-        ("truth truth truth unknown", False, "other"),
-        ("truth unknown unknown unknown", False, "other"),
+        ("truth truth truth unknown", False, "not readable"),
+        ("truth unknown unknown unknown", False, "not readable"),
         ("unclear other other other", False, "not seen"),
-        ("unknown unknown unknown unknown", True, "other"),
+        ("unknown unknown unknown unknown", True, "not readable"),
+        ("unknown unknown other other", False, "not readable"),
     ],
 )
 def test_the_verdict_is_where_the_truth_was_last_known(states: str, undone: bool, verdict: str) -> None:
@@ -68,13 +69,14 @@ def test_the_verdict_is_where_the_truth_was_last_known(states: str, undone: bool
     belief = {"truth": 0.9, "other": 0.1, "gone": 0.05, "unclear": 0.5, "unknown": 0.5}
     found, confidence, reason = judge(named, {s: belief[v] for s, v in named.items()}, undone=undone)
     assert found == verdict
-    assert bool(reason) == (verdict == "other")
-    assert (confidence > 0) == (verdict != "other")
+    assert bool(reason) == (verdict in UNEXPLAINED)
+    assert (confidence > 0) == (verdict not in UNEXPLAINED)
 
 
 def place(stage: str, *, readable: bool, threshold: float = 0.0) -> Place:
     accuracy = 0.9 if readable else 0.5
-    return Place("k", stage, f"{stage}.x", "last", 0, 50, accuracy, accuracy - 0.1, 1.0, 1.0, threshold, readable, True)
+    low, high = accuracy - 0.1, accuracy + 0.1
+    return Place("k", stage, f"{stage}.x", "last", 0, 50, accuracy, low, high, 1.0, threshold, readable, True)
 
 
 def test_probes_at_chance_say_something_only_if_all_after_them_are() -> None:
@@ -304,13 +306,14 @@ def test_an_answer_that_all_lean_to_is_overridden_though_no_part_pushes_it(tmp_p
     found = diagnose(model, store, directions, asked, with_sources=False, progress=False)
     assert len(found.wrong) >= 8
     assert Counter(o.verdict for o in found.wrong)["overridden by the prior"] >= 0.9 * len(found.wrong)
-    right = frame[frame.correct == 1]
-    yes, no = (right.margin[right.answer == truth].mean() for truth in ("yes", "no"))
+    # Over all answers, right and wrong: means over right ones alone are cut off at 0.
+    yes, no = (frame.margin[frame.answer == truth].mean() for truth in ("yes", "no"))
     leant = [o for o in found.wrong if not math.isnan(o.lean)]
     assert leant
-    for one in leant:
+    alone = [one for one in leant if not one.undone_by]
+    assert len(alone) >= 0.5 * len(found.wrong)
+    for one in alone:
         assert one.said == "yes"
-        assert not one.undone_by
         assert one.lean == pytest.approx((yes - no) / 2, abs=1e-4)
         assert one.lean + one.log_odds > 0
         assert f"lean to 'yes' by {one.lean:.1f} logits: without that, the answer would be right" in str(one)
@@ -340,15 +343,20 @@ def test_a_value_without_a_label_is_read_by_its_only_alternative(tmp_path: Path)
         assert value[0] == pytest.approx(mean if big else -mean, abs=1e-5)
 
 
-def test_a_lean_is_the_mean_over_right_answers_of_both_truths_and_must_not_break_them() -> None:
+def test_a_lean_is_the_mean_over_answers_of_both_truths_and_must_not_break_right_ones() -> None:
     def claim(truth: str, margin: float, kind: str = "object existence") -> Claim:
         said = truth if margin > 0 else {"yes": "no", "no": "yes"}[truth]
         return Claim(0, "i", "g", kind, "object", "object:bell", truth == "yes", True, truth, said, (), (), margin)
 
     sure = [claim("yes", 7.0 + i % 2) for i in range(30)]
-    unsure = [claim("no", 1.0 + i % 3) for i in range(15)] + [claim("no", -9.0)] * 40  # wrong ones say nothing
-    assert leans([*sure, *unsure], ["object existence"]) == {"object existence": {"no": -2.75, "yes": 2.75}}
+    unsure = [claim("no", 1.0 + i % 3) for i in range(15)] + [claim("no", -9.0)] * 40
+    # (7.5 + (40 * 9 - 15 * 2) / 55) / 2: wrong answers count as they are.
+    assert leans([*sure, *unsure], ["object existence"]) == {"object existence": {"no": -6.75, "yes": 6.75}}
+    assert leans([*sure, *unsure[:15]], ["object existence"]) == {"object existence": {"no": -2.75, "yes": 2.75}}
     assert leans([*sure, *unsure[:14]], ["object existence"]) == {}  # too few of one truth
+    # A bias that leaves no right "no" is measured all the same.
+    bias = [claim("no", -3.0)] * 40
+    assert leans([*sure, *bias], ["object existence"]) == {"object existence": {"no": -5.25, "yes": 5.25}}
     # Taking 2.5 away would turn all right answers of one truth wrong, half of all.
     split = [claim("yes", 1.0)] * 25 + [claim("yes", 20.0)] * 10 + [claim("no", 1.0)] * 20
     assert leans(split, ["object existence"]) == {}

@@ -29,7 +29,7 @@ from experiments.results.headlines import headlines
 from experiments.run.context import Context
 from experiments.run.folder import RunFolder
 from experiments.stages import export, steer
-from experiments.stages.measures import cost
+from experiments.stages.measures import cost, guards, harm
 from experiments.stages.strength import choose
 from groundscope.core.errors import ConfigError
 from groundscope.core.statistics import Estimate
@@ -465,6 +465,22 @@ def test_the_cost_of_a_correction_is_its_worst_loss() -> None:
     assert cost(found(neutral_right=0.98, typical_color_right=0.95), before) == pytest.approx(0.05)
     assert cost(found(neutral_right=1.0, typical_color_right=1.0), before) == pytest.approx(0.0)
     assert cost({}, {}) == 0.0
+
+
+def test_recall_guards_a_strength_where_nothing_else_can() -> None:
+    """Questions about objects as POPE has them: saying no to all of them makes no false yes."""
+
+    def row(strength: float, false_yes: float, false_no: float) -> dict[str, float]:
+        rates = {"adversarial absent: says yes": false_yes, "present: says no": false_no}
+        found = {name: Estimate(rate, rate, rate, 10) for name, rate in rates.items()}
+        return {"strength": strength, "harm": harm(found), "cost": cost(found, before), **rates}
+
+    before = {n: Estimate(v, v, v, 10) for n, v in (("adversarial absent: says yes", 0.3), ("present: says no", 0.1))}
+    rows = [row(0, 0.3, 0.1), row(1, 0.2, 0.11), row(8, 0.0, 1.0)]
+    assert choose(rows, 0.015)["strength"] == 1
+    assert guards(rows[0]) == ("present: says no",)
+    assert guards([*rows[0], "neutral: right"]) == ("neutral: right",)
+    assert guards(["adversarial absent: says yes"]) == ()
 
 
 def test_options_are_checked_before_any_stage_works(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 # %% [markdown]
 # # 4 · Why was it wrong?
 #
-# A wrong answer alone does not say what to mend. Was it never seen, lost on the way, or known and talked over?
+# A wrong answer alone does not say what to correct. Was the truth never seen, lost on the way, or known and overridden?
 
 # %%
 import os
@@ -39,7 +39,8 @@ print(
 # %% [markdown]
 # ## Where the truth was lost
 # Probes for every stage, fitted on questions that nothing misleads in, then read on the wrong answers; what undoes an answer is
-# tried on the model.
+# tried on the model. It is *overridden by the prior* only if the answer about a blank picture is the same, else *overridden
+# late*; what no probe can decide is *not readable*.
 
 # %%
 neutral = (examples["split"] == "neutral").to_numpy()

@@ -10,7 +10,7 @@ from concepts.schema import LEVELS
 from diagnosis.results import VERDICTS
 from experiments.report import figures
 from experiments.report.data import Facts
-from experiments.report.diagnoses import why_section
+from experiments.report.diagnoses import unread, why_section
 from experiments.report.example_story import apple_section
 from experiments.report.figures import Point
 from experiments.report.heads import heads_section
@@ -106,7 +106,13 @@ def summary(facts: Facts) -> str:
             ((sum(o.verdict == v for o in facts.diagnoses.wrong), v) for v in VERDICTS), key=lambda item: -item[0]
         )
         listed = ", ".join(f"{n} {verdict}" for n, verdict in told if n)
-        why += f" Of {len(facts.diagnoses.wrong)} wrong answers diagnosed one by one: {listed}."
+        why += " ".join(
+            [
+                "",
+                f"Of {len(facts.diagnoses.wrong)} wrong answers diagnosed one by one: {listed}.",
+                *unread(facts.diagnoses),
+            ]
+        )
     moved = [f"{name}: {_interval(before[name])} → {_interval(after[name])}" for name in ERRORS[:2] if name in before]
     guard = "neutral: right" if "neutral: right" in before else "all: right"
     chosen = facts.sweep["chosen"]
@@ -253,7 +259,10 @@ def corrected(facts: Facts) -> str:
         )
     chosen = facts.sweep["chosen"]
     most = facts.context.config.steer.max_drop
-    parts = []
+    guarded = " and ".join(facts.sweep.get("guards", ("neutral and typical questions",)))
+    parts = (
+        [] if guarded else [paragraph("These data have no questions to guard: what the correction costs is unknown.")]
+    )
     if facts.sweep["curves"]:
         parts.append(
             figure(
@@ -263,8 +272,8 @@ def corrected(facts: Facts) -> str:
                     most,
                     "Benefit against side effect",
                 ),
-                f"On the images things were found on: errors by prior against the largest loss among neutral and typical "
-                f"questions, a point a strength. Dotted: the most it may cost ({percent(most)}); circled: the strength that is "
+                f"On the images things were found on: errors by prior against the largest loss among {guarded or 'nothing'}, "
+                f"a point a strength. Dotted: the most it may cost ({percent(most)}); circled: the strength that is "
                 "applied. Lower and further left is better.",
             )
         )

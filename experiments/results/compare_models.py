@@ -92,7 +92,16 @@ def measure(
         plan = probe_plan(store, frame[rows], None, possible)
         grids = {
             e.name: fit_grid(
-                store, e.concepts, e.component, e.tokens, e.stack, folds=4, seed=seed, control=0, rows=rows
+                store,
+                e.concepts,
+                e.component,
+                e.tokens,
+                e.stack,
+                folds=4,
+                seed=seed,
+                control=0,
+                rows=rows,
+                skip_unplaceable=True,
             )
             for e in plan
         }

@@ -16,6 +16,7 @@ from experiments.run.context import Context
 from experiments.run.folder import digest, write_json
 from groundscope.core.errors import GroundscopeError
 from probes import fit_grid, probeable
+from probes.protocol.tasks import UnplaceableError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 FOLDS, TEST, PENALTIES = 3, 0.3, (0.001, 0.01, 0.1)
 KEPT = 0.2
 """Share of the images that no probe is fitted to: they calibrate, and their answers can be diagnosed."""
+SHOWN = 5
+"""Concepts without a probe that the stage's message names; the result names all."""
 FEWEST = 6
 """Images of either class without which a concept is left out: the split would leave a part without it."""
 
@@ -48,15 +51,19 @@ def make_diagnoses(context: Context, root: Path) -> str:
     counts: dict[str, int] = {}
     for one in found.wrong:
         counts[str(one.verdict)] = counts.get(str(one.verdict), 0) + 1
-    told = ", ".join(f"{n} {verdict}" for verdict, n in sorted(counts.items(), key=lambda item: -item[1]))
-    return f"{len(found.wrong)} wrong answers: {told}"
+    verdicts = ", ".join(f"{n} {verdict}" for verdict, n in sorted(counts.items(), key=lambda item: -item[1]))
+    missing = sorted(found.provenance.get("left_out", {}))
+    more = f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
+    without = f"; no probe of {', '.join(missing[:SHOWN])}{more}" if missing else ""
+    return f"{len(found.wrong)} wrong answers: {verdicts}{without}"
 
 
 def _diagnosed(context: Context) -> Diagnoses | None:
     options, store = context.config.diagnose, context.store
     frame = store.frame()
     correct = dict(zip(frame["id"], frame["correct"], strict=True))
-    directions = fit_directions(store, learning_rows(frame, options.seed), seed=options.seed)
+    left_out: dict[str, str] = {}
+    directions = fit_directions(store, learning_rows(frame, options.seed), seed=options.seed, left_out=left_out)
     trained = {g for d in directions for g in d.train_groups}
     free = [e for e in context.discovery if e.id in correct and e.group not in trained]
     wrong = spread([e for e in free if correct[e.id] == 0], options.limit, options.seed)
@@ -64,7 +71,7 @@ def _diagnosed(context: Context) -> Diagnoses | None:
         return None
     right = [e for e in free if correct[e.id] == 1]
     compared = [e.id for e in spread(right, options.compared, options.seed)]
-    return diagnose(
+    found = diagnose(
         context.model,
         store,
         directions,
@@ -73,6 +80,7 @@ def _diagnosed(context: Context) -> Diagnoses | None:
         compared=compared,
         seed=options.seed,
     )
+    return replace(found, provenance={**found.provenance, "left_out": left_out})
 
 
 def learning_rows(frame: pd.DataFrame, seed: int) -> np.ndarray:
@@ -128,11 +136,14 @@ class _Subjects:
         return self._store.read(site, tokens, head=head, examples=examples)
 
 
-def fit_directions(store: ActivationStore, rows: np.ndarray, *, seed: int = 0) -> list[Direction]:
+def fit_directions(
+    store: ActivationStore, rows: np.ndarray, *, seed: int = 0, left_out: dict[str, str] | None = None
+) -> list[Direction]:
     """Fit what `diagnosis.diagnose` reads with, on some rows of a store.
 
     Attributes at the object's tokens; nouns there too, to be read at each of the image's tokens; at the last token, for each
-    kind of question, whether what it asks is true, or which of its answers is. Concepts with too few images are left out.
+    kind of question, whether what it asks is true, or which of its answers is. Concepts with too few images, and those that
+    no split into whole images can place, are left out; all others are fitted.
 
     Parameters
     ----------
@@ -143,7 +154,10 @@ def fit_directions(store: ActivationStore, rows: np.ndarray, *, seed: int = 0) -
         out: they calibrate, and answers about them can be diagnosed.
     seed
         Of the split.
+    left_out
+        Where given, concepts without a probe at some place are added to it, each with the reason.
     """
+    left_out = {} if left_out is None else left_out
     frame = store.frame()
     kept = {g for g in set(frame["group"]) if int(digest([str(g), "kept", seed])[:8], 16) / 0xFFFFFFFF < KEPT}
     rows = rows & ~np.array([g in kept for g in frame["group"]])
@@ -151,8 +165,8 @@ def fit_directions(store: ActivationStore, rows: np.ndarray, *, seed: int = 0) -
     found: list[Direction] = []
     for stack, component in (("vision", "resid_post"), ("projector", "out"), ("decoder", "resid_post")):
         if store.has(stack, component, "object:mean"):
-            found += _fitted(store, attributes, component, "object:mean", stack, rows, seed)
-            found += [replace(d, tokens="image:all") for d in _nouns(store, component, stack, rows, seed)]
+            found += _fitted(store, attributes, component, "object:mean", stack, rows, seed, left_out)
+            found += [replace(d, tokens="image:all") for d in _nouns(store, component, stack, rows, seed, left_out)]
     if store.has("decoder", "resid_post", "last"):
         kinds: Any = frame["level"].astype(str) + " " + frame["kind"].astype(str)
         for kind in dict.fromkeys(kinds[rows]):
@@ -161,17 +175,19 @@ def fit_directions(store: ActivationStore, rows: np.ndarray, *, seed: int = 0) -
             level = kind.partition(" ")[0]
             asked = [f"{level}:named"] if answers & {"yes", "no"} else [f"{level}:{a}" for a in sorted(answers)]
             wanted = [c for c in asked if c in frame and level in LEVELS]
-            found += _fitted(store, wanted, "resid_post", "last", "decoder", mine, seed, kind)
+            found += _fitted(store, wanted, "resid_post", "last", "decoder", mine, seed, left_out, kind)
     return found
 
 
-def _nouns(store: ActivationStore, component: str, stack: str, rows: np.ndarray, seed: int) -> Iterator[Direction]:
+def _nouns(
+    store: ActivationStore, component: str, stack: str, rows: np.ndarray, seed: int, left_out: dict[str, str]
+) -> Iterator[Direction]:
     """Yield directions for which noun an object is, from one question about each object."""
     frame = store.frame()
     first = ~frame.duplicated(["group", "subject"]).to_numpy() & (frame["subject"] != "").to_numpy() & rows
     view: Any = _Subjects(store)
     nouns = [str(c) for c in frame if str(c).startswith("object:") and c != "object:named"]
-    yield from _fitted(view, nouns, component, "object:mean", stack, first, seed, folds=2)
+    yield from _fitted(view, nouns, component, "object:mean", stack, first, seed, left_out, folds=2)
 
 
 def _fitted(
@@ -182,6 +198,7 @@ def _fitted(
     stack: str,
     rows: np.ndarray,
     seed: int,
+    left_out: dict[str, str],
     kind: str = "",
     folds: int = FOLDS,
 ) -> Iterator[Direction]:
@@ -189,14 +206,22 @@ def _fitted(
     frame: Any = store.frame()[rows]
     both = {c: frame.loc[frame[c].notna()].groupby(c)["group"].nunique() for c in possible}
     possible = {c for c, count in both.items() if len(count) == 2 and count.min() >= FEWEST}
+    of = f" ({kind})" if kind else ""
+    few = f"fewer than {FEWEST} images of a class, or fewer than the split needs"
+    left_out.update({f"{c}{of}": few for c in concepts if c not in possible})
     wanted = [c for c in concepts if c in possible]
     if not wanted:
         return
-    grid = fit_grid(
-        store, wanted, component, tokens, stack, penalties=PENALTIES, folds=folds, test_fraction=TEST, seed=seed,
-        control=0, rows=rows, resamples=1, progress=False, heads=False,
-    )  # fmt: skip
-    for concept in wanted:
+    try:
+        grid = fit_grid(
+            store, wanted, component, tokens, stack, penalties=PENALTIES, folds=folds, test_fraction=TEST, seed=seed,
+            control=0, rows=rows, skip_unplaceable=True, resamples=1, progress=False, heads=False,
+        )  # fmt: skip
+    except UnplaceableError as error:
+        left_out.update({f"{c}{of}": reason for c, reason in error.reasons.items()})
+        return
+    left_out.update({f"{c}{of}": reason for c, reason in grid.provenance.get("left_out", {}).items()})
+    for concept in grid.concepts:
         for layer in grid.layers:
             if grid.weights[grid.concepts.index(concept), grid.layers.index(layer), 0].any():
                 yield replace(grid.direction(concept, layer), kind=kind)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -74,7 +74,10 @@ MEASURES: Mapping[str, Measure] = MappingProxyType(
 PRIOR_ERRORS = ("conflict: wrong by prior", "adversarial absent: says yes")
 """The errors a correction is for; where the data have neither, all wrong answers count."""
 GUARDS = ("neutral: right", "typical color: right")
-"""What a correction must not cost; where the data have neither, there is nothing to guard."""
+"""What a correction must not cost."""
+RECALL_GUARD = "present: says no"
+"""What it must not cost where the data have none of `GUARDS`: objects that are there. Without it a strength at which every answer
+is no would make the fewest errors on questions about absent objects."""
 
 
 def harm(found: Mapping[str, Estimate]) -> float:
@@ -83,9 +86,16 @@ def harm(found: Mapping[str, Estimate]) -> float:
     return sum(present) / len(present) if present else 1 - found["all: right"].value
 
 
+def guards(found: Collection[str]) -> tuple[str, ...]:
+    """Return the measures that a correction must not make worse; empty where the data have nothing to guard."""
+    names = tuple(name for name in GUARDS if name in found)
+    return names or ((RECALL_GUARD,) if RECALL_GUARD in found else ())
+
+
 def cost(found: Mapping[str, Estimate], before: Mapping[str, Estimate]) -> float:
-    """Return the largest loss among what a correction must not cost; 0 where the data have nothing to guard."""
-    return max((before[name].value - found[name].value for name in GUARDS if name in found), default=0.0)
+    """Return the largest loss among what a correction must not cost (`guards`); 0 where the data have nothing to guard."""
+    losses = [(found[name].value - before[name].value) * (1 if MEASURES[name].error else -1) for name in guards(found)]
+    return max(losses, default=0.0)
 
 
 def measured(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 from circuits import HeadScores, random_heads
 from concepts import counterfactuals
@@ -15,6 +16,7 @@ from concepts.schema import CounterfactualPair
 from experiments.records import TOP_HEADS, read_record
 from experiments.run.context import Context
 from experiments.run.folder import write_json
+from experiments.stages.measures import guards
 from experiments.stages.strength import RULE, choose, swept
 from groundscope.core.errors import ConfigError, DataError, PatchError, ProbeError, SiteError
 from groundscope.core.paths import below
@@ -138,7 +140,7 @@ def make_vector(context: Context, root: Path) -> str:
     options = context.config.steer
     circuit = context.folder.path / "circuits"
     heads = [Head.parse(h) for h in read_record(circuit / "top.json", TOP_HEADS)["heads"]]
-    about = {"method": options.method, "rule": RULE}
+    about: dict[str, Any] = {"method": options.method, "rule": RULE}
     left_out: dict[str, str] = {}
     method = METHODS[options.method]
     made = _possible({options.method: lambda: method.make(context, heads, None)}, left_out) if heads else {}
@@ -161,15 +163,20 @@ def make_vector(context: Context, root: Path) -> str:
     curves = swept(context.model, validation, tried)
     sweep = curves[options.method]
     chosen = choose(sweep, options.max_drop)
+    guarded = guards(sweep[0])
     vector = vector.scaled(chosen["strength"])
     vector.save(root / "vector.safetensors")
     for name, control in controls.items():
         control.scaled(chosen["strength"]).save(root / control_file(name))
+    about["guards"] = guarded
     write_json(root / "sweep.json", {**about, "chosen": chosen, "sweep": sweep, "curves": curves, "left_out": left_out})
+    loss = f"largest loss in {' and '.join(guarded)}: {max(0.0, chosen['cost']):.3f}"
+    if not guarded:
+        loss = "nothing could be guarded: these data have no questions that a correction must not cost"
     return (
         f"{options.method} at {', '.join(map(str, heads))}, strength {chosen['strength']:g}: "
         f"on images not tested on, errors {sweep[0]['harm']:.3f} -> {chosen['harm']:.3f}, "
-        f"neutral and typical questions lose at most {max(0.0, chosen['cost']):.3f}"
+        f"{loss}"
     )
 
 

@@ -12,7 +12,10 @@ from experiments.stages.measures import cost, harm, measured
 from lvlm import Lvlm
 from mitigation import SteeringVector
 
-RULE = "the fewest errors by prior among the strengths that cost neutral and typical questions max_drop at most each"
+RULE = (
+    "the fewest errors by prior among the strengths that cost neutral and typical questions max_drop at most each; without "
+    "such questions, recall on present objects"
+)
 Row = dict[str, float]
 """A strength with its harm, its cost, and every measure."""
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -162,13 +162,16 @@ def make_probes(context: Context, root: Path) -> str:
                 test_fraction=options.test_fraction,
                 seed=options.seed,
                 rows=mask,
+                skip_unplaceable=True,
             )
-        except ProbeError as error:  # concepts that were asked for by name and that these images cannot fit
+        except ProbeError as error:  # none of the concepts can be fitted to these images
             left_out[entry.name] = str(error)
             continue
+        unplaced = grid.provenance.get("left_out", {})
+        left_out |= {f"{concept} in {entry.name}": reason for concept, reason in unplaced.items()}
         grid.save(root / entry.name)
         fitted += grid.balanced_accuracy.size
-        done.append(entry)
+        done.append(replace(entry, concepts=grid.concepts))
     write_json(root / "plan.json", [asdict(entry) for entry in done])
     if left_out:
         name, reason = next(iter(left_out.items()))

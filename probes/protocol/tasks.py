@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +11,15 @@ from groundscope.core.errors import ProbeError
 from groundscope.core.permutations import LEAST_MOVABLE
 from probes.protocol.controls import movable, shuffle_labels
 from probes.protocol.scoring import resample_groups
-from probes.protocol.splits import grouped_folds, grouped_split
+from probes.protocol.splits import grouped_folds, grouped_split, groups_needed, support_problem
+
+
+class UnplaceableError(ProbeError):
+    """No concept can be placed by a split into whole groups; `reasons` has one for each."""
+
+    def __init__(self, reasons: Mapping[str, str]) -> None:
+        super().__init__(f"no concept can be fitted: {'; '.join(reasons.values())}")
+        self.reasons = dict(reasons)
 
 
 @dataclass(frozen=True)
@@ -104,21 +112,74 @@ def build_tasks(
 
 def _check_placed(table: Rows, concepts: Sequence[str], folds: int) -> None:
     """Refuse a concept of which a split that divides no group left a class out of a part that needs it."""
-    problems = []
-    for k, concept in enumerate(concepts):
-        for value in (0, 1):
-            rows = table.labels[:, k] == value
-            tested = len(np.unique(table.groups[rows & (table.fold < 0)]))
-            in_folds = sum(bool((rows & (table.fold == f)).any()) for f in range(folds))
-            if tested < 2 or in_folds < 2:
-                total = len(np.unique(table.groups[rows]))
-                problems.append(
-                    f"class {value} of '{concept}', in {total} groups, got {tested} of the held-out groups (2 are needed) "
-                    f"and {in_folds} of the {folds} folds (2 are needed)"
-                )
+    problems = [p for k, c in enumerate(concepts) if (p := _placement_problem(table, k, c, folds))]
     if problems:
         msg = (
             f"{'; '.join(problems)}: groups cannot be divided, so leave the concept out, add data, or change test_fraction, "
             f"folds or seed"
         )
         raise ProbeError(msg)
+
+
+def _placement_problem(table: Rows, k: int, concept: str, folds: int) -> str:
+    """Say which class of a concept the split left out of a part that needs it; empty where it left out none."""
+    problems = []
+    for value in (0, 1):
+        rows = table.labels[:, k] == value
+        tested = len(np.unique(table.groups[rows & (table.fold < 0)]))
+        in_folds = sum(bool((rows & (table.fold == f)).any()) for f in range(folds))
+        if tested < 2 or in_folds < 2:
+            total = len(np.unique(table.groups[rows]))
+            problems.append(
+                f"class {value} of '{concept}', in {total} groups, got {tested} of the held-out groups (2 are needed) "
+                f"and {in_folds} of the {folds} folds (2 are needed)"
+            )
+    return "; ".join(problems)
+
+
+def split_possible(
+    ids: np.ndarray,
+    groups: np.ndarray,
+    labels: np.ndarray,
+    concepts: Sequence[str],
+    folds: int,
+    test_fraction: float,
+    seed: int,
+) -> tuple[list[int], dict[str, str]]:
+    """Find the concepts that one split can place, leaving out as few as possible.
+
+    One split serves all concepts, so each concept that goes changes the split of the others: of those that cannot be placed
+    the rarest goes first, and the rest is split again.
+
+    Parameters
+    ----------
+    ids, groups, labels, folds, test_fraction, seed
+        As for `split_rows`; labels float64 ``[N, K]``.
+    concepts
+        K names.
+
+    Returns
+    -------
+    tuple
+        Numbers of the concepts that can be fitted, and for each of the others the reason.
+
+    Raises
+    ------
+    UnplaceableError
+        Where no concept can be fitted.
+    """
+    needed = groups_needed(folds, test_fraction)
+    problems = [support_problem(c, labels[:, k], groups, needed) for k, c in enumerate(concepts)]
+    left_out = {c: p for c, p in zip(concepts, problems, strict=True) if p}
+    used = [k for k, p in enumerate(problems) if not p]
+    while used:
+        table = split_rows(ids, groups, labels[:, used], folds, test_fraction, seed)
+        unplaced = {k: p for at, k in enumerate(used) if (p := _placement_problem(table, at, concepts[k], folds))}
+        if not unplaced:
+            break
+        rarest = min(unplaced, key=lambda k: min(len(np.unique(groups[labels[:, k] == value])) for value in (0, 1)))
+        left_out[concepts[rarest]] = unplaced[rarest]
+        used.remove(rarest)
+    if not used:
+        raise UnplaceableError(left_out)
+    return used, left_out
