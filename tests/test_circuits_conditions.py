@@ -231,7 +231,7 @@ def test_controls_that_cannot_be_made() -> None:
         match_displacement(VECTORS["residual"], VECTORS["heads"], held)
     with pytest.raises(PatchError, match="the numbers must be equal"):
         match_displacement(vector("add", [Head(0, 0)]), VECTORS["heads"], held)
-    with pytest.raises(PatchError, match="needs 3 different heads"):
+    with pytest.raises(PatchError, match="different heads"):
         move_to_heads(VECTORS["amplified"], [Head(0, 0)] * 3, held)
-    with pytest.raises(PatchError, match="needs 3 different heads"):
+    with pytest.raises(PatchError, match="different heads"):
         move_to_heads(VECTORS["mixed"], OTHERS, held)

@@ -286,7 +286,7 @@ def test_what_is_refused() -> None:
             Entry(np.ones(3), sigma)
     with pytest.raises(PatchError, match="finite"):
         Entry(np.array([1.0, np.nan]))
-    with pytest.raises(PatchError, match="as many rows"):
+    with pytest.raises(PatchError, match="the same number of rows"):
         Entry(np.ones(3), reads=np.eye(2, 3), writes=np.eye(3))
 
 
