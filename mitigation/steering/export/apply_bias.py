@@ -19,7 +19,7 @@ from torch import nn
 
 
 def read(path: str | Path) -> tuple[dict[str, torch.Tensor], dict]:
-    """Return the changes by parameter name, and the card; raises `ValueError` for any other file."""
+    """Return the changes by parameter name, and the metadata; raises `ValueError` for any other file."""
     if not Path(path).is_file():  # a FIFO would block forever
         raise ValueError(f"{path} is not a bias patch: not a regular file")  # noqa: EM102  # self-contained file
     try:

@@ -67,7 +67,7 @@ class Ability:
 
 
 EVERYTHING = Ability(
-    "groundscope", "where the card says", PLACES, KINDS, NORMS, POSITIONS, schedules=True, by_token=True
+    "groundscope", "at the places in the file", PLACES, KINDS, NORMS, POSITIONS, schedules=True, by_token=True
 )
 
 
