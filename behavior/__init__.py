@@ -1,4 +1,4 @@
-"""What the model says: its answers, how they are read, and how they are scored.
+"""Ask a model questions, parse its answers, and score them.
 
 `amber`, `judge_files`, `mme` and `taxonomy` are modules; `chair` and `pope` are functions.
 """

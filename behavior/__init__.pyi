@@ -1,4 +1,4 @@
-"""Public names of `behavior`, each with the module that it comes from."""
+"""Public names of `behavior`, each with its module."""
 
 from . import amber, judge_files, mme, taxonomy
 from .answer_files import answered_elsewhere

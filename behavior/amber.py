@@ -1,4 +1,4 @@
-"""AMBER, discriminative part: whether what is not so is denied (Wang et al. 2023, arXiv 2311.07397)."""
+"""Score AMBER's discriminative part: does the model answer no to false claims? (Wang et al. 2023, arXiv 2311.07397)."""
 
 from __future__ import annotations
 
@@ -22,31 +22,31 @@ if TYPE_CHECKING:
 DIMENSIONS: Mapping[str, str] = MappingProxyType(
     {"object": "existence", "attribute": "attribute", "relation": "relation"}
 )
-"""Level of a question to the benchmark's word for it."""
+"""Level of a question to the benchmark's name for it."""
 FIGURES = ("accuracy", "precision", "recall", "f1")
 VARIANTS = ("release", "exact")
-"""``release``: the figures as the release prints them. ``exact``: the ratios themselves."""
+"""``release``: the figures as the released script prints them. ``exact``: the unrounded ratios."""
 
 
 @dataclass(frozen=True)
 class AmberScores:
-    """AMBER's figures, ``no`` being the positive answer, with 95 % intervals clustered by image.
+    """AMBER's figures with ``no`` as the positive class, with 95 % intervals clustered by image.
 
-    An answer that is neither yes nor no is wrong, and no prediction of no.
+    An answer that is neither yes nor no is wrong and does not count as a predicted ``no``.
 
-    ``release`` (junyangwang0410/AMBER, ``inference.py``, commit 534babf) prints per cent with one decimal; its slips are
-    kept: .001 is added to each denominator (.003 over all attributes, which is three of them), so that a figure of
-    nothing is 0; F1 is computed from the rounded precision P and recall R as 2PR / (P + R + .0001), with .001 for
-    existence, and rounded again. Here the figures are those divided by 100, and the intervals are of the exact ratios.
-    With ``exact`` a figure that is 0 / 0 is NaN.
+    ``release`` reproduces junyangwang0410/AMBER, ``inference.py``, commit 534babf, which prints percentages with one
+    decimal, including its deviations from the definitions: .001 is added to each denominator (.003 for ``attribute``,
+    which sums three kinds), so 0 / 0 becomes 0; F1 is computed from the rounded precision P and recall R as
+    2PR / (P + R + .0001), with .001 for existence, and rounded again. The figures here are the printed ones divided by
+    100; the intervals are those of the exact ratios. With ``exact``, 0 / 0 is NaN.
     """
 
     n: int
     accuracy: Estimate
     precision: Estimate
-    """Truly no among those answered no."""
+    """Share of questions whose true answer is no, among those answered no."""
     recall: Estimate
-    """Answered no among those that are truly no."""
+    """Share of questions answered no, among those whose true answer is no."""
     f1: Estimate
     unparsed: int
     """Answers that are neither yes nor no."""
@@ -54,16 +54,16 @@ class AmberScores:
 
 @dataclass(frozen=True)
 class AmberResult:
-    """Scores over all, by dimension, and by kind of attribute."""
+    """Scores over all questions, by dimension, and by kind of attribute."""
 
     parts: Mapping[str, AmberScores]
-    """``all``; ``existence``, ``attribute``, ``relation``; ``state``, ``number``, ``action``: those that were asked."""
+    """Keys: ``all``; ``existence``, ``attribute``, ``relation``; ``state``, ``number``, ``action``; only parts with answers."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "parts", MappingProxyType(dict(self.parts)))
 
     def frame(self) -> pd.DataFrame:
-        """Return one row a part: ``n``, ``unparsed``, and each figure with ``<figure>_low`` and ``<figure>_high``."""
+        """Return one row per part: ``n``, ``unparsed``, and each figure with ``<figure>_low`` and ``<figure>_high``."""
         import pandas as pd
 
         rows = []
@@ -77,7 +77,7 @@ class AmberResult:
 
 
 def score(answers: BehaviorResult, variant: str = "release") -> AmberResult:
-    """Score answers to AMBER's yes-no questions, as `concepts.loaders.amber` asks them; descriptions are passed over.
+    """Score answers to AMBER's yes-no questions, as loaded by `concepts.loaders.amber`; descriptions are ignored.
 
     Parameters
     ----------
@@ -89,7 +89,7 @@ def score(answers: BehaviorResult, variant: str = "release") -> AmberResult:
     Raises
     ------
     DataError
-        Where there is no yes-no question.
+        If there is no answer to a yes-no question.
     ConfigError
         For an unknown variant.
     """
@@ -117,20 +117,20 @@ def score_files(
     variant: str = "release",
     answer_field: str | None = None,
 ) -> AmberResult:
-    """Score a response file that was made anywhere; neither model nor images are needed.
+    """Score a response file from any source; neither model nor images are needed.
 
     Parameters
     ----------
     annotations
-        The benchmark's: a list of ``{id, type, truth}``, in any order; without ids, the first entry is that of id 1.
+        The benchmark's file: a list of ``{id, type, truth}`` in any order; without ids, entries are numbered from 1.
     responses
-        ``[{id, response}]``, of all or some of the yes-no questions, in any order; descriptions are passed over. Without
-        ids, one for each annotation in their order.
+        ``[{id, response}]`` for all or some of the yes-no questions, in any order; descriptions are ignored. Without
+        ids, one response per annotation, in the same order.
     queries
-        ``[{id, image, query}]``: if present, intervals are clustered by its images; else each question counts as an
-        image, and intervals are too narrow.
+        ``[{id, image, query}]``: if present, intervals are clustered by its images; otherwise each question counts as
+        an image, and intervals are too narrow.
     parser
-        How responses are read, one of `behavior.parsing.PARSERS`.
+        Name of the parser of responses, one of `behavior.parsing.PARSERS`.
     variant
         One of `VARIANTS`; see `AmberScores`.
     answer_field
@@ -139,18 +139,18 @@ def score_files(
     Raises
     ------
     DataError
-        Naming file and record: what cannot be read, an id without an annotation or answered twice, an unknown type, a
-        truth that is neither yes nor no.
+        Names the file and record: for unreadable content, an id without an annotation, an id answered twice, an unknown
+        type, or a truth that is neither yes nor no.
     ConfigError
         For an unknown parser or variant.
     """
     from behavior.result import Cost
 
-    rule = named_parser(parser)
+    parse = named_parser(parser)
     truths = annotations_by_id(Path(annotations))
-    given = read_answers(responses, answer_field)
-    ids = list(truths) if given[0].id is None else [str(a.id) for a in given if a.id in truths]
-    found = match_answers(given, [AskedQuestion(number) for number in ids], responses)
+    records = read_answers(responses, answer_field)
+    ids = list(truths) if records[0].id is None else [str(a.id) for a in records if a.id in truths]
+    matches = match_answers(records, [AskedQuestion(number) for number in ids], responses)
     images: dict[str, str] = {}
     if queries is not None:
         for record in read_records(Path(queries)):
@@ -161,14 +161,14 @@ def score_files(
                 raise DataError(msg)
             images[number] = record.text("image")
     rows: list[Answer] = []
-    for number, answer in found.items():
+    for number, answer in matches.items():
         level, kind, truth = described(truths[number])
         if kind == "caption":
             continue
         if queries is not None and number not in images:
-            msg = f"{queries}: no query of id '{number}', which was answered at {answer.where}"
+            msg = f"{queries}: no query with id '{number}', which {answer.where} answers"
             raise DataError(msg)
-        said = rule(answer.text)
+        parsed = parse(answer.text)
         rows.append(
             Answer(
                 id=number,
@@ -179,8 +179,8 @@ def score_files(
                 question="",
                 answer=truth,
                 candidates=("yes", "no"),
-                given=said,
-                correct=said == truth,
+                given=parsed,
+                correct=parsed == truth,
                 text=answer.text,
             )
         )
@@ -189,33 +189,33 @@ def score_files(
 
 def _scores(part: str, rows: Sequence[Answer], variant: str) -> AmberScores:
     groups = [a.group for a in rows]
-    said = [a.given == "no" for a in rows]
-    true = [a.answer == "no" for a in rows]
-    hits = [s and t for s, t in zip(said, true, strict=True)]
+    predicted_no = [a.given == "no" for a in rows]
+    true_no = [a.answer == "no" for a in rows]
+    hits = [s and t for s, t in zip(predicted_no, true_no, strict=True)]
     exact = AmberScores(
         n=len(rows),
         accuracy=estimate([bool(a.correct) for a in rows], groups),
-        precision=estimate(hits, groups, said),
-        recall=estimate(hits, groups, true),
-        f1=estimate([2 * h for h in hits], groups, [s + t for s, t in zip(said, true, strict=True)]),
+        precision=estimate(hits, groups, predicted_no),
+        recall=estimate(hits, groups, true_no),
+        f1=estimate([2 * h for h in hits], groups, [s + t for s, t in zip(predicted_no, true_no, strict=True)]),
         unparsed=sum(a.given is None for a in rows),
     )
     if variant == "exact":
         return exact
-    # The release starts its denominators at .001, and adds up those of the three kinds of attributes.
-    start = 0.003 if part == "attribute" else 0.001
+    # The release initializes each denominator with .001 and sums the denominators of the three kinds of attributes.
+    offset = 0.003 if part == "attribute" else 0.001
 
-    def printed(above: float, below: float) -> float:
-        return round(above / below * 100, 1) / 100
+    def rounded_ratio(numerator: float, denominator: float) -> float:
+        return round(numerator / denominator * 100, 1) / 100
 
-    precision = printed(sum(hits), sum(said) + start)
-    recall = printed(sum(hits), sum(true) + start)
-    harmonic = printed(2 * precision * recall, precision + recall + (0.001 if part == "existence" else 0.0001))
-    accuracy = printed(sum(bool(a.correct) for a in rows), len(rows) + start)
+    precision = rounded_ratio(sum(hits), sum(predicted_no) + offset)
+    recall = rounded_ratio(sum(hits), sum(true_no) + offset)
+    harmonic = rounded_ratio(2 * precision * recall, precision + recall + (0.001 if part == "existence" else 0.0001))
+    accuracy = rounded_ratio(sum(bool(a.correct) for a in rows), len(rows) + offset)
     values = {"accuracy": accuracy, "precision": precision, "recall": recall, "f1": harmonic}
     return replace(exact, **{name: _with_value(getattr(exact, name), value) for name, value in values.items()})
 
 
 def _with_value(exact: Estimate, value: float) -> Estimate:
-    """Return an estimate with the printed value; its interval is that of the exact figure, widened to hold the value."""
+    """Return an estimate with the rounded value and the exact figure's interval, widened to contain the value."""
     return Estimate(value, min(exact.low, value), max(exact.high, value), exact.n, exact.few_groups)

@@ -1,8 +1,8 @@
-"""Answers of any model, read from a file and scored like our own: no model is needed.
+"""Read the answers of any model from a file and match them to questions; no model is needed.
 
-Answer files come in the layouts of their tools. A record often holds the question and the true answer too, under the
-names that other tools use for the model's answer. Where a record can be read in two ways it is refused, with both
-readings in the message, and `answer_field` decides.
+Each evaluation tool writes its own layout. A record often also holds the question and the true answer, under field names
+that other tools use for the model's answer. A record with two possible readings is refused; the message names both, and
+`answer_field` selects one.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from concepts.schema import ConceptDataset, Example
 from groundscope.core.errors import DataError
 
 IDS = ("question_id", "questionId", "index", "id", "image_id")
-"""Fields that may identify the question; the first that a record has counts."""
+"""Fields that may identify the question; the first one present is used."""
 TEXTS = ("answer", "text", "response", "output", "prediction", "caption")
 """Fields that may hold the model's answer; a record with two of them is refused."""
 QUESTIONS = ("prompt", "question", "query")
@@ -33,15 +33,15 @@ class AnswerRecord:
     """One record of an answer file."""
 
     id: str | None
-    """None in files without ids, whose order is that of the questions."""
+    """None in files without ids, whose records are in the order of the questions."""
     text: str
     where: str
     """File and record, for error messages."""
     seconds: float | None = None
     split: str | None = None
-    """POPE's split, where the record has one."""
+    """POPE's split, if the record has one."""
     question: str | None = None
-    """The question, where the record has it."""
+    """The question, if the record has it."""
 
 
 @dataclass(frozen=True)
@@ -50,37 +50,38 @@ class AskedQuestion:
 
     id: str
     aliases: tuple[str, ...] = ()
-    """Other names that an answer file may have for it."""
+    """Other ids that an answer file may use for the question."""
     splits: tuple[str, ...] = ()
-    """The splits it is part of; with them, an id that occurs in several splits is still unique."""
+    """The splits that contain the question; they make an id that occurs in several splits unique."""
     text: str = ""
-    """Its wording; empty where it is not known."""
+    """Wording of the question; empty if unknown."""
     image: str = ""
 
 
 def read_answers(
     path: Path | str, answer_field: str | None = None, *, id_field: str | None = None
 ) -> tuple[AnswerRecord, ...]:
-    """Read an answer file: JSON lines, one JSON list, or a table with a heading (``.tsv``, ``.csv``).
+    """Read an answer file: JSON lines, one JSON list, or a table with a header row (``.tsv``, ``.csv``).
 
     Parameters
     ----------
     path
-        Each record has an id (one of `IDS`) and the model's answer (one of `TEXTS`); ``seconds`` may be there too.
-        Without any id the order counts. Layouts of other tools: LLaVA's answers (``question_id, prompt, text``), samples
-        of lmms-eval (``doc, filtered_resps``: the first filtered response, the id of ``doc``), tables of VLMEvalKit
-        (``index, prediction``; cells that pandas reads as missing are the text ``nan``), captions (``image_id,
-        caption``).
+        Each record has an id (one of `IDS`), the model's answer (one of `TEXTS`), and optionally ``seconds``. Without
+        ids, answers are matched by order. Supported layouts of other tools: LLaVA's answers (``question_id, prompt,
+        text``), samples of lmms-eval (``doc, filtered_resps``: the first filtered response, the id of ``doc``), tables of
+        VLMEvalKit (``index, prediction``; cells that pandas reads as missing become the text ``nan``), captions
+        (``image_id, caption``).
     answer_field
-        The field with the model's answer, for records with more than one candidate, or under another name.
+        The field with the model's answer, for records with several candidate fields or a field with another name.
     id_field
-        The field with the id; by default the first of `IDS` that is there.
+        The field with the id; by default the first of `IDS` that is present.
 
     Raises
     ------
     DataError
-        Naming file and record: broken or cut JSON, no answer, an answer that is no text, an id that occurs twice or in
-        some records only; a record that can be read in two ways, naming both; answers in another field than before.
+        Names the file and record: for invalid or truncated JSON, a missing answer, an answer that is not text, an id
+        that occurs twice or only in some records, a record with two possible readings (the message names both), or
+        records that store the answer in different fields.
     """
     file = Path(path)
     answers: list[AnswerRecord] = []
@@ -95,18 +96,20 @@ def read_answers(
                 raise DataError(msg)
             places[key] = record.where
         if answers and (answer.id is None) != (answers[0].id is None):
-            msg = f"{record.where}: some answers have an id and some have none; give one to each, or to none"
+            msg = (
+                f"{record.where}: some answers have an id and some have none; give an id to all answers or to no answer"
+            )
             raise DataError(msg)
         if first_field is not None and name != first_field:
             msg = (
-                f"{record.where}: the answer is in field '{name}', but in '{first_field}' in the records before; "
-                "write all answers into one field"
+                f"{record.where}: the answer is in field '{name}', but earlier records have it in '{first_field}'; "
+                "write all answers to the same field"
             )
             raise DataError(msg)
         first_field = name
         answers.append(answer)
     if not answers:
-        msg = f"{file}: there is no answer in it"
+        msg = f"{file}: the file contains no answers"
         raise DataError(msg)
     return tuple(answers)
 
@@ -135,7 +138,7 @@ def _read(record: Record, answer_field: str | None, id_field: str | None) -> tup
 
 
 def _answer_field(record: Record) -> str:
-    """Return the field with the model's answer; raises `DataError` where that can be read in two ways."""
+    """Return the field with the model's answer; raises `DataError` if two readings are possible."""
     values = record.values
     names = [name for name in TEXTS if name in values]
     if not names:
@@ -143,10 +146,10 @@ def _answer_field(record: Record) -> str:
     if "index" in values and "prediction" in values:
         return "prediction"  # a table of VLMEvalKit, whose 'answer' is the truth
     if len(names) > 1:
-        readings = " or ".join(f"field '{name}' ({_shown(values[name])})" for name in names)
+        readings = " or ".join(f"field '{name}' ({_quote(values[name])})" for name in names)
         msg = (
-            f"{record.where}: the model's answer may be {readings}; name the one that the model wrote, "
-            f"as in answer_field='{names[-1]}'"
+            f"{record.where}: the model's answer may be {readings}; name the field that the model wrote, "
+            f"for example answer_field='{names[-1]}'"
         )
         raise DataError(msg)
     (name,) = names
@@ -154,19 +157,19 @@ def _answer_field(record: Record) -> str:
     if second is not None:
         reading, sign = second
         msg = (
-            f"{record.where}: field '{name}' ({_shown(values[name])}) may be what the model wrote, or {reading}, which "
-            f"has '{sign}' too; if the model wrote it, say answer_field='{name}'"
+            f"{record.where}: field '{name}' ({_quote(values[name])}) may be the model's answer, or {reading}, because "
+            f"the record also has '{sign}'; if the model wrote it, pass answer_field='{name}'"
         )
         raise DataError(msg)
     return name
 
 
 def _second_reading(name: str, values: Mapping[str, Any]) -> tuple[str, str] | None:
-    """Return what else a field may be, and the other field that says so; None where it can only be an answer."""
-    asked = any(question in values for question in QUESTIONS)
-    if name == "answer" and (asked or "index" in values):
+    """Return another possible reading of a field and the field that suggests it; None if it can only be an answer."""
+    has_question = any(question in values for question in QUESTIONS)
+    if name == "answer" and (has_question or "index" in values):
         reading, signs = "the true answer of a question table", ("image", "image_source", "category", "index")
-    elif name == "text" and not asked:
+    elif name == "text" and not has_question:
         reading, signs = "the question of a question file", ("image", "label", "category")
     elif name == "caption":
         reading, signs = "the reference of an annotation file", ("id", "label") if "image_id" in values else ("label",)
@@ -185,25 +188,25 @@ def _identifier(about: Record, id_field: str | None, *, needed: bool) -> str | N
 
 
 def _text(record: Record, name: str) -> str:
-    """Return the model's answer; an empty text is an answer too."""
+    """Return the model's answer; empty text is a valid answer."""
     value: Any = record.field(name)
     if record.table:
-        return "nan" if value is None else value  # as pandas reads a missing cell, and str() writes it
+        return "nan" if value is None else value  # str() of a missing cell in pandas
     if name in {"filtered_resps", "resps"}:
         first = value[0] if isinstance(value, list) and value else None
         value = first[0] if isinstance(first, list) and len(first) == 1 else first
     if not is_text(value):
         fields = f"'{name}'" if name not in TEXTS else " or ".join(map(repr, TEXTS))
-        msg = f"{record.where}: field {fields} must hold text, not {_plain(value)}"
+        msg = f"{record.where}: field {fields} must hold text, not {_describe(value)}"
         raise DataError(msg)
     return value
 
 
-def _plain(value: object) -> str:
+def _describe(value: object) -> str:
     return ascii(value) if isinstance(value, str) else str(value)[:60]
 
 
-def _shown(value: object) -> str:
+def _quote(value: object) -> str:
     text = value if isinstance(value, str) else str(value)
     text = text if len(text) <= 40 else f"{text[:37]}..."
     return repr(text) if is_text(text) else ascii(text)
@@ -212,16 +215,16 @@ def _shown(value: object) -> str:
 def match_answers(
     answers: Iterable[AnswerRecord], questions: Sequence[AskedQuestion], path: Path | str
 ) -> dict[str, AnswerRecord]:
-    """Assign to each question its answer, by id, or by order where the answers have no ids.
+    """Match each question to its answer by id, or by order if the answers have no ids.
 
     Parameters
     ----------
     answers
         The answers; at least one.
     questions
-        The questions. A name that two questions share identifies neither, unless wording and image are the same.
+        The questions. An id that two questions share identifies neither, unless their wording and image are the same.
     path
-        The answers' file, for error messages.
+        The answer file, for error messages.
 
     Returns
     -------
@@ -231,16 +234,16 @@ def match_answers(
     Raises
     ------
     DataError
-        Naming the record: an answer without a question, to a question that was already answered, or whose own question
-        is another; and where a question has no answer.
+        Names the record: for an answer without a question, a second answer to a question, or an answer that records a
+        different question; also for a question without an answer.
     """
     records = list(answers)
     matches: dict[str, AnswerRecord] = {}
     if records[0].id is None:
         if len(records) != len(questions):
             msg = (
-                f"{path}: {len(records)} answers without ids for {len(questions)} questions: give one for each, in "
-                "their order"
+                f"{path}: {len(records)} answers without ids for {len(questions)} questions; give one answer per "
+                "question, in the same order"
             )
             raise DataError(msg)
         matches = {question.id: record for question, record in zip(questions, records, strict=True)}
@@ -248,22 +251,22 @@ def match_answers(
         names = _names(questions)
         for record in records:
             qualified = [f"{record.split}/{record.id}"] if record.split else []
-            named = next((names[n] for n in (*qualified, str(record.id)) if names.get(n)), ())
-            chosen = [q for q in named if record.split is None or not q.splits or record.split in q.splits]
-            taken = next((question for question in chosen if question.id in matches), None)
-            if not chosen or taken is not None:
-                if taken is not None:
+            candidates = next((names[n] for n in (*qualified, str(record.id)) if names.get(n)), ())
+            matching = [q for q in candidates if record.split is None or not q.splits or record.split in q.splits]
+            duplicate = next((question for question in matching if question.id in matches), None)
+            if not matching or duplicate is not None:
+                if duplicate is not None:
                     what = "answers a question that was already answered"
-                elif named:
-                    what = f"has the category '{record.split}', but is that of a question of '{named[0].splits[0]}'"
+                elif candidates:
+                    what = f"has category '{record.split}', but its question is in split '{candidates[0].splits[0]}'"
                 elif str(record.id) in names:
-                    what = "is that of several questions; give ids like '<split>/<id>', or a field 'category'"
+                    what = "matches several questions; use ids like '<split>/<id>', or add a field 'category'"
                 else:
-                    what = "is not that of a question"
-                known = ", ".join(question.id for question in questions[:3])
-                msg = f"{record.where}: id '{record.id}' {what}; ids are {known}, …"
+                    what = "matches no question"
+                examples = ", ".join(question.id for question in questions[:3])
+                msg = f"{record.where}: id '{record.id}' {what}; ids are {examples}, …"
                 raise DataError(msg)
-            matches.update((question.id, record) for question in chosen)
+            matches.update((question.id, record) for question in matching)
         missing = [question.id for question in questions if question.id not in matches]
         if missing:
             msg = f"{path}: no answer to question '{missing[0]}' ({len(missing)} of {len(questions)} have none)"
@@ -274,34 +277,34 @@ def match_answers(
 
 
 def _names(questions: Sequence[AskedQuestion]) -> dict[str, tuple[AskedQuestion, ...]]:
-    """Return each name with the questions it means; no question where it means several different ones."""
+    """Map each id or alias to its questions; to an empty tuple if it matches several different questions."""
     names: dict[str, list[AskedQuestion]] = {}
     for question in questions:
         qualified = [f"{split}/{name}" for split in question.splits for name in (question.id, *question.aliases)]
         for name in dict.fromkeys((question.id, *question.aliases, *qualified)):
             names.setdefault(name, []).append(question)
     ids = {question.id for question in questions}
-    clear: dict[str, tuple[AskedQuestion, ...]] = {}
-    for name, several in names.items():
-        own = [question for question in several if question.id == name] if name in ids else several
-        alike = bool(own[0].text) and len({(question.text, question.image) for question in own}) == 1
-        clear[name] = tuple(own) if len(own) == 1 or alike else ()
-    return clear
+    unique: dict[str, tuple[AskedQuestion, ...]] = {}
+    for name, sharing in names.items():
+        exact = [question for question in sharing if question.id == name] if name in ids else sharing
+        equivalent = bool(exact[0].text) and len({(question.text, question.image) for question in exact}) == 1
+        unique[name] = tuple(exact) if len(exact) == 1 or equivalent else ()
+    return unique
 
 
 def _check_wording(question: AskedQuestion, record: AnswerRecord) -> None:
-    """Refuse an answer whose own question is not the one it is joined to; a prompt without a question is no evidence."""
-    own = record.question
-    if own is None or "?" not in own or not question.text or same_wording(question.text, own):
+    """Refuse an answer whose recorded question differs from the matched one; a prompt without '?' is not compared."""
+    recorded = record.question
+    if recorded is None or "?" not in recorded or not question.text or same_wording(question.text, recorded):
         return
-    named, why = (
-        ("the question", "give the answers in the order of the questions")
+    subject, advice = (
+        ("the question", "put the answers in the order of the questions")
         if record.id is None
-        else (f"the question of id '{record.id}'", "the ids are those of another file")
+        else (f"the question of id '{record.id}'", "the ids belong to another question file")
     )
     msg = (
-        f"{record.where}: {named} is {_shown(_first_line(own))} here, but {_shown(_first_line(question.text))} in the "
-        f"question file; {why}"
+        f"{record.where}: {subject} is {_quote(_first_line(recorded))} here, but {_quote(_first_line(question.text))} in the "
+        f"question file; {advice}"
     )
     raise DataError(msg)
 
@@ -318,31 +321,30 @@ def answered_elsewhere(
     answer_field: str | None = None,
     id_field: str | None = None,
 ) -> BehaviorResult:
-    """Read the answers to a dataset from a file; no model is needed.
+    """Read the answers to a dataset's questions from a file; no model is needed.
 
     Parameters
     ----------
     data
         The questions.
     path
-        Answers as for `read_answers`. An id may leave out the split in front (``random/17`` is also ``17``), and the
-        ``/caption`` behind the id of an image.
+        Answers as for `read_answers`. An id may omit the split prefix (``17`` matches ``random/17``) and the suffix
+        ``/caption`` after an image id.
     parser
-        How yes-no answers are read, one of `behavior.parsing.PARSERS`; by default the rule of the benchmark that `data`
-        was loaded from (`behavior.parsing.parser_for`). Other candidates are searched as whole words.
+        Name of the parser of yes-no answers, one of `behavior.parsing.PARSERS`; by default that of the benchmark that
+        `data` was loaded from (`behavior.parsing.parser_for`). Other candidates are matched as whole words.
     answer_field, id_field
         As for `read_answers`.
 
     Returns
     -------
     BehaviorResult
-        The answers in the order of `data`. An answer that is none of the candidates is wrong, and counted in
-        ``unparsed``.
+        The answers in the order of `data`. An answer that matches no candidate is wrong and counted in ``unparsed``.
 
     Raises
     ------
     DataError
-        As `read_answers` and `match_answers`.
+        As for `read_answers` and `match_answers`.
     ConfigError
         For an unknown parser.
     """
@@ -374,8 +376,8 @@ def _aliases(example: Example) -> tuple[str, ...]:
 
 
 def row_of(example: Example, text: str, rule: Parser) -> Answer:
-    """Return the answer to a question, read from a text by a rule."""
-    given = read_answer(text, example.candidates, rule) if example.candidates else None
+    """Return the answer to a question, parsed from text by a rule."""
+    parsed = read_answer(text, example.candidates, rule) if example.candidates else None
     return Answer(
         id=example.id,
         group=example.group,
@@ -385,8 +387,8 @@ def row_of(example: Example, text: str, rule: Parser) -> Answer:
         question=example.question,
         answer=example.answer,
         candidates=example.candidates,
-        given=given,
-        correct=given == example.answer if example.candidates else None,
+        given=parsed,
+        correct=parsed == example.answer if example.candidates else None,
         prior_answer=example.prior_answer,
         text=text,
     )

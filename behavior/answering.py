@@ -20,6 +20,9 @@ from lvlm import applied
 from lvlm.answers import AnswerKey, answer_key
 from lvlm.model import Batch, Lvlm
 
+_SINGLE = "unmodified"
+"""Name of the only condition of `answer`, which is not recorded in the provenance."""
+
 
 def answer(
     model: Lvlm,
@@ -33,27 +36,27 @@ def answer(
 ) -> BehaviorResult:
     """Ask a model every question of a dataset.
 
-    A question with candidates is answered by one forward: the given answer is the candidate with the highest
-    log-score at the last token of the prompt, and the margin says by how much. A question without candidates (a
-    caption) is answered by greedy generation, as all are with `generate`.
+    A question with candidates takes one forward pass: the answer is the candidate with the highest log-score at the
+    last token of the prompt, and the margin is the difference of log-scores to the best other candidate. A question
+    without candidates (a caption) is answered by greedy generation; with `generate`, so are all questions.
 
     Parameters
     ----------
     model
-        What to ask; hooks on it, such as an applied steering vector, act as in any forward.
+        The model; hooks on it, such as an applied steering vector, act as in any forward pass.
     data
-        What to ask.
+        The questions.
     batch_size
-        How many examples of equal length share a forward.
+        Number of examples of equal length per forward pass.
     generate
-        Let the model write its answers, and read them by the parser, also where there are candidates.
+        Generate text and parse the answer from it, also for questions with candidates.
     parser
-        Name of the parser of written yes-no answers, one of `behavior.parsing.PARSERS`; by default the rule of the
+        Name of the parser of generated yes-no answers, one of `behavior.parsing.PARSERS`; by default that of the
         benchmark that `data` was loaded from (`behavior.parsing.parser_for`).
     max_new_tokens
-        How many tokens it may write.
+        Maximum number of generated tokens.
     progress
-        Show a progress bar where the error output is a terminal.
+        Show a progress bar if stderr is a terminal.
 
     Returns
     -------
@@ -63,24 +66,24 @@ def answer(
     Raises
     ------
     DataError
-        For an empty dataset, a true answer that is no candidate, a question with one candidate, an image that cannot
-        be read; all but the last before the first forward.
+        For an empty dataset, a true answer that is not a candidate, a question with one candidate, or an image that
+        cannot be read; all but the last are raised before the first forward pass.
     ConfigError
         For a batch size or number of tokens below 1, or an unknown parser.
     ModelError
-        Where the logits are not finite.
+        If the logits are not finite.
     """
-    asked = answer_each(
+    results = answer_each(
         model,
         data,
-        {"as it is": nullcontext},
+        {_SINGLE: nullcontext},
         batch_size,
         generate=generate,
         parser=parser,
         max_new_tokens=max_new_tokens,
         progress=progress,
     )
-    return asked["as it is"]
+    return results[_SINGLE]
 
 
 def answer_each(
@@ -95,22 +98,23 @@ def answer_each(
     max_new_tokens: int = 40,
     progress: bool = True,
 ) -> dict[str, BehaviorResult]:
-    """Ask a model every question of a dataset under each of several conditions, batch by batch: encoded once for all.
+    """Ask a model every question of a dataset under several conditions; each batch is encoded once for all of them.
 
     Parameters
     ----------
     model, data, batch_size, generate, parser, max_new_tokens, progress
         As for `answer`.
     conditions
-        Name to what opens the context that the model answers in, such as an applied steering vector.
+        Name to a function that opens the condition's context, such as an applied steering vector.
     logits
-        Gives a batch's logits at the last position under each condition, ``[B, V]`` each, where that is possible faster
-        than by a forward in each context (`circuits.execution.conditions.logits_under`). Text is always written in the contexts.
+        Function that returns a batch's logits at the last position under each condition, ``[B, V]`` each, if that is
+        faster than a forward pass in each context (`circuits.execution.conditions.logits_under`). Text is always
+        generated in the contexts.
 
     Returns
     -------
     dict
-        Condition to its answers in the order of `data`. With several conditions their costs are not known apart.
+        Condition to its answers in the order of `data`. With several conditions, their separate costs are None.
 
     Raises
     ------
@@ -122,46 +126,46 @@ def answer_each(
         raise ConfigError(msg)
     parser = parser_for(data, parser)
     rule = named_parser(parser)
-    _check(model, data, written=generate)
-    chosen = [i for i, e in enumerate(data) if e.candidates and not generate]
-    written = [i for i, e in enumerate(data) if generate or not e.candidates]
+    _check(model, data, generate=generate)
+    scored = [i for i, e in enumerate(data) if e.candidates and not generate]
+    generated = [i for i, e in enumerate(data) if generate or not e.candidates]
     rows: dict[str, dict[int, Answer]] = {name: {} for name in conditions}
 
     def in_contexts(batch: Batch) -> Iterator[Tensor]:
-        for opened in conditions.values():
-            with opened():
+        for open_context in conditions.values():
+            with open_context():
                 yield model.logits(batch.inputs, batch.images)
 
     start = time.perf_counter()
-    with _counted(model) as forwards, _bar(len(data), progress) as bar:
+    with _count_forwards(model) as forwards, _progress_bar(len(data), progress) as bar:
 
-        def read(batch: Batch, every: Sequence[Tensor]) -> None:
+        def read(batch: Batch, logits_per_condition: Sequence[Tensor]) -> None:
             examples = [e.example for e in batch.encodings]
-            for name, one in zip(conditions, every, strict=True):
-                found = _choose(model, examples, one)
-                rows[name].update(zip((chosen[i] for i in batch.index), found, strict=True))
+            for name, scores in zip(conditions, logits_per_condition, strict=True):
+                answers = _choose(model, examples, scores)
+                rows[name].update(zip((scored[i] for i in batch.index), answers, strict=True))
             bar.advance(bar.task_ids[0], len(examples))
 
-        # A device goes on by itself until its results are read: the next batch is encoded and sent before that.
+        # GPU work is asynchronous until its results are read, so encode and submit the next batch before that.
         unread: tuple[Batch, Sequence[Tensor]] | None = None
-        for batch in model.batches([data.examples[i] for i in chosen], batch_size, in_order=False):
-            every = list(in_contexts(batch)) if logits is None else logits(batch)
+        for batch in model.batches([data.examples[i] for i in scored], batch_size, in_order=False):
+            logits_per_condition = list(in_contexts(batch)) if logits is None else logits(batch)
             if unread is not None:
                 read(*unread)
-            unread = batch, every
+            unread = batch, logits_per_condition
         if unread is not None:
             read(*unread)
-        for batch in model.batches([data.examples[i] for i in written], batch_size, in_order=False):
+        for batch in model.batches([data.examples[i] for i in generated], batch_size, in_order=False):
             examples = [e.example for e in batch.encodings]
-            for name, opened in conditions.items():
-                with opened():
+            for name, open_context in conditions.items():
+                with open_context():
                     texts = model.generate(batch, max_new_tokens)
-                found = [_read(e, text, rule) for e, text in zip(examples, texts, strict=True)]
-                rows[name].update(zip((written[i] for i in batch.index), found, strict=True))
+                answers = [_parse(e, text, rule) for e, text in zip(examples, texts, strict=True)]
+                rows[name].update(zip((generated[i] for i in batch.index), answers, strict=True))
             bar.advance(bar.task_ids[0], len(examples))
-    alone = len(conditions) == 1
+    single = len(conditions) == 1
     seconds = time.perf_counter() - start
-    cost = Cost(seconds if alone else None, len(forwards) if alone else None, len(data))
+    cost = Cost(seconds if single else None, len(forwards) if single else None, len(data))
     provenance = {
         "model": model.name,
         "config_hash": model.config_hash,
@@ -174,53 +178,54 @@ def answer_each(
         "max_new_tokens": max_new_tokens,
         "attention": model.attention,
         **({"revision": model.revision} if model.revision else {}),
-        **({"decoding": "greedy"} if written else {}),
+        **({"decoding": "greedy"} if generated else {}),
     }
-    said: dict[str, dict[str, Any]] = {}
-    for name, opened in conditions.items():
-        with opened():  # what is applied in it is part of where its answers came from
-            said[name] = {**provenance, **applied.record(model.hf)}
-        if list(conditions) != ["as it is"]:
-            said[name]["condition"] = name
+    provenances: dict[str, dict[str, Any]] = {}
+    for name, open_context in conditions.items():
+        with open_context():  # changes that are active in this context belong to the provenance
+            provenances[name] = {**provenance, **applied.record(model.hf)}
+        if list(conditions) != [_SINGLE]:
+            provenances[name]["condition"] = name
     return {
-        name: BehaviorResult(tuple(found[i] for i in range(len(data))), cost, said[name])
-        for name, found in rows.items()
+        name: BehaviorResult(tuple(answers[i] for i in range(len(data))), cost, provenances[name])
+        for name, answers in rows.items()
     }
 
 
-def _check(model: Lvlm, data: ConceptDataset, *, written: bool) -> None:
-    """Find what would go wrong before the first forward."""
+def _check(model: Lvlm, data: ConceptDataset, *, generate: bool) -> None:
+    """Raise errors about the questions before the first forward pass."""
     if not len(data):
         msg = f"dataset '{data.name}' has no examples to ask"
         raise DataError(msg)
     for example in data:
         candidates = example.candidates
         if candidates and len(set(candidates)) < max(2, len(candidates)):
-            msg = f"example '{example.id}': a question needs two or more different candidates, or none for free text"
+            msg = f"example '{example.id}': give two or more different candidates, or no candidates for free text"
             raise DataError(msg)
         if candidates and example.answer not in candidates:
             msg = f"example '{example.id}': the true answer '{example.answer}' is not one of {', '.join(candidates)}"
             raise DataError(msg)
-        if candidates and not written:
-            answer_key(model, example)  # raises where the tokenizer cannot tell the candidates apart
+        if candidates and not generate:
+            answer_key(model, example)  # raises if the tokenizer gives two candidates the same tokens
 
 
 def _choose(model: Lvlm, examples: Sequence[Example], logits: Tensor) -> list[Answer]:
-    """Take the best candidate of each row of logits ``[B, V]``."""
+    """Return the answer with the best candidate for each row of logits ``[B, V]``."""
     wide = logits.float()
-    log_total = wide.logsumexp(-1)  # [B]; not finite where any logit is NaN or infinite
+    log_total = wide.logsumexp(-1)  # [B]; not finite if any logit is NaN or infinite
     for example, total in zip(examples, log_total.tolist(), strict=True):
         if not math.isfinite(total):
             msg = (
-                f"example '{example.id}': the logits of {model.name} are not finite; steer less, or load it in float32"
+                f"example '{example.id}': the logits of {model.name} are not finite; lower the steering strength, or "
+                "load the model in float32"
             )
             raise ModelError(msg)
-    # Rows that share their candidates, and the tokens these begin with, are scored together.
-    alike: dict[AnswerKey, list[int]] = {}
+    # Score rows together whose candidates and first tokens are the same.
+    rows_of_key: dict[AnswerKey, list[int]] = {}
     for row, example in enumerate(examples):
-        alike.setdefault(answer_key(model, example), []).append(row)
+        rows_of_key.setdefault(answer_key(model, example), []).append(row)
     answers: dict[int, Answer] = {}
-    for key, members in alike.items():
+    for key, members in rows_of_key.items():
         candidates = key.candidates
         scores = key.scores(wide[members])  # [M, n_candidates]
         shares = (scores - log_total[members, None]).exp().tolist()
@@ -231,7 +236,7 @@ def _choose(model: Lvlm, examples: Sequence[Example], logits: Tensor) -> list[An
             margin = values[right] - values[other]
             answers[row] = _row(
                 example,
-                # A tie is not an answer to the question: it counts as wrong, whatever the candidates' order.
+                # A tie counts as wrong, whatever the candidates' order.
                 given=candidates[right if margin > 0 else other],
                 correct=margin > 0,
                 margin=margin,
@@ -240,32 +245,32 @@ def _choose(model: Lvlm, examples: Sequence[Example], logits: Tensor) -> list[An
     return [answers[row] for row in range(len(examples))]
 
 
-def _read(example: Example, text: str, rule: Parser) -> Answer:
-    """Read what was written to one question."""
+def _parse(example: Example, text: str, rule: Parser) -> Answer:
+    """Parse the generated text of one question."""
     if not example.candidates:
         return _row(example, given=None, correct=None, text=text)
-    given = read_answer(text, example.candidates, rule)
-    return _row(example, given=given, correct=given == example.answer, text=text)
+    choice = read_answer(text, example.candidates, rule)
+    return _row(example, given=choice, correct=choice == example.answer, text=text)
 
 
-def _row(example: Example, **said: Any) -> Answer:
+def _row(example: Example, **fields: Any) -> Answer:
     names = ("id", "group", "split", "level", "kind", "question", "answer", "candidates", "prior_answer")
-    return Answer(**{name: getattr(example, name) for name in names}, **said)
+    return Answer(**{name: getattr(example, name) for name in names}, **fields)
 
 
 @contextmanager
-def _counted(model: Lvlm) -> Iterator[list[None]]:
-    """Count the forward passes of a model: a generated token is one too, and only the model knows when it stops."""
-    seen: list[None] = []
-    hook = model.hf.register_forward_pre_hook(applied.observer(lambda *_: seen.append(None)))
+def _count_forwards(model: Lvlm) -> Iterator[list[None]]:
+    """Collect one item per forward pass; each generated token is one pass, and only the model knows when it stops."""
+    passes: list[None] = []
+    hook = model.hf.register_forward_pre_hook(applied.observer(lambda *_: passes.append(None)))
     try:
-        yield seen
+        yield passes
     finally:
         hook.remove()
 
 
 @contextmanager
-def _bar(total: int, wanted: bool) -> Iterator[Progress]:
-    with display(show=None if wanted else False) as bar:
+def _progress_bar(total: int, show: bool) -> Iterator[Progress]:
+    with display(show=None if show else False) as bar:
         bar.add_task("answering", total=total)
         yield bar

@@ -1,18 +1,18 @@
-"""CHAIR: which objects a caption names that are not in the image (Rohrbach et al. 2018, arXiv 1809.02156).
+"""CHAIR: objects that a caption names but the image does not contain (Rohrbach et al. 2018, arXiv 1809.02156).
 
-``variant="release"``, the default, counts and reads captions as the released scorer (LisaAnne/Hallucination,
-``utils/chair.py``), so that figures compare with published ones. That includes its slips:
+``variant="release"``, the default, parses and counts captions exactly as the released scorer (LisaAnne/Hallucination,
+``utils/chair.py``), so that figures are comparable with published ones. This reproduces its errors:
 
-- the singular of some words is wrong, and the object is not found: "bus" ("buses" is found), "ties", "doggies", "collies",
-  "wine glasses'", and every word of a list that ends in s, such as "glass", "dress" and "lens";
-- entries of its list ``data/synonyms.txt`` with a second blank before them or a capital are never found: "motor bike",
-  "cheesecake", "iPhone"; neither are pairs of words that its code does not name, and "stove top oven" counts as two ovens;
-- after a period without a blank ("a dog.A cat") the word before it is not found;
-- endings that only look like a plural become other words: "our" is "my", "police" is "polouse".
+- some singular forms are wrong, so the object is missed: "bus" ("buses" is detected), "ties", "doggies", "collies",
+  "wine glasses'", and every listed word that ends in s, such as "glass", "dress" and "lens";
+- entries of its list ``data/synonyms.txt`` with two spaces before them or a capital letter are never detected: "motor
+  bike", "cheesecake", "iPhone"; nor are word pairs that its code does not list, and "stove top oven" counts as two ovens;
+- after a period without a space ("a dog.A cat") the word before it is missed;
+- words that only look like plurals are changed: "our" becomes "my", "police" becomes "polouse".
 
-``variant="paper"`` is the better reading: an object counts once a caption, as the paper defines it, entries are compared
-without regard to capitals and blanks, and the singular is that of `concepts.nouns`. Its CHAIR_i is larger than the
-release's by a factor that depends on how often captions repeat themselves (1.3 to 1.9 on twelve published sets of captions).
+``variant="paper"`` is more accurate: an object counts once per caption, as the paper defines it, entries are compared
+ignoring case and spacing, and singular forms come from `concepts.nouns`. Its CHAIR_i exceeds the release's by a factor that
+depends on how often captions repeat objects (1.3 to 1.9 on twelve published sets of captions).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from concepts.captions import named_objects, words_of
 from concepts.nouns import SYNONYMS, singular
 from groundscope.core.errors import ConfigError, DataError
 
-# `import behavior` imports this module, so numpy and what needs it wait until something is scored.
+# `import behavior` imports this module, so numpy and modules that need it are imported when scoring.
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -45,7 +45,7 @@ COCO_CATEGORIES = tuple(
     cake, chair, couch, potted plant, bed, dining table, toilet, tv, laptop, mouse, remote, keyboard, cell phone, microwave,
     oven, toaster, sink, refrigerator, book, clock, vase, scissors, teddy bear, hair drier, toothbrush""".split(",")
 )
-"""The 80 categories that captions are scored for."""
+"""COCO's 80 object categories, which captions are scored for."""
 _ANIMALS = "bird cat dog horse sheep cow elephant bear zebra giraffe animal cub".split()
 _PAIRS = """motor bike, motor cycle, air plane, traffic light, street light, traffic signal, stop light, fire hydrant, stop sign,
 parking meter, suit case, sports ball, baseball bat, baseball glove, tennis racket, wine glass, hot dog, cell phone, mobile phone,
@@ -61,14 +61,14 @@ COCO_PHRASES: Mapping[str, str] = MappingProxyType(
         "wine glas": "wine glass",
     }
 )
-"""Words that stand together, and the words they count as in COCO, by the rules of the release: the young of an animal are no
-person, a toilet's seat is no chair; a home plate and a train track are no objects. "wine glas" is its "wine glass"."""
+"""Word pairs and the words they count as in COCO, by the rules of the release: "baby cat" is a cat and not a person, "toilet
+seat" is not a chair; "home plate" and "train track" are not objects. "wine glas" is the release's singular of "wine glasses"."""
 COCO_SYNONYMS: Mapping[str, str] = MappingProxyType(
     {word: group[0] for group in SYNONYMS if group[0] in COCO_CATEGORIES for word in group}
     | {name: name for name in COCO_CATEGORIES}
 )
-"""Words for COCO's categories: our list. Figures that are compared with published ones need the list of the release
-(`read_synonyms`), which names no licence and is therefore not included."""
+"""Words for COCO's categories: this project's list. Figures comparable with published ones need the release's list
+(`read_synonyms`), which has no stated license and is therefore not included."""
 
 
 @dataclass(frozen=True)
@@ -77,30 +77,30 @@ class CaptionObjects:
 
     id: str
     mentioned: tuple[str, ...]
-    """In order, as often as they are named."""
+    """Objects in order of mention, with repetitions."""
     hallucinated: tuple[str, ...]
-    """Those of them that are not in the image, as often as they are named."""
+    """Mentioned objects that are not in the image, with repetitions."""
     missed: tuple[str, ...]
-    """Objects of the image that are not named."""
+    """Objects of the image that the caption does not mention."""
 
 
 @dataclass(frozen=True)
 class ChairResult:
-    """CHAIR over captions, with 95 % intervals over images; NaN where there was nothing to count."""
+    """CHAIR over captions, with 95 % intervals over images; NaN if the denominator is 0."""
 
     chair_i: Estimate
-    """Hallucinated objects among the objects mentioned."""
+    """Share of mentioned objects that are hallucinated."""
     chair_s: Estimate
-    """Captions with at least one hallucinated object among all captions."""
+    """Share of captions with at least one hallucinated object."""
     recall: Estimate
-    """Objects mentioned among the objects there are, over all images together."""
+    """Share of the images' objects that captions mention, pooled over images."""
     captions: tuple[CaptionObjects, ...]
     variant: str
     unreachable: tuple[str, ...] = ()
-    """Words of the synonyms, vocabulary and objects that this variant finds in no caption (`behavior.chair` says why)."""
+    """Words of the synonyms, vocabulary and objects that this variant cannot detect in any caption (`behavior.chair`)."""
 
     def frame(self) -> pd.DataFrame:
-        """Return one row a caption."""
+        """Return one row per caption."""
         import pandas as pd
 
         return pd.DataFrame([asdict(c) for c in self.captions])
@@ -122,25 +122,25 @@ def chair(
     captions
         Image to its caption.
     objects
-        Image to what is in it; may hold more images than `captions`.
+        Image to the objects in it; may contain more images than `captions`.
     synonyms
-        Word or words to the object they mean, ``{"puppy": "dog"}``; for the objects of `objects` too. `COCO_SYNONYMS`, or
-        the list of the release (`read_synonyms`).
+        Word or phrase to the object it means, ``{"puppy": "dog"}``; also applied to `objects`. `COCO_SYNONYMS`, or the
+        list of the release (`read_synonyms`).
     vocabulary
-        Objects a caption may name that are in none of the images. Only words of the vocabulary, of the synonyms and of
-        `objects` are objects at all: without it, what no image shows cannot be hallucinated.
+        Objects that a caption may name but no image contains. Only words of the vocabulary, the synonyms and `objects`
+        count as objects; without a vocabulary, an object that no image contains cannot be hallucinated.
     phrases
-        Words that stand together to the words they count as, `COCO_PHRASES` for COCO; what these mean is looked up among
-        synonyms and objects, and is nothing where it is neither. With phrases, "seat" is no object in a caption that
-        names a toilet, and for ``release`` no other words count together.
+        Word pair to the word it counts as, `COCO_PHRASES` for COCO; that word is looked up in synonyms and objects, and
+        ignored if it is in neither. With phrases, "seat" is not an object in a caption that names a toilet, and in
+        variant ``release`` no other word pairs are joined.
     variant
-        ``release``: read and counted as by the released scorer, slips included. ``paper``: the better reading; an object
-        counts once a caption. `behavior.chair` lists the differences.
+        ``release``: parse and count as the released scorer does, errors included. ``paper``: more accurate; an object
+        counts once per caption. The module docstring lists the differences.
 
     Raises
     ------
     DataError
-        Where there are no captions, or one of an image whose objects are not known.
+        If there are no captions, or the objects of a caption's image are missing.
     ConfigError
         For an unknown variant, or a synonym of a synonym.
 
@@ -161,69 +161,71 @@ def chair(
         raise DataError(msg)
     unknown = [name for name in captions if name not in objects]
     if unknown:
-        msg = f"caption of image '{unknown[0]}': the objects of this image are not given ({len(unknown)} such images)"
+        msg = f"caption of image '{unknown[0]}': no objects for this image ({len(unknown)} such images); add them to objects"
         raise DataError(msg)
-    meaning = {_plain(word): _plain(noun) for word, noun in (synonyms or {}).items()}
+    meaning = {_normalize(word): _normalize(noun) for word, noun in (synonyms or {}).items()}
     chained = [noun for noun in meaning.values() if meaning.get(noun, noun) != noun]
     if chained:
-        msg = f"synonyms: '{chained[0]}' is what a word means and means '{meaning[chained[0]]}' itself; give the object"
+        msg = f"synonyms: a word maps to '{chained[0]}', which maps to '{meaning[chained[0]]}'; map each word to its object"
         raise ConfigError(msg)
 
-    def named(noun: str) -> str:
-        return meaning.get(_plain(noun), _plain(noun))
+    def object_of(noun: str) -> str:
+        return meaning.get(_normalize(noun), _normalize(noun))
 
-    there = {name: dict.fromkeys(named(noun) for noun in objects[name]) for name in captions}
-    nouns = {_plain(n): named(n) for n in (*vocabulary, *meaning.values(), *(n for o in objects.values() for n in o))}
+    present = {name: dict.fromkeys(object_of(noun) for noun in objects[name]) for name in captions}
+    objects_of_word = {
+        _normalize(n): object_of(n) for n in (*vocabulary, *meaning.values(), *(n for o in objects.values() for n in o))
+    }
     if variant == "release":
-        released = {**nouns, **{word: _plain(noun) for word, noun in (synonyms or {}).items()}}
+        released = {**objects_of_word, **{word: _normalize(noun) for word, noun in (synonyms or {}).items()}}
 
         def read(text: str) -> tuple[str, ...]:
             return released_objects(text, released, phrases)
     else:
-        words = {**nouns, **meaning}
-        pairs = {_plain(phrase): words.get(_plain(means), "") for phrase, means in (phrases or {}).items()}
+        words = {**objects_of_word, **meaning}
+        pairs = {_normalize(phrase): words.get(_normalize(means), "") for phrase, means in (phrases or {}).items()}
         lexicon = {**words, **pairs}
-        seatless = {word: noun for word, noun in lexicon.items() if word != "seat"}
+        without_seat = {word: noun for word, noun in lexicon.items() if word != "seat"}
 
         def read(text: str) -> tuple[str, ...]:
             toilet = phrases is not None and any(singular(word) == "toilet" for word in words_of(text))
-            return named_objects(text, seatless if toilet else lexicon)
+            return named_objects(text, without_seat if toilet else lexicon)
 
-    scored = tuple(_caption(name, read(text), there[name]) for name, text in captions.items())
+    scored = tuple(_caption(name, read(text), present[name]) for name, text in captions.items())
 
     def count(items: tuple[str, ...]) -> int:
         return len(items) if variant == "release" else len(set(items))
 
     names = [c.id for c in scored]
-    sizes = [len(there[c.id]) for c in scored]
+    sizes = [len(present[c.id]) for c in scored]
     return ChairResult(
         chair_i=estimate([count(c.hallucinated) for c in scored], names, [count(c.mentioned) for c in scored]),
         chair_s=estimate([bool(c.hallucinated) for c in scored], names),
         recall=estimate([size - len(c.missed) for size, c in zip(sizes, scored, strict=True)], names, sizes),
         captions=scored,
         variant=variant,
-        unreachable=tuple(sorted(word for word in {*nouns, *(synonyms or {})} if not read(word))),
+        unreachable=tuple(sorted(word for word in {*objects_of_word, *(synonyms or {})} if not read(word))),
     )
 
 
 def read_synonyms(path: Path | str) -> dict[str, str]:
-    """Read a list of synonyms in the layout of the release: a line for each object, its name first, commas between.
+    """Read a synonym list in the layout of the release: one line per object, its name first, separated by commas.
 
-    The release's own list for COCO is ``data/synonyms.txt`` of LisaAnne/Hallucination: 80 lines. Entries are kept as they
-    are written, capitals and a second blank after a comma included: with those the release does not find them.
+    The release's list for COCO is ``data/synonyms.txt`` of LisaAnne/Hallucination: 80 lines. Entries are not normalized:
+    capital letters and a second space after a comma remain, because the release does not detect such entries.
 
     Raises
     ------
     DataError
-        Naming file and line: it is missing, is not a regular UTF-8 file, has a line without a name, or a word means two
-        objects.
+        Names the file and line: if it is missing, is not a regular UTF-8 file, has a line without a name, or a word
+        means two objects.
     """
     from concepts.reading.records import readable
     from groundscope.core.user_files import read_text
 
     file = Path(path)
     objects: dict[str, str] = {}
-    homes: dict[str, int] = {}
+    line_of_entry: dict[str, int] = {}
     with readable(file):
         lines = read_text(file).splitlines()
     for number, line in enumerate(lines, 1):
@@ -231,18 +233,18 @@ def read_synonyms(path: Path | str) -> dict[str, str]:
             continue
         entries = [entry.removeprefix(" ") for entry in line.strip().split(",")]
         if not entries[0].strip():
-            msg = f"{file}: line {number} begins without the name of an object"
+            msg = f"{file}: line {number} does not begin with the name of an object"
             raise DataError(msg)
         for entry in entries:
             if not entry.strip():
                 continue
-            if homes.setdefault(_plain(entry), number) != number:
-                home = homes[_plain(entry)]
-                msg = f"{file}: line {number}: '{entry}' already means another object, by line {home}"
+            if line_of_entry.setdefault(_normalize(entry), number) != number:
+                first_line = line_of_entry[_normalize(entry)]
+                msg = f"{file}: line {number}: '{entry}' already means another object, in line {first_line}"
                 raise DataError(msg)
-            objects[entry] = _plain(entries[0])
+            objects[entry] = _normalize(entries[0])
     if not objects:
-        msg = f"{file}: there is no object in it"
+        msg = f"{file}: the file contains no objects"
         raise DataError(msg)
     return objects
 
@@ -256,49 +258,54 @@ def score_captions(
     phrases: Mapping[str, str] | None = None,
     variant: str = "release",
 ) -> ChairResult:
-    """Score the captions among answers; what is in an image are its annotated objects, and those its captions name.
+    """Score the captions among answers; an image's objects are the annotated ones and those in its reference captions.
 
     Parameters
     ----------
     answers
-        Answers to `data`, of a model or read by `behavior.answer_files.answered_elsewhere`.
+        Answers to `data`, from a model or read by `behavior.answer_files.answered_elsewhere`.
     data
-        With questions of kind ``caption``, whose true answer is what people wrote, a caption a line, as
-        `concepts.loaders.coco` gives it.
+        Dataset with questions of kind ``caption``; the true answer contains the human captions, one per line, as
+        `concepts.loaders.coco` loads them.
     synonyms, vocabulary, phrases, variant
         As for `chair`.
 
     Raises
     ------
     DataError
-        Where there is no caption; else as `chair`.
+        If there is no caption; otherwise as for `chair`.
     """
     texts = {a.id: a.text or "" for a in answers.answers if a.kind == "caption"}
     examples = {e.id: e for e in data if e.id in texts}
     missing = [number for number in texts if number not in examples]
     if missing or not texts:
-        msg = (
-            f"caption '{missing[0]}' is not of '{data.name}'" if missing else "there are no captions among the answers"
-        )
+        msg = f"caption '{missing[0]}' is not in dataset '{data.name}'" if missing else "no captions among the answers"
         raise DataError(msg)
     annotated = {number: [o.noun for o in e.objects] for number, e in examples.items()}
-    every = [*vocabulary, *(noun for nouns in annotated.values() for noun in nouns)]
+    vocabulary_and_objects = [*vocabulary, *(noun for nouns in annotated.values() for noun in nouns)]
     lines = {(number, i): line for number, e in examples.items() for i, line in enumerate(e.answer.splitlines())}
-    people = {f"{i}/{number}": line for (number, i), line in lines.items()}
-    # Captions of people are read as those of the model, with nothing in the image: each object is "mentioned".
-    read = chair(people, dict.fromkeys(people, ()), synonyms, vocabulary=every, phrases=phrases, variant=variant)
-    there = {number: list(nouns) for number, nouns in annotated.items()}
-    for (number, _), caption in zip(lines, read.captions, strict=True):
-        there[number] += caption.mentioned
-    return chair(texts, there, synonyms, vocabulary=every, phrases=phrases, variant=variant)
+    human_captions = {f"{i}/{number}": line for (number, i), line in lines.items()}
+    # Parse human captions like the model's, with an empty image: every object counts as "mentioned".
+    parsed = chair(
+        human_captions,
+        dict.fromkeys(human_captions, ()),
+        synonyms,
+        vocabulary=vocabulary_and_objects,
+        phrases=phrases,
+        variant=variant,
+    )
+    present = {number: list(nouns) for number, nouns in annotated.items()}
+    for (number, _), caption in zip(lines, parsed.captions, strict=True):
+        present[number] += caption.mentioned
+    return chair(texts, present, synonyms, vocabulary=vocabulary_and_objects, phrases=phrases, variant=variant)
 
 
-def _plain(words: str) -> str:
-    """Return words in lower case with single blanks."""
+def _normalize(words: str) -> str:
+    """Return words in lower case, separated by single spaces."""
     return " ".join(words.lower().split())
 
 
-def _caption(name: str, mentioned: tuple[str, ...], there: Mapping[str, object]) -> CaptionObjects:
-    wrong = tuple(noun for noun in mentioned if noun not in there)
-    missed = tuple(noun for noun in there if noun not in mentioned)
-    return CaptionObjects(name, mentioned, wrong, missed)
+def _caption(name: str, mentioned: tuple[str, ...], present: Mapping[str, object]) -> CaptionObjects:
+    hallucinated = tuple(noun for noun in mentioned if noun not in present)
+    missed = tuple(noun for noun in present if noun not in mentioned)
+    return CaptionObjects(name, mentioned, hallucinated, missed)

@@ -1,8 +1,8 @@
-"""Benchmarks whose answers another model judges: what to ask the judge is written, what it said is read.
+"""Benchmarks that need a judge model: write requests for the judge, read and score its verdicts.
 
-No judge is called here. `write_requests` writes a JSON line an answer, to be put before whatever judge is at hand, person
-or model; `read_verdicts` reads a JSON line a verdict and scores. The instructions say in our words what the benchmark has
-its judge rate; figures are comparable with published ones only under the benchmark's own prompt and judge.
+This module calls no judge. `write_requests` writes one JSON line per answer for any judge, a person or a model;
+`read_verdicts` reads one JSON line per verdict and scores them. The instructions paraphrase what each benchmark asks its
+judge to rate; figures are comparable with published ones only with the benchmark's own prompt and judge.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from groundscope.core.files import write_whole
 from groundscope.core.statistics import FEW_GROUPS, Estimate, cluster_bootstrap, estimate, ratio
 
 VARIANTS = ("release", "judged_only")
-"""How an unreadable verdict counts: as in the release of the benchmark, or not at all."""
+"""Treatment of an unreadable verdict: as in the benchmark's release, or excluded."""
 
 
 @dataclass(frozen=True)
@@ -33,18 +33,18 @@ class Item:
     answer: str
     """What the model wrote."""
     reference: str = ""
-    """A true answer, by people or another model."""
+    """A correct answer, by a person or another model."""
     image_content: str = ""
-    """What is in the image, for judges that do not see it."""
+    """Description of the image, for judges that do not see it."""
     kind: str = ""
-    """Kind of the question, which figures are split by."""
+    """Kind of the question; figures are also computed for each kind."""
     group: str = ""
-    """The image; the id where it is not said."""
+    """The image; if empty, the item's id is used."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a judge said of one answer."""
+    """A judge's ratings of one answer."""
 
     item: Item
     values: Mapping[str, float]
@@ -52,15 +52,15 @@ class Verdict:
 
 @dataclass(frozen=True)
 class JudgedResult:
-    """A judged benchmark, with 95 % intervals clustered by image."""
+    """Figures of a judged benchmark, with 95 % intervals clustered by image."""
 
     benchmark: str
     figures: Mapping[str, Estimate]
     kinds: Mapping[str, Mapping[str, Estimate]]
-    """The same by kind of question, where the requests name kinds."""
+    """The figures by kind of question, if the requests name kinds."""
     unjudged: int
-    """Answers whose verdict is null or, in a reply, unreadable. They count nowhere else, but under the variant
-    ``release`` in MMHal-Bench, which rates them 0."""
+    """Answers whose verdict is null or whose reply is unreadable. They are excluded from the figures, except in
+    MMHal-Bench under variant ``release``, which rates them 0."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "figures", MappingProxyType(dict(self.figures)))
@@ -69,7 +69,7 @@ class JudgedResult:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """What a judge gives, and what follows."""
+    """A judged benchmark: the fields of its verdicts, and the figures computed from them."""
 
     source: str
     instruction: str
@@ -79,56 +79,57 @@ class Benchmark:
     """Fields of an item that must not be empty."""
     figures: Callable[[Sequence[Verdict]], dict[str, Estimate]]
     parts: Mapping[str, str] = field(default_factory=dict)
-    """Field of a verdict to another that it may not exceed."""
+    """Field of a verdict to another field that is its upper bound."""
     optional: tuple[str, ...] = ()
-    """Fields of a verdict that may be left out, all of them in every verdict."""
+    """Fields of a verdict that may be missing: all of them, and in every verdict."""
     accepted: Mapping[str, tuple[float, float]] = field(default_factory=dict)
-    """Field to a wider scale that verdicts are read in, as judges leave the scale that they were given."""
+    """Field to a wider accepted scale, because judges do not always stay within the requested scale."""
     unreadable: Mapping[str, float] | None = None
-    """The values that the release gives an answer without a readable verdict; None where it is left out."""
+    """Values that the release assigns to an answer without a readable verdict; None if it excludes the answer."""
     read_reply: Callable[[str], dict[str, float] | None] | None = None
-    """Reads the judge's words by the rule of the release; None for a reply that cannot be read."""
+    """Function that parses the judge's reply as the release does; returns None for an unreadable reply."""
 
 
 def items_of(answers: BehaviorResult, image_content: Mapping[str, str] | None = None) -> tuple[Item, ...]:
-    """Return what was written to the questions as items; the true answer is the reference.
+    """Return answers as items for a judge; the true answer is the reference.
 
     Parameters
     ----------
     answers
         Answers with text.
     image_content
-        By group, what is in the image.
+        Group to a description of its image.
     """
-    told = image_content or {}
+    content = image_content or {}
     return tuple(
-        Item(a.id, a.question, a.text or "", a.answer, told.get(a.group, ""), a.kind, a.group) for a in answers.answers
+        Item(a.id, a.question, a.text or "", a.answer, content.get(a.group, ""), a.kind, a.group)
+        for a in answers.answers
     )
 
 
 def write_requests(path: Path | str, benchmark: str, items: Iterable[Item]) -> int:
-    """Write what to put before a judge, a JSON object a line; return how many.
+    """Write requests to a judge, one JSON object per line; return their number.
 
     Raises
     ------
     ConfigError
         For an unknown benchmark.
     DataError
-        Naming the item: an id used twice, or a field that the benchmark needs and that is empty.
+        Names the item: for a repeated id, or an empty field that the benchmark requires.
     """
-    found = _benchmark(benchmark)
-    seen: set[str] = set()
+    spec = _benchmark(benchmark)
+    ids: set[str] = set()
     lines: list[str] = []
     for item in items:
-        empty = [name for name in found.needs if not getattr(item, name).strip()]
-        if item.id in seen or empty:
-            what = f"has no {empty[0]}, which the judge of {benchmark} needs" if empty else "is there twice"
+        empty = [name for name in spec.needs if not getattr(item, name).strip()]
+        if item.id in ids or empty:
+            what = f"has no {empty[0]}, which the judge of {benchmark} needs" if empty else "occurs twice"
             msg = f"item '{item.id}' {what}"
             raise DataError(msg)
-        seen.add(item.id)
-        scale = {name: f"{low:g} to {high:g}" for name, (low, high) in found.values.items()}
-        held = {"id": item.id, "benchmark": benchmark, "instruction": found.instruction, "verdict": scale}
-        lines.append(json.dumps({**held, **_plain(item)}, ensure_ascii=False) + "\n")
+        ids.add(item.id)
+        scale = {name: f"{low:g} to {high:g}" for name, (low, high) in spec.values.items()}
+        header = {"id": item.id, "benchmark": benchmark, "instruction": spec.instruction, "verdict": scale}
+        lines.append(json.dumps({**header, **_item_fields(item)}, ensure_ascii=False) + "\n")
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     write_whole(target, "".join(lines).encode())
@@ -136,71 +137,77 @@ def write_requests(path: Path | str, benchmark: str, items: Iterable[Item]) -> i
 
 
 def read_verdicts(path: Path | str, requests: Path | str, *, variant: str = "release") -> JudgedResult:
-    """Read the verdicts of a judge on the requests of a file, and score them.
+    """Read a judge's verdicts on a file of requests, and score them.
 
     Parameters
     ----------
     path
-        JSON lines or one list: ``id``, and either the benchmark's fields, or ``reply`` with the judge's words
-        (MMHal-Bench only), or ``verdict: null`` for a verdict that could not be read.
+        JSON lines or one list: ``id``, and either the benchmark's fields, or ``reply`` with the judge's text
+        (MMHal-Bench only), or ``verdict: null`` for an unreadable verdict.
     requests
         The file that `write_requests` wrote.
     variant
-        ``release``: an unreadable verdict counts as the release counts it (MMHal-Bench: rating 0); ``judged_only``: it
-        is left out.
+        ``release``: an unreadable verdict counts as in the release (MMHal-Bench: rating 0); ``judged_only``: it is
+        excluded.
 
     Raises
     ------
     DataError
-        Naming file, record and field: a verdict to no request or given twice, a request without one, a value that is no
-        number, outside its scale or larger than what it is part of; where all verdicts are null.
+        Names the file, record and field: for a verdict without a request, two verdicts on one request, a request
+        without a verdict, or a value that is not a number, outside its scale or above its upper bound; also if all
+        verdicts are null.
     ConfigError
         For an unknown variant.
     """
     if variant not in VARIANTS:
         msg = f"unknown variant '{variant}'; choose from {', '.join(VARIANTS)}"
         raise ConfigError(msg)
-    asked: dict[str, Item] = {}
+    items: dict[str, Item] = {}
     names: dict[str, None] = {}
     for record in read_records(Path(requests)):
         names.setdefault(record.text("benchmark"))
         number = record.identifier("id")
-        if number in asked:
-            msg = f"{record.where}: field 'id': '{number}' is that of an earlier request"
+        if number in items:
+            msg = f"{record.where}: field 'id': an earlier request already has id '{number}'"
             raise DataError(msg)
-        asked[number] = _item(record)
+        items[number] = _item(record)
     if len(names) != 1:
         msg = f"{requests}: expected requests of one benchmark, found {', '.join(names) or 'none'}"
         raise DataError(msg)
     name = next(iter(names))
     benchmark = _benchmark(name)
-    given: dict[str, Verdict | None] = {}
-    first: dict[str, float] | None = None
+    verdicts: dict[str, Verdict | None] = {}
+    reference: dict[str, float] | None = None
     for record in read_records(Path(path)):
         number = record.identifier("id")
-        if number not in asked or number in given:
-            what = "was already judged" if number in given else "is not that of a request"
+        if number not in items or number in verdicts:
+            what = "was already judged" if number in verdicts else "matches no request"
             msg = f"{record.where}: field 'id': '{number}' {what}"
             raise DataError(msg)
         values = _values(record, benchmark)
-        if values is not None and first is not None and values.keys() != first.keys():
-            name = sorted(values.keys() ^ first.keys())[0]
-            msg = f"{record.where}: field '{name}' is in some verdicts only; write it into all, or into none"
+        if values is not None and reference is not None and values.keys() != reference.keys():
+            name = sorted(values.keys() ^ reference.keys())[0]
+            msg = (
+                f"{record.where}: only some verdicts have the field '{name}'; write it in all verdicts or in no verdict"
+            )
             raise DataError(msg)
-        first = values if first is None else first
-        given[number] = None if values is None else Verdict(asked[number], values)
-    missing = [number for number in asked if number not in given]
+        reference = values if reference is None else reference
+        verdicts[number] = None if values is None else Verdict(items[number], values)
+    missing = [number for number in items if number not in verdicts]
     if missing:
-        msg = f"{path}: no verdict on '{missing[0]}' ({len(missing)} of {len(asked)} have none; write verdict: null)"
+        msg = (
+            f"{path}: no verdict on '{missing[0]}' ({len(missing)} of {len(items)} requests have no verdict); "
+            "write verdict: null for an unreadable verdict"
+        )
         raise DataError(msg)
-    unjudged = sum(verdict is None for verdict in given.values())
-    if unjudged == len(given):
-        msg = f"{path}: every verdict is null"
+    unjudged = sum(verdict is None for verdict in verdicts.values())
+    if unjudged == len(verdicts):
+        msg = f"{path}: every verdict is null; at least one must be readable"
         raise DataError(msg)
     fallback = benchmark.unreadable if variant == "release" else None
     judged = [
-        verdict or Verdict(asked[number], fallback or {})
-        for number, verdict in given.items()
+        verdict or Verdict(items[number], fallback or {})
+        for number, verdict in verdicts.items()
         if verdict is not None or fallback is not None
     ]
     kinds = [k for k in dict.fromkeys(v.item.kind for v in judged) if k]
@@ -210,18 +217,18 @@ def read_verdicts(path: Path | str, requests: Path | str, *, variant: str = "rel
 
 def _benchmark(name: str) -> Benchmark:
     if name not in BENCHMARKS:
-        msg = f"no judged benchmark '{name}': there are {', '.join(BENCHMARKS)}"
+        msg = f"unknown judged benchmark '{name}'; choose from {', '.join(BENCHMARKS)}"
         raise ConfigError(msg)
     return BENCHMARKS[name]
 
 
-def _plain(item: Item) -> dict[str, str]:
+def _item_fields(item: Item) -> dict[str, str]:
     return {f: getattr(item, f) for f in ("question", "answer", "reference", "image_content", "kind", "group")}
 
 
 def _item(record: Record) -> Item:
     fields: dict[str, str] = {}
-    for name in _plain(Item("", "", "")):
+    for name in _item_fields(Item("", "", "")):
         value = record.field(name)
         if not is_text(value):
             msg = f"{record.where}: field '{name}' must hold text, not {ascii(value)[:60]}"
@@ -231,35 +238,37 @@ def _item(record: Record) -> Item:
 
 
 def _values(record: Record, benchmark: Benchmark) -> dict[str, float] | None:
-    """Return the values of a verdict; None where it is null or a reply that cannot be read."""
+    """Return the values of a verdict; None if it is null or its reply is unreadable."""
     if "verdict" in record.values and record.values["verdict"] is None:
         return None
     if benchmark.read_reply is not None and "reply" in record.values:
-        both = next((name for name in benchmark.values if name in record.values), None)
-        if both is not None:
-            msg = f"{record.where}: the verdict may be field 'reply' or field '{both}'; leave one of them out"
+        other = next((name for name in benchmark.values if name in record.values), None)
+        if other is not None:
+            msg = f"{record.where}: the verdict may be field 'reply' or field '{other}'; remove one of the two fields"
             raise DataError(msg)
         reply = record.values["reply"]
         if not is_text(reply):
             msg = f"{record.where}: field 'reply' must hold text, not {ascii(reply)[:60]}"
             raise DataError(msg)
         return benchmark.read_reply(reply)
-    left_out = set() if any(name in record.values for name in benchmark.optional) else set(benchmark.optional)
-    scales = {name: scale for name, scale in benchmark.values.items() if name not in left_out}
-    found = dict(zip(scales, record.numbers(*scales), strict=True))
+    omitted = set() if any(name in record.values for name in benchmark.optional) else set(benchmark.optional)
+    scales = {name: scale for name, scale in benchmark.values.items() if name not in omitted}
+    values = dict(zip(scales, record.numbers(*scales), strict=True))
     for name, scale in scales.items():
         low, high = benchmark.accepted.get(name, scale)
-        if not low <= found[name] <= high:
-            msg = f"{record.where}: field '{name}' is {found[name]:g}, but goes from {low:g} to {high:g}"
+        if not low <= values[name] <= high:
+            msg = f"{record.where}: field '{name}' is {values[name]:g}, but must be from {low:g} to {high:g}"
             raise DataError(msg)
     for part, whole in benchmark.parts.items():
-        if part in found and found[part] > found[whole]:
-            msg = f"{record.where}: field '{part}' is {found[part]:g}, more than '{whole}', {found[whole]:g}"
+        if part in values and values[part] > values[whole]:
+            msg = (
+                f"{record.where}: field '{part}' is {values[part]:g}, but must not exceed '{whole}', {values[whole]:g}"
+            )
             raise DataError(msg)
-    return found
+    return values
 
 
-# -- what follows from verdicts --------------------------------------------------------------------------------------
+# -- figures from verdicts --------------------------------------------------------------------------------------------
 
 
 def _groups(verdicts: Sequence[Verdict]) -> list[str]:
@@ -282,7 +291,7 @@ def _mmhal(verdicts: Sequence[Verdict]) -> dict[str, Estimate]:
 
 
 def _mmhal_reply(reply: str) -> dict[str, float] | None:
-    """Read a reply as MMHal-Bench's release does: ``rating: s`` in any case, for exactly one s of 0 to 6."""
+    """Parse a reply as MMHal-Bench's release does: ``rating: s``, ignoring case, for exactly one s from 0 to 6."""
     ratings = [s for s in range(7) if f"rating: {s}" in reply.lower()]
     return {"rating": float(ratings[0])} if len(ratings) == 1 else None
 
@@ -301,27 +310,27 @@ def _gavie(verdicts: Sequence[Verdict]) -> dict[str, Estimate]:
 
 
 def _cceval(verdicts: Sequence[Verdict]) -> dict[str, Estimate]:
-    named = _column(verdicts, "mentioned")
-    wrong = _column(verdicts, "hallucinated")
+    mentioned = _column(verdicts, "mentioned")
+    hallucinated = _column(verdicts, "hallucinated")
     groups = _groups(verdicts)
-    words = [len(v.item.answer.split(" ")) for v in verdicts]  # as the release counts: two spaces enclose a word
+    words = [len(v.item.answer.split(" ")) for v in verdicts]  # as in the release: two spaces enclose an empty word
     figures = {
-        "chair_i": estimate(wrong, groups, named),
-        "chair_s": estimate([w > 0 for w in wrong], groups),
-        "objects_per_caption": _plain_mean(named, groups),
-        "words_per_caption": _plain_mean(words, groups),
+        "chair_i": estimate(hallucinated, groups, mentioned),
+        "chair_s": estimate([w > 0 for w in hallucinated], groups),
+        "objects_per_caption": _raw_mean(mentioned, groups),
+        "words_per_caption": _raw_mean(words, groups),
     }
     if "covered" in verdicts[0].values:
         figures["coverage"] = estimate(_column(verdicts, "covered"), groups, _column(verdicts, "objects"))
     return figures
 
 
-def _plain_mean(values: Sequence[float], groups: Sequence[str]) -> Estimate:
+def _raw_mean(values: Sequence[float], groups: Sequence[str]) -> Estimate:
     low, high = cluster_bootstrap(list(values), groups)
     return Estimate(sum(values) / len(values), low, high, len(values), len(set(groups)) < FEW_GROUPS)
 
 
-_MANY = 1e6
+_NO_LIMIT = 1e6
 BENCHMARKS: Mapping[str, Benchmark] = MappingProxyType(
     {
         "mmhal": Benchmark(
@@ -357,7 +366,12 @@ BENCHMARKS: Mapping[str, Benchmark] = MappingProxyType(
             "CCEval (Zhai et al. 2023, arXiv 2310.01779)",
             "Count in a caption the objects it mentions and those of them that are not among the objects of the image; "
             "and of the objects of the image those that the caption covers. Synonyms count as the same object.",
-            {"mentioned": (0, _MANY), "hallucinated": (0, _MANY), "objects": (0, _MANY), "covered": (0, _MANY)},
+            {
+                "mentioned": (0, _NO_LIMIT),
+                "hallucinated": (0, _NO_LIMIT),
+                "objects": (0, _NO_LIMIT),
+                "covered": (0, _NO_LIMIT),
+            },
             ("image_content",),
             _cceval,
             MappingProxyType({"hallucinated": "mentioned", "covered": "objects"}),
@@ -365,4 +379,4 @@ BENCHMARKS: Mapping[str, Benchmark] = MappingProxyType(
         ),
     }
 )
-"""Name to benchmark: one entry each."""
+"""Benchmarks by name."""

@@ -1,4 +1,4 @@
-"""MME: a subtask's score is what of its questions, and of its pairs of questions, is right (Fu et al. 2023, 2306.13394)."""
+"""Score MME: each subtask by accuracy over questions plus accuracy over images (Fu et al. 2023, arXiv 2306.13394)."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ if TYPE_CHECKING:
 HALLUCINATION: Mapping[str, Level] = MappingProxyType(
     {name: LEVEL_OF[name] for name in ("existence", "count", "position", "color")}
 )
-"""The subtasks about what is in an image and how it is, with their levels."""
+"""The hallucination subtasks and their levels."""
 
 
 @dataclass(frozen=True)
 class SubtaskScores:
-    """One subtask, with 95 % intervals clustered by image."""
+    """Scores of one subtask, with 95 % intervals clustered by image."""
 
     n: int
-    """Questions; half as many images."""
+    """Number of questions, two per image."""
     accuracy: Estimate
-    """Right answers among the questions."""
+    """Share of questions answered correctly."""
     accuracy_plus: Estimate
-    """Images with both questions right among the images."""
+    """Share of images with both questions answered correctly."""
     score: Estimate
     """100 (accuracy + accuracy_plus), 0 to 200."""
     unparsed: int
@@ -43,7 +43,7 @@ class SubtaskScores:
 
 @dataclass(frozen=True)
 class MmeScores:
-    """MME by subtask, and what follows."""
+    """MME's scores by subtask, and their sums."""
 
     subtasks: Mapping[str, SubtaskScores]
 
@@ -52,26 +52,26 @@ class MmeScores:
 
     @property
     def perception(self) -> float:
-        """Sum of the scores of the subtasks of perception that there are; 2,000 at most."""
+        """Sum of the scores of the available perception subtasks; at most 2,000."""
         return sum(s.score.value for name, s in self.subtasks.items() if name not in COGNITION)
 
     @property
     def cognition(self) -> float:
-        """Sum of the scores of the subtasks of cognition that there are; 800 at most."""
+        """Sum of the scores of the available cognition subtasks; at most 800."""
         return sum(s.score.value for name, s in self.subtasks.items() if name in COGNITION)
 
     @property
     def levels(self) -> Mapping[str, float]:
-        """Sum of the scores of existence and count (object), color (attribute), position (relation), where they are."""
-        here = {name: level for name, level in HALLUCINATION.items() if name in self.subtasks}
+        """Sum of the available scores of existence and count (object), color (attribute), position (relation)."""
+        level_of = {name: level for name, level in HALLUCINATION.items() if name in self.subtasks}
         return {
-            level: sum(self.subtasks[name].score.value for name, of in here.items() if of == level)
+            level: sum(self.subtasks[name].score.value for name, its_level in level_of.items() if its_level == level)
             for level in LEVELS
-            if level in here.values()
+            if level in level_of.values()
         }
 
     def frame(self) -> pd.DataFrame:
-        """Return one row a subtask: ``n``, ``unparsed``, and each figure with ``<figure>_low`` and ``<figure>_high``."""
+        """Return one row per subtask: ``n``, ``unparsed``, and each figure with ``<figure>_low`` and ``<figure>_high``."""
         import pandas as pd
 
         rows = []
@@ -85,46 +85,46 @@ class MmeScores:
 
 
 def score(answers: BehaviorResult) -> MmeScores:
-    """Score answers to MME questions, as `concepts.loaders.mme` asks them: the kind of a question is its subtask.
+    """Score answers to MME questions, as loaded by `concepts.loaders.mme`: the kind of a question is its subtask.
 
     Raises
     ------
     DataError
-        For other questions, and for an image that has not just two of them.
+        For other questions, and for an image without exactly two questions.
     """
-    return _scores({name: _by_image(name, part) for name, part in _by_subtask(answers.answers).items()})
+    return _scores({name: _pair_by_image(name, part) for name, part in _split_by_subtask(answers.answers).items()})
 
 
 def score_files(answers: Path | str, parser: str = "mme") -> MmeScores:
-    r"""Score answer files that were made anywhere; neither model nor images are needed.
+    r"""Score answer files from any source; neither model nor images are needed.
 
-    As in the release, two consecutive lines are the two questions of an image; two lines about unlike images are
-    refused here. The parser ``mme`` is the rule of the release, with the slips that `behavior.parsing.mme` lists.
+    As in the release, two consecutive lines are the two questions about an image; here, consecutive lines about different
+    images are an error. The parser ``mme`` is the rule of the release, with the errors that `behavior.parsing.mme` lists.
 
     Parameters
     ----------
     answers
-        A file of one subtask, or a folder of them: lines ``image \t question \t true answer \t response``, the file
-        named like the subtask. This is the layout of the benchmark's own evaluation; tabs and line breaks of a response
-        must have been written as spaces.
+        A file of one subtask, or a folder of such files: lines ``image \t question \t true answer \t response`` in a file
+        named after the subtask. This is the layout of the benchmark's own evaluation; tabs and line breaks in a response
+        must be replaced by spaces.
     parser
-        How answers are read, one of `behavior.parsing.PARSERS`.
+        Name of the parser of answers, one of `behavior.parsing.PARSERS`.
 
     Raises
     ------
     DataError
-        Naming file and line: other columns, an unknown subtask, a true answer that is neither yes nor no; two
-        consecutive lines that are about unlike images, and a last line without another.
+        Names the file and line: for other columns, an unknown subtask, a true answer that is neither yes nor no, two
+        consecutive lines about different images, or an odd number of lines.
     ConfigError
         For an unknown parser.
     """
-    rule = named_parser(parser)
+    parse = named_parser(parser)
     subtasks: dict[str, list[tuple[Answer, Answer]]] = {}
     for subtask, file in subtask_files(Path(answers)).items():
         rows: list[Answer] = []
         places: list[str] = []
         for number, record in enumerate(read_table(file, ("image", "question", "answer", "response")), 1):
-            truth, given = answer_of(record), rule(record.values["response"])
+            true_answer, parsed = answer_of(record), parse(record.values["response"])
             places.append(record.where)
             rows.append(
                 Answer(
@@ -134,74 +134,77 @@ def score_files(answers: Path | str, parser: str = "mme") -> MmeScores:
                     level=LEVEL_OF.get(subtask, "object"),
                     kind=subtask,
                     question=record.text("question"),
-                    answer=truth,
+                    answer=true_answer,
                     candidates=("yes", "no"),
-                    given=given,
-                    correct=given == truth,
+                    given=parsed,
+                    correct=parsed == true_answer,
                     text=record.values["response"],
                 )
             )
         if rows:
-            subtasks[subtask] = _by_line(subtask, rows, places)
+            subtasks[subtask] = _pair_lines(subtask, rows, places)
     return _scores(subtasks)
 
 
-def _by_line(subtask: str, rows: list[Answer], places: list[str]) -> list[tuple[Answer, Answer]]:
+def _pair_lines(subtask: str, rows: list[Answer], places: list[str]) -> list[tuple[Answer, Answer]]:
     """Pair consecutive lines, as the release does."""
     if len(rows) % 2:
         msg = (
-            f"subtask '{subtask}', image '{rows[-1].group}': 1 questions, but MME asks two of each image, line by line"
+            f"subtask '{subtask}', image '{rows[-1].group}': 1 questions, but MME asks two questions per image, in "
+            "consecutive lines"
         )
         raise DataError(msg)
     for first, second, place in zip(rows[::2], rows[1::2], places[1::2], strict=True):
         if first.group != second.group:
             msg = (
-                f"{place}: image '{second.group}', but the line before is about '{first.group}'; the release takes two "
-                "consecutive lines as the questions of one image: write them so"
+                f"{place}: image '{second.group}', but the previous line is about '{first.group}'; put the two questions "
+                "about an image in consecutive lines, as in the release"
             )
             raise DataError(msg)
     return list(zip(rows[::2], rows[1::2], strict=True))
 
 
-def _by_subtask(rows: Iterable[Answer]) -> dict[str, list[Answer]]:
+def _split_by_subtask(rows: Iterable[Answer]) -> dict[str, list[Answer]]:
     subtasks: dict[str, list[Answer]] = {}
     for row in rows:
         if row.kind not in LEVEL_OF and row.kind not in COGNITION:
-            msg = f"question '{row.id}' is of kind '{row.kind}', which is no subtask of MME"
+            msg = f"question '{row.id}' is of kind '{row.kind}', which is not a subtask of MME"
             raise DataError(msg)
         subtasks.setdefault(row.kind, []).append(row)
     return subtasks
 
 
-def _by_image(subtask: str, rows: Iterable[Answer]) -> list[tuple[Answer, Answer]]:
-    """Pair the questions of an image, in whatever order they are."""
+def _pair_by_image(subtask: str, rows: Iterable[Answer]) -> list[tuple[Answer, Answer]]:
+    """Pair the questions about each image, in any order."""
     images: dict[str, list[Answer]] = {}
     for row in rows:
         images.setdefault(row.group, []).append(row)
-    for image, both in images.items():
-        if len(both) != 2:
-            msg = f"subtask '{subtask}', image '{image}': {len(both)} questions, but MME asks two of each image"
+    for image, questions in images.items():
+        if len(questions) != 2:
+            msg = f"subtask '{subtask}', image '{image}': {len(questions)} questions, but MME asks two questions per image"
             raise DataError(msg)
     return [(first, second) for first, second in images.values()]
 
 
 def _scores(subtasks: Mapping[str, list[tuple[Answer, Answer]]]) -> MmeScores:
     if not subtasks:
-        msg = "there are no answers to score"
+        msg = "no answers to score"
         raise DataError(msg)
     return MmeScores({name: _subtask(pairs) for name, pairs in subtasks.items()})
 
 
 def _subtask(pairs: Sequence[tuple[Answer, Answer]]) -> SubtaskScores:
     rows = [row for pair in pairs for row in pair]
-    right = [(bool(first.correct), bool(second.correct)) for first, second in pairs]
+    correct = [(bool(first.correct), bool(second.correct)) for first, second in pairs]
     groups = [first.group for first, _ in pairs]
-    # 100 (acc + acc+) is a mean over pairs of half the right answers and of both being right, which 0 to 200 scales.
-    whole = estimate([(sum(both) / 2 + all(both)) / 2 for both in right], groups)
+    # 100 (acc + acc+) is 200 times the mean over images of (share of correct answers + both correct) / 2.
+    mean_score = estimate([(sum(both) / 2 + all(both)) / 2 for both in correct], groups)
     return SubtaskScores(
         n=len(rows),
         accuracy=estimate([bool(r.correct) for r in rows], [r.group for r in rows]),
-        accuracy_plus=estimate([all(both) for both in right], groups),
-        score=Estimate(200 * whole.value, 200 * whole.low, 200 * whole.high, whole.n, whole.few_groups),
+        accuracy_plus=estimate([all(both) for both in correct], groups),
+        score=Estimate(
+            200 * mean_score.value, 200 * mean_score.low, 200 * mean_score.high, mean_score.n, mean_score.few_groups
+        ),
         unparsed=sum(r.given is None for r in rows),
     )

@@ -1,4 +1,4 @@
-"""From what a model wrote to the answer it gave: named rules, because released scorers differ, and figures with them."""
+"""Parse generated text into answers with named rules, because released scorers differ and change the figures."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from concepts.schema import ConceptDataset
 
 Parser = Callable[[str], str | None]
-"""From a text to ``yes``, ``no``, or None where it is neither."""
+"""Function from a text to ``yes``, ``no``, or None if it is neither."""
 
 YES_NO = frozenset({"yes", "no"})
 _YES = re.compile(r"\byes\b", re.IGNORECASE)
@@ -21,23 +21,23 @@ _VLMEVALKIT_MARKS = ';/[]"{}()=+\\_-><@`,?!'
 
 
 def pope_release(text: str) -> str:
-    """Read a text as POPE's released evaluation does (RUCAIBox/POPE, ``evaluate.py``).
+    """Parse a text as POPE's released evaluation does (RUCAIBox/POPE, ``evaluate.py``).
 
-    Of the text before the first full stop, without its commas: ``no`` if one of the words, split at single spaces, is
-    ``No``, ``not`` or ``no``, else ``yes``.
+    Take the text before the first period and remove commas: ``no`` if one of the words, split at single spaces, is
+    ``No``, ``not`` or ``no``, otherwise ``yes``.
 
-    Slips of the release, kept here: an empty answer, "I cannot tell", "NO", "No!", "**No**" and "None" all count as
-    yes; a line break does not end a word. `yes_no` is the same rule without them.
+    Errors of the release, reproduced here: an empty answer, "I cannot tell", "NO", "No!", "**No**" and "None" all count
+    as yes; a line break does not end a word. `yes_no` returns None for texts that do not contain yes.
     """
     words = text.split(".")[0].replace(",", "").split(" ")
     return "no" if {"No", "not", "no"} & set(words) else "yes"
 
 
 def yes_no(text: str) -> str | None:
-    """Read a text as `pope_release` does, but only where it says yes or no.
+    """Parse a text as `pope_release` does, but require an explicit yes.
 
-    ``no`` where the released rule says no; ``yes`` where it says yes and the word yes, in any case, is before the first
-    full stop; else None: the text is empty, a refusal or something else.
+    ``no`` if the released rule returns no; ``yes`` if it returns yes and the word yes, ignoring case, is before the first
+    period; otherwise None: the text is empty, a refusal or something else.
     """
     if pope_release(text) == "no":
         return "no"
@@ -45,11 +45,12 @@ def yes_no(text: str) -> str | None:
 
 
 def mme(text: str) -> str | None:
-    """Read a text as MME's released evaluation does (BradyFU/Awesome-Multimodal-Large-Language-Models).
+    """Parse a text as MME's released evaluation does (BradyFU/Awesome-Multimodal-Large-Language-Models).
 
-    The first of ``yes`` and ``no`` that is contained in the first four characters of the lower-cased text; else None.
+    ``yes`` if the first four characters of the lower-cased text contain it, otherwise ``no`` if they contain that,
+    otherwise None.
 
-    Slips of the release, kept here: blanks at the start count as characters ("  Yes" is neither), and "know" or
+    Errors of the release, reproduced here: leading spaces count as characters ("  Yes" is neither), and "know" or
     "nothing" is no.
     """
     start = text.lower()[:4]
@@ -59,34 +60,35 @@ def mme(text: str) -> str | None:
 def amber_release(text: str) -> str | None:
     """Accept exactly ``Yes`` or ``No``, as AMBER's released evaluation does; None for every other text.
 
-    Source: junyangwang0410/AMBER, ``inference.py``. Slip of the release, kept here: "yes", "No." and "Yes, it is" are
-    neither, and wrong.
+    Source: junyangwang0410/AMBER, ``inference.py``. Error of the release, reproduced here: "yes", "No." and "Yes, it is"
+    are neither, and therefore wrong.
     """
     return text.lower() if text in {"Yes", "No"} else None
 
 
 def strict(text: str) -> str | None:
-    """Accept a text that is ``yes`` or ``no``, in any case, with at most one full stop after it; None for all others."""
+    """Accept ``yes`` or ``no``, ignoring case, with at most one period after it; None for every other text."""
     plain = text.strip().lower().removesuffix(".")
     return plain if plain in YES_NO else None
 
 
 def lmms_eval(text: str) -> str | None:
-    """Accept ``yes`` or ``no`` in any case with blanks around it, as lmms-eval does for POPE; None for all others."""
+    """Accept ``yes`` or ``no``, ignoring case and surrounding spaces, as lmms-eval does for POPE; None for other texts."""
     plain = text.lower().strip()
     return plain if plain in YES_NO else None
 
 
 def vlmevalkit(text: str) -> str | None:
-    r"""Read a text as VLMEvalKit does for yes-no questions (open-compass/VLMEvalKit, ``YOrN_Extraction``).
+    r"""Parse a text as VLMEvalKit does for yes-no questions (open-compass/VLMEvalKit, ``YOrN_Extraction``).
 
-    Of the lower-cased text, each mark of ``; / [ ] " { } ( ) = + \ _ - > < @ ` , ? !`` is deleted if the text has it
-    next to a space anywhere, or has a comma between digits anywhere, and else becomes a space; then full stops with no
-    digit on either side are deleted, the first 32 of them. The answer is the one of ``yes`` and ``no`` that is among
-    the words; None for both or neither.
+    In the lower-cased text, each mark of ``; / [ ] " { } ( ) = + \ _ - > < @ ` , ? !`` is deleted if the text contains it
+    next to a space anywhere, or a comma between digits anywhere; otherwise it becomes a space. Then the first 32 periods
+    without a digit on either side are deleted. The answer is ``yes`` or ``no``, whichever is among the words; None for
+    both or neither.
 
-    Slips of the release, kept here: ``*``, ``:`` and single quotes stay, so "**Yes**" is neither; a mark that has a
-    space anywhere joins words elsewhere ("yes,or no, who knows" has the word "yesor"); only 32 full stops are deleted.
+    Errors of the release, reproduced here: ``*``, ``:`` and single quotes remain, so "**Yes**" is neither; a mark next to
+    a space in one place joins words in other places ("yes,or no, who knows" has the word "yesor"); only 32 periods are
+    deleted.
     """
     lower = text.lower()
     digits = re.search(r"\d,\d", lower) is not None
@@ -110,50 +112,50 @@ PARSERS: Mapping[str, Parser] = MappingProxyType(
         "vlmevalkit": vlmevalkit,
     }
 )
-"""Name to rule for answers to yes-no questions."""
+"""Rules for answers to yes-no questions, by name."""
 DEFAULT_PARSER = "yes_no"
 BENCHMARK_PARSERS: Mapping[str, str] = MappingProxyType({"mme": "mme", "amber": "amber_release"})
-"""Loader of a dataset to the rule of its release, where that is the default."""
+"""Loader of a dataset to the parser of its release, if that is the default."""
 
 
 def named_parser(name: str) -> Parser:
     """Return a rule by name; raises `ConfigError` for an unknown name."""
     if name not in PARSERS:
-        msg = f"no parser '{name}': there are {', '.join(PARSERS)}"
+        msg = f"unknown parser '{name}'; choose from {', '.join(PARSERS)}"
         raise ConfigError(msg)
     return PARSERS[name]
 
 
 def parser_for(data: ConceptDataset, name: str | None = None) -> str:
-    """Return the name of the rule for a dataset: `name` where it is not None, else that of the benchmark.
+    """Return the parser name for a dataset: `name` if it is not None, otherwise that of the benchmark.
 
-    The benchmark is the loader in the dataset's provenance: MME and AMBER have the rules of their releases, all other
-    data `DEFAULT_PARSER`.
+    The benchmark is the loader in the dataset's provenance: MME and AMBER use the parsers of their releases, all other
+    datasets use `DEFAULT_PARSER`.
 
     Raises
     ------
     ConfigError
         For an unknown name.
     """
-    chosen = BENCHMARK_PARSERS.get(str(data.provenance.get("loader")), DEFAULT_PARSER) if name is None else name
-    named_parser(chosen)
-    return chosen
+    parser = BENCHMARK_PARSERS.get(str(data.provenance.get("loader")), DEFAULT_PARSER) if name is None else name
+    named_parser(parser)
+    return parser
 
 
 def read_answer(text: str, candidates: Sequence[str], rule: Parser) -> str | None:
-    """Return the candidate that a text gives, or None where it gives none.
+    """Return the candidate that a text contains, or None if it contains no candidate or several.
 
     Parameters
     ----------
     text
-        What the model wrote.
+        Text that the model generated.
     candidates
-        The possible answers. Yes-no questions are read by `rule`; for all others the answer is the only candidate that
-        the text contains as whole words, in any case.
+        The possible answers. Yes-no questions are parsed by `rule`; for all others the answer is the only candidate that
+        the text contains as whole words, ignoring case.
     rule
         One of `PARSERS`.
     """
     if set(candidates) == YES_NO:
         return rule(text)
-    found = [c for c in candidates if re.search(rf"(?<!\w){re.escape(c)}(?!\w)", text, re.IGNORECASE)]
-    return found[0] if len(found) == 1 else None
+    matches = [c for c in candidates if re.search(rf"(?<!\w){re.escape(c)}(?!\w)", text, re.IGNORECASE)]
+    return matches[0] if len(matches) == 1 else None

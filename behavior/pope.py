@@ -1,4 +1,4 @@
-"""POPE: does the model say that things are in the image which are not? (Li et al. 2023, arXiv 2305.10355)."""
+"""POPE: does the model claim that absent objects are in the image? (Li et al. 2023, arXiv 2305.10355)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from concepts.schema import ConceptDataset
 from groundscope.core.errors import ConfigError, DataError
 from groundscope.core.files import write_whole
 
-# `import behavior` imports this module, so numpy and what needs it wait until something is asked or scored.
+# `import behavior` imports this module, so numpy and modules that need it are imported in the functions.
 if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
@@ -32,7 +32,7 @@ Question = Mapping[str, str | int]
 
 @dataclass(frozen=True)
 class PopeResult:
-    """Scores by split, and the answers they come from."""
+    """Scores by split, and the answers they are computed from."""
 
     splits: Mapping[str, PopeScores]
     answers: BehaviorResult
@@ -41,7 +41,7 @@ class PopeResult:
         object.__setattr__(self, "splits", MappingProxyType(dict(self.splits)))
 
     def frame(self) -> pd.DataFrame:
-        """Return one row a split: ``n``, ``unparsed``, and each figure with ``<figure>_low`` and ``<figure>_high``."""
+        """Return one row per split: ``n``, ``unparsed``, and each figure with ``<figure>_low`` and ``<figure>_high``."""
         import pandas as pd
 
         rows = []
@@ -66,25 +66,24 @@ def pope(
 ) -> PopeResult:
     """Ask a model the existence questions of a dataset and score its answers by split.
 
-    By default the answer is read from the logit margin between yes and no, which needs no parser; `generate` lets the
-    model write, as the benchmark's release does, and `parser` says how that is read (``pope_release`` as the release
-    does; by default as `behavior.answer`). The other parameters and the
-    errors are those of `behavior.answer`.
+    By default the answer is the candidate with the higher logit, yes or no, which needs no parser. With `generate` the
+    model writes its answers, as in the benchmark's release, and `parser` parses them (``pope_release`` as in the release;
+    the default is that of `behavior.answer`). The other parameters and errors are those of `behavior.answer`.
 
     Raises
     ------
     DataError
-        Where the dataset has no yes-no question of kind ``existence``.
+        If the dataset has no yes-no question of kind ``existence``.
     """
     from behavior.answering import answer
 
-    asked = data.filter(lambda e: e.kind == "existence" and {"yes", "no"} == set(e.candidates))
-    if not len(asked):
-        msg = f"dataset '{data.name}' has no yes-no questions of kind 'existence': POPE asks only those"
+    existence = data.filter(lambda e: e.kind == "existence" and {"yes", "no"} == set(e.candidates))
+    if not len(existence):
+        msg = f"dataset '{data.name}' has no yes-no questions of kind 'existence', which POPE requires"
         raise DataError(msg)
     answers = answer(
         model,
-        asked,
+        existence,
         batch_size,
         generate=generate,
         parser=parser,
@@ -96,7 +95,7 @@ def pope(
 
 
 def score_result(answers: BehaviorResult) -> PopeScores:
-    """Score answers to yes-no questions that were already read."""
+    """Score answers to yes-no questions that are already parsed."""
     rows = answers.answers
     parser = str(answers.provenance.get("parser"))
     released = parser == "pope_release"
@@ -110,19 +109,19 @@ def score(
     parser: str = DEFAULT_PARSER,
     groups: Sequence[str] | None = None,
 ) -> PopeScores:
-    """Score answers that were made anywhere; no model is needed.
+    """Score answers from any source; no model is needed.
 
     Parameters
     ----------
     answers
-        The texts that answer the questions.
+        Texts that answer the questions.
     labels
-        ``yes`` or ``no``: the truth of each.
+        ``yes`` or ``no``: the true answer to each question.
     parser
-        How answers are read, one of `behavior.parsing.PARSERS`. By default a text that says neither yes nor no is
-        unparsed and wrong; ``pope_release`` takes it for yes, as the release does.
+        Name of the parser of answers, one of `behavior.parsing.PARSERS`. By default a text that says neither yes nor no
+        is unparsed and wrong; ``pope_release`` counts it as yes, as the release does.
     groups
-        The image of each question, for the intervals; without them each question counts as an image of its own.
+        The image of each question, for the intervals; by default each question counts as a separate image.
 
     Raises
     ------
@@ -133,15 +132,15 @@ def score(
     """
     rule = named_parser(parser)
     if not len(answers) == len(labels) == len(labels if groups is None else groups):
-        given = "" if groups is None else f" and {len(groups)} groups"
-        msg = f"{len(answers)} answers for {len(labels)} labels{given}: each question needs one of each"
+        and_groups = "" if groups is None else f" and {len(groups)} groups"
+        msg = f"{len(answers)} answers for {len(labels)} labels{and_groups}; the lengths must be equal"
         raise DataError(msg)
     if not answers:
-        msg = "there are no answers to score"
+        msg = "no answers to score"
         raise DataError(msg)
     for number, label in enumerate(labels):
         if label not in {"yes", "no"}:
-            msg = f"label {number} is '{label}', neither 'yes' nor 'no'"
+            msg = f"label {number} is '{label}'; it must be 'yes' or 'no'"
             raise DataError(msg)
     for number, text in enumerate(answers):
         if not isinstance(text, str):
@@ -162,21 +161,21 @@ def score_files(
     answer_field: str | None = None,
     id_field: str | None = None,
 ) -> PopeScores:
-    """Score an answer file that was made anywhere against a question file; neither model nor images are needed.
+    """Score an answer file from any source against a question file; neither model nor images are needed.
 
     Parameters
     ----------
     questions
-        A question file in a layout that `concepts.loaders.pope` reads. Where its ``category`` names several splits, the
-        figures are over all lines, and by split in ``splits``; a row of several splits counts in each, and as often
-        over all, as in VLMEvalKit.
+        A question file in a layout that `concepts.loaders.pope` reads. If its ``category`` names several splits, the
+        figures are over all lines, and by split in ``splits``; a row in several splits counts once for each, in ``splits``
+        and over all, as in VLMEvalKit.
     answers
-        An answer file as for `behavior.answer_files.read_answers`, joined by id: ``<split>/<id>``, or the id alone, with
-        the record's ``category`` where ids occur in several splits. Without ids, the answers are in the order of the
-        questions, as in the benchmark's own evaluation. An answer that has its question must have the same one.
+        An answer file as for `behavior.answer_files.read_answers`, matched by id: ``<split>/<id>``, or the id alone, with
+        the record's ``category`` if ids occur in several splits. Without ids, the answers must be in the order of the
+        questions, as in the benchmark's own evaluation. If an answer also records its question, it must match.
     parser
-        How answers are read, one of `behavior.parsing.PARSERS`. By default a text that says neither yes nor no is
-        unparsed and wrong; ``pope_release`` takes it for yes, as the release does.
+        Name of the parser of answers, one of `behavior.parsing.PARSERS`. By default a text that says neither yes nor no
+        is unparsed and wrong; ``pope_release`` counts it as yes, as the release does.
     labels
         Label files for questions without labels, as for `concepts.loaders.pope`.
     answer_field, id_field
@@ -185,7 +184,7 @@ def score_files(
     Raises
     ------
     DataError
-        Naming file and record, where a file cannot be read, can be read in two ways, or they do not belong together.
+        Names the file and record: if a file cannot be read, has two possible readings, or the files do not match.
     ConfigError
         For an unknown parser.
     """
@@ -202,50 +201,50 @@ def score_files(
     return replace(part(), splits={split: part(split) for split in splits} if len(splits) > 1 else {})
 
 
-# -- making questions ------------------------------------------------------------------------------------------------
+# -- building questions ----------------------------------------------------------------------------------------------
 
 
 def build(
     images: Mapping[str, Sequence[str]], seed: int = 0, per_image: int = 3, n_images: int | None = None
 ) -> dict[str, tuple[Question, ...]]:
-    """Make POPE's three splits from what is in each image, by the rule of its release (RUCAIBox/POPE, ``utils.py``).
+    """Build POPE's three splits from the objects in each image, by the rule of its release (RUCAIBox/POPE, ``utils.py``).
 
-    Of images with at least `per_image` different objects, the first `per_image` are asked about (yes), and after each
-    comes an object that is neither in the image, under its own name or a synonym (`concepts.nouns.Present`), nor was asked
-    about it before (no). A plural is asked with "Are there":
+    For each image with at least `per_image` different objects, ask about the first `per_image` objects (answer yes). After
+    each, ask about an object that is not in the image, neither by its name nor by a synonym (`concepts.nouns.Present`),
+    and not yet asked about for this image (answer no). Plural nouns are asked with "Are there". The absent object is:
 
     ``random``
-        any object of the sampled images, all equally likely;
+        any object of the sampled images, with equal probability;
     ``popular``
-        the one in most of the sampled images;
+        the object in most of the sampled images;
     ``adversarial``
-        the one that most often shares a sampled image with the object just asked about.
+        the object that most often occurs in the same sampled image as the preceding object.
 
-    Equal counts are decided by which was met first, in the order of images and of their objects. Where popular or
-    adversarial find none, it is drawn as in ``random``.
+    Ties are resolved by first occurrence, in the order of images and their objects. If popular or adversarial has no
+    remaining object, it is drawn as in ``random``.
 
     Parameters
     ----------
     images
-        Image path to its objects, in the order they are to be asked about; one named twice counts once.
+        Image path to its objects, in the order of the questions; duplicates count once.
     seed
-        Decides which images are sampled and what ``random`` draws.
+        Seed of the image sample and of ``random``.
     per_image
-        How many pairs of questions an image gets.
+        Number of question pairs per image.
     n_images
-        How many images to sample; all that have enough objects by default.
+        Number of images to sample; by default all with enough objects.
 
     Returns
     -------
     dict
-        For each split its questions as a POPE file has them, ``question_id`` counted from 1.
+        Split to its questions in POPE's file layout, with ``question_id`` counted from 1.
 
     Raises
     ------
     ConfigError
         For fewer than 1 question or image.
     DataError
-        Where there are not enough images, an object has no name, or nothing is left that could be asked about.
+        If there are not enough images, an object has no name, or no absent object remains to ask about.
     """
     import numpy as np
 
@@ -257,22 +256,22 @@ def build(
         if not all(noun.strip() for noun in objects):
             msg = f"image '{name}' has an object without a name"
             raise DataError(msg)
-    able = [name for name, objects in distinct.items() if len(objects) >= per_image]
-    wanted = len(able) if n_images is None else n_images
-    if not able or wanted > len(able):
-        msg = f"{wanted or 1} images with at least {per_image} different objects are needed, there are {len(able)}"
+    eligible = [name for name, objects in distinct.items() if len(objects) >= per_image]
+    n_sampled = len(eligible) if n_images is None else n_images
+    if not eligible or n_sampled > len(eligible):
+        msg = f"{n_sampled or 1} images with at least {per_image} different objects are needed, but only {len(eligible)} qualify"
         raise DataError(msg)
     rng = np.random.Generator(np.random.PCG64(seed))
-    drawn = range(len(able)) if n_images is None else rng.choice(len(able), size=wanted, replace=False)
-    sampled = {able[int(i)]: distinct[able[int(i)]] for i in drawn}
+    indices = range(len(eligible)) if n_images is None else rng.choice(len(eligible), size=n_sampled, replace=False)
+    sampled = {eligible[int(i)]: distinct[eligible[int(i)]] for i in indices}
     frequency = Counter(noun for objects in sampled.values() for noun in objects)
-    together: dict[str, Counter[str]] = {noun: Counter() for noun in frequency}
+    co_occurrence: dict[str, Counter[str]] = {noun: Counter() for noun in frequency}
     for objects in sampled.values():
         for noun in objects:
-            together[noun].update(other for other in objects if other != noun)
-    # `most_common` keeps the order in which equal ones were met.
+            co_occurrence[noun].update(other for other in objects if other != noun)
+    # `most_common` orders equal counts by first occurrence.
     popular = [noun for noun, _ in frequency.most_common()]
-    partners = {noun: [other for other, _ in counts.most_common()] for noun, counts in together.items()}
+    partners = {noun: [other for other, _ in counts.most_common()] for noun, counts in co_occurrence.items()}
     orders: dict[str, Callable[[str], list[str]]] = {
         "random": lambda _: [],
         "popular": lambda _: popular,
@@ -286,28 +285,28 @@ def build(
 def questions_about(
     data: ConceptDataset, seed: int = 0, per_image: int = 3, n_images: int | None = None
 ) -> ConceptDataset:
-    """Make POPE's three splits about the images of a dataset, from the objects that its examples have.
+    """Build POPE's three splits for the images of a dataset, from the objects of its examples.
 
-    Any annotated data will do: scenes, and what `concepts.loaders` reads of COCO, GQA, Visual Genome or CLEVR. The
-    parameters and errors are those of `build`; an image is a group of `data`, its objects in their order.
+    Works with any annotated dataset: scenes, or COCO, GQA, Visual Genome and CLEVR from `concepts.loaders`. The parameters
+    and errors are those of `build`; each group of `data` is an image, with its objects in their order.
 
     Returns
     -------
     ConceptDataset
-        Existence questions of the splits ``random``, ``popular`` and ``adversarial``, as a file of `write_questions`
-        would give them, with the objects and boxes of `data`.
+        Existence questions of the splits ``random``, ``popular`` and ``adversarial``, as loaded from a file of
+        `write_questions`, with the objects and boxes of `data`.
     """
     from concepts.nouns import asked_noun
 
     first = {e.group: e for e in reversed(data.examples)}
-    shown = {name: first[name] for name in dict.fromkeys(e.group for e in data)}
-    built = build({name: [o.noun for o in e.objects] for name, e in shown.items()}, seed, per_image, n_images)
+    example_of = {name: first[name] for name in dict.fromkeys(e.group for e in data)}
+    built = build({name: [o.noun for o in e.objects] for name, e in example_of.items()}, seed, per_image, n_images)
     examples = []
     for split, records in built.items():
         for record in records:
-            example, text = shown[str(record["image"])], str(record["text"])
+            example, text = example_of[str(record["image"])], str(record["text"])
             noun = asked_noun(text) or ""
-            truth = record["label"] == "yes"
+            present = record["label"] == "yes"
             examples.append(
                 replace(
                     example,
@@ -318,19 +317,25 @@ def questions_about(
                     level="object",
                     kind="existence",
                     split=split,
-                    labels={"object:named": truth, f"object:{noun}": truth},
+                    labels={"object:named": present, f"object:{noun}": present},
                     subject=next((o.id for o in example.objects if o.noun == noun), None),
                     prior_answer=None,
                 )
             )
-    made = {"maker": "behavior.pope", "seed": seed, "per_image": per_image, "n_images": n_images, "of": data.digest}
-    return ConceptDataset(f"pope-{data.name}", tuple(examples), made)
+    provenance = {
+        "maker": "behavior.pope",
+        "seed": seed,
+        "per_image": per_image,
+        "n_images": n_images,
+        "of": data.digest,
+    }
+    return ConceptDataset(f"pope-{data.name}", tuple(examples), provenance)
 
 
 def _questions(
     sampled: Mapping[str, Sequence[str]],
-    known: Sequence[str],
-    order: Callable[[str], list[str]],
+    nouns: Sequence[str],
+    candidates_for: Callable[[str], list[str]],
     per_image: int,
     rng: np.random.Generator,
 ) -> Iterable[Question]:
@@ -338,20 +343,24 @@ def _questions(
 
     number = 0
     for image, objects in sampled.items():
-        present, denied = Present(objects), set[str]()
+        present, asked_absent = Present(objects), set[str]()
         for positive in objects[:per_image]:
-            free_first = (noun for noun in order(positive) if not present.includes(noun) and thing(noun) not in denied)
-            negative = next(free_first, None)
+            free_in_order = (
+                noun
+                for noun in candidates_for(positive)
+                if not present.includes(noun) and thing(noun) not in asked_absent
+            )
+            negative = next(free_in_order, None)
             if negative is None:
-                free = [noun for noun in known if not present.includes(noun) and thing(noun) not in denied]
+                free = [noun for noun in nouns if not present.includes(noun) and thing(noun) not in asked_absent]
                 if not free:
                     msg = (
-                        f"image '{image}': none of the {len(known)} objects is left that is not in it or already asked "
-                        "about; give more images, or ask for fewer questions an image"
+                        f"image '{image}': each of the {len(nouns)} objects is in the image or already asked about; "
+                        "give more images, or lower per_image"
                     )
                     raise DataError(msg)
                 negative = free[int(rng.integers(len(free)))]
-            denied.add(thing(negative))
+            asked_absent.add(thing(negative))
             for noun, label in ((positive, "yes"), (negative, "no")):
                 number += 1
                 text = existence_question(noun)
@@ -359,7 +368,7 @@ def _questions(
 
 
 def write_questions(path: Path | str, records: Iterable[Question]) -> None:
-    """Write questions in POPE's file layout, a JSON object a line; `concepts.loaders.pope` reads it."""
+    """Write questions in POPE's file layout, one JSON object per line, which `concepts.loaders.pope` reads."""
     lines = [json.dumps(dict(record), ensure_ascii=False) + "\n" for record in records]
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""A POPE question file and an answer file that was made anywhere, joined."""
+"""Join a POPE question file with an answer file from any source."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from groundscope.core.errors import DataError
 
 @dataclass(frozen=True)
 class AnsweredQuestion:
-    """One question of one split, with the text that answers it."""
+    """One question of one split, with the text of its answer."""
 
     split: str
     text: str
@@ -30,18 +30,18 @@ def join_answers(
     answer_field: str | None,
     id_field: str | None,
 ) -> list[AnsweredQuestion]:
-    """Return the questions of a file in order, each once for each of its splits, with their answers.
+    """Return the questions of a file in order, once for each of their splits, with their answers.
 
     Parameters and errors are those of `behavior.pope.score_files`.
     """
     records = list(pope_questions(questions, labels))
     if not records:
-        msg = f"{questions}: there is no question in it"
+        msg = f"{questions}: the file contains no questions"
         raise DataError(msg)
-    shared = Counter(record.id for record in records)
-    asked = [
+    count_of_id = Counter(record.id for record in records)
+    questions_to_match = [
         AskedQuestion(
-            record.id if shared[record.id] == 1 else f"{record.splits[0]}/{record.id}",
+            record.id if count_of_id[record.id] == 1 else f"{record.splits[0]}/{record.id}",
             (record.id,),
             record.splits if record.splits != ("neutral",) else (),
             record.text,
@@ -49,9 +49,9 @@ def join_answers(
         )
         for record in records
     ]
-    matches = match_answers(read_answers(answers, answer_field, id_field=id_field), asked, answers)
+    matches = match_answers(read_answers(answers, answer_field, id_field=id_field), questions_to_match, answers)
     return [
         AnsweredQuestion(split, matches[question.id].text, record.answer, record.images[0])
-        for question, record in zip(asked, records, strict=True)
+        for question, record in zip(questions_to_match, records, strict=True)
         for split in record.splits
     ]

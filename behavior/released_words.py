@@ -1,7 +1,7 @@
-"""How the released CHAIR scorer reads the objects of a caption, slips included.
+"""Extract the objects of a caption exactly as the released CHAIR scorer does, errors included.
 
-LisaAnne/Hallucination, ``utils/chair.py``: the words of NLTK, each made singular by ``pattern.en.singularize``, pairs of
-words joined, the rest looked up in the list of synonyms. `singularize` applies the rules that pattern.en publishes
+LisaAnne/Hallucination, ``utils/chair.py``: tokenize with NLTK, singularize each word with ``pattern.en.singularize``, join
+word pairs, and look up the result in the synonym list. `singularize` applies the rules that pattern.en publishes
 (clips/pattern, ``pattern/text/en/inflect.py``, BSD; after the inflector of Bermi Ferrer Martinez).
 """
 
@@ -24,14 +24,14 @@ _UNCHANGED = tuple(
     advice bread butter cheese electricity equipment fruit furniture garbage gravel happiness information ketchup knowledge
     love luggage mathematics mayonnaise meat mustard progress research rice sand software understanding water""".split()
 )
-"""Words without a plural; so is every word that one of them ends with."""
+"""Words without a plural form; every suffix of these words is treated the same way."""
 _ENDS_IN_IE = tuple(
     f"{word}s"
     for word in """alergie auntie beanie birdie bogie bombie collie cookie cutie doggie eyrie freebie goonie groupie hankie
     hippie hoagie hottie indie junkie laddie laramie lingerie meanie newbie nightie oldie pixie quickie reverie rookie softie
     sortie stoolie sweetie techie toughie valkyrie veggie weenie yuppie zombie""".split()
 )
-"""Plurals that stay as they are: the rule that should cut their s returns the word itself."""
+"""Plurals that are returned unchanged: the release's rule for them returns the word itself instead of removing the s."""
 _IRREGULAR = tuple(
     tuple(pair.split(":"))
     for pair in """atlantes:atlas atlases:atlas axes:axe beeves:beef brethren:brother children:child corpora:corpus
@@ -40,7 +40,7 @@ _IRREGULAR = tuple(
     numena:numen occipita:occiput octopodes:octopus opera:opus opuses:opus our:my oxen:ox penes:penis penises:penis
     people:person sexes:sex soliloquies:soliloquy teeth:tooth testes:testis trilbys:trilby turves:turf zoa:zoon""".split()
 )
-"""Endings and what takes their place; the first that fits."""
+"""Plural endings and their replacements; the first match is used."""
 _RULES = tuple(
     (re.compile(pattern), ending)
     for pattern, ending in (
@@ -80,12 +80,12 @@ _RULES = tuple(
         (r"s$", ""),
     )
 )
-"""Patterns and replacements; the first that fits."""
+"""Patterns and replacements; the first match is used."""
 
 
 @lru_cache(maxsize=1 << 16)
 def singularize(word: str) -> str:
-    """Return what pattern.en makes of a word in lower case, right or wrong: "men" is "man", but "bus" is "bu"."""
+    """Return pattern.en's singular of a lower-case word, correct or not: "men" becomes "man", but "bus" becomes "bu"."""
     parts = word.split("-")
     if len(parts) > 1 and parts[1] in _PREPOSITIONS:
         return "-".join([singularize(parts[0]), *parts[1:]])
@@ -103,17 +103,17 @@ def singularize(word: str) -> str:
 
 
 def released_objects(text: str, lexicon: Mapping[str, str], phrases: Mapping[str, str] | None) -> tuple[str, ...]:
-    """Return the objects that a caption names, in order, as often as it names them.
+    """Return the objects that a caption names, in order, with repetitions.
 
     Parameters
     ----------
     text
         A caption.
     lexicon
-        Entry to object; entries are compared as they are written with words in lower case.
+        Entry to object; lower-case words are compared with the entries, which are not normalized.
     phrases
-        Pairs of words to the words they count as; no other pair counts, and "seat" does not where "toilet" does. Without
-        phrases (which the release always has) an entry of several words counts wherever it occurs.
+        Word pair to the word it counts as; no other pair is joined, and "seat" is ignored in captions with "toilet".
+        Without phrases (which the release always uses), entries of several words are matched wherever they occur.
     """
     words = [singularize(word) for word in words_of(text)]
     if phrases is None:

@@ -1,4 +1,4 @@
-"""What a model answered, question by question, and the rates that follow from it."""
+"""A model's answers, question by question, and rates computed from them."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 FORMAT, VERSION = "groundscope.behavior", 2
 _LAST_WITHOUT_DIGEST = 1
 BY = ("split", "level", "kind", "group", "question", "answer")
-"""Columns that a table of rates may be split by."""
+"""Columns that a table of rates can be split by."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One question with what the model answered."""
+    """One question with the model's answer."""
 
     id: str
     group: str
@@ -41,40 +41,41 @@ class Answer:
     answer: str
     """The true answer."""
     candidates: tuple[str, ...]
-    """The answers it could choose from; empty for free text."""
+    """Possible answers; empty for free text."""
     given: str | None
-    """The candidate it chose; None for free text, and where what it wrote is none of them."""
+    """The candidate that the model chose; None for free text, and if its text matches no candidate."""
     correct: bool | None
-    """Whether that is the true answer; None for free text, which has no single one."""
+    """Whether the model chose the true answer; None for free text, which has no single true answer."""
     margin: float | None = None
-    """Log-score of the true answer minus that of the best other candidate, in nats; None where it was not read."""
+    """Log-score of the true answer minus that of the best other candidate, in nats; None if not measured."""
     probabilities: tuple[float, ...] = ()
-    """Probability that the answer begins as each candidate does; what is missing to 1 goes to other words."""
+    """Probability that the answer begins like each candidate; the remainder to 1 belongs to other words."""
     prior_answer: str | None = None
-    """What the world's prior would say without looking."""
+    """The most likely answer without the image, by the dataset's prior."""
     text: str | None = None
-    """What it wrote, where it was let to write."""
+    """The text that the model generated, if it generated any."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What the answers took."""
+    """Computational cost of the answers."""
 
     seconds: float | None
-    """Wall time from the first encoding to the last answer; None for answers made elsewhere, unless they tell, and for
-    those that shared their forwards with other conditions."""
+    """Wall time from the first encoding to the last answer; None for answers from a file without times, and for answers
+    that shared forward passes with other conditions."""
     forwards: int | None
-    """Forward passes of a batch; a generated token is one. None where the seconds are."""
+    """Number of forward passes of batches; each generated token is one. None for answers from a file, and for answers
+    that shared forward passes with other conditions."""
     answers: int
 
     @property
     def seconds_per_answer(self) -> float | None:
-        """Wall time of an answer in seconds; None where it is not known."""
+        """Wall time per answer in seconds; None if unknown."""
         return None if self.seconds is None else self.seconds / self.answers
 
     @property
     def forwards_per_answer(self) -> float | None:
-        """Forward passes of an answer, below 1 where a batch answers several; None where they are not known."""
+        """Forward passes per answer, below 1 if a batch answers several questions; None if unknown."""
         return None if self.forwards is None else self.forwards / self.answers
 
 
@@ -104,31 +105,31 @@ RATES: Mapping[str, Callable[[Answer], bool | None]] = MappingProxyType(
         "wrong_by_prior": _wrong_by_prior,
     }
 )
-"""Name of a rate to what an answer adds to it: True, False, or None where it does not count."""
+"""Rate to its function of an answer: True, False, or None for an answer that is excluded."""
 
 
 def rate_of(name: str) -> Callable[[Answer], bool | None]:
-    """Return an entry of `RATES`; raises `ConfigError` for one that there is not."""
+    """Return an entry of `RATES`; raises `ConfigError` for an unknown name."""
     if name not in RATES:
-        msg = f"no rate '{name}': there are {', '.join(RATES)}"
+        msg = f"unknown rate '{name}'; choose from {', '.join(RATES)}"
         raise ConfigError(msg)
     return RATES[name]
 
 
 @dataclass(frozen=True)
 class BehaviorResult:
-    """The answers to a dataset, in its order.
+    """The answers to a dataset's questions, in the dataset's order.
 
     Raises
     ------
     DataError
-        Where two answers have the same id.
+        If two answers have the same id.
     """
 
     answers: tuple[Answer, ...]
     cost: Cost
     provenance: Mapping[str, Any] = field(default_factory=dict)
-    """Model and its hashes, digest of the data, and how it was asked."""
+    """Model and its hashes, digest of the data, and settings such as batch size and parser."""
 
     def __post_init__(self) -> None:
         if len({a.id for a in self.answers}) < len(self.answers):
@@ -141,20 +142,20 @@ class BehaviorResult:
 
     @property
     def unparsed(self) -> int:
-        """How many answers to questions with candidates are none of them; they count as wrong."""
+        """Number of answers that match none of their question's candidates; they count as wrong."""
         return sum(a.given is None and bool(a.candidates) for a in self.answers)
 
     def where(self, **values: object) -> BehaviorResult:
-        """Return the answers whose fields equal the given values, e.g. ``where(split="conflict")``; same cost."""
+        """Return the answers whose fields equal `values`, e.g. ``where(split="conflict")``; the cost is unchanged."""
         unknown = set(values) - {f.name for f in fields(Answer)}
         if unknown:
-            msg = f"answers have no field '{min(unknown)}': there are {', '.join(f.name for f in fields(Answer))}"
+            msg = f"unknown field '{min(unknown)}' of answers; choose from {', '.join(f.name for f in fields(Answer))}"
             raise ConfigError(msg)
-        kept = tuple(a for a in self.answers if all(getattr(a, key) == value for key, value in values.items()))
-        return BehaviorResult(kept, self.cost, self.provenance)
+        matching = tuple(a for a in self.answers if all(getattr(a, key) == value for key, value in values.items()))
+        return BehaviorResult(matching, self.cost, self.provenance)
 
     def frame(self) -> pd.DataFrame:
-        """Return one row an answer."""
+        """Return one row per answer."""
         import pandas as pd
 
         return pd.DataFrame([asdict(a) for a in self.answers], columns=[f.name for f in fields(Answer)])
@@ -164,26 +165,26 @@ class BehaviorResult:
     def rate(self, name: str) -> Estimate:
         """Return one of `RATES` over all answers it applies to, with its 95 % interval clustered by group.
 
-        See `groundscope.core.statistics.estimate` for the interval; it has a width even where all are right.
+        See `groundscope.core.statistics.estimate` for the interval; its width is positive even if all answers are correct.
         """
         value = rate_of(name)
         counted = [(bool(v), a.group) for a in self.answers if (v := value(a)) is not None]
         return estimate([v for v, _ in counted], [g for _, g in counted])
 
     def rates(self, name: str, by: str | Sequence[str] | None = None) -> pd.DataFrame:
-        """Return one of `RATES` as a table: a row a value of `by`, columns ``n``, the rate's name, ``low``, ``high``.
+        """Return one of `RATES` as a table: one row per value of `by`, columns ``n``, the rate's name, ``low``, ``high``.
 
         Parameters
         ----------
         name
-            Which rate.
+            The rate.
         by
-            One or more of `BY`, in order of first appearance; None for a single row over all.
+            One or more of `BY`; rows are in order of first appearance. None for a single row over all answers.
 
         Raises
         ------
         ConfigError
-            For a rate or column that there is not.
+            For an unknown rate or column.
         """
         import pandas as pd
 
@@ -191,7 +192,7 @@ class BehaviorResult:
         columns = [by] if isinstance(by, str) else list(by or ())
         unknown = [c for c in columns if c not in BY]
         if unknown:
-            msg = f"answers cannot be split by '{unknown[0]}': there are {', '.join(BY)}"
+            msg = f"answers cannot be split by '{unknown[0]}'; choose from {', '.join(BY)}"
             raise ConfigError(msg)
         parts: dict[tuple[str, ...], list[Answer]] = {} if columns else {(): []}
         for row in self.answers:
@@ -199,30 +200,30 @@ class BehaviorResult:
                 parts.setdefault(tuple(getattr(row, c) for c in columns), []).append(row)
         rows = []
         for key, part in parts.items():
-            found = estimate([bool(value(a)) for a in part], [a.group for a in part])
-            rows.append((*key, found.n, found.value, found.low, found.high))
+            share = estimate([bool(value(a)) for a in part], [a.group for a in part])
+            rows.append((*key, share.n, share.value, share.low, share.high))
         return pd.DataFrame(rows, columns=[*columns, "n", name, "low", "high"])
 
     def accuracy(self, by: str | Sequence[str] | None = None) -> pd.DataFrame:
-        """Return the share of right answers among questions with candidates; see `rates`."""
+        """Return the share of correct answers among questions with candidates; see `rates`."""
         return self.rates("accuracy", by)
 
     def yes_ratio(self, by: str | Sequence[str] | None = None) -> pd.DataFrame:
-        """Return the share of yes among the *given* answers to yes-no questions, whatever is true; see `rates`."""
+        """Return the share of yes among the model's answers to yes-no questions, correct or not; see `rates`."""
         return self.rates("yes_ratio", by)
 
     def false_positive_rate(self, by: str | Sequence[str] | None = None) -> pd.DataFrame:
-        """Return how often it said yes where the truth is no; see `rates`."""
+        """Return the share of yes among the model's answers where the true answer is no; see `rates`."""
         return self.rates("false_positive_rate", by)
 
     def wrong_by_prior(self, by: str | Sequence[str] | None = None) -> pd.DataFrame:
-        """Return how often it was wrong with just the prior's answer, on the split ``conflict``; see `rates`."""
+        """Return the share of wrong answers that equal the prior's answer, on the split ``conflict``; see `rates`."""
         return self.rates("wrong_by_prior", by)
 
     # -- files ---------------------------------------------------------------------------------------------------
 
     def save(self, path: Path | str) -> None:
-        """Write everything as one JSON file, an answer a line; the file is whole or not there."""
+        """Write the result atomically as one JSON file, one answer per line."""
         header = {
             "format": FORMAT,
             "version": VERSION,
@@ -239,12 +240,12 @@ class BehaviorResult:
 
     @classmethod
     def load(cls, path: Path | str) -> Self:
-        """Read what `save` wrote.
+        """Read a file that `save` wrote.
 
         Raises
         ------
         DataError
-            Naming the file, where it is missing, damaged, something else, or of another version.
+            Names the file: if it is missing, damaged, of another kind, or of an unsupported version.
         """
         try:
             text = read_text(path)
@@ -252,28 +253,28 @@ class BehaviorResult:
             msg = f"answers '{path}' cannot be read: {error.strerror or error}"
             raise DataError(msg) from error
         try:
-            held = parse_json(text)
+            document = parse_json(text)
         except (ValueError, RecursionError) as error:
             msg = f"answers '{path}' are damaged: invalid JSON: {error}"
             raise DataError(msg) from error
-        if not isinstance(held, dict) or held.get("format") != FORMAT:
+        if not isinstance(document, dict) or document.get("format") != FORMAT:
             msg = f"'{path}' does not hold answers saved by BehaviorResult.save"
             raise DataError(msg)
-        version = held.get("version")
+        version = document.get("version")
         if type(version) is not int or not 1 <= version <= VERSION:
-            msg = f"answers '{path}' are of version {version!a}, this release reads up to {VERSION}: answer again"
+            msg = f"answers '{path}' have version {version!a}; this release reads versions 1 to {VERSION}; answer again"
             raise DataError(msg)
-        take_digest(held, str(path), DataError, required=version > _LAST_WITHOUT_DIGEST)
+        take_digest(document, str(path), DataError, required=version > _LAST_WITHOUT_DIGEST)
         for name, kind in (("answers", list), ("cost", dict), ("provenance", dict)):
-            if not isinstance(held.get(name), kind):
+            if not isinstance(document.get(name), kind):
                 what = "a list" if kind is list else "an object"
-                msg = f"answers '{path}' are damaged: '{name}' must be {what}, not {_shown(held.get(name))}"
+                msg = f"answers '{path}' are damaged: '{name}' must be {what}, not {_abbreviate(document.get(name))}"
                 raise DataError(msg)
-        rows = [_fields(values, _ANSWER, f"answer {n}", path) for n, values in enumerate(held["answers"], 1)]
+        rows = [_fields(values, _ANSWER, f"answer {n}", path) for n, values in enumerate(document["answers"], 1)]
         answers = tuple(_answer(row) for row in rows)
-        cost = Cost(**_fields(held["cost"], _COST, "cost", path))
+        cost = Cost(**_fields(document["cost"], _COST, "cost", path))
         try:
-            return cls(answers, cost, held["provenance"])
+            return cls(answers, cost, document["provenance"])
         except DataError as error:
             msg = f"answers '{path}' are damaged: {error}"
             raise DataError(msg) from error
@@ -308,7 +309,7 @@ _ANSWER: Mapping[str, tuple[str, Callable[[object], bool]]] = MappingProxyType(
         "text": _TEXT_OR_NULL,
     }
 )
-"""Field of an answer to what it must hold, in words and as a test."""
+"""Field of an answer to a description of its valid values and a test of a value."""
 _COST: Mapping[str, tuple[str, Callable[[object], bool]]] = MappingProxyType(
     {
         "seconds": ("a number or null", lambda v: v is None or _is_number(v)),
@@ -321,22 +322,22 @@ _COST: Mapping[str, tuple[str, Callable[[object], bool]]] = MappingProxyType(
 def _fields(
     values: Any, rules: Mapping[str, tuple[str, Callable[[object], bool]]], where: str, path: Path | str
 ) -> dict[str, Any]:
-    """Return the fields of a stored object; raises `DataError` for one that is missing, unknown or of a wrong type."""
+    """Return the fields of a stored object; raises `DataError` for a missing or unknown field, or a wrong type."""
     problem = None
     if not isinstance(values, dict):
-        problem = f"must be an object, not {_shown(values)}"
+        problem = f"must be an object, not {_abbreviate(values)}"
     elif missing := [name for name in rules if name not in values]:
         problem = f"has no field '{missing[0]}'"
     elif unknown := [name for name in values if name not in rules]:
         problem = f"has an unknown field '{unknown[0]}'"
     elif wrong := [name for name, (_, good) in rules.items() if not good(values[name])]:
-        problem = f"field '{wrong[0]}' must hold {rules[wrong[0]][0]}, not {_shown(values[wrong[0]])}"
+        problem = f"field '{wrong[0]}' must hold {rules[wrong[0]][0]}, not {_abbreviate(values[wrong[0]])}"
     if problem is not None:
         msg = f"answers '{path}' are damaged: {where}: {problem}"
         raise DataError(msg)
     return values
 
 
-def _shown(value: object) -> str:
+def _abbreviate(value: object) -> str:
     text = json.dumps(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,7 +1,7 @@
-"""Wrong answers by what they are about, how often they come, and how much they matter.
+"""Classify wrong answers by level and kind, with their frequency and severity.
 
-The three levels are those of Shu et al. (arXiv 2501.01346): object, attribute, relation. How often is a rate with its
-interval clustered by image; how much is a weight that the user states: a pedestrian that was missed is not a wrong hue.
+The three levels are those of Shu et al. (arXiv 2501.01346): object, attribute, relation. Frequency is a rate with an
+interval clustered by image; severity is a weight that the user chooses: missing a pedestrian matters more than a wrong hue.
 """
 
 from __future__ import annotations
@@ -23,56 +23,56 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Severity = Mapping[str, float] | Callable[[Answer], float]
-"""Weight from 0 to 1 of a wrong answer: by kind, else by level, else 1; or a function of the answer."""
+"""Weight from 0 to 1 of a wrong answer: by kind, otherwise by level, otherwise 1; or a function of the answer."""
 
 SEVERITY: Mapping[str, float] = MappingProxyType({"object": 1.0, "relation": 0.5, "attribute": 0.25})
-"""The weights by default, an assumption to be stated: say what your application loses by each."""
+"""Default weights, which are an assumption; replace them by what each error costs your application."""
 ALL = "all"
 
 
 @dataclass(frozen=True)
 class Share:
-    """The wrong answers of one level, of one kind in it, or of all."""
+    """Wrong answers of one level, of one kind within a level, or of all questions."""
 
     level: str
     """One of `concepts.schema.LEVELS`, or ``all``."""
     kind: str
-    """Kind of the questions, or ``all`` of the level."""
+    """Kind of the questions, or ``all``."""
     n: int
-    """Questions with candidates."""
+    """Number of questions with candidates."""
     frequency: Estimate
-    """Wrong answers among the questions."""
+    """Share of questions with a wrong answer."""
     severity: Estimate
-    """Mean weight of a wrong answer; NaN where none is wrong."""
+    """Mean weight of a wrong answer; NaN if no answer is wrong."""
     harm: Estimate
-    """Weight of the wrong answers per question: frequency times severity."""
+    """Weight of wrong answers per question: frequency times severity."""
     unparsed: int
-    """Answers that are none of the candidates; they count as wrong."""
+    """Answers that match none of the candidates; they count as wrong."""
 
 
 @dataclass(frozen=True)
 class Taxonomy:
-    """What a system gets wrong, and what its answers cost."""
+    """Frequency, severity and harm of a system's wrong answers, and the cost of its answers."""
 
     shares: tuple[Share, ...]
-    """All, then each level that was asked, each followed by its kinds."""
+    """All questions, then each level of the data followed by its kinds."""
     cost: Cost
     weights: Mapping[str, float]
-    """What was assumed: by ``level/kind`` the mean weight that its answers have where they are wrong."""
+    """The severity used: ``level/kind`` to the mean weight that its answers would have if wrong."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "weights", MappingProxyType(dict(self.weights)))
 
     def get(self, level: str = ALL, kind: str = ALL) -> Share:
-        """Return one share; raises `ConfigError` for one that was not asked."""
+        """Return one share; raises `ConfigError` for a level or kind without questions."""
         for share in self.shares:
             if (share.level, share.kind) == (level, kind):
                 return share
-        msg = f"no questions of {level}/{kind}: there are {', '.join(f'{s.level}/{s.kind}' for s in self.shares)}"
+        msg = f"no questions of {level}/{kind}; choose from {', '.join(f'{s.level}/{s.kind}' for s in self.shares)}"
         raise ConfigError(msg)
 
     def frame(self) -> pd.DataFrame:
-        """Return one row a share: each figure with ``<figure>_low`` and ``<figure>_high``, and the cost of an answer."""
+        """Return one row per share: each figure with ``<figure>_low`` and ``<figure>_high``, and the cost per answer."""
         import pandas as pd
 
         rows = []
@@ -96,97 +96,101 @@ class Taxonomy:
 
 @dataclass(frozen=True)
 class Change:
-    """How the wrong answers of a level differ between two systems on the same questions."""
+    """Difference in one level's wrong answers between two systems on the same questions."""
 
     level: str
     accuracy: Comparison
-    """Right answers, with the exact McNemar test and an interval of the difference."""
+    """Shares of correct answers, with an exact test and an interval of the difference."""
     harm: Estimate
-    """Second minus first of the weight of wrong answers per question, paired, interval clustered by image."""
+    """Paired difference (second minus first) of the weight of wrong answers per question, interval clustered by image."""
 
 
 def tabulate(answers: BehaviorResult, severity: Severity = SEVERITY) -> Taxonomy:
-    """Sort the wrong answers of a system by level and kind.
+    """Tabulate the wrong answers of a system by level and kind.
 
     Parameters
     ----------
     answers
-        Answers with candidates; free text has no right answer and is passed over.
+        Answers to questions with candidates; free text has no single true answer and is ignored.
     severity
-        Weights.
+        Weights of wrong answers.
 
     Raises
     ------
     DataError
-        Where no question has candidates.
+        If no question has candidates.
     ConfigError
         For a weight that is not between 0 and 1.
     """
-    weigh = _weigher(severity)
+    weigh = _weight_function(severity)
     rows = [a for a in answers.answers if a.correct is not None]
     if not rows:
-        msg = "no question has candidates: there is no right or wrong to sort"
+        msg = "no question has candidates, so no answer is correct or wrong; give questions with candidates"
         raise DataError(msg)
     shares = [_share(ALL, ALL, rows, weigh)]
     for level in LEVELS:
-        part = [a for a in rows if a.level == level]
-        if part:
-            kinds = dict.fromkeys(a.kind for a in part)
-            shares.append(_share(level, ALL, part, weigh))
-            shares += [_share(level, kind, [a for a in part if a.kind == kind], weigh) for kind in kinds]
-    held: dict[str, list[float]] = {}
+        level_rows = [a for a in rows if a.level == level]
+        if level_rows:
+            kinds = dict.fromkeys(a.kind for a in level_rows)
+            shares.append(_share(level, ALL, level_rows, weigh))
+            shares += [_share(level, kind, [a for a in level_rows if a.kind == kind], weigh) for kind in kinds]
+    weights_of_kind: dict[str, list[float]] = {}
     for row in rows:
-        held.setdefault(f"{row.level}/{row.kind}", []).append(weigh(row))
-    return Taxonomy(tuple(shares), answers.cost, {name: float(np.mean(values)) for name, values in held.items()})
+        weights_of_kind.setdefault(f"{row.level}/{row.kind}", []).append(weigh(row))
+    return Taxonomy(
+        tuple(shares), answers.cost, {name: float(np.mean(values)) for name, values in weights_of_kind.items()}
+    )
 
 
 def compare_systems(
     first: BehaviorResult, second: BehaviorResult, severity: Severity = SEVERITY, *, n: int = 1000, seed: int = 0
 ) -> tuple[Change, ...]:
-    """Compare the wrong answers of two systems to the same questions: over all, then for each level that was asked.
+    """Compare two systems' wrong answers to the same questions: over all questions, then for each level of the data.
 
     Parameters
     ----------
     first, second
         Answers to the same questions, in any order.
     severity
-        Weights; the same for both systems.
+        Weights of wrong answers; the same for both systems.
     n, seed
-        Not used since intervals have a formula; accepted so that calls stay as they are.
+        Ignored: the intervals have a closed form. Accepted for compatibility.
 
     Raises
     ------
     DataError
-        Where the questions are not the same, or none has candidates.
+        If the questions differ, or no question has candidates.
     ConfigError
         For a weight that is not between 0 and 1.
     """
     del n, seed
-    weigh = _weigher(severity)
-    found: list[Change] = []
+    weigh = _weight_function(severity)
+    differences: list[Change] = []
     for level in (ALL, *LEVELS):
         before, after = (r if level == ALL else r.where(level=level) for r in (first, second))
         pairs = [(a, b) for a, b in same_questions(before, after) if a.correct is not None and b.correct is not None]
         if not pairs and level != ALL:
             continue
         accuracy = compare(before, after)
-        moved = np.array([weigh(b) * (not b.correct) - weigh(a) * (not a.correct) for a, b in pairs], dtype=np.float64)
-        found.append(Change(level, accuracy, change_estimate(moved, [a.group for a, _ in pairs])))
-    return tuple(found)
+        harm_change = np.array(
+            [weigh(b) * (not b.correct) - weigh(a) * (not a.correct) for a, b in pairs], dtype=np.float64
+        )
+        differences.append(Change(level, accuracy, change_estimate(harm_change, [a.group for a, _ in pairs])))
+    return tuple(differences)
 
 
 def changes_frame(changes: tuple[Change, ...]) -> pd.DataFrame:
-    """Return one row a level of a comparison."""
+    """Return one row per level of a comparison."""
     import pandas as pd
 
     rows = []
     for change in changes:
-        held = asdict(change.accuracy)
-        difference = held.pop("difference")
+        accuracy = asdict(change.accuracy)
+        difference = accuracy.pop("difference")
         rows.append(
             {
                 "level": change.level,
-                **held,
+                **accuracy,
                 **{f"difference_{key}": value for key, value in difference.items()},
                 "harm": change.harm.value,
                 "harm_low": change.harm.low,
@@ -196,11 +200,11 @@ def changes_frame(changes: tuple[Change, ...]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _weigher(severity: Severity) -> Callable[[Answer], float]:
+def _weight_function(severity: Severity) -> Callable[[Answer], float]:
     def weigh(row: Answer) -> float:
         weight = severity(row) if callable(severity) else severity.get(row.kind, severity.get(row.level, 1.0))
-        if not 0 <= weight <= 1:  # a NaN is not either
-            msg = f"severity of question '{row.id}' ({row.level}, {row.kind}) is {weight}: give a weight from 0 to 1"
+        if not 0 <= weight <= 1:  # also refuses NaN
+            msg = f"severity of question '{row.id}' ({row.level}, {row.kind}) is {weight}; give a weight from 0 to 1"
             raise ConfigError(msg)
         return float(weight)
 

@@ -17,7 +17,7 @@ from concepts.icons import NOUNS
 from concepts.schema import ConceptDataset, CounterfactualPair
 from lvlm import Head, Lvlm
 from mitigation import SteeringVector, combined, derive
-from mitigation.steering.controls import shuffled, swapped
+from mitigation.steering.controls import shuffle_mask, swap_sides
 from mitigation.steering.derive import Demonstration
 from mitigation.steering.placement import Key, site_of
 
@@ -98,7 +98,7 @@ def right_and_wrong(world: World, shuffle: int | None) -> tuple[np.ndarray, np.n
     asked = world.frame["split"].isin(MISLEADING).to_numpy()
     right = asked & world.frame["correct"].to_numpy(dtype=bool)
     groups = world.frame["group"].tolist()
-    right = right if shuffle is None else shuffled(right, shuffle, asked, groups=groups)
+    right = right if shuffle is None else shuffle_mask(right, shuffle, asked, groups=groups)
     return right, asked & ~right
 
 
@@ -107,7 +107,7 @@ def yes_and_no(world: World, shuffle: int | None) -> tuple[np.ndarray, np.ndarra
     answers = world.frame["answer"].to_numpy()
     asked = (answers == "yes") | (answers == "no")
     groups = world.frame["group"].tolist()
-    yes = answers == "yes" if shuffle is None else shuffled(answers == "yes", shuffle, asked, groups=groups)
+    yes = answers == "yes" if shuffle is None else shuffle_mask(answers == "yes", shuffle, asked, groups=groups)
     return yes, asked & ~yes
 
 
@@ -154,7 +154,7 @@ def methods(world: World) -> dict[str, Method]:
     def paired(
         derivation: Callable[..., SteeringVector], pairs: list[CounterfactualPair]
     ) -> Callable[..., SteeringVector]:
-        return lambda where, s: derivation(w.model, pairs if s is None else swapped(pairs, s), **where)
+        return lambda where, s: derivation(w.model, pairs if s is None else swap_sides(pairs, s), **where)
 
     def tried(make: Callable[..., SteeringVector], strengths: Sequence[float], where: str = "heads") -> Method:
         # Derived everywhere at once: reading activations is most of what it takes.
@@ -167,7 +167,7 @@ def methods(world: World) -> dict[str, Method]:
         return Method({n: lambda s, key=key: only(whole(s), [key]) for n, key in places.items()}, strengths)
 
     def ict(pairs: Sequence[list[CounterfactualPair]], shuffle: int | None) -> SteeringVector:
-        sides = [p if shuffle is None else swapped(p, shuffle) for p in pairs]
+        sides = [p if shuffle is None else swap_sides(p, shuffle) for p in pairs]
         return combined([derive.ict(w.model, side, top=len(w.heads), strength=1.0) for side in sides])
 
     blank, changed = w.blank(), w.changed()

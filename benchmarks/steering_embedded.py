@@ -47,7 +47,7 @@ from groundscope.core.errors import DataError, PatchError, SiteError
 from groundscope.core.statistics import Estimate, cluster_bootstrap, ratio
 from lvlm import Lvlm, load_lvlm
 from mitigation import SteeringVector
-from mitigation.steering.controls import matched, moved
+from mitigation.steering.controls import match_displacement, move_to_heads
 
 RESULTS = Path(__file__).parent / "results" / "steering_embedded.json"
 WORK = Path("runs") / "benchmark-steering"
@@ -153,10 +153,10 @@ def controls_of(
     make_one = method.places[place] if method.labels else None
     makers = {
         "random direction": lambda seed: vector.randomised(seed),
-        "shuffled labels": lambda seed: matched(make_one(seed), vector, w.store) if make_one else None,
-        "moved to other heads": lambda seed: moved(vector, w.others(seed), w.store),
+        "shuffled labels": lambda seed: match_displacement(make_one(seed), vector, w.store) if make_one else None,
+        "moved to other heads": lambda seed: move_to_heads(vector, w.others(seed), w.store),
         "derived at other heads": lambda seed: (
-            matched(method.elsewhere(seed), vector, w.store) if method.elsewhere else None
+            match_displacement(method.elsewhere(seed), vector, w.store) if method.elsewhere else None
         ),
     }
     found: dict[str, list[SteeringVector]] = {}

@@ -1,4 +1,4 @@
-"""What the site needs beside its pages: the README as first page, and files outside `docs` named rather than linked."""
+"""Hooks of the documentation site: show the README as first page, and replace links to files outside `docs` by their paths."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ LINK = re.compile(r"(!?)\[([^\]]*)\]\((?!https?:|#)([^)\s]+)\)")
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Rewrite the links of a page that hold in the repository, so that they hold in the site."""
+    """Rewrite a page's links, which are valid in the repository, so that they are valid in the site."""
     source = PurePosixPath("README.md") if page.file.src_uri == "index.md" else PurePosixPath("docs", page.file.src_uri)
     if source.name == "README.md":
         markdown = (ROOT / source).read_text(encoding="utf-8")
 
-    def rewrite(found: re.Match[str]) -> str:
-        mark, label, target = found.groups()
+    def rewrite(match: re.Match[str]) -> str:
+        mark, label, target = match.groups()
         path, _, anchor = target.partition("#")
         parts: list[str] = []
         for part in (source.parent / path).parts:
@@ -26,7 +26,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
             else:
                 parts.append(part)
         if parts[:1] != ["docs"]:
-            # Not part of the site: say where it is instead.
+            # The file is not in the site: show its path instead.
             return f"{label} (`{'/'.join(parts)}`)"
         depth = len(PurePosixPath(page.file.src_uri).parent.parts)
         inside = "/".join([*[".."] * depth, *parts[1:]])

@@ -1,4 +1,4 @@
-"""What corrects a wrong answer: steering vectors, where they come from, and files that other code loads."""
+"""Correct wrong answers: derive steering vectors, apply them, and export them to files that other code loads."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""Public names of `mitigation`, each with the module that it comes from."""
+"""Public names of `mitigation`, each with its module."""
 
 from .steering import derive, export
 from .steering.placement import ProbeGate

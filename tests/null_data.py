@@ -1,4 +1,4 @@
-"""Made-up data whose truth is known: stores in which labels mean nothing, and groups of rows that agree."""
+"""DerivationSpec-up data whose truth is known: stores in which labels mean nothing, and groups of rows that agree."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ TWO_READINGS: dict[str, tuple[list[dict[str, Any]], str, str]] = {
     "a caption and an answer": (rows(caption="A dog.", answer=WRONG), "'answer'.*'caption'", "answer"),
     "a question table": (
         rows(question=QUESTIONS, answer=WRONG, image="a.png"),
-        "'answer'.*may be what the model wrote, or the true answer.*'image'",
+        "'answer'.*may be the model's answer, or the true answer.*'image'",
         "answer",
     ),
     "a table with categories": (
@@ -76,7 +76,7 @@ TWO_READINGS: dict[str, tuple[list[dict[str, Any]], str, str]] = {
     ),
     "a question file": (
         rows(image="a.png", text=WRONG, label=LABELS),
-        "'text'.*may be what the model wrote, or the question of a question file.*'image'",
+        "'text'.*may be the model's answer, or the question of a question file.*'image'",
         "text",
     ),
     "an unknown field": (rows(prediction_of_mine=WRONG), "no field 'answer'", "prediction_of_mine"),
@@ -116,14 +116,16 @@ def test_a_record_with_one_reading_is_read(pope: Path, tmp_path: Path, case: str
 def test_all_answers_are_in_one_field(tmp_path: Path) -> None:
     path = lines(tmp_path / "a.jsonl", {"id": 1, "answer": "Yes"}, {"id": 2, "response": "No"})
     with pytest.raises(
-        DataError, match="line 2: the answer is in field 'response', but in 'answer' in the records before"
+        DataError, match="line 2: the answer is in field 'response', but earlier records have it in 'answer'"
     ):
         read_answers(path)
 
 
 def test_ids_may_be_in_another_field(tmp_path: Path) -> None:
     path = lines(tmp_path / "a.jsonl", {"id": 7, "image_id": 1, "caption": "A dog."})
-    with pytest.raises(DataError, match=r"field 'caption'.*reference of an annotation file, which has 'id' too"):
+    with pytest.raises(
+        DataError, match=r"field 'caption'.*reference of an annotation file, because the record also has 'id'"
+    ):
         read_answers(path)
     (answer,) = read_answers(path, "caption", id_field="image_id")
     assert (answer.id, answer.text) == ("1", "A dog.")
@@ -157,7 +159,8 @@ def test_an_answer_to_another_question_is_refused(pope: Path, tmp_path: Path) ->
     prompts = tuple(f"{q}\nAnswer the question using a single word or phrase." for q in turned)
     path = lines(tmp_path / "a.jsonl", *rows(prompt=prompts, text=WRONG))
     with pytest.raises(
-        DataError, match=r"line 2: the question of id '2' is '.* car in .*' here, but '.* cat in .*another file"
+        DataError,
+        match=r"line 2: the question of id '2' is '.* car in .*' here, but '.* cat in .*another question file",
     ):
         score_files(pope, path)
     ordered = [{"question": q, "answer": a} for q, a in zip(turned, WRONG, strict=True)]
@@ -254,7 +257,7 @@ def test_ids_that_each_split_uses_are_joined_by_the_category(tmp_path: Path) -> 
     by_name = [{"id": f"{r['category']}/{r['question_id']}", "answer": s["filtered_resps"][0]}
                for r, s in zip(records, samples, strict=True)]  # fmt: skip
     assert score_files(table, lines(path, *by_name)) == scores
-    with pytest.raises(DataError, match="line 1: id '1' is that of several questions; give ids like '<split>/<id>'"):
+    with pytest.raises(DataError, match="line 1: id '1' matches several questions; use ids like '<split>/<id>'"):
         score_files(table, lines(path, {"id": 1, "answer": "Yes"}))
 
 
@@ -300,9 +303,7 @@ def test_predictions_of_vlmevalkit_are_read_as_pandas_does(tmp_path: Path) -> No
     scores = score_files(table, results, "vlmevalkit")
     assert figures(scores) == (0.25, 0.25, 2)
     results.write_text(results.read_text().replace("random", "popular", 1))
-    with pytest.raises(
-        DataError, match="line 2: id '0' has the category 'popular', but is that of a question of 'random'"
-    ):
+    with pytest.raises(DataError, match="line 2: id '0' has category 'popular', but its question is in split 'random'"):
         score_files(table, results)
     comma = tmp_path / "model_POPE.csv"
     comma.write_text('index,prediction\n0,Yes\n1,"No, not"\n2,Yes\n3,No\n')
@@ -313,7 +314,7 @@ def test_predictions_of_vlmevalkit_are_read_as_pandas_does(tmp_path: Path) -> No
         ("index,prediction,prediction\n", "line 1: column 'prediction' occurs twice"),
         ('index,prediction\n0,"Yes\n', "line 2: a quote is opened and never closed"),
         ("index,prediction\n,Yes\n", "line 2: field 'question_id' or .* must hold words, not null"),
-        ("index,prediction\n", "there is no answer in it"),
+        ("index,prediction\n", "the file contains no answers"),
     ):
         comma.write_text(text)
         with pytest.raises(DataError, match=r"model_POPE\.csv:.* ?" + words):
@@ -362,7 +363,7 @@ def test_answers_to_a_benchmark_are_read_by_its_rule(tmp_path: Path) -> None:
     assert answers.provenance["parser"] == "mme"
     # Three of four answers are right, and one of two pairs; the leading blanks hide the third.
     assert mme.score(answers).perception == pytest.approx(100 * (3 / 4 + 1 / 2))
-    with pytest.raises(ConfigError, match="no parser 'x'"):
+    with pytest.raises(ConfigError, match="unknown parser 'x'"):
         answered_elsewhere(data, path, "x")
 
 

@@ -177,7 +177,7 @@ def test_what_cannot_be_asked_is_refused_before_the_first_forward(
     for asked, error, words in cases:
         with pytest.raises(error, match=words):
             answer(model, asked)
-    with pytest.raises(ConfigError, match="no parser 'best': there are pope_release, mme, strict"):
+    with pytest.raises(ConfigError, match="unknown parser 'best'; choose from pope_release, mme, strict"):
         answer(model, data, parser="best")
     with pytest.raises(ConfigError, match="batch_size=0"):
         answer(model, data, batch_size=0)
@@ -237,11 +237,11 @@ def test_rates_by_hand(known: BehaviorResult) -> None:
 
 
 def test_unknown_names_are_refused(known: BehaviorResult) -> None:
-    with pytest.raises(ConfigError, match="no rate 'f1': there are accuracy"):
+    with pytest.raises(ConfigError, match="unknown rate 'f1'; choose from accuracy"):
         known.rate("f1")
     with pytest.raises(ConfigError, match="cannot be split by 'color'"):
         known.accuracy(by="color")
-    with pytest.raises(ConfigError, match="no field 'color'"):
+    with pytest.raises(ConfigError, match="unknown field 'color'"):
         known.where(color="red")
     with pytest.raises(DataError, match="same id"):
         BehaviorResult(known.answers[:1] * 2, known.cost)
@@ -278,7 +278,7 @@ def test_damaged_answers_are_refused(tmp_path: Path, known: BehaviorResult) -> N
     cases = {
         "invalid JSON": whole[:-30],
         "does not hold answers": json.dumps([1]),
-        "of version 3": {**held, "version": 3},
+        "have version 3": {**held, "version": 3},
         "are damaged: 'cost'": {k: v for k, v in held.items() if k != "cost"},
         "are damaged: .*color": {**held, "answers": [{**held["answers"][0], "color": 1}]},
         "does not have the digest": json.dumps({**held, "cost": {**held["cost"], "forwards": 12345}}),

@@ -80,9 +80,9 @@ def test_mme_answer_files(tmp_path: Path) -> None:
     (tmp_path / "count.txt").write_text("a.png\tOne?\tyes\n")
     with pytest.raises(DataError, match=r"count\.txt: line 1: 3 columns"):
         mme.score_files(tmp_path)
-    with pytest.raises(DataError, match="kind 'smell', which is no subtask"):
+    with pytest.raises(DataError, match="kind 'smell', which is not a subtask"):
         mme.score(result([row(0, "smell", "yes", "yes")]))
-    with pytest.raises(ConfigError, match="no parser"):
+    with pytest.raises(ConfigError, match="unknown parser"):
         mme.score_files(tmp_path, parser="x")
 
 
@@ -152,7 +152,7 @@ def test_amber_response_files(tmp_path: Path) -> None:
     with_images = amber.score_files(annotations, responses, queries).parts["all"].accuracy
     assert with_images.high - with_images.low > found["all"].accuracy.high - found["all"].accuracy.low
     responses.write_text(json.dumps([{"id": 9, "response": "No"}]))
-    with pytest.raises(DataError, match="id '9' is not that of a question"):
+    with pytest.raises(DataError, match="id '9' matches no question"):
         amber.score_files(annotations, responses)
     responses.write_text(json.dumps([{"id": 1, "response": "A dog."}]))
     with pytest.raises(DataError, match="no answers to yes-no questions"):
@@ -206,7 +206,7 @@ def test_answers_that_are_neither_are_counted(pope: Path, tmp_path: Path) -> Non
 
 
 BAD: dict[str, tuple[list[Any], str]] = {
-    "nothing": ([], "there is no answer in it"),
+    "nothing": ([], "the file contains no answers"),
     "twice": (
         [{"id": 1, "answer": "a"}, {"id": "1", "answer": "b"}],
         "line 2: id '1' was already answered, at .*line 1",
@@ -217,10 +217,10 @@ BAD: dict[str, tuple[list[Any], str]] = {
         "line 1: no field 'answer' or 'text' or 'response' or 'output' or .*'caption'; it has 'id'",
     ),
     "no words": ([{"id": 1, "answer": None}], "must hold text, not None"),
-    "unknown": ([{"id": 7, "answer": "a"}], "line 1: id '7' is not that of a question; ids are"),
+    "unknown": ([{"id": 7, "answer": "a"}], "line 1: id '7' matches no question; ids are"),
     "missing": ([{"id": 1, "answer": "a"}], r"no answer to question '.*2' \(3 of 4 have none\)"),
     "too few": ([{"answer": "a"}], "1 answers without ids for 4 questions"),
-    "both names": ([{"id": 1, "answer": "a"}, {"id": "random/1", "answer": "b"}], "already answered|is not that of"),
+    "both names": ([{"id": 1, "answer": "a"}, {"id": "random/1", "answer": "b"}], "already answered|matches no"),
 }
 
 

@@ -98,7 +98,7 @@ def test_bad_input_is_named() -> None:
         chair({"1": "a", "2": "b"}, {"1": []})
     with pytest.raises(ConfigError, match="unknown variant 'new'; choose from release, paper"):
         chair({"1": "a"}, {"1": []}, variant="new")
-    with pytest.raises(ConfigError, match="'dog' is what a word means and means 'animal' itself"):
+    with pytest.raises(ConfigError, match="a word maps to 'dog', which maps to 'animal'"):
         chair({"1": "a"}, {"1": []}, {"puppy": "dog", "dog": "animal"})
 
 
@@ -131,9 +131,9 @@ def test_synonyms_are_read_as_the_release_writes_them(synonyms: dict[str, str], 
     assert synonyms["air plane"] == "airplane"
     path = tmp_path / "synonyms.txt"
     for text, words in (
-        ("dog, puppy\ncat, puppy\n", r"line 2: 'puppy' already means another object, by line 1"),
-        (", puppy\n", "line 1 begins without the name of an object"),
-        ("\n", "there is no object in it"),
+        ("dog, puppy\ncat, puppy\n", r"line 2: 'puppy' already means another object, in line 1"),
+        (", puppy\n", "line 1 does not begin with the name of an object"),
+        ("\n", "the file contains no objects"),
     ):
         path.write_text(text)
         with pytest.raises(DataError, match=words):
@@ -188,7 +188,7 @@ def test_what_people_wrote_is_in_the_image_too(synonyms: dict[str, str]) -> None
     assert result.captions[0].hallucinated == ("train",)
     assert result.chair_i.value == pytest.approx(1 / 3)
     assert result.recall.value == 1
-    with pytest.raises(DataError, match="caption '7/caption' is not of 'other'"):
+    with pytest.raises(DataError, match="caption '7/caption' is not in dataset 'other'"):
         score_captions(answers, ConceptDataset("other", ()), synonyms)
     with pytest.raises(DataError, match="no captions among the answers"):
         score_captions(BehaviorResult((), Cost(None, None, 0)), data)

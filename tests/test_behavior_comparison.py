@@ -105,14 +105,14 @@ def test_the_order_of_answers_and_other_rates() -> None:
 
 def test_what_cannot_be_compared_is_refused() -> None:
     first = result(np.ones(3))
-    with pytest.raises(DataError, match=r"different questions: 'q2' is in one only \(1 such\)"):
+    with pytest.raises(DataError, match=r"different questions: only one answered 'q2' \(1 such\)"):
         compare(first, result(np.ones(2)))
     changed = (replace(first.answers[0], question="another"), *first.answers[1:])
-    with pytest.raises(DataError, match="question 'q0' is not the same"):
+    with pytest.raises(DataError, match="question 'q0' differs"):
         compare(first, BehaviorResult(changed, first.cost))
     with pytest.raises(DataError, match="'wrong_by_prior' applies to none of the 3"):
         compare(first, first, "wrong_by_prior")
-    with pytest.raises(ConfigError, match="no rate 'f1'"):
+    with pytest.raises(ConfigError, match="unknown rate 'f1'"):
         compare(first, first, "f1")
 
 

@@ -95,12 +95,12 @@ def test_items_of_answers() -> None:
 
 RIGHT = [{"id": i, "rating": 4} for i in "abc"]
 BAD: dict[str, tuple[list[Any], str]] = {
-    "scale": ([{"id": "a", "rating": 7}], r"line 1: field 'rating' is 7, but goes from 0 to 6"),
+    "scale": ([{"id": "a", "rating": 7}], r"line 1: field 'rating' is 7, but must be from 0 to 6"),
     "words": ([{"id": "a", "rating": "six"}], r"line 1: field 'rating' must hold a number, not \"six\""),
     "no field": ([{"id": "a", "score": 1}], "line 1: no field 'rating'; it has 'id', 'score'"),
-    "unknown": ([*RIGHT, {"id": "d", "rating": 1}], "line 4: field 'id': 'd' is not that of a request"),
+    "unknown": ([*RIGHT, {"id": "d", "rating": 1}], "line 4: field 'id': 'd' matches no request"),
     "twice": ([*RIGHT, RIGHT[0]], "line 4: field 'id': 'a' was already judged"),
-    "missing": (RIGHT[:1], r"no verdict on 'b' \(2 of 3 have none"),
+    "missing": (RIGHT[:1], r"no verdict on 'b' \(2 of 3 requests have no verdict"),
     "no verdict": ([{"id": i, "verdict": None} for i in "abc"], "every verdict is null"),
 }
 
@@ -113,14 +113,14 @@ def test_bad_verdicts_are_refused_with_their_place(tmp_path: Path, case: str) ->
 
 
 def test_bad_requests(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no judged benchmark 'x': there are mmhal, llava_bench"):
+    with pytest.raises(ConfigError, match="unknown judged benchmark 'x'; choose from mmhal, llava_bench"):
         judge_files.write_requests(tmp_path / "r", "x", ITEMS)
-    with pytest.raises(DataError, match="item 'a' is there twice"):
+    with pytest.raises(DataError, match="item 'a' occurs twice"):
         judge_files.write_requests(tmp_path / "r", "gavie", [ITEMS[0], ITEMS[0]])
     with pytest.raises(DataError, match="item 'z' has no reference, which the judge of mmhal needs"):
         judge_files.write_requests(tmp_path / "r", "mmhal", [Item("z", "?", "x", image_content="y")])
     more = {"mentioned": 2, "hallucinated": 3, "objects": 1, "covered": 0}
-    with pytest.raises(DataError, match="field 'hallucinated' is 3, more than 'mentioned', 2"):
+    with pytest.raises(DataError, match="field 'hallucinated' is 3, but must not exceed 'mentioned', 2"):
         judge_files.read_verdicts(said(tmp_path, {"id": "a", **more}), asked(tmp_path, "cceval"))
     with pytest.raises(DataError, match="expected requests of one benchmark, found none"):
         judge_files.read_verdicts(said(tmp_path, *RIGHT), said(tmp_path))

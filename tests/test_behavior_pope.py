@@ -148,7 +148,7 @@ def test_scoring_refuses_what_does_not_fit() -> None:
         score([], [])
     with pytest.raises(DataError, match="label 1 is 'ja'"):
         score(["yes", "no"], ["yes", "ja"])
-    with pytest.raises(ConfigError, match="no parser 'x'"):
+    with pytest.raises(ConfigError, match="unknown parser 'x'"):
         score(["yes"], ["yes"], parser="x")
 
 
@@ -286,11 +286,11 @@ def test_wording_and_doubles() -> None:
 
 
 def test_building_refuses_what_cannot_be_asked() -> None:
-    with pytest.raises(DataError, match="3 images with at least 5 different objects are needed, there are 0"):
+    with pytest.raises(DataError, match="3 images with at least 5 different objects are needed, but only 0 qualify"):
         build(IMAGES, per_image=5, n_images=3)
     with pytest.raises(DataError, match="1 images with at least 9"):
         build(IMAGES, per_image=9)
-    with pytest.raises(DataError, match=r"image '1.png': none of the 4 objects is left"):
+    with pytest.raises(DataError, match=r"image '1.png': each of the 4 objects is in the image"):
         build({"1.png": ["a", "b", "c"], "2.png": ["a", "b", "d"]})
     with pytest.raises(DataError, match=r"image '1.png' has an object without a name"):
         build({"1.png": ["a", " ", "c"]})

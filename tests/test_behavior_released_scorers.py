@@ -267,7 +267,7 @@ def test_mme_pairs_are_consecutive_lines(tmp_path: Path) -> None:
     lines = [f"{image}.jpg\t{q}?\t{a}\t{a}\n" for image in "ab" for q, a in (("Dog", "Yes"), ("Cat", "No"))]
     (tmp_path / "existence.txt").write_text("".join(lines[i] for i in (0, 2, 1, 3)))
     with pytest.raises(
-        DataError, match=r"existence\.txt: line 2: image 'b\.jpg', but the line before is about 'a\.jpg'"
+        DataError, match=r"existence\.txt: line 2: image 'b\.jpg', but the previous line is about 'a\.jpg'"
     ):
         mme.score_files(tmp_path)
     # An image may have two pairs.
@@ -348,7 +348,7 @@ def test_llava_bench_reads_a_verdict_of_0(tmp_path: Path) -> None:
     assert math.isnan(zero.figures["relative_score"].value)
     both = judge(tmp_path, "llava_bench", {"reference_rating": 0, "rating": 9}, {"reference_rating": 8, "rating": 3})
     assert both.figures["relative_score"].value == pytest.approx(100 * 12 / 8)
-    with pytest.raises(DataError, match="field 'rating' is 11, but goes from 0 to 10"):
+    with pytest.raises(DataError, match="field 'rating' is 11, but must be from 0 to 10"):
         judge(tmp_path, "llava_bench", {"reference_rating": 8, "rating": 11})
 
 
@@ -359,7 +359,7 @@ def test_cceval_counts_words_between_single_spaces(tmp_path: Path) -> None:
     assert found.figures["coverage"].value == 1
     short = judge(tmp_path, "cceval", {"mentioned": 1, "hallucinated": 0})  # coverage is optional
     assert set(found.figures) - set(short.figures) == {"coverage"}
-    with pytest.raises(DataError, match="line 2: field 'covered' is in some verdicts only"):
+    with pytest.raises(DataError, match="line 2: only some verdicts have the field 'covered'"):
         judge(tmp_path, "cceval", counts, {"mentioned": 1, "hallucinated": 0})
 
 
@@ -367,5 +367,5 @@ def test_the_same_request_twice_is_refused(tmp_path: Path) -> None:
     judge(tmp_path, "mmhal", {"rating": 1})
     requests = tmp_path / "requests.jsonl"
     requests.write_text(requests.read_text() * 2)
-    with pytest.raises(DataError, match="line 2: field 'id': '0' is that of an earlier request"):
+    with pytest.raises(DataError, match="line 2: field 'id': an earlier request already has id '0'"):
         judge_files.read_verdicts(tmp_path / "verdicts.jsonl", requests)

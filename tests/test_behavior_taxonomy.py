@@ -110,12 +110,12 @@ def test_two_systems_by_level() -> None:
 def test_what_cannot_be_weighed_is_refused() -> None:
     for weight in (-0.1, 1.5, math.nan):
         with pytest.raises(
-            ConfigError, match=r"severity of question '\d' \(object, count\) is .*: give a weight from 0 to 1"
+            ConfigError, match=r"severity of question '\d' \(object, count\) is .*; give a weight from 0 to 1"
         ):
             taxonomy.tabulate(result([("existence", True), ("count", False)]), {"count": weight})
     with pytest.raises(DataError, match="no question has candidates"):
         taxonomy.tabulate(BehaviorResult((), Cost(None, None, 0)))
-    with pytest.raises(ConfigError, match="no questions of relation/all: there are all/all, object/all"):
+    with pytest.raises(ConfigError, match="no questions of relation/all; choose from all/all, object/all"):
         taxonomy.tabulate(result([("existence", True)])).get("relation")
     with pytest.raises(DataError, match="different questions"):
         taxonomy.compare_systems(result(ROWS), result(ROWS[:3]))

@@ -19,7 +19,7 @@ from groundscope.core.errors import ConfigError, PatchError
 from lvlm import Head, Site
 from lvlm.model import Batch
 from mitigation import ProbeGate, SteeringVector
-from mitigation.steering.controls import matched, moved, push, shuffled, swapped
+from mitigation.steering.controls import displacement_rms, match_displacement, move_to_heads, shuffle_mask, swap_sides
 from mitigation.steering.placement import Entry, Key
 
 RNG = np.random.default_rng(0)
@@ -189,19 +189,19 @@ def test_controls_push_as_far_at_every_place(made: SteeringVector) -> None:
     control = vector(made.kind, list(OTHERS)) if made is not WHOLE else replace(
         WHOLE, entries={h: Entry(unit(24)) for h in OTHERS}
     )  # fmt: skip
-    for one in (matched(control, made, held), moved(made, OTHERS, held)):
+    for one in (match_displacement(control, made, held), move_to_heads(made, OTHERS, held)):
         for key, own in zip(sorted(OTHERS), made.entries, strict=True):
             assert isinstance(own, Head)
             wanted = rms(pushed(made, own, x[:, own.layer, own.head]))
             assert rms(pushed(one, key, x[:, key.layer, key.head])) == pytest.approx(wanted, rel=1e-3)
-            assert push(made, own, made.entries[own], held, "last") == pytest.approx(wanted, rel=1e-4)
-    assert moved(made, OTHERS, held).heads == tuple(sorted(OTHERS))
+            assert displacement_rms(made, own, made.entries[own], held, "last") == pytest.approx(wanted, rel=1e-4)
+    assert move_to_heads(made, OTHERS, held).heads == tuple(sorted(OTHERS))
 
 
 def test_moved_directions_are_the_same_and_stand_as_far_from_the_mean() -> None:
     made, held = VECTORS["amplified"], store()
     x = held.x[~np.isnan(held.x).any((1, 2, 3))].astype(float)
-    one = moved(made, OTHERS, held)
+    one = move_to_heads(made, OTHERS, held)
     for key, own in zip(sorted(OTHERS), made.entries, strict=True):
         assert isinstance(own, Head)
         a, b = one.entries[key], made.entries[own]
@@ -212,12 +212,12 @@ def test_moved_directions_are_the_same_and_stand_as_far_from_the_mean() -> None:
 
 def test_labels_that_mean_nothing() -> None:
     mask, among = np.arange(40) < 10, np.arange(40) % 2 == 0
-    made = shuffled(mask, 3, among)
+    made = shuffle_mask(mask, 3, among)
     assert made.sum() == 10
     assert (made[~among] == mask[~among]).all()
     assert (made != mask).any()
-    assert (shuffled(mask, 3) != shuffled(mask, 4)).any()
-    turned = swapped(pairs("blank"), 1)
+    assert (shuffle_mask(mask, 3) != shuffle_mask(mask, 4)).any()
+    turned = swap_sides(pairs("blank"), 1)
     same = sum(a.clean is b.clean for a, b in zip(turned, pairs("blank"), strict=True))
     assert same == len(turned) // 2
     assert all(
@@ -227,11 +227,11 @@ def test_labels_that_mean_nothing() -> None:
 
 def test_controls_that_cannot_be_made() -> None:
     held = store()
-    with pytest.raises(PatchError, match="is known for kinds"):
-        matched(VECTORS["residual"], VECTORS["heads"], held)
-    with pytest.raises(PatchError, match="one for each"):
-        matched(vector("add", [Head(0, 0)]), VECTORS["heads"], held)
-    with pytest.raises(PatchError, match="3 different heads are needed"):
-        moved(VECTORS["amplified"], [Head(0, 0)] * 3, held)
-    with pytest.raises(PatchError, match="different heads are needed"):
-        moved(VECTORS["mixed"], OTHERS, held)
+    with pytest.raises(PatchError, match="is defined only for kinds"):
+        match_displacement(VECTORS["residual"], VECTORS["heads"], held)
+    with pytest.raises(PatchError, match="the numbers must be equal"):
+        match_displacement(vector("add", [Head(0, 0)]), VECTORS["heads"], held)
+    with pytest.raises(PatchError, match="different heads"):
+        move_to_heads(VECTORS["amplified"], [Head(0, 0)] * 3, held)
+    with pytest.raises(PatchError, match="different heads"):
+        move_to_heads(VECTORS["mixed"], OTHERS, held)

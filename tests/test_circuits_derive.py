@@ -292,17 +292,17 @@ def of_store(**options: Any) -> Callable[[], SteeringVector]:
 @pytest.mark.parametrize(
     ("make", "error", "said"),
     [
-        (of_store(concept="object:named"), PatchError, "no heads and no layers"),
-        (of_store(heads=[HEAD]), PatchError, "which concept"),
-        (of_store(concept="object:named", positive=np.ones(N, bool), heads=[HEAD]), PatchError, "which concept"),
-        (of_store(concept="object:cat", heads=[HEAD]), SiteError, "there are object:named, attribute:red"),
+        (of_store(concept="object:named"), PatchError, "no heads, layers or sites"),
+        (of_store(heads=[HEAD]), PatchError, "either concept="),
+        (of_store(concept="object:named", positive=np.ones(N, bool), heads=[HEAD]), PatchError, "either concept="),
+        (of_store(concept="object:cat", heads=[HEAD]), SiteError, "choose from object:named, attribute:red"),
         (of_store(concept="object:named", heads=[Head(4, 0)]), SiteError, "L4"),
         (of_store(positive=np.ones(3, bool), heads=[HEAD]), PatchError, rf"boolean \[{N}\]"),
         (of_store(positive=np.ones(N), heads=[HEAD]), PatchError, "boolean"),
         (of_store(positive=np.ones(N, bool), heads=[HEAD]), PatchError, "no examples on one side at L2.H1"),
         (of_store(positive=np.ones(N, bool), negative=np.ones(N, bool), heads=[HEAD]), PatchError, "both"),
         (lambda: derive.concept_subspace(store(), [], heads=[HEAD]), PatchError, "no concepts"),
-        (lambda: derive.discriminant(store(), heads=[HEAD]), PatchError, "either which concept"),
+        (lambda: derive.discriminant(store(), heads=[HEAD]), PatchError, "either concept="),
         (
             lambda: derive.discriminant(store(), positive=np.arange(N) == 50, heads=[HEAD]),
             PatchError,
@@ -315,7 +315,7 @@ def of_store(**options: Any) -> Callable[[], SteeringVector]:
         (lambda: derive.probe_normal([], shared()), PatchError, "at least one"),
         (lambda: derive.probe_normal([direction(), direction()], shared()), SiteError, "two directions at L2.H1"),
         (lambda: derive.probe_normal([direction("vision.L2.z")], shared()), SiteError, "decoder 'z'"),
-        (lambda: derive.probe_normal([direction("decoder.L2.q", 1)], shared()), SiteError, "heads of decoder 'z'"),
+        (lambda: derive.probe_normal([direction("decoder.L2.q", 1)], shared()), SiteError, "a head of decoder 'z'"),
         (lambda: derive.probe_normal([direction(sigma=0)], shared()), PatchError, "sigma"),
     ],
 )
@@ -330,5 +330,5 @@ def test_means_that_coincide_have_no_direction() -> None:
         lambda: derive.mean_difference(flat, "object:named", layers=[2]),
         lambda: derive.concept_subspace(flat, ["object:named"], layers=[2]),
     ):
-        with pytest.raises(PatchError, match="coincide"):
+        with pytest.raises(PatchError, match="are equal"):
             make()

@@ -267,9 +267,9 @@ def test_both_levels_of_ict_are_one_vector() -> None:
     with both.applied(model):
         torch.testing.assert_close(model.logits(inputs), expected, atol=1e-4, rtol=1e-4)
     for wrong in ([], [levels[0], levels[1].at("all")], [levels[0].decaying(0.5)], [replace(levels[0], norm="kept")]):
-        with pytest.raises(PatchError, match="cannot be made one"):
+        with pytest.raises(PatchError, match="cannot be combined"):
             combined(wrong)
-    with pytest.raises(PatchError, match="cancel out"):
+    with pytest.raises(PatchError, match="the vectors cancel"):
         combined([levels[0], levels[0].scaled(-8)])
 
 
@@ -460,23 +460,23 @@ def test_project_away_takes_out_what_points_to_the_word(variant: Any) -> None:
         (
             lambda: derive.paired_pca(shared(), pairs("blank")[:1], layers=[1], variant="release"),
             PatchError,
-            "one and the",
+            "in the same way",
         ),
-        (lambda: derive.lda(misled(1)[0], "object:named"), PatchError, "no heads and no layers"),
-        (lambda: derive.iti(head_store(), "object:named", top=0), PatchError, "at least one head"),
-        (lambda: derive.iti(head_store(), "object:cat"), SiteError, "there are object:named"),
+        (lambda: derive.lda(misled(1)[0], "object:named"), PatchError, "no heads, layers or sites"),
+        (lambda: derive.iti(head_store(), "object:named", top=0), PatchError, "top=0: it must be at least 1"),
+        (lambda: derive.iti(head_store(), "object:cat"), SiteError, "choose from object:named"),
         (lambda: derive.iti(head_store(), "object:named", accuracy={Head(0, 0): 1}), PatchError, r"L0\.H1"),
         (lambda: derive.iti(head_store(), "object:named", folds=1000), PatchError, "cannot be divided"),
         (lambda: derive.ict(shared(), [*pairs("blur"), *pairs("mask")]), PatchError, "each level"),
         (lambda: derive.ict(shared(), pairs("blur")[:1]), PatchError, "cannot be divided"),
-        (lambda: derive.ict(shared(), pairs("blur"), variant="release", slice_width=7), PatchError, "does not divide"),
+        (lambda: derive.ict(shared(), pairs("blur"), variant="release", slice_width=7), PatchError, "must divide"),
         (lambda: derive.vti_text(shared(), []), PatchError, "no demonstrations"),
         (lambda: derive.vti_text(shared(), demonstrations(), layers=[6]), SiteError, "layers 0-5"),
         (lambda: derive.vti_text(shared(), [derive.Demonstration(examples()[0], " ", "red")]), DataError, "empty"),
         (
             lambda: derive.vti_text(shared(), [derive.Demonstration(examples()[0], "red", "red")]),
             PatchError,
-            "the same",
+            "have equal activations",
         ),
         (lambda: derive.vti_vision(shared(), []), PatchError, "0 examples"),
         (lambda: derive.vti_vision(shared(), examples(1), ratio=2), PatchError, "ratio=2"),

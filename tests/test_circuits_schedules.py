@@ -306,11 +306,11 @@ def test_additions_at_one_site_are_one() -> None:
 @pytest.mark.parametrize(
     ("make", "error", "said"),
     [
-        (lambda: made(norm="longer"), ConfigError, "a norm of"),
-        (lambda: made(kind="project", norm="kept"), ConfigError, "norms are for 'add'"),
+        (lambda: made(norm="longer"), ConfigError, "norm from"),
+        (lambda: made(kind="project", norm="kept"), ConfigError, "norm .free. unless the kind is .add."),
         (lambda: made().decaying(0), ConfigError, "decay=0"),
         (lambda: made().decaying(float("nan")), ConfigError, "decay=nan"),
-        (lambda: made().decaying(1.5), ConfigError, r"decay is in \(0, 1\]"),
+        (lambda: made().decaying(1.5), ConfigError, r"decay must be in \(0, 1\]"),
         (lambda: ProbeGate(0, np.zeros(4)), PatchError, "not all 0"),
         (lambda: ProbeGate(0, np.ones(4), float("nan")), PatchError, "bias nan"),
         (lambda: made().gated(ProbeGate(5, np.ones(192))).interventions(), SiteError, "reached no later"),

@@ -198,7 +198,7 @@ def test_strengths() -> None:
 def test_a_vector_for_another_model_is_refused_unless_forced() -> None:
     model = shared()
     foreign = replace(vector(model), config_hash="0" * 64, model="other")
-    with pytest.raises(ModelError, match="made for 'other'"), foreign.applied(model):
+    with pytest.raises(ModelError, match="derived for 'other'"), foreign.applied(model):
         pass
     with foreign.applied(model, force=True):
         assert hooks_of(model) > 0
@@ -275,7 +275,7 @@ def test_what_is_refused() -> None:
     made = vector(shared())
     with pytest.raises(PatchError, match="at least one"):
         replace(made, entries={})
-    with pytest.raises(ConfigError, match="choose a kind"):
+    with pytest.raises(ConfigError, match="choose kind"):
         replace(made, kind="multiply")
     with pytest.raises(ConfigError, match="positions"):
         made.at("first")  # pyright: ignore[reportArgumentType]  # a user's mistake
@@ -286,7 +286,7 @@ def test_what_is_refused() -> None:
             Entry(np.ones(3), sigma)
     with pytest.raises(PatchError, match="finite"):
         Entry(np.array([1.0, np.nan]))
-    with pytest.raises(PatchError, match="as many rows"):
+    with pytest.raises(PatchError, match="the same number of rows"):
         Entry(np.ones(3), reads=np.eye(2, 3), writes=np.eye(3))
 
 
@@ -338,7 +338,7 @@ def test_files_that_are_no_vectors(tmp_path: Path) -> None:
         SteeringVector.load(tmp_path / "other")
     tensors, card = load_file(path), json.loads(path.with_suffix(".json").read_text())
     for name, change, said in (
-        ("newer", {"version": 3}, "version 3"),
+        ("newer", {"version": 4}, "version 4"),
         ("kind", {"kind": "multiply"}, "damaged"),
         ("name", {"entries": {"layers.1.mlp": {"sigma": 1.0}}}, "damaged"),
         ("gap", {"entries": {"layers.5.head.0": {"sigma": 1.0}}}, "damaged"),

@@ -13,7 +13,7 @@ from scipy.stats import binomtest, chisquare
 from concepts.schema import CounterfactualPair, Example
 from groundscope.core.errors import PatchError, ProbeError
 from groundscope.core.permutations import exchange_groups, movable_groups
-from mitigation.steering.controls import shuffled, swapped
+from mitigation.steering.controls import shuffle_mask, swap_sides
 from probes import fit_grid, permutation_test
 from probes.protocol.controls import movable, shuffle_labels
 
@@ -91,18 +91,18 @@ def test_too_few_groups_that_can_move_are_refused() -> None:
 def test_labels_of_a_vectors_control_move_by_group() -> None:
     groups = np.repeat(np.arange(30), 3)
     mask = np.repeat(np.arange(30) % 2 == 0, 3)
-    made = shuffled(mask, 0, groups=groups.tolist())
+    made = shuffle_mask(mask, 0, groups=groups.tolist())
     assert made.sum() == mask.sum()
     assert (made != mask).any()
     by_group = made.reshape(30, 3)
     assert (by_group == by_group[:, :1]).all()  # rows of an image stay alike
     among = np.arange(90) < 60
-    part = shuffled(mask, 0, among, groups=groups.tolist())
+    part = shuffle_mask(mask, 0, among, groups=groups.tolist())
     assert (part[~among] == mask[~among]).all()
     with pytest.raises(
-        PatchError, match="labels cannot be shuffled: 1 of 6 groups can take other labels, 10 are needed"
+        PatchError, match="labels cannot be shuffled: only 1 of 6 groups can take other labels, 10 are needed"
     ):
-        shuffled(np.arange(21) < 11, 0, groups=np.repeat(np.arange(6), np.arange(1, 7)).tolist())
+        shuffle_mask(np.arange(21) < 11, 0, groups=np.repeat(np.arange(6), np.arange(1, 7)).tolist())
 
 
 def test_pairs_of_one_image_are_swapped_together() -> None:
@@ -114,8 +114,8 @@ def test_pairs_of_one_image_are_swapped_together() -> None:
             for a in ("yes", "no")
         ]
         made.append(CounterfactualPair(*sides, kind="object", change="a: b -> c"))
-    turned = [p.clean.answer == "no" for p in swapped(made, 0)]
+    turned = [p.clean.answer == "no" for p in swap_sides(made, 0)]
     assert sum(turned) == 18
     assert {sum(turned[k : k + 3]) for k in range(0, 36, 3)} == {0, 3}
-    few = [p.clean.answer == "no" for p in swapped(made[:9], 0)]
+    few = [p.clean.answer == "no" for p in swap_sides(made[:9], 0)]
     assert sum(few) == 4

@@ -22,7 +22,7 @@ from groundscope.core.errors import ConfigError, DataError, PatchError, ProbeErr
 from groundscope.core.paths import below
 from lvlm import Head
 from mitigation import SteeringVector, derive
-from mitigation.steering.controls import matched, moved, shuffled, swapped
+from mitigation.steering.controls import match_displacement, move_to_heads, shuffle_mask, swap_sides
 
 CONTROLS = ("random direction", "shuffled labels", "moved to other heads", "derived at other heads")
 """What the vector is judged beside, all pushing as far: random directions, the same rule from labels that mean nothing, the
@@ -61,7 +61,7 @@ def _told(context: Context, heads: Sequence[Head], shuffle: int | None) -> Steer
     frame = context.store.frame()
     answers, groups = frame["answer"].to_numpy(), frame["group"].tolist()
     positive, asked = answers == "yes", (answers == "yes") | (answers == "no")
-    positive = positive if shuffle is None else shuffled(positive, shuffle, asked, groups=groups)
+    positive = positive if shuffle is None else shuffle_mask(positive, shuffle, asked, groups=groups)
     return derive.discriminant(
         context.store, positive=positive, negative=asked & ~positive, heads=heads, doubt=context.config.steer.doubt
     )
@@ -72,7 +72,7 @@ def _from_pairs(
 ) -> Callable[[Context, Sequence[Head], int | None], SteeringVector]:
     def make(context: Context, heads: Sequence[Head], shuffle: int | None) -> SteeringVector:
         made = pairs(context)
-        return derivation(context.model, made if shuffle is None else swapped(made, shuffle), heads=heads)
+        return derivation(context.model, made if shuffle is None else swap_sides(made, shuffle), heads=heads)
 
     return make
 
@@ -196,9 +196,9 @@ def _controls(
 
     made = (
         lambda: vector.randomised(0),
-        lambda: matched(make(context, heads, 0).decaying(decay), vector, store),
-        lambda: moved(vector, elsewhere(), store),
-        lambda: matched(make(context, elsewhere(), None).decaying(decay), vector, store),
+        lambda: match_displacement(make(context, heads, 0).decaying(decay), vector, store),
+        lambda: move_to_heads(vector, elsewhere(), store),
+        lambda: match_displacement(make(context, elsewhere(), None).decaying(decay), vector, store),
     )
     return dict(zip(CONTROLS, made, strict=True))
 

@@ -31,6 +31,11 @@ class BoundedCache(Generic[Value]):
     def __len__(self) -> int:
         return len(self._values)
 
+    def __deepcopy__(self, memo: dict[int, object]) -> BoundedCache[Value]:
+        """Return an empty cache of the same limit: values are computed again, and a lock cannot be copied."""
+        del memo
+        return BoundedCache(self._limit, self._size)
+
     def get(self, key: Hashable, make: Callable[[], Value]) -> Value:
         """Return the value of a key; `make` computes it where it is not stored."""
         with self._lock:

@@ -1,4 +1,4 @@
-"""Steering vectors: derive, apply, export. `mitigation` has the public names."""
+"""Derive, apply and export steering vectors. `mitigation` exports the public names."""
 
 import lazy_loader
 

@@ -1,9 +1,9 @@
-"""The native format: a safetensors file, and beside it the same card as readable JSON.
+"""The native format: a safetensors file with metadata in its header, and the same metadata as a JSON file.
 
 Tensors are named ``layers.{l}.head.{h}`` ``[head_dim]`` and ``layers.{l}.residual`` ``[D]``; an amplification may add
 ``….reads`` and ``….writes`` ``[k, d]``; other sites are named ``layers.{l}.mlp_out``, ``vision.layers.{l}.mlp_out``
-(``[n, d]`` where every token has its own direction). A gate's probe is ``gate.weights`` ``[d]``.
-The card is in the file's header too, and is read from there.
+(``[n, d]`` if every token has a separate direction). A gate's probe is ``gate.weights`` ``[d]``. `load` reads the metadata
+in the header only.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from lvlm.model import Lvlm
 
 VERSION = 3
-"""2 since there are norm rules, schedules and sites other than heads and residual streams, 3 for files with the norm rule
-'away'; versions 1 and 2 are read as well."""
+"""Version 2 added norm rules, schedules and sites other than heads and residual streams; version 3 added the norm rule
+'away'. All versions are readable."""
 KIND = "steering_vector"
 _NAME = re.compile(r"^(?:(vision)\.)?layers\.(\d+)\.(?:head\.(\d+)|(\w+))$")
 _GATE = "gate.weights"
@@ -45,29 +45,29 @@ def safetensors(vector: SteeringVector, path: str | Path, model: Lvlm | None = N
     Parameters
     ----------
     vector
-        What to write.
+        The vector.
     path
-        Of the safetensors file; the card goes beside it with the suffix ``.json``.
+        Path of the safetensors file; the metadata go into a file of the same name with the suffix ``.json``.
     model
-        Not needed: every exporter takes one, and this one checks it where it is given.
+        Optional, for the common interface of exporters: a model to check the vector against.
 
     Raises
     ------
     StoreError
-        Where a file cannot be written.
+        If a file cannot be written.
     ModelError
-        For a model that the vector was not made for.
+        For a model that the vector was not derived for.
     """
     if model is not None:
         vector.check(model)
     path = Path(path)
     tensors: dict[str, np.ndarray] = {}
-    about = {}
+    entries = {}
     for key, entry in vector.entries.items():
         name = tensor_name(key)
         tensors[name] = entry.vector
         tensors.update({f"{name}.{p}": a for p in ("reads", "writes") if (a := getattr(entry, p)) is not None})
-        about[name] = {"site": str(site_of(key)), "sigma": entry.sigma}
+        entries[name] = {"site": str(site_of(key)), "sigma": entry.sigma}
     card = {
         "kind": vector.kind,
         "rule": _RULES[vector.kind],
@@ -75,7 +75,7 @@ def safetensors(vector: SteeringVector, path: str | Path, model: Lvlm | None = N
         "strength": vector.strength,
         "model": vector.model,
         "config_hash": vector.config_hash,
-        "entries": about,
+        "entries": entries,
         "provenance": dict(vector.provenance),
         "norm": vector.norm,
         "decay": vector.decay,
@@ -90,7 +90,7 @@ def safetensors(vector: SteeringVector, path: str | Path, model: Lvlm | None = N
 
 
 def load(path: str | Path) -> SteeringVector:
-    """Read a steering vector; raises `StoreError` where the file is missing, damaged, something else or newer."""
+    """Read a steering vector; raises `StoreError` if the file is missing, damaged, of another kind or of a newer version."""
     tensors, card = artifacts.read(Path(path), KIND, VERSION)
     try:
         entries = dict(_entry(name, about, tensors) for name, about in card["entries"].items())
@@ -98,8 +98,8 @@ def load(path: str | Path) -> SteeringVector:
         schedule = {name: card[name] for name in ("norm", "decay") if name in card}
         gate = None
         if "gate" in card:
-            told = card["gate"]
-            gate = ProbeGate(_key(told["at"]), tensors[_GATE], told["bias"], told["about"])
+            values = card["gate"]
+            gate = ProbeGate(_key(values["at"]), tensors[_GATE], values["bias"], values["about"])
         return SteeringVector(entries=entries, gate=gate, **{name: card[name] for name in fields}, **schedule)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         msg = f"{path}: damaged steering vector: {error}"
@@ -115,10 +115,10 @@ def tensor_name(key: Key) -> str:
 
 
 def _key(name: str) -> Key:
-    """Read what `tensor_name` wrote."""
+    """Parse a name written by `tensor_name`."""
     match = _NAME.match(name)
     if match is None or (match[1] and match[3]):
-        msg = f"no entry is called '{name}'"
+        msg = f"'{name}' is not the name of an entry"
         raise StoreError(msg)
     stack, layer, head, part = match[1] or "decoder", int(match[2]), match[3], match[4]
     if head is not None:

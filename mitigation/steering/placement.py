@@ -1,4 +1,4 @@
-"""What is done where: the places a steering vector acts on, and what it does at each."""
+"""Places that a steering vector acts on, the change at each place, and the gate that switches it."""
 
 from __future__ import annotations
 
@@ -16,66 +16,73 @@ if TYPE_CHECKING:
 
 Key = Head | int | Site
 """A head (its ``z``), a decoder layer by number (``resid_post``), or any other site."""
-_REACHED = ("resid_pre", "q", "k", "v", "z", "attn_out", "resid_mid", "mlp_out", "resid_post")
+_COMPUTATION_ORDER = ("resid_pre", "q", "k", "v", "z", "attn_out", "resid_mid", "mlp_out", "resid_post")
 _STACKS = ("vision", "projector", "decoder")
 
 
 @dataclass(frozen=True, eq=False)
 class Entry:
-    """What is done at one place; arrays are float32 and read-only."""
+    """The change at one place; arrays are float32 and read-only."""
 
     vector: np.ndarray
     """``[d]``, or ``[n, d]`` with a row for each token. ``add`` and ``project``: the direction, of length 1.
-    ``amplify``: the mean that deviations are counted from."""
+    ``amplify``: the mean that deviations are measured from."""
     sigma: float = 1.0
     """``add``: standard deviation of the projections on the direction, in activation units: one unit of strength."""
     reads: np.ndarray | None = None
-    """``amplify``: orthonormal rows ``[k, d]`` of the subspace whose deviation counts; None for all of it."""
+    """``amplify``: orthonormal rows ``[k, d]`` of the subspace in which deviations are measured; None for the full space."""
     writes: np.ndarray | None = None
-    """``amplify``: orthogonal rows, ``[k, d]`` or ``[d, d]``, of where it goes and how far; None for where it was."""
+    """``amplify``: orthogonal rows, ``[k, d]`` or ``[d, d]``, that the deviation's coordinates are mapped to, with their
+    scale; None for the rows of `reads`."""
 
     def __post_init__(self) -> None:
         for name in ("vector", "reads", "writes"):
             value = getattr(self, name)
             if value is None:
                 continue
-            array = np.array(value, np.float32, order="C")  # in one order, so that a file gives the same sums
+            array = np.array(value, np.float32, order="C")  # fixed order, so sums are identical after loading a file
             if array.ndim not in ((1, 2) if name == "vector" else (2,)) or not np.isfinite(array).all():
-                msg = f"{name} of shape {list(array.shape)}: it must be finite and {'[d]' if name == 'vector' else '[k, d]'}"
+                msg = (
+                    f"{name} of shape {list(array.shape)} must be finite and {'[d]' if name == 'vector' else '[k, d]'}"
+                )
                 raise PatchError(msg)
             array.setflags(write=False)
             object.__setattr__(self, name, array)
         object.__setattr__(self, "sigma", float(self.sigma))
         if not (math.isfinite(self.sigma) and self.sigma > 0):
-            msg = f"sigma={self.sigma}: the unit of strength must be positive and finite"
+            msg = f"sigma={self.sigma}: it must be positive and finite"
             raise PatchError(msg)
         rows = [len(a) for a in (self.reads, self.writes) if a is not None]
         if self.writes is not None and len(self.writes) != len(self.vector if self.reads is None else self.reads):
-            msg = f"reads and writes must have as many rows, not {rows}"
+            msg = f"reads and writes must have the same number of rows, not {rows}"
             raise PatchError(msg)
 
     @property
     def by_token(self) -> bool:
-        """Whether every token has a direction of its own."""
+        """Whether every token has a separate direction."""
         return self.vector.ndim == 2
 
 
 @dataclass(frozen=True, eq=False)
 class ProbeGate:
-    """A probe that lets a vector act only at tokens where ``weights . x + bias > 0``: where it sees the problem."""
+    """A probe that restricts a vector to tokens where ``weights . x + bias > 0``."""
 
     place: Key
-    """What it reads: a head's ``z``, a layer's ``resid_post``, another decoder site. Reached no later than what is steered."""
+    """Place that the probe reads: a head's ``z``, a layer's ``resid_post``, or another decoder site; computed no later than
+    the steered places."""
     weights: np.ndarray
     """float32 ``[d]``, read-only."""
     bias: float = 0.0
     about: str = field(default="")
-    """What it was fitted to tell, as in ``attribute:green``."""
+    """Concept that the probe was fitted for, such as ``attribute:green``."""
 
     def __post_init__(self) -> None:
         weights = np.array(self.weights, np.float32)
         if weights.ndim != 1 or not np.isfinite(weights).all() or not weights.any() or not math.isfinite(self.bias):
-            msg = f"gate of weights {list(weights.shape)} and bias {self.bias}: they must be finite, [d], and not all 0"
+            msg = (
+                f"gate with weights {list(weights.shape)} and bias {self.bias}: weights must be finite, [d] and not all 0, "
+                "bias finite"
+            )
             raise PatchError(msg)
         weights.setflags(write=False)
         object.__setattr__(self, "weights", weights)
@@ -84,16 +91,16 @@ class ProbeGate:
 
     @classmethod
     def from_direction(cls, direction: Direction, *, when: bool = True, threshold: float = 0.0) -> Self:
-        """Return the gate of a probe: open where it reads its concept as true (`when`), or as false.
+        """Return the gate of a probe: open where the probe predicts that its concept is true, or false.
 
         Parameters
         ----------
         direction
-            As a probe grid gives it.
+            Direction of a probe grid.
         when
-            Which side of the threshold opens the gate.
+            Prediction that opens the gate.
         threshold
-            On the probe's own scale, log-odds for a logistic one.
+            Threshold on the probe's scale: log-odds for a logistic probe.
 
         Raises
         ------
@@ -102,7 +109,7 @@ class ProbeGate:
         """
         site = Site.parse(direction.site)
         if direction.head is not None and (site.component != "z" or site.stack != "decoder"):
-            msg = f"head {direction.head} at '{site}': a gate reads heads in decoder 'z'"
+            msg = f"head {direction.head} at '{site}'; a gate reads heads only at decoder 'z'"
             raise SiteError(msg)
         place: Key = site if direction.head is None else Head(site.layer, direction.head)
         sign = 1 if when else -1
@@ -111,7 +118,7 @@ class ProbeGate:
 
 
 def canonical(key: Key | str) -> Key:
-    """Return the one name of a place, which may be text: ``resid_post`` of a decoder layer is its number."""
+    """Return a place in canonical form: text is parsed, and ``resid_post`` of a decoder layer becomes its number."""
     if isinstance(key, str):
         key = Head.parse(key) if key.startswith("L") else Site.parse(key)
     if isinstance(key, Site) and key.stack == "decoder" and key.component == "resid_post" and not key.cross:
@@ -132,8 +139,8 @@ def name_of(key: Key) -> str:
 
 
 def order(key: Key) -> tuple[int, int, int, int]:
-    """Sort by stack and layer, and there as a forward reaches things; heads before the whole of their ``z``."""
+    """Return a sort key: stack, layer, order of computation in the layer; heads come before their layer's whole ``z``."""
     site = site_of(key)
-    part = _REACHED.index(site.component) if site.component in _REACHED else len(_REACHED)
+    part = _COMPUTATION_ORDER.index(site.component) if site.component in _COMPUTATION_ORDER else len(_COMPUTATION_ORDER)
     head = key.head if isinstance(key, Head) else 1 << 30
     return (_STACKS.index(site.stack), site.layer, part, head)

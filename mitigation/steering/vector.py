@@ -1,4 +1,4 @@
-"""Steering vectors: what is changed inside a model, where and how strongly, to make it say what it sees."""
+"""Steering vectors: changes of a model's activations, with their places, token positions and strength."""
 
 from __future__ import annotations
 
@@ -45,74 +45,75 @@ POSITIONS: tuple[Positions, ...] = ("last", "all", "image", "suffix", "question"
 
 @dataclass(frozen=True, eq=False)
 class SteeringVector:
-    """A change at chosen places of a model; made by `mitigation.steering.derive`, used by `applied`.
+    """A change of activations at selected places; derived by `mitigation.steering.derive`, activated by `applied`.
 
     ``add``
-        ``x <- x + strength * sigma * direction``: ITI's form (Li et al. 2023, arXiv 2306.03341). It pushes every
-        input the same way, and suits an error that has one way (yes for no). The norm rule may keep x as long as it was.
+        ``x <- x + strength * sigma * direction``: ITI's form (Li et al. 2023, arXiv 2306.03341). It adds the same vector
+        for every input, which suits errors in one direction (yes instead of no). A norm rule can preserve the length of x.
     ``amplify``
-        ``x <- x + strength * (x - mean)``, in full or within a subspace: what this input has that the mean does not
-        is made larger, so that questions may want opposite answers. A strength of -1 takes it away instead. Where
-        the mean is that of blank images, the deviation is what the head took from this image.
+        ``x <- x + strength * (x - mean)``, in full or within a subspace: the deviation from the mean grows, so the effect
+        depends on the input and questions may have opposite answers. A strength of -1 removes the deviation. If the mean
+        is that of blank images, the deviation is the head's response to this image.
     ``project``
-        ``x <- x - strength * max(<x, t>, 0) / <t, t> * t``: what points along t is taken out (ProjectAway, Jiang et al.
-        2024, arXiv 2410.02762).
+        ``x <- x - strength * max(<x, t>, 0) / <t, t> * t``: removes the positive component along t (ProjectAway, Jiang et
+        al. 2024, arXiv 2410.02762).
     """
 
     entries: Mapping[Key, Entry]
     """By head (its ``z``), by layer number (``resid_post``), or by any other `Site`."""
     kind: Kind
     positions: Positions
-    """``last``: the last token of the prompt and every generated one; ``all``; ``image``: the image's tokens; ``suffix``:
-    everything after the image, generated tokens included; ``question``: what follows the image in the prompt;
-    ``generated``: every generated token. With a cache, without one and after a prefill in chunks they are the same tokens."""
+    """``last``: the last token of the prompt and every generated token; ``all``; ``image``: the image tokens; ``suffix``: all
+    tokens after the image, including generated ones; ``question``: the prompt's tokens after the image; ``generated``: every
+    generated token. The tokens are the same with and without a cache, and after a chunked prefill."""
     strength: float
-    """Used where `applied` is given none."""
+    """Default strength of `applied`."""
     model: str
-    """Name of the model it was made for."""
+    """Name of the model that the vector was derived for."""
     config_hash: str
     """SHA-256 of that model's configuration."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
-    """Plain JSON: method, digests of what it was derived from."""
+    """JSON values: method, and digests of the data that the vector was derived from."""
     norm: Norm = "free"
-    """``add`` only. ``free``: x gets longer or shorter; ``kept``: ``|x| unit(x + d)``; ``relative``:
-    ``|x| unit(x / |x| + d)``, with sigma as a share of the length of x; ``away``: ``relative`` with d times
+    """For ``add`` only. ``free``: the length of x changes; ``kept``: ``|x| unit(x + d)``; ``relative``:
+    ``|x| unit(x / |x| + d)``, with sigma relative to the length of x; ``away``: ``relative`` with d times
     ``1 + max(0, cos(x, -d))``."""
     decay: float = 1.0
-    """Schedule: factor, in (0, 1], by which the strength shrinks with each generated token; 1 is constant."""
+    """Schedule: factor in (0, 1] that multiplies the strength with each generated token; 1 is constant."""
     gate: ProbeGate | None = None
-    """Schedule: the probe that lets it act only where it sees the problem; None for everywhere."""
+    """Schedule: a probe that restricts the vector to tokens with a positive prediction; None for all tokens."""
 
     def __post_init__(self) -> None:
         if not self.entries:
-            msg = "a steering vector needs at least one head or layer; none was given"
+            msg = "a steering vector needs at least one head, layer or site"
             raise PatchError(msg)
         if self.kind not in KINDS or self.positions not in POSITIONS or self.norm not in NORMS:
             msg = (
-                f"kind='{self.kind}', positions='{self.positions}', norm='{self.norm}': choose a kind of {KINDS}, positions "
-                f"of {POSITIONS}, a norm of {NORMS}"
+                f"kind='{self.kind}', positions='{self.positions}', norm='{self.norm}': choose kind from {KINDS}, positions "
+                f"from {POSITIONS}, norm from {NORMS}"
             )
             raise ConfigError(msg)
         if not 0 < self.decay <= 1 or (self.norm != "free" and self.kind != "add"):
             msg = (
-                f"decay={self.decay}, norm='{self.norm}' of kind '{self.kind}': decay is in (0, 1], norms are for 'add'"
+                f"decay={self.decay}, norm='{self.norm}', kind='{self.kind}': decay must be in (0, 1], and norm 'free' unless "
+                "the kind is 'add'"
             )
             raise ConfigError(msg)
         object.__setattr__(self, "strength", _finite(self.strength))
-        named = {canonical(key): entry for key, entry in self.entries.items()}
-        ordered = sorted(named.items(), key=lambda item: order(item[0]))
+        by_key = {canonical(key): entry for key, entry in self.entries.items()}
+        ordered = sorted(by_key.items(), key=lambda item: order(item[0]))
         object.__setattr__(self, "entries", MappingProxyType(dict(ordered)))
         object.__setattr__(self, "provenance", MappingProxyType(dict(self.provenance)))
         for key, entry in ordered if self.kind != "amplify" else ():
             lengths = np.atleast_1d(np.linalg.norm(entry.vector.astype(np.float64), axis=-1))
-            # A token without a direction of its own has a row of zeros, and is left alone.
-            wrong = lengths[(np.abs(lengths - 1) > 1e-4) & ((lengths > 0) | (not entry.by_token))]
-            if len(wrong):
-                msg = f"direction at {name_of(key)} has length {wrong[0]:g}, not 1: its length belongs in sigma"
+            # A token without a direction has a row of zeros and is not steered.
+            not_unit = lengths[(np.abs(lengths - 1) > 1e-4) & ((lengths > 0) | (not entry.by_token))]
+            if len(not_unit):
+                msg = f"direction at {name_of(key)} has length {not_unit[0]:g}, not 1; normalize it and put its length into sigma"
                 raise PatchError(msg)
         by_token = [name_of(key) for key, entry in ordered if entry.by_token]
         if by_token and (self.kind != "add" or self.positions != "all"):
-            msg = f"a direction for each token ({', '.join(by_token)}) is of kind 'add' and acts at positions 'all'"
+            msg = f"a direction for each token ({', '.join(by_token)}) requires kind 'add' and positions 'all'"
             raise PatchError(msg)
 
     def __repr__(self) -> str:
@@ -123,35 +124,35 @@ class SteeringVector:
 
     @property
     def heads(self) -> tuple[Head, ...]:
-        """Heads it acts on."""
+        """Heads that the vector acts on."""
         return tuple(k for k in self.entries if isinstance(k, Head))
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """Layers whose residual stream it acts on."""
+        """Layers whose residual stream the vector acts on."""
         return tuple(k for k in self.entries if isinstance(k, int))
 
     @property
     def sites(self) -> tuple[Site, ...]:
-        """Other sites it acts on."""
+        """Other sites that the vector acts on."""
         return tuple(k for k in self.entries if isinstance(k, Site))
 
     # ---- use
 
     @contextmanager
     def applied(self, model: Lvlm, strength: float | None = None, *, force: bool = False) -> Iterator[None]:
-        """Steer a model while the context is open: in forwards, in generation of any form, and in beam search.
+        """Steer a model while the context is open: in forward passes, any form of generation, and beam search.
 
-        Afterwards, after an error too, the model is bit for bit what it was. Contexts nest: vectors add up.
+        Afterwards, even after an error, the model is restored bit for bit. Contexts nest: their effects add up.
 
         Parameters
         ----------
         model
-            The model it was made for.
+            The model that the vector was derived for.
         strength
-            In units of sigma (``add``) or of the deviation (``amplify``); by default the vector's own. 0 does nothing.
+            Strength in units of sigma (``add``) or of the deviation (``amplify``); by default the vector's. 0 has no effect.
         force
-            Steer a model with another configuration.
+            Also steer a model with another configuration.
 
         Raises
         ------
@@ -160,10 +161,10 @@ class SteeringVector:
         ConfigError
             For a strength that is not a finite number.
         SiteError, PatchError
-            Where a forced model lacks the heads or layers, or they have another width.
+            If, with `force`, the model lacks the heads or layers, or they have another width.
         ModelError
-            For positions ``image`` where the image is not in the decoder's sequence; during a forward, for a form in which
-            positions cannot be known: several tokens onto a cache outside of `generate`, continuous batching.
+            For positions ``image`` if the image is not in the decoder's sequence; during a forward pass, if positions are
+            unknown: several tokens added to a cache outside of `generate`, or continuous batching.
         """
         from circuits.interventions.intervention import intervened
 
@@ -175,7 +176,7 @@ class SteeringVector:
             yield
 
     def interventions(self, strength: float | None = None) -> list[Intervention]:
-        """Return what `applied` does, as interventions; none where the strength is 0."""
+        """Return the interventions that `applied` activates; an empty list if the strength is 0."""
         from torch import tensor
 
         from circuits.interventions.intervention import Gate, Intervention
@@ -186,15 +187,15 @@ class SteeringVector:
             place = self.gate.place
             head = place.head if isinstance(place, Head) else None
             gate = Gate(site_of(place), tensor(self.gate.weights), self.gate.bias, head)
-        made = []
+        interventions = []
         for key, entry in self.entries.items() if s else ():
             head = key.head if isinstance(key, Head) else None
             change = self._change(entry, s)
-            made.append(Intervention(site_of(key), change, self.positions, head, gate=gate, decay=self.decay))
-        return made
+            interventions.append(Intervention(site_of(key), change, self.positions, head, gate=gate, decay=self.decay))
+        return interventions
 
     def _change(self, entry: Entry, strength: float) -> Change:
-        """Return what becomes of the tensor at a place."""
+        """Return the change of the tensor at a place."""
         from torch import Tensor, tensor
 
         from circuits.interventions.intervention import Add, Amplify, Project
@@ -210,18 +211,18 @@ class SteeringVector:
         return Amplify(vector, strength, as_tensor(entry.reads), as_tensor(entry.writes))
 
     def check(self, model: Lvlm) -> None:
-        """Raise `ModelError` where a model's configuration is not that of the one this was made for."""
+        """Raise `ModelError` for a model with another configuration than that of the vector's model."""
         if model.config_hash != self.config_hash:
             msg = (
-                f"this vector was made for '{self.model}' (configuration {self.config_hash[:12]}), not for "
-                f"'{model.name}' ({model.config_hash[:12]}): derive one for it, or say force=True"
+                f"this vector was derived for '{self.model}' (configuration {self.config_hash[:12]}), not for "
+                f"'{model.name}' ({model.config_hash[:12]}); derive a vector for this model, or pass force=True"
             )
             raise ModelError(msg)
 
     # ---- variants
 
     def scaled(self, strength: float) -> Self:
-        """Return the same vector with another strength of its own."""
+        """Return the same vector with another default strength."""
         return replace(self, strength=strength)
 
     def at(self, positions: Positions) -> Self:
@@ -229,18 +230,21 @@ class SteeringVector:
         return replace(self, positions=positions)
 
     def decaying(self, factor: float) -> Self:
-        """Return the same vector, `factor` times as strong with every generated token; raises `ConfigError` outside (0, 1]."""
+        """Return the same vector with its strength multiplied by `factor` per generated token.
+
+        Raises `ConfigError` for a factor outside (0, 1].
+        """
         return replace(self, decay=factor)
 
     def gated(self, gate: ProbeGate | None) -> Self:
-        """Return the same vector that acts only where a probe sees the problem; None takes the gate away."""
+        """Return the same vector with a gate that restricts it to some tokens; None removes the gate."""
         return replace(self, gate=gate)
 
     def randomised(self, seed: int) -> Self:
-        """Return a control of the same size: every entry pushes as far as before, but in a random direction.
+        """Return a control with random directions and the same size of change at every entry.
 
-        ``add``, ``project``: a random direction of the same length and sigma. ``amplify``: each input's deviation is turned by a
-        random rotation, so that it has the same length for the same input.
+        ``add``, ``project``: a random direction with the same length and sigma. ``amplify``: each input's deviation is
+        rotated at random, which preserves its length.
         """
         rng = np.random.default_rng(seed)
         entries: dict[Key, Entry] = {}
@@ -248,16 +252,16 @@ class SteeringVector:
             d = entry.vector.shape[-1]
             if self.kind != "amplify":
                 direction = rng.standard_normal(entry.vector.shape)
-                length = np.linalg.norm(entry.vector, axis=-1, keepdims=True)  # 0 for a token that is left alone
+                length = np.linalg.norm(entry.vector, axis=-1, keepdims=True)  # 0 for a token that is not steered
                 entries[key] = replace(
                     entry, vector=length * direction / np.linalg.norm(direction, axis=-1, keepdims=True)
                 )
             else:
                 k = d if entry.reads is None else len(entry.reads)
-                turned = np.linalg.qr(rng.standard_normal((d, k)))[0].T
+                rotated = np.linalg.qr(rng.standard_normal((d, k)))[0].T
                 if entry.writes is not None:
-                    turned = turned * np.linalg.norm(entry.writes, axis=1, keepdims=True)
-                entries[key] = replace(entry, writes=turned)
+                    rotated = rotated * np.linalg.norm(entry.writes, axis=1, keepdims=True)
+                entries[key] = replace(entry, writes=rotated)
         return self._control(entries, f"random directions, seed {seed}")
 
     def on_heads(self, heads: Sequence[Head | str]) -> Self:
@@ -266,15 +270,15 @@ class SteeringVector:
         Raises
         ------
         PatchError
-            For another number of heads, a head twice, a vector that acts on layers, or one that amplifies: a mean
-            belongs to its head, so derive it anew for the other heads.
+            For another number of heads, a repeated head, a vector that acts on layers, or kind ``amplify``: a mean belongs
+            to its head, so derive an amplification for the other heads.
         """
         heads = parse_heads(heads)
         if self.kind != "add" or len(self.heads) < len(self.entries):
-            msg = "only directions at heads can be moved to other heads; derive an amplification anew for them"
+            msg = "only directions at heads can be moved to other heads; derive a new amplification for the other heads"
             raise PatchError(msg)
         if len(set(heads)) != len(self.entries) or len(heads) != len(self.entries):
-            msg = f"{len(self.entries)} different heads are needed, not {', '.join(map(str, heads)) or 'none'}"
+            msg = f"this vector needs {len(self.entries)} different heads, not {', '.join(map(str, heads)) or 'an empty list'}"
             raise PatchError(msg)
         moved: dict[Key, Entry] = dict(zip(heads, self.entries.values(), strict=True))
         return self._control(moved, f"moved from {', '.join(map(str, self.heads))}")
@@ -292,35 +296,35 @@ class SteeringVector:
 
     @classmethod
     def load(cls, path: str | Path) -> SteeringVector:
-        """Read what `save` wrote; raises `StoreError` where it is missing, damaged, something else or newer."""
+        """Read a file of `save`; raises `StoreError` if it is missing, damaged, of another kind or of a newer version."""
         from mitigation.steering.native_format import load
 
         return load(path)
 
 
 def combined(vectors: Sequence[SteeringVector]) -> SteeringVector:
-    """Return one additive vector that does what several do together, of strength 1.
+    """Return the sum of additive vectors as one vector of strength 1.
 
     Parameters
     ----------
     vectors
-        For one model and at the same positions, of kind ``add``, with a free norm and without schedule: nested contexts
-        (`SteeringVector.applied`) stack any others.
+        Vectors for one model and at the same positions, of kind ``add``, with norm ``free`` and without schedule; for other
+        vectors, nest the contexts of `SteeringVector.applied`.
 
     Raises
     ------
     PatchError
-        For none, or vectors that do not add up to one, or that cancel out at some place.
+        For no vectors, vectors that cannot be summed, or vectors that cancel at some place.
     """
     first = vectors[0] if vectors else None
-    alike = {(v.kind, v.positions, v.config_hash, v.norm, v.decay, v.gate is None) for v in vectors}
+    properties = {(v.kind, v.positions, v.config_hash, v.norm, v.decay, v.gate is None) for v in vectors}
     if (
         first is None
-        or len(alike) > 1
+        or len(properties) > 1
         or (first.kind, first.norm, first.decay, first.gate) != ("add", "free", 1.0, None)
     ):
         msg = (
-            f"{len(vectors)} vectors cannot be made one: they must be additive, without norm rule and schedule, at the same "
+            f"{len(vectors)} vectors cannot be combined: they must be additive, without norm rule and schedule, at the same "
             f"positions and for the same model; nest their contexts instead"
         )
         raise PatchError(msg)
@@ -333,7 +337,9 @@ def combined(vectors: Sequence[SteeringVector]) -> SteeringVector:
     for key, move in moves.items():
         length = float(np.linalg.norm(move))
         if move.ndim > 1 or not length > 0:
-            msg = f"at {name_of(key)} the vectors cancel out, or differ from token to token: there is no one direction"
+            msg = (
+                f"at {name_of(key)} the vectors cancel, or have a direction for each token; nest their contexts instead"
+            )
             raise PatchError(msg)
         entries[key] = Entry(move / length, length)
     parts = [{"strength": v.strength, **v.provenance} for v in vectors]

@@ -1,27 +1,27 @@
-"""Where steering vectors come from: each function derives one kind from a store, from pairs, from probes or from words.
+"""Derive steering vectors: each function derives one kind from a store, from pairs, from probes or from text.
 
-==================  ===================================================================================  =======
-function            what it pushes                                                                       kind
-==================  ===================================================================================  =======
-`mean_difference`   from the mean of some examples to that of others (right by looking, wrong by prior)  add
-`from_pairs`        from what a changed image gives to what the clean one gives                          add
-`paired_pca`        along the first principal direction of clean minus changed                           add
-`lda`               along what tells true from false best, where what varies anyway is discounted        add
-`probe_normal`      along a probe's direction                                                            add
-`iti`               along the mean difference at the heads whose probes know best                        add
-`ict`               from a blurred image, or a masked object, to the clean one, at the heads that see it  add
-`vti_text`          from hallucinated captions to correct ones, keeping lengths                          add
-`vti_vision`        to what the vision tower gives whichever patches are masked, keeping lengths         add
-`vsv`               along what this image adds to the words, keeping lengths                             add
-`project_away`      image tokens away from a word                                                        project
-`discriminant`      what tells true from false here, the way the model itself writes it, from a threshold   amplify
-`amplification`     what this image adds to what a blank one gives: look at the image more               amplify
-`concept_subspace`  each input further to its own side of some concepts: what is known speaks louder     amplify
-`prior_removal`     what an answer shares with answers about no image, back to the mean of seen ones     amplify
-==================  ===================================================================================  =======
+==================  ====================================================================================  =======
+function            direction or change                                                                   kind
+==================  ====================================================================================  =======
+`mean_difference`   from the mean of negative examples to the mean of positive examples                   add
+`from_pairs`        from the mean over changed images to the mean over clean images                       add
+`paired_pca`        first principal direction of clean minus changed                                      add
+`lda`               Fisher's discriminant direction between true and false examples                       add
+`probe_normal`      normal of a probe                                                                     add
+`iti`               mean difference at the heads with the most accurate probes                            add
+`ict`               from blurred images or masked objects to clean images, at the most accurate heads     add
+`vti_text`          from hallucinated to correct captions, norm preserved                                 add
+`vti_vision`        to the vision tower's mean output over randomly masked images, norm preserved         add
+`vsv`               difference between the prompt with and without this image, norm preserved             add
+`project_away`      remove a word's direction from image tokens                                           project
+`discriminant`      amplify the discriminant's log-odds along the mean difference                         amplify
+`amplification`     amplify the deviation from the mean over blank images                                 amplify
+`concept_subspace`  amplify the deviation within the subspace of some concepts                            amplify
+`prior_removal`     along the direction of answers without an image, move to the mean of clean inputs     amplify
+==================  ====================================================================================  =======
 
-An additive vector moves every question the same way. The amplifying ones move each input its own way, so that one
-vector may turn a wrong yes into no and a wrong "red" into "green".
+An additive vector adds the same direction to every input. An amplifying vector's change depends on the input, so one vector
+can turn a wrong "yes" into "no" and a wrong "red" into "green".
 """
 
 from __future__ import annotations

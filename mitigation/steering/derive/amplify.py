@@ -1,4 +1,4 @@
-"""What sets an input apart, made larger or taken away: of its image, of some concepts, of no image at all."""
+"""Amplify or remove an input's deviation from a mean: in full, within a concept subspace, or along one direction."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from groundscope.core.errors import PatchError
 from lvlm.model import Lvlm
 from lvlm.sites import Head, Site
 from mitigation.steering.derive.base import (
-    Made,
+    DerivationSpec,
     Store,
     activations,
     by_pairs,
@@ -39,47 +39,46 @@ def concept_subspace(
     positions: Positions = "last",
     strength: float = 1.0,
 ) -> SteeringVector:
-    """Return an amplification within the subspace that tells some concepts from their opposites.
+    """Return an amplification within the subspace spanned by the mean differences of some concepts.
 
-    The subspace is spanned by the concepts' mean differences; deviations are counted from the point in it that lies,
-    along each of them, in the middle between the two means. So each input is pushed further to the side of every
-    concept that it is on already; a strength of -1 erases the subspace.
+    Deviations are measured from the point whose projection on each mean difference is halfway between the two means. So
+    each input moves further to the side of every concept that it is already on; a strength of -1 erases the subspace.
 
     Parameters
     ----------
     store, heads, layers, sites, tokens, positions, strength
-        As for `mean_difference`; strength is the share of the deviation that is added.
+        As for `mean_difference`; `strength` is the share of the deviation that is added.
     concepts
-        One or more; examples where one is undefined are left out for that one.
+        One or more concepts; each excludes the examples where it is undefined.
 
     Raises
     ------
     PatchError
-        Where a concept has no true or no false example, or there is nothing to act on.
+        If a concept has no true or no false example, or there are no heads, layers or sites.
     SiteError
-        Where the store lacks a site or a concept.
+        If the store lacks a site or a concept.
     """
     if not concepts:
-        msg = "no concepts: name at least one"
+        msg = "no concepts; give at least one"
         raise PatchError(msg)
     labels = [labels_of(store, str(c)) for c in concepts]
     entries: dict[Key, Entry] = {}
     for key in keys_of(heads, layers, sites):
         x = read(store, key, tokens)
-        there = ~np.isnan(x).any(axis=1)
-        ends = [(mean(x[(y == 1) & there], key), mean(x[(y == 0) & there], key)) for y in labels]
-        differences = np.stack([true - false for true, false in ends])  # [concepts, d]
-        middles = np.stack([(true + false) / 2 for true, false in ends])
-        _, size, rows = np.linalg.svd(differences, full_matrices=False)
-        basis = rows[size > 1e-6 * size[0]] if size[0] > 0 else rows[:0]
+        defined = ~np.isnan(x).any(axis=1)
+        means = [(mean(x[(y == 1) & defined], key), mean(x[(y == 0) & defined], key)) for y in labels]
+        differences = np.stack([true - false for true, false in means])  # [concepts, d]
+        midpoints = np.stack([(true + false) / 2 for true, false in means])
+        _, singular_values, rows = np.linalg.svd(differences, full_matrices=False)
+        basis = rows[singular_values > 1e-6 * singular_values[0]] if singular_values[0] > 0 else rows[:0]
         if not len(basis):
-            msg = f"at {name_of(key)} the means of true and false examples coincide: there is no direction"
+            msg = f"at {name_of(key)} the means of true and false examples are equal, so the direction is undefined"
             raise PatchError(msg)
-        # The point that projects to each pair's middle along its own difference; the least-squares one if there is none.
-        center = np.linalg.lstsq(differences, (differences * middles).sum(axis=1), rcond=1e-6)[0]
+        # The point whose projection on each difference is that of its midpoint, in the least-squares sense.
+        center = np.linalg.lstsq(differences, (differences * midpoints).sum(axis=1), rcond=1e-6)[0]
         entries[key] = Entry(center, reads=basis)
-    about = {"method": "concept subspace", "concepts": [str(c) for c in concepts], "tokens": tokens}
-    return made_from_store(store, entries, "amplify", positions, strength, about)
+    provenance = {"method": "concept subspace", "concepts": [str(c) for c in concepts], "tokens": tokens}
+    return made_from_store(store, entries, "amplify", positions, strength, provenance)
 
 
 def amplification(
@@ -93,25 +92,25 @@ def amplification(
     positions: Positions = "last",
     strength: float = 1.0,
 ) -> SteeringVector:
-    """Return ``x <- mean + (1 + strength)(x - mean)`` with the mean over the corrupt runs: look at the image more.
+    """Return ``x <- mean + (1 + strength)(x - mean)`` with the mean over the corrupt runs: increase the image's effect.
 
-    With pairs of kind ``blank`` the deviation from the mean is what a head took from this image, so a larger one
-    outweighs what pushes an answer without looking, whichever answer that is. The control is the same at heads
-    chosen at random, or `SteeringVector.randomised`.
+    With pairs of kind ``blank`` the deviation from the mean is what a head reads from this image, so a larger deviation
+    outweighs the prior, whichever answer it favors. A suitable control is the same vector at random heads, or
+    `SteeringVector.randomised`.
 
     Parameters
     ----------
     model, heads, layers, sites, tokens, positions
-        As for `from_pairs`; `tokens` and `positions` should say the same.
+        As for `from_pairs`; `tokens` and `positions` should select the same tokens.
     pairs
-        Of a kind that destroys the evidence: ``blank``, ``blur``, ``noise`` or ``mask``.
+        Pairs of a kind that removes the visual evidence: ``blank``, ``blur``, ``noise`` or ``mask``.
     strength
-        Share of the deviation that is added; negative ones weaken it, -1 is mean ablation.
+        Share of the deviation that is added; negative values reduce the deviation, -1 is mean ablation.
 
     Raises
     ------
     PatchError
-        For no pairs, or no head and no layer.
+        For no pairs, or no heads, layers or sites.
     SiteError
         For a head or layer that the model lacks.
     """
@@ -133,22 +132,22 @@ def prior_removal(
     positions: Positions = "last",
     strength: float = -1.0,
 ) -> SteeringVector:
-    """Return a vector that takes out what an answer shares with answers about no image.
+    """Return a vector that removes the component of an activation that is typical of answers without an image.
 
-    The direction is that from seeing to not seeing, ``unit(mean of corrupt - mean of clean)``; along it, and only
-    along it, each input is brought back (fully at -1) to the mean of the inputs that were seen.
+    The direction is ``unit(mean of corrupt - mean of clean)``. Along this direction only, each input is moved to the mean
+    of the clean inputs (completely at strength -1).
 
     Parameters
     ----------
     model, pairs, heads, layers, sites, tokens, positions
         As for `amplification`.
     strength
-        -1 removes all of it, 0 nothing.
+        -1 removes the whole deviation, 0 nothing.
 
     Raises
     ------
     PatchError
-        For no pairs, no head and no layer, or means that coincide.
+        For no pairs, no heads, layers or sites, or equal means.
     SiteError
         For a head or layer that the model lacks.
     """
@@ -156,5 +155,5 @@ def prior_removal(
     def fit(clean: np.ndarray, corrupt: np.ndarray, key: Key) -> Entry:
         return Entry(mean(clean, key), reads=unit_difference(corrupt, clean, key).vector[None])
 
-    made = Made("prior removal", tokens, positions, strength, "amplify")
-    return by_pairs(model, pairs, keys_of(heads, layers, sites), fit, made)
+    spec = DerivationSpec("prior removal", tokens, positions, strength, "amplify")
+    return by_pairs(model, pairs, keys_of(heads, layers, sites), fit, spec)

@@ -1,4 +1,4 @@
-"""Inference-time intervention: the heads that know best, pushed along the difference of means."""
+"""ITI, inference-time intervention: push the heads with the most accurate probes along the difference of means."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 
 
 class HeadStore(Store, Protocol):
-    """What is needed of an `ActivationStore` with all heads of a decoder."""
+    """The part of `ActivationStore` that ITI uses; the store contains all heads of a decoder."""
 
     def layers(self, stack: str, component: str) -> int:
-        """Return how many layers were traced."""
+        """Return the number of traced layers."""
         ...
 
     def n_heads(self, stack: str) -> int:
@@ -56,7 +56,7 @@ def iti(
     seed: int = 0,
     variant: Variant = "paper",
 ) -> SteeringVector:
-    """Return ITI's vector: ``z <- z + alpha * sigma * theta`` at the K heads whose probes know best.
+    """Return ITI's vector: ``z <- z + alpha * sigma * theta`` at the K heads with the most accurate probes.
 
     Li et al. 2023 (arXiv 2306.03341): a logistic probe on each head, K = 48 heads of highest validation accuracy, theta the
     unit difference of class means ("mass mean"), sigma the standard deviation of projections on theta, alpha = 15.
@@ -64,59 +64,61 @@ def iti(
     Parameters
     ----------
     store, concept, positive, negative, tokens, positions
-        As for `mean_difference`; the store holds ``z`` of the heads and a column ``group``.
+        As for `mean_difference`; the store contains ``z`` of the heads and a column ``group``.
     heads
-        To choose among; by default all that were traced.
+        Candidate heads; by default all traced heads.
     top
         K.
     accuracy
-        Validation accuracy by head where probes were fitted already (`probes.fit_grid` does that much faster); the others
-        are fitted with scikit-learn on one part of the images and scored on the rest.
+        Validation accuracy of every candidate head, if probes are already fitted (`probes.fit_grid` is much faster). By
+        default probes are fitted here with scikit-learn on the training images and scored on the validation images.
     folds
-        One part in so many is for validation: 5 as in the paper's 4 to 1.
+        One of so many parts is used for validation: 5 gives the paper's ratio of 4 to 1.
     strength
         alpha.
     seed
-        Of the division of images.
+        Seed of the division of images.
     variant
-        ``paper``: theta and sigma of the training images. ``release`` (github.com/likenneth/honest_llama): both of all
-        images, validation included. (Its weight editing also stores the vector as a bias without projecting it, which is
-        another function; `mitigation.steering.export.baked` projects.)
+        ``paper``: theta and sigma from the training images. ``release`` (github.com/likenneth/honest_llama): both from
+        all images, validation included. (Its weight editing also stores the vector as a bias without applying the output
+        projection, which is a different function; `mitigation.steering.export.baked` applies it.)
 
     Raises
     ------
     PatchError
-        Where a side has no examples, there are too few images, or `top` is below 1.
+        If a side has no examples, there are too few images, or `top` is below 1.
     SiteError
-        Where the store lacks ``z`` or the concept.
+        If the store lacks ``z`` or the concept.
     """
     check_variant(variant)
-    right, wrong = two_sides(store, concept, positive, negative)
+    positive_mask, negative_mask = two_sides(store, concept, positive, negative)
     candidates = parse_heads(heads) or tuple(
         Head(i, k)
         for i in traced_heads(store) or range(store.layers("decoder", "z"))
         for k in range(store.n_heads("decoder"))
     )
-    used = np.flatnonzero((right | wrong) & ~np.isnan(read(store, candidates[0], tokens)).any(axis=1))
-    truth = right[used]
-    train, held = group_folds(store.frame()["group"].to_numpy()[used].tolist(), folds, seed)[0]
-    known: dict[Key, float]
+    rows = np.flatnonzero((positive_mask | negative_mask) & ~np.isnan(read(store, candidates[0], tokens)).any(axis=1))
+    truth = positive_mask[rows]
+    train, validation = group_folds(store.frame()["group"].to_numpy()[rows].tolist(), folds, seed)[0]
+    accuracies: dict[Key, float]
     if accuracy is None:
-        known = probe_accuracies(candidates, lambda key: read(store, key, tokens)[used], truth, [(train, held)])
+        accuracies = probe_accuracies(
+            candidates, lambda key: read(store, key, tokens)[rows], truth, [(train, validation)]
+        )
     else:
         by_head = {head: value for name, value in accuracy.items() for head in parse_heads(name)}
         missing = [h for h in candidates if h not in by_head]
         if missing:
-            msg = f"no accuracy given for {', '.join(map(str, missing[:5]))}: give it for all heads, or name those in heads="
+            msg = f"no accuracy for {', '.join(map(str, missing[:5]))}; give it for all heads, or pass the others as heads="
             raise PatchError(msg)
-        known = {h: float(by_head[h]) for h in candidates}
-    chosen = best(known, top)
-    seen = train if variant == "paper" else np.ones(len(used), bool)
+        accuracies = {h: float(by_head[h]) for h in candidates}
+    chosen = best(accuracies, top)
+    fitted = train if variant == "paper" else np.ones(len(rows), bool)
     entries: dict[Key, Entry] = {}
     for key in chosen:
-        x = read(store, key, tokens)[used]
-        entries[key] = along(mean(x[seen & truth], key) - mean(x[seen & ~truth], key), x[seen], key)
-    about = {
+        x = read(store, key, tokens)[rows]
+        entries[key] = along(mean(x[fitted & truth], key) - mean(x[fitted & ~truth], key), x[fitted], key)
+    provenance = {
         "method": f"ITI ({variant})",
         "concept": None if concept is None else str(concept),
         "positive": int(truth.sum()),
@@ -124,6 +126,6 @@ def iti(
         "tokens": tokens,
         "top": top,
         "seed": seed,
-        "accuracy": {str(key): known[key] for key in chosen},
+        "accuracy": {str(key): accuracies[key] for key in chosen},
     }
-    return made_from_store(store, entries, "add", positions, strength, about)
+    return made_from_store(store, entries, "add", positions, strength, provenance)

@@ -1,4 +1,4 @@
-"""The direction that tells true from false best where what varies anyway is discounted."""
+"""Fisher's linear discriminant direction between positive and negative examples."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mitigation.steering.derive.base import Made, Store, along, by_sides, keys_of
+from mitigation.steering.derive.base import DerivationSpec, Store, along, by_sides, keys_of
 from mitigation.steering.derive.discriminant import fisher
 from mitigation.steering.placement import Entry, Key
 from mitigation.steering.vector import Positions, SteeringVector
@@ -32,8 +32,8 @@ def lda(
 ) -> SteeringVector:
     """Return ``unit(C^-1 (mean of the positive - mean of the negative))`` at each place: Fisher's direction (1936).
 
-    C is the pooled covariance of two equally likely sides, shrunk as in Ledoit and Wolf (2004), by scikit-learn. Sigma is
-    the standard deviation of the projections of all the examples used.
+    C is the pooled covariance with equal priors, shrunk as in Ledoit and Wolf (2004), fitted by scikit-learn. Sigma is the
+    standard deviation of the projections of all examples used.
 
     Parameters
     ----------
@@ -43,13 +43,15 @@ def lda(
     Raises
     ------
     PatchError
-        Where a side has fewer than two examples, the masks overlap, the two means coincide, or there is no place.
+        If a side has fewer than two examples, the masks overlap, the two means are equal, or there are no heads, layers
+        or sites.
     SiteError
-        Where the store lacks a site or the concept.
+        If the store lacks a site or the concept.
     """
 
-    def fit(right: np.ndarray, wrong: np.ndarray, key: Key) -> Entry:
-        return along(fisher(right, wrong, key)[0], np.concatenate([right, wrong]), key)
+    def fit(positive: np.ndarray, negative: np.ndarray, key: Key) -> Entry:
+        return along(fisher(positive, negative, key)[0], np.concatenate([positive, negative]), key)
 
-    told = (concept, positive, negative)
-    return by_sides(store, told, keys_of(heads, layers, sites), fit, Made("lda", tokens, positions, strength))
+    contrast = (concept, positive, negative)
+    spec = DerivationSpec("lda", tokens, positions, strength)
+    return by_sides(store, contrast, keys_of(heads, layers, sites), fit, spec)

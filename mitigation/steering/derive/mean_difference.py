@@ -1,4 +1,4 @@
-"""Differences of means: from some examples to others, from a changed image to the clean one."""
+"""Differences of means: between positive and negative examples, or between clean and changed images."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from concepts.schema import Concept, CounterfactualPair
 from lvlm.model import Lvlm
 from lvlm.sites import Head, Site
-from mitigation.steering.derive.base import Made, Store, by_pairs, by_sides, keys_of, unit_difference
+from mitigation.steering.derive.base import DerivationSpec, Store, by_pairs, by_sides, keys_of, unit_difference
 from mitigation.steering.vector import Positions, SteeringVector
 
 
@@ -28,34 +28,34 @@ def mean_difference(
 ) -> SteeringVector:
     """Return mass-mean directions: ``unit(mean of the positive - mean of the negative)`` at each head and layer.
 
-    Sigma is the standard deviation of the projections of all the examples used (ITI, Li et al. 2023, arXiv 2306.03341).
+    Sigma is the standard deviation of the projections of all examples used (ITI, Li et al. 2023, arXiv 2306.03341).
 
     Parameters
     ----------
     store
-        With ``z`` of the heads, ``resid_post`` of the layers, and the other sites.
+        Store with ``z`` of the heads, ``resid_post`` of the layers, and the other sites.
     concept
-        Positive where it is true and negative where it is false; examples where it is undefined are left out.
+        Examples are positive where it is true and negative where it is false; undefined examples are excluded.
     positive, negative
-        Instead of a concept: boolean masks ``[N]`` of examples; `negative` is by default whatever is not positive.
+        Instead of a concept: boolean masks ``[N]`` of examples; by default `negative` is the complement of `positive`.
     heads, layers, sites
-        Where: heads' ``z``, layers' residual streams, other decoder sites such as ``decoder.L3.mlp_out``.
+        Places to act on: heads' ``z``, layers' residual streams, other decoder sites such as ``decoder.L3.mlp_out``.
     tokens
-        Token selection the activations are read at.
+        Token selection that activations are read at.
     positions
-        Where the vector will act.
+        Token positions that the vector acts on.
     strength
-        The vector's own strength, in sigmas.
+        The vector's default strength, in units of sigma.
 
     Raises
     ------
     PatchError
-        Where a side has no examples, the masks overlap, the two means coincide, or there is no head and no layer.
+        If a side has no examples, the masks overlap, the two means are equal, or there are no heads, layers or sites.
     SiteError
-        Where the store lacks a site or the concept.
+        If the store lacks a site or the concept.
     """
-    told, made = (concept, positive, negative), Made("mean difference", tokens, positions, strength)
-    return by_sides(store, told, keys_of(heads, layers, sites), unit_difference, made)
+    contrast, spec = (concept, positive, negative), DerivationSpec("mean difference", tokens, positions, strength)
+    return by_sides(store, contrast, keys_of(heads, layers, sites), unit_difference, spec)
 
 
 def from_pairs(
@@ -76,8 +76,8 @@ def from_pairs(
     model
         The model to steer.
     pairs
-        Of one kind: with ``blank``, ``blur``, ``noise`` the direction is that of seeing anything (ICT's image level,
-        arXiv 2411.15268), with ``mask`` that of seeing the object.
+        Pairs of one kind: with ``blank``, ``blur`` or ``noise`` the direction represents the presence of any image
+        content (ICT's image level, arXiv 2411.15268), with ``mask`` the presence of the object.
     heads, layers, sites, positions, strength
         As for `mean_difference`.
     tokens
@@ -86,9 +86,9 @@ def from_pairs(
     Raises
     ------
     PatchError
-        For no pairs, no head and no layer, or means that coincide.
+        For no pairs, no heads, layers or sites, or equal means.
     SiteError
         For a head or layer that the model lacks.
     """
-    made = Made("paired mean difference", tokens, positions, strength)
-    return by_pairs(model, pairs, keys_of(heads, layers, sites), unit_difference, made)
+    spec = DerivationSpec("paired mean difference", tokens, positions, strength)
+    return by_pairs(model, pairs, keys_of(heads, layers, sites), unit_difference, spec)

@@ -1,4 +1,4 @@
-"""Along the normals of probes."""
+"""Steer along the normals of probes."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ def probe_normal(
     Parameters
     ----------
     directions
-        At heads' ``z`` or whole sites of the decoder; one for each place.
+        Directions at heads' ``z`` or at decoder sites; one for each place.
     source
-        The model, or the store the probes were fitted on: it says which model the vector is for.
+        The model, or the store that the probes were fitted on, which identifies the model.
     positions, strength
         As for `mean_difference`.
 
     Raises
     ------
     SiteError
-        For a direction at another site, or two at one.
+        For a direction at another site, or two directions at the same place.
     PatchError
-        For no directions, or one whose sigma is 0.
+        For no directions, or a direction with sigma 0.
     """
     entries: dict[Key, Entry] = {}
     for direction in directions:
@@ -47,14 +47,14 @@ def probe_normal(
         head = direction.head is not None
         if site.stack != "decoder" or (head and (site.cross or site.component != "z")):
             what = f"head {direction.head} of '{site}'" if head else f"'{site}'"
-            msg = f"direction at {what}: steering acts on heads of decoder 'z', and on whole decoder sites"
+            msg = f"direction at {what}; choose a head of decoder 'z', or a decoder site"
             raise SiteError(msg)
         key = canonical(site) if direction.head is None else Head(site.layer, direction.head)
         if key in entries:
-            msg = f"two directions at {name_of(key)}: give one for each place"
+            msg = f"two directions at {name_of(key)}; give one direction for each place"
             raise SiteError(msg)
         entries[key] = Entry(direction.vector, direction.sigma)
-    about = {"method": "probe normal", "concepts": list(dict.fromkeys(d.concept for d in directions))}
+    provenance = {"method": "probe normal", "concepts": list(dict.fromkeys(d.concept for d in directions))}
     if isinstance(source, Lvlm):
-        return SteeringVector(entries, "add", positions, strength, source.name, source.config_hash, about)
-    return made_from_store(source, entries, "add", positions, strength, about)
+        return SteeringVector(entries, "add", positions, strength, source.name, source.config_hash, provenance)
+    return made_from_store(source, entries, "add", positions, strength, provenance)

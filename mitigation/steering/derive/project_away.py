@@ -1,4 +1,4 @@
-"""ProjectAway: what the image's tokens have of a word is taken out of them."""
+"""ProjectAway: remove a word's direction from the image tokens."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ def project_away(
     strength: float = 1.0,
     variant: Variant = "paper",
 ) -> SteeringVector:
-    """Return ``h <- h - w * max(<h, t>, 0) / <t, t> * t`` at the image's tokens: the model forgets that it saw a thing.
+    """Return ``h <- h - w * max(<h, t>, 0) / <t, t> * t`` at the image tokens: remove an object from the image's representation.
 
-    Jiang et al. 2024 (arXiv 2410.02762): t is what the decoder holds at the last token of the phrase, read alone.
+    Jiang et al. 2024 (arXiv 2410.02762): t is the decoder's activation at the last token of the phrase, run without an image.
 
     Parameters
     ----------
     model
         The model to steer.
     phrase
-        Of the thing that is not there, as in ``apple``. Several are taken out by nested contexts.
+        Name of the absent object, such as ``apple``. Remove several objects with nested contexts.
     layers
-        Whose residual stream is edited.
+        Layers whose residual stream is changed.
     text_layer
-        Whose residual stream t is taken from; by default the first of `layers`.
+        Layer whose residual stream gives t; by default the first of `layers`.
     positions
-        Where it acts.
+        Token positions that the vector acts on.
     strength
         w.
     variant
@@ -53,7 +53,7 @@ def project_away(
     Raises
     ------
     PatchError
-        For no layers, or a phrase that leaves nothing.
+        For no layers, or a phrase whose t is 0 or not finite.
     SiteError
         For a layer that the model lacks.
     DataError
@@ -61,7 +61,7 @@ def project_away(
     """
     check_variant(variant)
     if not layers:
-        msg = "no layers to act on: name those whose image tokens are edited"
+        msg = "no layers to act on; give the layers whose image tokens are changed"
         raise PatchError(msg)
     for layer in layers:
         model.locate(Site("decoder", layer, "resid_post"))
@@ -75,13 +75,13 @@ def project_away(
             t = model.hf.get_input_embeddings()(ids).double().mean(dim=0).cpu().numpy()
     length = float(np.linalg.norm(t))
     if not (np.isfinite(length) and length > 0):
-        msg = f"'{phrase}' leaves nothing in the decoder: there is no direction"
+        msg = f"the decoder's activation for '{phrase}' is 0 or not finite, so the direction is undefined"
         raise PatchError(msg)
     entries: dict[Key, Entry] = {layer: Entry(t / length) for layer in layers}
-    about = {
+    provenance = {
         "method": f"ProjectAway ({variant})",
         "phrase": phrase,
         "text_layer": text_layer,
         "weights": model.weights_hash,
     }
-    return SteeringVector(entries, "project", positions, strength, model.name, model.config_hash, about)
+    return SteeringVector(entries, "project", positions, strength, model.name, model.config_hash, provenance)

@@ -1,4 +1,4 @@
-"""Visual steering vector: what this image adds to what the words alone would give."""
+"""VISTA's visual steering vector: the difference between the prompt with and without this image."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def vsv(
 ) -> SteeringVector:
     """Return the visual steering vector of one question about one image.
 
-    VISTA (Li et al. 2025, arXiv 2502.03628): V is what the residual stream holds at the last token of the prompt with the
-    image minus that without; while the answer is written ``h <- |h| unit(h + lambda V)``. It belongs to its image. VISTA's
-    other half, mixing in early logits, is no steering and is not done here.
+    VISTA (Li et al. 2025, arXiv 2502.03628): V is the residual stream at the last token of the prompt with the image minus
+    that without it; during generation ``h <- |h| unit(h + lambda V)``. The vector is valid only for its image. VISTA's second
+    part, which mixes in early logits, is not steering and is not implemented here.
 
     Parameters
     ----------
@@ -42,45 +42,47 @@ def vsv(
     example
         Image and question.
     layers
-        Of the decoder; all by default.
+        Layers of the decoder; all by default.
     positions
-        Where it acts; by default ``last`` for the paper's form and ``all`` for those of the release.
+        Token positions that the vector acts on; by default ``last`` for the paper's form and ``all`` for the release's.
     strength
-        lambda. The paper states none for its form; the release's scripts use 0.17 for captions and 0.01 for POPE.
+        lambda. The paper states no value for its form; the release's scripts use 0.17 for captions and 0.01 for POPE.
     variant
-        ``paper``: at the residual stream, with the length that V has.
+        ``paper``: at the residual stream, with the length of V.
         ``release`` (github.com/LzVv123456/VISTA, as its run scripts set it): at the MLP's output,
         ``x <- |x| unit(unit(x) + lambda (1 + max(0, cos(x, -V))) unit(V))``.
         ``simple`` (the release's simple mode): the same without the cosine, ``x <- |x| unit(unit(x) + lambda unit(V))``.
-        Both modes of the release take V through a principal component analysis of one sample, which leaves V as it is but
-        for 1 added to coordinate 0 of layer 0.
+        Both modes of the release apply a principal component analysis of one sample to V, which only adds 1 to coordinate 0
+        of layer 0.
 
     Raises
     ------
     PatchError
-        Where image and no image give the same at a layer.
+        If the prompts with and without the image have equal activations at a layer.
     SiteError
         For a layer that the model lacks.
     ModelError
         For a model whose decoder does not read the prompt.
     """
     check_variant(variant, ("paper", "release", "simple"))
-    chosen = tuple(range(model.n_layers) if layers is None else layers)
-    sites = [Site("decoder", layer, "resid_post") for layer in chosen]
-    seen = activations(model, [example], [canonical(site) for site in sites], "last")
-    told = read_text(model, model.prompt(example.question, images=0), sites)
+    selected = tuple(range(model.n_layers) if layers is None else layers)
+    sites = [Site("decoder", layer, "resid_post") for layer in selected]
+    with_image = activations(model, [example], [canonical(site) for site in sites], "last")
+    without_image = read_text(model, model.prompt(example.question, images=0), sites)
     entries: dict[Key, Entry] = {}
     for site in sites:
-        difference = seen[canonical(site)][0] - told[site]
+        difference = with_image[canonical(site)][0] - without_image[site]
         if variant != "paper" and site.layer == 0:
             difference[0] += 1
         length = float(np.linalg.norm(difference))
         if not length > 0:
-            msg = f"at L{site.layer} the image changes nothing: there is no direction"
+            msg = f"at L{site.layer} the image has no effect, so the direction is undefined"
             raise PatchError(msg)
         key = canonical(site) if variant == "paper" else Site("decoder", site.layer, "mlp_out")
         entries[key] = Entry(difference / length, length if variant == "paper" else 1.0)
-    about = {"method": f"VSV ({variant})", "example": example.id, "weights": model.weights_hash}
+    provenance = {"method": f"VSV ({variant})", "example": example.id, "weights": model.weights_hash}
     norm: Norm = {"paper": "kept", "release": "away", "simple": "relative"}[variant]  # pyright: ignore[reportAssignmentType]
-    where = positions or ("last" if variant == "paper" else "all")
-    return SteeringVector(entries, "add", where, strength, model.name, model.config_hash, about, norm=norm)
+    acting_positions = positions or ("last" if variant == "paper" else "all")
+    return SteeringVector(
+        entries, "add", acting_positions, strength, model.name, model.config_hash, provenance, norm=norm
+    )

@@ -1,6 +1,6 @@
-"""Files that other code loads a steering vector from: one function a format, by name in `FORMATS`.
+"""Export steering vectors to files that other code loads: one function per format, by name in `FORMATS`.
 
-`iti` and `ict` write the activations that the code of those papers derives its own vectors from.
+`iti` and `ict` write the activations from which those papers' code derives its own vectors.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Format:
-    """One format: how it is written, and what it can express."""
+    """An export format: its writer, and the vectors that it can represent."""
 
     write: Callable[..., Any]
     """``(vector, path, model, …) -> path``."""
@@ -64,12 +64,12 @@ FORMATS: Mapping[str, Format] = MappingProxyType(
         "vti": Format(vti, _vti.ABILITY),
     }
 )
-"""Every format by name."""
+"""All formats by name."""
 
 EXPORTS: Mapping[str, Callable[..., Any]] = MappingProxyType({name: form.write for name, form in FORMATS.items()})
-"""Name of a format to the function that writes it: ``(vector, path, …) -> path``."""
+"""Format name to its writer: ``(vector, path, …) -> path``."""
 
 
 def formats_for(vector: SteeringVector) -> tuple[str, ...]:
-    """Return the names of the formats that can hold a vector as it is."""
+    """Return the names of the formats that can represent a vector without conversion."""
     return tuple(name for name, form in FORMATS.items() if not form.ability.obstacles(vector))

@@ -1,10 +1,10 @@
-"""Put a baked steering vector into a Hugging Face model: copy this file, it needs torch and safetensors only.
+"""Add a baked steering vector to a Hugging Face model: copy this file, it needs only torch and safetensors.
 
     from apply_bias import apply
     undo = apply(model, "vector.safetensors")   # the model is steered until undo() is called
-    model.save_pretrained("steered")            # or for good; set config.attention_bias=True where the config has one
+    model.save_pretrained("steered")            # or permanently; set config.attention_bias=True if the config has one
 
-The file holds what to add to the biases of linear layers, by parameter name; a bias that is not there is zero.
+The file contains additions to the biases of linear layers, by parameter name; a missing bias counts as zero.
 """
 
 from __future__ import annotations
@@ -19,39 +19,39 @@ from torch import nn
 
 
 def read(path: str | Path) -> tuple[dict[str, torch.Tensor], dict]:
-    """Return the changes by parameter name, and the card; raises `ValueError` for any other file."""
-    if not Path(path).is_file():  # a FIFO would block for ever
-        raise ValueError(f"{path} is no bias patch: it is not a regular file")  # noqa: EM102  # stands alone
+    """Return the changes by parameter name, and the metadata; raises `ValueError` for any other file."""
+    if not Path(path).is_file():  # a FIFO would block forever
+        raise ValueError(f"{path} is not a bias patch: not a regular file")  # noqa: EM102  # self-contained file
     try:
         with safe_open(str(path), framework="pt") as file:
             card = json.loads((file.metadata() or {})["bias_patch"])
             return {name: file.get_tensor(name) for name in file.keys()}, card  # noqa: SIM118  # not a mapping
     except (SafetensorError, KeyError, OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is no bias patch: {error}") from error  # noqa: EM102  # stands alone
+        raise ValueError(f"{path} is not a bias patch: {error}") from error  # noqa: EM102  # self-contained file
 
 
 @torch.no_grad()
 def apply(model: nn.Module, path: str | Path) -> Callable[[], None]:
-    """Add the changes to a model in place and return what takes them back, bit for bit.
+    """Add the changes to a model in place and return a function that restores the model bit for bit.
 
-    Raises `ValueError` where the model has no such linear layer; then nothing was changed.
+    Raises `ValueError` if the model lacks one of the linear layers; the model is then unchanged.
     """
     changes, _ = read(path)
     modules = dict(model.named_modules())
-    found: list[tuple[nn.Linear, torch.Tensor]] = []
+    targets: list[tuple[nn.Linear, torch.Tensor]] = []
     for name, change in changes.items():
         linear = modules.get(name.removesuffix(".bias"))
         if not isinstance(linear, nn.Linear) or linear.out_features != len(change):
-            text = f"{path}: '{name}' [{len(change)}] has no linear layer of that width in {type(model).__name__}"
+            text = f"{path}: {type(model).__name__} has no linear layer of width {len(change)} for '{name}'"
             raise ValueError(text)
-        found.append((linear, change))
-    before = [linear.bias for linear, _ in found]
-    for linear, change in found:
+        targets.append((linear, change))
+    before = [linear.bias for linear, _ in targets]
+    for linear, change in targets:
         old = torch.zeros_like(linear.weight[:, 0]) if linear.bias is None else linear.bias
         linear.bias = nn.Parameter(old + change.to(old), requires_grad=False)
 
     def undo() -> None:
-        for (linear, _), bias in zip(found, before, strict=True):
+        for (linear, _), bias in zip(targets, before, strict=True):
             linear.bias = bias
 
     return undo

@@ -1,8 +1,8 @@
-"""The baked format: what to add to the biases of linear layers, so that serving code needs no hook.
+"""The baked format: additions to the biases of linear layers, so that serving code needs no hook.
 
-Adding d to a head's z before the output projection is adding ``W_O d`` after it (ITI's bake, arXiv 2306.03341); adding d
-to a residual stream after a block is adding it to the last linear layer of the block's MLP. A bias acts on every token,
-so only a vector at all positions can be baked without changing what it does.
+Adding d to a head's z before the output projection equals adding ``W_O d`` after it (ITI's bake, arXiv 2306.03341);
+adding d to a residual stream after a block equals adding it to the last linear layer of the block's MLP. A bias acts on
+every token, so only a vector at all positions can be baked exactly.
 """
 
 from __future__ import annotations
@@ -32,31 +32,32 @@ ABILITY = Ability("any Hugging Face code", "biases, so at every token", ("heads"
 
 
 def baked(vector: SteeringVector, path: str | Path, model: Lvlm, strength: float | None = None) -> Path:
-    """Write the bias changes that do what an additive vector does.
+    """Write an additive vector as changes of biases.
 
-    Tensors are named as the model's own parameters (``….o_proj.bias``, ``….down_proj.bias``) and are to be *added*; a
-    layer without a bias has one of zeros. ``mitigation/steering/export/apply_bias.py`` puts them into any Hugging Face model; it
-    stands alone, to be copied beside serving code.
+    Tensors have the names of the model's parameters (``….o_proj.bias``, ``….down_proj.bias``) and must be *added*; a
+    missing bias counts as zeros. ``mitigation/steering/export/apply_bias.py`` adds them to any Hugging Face model; the file
+    is self-contained, so copy it into serving code.
 
     Parameters
     ----------
     vector
-        Additive, at heads, residual streams or MLP outputs, with positions ``all``.
+        Additive vector at heads, residual streams or MLP outputs, with positions ``all``.
     path
-        Of the safetensors file.
+        Path of the safetensors file.
     model
-        The model it was made for: its weights are needed.
+        The model that the vector was derived for; its weights are needed.
     strength
-        In units of sigma; by default the vector's own.
+        Strength in units of sigma; by default the vector's.
 
     Raises
     ------
     ConfigError
-        Where a bias cannot express the vector: another kind, a residual stream whose MLP does not end in a linear layer.
+        If a bias cannot represent the vector: another kind, or a residual stream after an MLP that does not end in a
+        linear layer.
     ModelError
-        For a model that the vector was not made for.
+        For a model that the vector was not derived for.
     StoreError
-        Where the file cannot be written.
+        If the file cannot be written.
     """
     vector.check(model)
     require(vector, "baked", ABILITY)
@@ -85,14 +86,14 @@ def baked(vector: SteeringVector, path: str | Path, model: Lvlm, strength: float
 
 
 def apply(module: nn.Module, path: str | Path) -> Callable[[], None]:
-    """Add a baked file's changes to a Hugging Face model, in place, and return what takes them back bit for bit.
+    """Add a baked file's changes to a Hugging Face model in place; return a function that restores it bit for bit.
 
     Raises
     ------
     StoreError
-        Where the file is missing, damaged or something else.
+        If the file is missing, damaged or of another kind.
     ModelError
-        Where the model has no such module, or one of another width; then nothing was changed.
+        If the model lacks a module or it has another width; the model is then unchanged.
     """
     from mitigation.steering.export import apply_bias
 
@@ -104,9 +105,9 @@ def apply(module: nn.Module, path: str | Path) -> Callable[[], None]:
 
 
 def _end_of_mlp(model: Lvlm, layer: int) -> nn.Linear:
-    """Return the linear layer whose output is all that a block's MLP adds; raises `ConfigError` where there is none.
+    """Return the linear layer whose output is the output of a block's MLP; raises `ConfigError` if there is no such layer.
 
-    Found by running the MLP on noise: names differ from family to family, and an MLP may go on after its last linear layer.
+    The MLP is run on noise, because names differ between families and an MLP may have operations after its last linear layer.
     """
     import torch
     from torch import nn
@@ -114,27 +115,31 @@ def _end_of_mlp(model: Lvlm, layer: int) -> nn.Linear:
     place = model.place("decoder", layer, "mlp_out")
     if isinstance(place.module, nn.Linear):
         return place.module
-    seen: list[tuple[nn.Linear, torch.Tensor]] = []
+    outputs: list[tuple[nn.Linear, torch.Tensor]] = []
 
-    def note(linear: Any, _inputs: Any, out: Any) -> None:
-        seen.append((linear, out))
+    def record(linear: Any, _inputs: Any, out: Any) -> None:
+        outputs.append((linear, out))
 
     linears = [m for m in place.module.modules() if isinstance(m, nn.Linear) and m.out_features == model.width]
-    hooks = [m.register_forward_hook(note) for m in linears]
+    hooks = [m.register_forward_hook(record) for m in linears]
     noise = torch.randn(1, 3, model.width, generator=torch.Generator().manual_seed(0))
     try:
         with torch.no_grad():
-            whole = place.module(noise.to(model.device, model.dtype))
+            mlp_output = place.module(noise.to(model.device, model.dtype))
     except (TypeError, RuntimeError, ValueError):
-        whole = None  # it takes more than hidden states
+        mlp_output = None  # the MLP needs other inputs besides hidden states
     finally:
         for hook in hooks:
             hook.remove()
-    found = [m for m, out in seen if isinstance(whole, torch.Tensor) and torch.equal(out.reshape(whole.shape), whole)]
-    if place.gate is not None or place.third is not None or len(found) != 1:
+    last_layers = [
+        m
+        for m, out in outputs
+        if isinstance(mlp_output, torch.Tensor) and torch.equal(out.reshape(mlp_output.shape), mlp_output)
+    ]
+    if place.gate is not None or place.third is not None or len(last_layers) != 1:
         msg = (
             f"{model.name}: the MLP of layer {layer} ({type(place.module).__name__}) does not end in one linear layer whose "
-            f"bias could hold a push to the residual stream; export it as 'safetensors'"
+            f"bias could contain an addition to the residual stream; export the vector as 'safetensors'"
         )
         raise ConfigError(msg)
-    return found[0]
+    return last_layers[0]

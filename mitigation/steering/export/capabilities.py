@@ -1,4 +1,4 @@
-"""What a format can hold, and what to say where it cannot hold a vector."""
+"""The vectors that each export format can represent, and error messages for those that it cannot."""
 
 from __future__ import annotations
 
@@ -19,81 +19,85 @@ PLACES = ("residual", "heads", "attention output", "MLP output", "vision MLP out
 
 @dataclass(frozen=True)
 class Ability:
-    """What a format, as its consumer applies it, can express."""
+    """The vectors that a format can represent, as its consumer applies them."""
 
     consumer: str
-    """Who reads the file."""
+    """Software that reads the file."""
     applied: str
-    """Where the consumer adds it."""
+    """Place where the consumer adds the vector."""
     places: tuple[str, ...]
     kinds: tuple[Kind, ...] = ("add",)
     norms: tuple[Norm, ...] = ("free",)
     positions: tuple[Positions, ...] = ("all",)
     schedules: bool = False
-    """Whether a decay or a gate can be told."""
+    """Whether a file can contain a decay or a gate."""
     by_token: bool = False
-    """Whether tokens may have directions of their own."""
+    """Whether each token may have a separate direction."""
     first_layer: int = 0
     one_place: bool = False
-    """Whether a file holds one kind of place only."""
+    """Whether a file can contain only one kind of place."""
 
     def obstacles(self, vector: SteeringVector) -> list[str]:
-        """Return what about a vector cannot be held; empty where it can."""
-        found = []
+        """Return the reasons why the format cannot represent a vector; empty if it can."""
+        reasons = []
         kinds_of_place = list(dict.fromkeys(place_of(key) for key in vector.entries))
-        unfit = [place for place in kinds_of_place if place not in self.places]
-        if unfit:
-            found.append(f"it acts on {', '.join(unfit)}, the file on {', '.join(self.places)}")
+        unsupported = [place for place in kinds_of_place if place not in self.places]
+        if unsupported:
+            reasons.append(f"it acts on {', '.join(unsupported)}, but the format only on {', '.join(self.places)}")
         elif self.one_place and len(kinds_of_place) > 1:
-            found.append(f"it acts on {' and '.join(kinds_of_place)}, a file on one of them")
+            reasons.append(f"it acts on {' and '.join(kinds_of_place)}, but a file only on one of them")
         if vector.kind not in self.kinds:
-            found.append(f"it is of kind '{vector.kind}', the file of {', '.join(self.kinds)}")
+            reasons.append(f"it is of kind '{vector.kind}', but the format supports only {', '.join(self.kinds)}")
         if vector.norm not in self.norms:
-            found.append(f"its norm is '{vector.norm}', the file's {', '.join(self.norms)}")
+            reasons.append(f"its norm is '{vector.norm}', but the format supports only {', '.join(self.norms)}")
         if vector.positions not in self.positions:
-            found.append(f"it acts at positions '{vector.positions}', the file at '{', '.join(self.positions)}'")
+            reasons.append(
+                f"it acts at positions '{vector.positions}', but the format only at '{', '.join(self.positions)}'"
+            )
         if not self.schedules and (vector.decay < 1 or vector.gate is not None):
-            found.append("it decays or is gated, and the file has no schedule")
+            reasons.append("it has a decay or a gate, which the format does not support")
         if not self.by_token and any(entry.by_token for entry in vector.entries.values()):
-            found.append("tokens have directions of their own")
+            reasons.append("it has a direction for each token, which the format does not support")
         early = [key for key in vector.entries if not isinstance(key, Site | Head) and key < self.first_layer]
         if early:
-            found.append(f"layer {early[0]} comes before layer {self.first_layer}, the first that the file can name")
-        return found
+            reasons.append(
+                f"layer {early[0]} comes before layer {self.first_layer}, the first layer that the format supports"
+            )
+        return reasons
 
 
 EVERYTHING = Ability(
-    "groundscope", "where the card says", PLACES, KINDS, NORMS, POSITIONS, schedules=True, by_token=True
+    "groundscope", "at the places in the file", PLACES, KINDS, NORMS, POSITIONS, schedules=True, by_token=True
 )
 
 
 def require(vector: SteeringVector, name: str, ability: Ability, *, convertible: bool = False) -> None:
-    """Raise `ConfigError` where a format cannot hold a vector: what stands against it, and what can hold it.
+    """Raise `ConfigError` if a format cannot represent a vector; the message names the reasons and suitable formats.
 
     Parameters
     ----------
     vector
-        What is to be written.
+        The vector to write.
     name
-        Of the format.
+        Name of the format.
     ability
-        Its own.
+        Ability of the format.
     convertible
-        Say that ``convert=True`` would help.
+        Whether the message suggests ``convert=True``.
     """
     obstacles = ability.obstacles(vector)
     if not obstacles:
         return
     from mitigation.steering.export import FORMATS
 
-    others = [other for other, form in FORMATS.items() if not form.ability.obstacles(vector)]
-    helps = [f"export it as {' or '.join(repr(other) for other in others)}"]
+    suitable = [other for other, form in FORMATS.items() if not form.ability.obstacles(vector)]
+    suggestions = [f"export it as {' or '.join(repr(other) for other in suitable)}"]
     if vector.positions not in ability.positions:
-        at = ability.positions[0]
-        helps.append(f"or test vector.at('{at}') and export that one")
+        position = ability.positions[0]
+        suggestions.append(f"or test vector.at('{position}') and export that one")
     if convertible and any(isinstance(key, Head | Site) for key in vector.entries):
-        helps.append("or say convert=True to have it carried to the file's place")
-    msg = f"{vector} cannot be written as '{name}' for {ability.consumer}: {'; '.join(obstacles)}. {', '.join(helps)}"
+        suggestions.append("or pass convert=True to convert it to the format's place")
+    msg = f"{vector} cannot be written as '{name}' for {ability.consumer}: {'; '.join(obstacles)}. {', '.join(suggestions)}"
     raise ConfigError(msg)
 
 
@@ -110,12 +114,12 @@ def place_of(key: Key) -> str:
 
 
 def displacement(entry: Entry, strength: float) -> np.ndarray:
-    """Return what is added at a place, float64 ``[d]``: strength, sigma and direction in one."""
+    """Return the vector added at a place, float64 ``[d]``: the product of strength, sigma and direction."""
     return strength * entry.sigma * entry.vector.astype(np.float64)
 
 
 def card_of(vector: SteeringVector, name: str, strength: float, **more: Any) -> Mapping[str, Any]:
-    """Return what is written beside every file: what it is, for which model, and where it came from."""
+    """Return the metadata stored with every export: the format, the model and the provenance."""
     return {
         "format": name,
         "strength": strength,

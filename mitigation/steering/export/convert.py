@@ -1,4 +1,4 @@
-"""The same push at another place: heads through the output projection, MLP outputs to the residual stream."""
+"""Convert a vector to another place: heads through the output projection, MLP outputs to the residual stream."""
 
 from __future__ import annotations
 
@@ -26,29 +26,29 @@ LATE = (
 
 
 def through_projection(model: Lvlm, head: Head, move: np.ndarray) -> np.ndarray:
-    """Return ``W_O d``, float64 ``[D]``, of what is added to a head's z, ``[head_dim]``: at the projection's output."""
+    """Return ``W_O d`` at the projection's output, float64 ``[D]``, for an addition d to a head's z, ``[head_dim]``."""
     columns = slice(head.head * model.head_dim, (head.head + 1) * model.head_dim)
     projection = model.head_projection(head.layer)
-    held = weight(projection)  # which may be kept elsewhere until the layer runs
-    held = projection.weight if held is None else held
-    return held[:, columns].detach().double().cpu().numpy() @ move
+    matrix = weight(projection)  # may be offloaded until the layer runs
+    matrix = projection.weight if matrix is None else matrix
+    return matrix[:, columns].detach().double().cpu().numpy() @ move
 
 
 def in_residual(model: Lvlm, head: Head, move: np.ndarray) -> np.ndarray:
-    """Return what the residual stream gains by something added to a head's z: ``gate W_O d``, float64 ``[D]``.
+    """Return the change of the residual stream caused by an addition to a head's z: ``gate W_O d``, float64 ``[D]``.
 
     Raises
     ------
     ConfigError
-        Where a norm stands between the projection and the residual stream (Gemma 2 and 3, PaliGemma 2, GLM-4V, Florence-2):
-        what passes it depends on the input, so no one vector does the same.
+        If a norm lies between the projection and the residual stream (Gemma 2 and 3, PaliGemma 2, GLM-4V, Florence-2): its
+        output depends on the input, so no constant vector is equivalent.
     """
     spec = model.spec.decoder
     if spec.attention_post_norm or spec.cross_post_norm or spec.attention_out not in ("", spec.attention):
         norm = spec.attention_post_norm or spec.attention_out or spec.cross_post_norm
         msg = (
-            f"{model.name}: attention is followed by a norm ('{norm}'), so what is added to head {head} arrives in the residual "
-            "stream differently for each input: export it at the head, as 'baked' or 'safetensors', or derive it at a layer"
+            f"{model.name}: attention is followed by a norm ('{norm}'), so an addition to head {head} changes the residual "
+            "stream differently for each input; export it at the head, as 'baked' or 'safetensors', or derive it at a layer"
         )
         raise ConfigError(msg)
     return gate_of(model, replace(model.head_site(head.layer), component="attn_out")) * through_projection(
@@ -57,36 +57,38 @@ def in_residual(model: Lvlm, head: Head, move: np.ndarray) -> np.ndarray:
 
 
 def to_residual(vector: SteeringVector, model: Lvlm) -> SteeringVector:
-    """Return an additive vector whose pushes all arrive at the output of their blocks.
+    """Return an additive vector that adds everything at the outputs of its blocks.
 
-    From MLP outputs that is exact. What heads or an attention output add arrives after the MLP of the block instead of
-    before it; the result's provenance says so under ``conversion``. A gate of the attention is part of what arrives.
+    For MLP outputs the conversion is exact. Additions of heads or attention outputs move from before the block's MLP to
+    after it; the result's provenance records this under ``conversion``. A gate of the attention is included.
 
     Parameters
     ----------
     vector
-        Of kind ``add`` with a free norm, in the decoder.
+        Vector of kind ``add`` with norm ``free``, in the decoder.
     model
-        The model it was made for: its output projections are needed.
+        The model that the vector was derived for; its output projections are needed.
 
     Raises
     ------
     ModelError
-        For a model that the vector was not made for.
+        For a model that the vector was not derived for.
     ConfigError
-        For a vector that is not the same push for every input, or one in the vision tower; at heads, or in a model that
-        normalizes the residual stream itself, where a norm stands between the place and the residual stream.
+        For a vector that does not add the same to every input, or acts in the vision tower; also if a norm lies between
+        the place and the residual stream.
     """
     vector.check(model)
     places = {place_of(key) for key in vector.entries}
-    fit = places <= {"residual", "heads", "attention output", "MLP output"}
-    if vector.kind != "add" or vector.norm != "free" or not fit:
-        msg = f"{vector} cannot be carried to the residual stream: only a free addition in the decoder can"
+    convertible = places <= {"residual", "heads", "attention output", "MLP output"}
+    if vector.kind != "add" or vector.norm != "free" or not convertible:
+        msg = (
+            f"{vector} cannot be converted to the residual stream; only kind 'add' with norm 'free' in the decoder can"
+        )
         raise ConfigError(msg)
     if model.spec.decoder.mlp_post_norm and places - {"residual"}:
         msg = (
-            f"{vector} cannot be carried to the residual stream: {model.name} normalizes the stream after attention and MLP, so "
-            "what they add arrives differently for each input"
+            f"{vector} cannot be converted to the residual stream: {model.name} normalizes the stream after attention and MLP, "
+            "so an addition there has a different effect for each input"
         )
         raise ConfigError(msg)
     moves: dict[int, np.ndarray] = {}
@@ -100,8 +102,8 @@ def to_residual(vector: SteeringVector, model: Lvlm) -> SteeringVector:
     for layer, move in moves.items():
         length = float(np.linalg.norm(move))
         if not length > 0:
-            msg = f"at {name_of(layer)} nothing of {vector} arrives in the residual stream"
+            msg = f"at {name_of(layer)} {vector} does not change the residual stream"
             raise ConfigError(msg)
         entries[layer] = Entry(move / length, length)
-    how = LATE if places & {"heads", "attention output"} else EXACT
-    return replace(vector, entries=entries, provenance={**vector.provenance, "conversion": how})
+    conversion = LATE if places & {"heads", "attention output"} else EXACT
+    return replace(vector, entries=entries, provenance={**vector.provenance, "conversion": conversion})

@@ -1,4 +1,4 @@
-"""A control vector for llama.cpp, and for what reads the same file: repeng, EasySteer."""
+"""Write a control vector for llama.cpp and other readers of its format (repeng, EasySteer)."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 ARCHITECTURE = "controlvector"
 ABILITY = Ability("llama.cpp", "output of block k, at every token", ("residual",), first_layer=1)
-"""llama.cpp's loader refuses ``direction.0``: the output of the first block cannot be named."""
+"""llama.cpp's loader refuses ``direction.0``, so the output of the first block cannot be steered."""
 
 
 def _package() -> Any:
-    """Return the module `gguf`; raises `ConfigError` where it is not installed."""
+    """Return the module `gguf`; raises `ConfigError` if it is not installed."""
     try:
         import gguf as package
     except ImportError as error:
@@ -40,37 +40,38 @@ def gguf(
     *,
     convert: bool = False,
 ) -> Path:
-    """Write a GGUF control vector: ``direction.{k}`` float32 ``[D]`` for every layer k, to be used with scale 1.
+    """Write a GGUF control vector: ``direction.{k}`` float32 ``[D]`` for every layer k, for use with scale 1.
 
     llama.cpp adds ``direction.{k}`` to the output of block k, counted from 0, at every token (`llama_adapter_cvec`);
     names follow repeng: ``general.architecture`` is ``controlvector``, with ``controlvector.model_hint`` and
-    ``controlvector.layer_count``. The card is the string ``groundscope.card``. Needs the package ``gguf``
+    ``controlvector.layer_count``. The metadata are the string ``groundscope.card``. Needs the package ``gguf``
     (``pip install groundscope[gguf]``).
 
     Parameters
     ----------
     vector
-        Additive, at residual streams from layer 1 on, with positions ``all``.
+        Additive vector at residual streams from layer 1 on, with positions ``all``.
     path
-        Of the file.
+        Path of the file.
     model
-        The model it was made for; needed to convert, else used for the hint.
+        The model that the vector was derived for; required for a conversion, otherwise used only for the hint.
     strength
-        In units of sigma; by default the vector's own.
+        Strength in units of sigma; by default the vector's.
     convert
-        Carry heads and MLP outputs to the residual stream (`mitigation.steering.export.convert.to_residual`); the card says so.
+        Convert heads and MLP outputs to the residual stream (`mitigation.steering.export.convert.to_residual`); the
+        metadata record it.
 
     Raises
     ------
     ConfigError
-        Where the format cannot express the vector, or a conversion is asked for without the model.
+        If the format cannot represent the vector, or for a conversion without the model.
     ModelError
-        For a model that the vector was not made for.
+        For a model that the vector was not derived for.
     StoreError
-        Where the file cannot be written.
+        If the file cannot be written.
     """
     library = _package()
-    vector = converted(vector, model) if convert else vector
+    vector = convert_to_residual(vector, model) if convert else vector
     require(vector, "gguf", ABILITY, convertible=not convert)
     if model is not None:
         vector.check(model)
@@ -96,32 +97,32 @@ def check(path: str | Path) -> dict[int, np.ndarray]:
     Raises
     ------
     ConfigError
-        For what llama.cpp refuses: a direction of layer 0 or of no layer, another type than F32, more than one axis,
-        unequal lengths, none at all.
+        For a file that llama.cpp refuses: a direction without a layer or of layer 0, another type than F32, more than one
+        axis, unequal lengths, or no directions.
     """
     library = _package()
 
-    found: dict[int, np.ndarray] = {}
-    wrong = []
+    directions: dict[int, np.ndarray] = {}
+    problems = []
     for tensor in library.GGUFReader(path).tensors:
         name, _, number = tensor.name.partition(".")
         layer = int(number) if number.isdecimal() else 0
         if name != "direction" or layer < 1:
-            wrong.append(f"'{tensor.name}' names no layer from 1 on")
+            problems.append(f"'{tensor.name}' does not name a layer >= 1")
         elif tensor.tensor_type != library.GGMLQuantizationType.F32 or len(tensor.shape) != 1:
-            wrong.append(f"'{tensor.name}' is {tensor.tensor_type.name} {list(tensor.shape)}, not F32 with one axis")
+            problems.append(f"'{tensor.name}' is {tensor.tensor_type.name} {list(tensor.shape)}, not F32 with one axis")
         else:
-            found[layer] = np.array(tensor.data)
-    if len({len(x) for x in found.values()}) != 1:
-        wrong.append(f"directions have lengths {sorted({len(x) for x in found.values()})}")
-    if wrong:
-        msg = f"{path} is no control vector for llama.cpp: {'; '.join(wrong)}"
+            directions[layer] = np.array(tensor.data)
+    if len({len(x) for x in directions.values()}) != 1:
+        problems.append(f"directions have lengths {sorted({len(x) for x in directions.values()})}")
+    if problems:
+        msg = f"{path} is not a control vector for llama.cpp: {'; '.join(problems)}"
         raise ConfigError(msg)
-    return found
+    return directions
 
 
-def converted(vector: SteeringVector, model: Lvlm | None) -> SteeringVector:
-    """Return a vector carried to the residual stream; raises `ConfigError` without the model."""
+def convert_to_residual(vector: SteeringVector, model: Lvlm | None) -> SteeringVector:
+    """Return a vector converted to the residual stream; raises `ConfigError` without the model."""
     if model is None:
         msg = f"{vector}: a conversion needs the model's output projections; pass model="
         raise ConfigError(msg)
@@ -129,7 +130,7 @@ def converted(vector: SteeringVector, model: Lvlm | None) -> SteeringVector:
 
 
 def card_in(path: str | Path) -> dict[str, object]:
-    """Return the card that `gguf` wrote into a file."""
+    """Return the metadata that `gguf` wrote into a file."""
     library = _package()
 
     field = library.GGUFReader(path).get_field("groundscope.card")

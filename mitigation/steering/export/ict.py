@@ -1,4 +1,4 @@
-"""Activations in the files that ICT's code reads."""
+"""Write activations in the files that ICT's code reads."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def ict(
 ) -> tuple[Path, Path, Path]:
     """Write ``base.npy``, ``hallucinated.npy`` and ``object.npy``, float32 ``[N, layers, D]``, for github.com/THU-BPM/ICT.
 
-    They hold what attention adds at the last token (the output of the output projection) for the clean images, the blurred
-    ones, and those with the object masked, row by row for the same questions. Its scripts read the answer's own token after
-    the prompt instead. All load with ``allow_pickle=False``.
+    They contain the attention output (of the output projection) at the last token for the clean images, the blurred images,
+    and the images with the object masked, with rows for the same questions. ICT's scripts instead read the token of the
+    answer after the prompt. All files load with ``allow_pickle=False``.
 
     Parameters
     ----------
@@ -40,7 +40,7 @@ def ict(
     blurred, masked
         Pairs of the same clean examples in the same order.
     folder
-        Where the three files go.
+        Folder for the three files.
     tokens
         ``last``, or ``suffix`` for the mean over all tokens after the image.
 
@@ -53,20 +53,20 @@ def ict(
     PatchError
         For no pairs, or pairs of different clean examples.
     StoreError
-        Where a file cannot be written.
+        If a file cannot be written.
     """
     if not blurred or [p.clean.id for p in blurred] != [p.clean.id for p in masked]:
         msg = (
-            f"{len(blurred)} blurred and {len(masked)} masked pairs: they must be of the same clean examples, in the same "
-            f"order, and at least one"
+            f"{len(blurred)} blurred and {len(masked)} masked pairs; give at least one of each, for the same clean examples "
+            f"in the same order"
         )
         raise PatchError(msg)
     sites: list[Key] = [Site("decoder", layer, "attn_out") for layer in range(model.n_layers)]
     sides = ([p.clean for p in blurred], [p.corrupt for p in blurred], [p.corrupt for p in masked])
     paths = tuple(Path(folder) / name for name in NAMES)
     for path, examples in zip(paths, sides, strict=True):
-        seen = activations(model, examples, sites, tokens)
+        outputs = activations(model, examples, sites, tokens)
         with written(path, (len(examples), model.n_layers, model.width)) as array:
             for layer, site in enumerate(sites):
-                array[:, layer] = seen[site]
+                array[:, layer] = outputs[site]
     return paths[0], paths[1], paths[2]

@@ -1,4 +1,4 @@
-"""Activations in the files that honest_llama reads: from them its own scripts derive and test."""
+"""Write activations in the files that honest_llama reads, for its own scripts."""
 
 from __future__ import annotations
 
@@ -34,20 +34,20 @@ def iti(
 ) -> tuple[Path, Path, Path]:
     """Write ``PREFIX_head_wise.npy``, ``PREFIX_layer_wise.npy`` and ``PREFIX_labels.npy`` for github.com/likenneth/honest_llama.
 
-    ``head_wise`` float32 ``[N, layers, heads * head_dim]``: z, what the output projection is given. ``layer_wise`` float32
-    ``[N, layers + 1, D]``: embeddings, then what every layer gives, the last one after the final norm, as transformers has
-    it. ``labels`` int64 ``[N]``: 1 for positive. All load with ``allow_pickle=False``.
+    ``head_wise`` float32 ``[N, layers, heads * head_dim]``: z, the input of the output projection. ``layer_wise`` float32
+    ``[N, layers + 1, D]``: embeddings, then the output of every layer, the last after the final norm, as in transformers.
+    ``labels`` int64 ``[N]``: 1 for positive. All files load with ``allow_pickle=False``.
 
     Parameters
     ----------
     store
-        With ``z`` and ``resid_post`` of all layers and ``decoder.L0.resid_pre``.
+        Store with ``z`` and ``resid_post`` of all layers and ``decoder.L0.resid_pre``.
     prefix
-        Folder and beginning of the names, as in ``features/llava_pope``.
+        Folder and prefix of the file names, such as ``features/llava_pope``.
     model
-        The model the store was traced from: its final norm is needed.
+        The model that the store was traced from; its final norm is needed.
     concept, positive, negative, tokens
-        As for `derive.mean_difference`; examples on neither side are left out, and those without the token.
+        As for `derive.mean_difference`; examples on neither side or without the token are excluded.
 
     Returns
     -------
@@ -60,20 +60,20 @@ def iti(
     PatchError, SiteError
         As for `derive.mean_difference`.
     StoreError
-        Where a file cannot be written.
+        If a file cannot be written.
     """
     import torch
 
     if store.provenance.get("model", {}).get("config") != model.config_hash:
-        msg = f"the store was not traced from '{model.name}': its final norm is not that of these activations"
+        msg = f"the store was not traced from '{model.name}'; pass the model that it was traced from"
         raise ModelError(msg)
-    right, wrong = two_sides(store, concept, positive, negative)
+    positive_mask, negative_mask = two_sides(store, concept, positive, negative)
     heads_at = [model.head_site(layer) for layer in range(model.n_layers)]
     layers = len(heads_at)
     first = read(store, heads_at[0], tokens)
-    rows = np.flatnonzero((right | wrong) & ~np.isnan(first).any(axis=1))
+    rows = np.flatnonzero((positive_mask | negative_mask) & ~np.isnan(first).any(axis=1))
     if not len(rows):
-        msg = f"no examples with '{tokens}' on either side: nothing to write"
+        msg = f"no positive or negative example has the tokens '{tokens}', so there is nothing to write"
         raise PatchError(msg)
     paths = tuple(Path(f"{prefix}_{name}.npy") for name in ("head_wise", "layer_wise", "labels"))
     embedded = read(store, Site("decoder", 0, "resid_pre"), tokens)[rows]  # before anything is written
@@ -92,13 +92,13 @@ def iti(
                     x = norm(torch.tensor(x, device=model.device, dtype=model.dtype)).float().cpu().numpy()
             residual[:, layer + 1] = x
     with written(paths[2], (len(rows),), np.int64) as labels:
-        labels[:] = right[rows]
+        labels[:] = positive_mask[rows]
     return paths[0], paths[1], paths[2]
 
 
 @contextmanager
 def written(path: Path, shape: tuple[int, ...], dtype: type[np.generic] = np.float32) -> Iterator[np.ndarray]:
-    """Give an array on disk to fill; the file has its name once it is whole. Raises `StoreError` where it cannot be written."""
+    """Yield an array on disk to fill; the file is renamed when complete. Raises `StoreError` if it cannot be written."""
     with explained(lambda reason: f"{path}: the activations cannot be written: {reason}"), whole(path) as part:
         array = np.lib.format.open_memmap(part, mode="w+", dtype=dtype, shape=shape)
         yield array

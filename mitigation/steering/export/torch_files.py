@@ -1,4 +1,4 @@
-"""Tensor files in the layout that torch reads, for consumers that take no other."""
+"""Write tensor files in torch's format, for consumers that accept no other format."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from groundscope.core.files import canonical_json
 
 
 def write_pt(path: Path, content: object, card: Mapping[str, Any], kind: str) -> None:
-    """Write tensors, numbers and strings for ``torch.load(path, weights_only=True)``, and the card beside as JSON.
+    """Write tensors, numbers and strings for ``torch.load(path, weights_only=True)``, and the metadata as a JSON file.
 
-    The file is a pickle underneath. We read none of them ourselves; what we put in loads with weights only, so that
-    consumers need not trust it either.
+    The file is a pickle internally. groundscope never reads such files; the content loads with ``weights_only=True``, so
+    consumers do not need to trust it.
     """
     buffer = io.BytesIO()
     torch.save(content, buffer)  # noqa: TID251  # the consumer's own format, tensors only
@@ -26,6 +26,6 @@ def write_pt(path: Path, content: object, card: Mapping[str, Any], kind: str) ->
 
 
 def write_card(path: Path, card: Mapping[str, Any], kind: str) -> None:
-    """Write the card beside a file, ``NAME.json``."""
-    beside = path.with_name(f"{path.name}.json")
-    artifacts.write_bytes(beside, f"{canonical_json(card)}\n".encode(), kind)
+    """Write the metadata of a file to ``NAME.json`` in the same folder."""
+    card_path = path.with_name(f"{path.name}.json")
+    artifacts.write_bytes(card_path, f"{canonical_json(card)}\n".encode(), kind)

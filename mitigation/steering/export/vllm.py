@@ -1,4 +1,4 @@
-"""A matrix of pushes by layer, for vLLM through hotwire-vllm, and for hidden-directions."""
+"""Write a matrix of additions by layer, for vLLM through hotwire-vllm, and for hidden-directions."""
 
 from __future__ import annotations
 
@@ -21,34 +21,34 @@ ABILITY = Ability("hotwire-vllm", "output of decoder layer l", ("residual",), po
 def vllm(
     vector: SteeringVector, path: str | Path, model: Lvlm, strength: float | None = None, *, convert: bool = False
 ) -> Path:
-    """Write a float32 tensor ``[layers, D]``, a row of zeros where nothing is added, to be used with scale 1.
+    """Write a float32 tensor ``[layers, D]``, with zeros for layers that are not steered, for use with scale 1.
 
-    hotwire-vllm adds the row of a layer to that layer's output for the requests that ask for it
-    (github.com/moudrkat/hotwire-vllm); hidden-directions keeps its directions in the same layout. The card beside the file
-    holds the request's ``hotwire`` value: one specification for each layer, ``decode_only`` where the vector acts on
+    hotwire-vllm adds a layer's row to that layer's output for the requests that select it
+    (github.com/moudrkat/hotwire-vllm); hidden-directions stores its directions in the same layout. The metadata file
+    contains the request's ``hotwire`` value: one specification per layer, with ``decode_only`` if the vector acts on
     generated tokens.
 
     Parameters
     ----------
     vector
-        Additive, at residual streams, with positions ``all`` or ``generated``.
+        Additive vector at residual streams, with positions ``all`` or ``generated``.
     path
-        Of the ``.pt`` file; its stem is the vector's id in requests.
+        Path of the ``.pt`` file; its stem is the vector's id in requests.
     model
-        The model it was made for.
+        The model that the vector was derived for.
     strength
-        In units of sigma; by default the vector's own.
+        Strength in units of sigma; by default the vector's.
     convert
-        Carry heads and MLP outputs to the residual stream; the card says so.
+        Convert heads and MLP outputs to the residual stream; the metadata record it.
 
     Raises
     ------
     ConfigError
-        Where the format cannot express the vector.
+        If the format cannot represent the vector.
     ModelError
-        For a model that the vector was not made for.
+        For a model that the vector was not derived for.
     StoreError
-        Where the file cannot be written.
+        If the file cannot be written.
     """
     vector.check(model)
     vector = to_residual(vector, model) if convert else vector
@@ -58,7 +58,7 @@ def vllm(
     for layer in vector.layers:
         matrix[layer] = torch.from_numpy(displacement(vector.entries[layer], s))
     path = Path(path)
-    only = {"decode_only": True} if vector.positions == "generated" else {}
-    request = [{"id": path.stem, "layer": layer, "scale": 1.0, **only} for layer in vector.layers]
+    decode_only = {"decode_only": True} if vector.positions == "generated" else {}
+    request = [{"id": path.stem, "layer": layer, "scale": 1.0, **decode_only} for layer in vector.layers]
     write_pt(path, matrix, card_of(vector, "vllm", s, hotwire=request), "vLLM vector")
     return path

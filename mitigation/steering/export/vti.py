@@ -1,4 +1,4 @@
-"""Directions for VTI's own code: normalised there, and added as a share of the MLP output's length."""
+"""Write directions for VTI's code, which normalizes them and adds them relative to the MLP output's length."""
 
 from __future__ import annotations
 
@@ -32,28 +32,28 @@ def vti(vector: SteeringVector, path: str | Path, model: Lvlm, strength: float |
     """Write float32 directions ``[layers, 1, D]`` of the decoder, or ``[vision layers, 1, tokens, D]`` of the vision tower.
 
     For ``add_vti_layers(stack, torch.load(path, weights_only=True), alpha=[alpha])`` of github.com/shengliu66/VTI, with the
-    alpha that the card beside the file names: the code normalises every direction, so that strength cannot be in the file.
-    A layer that is not steered is a row of zeros.
+    alpha from the metadata file: the code normalizes every direction, so the file cannot contain the strength. A layer that
+    is not steered is a row of zeros.
 
     Parameters
     ----------
     vector
-        As `derive.vti_text` or `derive.vti_vision` make it: relative additions at MLP outputs, at every token.
+        Vector of `derive.vti_text` or `derive.vti_vision`: relative additions at MLP outputs, at every token.
     path
-        Of the ``.pt`` file.
+        Path of the ``.pt`` file.
     model
-        The model it was made for.
+        The model that the vector was derived for.
     strength
-        By default the vector's own.
+        Strength; by default the vector's.
 
     Raises
     ------
     ConfigError
-        Where the format cannot express the vector, layers of different sigma among that.
+        If the format cannot represent the vector, for example if layers have different sigmas.
     ModelError
-        For a model that the vector was not made for.
+        For a model that the vector was not derived for.
     StoreError
-        Where the file cannot be written.
+        If the file cannot be written.
     """
     vector.check(model)
     require(vector, "vti", ABILITY)
@@ -61,16 +61,17 @@ def vti(vector: SteeringVector, path: str | Path, model: Lvlm, strength: float |
     sigmas = {entry.sigma for entry in vector.entries.values()}
     if max(sigmas) - min(sigmas) > 1e-6 * max(sigmas):
         msg = (
-            f"{vector}: VTI has one strength for all layers, this vector sigmas from {min(sigmas):g} to {max(sigmas):g}"
+            f"{vector}: VTI has one strength for all layers, but this vector's sigmas range from {min(sigmas):g} to "
+            f"{max(sigmas):g}"
         )
         raise ConfigError(msg)
     first = next(iter(vector.entries.values()))
     vision = any(isinstance(key, Site) and key.stack == "vision" for key in vector.entries)
-    made = np.zeros((model.n_vision_layers if vision else model.n_layers, *first.vector.shape), np.float32)
+    directions = np.zeros((model.n_vision_layers if vision else model.n_layers, *first.vector.shape), np.float32)
     for key, entry in vector.entries.items():
         if isinstance(key, Site):
-            made[key.layer] = entry.vector
+            directions[key.layer] = entry.vector
     path = Path(path)
     alpha = s * first.sigma / SHARE
-    write_pt(path, torch.from_numpy(made)[:, None], card_of(vector, "vti", s, alpha=alpha), "VTI directions")
+    write_pt(path, torch.from_numpy(directions)[:, None], card_of(vector, "vti", s, alpha=alpha), "VTI directions")
     return path
