@@ -184,3 +184,9 @@ def test_mutations_differ_and_repeat() -> None:
         assert (way, changed) == mutate(data, random.Random(seed))
         ways.add(way)
     assert ways == set(WAYS)
+
+
+def test_equal_content_gives_equal_bytes() -> None:
+    tensors = {"b": np.arange(3.0), "a": np.ones((2, 5), np.float32)}
+    files = {encode_tensors(tensors, {"card": "é", "kind": "x", "more": "1", "another": "2"}) for _ in range(50)}
+    assert len(files) == 1

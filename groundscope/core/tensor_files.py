@@ -22,7 +22,17 @@ def encode_tensors(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str
     from safetensors.numpy import save
 
     contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
-    return save(contiguous, metadata={**metadata, _DIGEST: _digest(contiguous, metadata)})
+    return _sort_metadata(save(contiguous, metadata={**metadata, _DIGEST: _digest(contiguous, metadata)}))
+
+
+def _sort_metadata(data: bytes) -> bytes:
+    """Return the same file with the entries of its metadata in order: safetensors writes them in a random one."""
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of eight bytes
+    return len(text).to_bytes(8, "little") + text + data[8 + size :]
 
 
 def read_tensors(
