@@ -129,7 +129,7 @@ def test_a_mistake_is_named() -> None:
     ranking = np.zeros((model.n_layers, model.n_heads))
     with pytest.raises(ConfigError, match="ascending"):
         faithfulness.curve(model, examples(), ranking, shares=(0.5, 0.1))
-    with pytest.raises(ConfigError, match="order='up'"):
+    with pytest.raises(ConfigError, match="unknown order 'up'"):
         faithfulness.curve(model, examples(), ranking, "up")  # type: ignore[arg-type]
     with pytest.raises(PatchError, match="finite scores"):
         faithfulness.curve(model, examples(), ranking[:2])

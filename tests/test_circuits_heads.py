@@ -125,7 +125,7 @@ def test_frozen() -> None:
         s.effects[0] = 0
     with pytest.raises(AttributeError):
         s.tokens = "suffix"  # pyright: ignore[reportAttributeAccessIssue]  # it is frozen
-    with pytest.raises(PatchError, match="as many of the rest"):
+    with pytest.raises(PatchError, match="all fields of equal length"):
         HeadScores(**{**vars(s), "ids": ("one",)})
 
 
@@ -161,7 +161,7 @@ def test_files_that_are_not_head_scores(tmp_path: Path) -> None:
         HeadScores.load(tmp_path / "newer")
     del card["groups"]
     save_file(tensors, tmp_path / "gap", metadata={"head_scores": json.dumps(card)})
-    with pytest.raises(StoreError, match="damaged head scores"):
+    with pytest.raises(StoreError, match="damaged file of head scores"):
         HeadScores.load(tmp_path / "gap")
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match="cannot be written"):
@@ -299,9 +299,9 @@ def test_comparison_against_a_naive_bootstrap() -> None:
         low, high = np.quantile(correlations, [0.025, 0.975])
         assert (found.rank_correlation.low, found.rank_correlation.high) == pytest.approx((low, high), abs=0.12)
     assert compare(a, other).groups == (len(names), len(names), 0)
-    with pytest.raises(PatchError, match="not of the same layers"):
+    with pytest.raises(PatchError, match="differ in layers or heads"):
         compare(a, HeadScores(**{**vars(a), "effects": a.effects[:, :2]}))
-    with pytest.raises(PatchError, match="top 13"):
+    with pytest.raises(PatchError, match="k=13"):
         compare(a, b, k=(13,))
 
 

@@ -189,7 +189,7 @@ def test_what_is_put_between_attention_and_mlp_reaches_the_layers_end(stack: str
         (lambda: Intervention(SITE, Add(torch.ones(192)), head=0), PatchError, "must be 24"),
         (lambda: Intervention(SITE, Add(torch.full((192,), torch.nan))), PatchError, "NaN"),
         (lambda: Intervention(SITE, Zero(), "first"), PatchError, "choose all, last"),  # pyright: ignore[reportArgumentType]  # a mistake
-        (lambda: Intervention(SITE, Zero(), (-1,)), PatchError, "say 'last'"),
+        (lambda: Intervention(SITE, Zero(), (-1,)), PatchError, "use 'last'"),
         (lambda: Intervention(SITE, Zero(), (0, 999)), PatchError, "position 999"),
         (lambda: Intervention(SITE, Zero(), torch.tensor([[1], [2], [3]])), PatchError, "for 3 rows, but 2"),
         (lambda: Intervention(SITE, Zero(), rows=(2,)), PatchError, "row 2"),

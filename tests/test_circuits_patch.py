@@ -367,17 +367,17 @@ def test_scores_are_kept_in_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "error", "said"),
     [
-        ({"tokens": "999"}, PatchError, r"tokens='999' are at 999; it has positions 0-\d+"),
+        ({"tokens": "999"}, PatchError, r"position 999 is out of range; it has positions 0-\d+"),
         ({"tokens": "suffix:mean"}, ConfigError, "choose last, suffix"),
         ({"tokens": "answer"}, ConfigError, "choose last, suffix"),
         ({"sites": "decoder.L9.z"}, SiteError, "layers 0-5"),
         ({"sites": "pattern"}, SiteError, "is not a site"),
-        ({"sites": "decoder.L1.q"}, SiteError, "cannot be patched at tokens"),
-        ({"sites": "vision.L0.z"}, SiteError, "cannot be patched at tokens"),
+        ({"sites": "decoder.L1.q"}, SiteError, "cannot be patched at prompt tokens"),
+        ({"sites": "vision.L0.z"}, SiteError, "cannot be patched at prompt tokens"),
         ({"sites": Head(1, 9)}, SiteError, "heads 0-7"),
-        ({"sites": []}, SiteError, "no sites"),
+        ({"sites": []}, SiteError, "sites is empty"),
         ({"metric": "bleu"}, ConfigError, "choose logit_difference"),
-        ({"direction": "both"}, ConfigError, "direction='both'"),
+        ({"direction": "both"}, ConfigError, "unknown direction 'both'"),
         ({"memory": 0}, ConfigError, "at least 1"),
     ],
 )

@@ -221,7 +221,7 @@ def test_a_prefill_in_chunks_and_candidates_of_several_tokens(rule: Any) -> None
     torch.testing.assert_close(chunked, want, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(tried, want, atol=1e-4, rtol=1e-4)
     number = Intervention(FIRST, Add(torch.ones(lvlm.width)), (2, 20))
-    with intervened(lvlm, [number]), pytest.raises(ModelError, match="the prompt is read in parts"):
+    with intervened(lvlm, [number]), pytest.raises(ModelError, match="the prompt is read in chunks"):
         lvlm.hf.generate(input_ids=text, **options, prefill_chunk_size=7)
 
 
