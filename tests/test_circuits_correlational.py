@@ -218,7 +218,7 @@ def test_files_and_frames(tmp_path: Path) -> None:
     assert 0 < defined.sum() < 4
     np.testing.assert_allclose(frame["box_mass"], table.values["box_mass"][defined].mean(0).ravel(), rtol=1e-5)
     save_file({"x": np.ones(2, np.float32)}, tmp_path / "other")
-    with pytest.raises(StoreError, match="is no head_table"):
+    with pytest.raises(StoreError, match="is not a head_table file"):
         HeadTable.load(tmp_path / "other")
     with pytest.raises(PatchError, match="unknown method 'vhd'"):
         table.mean("vhd")

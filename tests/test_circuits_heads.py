@@ -87,7 +87,7 @@ def test_top_and_frame_agree() -> None:
     np.testing.assert_allclose(frame["effect"], s.mean.ravel())
     assert (frame["low"] <= frame["effect"]).all()
     for k in (0, 13):
-        with pytest.raises(PatchError, match="there are 12 heads"):
+        with pytest.raises(PatchError, match="between 1 and 12 heads"):
             s.top(k)
 
 
@@ -115,7 +115,7 @@ def test_random_heads() -> None:
     assert drawn == random_heads(4, 1, s.top(2), shape=(3, 4)) != random_heads(4, 2, s.top(2), shape=(3, 4))
     every = [h for seed in range(300) for h in random_heads(1, seed, shape=(3, 4))]
     assert len(set(every)) == 12
-    with pytest.raises(PatchError, match="10 of 12 are left"):
+    with pytest.raises(PatchError, match="10 of 12 heads are available"):
         s.random_heads(11, seed=0, exclude=s.top(2))
 
 
@@ -151,7 +151,7 @@ def test_files_that_are_not_head_scores(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="damaged"):
         HeadScores.load(tmp_path / "cut")
     save_file({"x": np.ones(2, np.float32)}, tmp_path / "other")
-    with pytest.raises(StoreError, match="is no head_scores"):
+    with pytest.raises(StoreError, match="is not a head_scores file"):
         HeadScores.load(tmp_path / "other")
     with safe_open(str(path), framework="numpy") as file:
         card = json.loads((file.metadata() or {})["head_scores"])

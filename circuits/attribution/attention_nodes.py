@@ -24,7 +24,7 @@ from lvlm.model import Lvlm
 
 
 @dataclass(frozen=True, eq=False)
-class Opened:
+class AttentionRecord:
     """Inputs and pattern of one layer's attention in one forward pass."""
 
     query: Tensor
@@ -67,18 +67,18 @@ class Rule:
         return self.scores(query, key).softmax(-1)
 
 
-Replace = Callable[[int, Opened], tuple[Tensor, Tensor, Tensor] | None]
+Replace = Callable[[int, AttentionRecord], tuple[Tensor, Tensor, Tensor] | None]
 """Called with a layer and its attention inputs; returns replacement queries, keys and values ``[P, H, T, d]``, or None."""
 
 
-class OpenedAttention:
-    """The replacement attention function; `seen` has the record of each layer."""
+class ExposedAttention:
+    """The replacement attention function; `records` has the record of each layer."""
 
     def __init__(self, model: Lvlm, *, patterns: bool, change: Replace | None = None) -> None:
         path = model.spec.decoder.attention
         self.layers = {id(resolve(block, path, model.spec)): i for i, block in enumerate(model.layers("decoder"))}
         self.patterns, self.change = patterns, change
-        self.seen: dict[int, Opened] = {}
+        self.records: dict[int, AttentionRecord] = {}
 
     def __call__(
         self,
@@ -104,7 +104,7 @@ class OpenedAttention:
         own = [x.repeat_interleave(groups, dim=1) if groups > 1 else x.view_as(x) for x in (key, value)]
         q, k, v = query, *own
         layer = self.layers.get(id(module))
-        record = Opened(q, key, value, k, v, None, rule)
+        record = AttentionRecord(q, key, value, k, v, None, rule)
         if layer is not None and self.change is not None and (new := self.change(layer, record)) is not None:
             q, k, v = new
         pattern = None
@@ -115,16 +115,18 @@ class OpenedAttention:
             mask = None if rule.mask is None else rule.mask.to(query.dtype)
             read = scaled_dot_product_attention(q, k, v, mask, scale=rule.scaling)
         if layer is not None:
-            self.seen[layer] = Opened(q, key, value, k, v, pattern, rule)
+            self.records[layer] = AttentionRecord(q, key, value, k, v, pattern, rule)
         return read.transpose(1, 2).contiguous(), pattern
 
 
 @contextmanager
-def opened(model: Lvlm, *, patterns: bool = False, change: Replace | None = None) -> Iterator[OpenedAttention]:
+def expose_attention(
+    model: Lvlm, *, patterns: bool = False, change: Replace | None = None
+) -> Iterator[ExposedAttention]:
     """Expose the decoder's attention while the context is open; restore it afterwards, also after an error."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    function = OpenedAttention(model, patterns=patterns, change=change)
+    function = ExposedAttention(model, patterns=patterns, change=change)
     table: Any = ALL_ATTENTION_FUNCTIONS
     before = {id(c): (c, c._attn_implementation) for c in configurations(model).values()}
     with ExitStack() as stack:
@@ -137,7 +139,7 @@ def opened(model: Lvlm, *, patterns: bool = False, change: Replace | None = None
         yield function
 
 
-def check_opened(model: Lvlm) -> None:
+def check_exposable(model: Lvlm) -> None:
     """Raise `ModelError` if the decoder's attention cannot be exposed; runs no forward pass."""
     spec = model.spec.decoder
     cross = [i for i in range(model.n_layers) if model.attends("decoder", i, cross=True)]

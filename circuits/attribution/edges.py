@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from circuits.attribution.attention_nodes import check_opened
+from circuits.attribution.attention_nodes import check_exposable
 from circuits.attribution.estimates import How, Point, Sides, Variant, check_how, groups, usable
 from circuits.attribution.norm_vjp import Reader, reader_of, through
 from circuits.attribution.residual_stream import Form, Run, Written, check_split, forms_of, run, weights_of, written_by
@@ -104,7 +104,7 @@ def edges(
     """
     how = How(direction, point, steps, variant=variant)
     check_how(model, how, batch_pairs)
-    check_opened(model)
+    check_exposable(model)
     settings = settings_of(model, direction, _METRIC, 1, None, min_effect, progress)
     plans = plans_of(model, pairs, "all", settings)
     decoder = _Decoder(model)

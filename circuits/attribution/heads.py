@@ -103,7 +103,7 @@ def heads(
     estimates = estimate(model, plans, every_head(model), how, settings, batch_pairs)
     effects = estimates.effects[..., 0].reshape(len(plans), model.n_layers, model.n_heads)
     baseline = np.stack([estimates.clean, estimates.corrupt])
-    return head_scores_of(model, plans, effects, baseline, estimates.kept, tokens, settings, how.about)
+    return head_scores_of(model, plans, effects, baseline, estimates.used, tokens, settings, how.about)
 
 
 def nodes(

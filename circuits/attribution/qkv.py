@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from circuits.attribution.attention_nodes import Opened, check_opened, opened
+from circuits.attribution.attention_nodes import AttentionRecord, check_exposable, expose_attention
 from circuits.attribution.estimates import How, Point, Sides, check_how, groups, usable
 from circuits.patching.activation import head_scores_of, plans_of, settings_of
 from circuits.patching.metrics import LEAST
@@ -94,7 +94,7 @@ def inputs(
             raise ConfigError(msg)
     how = How(direction, point, steps)
     check_how(model, how, batch_pairs)
-    check_opened(model)
+    check_exposable(model)
     settings = settings_of(model, direction, _METRIC, 1, None, min_effect, progress)
     plans = plans_of(model, pairs, tokens, settings)
     effects = np.full((len(plans), model.n_layers, model.n_heads), np.nan, np.float32)
@@ -115,7 +115,7 @@ def inputs(
 class _QkvRun:
     """One run: attention inputs, and the derivative of the metric by them."""
 
-    seen: dict[int, Opened]
+    records: dict[int, AttentionRecord]
     slopes: tuple[Tensor, ...]
     """Gradients by layer: of the pattern ``[P, H, T, T]``, or of queries, keys or values ``[P, H, T, d]``; empty unless
     requested."""
@@ -139,7 +139,7 @@ def _estimates(model: Lvlm, sides: Sides, part: Part, how: How, *, fix: bool) ->
     layers = []
     for i in range(model.n_layers):
         slope = torch.stack([record.slopes[i] for record in at]).mean(0)
-        a, b = source.seen[i], run.seen[i]
+        a, b = source.records[i], run.records[i]
         if not fix:
             each = ((getattr(a, name) - getattr(b, name)) * slope).sum(-1)  # [P, H, T]
         elif part == "q":
@@ -150,13 +150,13 @@ def _estimates(model: Lvlm, sides: Sides, part: Part, how: How, *, fix: bool) ->
     return torch.stack(layers, dim=1).double().cpu().numpy(), source.metric, run.metric
 
 
-def _moved_queries(source: Opened, run: Opened, slope: Tensor) -> Tensor:
+def _moved_queries(source: AttentionRecord, run: AttentionRecord, slope: Tensor) -> Tensor:
     """Return the change of the metric from each query's patched attention, ``[P, H, T]``."""
     before, after = (run.rule.pattern_of(record.query, run.key) for record in (run, source))
     return ((after - before) * slope).sum(-1)
 
 
-def _moved_keys(source: Opened, run: Opened, slope: Tensor) -> Tensor:
+def _moved_keys(source: AttentionRecord, run: AttentionRecord, slope: Tensor) -> Tensor:
     """Return the change of the metric from each key's patch, through the attention of all queries, ``[P, H, T]``.
 
     If one score changes, a query's weight on that key is a logistic function of the score, and the other keys share the
@@ -199,13 +199,13 @@ def _run_once(
 
     hook = model.place("decoder", 0, "resid_pre").edit(enter)
     try:
-        with torch.set_grad_enabled(differentiate), opened(model, patterns=name == "pattern") as attention:
+        with torch.set_grad_enabled(differentiate), expose_attention(model, patterns=name == "pattern") as attention:
             score = sides.metric(model.forward(model_inputs)[:, -1])
-            seen = attention.seen
+            records = attention.records
     finally:
         hook.remove()
-    if len(seen) != model.n_layers:
-        missing = next(i for i in range(model.n_layers) if i not in seen)
+    if len(records) != model.n_layers:
+        missing = next(i for i in range(model.n_layers) if i not in records)
         msg = (
             f"{model.name}: layer {missing} does not use transformers' table of attention functions, so its queries and "
             "keys cannot be read"
@@ -213,16 +213,18 @@ def _run_once(
         raise ModelError(msg)
     slopes: tuple[Tensor, ...] = ()
     if differentiate:
-        nodes = [getattr(seen[i], name) for i in range(model.n_layers)]
+        nodes = [getattr(records[i], name) for i in range(model.n_layers)]
         try:
             with torch.enable_grad():  # the sum below needs a gradient
                 slopes = torch.autograd.grad(score.sum(), nodes, materialize_grads=True)
         except RuntimeError as error:
             msg = f"{model.name}: no gradient reaches its attention: {error}"
             raise ModelError(msg) from error
-    return _QkvRun({i: _detached(record) for i, record in seen.items()}, slopes, score.detach(), start[0].detach())
+    return _QkvRun({i: _detached(record) for i, record in records.items()}, slopes, score.detach(), start[0].detach())
 
 
-def _detached(record: Opened) -> Opened:
+def _detached(record: AttentionRecord) -> AttentionRecord:
     query, key, value = record.query.detach(), record.key.detach(), record.value.detach()
-    return Opened(query, record.shared_key.detach(), record.shared_value.detach(), key, value, None, record.rule)
+    return AttentionRecord(
+        query, record.shared_key.detach(), record.shared_value.detach(), key, value, None, record.rule
+    )

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from circuits.attribution.attention_nodes import Opened, opened
+from circuits.attribution.attention_nodes import AttentionRecord, expose_attention
 from circuits.attribution.gradients import Metric
 from circuits.interventions.hooks import edit
 from groundscope.core.errors import ModelError
@@ -95,7 +95,7 @@ def run(
     Parameters
     ----------
     model
-        A model that passes `circuits.attribution.attention_nodes.check_opened`.
+        A model that passes `circuits.attribution.attention_nodes.check_exposable`.
     inputs
         Of P examples.
     metric
@@ -114,17 +114,17 @@ def run(
     """
     nodes = _RecordedNodes(model, bool(forms))
     with torch.set_grad_enabled(bool(forms)), ExitStack() as hooks:
-        attention = hooks.enter_context(opened(model))
+        attention = hooks.enter_context(expose_attention(model))
         nodes.watch(hooks, forms, embeddings, added or {})
         score = metric(model.forward(inputs)[:, -1])
-        if len(attention.seen) != model.n_layers:
-            missing = next(i for i in range(model.n_layers) if i not in attention.seen)
+        if len(attention.records) != model.n_layers:
+            missing = next(i for i in range(model.n_layers) if i not in attention.records)
             msg = (
                 f"{model.name}: layer {missing} does not use transformers' table of attention functions, so its "
                 "queries, keys and values cannot be separated"
             )
             raise ModelError(msg)
-        readings, final = _readings(model, nodes, forms, attention.seen, score) if forms else ((), None)
+        readings, final = _readings(model, nodes, forms, attention.records, score) if forms else ((), None)
     return Run(nodes.written(score.detach()), readings, final)
 
 
@@ -304,7 +304,11 @@ class _RecordedNodes:
 
 
 def _readings(
-    model: Lvlm, recorded: _RecordedNodes, forms: tuple[Form, ...], attention: Mapping[int, Opened], score: Tensor
+    model: Lvlm,
+    recorded: _RecordedNodes,
+    forms: tuple[Form, ...],
+    attention: Mapping[int, AttentionRecord],
+    score: Tensor,
 ) -> tuple[tuple[Reading, ...], Tensor]:
     layers, last = range(model.n_layers), model.n_layers - 1
     nodes: dict[tuple[str, int], Tensor] = {("final", last): recorded.at["final", last]}

@@ -159,16 +159,16 @@ def _watched(
     keep: int,
     options: Mapping[str, Any],
 ) -> tuple[dict[Site, Tensor], Tensor]:
-    held: dict[Site, Tensor] = {}
+    site_values: dict[Site, Tensor] = {}
     with ExitStack() as hooks:
         for site in sites:
 
             def see(x: Tensor, site: Site = site) -> None:
-                held[site] = x[:, start:].clone()
+                site_values[site] = x[:, start:].clone()
 
             hooks.callback(model.locate(site).watch(see).remove)
         logits = model.forward(inputs, keep=keep, **options)
-    return held, logits
+    return site_values, logits
 
 
 def crosses(model: Lvlm, layer: int) -> bool:

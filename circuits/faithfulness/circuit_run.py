@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from circuits.attribution.attention_nodes import Opened, opened
+from circuits.attribution.attention_nodes import AttentionRecord, expose_attention
 from circuits.attribution.gradients import Metric
 from circuits.attribution.residual_stream import Form, Written, written_by
 from circuits.interventions.hooks import edit
@@ -130,7 +130,7 @@ def run_circuit(
     """Return the metric ``[P]`` with the edges in `mask` only, bool ``[n_sources, n_targets]``."""
     circuit_run = _CircuitRun(model, forms, shape, ends, mask)
     with ExitStack() as hooks:
-        circuit_run.attention = hooks.enter_context(opened(model, change=circuit_run.attend))
+        circuit_run.attention = hooks.enter_context(expose_attention(model, change=circuit_run.attend))
         circuit_run.watch(hooks)
         return metric(model.forward(ends.inputs)[:, -1])
 
@@ -171,7 +171,7 @@ class _CircuitRun:
                     there = self.ends.corrupt.heads[i], self.ends.corrupt.attention[i]
                     self.heads[i] = Heads.moved(model, i, (self.z.pop(i), whole), there)
                     # The layer's attention is done: free its queries, keys, values and inputs.
-                    self.attention.seen.pop(i, None)
+                    self.attention.records.pop(i, None)
                     self.called.pop(i, None)
 
             def route_input(_module: nn.Module, args: Any, kwargs: Any, i: int = i) -> Any:
@@ -233,7 +233,7 @@ class _CircuitRun:
         self._before = before, total
         return total
 
-    def attend(self, layer: int, record: Opened) -> tuple[Tensor, Tensor, Tensor] | None:
+    def attend(self, layer: int, record: AttentionRecord) -> tuple[Tensor, Tensor, Tensor] | None:
         """Return queries, keys and values of heads, each computed from the head's own stream."""
         if self.probing:
             return None
@@ -248,7 +248,7 @@ class _CircuitRun:
                 inputs[letter][:, head] = (stream_record.query, stream_record.key, stream_record.value)[letter][:, head]
         return inputs[0], inputs[1], inputs[2]
 
-    def _attention_of(self, layer: int, x: Tensor) -> Opened:
+    def _attention_of(self, layer: int, x: Tensor) -> AttentionRecord:
         """Return the attention record of a layer for a given stream."""
         args, kwargs = self.called[layer]
         key = None if args else first_name(kwargs)
@@ -264,7 +264,7 @@ class _CircuitRun:
                 self.modules[layer](**{**kwargs, key: new})
         finally:
             self.probing = False
-        return self.attention.seen[layer]
+        return self.attention.records[layer]
 
 
 def _dtype(x: Tensor) -> torch.dtype:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from circuits.attribution.attention_nodes import check_opened
+from circuits.attribution.attention_nodes import check_exposable
 from circuits.attribution.estimates import Sides
 from circuits.attribution.residual_stream import Form, forms_of, run
 from circuits.faithfulness.circuit_run import Ends, ends_of, run_circuit
@@ -89,7 +89,7 @@ def edges(
         msg = f"batch_pairs={batch_pairs} must be at least 1"
         raise ConfigError(msg)
     circuits = _circuits(graph, order, choose, shares)
-    check_opened(model)
+    check_exposable(model)
     for candidate in circuits:
         if (candidate.shape.n_layers, candidate.shape.n_heads) != (model.n_layers, model.n_heads):
             raise PatchError(_mismatch(model, candidate))

@@ -110,7 +110,7 @@ def patch_heads(
     effects = result.effects.reshape(len(plans), model.n_layers, model.n_heads)
     about = {"metric": metric, "path": "shared prefix" if result.shared else "whole forwards"}
     return head_scores_of(
-        model, plans, effects, np.stack([result.clean, result.corrupt]), result.kept, tokens, settings, about
+        model, plans, effects, np.stack([result.clean, result.corrupt]), result.used, tokens, settings, about
     )
 
 
@@ -119,7 +119,7 @@ def head_scores_of(
     plans: Sequence[Plan],
     effects: np.ndarray,
     baseline: np.ndarray,
-    kept: np.ndarray,
+    used: np.ndarray,
     tokens: str,
     settings: Settings,
     provenance: Mapping[str, Any],
@@ -129,12 +129,12 @@ def head_scores_of(
     `baseline` is the metric of the clean and of the corrupt runs, ``[2, n_pairs]``. Raises `PatchError` if more than half
     of the pairs are excluded.
     """
-    check_enough_pairs(baseline[0], baseline[1], kept, settings.min_effect)
-    used_pairs = [plan.pair for plan, keep in zip(plans, kept, strict=True) if keep]
+    check_enough_pairs(baseline[0], baseline[1], used, settings.min_effect)
+    used_pairs = [plan.pair for plan, keep in zip(plans, used, strict=True) if keep]
     return HeadScores(
-        effects=effects[kept],
-        clean=baseline[0, kept],
-        corrupt=baseline[1, kept],
+        effects=effects[used],
+        clean=baseline[0, used],
+        corrupt=baseline[1, used],
         ids=tuple(p.clean.id for p in used_pairs),
         groups=tuple(p.group for p in used_pairs),
         levels=tuple(p.clean.level for p in used_pairs),
@@ -142,7 +142,7 @@ def head_scores_of(
         tokens=tokens,
         direction=settings.direction,
         min_effect=settings.min_effect,
-        excluded=int((~kept).sum()),
+        excluded=int((~used).sum()),
         model=model.name,
         config_hash=model.config_hash,
         weights_hash=model.weights_hash,
@@ -217,13 +217,13 @@ def scores_of(
     through: str = "",
 ) -> PatchScores:
     """Return the result of a sweep as scores; raise `PatchError` if more than half of the pairs are excluded."""
-    check_enough_pairs(result.clean, result.corrupt, result.kept, settings.min_effect)
-    used_pairs = [plan.pair for plan, keep in zip(plans, result.kept, strict=True) if keep]
+    check_enough_pairs(result.clean, result.corrupt, result.used, settings.min_effect)
+    used_pairs = [plan.pair for plan, keep in zip(plans, result.used, strict=True) if keep]
     count = result.effects.shape[2]
     return PatchScores(
-        effects=result.effects[result.kept],
-        clean=result.clean[result.kept],
-        corrupt=result.corrupt[result.kept],
+        effects=result.effects[result.used],
+        clean=result.clean[result.used],
+        corrupt=result.corrupt[result.used],
         sites=tuple(names),
         positions=tuple(str(k - count + 1) for k in range(count)) if tokens.endswith(":each") else (tokens,),
         ids=tuple(p.clean.id for p in used_pairs),
@@ -234,7 +234,7 @@ def scores_of(
         direction=settings.direction,
         metric=settings.metric.name,
         min_effect=settings.min_effect,
-        excluded=int((~result.kept).sum()),
+        excluded=int((~result.used).sum()),
         path="shared prefix" if result.shared else "whole forwards",
         model=model.name,
         config_hash=model.config_hash,

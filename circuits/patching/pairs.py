@@ -68,7 +68,7 @@ def positions_for(pair: CounterfactualPair, tokens: TokenMap, selection: str) ->
         The pair of the tokens; named in errors.
     tokens
         Its token map.
-    asked
+    selection
         ``last``; ``suffix`` (all after the image), ``question``, ``image``, ``object`` or ``all``, patched jointly or, with
         ``:each``, separately; or positions counted from 0, as in ``12`` or ``12,13``.
 

@@ -67,7 +67,7 @@ class SweepResult:
     clean: np.ndarray
     """The metric in the clean run, float32 ``[n_pairs]``."""
     corrupt: np.ndarray
-    kept: np.ndarray
+    used: np.ndarray
     """bool ``[n_pairs]``."""
     shared: bool
     """Whether patches ran as suffixes of a shared prefix; else as full forward passes."""
