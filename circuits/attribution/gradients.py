@@ -54,9 +54,9 @@ def slopes(
     model
         In evaluation mode; the gradients of its parameters do not change.
     inputs
-        Of B examples.
+        Inputs of B examples.
     sites
-        In the decoder.
+        Sites of the decoder.
     metric
         Differentiated function; rows must not depend on each other.
     embeddings

@@ -97,7 +97,7 @@ def run(
     model
         A model that passes `circuits.attribution.attention_nodes.check_exposable`.
     inputs
-        Of P examples.
+        Inputs of P examples.
     metric
         Differentiated function of the logits.
     forms

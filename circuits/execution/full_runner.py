@@ -20,7 +20,7 @@ from lvlm.model import Lvlm
 _LOG = logging.getLogger(__name__)
 
 
-def say_plain(model: Lvlm, why: str) -> None:
+def warn_full_passes(model: Lvlm, why: str) -> None:
     """Log at level WARNING that every patch takes a full forward pass (logger ``circuits.execution.full_runner``)."""
     _LOG.warning(
         "%s (%s): every patch runs as a full forward pass, because %s; results are the same but take longer",
@@ -49,7 +49,7 @@ def run_whole(
     model
         Any model.
     inputs
-        Of P examples of equal shape.
+        Inputs of P examples of equal shape.
     rows
         Changes; one run per row.
     read

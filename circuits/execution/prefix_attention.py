@@ -66,7 +66,7 @@ class SharedAttention:
         """Return the attention output of R = P n rows, ``[R, S, heads, head_dim]``; ignores the mask of the call."""
         del attention_mask
         if self.prefix is None:
-            msg = f"{type(module).__name__} attends outside of its layer"
+            msg = f"{type(module).__name__} calls its attention outside of a decoder layer"
             raise NotShared(msg)
         if dropout:
             msg = f"{type(module).__name__} applies attention dropout {dropout:g}: set it to 0, or call model.hf.eval()"

@@ -109,7 +109,7 @@ def record(
                 hooks.callback(model.place("decoder", layer, "resid_post").watch(keep_output).remove)
         site_values, logits = _watched(model, inputs, start, sites, keep, {"past_key_values": cache, "use_cache": True})
     if len(calls) != model.n_layers or len(getattr(cache, "layers", ())) != model.n_layers:
-        msg = "its forward keeps no keys and values of its layers"
+        msg = "its forward pass returns no keys and values of its layers"
         raise NotShared(msg)
     if residual and any(x.shape[1] != residual[model.n_layers - 1].shape[1] for x in residual.values()):
         return record(model, inputs, begin, sites, keep)  # a later layer's bidirectional span is longer
@@ -119,7 +119,7 @@ def record(
     length = next(iter(residual.values())).shape[1] + begin
     for name in ("keys", "values"):
         if any(getattr(cache.layers[i], name, None) is None for i in layers):
-            msg = "its forward keeps no keys and values of its layers"
+            msg = "its forward pass returns no keys and values of its layers"
             raise NotShared(msg)
     return Recording(
         begin,

@@ -25,7 +25,7 @@ class Replace:
     """Anything that broadcasts to ``[rows, positions, d]``."""
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Return what ``[..., d]`` becomes."""
+        """Return the changed ``[..., d]``."""
         return self.value.to(x).expand_as(x)
 
 
@@ -76,7 +76,7 @@ class Zero:
     """Replace x by 0."""
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Return what ``[..., d]`` becomes."""
+        """Return the changed ``[..., d]``."""
         return torch.zeros_like(x)
 
 
@@ -98,7 +98,7 @@ class Amplify:
     """``[k, d]``: output rows of the deviation; `reads` by default, other rows for a control of the same size."""
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Return what ``[..., d]`` becomes."""
+        """Return the changed ``[..., d]``."""
         deviation = x - self.mean.to(x)
         if self.reads is not None:
             writes = self.reads if self.writes is None else self.writes
@@ -125,7 +125,7 @@ class Project:
     """A number, or ``[..., 1]`` with one for each token."""
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Return what ``[..., d]`` becomes."""
+        """Return the changed ``[..., d]``."""
         t = self.value.to(x)
         share = (x @ t).clamp_min(0) / (t @ t)
         return x - _as(self.weight, x) * share[..., None] * t

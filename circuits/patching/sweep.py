@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from activation_store.tracing.continuation import with_answers
-from circuits.execution.full_runner import run_whole, say_plain
+from circuits.execution.full_runner import run_whole, warn_full_passes
 from circuits.execution.memory import kept_bytes, row_bytes
 from circuits.execution.prefix_attention import NotShared
 from circuits.execution.prefix_cache import Recording, See, Values, observe, record
@@ -130,7 +130,7 @@ class _ExecutionMode:
 
     def fall_back(self, why: object) -> None:
         if self.shared:
-            say_plain(self._model, str(why))
+            warn_full_passes(self._model, str(why))
         self.shared = False
 
 

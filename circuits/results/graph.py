@@ -240,7 +240,7 @@ class Graph:
         Raises
         ------
         PatchError
-            Where there are fewer edges.
+            If the graph has fewer than `n` edges.
         """
         self._check(n)
         mask = np.zeros_like(self.kept)
@@ -262,7 +262,7 @@ class Graph:
         Raises
         ------
         PatchError
-            Where there are fewer edges.
+            If the graph has fewer than `n` edges.
         """
         self._check(n)
         shape, mask = self.shape, np.zeros_like(self.kept)

@@ -293,7 +293,7 @@ def random_heads(
     exclude
         Heads to exclude, such as the selected heads.
     shape
-        Number of layers, and of heads in each.
+        Number of layers, and of heads per layer.
 
     Raises
     ------

@@ -27,13 +27,13 @@ class Registry(Mapping[str, T], Generic[T]):
     Parameters
     ----------
     kind
-        What one entry is, for messages: ``"loader"``.
+        Name of an entry in messages, such as ``"loader"``.
     entries
         Built-in entries by name.
     group
         Entry-point group of installed packages, read on the first search or listing beyond the built-in entries.
     check
-        Receives a new entry; returns what is wrong with it, or None.
+        Returns the problem of a new entry, or None if it is valid.
     error
         Class of the exception for an unknown name.
 

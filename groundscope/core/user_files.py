@@ -91,7 +91,7 @@ def read_json(
     path
         The file.
     check
-        Receives the document and returns what is wrong with it, or None.
+        Returns the problem of the document, or None if it is valid.
     limit
         Largest accepted size in bytes.
     error
