@@ -411,7 +411,7 @@ def test_attention_that_is_not_called_by_name_is_refused() -> None:
 
     attention.forward = own
     for method in (attribution.edges, attribution.inputs):
-        with pytest.raises(ModelError, match="layer 1 does not attend through transformers' table"):
+        with pytest.raises(ModelError, match="layer 1 does not use transformers' table"):
             method(lvlm, [pair_of(0)], min_effect=0)
 
 

@@ -133,5 +133,5 @@ def test_a_mistake_is_named() -> None:
         faithfulness.curve(model, examples(), ranking, "up")  # type: ignore[arg-type]
     with pytest.raises(PatchError, match="finite scores"):
         faithfulness.curve(model, examples(), ranking[:2])
-    with pytest.raises(PatchError, match="each of its 48 heads once"):
+    with pytest.raises(PatchError, match="each of the 48 heads"):
         faithfulness.curve(model, examples(), [Head(0, 0)])

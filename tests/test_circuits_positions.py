@@ -240,7 +240,7 @@ def test_a_loop_of_ones_own() -> None:
     cache = DynamicCache()
     with intervened(lvlm, [Intervention(FIRST, Add(torch.ones(lvlm.width)), "last")]), torch.no_grad():
         lvlm.hf(**inputs, past_key_values=cache)
-        with pytest.raises(ModelError, match="2 tokens that follow a cache of 30 outside of generate"):
+        with pytest.raises(ModelError, match="2 tokens after a cache of 30 outside of generate"):
             lvlm.hf(input_ids=more, past_key_values=cache)
     with intervened(lvlm, [Intervention(FIRST, Add(torch.ones(lvlm.width)), "all")]), torch.no_grad():
         lvlm.hf(

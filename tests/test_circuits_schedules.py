@@ -316,7 +316,7 @@ def test_additions_at_one_site_are_one() -> None:
         (lambda: made().gated(ProbeGate(5, np.ones(192))).interventions(), SiteError, "no later"),
         (lambda: made().gated(ProbeGate(Site("vision", 0, "z"), np.ones(4))).interventions(), SiteError, "no later"),
         (lambda: Intervention(Site("decoder", 0, "z"), Zero(), decay=0.5), PatchError, "without a strength"),
-        (lambda: Intervention(Site("vision", 0, "z"), Zero(), "generated"), SiteError, "mean nothing"),
+        (lambda: Intervention(Site("vision", 0, "z"), Zero(), "generated"), SiteError, "are for the decoder only"),
         (lambda: made(positions="answer"), ConfigError, "positions='answer'"),
     ],
 )
