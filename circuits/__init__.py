@@ -1,4 +1,4 @@
-"""What is causal: which heads carry the image to the answer, and how a change of them changes the answer."""
+"""Causal analysis: which heads carry image information to the answer, and how interventions change the answer."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""Attention knockout: keep some tokens from attending to others in a window of layers, and see what the answer loses.
+"""Attention knockout: block attention between token sets in a window of layers and measure the effect on the answer.
 
 Sources: Geva et al. 2023 (arXiv 2304.14767); for vision-language models Zhang et al. 2024 (arXiv 2411.18620).
 """
@@ -35,34 +35,34 @@ if TYPE_CHECKING:
 Role = Literal["image", "question", "last", "object"]
 ROLES: tuple[Role, ...] = ("image", "question", "last", "object")
 WINDOW = 9
-"""How many layers are cut at a time (both sources)."""
+"""Number of adjacent layers to block jointly (both sources)."""
 _BY_EXAMPLE = ("ids", "groups", "levels")
 
 
 @dataclass(frozen=True, eq=False)
 class Knockout:
-    """What the right answer's probability loses when attention is cut; made by `sweep`."""
+    """Change of the true answer's probability when attention is blocked; returned by `sweep`."""
 
     target: Role
-    """Tokens that were kept from attending ..."""
+    """Tokens that may not attend ..."""
     source: Role
-    """... to these."""
+    """... to these tokens."""
     window: int
     windows: tuple[tuple[int, ...], ...]
-    """Layers that were cut together."""
+    """Layers that are blocked jointly."""
     probability: np.ndarray
-    """Of the true answer's first token, uncut, float32 ``[n_examples]``."""
+    """Probability of the true answer's first token without knockout, float32 ``[n_examples]``."""
     change: np.ndarray
-    """Relative change of it, ``(cut - uncut) / uncut``, float32 ``[n_examples, n_windows]``: -1 where all is lost."""
+    """Relative change, ``(knockout - probability) / probability``, float32 ``[n_examples, n_windows]``; at least -1."""
     right: np.ndarray
-    """Whether the true answer is still preferred, bool ``[n_examples, n_windows]``."""
+    """Whether the model still prefers the true answer, bool ``[n_examples, n_windows]``."""
     ids: tuple[str, ...]
     groups: tuple[str, ...]
     levels: tuple[str, ...]
     wrong: int
-    """Number of examples left out because the model answers them wrongly."""
+    """Number of examples excluded because the model answers them incorrectly."""
     without: int
-    """Number of those left out because they have no such tokens, as where the object asked about is not there."""
+    """Number of examples excluded because they lack such tokens (for example, the object in question is absent)."""
     model: str
     config_hash: str
     weights_hash: str
@@ -72,14 +72,14 @@ class Knockout:
             getattr(self, name).setflags(write=False)
 
     def select(self, keep: np.ndarray) -> Self:
-        """Return the knockout of some examples only: a boolean mask or numbers."""
+        """Return the results of a subset of the examples, selected by a boolean mask or by indices."""
         which = np.arange(len(self.ids))[keep]
         parts: dict[str, Any] = {name: tuple(getattr(self, name)[i] for i in which) for name in _BY_EXAMPLE}
         parts |= {name: getattr(self, name)[which] for name in ("probability", "change", "right")}
         return replace(self, **parts)
 
     def frame(self, level: float = 0.95) -> pd.DataFrame:
-        """Return one row a window: first and last layer, mean change and share still right, with intervals over groups."""
+        """Return one row per window: first and last layer, mean change, share still correct, with intervals over groups."""
         import pandas as pd
 
         columns: dict[str, object] = {"first": [w[0] for w in self.windows], "last": [w[-1] for w in self.windows]}
@@ -93,7 +93,7 @@ class Knockout:
 
 
 def layer_windows(n_layers: int, size: int) -> tuple[tuple[int, ...], ...]:
-    """Return for each layer the window around it, cut off at the ends; an even size reaches one further back."""
+    """Return the window around each layer, truncated at the ends; an even size extends one layer further back."""
     return tuple(
         tuple(range(max(0, layer - size // 2), min(n_layers, layer + (size - 1) // 2 + 1))) for layer in range(n_layers)
     )
@@ -111,9 +111,9 @@ def sweep(
     batch_size: int = 32,
     progress: bool | None = None,
 ) -> Knockout:
-    """Cut attention from some tokens to others, window after window, on the questions the model answers right.
+    """Block attention from target to source tokens in each window of layers, on correctly answered questions.
 
-    Before the softmax the logits of the cut connections become minus infinity; whatever else is masked stays so. A
+    Before the softmax, the scores of blocked connections become minus infinity; the model's own mask stays in force. A
     token always attends to itself.
 
     Parameters
@@ -123,52 +123,55 @@ def sweep(
     examples
         Questions with candidate answers.
     target, source
-        ``image``: its tokens; ``question``: the question's own; ``last``: the last prompt token; ``object``: image
-        tokens of the object asked about.
+        ``image``: image tokens; ``question``: tokens of the question; ``last``: the last prompt token; ``object``: image
+        tokens of the object in question.
     window
-        Number of layers cut together, around each layer in turn.
+        Number of layers to block jointly, centered on each layer in turn.
     windows
-        The layers to cut together, spelled out; then `window` is not used.
+        The layers to block jointly, listed explicitly; overrides `window`.
     batch_size
-        Examples side by side.
+        Number of examples per batch.
     progress
-        Show progress; by default where standard error is a terminal.
+        Whether to show progress; by default only if standard error is a terminal.
 
     Raises
     ------
     ConfigError
-        For a role that does not exist, a window of less than 1.
+        If a role is unknown or `window` is less than 1.
     SiteError
-        For a layer that the model lacks.
+        If the model has no such layer.
     PatchError
-        For no examples, or none that is answered right and has such tokens, or a model in training mode.
+        If no example is answered correctly and has such tokens, or the model is in training mode.
     ModelError
-        Where the family's attention does not take an additive mask: shown by a forward on the first examples.
+        If the family's attention does not take an additive mask; checked by a forward pass on the first examples.
     """
     if target not in ROLES or source not in ROLES or window < 1:
-        msg = f"from '{target}' to '{source}', window={window}: choose roles of {ROLES} and at least 1 layer"
+        msg = (
+            f"invalid target='{target}', source='{source}' or window={window}: choose target and source from "
+            f"{', '.join(ROLES)}; window must be at least 1"
+        )
         raise ConfigError(msg)
     check_evaluating(model)
     cuts = layer_windows(model.n_layers, window) if windows is None else tuple(tuple(w) for w in windows)
     outside = sorted({layer for w in cuts for layer in w if not 0 <= layer < model.n_layers})
     if outside or not cuts or not all(cuts):
-        msg = f"windows {list(cuts)}: {model.name} has layers 0-{model.n_layers - 1}, and a window needs one"
+        msg = f"invalid windows {list(cuts)}: {model.name} has layers 0-{model.n_layers - 1}; a window needs at least one layer"
         raise SiteError(msg)
-    kept, before, wrong, without = _answered(model, examples, target, source, batch_size)
-    change = np.empty((len(kept), len(cuts)), np.float32)
-    right = np.empty((len(kept), len(cuts)), bool)
+    answered, before, wrong, without = _answered(model, examples, target, source, batch_size)
+    change = np.empty((len(answered), len(cuts)), np.float32)
+    right = np.empty((len(answered), len(cuts)), bool)
     with progress_bar(progress) as bar:
-        task = bar.add_task("cutting attention", total=len(kept) * len(cuts))
-        for number, batch in enumerate(model.batches(kept, batch_size)):
+        task = bar.add_task("cutting attention", total=len(answered) * len(cuts))
+        for number, batch in enumerate(model.batches(answered, batch_size)):
             rows = list(batch.index)
             block = _block(batch, target, source).to(model.device)
             if number == 0:
                 _check_mask(model, batch, block, cuts[0][0])
-            for k, layers in enumerate(cuts):
+            for column, layers in enumerate(cuts):
                 with blocked(model, layers, block):
                     after, margins = _read(model, batch)
-                change[rows, k] = after / before[rows] - 1
-                right[rows, k] = margins > 0
+                change[rows, column] = after / before[rows] - 1
+                right[rows, column] = margins > 0
                 bar.advance(task, len(rows))
     return Knockout(
         target=target,
@@ -178,9 +181,9 @@ def sweep(
         probability=before,
         change=change,
         right=right,
-        ids=tuple(e.id for e in kept),
-        groups=tuple(e.group for e in kept),
-        levels=tuple(e.level for e in kept),
+        ids=tuple(e.id for e in answered),
+        groups=tuple(e.group for e in answered),
+        levels=tuple(e.level for e in answered),
         wrong=wrong,
         without=without,
         model=model.name,
@@ -191,34 +194,34 @@ def sweep(
 
 @contextmanager
 def blocked(model: Lvlm, layers: Sequence[int], block: Tensor) -> Iterator[None]:
-    """Keep connections of the decoder's attention from being used while the context is open.
+    """Block connections of the decoder's attention while the context is open.
 
     Parameters
     ----------
     model
         The model.
     layers
-        Where.
+        Layers to block in.
     block
-        Bool ``[rows, queries, keys]``: what may not be attended to. A query must keep at least one key.
+        Bool ``[rows, queries, keys]``: True blocks the connection. Every query must keep at least one key.
 
     Raises
     ------
     ModelError
-        During a forward, where a layer's attention is not given a mask that can be added to.
+        During a forward pass, if a layer's attention does not receive a mask that can be modified.
     """
 
     @registered
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         hidden: Tensor = args[0] if args else kwargs["hidden_states"]
         mask = kwargs.get("attention_mask", _MISSING)
-        takes = mask is None or (isinstance(mask, Tensor) and mask.dim() == 4)
-        if not takes or block.shape[1] != hidden.shape[1]:
-            given = f"a mask of {mask.dim()} axes" if isinstance(mask, Tensor) else "no attention_mask of its own"
+        additive = mask is None or (isinstance(mask, Tensor) and mask.dim() == 4)
+        if not additive or block.shape[1] != hidden.shape[1]:
+            received = f"a mask of {mask.dim()} axes" if isinstance(mask, Tensor) else "no attention_mask argument"
             msg = (
-                f"{model.name} (family '{model.spec.model_type}'): {type(module).__name__} is given {given} for "
-                f"{list(hidden.shape)}, where [rows, heads, queries, keys] is needed; attention cannot be cut there "
-                "(with other than 'eager' or 'sdpa' attention, set one of them first)"
+                f"{model.name} (family '{model.spec.model_type}'): {type(module).__name__} receives {received} for "
+                f"hidden states {list(hidden.shape)}, but knockout needs a mask [rows, heads, queries, keys]; load the "
+                "model with attn_implementation='eager' or 'sdpa'"
             )
             raise ModelError(msg)
         cut = block.to(hidden.device)[:, None]  # [B, 1, queries, keys]
@@ -228,7 +231,7 @@ def blocked(model: Lvlm, layers: Sequence[int], block: Tensor) -> Iterator[None]
             mask = mask[None, None]
         mask = mask & ~cut if mask.dtype == torch.bool else mask.masked_fill(cut, float("-inf"))
         if not mask.is_floating_point() and _eager(module):
-            # Attention computed step by step adds its mask.
+            # Eager attention adds its mask to the scores.
             mask = torch.zeros(mask.shape, dtype=hidden.dtype, device=mask.device).masked_fill(~mask, float("-inf"))
         return args, {**kwargs, "attention_mask": mask}
 
@@ -257,12 +260,12 @@ def _positions(tokens: TokenMap, role: Role) -> tuple[int, ...]:
         return tokens.image
     if role == "question":
         return tokens.question
-    known = tokens.subject is not None and tokens.subject in tokens.boxes
-    return tokens.object(tokens.subject or "") if known else ()
+    has_object = tokens.subject is not None and tokens.subject in tokens.boxes
+    return tokens.object(tokens.subject or "") if has_object else ()
 
 
 def _block(batch: Batch, target: Role, source: Role) -> Tensor:
-    """Return what may not be attended to, bool ``[rows, queries, keys]``."""
+    """Return the connections to block, bool ``[rows, queries, keys]``."""
     length = batch.encodings[0].tokens.length
     out = torch.zeros(len(batch.encodings), length, length, dtype=torch.bool)
     for row, encoding in enumerate(batch.encodings):
@@ -273,52 +276,52 @@ def _block(batch: Batch, target: Role, source: Role) -> Tensor:
 
 
 def _read(model: Lvlm, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
-    """Return probability and margin of each true answer."""
-    found = []
+    """Return the probability and the margin of each true answer."""
+    rows = []
     for encoding, row in zip(batch.encodings, model.logits(batch.inputs), strict=True):
         example, key = encoding.example, answer_key(model, encoding.example)
-        found.append((float(probability(row, key, example.answer)), float(key.margin(row.float(), example.answer))))
-    chances, margins = np.array(found, np.float32).T
-    return chances, margins
+        rows.append((float(probability(row, key, example.answer)), float(key.margin(row.float(), example.answer))))
+    probabilities, margins = np.array(rows, np.float32).T
+    return probabilities, margins
 
 
 def _answered(
     model: Lvlm, examples: Sequence[Example], target: Role, source: Role, batch_size: int
 ) -> tuple[list[Example], np.ndarray, int, int]:
-    """Return the examples answered right that have such tokens, their probabilities, and how many were left out why."""
+    """Return correctly answered examples with such tokens, their probabilities, and both counts of excluded examples."""
     if not examples:
-        msg = "no examples to cut attention on"
+        msg = "examples is empty; pass at least one"
         raise PatchError(msg)
-    has, chances, margins = np.zeros(len(examples), bool), np.empty(len(examples)), np.empty(len(examples))
+    has, probabilities, margins = np.zeros(len(examples), bool), np.empty(len(examples)), np.empty(len(examples))
     for batch in model.batches(examples, batch_size):
         rows = list(batch.index)
-        chances[rows], margins[rows] = _read(model, batch)
+        probabilities[rows], margins[rows] = _read(model, batch)
         has[rows] = [all(_positions(e.tokens, role) for role in (target, source)) for e in batch.encodings]
     keep = has & (margins > 0)
     if not keep.any():
         msg = (
-            f"none of {len(examples)} examples is answered right and has tokens of both roles: {int((~has).sum())} lack "
-            f"'{target}' or '{source}' (no object asked about, or an image that is read by cross-attention), "
-            f"{int((has & (margins <= 0)).sum())} of the others are answered wrongly"
+            f"none of {len(examples)} examples is answered correctly and has tokens of both roles: {int((~has).sum())} lack "
+            f"'{target}' or '{source}' (no object in question, or an image read by cross-attention), "
+            f"{int((has & (margins <= 0)).sum())} of the others are answered incorrectly"
         )
         raise PatchError(msg)
-    kept = [e for e, k in zip(examples, keep, strict=True) if k]
-    return kept, chances[keep].astype(np.float32), int((has & ~keep).sum()), int((~has).sum())
+    answered = [e for e, k in zip(examples, keep, strict=True) if k]
+    return answered, probabilities[keep].astype(np.float32), int((has & ~keep).sum()), int((~has).sum())
 
 
 def _check_mask(model: Lvlm, batch: Batch, block: Tensor, layer: int) -> None:
-    """Raise `ModelError` unless a mask that cuts nothing changes nothing, and one that cuts leaves no attention there."""
+    """Raise `ModelError` unless an empty mask changes no logit and a mask that blocks removes the attention."""
     plain = model.logits(batch.inputs).float()
     with blocked(model, range(model.n_layers), torch.zeros_like(block)):
-        again = model.logits(batch.inputs).float()
-    error = float((plain - again).abs().max()) / max(float(plain.abs().max()), 1e-6)
+        unmasked = model.logits(batch.inputs).float()
+    error = float((plain - unmasked).abs().max()) / max(float(plain.abs().max()), 1e-6)
     site = f"decoder.L{layer}.pattern"
     with blocked(model, [layer], block):
         pattern = model.read(batch.inputs, [site], quiet=True)[site]  # [B, H, queries, keys]
-    left = float((pattern * block[:, None]).abs().max())
-    if not error <= TOLERANCE[model.dtype] or left > 0:
+    remaining = float((pattern * block[:, None]).abs().max())
+    if not error <= TOLERANCE[model.dtype] or remaining > 0:
         msg = (
-            f"{model.name} (family '{model.spec.model_type}'): its attention does not take an additive mask: one that cuts "
-            f"nothing changes the logits by {error:.1e}, one that cuts leaves attention of {left:.1e}"
+            f"{model.name} (family '{model.spec.model_type}'): its attention does not take an additive mask: an empty mask "
+            f"changes the logits by {error:.1e}, a mask that blocks leaves attention of {remaining:.1e}"
         )
         raise ModelError(msg)

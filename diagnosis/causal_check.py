@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from activation_store import ActivationStore
-from circuits.execution.full_runner import run_whole, say_plain
+from circuits.execution.full_runner import run_whole, warn_full_passes
 from circuits.execution.memory import MEMORY, batch_rows
 from circuits.execution.prefix_attention import NotShared
 from circuits.execution.prefix_cache import Recording, record
@@ -231,7 +231,7 @@ class _Way:
 
     def _give_up(self, why: NotShared) -> None:
         if self._shared:
-            say_plain(self._model, str(why))
+            warn_full_passes(self._model, str(why))
         self._shared = False
 
 

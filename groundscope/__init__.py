@@ -1,9 +1,9 @@
-"""Find out why a vision-language model misdescribes an image: where the truth is known, what uses it, what corrects it.
+"""Find out why a vision-language model misdescribes an image: where it encodes the truth, what uses it, what corrects it.
 
-``import groundscope as gs`` has the rooms as attributes (``gs.probes``, ``gs.circuits``) and every public name that only one
-room has (``gs.load_lvlm``, ``gs.trace``, ``gs.fit_grid``). Names that several rooms have, such as ``compare`` and ``pope``, are
-reached through their room: ``gs.circuits.compare``, ``gs.behavior.pope``, ``gs.loaders.pope``. A module is imported when it is
-first used.
+``import groundscope as gs`` exposes the rooms as attributes (``gs.probes``, ``gs.circuits``) and every public name that is
+unique to one room (``gs.load_lvlm``, ``gs.trace``, ``gs.fit_grid``). Names that exist in several rooms, such as ``compare``
+and ``pope``, are attributes of their room: ``gs.circuits.compare``, ``gs.behavior.pope``, ``gs.loaders.pope``. Modules are
+imported on first use.
 
 Examples
 --------

@@ -281,7 +281,7 @@ def test_damaged_answers_are_refused(tmp_path: Path, known: BehaviorResult) -> N
         "have version 3": {**held, "version": 3},
         "are damaged: 'cost'": {k: v for k, v in held.items() if k != "cost"},
         "are damaged: .*color": {**held, "answers": [{**held["answers"][0], "color": 1}]},
-        "does not have the digest": json.dumps({**held, "cost": {**held["cost"], "forwards": 12345}}),
+        "does not match its digest": json.dumps({**held, "cost": {**held["cost"], "forwards": 12345}}),
     }
     for words, content in cases.items():
         if isinstance(content, dict):

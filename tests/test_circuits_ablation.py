@@ -170,9 +170,9 @@ def test_what_is_refused() -> None:
     for sets in ([], [[]]):
         with pytest.raises(PatchError, match="at least one"):
             ablate(model, asked, sets)
-    with pytest.raises(PatchError, match="no examples"):
+    with pytest.raises(PatchError, match="examples is empty"):
         ablate(model, [])
-    with pytest.raises(PatchError, match="empty reference"):
+    with pytest.raises(PatchError, match="reference is empty"):
         ablate(model, asked, reference=[])
-    with pytest.raises(PatchError, match="no example of another group"):
+    with pytest.raises(PatchError, match="no reference example of another group"):
         ablate(model, asked[:1], how="resample")

@@ -92,7 +92,7 @@ def test_attention_that_gives_no_weights_is_named() -> None:
     attention = layers_of(model)[4].self_attn
     forward = attention.forward
     attention.forward = lambda *args, **kwargs: (forward(*args, **kwargs)[0], None)
-    with pytest.raises(ModelError, match="gives no attention weights"):
+    with pytest.raises(ModelError, match="returns no attention weights"):
         attention_to_image(model, examples()[:1], HEADS)
 
 
@@ -101,7 +101,7 @@ def test_what_is_refused() -> None:
     for heads in ([Head(6, 0)], [Head(0, 8)], []):
         with pytest.raises(SiteError, match="6 layers of 8 heads"):
             attention_to_image(model, examples()[:1], heads)
-    with pytest.raises(DataError, match="no examples"):
+    with pytest.raises(DataError, match="examples is empty"):
         attention_to_image(model, [], HEADS)
 
 

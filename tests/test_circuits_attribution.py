@@ -232,11 +232,11 @@ def test_nothing_is_left_behind_and_pairs_do_not_mix() -> None:
 @pytest.mark.parametrize(
     ("options", "error", "match"),
     [
-        ({"tokens": "first"}, ConfigError, "tokens='first'"),
-        ({"direction": "up"}, ConfigError, "direction='up'"),
-        ({"point": "middle"}, ConfigError, "point='middle'"),
+        ({"tokens": "first"}, ConfigError, "unknown tokens 'first'"),
+        ({"direction": "up"}, ConfigError, "unknown direction 'up'"),
+        ({"point": "middle"}, ConfigError, "unknown point 'middle'"),
         ({"steps": 0}, ConfigError, "steps=0"),
-        ({"min_effect": 1e9}, PatchError, "under min_effect"),
+        ({"min_effect": 1e9}, PatchError, "below min_effect"),
     ],
 )
 def test_a_mistake_is_named(options: dict[str, object], error: type[Exception], match: str) -> None:

@@ -124,20 +124,20 @@ def test_mistakes_are_named() -> None:
     lvlm = model("llava")
     graph, pairs = graph_of(lvlm), [pair_of(0)]
     options: list[tuple[dict[str, Any], str]] = [
-        ({"order": "best"}, "order='best': choose 'signed' or 'absolute'"),
-        ({"choose": "random"}, "choose='random': choose 'greedy' or 'top'"),
-        ({"shares": (0.5, 0.1)}, "give ascending shares of all edges"),
-        ({"shares": ()}, "give ascending shares of all edges"),
+        ({"order": "best"}, "unknown order 'best'; choose 'signed' or 'absolute'"),
+        ({"choose": "random"}, "unknown choose 'random'; choose 'greedy' or 'top'"),
+        ({"shares": (0.5, 0.1)}, "pass ascending shares of all edges"),
+        ({"shares": ()}, "pass ascending shares of all edges"),
         ({"batch_pairs": 0}, "batch_pairs=0"),
     ]
     for option, message in options:
         with pytest.raises(ConfigError, match=message):
             faithfulness.edges(lvlm, pairs, graph, **option)
-    with pytest.raises(ConfigError, match="each larger than the one before"):
+    with pytest.raises(ConfigError, match="in ascending size"):
         faithfulness.edges(lvlm, pairs, [graph.top(9, prune=False), graph.top(9, prune=False)])
-    with pytest.raises(PatchError, match="does not belong to llava"):
+    with pytest.raises(PatchError, match="but llava has"):
         faithfulness.edges(lvlm, pairs, graph_of(plant(0).model))
-    with pytest.raises(PatchError, match="does not belong to llava"):
+    with pytest.raises(PatchError, match="but llava has"):
         faithfulness.edges(lvlm, pairs, graph_of(lvlm, beside=True))
     same = replace(pair_of(0), corrupt=replace(pair_of(0).corrupt, image=pair_of(0).clean.image))
     with pytest.raises(PatchError, match="without any edge"):

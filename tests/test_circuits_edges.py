@@ -383,7 +383,7 @@ def ran(lvlm: Lvlm) -> Any:
 def test_a_family_whose_heads_inputs_cannot_be_told_apart_is_refused_before_it_runs(family: str, method: Any) -> None:
     lvlm = model(family)
     calls, hook = ran(lvlm)
-    with pytest.raises(ModelError, match=r"cannot be told apart here: .*attribution\.heads"):
+    with pytest.raises(ModelError, match=r"cannot separate the queries, .*attribution\.heads"):
         method(lvlm, [pair_of(0)])
     hook.remove()
     assert not calls
@@ -411,18 +411,18 @@ def test_attention_that_is_not_called_by_name_is_refused() -> None:
 
     attention.forward = own
     for method in (attribution.edges, attribution.inputs):
-        with pytest.raises(ModelError, match="layer 1 does not attend through transformers' table"):
+        with pytest.raises(ModelError, match="layer 1 does not use transformers' table"):
             method(lvlm, [pair_of(0)], min_effect=0)
 
 
 @pytest.mark.parametrize(
     ("options", "error", "match"),
     [
-        ({"direction": "up"}, ConfigError, "direction='up'"),
-        ({"point": "middle"}, ConfigError, "point='middle'"),
-        ({"variant": "mine"}, ConfigError, "variant='mine'"),
+        ({"direction": "up"}, ConfigError, "unknown direction 'up'"),
+        ({"point": "middle"}, ConfigError, "unknown point 'middle'"),
+        ({"variant": "mine"}, ConfigError, "unknown variant 'mine'"),
         ({"steps": 0}, ConfigError, "steps=0"),
-        ({"min_effect": 1e9}, PatchError, "under min_effect"),
+        ({"min_effect": 1e9}, PatchError, "below min_effect"),
     ],
 )
 def test_a_mistake_is_named(options: dict[str, Any], error: type[Exception], match: str) -> None:

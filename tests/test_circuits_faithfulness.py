@@ -129,9 +129,9 @@ def test_a_mistake_is_named() -> None:
     ranking = np.zeros((model.n_layers, model.n_heads))
     with pytest.raises(ConfigError, match="ascending"):
         faithfulness.curve(model, examples(), ranking, shares=(0.5, 0.1))
-    with pytest.raises(ConfigError, match="order='up'"):
+    with pytest.raises(ConfigError, match="unknown order 'up'"):
         faithfulness.curve(model, examples(), ranking, "up")  # type: ignore[arg-type]
     with pytest.raises(PatchError, match="finite scores"):
         faithfulness.curve(model, examples(), ranking[:2])
-    with pytest.raises(PatchError, match="each of its 48 heads once"):
+    with pytest.raises(PatchError, match="each of the 48 heads"):
         faithfulness.curve(model, examples(), [Head(0, 0)])

@@ -87,7 +87,7 @@ def test_top_and_frame_agree() -> None:
     np.testing.assert_allclose(frame["effect"], s.mean.ravel())
     assert (frame["low"] <= frame["effect"]).all()
     for k in (0, 13):
-        with pytest.raises(PatchError, match="there are 12 heads"):
+        with pytest.raises(PatchError, match="must be between 1 and 12 heads"):
             s.top(k)
 
 
@@ -103,7 +103,7 @@ def test_select() -> None:
     assert set(some.levels) == {"object"}
     np.testing.assert_array_equal(some.effects, s.effects[1::2])
     assert some.ids == s.ids[1::2]
-    with pytest.raises(PatchError, match="at least one"):
+    with pytest.raises(PatchError, match="all fields of equal length >= 1"):
         s.select(np.zeros(s.n_pairs, bool))
 
 
@@ -115,7 +115,7 @@ def test_random_heads() -> None:
     assert drawn == random_heads(4, 1, s.top(2), shape=(3, 4)) != random_heads(4, 2, s.top(2), shape=(3, 4))
     every = [h for seed in range(300) for h in random_heads(1, seed, shape=(3, 4))]
     assert len(set(every)) == 12
-    with pytest.raises(PatchError, match="10 of 12 are left"):
+    with pytest.raises(PatchError, match="10 of 12 heads are available"):
         s.random_heads(11, seed=0, exclude=s.top(2))
 
 
@@ -125,7 +125,7 @@ def test_frozen() -> None:
         s.effects[0] = 0
     with pytest.raises(AttributeError):
         s.tokens = "suffix"  # pyright: ignore[reportAttributeAccessIssue]  # it is frozen
-    with pytest.raises(PatchError, match="as many of the rest"):
+    with pytest.raises(PatchError, match="all fields of equal length"):
         HeadScores(**{**vars(s), "ids": ("one",)})
 
 
@@ -151,7 +151,7 @@ def test_files_that_are_not_head_scores(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="damaged"):
         HeadScores.load(tmp_path / "cut")
     save_file({"x": np.ones(2, np.float32)}, tmp_path / "other")
-    with pytest.raises(StoreError, match="is no head_scores"):
+    with pytest.raises(StoreError, match="is not a head_scores file"):
         HeadScores.load(tmp_path / "other")
     with safe_open(str(path), framework="numpy") as file:
         card = json.loads((file.metadata() or {})["head_scores"])
@@ -161,7 +161,7 @@ def test_files_that_are_not_head_scores(tmp_path: Path) -> None:
         HeadScores.load(tmp_path / "newer")
     del card["groups"]
     save_file(tensors, tmp_path / "gap", metadata={"head_scores": json.dumps(card)})
-    with pytest.raises(StoreError, match="damaged head scores"):
+    with pytest.raises(StoreError, match="damaged file of head scores"):
         HeadScores.load(tmp_path / "gap")
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match="cannot be written"):
@@ -256,7 +256,7 @@ def test_stability_against_scipy() -> None:
     assert found.chance == 0.25
     noise = HeadScores(**{**vars(s), "effects": np.random.default_rng(0).normal(size=(60, 3, 4))})
     assert abs(noise.stability(k=3).rank_correlation.value) < 0.45 < found.rank_correlation.value
-    with pytest.raises(PatchError, match="3 groups cannot be divided"):
+    with pytest.raises(PatchError, match="needs at least 4 groups; got 3"):
         HeadScores(**{**vars(s), "groups": tuple(f"g{i % 3}" for i in range(60))}).stability()
 
 
@@ -299,9 +299,9 @@ def test_comparison_against_a_naive_bootstrap() -> None:
         low, high = np.quantile(correlations, [0.025, 0.975])
         assert (found.rank_correlation.low, found.rank_correlation.high) == pytest.approx((low, high), abs=0.12)
     assert compare(a, other).groups == (len(names), len(names), 0)
-    with pytest.raises(PatchError, match="not of the same layers"):
+    with pytest.raises(PatchError, match="differ in layers or heads"):
         compare(a, HeadScores(**{**vars(a), "effects": a.effects[:, :2]}))
-    with pytest.raises(PatchError, match="top 13"):
+    with pytest.raises(PatchError, match="k=13"):
         compare(a, b, k=(13,))
 
 

@@ -183,7 +183,11 @@ def test_earlier_layers_and_positions() -> None:
 
 @pytest.mark.parametrize(
     ("options", "match"),
-    [({"part": "z"}, "part='z'"), ({"tokens": "first"}, "tokens='first'"), ({"point": "up"}, "point='up'")],
+    [
+        ({"part": "z"}, "unknown part 'z'"),
+        ({"tokens": "first"}, "unknown tokens 'first'"),
+        ({"point": "up"}, "unknown point 'up'"),
+    ],
 )
 def test_a_mistake_is_named(options: dict[str, Any], match: str) -> None:
     with pytest.raises(ConfigError, match=match):

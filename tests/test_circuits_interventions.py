@@ -182,14 +182,18 @@ def test_what_is_put_between_attention_and_mlp_reaches_the_layers_end(stack: str
         (lambda: Intervention(Site("decoder", 6, "z"), Zero()), SiteError, "layers 0-5"),
         (lambda: Intervention(SITE, Zero(), head=8), SiteError, "heads 0-7"),
         (lambda: Intervention(Site("vision", 0, "z"), Zero(), "all", head=4), SiteError, "heads 0-3"),
-        (lambda: Intervention(Site("decoder", 0, "resid_post"), Zero(), head=0), SiteError, "heads are in 'z'"),
-        (lambda: Intervention(Site("vision", 0, "z"), Zero(), "image"), SiteError, "mean nothing"),
-        (lambda: Intervention(Site("decoder", 0, "pattern"), Zero()), SiteError, "cannot be read"),
+        (
+            lambda: Intervention(Site("decoder", 0, "resid_post"), Zero(), head=0),
+            SiteError,
+            "a head needs component 'z'",
+        ),
+        (lambda: Intervention(Site("vision", 0, "z"), Zero(), "image"), SiteError, "are for the decoder only"),
+        (lambda: Intervention(Site("decoder", 0, "pattern"), Zero()), SiteError, "cannot be changed"),
         (lambda: Intervention(SITE, Add(torch.ones(24))), PatchError, "must be 192"),
         (lambda: Intervention(SITE, Add(torch.ones(192)), head=0), PatchError, "must be 24"),
         (lambda: Intervention(SITE, Add(torch.full((192,), torch.nan))), PatchError, "NaN"),
-        (lambda: Intervention(SITE, Zero(), "first"), PatchError, "choose all, last"),  # pyright: ignore[reportArgumentType]  # a mistake
-        (lambda: Intervention(SITE, Zero(), (-1,)), PatchError, "say 'last'"),
+        (lambda: Intervention(SITE, Zero(), "first"), PatchError, "choose from all, last"),  # pyright: ignore[reportArgumentType]  # a mistake
+        (lambda: Intervention(SITE, Zero(), (-1,)), PatchError, "use 'last'"),
         (lambda: Intervention(SITE, Zero(), (0, 999)), PatchError, "position 999"),
         (lambda: Intervention(SITE, Zero(), torch.tensor([[1], [2], [3]])), PatchError, "for 3 rows, but 2"),
         (lambda: Intervention(SITE, Zero(), rows=(2,)), PatchError, "row 2"),

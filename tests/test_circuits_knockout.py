@@ -228,7 +228,7 @@ def test_attention_that_ignores_its_mask_is_named() -> None:
     attention.register_forward_pre_hook(
         lambda _m, args, kw: (args, {k: v for k, v in kw.items() if k != "attention_mask"}), with_kwargs=True
     )
-    with pytest.raises(ModelError, match="no attention_mask of its own"):
+    with pytest.raises(ModelError, match="no attention_mask argument"):
         attention_knockout.sweep(model, answered(shared())[:4], windows=[[4]])
 
 
@@ -246,7 +246,7 @@ def test_what_is_refused() -> None:
     for windows in ([[6]], [], [[]]):
         with pytest.raises(SiteError, match="layers 0-5"):
             attention_knockout.sweep(model, asked, windows=windows)
-    with pytest.raises(PatchError, match="no examples"):
+    with pytest.raises(PatchError, match="examples is empty"):
         attention_knockout.sweep(model, [])
     absent = [e for e in asked if e.named_object() is None]
     with pytest.raises(PatchError, match="lack 'last' or 'object'"):

@@ -301,7 +301,7 @@ def test_whole_answers_are_patched_as_by_whole_forwards() -> None:
 def test_a_budget_changes_nothing_but_rounding_and_names_the_least() -> None:
     lvlm, given = shared(), pairs("color")[:3]
     some = patch_heads(lvlm, given, "suffix", min_effect=0)
-    with pytest.raises(PatchError, match=r"needs [\d,]+ bytes beside the model") as said:
+    with pytest.raises(PatchError, match=r"needs [\d,]+ bytes in addition to the model") as said:
         patch_heads(lvlm, given, "suffix", min_effect=0, memory=1000)
     least = int(str(said.value).split("needs ")[1].split(" bytes")[0].replace(",", ""))
     few = patch_heads(lvlm, given, "suffix", min_effect=0, memory=least)
@@ -367,17 +367,17 @@ def test_scores_are_kept_in_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "error", "said"),
     [
-        ({"tokens": "999"}, PatchError, r"tokens='999' are at 999; it has positions 0-\d+"),
-        ({"tokens": "suffix:mean"}, ConfigError, "choose last, suffix"),
-        ({"tokens": "answer"}, ConfigError, "choose last, suffix"),
+        ({"tokens": "999"}, PatchError, r"position 999 is out of range; it has positions 0-\d+"),
+        ({"tokens": "suffix:mean"}, ConfigError, "choose from last, suffix"),
+        ({"tokens": "answer"}, ConfigError, "choose from last, suffix"),
         ({"sites": "decoder.L9.z"}, SiteError, "layers 0-5"),
         ({"sites": "pattern"}, SiteError, "is not a site"),
-        ({"sites": "decoder.L1.q"}, SiteError, "cannot be patched at tokens"),
-        ({"sites": "vision.L0.z"}, SiteError, "cannot be patched at tokens"),
+        ({"sites": "decoder.L1.q"}, SiteError, "cannot be patched at prompt tokens"),
+        ({"sites": "vision.L0.z"}, SiteError, "cannot be patched at prompt tokens"),
         ({"sites": Head(1, 9)}, SiteError, "heads 0-7"),
-        ({"sites": []}, SiteError, "no sites"),
-        ({"metric": "bleu"}, ConfigError, "choose logit_difference"),
-        ({"direction": "both"}, ConfigError, "direction='both'"),
+        ({"sites": []}, SiteError, "sites is empty"),
+        ({"metric": "bleu"}, ConfigError, "choose from logit_difference"),
+        ({"direction": "both"}, ConfigError, "unknown direction 'both'"),
         ({"memory": 0}, ConfigError, "at least 1"),
     ],
 )
@@ -392,5 +392,5 @@ def test_pairs_left_out_are_counted_in_units_of_the_metric() -> None:
     scores = patch(shared(), [*given, same], "resid_post", metric="kl", min_effect=1e-6)
     assert scores.excluded == 1
     assert set(scores.frame()["excluded"]) == {1}
-    with pytest.raises(PatchError, match="under min_effect=100"):
+    with pytest.raises(PatchError, match="below min_effect=100"):
         patch(shared(), given, "resid_post", metric="kl", min_effect=100)

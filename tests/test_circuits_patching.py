@@ -171,7 +171,7 @@ def test_pairs_of_unlike_length_name_the_first_differing_token() -> None:
     pair = pairs("color")[0]
     assert pair.clean.question == "What color is the apple?"
     longer = replace(pair, corrupt=replace(pair.corrupt, question="What color is the big apple?"))
-    with pytest.raises(PatchError, match=r"position \d+, 'apple' against 'big'"):
+    with pytest.raises(PatchError, match=r"position \d+, 'apple' and 'big'"):
         patch_heads(shared(), [pair, longer])
     shorter = replace(pair, corrupt=replace(pair.corrupt, question="What color is"))
     with pytest.raises(PatchError, match="first differ at position"):
@@ -190,7 +190,7 @@ def test_answers_that_cannot_be_told_apart(answer: str, said: str) -> None:
 
 
 def test_no_pairs() -> None:
-    with pytest.raises(PatchError, match="no pairs"):
+    with pytest.raises(PatchError, match="pairs is empty"):
         patch_heads(shared(), [])
 
 
@@ -206,7 +206,7 @@ def test_attention_that_drops_outside_of_training() -> None:
     attention = SharedAttention()
     attention.prefix = Prefix(keys, keys, None, cross=False)
     new = torch.randn(1, 2, 1, 4)
-    with pytest.raises(PatchError, match=r"drops 0.1 of its attention"):
+    with pytest.raises(PatchError, match=r"applies attention dropout 0.1"):
         attention(torch.nn.Identity(), new, new, new, dropout=0.1)
 
 
@@ -228,7 +228,10 @@ def test_a_family_that_acts_between_layers_is_run_whole(tokens: str, caplog: pyt
         lambda _module, args: (args[0] + 1.0, *args[1:]) if args[0].shape[1] > 49 else None
     )
     scores = patch_heads(model, [pair], tokens, min_effect=0)  # pyright: ignore[reportArgumentType]  # any
-    assert "every patch runs as a whole forward, because its decoder layers run one by one give other" in caplog.text
+    assert (
+        "every patch runs as a full forward pass, because its decoder layers, run one by one, do not reproduce"
+        in caplog.text
+    )
     assert scores.provenance["path"] == "whole forwards"
     positions = model.encode(pair.clean).tokens
     first = positions.last if tokens == "last" else positions.image[-1] + 1

@@ -152,14 +152,14 @@ def test_families_that_run_whole_forwards_patch_paths_too() -> None:
 
 def test_what_is_refused() -> None:
     lvlm, given = shared(), pairs("color")[:1]
-    with pytest.raises(PatchError, match=r"no path from L3\.H0 to L3\.H1: none is above"):
+    with pytest.raises(PatchError, match=r"no receiver \(L3\.H1\) is above a sender \(L3\.H0\)"):
         patch_paths(lvlm, given, [Head(3, 0)], [Head(3, 1)])
-    with pytest.raises(PatchError, match="no senders"):
+    with pytest.raises(PatchError, match="senders is empty"):
         patch_paths(lvlm, given, [])
     with pytest.raises(SiteError, match="heads 0-7"):
         patch_paths(lvlm, given, [Head(0, 8)])
     for wrong in ({"inputs": "x"}, {"inputs": ""}, {"mlps": "thawed"}, {"tokens": "suffix:each"}):
-        with pytest.raises(ConfigError, match="give letters of 'qkv'"):
+        with pytest.raises(ConfigError, match="pass letters of 'qkv'"):
             patch_paths(lvlm, given, [Head(0, 0)], **wrong)  # pyright: ignore[reportArgumentType]  # mistakes
     assert hooks_of(lvlm) == 0
     assert patch(lvlm, given, Head(0, 0), min_effect=0).through == ""

@@ -221,7 +221,7 @@ def test_a_prefill_in_chunks_and_candidates_of_several_tokens(rule: Any) -> None
     torch.testing.assert_close(chunked, want, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(tried, want, atol=1e-4, rtol=1e-4)
     number = Intervention(FIRST, Add(torch.ones(lvlm.width)), (2, 20))
-    with intervened(lvlm, [number]), pytest.raises(ModelError, match="the prompt is read in parts"):
+    with intervened(lvlm, [number]), pytest.raises(ModelError, match="the prompt is read in chunks"):
         lvlm.hf.generate(input_ids=text, **options, prefill_chunk_size=7)
 
 
@@ -240,7 +240,7 @@ def test_a_loop_of_ones_own() -> None:
     cache = DynamicCache()
     with intervened(lvlm, [Intervention(FIRST, Add(torch.ones(lvlm.width)), "last")]), torch.no_grad():
         lvlm.hf(**inputs, past_key_values=cache)
-        with pytest.raises(ModelError, match="2 tokens that follow a cache of 30 outside of generate"):
+        with pytest.raises(ModelError, match="2 tokens after a cache of 30 outside of generate"):
             lvlm.hf(input_ids=more, past_key_values=cache)
     with intervened(lvlm, [Intervention(FIRST, Add(torch.ones(lvlm.width)), "all")]), torch.no_grad():
         lvlm.hf(

@@ -246,7 +246,7 @@ def test_a_direction_for_each_token() -> None:
     short = replace(vector, entries={site: Entry(rows[1:], 2.0)})
     with (
         short.applied(model),
-        pytest.raises(PatchError, match=f"each of {length - 1} tokens was given, the site holds {length}"),
+        pytest.raises(PatchError, match=f"value has {length - 1} tokens, but the site has {length}"),
     ):
         model.logits(inputs)
     with pytest.raises(PatchError, match="for each token"):
@@ -313,10 +313,10 @@ def test_additions_at_one_site_are_one() -> None:
         (lambda: made().decaying(1.5), ConfigError, r"decay must be in \(0, 1\]"),
         (lambda: ProbeGate(0, np.zeros(4)), PatchError, "not all 0"),
         (lambda: ProbeGate(0, np.ones(4), float("nan")), PatchError, "bias nan"),
-        (lambda: made().gated(ProbeGate(5, np.ones(192))).interventions(), SiteError, "reached no later"),
+        (lambda: made().gated(ProbeGate(5, np.ones(192))).interventions(), SiteError, "no later"),
         (lambda: made().gated(ProbeGate(Site("vision", 0, "z"), np.ones(4))).interventions(), SiteError, "no later"),
-        (lambda: Intervention(Site("decoder", 0, "z"), Zero(), decay=0.5), PatchError, "no strength"),
-        (lambda: Intervention(Site("vision", 0, "z"), Zero(), "generated"), SiteError, "mean nothing"),
+        (lambda: Intervention(Site("decoder", 0, "z"), Zero(), decay=0.5), PatchError, "without a strength"),
+        (lambda: Intervention(Site("vision", 0, "z"), Zero(), "generated"), SiteError, "are for the decoder only"),
         (lambda: made(positions="answer"), ConfigError, "positions='answer'"),
     ],
 )

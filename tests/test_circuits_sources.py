@@ -128,7 +128,7 @@ def test_shares_equal_four_forwards_by_hand() -> None:
 def test_each_example_can_have_neutral_questions_of_its_own() -> None:
     model, three = shared(), asked()
     other = {e.id: [f.question] for e, f in zip(three, three[::-1], strict=True)}
-    with pytest.raises(PatchError, match="names none for it"):
+    with pytest.raises(PatchError, match="has no entry for example"):
         split(model, three, neutral_questions={three[0].id: other[three[0].id]})
     first = split(model, three[:1], neutral_questions={three[0].id: other[three[0].id]})[0]
     np.testing.assert_array_equal(first.shares, split(model, three[:1], neutral_questions=other[three[0].id])[0].shares)
@@ -223,7 +223,7 @@ def test_summary_frame_and_file(tmp_path: Path) -> None:
     (tmp_path / "broken.safetensors").write_bytes(b"nothing")
     with pytest.raises(StoreError, match="damaged"):
         Sources.load(tmp_path / "broken.safetensors")
-    with pytest.raises(ConfigError, match="by='color'"):
+    with pytest.raises(ConfigError, match="unknown column 'color' in by"):
         found.summary(("color",))
 
 
@@ -234,7 +234,7 @@ def test_summary_frame_and_file(tmp_path: Path) -> None:
         ({"image": "pixels"}, ConfigError, "whole or objects"),
         ({"prompt": "letters"}, ConfigError, "whole or words"),
         ({"neutral_images": ("mask",)}, ConfigError, "'mask'"),
-        ({"neutral_images": ()}, ConfigError, "choose of"),
+        ({"neutral_images": ()}, ConfigError, "choose from"),
         ({"orders": 1}, ConfigError, "orders=1"),
         ({"neutral_questions": ["Is it?"]}, PatchError, "questions of its length"),
     ],
@@ -245,7 +245,7 @@ def test_a_mistake_is_named(options: dict[str, object], error: type[Exception], 
 
 
 def test_a_question_without_company_needs_neutral_ones() -> None:
-    with pytest.raises(PatchError, match="no other example asks"):
+    with pytest.raises(PatchError, match="no other example has a question"):
         split(shared(), asked()[:1])
-    with pytest.raises(PatchError, match="no examples"):
+    with pytest.raises(PatchError, match="examples is empty"):
         split(shared(), [])

@@ -334,7 +334,7 @@ def test_files_that_are_no_vectors(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="no such file"):
         SteeringVector.load(tmp_path / "none")
     save_file({"x": np.ones(2, np.float32)}, tmp_path / "other")
-    with pytest.raises(StoreError, match="is no steering_vector"):
+    with pytest.raises(StoreError, match="is not a steering_vector file"):
         SteeringVector.load(tmp_path / "other")
     tensors, card = load_file(path), json.loads(path.with_suffix(".json").read_text())
     for name, change, said in (

@@ -56,7 +56,7 @@ def test_every_family_runs_or_is_told_what_it_lacks(family: str) -> None:
             early = lacks(lvlm, lambda t=tokens: derive.from_pairs(lvlm, pairs, layers=[0], tokens=t))
             assert "layer 1, the first of mllama" in early
     if family in {*ENCODERS, "mllama"}:
-        with pytest.raises(ModelError, match="cannot be left out of the prompt"):
+        with pytest.raises(ModelError, match="cannot be removed from the prompt"):
             head_scores(lvlm, examples, ["vhd"])
     else:
         head_scores(lvlm, examples, ["vhd"])

@@ -61,7 +61,7 @@ def test_an_entry_that_cannot_be_loaded_is_named_and_stops_nothing_else(
 def test_a_name_is_registered_once_unless_it_is_to_be_replaced(plugins: Path) -> None:
     table = make()
     for name in ("built_in", "good"):
-        with pytest.raises(ConfigError, match=f"a gadget named '{name}' is registered already"):
+        with pytest.raises(ConfigError, match=f"a gadget named '{name}' is already registered"):
             table.register(name, repr)
         table.register(name, repr, replace=True)
         assert table[name] is repr

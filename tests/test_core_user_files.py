@@ -13,7 +13,7 @@ from groundscope.core.user_files import open_regular, read_bytes, read_json, rea
 
 def test_a_fifo_is_refused_and_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.json")
-    with pytest.raises(ConfigError, match=r"pipe\.json: not a regular file but a FIFO"):
+    with pytest.raises(ConfigError, match=r"pipe\.json is not a regular file but a FIFO"):
         read_json(tmp_path / "pipe.json", error=ConfigError)
 
 

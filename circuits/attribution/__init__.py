@@ -1,8 +1,8 @@
-"""Estimate the effect of patches from gradients: heads, nodes, inputs of heads, edges."""
+"""Attribution patching: estimate patch effects from gradients, for heads, nodes, inputs of heads and edges."""
 
 from __future__ import annotations
 
-# A function has the name of its module: bound here at import, so that it is not hidden by the module later.
+# `edges` and `heads` are also module names: import the functions here so that the modules do not shadow them.
 from circuits.attribution.edges import edges
 from circuits.attribution.estimates import POINTS, Point
 from circuits.attribution.heads import heads, nodes

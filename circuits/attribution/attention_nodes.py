@@ -1,8 +1,8 @@
-"""Attention of the decoder with its queries, keys, values and pattern laid open, each a node that gradients reach.
+"""Decoder attention with queries, keys, values and pattern exposed, each as a node that gradients reach.
 
-The model's own layers run; only what they call for attention is another function while a context is open. Queries and
-keys are seen as the softmax gets them, positions already applied, and every query head has its own copy of the keys and
-values that heads share in grouped-query attention.
+The model's own layers run; only their attention function is replaced while a context is open. Queries and keys are
+recorded as the softmax receives them, after positional encoding, and in grouped-query attention every query head gets
+its own copy of the shared keys and values.
 """
 
 from __future__ import annotations
@@ -24,61 +24,61 @@ from lvlm.model import Lvlm
 
 
 @dataclass(frozen=True, eq=False)
-class Opened:
-    """What one layer's attention was given and made of it in the forward just run."""
+class AttentionRecord:
+    """Inputs and pattern of one layer's attention in one forward pass."""
 
     query: Tensor
-    """``[P, H, T, d]``, positions applied."""
+    """``[P, H, T, d]``, after positional encoding."""
     shared_key: Tensor
-    """As the layer made them, ``[P, KV, T, d]``."""
+    """As the layer computes them, ``[P, KV, T, d]``."""
     shared_value: Tensor
     key: Tensor
-    """One a query head, ``[P, H, T, d]``."""
+    """One copy per query head, ``[P, H, T, d]``."""
     value: Tensor
     pattern: Tensor | None
-    """``[P, H, T, T]``; None where it was not asked for."""
+    """``[P, H, T, T]``; None unless requested."""
     rule: Rule
 
     @property
     def groups(self) -> int:
-        """How many query heads share a key head."""
+        """Number of query heads that share a key head."""
         return self.key.shape[1] // self.shared_key.shape[1]
 
 
 @dataclass(frozen=True, eq=False)
 class Rule:
-    """How queries and keys become attention in one layer."""
+    """How one layer computes attention from queries and keys."""
 
     scaling: float
     softcap: float | None
     mask: Tensor | None
-    """Added to the scores, ``[P or 1, H or 1, T, T]``; None where every key is seen."""
+    """Added to the scores, ``[P or 1, H or 1, T, T]``; None if every key is visible."""
 
     def scores(self, query: Tensor, key: Tensor) -> Tensor:
-        """Return scores before the softmax, ``[P, H, T, d]`` and the same -> ``[P, H, T, T]``, of at least float32."""
-        found = query @ key.transpose(-1, -2)
-        found = (found.float() if found.element_size() < 4 else found) * self.scaling
+        """Return scores before the softmax: two ``[P, H, T, d]`` -> ``[P, H, T, T]``, in at least float32."""
+        scores = query @ key.transpose(-1, -2)
+        scores = (scores.float() if scores.element_size() < 4 else scores) * self.scaling
         if self.softcap is not None:
-            found = torch.tanh(found / self.softcap) * self.softcap
-        return found if self.mask is None else found + self.mask
+            scores = torch.tanh(scores / self.softcap) * self.softcap
+        return scores if self.mask is None else scores + self.mask
 
-    def replaced(self, query: Tensor, key: Tensor) -> Tensor:
-        """Return the pattern of other queries or keys."""
+    def pattern_of(self, query: Tensor, key: Tensor) -> Tensor:
+        """Return the attention pattern of other queries or keys."""
         return self.scores(query, key).softmax(-1)
 
 
-Replace = Callable[[int, Opened], tuple[Tensor, Tensor, Tensor] | None]
-"""Shown a layer and what its attention is given; returns queries, keys and values ``[P, H, T, d]`` to use instead."""
+Replace = Callable[[int, AttentionRecord], tuple[Tensor, Tensor, Tensor] | None]
+"""Called with a layer and its attention inputs; returns replacement queries, keys and values ``[P, H, T, d]``, or None."""
 
 
-class OpenedAttention:
-    """The attention function; what it saw of each layer is in `seen`."""
+class ExposedAttention:
+    """The replacement attention function; `records` has the record of each layer."""
 
     def __init__(self, model: Lvlm, *, patterns: bool, change: Replace | None = None) -> None:
         path = model.spec.decoder.attention
-        self.layers = {id(resolve(one, path, model.spec)): i for i, one in enumerate(model.layers("decoder"))}
+        self.layers = {id(resolve(block, path, model.spec)): i for i, block in enumerate(model.layers("decoder"))}
         self.patterns, self.change = patterns, change
-        self.seen: dict[int, Opened] = {}
+        self.records: dict[int, AttentionRecord] = {}
 
     def __call__(
         self,
@@ -92,13 +92,11 @@ class OpenedAttention:
         dropout: float = 0.0,
         **more: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """Return what is read, ``[P, T, H, d]``, and the pattern where it was asked for."""
-        del dropout  # of a model in training, which no run is
+        """Return the attention output, ``[P, T, H, d]``, and the pattern if requested."""
+        del dropout  # 0 in evaluation mode
         unknown = next((name for name in UNKNOWN if more.get(name) is not None), None)
         if unknown:
-            msg = (
-                f"{type(module).__name__} gives its attention '{unknown}', which is not known here: it cannot be opened"
-            )
+            msg = f"{type(module).__name__} passes the unsupported argument '{unknown}' to its attention; use attribution.heads"
             raise ModelError(msg)
         groups = query.shape[1] // key.shape[1]
         factor: float = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -106,31 +104,33 @@ class OpenedAttention:
         own = [x.repeat_interleave(groups, dim=1) if groups > 1 else x.view_as(x) for x in (key, value)]
         q, k, v = query, *own
         layer = self.layers.get(id(module))
-        given = Opened(q, key, value, k, v, None, rule)
-        if layer is not None and self.change is not None and (new := self.change(layer, given)) is not None:
+        record = AttentionRecord(q, key, value, k, v, None, rule)
+        if layer is not None and self.change is not None and (new := self.change(layer, record)) is not None:
             q, k, v = new
         pattern = None
         if self.patterns or rule.softcap is not None:
-            pattern = rule.replaced(q, k).to(query.dtype)
+            pattern = rule.pattern_of(q, k).to(query.dtype)
             read = pattern @ v
         else:
             mask = None if rule.mask is None else rule.mask.to(query.dtype)
             read = scaled_dot_product_attention(q, k, v, mask, scale=rule.scaling)
         if layer is not None:
-            self.seen[layer] = Opened(q, key, value, k, v, pattern, rule)
+            self.records[layer] = AttentionRecord(q, key, value, k, v, pattern, rule)
         return read.transpose(1, 2).contiguous(), pattern
 
 
 @contextmanager
-def opened(model: Lvlm, *, patterns: bool = False, change: Replace | None = None) -> Iterator[OpenedAttention]:
-    """Lay the decoder's attention open while the context lasts; afterwards, after an error too, it is as it was."""
+def expose_attention(
+    model: Lvlm, *, patterns: bool = False, change: Replace | None = None
+) -> Iterator[ExposedAttention]:
+    """Expose the decoder's attention while the context is open; restore it afterwards, also after an error."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    function = OpenedAttention(model, patterns=patterns, change=change)
+    function = ExposedAttention(model, patterns=patterns, change=change)
     table: Any = ALL_ATTENTION_FUNCTIONS
     before = {id(c): (c, c._attn_implementation) for c in configurations(model).values()}
     with ExitStack() as stack:
-        # Under this name, so that masks are made as for attention computed step by step.
+        # Registered as "eager" so that the model builds the same masks as for eager attention.
         stack.callback(_put_back, table, table.get("eager"))
         table["eager"] = function
         for config, name in before.values():
@@ -139,23 +139,23 @@ def opened(model: Lvlm, *, patterns: bool = False, change: Replace | None = None
         yield function
 
 
-def check_opened(model: Lvlm) -> None:
-    """Raise `ModelError` where the decoder's attention cannot be laid open, without running it."""
+def check_exposable(model: Lvlm) -> None:
+    """Raise `ModelError` if the decoder's attention cannot be exposed; runs no forward pass."""
     spec = model.spec.decoder
     cross = [i for i in range(model.n_layers) if model.attends("decoder", i, cross=True)]
     why = ""
     if model.encoder_decoder:
-        why = "an encoder reads its prompt"
+        why = "an encoder reads the prompt"
     elif cross:
-        why = f"its decoder reads the image by cross-attention (layer {cross[0]} and others), not as tokens of its own"
+        why = f"its decoder reads the image by cross-attention (layer {cross[0]} and others), not as tokens of its sequence"
     elif spec.attention_post_norm:
-        why = "its layers norm the residual stream itself, so that it is no sum of what layers add"
+        why = "its layers normalize the residual stream itself, so the stream is not a sum of layer outputs"
     elif not all(model.attends("decoder", i, cross=False) for i in range(model.n_layers)):
         why = "some of its decoder's layers have no attention"
     if why:
         msg = (
-            f"{model.name} (family '{model.spec.model_type}'): queries, keys and values of heads cannot be told apart here: "
-            f"{why}; attribution.heads, attribution.nodes and circuits.patch_paths do not need them"
+            f"{model.name} (family '{model.spec.model_type}'): cannot separate the queries, keys and values of its heads: "
+            f"{why}; use attribution.heads, attribution.nodes or circuits.patch_paths"
         )
         raise ModelError(msg)
 
@@ -168,7 +168,7 @@ def _put_back(table: Any, before: Any) -> None:
 
 
 def _added(mask: Tensor | None, module: nn.Module, query: Tensor, key: Tensor, more: Any) -> Tensor | None:
-    """Return what a layer's mask adds to scores; a missing one is causal where the layer is."""
+    """Return the term that a layer's mask adds to the scores; without a mask, a causal one if the layer is causal."""
     size, length = query.shape[2], key.shape[2]
     if mask is None:
         causal = more.get("is_causal")
@@ -178,11 +178,11 @@ def _added(mask: Tensor | None, module: nn.Module, query: Tensor, key: Tensor, m
         at = torch.arange(length - size, length, device=query.device)[:, None]
         to = torch.arange(length, device=query.device)[None]
         window = more.get("sliding_window")
-        seen = to <= at
-        return _as_added((seen & (to > at - window) if window else seen)[None, None], query)
+        visible = to <= at
+        return _as_added((visible & (to > at - window) if window else visible)[None, None], query)
     return _as_added(mask, query) if mask.dtype == torch.bool else mask[..., :length]
 
 
-def _as_added(seen: Tensor, query: Tensor) -> Tensor:
-    empty = torch.zeros(seen.shape, device=seen.device, dtype=query.dtype)
-    return empty.masked_fill_(~seen, torch.finfo(query.dtype).min)
+def _as_added(visible: Tensor, query: Tensor) -> Tensor:
+    empty = torch.zeros(visible.shape, device=visible.device, dtype=query.dtype)
+    return empty.masked_fill_(~visible, torch.finfo(query.dtype).min)

@@ -1,4 +1,4 @@
-"""Estimates of patches from gradients: the loop over pairs that every kind of them shares."""
+"""Estimates of patch effects from gradients: the loop over pairs that all kinds of estimates share."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from circuits.attribution.gradients import Metric, Slopes, check_differentiable, slopes
 from circuits.patching.metrics import logit_difference
 from circuits.patching.pairs import DIRECTIONS
-from circuits.patching.sweep import Direction, Plan, Settings, Swept, Unit, side_by_side
+from circuits.patching.sweep import Direction, Plan, Settings, SweepResult, Unit, side_by_side
 from groundscope.core.errors import ConfigError
 from groundscope.core.progress import progress_bar
 from lvlm.model import Inputs, Lvlm
@@ -27,30 +27,30 @@ VARIANTS: tuple[Variant, ...] = ("paper", "release")
 
 @dataclass(frozen=True)
 class How:
-    """Which way values are moved, and where gradients are taken."""
+    """Direction of the patch, and where gradients are computed."""
 
     direction: Direction
     point: Point
     steps: int
     drop: bool = False
     variant: Variant = "paper"
-    """Points on the way: k / steps for k = 1 ... steps (Hanna et al.'s equation), or k = 0 ... steps - 1 (their code)."""
+    """Points on the path: k / steps for k = 1 ... steps (Hanna et al.'s equation), or k = 0 ... steps - 1 (their code)."""
 
     @property
     def about(self) -> dict[str, Any]:
-        """What results say of how they came to be, plain JSON."""
+        """Provenance for results, JSON-serializable."""
         about: dict[str, Any] = {"method": "attribution patching", "point": self.point, "drop": self.drop}
         return about | ({"steps": self.steps, "variant": self.variant} if self.point == "path" else {})
 
     @property
     def text(self) -> str:
-        """The same in words."""
+        """The provenance as a sentence."""
         at = f"{self.steps} points on the path" if self.point == "path" else f"the {self.point}"
         return f"estimated from gradients at {at}{', each layer dropped' if self.drop else ''}"
 
     @property
     def shares(self) -> tuple[float, ...]:
-        """How far on the way from the run to the source gradients are taken."""
+        """Points of the gradients on the path from the run (0) to the source (1)."""
         if self.point != "path":
             return (0.0,) if self.point == "run" else (1.0,)
         first = 0 if self.variant == "release" else 1
@@ -59,7 +59,7 @@ class How:
 
 @dataclass(frozen=True, eq=False)
 class Sides:
-    """Some pairs of equal shape, ready to run."""
+    """A batch of pairs of equal shape, ready to run."""
 
     members: Sequence[Plan]
     source: Inputs
@@ -72,62 +72,70 @@ class Sides:
 
 
 Estimate = Callable[[Sides], tuple[np.ndarray, Tensor, Tensor]]
-"""Returns estimated changes of the metric ``[P, ...]``, and the metric in the source and in the run, ``[P]`` each."""
+"""Return estimated changes of the metric ``[P, ...]``, and the metric in the source and in the run, ``[P]`` each."""
 
 
 def groups(
-    model: Lvlm, plans: Sequence[Plan], how: How, settings: Settings, batch_pairs: int, do: Estimate, name: str
+    model: Lvlm,
+    plans: Sequence[Plan],
+    how: How,
+    settings: Settings,
+    batch_pairs: int,
+    estimate_batch: Estimate,
+    name: str,
 ) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
-    """Yield numbers of pairs, their estimates as shares of ``M_clean - M_corrupt``, and both metrics ``[2, P]``."""
+    """Yield indices of pairs, their estimates as shares of ``M_clean - M_corrupt``, and both metrics ``[2, P]``."""
     denoise = how.direction == "denoise"
     with progress_bar(settings.progress) as bar:
         task = bar.add_task(name, total=len(plans))
         for group in side_by_side([plan.shape for plan in plans], lambda _: batch_pairs):
             members = [plans[i] for i in group]
             clean, corrupt = (model.collate([getattr(plan, side) for plan in members]) for side in ("clean", "corrupt"))
-            found, *ends = do(Sides(members, *((clean, corrupt) if denoise else (corrupt, clean))))
+            changes, *ends = estimate_batch(Sides(members, *((clean, corrupt) if denoise else (corrupt, clean))))
             baseline = torch.stack(ends if denoise else ends[::-1]).double().cpu().numpy()
             gap = baseline[0] - baseline[1]
             sign = 1 if denoise or how.drop else -1
-            by = (np.abs(gap) if how.drop else gap).reshape(-1, *(1,) * (found.ndim - 1))
+            by = (np.abs(gap) if how.drop else gap).reshape(-1, *(1,) * (changes.ndim - 1))
             with np.errstate(divide="ignore", invalid="ignore"):
-                share = sign * found / by
+                share = sign * changes / by
             yield group, share, baseline
             bar.advance(task, len(group))
 
 
-def kept_of(clean: np.ndarray, corrupt: np.ndarray, min_effect: float) -> np.ndarray:
-    """Return which pairs tell clean from corrupt by enough to divide by, bool ``[n_pairs]``."""
+def usable(clean: np.ndarray, corrupt: np.ndarray, min_effect: float) -> np.ndarray:
+    """Return which pairs have a metric difference large enough to divide by, bool ``[n_pairs]``."""
     return np.abs(clean - corrupt) >= max(min_effect, np.finfo(np.float32).tiny)
 
 
 def estimate(
     model: Lvlm, plans: Sequence[Plan], units: Sequence[Unit], how: How, settings: Settings, batch_pairs: int
-) -> Swept:
-    """Estimate what patching each unit at each set of positions would do, as a sweep of patches would find it."""
+) -> SweepResult:
+    """Estimate the effect of patching each unit at each set of positions, in the form that a sweep returns."""
     most = max(len(plan.positions) for plan in plans)
     effects = np.full((len(plans), len(units), most), np.nan, np.float32)
     baseline = np.zeros((2, len(plans)), np.float32)  # clean, corrupt
 
-    def do(sides: Sides) -> tuple[np.ndarray, Tensor, Tensor]:
+    def estimate_batch(sides: Sides) -> tuple[np.ndarray, Tensor, Tensor]:
         return _estimates(model, sides, units, how)
 
-    for group, share, metrics in groups(model, plans, how, settings, batch_pairs, do, "attribution patching"):
+    for group, share, metrics in groups(
+        model, plans, how, settings, batch_pairs, estimate_batch, "attribution patching"
+    ):
         effects[group, :, most - share.shape[2] :] = share
         baseline[:, group] = metrics
-    kept = kept_of(baseline[0], baseline[1], settings.min_effect)
-    return Swept(effects, baseline[0], baseline[1], kept, shared=False)
+    used = usable(baseline[0], baseline[1], settings.min_effect)
+    return SweepResult(effects, baseline[0], baseline[1], used, shared=False)
 
 
 def check_how(model: Lvlm, how: How, batch_pairs: int) -> None:
-    """Raise `ConfigError` for an option that does not exist, `ModelError` for an attention without derivatives."""
+    """Raise `ConfigError` for an unknown option value, `ModelError` for an attention without derivatives."""
     for name, value, allowed in (
         ("direction", how.direction, DIRECTIONS),
         ("point", how.point, POINTS),
         ("variant", how.variant, VARIANTS),
     ):
         if value not in allowed:
-            msg = f"{name}='{value}': choose {', '.join(allowed)}"
+            msg = f"unknown {name} '{value}'; choose from {', '.join(allowed)}"
             raise ConfigError(msg)
     if how.steps < 1 or batch_pairs < 1:
         msg = f"steps={how.steps} and batch_pairs={batch_pairs} must be at least 1"
@@ -143,21 +151,21 @@ def _estimates(model: Lvlm, sides: Sides, units: Sequence[Unit], how: How) -> tu
     split = {site for unit in units for site, head in unit if head is not None}
     moved: dict[Site, Tensor] = {}  # [K, P, sets of positions, heads or 1]
     for site in sites:
-        gradient = torch.stack([one.gradients[site] for one in at]).mean(0)  # [K, P, T, d]
+        gradient = torch.stack([point.gradients[site] for point in at]).mean(0)  # [K, P, T, d]
         each = (source.values[site] - run.values[site]) * gradient
         by_head = each.unflatten(-1, (model.n_heads if site in split else 1, -1)).sum(-1)  # [K, P, T, heads or 1]
         moved[site] = torch.stack([by_head[:, :, p].sum(2) for p in positions], dim=2)
-    found = torch.stack([sum_of([moved[site][..., head or 0] for site, head in unit]) for unit in units], dim=2)
-    effects = found.abs().sum(0) / (model.n_layers - 1) if how.drop else found[0]
+    changes = torch.stack([sum_of([moved[site][..., head or 0] for site, head in unit]) for unit in units], dim=2)
+    effects = changes.abs().sum(0) / (model.n_layers - 1) if how.drop else changes[0]
     return effects.double().cpu().numpy(), source.metric, run.metric
 
 
 def slopes_along(model: Lvlm, sides: Sides, sites: Sequence[Site], how: How) -> tuple[Slopes, Slopes, list[Slopes]]:
-    """Return the source, the run, and slopes at all points where gradients are taken."""
+    """Return the source, the run, and the gradients at every point of the path."""
     metric: Metric = sides.metric
     ends = [
-        slopes(model, given, sites, metric, drop=how.drop and how.point == name, differentiate=how.point == name)
-        for name, given in (("source", sides.source), ("run", sides.run))
+        slopes(model, side, sites, metric, drop=how.drop and how.point == name, differentiate=how.point == name)
+        for name, side in (("source", sides.source), ("run", sides.run))
     ]
     source, run = ends
     if how.point != "path":
@@ -177,7 +185,7 @@ def sum_of(parts: Sequence[Tensor]) -> Tensor:
 
 def _difference(logits: Tensor, plan: Plan) -> Tensor:
     key = plan.key
-    if key is None:  # plans of this metric always have one
+    if key is None:  # plans of this metric always have a key
         msg = f"pair '{plan.pair.clean.id}' has no answer key"
         raise ConfigError(msg)
     return logit_difference(logits, key, plan.pair.clean.answer, plan.pair.corrupt.answer)

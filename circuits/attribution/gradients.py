@@ -1,4 +1,4 @@
-"""One forward and its gradients: what is at some sites, and how the answer would change with it."""
+"""One forward pass and its gradients: values at sites, and the derivative of the answer's metric by them."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from lvlm.model import Lvlm
 from lvlm.sites import Site
 
 ATTENTIONS = ("eager", "sdpa")
-"""Ways of computing attention whose derivatives PyTorch knows, by transformers' names."""
+"""Differentiable attention implementations, by transformers' names."""
 
 Metric = Callable[[Tensor], Tensor]
-"""From logits at the last position ``[B, V]`` to one number a row, differentiable."""
+"""From logits at the last position ``[B, V]`` to one number per row, differentiable."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,12 +29,12 @@ class Slopes:
     values: Mapping[Site, Tensor]
     """``[B, T, d]`` by site."""
     gradients: Mapping[Site, Tensor]
-    """Derivative of the metric by each, ``[K, B, T, d]``: K is 1, or the number of layers where each is left out once.
-    Empty where none was asked for."""
+    """Derivative of the metric by each site, ``[K, B, T, d]``: K is 1, or the number of layers with GradDrop.
+    Empty unless requested."""
     metric: Tensor
     """``[B]``."""
     embeddings: Tensor
-    """What the first decoder layer was given, ``[B, T, D]``."""
+    """Input of the first decoder layer, ``[B, T, D]``."""
 
 
 def slopes(
@@ -47,30 +47,30 @@ def slopes(
     drop: bool = False,
     differentiate: bool = True,
 ) -> Slopes:
-    """Run a forward and differentiate a metric of its logits by what is at some sites of the decoder.
+    """Run a forward pass and differentiate a metric of its logits by the values at some sites of the decoder.
 
     Parameters
     ----------
     model
-        In evaluation mode; its parameters' own gradients are left as they are.
+        In evaluation mode; the gradients of its parameters do not change.
     inputs
-        Of B examples.
+        Inputs of B examples.
     sites
-        In the decoder.
+        Sites of the decoder.
     metric
-        What is differentiated; rows must not depend on each other.
+        Differentiated function; rows must not depend on each other.
     embeddings
-        Put in the place of what the first decoder layer is given.
+        Replacement for the input of the first decoder layer.
     drop
-        Return for each layer the gradient with nothing flowing back through what that layer writes (GradDrop:
-        Kramár et al. 2024, arXiv 2403.00745, section 3.2); one backward pass a layer.
+        Return for each layer the gradient without the path through that layer's outputs (GradDrop:
+        Kramár et al. 2024, arXiv 2403.00745, section 3.2); one backward pass per layer.
     differentiate
-        Whether gradients are wanted at all, beside the values.
+        Whether to compute gradients in addition to values.
 
     Raises
     ------
     ModelError
-        Where no gradient reaches a site: the attention in use cannot be differentiated, or the site is not on the way.
+        If no gradient reaches a site: its attention cannot be differentiated, or the site does not affect the logits.
     """
     values: dict[Site, Tensor] = {}
     first: list[Tensor] = []
@@ -80,18 +80,14 @@ def slopes(
 
         def enter(x: Tensor) -> Tensor:
             start = x if embeddings is None else embeddings
-            first.append(
-                start.detach().clone().requires_grad_(differentiate)
-            )  # nothing before the decoder is differentiated
+            first.append(start.detach().clone().requires_grad_(differentiate))  # stop gradients before the decoder
             return first[-1]
 
         hooks.callback(model.place("decoder", 0, "resid_pre").edit(enter).remove)
         for site in sites:
 
             def keep(x: Tensor, site: Site = site) -> Tensor:
-                values[site] = x.view_as(
-                    x
-                )  # a node of its own: what reads the site reads it, what made the site does not
+                values[site] = x.view_as(x)  # a separate graph node: only later operations read it
                 return values[site]
 
             hooks.callback(edit(model, site, keep).remove)
@@ -116,29 +112,29 @@ def slopes(
                 )
             except (RuntimeError, KeyError) as error:
                 msg = (
-                    f"{model.name}: no gradient reaches {sites[0]} and the like: {error}; load the model with "
-                    "attn_implementation='eager' or 'sdpa', and ask for sites that its forward reaches"
+                    f"{model.name}: no gradient reaches {sites[0]} or similar sites: {error}; load the model with "
+                    "attn_implementation='eager' or 'sdpa', and choose sites that affect its logits"
                 )
                 raise ModelError(msg) from error
     stacked = {site: torch.stack([g[i] for g in gradients]) for i, site in enumerate(sites) if gradients}
-    held = {site: x.detach() for site, x in values.items()}
-    return Slopes(held, stacked, score.detach(), first[-1].detach())
+    detached = {site: x.detach() for site, x in values.items()}
+    return Slopes(detached, stacked, score.detach(), first[-1].detach())
 
 
 def check_differentiable(model: Lvlm) -> None:
-    """Raise `ModelError` where the decoder's attention is computed in a way that is not known to have derivatives."""
+    """Raise `ModelError` if the decoder's attention implementation is not known to be differentiable."""
     named = {str(c._attn_implementation) for c in configurations(model).values()}
     other = sorted(named - set(ATTENTIONS) - {"None"})
     if other:
         msg = (
-            f"{model.name} computes attention by '{other[0]}', whose derivatives are not known to be there: load it with "
-            f"attn_implementation={' or '.join(repr(a) for a in reversed(ATTENTIONS))}"
+            f"{model.name} uses attention implementation '{other[0]}', which is not known to be differentiable; load it "
+            f"with attn_implementation={' or '.join(repr(a) for a in reversed(ATTENTIONS))}"
         )
         raise ModelError(msg)
 
 
 def configurations(model: Lvlm) -> dict[int, Any]:
-    """Return the configurations that decide how the decoder computes attention, by identity."""
+    """Return the configurations that set the decoder's attention implementation, by ``id``."""
     root = model.hf.get_submodule(model.spec.decoder.layers.rpartition(".")[0])
-    found: list[Any] = [m.config for m in root.modules() if hasattr(m, "config")]
-    return {id(c): c for c in found if hasattr(c, "_attn_implementation")}
+    candidates: list[Any] = [m.config for m in root.modules() if hasattr(m, "config")]
+    return {id(c): c for c in candidates if hasattr(c, "_attn_implementation")}

@@ -1,8 +1,8 @@
-"""Gradients taken back through many heads' projections and the norm in front of them, at little more than a product's cost.
+"""Vector-Jacobian products through the projections of many heads and the norm before them, at low cost.
 
-A norm's derivative is, for all norms in use, a scale and one or two terms of rank one. Automatic differentiation runs
-over every head's gradient a dozen times for it; written out it takes two. What is written out is used where it is what
-automatic differentiation finds, which is tried on each layer's own values; elsewhere that is run.
+The derivative of LayerNorm and RMSNorm is a scale plus one or two terms of rank one. Automatic differentiation makes
+about a dozen passes over every head's gradient; the closed form makes two. The closed form is used if it agrees with
+automatic differentiation on each layer's own values; otherwise automatic differentiation is used.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ from lvlm.family.specification import TOLERANCE
 
 @dataclass(frozen=True, eq=False)
 class Reader:
-    """How a layer's heads read the stream, ready to take gradients back."""
+    """How a layer's heads read the residual stream: projections and norm, for the backward pass."""
 
     norm: nn.Module | None
     weights: Mapping[str, Tensor]
-    """Part of each query head in each projection, ``[H, d, D]``, the norm's scale included where it is written out."""
+    """Slice of each projection per query head, ``[H, d, D]``, times the norm's scale if the closed form is used."""
     eps: float | None
-    """Of the norm, where its derivative is written out."""
+    """Epsilon of the norm if the closed form is used, else None."""
     centered: bool
-    """Whether the norm takes the mean away, as LayerNorm does and RMSNorm does not."""
+    """Whether the norm subtracts the mean: True for LayerNorm, False for RMSNorm."""
 
     def back(self, slopes: Mapping[str, Tensor], x: Tensor) -> Tensor:
-        """Return gradients at what each head reads, for its queries, then keys, then values.
+        """Return gradients at each head's inputs: queries, then keys, then values.
 
         Parameters
         ----------
         slopes
             Gradients at queries, keys and values by letter, ``[P, t, H, d]`` each.
         x
-            The stream in front of the norm, ``[P, t, D]``.
+            The residual stream before the norm, ``[P, t, D]``.
 
         Returns
         -------
@@ -51,19 +51,19 @@ class Reader:
         for letter, slope in slopes.items():
             scaled = slope if inverse is None else slope * inverse[..., None]
             parts.append(torch.einsum("pthd,hdw->hptw", scaled, self.weights[letter]))
-        found = torch.cat(parts)
+        gradients = torch.cat(parts)
         if self.norm is None:
-            return found
+            return gradients
         if inverse is None:
-            return through(self.norm, x, found)
+            return through(self.norm, x, gradients)
         if self.centered:
-            found -= found.mean(-1, keepdim=True)
-        along = torch.einsum("kptw,ptw->kpt", found, x * inverse.square() / x.shape[-1])
-        return found.addcmul_(x[None], along[..., None], value=-1)
+            gradients -= gradients.mean(-1, keepdim=True)
+        along = torch.einsum("kptw,ptw->kpt", gradients, x * inverse.square() / x.shape[-1])
+        return gradients.addcmul_(x[None], along[..., None], value=-1)
 
 
 def reader_of(norm: nn.Module | None, weights: Mapping[str, Tensor], x: Tensor) -> Reader:
-    """Return how a layer's heads read; `x` is what its norm is given in some run, ``[P, T, D]``."""
+    """Return how a layer's heads read the stream; `x` is the norm's input in some run, ``[P, T, D]``."""
     plain = Reader(norm, weights, None, centered=False)
     if norm is None:
         return plain
@@ -74,22 +74,22 @@ def reader_of(norm: nn.Module | None, weights: Mapping[str, Tensor], x: Tensor) 
     scale = getattr(norm, "weight", None)
     if eps is None or not isinstance(scale, Tensor) or scale.shape != x.shape[-1:]:
         return plain
-    some = x[:, :: max(1, x.shape[1] // 4)]
+    sample = x[:, :: max(1, x.shape[1] // 4)]
     draw = torch.Generator().manual_seed(0)
     heads = next(iter(weights.values()))
-    given = {c: torch.randn(*some.shape[:2], *heads.shape[:2], generator=draw).to(some) for c in weights}
-    whole = plain.back(given, some)
+    slopes = {c: torch.randn(*sample.shape[:2], *heads.shape[:2], generator=draw).to(sample) for c in weights}
+    whole = plain.back(slopes, sample)
     for centered in (False, True):
         for factor in (scale.detach(), 1 + scale.detach()):
-            one = Reader(norm, {c: w * factor.to(w) for c, w in weights.items()}, eps, centered)
-            error = float((one.back(given, some) - whole).abs().max() / whole.abs().max())
+            candidate = Reader(norm, {c: w * factor.to(w) for c, w in weights.items()}, eps, centered)
+            error = float((candidate.back(slopes, sample) - whole).abs().max() / whole.abs().max())
             if error <= 2 * TOLERANCE[x.dtype]:
-                return one
+                return candidate
     return plain
 
 
 def through(norm: nn.Module, x: Tensor, slopes: Tensor) -> Tensor:
-    """Take gradients behind a norm ``[K, P, t, D]`` back to the stream in front of it, ``[P, t, D]``."""
+    """Return gradients before a norm from gradients after it, ``[K, P, t, D]``; `x` is its input, ``[P, t, D]``."""
     with torch.enable_grad():
         entering = x[None].expand_as(slopes).detach().requires_grad_()
         (back,) = torch.autograd.grad(norm(entering), entering, slopes)

@@ -1,10 +1,10 @@
-"""What patching a head's queries, keys or values would do, estimated from one gradient, with the softmax computed anew.
+"""Estimate the effect of patching a head's queries, keys or values from one gradient, with an exact softmax.
 
-Attention saturates: where one key has all the weight, the gradient at queries and keys is next to nothing, and plain
-attribution patching sees no effect where a patch moves attention to another key. AtP* (Kramár et al. 2024, arXiv
-2403.00745, section 3.1) computes the pattern that a patch makes and estimates only what follows it:
-``sum_k (A_patched - A_run)_k . dM/dA_k``, for each query with all keys as they are, and for each key with all others as
-they are.
+Attention saturates: where one key has all the weight, the gradient at queries and keys almost vanishes, and plain
+attribution patching misses the effect of a patch that moves attention to another key. AtP* (Kramár et al. 2024, arXiv
+2403.00745, section 3.1) computes the pattern under the patch exactly and linearizes only what follows it:
+``sum_k (A_patched - A_run)_k . dM/dA_k``, for each query with all keys unchanged, and for each key with all other keys
+unchanged.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from circuits.attribution.attention_nodes import Opened, check_opened, opened
-from circuits.attribution.estimates import How, Point, Sides, check_how, groups, kept_of
+from circuits.attribution.attention_nodes import AttentionRecord, check_exposable, expose_attention
+from circuits.attribution.estimates import How, Point, Sides, check_how, groups, usable
 from circuits.patching.activation import head_scores_of, plans_of, settings_of
 from circuits.patching.metrics import LEAST
 from circuits.patching.sweep import Direction
@@ -47,31 +47,31 @@ def inputs(
     batch_pairs: int = 8,
     progress: bool | None = None,
 ) -> HeadScores:
-    """Estimate what patching each head's queries, keys or values would do to the answer, one position at a time.
+    """Estimate the effect of patching each head's queries, keys or values, one position at a time.
 
-    Queries and keys are those that the softmax gets, positions applied. Where several heads share keys and values, each
-    is thought to have its own copy: an effect is that of one head reading another key.
+    Queries and keys are those that the softmax receives, after positional encoding. Where several heads share keys and
+    values, each head has its own copy: the effect is that of one head reading a patched key.
 
     Parameters
     ----------
     model
-        In evaluation mode. Its attention has to go through transformers' table of attention functions.
+        In evaluation mode. Its attention must use transformers' table of attention functions.
     pairs
         As for `attribution.heads`.
     part
         ``q``, ``k`` or ``v``.
     tokens
-        At which positions: of the queries for ``q``, of what is attended to for ``k`` and ``v``. The effects of single
-        positions are added up.
+        Positions of the queries (``q``), or of the keys and values (``k``, ``v``). The effects of single positions are
+        summed.
     direction
         As for `attribution.heads`.
     fix
-        The query/key fix of AtP*: compute the attention that a patch makes, and estimate from there on. False for
-        plain attribution patching. For values, which no softmax follows, both are the same.
+        The query/key fix of AtP*: compute the attention pattern under the patch exactly. False for plain attribution
+        patching. For values, which do not pass through the softmax, both are the same.
     point, steps, min_effect, progress
-        As for `attribution.heads`; patterns are moved from the run that would be patched, wherever gradients are taken.
+        As for `attribution.heads`; patterns start from the patched run, wherever gradients are computed.
     batch_pairs
-        Pairs side by side; with the fix, all layers' patterns of each are held in memory.
+        Number of pairs per batch; with `fix`, the patterns of all layers stay in memory.
 
     Returns
     -------
@@ -81,44 +81,44 @@ def inputs(
     Raises
     ------
     ConfigError
-        For an option that does not exist.
+        If an option has an unknown value.
     PatchError
         As `patch_heads`.
     ModelError
-        For a family whose queries and keys cannot be read, or an attention that cannot be differentiated: before
-        anything runs.
+        If the family's queries and keys cannot be read, or its attention cannot be differentiated; raised before any
+        forward pass.
     """
     for name, value, allowed in (("part", part, PARTS), ("tokens", tokens, TOKENS)):
         if value not in allowed:
-            msg = f"{name}='{value}': choose {', '.join(allowed)}"
+            msg = f"unknown {name} '{value}'; choose from {', '.join(allowed)}"
             raise ConfigError(msg)
     how = How(direction, point, steps)
     check_how(model, how, batch_pairs)
-    check_opened(model)
+    check_exposable(model)
     settings = settings_of(model, direction, _METRIC, 1, None, min_effect, progress)
     plans = plans_of(model, pairs, tokens, settings)
     effects = np.full((len(plans), model.n_layers, model.n_heads), np.nan, np.float32)
     baseline = np.zeros((2, len(plans)), np.float32)
     fixed = fix and part != "v"
 
-    def do(sides: Sides) -> tuple[np.ndarray, Tensor, Tensor]:
+    def estimate_batch(sides: Sides) -> tuple[np.ndarray, Tensor, Tensor]:
         return _estimates(model, sides, part, how, fix=fixed)
 
-    for group, share, metrics in groups(model, plans, how, settings, batch_pairs, do, "estimating inputs"):
+    for group, share, metrics in groups(model, plans, how, settings, batch_pairs, estimate_batch, "estimating inputs"):
         effects[group], baseline[:, group] = share, metrics
-    kept = kept_of(baseline[0], baseline[1], settings.min_effect)
+    used = usable(baseline[0], baseline[1], settings.min_effect)
     about = {**how.about, "part": part, "fix": fixed}
-    return head_scores_of(model, plans, effects, baseline, kept, tokens, settings, about)
+    return head_scores_of(model, plans, effects, baseline, used, tokens, settings, about)
 
 
 @dataclass(frozen=True, eq=False)
-class _Look:
-    """One run: what attention was given, and how the metric changes with it."""
+class _QkvRun:
+    """One run: attention inputs, and the derivative of the metric by them."""
 
-    seen: dict[int, Opened]
+    records: dict[int, AttentionRecord]
     slopes: tuple[Tensor, ...]
-    """By layer: of the pattern ``[P, H, T, T]``, or of queries, keys or values ``[P, H, T, d]``; empty where none was
-    asked for."""
+    """Gradients by layer: of the pattern ``[P, H, T, T]``, or of queries, keys or values ``[P, H, T, d]``; empty unless
+    requested."""
     metric: Tensor
     embeddings: Tensor
 
@@ -127,69 +127,70 @@ def _estimates(model: Lvlm, sides: Sides, part: Part, how: How, *, fix: bool) ->
     """Return estimated changes of the metric ``[P, layers, heads]``, and the metric of both runs."""
     name = "pattern" if fix else {"q": "query", "k": "key", "v": "value"}[part]
     source, run = (
-        _look(model, given, sides, name, differentiate=how.point == point)
-        for point, given in (("source", sides.source), ("run", sides.run))
+        _run_once(model, side, sides, name, differentiate=how.point == point)
+        for point, side in (("source", sides.source), ("run", sides.run))
     )
     if how.point == "path":
         way = source.embeddings - run.embeddings
-        at = [_look(model, sides.run, sides, name, embeddings=run.embeddings + share * way) for share in how.shares]
+        at = [_run_once(model, sides.run, sides, name, embeddings=run.embeddings + share * way) for share in how.shares]
     else:
         at = [source if how.point == "source" else run]
     positions = list(sides.members[0].positions[0])
-    found = []
+    layers = []
     for i in range(model.n_layers):
-        slope = torch.stack([one.slopes[i] for one in at]).mean(0)
-        a, b = source.seen[i], run.seen[i]
+        slope = torch.stack([record.slopes[i] for record in at]).mean(0)
+        a, b = source.records[i], run.records[i]
         if not fix:
             each = ((getattr(a, name) - getattr(b, name)) * slope).sum(-1)  # [P, H, T]
         elif part == "q":
             each = _moved_queries(a, b, slope)
         else:
             each = _moved_keys(a, b, slope)
-        found.append(each[..., positions].sum(-1))
-    return torch.stack(found, dim=1).double().cpu().numpy(), source.metric, run.metric
+        layers.append(each[..., positions].sum(-1))
+    return torch.stack(layers, dim=1).double().cpu().numpy(), source.metric, run.metric
 
 
-def _moved_queries(source: Opened, run: Opened, slope: Tensor) -> Tensor:
-    """Return what each query's new attention changes of the metric, ``[P, H, T]``."""
-    before, after = (run.rule.replaced(one.query, run.key) for one in (run, source))
+def _moved_queries(source: AttentionRecord, run: AttentionRecord, slope: Tensor) -> Tensor:
+    """Return the change of the metric from each query's patched attention, ``[P, H, T]``."""
+    before, after = (run.rule.pattern_of(record.query, run.key) for record in (run, source))
     return ((after - before) * slope).sum(-1)
 
 
-def _moved_keys(source: Opened, run: Opened, slope: Tensor) -> Tensor:
-    """Return what each key's patch changes of the metric through all queries' attention, ``[P, H, T]``.
+def _moved_keys(source: AttentionRecord, run: AttentionRecord, slope: Tensor) -> Tensor:
+    """Return the change of the metric from each key's patch, through the attention of all queries, ``[P, H, T]``.
 
-    With one score changed, a query's weight on that key is a logistic function of it, and the others keep their shares
-    of the rest: ``(p' - p) (g_key - mean of g over the others)``. So all keys together cost one pattern, not one each.
+    If one score changes, a query's weight on that key is a logistic function of the score, and the other keys share the
+    remaining weight in the same proportions: ``(p' - p) (g_key - mean of g over the others)``. So all keys cost one
+    pattern in total, not one pattern each.
     """
-    before, after = (run.rule.scores(run.query, one.key) for one in (run, source))  # [P, H, queries, keys]
+    before, after = (run.rule.scores(run.query, record.key) for record in (run, source))  # [P, H, queries, keys]
     top = before.amax(-1, keepdim=True)
     weight = (before - top).exp()
     slope = slope.to(weight)
-    # The largest is left out of the sum before it is taken: taken away afterwards, it would leave rounding errors alone.
+    # Exclude the largest weight before summing: subtracting it from the sum would leave only rounding error.
     largest = torch.zeros_like(weight).scatter_(-1, before.argmax(-1, keepdim=True), 1).bool()
-    rest = weight.masked_fill(largest, 0)
-    others = torch.where(largest, rest.sum(-1, keepdim=True), weight.sum(-1, keepdim=True) - weight)
+    remaining = weight.masked_fill(largest, 0)
+    others = torch.where(largest, remaining.sum(-1, keepdim=True), weight.sum(-1, keepdim=True) - weight)
     moved = weight * slope
     mean = torch.where(
-        largest, (rest * slope).sum(-1, keepdim=True), moved.sum(-1, keepdim=True) - moved
+        largest, (remaining * slope).sum(-1, keepdim=True), moved.sum(-1, keepdim=True) - moved
     ) / others.clamp_min(torch.finfo(weight.dtype).tiny)
     level = top + others.log()
     change = torch.sigmoid(after - level) - torch.sigmoid(before - level)
-    alone = others == 0  # a key that no other stands beside keeps all the weight
+    alone = others == 0  # a key without competitors keeps all the weight
     return (change * (slope - mean)).masked_fill(alone, 0).sum(-2)
 
 
-def _look(
+def _run_once(
     model: Lvlm,
-    given: Inputs,
+    model_inputs: Inputs,
     sides: Sides,
     name: str,
     *,
     embeddings: Tensor | None = None,
     differentiate: bool = True,
-) -> _Look:
-    """Run once and return what attention was given and how the metric changes with it."""
+) -> _QkvRun:
+    """Run once and return the attention inputs and the derivative of the metric by them."""
     start: list[Tensor] = []
 
     def enter(x: Tensor) -> Tensor:
@@ -198,30 +199,32 @@ def _look(
 
     hook = model.place("decoder", 0, "resid_pre").edit(enter)
     try:
-        with torch.set_grad_enabled(differentiate), opened(model, patterns=name == "pattern") as attention:
-            score = sides.metric(model.forward(given)[:, -1])
-            seen = attention.seen
+        with torch.set_grad_enabled(differentiate), expose_attention(model, patterns=name == "pattern") as attention:
+            score = sides.metric(model.forward(model_inputs)[:, -1])
+            records = attention.records
     finally:
         hook.remove()
-    if len(seen) != model.n_layers:
-        missing = next(i for i in range(model.n_layers) if i not in seen)
+    if len(records) != model.n_layers:
+        missing = next(i for i in range(model.n_layers) if i not in records)
         msg = (
-            f"{model.name}: layer {missing} does not attend through transformers' table of attention functions, so that "
-            "its queries and keys cannot be read"
+            f"{model.name}: layer {missing} does not use transformers' table of attention functions, so its queries and "
+            "keys cannot be read"
         )
         raise ModelError(msg)
     slopes: tuple[Tensor, ...] = ()
     if differentiate:
-        nodes = [getattr(seen[i], name) for i in range(model.n_layers)]
+        nodes = [getattr(records[i], name) for i in range(model.n_layers)]
         try:
-            with torch.enable_grad():  # the sum is part of what is differentiated
+            with torch.enable_grad():  # the sum below needs a gradient
                 slopes = torch.autograd.grad(score.sum(), nodes, materialize_grads=True)
         except RuntimeError as error:
             msg = f"{model.name}: no gradient reaches its attention: {error}"
             raise ModelError(msg) from error
-    return _Look({i: _detached(one) for i, one in seen.items()}, slopes, score.detach(), start[0].detach())
+    return _QkvRun({i: _detached(record) for i, record in records.items()}, slopes, score.detach(), start[0].detach())
 
 
-def _detached(one: Opened) -> Opened:
-    query, key, value = one.query.detach(), one.key.detach(), one.value.detach()
-    return Opened(query, one.shared_key.detach(), one.shared_value.detach(), key, value, None, one.rule)
+def _detached(record: AttentionRecord) -> AttentionRecord:
+    query, key, value = record.query.detach(), record.key.detach(), record.value.detach()
+    return AttentionRecord(
+        query, record.shared_key.detach(), record.shared_value.detach(), key, value, None, record.rule
+    )

@@ -1,1 +1,1 @@
-"""Run many patched suffixes of one prompt: shared prefix where the family allows, whole forwards elsewhere. Private."""
+"""Run many patched versions of one prompt: with a shared prefix if the family allows it, else as full forward passes."""

@@ -1,4 +1,4 @@
-"""Patches as anyone would run them: one whole forward each, several side by side. For models that cannot do better."""
+"""Fallback: run each patch as a full forward pass, several patches per batch."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from lvlm.model import Lvlm
 _LOG = logging.getLogger(__name__)
 
 
-def say_plain(model: Lvlm, why: str) -> None:
-    """Log, at level WARNING, that every patch will be a whole forward (logger ``circuits.execution.full_runner``)."""
+def warn_full_passes(model: Lvlm, why: str) -> None:
+    """Log at level WARNING that every patch takes a full forward pass (logger ``circuits.execution.full_runner``)."""
     _LOG.warning(
-        "%s (%s): every patch runs as a whole forward, because %s; results are the same, it takes longer",
+        "%s (%s): every patch runs as a full forward pass, because %s; results are the same but take longer",
         model.name,
         model.spec.model_type,
         why,
@@ -42,40 +42,42 @@ def run_whole(
     most: int | None = None,
     see: See | None = None,
 ) -> Tensor:
-    """Return what is read of the logits of a run changed in each of many ways, ``[P, rows, …]``.
+    """Run each row of changes as full forward passes and return what `read` computes from the logits, ``[P, rows, …]``.
 
     Parameters
     ----------
     model
         Any model.
     inputs
-        Of P examples of equal shape.
+        Inputs of P examples of equal shape.
     rows
-        What is changed; each is one run of its own.
+        Changes; one run per row.
     read
-        What is kept of the logits ``[P, n, kept, V]`` of some rows.
+        Function of the logits ``[P, n, keep, V]`` of n rows.
     keep
-        How many of the last positions logits are read at.
+        Number of last positions with logits.
     memory
-        Bytes that rows running side by side may take.
+        Largest number of bytes for the rows of one batch.
     most
-        Most rows that run side by side.
+        Largest number of rows per batch; None for no limit but memory.
     see
-        Is shown what each layer's heads put out, at all positions.
+        Called with each layer's head outputs, at all positions.
 
     Raises
     ------
     PatchError
-        For a budget that is too small for one row.
+        If `memory` is too small for one row.
     """
     ids = inputs["decoder_input_ids" if model.encoder_decoder else "input_ids"]
     examples, length = ids.shape
     each = examples * row_bytes(model, length, length, keep)
     if each > memory:
-        msg = f"memory={memory:,}: one patch of {length} positions needs {each:,} bytes beside the model; give at least that"
+        msg = (
+            f"memory={memory:,}: is too small: one patch of {length} positions needs {each:,} bytes; pass at least that"
+        )
         raise PatchError(msg)
     size = max(1, min(memory // each, len(rows) if most is None else most))
-    found = []
+    outputs = []
     for k in range(0, len(rows), size):
         part = rows[k : k + size]
         many = {name: torch.cat([x] * len(part)) for name, x in inputs.items()}
@@ -96,5 +98,5 @@ def run_whole(
                     place = model.place("decoder", layer, "z", cross=crosses(model, layer))
                     stack.callback(place.watch(look).remove)
             logits = model.forward(many, keep=keep)
-        found.append(read(logits.unflatten(0, (len(part), examples)).transpose(0, 1)))
-    return torch.cat(found, dim=1)
+        outputs.append(read(logits.unflatten(0, (len(part), examples)).transpose(0, 1)))
+    return torch.cat(outputs, dim=1)

@@ -1,4 +1,4 @@
-"""What a decoder layer is called with for a batch of suffixes instead of whole prompts."""
+"""Arguments of a decoder layer for a batch of suffixes instead of full prompts."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from torch import Tensor
 from circuits.execution.prefix_attention import NotShared
 from circuits.execution.prefix_cache import CACHE, Recording
 
-# By name of an argument: on which axis its examples are, counted from the end, and on which its positions.
+# By argument name: the axis of examples and the axis of positions, counted from the end.
 _AXES = {
     "position_embeddings": (-3, -2),
     "position_ids": (-2, -1),
     "cache_position": (None, -1),
     "full_text_row_masked_out_mask": (-4, -2),
 }
-# What attention alone looks at; it has its own from the recording.
+# Arguments that only attention uses; it takes them from the recording.
 _ATTENDED = ("attention_mask", "cross_attention_mask", "cross_attention_states", "causal_mask")
 
 
 class _Suffix:
-    """The part of a cache that a decoder layer uses; what is new is all it gives back, the prefix is shared."""
+    """The cache interface that a decoder layer uses; it returns new keys and values only, as the prefix is shared."""
 
     def __init__(self, run: Recording, start: int) -> None:
         self._run, self._start = run, start
@@ -33,38 +33,38 @@ class _Suffix:
         return [SimpleNamespace(keys=k, values=v) for k, v in zip(self._run.keys, self._run.values, strict=True)]
 
     def update(self, keys: Tensor, values: Tensor, *_args: Any, **_kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Return keys and values as they are."""
+        """Return keys and values unchanged."""
         return keys, values
 
     def get_seq_length(self, *_args: Any) -> int:
-        """Return how many positions come before the suffix."""
+        """Return the number of positions before the suffix."""
         return self._start
 
 
 def arguments_for(run: Recording, layer: int, start: int, which: Tensor, rows: int) -> dict[str, Any]:
-    """Return what a layer is called with beside hidden states ``[P rows, S, D]`` of the examples `which`.
+    """Return a layer's arguments, except the hidden states ``[P rows, S, D]``, for the examples `which`.
 
     Raises
     ------
     NotShared
-        For a tensor of which nothing is known.
+        If an argument is a tensor of unknown meaning.
     """
-    given: dict[str, Any] = {}
+    arguments: dict[str, Any] = {}
     for name, value in run.arguments[layer].items():
         if value is CACHE:
-            given[name] = _Suffix(run, start)
+            arguments[name] = _Suffix(run, start)
         elif name in _ATTENDED:
-            given[name] = None
+            arguments[name] = None
         elif name in _AXES and isinstance(value, Tensor):
-            given[name] = _part(value, name, start, which, rows)
+            arguments[name] = _part(value, name, start, which, rows)
         elif name in _AXES and isinstance(value, tuple):
-            given[name] = tuple(_part(x, name, start, which, rows) for x in value)
+            arguments[name] = tuple(_part(x, name, start, which, rows) for x in value)
         elif isinstance(value, Tensor):
-            msg = f"its layers are given '{name}', of which sharing a prefix knows nothing"
+            msg = f"its layers receive '{name}', which shared prefixes do not support"
             raise NotShared(msg)
         else:
-            given[name] = value
-    return given
+            arguments[name] = value
+    return arguments
 
 
 def _part(x: Tensor, name: str, start: int, which: Tensor, rows: int) -> Tensor:

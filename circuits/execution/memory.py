@@ -1,4 +1,4 @@
-"""How many patches run side by side within a budget of memory."""
+"""How many patches fit into one batch within a memory budget."""
 
 from __future__ import annotations
 
@@ -15,45 +15,45 @@ from lvlm.family.specification import resolve
 from lvlm.model import Lvlm
 
 MEMORY = 2**30
-"""Bytes that patches running side by side may take where nothing else is said."""
+"""Default largest number of bytes for the patches of one batch."""
 
 
 def rows_within(model: Lvlm, run: Recording, start: int, examples: int, memory: int, most: int | None = None) -> int:
-    """Return how many rows a budget has room for, each as often as there are examples.
+    """Return how many rows fit into a memory budget, with `examples` copies of each row.
 
     Raises
     ------
     PatchError
-        Where there is not room for one; it says how much one needs.
+        If not even one row fits; the message states how much one row needs.
     """
-    kept = run.logits.shape[1]
-    fixed, each = SCORES, examples * row_bytes(model, run.length - start, run.length, kept)
-    most_wanted = memory if most is None else most
-    # The block of scores is at least that of one row, however small it is meant to be.
+    positions = run.logits.shape[1]
+    fixed, each = SCORES, examples * row_bytes(model, run.length - start, run.length, positions)
+    row_limit = memory if most is None else most
+    # The block of scores has at least the size of one row.
     fixed = min(2 * fixed, each)
     if fixed + each > memory:
         msg = (
-            f"memory={memory:,}: one patch of {run.length - start} of {run.length} positions"
-            f"{f' of {examples} examples' if examples > 1 else ''} needs {fixed + each:,} bytes beside the model and the "
-            "recorded runs; give at least that, or patch fewer positions"
+            f"memory={memory:,} is too small: one patch of {run.length - start} of {run.length} positions"
+            f"{f' of {examples} examples' if examples > 1 else ''} needs {fixed + each:,} bytes in addition to the "
+            "model and the recorded runs; pass at least that, or patch fewer positions"
         )
         raise PatchError(msg)
-    return max(1, min((memory - fixed) // each, most_wanted))
+    return max(1, min((memory - fixed) // each, row_limit))
 
 
-def row_bytes(model: Lvlm, size: int, length: int, kept: int = 1) -> int:
-    """Return about the most bytes that one row of `size` positions takes on its way through a layer and to its logits."""
+def row_bytes(model: Lvlm, size: int, length: int, positions: int = 1) -> int:
+    """Estimate the peak number of bytes of one row of `size` positions, in a layer and at its logits."""
     width, attended, inner, vocabulary = _widths(model)
     item = model.dtype.itemsize
-    # The residual stream before and after, its norm, and what is added; then attention's or the MLP's own tensors.
+    # Residual stream before and after, its norm and the update; plus the larger of attention's and the MLP's tensors.
     attention = 8 * attended * item + attended * 8
     scores = 8 * model.n_heads * length
     layer = size * (6 * width * item + max(attention + scores, 4 * inner * item))
-    return layer + kept * vocabulary * (item + 8)
+    return layer + positions * vocabulary * (item + 8)
 
 
 def kept_bytes(model: Lvlm, size: int, length: int) -> int:
-    """Return about how many bytes the two recorded runs of one pair take, of which `size` positions may be patched."""
+    """Estimate the number of bytes of the two recorded runs of one pair with `size` patchable positions."""
     width, attended, _, _ = _widths(model)
     return model.n_layers * model.dtype.itemsize * (2 * length * attended + size * (width + attended))
 
@@ -61,18 +61,18 @@ def kept_bytes(model: Lvlm, size: int, length: int) -> int:
 def batch_rows(
     model: Lvlm, examples: Sequence[Example], most: int, memory: int = MEMORY, *, recorded: bool = False
 ) -> int:
-    """Return how many examples a forward of a step whose batch size no user chooses takes side by side.
+    """Return the batch size of a step without a user-selected batch size.
 
     Parameters
     ----------
     model, examples
-        What runs; the first example stands for all.
+        The model and its inputs; the first example represents all.
     most
-        As many as are wanted where memory is no matter.
+        Largest batch size.
     memory
-        Bytes that a batch may take, about.
+        Approximate largest number of bytes of a batch.
     recorded
-        Whether the forward is kept, to be resumed with changes (`circuits.execution.prefix_cache.record`).
+        Whether the forward pass is recorded (`circuits.execution.prefix_cache.record`).
     """
     if not examples:
         return most
@@ -83,7 +83,7 @@ def batch_rows(
 
 
 def _widths(model: Lvlm) -> tuple[int, int, int, int]:
-    """Return the widths of the residual stream, of all heads, of the widest map within a layer, and the vocabulary."""
+    """Return the widths of the residual stream, all heads, the widest linear layer, and the vocabulary."""
     inner = max(
         m.out_features for layer in model.layers("decoder") for m in layer.modules() if isinstance(m, nn.Linear)
     )

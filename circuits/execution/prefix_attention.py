@@ -1,7 +1,7 @@
-"""Attention of many short suffixes to one prefix that they share, without a copy of the prefix for each.
+"""Attention of many short suffixes to one shared prefix, without a copy of the prefix per suffix.
 
-The model's own layers run; only what they call for attention is another function while a context is open. It is
-registered with `transformers.AttentionInterface`'s table under a name of its own, and taken out again.
+The model's own layers run; only their attention function is replaced while a context is open. It is registered in
+`transformers.AttentionInterface`'s table under a unique name, and removed afterwards.
 """
 
 from __future__ import annotations
@@ -19,37 +19,37 @@ from lvlm.access.eager_attention import attention
 from lvlm.model import Lvlm
 
 SCORES = 2**23
-"""Bytes of attention scores computed at a time: few enough to stay in a processor's cache."""
+"""Bytes of attention scores per block: small enough for a processor's cache."""
 
 UNKNOWN = ("position_bias", "s_aux")
-"""What some families give their attention beside a mask, and what no attention function of this package knows."""
+"""Attention arguments of some families that this package's attention functions do not support."""
 
 
-class NotShared(Exception):  # no user's error: what is asked for is then computed another way
-    """Why a model's patches cannot be run as suffixes of a shared prefix."""
+class NotShared(Exception):  # internal: the caller falls back to full forward passes
+    """A model's patches cannot run as suffixes of a shared prefix; the message states the reason."""
 
 
 @dataclass(frozen=True, eq=False)
 class Prefix:
-    """What the suffixes of P examples, n rows of each, attend to in one layer beside themselves."""
+    """Keys and values of the prefix in one layer, shared by n suffixes of each of P examples."""
 
     keys: Tensor
-    """``[P, key heads, T', head_dim]``: T' positions before the suffix; of cross-attention, all there are."""
+    """``[P, key heads, T', head_dim]``: T' positions before the suffix; for cross-attention, all positions."""
     values: Tensor
     mask: Tensor | None
-    """Rows of the layer's mask for the S suffix positions, ``[P or 1, heads or 1, S, T]``: bool (True is seen) or added
-    to the scores; None where the layer was given none."""
+    """Rows of the layer's mask for the S suffix positions, ``[P or 1, heads or 1, S, T]``: bool (True is visible) or
+    added to the scores; None if the layer receives no mask."""
     cross: bool
-    """Whether the layer attends to nothing but `keys`."""
+    """Whether the layer attends to `keys` only (cross-attention)."""
 
 
 class SharedAttention:
-    """The attention function; `prefix` is set before each layer."""
+    """The replacement attention function; `prefix` is set before each layer."""
 
     def __init__(self) -> None:
         self.prefix: Prefix | None = None
         self.calls = 0
-        """How often it was called since this was last set to 0."""
+        """Number of calls since the counter was reset to 0."""
 
     def __call__(
         self,
@@ -63,17 +63,17 @@ class SharedAttention:
         dropout: float = 0.0,
         **more: Any,
     ) -> tuple[Tensor, None]:
-        """Return what R = P n rows read, ``[R, S, heads, head_dim]``; the mask of the call is not looked at."""
+        """Return the attention output of R = P n rows, ``[R, S, heads, head_dim]``; ignores the mask of the call."""
         del attention_mask
         if self.prefix is None:
-            msg = f"{type(module).__name__} attends outside of its layer"
+            msg = f"{type(module).__name__} calls its attention outside of a decoder layer"
             raise NotShared(msg)
         if dropout:
-            msg = f"{type(module).__name__} drops {dropout:g} of its attention: set its dropout to 0, or call model.hf.eval()"
+            msg = f"{type(module).__name__} applies attention dropout {dropout:g}: set it to 0, or call model.hf.eval()"
             raise PatchError(msg)
         unknown = next((k for k in UNKNOWN if more.get(k) is not None), None)
         if unknown:
-            msg = f"{type(module).__name__} gives its attention '{unknown}', which sharing a prefix does not know"
+            msg = f"{type(module).__name__} passes '{unknown}' to its attention, which shared prefixes do not support"
             raise NotShared(msg)
         self.calls += 1
         factor: float = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -103,11 +103,11 @@ def _attend(
     scaling: float,
     softcap: float | None,
 ) -> Tensor:
-    """Return what queries ``[P, n, H, S, d]`` read: one softmax over prefix and suffix, ``[P, n, KV, G, S, d]``."""
+    """Return the output of queries ``[P, n, H, S, d]``, one softmax over prefix and suffix, ``[P, n, KV, G, S, d]``."""
     examples, rows, heads, size, width = query.shape
     kv = prefix.keys.shape[1]
     q = query.unflatten(2, (kv, heads // kv))  # [P, n, KV, G, S, d]
-    # The rows of an example are so many more queries of one batched product with its prefix.
+    # All rows of an example are queries of one batched product with its prefix.
     flat = q.permute(0, 2, 1, 3, 4, 5).reshape(examples, kv, -1, width)
     scores = flat @ prefix.keys.transpose(-1, -2)  # [P, KV, n G S, T']
     length = scores.shape[-1]
@@ -115,22 +115,22 @@ def _attend(
     if before is not None:
         scores += _by_heads(before, kv)
     top = scores.amax(-1, keepdim=True) if length else scores.new_full((*scores.shape[:-1], 1), -torch.inf)
-    mine = None
+    suffix_scores = None
     if suffix is not None:
-        mine = q.flatten(3, 4) @ suffix[0].transpose(-1, -2)  # [P, n, KV, G S, S]
-        mine = _scaled(mine.float(), scaling, softcap).transpose(1, 2).unflatten(3, (-1, size))
+        suffix_scores = q.flatten(3, 4) @ suffix[0].transpose(-1, -2)  # [P, n, KV, G S, S]
+        suffix_scores = _scaled(suffix_scores.float(), scaling, softcap).transpose(1, 2).unflatten(3, (-1, size))
         if own is not None:
-            mine = mine + _by_heads(own, kv)
-        top = torch.maximum(top, mine.amax(-1, keepdim=True))
-        mine = mine.sub(top).exp_()
+            suffix_scores = suffix_scores + _by_heads(own, kv)
+        top = torch.maximum(top, suffix_scores.amax(-1, keepdim=True))
+        suffix_scores = suffix_scores.sub(top).exp_()
     scores = scores.sub_(top).exp_()
     total = scores.sum(-1, keepdim=True)
     dtype = prefix.values.dtype
     read = scores.view(examples, kv, flat.shape[2], length).to(dtype) @ prefix.values
     read = read.view(examples, kv, rows, heads // kv, size, read.shape[-1])
-    if mine is not None and suffix is not None:
-        total = total + mine.sum(-1, keepdim=True)
-        shares = mine.transpose(1, 2).flatten(3, 4).to(dtype)  # [P, n, KV, G S, S]
+    if suffix_scores is not None and suffix is not None:
+        total = total + suffix_scores.sum(-1, keepdim=True)
+        shares = suffix_scores.transpose(1, 2).flatten(3, 4).to(dtype)  # [P, n, KV, G S, S]
         read = read + (shares @ suffix[1]).unflatten(3, (-1, size)).transpose(1, 2)
     return (read / total).to(query.dtype).transpose(1, 2)
 
@@ -141,12 +141,12 @@ def _scaled(scores: Tensor, scaling: float, softcap: float | None) -> Tensor:
 
 
 def _by_heads(mask: Tensor, kv: int) -> Tensor:
-    """Return a mask ``[P or 1, H or 1, S, keys]`` as it is added to scores ``[P, KV, n, G, S, keys]``."""
+    """Return a mask ``[P or 1, H or 1, S, keys]`` in the layout of scores ``[P, KV, n, G, S, keys]``."""
     return mask[:, :, None, None] if mask.shape[1] == 1 else mask.unflatten(1, (kv, -1))[:, :, None]
 
 
 def _masks(prefix: Prefix, module: nn.Module, query: Tensor, more: Any) -> tuple[Tensor | None, Tensor | None]:
-    """Return what is added to the scores of the prefix and of the suffix; None where that is nothing."""
+    """Return the terms to add to the scores of the prefix and of the suffix; None for no term."""
     length, size = prefix.keys.shape[2], query.shape[2]
     mask = prefix.mask
     if mask is None:
@@ -168,13 +168,13 @@ def _masks(prefix: Prefix, module: nn.Module, query: Tensor, more: Any) -> tuple
 def _causal(length: int, size: int, window: int | None, device: torch.device) -> Tensor:
     at = torch.arange(length, length + size, device=device)[:, None]
     to = torch.arange(length + size, device=device)[None]
-    seen = to <= at
-    return (seen & (to > at - window) if window else seen)[None, None]
+    visible = to <= at
+    return (visible & (to > at - window) if window else visible)[None, None]
 
 
 @contextmanager
 def shared_attention(model: Lvlm) -> Iterator[SharedAttention]:
-    """Let a model's attention be computed by a `SharedAttention`; afterwards, after an error too, it is as it was."""
+    """Compute a model's attention by a `SharedAttention` while open; restore it afterwards, also after an error."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     function = SharedAttention()
@@ -188,12 +188,12 @@ def shared_attention(model: Lvlm) -> Iterator[SharedAttention]:
 
 
 def closed(mask: Tensor | None, start: int) -> int:
-    """Return the last position up to `start` before which no position sees any at or after it."""
+    """Return the last position s <= `start` such that no position before s attends to s or later."""
     if mask is None or start == 0:
         return start
-    seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-    seen = seen.flatten(0, 1).any(0)  # [T, T]
-    length = seen.shape[1]
-    number = torch.arange(length, device=seen.device)
-    reach = torch.where(seen, number, -1).amax(1).cummax(0).values.tolist()
+    visible = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    visible = visible.flatten(0, 1).any(0)  # [T, T]
+    length = visible.shape[1]
+    number = torch.arange(length, device=visible.device)
+    reach = torch.where(visible, number, -1).amax(1).cummax(0).values.tolist()
     return next((s for s in range(start, 0, -1) if reach[s - 1] < s), 0)

@@ -1,4 +1,4 @@
-"""One forward, kept so that it can be resumed with something changed, or be what changes are taken from."""
+"""A recorded forward pass: resume it from a layer, or use it as a patch source."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from lvlm.model import Lvlm
 from lvlm.sites import Site
 
 See = Callable[[int, tuple[int, ...], Tensor], None]
-"""Shown for each layer: its number, which rows have come that far, and their head outputs ``[P, rows, S, width]``."""
+"""Called for each layer with its index, the rows that run through it, and their head outputs ``[P, rows, S, width]``."""
 
 
 @dataclass(frozen=True, eq=False)
 class Values:
-    """What some sites held in a forward of P examples of equal length T, from position `start` on (S = T - start)."""
+    """Values of some sites in a forward pass of P examples of equal length T, from position `start` on (S = T - start)."""
 
     start: int
     length: int
@@ -41,25 +41,25 @@ class Values:
 
 @dataclass(frozen=True, eq=False)
 class Recording(Values):
-    """A forward that can be resumed at any layer, from position `start` on."""
+    """A forward pass that can be resumed at any layer, from position `start` on."""
 
     residual: tuple[Tensor, ...]
-    """Input of each layer at the suffix, ``[P, S, D]``."""
+    """Input of each layer at the suffix positions, ``[P, S, D]``."""
     keys: tuple[Tensor, ...]
-    """Of each layer at all positions, positions already applied, ``[P, key heads, T, head_dim]``; of a cross-attention
-    layer at all positions it attends to."""
+    """Keys of each layer at all positions, after positional encoding, ``[P, key heads, T, head_dim]``; for a
+    cross-attention layer at all positions that it attends to."""
     values: tuple[Tensor, ...]
     masks: tuple[Tensor | None, ...]
-    """What each layer's attention was given, ``[P or 1, heads or 1, T, keys]``."""
+    """Attention mask of each layer, ``[P or 1, heads or 1, T, keys]``."""
     arguments: tuple[Mapping[str, Any], ...]
-    """What else each layer was called with, by name."""
+    """Other arguments of each layer, by name."""
     cross: frozenset[int]
-    """Layers of cross-attention."""
+    """Cross-attention layers."""
     added: tuple[Tensor | None, ...]
-    """What the model adds between a layer and the next, ``[P, S, D]``; empty for most families."""
+    """Values that the model adds between a layer and the next, ``[P, S, D]``; empty for most families."""
 
     def closed(self, start: int) -> int:
-        """Return the last position up to `start` before which no position of any layer sees one at or after it."""
+        """Return the last position s <= `start` such that in no layer a position before s attends to s or later."""
         for mask in {id(m): m for i, m in enumerate(self.masks) if m is not None and i not in self.cross}.values():
             start = closed(mask, start)
         return start
@@ -69,21 +69,21 @@ class Recording(Values):
 def record(
     model: Lvlm, inputs: Mapping[str, Tensor], start: int, sites: Collection[Site] = (), keep: int = 1
 ) -> Recording:
-    """Run examples once, as they are, and keep what changes at positions from `start` on need.
+    """Run examples once without changes, and record what patches at positions from `start` on need.
 
-    Where earlier positions read later ones (an image read both ways, say), more than asked for is kept.
+    If earlier positions attend to later ones (bidirectional attention over an image), the recording starts earlier.
 
     Raises
     ------
     NotShared
-        Where the model gives no keys and values to keep, or calls its layers with something unknown.
+        If the model returns no keys and values, or calls its layers with unknown arguments.
     """
     from transformers import DynamicCache
 
     if model.encoder_decoder or not model.accepts & {"past_key_values", "kwargs"}:
         msg = "an encoder reads the prompt" if model.encoder_decoder else "its forward takes no cache"
         raise NotShared(msg)
-    # Without a configuration every layer keeps all keys, also those outside a sliding window: its mask hides them.
+    # Without a configuration every layer caches all keys, also outside a sliding window, where its mask hides them.
     cache: Any = DynamicCache()
     begin, residual, after, calls = start, {}, {}, {}
     layers = range(model.n_layers)
@@ -99,33 +99,33 @@ def record(
             def entered(x: Tensor, layer: int = layer) -> None:
                 residual[layer] = x[:, begin:].clone()
 
-            def left(x: Tensor, layer: int = layer) -> None:
+            def keep_output(x: Tensor, layer: int = layer) -> None:
                 after[layer] = x[:, begin:].clone()
 
             place = model.place("decoder", layer, "resid_pre")
             hooks.callback(place.module.register_forward_pre_hook(called, with_kwargs=True).remove)
             hooks.callback(place.watch(entered).remove)
             if layer < _added(model):
-                hooks.callback(model.place("decoder", layer, "resid_post").watch(left).remove)
-        held, logits = _watched(model, inputs, start, sites, keep, {"past_key_values": cache, "use_cache": True})
+                hooks.callback(model.place("decoder", layer, "resid_post").watch(keep_output).remove)
+        site_values, logits = _watched(model, inputs, start, sites, keep, {"past_key_values": cache, "use_cache": True})
     if len(calls) != model.n_layers or len(getattr(cache, "layers", ())) != model.n_layers:
-        msg = "its forward keeps no keys and values of its layers"
+        msg = "its forward pass returns no keys and values of its layers"
         raise NotShared(msg)
     if residual and any(x.shape[1] != residual[model.n_layers - 1].shape[1] for x in residual.values()):
-        return record(model, inputs, begin, sites, keep)  # a later layer reads further both ways than the first
-    shorter = {site: x[:, begin - start :] if begin > start else x for site, x in held.items()}
+        return record(model, inputs, begin, sites, keep)  # a later layer's bidirectional span is longer
+    suffix_values = {site: x[:, begin - start :] if begin > start else x for site, x in site_values.items()}
     if begin < start:
-        shorter = _watched(model, inputs, begin, sites, keep, {"use_cache": False})[0] if sites else {}
+        suffix_values = _watched(model, inputs, begin, sites, keep, {"use_cache": False})[0] if sites else {}
     length = next(iter(residual.values())).shape[1] + begin
     for name in ("keys", "values"):
         if any(getattr(cache.layers[i], name, None) is None for i in layers):
-            msg = "its forward keeps no keys and values of its layers"
+            msg = "its forward pass returns no keys and values of its layers"
             raise NotShared(msg)
     return Recording(
         begin,
         length,
         logits,
-        shorter,
+        suffix_values,
         tuple(residual[i] for i in layers),
         tuple(cache.layers[i].keys for i in layers),
         tuple(cache.layers[i].values for i in layers),
@@ -140,15 +140,15 @@ def record(
 
 @torch.no_grad()
 def observe(model: Lvlm, inputs: Mapping[str, Tensor], start: int, sites: Collection[Site], keep: int = 1) -> Values:
-    """Run examples once, as they are, and keep what sites hold from position `start` on."""
+    """Run examples once without changes, and record the values of sites from position `start` on."""
     from transformers import DynamicCache
 
-    # As `record` runs: equal inputs then give equal values, bit for bit.
+    # Run as `record` does, so that equal inputs give bitwise equal values.
     cached = not model.encoder_decoder and model.accepts & {"past_key_values", "kwargs"}
     options: dict[str, Any] = {"past_key_values": DynamicCache(), "use_cache": True} if cached else {"use_cache": False}
-    held, logits = _watched(model, inputs, start, sites, keep, options)
+    site_values, logits = _watched(model, inputs, start, sites, keep, options)
     name = "decoder_input_ids" if model.encoder_decoder else "input_ids"
-    return Values(start, inputs[name].shape[1], logits, held)
+    return Values(start, inputs[name].shape[1], logits, site_values)
 
 
 def _watched(
@@ -159,25 +159,25 @@ def _watched(
     keep: int,
     options: Mapping[str, Any],
 ) -> tuple[dict[Site, Tensor], Tensor]:
-    held: dict[Site, Tensor] = {}
+    site_values: dict[Site, Tensor] = {}
     with ExitStack() as hooks:
         for site in sites:
 
             def see(x: Tensor, site: Site = site) -> None:
-                held[site] = x[:, start:].clone()
+                site_values[site] = x[:, start:].clone()
 
             hooks.callback(model.locate(site).watch(see).remove)
         logits = model.forward(inputs, keep=keep, **options)
-    return held, logits
+    return site_values, logits
 
 
 def crosses(model: Lvlm, layer: int) -> bool:
-    """Whether all that a layer attends to is the image."""
+    """Whether a layer attends to the image only."""
     return model.attends("decoder", layer, cross=True) and not model.attends("decoder", layer, cross=False)
 
 
 def _named(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a layer was called with by name, without the hidden states, its first argument."""
+    """Return a layer's arguments by name, without the first one, the hidden states."""
     if not args:
         return {n: v for n, v in kwargs.items() if n != "hidden_states"}
     names = list(inspect.signature(module.forward).parameters)[: len(args)]
@@ -190,18 +190,18 @@ def _mask(model: Lvlm, layer: int, call: Mapping[str, Any]) -> Tensor | None:
 
 
 def _cache_name(call: Mapping[str, Any], cache: Any) -> dict[str, Any]:
-    """Return under which name a layer is given its cache, the cache itself left out."""
+    """Return the argument name of a layer's cache, with a marker in place of the cache."""
     return {name: CACHE for name, value in call.items() if value is cache}
 
 
 class _Cache:
-    """Stands in a recording's arguments where a layer is given its cache."""
+    """Marker for a layer's cache in recorded arguments."""
 
 
 CACHE = _Cache()
 
 
 def _added(model: Lvlm) -> int:
-    """Return after how many of the first layers something is added at image positions."""
+    """Return the number of first layers after which the model adds values at image positions."""
     path = model.spec.added_after
     return len(find(model.hf.config, path)) if path else 0

@@ -1,9 +1,8 @@
-"""Run many patches of one prompt for little more than one forward.
+"""Run many patches of one prompt at about the cost of one forward pass.
 
-What precedes the first patched position never changes, and neither does what lies below the patched layer. So a run
-is recorded once (keys and values of all its positions; every layer's input from the first patched position on) and each
-patch enters at its own layer as one more row of a batch that grows on the way up, consists of the suffix alone and
-attends to the prefix that all rows of an example share.
+Activations before the first patched position and below the patched layer do not change. So a run is recorded once (keys
+and values at all positions; every layer's input from the first patched position on). Each patch joins the batch at its
+own layer as one more row; rows consist of the suffix only, and attend to the prefix that all rows of an example share.
 """
 
 from __future__ import annotations
@@ -26,19 +25,19 @@ from lvlm.model import Lvlm
 from lvlm.sites import Site
 
 Row = tuple[Intervention, ...]
-"""What is changed in one run: every change at once. Positions are whole numbers, counted from 0 in the prompt."""
+"""All changes of one run. Positions are integers, counted from 0 in the prompt."""
 Reader = Callable[[Tensor], Tensor]
-"""Logits ``[P, n, kept, V]`` to what is kept of them ``[P, n, …]``."""
+"""From logits ``[P, n, keep, V]`` to a result ``[P, n, …]``."""
 
 
 @dataclass(frozen=True)
 class _Chunk:
-    """Rows that run side by side."""
+    """Rows of one batch."""
 
     start: int
-    """First position of their suffix."""
+    """First position of the suffix."""
     numbers: tuple[int, ...]
-    """Which rows, lowest layer first."""
+    """Indices of rows, lowest layer first."""
 
 
 @torch.no_grad()
@@ -54,56 +53,58 @@ def resume(
     check: bool = False,
     see: See | None = None,
 ) -> Tensor:
-    """Return what is read of the logits of a run changed in each of many ways, for each example of the recording.
+    """Resume a recording under each row of changes and return what `read` computes from the logits.
 
     Parameters
     ----------
     model
         The model of the recording.
     run
-        The run that is changed.
+        The recorded run to change.
     rows
-        What is changed; each is one run of its own.
+        Changes; one run per row.
     read
-        What is kept of the logits ``[P, n, kept, V]`` of some rows.
+        Function of the logits ``[P, n, keep, V]`` of n rows.
     memory
-        Bytes that rows running side by side may take.
+        Largest number of bytes for the rows of one batch.
     most
-        Most rows that run side by side; None for as many as memory allows.
+        Largest number of rows per batch; None for as many as memory allows.
     examples
-        Which examples of the recording; None for all.
+        Indices of examples of the recording; None for all.
     check
-        Also run the recording unchanged, as one row more, and compare.
+        Whether to add an unchanged row and compare its logits with the recording.
     see
-        Is shown what each layer's heads put out, from the first position of the suffix on.
+        Called with each layer's head outputs, from the first position of the suffix on.
 
     Returns
     -------
     Tensor
-        What was read, ``[P, rows, …]``.
+        Results of `read`, ``[P, rows, …]``.
 
     Raises
     ------
     NotShared
-        Where this model's layers cannot be run one by one upon a shared prefix.
+        If this model's layers cannot run one by one on a shared prefix.
     PatchError
-        For a budget that is too small for one row.
+        If `memory` is too small for one row.
     """
     which = torch.arange(len(run.logits)) if examples is None else torch.tensor(list(examples))
     which = which.to(run.logits.device)
-    found: dict[int, Tensor] = {}
+    results: dict[int, Tensor] = {}
     with shared_attention(model) as attention:
         for number, chunk in enumerate(_chunks(model, run, rows, len(which), memory, most)):
-            given = [rows[i] for i in chunk.numbers]
+            row_items = [rows[i] for i in chunk.numbers]
             checked = check and number == 0
-            shown = None if see is None else (see, (-1, *chunk.numbers) if checked else chunk.numbers)
-            logits = _run(model, run, [(), *given] if checked else given, chunk.start, which, attention, shown)
+            watcher = None if see is None else (see, (-1, *chunk.numbers) if checked else chunk.numbers)
+            logits = _run(
+                model, run, [(), *row_items] if checked else row_items, chunk.start, which, attention, watcher
+            )
             if checked:
                 _compare(model, run, logits[:, 0], which)
                 logits = logits[:, 1:]
-            kept = read(logits)
-            found.update((i, kept[:, k]) for k, i in enumerate(chunk.numbers))
-    return torch.stack([found[i] for i in range(len(rows))], dim=1)
+            reading = read(logits)
+            results.update((i, reading[:, k]) for k, i in enumerate(chunk.numbers))
+    return torch.stack([results[i] for i in range(len(rows))], dim=1)
 
 
 def _run(
@@ -113,9 +114,9 @@ def _run(
     start: int,
     which: Tensor,
     attention: SharedAttention,
-    shown: tuple[See, tuple[int, ...]] | None = None,
+    watcher: tuple[See, tuple[int, ...]] | None = None,
 ) -> Tensor:
-    """Return the logits of some rows at the positions kept, ``[P, n, kept, V]``; the lowest layers come first."""
+    """Return the logits of rows at the last positions, ``[P, n, keep, V]``; rows are sorted by first layer."""
     entry = [_first_layer(row) for row in rows]
     offset, examples = start - run.start, len(which)
     hidden = run.residual[0][which][:, None, offset:][:, :0]  # [P, n, S, D]
@@ -127,8 +128,8 @@ def _run(
         attention.prefix = _prefix(run, layer, start, which)
         attention.calls = 0
         hooks = _edits(model, layer, rows[:count], start, examples)
-        if shown is not None:
-            hooks.append(_watch(model, layer, examples, shown[0], shown[1][:count]))
+        if watcher is not None:
+            hooks.append(_watch(model, layer, examples, watcher[0], watcher[1][:count]))
         try:
             module = model.place("decoder", layer, "resid_post").module
             out = module(hidden.flatten(0, 1), **arguments_for(run, layer, start, which, count))
@@ -137,13 +138,13 @@ def _run(
                 hook.remove()
             attention.prefix = None
         if attention.calls != 1:
-            msg = f"layer {layer} does not attend through transformers' table of attention functions"
+            msg = f"layer {layer} does not use transformers' table of attention functions"
             raise NotShared(msg)
         hidden = (out[0] if isinstance(out, tuple) else out).unflatten(0, (examples, count))
         if run.added and layer + 1 < model.n_layers and (more := run.added[layer]) is not None:
             hidden = hidden + more[which][:, None, offset:]
     logits = model.unembed(hidden[:, :, hidden.shape[2] - run.logits.shape[1] :])
-    lowest = torch.finfo(logits.dtype).min / 2  # Chameleon rules out image tokens by the lowest number there is
+    lowest = torch.finfo(logits.dtype).min / 2  # Chameleon masks image tokens with the dtype's minimum
     own = run.logits[which][:, None]
     return torch.where(own > lowest, logits, own) if bool((own <= lowest).any()) else logits
 
@@ -158,17 +159,17 @@ def first_position(row: Row) -> int:
 
 
 def positions_of(item: Intervention) -> tuple[int, ...]:
-    """Return the positions of an intervention that names them."""
+    """Return the positions of an intervention with explicit positions."""
     if isinstance(item.positions, tuple):
         return item.positions
-    msg = f"positions {item.positions!r} at '{item.site}': patches that share a prefix name their positions by number"
+    msg = f"positions {item.positions!r} at '{item.site}': patches with a shared prefix need a tuple of positions"
     raise NotShared(msg)
 
 
 def _chunks(
     model: Lvlm, run: Recording, rows: Sequence[Row], examples: int, memory: int, most: int | None
 ) -> Iterator[_Chunk]:
-    """Yield rows that run side by side: of one suffix, from the lowest layer up, as many as the budget allows."""
+    """Yield batches of rows with the same suffix, sorted by first layer, as large as `memory` allows."""
     by_start: dict[int, list[int]] = {}
     for number, row in enumerate(rows):
         by_start.setdefault(run.closed(first_position(row)), []).append(number)
@@ -186,12 +187,12 @@ def _prefix(run: Recording, layer: int, start: int, which: Tensor) -> Prefix:
         keys, values = keys[:, :, :start], values[:, :, :start]
     if mask is not None:
         mask = (mask if len(mask) == 1 else mask[which])[..., start:, :]
-    everything = len(which) == len(run.logits)  # in order, then
+    everything = len(which) == len(run.logits)  # then `which` is in order
     return Prefix(keys if everything else keys[which], values if everything else values[which], mask, cross)
 
 
 def _edits(model: Lvlm, layer: int, rows: Sequence[Row], start: int, examples: int) -> list[Any]:
-    """Put hooks where rows change a layer; each row is changed in its own part of the batch alone."""
+    """Register hooks at the changed sites of a layer; each row changes only its own part of the batch."""
     by_site: dict[Site, list[tuple[int, Intervention]]] = {}
     for number, row in enumerate(rows):
         for item in row:
@@ -199,12 +200,12 @@ def _edits(model: Lvlm, layer: int, rows: Sequence[Row], start: int, examples: i
                 by_site.setdefault(item.site, []).append((number, item))
     hooks = []
     for site, items in by_site.items():
-        made = [(number, _slice(positions_of(item), start), columns_of(model, item), item) for number, item in items]
+        edits = [(number, _slice(positions_of(item), start), columns_of(model, item), item) for number, item in items]
 
-        def change(x: Tensor, made: list[Any] = made) -> Tensor:
+        def change(x: Tensor, edits: list[Any] = edits) -> Tensor:
             x = x.clone()
             by_row = x.unflatten(0, (examples, -1))
-            for number, at, columns, item in made:
+            for number, at, columns, item in edits:
                 by_row[:, number, at, columns] = item.change(by_row[:, number, at, columns])
             return x
 
@@ -224,11 +225,11 @@ def _slice(positions: tuple[int, ...], start: int) -> slice | list[int]:
     return [p - start for p in positions]
 
 
-def _compare(model: Lvlm, run: Recording, again: Tensor, which: Tensor) -> None:
+def _compare(model: Lvlm, run: Recording, logits: Tensor, which: Tensor) -> None:
     own = run.logits[which].float()
-    seen = own > torch.finfo(run.logits.dtype).min / 2
-    scale = max(float(own[seen].abs().max()), 1e-6)
-    error = float((again.float() - own)[seen].abs().max()) / scale
+    finite = own > torch.finfo(run.logits.dtype).min / 2
+    scale = max(float(own[finite].abs().max()), 1e-6)
+    error = float((logits.float() - own)[finite].abs().max()) / scale
     if not error <= TOLERANCE[model.dtype]:
-        msg = f"its decoder layers run one by one give other logits than the model (by {error:.1e} of the largest)"
+        msg = f"its decoder layers, run one by one, do not reproduce the model's logits (relative error {error:.1e})"
         raise NotShared(msg)

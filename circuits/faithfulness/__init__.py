@@ -1,4 +1,4 @@
-"""How much of the model's behavior a circuit keeps: curves over heads and edges, minimal sets."""
+"""Faithfulness of circuits: how much of the model's behavior a circuit preserves; curves over heads and edges, minimal sets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How faithful a circuit of edges is: what the model still does with these alone."""
+"""Faithfulness of circuits of edges: run the model with the circuit's edges only."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from circuits.attribution.attention_nodes import check_opened
+from circuits.attribution.attention_nodes import check_exposable
 from circuits.attribution.estimates import Sides
 from circuits.attribution.residual_stream import Form, forms_of, run
 from circuits.faithfulness.circuit_run import Ends, ends_of, run_circuit
@@ -24,17 +24,17 @@ from groundscope.core.progress import progress_bar
 from lvlm.model import Lvlm
 
 EXACT = {2: 0.05, 4: 1e-3, 8: 1e-9}
-"""How far, of the largest logit difference, runs with all edges and with none may be from the model's own, by bytes a number."""
+"""Largest relative error of runs with all edges and with none, by bytes per number of the model's dtype."""
 
 
 @dataclass(frozen=True, eq=False)
 class EdgeCurve(FaithfulCurve):
-    """What is left of the difference between clean and corrupt answer, in logits, with circuits of edges alone."""
+    """Difference between clean and corrupt answer, in logits, that circuits of edges preserve."""
 
     counted = "edges"
 
     circuits: tuple[Graph, ...]
-    """Cut at each share, or as given."""
+    """The circuit at each share, or the circuits passed to `edges`."""
 
 
 def edges(
@@ -48,51 +48,51 @@ def edges(
     batch_pairs: int = 8,
     progress: bool | None = None,
 ) -> EdgeCurve:
-    """Return how much of what tells clean from corrupt is left where all edges outside a circuit bring the corrupt run.
+    """Measure how much of the logit difference circuits preserve if all other edges carry the corrupt run.
 
-    Every node reads, along edges of the circuit, what nodes before it now write; along all others what they write in the
-    corrupt run (Hanna et al. 2024, arXiv 2403.17806, section 2; Mueller et al. 2025, arXiv 2504.13151). Runs are whole and
-    exact: with all edges the clean run, with none the corrupt one, which is checked. They take about as many forwards as
-    heads read different streams.
+    Every node reads the current outputs of earlier nodes along the circuit's edges, and their outputs in the corrupt run
+    along all other edges (Hanna et al. 2024, arXiv 2403.17806, section 2; Mueller et al. 2025, arXiv 2504.13151). Runs are
+    exact: all edges give the clean run, no edges the corrupt run, and both are checked. The cost grows with the number of
+    different streams that heads read.
 
     Parameters
     ----------
     model
-        In evaluation mode; one whose edges can be scored.
+        In evaluation mode; must support `attribution.edges`.
     pairs
-        Of equal length, true answers differing; other ones than the graph was made from.
+        Pairs of equal length whose true answers differ; not the pairs that the graph was scored on.
     graph
-        Scores, from which a circuit is cut at each share; or circuits, taken as they are, the smallest first.
+        Scores, from which a circuit is selected at each share; or circuits in ascending size.
     order
-        Of a graph, best is the largest score (``signed``) or the largest size (``absolute``).
+        Rank edges of a graph by score (``signed``) or by absolute score (``absolute``).
     choose
-        How circuits are cut: ``greedy`` from the logits backwards, or ``top``. Pruning would change nothing: along dead
-        ends nothing reaches the answer.
+        How circuits are selected: ``greedy`` from the logits backwards, or ``top``. Circuits are not pruned: dead ends do
+        not affect the answer.
     shares
         Shares of all edges, ascending.
     batch_pairs
-        Pairs side by side; what every layer's heads and MLP write is held of each.
+        Number of pairs per batch; the outputs of all heads and MLPs stay in memory.
     progress
-        Show progress; by default where standard error is a terminal.
+        Whether to show progress; by default only if standard error is a terminal.
 
     Raises
     ------
     ConfigError
-        For an option that does not exist, shares or circuits that do not ascend.
+        If an option has an unknown value, or shares or circuits are not ascending.
     PatchError
-        For circuits of a decoder of another shape, or where the model tells clean from corrupt by as much without any edge;
-        and as `patch_heads`.
+        If circuits belong to a decoder of another shape, or the logit difference is the same without any edge; and as
+        `patch_heads`.
     ModelError
-        Where edges cannot be told apart (see `attribution.edges`), or runs are not what they have to be.
+        If edges cannot be separated (see `attribution.edges`), or a run with all or no edges is not exact.
     """
     if batch_pairs < 1:
         msg = f"batch_pairs={batch_pairs} must be at least 1"
         raise ConfigError(msg)
     circuits = _circuits(graph, order, choose, shares)
-    check_opened(model)
-    for one in circuits:
-        if (one.shape.n_layers, one.shape.n_heads) != (model.n_layers, model.n_heads):
-            raise PatchError(_other(model, one))
+    check_exposable(model)
+    for candidate in circuits:
+        if (candidate.shape.n_layers, candidate.shape.n_heads) != (model.n_layers, model.n_heads):
+            raise PatchError(_mismatch(model, candidate))
     settings = settings_of(model, "denoise", "logit_difference", 1, None, 0.0, progress)
     plans = plans_of(model, pairs, "all", settings)
     ends = np.zeros((2, len(plans)))
@@ -108,18 +108,18 @@ def edges(
             first = run(model, clean, sides.metric).written
             second = run(model, corrupt, sides.metric).written
             if not forms:
-                forms, _ = forms_of(model, lambda given=clean, sides=sides: run(model, given, sides.metric))
+                forms, _ = forms_of(model, lambda clean=clean, sides=sides: run(model, clean, sides.metric))
                 shape = Shape(model.n_layers, model.n_heads, tuple(form.parallel for form in forms))
                 other = [c for c in circuits if c.shape != shape]
                 if other:
-                    raise PatchError(_other(model, other[0]))
+                    raise PatchError(_mismatch(model, other[0]))
             both = ends_of(model, clean, first, second)
             if not ends.any():
                 _check_exact(model, forms, shape, both, sides, (first.metric, second.metric))
             ends[:, group] = [x.double().cpu().numpy() for x in (first.metric, second.metric)]
             for number, circuit in enumerate(circuits):
-                found = run_circuit(model, forms, shape, both, circuit.kept, sides.metric)
-                margins[group, number] = found.double().cpu().numpy()
+                scores = run_circuit(model, forms, shape, both, circuit.kept, sides.metric)
+                margins[group, number] = scores.double().cpu().numpy()
                 bar.advance(task, len(group))
     check_gap(model.name, ends[0], ends[1], "without any edge")
     total = int(shape.there.sum())
@@ -137,43 +137,43 @@ def edges(
 def _circuits(graph: Graph | Sequence[Graph], order: str, choose: str, shares: Sequence[float]) -> tuple[Graph, ...]:
     for name, value, allowed in (("order", order, ("signed", "absolute")), ("choose", choose, ("greedy", "top"))):
         if value not in allowed:
-            msg = f"{name}='{value}': choose {' or '.join(repr(a) for a in allowed)}"
+            msg = f"unknown {name} '{value}'; choose {' or '.join(repr(a) for a in allowed)}"
             raise ConfigError(msg)
     if not isinstance(graph, Graph):
-        sizes = [len(one) for one in graph]
+        sizes = [len(circuit) for circuit in graph]
         if not sizes or sizes != sorted(set(sizes)):
-            msg = f"circuits of {sizes} edges: give at least one, each larger than the one before"
+            msg = f"circuits have {sizes} edges: pass at least one circuit, in ascending size"
             raise ConfigError(msg)
         return tuple(graph)
     if not shares or list(shares) != sorted(set(shares)) or not 0 <= shares[0] <= shares[-1] <= 1:
-        msg = f"shares={list(shares)}: give ascending shares of all edges between 0 and 1"
+        msg = f"invalid shares={list(shares)}: pass ascending shares of all edges between 0 and 1"
         raise ConfigError(msg)
     cut = graph.greedy if choose == "greedy" else graph.top
-    total, found = int(graph.shape.there.sum()), []
+    total, circuits = int(graph.shape.there.sum()), []
     for share in shares:
         n = round(share * total)
         none = replace(graph, kept=np.zeros_like(graph.kept))
-        found.append(cut(n, absolute=order == "absolute", prune=False) if n else none)
-    return tuple(found)
+        circuits.append(cut(n, absolute=order == "absolute", prune=False) if n else none)
+    return tuple(circuits)
 
 
 def _check_exact(
     model: Lvlm, forms: tuple[Form, ...], shape: Shape, both: Ends, sides: Sides, own: tuple[Tensor, Tensor]
 ) -> None:
-    """Raise `ModelError` where runs with all edges, or none, are not the clean and the corrupt run."""
+    """Raise `ModelError` unless runs with all edges and with none reproduce the clean and the corrupt run."""
     largest = max(float(torch.stack(own).abs().max()), 1.0)
-    for kept, whole, name in ((shape.there, own[0], "all"), (np.zeros_like(shape.there), own[1], "no")):
-        error = float((run_circuit(model, forms, shape, both, kept, sides.metric) - whole).abs().max()) / largest
+    for mask, whole, name in ((shape.there, own[0], "all"), (np.zeros_like(shape.there), own[1], "no")):
+        error = float((run_circuit(model, forms, shape, both, mask, sides.metric) - whole).abs().max()) / largest
         if not error <= EXACT[model.dtype.itemsize]:
             msg = (
-                f"{model.name}: run with {name} edges its answers are off by {error:.1e} of the largest: what its layers read is "
-                "not what its nodes write, so that circuits of edges cannot be run"
+                f"{model.name}: a run with {name} edges has a relative error of {error:.1e}: the inputs of its layers are not "
+                "the sum of node outputs, so circuits of edges cannot be run"
             )
             raise ModelError(msg)
 
 
-def _other(model: Lvlm, graph: Graph) -> str:
+def _mismatch(model: Lvlm, graph: Graph) -> str:
     here, there = f"{model.n_layers} layers of {model.n_heads} heads", graph.shape
-    beside = ", MLPs beside the attention in some" if any(there.parallel) else ""
-    other = f"{there.n_layers} layers of {there.n_heads} heads{beside}"
-    return f"a circuit of a decoder of {other} does not belong to {model.name} of {here}: score the edges of this model"
+    parallel = ", with MLPs parallel to the attention in some layers" if any(there.parallel) else ""
+    other = f"{there.n_layers} layers of {there.n_heads} heads{parallel}"
+    return f"the circuit is for a decoder of {other}, but {model.name} has {here}: score the edges of this model"

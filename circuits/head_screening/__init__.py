@@ -1,1 +1,1 @@
-"""Rank heads without patching: attention to the image, direct logit attribution. Private."""
+"""Scores of heads without patching: attention to the image, direct logit attribution. Private."""

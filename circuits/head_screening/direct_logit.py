@@ -1,4 +1,4 @@
-"""What heads write at the last position: straight to the answer's logits, and differently without an image."""
+"""Direct effects of heads at the last position: on the answer's logits, and their change without an image."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ from lvlm.sites import Site
 from lvlm.text_only import read_text_only
 
 _BLOCK = 4096
-"""Rows of the unembedding that are multiplied at a time."""
+"""Number of unembedding rows per matrix product."""
 
 
 def direct_attribution(model: Lvlm, batch: Batch, keys: Sequence[AnswerKey], answers: Sequence[str]) -> Tensor:
-    """Return what each head adds to the answer's margin directly, past all later layers: ``[B, L, H]``, in logits.
+    """Return each head's direct contribution to the answer's margin, not through later layers: ``[B, L, H]``, in logits.
 
-    ``z W_O W_U`` in the direction of the margin's gradient by the logits, with the final norm's scale held at what it
-    was (direct logit attribution; Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits").
+    ``z W_O W_U`` projected on the margin's gradient by the logits, with the scale of the final norm frozen (direct logit
+    attribution; Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits").
 
     Raises
     ------
     ModelError
-        Where a layer's attention does not add ``z W_O``, the logits are not a linear map of the normed residual, or the
-        final norm is neither an RMS norm nor a layer norm.
+        If a layer's attention does not add ``z W_O``, the logits are not linear in the normed residual, or the final norm
+        is neither an RMS norm nor a layer norm.
     """
     layers = range(model.n_layers)
     last = model.n_layers - 1
     heads = [model.head_site(i) for i in layers]
     sums = [replace(site, component="attn_out") for site in heads]
     sites = [*heads, *sums, Site("decoder", last, "resid_post")]
-    seen = model.read(batch.inputs, sites, take=lambda _, x: x[:, -1].float())
-    residual = seen[f"decoder.L{last}.resid_post"]  # [B, D]
+    values = model.read(batch.inputs, sites, take=lambda _, x: x[:, -1].float())
+    residual = values[f"decoder.L{last}.resid_post"]  # [B, D]
     frozen = _frozen_norm(model, residual)
     unembedding: Any = resolve(model.hf, model.spec.unembedding or "", model.spec)
     weight: Tensor = unembedding.weight  # [V, D]
@@ -51,13 +51,11 @@ def direct_attribution(model: Lvlm, batch: Batch, keys: Sequence[AnswerKey], ans
         if model.spec.final_norm
         else residual
     )
-    # Block by block: the whole unembedding in float32 may be as large as many layers.
+    # In blocks: the full unembedding in float32 may be as large as many layers.
     parts = [normed.float() @ block.float().T for block in weight.split(_BLOCK)]
     logits = torch.cat(parts, dim=1) + (0 if bias is None else bias.float())
-    _check(
-        model, "its logits are no linear map of the normed residual", logits, model.unembed(residual.to(model.dtype))
-    )
-    gradient = _gradient(logits, keys, answers)  # [B, V]: zero but for the answers' tokens
+    _check(model, "its logits are not linear in the normed residual", logits, model.unembed(residual.to(model.dtype)))
+    gradient = _gradient(logits, keys, answers)  # [B, V]: zero except for the answers' tokens
     used = gradient.any(0).nonzero().flatten()
     direction = gradient[:, used] @ weight[used].float()  # [B, D]
     out = torch.empty(len(residual), model.n_layers, model.n_heads, device=residual.device)
@@ -65,56 +63,58 @@ def direct_attribution(model: Lvlm, batch: Batch, keys: Sequence[AnswerKey], ans
         projection = model.head_projection(i)
         w_o = columns(projection, slice(0, projection.in_features), residual.to(model.dtype)).float()
         w_o = w_o.reshape(-1, model.n_heads, model.head_dim)  # [D, H, head_dim]
-        z = seen[str(heads[i])].reshape(len(residual), model.n_heads, model.head_dim)
+        z = values[str(heads[i])].reshape(len(residual), model.n_heads, model.head_dim)
         gate = gate_of(model, sums[i])
         written = gate * torch.einsum("bhk,dhk->bhd", z, w_o)
         whole = written.sum(1) if projection.bias is None else written.sum(1) + gate * projection.bias.float()
-        _check(model, f"the attention of layer {i} does not add z W_O", whole, seen[str(sums[i])])
+        _check(model, f"the attention of layer {i} does not add z W_O", whole, values[str(sums[i])])
         out[:, i] = (frozen(written) * direction[:, None]).sum(-1)
     return out
 
 
 def without_image(model: Lvlm, batch: Batch) -> dict[str, Tensor]:
-    """Return a batch's inputs without the image: its tokens and what surrounds them are gone from the prompt.
+    """Return a batch's inputs without the image: image tokens and their separators are removed from the prompt.
 
     Raises
     ------
     ModelError
-        Where the image is not among the tokens of the decoder.
+        If the image has no tokens in the decoder's sequence.
     """
     ids = batch.inputs["input_ids"]
     rows = []
     for encoding in batch.encodings:
-        gone = {*encoding.tokens.image, *encoding.tokens.separators}
-        rows.append([i for i in range(ids.shape[1]) if i not in gone])
+        removed = {*encoding.tokens.image, *encoding.tokens.separators}
+        rows.append([i for i in range(ids.shape[1]) if i not in removed])
     if not image_in_sequence(model) or len({len(row) for row in rows}) != 1 or len(rows[0]) in (0, ids.shape[1]):
-        msg = f"{model.name}: the image is not among the tokens of the decoder, so it cannot be left out of the prompt"
+        msg = (
+            f"{model.name}: the decoder's sequence has no image tokens, so the image cannot be removed from the prompt"
+        )
         raise ModelError(msg)
-    kept = torch.tensor(rows, device=ids.device)
-    return {"input_ids": ids.gather(1, kept), "attention_mask": torch.ones_like(kept)}
+    index = torch.tensor(rows, device=ids.device)
+    return {"input_ids": ids.gather(1, index), "attention_mask": torch.ones_like(index)}
 
 
 def image_difference(model: Lvlm, batch: Batch) -> Tensor:
-    """Return how far each head's output at the last position moves when the image is left out, ``[B, L, H]``.
+    """Return the change of each head's output at the last position when the image is removed, ``[B, L, H]``.
 
     The Euclidean norm of ``A(image) - A(no image)``, before the output projection (vision-aware head divergence;
     He et al. 2024, arXiv 2412.13949).
     """
     sites = [model.head_site(i) for i in range(model.n_layers)]
     outputs = []
-    words = without_image(model, batch)
+    text_inputs = without_image(model, batch)
 
     def last(_site: Site, x: Tensor) -> Tensor:
         return x[:, -1].float()
 
-    for seen in (model.read(batch.inputs, sites, take=last), read_text_only(model, words, sites, take=last)):
-        z = torch.stack([seen[str(site)] for site in sites], dim=1)  # [B, L, H * head_dim]
+    for values in (model.read(batch.inputs, sites, take=last), read_text_only(model, text_inputs, sites, take=last)):
+        z = torch.stack([values[str(site)] for site in sites], dim=1)  # [B, L, H * head_dim]
         outputs.append(z.reshape(*z.shape[:2], model.n_heads, model.head_dim))
     return (outputs[0] - outputs[1]).norm(dim=-1)
 
 
 def gate_of(model: Lvlm, attn_out: Site) -> float:
-    """Return what a layer multiplies its attention's output with before it adds it: its gate, or 1."""
+    """Return the factor of a layer's attention output: the value of its gate, or 1 without a gate."""
     place = model.locate(attn_out)
     if place.gate is None:
         return 1.0
@@ -124,41 +124,41 @@ def gate_of(model: Lvlm, attn_out: Site) -> float:
 def _gradient(logits: Tensor, keys: Sequence[AnswerKey], answers: Sequence[str]) -> Tensor:
     """Return the gradient of each row's margin by its logits, ``[B, V]``."""
     with torch.enable_grad():
-        given = logits.detach().requires_grad_()
-        margins = [key.margin(row, answer) for key, row, answer in zip(keys, given, answers, strict=True)]
-        (gradient,) = torch.autograd.grad(torch.stack(margins).sum(), given)
+        leaf = logits.detach().requires_grad_()
+        margins = [key.margin(row, answer) for key, row, answer in zip(keys, leaf, answers, strict=True)]
+        (gradient,) = torch.autograd.grad(torch.stack(margins).sum(), leaf)
     return gradient
 
 
 def _frozen_norm(model: Lvlm, residual: Tensor) -> Callable[[Tensor], Tensor]:
-    """Return the final norm as a linear map of parts of the residual, its scale that of the whole ``[B, D]``."""
+    """Return the final norm as a linear map of parts of the residual, its scale frozen at that of `residual` ``[B, D]``."""
     if not model.spec.final_norm:
         return lambda part: part
     norm = resolve(model.hf, model.spec.final_norm, model.spec)
-    wanted = norm(residual.to(model.dtype)).float()
-    # Without mean, and so large that the norm's epsilon vanishes: what comes out is its weight, for either kind of norm.
+    normed = norm(residual.to(model.dtype)).float()
+    # A zero-mean probe, large enough to make epsilon negligible: the output is the norm's weight, for both kinds of norm.
     probe = torch.ones(residual.shape[-1], device=residual.device)
     probe[1::2] = -1
     shift = norm(torch.zeros_like(residual[:1]).to(model.dtype)).float()[0]
     weight = (norm((1e3 * probe)[None].to(model.dtype)).float()[0] - shift) * probe
-    for centred in (False, True):
+    for centered in (False, True):
 
-        def linear(part: Tensor, centred: bool = centred) -> Tensor:
-            return (part - part.mean(-1, keepdim=True) if centred else part) * weight
+        def linear(part: Tensor, centered: bool = centered) -> Tensor:
+            return (part - part.mean(-1, keepdim=True) if centered else part) * weight
 
         whole = linear(residual)
-        scale = (whole * (wanted - shift)).sum(-1, keepdim=True) / (whole**2).sum(-1, keepdim=True)
-        if _error(scale * whole, wanted - shift) <= TOLERANCE[model.dtype]:
+        scale = (whole * (normed - shift)).sum(-1, keepdim=True) / (whole**2).sum(-1, keepdim=True)
+        if _error(scale * whole, normed - shift) <= TOLERANCE[model.dtype]:
             return lambda part, scale=scale, linear=linear: linear(part) * scale[:, None]
     msg = f"{model.name}: its final norm ({type(norm).__name__}) is neither an RMS norm nor a layer norm"
     raise ModelError(msg)
 
 
-def _error(left: Tensor, right: Tensor) -> float:
-    return float((left.float() - right.float()).abs().max()) / max(float(right.abs().max()), 1e-6)
+def _error(actual: Tensor, expected: Tensor) -> float:
+    return float((actual.float() - expected.float()).abs().max()) / max(float(expected.abs().max()), 1e-6)
 
 
-def _check(model: Lvlm, said: str, left: Tensor, right: Tensor) -> None:
-    if not _error(left, right) <= TOLERANCE[model.dtype]:
-        msg = f"{model.name} (family '{model.spec.model_type}'): {said}, so no head's share of the answer can be told"
+def _check(model: Lvlm, problem: str, actual: Tensor, expected: Tensor) -> None:
+    if not _error(actual, expected) <= TOLERANCE[model.dtype]:
+        msg = f"{model.name} (family '{model.spec.model_type}'): {problem}, so direct contributions of heads are undefined"
         raise ModelError(msg)

@@ -1,4 +1,4 @@
-"""Where heads look: attention from the last position over the image's tokens."""
+"""Attention of heads from the last position to the image tokens."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class ImageAttention:
 
     heads: tuple[Head, ...]
     maps: np.ndarray
-    """Weight on each image token, in patch order, float32 ``[n_examples, n_heads, n_patches]``; not renormalised."""
+    """Weight on each image token, in patch order, float32 ``[n_examples, n_heads, n_patches]``; not renormalized."""
     image_mass: np.ndarray
-    """Share of the attention that falls on the image, float32 ``[n_examples, n_heads]``."""
+    """Share of the attention on the image, float32 ``[n_examples, n_heads]``."""
     box_mass: np.ndarray
-    """Share that falls on the object asked about, float32 ``[n_examples, n_heads]``; NaN where it is not there."""
+    """Share of the attention on the object in question, float32 ``[n_examples, n_heads]``; NaN if it is absent."""
     grid: tuple[int, int]
     """Rows and columns of patches: ``maps.reshape(n_examples, n_heads, *grid)``."""
 
@@ -37,10 +37,10 @@ class ImageAttention:
 def attention_to_image(
     model: Lvlm, examples: Sequence[Example], heads: Sequence[Head | str], *, batch_size: int = 32
 ) -> ImageAttention:
-    """Return where heads look from the last position.
+    """Return the attention of heads from the last position to the image.
 
-    Fused attention does not give its weights away, so the decoder runs with transformers' ``eager`` attention for
-    these forwards, and what was set before is put back afterwards, after an error too: no other forward is affected.
+    Fused attention returns no weights, so the decoder runs with transformers' ``eager`` attention for these forward
+    passes. The previous setting is restored afterwards, also after an error; no other forward pass is affected.
 
     Parameters
     ----------
@@ -49,26 +49,27 @@ def attention_to_image(
     examples
         Examples whose images have the same number of patches.
     heads
-        Which heads, in the order of the result.
+        Heads, in the order of the result.
     batch_size
-        Examples side by side.
+        Number of examples per batch.
 
     Raises
     ------
     SiteError
-        For a head that the model lacks, or no head.
+        If the model has no such head, or `heads` is empty.
     DataError
-        Where the images have unlike numbers of patches, or there are no examples.
+        If the images differ in their patch grid, or `examples` is empty.
     ModelError
-        Where the family's attention gives no weights.
+        If the family's attention returns no weights.
     """
     heads = parse_heads(heads)
-    wrong = [str(h) for h in heads if not (0 <= h.layer < model.n_layers and 0 <= h.head < model.n_heads)]
-    if wrong or not heads:
-        msg = f"heads {', '.join(wrong) or 'none'}: {model.name} has {model.n_layers} layers of {model.n_heads} heads"
+    unknown = [str(h) for h in heads if not (0 <= h.layer < model.n_layers and 0 <= h.head < model.n_heads)]
+    if unknown or not heads:
+        problem = f"unknown heads {', '.join(unknown)}" if unknown else "heads is empty"
+        msg = f"{problem}: {model.name} has {model.n_layers} layers of {model.n_heads} heads"
         raise SiteError(msg)
     if not examples:
-        msg = "no examples to look at"
+        msg = "examples is empty; pass at least one"
         raise DataError(msg)
     maps: list[np.ndarray] = [np.empty(0)] * len(examples)
     box = np.full((len(examples), len(heads)), np.nan, np.float32)
@@ -77,10 +78,10 @@ def attention_to_image(
         task = bar.add_task("reading attention", total=len(examples))
         for batch in model.batches(examples, batch_size):
             model.logits(batch.inputs)
-            chosen = (
+            weights = (
                 torch.stack([rows[h.layer][:, h.head] for h in heads], dim=1).float().cpu().numpy()
             )  # [B, n_heads, T]
-            for row, number, encoding in zip(chosen, batch.index, batch.encodings, strict=True):
+            for row, number, encoding in zip(weights, batch.index, batch.encodings, strict=True):
                 tokens = encoding.tokens
                 grids.add((tokens.grid.rows, tokens.grid.columns))
                 maps[number] = row[:, list(tokens.image)]
@@ -88,7 +89,7 @@ def attention_to_image(
                     box[number] = maps[number][:, list(tokens.objects[tokens.subject])].sum(-1)
             bar.advance(task, len(batch.index))
     if len(grids) != 1:
-        msg = f"the images have unlike grids of patches ({', '.join(f'{r} x {c}' for r, c in sorted(grids))})"
+        msg = f"the images have different patch grids ({', '.join(f'{r} x {c}' for r, c in sorted(grids))})"
         raise DataError(msg)
     stacked = np.stack(maps).astype(np.float32)
     return ImageAttention(heads, stacked, stacked.sum(-1), box, grids.pop())
@@ -96,10 +97,10 @@ def attention_to_image(
 
 @contextmanager
 def _eager(model: Lvlm) -> Iterator[None]:
-    """Let the decoder compute attention step by step; its configurations are afterwards what they were."""
+    """Switch the decoder to eager attention while the context is open; restore its configurations afterwards."""
     root = model.hf.get_submodule(model.spec.decoder.layers.rpartition(".")[0])
-    found: list[Any] = [m.config for m in root.modules() if hasattr(m, "config")]
-    configs = {id(c): c for c in found if hasattr(c, "_attn_implementation")}
+    candidates: list[Any] = [m.config for m in root.modules() if hasattr(m, "config")]
+    configs = {id(c): c for c in candidates if hasattr(c, "_attn_implementation")}
     before = {key: config._attn_implementation for key, config in configs.items()}
     try:
         for config in configs.values():
@@ -112,7 +113,7 @@ def _eager(model: Lvlm) -> Iterator[None]:
 
 @contextmanager
 def _last_rows(model: Lvlm, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
-    """Fill a dictionary, at every forward, with each layer's attention from the last position ``[B, H, T]``."""
+    """Yield a dictionary that every forward pass fills with each layer's attention from the last position ``[B, H, T]``."""
     rows: dict[int, Tensor] = {}
     with ExitStack() as hooks:
         for layer in layers:
@@ -120,7 +121,7 @@ def _last_rows(model: Lvlm, layers: Sequence[int]) -> Iterator[dict[int, Tensor]
             def keep(module: nn.Module, _args: tuple[Any, ...], output: Any, layer: int = layer) -> None:
                 pattern = output[1] if isinstance(output, tuple) and len(output) > 1 else None
                 if pattern is None:
-                    msg = f"{type(module).__name__} of {model.name} gives no attention weights with eager attention"
+                    msg = f"{type(module).__name__} of {model.name} returns no attention weights with eager attention"
                     raise ModelError(msg)
                 rows[layer] = pattern[:, :, -1].clone()
 

@@ -1,4 +1,4 @@
-"""Heads whose attention lies on few compact spots of the image (Kang et al. 2025, arXiv 2503.06287)."""
+"""Localization heads: heads that attend to few compact regions of the image (Kang et al. 2025, arXiv 2503.06287)."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from jaxtyping import Bool, Float
 def elbow(values: Float[np.ndarray, " n"]) -> float:
     """Return the value at the elbow of sorted values: the point farthest below the line from the largest to the smallest.
 
-    Axes are scaled to 1 first. Heads above it attend to the image more than the many that hardly do. Where the curve
-    never lies below the line there is no elbow, and what is returned lies below all values.
+    Axes are scaled to 1 first. Heads above the elbow attend to the image clearly more than the majority. If the curve is
+    never below the line, there is no elbow, and the result is less than all values.
     """
     curve = np.sort(np.asarray(values, np.float64))[::-1]
     span = curve[0] - curve[-1]
@@ -23,18 +23,18 @@ def elbow(values: Float[np.ndarray, " n"]) -> float:
 
 
 def spatial_entropy(maps: Float[np.ndarray, "n rows columns"]) -> Float[np.ndarray, " n"]:
-    """Return how attention above its mean is spread over connected spots, in nats; 0 where there is one spot only.
+    """Return the entropy of above-mean attention over connected regions, in nats; 0 for a single region.
 
-    Of ``relu(map - mean of map)`` the connected components are taken, corners touching included; with P the share of
-    each, the entropy is ``-sum P log P``.
+    Regions are the connected components of ``relu(map - mean of map)``, with 8-neighborhood; with P the share of each
+    region, the entropy is ``-sum P log P``.
 
     Parameters
     ----------
     maps
-        Attention over the patches of an image, one map a head.
+        Attention over the patches of an image, one map per head.
     """
     above = np.maximum(maps.astype(np.float64) - maps.mean(axis=(1, 2), keepdims=True, dtype=np.float64), 0)
-    # A map without any spot has rounding left over, which is no spot.
+    # Remove rounding errors of constant maps, which are not regions.
     above[above <= 1e-7 * np.abs(maps).max(axis=(1, 2), keepdims=True)] = 0
     label = components(above > 0).reshape(len(maps), -1)
     size = label.shape[1] + 1
@@ -46,7 +46,7 @@ def spatial_entropy(maps: Float[np.ndarray, "n rows columns"]) -> Float[np.ndarr
 
 
 def components(mask: Bool[np.ndarray, "n rows columns"]) -> np.ndarray:
-    """Return for each patch the number of its spot, corners touching included, 0 outside; int, shaped as `mask`."""
+    """Return the label of each patch's connected region (8-neighborhood), 0 outside; int, shaped as `mask`."""
     rows, columns = mask.shape[1:]
     label = np.where(mask, np.arange(1, rows * columns + 1).reshape(rows, columns), 0)
     while True:
@@ -61,19 +61,20 @@ def components(mask: Bool[np.ndarray, "n rows columns"]) -> np.ndarray:
 def selected(
     maps: Float[np.ndarray, "n heads patches"], grid: tuple[int, int], keep: int
 ) -> Float[np.ndarray, "n heads"]:
-    """Return 1 for the heads that an example selects, 0 for the others; their mean is the paper's selection frequency.
+    """Return 1 for the heads that an example selects, 0 for the others; the mean is the paper's selection frequency.
 
-    Of the heads whose attention to the image, summed over patches and averaged over examples, is above the elbow, each
-    example selects the `keep` of lowest spatial entropy; of equal ones the one that attends to the image more.
+    Candidates are heads whose attention to the image, summed over patches and averaged over examples, is above the elbow.
+    Each example selects the `keep` candidates of lowest spatial entropy; ties go to heads with more attention to the
+    image.
 
     Parameters
     ----------
     maps
-        Attention over patches; not renormalised.
+        Attention over patches; not renormalized.
     grid
         Rows and columns of patches.
     keep
-        How many heads an example selects (10 in the paper).
+        Number of heads that an example selects (10 in the paper).
     """
     mass = maps.sum(axis=-1, dtype=np.float64)  # [n, heads]
     overall = mass.mean(axis=0)

@@ -1,4 +1,4 @@
-"""Scores of heads that cost one forward, beside the causal ones, and how well the two agree."""
+"""Correlational scores of heads (one forward pass each) next to causal scores, and their agreement."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 CORRELATIONAL = ("image_mass", "box_mass", "localisation", "vhd", "direct")
 CAUSAL = ("patching", "ablation")
 SELECTED = 10
-"""How many heads an example selects for ``localisation`` (Kang et al. 2025)."""
+"""Number of heads that an example selects for ``localisation`` (Kang et al. 2025)."""
 VERSION = 1
 _KIND = "head_table"
 _LISTS = ("ids", "groups", "levels")
@@ -39,10 +39,10 @@ _LISTS = ("ids", "groups", "levels")
 
 @dataclass(frozen=True, eq=False)
 class HeadTable:
-    """Several scores of every head for the same examples; made by `head_scores`."""
+    """Several scores of every head for the same examples; returned by `head_scores`."""
 
     values: Mapping[str, np.ndarray]
-    """Method to scores, float32 ``[n_examples, n_layers, n_heads]``; NaN where an example has none."""
+    """Scores by method, float32 ``[n_examples, n_layers, n_heads]``; NaN if an example has no score."""
     ids: tuple[str, ...]
     groups: tuple[str, ...]
     levels: tuple[str, ...]
@@ -59,28 +59,29 @@ class HeadTable:
         object.__setattr__(self, "values", MappingProxyType(values))
         if not values or {a.shape[0] for a in values.values()} != {len(getattr(self, name)) for name in _LISTS}:
             msg = (
-                "a table of head scores needs [n_examples, n_layers, n_heads] for each method, and as many of the rest"
+                "invalid head table: each method needs scores [n_examples, n_layers, n_heads], and ids, groups and levels "
+                "need n_examples entries"
             )
             raise PatchError(msg)
 
     @property
     def methods(self) -> tuple[str, ...]:
-        """Names of the scores, in the order asked for."""
+        """Names of the scores, in the order of the request."""
         return tuple(self.values)
 
     def rows(self, method: str) -> Rows:
-        """Return a method's scores without the examples that have none; raises `PatchError` where none has."""
+        """Return a method's scores of the examples that have them; raise `PatchError` if no example has."""
         if method not in self.values:
-            msg = f"no scores '{method}': there are {', '.join(self.values)}"
+            msg = f"unknown method '{method}'; choose from {', '.join(self.values)}"
             raise PatchError(msg)
-        known = np.isfinite(self.values[method]).all(axis=(1, 2))
-        if not known.any():
-            msg = f"no example has scores '{method}'"
+        finite = np.isfinite(self.values[method]).all(axis=(1, 2))
+        if not finite.any():
+            msg = f"no example has a '{method}' score"
             raise PatchError(msg)
-        return Rows(self.values[method][known], tuple(np.array(self.groups)[known].tolist()))
+        return Rows(self.values[method][finite], tuple(np.array(self.groups)[finite].tolist()))
 
     def mean(self, method: str) -> np.ndarray:
-        """Return a method's mean over the examples that have it, float64 ``[n_layers, n_heads]``."""
+        """Return a method's mean over the examples with a score, float64 ``[n_layers, n_heads]``."""
         return self.rows(method).values.mean(axis=0, dtype=np.float64)
 
     def top(self, method: str, k: int) -> tuple[Head, ...]:
@@ -90,13 +91,13 @@ class HeadTable:
         return tuple(Head(*divmod(int(i), mean.shape[1])) for i in order)
 
     def select(self, keep: np.ndarray) -> Self:
-        """Return the table of some examples only: a boolean mask or numbers."""
+        """Return the table of a subset of the examples, selected by a boolean mask or by indices."""
         which = np.arange(len(self.ids))[keep]
         lists: dict[str, Any] = {name: tuple(getattr(self, name)[i] for i in which) for name in _LISTS}
         return replace(self, values={name: array[which] for name, array in self.values.items()}, **lists)
 
     def frame(self, level: float = 0.95) -> pd.DataFrame:
-        """Return one row a head: its name, and each method's mean with its bootstrap interval over groups."""
+        """Return one row per head: its name, and each method's mean with its bootstrap interval over groups."""
         import pandas as pd
 
         shape = next(iter(self.values.values())).shape[1:]
@@ -110,34 +111,34 @@ class HeadTable:
     def compare(
         self, method: str, truth: str = "patching", k: Sequence[int] = (5, 10), *, resamples: int = 1000, seed: int = 0
     ) -> Comparison:
-        """Say how a method's ranking of the heads agrees with another's; groups are drawn for both at once."""
+        """Compare the rankings of heads by two methods; both use the same bootstrap draws of groups."""
         return compare_rows(self.rows(method), self.rows(truth), k, resamples=resamples, seed=seed)
 
     def agreement(
         self, truth: str = "patching", k: Sequence[int] = (5, 10), *, resamples: int = 1000, seed: int = 0
     ) -> pd.DataFrame:
-        """Return how each method agrees with one of them, over all examples and for each level.
+        """Return the agreement of each method with `truth`, over all examples and for each level.
 
         Columns: ``level`` (``all`` first), ``method``, ``rank_correlation`` (Spearman, over all heads) with its interval,
-        ``overlap@k`` (share of the top k in common) with its interval and ``chance@k``, ``groups``. A method of which
-        a level has no example is left out there.
+        ``overlap@k`` (share of the top k in common) with its interval and ``chance@k``, ``groups``. A level has no row for
+        a method without scores there.
         """
         import pandas as pd
 
         out = []
         for level in ("all", *dict.fromkeys(self.levels)):
             part = self if level == "all" else self.select(np.array(self.levels) == level)
-            known = [m for m in part.methods if np.isfinite(part.values[m]).all(axis=(1, 2)).any()]
-            for method in known:
-                if method == truth or truth not in known:
+            available = [m for m in part.methods if np.isfinite(part.values[m]).all(axis=(1, 2)).any()]
+            for method in available:
+                if method == truth or truth not in available:
                     continue
-                found = part.compare(method, truth, k, resamples=resamples, seed=seed)
-                row: dict[str, object] = {"level": level, "method": method, "groups": sum(found.groups)}
-                measured = {"rank_correlation": found.rank_correlation}
-                measured |= {f"overlap@{one}": found.overlap[one] for one in k}
+                comparison = part.compare(method, truth, k, resamples=resamples, seed=seed)
+                row: dict[str, object] = {"level": level, "method": method, "groups": sum(comparison.groups)}
+                measured = {"rank_correlation": comparison.rank_correlation}
+                measured |= {f"overlap@{count}": comparison.overlap[count] for count in k}
                 for name, estimate in measured.items():
                     row |= {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
-                out.append(row | {f"chance@{one}": found.chance(one) for one in k})
+                out.append(row | {f"chance@{count}": comparison.chance(count) for count in k})
         return pd.DataFrame(out)
 
     def save(self, path: str | Path) -> Path:
@@ -150,12 +151,12 @@ class HeadTable:
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Read what `save` wrote; raises `StoreError` where it is missing, damaged, something else or newer."""
+        """Read a file written by `save`; raise `StoreError` if it is missing, damaged, of another kind or newer."""
         tensors, card = artifacts.read(Path(path), _KIND, VERSION)
         try:
             return cls(values={name: tensors[name] for name in card.pop("methods")}, **card)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            msg = f"{path}: damaged table of head scores: {error}"
+            msg = f"{path} is a damaged head table: {error}"
             raise StoreError(msg) from error
 
 
@@ -168,29 +169,29 @@ def head_scores(
     min_effect: float = 0.5,
     progress: bool | None = None,
 ) -> HeadTable:
-    """Score every head of the decoder in several ways, for the same examples, at the last prompt token.
+    """Score every head of the decoder by several methods, on the same examples, at the last prompt token.
 
     Parameters
     ----------
     model
         In evaluation mode.
     data
-        Examples, or pairs: then scores that look at one run look at the clean one.
+        Examples, or pairs; scores of a single run then use the clean example.
     methods
-        ``image_mass``: share of the attention that falls on the image.
-        ``box_mass``: share that falls on the object asked about; NaN for examples without it.
-        ``localisation``: whether an example selects the head as one of `SELECTED` that look at few compact spots
-        (Kang et al. 2025, arXiv 2503.06287); the mean is their selection frequency.
-        ``vhd``: how far the head's output moves when the image is left out of the prompt (arXiv 2412.13949).
-        ``direct``: what the head adds to the margin of the true answer over the best other, past all later layers.
-        ``patching`` (pairs only): effect of its clean output in the corrupt run, `patch_heads`.
-        ``ablation``: margin lost with the head's output at its mean over all examples given (of pairs: both sides).
+        ``image_mass``: share of the attention on the image.
+        ``box_mass``: share of the attention on the object in question; NaN for examples without it.
+        ``localisation``: whether an example selects the head as one of `SELECTED` that attend to few compact regions
+        (Kang et al. 2025, arXiv 2503.06287); the mean is the selection frequency.
+        ``vhd``: change of the head's output when the image is removed from the prompt (arXiv 2412.13949).
+        ``direct``: direct contribution to the margin of the true answer over the best other, not through later layers.
+        ``patching`` (pairs only): effect of the head's clean output in the corrupt run, see `patch_heads`.
+        ``ablation``: margin lost when the head's output is its mean over all examples in `data` (for pairs: both sides).
     batch_size
-        Examples side by side.
+        Number of examples per batch.
     min_effect
-        As in `patch_heads`; pairs under it have NaN for ``patching``.
+        As in `patch_heads`; pairs below it have NaN for ``patching``.
     progress
-        Show progress; by default where standard error is a terminal.
+        Whether to show progress; by default only if standard error is a terminal.
 
     Returns
     -------
@@ -200,44 +201,42 @@ def head_scores(
     Raises
     ------
     ConfigError
-        For a method that does not exist, or ``patching`` without pairs.
+        If a method is unknown, or ``patching`` is requested without pairs.
     PatchError
-        For no examples, a model in training mode, or pairs that cannot be patched.
+        If `data` is empty, the model is in training mode, or pairs cannot be patched.
     DataError
-        Where an answer cannot be read from one token, or the images have unlike numbers of patches.
+        If an answer cannot be read from one token, or the images differ in their patch grid.
     ModelError
-        Where a family does not allow a method.
+        If the family does not support a method.
     """
     unknown = [m for m in methods if m not in CORRELATIONAL + CAUSAL]
     pairs = [item for item in data if isinstance(item, CounterfactualPair)]
     if unknown or not methods or len(set(methods)) < len(methods):
-        msg = f"methods {list(methods)}: choose among {', '.join(CORRELATIONAL + CAUSAL)}, each once"
+        msg = f"invalid methods {list(methods)}; choose from {', '.join(CORRELATIONAL + CAUSAL)}, each at most once"
         raise ConfigError(msg)
     if "patching" in methods and len(pairs) != len(data):
-        msg = (
-            "'patching' needs counterfactual pairs, examples alone have nothing to patch from: counterfactuals.pairs(…)"
-        )
+        msg = "method 'patching' needs counterfactual pairs, not examples; make pairs with counterfactuals.pairs(…)"
         raise ConfigError(msg)
     if not data:
-        msg = "no examples to score heads on"
+        msg = "data is empty; pass at least one example or pair"
         raise PatchError(msg)
     check_evaluating(model)
     examples = [item.clean if isinstance(item, CounterfactualPair) else item for item in data]
-    made: dict[str, np.ndarray] = {}
+    scores: dict[str, np.ndarray] = {}
     if {"image_mass", "box_mass", "localisation"} & set(methods):
-        made |= _attention(model, examples, methods, batch_size)
+        scores |= _attention(model, examples, methods, batch_size)
     if {"vhd", "direct"} & set(methods):
-        made |= _outputs(model, examples, methods, batch_size, progress)
+        scores |= _outputs(model, examples, methods, batch_size, progress)
     if "ablation" in methods:
-        every = examples if not pairs else [e for pair in pairs for e in (pair.clean, pair.corrupt)]
+        reference = examples if not pairs else [e for pair in pairs for e in (pair.clean, pair.corrupt)]
         lost = ablate(
-            model, examples, "heads", "mean", "last", reference=every, batch_size=batch_size, progress=progress
+            model, examples, "heads", "mean", "last", reference=reference, batch_size=batch_size, progress=progress
         )
-        made["ablation"] = lost.effects.reshape(len(examples), model.n_layers, model.n_heads)
+        scores["ablation"] = lost.effects.reshape(len(examples), model.n_layers, model.n_heads)
     if "patching" in methods:
-        made["patching"] = _patching(model, pairs, min_effect, progress)
+        scores["patching"] = _patching(model, pairs, min_effect, progress)
     return HeadTable(
-        values={method: made[method] for method in methods},
+        values={method: scores[method] for method in methods},
         ids=tuple(e.id for e in examples),
         groups=tuple(e.group for e in examples),
         levels=tuple(e.level for e in examples),
@@ -251,12 +250,12 @@ def _attention(
     model: Lvlm, examples: Sequence[Example], methods: Sequence[str], batch_size: int
 ) -> dict[str, np.ndarray]:
     heads = [Head(i, h) for i in range(model.n_layers) for h in range(model.n_heads)]
-    seen = attention_to_image(model, examples, heads, batch_size=batch_size)
+    attention = attention_to_image(model, examples, heads, batch_size=batch_size)
     shape = (len(examples), model.n_layers, model.n_heads)
-    made = {"image_mass": seen.image_mass.reshape(shape), "box_mass": seen.box_mass.reshape(shape)}
+    scores = {"image_mass": attention.image_mass.reshape(shape), "box_mass": attention.box_mass.reshape(shape)}
     if "localisation" in methods:
-        made["localisation"] = selected(seen.maps, seen.grid, SELECTED).reshape(shape)
-    return made
+        scores["localisation"] = selected(attention.maps, attention.grid, SELECTED).reshape(shape)
+    return scores
 
 
 @torch.no_grad()
@@ -272,16 +271,16 @@ def _outputs(
             if "vhd" in out:
                 out["vhd"][rows] = image_difference(model, batch).cpu().numpy()
             if "direct" in out:
-                asked = [e.example for e in batch.encodings]
-                keys, answers = [answer_key(model, e) for e in asked], [e.answer for e in asked]
+                examples_of_batch = [e.example for e in batch.encodings]
+                keys, answers = [answer_key(model, e) for e in examples_of_batch], [e.answer for e in examples_of_batch]
                 out["direct"][rows] = direct_attribution(model, batch, keys, answers).cpu().numpy()
             bar.advance(task, len(rows))
     return out
 
 
 def _patching(model: Lvlm, pairs: Sequence[CounterfactualPair], min_effect: float, progress: bool | None) -> np.ndarray:
-    """Return effects of patching for each pair, NaN for those that were left out."""
-    # Numbered, because one example may be in several pairs.
+    """Return effects of patching for each pair, NaN for excluded pairs."""
+    # Unique ids, because one example may be in several pairs.
     numbered = [replace(pair, clean=replace(pair.clean, id=str(row))) for row, pair in enumerate(pairs)]
     scores = patch_heads(model, numbered, "last", "denoise", min_effect=min_effect, progress=progress)
     out = np.full((len(pairs), *scores.shape), np.nan, np.float32)

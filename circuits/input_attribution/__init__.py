@@ -1,4 +1,4 @@
-"""Split an answer's log-odds into what image, prompt and language prior contribute (Shapley values)."""
+"""Split an answer's log-odds into the contributions of image, prompt and language prior (Shapley values)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Where an answer came from: its log-odds split into what image, prompt and language prior brought.
+"""Input attribution: split an answer's log-odds into contributions of image, prompt and language prior.
 
-The players are parts of the input that can be given or replaced by something neutral; each gets its exact Shapley
-value, and what is left with everything neutral is the prior. This answers the question of section H.2 of Shu et al.
+The players are parts of the input that are present or replaced by a neutral part; each gets its exact Shapley value, and
+the log-odds with all parts neutral is the prior. This answers the question of section H.2 of Shu et al.
 (arXiv 2501.01346): prompt, image or the language model's own knowledge. Shapley values of model inputs with replaced
 ("baseline") parts: Lundberg & Lee 2017, arXiv 1705.07874; Sundararajan & Najmi 2020, arXiv 1908.08474.
 """
@@ -29,11 +29,11 @@ EDITS = ("blank", "blur", "noise")
 """Edits of an image that need no box."""
 NEUTRAL_IMAGES = ("blank",)
 NEUTRAL_QUESTIONS = 4
-"""Neutral questions an example is given where none are named."""
+"""Default largest number of neutral questions per example."""
 EFFICIENCY = 1e-6
-"""How far prior and shares may be from the log-odds, relative to the largest value."""
+"""Largest difference between prior plus shares and the log-odds, relative to the largest value."""
 _CHUNK = 16
-"""Examples whose inputs are held at once."""
+"""Number of examples whose inputs are in memory together."""
 
 
 def split(
@@ -52,10 +52,10 @@ def split(
 ) -> Sources:
     """Split each answer's log-odds into prior, image and prompt.
 
-    With v(S) the log-odds of the answer against all other candidates when the parts in S are given and the others are
-    neutral, the prior is v(nothing), and each part gets its Shapley value; ``prior + sum of shares`` is the log-odds of
-    the answer as the model gave it. `SourceShares.interaction` is what image and prompt bring together beyond what each
-    brings alone: ``v(both) - v(image) - v(prompt) + v(nothing)``, half of which is in the share of either.
+    Let v(S) be the log-odds of the answer against all other candidates when the parts in S are present and all others are
+    neutral. The prior is v(nothing), and each part gets its Shapley value; ``prior + sum of shares`` is the log-odds of
+    the answer on the original input. `SourceShares.interaction` is the joint effect of image and prompt beyond their
+    separate effects, ``v(both) - v(image) - v(prompt) + v(nothing)``; each of the two shares contains half of it.
 
     Parameters
     ----------
@@ -64,26 +64,26 @@ def split(
     examples
         With candidate answers.
     of
-        Which answer: ``said``, the one the model gives, or ``true``.
+        Answer to split: ``said``, the model's answer, or ``true``, the true answer.
     image
-        ``whole``; or ``objects``: each object's box and the rest of the image as players of their own.
+        ``whole``: the image is one player; ``objects``: each object's box and the rest of the image are separate players.
     prompt
-        ``whole``: the question; or ``words``: each of its words.
+        ``whole``: the question is one player; ``words``: each word is a separate player.
     neutral_images
-        Names of edits of the image itself (``blank``, ``blur``, ``noise``), or images of the same size. Values are
-        averaged over them; their spread is kept.
+        Names of edits of the image (``blank``, ``blur``, ``noise``), or images of the same size. Values are averaged over
+        them; `SourceShares.spread` has their standard deviation.
     neutral_questions
-        Questions of as many tokens as those asked; or those of each example, by its id. None: up to 4 others among
-        `examples` that have as many tokens and the same candidates, chosen by `seed`; then "neutral" means "another question
-        of the kind".
+        Questions with the same number of tokens as the examples' questions, or such questions by example id. None: up to 4
+        other questions of `examples` with the same number of tokens and the same candidates, chosen at random; "neutral"
+        then means "another question of the same kind".
     orders
-        Orders of arrival drawn where there are more than 10 players and not all coalitions are run.
+        Number of random orders of arrival if there are more than 10 players, too many to run all coalitions.
     seed
-        Decides drawn orders and chosen questions.
+        Seed of the random orders and of the choice of questions.
     batch_size
-        Inputs side by side.
+        Number of inputs per batch.
     progress
-        Show progress; by default where standard error is a terminal.
+        Whether to show progress; by default only if standard error is a terminal.
 
     Returns
     -------
@@ -93,16 +93,16 @@ def split(
     Raises
     ------
     ConfigError
-        For an option that does not exist, or a family whose decoder does not read the question.
+        If an option has an unknown value, or the family's decoder does not read the question.
     PatchError
-        For no examples, neutral inputs of another length, or an example for which no neutral question is found.
+        If `examples` is empty, neutral inputs differ in length, or an example has no neutral question.
     DataError
-        For an example without candidates, or candidates that begin with the same token.
+        If an example has no candidates, or candidates that begin with the same token.
     """
     _check(model, examples, of, image, prompt, neutral_images, orders)
     keys = [answer_key(model, example) for example in examples]
-    texts = _texts(model, examples, neutral_questions, seed)
-    made: list[SourceShares] = []
+    neutral_texts = _texts(model, examples, neutral_questions, seed)
+    results: list[SourceShares] = []
     with progress_bar(progress) as bar:
         task = bar.add_task("splitting answers by source", total=len(examples))
         for start in range(0, len(examples), _CHUNK):
@@ -113,7 +113,7 @@ def split(
                     examples[i],
                     players_of(model, examples[i], model.encode(examples[i]), image, prompt),
                     [Edited(examples[i].image, n) if isinstance(n, str) else n for n in neutral_images],
-                    texts[i],
+                    neutral_texts[i],
                     orders,
                     seed,
                 )
@@ -122,16 +122,16 @@ def split(
             runs = [(run, keys[i]) for i, game in zip(chunk, games, strict=True) for run in game.runs]
             scores, first = _run(model, runs, batch_size), 0
             for i, game in zip(chunk, games, strict=True):
-                own = np.stack(scores[first : first + len(game.runs)])
-                made.append(_shares(examples[i], keys[i], game, own, of))
+                game_scores = np.stack(scores[first : first + len(game.runs)])
+                results.append(_shares(examples[i], keys[i], game, game_scores, of))
                 first += len(game.runs)
             bar.advance(task, len(chunk))
     names = tuple(n if isinstance(n, str) else n.identity for n in neutral_images)
-    return Sources(tuple(made), of, names, model.name, model.config_hash, model.weights_hash)
+    return Sources(tuple(results), of, names, model.name, model.config_hash, model.weights_hash)
 
 
 def _run(model: Lvlm, runs: Sequence[tuple[Encoding, AnswerKey]], size: int) -> list[np.ndarray]:
-    """Return the candidates' scores after each run, float64 ``[candidates]``; inputs of equal shape run side by side."""
+    """Return the candidates' scores of each run, float64 ``[candidates]``; inputs of equal shape share a batch."""
     out: list[np.ndarray] = [np.empty(0)] * len(runs)
     for part in side_by_side([run.shape for run, _ in runs], lambda _: size):
         logits = model.logits(model.collate([runs[i][0] for i in part])).double().cpu()
@@ -141,12 +141,12 @@ def _run(model: Lvlm, runs: Sequence[tuple[Encoding, AnswerKey]], size: int) -> 
 
 
 def _shares(example: Example, key: AnswerKey, game: Game, scores: np.ndarray, of: str) -> SourceShares:
-    """Turn candidate scores ``[runs, candidates]`` into shares."""
+    """Compute shares from candidate scores ``[runs, candidates]``."""
     everything = int(game.members[-1, 0])
     said = key.candidates[int(scores[everything].argmax())]
     answer = said if of == "said" else example.answer
-    mine = key.candidates.index(answer)
-    odds = scores[:, mine] - np.logaddexp.reduce(np.delete(scores, mine, axis=1), axis=1)  # [runs]
+    answer_index = key.candidates.index(answer)
+    odds = scores[:, answer_index] - np.logaddexp.reduce(np.delete(scores, answer_index, axis=1), axis=1)  # [runs]
     values = odds[game.members]  # [coalitions, neutrals]
     if game.orders is None:
         each, error = shapley.exact(values.T), np.zeros(len(game.players.names))  # [neutrals, players]
@@ -157,12 +157,12 @@ def _shares(example: Example, key: AnswerKey, game: Game, scores: np.ndarray, of
     shares, log_odds, prior = each.mean(0), float(mean[-1]), float(mean[0])
     gap = abs(prior + shares.sum() - log_odds)
     if not gap <= EFFICIENCY * max(1.0, float(np.abs(values).max())):
-        msg = f"example '{example.id}': prior and shares miss the log-odds by {gap:.2g}; the model's logits are not finite"
+        msg = f"example '{example.id}': prior plus shares differ from the log-odds by {gap:.2g}; check that all logits are finite"
         raise PatchError(msg)
     image = np.arange(len(shares)) < game.players.of_image
-    corner = [mean[(game.coalitions == c).all(1).argmax()] for c in (image, ~image)]
+    side_values = [mean[(game.coalitions == c).all(1).argmax()] for c in (image, ~image)]
     return SourceShares(
-        example=_about(example),
+        example=_example_fields(example),
         answer=answer,
         said=said,
         players=game.players.names,
@@ -172,7 +172,7 @@ def _shares(example: Example, key: AnswerKey, game: Game, scores: np.ndarray, of
         shares=shares,
         spread=each.std(0, ddof=1) if len(each) > 1 else np.full(len(shares), np.nan),
         error=error,
-        interaction=float(log_odds - corner[0] - corner[1] + prior),
+        interaction=float(log_odds - side_values[0] - side_values[1] + prior),
         coalitions=game.coalitions,
         values=mean,
         forwards=len(game.runs),
@@ -185,24 +185,24 @@ def _sampled(orders: np.ndarray, coalitions: np.ndarray, values: np.ndarray) -> 
     return shapley.from_orders(orders, np.array(along))
 
 
-def _about(example: Example) -> dict[str, str]:
+def _example_fields(example: Example) -> dict[str, str]:
     return {name: getattr(example, name) for name in ("id", "group", "level", "split", "kind", "question")} | {
         "truth": example.answer
     }
 
 
 def _texts(
-    model: Lvlm, examples: Sequence[Example], given: Sequence[str] | Mapping[str, Sequence[str]] | None, seed: int
+    model: Lvlm, examples: Sequence[Example], questions: Sequence[str] | Mapping[str, Sequence[str]] | None, seed: int
 ) -> list[tuple[str, ...]]:
     """Return the neutral questions of every example."""
-    if isinstance(given, Mapping):
-        missing = next((e.id for e in examples if not given.get(e.id)), None)
+    if isinstance(questions, Mapping):
+        missing = next((e.id for e in examples if not questions.get(e.id)), None)
         if missing is not None:
-            msg = f"example '{missing}': neutral_questions names none for it; give at least one of as many tokens"
+            msg = f"neutral_questions has no entry for example '{missing}'; pass at least one with the same number of tokens"
             raise PatchError(msg)
-        return [tuple(given[e.id]) for e in examples]
-    if given is not None:
-        return [tuple(given)] * len(examples)
+        return [tuple(questions[e.id]) for e in examples]
+    if questions is not None:
+        return [tuple(questions)] * len(examples)
     length = {q: len(model.processor.tokenizer(model.prompt(q))["input_ids"]) for q in {e.question for e in examples}}
     pools: dict[tuple[int, tuple[str, ...]], list[str]] = {}
     for e in examples:
@@ -214,8 +214,8 @@ def _texts(
         others = [q for q in pools[length[e.question], e.candidates] if q != e.question]
         if not others:
             msg = (
-                f"example '{e.id}': no other example asks a question of {length[e.question]} tokens with the same "
-                "candidates; give more examples, or neutral_questions=[…] of as many tokens"
+                f"example '{e.id}': no other example has a question of {length[e.question]} tokens with the same "
+                "candidates; pass more examples, or neutral_questions=[…] with the same number of tokens"
             )
             raise PatchError(msg)
         order = np.random.Generator(np.random.PCG64([seed, i])).permutation(len(others))
@@ -238,19 +238,20 @@ def _check(
         ("prompt", prompt, ("whole", "words")),
     ):
         if value not in allowed:
-            msg = f"{name}='{value}': choose {' or '.join(allowed)}"
+            msg = f"unknown {name} '{value}'; choose {' or '.join(allowed)}"
             raise ConfigError(msg)
-    wrong = [n for n in neutral_images if isinstance(n, str) and n not in EDITS]
-    if wrong or not neutral_images:
-        msg = f"neutral image '{''.join(wrong[:1])}': choose of {', '.join(EDITS)}, or give images of the same size"
+    unknown = [n for n in neutral_images if isinstance(n, str) and n not in EDITS]
+    if unknown or not neutral_images:
+        problem = f"unknown neutral image '{unknown[0]}'" if unknown else "neutral_images is empty"
+        msg = f"{problem}; choose from {', '.join(EDITS)}, or pass images of the same size"
         raise ConfigError(msg)
     if orders < 2:
-        msg = f"orders={orders}: a standard error needs at least 2"
+        msg = f"orders={orders} is too small: a standard error needs at least 2"
         raise ConfigError(msg)
     if model.encoder_decoder:
-        msg = f"{model.name}: an encoder reads the question; where its answers come from cannot be split yet"
+        msg = f"{model.name}: input attribution does not support models whose encoder reads the question"
         raise ConfigError(msg)
     if not examples:
-        msg = "no examples whose answers could be split by source"
+        msg = "examples is empty; pass at least one"
         raise PatchError(msg)
     check_evaluating(model)

@@ -1,4 +1,4 @@
-"""One question as a game: which parts of image and question are given, and what the model is then shown."""
+"""One question as a cooperative game: coalitions of image and question parts, and the model inputs for each."""
 
 from __future__ import annotations
 
@@ -17,51 +17,53 @@ from lvlm.model import Encoding, Lvlm
 
 @dataclass(frozen=True)
 class Players:
-    """The parts of one example that can be given or withheld."""
+    """The parts of one example that can be present or neutral."""
 
     names: tuple[str, ...]
     boxes: tuple[Box, ...]
-    """Regions of the image that are players, before the rest of it."""
+    """Regions of the image that are players; the rest of the image is one more."""
     words: tuple[tuple[int, ...], ...]
-    """For each player of the prompt the positions it holds in the decoder."""
+    """Decoder positions of each player of the prompt."""
 
     @property
     def of_image(self) -> int:
-        """How many players the image has; they come first."""
+        """Number of image players; they come first."""
         return len(self.names) - len(self.words)
 
 
 @dataclass(frozen=True, eq=False)
 class Game:
-    """What has to be run to know the value of every coalition asked for."""
+    """Model inputs needed for the value of every coalition."""
 
     players: Players
     coalitions: np.ndarray
-    """bool ``[m, n_players]``; the first gives nothing, the last everything."""
+    """bool ``[m, n_players]``; the first coalition is empty, the last complete."""
     orders: np.ndarray | None
-    """Orders of arrival ``[orders, n_players]`` where there are too many players for all coalitions."""
+    """Orders of arrival ``[orders, n_players]``; None if all coalitions are enumerated."""
     runs: tuple[Encoding, ...]
-    """Different inputs; each is run once."""
+    """Distinct inputs; each is run once."""
     members: np.ndarray
-    """Run of each coalition under each pair of neutral image and neutral question, int ``[m, n_neutral]``."""
+    """Index of the run of each coalition and each pair of neutral image and question, int ``[m, n_neutral]``."""
 
 
 def players_of(model: Lvlm, example: Example, encoding: Encoding, image: str, prompt: str) -> Players:
     """Return an example's players: the image ``whole`` or by ``objects``, the prompt ``whole`` or by ``words``."""
     places = [(o.noun, o.box) for o in example.objects if o.box is not None] if image == "objects" else []
     boxes = tuple(box for _, box in places)
-    seen = (*(f"image: {noun}" for noun, _ in places), "image: rest") if image == "objects" else ("image",)
+    image_players = (*(f"image: {noun}" for noun, _ in places), "image: rest") if image == "objects" else ("image",)
     question = encoding.tokens.question
     if prompt == "whole":
-        return Players((*seen, "prompt"), boxes, (question,))
+        return Players((*image_players, "prompt"), boxes, (question,))
     if "qformer_input_ids" in encoding.inputs:
-        msg = f"prompt='words': {model.name} reads the question twice, once beside the image; use prompt='whole'"
+        msg = f"prompt='words': {model.name} also reads the question in its Q-Former; use prompt='whole'"
         raise ConfigError(msg)
     owner = _word_of_token(model, example.question, len(question))
     words = example.question.split()
-    held = tuple(tuple(p for p, w in zip(question, owner, strict=True) if w == i) for i in range(len(words)))
-    named = tuple(f"prompt: {word}" for word, positions in zip(words, held, strict=True) if positions)
-    return Players((*seen, *named), boxes, tuple(positions for positions in held if positions))
+    positions_of_word = tuple(
+        tuple(p for p, w in zip(question, owner, strict=True) if w == i) for i in range(len(words))
+    )
+    named = tuple(f"prompt: {word}" for word, positions in zip(words, positions_of_word, strict=True) if positions)
+    return Players((*image_players, *named), boxes, tuple(positions for positions in positions_of_word if positions))
 
 
 def make_game(
@@ -73,80 +75,90 @@ def make_game(
     orders: int,
     seed: int,
 ) -> Game:
-    """Return what to run so that each player's share can be known.
+    """Return the runs that determine each player's share.
 
     Raises
     ------
     PatchError
-        Where a neutral image or question changes the number of tokens, or the place of the image's.
+        If a neutral image or question changes the number of tokens or the positions of the image.
     """
     n = len(players.names)
-    drawn = None if n <= shapley.MOST else shapley.sample_orders(n, orders, seed)
-    wanted = shapley.coalitions(n) if drawn is None else _asked(drawn, players.of_image)
+    sampled_orders = None if n <= shapley.MOST else shapley.sample_orders(n, orders, seed)
+    coalitions = (
+        shapley.coalitions(n) if sampled_orders is None else _coalitions_along(sampled_orders, players.of_image)
+    )
     encoded: dict[tuple[str, str], Encoding] = {}
-    given = model.encode(example)
+    original = model.encode(example)
 
     def encode(image: ImageSource, question: str) -> Encoding:
         key = (image.identity, question)
         if key not in encoded:
-            encoded[key] = _alike(model.encode(replace(example, image=image, question=question)), given, question)
+            encoded[key] = _check_alike(
+                model.encode(replace(example, image=image, question=question)), original, question
+            )
         return encoded[key]
 
     number: dict[tuple[str, bytes, str], int] = {}
     runs: list[Encoding] = []
     neutrals = list(product(neutral_images, neutral_questions))
-    members = np.empty((len(wanted), len(neutrals)), np.int64)
-    for c, coalition in enumerate(wanted):
-        shown, words = coalition[: players.of_image], coalition[players.of_image :]
+    members = np.empty((len(coalitions), len(neutrals)), np.int64)
+    for c, coalition in enumerate(coalitions):
+        revealed, words = coalition[: players.of_image], coalition[players.of_image :]
         for k, (picture, text) in enumerate(neutrals):
             boxes = players.boxes
-            image = Revealed(example.image, picture, boxes, tuple(bool(s) for s in shown))
+            image = Revealed(example.image, picture, boxes, tuple(bool(s) for s in revealed))
             key = (image.identity, words.tobytes(), "" if words.all() else text)
             if key not in number:
                 number[key] = len(runs)
-                asked = encode(image, example.question if words.any() else text)
+                full_question = encode(image, example.question if words.any() else text)
                 partly = words.any() and not words.all()
-                runs.append(_mixed(asked, encode(image, text), players.words, words) if partly else asked)
+                runs.append(
+                    _replace_words(full_question, encode(image, text), players.words, words)
+                    if partly
+                    else full_question
+                )
             members[c, k] = number[key]
-    return Game(players, wanted, drawn, tuple(runs), members)
+    return Game(players, coalitions, sampled_orders, tuple(runs), members)
 
 
-def _asked(drawn: np.ndarray, of_image: int) -> np.ndarray:
-    """Return the different coalitions along some orders, and those of image and prompt as wholes."""
-    n = drawn.shape[1]
+def _coalitions_along(orders: np.ndarray, of_image: int) -> np.ndarray:
+    """Return the distinct coalitions along orders of arrival, and those of the full image and the full prompt."""
+    n = orders.shape[1]
     image = np.arange(n) < of_image
     corners = np.stack([np.zeros(n, bool), image, ~image, np.ones(n, bool)])
-    along = shapley.arrivals(drawn).reshape(-1, n)
+    along = shapley.arrivals(orders).reshape(-1, n)
     return np.unique(np.concatenate([corners, along]), axis=0)
 
 
-def _mixed(given: Encoding, neutral: Encoding, words: Sequence[Sequence[int]], kept: np.ndarray) -> Encoding:
-    """Return the given question with the words that are not kept replaced by the neutral question's tokens."""
-    ids = given.inputs["input_ids"].clone()
-    for positions, keep in zip(words, kept, strict=True):
-        if not keep:
+def _replace_words(
+    encoding: Encoding, neutral: Encoding, words: Sequence[Sequence[int]], present: np.ndarray
+) -> Encoding:
+    """Return the question with its absent words replaced by the neutral question's tokens."""
+    ids = encoding.inputs["input_ids"].clone()
+    for positions, is_present in zip(words, present, strict=True):
+        if not is_present:
             ids[:, list(positions)] = neutral.inputs["input_ids"][:, list(positions)]
-    return replace(given, inputs={**given.inputs, "input_ids": ids})
+    return replace(encoding, inputs={**encoding.inputs, "input_ids": ids})
 
 
-def _alike(encoding: Encoding, given: Encoding, question: str) -> Encoding:
-    if encoding.shape != given.shape or encoding.tokens.image != given.tokens.image:
+def _check_alike(encoding: Encoding, original: Encoding, question: str) -> Encoding:
+    if encoding.shape != original.shape or encoding.tokens.image != original.tokens.image:
         msg = (
-            f"example '{given.example.id}': with the neutral image or question '{question}' it has {encoding.tokens.length} "
-            f"tokens, as it is {given.tokens.length}; neutral images must be of its size and questions of its length"
+            f"example '{original.example.id}': with the neutral image or question '{question}' it has {encoding.tokens.length} "
+            f"tokens instead of {original.tokens.length}; use neutral images of its size and questions of its length"
         )
         raise PatchError(msg)
     return encoding
 
 
 def _word_of_token(model: Lvlm, question: str, tokens: int) -> list[int]:
-    """Return for each token of the question the number of the word it begins in."""
+    """Return for each token of the question the index of the word in which it begins."""
     text = model.prompt(question)
     start = text.rindex(question)
     offsets = model.processor.tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)["offset_mapping"]
     inside = [(a - start, b - start) for a, b in offsets if b > start and a < start + len(question) and b > a]
     if len(inside) != tokens:
-        msg = f"prompt='words': the tokenizer of {model.name} does not tell where the words of '{question}' are"
+        msg = f"prompt='words': the tokenizer of {model.name} returns no offsets for '{question}'; use prompt='whole'"
         raise ModelError(msg)
     ends = list(_word_ends(question))
     return [next(i for i, end in enumerate(ends) if max(a, 0) < end) for a, _ in inside]

@@ -1,4 +1,4 @@
-"""What each part of the input brought to an answer, and over many answers."""
+"""Results of input attribution: contributions of input parts to one answer, and over many answers."""
 
 from __future__ import annotations
 
@@ -28,36 +28,36 @@ PARTS = ("prior", "image", "prompt", "interaction", "log_odds")
 
 @dataclass(frozen=True, eq=False)
 class SourceShares:
-    """One answer's log-odds, split: ``prior + shares.sum() == log_odds``. Everything in natural log-odds."""
+    """The split of one answer's log-odds: ``prior + shares.sum() == log_odds``, all in natural log-odds."""
 
     example: Mapping[str, str]
     """``id``, ``group``, ``level``, ``split``, ``kind``, ``question`` and ``truth`` of the example."""
     answer: str
-    """Whose log-odds are split."""
+    """The answer whose log-odds are split."""
     said: str
-    """What the model answers."""
+    """The model's answer."""
     players: tuple[str, ...]
     """Parts of the image first, then parts of the prompt."""
     of_image: int
-    """How many of the players are parts of the image."""
+    """Number of players that are parts of the image."""
     log_odds: float
-    """Of `answer` against all other candidates, with everything given."""
+    """Log-odds of `answer` against all other candidates, with all parts present."""
     prior: float
-    """The same with everything neutral: what the model would say anyway."""
+    """Log-odds of `answer` with all parts neutral."""
     shares: np.ndarray
     """Shapley value of each player, float64 ``[n_players]``."""
     spread: np.ndarray
-    """Standard deviation of each share over the neutral inputs, ``[n_players]``; NaN with one only."""
+    """Standard deviation of each share over the neutral inputs, ``[n_players]``; NaN for a single neutral input."""
     error: np.ndarray
-    """Standard error from drawing orders of arrival, ``[n_players]``; 0 where all coalitions were run."""
+    """Standard error from sampling orders of arrival, ``[n_players]``; 0 if all coalitions are run."""
     interaction: float
-    """What image and prompt bring together beyond what each brings alone."""
+    """Joint effect of image and prompt beyond their separate effects."""
     coalitions: np.ndarray
     """bool ``[m, n_players]``."""
     values: np.ndarray
     """Log-odds of each coalition, mean over the neutral inputs, float64 ``[m]``."""
     forwards: int
-    """Different inputs that were run."""
+    """Number of distinct inputs that were run."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "example", MappingProxyType({name: self.example[name] for name in ABOUT}))
@@ -69,17 +69,17 @@ class SourceShares:
 
     @property
     def image(self) -> float:
-        """Share of the image, all its parts together."""
+        """Share of the image, summed over its parts."""
         return float(self.shares[: self.of_image].sum())
 
     @property
     def prompt(self) -> float:
-        """Share of the prompt, all its parts together."""
+        """Share of the prompt, summed over its parts."""
         return float(self.shares[self.of_image :].sum())
 
     @property
     def correct(self) -> bool:
-        """Whether the model's answer is the true one."""
+        """Whether the model's answer is the true answer."""
         return self.said == self.example["truth"]
 
     def __str__(self) -> str:
@@ -93,13 +93,13 @@ class SourceShares:
 
 @dataclass(frozen=True, eq=False)
 class Sources:
-    """Where the answers to some examples came from; made by `circuits.input_attribution.attribute.split`."""
+    """Splits of the answers to some examples; returned by `circuits.input_attribution.attribute.split`."""
 
     examples: tuple[SourceShares, ...]
     of: str
-    """``said`` or ``true``: whose log-odds were split."""
+    """The answer that was split: ``said`` (the model's) or ``true``."""
     neutral_images: tuple[str, ...]
-    """What stood for an image that is not given."""
+    """Replacements of an absent image."""
     model: str
     config_hash: str
     weights_hash: str
@@ -111,74 +111,76 @@ class Sources:
         return self.examples[index]
 
     def frame(self) -> pd.DataFrame:
-        """Return one row for each example and player: its share, the example's columns, prior and log-odds."""
+        """Return one row per example and player: its share, the example's columns, prior and log-odds."""
         import pandas as pd
 
         rows = [
             {
-                **one.example,
-                "said": one.said,
-                "answer": one.answer,
+                **answer.example,
+                "said": answer.said,
+                "answer": answer.answer,
                 "player": player,
-                "part": "image" if k < one.of_image else "prompt",
-                "share": one.shares[k],
-                "spread": one.spread[k],
-                "error": one.error[k],
-                "prior": one.prior,
-                "log_odds": one.log_odds,
+                "part": "image" if k < answer.of_image else "prompt",
+                "share": answer.shares[k],
+                "spread": answer.spread[k],
+                "error": answer.error[k],
+                "prior": answer.prior,
+                "log_odds": answer.log_odds,
             }
-            for one in self.examples
-            for k, player in enumerate(one.players)
+            for answer in self.examples
+            for k, player in enumerate(answer.players)
         ]
         return pd.DataFrame(rows)
 
     def summary(self, by: Sequence[str] = ("level",), *, resamples: int = 1000, seed: int = 0) -> pd.DataFrame:
-        """Return mean log-odds and their parts for each kind of example, with 95 % intervals clustered by image.
+        """Return mean log-odds and their parts per group of examples, with 95 % intervals clustered by image.
 
         Parameters
         ----------
         by
-            Columns to group by: of ``level``, ``split``, ``kind``, ``said_true``.
+            Columns to group by, from ``level``, ``split``, ``kind``, ``said_true``.
         resamples, seed
-            Of the bootstrap over groups.
+            Number of draws and seed of the bootstrap over groups.
 
         Returns
         -------
         DataFrame
-            One row for each combination and part (`PARTS`): ``n``, ``mean``, ``low``, ``high``.
+            One row per combination and part (`PARTS`): ``n``, ``mean``, ``low``, ``high``.
 
         Raises
         ------
         ConfigError
-            For another column.
+            If a column is unknown.
         """
         import pandas as pd
 
-        wrong = [name for name in by if name not in BY]
-        if wrong:
-            msg = f"by='{wrong[0]}': choose of {', '.join(BY)}"
+        unknown = [name for name in by if name not in BY]
+        if unknown:
+            msg = f"unknown column '{unknown[0]}' in by; choose from {', '.join(BY)}"
             raise ConfigError(msg)
         members: dict[tuple[str, ...], list[SourceShares]] = {}
-        for one in self.examples:
-            about = {**one.example, "said_true": "yes" if one.correct else "no"}
-            members.setdefault(tuple(about[name] for name in by), []).append(one)
+        for answer in self.examples:
+            about = {**answer.example, "said_true": "yes" if answer.correct else "no"}
+            members.setdefault(tuple(about[name] for name in by), []).append(answer)
         rows = []
-        for key, ones in sorted(members.items()):
-            groups = [one.example["group"] for one in ones]
+        for key, answers in sorted(members.items()):
+            groups = [answer.example["group"] for answer in answers]
             for part in PARTS:
-                values = np.array([getattr(one, part) for one in ones])
+                values = np.array([getattr(answer, part) for answer in answers])
                 low, high = cluster_bootstrap(values, groups, n=resamples, seed=seed)
                 if len(set(groups)) < 2:
                     low, high = math.nan, math.nan
-                ends = {"n": len(ones), "mean": values.mean(), "low": low, "high": high}
+                ends = {"n": len(answers), "mean": values.mean(), "low": low, "high": high}
                 rows.append({**dict(zip(by, key, strict=True)), "part": part, **ends})
         return pd.DataFrame(rows)
 
     def save(self, path: str | Path) -> Path:
-        """Write one ``.safetensors`` file, coalition values included; raises `StoreError` where that cannot be done."""
+        """Write one ``.safetensors`` file, including coalition values; raise `StoreError` if it cannot be written."""
         path = Path(path)
-        rest = [f.name for f in fields(SourceShares) if f.name not in _ARRAYS]
-        listed = [{n: dict(e.example) if n == "example" else getattr(e, n) for n in rest} for e in self.examples]
+        fields_of_card = [f.name for f in fields(SourceShares) if f.name not in _ARRAYS]
+        listed = [
+            {n: dict(e.example) if n == "example" else getattr(e, n) for n in fields_of_card} for e in self.examples
+        ]
         card = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "examples"}
         sizes = [len(e.values) for e in self.examples]
         flat = {n: np.concatenate([getattr(e, n).ravel() for e in self.examples]) for n in _ARRAYS}
@@ -187,7 +189,7 @@ class Sources:
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Read what `save` wrote; raises `StoreError` where it is missing, damaged, something else or newer."""
+        """Read a file written by `save`; raise `StoreError` if it is missing, damaged, of another kind or newer."""
         flat, card = artifacts.read(Path(path), _KIND, VERSION)
         at: dict[str, int] = dict.fromkeys(_ARRAYS, 0)
 
@@ -200,14 +202,14 @@ class Sources:
             return part
 
         try:
-            made = []
+            answers = []
             for about, m in zip(card.pop("examples"), card.pop("coalitions"), strict=True):
                 n = len(about["players"])
                 arrays: dict[str, Any] = {name: take(name, n) for name in ("shares", "spread", "error")}
                 arrays |= {"coalitions": take("coalitions", m * n).reshape(m, n), "values": take("values", m)}
-                made.append(SourceShares(**about, **arrays))
+                answers.append(SourceShares(**about, **arrays))
             card["neutral_images"] = tuple(card["neutral_images"])
-            return cls(tuple(made), **card)
+            return cls(tuple(answers), **card)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            msg = f"{path}: damaged sources: {error}"
+            msg = f"{path} is a damaged file of input attributions: {error}"
             raise StoreError(msg) from error

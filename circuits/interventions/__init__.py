@@ -1,1 +1,1 @@
-"""Changes of activations during a forward, as hooks."""
+"""Changes of activations during a forward pass, as hooks."""

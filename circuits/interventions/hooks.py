@@ -1,4 +1,4 @@
-"""Writing to a site: where its tensor can be replaced, so that all that reads it afterwards reads what was put there."""
+"""Write to a site: replace its tensor so that every later reader uses the new value."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ Change = Callable[[Tensor], Tensor]
 
 
 def edit(model: Lvlm, site: Site, change: Change) -> Any:
-    """Replace a site's tensor by what `change` makes of it, on every forward until the handles returned are removed.
+    """Replace a site's tensor by `change` of it, in every forward pass until the returned handles are removed.
 
     Raises
     ------
     SiteError
-        For a site that the model lacks, or whose tensor nothing else reads.
+        If the model has no such site, or nothing reads the site's tensor.
     """
     if site.component != "resid_mid":
         return model.locate(site).edit(change)
@@ -32,18 +32,18 @@ def edit(model: Lvlm, site: Site, change: Change) -> Any:
 def _edit_mid(model: Lvlm, site: Site, change: Change) -> Handles:
     """Write to the residual stream between attention and MLP.
 
-    It is no module's own tensor: the norm before the MLP reads it, and so does the sum after the MLP. What attention adds
-    makes it, and is changed by as much.
+    No module returns this tensor, and both the norm before the MLP and the sum after it read it. So the same difference
+    is added to the attention output instead.
     """
     model.locate(site)
     spec = model.spec.stack(site.stack)
     own, cross = (model.attends(site.stack, site.layer, cross=c) for c in (False, True))
     if spec.attention_post_norm or (own and cross):
-        msg = f"site '{site}' cannot be changed in {model.name}: write to 'resid_pre', 'attn_out' or 'mlp_out' instead"
+        msg = f"site '{site}' cannot be changed in {model.name}; use 'resid_pre', 'attn_out' or 'mlp_out' instead"
         raise SiteError(msg)
     before: dict[str, Tensor] = {}
 
-    def see(x: Tensor) -> None:
+    def store(x: Tensor) -> None:
         before["x"] = x
 
     def add(x: Tensor) -> Tensor:
@@ -52,6 +52,6 @@ def _edit_mid(model: Lvlm, site: Site, change: Change) -> Handles:
 
     marked_as(add, change)
 
-    watched = model.place(site.stack, site.layer, "resid_pre").watch(see)
+    watched = model.place(site.stack, site.layer, "resid_pre").watch(store)
     edited = model.place(site.stack, site.layer, "attn_out", cross=cross and not own).edit(add)
     return Handles((watched, edited))

@@ -1,6 +1,6 @@
-"""One primitive: change the tensor at a site, at chosen positions, while a context is open.
+"""Interventions: change the tensor at a site, at selected positions, while a context is open.
 
-Patching, ablation and steering are all an `Intervention` with another change.
+Patching, ablation and steering are all an `Intervention` with a different change.
 """
 
 from __future__ import annotations
@@ -46,15 +46,15 @@ _REACHED = ("resid_pre", "q", "k", "v", "pattern", "z", "attn_out", "resid_mid",
 
 @dataclass(frozen=True, eq=False)
 class Gate:
-    """A linear probe that decides, token by token, whether a change happens there: where ``weights . x + bias > 0``."""
+    """A linear probe that decides per token whether a change applies: where ``weights . x + bias > 0``."""
 
     site: Site
-    """A decoder site that is reached before, or with, what the gate holds back."""
+    """Decoder site of the probe; a forward pass must reach it no later than the changed site."""
     weights: Tensor
     """``[d]``."""
     bias: float
     head: int | None = None
-    """The head of ``z`` the probe reads; None for the whole width."""
+    """Head of ``z`` that the probe reads; None for the full width."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,35 +64,35 @@ class Intervention:
     Parameters
     ----------
     site
-        Where; ``decoder.L3.z``, ``decoder.L3.resid_post``, …
+        Site to change; ``decoder.L3.z``, ``decoder.L3.resid_post``, …
     change
-        What becomes of the chosen part: `Replace`, `Add`, `Zero`, `Amplify`, `Project`, or any function of ``[..., d]``.
+        Change of the selected part: `Replace`, `Add`, `Zero`, `Amplify`, `Project`, or any function of ``[..., d]``.
     positions
-        At which tokens. A rule means the same tokens whether an answer is generated with a cache, without one, or
-        after a prefill in chunks:
+        Tokens to change. A rule selects the same tokens whether an answer is generated with a cache, without one, or
+        after a chunked prefill:
 
         ``all``
             every token;
         ``last``
-            the last token of the prompt, and every generated one;
+            the last token of the prompt, and every generated token;
         ``image``
-            the image's tokens, as `lvlm.token_map.TokenMap.image` has them;
+            the image tokens, as in `lvlm.token_map.TokenMap.image`;
         ``suffix``
-            every token after the image, generated ones included; every token where the image is not in the sequence;
+            every token after the image, including generated tokens; every token if the sequence has no image;
         ``question``
-            the same, without generated tokens;
+            as ``suffix``, without generated tokens;
         ``generated``
             every generated token;
-        a tuple of whole numbers, or a LongTensor ``[rows, n]`` with the positions of each row
+        a tuple of integers, or a LongTensor ``[rows, n]`` with the positions of each row
             counted from 0 in the prompt.
     head
-        One head of ``z``, counted from 0; None for the whole width.
+        One head of ``z``, counted from 0; None for the full width.
     rows
         Rows of the batch; None for all.
     gate
-        Let the change happen only at tokens where this probe is positive.
+        Apply the change only at tokens where this probe is positive.
     decay
-        Factor, in (0, 1], by which the change gets weaker with every generated token.
+        Factor, in (0, 1], that multiplies the strength of the change with every generated token.
     """
 
     site: Site
@@ -105,21 +105,25 @@ class Intervention:
 
     def __post_init__(self) -> None:
         if isinstance(self.positions, str) and self.positions not in RULES:
-            msg = f"positions '{self.positions}': choose {', '.join(RULES)}, or give positions counted from 0"
+            msg = f"unknown positions '{self.positions}'; choose from {', '.join(RULES)}, or pass positions counted from 0"
             raise PatchError(msg)
-        if not isinstance(self.positions, str) and min(_numbers(self.positions), default=0) < 0:
-            msg = f"positions {self.positions} at '{self.site}': they count from 0; for the last token say 'last'"
+        if not isinstance(self.positions, str) and min(_flat_positions(self.positions), default=0) < 0:
+            msg = f"positions {self.positions} at '{self.site}' must not be negative; for the last token use 'last'"
             raise PatchError(msg)
         if not _in_decoder(self.site) and isinstance(self.positions, str) and self.positions not in ("all", "last"):
-            msg = f"positions '{self.positions}' at '{self.site}' mean nothing: only the decoder has text around the image"
+            msg = (
+                f"positions '{self.positions}' at '{self.site}' are for the decoder only; use 'all', 'last' or numbers"
+            )
             raise SiteError(msg)
         if not 0 < self.decay <= 1 or (self.decay < 1 and not hasattr(self.change, "scaled")):
-            msg = f"decay={self.decay} of {type(self.change).__name__}: it must be in (0, 1], and 1 for what has no strength"
+            msg = f"decay={self.decay} of {type(self.change).__name__} must be in (0, 1], and 1 for a change without a strength"
             raise PatchError(msg)
-        if self.gate is not None and (self.gate.site.stack != "decoder" or _when(self.gate.site) > _when(self.site)):
+        if self.gate is not None and (
+            self.gate.site.stack != "decoder" or _order_of(self.gate.site) > _order_of(self.site)
+        ):
             msg = (
-                f"a gate at '{self.gate.site}' cannot hold back what happens at '{self.site}': choose a decoder site that is "
-                f"reached no later"
+                f"a gate at '{self.gate.site}' cannot control a change at '{self.site}': choose a decoder site that a "
+                f"forward pass reaches no later"
             )
             raise SiteError(msg)
 
@@ -128,39 +132,39 @@ class Intervention:
 def intervened(
     model: Lvlm, interventions: Sequence[Intervention], *, kind: str = "intervention", name: str = ""
 ) -> Iterator[None]:
-    """Change what flows through a model while the context is open; what happens at one site happens in order.
+    """Change activations of a model while the context is open; changes at one site apply in order.
 
-    Afterwards, after an error too, every hook is gone and the model is bit for bit what it was. With nothing to do
-    nothing is hooked. Contexts nest: an inner one sees what an outer one made of a site. While the context is open the
-    change is one of `Lvlm.interventions`, so that the provenance of traces and answers names it.
+    Afterwards, also after an error, all hooks are removed and the model is bitwise unchanged. Without interventions no
+    hook is registered. Contexts nest: an inner context receives the values that an outer one changed. While the context is
+    open, `Lvlm.interventions` lists the change, so that the provenance of traces and answers names it.
 
     Parameters
     ----------
     model
         The model.
     interventions
-        What is changed, in order.
+        Changes, in order.
     kind, name
-        What the change is called in `Lvlm.interventions`; by default its sites.
+        Kind and name of the change in `Lvlm.interventions`; the name defaults to its sites.
 
     Raises
     ------
     SiteError
-        For a site or head that the model lacks, before anything is hooked.
+        If the model has no such site or head; raised before any hook is registered.
     PatchError
-        For a change of another width than its site or that is not finite; during a forward, for positions or rows
-        that its batch does not have.
+        If a change does not fit the width of its site or is not finite; during a forward pass, if its batch lacks the
+        positions or rows.
     ModelError
-        For positions ``image`` where the decoder's sequence holds no image; during a forward, where its tokens cannot be
-        told from each other (`circuits.interventions.decoder_tokens`).
+        For positions ``image`` if the decoder's sequence has no image; during a forward pass, if the roles of its tokens
+        are unknown (`circuits.interventions.decoder_tokens`).
     """
     by_site: dict[Site, list[tuple[Intervention, slice]]] = {}
     for item in (placed(model, item) for item in interventions):
         by_site.setdefault(item.site, []).append((item, columns_of(model, item)))
     every = [item for items in by_site.values() for item, _ in items]
-    gates = {item.gate: columns_of(model, _watched(item.gate)) for item in every if item.gate is not None}
+    gates = {item.gate: columns_of(model, _gate_intervention(item.gate)) for item in every if item.gate is not None}
     places = {site: model.locate(site) for site in (*by_site, *(gate.site for gate in gates))}
-    tokens, opened = DecoderTokens(model), {}
+    tokens, gate_masks = DecoderTokens(model), {}
     with ExitStack() as hooks:
         if interventions:
             name = name or ", ".join(dict.fromkeys(_place_name(item) for item in interventions))
@@ -168,32 +172,30 @@ def intervened(
             hooks.callback(model.register(applied).remove)
         if any(_needs_tokens(item) for item in every):
             hooks.enter_context(tokens.watched())
-        for gate, columns in gates.items():  # before the changes: a probe reads what the model itself has there
+        for gate, columns in gates.items():  # before the changes: a probe reads the unchanged value
 
-            def judge(x: Tensor, gate: Gate = gate, columns: slice = columns) -> None:
-                opened[gate] = x[..., columns] @ gate.weights.to(x) + gate.bias > 0  # [rows, positions]
+            def evaluate(x: Tensor, gate: Gate = gate, columns: slice = columns) -> None:
+                gate_masks[gate] = x[..., columns] @ gate.weights.to(x) + gate.bias > 0  # [rows, positions]
 
-            hooks.callback(places[gate.site].watch(judge).remove)
+            hooks.callback(places[gate.site].watch(evaluate).remove)
         for site, items in by_site.items():
             merged = _merged(model, items, width(model, site))
 
             @registered
             def change(x: Tensor, site: Site = site, items: list[tuple[Intervention, slice]] = merged) -> Tensor:
                 if x.dim() != 3:
-                    msg = (
-                        f"site '{site}' holds {list(x.shape)}, not [rows, positions, width]: it cannot be intervened on"
-                    )
+                    msg = f"site '{site}' has shape {list(x.shape)}, but interventions need [rows, positions, width]"
                     raise PatchError(msg)
                 if len(items) == 1 and _is_everything(*items[0], x, tokens):
-                    return _weakened(items[0][0], x, None, tokens)(x)
+                    return _decayed(items[0][0], x, None, tokens)(x)
                 x = x.clone()
                 for item, columns in items:
-                    where = _chosen(item, columns, x, tokens)
+                    where = _index_of(item, columns, x, tokens)
                     if where is None:
                         continue
-                    new = _weakened(item, x, where, tokens)(x[where])
+                    new = _decayed(item, x, where, tokens)(x[where])
                     if item.gate is not None:
-                        new = torch.where(opened[item.gate][where[:-1]][..., None], new, x[where])
+                        new = torch.where(gate_masks[item.gate][where[:-1]][..., None], new, x[where])
                     x[where] = new
                 return x
 
@@ -206,12 +208,12 @@ def _place_name(item: Intervention) -> str:
 
 
 def placed(model: Lvlm, item: Intervention) -> Intervention:
-    """Return an intervention where the model has it: a head of a layer of cross-attention alone is one of that attention.
+    """Return an intervention at the model's actual site: in a layer with cross-attention only, heads belong to that.
 
     Raises
     ------
     ModelError
-        For the image's tokens of a model whose decoder has none in its sequence.
+        For positions ``image`` if the decoder's sequence has no image tokens.
     """
     if item.positions == "image":
         check_image_in_sequence(model, f"positions 'image' at '{item.site}'")
@@ -223,40 +225,40 @@ def placed(model: Lvlm, item: Intervention) -> Intervention:
 
 
 def head_site(model: Lvlm, site: Site) -> Site:
-    """Return where the heads of a layer's ``z`` are: in its cross-attention where it has no other."""
+    """Return the site of a layer's heads ``z``: its cross-attention if it has no other attention."""
     if (site.stack, site.component) != ("decoder", "z") or not 0 <= site.layer < model.n_layers:
         return site
     return model.head_site(site.layer) if not site.cross else site
 
 
 def _in_decoder(site: Site) -> bool:
-    """Whether a site holds a vector for each token of the decoder's sequence; keys and values of cross-attention do not."""
+    """Whether a site has a vector for each decoder token; keys and values of cross-attention do not."""
     return site.stack == "decoder" and not (site.cross and site.component in ("k", "v"))
 
 
 def _needs_tokens(item: Intervention) -> bool:
-    """Whether it has to be known which tokens a forward of the decoder holds."""
+    """Whether an intervention needs to know which tokens a forward pass of the decoder contains."""
     return _in_decoder(item.site) and (item.decay < 1 or not isinstance(item.positions, str) or item.positions != "all")
 
 
-def _when(site: Site) -> tuple[int, int]:
-    """Return when a forward reaches a decoder site."""
+def _order_of(site: Site) -> tuple[int, int]:
+    """Return the order in which a forward pass reaches decoder sites."""
     return (site.layer, _REACHED.index(site.component)) if site.component in _REACHED else (-1, 0)
 
 
-def _watched(gate: Gate) -> Intervention:
-    """Return a gate as a change of nothing, to be checked like one."""
+def _gate_intervention(gate: Gate) -> Intervention:
+    """Return a gate as an intervention, so that the same checks apply."""
     return Intervention(gate.site, Replace(gate.weights), "all", gate.head)
 
 
 def _merged(model: Lvlm, items: list[tuple[Intervention, slice]], full: int) -> list[tuple[Intervention, slice]]:
-    """Add up additions that follow each other at the same tokens: one hook's work instead of one a head."""
-    made: list[tuple[Intervention, slice]] = []
+    """Merge consecutive additions at the same tokens into one, instead of one per head."""
+    merged: list[tuple[Intervention, slice]] = []
     for item, columns in items:
         if isinstance(item.change, Add) and item.change.norm == "free" and item.change.value.dim() == 1:
             value = torch.zeros(full)
             value[columns] = item.change.value.detach().float().cpu()
-            last = made[-1][0] if made else None
+            last = merged[-1][0] if merged else None
             if (
                 last is not None
                 and isinstance(last.change, Add)
@@ -268,17 +270,17 @@ def _merged(model: Lvlm, items: list[tuple[Intervention, slice]], full: int) -> 
                 == (item.positions, item.rows, item.gate, item.decay)
             ):
                 value = value + last.change.value.float().cpu()
-                made.pop()
+                merged.pop()
             if isinstance(item.positions, str):
                 ready = value.to(model.device, model.dtype)
-                made.append((replace(item, change=Add(ready), head=None), slice(0, full)))
+                merged.append((replace(item, change=Add(ready), head=None), slice(0, full)))
                 continue
-        made.append((item, columns))
-    return made
+        merged.append((item, columns))
+    return merged
 
 
-def _weakened(item: Intervention, x: Tensor, where: tuple[Any, ...] | None, tokens: DecoderTokens) -> Change:
-    """Return the change of ``x[where]`` (None: of all of it), weaker for every generated token."""
+def _decayed(item: Intervention, x: Tensor, where: tuple[Any, ...] | None, tokens: DecoderTokens) -> Change:
+    """Return the change of ``x[where]`` (None: all of x), with decay per generated token."""
     change: Any = item.change
     if item.decay == 1 or not _in_decoder(item.site):
         return change
@@ -286,12 +288,12 @@ def _weakened(item: Intervention, x: Tensor, where: tuple[Any, ...] | None, toke
     if len(set(steps)) == 1:
         return change if not steps[0] else change.scaled(item.decay ** steps[0])
     factor = (item.decay ** torch.tensor(steps, device=x.device, dtype=torch.float32))[None, :, None]
-    factor = factor.expand(x.shape[0], -1, 1)  # one for each token
+    factor = factor.expand(x.shape[0], -1, 1)  # one factor per token
     return change.scaled(factor if where is None else factor[(*where[:-1], slice(None))])
 
 
 def _is_everything(item: Intervention, columns: slice, x: Tensor, tokens: DecoderTokens) -> bool:
-    """Whether an intervention changes all of a tensor, so that nothing need be kept of it."""
+    """Whether an intervention changes a full tensor, so that no copy is needed."""
     if item.rows is not None or item.gate is not None or columns != slice(0, x.shape[-1]):
         return False
     if not isinstance(item.positions, str) or item.positions in _AROUND_IMAGE:
@@ -300,21 +302,21 @@ def _is_everything(item: Intervention, columns: slice, x: Tensor, tokens: Decode
 
 
 def width(model: Lvlm, site: Site) -> int:
-    """Return the width of a site's tensor; raises `SiteError` for a site that the model lacks."""
+    """Return the width of a site's tensor; raise `SiteError` if the model has no such site."""
     if site.component == "pattern":
-        msg = f"site '{site}' cannot be read where it could still be changed: change 'z', or 'v', of the same layer"
+        msg = f"site '{site}' cannot be changed; change 'z' or 'v' of the same layer"
         raise SiteError(msg)
     return site_width(model, site)
 
 
 def columns_of(model: Lvlm, item: Intervention) -> slice:
-    """Return the columns an intervention touches, after checking that they exist and that its change fits them."""
+    """Return the columns that an intervention changes; check that they exist and that its change fits."""
     full = width(model, item.site)
     columns = slice(0, full)
     if item.head is not None:
         heads = model.n_heads if item.site.stack == "decoder" else model.n_vision_heads
         if item.site.component != "z" or not 0 <= item.head < heads:
-            msg = f"head {item.head} at site '{item.site}': heads are in 'z', and {model.name} has heads 0-{heads - 1} there"
+            msg = f"head {item.head} at site '{item.site}': a head needs component 'z', and {model.name} has heads 0-{heads - 1}"
             raise SiteError(msg)
         columns = slice(item.head * (full // heads), (item.head + 1) * (full // heads))
     for name in ("value", "mean", "reads", "writes"):
@@ -330,11 +332,11 @@ def columns_of(model: Lvlm, item: Intervention) -> slice:
     return columns
 
 
-def _chosen(item: Intervention, columns: slice, x: Tensor, tokens: DecoderTokens) -> tuple[Any, ...] | None:
-    """Return the index of what an intervention changes in ``[rows, positions, width]``; None where nothing."""
+def _index_of(item: Intervention, columns: slice, x: Tensor, tokens: DecoderTokens) -> tuple[Any, ...] | None:
+    """Return the index that an intervention changes in ``[rows, positions, width]``; None for no change."""
     rows, positions, count = item.rows, item.positions, x.shape[1]
     if rows is not None and max(rows, default=0) >= x.shape[0]:
-        msg = f"row {max(rows)} at '{item.site}': the batch has rows 0-{x.shape[0] - 1}"
+        msg = f"row {max(rows)} at '{item.site}' is out of range: the batch has rows 0-{x.shape[0] - 1}"
         raise PatchError(msg)
     if isinstance(positions, str) and positions in _AROUND_IMAGE:
         mask = tokens.mask(positions, x, item.site)
@@ -350,17 +352,17 @@ def _chosen(item: Intervention, columns: slice, x: Tensor, tokens: DecoderTokens
     at = torch.as_tensor(positions, device=x.device)
     past, prompt = (tokens.past(), tokens.prompt(count)) if _in_decoder(item.site) else (0, count)
     if past >= prompt:
-        return None  # generated tokens alone
+        return None  # generated tokens only
     if at.numel() and int(at.max()) >= prompt:
-        msg = f"position {int(at.max())} at '{item.site}': the sequence has positions 0-{prompt - 1}"
+        msg = f"position {int(at.max())} at '{item.site}' is out of range: the sequence has positions 0-{prompt - 1}"
         raise PatchError(msg)
     here = (at >= past) & (at < past + count)
     if not bool(here.any()):
         return None
     if not bool(here.all()):
         msg = (
-            f"positions {positions} at '{item.site}': the prompt is read in parts, and this one holds tokens "
-            f"{past}-{past + count - 1} of it: generate without prefill_chunk_size"
+            f"positions {positions} at '{item.site}': the prompt is read in chunks, and this chunk has tokens "
+            f"{past}-{past + count - 1} only; generate without prefill_chunk_size"
         )
         raise ModelError(msg)
     at = at - past
@@ -372,5 +374,5 @@ def _chosen(item: Intervention, columns: slice, x: Tensor, tokens: DecoderTokens
     return index[:, None], at if at.dim() == 2 else at[None], columns
 
 
-def _numbers(positions: tuple[int, ...] | Tensor) -> list[int]:
+def _flat_positions(positions: tuple[int, ...] | Tensor) -> list[int]:
     return positions.flatten().tolist() if isinstance(positions, Tensor) else list(positions)

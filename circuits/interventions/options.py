@@ -1,4 +1,4 @@
-"""Names of options of an intervention, in a module without torch: vectors are read and checked without a model."""
+"""Option names of interventions, in a module without torch, so that vectors can be read and checked without a model."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ Rule = Literal["all", "last", "image", "suffix", "question", "generated"]
 """Which tokens an intervention changes."""
 RULES: tuple[Rule, ...] = ("all", "last", "image", "suffix", "question", "generated")
 Norm = Literal["free", "kept", "relative", "away"]
-"""What becomes of the length of what is changed."""
+"""Effect on the norm of the changed vector; see `circuits.interventions.transforms.Add`."""
 NORMS: tuple[Norm, ...] = ("free", "kept", "relative", "away")

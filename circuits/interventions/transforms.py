@@ -1,4 +1,4 @@
-"""What can become of the chosen part of a tensor: small functions of ``[..., d]``."""
+"""Changes of the selected part of a tensor: small functions of ``[..., d]``."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ _TINY = 1e-12
 
 @dataclass(frozen=True, eq=False)
 class Replace:
-    """x becomes `value`: a patch, or with a mean over other runs a mean ablation."""
+    """Replace x by `value`: a patch, or a mean ablation if `value` is a mean over other runs."""
 
     value: Tensor
     """Anything that broadcasts to ``[rows, positions, d]``."""
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Return what ``[..., d]`` becomes."""
+        """Return the changed ``[..., d]``."""
         return self.value.to(x).expand_as(x)
 
 
 @dataclass(frozen=True, eq=False)
 class Add:
-    """x becomes ``x + value``, or that brought back to the length of x.
+    """Replace x by ``x + value``, optionally rescaled to the norm of x.
 
     ``free``
         ``x + value``.
@@ -40,7 +40,7 @@ class Add:
     ``relative``
         ``|x| unit(x / |x| + value)``, so that `value` is a share of x: VTI (Liu et al. 2024, arXiv 2410.15778).
     ``away``
-        ``|x| unit(x / |x| + (1 + max(0, cos(x, -value))) value)``: up to twice as strong where x points away from `value`;
+        ``|x| unit(x / |x| + (1 + max(0, cos(x, -value))) value)``: up to twice as strong if x points away from `value`;
         the rule in the run scripts of VISTA's release (github.com/LzVv123456/VISTA).
     """
 
@@ -49,13 +49,13 @@ class Add:
     norm: Norm = "free"
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Return what ``[..., d]`` becomes; raises `PatchError` where a value per token meets another number of tokens."""
+        """Return the changed ``[..., d]``; raise `PatchError` if a value per token meets another number of tokens."""
         if self.value.dim() == 2 and x.dim() == 3 and self.value.shape[0] not in (1, x.shape[1]):
-            msg = f"a value for each of {self.value.shape[0]} tokens was given, the site holds {x.shape[1]}"
+            msg = f"value has {self.value.shape[0]} tokens, but the site has {x.shape[1]}; pass one vector, or one per token"
             raise PatchError(msg)
         if self.norm == "free":
             return x + self.value.to(x)
-        # In float32: a half's square of a long residual stream would overflow.
+        # In float32: the squared norm of a long residual stream overflows in float16.
         wide = x.float()
         length = wide.norm(dim=-1, keepdim=True)
         start = wide if self.norm == "kept" else wide / length.clamp_min(_TINY)
@@ -73,32 +73,32 @@ class Add:
 
 @dataclass(frozen=True)
 class Zero:
-    """x becomes 0."""
+    """Replace x by 0."""
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Return what ``[..., d]`` becomes."""
+        """Return the changed ``[..., d]``."""
         return torch.zeros_like(x)
 
 
 @dataclass(frozen=True, eq=False)
 class Amplify:
-    """x becomes ``x + factor * (x - mean) reads^T writes``: what sets this input apart from the mean, made larger.
+    """Replace x by ``x + factor * (x - mean) reads^T writes``: amplify this input's deviation from the mean.
 
-    Without `reads` that is ``mean + (1 + factor) (x - mean)``; a factor of -1 leaves nothing but the mean. With
-    `reads` only the deviation within the subspace spanned by its rows counts: a factor of -1 removes it.
+    Without `reads` the result is ``mean + (1 + factor) (x - mean)``; a factor of -1 gives the mean. With `reads`, only the
+    deviation within the subspace spanned by its rows changes: a factor of -1 removes it.
     """
 
     mean: Tensor
-    """``[d]``: what the site holds where there is nothing to see, or the middle between the classes."""
+    """``[d]``: the site's value on neutral images, or the midpoint between the classes."""
     factor: float | Tensor
     """A number, or ``[..., 1]`` with one for each token."""
     reads: Tensor | None = None
     """Orthonormal rows ``[k, d]``."""
     writes: Tensor | None = None
-    """``[k, d]``: where the deviation goes; `reads` itself by default, other rows for a control of the same size."""
+    """``[k, d]``: output rows of the deviation; `reads` by default, other rows for a control of the same size."""
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Return what ``[..., d]`` becomes."""
+        """Return the changed ``[..., d]``."""
         deviation = x - self.mean.to(x)
         if self.reads is not None:
             writes = self.reads if self.writes is None else self.writes
@@ -114,9 +114,9 @@ class Amplify:
 
 @dataclass(frozen=True, eq=False)
 class Project:
-    """x loses what of it points along `value`: ``x - weight * max(<x, t>, 0) / <t, t> * t``.
+    """Remove the positive component of x along `value`: ``x - weight * max(<x, t>, 0) / <t, t> * t``.
 
-    ProjectAway (Jiang et al. 2024, arXiv 2410.02762): what points the other way is left as it is.
+    ProjectAway (Jiang et al. 2024, arXiv 2410.02762): a negative component does not change.
     """
 
     value: Tensor
@@ -125,7 +125,7 @@ class Project:
     """A number, or ``[..., 1]`` with one for each token."""
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Return what ``[..., d]`` becomes."""
+        """Return the changed ``[..., d]``."""
         t = self.value.to(x)
         share = (x @ t).clamp_min(0) / (t @ t)
         return x - _as(self.weight, x) * share[..., None] * t

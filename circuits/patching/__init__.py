@@ -1,1 +1,1 @@
-"""Patch activations and paths between two runs of a pair. Private; `circuits` has the public names."""
+"""Patch activations and paths between the two runs of a pair. Private; `circuits` exports the public names."""

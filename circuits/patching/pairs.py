@@ -1,4 +1,4 @@
-"""What has to be true of counterfactual pairs before they are patched, and what is known of each then."""
+"""Checks of counterfactual pairs before patching, and the plan of each pair."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ TOKENS = ("last", "suffix", "question", "image", "object", "all")
 
 
 def plan_pair(model: Lvlm, pair: CounterfactualPair, tokens: str, metric: Metric) -> Plan:
-    """Check a pair and return what is known of it.
+    """Check a pair and return its plan.
 
     Raises
     ------
     PatchError
-        Where its two sides cannot be told apart or do not lie alike, or the tokens asked for are not in it.
+        If its answers cannot be distinguished, its sides differ in token positions, or it lacks the requested tokens.
     """
     key = pair_key(model, pair) if metric.needs_key else None
     clean, corrupt = check_pair(model, pair)
@@ -39,94 +39,95 @@ def plan_pair(model: Lvlm, pair: CounterfactualPair, tokens: str, metric: Metric
 
 
 def check_pair(model: Lvlm, pair: CounterfactualPair) -> tuple[Encoding, Encoding]:
-    """Return both examples encoded; raises `PatchError` where the corrupt one's tokens do not lie like the clean one's."""
+    """Return both examples encoded; raise `PatchError` if their token positions differ."""
     clean, corrupt = model.encode(pair.clean), model.encode(pair.corrupt)
     if clean.tokens.length != corrupt.tokens.length:
         both = [
             model.processor.tokenizer.convert_ids_to_tokens(e.inputs["input_ids"][0].tolist()) for e in (clean, corrupt)
         ]
         differing = enumerate(zip_longest(*both, fillvalue="nothing"))
-        position, (left, right) = next((i, words) for i, words in differing if words[0] != words[1])
+        position, (clean_token, corrupt_token) = next((i, words) for i, words in differing if words[0] != words[1])
         msg = (
             f"pair '{pair.clean.id}' ({pair.change}): clean has {clean.tokens.length} tokens, corrupt "
-            f"{corrupt.tokens.length}; they first differ at position {position}, '{left}' against '{right}'; "
+            f"{corrupt.tokens.length}; they first differ at position {position}, '{clean_token}' and '{corrupt_token}'; "
             "patching needs equal length"
         )
         raise PatchError(msg)
     if clean.tokens.image != corrupt.tokens.image:
-        msg = f"pair '{pair.clean.id}' ({pair.change}): the image is at other positions in clean than in corrupt"
+        msg = f"pair '{pair.clean.id}' ({pair.change}): clean and corrupt differ in image positions; patching needs equal ones"
         raise PatchError(msg)
     return clean, corrupt
 
 
-def positions_for(pair: CounterfactualPair, tokens: TokenMap, asked: str) -> tuple[tuple[int, ...], ...]:
-    """Return the sets of positions that are patched at once.
+def positions_for(pair: CounterfactualPair, tokens: TokenMap, selection: str) -> tuple[tuple[int, ...], ...]:
+    """Return the sets of positions to patch; the positions of a set are patched jointly.
 
     Parameters
     ----------
     pair
-        Whose tokens these are; it is named in errors.
+        The pair of the tokens; named in errors.
     tokens
         Its token map.
-    asked
-        ``last``; ``suffix`` (all after the image), ``question``, ``image``, ``object`` or ``all``, all of them at once or,
-        with ``:each``, each apart; or positions counted from 0, as in ``12`` or ``12,13``.
+    selection
+        ``last``; ``suffix`` (all after the image), ``question``, ``image``, ``object`` or ``all``, patched jointly or, with
+        ``:each``, separately; or positions counted from 0, as in ``12`` or ``12,13``.
 
     Raises
     ------
     ConfigError
-        For text that means no tokens.
+        If the selection is unknown.
     PatchError
-        For positions that the pair does not have.
+        If the pair lacks the positions.
     """
-    role, _, how = asked.partition(":")
+    role, _, how = selection.partition(":")
     if how not in ("", "each") or not (role in TOKENS or all(p.strip().isdecimal() for p in role.split(","))):
-        msg = f"tokens='{asked}': choose {', '.join(TOKENS)}, all but the first also with ':each', or positions as '12,13'"
+        msg = f"unknown tokens '{selection}'; choose from {', '.join(TOKENS)} (':each' is allowed), or positions such as '12,13'"
         raise ConfigError(msg)
     try:
         match role:
             case "last":
-                found: tuple[int, ...] = (tokens.last,)
+                positions: tuple[int, ...] = (tokens.last,)
             case "suffix":
-                found = tokens.suffix
+                positions = tokens.suffix
             case "all":
-                found = tuple(range(tokens.length))
+                positions = tuple(range(tokens.length))
             case "question" | "image" | "object":
-                found = tuple(sorted(tokens.positions(TokenSelection(role, "all"))))
+                positions = tuple(sorted(tokens.positions(TokenSelection(role, "all"))))
             case _:
-                found = tuple(sorted({int(p) for p in role.split(",")}))
+                positions = tuple(sorted({int(p) for p in role.split(",")}))
     except SiteError as error:
         msg = f"pair '{pair.clean.id}': {error}"
         raise PatchError(msg) from error
-    if not found or found[-1] >= tokens.length:
+    if not positions or positions[-1] >= tokens.length:
         there = f"it has positions 0-{tokens.length - 1}"
-        msg = f"pair '{pair.clean.id}': tokens='{asked}' are {f'at {found[-1]}' if found else 'none'}; {there}"
+        problem = f"position {positions[-1]} is out of range" if positions else "it has no such tokens"
+        msg = f"pair '{pair.clean.id}': tokens='{selection}': {problem}; {there}"
         raise PatchError(msg)
-    return tuple((p,) for p in found) if how == "each" else (found,)
+    return tuple((p,) for p in positions) if how == "each" else (positions,)
 
 
 def check_evaluating(model: Lvlm) -> None:
-    """Raise `PatchError` where any module is in training mode: dropout would make two runs differ by chance."""
+    """Raise `PatchError` if any module is in training mode: dropout would make runs random."""
     training = next((name for name, module in model.hf.named_modules() if module.training), None)
     if training is not None:
         msg = f"{model.name} is in training mode (module '{training or 'model'}'): call model.hf.eval() first"
         raise PatchError(msg)
 
 
-def check_kept(clean: np.ndarray, corrupt: np.ndarray, kept: np.ndarray, min_effect: float) -> None:
-    """Raise `PatchError` where more than half of the pairs were left out."""
-    excluded = int((~kept).sum())
-    if 2 * excluded > len(kept):
+def check_enough_pairs(clean: np.ndarray, corrupt: np.ndarray, usable: np.ndarray, min_effect: float) -> None:
+    """Raise `PatchError` if more than half of the pairs are excluded."""
+    excluded = int((~usable).sum())
+    if 2 * excluded > len(usable):
         msg = (
-            f"{excluded} of {len(kept)} pairs have |LD_clean - LD_corrupt| under min_effect={min_effect:g}: the model "
-            f"hardly tells clean from corrupt (median {np.median(np.abs(clean - corrupt)):.3g}); "
-            "use pairs it does, or lower min_effect"
+            f"{excluded} of {len(usable)} pairs have |M_clean - M_corrupt| below min_effect={min_effect:g}: the model "
+            f"hardly distinguishes clean from corrupt (median {np.median(np.abs(clean - corrupt)):.3g}); "
+            "use pairs that it distinguishes, or lower min_effect"
         )
         raise PatchError(msg)
 
 
 def pairs_digest(pairs: Sequence[CounterfactualPair]) -> str:
-    """Return the SHA-256 over every pair in order: equal for equal pairs, whatever machine made them."""
+    """Return the SHA-256 of all pairs in order; independent of the machine."""
     h = hashlib.sha256()
     for pair in pairs:
         record_ = [pair.clean.record(), pair.corrupt.record(), pair.kind, pair.change]
@@ -143,6 +144,6 @@ def _answer(model: Lvlm, pair: CounterfactualPair) -> tuple[int, ...]:
         raise PatchError(msg)
     ids = answer_tokens(model, pair.clean.question, pair.clean.answer)
     if not ids or model.processor.tokenizer.unk_token_id in ids:
-        msg = f"pair '{pair.clean.id}': its answer '{pair.clean.answer}' has no tokens of {model.name}"
+        msg = f"pair '{pair.clean.id}': {model.name} cannot tokenize the answer '{pair.clean.answer}'"
         raise PatchError(msg)
     return tuple(ids)

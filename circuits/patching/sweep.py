@@ -1,4 +1,4 @@
-"""The loop that every patching sweep shares: pairs of equal shape run together, each patch a row of a batch."""
+"""The loop of all patching sweeps: pairs of equal shape share a batch, and each patch is a row."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from activation_store.tracing.continuation import with_answers
-from circuits.execution.full_runner import run_whole, say_plain
+from circuits.execution.full_runner import run_whole, warn_full_passes
 from circuits.execution.memory import kept_bytes, row_bytes
 from circuits.execution.prefix_attention import NotShared
 from circuits.execution.prefix_cache import Recording, See, Values, observe, record
@@ -27,90 +27,90 @@ from lvlm.sites import Site
 
 Direction = Literal["denoise", "noise"]
 Part = tuple[Site, int | None]
-"""A site, and one head of it or all."""
+"""A site, and one of its heads; None for all heads."""
 Unit = tuple[Part, ...]
-"""What is patched at once."""
+"""Parts that are patched jointly."""
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """What is known of a pair before anything runs."""
+    """Everything about a pair that is known before the runs."""
 
     pair: CounterfactualPair
     key: AnswerKey | None
-    """Tells the two answers apart at their first tokens; None for metrics that need no such key."""
+    """Key of the first tokens of the two answers; None for metrics that need no key."""
     clean: Encoding
     corrupt: Encoding
     positions: tuple[tuple[int, ...], ...]
-    """Each is patched at once."""
+    """Sets of positions; the positions of a set are patched jointly."""
     answer: tuple[int, ...]
-    """Tokens of the clean answer that follow the prompt; empty where only the first is read."""
+    """Tokens of the clean answer after the prompt; empty if the metric uses the first token only."""
 
     @property
     def start(self) -> int:
-        """First position that is ever patched."""
+        """First patched position."""
         return min(min(at) for at in self.positions)
 
     @property
     def shape(self) -> tuple[object, ...]:
-        """What pairs must have in common to run side by side."""
+        """Key that must be equal for pairs to share a batch."""
         return (self.clean.shape, self.corrupt.shape, self.positions, len(self.answer))
 
 
 @dataclass(frozen=True, eq=False)
-class Swept:
-    """What came out, for all pairs in their order."""
+class SweepResult:
+    """Result of a sweep, for all pairs in their order."""
 
     effects: np.ndarray
-    """float32 ``[n_pairs, n_units, n_positions]``; NaN for pairs left out, and before the first position of a pair that has
-    fewer than others: positions are aligned at the last."""
+    """float32 ``[n_pairs, n_units, n_positions]``; NaN for excluded pairs, and at the start for pairs with fewer positions
+    than others: positions are aligned at the last."""
     clean: np.ndarray
     """The metric in the clean run, float32 ``[n_pairs]``."""
     corrupt: np.ndarray
-    kept: np.ndarray
+    used: np.ndarray
     """bool ``[n_pairs]``."""
     shared: bool
-    """Whether patches ran as suffixes of a shared prefix; else as whole forwards."""
+    """Whether patches ran as suffixes of a shared prefix; else as full forward passes."""
 
 
 Execute = Callable[[Sequence[Row], See | None], Tensor]
-"""Runs rows, shows what layers hold to the second argument, and returns the metric after each, ``[P, rows]``."""
+"""Runs rows, passes head outputs to the second argument, and returns the metric of each row, ``[P, rows]``."""
 
 
 @dataclass(frozen=True, eq=False)
 class Todo:
-    """What has to be run for some pairs of equal shape."""
+    """Runs and recordings of some pairs of equal shape."""
 
     positions: tuple[tuple[int, ...], ...]
     source: Values
     run: Values
     which: list[int] | None
-    """Which examples of the two are meant; None for all."""
+    """Indices of examples in both recordings; None for all."""
     execute: Execute
 
-    def value(self, held: Values, site: Site, at: tuple[int, ...], columns: slice = slice(None)) -> Tensor:
-        """Return what a site held for the examples that are meant, ``[P, positions, columns]``."""
-        value = held.at(site, at, columns)
+    def value(self, values: Values, site: Site, at: tuple[int, ...], columns: slice = slice(None)) -> Tensor:
+        """Return a site's value for the selected examples, ``[P, positions, columns]``."""
+        value = values.at(site, at, columns)
         return value if self.which is None else value[self.which]
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a sweep does with each group of pairs."""
+    """The work of a sweep on each group of pairs."""
 
     sites: tuple[Site, ...]
-    """What it has to know of both runs."""
+    """Sites to record in both runs."""
     count: int
-    """How many effects it finds at each set of positions."""
+    """Number of effects per set of positions."""
     rows: int
-    """How many rows run side by side at the most."""
+    """Largest number of rows per batch."""
     do: Callable[[Todo], Tensor]
-    """Returns the metric after each change, ``[P, count x positions]``."""
+    """Returns the metric of each change, ``[P, count x positions]``."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How a sweep runs."""
+    """Settings of a sweep."""
 
     direction: Direction
     metric: Metric
@@ -120,68 +120,68 @@ class Settings:
     progress: bool | None
 
 
-class _Way:
-    """Which way patches run; once one cannot share its prefix, all after it run whole."""
+class _ExecutionMode:
+    """How patches run: with a shared prefix until one cannot, then as full forward passes."""
 
     def __init__(self, model: Lvlm) -> None:
         self._model = model
         self.shared = True
         self.checked = False
 
-    def give_up(self, why: object) -> None:
+    def fall_back(self, why: object) -> None:
         if self.shared:
-            say_plain(self._model, str(why))
+            warn_full_passes(self._model, str(why))
         self.shared = False
 
 
-def sweep(model: Lvlm, plans: Sequence[Plan], work: Work, settings: Settings) -> Swept:
-    """Do a piece of work for every pair, and return what it does to the metric as shares of clean against corrupt."""
+def sweep(model: Lvlm, plans: Sequence[Plan], work: Work, settings: Settings) -> SweepResult:
+    """Run `work` on every pair and return effects as shares of the difference between clean and corrupt metric."""
     most = max(len(plan.positions) for plan in plans)
     effects = np.full((len(plans), work.count, most), np.nan, np.float32)
     baseline = np.zeros((2, len(plans)), np.float32)  # clean, corrupt
-    kept = np.zeros(len(plans), bool)
-    way = _Way(model)
+    used = np.zeros(len(plans), bool)
+    mode = _ExecutionMode(model)
     with progress_bar(settings.progress) as bar:
         task = bar.add_task("patching", total=len(plans))
         for group in _groups(model, plans, work.rows, settings):
             members = [plans[i] for i in group]
             at = slice(most - len(members[0].positions), most)
-            found = _group(model, members, work, settings, way)
-            effects[group, :, at], baseline[:, group], kept[group] = found
+            group_result = _group(model, members, work, settings, mode)
+            effects[group, :, at], baseline[:, group], used[group] = group_result
             bar.advance(task, len(group))
-    return Swept(effects, baseline[0], baseline[1], kept, way.shared)
+    return SweepResult(effects, baseline[0], baseline[1], used, mode.shared)
 
 
 def _group(
-    model: Lvlm, members: Sequence[Plan], work: Work, settings: Settings, way: _Way
+    model: Lvlm, members: Sequence[Plan], work: Work, settings: Settings, mode: _ExecutionMode
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return effects ``[P, count, positions]``, the two baselines ``[2, P]`` and which pairs are kept."""
+    """Return effects ``[P, count, positions]``, the two baselines ``[2, P]`` and which pairs are used."""
     keep, start = settings.metric.keep(len(members[0].answer)), members[0].start
     denoise = settings.direction == "denoise"
-    given = {side: _inputs(model, members, side) for side in ("clean", "corrupt")}
+    inputs = {side: _inputs(model, members, side) for side in ("clean", "corrupt")}
     source_side, run_side = ("clean", "corrupt") if denoise else ("corrupt", "clean")
-    source = observe(model, given[source_side], start, work.sites, keep)
-    run = _recorded(model, given[run_side], start, work.sites, keep, way)
+    source = observe(model, inputs[source_side], start, work.sites, keep)
+    run = _recorded(model, inputs[run_side], start, work.sites, keep, mode)
     clean, corrupt = (source, run) if denoise else (run, source)
     scores = [settings.metric.scores(x.logits[:, None], members, clean.logits)[:, 0] for x in (clean, corrupt)]
     names = [f"pair '{plan.pair.clean.id}', '{plan.pair.corrupt.id}'" for plan in members]
     check_finite(np.stack(scores, axis=1), names, model.name)
     gap = scores[0] - scores[1]
-    same = (gap == 0) & _same(source, run, work.sites)
-    kept = (abs(gap) >= settings.min_effect) & ((gap != 0) | same)
+    same = (gap == 0) & _are_equal(source, run, work.sites)
+    used = (abs(gap) >= settings.min_effect) & ((gap != 0) | same)
     effects = np.full((len(members), work.count, len(members[0].positions)), np.nan, np.float32)
-    effects[kept & same] = 0  # what is the same changes nothing
-    todo = np.flatnonzero(kept & ~same)
+    effects[used & same] = 0  # equal values have no effect
+    todo = np.flatnonzero(used & ~same)
     if len(todo):
-        patched = _done(model, members, work, source, run, todo.tolist(), settings, way, clean.logits)
+        patched = _patched_metrics(model, members, work, source, run, todo.tolist(), settings, mode, clean.logits)
         check_finite(patched, [f"patched {names[k]}" for k in todo], model.name)
         unpatched = scores[1 if denoise else 0][todo][:, None, None]
         sign = 1 if denoise else -1
         effects[todo] = sign * (patched - unpatched) / gap[todo][:, None, None]
-    return effects, np.stack(scores), kept
+    return effects, np.stack(scores), used
 
 
-def _done(
+def _patched_metrics(
     model: Lvlm,
     members: Sequence[Plan],
     work: Work,
@@ -189,44 +189,44 @@ def _done(
     run: Values,
     todo: list[int],
     settings: Settings,
-    way: _Way,
+    mode: _ExecutionMode,
     clean: Tensor,
 ) -> np.ndarray:
-    """Return the metric after each change, ``[P kept, count, positions]``."""
-    chosen = [members[k] for k in todo]
+    """Return the metric of each change for the pairs `todo`, ``[len(todo), count, positions]``."""
+    members_run = [members[k] for k in todo]
     which = None if len(todo) == len(members) else todo
     most = None if settings.most is None else max(1, settings.most // len(todo))
 
     def read(logits: Tensor) -> Tensor:
-        return torch.from_numpy(settings.metric.scores(logits, chosen, clean[todo]))
+        return torch.from_numpy(settings.metric.scores(logits, members_run, clean[todo]))
 
     def shared(rows: Sequence[Row], see: See | None) -> Tensor:
         if not isinstance(run, Recording):
-            msg = "it was run whole"
+            msg = "the run has no recording"
             raise NotShared(msg)
-        check = not way.checked
-        found = resume(model, run, rows, read, memory=settings.memory, most=most, examples=which, check=check, see=see)
-        way.checked = True
-        return found
+        check = not mode.checked
+        metric = resume(model, run, rows, read, memory=settings.memory, most=most, examples=which, check=check, see=see)
+        mode.checked = True
+        return metric
 
     def whole(rows: Sequence[Row], see: See | None) -> Tensor:
         side = "corrupt" if settings.direction == "denoise" else "clean"
-        inputs, keep = _inputs(model, chosen, side), run.logits.shape[1]
+        inputs, keep = _inputs(model, members_run, side), run.logits.shape[1]
         return run_whole(model, inputs, rows, read, keep=keep, memory=settings.memory, most=most, see=see)
 
-    found: Tensor | None = None
-    if way.shared:
+    metric: Tensor | None = None
+    if mode.shared:
         try:
-            found = work.do(Todo(members[0].positions, source, run, which, shared))
+            metric = work.do(Todo(members[0].positions, source, run, which, shared))
         except NotShared as why:
-            way.give_up(why)
-    if found is None:
-        found = work.do(Todo(members[0].positions, source, run, which, whole))
-    return found.numpy().reshape(len(todo), work.count, -1)
+            mode.fall_back(why)
+    if metric is None:
+        metric = work.do(Todo(members[0].positions, source, run, which, whole))
+    return metric.numpy().reshape(len(todo), work.count, -1)
 
 
 def patches(model: Lvlm, units: Sequence[Unit], positions: int = 1) -> Work:
-    """Return the work of putting each unit's value of the source into the run, at each of so many sets of positions."""
+    """Return the work of patching each unit's source value into the run, at each set of positions."""
     sites = tuple(dict.fromkeys(site for unit in units for site, _ in unit))
 
     def do(todo: Todo) -> Tensor:
@@ -242,7 +242,7 @@ def rows_of(
     source: Values,
     which: Sequence[int] | None = None,
 ) -> list[Row]:
-    """Return a row for every unit at every set of positions, its values those of the source (of some of its examples)."""
+    """Return a row for every unit at every set of positions, with values of the source (for examples `which`)."""
     rows = []
     for unit in units:
         parts = [(site, head, columns_for(model, site, head)) for site, head in unit]
@@ -256,22 +256,24 @@ def rows_of(
 
 
 def columns_for(model: Lvlm, site: Site, head: int | None) -> slice:
-    """Return which columns of a site belong to a head."""
+    """Return the columns of a head in a site; all columns for None."""
     return columns_of(model, Intervention(site, Replace(torch.zeros(1)), "all", head))
 
 
-def _recorded(model: Lvlm, inputs: Inputs, start: int, sites: Sequence[Site], keep: int, way: _Way) -> Values:
-    if way.shared:
+def _recorded(
+    model: Lvlm, inputs: Inputs, start: int, sites: Sequence[Site], keep: int, mode: _ExecutionMode
+) -> Values:
+    if mode.shared:
         try:
             return record(model, inputs, start, sites, keep)
         except NotShared as why:
-            way.give_up(why)
-    # Which positions read which is not known here: all are kept.
+            mode.fall_back(why)
+    # Without a recording the attended positions are unknown: observe all positions.
     return observe(model, inputs, 0, sites, keep)
 
 
-def _same(source: Values, run: Values, sites: Sequence[Site]) -> np.ndarray:
-    """Return for which examples every patch would put what is there already."""
+def _are_equal(source: Values, run: Values, sites: Sequence[Site]) -> np.ndarray:
+    """Return for which examples source and run have equal values at all sites, bool ``[P]``."""
     count = len(source.logits)
     alike = np.ones(count, bool)
     for site in sites:
@@ -283,20 +285,20 @@ def _same(source: Values, run: Values, sites: Sequence[Site]) -> np.ndarray:
 
 
 def _inputs(model: Lvlm, members: Sequence[Plan], side: Literal["clean", "corrupt"] | str) -> Inputs:
-    """Return one side of some pairs as inputs, the clean answer's tokens behind the prompt where the metric reads them."""
+    """Return the inputs of one side of some pairs, with the clean answer appended if the metric needs it."""
     encodings = [plan.clean if side == "clean" else plan.corrupt for plan in members]
     inputs = model.collate(encodings)
     if not members[0].answer:
         return inputs
-    told = tuple(
+    with_clean_answers = tuple(
         replace(e, example=replace(e.example, question=p.pair.clean.question, answer=p.pair.clean.answer))
         for e, p in zip(encodings, members, strict=True)
     )
-    return with_answers(model, Batch(tuple(range(len(told))), told, inputs)).inputs
+    return with_answers(model, Batch(tuple(range(len(with_clean_answers))), with_clean_answers, inputs)).inputs
 
 
 def _groups(model: Lvlm, plans: Sequence[Plan], rows: int, settings: Settings) -> Iterator[list[int]]:
-    """Yield numbers of pairs that run side by side: as many as there is room for with all their patches."""
+    """Yield batches of pair indices, as large as memory allows for all patches of the pairs."""
 
     def size(first: int) -> int:
         plan = plans[first]
@@ -309,11 +311,11 @@ def _groups(model: Lvlm, plans: Sequence[Plan], rows: int, settings: Settings) -
 
 
 def side_by_side(shapes: Sequence[Hashable], size: Callable[[int], int]) -> Iterator[list[int]]:
-    """Yield numbers of what has equal shapes, together; `size` says how many, given the number of the first of a shape."""
-    alike: dict[Hashable, list[int]] = {}
+    """Yield batches of indices of equal shape; `size` returns the batch size, given the first index of a shape."""
+    by_shape: dict[Hashable, list[int]] = {}
     for number, shape in enumerate(shapes):
-        alike.setdefault(shape, []).append(number)
-    for members in alike.values():
+        by_shape.setdefault(shape, []).append(number)
+    for members in by_shape.values():
         step = size(members[0])
         for k in range(0, len(members), step):
             yield members[k : k + step]

@@ -1,1 +1,1 @@
-"""Results: scores of heads, of patches, graphs, their statistics and plots."""
+"""Results: head scores, patch scores and graphs, with their statistics and plots."""

@@ -1,4 +1,4 @@
-"""The decoder as a graph of nodes and scored edges, and the circuits that can be cut out of it."""
+"""The decoder as a graph of nodes and scored edges, and the selection of circuits from it."""
 
 from __future__ import annotations
 
@@ -25,51 +25,51 @@ if TYPE_CHECKING:
 VERSION = 3
 _LAST_WITHOUT_DIGEST = 2
 MOST = 2**27
-"""Most entries of the table of edges that is read from a file."""
+"""Largest number of entries of an edge table that `Graph.load` accepts."""
 _KIND = "edge_graph"
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Which nodes a decoder has, in the order they write, and which edges there are between them."""
+    """The nodes of a decoder, in the order in which they write, and the edges between them."""
 
     n_layers: int
     n_heads: int
     parallel: tuple[bool, ...]
-    """For each layer whether its MLP reads what its attention reads, so that no edge leads from its heads to it."""
+    """For each layer, whether its MLP is parallel to its attention, so that its heads have no edge to the MLP."""
 
     @property
     def n_sources(self) -> int:
-        """Nodes that write: the input, and of each layer its heads and its MLP."""
+        """Number of nodes that write: the input, and the heads and the MLP of each layer."""
         return 1 + self.n_layers * (self.n_heads + 1)
 
     @property
     def n_targets(self) -> int:
-        """Places that read: of each layer three of every head and one of the MLP, and the logits."""
+        """Number of targets that read: three per head and one per MLP, and the logits."""
         return 1 + self.n_layers * (3 * self.n_heads + 1)
 
     def before_attention(self, layer: int) -> int:
-        """Return how many nodes have written before a layer's attention reads: also its first head's number."""
+        """Return the number of nodes that write before a layer's attention reads; also the index of its first head."""
         return 1 + layer * (self.n_heads + 1)
 
     def before_mlp(self, layer: int) -> int:
-        """Return how many nodes have written before a layer's MLP reads."""
+        """Return the number of nodes that write before a layer's MLP reads."""
         return self.before_attention(layer) + (0 if self.parallel[layer] else self.n_heads)
 
     def columns(self, layer: int) -> slice:
-        """Return the numbers of a layer's targets: queries, keys and values of all heads, then the MLP."""
+        """Return the indices of a layer's targets: queries, keys and values of all heads, then the MLP."""
         width = 3 * self.n_heads + 1
         return slice(layer * width, (layer + 1) * width)
 
     @cached_property
     def sources(self) -> tuple[str, ...]:
-        """Names of the nodes that write: ``input``, then of each layer ``a0.h0``, … and ``m0``."""
+        """Names of the nodes that write: ``input``, then per layer ``a0.h0``, … and ``m0``."""
         layers = ((*(f"a{i}.h{h}" for h in range(self.n_heads)), f"m{i}") for i in range(self.n_layers))
         return ("input", *(name for layer in layers for name in layer))
 
     @cached_property
     def targets(self) -> tuple[str, ...]:
-        """Names of the places that read: ``a0.h0<q>``, …, ``a0.h0<k>``, …, ``a0.h0<v>``, …, ``m0``, …, ``logits``."""
+        """Names of the targets that read: ``a0.h0<q>``, …, ``a0.h0<k>``, …, ``a0.h0<v>``, …, ``m0``, …, ``logits``."""
         layers = (
             (*(f"a{i}.h{h}<{c}>" for c in "qkv" for h in range(self.n_heads)), f"m{i}") for i in range(self.n_layers)
         )
@@ -77,19 +77,19 @@ class Shape:
 
     @cached_property
     def there(self) -> np.ndarray:
-        """Which edges there are, bool ``[n_sources, n_targets]``."""
-        found = np.zeros((self.n_sources, self.n_targets), bool)
+        """Which edges exist, bool ``[n_sources, n_targets]``."""
+        exists = np.zeros((self.n_sources, self.n_targets), bool)
         for i in range(self.n_layers):
             columns = self.columns(i)
-            found[: self.before_attention(i), columns] = True
-            found[: self.before_mlp(i), columns.stop - 1] = True
-        found[:, -1] = True
-        found.setflags(write=False)
-        return found
+            exists[: self.before_attention(i), columns] = True
+            exists[: self.before_mlp(i), columns.stop - 1] = True
+        exists[:, -1] = True
+        exists.setflags(write=False)
+        return exists
 
     @cached_property
     def readers(self) -> np.ndarray:
-        """Number of the node that each target belongs to, int ``[n_targets]``; `n_sources` for the logits."""
+        """Index of the node of each target, int ``[n_targets]``; `n_sources` for the logits."""
         by_layer = [
             [self.before_attention(i) + h for _ in "qkv" for h in range(self.n_heads)]
             + [self.before_attention(i) + self.n_heads]
@@ -100,7 +100,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Edge:
-    """One edge, as its name says it: ``a3.h5 -> logits``, ``input -> a0.h1<q>``."""
+    """One edge, such as ``a3.h5 -> logits`` or ``input -> a0.h1<q>``."""
 
     source: str
     target: str
@@ -115,52 +115,53 @@ class Edge:
 
 @dataclass(frozen=True, eq=False)
 class Graph:
-    """Scores of all edges, and which of them are in the circuit; made by `attribution.edges`.
+    """Scores of all edges, and the subset of edges in the circuit; returned by `attribution.edges`.
 
-    Views (`edges`, `nodes`, `frame`) read two arrays. Circuits (`top`, `threshold`, `greedy`) are graphs with other edges
-    kept.
+    Views (`edges`, `nodes`, `frame`) read two arrays. Circuits (`top`, `threshold`, `greedy`) are graphs with another
+    `kept` mask.
     """
 
     scores: np.ndarray
-    """Mean over pairs of the share of ``LD_clean - LD_corrupt`` that an edge carries, float64 ``[n_sources, n_targets]``; 0
-    where there is no edge. Read-only."""
+    """Mean over pairs of the share of ``LD_clean - LD_corrupt`` that an edge carries, float64 ``[n_sources, n_targets]``;
+    0 without an edge. Read-only."""
     shape: Shape
     model: str
     config_hash: str
     weights_hash: str
     pairs_digest: str
-    """SHA-256 of all pairs that were given."""
+    """SHA-256 of all pairs, including excluded pairs."""
     n_pairs: int
     excluded: int
-    """Pairs left out because the model hardly tells their sides apart."""
+    """Number of pairs excluded because the model hardly distinguishes their sides."""
     direction: str
     kept: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
-    """Edges in the circuit, bool, shaped as `scores`; all that there are unless something was cut out."""
+    """Edges in the circuit, bool, shaped as `scores`; all existing edges by default."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
-    """How gradients were taken, plain JSON."""
+    """Options of the gradients, JSON-serializable."""
     low: np.ndarray = field(default_factory=lambda: np.zeros(0))
-    """Lower end of each score's interval over the pairs' groups, shaped as `scores`; empty where there is none."""
+    """Lower end of each score's interval over groups of pairs, shaped as `scores`; empty without intervals."""
     high: np.ndarray = field(default_factory=lambda: np.zeros(0))
-    """Upper end."""
+    """Upper end of each score's interval, as `low`."""
 
     def __post_init__(self) -> None:
         there = self.shape.there
-        kept = there if self.kept.size == 0 and there.size else np.array(self.kept, bool)
+        mask = there if self.kept.size == 0 and there.size else np.array(self.kept, bool)
         scores = np.array(self.scores, np.float64)
-        if scores.shape != there.shape or kept.shape != there.shape or not np.isfinite(scores).all():
-            msg = f"a graph of {self.shape.n_layers} layers of {self.shape.n_heads} heads needs finite scores {list(there.shape)}"
+        if scores.shape != there.shape or mask.shape != there.shape or not np.isfinite(scores).all():
+            decoder = f"{self.shape.n_layers} layers of {self.shape.n_heads} heads"
+            msg = f"a graph of {decoder} needs finite scores, and kept, of shape {list(there.shape)}"
             raise PatchError(msg)
-        if len(self.shape.parallel) != self.shape.n_layers or (scores[~there] != 0).any() or kept[~there].any():
-            msg = "a graph has scores of edges that lead backwards: they do not belong to it"
+        if len(self.shape.parallel) != self.shape.n_layers or (scores[~there] != 0).any() or mask[~there].any():
+            msg = "the graph has scores of edges that do not exist (backward edges); set them to 0"
             raise PatchError(msg)
         ends = {name: np.array(getattr(self, name), np.float64) for name in ("low", "high")}
         if (
             any(array.shape not in ((0,), there.shape) for array in ends.values())
             or len({a.shape for a in ends.values()}) > 1
         ):
-            msg = f"intervals of a graph's scores {list(there.shape)} need as many ends"
+            msg = f"low and high must both have the shape of the scores {list(there.shape)}, or both be empty"
             raise PatchError(msg)
-        for name, array in (("scores", scores), ("kept", kept.copy()), *ends.items()):
+        for name, array in (("scores", scores), ("kept", mask.copy()), *ends.items()):
             array.setflags(write=False)
             object.__setattr__(self, name, array)
         object.__setattr__(self, "provenance", MappingProxyType(dict(self.provenance)))
@@ -172,53 +173,53 @@ class Graph:
         )
 
     def __len__(self) -> int:
-        """Return the number of edges kept."""
+        """Return the number of edges in the circuit."""
         return int(self.kept.sum())
 
     # ---- views
 
     @property
     def edges(self) -> tuple[Edge, ...]:
-        """Edges kept, those of largest size first."""
+        """Edges of the circuit, by decreasing absolute score."""
         return tuple(self._edge(a, b) for a, b in self._ordered(self.kept, absolute=True))
 
     @property
     def nodes(self) -> tuple[str, ...]:
-        """Nodes that an edge kept begins or ends at, in the order they write, ``logits`` last."""
+        """Nodes at either end of an edge of the circuit, in the order in which they write, ``logits`` last."""
         return tuple(name for name, there in zip((*self.shape.sources, "logits"), self._touched, strict=True) if there)
 
     def score(self, name: str) -> float:
-        """Return the score of an edge by name; raises `PatchError` for one that there is not."""
+        """Return the score of an edge by name; raise `PatchError` if there is no such edge."""
         source, _, target = (part.strip() for part in name.partition("->"))
         if source not in self.shape.sources or target not in self.shape.targets:
-            msg = f"no edge '{name}': edges are named like 'input -> a0.h1<q>', 'a0.h1 -> m0', 'm0 -> logits'"
+            msg = f"unknown edge '{name}'; use names such as 'input -> a0.h1<q>', 'a0.h1 -> m0', 'm0 -> logits'"
             raise PatchError(msg)
         at = self.shape.sources.index(source), self.shape.targets.index(target)
         if not self.shape.there[at]:
-            msg = f"no edge '{name}': '{target}' reads before '{source}' writes"
+            msg = f"edge '{name}' does not exist: '{target}' reads before '{source}' writes"
             raise PatchError(msg)
         return float(self.scores[at])
 
     @property
     def heads(self) -> np.ndarray:
-        """Sum of the scores of each head's outgoing edges kept, float64 ``[n_layers, n_heads]``: a ranking of heads."""
+        """Sum of the scores of each head's outgoing edges in the circuit, float64 ``[n_layers, n_heads]``; ranks heads."""
         sums = np.where(self.kept, self.scores, 0).sum(1)[1:]
         return sums.reshape(self.shape.n_layers, self.shape.n_heads + 1)[:, :-1].copy()
 
     @property
     def explained(self) -> float | None:
-        """What share of ``LD_clean - LD_corrupt`` all edges out of ``input`` add up to, mean over pairs; 1 is all of it.
+        """Sum of the scores of all edges out of ``input``, as a share of ``LD_clean - LD_corrupt``, mean over pairs; ideally 1.
 
-        Of scores along the path only (completeness); None for others, and for graphs of earlier releases. The lowest and the
-        highest of the pairs are in ``provenance["explained"]``.
+        For scores with ``point="path"`` only (completeness); else None, also for graphs of earlier releases. The minimum
+        and maximum over pairs are in ``provenance["explained"]``.
         """
-        found = self.provenance.get("explained")
-        return float(found["mean"]) if isinstance(found, Mapping) and "mean" in found else None
+        summary = self.provenance.get("explained")
+        return float(summary["mean"]) if isinstance(summary, Mapping) and "mean" in summary else None
 
     def frame(self) -> pd.DataFrame:
-        """Return one row an edge kept, those of largest size first: name, source, target, input, score, low, high.
+        """Return one row per edge, by decreasing absolute score: name, source, target, input, score, low, high.
 
-        The last two are the score's 95 % interval when whole groups of pairs are drawn again; NaN where it is not known.
+        ``low`` and ``high`` are the score's 95 % bootstrap interval over groups of pairs; NaN without intervals.
         """
         import pandas as pd
 
@@ -234,37 +235,37 @@ class Graph:
     # ---- circuits
 
     def top(self, n: int, *, absolute: bool = True, prune: bool = True) -> Self:
-        """Return the circuit of the `n` edges of largest size (or score), dead ends pruned.
+        """Return the circuit of the `n` edges of largest absolute score (or score), without dead ends.
 
         Raises
         ------
         PatchError
-            Where there are fewer edges.
+            If the graph has fewer than `n` edges.
         """
         self._check(n)
-        kept = np.zeros_like(self.kept)
+        mask = np.zeros_like(self.kept)
         for a, b in list(self._ordered(self.shape.there, absolute=absolute))[:n]:
-            kept[a, b] = True
-        return self._cut(kept, prune=prune)
+            mask[a, b] = True
+        return self._cut(mask, prune=prune)
 
     def threshold(self, least: float, *, absolute: bool = True, prune: bool = True) -> Self:
-        """Return the circuit of the edges of at least this size (or score), dead ends pruned."""
+        """Return the circuit of the edges with at least this absolute score (or score), without dead ends."""
         size = np.abs(self.scores) if absolute else self.scores
         return self._cut((size >= least) & self.shape.there, prune=prune)
 
     def greedy(self, n: int, *, absolute: bool = True, prune: bool = True) -> Self:
-        """Return the circuit of `n` edges chosen from the logits backwards: always the largest edge into what is there.
+        """Return the circuit of `n` edges, selected from the logits backwards: always the largest edge into the circuit.
 
-        As in the released code of Hanna et al. 2024: unlike `top`, no edge is chosen that leads nowhere. Fewer than `n`
-        remain where pruning finds nodes that nothing reaches.
+        As in the released code of Hanna et al. 2024: unlike `top`, every edge leads to the logits. Fewer than `n` remain
+        if pruning removes nodes that the input does not reach.
 
         Raises
         ------
         PatchError
-            Where there are fewer edges.
+            If the graph has fewer than `n` edges.
         """
         self._check(n)
-        shape, kept = self.shape, np.zeros_like(self.kept)
+        shape, mask = self.shape, np.zeros_like(self.kept)
         size = np.abs(self.scores) if absolute else self.scores
         inside = np.zeros(shape.n_sources + 1, bool)
         waiting: list[tuple[float, int, int]] = []
@@ -280,28 +281,28 @@ class Graph:
             if not waiting:
                 break
             _, a, b = heapq.heappop(waiting)
-            kept[a, b] = True
+            mask[a, b] = True
             if not inside[a]:
                 enter(a)
-        return self._cut(kept, prune=prune)
+        return self._cut(mask, prune=prune)
 
     def pruned(self) -> Self:
-        """Return the circuit without dead ends: nodes that nothing leads to from the input, or that lead nowhere."""
-        kept, shape = self.kept.copy(), self.shape
+        """Return the circuit without dead ends: nodes without a path from the input or to the logits."""
+        mask, shape = self.kept.copy(), self.shape
         while True:
             reached = np.zeros(shape.n_sources, bool)
-            reached[shape.readers[kept.any(0)][shape.readers[kept.any(0)] < shape.n_sources]] = True
+            reached[shape.readers[mask.any(0)][shape.readers[mask.any(0)] < shape.n_sources]] = True
             reached[0] = True
-            alive = np.append(reached & kept.any(1), True)
-            fewer = kept & alive[:-1, None] & alive[shape.readers][None]
-            if (fewer == kept).all():
-                return replace(self, kept=kept)
-            kept = fewer
+            alive = np.append(reached & mask.any(1), True)
+            fewer = mask & alive[:-1, None] & alive[shape.readers][None]
+            if (fewer == mask).all():
+                return replace(self, kept=mask)
+            mask = fewer
 
     def draw(
         self, path: str | Path | None = None, ax: Axes | None = None, *, most: int = 200, title: str | None = None
     ) -> Axes:
-        """Draw the circuit, layers upwards, widths by size and colors by sign; see `circuits.results.graph_plot.draw`."""
+        """Draw the circuit, first layer at the bottom, edges by size and sign; see `circuits.results.graph_plot.draw`."""
         from circuits.results.graph_plot import draw
 
         return draw(self, path, ax, most=most, title=title)
@@ -309,14 +310,14 @@ class Graph:
     # ---- files
 
     def save(self, path: str | Path, *, every: bool = True) -> Path:
-        """Write one JSON file: what the graph is of, its nodes, and its edges by name with score and whether kept.
+        """Write one JSON file: provenance of the graph, its nodes, and its edges by name with score and ``kept``.
 
         Parameters
         ----------
         path
-            Where.
+            File to write.
         every
-            Also edges that are not kept; without them, what is read back has scores of 0 there.
+            Whether to write edges outside the circuit too; if not, their scores are 0 after loading.
         """
         path = Path(path)
         arrays = {"scores", "kept", "shape", "low", "high"}
@@ -332,23 +333,24 @@ class Graph:
             for a, b in np.argwhere(chosen)
         }
         shape = {"n_layers": self.shape.n_layers, "n_heads": self.shape.n_heads, "parallel": list(self.shape.parallel)}
-        whole = {_KIND: VERSION, **record, **shape, "nodes": list(self.nodes), "edges": edges}
-        whole[KEY] = document_digest(whole)
-        write_bytes(path, (json.dumps(whole, indent=1) + "\n").encode(), "graph")
+        document = {_KIND: VERSION, **record, **shape, "nodes": list(self.nodes), "edges": edges}
+        document[KEY] = document_digest(document)
+        write_bytes(path, (json.dumps(document, indent=1) + "\n").encode(), "graph")
         return path
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Read what `save` wrote; raises `StoreError` where it is missing, damaged, something else or newer."""
+        """Read a file written by `save`; raise `StoreError` if it is missing, damaged, of another kind or newer."""
         try:
             with reading_result(Path(path), "graph"):
                 record = read_json(path, error=StoreError)
         except RecursionError as error:
-            msg = f"{path} is no graph, or is damaged: {error}"
+            msg = f"{path} is not a graph file, or is damaged: {error}"
             raise StoreError(msg) from error
         version = record.get(_KIND) if isinstance(record, dict) else None
         if not isinstance(version, int) or not 1 <= version <= VERSION:
-            msg = f"{path}: {'no graph' if version is None else f'a graph of version {version}'}; this reads up to {VERSION}"
+            problem = "not a graph file" if version is None else f"a graph of version {version}"
+            msg = f"{path} is {problem}; supported versions: 1 to {VERSION}"
             raise StoreError(msg)
         take_digest(record, str(path), StoreError, required=version > _LAST_WITHOUT_DIGEST)
         try:
@@ -357,19 +359,19 @@ class Graph:
             record.pop("nodes")
             if not 0 < shape.n_sources * shape.n_targets <= MOST:
                 msg = f"{shape.n_layers} layers of {shape.n_heads} heads"
-                raise ValueError(msg)  # said below
+                raise ValueError(msg)  # re-raised below
             return cls(shape=shape, **_arrays(shape, record.pop("edges")), **record)
         except (KeyError, TypeError, ValueError, AttributeError, MemoryError) as error:
-            msg = f"{path}: damaged graph: {error!r}"
+            msg = f"{path} is a damaged graph file: {error!r}"
             raise StoreError(msg) from error
 
-    # ---- inside
+    # ---- helpers
 
     @property
     def _touched(self) -> np.ndarray:
-        found = np.append(self.kept.any(1), False)
-        found[self.shape.readers[self.kept.any(0)]] = True
-        return found
+        touched = np.append(self.kept.any(1), False)
+        touched[self.shape.readers[self.kept.any(0)]] = True
+        return touched
 
     def _edge(self, a: int, b: int) -> Edge:
         return Edge(self.shape.sources[a], self.shape.targets[b], float(self.scores[a, b]), bool(self.kept[a, b]))
@@ -383,28 +385,28 @@ class Graph:
         order = np.argsort(-(np.abs(size) if absolute else size), kind="stable")
         return ((int(a), int(b)) for a, b in at[order])
 
-    def _cut(self, kept: np.ndarray, *, prune: bool) -> Self:
-        found = replace(self, kept=kept)
-        return found.pruned() if prune else found
+    def _cut(self, mask: np.ndarray, *, prune: bool) -> Self:
+        circuit = replace(self, kept=mask)
+        return circuit.pruned() if prune else circuit
 
     def _check(self, n: int) -> None:
         there = int(self.shape.there.sum())
         if not 1 <= n <= there:
-            msg = f"a circuit of {n} edges: there are {there}"
+            msg = f"a circuit of {n} edges is impossible: choose 1 to {there}"
             raise PatchError(msg)
 
 
 def _arrays(shape: Shape, edges: Mapping[str, Mapping[str, Any]]) -> dict[str, np.ndarray]:
-    """Return scores, which edges are kept, and ends of intervals, of edges by name."""
-    found = {name: np.zeros(shape.there.shape) for name in ("scores", "low", "high")}
-    found["kept"] = np.zeros(shape.there.shape, bool)
+    """Return scores, the circuit mask and ends of intervals as arrays, from edges by name."""
+    arrays = {name: np.zeros(shape.there.shape) for name in ("scores", "low", "high")}
+    arrays["kept"] = np.zeros(shape.there.shape, bool)
     rows = {name: i for i, name in enumerate(shape.sources)}
     columns = {name: i for i, name in enumerate(shape.targets)}
     ends = all("low" in edge for edge in edges.values())
     for name, edge in edges.items():
         source, _, target = name.partition(" -> ")
         at = rows[source], columns[target]
-        found["scores"][at], found["kept"][at] = float(edge["score"]), bool(edge["kept"])
+        arrays["scores"][at], arrays["kept"][at] = float(edge["score"]), bool(edge["kept"])
         if ends:
-            found["low"][at], found["high"][at] = float(edge["low"]), float(edge["high"])
-    return found if ends and edges else {name: found[name] for name in ("scores", "kept")}
+            arrays["low"][at], arrays["high"][at] = float(edge["low"]), float(edge["high"])
+    return arrays if ends and edges else {name: arrays[name] for name in ("scores", "kept")}

@@ -1,4 +1,4 @@
-"""A circuit as a picture: layers upwards, heads side by side, the MLP at the end, edges between them."""
+"""Plot of a circuit: first layer at the bottom, heads in a row, the MLP to their right, edges between them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from circuits.results.graph import Edge, Graph
 
 FOR, AGAINST = "#2166ac", "#b2182b"
-"""Colors of edges that carry the answer and of those that work against it."""
+"""Colors of edges with positive and with negative score."""
 _HEAD, _MLP, _END = "#f7f7f7", "#e8dff0", "#dfeadf"
 
 
@@ -27,20 +27,20 @@ def draw(
     most: int = 200,
     title: str | None = None,
 ) -> Axes:
-    """Draw the edges kept of a graph.
+    """Draw the edges of a circuit.
 
     Parameters
     ----------
     graph
-        A circuit: of a whole graph the largest edges only are drawn.
+        The circuit; for a full graph, only the largest edges are drawn.
     path
-        Write a file in the format its name ends in.
+        File to write; its suffix selects the format.
     ax
-        Draw here; otherwise into a figure of its own, which belongs to no window.
+        Axes to draw into; by default those of a new figure without a window.
     most
-        Most edges to draw, those of largest size; the title says where there are more.
+        Largest number of edges to draw, by absolute score; the default title states an omission.
     title
-        Above the picture.
+        Title of the plot.
     """
     edges = graph.edges[:most]
     names = [name for name in (*graph.shape.sources, "logits") if name in _ends(edges)]
@@ -57,9 +57,9 @@ def draw(
     for name, (x, y) in at.items():
         _box(ax, name, x, y)
     _finish(ax, at, rows)
-    left = len(graph) - len(edges)
-    said = title or f"{graph.model}: {len(graph)} edges{f', the largest {most} drawn' if left else ''}"
-    ax.set_title(said, fontsize=10, parse_math=False)
+    omitted = len(graph) - len(edges)
+    caption = title or f"{graph.model}: {len(graph)} edges{f', the largest {most} drawn' if omitted else ''}"
+    ax.set_title(caption, fontsize=10, parse_math=False)
     figure = ax.get_figure(root=True)
     if path is not None and figure is not None:
         write_figure(figure, Path(path))
@@ -71,7 +71,7 @@ def _ends(edges: tuple[Edge, ...]) -> set[str]:
 
 
 def _rows(names: list[str]) -> list[list[str]]:
-    """Put nodes in rows: the input, each layer's heads and then its MLP, the logits."""
+    """Return nodes in rows: the input, each layer's heads and then its MLP, the logits."""
     rows: dict[tuple[int, int], list[str]] = {}
     for name in names:
         layer = -1 if name == "input" else 10**9 if name == "logits" else int(name[1:].partition(".")[0])
@@ -80,14 +80,14 @@ def _rows(names: list[str]) -> list[list[str]]:
 
 
 def _places(rows: list[list[str]]) -> dict[str, tuple[float, float]]:
-    """Return where each node is drawn; MLPs stand to the right of the heads, so that long edges pass beside them."""
+    """Return the coordinates of each node; MLPs are to the right of the heads, so that long edges do not cross them."""
     wide = max((len(row) for row in rows), default=1)
     at = {}
     for y, row in enumerate(rows):
         mlp = row[0].startswith("m")
         for k, name in enumerate(row):
             x = (wide - 1) / 2 + 0.35 * wide + 0.35 if mlp else k + (wide - len(row)) / 2
-            # Neighbours in a row stand at unlike heights: an edge between rows then does not run through a third node.
+            # Neighbors in a row differ in height, so that an edge between rows does not cross a third node.
             at[name] = (x, y + 0.16 * (k % 2))
     return at
 

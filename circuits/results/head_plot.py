@@ -1,4 +1,4 @@
-"""Scores of heads as a picture."""
+"""Plots of head scores."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ def heatmap(
     path: str | Path | None = None,
     ax: Axes | None = None,
 ) -> Axes:
-    """Draw scores ``[n_layers, n_heads]`` with 0 in the middle of the colors, the first layer at the bottom.
+    """Draw scores ``[n_layers, n_heads]`` with a color scale centered at 0, the first layer at the bottom.
 
     Parameters
     ----------
     values
-        What the colors say.
+        Scores to draw.
     title, label
-        Above the picture, and beside its color bar.
+        Title of the plot, and label of its color bar.
     marked
         Heads to mark with a dot, bool of the same shape.
     path
-        Write a file in the format its name ends in.
+        File to write; its suffix selects the format.
     ax
-        Draw here; otherwise into a figure of its own, which belongs to no window.
+        Axes to draw into; by default those of a new figure without a window.
     """
     if ax is None:
         from matplotlib.figure import Figure
@@ -63,20 +63,20 @@ def heatmap(
 
 
 def write_figure(figure: Figure | SubFigure, path: Path) -> None:
-    """Write a figure in the format that the file's name ends in; the file is whole or as it was before.
+    """Write a figure in the format of the file's suffix, atomically: on failure the old file remains.
 
     Raises
     ------
     ConfigError
-        Where matplotlib knows no format of that ending.
+        If matplotlib does not support the suffix.
     StoreError
-        Where the file cannot be written.
+        If the file cannot be written.
     """
-    known = figure.canvas.get_supported_filetypes()
-    form = path.suffix.removeprefix(".").lower() or "png"
-    if form not in known:
-        msg = f"{path}: no picture format '{form}'; choose an ending from {', '.join(sorted(known))}"
+    formats = figure.canvas.get_supported_filetypes()
+    extension = path.suffix.removeprefix(".").lower() or "png"
+    if extension not in formats:
+        msg = f"{path}: unknown picture format '{extension}'; choose from {', '.join(sorted(formats))}"
         raise ConfigError(msg)
     buffer = io.BytesIO()
-    figure.canvas.print_figure(buffer, format=form, dpi=150)
+    figure.canvas.print_figure(buffer, format=extension, dpi=150)
     write_bytes(path, buffer.getvalue(), "figure")

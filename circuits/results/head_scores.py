@@ -1,4 +1,4 @@
-"""What each head does to the answer, over pairs: effects, how sure they are, and the heads to look at."""
+"""Effects of heads on the answer, over pairs: means, uncertainty, and selection of heads."""
 
 from __future__ import annotations
 
@@ -39,39 +39,39 @@ _LISTS = ("ids", "groups", "levels", "kinds")
 
 @dataclass(frozen=True, eq=False)
 class HeadScores:
-    """Effect of patching each head, by pair; made by `patch_heads`."""
+    """Effect of patching each head, by pair; returned by `patch_heads`."""
 
     effects: np.ndarray
     """float32 ``[n_pairs, n_layers, n_heads]``: share of the difference between clean and corrupt that a head carries;
-    0 for nothing, 1 for all, negative where it works against it. Read-only."""
+    0 for none, 1 for all, negative if it opposes the answer. Read-only."""
     clean: np.ndarray
     """Log-odds of the clean against the corrupt answer in the clean run, float32 ``[n_pairs]``."""
     corrupt: np.ndarray
-    """The same in the corrupt run."""
+    """The same log-odds in the corrupt run."""
     ids: tuple[str, ...]
     """Id of each pair's clean example."""
     groups: tuple[str, ...]
-    """Scene or image of each pair: the unit of the intervals."""
+    """Scene or image of each pair: the resampling unit of the intervals."""
     levels: tuple[str, ...]
-    """``object``, ``attribute`` or ``relation``, of each pair."""
+    """``object``, ``attribute`` or ``relation``, for each pair."""
     kinds: tuple[str, ...]
-    """What was changed in each pair."""
+    """Kind of change in each pair."""
     tokens: str
-    """Where heads were patched: ``last`` or ``suffix``."""
+    """Patched positions: ``last`` or ``suffix``."""
     direction: str
     """``denoise`` or ``noise``."""
     min_effect: float
-    """Least ``|LD_clean - LD_corrupt|`` of the pairs kept, in logits."""
+    """Least ``|LD_clean - LD_corrupt|`` of a pair, in logits."""
     excluded: int
-    """Number of pairs left out because they were under it."""
+    """Number of pairs excluded because they are below `min_effect`."""
     model: str
     """Name of the model."""
     config_hash: str
     weights_hash: str
     pairs_digest: str
-    """SHA-256 of all pairs that were given, those left out included."""
+    """SHA-256 of all pairs, including excluded pairs."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
-    """Anything else worth keeping, plain JSON."""
+    """Further provenance, JSON-serializable."""
 
     def __post_init__(self) -> None:
         for name in _ARRAYS:
@@ -83,21 +83,19 @@ class HeadScores:
         object.__setattr__(self, "provenance", MappingProxyType(dict(self.provenance)))
         sizes = {name: len(getattr(self, name)) for name in _ARRAYS + _LISTS}
         if self.effects.ndim != 3 or len(set(sizes.values())) != 1 or not len(self.effects):
-            msg = (
-                f"head scores need effects [n_pairs, n_layers, n_heads] and as many of the rest, at least one: {sizes}"
-            )
+            msg = f"head scores need effects [n_pairs, n_layers, n_heads], and all fields of equal length >= 1; got {sizes}"
             raise PatchError(msg)
 
     # ---- numbers
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Number of layers, and of heads in each."""
+        """Number of layers, and of heads per layer."""
         return self.effects.shape[1], self.effects.shape[2]
 
     @property
     def n_pairs(self) -> int:
-        """Number of pairs kept."""
+        """Number of pairs."""
         return len(self.effects)
 
     @property
@@ -126,61 +124,61 @@ class HeadScores:
 
     @property
     def sign(self) -> np.ndarray:
-        """Share of groups whose mean effect is above 0, float64 ``[n_layers, n_heads]``; 1 where all agree."""
+        """Share of groups with a mean effect above 0, float64 ``[n_layers, n_heads]``."""
         return share_positive(self.effects, self.groups)
 
     def family_p(self, flips: int = 2000, seed: int = 0) -> np.ndarray:
         """Return each head's two-sided p against no effect, corrected for all heads, ``[n_layers, n_heads]``.
 
-        By flipping the signs of whole groups and comparing with the largest statistic of any head:
-        `circuits.results.statistics.family_p`. The chance that any head without an effect has p <= a is at most a.
+        Sign-flip test over groups with the maximum statistic over heads: `circuits.results.statistics.family_p`. The
+        probability that any head without an effect has p <= a is at most a.
         """
         return family_p(self.effects, self.groups, flips, seed)
 
     def stability(self, k: int = 5, splits: int = 200, seed: int = 0, level: float = 0.95) -> Stability:
-        """Divide the groups into random halves and say how alike the two rank the heads.
+        """Split the groups into random halves and measure the agreement of their rankings of heads.
 
         Parameters
         ----------
         k
-            How many of the first heads to compare.
+            Number of top heads to compare.
         splits
-            Number of random divisions.
+            Number of random splits.
         seed
             Decides them.
         level
-            Share of the divisions that the ranges cover. They say how much rankings from half of the groups vary, not
-            how sure the ranking from all of them is: that is surer.
+            Share of the splits that the ranges cover. The ranges describe rankings from half of the groups; the ranking
+            from all groups is more certain.
 
         Raises
         ------
         PatchError
-            With fewer than 4 groups, or fewer than `k` heads.
+            If there are fewer than 4 groups, or fewer than `k` heads.
         """
         return stability(self.effects, self.groups, k, splits, seed, level)
 
-    # ---- choices
+    # ---- selection
 
     def top(self, k: int) -> tuple[Head, ...]:
-        """Return the `k` heads of largest mean effect, largest first; raises `PatchError` where there are fewer."""
+        """Return the `k` heads of largest mean effect, largest first; raise `PatchError` if there are fewer heads."""
         self._check_count(k)
         order = np.argsort(-self.mean, axis=None, kind="stable")[:k]
         return tuple(Head(int(i) // self.shape[1], int(i) % self.shape[1]) for i in order)
 
     def random_heads(self, k: int, seed: int, exclude: Collection[Head | str] = ()) -> tuple[Head, ...]:
-        """Return `k` heads at random, none of `exclude`: a control; see `circuits.random_heads`."""
+        """Return `k` random heads, none of `exclude`, as a control; see `circuits.random_heads`."""
         return random_heads(k, seed, exclude, shape=self.shape)
 
     def select(self, keep: np.ndarray) -> Self:
-        """Return the scores over some pairs only: a boolean mask or numbers, e.g. ``np.array(s.levels) == 'object'``."""
+        """Return the scores of some pairs, by boolean mask or indices, e.g. ``np.array(s.levels) == 'object'``."""
         which = np.arange(self.n_pairs)[keep]
         lists = {name: tuple(getattr(self, name)[i] for i in which) for name in _LISTS}
         return replace(self, **{name: getattr(self, name)[which] for name in _ARRAYS}, **lists)
 
     def frame(self, level: float = 0.95) -> pd.DataFrame:
-        """Return one row a head: layer, head, name, effect, standard_error, low, high, sign, p, rank (1 for the largest).
+        """Return one row per head: layer, head, name, effect, standard_error, low, high, sign, p, rank (1 for the largest).
 
-        ``p`` is `family_p`: corrected for looking at all heads.
+        ``p`` is `family_p`, corrected for the number of heads.
         """
         import pandas as pd
 
@@ -204,43 +202,43 @@ class HeadScores:
         )
 
     def heatmap(self, path: str | Path | None = None, ax: Axes | None = None, *, level: float = 0.05) -> Axes:
-        """Draw the mean effects, layers upwards; a dot marks heads whose `family_p` is at most `level`.
+        """Draw the mean effects, first layer at the bottom; a dot marks heads whose `family_p` is at most `level`.
 
         Parameters
         ----------
         path
-            Where to write the picture; its ending decides the format. Without one nothing is written.
+            File to write; its suffix selects the format. None writes no file.
         ax
-            Where to draw; by default a figure of its own.
+            Axes to draw into; by default those of a new figure.
         level
-            Of significance.
+            Significance level.
         """
         title = f"{self.model}: {self.direction} at {self.tokens}, {self.n_pairs} pairs"
         return heatmap(self.mean, title=title, label="mean effect", marked=self.family_p() <= level, path=path, ax=ax)
 
     def _check_count(self, k: int) -> None:
         if not 1 <= k <= self.mean.size:
-            msg = f"top({k}): there are {self.mean.size} heads ({self.shape[0]} layers of {self.shape[1]})"
+            msg = f"k={k} must be between 1 and {self.mean.size} heads ({self.shape[0]} layers of {self.shape[1]})"
             raise PatchError(msg)
 
     # ---- files
 
     def save(self, path: str | Path) -> Path:
-        """Write one ``.safetensors`` file, numbers as tensors and the rest as JSON in its header."""
+        """Write one ``.safetensors`` file, with numbers as tensors and other fields as JSON in its header."""
         path = Path(path)
-        rest = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _ARRAYS}
-        card = {k: list(v) if k in _LISTS else dict(v) if k == "provenance" else v for k, v in rest.items()}
+        fields_of_card = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _ARRAYS}
+        card = {k: list(v) if k in _LISTS else dict(v) if k == "provenance" else v for k, v in fields_of_card.items()}
         artifacts.write(path, _KIND, VERSION, {name: getattr(self, name) for name in _ARRAYS}, card)
         return path
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Read what `save` wrote; raises `StoreError` where it is missing, damaged, something else or newer."""
+        """Read a file written by `save`; raise `StoreError` if it is missing, damaged, of another kind or newer."""
         tensors, card = artifacts.read(Path(path), _KIND, VERSION)
         try:
             return cls(**tensors, **card)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            msg = f"{path}: damaged head scores: {error}"
+            msg = f"{path} is a damaged file of head scores: {error}"
             raise StoreError(msg) from error
 
 
@@ -253,18 +251,18 @@ def compare(
     seed: int = 0,
     level: float = 0.95,
 ) -> Comparison:
-    """Say how alike two scores of the same heads are: other pairs, other positions, another direction, another model.
+    """Measure the agreement of two scores of the same heads, e.g. with other pairs, positions, directions or models.
 
-    Groups are drawn with replacement; a group in both is drawn for both at once, so that on the same pairs the
-    difference is a paired one, and groups in one only are drawn apart. A draw ranks heads by noisier means than the
-    data do: intervals of rank correlation and overlap therefore lie rather too low than too high.
+    Groups are drawn with replacement. A group in both scores is drawn jointly, so that the difference is paired on shared
+    groups; other groups are drawn independently. Draws rank heads by noisier means than the data, so intervals of rank
+    correlation and overlap tend to be too low.
 
     Parameters
     ----------
     a, b
-        Scores of models with as many layers and heads.
+        Scores of models with equal numbers of layers and heads.
     k
-        At which numbers of first heads to compare.
+        Numbers of top heads to compare.
     resamples
         Number of draws.
     seed
@@ -275,7 +273,7 @@ def compare(
     Raises
     ------
     PatchError
-        Where the shapes differ, or there are fewer than `k` heads.
+        If the shapes differ, or there are fewer than `k` heads.
     """
     first, second = Rows(a.effects, a.groups), Rows(b.effects, b.groups)
     return compare_rows(first, second, k, resamples=resamples, seed=seed, level=level)
@@ -284,27 +282,27 @@ def compare(
 def random_heads(
     k: int, seed: int, exclude: Collection[Head | str] = (), *, shape: tuple[int, int]
 ) -> tuple[Head, ...]:
-    """Return `k` different heads at random: the control of a choice of heads.
+    """Return `k` distinct random heads, as a control for a selection of heads.
 
     Parameters
     ----------
     k
-        How many.
+        Number of heads.
     seed
-        Decides which; nothing else does.
+        Random seed; the only source of randomness.
     exclude
-        Heads that are not to be drawn, the chosen ones say.
+        Heads to exclude, such as the selected heads.
     shape
-        Number of layers, and of heads in each.
+        Number of layers, and of heads per layer.
 
     Raises
     ------
     PatchError
-        Where fewer than `k` are left.
+        If fewer than `k` heads remain.
     """
-    out = set(parse_heads(exclude))
-    left = [head for i in range(shape[0]) for h in range(shape[1]) if (head := Head(i, h)) not in out]
-    if not 0 < k <= len(left):
-        msg = f"{k} heads at random: {len(left)} of {shape[0] * shape[1]} are left to draw from"
+    excluded = set(parse_heads(exclude))
+    candidates = [head for i in range(shape[0]) for h in range(shape[1]) if (head := Head(i, h)) not in excluded]
+    if not 0 < k <= len(candidates):
+        msg = f"cannot draw {k} random heads: {len(candidates)} of {shape[0] * shape[1]} heads are available"
         raise PatchError(msg)
-    return tuple(left[int(i)] for i in np.random.default_rng(seed).permutation(len(left))[:k])
+    return tuple(candidates[int(i)] for i in np.random.default_rng(seed).permutation(len(candidates))[:k])

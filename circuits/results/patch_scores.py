@@ -1,4 +1,4 @@
-"""What patching sites at positions does to the answer, over pairs."""
+"""Effects of patching sites at positions on the answer, over pairs."""
 
 from __future__ import annotations
 
@@ -23,42 +23,42 @@ _BY_PAIR = ("ids", "groups", "levels", "kinds")
 
 @dataclass(frozen=True, eq=False)
 class PatchScores:
-    """Effect of patching each site, by pair and position; made by `circuits.patch`."""
+    """Effect of patching each site, by pair and position; returned by `circuits.patch`."""
 
     effects: np.ndarray
-    """float32 ``[n_pairs, n_sites, n_positions]``: the share of the difference between clean and corrupt that is carried;
-    0 for nothing, 1 for all. NaN where a pair has fewer positions than others: they are aligned at the last. Read-only."""
+    """float32 ``[n_pairs, n_sites, n_positions]``: the share of the difference between clean and corrupt that a site
+    carries; 0 for none, 1 for all. NaN if a pair has fewer positions than others: they are aligned at the last. Read-only."""
     clean: np.ndarray
     """The metric in the clean run, float32 ``[n_pairs]``."""
     corrupt: np.ndarray
-    """The same in the corrupt run."""
+    """The metric in the corrupt run."""
     sites: tuple[str, ...]
-    """What was patched at once: ``decoder.L3.resid_post``, ``L3.H5``, ``L3.H5+L4.H1``, the path ``L3.H5->L4.H1``."""
+    """Names of patched units: ``decoder.L3.resid_post``, ``L3.H5``, ``L3.H5+L4.H1``, the path ``L3.H5->L4.H1``."""
     positions: tuple[str, ...]
-    """What each position is: the tokens asked for, or, where each was patched apart, its distance from the last of
-    them, ``-2``, ``-1``, ``0``."""
+    """Names of positions: the requested tokens, or, with ``:each``, the distance from the last of them, ``-2``, ``-1``,
+    ``0``."""
     ids: tuple[str, ...]
     """Id of each pair's clean example."""
     groups: tuple[str, ...]
-    """Scene or image of each pair: the unit of the standard errors."""
+    """Scene or image of each pair: the cluster of the standard errors."""
     levels: tuple[str, ...]
     kinds: tuple[str, ...]
     tokens: str
     direction: str
     metric: str
     min_effect: float
-    """Least ``|M_clean - M_corrupt|`` of the pairs kept, in units of the metric."""
+    """Least ``|M_clean - M_corrupt|`` of a pair, in units of the metric."""
     excluded: int
-    """Number of pairs left out because they were under it."""
+    """Number of pairs excluded because they are below `min_effect`."""
     path: str
-    """``shared prefix``, or ``whole forwards`` where the model does not allow it; results are the same."""
+    """Method of the runs: ``shared prefix``, or ``whole forwards`` if the model does not support it; same results."""
     model: str
     config_hash: str
     weights_hash: str
     pairs_digest: str
-    """SHA-256 of all pairs that were given, those left out included."""
+    """SHA-256 of all pairs, including excluded pairs."""
     through: str = ""
-    """Of patched paths, by which of a receiver's inputs, and what lies between: ``qkv, mlps frozen``."""
+    """For paths, the receiver's inputs and the state of the MLPs: ``qkv, mlps frozen``."""
 
     def __post_init__(self) -> None:
         for name in _ARRAYS:
@@ -69,19 +69,19 @@ class PatchScores:
             object.__setattr__(self, name, tuple(getattr(self, name)))
         shape = (len(self.ids), len(self.sites), len(self.positions))
         if self.effects.shape != shape or not len(self.ids):
-            msg = f"patch scores {list(self.effects.shape)} do not fit {shape[0]} pairs, {shape[1]} sites, {shape[2]} positions"
+            msg = f"effects {list(self.effects.shape)} must be non-empty, of pairs x sites x positions {list(shape)}"
             raise PatchError(msg)
 
     def __repr__(self) -> str:
         pairs, sites, positions = self.effects.shape
         return (
-            f"PatchScores({pairs} pairs ({self.excluded} left out) x {sites} sites x {positions} positions, {self.tokens}, "
+            f"PatchScores({pairs} pairs ({self.excluded} excluded) x {sites} sites x {positions} positions, {self.tokens}, "
             f"{self.direction}, {self.metric}, {self.path})"
         )
 
     @property
     def mean(self) -> np.ndarray:
-        """Mean effect over the pairs that have the position, float64 ``[n_sites, n_positions]``."""
+        """Mean effect over the pairs with the position, float64 ``[n_sites, n_positions]``."""
         there = ~np.isnan(self.effects)
         return np.nansum(self.effects, axis=0, dtype=np.float64) / there.sum(axis=0)
 
@@ -98,7 +98,7 @@ class PatchScores:
         return np.sqrt((sums**2).sum(axis=0) * len(names) / (len(names) - 1)) / counts
 
     def frame(self) -> pd.DataFrame:
-        """Return one row a site and position: site, position, effect, standard_error, n_pairs, excluded."""
+        """Return one row per site and position: site, position, effect, standard_error, n_pairs, excluded."""
         import pandas as pd
 
         sites, positions = self.mean.shape
@@ -114,19 +114,19 @@ class PatchScores:
         )
 
     def save(self, path: str | Path) -> Path:
-        """Write one ``.safetensors`` file, numbers as tensors and the rest as JSON in its header."""
+        """Write one ``.safetensors`` file, with numbers as tensors and other fields as JSON in its header."""
         path = Path(path)
-        rest = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _ARRAYS}
-        card = {k: list(v) if isinstance(v, tuple) else v for k, v in rest.items()}
+        fields_of_card = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _ARRAYS}
+        card = {k: list(v) if isinstance(v, tuple) else v for k, v in fields_of_card.items()}
         artifacts.write(path, _KIND, VERSION, {name: getattr(self, name) for name in _ARRAYS}, card)
         return path
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Read what `save` wrote; raises `StoreError` where it is missing, damaged, something else or newer."""
+        """Read a file written by `save`; raise `StoreError` if it is missing, damaged, of another kind or newer."""
         tensors, card = artifacts.read(Path(path), _KIND, VERSION)
         try:
             return cls(**tensors, **card)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            msg = f"{path}: damaged patch scores: {error}"
+            msg = f"{path} is a damaged file of patch scores: {error}"
             raise StoreError(msg) from error

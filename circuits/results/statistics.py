@@ -1,7 +1,7 @@
-"""How far scores of heads are to be believed: groups drawn anew, signs flipped, halves compared.
+"""Uncertainty of head scores: bootstrap over groups, sign-flip tests, split halves.
 
-Pairs of one scene rise and fall together, so the unit is the group everywhere: whole groups are drawn, flipped or
-divided. Effects are summed by group once, and each repetition is then one row of a matrix product.
+Pairs of one scene are correlated, so the unit is always the group: whole groups are drawn, flipped or split. Effects are
+summed by group once, and each repetition is then one row of a matrix product.
 """
 
 from __future__ import annotations
@@ -17,30 +17,30 @@ from groundscope.core.errors import ConfigError, PatchError
 from groundscope.core.statistics import FEW_GROUPS, Estimate, draws_interval
 
 _TIE = 1e-9
-"""Statistics closer than this, relatively, are equal: sums of the same numbers in another order."""
+"""Relative tolerance of ties: sums of the same numbers in another order count as equal."""
 
 
 @dataclass(frozen=True)
 class Stability:
-    """How alike two halves of the groups rank the heads, over random halves."""
+    """Agreement of the rankings of heads by two random halves of the groups."""
 
     rank_correlation: Estimate
-    """Median Spearman correlation of the two halves' mean effects over all heads, and the range of the splits."""
+    """Median Spearman correlation of the two halves' mean effects over all heads, and its range over splits."""
     overlap: Estimate
-    """Median share of the `k` heads of largest mean effect in one half that are among those of the other, and range."""
+    """Median share of the top `k` heads of one half in the top `k` of the other, and its range over splits."""
     k: int
     chance: float
-    """Overlap to be expected of unrelated rankings: ``k`` over the number of heads."""
+    """Expected overlap of unrelated rankings: ``k`` divided by the number of heads."""
 
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """How alike two sets of scores rank the heads, with bootstrap intervals over groups; made by `circuits.compare`."""
+    """Agreement of two scores of heads, with bootstrap intervals over groups; returned by `circuits.compare`."""
 
     rank_correlation: Estimate
     """Spearman correlation of the mean scores over all heads."""
     overlap: Mapping[int, Estimate]
-    """For each ``k`` the share of the top ``k`` heads of one that are among the top ``k`` of the other."""
+    """For each ``k``, the share of the top ``k`` heads of one score in the top ``k`` of the other."""
     difference: np.ndarray
     """Mean of the first minus mean of the second, float64 ``[n_layers, n_heads]``; paired where groups are shared."""
     low: np.ndarray
@@ -55,13 +55,13 @@ class Comparison:
             getattr(self, name).setflags(write=False)
 
     def chance(self, k: int) -> float:
-        """Return the overlap at `k` to be expected of unrelated rankings."""
+        """Return the expected overlap at `k` of unrelated rankings."""
         return k / self.n_heads
 
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Scores by row, and the group each row belongs to."""
+    """Scores by row, and the group of each row."""
 
     values: np.ndarray
     """``[N, n_layers, n_heads]``, finite."""
@@ -69,7 +69,7 @@ class Rows:
 
 
 def by_group(values: np.ndarray, groups: Sequence[str]) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """Return the groups' names in order, their sums float64 ``[G, ...]``, and their numbers of rows ``[G]``."""
+    """Return the sorted names of groups, their sums, float64 ``[G, ...]``, and their numbers of rows, ``[G]``."""
     names, index = np.unique(np.array(groups), return_inverse=True)
     sums = np.zeros((len(names), *values.shape[1:]))
     np.add.at(sums, index, values.astype(np.float64))
@@ -81,7 +81,7 @@ def mean_interval(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the bootstrap interval over groups of the mean over rows, ``[N, ...]`` -> twice ``[...]``.
 
-    Percentiles, moved apart for the number of groups (`groundscope.core.intervals.widen`); NaN for a single group.
+    Percentiles, widened for few groups (`groundscope.core.intervals.widen`); NaN for a single group.
     """
     _, sums, counts = by_group(values, groups)
     n = len(counts)
@@ -93,7 +93,7 @@ def mean_interval(
 
 
 def share_positive(values: np.ndarray, groups: Sequence[str]) -> np.ndarray:
-    """Return the share of groups whose mean is above 0, ``[N, L, H]`` -> ``[L, H]``."""
+    """Return the share of groups with a mean above 0, ``[N, L, H]`` -> ``[L, H]``."""
     _, sums, _ = by_group(values, groups)
     return (sums > 0).mean(axis=0)
 
@@ -101,28 +101,28 @@ def share_positive(values: np.ndarray, groups: Sequence[str]) -> np.ndarray:
 def family_p(values: np.ndarray, groups: Sequence[str], flips: int = 2000, seed: int = 0) -> np.ndarray:
     """Return for each head the two-sided p against no effect, corrected for all heads, ``[N, L, H]`` -> ``[L, H]``.
 
-    If a head does nothing, a group's sum is as likely to have one sign as the other. All heads of a group are flipped
-    together, which keeps how they hang together; the statistic is ``|sum| / sqrt(sum of squares)`` over groups, whose
-    denominator flips leave alone; and each head is compared with the largest statistic of any head (the maximum
-    statistic of Westfall & Young 1993; sign flips as in Winkler et al. 2014, NeuroImage 92:381). With b of B flips as
-    large, ``p = (1 + b) / (1 + B)``: never 0. With G groups no p is under ``2 ** (1 - G)`` in expectation.
+    If a head has no effect, both signs of a group's sum are equally likely. All heads of a group are flipped jointly,
+    which preserves their correlation. The statistic is ``|sum| / sqrt(sum of squares)`` over groups, whose denominator is
+    invariant under flips. Each head is compared with the maximum statistic over heads (Westfall & Young 1993; sign flips
+    as in Winkler et al. 2014, NeuroImage 92:381). If b of B flips are at least as large, ``p = (1 + b) / (1 + B)``, never
+    0. With G groups no p is below ``2 ** (1 - G)`` in expectation.
 
     Parameters
     ----------
     values, groups
         Scores ``[N, n_layers, n_heads]`` and the group of each row.
     flips
-        B.
+        Number of flips B.
     seed
-        Decides the flips.
+        Seed of the random flips.
 
     Raises
     ------
     ConfigError
-        For less than one flip.
+        If `flips` is less than 1.
     """
     if flips < 1:
-        msg = f"flips={flips}: at least 1 is needed, and p is never under 1 / (1 + flips)"
+        msg = f"flips={flips} must be at least 1; the smallest p is 1 / (1 + flips)"
         raise ConfigError(msg)
     _, sums, _ = by_group(values, groups)
     flat = sums.reshape(len(sums), -1)  # [G, heads]
@@ -130,18 +130,18 @@ def family_p(values: np.ndarray, groups: Sequence[str], flips: int = 2000, seed:
     scaled = np.divide(flat, size, out=np.zeros_like(flat), where=size > 0)
     signs = np.random.default_rng(seed).integers(0, 2, size=(flips, len(flat))) * 2.0 - 1.0
     largest = np.abs(signs @ scaled).max(axis=1)  # [flips]
-    seen = np.abs(scaled.sum(axis=0))
-    as_large = len(largest) - np.searchsorted(np.sort(largest), seen * (1 - _TIE))
+    observed = np.abs(scaled.sum(axis=0))
+    as_large = len(largest) - np.searchsorted(np.sort(largest), observed * (1 - _TIE))
     return ((1 + as_large) / (1 + flips)).reshape(values.shape[1:])
 
 
 def stability(
     values: np.ndarray, groups: Sequence[str], k: int, splits: int = 200, seed: int = 0, level: float = 0.95
 ) -> Stability:
-    """Divide the groups into random halves and compare how they rank the heads; see `HeadScores.stability`."""
+    """Split the groups into random halves and compare their rankings of heads; see `HeadScores.stability`."""
     _, sums, counts = by_group(values, groups)
     if len(counts) < 4:
-        msg = f"{len(counts)} groups cannot be divided into halves that say anything: at least 4 are needed"
+        msg = f"stability needs at least 4 groups; got {len(counts)}"
         raise PatchError(msg)
     flat = sums.reshape(len(sums), -1)
     _check(k, splits, flat.shape[1], level)
@@ -161,31 +161,32 @@ def compare_rows(
 ) -> Comparison:
     """Compare two sets of scores of the same heads; see `circuits.compare`."""
     if a.values.shape[1:] != b.values.shape[1:] or not len(a.values) or not len(b.values):
-        msg = f"scores {list(a.values.shape)} and {list(b.values.shape)} are not of the same layers and heads, or empty"
+        msg = f"scores {list(a.values.shape)} and {list(b.values.shape)} differ in layers or heads, or are empty"
         raise PatchError(msg)
     shape = a.values.shape[1:]
     heads = int(np.prod(shape))
-    for one in k:
-        _check(one, resamples, heads, level)
+    for count in k:
+        _check(count, resamples, heads, level)
     names_a, sums_a, counts_a = by_group(a.values.reshape(-1, heads), a.groups)
     names_b, sums_b, counts_b = by_group(b.values.reshape(-1, heads), b.groups)
-    drawn_a, drawn_b, sizes = _draw_together(names_a, names_b, resamples, seed)
+    weights_a, weights_b, sizes = _draw_jointly(names_a, names_b, resamples, seed)
     mean_a, mean_b = sums_a.sum(0) / counts_a.sum(), sums_b.sum(0) / counts_b.sum()
-    means_a = (drawn_a @ sums_a) / (drawn_a @ counts_a)[:, None]  # [resamples, heads]
-    means_b = (drawn_b @ sums_b) / (drawn_b @ counts_b)[:, None]
+    means_a = (weights_a @ sums_a) / (weights_a @ counts_a)[:, None]  # [resamples, heads]
+    means_b = (weights_b @ sums_b) / (weights_b @ counts_b)[:, None]
     n = sum(sizes)
 
     fewest = min(sizes[0] + sizes[2], sizes[1] + sizes[2])
 
-    def measured(value: np.ndarray, draws: np.ndarray, least: float) -> Estimate:
+    def estimate(value: np.ndarray, draws: np.ndarray, least: float) -> Estimate:
         low, high = draws_interval(draws, value[0], fewest, level)
         return Estimate(float(value[0]), max(float(low), least), min(float(high), 1.0), n, fewest < FEW_GROUPS)
 
     low, high = draws_interval(means_a - means_b, mean_a - mean_b, fewest, level)
     return Comparison(
-        rank_correlation=measured(spearman(mean_a[None], mean_b[None]), spearman(means_a, means_b), -1.0),
+        rank_correlation=estimate(spearman(mean_a[None], mean_b[None]), spearman(means_a, means_b), -1.0),
         overlap={
-            one: measured(overlap(mean_a[None], mean_b[None], one), overlap(means_a, means_b, one), 0.0) for one in k
+            count: estimate(overlap(mean_a[None], mean_b[None], count), overlap(means_a, means_b, count), 0.0)
+            for count in k
         },
         difference=(mean_a - mean_b).reshape(shape),
         low=low.reshape(shape),
@@ -196,10 +197,10 @@ def compare_rows(
 
 
 def spearman(x: Float[np.ndarray, "r n"], y: Float[np.ndarray, "r n"]) -> Float[np.ndarray, " r"]:
-    """Return the Spearman correlation of each row, ties ranked in the middle; NaN where a row is constant."""
+    """Return the Spearman correlation of each row, with average ranks for ties; NaN if a row is constant."""
     import pandas as pd
 
-    # What float rounding tells apart is not a difference of rank.
+    # Round first, so that rounding errors do not break ties.
     ranks = [pd.DataFrame(np.round(v, 9)).rank(axis=1).to_numpy(np.float64) for v in (x, y)]
     a, b = (r - r.mean(axis=1, keepdims=True) for r in ranks)
     size = np.sqrt((a**2).sum(axis=1) * (b**2).sum(axis=1))
@@ -207,7 +208,7 @@ def spearman(x: Float[np.ndarray, "r n"], y: Float[np.ndarray, "r n"]) -> Float[
 
 
 def overlap(x: Float[np.ndarray, "r n"], y: Float[np.ndarray, "r n"], k: int) -> Float[np.ndarray, " r"]:
-    """Return for each row the share of the `k` largest of one that are among the `k` largest of the other."""
+    """Return for each row the share of the `k` largest of `x` that are among the `k` largest of `y`."""
     top = []
     for v in (x, y):
         mask = np.zeros(v.shape, bool)
@@ -216,34 +217,34 @@ def overlap(x: Float[np.ndarray, "r n"], y: Float[np.ndarray, "r n"], k: int) ->
     return (top[0] & top[1]).sum(axis=1) / k
 
 
-def _draw_together(
+def _draw_jointly(
     a: Sequence[str], b: Sequence[str], resamples: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray, tuple[int, int, int]]:
-    """Draw groups with replacement: those in both for both at once, those in one only apart from them."""
+    """Draw groups with replacement: shared groups jointly, other groups independently."""
     rng = np.random.default_rng(seed)
     shared = sorted(set(a) & set(b))
     parts = {"a": sorted(set(a) - set(b)), "b": sorted(set(b) - set(a)), "both": shared}
-    drawn: dict[str, np.ndarray] = {}
+    weights: dict[str, np.ndarray] = {}
     for names in parts.values():
         if names:
             counts = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=resamples)
-            drawn.update(zip(names, counts.T, strict=True))
-    first, second = (np.stack([drawn[name] for name in names], axis=1) for names in (a, b))
+            weights.update(zip(names, counts.T, strict=True))
+    first, second = (np.stack([weights[name] for name in names], axis=1) for names in (a, b))
     return first, second, (len(parts["a"]), len(parts["b"]), len(shared))
 
 
 def _range(draws: np.ndarray, level: float, n: int) -> Estimate:
-    known = draws[~np.isnan(draws)]
-    if not len(known):
+    finite = draws[~np.isnan(draws)]
+    if not len(finite):
         return Estimate(np.nan, np.nan, np.nan, n)
-    low, middle, high = np.quantile(known, [(1 - level) / 2, 0.5, (1 + level) / 2])
+    low, middle, high = np.quantile(finite, [(1 - level) / 2, 0.5, (1 + level) / 2])
     return Estimate(float(middle), float(low), float(high), n)
 
 
 def _check(k: int, repetitions: int, heads: int, level: float) -> None:
     if not 1 <= k <= heads:
-        msg = f"top {k}: there are {heads} heads"
+        msg = f"k={k} must be between 1 and {heads} heads"
         raise PatchError(msg)
     if repetitions < 1 or not 0 < level < 1:
-        msg = f"{repetitions} repetitions at level {level}: at least 1, and a level between 0 and 1, are needed"
+        msg = f"got {repetitions} repetitions and level={level}: repetitions must be at least 1, and level between 0 and 1"
         raise ConfigError(msg)

@@ -15,7 +15,7 @@ from experiments.run.stage_cache import runs_in
 from experiments.stages.table import TABLE
 from experiments.text import plain_console, printable, size
 from groundscope.core.errors import ConfigError, GroundscopeError
-from groundscope.core.locks import holder, taken
+from groundscope.core.locks import holder, is_locked
 from groundscope.core.paths import files_below, is_file
 
 _TOLD = ("all: right", "neutral: right", "conflict: wrong by prior", "adversarial absent: says yes")
@@ -50,7 +50,7 @@ def status(run: Path) -> RunStatus:
         if error:
             errors.append(f"{name}: {error}".splitlines()[0])
     count = sum(about.st_size for _, about in files_below(run) if stat.S_ISREG(about.st_mode))
-    at_work = holder(run / ".lock") if taken(run / ".lock") else ""
+    at_work = holder(run / ".lock") if is_locked(run / ".lock") else ""
     try:
         check_layout(run)
         figures = tuple(_figures(run))

@@ -1,1 +1,1 @@
-"""No subject: errors, files, locks, progress, statistics, text. Every room stands on it."""
+"""General helpers for all rooms: errors, files, locks, progress, statistics, text."""

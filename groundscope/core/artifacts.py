@@ -1,4 +1,4 @@
-"""Results on disk: one safetensors file, with everything that is not a tensor as JSON in its header."""
+"""Result files: one safetensors file, with all fields that are not tensors as JSON in its header."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from groundscope.core.user_files import parse_json
 
 
 def write(path: Path, kind: str, version: int, tensors: Mapping[str, np.ndarray], card: Mapping[str, Any]) -> None:
-    """Write tensors and a card; the file is whole or as it was before. Raises `StoreError` where it cannot be written."""
+    """Write tensors and a card atomically; raise `StoreError` if the file cannot be written."""
     text = canonical_json({"version": version, **card})
     write_bytes(path, encode_tensors(tensors, {kind: text}), kind)
 
 
 def write_bytes(path: Path, data: bytes, kind: str) -> None:
-    """Write a file whole; raises `StoreError` where that cannot be done."""
+    """Write a file atomically; raise `StoreError` if it cannot be written."""
     with explained(lambda reason: f"{path}: the {kind} cannot be written: {reason}"):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, data)
@@ -30,11 +30,11 @@ def write_bytes(path: Path, data: bytes, kind: str) -> None:
 
 @contextlib.contextmanager
 def reading_result(path: Path, kind: str) -> Iterator[None]:
-    """Turn an error of the system over a file of results into a `StoreError` that says what it is."""
+    """Convert a system error while reading a result file into a `StoreError` that names the file."""
     try:
         yield
     except FileNotFoundError as error:
-        msg = f"no {kind} at {path}: there is no such file"
+        msg = f"no {kind} at {path}: no such file"
         raise StoreError(msg) from error
     except OSError as error:
         msg = f"{path}: the {kind} cannot be read: {error.strerror or error}"
@@ -42,22 +42,25 @@ def reading_result(path: Path, kind: str) -> Iterator[None]:
 
 
 def read(path: Path, kind: str, version: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Read what `write` wrote; raises `StoreError` where it is missing, damaged, of another kind or a newer version."""
+    """Read a file written by `write`; raise `StoreError` if it is missing, damaged, of another kind or newer."""
     with reading_result(path, kind):
         tensors, header = read_tensors(path, error=StoreError)
     if kind not in header:
-        msg = f"{path} is no {kind}: its header names {', '.join(header) or 'nothing'}"
+        msg = f"{path} is not a {kind} file: its header contains {', '.join(header) or 'nothing'}"
         raise StoreError(msg)
     try:
         card = parse_json(header[kind])
     except (ValueError, RecursionError) as error:
-        msg = f"{path} is no {kind}, or is damaged: {error}"
+        msg = f"{path} is not a {kind} file, or is damaged: {error}"
         raise StoreError(msg) from error
     if not isinstance(card, dict):
-        msg = f"{path} is no {kind}, or is damaged: its card is not a JSON object"
+        msg = f"{path} is not a {kind} file, or is damaged: its card is not a JSON object"
         raise StoreError(msg)
-    found = card.pop("version", 0)
-    if not isinstance(found, int) or not 1 <= found <= version:
-        msg = f"{path}: {kind} of version {found}, this groundscope reads up to {version}; update it, or make the file again"
+    stored_version = card.pop("version", 0)
+    if not isinstance(stored_version, int) or not 1 <= stored_version <= version:
+        msg = (
+            f"{path} is a {kind} of version {stored_version}, but this groundscope supports versions 1 to {version}; update "
+            "groundscope, or create the file again"
+        )
         raise StoreError(msg)
     return tensors, card

@@ -1,4 +1,4 @@
-"""A cache of values by key that is bounded by the bytes that its values hold, not by their number."""
+"""A cache that is bounded by the total size of its values in bytes, not by their number."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ Value = TypeVar("Value")
 
 
 class BoundedCache(Generic[Value]):
-    """The values used last, as many as fit into a number of bytes.
+    """The most recently used values, up to a total number of bytes.
 
     Parameters
     ----------
     limit
-        Bytes that all values together may hold. A value larger than that is returned and not stored.
+        Largest total number of bytes. A larger value is returned without being stored.
     size
-        Returns the bytes that a value holds.
+        Returns the size of a value in bytes.
     """
 
     def __init__(self, limit: int, size: Callable[[Value], int]) -> None:
@@ -37,7 +37,7 @@ class BoundedCache(Generic[Value]):
         return BoundedCache(self._limit, self._size)
 
     def get(self, key: Hashable, make: Callable[[], Value]) -> Value:
-        """Return the value of a key; `make` computes it where it is not stored."""
+        """Return the value of a key; `make` computes it if it is not stored."""
         with self._lock:
             if key in self._values:
                 self._values.move_to_end(key)

@@ -1,4 +1,4 @@
-"""A digest inside a JSON document, so that a changed number in it is an error and not another result."""
+"""A digest inside a JSON document, so that an edited number is an error and not a different result."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ KEY = "digest"
 
 
 def document_digest(document: Mapping[str, Any]) -> str:
-    """Return the SHA-256 of a document as it is after writing and reading: JSON with sorted keys."""
-    plain = json.loads(json.dumps({key: value for key, value in document.items() if key != KEY}))
-    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+    """Return the SHA-256 of a document after a round trip through JSON, with sorted keys."""
+    parsed = json.loads(json.dumps({key: value for key, value in document.items() if key != KEY}))
+    return hashlib.sha256(json.dumps(parsed, sort_keys=True).encode()).hexdigest()
 
 
 def take_digest(document: dict[str, Any], where: str, error: type[GroundscopeError], *, required: bool) -> None:
-    """Remove the digest from a document that was read, and compare it.
+    """Remove the digest from a document and verify it.
 
     Parameters
     ----------
@@ -30,16 +30,16 @@ def take_digest(document: dict[str, Any], where: str, error: type[GroundscopeErr
     error
         The class of the exception.
     required
-        Whether a document without a digest is damaged; those of earlier releases have none.
+        Whether a missing digest is an error; documents of earlier releases have none.
 
     Raises
     ------
     GroundscopeError
-        An `error` where the digest is not that of the rest.
+        An `error` if the digest does not match the content.
     """
     digest = document.pop(KEY, None)
     if digest is None and not required:
         return
     if digest != document_digest(document):
-        msg = f"{where}: damaged: its content does not have the digest that it states"
+        msg = f"{where} is damaged: its content does not match its digest"
         raise error(msg)

@@ -1,25 +1,25 @@
-"""The one family of errors a user can cause.
+"""Errors that users can cause.
 
-Every message says what was asked, what exists, and what to do about it.
+Every message states what was wrong, the allowed values, and the fix.
 """
 
 from __future__ import annotations
 
 
 class GroundscopeError(ValueError):
-    """A mistake in what the user asked for or brought; raised before work starts where possible."""
+    """Base class of errors in a user's request or files; raised before work starts where possible."""
 
 
 class DataError(GroundscopeError):
-    """A dataset, question file, annotation file or image that cannot be used as it is."""
+    """A dataset, question file, annotation file or image that cannot be used."""
 
 
 class ConfigError(GroundscopeError):
-    """An option with a value that does not exist, does not fit the others or belongs to another version."""
+    """An option whose value is unknown, conflicts with other options or belongs to another version."""
 
 
 class ModelError(GroundscopeError):
-    """A model that cannot be found, loaded or understood."""
+    """A model that cannot be found, loaded or supported."""
 
 
 class SiteError(GroundscopeError):
@@ -27,11 +27,11 @@ class SiteError(GroundscopeError):
 
 
 class StoreError(GroundscopeError):
-    """An activation store that is missing, damaged, unfinished or made from other inputs."""
+    """An activation store or result file that is missing, damaged, unfinished or computed from other inputs."""
 
 
 class ProbeError(GroundscopeError):
-    """Labels or features that a probe cannot be fitted to."""
+    """Labels or features to which a probe cannot be fitted."""
 
 
 class PatchError(GroundscopeError):

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and errors that say what happened to the folder."""
+"""Atomic file writes, digests, folder locks, and errors that state the reason."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from groundscope.core.paths import create_part, is_file, part_path
 
 try:
     import fcntl
-except ImportError:  # not a Unix: no lock, the unique temporary names still keep files apart
+except ImportError:  # not Unix: no lock; unique temporary names still prevent collisions
     fcntl = None
 
 _ERRNO = re.compile(r"errno = (\d+)")
 
 
 class DamagedFileError(StoreError):
-    """A file whose bytes are not those that were sealed."""
+    """A file whose bytes do not match their digest."""
 
 
 def sync(path: Path) -> None:
-    """Make a file's bytes, or a folder's names, survive a power cut."""
+    """Flush a file's bytes, or a folder's entries, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -36,15 +36,15 @@ def sync(path: Path) -> None:
 
 
 def publish(temporary: Path, final: Path) -> None:
-    """Give a complete, synced file its final name, and make the name survive a power cut."""
+    """Rename a complete, synced file to its final name, and flush the folder to disk."""
     temporary.replace(final)
     sync(final.parent)
 
 
 def publish_new(temporary: Path, final: Path) -> None:
-    """Do as `publish`, but never replace a file; raises FileExistsError where the name is taken."""
+    """Rename as `publish`, but never replace a file; raise FileExistsError if the name exists."""
     try:
-        # A second name is given in one step or, if somebody has it, not at all; a rename would replace theirs.
+        # Creating a hard link is atomic and fails if the name exists; a rename would replace the file.
         os.link(temporary, final)
     except FileExistsError:
         raise
@@ -58,14 +58,14 @@ def publish_new(temporary: Path, final: Path) -> None:
 
 
 def part_of(path: Path, owner: str = "") -> Path:
-    """Return the temporary name under which a process writes a file; `owner` tells later whose it was."""
+    """Return a temporary name for writing a file; it contains `owner`, to identify the process later."""
     return part_path(path, owner)
 
 
 def write_whole(path: Path, data: bytes, owner: str = "") -> None:
-    """Write a file so that at every moment it is as before or as after, never half; a no-op where nothing changes.
+    """Write a file atomically: readers see the old or the new content; does nothing if the content is equal.
 
-    A link at `path` is replaced, never written through. An OSError names `path`.
+    A link at `path` is replaced, not followed. An OSError names `path`.
     """
     if is_file(path) and path.stat().st_size == len(data) and path.read_bytes() == data:
         return
@@ -81,20 +81,20 @@ def write_whole(path: Path, data: bytes, owner: str = "") -> None:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.filename is None:
-            error.filename = str(path)  # what fails on an open descriptor names no file
+            error.filename = str(path)  # errors of an open descriptor name no file
         raise
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 file by `write_whole`, whatever the locale; lone surrogates are written as escapes."""
+    """Write a UTF-8 file by `write_whole`, in any locale; lone surrogates are written as escapes."""
     write_whole(path, text.encode("utf-8", errors="backslashreplace"))
 
 
 @contextlib.contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """Give a new, empty file to write for code that takes a path; it gets its name once the block has ended without error.
+    """Yield the path of a new, empty temporary file; rename it to `path` when the block ends without error.
 
-    The name of the new file cannot be foreseen, so what opens it again by that name does not follow a link placed there.
+    The temporary name is random, so code that opens it by name cannot be redirected by a link.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary, file = create_part(path)
@@ -108,7 +108,7 @@ def whole(path: Path) -> Iterator[Path]:
 
 
 def same_bytes(a: Path, b: Path) -> bool:
-    """Whether both files are there and hold the same."""
+    """Whether both files exist and have equal content."""
     return a.is_file() and b.is_file() and a.stat().st_size == b.stat().st_size and file_digest(a) == file_digest(b)
 
 
@@ -119,7 +119,7 @@ def file_digest(path: Path) -> str:
 
 
 def system_number(error: BaseException) -> int | None:
-    """Return the number of a system error, None for others; HDF5 states it only inside its message."""
+    """Return the errno of a system error, None for other errors; HDF5 states it only in its message."""
     number = getattr(error, "errno", None)
     if number is None and isinstance(error, OSError | RuntimeError) and (match := _ERRNO.search(str(error))):
         number = int(match[1])
@@ -127,19 +127,19 @@ def system_number(error: BaseException) -> int | None:
 
 
 def too_many_files(error: BaseException | None) -> bool:
-    """Whether the process or the system has as many files open as it may."""
+    """Whether the limit of open files of the process or the system is reached."""
     return error is not None and system_number(error) in (errno.EMFILE, errno.ENFILE)
 
 
 def system_reason(error: OSError | RuntimeError) -> str:
-    """Return in words why the system refused."""
+    """Return the reason of a system error as text."""
     number = system_number(error)
     return os.strerror(number) if number else (str(error).splitlines() or [type(error).__name__])[0]
 
 
 @contextlib.contextmanager
 def explained(message: Callable[[str], str]) -> Iterator[None]:
-    """Turn what the system or HDF5 raises into a `StoreError`; `message` makes its text from the reason."""
+    """Convert a system or HDF5 error into a `StoreError`; `message` returns its text, given the reason."""
     try:
         yield
     except (OSError, RuntimeError) as error:
@@ -147,17 +147,17 @@ def explained(message: Callable[[str], str]) -> Iterator[None]:
 
 
 class Lock:
-    """Holds a file of a folder for this process, so that two writers never take one name; freed even by kill -9.
+    """An exclusive lock on a file for this process, so that two writers never use one name; released even by kill -9.
 
-    The child of a fork never holds it: there `release` only closes the descriptor.
+    A forked child does not hold the lock: there `release` only closes the descriptor.
 
     Raises
     ------
     StoreError
-        Where another process holds it. On a file system without locks there is none.
+        If another process holds the lock. On a file system without locks, no lock is acquired.
     """
 
-    def __init__(self, path: Path, held: str) -> None:
+    def __init__(self, path: Path, message: str) -> None:
         self._path = path
         self._owner = os.getpid()
         self._descriptor: int | None = None
@@ -169,18 +169,18 @@ class Lock:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 os.close(descriptor)
-                raise StoreError(held) from error
+                raise StoreError(message) from error
             except OSError:
                 os.close(descriptor)
                 return
-            # The holder before may have removed the file between our opening and locking it: then lock the new one.
+            # The previous holder may have removed the file between open and lock: then lock the new file.
             if path.exists() and path.stat().st_ino == os.fstat(descriptor).st_ino:
                 self._descriptor = descriptor
             else:
                 os.close(descriptor)
 
     def release(self) -> None:
-        """Let others have it; may be called again."""
+        """Release the lock; may be called repeatedly."""
         if self._descriptor is not None:
             if os.getpid() == self._owner:
                 self._path.unlink(missing_ok=True)
@@ -189,12 +189,12 @@ class Lock:
 
 
 def canonical_json(value: object) -> str:
-    """Return the one text that stands for a value: sorted keys, indent 1, ASCII.
+    """Return the canonical JSON text of a value: sorted keys, indent 1, ASCII.
 
     Raises
     ------
     StoreError
-        Where the value is not made of what JSON has: text, finite numbers, booleans, None, lists, mappings.
+        If the value is not JSON-serializable: text, finite numbers, booleans, None, lists, mappings.
     """
     try:
         return json.dumps(value, sort_keys=True, indent=1, allow_nan=False)

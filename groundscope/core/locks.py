@@ -1,9 +1,9 @@
-"""Locks on files: who is at work, and a door for one at a time.
+"""File locks between processes, with the identity of the holder.
 
-They are `flock` locks, held by the open file and freed by the system when its process ends, however it ends: a lock left
-by a dead process is free, and no age has to be guessed. What is written in the file (process, machine, time) is for
-people only. Between machines they hold where the file system passes them on: NFS since Linux 2.6.12 unless mounted with
-``nolock``, Lustre when mounted with ``flock``. Where a file system has no locks at all, that is an error, not a shrug.
+Locks are `flock` locks on an open file. The system releases them when the process ends in any way, so there are no stale
+locks and no timeouts. The content of the file (process, host, time) is for messages only. Locks work between machines if
+the file system supports it: NFS since Linux 2.6.12 unless mounted with ``nolock``, Lustre if mounted with ``flock``. A
+file system without locks is an error.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ _TAKEN = {errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES}
 
 
 def holder(path: Path) -> str:
-    """Say who wrote their name into a lock file last: ``process 123 on host, since 10:31:05``."""
+    """Return the last holder recorded in a lock file: ``process 123 on host, since 10:31:05``."""
     try:
-        found = read_json(path, limit=1 << 12) if is_file(path) else {}
-        return f"process {found['process']} on {found['host']}, since {found['since']}"
+        record = read_json(path, limit=1 << 12) if is_file(path) else {}
+        return f"process {record['process']} on {record['host']}, since {record['since']}"
     except (OSError, ValueError, KeyError, TypeError):
         return "another process"
 
 
-def taken(path: Path) -> bool:
-    """Say whether somebody holds a lock now."""
+def is_locked(path: Path) -> bool:
+    """Return whether a process holds the lock now."""
     try:
         if not is_file(path):
             return False
@@ -56,36 +56,36 @@ def lock(
     waiting: Callable[[str], None] = lambda _: None,
     transient: bool = False,
 ) -> Iterator[None]:
-    """Hold a lock.
+    """Hold a lock while the context is open.
 
     Parameters
     ----------
     path
-        Its file, made where it is not there.
+        The lock file; created if it does not exist.
     shared
-        Let others hold it too who say the same.
+        Whether to allow other shared holders.
     refuse
-        Makes the error where somebody holds it, from who that is; without it, wait.
+        Returns the error message, given the holder, if the lock is held; None to wait instead.
     waiting
-        Told who holds it, once, before the wait.
+        Called once with the holder before the wait.
     transient
-        Remove the file at the end.
+        Whether to remove the file at the end.
 
     Raises
     ------
     ConfigError
-        Where somebody holds it and `refuse` is given, or the file system cannot lock.
+        If the lock is held and `refuse` is given, or the file system has no locks.
     """
-    how = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+    mode = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     while True:
         file = _opened(path)
         try:
-            if not _take(file, how, path):
+            if not _take(file, mode, path):
                 if refuse is not None:
                     raise ConfigError(refuse(holder(path)))
                 waiting(holder(path))
-                fcntl.flock(file, how)
-            # Who held it may have removed the file meanwhile: then this is a lock on nothing, and another file counts.
+                fcntl.flock(file, mode)
+            # The previous holder may have removed the file: then this lock is void, and the new file must be locked.
             if is_file(path) and os.path.samestat(os.fstat(file.fileno()), path.lstat()):
                 break
         except BaseException:
@@ -93,9 +93,9 @@ def lock(
             raise
         file.close()
     with file:
-        about = {"process": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%H:%M:%S")}
+        record = {"process": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%H:%M:%S")}
         file.truncate(0)
-        file.write(json.dumps(about))
+        file.write(json.dumps(record))
         file.flush()
         try:
             yield
@@ -107,29 +107,29 @@ def lock(
 def _opened(path: Path) -> IO[str]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # A link or a FIFO in its place is neither followed nor waited for.
+        # Do not follow a link, and do not block on a FIFO.
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         descriptor = os.open(path, flags, 0o666)
     except OSError as error:
         if is_link(path):
-            msg = f"'{path}' is a symbolic link, which is not followed: remove it"
+            msg = f"the lock file '{path}' is a symbolic link; remove it"
             raise ConfigError(msg) from error
-        msg = f"'{path.parent}' cannot be written: {error.strerror}; choose a folder that can (root=…, name=…)"
+        msg = f"'{path.parent}' cannot be written: {error.strerror}; choose a writable folder (root=…, name=…)"
         raise ConfigError(msg) from error
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        msg = f"'{path}' is not a lock file but a FIFO or device: remove it"
+        msg = f"the lock file '{path}' is a FIFO or device; remove it"
         raise ConfigError(msg)
-    # Not "w": who holds it stays readable. NFS asks for reading for a shared lock and for writing for the other.
+    # Not "w", which would erase the holder. NFS needs read access for shared and write access for exclusive locks.
     return os.fdopen(descriptor, "r+", encoding="utf-8")
 
 
-def _take(file: IO[str], how: int, path: Path) -> bool:
+def _take(file: IO[str], mode: int, path: Path) -> bool:
     try:
-        fcntl.flock(file, how | fcntl.LOCK_NB)
+        fcntl.flock(file, mode | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in _TAKEN:
             return False
-        msg = f"the file system of '{path}' has no locks ({error.strerror}): choose a folder on another one (root=…)"
+        msg = f"the file system of '{path}' has no locks ({error.strerror}); choose a folder on another file system (root=…)"
         raise ConfigError(msg) from error
     return True

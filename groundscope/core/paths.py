@@ -1,8 +1,8 @@
-"""Paths that stay below a folder: names read from files, links, and files that are created under new names.
+"""Safe paths: names from files that must stay below a folder, links, and temporary names.
 
-A name that comes from a file may be absolute, may climb out with ``..``, or may pass through a symbolic link that somebody
-placed there. `below` is the one function that turns such a name into a path; whoever deletes, clears or writes uses it, and
-walks folders with `files_below`, which reports links instead of following them.
+A name from a file may be absolute, may leave the folder by ``..``, or may pass through a symbolic link. `below` is the
+only function that converts such a name to a path; code that deletes or writes files uses it, and lists folders with
+`files_below`, which reports links instead of following them.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ MAX_NAME_BYTES = 255
 
 
 def name_problem(name: object) -> str | None:
-    """Return why `name` is not a plain relative name (``a`` or ``a/b``), or None where it is one."""
+    """Return why `name` is not a plain relative name (``a`` or ``a/b``), or None if it is one."""
     if not isinstance(name, str):
         return f"a name must be text, not {type(name).__name__}"
     if not name:
         return "the name is empty"
     if "\0" in name:
-        return "the name holds a NUL character"
+        return "the name contains a NUL character"
     if name.startswith("/") or (os.name == "nt" and ("\\" in name or ":" in name)):
         return "the name is absolute"
     parts = name.split("/")
     if any(part in {"", ".", ".."} for part in parts):
-        return "the name holds '..', '.' or an empty part"
+        return "the name contains '..', '.' or an empty part"
     try:
         longest = max(len(part.encode()) for part in parts)
     except UnicodeEncodeError:
@@ -46,11 +46,11 @@ def below(root: Path, name: object, *, source: object = None, error: type[Ground
     Parameters
     ----------
     root
-        The folder. It may itself be a link: who names it, means it.
+        The folder; may itself be a link.
     name
-        A relative name with ``/`` between its parts, as a file holds it.
+        A relative name with ``/`` between its parts.
     source
-        The file that holds the name, for the message.
+        The file that contains the name, for the message.
     error
         The class of the exception.
 
@@ -62,7 +62,7 @@ def below(root: Path, name: object, *, source: object = None, error: type[Ground
     Raises
     ------
     GroundscopeError
-        An `error` for a name that is absolute, empty, holds ``..``, ``.`` or NUL, is not UTF-8, is too long, or passes
+        An `error` for a name that is absolute, empty, contains ``..``, ``.`` or NUL, is not UTF-8, is too long, or passes
         through a link.
     """
     origin = f"{source}: " if source is not None else ""
@@ -74,13 +74,13 @@ def below(root: Path, name: object, *, source: object = None, error: type[Ground
     for part in name.split("/"):
         path = path / part
         if is_link(path):
-            msg = f"{origin}'{path}' is a symbolic link, which is not followed: put the file or folder itself there"
+            msg = f"{origin}'{path}' is a symbolic link, which is not followed; replace it by the file or folder"
             raise error(msg)
     return path
 
 
 def is_link(path: Path) -> bool:
-    """Whether a path itself is a symbolic link, wherever it points."""
+    """Whether a path itself is a symbolic link, with any target."""
     try:
         return stat.S_ISLNK(path.lstat().st_mode)
     except (OSError, ValueError):
@@ -88,7 +88,7 @@ def is_link(path: Path) -> bool:
 
 
 def is_file(path: Path) -> bool:
-    """Whether a path itself is a regular file: no link, FIFO or device."""
+    """Whether a path itself is a regular file, not a link, FIFO or device."""
     try:
         return stat.S_ISREG(path.lstat().st_mode)
     except (OSError, ValueError):
@@ -96,9 +96,9 @@ def is_file(path: Path) -> bool:
 
 
 def files_below(root: Path) -> Iterator[tuple[str, os.stat_result]]:
-    """Yield everything below a folder that is not a folder: its name relative to `root`, with ``/``, and its own `lstat`.
+    """Yield every entry below a folder except folders: its name relative to `root`, with ``/``, and its `lstat`.
 
-    Links are reported, never followed; what disappears meanwhile, or cannot be listed, is passed over. Sorted.
+    Links are reported, not followed; entries that disappear or cannot be listed are skipped. Sorted.
     """
     pending = [""]
     while pending:
@@ -111,26 +111,26 @@ def files_below(root: Path) -> Iterator[tuple[str, os.stat_result]]:
         for entry in listed:
             name = f"{prefix}{entry.name}"
             try:
-                about = entry.stat(follow_symlinks=False)
+                status = entry.stat(follow_symlinks=False)
             except OSError:
                 continue
-            if stat.S_ISDIR(about.st_mode):
+            if stat.S_ISDIR(status.st_mode):
                 pending.append(f"{name}/")
             else:
-                yield name, about
+                yield name, status
 
 
 def create_part(path: Path, owner: str = "") -> tuple[Path, IO[bytes]]:
-    """Create a file next to `path` under a name that nobody can foresee, and open it for writing.
+    """Create a file next to `path` under a random name, and open it for writing.
 
-    It never opens what exists: not a file, and not a link that somebody placed there.
+    It never opens an existing file or link.
 
     Parameters
     ----------
     path
         The final name.
     owner
-        Part of the temporary name, by which a process recognizes its own.
+        Part of the temporary name that identifies the process.
 
     Returns
     -------
@@ -143,8 +143,8 @@ def create_part(path: Path, owner: str = "") -> tuple[Path, IO[bytes]]:
 
 
 def part_path(path: Path, owner: str = "") -> Path:
-    """Return a temporary name for a file, which nobody can foresee; `owner` tells later whose it was."""
+    """Return a random temporary name for a file; it contains `owner`, to identify the process later."""
     ending = f".{owner}{os.getpid()}-{secrets.token_hex(8)}.part"
-    # Names end at 255 bytes; the temporary one may be cut, it is renamed in any case.
-    kept = path.name.encode()[: MAX_NAME_BYTES - len(ending.encode())].decode(errors="ignore")
-    return path.with_name(f"{kept}{ending}")
+    # Names are limited to 255 bytes; the temporary name may be truncated, since it will be renamed.
+    stem = path.name.encode()[: MAX_NAME_BYTES - len(ending.encode())].decode(errors="ignore")
+    return path.with_name(f"{stem}{ending}")

@@ -1,7 +1,7 @@
-"""Permutations of labels whose rows come in groups, such as the questions of one image.
+"""Permutations of labels of grouped rows, such as the questions of one image.
 
-A permutation test and a control with shuffled labels ask what happens where labels have nothing to do with the features.
-Rows of a group share features and labels, so labels move as blocks: a group takes the labels of another whole group.
+A permutation test, or a control with shuffled labels, needs labels that are independent of the features. Rows of a group
+share features and labels, so labels move in blocks: a group takes the labels of another whole group.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from collections.abc import Hashable, Sequence
 import numpy as np
 
 LEAST_MOVABLE = 10
-"""Groups that must be able to move for shuffled labels to mean anything; see `movable_groups`."""
+"""Least number of movable groups for a meaningful permutation; see `movable_groups`."""
 
 
 def exchange_groups(
     groups: Sequence[Hashable] | np.ndarray, parts: np.ndarray, seed: int | list[int] | np.random.Generator
 ) -> np.ndarray:
-    """Return for each row the row whose label it takes, where groups of one part and one size exchange their rows.
+    """Return for each row the row whose label it takes; groups of one part and one size exchange their rows.
 
     Parameters
     ----------
@@ -26,7 +26,7 @@ def exchange_groups(
     parts
         ``[N]``: the part of each row (a fold, the held-out rows); a group belongs to one part.
     seed
-        Of the random order.
+        Seed of the random order.
 
     Returns
     -------
@@ -36,17 +36,17 @@ def exchange_groups(
 
     Notes
     -----
-    Why p-values from it are valid. The permutations that map every group onto a group of its part and size, in any order
+    Validity of p-values: the permutations that map every group onto a group of its part and size, in any order
     of rows, are a group in the algebraic sense (a product of wreath products ``S_m wr S_k``, one for each part and size m
     with k groups), and this function draws from it uniformly. If labels do not depend on features, then given
     features, parts and sizes the labels of groups of one size are exchangeable, and so are those within a group: the
     distribution of the labels is the same under every such permutation. Then the rank of the true labels' statistic among
     those of B drawn permutations is uniform up to ties, and ``(1 + b) / (1 + B)`` is at most a with probability at most a,
-    whatever the statistic is (Hemerik & Goeman 2018, TEST 27:811, theorem 2). Exchanging labels among groups of unlike
-    sizes is no such permutation: it has to cut blocks, so that permuted labels agree less within groups than true ones,
-    and true ones look exceptional without reason.
+    for any statistic (Hemerik & Goeman 2018, TEST 27:811, theorem 2). Exchanging labels among groups of different sizes
+    is not such a permutation: it splits blocks, so permuted labels agree less within groups than true labels, and the
+    true labels seem exceptional without reason.
 
-    A group of a size that no other group of its part has, keeps its labels, up to their order.
+    A group whose size is unique in its part keeps its labels, up to their order.
     """
     rng = seed if isinstance(seed, np.random.Generator) else np.random.default_rng(seed)
     group, of_part, size = _blocks(groups, parts)
@@ -63,10 +63,10 @@ def exchange_groups(
 
 
 def movable_groups(groups: Sequence[Hashable] | np.ndarray, parts: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Return which groups `exchange_groups` can give other labels.
+    """Return which groups can get other labels by `exchange_groups`.
 
-    A group can where its own rows differ in their labels, or where another group of its part and size has other labels.
-    `LEAST_MOVABLE` such groups have at least ``2 ** 5`` different labelings: enough for a p-value under .05.
+    A group can if its own rows differ in their labels, or if another group of its part and size has other labels.
+    `LEAST_MOVABLE` such groups have at least ``2 ** 5`` distinct labelings: enough for a p-value below .05.
 
     Parameters
     ----------
@@ -95,7 +95,7 @@ def movable_groups(groups: Sequence[Hashable] | np.ndarray, parts: np.ndarray, l
 
 
 def _blocks(groups: Sequence[Hashable] | np.ndarray, parts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the number of each row's group ``[N]``, and the part and number of rows of each group ``[G]``."""
+    """Return the index of each row's group ``[N]``, and the part and the number of rows of each group ``[G]``."""
     _, group = np.unique(np.asarray(groups), return_inverse=True)
     _, part = np.unique(np.asarray(parts), return_inverse=True)
     size = np.bincount(group)

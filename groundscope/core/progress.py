@@ -1,4 +1,4 @@
-"""Progress of whatever takes more than a second: a bar on a terminal, quiet elsewhere, or a row in somebody's table."""
+"""Progress display of long operations: a bar on a terminal, nothing elsewhere, or a row in the caller's table."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _WATCHER: ContextVar[Watcher | None] = ContextVar("watcher", default=None)
 
 @contextmanager
 def watched(watcher: Watcher) -> Iterator[None]:
-    """Hand every display that is made inside to `watcher`, who draws it in a table of its own; it draws nothing itself."""
+    """Pass every display created in the context to `watcher`, which draws it; the display itself draws nothing."""
     token = _WATCHER.set(watcher)
     try:
         yield
@@ -25,27 +25,27 @@ def watched(watcher: Watcher) -> Iterator[None]:
 
 
 def display(*columns: ProgressColumn, show: bool | None = None) -> Progress:
-    """Return a display on standard error that vanishes when done.
+    """Return a transient progress display on standard error.
 
     Parameters
     ----------
     columns
-        What a line of it shows; rich's own choice by default.
+        Columns of a line; rich's defaults if empty.
     show
-        By default on a terminal only; False for never.
+        Whether to show the display; by default only on a terminal.
     """
     from rich.console import Console
     from rich.progress import Progress
 
     console = Console(stderr=True)
     watcher = _WATCHER.get() if show is not False else None
-    shown = watcher is None and (console.is_terminal if show is None else show)
-    made = Progress(*columns, console=console, disable=not shown, transient=True)
+    visible = watcher is None and (console.is_terminal if show is None else show)
+    progress = Progress(*columns, console=console, disable=not visible, transient=True)
     if watcher is not None:
-        watcher(made)
-    return made
+        watcher(progress)
+    return progress
 
 
 def progress_bar(show: bool | None = None) -> Progress:
-    """Return a display with rich's default columns; by default shown only on a terminal."""
+    """Return a display with rich's default columns; by default shown on a terminal only."""
     return display(show=show)

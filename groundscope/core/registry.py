@@ -1,6 +1,6 @@
-"""Open tables of named things: built-in entries, entries that a user registers, and entries of installed packages.
+"""Open registries: built-in entries, entries that a user registers, and entries of installed packages.
 
-A package adds entries without a change of ours, by an entry point in its ``pyproject.toml``::
+A package adds entries without changing this one, by an entry point in its ``pyproject.toml``::
 
     [project.entry-points."groundscope.loaders"]
     my_format = "my_package.loader:load"
@@ -27,12 +27,13 @@ class Registry(Mapping[str, T], Generic[T]):
     Parameters
     ----------
     kind
-        What one entry is, for messages: ``"loader"``.
+        Name of an entry in messages, such as ``"loader"``.
     entries
+        Built-in entries by name.
     group
-        Entry-point group of installed packages, read when the table is first searched or listed beyond its built-in entries.
+        Entry-point group of installed packages, read on the first search or listing beyond the built-in entries.
     check
-        Receives a new entry; returns what is wrong with it, or None.
+        Returns the problem of a new entry, or None if it is valid.
     error
         Class of the exception for an unknown name.
 
@@ -76,15 +77,15 @@ class Registry(Mapping[str, T], Generic[T]):
         entry
             The entry.
         replace
-            Also replace an entry of that name.
+            Whether to replace an existing entry of that name.
 
         Raises
         ------
         ConfigError
-            For a name that is in use, unless `replace`, and for an entry that does not fit the table.
+            If the name is in use and `replace` is False, or the entry is invalid.
         """
         if not replace and (name in self._entries or name in self._read_points()):
-            msg = f"a {self._kind} named '{name}' is registered already; choose another name, or pass replace=True"
+            msg = f"a {self._kind} named '{name}' is already registered; choose another name, or pass replace=True"
             raise ConfigError(msg)
         self._check_entry(name, entry)
         self._entries[name] = entry
@@ -94,12 +95,12 @@ class Registry(Mapping[str, T], Generic[T]):
 
     @property
     def failures(self) -> Mapping[str, str]:
-        """Entries of installed packages that could not be loaded: name to distribution and error."""
+        """Entries of installed packages that failed to load: distribution and error by name."""
         return MappingProxyType(self._failures)
 
     @property
     def origins(self) -> Mapping[str, str]:
-        """Entries loaded from installed packages: name to ``distribution version``, for provenance."""
+        """Entries loaded from installed packages: ``distribution version`` by name, for provenance."""
         return MappingProxyType(self._origins)
 
     def __getitem__(self, name: str) -> T:
@@ -115,7 +116,7 @@ class Registry(Mapping[str, T], Generic[T]):
         raise self._error(msg)
 
     def get(self, name: str, default: T | None = None) -> T | None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Return the entry, or `default` for an unknown name; raises for an entry that cannot be loaded."""
+        """Return the entry, or `default` for an unknown name; raise for an entry that cannot be loaded."""
         return self[name] if name in self else default  # noqa: SIM401 - this is get
 
     def __contains__(self, name: object) -> bool:
@@ -128,7 +129,7 @@ class Registry(Mapping[str, T], Generic[T]):
         return len(self._entries) + len(self._read_points())
 
     def _read_points(self) -> dict[str, EntryPoint]:
-        """Return the entry points that are not loaded yet; built-in names are not replaced by installed packages."""
+        """Return the entry points that are not yet loaded; installed packages do not replace built-in names."""
         if self._points is None:
             self._points = {}
             for point in entry_points(group=self._group) if self._group else ():
@@ -146,7 +147,7 @@ class Registry(Mapping[str, T], Generic[T]):
         try:
             entry = point.load()
             self._check_entry(name, entry)
-        except Exception as error:  # noqa: BLE001 - whatever another package raises must not stop the others
+        except Exception as error:  # noqa: BLE001 - a failing package must not affect others
             self._failures[name] = f"{_distribution(point)} ({point.value}): {type(error).__name__}: {error}"
             _LOG.warning("the %s '%s' was not loaded: %s", self._kind, name, self._failures[name])
             return
@@ -155,7 +156,7 @@ class Registry(Mapping[str, T], Generic[T]):
 
     def _check_entry(self, name: str, entry: T) -> None:
         if self._check is not None and (problem := self._check(entry)) is not None:
-            msg = f"the {self._kind} '{name}' does not fit: {problem}"
+            msg = f"the {self._kind} '{name}' is invalid: {problem}"
             raise ConfigError(msg)
 
 

@@ -1,9 +1,9 @@
-"""Intervals for values measured on groups of rows that belong together, such as the questions of one image.
+"""Intervals for values on groups of dependent rows, such as the questions of one image.
 
-Rows of one image are not independent: an interval that takes them for independent is too narrow. Two kinds of interval
-know groups. A rate has a formula (`groundscope.core.intervals.rate_interval`): Wilson's interval with the number of
-independent rows that are worth as much. Everything else has draws of whole groups (the cluster bootstrap: Davison & Hinkley
-1997, "Bootstrap Methods and their Application", section 3.8), whose percentiles are moved apart for the number of groups
+Rows of one image are not independent: an interval that assumes independence is too narrow. Two kinds of interval account
+for groups. A rate has a formula (`groundscope.core.intervals.rate_interval`): Wilson's interval with the effective number
+of independent rows. Other statistics use draws of whole groups (the cluster bootstrap: Davison & Hinkley 1997, "Bootstrap
+Methods and their Application", section 3.8), whose percentile intervals are widened for few groups
 (`groundscope.core.intervals.widen`). Coverage of both is measured in ``validation/test_coverage.py``.
 """
 
@@ -36,14 +36,14 @@ __all__ = [
 ]
 
 FEW_GROUPS = 10
-"""With fewer groups than this an interval says how little is known, not where the value is; results say so."""
+"""With fewer groups an interval is only a rough indication; results are flagged by `Estimate.few_groups`."""
 _KINDS_PAY = 10
-"""A multinomial number costs about as much as this many drawn groups."""
+"""Cost of one multinomial number, in units of one drawn group."""
 _CELLS = 1 << 18
-"""Drawn group numbers held at once: few enough to stay in the processor's cache."""
+"""Number of drawn group indices per block: small enough for a processor's cache."""
 
 Statistic = Callable[[NDArray[np.float64], NDArray[np.float64]], NDArray[np.float64]]
-"""From each draw's column totals ``[n, K]`` and numbers of rows ``[n]`` to its value ``[n]``."""
+"""Function from each draw's column totals ``[n, K]`` and numbers of rows ``[n]`` to its value ``[n]``."""
 
 
 @dataclass(frozen=True)
@@ -51,13 +51,13 @@ class Estimate:
     """A measured value with its interval."""
 
     value: float
-    """NaN where nothing was measured."""
+    """NaN if there are no rows."""
     low: float
     high: float
     n: int
-    """How many rows, or for a ratio how many counted things, it was measured on."""
+    """Number of rows, or for a ratio the total of the denominator."""
     few_groups: bool = False
-    """Whether fewer than `FEW_GROUPS` groups were measured."""
+    """Whether there are fewer than `FEW_GROUPS` groups."""
 
     def __str__(self) -> str:
         few = " (few groups)" if self.few_groups else ""
@@ -70,7 +70,7 @@ def mean(totals: NDArray[np.float64], counts: NDArray[np.float64]) -> NDArray[np
 
 
 def ratio(totals: NDArray[np.float64], counts: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the total of the first column over that of the second, ``[n]``; NaN where the second is 0."""
+    """Return the total of the first column divided by that of the second, ``[n]``; NaN if the second is 0."""
     del counts  # a ratio of totals does not depend on the number of rows
     below = totals[:, 1]
     return np.divide(totals[:, 0], below, out=np.full(len(totals), np.nan), where=below != 0)
@@ -84,72 +84,72 @@ def cluster_bootstrap(
     seed: int = 0,
     level: float = 0.95,
 ) -> tuple[float, float]:
-    """Return the bootstrap interval of a statistic: percentiles of draws of whole groups, moved apart by `widen`.
+    """Return the bootstrap interval of a statistic: percentiles of draws of whole groups, widened by `widen`.
 
-    For a rate use `estimate`, whose interval is right near 0 and 1 too. Only statistics of column totals are possible,
-    because each group is first summed: a draw then costs no more than one look-up a group, however many rows there are.
+    For a rate use `estimate`, whose interval is also valid near 0 and 1. Only statistics of column totals are possible,
+    because each group is summed first: the cost of a draw depends on the number of groups, not of rows.
 
     Parameters
     ----------
     values
         ``[N]`` or ``[N, K]``, float or boolean.
     groups
-        The group of each row, N of them. Each draw takes as many groups as there are.
+        The group of each row, ``[N]``. Each draw has as many groups as the data.
     statistic
-        What to compute from the totals of a draw: `mean`, `ratio`, or any `Statistic`.
+        Function of the totals of a draw: `mean`, `ratio`, or any `Statistic`.
     n
         Number of draws.
     seed
-        Decides the draws.
+        Seed of the draws.
     level
         Coverage aimed at.
 
     Returns
     -------
     tuple of float
-        Low and high end; NaN where there are no rows, a single group, or every draw is undefined. Draws that are NaN are
-        left out. Both ends are equal where every draw gives the same.
+        Low and high end; NaN if there are no rows, only one group, or no defined draw. NaN draws are ignored. Both ends
+        are equal if all draws are equal.
 
     Raises
     ------
     DataError
-        Where there are not as many groups as rows.
+        If the numbers of groups and rows differ.
     ConfigError
-        For fewer than 1 draw, or a level not between 0 and 1.
+        If there are fewer than 1 draws, or the level is not between 0 and 1.
     """
     _check_options(n, level)
     table = np.asarray(values, dtype=np.float64)
     table = table[:, None] if table.ndim == 1 else table  # [N, K]
-    every = group_totals(np.column_stack([table, np.ones(len(table))]), groups)  # [G, K + 1], last the rows
-    if len(every) == 0:
+    totals_by_group = group_totals(np.column_stack([table, np.ones(len(table))]), groups)  # [G, K + 1], last the rows
+    if len(totals_by_group) == 0:
         return math.nan, math.nan
-    totals = _drawn_totals(every, n, np.random.Generator(np.random.PCG64(seed)))  # [n, K + 1]
-    whole = every.sum(axis=0, keepdims=True)
+    totals = _totals_of_draws(totals_by_group, n, np.random.Generator(np.random.PCG64(seed)))  # [n, K + 1]
+    whole = totals_by_group.sum(axis=0, keepdims=True)
     value = statistic(whole[:, :-1], whole[:, -1])[0]
-    low, high = draws_interval(statistic(totals[:, :-1], totals[:, -1]), value, len(every), level)
+    low, high = draws_interval(statistic(totals[:, :-1], totals[:, -1]), value, len(totals_by_group), level)
     return float(low), float(high)
 
 
 def draws_interval(
     draws: ArrayLike, value: ArrayLike, groups: int | NDArray[np.int64], level: float = 0.95
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return the interval of values from draws of whole groups: percentiles, moved apart by `widen`.
+    """Return the interval of values from draws of whole groups: percentiles, widened by `widen`.
 
     Parameters
     ----------
     draws
-        ``[B, ...]``: the statistic in each draw; NaN where it is undefined, which is left out.
+        ``[B, ...]``: the statistic in each draw; NaN where it is undefined (ignored).
     value
         ``[...]``: the statistic of the data.
     groups
-        How many groups were drawn from, for all values or for each ``[...]``.
+        Number of groups in the data, for all values or for each ``[...]``.
     level
         Coverage aimed at.
 
     Returns
     -------
     tuple of ndarray
-        Low and high ends ``[...]``; NaN where no draw is defined, or there is one group only.
+        Low and high ends ``[...]``; NaN if no draw is defined, or there is only one group.
     """
     _check_options(1, level)
     table = np.asarray(draws, dtype=np.float64)
@@ -174,13 +174,13 @@ def estimate(
     Parameters
     ----------
     numerator
-        ``[N]``: what is counted in each row, boolean for a plain rate, or a part of it (a rating over its top, a weight).
+        ``[N]``: count of each row; boolean for a rate, or fractional (a rating divided by its maximum, a weight).
     groups
         The group of each row.
     denominator
-        ``[N]``: out of how many in each row; 1 by default. A group without any does not count.
+        ``[N]``: total of each row; 1 by default. Groups with a total of 0 are ignored.
     n, seed
-        Not used since the interval has a formula; accepted so that calls stay as they are.
+        Not used, as the interval has a formula; accepted for compatibility.
     level
         Coverage aimed at.
     """
@@ -193,7 +193,7 @@ def estimate(
         return Estimate(math.nan, math.nan, math.nan, 0)
     value = float(above.sum()) / total
     counted = int(np.count_nonzero(totals[:, 1]))
-    single = bool(np.isin(below, (0.0, 1.0)).all())  # else a row counts several things, each yes or no
+    single = bool(np.isin(below, (0.0, 1.0)).all())  # else a row counts several binary outcomes
     spread = relative_variance(above[below == 1], counted) if single else 1.0
     low, high = rate_interval(totals[:, 0], totals[:, 1], level, spread=spread)
     return Estimate(value, float(low), float(high), round(total), counted < FEW_GROUPS)
@@ -204,7 +204,7 @@ def rates_of_columns(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return the intervals of the means of rows between 0 and 1, clustered by group: ``[N, ...]`` -> twice ``[...]``.
 
-    Each column is a rate of its own on the same groups; see `rate_interval`.
+    Each column is a separate rate on the same groups; see `rate_interval`.
     """
     return _columns(values, groups, (1.0,), level)
 
@@ -214,9 +214,9 @@ def changes_of_columns(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return the intervals of the means of changes between -1 and 1, clustered by group: ``[N, ...]`` -> twice ``[...]``.
 
-    A mean change is the rate of what is gained less the rate of what is lost. Each has an interval that is right near 0
-    too, and both are combined with their correlation over groups (`combined_interval`). So a change has an interval where
-    nothing changes, and where all does. Where gains or losses are few, how much rows of a group agree is taken from both.
+    A mean change is the rate of gains minus the rate of losses. Each rate has an interval that is also valid near 0, and
+    both are combined with their correlation over groups (`combined_interval`). So the interval is valid even if nothing
+    or everything changes. The prior design effect is estimated from gains and losses jointly.
     """
     return _columns(values, groups, (1.0, -1.0), level)
 
@@ -235,21 +235,21 @@ def _columns(
     spread = spread.reshape(len(weights), width)
     prior = None
     if len(weights) > 1:
-        # How much rows of a group change together is seen on gains and losses at once: where one is rare the other says it.
+        # Estimate the design effect from gains and losses jointly, since one of them may be rare.
         either = hits.sum(axis=0)
-        alike = np.array([relative_variance(column, hits.shape[-1]) for column in sides.sum(axis=0).T])
+        shared_spread = np.array([relative_variance(column, hits.shape[-1]) for column in sides.sum(axis=0).T])
         share = np.clip(either.sum(axis=-1) / trials[0].sum(axis=-1), 0.0, 1.0)
-        prior = design_excess(either, trials[0], share, level, alike)[0]
-        spread = np.where(hits.sum(axis=-1) > 0, spread, alike)
+        prior = design_excess(either, trials[0], share, level, shared_spread)[0]
+        spread = np.where(hits.sum(axis=-1) > 0, spread, shared_spread)
     low, high = combined_interval(hits, trials, weights, level, spread=spread, prior=prior)
     return low.reshape(table.shape[1:]), high.reshape(table.shape[1:])
 
 
 def relative_variance(values: NDArray[np.float64], groups: int) -> float:
-    """Return the variance of rows between 0 and 1 over that of a yes or no of the same mean: the `spread` of a rate.
+    """Return the variance of rows between 0 and 1 divided by that of binary rows of the same mean: the `spread` of a rate.
 
-    1 for yes and no, less for ratings. Where it is measured on few groups it is drawn towards 1, as by one group of yes and
-    no: equal ratings of three images do not say that there are no others.
+    1 for binary rows, less for ratings. With few groups it is shrunk towards 1, as by one more group of binary rows: equal
+    ratings of three images do not prove that all ratings are equal.
     """
     p = float(np.mean(values)) if len(values) else 0.0
     if not 0 < p < 1:
@@ -261,34 +261,36 @@ def relative_variance(values: NDArray[np.float64], groups: int) -> float:
 def group_totals(table: NDArray[np.float64], groups: Iterable[Hashable]) -> NDArray[np.float64]:
     """Sum the rows of each group: ``[N, K]`` -> ``[G, K]``, groups in order of their first row.
 
-    Raises `DataError` where there are not as many groups as rows.
+    Raises `DataError` if the numbers of groups and rows differ.
     """
     numbers: dict[Hashable, int] = {}
     member = np.array([numbers.setdefault(group, len(numbers)) for group in groups], dtype=np.intp)
     if len(member) != len(table):
-        msg = f"{len(member)} groups for {len(table)} rows: each row needs its group"
+        msg = f"got {len(member)} groups for {len(table)} rows; pass one group per row"
         raise DataError(msg)
     columns = [np.bincount(member, weights=column, minlength=len(numbers)) for column in table.T]
     return np.stack(columns, axis=1).astype(np.float64, copy=False)
 
 
-def _drawn_totals(every: NDArray[np.float64], n: int, rng: np.random.Generator) -> NDArray[np.float64]:
-    """Draw as many groups as there are, n times, and add their totals up: ``[G, K]`` -> ``[n, K]``."""
-    kinds, sizes = np.unique(every, axis=0, return_counts=True)
-    if len(kinds) * _KINDS_PAY < len(every):
-        # Groups with equal totals cannot be told apart: how many of each kind are drawn is multinomial.
-        return rng.multinomial(len(every), sizes / len(every), size=n) @ kinds
-    totals = np.broadcast_to(every[0] * len(every), (n, every.shape[1])).copy()
-    varying = [(k, values) for k, values in enumerate(np.ascontiguousarray(every.T)) if np.any(values != values[0])]
-    step = max(1, _CELLS // len(every))
+def _totals_of_draws(totals_by_group: NDArray[np.float64], n: int, rng: np.random.Generator) -> NDArray[np.float64]:
+    """Draw G groups with replacement, n times, and sum their totals: ``[G, K]`` -> ``[n, K]``."""
+    kinds, sizes = np.unique(totals_by_group, axis=0, return_counts=True)
+    if len(kinds) * _KINDS_PAY < len(totals_by_group):
+        # Groups with equal totals are interchangeable: the number of draws of each kind is multinomial.
+        return rng.multinomial(len(totals_by_group), sizes / len(totals_by_group), size=n) @ kinds
+    totals = np.broadcast_to(totals_by_group[0] * len(totals_by_group), (n, totals_by_group.shape[1])).copy()
+    varying = [
+        (k, values) for k, values in enumerate(np.ascontiguousarray(totals_by_group.T)) if np.any(values != values[0])
+    ]
+    step = max(1, _CELLS // len(totals_by_group))
     for start in range(0, n, step):
-        drawn = rng.integers(0, len(every), size=(min(step, n - start), len(every)))
+        members = rng.integers(0, len(totals_by_group), size=(min(step, n - start), len(totals_by_group)))
         for column, values in varying:
-            totals[start : start + step, column] = values.take(drawn).sum(axis=1)
+            totals[start : start + step, column] = values.take(members).sum(axis=1)
     return totals
 
 
 def _check_options(n: int, level: float) -> None:
     if n < 1 or not 0 < level < 1:
-        msg = f"n={n}, level={level}: at least 1 draw and a level between 0 and 1, as in 0.95, are needed"
+        msg = f"invalid n={n} or level={level}: n must be at least 1, and level between 0 and 1, such as 0.95"
         raise ConfigError(msg)

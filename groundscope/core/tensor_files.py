@@ -1,4 +1,4 @@
-"""Read and write safetensors files of results: regular files only, with a digest of every number in them."""
+"""Read and write safetensors result files: regular files only, with a digest of all numbers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _DIGEST = "sha256"
 
 
 def encode_tensors(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> bytes:
-    """Return the bytes of a safetensors file, with the digest of tensors and metadata as the entry ``sha256`` of the latter."""
+    """Return the bytes of a safetensors file; its metadata entry ``sha256`` is the digest of tensors and metadata."""
     from safetensors.numpy import save
 
     contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
@@ -52,15 +52,15 @@ def read_tensors(
     Returns
     -------
     (tensors, metadata)
-        Arrays that can be written to, by name, and the text entries of the header, without the digest.
+        Writable arrays by name, and the text entries of the header without the digest.
 
     Raises
     ------
     GroundscopeError
-        An `error` where the path is not a regular file, too large, not a safetensors file, or where a digest in it is not
-        that of its content. Files without a digest, of earlier releases and other programs, are read without a comparison.
+        An `error` if the path is not a regular file, too large, not a safetensors file, or if its digest does not match its
+        content. Files without a digest, of earlier releases and other programs, are read without this check.
     OSError
-        Where the file is missing or cannot be read.
+        If the file is missing or cannot be read.
     """
     from safetensors import SafetensorError
     from safetensors.numpy import load
@@ -72,11 +72,11 @@ def read_tensors(
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         metadata = {str(name): str(text) for name, text in (header.get("__metadata__") or {}).items()}
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as reason:
-        msg = f"{path}: damaged, or not a safetensors file: {reason}"
+        msg = f"{path} is damaged, or not a safetensors file: {reason}"
         raise error(msg) from reason
     digest = metadata.pop(_DIGEST, None)
     if digest is not None and digest != _digest(tensors, metadata):
-        msg = f"{path}: damaged: its content does not have the digest that it states"
+        msg = f"{path} is damaged: its content does not match its digest"
         raise error(msg)
     return tensors, metadata
 

@@ -1,7 +1,7 @@
-"""Read files that users bring: regular files only, bounded in size, UTF-8, JSON without duplicate keys.
+"""Read user files safely: regular files only, of limited size, UTF-8, JSON without duplicate keys.
 
-A path that comes from a user or from another file may name a FIFO, which blocks forever, a device, which never ends, or
-a file larger than memory. Each reader here looks at the open descriptor, not at the name, before it reads a byte.
+A path from a user or from another file may name a FIFO, which blocks forever, a device, which never ends, or a file
+larger than memory. Each reader here checks the open descriptor, not the name, before it reads a byte.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ def open_regular(path: str | os.PathLike[str], *, error: type[GroundscopeError] 
     Raises
     ------
     GroundscopeError
-        An `error` where the path is a directory, FIFO, socket or device.
+        An `error` if the path is a directory, FIFO, socket or device.
     OSError
-        Where the file is missing or cannot be read, as from `open`.
+        If the file is missing or cannot be read, as from `open`.
     """
-    # O_NONBLOCK: opening a FIFO that nobody writes to must not wait.
+    # O_NONBLOCK: opening a FIFO without a writer must not block.
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
     try:
         mode = os.fstat(descriptor).st_mode
         if not stat.S_ISREG(mode):
-            msg = f"{path}: not a regular file but a {_kind(mode)}"
+            msg = f"{path} is not a regular file but a {_kind(mode)}"
             raise error(msg)
         return os.fdopen(descriptor, "rb")
     except BaseException:
@@ -60,20 +60,20 @@ def read_bytes(
     with open_regular(path, error=error) as file:
         size = os.fstat(file.fileno()).st_size
         if size > limit:
-            msg = f"{path}: {size} bytes, more than the limit of {limit}"
+            msg = f"{path} has {size} bytes, more than the limit of {limit}"
             raise error(msg)
-        return file.read(size)  # not the limit: a buffer of that many bytes would be allocated
+        return file.read(size)  # not the limit, which would allocate a buffer of that size
 
 
 def read_text(
     path: str | os.PathLike[str], *, limit: int = MAX_JSON_BYTES, error: type[GroundscopeError] = DataError
 ) -> str:
-    """Read a regular UTF-8 file, whatever the locale. Raises as `read_bytes`, and an `error` for other encodings."""
+    """Read a regular UTF-8 file, in any locale. Raises as `read_bytes`, and an `error` for other encodings."""
     data = read_bytes(path, limit=limit, error=error)
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as reason:
-        msg = f"{path}: not UTF-8 at byte {reason.start}"
+        msg = f"{path} is not UTF-8 at byte {reason.start}"
         raise error(msg) from None
 
 
@@ -91,7 +91,7 @@ def read_json(
     path
         The file.
     check
-        Receives the document and returns what is wrong with it, or None.
+        Returns the problem of the document, or None if it is valid.
     limit
         Largest accepted size in bytes.
     error
@@ -100,10 +100,10 @@ def read_json(
     Raises
     ------
     GroundscopeError
-        An `error` that names the file and the position, for invalid JSON, a key that occurs twice in one object, nesting
-        that is too deep, or what `check` returns.
+        An `error` that names the file and the position, for invalid JSON, a duplicate key in one object, too deep nesting,
+        or a problem that `check` returns.
     OSError
-        Where the file is missing or cannot be read.
+        If the file is missing or cannot be read.
     """
     text = read_text(path, limit=limit, error=error)
     try:
@@ -119,7 +119,7 @@ def read_json(
 
 
 def parse_json(text: str) -> Any:
-    """Parse JSON; raises ValueError also for a key that occurs twice in one object, which Python would drop silently."""
+    """Parse JSON; raise ValueError also for a duplicate key in one object, which Python drops silently."""
     return json.loads(text, object_pairs_hook=unique_keys)
 
 
@@ -128,8 +128,8 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) < len(pairs):
         keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        msg = f"the key {twice!r} occurs twice in one object"
+        repeated = next(key for key in keys if keys.count(key) > 1)
+        msg = f"the key {repeated!r} occurs twice in one object"
         raise ValueError(msg)
     return table
 

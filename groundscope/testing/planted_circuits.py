@@ -1,28 +1,28 @@
-"""Models whose circuit is known because it was put there: what a method that finds heads must find.
+"""Models with a planted circuit: ground truth for methods that localize heads.
 
-A genuine LLaVA (CLIP tower, projector, Llama decoder; a few thousand weights) is built with every weight set by hand.
-It is shown pictures with one red or blue square on black and asked what color some noun is; red and blue are told
-apart by exactly the heads that `plant` names.
+A LLaVA (CLIP tower, projector, Llama decoder; a few thousand weights) is built with every weight set explicitly. Its
+inputs are pictures of one red or blue square on black, and the question what color some noun is. Exactly the heads of the
+planted circuit distinguish red from blue.
 
 **Subspaces.** The residual stream of width D has an orthonormal basis, drawn from the seed, whose first vectors have
-names: ``const`` (the same large number at every token, so that RMS norms divide by nearly the same everywhere and the
-model is linear but for its attention), ``red`` (+1 on the red square, -1 on the blue one), ``square`` and ``image`` (1
-on the square; on every image token), ``noun``, ``bos`` and ``last`` (1 on the noun, the first and the last token),
-``prior`` (what a noun is said to be without looking: +1, -1 or 0), ``moved``, ``found`` and ``done`` (written by heads
-and MLPs, below) and ``answer``, the only one that the unembedding of the two answers reads. All others are *junk*: heads
-write there, and nothing that matters reads it.
+names: ``const`` (the same large number at every token, so that RMS norms divide by nearly the same number everywhere and
+the model is linear except for its attention), ``red`` (+1 on the red square, -1 on the blue square), ``square`` and
+``image`` (1 on the square; on every image token), ``noun``, ``bos`` and ``last`` (1 on the noun, the first and the last
+token), ``prior`` (the usual color of a noun: +1, -1 or 0), ``moved``, ``found`` and ``done`` (written by heads and MLPs,
+below) and ``answer``, the only direction that the unembedding of the two answers reads. All other directions are *junk*:
+heads write there, and nothing that affects the answer reads it.
 
-**The tower** does not mix patches: a patch's mean color becomes the named features, through CLIP's embedding and first
-norm, and its layers add nothing. The projector is one linear map into the named directions.
+**The tower** does not mix patches: CLIP's embedding and first norm map a patch's mean color to the named features, and
+its layers add nothing. The projector is one linear map into the named directions.
 
-**Attention is forced** by keys and queries that read token features, not by positions: rotary frequencies fall so fast that
-the last pairs of a head's dimensions do not turn. A head that is to look from the last token to the square has a query that
-reads ``last`` and a key that reads ``square``, with a logit of `SHARP`; at every other token, and wherever there is
-nothing to find, half that logit goes to the first token, whose value is 0.
+**Attention** depends on token features, not on positions: rotary frequencies decrease so fast that the last pairs of a
+head's dimensions are not rotated. A head that attends from the last token to the square has a query that reads ``last``
+and a key that reads ``square``, with a logit of `SHARP`. At every other token, and if there is no square, the head attends
+to the first token with half that logit; its value there is 0.
 
-**Backups** look at the square as long as no head before them has found anything: the MLP of each layer writes ``done`` =
-the size of ``found`` at each token, which turns their query away from it. With the grounding head gone, by zero or mean ablation,
-the first backup does its work, and hides the next one the same way.
+**Backups** attend to the square unless an earlier head has found it: the MLP of each layer writes ``done`` = the size of
+``found`` at each token, which suppresses their query. If the grounding head is ablated (zero or mean), the first backup
+takes over, and suppresses the next one in the same way.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from torch import Tensor
 from concepts.icons import NOUNS
 from concepts.schema import CounterfactualPair, Example
 from groundscope.core.errors import ConfigError
-from groundscope.testing.square_scenes import ANSWERS, GRID, PATCH, SIDE, Square, asked, drawn, usual
+from groundscope.testing.square_scenes import ANSWERS, GRID, PATCH, SIDE, Square, draw_example, make_example, usual
 from lvlm import wrap_lvlm
 from lvlm.model import Lvlm
 from lvlm.sites import Head
@@ -46,51 +46,51 @@ __all__ = ["ANSWERS", "Planted", "Square", "plant", "usual"]
 
 WIDTH, HEAD_DIM = 32, 8
 CONST = 30.0
-"""Length of ``const``; everything else at a token is of length about 2."""
+"""Length of ``const``; all other components of a token have a length of about 2."""
 SHARP = 40.0
-"""Attention logit of what a head is made to look at."""
+"""Attention logit of a head's planted target."""
 _NAMES = "const red square image noun bos last prior moved found done answer".split()
 
 
 @dataclass(frozen=True, eq=False)
 class Planted:
-    """A model and where its circuit was put; made by `plant`."""
+    """A model and the heads of its planted circuit; returned by `plant`."""
 
     model: Lvlm
     seed: int
     grounding: Head | None
-    """Looks from the last token at the square and writes its color to the answer; None with a two-step circuit."""
+    """Attends from the last token to the square and writes its color to the answer; None for a two-step circuit."""
     decoys: tuple[Head, ...]
-    """Look from the last token at the image with full mass, and write what they see where nothing reads."""
+    """Attend from the last token to the image with full mass, and write to directions that nothing reads."""
     prior: Head | None
-    """Looks at the noun and pushes the answer that is usual for it, from text alone."""
+    """Attends to the noun and promotes its usual color, from text only."""
     mover: Head | None
     """First step: writes the square's color to the noun's token."""
     reader: Head | None
-    """Second step: reads it there from the last token and writes it to the answer."""
+    """Second step: reads the color there from the last token and writes it to the answer."""
     backups: tuple[Head, ...]
-    """Do what `grounding` does where no head before them has, in the order of their layers."""
+    """Replace `grounding` if no earlier head has found the square; in the order of their layers."""
 
     @property
     def answering(self) -> Head:
-        """The head that writes what is seen to the answer: `grounding`, or `reader`."""
+        """The head that writes the color to the answer: `grounding`, or `reader`."""
         return next(head for head in (self.grounding, self.reader) if head is not None)
 
     def examples(self, count: int, seed: int = 0) -> tuple[Example, ...]:
-        """Return questions about pictures of their own: cell, color and noun are drawn."""
-        return tuple(drawn(i, seed) for i in range(count))
+        """Return questions, each about its own picture, with random cell, color and noun."""
+        return tuple(draw_example(i, seed) for i in range(count))
 
     def pairs(self, count: int, seed: int = 0) -> tuple[CounterfactualPair, ...]:
-        """Return the same questions, each with the picture whose square has the other color."""
-        made = []
+        """Return pairs of the same questions, each with a picture whose square has the other color."""
+        pairs = []
         for example in self.examples(count, seed):
             other = ANSWERS[1 - ANSWERS.index(example.answer)]
             cell = example.image.cell if isinstance(example.image, Square) else 0
             change = f"square: {example.answer} -> {other}"
             noun = example.objects[0].noun
-            corrupt = asked(f"{example.id}|{change}", Square(cell, other), noun, example.group)
-            made.append(CounterfactualPair(example, corrupt, "color", change))
-        return tuple(made)
+            corrupt = make_example(f"{example.id}|{change}", Square(cell, other), noun, example.group)
+            pairs.append(CounterfactualPair(example, corrupt, "color", change))
+        return tuple(pairs)
 
 
 def plant(
@@ -103,37 +103,37 @@ def plant(
     n_layers: int = 4,
     n_heads: int = 4,
 ) -> Planted:
-    """Make a model with a circuit at places that the seed draws; all other heads read and write at random, in junk.
+    """Return a model with a circuit at random heads; all other heads read at random and write to junk directions.
 
     Parameters
     ----------
     seed
-        Decides every place, the basis of the residual stream and what the other heads do.
+        Seed of the heads' places, the basis of the residual stream and the weights of other heads.
     circuit
         ``direct``: a grounding head at the last token; ``two_step``: a mover at the noun and, in a later layer, a
         reader at the last token.
     decoys
-        How many. Every second one looks at the square and copies its color, the others look at the background.
+        Number of decoys. They alternate: one attends to the square and copies its color, the next to the background.
     prior
-        Whether there is a head that answers from the noun; half as strong as the picture.
+        Whether to add a head that answers from the noun, with half the strength of the image.
     backups
-        How many, each in a layer of its own after the grounding head's; only with ``direct``.
+        Number of backups, each in a separate layer after the grounding head's; only with ``direct``.
     n_layers, n_heads
         Shape of the decoder.
 
     Raises
     ------
     ConfigError
-        For a circuit that does not exist, or more heads or layers than there are.
+        If the circuit is unknown, or needs more heads or layers than the model has.
     """
     if circuit not in ("direct", "two_step") or (circuit == "two_step" and backups):
-        msg = f"circuit='{circuit}' with {backups} backups: choose 'direct', or 'two_step' without backups"
+        msg = f"invalid circuit '{circuit}' with {backups} backups; choose 'direct', or 'two_step' without backups"
         raise ConfigError(msg)
     steps = 2 if circuit == "two_step" else 1 + backups
     extra = decoys + int(prior)
     if steps > n_layers or steps + extra > n_layers * n_heads or min(decoys, backups, n_layers - 1, n_heads - 1) < 0:
         msg = (
-            f"{steps} heads in layers of their own, {decoys} decoys and {int(prior)} prior heads do not fit into "
+            f"{steps} heads in separate layers, {decoys} decoys and {int(prior)} prior heads do not fit into "
             f"{n_layers} layers of {n_heads} heads"
         )
         raise ConfigError(msg)
@@ -155,12 +155,12 @@ def plant(
         backups=chain[1:] if direct else (),
     )
     with torch.no_grad():
-        _Hand(model, rng).write(planted)
+        _WeightWriter(model, rng).write(planted)
     return planted
 
 
-class _Hand:
-    """Writes weights in terms of named directions of the residual stream."""
+class _WeightWriter:
+    """Writes weights by named directions of the residual stream."""
 
     def __init__(self, model: Lvlm, rng: np.random.Generator) -> None:
         self.hf, self.rng = model.hf.model, rng
@@ -169,22 +169,22 @@ class _Hand:
         self.d: dict[str, Tensor] = dict(zip(_NAMES, basis, strict=False))
         self.junk = basis[len(_NAMES) :]  # [J, D]
         self.ids = model.processor.tokenizer.convert_tokens_to_ids
-        # An RMS norm multiplies the residual by nearly this: rows that read it divide by it.
+        # Approximate factor of an RMS norm: rows that read its output divide by it.
         self.gain = WIDTH**0.5 / CONST
 
     def write(self, p: Planted) -> None:
         for parameter in self.hf.parameters():
             if parameter.dim() > 1:
                 parameter.zero_()
-        self._see()
+        self._write_vision()
         self._embed()
         for layer in self.hf.language_model.layers:
             for h in range(p.model.n_heads):
-                self._idle(layer.self_attn, h)
+                self._randomize(layer.self_attn, h)
         for k, head in enumerate(p.decoys):
             key = {"square": 1.0} if k % 2 == 0 else {"image": 1.0, "square": -1.0}
-            seen = self.d["red"] if k % 2 == 0 else self.d["image"]
-            self._head(head, {"last": 1.0}, key, seen, self._junk())
+            value = self.d["red"] if k % 2 == 0 else self.d["image"]
+            self._head(head, {"last": 1.0}, key, value, self._junk())
         if p.grounding is not None:
             self._head(p.grounding, {"last": 1.0}, {"square": 1.0}, self.d["red"], self.d["answer"] + self.d["found"])
         for head in p.backups:
@@ -196,26 +196,26 @@ class _Hand:
         if p.prior is not None:
             self._head(p.prior, {"last": 1.0}, {"noun": 1.0}, self.d["prior"], 0.5 * self.d["answer"])
         if p.backups:
-            self._flag()
+            self._write_done()
         self.head_ids.copy_(0.3 * self._random(len(self.head_ids), len(self.junk)) @ self.junk)
         for answer, sign in zip(ANSWERS, (1.0, -1.0), strict=True):
             self.head_ids[self.ids(answer)] = sign * 3.0 / self.gain * self.d["answer"]
 
-    def _see(self) -> None:
-        """Make a patch's mean color the features of its token; its pixels are -1 for black, +1 for full color."""
+    def _write_vision(self) -> None:
+        """Map a patch's mean color to the features of its token; pixels are -1 for black, +1 for full color."""
         vision = self.hf.vision_tower
         vision = getattr(vision, "vision_model", vision)
         red, blue = 0, 2  # channels
         weight = torch.zeros(vision.embeddings.patch_embedding.weight.shape[:2])  # [hidden, 3]
-        # Every feature in two dimensions of opposite sign, so that the norm's mean is 0.
+        # Each feature takes two dimensions of opposite sign, so that the norm's mean is 0.
         for k, sign in ((0, 0.5), (1, -0.5)):
             weight[k, red], weight[k, blue] = sign, -sign  # +1 red, -1 blue, 0 black
-            weight[2 + k, red] = weight[2 + k, blue] = sign  # 0 in color, -1 black: the position's 1 is added
+            weight[2 + k, red] = weight[2 + k, blue] = sign  # 0 for color, -1 for black; the position embedding adds 1
         area = PATCH * PATCH
         vision.embeddings.patch_embedding.weight.copy_((weight / area)[:, :, None, None].expand(-1, -1, PATCH, PATCH))
         vision.embeddings.class_embedding.zero_()
         vision.embeddings.position_embedding.weight.copy_(torch.tensor([0, 0, 1, -1, 1, -1, 0, 0.0]))
-        # On the square the three features are +-1, 1, 1 in six of eight dimensions: the norm multiplies by this.
+        # On the square, six of eight dimensions are +-1: the norm multiplies by this factor.
         scale = (8 / 6) ** 0.5
         first, second = self.hf.multi_modal_projector.linear_1, self.hf.multi_modal_projector.linear_2
         first.weight[:, 0], first.weight[:, 1] = self.d["red"] / 2 / scale, -self.d["red"] / 2 / scale
@@ -235,7 +235,7 @@ class _Hand:
             table[self.ids(noun)] += self.d["noun"] + usual(noun) * self.d["prior"]
 
     def _head(self, head: Head, query: dict[str, float], key: dict[str, float], value: Tensor, out: Tensor) -> None:
-        """Set a head; dimensions 3 and 7 of its queries and keys do not turn, 0 of its values carries what it reads."""
+        """Set a head; dimensions 3 and 7 of queries and keys are not rotated, dimension 0 of values carries the read value."""
         attention = self.hf.language_model.layers[head.layer].self_attn
         rows = slice(head.head * HEAD_DIM, (head.head + 1) * HEAD_DIM)
         for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
@@ -250,18 +250,18 @@ class _Hand:
         attention.v_proj.weight[start] = value / self.gain
         attention.o_proj.weight[:, start] = out
 
-    def _idle(self, attention: Any, head: int) -> None:
-        """Let a head look and read at random, but not ``const``, which would outweigh all else, and write junk."""
+    def _randomize(self, attention: Any, head: int) -> None:
+        """Give a head random weights that write to junk directions and do not read ``const``, which would dominate."""
         rows = slice(head * HEAD_DIM, (head + 1) * HEAD_DIM)
-        rest = torch.stack([v for name, v in self.d.items() if name != "const"])
-        read = torch.cat([rest, self.junk])  # [D - 1, D]
+        other_directions = torch.stack([v for name, v in self.d.items() if name != "const"])
+        read = torch.cat([other_directions, self.junk])  # [D - 1, D]
         for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
             projection.weight[rows] = 0.5 * self._random(HEAD_DIM, len(read)) @ read / self.gain
         attention.v_proj.weight[rows] *= 0.5
         attention.o_proj.weight[:, rows] = (self.junk.T @ self._random(len(self.junk), HEAD_DIM)) / WIDTH
 
-    def _flag(self) -> None:
-        """Let every MLP write ``done`` = |found|: silu(x) + silu(-x) is nearly |x| for large x."""
+    def _write_done(self) -> None:
+        """Set every MLP to write ``done`` = |found|: silu(x) + silu(-x) is approximately |x| for large x."""
         for layer in self.hf.language_model.layers:
             mlp, steep = layer.mlp, 20.0
             mlp.gate_proj.weight[0] = steep / self.gain * self.d["found"]
@@ -273,8 +273,8 @@ class _Hand:
         return torch.stack([weight * self.d[name] for name, weight in parts.items()]).sum(0)
 
     def _junk(self) -> Tensor:
-        drawn = self._random(len(self.junk))
-        return drawn @ self.junk / drawn.norm()
+        coefficients = self._random(len(self.junk))
+        return coefficients @ self.junk / coefficients.norm()
 
     def _random(self, *shape: int) -> Tensor:
         return torch.tensor(self.rng.standard_normal(shape), dtype=torch.float32)
@@ -311,7 +311,7 @@ def _build(n_layers: int, n_heads: int) -> Lvlm:
             num_key_value_heads=n_heads,
             head_dim=HEAD_DIM,
             max_position_embeddings=64,
-            # So steep that from a head's third pair of dimensions on nothing turns within a prompt.
+            # So large that from a head's third pair of dimensions on there is no rotation within a prompt.
             rope_parameters={"rope_type": "default", "rope_theta": 1e12},
             tie_word_embeddings=False,
             **special,

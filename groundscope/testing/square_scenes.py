@@ -1,4 +1,4 @@
-"""Pictures with one square in color, and the question of what color something is."""
+"""Pictures with one colored square, and questions about the color of a noun."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ _INK = {"red": (255, 0, 0), "blue": (0, 0, 255)}
 
 @dataclass(frozen=True)
 class Square:
-    """A black picture with one patch in color."""
+    """A black picture with one colored patch."""
 
     cell: int
-    """Which patch, counted row by row."""
+    """Index of the patch, row by row."""
     color: str
 
     @property
     def box(self) -> Box:
-        """Its pixels."""
+        """Box of the square, in pixels."""
         y, x = divmod(self.cell, GRID)
         return Box(x * PATCH, y * PATCH, (x + 1) * PATCH, (y + 1) * PATCH)
 
     @property
     def identity(self) -> str:
-        """What is in it."""
+        """Content of the picture as a JSON key."""
         return json.dumps(["square", asdict(self)])
 
     def load(self) -> Image.Image:
@@ -52,21 +52,21 @@ class Square:
 
 
 def usual(noun: str) -> int:
-    """Return which color the prior head says a noun has: 1 for red, -1 for blue, 0 for neither."""
+    """Return the usual color of a noun, which the prior head promotes: 1 for red, -1 for blue, 0 for neither."""
     return (1, -1, 0)[NOUNS.index(noun) % 3]
 
 
-def drawn(index: int, seed: int) -> Example:
-    """Return a question about a picture of its own: cell, color and noun are drawn."""
+def draw_example(index: int, seed: int) -> Example:
+    """Return a question about a new picture, with random cell, color and noun."""
     rng = generator(TEST, seed, index)
     square = Square(int(rng.integers(GRID * GRID)), ANSWERS[int(rng.integers(2))])
     noun = _pick(rng, NOUNS)
-    return asked(f"square{seed}-{index}", square, noun, f"square{seed}-{index}")
+    return make_example(f"square{seed}-{index}", square, noun, f"square{seed}-{index}")
 
 
-def asked(name: str, square: Square, noun: str, group: str) -> Example:
-    """Return the question of what color a noun is, about a picture."""
-    usually = usual(noun)
+def make_example(name: str, square: Square, noun: str, group: str) -> Example:
+    """Return the question about the color of a noun, for a picture."""
+    prior = usual(noun)
     return Example(
         id=name,
         image=square,
@@ -75,11 +75,11 @@ def asked(name: str, square: Square, noun: str, group: str) -> Example:
         candidates=ANSWERS,
         level="attribute",
         kind="what_color",
-        split="neutral" if not usually else "typical" if ANSWERS[(1 - usually) // 2] == square.color else "conflict",
+        split="neutral" if not prior else "typical" if ANSWERS[(1 - prior) // 2] == square.color else "conflict",
         group=group,
         objects=(SceneObject("square", noun, square.box, {"color": square.color}),),
         subject="square",
-        prior_answer=ANSWERS[(1 - usually) // 2] if usually else None,
+        prior_answer=ANSWERS[(1 - prior) // 2] if prior else None,
     )
 
 
