@@ -449,7 +449,7 @@ def test_the_spec_file_is_in_the_models_key_and_consent_is_not(tmp_path: Path) -
 
 def test_a_hub_id_counts_with_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def cached(commit: str) -> Callable[..., str]:
-        return lambda *_: str(tmp_path / "models--a--b" / "snapshots" / commit / "config.json")
+        return lambda *_, **__: str(tmp_path / "models--a--b" / "snapshots" / commit / "config.json")
 
     keys = []
     for commit in ("1" * 40, "2" * 40):
