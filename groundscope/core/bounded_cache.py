@@ -31,6 +31,13 @@ class BoundedCache(Generic[Value]):
     def __len__(self) -> int:
         return len(self._values)
 
+    def __copy__(self) -> BoundedCache[Value]:
+        """Return an empty cache of the same limit: a lock cannot be copied, and the values can be computed again."""
+        return BoundedCache(self._limit, self._size)
+
+    def __deepcopy__(self, _memo: object) -> BoundedCache[Value]:
+        return self.__copy__()
+
     def get(self, key: Hashable, make: Callable[[], Value]) -> Value:
         """Return the value of a key; `make` computes it where it is not stored."""
         with self._lock:

@@ -39,7 +39,7 @@ class Entry:
             value = getattr(self, name)
             if value is None:
                 continue
-            array = np.array(value, np.float32, order="C")  # in one order, so that a file gives the same sums
+            array = _real(name, value)
             if array.ndim not in ((1, 2) if name == "vector" else (2,)) or not np.isfinite(array).all():
                 msg = f"{name} of shape {list(array.shape)}: it must be finite and {'[d]' if name == 'vector' else '[k, d]'}"
                 raise PatchError(msg)
@@ -58,6 +58,17 @@ class Entry:
     def by_token(self) -> bool:
         """Whether every token has a direction of its own."""
         return self.vector.ndim == 2
+
+
+def _real(name: str, value: object) -> np.ndarray:
+    """Return numbers as float32, in one memory order, so that a file gives the same sums."""
+    try:
+        if not np.iscomplexobj(value):
+            return np.array(value, np.float32, order="C")
+    except (TypeError, ValueError):
+        pass
+    msg = f"{name}: it must be an array of real numbers, not {type(value).__name__}"
+    raise PatchError(msg)
 
 
 @dataclass(frozen=True, eq=False)
