@@ -70,17 +70,19 @@ def test_a_path_with_a_nul_is_one_sentence() -> None:
         open_regular("a\0b")
 
 
-@pytest.mark.parametrize("kind", ["link", "FIFO"])
+@pytest.mark.parametrize("kind", ["link", "FIFO", "folder"])
 def test_the_lock_of_a_store_is_no_link_and_no_fifo(tmp_path: Path, kind: str) -> None:
     lock, outside = tmp_path / ".worker-0.lock", tmp_path / "outside"
     if kind == "link":
         lock.symlink_to(outside)
+    elif kind == "folder":
+        lock.mkdir()
     else:
         os.mkfifo(lock)
-    with pytest.raises(StoreError, match=r"symbolic link|FIFO or device"):
+    with pytest.raises(StoreError, match=r"symbolic link|FIFO or device|a folder"):
         Lock(lock, "held")
     assert not outside.exists()
-    lock.unlink()
+    (lock.rmdir if kind == "folder" else lock.unlink)()
     held = Lock(lock, "held")
     with pytest.raises(StoreError, match="held"):
         Lock(lock, "held")

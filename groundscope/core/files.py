@@ -199,6 +199,9 @@ def _open_lock_file(path: Path) -> int:
         if is_link(path):
             msg = f"'{path}' is a symbolic link, which is not followed: remove it"
             raise StoreError(msg) from error
+        if path.is_dir():
+            msg = f"'{path}' is not a lock file but a folder: remove it"
+            raise StoreError(msg) from error
         raise
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)

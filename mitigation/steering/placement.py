@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
+import numpy.typing as npt
 
 from groundscope.core.errors import PatchError, SiteError
 from lvlm.sites import Head, Site
@@ -60,7 +61,7 @@ class Entry:
         return self.vector.ndim == 2
 
 
-def _real(name: str, value: object) -> np.ndarray:
+def _real(name: str, value: npt.ArrayLike) -> np.ndarray:
     """Return numbers as float32, in one memory order, so that a file gives the same sums."""
     try:
         if not np.iscomplexobj(value):
