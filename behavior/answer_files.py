@@ -24,6 +24,16 @@ IDS = ("question_id", "questionId", "index", "id", "image_id")
 """Fields that may identify the question; the first one present is used."""
 TEXTS = ("answer", "text", "response", "output", "prediction", "caption")
 """Fields that may hold the model's answer; a record with two of them is refused."""
+OTHER_TEXTS = frozenset(
+    (
+        "pred", "preds", "pred_answer", "pred_text", "predict", "predicted", "predicted_answer", "prediction", "predictions",
+        "prediction_text", "model_answer", "model_response", "model_output", "model_prediction", "model_pred", "llm_answer",
+        "gpt_answer", "generated", "generated_answer", "generated_text", "generation", "generations", "completion", "reply",
+        "response", "responses", "raw_response", "output", "outputs", "output_text", "raw_output", "answer_pred",
+    )
+)  # fmt: skip
+"""Further names that tools give to the model's answer, compared in lower case: a second reading of a record that has one of
+`TEXTS` too. They are read where `answer_field` names them."""
 QUESTIONS = ("prompt", "question", "query")
 """Fields that may hold the question."""
 
@@ -153,6 +163,13 @@ def _answer_field(record: Record) -> str:
         )
         raise DataError(msg)
     (name,) = names
+    other = next((n for n in values if n != name and n.lower() in OTHER_TEXTS and _may_answer(values[n])), None)
+    if other is not None:
+        msg = (
+            f"{record.where}: the model's answer may be field '{name}' ({_quote(values[name])}) or field '{other}' "
+            f"({_quote(values[other])}); name the one that the model wrote, as in answer_field='{other}'"
+        )
+        raise DataError(msg)
     second = _second_reading(name, values)
     if second is not None:
         reading, sign = second
@@ -162,6 +179,11 @@ def _answer_field(record: Record) -> str:
         )
         raise DataError(msg)
     return name
+
+
+def _may_answer(value: object) -> bool:
+    """Whether a value is text, or a list of texts."""
+    return is_text(value) or (isinstance(value, list) and bool(value) and all(is_text(v) for v in value))
 
 
 def _second_reading(name: str, values: Mapping[str, Any]) -> tuple[str, str] | None:

@@ -159,6 +159,14 @@ def chair(
     if not captions:
         msg = "there are no captions to score"
         raise DataError(msg)
+    wrong = next((name for name, caption in captions.items() if not isinstance(caption, str)), None)
+    if wrong is not None:
+        msg = f"caption of image '{wrong}': it must be text, not {type(captions[wrong]).__name__}"
+        raise DataError(msg)
+    listed = next((name for name in captions if isinstance(objects.get(name), str)), None)
+    if listed is not None:
+        msg = f"objects of image '{listed}': give a list of nouns, not one text"
+        raise DataError(msg)
     unknown = [name for name in captions if name not in objects]
     if unknown:
         msg = f"caption of image '{unknown[0]}': no objects for this image ({len(unknown)} such images); add them to objects"

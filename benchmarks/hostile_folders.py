@@ -47,6 +47,7 @@ from experiments.config import STAGES
 from experiments.report import make_report
 from experiments.run.context import Context
 from experiments.run.folder import OWN, RECEIPT, RunFolder, file_digest, stamp
+from groundscope.core.document_digest import KEY, document_digest
 from groundscope.core.errors import GroundscopeError
 
 OPTIONS = (
@@ -248,7 +249,12 @@ def _name_in_receipt(folder: str, name: str, run: Path, outside: Path) -> None:
     value = _load(run / folder / RECEIPT)
     digest = hashlib.sha256((outside / "mine.txt").read_bytes()).hexdigest()
     value["files"][name.format(outside=outside)] = digest
-    _write(run / folder / RECEIPT, value)
+    _write_receipt(run / folder, value)
+
+
+def _write_receipt(folder: Path, value: dict[str, Any]) -> None:
+    """Write a receipt whose own digest fits its content, as somebody would who means harm."""
+    _write(folder / RECEIPT, value | {KEY: document_digest(value)})
 
 
 def _edit(file: str, name: str, change: Callable[[Any, str], None], run: Path, outside: Path) -> None:
@@ -273,7 +279,7 @@ def _forge(run: Path) -> None:
             path = run / folder / name
             if path.is_file() and not path.is_symlink():
                 value["files"][name], value["stamps"][name] = file_digest(path), stamp(path)
-        _write(receipt, value)
+        _write_receipt(run / folder, value)
 
 
 # -- calls -----------------------------------------------------------------------------------------------------------------

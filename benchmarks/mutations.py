@@ -2,9 +2,10 @@
 
     python benchmarks/mutations.py [--quick] [--store 5000] [--others 1000] [--seed 0] [--batch 100] [--save]
 
-A small store, a probe grid, head scores and a steering vector are written, and one file of each is mutated at a time: bits
-flipped, the end cut off, blocks swapped, a run of bytes zeroed, bytes inserted. Each mutation is read in a worker process
-with limits on time and memory, in batches; a worker that hangs or crashes is counted and the batch goes on in another one.
+A small store, a probe grid, head scores, a steering vector and the receipt of a run's stage are written, and one file of each
+is mutated at a time: bits flipped, the end cut off, blocks swapped, a run of bytes zeroed, bytes inserted. Each mutation is
+read in a worker process with limits on time and memory, in batches; a worker that hangs or crashes is counted and the batch
+goes on in another one.
 Counted are
 
 hangs, crashes
@@ -13,6 +14,7 @@ silent
     the numbers that are read differ from those written, and neither `verify` (of a store) nor reading says so. A store is
     read after `verify`, as reading alone does not compare the values of arrays (``unverified_reads`` counts how often it
     returned other numbers without an error where `verify` names the shard);
+    A receipt is read by ``status`` and by ``resume``: each must refuse it, or both give what they gave before;
 wrong_advice
     an error or report about another file than the mutated one, or about a missing file where none is missing.
 """
@@ -20,6 +22,7 @@ wrong_advice
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import multiprocessing
 import os
@@ -45,6 +48,11 @@ from rich.table import Table
 
 from activation_store import ActivationStore, ArrayInfo, Ragged, Schema, StoreWriter, verify
 from circuits import HeadScores
+from experiments.cli.overrides import composed
+from experiments.cli.resume import configured
+from experiments.cli.status import status
+from experiments.pipeline import execute
+from experiments.run.folder import read_receipt
 from groundscope.core.errors import GroundscopeError
 from lvlm.sites import Head
 from mitigation import SteeringVector
@@ -98,7 +106,7 @@ class Subject:
 
     def files(self) -> list[str]:
         """Return the names of the files."""
-        return sorted(p.name for p in self.folder.iterdir())
+        return sorted(str(p.relative_to(self.folder)) for p in self.folder.rglob("*") if p.is_file())
 
 
 # ---- subjects
@@ -208,6 +216,54 @@ def _unit(rng: np.random.Generator, size: int) -> np.ndarray:
 def read_vector(folder: Path) -> dict[str, np.ndarray]:
     """Read everything in a steering vector."""
     return _fields(SteeringVector.load(folder / "vector.safetensors"))
+
+
+def make_receipt(folder: Path) -> None:
+    """Make the examples of a small run."""
+    execute(
+        composed(["stages=[examples]", "data.n_images=10", "data.test_images=10", "threads=1", f"root={folder}"])[0],
+        _quiet(),
+    )
+    (made,) = folder.glob("*/run.json")
+    for path in made.parent.iterdir():
+        path.rename(folder / path.name)
+    made.parent.rmdir()
+    shutil.rmtree(folder / ".locks", ignore_errors=True)
+
+
+def read_run(folder: Path) -> dict[str, np.ndarray]:
+    """Ask for the status of a run and resume it, on a copy; return everything that both tell.
+
+    Raises
+    ------
+    GroundscopeError
+        Where both refuse it.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        run = Path(name) / "run"
+        shutil.copytree(folder, run)
+        found = status(run)
+        out = {"status": np.array(repr((found.stages, found.figures)))}
+        try:
+            out |= _fields(read_receipt(run / "examples"))
+            config = configured(run)
+            config.stages = ["examples"]
+            execute(config, _quiet())
+        except GroundscopeError as error:
+            if not found.errors:
+                msg = f"status took for whole what resume refuses: {error}"
+                raise RuntimeError(msg) from error
+            raise
+        if found.errors:
+            msg = f"resume took for whole what status refuses: {found.errors}"
+            raise RuntimeError(msg)
+        # Of the receipt what it says is compared: another blank in it says nothing else.
+        files = [path for path in sorted(run.glob("examples/*")) if path.name != "stage.json"]
+        return out | {path.name: np.array(path.read_bytes()) for path in files}
+
+
+def _quiet() -> Console:
+    return Console(file=io.StringIO())
 
 
 def _fields(result: object) -> dict[str, np.ndarray]:
@@ -340,7 +396,7 @@ def mutate_all(
     Parameters
     ----------
     counts
-        Mutations by subject: ``store``, ``grid``, ``scores``, ``vector``.
+        Mutations by subject: ``store``, ``grid``, ``scores``, ``vector``, ``receipt``.
     seed
         Decides all mutations.
     size
@@ -353,6 +409,7 @@ def mutate_all(
         "grid": (make_grid, read_grid, None),
         "scores": (make_scores, read_scores, None),
         "vector": (make_vector, read_vector, None),
+        "receipt": (make_receipt, read_run, None),
     }
     with tempfile.TemporaryDirectory() as name:
         subjects, todo = [], []
@@ -363,11 +420,16 @@ def mutate_all(
             make(folder)
             subjects.append(Subject(kind, folder, read, check))
             chance = random.Random(f"{seed} {kind}")
-            files = [f for f in subjects[-1].files() if not (kind == "vector" and f.endswith(".json"))]  # never read
+            files = [f for f in subjects[-1].files() if _may_mutate(kind, f)]
             weights = [(folder / f).stat().st_size for f in files]
             chosen = chance.choices(files, [w + sum(weights) / len(files) for w in weights], k=count)
             todo += [Mutation(number, file, f"{seed} {kind} {i}") for i, file in enumerate(chosen)]
         return run(subjects, todo, size, advance)
+
+
+def _may_mutate(kind: str, file: str) -> bool:
+    """Whether a file is mutated: of a vector not the JSON for people, which is never read, and of a run the receipt alone."""
+    return file.endswith("/stage.json") if kind == "receipt" else not (kind == "vector" and file.endswith(".json"))
 
 
 def main() -> None:
@@ -385,8 +447,8 @@ def main() -> None:
     start = time.perf_counter()
     console = Console(stderr=True)
     with Progress(console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("mutating", total=store + 3 * others)
-        counts = {"store": store, "grid": others, "scores": others, "vector": others}
+        task = progress.add_task("mutating", total=store + 4 * others)
+        counts = {"store": store, "grid": others, "scores": others, "vector": others, "receipt": others}
         results = mutate_all(counts, options.seed, options.batch, lambda n: progress.advance(task, n))
     took = time.perf_counter() - start
     figures: dict[str, dict[str, object]] = {}

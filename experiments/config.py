@@ -71,6 +71,8 @@ class TraceConfig:
     """Examples a forward."""
     dtype: str = "float32"
     """How they are stored: `float32`, `float16` or `bfloat16`."""
+    on_error: str = "raise"
+    """`raise` or `skip`: whether an image that cannot be read ends the stage, or its examples are left out, named and counted."""
     shards: int = 1
     """Parts in which the data are traced, each by a process of its own."""
     shard: int | None = None

@@ -20,6 +20,8 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 _OBSERVES, _REGISTERED = "_groundscope_observes", "_groundscope_registered"
 _LIBRARIES = ("transformers", "nnsight", "accelerate", "torch")
 """Packages whose hooks collect outputs, move tensors between devices or are part of a model's definition."""
+_CHECKERS = ("jaxtyping", "beartype", "typeguard")
+"""Packages whose decorators wrap a ``forward`` where it is defined."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,8 +96,8 @@ def marked_as(hook: _Function, other: Callable[..., Any]) -> _Function:
 def unregistered_hooks(module: nn.Module) -> tuple[str, ...]:
     """Return every forward hook in a module's tree that nobody registered, as ``path: qualified name (kind)``.
 
-    Observers, hooks of registered changes, and hooks of transformers, nnsight, accelerate and torch are left out; a
-    ``forward`` that was replaced on one module is a hook too.
+    Observers, hooks of registered changes, and hooks of transformers, nnsight, accelerate and torch are left out. A
+    ``forward`` that was replaced on a module or on its class is a hook too, and so is a model in training mode.
     """
     changed = bool(_ACTIVE.get(module))
     found: list[str] = []
@@ -107,12 +109,19 @@ def unregistered_hooks(module: nn.Module) -> tuple[str, ...]:
             if not _accounted(hook, changed=changed)
         )
 
+    classes: dict[type[nn.Module], str] = {}
     for path, inner in module.named_modules():
+        classes.setdefault(type(inner), path)
         look(path, inner._forward_pre_hooks, "forward pre-hook")
         look(path, inner._forward_hooks, "forward hook")
         own = _own_forward(inner)
-        if own is not None and getattr(own, "__module__", None) != type(inner).__module__:
+        if own is not None and _origin(own) != type(inner).__module__:
             look(path, {0: own}, "replaced forward")
+    for kind, path in classes.items():
+        if (patch := _class_patch(kind)) is not None:
+            look(path, {0: patch}, "replaced forward of the class")
+    if module.training:
+        found.append(f"{type(module).__name__}: training mode (dropout is random; call eval())")
     look("all modules", torch_module._global_forward_pre_hooks, "global forward pre-hook")
     look("all modules", torch_module._global_forward_hooks, "global forward hook")
     return tuple(found)
@@ -134,8 +143,31 @@ def unknown(module: nn.Module) -> tuple[str, ...]:
 def _accounted(hook: Any, *, changed: bool) -> bool:
     if getattr(hook, _OBSERVES, False) or (changed and getattr(hook, _REGISTERED, False)):
         return True
-    source = getattr(hook, "__module__", None) or type(hook).__module__
-    return str(source).partition(".")[0] in _LIBRARIES
+    return _package(_origin(hook)) in _LIBRARIES
+
+
+def _origin(function: Any) -> str:
+    """Return the module whose code a function runs, also where `functools.wraps` gave it the name of another."""
+    while True:
+        inner = getattr(function, "func", None) or getattr(function, "__func__", None)  # partial, bound method
+        if inner is None:
+            break
+        function = inner
+    where = getattr(function, "__globals__", {}).get("__name__") or getattr(function, "__module__", None)
+    return str(where or type(function).__module__)
+
+
+def _package(module: str) -> str:
+    return module.partition(".")[0]
+
+
+def _class_patch(kind: type[nn.Module]) -> Any:
+    """Return the ``forward`` of a class where code of another package was put in its place, else None."""
+    owner = next((c for c in kind.__mro__ if "forward" in vars(c)), None)
+    forward = None if owner is None else vars(owner)["forward"]
+    if forward is None or _package(_origin(forward)) in {_package(owner.__module__), *_CHECKERS}:
+        return None
+    return forward
 
 
 def _own_forward(module: nn.Module) -> Any:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from groundscope.core.errors import ModelError
 from lvlm.access.shared_vision_run import each_picture_once
 from lvlm.encoding.encode import Batch
+from lvlm.finite import check_finite
 
 if TYPE_CHECKING:
     from lvlm.model import Lvlm
@@ -58,16 +60,32 @@ def greedy(model: Lvlm, batch: Batch, most_tokens: int) -> list[list[int]]:
         Prompts of equal shape.
     most_tokens
         Where an answer is cut off.
+
+    Raises
+    ------
+    ModelError
+        Where the logits of a step are not finite.
     """
     name = "decoder_input_ids" if model.encoder_decoder else "input_ids"
     with each_picture_once(model, batch.images), _plain_settings(model, most_tokens) as plain:
-        out = model.hf.generate(**batch.inputs, generation_config=plain)
+        out = model.hf.generate(**batch.inputs, generation_config=plain, logits_processor=[_finite(model)])
     ends = end_tokens(model)
     answers = []
     for row in out[:, batch.inputs[name].shape[1] :].tolist():
         stop = next((i for i, token in enumerate(row) if token in ends), len(row))
         answers.append(row[:stop])
     return answers
+
+
+def _finite(model: Lvlm) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return what looks at the logits of each step of `generate`: the largest of several NaN is the first token."""
+
+    def check(_tokens: Tensor, logits: Tensor) -> Tensor:
+        names = [f"row {row} of a batch" for row in range(len(logits))]
+        check_finite(logits.float().logsumexp(-1), names, model.name)
+        return logits
+
+    return check
 
 
 @contextmanager

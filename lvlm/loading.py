@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging as records
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ import torch
 
 from concepts.drawing import TEST, generator, sample
 from concepts.questions import as_example, existence
-from groundscope.core.errors import ModelError
+from groundscope.core.errors import DataError, ModelError
+from groundscope.core.user_files import read_text
 from lvlm.access.weights import empty
 from lvlm.checkpoint import check_device, check_loading, check_pixels, check_sizes, unwrapped
 from lvlm.embedded import EMBEDDED, folder_of
@@ -111,8 +113,9 @@ def load_lvlm(
         check_sizes(config, name)
         known = _spec(spec) or family(config.model_type)
         spread = {"device_map": "auto"} if device == "auto" else {}
+        # Weights of another shape are not ignored: check_loading refuses them by name.
         loaded = _auto_class(config).from_pretrained(
-            where, output_loading_info=True, **_in_number(number), **spread, **options
+            where, output_loading_info=True, ignore_mismatched_sizes=True, **_in_number(number), **spread, **options
         )
         model, info = loaded if isinstance(loaded, tuple) else (loaded, {})
         unused = check_loading(model, info, name)
@@ -123,7 +126,7 @@ def load_lvlm(
         exists = "" if local else f"; it is no folder here either, and the embedded models are {', '.join(EMBEDDED)}"
         if not trust_remote_code and "trust_remote_code" in str(error):
             exists = "; it runs with trust_remote_code=True: read its code first"
-        msg = f"model '{name}' cannot be loaded: {_first_line(error)}{exists}"
+        msg = f"model '{name}' cannot be loaded: {_damaged_settings(folder) or _first_line(error)}{exists}"
         raise ModelError(msg) from error
     finally:
         logging.set_verbosity(verbosity)
@@ -222,14 +225,17 @@ def outline_lvlm(
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": local}
     try:
         config = AutoConfig.from_pretrained(where, **options)
+        check_sizes(config, str(source))
         known = _spec(spec) or family(config.model_type)
         with torch.device("meta"):
             model = _auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
         processor = _processor(where, config, known, options)
+        check_pixels(processor, str(source))
     except ModelError:
         raise
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
-        msg = f"the configuration of model '{source}' cannot be read: {_first_line(error)}"
+    except Exception as error:  # as for loading
+        reason = _damaged_settings(folder) or _first_line(error)
+        msg = f"the configuration of model '{source}' cannot be read: {reason}"
         raise ModelError(msg) from error
     return Lvlm(model.to(getattr(torch, dtype)), processor, known, str(source))
 
@@ -287,6 +293,35 @@ def _in_number(number: torch.dtype) -> dict[str, torch.dtype]:
 
 def _spec(given: FamilySpec | str | Path | None) -> FamilySpec | None:
     return FamilySpec.from_yaml(given) if isinstance(given, str | Path) else given
+
+
+_SETTINGS = (
+    "config.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "generation_config.json",
+    "tokenizer_config.json",
+    "tokenizer.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.json",
+    "model.safetensors.index.json",
+)
+"""Files of a model's folder that hold one JSON object each."""
+
+
+def _damaged_settings(folder: Path) -> str | None:
+    """Return which file of settings in a folder is no JSON object, in words; None where all are, and for no folder."""
+    for file in (folder / name for name in _SETTINGS):
+        try:
+            if not file.exists() or isinstance(json.loads(read_text(file)), dict):
+                continue
+            return f"'{file}' must hold a JSON object"
+        except DataError as error:
+            return str(error)
+        except (OSError, ValueError, RecursionError) as error:
+            return f"'{file}' is not JSON ({_first_line(error)})"
+    return None
 
 
 def _first_line(error: Exception) -> str:

@@ -410,3 +410,17 @@ def test_a_fifo_is_refused_and_does_not_block(pope: Path, tmp_path: Path) -> Non
     ):
         with pytest.raises(DataError, match="not a regular file but a FIFO"):
             read()
+
+
+@pytest.mark.parametrize("other", ["pred", "model_answer", "Response", "generated_text", "outputs"])
+def test_a_second_answer_under_another_tools_name_is_refused(tmp_path: Path, other: str) -> None:
+    """`answer` is the truth here, and the model is always wrong."""
+    path = tmp_path / "a.jsonl"
+    wrong: Any = ["No"] if other == "outputs" else "No"
+    path.write_text(json.dumps({"question_id": 1, "answer": "Yes", other: wrong, "model_id": "m"}), encoding="utf-8")
+    with pytest.raises(DataError, match=rf"may be field 'answer'.*or field '{other}'"):
+        read_answers(path)
+    if other != "outputs":
+        assert read_answers(path, answer_field=other)[0].text == "No"
+    path.write_text(json.dumps({"question_id": 1, "text": "No", "prompt": "?", "generated": True}), encoding="utf-8")
+    assert read_answers(path)[0].text == "No"

@@ -192,3 +192,13 @@ def test_what_people_wrote_is_in_the_image_too(synonyms: dict[str, str]) -> None
         score_captions(answers, ConceptDataset("other", ()), synonyms)
     with pytest.raises(DataError, match="no captions among the answers"):
         score_captions(BehaviorResult((), Cost(None, None, 0)), data)
+
+
+def test_captions_and_objects_of_another_type_are_named() -> None:
+    from typing import Any
+
+    captions: Any = {"1": "A dog.", "2": None}
+    with pytest.raises(DataError, match="caption of image '2': it must be text, not NoneType"):
+        chair(captions, {"1": ["dog"], "2": []}, {"dog": "dog"})
+    with pytest.raises(DataError, match="objects of image '1': give a list of nouns, not one text"):
+        chair({"1": "A dog."}, {"1": "dog"}, {"dog": "dog"})

@@ -346,3 +346,9 @@ def test_files_that_are_no_vectors(tmp_path: Path) -> None:
         save_file(tensors, tmp_path / name, metadata={"steering_vector": json.dumps({**card, **change})})
         with pytest.raises(StoreError, match=said):
             SteeringVector.load(tmp_path / name)
+
+
+@pytest.mark.parametrize("value", ["ab", [1, "x"], [1j, 0.0], [[1.0], [2.0, 3.0]]])
+def test_a_direction_is_made_of_real_numbers(value: Any) -> None:
+    with pytest.raises(PatchError, match="vector: it must be an array of real numbers"):
+        Entry(value)

@@ -167,7 +167,7 @@ def test_a_seeded_sample_of_mutations_is_found() -> None:
     """The harness itself runs them all: benchmarks/mutations.py."""
     from benchmarks.mutations import mutate_all
 
-    results = mutate_all({"store": 30, "grid": 8, "scores": 8, "vector": 8}, seed=1)
+    results = mutate_all({"store": 30, "grid": 8, "scores": 8, "vector": 8, "receipt": 8}, seed=1)
     for kind, each in results.items():
         assert {one["result"] for one in each} <= {"found", "harmless", "unverified_read"}, (kind, each)
     assert len(results["store"]) == 30

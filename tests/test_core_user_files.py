@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from groundscope.core.errors import ConfigError, DataError
+from groundscope.core.errors import ConfigError, DataError, StoreError
+from groundscope.core.files import Lock
 from groundscope.core.user_files import open_regular, read_bytes, read_json, read_text
 
 
@@ -62,3 +63,28 @@ def test_a_document_is_checked(tmp_path: Path) -> None:
     assert read_json(tmp_path / "x.json") == {"a": "é"}
     with pytest.raises(DataError, match=r"x\.json: no list"):
         read_json(tmp_path / "x.json", check=lambda d: None if isinstance(d, list) else "no list")
+
+
+def test_a_path_with_a_nul_is_one_sentence() -> None:
+    with pytest.raises(DataError, match="not a file path"):
+        open_regular("a\0b")
+
+
+@pytest.mark.parametrize("kind", ["link", "FIFO", "folder"])
+def test_the_lock_of_a_store_is_no_link_and_no_fifo(tmp_path: Path, kind: str) -> None:
+    lock, outside = tmp_path / ".worker-0.lock", tmp_path / "outside"
+    if kind == "link":
+        lock.symlink_to(outside)
+    elif kind == "folder":
+        lock.mkdir()
+    else:
+        os.mkfifo(lock)
+    with pytest.raises(StoreError, match=r"symbolic link|FIFO or device|a folder"):
+        Lock(lock, "held")
+    assert not outside.exists()
+    (lock.rmdir if kind == "folder" else lock.unlink)()
+    held = Lock(lock, "held")
+    with pytest.raises(StoreError, match="held"):
+        Lock(lock, "held")
+    held.release()
+    assert not lock.exists()

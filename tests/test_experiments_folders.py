@@ -31,6 +31,7 @@ from experiments.run.folder import RunFolder, read_receipt, write_json
 from experiments.stages.export import make_exports
 from experiments.stages.steer import make_vector
 from experiments.stages.table import TABLE
+from groundscope.core.document_digest import document_digest
 from groundscope.core.errors import ConfigError
 
 QUIET = Console(file=io.StringIO())
@@ -58,7 +59,9 @@ def sent(made: Path, tmp_path: Path) -> Path:
 
 
 def change(path: Path, **fields: Any) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    """Change fields of a JSON file, and its digest where it holds one, as somebody would who means harm."""
+    record = json.loads(path.read_text()) | fields
+    path.write_text(json.dumps(record | ({"digest": document_digest(record)} if "digest" in record else {})))
 
 
 def receipt_with(sent: Path, name: str) -> None:
@@ -448,12 +451,12 @@ def test_the_spec_file_is_in_the_models_key_and_consent_is_not(tmp_path: Path) -
 
 
 def test_a_hub_id_counts_with_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def cached(commit: str) -> Callable[..., str]:
-        return lambda *_: str(tmp_path / "models--a--b" / "snapshots" / commit / "config.json")
+    def cached(commit: str) -> Callable[..., Path]:
+        return lambda *_: tmp_path / "models--a--b" / "snapshots" / commit / "config.json"
 
     keys = []
     for commit in ("1" * 40, "2" * 40):
-        monkeypatch.setattr("huggingface_hub.hf_hub_download", cached(commit))
+        monkeypatch.setattr("lvlm.identity.hub_file", cached(commit))
         keys.append(fingerprint("a/b"))
     assert keys == [["a/b", "1" * 40], ["a/b", "2" * 40]]
 

@@ -152,3 +152,13 @@ def test_a_question_is_found_where_its_template_keeps_its_words() -> None:
     assert find_question("a b a b", " b ") == (6, 7)
     assert find_question("a", "") == (0, 0)
     assert find_question("a", "b") is None
+
+
+def test_logits_that_are_not_finite_are_no_text() -> None:
+    """The largest of several NaN is the first token, which would be text like any other."""
+    lvlm = load_lvlm("tiny", validate=False)
+    (batch,) = lvlm.batches([example()])
+    with torch.no_grad():
+        lvlm.hf.lm_head.weight[3, 0] = float("nan")
+    with pytest.raises(ModelError, match="the logits of tiny are not finite"):
+        lvlm.generate(batch, 3)

@@ -16,6 +16,7 @@ from torch import nn
 from toy_examples import example
 
 from activation_store import trace
+from behavior import answer
 from concepts import ConceptDataset
 from lvlm import answer_key, fingerprint, load_lvlm
 from lvlm.fingerprint import has_weights, weights_hash
@@ -111,6 +112,7 @@ def test_a_hash_does_not_keep_a_model(tmp_path: Path) -> None:
     ref = weakref.ref(lvlm.hf)
     assert lvlm.weights_hash
     answer_key(lvlm, example(0))
+    answer(lvlm, data, progress=False)
     trace(lvlm, data, ["decoder.L5.z"], ["last"], tmp_path, progress=False)
     del lvlm
     gc.collect()

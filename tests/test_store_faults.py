@@ -576,3 +576,13 @@ def test_the_table_of_a_finished_store_needs_no_shard(tmp_path: Path, monkeypatc
 def test_text_columns_are_no_labels(tmp_path: Path) -> None:
     with ActivationStore(write(tmp_path)) as store, pytest.raises(StoreError, match="'question' holds text"):
         store.torch("decoder.L0.z", "last", ["question"])
+
+
+def test_a_shard_that_is_a_link_to_itself_is_one_sentence(tmp_path: Path) -> None:
+    write(tmp_path)
+    shard = tmp_path / "shard-0-00000.h5"
+    shard.unlink()
+    shard.symlink_to(shard.name)
+    for use in (lambda: ActivationStore(tmp_path), lambda: write(tmp_path)):
+        with pytest.raises(StoreError, match="cannot be read"):
+            use()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import shutil
 from collections.abc import Callable
@@ -158,6 +159,32 @@ def test_an_unknown_hook_is_recorded_and_refuses_to_join_other_rows(
     if kind != "replaced forward":
         with pytest.raises(StoreError, match=r"provenance\.hooks"):
             traced(model, tmp_path / "new")
+
+
+def test_a_forward_that_was_replaced_on_the_class_is_found(model: Lvlm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the code of several published corrections does, also under the name of what it replaces."""
+    kind = type(model.layers("decoder")[1])
+    real = kind.forward
+
+    def doubled(self: Any, *args: Any, **options: Any) -> Any:
+        return real(self, *args, **options)
+
+    for patch in (doubled, functools.wraps(real)(doubled)):
+        with monkeypatch.context() as patched:
+            patched.setattr(kind, "forward", patch)
+            (said,) = model.unregistered_hooks
+            assert said.startswith("model.language_model.layers.0: ")
+            assert said.endswith("(replaced forward of the class)")
+        assert model.unregistered_hooks == ()
+
+
+def test_a_model_in_training_mode_is_no_plain_model(model: Lvlm) -> None:
+    model.hf.train()
+    try:
+        assert "training mode" in model.unregistered_hooks[0]
+    finally:
+        model.hf.eval()
+    assert model.unregistered_hooks == ()
 
 
 def test_observers_and_hooks_of_libraries_are_no_changes(model: Lvlm, plain: ActivationStore) -> None:

@@ -21,7 +21,8 @@ from groundscope.core.user_files import read_text
 
 def check_listed(path: Path, entry: ShardEntry) -> None:
     """Raise `DamagedFileError` where a shard's size, or the digest at its end, is not the one in the manifest."""
-    size = path.stat().st_size
+    with reading(path):
+        size = path.stat().st_size
     if size != entry.bytes:
         msg = f"{path}: damaged, {size} bytes instead of {entry.bytes}; {rebuild_advice(path.name)}"
         raise DamagedFileError(msg)

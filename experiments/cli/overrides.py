@@ -88,6 +88,9 @@ def read(arguments: Sequence[str]) -> Request:
     try:
         overrides = tuple(OverridesParser.create().parse_overrides(words))
     except OverrideParseException as error:
+        if not (error.override or "").isprintable():
+            msg = f"{error.override!r}: cannot be read: write it without control characters"
+            raise ConfigError(msg) from error
         msg = (
             f"{error.override}: cannot be read: {str(error).splitlines()[0]}; "
             f"quote such a value twice: {_advised(error.override)}"

@@ -154,7 +154,12 @@ def _bounds(config: RunConfig) -> str | None:
 
 def _words(config: RunConfig) -> str | None:
     """Check what is one of a few words."""
-    for key, choices in (("model.dtype", _DTYPES), ("trace.dtype", _DTYPES), ("patch.tokens", ("last", "suffix"))):
+    for key, choices in (
+        ("model.dtype", _DTYPES),
+        ("trace.dtype", _DTYPES),
+        ("trace.on_error", ("raise", "skip")),
+        ("patch.tokens", ("last", "suffix")),
+    ):
         value = _value(config, key)
         if value not in choices:
             return f"{key}={value}: choose from {', '.join(choices)}{nearest(value, choices)}"

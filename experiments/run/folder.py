@@ -1,8 +1,8 @@
 """The folder of a run: what each stage made, from what, and whether it is still there.
 
 A stage leaves a receipt ``<folder>/stage.json`` with its key (a digest of its options, its inputs and the packages that
-computed it), the environment it was made in, and the SHA-256 of every file it wrote. It is skipped when the key is unchanged
-and the files are what the receipt says.
+computed it), the environment it was made in, the SHA-256 of every file it wrote, and a digest of all this. It is skipped when
+the key is unchanged and the files are what the receipt says.
 
 A folder may come from somewhere else. Names in a receipt are plain names below its folder, links are refused and never
 followed, and only files that the stage wrote are ever removed.
@@ -29,6 +29,7 @@ from types import MappingProxyType
 from typing import Any
 
 from experiments.records import ANY, INTEGER, NUMBER, TEXT, Optional, read_record
+from groundscope.core.document_digest import KEY, document_digest, take_digest
 from groundscope.core.errors import ConfigError
 from groundscope.core.files import file_digest, write_text
 from groundscope.core.locks import lock
@@ -208,6 +209,12 @@ def stamp(path: Path) -> list[int]:
     return [about.st_size, about.st_mtime_ns]
 
 
+def write_receipt(root: Path, receipt: Receipt) -> None:
+    """Write the receipt of a stage's folder, with a digest of its content."""
+    record = json.loads(json.dumps(vars(receipt), default=str))
+    write_json(root / RECEIPT, {**record, KEY: document_digest(record)})
+
+
 def read_receipt(root: Path) -> Receipt | None:
     """Return the receipt of a stage's folder, or None where it has not finished.
 
@@ -232,7 +239,7 @@ def read_receipt(root: Path) -> Receipt | None:
     except ConfigError as error:
         msg = f"{error}; to make the stage again delete that file"
         raise ConfigError(msg) from error
-    unknown = sorted(set(record) - {f.name for f in fields(Receipt)})
+    unknown = sorted(set(record) - {f.name for f in fields(Receipt)} - {KEY})
     if unknown:
         msg = f"{path}: field '{unknown[0]}' is of a newer release: use that release, or choose another name=…"
         raise ConfigError(msg)
@@ -246,6 +253,12 @@ def read_receipt(root: Path) -> Receipt | None:
     if not all(_SHA.fullmatch(sha) for sha in sums):
         msg = f"{path}: not every file has a SHA-256; to make the stage again delete that file"
         raise ConfigError(msg)
+    try:
+        # Receipts that have no basis are of earlier releases, which wrote no digest.
+        take_digest(record, str(path), ConfigError, required=bool(record.get("basis")))
+    except ConfigError as error:
+        msg = f"{error}; to make the stage again delete that file"
+        raise ConfigError(msg) from None
     return Receipt(**{name: value for name, value in record.items() if value is not None})
 
 
@@ -380,7 +393,7 @@ class RunFolder:
         stamps |= {f"../{name}": stamp(self.path / name) for name in beyond}
         more = {**(about or {}), "outside": beyond}
         receipt = Receipt(stage, key, files, round(seconds, 2), summary, stamps, **more)
-        write_json(root / RECEIPT, vars(receipt))
+        write_receipt(root, receipt)
         return receipt
 
     def fail(self, folder: str, error: BaseException) -> None:

@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from experiments.cli.validation import SWEEPS
-from experiments.run.folder import MARKER, RECEIPT, Receipt, RunFolder, begun_under, read_receipt, write_json
+from experiments.run.folder import MARKER, Receipt, RunFolder, begun_under, read_receipt, write_receipt
 from groundscope.core.errors import ConfigError, DataError
 from groundscope.core.locks import lock
 from groundscope.core.paths import below, create_part, is_file, is_link
@@ -70,7 +70,7 @@ def take(root: Path, run: RunFolder, folder: str, key: str) -> Receipt | None:
         if not found.holds(target):
             continue
         taken = replace(found, origin=found.origin or str(other.relative_to(root)))
-        write_json(target / RECEIPT, vars(taken))
+        write_receipt(target, taken)
         return taken
     return None
 

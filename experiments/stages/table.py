@@ -81,6 +81,7 @@ def trace_into(context: Context, root: Path, worker: int = 0) -> ActivationStore
         dtype=options.dtype,
         worker=worker,
         workers=options.shards,
+        on_error=cast('Literal["raise", "skip"]', options.on_error),
     )
 
 
@@ -123,7 +124,9 @@ def traced_tokens(context: Context) -> list[str]:
 def told(store: ActivationStore, root: Path) -> str:
     """Say what a store holds."""
     size = sum(p.stat().st_size for p in root.rglob("*.h5")) / 1e6
-    return f"{len(store)} examples, {len(store.arrays)} arrays, {size:.0f} MB"
+    skipped = len(store.provenance.get("skipped", {}))
+    left_out = f" ({skipped} left out, as their images cannot be read)" if skipped else ""
+    return f"{len(store)} examples{left_out}, {len(store.arrays)} arrays, {size:.0f} MB"
 
 
 def _trace_options(context: Context) -> object:

@@ -21,7 +21,7 @@ from experiments.run.context import Context
 from experiments.run.folder import RECEIPT, SHARDS, Receipt, begun_under, write_text
 from experiments.run.live_table import Board
 from experiments.stages.table import TABLE, told, trace_into, traced
-from groundscope.core.errors import ConfigError
+from groundscope.core.errors import ConfigError, StoreError
 from groundscope.core.paths import is_file
 from groundscope.core.user_files import read_text
 
@@ -61,8 +61,14 @@ def trace_part(context: Context, board: Board, key: str, about: Mapping[str, Any
         write_text(root / SHARDS, str(options.shards))
     start = time.perf_counter()
     if number in unfinished(root, options.shards):
-        store = trace_into(context, root, number)
-        summary = f"{len(store)} examples in the store so far"
+        try:
+            store = trace_into(context, root, number)
+            summary = f"{len(store)} examples in the store so far"
+        except StoreError:
+            # With fewer chunks than parts some parts are empty: such a part is finished, and there may be no shard to open.
+            if number in unfinished(root, options.shards):
+                raise
+            summary = "no example is in this part"
     else:
         summary = "finished before"
     left = unfinished(root, options.shards)
@@ -102,7 +108,8 @@ def merge(context: Context, root: Path) -> ActivationStore:
         raise ConfigError(msg)
     # The last part to finish writes the manifest; one that was killed just before is asked to do it again.
     store = ActivationStore(root) if (root / MANIFEST).exists() else trace_into(context, root, 0)
-    if len(store) != (wanted := len(traced(context))):
+    wanted = len(traced(context)) - len(store.provenance.get("skipped", {}))
+    if len(store) != wanted:
         msg = f"'{root}' holds {len(store)} of {wanted} examples: remove that folder and trace again"
         raise ConfigError(msg)
     return store

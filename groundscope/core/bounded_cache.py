@@ -31,10 +31,12 @@ class BoundedCache(Generic[Value]):
     def __len__(self) -> int:
         return len(self._values)
 
-    def __deepcopy__(self, memo: dict[int, object]) -> BoundedCache[Value]:
-        """Return an empty cache of the same limit: values are computed again, and a lock cannot be copied."""
-        del memo
+    def __copy__(self) -> BoundedCache[Value]:
+        """Return an empty cache of the same limit: a lock cannot be copied, and the values can be computed again."""
         return BoundedCache(self._limit, self._size)
+
+    def __deepcopy__(self, _memo: object) -> BoundedCache[Value]:
+        return self.__copy__()
 
     def get(self, key: Hashable, make: Callable[[], Value]) -> Value:
         """Return the value of a key; `make` computes it if it is not stored."""

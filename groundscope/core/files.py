@@ -8,11 +8,12 @@ import hashlib
 import json
 import os
 import re
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from groundscope.core.errors import StoreError
-from groundscope.core.paths import create_part, is_file, part_path
+from groundscope.core.paths import create_part, is_file, is_link, part_path
 
 try:
     import fcntl
@@ -154,7 +155,8 @@ class Lock:
     Raises
     ------
     StoreError
-        If another process holds the lock. On a file system without locks, no lock is acquired.
+        If another process holds the lock, or a link, FIFO or device is in the place of the file. On a file system without
+        locks, no lock is acquired.
     """
 
     def __init__(self, path: Path, message: str) -> None:
@@ -164,7 +166,7 @@ class Lock:
         if fcntl is None:
             return
         while self._descriptor is None:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            descriptor = _open_lock_file(path)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
@@ -174,7 +176,7 @@ class Lock:
                 os.close(descriptor)
                 return
             # The previous holder may have removed the file between open and lock: then lock the new file.
-            if path.exists() and path.stat().st_ino == os.fstat(descriptor).st_ino:
+            if is_file(path) and os.path.samestat(path.lstat(), os.fstat(descriptor)):
                 self._descriptor = descriptor
             else:
                 os.close(descriptor)
@@ -186,6 +188,26 @@ class Lock:
                 self._path.unlink(missing_ok=True)
             os.close(self._descriptor)
             self._descriptor = None
+
+
+def _open_lock_file(path: Path) -> int:
+    """Open a lock file, created where it is missing; a link is not followed, and a FIFO not waited for."""
+    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    try:
+        descriptor = os.open(path, flags, 0o644)
+    except OSError as error:
+        if is_link(path):
+            msg = f"'{path}' is a symbolic link, which is not followed: remove it"
+            raise StoreError(msg) from error
+        if path.is_dir():
+            msg = f"'{path}' is not a lock file but a folder: remove it"
+            raise StoreError(msg) from error
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        msg = f"'{path}' is not a lock file but a FIFO or device: remove it"
+        raise StoreError(msg)
+    return descriptor
 
 
 def canonical_json(value: object) -> str:

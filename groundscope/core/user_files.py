@@ -41,7 +41,11 @@ def open_regular(path: str | os.PathLike[str], *, error: type[GroundscopeError] 
         If the file is missing or cannot be read, as from `open`.
     """
     # O_NONBLOCK: opening a FIFO without a writer must not block.
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
+    try:
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
+    except ValueError as reason:  # a NUL, or a lone surrogate, in the path
+        msg = f"{os.fspath(path)!r}: not a file path: {reason}"
+        raise error(msg) from None
     try:
         mode = os.fstat(descriptor).st_mode
         if not stat.S_ISREG(mode):

@@ -149,7 +149,7 @@ class FamilySpec:
 
         try:
             record = yaml.safe_load(read_text(path, limit=MAX_BYTES, error=ModelError))
-        except (OSError, RecursionError, yaml.YAMLError) as error:
+        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
             msg = f"family file '{path}' cannot be read: {error}"
             raise ModelError(msg) from error
         if not isinstance(record, Mapping):

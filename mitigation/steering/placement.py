@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
+import numpy.typing as npt
 
 from groundscope.core.errors import PatchError, SiteError
 from lvlm.sites import Head, Site
@@ -40,7 +41,7 @@ class Entry:
             value = getattr(self, name)
             if value is None:
                 continue
-            array = np.array(value, np.float32, order="C")  # fixed order, so sums are identical after loading a file
+            array = _real(name, value)
             if array.ndim not in ((1, 2) if name == "vector" else (2,)) or not np.isfinite(array).all():
                 msg = (
                     f"{name} of shape {list(array.shape)} must be finite and {'[d]' if name == 'vector' else '[k, d]'}"
@@ -61,6 +62,17 @@ class Entry:
     def by_token(self) -> bool:
         """Whether every token has a separate direction."""
         return self.vector.ndim == 2
+
+
+def _real(name: str, value: npt.ArrayLike) -> np.ndarray:
+    """Return numbers as float32, in one memory order, so that a file gives the same sums."""
+    try:
+        if not np.iscomplexobj(value):
+            return np.array(value, np.float32, order="C")
+    except (TypeError, ValueError):
+        pass
+    msg = f"{name}: it must be an array of real numbers, not {type(value).__name__}"
+    raise PatchError(msg)
 
 
 @dataclass(frozen=True, eq=False)
