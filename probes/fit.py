@@ -169,7 +169,7 @@ def fit_grid(
         checkpoint, {**options, "place": str(place), "concepts": list(concepts), "rows": digest(mask)}
     )
     out = _empty(len(concepts), len(place.layers), n_heads, width, len(held_out))
-    with bar(f"probing {stack}.{site}", len(place.layers) * n_heads, progress) as advance:
+    with progress_bar(f"probing {stack}.{site}", len(place.layers) * n_heads, progress) as advance:
         for at, layer in enumerate(place.layers):
             results = saved.load(layer)
             if results is None:
@@ -286,7 +286,7 @@ def _empty(n_concepts: int, n_layers: int, n_heads: int, width: int, n_held: int
 
 
 @contextmanager
-def bar(label: str, total: int, progress: bool | None) -> Iterator[Callable[[int], None]]:
+def progress_bar(label: str, total: int, progress: bool | None) -> Iterator[Callable[[int], None]]:
     """Yield a function that advances a progress bar; `progress` None shows the bar only on a terminal."""
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 

@@ -439,7 +439,7 @@ def test_schemas_that_cannot_be() -> None:
     info = ArrayInfo("decoder", "z", "last", 2, 8)
     for build, message in (
         (lambda: Schema(()), "has no array; give at least one"),
-        (lambda: Schema((info, info)), "twice: decoder.z/last"),
+        (lambda: Schema((info, info)), "repeated arrays: decoder.z/last"),
         (lambda: Schema((info,), "int8"), "dtype 'int8'"),
     ):
         with pytest.raises(StoreError, match=message):

@@ -10,7 +10,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from activation_store.format.encoding import Column, objects
+from activation_store.format.encoding import Column, as_object_array
 from activation_store.format.hdf5 import attribute, dataset_at, elements, mark
 from activation_store.format.schema import column_name, is_label, link_name
 
@@ -47,7 +47,7 @@ def _flat(values: Column) -> tuple[np.ndarray, np.ndarray]:
     """Return the concatenated items of all lists, and the start of each list, int64 [n+1]."""
     offsets = np.cumsum([0, *(len(items) for items in values)], dtype=np.int64)
     if any(isinstance(items, tuple) for items in values):
-        return objects([item for items in values for item in items]), offsets
+        return as_object_array([item for items in values for item in items]), offsets
     # Empty lists do not have the item width of the others.
     non_empty = [items for items in values if len(items)]
     return np.concatenate(non_empty) if non_empty else np.zeros(0, np.int64), offsets
@@ -86,7 +86,7 @@ def read_column(element: h5py.Dataset | h5py.Group) -> Column:
     if isinstance(element, h5py.Group):
         flat, offsets = read_column(dataset_at(element, "values")), read_offsets(element)
         parts = [flat[a:b] for a, b in pairwise(offsets)]
-        return objects([tuple(p) if flat.dtype == object else freeze(p) for p in parts])
+        return as_object_array([tuple(p) if flat.dtype == object else freeze(p) for p in parts])
     if h5py.check_string_dtype(element.dtype):
         return np.asarray(element.asstr()[...], dtype=object)
     values = np.asarray(element[...])
@@ -128,7 +128,7 @@ def join_columns(parts: Sequence[tuple[int, Mapping[str, Column]]]) -> dict[str,
 def _join(name: str, parts: Sequence[tuple[int, Column | None]]) -> Column:
     present = [values for _, values in parts if values is not None]
     if any(holds_lists(values) for values in present):
-        return objects([item for rows, values in parts for item in _as_lists(rows, values)])
+        return as_object_array([item for rows, values in parts for item in _as_lists(rows, values)])
     if any(values.dtype == object for values in present):
         return np.concatenate([_as_text(rows, values) for rows, values in parts])
     if len(present) < len(parts):

@@ -132,7 +132,7 @@ def as_column(name: str, values: Sequence[Any]) -> Column:
     """Convert plain values to a column; None becomes NaN or the empty string."""
     kind = column_kind(name, values)
     if kind == "list":
-        return objects(as_lists(name, values))
+        return as_object_array(as_lists(name, values))
     if kind == "string" or (kind == "empty" and name in STANDARD_COLUMNS):
         return np.array([value or "" for value in values], dtype=object)
     if kind == "label":
@@ -198,7 +198,7 @@ def _first_beyond_float(lists: Sequence[Any]) -> int | None:
     return None
 
 
-def objects(values: Sequence[Any]) -> Column:
+def as_object_array(values: Sequence[Any]) -> Column:
     """Return values of any type as an array of objects."""
     out = np.empty(len(values), dtype=object)
     for i, value in enumerate(values):

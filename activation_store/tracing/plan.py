@@ -154,7 +154,7 @@ def site_of(family: Family, layer: int) -> Site:
     return Site(stack, layer, cast("Component", component.removeprefix("cross.")), cross=component.startswith("cross."))
 
 
-def by_example(x: Tensor, examples: int, site: Site) -> Tensor:
+def split_by_example(x: Tensor, examples: int, site: Site) -> Tensor:
     """Reshape a site's tensor to ``[B, T, D]``, with the tokens of one example per row.
 
     Vision towers process images or tiles as batch rows, or all patches in one sequence; a pattern ``[B, H, Q, K]`` becomes
@@ -170,7 +170,7 @@ def by_example(x: Tensor, examples: int, site: Site) -> Tensor:
     return x.reshape(examples, -1, x.shape[-1])
 
 
-def reducer(positions: Sequence[tuple[int, ...]], selection: TokenSelection, device: torch.device) -> Reducer:
+def make_reducer(positions: Sequence[tuple[int, ...]], selection: TokenSelection, device: torch.device) -> Reducer:
     """Return a function that reduces a tensor ``[B, T, D]`` to the selected vectors ``[B, D]``, on the tensor's device.
 
     A single token is copied unchanged; a mean is computed in float32 for any dtype. A row with an empty selection becomes
@@ -332,7 +332,7 @@ def _run_probe_forward(model: Lvlm, encoding: Encoding, reads: Sequence[Read]) -
         if site in shapes:
             msg = f"site '{site}' is computed more than once in a forward pass of {model.name}; leave it out"
             raise SiteError(msg)
-        shapes[site] = tuple(by_example(x, 1, site).shape)
+        shapes[site] = tuple(split_by_example(x, 1, site).shape)
 
     handles = [read.place.watch(lambda x, site=read.site: record(site, x)) for read in reads]
     try:

@@ -36,10 +36,10 @@ from activation_store.tracing.inputs import check_images, encode_first, progress
 from activation_store.tracing.plan import (
     Plan,
     Read,
-    by_example,
     chunk_batches,
     make_plan,
-    reducer,
+    make_reducer,
+    split_by_example,
     stack_layers,
     token_offsets,
 )
@@ -146,8 +146,8 @@ def trace(
     ModelError
         If the logits of an answer are not finite.
     ConfigError
-        For a batch size below 1, an unknown `on_error`, or where both the model's own and the true answer are to be
-        read in one trace.
+        If the batch size is below 1, `on_error` is unknown, or one trace requests both the model's own and the true
+        answer.
     StoreError
         If the folder holds a store of another model, dataset or plan (the message names the field; a steering vector or
         another intervention that is active now but was not then also counts), a hook of unknown effect acts on the model
@@ -315,7 +315,9 @@ class Tracer:
         """
         maps = on.tokens if on else tuple(e.tokens for e in batch.encodings)
         reducers = {
-            stack: [(str(s), reducer([m.positions(s, stack) for m in maps], s, self.model.device)) for s in selections]
+            stack: [
+                (str(s), make_reducer([m.positions(s, stack) for m in maps], s, self.model.device)) for s in selections
+            ]
             for stack, selections in self.plan.selections.items()
         }
         needs_logits = self.answers and any(has_answers(e.example) for e in batch.encodings)
@@ -327,7 +329,7 @@ class Tracer:
         def keep(reads: tuple[Read, ...], raw: Any) -> None:
             for read in reads:
                 site = read.site
-                x = by_example(read.place.value(raw, calls[site]), len(maps), site)
+                x = split_by_example(read.place.value(raw, calls[site]), len(maps), site)
                 component = f"cross.{site.component}" if site.cross else site.component
                 for selection, reduce in reducers[site.stack]:
                     key = (site.stack, component, selection)

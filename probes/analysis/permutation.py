@@ -16,7 +16,7 @@ from groundscope.core.errors import ProbeError
 from groundscope.core.permutations import LEAST_MOVABLE
 from probes.analysis.refit import reproduce_split
 from probes.analysis.significance import Significance, adjust
-from probes.fit import bar
+from probes.fit import progress_bar
 from probes.grid import ProbeGrid
 from probes.protocol.controls import movable, shuffle_labels, shuffle_within
 from probes.protocol.inputs import Store
@@ -98,7 +98,7 @@ def permutation_test(
     maxima = np.full((n_concepts, permutations), -np.inf, np.float32)
     size = max(1, LABEL_BYTES // (4 * max(1, len(table.ids)) * n_concepts))
     parts = [range(a, min(a + size, permutations)) for a in range(0, permutations, size)]
-    progress_display = bar(
+    progress_display = progress_bar(
         f"permuting {grid.stack}.{grid.component}", len(parts) * len(place.layers) * n_heads, progress
     )
     with progress_display as advance, map_in_threads() as map_blocks:

@@ -9,7 +9,7 @@ import numpy as np
 
 from groundscope.core.errors import ProbeError
 from probes.analysis.refit import reproduce_split
-from probes.fit import bar
+from probes.fit import progress_bar
 from probes.protocol.cell import SELECTION
 from probes.protocol.inputs import Store
 from probes.solvers.closed_form import Spectrum
@@ -64,7 +64,7 @@ def softmax_choices(
             raise ProbeError(msg)
     test = np.flatnonzero(setup.table.fold < 0)[used]
     n_heads = setup.place.n_heads or 1
-    with bar(f"choosing {grid.stack}.{grid.component}", len(grid.layers) * n_heads, progress) as advance:
+    with progress_bar(f"choosing {grid.stack}.{grid.component}", len(grid.layers) * n_heads, progress) as advance:
         for at in range(len(grid.layers)):
             by_head = setup.by_head(at)
             for head in range(n_heads):
