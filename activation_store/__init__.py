@@ -1,6 +1,6 @@
-"""What was seen inside the model: activations on disk, written by a tracer, read with numpy and h5py alone.
+"""Activations of a model on disk: written by a tracer, read with numpy and h5py only.
 
-Nothing heavy is imported before it is used: ``ActivationStore`` needs no torch, only ``trace`` needs a model.
+Heavy packages are imported on first use: ``ActivationStore`` needs no torch; only ``trace`` needs a model.
 """
 
 import lazy_loader

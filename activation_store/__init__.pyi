@@ -1,4 +1,4 @@
-"""Public names of `activation_store`, each with the module that it comes from."""
+"""Public names of `activation_store`, with the module that defines each."""
 
 from .direction import Direction
 from .format.ragged import Ragged

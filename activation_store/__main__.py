@@ -1,4 +1,4 @@
-"""``python -m activation_store {info,verify,repack,merge}``: look at a store, check every byte of it, write it anew."""
+"""``python -m activation_store {info,verify,repack,merge}``: inspect a store, verify its bytes, rewrite or merge it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Result = TypeVar("Result")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns 0 where all is well, 1 where verification found problems, 2 where it cannot be done."""
+    """Run a command; return 0 on success, 1 if verification found problems, 2 if the command failed."""
     options = _parser().parse_args(arguments)
     console = Console()
     try:
@@ -33,19 +33,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m activation_store", description="Look at an activation store.")
+    parser = argparse.ArgumentParser(prog="python -m activation_store", description="Inspect an activation store.")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, help_text in (
-        ("info", "what is in it: sites, shapes, sizes, labels, provenance"),
-        ("verify", "whether every byte is as it was sealed, and which examples are affected where not"),
+        ("info", "print its contents: sites, shapes, sizes, labels, provenance"),
+        ("verify", "compare every byte with its digest, and list the examples affected by damage"),
     ):
         commands.add_parser(name, help=help_text).add_argument("path", help="folder of the store")
-    one = commands.add_parser("repack", help="write it anew layer by layer, for the fastest reading of whole layers")
-    one.add_argument("path", help="folder of the store")
-    one.add_argument("--out", help="folder of the new store; by default PATH-repacked")
-    several = commands.add_parser("merge", help="write several stores of one model into one folder")
-    several.add_argument("path", nargs="+", help="folders of the stores, in the order their rows shall have")
-    several.add_argument("--out", required=True, help="folder of the new store")
+    repack_parser = commands.add_parser(
+        "repack", help="rewrite it layer by layer, for the fastest reads of whole layers"
+    )
+    repack_parser.add_argument("path", help="folder of the store")
+    repack_parser.add_argument("--out", help="folder of the new store; by default PATH-repacked")
+    merge_parser = commands.add_parser("merge", help="write several stores of one model into one folder")
+    merge_parser.add_argument("path", nargs="+", help="folders of the stores, in the order of their rows")
+    merge_parser.add_argument("--out", required=True, help="folder of the new store")
     return parser
 
 
@@ -55,27 +57,27 @@ def _run(options: argparse.Namespace, console: Console) -> int:
             show(store, console)
         return 0
     if options.command == "verify":
-        report = _shown("verifying", console, lambda progress: verify(options.path, progress))
+        report = _run_with_progress("verifying", console, lambda progress: verify(options.path, progress))
         console.print(escape(str(report)), style="green" if report.ok else "red", highlight=False, soft_wrap=True)
         return 0 if report.ok else 1
     if options.command == "repack":
         source = Path(options.path)
         out = options.out or source.with_name(f"{source.name}-repacked")
         with ActivationStore(source) as store:
-            made = _shown("repacking", console, lambda progress: repack(store, out, progress))
+            result = _run_with_progress("repacking", console, lambda progress: repack(store, out, progress))
     else:
         first, *others = options.path
         stores = ActivationStore(first).merge(*others)
-        made = _shown("merging", console, lambda progress: merge(stores, options.out, progress))
+        result = _run_with_progress("merging", console, lambda progress: merge(stores, options.out, progress))
     console.print(
-        escape(f"{made.path}: {len(made)} examples, {len(made.arrays)} arrays"), highlight=False, soft_wrap=True
+        escape(f"{result.path}: {len(result)} examples, {len(result.arrays)} arrays"), highlight=False, soft_wrap=True
     )
     return 0
 
 
-def _shown(what: str, console: Console, work: Callable[[Callable[[int, int], None]], Result]) -> Result:
+def _run_with_progress(label: str, console: Console, work: Callable[[Callable[[int, int], None]], Result]) -> Result:
     with Progress(console=Console(stderr=True), transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(what, total=None)
+        task = progress.add_task(label, total=None)
         return work(lambda done, total: progress.update(task, completed=done, total=total))
 
 

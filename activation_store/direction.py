@@ -1,4 +1,4 @@
-"""A direction in activation space that stands for a concept, with where it came from."""
+"""A direction in activation space that represents a concept, with its provenance."""
 
 from __future__ import annotations
 
@@ -24,55 +24,55 @@ _UNIT_TOLERANCE = 1e-4
 
 @dataclass(frozen=True, eq=False)
 class Direction:
-    """A unit vector at a site that points to where a concept is true.
+    """A unit vector at a site that points towards activations for which a concept is true.
 
-    ``decision(x) = scale * (x @ vector) + intercept`` is positive where the concept is read as true; `x` is what
-    `ActivationStore.read` returns for the site, token selection and head.
+    ``decision(x) = scale * (x @ vector) + intercept`` is positive where the concept is predicted to be true; `x` is the
+    array that `ActivationStore.read` returns for the site, token selection and head.
 
     Raises
     ------
     SiteError
-        Where the site or token selection is none, or a head is given for a component that has none.
+        If the site or token selection is not valid, or a head is given for a component without heads.
     StoreError
-        Where the vector is not one-dimensional, finite and of length 1, or a number is not finite.
+        If the vector is not one-dimensional, finite and of length 1, or a number is not finite.
     """
 
     site: str
-    """As printed, ``decoder.L3.z``."""
+    """For example ``decoder.L3.z``."""
     tokens: str
-    """Token selection as printed, ``last``."""
+    """Token selection, for example ``last``."""
     concept: str
-    """As printed, ``attribute:green``."""
+    """For example ``attribute:green``."""
     vector: np.ndarray
-    """Unit float32 [D]; [head_dim] where `head` is given. Read-only."""
+    """Unit float32 [D]; [head_dim] if `head` is set. Read-only."""
     head: int | None = None
     sigma: float = 1.0
-    """Standard deviation of ``x @ vector`` over the training examples, in activation units: the step of steering."""
+    """Standard deviation of ``x @ vector`` over the training examples, in activation units; one step of steering."""
     scale: float = 1.0
-    """What a unit along the vector adds to the decision, > 0; for a linear classifier the norm of its weights."""
+    """Change of the decision per unit along the vector, > 0; for a linear classifier the norm of its weights."""
     intercept: float = 0.0
     """The decision at ``x = 0``."""
     statistics: Mapping[str, float] = field(default_factory=dict)
-    """How well it separates: ``balanced_accuracy`` (held out), ``n_train``, …; NaN where undefined."""
+    """Separation statistics: ``balanced_accuracy`` (held out), ``n_train``, …; NaN where undefined."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
     """Plain JSON: digest of the store's manifest, method, split, penalty, …"""
     train_groups: tuple[str, ...] = ()
-    """Groups of the examples it was fitted to: none of theirs may test or calibrate it. Empty where that is not known."""
+    """Groups of the training examples: their examples must not test or calibrate it. Empty if unknown."""
     kind: str = ""
-    """Level and kind of the questions it was fitted to, ``attribute what_color``; empty for any."""
+    """Level and kind of the questions it was fitted on, ``attribute what_color``; empty for any."""
 
     def __post_init__(self) -> None:
         component = Site.parse(self.site).component
         TokenSelection.parse(self.tokens)
         if self.head is not None and (component not in ("z", "q", "k", "v") or self.head < 0):
-            msg = f"head {self.head} at site '{self.site}' is none: heads are in 'z' (or q, k, v) and count from 0"
+            msg = f"site '{self.site}' has no head {self.head}; heads exist at 'z' (or q, k, v) and are numbered from 0"
             raise SiteError(msg)
         vector = np.array(self.vector, dtype=np.float32)
         norm = float(np.linalg.norm(vector.astype(np.float64)))
         if vector.ndim != 1 or not abs(norm - 1) <= _UNIT_TOLERANCE:
             msg = (
                 f"a direction needs a vector [D] of length 1, not shape {list(vector.shape)} and length {norm:g}; "
-                f"Direction.from_weights divides by the length"
+                f"use Direction.from_weights, which normalizes it"
             )
             raise StoreError(msg)
         numbers = {"sigma": self.sigma, "scale": self.scale, "intercept": self.intercept}
@@ -117,12 +117,12 @@ class Direction:
         Raises
         ------
         StoreError
-            Where the weights are all zero or not finite.
+            If the weights are all zero or not finite.
         """
         exact = np.asarray(weights, np.float64)
         norm = float(np.linalg.norm(exact))
         if not (math.isfinite(norm) and norm > 0):
-            msg = f"weights for '{concept}' at {site} have length {norm}; they point nowhere"
+            msg = f"weights for '{concept}' at {site} have length {norm} and point nowhere; give finite nonzero weights"
             raise StoreError(msg)
         return cls(
             site=site,
@@ -140,11 +140,11 @@ class Direction:
         )
 
     def decision(self, x: np.ndarray) -> np.ndarray:
-        """Return ``scale * (x @ vector) + intercept`` of activations [..., D]: positive where the concept is read."""
+        """Return ``scale * (x @ vector) + intercept`` of activations [..., D]; positive where the concept is predicted."""
         return self.scale * (x @ self.vector) + self.intercept
 
     def save(self, path: str | Path) -> Path:
-        """Write one ``.safetensors`` file: tensor ``vector`` and, as metadata, everything else as JSON."""
+        """Write one ``.safetensors`` file: the tensor ``vector``, and every other field as JSON metadata."""
         card = {
             "version": DIRECTION_VERSION,
             "site": self.site,
@@ -169,17 +169,19 @@ class Direction:
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Read what `save` wrote; raises `StoreError` where the file is missing, damaged or something else."""
+        """Read a file that `save` wrote; raise `StoreError` if it is missing, damaged or of another kind."""
         with artifacts.reading_result(Path(path), "direction"):
             tensors, header = read_tensors(path, error=StoreError)
         try:
             card, vector = parse_json(header["direction"]), tensors["vector"]
         except (KeyError, ValueError, RecursionError) as error:
-            msg = f"{path} is not a direction, or is damaged: {error}"
+            msg = f"{path} is not a direction file, or is damaged: {error}"
             raise StoreError(msg) from error
         version = card.pop("version", 0) if isinstance(card, dict) else None
         if not isinstance(version, int) or version > DIRECTION_VERSION:
-            msg = f"{path}: direction version {version}, this reads up to {DIRECTION_VERSION}; update groundscope"
+            msg = (
+                f"{path}: direction version {version} is not supported (up to {DIRECTION_VERSION}); update groundscope"
+            )
             raise StoreError(msg)
         try:
             statistics = {k: math.nan if v is None else v for k, v in card.pop("statistics").items()}

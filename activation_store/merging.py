@@ -1,4 +1,4 @@
-"""Making one store out of others: all rows layer by layer (repack), or the shards of several side by side (merge)."""
+"""Make one store from others: rewrite all rows layer by layer (repack), or copy the shards of several stores (merge)."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from activation_store.format.buffered_file import Pen
-from activation_store.format.compression import need_filter
+from activation_store.format.buffered_file import BufferedFile
+from activation_store.format.compression import require_filter
 from activation_store.format.digests import blocks, read_digests
 from activation_store.format.manifest import Manifest, ShardEntry, read_manifest
 from activation_store.format.model_tensors import tensors_entry, write_tensors
@@ -26,31 +26,31 @@ from groundscope.core.errors import StoreError
 from groundscope.core.files import DamagedFileError, explained, part_of, publish_new, same_bytes, sync, write_whole
 
 Progress = Callable[[int, int], None]
-"""Called with what is done and the total."""
+"""Called with the number of finished steps and the total."""
 _BUFFER = 256 << 20
 
 
 def repack(store: ActivationStore, out: str | Path, progress: Progress | None = None) -> ActivationStore:
-    """Write a store anew with every array contiguous [L, N, D]: the fastest to read whole layers from.
+    """Rewrite a store with every array contiguous [L, N, D], for the fastest reads of whole layers.
 
-    The values are the same to the bit, and so are table, provenance and model-level arrays; compression is undone. The new
-    store is one file, and it cannot be continued.
+    Values, table, provenance and model-level arrays stay bitwise equal; the new arrays are not compressed. The new store
+    is one file and cannot be continued.
 
     Parameters
     ----------
     store
-        A complete store; several merged ones become one.
+        A complete store; a merge of several stores becomes one.
     out
-        Folder of the new store; made where it is missing, else it must be empty.
+        Folder of the new store; created if missing, otherwise it must be empty.
     progress
         Called after each layer of each array.
 
     Raises
     ------
     StoreError
-        Where the store is not complete, the folder is not empty, or the disk refuses.
+        If the store is not complete, the folder is not empty, or a write fails.
     """
-    need_filter(store.schema.compression)
+    require_filter(store.schema.compression)
     schema = replace(store.schema, compression=None)
     with _new_folder(store, Path(out)) as folder:
         entries = [_one_shard(store, schema, folder, progress)] if len(store) else []
@@ -59,21 +59,21 @@ def repack(store: ActivationStore, out: str | Path, progress: Progress | None = 
 
 
 def merge(stores: ActivationStore, out: str | Path, progress: Progress | None = None) -> ActivationStore:
-    """Write several stores, merged by `ActivationStore.merge`, into one folder: their shards as they are, renumbered.
+    """Copy the shards of several stores, merged by `ActivationStore.merge`, into one folder, with new numbers.
 
     Parameters
     ----------
     stores
-        What `ActivationStore.merge` returned; each of its folders must be complete.
+        The result of `ActivationStore.merge`; each of its folders must be complete.
     out
-        Folder of the new store; made where it is missing, else it must be empty.
+        Folder of the new store; created if missing, otherwise it must be empty.
     progress
         Called after each shard.
 
     Raises
     ------
     StoreError
-        Where a store is not complete, the folder is not empty, a shard is not as it was sealed, or the disk refuses.
+        If a store is not complete, the folder is not empty, a shard is damaged, or a write fails.
     """
     with _new_folder(stores, Path(out)) as folder:
         entries: list[ShardEntry] = []
@@ -82,7 +82,7 @@ def merge(stores: ActivationStore, out: str | Path, progress: Progress | None = 
         for part in stores.folders:
             listed = read_manifest(part.path / MANIFEST).shards
             originals = [part.path / e.file for e in listed]
-            # All at once: files without a seal share a child process.
+            # One call: files without a seal share a child process.
             for path, outcome, entry in zip(originals, screen(originals, SHARD_KIND), listed, strict=True):
                 check_outcome(path, outcome, entry)
             numbers = [shard_numbers(e.file) or (0, 0) for e in listed]
@@ -106,8 +106,8 @@ def _one_shard(store: ActivationStore, schema: Schema, folder: Path, progress: P
     temporary = part_of(folder / name)
     total, done = sum(a.n_layers for a in schema.arrays), 0
     digests: dict[str, str] = {}
-    with contextlib.closing(Pen(temporary)) as pen:
-        with h5py.File(pen, "w") as file:
+    with contextlib.closing(BufferedFile(temporary)) as raw_file:
+        with h5py.File(raw_file, "w") as file:
             start_shard(file, schema, store.provenance)
             for info in schema.arrays:
                 offsets = _offsets(store, info)
@@ -115,7 +115,7 @@ def _one_shard(store: ActivationStore, schema: Schema, folder: Path, progress: P
                 element, values = create_array(file, info, schema.dtype, (info.n_layers, n, info.width))
                 for layer in range(info.n_layers):
                     _copy_layer(store, info, values, layer)
-                    pen.check()
+                    raw_file.check()
                     done += 1
                     if progress:
                         progress(done, total)
@@ -135,7 +135,7 @@ def _one_shard(store: ActivationStore, schema: Schema, folder: Path, progress: P
                     order="LND",
                 )
             finish_shard(file, store.columns, len(store))
-        pen.check()
+        raw_file.check()
     return publish_shard(temporary, folder / name, digests, tuple(store.columns["id"]))
 
 
@@ -156,33 +156,33 @@ def _offsets(store: ActivationStore, info: ArrayInfo) -> np.ndarray | None:
         return None
     offsets = [np.zeros(1, np.int64)]
     for shard in store.shards():
-        own = shard.array(info).offsets
-        if own is not None:
-            offsets.append(own[1:] + offsets[-1][-1])
+        shard_offsets = shard.array(info).offsets
+        if shard_offsets is not None:
+            offsets.append(shard_offsets[1:] + offsets[-1][-1])
     return np.concatenate(offsets)
 
 
 def _check_copy(copy: Path, original: Path, entry: ShardEntry) -> None:
     if not same_bytes(copy, original):
-        msg = f"{original}: its copy has other bytes: the disk fails, or the file was changed while it was copied"
+        msg = f"{original}: its copy differs: the disk fails, or the file changed during the copy; run it again"
         raise StoreError(msg)
-    found = inspect(copy, screened=True)  # raises where its values changed
-    if (found.bytes, found.sha256) != (entry.bytes, entry.sha256):
-        msg = f"{original}: damaged, its bytes are not those that the manifest lists; {rebuild_advice(original.name)}"
+    copied = inspect(copy, screened=True)  # raises an error if its values changed
+    if (copied.bytes, copied.sha256) != (entry.bytes, entry.sha256):
+        msg = f"{original}: damaged, its bytes differ from the manifest's entry; {rebuild_advice(original.name)}"
         raise DamagedFileError(msg)
 
 
 @contextlib.contextmanager
 def _new_folder(store: ActivationStore, folder: Path) -> Iterator[Path]:
-    """Make a folder for a new store; removes it with all that was written into it should that fail."""
+    """Create a folder for a new store; remove it with all its contents on an error."""
     unfinished = next((part.path for part in store.folders if not part.complete), None)
     if unfinished is not None:
-        msg = f"{unfinished} is not complete: run its trace again to the end first"
+        msg = f"{unfinished} is not complete: run its trace to the end first"
         raise StoreError(msg)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        msg = f"{folder} is there and not empty: name a folder that is not there yet"
+        msg = f"{folder} exists and is not empty: choose a new or empty folder"
         raise StoreError(msg)
-    with explained(lambda reason: f"{folder}: cannot be written: {reason}; nothing is kept of it"):
+    with explained(lambda reason: f"{folder}: cannot be written: {reason}; its contents were removed"):
         folder.mkdir(parents=True, exist_ok=True)
         try:
             yield folder

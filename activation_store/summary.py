@@ -1,4 +1,4 @@
-"""What a store holds, for people: tables in the terminal."""
+"""Print the contents of a store as tables in the terminal."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from activation_store.format.columns import is_lists
+from activation_store.format.columns import holds_lists
 from activation_store.format.encoding import STORAGE
 from activation_store.reading.catalog import layer_range
 from activation_store.reading.store import ActivationStore
@@ -19,13 +19,13 @@ _LONGEST = 100
 
 
 def show(store: ActivationStore, console: Console) -> None:
-    """Print what is in a store."""
+    """Print the contents of a store."""
     size = sum(p.stat().st_size for part in store.folders for p in part.path.iterdir() if p.is_file())
-    state = "complete" if store.complete else "not complete: read as far as it is sealed"
+    state = "complete" if store.complete else "not complete: only the sealed shards are read"
     console.print(f"[bold]{escape(str(store.path))}[/bold]", highlight=False, soft_wrap=True)
-    kept = f"{store.dtype}, {store.schema.compression or 'not compressed'}"
+    storage = f"{store.dtype}, {store.schema.compression or 'not compressed'}"
     shards = sum(len(part.shards) for part in store.folders)
-    console.print(f"{len(store)} examples in {shards} shards, {kept}, {_size(size)}, {state}", highlight=False)
+    console.print(f"{len(store)} examples in {shards} shards, {storage}, {_size(size)}, {state}", highlight=False)
     console.print(f"digest {store.digest}", highlight=False, soft_wrap=True)
     console.print(_arrays(store))
     if len(store):
@@ -44,7 +44,7 @@ def show(store: ActivationStore, console: Console) -> None:
 def _arrays(store: ActivationStore) -> Table:
     table = _table("arrays", "site", "tokens", "shape", "layers", "heads", "on disk", "notes")
     for column in table.columns[:3]:
-        column.no_wrap = True  # half a name or shape says nothing; notes may take several lines
+        column.no_wrap = True  # a truncated name or shape is useless; notes can wrap
     for a in store.arrays:
         rows = disk = overflow = nonfinite = 0
         for shard in store.shards():
@@ -72,24 +72,24 @@ def _arrays(store: ActivationStore) -> Table:
 
 
 def _table(title: str, *columns: str) -> Table:
-    # Without lines between columns more fits beside each other.
+    # Without lines between columns, more columns fit.
     return Table(*columns, title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
 
 
 def _columns(store: ActivationStore) -> Table:
-    table = _table("examples", "column", "different", "most frequent")
+    table = _table("examples", "column", "distinct", "most frequent")
     for name, values in store.columns.items():
         if name in store.labels:
             continue
-        if is_lists(values):
-            table.add_row(escape(name), "", f"lists, {sum(len(one) for one in values)} items in all")
+        if holds_lists(values):
+            table.add_row(escape(name), "", f"lists, {sum(len(items) for items in values)} items in total")
             continue
-        found, counts = np.unique(values.astype(str), return_counts=True)
-        if len(found) == 1 and not found[0]:
-            continue  # a standard column that was not given
-        names = ["(none)" if one in ("", "nan") else one for one in found.tolist()]
+        distinct, counts = np.unique(values.astype(str), return_counts=True)
+        if len(distinct) == 1 and not distinct[0]:
+            continue  # a standard column that is empty
+        names = ["(none)" if name in ("", "nan") else name for name in distinct.tolist()]
         most = ", ".join(f"{names[i]} {counts[i]}" for i in np.argsort(-counts, kind="stable")[:4])
-        table.add_row(escape(name), str(len(found)), escape(_text(most) if len(found) < len(values) else ""))
+        table.add_row(escape(name), str(len(distinct)), escape(_text(most) if len(distinct) < len(values) else ""))
     return table
 
 

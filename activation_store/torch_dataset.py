@@ -1,4 +1,4 @@
-"""A store as torch sees data: items that are read when they are asked for."""
+"""A store as a torch dataset: items are read on access."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 
 class TorchView(Dataset[tuple[Tensor, Tensor]]):
-    """Items (activation float32 [D], labels float32 [K]) of some rows of a store; a label is NaN where undefined.
+    """Items (activation float32 [D], labels float32 [K]) of selected rows of a store; undefined labels are NaN.
 
-    Made by `ActivationStore.torch`.
+    Created by `ActivationStore.torch`.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class TorchView(Dataset[tuple[Tensor, Tensor]]):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
-        """Return several items; `torch.utils.data.DataLoader` asks for a batch in this way."""
+        """Return several items; `torch.utils.data.DataLoader` calls this for a batch."""
         rows = self._rows[np.asarray(indices, dtype=np.int64)]
         site, tokens, head = self._place
         values = torch.from_numpy(self._store.read(site, tokens, head, rows))

@@ -1,6 +1,6 @@
-"""What can be read from activations: linear probes at every layer and head, with the controls that make them believable.
+"""Linear probes of concepts in activations, at every layer and head, with the controls needed to interpret them.
 
-A store is enough: nothing here imports a model.
+Probes need only a store: nothing here imports a model.
 """
 
 import lazy_loader

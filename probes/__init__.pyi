@@ -1,4 +1,4 @@
-"""Public names of `probes`, each with the module that it comes from."""
+"""Public names of `probes`, with the module that defines each."""
 
 from .analysis import alignment, logit_lens
 from .analysis.baselines import control_task, lexical_control, random_features

@@ -1,7 +1,7 @@
-"""The probes as scikit-learn estimators: ``fit(X, y)``, ``decision_function``, ``predict``, ``coef_``.
+"""Probes as scikit-learn estimators: ``fit(X, y)``, ``decision_function``, ``predict``, ``coef_``.
 
-For two classes, but for `MultinomialProbe`. They standardise inside `fit`, weigh all classes alike, and give weights in
-the units of X. They are made of the same parts as the probes of a grid, and can be used without one.
+All but `MultinomialProbe` are binary. They standardize inside `fit`, balance the classes, and return weights in the units
+of X. They use the same solvers as the probes of a grid, and can be used without one.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from sklearn.utils.multiclass import check_classification_targets, type_of_targe
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from probes.protocol.methods import METHODS, SUBSAMPLE_SHARE, SUBSAMPLES, Rows, concept_directions
-from probes.solvers.closed_form import Spectrum, unstandardise
+from probes.solvers.closed_form import Spectrum, unstandardize
 from probes.solvers.logistic_float32 import RowBlock
 from probes.solvers.logistic_reference import LogisticFit
 from probes.solvers.multinomial import fit_multinomial
 
 
 class _Probe(ClassifierMixin, BaseEstimator):
-    """What all have in common."""
+    """Common base class of the probes."""
 
     _method: ClassVar[str]
 
     def fit(self, X: Any, y: Any) -> Self:
-        """Fit to features [n, D] and labels [n] of two classes, the second in sorted order being the positive one."""
+        """Fit to features [n, D] and labels [n] of two classes; the second in sorted order is the positive class."""
         features, labels = self._start(X, y)
         fit = self._fit(features, labels, np.arange(len(labels)))
         self.coef_, self.intercept_ = fit.coefficients.copy(), fit.intercepts.copy()
@@ -69,7 +69,7 @@ class _Probe(ClassifierMixin, BaseEstimator):
 
 
 class LogisticProbe(_Probe):
-    """L2-regularised logistic regression on standardised features, both classes weighing the same.
+    """L2-regularized logistic regression on standardized features, with balanced classes.
 
     Equals ``make_pipeline(StandardScaler(), LogisticRegression(C=C, class_weight="balanced"))`` at its optimum;
     ``gap_`` is the proven relative distance from it.
@@ -79,7 +79,7 @@ class LogisticProbe(_Probe):
     C
         Inverse penalty.
     tol
-        Largest proven relative gap.
+        Maximum proven relative gap.
     """
 
     _method = "logistic"
@@ -94,14 +94,14 @@ class LogisticProbe(_Probe):
         return fit
 
     def predict_proba(self, X: Any) -> np.ndarray:
-        """Return probabilities [n, 2] for classes that are equally frequent."""
+        """Return probabilities [n, 2] under equal class priors."""
         check_is_fitted(self)
         positive = 0.5 * (1 + np.tanh(0.5 * self.decision_function(X)))
         return np.column_stack([1 - positive, positive])
 
 
 class MultinomialProbe(_Probe):
-    """L2-regularised multinomial (softmax) regression on standardised features, for two or more classes alike in weight.
+    """L2-regularized multinomial (softmax) regression on standardized features, with two or more balanced classes.
 
     Equals ``make_pipeline(StandardScaler(), LogisticRegression(C=C, class_weight="balanced"))`` at its optimum for three
     or more classes; ``gap_`` is the proven relative distance from it. ``coef_`` is [K, D], also for two classes.
@@ -111,7 +111,7 @@ class MultinomialProbe(_Probe):
     C
         Inverse penalty.
     tol
-        Largest proven relative gap.
+        Maximum proven relative gap.
     """
 
     def __init__(self, C: float = 1.0, *, tol: float = 1e-8) -> None:
@@ -119,18 +119,18 @@ class MultinomialProbe(_Probe):
         self.tol = tol
 
     def fit(self, X: Any, y: Any) -> Self:
-        """Fit to features [n, D] and labels [n] of two or more classes; raises `ProbeError` where `tol` is not reached."""
+        """Fit to features [n, D] and labels [n] of two or more classes; raise `ProbeError` if `tol` is not reached."""
         features, labels = self._start(X, y)
         block = RowBlock.of(features)
-        found = fit_multinomial(
+        standard_fit = fit_multinomial(
             Spectrum(block.standard.numpy()), labels.astype(int), len(self.classes_), self.C, tolerance=self.tol
         )
-        fit = unstandardise(found.coefficients, found.intercepts, block.mean, block.deviation)
-        self.coef_, self.intercept_, self.gap_ = fit.coefficients, fit.intercepts, found.gap
+        fit = unstandardize(standard_fit.coefficients, standard_fit.intercepts, block.mean, block.deviation)
+        self.coef_, self.intercept_, self.gap_ = fit.coefficients, fit.intercepts, standard_fit.gap
         return self
 
     def decision_function(self, X: Any) -> np.ndarray:
-        """Return margins float64 [n, K]; for two classes [n], the second's less the first's."""
+        """Return margins float64 [n, K]; for two classes [n], the second class minus the first."""
         check_is_fitted(self)
         features = validate_data(self, X, reset=False, dtype=np.float64)
         margins = features @ self.coef_.T + self.intercept_
@@ -142,7 +142,7 @@ class MultinomialProbe(_Probe):
         return self.classes_[(margins > 0).astype(int) if margins.ndim == 1 else margins.argmax(axis=1)]
 
     def predict_proba(self, X: Any) -> np.ndarray:
-        """Return probabilities [n, K] for classes that are equally frequent."""
+        """Return probabilities [n, K] under equal class priors."""
         margins = self.decision_function(X)
         if margins.ndim == 1:
             margins = np.column_stack([np.zeros(len(margins)), margins])
@@ -156,7 +156,7 @@ class MultinomialProbe(_Probe):
 
 
 class RidgeProbe(_Probe):
-    """Ridge on -1/+1 labels and standardised features, ``||y - Xw||^2 + ||w||^2 / C``; threshold midway between classes."""
+    """Ridge on -1/+1 labels and standardized features, ``||y - Xw||^2 + ||w||^2 / C``; threshold midway between classes."""
 
     _method = "ridge"
 
@@ -165,7 +165,7 @@ class RidgeProbe(_Probe):
 
 
 class LDAProbe(_Probe):
-    """Fisher's linear discriminant with equal priors and ridge ``I / (C n)`` on the standardised within-class covariance."""
+    """Fisher's linear discriminant with equal priors and ridge ``I / (C n)`` on the standardized within-class covariance."""
 
     _method = "lda"
 
@@ -174,23 +174,23 @@ class LDAProbe(_Probe):
 
 
 class MeanDifferenceProbe(_Probe):
-    """Difference of the class means (mass mean), in the units of X; threshold midway."""
+    """Difference of the class means (mass mean), in the units of X; threshold midway between them."""
 
     _method = "mean_difference"
 
 
 class ConceptSubspaceProbe(_Probe):
-    """Gaussian concept subspace (Zhao et al. 2024, arXiv 2410.00153): a distribution of directions, not one.
+    """Gaussian concept subspace (Zhao et al. 2024, arXiv 2410.00153): a distribution of directions.
 
-    Logistic probes on random halves of the rows (or groups) give unit directions; their mean decides, and their mean and
-    variance along each feature are the Gaussian that `sample` draws from. Directions are of standardised features.
+    Logistic probes on random subsets of the rows (or groups) give unit directions in standardized features. Their mean is
+    the decision direction; their mean and variance per feature define the Gaussian that `sample` draws from.
 
     Parameters
     ----------
     C
         Inverse penalty of the probes.
     n_probes, share
-        How many, each on which share of the groups.
+        Number of probes, and the share of groups for each.
     random_state
         Seed of the subsamples.
 
@@ -213,7 +213,7 @@ class ConceptSubspaceProbe(_Probe):
         self.random_state = random_state
 
     def fit(self, X: Any, y: Any, groups: Any = None) -> Self:
-        """Fit to features [n, D] and labels [n] of two classes; `groups` [n] are subsampled whole, by default each row."""
+        """Fit to features [n, D] and labels [n] of two classes; whole `groups` [n] are subsampled, by default single rows."""
         from probes.solvers import closed_form
 
         features, labels = self._start(X, y)
@@ -227,13 +227,13 @@ class ConceptSubspaceProbe(_Probe):
         self.scale_ = block.deviation
         high, low, _ = closed_form.class_sums(standard, labels[None])
         weights = self.mean_[None]
-        fit = closed_form.unstandardise(weights, closed_form.midway(weights, high, low), block.mean, block.deviation)
+        fit = closed_form.unstandardize(weights, closed_form.midway(weights, high, low), block.mean, block.deviation)
         self.coef_, self.intercept_ = fit.coefficients, fit.intercepts
         return self
 
     def sample(self, count: int, seed: int = 0) -> np.ndarray:
-        """Draw unit directions float64 [count, D] of standardised features from the Gaussian."""
+        """Draw unit directions float64 [count, D] of standardized features from the Gaussian."""
         check_is_fitted(self)
         rng = np.random.default_rng(seed)
-        drawn = self.mean_ + rng.normal(size=(count, len(self.mean_))) * np.sqrt(self.variance_)
-        return drawn / np.linalg.norm(drawn, axis=1, keepdims=True)
+        directions = self.mean_ + rng.normal(size=(count, len(self.mean_))) * np.sqrt(self.variance_)
+        return directions / np.linalg.norm(directions, axis=1, keepdims=True)

@@ -1,4 +1,4 @@
-"""Fitting probes at every layer and head of a store."""
+"""Fit probes at every layer and head of a store."""
 
 from __future__ import annotations
 
@@ -62,16 +62,16 @@ def fit_grid(
 ) -> ProbeGrid:
     """Fit a linear probe for each concept at every layer, and every head of `z`.
 
-    The protocol, the same for every cell: about `test_fraction` of the rows are held out, whole groups only, and used
-    once, to score; the rest is dealt to `folds` folds of whole groups; the penalty with the lowest log-loss on the rows
-    left out of the folds is taken, and the probe fitted again on all training rows. Features are standardised on the
-    rows a probe is fitted to. Both classes count the same (scikit-learn's ``class_weight="balanced"``), as in the score.
-    One split serves all concepts, so that no example is held out for one and trained on for another.
+    The protocol is the same for every cell: about `test_fraction` of the rows, in whole groups, are held out and used only
+    for the final score; the other groups are divided into `folds` folds; the penalty with the lowest cross-validated
+    log-loss is selected, and the probe refitted on all training rows. Features are standardized on the rows that a probe is
+    fitted to. Classes are balanced (scikit-learn's ``class_weight="balanced"``), as in the score. All concepts share one
+    split, so that no example is held out for one concept and used for training another.
 
     Parameters
     ----------
     store
-        An `ActivationStore`, or anything that reads like one.
+        An `ActivationStore`, or an object with the same methods (`probes.protocol.inputs.Store`).
     concepts
         Label columns of the store, ``["object:apple", "attribute:green"]``.
     site
@@ -84,34 +84,35 @@ def fit_grid(
         ``logistic`` (the reference), ``ridge``, ``lda``, ``mean_difference`` or ``subspace`` (Gaussian concept subspace);
         see `probes.protocol.methods`.
     penalties
-        Values of C to choose from; larger means less regularised.
+        Candidate values of C; larger means less regularization.
     folds, test_fraction, seed
-        Of the split, as above; equal seeds give equal splits.
+        Parameters of the split, as above; equal seeds give equal splits.
     heads
-        Whether each head is probed by itself; by default for `z` only.
+        Whether to probe each head separately; by default only for `z`.
     control
-        How many times labels are shuffled (see `probes.protocol.controls.shuffle_labels`) and everything repeated, the choice
-        of the penalty included; their mean score is the control. 0: none. NaN for a concept of which fewer than 10
-        groups, or fewer than half, share their number of rows with another of their fold, so that most shuffled labels
-        would be the true ones; how many can move is ``provenance["control_groups"]``, concept to (movable, all).
+        Number of label shuffles (see `probes.protocol.controls.shuffle_labels`); for each, the whole procedure is repeated,
+        including the choice of the penalty, and the mean score is the control. 0: no control. The control of a concept is
+        NaN if fewer than 10 of its groups, or fewer than half, have the same number of rows as another group of their fold,
+        because most shuffled labels would equal the true ones; ``provenance["control_groups"]`` gives the counts by concept:
+        (movable, all).
     rows
-        Booleans, one for each example: which to use at all.
+        Boolean mask over the examples to use.
     skip_unplaceable
         Leave out concepts that no split into whole groups can place (too few groups of a class, or a class that the split
         leaves out of a part) instead of raising; ``provenance["left_out"]`` has the reason for each.
     resamples, confidence
-        Of the intervals, over held-out groups: balanced accuracy has a formula
-        (`groundscope.core.intervals.combined_interval`), the area under the ROC curve a bootstrap of so many resamples.
+        Of the intervals, over held-out groups: balanced accuracy uses a formula
+        (`groundscope.core.intervals.combined_interval`), the area under the ROC curve a bootstrap with `resamples` resamples.
     tolerance
-        Largest proven relative gap of a logistic fit to its optimum; of the fits on folds, that only choose a penalty,
-        1e-6 where this is smaller (`probes.protocol.cell.SELECTION`).
+        Maximum proven relative gap of a logistic fit to its optimum; the fits on folds, which only select a penalty, use
+        1e-6 if `tolerance` is smaller (`probes.protocol.cell.SELECTION`).
     device
-        Where logistic fits are iterated, as torch names devices. Where its memory is short, fewer at a time.
+        Torch device of the logistic solver. If its memory is low, fewer fits run at a time.
     checkpoint
-        A folder for what is finished, layer by layer; a run that was killed goes on from there. A checkpoint of another
-        store or other options is refused.
+        Folder for finished layers, from which a killed run continues. A checkpoint of another store or of other options is
+        an error.
     progress
-        Whether to show a bar; by default on a terminal only.
+        Whether to show a progress bar; by default only on a terminal.
 
     Returns
     -------
@@ -120,16 +121,15 @@ def fit_grid(
     Raises
     ------
     SiteError
-        Where the store has no such array, or it has no heads.
+        If the store has no such array, or `heads` is True for a component without heads.
     ProbeError
-        Where a concept is not in the store, is constant, or has a class in too few groups; where an activation is not
-        finite though its selection was not empty; where an option is out of range; where the device holds not even one
-        probe.
+        If a concept is not in the store, is constant, or has a class in too few groups; if an activation of a non-empty
+        selection is not finite; if an option is out of range; or if the device has no memory for a single probe.
 
     Notes
     -----
     Memory: one layer at a time, ``4 N D`` bytes as read and ``8 N D`` in float64 of N examples and a layer of width D,
-    twice the share of one head (or layer) again while it is fitted, and the grid itself.
+    twice the share of one head (or layer) in addition while it is fitted, and the grid itself.
     """
     _check_options(penalties, folds, test_fraction, control, resamples, confidence, tolerance)
     recipe = _recipe(estimator, penalties, confidence, tolerance, device)
@@ -152,7 +152,7 @@ def fit_grid(
     table = split_rows(ids[present], groups[present], all_labels[present], folds, test_fraction, seed)
     tasks = build_tasks(table, concepts, folds, control, resamples, seed)
 
-    held = np.flatnonzero(table.fold < 0)
+    held_out = np.flatnonzero(table.fold < 0)
     n_heads = place.n_heads or 1
     width = first.shape[1] // n_heads
     if first.shape[1] % n_heads:
@@ -161,7 +161,7 @@ def fit_grid(
     options: dict[str, Any] = {
         "store": store.digest,
         "weights": _weights_hash(store),
-        "method": f"{recipe.method.words}, standardised, penalty by grouped cross-validation",
+        "method": f"{recipe.method.description}, standardised, penalty by grouped cross-validation",
         "estimator": estimator,
         "penalties": [float(c) for c in penalties],
         "folds": int(folds),
@@ -177,23 +177,25 @@ def fit_grid(
     }
     if left_out:
         options["left_out"] = left_out
-    done = Checkpoint.at(checkpoint, {**options, "place": str(place), "concepts": list(concepts), "rows": digest(mask)})
-    out = _empty(len(concepts), len(place.layers), n_heads, width, len(held))
-    with bar(f"probing {stack}.{site}", len(place.layers) * n_heads, progress) as advance:
+    saved = Checkpoint.at(
+        checkpoint, {**options, "place": str(place), "concepts": list(concepts), "rows": digest(mask)}
+    )
+    out = _empty(len(concepts), len(place.layers), n_heads, width, len(held_out))
+    with progress_bar(f"probing {stack}.{site}", len(place.layers) * n_heads, progress) as advance:
         for at, layer in enumerate(place.layers):
-            found = done.load(layer)
-            if found is None:
+            results = saved.load(layer)
+            if results is None:
                 x = first if at == 0 else read_features(store, place, layer, mask, ids)
                 _check_present(x, present, ids, place, layer)
-                found = _fit_layer(x[present], n_heads, tasks, table, held, recipe, len(concepts), advance)
-                done.save(layer, found)
+                results = _fit_layer(x[present], n_heads, tasks, table, held_out, recipe, len(concepts), advance)
+                saved.save(layer, results)
             else:
                 advance(n_heads)
-            for name, values in found.items():
+            for name, values in results.items():
                 out[name][:, at] = values[:, 0]
 
-    owner = {k: task for task in tasks for k in task.concepts}
-    tested = [owner[k] for k in range(len(concepts))]
+    task_of = {k: task for task in tasks for k in task.concepts}
+    concept_tasks = [task_of[k] for k in range(len(concepts))]
     return ProbeGrid(
         concepts=tuple(concepts),
         stack=stack,
@@ -202,13 +204,13 @@ def fit_grid(
         layers=place.layers,
         n_heads=place.n_heads,
         **out,
-        majority=np.array([majority_accuracy(table.labels[t.test, k]) for k, t in enumerate(tested)]),
-        n_train=np.array([len(t.train) for t in tested]),
-        n_test=np.array([len(t.test) for t in tested]),
+        majority=np.array([majority_accuracy(table.labels[t.test, k]) for k, t in enumerate(concept_tasks)]),
+        n_train=np.array([len(t.train) for t in concept_tasks]),
+        n_test=np.array([len(t.test) for t in concept_tasks]),
         n_dropped=np.sum(~np.isnan(all_labels[~present]), axis=0).astype(np.int64),
-        held_out=tuple(str(i) for i in table.ids[held]),
-        held_out_groups=tuple(str(g) for g in table.groups[held]),
-        held_out_labels=table.labels[held].T.copy(),
+        held_out=tuple(str(i) for i in table.ids[held_out]),
+        held_out_groups=tuple(str(g) for g in table.groups[held_out]),
+        held_out_labels=table.labels[held_out].T.copy(),
         train_groups=tuple(str(g) for g in np.unique(table.groups[table.fold >= 0])),
         provenance=options,
     )
@@ -219,18 +221,18 @@ def _fit_layer(
     n_heads: int,
     tasks: Sequence[Task],
     table: Rows,
-    held: np.ndarray,
+    held_out: np.ndarray,
     recipe: Recipe,
     n_concepts: int,
     advance: Callable[[int], None],
 ) -> dict[str, np.ndarray]:
-    """Fit every head of one layer: features [N, H * D], heads side by side -> the grid's arrays with one layer."""
+    """Fit every head of one layer: features [N, H * D], heads concatenated -> the grid's arrays with one layer."""
     by_head = x.reshape(len(x), n_heads, -1)
-    out = _empty(n_concepts, 1, n_heads, by_head.shape[2], len(held))
+    out = _empty(n_concepts, 1, n_heads, by_head.shape[2], len(held_out))
     for head in range(n_heads):
         features = by_head[:, head].astype(np.float64)
         for task in tasks:
-            fit_cell(features, task, table.groups, held, recipe, out, (0, head))
+            fit_cell(features, task, table.groups, held_out, recipe, out, (0, head))
         advance(1)
     return out
 
@@ -239,7 +241,7 @@ def _recipe(estimator: str, penalties: Sequence[float], confidence: float, toler
     import torch
 
     if estimator not in METHODS:
-        msg = f"estimator '{estimator}' is none: there are {', '.join(METHODS)}"
+        msg = f"unknown estimator '{estimator}'; choose from {', '.join(METHODS)}"
         raise ProbeError(msg)
     try:
         torch.empty(1, device=device)
@@ -250,10 +252,10 @@ def _recipe(estimator: str, penalties: Sequence[float], confidence: float, toler
 
 
 def _check_present(x: np.ndarray, present: np.ndarray, ids: np.ndarray, place: Place, layer: int) -> None:
-    """Refuse a layer in which other examples are empty than in the first."""
-    there = ~np.isnan(x).all(axis=1)
-    if not np.array_equal(there, present):
-        row = int(np.flatnonzero(there != present)[0])
+    """Raise `ProbeError` if a layer has other empty examples than the first layer."""
+    layer_present = ~np.isnan(x).all(axis=1)
+    if not np.array_equal(layer_present, present):
+        row = int(np.flatnonzero(layer_present != present)[0])
         msg = (
             f"{place.site(layer)} at {place.tokens}: example '{ids[row]}' is empty in one layer and not in another; "
             f"the store is inconsistent, trace it again"
@@ -272,13 +274,13 @@ def _check_options(
 ) -> None:
     problem = ""
     if not len(penalties) or not all(np.isfinite(c) and c > 0 for c in penalties):
-        problem = f"penalties={list(penalties)} must be positive numbers, at least one"
+        problem = f"penalties={list(penalties)} must be at least one positive number"
     elif folds < 2:
         problem = f"folds={folds} must be at least 2"
     elif not 0 < test_fraction < 1:
-        problem = f"test_fraction={test_fraction} must lie between 0 and 1"
+        problem = f"test_fraction={test_fraction} must be between 0 and 1"
     elif control < 0:
-        problem = f"control={control} must be 0 or the number of shuffles"
+        problem = f"control={control} must be the number of shuffles, or 0"
     elif resamples < 1 or not 0 < confidence < 1:
         problem = f"resamples={resamples} must be at least 1, confidence={confidence} between 0 and 1"
     elif not tolerance > 0:
@@ -296,17 +298,17 @@ def _empty(n_concepts: int, n_layers: int, n_heads: int, width: int, n_held: int
 
 
 @contextmanager
-def bar(what: str, total: int, progress: bool | None) -> Iterator[Callable[[int], None]]:
-    """Yield a function that advances a progress bar; None shows it on a terminal only."""
+def progress_bar(label: str, total: int, progress: bool | None) -> Iterator[Callable[[int], None]]:
+    """Yield a function that advances a progress bar; `progress` None shows the bar only on a terminal."""
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with display(*columns, show=progress) as shown_bar:
-        task = shown_bar.add_task(what, total=total)
+        task = shown_bar.add_task(label, total=total)
         yield lambda n: shown_bar.advance(task, n)
 
 
 def _weights_hash(store: Store) -> str | None:
-    """Return what a store says of the weights it was traced from; None where it says nothing."""
+    """Return the weights digest in a store's provenance; None if it has none."""
     model = dict(getattr(store, "provenance", {})).get("model")
     return model.get("weights") if isinstance(model, Mapping) else None

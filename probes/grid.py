@@ -1,4 +1,4 @@
-"""The result of probing: scores, directions and held-out margins of every concept, layer and head."""
+"""The result of a grid of probes: scores, directions and held-out margins of every concept, layer and head."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ _TENSORS, _CARD = "grid.safetensors", "grid.json"
 
 @dataclass(frozen=True)
 class Cell:
-    """One layer, or one head of it, and what a concept's probe reached there."""
+    """The scores of a concept's probe at one layer or head."""
 
     concept: str
     layer: int
     head: int | None
     validation: float
-    """Balanced accuracy on the training rows, each left out of the fit that scored it."""
+    """Cross-validated balanced accuracy on the training rows."""
     balanced_accuracy: float
     """On the held-out rows."""
     low: float
@@ -49,7 +49,7 @@ class Cell:
 
 @dataclass(frozen=True, eq=False)
 class ProbeGrid:
-    """Linear probes of K concepts at L layers and H heads (H = 1 where layers are probed whole).
+    """Linear probes of K concepts at L layers and H heads (H = 1 for probes on whole layers).
 
     Score arrays are float64 [K, L, H], in the order of `concepts` and `layers`.
     """
@@ -61,29 +61,29 @@ class ProbeGrid:
     layers: tuple[int, ...]
     """Layer numbers."""
     n_heads: int | None
-    """None where layers are probed whole."""
+    """None for probes on whole layers."""
 
     balanced_accuracy: np.ndarray
-    """On the held-out rows; chance is 0.5 whatever the class sizes."""
+    """On the held-out rows; chance is 0.5 for any class sizes."""
     low: np.ndarray
-    """Lower end of its bootstrap interval over held-out groups."""
+    """Lower end of the interval of `balanced_accuracy` over held-out groups."""
     high: np.ndarray
     auc: np.ndarray
     """Area under the ROC curve on the held-out rows."""
     auc_low: np.ndarray
     auc_high: np.ndarray
     accuracy: np.ndarray
-    """Plain accuracy on the held-out rows, to be compared with `majority`."""
+    """Plain accuracy on the held-out rows, for comparison with `majority`."""
     log_loss: np.ndarray
-    """Held-out log-loss in nats, both classes counting the same; knowing nothing is ln 2."""
+    """Held-out log-loss in nats with balanced classes; chance is ln 2."""
     calibration: np.ndarray
-    """Expected calibration error on the held-out rows, both classes counting the same."""
+    """Expected calibration error on the held-out rows, with balanced classes."""
     control: np.ndarray
-    """Mean balanced accuracy of the same procedure on shuffled labels; NaN where it was not asked for."""
+    """Mean balanced accuracy of the same procedure on shuffled labels; NaN without controls."""
     validation: np.ndarray
-    """Balanced accuracy on the training rows, each left out of the fit that scored it: what to choose cells by."""
+    """Cross-validated balanced accuracy on the training rows, for the selection of cells."""
     penalty: np.ndarray
-    """C that was chosen."""
+    """The selected C."""
     gap: np.ndarray
     """Proven relative distance of each probe's objective from its minimum; 0 for a closed form."""
     sigma: np.ndarray
@@ -94,13 +94,13 @@ class ProbeGrid:
     """float64 [K, L, H]."""
 
     majority: np.ndarray
-    """float64 [K]: plain accuracy of always saying the held-out rows' more frequent class."""
+    """float64 [K]: plain accuracy of always predicting the more frequent class of the held-out rows."""
     n_train: np.ndarray
     """int64 [K]: training rows where the concept is defined."""
     n_test: np.ndarray
     """int64 [K]: held-out rows where the concept is defined."""
     n_dropped: np.ndarray
-    """int64 [K]: rows where the concept is defined but the token selection was empty."""
+    """int64 [K]: rows where the concept is defined but the token selection is empty."""
 
     held_out: tuple[str, ...]
     """Ids of all T held-out examples, in the store's order."""
@@ -108,9 +108,9 @@ class ProbeGrid:
     held_out_labels: np.ndarray
     """float64 [K, T], NaN where undefined."""
     held_out_margins: np.ndarray
-    """float32 [K, L, H, T]: the probes' decisions, also where the label is undefined."""
+    """float32 [K, L, H, T]: the probes' margins, also where the label is undefined."""
     train_groups: tuple[str, ...]
-    """Groups of the training rows: no example of theirs may test these probes, in whatever store."""
+    """Groups of the training rows: their examples must not test these probes, in any store."""
     provenance: Mapping[str, Any]
     """Plain JSON: the store's digest, the split's seed, and every option."""
 
@@ -127,7 +127,7 @@ class ProbeGrid:
         return self.balanced_accuracy - self.control
 
     def frame(self) -> pd.DataFrame:
-        """Return one row a concept, layer and head with every score; `head` is missing where layers are whole."""
+        """Return one row per concept, layer and head with every score; `head` is missing for probes on whole layers."""
         import pandas as pd
 
         k, at, head = (index.ravel() for index in np.indices(self.balanced_accuracy.shape))
@@ -161,41 +161,41 @@ class ProbeGrid:
         return pd.DataFrame(columns)
 
     def site(self, layer: int) -> str:
-        """Return the site of a layer as printed, ``decoder.L3.z``."""
+        """Return the site of a layer, ``decoder.L3.z``."""
         return self._place.site(layer)
 
     def transfer(self, targets: Mapping[str, Any], **options: Any) -> pd.DataFrame:
-        """Test the probes as they are on other stores or rows: `probes.analysis.transfer.transfer`."""
+        """Test the probes, without refitting, on other stores or rows: `probes.analysis.transfer.transfer`."""
         from probes.analysis.transfer import transfer
 
         return transfer(self, targets, **options)
 
     def multiclass(self, concepts: Sequence[str], **options: Any) -> pd.DataFrame:
-        """Score the choice among concepts of which exactly one is true: `probes.analysis.transfer.multiclass`."""
+        """Score multiclass predictions among mutually exclusive concepts: `probes.analysis.transfer.multiclass`."""
         from probes.analysis.transfer import multiclass
 
         return multiclass(self, concepts, **options)
 
     def array(self, concept: str, score: str = "balanced_accuracy") -> np.ndarray:
-        """Return a score of a concept over the grid, float64 [L], or [L, H] where heads were probed.
+        """Return a score of a concept over the grid, float64 [L], or [L, H] for probes on heads.
 
         Raises
         ------
         ProbeError
-            Where the grid has no such concept or score.
+            If the grid has no such concept or score.
         """
         scores = [f.name for f in fields(self) if np.shape(getattr(self, f.name)) == self.balanced_accuracy.shape]
         scores.append("selectivity")
         if score not in scores:
-            msg = f"'{score}' is not a score of a grid: there are {', '.join(scores)}"
+            msg = f"unknown score '{score}'; choose from {', '.join(scores)}"
             raise ProbeError(msg)
         values = getattr(self, score)[self._concept(concept)]
         return values.copy() if self.n_heads else values[:, 0].copy()
 
     def best(self, concept: str) -> Cell:
-        """Return the cell with the highest validation score of a concept, the first such.
+        """Return the cell with the highest validation score of a concept, the first if several are equal.
 
-        It is chosen on the training rows, so its held-out score is not inflated by the choice.
+        The selection uses only the training rows, so that it does not inflate the held-out score.
         """
         k = self._concept(concept)
         at, head = np.unravel_index(np.argmax(self.validation[k]), self.validation[k].shape)
@@ -208,27 +208,27 @@ class ProbeGrid:
         )
 
     def decision(self, concept: str, layer: int, head: int | None, x: np.ndarray) -> np.ndarray:
-        """Return margins float64 [n] of activations [n, D]; positive where the concept is read as true.
+        """Return margins float64 [n] of activations [n, D]; positive where the concept is predicted to be true.
 
         Raises
         ------
         ProbeError
-            Where the grid has no such concept, layer or head, or the width is another.
+            If the grid has no such concept, layer or head, or the width differs.
         """
         where = self._where(concept, layer, head)
         rows = np.asarray(x, dtype=np.float64)
         if rows.ndim != 2 or rows.shape[1] != self.weights.shape[-1]:
-            msg = f"activations of shape {list(rows.shape)} given, the probe reads [n, {self.weights.shape[-1]}]"
+            msg = f"activations have shape {list(rows.shape)}, the probe needs [n, {self.weights.shape[-1]}]"
             raise ProbeError(msg)
         return rows @ self.weights[where] + self.intercepts[where]
 
     def direction(self, concept: str, layer: int, head: int | None = None) -> Direction:
-        """Return the probe as a unit direction in the units of the activations; its decision is the probe's.
+        """Return the probe as a unit direction in the units of the activations, with the same decision function.
 
         Raises
         ------
         ProbeError
-            Where the grid has no such concept, layer or head, or its probe has no direction (all features constant).
+            If the grid has no such concept, layer or head, or its probe has no direction (all features constant).
         """
         from activation_store.direction import Direction
 
@@ -268,7 +268,7 @@ class ProbeGrid:
         )
 
     def save(self, folder: str | Path) -> Path:
-        """Write ``grid.safetensors`` (arrays) and ``grid.json`` (the rest) into a folder, made where missing."""
+        """Write ``grid.safetensors`` (arrays) and ``grid.json`` (all other fields) into a folder, created if missing."""
         from safetensors.numpy import save
 
         arrays, plain = {}, {}
@@ -283,19 +283,20 @@ class ProbeGrid:
         card[KEY] = document_digest(card)
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
-        # Written aside and renamed, the card last: a run killed here leaves the old grid or a card that does not match.
+        # Each file is written under a temporary name and renamed, the card last: a run killed here leaves the old grid, or
+        # a card that does not match.
         for name, content in ((_TENSORS, data), (_CARD, json.dumps(card, indent=1).encode())):
             write_whole(path / name, content)
         return path
 
     @classmethod
     def load(cls, folder: str | Path) -> ProbeGrid:
-        """Read what `save` wrote.
+        """Read a grid that `save` wrote.
 
         Raises
         ------
         ProbeError
-            Where there is no grid, it is damaged, or it was saved by another version.
+            If there is no grid, it is damaged, or it has another version.
         """
         from safetensors import SafetensorError
         from safetensors.numpy import load
@@ -315,7 +316,7 @@ class ProbeGrid:
             raise ProbeError(msg)
         version = card.get("version")
         if version not in (_LAST_WITHOUT_DIGEST, GRID_VERSION):
-            msg = f"{path}: grid of version {version}, this reads version {GRID_VERSION}; fit it again from its store"
+            msg = f"{path}: grid version {version} is not supported (supported: {GRID_VERSION}); fit it again from its store"
             raise ProbeError(msg)
         take_digest(card, str(path / _CARD), ProbeError, required=version > _LAST_WITHOUT_DIGEST)
         del card["format"], card["version"]
@@ -338,22 +339,22 @@ class ProbeGrid:
 
     def _concept(self, concept: str) -> int:
         if concept not in self.concepts:
-            msg = f"'{concept}' not in this grid: it has {', '.join(self.concepts)}"
+            msg = f"concept '{concept}' not in this grid; choose from {', '.join(self.concepts)}"
             raise ProbeError(msg)
         return self.concepts.index(concept)
 
     def _where(self, concept: str, layer: int, head: int | None) -> tuple[int, int, int]:
         k = self._concept(concept)
         if layer not in self.layers:
-            msg = f"layer {layer} not in this grid: it has layers {', '.join(map(str, self.layers))}"
+            msg = f"layer {layer} not in this grid; choose from {', '.join(map(str, self.layers))}"
             raise ProbeError(msg)
         at = self.layers.index(layer)
         if self.n_heads is None:
             if head is not None:
-                msg = f"head {head} asked of a grid whose layers were probed whole: leave head out, or fit with heads=True"
+                msg = f"head={head} is not valid for a grid of whole layers; omit it, or fit the grid with heads=True"
                 raise ProbeError(msg)
             return k, at, 0
         if head is None or not 0 <= head < self.n_heads:
-            msg = f"head {head} not in this grid: give one of 0-{self.n_heads - 1}"
+            msg = f"head {head} not in this grid; choose from 0-{self.n_heads - 1}"
             raise ProbeError(msg)
         return k, at, head

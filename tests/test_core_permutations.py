@@ -84,7 +84,7 @@ def test_too_few_groups_that_can_move_are_refused() -> None:
     options = {"folds": 2, "resamples": 2, "progress": False, "penalties": (1e-2,), "estimator": "mean_difference"}
     grid = fit_grid(store, ["object:a"], "resid_post", **options)
     assert np.isnan(grid.control).all()  # its labels would be the true ones
-    with pytest.raises(ProbeError, match=r"'object:a': 0 of \d+ groups can take other labels, 10 are needed"):
+    with pytest.raises(ProbeError, match=r"'object:a': 0 of \d+ groups can receive other labels, 10 are needed"):
         permutation_test(store, grid, 9, progress=False)
 
 

@@ -101,7 +101,7 @@ def test_a_true_answer_is_read_as_if_it_had_been_said(tmp_path: Path) -> None:
 
 def test_what_does_not_go_together_is_refused(tmp_path: Path) -> None:
     lvlm, data = model("llava"), ConceptDataset("d", (example(0),))
-    with pytest.raises(ConfigError, match="cannot follow one prompt"):
+    with pytest.raises(ConfigError, match="cannot follow the same prompt"):
         trace(lvlm, data, ["z"], ["answer:mean"], tmp_path / "a", generate=2)
     with pytest.raises(ConfigError, match="generate=-1"):
         trace(lvlm, data, ["z"], ["last"], tmp_path / "a", generate=-1)

@@ -197,10 +197,10 @@ def test_bad_input_is_refused(x: np.ndarray) -> None:
         (lambda: alignment.cosine(x, x[:, :5]), "rows do not pair"),
         (lambda: alignment.cka(x, x[:50]), "rows do not pair"),
         (lambda: alignment.cka(x[:3], x[:3]), "at least 4"),
-        (lambda: alignment.mutual_knn(x, x, k=120), "k=120 neighbours of 120 rows"),
-        (lambda: alignment.modality_gap(x, x[:, :5]), "rows of one width"),
+        (lambda: alignment.mutual_knn(x, x, k=120), "k=120 neighbors of 120 rows"),
+        (lambda: alignment.modality_gap(x, x[:, :5]), "rows of equal width"),
         (lambda: alignment.compare(x, broken), "must be finite"),
-        (lambda: alignment.compare(x, x, measures=["charm"]), "there are cosine, mutual_knn"),
+        (lambda: alignment.compare(x, x, measures=["charm"]), "choose from cosine, mutual_knn"),
     ):
         with pytest.raises(ProbeError, match=message):
             call()

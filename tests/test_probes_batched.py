@@ -15,7 +15,7 @@ from sklearn.preprocessing import StandardScaler
 from groundscope.core.errors import ProbeError
 from probes.solvers import logistic_float32
 from probes.solvers.duality_gap import certify
-from probes.solvers.lbfgs import minimise
+from probes.solvers.lbfgs import minimize
 from probes.solvers.logistic_float32 import RowBlock, balanced_weights, fit_rows
 from probes.solvers.logistic_reference import LogisticFit, fit_logistic
 
@@ -124,7 +124,7 @@ def test_fits_without_a_certificate_are_solved_again_in_float64(
     x, y = make("random", 100, d, 2)
     block, weights = RowBlock.of(x), balanced_weights(y[None])
     good = fit_rows(block, y[None], PENALTIES[None], weights)
-    real = logistic_float32.minimise
+    real = logistic_float32.minimize
 
     def lame(*args, **kwargs) -> torch.Tensor:
         found = real(*args, **kwargs)
@@ -137,7 +137,7 @@ def test_fits_without_a_certificate_are_solved_again_in_float64(
         return fit_logistic(*args, **kwargs)
 
     called: list[int] = []
-    monkeypatch.setattr(logistic_float32, "minimise", lame)
+    monkeypatch.setattr(logistic_float32, "minimize", lame)
     monkeypatch.setattr(logistic_float32, "fit_logistic", reference)
     again = fit_rows(block, y[None], PENALTIES[None], weights)
     assert len(called) == len(lost) - 1
@@ -150,7 +150,7 @@ def test_a_device_short_of_memory_gets_fewer_problems_then_says_so(monkeypatch: 
     x, y = make("random", 60, 10, 3)
     block, weights = RowBlock.of(x), balanced_weights(y[None])
     whole = fit_rows(block, y[None], PENALTIES[None], weights)
-    real, sizes = logistic_float32.minimise, []
+    real, sizes = logistic_float32.minimize, []
 
     def small(space, labels, *args, **options) -> torch.Tensor:
         sizes.append(len(labels))
@@ -158,7 +158,7 @@ def test_a_device_short_of_memory_gets_fewer_problems_then_says_so(monkeypatch: 
             raise torch.OutOfMemoryError
         return real(space, labels, *args, **options)
 
-    monkeypatch.setattr(logistic_float32, "minimise", small)
+    monkeypatch.setattr(logistic_float32, "minimize", small)
     most = 1
     parts = fit_rows(block, y[None], PENALTIES[None], weights)
     assert sizes == [4, 2, 1, 1, 2, 1, 1]
@@ -203,6 +203,6 @@ def test_what_is_done_stays_as_it_was_while_others_go_on(n: int, d: int) -> None
         space = RowBlock.of(x).space
         costs = torch.from_numpy(balanced_weights(y) * np.r_[1e-3, np.full(11, 1e3)][:, None]).float()
         labels = torch.from_numpy(y).float()
-        alone = minimise(space, labels[:1].clone(), costs[:1].clone(), 1e-9)[0]
-        among = minimise(space, labels.clone(), costs.clone(), 1e-9)[0]
+        alone = minimize(space, labels[:1].clone(), costs[:1].clone(), 1e-9)[0]
+        among = minimize(space, labels.clone(), costs.clone(), 1e-9)[0]
         torch.testing.assert_close(among, alone, rtol=0, atol=2e-6 * float(alone.abs().max()))

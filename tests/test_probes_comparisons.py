@@ -76,7 +76,7 @@ def test_a_choice_among_concepts_is_scored_as_scikit_learn_does(grid: ProbeGrid)
     assert found.loc[1, "low"] > 0.5
     assert found.loc[0, "low"] < 1 / 3 + 0.1
     assert found["head"].isna().all()
-    with pytest.raises(ProbeError, match="choose among two or more concepts of the grid"):
+    with pytest.raises(ProbeError, match="choose at least two different concepts"):
         multiclass(grid, ["attribute:red"])
     assert grid.multiclass(COLORS, resamples=300).equals(found.reset_index()[found.reset_index().columns])
 
@@ -103,7 +103,7 @@ def test_a_choice_fitted_together_equals_the_protocol_done_with_scikit_learn(
 
 
 def test_choices_that_cannot_be_fitted_are_refused(grid: ProbeGrid, store: MemoryStore) -> None:
-    with pytest.raises(ProbeError, match="softmax, which is fitted anew, needs store"):
+    with pytest.raises(ProbeError, match="'softmax' fits a new probe and needs store"):
         grid.multiclass(COLORS, how="softmax")
     with pytest.raises(ProbeError, match="how='best' must be one of rest, softmax"):
         grid.multiclass(COLORS, how="best")
@@ -136,7 +136,7 @@ def test_probes_carry_over_to_where_they_should(grid: ProbeGrid, store: MemorySt
     assert home["n_known"] == 360 - len(grid.held_out)
     assert at.loc[("few", "attribute:red", 1)]["n"] == 30
     narrow = MemoryStore(other.table, {("decoder", "resid_post", "last"): np.ones((360, 3, 7))})
-    with pytest.raises(ProbeError, match=r"'narrow': decoder.L0.resid_post has width 7, the grid's probes read 10"):
+    with pytest.raises(ProbeError, match=r"'narrow': decoder.L0.resid_post has width 7, the grid's probes need 10"):
         grid.transfer({"narrow": narrow})
     with pytest.raises(SiteError, match="image:mean not in store"):
         grid.transfer({"fresh": other}, tokens="image:mean")
@@ -261,7 +261,7 @@ def test_memory_is_a_layer_not_a_store() -> None:
 
 def test_options_that_are_not_there_are_refused(store: MemoryStore) -> None:
     for options, message in (
-        ({"estimator": "forest"}, "estimator 'forest' is none: there are logistic, ridge, lda"),
+        ({"estimator": "forest"}, "unknown estimator 'forest'; choose from logistic, ridge, lda"),
         ({"device": "cuda:7"}, "device 'cuda:7' cannot be used: .*; use device='cpu'"),
         ({"device": "abacus"}, "device 'abacus' cannot be used"),
         ({"tolerance": 0.0}, "tolerance=0.0 must be positive"),

@@ -174,7 +174,7 @@ def test_layers_keep_the_numbers_of_the_store(store: MemoryStore) -> None:
     got = fit_grid(sparse, ["object:apple"], control=0)
     assert got.best("object:apple").layer == 17
     assert set(got.frame()["layer"]) == {12, 17}
-    with pytest.raises(ProbeError, match="layer 1 not in this grid: it has layers 12, 17"):
+    with pytest.raises(ProbeError, match="layer 1 not in this grid; choose from 12, 17"):
         got.direction("object:apple", 1, 0)
 
 
@@ -278,7 +278,7 @@ def _field(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("harm", "message"),
     [
-        (_version, "version 99, this reads version 3"),
+        (_version, "version 99 is not supported"),
         (_flip, "does not match its card"),
         (_field, "is damaged"),
         (_number, "does not match its digest"),
@@ -323,12 +323,12 @@ def _one_group(store: MemoryStore) -> MemoryStore:
 @pytest.mark.parametrize(
     ("make", "options", "message"),
     [
-        (None, {"concepts": ["object:pear"]}, "'object:pear' not in store: it has object:apple, attribute:green"),
-        (None, {"concepts": []}, "give a list of concepts"),
-        (None, {"concepts": "object:apple"}, "give a list of concepts"),
-        (None, {"concepts": ["object:apple"] * 2}, "more than once"),
+        (None, {"concepts": ["object:pear"]}, "'object:pear' not in store; choose from object:apple, attribute:green"),
+        (None, {"concepts": []}, "concepts must be a non-empty list"),
+        (None, {"concepts": "object:apple"}, "concepts must be a non-empty list"),
+        (None, {"concepts": ["object:apple"] * 2}, "repeated; give each concept once"),
         (lambda s: changed(s, **{"object:apple": 1.0}), {}, "is 1 on all 600 rows where it is defined"),
-        (lambda s: changed(s, **{"object:apple": np.nan}), {}, "'object:apple' is undefined on every row"),
+        (lambda s: changed(s, **{"object:apple": np.nan}), {}, "'object:apple' is undefined on all used rows"),
         (lambda s: changed(s, **{"object:apple": 0.5}), {}, "label 'object:apple' of example 'q0' is 0.5"),
         (_one_group, {}, r"class 1 of 'object:apple' is in 1 group \(4 rows\), 8 are needed .* use fewer folds"),
         (None, {"folds": 200}, "need 286 groups of each class"),
@@ -374,7 +374,7 @@ def test_values_that_are_not_finite_are_named(store: MemoryStore) -> None:
 
 
 def test_arrays_that_are_not_there_are_named(store: MemoryStore) -> None:
-    with pytest.raises(SiteError, match=re.escape("vision.z at last not in store: it has decoder.z at last")):
+    with pytest.raises(SiteError, match=re.escape("vision.z at last not in store; choose from decoder.z at last")):
         fit_grid(store, ["object:apple"], stack="vision")
     with pytest.raises(SiteError, match=r"decoder.resid_post has no heads"):
         fit_grid(store, ["object:apple"], "resid_post", heads=True)
@@ -384,16 +384,16 @@ def test_arrays_that_are_not_there_are_named(store: MemoryStore) -> None:
 
 def test_questions_a_grid_cannot_answer(grid: ProbeGrid, store: MemoryStore) -> None:
     for call, message in (
-        (lambda: grid.array("object:pear"), "'object:pear' not in this grid: it has object:apple"),
-        (lambda: grid.array("object:apple", "charm"), "'charm' is not a score of a grid: there are balanced_accuracy"),
-        (lambda: grid.direction("object:apple", 1), "give one of 0-3"),
+        (lambda: grid.array("object:pear"), "'object:pear' not in this grid; choose from object:apple"),
+        (lambda: grid.array("object:apple", "charm"), "unknown score 'charm'; choose from balanced_accuracy"),
+        (lambda: grid.direction("object:apple", 1), "choose from 0-3"),
         (lambda: grid.direction("object:apple", 1, 4), "head 4 not in this grid"),
-        (lambda: grid.decision("object:apple", 1, 0, np.ones((2, 5))), r"the probe reads \[n, 6\]"),
+        (lambda: grid.decision("object:apple", 1, 0, np.ones((2, 5))), r"the probe needs \[n, 6\]"),
     ):
         with pytest.raises(ProbeError, match=message):
             call()
     whole = fit_grid(store, ["object:apple"], "resid_post", control=0)
-    with pytest.raises(ProbeError, match="layers were probed whole"):
+    with pytest.raises(ProbeError, match="not valid for a grid of whole layers"):
         whole.direction("object:apple", 1, 0)
     flat = MemoryStore(store.table, {("decoder", "resid_post", "last"): np.ones((600, 1, 5))})
     silent = fit_grid(flat, ["object:apple"], "resid_post")

@@ -111,8 +111,8 @@ def test_bad_input_is_refused(store: WithTensors) -> None:
     with pytest.raises(ProbeError, match="'object:pear' not in store"):
         logit_lens.object_readout(store, ["object:pear"], VOCABULARY)
     store.kept["unembedding.weight"] = np.ones((9, 4), np.float32)
-    with pytest.raises(ProbeError, match="width 16 given, the unembedding reads 4"):
+    with pytest.raises(ProbeError, match="width 16, the unembedding needs 4"):
         logit_lens.logit_lens(store, ["cat"], VOCABULARY)
     del store.kept["unembedding.weight"]
-    with pytest.raises(ProbeError, match=r"keeps no unembedding.weight \(it keeps final_norm.weight\)"):
+    with pytest.raises(ProbeError, match=r"has no unembedding.weight \(it has final_norm.weight\)"):
         logit_lens.logit_lens(store, ["cat"], VOCABULARY)

@@ -72,7 +72,7 @@ def test_support_problems_name_concept_class_and_counts() -> None:
     cases = {
         "is in 1 group (2 rows), 3 are needed (class 0: 4 groups)": np.r_[1, 1, np.zeros(8)],
         "is 0 on all 10 rows where it is defined": np.zeros(10),
-        "is undefined on every row": np.full(10, np.nan),
+        "is undefined on all used rows": np.full(10, np.nan),
     }
     for message, labels in cases.items():
         problem = support_problem("object:cat", labels.astype(float), groups, 3)

@@ -69,7 +69,7 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
     [
         ({"site": "decoder.z"}, SiteError, "is not a site"),
         ({"tokens": "first"}, SiteError, "is not a token selection"),
-        ({"site": "decoder.L0.resid_post", "head": 1}, SiteError, "heads are in 'z'"),
+        ({"site": "decoder.L0.resid_post", "head": 1}, SiteError, "heads exist at 'z'"),
         ({"vector": UNIT * 2}, StoreError, "length 2"),
         ({"vector": UNIT * np.nan}, StoreError, "length nan"),
         ({"vector": UNIT[None]}, StoreError, r"shape \[1, 2\]"),
@@ -96,6 +96,9 @@ def test_files_that_are_no_direction(tmp_path: Path) -> None:
         Direction.load(tmp_path / "nothing.safetensors")
     (tmp_path / "text.safetensors").write_text("text")
     save_file({"vector": UNIT}, tmp_path / "other.safetensors")
-    for name, words in (("text", "damaged, or not a safetensors file"), ("other", "is not a direction, or is damaged")):
+    for name, words in (
+        ("text", "damaged, or not a safetensors file"),
+        ("other", "is not a direction file, or is damaged"),
+    ):
         with pytest.raises(StoreError, match=words):
             Direction.load(tmp_path / f"{name}.safetensors")

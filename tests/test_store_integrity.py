@@ -191,11 +191,11 @@ def test_a_full_disk_while_the_index_is_written_is_one_error(tmp_path: Path, mon
     import errno
     import os
 
-    from activation_store.format.buffered_file import written
+    from activation_store.format.buffered_file import create_hdf5
 
     def full(*_: object) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "pwrite", full)
-    with pytest.raises(OSError, match="No space left"), written(tmp_path / "index.h5") as file:
+    with pytest.raises(OSError, match="No space left"), create_hdf5(tmp_path / "index.h5") as file:
         file.create_dataset("x", data=np.arange(100_000))

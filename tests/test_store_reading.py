@@ -85,8 +85,8 @@ def test_select_takes_keywords(store: ActivationStore) -> None:
 @pytest.mark.parametrize(
     ("where", "message"),
     [
-        ({"attribute:red": True}, "label 'attribute:red' not in store: there are attribute:green"),
-        ({"part": "x"}, "column 'part' not in store: there are id, group, question"),
+        ({"attribute:red": True}, "label 'attribute:red' not in store; choose from attribute:green"),
+        ({"part": "x"}, "column 'part' not in store; choose from id, group, question"),
         ({"split": 3}, "column 'split' cannot be compared with 3: it holds text"),
         ({"margin": "3"}, "column 'margin' cannot be compared with '3': it holds numbers"),
         ({"boxes": 1}, "column 'boxes' cannot be compared with 1: it holds lists"),
@@ -204,7 +204,7 @@ def test_stores_that_cannot_be_one(tmp_path: Path, store: ActivationStore) -> No
 def test_new_stores_go_only_where_nothing_is(tmp_path: Path, store: ActivationStore) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     for work in (repack, merge):
-        with pytest.raises(StoreError, match="is there and not empty"):
+        with pytest.raises(StoreError, match="exists and is not empty"):
             work(store, tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
     half = tmp_path / "half"
@@ -314,7 +314,7 @@ def test_a_repack_that_the_disk_refuses_leaves_nothing(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("File too large; nothing is kept of it") == 2
+    assert done.stdout.count("File too large; its contents were removed") == 2
     assert not (tmp_path / "new").exists()
 
 
@@ -340,7 +340,7 @@ def test_commands_write_stores(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert main(["merge", str(a), str(a), "--out", str(tmp_path / "d")]) == 2
     assert "the example 'e0' is in both" in capsys.readouterr().err
     assert main(["repack", str(tmp_path / "c")]) == 2
-    assert "is there and not empty" in capsys.readouterr().err
+    assert "exists and is not empty" in capsys.readouterr().err
 
 
 def test_info_is_readable_at_a_glance(store: ActivationStore, capsys: pytest.CaptureFixture[str]) -> None:
@@ -352,7 +352,7 @@ def test_info_is_readable_at_a_glance(store: ActivationStore, capsys: pytest.Cap
         "2 x 4",
         "attribute:green 30 30 30",
         "neutral 67, conflict 23",
-        "lists, 45 items in all",
+        "lists, 45 items in total",
         "tensors: W",
         '"weights": "ab"',
     ):

@@ -209,7 +209,7 @@ def test_shard_from_elsewhere_is_refused_by_the_reader(tmp_path: Path) -> None:
 def test_workers_share_a_folder(tmp_path: Path) -> None:
     a = StoreWriter(tmp_path, SCHEMA, PROVENANCE, worker=0, workers=2, shard_size=40)
     b = StoreWriter(tmp_path, SCHEMA, PROVENANCE, worker=1, workers=2, shard_size=40)
-    with pytest.raises(StoreError, match="worker 1 is being written by another process"):
+    with pytest.raises(StoreError, match="worker 1 is in use by another process"):
         StoreWriter(tmp_path, SCHEMA, PROVENANCE, worker=1, workers=2)
     append(b, range(1, N, 2))
     append(a, range(0, N, 2))
@@ -233,7 +233,7 @@ def test_foreign_shard_of_the_same_name_is_never_replaced(tmp_path: Path) -> Non
     whole(tmp_path / "b")
     foreign = (tmp_path / "b" / "shard-0-00000.h5").rename(tmp_path / "a" / "shard-0-00000.h5")
     before = foreign.read_bytes()
-    with pytest.raises(StoreError, match="is there already: another writer of the same number"):
+    with pytest.raises(StoreError, match="already exists: another writer with the same worker number"):
         writer.close()
     assert foreign.read_bytes() == before
 

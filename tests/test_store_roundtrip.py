@@ -318,7 +318,7 @@ def test_folders_that_are_no_store(tmp_path: Path) -> None:
         file["x"] = [1, 2]
     with pytest.raises(StoreError, match="is a file"):
         ActivationStore(plain)
-    with pytest.raises(StoreError, match=r"plain.h5 is plain HDF5 that is not a store's"):
+    with pytest.raises(StoreError, match=r"plain.h5 is HDF5 but not a shard of a store"):
         ActivationStore(tmp_path)
     plain.rename(tmp_path / "shard-0-00000.h5")
     with pytest.raises(StoreError, match="HDF5 but not part of an activation store"):
@@ -376,13 +376,13 @@ def test_zero_examples(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"group": None}, "lacks group"),
+        ({"group": None}, "must have the columns group"),
         ({"id": ["a", "b"]}, "differ in length"),
         ({"id": ["a", "a", "b"]}, "'a' is appended twice"),
-        ({"id": ["a", "", "b"]}, "must be text that is not empty"),
+        ({"id": ["a", "", "b"]}, "ids must be non-empty strings"),
         ({"id": [1, 2, 3]}, "'id' must hold text"),
         ({"note": ["a", 1, None]}, "'note' of the example table holds int, str"),
-        ({"attribute:green": ["yes", "no", None]}, "as it is a label"),
+        ({"attribute:green": ["yes", "no", None]}, "because it is a label"),
         ({"note": ["a\0", "", ""]}, "zero character"),
         ({"note": ["\ud800", "", ""]}, "surrogate"),
         ({"": ["a", "", ""]}, "empty name"),
@@ -408,7 +408,9 @@ def test_batches_that_do_not_fit(tmp_path: Path) -> None:
         more = {"id": ["x", "y", "z"], "group": ["g"] * 3}
         with pytest.raises(StoreError, match="missing: note; new: none"):
             writer.append(good, more)
-        with pytest.raises(StoreError, match="'note' held string values before and holds number values now"):
+        with pytest.raises(
+            StoreError, match="'note' held string values in earlier batches and holds number values in this one"
+        ):
             writer.append(good, {**more, "note": [1, 2, 3]})
         writer.append(good, {**more, "note": [None] * 3})
     with pytest.raises(StoreError, match="this writer is closed"):
@@ -421,7 +423,7 @@ def test_batches_that_do_not_fit(tmp_path: Path) -> None:
     [
         ({"stack": "encoder"}, "vision, projector or decoder"),
         ({"component": "resid"}, "component must be one of"),
-        ({"tokens": "image:all"}, "':mean' instead of ':all'"),
+        ({"tokens": "image:all"}, "use ':mean' for one vector"),
         ({"n_heads": 3}, "does not divide"),
         ({"layers": (1, 0)}, "2 different increasing"),
         ({"width": 0}, "at least 1"),
@@ -436,8 +438,8 @@ def test_arrays_that_cannot_be(options: dict, message: str) -> None:
 def test_schemas_that_cannot_be() -> None:
     info = ArrayInfo("decoder", "z", "last", 2, 8)
     for build, message in (
-        (lambda: Schema(()), "at least one array"),
-        (lambda: Schema((info, info)), "twice: decoder.z/last"),
+        (lambda: Schema(()), "has no array; give at least one"),
+        (lambda: Schema((info, info)), "repeated arrays: decoder.z/last"),
         (lambda: Schema((info,), "int8"), "dtype 'int8'"),
     ):
         with pytest.raises(StoreError, match=message):
@@ -463,7 +465,7 @@ def test_command_line(made: tuple[Path, dict], tmp_path: Path, capsys: pytest.Ca
     for text in ("100 examples", "complete", "decoder.z", "projector.out", "tiny", "image:mean"):
         assert text in shown
     assert main(["verify", str(path)]) == 0
-    assert "every byte as it was sealed" in capsys.readouterr().out
+    assert "every byte verified" in capsys.readouterr().out
     assert main(["info", str(tmp_path)]) == 2
     assert "the folder is empty" in capsys.readouterr().err
     written(tmp_path, n=50)

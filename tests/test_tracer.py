@@ -458,7 +458,7 @@ def test_parts_make_the_store_of_one_trace(model: Lvlm, data: ConceptDataset, tm
         site = f"decoder.L{layer}.z"
         np.testing.assert_array_equal(parts.read(site, "last"), whole.read(site, "last"))
     for wrong in ({"worker": 2, "workers": 2}, {"workers": 2, "force": True}):
-        with pytest.raises(ConfigError, match="worker is 0 to 1; force is for one worker"):
+        with pytest.raises(ConfigError, match="worker must be 0 to 1; force=True needs workers=1"):
             trace(model, small, out=tmp_path / "wrong", **asked, **wrong)
     assert not (tmp_path / "wrong").exists()
 
@@ -469,7 +469,7 @@ def test_parts_make_the_store_of_one_trace(model: Lvlm, data: ConceptDataset, tm
 @pytest.mark.parametrize(
     ("sites", "tokens", "says"),
     [
-        (["resid"], ["last"], "'resid' is not a site.*resid_post"),
+        (["resid"], ["last"], "unknown site 'resid'.*resid_post"),
         (["decoder.L6.z"], ["last"], "decoder layers 0-5"),
         (["vision.L4.z"], ["image:mean"], "vision layers 0-3"),
         (["cross.z"], ["last"], "no cross-attention"),
@@ -479,7 +479,7 @@ def test_parts_make_the_store_of_one_trace(model: Lvlm, data: ConceptDataset, tm
         (["z"], ["first"], "'first' is not a token selection"),
         (["z"], ["generated:mean"], "not available before an answer is generated"),
         (["vision.z"], ["last"], "means nothing in the vision"),
-        (["z", "vision.z"], ["last"], "sites of the vision are asked for"),
+        (["z", "vision.z"], ["last"], "none of the token selections 'last' applies to the sites of the vision"),
     ],
 )
 def test_what_the_model_lacks_is_named(

@@ -105,7 +105,7 @@ def test_an_unreadable_image_is_skipped_by_name(
     assert store.columns["id"].tolist() == [name for i, name in enumerate(names) if i not in (0, 4)]
     assert list(store.provenance["skipped"]) == [names[0], names[4]]
     assert all(store.provenance["skipped"].values())
-    assert "2 of 8 examples are left out" in caplog.text
+    assert "2 of 8 examples are skipped" in caplog.text
     assert names[0] in caplog.text
     whole = trace(model, circuits_toys.data(8), out=tmp_path / "whole", on_error="skip", **options)
     assert "skipped" not in whole.provenance

@@ -1,1 +1,1 @@
-"""The file format: what is on disk, encoded and checked. Private; `activation_store` has the public names."""
+"""The file format: encoding, layout and integrity checks. Private; `activation_store` has the public names."""

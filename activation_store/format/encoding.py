@@ -1,4 +1,4 @@
-"""How numbers and columns become what HDF5 holds, and back."""
+"""Convert arrays and table columns to their storage types and back."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ Column = np.ndarray
 
 @dataclass(frozen=True)
 class Encoded:
-    """Values as they are stored, and per example how many did not fit or were not finite."""
+    """Values in their storage dtype, with counts per example of those that overflowed or were not finite."""
 
     stored: np.ndarray
     """[n, L, D] in the storage dtype."""
     overflow: np.ndarray
-    """int64 [n]: finite values whose magnitude is beyond the largest of the dtype; stored as it rounds them."""
+    """int64 [n]: finite values larger in magnitude than the dtype's maximum; stored as the dtype rounds them."""
     nonfinite: np.ndarray
-    """int64 [n]: values that came as NaN or infinity; stored as they are."""
+    """int64 [n]: values that were NaN or infinite; stored unchanged."""
     offsets: np.ndarray | None = None
-    """int64 [n+1] of a ragged array: where each example begins in `stored` [T, L, D]; None where it is one row each."""
+    """int64 [n+1] of a ragged array: start of each example in `stored` [T, L, D]; None with one row per example."""
 
     def take(self, rows: Sequence[int]) -> Encoded:
-        """Return some of the examples."""
+        """Return a selection of the examples."""
         index = np.asarray(rows, np.int64)
         if self.offsets is None:
             return Encoded(self.stored[index], self.overflow[index], self.nonfinite[index])
@@ -53,11 +53,11 @@ class Encoded:
 
 
 def encode(values: np.ndarray, dtype: Dtype) -> Encoded:
-    """Convert floating values [n, L, D] to the storage form of a dtype, rounding to nearest, ties to even."""
+    """Convert floating values [n, L, D] to the storage type of a dtype, rounding to nearest, ties to even."""
     nonfinite, overflow = np.zeros((2, len(values)), np.int64)
     with np.errstate(over="ignore", invalid="ignore"):
         sums = values.sum(axis=(1, 2))
-    # A sum is finite only where all it adds up is: a row is looked through only where it is not.
+    # A finite sum proves that all terms are finite: only rows with another sum are searched.
     for row in np.flatnonzero(~np.isfinite(sums)):
         nonfinite[row] = np.count_nonzero(~np.isfinite(values[row]))
     if np.finfo(values.dtype).max > LARGEST[dtype]:
@@ -72,14 +72,14 @@ def encode(values: np.ndarray, dtype: Dtype) -> Encoded:
 
 
 def encode_ragged(values: np.ndarray, offsets: np.ndarray, dtype: Dtype) -> Encoded:
-    """Convert the tokens [T, L, D] of examples that begin at `offsets` [n+1]; counts are by example."""
+    """Convert the tokens [T, L, D] of examples that start at `offsets` [n+1]; counts are per example."""
     flat = encode(values, dtype)
     overflow, nonfinite = (np.diff(np.cumsum([0, *each])[offsets]) for each in (flat.overflow, flat.nonfinite))
     return Encoded(flat.stored, overflow, nonfinite, offsets.astype(np.int64))
 
 
 def decode(stored: np.ndarray, dtype: str) -> np.ndarray:
-    """Return stored values as float32, exactly."""
+    """Return stored values as float32, without loss."""
     if dtype == "bfloat16":
         return (stored.astype(np.uint32) << 16).view(np.float32)
     return stored.astype(np.float32, copy=False)
@@ -87,16 +87,16 @@ def decode(stored: np.ndarray, dtype: str) -> np.ndarray:
 
 def _to_bfloat16(values: np.ndarray) -> np.ndarray:
     bits = np.ascontiguousarray(values).view(np.uint32)
-    # Adding half a unit (less one where the kept part is even) carries into the kept part exactly when rounding up.
+    # Adding half a unit (less one if the upper half is even) carries into the upper half exactly when rounding up.
     rounded = (bits + np.uint32(0x7FFF) + ((bits >> 16) & np.uint32(1))) >> 16
-    # A NaN must not carry into infinity: keep its upper half, made quiet only where its payload sat in the lower half.
+    # A NaN must not carry into infinity: keep its upper half, made quiet only if its payload was in the lower half.
     upper = bits >> 16
     quiet = np.where(upper & np.uint32(0x7F), upper, upper | np.uint32(0x40))
     return np.where(np.isnan(values), quiet, rounded).astype("<u2")
 
 
 def column_kind(name: str, values: Iterable[Any]) -> str:
-    """Return ``label``, ``string``, ``number``, ``list`` or ``empty`` (nothing but None); `StoreError` for a mixture."""
+    """Return ``label``, ``string``, ``number``, ``list`` or ``empty`` (only None); raise `StoreError` for a mixture."""
     types = {type(value) for value in values if value is not None}
     if types and types <= _LISTS and not is_label(name) and name not in STANDARD_COLUMNS:
         return "list"
@@ -109,16 +109,18 @@ def column_kind(name: str, values: Iterable[Any]) -> str:
         return "number"
     if types == {str} and not is_label(name):
         return "string"
-    found = ", ".join(sorted(t.__name__ for t in types))
-    wanted = (
-        "numbers, booleans or None, as it is a label" if is_label(name) else "only text, only numbers or only lists"
+    names = ", ".join(sorted(t.__name__ for t in types))
+    allowed = (
+        "numbers, booleans or None, because it is a label"
+        if is_label(name)
+        else "only text, only numbers or only lists"
     )
-    msg = f"column '{name}' of the example table holds {found}; it must hold {wanted}"
+    msg = f"column '{name}' of the example table holds {names}; it must hold {allowed}"
     raise StoreError(msg)
 
 
 def stored_kind(name: str, values: Column) -> str:
-    """Return the kind of a column that was read back, as `column_kind` has it for what was given."""
+    """Return the kind of a column read from a file, as `column_kind` gives it for the original values."""
     if values.dtype == object:
         return "list" if any(not isinstance(v, str) for v in values) else "string" if any(values) else "empty"
     if is_label(name):
@@ -127,10 +129,10 @@ def stored_kind(name: str, values: Column) -> str:
 
 
 def as_column(name: str, values: Sequence[Any]) -> Column:
-    """Return plain values as a column; None becomes NaN or the empty string."""
+    """Convert plain values to a column; None becomes NaN or the empty string."""
     kind = column_kind(name, values)
     if kind == "list":
-        return objects(as_lists(name, values))
+        return as_object_array(as_lists(name, values))
     if kind == "string" or (kind == "empty" and name in STANDARD_COLUMNS):
         return np.array([value or "" for value in values], dtype=object)
     if kind == "label":
@@ -144,15 +146,15 @@ def as_column(name: str, values: Sequence[Any]) -> Column:
 
 
 def as_lists(name: str, values: Sequence[Any]) -> list[np.ndarray | tuple[str, ...]]:
-    """Return the lists of a column as arrays int64 or float64 [m] or [m, k], or as tuples of text; None is an empty one.
+    """Convert the lists of a column to arrays int64 or float64 [m] or [m, k], or to tuples of text; None is empty.
 
     Raises
     ------
     StoreError
-        Where they are not all of text or all of numbers, or their items are lists of unequal length.
+        If they are not all of text or all of numbers, or their items are lists of unequal length.
     """
     lists = [[] if value is None else list(value) for value in values]
-    items = [_plain(item) for one in lists for item in one]
+    items = [_plain(item) for values in lists for item in values]
     widths = {len(item) if isinstance(item, list) else 0 for item in items}
     leaves = [leaf for item in items for leaf in (item if isinstance(item, list) else [item])]
     types = {type(leaf) for leaf in leaves}
@@ -164,11 +166,11 @@ def as_lists(name: str, values: Sequence[Any]) -> list[np.ndarray | tuple[str, .
         whole = types <= {bool, int} and all(-(2**63) <= leaf < 2**63 for leaf in leaves)
         shape = (-1, *widths) if widths - {0} else (-1,)
         dtype = np.int64 if whole else np.float64
-        return [np.array([_plain(i) for i in one], dtype).reshape(shape if one else (0, *shape[1:])) for one in lists]
+        return [np.array([_plain(i) for i in row], dtype).reshape(shape if row else (0, *shape[1:])) for row in lists]
     elif types == {str} and widths == {0}:
         unfit = next((leaf for leaf in leaves if "\0" in leaf or not _encodable(leaf)), None)
         if unfit is None:
-            return [tuple(str(item) for item in one) for one in lists]
+            return [tuple(str(item) for item in row) for row in lists]
         problem = f"{unfit[:60]!r}: HDF5 text cannot hold a zero character or half of a surrogate pair"
     else:
         problem = f"{', '.join(sorted(t.__name__ for t in types))}"
@@ -189,15 +191,15 @@ def fits_float(value: int) -> bool:
 
 
 def _first_beyond_float(lists: Sequence[Any]) -> int | None:
-    for row, one in enumerate(lists):
-        for item in map(_plain, one):
+    for row, items in enumerate(lists):
+        for item in map(_plain, items):
             if any(type(v) is int and not fits_float(v) for v in (item if isinstance(item, list) else [item])):
                 return row
     return None
 
 
-def objects(values: Sequence[Any]) -> Column:
-    """Return values as an array of objects, whatever they are."""
+def as_object_array(values: Sequence[Any]) -> Column:
+    """Return values of any type as an array of objects."""
     out = np.empty(len(values), dtype=object)
     for i, value in enumerate(values):
         out[i] = value
@@ -213,7 +215,7 @@ def _encodable(text: str) -> bool:
 
 
 def _plain(item: Any) -> Any:
-    # numpy's values become the Python ones they stand for, its str and any subclass plain str.
+    # numpy values become Python values; numpy strings and other subclasses of str become str.
     plain = item.tolist() if isinstance(item, np.ndarray | np.generic) else item
     if isinstance(plain, tuple):
         plain = list(plain)

@@ -1,4 +1,4 @@
-"""Whether a folder's shards are those that it sealed: by size, by digest, by the ids of their examples."""
+"""Check that a folder's shards are the sealed ones: by size, digest and example ids."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from groundscope.core.user_files import read_text
 
 
 def check_listed(path: Path, entry: ShardEntry) -> None:
-    """Raise `DamagedFileError` where a shard's size, or the digest at its end, is not the one in the manifest."""
+    """Raise `DamagedFileError` if a shard's size, or the digest at its end, differs from the manifest."""
     with reading(path):
         size = path.stat().st_size
     if size != entry.bytes:
@@ -28,51 +28,51 @@ def check_listed(path: Path, entry: ShardEntry) -> None:
         raise DamagedFileError(msg)
     if entry.version > LAST_UNSEALED and seal_digest(path) != entry.sha256:
         msg = (
-            f"{path}: damaged or from another store, its digest is not the one in the manifest; "
+            f"{path}: damaged or from another store, its digest differs from the one in the manifest; "
             f"{rebuild_advice(path.name)}"
         )
         raise DamagedFileError(msg)
 
 
 def read_sealed(folder: Path) -> dict[str, str]:
-    """Return the digests by file name of the shards that unfinished runs sealed into a folder."""
+    """Return the digests, by file name, of the shards in a folder that unfinished runs sealed."""
     out: dict[str, str] = {}
     for path in folder.glob(".sealed-*.jsonl"):
         for line in read_text(path, error=StoreError).splitlines():
-            with contextlib.suppress(ValueError, KeyError, TypeError):  # a line that a kill cut says nothing
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # skip a line that a kill truncated
                 record = json.loads(line)
                 out[str(record["file"])] = str(record["sha256"])
     return out
 
 
 def check_sealed(path: Path, digests: Mapping[str, str]) -> None:
-    """Raise `DamagedFileError` where a shard is not the one that an unfinished run sealed under its name."""
+    """Raise `DamagedFileError` if a shard differs from the one that an unfinished run sealed under its name."""
     if path.name in digests and seal_digest(path) != digests[path.name]:
         msg = (
-            f"{path}: damaged or from another store, its digest is not the one under which this store sealed it; "
+            f"{path}: damaged or from another store, its digest differs from the one recorded when this store sealed it; "
             f"{rebuild_advice(path.name)}"
         )
         raise DamagedFileError(msg)
 
 
 def check_ids(folder: Path, ids: Mapping[str, Sequence[str]]) -> None:
-    """Raise `StoreError` where an example is in two shards (by file name, in order), or twice in one."""
-    if len({name for some in ids.values() for name in some}) == sum(map(len, ids.values())):
+    """Raise `StoreError` if an example is in two shards (by file name, in order), or twice in one."""
+    if len({name for names in ids.values() for name in names}) == sum(map(len, ids.values())):
         return
     where: dict[str, str] = {}
-    for shard, some in ids.items():
-        for name in some:
+    for shard, names in ids.items():
+        for name in names:
             if name in where:
                 msg = (
                     f"{folder / shard}: the example '{name}' is also in {where[name]}: "
-                    f"one of the two is a copy or from another store; remove it and run the same trace again"
+                    f"one of the two shards is a copy or from another store; remove it and run the same trace again"
                 )
                 raise StoreError(msg)
             where[name] = shard
 
 
 def read_index(folder: Path, entry: IndexEntry | None) -> dict[str, Column] | None:
-    """Return the table of examples out of the index of a folder; None where it is not as the manifest lists it."""
+    """Read the example table from a folder's index; return None if the index differs from the manifest."""
     path = folder / INDEX
     if entry is None:
         return None

@@ -1,4 +1,4 @@
-"""Elements of an HDF5 file with the type they must have; anything else is damage, raised as KeyError."""
+"""Access elements of an HDF5 file with their expected type; anything else is damage, raised as KeyError."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from activation_store.format.schema import ENCODING_VERSION
 
 
 def mark(element: h5py.Group | h5py.Dataset, kind: str) -> None:
-    """Give an element its encoding type and version."""
+    """Set the encoding type and version of an element."""
     element.attrs["encoding-type"] = kind
     element.attrs["encoding-version"] = ENCODING_VERSION
 
 
 def attribute(element: h5py.Group | h5py.Dataset, name: str) -> Any:
-    """Return an attribute; KeyError where it is not there."""
+    """Return an attribute; raise KeyError if it is missing."""
     return element.attrs[name]
 
 
 def element_at(parent: h5py.Group, name: str) -> h5py.Group | h5py.Dataset:
-    """Return the group or dataset of a name or path; KeyError where it is not there.
+    """Return the group or dataset of a name or path; raise KeyError if it is missing.
 
-    A link to another place or file, values in another file, and virtual datasets are refused with a KeyError: what a store
-    holds is in its own files, and nothing else on the disk can be read through it.
+    Soft and external links, external storage and virtual datasets also raise KeyError: the contents of a store are in its
+    own files, and no other file on the disk can be read through it.
     """
     element: h5py.Group | h5py.Dataset = parent
     for part in name.split("/"):
@@ -42,7 +42,7 @@ def element_at(parent: h5py.Group, name: str) -> h5py.Group | h5py.Dataset:
 
 
 def group_at(parent: h5py.Group, name: str) -> h5py.Group:
-    """Return the group of a name; KeyError where it is not there or no group."""
+    """Return the group of a name; raise KeyError if it is missing or not a group."""
     element = element_at(parent, name)
     if not isinstance(element, h5py.Group):
         raise KeyError(name)
@@ -50,7 +50,7 @@ def group_at(parent: h5py.Group, name: str) -> h5py.Group:
 
 
 def dataset_at(parent: h5py.Group, name: str) -> h5py.Dataset:
-    """Return the dataset of a name; KeyError where it is not there or no dataset."""
+    """Return the dataset of a name; raise KeyError if it is missing or not a dataset."""
     element = element_at(parent, name)
     if not isinstance(element, h5py.Dataset):
         raise KeyError(name)
@@ -58,19 +58,19 @@ def dataset_at(parent: h5py.Group, name: str) -> h5py.Dataset:
 
 
 def elements(parent: h5py.Group) -> Iterator[tuple[str, h5py.Group | h5py.Dataset]]:
-    """Return the groups and datasets in a group, by name, sorted."""
+    """Yield the groups and datasets in a group by name, sorted."""
     for name in _names(parent):
         yield name, element_at(parent, name)
 
 
 def groups(parent: h5py.Group) -> Iterator[tuple[str, h5py.Group]]:
-    """Return the groups in a group, by name, sorted."""
+    """Yield the groups in a group by name, sorted."""
     for name in _names(parent):
         yield name, group_at(parent, name)
 
 
 def datasets(parent: h5py.Group) -> Iterator[tuple[str, h5py.Dataset]]:
-    """Return the datasets in a group, by name, sorted."""
+    """Yield the datasets in a group by name, sorted."""
     for name in _names(parent):
         yield name, dataset_at(parent, name)
 

@@ -1,4 +1,4 @@
-"""The manifest: what a finished store consists of, with a digest of everything, its own included."""
+"""The manifest: the parts of a finished store with their digests, and a digest of the manifest itself."""
 
 from __future__ import annotations
 
@@ -21,29 +21,29 @@ _MOST_BYTES = 1 << 34
 
 
 class DamagedManifestError(DamagedFileError):
-    """A manifest whose bytes are not those that were written."""
+    """A manifest whose bytes changed after it was written."""
 
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """What the manifest knows of one sealed shard."""
+    """Manifest entry of a sealed shard."""
 
     file: str
     bytes: int
     rows: int
     sha256: str
-    """Digest of the file: that of its seal; in version 2 over all but its chunks, in version 1 over the whole file."""
+    """Digest of the file: that of its seal; in version 2 over all bytes but its chunks, in version 1 over the whole file."""
     arrays: Mapping[str, str]
     """Digest of each array, by name (``decoder.z/last``)."""
     examples: tuple[str, ...]
-    """Ids in row order: so that it can be said what a lost shard held."""
+    """Ids in row order, so that the examples of a lost shard can be named."""
     version: int = 1
     """Layout version of the file."""
 
 
 @dataclass(frozen=True)
 class TensorsEntry:
-    """What the manifest knows of the file of model-level arrays."""
+    """Manifest entry of the file of model-level arrays."""
 
     file: str
     bytes: int
@@ -53,7 +53,7 @@ class TensorsEntry:
 
 @dataclass(frozen=True)
 class IndexEntry:
-    """What the manifest knows of the index."""
+    """Manifest entry of the index."""
 
     file: str
     bytes: int
@@ -76,7 +76,7 @@ class Manifest:
         object.__setattr__(self, "provenance", MappingProxyType(dict(self.provenance)))
 
     def encode(self) -> bytes:
-        """Return the bytes of ``manifest.json``: equal for equal stores, whatever happened while they were written."""
+        """Return the bytes of ``manifest.json``: equal for equal stores, whether or not their runs were interrupted."""
         body = {
             "layout-version": LAYOUT_VERSION,
             "schema": self.schema.record(),
@@ -89,21 +89,21 @@ class Manifest:
 
 
 def read_manifest(path: Path) -> Manifest:
-    """Read a manifest and check that not a byte of it changed. Fields that this version does not know are ignored.
+    """Read a manifest and check that no byte changed. Unknown fields are ignored.
 
     Raises
     ------
     DamagedManifestError
-        Where any byte of it changed.
+        If any byte changed.
     StoreError
-        Where it is of a newer layout version, a field has a wrong type, or it is not a regular file.
+        If it has a newer layout version, a field has a wrong type, or it is not a regular file.
     OSError
-        Where it cannot be read.
+        If it cannot be read.
     """
     raw = read_bytes(path, limit=_MOST_BYTES, error=StoreError)
     damaged = (
         f"{path}: the manifest is damaged; delete it and run the same trace again: "
-        f"sealed shards are checked and kept, and the manifest is written again"
+        f"sealed shards are verified and kept, and the manifest is written again"
     )
     try:
         document = json.loads(raw)
@@ -126,7 +126,7 @@ def read_manifest(path: Path) -> Manifest:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, StoreError):
             raise
-        msg = f"{path}: a field of the manifest is missing or has a wrong type ({error}); it is of another program"
+        msg = f"{path}: a field of the manifest is missing or has a wrong type ({error}); another program wrote it"
         raise StoreError(msg) from error
 
 
@@ -149,12 +149,12 @@ def _shard_entry(record: Any) -> ShardEntry:
 
 
 def _file(record: Any, name: str | None = None) -> tuple[str, int, str]:
-    """Return name, bytes and SHA-256 of a file; raises TypeError or KeyError where they are not, or it has another name."""
+    """Return name, bytes and SHA-256 of a file; raise TypeError or KeyError if one is not valid or the name differs."""
     file, size, sha256 = (
         _typed(record, field, kind) for field, kind in (("file", str), ("bytes", int), ("sha256", str))
     )
     if (name is not None and file != name) or not _SHA256.fullmatch(sha256) or size < 0:
-        msg = f"'file', 'bytes' or 'sha256' of {file!r} is not possible"
+        msg = f"'file', 'bytes' or 'sha256' of {file!r} is not valid"
         raise TypeError(msg)
     return file, size, sha256
 
@@ -162,14 +162,14 @@ def _file(record: Any, name: str | None = None) -> tuple[str, int, str]:
 def _texts(record: Any, field: str) -> tuple[str, ...]:
     values = _typed(record, field, list)
     if not all(isinstance(value, str) for value in values):
-        msg = f"'{field}' must be a list of texts"
+        msg = f"'{field}' must be a list of strings"
         raise TypeError(msg)
     return tuple(values)
 
 
 def _typed(record: Any, field: str, kind: type) -> Any:
     if not isinstance(record, dict):
-        msg = f"an object with '{field}' is expected, not {type(record).__name__}"
+        msg = f"expected an object with '{field}', not {type(record).__name__}"
         raise TypeError(msg)
     value = record[field]
     if not isinstance(value, kind) or isinstance(value, bool):

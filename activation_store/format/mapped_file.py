@@ -1,7 +1,7 @@
-"""A sealed file as HDF5 reads it: through memory that the system maps, without HDF5's locks.
+"""A sealed file as a memory map that HDF5 reads without its own file locks.
 
-HDF5 refuses to open a file a second time in a process where somebody opened it under other locking rules, and locks fail
-on some read-only and network file systems. Sealed files never change, so none is needed.
+HDF5 cannot open a file that the same process has already opened with another locking mode, and locks fail on some
+read-only and network file systems. Sealed files never change, so they need no locks.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from groundscope.core.files import DamagedFileError
 from groundscope.core.user_files import open_regular
 
 
-class Source:
-    """A file mapped into memory, with the methods that h5py asks of a file-like object.
+class MappedFile:
+    """A file mapped into memory, with the methods that h5py requires of a file-like object.
 
     Raises
     ------
     DamagedFileError
-        Where it is empty.
+        If it is empty.
     StoreError
-        Where it is not a regular file.
+        If it is not a regular file.
     OSError
-        Where it cannot be opened or mapped.
+        If it cannot be opened or mapped.
     """
 
     def __init__(self, path: Path) -> None:
@@ -34,20 +34,20 @@ class Source:
                 msg = f"{path}: damaged or truncated, it is empty"
                 raise DamagedFileError(msg)
             self.raw = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self._at = 0
+        self._position = 0
         self.screened = False
-        """Whether its digests were compared, so that HDF5 may parse it."""
-        # What is wanted of a layer or a table lies in pieces: around a byte that is touched the system would read
-        # megabytes that nobody asked for. What is wanted is said with `soon` instead.
+        """Whether its digests were verified, so that HDF5 can parse it safely."""
+        # Reads of a layer or a table are scattered: read-ahead around each page would load megabytes that are not
+        # needed. Callers name the required bytes with `prefetch` instead.
         self._advise("MADV_RANDOM")
 
-    def soon(self, start: int, size: int) -> None:
-        """Have the system begin to read some bytes, all at once and not page by page as each is touched."""
+    def prefetch(self, start: int, size: int) -> None:
+        """Tell the system to start reading a range of bytes at once, instead of page by page on access."""
         page = start - start % mmap.PAGESIZE
         self._advise("MADV_WILLNEED", page, min(start + size, len(self.raw)) - page)
 
-    def in_order(self) -> None:
-        """Let the system read ahead: what is wanted lies in one piece."""
+    def allow_readahead(self) -> None:
+        """Enable the system's read-ahead, for contiguous data."""
         self._advise("MADV_NORMAL")
 
     def _advise(self, name: str, *where: int) -> None:
@@ -56,29 +56,29 @@ class Source:
             self.raw.madvise(advice, *where)
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """Move to a place, counted from the start, from here or from the end."""
-        self._at = offset + (0, self._at, len(self.raw))[whence]
-        return self._at
+        """Move the position, relative to the start, the current position or the end."""
+        self._position = offset + (0, self._position, len(self.raw))[whence]
+        return self._position
 
     def tell(self) -> int:
-        """Return the place."""
-        return self._at
+        """Return the position."""
+        return self._position
 
     def readinto(self, buffer: memoryview) -> int:
-        """Read from the place and move on."""
+        """Read from the position and advance it."""
         view = memoryview(buffer).cast("B")
         if len(view) > mmap.PAGESIZE:
-            self.soon(self._at, len(view))
-        data = self.raw[self._at : self._at + len(view)]
+            self.prefetch(self._position, len(view))
+        data = self.raw[self._position : self._position + len(view)]
         view[: len(data)] = data
-        self._at += len(data)
+        self._position += len(data)
         return len(data)
 
     def read(self, size: int) -> bytes:
-        """Return bytes from the place and move on; h5py wants to see the method, and uses the other."""
-        data = self.raw[self._at : self._at + size]
-        self._at += len(data)
+        """Return bytes from the position and advance it; h5py checks for this method but calls `readinto`."""
+        data = self.raw[self._position : self._position + size]
+        self._position += len(data)
         return data
 
     def flush(self) -> None:
-        """Do nothing: nothing is written."""
+        """Do nothing: the file is read-only."""

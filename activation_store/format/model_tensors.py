@@ -1,4 +1,4 @@
-"""Arrays that belong to the model and not to an example (an unembedding matrix, say), kept once beside the shards."""
+"""Model-level arrays (for example an unembedding matrix), stored once next to the shards."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import h5py
 import numpy as np
 from h5py import Dataset
 
-from activation_store.format.buffered_file import written
+from activation_store.format.buffered_file import create_hdf5
 from activation_store.format.hdf5 import attribute, dataset_at, datasets, mark
 from activation_store.format.manifest import TensorsEntry
 from activation_store.format.schema import LAYOUT_VERSION, TENSORS, column_name, link_name
-from activation_store.format.screening import in_child
+from activation_store.format.screening import examine_in_child
 from activation_store.format.seal import block_table, read_seal, write_seal
 from activation_store.format.shard import check_outcome, open_shard, reading
 from groundscope.core.errors import StoreError
@@ -30,12 +30,12 @@ _BLOCK_BYTES = 8 << 20
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """A large array that is computed some rows at a time: a converted copy of an unembedding may be gigabytes."""
+    """A large array that is computed in blocks of rows: a converted copy of an unembedding can take gigabytes."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
     read: Callable[[slice], np.ndarray]
-    """Returns some rows of the first axis."""
+    """Returns a slice of rows of the first axis."""
 
     @property
     def nbytes(self) -> int:
@@ -59,12 +59,12 @@ class Rows:
 
 
 def write_tensors(folder: Path, arrays: Mapping[str, np.ndarray | Rows], owner: str = "") -> None:
-    """Write ``tensors.h5``, or check that the one there holds the same.
+    """Write ``tensors.h5``, or check that an existing file holds the same arrays.
 
     Raises
     ------
     StoreError
-        Where another set of arrays is there already, an array is not numeric, or the disk refuses.
+        If the folder holds other arrays, an array is not numeric, or a write fails.
     """
     plain = {name: _little_endian(name, values) for name, values in arrays.items()}
     path = folder / TENSORS
@@ -75,7 +75,7 @@ def write_tensors(folder: Path, arrays: Mapping[str, np.ndarray | Rows], owner: 
     with explained(lambda reason: f"{path}: the model-level arrays cannot be written: {reason}"):
         temporary.unlink(missing_ok=True)
         try:
-            with written(temporary) as file:
+            with create_hdf5(temporary) as file:
                 mark(file, KIND)
                 file.attrs["layout-version"] = LAYOUT_VERSION
                 for name in sorted(plain):
@@ -95,11 +95,11 @@ def write_tensors(folder: Path, arrays: Mapping[str, np.ndarray | Rows], owner: 
 
 
 def read_tensor(folder: Path, name: str) -> np.ndarray:
-    """Return one model-level array as it was given; raises `StoreError` naming those there are."""
+    """Return one model-level array with its original dtype; raise `StoreError`, which lists the names, if it is missing."""
     path = folder / TENSORS
     names = tensor_names(folder)
     if name not in names:
-        msg = f"{folder}: no tensor '{name}' is kept beside the activations; there are: {', '.join(names) or 'none'}"
+        msg = f"{folder}: no tensor '{name}' in this store; choose from: {', '.join(names) or '(it has none)'}"
         raise StoreError(msg)
     with open_shard(path, KIND) as file, reading(path):
         return np.asarray(dataset_at(file, link_name(name))[...])
@@ -115,14 +115,14 @@ def tensor_names(folder: Path) -> tuple[str, ...]:
 
 
 def seal_tensors(path: Path, arrays: Mapping[str, np.ndarray | Rows]) -> None:
-    """Seal a finished ``tensors.h5``: the values of each array are a block that HDF5 does not parse."""
-    places: list[tuple[int, int, int]] = []
+    """Seal a finished ``tensors.h5``: the values of each array are one block that HDF5 does not parse."""
+    records: list[tuple[int, int, int]] = []
     with h5py.File(path, "r") as file:
         for name, values in arrays.items():
             offset = dataset_at(file, link_name(name)).id.get_offset()
             if offset is not None:
-                places.append((offset, values.nbytes, _crc(values)))
-    offsets, sizes, digests = np.array(places, np.int64).reshape(-1, 3).T
+                records.append((offset, values.nbytes, _crc(values)))
+    offsets, sizes, digests = np.array(records, np.int64).reshape(-1, 3).T
     write_seal(path, block_table(offsets, sizes, digests))
 
 
@@ -136,18 +136,18 @@ def _crc(values: np.ndarray | Rows) -> int:
 
 
 def damaged_tensors(folder: Path) -> list[str]:
-    """Return the names of the model-level arrays whose values are not those that were written.
+    """Return the names of the model-level arrays whose values changed after they were written.
 
     Raises
     ------
     StoreError
-        Where the file around the values is damaged.
+        If the file around the values is damaged.
     """
     path = folder / TENSORS
     with reading(path):
         seal = read_seal(path)
         if seal is None:
-            outcome = in_child("inspect", [path], KIND)[0]
+            outcome = examine_in_child("inspect", [path], KIND)[0]
             check_outcome(path, outcome, None)
             return list((outcome.details or {})["changed"])
     with open_shard(path, KIND) as file, reading(path):
@@ -155,28 +155,28 @@ def damaged_tensors(folder: Path) -> list[str]:
 
 
 def damaged_in(file: h5py.File) -> list[str]:
-    """Return the names of the arrays of an open file whose values are not those that were written."""
+    """Return the names of the arrays of an open file whose values changed after they were written."""
     arrays = [(column_name(link), data) for link, data in datasets(file)]
     return [name for name, data in arrays if _stored_digest(data) != attribute(data, "sha256")]
 
 
 def tensors_entry(folder: Path) -> TensorsEntry | None:
-    """Return what the manifest says of ``tensors.h5``; None where there is none."""
+    """Return the manifest entry of ``tensors.h5``; None if the file does not exist."""
     path = folder / TENSORS
     if not path.exists():
         return None
     return TensorsEntry(TENSORS, path.stat().st_size, file_digest(path), tensor_names(folder))
 
 
-def _check_same(path: Path, wanted: Mapping[str, str]) -> None:
+def _check_same(path: Path, new_digests: Mapping[str, str]) -> None:
     with open_shard(path, KIND) as file, reading(path):
-        there = {column_name(link): str(attribute(data, "sha256")) for link, data in datasets(file)}
-    for name in sorted(there.keys() | wanted.keys()):
-        old, new = there.get(name, "nothing"), wanted.get(name, "nothing")
+        digests = {column_name(link): str(attribute(data, "sha256")) for link, data in datasets(file)}
+    for name in sorted(digests.keys() | new_digests.keys()):
+        old, new = digests.get(name, "nothing"), new_digests.get(name, "nothing")
         if old != new:
             msg = (
-                f"{path}: field 'extra.{name}' differs: the store has {old}, this run brings {new}; "
-                f"write into another folder, or with the same model"
+                f"{path}: field 'extra.{name}' differs: the store has {old}, this run has {new}; "
+                f"write into another folder, or use the same model"
             )
             raise StoreError(msg)
 
@@ -184,7 +184,7 @@ def _check_same(path: Path, wanted: Mapping[str, str]) -> None:
 def _little_endian(name: str, values: np.ndarray | Rows) -> np.ndarray | Rows:
     plain = values if isinstance(values, Rows) else np.asarray(values)
     if not name or plain.dtype.kind not in "fiub":
-        msg = f"extra array '{name}' of dtype {plain.dtype} cannot be stored: it needs a name and numbers or booleans"
+        msg = f"extra array '{name}' of dtype {plain.dtype} cannot be stored; give it a name and a numeric or boolean dtype"
         raise StoreError(msg)
     return plain if isinstance(plain, Rows) else np.ascontiguousarray(plain, dtype=plain.dtype.newbyteorder("<"))
 

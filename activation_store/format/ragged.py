@@ -1,4 +1,4 @@
-"""Token selections that keep every token: as many vectors an example as it has tokens."""
+"""Ragged arrays: one vector per token, with a different number of tokens per example."""
 
 from __future__ import annotations
 
@@ -13,33 +13,33 @@ from groundscope.core.errors import StoreError
 
 @dataclass(frozen=True, eq=False)
 class Ragged(Sequence[np.ndarray]):
-    """The tokens of some examples, one after the other; item i is the array of example i.
+    """The concatenated tokens of several examples; item i is the array of example i.
 
     Raises
     ------
     StoreError
-        Where the offsets do not divide the values.
+        If the offsets do not fit the values.
     """
 
     values: np.ndarray
-    """[T, D] when read from a store, [T, L, D] when given to a writer."""
+    """[T, D] when read from a store, [T, L, D] when passed to a writer."""
     offsets: np.ndarray
-    """int64 [n+1]: example i has the tokens ``offsets[i]`` to ``offsets[i+1]-1``; none where the selection is empty."""
+    """int64 [n+1]: example i has the tokens ``offsets[i]`` to ``offsets[i+1]-1``; no token if its selection is empty."""
 
     def __post_init__(self) -> None:
         offsets = np.asarray(self.offsets)
         whole = offsets.ndim == 1 and len(offsets) and offsets.dtype.kind in "iu" and offsets[0] == 0
         if not whole or offsets[-1] != len(self.values) or (np.diff(offsets.astype(np.int64)) < 0).any():
             msg = (
-                f"offsets of shape {list(offsets.shape)} and dtype {offsets.dtype} do not divide {len(self.values)} tokens: "
-                f"give n+1 whole numbers that begin with 0, never fall, and end with the number of tokens"
+                f"offsets of shape {list(offsets.shape)} and dtype {offsets.dtype} do not fit {len(self.values)} tokens: "
+                f"give n+1 integers that start at 0, never decrease, and end with the number of tokens"
             )
             raise StoreError(msg)
         object.__setattr__(self, "offsets", offsets.astype(np.int64))
 
     @classmethod
     def of(cls, parts: Sequence[np.ndarray]) -> Ragged:
-        """Join the arrays [T_i, …] of some examples; at least one, so that the other sizes are known."""
+        """Concatenate the arrays [T_i, …] of several examples; at least one, to determine the other axes."""
         if not len(parts):
             msg = "no example to join: give Ragged(values, offsets) with values of shape [0, L, D] and offsets [0]"
             raise StoreError(msg)
@@ -47,7 +47,7 @@ class Ragged(Sequence[np.ndarray]):
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens of each example, int64 [n]."""
+        """Number of tokens of each example, int64 [n]."""
         return np.diff(self.offsets)
 
     def __len__(self) -> int:

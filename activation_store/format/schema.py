@@ -1,67 +1,67 @@
-"""The layout of an activation store on disk: version 3. Versions 1 and 2 are read as well.
+"""The layout of an activation store on disk, version 3. Versions 1 and 2 can also be read.
 
 A store is a folder::
 
     manifest.json            written last; present only in a finished store
-    manifest-<worker>.json   only with several workers: what one of them finished
-    shard-<worker>-<n>.h5    sealed shards, never changed again
-    index.h5                 the whole store as one HDF5 file, by virtual datasets over the shards; for other readers
+    manifest-<worker>.json   only with several workers: the finished shards of one of them
+    shard-<worker>-<n>.h5    sealed shards, never changed afterwards
+    index.h5                 the whole store as one HDF5 file of virtual datasets over the shards; for other readers
     tensors.h5               arrays that belong to the model, not to an example (optional)
-    .sealed-<worker>.jsonl   digests of the shards that an unfinished run sealed, a line for each
-    *.part, .*.lock          files of a run that is at work, or was killed; never read
+    .sealed-<worker>.jsonl   digests of the shards that an unfinished run sealed, one per line
+    *.part, .*.lock          files of a running or killed run; never read
 
-A shard is plain HDF5 that any HDF5 library opens; with default library version bounds::
+A shard is plain HDF5 that any HDF5 library can open, with default library version bounds::
 
     /                              type ``activation-shard``; attributes ``layout-version``, ``rows``
     /schema, /provenance           type ``json``: scalar UTF-8 strings
     /arrays/<stack>.<component>/   type ``site-group``, e.g. ``decoder.z``, ``projector.out``, ``decoder.cross.z``
         <token selection>          type ``activation-array``: [N, L, D], chunks [32, 1, D] clipped to the sizes,
-                                   e.g. ``last``, ``image:mean``; z as [N, L, H*head_dim], heads side by side
-        <role>:all                 type ``ragged-array``, a group: ``values`` as above but [T, L, D], the tokens of all
-                                   examples one after the other, and ``offsets`` int64 [N+1], where each begins
+                                   e.g. ``last``, ``image:mean``; z as [N, L, H*head_dim], heads concatenated
+        <role>:all                 type ``ragged-array``, a group: ``values`` as above but [T, L, D], the concatenated
+                                   tokens of all examples, and ``offsets`` int64 [N+1], the start of each
     /digests/<stack>.<component>/
-        <token selection>          type ``chunk-digests``: uint32 [blocks, L], the CRC-32 of each chunk as it is stored
-    /examples/                     type ``example-table``: one row an example
+        <token selection>          type ``chunk-digests``: uint32 [blocks, L], the CRC-32 of the stored bytes of each chunk
+    /examples/                     type ``example-table``: one row per example
         <column>                   type ``string-column`` (UTF-8), ``label-column`` (float32, NaN = undefined),
                                    ``number-column`` (float64, int64 or bool), or ``list-column``, a group: ``values``
                                    [M] or [M, k] of int64, float64 or text, and ``offsets`` int64 [N+1]
 
 Every element carries the attributes ``encoding-type`` and ``encoding-version``. An array also carries ``dtype``
-(``bfloat16`` is held losslessly as uint16), ``layers`` (the layer numbers along the second axis), ``n_heads`` (0 where
-its width is not divided into heads), ``order`` (below), ``overflow`` and ``nonfinite`` (how many values were too large
-for the dtype, and how many came as NaN or infinity) and ``sha256``; a column carries ``position``, its place in the
-table, and ``sha256``. The digest of an array is over its table of chunk digests (uint32, little-endian, row by row) and,
-of a ragged one, its offsets (int64, little-endian) after it; that of a string column over its values, each followed by a
-zero byte; that of other columns over their little-endian values; that of a list column over its offsets, then its values.
+(``bfloat16`` is stored losslessly as uint16), ``layers`` (the layer numbers along the second axis), ``n_heads`` (0 if its
+width is not divided into heads), ``order`` (below), ``overflow`` and ``nonfinite`` (the number of values too large for
+the dtype, and of values that were NaN or infinite) and ``sha256``; a column carries ``position``, its index in the table,
+and ``sha256``. The digest of an array covers its table of chunk digests (uint32, little-endian, row by row) and, if it is
+ragged, its offsets (int64, little-endian); that of a string column its values, each followed by a zero byte; that of
+other columns their little-endian values; that of a list column its offsets, then its values.
 
-``order`` is ``NLD``, as above, or ``LND``: the array is contiguous [L, N, D] ([L, T, D]), what ``repack`` makes for the
-fastest reading of whole layers; a row of its table of digests is over 32 rows of a layer all the same, fewer at the end.
-With compression (``schema``: ``bitshuffle-lz4`` or ``blosc2-zstd``) chunks go through that HDF5 filter.
+``order`` is ``NLD``, as above, or ``LND``: the array is contiguous [L, N, D] ([L, T, D]), as ``repack`` writes it for the
+fastest reads of whole layers; a row of its table of digests still covers 32 rows of a layer, fewer at the end. With
+compression (``schema``: ``bitshuffle-lz4`` or ``blosc2-zstd``) chunks pass through that HDF5 filter.
 
-Column names are link names in which ``%``, ``/`` and a leading ``.`` are percent-encoded, as ``/`` divides paths.
+Column names are link names in which ``%``, ``/`` and a leading ``.`` are percent-encoded, because ``/`` separates paths.
 A missing string is the empty string. An empty token selection (no such object in the image) is a row of NaN; in a ragged
-array it is a row without tokens. Columns with a fixed meaning, where they are there: those of `STANDARD_COLUMNS`,
+array it is a row without tokens. Columns with a fixed meaning, if present: those of `STANDARD_COLUMNS`,
 ``model_answer``, ``image`` (SHA-256 of the picture: over its width, ``x`` and height in ASCII digits, a zero byte, and its
 RGB values row by row, uint8), ``span:<role>`` (a list of [start, stop) pairs: the runs of decoder positions of a role,
-`runs`; a role that the decoder does not have has no column), ``boxes`` (a list of x0, y0, x1, y1 in pixels, half open) and
-beside it, of equal lengths, ``box_ids`` and ``box_nouns``.
+`runs`; a role that the decoder does not have has no column), ``boxes`` (a list of x0, y0, x1, y1 in pixels, half open),
+and ``box_ids`` and ``box_nouns``, lists of the same lengths as ``boxes``.
 
 ``manifest.json`` is canonical JSON (sorted keys, indent 1, ASCII) with ``layout-version``, ``schema``, ``provenance``,
 ``tensors``, ``index``, ``shards`` (file, its layout version, bytes, rows, SHA-256, digests of its arrays, example ids)
-and ``sha256``, the digest of the same JSON without it, so that a flipped byte anywhere is found; this much holds for
-every version to come, so that a newer manifest can be told from a damaged one. Shards and ``tensors.h5`` end with a seal
-(`activation_store.format.seal`): digests of all their bytes that need no HDF5, and a digest of these, which is the SHA-256 that
-the manifest has of a shard. Links to other places or files, external storage and virtual datasets are refused in shards and
-``tensors.h5``. Rows of a store are its shards' rows, ordered by worker and number.
+and ``sha256``, the digest of the same JSON without it, which detects any changed byte; this rule holds for all future
+versions, so that a newer manifest can be distinguished from a damaged one. Shards and ``tensors.h5`` end with a seal
+(`activation_store.format.seal`): digests of all their bytes that need no HDF5, and a digest of those digests, which is the
+SHA-256 of a shard in the manifest. Soft and external links, external storage and virtual datasets are errors in shards and
+``tensors.h5``. The rows of a store are the rows of its shards, ordered by worker and number.
 
-In version 2 files had no seal, and the SHA-256 of a shard was over all of its bytes but those of its chunks (of contiguous
-arrays: those of the arrays), whose digests are in the tables among those bytes.
+Version 2 files have no seal; the SHA-256 of a shard covers all its bytes except its chunks (for contiguous arrays: except
+the arrays), whose digests are in the tables among those bytes.
 
-Version 1 had neither ragged arrays, list columns, compression, the order LND, an index nor digests of chunks: there an
-array's digest is over its little-endian values in the order row block (of the chunk's rows), layer, row, width, and the
-SHA-256 of a shard is over the whole file. A store may hold shards of all versions.
+Version 1 has no ragged arrays, list columns, compression, LND order, index or chunk digests: an array's digest covers its
+little-endian values in the order row block (of the chunk's rows), layer, row, width, and the SHA-256 of a shard covers the
+whole file. A store can hold shards of all versions.
 
-A reader of version 3 refuses a higher ``layout-version``, and ignores elements and fields it does not know.
+A reader of version 3 raises an error for a higher ``layout-version``, and ignores unknown elements and fields.
 """
 
 from __future__ import annotations
@@ -82,21 +82,21 @@ TENSORS = "tensors.h5"
 INDEX = "index.h5"
 
 REQUIRED_COLUMNS = ("id", "group")
-"""Columns that every example must bring: its name, and the image or scene that splits must not divide."""
+"""Columns that every example must have: its id, and the image or scene that splits must not divide."""
 STANDARD_COLUMNS = ("id", "group", "question", "answer", "split", "kind", "level")
-"""String columns that every table has, in this order; the empty string where they were not given."""
+"""String columns that every table has, in this order; the empty string if the caller did not set them."""
 LABEL_LEVELS = ("object", "attribute", "relation")
 """A column named ``<level>:<name>`` is a label: float32, 1 true, 0 false, NaN undefined."""
 NOT_COMPARED = ("environment",)
-"""Keys of the provenance that are recorded but may differ when a run is resumed."""
+"""Provenance keys that are recorded but can differ when a run is resumed."""
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 DTYPES: tuple[Dtype, ...] = ("float32", "float16", "bfloat16")
 Compression = Literal["bitshuffle-lz4", "blosc2-zstd"]
 COMPRESSIONS: tuple[Compression, ...] = ("bitshuffle-lz4", "blosc2-zstd")
-"""For speed, and for size. Reading and writing either needs the package hdf5plugin."""
+"""The first is faster, the second smaller. Both need the package hdf5plugin to read and to write."""
 Key = tuple[str, str, str]
-"""What an array is called: (stack, component, token selection), e.g. ``("decoder", "z", "last")``."""
+"""Key of an array: (stack, component, token selection), e.g. ``("decoder", "z", "last")``."""
 
 _PER_HEAD = frozenset({"z", "q", "k", "v"})
 _SHARD = re.compile(r"^shard-(\d+)-(\d+)\.h5$")
@@ -104,36 +104,36 @@ _SHARD = re.compile(r"^shard-(\d+)-(\d+)\.h5$")
 
 @dataclass(frozen=True)
 class ArrayInfo:
-    """One array of a store: a site family and a token selection, with the sizes of what is kept for an example."""
+    """One array of a store: a component of a stack at a token selection, with its sizes per example."""
 
     stack: str
     """``vision``, ``projector`` or ``decoder``."""
     component: str
     """As in a site: ``resid_post``, ``z``, …; ``cross.z`` for cross-attention layers; ``out`` for the projector."""
     tokens: str
-    """Token selection as printed, e.g. ``last`` or ``image:mean``."""
+    """Token selection, e.g. ``last`` or ``image:mean``."""
     n_layers: int
     width: int
-    """Values for each example and layer: D, or H*head_dim for z."""
+    """Values per example and layer: D, or H*head_dim for z."""
     n_heads: int | None = None
-    """Into how many equal slices, heads side by side, the width divides; None where it does not."""
+    """Number of equal slices (heads, concatenated) of the width; None if the width is not divided."""
     layers: tuple[int, ...] = ()
     """Layer numbers along the second axis, increasing; by default 0 to n_layers-1."""
     ragged: bool = False
-    """Every token of the selection is kept, [T, L, D] with offsets: for ``image:all`` and its like, and only for them."""
+    """Every token of the selection is stored, [T, L, D] with offsets: for ``:all`` selections, and only for them."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(int(layer) for layer in self.layers) or tuple(range(self.n_layers)))
-        known = ("out",) if self.stack == "projector" else LAYER_COMPONENTS
+        components = ("out",) if self.stack == "projector" else LAYER_COMPONENTS
         problem = ""
         if self.stack not in ("vision", "projector", "decoder"):
             problem = "the stack must be vision, projector or decoder"
-        elif self.component.removeprefix("cross.") not in known:
-            problem = f"the component must be one of {', '.join(known)}"
+        elif self.component.removeprefix("cross.") not in components:
+            problem = f"the component must be one of {', '.join(components)}"
         elif TokenSelection.parse(self.tokens).reduction == "all" and not self.ragged:
-            problem = "one vector is kept for an example; take ':mean' instead of ':all', or bring all with ragged=True"
+            problem = "':all' selects several vectors per example; use ':mean' for one vector, or set ragged=True"
         elif TokenSelection.parse(self.tokens).reduction != "all" and self.ragged:
-            problem = "ragged=True keeps every token of a selection: take ':all'"
+            problem = "ragged=True stores every token of a selection; use ':all'"
         elif self.n_layers < 1 or self.width < 1:
             problem = f"n_layers={self.n_layers} and width={self.width} must be at least 1"
         elif len(self.layers) != self.n_layers or list(self.layers) != sorted(set(self.layers)):
@@ -146,17 +146,17 @@ class ArrayInfo:
 
     @property
     def key(self) -> Key:
-        """What the array is called: ``(stack, component, tokens)``."""
+        """Key of the array: ``(stack, component, tokens)``."""
         return (self.stack, self.component, self.tokens)
 
     @property
     def name(self) -> str:
-        """Where the array is, under ``/arrays`` in a shard: ``decoder.z/last``."""
+        """Path of the array under ``/arrays`` in a shard: ``decoder.z/last``."""
         return array_name(self.key)
 
     @property
     def head_dim(self) -> int | None:
-        """Width of one head; None for a component that has no heads."""
+        """Width of one head; None for a component without heads."""
         if self.n_heads is None or self.component.removeprefix("cross.") not in _PER_HEAD:
             return None
         return self.width // self.n_heads
@@ -164,42 +164,46 @@ class ArrayInfo:
 
 @dataclass(frozen=True)
 class Schema:
-    """What a store keeps for each example: its arrays, the dtype they are kept in, and how they are compressed.
+    """The contents of a store per example: its arrays, their storage dtype and their compression.
 
     Raises
     ------
     StoreError
-        Where there is no array, two have the same name, or dtype or compression is none that there is.
+        If there is no array, two have the same name, or the dtype or compression is unknown.
     """
 
     arrays: tuple[ArrayInfo, ...]
     dtype: Dtype = "float32"
     compression: Compression | None = None
-    """None for the speed of the disk; it pays on values that came as bfloat16."""
+    """None for the speed of the disk; compression helps most with values of a bfloat16 model."""
 
     def __post_init__(self) -> None:
         arrays = tuple(sorted(self.arrays, key=lambda a: a.key))
         object.__setattr__(self, "arrays", arrays)
         if self.dtype not in DTYPES:
-            msg = f"dtype '{self.dtype}' cannot be stored: choose one of {', '.join(DTYPES)}"
+            msg = f"unknown dtype '{self.dtype}'; choose from {', '.join(DTYPES)}"
             raise StoreError(msg)
         if self.compression not in (None, *COMPRESSIONS):
-            msg = f"compression '{self.compression}' is none: choose None or one of {', '.join(COMPRESSIONS)}"
+            msg = f"unknown compression '{self.compression}'; choose from None, {', '.join(COMPRESSIONS)}"
             raise StoreError(msg)
         names = [a.name for a in arrays]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if not arrays or twice:
-            msg = f"a schema names arrays twice: {', '.join(twice)}" if twice else "a schema needs at least one array"
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        if not arrays or repeated:
+            msg = (
+                f"the schema has repeated arrays: {', '.join(repeated)}; give each once"
+                if repeated
+                else "the schema has no array; give at least one"
+            )
             raise StoreError(msg)
 
     def record(self) -> dict[str, Any]:
-        """Return the schema as plain values that JSON can hold."""
+        """Return the schema as JSON-serializable values."""
         arrays = [{**asdict(a), "layers": list(a.layers)} for a in self.arrays]
         return {"dtype": self.dtype, "compression": self.compression, "arrays": arrays}
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Schema:
-        """Read what `record` returned; raises `StoreError` for anything else."""
+        """Create the schema from the result of `record`; raise `StoreError` if it is not valid."""
         fields = {"stack": str, "component": str, "tokens": str, "n_layers": int, "width": int, "layers": list}
         try:
             for a in record["arrays"]:
@@ -209,7 +213,7 @@ class Schema:
                 if wrong or type(a.get("ragged", False)) is not bool:
                     msg = f"'{(wrong or ['ragged'])[0]}' of an array has a wrong type"
                     raise TypeError(msg)
-            # A field that version 1 did not have has its default.
+            # Fields that version 1 lacks get their defaults.
             arrays = tuple(
                 ArrayInfo(**{f: a[f] for f in (*fields, "n_heads")}, ragged=a.get("ragged", False))
                 for a in record["arrays"]
@@ -221,7 +225,7 @@ class Schema:
 
 
 def array_name(key: Key) -> str:
-    """Return where an array is under ``/arrays`` in a shard, e.g. ``decoder.z/last``."""
+    """Return the path of an array under ``/arrays`` in a shard, e.g. ``decoder.z/last``."""
     return f"{key[0]}.{key[1]}/{key[2]}"
 
 
@@ -237,12 +241,12 @@ def shard_numbers(name: str) -> tuple[int, int] | None:
 
 
 def manifest_name(worker: int | None = None) -> str:
-    """Return the file name of the manifest, or of the part that one of several workers writes."""
+    """Return the file name of the manifest, or of one worker's part of it."""
     return MANIFEST if worker is None else f"manifest-{worker}.json"
 
 
 def sealed_name(worker: int) -> str:
-    """Return the file name under which an unfinished run keeps the digests of the shards that it sealed."""
+    """Return the name of the file in which an unfinished run records the digests of its sealed shards."""
     return f".sealed-{worker}.jsonl"
 
 
@@ -258,12 +262,12 @@ def column_name(link: str) -> str:
 
 
 def is_label(column: str) -> bool:
-    """Whether a column holds a concept's labels, by its name."""
+    """Whether a column holds labels of a concept, judged by its name."""
     return column.partition(":")[0] in LABEL_LEVELS and ":" in column
 
 
 def runs(positions: Iterable[int]) -> list[list[int]]:
-    """Return token positions as [start, stop) pairs of neighbours, in order: what a column ``span:<role>`` holds."""
+    """Return token positions as sorted [start, stop) runs of consecutive positions, as in a column ``span:<role>``."""
     out: list[list[int]] = []
     for position in sorted(positions):
         if out and out[-1][1] == position:
@@ -274,7 +278,7 @@ def runs(positions: Iterable[int]) -> list[list[int]]:
 
 
 def check_version(version: object, where: str) -> None:
-    """Raise `StoreError` unless this code can read a layout version."""
+    """Raise `StoreError` unless this version can read the given layout version."""
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
         msg = f"{where}: layout version {version!r} does not exist; the file is damaged"
         raise StoreError(msg)
@@ -287,20 +291,20 @@ def check_version(version: object, where: str) -> None:
 
 
 def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[str, object, object] | None:
-    """Return the first field, in dotted form, in which two records differ, with its old and new value; None if none."""
+    """Return the first field, in dotted form, in which two records differ, with both values; None if they are equal."""
     a, b = _flat(old), _flat(new)
     for field in sorted(a.keys() | b.keys()):
-        left, right = a.get(field, "nothing"), b.get(field, "nothing")
-        if left != right or type(left) is not type(right):
-            return field, left, right
+        old_value, new_value = a.get(field, "nothing"), b.get(field, "nothing")
+        if old_value != new_value or type(old_value) is not type(new_value):
+            return field, old_value, new_value
     return None
 
 
 def comparable(schema: Schema, provenance: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what two runs must have in common to write into one store."""
+    """Return the values that must be equal for two runs to write into one store."""
     arrays = {a.name: {**asdict(a), "layers": list(a.layers)} for a in schema.arrays}
-    kept = {key: value for key, value in provenance.items() if key not in NOT_COMPARED}
-    return {"dtype": schema.dtype, "compression": schema.compression, "arrays": arrays, "provenance": kept}
+    compared = {key: value for key, value in provenance.items() if key not in NOT_COMPARED}
+    return {"dtype": schema.dtype, "compression": schema.compression, "arrays": arrays, "provenance": compared}
 
 
 def _flat(record: Mapping[str, Any], prefix: str = "") -> dict[str, object]:

@@ -1,9 +1,9 @@
-"""Whether HDF5 may parse a file: its digests first; files without a seal first in a child process with limits.
+"""Decide whether HDF5 can parse a file safely: by its digests, or in a child process with limits.
 
-A sealed file (layout version 3, `activation_store.format.seal`) is compared with its own seal. A file of versions 1 and 2 has no
-digest that can be checked without HDF5: a child process opens it first, with limits on time and memory, and does there with
-HDF5 what this process will do. A child that hangs, crashes or fails means a damaged file. The results are remembered for a
-file's identity (device, inode, size, time of change), so that each file is examined once.
+A sealed file (layout version 3, `activation_store.format.seal`) is compared with its seal. A file of versions 1 and 2 has no
+digest that can be checked without HDF5: a child process opens it first, with limits on time and memory, and makes the same
+HDF5 calls as this process will. If the child hangs, crashes or fails, the file is damaged. Outcomes are cached by file
+identity (device, inode, size, modification time), so that each file is examined once.
 """
 
 from __future__ import annotations
@@ -26,56 +26,56 @@ from groundscope.core.files import DamagedFileError
 Task = Literal["screen", "inspect"]
 """``screen``: parse the structure; ``inspect``: also compare all values with the digests inside the file."""
 SECONDS = 1.5
-"""Processor time that a child may take for a file, besides the time to read it."""
+"""Processor time limit of a child per file, in seconds, in addition to the time to read it."""
 BYTES_PER_SECOND = 10e6
 MEMORY = 2 << 30
-"""Address space that a child may take, besides what it has at its start and four times the file."""
+"""Address space limit of a child, in bytes, in addition to its use at start and four times the file size."""
 WAITING = 10.0
-"""Factor on the time limit: how long the answer of a child is waited for, as other processes may take the processor."""
-_MOST_REMEMBERED = 1 << 16
+"""Factor on the time limit: how long the parent waits for a child, because other processes can use the processor."""
+_MAX_CACHED = 1 << 16
 _CODE = "import sys,json;sys.path[:]=json.loads(sys.argv[1]);from activation_store.reading.screening_child import main;main()"
 
-_remembered: dict[tuple[int, int, int, int], Outcome] = {}
+_outcomes: dict[tuple[int, int, int, int], Outcome] = {}
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What is known of a file."""
+    """The result of examining a file."""
 
     problem: str | None
-    """What is wrong with it, in a sentence; None where HDF5 may parse it."""
+    """Description of the problem; None if HDF5 can parse the file."""
     damaged: bool = False
-    """Whether the problem is that its bytes changed; otherwise it is a file of another kind or of a newer version."""
+    """Whether the problem is changed bytes; otherwise it is a file of another kind or of a newer version."""
     digest: str = ""
-    """What identifies its content: the digest of its seal; in version 2 the SHA-256 over all but its chunks; else empty."""
+    """Identifies the content: the digest of the seal; in version 2 the SHA-256 over all bytes but the chunks; else empty."""
     sealed: bool = False
     details: Mapping[str, Any] | None = None
-    """What the child returned for the task ``inspect``."""
+    """The child's result for the task ``inspect``."""
 
 
 def screen(paths: Sequence[Path], kind: str) -> list[Outcome]:
-    """Return for each file whether HDF5 may parse it.
+    """Return for each file whether HDF5 can parse it.
 
     Parameters
     ----------
     paths
         The files; those without a seal share a child process.
     kind
-        The ``encoding-type`` that they must have.
+        The required ``encoding-type``.
 
     Raises
     ------
     StoreError
-        Where one is not a regular file.
+        If one is not a regular file.
     OSError
-        Where one cannot be read.
+        If one cannot be read.
     """
     out: dict[Path, Outcome] = {}
     without_seal = []
     for path in dict.fromkeys(paths):
         identity = _identity(path)
-        if identity in _remembered:
-            out[path] = _remembered[identity]
+        if identity in _outcomes:
+            out[path] = _outcomes[identity]
             continue
         try:
             seal = read_seal(path)
@@ -87,20 +87,20 @@ def screen(paths: Sequence[Path], kind: str) -> list[Outcome]:
             out[path] = Outcome(problem, not whole, seal.digest, sealed=True)
         except DamagedFileError as error:
             out[path] = Outcome(str(error), damaged=True, sealed=True)
-        _remember(identity, out[path])
+        _store_outcome(identity, out[path])
     if without_seal:
-        for path, outcome in zip(without_seal, in_child("screen", without_seal, kind), strict=True):
+        for path, outcome in zip(without_seal, examine_in_child("screen", without_seal, kind), strict=True):
             out[path] = outcome
     return [out[path] for path in paths]
 
 
-def in_child(task: Task, paths: Sequence[Path], kind: str) -> list[Outcome]:
-    """Let a child process with limits parse files; a hang or a crash there is an `Outcome` with a problem."""
+def examine_in_child(task: Task, paths: Sequence[Path], kind: str) -> list[Outcome]:
+    """Parse files in a child process with limits; a hang or crash there becomes an `Outcome` with a problem."""
     out: list[Outcome] = []
     while len(out) < len(paths):
-        todo = paths[len(out) :]
-        with _child(task, todo, kind) as lines:
-            for path in todo:
+        remaining = paths[len(out) :]
+        with _child(task, remaining, kind) as lines:
+            for path in remaining:
                 line = _next(lines, WAITING * _limit(path))
                 if not line:
                     text = (
@@ -111,12 +111,12 @@ def in_child(task: Task, paths: Sequence[Path], kind: str) -> list[Outcome]:
                 out.append(Outcome(**json.loads(line)))
     for path, outcome in zip(paths, out, strict=True):
         if task == "screen" or outcome.problem is not None:
-            _remember(_identity(path), outcome)
+            _store_outcome(_identity(path), outcome)
     return out
 
 
 def _limit(path: Path) -> float:
-    """Return the processor time in seconds that a child may take for a file."""
+    """Return the processor time limit of a child for a file, in seconds."""
     return SECONDS + path.stat().st_size / BYTES_PER_SECOND
 
 
@@ -126,7 +126,7 @@ def _child(task: Task, paths: Sequence[Path], kind: str) -> Iterator[queue.Simpl
     request = json.dumps({"task": task, "kind": kind, "memory": MEMORY, "jobs": jobs})
     lines: queue.SimpleQueue[str] = queue.SimpleQueue()
     command = [sys.executable, "-c", _CODE, json.dumps([p for p in sys.path if isinstance(p, str)])]
-    # Its own standard error: HDF5 and a crashing libc write there, and none of it is for the user.
+    # Discard standard error: HDF5 and a crashing libc write messages there that do not help the user.
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, encoding="utf-8"
     ) as process:
@@ -139,7 +139,7 @@ def _child(task: Task, paths: Sequence[Path], kind: str) -> Iterator[queue.Simpl
             thread.start()
         try:
             if not _next(lines, WAITING * SECONDS):
-                msg = "a child process that checks files without a seal did not start"
+                msg = "the child process that checks files without a seal did not start; try again"
                 raise StoreError(msg)
             yield lines
         finally:
@@ -173,7 +173,7 @@ def _identity(path: Path) -> tuple[int, int, int, int]:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def _remember(identity: tuple[int, int, int, int], outcome: Outcome) -> None:
-    if len(_remembered) >= _MOST_REMEMBERED:
-        _remembered.clear()
-    _remembered[identity] = outcome
+def _store_outcome(identity: tuple[int, int, int, int], outcome: Outcome) -> None:
+    if len(_outcomes) >= _MAX_CACHED:
+        _outcomes.clear()
+    _outcomes[identity] = outcome

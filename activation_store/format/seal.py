@@ -1,16 +1,16 @@
-"""The seal of a file: digests of all its bytes, at its end, so that damage is found before HDF5 parses a byte.
+"""The seal of a file: digests of all its bytes, appended to it, so that damage is detected before HDF5 parses a byte.
 
-HDF5 was not written for damaged files: it can loop forever or crash the process. It ignores bytes after its own, and there a
-sealed file carries ::
+HDF5 is not robust against damaged files: it can loop forever or crash the process. It ignores bytes after its own; a sealed
+file has there ::
 
     HDF5 bytes            ``length`` bytes
     block table           ``count`` records of 20 bytes: offset uint64, size uint64, CRC-32 uint32; little-endian, by offset
     trailer, 104 bytes    SHA-256 of the HDF5 bytes outside the blocks; ``length`` uint64; ``count`` uint64; ``rows`` uint64;
                           the digest of the file; the text ``activation-seal1``
 
-The blocks are those that HDF5 never parses: the values of arrays, chunk by chunk, digested in memory while they were
-written. The digest of the file is the SHA-256 over everything in the seal before it (the block table, then the trailer up to
-the digest): it covers every byte of the file, and no byte is read twice to compute it.
+The blocks are bytes that HDF5 never parses: the values of arrays, chunk by chunk, digested in memory while they were
+written. The digest of the file is the SHA-256 over all bytes of the seal before it (the block table, then the trailer up to
+the digest): it depends on every byte of the file, and no byte is read twice to compute it.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ class Seal:
     structure: bytes
     """SHA-256 of the HDF5 bytes outside the blocks."""
     length: int
-    """HDF5 bytes."""
+    """Number of HDF5 bytes."""
     rows: int
-    """Examples in the file; 0 where it holds none."""
+    """Number of examples in the file; can be 0."""
     blocks: np.ndarray
     """Records of `BLOCK`, by offset, without overlap."""
     digest: str
@@ -55,21 +55,21 @@ class Seal:
 
 
 def block_table(offsets: np.ndarray, sizes: np.ndarray, digests: np.ndarray) -> np.ndarray:
-    """Return records of `BLOCK`, sorted, of blocks with these offsets, sizes and CRC-32 values (arrays of one shape)."""
+    """Return sorted `BLOCK` records for blocks with these offsets, sizes and CRC-32 values (arrays of one shape)."""
     table = np.empty(offsets.size, BLOCK)
     table["offset"], table["size"], table["crc"] = offsets.ravel(), sizes.ravel(), digests.ravel()
     return table[np.argsort(table["offset"], kind="stable")]
 
 
 def write_seal(path: Path, blocks: np.ndarray, rows: int = 0) -> str:
-    """Append the seal to a finished HDF5 file and sync it; returns the digest of the file.
+    """Append the seal to a finished HDF5 file, sync it, and return the digest of the file.
 
     Parameters
     ----------
     path
         The file, closed.
     blocks
-        What `block_table` returned.
+        The result of `block_table`.
     rows
         Examples in the file.
     """
@@ -86,7 +86,7 @@ def write_seal(path: Path, blocks: np.ndarray, rows: int = 0) -> str:
 
 
 def seal_digest(path: Path) -> str | None:
-    """Return the digest that a file states at its end, without comparing anything; None where it has no seal."""
+    """Return the digest at the end of a file, without verifying it; None if the file has no seal."""
     with open_regular(path, error=StoreError) as file:
         size = os.fstat(file.fileno()).st_size
         file.seek(max(0, size - 32 - len(_MAGIC)))
@@ -95,14 +95,14 @@ def seal_digest(path: Path) -> str | None:
 
 
 def read_seal(path: Path) -> Seal | None:
-    """Read the seal of a file; None where it has none.
+    """Read the seal of a file; None if it has no seal.
 
     Raises
     ------
     DamagedFileError
-        Where it contradicts itself.
+        If the seal is inconsistent.
     OSError
-        Where the file cannot be read.
+        If the file cannot be read.
     """
     with open_regular(path, error=StoreError) as file:
         return _read_seal(path, file)
@@ -136,13 +136,13 @@ def _read_seal(path: Path, file: IO[bytes]) -> Seal | None:
 
 
 def structure_is_whole(path: Path, seal: Seal) -> bool:
-    """Whether the bytes that HDF5 parses are those that were sealed."""
+    """Whether the bytes that HDF5 parses are unchanged since sealing."""
     with open_regular(path, error=StoreError) as file:
         return _structure(file, seal.blocks, seal.length) == seal.structure
 
 
 def changed_blocks(path: Path, seal: Seal) -> list[int]:
-    """Return the numbers of the blocks whose bytes are not those that were sealed."""
+    """Return the numbers of the blocks whose bytes changed after sealing."""
     out = []
     with open_regular(path, error=StoreError) as file:
         for number, (offset, size, expected) in enumerate(seal.blocks.tolist()):

@@ -1,4 +1,4 @@
-"""Which array, layer and columns are meant by a site, a token selection and a head; and what there is, where they are not."""
+"""Find the array, layer and columns of a site, token selection and head; errors list the traced alternatives."""
 
 from __future__ import annotations
 
@@ -15,42 +15,42 @@ class Catalog:
     def __init__(self, arrays: Sequence[ArrayInfo]) -> None:
         self._arrays = tuple(arrays)
         self._by_key = {a.key: a for a in arrays}
-        self._found: dict[tuple[object, object, int | None], tuple[ArrayInfo, int, slice]] = {}
+        self._cache: dict[tuple[object, object, int | None], tuple[ArrayInfo, int, slice]] = {}
 
     def has(self, stack: str, component: str, tokens: str | TokenSelection) -> bool:
         """Whether an array was traced."""
         return (stack, component, str(tokens)) in self._by_key
 
     def family(self, stack: str, component: str) -> list[ArrayInfo]:
-        """Return the arrays of a component, one for each token selection; raises `SiteError` where there is none."""
+        """Return the arrays of a component, one per token selection; raise `SiteError` if it has none."""
         family = [a for a in self._arrays if (a.stack, a.component) == (stack, component)]
         if not family:
-            msg = f"'{stack}.{component}' not in store: {self._there()}; trace again with sites=['{component}']"
+            msg = f"'{stack}.{component}' not in store: {self._traced_components()}; trace again with sites=['{component}']"
             raise SiteError(msg)
         return family
 
     def n_heads(self, stack: str) -> int:
-        """Return the number of attention heads of a stack; raises `SiteError` where no z was traced in it."""
+        """Return the number of attention heads of a stack; raise `SiteError` if no z was traced in it."""
         heads = [a.n_heads for a in self._arrays if a.stack == stack and a.component == "z" and a.n_heads]
         if not heads:
-            msg = f"heads of '{stack}' not in store: z was not traced there; {self._there()}; trace again with z"
+            msg = f"heads of '{stack}' not in store: its z was not traced; {self._traced_components()}; trace again with z"
             raise SiteError(msg)
         return heads[0]
 
     def find(
         self, site: str | Site, tokens: str | TokenSelection, head: int | None = None
     ) -> tuple[ArrayInfo, int, slice]:
-        """Return the array, the place of the layer along its second axis, and the columns of the head (None: all).
+        """Return the array, the index of the layer along its second axis, and the columns of the head (None: all).
 
         Raises
         ------
         SiteError
-            Where the site, token selection or head is not in the store; says what is.
+            If the site, token selection or head is not in the store; the message lists the traced ones.
         """
-        asked = (site, tokens, head)
-        if asked not in self._found:  # parsing takes longer than reading a head that is in memory
-            self._found[asked] = self._look_up(site, tokens, head)
-        return self._found[asked]
+        query = (site, tokens, head)
+        if query not in self._cache:  # parsing takes longer than reading a head from memory
+            self._cache[query] = self._look_up(site, tokens, head)
+        return self._cache[query]
 
     def _look_up(
         self, site: str | Site, tokens: str | TokenSelection, head: int | None
@@ -61,9 +61,9 @@ class Catalog:
         selection = str(tokens if isinstance(tokens, TokenSelection) else TokenSelection.parse(tokens))
         info = self._by_key.get((place.stack, component, selection))
         if info is None:
-            there = ", ".join(f"'{a.tokens}'" for a in family)
+            traced = ", ".join(f"'{a.tokens}'" for a in family)
             msg = (
-                f"token selection '{selection}' of site '{place}' not in store: {there} were traced; "
+                f"token selection '{selection}' of site '{place}' not in store: {traced} were traced; "
                 f"trace again with tokens=['{selection}']"
             )
             raise SiteError(msg)
@@ -75,7 +75,7 @@ class Catalog:
             raise SiteError(msg)
         return info, info.layers.index(place.layer), _head_slice(info, str(site), head)
 
-    def _there(self) -> str:
+    def _traced_components(self) -> str:
         names = dict.fromkeys(f"{a.stack}.{a.component}" for a in self._arrays)
         return f"{', '.join(names)} were traced"
 
@@ -94,7 +94,7 @@ def _head_slice(info: ArrayInfo, site: str, head: int | None) -> slice:
 
 
 def layer_range(layers: Sequence[int]) -> str:
-    """Return layer numbers for people: ``0-31`` where none between is missing, else each."""
+    """Format layer numbers: ``0-31`` for a contiguous range, otherwise a list."""
     if len(layers) > 1 and list(layers) == list(range(layers[0], layers[-1] + 1)):
         return f"{layers[0]}-{layers[-1]}"
     return ", ".join(map(str, layers))

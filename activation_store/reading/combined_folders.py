@@ -1,4 +1,4 @@
-"""When several folders are one store: same arrays, same model; only the dataset may be another."""
+"""Combine several folders into one store: arrays and model must be equal, only the dataset can differ."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ _DATASET = "dataset"
 _MERGED = "merged"
 
 
-def check_together(parts: Sequence[tuple[Folder, Sequence[str]]]) -> None:
-    """Raise `StoreError` unless folders, each with its example ids, can be one store."""
+def check_mergeable(parts: Sequence[tuple[Folder, Sequence[str]]]) -> None:
+    """Raise `StoreError` unless several folders, each with its example ids, can form one store."""
     first = parts[0][0]
     where: dict[str, Folder] = {}
     for folder, ids in parts:
-        one = same_form(first.provenance, folder.provenance, str(folder.path))
-        other = same_form(folder.provenance, first.provenance, str(first.path))
-        found = difference(_same(first.schema, one), _same(folder.schema, other))
-        if found is not None:
-            field, old, new = found
+        expected = same_form(first.provenance, folder.provenance, str(folder.path))
+        provenance = same_form(folder.provenance, first.provenance, str(first.path))
+        change = difference(_shared_record(first.schema, expected), _shared_record(folder.schema, provenance))
+        if change is not None:
+            field, old, new = change
             msg = (
                 f"{folder.path} cannot be merged with {first.path}: field '{field}' differs: {new!r} instead of {old!r}; "
                 f"one store holds one model, selection and dtype"
@@ -40,17 +40,17 @@ def check_together(parts: Sequence[tuple[Folder, Sequence[str]]]) -> None:
 
 
 def provenance_of(folders: Sequence[Folder]) -> dict[str, Any]:
-    """Return where several folders came from: as the first, with the dataset of each where they differ."""
+    """Return the provenance of several folders: that of the first, with all datasets if they differ."""
     provenance = dict(folders[0].provenance)
     datasets: list[Any] = []
     for folder in folders:
-        given = folder.provenance.get(_DATASET)
-        several = given[_MERGED] if isinstance(given, Mapping) and set(given) == {_MERGED} else [given]
-        datasets += [dataset for dataset in several if dataset not in datasets]
+        entry = folder.provenance.get(_DATASET)
+        entries = entry[_MERGED] if isinstance(entry, Mapping) and set(entry) == {_MERGED} else [entry]
+        datasets += [dataset for dataset in entries if dataset not in datasets]
     if len(datasets) > 1:
         provenance[_DATASET] = {_MERGED: datasets}
     return provenance
 
 
-def _same(schema: Schema, provenance: Mapping[str, Any]) -> dict[str, Any]:
+def _shared_record(schema: Schema, provenance: Mapping[str, Any]) -> dict[str, Any]:
     return comparable(schema, {key: value for key, value in provenance.items() if key != _DATASET})

@@ -1,4 +1,4 @@
-"""Opening: what a folder holds, found without reading any activations, and shards kept open for reading."""
+"""Open a store's folder without reading activations, and open its shards for reading."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from activation_store.format.columns import read_columns
-from activation_store.format.compression import need_filter
+from activation_store.format.compression import require_filter
 from activation_store.format.digests import stated_digest
 from activation_store.format.encoding import Column
 from activation_store.format.folder_checks import check_ids, check_listed, check_sealed, read_index, read_sealed
 from activation_store.format.hdf5 import element_at, group_at
 from activation_store.format.manifest import IndexEntry, ShardEntry, read_manifest
-from activation_store.format.mapped_file import Source
+from activation_store.format.mapped_file import MappedFile
 from activation_store.format.schema import (
     INDEX,
     MANIFEST,
@@ -44,21 +44,21 @@ from groundscope.core.files import canonical_json, file_digest, system_reason
 
 @dataclass(frozen=True)
 class Folder:
-    """What a folder holds: its schema, where it came from, and its sealed shards."""
+    """The contents of a folder: schema, provenance and sealed shards."""
 
     path: Path
     schema: Schema
     provenance: Mapping[str, Any]
     shards: tuple[tuple[Path, int], ...]
-    """Each with its rows, in order."""
+    """Path and number of rows of each shard, in order."""
     complete: bool
-    """Whether a manifest lists just these."""
+    """Whether a manifest lists exactly these shards."""
     entries: Mapping[str, ShardEntry] = field(default_factory=dict)
-    """What the manifest lists, by file name."""
+    """The manifest's entries, by file name."""
     index: IndexEntry | None = None
 
     def digest(self) -> str:
-        """Return the SHA-256 of the manifest; of a folder that is not complete, of the digests of its arrays."""
+        """Return the SHA-256 of the manifest; for an incomplete folder, of the digests of its arrays."""
         if self.complete:
             with reading(self.path / MANIFEST):
                 return file_digest(self.path / MANIFEST)
@@ -70,12 +70,12 @@ class Folder:
         return hashlib.sha256(canonical_json(sealed).encode()).hexdigest()
 
     def table(self) -> dict[str, Column] | None:
-        """Return the whole table of examples out of the index, where that is as the manifest lists it; else None."""
+        """Read the whole example table from the index; None if the index differs from the manifest's entry."""
         return read_index(self.path, self.index) if self.complete else None
 
 
 def open_folder(folder: Path) -> Folder:
-    """Find out what a folder holds; raises `StoreError` where it is no store, or a file is missing or damaged."""
+    """Open a folder; raise `StoreError` if it is not a store, or a file is missing or damaged."""
     try:
         return _open_folder(folder)
     except OSError as error:
@@ -92,7 +92,7 @@ def _open_folder(folder: Path) -> Folder:
         if name not in names:
             msg = (
                 f"{folder / name}: this shard with {entry.rows} examples ('{entry.examples[0]}' to "
-                f"'{entry.examples[-1]}') is missing; run the same trace again: only they are traced again"
+                f"'{entry.examples[-1]}') is missing; run the same trace again: only these examples are traced again"
             )
             raise StoreError(msg)
         check_listed(folder / name, entry)
@@ -101,17 +101,17 @@ def _open_folder(folder: Path) -> Folder:
     ids = {name: e.examples for name, e in listed.items()}
     newer_names = [name for name in names if name not in listed]
     records = read_sealed(folder)
-    screen([folder / name for name in newer_names], SHARD_KIND)  # all at once: files without a seal share a process
+    screen([folder / name for name in newer_names], SHARD_KIND)  # one call: files without a seal share a process
     for name in newer_names:
         check_sealed(folder / name, records)
         with open_shard(folder / name) as file, reading(folder / name):
-            own, source = Schema.from_record(read_json(file, "schema")), read_json(file, "provenance")
+            record = Schema.from_record(read_json(file, "schema")), read_json(file, "provenance")
             rows[name], ids[name] = read_rows(file), read_ids(file)
         if schema is None:
-            schema, provenance = own, source
-        _check_same(folder / name, (schema, provenance), (own, source))
+            schema, provenance = record
+        _check_same(folder / name, (schema, provenance), record)
     if schema is None:
-        msg = f"{folder}: no shard is sealed yet and there is no manifest; nothing to read until one is"
+        msg = f"{folder}: it has no sealed shard and no manifest yet; run the trace until the first shard is sealed"
         raise StoreError(msg)
     check_ids(folder, {name: ids[name] for name in names})
     complete = manifest is not None and listed.keys() == set(names)
@@ -120,9 +120,9 @@ def _open_folder(folder: Path) -> Folder:
 
 
 class OpenShard:
-    """A shard mapped for reading, with readers of its arrays made as they are asked for.
+    """A memory-mapped shard, with readers of its arrays that are created on demand.
 
-    No HDF5 file is kept open: one that is still open when the interpreter ends can crash it.
+    No HDF5 file stays open: an open file can crash the interpreter at exit.
     """
 
     def __init__(self, path: Path, schema: Schema, entry: ShardEntry | None = None) -> None:
@@ -130,14 +130,14 @@ class OpenShard:
         with reading(path):
             outcome = screen([path], SHARD_KIND)[0]
             check_outcome(path, outcome, entry)
-            self._source = Source(path)
+            self._source = MappedFile(path)
         self._source.screened = True
         self._readers: dict[Key, ArrayReader] = {}
 
     def array(self, info: ArrayInfo) -> ArrayReader:
-        """Return the reader of an array; raises KeyError where the shard lacks it."""
+        """Return the reader of an array; raise KeyError if the shard does not have it."""
         if info.key not in self._readers:
-            need_filter(self._schema.compression)
+            require_filter(self._schema.compression)
             with open_shard(self._path, source=self._source) as file:
                 element = element_at(file, f"arrays/{info.name}")
                 reader = ArrayReader(self._path, info.name, element, self._source, self._schema.dtype)
@@ -145,7 +145,7 @@ class OpenShard:
         return self._readers[info.key]
 
     def columns(self) -> dict[str, Column]:
-        """Read the table of examples."""
+        """Read the example table."""
         with open_shard(self._path, source=self._source) as file:
             return read_columns(group_at(file, "examples"))
 
@@ -155,26 +155,26 @@ def _sealed_shards(path: Path) -> list[str]:
         msg = f"{path} is a file: an activation store is a folder of shard-<worker>-<n>.h5 files with a manifest"
         raise StoreError(msg)
     if not path.is_dir():
-        msg = f"no activation store at {path}: there is no such folder; trace into it first"
+        msg = f"no activation store at {path}: no such folder; run a trace into it first"
         raise StoreError(msg)
-    there = sorted(p.name for p in path.iterdir())
-    shards = sorted((n for n in there if shard_numbers(n)), key=lambda n: shard_numbers(n) or (0, 0))
-    if not shards and MANIFEST not in there:
-        unfinished = [n for n in there if n.startswith("shard-")]
-        other = [n for n in there if n.endswith((".h5", ".hdf5")) and n not in (TENSORS, INDEX)]
-        found = "the folder is empty" if not there else f"the folder holds {', '.join(there[:5])}"
+    names = sorted(p.name for p in path.iterdir())
+    shards = sorted((n for n in names if shard_numbers(n)), key=lambda n: shard_numbers(n) or (0, 0))
+    if not shards and MANIFEST not in names:
+        unfinished = [n for n in names if n.startswith("shard-")]
+        other = [n for n in names if n.endswith((".h5", ".hdf5")) and n not in (TENSORS, INDEX)]
+        content = "the folder is empty" if not names else f"the folder holds {', '.join(names[:5])}"
         if unfinished:
-            found = f"a run has begun, but sealed no shard yet ({unfinished[0]}); run it again to the end"
+            content = f"a run started, but has no sealed shard yet ({unfinished[0]}); run it again to the end"
         elif other:
-            found = f"{other[0]} is plain HDF5 that is not a store's"
-        msg = f"no activation store at {path}: {found}"
+            content = f"{other[0]} is HDF5 but not a shard of a store"
+        msg = f"no activation store at {path}: {content}"
         raise StoreError(msg)
     return shards
 
 
 def _check_same(path: Path, first: tuple[Schema, Mapping[str, Any]], this: tuple[Schema, Mapping[str, Any]]) -> None:
-    found = difference(comparable(*first), comparable(*this))
-    if found is not None:
-        field, old, new = found
-        msg = f"{path}: field '{field}' is {new!r}, but {old!r} in the rest of the store; this shard is from elsewhere"
+    change = difference(comparable(*first), comparable(*this))
+    if change is not None:
+        field, old, new = change
+        msg = f"{path}: field '{field}' is {new!r}, but {old!r} in the rest of the store; this shard is from another store"
         raise StoreError(msg)

@@ -1,4 +1,4 @@
-"""Whether every byte of a store is still what was sealed, and if not, which examples are affected."""
+"""Verify every byte of a store, and list the examples that damage affects."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from activation_store.format.folder_checks import read_sealed
 from activation_store.format.manifest import DamagedManifestError, Manifest, ShardEntry, read_manifest
 from activation_store.format.model_tensors import damaged_tensors
 from activation_store.format.schema import INDEX, MANIFEST, TENSORS, shard_numbers
-from activation_store.format.screening import Outcome, in_child
+from activation_store.format.screening import Outcome, examine_in_child
 from activation_store.format.seal import changed_blocks, read_seal, seal_digest, structure_is_whole
 from activation_store.format.shard import (
     LAST_UNSEALED,
@@ -29,42 +29,42 @@ from groundscope.core.files import DamagedFileError, file_digest, system_reason
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong with a store."""
+    """A problem of a store."""
 
     file: str
     kind: Literal["missing", "damaged", "unfinished", "duplicate"]
     message: str
-    """What is wrong and what to do."""
+    """The problem and its fix."""
     examples: tuple[str, ...] = ()
-    """Ids of the affected examples, as far as anything still knows them."""
+    """Ids of the affected examples, as far as they can be determined."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What verification found."""
+    """The result of a verification."""
 
     path: str
     complete: bool
-    """Whether a manifest lists just the shards that are there."""
+    """Whether a manifest lists exactly the shards in the folder."""
     shards: int
-    """Sealed shards that were checked."""
+    """Number of sealed shards that were checked."""
     rows: int
-    """Examples in the shards found whole."""
+    """Number of undamaged examples."""
     problems: tuple[Problem, ...]
 
     @property
     def ok(self) -> bool:
-        """Whether nothing at all is wrong: complete, and every byte as it was sealed."""
+        """Whether there is no problem: the store is complete and every byte unchanged."""
         return not self.problems
 
     @property
     def affected(self) -> tuple[str, ...]:
-        """Ids of all affected examples, each once."""
+        """Ids of all affected examples, without repeats."""
         return tuple(dict.fromkeys(name for p in self.problems for name in p.examples))
 
     def __str__(self) -> str:
         if self.ok:
-            return f"{self.path}: whole: {self.rows} examples in {self.shards} shards, every byte as it was sealed"
+            return f"{self.path}: intact: {self.rows} examples in {self.shards} shards, every byte verified"
         lines = [f"{self.path}: {len(self.problems)} problems, {len(self.affected)} examples affected"]
         for p in self.problems:
             names = f" (examples {_shortened(p.examples)})" if p.examples else ""
@@ -73,24 +73,24 @@ class Report:
 
 
 def verify(path: str | Path, progress: Callable[[int, int], None] | None = None) -> Report:
-    """Read a store through and compare every file with the digests taken when it was sealed.
+    """Read a whole store and compare every file with its digests.
 
-    Every byte is compared before HDF5 parses one, so that no damage can hang or crash this process. Where only blocks of
-    values changed, only the examples in these are named. Files of layout versions 1 and 2, whose digests need HDF5, are
-    read in a child process with limits on time and memory; shards of these that no manifest lists are checked by the
-    digests inside them: every value of arrays and columns, but not the names and attributes around them.
+    Every byte is verified before HDF5 parses the file, so that damage cannot hang or crash this process. If only blocks of
+    values changed, only the examples in these blocks are reported. Files of layout versions 1 and 2, whose digests need
+    HDF5, are read in a child process with limits on time and memory; shards of these versions that no manifest lists are
+    checked by their internal digests: all values of arrays and columns, but not names and attributes.
 
     Parameters
     ----------
     path
         Folder of the store, finished or not.
     progress
-        Called after each shard with the number checked and their total.
+        Called after each shard with the number of checked shards and the total.
 
     Raises
     ------
     StoreError
-        Where there is no store to verify, it is of a newer layout version, or a file cannot be read (too many open
+        If there is no store to verify, it has a newer layout version, or a file cannot be read (too many open
         files, no permission): that is not damage.
     """
     try:
@@ -101,13 +101,13 @@ def verify(path: str | Path, progress: Callable[[int, int], None] | None = None)
 
 
 def _verify(folder: Path, progress: Callable[[int, int], None] | None) -> Report:
-    there = {p.name for p in folder.iterdir()} if folder.is_dir() else set()
-    shards = {name for name in there if shard_numbers(name)}
-    if not shards and MANIFEST not in there:
+    names = {p.name for p in folder.iterdir()} if folder.is_dir() else set()
+    shards = {name for name in names if shard_numbers(name)}
+    if not shards and MANIFEST not in names:
         msg = f"no activation store at {folder}: it has neither {MANIFEST} nor sealed shards"
         raise StoreError(msg)
     problems: list[Problem] = []
-    parts = [_manifest(folder / name, problems) for name in sorted(there) if _is_manifest(name)]
+    parts = [_manifest(folder / name, problems) for name in sorted(names) if _is_manifest(name)]
     manifest = next((m for name, m in parts if name == MANIFEST), None)
     listed = {e.file: e for _, m in parts if m is not None for e in m.shards}
     rows = 0
@@ -117,11 +117,11 @@ def _verify(folder: Path, progress: Callable[[int, int], None] | None) -> Report
     ids: dict[str, tuple[str, ...]] = {}
     for done, name in enumerate(total, start=1):
         entry = listed.get(name)
-        problem, here = _check_shard(
+        problem, shard_ids = _check_shard(
             folder / name, entry, outcomes.get(name), records.get(name) if entry is None else None
         )
-        rows += len(here) - len(set(problem.examples) & set(here) if problem else ())
-        ids[name] = here
+        rows += len(shard_ids) - len(set(problem.examples) & set(shard_ids) if problem else ())
+        ids[name] = shard_ids
         if problem:
             problems.append(problem)
         if progress:
@@ -130,16 +130,16 @@ def _verify(folder: Path, progress: Callable[[int, int], None] | None) -> Report
     problems.extend(_check_tensors(folder, manifest))
     problems.extend(_check_index(folder, manifest))
     complete = manifest is not None and {e.file for e in manifest.shards} == shards
-    if MANIFEST not in there:
-        text = f"{MANIFEST} is not there: the run has not finished; run it again to the end"
+    if MANIFEST not in names:
+        text = f"{MANIFEST} is missing: the run has not finished; run it again to the end"
         problems.append(Problem(MANIFEST, "unfinished", text))
     elif manifest is not None:
         for name in sorted(shards - {e.file for e in manifest.shards}):
             text = f"{name} is newer than the manifest: a later run has not finished; run it again to the end"
             problems.append(Problem(name, "unfinished", text))
-    for name in sorted(there):
+    for name in sorted(names):
         if name.endswith(".part"):
-            text = f"{name} was not sealed: its run is at work or was killed; running it again replaces the file"
+            text = f"{name} was not sealed: its run is in progress or was killed; run it again to replace the file"
             problems.append(Problem(name, "unfinished", text))
     return Report(str(folder), complete, len(shards), rows, tuple(problems))
 
@@ -157,18 +157,20 @@ def _manifest(path: Path, problems: list[Problem]) -> tuple[str, Manifest | None
 
 
 def _without_seal(folder: Path, names: list[str], listed: dict[str, ShardEntry]) -> dict[str, Outcome]:
-    """Return what a child process found in shards that have no seal and need none; all of them share a process."""
+    """Examine the shards of layout versions without a seal in one child process."""
     paths = [folder / name for name in names if name not in listed or listed[name].version <= LAST_UNSEALED]
     paths = [path for path in paths if seal_digest(path) is None]
-    return {path.name: outcome for path, outcome in zip(paths, in_child("inspect", paths, SHARD_KIND), strict=True)}
+    return {
+        path.name: outcome for path, outcome in zip(paths, examine_in_child("inspect", paths, SHARD_KIND), strict=True)
+    }
 
 
 def _check_shard(
     path: Path, entry: ShardEntry | None, outcome: Outcome | None, record: str | None
 ) -> tuple[Problem | None, tuple[str, ...]]:
-    """Return what is wrong with a shard (None where nothing is), and its examples as far as they can be read.
+    """Return the problem of a shard, or None, and its example ids as far as they can be read.
 
-    `outcome` is that of a child process where the file has no seal, `record` the digest that an unfinished run wrote down.
+    `outcome` is the result of a child process for a file without a seal, `record` the digest that an unfinished run recorded.
     """
     ids = entry.examples if entry else ()
     if not path.exists():
@@ -194,7 +196,7 @@ def _check_shard(
     changed = changed_blocks(path, seal)
     if entry is not None and not changed:
         return None, ids
-    # Its structure is whole, so HDF5 may parse it: which rows do the changed blocks hold?
+    # The structure is intact, so HDF5 can parse it to find the rows of the changed blocks.
     with open_shard(path) as file, reading(path):
         ids = read_ids(file)
         damage = find_damage(path, file) if changed else []
@@ -204,7 +206,7 @@ def _check_shard(
 
 
 def _check_unsealed(path: Path, entry: ShardEntry | None, outcome: Outcome) -> tuple[Problem | None, tuple[str, ...]]:
-    """Return the problem and the examples of a file of version 1 or 2, from what a child process found."""
+    """Return the problem and the examples of a file of version 1 or 2, from the outcome of a child process."""
     ids = entry.examples if entry else ()
     if outcome.problem is not None:
         if not outcome.damaged:
@@ -216,7 +218,7 @@ def _check_unsealed(path: Path, entry: ShardEntry | None, outcome: Outcome) -> t
         if damage:
             return _damaged(path, _changed_in(damage), ()), ()
         return None, tuple(details["entry"]["examples"])
-    digest = outcome.digest or file_digest(path)  # version 1 has the digest of the whole file
+    digest = outcome.digest or file_digest(path)  # version 1 records the digest of the whole file
     if digest == entry.sha256 and not damage:
         return None, ids
     affected = _examples(ids, damage) if outcome.digest == entry.sha256 else ids
@@ -228,7 +230,7 @@ def _damaged(path: Path, what: str, examples: tuple[str, ...]) -> Problem:
 
 
 def _changed_in(damage: list[Damage]) -> str:
-    where = ", ".join(d.what for d in damage) or "what describes its values, not in them"
+    where = ", ".join(d.what for d in damage) or "its metadata, not its values"
     return f"has changed bytes in {where}"
 
 
@@ -241,15 +243,15 @@ def _examples(ids: tuple[str, ...], damage: list[Damage]) -> tuple[str, ...]:
 def _duplicates(ids: dict[str, tuple[str, ...]]) -> list[Problem]:
     """Return a problem for each shard that repeats examples of an earlier one."""
     out, where = [], {}
-    for shard, some in ids.items():
-        twice = tuple(name for name in some if name in where)
-        if twice:
+    for shard, names in ids.items():
+        repeated = tuple(name for name in names if name in where)
+        if repeated:
             text = (
-                f"{shard} repeats the example '{twice[0]}' of {where[twice[0]]}: "
-                f"one of the two is a copy or from another store; remove it and run the same trace again"
+                f"{shard} repeats the example '{repeated[0]}' of {where[repeated[0]]}: "
+                f"one of the two shards is a copy or from another store; remove it and run the same trace again"
             )
-            out.append(Problem(shard, "duplicate", text, twice))
-        where.update(dict.fromkeys(some, shard))
+            out.append(Problem(shard, "duplicate", text, repeated))
+        where.update(dict.fromkeys(names, shard))
     return out
 
 
@@ -257,7 +259,7 @@ def _check_index(folder: Path, manifest: Manifest | None) -> list[Problem]:
     entry, path = manifest.index if manifest else None, folder / INDEX
     if entry is None:
         return []
-    advice = "nothing else needs it; run the same trace again, it is written again"
+    advice = "run the same trace again to rewrite it; no other data depends on it"
     if not path.exists():
         return [Problem(INDEX, "missing", f"{INDEX} is missing: {advice}")]
     if path.stat().st_size != entry.bytes or file_digest(path) != entry.sha256:
@@ -287,4 +289,4 @@ def _check_tensors(folder: Path, manifest: Manifest | None) -> list[Problem]:
 def _shortened(names: tuple[str, ...], most: int = 6) -> str:
     if len(names) <= most:
         return ", ".join(names)
-    return f"{', '.join(names[: most - 1])}, … {names[-1]}: {len(names)} in all"
+    return f"{', '.join(names[: most - 1])}, … {names[-1]}: {len(names)} in total"

@@ -1,4 +1,4 @@
-"""The child process that parses HDF5 files without a seal first, within limits of time and memory."""
+"""The child process that parses HDF5 files without a seal before the parent does, within time and memory limits."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 from activation_store.format.columns import read_columns
 from activation_store.format.digests import arrays_in, blocks, structure_digest, values_of
 from activation_store.format.hdf5 import group_at
-from activation_store.format.mapped_file import Source
+from activation_store.format.mapped_file import MappedFile
 from activation_store.format.model_tensors import KIND as TENSORS_KIND
 from activation_store.format.model_tensors import damaged_in
 from activation_store.format.shard import (
@@ -33,12 +33,12 @@ from groundscope.core.files import DamagedFileError, file_digest
 
 try:
     import resource
-except ImportError:  # not a Unix: no limits but the time that the parent waits
+except ImportError:  # not a Unix: the only limit is the parent's waiting time
     resource = None
 
 
 def main() -> None:
-    """Read a request from standard input; answer with one JSON line for each file."""
+    """Read a request from standard input; print one JSON line per file."""
     request = json.load(sys.stdin)
     print("ready", flush=True)
     if resource is not None:
@@ -60,7 +60,7 @@ def _limit(seconds: float, memory: int) -> None:
             memory += int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
         resource.setrlimit(resource.RLIMIT_AS, (memory, resource.getrlimit(resource.RLIMIT_AS)[1]))
     except (OSError, ValueError):
-        return  # a system without /proc, or with a lower limit already
+        return  # no /proc on this system, or a lower limit exists
 
 
 def _answer(task: str, path: Path, kind: str) -> dict[str, Any]:
@@ -89,13 +89,13 @@ def _answer(task: str, path: Path, kind: str) -> dict[str, Any]:
 
 
 def _parse(path: Path, file: Any) -> None:
-    """Do with HDF5 what reading does, but for the values of arrays."""
+    """Make the same HDF5 calls as reading, except for the values of arrays."""
     read_json(file, "schema")
     read_json(file, "provenance")
     read_rows(file)
     read_ids(file)
     read_columns(group_at(file, "examples"))
-    source = Source(path)
+    source = MappedFile(path)
     for name, element in arrays_in(file):
         blocks(values_of(element))
         ArrayReader(path, name, element, source, str(element.attrs["dtype"]))

@@ -1,4 +1,4 @@
-"""Reading a store: float32 arrays by site, token selection, head and rows, and the table of examples."""
+"""Read a store: float32 arrays by site, token selection, head and rows, and the example table."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import numpy as np
 from activation_store.format.model_tensors import read_tensor
 from activation_store.format.ragged import Ragged
 from activation_store.format.shard import DAMAGE, reading
-from activation_store.reading.combined_folders import check_together
+from activation_store.reading.combined_folders import check_mergeable
 from activation_store.reading.contents import Contents
 from activation_store.reading.folder import open_folder
-from activation_store.reading.query import matching
+from activation_store.reading.query import find_rows
 from activation_store.reading.rows import Rows, as_range, resolve_rows, token_rows
 from groundscope.core.errors import SiteError, StoreError
 from lvlm.sites import Site, TokenSelection
@@ -26,18 +26,18 @@ if TYPE_CHECKING:
 
 
 class ActivationStore(Contents):
-    """A store opened for reading; needs no model, and no more memory than what is asked for.
+    """A store opened for reading; it needs no model, and memory only for the requested arrays.
 
     Parameters
     ----------
     path
-        Folder of the store. One that is still being written, or whose run was killed, reads as far as it is sealed;
-        `complete` says so.
+        Folder of the store. If its run is in progress or was killed, only its sealed shards are read; `complete` is
+        then False.
 
     Raises
     ------
     StoreError
-        Where there is no store, a file of it is missing or damaged, or it is of a newer layout version.
+        If there is no store, a file is missing or damaged, or the layout version is newer.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -46,16 +46,16 @@ class ActivationStore(Contents):
     def merge(self, *others: ActivationStore | str | Path) -> ActivationStore:
         """Return this store and others as one, this one's rows first; nothing is copied.
 
-        ``python -m activation_store merge`` writes what this returns into a folder of its own.
+        ``python -m activation_store merge`` writes the merged store into a new folder.
 
         Raises
         ------
         StoreError
-            Where they differ in arrays, dtype, model or anything else but the dataset (names the field), or an example
-            is in two of them.
+            If they differ in arrays, dtype, model or any other field except the dataset (the message names the field), or
+            an example is in two of them.
         """
         stores = [self, *(o if isinstance(o, ActivationStore) else ActivationStore(o) for o in others)]
-        check_together([(s._folders[0], s.columns["id"].tolist() if len(s) else []) for s in stores])
+        check_mergeable([(s._folders[0], s.columns["id"].tolist() if len(s) else []) for s in stores])
         merged = ActivationStore.__new__(ActivationStore)
         Contents.__init__(merged, tuple(folder for store in stores for folder in store._folders))
         return merged
@@ -67,7 +67,7 @@ class ActivationStore(Contents):
         head: int | None = None,
         examples: Rows | None = None,
     ) -> np.ndarray:
-        """Read the activations of one site: only the layer, head and rows asked for are taken from the files.
+        """Read the activations of one site; only the requested layer, head and rows are read from the files.
 
         Parameters
         ----------
@@ -87,13 +87,13 @@ class ActivationStore(Contents):
         Raises
         ------
         SiteError
-            Where the site, token selection or head is not in the store.
+            If the site, token selection or head is not in the store.
         StoreError
-            Where `examples` does not fit the store, or a shard cannot be read.
+            If `examples` does not fit the store, or a shard cannot be read.
         """
         info, layer, columns = self._catalog.find(site, tokens, head)
         if info.ragged:
-            msg = f"'{info.tokens}' of site '{site}' has many tokens an example: read it with ragged(…)"
+            msg = f"'{info.tokens}' of site '{site}' has many tokens per example; use ragged(…)"
             raise SiteError(msg)
         rows = resolve_rows(examples, len(self), self._path)
         out = np.empty((len(rows), columns.stop - columns.start), np.float32)
@@ -109,7 +109,7 @@ class ActivationStore(Contents):
                     array.read_into(part, within, layer, columns)
                     out[place] = part
         except (OSError, RuntimeError, *DAMAGE):
-            with reading(path):  # says what it means for the shard
+            with reading(path):  # converts the error into one that names the shard
                 raise
         return out
 
@@ -120,7 +120,7 @@ class ActivationStore(Contents):
         head: int | None = None,
         examples: Rows | None = None,
     ) -> Ragged:
-        """Read every token of a selection that keeps them all (``image:all``); parameters and errors as of `read`.
+        """Read every token of an ``:all`` selection (``image:all``); parameters and errors as in `read`.
 
         Returns
         -------
@@ -129,7 +129,7 @@ class ActivationStore(Contents):
         """
         info, layer, columns = self._catalog.find(site, tokens, head)
         if not info.ragged:
-            msg = f"'{info.tokens}' of site '{site}' is one vector an example: read it with read(…)"
+            msg = f"'{info.tokens}' of site '{site}' has one vector per example; use read(…)"
             raise SiteError(msg)
         rows = resolve_rows(examples, len(self), self._path)
         parts: dict[int, np.ndarray] = {}
@@ -139,11 +139,11 @@ class ActivationStore(Contents):
                 array = self._shard(index).array(info)
                 if array.offsets is None:
                     raise KeyError(info.name)
-                examples_here, at = np.asarray(within), np.arange(len(rows))[place]
-                tokens_here = token_rows(array.offsets, examples_here)
-                part = np.empty((len(tokens_here), columns.stop - columns.start), np.float32)
-                array.read_into(part, as_range(tokens_here), layer, columns)
-                lengths[at] = counts = np.diff(array.offsets)[examples_here]
+                shard_rows, at = np.asarray(within), np.arange(len(rows))[place]
+                shard_tokens = token_rows(array.offsets, shard_rows)
+                part = np.empty((len(shard_tokens), columns.stop - columns.start), np.float32)
+                array.read_into(part, as_range(shard_tokens), layer, columns)
+                lengths[at] = counts = np.diff(array.offsets)[shard_rows]
                 parts |= dict(zip(at.tolist(), np.split(part, np.cumsum(counts)[:-1]), strict=True))
         ordered = [parts[i] for i in range(len(rows))]
         empty = np.empty((0, columns.stop - columns.start), np.float32)
@@ -157,14 +157,14 @@ class ActivationStore(Contents):
         head: int | None = None,
         examples: Rows | None = None,
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yield rows int64 [b] and their activations float32 [b, D], `size` examples at a time; as `read` otherwise."""
+        """Yield rows int64 [b] and their activations float32 [b, D], `size` examples at a time; other options as in `read`."""
         if size < 1:
-            msg = f"size={size}: a batch needs at least 1 example"
+            msg = f"size={size}: the batch size must be at least 1"
             raise StoreError(msg)
         self._catalog.find(site, tokens, head)
         rows = np.asarray(resolve_rows(examples, len(self), self._path), np.int64)
         parts = (rows[at : at + size] for at in range(0, len(rows), size))
-        return ((some, self.read(site, tokens, head, some)) for some in parts)
+        return ((part, self.read(site, tokens, head, part)) for part in parts)
 
     def torch(
         self,
@@ -176,7 +176,7 @@ class ActivationStore(Contents):
     ) -> TorchView:
         """Return the store as a `torch.utils.data.Dataset` of (activation float32 [D], labels float32 [K]).
 
-        Nothing is read before an item is asked for; a `DataLoader` asks for a batch at once.
+        Items are read on access; a `DataLoader` reads a whole batch at once.
 
         Raises
         ------
@@ -186,11 +186,11 @@ class ActivationStore(Contents):
         from activation_store.torch_dataset import TorchView
 
         self._catalog.find(site, tokens, head)
-        matching(self.columns, dict.fromkeys(labels), len(self), self._path)  # raises where one is not there
+        find_rows(self.columns, dict.fromkeys(labels), len(self), self._path)  # raises an error if one is missing
         texts = [name for name in labels if len(self) and self.columns[name].dtype == object]
         if texts:
             msg = (
-                f"{self._path}: column '{texts[0]}' holds text or lists, and labels are numbers; "
+                f"{self._path}: column '{texts[0]}' holds text or lists, but labels must be numbers; "
                 f"choose from {', '.join(self.labels) or 'the columns of numbers'}"
             )
             raise StoreError(msg)
@@ -198,11 +198,11 @@ class ActivationStore(Contents):
         return TorchView(self, str(site), str(tokens), tuple(labels), head, rows)
 
     def tensor(self, name: str) -> np.ndarray:
-        """Return a model-level array as it was given; raises `StoreError` naming those there are."""
-        return read_tensor(self._beside(), name)
+        """Return a model-level array; raise `StoreError`, which lists the names, if it is missing."""
+        return read_tensor(self._tensor_folder(), name)
 
     def close(self) -> None:
-        """Let go of the files; reading opens them again."""
+        """Close all files; the next read opens them again."""
         self._open.clear()
 
     def __enter__(self) -> Self:
@@ -214,11 +214,11 @@ class ActivationStore(Contents):
         self.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Open files stay in their process: a worker of a DataLoader opens its own.
+        # Open files are not shared between processes: each DataLoader worker opens its own.
         return _open_all, (tuple(str(folder.path) for folder in self._folders),)
 
     def _by_shard(self, rows: np.ndarray | range) -> Iterator[tuple[int, np.ndarray | range, slice | np.ndarray]]:
-        """Yield shard, its rows, and where these stand among `rows`."""
+        """Yield each shard's index, its rows within the shard, and their positions among `rows`."""
         if not len(rows):
             return
         starts = self._starts
@@ -233,8 +233,8 @@ class ActivationStore(Contents):
             return
         shard_of = np.searchsorted(starts, rows, side="right") - 1
         for index in np.unique(shard_of).tolist():
-            wanted = np.flatnonzero(shard_of == index)
-            yield index, as_range(rows[wanted] - starts[index]), wanted
+            positions = np.flatnonzero(shard_of == index)
+            yield index, as_range(rows[positions] - starts[index]), positions
 
 
 def _open_all(paths: Sequence[str]) -> ActivationStore:

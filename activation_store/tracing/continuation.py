@@ -1,4 +1,4 @@
-"""Inputs that go on after the prompt: with the model's own answer, or with one put there."""
+"""Extend inputs past the prompt, with the model's own answer or with the true answer."""
 
 from __future__ import annotations
 
@@ -16,43 +16,43 @@ from lvlm.model import Batch, Lvlm
 from lvlm.sites import TokenSelection
 from lvlm.token_map import TokenMap
 
-# What a row of the inputs says of a token that follows the prompt; masks over tiles go on as they end.
+# Mask values of a token after the prompt; masks over tiles repeat their last value.
 _AFTER_PROMPT = {"attention_mask": 1, "mm_token_type_ids": 0, "token_type_ids": 1, "image_embeds_position_mask": 0}
 
 
-GoesOn = Literal["", "generated", "answer"]
+Continuation = Literal["", "generated", "answer"]
 """What follows the prompt: nothing, the model's own answer, or the true one."""
 
 
 @dataclass(frozen=True)
-class Continued:
-    """A batch whose rows go on after the prompt."""
+class ContinuedBatch:
+    """A batch whose rows continue after the prompt."""
 
     inputs: dict[str, Tensor]
     tokens: tuple[TokenMap, ...]
-    """Maps that know where the answers' tokens are."""
+    """Token maps that include the tokens of the answers."""
     extra: int
-    """Positions after the prompt, the same for all rows; what an answer leaves over is filled up and never read."""
+    """Number of positions after the prompt, the same for all rows; shorter answers are padded, and padding is never read."""
     texts: tuple[str, ...]
     """The answers as text."""
 
 
-def with_generated(model: Lvlm, batch: Batch, steps: int) -> Continued:
-    """Let the model answer, greedily and at most so many tokens, and return the inputs with what it said.
+def with_generated(model: Lvlm, batch: Batch, steps: int) -> ContinuedBatch:
+    """Decode an answer of at most `steps` tokens greedily, and return the inputs with the answers appended.
 
-    The token that ends an answer is no part of it: a row that ends early has fewer steps, one that ends at once has none.
+    An answer excludes its end token: a row that ends early has fewer tokens, one that ends at once has none.
     """
     answers = greedy(model, batch, steps)
-    return _continued(model, batch, answers)
+    return _append_tokens(model, batch, answers)
 
 
-def with_answers(model: Lvlm, batch: Batch) -> Continued:
-    """Return the inputs with each example's true answer put after its prompt.
+def with_answers(model: Lvlm, batch: Batch) -> ContinuedBatch:
+    """Return the inputs with each example's true answer appended to its prompt.
 
     Raises
     ------
     DataError
-        Where an answer is empty, or unknown to the tokenizer.
+        If an answer is empty, or contains unknown tokens.
     """
     tokenizer = model.processor.tokenizer
     answers = []
@@ -60,14 +60,15 @@ def with_answers(model: Lvlm, batch: Batch) -> Continued:
         ids = answer_tokens(model, encoding.example.question, encoding.example.answer)
         if not ids or tokenizer.unk_token_id in ids:
             msg = (
-                f"example '{encoding.example.id}': its answer '{encoding.example.answer}' has no tokens of {model.name}"
+                f"example '{encoding.example.id}': the tokenizer of {model.name} cannot encode its answer "
+                f"'{encoding.example.answer}'; use another answer, or leave the example out"
             )
             raise DataError(msg)
         answers.append(ids)
-    return _continued(model, batch, answers)
+    return _append_tokens(model, batch, answers)
 
 
-def _continued(model: Lvlm, batch: Batch, answers: Sequence[list[int]]) -> Continued:
+def _append_tokens(model: Lvlm, batch: Batch, answers: Sequence[list[int]]) -> ContinuedBatch:
     extra = max(len(a) for a in answers)
     tokenizer = model.processor.tokenizer
     fill = next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
@@ -91,19 +92,20 @@ def _continued(model: Lvlm, batch: Batch, answers: Sequence[list[int]]) -> Conti
         for e, a in zip(batch.encodings, answers, strict=True)
     )
     texts: list[Any] = [tokenizer.decode(a, skip_special_tokens=True).strip() for a in answers]
-    return Continued(inputs, maps, extra, tuple(texts))
+    return ContinuedBatch(inputs, maps, extra, tuple(texts))
 
 
-def goes_on_with(tokens: Sequence[str], generate: int) -> GoesOn:
-    """Say what follows the prompt, by what is to be read; raises `ConfigError` for what does not go together."""
+def choose_continuation(tokens: Sequence[str], generate: int) -> Continuation:
+    """Return what follows the prompt for the requested token selections; raise `ConfigError` if they conflict."""
     names = [tokens] if isinstance(tokens, str) else tokens
     roles = {TokenSelection.parse(t).role for t in names}
     if generate < 0:
-        msg = f"generate={generate}: give the most tokens of an answer, or 0"
+        msg = f"generate={generate} must be at least 0 (the maximum number of tokens of an answer)"
         raise ConfigError(msg)
     if generate and "answer" in roles:
         msg = (
-            "the model's own answer (generate) and the true one ('answer:…') cannot follow one prompt: trace them apart"
+            "the model's own answer (generate) and the true answer ('answer:…') cannot follow the same prompt; "
+            "trace them into separate stores"
         )
         raise ConfigError(msg)
     if generate:

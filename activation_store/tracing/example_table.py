@@ -1,4 +1,4 @@
-"""The row of an example in the table: what it is, where its tokens and objects are, and what the model said."""
+"""The table row of an example: its fields, the positions of its tokens and objects, and the model's answer."""
 
 from __future__ import annotations
 
@@ -22,31 +22,31 @@ if TYPE_CHECKING:
 
 
 def row(model: Lvlm, encoding: Encoding, logits: Tensor | None, concepts: Sequence[str]) -> dict[str, Any]:
-    """Return the table's row of an example, but for its spans and picture.
+    """Return the table row of an example, without its spans and image digest.
 
     Parameters
     ----------
     model
-        Whose answers are told apart.
+        The model under study, whose tokenizer distinguishes the answers.
     encoding
         The example, with its prompt's tokens.
     logits
-        ``[V]`` after the prompt's last token; None where answers are not recorded.
+        ``[V]`` after the prompt's last token; None if answers are not recorded.
     concepts
-        Labels that every row has, None where one is undefined.
+        Names of the label columns; an undefined label is None.
 
     Raises
     ------
     ModelError
-        Where the logits are not finite.
+        If the logits are not finite.
     """
     e = encoding.example
-    thing = e.named_object()
-    said, margin = "", None
+    subject = e.named_object()
+    model_answer, margin = "", None
     if logits is not None and has_answers(e):
         check_finite(logits.logsumexp(-1)[None], [f"example '{e.id}'"], model.name)
         key = answer_key(model, e)
-        said = key.candidates[int(key.scores(logits).argmax())]
+        model_answer = key.candidates[int(key.scores(logits).argmax())]
         margin = float(key.margin(logits, e.answer))
     places = [(o, o.box) for o in e.objects if o.box is not None]
     return {
@@ -57,11 +57,11 @@ def row(model: Lvlm, encoding: Encoding, logits: Tensor | None, concepts: Sequen
         "split": e.split,
         "kind": e.kind,
         "level": e.level,
-        "subject": thing.noun if thing else "",
+        "subject": subject.noun if subject else "",
         "prior_answer": e.prior_answer or "",
-        "model_answer": said,
+        "model_answer": model_answer,
         "margin": margin,
-        "correct": float(said == e.answer) if said else None,
+        "correct": float(model_answer == e.answer) if model_answer else None,
         "n_tokens": encoding.tokens.length,
         "boxes": [[float(side) for side in (box.x0, box.y0, box.x1, box.y1)] for _, box in places],
         "box_ids": [o.id for o, _ in places],
@@ -71,34 +71,34 @@ def row(model: Lvlm, encoding: Encoding, logits: Tensor | None, concepts: Sequen
 
 
 def spans(tokens: TokenMap, roles: Iterable[str]) -> dict[str, list[list[int]]]:
-    """Return the columns ``span:<role>`` of an example: the runs of decoder positions that each role means in it.
+    """Return the columns ``span:<role>`` of an example: the runs of its decoder positions for each role.
 
     Raises
     ------
     SiteError
-        For a role that the decoder does not have.
+        If the decoder does not have a role.
     """
     selections = {role: TokenSelection(role, None if role in SINGLE else "all") for role in roles}
     return {f"span:{role}": runs(tokens.positions(selection)) for role, selection in selections.items()}
 
 
 def picture_digest(image: Image.Image) -> str:
-    """Return the SHA-256 of a picture: of the bytes that `activation_store.format.schema` names."""
+    """Return the SHA-256 of an image, over the bytes that `activation_store.format.schema` defines."""
     rgb = image if image.mode == "RGB" else image.convert("RGB")
     return hashlib.sha256(f"{rgb.width}x{rgb.height}\0".encode() + rgb.tobytes()).hexdigest()
 
 
 def has_answers(example: Example) -> bool:
-    """Whether there is anything to choose from."""
+    """Whether an example has at least two candidate answers."""
     return len(example.candidates) > 1
 
 
 def check_answers(model: Lvlm, data: ConceptDataset) -> None:
-    """Raise `DataError` naming an example whose answers the model cannot tell apart by their first token."""
+    """Raise `DataError`, which names the example, if answers have the same first token."""
     for example in data:
         if has_answers(example):
             try:
                 answer_key(model, example)
             except DataError as error:
-                msg = f"{error}; say answers=False to trace without the model's own answers"
+                msg = f"{error}; set answers=False to trace without the model's own answers"
                 raise DataError(msg) from error

@@ -1,4 +1,4 @@
-"""Reading what is to be traced, and saying how far it has come."""
+"""Read the images of the examples to trace, and show progress."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 
 def check_images(examples: Sequence[Example], *, progress: bool) -> dict[str, str]:
-    """Return the digest of each example's picture by its id; each is read once, before any forward.
+    """Return the digest of each example's image by example id; each image is read once, before any forward pass.
 
     Raises
     ------
     DataError
-        Names the first example whose image cannot be read.
+        If an image cannot be read; the message names the first such example.
     """
     identities = [e.image.identity for e in examples]
     first = dict(zip(reversed(identities), reversed(examples), strict=True))
@@ -36,20 +36,20 @@ def check_images(examples: Sequence[Example], *, progress: bool) -> dict[str, st
 
 
 def unreadable_images(examples: Sequence[Example], *, progress: bool) -> dict[str, str]:
-    """Return why the image of an example cannot be read, by the example's id, of those whose image cannot."""
+    """Return the error message for each example whose image cannot be read, by example id."""
     reasons: dict[str, str] = {}
-    known: dict[str, str] = {}
+    problems: dict[str, str] = {}
     with progress_bar("checking images", len(examples), 0, progress=progress) as advance:
         for example in examples:
             identity = example.image.identity
-            if identity not in known:
+            if identity not in problems:
                 try:
                     _load(example)
-                    known[identity] = ""
+                    problems[identity] = ""
                 except DataError as error:
-                    known[identity] = str(error.__cause__ or error).splitlines()[0]
-            if known[identity]:
-                reasons[example.id] = known[identity]
+                    problems[identity] = str(error.__cause__ or error).splitlines()[0]
+            if problems[identity]:
+                reasons[example.id] = problems[identity]
             advance(1, "")
     return reasons
 
@@ -58,19 +58,19 @@ def _load(example: Example) -> Image.Image:
     try:
         return example.image.load()
     except (OSError, ValueError, SyntaxError) as error:  # Pillow raises all of them for files it cannot decode
-        msg = f"example '{example.id}': its image cannot be read: {error}; leave it out, repair it, or say on_error='skip'"
+        msg = f"example '{example.id}': its image cannot be read: {error}; repair it, remove the example, or set on_error='skip'"
         raise DataError(msg) from error
 
 
 def encode_first(model: Lvlm, example: Example) -> Encoding:
-    """Encode an example; raises `DataError` naming it where its image cannot be read."""
+    """Encode an example; raise `DataError`, which names it, if its image cannot be read."""
     _load(example)
     return model.encode(example)
 
 
 @contextmanager
-def progress_bar(what: str, total: int, done: int, *, progress: bool) -> Iterator[Callable[[int, str], None]]:
-    """Yield a function that advances a progress bar by some examples, or has it say something."""
+def progress_bar(label: str, total: int, done: int, *, progress: bool) -> Iterator[Callable[[int, str], None]]:
+    """Yield a function that advances a progress bar by a number of examples, and prints a note if it is not empty."""
     from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, TextColumn, TimeRemainingColumn
     from rich.text import Text
 
@@ -81,7 +81,7 @@ def progress_bar(what: str, total: int, done: int, *, progress: bool) -> Iterato
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
     with display(*columns, show=None if progress else False) as bar:
-        task = bar.add_task(what, total=total, completed=done)
+        task = bar.add_task(label, total=total, completed=done)
 
         def advance(count: int, note: str) -> None:
             if note and not bar.disable:

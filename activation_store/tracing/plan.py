@@ -1,4 +1,4 @@
-"""What one forward has to give: sites in the order in which it reaches them, and which tokens of them are kept."""
+"""The plan of a trace: sites in the order in which a forward pass reaches them, and the tokens to store of each."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from lvlm.token_map import TokenMap
 
 _EVERY_LAYER = re.compile(rf"^(?:(vision|decoder)\.)?(cross\.)?({'|'.join(LAYER_COMPONENTS)})$")
 CHUNK_BATCHES = 8
-"""Examples are encoded, sorted by length and put back in order in chunks of this many batches: what bounds memory."""
+"""Batches per chunk: examples are encoded, sorted by length and reordered one chunk at a time, which bounds memory."""
 CHUNK_BYTES = 256 << 20
-"""What a chunk holds of arrays that keep every token, about and at most, unless one batch is more already."""
+"""Approximate limit on a chunk's ragged arrays, in bytes; a chunk has at least one batch."""
 FIXED_BYTES = 512 << 20
-"""What a chunk holds of arrays of one vector an example and layer, at most, unless one batch is more already."""
+"""Limit on a chunk's arrays with one vector per example and layer, in bytes; a chunk has at least one batch."""
 Family = tuple[Stack, str]
-"""Sites that make one array: a stack and a component, ``cross.z`` for cross-attention."""
+"""Sites of one array: a stack and a component, ``cross.z`` for cross-attention."""
 
 
 @dataclass(frozen=True)
 class Read:
-    """One tensor that a forward passes by."""
+    """One tensor that a forward pass computes."""
 
     site: Site
     place: Place
@@ -40,23 +40,23 @@ class Read:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is read in each forward and what is kept of it."""
+    """The tensors to read in each forward pass, and the values to store of them."""
 
     reads: tuple[Read, ...]
-    """In the order in which the forward reaches them."""
+    """In the order in which the forward pass reaches them; empty in an outline."""
     schema: Schema
     selections: Mapping[Stack, tuple[TokenSelection, ...]]
     """Token selections by stack."""
     skipped: tuple[str, ...]
-    """In words, which selection was left out of which stack."""
+    """Messages: which selection does not apply to which stack."""
     roles: tuple[str, ...]
-    """Roles that the decoder's tokens have, in the order of `lvlm.sites.ROLES`."""
+    """Roles of the decoder's tokens, in the order of `lvlm.sites.ROLES`."""
 
 
 def make_plan(model: Lvlm, encoding: Encoding, sites: Sequence[str], tokens: Sequence[str], dtype: str) -> Plan:
-    """Find what was asked for in the model, with one forward of one example.
+    """Locate the requested sites in the model, with one forward pass of one example.
 
-    The forward tells what no table has to: the order in which the sites are reached, and how wide they are.
+    The forward pass determines the order in which the sites are reached, and their widths.
 
     Parameters
     ----------
@@ -70,17 +70,17 @@ def make_plan(model: Lvlm, encoding: Encoding, sites: Sequence[str], tokens: Seq
     Raises
     ------
     SiteError
-        Where the model lacks a site, a token selection means nothing in any stack, or a site cannot be kept as one
-        vector for each layer.
+        If the model does not have a site, a token selection applies to no stack, or a site does not give one vector
+        per layer.
     StoreError
-        For a dtype that cannot be stored.
+        If the dtype is unknown.
     """
     families = _families(model, sites)
     stacks: list[Stack] = list(dict.fromkeys(stack for stack, _ in families))
     selections, skipped = _selections(encoding.tokens, tokens, stacks)
     families = {family: layers for family, layers in families.items() if selections[family[0]]}
-    wanted = [site_of(family, n) for family, layers in families.items() for n in layers]
-    shapes = _rehearse(model, encoding, [Read(site, model.locate(site)) for site in wanted])
+    requested = [site_of(family, n) for family, layers in families.items() for n in layers]
+    shapes = _run_probe_forward(model, encoding, [Read(site, model.locate(site)) for site in requested])
     arrays = []
     for family, layers in families.items():
         stack, component = family
@@ -96,7 +96,7 @@ def make_plan(model: Lvlm, encoding: Encoding, sites: Sequence[str], tokens: Seq
 
 
 def outline_plan(model: Lvlm, encoding: Encoding, sites: Sequence[str], tokens: Sequence[str], dtype: str) -> Plan:
-    """Return the plan of a trace without a forward and without weights: its arrays, and no `reads`.
+    """Return the plan of a trace without a forward pass and without weights: its arrays, and no `reads`.
 
     Parameters
     ----------
@@ -108,7 +108,7 @@ def outline_plan(model: Lvlm, encoding: Encoding, sites: Sequence[str], tokens: 
     Raises
     ------
     SiteError
-        Where the model lacks a site, or a token selection means nothing in any stack.
+        If the model does not have a site, or a token selection applies to no stack.
     """
     families = _families(model, sites)
     stacks: list[Stack] = list(dict.fromkeys(stack for stack, _ in families))
@@ -118,8 +118,8 @@ def outline_plan(model: Lvlm, encoding: Encoding, sites: Sequence[str], tokens: 
         stack, component = family
         site = site_of(family, layers[0])
         if site.component == "pattern":
-            lattices = encoding.tokens.sequence
-            keys = encoding.tokens.length if stack == "decoder" else lattices.get(stack, 0)
+            lengths = encoding.tokens.sequence
+            keys = encoding.tokens.length if stack == "decoder" else lengths.get(stack, 0)
             width = keys * (model.n_heads if stack == "decoder" else model.n_vision_heads)
         else:
             width = site_width(model, site)
@@ -132,9 +132,10 @@ def outline_plan(model: Lvlm, encoding: Encoding, sites: Sequence[str], tokens: 
 
 
 def chunk_batches(plan: Plan, example: TokenMap, batch_size: int) -> int:
-    """Return of how many batches a chunk is, as long as a run lasts: `CHUNK_BATCHES`, fewer where they hold too much.
+    """Return the number of batches per chunk, constant over a run: `CHUNK_BATCHES`, or fewer to bound memory.
 
-    Chunks decide who shares a forward, so the answer depends on nothing but the plan, its example and the batch size.
+    Chunks determine which examples share a forward pass, so the result depends only on the plan, its example and the batch
+    size.
     """
     ragged = fixed = 0
     for array in plan.schema.arrays:
@@ -143,21 +144,21 @@ def chunk_batches(plan: Plan, example: TokenMap, batch_size: int) -> int:
             ragged += max(1, tokens) * array.n_layers * array.width * 4
         else:
             fixed += array.n_layers * array.width * 4
-    within = (CHUNK_BYTES // max(1, ragged * batch_size), FIXED_BYTES // max(1, fixed * batch_size))
-    return max(1, min(CHUNK_BATCHES, *within))
+    limits = (CHUNK_BYTES // max(1, ragged * batch_size), FIXED_BYTES // max(1, fixed * batch_size))
+    return max(1, min(CHUNK_BATCHES, *limits))
 
 
 def site_of(family: Family, layer: int) -> Site:
-    """Return one layer's site of a family of them."""
+    """Return the site of one layer of a family."""
     stack, component = family
     return Site(stack, layer, cast("Component", component.removeprefix("cross.")), cross=component.startswith("cross."))
 
 
-def by_example(x: Tensor, examples: int, site: Site) -> Tensor:
-    """Return a site's tensor as ``[B, T, D]``, each example's tokens in one row.
+def split_by_example(x: Tensor, examples: int, site: Site) -> Tensor:
+    """Reshape a site's tensor to ``[B, T, D]``, with the tokens of one example per row.
 
-    Towers see images or tiles side by side, or all patches in one sequence; a pattern ``[B, H, Q, K]`` becomes a vector
-    of all heads' weights for each query.
+    Vision towers process images or tiles as batch rows, or all patches in one sequence; a pattern ``[B, H, Q, K]`` becomes
+    one vector of all heads' weights per query.
     """
     if site.component == "pattern" and x.dim() == 4:
         return x.permute(0, 2, 1, 3).flatten(2)
@@ -169,27 +170,27 @@ def by_example(x: Tensor, examples: int, site: Site) -> Tensor:
     return x.reshape(examples, -1, x.shape[-1])
 
 
-def reducer(positions: Sequence[tuple[int, ...]], selection: TokenSelection, device: torch.device) -> Reducer:
-    """Return what turns a tensor ``[B, T, D]`` into the selected vectors ``[B, D]``, on its own device.
+def make_reducer(positions: Sequence[tuple[int, ...]], selection: TokenSelection, device: torch.device) -> Reducer:
+    """Return a function that reduces a tensor ``[B, T, D]`` to the selected vectors ``[B, D]``, on the tensor's device.
 
-    A single token is copied as it is; a mean is taken in float32 whatever the tensor's dtype. A row whose selection is
-    empty becomes NaN. Where all tokens are kept they come as ``[S, D]``, those of one row after those of the other.
+    A single token is copied unchanged; a mean is computed in float32 for any dtype. A row with an empty selection becomes
+    NaN. For ``:all`` selections the result is ``[S, D]``, the concatenated tokens of all rows.
 
     Parameters
     ----------
     positions
-        For each row the positions selected in it.
+        The selected positions of each row.
     selection
-        Whether they are averaged, or all kept.
+        Determines the reduction: single token, mean or all tokens.
     device
-        Where the tensors will be.
+        Device of the tensors.
     """
     if selection.reduction == "all":
-        return _every(positions, device)
+        return _select_tokens(positions, device)
     first = positions[0]
     same = all(p == first for p in positions) and first == tuple(range(first[0], first[-1] + 1) if first else ())
     if same and first and selection.reduction is None:
-        # A copy: a view would keep the whole activation alive until the forward ends.
+        # A copy: a view would keep the whole activation in memory until the forward pass ends.
         return lambda x: x[:, first[0]].clone()
     if same and first:
         return lambda x: x[:, first[0] : first[-1] + 1].mean(1, dtype=torch.float32)
@@ -200,29 +201,29 @@ def reducer(positions: Sequence[tuple[int, ...]], selection: TokenSelection, dev
     rows = torch.arange(len(positions), device=device)[:, None]
 
     def mean(x: Tensor) -> Tensor:
-        picked = x[rows.to(x.device), index.to(x.device)].float()  # [B, M, D]
-        # Rows shorter than the longest are filled up with position 0, which must not count, not even as 0 * infinity.
-        total = picked.masked_fill(~inside.to(x.device)[..., None], 0.0).sum(1)
-        return total / count.to(x.device)[:, None]  # 0 / 0 where nothing is selected: NaN
+        selected = x[rows.to(x.device), index.to(x.device)].float()  # [B, M, D]
+        # Shorter rows are padded with position 0, which must not contribute, not even as 0 * infinity.
+        total = selected.masked_fill(~inside.to(x.device)[..., None], 0.0).sum(1)
+        return total / count.to(x.device)[:, None]  # an empty selection gives 0 / 0 = NaN
 
     return mean
 
 
-def _every(positions: Sequence[tuple[int, ...]], device: torch.device) -> Reducer:
-    row = torch.tensor([i for i, some in enumerate(positions) for _ in some], device=device, dtype=torch.long)
-    column = torch.tensor([p for some in positions for p in some], device=device, dtype=torch.long)
-    # Indexing copies: a view would keep the whole activation alive until the forward ends.
+def _select_tokens(positions: Sequence[tuple[int, ...]], device: torch.device) -> Reducer:
+    row = torch.tensor([i for i, selected in enumerate(positions) for _ in selected], device=device, dtype=torch.long)
+    column = torch.tensor([p for selected in positions for p in selected], device=device, dtype=torch.long)
+    # Indexing copies: a view would keep the whole activation in memory until the forward pass ends.
     return lambda x: x[row.to(x.device), column.to(x.device)]
 
 
 Reducer = Callable[[Tensor], Tensor]
-"""Takes ``[B, T, D]``, gives ``[B, D]``, or ``[S, D]`` where all tokens are kept."""
+"""Maps ``[B, T, D]`` to ``[B, D]``, or to ``[S, D]`` for ``:all`` selections."""
 
 
-def of_layers(parts: dict[int, Tensor], info: ArrayInfo) -> Tensor:
-    """Return what was kept of each layer as one tensor ``[B, L, D]``; of a ragged array float32 ``[S, L, D]`` on the CPU.
+def stack_layers(parts: dict[int, Tensor], info: ArrayInfo) -> Tensor:
+    """Stack the selected vectors of each layer into ``[B, L, D]``; for a ragged array float32 ``[S, L, D]`` on the CPU.
 
-    Every token of every layer is much: there each layer leaves its device, and `parts`, on its own.
+    Ragged arrays are large: each layer is moved off its device, and removed from `parts`, one by one.
     """
     if not info.ragged:
         first = parts[info.layers[0]]
@@ -233,8 +234,8 @@ def of_layers(parts: dict[int, Tensor], info: ArrayInfo) -> Tensor:
     return out
 
 
-def offsets_of(maps: Sequence[TokenMap], info: ArrayInfo) -> np.ndarray:
-    """Return where the tokens of each row begin in a ragged array, int64 ``[B+1]``."""
+def token_offsets(maps: Sequence[TokenMap], info: ArrayInfo) -> np.ndarray:
+    """Return the start of each row's tokens in a ragged array, int64 ``[B+1]``."""
     selection = TokenSelection.parse(info.tokens)
     lengths = [len(m.positions(selection, cast("Stack", info.stack))) for m in maps]
     return np.cumsum([0, *lengths], dtype=np.int64)
@@ -254,18 +255,18 @@ def _has(example: TokenMap, role: str) -> bool:
 
 
 def _families(model: Lvlm, sites: Sequence[str]) -> dict[Family, tuple[int, ...]]:
-    """Return the layers asked for by stack and component."""
+    """Return the requested layers by stack and component."""
     names = [sites] if isinstance(sites, str) else list(sites)
     if not names:
-        msg = f"no site to trace: name components of the decoder ({', '.join(LAYER_COMPONENTS)}), 'vision.z', …"
+        msg = f"no site to trace; give components of the decoder ({', '.join(LAYER_COMPONENTS)}), 'vision.z', …"
         raise SiteError(msg)
-    found: dict[Family, set[int]] = {}
+    layers_of: dict[Family, set[int]] = {}
     for name in names:
         for site in _expand(model, name):
-            model.locate(site)  # raises where the model lacks it
+            model.locate(site)  # raises an error if the model does not have it
             component = f"cross.{site.component}" if site.cross else site.component
-            found.setdefault((site.stack, component), set()).add(site.layer)
-    return {family: tuple(sorted(layers)) for family, layers in found.items()}
+            layers_of.setdefault((site.stack, component), set()).add(site.layer)
+    return {family: tuple(sorted(layers)) for family, layers in layers_of.items()}
 
 
 def _expand(model: Lvlm, name: str) -> list[Site]:
@@ -274,15 +275,15 @@ def _expand(model: Lvlm, name: str) -> list[Site]:
         stack, cross = cast("Stack", match[1] or "decoder"), bool(match[2])
         component = cast("Component", match[3])
         layers = range(model.n_layers if stack == "decoder" else model.n_vision_layers)
-        if component in CROSS_COMPONENTS:  # a layer may have the one attention, the other, or both
+        if component in CROSS_COMPONENTS:  # a layer can have self-attention, cross-attention or both
             layers = [n for n in layers if model.attends(stack, n, cross=cross)] or layers
-        # A stack or an attention that the model has not at all is named by its first layer's error.
+        # If the model has no such stack or attention, the error for layer 0 reports it.
         return [Site(stack, n, component, cross=cross) for n in layers or [0]]
     try:
         return [Site.parse(name)]
     except SiteError as error:
         msg = (
-            f"'{name}' is not a site: write a component of the decoder ({', '.join(LAYER_COMPONENTS)}), of a named "
+            f"unknown site '{name}'; give a component of the decoder ({', '.join(LAYER_COMPONENTS)}), of a named "
             f"stack ('vision.z'), of cross-attention ('cross.z'), 'projector.out', or a single layer ('decoder.L3.z'; "
             f"decoder 0-{model.n_layers - 1}, vision 0-{model.n_vision_layers - 1})"
         )
@@ -292,48 +293,48 @@ def _expand(model: Lvlm, name: str) -> list[Site]:
 def _selections(
     example: TokenMap, tokens: Sequence[str], stacks: Sequence[Stack]
 ) -> tuple[dict[Stack, tuple[TokenSelection, ...]], tuple[str, ...]]:
-    """Return the selections that mean something in each stack, and in words those that do not."""
+    """Return the selections that apply to each stack, and messages about those that do not."""
     names = dict.fromkeys([tokens] if isinstance(tokens, str) else tokens)
     if not names:
-        msg = "no token selection to trace: name 'last', 'image:mean', 'object:mean'"
+        msg = "no token selection to trace; give for example 'last', 'image:mean' or 'object:mean'"
         raise SiteError(msg)
-    found: dict[Stack, tuple[TokenSelection, ...]] = dict.fromkeys(stacks, ())
+    by_stack: dict[Stack, tuple[TokenSelection, ...]] = dict.fromkeys(stacks, ())
     skipped = []
     for selection in map(TokenSelection.parse, names):
-        refused: SiteError | None = None
+        failure: SiteError | None = None
         for stack in stacks:
             try:
                 example.positions(selection, stack)
             except SiteError as error:
-                if refused is None or stack == "decoder":
-                    refused = error  # what the decoder says of it says most
-                skipped.append(f"'{selection}' means nothing in the {stack} and is left out there")
+                if failure is None or stack == "decoder":
+                    failure = error  # the decoder's message is the most informative
+                skipped.append(f"'{selection}' does not apply to the {stack} and is skipped there")
             else:
-                found[stack] = (*found[stack], selection)
-        if refused and not any(selection in kept for kept in found.values()):
-            raise refused
-    for stack, kept in found.items():
-        if not kept:
+                by_stack[stack] = (*by_stack[stack], selection)
+        if failure and not any(selection in selections for selections in by_stack.values()):
+            raise failure
+    for stack, selections in by_stack.items():
+        if not selections:
             msg = (
-                f"sites of the {stack} are asked for, but none of {', '.join(map(repr, names))} means anything there; "
+                f"none of the token selections {', '.join(map(repr, names))} applies to the sites of the {stack}; "
                 f"add 'image:mean' or 'object:mean'"
             )
             raise SiteError(msg)
-    return found, tuple(skipped)
+    return by_stack, tuple(skipped)
 
 
 @torch.no_grad()
-def _rehearse(model: Lvlm, encoding: Encoding, reads: Sequence[Read]) -> dict[Site, tuple[int, ...]]:
-    """Run one forward; return the shapes of the sites in the order in which it reached them."""
+def _run_probe_forward(model: Lvlm, encoding: Encoding, reads: Sequence[Read]) -> dict[Site, tuple[int, ...]]:
+    """Run one forward pass; return the shapes of the sites in the order in which it reached them."""
     shapes: dict[Site, tuple[int, ...]] = {}
 
-    def note(site: Site, x: Tensor) -> None:
+    def record(site: Site, x: Tensor) -> None:
         if site in shapes:
-            msg = f"site '{site}' is reached more than once in a forward of {model.name}: it has no one value to keep"
+            msg = f"site '{site}' is computed more than once in a forward pass of {model.name}; leave it out"
             raise SiteError(msg)
-        shapes[site] = tuple(by_example(x, 1, site).shape)
+        shapes[site] = tuple(split_by_example(x, 1, site).shape)
 
-    handles = [read.place.watch(lambda x, site=read.site: note(site, x)) for read in reads]
+    handles = [read.place.watch(lambda x, site=read.site: record(site, x)) for read in reads]
     try:
         with model.eager() if any(read.site.component == "pattern" for read in reads) else nullcontext():
             model.logits(model.collate([encoding]))
@@ -342,7 +343,7 @@ def _rehearse(model: Lvlm, encoding: Encoding, reads: Sequence[Read]) -> dict[Si
             handle.remove()
     missing = [str(read.site) for read in reads if read.site not in shapes]
     if missing:
-        msg = f"site '{missing[0]}' is in {model.name}, but its forward does not reach it; leave it out"
+        msg = f"site '{missing[0]}' exists in {model.name}, but its forward pass does not reach it; leave it out"
         raise SiteError(msg)
     return shapes
 
@@ -356,16 +357,16 @@ def _width(model: Lvlm, shapes: Mapping[int, tuple[int, ...]], name: str) -> int
             raise SiteError(msg)
     widths = {shape[2] for shape in shapes.values()}
     if len(widths) > 1:
-        msg = f"the layers of '{name}' differ in width ({sorted(widths)}): trace those of one width into one store"
+        msg = f"the layers of '{name}' differ in width ({sorted(widths)}); trace layers of equal width into one store"
         raise SiteError(msg)
     return widths.pop()
 
 
 def _check_tokens(example: TokenMap, length: int, stack: Stack, component: str) -> None:
-    """Raise `SiteError` unless a stack's sequence is as long as the token map says."""
+    """Raise `SiteError` unless the length of a stack's sequence matches the token map."""
     expected = example.length if stack == "decoder" else example.sequence.get(stack, length)
     if length != expected:
-        msg = f"the sequence of '{stack}.{component}' has {length} tokens, the token map says {expected}"
+        msg = f"the sequence of '{stack}.{component}' has {length} tokens, but the token map has {expected}"
         raise SiteError(msg)
 
 
@@ -374,7 +375,7 @@ def _heads(model: Lvlm, stack: Stack, component: str, layer: int, width: int) ->
     if stack == "projector" or kind not in {"z", "q", "k", "v", "pattern"}:
         return None
     heads = model.n_heads if stack == "decoder" else model.n_vision_heads
-    if kind in {"k", "v"}:  # several query heads may share one of these
+    if kind in {"k", "v"}:  # several query heads can share a key or value head
         cross = component.startswith("cross.")
         heads = width // (model.output_projection(stack, layer, cross=cross).in_features // heads)
     return heads if heads and width % heads == 0 else None

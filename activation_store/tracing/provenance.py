@@ -1,4 +1,4 @@
-"""Where a store came from: model, data, sites, and what its token selections and columns mean."""
+"""The provenance of a store: model, data, sites, and the definitions of its token selections and columns."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ ANSWER_RULE = (
     "model_answer: the candidate with the largest log-score of its first tokens at the last prompt token; margin: the "
     "score of the true answer minus the best other; both missing where an example has fewer than two candidates"
 )
-"""What the table's columns of the model's own answers mean; `correct` is 1 where `model_answer` is the true answer."""
+"""Definition of the table's columns of the model's own answers; `correct` is 1 where `model_answer` is the true answer."""
 _ROLES = {
     "last": "the last prompt token, where the answer is read",
     "bos": "the first token",
@@ -53,21 +53,21 @@ _PACKAGES = ("groundscope", "torch", "transformers", "nnsight", "numpy", "h5py")
 def describe(
     model: Lvlm, data: ConceptDataset, plan: Plan, batch_size: int, *, answers: bool, generate: int = 0
 ) -> dict[str, Any]:
-    """Return the provenance of a store: plain values, equal for equal stores but for what stands in ``environment``.
+    """Return the provenance of a store: JSON values, equal for equal stores except for ``environment``.
 
     Parameters
     ----------
     model, data, plan
-        What is traced: which model, on what, where.
+        The traced model, the dataset, and the plan of sites and tokens.
     batch_size
-        Recorded as part of the environment: it may change when a store is continued.
+        Recorded as part of the environment: it can change when a store is continued.
     answers
         Whether the model's own answers are recorded.
     generate
-        Most tokens of a free answer; 0 for none.
+        Maximum number of tokens of a generated answer; 0 for no generation.
     """
-    selections = dict.fromkeys(s for kept in plan.selections.values() for s in kept)
-    stacks = {s: sorted(stack for stack, kept in plan.selections.items() if s in kept) for s in selections}
+    selections = dict.fromkeys(s for group in plan.selections.values() for s in group)
+    stacks = {s: sorted(stack for stack, group in plan.selections.items() if s in group) for s in selections}
     ends, rules = (sorted(end_tokens(model)), list(other_rules(model))) if generate else ([], [])
     return {
         "version": VERSION,
@@ -75,7 +75,7 @@ def describe(
             "name": model.name,
             "config": model.config_hash,
             "weights": model.weights_hash,
-            # To compare with stores of earlier releases.
+            # For comparison with stores of earlier releases.
             "weights-sample": sampled_weights_hash(model.hf),
             "family": asdict(model.spec),
             "dtype": str(model.dtype).removeprefix("torch."),
@@ -88,7 +88,7 @@ def describe(
             "digest": processor_digest(model.processor),
             "settings": sampled_processor_digest(model.processor),
         },
-        # What was done to the model while it was read: ``interventions``, ``hooks``.
+        # Active changes to the model during the trace: ``interventions``, ``hooks``.
         **applied.record(model.hf),
         "dataset": {
             "name": data.name,
@@ -104,7 +104,7 @@ def describe(
             if generate
             else {}
         ),
-        # Recorded, but may differ when a store is continued.
+        # Recorded, but can differ when a store is continued.
         "environment": {
             "python": platform.python_version(),
             "packages": {name: _installed(name) for name in _PACKAGES},
@@ -115,9 +115,9 @@ def describe(
 
 
 def unembedding(model: Lvlm, plan: Plan) -> Mapping[str, Rows] | None:
-    """Return what reads a decoder residual as words: the parameters of the final norm and of the unembedding, as float32.
+    """Return the parameters that map a decoder residual to logits: final norm and unembedding, as float32.
 
-    They are converted some rows at a time. None where no site of the decoder is traced.
+    They are converted in blocks of rows. None if no site of the decoder is traced.
     """
     if "decoder" not in plan.selections:
         return None
@@ -130,18 +130,18 @@ def unembedding(model: Lvlm, plan: Plan) -> Mapping[str, Rows] | None:
     }
 
 
-def check_known(model: Lvlm, folder: Path, workers: int) -> None:
-    """Raise `StoreError` where rows are to join others, and something that cannot be compared acts on the model."""
-    acting = applied.unknown(model.hf)
-    if not acting:
+def check_hooks(model: Lvlm, folder: Path, workers: int) -> None:
+    """Raise `StoreError` if rows would be added to other rows while hooks of unknown effect act on the model."""
+    hooks = applied.unknown(model.hf)
+    if not hooks:
         return
     started = folder.is_dir() and any(shard_numbers(p.name) or p.name.startswith("manifest") for p in folder.iterdir())
     if started or workers > 1:
-        first, *others = acting
+        first, *others = hooks
         more = f" and {len(others)} more" if others else ""
         msg = (
             f"{folder}: rows cannot be added to a store, or shared between workers, while hooks act on {model.name} whose "
-            f"effect is not known: {first}{more}; remove them, mark those that change nothing with "
+            f"effect is not known: {first}{more}; remove them, mark hooks that change nothing with "
             "lvlm.applied.observer, or trace in one process into a new folder"
         )
         raise StoreError(msg)

@@ -1,8 +1,8 @@
-"""From a model and a dataset to a store: nnsight reads the tensors, what is selected of them goes to disk.
+"""Trace a model over a dataset into a store: nnsight reads the tensors, and the selected tokens are written to disk.
 
-The model runs as it is: nnsight's wrapper stands beside it and hands out tensors while they are computed. Selected tokens
-are taken where the tensor lies, so that only they leave the device. Values are those that a module returns; a forward
-hook that somebody put on the very module that is read acts after it, and shows from the next module on.
+The model is not modified: nnsight wraps it and yields tensors while they are computed. Tokens are selected on the device
+of the tensor, so that only the selection is moved. The stored values are the outputs of modules; a forward hook on the
+module itself acts afterwards and affects only later modules.
 """
 
 from __future__ import annotations
@@ -24,20 +24,26 @@ from torch import Tensor
 from activation_store.format.ragged import Ragged
 from activation_store.format.schema import INDEX, TENSORS, Key, shard_numbers
 from activation_store.reading.store import ActivationStore
-from activation_store.tracing.continuation import Continued, GoesOn, goes_on_with, with_answers, with_generated
+from activation_store.tracing.continuation import (
+    Continuation,
+    ContinuedBatch,
+    choose_continuation,
+    with_answers,
+    with_generated,
+)
 from activation_store.tracing.example_table import check_answers, has_answers, row, spans
 from activation_store.tracing.inputs import check_images, encode_first, progress_bar, unreadable_images
 from activation_store.tracing.plan import (
     Plan,
     Read,
-    by_example,
     chunk_batches,
     make_plan,
-    of_layers,
-    offsets_of,
-    reducer,
+    make_reducer,
+    split_by_example,
+    stack_layers,
+    token_offsets,
 )
-from activation_store.tracing.provenance import check_known, describe, unembedding
+from activation_store.tracing.provenance import check_hooks, describe, unembedding
 from activation_store.writing.writer import StoreWriter
 from concepts.schema import ConceptDataset, Example
 from groundscope.core.errors import ConfigError, DataError, SiteError
@@ -70,105 +76,105 @@ def trace(
     workers: int = 1,
     on_error: Literal["raise", "skip"] = "raise",
 ) -> ActivationStore:
-    """Run a model over a dataset and keep what was asked for of its inside.
+    """Run a model over a dataset and store the requested activations.
 
-    A store that is there already is continued where its sealed shards end, with the same bytes as if it had been written
-    at once; one that is finished is opened without a forward over the data. Besides the activations, each example's
-    row holds what the model itself would answer (columns `model_answer`, `margin`, `correct`), from the same forward, the
-    digest of its picture (`image`), its objects' boxes (`boxes`, `box_ids`, `box_nouns`) and where in the decoder its
-    tokens are by role (`span:image`, `span:question`, …), all as `activation_store.format.schema` says.
+    An existing store is continued after its sealed shards, with the same bytes as an uninterrupted run; a finished store is
+    opened without a forward pass over the data. Besides the activations, each example's table row holds the model's own
+    answer (columns `model_answer`, `margin`, `correct`) from the same forward pass, the digest of its image (`image`), the
+    boxes of its objects (`boxes`, `box_ids`, `box_nouns`) and the decoder positions of its tokens by role (`span:image`,
+    `span:question`, …), as defined in `activation_store.format.schema`.
 
     Parameters
     ----------
     model
         The model under study.
     data
-        What it is shown; rows of the store come in this order.
+        The examples; rows of the store are in this order.
     sites
         Components of the decoder (``resid_post``, ``z``), of its cross-attention (``cross.z``), of a named stack
-        (``vision.resid_post``), ``projector.out``, or single layers (``decoder.L3.z``). ``pattern`` keeps the weights of
-        all heads from a token to all others, for which all examples must be of one length, and computes all attention
-        step by step: a forward of another implementation, whose last bits differ, which is said through `logging`.
+        (``vision.resid_post``), ``projector.out``, or single layers (``decoder.L3.z``). ``pattern`` stores the attention
+        weights of all heads from a token to all others; all examples must then have equal length, and attention uses the
+        eager implementation, whose results differ in the last bits; `logging` reports this.
     tokens
-        Token selections: ``last``, ``image:mean``, ``object:mean``, …; those that a stack does not have are left out
-        for that stack. ``image:all``, ``question:all`` and the like keep every token: as many vectors an example as it
-        has tokens, and fewer examples in memory at a time. ``generated:0``, ``generated:mean`` read the model's own
-        answer as it reads it itself, token by token, ``answer:0``, ``answer:mean`` the true answer put in its place.
+        Token selections: ``last``, ``image:mean``, ``object:mean``, …; selections that do not apply to a stack are skipped
+        for it. ``image:all``, ``question:all`` and other ``:all`` selections store every token: one vector per token, with
+        fewer examples in memory at a time. ``generated:0``, ``generated:mean`` read at the tokens of the model's own answer,
+        ``answer:0``, ``answer:mean`` at those of the true answer, appended to the prompt.
     out
         Folder of the store.
     batch_size
-        Examples in a forward, at most; only examples of equal token length share one, nothing is padded.
+        Maximum number of examples per forward pass; only examples of equal token length share one, without padding.
     dtype
-        How values are stored: ``float32``, ``float16`` or ``bfloat16``.
+        Storage dtype: ``float32``, ``float16`` or ``bfloat16``.
     shard_size
-        Examples in a file of the store.
+        Examples per file of the store.
     answers
-        Record the model's own answers. Without them the forward ends after the last site that is asked for.
+        Record the model's own answers. Otherwise the forward pass stops after the last requested site.
     generate
-        Let the model answer freely, at most so many tokens, before it is read; needed for ``generated:…``, and kept as
-        the column ``generated``. Steps after the end of an answer are rows of NaN.
+        Maximum number of tokens of a generated answer, decoded before the activations are read; required for
+        ``generated:…``, and stored in the column ``generated``. Steps after the end of an answer are rows of NaN.
     force
-        Throw away a store that is there and start anew.
+        Delete an existing store and start from the beginning.
     progress
-        Show a progress bar where the output is a terminal.
+        Show a progress bar if the output is a terminal.
     worker, workers
-        Trace one of several parts of the data, each in a process of its own, into the same folder; the last to finish
-        makes the store whole. Parts are runs of neighbouring examples, cut between chunks of batches: rows and values are
-        those of a trace in one piece. With fewer chunks than workers some parts are empty.
+        Trace one of several parts of the data, each in a separate process, into the same folder; the last worker to finish
+        completes the store. Parts are contiguous examples, divided between chunks of batches: rows and values equal those
+        of a single process. With fewer chunks than workers some parts are empty.
     on_error
-        What an image that cannot be read does: ``raise`` a `DataError` before the first forward, or ``skip`` its examples.
-        Those are named with the reason in the store's provenance under ``skipped``, and counted in a warning through
-        `logging`; to look for them, all images are read first, by each worker. Where there are any, the store is one of the
-        remaining examples: after an image was repaired, trace into another folder.
+        For an image that cannot be read: ``raise`` a `DataError` before the first forward pass, or ``skip`` its examples.
+        Skipped examples are listed with the reason in the store's provenance under ``skipped``, and counted in a warning
+        through `logging`; every worker reads all images first to find them. The store then holds the remaining examples:
+        after an image is repaired, trace into another folder.
 
     Returns
     -------
     ActivationStore
-        What is there: with several workers, the rows that they have sealed so far. Arrays float ``[N, L, D]`` by
-        stack, component and token selection; z with its heads side by side. An example whose selection is empty has a
-        row of NaN. Selections that keep every token are read by ``ragged``: ``[T, D]`` for an example, no token where
-        the selection is empty. ``tensor("final_norm.weight")`` [D] and ``tensor("unembedding.weight")`` [V, D] (and
-        their biases where there are) come with the decoder's sites.
+        The store; with several workers, the rows sealed so far. Arrays float ``[N, L, D]`` by stack, component and token
+        selection; z with its heads concatenated. An example with an empty selection has a row of NaN. ``:all`` selections
+        are read by ``ragged``: ``[T, D]`` for an example, no token if the selection is empty.
+        ``tensor("final_norm.weight")`` [D] and ``tensor("unembedding.weight")`` [V, D] (and their biases, if any) are
+        stored with decoder sites.
 
     Raises
     ------
     SiteError
-        Where the model lacks a site or a token selection.
+        If the model does not have a site or a token selection.
     DataError
-        Where there is no example, an image (with ``skip``: every image) cannot be read, or answers cannot be told apart
-        by their first token.
+        If there is no example, an image (with ``skip``: every image) cannot be read, or answers have the same first
+        token.
     ModelError
-        Where the logits that an answer is read from are not finite.
+        If the logits of an answer are not finite.
     ConfigError
-        For a batch size below 1, an unknown `on_error`, or where both the model's own and the true answer are to be
-        read in one trace.
+        If the batch size is below 1, `on_error` is unknown, or one trace requests both the model's own and the true
+        answer.
     StoreError
-        Where the folder holds a store of something else (names the field; a steering vector or other intervention that is
-        applied now and was not then is one), a hook of unknown effect acts on the model and rows are to join others, or it
-        cannot be written.
+        If the folder holds a store of another model, dataset or plan (the message names the field; a steering vector or
+        another intervention that is active now but was not then also counts), a hook of unknown effect acts on the model
+        while rows would be added to others, or the folder cannot be written.
     """
     if batch_size < 1:
-        msg = f"batch_size={batch_size}: at least 1 example goes into a forward"
+        msg = f"batch_size={batch_size} must be at least 1"
         raise ConfigError(msg)
     if not 0 <= worker < workers or (force and workers > 1):
-        msg = f"worker={worker} of workers={workers}, force={force}: worker is 0 to {workers - 1}; force is for one worker"
+        msg = f"worker={worker}, workers={workers}, force={force}: worker must be 0 to {workers - 1}; force=True needs workers=1"
         raise ConfigError(msg)
     if on_error not in ("raise", "skip"):
-        msg = f"on_error='{on_error}': choose 'raise' or 'skip'"
+        msg = f"unknown on_error '{on_error}'; choose from 'raise' or 'skip'"
         raise ConfigError(msg)
     if not len(data):
-        msg = f"dataset '{data.name}' has no examples: nothing to trace"
+        msg = f"dataset '{data.name}' has no examples to trace; give at least one"
         raise DataError(msg)
     skipped = unreadable_images(data.examples, progress=progress) if on_error == "skip" else {}
     readable = [e for e in data.examples if e.id not in skipped]
     if skipped:
-        _say_skipped(skipped, data)
+        _warn_about_skipped(skipped, data)
     if answers:
         check_answers(model, data)
-    goes_on = goes_on_with(tokens, generate)
+    continuation = choose_continuation(tokens, generate)
     with _FORWARD:
         first = encode_first(model, readable[0])
-        if goes_on:  # where the answer will be is not known yet, only that there will be one
+        if continuation:  # the plan needs only the fact that an answer follows, not its positions
             first = replace(first, tokens=replace(first.tokens, generated=()))
         plan = make_plan(model, first, sites, tokens, dtype)
     provenance = describe(model, data, plan, batch_size, answers=answers, generate=generate)
@@ -177,8 +183,8 @@ def trace(
     folder = Path(out)
     if force:
         _clear(folder)
-    check_known(model, folder, workers)
-    run = Tracer.begin(model, data, plan, batch_size, answers=answers, goes_on=goes_on, steps=generate)
+    check_hooks(model, folder, workers)
+    run = Tracer.begin(model, data, plan, batch_size, answers=answers, continuation=continuation, steps=generate)
     size = chunk_batches(plan, first.tokens, batch_size) * batch_size
     chunks = -(-len(readable) // size)
     first_row, stop_row = (
@@ -198,32 +204,32 @@ def trace(
             if missing and plan.skipped:
                 advance(0, "; ".join(plan.skipped))
             for start in range(0, len(part), size):
-                # The same chunks and batches whatever is there already: values depend on who shares a forward, in the
-                # last bits. The writer leaves out the rows that it has.
+                # Always the same chunks and batches: the last bits of values depend on which examples share a forward
+                # pass. The writer skips the rows that it already has.
                 chunk = part[start : start + size]
                 if any(e.id not in done for e in chunk):
-                    arrays, table = run.chunk(chunk, lambda some: advance(sum(e.id not in done for e in some), ""))
+                    arrays, table = run.chunk(chunk, lambda batch: advance(sum(e.id not in done for e in batch), ""))
                     writer.append(arrays, {**table, "image": [pictures.get(e.id, "") for e in chunk]})
     return ActivationStore(folder)
 
 
 @dataclass(frozen=True)
 class Tracer:
-    """A model made ready to be read."""
+    """A model prepared for tracing."""
 
     model: Lvlm
     wrapper: Any
     """nnsight's view of the model."""
     reads: tuple[tuple[Any, tuple[Read, ...]], ...]
-    """nnsight's view of a module and what is read there (one side of it), in the order of the forward."""
+    """nnsight's view of a module, and the reads at one side of it, in the order of the forward pass."""
     plan: Plan
     batch_size: int
     concepts: tuple[str, ...]
     answers: bool
-    goes_on: GoesOn = ""
+    continuation: Continuation = ""
     """What follows the prompt: the model's own answer (``generated``), the true one (``answer``), or nothing."""
     steps: int = 0
-    """Most tokens of the model's own answer."""
+    """Maximum number of tokens of the model's own answer."""
 
     @classmethod
     def begin(
@@ -234,27 +240,26 @@ class Tracer:
         batch_size: int,
         *,
         answers: bool,
-        goes_on: GoesOn = "",
+        continuation: Continuation = "",
         steps: int = 0,
     ) -> Tracer:
-        """Put nnsight's wrapper beside a model; its modules stay the same objects, with the same results."""
+        """Wrap a model with nnsight; its modules stay the same objects, with the same results."""
         with warnings.catch_warnings():
-            # Said of a module that has a child called "output" or the like; we reach modules by identity, not by name.
+            # nnsight warns about modules with a child named "output"; here modules are located by identity, not by name.
             warnings.filterwarnings("ignore", message=".* has a submodule named .*, which", category=UserWarning)
-            wrapper = _Beside(model.hf)
+            wrapper = _NnsightWrapper(model.hf)
         views = {id(envoy._module): envoy for envoy in wrapper.modules()}
-        # A module's tensor is taken once, whatever is read from it: queries, keys and values of one projection, say.
-        at = [(views[id(p.module)], tuple(some)) for p, some in _same_tensor(plan.reads)]
-        reads = tuple(at)
+        # A module's tensor is fetched once for all its reads: for example queries, keys and values of one projection.
+        reads = tuple((views[id(p.module)], tuple(group)) for p, group in _group_by_tensor(plan.reads))
         concepts = tuple(sorted({concept for example in data for concept in example.labels}))
-        return cls(model, wrapper, reads, plan, batch_size, concepts, answers, goes_on, steps)
+        return cls(model, wrapper, reads, plan, batch_size, concepts, answers, continuation, steps)
 
     def chunk(
-        self, examples: Sequence[Example], seen: Callable[[Sequence[Example]], None]
+        self, examples: Sequence[Example], on_batch: Callable[[Sequence[Example]], None]
     ) -> tuple[dict[Key, np.ndarray | Ragged], dict[str, list[Any]]]:
-        """Return the arrays ``[n, L, D]`` (or ragged) and table columns of some examples, in their order.
+        """Return the arrays ``[n, L, D]`` (or ragged) and table columns of a chunk of examples, in their order.
 
-        After each batch `seen` is called with the examples in it.
+        After each batch `on_batch` is called with its examples.
         """
         n = len(examples)
         infos = self.plan.schema.arrays
@@ -266,22 +271,22 @@ class Tracer:
             values, table = self.batch(batch)
             for key, value in values.items():
                 if isinstance(value, Ragged):
-                    for i, one in zip(batch.index, value, strict=True):
-                        parts[key][i] = one
+                    for i, tokens in zip(batch.index, value, strict=True):
+                        parts[key][i] = tokens
                 else:
                     arrays[key][list(batch.index)] = value
             for name, column in table.items():
                 columns.setdefault(name, []).extend(column)
             order.extend(batch.index)
-            seen([e.example for e in batch.encodings])
-        back = np.argsort(order)
+            on_batch([e.example for e in batch.encodings])
+        original_order = np.argsort(order)
         ragged = {key: Ragged.of(parts.pop(key)) for key in list(parts)}
-        return {**arrays, **ragged}, {name: [column[i] for i in back] for name, column in columns.items()}
+        return {**arrays, **ragged}, {name: [column[i] for i in original_order] for name, column in columns.items()}
 
     def batch(self, batch: Batch) -> tuple[dict[Key, np.ndarray | Ragged], dict[str, list[Any]]]:
         """Run one batch; return its arrays ``[B, L, D]`` (or ragged) and table columns."""
         on = None
-        if self.goes_on:
+        if self.continuation:
             with _FORWARD:
                 on = with_generated(self.model, batch, self.steps) if self.steps else with_answers(self.model, batch)
         with self.model.reading_answers(batch.encodings[0].tokens.length if on else None):
@@ -290,31 +295,33 @@ class Tracer:
         arrays: dict[Key, np.ndarray | Ragged] = {key: value.float().cpu().numpy() for key, value in values.items()}
         for a in self.plan.schema.arrays:
             if a.ragged:
-                arrays[a.key] = Ragged(np.asarray(arrays[a.key]), offsets_of(maps, a))
+                arrays[a.key] = Ragged(np.asarray(arrays[a.key]), token_offsets(maps, a))
         last = [None] * len(batch.encodings) if logits is None else logits.float().cpu().unbind()  # B x [V]
-        roles = [role for role in self.plan.roles if role not in {"generated", "answer"} or role == self.goes_on]
+        roles = [role for role in self.plan.roles if role not in {"generated", "answer"} or role == self.continuation]
         rows = [
-            {**row(self.model, encoding, one, self.concepts), **spans(tokens, roles)}
-            for encoding, one, tokens in zip(batch.encodings, last, maps, strict=True)
+            {**row(self.model, encoding, logit, self.concepts), **spans(tokens, roles)}
+            for encoding, logit, tokens in zip(batch.encodings, last, maps, strict=True)
         ]
         if on and self.steps:
-            rows = [{**one, "generated": text} for one, text in zip(rows, on.texts, strict=True)]
-        return arrays, {name: [one[name] for one in rows] for name in rows[0]}
+            rows = [{**fields, "generated": text} for fields, text in zip(rows, on.texts, strict=True)]
+        return arrays, {name: [fields[name] for fields in rows] for name in rows[0]}
 
     @torch.no_grad()
-    def forward(self, batch: Batch, on: Continued | None = None) -> tuple[dict[Key, Tensor], Tensor | None]:
-        """Run one batch; return what is kept ``[B, L, D]`` on its device, and the last logits ``[B, V]`` if wanted.
+    def forward(self, batch: Batch, on: ContinuedBatch | None = None) -> tuple[dict[Key, Tensor], Tensor | None]:
+        """Run one batch; return the selected vectors ``[B, L, D]`` on their device, and the last logits ``[B, V]`` or None.
 
-        Of ragged arrays float32 ``[S, L, D]`` is kept on the CPU, the tokens of all rows one after the other.
-        With `on` the rows go on after their prompts; the logits are still those after the prompt's last token.
+        Ragged arrays are float32 ``[S, L, D]`` on the CPU, the concatenated tokens of all rows.
+        With `on` the rows continue after their prompts; the logits are still those after the prompt's last token.
         """
         maps = on.tokens if on else tuple(e.tokens for e in batch.encodings)
         reducers = {
-            stack: [(str(s), reducer([m.positions(s, stack) for m in maps], s, self.model.device)) for s in selections]
+            stack: [
+                (str(s), make_reducer([m.positions(s, stack) for m in maps], s, self.model.device)) for s in selections
+            ]
             for stack, selections in self.plan.selections.items()
         }
-        asked = self.answers and any(has_answers(e.example) for e in batch.encodings)
-        kept: dict[Key, dict[int, Tensor]] = {a.key: {} for a in self.plan.schema.arrays}
+        needs_logits = self.answers and any(has_answers(e.example) for e in batch.encodings)
+        vectors: dict[Key, dict[int, Tensor]] = {a.key: {} for a in self.plan.schema.arrays}
         widths = {a.key: a.width for a in self.plan.schema.arrays}
         logits: list[Tensor] = []
         extra = on.extra if on else 0
@@ -322,12 +329,12 @@ class Tracer:
         def keep(reads: tuple[Read, ...], raw: Any) -> None:
             for read in reads:
                 site = read.site
-                x = by_example(read.place.value(raw, calls[site]), len(maps), site)
+                x = split_by_example(read.place.value(raw, calls[site]), len(maps), site)
                 component = f"cross.{site.component}" if site.cross else site.component
                 for selection, reduce in reducers[site.stack]:
                     key = (site.stack, component, selection)
                     _check_width(site, x, widths[key], batch)
-                    kept[key][site.layer] = reduce(x)
+                    vectors[key][site.layer] = reduce(x)
 
         inputs = on.inputs if on else batch.inputs
         with ExitStack() as stack:
@@ -340,28 +347,28 @@ class Tracer:
                 stack.enter_context(self.model.eager())
             stack.enter_context(_FORWARD)
             less = stack.enter_context(self.model.last_logits(extra + 1))
-            # The same call as `Lvlm.logits`. nnsight runs this body in step with the forward: each read waits for its
-            # tensor. What is kept lives in containers made outside, as names bound inside do not come out.
+            # The same call as `Lvlm.logits`. nnsight runs this body in step with the forward pass: each read waits for its
+            # tensor. Results are stored in containers created outside, because names bound inside are not visible outside.
             with self.wrapper.trace(**inputs, use_cache=False, **less) as tracer:
                 for view, reads in self.reads:
                     keep(reads, _raw(view, reads[0].place.side))
-                if asked:
+                if needs_logits:
                     logits.append(self.wrapper.output.logits[:, -1 - extra])
                 else:
                     tracer.stop()
-        stacked = {a.key: of_layers(kept[a.key], a) for a in self.plan.schema.arrays}
-        return stacked, logits[0] if asked else None
+        stacked = {a.key: stack_layers(vectors[a.key], a) for a in self.plan.schema.arrays}
+        return stacked, logits[0] if needs_logits else None
 
 
-def _say_skipped(skipped: Mapping[str, str], data: ConceptDataset) -> None:
+def _warn_about_skipped(skipped: Mapping[str, str], data: ConceptDataset) -> None:
     name, reason = next(iter(skipped.items()))
     if len(skipped) == len(data):
-        msg = f"dataset '{data.name}': no image can be read; the first is that of example '{name}': {reason}"
+        msg = f"dataset '{data.name}': no image can be read; the first error, for example '{name}', is: {reason}"
         raise DataError(msg)
     more = f" and {len(skipped) - 1} more" if len(skipped) > 1 else ""
     logging.getLogger(__name__).warning(
-        "%d of %d examples are left out, as their images cannot be read: '%s' (%s)%s; all are named in the store's "
-        "provenance under 'skipped'",
+        "%d of %d examples are skipped because their images cannot be read: '%s' (%s)%s; the store's provenance lists "
+        "all of them under 'skipped'",
         len(skipped),
         len(data),
         name,
@@ -370,29 +377,29 @@ def _say_skipped(skipped: Mapping[str, str], data: ConceptDataset) -> None:
     )
 
 
-class _Beside(NNsight):
-    """nnsight's view of a model; inputs go where the model takes them, even where its first parameter is kept elsewhere."""
+class _NnsightWrapper(NNsight):
+    """nnsight's wrapper of a model; inputs go to the model's input device, even if its first parameter is elsewhere."""
 
     @property
     def device(self) -> torch.device:
-        """Where inputs go."""
+        """Device of the inputs."""
         return device_of(self._module)
 
 
 def _raw(view: Any, side: str) -> Any:
-    """Return a module's input or output inside a trace, as `lvlm.access.places.Place` takes it."""
+    """Return a module's input or output inside a trace, as `lvlm.access.places.Place` requires it."""
     if side == "input":
         args, kwargs = view.inputs
         return args[0] if args else kwargs[first_name(kwargs)]
     return view.output
 
 
-def _same_tensor(reads: Sequence[Read]) -> list[tuple[Place, list[Read]]]:
-    """Return reads in their order, those of one side of one module together."""
+def _group_by_tensor(reads: Sequence[Read]) -> list[tuple[Place, list[Read]]]:
+    """Group reads by module and side, in order."""
     groups: list[tuple[Place, list[Read]]] = []
     for read in reads:
         place = read.place
-        group = next((some for at, some in groups if at.module is place.module and at.side == place.side), None)
+        group = next((members for at, members in groups if at.module is place.module and at.side == place.side), None)
         if group is None:
             groups.append((place, [read]))
         else:
@@ -404,20 +411,20 @@ def _check_width(site: Site, x: Tensor, width: int, batch: Batch) -> None:
     if x.shape[-1] != width:
         msg = (
             f"site '{site}' has {x.shape[-1]} values for example '{batch.encodings[0].example.id}' and {width} for the "
-            "first: a pattern can be kept only of examples of one length; trace those of one length"
+            "first: a pattern can be stored only for examples of equal length; trace examples of equal length"
         )
         raise SiteError(msg)
 
 
 def _clear(folder: Path) -> None:
-    """Remove the files of a store from a folder, and no others."""
+    """Remove the files of a store from a folder, and no other files."""
     if not folder.is_dir():
         return
-    with explained(lambda reason: f"{folder}: the store that is there cannot be removed: {reason}"):
-        held = f"{folder}: the store is being written by another process; wait for its end"
-        lock = Lock(folder / ".worker-0.lock", held)
+    with explained(lambda reason: f"{folder}: the existing store cannot be removed: {reason}"):
+        message = f"{folder}: the store is being written by another process; wait until it ends"
+        lock = Lock(folder / ".worker-0.lock", message)
         try:
-            # Manifests come first: without them what is left, should this be interrupted, does not look finished.
+            # Manifests first: if this is interrupted, the remaining files do not look like a finished store.
             for path in sorted(folder.iterdir(), key=lambda p: (not p.name.startswith("manifest"), p.name)):
                 ours = path.name in {TENSORS, INDEX} or shard_numbers(path.name) or path.suffix in {".part", ".tmp"}
                 ours = ours or (path.name.startswith(".sealed-") and path.suffix == ".jsonl")

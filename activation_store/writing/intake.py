@@ -1,4 +1,4 @@
-"""What the writer does with a batch before a row of it goes to disk: check it, leave out what is there, encode it."""
+"""Check and encode a batch before its rows are written to disk."""
 
 from __future__ import annotations
 
@@ -14,23 +14,25 @@ from activation_store.writing.validation import check_arrays
 from groundscope.core.errors import StoreError
 
 Arrays = Mapping[Key, "np.ndarray | Ragged"]
-"""[n, L, D] by array; of ragged ones the tokens [T, L, D] with offsets."""
+"""[n, L, D] by array key; ragged arrays as tokens [T, L, D] with offsets."""
 
 
 def encode_batch(arrays: Arrays, schema: Schema, n: int) -> dict[Key, Encoded]:
-    """Return the arrays of a batch of n examples as they are stored; `StoreError` where they are not the schema's."""
+    """Encode the arrays of a batch of n examples for storage; raise `StoreError` if they do not match the schema."""
     ragged = {info.key: info for info in schema.arrays if info.ragged}
-    given = {key: value for key, value in arrays.items() if key in ragged}
-    for key, value in given.items():
+    ragged_values = {key: value for key, value in arrays.items() if key in ragged}
+    for key, value in ragged_values.items():
         _check_ragged(key, value, n, (ragged[key].n_layers, ragged[key].width))
-    # For the dense checks a ragged array is one that has what it should.
-    stand_in = {
-        key: np.broadcast_to(np.float32(0), (n, i.n_layers, i.width)) for key, i in ragged.items() if key in given
+    # The dense checks get a placeholder of the right shape for each ragged array.
+    placeholders = {
+        key: np.broadcast_to(np.float32(0), (n, i.n_layers, i.width))
+        for key, i in ragged.items()
+        if key in ragged_values
     }
-    dense = check_arrays({**dict(arrays), **stand_in}, schema, n)  # type: ignore[dict-item]
+    dense = check_arrays({**dict(arrays), **placeholders}, schema, n)  # type: ignore[dict-item]
     out = {}
     for info in schema.arrays:
-        value = given.get(info.key)
+        value = ragged_values.get(info.key)
         if isinstance(value, Ragged):
             out[info.key] = encode_ragged(np.asarray(value.values), value.offsets, schema.dtype)
         else:
@@ -41,18 +43,18 @@ def encode_batch(arrays: Arrays, schema: Schema, n: int) -> dict[Key, Encoded]:
 def check_lists(
     columns: Mapping[str, Sequence[Any]], kinds: Mapping[str, str], before: Mapping[str, str]
 ) -> dict[str, str]:
-    """Return by list column what its items are; raises `StoreError` where they are not what they were before."""
+    """Return the item type of each list column; raise `StoreError` if it differs from that of earlier batches."""
     shapes = dict(before)
     for name, values in columns.items():
         if kinds[name] != "list":
             continue
-        full = [one for one in as_lists(name, values) if len(one)]
-        if not full:
+        non_empty = [items for items in as_lists(name, values) if len(items)]
+        if not non_empty:
             continue
-        first = full[0]
+        first = non_empty[0]
         shape = "text" if isinstance(first, tuple) else "numbers" if first.ndim == 1 else f"{first.shape[1]} numbers"
         if shapes.setdefault(name, shape) != shape:
-            msg = f"column '{name}' held lists of {shapes[name]} before and holds lists of {shape} now"
+            msg = f"column '{name}' held lists of {shapes[name]} in earlier batches and holds lists of {shape} in this one"
             raise StoreError(msg)
     return shapes
 

@@ -1,4 +1,4 @@
-"""The elements that a shard is made of, written one after the other into a file, and its final name."""
+"""Write the elements of a shard to a file, and publish it under its final name."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from activation_store.format.digests import array_digest, arrays_in, blocks, val
 from activation_store.format.encoding import STORAGE
 from activation_store.format.hdf5 import dataset_at, group_at, mark
 from activation_store.format.manifest import ShardEntry
-from activation_store.format.mapped_file import Source
+from activation_store.format.mapped_file import MappedFile
 from activation_store.format.schema import LAYOUT_VERSION, ArrayInfo, Schema
 from activation_store.format.seal import block_table, write_seal
 from groundscope.core.errors import StoreError
@@ -23,7 +23,7 @@ from groundscope.core.files import canonical_json, publish_new
 
 
 def start_shard(file: h5py.File, schema: Schema, provenance: Mapping[str, Any]) -> None:
-    """Write what every shard begins with."""
+    """Write the first elements of a shard: schema, provenance and groups."""
     mark(file, "activation-shard")
     file.attrs["layout-version"] = LAYOUT_VERSION
     for name, value in (("schema", schema.record()), ("provenance", dict(provenance))):
@@ -33,7 +33,7 @@ def start_shard(file: h5py.File, schema: Schema, provenance: Mapping[str, Any]) 
 
 
 def finish_shard(file: h5py.File, columns: Mapping[str, np.ndarray], rows: int) -> None:
-    """Write what every shard ends with: its table."""
+    """Write the last element of a shard: the example table."""
     table = file.create_group("examples")
     mark(table, "example-table")
     write_columns(table, columns)
@@ -47,12 +47,12 @@ def publish_shard(
     ids: tuple[str, ...],
     announce: Callable[[ShardEntry], None] | None = None,
 ) -> ShardEntry:
-    """Seal a closed shard, sync it and give it its final name; returns what the manifest lists of it.
+    """Seal a closed shard, sync it and rename it to its final name; return its manifest entry.
 
-    `announce` is called in between, so that a record of the digest is older than the name. Raises `StoreError` where a
-    file has that name.
+    `announce` is called before the rename, so that the digest is recorded before the final name exists. Raise `StoreError`
+    if a file with that name exists.
     """
-    with contextlib.closing(h5py.File(Source(temporary), "r")) as file:
+    with contextlib.closing(h5py.File(MappedFile(temporary), "r")) as file:
         tables = []
         for name, element in arrays_in(file):
             where, digests = blocks(values_of(element)), dataset_at(group_at(file, "digests"), name)[...]
@@ -64,7 +64,7 @@ def publish_shard(
     try:
         publish_new(temporary, final)
     except FileExistsError as error:
-        msg = f"{final} is there already: another writer of the same number sealed it; give each its own worker="
+        msg = f"{final} already exists: another writer with the same worker number sealed it; give each its own worker="
         raise StoreError(msg) from error
     return entry
 
@@ -72,7 +72,7 @@ def publish_shard(
 def create_array(
     file: h5py.File, info: ArrayInfo, dtype: str, shape: tuple[int, int, int], **options: Any
 ) -> tuple[h5py.Group | h5py.Dataset, h5py.Dataset]:
-    """Make the element of an array, and the dataset of its values: the same, but where it is ragged."""
+    """Create the element of an array and the dataset of its values: the same object, unless the array is ragged."""
     parent, name = site_group(file, "arrays", info)
     if info.ragged:
         group = parent.create_group(name)
@@ -84,7 +84,7 @@ def create_array(
 
 
 def site_group(file: h5py.File, kind: str, info: ArrayInfo) -> tuple[h5py.Group, str]:
-    """Return the group of an array's site, made where it is missing, and the array's name in it."""
+    """Return the group of an array's site, created if missing, and the array's name in it."""
     site, name = info.name.split("/")
     group = file.require_group(f"{kind}/{site}")
     if "encoding-type" not in group.attrs:
@@ -104,7 +104,7 @@ def describe_array(
     nonfinite: int = 0,
     order: str = "NLD",
 ) -> str:
-    """Give a finished array its attributes, offsets and table of digests; returns its digest."""
+    """Write the attributes, offsets and table of digests of a finished array; return its digest."""
     mark(element, "ragged-array" if info.ragged else "activation-array")
     values.attrs["order"] = order
     element.attrs["dtype"] = dtype

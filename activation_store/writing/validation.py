@@ -1,4 +1,4 @@
-"""What a batch must be before a row of it is written."""
+"""Validate a batch before any of its rows is written."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from groundscope.core.errors import StoreError
 
 
 def check_arrays(arrays: Mapping[Key, np.ndarray], schema: Schema, n: int) -> dict[Key, np.ndarray]:
-    """Return the arrays [n, L, D] of a batch; raises `StoreError` where they are not those of the schema."""
+    """Return the arrays [n, L, D] of a batch; raise `StoreError` if they do not match the schema."""
     infos = {info.key: info for info in schema.arrays}
     if infos.keys() != arrays.keys():
         missing = ", ".join(sorted(array_name(key) for key in infos.keys() - arrays.keys())) or "none"
@@ -22,10 +22,10 @@ def check_arrays(arrays: Mapping[Key, np.ndarray], schema: Schema, n: int) -> di
         raise StoreError(msg)
     values = {key: np.asarray(arrays[key]) for key in infos}
     for key, info in infos.items():
-        shape, given = (n, info.n_layers, info.width), values[key]
-        if given.shape != shape or given.dtype.kind != "f":
+        shape, array = (n, info.n_layers, info.width), values[key]
+        if array.shape != shape or array.dtype.kind != "f":
             msg = (
-                f"the batch of {info.name} has shape {list(given.shape)} and dtype {given.dtype}; "
+                f"the batch of {info.name} has shape {list(array.shape)} and dtype {array.dtype}; "
                 f"it must be {list(shape)} (examples of the table, layers, width) of floating numbers"
             )
             raise StoreError(msg)
@@ -35,7 +35,7 @@ def check_arrays(arrays: Mapping[Key, np.ndarray], schema: Schema, n: int) -> di
 def count_overflow(
     encoded: Mapping[Key, Encoded], dtype: Dtype, ids: Sequence[str], *, allowed: bool
 ) -> dict[str, int]:
-    """Return by array name how many values were too large for the dtype; raises `StoreError` where not allowed."""
+    """Count the values too large for the dtype by array name; raise `StoreError` if there are any, unless allowed."""
     counts = {array_name(key): int(e.overflow.sum()) for key, e in encoded.items()}
     for key, e in encoded.items():
         count = counts[array_name(key)]
@@ -43,74 +43,74 @@ def count_overflow(
             msg = (
                 f"{count} values of {array_name(key)} do not fit {dtype}, whose largest is {LARGEST[dtype]:g}; "
                 f"first in example '{ids[int(np.argmax(e.overflow > 0))]}'; choose dtype bfloat16 or float32, "
-                f"or say allow_overflow=True to store them as {dtype} rounds them"
+                f"or set allow_overflow=True to store them as {dtype} rounds them"
             )
             raise StoreError(msg)
     return counts
 
 
 def check_kinds(columns: Mapping[str, Sequence[Any]], before: Mapping[str, str]) -> dict[str, str]:
-    """Return the kind of each column so far; raises `StoreError` where names or kinds differ from those before."""
-    known = before or dict.fromkeys(columns, "empty")
-    missing, added = sorted(known.keys() - columns.keys()), sorted(columns.keys() - known.keys())
+    """Return the kind of each column so far; raise `StoreError` if names or kinds differ from earlier batches."""
+    known_kinds = before or dict.fromkeys(columns, "empty")
+    missing, added = sorted(known_kinds.keys() - columns.keys()), sorted(columns.keys() - known_kinds.keys())
     if missing or added:
         msg = (
-            f"every batch must bring the same columns of the example table; "
+            f"every batch must have the same columns of the example table; "
             f"missing: {', '.join(missing) or 'none'}; new: {', '.join(added) or 'none'}; "
-            f"give None where a value or label is undefined"
+            f"use None for an undefined value or label"
         )
         raise StoreError(msg)
     kinds = {name: column_kind(name, values) for name, values in columns.items()}
     for name, kind in kinds.items():
-        if "empty" not in (kind, known[name]) and kind != known[name]:
-            msg = f"column '{name}' held {known[name]} values before and holds {kind} values now"
+        if "empty" not in (kind, known_kinds[name]) and kind != known_kinds[name]:
+            msg = f"column '{name}' held {known_kinds[name]} values in earlier batches and holds {kind} values in this one"
             raise StoreError(msg)
-    return {name: known[name] if kind == "empty" else kind for name, kind in kinds.items()}
+    return {name: known_kinds[name] if kind == "empty" else kind for name, kind in kinds.items()}
 
 
 def check_exact(
     columns: Mapping[str, Sequence[Any]], kinds: Mapping[str, str], before: Mapping[str, str]
 ) -> dict[str, str]:
-    """Return by column of numbers what decides on its dtype so far: ``wide`` integers, or values that make it ``float64``.
+    """Return for each number column what determines its dtype so far: ``wide`` integers, or values that need ``float64``.
 
     Raises
     ------
     StoreError
-        Where a column would have both: float64 cannot hold such an integer.
+        If a column would have both: float64 cannot hold such an integer.
     """
-    known = dict(before)
+    traits_of = dict(before)
     for name, values in columns.items():
         if kinds[name] != "number":
             continue
         wide = next((v for v in values if type(v) is int and int(float(v)) != v), None)
         as_float = any(v is None or type(v) is float or (type(v) is int and not -(2**63) <= v < 2**63) for v in values)
         traits = (
-            {known.get(name, "")} | ({"wide"} if wide is not None else set()) | ({"float64"} if as_float else set())
+            {traits_of.get(name, "")} | ({"wide"} if wide is not None else set()) | ({"float64"} if as_float else set())
         )
         if {"wide", "float64"} <= traits:
             msg = (
                 f"column '{name}' holds integers beyond 2**53{f' ({wide})' if wide is not None else ''} and missing, fractional "
-                f"or larger values: such a column is float64, which cannot hold these integers; bring it as text"
+                f"or larger values: such a column is float64, which cannot hold these integers; pass it as text"
             )
             raise StoreError(msg)
-        known[name] = max(traits)
-    return known
+        traits_of[name] = max(traits)
+    return traits_of
 
 
 def check_table(table: Mapping[str, Sequence[Any] | np.ndarray]) -> dict[str, list[Any]]:
-    """Return a batch of table columns as lists of plain values, after checking names, lengths and kinds.
+    """Check names, lengths and kinds of a batch of table columns, and return them as lists of plain values.
 
-    Standard columns that were not given are filled with empty strings.
+    Missing standard columns are filled with empty strings.
 
     Raises
     ------
     StoreError
-        Where a required column is missing, lengths differ, a value is of no kind that is stored, or text holds a
-        character that HDF5 cannot (zero, or half of a surrogate pair).
+        If a required column is missing, lengths differ, a value has a type that cannot be stored, or text holds a
+        character that HDF5 cannot store (zero, or half of a surrogate pair).
     """
     missing = [name for name in REQUIRED_COLUMNS if name not in table]
     if missing:
-        msg = f"the example table lacks {', '.join(missing)}; it has {', '.join(table) or 'no columns'}"
+        msg = f"the example table must have the columns {', '.join(missing)}; it has {', '.join(table) or 'no columns'}"
         raise StoreError(msg)
     columns = {name: _plain(values) for name, values in table.items()}
     rows = len(columns["id"])
@@ -139,13 +139,13 @@ def _check_numbers(name: str, values: Sequence[Any], ids: Sequence[Any]) -> None
         if type(value) is int and not fits_float(value):
             msg = (
                 f"column '{name}' holds an integer of {value.bit_length()} bits for the example '{example}': "
-                f"float64, which numbers beyond int64 are stored as, ends at 1.8e308"
+                f"numbers beyond int64 are stored as float64, whose largest value is 1.8e308; pass it as text"
             )
             raise StoreError(msg)
 
 
 def _plain(values: Sequence[Any] | np.ndarray) -> list[Any]:
-    # numpy scalars become the Python value they stand for; str subclasses (numpy's too) become str.
+    # numpy scalars become Python values; subclasses of str (also numpy's) become str.
     out = values.tolist() if hasattr(values, "tolist") else list(values)  # type: ignore[union-attr]  # numpy or pandas
     plain = [value.item() if isinstance(value, np.generic) else value for value in out]
     return [str(value) if isinstance(value, str) else value for value in plain]

@@ -1,4 +1,4 @@
-"""The index: a whole store as one HDF5 file, by virtual datasets over its shards, for whatever else reads HDF5."""
+"""The index: a whole store as one HDF5 file of virtual datasets over its shards, for other HDF5 readers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from activation_store.format.buffered_file import written
+from activation_store.format.buffered_file import create_hdf5
 from activation_store.format.columns import join_columns, read_columns, read_offsets, write_columns
 from activation_store.format.digests import layer_major, values_of
 from activation_store.format.encoding import STORAGE
@@ -24,9 +24,9 @@ from groundscope.core.files import canonical_json, file_digest, part_of, publish
 def write_index(
     folder: Path, schema: Schema, provenance: Mapping[str, Any], shards: Sequence[str], owner: str = ""
 ) -> IndexEntry | None:
-    """Write ``index.h5`` over some shards of a folder; equal for equal stores, whatever happened while they were written.
+    """Write ``index.h5`` over the shards of a folder; equal for equal stores, whether or not their runs were interrupted.
 
-    Only where it says something that no file says already: not over a single repacked shard.
+    A single repacked shard needs no index: then nothing is written and None is returned.
     """
     path = folder / INDEX
     temporary = part_of(path, owner)
@@ -45,7 +45,7 @@ def write_index(
             tables.append((read_rows(file), read_columns(group_at(file, "examples"))))
     temporary.unlink(missing_ok=True)
     try:
-        with written(temporary) as file:
+        with create_hdf5(temporary) as file:
             mark(file, "activation-index")
             file.attrs["layout-version"] = LAYOUT_VERSION
             file.attrs["rows"] = sum(rows for rows, _ in tables)
@@ -76,7 +76,7 @@ def _write_virtual(
         parent, name = parent.create_group(name), "values"
     source = f"arrays/{info.name}" + ("/values" if info.ragged else "")
     properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-    properties.set_obj_track_times(False)  # or equal stores would differ by when they were made
+    properties.set_obj_track_times(False)  # otherwise equal stores would differ in their timestamps
     start = 0
     for shard, length, _ in parts:
         if length:
@@ -86,17 +86,17 @@ def _write_virtual(
             properties.set_virtual(space, shard.encode(), source.encode(), whole)
         start += length
     shape = (total, info.n_layers, info.width)
-    made = h5py.h5d.create(
+    dataset_id = h5py.h5d.create(
         parent.id, name.encode(), h5py.h5t.py_create(STORAGE[schema.dtype]), _space(shape), dcpl=properties
     )
-    element = values = h5py.Dataset(made)
+    element = values = h5py.Dataset(dataset_id)
     if info.ragged:
         element = parent
         mark(values, "ragged-values")
         offsets = [np.zeros(1, np.int64)]
-        for _, _, own in parts:
-            if own is not None:
-                offsets.append(own[1:] + offsets[-1][-1])
+        for _, _, shard_offsets in parts:
+            if shard_offsets is not None:
+                offsets.append(shard_offsets[1:] + offsets[-1][-1])
         mark(parent.create_dataset("offsets", data=np.concatenate(offsets).astype("<i8")), "offsets")
     mark(element, "ragged-array" if info.ragged else "activation-array")
     element.attrs["dtype"] = schema.dtype

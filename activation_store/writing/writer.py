@@ -1,4 +1,4 @@
-"""Writing a store: one stream of sealed shards for each worker, resumed exactly where the sealed shards end."""
+"""Write a store: one stream of sealed shards per worker, resumed exactly after the last sealed shard."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import numpy as np
 
 from activation_store.format.buffered_file import hold_hdf5_while_forking
 from activation_store.format.columns import columns_in, read_column
-from activation_store.format.compression import need_filter
+from activation_store.format.compression import require_filter
 from activation_store.format.encoding import stored_kind
 from activation_store.format.folder_checks import check_ids, check_listed, check_sealed, read_index, read_sealed
 from activation_store.format.hdf5 import group_at
@@ -53,50 +53,50 @@ from groundscope.core.errors import StoreError
 from groundscope.core.files import Lock, canonical_json, file_digest, part_of, system_reason, write_whole
 
 _WAITING_BYTES = 16 << 20
-"""What may wait to be written, at most, before `append` waits too: what is still in the processor's cache is copied faster,
-and the system itself holds back much more before the disk must have it."""
+"""Limit on data pending to be written before `append` blocks: data in the processor's cache is copied faster, and the
+system buffers much more before it writes to the disk."""
 
 
 class StoreWriter:
-    """Appends examples to a store; as a context manager it closes at the end, and on an exception keeps what is sealed.
+    """Appends examples to a store; as a context manager it closes at the end, and after an exception sealed shards stay.
 
-    Rows become durable a shard at a time: a shard is written under a temporary name, synced and renamed, and `written`
-    then names its examples. A killed run loses what is not named there: the shard it was at and what waited to be
-    written; the next run skips what is in `written` (rows that are appended anyway are left out) and ends with the same
-    bytes as one that was never interrupted.
+    Rows become durable one shard at a time: a shard is written under a temporary name, synced and renamed, and `written`
+    then contains its examples. A killed run loses the other examples: those of the current shard and of pending writes.
+    The next run skips the examples in `written` (they are ignored if appended) and ends with the same bytes as an
+    uninterrupted run.
 
-    `append` returns when the batch is checked, encoded and copied; a thread of the writer's own brings it to disk while
-    the caller computes the next. What the disk refuses is raised by the next `append`, `written` or `close`.
+    `append` returns after the batch is checked, encoded and copied; a background thread writes it while the caller computes
+    the next. A failed write raises its error in the next `append`, `written` or `close`.
 
-    Several workers may write into one folder at once, each with its own number, without waiting for each other; the
-    last of them to close writes the manifest.
+    Several workers can write into one folder at once, each with its own number, without waiting for each other; the last
+    worker to close writes the manifest.
 
     Parameters
     ----------
     path
-        Folder of the store; made where it is missing.
+        Folder of the store; created if missing.
     schema
-        The arrays each example brings, and the dtype they are kept in.
+        The arrays of each example, and their storage dtype.
     provenance
-        Plain JSON values: model, weights, dataset, selections and whatever else must be equal for all rows. What stands
-        under the key ``environment`` (package versions, machine) is recorded but may change between runs.
+        Plain JSON values: model, weights, dataset, selections and all other fields that must be equal for all rows. The
+        value of the key ``environment`` (package versions, machine) is recorded but can change between runs.
     worker
         Number of this stream of shards, from 0.
     shard_size
-        Examples in a shard.
+        Examples per shard.
     workers
-        How many streams the store will have.
+        Number of streams of the store.
     allow_overflow
-        Keep finite values that are beyond the largest of the dtype as the dtype rounds them (infinity); otherwise they
-        are an error. They are counted in either case.
+        Store finite values above the dtype's maximum as the dtype rounds them (infinity); otherwise they are an error.
+        They are counted in both cases.
     extra
-        Arrays that belong to the model, kept once beside the examples and read by `ActivationStore.tensor`.
+        Model-level arrays, stored once and read by `ActivationStore.tensor`.
 
     Raises
     ------
     StoreError
-        Where the folder holds a store of another model, dataset, selection or dtype (names the field, the old and the
-        new value), another process writes as the same worker, a sealed shard is damaged, or the disk refuses.
+        If the folder holds a store of another model, dataset, selection or dtype (the message names the field, the old and
+        the new value), another process writes as the same worker, a sealed shard is damaged, or a write fails.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class StoreWriter:
         allow_overflow: bool = False,
         extra: Mapping[str, np.ndarray | Rows] | None = None,
     ) -> None:
-        need_filter(schema.compression)
+        require_filter(schema.compression)
         hold_hdf5_while_forking()
         if not 0 <= worker < workers or shard_size < 1:
             msg = f"worker={worker} must be 0 to {workers - 1} (workers={workers}), shard_size={shard_size} at least 1"
@@ -119,14 +119,14 @@ class StoreWriter:
         self._path = Path(path).absolute()
         self._process = os.getpid()
         self._schema = schema
-        # Through JSON, so that what is compared is what a reader will get: tuples become lists, keys text.
+        # A round trip through JSON, so that comparisons use the stored values: tuples become lists, keys text.
         self._provenance: dict[str, Any] = json.loads(canonical_json(dict(provenance)))
         self._worker, self._workers = worker, workers
-        self._owner = f"worker-{worker}."  # in the names of the files it is at
+        self._owner = f"worker-{worker}."  # part of the names of its temporary files
         self._shard_size = shard_size
         self._allow_overflow = allow_overflow
         self._sealed: dict[str, None] = {}
-        self._earlier: frozenset[str] = frozenset()
+        self._resumed_ids: frozenset[str] = frozenset()
         self._appended: set[str] = set()
         self._entries: dict[str, ShardEntry] = {}
         self._kinds: dict[str, str] = {}
@@ -136,16 +136,16 @@ class StoreWriter:
         self._numbers: set[int] = set()
         self._building: set[ShardBuilder] = set()
         self._disk = Background(_WAITING_BYTES)
-        self._sealing = Background(1)  # one shard may wait for the disk while the next is written
+        self._sealing = Background(1)  # one shard can wait for the disk while the next is written
         self._pool = Pool()
         self._overflow = dict.fromkeys((a.name for a in schema.arrays), 0)
         self._closed = False
         self._before: Manifest | None = None
         self._sealed_log = self._path / sealed_name(worker)
-        held = f"{self._path}: worker {worker} is being written by another process; give each process its own worker="
-        with self._explained():
+        message = f"{self._path}: worker {worker} is in use by another process; give each process its own worker="
+        with self._abandon_on_error():
             self._path.mkdir(parents=True, exist_ok=True)
-            self._lock = Lock(self._path / f".worker-{worker}.lock", held)
+            self._lock = Lock(self._path / f".worker-{worker}.lock", message)
         try:
             self._resume()
             if extra is not None:
@@ -156,18 +156,18 @@ class StoreWriter:
 
     @property
     def written(self) -> KeysView[str]:
-        """Ids of the examples in sealed shards, of every worker; a live read-only view.
+        """Ids of the examples in sealed shards, of all workers; a live read-only view.
 
-        Waits until all that was appended is on its way: then whole shards of it are sealed.
+        It first waits for all pending writes, so that all full shards are sealed.
         """
         self._check_process()
-        with self._explained():
+        with self._abandon_on_error():
             self._wait()
         return self._sealed.keys()
 
     @property
     def overflow(self) -> dict[str, int]:
-        """How many appended values were beyond the largest of the dtype, by array name; all 0 unless allowed."""
+        """Number of appended values above the dtype's maximum, by array name; all 0 unless allowed."""
         return dict(self._overflow)
 
     def append(self, arrays: Arrays, table: Mapping[str, Sequence[Any] | np.ndarray]) -> None:
@@ -176,23 +176,23 @@ class StoreWriter:
         Parameters
         ----------
         arrays
-            Floating arrays [n, L, D], one for every array of the schema, by (stack, component, token selection).
-            An example for which a selection is empty brings NaN. A ragged array comes as `Ragged`.
+            Floating arrays [n, L, D], one per array of the schema, by (stack, component, token selection). An example with
+            an empty selection has NaN. A ragged array is a `Ragged`.
         table
-            Columns of n values: ``id`` and ``group``; of ``question``, ``answer``, ``split``, ``kind``, ``level`` what
-            there is; labels named by concept (``attribute:green``), None or NaN where undefined; further columns of
-            text, numbers, or lists of either or of lists of numbers of one length (``boxes``). Every batch brings the
-            same columns.
+            Columns of n values: ``id`` and ``group``; optionally ``question``, ``answer``, ``split``, ``kind``, ``level``;
+            labels named by concept (``attribute:green``), None or NaN where undefined; further columns of text, numbers,
+            lists of either, or lists of lists of numbers of equal length (``boxes``). Every batch must have the same
+            columns.
 
         Raises
         ------
         StoreError
-            Where arrays or columns do not fit the schema or each other, an id comes twice, values overflow the dtype,
-            or the disk refuses. A batch that does not fit leaves the store as it was; after a refusal by the disk the
-            writer is closed and everything sealed before is kept.
+            If arrays or columns do not match the schema or each other, an id is repeated, values overflow the dtype, or a
+            write fails. An invalid batch leaves the store unchanged; after a failed write the writer is closed and all
+            sealed shards are kept.
         """
         if self._closed:
-            msg = f"{self._path}: this writer is closed; open another to go on, sealed shards are kept"
+            msg = f"{self._path}: this writer is closed; open a new one to continue after the sealed shards"
             raise StoreError(msg)
         self._check_process()
         columns = check_table(table)
@@ -210,7 +210,7 @@ class StoreWriter:
         self._kinds, self._lists, self._exact = kinds, lists, exact
         self._appended.update(columns["id"])
         at = 0
-        with self._explained():
+        with self._abandon_on_error():
             while at < len(keep):
                 shard = self._current_shard()
                 stop = min(len(keep), at + self._shard_size - shard.rows)
@@ -220,11 +220,11 @@ class StoreWriter:
                     self._seal()
 
     def close(self) -> None:
-        """Seal the last shard and write the manifest (with several workers: once all have closed); may be repeated."""
+        """Seal the last shard and write the manifest (with several workers: after all have closed); can be repeated."""
         if self._closed:
             return
         self._check_process()
-        with self._explained():
+        with self._abandon_on_error():
             if self._shard is not None:
                 self._seal()
             self._wait()
@@ -232,23 +232,23 @@ class StoreWriter:
                 own = [entry for name, entry in self._entries.items() if self._is_own(name)]
                 write_whole(self._path / manifest_name(self._worker), self._manifest(own).encode(), self._owner)
             if all((self._path / manifest_name(w)).exists() for w in range(self._workers)) or self._workers == 1:
-                # A function of what all workers sealed: should two find themselves last, they write the same bytes.
-                self._gather()
+                # The manifest depends only on the sealed shards: if two workers are last at once, they write equal bytes.
+                self._collect_entries()
                 manifest = self._manifest(self._entries.values(), self._index())
                 write_whole(self._path / manifest_name(), manifest.encode(), self._owner)
-            self._sealed_log.unlink(missing_ok=True)  # the manifest says it now
+            self._sealed_log.unlink(missing_ok=True)  # the manifest now holds these digests
         self._end()
 
     def abandon(self) -> None:
-        """Drop what does not fill a shard and write no manifest, as after a crash; never raises.
+        """Discard incomplete shards and write no manifest, as after a crash; never raise.
 
-        In the child of a fork it does nothing: the store is its parent's.
+        In a forked child it does nothing: the store belongs to the parent.
         """
         if os.getpid() != self._process:
             return
         for thread in (self._disk, self._sealing):
             with contextlib.suppress(Exception):
-                thread.wait()  # whole shards that are on their way are kept
+                thread.wait()  # full shards with pending writes are kept
             thread.stop()
         for shard in self._building:
             shard.discard()
@@ -263,7 +263,7 @@ class StoreWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if os.getpid() != self._process:
-            return  # the store is the parent's
+            return  # the store belongs to the parent
         if kind is None:
             self.close()
         else:
@@ -271,37 +271,37 @@ class StoreWriter:
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else "open"
-        who = f"worker {self._worker} of {self._workers}"
-        return f"StoreWriter({str(self._path)!r}, {who}, {len(self._sealed)} examples sealed, {state})"
+        worker = f"worker {self._worker} of {self._workers}"
+        return f"StoreWriter({str(self._path)!r}, {worker}, {len(self._sealed)} examples sealed, {state})"
 
     def _check_process(self) -> None:
         if os.getpid() != self._process:
             msg = (
-                f"{self._path}: this writer belongs to process {self._process}, of which this one is a fork; "
-                f"open a writer of this process, with another worker="
+                f"{self._path}: this writer belongs to process {self._process}, the parent of this forked process; "
+                f"open a new writer here, with another worker="
             )
             raise StoreError(msg)
 
     def _resume(self) -> None:
         for leftover in self._path.glob(f"*.{self._owner}*.part"):
-            leftover.unlink()  # the lock is ours: whoever was writing it is gone
+            leftover.unlink()  # this process has the lock: no other process writes the file
         manifests = list(self._manifests())
-        known = {e.file: e for manifest in manifests for e in manifest.shards}
+        listed = {e.file: e for manifest in manifests for e in manifest.shards}
         records = read_sealed(self._path)
         names = _shards_in(self._path)
-        old = [self._path / n for n in names if n not in known or known[n].version <= LAST_UNSEALED]
+        old = [self._path / n for n in names if n not in listed or listed[n].version <= LAST_UNSEALED]
         screen(old, SHARD_KIND)
         ids: dict[str, Sequence[str]] = {}
         for name in names:
             path = self._path / name
             if self._is_own(name):
                 self._numbers.add((shard_numbers(name) or (0, 0))[1])
-            if name in known:
-                check_listed(path, known[name])
-                if known[name].version <= LAST_UNSEALED:
-                    check_outcome(path, screen([path], SHARD_KIND)[0], known[name])
-                self._entries[name] = known[name]
-                ids[name] = known[name].examples
+            if name in listed:
+                check_listed(path, listed[name])
+                if listed[name].version <= LAST_UNSEALED:
+                    check_outcome(path, screen([path], SHARD_KIND)[0], listed[name])
+                self._entries[name] = listed[name]
+                ids[name] = listed[name].examples
                 continue
             check_sealed(path, records)
             with open_shard(path) as file, reading(path):
@@ -310,15 +310,15 @@ class StoreWriter:
             if self._is_own(name):
                 self._entries[name] = inspect(path)
         check_ids(self._path, ids)
-        self._sealed.update(dict.fromkeys(name for some in ids.values() for name in some))
-        self._earlier = frozenset(self._sealed)
+        self._sealed.update(dict.fromkeys(name for names in ids.values() for name in names))
+        self._resumed_ids = frozenset(self._sealed)
         self._before = next((m for m in manifests if m.shards == tuple(self._entries.values())), None)
         own = [name for name in names if self._is_own(name)]
         if own:
             self._learn_kinds(own)
 
     def _learn_kinds(self, own: Sequence[str]) -> None:
-        """Find out what kind each column is of: from the index, else from its first shard that says so."""
+        """Determine the kind of each column: from the index, or else from the first shard in which it is not empty."""
         table = read_index(self._path, self._before.index) if self._before is not None else None
         if table is not None:
             self._kinds = {column: stored_kind(column, values) for column, values in table.items()}
@@ -351,7 +351,7 @@ class StoreWriter:
         return numbers is not None and numbers[0] == self._worker
 
     def _manifests(self) -> Iterator[Manifest]:
-        # Whole manifests that can be read; a damaged one is no loss, as the shards say the same.
+        # A damaged manifest is skipped: the shards hold the same information.
         for path in sorted(self._path.glob("manifest*.json")):
             try:
                 manifest = read_manifest(path)
@@ -361,36 +361,36 @@ class StoreWriter:
             yield manifest
 
     def _check_same(self, schema: Schema, provenance: Mapping[str, Any], where: str) -> None:
-        # A store that an earlier release began is continued in its form.
+        # A store that an earlier release started is continued with that release's version of provenance.
         self._provenance = same_form(self._provenance, provenance, str(self._path))
-        found = difference(comparable(schema, provenance), comparable(self._schema, self._provenance))
-        if found is not None:
-            field, old, new = found
+        change = difference(comparable(schema, provenance), comparable(self._schema, self._provenance))
+        if change is not None:
+            field, old, new = change
             msg = (
                 f"{self._path}: field '{field}' differs: {where} was written with {old!r}, this run has {new!r}; "
-                f"a store holds one model, dataset, selection and dtype, so write into another folder"
+                f"a store holds one model, dataset, selection and dtype; write into another folder"
             )
             raise StoreError(msg)
-        # What may differ is kept as the first run recorded it, so that a resumed store equals an uninterrupted one.
-        kept = {key: provenance[key] for key in NOT_COMPARED if key in provenance}
-        self._provenance = {**{k: v for k, v in self._provenance.items() if k not in NOT_COMPARED}, **kept}
+        # Fields that can differ keep the values of the first run, so that a resumed store equals an uninterrupted one.
+        recorded = {key: provenance[key] for key in NOT_COMPARED if key in provenance}
+        self._provenance = {**{k: v for k, v in self._provenance.items() if k not in NOT_COMPARED}, **recorded}
 
     def _new_rows(self, ids: Sequence[Any]) -> list[int]:
-        strange = next((i for i in ids if not isinstance(i, str) or not i), None)
-        if strange is not None or None in ids:
-            msg = f"{self._path}: an example has the id {strange!r}; ids must be text that is not empty"
+        invalid = next((i for i in ids if not isinstance(i, str) or not i), None)
+        if invalid is not None or None in ids:
+            msg = f"{self._path}: an example has the id {invalid!r}; ids must be non-empty strings"
             raise StoreError(msg)
-        seen: set[str] = set()
+        batch_ids: set[str] = set()
         for name in ids:
-            if name in seen or name in self._appended:
+            if name in batch_ids or name in self._appended:
                 msg = f"{self._path}: the example '{name}' is appended twice; ids must be unique"
                 raise StoreError(msg)
-            seen.add(name)
-        return [i for i, name in enumerate(ids) if name not in self._earlier]
+            batch_ids.add(name)
+        return [i for i, name in enumerate(ids) if name not in self._resumed_ids]
 
     def _current_shard(self) -> ShardBuilder:
         if self._shard is None:
-            # The lowest free number: a run after a shard was deleted writes just that shard again.
+            # The lowest free number: after a shard is deleted, the next run writes only that shard again.
             number = 0
             while number in self._numbers:
                 number += 1
@@ -409,7 +409,7 @@ class StoreWriter:
 
     def _finish(self, shard: ShardBuilder, final: Path) -> None:
         shard.finish()
-        # The disk takes its time to confirm a shard: blocks of the next one are handed to it meanwhile.
+        # Syncing a shard takes long: blocks of the next shard are written meanwhile.
         self._sealing.submit(partial(self._publish, shard, final), size=1)
 
     def _publish(self, shard: ShardBuilder, final: Path) -> None:
@@ -422,7 +422,7 @@ class StoreWriter:
         try:
             with self._sealed_log.open("a", encoding="ascii") as file:
                 file.write(json.dumps({"file": entry.file, "sha256": entry.sha256}) + "\n")
-        except OSError:  # without a record nothing is compared; with a part of it wrong things would be
+        except OSError:  # no record means no comparison; an incomplete record would give wrong comparisons
             with contextlib.suppress(OSError):
                 self._sealed_log.unlink(missing_ok=True)
 
@@ -430,13 +430,13 @@ class StoreWriter:
         self._disk.wait()
         self._sealing.wait()
 
-    def _gather(self) -> None:
-        known = {e.file: e for manifest in self._manifests() for e in manifest.shards}
-        there = _shards_in(self._path)
-        for name in there:
+    def _collect_entries(self) -> None:
+        listed = {e.file: e for manifest in self._manifests() for e in manifest.shards}
+        names = _shards_in(self._path)
+        for name in names:
             if name not in self._entries:
-                self._entries[name] = known[name] if name in known else inspect(self._path / name)
-        self._entries = {name: self._entries[name] for name in there}
+                self._entries[name] = listed[name] if name in listed else inspect(self._path / name)
+        self._entries = {name: self._entries[name] for name in names}
 
     def _manifest(self, entries: Iterable[ShardEntry], index: IndexEntry | None = None) -> Manifest:
         return Manifest(self._schema, self._provenance, tuple(entries), tensors_entry(self._path), index)
@@ -448,11 +448,11 @@ class StoreWriter:
         self._lock.release()
 
     @contextlib.contextmanager
-    def _explained(self) -> Iterator[None]:
+    def _abandon_on_error(self) -> Iterator[None]:
         try:
             yield
         except BaseException as error:
-            # Whatever it was: what is sealed is kept, the rest is dropped and the lock released.
+            # For any error: sealed shards are kept, the rest is discarded and the lock released.
             if hasattr(self, "_lock"):
                 self.abandon()
             if not isinstance(error, OSError | RuntimeError):
@@ -460,7 +460,7 @@ class StoreWriter:
             msg = (
                 f"{self._path}: cannot be written: {system_reason(error)}; "
                 f"kept: {len(self._sealed)} examples in sealed shards, read by ActivationStore; "
-                f"make room and run again, it goes on from there"
+                f"free disk space and run again to continue from there"
             )
             raise StoreError(msg) from error
 

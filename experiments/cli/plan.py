@@ -104,9 +104,9 @@ def estimate(context: Context, examples: int | None = None, seconds: float = SEC
 
 def _planned(encoding: Encoding, tokens: Sequence[str]) -> Encoding:
     """Return an encoding that has an answer, of no token yet, where the answer's tokens are traced too."""
-    from activation_store.tracing.continuation import goes_on_with
+    from activation_store.tracing.continuation import choose_continuation
 
-    if not goes_on_with(tokens, 0):
+    if not choose_continuation(tokens, 0):
         return encoding
     return replace(encoding, tokens=replace(encoding.tokens, generated=()))
 
@@ -206,7 +206,7 @@ def _measure(
     context: Context, model: Lvlm, data: ConceptDataset, tokens: Sequence[str], seconds: float
 ) -> tuple[int, float]:
     """Return how many examples ran, and the seconds that a trace takes for each."""
-    from activation_store.tracing.continuation import goes_on_with
+    from activation_store.tracing.continuation import choose_continuation
     from activation_store.tracing.plan import make_plan
     from activation_store.tracing.tracer import Tracer
 
@@ -218,7 +218,9 @@ def _measure(
     if 8 * one > seconds:
         return 1, one
     plan = make_plan(model, first, options.sites, tokens, options.dtype)
-    tracer = Tracer.begin(model, data, plan, options.batch_size, answers=True, goes_on=goes_on_with(tokens, 0))
+    tracer = Tracer.begin(
+        model, data, plan, options.batch_size, answers=True, continuation=choose_continuation(tokens, 0)
+    )
     some = max(1, min(len(data), options.batch_size, int(seconds / (8 * one))))
     while True:
         start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Read results of probes further: significance, baselines, transfer, alignment, lens, trajectory."""
+"""Analyze probe results: significance, baselines, transfer, alignment, logit lens, trajectory."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""What a grid is held against: the words alone, random types, random features. Each is the same protocol run again."""
+"""Baselines of a grid: the question text alone, random labels by type, random features. Each runs the same protocol."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from activation_store import ArrayInfo
 
 
-class _Changed:
-    """A store with some of its labels or activations exchanged."""
+class _ModifiedStore:
+    """A store with replaced labels or activations."""
 
     def __init__(
         self, store: Store, labels: pd.DataFrame | None = None, features: tuple[str, np.ndarray] | None = None
@@ -57,44 +57,44 @@ def lexical_control(
     confidence: float = 0.95,
     progress: bool | None = None,
 ) -> pd.DataFrame:
-    """Ask how much of a grid the words alone explain: the same probes on the same questions about a blank image.
+    """Measure how much of a grid the text alone explains: the same probes on the same questions about a blank image.
 
     Parameters
     ----------
     grid
         Fitted on the real images.
     blank
-        A store of the same examples (same ids, groups and labels) traced with every image replaced by one and the same
-        blank one. The mean of each image's own pixels would not do: it still tells its colours.
+        A store of the same examples (same ids, groups and labels) traced with every image replaced by the same blank
+        image. The mean color of each image is not a blank image: it still contains color information.
     rows
-        As given to `fit_grid`.
+        As in the call of `fit_grid`.
     confidence
         Of the interval of the difference, over held-out groups, paired example by example.
     resamples
-        Not used since the interval has a formula; accepted so that calls stay as they are.
+        Not used, because the interval has a formula; accepted for compatibility.
 
     Returns
     -------
-    A row a concept, layer and head: balanced_accuracy, lexical (the blank image's), visual (their difference) with
-    visual_low and visual_high, and is_visual: whether the whole interval lies above 0. A concept that is decodable but not
-    is_visual may be read from the question.
+    One row per concept, layer and head: balanced_accuracy, lexical (with the blank image), visual (their difference) with
+    visual_low and visual_high, and is_visual: whether the whole interval is above 0. A concept that is decodable but not
+    is_visual can be decoded from the question.
 
     Raises
     ------
     ProbeError
-        Where the blank store's examples are not the grid's.
+        If the blank store's examples are not the grid's.
     """
     import pandas as pd
 
     del resamples
-    theirs = _again(grid, blank, rows=rows, progress=progress)
-    same = theirs.held_out == grid.held_out and np.array_equal(
-        theirs.held_out_labels, grid.held_out_labels, equal_nan=True
+    blank_grid = _refit(grid, blank, rows=rows, progress=progress)
+    same = blank_grid.held_out == grid.held_out and np.array_equal(
+        blank_grid.held_out_labels, grid.held_out_labels, equal_nan=True
     )
     if not same:
         msg = (
             "the blank store does not hold the grid's examples: trace the same dataset, in the same order, with blank "
-            "images, and give the `rows` the grid was fitted with"
+            "images, and use the same `rows` as in fit_grid"
         )
         raise ProbeError(msg)
     table = []
@@ -104,12 +104,12 @@ def lexical_control(
         truth = grid.held_out_labels[k, used]
         both = [
             class_totals(truth, g.held_out_margins[k, at, head, used][None], of_row[used], len(names))
-            for g in (grid, theirs)
+            for g in (grid, blank_grid)
         ]
         (low,), (high,) = difference_interval(both[0], both[1], confidence)
-        seen, words = (float(g.balanced_accuracy[k, at, head]) for g in (grid, theirs))
+        score, lexical = (float(g.balanced_accuracy[k, at, head]) for g in (grid, blank_grid))
         cell = (grid.concepts[k], grid.layers[at], head if grid.n_heads else pd.NA)
-        table.append((*cell, seen, words, seen - words, float(low), float(high), bool(low > 0)))
+        table.append((*cell, score, lexical, score - lexical, float(low), float(high), bool(low > 0)))
     columns = "concept layer head balanced_accuracy lexical visual visual_low visual_high is_visual".split()
     return pd.DataFrame(table, columns=columns).astype({"head": "Int64"})
 
@@ -124,34 +124,32 @@ def control_task(
     seed: int = 0,
     progress: bool | None = None,
 ) -> pd.DataFrame:
-    """Return the selectivity of Hewitt and Liang (2019): accuracy on the concept less that on a task of random types.
+    """Return the selectivity of Hewitt and Liang (2019): accuracy on the concept minus accuracy on a control task.
 
-    In the control task every type has a random label, the same wherever it occurs, so a probe can only know it by heart. A
-    probe that does that as well as it reads the concept says little about the activations.
+    In the control task every type has a random label, equal for all its occurrences, so that a probe can only memorize it.
+    A probe that memorizes types as well as it decodes the concept is weak evidence about the activations.
 
     Parameters
     ----------
     types
-        Column of the store's table that says what an example is an instance of.
+        Column of the example table with the type of each example.
     rows
-        As given to `fit_grid`.
+        As in the call of `fit_grid`.
     draws, seed
         Of the random labels; their scores are averaged.
 
     Returns
     -------
-    A row a concept, layer and head: balanced_accuracy, control_task, selectivity.
+    One row per concept, layer and head: balanced_accuracy, control_task, selectivity.
 
     Raises
     ------
     ProbeError
-        Where the store has no such column, it holds one type only, or the labels cannot be split by group.
+        If the store has no such column, it holds only one type, or the labels cannot be split by group.
     """
     frame: Any = store.frame()
     if types not in frame.columns or frame[types].nunique() < 2:
-        msg = (
-            f"types='{types}' must be a column of the store with two values or more: it has {', '.join(frame.columns)}"
-        )
+        msg = f"types='{types}' must be a column with at least two values; choose from {', '.join(frame.columns)}"
         raise ProbeError(msg)
     scores = []
     for draw in range(draws):
@@ -160,8 +158,8 @@ def control_task(
             true = frame[concept].to_numpy(dtype=np.float64)
             random = control_labels(frame[types].to_numpy(dtype=str), float(np.nanmean(true)), [seed, draw, k])
             labels[concept] = np.where(np.isnan(true), np.nan, random)
-        changed = _Changed(store, frame.assign(**labels)[list(grid.concepts)])
-        scores.append(_again(grid, changed, rows=rows, progress=progress).balanced_accuracy)
+        changed = _ModifiedStore(store, frame.assign(**labels)[list(grid.concepts)])
+        scores.append(_refit(grid, changed, rows=rows, progress=progress).balanced_accuracy)
     control = np.mean(scores, axis=0).ravel()
     table: Any = grid.frame()[["concept", "layer", "head", "balanced_accuracy"]].copy()
     table["control_task"] = control
@@ -177,32 +175,32 @@ def random_features(
     seed: int = 0,
     progress: bool | None = None,
 ) -> pd.DataFrame:
-    """Return what the same protocol reaches on random features of the same width, alike within a group and not.
+    """Score the same protocol on random features of the same width, correlated within groups.
 
-    Half of their variance is common to the group, as an image is to its questions, so that a split which divided groups
-    would show. One layer is enough: random features have no depth.
+    Half of their variance is shared by the group, like an image by its questions, so that a split that divides groups
+    would score above chance. One layer is enough: random features have no depth.
 
     Returns
     -------
-    A row a concept and head: balanced_accuracy on random features, majority.
+    One row per concept and head: balanced_accuracy on random features, majority.
     """
     frame = store.frame()
     _, of_row = np.unique(frame["group"].to_numpy(dtype=str), return_inverse=True)
     width = grid.weights.shape[-1] * (grid.n_heads or 1)
     rng = np.random.default_rng(seed)
     noise = rng.normal(size=(int(of_row.max()) + 1, width))[of_row] + rng.normal(size=(len(frame), width))
-    fitted: Any = _again(grid, _Changed(store, features=("all", noise)), rows=rows, progress=progress).frame()
+    fitted: Any = _refit(grid, _ModifiedStore(store, features=("all", noise)), rows=rows, progress=progress).frame()
     return fitted.loc[fitted["layer"] == grid.layers[0], ["concept", "head", "balanced_accuracy", "majority"]]
 
 
-def _again(
+def _refit(
     grid: ProbeGrid,
     store: Store,
     *,
     rows: Sequence[bool] | np.ndarray | pd.Series | None,
     progress: bool | None,
 ) -> ProbeGrid:
-    """Fit a grid with all the options of another, without its shuffles."""
+    """Fit a grid with the options of another grid, without shuffled controls."""
     options = grid.provenance
     return fit_grid(
         store,

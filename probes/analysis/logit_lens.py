@@ -1,8 +1,8 @@
-"""What the model's own unembedding reads from residuals that a store holds: the logit lens, without a model.
+"""The logit lens on the residuals of a store: log-probabilities of the model's own unembedding, without the model.
 
-A store traced in the decoder keeps the parameters of the final norm and the unembedding beside the activations
-(``final_norm.weight``, ``unembedding.weight`` and biases where there are). Which word is which row of the unembedding is
-the tokenizer's knowledge: it is given, or kept next to the store by `keep_vocabulary`.
+A store of decoder sites also holds the parameters of the final norm and the unembedding (``final_norm.weight``,
+``unembedding.weight`` and biases, if any). The mapping from words to rows of the unembedding is the tokenizer's vocabulary:
+the caller passes it, or saves it next to the store with `keep_vocabulary`.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _BLOCK = 4_000_000
-"""Logits held at once."""
+"""Maximum number of logits in memory."""
 
 
 class TensorStore(Store, Protocol):
-    """A store that keeps model-level arrays."""
+    """A store with model-level arrays."""
 
     def tensor(self, name: str) -> np.ndarray:
-        """Return one of them."""
+        """Return one model-level array."""
         ...
 
     @property
     def tensors(self) -> Sequence[str]:
-        """Their names."""
+        """Names of the model-level arrays."""
         ...
 
 
@@ -49,7 +49,7 @@ class Unembedding:
     matrix: np.ndarray
     """float32 [V, D]."""
     scale: np.ndarray
-    """float32 [D]: of the norm."""
+    """float32 [D]: weight of the norm."""
     shift: np.ndarray | None
     bias: np.ndarray | None
     norm: Literal["rms", "layer"]
@@ -59,45 +59,45 @@ class Unembedding:
     def of(
         cls, store: TensorStore, norm: Literal["rms", "layer"] | None = None, epsilon: float = 1e-6, offset: float = 0.0
     ) -> Unembedding:
-        """Take it from a store.
+        """Read the parameters from a store.
 
         Parameters
         ----------
         norm
-            ``rms`` or ``layer``; by default layer norm where the norm has a bias.
+            ``rms`` or ``layer``; by default layer norm if the norm has a bias.
         epsilon
-            Added under the root, as the model's configuration says.
+            Added under the square root; see the model's configuration.
         offset
-            Added to the norm's weight: 1 for Gemma, whose weights are kept as distances from 1.
+            Added to the norm's weight: 1 for Gemma, whose weights are stored as differences from 1.
 
         Raises
         ------
         ProbeError
-            Where the store keeps none.
+            If the store does not have them.
         """
-        there = set(store.tensors)
-        missing = {"final_norm.weight", "unembedding.weight"} - there
+        names = set(store.tensors)
+        missing = {"final_norm.weight", "unembedding.weight"} - names
         if missing:
             msg = (
-                f"the store keeps no {' and no '.join(sorted(missing))} (it keeps {', '.join(sorted(there)) or 'nothing'}): "
-                f"trace a site of the decoder, they come with it"
+                f"the store has no {' and no '.join(sorted(missing))} (it has {', '.join(sorted(names)) or 'none'}); "
+                f"trace a site of the decoder, which stores them"
             )
             raise ProbeError(msg)
-        shift = store.tensor("final_norm.bias") if "final_norm.bias" in there else None
-        bias = store.tensor("unembedding.bias") if "unembedding.bias" in there else None
+        shift = store.tensor("final_norm.bias") if "final_norm.bias" in names else None
+        bias = store.tensor("unembedding.bias") if "unembedding.bias" in names else None
         kind = norm or ("rms" if shift is None else "layer")
         return cls(
             store.tensor("unembedding.weight"), store.tensor("final_norm.weight") + offset, shift, bias, kind, epsilon
         )
 
     def logits(self, residual: np.ndarray) -> np.ndarray:
-        """Return logits float32 [n, V] of residuals [n, D], the final norm applied once.
+        """Return logits float32 [n, V] of residuals [n, D], after one application of the final norm.
 
-        A store's ``resid_post`` of the last layer is not normed; the last of a Hugging Face model's ``hidden_states`` is.
+        A store's ``resid_post`` of the last layer is not normalized; the last of a Hugging Face model's ``hidden_states`` is.
         """
         x = np.asarray(residual, dtype=np.float64)
         if x.shape[-1] != self.matrix.shape[1]:
-            msg = f"residuals of width {x.shape[-1]} given, the unembedding reads {self.matrix.shape[1]}: use the decoder's"
+            msg = f"residuals have width {x.shape[-1]}, the unembedding needs {self.matrix.shape[1]}; use decoder residuals"
             raise ProbeError(msg)
         if self.norm == "layer":
             x = x - x.mean(axis=-1, keepdims=True)
@@ -109,7 +109,7 @@ class Unembedding:
 
 
 def keep_vocabulary(store: str | Path, vocabulary: Mapping[str, int]) -> Path:
-    """Write which word is which row of the unembedding next to a store, as ``<store>.vocabulary.json``."""
+    """Save the mapping from words to rows of the unembedding next to a store, as ``<store>.vocabulary.json``."""
     path = _vocabulary_path(store)
     words = {str(k): int(v) for k, v in sorted(vocabulary.items())}
     write_whole(path, json.dumps(words, ensure_ascii=False, indent=0).encode())
@@ -117,20 +117,20 @@ def keep_vocabulary(store: str | Path, vocabulary: Mapping[str, int]) -> Path:
 
 
 def read_vocabulary(store: str | Path) -> dict[str, int]:
-    """Read what `keep_vocabulary` wrote; raises `ProbeError` where there is none or it is damaged."""
+    """Read the vocabulary that `keep_vocabulary` saved; raise `ProbeError` if it is missing or damaged."""
     path = _vocabulary_path(store)
     try:
-        found = read_json(path, error=ProbeError)
+        vocabulary = read_json(path, error=ProbeError)
     except FileNotFoundError as error:
-        msg = f"no vocabulary at {path}: write it with probes.analysis.logit_lens.keep_vocabulary(store, tokenizer.get_vocab())"
+        msg = f"no vocabulary at {path}: save it with probes.analysis.logit_lens.keep_vocabulary(store, tokenizer.get_vocab())"
         raise ProbeError(msg) from error
     except OSError as error:
         msg = f"{path}: cannot be read: {error.strerror or error}"
         raise ProbeError(msg) from error
-    if not isinstance(found, dict) or not all(isinstance(v, int) for v in found.values()):
+    if not isinstance(vocabulary, dict) or not all(isinstance(v, int) for v in vocabulary.values()):
         msg = f"{path} is not a vocabulary: it must map words to numbers"
         raise ProbeError(msg)
-    return found
+    return vocabulary
 
 
 def logit_lens(
@@ -150,26 +150,26 @@ def logit_lens(
     Parameters
     ----------
     store
-        Traced in the decoder.
+        A store of decoder sites.
     words, vocabulary
-        What to read, and which row of the unembedding each word is.
+        The words to read, and the row of the unembedding of each word.
     tokens, site
-        Where: a residual of the decoder.
+        A token selection, and a residual site of the decoder.
     rows
-        Booleans, one for each example: which to read.
+        Boolean mask over the examples to read.
     unembedding
-        By default the store's (`Unembedding.of`).
+        By default from the store (`Unembedding.of`).
 
     Returns
     -------
-    Layer to float32 [n, words]; a row is NaN where the selection was empty.
+    float32 [n, words] by layer; a row is NaN if its token selection was empty.
 
     Raises
     ------
     SiteError
-        Where the store has no such array.
+        If the store has no such array.
     ProbeError
-        Where a word is not in the vocabulary, or the store keeps no unembedding.
+        If a word is not in the vocabulary, or the store has no unembedding.
     """
     head = unembedding or Unembedding.of(store)
     place, mask, ids = _place(store, site, tokens, rows)
@@ -190,21 +190,21 @@ def object_readout(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Return how well the model's own words tell, at every layer, where a concept is true: nothing is fitted.
+    """Score, at every layer, how well the logit lens on a concept's name predicts its labels; nothing is fitted.
 
     The score of an example is the log-probability of the concept's name (``apple`` of ``object:apple``) at the selection.
 
     Returns
     -------
-    A row a concept and layer: auc with its interval over groups, mean log-probability where the concept is true
+    One row per concept and layer: auc with its interval over groups, mean log-probability where the concept is true
     (``present``) and where it is not (``absent``), and n.
 
     Raises
     ------
     SiteError
-        Where the store has no such array.
+        If the store has no such array.
     ProbeError
-        Where a concept is not in the store, its name is not in the vocabulary, or the store keeps no unembedding.
+        If a concept is not in the store, its name is not in the vocabulary, or the store has no unembedding.
     """
     import pandas as pd
 
@@ -215,10 +215,10 @@ def object_readout(
     groups = read_groups(frame)[mask]
     numbers = _numbers([Concept.parse(c).name for c in concepts], vocabulary, len(head.matrix))
     table: list[dict[str, Any]] = []
-    for layer, found in _read(store, place, mask, ids, head, numbers):
+    for layer, log_probs in _read(store, place, mask, ids, head, numbers):
         for k, concept in enumerate(concepts):
-            used = ~np.isnan(labels[:, k]) & ~np.isnan(found[:, k])
-            truth, score = labels[used, k], found[used, k].astype(np.float64)
+            used = ~np.isnan(labels[:, k]) & ~np.isnan(log_probs[:, k])
+            truth, score = labels[used, k], log_probs[used, k].astype(np.float64)
             names, of_row = np.unique(groups[used], return_inverse=True)
             draws = bootstrap_auc(truth, score, of_row, resample_groups(names, resamples, [seed, k]))
             area = auc(truth, score)
@@ -256,13 +256,13 @@ def _numbers(words: Sequence[str], vocabulary: Mapping[str, int], size: int) -> 
     missing = [w for w in words if w not in vocabulary]
     if missing:
         msg = (
-            f"{', '.join(map(repr, missing))} not in the vocabulary of {len(vocabulary)} words: give words of one token"
+            f"{', '.join(map(repr, missing))} not in the vocabulary of {len(vocabulary)} words; use words of one token"
         )
         raise ProbeError(msg)
     numbers = [int(vocabulary[w]) for w in words]
     outside = [w for w, number in zip(words, numbers, strict=True) if not 0 <= number < size]
     if outside:
-        msg = f"{outside[0]!r} is number {vocabulary[outside[0]]} of an unembedding of {size} rows: another vocabulary"
+        msg = f"{outside[0]!r} is number {vocabulary[outside[0]]} of an unembedding of {size} rows; use the model's vocabulary"
         raise ProbeError(msg)
     return numbers
 
@@ -270,7 +270,7 @@ def _numbers(words: Sequence[str], vocabulary: Mapping[str, int], size: int) -> 
 def _read(
     store: Store, place: Place, mask: np.ndarray, ids: np.ndarray, head: Unembedding, numbers: Sequence[int]
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield each layer with log-probabilities float32 [n, words], a block of rows at a time."""
+    """Yield each layer with log-probabilities float32 [n, words], computed in blocks of rows."""
     step = max(1, _BLOCK // len(head.matrix))
     for layer in place.layers:
         x = read_features(store, place, layer, mask, ids)

@@ -1,8 +1,8 @@
-"""Exact permutation tests over a whole grid: how high the best of so many probes scores where labels mean nothing.
+"""Exact permutation tests over a whole grid: the null distribution of the best score over all cells.
 
 The statistic is the held-out balanced accuracy of ridge probes, for the true labels and the permuted ones alike, with the
-penalty chosen anew on left-out folds each time. Ridge is linear in the labels, so one factorisation a fold serves
-thousands of permutations; a test is valid whatever its statistic is.
+penalty chosen by cross-validation each time. Ridge is linear in the labels, so one factorization per fold serves
+thousands of permutations; the test is valid for any statistic.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ import numpy as np
 
 from groundscope.core.errors import ProbeError
 from groundscope.core.permutations import LEAST_MOVABLE
-from probes.analysis.refit import split_again
+from probes.analysis.refit import reproduce_split
 from probes.analysis.significance import Significance, adjust
-from probes.fit import bar
+from probes.fit import progress_bar
 from probes.grid import ProbeGrid
 from probes.protocol.controls import movable, shuffle_labels, shuffle_within
 from probes.protocol.inputs import Store
 from probes.protocol.tasks import Rows
 from probes.solvers.ridge_many_labels import Targets, ridge_scores
-from probes.solvers.threads import side_by_side
+from probes.solvers.threads import map_in_threads
 
 if TYPE_CHECKING:
     import pandas as pd
 
 LABEL_BYTES = 512 * 2**20
-"""Memory for permuted labels; where they need more, the activations are read once for each such part."""
+"""Memory limit of permuted labels; if they need more, they are split into parts and the activations are read per part."""
 
 
 def permutation_test(
@@ -48,43 +48,43 @@ def permutation_test(
     store
         The store the grid was fitted on.
     grid
-        What to test: its concepts, layers and heads.
+        The grid to test.
     permutations
-        B; p-values are ``(1 + how many are at least as high) / (1 + B)``.
+        B; p-values are ``(1 + number at least as high) / (1 + B)``.
     scheme
-        ``blocks``: groups with equally many rows exchange their labels whole, within each fold and within the held-out
-        part (`probes.protocol.controls.shuffle_labels`); groups of a size that occurs once keep theirs. ``within``: labels are
-        permuted among the rows of each group, which also keeps whatever the group itself gives away; for concepts that
-        vary within groups.
+        ``blocks``: groups with equally many rows exchange their blocks of labels, within each fold and within the held-out
+        part (`probes.protocol.controls.shuffle_labels`); a group of unique size keeps its labels. ``within``: labels are
+        permuted among the rows of each group, which preserves information about the group itself; for concepts that vary
+        within groups.
     rows
         As given to `fit_grid`.
     seed
-        Of the permutations. All cells see the same ones: the maximum over cells keeps their dependence.
+        Of the permutations. All cells use the same permutations, so that the maximum over cells respects their dependence.
 
     Returns
     -------
     Significance
         p of each cell; family-wise p from the maximum over all cells and concepts, and over the cells of each concept
-        (Westfall and Young 1993); Benjamini-Hochberg and Benjamini-Yekutieli q; and how many groups could move.
+        (Westfall and Young 1993); Benjamini-Hochberg and Benjamini-Yekutieli q; and the number of movable groups.
 
     Raises
     ------
     ProbeError
-        Where the store is not the grid's, `rows` gives other examples, an option is out of range, a concept is constant
+        If the store is not the grid's, `rows` selects other examples, an option is out of range, a concept is constant
         within all groups and `scheme` is ``within``, or fewer than `groundscope.core.permutations.LEAST_MOVABLE` (10) of a
-        concept's groups can take other labels.
+        concept's groups can receive other labels.
 
     Notes
     -----
     Memory: the permuted labels (at most `LABEL_BYTES`, float32 [N, B K]), one layer, and on each of torch's
     threads about ten arrays of D x `probes.solvers.ridge_many_labels.CHUNK` float32 values. Everything is computed in float32;
-    where a permuted labelling scores as high as the true one it counts against the concept.
+    a permuted labeling that scores as high as the true one counts against the concept.
     """
     if permutations < 1 or scheme not in SCHEMES:
-        msg = f"permutations={permutations} must be at least 1, scheme='{scheme}' one of {', '.join(SCHEMES)}"
+        msg = f"permutations={permutations} must be at least 1, and scheme='{scheme}' one of {', '.join(SCHEMES)}"
         raise ProbeError(msg)
-    again = split_again(store, grid, rows)
-    place, table = again.place, again.table
+    setup = reproduce_split(store, grid, rows)
+    place, table = setup.place, setup.table
     families = list(_families(table))
     if scheme == "within":
         _check_varies(table, grid.concepts)
@@ -98,17 +98,19 @@ def permutation_test(
     maxima = np.full((n_concepts, permutations), -np.inf, np.float32)
     size = max(1, LABEL_BYTES // (4 * max(1, len(table.ids)) * n_concepts))
     parts = [range(a, min(a + size, permutations)) for a in range(0, permutations, size)]
-    shown = bar(f"permuting {grid.stack}.{grid.component}", len(parts) * len(place.layers) * n_heads, progress)
-    with shown as advance, side_by_side() as each:
+    progress_display = progress_bar(
+        f"permuting {grid.stack}.{grid.component}", len(parts) * len(place.layers) * n_heads, progress
+    )
+    with progress_display as advance, map_in_threads() as map_blocks:
         for part in parts:
-            drawn = [
+            targets_by_family = [
                 (members, rows_, _labels(table, members, rows_, part, scheme, seed)) for members, rows_ in families
             ]
             for at in range(len(place.layers)):
-                by_head = again.by_head(at)
+                by_head = setup.by_head(at)
                 for head in range(n_heads):
-                    for members, rows_, targets in drawn:
-                        scores = ridge_scores(by_head[rows_, head], targets, penalties, each)
+                    for members, rows_, targets in targets_by_family:
+                        scores = ridge_scores(by_head[rows_, head], targets, penalties, map_blocks)
                         scores = scores.reshape(len(part) + 1, len(members))
                         chosen = list(members)
                         observed[chosen, at, head] = scores[0]
@@ -123,11 +125,11 @@ SCHEMES = ("blocks", "within")
 
 
 def _families(table: Rows) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
-    """Yield the concepts that are defined on the same rows, and those rows."""
-    together: dict[bytes, list[int]] = {}
+    """Yield the groups of concepts that are defined on the same rows, with these rows."""
+    families: dict[bytes, list[int]] = {}
     for k in range(table.labels.shape[1]):
-        together.setdefault(np.isnan(table.labels[:, k]).tobytes(), []).append(k)
-    for members in together.values():
+        families.setdefault(np.isnan(table.labels[:, k]).tobytes(), []).append(k)
+    for members in families.values():
         yield tuple(members), np.flatnonzero(~np.isnan(table.labels[:, members[0]]))
 
 
@@ -140,13 +142,13 @@ def _labels(table: Rows, members: Sequence[int], rows: np.ndarray, part: range, 
     _, numbers = np.unique(groups, return_inverse=True)
     shuffle = shuffle_labels if scheme == "blocks" else shuffle_within
     for at, number in enumerate(part):
-        # One order for all concepts: what labels have to do with each other is kept.
+        # One permutation for all concepts, which preserves the dependence between their labels.
         out[:, at + 1] = 2 * shuffle(true, numbers, fold, [seed, number]) - 1
     return Targets.of(out.reshape(len(rows), -1), fold)
 
 
 def _movable(table: Rows, concept: int, scheme: str) -> tuple[int, int]:
-    """Return how many groups of a concept a permutation can give other labels, and how many it has."""
+    """Return the number of a concept's groups that can receive other labels, and its number of groups."""
     rows = ~np.isnan(table.labels[:, concept])
     return movable(table.labels[rows, concept], table.groups[rows], table.fold[rows], scheme)
 
@@ -157,8 +159,8 @@ def _check_movable(concepts: Sequence[str], moving: np.ndarray) -> None:
     ]
     if few:
         msg = (
-            f"{', '.join(few)} can take other labels, {LEAST_MOVABLE} are needed: labels are exchanged among groups with "
-            f"equally many rows in one fold; use rows=… to keep equally many rows of each group, fewer folds, or more data"
+            f"{', '.join(few)} can receive other labels, {LEAST_MOVABLE} are needed: labels are exchanged among groups with "
+            f"equally many rows in one fold; use rows=… to select equally many rows per group, fewer folds, or more data"
         )
         raise ProbeError(msg)
 
@@ -172,5 +174,7 @@ def _check_varies(table: Rows, concepts: Sequence[str]) -> None:
         if ((share == 0) | (share == 1)).all():
             constant.append(f"'{concept}' ({len(names)} groups)")
     if constant:
-        msg = f"{', '.join(constant)}: constant within every group, nothing to permute there; use scheme='blocks'"
+        msg = (
+            f"{', '.join(constant)}: constant within every group, so that nothing can be permuted; use scheme='blocks'"
+        )
         raise ProbeError(msg)

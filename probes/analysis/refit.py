@@ -1,4 +1,4 @@
-"""A grid's own split, found again on the store it was fitted on."""
+"""Reproduce a grid's split on the store that it was fitted on."""
 
 from __future__ import annotations
 
@@ -19,38 +19,40 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Again:
-    """Where a grid was fitted, and on which rows."""
+class RefitSetup:
+    """The array and rows that a grid was fitted on, with their split."""
 
     store: Store
     place: Place
     mask: np.ndarray
-    """bool, of the store's examples: those used."""
+    """bool over the store's examples: the rows to use."""
     ids: np.ndarray
     present: np.ndarray
-    """bool, of the rows used: those whose token selection was not empty."""
+    """bool over the used rows: token selection not empty."""
     table: Rows
     first: np.ndarray
-    """The first layer's features, which had to be read."""
+    """Features of the first layer."""
 
     def by_head(self, at: int) -> np.ndarray:
-        """Read a layer by its place in the grid: float32 [n, H, D], H = 1 where layers are whole."""
+        """Read a layer by its index in the grid: float32 [n, H, D], H = 1 for probes on whole layers."""
         layer = self.place.layers[at]
         x = self.first if at == 0 else read_features(self.store, self.place, layer, self.mask, self.ids)
         return x[self.present].reshape(len(self.table.ids), self.place.n_heads or 1, -1)
 
 
-def split_again(store: Store, grid: ProbeGrid, rows: Sequence[bool] | np.ndarray | pd.Series | None = None) -> Again:
-    """Divide the rows as they were divided for the grid.
+def reproduce_split(
+    store: Store, grid: ProbeGrid, rows: Sequence[bool] | np.ndarray | pd.Series | None = None
+) -> RefitSetup:
+    """Split the rows as for the grid.
 
     Raises
     ------
     ProbeError
-        Where the store is not the grid's, or `rows` gives other examples than `fit_grid` was given.
+        If the store is not the grid's, or `rows` selects other examples than in the call of `fit_grid`.
     """
     options = grid.provenance
     if store.digest != options["store"]:
-        msg = f"the grid was fitted on store {options['store'][:12]}…, this one is {store.digest[:12]}…"
+        msg = f"the grid was fitted on store {options['store'][:12]}…, not on this store, {store.digest[:12]}…"
         raise ProbeError(msg)
     place = find_place(store, grid.stack, grid.component, grid.tokens, grid.n_heads is not None)
     frame = store.frame()
@@ -66,6 +68,6 @@ def split_again(store: Store, grid: ProbeGrid, rows: Sequence[bool] | np.ndarray
         ids[present], groups[present], labels[present], options["folds"], options["test_fraction"], options["seed"]
     )
     if tuple(str(i) for i in table.ids[table.fold < 0]) != grid.held_out:
-        msg = "these rows are not split as the grid's were: give the `rows` it was fitted with"
+        msg = "these rows are not split as the grid's were; use the same `rows` as in fit_grid"
         raise ProbeError(msg)
-    return Again(store, place, mask, ids, present, table, first)
+    return RefitSetup(store, place, mask, ids, present, table, first)

@@ -1,4 +1,4 @@
-"""What a permutation test found, with p-values that know how many cells were looked at."""
+"""The result of a permutation test: p-values with corrections for the number of cells."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ class Significance:
     observed: np.ndarray
     """Held-out balanced accuracy of the ridge probe: the statistic."""
     p: np.ndarray
-    """Of each cell alone."""
+    """Uncorrected p-value of each cell."""
     p_concept: np.ndarray
     """Family-wise over the layers and heads of the concept: against the best cell of each permutation."""
     p_family: np.ndarray
     """Family-wise over all concepts, layers and heads."""
     q_bh: np.ndarray
-    """False discovery rate over the grid (Benjamini and Hochberg 1995), for cells that are independent or go together."""
+    """False discovery rate over the grid (Benjamini and Hochberg 1995), for independent or positively dependent cells."""
     q_by: np.ndarray
-    """The same under any dependence (Benjamini and Yekutieli 2001)."""
+    """False discovery rate under any dependence (Benjamini and Yekutieli 2001)."""
     maxima: np.ndarray
     """float64 [K, B]: the best cell of each concept in each permutation."""
     movable: np.ndarray
-    """int64 [K]: groups that a permutation could give other labels; the others kept theirs."""
+    """int64 [K]: number of groups that can receive other labels; the other groups keep theirs."""
     n_groups: np.ndarray
-    """int64 [K]: groups in which the concept is defined."""
+    """int64 [K]: number of groups in which the concept is defined."""
     provenance: Mapping[str, Any]
 
     def __post_init__(self) -> None:
@@ -48,9 +48,9 @@ class Significance:
         object.__setattr__(self, "provenance", MappingProxyType(dict(self.provenance)))
 
     def frame(self) -> pd.DataFrame:
-        """Return one row a concept, layer and head; `head` is missing where layers are whole.
+        """Return one row per concept, layer and head; `head` is missing for probes on whole layers.
 
-        ``movable`` and ``n_groups`` are those of the concept.
+        ``movable`` and ``n_groups`` are values of the concept.
         """
         import pandas as pd
 
@@ -77,9 +77,9 @@ def adjust(
     scheme: str,
     seed: int,
 ) -> Significance:
-    """Make p-values from how many permutations reach each cell [K, L, H] and the best of each permutation [K, B].
+    """Compute p-values from the number of permutations that reach each cell [K, L, H] and the maxima [K, B].
 
-    `moving` [K, 2] are the groups that could move, and all of a concept.
+    `moving` [K, 2] holds the numbers of movable groups and of all groups of each concept.
     """
     n = maxima.shape[1]
     p = (1 + exceed) / (1 + n)
@@ -102,19 +102,19 @@ def adjust(
 
 
 def benjamini_hochberg(p: np.ndarray) -> np.ndarray:
-    """Return adjusted p-values of any shape: rejecting those up to q keeps the false discovery rate at q."""
+    """Return adjusted p-values of any shape: rejecting all values up to q controls the false discovery rate at q."""
     return _step_up(p, 1.0)
 
 
 def benjamini_yekutieli(p: np.ndarray) -> np.ndarray:
-    """Return the same for p-values that depend on each other in any way: dearer by the harmonic number of their count."""
+    """Return adjusted p-values valid under any dependence: larger by the harmonic number of their count."""
     return _step_up(p, float(np.sum(1 / np.arange(1, np.size(p) + 1))))
 
 
-def _step_up(p: np.ndarray, price: float) -> np.ndarray:
+def _step_up(p: np.ndarray, factor: float) -> np.ndarray:
     flat = np.asarray(p, dtype=np.float64).ravel()
     order = np.argsort(flat, kind="stable")
-    scaled = flat[order] * price * len(flat) / np.arange(1, len(flat) + 1)
+    scaled = flat[order] * factor * len(flat) / np.arange(1, len(flat) + 1)
     adjusted = np.empty_like(flat)
     adjusted[order] = np.minimum(np.minimum.accumulate(scaled[::-1])[::-1], 1.0)
     return adjusted.reshape(np.shape(p))

@@ -1,4 +1,4 @@
-"""Multinomial probes of concepts that exclude each other, at every layer and head of a grid, by the grid's protocol."""
+"""Multinomial probes of mutually exclusive concepts, at every layer and head of a grid, by the grid's protocol."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from groundscope.core.errors import ProbeError
-from probes.analysis.refit import split_again
-from probes.fit import bar
+from probes.analysis.refit import reproduce_split
+from probes.fit import progress_bar
 from probes.protocol.cell import SELECTION
 from probes.protocol.inputs import Store
 from probes.solvers.closed_form import Spectrum
@@ -30,43 +30,43 @@ def softmax_choices(
     rows: Sequence[bool] | np.ndarray | pd.Series | None = None,
     progress: bool | None = None,
 ) -> Iterator[tuple[int, int, np.ndarray, float, float]]:
-    """Fit a multinomial probe a layer and head on the grid's training rows, and let it choose on the held-out ones.
+    """Fit a multinomial probe per layer and head on the grid's training rows, and predict classes on the held-out rows.
 
-    The penalty of the grid's with the lowest log-loss on rows left out of the folds is taken, all classes counting the
-    same. Only training rows where exactly one concept is true are fitted to.
+    The penalty (of the grid's penalties) with the lowest cross-validated log-loss is used, with balanced classes. Training
+    rows are those where exactly one concept is true.
 
     Parameters
     ----------
     used
-        bool [T]: held-out rows to choose on.
+        bool [T]: held-out rows to predict.
 
     Yields
     ------
-    Place of the layer, head, choices int [T used], penalty, proven relative gap.
+    Index of the layer, head, predicted classes int [T used], penalty, proven relative gap.
 
     Raises
     ------
     ProbeError
-        Where the store is not the grid's, or a concept is never, or in one fold only, the one true one in training.
+        If the store is not the grid's, or a concept is the only true concept of training rows in fewer than 2 folds.
     """
-    again = split_again(store, grid, rows)
-    labels = again.table.labels[:, [grid.concepts.index(c) for c in concepts]]
+    setup = reproduce_split(store, grid, rows)
+    labels = setup.table.labels[:, [grid.concepts.index(c) for c in concepts]]
     training = np.flatnonzero(
-        (again.table.fold >= 0) & ((labels == 1).sum(axis=1) == 1) & ~np.isnan(labels).any(axis=1)
+        (setup.table.fold >= 0) & ((labels == 1).sum(axis=1) == 1) & ~np.isnan(labels).any(axis=1)
     )
-    classes, fold = labels[training].argmax(axis=1), again.table.fold[training]
+    classes, fold = labels[training].argmax(axis=1), setup.table.fold[training]
     for k, concept in enumerate(concepts):
         if (count := len(np.unique(fold[classes == k]))) < 2:
             msg = (
-                f"'{concept}' is the one true concept of training rows in {count} of {len(np.unique(fold))} folds, 2 are "
-                f"needed: leave it out of the choice"
+                f"'{concept}' is the only true concept of training rows in {count} of {len(np.unique(fold))} folds, 2 are "
+                f"needed; remove it from the concepts"
             )
             raise ProbeError(msg)
-    test = np.flatnonzero(again.table.fold < 0)[used]
-    n_heads = again.place.n_heads or 1
-    with bar(f"choosing {grid.stack}.{grid.component}", len(grid.layers) * n_heads, progress) as advance:
+    test = np.flatnonzero(setup.table.fold < 0)[used]
+    n_heads = setup.place.n_heads or 1
+    with progress_bar(f"choosing {grid.stack}.{grid.component}", len(grid.layers) * n_heads, progress) as advance:
         for at in range(len(grid.layers)):
-            by_head = again.by_head(at)
+            by_head = setup.by_head(at)
             for head in range(n_heads):
                 x = by_head[:, head]
                 yield at, head, *_choose(x[training], classes, fold, x[test], len(concepts), grid)
@@ -76,7 +76,7 @@ def softmax_choices(
 def _choose(
     x: np.ndarray, classes: np.ndarray, fold: np.ndarray, test: np.ndarray, count: int, grid: ProbeGrid
 ) -> tuple[np.ndarray, float, float]:
-    """Choose the penalty, fit again on all training rows: choices on `test`, penalty and gap."""
+    """Select the penalty, refit on all training rows, and return predictions on `test`, penalty and gap."""
     penalties = sorted(grid.provenance["penalties"])
     tolerance = float(grid.provenance["tolerance"])
     loss = np.zeros(len(penalties))
@@ -85,20 +85,20 @@ def _choose(
         out = fold == number
         block = RowBlock.of(x[~out])
         spectrum, fit = Spectrum(block.standard.numpy()), None
-        left = _standard(x[out], block)
+        validation = _standardize(x[out], block)
         for at, c in enumerate(penalties):
             fit = fit_multinomial(spectrum, classes[~out], count, c, tolerance=max(tolerance, SELECTION), start=fit)
-            margins = _margins(fit, left)
+            margins = _margins(fit, validation)
             margins -= margins.max(axis=1, keepdims=True)
-            lost = np.log(np.exp(margins).sum(axis=1)) - margins[np.arange(len(margins)), classes[out]]
-            loss[at] += weights[out] @ lost
-    best = float(penalties[int(np.argmin(loss))])  # between equals the stronger penalty
+            row_loss = np.log(np.exp(margins).sum(axis=1)) - margins[np.arange(len(margins)), classes[out]]
+            loss[at] += weights[out] @ row_loss
+    best = float(penalties[int(np.argmin(loss))])  # ties: the stronger penalty
     block = RowBlock.of(x)
     fit = fit_multinomial(Spectrum(block.standard.numpy()), classes, count, best, tolerance=tolerance)
-    return _margins(fit, _standard(test, block)).argmax(axis=1), best, fit.gap
+    return _margins(fit, _standardize(test, block)).argmax(axis=1), best, fit.gap
 
 
-def _standard(x: np.ndarray, block: RowBlock) -> np.ndarray:
+def _standardize(x: np.ndarray, block: RowBlock) -> np.ndarray:
     varies = block.deviation > 0
     return np.divide(x - block.mean, block.deviation, out=np.zeros(x.shape), where=varies)
 

@@ -1,4 +1,4 @@
-"""One picture of a concept's way through the model: vision tower, projector, decoder, in the order things happen."""
+"""The decodability of a concept through the model: vision tower, projector, decoder, in the order of computation."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ STACKS = ("vision", "projector", "decoder")
 
 
 def journey(grids: Iterable[ProbeGrid]) -> pd.DataFrame:
-    """Put the frames of several grids one after the other, in the order of the forward pass.
+    """Concatenate the frames of several grids in the order of the forward pass.
 
-    Grids may be of any stacks, components and token selections. Added to the columns of `ProbeGrid.frame`: ``place``
-    (``vision.L3.resid_post``) and ``step``, its number along the way, the same for all selections at a site.
+    Grids can have any stacks, components and token selections. Columns are those of `ProbeGrid.frame` and ``place``
+    (``vision.L3.resid_post``) and ``step``, its index in the forward pass, equal for all selections at a site.
 
     Raises
     ------
     ProbeError
-        Where no grid is given.
+        If there is no grid.
     """
     import pandas as pd
 
@@ -34,7 +34,7 @@ def journey(grids: Iterable[ProbeGrid]) -> pd.DataFrame:
         part.insert(0, "place", [grid.site(int(layer)) for layer in part["layer"]])
         parts.append(part)
     if not parts:
-        msg = "give at least one grid"
+        msg = "no grid to combine; give at least one grid"
         raise ProbeError(msg)
     table = pd.concat(parts, ignore_index=True)
     depth = [STACKS.index(stack) for stack in table["stack"]]
@@ -44,15 +44,15 @@ def journey(grids: Iterable[ProbeGrid]) -> pd.DataFrame:
 
 
 def landmarks(table: pd.DataFrame, *, above: float = 0.5, score: str = "low") -> pd.DataFrame:
-    """Say where each concept appears and where it vanishes, at each component and token selection of a `journey`.
+    """Return where each concept appears and where it vanishes, at each component and token selection of a `journey`.
 
-    It appears at the first place where the score (by default the lower end of the interval) is over `above`, in any head,
-    and vanishes at the first later place from which on it never is again.
+    It appears at the first place where the score (by default the lower end of the interval) exceeds `above` in any head,
+    and vanishes at the place after the last such place.
 
     Returns
     -------
-    A row a concept, component and tokens: appears, vanishes (both missing where they never happen), best place and its
-    balanced accuracy.
+    One row per concept, component and tokens: appears, vanishes (missing if they do not occur), best place and its balanced
+    accuracy.
     """
     import pandas as pd
 
@@ -60,11 +60,12 @@ def landmarks(table: pd.DataFrame, *, above: float = 0.5, score: str = "low") ->
     parts: Any = table.groupby(["concept", "component", "tokens"], sort=True)
     for keys, part in parts:
         by_place = part.groupby(["step", "place"], sort=True)[[score, "balanced_accuracy"]].max().reset_index()
-        there = [at for at, value in enumerate(by_place[score]) if value > above]
+        above_threshold = [at for at, value in enumerate(by_place[score]) if value > above]
         places = list(by_place["place"])
         best = int(by_place["balanced_accuracy"].to_numpy().argmax())
-        appears = places[there[0]] if there else None
-        vanishes = places[there[-1] + 1] if there and there[-1] + 1 < len(places) else None
+        appears = places[above_threshold[0]] if above_threshold else None
+        last = above_threshold[-1] if above_threshold else len(places)
+        vanishes = places[last + 1] if last + 1 < len(places) else None
         top = float(by_place["balanced_accuracy"].iloc[best])
         rows.append((*(keys if isinstance(keys, tuple) else (keys,)), appears, vanishes, places[best], top))
     columns = ["concept", "component", "tokens", "appears", "vanishes", "best", "balanced_accuracy"]

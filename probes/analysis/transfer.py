@@ -1,4 +1,4 @@
-"""What several probes say together: which of several concepts that exclude each other, and how that carries over."""
+"""Multiclass decisions among mutually exclusive concepts, and transfer of probes to other examples."""
 
 from __future__ import annotations
 
@@ -36,53 +36,52 @@ def multiclass(
     seed: int = 0,
     progress: bool | None = None,
 ) -> pd.DataFrame:
-    """Score the choice among concepts of which exactly one is true: the colour of the named object, which relation.
+    """Score multiclass predictions among concepts of which exactly one is true: the color of an object, the relation.
 
-    Scored on held-out rows where exactly one of them is true, by the mean recall over the concepts that occur, so that
-    knowing nothing gives 1 over their number.
+    Scored on held-out rows where exactly one of them is true, by the mean recall over the concepts that occur; chance is 1
+    over their number.
 
     Parameters
     ----------
     how
-        ``rest``: the largest margin of the grid's own probes decides, each fitted against the rest. ``softmax``: a
-        multinomial regression is fitted for the choice, on the grid's training rows, with its folds and penalties
-        (`probes.MultinomialProbe`): its weights are fitted together.
+        ``rest``: the concept whose one-vs-rest probe of the grid has the largest margin. ``softmax``: a multinomial
+        regression (`probes.MultinomialProbe`) fitted on the grid's training rows, with its folds and penalties.
     store, rows
-        For ``softmax``: the grid's store, and the rows given to `fit_grid`.
+        For ``softmax``: the grid's store, and `rows` as in the call of `fit_grid`.
     confidence
         Of the intervals over groups.
     resamples, seed
-        Not used since the interval has a formula; accepted so that calls stay as they are.
+        Not used, because the interval has a formula; accepted for compatibility.
     progress
-        For ``softmax``: whether to show a bar; by default on a terminal only.
+        For ``softmax``: whether to show a progress bar; by default only on a terminal.
 
     Returns
     -------
-    A row a layer and head: balanced_accuracy with its interval over groups, chance, and n; for ``softmax`` also penalty
+    One row per layer and head: balanced_accuracy with its interval over groups, chance, and n; for ``softmax`` also penalty
     and gap, the proven relative distance of the fit from its optimum.
 
     Raises
     ------
     ProbeError
-        Where fewer than two concepts are given, the grid has not all of them, on no held-out row exactly one is true, or
-        for ``softmax`` no store is given, it is not the grid's, or training rows are too few.
+        If there are fewer than two concepts, the grid does not have all of them, no held-out row has exactly one true
+        concept, or for ``softmax`` the store is missing or not the grid's, or training rows are too few.
     """
     import pandas as pd
 
     del resamples, seed
     missing = [c for c in concepts if c not in grid.concepts]
     if missing or len(set(concepts)) < 2 or len(set(concepts)) < len(concepts):
-        msg = f"choose among two or more concepts of the grid: it has {', '.join(grid.concepts)}; got {list(concepts)}"
+        msg = f"choose at least two different concepts from {', '.join(grid.concepts)}; got {list(concepts)}"
         raise ProbeError(msg)
     if how not in HOW or (how == "softmax") != (store is not None):
-        msg = f"how='{how}' must be one of {', '.join(HOW)}; softmax, which is fitted anew, needs store=…, rest takes none"
+        msg = f"how='{how}' must be one of {', '.join(HOW)}; 'softmax' fits a new probe and needs store=…, 'rest' takes no store"
         raise ProbeError(msg)
     at = [grid.concepts.index(c) for c in concepts]
     labels = grid.held_out_labels[at]  # [C, T]
     used = (labels == 1).sum(axis=0) == 1
     used &= ~np.isnan(labels).any(axis=0)
     if not used.any():
-        msg = f"on no held-out example exactly one of {', '.join(concepts)} is true: they are no choice"
+        msg = f"no held-out example has exactly one true concept of {', '.join(concepts)}; choose mutually exclusive concepts"
         raise ProbeError(msg)
     truth = labels[:, used].argmax(axis=0)
     classes = np.unique(truth)
@@ -94,10 +93,10 @@ def multiclass(
     else:
         choices = _largest(grid, at, used)
     table = []
-    for where, head, said, *fitted in choices:
+    for where, head, predicted, *fitted in choices:
         tables = [
-            [np.bincount(of_row, rows, minlength=len(names)) for rows in (there & (said == c), there)]
-            for c, there in ((c, truth == c) for c in classes)
+            [np.bincount(of_row, rows, minlength=len(names)) for rows in (of_class & (predicted == c), of_class)]
+            for c, of_class in ((c, truth == c) for c in classes)
         ]
         hits, total = np.array(tables, dtype=np.float64).swapaxes(0, 1)  # [C, G] each
         recalls = hits.sum(axis=1) / total.sum(axis=1)
@@ -110,7 +109,7 @@ def multiclass(
 
 
 HOW = ("rest", "softmax")
-"""How a choice among concepts is made."""
+"""Ways to combine probes into a multiclass prediction."""
 
 
 def _largest(grid: ProbeGrid, at: Sequence[int], used: np.ndarray) -> Iterator[tuple[int, int, np.ndarray]]:
@@ -128,44 +127,45 @@ def transfer(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Test the grid's probes, as they are, on other examples: another split, style of images, prompt or store.
+    """Test the grid's probes, without refitting, on other examples: another split, image style, prompt or store.
 
-    Examples whose group was trained on are left out, whatever the store: their image is known to the probe.
+    Examples of training groups are excluded in every store, because the probe was fitted on their image.
 
     Parameters
     ----------
     targets
-        Name to store, or to (store, booleans of the rows to use).
+        By name: a store, or a pair of a store and a boolean mask of the rows to use.
     tokens
-        Another token selection than the grid's.
+        Token selection; by default the grid's.
     resamples, confidence, seed
         Of the intervals over groups.
 
     Returns
     -------
-    A row a target, concept, layer and head: balanced_accuracy, auc with intervals over groups, ``home`` (the grid's own
-    held-out score), n, and n_known (rows left out because their group was trained on). NaN where a class is missing.
+    One row per target, concept, layer and head: balanced_accuracy, auc with intervals over groups, ``home`` (the grid's own
+    held-out score), n, and n_known (number of rows excluded because they belong to training groups). NaN if a class is
+    missing.
 
     Raises
     ------
     SiteError
-        Where a store has no such array.
+        If a store has no such array.
     ProbeError
-        Where a store has not the concepts, or its activations have another width.
+        If a store does not have the concepts, or its activations have another width.
     """
     import pandas as pd
 
     table: list[dict[str, object]] = []
-    known = np.array(grid.train_groups)
+    train_groups = np.array(grid.train_groups)
     for name, target in targets.items():
         store, rows = target if isinstance(target, tuple) else (target, None)
         place = find_place(store, grid.stack, grid.component, tokens or grid.tokens, grid.n_heads is not None)
         frame = store.frame()
         mask = row_mask(rows, len(frame))
         groups = read_groups(frame)
-        seen = np.isin(groups, known)
-        n_known = int((mask & seen).sum())
-        mask = mask & ~seen  # a new array: the rows given are the caller's
+        trained = np.isin(groups, train_groups)
+        n_known = int((mask & trained).sum())
+        mask = mask & ~trained  # a new array, because `rows` belongs to the caller
         labels, ids, groups = read_labels(frame, grid.concepts)[mask], frame["id"].to_numpy()[mask], groups[mask]
         for at, layer in enumerate(grid.layers):
             if layer not in place.layers:
@@ -173,7 +173,7 @@ def transfer(
             x = read_features(store, place, layer, mask, ids) if mask.any() else np.empty((0, 0), np.float32)
             n_heads, width = grid.n_heads or 1, grid.weights.shape[-1]
             if mask.any() and x.shape[1] != n_heads * width:
-                msg = f"'{name}': {place.site(layer)} has width {x.shape[1]}, the grid's probes read {n_heads * width}"
+                msg = f"'{name}': {place.site(layer)} has width {x.shape[1]}, the grid's probes need {n_heads * width}"
                 raise ProbeError(msg)
             by_head = (
                 x.reshape(len(x), n_heads, width).astype(np.float64) if mask.any() else np.empty((0, n_heads, width))

@@ -1,4 +1,4 @@
-"""One layer or head: choose the penalty on left-out folds, fit on all training rows, score once on the held-out ones."""
+"""One layer or head: select the penalty by cross-validation, fit on all training rows, score once on held-out rows."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SCORES = (
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is the same for all cells of a grid."""
+    """Settings shared by all cells of a grid."""
 
     method: Method
     penalties: np.ndarray
@@ -40,34 +40,34 @@ class Recipe:
 
 
 SELECTION = 1e-6
-"""Proven relative gap of the fits that a penalty is chosen by; those that are kept are held to the grid's tolerance."""
+"""Tolerance (proven relative gap) of the fits that select a penalty; final fits use the grid's tolerance."""
 
 
 def choose(
     whole: RowBlock, x: np.ndarray, labels: np.ndarray, fold: np.ndarray, groups: np.ndarray, recipe: Recipe
 ) -> tuple[np.ndarray, np.ndarray, tuple[np.ndarray, np.ndarray]]:
-    """Choose the penalty of each row of labels by the rows left out of its folds.
+    """Select the penalty of each row of labels by cross-validation.
 
     Parameters
     ----------
     whole
-        The training rows, standardised on all of them.
+        The training rows, standardized on all of them.
     x
-        [n, D], the same as given.
+        [n, D], the same rows before standardization.
     labels
         [Q, n].
     fold, groups
-        [n]: of each row. A concept that is seldom defined may miss a fold.
+        [n]: of each row. A concept that is rarely defined can be missing in a fold.
     recipe
-        What is fitted, and the penalties.
+        The method, the penalties and the tolerance.
 
     Returns
     -------
-    C [Q], and at that C: margins [Q, n] of each row from the one probe that was not fitted on its fold, and coefficients
-    [Q, D] with intercepts [Q], means over folds.
+    C [Q], and at that C: margins [Q, n] of each row from the probe that was not fitted on its fold, and coefficients [Q, D]
+    with intercepts [Q], means over folds.
     """
     method = recipe.method
-    penalties = np.sort(recipe.penalties)[: None if method.loss else 1]  # between equals the stronger penalty
+    penalties = np.sort(recipe.penalties)[: None if method.loss else 1]  # ties: the stronger penalty
     candidates = np.broadcast_to(penalties, (len(labels), len(penalties)))
     margins = np.empty((*candidates.shape, len(x)))
     score = np.zeros(candidates.shape)
@@ -75,26 +75,26 @@ def choose(
     coefficients, intercepts = np.zeros((candidates.size, x.shape[1])), np.zeros(candidates.size)
     for done, number in enumerate(np.unique(fold)):
         left_out, used = fold == number, fold != number
-        # Folds share most of their rows: each begins at the mean of what those before it found.
+        # Folds share most of their rows: each fit starts at the mean solution of the earlier folds.
         start = (coefficients / done, intercepts / done) if done else None
         rows = Rows(RowBlock.of(x[used], recipe.device, whole), groups[used], tolerance, start)
         fit = method.fit(rows, labels[:, used], candidates)
         coefficients += fit.coefficients
         intercepts += fit.intercepts
-        found = fit.decision(x[left_out]).reshape(*candidates.shape, -1)
-        margins[:, :, left_out] = found
+        fold_margins = fit.decision(x[left_out]).reshape(*candidates.shape, -1)
+        margins[:, :, left_out] = fold_margins
         if method.loss == "squared":
-            # Least squares' own intercept: the mean target at the mean of the rows fitted to.
-            centre = (fit.coefficients @ rows.block.mean + fit.intercepts).reshape(candidates.shape)
+            # The least-squares intercept: the mean target at the mean of the training rows.
+            center = (fit.coefficients @ rows.block.mean + fit.intercepts).reshape(candidates.shape)
             targets = 2 * (labels[:, left_out] - labels[:, used].mean(axis=1, keepdims=True))
-            score += ((found - centre[:, :, None] - targets[:, None]) ** 2).sum(axis=2)
+            score += ((fold_margins - center[:, :, None] - targets[:, None]) ** 2).sum(axis=2)
     n_folds = len(np.unique(fold))
     coefficients, intercepts = coefficients.reshape(*candidates.shape, -1), intercepts.reshape(candidates.shape)
     if method.loss is None:
         return candidates[:, 0].copy(), margins[:, 0], (coefficients[:, 0] / n_folds, intercepts[:, 0] / n_folds)
     if method.loss == "log":
-        against = np.where(labels == 1, -1.0, 1.0)[:, None] * margins
-        loss = torch.nn.functional.softplus(torch.from_numpy(against), threshold=40).numpy()  # four times numpy's speed
+        signed = np.where(labels == 1, -1.0, 1.0)[:, None] * margins
+        loss = torch.nn.functional.softplus(torch.from_numpy(signed), threshold=40).numpy()  # 4 times as fast as numpy
         score = np.matmul(loss, balanced_weights(labels)[:, :, None])[:, :, 0]
     best = np.argmin(score, axis=1)
     q = np.arange(len(labels))
@@ -105,14 +105,14 @@ def fit_cell(
     x: np.ndarray,
     task: Task,
     groups: np.ndarray,
-    held: np.ndarray,
+    held_out: np.ndarray,
     recipe: Recipe,
     out: dict[str, np.ndarray],
     cell: tuple[int, int],
 ) -> None:
-    """Fit, choose and score all concepts of a task on features [N, D] of one layer and head, into `out`.
+    """Select penalties, fit and score all concepts of a task on features [N, D] of one layer and head, into `out`.
 
-    `groups` [N] are of all rows, `held` the numbers of the held-out ones.
+    `groups` [N] are those of all rows, `held_out` the row numbers of the held-out rows.
     """
     training = x[task.train]
     whole = RowBlock.of(training, recipe.device)
@@ -125,7 +125,7 @@ def fit_cell(
     if not recipe.method.log_odds:
         trained = weights @ training.T + intercepts[:, None]
         same = recipe.method.final is None
-        # Rows left out tell the slope honestly; a final fit of another kind has only its own rows to tell it.
+        # Left-out rows give an unbiased slope; a final fit of another method has only its training rows.
         slope = [log_odds_slope(y, m) for y, m in zip(task.labels, left_out if same else trained, strict=True)]
         weights *= np.array(slope)[:, None]
         intercepts *= np.array(slope)
@@ -133,7 +133,7 @@ def fit_cell(
     scores = np.array([balanced_accuracy(y, m) for y, m in zip(task.test_labels, margins, strict=True)])
     trained = weights[:n] @ training.T
     length = np.linalg.norm(weights[:n], axis=1)
-    shared = weights[:n] @ x[held].T + intercepts[:n, None]
+    shared = weights[:n] @ x[held_out].T + intercepts[:n, None]
     truths, groups_of, n_groups = task.test_labels[:n], task.test_groups, task.resamples.shape[1]
     low, high = balanced_accuracy_interval(truths, margins[:n], groups_of, n_groups, recipe.confidence)
     areas = np.array([auc(y, m) for y, m in zip(truths, margins[:n], strict=True)])

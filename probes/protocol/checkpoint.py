@@ -1,4 +1,4 @@
-"""What is finished of a grid, layer by layer, for a run that may be killed."""
+"""Checkpoints of a grid by layer, to continue a killed run."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ def digest(values: np.ndarray) -> str:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder with ``checkpoint.json`` (the options) and ``layer-<number>.safetensors``; None keeps nothing."""
+    """A folder with ``checkpoint.json`` (the options) and ``layer-<number>.safetensors``; None saves nothing."""
 
     folder: Path | None
     key: str
 
     @classmethod
     def at(cls, folder: str | Path | None, options: Mapping[str, Any]) -> Self:
-        """Open or begin a checkpoint.
+        """Open or create a checkpoint.
 
         Raises
         ------
         ProbeError
-            Where the folder holds a checkpoint of other options, naming the first that differs.
+            If the folder holds a checkpoint of other options; the message names the first that differs.
         """
         text = json.dumps(dict(options), sort_keys=True, indent=1)
         key = hashlib.sha256(text.encode()).hexdigest()
@@ -49,20 +49,20 @@ class Checkpoint:
         card = path / _CARD
         if card.exists():
             try:
-                there = read_json(card, error=ProbeError)
+                saved = read_json(card, error=ProbeError)
             except OSError as error:
                 msg = f"{card}: cannot be read: {error.strerror or error}"
                 raise ProbeError(msg) from error
-            if not isinstance(there, dict):
-                msg = f"{card} is not the card of a checkpoint; remove the folder to begin again"
+            if not isinstance(saved, dict):
+                msg = f"{card} is not the card of a checkpoint; remove the folder to start again"
                 raise ProbeError(msg)
-            wanted = json.loads(text)
-            changed = [k for k in sorted(wanted.keys() | there.keys()) if there.get(k) != wanted.get(k)]
+            current = json.loads(text)
+            changed = [k for k in sorted(current.keys() | saved.keys()) if saved.get(k) != current.get(k)]
             if changed:
                 first = changed[0]
                 msg = (
-                    f"{path} is the checkpoint of another run: '{first}' was {there.get(first)!r} and is now "
-                    f"{wanted.get(first)!r}; give another folder, or remove this one"
+                    f"{path} is the checkpoint of another run: '{first}' was {saved.get(first)!r} and is now "
+                    f"{current.get(first)!r}; use another folder, or remove this one"
                 )
                 raise ProbeError(msg)
         else:
@@ -70,17 +70,17 @@ class Checkpoint:
         return cls(path, key)
 
     def save(self, layer: int, arrays: Mapping[str, np.ndarray]) -> None:
-        """Keep a layer's arrays."""
+        """Save a layer's arrays."""
         if self.folder is not None:
             write_whole(self.folder / f"layer-{layer}.safetensors", encode_tensors(arrays, {"key": self.key}))
 
     def load(self, layer: int) -> dict[str, np.ndarray] | None:
-        """Return a layer's arrays, or None where it is not finished; one that is damaged counts as not finished.
+        """Return a layer's arrays, or None if it is not finished; a damaged layer counts as not finished.
 
         Raises
         ------
         ProbeError
-            Where the system cannot read it (too many open files, no permission): that is not damage.
+            If the system cannot read it (too many open files, no permission): that is not damage.
         """
         path = None if self.folder is None else self.folder / f"layer-{layer}.safetensors"
         if path is None or not path.exists():

@@ -1,4 +1,4 @@
-"""Controls: what a probe reaches on labels that mean nothing."""
+"""Controls: shuffled and random labels, on which probes should score at chance."""
 
 from __future__ import annotations
 
@@ -8,22 +8,21 @@ from groundscope.core.permutations import exchange_groups, movable_groups
 
 
 def shuffle_labels(labels: np.ndarray, groups: np.ndarray, parts: np.ndarray, seed: int | list[int]) -> np.ndarray:
-    """Shuffle labels [N, ...] in a way that keeps what splits and groups fix, and nothing else.
+    """Shuffle labels [N, ...] while preserving the structure of splits and groups.
 
-    Within each part (a fold, or the held-out rows) groups with equally many rows exchange their blocks of labels, in random
-    order within each block too (`groundscope.core.permutations.exchange_groups`, which says why p-values from it are
-    valid). So every part keeps its class counts, every block goes whole to one group, and labels that were alike within a
-    group stay alike: a probe that still beats chance has learned from the number of its parameters or from a leak.
-    Shuffling only within groups would leave every label in place that is constant over its image; shuffling rows freely, or
-    blocks across the borders of groups of unlike sizes, would make the shuffled labels agree less within groups than the
-    real ones.
+    Within each part (a fold, or the held-out rows) groups with equally many rows exchange their blocks of labels, with
+    random order within each block (`groundscope.core.permutations.exchange_groups` explains why the resulting p-values are
+    valid). Every part keeps its class counts, every block moves as a whole to one group, and labels that were equal within
+    a group stay equal: a probe that still scores above chance overfits or uses a leak. Shuffling only within groups would
+    not change labels that are constant over an image; shuffling rows freely, or blocks between groups of different sizes,
+    would make the shuffled labels less correlated within groups than the real ones.
 
-    A group whose size no other group of its part has keeps its labels, up to their order: `movable` counts the others.
+    A group with a unique size in its part keeps its labels, up to their order: `movable` counts the others.
 
     Parameters
     ----------
     labels
-        [N, ...], any dtype; further axes go with their row.
+        [N, ...], any dtype; further axes move with their row.
     groups, parts
         [N], the group and the part of each row; a group belongs to one part.
     seed
@@ -37,26 +36,26 @@ def shuffle_labels(labels: np.ndarray, groups: np.ndarray, parts: np.ndarray, se
 
 
 def movable(labels: np.ndarray, groups: np.ndarray, parts: np.ndarray, scheme: str = "blocks") -> tuple[int, int]:
-    """Return how many groups a shuffle can give other labels, and how many groups there are.
+    """Return the number of groups that a shuffle can give other labels, and the number of groups.
 
     Parameters
     ----------
     labels, groups, parts
         As for `shuffle_labels`, labels [N].
     scheme
-        ``blocks`` for `shuffle_labels`, ``within`` for `shuffle_within`, under which groups of mixed labels can change.
+        ``blocks`` for `shuffle_labels`, ``within`` for `shuffle_within`, under which groups with mixed labels can change.
     """
     if scheme == "within":
-        parts = np.unique(groups, return_inverse=True)[1]  # each group by itself
+        parts = np.unique(groups, return_inverse=True)[1]  # each group is its own part
     can = movable_groups(groups, parts, labels)
     return int(can.sum()), len(can)
 
 
 def shuffle_within(labels: np.ndarray, groups: np.ndarray, parts: np.ndarray, seed: int | list[int]) -> np.ndarray:
-    """Permute labels [N, ...] among the rows of each group: keeps whatever the group itself gives away.
+    """Permute labels [N, ...] among the rows of each group, which preserves information about the group.
 
-    A label that is constant over its group stays as it is. `parts` are there to be called as `shuffle_labels` is: a group
-    lies in one part, so class counts of parts are kept.
+    A label that is constant over its group does not change. `parts` is not used (same signature as `shuffle_labels`): a
+    group belongs to one part, so that parts keep their class counts.
     """
     del parts
     rng = np.random.default_rng(seed)
@@ -68,20 +67,20 @@ def shuffle_within(labels: np.ndarray, groups: np.ndarray, parts: np.ndarray, se
 
 
 def control_labels(types: np.ndarray, share: float, seed: int | list[int]) -> np.ndarray:
-    """Give each type a random label: the control task of Hewitt and Liang (2019), learnt only by knowing types by heart.
+    """Assign each type a random label: the control task of Hewitt and Liang (2019), which requires memorizing types.
 
     Parameters
     ----------
     types
-        [N], what a row is an instance of, such as its question.
+        [N], the type of each row, such as its question.
     share
-        Of positives among the types, about.
+        Approximate share of positive types.
     seed
         Of the labels.
 
     Returns
     -------
-    float64 [N] in 0, 1; both occur where there are two types or more.
+    float64 [N] in 0, 1; both occur if there are at least two types.
     """
     rng = np.random.default_rng(seed)
     names, of_row = np.unique(types, return_inverse=True)
@@ -92,6 +91,6 @@ def control_labels(types: np.ndarray, share: float, seed: int | list[int]) -> np
 
 
 def majority_accuracy(labels: np.ndarray) -> float:
-    """Return the plain accuracy of always saying the more frequent class of labels [N] in 0, 1."""
+    """Return the plain accuracy of always predicting the more frequent class of labels [N] in 0, 1."""
     share = float(np.mean(labels))
     return max(share, 1 - share)

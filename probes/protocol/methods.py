@@ -1,4 +1,4 @@
-"""The ways a probe can be fitted: one entry of `METHODS` each."""
+"""The methods of fitting a probe: the entries of `METHODS`."""
 
 from __future__ import annotations
 
@@ -14,41 +14,41 @@ from probes.solvers.logistic_float32 import RowBlock, balanced_weights, fit_rows
 from probes.solvers.logistic_reference import LogisticFit
 
 SUBSAMPLES = 20
-"""Probes of a Gaussian concept subspace."""
+"""Number of probes of a Gaussian concept subspace."""
 SUBSAMPLE_SHARE = 0.5
-"""Share of the groups each is fitted to."""
+"""Share of the groups that each is fitted to."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """What a probe is fitted to."""
+    """The training rows of a probe."""
 
     block: RowBlock
     groups: np.ndarray
     """[n]."""
     tolerance: float
     start: tuple[np.ndarray, np.ndarray] | None = None
-    """Coefficients [Q x R, D] and intercepts [Q x R] that iterations may begin at."""
+    """Initial coefficients [Q x R, D] and intercepts [Q x R] of the iterations."""
 
 
 Fit = Callable[[Rows, np.ndarray, np.ndarray], LogisticFit]
-"""From rows, labels [Q, n] and penalties [Q, R] to Q x R fits, penalties fastest."""
+"""Maps rows, labels [Q, n] and penalties [Q, R] to Q x R fits, penalties fastest."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """One way to fit a probe, and how its penalty is chosen."""
+    """A method of fitting a probe, and the criterion that selects its penalty."""
 
     fit: Fit
     loss: Literal["log", "squared"] | None
-    """What is smallest at the chosen penalty on rows left out: log-loss of both classes alike, or squared error of
-    -1/+1; None where there is nothing to choose."""
+    """Cross-validation criterion of the penalty: log-loss with balanced classes, or squared error on -1/+1 labels; None
+    without a penalty."""
     log_odds: bool
-    """Whether margins are log-odds; those that are not are scaled to be, by a slope fitted on rows left out."""
+    """Whether margins are log-odds; otherwise they are scaled to log-odds by a slope fitted on left-out rows."""
     final: Fit | None = None
-    """What is fitted with the chosen penalty to all training rows, where that is something else."""
-    words: str = ""
-    """For the provenance."""
+    """Fit of all training rows with the selected penalty, if it differs from `fit`."""
+    description: str = ""
+    """Description for the provenance."""
 
 
 def _logistic(rows: Rows, labels: np.ndarray, penalty: np.ndarray) -> LogisticFit:
@@ -56,11 +56,11 @@ def _logistic(rows: Rows, labels: np.ndarray, penalty: np.ndarray) -> LogisticFi
 
 
 def _ridge(rows: Rows, labels: np.ndarray, penalty: np.ndarray) -> LogisticFit:
-    return _closed(rows, *closed_form.ridge(_spectrum(rows), labels, penalty))
+    return _to_fit(rows, *closed_form.ridge(_spectrum(rows), labels, penalty))
 
 
 def _discriminant(rows: Rows, labels: np.ndarray, penalty: np.ndarray) -> LogisticFit:
-    return _closed(rows, *closed_form.discriminant(_spectrum(rows), labels, penalty))
+    return _to_fit(rows, *closed_form.discriminant(_spectrum(rows), labels, penalty))
 
 
 def _mean_difference(rows: Rows, labels: np.ndarray, penalty: np.ndarray) -> LogisticFit:
@@ -68,24 +68,24 @@ def _mean_difference(rows: Rows, labels: np.ndarray, penalty: np.ndarray) -> Log
     raw = block.standard.cpu().numpy() * block.deviation
     weights, intercepts = closed_form.mean_difference(raw, labels)
     weights, intercepts = (np.repeat(a, penalty.shape[1], axis=0) for a in (weights, intercepts))
-    nothing = np.zeros(len(weights))
+    zeros = np.zeros(len(weights))
     spread = np.broadcast_to(np.ones_like(block.mean), weights.shape)
-    return LogisticFit(weights, intercepts - weights @ block.mean, nothing, nothing, spread)
+    return LogisticFit(weights, intercepts - weights @ block.mean, zeros, zeros, spread)
 
 
 def _subspace(rows: Rows, labels: np.ndarray, penalty: np.ndarray) -> LogisticFit:
     """Fit the mean of the unit directions of probes on subsamples; threshold midway between the class means."""
     block = rows.block
     standard = block.standard.cpu().numpy()
-    found = [
+    samples = [
         concept_directions(standard, y, rows.groups, float(c), tolerance=rows.tolerance)
         for y, values in zip(labels, penalty, strict=True)
         for c in values
     ]
-    weights = np.stack([directions.mean(axis=0) for directions in found])
+    weights = np.stack([directions.mean(axis=0) for directions in samples])
     repeated = np.repeat(labels, penalty.shape[1], axis=0)
     high, low, _ = closed_form.class_sums(standard, repeated)
-    return closed_form.unstandardise(weights, closed_form.midway(weights, high, low), block.mean, block.deviation)
+    return closed_form.unstandardize(weights, closed_form.midway(weights, high, low), block.mean, block.deviation)
 
 
 def concept_directions(
@@ -99,7 +99,7 @@ def concept_directions(
     seed: int = 0,
     tolerance: float = 1e-8,
 ) -> np.ndarray:
-    """Return unit weights [count, D] of logistic probes, each on a share of the groups of both classes.
+    """Return unit weights [count, D] of logistic probes, each fitted on a random share of the groups.
 
     The sample of the Gaussian concept subspace (Zhao et al. 2024, arXiv 2410.00153): features [n, D], labels [n].
     """
@@ -110,12 +110,12 @@ def concept_directions(
     directions = []
     for _ in range(count):
         order = rng.permutation(len(names))
-        kept = order[: max(2, round(share * len(names)))]
-        # Both classes are needed: where a class fell out, the first groups that have it come in.
+        sample = order[: max(2, round(share * len(names)))]
+        # Both classes are needed: if one is missing, the first group that has it is added.
         for value in (0, 1):
-            if not has[kept, value].any():
-                kept = np.append(kept, order[has[order, value]][0])
-        chosen = np.isin(of_row, kept)
+            if not has[sample, value].any():
+                sample = np.append(sample, order[has[order, value]][0])
+        chosen = np.isin(of_row, sample)
         block = RowBlock.of(features[chosen])
         y = labels[None, chosen]
         fit = fit_rows(block, y, np.array([[penalty]]), balanced_weights(y), tolerance=tolerance)
@@ -128,20 +128,24 @@ def _spectrum(rows: Rows) -> closed_form.Spectrum:
     return closed_form.Spectrum(rows.block.standard.cpu().numpy())
 
 
-def _closed(rows: Rows, weights: np.ndarray, intercepts: np.ndarray) -> LogisticFit:
+def _to_fit(rows: Rows, weights: np.ndarray, intercepts: np.ndarray) -> LogisticFit:
     flat = weights.reshape(-1, weights.shape[-1])
-    return closed_form.unstandardise(flat, intercepts.reshape(-1), rows.block.mean, rows.block.deviation)
+    return closed_form.unstandardize(flat, intercepts.reshape(-1), rows.block.mean, rows.block.deviation)
 
 
 METHODS: Mapping[str, Method] = MappingProxyType(
     {
-        "logistic": Method(_logistic, "log", log_odds=True, words="logistic, L2, classes balanced"),
-        "ridge": Method(_ridge, "squared", log_odds=False, words="ridge, threshold midway between class means"),
-        "lda": Method(_discriminant, "log", log_odds=True, words="linear discriminant, ridge, equal priors"),
-        "mean_difference": Method(_mean_difference, None, log_odds=False, words="mean difference"),
+        "logistic": Method(_logistic, "log", log_odds=True, description="logistic, L2, classes balanced"),
+        "ridge": Method(_ridge, "squared", log_odds=False, description="ridge, threshold midway between class means"),
+        "lda": Method(_discriminant, "log", log_odds=True, description="linear discriminant, ridge, equal priors"),
+        "mean_difference": Method(_mean_difference, None, log_odds=False, description="mean difference"),
         "subspace": Method(
-            _logistic, "log", log_odds=False, final=_subspace, words="mean direction of a Gaussian concept subspace"
+            _logistic,
+            "log",
+            log_odds=False,
+            final=_subspace,
+            description="mean direction of a Gaussian concept subspace",
         ),
     }
 )
-"""Name to method."""
+"""Methods by name."""

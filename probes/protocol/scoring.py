@@ -1,4 +1,4 @@
-"""Scores of binary predictions, and intervals that know that rows of one group are not independent."""
+"""Scores of binary predictions, and intervals that account for dependence within groups."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _BLOCK_ELEMENTS = 4_000_000
 
 
 def balanced_accuracy(labels: np.ndarray, margins: np.ndarray) -> np.ndarray:
-    """Mean of the two classes' recalls where a positive margin means class 1.
+    """Return the mean of the two classes' recalls; a positive margin predicts class 1.
 
     Parameters
     ----------
@@ -21,25 +21,25 @@ def balanced_accuracy(labels: np.ndarray, margins: np.ndarray) -> np.ndarray:
 
     Returns
     -------
-    float64 [...]; NaN where a class is absent.
+    float64 [...]; NaN if a class is absent.
     """
-    said = np.asarray(margins) > 0
+    predicted = np.asarray(margins) > 0
     truth = np.asarray(labels) == 1
     n_positive = int(truth.sum())
     if n_positive in {0, len(truth)}:
-        return np.full(said.shape[:-1], np.nan)
-    return 0.5 * (said[..., truth].mean(axis=-1) + (~said[..., ~truth]).mean(axis=-1))
+        return np.full(predicted.shape[:-1], np.nan)
+    return 0.5 * (predicted[..., truth].mean(axis=-1) + (~predicted[..., ~truth]).mean(axis=-1))
 
 
 def auc(labels: np.ndarray, scores: np.ndarray) -> float:
-    """Area under the ROC curve of scores [N] for labels [N] in 0, 1 (ties count half); NaN where a class is absent."""
+    """Return the area under the ROC curve of scores [N] for labels [N] in 0, 1 (ties count half); NaN if a class is absent."""
     return float(weighted_auc(labels, scores, np.ones((1, len(labels))))[0])
 
 
 def weighted_auc(labels: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Area under the ROC curve for each row of weights: labels [N], scores [N], weights [B, N] -> float64 [B].
+    """Return the area under the ROC curve per row of weights: labels [N], scores [N], weights [B, N] -> float64 [B].
 
-    The weighted Mann-Whitney statistic, ties counting half; NaN where a class has no weight.
+    The weighted Mann-Whitney statistic, with ties counting half; NaN if a class has no weight.
     """
     order = np.argsort(scores, kind="stable")
     ranked = np.asarray(scores)[order]
@@ -54,7 +54,7 @@ def weighted_auc(labels: np.ndarray, scores: np.ndarray, weights: np.ndarray) ->
             up, down = np.add.reduceat(up, starts, axis=1), np.add.reduceat(down, starts, axis=1)
         below = np.cumsum(down, axis=1)
         below -= 0.5 * down
-        # Sums in float64 whatever the weights are in: products of counts outgrow float32.
+        # Sums in float64 for any dtype of the weights: products of counts exceed the precision of float32.
         wins = np.einsum("bt,bt->b", up, below, dtype=np.float64)
         pairs = up.sum(axis=1, dtype=np.float64) * down.sum(axis=1, dtype=np.float64)
         result[begin : begin + step] = np.divide(wins, pairs, out=np.full(len(w), np.nan), where=pairs > 0)
@@ -62,33 +62,33 @@ def weighted_auc(labels: np.ndarray, scores: np.ndarray, weights: np.ndarray) ->
 
 
 def resample_groups(groups: np.ndarray, resamples: int, seed: int | list[int]) -> np.ndarray:
-    """Draw groups with replacement; returns how often each row [N] occurs in each resample, float32 [B, N].
+    """Draw groups with replacement; return the count of each row [N] in each resample, float32 [B, N].
 
-    The cluster bootstrap (Davison and Hinkley 1997, section 3.8): as many groups as there are, whole.
+    The cluster bootstrap (Davison and Hinkley 1997, section 3.8): each resample draws as many whole groups as the data has.
     """
     names, of_row = np.unique(groups, return_inverse=True)
     rng = np.random.default_rng(seed)
-    drawn = rng.integers(0, len(names), size=(resamples, len(names)))
-    drawn += np.arange(resamples)[:, None] * len(names)  # one range of numbers for each resample, counted at once
-    counts = np.bincount(drawn.ravel(), minlength=drawn.size).reshape(drawn.shape)
+    draws = rng.integers(0, len(names), size=(resamples, len(names)))
+    draws += np.arange(resamples)[:, None] * len(names)  # separate number ranges per resample, for one bincount
+    counts = np.bincount(draws.ravel(), minlength=draws.size).reshape(draws.shape)
     return counts.astype(np.float32)[:, of_row]
 
 
 def class_totals(
     labels: np.ndarray, margins: np.ndarray, groups: np.ndarray, n_groups: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Count in each group the rows of both classes that are scored right, and all of them.
+    """Count per group and class the correctly predicted rows, and all rows.
 
     Parameters
     ----------
     labels
-        0 or 1, [N], or [M, N] where each row of margins has its own.
+        0 or 1, [N], or [M, N] with separate labels per row of margins.
     margins
-        [M, N]: positive where 1 is said.
+        [M, N]: positive predicts 1.
     groups
         int [N]: number of the group of each column.
     n_groups
-        G.
+        Number of groups G.
 
     Returns
     -------
@@ -97,8 +97,8 @@ def class_totals(
     truth = np.broadcast_to(labels, margins.shape)
     tables = np.empty((2, 2, len(margins), n_groups))
     for at, value in enumerate((1, 0)):
-        there = truth == value
-        for k, table in enumerate((there & ((margins > 0) == (value == 1)), there)):
+        of_class = truth == value
+        for k, table in enumerate((of_class & ((margins > 0) == (value == 1)), of_class)):
             tables[k, at] = [np.bincount(groups, row, minlength=n_groups) for row in table]
     return tables[0], tables[1]
 
@@ -106,18 +106,18 @@ def class_totals(
 def balanced_accuracy_interval(
     labels: np.ndarray, margins: np.ndarray, groups: np.ndarray, n_groups: int, confidence: float = 0.95
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return intervals of balanced accuracies, as means of two rates (`groundscope.core.intervals.combined_interval`).
+    """Return intervals of balanced accuracies as means of two rates (`groundscope.core.intervals.combined_interval`).
 
     Parameters
     ----------
     labels, margins, groups, n_groups
         As for `class_totals`.
     confidence
-        Coverage aimed at.
+        Nominal coverage.
 
     Returns
     -------
-    Low and high ends float64 [M]; NaN where a class is absent.
+    Low and high ends float64 [M]; NaN if a class is absent.
     """
     hits, trials = class_totals(labels, margins, groups, n_groups)
     return combined_interval(hits, trials, (0.5, 0.5), confidence)
@@ -126,10 +126,10 @@ def balanced_accuracy_interval(
 def difference_interval(
     first: tuple[np.ndarray, np.ndarray], second: tuple[np.ndarray, np.ndarray], confidence: float = 0.95
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return intervals of balanced accuracies of the first less those of the second, given their `class_totals`.
+    """Return intervals of the difference of balanced accuracies, first minus second, from their `class_totals`.
 
-    Groups of both are the same for scores of the same examples, which are then paired; for other examples each has its own
-    groups, and 0 rows in those of the other.
+    For scores of the same examples, both have the same groups and are paired; for different examples, each has separate
+    groups and 0 rows in the groups of the other.
     """
     hits, trials = (np.concatenate(both) for both in zip(first, second, strict=True))
     return combined_interval(hits, trials, (0.5, 0.5, -0.5, -0.5), confidence)
@@ -145,8 +145,8 @@ def auc_interval(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return intervals of areas under ROC curves from draws of whole groups (`groundscope.core.intervals.share_interval`).
 
-    A score can be worth as many trials as ``4 / (1 / n_1 + 1 / n_0)``, n the rows of each class; where no draw differs, the
-    groups with rows of each class, because then nothing says that rows of a group differ.
+    The effective number of trials is at most ``4 / (1 / n_1 + 1 / n_0)``, with n the number of rows per class; if all draws
+    are equal, n is the number of groups with rows of the class, because the variation within groups is then unknown.
 
     Parameters
     ----------
@@ -155,15 +155,15 @@ def auc_interval(
     values
         [M]: the areas.
     draws
-        [B, M]: of `bootstrap_auc`.
+        [B, M]: from `bootstrap_auc`.
     groups, n_groups
         As for `class_totals`.
     confidence
-        Coverage aimed at.
+        Nominal coverage.
 
     Returns
     -------
-    Low and high ends float64 [M]; NaN where a class is absent.
+    Low and high ends float64 [M]; NaN if a class is absent.
     """
     truth = np.atleast_2d(labels)
     rows = np.stack([(truth == 1).sum(axis=1), (truth == 0).sum(axis=1)]).astype(np.float64)  # [2, M]
@@ -178,7 +178,7 @@ def auc_interval(
 
 
 def bootstrap_auc(labels: np.ndarray, scores: np.ndarray, groups: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Area under the ROC curve in each resample of whole groups: equals `weighted_auc`, at the price of group pairs.
+    """Return the area under the ROC curve in each resample of whole groups: equals `weighted_auc`, at the cost of group pairs.
 
     Parameters
     ----------
@@ -187,11 +187,11 @@ def bootstrap_auc(labels: np.ndarray, scores: np.ndarray, groups: np.ndarray, co
     groups
         int [N]: number of the group of each column.
     counts
-        [B, G]: how often each group occurs in each resample.
+        [B, G]: count of each group in each resample.
 
     Returns
     -------
-    float64 [B, M], or [B]; NaN where a class is absent.
+    float64 [B, M], or [B]; NaN if a class is absent.
     """
     s, truth = np.atleast_2d(scores), np.atleast_2d(np.asarray(labels) == 1)
     n_cells, n_groups = len(s), counts.shape[1]
@@ -203,19 +203,21 @@ def bootstrap_auc(labels: np.ndarray, scores: np.ndarray, groups: np.ndarray, co
     step = max(1, _BLOCK_ELEMENTS // (max(len(w), n_groups) * n_groups))
     for begin in range(0, n_cells, step):
         cells = range(begin, min(begin + step, n_cells))
-        wins = np.zeros((n_groups, len(cells), n_groups), np.float32)  # of a group's positives over a group's negatives
+        wins = np.zeros(
+            (n_groups, len(cells), n_groups), np.float32
+        )  # wins of positives over negatives by pair of groups
         for at, k in enumerate(cells):
             up, down = by_group[truth[k, by_group]], np.flatnonzero(~truth[k])
             members[0, :, k], members[1, :, k] = (np.bincount(groups[p], minlength=n_groups) for p in (up, down))
             if not len(up) or not len(down):
                 continue
             down = down[np.argsort(s[k, down])]
-            # Row i: how many of the lowest i negatives are of each group; ties count half.
+            # Row i: number of the lowest i negatives in each group; ties count half.
             below = np.zeros((len(down) + 1, n_groups), np.float32)
             below[np.arange(1, len(down) + 1), groups[down]] = 1
             np.cumsum(below, axis=0, out=below)
-            left, right = (np.searchsorted(s[k, down], s[k, up], side=side) for side in ("left", "right"))
-            above = below[left] + below[right]
+            lower, upper = (np.searchsorted(s[k, down], s[k, up], side=side) for side in ("left", "right"))
+            above = below[lower] + below[upper]
             starts = np.flatnonzero(np.diff(groups[up], prepend=-1))
             wins[groups[up[starts]], at] = 0.5 * np.add.reduceat(above, starts, axis=0)
         won = (w @ wins.reshape(n_groups, -1)).reshape(len(w), len(cells), n_groups)
@@ -227,9 +229,9 @@ def bootstrap_auc(labels: np.ndarray, scores: np.ndarray, groups: np.ndarray, co
 
 
 def log_loss(labels: np.ndarray, margins: np.ndarray) -> float:
-    """Mean log-loss in nats of margins [N] taken as log-odds, both classes counting the same; knowing nothing is ln 2.
+    """Return the mean log-loss in nats of margins [N] as log-odds, with balanced classes; chance is ln 2.
 
-    NaN where a class is absent.
+    NaN if a class is absent.
     """
     truth = np.asarray(labels) == 1
     if truth.all() or not truth.any():
@@ -241,22 +243,22 @@ def log_loss(labels: np.ndarray, margins: np.ndarray) -> float:
 def calibration_error(labels: np.ndarray, margins: np.ndarray, bins: int = 10) -> float:
     """Return the expected calibration error (Naeini et al. 2015) of margins [N] as log-odds.
 
-    The mean distance of stated probability and share of positives over `bins` equal bins of probability, both classes
-    counting the same; NaN where a class is absent.
+    The mean distance between predicted probability and share of positives over `bins` equal bins of probability, with
+    balanced classes; NaN if a class is absent.
     """
     truth = np.asarray(labels) == 1
     if truth.all() or not truth.any():
         return float("nan")
     weight = np.where(truth, 0.5 / truth.sum(), 0.5 / (~truth).sum())
-    stated = 0.5 * (1 + np.tanh(0.5 * np.asarray(margins, dtype=np.float64)))
-    of_bin = np.minimum((stated * bins).astype(int), bins - 1)
-    return float(np.abs(np.bincount(of_bin, weight * (stated - truth), minlength=bins)).sum())
+    predicted = 0.5 * (1 + np.tanh(0.5 * np.asarray(margins, dtype=np.float64)))
+    of_bin = np.minimum((predicted * bins).astype(int), bins - 1)
+    return float(np.abs(np.bincount(of_bin, weight * (predicted - truth), minlength=bins)).sum())
 
 
 def log_odds_slope(labels: np.ndarray, margins: np.ndarray) -> float:
-    """Return the positive slope that makes margins [N] the best log-odds, both classes counting the same.
+    """Return the positive slope that scales margins [N] to the best log-odds, with balanced classes.
 
-    Platt scaling without an offset, so that no decision changes: Newton's method on the log of the slope.
+    Platt scaling without an offset, which changes no decision: Newton's method on the log of the slope.
     """
     truth = np.asarray(labels) == 1
     weight = np.where(truth, 0.5 / max(1, truth.sum()), 0.5 / max(1, (~truth).sum()))
@@ -272,7 +274,9 @@ def log_odds_slope(labels: np.ndarray, margins: np.ndarray) -> float:
         first = -slope * float((weight * m * wrong).sum())
         second = first + slope**2 * float((weight * m * m * wrong * (1 - wrong)).sum())
         step = float(np.clip(-first / second if second > 0 else -np.sign(first), -1.0, 1.0))
-        at = float(np.clip(at + step, -7.0, 7.0))  # margins that tell nothing, or everything, have no best slope
+        at = float(
+            np.clip(at + step, -7.0, 7.0)
+        )  # uninformative or perfectly separating margins have no finite best slope
         if abs(step) < 1e-8:
             break
     return float(np.exp(at)) / spread

@@ -1,4 +1,4 @@
-"""Splits that never divide a group: a held-out part, and folds, balanced over all concepts at once."""
+"""Splits that never divide a group: a held-out part and folds, balanced over all concepts jointly."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from groundscope.core.errors import ProbeError
 def assign_parts(
     groups: Sequence[str] | np.ndarray, labels: np.ndarray, shares: Sequence[float] | np.ndarray, seed: int
 ) -> np.ndarray:
-    """Deal whole groups to parts so that each class of each concept is spread by the given shares.
+    """Assign whole groups to parts so that each class of each concept is divided by the given shares.
 
     Parameters
     ----------
@@ -22,7 +22,7 @@ def assign_parts(
     labels
         Float [N] or [N, K]: 0, 1, or NaN where a concept is undefined.
     shares
-        Positive share of rows of each part; they are normalised.
+        Positive share of rows of each part; normalized to sum 1.
     seed
         Equal seeds and data give equal parts.
 
@@ -33,12 +33,12 @@ def assign_parts(
     Raises
     ------
     ProbeError
-        Where the lengths differ or a share is not positive.
+        If the lengths differ or a share is not positive.
 
     Notes
     -----
     Iterative stratification (Sechidis, Tsoumakas and Vlahavas 2011) with groups in place of rows: the rarest class
-    that still has groups deals them, largest first, each to the part that misses that class most.
+    with unassigned groups is processed next: its groups, largest first, go to the part with the largest deficit of it.
     """
     names = np.asarray(groups)
     y = np.asarray(labels, dtype=np.float64).reshape(len(labels), -1)
@@ -51,29 +51,29 @@ def assign_parts(
         raise ProbeError(msg)
     _, of_row = np.unique(names, return_inverse=True)
     n_groups = int(of_row.max()) + 1 if len(of_row) else 0
-    # Rows of each class in each group; the last column counts all rows, so that groups without labels are dealt too.
+    # Rows of each class in each group; the last column counts all rows, so that groups without labels are assigned too.
     members = np.column_stack([y == 0, y == 1, np.ones(len(y), dtype=bool)]).astype(np.float64)
     counts = np.zeros((n_groups, members.shape[1]))
     np.add.at(counts, of_row, members)
-    wanted = np.outer(portions / portions.sum(), counts.sum(axis=0))  # [parts, classes]
+    deficit = np.outer(portions / portions.sum(), counts.sum(axis=0))  # [parts, classes]
     rng = np.random.default_rng(seed)
-    # A random order, then luck again only between equals: seeds give different splits of equal balance.
+    # Random order and random tie-breaking: seeds give different splits of equal balance.
     order = rng.permutation(n_groups)
-    luck = rng.random((n_groups, len(portions)))
+    tie_break = rng.random((n_groups, len(portions)))
     part = np.full(n_groups, -1)
-    left = counts.sum(axis=0)
+    remaining = counts.sum(axis=0)
     while True:
-        open_classes = np.flatnonzero(left > 0)
+        open_classes = np.flatnonzero(remaining > 0)
         if not open_classes.size:
             break
-        rarest = open_classes[np.argmin(left[open_classes])]
-        waiting = order[(part[order] < 0) & (counts[order, rarest] > 0)]
-        for group in waiting[np.argsort(-counts[waiting, rarest], kind="stable")]:
-            # Most missing of this class; then most missing of rows; then luck.
-            choice = np.lexsort((luck[group], -wanted[:, -1], -wanted[:, rarest]))[0]
+        rarest = open_classes[np.argmin(remaining[open_classes])]
+        unassigned = order[(part[order] < 0) & (counts[order, rarest] > 0)]
+        for group in unassigned[np.argsort(-counts[unassigned, rarest], kind="stable")]:
+            # Largest deficit of this class; then largest deficit of rows; then random.
+            choice = np.lexsort((tie_break[group], -deficit[:, -1], -deficit[:, rarest]))[0]
             part[group] = choice
-            wanted[choice] -= counts[group]
-            left -= counts[group]
+            deficit[choice] -= counts[group]
+            remaining -= counts[group]
     return part[of_row].astype(np.int64)
 
 
@@ -85,21 +85,21 @@ def grouped_split(
     Raises
     ------
     ProbeError
-        Where `test_fraction` is not between 0 and 1, or the lengths differ.
+        If `test_fraction` is not between 0 and 1, or the lengths differ.
     """
     if not 0 < test_fraction < 1:
-        msg = f"test_fraction={test_fraction} must lie between 0 and 1, as in 0.3"
+        msg = f"test_fraction={test_fraction} must be between 0 and 1, for example 0.3"
         raise ProbeError(msg)
     return assign_parts(groups, labels, (1 - test_fraction, test_fraction), seed) == 1
 
 
 def grouped_folds(groups: Sequence[str] | np.ndarray, labels: np.ndarray, folds: int = 5, seed: int = 0) -> np.ndarray:
-    """Return the fold of each row, int64 [N] in ``0 .. folds-1``, no group divided.
+    """Return the fold of each row, int64 [N] in ``0 .. folds-1``, without dividing groups.
 
     Raises
     ------
     ProbeError
-        Where there are fewer than 2 folds, fewer groups than folds, or the lengths differ.
+        If there are fewer than 2 folds, fewer groups than folds, or the lengths differ.
     """
     n_groups = len(np.unique(np.asarray(groups)))
     if folds < 2 or n_groups < folds:
@@ -109,20 +109,20 @@ def grouped_folds(groups: Sequence[str] | np.ndarray, labels: np.ndarray, folds:
 
 
 def groups_needed(folds: int, test_fraction: float) -> int:
-    """Return how many groups must hold a class so that each fold and the held-out part (twice) can have one."""
+    """Return the number of groups per class that allow one in each fold and two in the held-out part."""
     return max(math.ceil(folds / (1 - test_fraction)), math.ceil(2 / test_fraction))
 
 
 def support_problem(concept: str, labels: np.ndarray, groups: np.ndarray, needed: int) -> str | None:
-    """Say why the defined labels [N] of a concept cannot be split by group, or None where they can."""
+    """Return a message why the defined labels [N] of a concept cannot be split by group, or None if they can."""
     rows = {value: labels == value for value in (0.0, 1.0)}
     n_rows = {value: int(mask.sum()) for value, mask in rows.items()}
     n_groups = {value: len(np.unique(groups[mask])) for value, mask in rows.items()}
     if not sum(n_rows.values()):
-        return f"'{concept}' is undefined on every row that is used"
+        return f"'{concept}' is undefined on all used rows"
     for value, count in n_rows.items():
         if not count:
-            return f"'{concept}' is {1 - value:.0f} on all {n_rows[1 - value]} rows where it is defined: nothing to tell apart"
+            return f"'{concept}' is {1 - value:.0f} on all {n_rows[1 - value]} rows where it is defined; both classes are needed"
     for value, count in n_groups.items():
         if count < needed:
             return (

@@ -1,4 +1,4 @@
-"""Who is fitted on which rows: the split of a grid, and its concepts with their shuffled controls."""
+"""The split of a grid's rows, and its tasks: concepts with their shuffled controls."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ class UnplaceableError(ProbeError):
 
 @dataclass(frozen=True)
 class Rows:
-    """The examples of a grid: those used, whose token selection was not empty."""
+    """The rows of a grid: used examples with a non-empty token selection."""
 
     ids: np.ndarray
     groups: np.ndarray
     labels: np.ndarray
     """float64 [N, K]."""
     fold: np.ndarray
-    """int64 [N]: fold of a training row, -1 for a held-out one."""
+    """int64 [N]: fold of a training row, -1 for a held-out row."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """Concepts that are defined on the same rows, with their labels and the shuffled ones of their controls."""
+    """Concepts that are defined on the same rows, with their true labels and the shuffled labels of their controls."""
 
     concepts: tuple[int, ...]
-    """Places of the concepts in the grid."""
+    """Indices of the concepts in the grid."""
     train: np.ndarray
     """Row numbers of the training rows."""
     test: np.ndarray
@@ -47,42 +47,42 @@ class Task:
     fold: np.ndarray
     """Fold of each training row."""
     labels: np.ndarray
-    """float64 [Q, n_train]: true labels of the concepts, then of their shuffles draw by draw."""
+    """float64 [Q, n_train]: true labels of the concepts, then their shuffled labels, draw by draw."""
     test_labels: np.ndarray
     """float64 [Q, n_test], in the same order."""
     test_groups: np.ndarray
     """int64 [n_test]: number of the group of each held-out row."""
     resamples: np.ndarray
-    """float32 [B, G]: how often each held-out group occurs in each resample."""
+    """float32 [B, G]: count of each held-out group in each resample."""
     movable: tuple[tuple[int, int], ...]
-    """Of each concept, how many groups its shuffles can give other labels, and how many it has."""
+    """Per concept, the number of groups that shuffles can give other labels, and the number of groups."""
 
     def has_control(self, at: int) -> bool:
-        """Whether the shuffled labels of a concept mean nothing: at least 10 groups, and half of them, can move."""
-        can, of = self.movable[at]
-        return can >= LEAST_MOVABLE and 2 * can >= of
+        """Whether shuffles of a concept are a valid control: at least 10 groups, and half of all groups, are movable."""
+        n_movable, n_groups = self.movable[at]
+        return n_movable >= LEAST_MOVABLE and 2 * n_movable >= n_groups
 
 
 def split_rows(
     ids: np.ndarray, groups: np.ndarray, labels: np.ndarray, folds: int, test_fraction: float, seed: int
 ) -> Rows:
-    """Hold out whole groups and deal the others to folds, the same for all concepts: labels [N, K] -> `Rows`."""
-    held = grouped_split(groups, labels, test_fraction, seed)
+    """Hold out whole groups and assign the others to folds, the same for all concepts: labels [N, K] -> `Rows`."""
+    held_out = grouped_split(groups, labels, test_fraction, seed)
     fold = np.full(len(ids), -1)
-    fold[~held] = grouped_folds(groups[~held], labels[~held], folds, seed)
+    fold[~held_out] = grouped_folds(groups[~held_out], labels[~held_out], folds, seed)
     return Rows(ids, groups, labels, fold)
 
 
 def build_tasks(
     table: Rows, concepts: Sequence[str], folds: int, control: int, resamples: int, seed: int
 ) -> tuple[Task, ...]:
-    """Put concepts that are defined on the same rows together: they share their features and resamples."""
+    """Group concepts that are defined on the same rows, so that they share features and resamples."""
     _check_placed(table, concepts, folds)
-    together: dict[bytes, list[int]] = {}
+    members_by_rows: dict[bytes, list[int]] = {}
     for k in range(len(concepts)):
-        together.setdefault(np.isnan(table.labels[:, k]).tobytes(), []).append(k)
+        members_by_rows.setdefault(np.isnan(table.labels[:, k]).tobytes(), []).append(k)
     tasks = []
-    for members in together.values():
+    for members in members_by_rows.values():
         rows = np.flatnonzero(~np.isnan(table.labels[:, members[0]]))
         true = table.labels[rows][:, members].T
         shuffled = [
@@ -111,11 +111,11 @@ def build_tasks(
 
 
 def _check_placed(table: Rows, concepts: Sequence[str], folds: int) -> None:
-    """Refuse a concept of which a split that divides no group left a class out of a part that needs it."""
+    """Raise `ProbeError` if the split gave a class of a concept too few held-out groups or folds."""
     problems = [p for k, c in enumerate(concepts) if (p := _placement_problem(table, k, c, folds))]
     if problems:
         msg = (
-            f"{'; '.join(problems)}: groups cannot be divided, so leave the concept out, add data, or change test_fraction, "
+            f"{'; '.join(problems)}; groups cannot be divided, so exclude the concept, add data, or change test_fraction, "
             f"folds or seed"
         )
         raise ProbeError(msg)

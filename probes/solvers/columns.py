@@ -1,4 +1,4 @@
-"""Which columns of a table of features vary, and whether a probe can tell: the same rule for every estimator."""
+"""The rule of all estimators for constant feature columns, and for columns that vary too little for float64."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ import numpy as np
 from groundscope.core.errors import ProbeError
 
 RESOLVED = 1e-11
-"""Deviations under this share of a column's mean are refused: in float64 margins would be wrong in the fifth digit."""
+"""Smaller ratios of deviation to mean are errors: in float64, margins would be wrong in the fifth digit."""
 
 
 def column_scales(mean: np.ndarray, deviation: np.ndarray, n_rows: int) -> np.ndarray:
-    """Return deviations that features may be divided by: 0 for columns that do not vary.
+    """Return the deviations to divide features by: 0 for constant columns.
 
-    A column is constant where its deviation is no more than what rounding leaves of equal values,
-    ``n_rows * eps * |mean|`` (scikit-learn's rule, `sklearn.preprocessing.StandardScaler`). So a massive activation of mean
-    1e8 and deviation 1 is used like any other.
+    A column is constant if its deviation does not exceed the rounding error of equal values,
+    ``n_rows * eps * |mean|`` (scikit-learn's rule, `sklearn.preprocessing.StandardScaler`). A massive activation with mean
+    1e8 and deviation 1 is therefore not constant.
 
     Parameters
     ----------
     mean, deviation
         float64 [D]: of each column over `n_rows` rows.
     n_rows
-        N.
+        Number of rows N.
 
     Returns
     -------
@@ -31,17 +31,17 @@ def column_scales(mean: np.ndarray, deviation: np.ndarray, n_rows: int) -> np.nd
     Raises
     ------
     ProbeError
-        Where a column varies by less than `RESOLVED` of its mean, and more than by rounding.
+        If a column varies by less than `RESOLVED` of its mean, but by more than rounding.
     """
     size = np.abs(mean)
     varies = deviation > n_rows * np.finfo(np.float64).eps * size
-    unclear = np.flatnonzero(varies & (deviation < RESOLVED * size))
-    if len(unclear):
-        column = int(unclear[0])
+    unresolved = np.flatnonzero(varies & (deviation < RESOLVED * size))
+    if len(unresolved):
+        column = int(unresolved[0])
         msg = (
             f"feature column {column} has mean {mean[column]:.6g} and standard deviation {deviation[column]:.3g}: float64 "
             f"cannot resolve margins on it (a deviation of at least {RESOLVED:g} of the mean is needed); subtract its mean, or "
-            f"leave the column out"
+            f"exclude the column"
         )
         raise ProbeError(msg)
     return np.where(varies, deviation, 0.0)

@@ -1,7 +1,7 @@
-"""Where a batch of logistic regressions is solved: coordinates in which their shared curvature is nearly diagonal.
+"""Coordinates for a batch of logistic regressions, in which their shared curvature is nearly diagonal.
 
-An L2 penalty does not change under a rotation of the features, nor when the weights are written as a combination of the
-rows (the representer theorem), so both spaces below solve the problem as given, not an approximation of it.
+An L2 penalty is invariant under a rotation of the features, and the optimal weights are a combination of the rows (the
+representer theorem), so both spaces below solve the exact problem, not an approximation.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 SUBSPACE_SHARE = 20
-"""Of n rows, n // this many principal directions are preconditioned one by one in a `Kernel`."""
+"""A `Kernel` of n rows preconditions n // SUBSPACE_SHARE principal directions individually."""
 
 
 class Space(Protocol):
-    """What the iterations need: vectors are [P, size], of any inner layout, the intercept last."""
+    """The operations of the iterations; vectors are [P, size], of any inner layout, with the intercept last."""
 
     @property
     def size(self) -> int:
@@ -26,62 +26,62 @@ class Space(Protocol):
         ...
 
     def dot(self, a: Tensor, b: Tensor) -> Tensor:
-        """Inner products [P]."""
+        """Return inner products [P]."""
         ...
 
     def dots(self, stack: Tensor, v: Tensor) -> Tensor:
-        """Inner products [P, k] of stacked vectors [P, k, size] with v [P, size]."""
+        """Return inner products [P, k] of stacked vectors [P, k, size] with v [P, size]."""
         ...
 
     def margins(self, v: Tensor, out: Tensor) -> Tensor:
-        """Margins [P, n] of vectors [P, size], intercept included."""
+        """Return margins [P, n] of vectors [P, size], including the intercept."""
         ...
 
     def gradient(self, v: Tensor, rows: Tensor) -> Tensor:
-        """Gradient [P, size] where the losses' derivatives by margin are rows [P, n]."""
+        """Return the gradient [P, size], given the losses' derivatives by margin, rows [P, n]."""
         ...
 
     def precondition(self, v: Tensor, curvature: Tensor) -> Tensor:
-        """Multiply by about the inverse Hessian, for losses of total curvature [P]."""
+        """Multiply by an approximate inverse Hessian, for losses of total curvature [P]."""
         ...
 
-    def bend(self, v: Tensor, curvature: Tensor) -> Tensor | None:
-        """Inner products [P] of vectors with what `precondition` makes of them; None where its size needs no correction."""
+    def quadratic_form(self, v: Tensor, curvature: Tensor) -> Tensor | None:
+        """Return the inner products [P] of vectors with their preconditioned form; None if its scale needs no correction."""
         ...
 
     def weights(self, v: Tensor) -> Tensor:
-        """Weights [P, D] of the standardised features."""
+        """Return weights [P, D] of the standardized features."""
         ...
 
     def vectors(self, weights: Tensor, intercepts: Tensor) -> Tensor | None:
-        """Vectors [P, size] of weights [P, D] and intercepts [P]; None where that is dearer than to begin anew."""
+        """Return vectors [P, size] of weights [P, D] and intercepts [P]; None if that costs more than a cold start."""
         ...
 
-    def refreshed(self, v: Tensor) -> Tensor:
-        """Vectors [P, size] whose parts agree with each other: iterations let rounding gather between them."""
+    def refresh(self, v: Tensor) -> Tensor:
+        """Return vectors [P, size] with consistent parts, without the rounding errors that iterations accumulate."""
         ...
 
 
 @dataclass(frozen=True)
 class Rotated:
-    """The principal axes of standardised features [n, D] with D up to n; a vector is [weights on axes | intercept]."""
+    """The principal axes of standardized features [n, D] with D <= n; a vector is [weights on axes | intercept]."""
 
     table: Tensor
     """[n, D + 1]: the rows on the principal axes, and a column of ones."""
     axes: Tensor
-    """[D, D], an axis a column."""
+    """[D, D], one axis per column."""
     spectrum: Tensor
     """[D + 1]: mean square of each column of the table."""
     size: int
 
     @classmethod
     def of(cls, features: Tensor, axes: Tensor | None = None) -> Rotated:
-        """Rotate features [n, D], to axes [D, D] that are nearly theirs where such are at hand."""
+        """Rotate features [n, D] to their principal axes, or to similar axes [D, D] if given."""
         n = len(features)
-        turn: Tensor = torch.linalg.eigh(features.T @ features)[1] if axes is None else axes
+        rotation: Tensor = torch.linalg.eigh(features.T @ features)[1] if axes is None else axes
         table = features.new_ones(n, features.shape[1] + 1)
-        multiply(features, turn, out=table[:, :-1])
-        return cls(table, turn, square_sums(table) / n, table.shape[1])
+        multiply(features, rotation, out=table[:, :-1])
+        return cls(table, rotation, square_sums(table) / n, table.shape[1])
 
     def dot(self, a: Tensor, b: Tensor) -> Tensor:
         """See `Space`."""
@@ -102,12 +102,12 @@ class Rotated:
         return g
 
     def precondition(self, v: Tensor, curvature: Tensor) -> Tensor:
-        """See `Space`: were all rows weighted alike, the Hessian would be diagonal here."""
+        """See `Space`: with equal row weights the Hessian is diagonal in these coordinates."""
         inverse = curvature[:, None] * self.spectrum
         inverse[:, :-1] += 1
         return v / inverse
 
-    def bend(self, v: Tensor, curvature: Tensor) -> None:
+    def quadratic_form(self, v: Tensor, curvature: Tensor) -> None:
         """See `Space`."""
         del v, curvature
 
@@ -119,28 +119,28 @@ class Rotated:
         """See `Space`."""
         return torch.cat([weights @ self.axes, intercepts[:, None]], dim=1)
 
-    def refreshed(self, v: Tensor) -> Tensor:
+    def refresh(self, v: Tensor) -> Tensor:
         """See `Space`."""
         return v
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """Weights as combinations ``X' a`` of the rows, for more features than rows: [a | K a | intercept], ``K = X X'``.
+    """Weights as combinations ``X' a`` of the rows, for D > n; a vector is [a | K a | intercept] with ``K = X X'``.
 
-    Keeping ``K a`` beside ``a`` makes margins and inner products free; one product with K a step is all that is paid.
+    Storing ``K a`` with ``a`` makes margins and inner products cheap; the only cost is one product with K per step.
     """
 
     features: Tensor
-    """[n, D], standardised."""
+    """[n, D], standardized."""
     gram: Tensor
     """[n, n]."""
     top: Tensor
-    """[n, r]: orthonormal, about the leading eigenvectors of the Gram matrix."""
+    """[n, r]: orthonormal approximation of the leading eigenvectors of the Gram matrix."""
     image: Tensor
-    """[n, 2 r]: the same and their product with the Gram matrix, side by side."""
+    """[n, 2 r]: `top` and its product with the Gram matrix, concatenated."""
     values: Tensor
-    """[r]: their eigenvalues."""
+    """[r]: eigenvalues of `top`."""
     tail: Tensor
     """Mean of the other eigenvalues."""
     size: int
@@ -180,7 +180,7 @@ class Kernel:
         return torch.add(v[:, self.n_rows : -1], v[:, -1:], out=out)
 
     def gradient(self, v: Tensor, rows: Tensor) -> Tensor:
-        """See `Space`: the gradient in the geometry of the penalty, where it is ``a`` plus the derivatives themselves."""
+        """See `Space`: the gradient in the inner product of the penalty, in which it is ``a`` plus the derivatives."""
         g = torch.empty_like(v)
         n = self.n_rows
         torch.add(rows, v[:, :n], out=g[:, :n])
@@ -190,53 +190,53 @@ class Kernel:
         return g
 
     def precondition(self, v: Tensor, curvature: Tensor) -> Tensor:
-        """See `Space`: exact for equal weights on the leading directions, one number for the others."""
-        rest, leading = self._inverse(curvature)
+        """See `Space`: exact on the leading directions for equal row weights, one factor for the others."""
+        common, leading = self._inverse(curvature)
         inner = (v[:, : self.n_rows] @ self.top) * leading
         rank = len(self.values)
-        out = v * rest
+        out = v * common
         out[:, : self.n_rows].addmm_(inner, self.image[:, :rank].T)
         out[:, self.n_rows : -1].addmm_(inner, self.image[:, rank:].T)
         out[:, -1] = v[:, -1] / curvature
         return out
 
-    def bend(self, v: Tensor, curvature: Tensor) -> Tensor:
-        """See `Space`: one number for all but the leading directions is a guess, put right by the last step's curvature."""
-        rest, leading = self._inverse(curvature)
+    def quadratic_form(self, v: Tensor, curvature: Tensor) -> Tensor:
+        """See `Space`: corrects the approximate common factor of all but the leading directions."""
+        common, leading = self._inverse(curvature)
         rows, image = v[:, : self.n_rows], v[:, self.n_rows : -1]
         along = torch.linalg.vecdot((rows @ self.top) * leading, image @ self.top)
-        return rest[:, 0] * torch.linalg.vecdot(rows, image) + along + v[:, -1] ** 2 / curvature
+        return common[:, 0] * torch.linalg.vecdot(rows, image) + along + v[:, -1] ** 2 / curvature
 
     def _inverse(self, curvature: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what all directions are multiplied by [P, 1], and what the leading ones are besides [P, r]."""
+        """Return the common factor of all directions [P, 1], and the additional factor of the leading ones [P, r]."""
         mean = curvature[:, None] / self.n_rows
-        rest = 1 / (1 + mean * self.tail)
-        return rest, 1 / (1 + mean * self.values) - rest
+        common = 1 / (1 + mean * self.tail)
+        return common, 1 / (1 + mean * self.values) - common
 
     def weights(self, v: Tensor) -> Tensor:
         """See `Space`."""
         return v[:, : self.n_rows] @ self.features
 
     def vectors(self, weights: Tensor, intercepts: Tensor) -> Tensor | None:
-        """See `Space`: what combination of the rows given weights are would take a system of equations to find."""
+        """See `Space`: expressing weights as a combination of the rows would require solving a linear system."""
         del weights, intercepts
         return None
 
-    def refreshed(self, v: Tensor) -> Tensor:
-        """See `Space`: the product with the Gram matrix is taken anew."""
+    def refresh(self, v: Tensor) -> Tensor:
+        """See `Space`: recompute the product with the Gram matrix."""
         rows = v[:, : self.n_rows]
         return torch.cat([rows, rows @ self.gram, v[:, -1:]], dim=1)
 
 
 def space_of(features: Tensor, near: Space | None = None) -> Space:
-    """Choose the smaller space for standardised features [n, D]; `near` is one of nearly the same rows."""
+    """Return the smaller space for standardized features [n, D]; `near` is a space of nearly the same rows."""
     if features.shape[1] > len(features):
         return Kernel.of(features)
     return Rotated.of(features, near.axes if isinstance(near, Rotated) else None)
 
 
 def multiply(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """Return the matrix product; on the CPU by numpy, which is faster at those of a batch and sees a Gram matrix."""
+    """Return the matrix product; on the CPU with numpy, which is faster for these shapes and detects a Gram matrix."""
     if a.device.type != "cpu":
         return torch.mm(a, b, out=out)
     if out is None:

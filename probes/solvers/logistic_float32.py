@@ -1,7 +1,7 @@
-"""Many logistic regressions on the same rows: solved in float32, certified in float64, finished there if need be.
+"""Many logistic regressions on the same rows: solved in float32, certified in float64, and completed there if needed.
 
-What shares its rows shares its standardisation and its principal axes: all concepts and penalties of one fold are one
-batch. `fit_logistic` is the reference this is held to, and what a fit without a certificate falls back to.
+Problems with the same rows share standardization and principal axes: all concepts and penalties of one fold form one batch.
+`fit_logistic` is the reference implementation, and the fallback for fits without a certificate.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from groundscope.core.errors import ProbeError
 from probes.solvers.columns import column_scales
 from probes.solvers.coordinates import Space, space_of, square_sums
 from probes.solvers.duality_gap import certify
-from probes.solvers.lbfgs import minimise
+from probes.solvers.lbfgs import minimize
 from probes.solvers.logistic_reference import LogisticFit, fit_logistic
 from probes.solvers.threads import keep_freed_memory
 
 ELEMENTS = {"cpu": 250_000, "cuda": 40_000_000}
-"""Problems x rows held at once on each kind of device; the iterations keep about ten such arrays."""
-_TOGETHER = 64
-"""Problems certified together."""
+"""Maximum problems x rows per batch by device type; the iterations hold about ten such arrays."""
+_CERTIFY_BATCH = 64
+"""Number of problems certified at a time."""
 _MARGIN = 0.3
-"""The iterations stop at this share of the tolerance, which leaves room for their rounding."""
+"""The iterations stop at this share of the tolerance, as a margin for rounding errors."""
 
 
 @dataclass(frozen=True)
 class RowBlock:
-    """The features of the rows that a batch of probes is fitted to, standardised on them."""
+    """The features of the rows that a batch of probes is fitted to, standardized on them."""
 
     standard: Tensor
     """float64 [n, D]; a constant column is 0."""
@@ -41,28 +41,28 @@ class RowBlock:
     deviation: np.ndarray
     """float64 [D]; 0 where constant."""
     near: RowBlock | None = None
-    """One with most of its rows, whose principal axes are near enough to its own."""
+    """A block with most of the same rows, whose principal axes approximate those of this block."""
 
     @classmethod
     def of(cls, features: np.ndarray, device: str = "cpu", near: RowBlock | None = None) -> RowBlock:
-        """Standardise features [n, D] of any real dtype; they must be finite.
+        """Standardize features [n, D] of any real dtype; they must be finite.
 
         Raises
         ------
         ProbeError
-            Where the device's memory does not hold them, or a column varies too little for its mean (`column_scales`).
+            If the device's memory cannot hold them, or a column varies too little for its mean (`column_scales`).
         """
-        copied = torch.from_numpy(np.array(features, dtype=np.float64, order="C"))  # it is changed below
+        copied = torch.from_numpy(np.array(features, dtype=np.float64, order="C"))  # modified below
         try:
             x = copied.to(device)
         except torch.OutOfMemoryError as error:
-            raise _no_room(device, copied.shape) from error
+            raise _out_of_memory(device, copied.shape) from error
         mean = x.mean(dim=0)
         x -= mean
-        # Of large values the mean itself is rounded: what is left of it is taken away too.
-        rest = x.mean(dim=0)
-        x -= rest
-        mean += rest
+        # The mean of large values has a rounding error: subtract the remaining mean too.
+        remainder = x.mean(dim=0)
+        x -= remainder
+        mean += remainder
         deviation = torch.sqrt(square_sums(x) / len(x))
         deviation = torch.from_numpy(column_scales(mean.cpu().numpy(), deviation.cpu().numpy(), len(x))).to(device)
         x *= torch.where(deviation > 0, 1 / deviation, torch.zeros_like(deviation))
@@ -70,17 +70,17 @@ class RowBlock:
 
     @cached_property
     def space(self) -> Space:
-        """Where its problems are solved, float32."""
+        """The float32 space in which problems are solved."""
         return space_of(self.standard.float(), None if self.near is None else self.near.space)
 
     @cached_property
     def exact(self) -> Space:
-        """The same in float64, for what float32 cannot bring to the tolerance."""
+        """The float64 space, for problems that do not reach the tolerance in float32."""
         return space_of(self.standard)
 
 
 def balanced_weights(labels: np.ndarray) -> np.ndarray:
-    """Weight rows so that both classes count the same (scikit-learn's ``class_weight="balanced"``): [Q, n] -> [Q, n]."""
+    """Return row weights that balance the classes (scikit-learn's ``class_weight="balanced"``): [Q, n] -> [Q, n]."""
     y = np.asarray(labels, dtype=np.float64)
     n, positive = y.shape[1], y.sum(axis=1, keepdims=True)
     return np.where(y == 1, n / (2 * np.maximum(positive, 1)), n / (2 * np.maximum(n - positive, 1)))
@@ -95,52 +95,54 @@ def fit_rows(
     tolerance: float = 1e-8,
     start: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> LogisticFit:
-    """Fit L2-regularised logistic regressions to all rows of a block, standardised.
+    """Fit L2-regularized logistic regressions to all rows of a block, standardized.
 
     Parameters
     ----------
     block
-        Of n rows.
+        The features of n rows.
     labels
-        [Q, n], 0 or 1, both in each row.
+        [Q, n], 0 or 1; each row has both.
     penalty
-        C, [Q, R]: each row of labels is fitted with R penalties.
+        C, [Q, R]: R penalties for each row of labels.
     weights
-        [Q, n], positive: of the rows.
+        [Q, n]: positive row weights.
     tolerance
-        Largest proven relative gap to the minimum.
+        Maximum proven relative gap to the minimum.
     start
-        Coefficients [Q x R, D] and intercepts [Q x R] to begin at: what was found on nearly the same rows. Whatever they
-        are, what is proven is the same.
+        Initial coefficients [Q x R, D] and intercepts [Q x R], for example solutions for nearly the same rows. The proven
+        gap holds for any initial point.
 
     Returns
     -------
-    `LogisticFit` of Q x R problems, penalties fastest, in the units of the features as given.
+    `LogisticFit` of Q x R problems, penalties fastest, in the original units of the features.
 
     Raises
     ------
     ProbeError
-        Where a fit cannot be brought to the tolerance in float64 either, or a device's memory holds not even one problem.
+        If a fit does not reach the tolerance in float64 either, or the device has no memory for a single problem.
 
     Notes
     -----
-    Memory: the block's float64 copy, its float32 one twice (rotated, transposed), for more features than rows a Gram
-    matrix [n, n], and about ten arrays of `ELEMENTS` float32 values.
+    Memory: the block's float64 copy, two float32 copies (rotated, transposed), for more features than rows a Gram matrix
+    [n, n], and about ten arrays of `ELEMENTS` float32 values.
     """
     keep_freed_memory()
     device = block.standard.device
     y, w, strength = (torch.from_numpy(np.array(a, np.float64)).to(device) for a in (labels, weights, penalty.ravel()))
     of_problem = torch.arange(len(y), device=device).repeat_interleave(len(strength) // len(y))
     try:
-        begin = None if start is None else _begin(block, *start)
+        begin = None if start is None else _initial_vectors(block, *start)
     except torch.OutOfMemoryError:
-        begin = None  # where a beginning has no room the smaller parts below may have one
-    found = [_solve(block, y, w, strength, of_problem, part, tolerance, begin) for part in _parts(block, len(strength))]
-    theta, intercept, objective, gap = (torch.cat([f[i] for f in found]).cpu().numpy() for i in range(4))
+        begin = None  # without memory for initial points, the smaller parts below can still fit
+    solutions = [
+        _solve(block, y, w, strength, of_problem, part, tolerance, begin) for part in _parts(block, len(strength))
+    ]
+    theta, intercept, objective, gap = (torch.cat([s[i] for s in solutions]).cpu().numpy() for i in range(4))
     failed = np.flatnonzero(~(gap <= tolerance))
     if failed.size:
         rows = of_problem.cpu().numpy()[failed]
-        again = fit_logistic(
+        reference = fit_logistic(
             block.standard.cpu().numpy(),
             labels[rows],
             strength.cpu().numpy()[failed],
@@ -148,21 +150,21 @@ def fit_rows(
             standardize=False,
             tolerance=tolerance,
         )
-        theta[failed], intercept[failed] = again.coefficients, again.intercepts
-        objective[failed], gap[failed] = again.objective, again.gap
+        theta[failed], intercept[failed] = reference.coefficients, reference.intercepts
+        objective[failed], gap[failed] = reference.objective, reference.gap
     scale = block.deviation
     coefficients = theta * np.divide(1.0, scale, out=np.zeros_like(scale), where=scale > 0)
     spread = np.broadcast_to(scale, coefficients.shape)
     return LogisticFit(coefficients, intercept - coefficients @ block.mean, objective, gap, spread)
 
 
-def _no_room(device: str | torch.device, shape: Sequence[int]) -> ProbeError:
+def _out_of_memory(device: str | torch.device, shape: Sequence[int]) -> ProbeError:
     return ProbeError(
-        f"device '{device}' has no memory for a single probe on {tuple(shape)} features: fit on the cpu, or on fewer examples"
+        f"device '{device}' has no memory for a single probe on {tuple(shape)} features; use device='cpu', or fewer examples"
     )
 
 
-def _begin(block: RowBlock, coefficients: np.ndarray, intercepts: np.ndarray) -> Tensor | None:
+def _initial_vectors(block: RowBlock, coefficients: np.ndarray, intercepts: np.ndarray) -> Tensor | None:
     theta = torch.from_numpy(np.asarray(coefficients * block.deviation, np.float32)).to(block.standard.device)
     intercept = torch.from_numpy(np.asarray(intercepts + coefficients @ block.mean, np.float32)).to(theta.device)
     return block.space.vectors(theta, intercept)
@@ -171,12 +173,12 @@ def _begin(block: RowBlock, coefficients: np.ndarray, intercepts: np.ndarray) ->
 def _parts(block: RowBlock, count: int) -> Iterator[Tensor]:
     device = block.standard.device
     step = max(1, ELEMENTS[device.type] // len(block.standard))
-    # As many equal parts as are needed, not full ones and a rest.
+    # Parts of equal size, instead of full parts and a small remainder.
     n_parts = -(-count // step)
     yield from torch.arange(count, device=device).tensor_split(n_parts)
 
 
-def _proven(
+def _certify_solutions(
     block: RowBlock,
     labels: Tensor,
     weights: Tensor,
@@ -185,15 +187,15 @@ def _proven(
     v: Tensor,
     space: Space,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Weights [P, D], intercepts, objectives and proven gaps [P] of vectors [P, size]."""
+    """Return weights [P, D], intercepts, objectives and proven gaps [P] of vectors [P, size]."""
     theta = space.weights(v).double()
     proofs = [
         certify(block.standard, labels[r], weights[r] * c[:, None], w, b)
         for r, c, w, b in zip(
-            rows.split(_TOGETHER),
-            strength.split(_TOGETHER),
-            theta.split(_TOGETHER),
-            v[:, -1].double().split(_TOGETHER),
+            rows.split(_CERTIFY_BATCH),
+            strength.split(_CERTIFY_BATCH),
+            theta.split(_CERTIFY_BATCH),
+            v[:, -1].double().split(_CERTIFY_BATCH),
             strict=True,
         )
     ]
@@ -211,28 +213,30 @@ def _solve(
     tolerance: float,
     begin: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Solve and certify some problems; where a device's memory is short, in halves."""
+    """Solve and certify a part of the problems; if the device is out of memory, split the part in halves."""
     try:
         rows = of_problem[part]
-        # Gathered in float32, and in float64 a few at a time: copies that leave the cache cost as much as an iteration.
+        # Gather in float32, and in float64 in small batches: copies larger than the cache cost as much as an iteration.
         costs = weights.float()[rows].mul_(strength[part, None].float())
         at = None if begin is None else begin[part]
-        v = minimise(block.space, labels.float()[rows], costs, _MARGIN * tolerance, start=at)
-        found = _proven(block, labels, weights, rows, strength[part], v, block.space)
-        failed = torch.nonzero(~(found[3] <= tolerance))[:, 0]
+        v = minimize(block.space, labels.float()[rows], costs, _MARGIN * tolerance, start=at)
+        solution = _certify_solutions(block, labels, weights, rows, strength[part], v, block.space)
+        failed = torch.nonzero(~(solution[3] <= tolerance))[:, 0]
         if len(failed):
-            # What float32 cannot tell from the optimum is near it: a few iterations in float64 from there.
-            start = block.exact.vectors(found[0][failed], found[1][failed])
-            start = block.exact.refreshed(v[failed].double()) if start is None else start
+            # The float32 solution is close to the optimum: a few iterations in float64 from there.
+            start = block.exact.vectors(solution[0][failed], solution[1][failed])
+            start = block.exact.refresh(v[failed].double()) if start is None else start
             exact = weights[rows[failed]] * strength[part[failed], None]
-            better = minimise(block.exact, labels[rows[failed]], exact, _MARGIN * tolerance, start=start)
-            proofs = _proven(block, labels, weights, rows[failed], strength[part[failed]], better, block.exact)
-            for whole, new in zip(found, proofs, strict=True):
-                whole[failed] = new
-        return found
+            better = minimize(block.exact, labels[rows[failed]], exact, _MARGIN * tolerance, start=start)
+            proofs = _certify_solutions(
+                block, labels, weights, rows[failed], strength[part[failed]], better, block.exact
+            )
+            for values, new in zip(solution, proofs, strict=True):
+                values[failed] = new
+        return solution
     except torch.OutOfMemoryError as error:
         if len(part) == 1:
-            raise _no_room(block.standard.device, block.standard.shape) from error
+            raise _out_of_memory(block.standard.device, block.standard.shape) from error
     halves = [
         _solve(block, labels, weights, strength, of_problem, half, tolerance, begin) for half in part.tensor_split(2)
     ]

@@ -1,12 +1,12 @@
-"""Many L2-regularised logistic regressions on one feature matrix, solved together and certified.
+"""Many L2-regularized logistic regressions on one feature matrix, solved as a batch and certified.
 
 All problems (concepts x folds x penalties) share the features, so each Newton step is a few matrix products over the
-whole batch. A problem's own training fold enters as row weights, and its own standardisation as a rescaling of the
-columns: shifting the columns changes only the intercept, which is not penalised, so one centred copy of the features
-serves every fold exactly.
+whole batch. The training fold of a problem is expressed as row weights, and its standardization as a rescaling of the
+columns: shifting the columns changes only the intercept, which is not penalized, so one centered copy of the features is
+exact for every fold.
 
 The certificate is a duality gap: any dual feasible point bounds the optimum from below, so the bound on
-``F(w) - min F`` holds whatever path the iterations took.
+``F(w) - min F`` holds for any path of the iterations.
 """
 
 from __future__ import annotations
@@ -17,29 +17,29 @@ from dataclasses import dataclass
 import numpy as np
 
 from groundscope.core.errors import ProbeError
-from probes.solvers.newton import Batch, Design, minimise
+from probes.solvers.newton import Batch, Design, minimize
 
 CHUNK_ELEMENTS = 100_000
-"""Problems x rows held at once by the iterations (about ten float64 arrays of this many elements)."""
+"""Maximum problems x rows per batch of the iterations (about ten float64 arrays of this size)."""
 
 
 @dataclass(frozen=True)
 class LogisticFit:
-    """Solutions of a batch of problems, in the units of the features as given."""
+    """Solutions of a batch of problems, in the original units of the features."""
 
     coefficients: np.ndarray
     """float64 [P, D]: weight of each feature."""
     intercepts: np.ndarray
     """float64 [P]."""
     objective: np.ndarray
-    """float64 [P]: ``0.5 ||w||^2 + C sum(weight * loss)``, w in standardised units where that was asked."""
+    """float64 [P]: ``0.5 ||w||^2 + C sum(weight * loss)``, w in standardized units if `standardize` was set."""
     gap: np.ndarray
     """float64 [P]: proven upper bound on ``(objective - minimum) / objective``."""
     scale: np.ndarray
-    """float64 [P, D]: the standard deviations that the penalty is relative to (1 without standardisation)."""
+    """float64 [P, D]: the standard deviations that the penalty is relative to (1 without standardization)."""
 
     def decision(self, features: np.ndarray) -> np.ndarray:
-        """Return margins float64 [P, N] of features [N, D]; positive means the class 1."""
+        """Return margins float64 [P, N] of features [N, D]; positive means class 1."""
         return self.coefficients @ np.asarray(features, dtype=np.float64).T + self.intercepts[:, None]
 
 
@@ -53,54 +53,54 @@ def fit_logistic(
     tolerance: float = 1e-8,
     max_iterations: int = 200,
 ) -> LogisticFit:
-    """Fit a batch of L2-regularised logistic regressions that share their features.
+    """Fit a batch of L2-regularized logistic regressions that share their features.
 
-    Each problem minimises ``0.5 ||w||^2 + C sum_i weight_i log(1 + exp(-y_i (w.x_i + b)))`` over w and b, the
-    parametrisation of scikit-learn's `LogisticRegression` (b is not penalised). With `standardize` the penalty applies
+    Each problem minimizes ``0.5 ||w||^2 + C sum_i weight_i log(1 + exp(-y_i (w.x_i + b)))`` over w and b, the
+    parametrization of scikit-learn's `LogisticRegression` (b is not penalized). With `standardize` the penalty applies
     to features divided by their standard deviation over the problem's rows of positive weight, which equals fitting
     behind a `StandardScaler` trained on those rows; a feature that is constant there gets weight 0.
 
     Parameters
     ----------
     features
-        [N, D], or a `Design` prepared from it (worth it where several calls share the features).
+        [N, D], or a `Design` prepared from it (faster if several calls share the features).
     labels
         [P, N] or [N], 0 or 1; ignored where the weight is 0.
     penalty
-        C, a scalar or [P]: larger means less regularised.
+        C, a scalar or [P]: larger means less regularization.
     weights
-        Non-negative [P, N] or [N]; 0 leaves a row out of the problem, standardisation included. None: all 1.
+        Non-negative [P, N] or [N]; 0 excludes a row from the problem and its standardization. None: all 1.
     standardize
         Whether features are scaled to unit deviation within each problem's rows.
     tolerance
-        Largest proven relative gap to the minimum.
+        Maximum proven relative gap to the minimum.
     max_iterations
-        Newton iterations after which a problem is given up.
+        Maximum number of Newton iterations.
 
     Raises
     ------
     ProbeError
-        Where shapes disagree, features or weights are not finite, C is not positive, a problem has only one class, or
+        If shapes disagree, features or weights are not finite, C is not positive, a problem has only one class, or
         the certificate was not reached.
 
     Notes
     -----
     Damped Newton iterations in float64. The Newton system is solved directly for narrow features, and by conjugate
-    gradients for wide ones, in the principal axes of the features, where it is diagonal as long as all rows weigh alike.
+    gradients for wide ones, in the principal axes of the features, where it is diagonal for equal row weights.
     The gap is Fenchel's: with ``a_i = sigma(-y_i m_i)`` made feasible, ``F(w, b) - D(a)``; at an exact
     intercept it equals ``||grad_w||^2 / 2``.
     """
     design = features if isinstance(features, Design) else Design.of(features)
     signs, row_weights, strengths = _problems(design.n_rows, labels, penalty, weights)
     scale = design.scales(row_weights > 0) if standardize else np.ones((len(signs), design.width))
-    # Columns of the shared design have unit global deviation; r turns them into each problem's own units.
+    # Columns of the shared design have unit global deviation; the ratio converts them to each problem's units.
     with np.errstate(divide="ignore"):
         ratio = np.where(scale > 0, design.deviation / np.where(scale > 0, scale, 1.0), 0.0)
     theta = np.empty((len(signs), design.width))
     intercept, objective, gap = (np.empty(len(signs)) for _ in range(3))
     for part in _chunks(len(signs), design.n_rows):
         batch = Batch(design, signs[part], row_weights[part] * strengths[part, None], ratio[part])
-        theta[part], intercept[part], objective[part], gap[part] = minimise(batch, tolerance, max_iterations)
+        theta[part], intercept[part], objective[part], gap[part] = minimize(batch, tolerance, max_iterations)
     failed = np.flatnonzero(~(gap <= tolerance))
     if failed.size:
         worst = failed[np.argmax(gap[failed])]
@@ -125,7 +125,7 @@ def _chunks(n_problems: int, n_rows: int) -> Iterator[slice]:
 def _problems(
     n_rows: int, labels: np.ndarray, penalty: float | np.ndarray, weights: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Check and broadcast a batch to signs -1/+1 [P, N], weights [P, N] and C [P]."""
+    """Validate a batch and broadcast it to signs -1/+1 [P, N], weights [P, N] and C [P]."""
     y = np.atleast_2d(np.asarray(labels, dtype=np.float64))
     w = np.ones((1, n_rows)) if weights is None else np.atleast_2d(np.asarray(weights, dtype=np.float64))
     c = np.atleast_1d(np.asarray(penalty, dtype=np.float64))

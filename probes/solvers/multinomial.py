@@ -1,4 +1,4 @@
-"""Multinomial (softmax) logistic regression: the weights of all classes fitted together, with a proof of how near it is."""
+"""Multinomial (softmax) logistic regression: the weights of all classes fitted jointly, with a proven gap."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from probes.solvers.closed_form import Spectrum
 
 @dataclass(frozen=True)
 class MultinomialFit:
-    """One solution, for the features as they were given."""
+    """One solution, in the units of the features passed to the solver."""
 
     coefficients: np.ndarray
     """float64 [K, D]."""
     intercepts: np.ndarray
-    """float64 [K]; their mean is 0, which changes no probability."""
+    """float64 [K]; shifted to mean 0, which changes no probability."""
     objective: float
     gap: float
     """Proven upper bound on ``(objective - minimum) / objective``."""
 
 
 def class_weights(classes: np.ndarray, count: int) -> np.ndarray:
-    """Weight rows so that all classes count the same (scikit-learn's ``class_weight="balanced"``): int [n] -> [n]."""
+    """Return row weights that balance the classes (scikit-learn's ``class_weight="balanced"``): int [n] -> [n]."""
     return len(classes) / (count * np.bincount(classes, minlength=count))[classes]
 
 
@@ -38,14 +38,14 @@ def fit_multinomial(
     max_iterations: int = 200,
     start: MultinomialFit | None = None,
 ) -> MultinomialFit:
-    """Minimise ``0.5 ||W||^2 + C sum_i c_i (log sum_k exp(m_ik) - m_i,class(i))``, ``m = X W' + b``, classes alike.
+    """Minimize ``0.5 ||W||^2 + C sum_i c_i (log sum_k exp(m_ik) - m_i,class(i))``, ``m = X W' + b``, with balanced classes.
 
-    The parametrisation of scikit-learn's `LogisticRegression` with ``class_weight="balanced"``.
+    The parametrization of scikit-learn's `LogisticRegression` with ``class_weight="balanced"``.
 
     Parameters
     ----------
     spectrum
-        Of standardised features [n, D].
+        Of standardized features [n, D].
     classes
         int [n], in 0 .. count - 1; every class occurs.
     count
@@ -53,53 +53,51 @@ def fit_multinomial(
     penalty
         C.
     tolerance
-        Largest proven relative gap.
+        Maximum proven relative gap.
     max_iterations
-        Newton steps after which it is given up.
+        Maximum number of Newton steps.
     start
-        Where to begin; what is proven is the same.
+        Initial point; the proven gap holds for any initial point.
 
     Raises
     ------
     ProbeError
-        Where the tolerance is not reached.
+        If the tolerance is not reached.
 
     Notes
     -----
-    Newton's method in float64 in the principal axes of the features, its systems solved by conjugate gradients; were all
-    rows weighted alike the Hessian would be diagonal there, which is the preconditioner. The gap is Fenchel's, as in
-    `probes.solvers.duality_gap.certify`: with ``p = softmax(m)`` moved along its own derivative, ``q = p - p (t - p't)``, so that
-    each class pulls as much as it is pulled, it is ``0.5 ||W + sum_i c_i (q_i - y_i) x_i'||^2`` plus the divergence of q
+    Newton's method in float64 in the principal axes of the features; its systems are solved by conjugate gradients, with the
+    Hessian for equal row weights, which is diagonal in these axes, as preconditioner. The gap is Fenchel's, as in
+    `probes.solvers.duality_gap.certify`: with ``p = softmax(m)`` moved along its derivative, ``q = p - p (t - p't)``, so that
+    ``sum_i c_i (q_i - y_i) = 0``, it is ``0.5 ||W + sum_i c_i (q_i - y_i) x_i'||^2`` plus the divergence of q
     from p, bounded by chi-square, ``sum_i c_i sum_k p_ik (t_k - p_i't)^2``. That holds where all ``|t_k - p_i't| <= 1``.
     """
     _, axes = spectrum.parts
-    table = np.column_stack(
-        [spectrum.features @ axes, np.ones(len(classes))]
-    )  # [n, r + 1], the last of it the intercept
+    table = np.column_stack([spectrum.features @ axes, np.ones(len(classes))])  # [n, r + 1], the intercept last
     squares = (table**2).sum(axis=0)
     target = np.eye(count)[classes]
     costs = penalty * class_weights(classes, count)[:, None]
-    free = np.append(np.ones(axes.shape[1]), 0.0)[:, None]  # what the penalty weighs
+    penalized = np.append(np.ones(axes.shape[1]), 0.0)[:, None]  # 1 for penalized rows of v, 0 for the intercept
 
     v = np.zeros((table.shape[1], count))
     if start is not None:
         v[:-1], v[-1] = axes.T @ start.coefficients.T, start.intercepts
     margins = table @ v
-    value, p = _loss(margins, target, costs, v, free)
+    value, p = _loss(margins, target, costs, v, penalized)
     gap = np.inf
     for _ in range(max_iterations):
-        pull = costs * (p - target)
-        gradient = table.T @ pull + free * v
-        gap = _gap(table, p, pull, costs, v, free) / value
+        residual = costs * (p - target)
+        gradient = table.T @ residual + penalized * v
+        gap = _gap(table, p, residual, costs, v, penalized) / value
         if gap <= tolerance:
             weights = (axes @ v[:-1]).T
             return MultinomialFit(weights, v[-1] - v[-1].mean(), value, gap)
-        step = _newton_step(table, p, costs, gradient, free, squares)
+        step = _newton_step(table, p, costs, gradient, penalized, squares)
         moved, slope = table @ step, float((gradient * step).sum())
         size, new = 1.0, value
         for _ in range(40):
-            new, p = _loss(margins + size * moved, target, costs, v + size * step, free)
-            # Near the optimum the change drowns in rounding: a step is then taken as it is.
+            new, p = _loss(margins + size * moved, target, costs, v + size * step, penalized)
+            # Near the optimum the change is below rounding errors: the full step is then accepted.
             if new <= value + 1e-4 * size * slope or -slope <= 1e-12 * value:
                 break
             size *= 0.5
@@ -112,40 +110,45 @@ def fit_multinomial(
 
 
 def _loss(
-    margins: np.ndarray, target: np.ndarray, costs: np.ndarray, v: np.ndarray, free: np.ndarray
+    margins: np.ndarray, target: np.ndarray, costs: np.ndarray, v: np.ndarray, penalized: np.ndarray
 ) -> tuple[float, np.ndarray]:
-    """Objective and probabilities [n, K]."""
+    """Return the objective and probabilities [n, K]."""
     top = margins.max(axis=1, keepdims=True)
     p = np.exp(margins - top)
     total = p.sum(axis=1, keepdims=True)
     loss = np.log(total) + top - (margins * target).sum(axis=1, keepdims=True)
-    return float((costs * loss).sum() + 0.5 * (free * v * v).sum()), p / total
+    return float((costs * loss).sum() + 0.5 * (penalized * v * v).sum()), p / total
 
 
 def _gap(
-    table: np.ndarray, p: np.ndarray, pull: np.ndarray, costs: np.ndarray, v: np.ndarray, free: np.ndarray
+    table: np.ndarray, p: np.ndarray, residual: np.ndarray, costs: np.ndarray, v: np.ndarray, penalized: np.ndarray
 ) -> float:
     """Bound the objective's distance from its minimum (see `fit_multinomial`)."""
-    bend = np.diag((costs * p).sum(axis=0)) - p.T @ (costs * p)
-    t = np.linalg.lstsq(bend, pull.sum(axis=0), rcond=None)[0]
+    hessian = np.diag((costs * p).sum(axis=0)) - p.T @ (costs * p)
+    t = np.linalg.lstsq(hessian, residual.sum(axis=0), rcond=None)[0]
     lead = t - p @ t[:, None]  # [n, K]
     if np.abs(lead).max() > 1:
         return np.inf
-    rest = (table.T @ (pull - costs * p * lead) + free * v)[:-1]
-    return float(0.5 * (rest**2).sum() + (costs * p * lead**2).sum())
+    dual_residual = (table.T @ (residual - costs * p * lead) + penalized * v)[:-1]
+    return float(0.5 * (dual_residual**2).sum() + (costs * p * lead**2).sum())
 
 
 def _newton_step(
-    table: np.ndarray, p: np.ndarray, costs: np.ndarray, gradient: np.ndarray, free: np.ndarray, squares: np.ndarray
+    table: np.ndarray,
+    p: np.ndarray,
+    costs: np.ndarray,
+    gradient: np.ndarray,
+    penalized: np.ndarray,
+    squares: np.ndarray,
 ) -> np.ndarray:
-    """Solve the Newton system by preconditioned conjugate gradients, the looser the farther away: [r + 1, K]."""
+    """Solve the Newton system by preconditioned conjugate gradients, with a tolerance that tightens near the optimum."""
 
     def hessian(d: np.ndarray) -> np.ndarray:
         m = table @ d
-        return table.T @ (costs * p * (m - (p * m).sum(axis=1, keepdims=True))) + free * d
+        return table.T @ (costs * p * (m - (p * m).sum(axis=1, keepdims=True))) + penalized * d
 
-    bend = (costs * p * (1 - p)).sum(axis=0) / len(p)
-    diagonal = np.maximum(free + squares[:, None] * bend, np.finfo(float).tiny)
+    curvature = (costs * p * (1 - p)).sum(axis=0) / len(p)
+    diagonal = np.maximum(penalized + squares[:, None] * curvature, np.finfo(float).tiny)
     step, residual = np.zeros_like(gradient), -gradient
     z = residual / diagonal
     direction, rho = z, float((residual * z).sum())
@@ -154,10 +157,10 @@ def _newton_step(
         if rho <= target:
             break
         image = hessian(direction)
-        bent = float((direction * image).sum())
-        if not bent > 0:
+        along = float((direction * image).sum())
+        if not along > 0:
             break
-        alpha = rho / bent
+        alpha = rho / along
         step, residual = step + alpha * direction, residual - alpha * image
         z = residual / diagonal
         new = float((residual * z).sum())

@@ -1,4 +1,4 @@
-"""Damped Newton iterations over a batch of logistic regressions that share a centred feature matrix."""
+"""Damped Newton iterations for a batch of logistic regressions with a shared centered feature matrix."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from groundscope.core.errors import ProbeError
 from probes.solvers.columns import column_scales
 
 DIRECT_WIDTH = 40
-"""Up to this many features the Hessians are formed (one matrix product for all problems) and solved directly."""
+"""Maximum number of features for which the Hessians are formed (one matrix product for all problems) and solved directly."""
 
 NEAR = 1e-7
-"""Least deviation of a column over a problem's rows, as a share of that over all rows, that one design serves both."""
+"""Minimum ratio of a column's deviation over a problem's rows to that over all rows, for one design to be accurate."""
 
 
 @dataclass(frozen=True)
 class Design:
-    """Features centred and divided by their standard deviation over all rows, in float64."""
+    """Features centered and divided by their standard deviation over all rows, in float64."""
 
     matrix: np.ndarray
-    """float64 [N, D]; a column that is constant is 0."""
+    """float64 [N, D]; a constant column is 0."""
     mean: np.ndarray
     """float64 [D]."""
     deviation: np.ndarray
-    """float64 [D]; 0 where the column is constant."""
+    """float64 [D]; 0 for constant columns."""
 
     @classmethod
     def of(cls, features: np.ndarray) -> Design:
-        """Prepare features [N, D] of any real dtype; raises `ProbeError` unless they are two-dimensional and finite."""
+        """Prepare features [N, D] of any real dtype; raise `ProbeError` unless they are two-dimensional and finite."""
         x = np.asarray(features, dtype=np.float64)
         if x.ndim != 2 or 0 in x.shape:
             msg = f"features must be a table of rows and columns with at least one of each, got shape {x.shape}"
@@ -41,9 +41,9 @@ class Design:
             msg = f"features hold {x[row, column]} at row {row}, column {column}; every value must be finite"
             raise ProbeError(msg)
         mean = x.mean(axis=0)
-        centred = x - mean
-        deviation = column_scales(mean, np.sqrt(np.mean(centred**2, axis=0)), len(x))
-        matrix = np.divide(centred, deviation, out=np.zeros_like(centred), where=deviation > 0)
+        centered = x - mean
+        deviation = column_scales(mean, np.sqrt(np.mean(centered**2, axis=0)), len(x))
+        matrix = np.divide(centered, deviation, out=np.zeros_like(centered), where=deviation > 0)
         return cls(matrix, mean, deviation)
 
     @property
@@ -59,26 +59,26 @@ class Design:
     def scales(self, used: np.ndarray) -> np.ndarray:
         """Return the deviation of each feature over each problem's rows: bool [P, N] -> float64 [P, D], 0 if constant.
 
-        Raises `ProbeError` where a column varies too little, for its mean or for its deviation over all rows.
+        Raise `ProbeError` if a column varies too little relative to its mean, or to its deviation over all rows.
         """
-        known: dict[bytes, np.ndarray] = {}
+        cache: dict[bytes, np.ndarray] = {}
         rows = []
         for mask in used:
             key = mask.tobytes()
-            if key not in known:
+            if key not in cache:
                 part = self.matrix[mask]
-                # Of the column as given, and of what is left of it here, which is rounded too.
+                # Magnitudes of the original column and of its standardized values; both contribute rounding errors.
                 size = np.abs(self.mean) + self.deviation * np.abs(part.mean(axis=0))
                 spread = part.std(axis=0)
-                known[key] = column_scales(size, spread * self.deviation, len(part))
-                far = np.flatnonzero((known[key] > 0) & (spread < NEAR))
-                if len(far):
+                cache[key] = column_scales(size, spread * self.deviation, len(part))
+                unresolved = np.flatnonzero((cache[key] > 0) & (spread < NEAR))
+                if len(unresolved):
                     msg = (
-                        f"feature column {far[0]} varies {1 / spread[far[0]]:.2g} times as much over all rows as over those of "
-                        f"a problem, which float64 cannot resolve together: fit the rows of each problem by themselves"
+                        f"feature column {unresolved[0]} varies {1 / spread[unresolved[0]]:.2g} times as much over all rows as "
+                        f"over those of a problem, which float64 cannot resolve in one batch; fit each problem separately"
                     )
                     raise ProbeError(msg)
-            rows.append(known[key])
+            rows.append(cache[key])
         return np.stack(rows)
 
     @cached_property
@@ -88,7 +88,7 @@ class Design:
 
     @cached_property
     def products(self) -> np.ndarray:
-        """Products of every pair of columns, a column of ones included: float64 [N, (D+1)(D+2)/2]."""
+        """Products of all pairs of columns, including a column of ones: float64 [N, (D+1)(D+2)/2]."""
         extended = np.column_stack([self.matrix, np.ones(self.n_rows)])
         i, j = self.triangle
         return extended[:, i] * extended[:, j]
@@ -104,18 +104,18 @@ class Batch:
     costs: np.ndarray
     """C times the row weight [P, N]."""
     ratio: np.ndarray
-    """Column scaling of each problem [P, D]; 0 leaves a column out."""
+    """Column scaling of each problem [P, D]; 0 excludes a column."""
 
     def take(self, index: np.ndarray) -> Batch:
-        """Return the problems at these places."""
+        """Return the problems with these indices."""
         return Batch(self.design, self.signs[index], self.costs[index], self.ratio[index])
 
     def margins(self, theta: np.ndarray, intercept: np.ndarray) -> np.ndarray:
-        """Margins [P, N] of parameters [P, D] and [P]."""
+        """Return margins [P, N] of parameters [P, D] and [P]."""
         return (theta * self.ratio) @ self.design.matrix.T + intercept[:, None]
 
     def adjoint(self, rows: np.ndarray) -> np.ndarray:
-        """Transpose of the linear part of `margins`: [P, N] -> [P, D]."""
+        """Apply the transpose of the linear part of `margins`: [P, N] -> [P, D]."""
         return (rows @ self.design.matrix) * self.ratio
 
 
@@ -127,8 +127,8 @@ def _loss_and_error(batch: Batch, margins: np.ndarray) -> tuple[np.ndarray, np.n
     return loss, np.where(agreement >= 0, t, 1.0) / (1.0 + t)
 
 
-def minimise(batch: Batch, tolerance: float, max_iterations: int) -> tuple[np.ndarray, ...]:
-    """Solve a batch; returns theta [P, D], intercept [P], objective [P] and proven relative gap [P]."""
+def minimize(batch: Batch, tolerance: float, max_iterations: int) -> tuple[np.ndarray, ...]:
+    """Solve a batch; return theta [P, D], intercept [P], objective [P] and proven relative gap [P]."""
     n_problems, width = batch.ratio.shape
     theta, objective, gap = np.zeros((n_problems, width)), np.full(n_problems, np.nan), np.full(n_problems, np.inf)
     positive = np.einsum("pn,pn->p", batch.costs, batch.signs > 0)
@@ -142,8 +142,8 @@ def minimise(batch: Batch, tolerance: float, max_iterations: int) -> tuple[np.nd
     loss, error = _loss_and_error(batch, margins)
     for _ in range(max_iterations):
         value = 0.5 * np.einsum("pd,pd->p", w, w) + loss
-        pull = current.costs * error * current.signs  # minus the derivative by margin [P, N]
-        gradient = np.column_stack([w - current.adjoint(pull), -pull.sum(axis=1)])
+        residual = current.costs * error * current.signs  # minus the derivative by margin [P, N]
+        gradient = np.column_stack([w - current.adjoint(residual), -residual.sum(axis=1)])
         step = newton(current, current.costs * error * (1.0 - error), gradient)
         decrease = -np.einsum("pd,pd->p", gradient, step)  # squared Newton decrement: twice the gap to second order
         moved = current.margins(step[:, :-1], step[:, -1])
@@ -181,32 +181,32 @@ def _search(
     loss: np.ndarray,
     decrease: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Halve each step until the objective falls enough (Armijo); returns sizes, and margins, loss and error there."""
+    """Halve each step until the objective decreases enough (Armijo); return sizes, and margins, loss and error there."""
     size = np.ones(len(theta))
     new_margins = margins + moved
     new_loss, new_error = _loss_and_error(batch, new_margins)
-    # Below this the change of the objective drowns in rounding; Newton steps are then safe as they are.
+    # Below this the change of the objective is smaller than rounding errors; full Newton steps are then safe.
     trusted = decrease <= 1e-9 * value
     linear = np.einsum("pd,pd->p", theta, step[:, :-1])
     square = np.einsum("pd,pd->p", step[:, :-1], step[:, :-1])
     base = value - loss
     for _ in range(40):
         new_value = base + size * linear + 0.5 * size**2 * square + new_loss
-        bad = np.flatnonzero(~trusted & ~(new_value <= value - 1e-4 * size * decrease))
-        if not bad.size:
+        rejected = np.flatnonzero(~trusted & ~(new_value <= value - 1e-4 * size * decrease))
+        if not rejected.size:
             break
-        size[bad] *= 0.5
-        new_margins[bad] = margins[bad] + size[bad, None] * moved[bad]
-        new_loss[bad], new_error[bad] = _loss_and_error(batch.take(bad), new_margins[bad])
+        size[rejected] *= 0.5
+        new_margins[rejected] = margins[rejected] + size[rejected, None] * moved[rejected]
+        new_loss[rejected], new_error[rejected] = _loss_and_error(batch.take(rejected), new_margins[rejected])
     return size, new_margins, new_loss, new_error
 
 
 def _relative_gap(batch: Batch, theta: np.ndarray, value: np.ndarray, error: np.ndarray) -> np.ndarray:
-    """Proven ``(F - min F) / F`` [P] from the dual point nearest the current errors."""
-    # The free intercept asks that both classes pull equally: shrinking the stronger one keeps 0 <= a <= 1.
-    pull = batch.costs * error
+    """Return the proven ``(F - min F) / F`` [P] from a dual point close to the current errors."""
+    # Dual feasibility for the intercept requires equal sums of both classes: scaling down the larger keeps 0 <= a <= 1.
+    residual = batch.costs * error
     positive = batch.signs > 0
-    up, down = (pull * positive).sum(axis=1), (pull * ~positive).sum(axis=1)
+    up, down = (residual * positive).sum(axis=1), (residual * ~positive).sum(axis=1)
     weaker = np.minimum(up, down)
     shrink_up = np.divide(weaker, up, out=np.zeros_like(up), where=up > 0)
     shrink_down = np.divide(weaker, down, out=np.zeros_like(down), where=down > 0)
@@ -214,8 +214,8 @@ def _relative_gap(batch: Batch, theta: np.ndarray, value: np.ndarray, error: np.
     dual_theta = batch.adjoint(batch.costs * a * batch.signs)
     # a log a + (1-a) log(1-a), with 0 log 0 = 0.
     entropy = a * np.log(np.where(a > 0, a, 1.0))
-    rest = 1.0 - a
-    entropy += rest * np.log1p(-np.where(rest > 0, a, 0.0))
+    complement = 1.0 - a
+    entropy += complement * np.log1p(-np.where(complement > 0, a, 0.0))
     dual = -0.5 * np.einsum("pd,pd->p", dual_theta, dual_theta) - np.einsum("pn,pn->p", batch.costs, entropy)
     return np.maximum(value - dual, 0.0) / value
 
@@ -224,7 +224,7 @@ Step = Callable[[Batch, np.ndarray, np.ndarray], np.ndarray]
 
 
 def _direct_step(batch: Batch, curvature: np.ndarray, gradient: np.ndarray) -> np.ndarray:
-    """Newton step [P, D+1] by forming every Hessian: one product of curvatures [P, N] with the column products."""
+    """Return the Newton step [P, D+1] from explicit Hessians: one product of curvatures [P, N] with column products."""
     width = batch.design.width
     i, j = batch.design.triangle
     hessian = np.empty((len(curvature), width + 1, width + 1))
@@ -238,15 +238,15 @@ def _direct_step(batch: Batch, curvature: np.ndarray, gradient: np.ndarray) -> n
     hessian[:, diagonal, diagonal] += 1.0
     hessian[:, width, width] += 1e-14 * (
         1.0 + hessian[:, width, width]
-    )  # saturated rows leave the intercept no curvature
+    )  # saturated rows give the intercept no curvature
     return -np.linalg.solve(hessian, gradient[:, :, None])[:, :, 0]
 
 
 def _conjugate_step(batch: Batch) -> Step:
     """Return a solver of the Newton systems by conjugate gradients.
 
-    Were the rows weighted alike, the Hessian would be ``I + c X'X``: diagonal in the principal axes of the features.
-    That is the preconditioner, with c the mean curvature, and it needs no axis for directions the rows do not span.
+    With equal row weights the Hessian is ``I + c X'X``: diagonal in the principal axes of the features. This is the
+    preconditioner, with c the mean curvature; it needs no axes for directions that the rows do not span.
     """
     matrix = batch.design.matrix * np.median(batch.ratio, axis=0)
     n_rows, width = matrix.shape
@@ -275,20 +275,22 @@ def _conjugate_step(batch: Batch) -> Step:
         z = precondition(residual)
         direction = z
         rho = np.einsum("pd,pd->p", residual, z)
-        # Inexact Newton: loose far from the optimum, tightening with the gradient for superlinear convergence.
+        # Inexact Newton: a loose tolerance far from the optimum that tightens with the gradient, for superlinear convergence.
         target = np.minimum(1e-2, np.sqrt(rho / (1.0 + rho))) ** 2 * rho
         for _ in range(4 * (min(n_rows, width) + 10)):
-            live = rho > target
-            if not live.any():
+            unconverged = rho > target
+            if not unconverged.any():
                 break
             image = hessian(direction)
-            bend = np.einsum("pd,pd->p", direction, image)
-            alpha = np.where(live & (bend > 0), rho / np.where(bend > 0, bend, 1.0), 0.0)[:, None]
+            along = np.einsum("pd,pd->p", direction, image)
+            alpha = np.where(unconverged & (along > 0), rho / np.where(along > 0, along, 1.0), 0.0)[:, None]
             solution = solution + alpha * direction
             residual = residual - alpha * image
             z = precondition(residual)
-            new_rho = np.where(live, np.einsum("pd,pd->p", residual, z), rho)
-            direction = z + np.where(live & (rho > 0), new_rho / np.where(rho > 0, rho, 1.0), 0.0)[:, None] * direction
+            new_rho = np.where(unconverged, np.einsum("pd,pd->p", residual, z), rho)
+            direction = (
+                z + np.where(unconverged & (rho > 0), new_rho / np.where(rho > 0, rho, 1.0), 0.0)[:, None] * direction
+            )
             rho = new_rho
         return solution
 

@@ -1,4 +1,4 @@
-"""What the processor and its memory are best given: work side by side, and pages that are not given back."""
+"""Thread and memory settings for speed: a threaded `map`, and an allocator that keeps freed memory."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from typing import Protocol, TypeVar
 import torch
 from threadpoolctl import threadpool_limits
 
-KEPT = 31 * 2**20
-"""Bytes: nearly the largest block of which glibc takes note."""
+FREED_BYTES = 31 * 2**20
+"""Size of the block to free, in bytes: close to the largest size that raises glibc's threshold."""
 
-Given = TypeVar("Given")
-Made = TypeVar("Made")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
-class Each(Protocol):
-    """What `map` does."""
+class MapFunction(Protocol):
+    """A function with the signature of `map` for one iterable."""
 
-    def __call__(self, work: Callable[[Given], Made], over: Iterable[Given], /) -> Iterator[Made]:
-        """Yield the work's results in order."""
+    def __call__(self, work: Callable[[Item], Result], over: Iterable[Item], /) -> Iterator[Result]:
+        """Yield the results of `work` in order."""
         ...
 
 
 @contextmanager
-def side_by_side() -> Iterator[Each]:
-    """Give a `map` that works on as many threads as torch uses (`torch.set_num_threads`).
+def map_in_threads() -> Iterator[MapFunction]:
+    """Yield a `map` that runs on as many threads as torch uses (`torch.set_num_threads`).
 
-    Each multiplies matrices on one thread: numpy's other operations know one only, and would leave the rest idle.
+    BLAS runs single-threaded in each of them: numpy's other operations use one thread, and would leave the other cores idle.
     """
     count = torch.get_num_threads()
     if count == 1:
@@ -40,9 +40,9 @@ def side_by_side() -> Iterator[Each]:
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep freed memory for what comes next, where it would give pages back and fetch them anew.
+    """Make glibc keep freed memory for later allocations, instead of returning pages to the system.
 
-    Its threshold for that follows the largest block freed so far (mallopt(3), M_MMAP_THRESHOLD); none of this one's pages
-    is ever touched. A tenth of the time of a fit; nothing, where another allocator is used.
+    Its threshold follows the largest block freed so far (mallopt(3), M_MMAP_THRESHOLD); the pages of this block are never
+    touched. It saves a tenth of the time of a fit, and has no effect with another allocator.
     """
-    torch.empty(KEPT, dtype=torch.uint8)
+    torch.empty(FREED_BYTES, dtype=torch.uint8)
