@@ -79,18 +79,19 @@ def test_a_trace_of_a_run_skips_images_that_cannot_be_read(tmp_path: Path) -> No
     (tmp_path / "3.png").write_bytes((tmp_path / "3.png").read_bytes()[:60])
     files = (f"data.questions={tmp_path}/q.json", f"data.images={tmp_path}")
     options = ("data=pope", *files, "data.test_share=.01", "trace=heads", "name=x", "threads=1")
-    model, told = load_lvlm("tiny", validate=False), {}
+    model = load_lvlm("tiny", validate=False)
+    contexts = {}
     for name, words in {"raise": (), "skip": ("trace.on_error=skip",)}.items():
-        folder = tmp_path / name
-        folder.mkdir()
+        (tmp_path / name).mkdir()
         context = Context(composed([*options, *words])[0], RunFolder(tmp_path / "x"), Console(file=io.StringIO()))
         context.__dict__.update(model=model, parts=(_loaded(context.config.data), None))
-        if name == "raise":
-            with pytest.raises(DataError, match="cannot be read"):
-                make_activations(context, folder)
-        else:
-            told[name] = make_activations(context, folder)
-    assert told["skip"].startswith("22 examples (2 left out, as their images cannot be read), ")
+        contexts[name] = context
+    with pytest.raises(DataError, match="cannot be read"):
+        make_activations(contexts["raise"], tmp_path / "raise")
+    context = contexts["skip"]
+    assert make_activations(context, tmp_path / "skip").startswith(
+        "22 examples (2 left out, as their images cannot be read), "
+    )
     assert len(ActivationStore(tmp_path / "skip").provenance["skipped"]) == 2
     context.config.trace.shards = 2
     parts = tmp_path / "parts"

@@ -232,7 +232,7 @@ def test_a_killed_run_goes_on_where_it_stopped(store: MemoryStore, grid: ProbeGr
     with pytest.raises(ProbeError, match="checkpoint of another run: 'folds' was 3 and is now 4"):
         fit_grid(other, grid.concepts, "resid_post", **{**options, "folds": 4})
     (tmp_path / "c" / "checkpoint.json").write_text("{")
-    with pytest.raises(ProbeError, match=r"checkpoint.json cannot be read"):
+    with pytest.raises(ProbeError, match=r"checkpoint\.json: invalid JSON"):
         fit_grid(other, grid.concepts, "resid_post", **options)
 
 
