@@ -317,7 +317,7 @@ def test_an_answer_that_all_lean_to_is_overridden_though_no_part_pushes_it(tmp_p
         assert one.lean == pytest.approx((yes - no) / 2, abs=1e-4)
         assert one.lean + one.log_odds > 0
         assert f"lean to 'yes' by {one.lean:.1f} logits: without that, the answer would be right" in str(one)
-    with pytest.raises(PatchError, match="no example can be answered 'maybe'"):
+    with pytest.raises(PatchError, match="no example has the candidate 'maybe'"):
         planted_failures.leaning(intact(), data, "maybe", 1.0)
 
 

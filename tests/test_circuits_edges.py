@@ -55,6 +55,8 @@ PATHS: dict[str, tuple[str, tuple[str, ...], str]] = {
 @pytest.fixture
 def precise(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Let what is computed in float32 whatever the model's precision be computed in float64."""
+    for family in PATHS:  # these models are shared by all tests: they are built in their own precision
+        build(family)
     monkeypatch.setattr(torch, "float32", torch.float64)
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     before = torch.get_default_dtype()

@@ -728,7 +728,7 @@ def test_pictures_are_written_whole(tmp_path: Path) -> None:
     assert outside.read_text() == "mine"
     assert not path.is_symlink()
     assert not list(tmp_path.glob("*.part"))
-    with pytest.raises(ConfigError, match="no picture format 'doc'; choose an ending from"):
+    with pytest.raises(ConfigError, match="unknown picture format 'doc'; choose from"):
         heatmap(np.zeros((2, 2)), title="", label="", path=tmp_path / "heads.doc")
 
 

@@ -41,7 +41,7 @@ def test_a_changed_value_of_a_receipt_is_an_error(tmp_path: Path, old: str, new:
     text = path.read_text(encoding="utf-8")
     assert old in text
     path.write_text(text.replace(old, new, 1), encoding="utf-8")
-    with pytest.raises(ConfigError, match=r"stage\.json: damaged.*delete that file"):
+    with pytest.raises(ConfigError, match=r"stage\.json is damaged.*delete that file"):
         read_receipt(tmp_path)
 
 
