@@ -14,6 +14,7 @@ import numpy as np
 from groundscope.core import artifacts
 from groundscope.core.errors import SiteError, StoreError
 from groundscope.core.files import canonical_json, explained, write_whole
+from groundscope.core.result_fields import building, check_fields
 from groundscope.core.tensor_files import encode_tensors, read_tensors
 from groundscope.core.user_files import parse_json
 from lvlm.sites import Site, TokenSelection
@@ -178,14 +179,11 @@ class Direction:
             msg = f"{path} is not a direction file, or is damaged: {error}"
             raise StoreError(msg) from error
         version = card.pop("version", 0) if isinstance(card, dict) else None
-        if not isinstance(version, int) or version > DIRECTION_VERSION:
+        if not isinstance(version, int) or not 0 <= version <= DIRECTION_VERSION:
             msg = (
                 f"{path}: direction version {version} is not supported (up to {DIRECTION_VERSION}); update groundscope"
             )
             raise StoreError(msg)
-        try:
-            statistics = {k: math.nan if v is None else v for k, v in card.pop("statistics").items()}
-            return cls(vector=vector, statistics=statistics, **card)
-        except (KeyError, TypeError, AttributeError) as error:
-            msg = f"{path}: damaged direction: {error}"
-            raise StoreError(msg) from error
+        with building(f"{path}: damaged direction", StoreError):
+            card["statistics"] = {k: math.nan if v is None else v for k, v in card["statistics"].items()}
+            return cls(vector=vector, **check_fields(card, cls))

@@ -14,6 +14,7 @@ from diagnosis import narrative
 from groundscope.core import artifacts
 from groundscope.core.document_digest import KEY, document_digest, take_digest
 from groundscope.core.errors import ConfigError, StoreError
+from groundscope.core.result_fields import building, check_fields
 from groundscope.core.statistics import estimate
 from groundscope.core.user_files import read_json
 
@@ -289,14 +290,11 @@ class Diagnoses:
             msg = f"diagnoses '{path}' are of version {version}, this groundscope reads up to {VERSION}: diagnose again"
             raise StoreError(msg)
         take_digest(held, str(path), StoreError, required=version > _LAST_WITHOUT_DIGEST)
-        try:
+        with building(f"diagnoses '{path}' are damaged", StoreError):
             del held["format"], held["version"]
-            places = tuple(Place(**_numbers(place, Place)) for place in held.pop("places"))
+            places = tuple(Place(**_numbers(place, Place, "places")) for place in held.pop("places"))
             made = tuple(_diagnosis(one) for one in held.pop("diagnoses"))
-            loaded = cls(made, places, **held)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            msg = f"diagnoses '{path}' are damaged: {error}"
-            raise StoreError(msg) from error
+            loaded = cls(made, places, **check_fields(held, cls))
         unknown = next((o.verdict for o in loaded.wrong if o.verdict not in VERDICTS), None)
         if unknown is not None:
             msg = f"diagnoses '{path}' are damaged: unknown verdict '{unknown}'; choose from {', '.join(VERDICTS)}"
@@ -316,11 +314,10 @@ def _record(one: Diagnosis) -> dict[str, Any]:
 
 
 def _diagnosis(held: dict[str, Any]) -> Diagnosis:
-    values = _numbers(held, Diagnosis)
-    values["readings"] = tuple(Reading(**_numbers(r, Reading)) for r in held["readings"])
-    values["pushes"] = tuple(Push(**p) for p in held["pushes"])
+    values = _numbers(held, Diagnosis, "diagnoses")
+    values["readings"] = tuple(Reading(**_numbers(r, Reading, "diagnoses.readings")) for r in held["readings"])
+    values["pushes"] = tuple(Push(**check_fields(p, Push, "diagnoses.pushes")) for p in held["pushes"])
     values["undone_by"] = tuple(held["undone_by"])
-    values["sources"] = {k: math.nan if v is None else v for k, v in held["sources"].items()}
     return Diagnosis(**values)
 
 
@@ -333,7 +330,12 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _numbers(held: Mapping[str, Any], kind: type) -> dict[str, Any]:
-    """Return a record with null numbers as NaN again."""
+def _numbers(held: Any, kind: type, at: str) -> dict[str, Any]:
+    """Return a record with null numbers as NaN again, after a check of its types."""
     numbers = {f.name for f in fields(kind) if f.type == "float"}
-    return {k: math.nan if v is None and k in numbers else v for k, v in held.items()}
+    values = check_fields(held, object, at)
+    plain = {k: math.nan if v is None and k in numbers else v for k, v in values.items()}
+    shares: Any = plain.get("sources")
+    if kind is Diagnosis and isinstance(shares, dict):
+        plain["sources"] = {k: math.nan if v is None else v for k, v in shares.items()}
+    return check_fields(plain, kind, at)

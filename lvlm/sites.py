@@ -57,12 +57,12 @@ class Site:
     @classmethod
     def parse(cls, text: str) -> Site:
         """Read a site as printed; raises `SiteError` naming what is wrong."""
-        if text == "projector.out":
+        if isinstance(text, str) and text == "projector.out":
             return cls("projector", 0, "out")
-        match = _SITE.match(text)
+        match = _SITE.match(text) if isinstance(text, str) else None
         if match is None or match[4] not in LAYER_COMPONENTS:
             msg = (
-                f"'{text}' is not a site: write 'projector.out' or '<vision|decoder>.L<layer>.<component>' "
+                f"{text!r} is not a site: write 'projector.out' or '<vision|decoder>.L<layer>.<component>' "
                 f"with a component of {', '.join(LAYER_COMPONENTS)}"
             )
             raise SiteError(msg)
@@ -82,9 +82,9 @@ class Head:
     @classmethod
     def parse(cls, text: str) -> Head:
         """Read ``L<layer>.H<head>``; raises `SiteError` for any other form."""
-        match = _HEAD.match(text)
+        match = _HEAD.match(text) if isinstance(text, str) else None
         if match is None:
-            msg = f"'{text}' is not a head: write it as in 'L12.H7'"
+            msg = f"{text!r} is not a head: write it as text, as in 'L12.H7'"
             raise SiteError(msg)
         return cls(int(match[1]), int(match[2]))
 
@@ -97,7 +97,7 @@ def parse_heads(heads: Head | str | Iterable[Head | str]) -> tuple[Head, ...]:
     SiteError
         For anything else.
     """
-    several = [heads] if isinstance(heads, Head | str) else list(heads)
+    several = list(heads) if isinstance(heads, Iterable) and not isinstance(heads, str) else [heads]
     wrong = [item for item in several if not isinstance(item, Head | str)]
     if wrong:
         msg = f"{wrong[0]!r} is not a head: give Head(layer, head), or text as in 'L12.H7'"
@@ -135,7 +135,7 @@ class TokenSelection:
     @classmethod
     def parse(cls, text: str) -> TokenSelection:
         """Read a selection as printed; raises `SiteError` naming the roles and reductions there are."""
-        role, *rest = text.split(":")
+        role, *rest = text.split(":") if isinstance(text, str) else [""]
         match rest:
             case [] if role in SINGLE:
                 return cls(role)
@@ -146,7 +146,7 @@ class TokenSelection:
             case [name, reduction] if role == "object" and name and name not in REDUCTIONS and reduction in REDUCTIONS:
                 return cls(role, cast("Literal['mean', 'all']", reduction), name=name)
         msg = (
-            f"'{text}' is not a token selection: write 'last', 'bos', a role of {', '.join(ROLES)} with ':mean' or "
+            f"{text!r} is not a token selection: write 'last', 'bos', a role of {', '.join(ROLES)} with ':mean' or "
             f"':all', as in 'image:mean', 'generated:<step>', or 'object:<id>:mean'"
         )
         raise SiteError(msg)

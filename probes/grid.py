@@ -16,6 +16,7 @@ from concepts.schema import Concept
 from groundscope.core.document_digest import KEY, document_digest, take_digest
 from groundscope.core.errors import ProbeError
 from groundscope.core.files import write_whole
+from groundscope.core.result_fields import building, check_fields
 from groundscope.core.tensor_files import MAX_TENSOR_BYTES
 from groundscope.core.user_files import read_bytes, read_json
 from probes.protocol.inputs import Place
@@ -323,15 +324,23 @@ class ProbeGrid:
         if card.pop("sha256", None) != hashlib.sha256(data).hexdigest():
             msg = f"{path / _TENSORS} does not match its card: the grid is damaged or half written; fit it again"
             raise ProbeError(msg)
-        try:
+        with building(f"{path / _CARD}: the grid is damaged", ProbeError, "; fit it again"):
+            try:
+                tensors = load(data)
+            except SafetensorError as error:
+                raise ValueError(str(error)) from error
             # Copies: safetensors' own arrays are views into the file's bytes.
-            values: dict[str, Any] = {name: np.array(array) for name, array in load(data).items()} | card
+            values: dict[str, Any] = {name: np.array(array) for name, array in tensors.items()} | check_fields(
+                card, cls
+            )
             for name in ("concepts", "layers", "held_out", "held_out_groups", "train_groups"):
                 values[name] = tuple(values[name])
-            return cls(**values)
-        except (SafetensorError, TypeError, KeyError, ValueError, AttributeError) as error:
-            msg = f"{path}: the grid is damaged: {error}; fit it again"
-            raise ProbeError(msg) from error
+            grid = cls(**values)
+            shape = (len(grid.concepts), len(grid.layers), 1 if grid.n_heads is None else grid.n_heads)
+            if grid.balanced_accuracy.shape != shape:
+                msg = f"scores {list(grid.balanced_accuracy.shape)} are not concepts x layers x heads {list(shape)}"
+                raise ValueError(msg)
+            return grid
 
     @property
     def _place(self) -> Place:

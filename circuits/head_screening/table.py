@@ -21,6 +21,7 @@ from concepts.schema import CounterfactualPair, Example
 from groundscope.core import artifacts
 from groundscope.core.errors import ConfigError, PatchError, StoreError
 from groundscope.core.progress import progress_bar
+from groundscope.core.result_fields import building, check_fields
 from lvlm.answers import answer_key
 from lvlm.model import Lvlm
 from lvlm.sites import Head
@@ -153,11 +154,8 @@ class HeadTable:
     def load(cls, path: str | Path) -> Self:
         """Read a file written by `save`; raise `StoreError` if it is missing, damaged, of another kind or newer."""
         tensors, card = artifacts.read(Path(path), _KIND, VERSION)
-        try:
-            return cls(values={name: tensors[name] for name in card.pop("methods")}, **card)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            msg = f"{path} is a damaged head table: {error}"
-            raise StoreError(msg) from error
+        with building(f"{path} is a damaged head table", StoreError):
+            return cls(values={name: tensors[name] for name in card.pop("methods")}, **check_fields(card, cls))
 
 
 def head_scores(

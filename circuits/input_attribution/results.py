@@ -13,6 +13,7 @@ import numpy as np
 
 from groundscope.core import artifacts
 from groundscope.core.errors import ConfigError, StoreError
+from groundscope.core.result_fields import building, check_fields
 from groundscope.core.statistics import cluster_bootstrap
 
 if TYPE_CHECKING:
@@ -201,15 +202,12 @@ class Sources:
                 raise ValueError(msg)
             return part
 
-        try:
+        with building(f"{path} is a damaged file of input attributions", StoreError):
             answers = []
             for about, m in zip(card.pop("examples"), card.pop("coalitions"), strict=True):
-                n = len(about["players"])
+                n = len(check_fields(about, SourceShares, "examples")["players"])
                 arrays: dict[str, Any] = {name: take(name, n) for name in ("shares", "spread", "error")}
                 arrays |= {"coalitions": take("coalitions", m * n).reshape(m, n), "values": take("values", m)}
                 answers.append(SourceShares(**about, **arrays))
-            card["neutral_images"] = tuple(card["neutral_images"])
+            card["neutral_images"] = tuple(check_fields(card, cls)["neutral_images"])
             return cls(tuple(answers), **card)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            msg = f"{path} is a damaged file of input attributions: {error}"
-            raise StoreError(msg) from error

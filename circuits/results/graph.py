@@ -16,6 +16,7 @@ import numpy as np
 from groundscope.core.artifacts import reading_result, write_bytes
 from groundscope.core.document_digest import KEY, document_digest, take_digest
 from groundscope.core.errors import PatchError, StoreError
+from groundscope.core.result_fields import building, check_fields
 from groundscope.core.user_files import read_json
 
 if TYPE_CHECKING:
@@ -353,17 +354,15 @@ class Graph:
             msg = f"{path} is {problem}; supported versions: 1 to {VERSION}"
             raise StoreError(msg)
         take_digest(record, str(path), StoreError, required=version > _LAST_WITHOUT_DIGEST)
-        try:
+        with building(f"{path} is a damaged graph file", StoreError):
             record.pop(_KIND)
-            shape = Shape(int(record.pop("n_layers")), int(record.pop("n_heads")), tuple(record.pop("parallel")))
+            sizes = check_fields({name: record.pop(name) for name in ("n_layers", "n_heads", "parallel")}, Shape)
+            shape = Shape(sizes["n_layers"], sizes["n_heads"], tuple(sizes["parallel"]))
             record.pop("nodes")
-            if not 0 < shape.n_sources * shape.n_targets <= MOST:
+            if min(shape.n_layers, shape.n_heads) < 0 or not 0 < shape.n_sources * shape.n_targets <= MOST:
                 msg = f"{shape.n_layers} layers of {shape.n_heads} heads"
-                raise ValueError(msg)  # re-raised below
-            return cls(shape=shape, **_arrays(shape, record.pop("edges")), **record)
-        except (KeyError, TypeError, ValueError, AttributeError, MemoryError) as error:
-            msg = f"{path} is a damaged graph file: {error!r}"
-            raise StoreError(msg) from error
+                raise ValueError(msg)
+            return cls(shape=shape, **_arrays(shape, record.pop("edges")), **check_fields(record, cls))
 
     # ---- helpers
 
@@ -396,6 +395,16 @@ class Graph:
             raise PatchError(msg)
 
 
+@dataclass(frozen=True)
+class _StoredEdge:
+    """Types of an edge's fields in a file."""
+
+    score: float
+    kept: bool
+    low: float
+    high: float
+
+
 def _arrays(shape: Shape, edges: Mapping[str, Mapping[str, Any]]) -> dict[str, np.ndarray]:
     """Return scores, the circuit mask and ends of intervals as arrays, from edges by name."""
     arrays = {name: np.zeros(shape.there.shape) for name in ("scores", "low", "high")}
@@ -404,9 +413,10 @@ def _arrays(shape: Shape, edges: Mapping[str, Mapping[str, Any]]) -> dict[str, n
     columns = {name: i for i, name in enumerate(shape.targets)}
     ends = all("low" in edge for edge in edges.values())
     for name, edge in edges.items():
+        check_fields(edge, _StoredEdge, name)
         source, _, target = name.partition(" -> ")
         at = rows[source], columns[target]
-        arrays["scores"][at], arrays["kept"][at] = float(edge["score"]), bool(edge["kept"])
+        arrays["scores"][at], arrays["kept"][at] = float(edge["score"]), edge["kept"]
         if ends:
             arrays["low"][at], arrays["high"][at] = float(edge["low"]), float(edge["high"])
     return arrays if ends and edges else {name: arrays[name] for name in ("scores", "kept")}

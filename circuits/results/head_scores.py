@@ -25,6 +25,7 @@ from circuits.results.statistics import (
 )
 from groundscope.core import artifacts
 from groundscope.core.errors import PatchError, StoreError
+from groundscope.core.result_fields import building, check_fields
 from lvlm.sites import Head, parse_heads
 
 if TYPE_CHECKING:
@@ -235,11 +236,8 @@ class HeadScores:
     def load(cls, path: str | Path) -> Self:
         """Read a file written by `save`; raise `StoreError` if it is missing, damaged, of another kind or newer."""
         tensors, card = artifacts.read(Path(path), _KIND, VERSION)
-        try:
-            return cls(**tensors, **card)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            msg = f"{path} is a damaged file of head scores: {error}"
-            raise StoreError(msg) from error
+        with building(f"{path} is a damaged file of head scores", StoreError):
+            return cls(**tensors, **check_fields(card, cls))
 
 
 def compare(

@@ -11,6 +11,7 @@ import numpy as np
 
 from groundscope.core import artifacts
 from groundscope.core.errors import PatchError, StoreError
+from groundscope.core.result_fields import building, check_fields
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -125,8 +126,5 @@ class PatchScores:
     def load(cls, path: str | Path) -> Self:
         """Read a file written by `save`; raise `StoreError` if it is missing, damaged, of another kind or newer."""
         tensors, card = artifacts.read(Path(path), _KIND, VERSION)
-        try:
-            return cls(**tensors, **card)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            msg = f"{path} is a damaged file of patch scores: {error}"
-            raise StoreError(msg) from error
+        with building(f"{path} is a damaged file of patch scores", StoreError):
+            return cls(**tensors, **check_fields(card, cls))

@@ -18,6 +18,7 @@ import numpy as np
 from groundscope.core import artifacts
 from groundscope.core.errors import StoreError
 from groundscope.core.files import canonical_json
+from groundscope.core.result_fields import building, check_fields
 from lvlm.sites import Head, Site
 from mitigation.steering.placement import Entry, Key, ProbeGate, site_of
 from mitigation.steering.vector import SteeringVector
@@ -92,18 +93,18 @@ def safetensors(vector: SteeringVector, path: str | Path, model: Lvlm | None = N
 def load(path: str | Path) -> SteeringVector:
     """Read a steering vector; raises `StoreError` if the file is missing, damaged, of another kind or of a newer version."""
     tensors, card = artifacts.read(Path(path), KIND, VERSION)
-    try:
-        entries = dict(_entry(name, about, tensors) for name, about in card["entries"].items())
+    with building(f"{path}: damaged steering vector", StoreError):
+        listed = check_fields(card["entries"], object, "entries")
+        entries = dict(_entry(name, about, tensors) for name, about in listed.items())
         fields = ("kind", "positions", "strength", "model", "config_hash", "provenance")
         schedule = {name: card[name] for name in ("norm", "decay") if name in card}
         gate = None
         if "gate" in card:
-            values = card["gate"]
-            gate = ProbeGate(_key(values["at"]), tensors[_GATE], values["bias"], values["about"])
-        return SteeringVector(entries=entries, gate=gate, **{name: card[name] for name in fields}, **schedule)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        msg = f"{path}: damaged steering vector: {error}"
-        raise StoreError(msg) from error
+            values = check_fields(card["gate"], object, "gate")
+            about = check_fields({name: values[name] for name in ("bias", "about")}, ProbeGate, "gate")
+            gate = ProbeGate(_key(values["at"]), tensors[_GATE], **about)
+        plain = check_fields({name: card[name] for name in fields} | schedule, SteeringVector)
+        return SteeringVector(entries=entries, gate=gate, **plain)
 
 
 def tensor_name(key: Key) -> str:
@@ -130,5 +131,6 @@ def _key(name: str) -> Key:
 
 
 def _entry(name: str, about: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> tuple[Key, Entry]:
-    entry = Entry(tensors[name], about["sigma"], tensors.get(f"{name}.reads"), tensors.get(f"{name}.writes"))
+    sigma = check_fields(about, Entry, f"entries.{name}")["sigma"]
+    entry = Entry(tensors[name], sigma, tensors.get(f"{name}.reads"), tensors.get(f"{name}.writes"))
     return _key(name), entry

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -49,7 +49,7 @@ class Entry:
                 raise PatchError(msg)
             array.setflags(write=False)
             object.__setattr__(self, name, array)
-        object.__setattr__(self, "sigma", float(self.sigma))
+        object.__setattr__(self, "sigma", real_number("sigma", self.sigma))
         if not (math.isfinite(self.sigma) and self.sigma > 0):
             msg = f"sigma={self.sigma}: it must be positive and finite"
             raise PatchError(msg)
@@ -62,6 +62,17 @@ class Entry:
     def by_token(self) -> bool:
         """Whether every token has a separate direction."""
         return self.vector.ndim == 2
+
+
+def real_number(name: str, value: Any) -> float:
+    """Return a number as float; raise `PatchError` for text and anything else that is not a real number."""
+    try:
+        if not isinstance(value, str | bytes):
+            return float(value)
+    except (TypeError, ValueError, OverflowError):
+        pass
+    msg = f"{name}={value!r}: it must be a number, not {type(value).__name__}"
+    raise PatchError(msg)
 
 
 def _real(name: str, value: npt.ArrayLike) -> np.ndarray:
@@ -89,8 +100,8 @@ class ProbeGate:
     """Concept that the probe was fitted for, such as ``attribute:green``."""
 
     def __post_init__(self) -> None:
-        weights = np.array(self.weights, np.float32)
-        if weights.ndim != 1 or not np.isfinite(weights).all() or not weights.any() or not math.isfinite(self.bias):
+        weights, bias = _real("weights", self.weights), real_number("bias", self.bias)
+        if weights.ndim != 1 or not np.isfinite(weights).all() or not weights.any() or not math.isfinite(bias):
             msg = (
                 f"gate with weights {list(weights.shape)} and bias {self.bias}: weights must be finite, [d] and not all 0, "
                 "bias finite"
@@ -98,7 +109,7 @@ class ProbeGate:
             raise PatchError(msg)
         weights.setflags(write=False)
         object.__setattr__(self, "weights", weights)
-        object.__setattr__(self, "bias", float(self.bias))
+        object.__setattr__(self, "bias", bias)
         object.__setattr__(self, "place", canonical(self.place))
 
     @classmethod
@@ -130,12 +141,23 @@ class ProbeGate:
 
 
 def canonical(key: Key | str) -> Key:
-    """Return a place in canonical form: text is parsed, and ``resid_post`` of a decoder layer becomes its number."""
+    """Return a place in canonical form: text is parsed, and ``resid_post`` of a decoder layer becomes its number.
+
+    Raises
+    ------
+    SiteError
+        For anything else than a head, a layer's number, a site, or text that names a head or a site.
+    """
     if isinstance(key, str):
         key = Head.parse(key) if key.startswith("L") else Site.parse(key)
     if isinstance(key, Site) and key.stack == "decoder" and key.component == "resid_post" and not key.cross:
         return key.layer
-    return key
+    if isinstance(key, Head | Site):
+        return key
+    if isinstance(key, int | np.integer) and not isinstance(key, bool):
+        return int(key)
+    msg = f"{key!r} is not a place: write a head ('L3.H5'), the number of a layer, or a site ('decoder.L3.mlp_out')"
+    raise SiteError(msg)
 
 
 def site_of(key: Key) -> Site:

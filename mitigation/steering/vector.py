@@ -15,7 +15,7 @@ import numpy as np
 from circuits.interventions.options import NORMS, Norm
 from groundscope.core.errors import ConfigError, ModelError, PatchError
 from lvlm.sites import Head, Site, parse_heads
-from mitigation.steering.placement import Entry, Key, ProbeGate, canonical, name_of, order, site_of
+from mitigation.steering.placement import Entry, Key, ProbeGate, canonical, name_of, order, real_number, site_of
 
 if TYPE_CHECKING:
     from circuits.interventions.intervention import Change, Intervention
@@ -84,9 +84,19 @@ class SteeringVector:
     """Schedule: a probe that restricts the vector to tokens with a positive prediction; None for all tokens."""
 
     def __post_init__(self) -> None:
-        if not self.entries:
-            msg = "a steering vector needs at least one head, layer or site"
+        if not isinstance(self.entries, Mapping) or not self.entries:
+            msg = "a steering vector needs entries: a mapping with at least one head, layer or site"
             raise PatchError(msg)
+        expected = {"model": str, "config_hash": str, "provenance": Mapping, "gate": ProbeGate | None}
+        wrong = [name for name, kind in expected.items() if not isinstance(getattr(self, name), kind)]
+        wrong += [f"entries[{key!r}]" for key, entry in self.entries.items() if not isinstance(entry, Entry)]
+        if wrong:
+            msg = (
+                f"{wrong[0]} has a wrong type: model and config_hash must be text, provenance a mapping, gate a ProbeGate or "
+                "None, each entry an Entry"
+            )
+            raise PatchError(msg)
+        object.__setattr__(self, "decay", real_number("decay", self.decay))
         if self.kind not in KINDS or self.positions not in POSITIONS or self.norm not in NORMS:
             msg = (
                 f"kind='{self.kind}', positions='{self.positions}', norm='{self.norm}': choose kind from {KINDS}, positions "
@@ -347,7 +357,8 @@ def combined(vectors: Sequence[SteeringVector]) -> SteeringVector:
 
 
 def _finite(strength: float) -> float:
-    if not math.isfinite(strength):
+    number = real_number("strength", strength)
+    if not math.isfinite(number):
         msg = f"strength={strength}: it must be a finite number"
         raise ConfigError(msg)
-    return float(strength)
+    return number
