@@ -33,7 +33,7 @@ from lvlm.tiny.architecture import IMAGE, build_tokenizer, vocabulary
 
 RESULTS = Path(__file__).parent / "results" / "real_width.json"
 STEPS = ("load", "trace", "patch", "ablate", "steer", "diagnose")
-LAYERS, WHOLE = (2, 4), 32
+WHOLE = 32
 ALLOWED = 2.0
 """Gigabytes that a step may take beside the weights."""
 SIDE, PATCH = 336, 14
@@ -118,39 +118,47 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--tower", type=int, default=24, help="layers of the vision tower; its weights are not counted")
     parser.add_argument("--steps", default=",".join(STEPS))
+    parser.add_argument(
+        "--layers", default="2,4", help="two numbers of decoder layers, from which the whole is extrapolated"
+    )
     options = parser.parse_args()
     steps = options.steps.split(",")
+    numbers = tuple(int(number) for number in options.layers.split(","))
     found: dict[str, list[dict[str, int]]] = {}
     outcome: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as place:
-        folders = [Path(place) / str(layers) for layers in LAYERS]
-        for layers, folder in zip(LAYERS, folders, strict=True):
+        folders = [Path(place) / str(layers) for layers in numbers]
+        for layers, folder in zip(numbers, folders, strict=True):
             # In a process of its own: what it takes must not stay while steps are measured.
             call = f"write_model(Path({str(folder)!r}), {layers}, {options.dtype!r}, {options.tower}, quick={options.quick})"
             code = f"from benchmarks.real_width import *; {call}"
             subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)
         for step in steps:
             found[step] = [run(step, folder, options.dtype, options.device) for folder in folders]
-            outcome = outcome_of(found, options)
+            outcome = outcome_of(found, numbers, options)
             if options.save:
                 RESULTS.write_text(json.dumps(outcome, indent=4) + "\n")
-    table = Table("step", *(f"{layers} layers" for layers in (*LAYERS, WHOLE)), "goal")
+    table = Table("step", *(f"{layers} layers" for layers in (*numbers, WHOLE)), "goal")
     for step in steps:
-        figures = [outcome["figures"][f"{step}_{layers}_layers_gb"] for layers in (*LAYERS, WHOLE)]
+        figures = [outcome["figures"][f"{step}_{layers}_layers_gb"] for layers in (*numbers, WHOLE)]
         table.add_row(step, *(f"{figure['value']:.2f} GB" for figure in figures), figures[-1]["goal"])
-    Console().print("peak memory beside the weights; 32 layers are extrapolated from 2 and 4")
+    Console().print(
+        f"peak memory beside the weights; {WHOLE} layers are extrapolated from {numbers[0]} and {numbers[1]}"
+    )
     Console().print(table)
     print(json.dumps(outcome))
 
 
-def outcome_of(found: dict[str, list[dict[str, int]]], options: argparse.Namespace) -> dict[str, Any]:
+def outcome_of(
+    found: dict[str, list[dict[str, int]]], numbers: tuple[int, ...], options: argparse.Namespace
+) -> dict[str, Any]:
     """Return the figures of the steps that have run."""
     figures: dict[str, dict[str, Any]] = {}
     for step, runs in found.items():
         beside = [(one["peak"] - one["weights"]) / 1e9 for one in runs]
-        growth = max(0.0, beside[1] - beside[0]) / (LAYERS[1] - LAYERS[0])  # pages of the file may come and go
-        whole = max(beside) + growth * (WHOLE - LAYERS[1])
-        for layers, value in zip(LAYERS, beside, strict=True):
+        growth = max(0.0, beside[1] - beside[0]) / (numbers[1] - numbers[0])  # pages of the file may come and go
+        whole = max(beside) + growth * (WHOLE - numbers[1])
+        for layers, value in zip(numbers, beside, strict=True):
             figures[f"{step}_{layers}_layers_gb"] = {"value": round(value, 3), "goal": "", "holds": True, "n": 1}
         figures[f"{step}_{WHOLE}_layers_gb"] = {
             "value": round(whole, 3),
