@@ -1,10 +1,10 @@
 """Public names of `activation_store`, with the module that defines each."""
 
-from .direction import Direction
+from .direction import ConceptDirection
 from .format.ragged import Ragged
 from .format.schema import ArrayInfo, Schema
 from .merging import merge, repack
-from .reading.integrity import Report, verify
+from .reading.integrity import IntegrityReport, verify
 from .reading.store import ActivationStore
 from .tracing.tracer import trace
 from .writing.writer import StoreWriter
@@ -12,9 +12,9 @@ from .writing.writer import StoreWriter
 __all__ = [
     "ActivationStore",
     "ArrayInfo",
-    "Direction",
+    "ConceptDirection",
+    "IntegrityReport",
     "Ragged",
-    "Report",
     "Schema",
     "StoreWriter",
     "merge",

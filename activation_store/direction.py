@@ -24,7 +24,7 @@ _UNIT_TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True, eq=False)
-class Direction:
+class ConceptDirection:
     """A unit vector at a site that points towards activations for which a concept is true.
 
     ``decision(x) = scale * (x @ vector) + intercept`` is positive where the concept is predicted to be true; `x` is the
@@ -73,7 +73,7 @@ class Direction:
         if vector.ndim != 1 or not abs(norm - 1) <= _UNIT_TOLERANCE:
             msg = (
                 f"a direction needs a vector [D] of length 1, not shape {list(vector.shape)} and length {norm:g}; "
-                f"use Direction.from_weights, which normalizes it"
+                f"use ConceptDirection.from_weights, which normalizes it"
             )
             raise StoreError(msg)
         numbers = {"sigma": self.sigma, "scale": self.scale, "intercept": self.intercept}

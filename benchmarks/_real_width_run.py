@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 
-from activation_store import ActivationStore, Direction, trace
+from activation_store import ActivationStore, ConceptDirection, trace
 from circuits import ablate, patch_heads
 from concepts import counterfactuals, scenes
 from concepts.schema import ConceptDataset, Example
@@ -75,8 +75,10 @@ def do_diagnose(model: Lvlm, folder: Path) -> None:
     places = (f"vision.L{model.n_vision_layers - 1}.resid_post", "projector.out", last)
     nouns = [c for c in store.labels if c.startswith("object:") and c != "object:named"]
     widths = {site: site_width(model, Site.parse(site)) for site in places}
-    found = [Direction(site, "image:all", noun, unit(rng, width)) for site, width in widths.items() for noun in nouns]
-    found.append(Direction(last, "last", "object:named", unit(rng, model.width)))
+    found = [
+        ConceptDirection(site, "image:all", noun, unit(rng, width)) for site, width in widths.items() for noun in nouns
+    ]
+    found.append(ConceptDirection(last, "last", "object:named", unit(rng, model.width)))
     diagnose(model, store, found, list(questions(EXAMPLES)), progress=False)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from activation_store import ActivationStore, Direction
+from activation_store import ActivationStore, ConceptDirection
 from circuits import random_heads
 from concepts import counterfactuals, questions
 from concepts.captions import named_objects
@@ -124,7 +124,7 @@ def _normals(world: World, keys: Sequence[Key], shuffle: int | None) -> Steering
         weights = LogisticRegression(C=0.01, class_weight="balanced", max_iter=2000).fit(x, y).coef_[0]
         unit = weights / np.linalg.norm(weights)
         sigma = float(np.std(x @ unit))
-        directions.append(Direction(str(site_of(key)), "last", "attribute:named", unit, head, sigma))
+        directions.append(ConceptDirection(str(site_of(key)), "last", "attribute:named", unit, head, sigma))
     return derive.probe_normal(directions, world.store)
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from activation_store import ActivationStore, Direction
+from activation_store import ActivationStore, ConceptDirection
 from circuits import input_attribution
 from circuits.execution.memory import batch_rows
 from circuits.patching.activation import check_evaluating
@@ -56,7 +56,7 @@ CHECKED = 32
 def diagnose(
     model: Lvlm,
     store: ActivationStore,
-    directions: Sequence[Direction],
+    directions: Sequence[ConceptDirection],
     answers: Sequence[Example],
     *,
     with_sources: bool = True,

@@ -8,7 +8,7 @@ from functools import cached_property
 
 import numpy as np
 
-from activation_store import ActivationStore, Direction
+from activation_store import ActivationStore, ConceptDirection
 from diagnosis.claims import Claim
 from groundscope.core.errors import ProbeError, SiteError
 from lvlm.fingerprint import short
@@ -28,7 +28,7 @@ class ProbeSet:
     tokens: str
     kind: str
     """Questions they were fitted to; empty for any."""
-    directions: Mapping[str, Direction]
+    directions: Mapping[str, ConceptDirection]
     """By concept."""
 
     @property
@@ -75,12 +75,12 @@ class ProbeSet:
         return (claim.concept, *rivals) if rivals and claim.concept in self.directions else ()
 
 
-def probe_sets(directions: Sequence[Direction]) -> list[ProbeSet]:
+def probe_sets(directions: Sequence[ConceptDirection]) -> list[ProbeSet]:
     """Sort directions by place, in the order of the forward; raises `ProbeError` where there are none or two are the same."""
     if not directions:
         msg = "no directions to read with: fit probes, and take grid.direction(concept, layer) of them"
         raise ProbeError(msg)
-    found: dict[tuple[str, str, str], dict[str, Direction]] = {}
+    found: dict[tuple[str, str, str], dict[str, ConceptDirection]] = {}
     for d in directions:
         if d.head is not None:
             msg = f"direction '{d.concept}' at {d.site} reads head {d.head}: diagnoses read whole layers, fit on resid_post"
@@ -95,7 +95,7 @@ def probe_sets(directions: Sequence[Direction]) -> list[ProbeSet]:
     return sorted(sets, key=lambda s: (order.index(s.stage), s.tokens, s.kind, s.layer))
 
 
-def check_origin(model: Lvlm, store: ActivationStore, directions: Sequence[Direction]) -> None:
+def check_origin(model: Lvlm, store: ActivationStore, directions: Sequence[ConceptDirection]) -> None:
     """Raise `ProbeError` where a direction was fitted on another model; of the store's see `check_store`."""
     recorded = {str(d.provenance["weights"]) for d in directions if d.provenance.get("weights")}
     same = {weights for weights in recorded if model.has_weights(weights)}

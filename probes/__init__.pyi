@@ -6,17 +6,24 @@ from .analysis.permutation import permutation_test
 from .analysis.significance import Significance
 from .analysis.trajectory import journey, landmarks
 from .analysis.transfer import multiclass, transfer
-from .estimators import ConceptSubspaceProbe, LDAProbe, LogisticProbe, MeanDifferenceProbe, MultinomialProbe, RidgeProbe
+from .classifiers import (
+    ConceptSubspaceProbe,
+    LDAProbe,
+    LogisticProbe,
+    MeanDifferenceProbe,
+    MultinomialProbe,
+    RidgeProbe,
+)
 from .fit import fit_grid
 from .grid import Cell, ProbeGrid
 from .protocol.inputs import probeable
-from .solvers.logistic_reference import LogisticFit, fit_logistic
+from .solvers.logistic_reference import LinearFit, fit_logistic
 
 __all__ = [
     "Cell",
     "ConceptSubspaceProbe",
     "LDAProbe",
-    "LogisticFit",
+    "LinearFit",
     "LogisticProbe",
     "MeanDifferenceProbe",
     "MultinomialProbe",

@@ -24,7 +24,7 @@ from probes.protocol.inputs import Place
 if TYPE_CHECKING:
     import pandas as pd
 
-    from activation_store import Direction
+    from activation_store import ConceptDirection
 
 GRID_FORMAT = "groundscope.probe_grid"
 GRID_VERSION = 3
@@ -223,7 +223,7 @@ class ProbeGrid:
             raise ProbeError(msg)
         return rows @ self.weights[where] + self.intercepts[where]
 
-    def direction(self, concept: str, layer: int, head: int | None = None) -> Direction:
+    def direction(self, concept: str, layer: int, head: int | None = None) -> ConceptDirection:
         """Return the probe as a unit direction in the units of the activations, with the same decision function.
 
         Raises
@@ -231,7 +231,7 @@ class ProbeGrid:
         ProbeError
             If the grid has no such concept, layer or head, or its probe has no direction (all features constant).
         """
-        from activation_store.direction import Direction
+        from activation_store.direction import ConceptDirection
 
         where = self._where(concept, layer, head)
         if not self.weights[where].any():
@@ -241,7 +241,7 @@ class ProbeGrid:
         statistics = {s: float(getattr(self, s)[where]) for s in ("balanced_accuracy", "low", "high", "auc", "control")}
         statistics |= {"validation": float(self.validation[where])}
         statistics |= {"n_train": float(self.n_train[k]), "n_test": float(self.n_test[k])}
-        return Direction.from_weights(
+        return ConceptDirection.from_weights(
             self._place.site(layer),
             self.tokens,
             concept,

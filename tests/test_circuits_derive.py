@@ -12,7 +12,7 @@ import pytest
 import torch
 from circuits_toys import hooks_of, layers_of, pairs, shared
 
-from activation_store import Direction
+from activation_store import ConceptDirection
 from circuits.patching.activation import pairs_digest
 from concepts.schema import Example
 from groundscope.core.errors import PatchError, SiteError
@@ -269,10 +269,10 @@ def test_amplifying_moves_away_from_the_blank_image() -> None:
     torch.testing.assert_close(kept[2], mean, atol=1e-5, rtol=1e-5)
 
 
-def direction(site: str = "decoder.L2.z", head: int | None = 1, sigma: float = 0.7) -> Direction:
+def direction(site: str = "decoder.L2.z", head: int | None = 1, sigma: float = 0.7) -> ConceptDirection:
     v = np.zeros(DIM if head is not None else D)
     v[2] = 1
-    return Direction(site, "last", "attribute:red", v, head=head, sigma=sigma)
+    return ConceptDirection(site, "last", "attribute:red", v, head=head, sigma=sigma)
 
 
 def test_probe_normal() -> None:

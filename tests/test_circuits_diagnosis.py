@@ -15,7 +15,7 @@ import torch
 from scipy.optimize import minimize_scalar
 from sklearn.linear_model import LogisticRegression
 
-from activation_store import ActivationStore, Direction, trace
+from activation_store import ActivationStore, ConceptDirection, trace
 from behavior import answer
 from concepts import scenes
 from concepts.drawing import Scene
@@ -325,7 +325,7 @@ def test_a_value_without_a_label_is_read_by_its_only_alternative(tmp_path: Path)
     data = scenes.dataset(10, 4, splits=("neutral",)).filter(lambda e: e.kind in ("size", "color"))
     store = trace(intact(), data, sites=["projector.out"], tokens=["object:mean"], out=tmp_path / "s", progress=False)
     assert opposites_of(data, store.labels) == {"small": "big"}
-    first = Direction("projector.out", "object:mean", "attribute:big", np.eye(192)[0])
+    first = ConceptDirection("projector.out", "object:mean", "attribute:big", np.eye(192)[0])
     read = ProbeSet("projector", first.site, first.tokens, "", {first.concept: first})
     sized = [c for c in claims_of(store, {"small": "big"}) if c is not None and c.kind == "attribute size"]
     margins = read_stored(store, read, sized)
@@ -412,9 +412,9 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[ActivationStore, li
     return store, list(data)
 
 
-def direction(site: str = "projector.out", tokens: str = "object:mean", **more: object) -> Direction:
+def direction(site: str = "projector.out", tokens: str = "object:mean", **more: object) -> ConceptDirection:
     width = 128 if site.startswith("vision") else 192
-    return Direction(site, tokens, "attribute:red", np.eye(width)[0], **more)
+    return ConceptDirection(site, tokens, "attribute:red", np.eye(width)[0], **more)
 
 
 def test_bad_input_is_named(small: tuple[ActivationStore, list[Example]]) -> None:

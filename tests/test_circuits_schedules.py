@@ -16,7 +16,7 @@ import torch
 from circuits_toys import examples, hooks_of, layers_of, lively, shared
 from safetensors.numpy import load_file, save_file
 
-from activation_store import Direction
+from activation_store import ConceptDirection
 from circuits import Add, Gate, Intervention, Zero, intervened
 from groundscope.core.errors import ConfigError, PatchError, SiteError
 from lvlm import Head, Site
@@ -218,7 +218,7 @@ def test_a_closed_gate_does_nothing_and_an_open_one_everything() -> None:
 def test_a_gate_reads_what_its_probe_read() -> None:
     v = unit(24, 3).astype(np.float32)
     x = np.random.default_rng(0).standard_normal((50, 24))
-    direction = Direction("decoder.L1.z", "last", "object:apple", v, head=2, scale=3.0, intercept=0.5)
+    direction = ConceptDirection("decoder.L1.z", "last", "object:apple", v, head=2, scale=3.0, intercept=0.5)
     for when, threshold in ((True, 0.0), (True, 0.7), (False, 0.0)):
         made_gate = ProbeGate.from_direction(direction, when=when, threshold=threshold)
         opened = x @ made_gate.weights + made_gate.bias > 0

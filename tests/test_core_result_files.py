@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from activation_store import Direction
+from activation_store import ConceptDirection
 from behavior import BehaviorResult
 from circuits import HeadScores
 from circuits.results.graph import Graph
@@ -34,7 +34,7 @@ READERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "head scores": (HeadScores.load, "x"),
     "patch scores": (PatchScores.load, "x"),
     "steering vector": (SteeringVector.load, "x"),
-    "direction": (Direction.load, "x"),
+    "direction": (ConceptDirection.load, "x"),
     "graph": (Graph.load, "x"),
     "diagnoses": (Diagnoses.load, "x"),
     "answers": (BehaviorResult.load, "x"),

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from activation_store import Direction
+from activation_store import ConceptDirection
 from behavior import BehaviorResult
 from behavior.result import Answer, Cost
 from circuits import HeadScores
@@ -78,8 +78,8 @@ def vector() -> SteeringVector:
     return SteeringVector(entries, "add", "last", 2.0, "m", SHA, {"method": "x"}, "kept", 0.5, gate)
 
 
-def direction() -> Direction:
-    return Direction(
+def direction() -> ConceptDirection:
+    return ConceptDirection(
         "decoder.L3.z", "last", "object:cat", unit(4), 1, statistics={"auc": 0.5, "low": math.nan}, train_groups=("g",)
     )
 
@@ -147,7 +147,7 @@ KINDS = {
     "head table": Kind(saved(head_table), HeadTable.load, "head_table"),
     "sources": Kind(saved(sources), Sources.load, "sources"),
     "vector": Kind(saved(vector), SteeringVector.load, "steering_vector", ignored=("rule", "site")),
-    "direction": Kind(saved(direction), Direction.load, "direction", nullable=("head", "statistics")),
+    "direction": Kind(saved(direction), ConceptDirection.load, "direction", nullable=("head", "statistics")),
     "graph": Kind(lambda path: graph().save(path, every=False), Graph.load, ignored=("nodes",)),
     "diagnoses": Kind(saved(diagnoses), Diagnoses.load, nullable=NAN),
     "answers": Kind(saved(answers), BehaviorResult.load, nullable=UNKNOWN),

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from activation_store import Direction, trace
+from activation_store import ConceptDirection, trace
 from concepts import scenes
 from concepts.icons import NOUNS
 from concepts.schema import ConceptDataset
@@ -101,8 +101,8 @@ def claim(row: int, noun: str, truth: str, said: str, probed: Sequence[str]) -> 
     return Claim(row, f"e{row}", f"g{row}", KIND, "object", concept, truth == "yes", True, truth, said, (), (), margin)
 
 
-def direction(concept: str, site: str, tokens: str) -> Direction:
-    return Direction(site, tokens, concept, np.eye(4, dtype=np.float32)[0])
+def direction(concept: str, site: str, tokens: str) -> ConceptDirection:
+    return ConceptDirection(site, tokens, concept, np.eye(4, dtype=np.float32)[0])
 
 
 @pytest.mark.parametrize(("n", "images"), [(16, 4), (400, 200)])

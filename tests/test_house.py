@@ -104,7 +104,7 @@ print(json.dumps(changed + sorted({{m.split(".")[0] for m in sys.modules}} & {HE
     [
         "from concepts import ConceptDataset, counterfactuals, loaders, questions, scenes",
         "from lvlm import Head, Site, TokenSelection",
-        "from activation_store import ActivationStore, Direction",
+        "from activation_store import ActivationStore, ConceptDirection",
         "from probes import ProbeGrid, fit_grid",
     ],
 )

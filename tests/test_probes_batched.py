@@ -17,7 +17,7 @@ from probes.solvers import logistic_float32
 from probes.solvers.duality_gap import certify
 from probes.solvers.lbfgs import minimize
 from probes.solvers.logistic_float32 import RowBlock, balanced_weights, fit_rows
-from probes.solvers.logistic_reference import LogisticFit, fit_logistic
+from probes.solvers.logistic_reference import LinearFit, fit_logistic
 
 PENALTIES = np.array([1e-4, 1e-2, 1.0, 100.0])
 
@@ -132,7 +132,7 @@ def test_fits_without_a_certificate_are_solved_again_in_float64(
             found[-1] = 0  # one solution is lost
         return found
 
-    def reference(*args, **kwargs) -> LogisticFit:
+    def reference(*args, **kwargs) -> LinearFit:
         called.append(1)
         return fit_logistic(*args, **kwargs)
 

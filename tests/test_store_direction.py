@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
 
-from activation_store import Direction
+from activation_store import ConceptDirection
 from groundscope.core.errors import SiteError, StoreError
 
 UNIT = np.array([0.6, 0.8], np.float32)
@@ -19,7 +19,7 @@ def test_decision_is_the_classifiers() -> None:
     x = rng.normal(size=(80, 5)).astype(np.float32)
     y = x @ rng.normal(size=5) + 0.5 > 0
     fitted = LogisticRegression(C=1.0, tol=1e-10).fit(x, y)
-    direction = Direction.from_weights(
+    direction = ConceptDirection.from_weights(
         "decoder.L3.resid_post", "last", "attribute:green", fitted.coef_[0], intercept=float(fitted.intercept_[0])
     )
     np.testing.assert_allclose(direction.decision(x), fitted.decision_function(x), rtol=1e-5, atol=1e-5)
@@ -27,7 +27,7 @@ def test_decision_is_the_classifiers() -> None:
 
 
 def test_saved_and_loaded(tmp_path: Path) -> None:
-    direction = Direction(
+    direction = ConceptDirection(
         site="decoder.L3.z",
         tokens="image:mean",
         concept="object:äpfel",
@@ -42,7 +42,7 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
         kind="attribute what_color",
     )
     path = direction.save(tmp_path / "deep" / "green.safetensors")
-    loaded = Direction.load(path)
+    loaded = ConceptDirection.load(path)
     np.testing.assert_array_equal(loaded.vector, UNIT)
     for name in (
         "site",
@@ -81,19 +81,19 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
 def test_directions_that_cannot_be(change: dict, error: type[Exception], message: str) -> None:
     usual = {"site": "decoder.L0.z", "tokens": "last", "concept": "object:apple", "vector": UNIT}
     with pytest.raises(error, match=message):
-        Direction(**{**usual, **change})
+        ConceptDirection(**{**usual, **change})
 
 
 def test_weights_that_point_nowhere() -> None:
     with pytest.raises(StoreError, match="point nowhere"):
-        Direction.from_weights("decoder.L0.z", "last", "object:apple", np.zeros(4))
+        ConceptDirection.from_weights("decoder.L0.z", "last", "object:apple", np.zeros(4))
 
 
 def test_files_that_are_no_direction(tmp_path: Path) -> None:
     from safetensors.numpy import save_file
 
     with pytest.raises(StoreError, match="no such file"):
-        Direction.load(tmp_path / "nothing.safetensors")
+        ConceptDirection.load(tmp_path / "nothing.safetensors")
     (tmp_path / "text.safetensors").write_text("text")
     save_file({"vector": UNIT}, tmp_path / "other.safetensors")
     for name, words in (
@@ -101,4 +101,4 @@ def test_files_that_are_no_direction(tmp_path: Path) -> None:
         ("other", "is not a direction file, or is damaged"),
     ):
         with pytest.raises(StoreError, match=words):
-            Direction.load(tmp_path / f"{name}.safetensors")
+            ConceptDirection.load(tmp_path / f"{name}.safetensors")

@@ -448,7 +448,7 @@ def test_schemas_that_cannot_be() -> None:
 
 def test_reading_needs_no_model_stack() -> None:
     code = (
-        "import sys, activation_store as a; a.ActivationStore, a.StoreWriter, a.Direction, a.verify; "
+        "import sys, activation_store as a; a.ActivationStore, a.StoreWriter, a.ConceptDirection, a.verify; "
         "import activation_store.__main__; dir(a); "
         "print([m for m in ('torch', 'transformers', 'nnsight', 'transformer_lens', 'pandas') if m in sys.modules])"
     )

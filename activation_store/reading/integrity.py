@@ -40,7 +40,7 @@ class Problem:
 
 
 @dataclass(frozen=True)
-class Report:
+class IntegrityReport:
     """The result of a verification."""
 
     path: str
@@ -72,7 +72,7 @@ class Report:
         return "\n".join(lines)
 
 
-def verify(path: str | Path, progress: Callable[[int, int], None] | None = None) -> Report:
+def verify(path: str | Path, progress: Callable[[int, int], None] | None = None) -> IntegrityReport:
     """Read a whole store and compare every file with its digests.
 
     Every byte is verified before HDF5 parses the file, so that damage cannot hang or crash this process. If only blocks of
@@ -100,7 +100,7 @@ def verify(path: str | Path, progress: Callable[[int, int], None] | None = None)
         raise StoreError(msg) from error
 
 
-def _verify(folder: Path, progress: Callable[[int, int], None] | None) -> Report:
+def _verify(folder: Path, progress: Callable[[int, int], None] | None) -> IntegrityReport:
     names = {p.name for p in folder.iterdir()} if folder.is_dir() else set()
     shards = {name for name in names if shard_numbers(name)}
     if not shards and MANIFEST not in names:
@@ -141,7 +141,7 @@ def _verify(folder: Path, progress: Callable[[int, int], None] | None) -> Report
         if name.endswith(".part"):
             text = f"{name} was not sealed: its run is in progress or was killed; run it again to replace the file"
             problems.append(Problem(name, "unfinished", text))
-    return Report(str(folder), complete, len(shards), rows, tuple(problems))
+    return IntegrityReport(str(folder), complete, len(shards), rows, tuple(problems))
 
 
 def _is_manifest(name: str) -> bool:

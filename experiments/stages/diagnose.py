@@ -21,7 +21,7 @@ from probes.protocol.tasks import UnplaceableError
 if TYPE_CHECKING:
     import pandas as pd
 
-    from activation_store import ActivationStore, ArrayInfo, Direction
+    from activation_store import ActivationStore, ArrayInfo, ConceptDirection
 
 FOLDS, TEST, PENALTIES = 3, 0.3, (0.001, 0.01, 0.1)
 KEPT = 0.2
@@ -138,7 +138,7 @@ class _Subjects:
 
 def fit_directions(
     store: ActivationStore, rows: np.ndarray, *, seed: int = 0, left_out: dict[str, str] | None = None
-) -> list[Direction]:
+) -> list[ConceptDirection]:
     """Fit what `diagnosis.diagnose` reads with, on some rows of a store.
 
     Attributes at the object's tokens; nouns there too, to be read at each of the image's tokens; at the last token, for each
@@ -162,7 +162,7 @@ def fit_directions(
     kept = {g for g in set(frame["group"]) if int(digest([str(g), "kept", seed])[:8], 16) / 0xFFFFFFFF < KEPT}
     rows = rows & ~np.array([g in kept for g in frame["group"]])
     attributes = [c for c in store.labels if c.startswith("attribute:") and c != "attribute:named"]
-    found: list[Direction] = []
+    found: list[ConceptDirection] = []
     for stack, component in (("vision", "resid_post"), ("projector", "out"), ("decoder", "resid_post")):
         if store.has(stack, component, "object:mean"):
             found += _fitted(store, attributes, component, "object:mean", stack, rows, seed, left_out)
@@ -181,7 +181,7 @@ def fit_directions(
 
 def _nouns(
     store: ActivationStore, component: str, stack: str, rows: np.ndarray, seed: int, left_out: dict[str, str]
-) -> Iterator[Direction]:
+) -> Iterator[ConceptDirection]:
     """Yield directions for which noun an object is, from one question about each object."""
     frame = store.frame()
     first = ~frame.duplicated(["group", "subject"]).to_numpy() & (frame["subject"] != "").to_numpy() & rows
@@ -201,7 +201,7 @@ def _fitted(
     left_out: dict[str, str],
     kind: str = "",
     folds: int = FOLDS,
-) -> Iterator[Direction]:
+) -> Iterator[ConceptDirection]:
     possible = set(probeable(store, folds=folds, test_fraction=TEST, rows=rows)) if rows.any() else set()
     frame: Any = store.frame()[rows]
     both = {c: frame.loc[frame[c].notna()].groupby(c)["group"].nunique() for c in possible}

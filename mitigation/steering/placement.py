@@ -13,7 +13,7 @@ from groundscope.core.errors import PatchError, SiteError
 from lvlm.sites import Head, Site
 
 if TYPE_CHECKING:
-    from activation_store.direction import Direction
+    from activation_store.direction import ConceptDirection
 
 Key = Head | int | Site
 """A head (its ``z``), a decoder layer by number (``resid_post``), or any other site."""
@@ -113,7 +113,7 @@ class ProbeGate:
         object.__setattr__(self, "place", canonical(self.place))
 
     @classmethod
-    def from_direction(cls, direction: Direction, *, when: bool = True, threshold: float = 0.0) -> Self:
+    def from_direction(cls, direction: ConceptDirection, *, when: bool = True, threshold: float = 0.0) -> Self:
         """Return the gate of a probe: open where the probe predicts that its concept is true, or false.
 
         Parameters

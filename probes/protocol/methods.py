@@ -11,7 +11,7 @@ import numpy as np
 
 from probes.solvers import closed_form
 from probes.solvers.logistic_float32 import RowBlock, balanced_weights, fit_rows
-from probes.solvers.logistic_reference import LogisticFit
+from probes.solvers.logistic_reference import LinearFit
 
 SUBSAMPLES = 20
 """Number of probes of a Gaussian concept subspace."""
@@ -31,7 +31,7 @@ class Rows:
     """Initial coefficients [Q x R, D] and intercepts [Q x R] of the iterations."""
 
 
-Fit = Callable[[Rows, np.ndarray, np.ndarray], LogisticFit]
+Fit = Callable[[Rows, np.ndarray, np.ndarray], LinearFit]
 """Maps rows, labels [Q, n] and penalties [Q, R] to Q x R fits, penalties fastest."""
 
 
@@ -51,29 +51,29 @@ class Method:
     """Description for the provenance."""
 
 
-def _logistic(rows: Rows, labels: np.ndarray, penalty: np.ndarray) -> LogisticFit:
+def _logistic(rows: Rows, labels: np.ndarray, penalty: np.ndarray) -> LinearFit:
     return fit_rows(rows.block, labels, penalty, balanced_weights(labels), tolerance=rows.tolerance, start=rows.start)
 
 
-def _ridge(rows: Rows, labels: np.ndarray, penalty: np.ndarray) -> LogisticFit:
+def _ridge(rows: Rows, labels: np.ndarray, penalty: np.ndarray) -> LinearFit:
     return _to_fit(rows, *closed_form.ridge(_spectrum(rows), labels, penalty))
 
 
-def _discriminant(rows: Rows, labels: np.ndarray, penalty: np.ndarray) -> LogisticFit:
+def _discriminant(rows: Rows, labels: np.ndarray, penalty: np.ndarray) -> LinearFit:
     return _to_fit(rows, *closed_form.discriminant(_spectrum(rows), labels, penalty))
 
 
-def _mean_difference(rows: Rows, labels: np.ndarray, penalty: np.ndarray) -> LogisticFit:
+def _mean_difference(rows: Rows, labels: np.ndarray, penalty: np.ndarray) -> LinearFit:
     block = rows.block
     raw = block.standard.cpu().numpy() * block.deviation
     weights, intercepts = closed_form.mean_difference(raw, labels)
     weights, intercepts = (np.repeat(a, penalty.shape[1], axis=0) for a in (weights, intercepts))
     zeros = np.zeros(len(weights))
     spread = np.broadcast_to(np.ones_like(block.mean), weights.shape)
-    return LogisticFit(weights, intercepts - weights @ block.mean, zeros, zeros, spread)
+    return LinearFit(weights, intercepts - weights @ block.mean, zeros, zeros, spread)
 
 
-def _subspace(rows: Rows, labels: np.ndarray, penalty: np.ndarray) -> LogisticFit:
+def _subspace(rows: Rows, labels: np.ndarray, penalty: np.ndarray) -> LinearFit:
     """Fit the mean of the unit directions of probes on subsamples; threshold midway between the class means."""
     block = rows.block
     standard = block.standard.cpu().numpy()
@@ -128,7 +128,7 @@ def _spectrum(rows: Rows) -> closed_form.Spectrum:
     return closed_form.Spectrum(rows.block.standard.cpu().numpy())
 
 
-def _to_fit(rows: Rows, weights: np.ndarray, intercepts: np.ndarray) -> LogisticFit:
+def _to_fit(rows: Rows, weights: np.ndarray, intercepts: np.ndarray) -> LinearFit:
     flat = weights.reshape(-1, weights.shape[-1])
     return closed_form.unstandardize(flat, intercepts.reshape(-1), rows.block.mean, rows.block.deviation)
 

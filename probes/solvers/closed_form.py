@@ -11,7 +11,7 @@ from functools import cached_property
 
 import numpy as np
 
-from probes.solvers.logistic_reference import LogisticFit
+from probes.solvers.logistic_reference import LinearFit
 
 
 @dataclass(frozen=True)
@@ -103,9 +103,9 @@ def mean_difference(features: np.ndarray, labels: np.ndarray) -> tuple[np.ndarra
     return weights, midway(weights, high, low)
 
 
-def unstandardize(weights: np.ndarray, intercepts: np.ndarray, mean: np.ndarray, deviation: np.ndarray) -> LogisticFit:
+def unstandardize(weights: np.ndarray, intercepts: np.ndarray, mean: np.ndarray, deviation: np.ndarray) -> LinearFit:
     """Convert weights [P, D] of standardized features to the original units; the gap of a closed form is 0."""
     inverse = np.divide(1.0, deviation, out=np.zeros_like(deviation), where=deviation > 0)
     raw = weights * inverse
     zeros = np.zeros(len(raw))
-    return LogisticFit(raw, intercepts - raw @ mean, zeros, zeros, np.broadcast_to(deviation, raw.shape))
+    return LinearFit(raw, intercepts - raw @ mean, zeros, zeros, np.broadcast_to(deviation, raw.shape))

@@ -19,7 +19,7 @@ from probes.solvers.columns import column_scales
 from probes.solvers.coordinates import Space, space_of, square_sums
 from probes.solvers.duality_gap import certify
 from probes.solvers.lbfgs import minimize
-from probes.solvers.logistic_reference import LogisticFit, fit_logistic
+from probes.solvers.logistic_reference import LinearFit, fit_logistic
 from probes.solvers.threads import keep_freed_memory
 
 ELEMENTS = {"cpu": 250_000, "cuda": 40_000_000}
@@ -94,7 +94,7 @@ def fit_rows(
     *,
     tolerance: float = 1e-8,
     start: tuple[np.ndarray, np.ndarray] | None = None,
-) -> LogisticFit:
+) -> LinearFit:
     """Fit L2-regularized logistic regressions to all rows of a block, standardized.
 
     Parameters
@@ -115,7 +115,7 @@ def fit_rows(
 
     Returns
     -------
-    `LogisticFit` of Q x R problems, penalties fastest, in the original units of the features.
+    `LinearFit` of Q x R problems, penalties fastest, in the original units of the features.
 
     Raises
     ------
@@ -155,7 +155,7 @@ def fit_rows(
     scale = block.deviation
     coefficients = theta * np.divide(1.0, scale, out=np.zeros_like(scale), where=scale > 0)
     spread = np.broadcast_to(scale, coefficients.shape)
-    return LogisticFit(coefficients, intercept - coefficients @ block.mean, objective, gap, spread)
+    return LinearFit(coefficients, intercept - coefficients @ block.mean, objective, gap, spread)
 
 
 def _out_of_memory(device: str | torch.device, shape: Sequence[int]) -> ProbeError:

@@ -24,7 +24,7 @@ CHUNK_ELEMENTS = 100_000
 
 
 @dataclass(frozen=True)
-class LogisticFit:
+class LinearFit:
     """Solutions of a batch of problems, in the original units of the features."""
 
     coefficients: np.ndarray
@@ -52,7 +52,7 @@ def fit_logistic(
     standardize: bool = True,
     tolerance: float = 1e-8,
     max_iterations: int = 200,
-) -> LogisticFit:
+) -> LinearFit:
     """Fit a batch of L2-regularized logistic regressions that share their features.
 
     Each problem minimizes ``0.5 ||w||^2 + C sum_i weight_i log(1 + exp(-y_i (w.x_i + b)))`` over w and b, the
@@ -112,7 +112,7 @@ def fit_logistic(
         raise ProbeError(msg)
     coefficients = theta * np.divide(1.0, scale, out=np.zeros_like(scale), where=scale > 0)
     coefficients[:, design.deviation == 0] = 0.0
-    return LogisticFit(coefficients, intercept - coefficients @ design.mean, objective, gap, scale)
+    return LinearFit(coefficients, intercept - coefficients @ design.mean, objective, gap, scale)
 
 
 def _chunks(n_problems: int, n_rows: int) -> Iterator[slice]:

@@ -13,11 +13,11 @@ from mitigation.steering.placement import Entry, Key, canonical, name_of
 from mitigation.steering.vector import Positions, SteeringVector
 
 if TYPE_CHECKING:
-    from activation_store.direction import Direction
+    from activation_store.direction import ConceptDirection
 
 
 def probe_normal(
-    directions: Sequence[Direction],
+    directions: Sequence[ConceptDirection],
     source: Lvlm | Store,
     *,
     positions: Positions = "last",

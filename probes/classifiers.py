@@ -16,7 +16,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from probes.protocol.methods import METHODS, SUBSAMPLE_SHARE, SUBSAMPLES, Rows, concept_directions
 from probes.solvers.closed_form import Spectrum, unstandardize
 from probes.solvers.logistic_float32 import RowBlock
-from probes.solvers.logistic_reference import LogisticFit
+from probes.solvers.logistic_reference import LinearFit
 from probes.solvers.multinomial import fit_multinomial
 
 
@@ -62,7 +62,7 @@ class _Probe(ClassifierMixin, BaseEstimator):
             raise ValueError(msg)
         return features, labels.astype(np.float64)
 
-    def _fit(self, features: np.ndarray, labels: np.ndarray, groups: np.ndarray) -> LogisticFit:
+    def _fit(self, features: np.ndarray, labels: np.ndarray, groups: np.ndarray) -> LinearFit:
         rows = Rows(RowBlock.of(features), groups, float(getattr(self, "tol", 1e-8)))
         penalty = np.array([[float(getattr(self, "C", 1.0))]])
         return METHODS[self._method].fit(rows, labels[None], penalty)
@@ -88,7 +88,7 @@ class LogisticProbe(_Probe):
         self.C = C
         self.tol = tol
 
-    def _fit(self, features: np.ndarray, labels: np.ndarray, groups: np.ndarray) -> LogisticFit:
+    def _fit(self, features: np.ndarray, labels: np.ndarray, groups: np.ndarray) -> LinearFit:
         fit = super()._fit(features, labels, groups)
         self.gap_ = float(fit.gap[0])
         return fit
