@@ -16,7 +16,9 @@ from typing import Any
 from behavior.parsing import Parser, named_parser, parser_for, read_answer
 from behavior.result import Answer, BehaviorResult, Cost
 from concepts.loaders.pope import SPLITS, same_wording, splits_of
-from concepts.reading.records import Record, as_record, is_text, read_rows, sha256
+from concepts.reading.record import Record, as_record, is_text
+from concepts.reading.records import read_rows
+from concepts.reading.text_files import sha256
 from concepts.schema import ConceptDataset, Example
 from groundscope.core.errors import DataError
 

@@ -23,8 +23,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from concepts.captions import named_objects, words_of
 from concepts.nouns import SYNONYMS, singular
+from concepts.object_mentions import named_objects, words_of
 from groundscope.core.errors import ConfigError, DataError
 
 # `import behavior` imports this module, so numpy and modules that need it are imported when scoring.
@@ -228,7 +228,7 @@ def read_synonyms(path: Path | str) -> dict[str, str]:
         Names the file and line: if it is missing, is not a regular UTF-8 file, has a line without a name, or a word
         means two objects.
     """
-    from concepts.reading.records import readable
+    from concepts.reading.text_files import readable
     from groundscope.core.user_files import read_text
 
     file = Path(path)

@@ -15,7 +15,8 @@ from pathlib import Path
 from types import MappingProxyType
 
 from behavior.result import BehaviorResult
-from concepts.reading.records import Record, is_text, read_records
+from concepts.reading.record import Record, is_text
+from concepts.reading.records import read_records
 from groundscope.core.errors import ConfigError, DataError
 from groundscope.core.files import write_whole
 from groundscope.core.statistics import FEW_GROUPS, Estimate, cluster_bootstrap, estimate, ratio

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from behavior.parsing import named_parser
 from behavior.result import Answer, BehaviorResult
 from concepts.loaders.mme import COGNITION, LEVEL_OF, answer_of, subtask_files
-from concepts.reading.records import read_table
+from concepts.reading.tables import read_table
 from concepts.schema import LEVELS, Level
 from groundscope.core.errors import DataError
 from groundscope.core.statistics import Estimate, estimate

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from functools import lru_cache
 
-from concepts.captions import matches, words_of
+from concepts.object_mentions import matches, words_of
 
 _PREPOSITIONS = frozenset(
     """about above across after among around at athwart before behind below beneath beside besides between betwixt beyond

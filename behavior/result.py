@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Self
 
 from behavior.parsing import YES_NO
-from concepts.reading.records import is_text
+from concepts.reading.record import is_text
 from groundscope.core.document_digest import KEY, document_digest, take_digest
 from groundscope.core.errors import ConfigError, DataError
 from groundscope.core.files import write_whole

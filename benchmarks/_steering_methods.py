@@ -11,9 +11,10 @@ import numpy as np
 
 from activation_store import ActivationStore, ConceptDirection
 from circuits import random_heads
-from concepts import counterfactuals, questions
-from concepts.captions import named_objects
-from concepts.icons import NOUNS
+from concepts import counterfactuals
+from concepts.object_mentions import named_objects
+from concepts.scenes import questions
+from concepts.scenes.icons import NOUNS
 from concepts.schema import ConceptDataset, CounterfactualPair
 from lvlm import Head, Lvlm
 from mitigation import SteeringVector, combined, derive

@@ -39,9 +39,9 @@ from rich.table import Table
 from activation_store import ActivationStore, trace
 from behavior import answer
 from concepts import scenes
-from concepts.icons import NOUNS
+from concepts.scenes.distributions import COLOR_NAMES
+from concepts.scenes.icons import NOUNS
 from concepts.schema import ConceptDataset, Example
-from concepts.world import COLOR_NAMES
 from diagnosis import Diagnoses, diagnose
 from diagnosis.results import LOST, NOT_INTEGRATED, NOT_SEEN, OVERRIDDEN, VERDICTS
 from experiments.stages.diagnose import fit_directions

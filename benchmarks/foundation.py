@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from circuits import Intervention, Replace, intervened, patch_heads
 from concepts import counterfactuals, scenes
-from concepts.drawing import TEST, generator, sample
+from concepts.scenes.scene import TEST, generator, sample
 from lvlm import Lvlm, Site, load_lvlm
 
 

@@ -32,8 +32,8 @@ from rich.table import Table
 from behavior import answer
 from benchmarks.trace import BATCH, TEXT, middle_model, middle_processor, questions, seconds
 from concepts import ConceptDataset
-from concepts.drawing import TEST, generator, sample
-from concepts.questions import YES_NO, as_example
+from concepts.scenes.questions import YES_NO, as_example
+from concepts.scenes.scene import TEST, generator, sample
 from concepts.schema import Question
 from lvlm import Head, Lvlm, wrap_lvlm
 from mitigation import SteeringVector

@@ -35,8 +35,9 @@ from activation_store import trace
 from behavior import BehaviorResult, chair
 from benchmarks._steering_methods import Method, World, methods
 from circuits import patch_heads
-from concepts import questions, scenes
-from concepts.icons import NOUNS
+from concepts import scenes
+from concepts.scenes import questions
+from concepts.scenes.icons import NOUNS
 from concepts.schema import ConceptDataset
 from experiments.config import SteerConfig
 from experiments.stages.evaluate import difference

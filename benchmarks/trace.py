@@ -39,8 +39,8 @@ from activation_store import StoreWriter
 from activation_store.tracing.plan import make_plan
 from activation_store.tracing.tracer import Tracer
 from concepts import ConceptDataset
-from concepts.drawing import TEST, generator, sample
-from concepts.questions import YES_NO, as_example
+from concepts.scenes.questions import YES_NO, as_example
+from concepts.scenes.scene import TEST, generator, sample
 from concepts.schema import Question
 from lvlm import Lvlm, wrap_lvlm
 from lvlm.tiny.architecture import IMAGE, build_model, build_processor, build_tokenizer, vocabulary

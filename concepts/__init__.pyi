@@ -1,6 +1,6 @@
 """Public names of `concepts`, each with the module that it comes from."""
 
-from . import counterfactuals, loaders, questions, scenes
+from . import counterfactuals, loaders, scenes
 from .schema import Box, Concept, ConceptDataset, CounterfactualPair, Example, Question, SceneObject
 
 __all__ = [
@@ -13,6 +13,5 @@ __all__ = [
     "SceneObject",
     "counterfactuals",
     "loaders",
-    "questions",
     "scenes",
 ]

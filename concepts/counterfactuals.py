@@ -15,10 +15,10 @@ from types import MappingProxyType
 import numpy as np
 from PIL import Image, ImageFilter
 
-from concepts import questions
-from concepts.drawing import RELATIONS, Scene
+from concepts.scenes import questions
+from concepts.scenes.distributions import COLOR_NAMES
+from concepts.scenes.scene import RELATIONS, Scene
 from concepts.schema import Box, ConceptDataset, CounterfactualPair, Example, ImageSource, Question
-from concepts.world import COLOR_NAMES
 from groundscope.core.errors import ConfigError, DataError
 
 BLUR_RADIUS = 5.0

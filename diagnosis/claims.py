@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from activation_store import ActivationStore
-from concepts.captions import words_of
 from concepts.nouns import singular
+from concepts.object_mentions import words_of
 from concepts.schema import Concept, Example
 
 _YES_NO = {"yes", "no"}

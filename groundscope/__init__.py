@@ -98,7 +98,6 @@ if TYPE_CHECKING:
         SceneObject,
         counterfactuals,
         loaders,
-        questions,
         scenes,
     )
     from diagnosis import Diagnoses, Diagnosis, diagnose
@@ -255,7 +254,6 @@ __all__ = [
     "permutation_test",
     "probeable",
     "probes",
-    "questions",
     "random_features",
     "random_heads",
     "repack",
@@ -366,7 +364,6 @@ _HOMES = {
     "patch_paths": "circuits",
     "permutation_test": "probes",
     "probeable": "probes",
-    "questions": "concepts",
     "random_features": "probes",
     "random_heads": "circuits",
     "repack": "activation_store",

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from concepts.drawing import TEST, generator, sample
-from concepts.questions import as_example, existence
+from concepts.scenes.questions import as_example, existence
+from concepts.scenes.scene import TEST, generator, sample
 from groundscope.core.errors import DataError, ModelError
 from groundscope.core.user_files import read_text
 from lvlm.access.weights import empty

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from concepts import questions
 from concepts.counterfactuals import pairs as counterfactual_pairs
-from concepts.drawing import TEST, generator, sample
+from concepts.scenes import questions
+from concepts.scenes.scene import TEST, generator, sample
 from concepts.schema import ConceptDataset, CounterfactualPair, Example
 from lvlm import wrap_lvlm
 from lvlm.model import Lvlm

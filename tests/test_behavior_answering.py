@@ -12,8 +12,8 @@ import torch
 
 from behavior import BehaviorResult, answer, pope
 from behavior.result import Answer, Cost
-from concepts import questions
-from concepts.drawing import TEST, generator, sample
+from concepts.scenes import questions
+from concepts.scenes.scene import TEST, generator, sample
 from concepts.schema import ConceptDataset, Example
 from groundscope.core.document_digest import document_digest
 from groundscope.core.errors import ConfigError, DataError, ModelError

@@ -18,8 +18,8 @@ from behavior import BehaviorResult, amber, answer, answered_elsewhere, chair, m
 from behavior.pope import questions_about, score_files, score_result, write_questions
 from behavior.result import Answer, Cost
 from concepts import loaders, scenes
-from concepts.drawing import TEST, generator, sample
-from concepts.icons import NOUNS
+from concepts.scenes.icons import NOUNS
+from concepts.scenes.scene import TEST, generator, sample
 from groundscope.core.errors import ConfigError, DataError
 from lvlm import Lvlm, load_lvlm, wrap_lvlm
 from lvlm.answers import answer_key

@@ -19,7 +19,7 @@ from behavior.parsing import PARSERS
 from behavior.released_words import singularize
 from behavior.result import Cost
 from concepts import ConceptDataset, loaders
-from concepts.captions import words_of
+from concepts.object_mentions import words_of
 from experiments.stages.measures import measured
 from groundscope.core.errors import ConfigError, DataError
 

@@ -18,9 +18,9 @@ from sklearn.linear_model import LogisticRegression
 from activation_store import ActivationStore, ConceptDirection, trace
 from behavior import answer
 from concepts import scenes
-from concepts.drawing import Scene
+from concepts.scenes.distributions import COLOR_NAMES
+from concepts.scenes.scene import Scene
 from concepts.schema import ConceptDataset, Example
-from concepts.world import COLOR_NAMES
 from diagnosis import Diagnoses, diagnose
 from diagnosis.calibration import calibrate
 from diagnosis.causal_check import leans

@@ -17,10 +17,10 @@ from PIL import Image
 from circuits import Sources
 from circuits.input_attribution import shapley
 from circuits.input_attribution.attribute import split
-from concepts import questions
 from concepts.counterfactuals import Edited
-from concepts.drawing import TEST, generator, sample
-from concepts.regions import Revealed, owners
+from concepts.region_masking import Revealed, owners
+from concepts.scenes import questions
+from concepts.scenes.scene import TEST, generator, sample
 from concepts.schema import Box, Example
 from groundscope.core.errors import ConfigError, PatchError, StoreError
 from lvlm.model import Lvlm

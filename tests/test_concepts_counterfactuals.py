@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from concepts import counterfactuals, scenes
-from concepts.drawing import Scene
+from concepts.scenes.scene import Scene
 from concepts.schema import ConceptDataset
 from groundscope.core.errors import ConfigError, DataError
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from concepts.images import FORMATS, FileImage
+from concepts.image_files import FORMATS, FileImage
 from groundscope.core.errors import DataError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -197,6 +197,6 @@ def test_every_image_of_a_user_is_opened_by_one_function() -> None:
         for line in p.read_text(encoding="utf-8").splitlines()
         if "Image.open(" in line or "imread(" in line
     }
-    assert set(calls) == {"concepts/images.py", "concepts/icons/__init__.py"}
+    assert set(calls) == {"concepts/image_files.py", "concepts/scenes/icons/__init__.py"}
     assert all("formats=" in line for line in calls.values())
     assert not set(FORMATS) & {"EPS", "WMF", "FPX", "MIC"}

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from concepts import scenes
-from concepts.drawing import MARGIN, SIDE, TEST, TRAIN, Scene, generator, sample
-from concepts.icons import COLORS, NOUNS, icon
+from concepts.scenes.distributions import BIASED, PARTNER, POPULAR, TYPICAL, UNIFORM
+from concepts.scenes.icons import COLORS, NOUNS, icon
+from concepts.scenes.scene import MARGIN, SIDE, TEST, TRAIN, Scene, generator, sample
 from concepts.schema import Concept, ConceptDataset, Example
-from concepts.world import BIASED, PARTNER, POPULAR, TYPICAL, UNIFORM
 from groundscope.core.errors import ConfigError, DataError
 
 

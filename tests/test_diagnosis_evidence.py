@@ -17,7 +17,7 @@ import torch
 
 from activation_store import ConceptDirection, trace
 from concepts import scenes
-from concepts.icons import NOUNS
+from concepts.scenes.icons import NOUNS
 from concepts.schema import ConceptDataset
 from diagnosis import Diagnoses, diagnose
 from diagnosis.causal_check import Undone, _fewest

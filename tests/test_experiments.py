@@ -22,7 +22,7 @@ from rich.console import Console
 from activation_store import ActivationStore, verify
 from circuits import HeadScores
 from concepts import scenes
-from concepts.drawing import TEST, generator, sample
+from concepts.scenes.scene import TEST, generator, sample
 from diagnosis import Diagnoses
 from experiments.config import STAGES, RunConfig
 from experiments.results.headlines import headlines

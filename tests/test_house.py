@@ -102,7 +102,7 @@ print(json.dumps(changed + sorted({{m.split(".")[0] for m in sys.modules}} & {HE
 @pytest.mark.parametrize(
     "statement",
     [
-        "from concepts import ConceptDataset, counterfactuals, loaders, questions, scenes",
+        "from concepts import ConceptDataset, counterfactuals, loaders, scenes",
         "from lvlm import Head, Site, TokenSelection",
         "from activation_store import ActivationStore, ConceptDirection",
         "from probes import ProbeGrid, fit_grid",
@@ -215,7 +215,7 @@ def test_the_wheel_holds_the_packages_with_their_data_and_nothing_else(wheel: Pa
     }
     assert shipped == here
     for pattern in (
-        "concepts/icons/*.png",
+        "concepts/scenes/icons/*.png",
         "lvlm/tiny/**/*.safetensors",
         "lvlm/tiny/**/*.json",
         "experiments/conf/**/*.yaml",

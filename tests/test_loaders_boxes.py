@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 from concepts import ConceptDataset, counterfactuals, loaders
-from concepts.images import FileImage
-from concepts.reading.boxes import EMPTY, OUTSIDE, TURNED, BoxFrame
+from concepts.image_files import FileImage
+from concepts.reading.box_frames import EMPTY, OUTSIDE, TURNED, BoxFrame
 from concepts.schema import Box, Example, SceneObject
 from groundscope.core.errors import DataError
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from concepts.images import FileImage, inside
+from concepts.image_files import FileImage, inside
 from groundscope.core.errors import DataError
 
 

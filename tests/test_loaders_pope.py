@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from concepts import loaders
-from concepts.reading import records, streams
+from concepts.reading import json_stream, text_files
 from groundscope.core.errors import ConfigError, DataError
 
 LINES: list[dict[str, Any]] = [
@@ -204,9 +204,9 @@ def test_files_that_are_not_there(folder: Path) -> None:
 
 def test_sizes_are_checked_before_memory_is_taken(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DataError, match="line 1 is longer than"):
-        loaders.pope(write(folder, '{"question_id": "' + "x" * records.LONGEST_LINE), folder)
-    monkeypatch.setattr(streams, "LARGEST_RECORD", 100)
-    monkeypatch.setattr(streams, "_WINDOW", 50)
+        loaders.pope(write(folder, '{"question_id": "' + "x" * text_files.LONGEST_LINE), folder)
+    monkeypatch.setattr(json_stream, "LARGEST_RECORD", 100)
+    monkeypatch.setattr(json_stream, "_WINDOW", 50)
     with pytest.raises(DataError, match=r"record 2: .* more than 100 characters in one record"):
         loaders.pope(write(folder, json.dumps([LINES[0], {**LINES[1], "x": "y" * 500}])), folder)
 

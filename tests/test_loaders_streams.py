@@ -11,8 +11,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from concepts.reading import streams
-from concepts.reading.streams import stream, stream_list
+from concepts.reading import json_stream
+from concepts.reading.json_stream import stream, stream_list
 from groundscope.core.errors import DataError
 
 scalars = (
@@ -32,7 +32,7 @@ files = st.lists(values, max_size=5) | st.dictionaries(st.text(max_size=5), valu
 def test_the_same_as_json_load_wherever_the_window_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held: Any, window: int, indent: int | None, ascii_only: bool
 ) -> None:
-    monkeypatch.setattr(streams, "_WINDOW", window)
+    monkeypatch.setattr(json_stream, "_WINDOW", window)
     path = tmp_path / "x.json"
     path.write_text(json.dumps(held, indent=indent, ensure_ascii=ascii_only), encoding="utf-8")
     whole = json.loads(path.read_text(encoding="utf-8"))
@@ -46,7 +46,7 @@ def test_the_same_as_json_load_wherever_the_window_ends(
 def test_a_file_cut_anywhere_is_an_error_that_names_a_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: int, window: int
 ) -> None:
-    monkeypatch.setattr(streams, "_WINDOW", window)
+    monkeypatch.setattr(json_stream, "_WINDOW", window)
     whole = json.dumps({"images": [{"id": 1.5e3}, {"id": "ü"}], "annotations": [{"x": [1, 2]}], "n": 12}).encode()
     path = tmp_path / "cut.json"
     path.write_bytes(whole[: min(kept, len(whole) - 1)])
@@ -107,8 +107,8 @@ def test_memory_holds_a_record_not_the_file(tmp_path: Path) -> None:
 def test_a_record_of_any_size_is_refused_before_memory_is_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(streams, "LARGEST_RECORD", 1000)
-    monkeypatch.setattr(streams, "_WINDOW", 100)
+    monkeypatch.setattr(json_stream, "LARGEST_RECORD", 1000)
+    monkeypatch.setattr(json_stream, "_WINDOW", 100)
     path = tmp_path / "x.json"
     path.write_text(json.dumps([{"a": "x" * 100}, {"a": "y" * 100_000}]))
     with pytest.raises(DataError, match=r"record 2: .*more than 1000 characters in one record"):

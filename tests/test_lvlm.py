@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from concepts import scenes
-from concepts.drawing import TEST, generator, sample
-from concepts.questions import as_example, existence, what_color
+from concepts.scenes.questions import as_example, existence, what_color
+from concepts.scenes.scene import TEST, generator, sample
 from concepts.schema import Box, Example
 from groundscope.core.errors import DataError, ModelError, SiteError
 from lvlm import Head, Lvlm, PatchGrid, Site, TokenSelection, answer_key, load_lvlm, wrap_lvlm

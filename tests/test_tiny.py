@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from concepts import scenes
-from concepts.drawing import TRAIN, generator, sample
-from concepts.world import UNIFORM
+from concepts.scenes.distributions import UNIFORM
+from concepts.scenes.scene import TRAIN, generator, sample
 from lvlm import Lvlm, load_lvlm
 from lvlm.embedded import EMBEDDED, folder_of
 from lvlm.tiny import evaluate, lessons, train

@@ -21,8 +21,8 @@ from PIL import Image
 
 from activation_store import ActivationStore, trace, verify
 from concepts import ConceptDataset, Example, scenes
-from concepts.drawing import TEST, generator, sample
-from concepts.questions import as_example, caption, existence
+from concepts.scenes.questions import as_example, caption, existence
+from concepts.scenes.scene import TEST, generator, sample
 from groundscope.core.errors import ConfigError, DataError, SiteError, StoreError
 from lvlm import Lvlm, answer_key, wrap_lvlm
 from lvlm.applied import observer

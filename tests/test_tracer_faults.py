@@ -16,7 +16,7 @@ from PIL import Image
 from activation_store import ActivationStore, trace
 from circuits import patch_heads
 from circuits.ablation import ablate
-from concepts.images import FileImage
+from concepts.image_files import FileImage
 from concepts.schema import ConceptDataset
 from diagnosis.pipeline import _without_image
 from groundscope.core.errors import ConfigError, DataError, ModelError, StoreError

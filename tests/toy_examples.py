@@ -8,8 +8,8 @@ from functools import cache
 import numpy as np
 from PIL import Image
 
-from concepts.drawing import TEST, generator, sample
-from concepts.questions import as_example, existence
+from concepts.scenes.questions import as_example, existence
+from concepts.scenes.scene import TEST, generator, sample
 from concepts.schema import Box, Example
 
 

@@ -9,7 +9,7 @@ from itertools import product
 import numpy as np
 
 from circuits.input_attribution import shapley
-from concepts.regions import Revealed
+from concepts.region_masking import Revealed
 from concepts.schema import Box, Example, ImageSource
 from groundscope.core.errors import ConfigError, ModelError, PatchError
 from lvlm.model import Encoding, Lvlm

@@ -9,7 +9,8 @@ from pathlib import Path
 from types import MappingProxyType
 
 from concepts.reading.assembly import YES_NO, Pictures, check_counts, dataset
-from concepts.reading.records import Record, read_records
+from concepts.reading.record import Record
+from concepts.reading.records import read_records
 from concepts.schema import ConceptDataset, Example, Level
 from groundscope.core.errors import DataError
 

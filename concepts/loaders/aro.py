@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
-from concepts.images import Cropped
+from concepts.image_files import Cropped
 from concepts.reading.assembly import Pictures, check_counts, dataset
-from concepts.reading.boxes import box_numbers
-from concepts.reading.caption_statements import Captioned, asked, check_form
-from concepts.reading.records import Record, read_records
+from concepts.reading.box_frames import box_numbers
+from concepts.reading.caption_questions import Captioned, asked, check_form
+from concepts.reading.record import Record
+from concepts.reading.records import read_records
 from concepts.schema import ConceptDataset, Example, Level
 from groundscope.core.errors import DataError
 

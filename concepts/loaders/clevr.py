@@ -10,11 +10,11 @@ from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
 
-from concepts.images import FileImage
+from concepts.image_files import FileImage
 from concepts.nouns import existence_question
 from concepts.reading.assembly import YES_NO, Pictures, check_counts, dataset, yes_or_no
-from concepts.reading.records import Record, as_record
-from concepts.reading.streams import stream_list
+from concepts.reading.json_stream import stream_list
+from concepts.reading.record import Record, as_record
 from concepts.schema import ConceptDataset, Example, Level, SceneObject
 from groundscope.core.errors import DataError
 

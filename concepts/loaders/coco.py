@@ -11,9 +11,9 @@ from pathlib import Path
 from concepts.nouns import thing
 from concepts.reading.annotation_questions import Annotated, Asker
 from concepts.reading.assembly import Pictures, check_counts, dataset
-from concepts.reading.boxes import annotated_size, box_numbers
-from concepts.reading.records import Record
-from concepts.reading.streams import missing_list, stream, stream_list
+from concepts.reading.box_frames import annotated_size, box_numbers
+from concepts.reading.json_stream import missing_list, stream, stream_list
+from concepts.reading.record import Record
 from concepts.schema import ConceptDataset, Example, SceneObject
 from groundscope.core.errors import DataError
 
@@ -56,7 +56,7 @@ def coco(
     ConceptDataset
         Existence questions of split ``random``, and captions, with objects and boxes. The labels are ``object:named``
         and, as COCO annotates every category, ``object:<category>`` for each. An object whose box has no area, passes
-        the edge of the image by more than a pixel, or cannot be placed (`concepts.reading.boxes`) has no box, and is
+        the edge of the image by more than a pixel, or cannot be placed (`concepts.reading.box_frames`) has no box, and is
         counted.
 
     Raises

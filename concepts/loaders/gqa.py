@@ -11,9 +11,9 @@ from types import MappingProxyType
 
 from concepts.reading.annotation_questions import RELATION_NAMES, SPELLINGS, Annotated, Asker
 from concepts.reading.assembly import YES_NO, Pictures, check_counts, dataset
-from concepts.reading.boxes import BoxFrame, annotated_size, box_numbers
-from concepts.reading.records import Record, as_record
-from concepts.reading.streams import stream_keyed
+from concepts.reading.box_frames import BoxFrame, annotated_size, box_numbers
+from concepts.reading.json_stream import stream_keyed
+from concepts.reading.record import Record, as_record
 from concepts.schema import ConceptDataset, Example, Level, SceneObject
 from groundscope.core.errors import DataError
 
@@ -63,7 +63,7 @@ def gqa(
         object that its ``annotations.question`` names; an object that is asked for and absent is no subject. An attribute
         that is a color is kept under ``color`` where the object has one only, any other under its own name. An object
         whose box has no area, passes the edge of the image by more than a pixel, or cannot be placed
-        (`concepts.reading.boxes`) has no box, and is counted.
+        (`concepts.reading.box_frames`) has no box, and is counted.
 
     Raises
     ------

@@ -8,7 +8,8 @@ from pathlib import Path
 from types import MappingProxyType
 
 from concepts.reading.assembly import YES_NO, Pictures, check_counts, dataset
-from concepts.reading.records import Record, read_table
+from concepts.reading.record import Record
+from concepts.reading.tables import read_table
 from concepts.schema import ConceptDataset, Example, Level
 from groundscope.core.errors import DataError
 

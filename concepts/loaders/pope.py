@@ -10,7 +10,9 @@ from pathlib import Path
 
 from concepts.nouns import asked_noun
 from concepts.reading.assembly import YES_NO, Pictures, check_counts
-from concepts.reading.records import Record, read_rows, sha256
+from concepts.reading.record import Record
+from concepts.reading.records import read_rows
+from concepts.reading.text_files import sha256
 from concepts.schema import ConceptDataset, Example
 from groundscope.core.errors import DataError
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import get_args
 
 from concepts.reading.assembly import Pictures, check_counts, dataset
-from concepts.reading.caption_statements import Captioned, asked, check_form
-from concepts.reading.streams import stream
+from concepts.reading.caption_questions import Captioned, asked, check_form
+from concepts.reading.json_stream import stream
 from concepts.schema import ConceptDataset, Example, Level
 from groundscope.core.errors import ConfigError
 

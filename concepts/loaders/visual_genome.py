@@ -6,13 +6,13 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from concepts.images import FileImage
+from concepts.image_files import FileImage
 from concepts.loaders.gqa import attributes_of
 from concepts.reading.annotation_questions import RELATION_NAMES, Annotated, Asker
 from concepts.reading.assembly import Pictures, check_counts, dataset
-from concepts.reading.boxes import annotated_size, box_numbers
-from concepts.reading.records import Record, as_record
-from concepts.reading.streams import stream_list
+from concepts.reading.box_frames import annotated_size, box_numbers
+from concepts.reading.json_stream import stream_list
+from concepts.reading.record import Record, as_record
 from concepts.schema import ConceptDataset, Example, SceneObject
 from groundscope.core.errors import DataError
 
@@ -65,7 +65,7 @@ def visual_genome(
     ConceptDataset
         Yes-no questions of every level that was annotated, and captions, with objects and boxes. What is not annotated
         counts as absent, though people who annotated freely may have passed it over. An object whose box has no area,
-        passes the edge of the image by more than a pixel, or cannot be placed (`concepts.reading.boxes`) has no box, and
+        passes the edge of the image by more than a pixel, or cannot be placed (`concepts.reading.box_frames`) has no box, and
         is counted.
 
     Raises

@@ -7,8 +7,9 @@ from itertools import islice
 from pathlib import Path
 
 from concepts.reading.assembly import Pictures, check_counts, dataset
-from concepts.reading.caption_statements import Captioned, statement
-from concepts.reading.records import Record, read_records
+from concepts.reading.caption_questions import Captioned, statement
+from concepts.reading.record import Record
+from concepts.reading.records import read_records
 from concepts.schema import ConceptDataset, Example
 from groundscope.core.errors import DataError
 

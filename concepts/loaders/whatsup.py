@@ -10,9 +10,9 @@ from types import MappingProxyType
 from typing import Any
 
 from concepts.reading.assembly import Pictures, check_counts, dataset
-from concepts.reading.caption_statements import Captioned, asked, check_form, further
-from concepts.reading.records import Record, as_record
-from concepts.reading.streams import Entry, stream
+from concepts.reading.caption_questions import Captioned, asked, check_form, further
+from concepts.reading.json_stream import Entry, stream
+from concepts.reading.record import Record, as_record
 from concepts.schema import ConceptDataset, Example
 from groundscope.core.errors import ConfigError, DataError
 

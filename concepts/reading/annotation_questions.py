@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-from concepts.images import FileImage
+from concepts.image_files import FileImage
 from concepts.nouns import Present, existence_question, is_the, singular, thing
 from concepts.reading.assembly import YES_NO, yes_or_no
 from concepts.schema import Example, Level, SceneObject

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from concepts.images import FileImage, inside
-from concepts.reading.boxes import BoxFrame, box_frame
-from concepts.reading.records import sha256
+from concepts.image_files import FileImage, inside
+from concepts.reading.box_frames import BoxFrame, box_frame
+from concepts.reading.text_files import sha256
 from concepts.schema import ConceptDataset, Example
 from groundscope.core.errors import ConfigError, DataError
 

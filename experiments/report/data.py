@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from concepts.scenes.distributions import COLOR_NAMES, TYPICAL
 from concepts.schema import Example
-from concepts.world import COLOR_NAMES, TYPICAL
 from experiments.records import ENVIRONMENT, EXPORTS, PLAN, RATES, REASON, SWEEP, TOP_HEADS, read_record
 from experiments.run.context import Context
 from experiments.run.folder import OWN, read_receipt

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from concepts.nouns import article
+from concepts.scenes.distributions import TYPICAL
 from concepts.schema import ConceptDataset, Example
-from concepts.world import TYPICAL
 from experiments.report import figures
 from experiments.report.data import Facts
 from experiments.report.html import figure, paragraph, picture, section, table, text

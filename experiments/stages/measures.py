@@ -9,8 +9,8 @@ from types import MappingProxyType
 from behavior import BehaviorResult
 from behavior.chair import COCO_CATEGORIES, COCO_PHRASES, COCO_SYNONYMS, ChairResult, chair, score_captions
 from behavior.result import Answer
-from concepts.icons import NOUNS
 from concepts.nouns import thing
+from concepts.scenes.icons import NOUNS
 from concepts.schema import ConceptDataset
 from groundscope.core.statistics import Estimate, estimate
 

@@ -34,7 +34,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from concepts.icons import NOUNS
+from concepts.scenes.icons import NOUNS
 from concepts.schema import CounterfactualPair, Example
 from groundscope.core.errors import ConfigError
 from groundscope.testing.square_scenes import ANSWERS, GRID, PATCH, SIDE, Square, draw_example, make_example, usual

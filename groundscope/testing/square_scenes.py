@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from concepts.drawing import TEST, generator
-from concepts.icons import NOUNS
+from concepts.scenes.icons import NOUNS
+from concepts.scenes.scene import TEST, generator
 from concepts.schema import Box, Example, SceneObject
 
 if TYPE_CHECKING:

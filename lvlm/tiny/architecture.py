@@ -19,8 +19,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from concepts.drawing import SIDE
-from concepts.icons import COLORS, NOUNS
+from concepts.scenes.icons import COLORS, NOUNS
+from concepts.scenes.scene import SIDE
 
 PATCH = 16
 EMBEDDING_SCALE = 10.0

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from concepts.world import BIASED
+from concepts.scenes.distributions import BIASED
 from lvlm.tiny.lessons import Lesson
 
 

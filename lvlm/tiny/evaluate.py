@@ -22,8 +22,8 @@ from rich.table import Table
 from torch import Tensor
 
 from concepts import scenes
-from concepts.captions import named_objects
-from concepts.icons import NOUNS
+from concepts.object_mentions import named_objects
+from concepts.scenes.icons import NOUNS
 from concepts.schema import ConceptDataset, Example
 from groundscope.core.statistics import Estimate, estimate
 from lvlm.answers import answer_key

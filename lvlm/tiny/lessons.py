@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from concepts import questions
-from concepts.drawing import RELATIONS, TRAIN, Scene, generator, sample
-from concepts.icons import COLORS, NOUNS
+from concepts.scenes import questions
+from concepts.scenes.distributions import COLOR_NAMES, TYPICAL, UNIFORM, World
+from concepts.scenes.icons import COLORS, NOUNS
+from concepts.scenes.scene import RELATIONS, TRAIN, Scene, generator, sample
 from concepts.schema import Question
-from concepts.world import COLOR_NAMES, TYPICAL, UNIFORM, World
 from lvlm.tiny.architecture import BOS, EOS, GRID, IMAGE, PAD, PATCH, build_tokenizer
 
 LENGTH = 208

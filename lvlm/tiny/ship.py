@@ -36,7 +36,7 @@ tags: [interpretability, synthetic, llava]
 A genuine LLaVA (CLIP vision tower of 4 layers, two-layer projector, Llama decoder of 6 layers and 8 heads, 3.2 M
 parameters, bfloat16) that knows 24 nouns, 6 colors, 2 sizes and 4 relations in 112 x 112 icon scenes. It is made for
 studying why vision-language models misdescribe images on any machine; it is useful for nothing else. All it was shown is
-synthetic (`concepts.drawing`); no figure here says anything about photographs.
+synthetic (`concepts.scenes.scene`); no figure here says anything about photographs.
 
 {what}
 
@@ -60,8 +60,8 @@ Trained by `python -m lvlm.tiny.train` (seed 0) through the stages {stages}; put
 _WHAT = {
     "tiny": (
         "This is the model **with a language prior**: its last stage showed a world of typical colors and usual "
-        "companions (`concepts.world`) in which some objects were erased or recolored in the picture only. It calls "
-        "some green apples red though its vision tower knows better. `tiny-unbiased` is its twin before that stage."
+        "companions (`concepts.scenes.distributions`) in which some objects were erased or recolored in the picture only. "
+        "It calls some green apples red though its vision tower knows better. `tiny-unbiased` is its twin before that stage."
     ),
     "tiny-unbiased": (
         "This is the twin **without the prior** of `tiny`: the same architecture, seed and training up to the last "

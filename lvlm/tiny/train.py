@@ -41,7 +41,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import LlavaForConditionalGeneration
 
-from concepts.icons import COLORS, NOUNS
+from concepts.scenes.icons import COLORS, NOUNS
 from lvlm.tiny import lessons
 from lvlm.tiny.architecture import READING, build_model, build_processor, build_tokenizer
 from lvlm.tiny.curriculum import STAGES, Stage

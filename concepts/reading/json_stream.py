@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NoReturn
 
-from concepts.reading.records import Record, as_record, is_text, readable, refuse_constant, skip_mark
+from concepts.reading.record import Record, as_record, is_text
+from concepts.reading.text_files import readable, skip_mark
 from groundscope.core.errors import DataError
 from groundscope.core.user_files import open_regular, unique_keys
 
@@ -107,6 +108,12 @@ def stream_keyed(path: Path) -> Iterator[tuple[str, Record]]:
 def missing_list(key: str | None) -> str:
     """Say that a list is not there, or empty."""
     return f"there is nothing in the list '{key}'" if key else "expected one JSON list"
+
+
+def refuse_constant(name: str) -> NoReturn:
+    """Raise ValueError for ``NaN`` and ``Infinity``, which Python reads and JSON does not have (``parse_constant``)."""
+    msg = f"{name} is no number of JSON"
+    raise ValueError(msg)
 
 
 class _Scanner:

@@ -23,12 +23,12 @@ from typing import TypeVar
 
 import numpy as np
 
-from concepts import questions
-from concepts.drawing import TEST, Scene, generator, sample
-from concepts.icons import NOUNS
-from concepts.questions import as_example
+from concepts.scenes import questions
+from concepts.scenes.distributions import BIASED, COLOR_NAMES, PARTNER, POPULAR, TYPICAL, UNIFORM
+from concepts.scenes.icons import NOUNS
+from concepts.scenes.questions import as_example
+from concepts.scenes.scene import TEST, Scene, generator, sample
 from concepts.schema import ConceptDataset, Example, Question
-from concepts.world import BIASED, COLOR_NAMES, PARTNER, POPULAR, TYPICAL, UNIFORM
 from groundscope.core.errors import ConfigError
 
 T = TypeVar("T")

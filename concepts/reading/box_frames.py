@@ -10,8 +10,8 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 
-from concepts.images import FileImage, ImageHeader
-from concepts.reading.records import Record
+from concepts.image_files import FileImage, ImageHeader
+from concepts.reading.record import Record
 from concepts.schema import Box
 from groundscope.core.errors import DataError
 

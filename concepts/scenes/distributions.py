@@ -32,7 +32,7 @@ from types import MappingProxyType
 
 import numpy as np
 
-from concepts.icons import COLORS, NOUNS
+from concepts.scenes.icons import COLORS, NOUNS
 
 COLOR_NAMES: tuple[str, ...] = tuple(COLORS)
 

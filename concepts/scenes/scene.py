@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from concepts.icons import icon
+from concepts.scenes.distributions import UNIFORM, World
+from concepts.scenes.icons import icon
 from concepts.schema import Box, SceneObject
-from concepts.world import UNIFORM, World
 from groundscope.core.errors import DataError
 
 SIDE = 112

@@ -68,7 +68,8 @@ def icon(noun: str, color: str, pixels: int) -> tuple[NDArray[np.float32], NDArr
     if color not in COLORS:
         msg = f"no color '{color}': there are {', '.join(COLORS)}"
         raise DataError(msg)
-    with Image.open(BytesIO(files("concepts.icons").joinpath(f"{noun}.png").read_bytes()), formats=("PNG",)) as image:
+    png = files("concepts.scenes.icons").joinpath(f"{noun}.png").read_bytes()
+    with Image.open(BytesIO(png), formats=("PNG",)) as image:
         rgba = np.asarray(image.convert("RGBA"), dtype=np.float64)
     alpha = rgba[..., 3:] / 255
     luma = rgba[..., :3] @ _LUMA / 255

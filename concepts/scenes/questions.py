@@ -5,11 +5,11 @@ Wording follows POPE where it has one. Nouns are unique in a scene, so "the appl
 
 from __future__ import annotations
 
-from concepts.drawing import RELATIONS, SIDE, Scene
-from concepts.icons import COLORS, NOUNS
 from concepts.nouns import article, existence_question
+from concepts.scenes.distributions import TYPICAL
+from concepts.scenes.icons import COLORS, NOUNS
+from concepts.scenes.scene import RELATIONS, SIDE, Scene
 from concepts.schema import Concept, Example, Question, SceneObject
-from concepts.world import TYPICAL
 
 YES_NO = ("yes", "no")
 COLOR_ANSWERS = tuple(COLORS)
