@@ -33,6 +33,7 @@ from rich.table import Table
 
 from activation_store import trace
 from behavior import BehaviorResult, chair
+from behavior.measures import MEASURES, measure, measure_change
 from benchmarks._steering_methods import Method, World, methods
 from circuits import patch_heads
 from concepts import scenes
@@ -40,15 +41,13 @@ from concepts.scenes import questions
 from concepts.scenes.icons import NOUNS
 from concepts.schema import ConceptDataset
 from experiments.config import SteerConfig
-from experiments.stages.evaluate import difference
-from experiments.stages.measures import MEASURES, PRIOR_ERRORS, cost, harm, measured
-from experiments.stages.strength import RULE, Row, answers_under, choose, swept
 from experiments.stages.table import patching_pairs, top_heads
 from groundscope.core.errors import DataError, PatchError, SiteError
 from groundscope.core.statistics import Estimate, cluster_bootstrap, ratio
 from lvlm import Lvlm, load_lvlm
 from mitigation import SteeringVector
 from mitigation.steering.controls import match_displacement, move_to_heads
+from mitigation.strength import PRIOR_ERRORS, RULE, Row, answer_under, choose_strength, cost, harm, sweep_strengths
 
 RESULTS = Path(__file__).parent / "results" / "steering_embedded.json"
 WORK = Path("runs") / "benchmark-steering"
@@ -116,7 +115,7 @@ def asked_by_parts(
     for few, vector in method.parts(data) if method.parts else ():
         used = None if vector is None else vector.randomised(0) if control else vector
         vectors = {str(s): used.scaled(s) if used is not None and s else None for s in found}
-        for s, result in answers_under(model, few, vectors, progress=False).items():
+        for s, result in answer_under(model, few, vectors, progress=False).items():
             found[float(s)].append(result)
     order = {e.id: i for i, e in enumerate(data)}
     return {
@@ -137,11 +136,11 @@ def chosen_places(
                 continue
             made[f"{name} at {place}"] = (make(None), method.strengths[::thin])
             names[f"{name} at {place}"] = (name, place)
-    curves = swept(w.model, data, made)
+    curves = sweep_strengths(w.model, data, made)
     found: dict[str, tuple[str, Row, Row]] = {}
     for key, rows in curves.items():
         name, place = names[key]
-        row = choose(rows, MAX_DROP)
+        row = choose_strength(rows, max_drop=MAX_DROP)
         if name not in found or row["harm"] < found[name][1]["harm"]:
             found[name] = (place, row, rows[0])
     return found
@@ -183,7 +182,7 @@ def cut(before: BehaviorResult, after: Sequence[BehaviorResult], name: str) -> E
 
 def told(result: BehaviorResult, data: ConceptDataset) -> dict[str, Any]:
     """Return the measures that are shown."""
-    return {name: asdict(e) for name, e in measured(result, data).items() if name in SHOWN}
+    return {name: asdict(e) for name, e in measure(result, data).items() if name in SHOWN}
 
 
 def row_of(
@@ -193,7 +192,7 @@ def row_of(
     data: ConceptDataset,
 ) -> dict[str, Any]:
     """Return what is written of a method on the test scenes."""
-    changes = {name: difference(before, after, name) for name in SHOWN}
+    changes = {name: measure_change(before, after, name) for name in SHOWN}
     return {
         "questions": len(data),
         "before": told(before, data),
@@ -204,7 +203,7 @@ def row_of(
             control: {
                 "draws": len(drawn),
                 "cut": {name: asdict(cut(before, drawn, name)) for name in PRIOR_ERRORS},
-                "neutral": float(np.mean([measured(r, data)["neutral: right"].value for r in drawn])),
+                "neutral": float(np.mean([measure(r, data)["neutral: right"].value for r in drawn])),
             }
             for control, drawn in controls.items()
         },
@@ -216,7 +215,7 @@ def captioned(model: Lvlm, data: ConceptDataset, vector: SteeringVector | None, 
     firsts = list({e.group: e for e in data}.values())[:count]
     made: list[Any] = [(e.image, questions.as_example(e.image, questions.caption(e.image), "caption")) for e in firsts]  # pyright: ignore[reportArgumentType]  # scenes
     asked = ConceptDataset("captions", tuple(e for _, e in made))
-    result = answers_under(model, asked, {"": vector}, progress=False)[""]
+    result = answer_under(model, asked, {"": vector}, progress=False)[""]
     objects = {e.id: [o.noun for o in scene.objects] for scene, e in made}
     scores = chair({a.id: a.text or "" for a in result.answers}, objects, vocabulary=NOUNS, variant="paper")
     return {"chair_i": asdict(scores.chair_i), "recall": asdict(scores.recall)}
@@ -241,7 +240,7 @@ def tested(
         for control, made in controls_of(w, group[name], place, vector, plan.draws).items():
             drawn[name, control] = [f"{name}: {control} {i}" for i in range(len(made))]
             vectors.update(zip(drawn[name, control], made, strict=True))
-    results = answers_under(w.model, test, vectors)
+    results = answer_under(w.model, test, vectors)
     for name, (place, row, start) in found.items():
         controls = {c: [results[k] for k in keys] for (n, c), keys in drawn.items() if n == name}
         about = {"place": place, "strength": row["strength"], "harm": [start["harm"], row["harm"]], "cost": row["cost"]}
@@ -258,10 +257,10 @@ def tested_by_parts(w: World, method: Method, plan: Plan, data: ConceptDataset) 
     sweep: list[Row] = []
     before: dict[str, Estimate] = {}
     for s, result in asked_by_parts(w.model, validation, method, method.strengths[:: plan.thin]).items():
-        rates = measured(result, validation)
+        rates = measure(result, validation)
         before = before or rates
         sweep.append({"strength": s, "harm": harm(rates), "cost": cost(rates, before)})
-    row = choose(sweep, MAX_DROP)
+    row = choose_strength(sweep, max_drop=MAX_DROP)
     used = [row["strength"]] if row["strength"] else []
     results = asked_by_parts(w.model, test, method, used)
     controls = {}
@@ -316,7 +315,7 @@ def drawn_often(w: World, method: Method, row: dict[str, Any], plan: Plan, data:
     names = {c: [f"{c} {i}" for i in range(len(made))] for c, made in controls.items()}
     vectors: dict[str, SteeringVector | None] = {"before": None, "after": vector}
     vectors |= {n: v for c, made in controls.items() for n, v in zip(names[c], made, strict=True)}
-    results = answers_under(w.model, data, vectors)
+    results = answer_under(w.model, data, vectors)
     many = {c: [results[n] for n in names[c]] for c in names}
     return {**row, **row_of(results["before"], results["after"], many, data)}
 
@@ -360,10 +359,10 @@ def figures_of(rows: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         interval = [round(e["low"], 4), round(e["high"], 4)]
         figures[name] = {"value": round(e["value"], 4), "interval": interval, "goal": goal, "holds": holds, "n": e["n"]}
 
-    for measure, short in zip(PRIOR_ERRORS, ("wrong_by_prior", "adversarial_yes"), strict=True):
-        add(f"{short}_cut", row["cut"][measure], ">= 0.5", holds=row["cut"][measure]["value"] >= 0.5)
+    for name, short in zip(PRIOR_ERRORS, ("wrong_by_prior", "adversarial_yes"), strict=True):
+        add(f"{short}_cut", row["cut"][name], ">= 0.5", holds=row["cut"][name]["value"] >= 0.5)
         for control, found in row["controls"].items():
-            e = found["cut"][measure]
+            e = found["cut"][name]
             add(f"{short}_cut_by_{control.replace(' ', '_')}", e, "< 0.1", holds=e["value"] < 0.1)
     drop = row["change"]["neutral: right"]
     add("neutral_change", drop, ">= -0.01", holds=drop["value"] >= -0.01)

@@ -15,12 +15,12 @@ from PIL import Image
 from behavior import BehaviorResult, chair
 from behavior.answer_files import answered_elsewhere, read_answers, row_of
 from behavior.chair import COCO_CATEGORIES, COCO_PHRASES, COCO_SYNONYMS, read_synonyms, score_captions
+from behavior.measures import measure
 from behavior.parsing import PARSERS
 from behavior.released_words import singularize
 from behavior.result import Cost
 from concepts import ConceptDataset, loaders
 from concepts.object_mentions import words_of
-from experiments.stages.measures import measured
 from groundscope.core.errors import ConfigError, DataError
 
 SYNONYMS = """person, man, woman, child, children, people, policeman, gentleman, worker, baby, adult, player
@@ -199,12 +199,12 @@ def test_captions_of_people_are_read_one_by_one(coco: ConceptDataset) -> None:
 def test_a_run_on_coco_counts_cocos_objects(coco: ConceptDataset) -> None:
     """Women, a fork and a sofa are no icons; before, captions of COCO were searched for icons alone."""
     said = _said(coco, "Two women with a puppy and forks.", "A cat on a sofa, a cat.")
-    found = measured(said, coco)
+    found = measure(said, coco)
     assert found["caption: invented of named (CHAIR_i)"].value == 3 / 6
     assert found["caption: with something invented (CHAIR_s)"].value == 1
     assert found["caption: named of shown (recall)"].value == 2 / 3
     words = {"dog": "dog", "puppy": "dog", "fork": "fork"}
-    assert measured(said, coco, words)["caption: invented of named (CHAIR_i)"].value == 1 / 4
+    assert measure(said, coco, words)["caption: invented of named (CHAIR_i)"].value == 1 / 4
 
 
 def test_caption_files_of_other_scorers_are_read(coco: ConceptDataset, tmp_path: Path) -> None:

@@ -29,14 +29,13 @@ from experiments.results.headlines import headlines
 from experiments.run.context import Context
 from experiments.run.folder import RunFolder
 from experiments.stages import export, steer
-from experiments.stages.measures import cost, guards, harm
-from experiments.stages.strength import choose
 from groundscope.core.errors import ConfigError
 from groundscope.core.statistics import Estimate
 from lvlm import Head
 from lvlm.tiny.architecture import build_model, build_processor
 from mitigation import SteeringVector
 from mitigation.steering.placement import Entry, Key
+from mitigation.strength import choose_strength, cost, guards, harm
 from probes import ProbeGrid
 
 ROOT = Path(__file__).parent.parent
@@ -223,13 +222,13 @@ def test_every_method_and_control_was_tried_at_every_strength(run: Path) -> None
 
 def test_what_was_tried_together_is_what_each_gives_alone(run: Path) -> None:
     from behavior import answer
-    from experiments.stages.measures import measured
+    from behavior.measures import measure
     from lvlm import load_lvlm
 
     model, vector = load_lvlm("tiny"), SteeringVector.load(run / "steering" / "vector.safetensors")
     data = scenes.dataset(80, 0).filter(lambda e: bool(e.candidates))
     with vector.applied(model, 2.0):
-        alone = measured(answer(model, data, progress=False), data)
+        alone = measure(answer(model, data, progress=False), data)
     row = json.loads((run / "steering" / "sweep.json").read_text())["curves"]["discriminant"][-1]
     assert row["strength"] == 2
     assert {name: e.value for name, e in alone.items()} == {name: row[name] for name in alone}
@@ -452,9 +451,9 @@ def test_the_strength_is_chosen_by_the_written_rule() -> None:
         {"strength": 2.0, "harm": 0.20, "cost": 0.005},
         {"strength": 3.0, "harm": 0.05, "cost": 0.08},
     ]
-    assert choose(rows, 0.01)["strength"] == 1.0
-    assert choose(rows, 0.10)["strength"] == 3.0
-    assert choose(rows[:1], 0.0)["strength"] == 0.0
+    assert choose_strength(rows, max_drop=0.01)["strength"] == 1.0
+    assert choose_strength(rows, max_drop=0.10)["strength"] == 3.0
+    assert choose_strength(rows[:1], max_drop=0.0)["strength"] == 0.0
 
 
 def test_the_cost_of_a_correction_is_its_worst_loss() -> None:
@@ -477,7 +476,7 @@ def test_recall_guards_a_strength_where_nothing_else_can() -> None:
 
     before = {n: Estimate(v, v, v, 10) for n, v in (("adversarial absent: says yes", 0.3), ("present: says no", 0.1))}
     rows = [row(0, 0.3, 0.1), row(1, 0.2, 0.11), row(8, 0.0, 1.0)]
-    assert choose(rows, 0.015)["strength"] == 1
+    assert choose_strength(rows, max_drop=0.015)["strength"] == 1
     assert guards(rows[0]) == ("present: says no",)
     assert guards([*rows[0], "neutral: right"]) == ("neutral: right",)
     assert guards(["adversarial absent: says yes"]) == ()

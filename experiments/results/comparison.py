@@ -17,12 +17,12 @@ import numpy as np
 
 from behavior import BehaviorResult
 from behavior.comparison import change_interval, mcnemar_by_group, same_questions
+from behavior.measures import MEASURES
 from behavior.result import Answer
 from circuits.results.head_scores import HeadScores
 from circuits.results.statistics import Rows, compare_rows
 from diagnosis.results import RIGHT, VERDICTS, Diagnoses
 from experiments.run.folder import file_digest, write_json
-from experiments.stages.measures import MEASURES
 from groundscope.core.errors import ConfigError
 from probes import ProbeGrid
 from probes.protocol.scoring import class_totals, difference_interval

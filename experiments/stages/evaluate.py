@@ -5,21 +5,16 @@ from __future__ import annotations
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
-
-from behavior import BehaviorResult, answer
+from behavior import answer
 from behavior.chair import read_synonyms
-from behavior.comparison import change_estimate
-from behavior.result import Answer
+from behavior.measures import MEASURES, measure, measure_change
 from experiments.run.context import Context
 from experiments.run.folder import write_json
-from experiments.stages.measures import MEASURES, PRIOR_ERRORS, measured
 from experiments.stages.steer import CONTROLS, control_file
-from experiments.stages.strength import answers_under
 from groundscope.core.errors import ConfigError
-from groundscope.core.statistics import Estimate
 from groundscope.core.text import nearest
 from mitigation import SteeringVector
+from mitigation.strength import PRIOR_ERRORS, answer_under
 
 RUNS = ("before", "after", *CONTROLS, "twin")
 """Every condition the test questions are answered under; the twin where one is named."""
@@ -56,19 +51,19 @@ def make_behavior(context: Context, root: Path) -> str:
     vectors |= {
         r: SteeringVector.load(steering / f) for r, f in files.items() if r in asked and (steering / f).exists()
     }
-    results = answers_under(context.model, data, vectors, options.batch_size)
+    results = answer_under(context.model, data, vectors, batch_size=options.batch_size)
     if context.twin is not None and "twin" in asked:
         results["twin"] = answer(context.twin, data, options.batch_size)
     for run, result in results.items():
         result.save(root / f"{run.replace(' ', '-')}.json")
     synonyms = None if options.synonyms is None else read_synonyms(options.synonyms)
-    rates = {run: measured(result, data, synonyms) for run, result in results.items()}
+    rates = {run: measure(result, data, synonyms) for run, result in results.items()}
     write_json(root / "rates.json", {run: {k: asdict(v) for k, v in found.items()} for run, found in rates.items()})
     changes = {
         run: {
             name: asdict(change)
             for name in rates["before"]
-            if name in MEASURES and (change := difference(results["before"], results[run], name)) is not None
+            if name in MEASURES and (change := measure_change(results["before"], results[run], name)) is not None
         }
         for run in results
         if run not in {"before", "twin"}
@@ -78,14 +73,3 @@ def make_behavior(context: Context, root: Path) -> str:
     return "; ".join(
         f"{n} {rates['before'][n].value:.3f} -> {rates.get('after', rates['before'])[n].value:.3f}" for n in told[:3]
     )
-
-
-def difference(before: BehaviorResult, after: BehaviorResult, name: str) -> Estimate | None:
-    """Return the change of a measure, question by question, with an interval over images; None where it has no answers."""
-    measure = MEASURES[name]
-    later: dict[str, Answer] = {a.id: a for a in after.answers}
-    kept = [a for a in before.answers if measure.counts(a)]
-    if not kept:
-        return None
-    moved = np.array([int(measure.value(later[a.id])) - int(measure.value(a)) for a in kept])
-    return change_estimate(moved, [a.group for a in kept])

@@ -16,13 +16,12 @@ from concepts.schema import CounterfactualPair
 from experiments.records import TOP_HEADS, read_record
 from experiments.run.context import Context
 from experiments.run.folder import write_json
-from experiments.stages.measures import guards
-from experiments.stages.strength import RULE, choose, swept
 from groundscope.core.errors import ConfigError, DataError, PatchError, ProbeError, SiteError
 from groundscope.core.paths import below
 from lvlm import Head
 from mitigation import SteeringVector, derive
 from mitigation.steering.controls import match_displacement, move_to_heads, shuffle_mask, swap_sides
+from mitigation.strength import RULE, choose_strength, guards, sweep_strengths
 
 CONTROLS = ("random direction", "shuffled labels", "moved to other heads", "derived at other heads")
 """What the vector is judged beside, all pushing as far: random directions, the same rule from labels that mean nothing, the
@@ -160,9 +159,9 @@ def make_vector(context: Context, root: Path) -> str:
     tried |= {name: (made, [METHODS[name].unit * s for s in options.strengths]) for name, made in others.items()}
     tried |= {f"control: {name}": (made, [unit * s for s in options.strengths]) for name, made in controls.items()}
     validation = context.discovery.filter(lambda e: bool(e.candidates))
-    curves = swept(context.model, validation, tried)
+    curves = sweep_strengths(context.model, validation, tried)
     sweep = curves[options.method]
-    chosen = choose(sweep, options.max_drop)
+    chosen = choose_strength(sweep, max_drop=options.max_drop)
     guarded = guards(sweep[0])
     vector = vector.scaled(chosen["strength"])
     vector.save(root / "vector.safetensors")

@@ -1,0 +1,169 @@
+"""Choose the strength of a steering vector: answers under many vectors, their errors and costs, and the rule of choice."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from functools import partial
+
+from behavior import BehaviorResult, answer_each
+from behavior.measures import MEASURES, measure
+from circuits import intervened, logits_under
+from concepts.schema import ConceptDataset
+from groundscope.core.errors import ConfigError
+from groundscope.core.statistics import Estimate
+from lvlm import Lvlm
+from mitigation.steering.vector import SteeringVector
+
+RULE = (
+    "the fewest errors by prior among the strengths that cost neutral and typical questions max_drop at most each; without "
+    "such questions, recall on present objects"
+)
+PRIOR_ERRORS = ("conflict: wrong by prior", "adversarial absent: says yes")
+"""Measures that a mitigation should reduce; for data with neither, the share of wrong answers."""
+GUARDS = ("neutral: right", "typical color: right")
+"""Measures that a mitigation must not make worse."""
+RECALL_GUARD = "present: says no"
+"""The guard of data without any of `GUARDS`: present objects that are denied. Without it, a strength at which every answer is
+no would have the fewest errors on questions about absent objects."""
+Row = dict[str, float]
+"""``strength``, ``harm``, ``cost`` and every measure of one condition."""
+
+
+def harm(rates: Mapping[str, Estimate]) -> float:
+    """Return the mean of the error rates in `PRIOR_ERRORS`.
+
+    Examples
+    --------
+    >>> from groundscope.core.statistics import Estimate
+    >>> harm({"conflict: wrong by prior": Estimate(0.25, 0.1, 0.4, 40), "all: right": Estimate(0.9, 0.8, 1.0, 40)})
+    0.25
+    """
+    errors = [rates[name].value for name in PRIOR_ERRORS if name in rates]
+    return sum(errors) / len(errors) if errors else 1 - rates["all: right"].value
+
+
+def guards(rates: Collection[str]) -> tuple[str, ...]:
+    """Return the names of the measures that a mitigation must not make worse; empty for data without such questions."""
+    names = tuple(name for name in GUARDS if name in rates)
+    return names or ((RECALL_GUARD,) if RECALL_GUARD in rates else ())
+
+
+def cost(rates: Mapping[str, Estimate], before: Mapping[str, Estimate]) -> float:
+    """Return the largest loss among the guarded measures (`guards`) relative to the model without mitigation; 0 without guards.
+
+    Examples
+    --------
+    >>> from groundscope.core.statistics import Estimate
+    >>> before, after = ({"neutral: right": Estimate(value, 0.0, 1.0, 40)} for value in (0.75, 0.5))
+    >>> cost(after, before)
+    0.25
+    """
+    losses = [(rates[name].value - before[name].value) * (1 if MEASURES[name].error else -1) for name in guards(rates)]
+    return max(losses, default=0.0)
+
+
+def answer_under(
+    model: Lvlm,
+    data: ConceptDataset,
+    vectors: Mapping[str, SteeringVector | None],
+    *,
+    batch_size: int = 64,
+    progress: bool = True,
+) -> dict[str, BehaviorResult]:
+    """Ask every question of a dataset under each vector; all vectors share the forward pass up to the first change.
+
+    Parameters
+    ----------
+    model
+        The model.
+    data
+        The questions.
+    vectors
+        Vectors by name; None is the model without a vector.
+    batch_size
+        Questions in a batch.
+    progress
+        Whether to show progress.
+
+    Raises
+    ------
+    ModelError
+        For a vector that was derived for another model.
+    """
+    for vector in vectors.values():
+        if vector is not None:
+            vector.check(model)
+    changes = {name: [] if vector is None else vector.interventions() for name, vector in vectors.items()}
+    contexts = {name: partial(intervened, model, items) for name, items in changes.items()}
+    return answer_each(
+        model, data, contexts, batch_size, logits=logits_under(model, list(changes.values())), progress=progress
+    )
+
+
+def sweep_strengths(
+    model: Lvlm,
+    data: ConceptDataset,
+    vectors: Mapping[str, tuple[SteeringVector, Sequence[float]]],
+    *,
+    batch_size: int = 64,
+    progress: bool = True,
+) -> dict[str, list[Row]]:
+    """Return harm, cost and every measure of each vector at strength 0 and at its strengths, in order of their size.
+
+    Parameters
+    ----------
+    model, data, batch_size, progress
+        As for `answer_under`; use questions that neither derived the vectors nor will test them.
+    vectors
+        Name to a vector and its strengths.
+    """
+    conditions: dict[str, SteeringVector | None] = {"": None}
+    conditions |= {f"{name} {s:g}": v.scaled(s) for name, (v, strengths) in vectors.items() for s in strengths}
+    results = answer_under(model, data, conditions, batch_size=batch_size, progress=progress)
+    rates_of = {name: measure(result, data) for name, result in results.items()}
+
+    def row(strength: float, name: str) -> Row:
+        rates = {item: estimate.value for item, estimate in rates_of[name].items()}
+        return {
+            "strength": float(strength),
+            "harm": harm(rates_of[name]),
+            "cost": cost(rates_of[name], rates_of[""]),
+            **rates,
+        }
+
+    return {
+        name: [row(0, ""), *(row(s, f"{name} {s:g}") for s in sorted(strengths, key=abs))]
+        for name, (_, strengths) in vectors.items()
+    }
+
+
+def choose_strength(sweep: Sequence[Row], *, max_drop: float) -> Row:
+    """Return the row of a sweep with the least harm among those that cost at most `max_drop`; ties go to the smaller strength.
+
+    Parameters
+    ----------
+    sweep
+        Rows of `sweep_strengths`; strength 0 costs nothing, so it is always allowed.
+    max_drop
+        Largest allowed loss in each guarded measure, as a share of the answers.
+
+    Raises
+    ------
+    ConfigError
+        If no row costs as little.
+
+    Examples
+    --------
+    >>> sweep = [
+    ...     {"strength": 0.0, "harm": 0.50, "cost": 0.0},
+    ...     {"strength": 1.0, "harm": 0.25, "cost": 0.01},
+    ...     {"strength": 2.0, "harm": 0.10, "cost": 0.20},
+    ... ]
+    >>> choose_strength(sweep, max_drop=0.02)["strength"]
+    1.0
+    """
+    allowed = [row for row in sweep if row["cost"] <= max_drop]
+    if not allowed:
+        msg = f"no strength costs at most max_drop={max_drop:g}; include strength 0, or allow a larger loss"
+        raise ConfigError(msg)
+    return min(allowed, key=lambda row: (row["harm"], abs(row["strength"])))
