@@ -41,7 +41,7 @@ from concepts.scenes import questions
 from concepts.scenes.icons import NOUNS
 from concepts.schema import ConceptDataset
 from experiments.config import SteerConfig
-from experiments.stages.table import patching_pairs, top_heads
+from experiments.stages.patch import patching_pairs, top_heads
 from groundscope.core.errors import DataError, PatchError, SiteError
 from groundscope.core.statistics import Estimate, cluster_bootstrap, ratio
 from lvlm import Lvlm, load_lvlm

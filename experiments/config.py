@@ -9,6 +9,8 @@ from omegaconf import MISSING
 
 STAGES = ("examples", "trace", "probe", "patch", "steer", "evaluate", "diagnose", "export", "report")
 """The stages of a run, in order."""
+SWEEPS = "sweeps"
+"""Folder of all sweeps, below the root folder of runs."""
 
 
 @dataclass

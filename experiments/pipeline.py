@@ -11,7 +11,6 @@ from pathlib import Path
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from experiments.cli.validation import check
 from experiments.config import STAGES, RunConfig
 from experiments.run import stage_cache
 from experiments.run.context import Context
@@ -30,6 +29,7 @@ from experiments.run.interrupts import load_torch
 from experiments.run.live_table import Board
 from experiments.stages import trace_shards
 from experiments.stages.table import TABLE
+from experiments.validation import check
 from groundscope.core.errors import ConfigError, DataError
 from groundscope.core.paths import is_file
 

@@ -22,7 +22,6 @@ from rich.console import Console
 from concepts import scenes
 from experiments import pipeline
 from experiments.cli.overrides import composed, finished, quoted, read
-from experiments.cli.validation import check
 from experiments.config import RunConfig
 from experiments.pipeline import execute
 from experiments.run import folder
@@ -31,6 +30,7 @@ from experiments.run.folder import RunFolder, read_receipt, write_json
 from experiments.stages.export import make_exports
 from experiments.stages.steer import make_vector
 from experiments.stages.table import TABLE
+from experiments.validation import check
 from groundscope.core.document_digest import document_digest
 from groundscope.core.errors import ConfigError
 
@@ -550,7 +550,8 @@ def photographs(tmp_path: Path) -> Context:
 
 def test_probes_that_few_images_cannot_make_are_left_out(tmp_path: Path) -> None:
     from activation_store import trace
-    from experiments.stages.table import make_probes, traced
+    from experiments.stages.probe import make_probes
+    from experiments.stages.trace import traced
 
     context = photographs(tmp_path)
     trace(
@@ -734,7 +735,8 @@ def test_pictures_are_written_whole(tmp_path: Path) -> None:
 
 def test_concepts_asked_for_that_few_images_cannot_fit_are_left_out(tmp_path: Path) -> None:
     from activation_store import trace
-    from experiments.stages.table import make_probes, traced
+    from experiments.stages.probe import make_probes
+    from experiments.stages.trace import traced
 
     context = photographs(tmp_path)
     context.config.probe.concepts = ["object:named"]

@@ -19,7 +19,7 @@ from experiments.cli.overrides import composed
 from experiments.cli.plan import MOST_SECONDS, estimate
 from experiments.run.context import Context
 from experiments.run.folder import RunFolder
-from experiments.stages.table import trace_into, traced, traced_tokens
+from experiments.stages.trace import trace_into, traced, traced_tokens
 from groundscope.core.errors import ConfigError
 from lvlm import Lvlm, load_lvlm
 from lvlm.embedded import folder_of

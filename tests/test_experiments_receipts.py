@@ -13,10 +13,10 @@ from rich.console import Console
 
 from activation_store import ActivationStore
 from experiments.cli.overrides import composed
-from experiments.cli.validation import check
 from experiments.run.context import Context, _loaded
 from experiments.run.folder import Receipt, RunFolder, read_receipt, write_receipt
-from experiments.stages.table import make_activations, trace_into
+from experiments.stages.trace import make_activations, trace_into
+from experiments.validation import check
 from groundscope.core.errors import ConfigError, DataError
 
 RECEIPT = Receipt(

@@ -68,7 +68,7 @@ def _dispatch(arguments: Sequence[str], console: Console) -> int:
 def _run(arguments: Sequence[str], console: Console) -> int:
     """Run one configuration, or several."""
     from experiments.cli.overrides import composed, read
-    from experiments.cli.validation import check
+    from experiments.validation import check
 
     request = read(arguments)
     # What concerns Hydra alone (--cfg job, --config-dir) is left to it.

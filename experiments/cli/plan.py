@@ -20,7 +20,7 @@ import numpy as np
 
 from concepts.schema import ConceptDataset, Example
 from experiments.run.context import Context
-from experiments.stages.table import traced, traced_tokens
+from experiments.stages.trace import traced, traced_tokens
 from groundscope.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -275,9 +275,9 @@ def show(arguments: Sequence[str]) -> int:
     from rich.text import Text
 
     from experiments.cli.overrides import composed, read
-    from experiments.cli.validation import check
     from experiments.run.folder import RunFolder
     from experiments.text import plain_console, size
+    from experiments.validation import check
 
     own = {w.partition("=")[0]: w.partition("=")[2] for w in arguments if w.startswith(("examples=", "seconds="))}
     words = [w for w in arguments if w.partition("=")[0] not in own]

@@ -69,7 +69,7 @@ def _folder(path: str) -> Path:
 def _place_of_sweep(folder: Path) -> list[str]:
     """Return the options that keep a sweep in its folder, wherever that was moved to."""
     from experiments.cli.overrides import quoted
-    from experiments.run.stage_cache import SWEEPS
+    from experiments.config import SWEEPS
 
     if folder.absolute().parent.name != SWEEPS:
         msg = f"'{folder}' is no folder of a sweep: sweeps are in ROOT/{SWEEPS}"
@@ -115,8 +115,7 @@ def configured(folder: Path, words: Sequence[str] = ()) -> Any:
     from omegaconf.errors import OmegaConfBaseException
 
     from experiments.cli.overrides import finished, known, read
-    from experiments.config import RunConfig
-    from experiments.run.stage_cache import SWEEPS
+    from experiments.config import SWEEPS, RunConfig
 
     folder = _folder(str(folder))
     stored = _stored(folder)

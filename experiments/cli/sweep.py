@@ -7,12 +7,14 @@ A job that fails says so in its record and leaves the others; the command ends w
 
 from __future__ import annotations
 
+import csv
+import io
 import re
 import shlex
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +22,15 @@ from rich.console import Console
 
 from experiments.cli.overrides import Request, finished, quoted
 from experiments.cli.resume import only_here
-from experiments.config import RunConfig
+from experiments.config import SWEEPS, RunConfig
 from experiments.records import JOB, SWEEP_RECORD, read_record
+from experiments.results.headlines import headlines
 from experiments.run.folder import OWN, RECEIPT, Stopped, digest, stamp, write_json, write_text
-from experiments.run.stage_cache import SWEEPS
 from groundscope.core.errors import ConfigError, GroundscopeError
 from groundscope.core.locks import lock
 from groundscope.core.paths import below, files_below, is_file
 
+Row = dict[str, Any]
 JOBS = ".jobs"
 RECORD = "sweep.json"
 _LONGEST = 100
@@ -172,8 +175,6 @@ def _split(override: str) -> tuple[str, str]:
 
 def _tell(folder: Path, about: dict[str, Any], trouble: str, console: Console) -> int:
     """Gather what the jobs left, write the table and the page, and say what failed."""
-    from experiments.cli.sweep_table import gather, write_csv
-
     records = [read_record(path, JOB) for path in _job_files(folder)]
     rows = gather(records)
     write_json(folder / RECORD, about | {"jobs": records, "figures": rows, "launcher": trouble or None})
@@ -198,3 +199,37 @@ def _tell(folder: Path, about: dict[str, Any], trouble: str, console: Console) -
         console.print(f"go on with: groundscope {shlex.join(again)}", markup=False)
         return 1
     return 0
+
+
+def gather(records: Sequence[Mapping[str, Any]]) -> list[Row]:
+    """Return the figures of the jobs that are done.
+
+    Parameters
+    ----------
+    records
+        What the jobs left: number, options, folder and status of each.
+
+    Returns
+    -------
+    list of dict
+        ``job``, ``folder``, one column for each option the jobs differ in, then ``stage``, ``measure``, ``value``,
+        ``low``, ``high``, ``control``, ``main``. Jobs that share a run are told once.
+    """
+    rows: list[Row] = []
+    seen: set[str] = set()
+    for record in records:
+        if record["status"] != "done" or record["folder"] in seen:
+            continue
+        seen.add(record["folder"])
+        start = {"job": record["job"], "folder": record["folder"], **record["options"]}
+        rows += [start | asdict(figure) for figure in headlines(Path(record["folder"]))]
+    return rows
+
+
+def write_csv(path: Path, rows: Sequence[Row]) -> None:
+    """Write rows that have the same columns as CSV in UTF-8; empty cells are missing values."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)))
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())

@@ -15,8 +15,8 @@ from concepts.schema import ConceptDataset
 from diagnosis import diagnose
 from experiments.results.comparison import Comparison, Measured, compare
 from experiments.stages.diagnose import fit_directions, learning_rows
+from experiments.stages.patch import patching_pairs
 from experiments.stages.probe_plan import probe_plan
-from experiments.stages.table import patching_pairs
 from groundscope.core.errors import DataError, PatchError, ProbeError
 from lvlm import Lvlm
 from probes import fit_grid, probeable

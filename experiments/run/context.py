@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from activation_store import ActivationStore
     from lvlm import Lvlm
 
-IMAGE_FILES = "activations"
+ACTIVATIONS = "activations"
+"""Folder of the traced activations inside a run."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class Context:
         """The traced activations."""
         from activation_store import ActivationStore
 
-        return ActivationStore(self.folder.path / IMAGE_FILES)
+        return ActivationStore(self.folder.path / ACTIVATIONS)
 
     def _load(self, path: str) -> Lvlm:
         from lvlm import load_lvlm

@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
-from experiments.cli.validation import SWEEPS
+from experiments.config import SWEEPS
 from experiments.run.folder import MARKER, Receipt, RunFolder, begun_under, read_receipt, write_receipt
 from groundscope.core.errors import ConfigError, DataError
 from groundscope.core.locks import lock

@@ -10,14 +10,12 @@ from types import MappingProxyType
 from typing import Any
 
 from concepts.schema import LEVELS
-from experiments.config import STAGES, RunConfig
+from experiments.config import STAGES, SWEEPS, RunConfig
 from groundscope.core.errors import ConfigError, SiteError
 from groundscope.core.paths import name_problem
 from groundscope.core.text import nearest
 from lvlm.sites import LAYER_COMPONENTS, TokenSelection
 
-SWEEPS = "sweeps"
-"""Folder of sweeps inside a root."""
 _LONGEST_PATH = 3900
 """Bytes of a run's path: what Linux allows, less the names of files in it."""
 

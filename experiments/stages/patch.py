@@ -1,0 +1,88 @@
+"""Stage `patch`: the patching effect of every head on counterfactual pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, cast
+
+from concepts import counterfactuals
+from concepts.schema import ConceptDataset, CounterfactualPair
+from experiments.run.context import Context
+from experiments.run.folder import write_json
+from groundscope.core.errors import ConfigError, DataError, PatchError
+
+if TYPE_CHECKING:
+    from circuits import HeadScores
+
+
+FALLBACK = "blank"
+"""The kind of pair every image allows."""
+
+
+def check(context: Context) -> None:
+    """Raise `ConfigError` for an unknown kind of pair."""
+    kinds = list(context.config.patch.kinds)
+    if not kinds or not set(kinds) <= set(counterfactuals.KINDS):
+        msg = f"patch.kinds={kinds}: choose from {', '.join(counterfactuals.KINDS)}"
+        raise ConfigError(msg)
+
+
+def make_head_scores(context: Context, root: Path) -> str:
+    """Patch every head on counterfactual pairs of every kind the data can make."""
+    from circuits import patch_heads
+
+    options = context.config.patch
+    done: dict[str, HeadScores] = {}
+    left_out: dict[str, str] = {}
+    # Images that cannot be drawn again with one thing changed can still be blanked.
+    for kind in dict.fromkeys((*options.kinds, FALLBACK)):
+        if kind == FALLBACK and kind not in options.kinds and done:
+            continue
+        try:
+            pairs = patching_pairs(context.discovery, kind, options.pairs)
+            done[kind] = patch_heads(
+                context.model,
+                pairs,
+                tokens=cast("Literal['last', 'suffix']", options.tokens),
+                min_effect=options.min_effect,
+            )
+        except (DataError, PatchError) as error:
+            left_out[kind] = str(error)
+            continue
+        done[kind].save(root / f"{kind}.safetensors")
+    top = top_heads(done, options.top) if done else []
+    write_json(root / "top.json", {"heads": [str(h) for h in top], "left_out": left_out, "kinds": list(done)})
+    note = f"; left out: {', '.join(left_out)}" if left_out else ""
+    if not done:
+        return f"no head could be scored{note}: {next(iter(left_out.values()))}"
+    counts = ", ".join(f"{s.n_pairs} {kind}" for kind, s in done.items())
+    return f"{counts} pairs, every head exactly; top heads {', '.join(map(str, top))}{note}"
+
+
+def patching_pairs(data: ConceptDataset, kind: str, limit: int) -> list[CounterfactualPair]:
+    """Take at most `limit` pairs of a kind, each from another image, from the neutral split where there is one."""
+    neutral = data.where(split="neutral")
+    pairs = counterfactuals.pairs(neutral if len(neutral) else data, kind)
+    chosen: dict[str, CounterfactualPair] = {}
+    # Alternate the true answer, so that heads that only push "yes" do not pass for grounding heads.
+    wanted: dict[str, int] = {}
+    for pair in pairs:
+        if pair.group in chosen or wanted.get(pair.clean.answer, 0) > min(wanted.values(), default=0) + 2:
+            continue
+        chosen[pair.group] = pair
+        wanted[pair.clean.answer] = wanted.get(pair.clean.answer, 0) + 1
+        if len(chosen) == limit:
+            break
+    return list(chosen.values())
+
+
+def top_heads(scores: Mapping[str, HeadScores], count: int) -> Sequence[object]:
+    """Rank heads by their mean effect, each kind of pair counting the same."""
+    import numpy as np
+
+    from lvlm import Head
+
+    mean = np.mean([s.mean for s in scores.values()], axis=0)
+    order = np.argsort(-mean, axis=None, kind="stable")[:count]
+    return [Head(int(i) // mean.shape[1], int(i) % mean.shape[1]) for i in order]

@@ -1,0 +1,85 @@
+"""Stage `probe`: a grid of linear probes for each array of the store and its concepts."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from experiments.run.context import Context
+from experiments.run.folder import write_json
+from experiments.stages.probe_plan import probe_plan
+from experiments.stages.trace import traced
+from groundscope.core.errors import ConfigError, ProbeError
+from groundscope.core.text import nearest
+
+
+def make_probes(context: Context, root: Path) -> str:
+    """Fit a grid of probes for every array of the plan."""
+    from probes import fit_grid, probeable
+
+    options = context.config.probe
+    frame: Any = context.store.frame()
+    # Splits made to mislead are kept out: probes must not learn the truth from where the model goes wrong.
+    rows = frame["split"].isin(["neutral"]) if (frame["split"] == "neutral").any() else frame["split"].notna()
+    mask = rows.to_numpy()
+    possible = probeable(context.store, folds=options.folds, test_fraction=options.test_fraction, rows=mask)
+    plan = probe_plan(context.store, frame[rows], options.concepts, possible)
+    if not plan:
+        reason = f"no concept has enough images of both classes to fit a probe: {more_data(context)}"
+        write_json(root / "left_out.json", {"reason": reason})
+        write_json(root / "plan.json", [])
+        return f"left out: {reason}"
+    fitted, done, left_out = 0, [], {}
+    for entry in plan:
+        try:
+            grid = fit_grid(
+                context.store,
+                entry.concepts,
+                entry.component,
+                entry.tokens,
+                entry.stack,
+                penalties=options.penalties,
+                folds=options.folds,
+                test_fraction=options.test_fraction,
+                seed=options.seed,
+                rows=mask,
+                skip_unplaceable=True,
+            )
+        except ProbeError as error:  # none of the concepts can be fitted to these images
+            left_out[entry.name] = str(error)
+            continue
+        unplaced = grid.provenance.get("left_out", {})
+        left_out |= {f"{concept} in {entry.name}": reason for concept, reason in unplaced.items()}
+        grid.save(root / entry.name)
+        fitted += grid.balanced_accuracy.size
+        done.append(replace(entry, concepts=grid.concepts))
+    write_json(root / "plan.json", [asdict(entry) for entry in done])
+    if left_out:
+        name, reason = next(iter(left_out.items()))
+        write_json(root / "left_out.json", {"reason": reason, "grids": left_out})
+        if not done:
+            return f"left out: {reason}; {more_data(context)}"
+        return f"{fitted} probes and as many controls in {len(done)} grids; left out: {len(left_out)}, {name}: {reason}"
+    return f"{fitted} probes and as many controls in {len(done)} grids"
+
+
+def more_data(context: Context) -> str:
+    """Say which options of the configured data give more images to find things on."""
+    data = context.config.data
+    if data.source == "scenes":
+        return f"draw more scenes, data.n_images above {data.n_images}"
+    limited = f"raise data.limit={data.limit}, or " if data.limit is not None else ""
+    return f"{limited}give questions on more images (data.questions, data.images), or lower data.test_share={data.test_share:g}"
+
+
+def check(context: Context) -> None:
+    """Raise `ConfigError` for a concept that the data do not have."""
+    wanted = context.config.probe.concepts
+    if wanted is None:
+        return
+    known = list(dict.fromkeys(c for e in traced(context) for c in e.labels))
+    missing = next((c for c in wanted if c not in known), None)
+    if missing is not None:
+        msg = f"concept '{missing}' is not in the data: there are {', '.join(known)}{nearest(missing, known)}"
+        raise ConfigError(msg)
