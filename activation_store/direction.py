@@ -17,7 +17,8 @@ from groundscope.core.files import canonical_json, explained, write_whole
 from groundscope.core.result_fields import building, check_fields
 from groundscope.core.tensor_files import encode_tensors, read_tensors
 from groundscope.core.user_files import parse_json
-from lvlm.sites import Site, TokenSelection
+from lvlm.sites import Site
+from lvlm.token_selection import TokenSelection
 
 DIRECTION_VERSION = 2
 _UNIT_TOLERANCE = 1e-4

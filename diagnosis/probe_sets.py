@@ -13,7 +13,8 @@ from diagnosis.claims import Claim
 from groundscope.core.errors import ProbeError, SiteError
 from lvlm.fingerprint import short
 from lvlm.model import Lvlm
-from lvlm.sites import Site, TokenSelection
+from lvlm.sites import Site
+from lvlm.token_selection import TokenSelection
 
 EVERY = "image:all"
 """Directions at this selection are read at each of the image's tokens."""

@@ -16,7 +16,8 @@ from diagnosis.claims import Claim, objects_of
 from diagnosis.probe_sets import EVERY, ProbeSet, check_width
 from lvlm.encoding.encode import Encoding
 from lvlm.model import Lvlm
-from lvlm.sites import Site, TokenSelection
+from lvlm.sites import Site
+from lvlm.token_selection import TokenSelection
 
 _BATCH = 32
 

@@ -14,7 +14,8 @@ from experiments.config import STAGES, SWEEPS, RunConfig
 from groundscope.core.errors import ConfigError, SiteError
 from groundscope.core.paths import name_problem
 from groundscope.core.text import nearest
-from lvlm.sites import LAYER_COMPONENTS, TokenSelection
+from lvlm.sites import LAYER_COMPONENTS
+from lvlm.token_selection import TokenSelection
 
 _LONGEST_PATH = 3900
 """Bytes of a run's path: what Linux allows, less the names of files in it."""

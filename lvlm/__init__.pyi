@@ -4,8 +4,9 @@ from .answers import AnswerKey, answer_key
 from .family.specification import FamilySpec, StackSpec
 from .loading import load_lvlm, wrap_lvlm
 from .model import Lvlm
-from .sites import Head, Site, TokenSelection
+from .sites import Head, Site
 from .token_map import PatchGrid, TokenMap
+from .token_selection import TokenSelection
 
 __all__ = [
     "AnswerKey",

@@ -9,7 +9,8 @@ from typing import Literal
 
 from concepts.schema import Box
 from groundscope.core.errors import SiteError
-from lvlm.sites import Stack, TokenSelection
+from lvlm.sites import Stack
+from lvlm.token_selection import TokenSelection
 
 COVER = 0.25
 """A patch belongs to an object when the object's box covers at least this share of it."""
@@ -150,53 +151,67 @@ class TokenMap:
         return self._of(name, stack)
 
     def positions(self, selection: TokenSelection, stack: Stack = "decoder") -> tuple[int, ...]:
-        """Return the positions a selection means in a stack's own sequence; empty where the example has none.
+        """Return the positions of a selection in a stack's sequence; empty if the example has none.
 
-        In the vision tower and the projector only ``image`` and ``object`` mean anything.
+        Only ``image`` and ``object`` apply to the vision tower and the projector.
 
         Raises
         ------
         SiteError
-            For a role that the stack does not have.
+            If the selection does not apply to the stack, or a listed position is out of range.
         """
-        role = selection.role
-        if role in {"image", "object"}:
-            views = self.lattices.get(stack)
-            if not views:
-                msg = f"token selection '{selection}' means nothing in the {stack}: the image is not in its sequence"
-                raise SiteError(msg)
-            if role == "image":
-                return tuple(p for lattice in views for p in lattice.positions)
-            if all(lattice.grid is None for lattice in views):
-                msg = (
-                    f"token selection '{selection}' means nothing in the {stack}: its image tokens have no place in the "
-                    "image; 'image:mean' can be had"
-                )
-                raise SiteError(msg)
-            name = selection.name or self.subject
-            return self._of(name, stack) if name in self.boxes else ()
+        if selection.role in {"image", "object"}:
+            return self._image_positions(selection, stack)
         if stack != "decoder":
-            msg = f"token selection '{selection}' means nothing in the {stack}: use 'image:mean' or 'object:mean'"
+            msg = f"token selection '{selection}' does not apply to the {stack}; use 'image:mean' or 'object:mean'"
+            raise SiteError(msg)
+        positions = self._text_positions(selection)
+        return (*positions, *(self.generated or ())) if selection.generated else positions
+
+    def _image_positions(self, selection: TokenSelection, stack: Stack) -> tuple[int, ...]:
+        views = self.lattices.get(stack)
+        if not views:
+            msg = f"token selection '{selection}' does not apply to the {stack}: the image is not in its sequence"
+            raise SiteError(msg)
+        if selection.role == "image":
+            return tuple(p for lattice in views for p in lattice.positions)
+        if all(lattice.grid is None for lattice in views):
+            msg = (
+                f"token selection '{selection}' does not apply to the {stack}: its image tokens have no place in the "
+                "image; use 'image:mean'"
+            )
+            raise SiteError(msg)
+        name = selection.name or self.subject
+        return self._of(name, stack) if name in self.boxes else ()
+
+    def _text_positions(self, selection: TokenSelection) -> tuple[int, ...]:
+        role = selection.role
+        if self.encoder and role in {"question", "system"}:
+            msg = f"token selection '{selection}' does not apply to the decoder: an encoder reads the prompt"
             raise SiteError(msg)
         match role:
             case "last":
                 return (self.last,)
             case "bos":
                 return (0,)
-            case "question" | "system" if self.encoder:
-                msg = f"token selection '{selection}' means nothing in the decoder: an encoder reads the prompt"
-                raise SiteError(msg)
+            case "all":
+                return (*range(self.length), *(self.generated or ()))
             case "question":
                 return self.question
+            case "suffix":
+                return self.suffix
             case "system":
                 return self.system
-            case _ if self.generated is None:
-                msg = f"token selection '{selection}' is not available before an answer is generated"
-                raise SiteError(msg)
-            case _ if selection.step is not None:
-                return self.generated[selection.step : selection.step + 1]
-            case _:
-                return self.generated
+            case "positions":
+                outside = [position for position in selection.indices if position >= self.length]
+                if outside:
+                    msg = f"position {outside[0]} is out of range: the prompt has positions 0-{self.length - 1}"
+                    raise SiteError(msg)
+                return selection.indices
+        if self.generated is None:
+            msg = f"token selection '{selection}' is not available before an answer is generated"
+            raise SiteError(msg)
+        return self.generated if selection.step is None else self.generated[selection.step : selection.step + 1]
 
     def _of(self, name: str | None, stack: Stack) -> tuple[int, ...]:
         image, box = self.boxes[name or ""]

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     import pandas as pd
 
-    from lvlm.sites import TokenSelection
+    from lvlm.token_selection import TokenSelection
 
 PENALTIES = (1e-3, 1e-2, 1e-1, 1.0)
 

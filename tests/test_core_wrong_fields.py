@@ -27,7 +27,8 @@ from groundscope.core.document_digest import KEY, document_digest
 from groundscope.core.errors import ConfigError, GroundscopeError, PatchError, SiteError
 from groundscope.core.result_fields import building, check_fields
 from groundscope.core.tensor_files import encode_tensors, read_tensors
-from lvlm.sites import Head, Site, TokenSelection, parse_heads
+from lvlm.sites import Head, Site, parse_heads
+from lvlm.token_selection import TokenSelection
 from mitigation import SteeringVector
 from mitigation.steering.placement import Entry, ProbeGate
 from probes import ProbeGrid

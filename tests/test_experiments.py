@@ -378,7 +378,7 @@ def test_files_in_popes_layout(tmp_path: Path) -> None:
         (["data.seed=1000"], "test scenes must not be those"),
         (["data.n_images=2"], "at least 10 images"),
         (["trace.sites=[decoder.L40.z]", "stages=[examples,trace]"], "decoder.L40.z"),
-        (["trace.tokens=[first]", "stages=[examples,trace]"], "'first' is not a token selection"),
+        (["trace.tokens=[first]", "stages=[examples,trace]"], "unknown token selection 'first'"),
         (["probe.concepts=['object:zebra']", "stages=[examples,trace,probe]"], "object:zebra"),
         (["data=pope", "data.questions=q.json", "data.images=."], "q.json"),
         (["model=hf"], "model.path"),

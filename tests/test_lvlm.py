@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,9 @@ from lvlm import Head, Lvlm, PatchGrid, Site, TokenSelection, answer_key, load_l
 from lvlm.family.registry import FAMILIES
 from lvlm.family.specification import StackSpec
 from lvlm.family.validation import validate
-from lvlm.sites import LAYER_COMPONENTS, REDUCTIONS, ROLES
+from lvlm.sites import LAYER_COMPONENTS
 from lvlm.tiny.architecture import build_model, build_processor
+from lvlm.token_selection import PATCHABLE, READABLE, REDUCTIONS, SINGLE, STEERABLE, STORED_ROLES
 
 
 @pytest.fixture(scope="module")
@@ -50,10 +52,25 @@ def test_heads_print_and_parse(layer: int, head: int) -> None:
     assert Head.parse(str(Head(layer, head))) == Head(layer, head)
 
 
-def test_selections_print_and_parse() -> None:
-    for role in ROLES:
-        for text in [role] if role in {"last", "bos"} else [f"{role}:{r}" for r in REDUCTIONS]:
-            assert str(TokenSelection.parse(text)) == text
+SELECTIONS = [
+    *("last", "bos", "all", "all:mean", "all:each", "last+generated", "suffix+generated", "generated:3", "answer:0"),
+    *("positions:7", "positions:2,13", "positions:2,13:each", "positions:2,13:mean", "object:apple:mean"),
+    *(f"{role}:{how}" for role in STORED_ROLES if role not in SINGLE for how in REDUCTIONS),
+    *(f"suffix:{how}" for how in REDUCTIONS),
+]
+
+
+@pytest.mark.parametrize("text", SELECTIONS)
+def test_selections_print_and_parse(text: str) -> None:
+    selection = TokenSelection.parse(text)
+    assert str(selection) == text
+    assert TokenSelection.parse(text, allowed=[selection.form]) == selection
+
+
+def test_each_list_of_forms_is_a_list_of_selections() -> None:
+    for form in (*READABLE, *PATCHABLE, *STEERABLE):
+        text = form.replace("<i>,<j>", "1,2").replace("<k>", "3").replace("<id>", "x")
+        assert TokenSelection.parse(text).form == form
 
 
 @pytest.mark.parametrize("text", ["decoder.12.z", "decoder.L1.zz", "text.L0.z", "projector", "decoder.L-1.z", ""])
@@ -62,10 +79,33 @@ def test_what_is_no_site_is_refused(text: str) -> None:
         Site.parse(text)
 
 
-@pytest.mark.parametrize("text", ["image", "last:mean", "picture:mean", "image:sum"])
-def test_what_is_no_selection_is_refused(text: str) -> None:
-    with pytest.raises(SiteError, match="is not a token selection"):
+@pytest.mark.parametrize(
+    "text", ["last:mean", "picture:mean", "image:sum", "all:all", "image+generated", "generated:03"]
+)
+def test_an_unknown_selection_is_refused(text: str) -> None:
+    with pytest.raises(SiteError, match=f"unknown token selection '{re.escape(text)}'; choose from last"):
         TokenSelection.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "allowed", "message"),
+    [
+        ("image", (), "several readings: 'image:mean' .their mean., 'image:all' .every one of them., 'image:each'"),
+        (
+            "suffix",
+            PATCHABLE,
+            "several readings: 'suffix:all' .every one of them., 'suffix:each' .one at a time.; choose",
+        ),
+        ("question", ("question:all",), "unknown token selection 'question'; write 'question:all'"),
+        ("12, 13", PATCHABLE, "write 'positions:12,13' for positions counted from 0"),
+        ("image:mean", PATCHABLE, "'image:mean' is not supported here; choose from last, .*; did you mean image"),
+        ("imgae:all", STEERABLE, "choose from last, last.generated, all, .*; did you mean image:all"),
+        (7, (), "unknown token selection 7; choose from last, bos, "),
+    ],
+)
+def test_refusals_of_selections_name_what_is_allowed(text: Any, allowed: Any, message: str) -> None:
+    with pytest.raises(SiteError, match=message):
+        TokenSelection.parse(text, allowed=allowed)
 
 
 # -- patches and boxes ---------------------------------------------------------------------------------------------
@@ -119,7 +159,7 @@ def test_positions_mean_what_they_say(model: Lvlm, example: Example) -> None:
     assert tokens.object(thing.id) == decoder
     with pytest.raises(SiteError, match="no object 'o9'"):
         tokens.object("o9")
-    with pytest.raises(SiteError, match="means nothing in the vision"):
+    with pytest.raises(SiteError, match="does not apply to the vision"):
         tokens.positions(TokenSelection("last"), "vision")
 
 

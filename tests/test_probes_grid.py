@@ -378,7 +378,7 @@ def test_arrays_that_are_not_there_are_named(store: MemoryStore) -> None:
         fit_grid(store, ["object:apple"], stack="vision")
     with pytest.raises(SiteError, match=r"decoder.resid_post has no heads"):
         fit_grid(store, ["object:apple"], "resid_post", heads=True)
-    with pytest.raises(SiteError, match="'first' is not a token selection"):
+    with pytest.raises(SiteError, match="unknown token selection 'first'"):
         fit_grid(store, ["object:apple"], tokens="first")
 
 

@@ -68,7 +68,7 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
     ("change", "error", "message"),
     [
         ({"site": "decoder.z"}, SiteError, "is not a site"),
-        ({"tokens": "first"}, SiteError, "is not a token selection"),
+        ({"tokens": "first"}, SiteError, "unknown token selection"),
         ({"site": "decoder.L0.resid_post", "head": 1}, SiteError, "heads exist at 'z'"),
         ({"vector": UNIT * 2}, StoreError, "length 2"),
         ({"vector": UNIT * np.nan}, StoreError, "length nan"),

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 from activation_store import ActivationStore, ArrayInfo, Schema, StoreWriter, verify
 from groundscope.core.errors import SiteError, StoreError
-from lvlm.sites import Site, TokenSelection
+from lvlm.sites import Site
+from lvlm.token_selection import TokenSelection
 
 ROOT = Path(__file__).parents[1]
 Z = ("decoder", "z", "last")
@@ -284,7 +285,7 @@ def test_wrong_names_say_what_there_is(made: tuple[Path, dict]) -> None:
             r"selection 'image:mean' of site 'decoder.L0.z'.*'last' were",
         ),
         (lambda: store.read("decoder.L0.zz", "last"), "is not a site"),
-        (lambda: store.read("decoder.L0.z", "first"), "is not a token selection"),
+        (lambda: store.read("decoder.L0.z", "first"), "unknown token selection"),
         (
             lambda: store.read("decoder.L0.z", "last", head=4),
             "head 4 of site 'decoder.L0.z' not in store: it has heads 0-3",

@@ -476,9 +476,9 @@ def test_parts_make_the_store_of_one_trace(model: Lvlm, data: ConceptDataset, tm
         (["decoder.L3.cross.z"], ["last"], "no cross-attention"),
         ([], ["last"], "no site"),
         (["z"], [], "no token selection"),
-        (["z"], ["first"], "'first' is not a token selection"),
+        (["z"], ["first"], "unknown token selection 'first'"),
         (["z"], ["generated:mean"], "not available before an answer is generated"),
-        (["vision.z"], ["last"], "means nothing in the vision"),
+        (["vision.z"], ["last"], "does not apply to the vision"),
         (["z", "vision.z"], ["last"], "none of the token selections 'last' applies to the sites of the vision"),
     ],
 )

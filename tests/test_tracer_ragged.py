@@ -194,7 +194,7 @@ def test_a_role_that_the_decoder_lacks_has_no_column(tmp_path: Path) -> None:
     assert not {"span:image", "span:object", "span:generated"} & crossed.columns.keys()
     assert positions_of(crossed.columns["span:last"][0]) == [crossed.columns["n_tokens"][0] - 1]
     assert [len(boxes) for boxes in crossed.columns["boxes"]] == [len(data[0].objects), 0]
-    with pytest.raises(SiteError, match="'image:all' means nothing in the decoder"):
+    with pytest.raises(SiteError, match="'image:all' does not apply to the decoder"):
         trace(toy("mllama"), data, ["decoder.L0.resid_post"], ["image:all"], tmp_path / "s", answers=False)
 
 

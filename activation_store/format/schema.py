@@ -72,7 +72,8 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, cast
 
 from groundscope.core.errors import SiteError, StoreError
-from lvlm.sites import LAYER_COMPONENTS, TokenSelection
+from lvlm.sites import LAYER_COMPONENTS
+from lvlm.token_selection import TokenSelection
 
 LAYOUT_VERSION = 3
 ENCODING_VERSION = "1"

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from activation_store.format.schema import ArrayInfo
 from groundscope.core.errors import SiteError
-from lvlm.sites import Site, TokenSelection
+from lvlm.sites import Site
+from lvlm.token_selection import TokenSelection
 
 
 class Catalog:

@@ -24,7 +24,7 @@ from activation_store.reading.folder import Folder, OpenShard
 from activation_store.reading.query import find_rows
 from groundscope.core.errors import StoreError
 from groundscope.core.files import canonical_json, too_many_files
-from lvlm.sites import TokenSelection
+from lvlm.token_selection import TokenSelection
 
 if TYPE_CHECKING:
     import pandas as pd

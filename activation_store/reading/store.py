@@ -19,7 +19,8 @@ from activation_store.reading.folder import open_folder
 from activation_store.reading.query import find_rows
 from activation_store.reading.rows import Rows, as_range, resolve_rows, token_rows
 from groundscope.core.errors import SiteError, StoreError
-from lvlm.sites import Site, TokenSelection
+from lvlm.sites import Site
+from lvlm.token_selection import TokenSelection
 
 if TYPE_CHECKING:
     from activation_store.torch_dataset import TorchView

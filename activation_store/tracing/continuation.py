@@ -13,8 +13,8 @@ from groundscope.core.errors import ConfigError, DataError
 from lvlm.answers import answer_tokens
 from lvlm.generation import greedy
 from lvlm.model import Batch, Lvlm
-from lvlm.sites import TokenSelection
 from lvlm.token_map import TokenMap
+from lvlm.token_selection import TokenSelection
 
 # Mask values of a token after the prompt; masks over tiles repeat their last value.
 _AFTER_PROMPT = {"attention_mask": 1, "mm_token_type_ids": 0, "token_type_ids": 1, "image_embeds_position_mask": 0}

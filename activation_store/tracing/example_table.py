@@ -11,7 +11,7 @@ from concepts.schema import ConceptDataset, Example
 from groundscope.core.errors import DataError
 from lvlm.answers import answer_key
 from lvlm.finite import check_finite
-from lvlm.sites import SINGLE, TokenSelection
+from lvlm.token_selection import SINGLE, TokenSelection
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -16,8 +16,9 @@ from activation_store.format.schema import ArrayInfo, Dtype, Schema
 from groundscope.core.errors import SiteError
 from lvlm.access.site_width import site_width
 from lvlm.model import Encoding, Lvlm, Place
-from lvlm.sites import CROSS_COMPONENTS, LAYER_COMPONENTS, ROLES, SINGLE, Component, Site, Stack, TokenSelection
+from lvlm.sites import CROSS_COMPONENTS, LAYER_COMPONENTS, Component, Site, Stack
 from lvlm.token_map import TokenMap
+from lvlm.token_selection import READABLE, SINGLE, STORED_ROLES, TokenSelection
 
 _EVERY_LAYER = re.compile(rf"^(?:(vision|decoder)\.)?(cross\.)?({'|'.join(LAYER_COMPONENTS)})$")
 CHUNK_BATCHES = 8
@@ -50,7 +51,7 @@ class Plan:
     skipped: tuple[str, ...]
     """Messages: which selection does not apply to which stack."""
     roles: tuple[str, ...]
-    """Roles of the decoder's tokens, in the order of `lvlm.sites.ROLES`."""
+    """Roles of the decoder's tokens, in the order of `lvlm.token_selection.STORED_ROLES`."""
 
 
 def make_plan(model: Lvlm, encoding: Encoding, sites: Sequence[str], tokens: Sequence[str], dtype: str) -> Plan:
@@ -242,7 +243,7 @@ def token_offsets(maps: Sequence[TokenMap], info: ArrayInfo) -> np.ndarray:
 
 
 def _roles(example: TokenMap) -> tuple[str, ...]:
-    return tuple(role for role in ROLES if _has(example, role))
+    return tuple(role for role in STORED_ROLES if _has(example, role))
 
 
 def _has(example: TokenMap, role: str) -> bool:
@@ -300,7 +301,7 @@ def _selections(
         raise SiteError(msg)
     by_stack: dict[Stack, tuple[TokenSelection, ...]] = dict.fromkeys(stacks, ())
     skipped = []
-    for selection in map(TokenSelection.parse, names):
+    for selection in [TokenSelection.parse(name, allowed=READABLE) for name in names]:
         failure: SiteError | None = None
         for stack in stacks:
             try:

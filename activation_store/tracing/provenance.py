@@ -26,8 +26,8 @@ from lvlm.fingerprint import sampled_weights_hash
 from lvlm.generation import end_tokens, other_rules
 from lvlm.model import Lvlm
 from lvlm.settings import processor_digest, sampled_processor_digest
-from lvlm.sites import TokenSelection
 from lvlm.token_map import COVER
+from lvlm.token_selection import TokenSelection
 
 ANSWER_RULE = (
     "model_answer: the candidate with the largest log-score of its first tokens at the last prompt token; margin: the "
@@ -40,6 +40,9 @@ _ROLES = {
     "system": "the tokens before the image, without the first",
     "image": "the image tokens",
     "question": "the tokens of the question's own words",
+    "suffix": "the prompt tokens after the last image token",
+    "all": "all tokens",
+    "positions": "the prompt tokens at positions",
     "generated": "the tokens of the model's own answer, without the token that ends it; NaN after them",
     "answer": "the tokens of the true answer, put after the prompt",
     "object": (
@@ -155,7 +158,8 @@ def _definition(selection: TokenSelection) -> str:
     reduction = {None: "", "mean": "mean in float32 over ", "all": "every one, kept apart, of "}[selection.reduction]
     step = "" if selection.step is None else f"number {selection.step}, counted from 0, of "
     named = f" (object '{selection.name}')" if selection.name else ""
-    return reduction + step + _ROLES.get(selection.role, selection.role) + named
+    listed = f" {', '.join(map(str, selection.indices))}" if selection.indices else ""
+    return reduction + step + _ROLES.get(selection.role, selection.role) + named + listed
 
 
 def _installed(name: str) -> str | None:

@@ -15,8 +15,8 @@ from concepts.schema import CounterfactualPair
 from groundscope.core.errors import ConfigError, PatchError, SiteError
 from lvlm.answers import answer_tokens
 from lvlm.model import Encoding, Lvlm
-from lvlm.sites import TokenSelection
 from lvlm.token_map import TokenMap
+from lvlm.token_selection import TokenSelection
 
 DIRECTIONS = ("denoise", "noise")
 TOKENS = ("last", "suffix", "question", "image", "object", "all")

@@ -118,7 +118,7 @@ def _spread(data: ConceptDataset, count: int) -> list[Example]:
 
 def _array_bytes(plan: Plan, encodings: Sequence[Encoding], examples: int) -> dict[str, float]:
     """Return each array's bytes for so many examples like some."""
-    from lvlm.sites import TokenSelection
+    from lvlm.token_selection import TokenSelection
 
     found = {}
     for array in plan.schema.arrays:

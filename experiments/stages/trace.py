@@ -57,7 +57,7 @@ def traced_tokens(context: Context) -> list[str]:
     ConfigError
         Where no selection is left.
     """
-    from lvlm.sites import TokenSelection
+    from lvlm.token_selection import TokenSelection
 
     data = traced(context)
     boxes = [{o.id for o in example.objects if o.box is not None} for example in data]

@@ -10,7 +10,7 @@ import numpy as np
 
 from concepts.schema import LEVELS
 from groundscope.core.errors import ProbeError, SiteError
-from lvlm.sites import TokenSelection
+from lvlm.token_selection import TokenSelection
 from probes.protocol.splits import groups_needed, support_problem
 
 if TYPE_CHECKING:
