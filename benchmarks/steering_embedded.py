@@ -37,11 +37,12 @@ from behavior.measures import MEASURES, measure, measure_change
 from benchmarks._steering_methods import Method, World, methods
 from circuits import patch_heads
 from concepts import scenes
+from concepts.counterfactuals import balanced_pairs
 from concepts.scenes import questions
 from concepts.scenes.icons import NOUNS
 from concepts.schema import ConceptDataset
 from experiments.config import SteerConfig
-from experiments.stages.patch import patching_pairs, top_heads
+from experiments.stages.patch import top_heads
 from groundscope.core.errors import DataError, PatchError, SiteError
 from groundscope.core.statistics import Estimate, cluster_bootstrap, ratio
 from lvlm import Lvlm, load_lvlm
@@ -87,7 +88,7 @@ def world(plan: Plan, work: Path) -> World:
     data = scenes.dataset(plan.images, seed=0)
     asked = data.filter(lambda e: bool(e.candidates))
     store = trace(model, asked, sites=["resid_post", "z", "mlp_out"], tokens=["last"], out=work / "activations")
-    scores = {k: patch_heads(model, patching_pairs(data, k, 60)) for k in ("object", "color", "relation")}
+    scores = {k: patch_heads(model, balanced_pairs(data, k, limit=60)) for k in ("object", "color", "relation")}
     return World(model, store, store.frame(), asked, tuple(top_heads(scores, 6)), plan.pairs)  # pyright: ignore[reportArgumentType]  # heads
 
 

@@ -19,7 +19,7 @@ from activation_store import ActivationStore, ConceptDirection
 from circuits import input_attribution
 from circuits.execution.memory import batch_rows
 from circuits.patching.activation import check_evaluating
-from concepts.counterfactuals import Edited
+from concepts.counterfactuals import EditedImage
 from concepts.schema import Example
 from diagnosis.calibration import Calibration, calibrate
 from diagnosis.causal_check import Undone, leans, undo, usual_values
@@ -365,7 +365,7 @@ def _right(
 def _without_image(model: Lvlm, examples: Sequence[Example]) -> list[str]:
     """Return what the model says to each question about a blank picture."""
     out = [""] * len(examples)
-    blank = [replace(e, image=Edited(e.image, "blank")) for e in examples]
+    blank = [replace(e, image=EditedImage(e.image, "blank")) for e in examples]
     for batch in model.batches(blank, batch_rows(model, blank, 32)):
         for number, encoding, row in zip(batch.index, batch.encodings, model.logits(batch.inputs), strict=True):
             key = answer_key(model, encoding.example)

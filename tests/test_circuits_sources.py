@@ -17,7 +17,7 @@ from PIL import Image
 from circuits import Sources
 from circuits.input_attribution import shapley
 from circuits.input_attribution.attribute import split
-from concepts.counterfactuals import Edited
+from concepts.counterfactuals import EditedImage
 from concepts.region_masking import Revealed, owners
 from concepts.scenes import questions
 from concepts.scenes.scene import TEST, generator, sample
@@ -102,7 +102,7 @@ def test_shares_equal_four_forwards_by_hand() -> None:
         other = three[1].question
         per_image = []
         for edit in ("blank", "noise"):
-            none = Edited(e.image, edit)
+            none = EditedImage(e.image, edit)
             v = {
                 (i, p): odds(
                     model,
@@ -153,7 +153,7 @@ def test_objects_and_words_are_players_of_their_own() -> None:
     alone = one.coalitions.sum(1) == 1
     row = int(np.flatnonzero(alone & one.coalitions[:, 0])[0])
     boxes, shown = tuple(o.box for o in e.objects), (True, *[False] * len(e.objects))
-    picture = Revealed(e.image, Edited(e.image, "blank"), boxes, shown)
+    picture = Revealed(e.image, EditedImage(e.image, "blank"), boxes, shown)
     others = [x.question for x in three if x.question != e.question]
     naive = np.mean([odds(model, replace(e, image=picture, question=q), e.answer) for q in others])
     np.testing.assert_allclose(one.values[row], naive, atol=2e-4)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from concepts import counterfactuals, scenes
+from concepts.counterfactuals.image_edits import signal_scale
 from concepts.scenes.scene import Scene
 from concepts.schema import ConceptDataset
 from groundscope.core.errors import ConfigError, DataError
@@ -61,7 +62,7 @@ def test_relation_pairs_mirror_every_place(data: ConceptDataset) -> None:
 
 
 def test_the_noise_schedule_is_that_of_the_paper() -> None:
-    kept = [counterfactuals.kept_signal(t) for t in (200, 500, 700, 900, 999)]
+    kept = [signal_scale(t) for t in (200, 500, 700, 900, 999)]
     np.testing.assert_allclose(kept, [0.9939, 0.8630, 0.5927, 0.3649, 0.2850], atol=1e-4)
 
 
@@ -82,7 +83,9 @@ def test_destroyed_images_hold_what_they_say(data: ConceptDataset) -> None:
 
 
 def test_bad_input_is_named(data: ConceptDataset) -> None:
-    with pytest.raises(ConfigError, match="no kind of pair 'colour': there are object, color"):
+    with pytest.raises(
+        ConfigError, match=r"unknown kind of pair 'colour'; choose from object, color, .*; did you mean color"
+    ):
         counterfactuals.pairs(data, "colour")
     with pytest.raises(DataError, match="no example that allows a pair of kind 'relation'"):
         counterfactuals.pairs(data.where(kind="caption"), "relation")

@@ -55,6 +55,10 @@ def test_an_entry_that_cannot_be_loaded_is_named_and_stops_nothing_else(
         table["wrong"]
     assert table["good"]() == "good"
     assert set(table.failures) == {"broken", "wrong"}
+    assert list(make(check=lambda entry: None if callable(entry) else "it cannot be called").usable()) == [
+        "built_in",
+        "good",
+    ]
     assert any("the gadget 'built_in' is ignored" in r.getMessage() for r in caplog.records)
 
 
@@ -66,6 +70,10 @@ def test_a_name_is_registered_once_unless_it_is_to_be_replaced(plugins: Path) ->
         table.register(name, repr, replace=True)
         assert table[name] is repr
     assert list(table) == ["built_in", "good", "broken", "wrong"]
+    table.unregister("good")
+    assert "good" not in table
+    with pytest.raises(ConfigError, match="unknown gadget 'good'"):
+        table.unregister("good")
 
 
 def test_an_unknown_name_is_answered_with_near_ones() -> None:

@@ -50,13 +50,13 @@ def test_coco_with_captions_in_two_parts_that_share_no_image(folder: Path) -> No
 
 def test_mistakes_name_what_there_is(folder: Path) -> None:
     for data, words in (
-        ({"source": "cocoa"}, "data.source=cocoa: there are scenes, amber, aro"),
+        ({"source": "cocoa"}, "data.source=cocoa: choose from scenes, amber, aro, .*; did you mean coco"),
         (
             {"source": "coco", "loader": {"caption": "x"}},
-            r"data\.loader\.caption: is not an option of coco; it has captions",
+            r"loader 'coco' has no option 'caption'; choose from captions, per_image, seed; did you mean captions",
         ),
-        ({"source": "vsr", "loader": {"limit": 3}}, r"data\.loader\.limit: is not an option of vsr; it has none"),
-        ({"source": "amber"}, r"data\.loader\.annotations: is needed by amber; it has annotations"),
+        ({"source": "vsr", "loader": {"limit": 3}}, r"data\.loader\.limit: set data\.limit"),
+        ({"source": "amber"}, "loader 'amber' needs the option 'annotations'; its options are annotations"),
     ):
         with pytest.raises(ConfigError, match=words):
             _ = context(folder, **data).parts

@@ -31,11 +31,11 @@ TRUE = {
     "A loader": """
 assert [e.question for e in data] == ["Is there a pear in the image?", "Is there a bell in the image?"]
 assert [e.answer for e in data] == ["yes", "no"]
-import yaml
-from pathlib import Path
-import experiments
-folder = Path(experiments.__file__).parent / "conf" / "data"
-assert yaml.safe_load((folder / "presence.yaml").read_text())["source"] in loaders.LOADERS
+assert data.provenance["loader"] == "presence"
+""",
+    "A kind of counterfactual pair": """
+assert all(p.clean.question == p.corrupt.question and p.clean.answer != p.corrupt.answer for p in pairs)
+assert len(pairs) > 5
 """,
     "A method that derives a vector": """
 import numpy as np

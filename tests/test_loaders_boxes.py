@@ -239,7 +239,7 @@ def test_an_object_without_a_box_has_no_place(tmp_path: Path) -> None:
     image = FileImage(tmp_path / "a.png", "a.png")
     example = Example("e", image, "Is there a ball in the image?", "yes", ("yes", "no"), "object", "existence", "random",
                       "a.png", objects=things, subject="o")  # fmt: skip
-    assert not list(counterfactuals.KINDS["mask"](example))
+    assert not list(counterfactuals.KINDS["mask"](ConceptDataset("one", (example,))))
     assert json.loads(json.dumps(example.record()))["objects"][1]["box"] is None
     assert ConceptDataset("d", (example,)).digest
 

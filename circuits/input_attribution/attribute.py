@@ -18,7 +18,7 @@ from circuits.input_attribution.coalitions import Game, make_game, players_of
 from circuits.input_attribution.results import Sources, SourceShares
 from circuits.patching.activation import check_evaluating
 from circuits.patching.sweep import side_by_side
-from concepts.counterfactuals import Edited
+from concepts.counterfactuals import EditedImage
 from concepts.schema import Example, ImageSource
 from groundscope.core.errors import ConfigError, PatchError
 from groundscope.core.progress import progress_bar
@@ -112,7 +112,7 @@ def split(
                     model,
                     examples[i],
                     players_of(model, examples[i], model.encode(examples[i]), image, prompt),
-                    [Edited(examples[i].image, n) if isinstance(n, str) else n for n in neutral_images],
+                    [EditedImage(examples[i].image, n) if isinstance(n, str) else n for n in neutral_images],
                     neutral_texts[i],
                     orders,
                     seed,

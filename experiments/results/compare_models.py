@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 from activation_store import trace
 from behavior import answer
 from circuits import patch_heads
+from concepts.counterfactuals import balanced_pairs
 from concepts.schema import ConceptDataset
 from diagnosis import diagnose
 from experiments.results.comparison import Comparison, Measured, compare
 from experiments.stages.diagnose import fit_directions, learning_rows
-from experiments.stages.patch import patching_pairs
 from experiments.stages.probe_plan import probe_plan
 from groundscope.core.errors import DataError, PatchError, ProbeError
 from lvlm import Lvlm
@@ -108,7 +108,7 @@ def measure(
         heads = {}
         for kind in kinds:
             try:
-                heads[kind] = patch_heads(model, patching_pairs(asked, kind, pairs))
+                heads[kind] = patch_heads(model, balanced_pairs(asked, kind, limit=pairs))
             except (DataError, PatchError):
                 continue  # the comparison notes what is missing in one of the two; what is missing in both says nothing
         try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -16,6 +15,7 @@ from experiments.config import DataConfig, RunConfig
 from experiments.run.folder import RunFolder, digest, file_digest
 from experiments.run.interrupts import load_torch
 from groundscope.core.errors import ConfigError
+from groundscope.core.text import nearest
 
 if TYPE_CHECKING:
     from activation_store import ActivationStore
@@ -165,23 +165,16 @@ def _loaded(data: DataConfig) -> ConceptDataset:
     from concepts import loaders
 
     if data.source not in loaders.LOADERS:
-        msg = f"data.source={data.source}: there are scenes, {', '.join(loaders.LOADERS)}"
+        names = ["scenes", *loaders.LOADERS]
+        msg = f"data.source={data.source}: choose from {', '.join(names)}{nearest(data.source, names)}"
         raise ConfigError(msg)
     if not data.questions or not data.images:
         msg = f"data={data.source} needs data.questions=<file> and data.images=<folder>"
         raise ConfigError(msg)
-    load = loaders.LOADERS[data.source]
-    taken = inspect.signature(load).parameters
-    possible = list(taken)[2:]  # the first two are the file and the folder
-    unknown = [name for name in data.loader if name not in possible or name == "limit"]
-    missing = [n for n in possible if taken[n].default is inspect.Parameter.empty and n not in data.loader]
-    if unknown or missing:
-        msg = (
-            f"data.loader.{[*unknown, *missing][0]}: {'is not an option of' if unknown else 'is needed by'} {data.source}; "
-            f"it has {', '.join(n for n in possible if n != 'limit') or 'none'}"
-        )
+    if "limit" in data.loader:
+        msg = "data.loader.limit: set data.limit"
         raise ConfigError(msg)
-    return load(Path(data.questions), Path(data.images), limit=data.limit, **data.loader)
+    return loaders.load(data.source, data.questions, data.images, limit=data.limit, **data.loader)
 
 
 def _divided(whole: ConceptDataset, share: float, seed: int) -> tuple[ConceptDataset, ConceptDataset]:

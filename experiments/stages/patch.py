@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
 from concepts import counterfactuals
-from concepts.schema import ConceptDataset, CounterfactualPair
 from experiments.run.context import Context
 from experiments.run.folder import write_json
 from groundscope.core.errors import ConfigError, DataError, PatchError
@@ -23,9 +22,15 @@ FALLBACK = "blank"
 def check(context: Context) -> None:
     """Raise `ConfigError` for an unknown kind of pair."""
     kinds = list(context.config.patch.kinds)
-    if not kinds or not set(kinds) <= set(counterfactuals.KINDS):
-        msg = f"patch.kinds={kinds}: choose from {', '.join(counterfactuals.KINDS)}"
+    if not kinds:
+        msg = f"patch.kinds=[]: choose from {', '.join(counterfactuals.KINDS)}"
         raise ConfigError(msg)
+    try:
+        for kind in kinds:
+            counterfactuals.KINDS[kind]
+    except ConfigError as error:
+        msg = f"patch.kinds: {error}"
+        raise ConfigError(msg) from error
 
 
 def make_head_scores(context: Context, root: Path) -> str:
@@ -40,7 +45,7 @@ def make_head_scores(context: Context, root: Path) -> str:
         if kind == FALLBACK and kind not in options.kinds and done:
             continue
         try:
-            pairs = patching_pairs(context.discovery, kind, options.pairs)
+            pairs = counterfactuals.balanced_pairs(context.discovery, kind, limit=options.pairs)
             done[kind] = patch_heads(
                 context.model,
                 pairs,
@@ -52,29 +57,14 @@ def make_head_scores(context: Context, root: Path) -> str:
             continue
         done[kind].save(root / f"{kind}.safetensors")
     top = top_heads(done, options.top) if done else []
-    write_json(root / "top.json", {"heads": [str(h) for h in top], "left_out": left_out, "kinds": list(done)})
+    packages = {kind: package for kind, package in counterfactuals.KINDS.origins.items() if kind in done}
+    card = {"heads": [str(h) for h in top], "left_out": left_out, "kinds": list(done)}
+    write_json(root / "top.json", {**card, "packages": packages} if packages else card)
     note = f"; left out: {', '.join(left_out)}" if left_out else ""
     if not done:
         return f"no head could be scored{note}: {next(iter(left_out.values()))}"
     counts = ", ".join(f"{s.n_pairs} {kind}" for kind, s in done.items())
     return f"{counts} pairs, every head exactly; top heads {', '.join(map(str, top))}{note}"
-
-
-def patching_pairs(data: ConceptDataset, kind: str, limit: int) -> list[CounterfactualPair]:
-    """Take at most `limit` pairs of a kind, each from another image, from the neutral split where there is one."""
-    neutral = data.where(split="neutral")
-    pairs = counterfactuals.pairs(neutral if len(neutral) else data, kind)
-    chosen: dict[str, CounterfactualPair] = {}
-    # Alternate the true answer, so that heads that only push "yes" do not pass for grounding heads.
-    wanted: dict[str, int] = {}
-    for pair in pairs:
-        if pair.group in chosen or wanted.get(pair.clean.answer, 0) > min(wanted.values(), default=0) + 2:
-            continue
-        chosen[pair.group] = pair
-        wanted[pair.clean.answer] = wanted.get(pair.clean.answer, 0) + 1
-        if len(chosen) == limit:
-            break
-    return list(chosen.values())
 
 
 def top_heads(scores: Mapping[str, HeadScores], count: int) -> Sequence[object]:

@@ -8,6 +8,7 @@ A package adds entries without changing this one, by an entry point in its ``pyp
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import EntryPoint, entry_points
@@ -92,6 +93,29 @@ class Registry(Mapping[str, T], Generic[T]):
         self._failures.pop(name, None)
         self._origins.pop(name, None)
         self._read_points().pop(name, None)
+
+    def unregister(self, name: str) -> None:
+        """Remove an entry; raises for a name without one.
+
+        Examples
+        --------
+        >>> from groundscope.core.registry import Registry
+        >>> shapes = Registry("shape", {"circle": 0, "square": 4})
+        >>> shapes.unregister("square")
+        >>> list(shapes)
+        ['circle']
+        """
+        self[name]
+        del self._entries[name]
+        self._origins.pop(name, None)
+
+    def usable(self) -> dict[str, T]:
+        """Return the entries that can be loaded, by name; entries that cannot are in `failures`, and are logged."""
+        entries: dict[str, T] = {}
+        for name in list(self):
+            with contextlib.suppress(self._error):
+                entries[name] = self[name]
+        return entries
 
     @property
     def failures(self) -> Mapping[str, str]:
