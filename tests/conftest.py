@@ -22,13 +22,12 @@ settings.register_profile("groundscope", deadline=None, derandomize=True)
 settings.register_profile("explore", deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "groundscope"))
 
-SMALL = ("data.n_images=80", "data.test_images=40", "patch.pairs=12", "steer.strengths=[1,2]", "threads=1")
-"""Options of `finished_run`."""
-
 
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
     """One small run of every stage on the embedded model, made once for all workers; look, do not touch."""
+    from tests.toys.command_line import SMALL  # after the environment is set
+
     base = tmp_path_factory.getbasetemp()
     folder = (base if worker_id == "master" else base.parent) / "finished"
     folder.mkdir(exist_ok=True)

@@ -1,6 +1,6 @@
 """Coverage of intervals by simulation: how often they hold the truth, over rates, sizes of groups and how much rows agree.
 
-`make validate` runs this folder; `make test` runs a small sample of it (tests/test_concepts_intervals.py). Each test prints its
+`make validate` runs this folder; `make test` runs a small sample of it (tests/core/test_intervals.py). Each test prints its
 table (`pytest -s`).
 """
 
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from null_data import group_sizes, margins_by_group, means_by_group, rates_by_group
 from scipy.stats import norm
 
 from circuits.results.statistics import mean_interval
@@ -23,6 +22,7 @@ from probes.protocol.scoring import (
     difference_interval,
     resample_groups,
 )
+from tests.toys.simulated_data import group_sizes, margins_by_group, means_by_group, rates_by_group
 
 LOW_RATES = (0.005, 0.01, 0.015, 0.02, 0.025, 0.03, 0.04, 0.06)
 OTHER_RATES = (0.1, 0.2, 0.35, 0.5, 0.8, 0.97)

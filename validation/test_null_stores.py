@@ -1,19 +1,19 @@
 """False positives of permutation tests on stores in which labels mean nothing: at .05 in at most 5 % of them.
 
-`make validate` runs this folder; `make test` runs a small sample of it (tests/test_core_permutations.py).
+`make validate` runs this folder; `make test` runs a small sample of it (tests/core/test_permutations.py).
 """
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
-from null_data import KINDS, mean_distance_p, null_store
 from scipy.stats import binomtest
 
 from concepts import scenes
 from probes import fit_grid, permutation_test
 from probes.protocol.controls import shuffle_labels
-from probes_stores import MemoryStore
+from tests.toys.memory_store import MemoryStore
+from tests.toys.simulated_data import KINDS, mean_distance_p, null_store
 
 STORES = 300
 LEVEL = 0.01

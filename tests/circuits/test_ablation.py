@@ -1,0 +1,178 @@
+"""Ablation against plain torch hooks, one example at a time, and on circuits that are known."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from circuits import ablate
+from circuits.ablation import How, Where
+from concepts.schema import Example
+from groundscope.core.errors import ConfigError, PatchError, SiteError
+from groundscope.testing import planted_circuits
+from lvlm import Head
+from lvlm.model import Lvlm
+from tests.toys.random_models import examples, hooks_of, layers_of, shared
+
+SETS = [Head(1, 3), [Head(0, 0), Head(4, 7), Head(4, 2)]]
+
+
+def margin(logits: torch.Tensor, model: Lvlm, example: Example) -> float:
+    ids = {c: model.processor.tokenizer.convert_tokens_to_ids(c) for c in example.candidates}
+    others = [float(logits[i]) for c, i in ids.items() if c != example.answer]
+    return float(logits[ids[example.answer]]) - max(others)
+
+
+@torch.no_grad()
+def outputs(model: Lvlm, example: Example) -> list[torch.Tensor]:
+    kept: list[torch.Tensor] = []
+    hooks = [
+        layer.self_attn.o_proj.register_forward_pre_hook(lambda _m, args: kept.append(args[0][0].clone()))
+        for layer in layers_of(model)
+    ]
+    model.hf(**model.encode(example).inputs)
+    for hook in hooks:
+        hook.remove()
+    return kept
+
+
+def spots(model: Lvlm, example: Example, tokens: str) -> list[int]:
+    ids = model.encode(example).inputs["input_ids"][0].tolist()
+    image = [i for i, t in enumerate(ids) if t == model.processor.tokenizer.convert_tokens_to_ids("<image>")]
+    every = list(range(len(ids)))
+    return {"last": every[-1:], "suffix": every[image[-1] + 1 :], "image": image, "all": every}[tokens]
+
+
+@torch.no_grad()
+def naive(model: Lvlm, example: Example, heads: Sequence[Head], values: list[torch.Tensor], tokens: str) -> float:
+    """Run with each head's columns set at some positions; `values` are ``[n, width]`` for each layer."""
+    hooks = []
+    at, dim = spots(model, example, tokens), model.head_dim
+    for i, layer in enumerate(layers_of(model)):
+        mine = [h.head for h in heads if h.layer == i]
+
+        def put(_m: object, args: tuple[torch.Tensor], i: int = i, mine: list[int] = mine) -> tuple[torch.Tensor]:
+            z = args[0].clone()
+            for h in mine:
+                for k, position in enumerate(at):
+                    z[0, position, h * dim : (h + 1) * dim] = values[i][k, h * dim : (h + 1) * dim]
+            return (z,)
+
+        hooks.append(layer.self_attn.o_proj.register_forward_pre_hook(put))
+    logits = model.hf(**model.encode(example).inputs).logits[0, -1]
+    for hook in hooks:
+        hook.remove()
+    return margin(logits, model, example)
+
+
+@pytest.mark.parametrize("tokens", ["last", "suffix", "image", "all"])
+@pytest.mark.parametrize("how", ["zero", "mean"])
+def test_equals_plain_hooks(how: How, tokens: Where) -> None:
+    model, asked, reference = shared(), examples(4), examples()[2:7]
+    found = ablate(model, asked, SETS, how, tokens, reference=reference, batch_size=3)
+    collected = [[z[spots(model, e, tokens)] for z in outputs(model, e)] for e in reference]
+    mean = [torch.cat([example[i] for example in collected]).double().mean(0).float() for i in range(model.n_layers)]
+    for n, example in enumerate(asked):
+        count = len(spots(model, example, tokens))
+        values = [(m if how == "mean" else 0 * m).expand(count, -1) for m in mean]
+        assert found.margins[n] == pytest.approx(naive(model, example, [], values, tokens), abs=1e-5)
+        for s, heads in enumerate(found.sets):
+            assert found.ablated[n, s] == pytest.approx(naive(model, example, heads, values, tokens), abs=1e-5)
+    assert np.abs(found.effects).max() > 1e-3
+    assert found.sets == ((Head(1, 3),), tuple(SETS[1]))
+    assert hooks_of(model) == 0
+
+
+@pytest.mark.parametrize("tokens", ["last", "all"])
+def test_resampling_takes_another_groups_output(tokens: Where) -> None:
+    model, asked = shared(), examples()
+    found = ablate(model, asked, SETS, "resample", tokens, seed=3)
+    for n, example in enumerate(asked[:3]):
+        possible = []
+        for other in asked:
+            same = tokens == "last" or len(spots(model, other, tokens)) == len(spots(model, example, tokens))
+            if other.group != example.group and same:
+                values = [z[spots(model, other, tokens)] for z in outputs(model, other)]
+                possible.append([naive(model, example, heads, values, tokens) for heads in found.sets])
+        nearest = np.abs(np.array(possible) - found.ablated[n]).max(axis=1).min()
+        assert nearest < 1e-5, "one donor explains all sets"
+        own = [z[spots(model, example, tokens)] for z in outputs(model, example)]
+        assert naive(model, example, found.sets[1], own, tokens) == pytest.approx(float(found.margins[n]), abs=1e-5)
+    again = ablate(model, asked, SETS, "resample", tokens, seed=3, batch_size=2)
+    np.testing.assert_allclose(again.ablated, found.ablated, atol=1e-5)
+    assert np.abs(ablate(model, asked, SETS, "resample", tokens, seed=4).ablated - found.ablated).max() > 1e-4
+
+
+def test_sweeps_cover_every_head_and_layer() -> None:
+    model = shared()
+    heads, layers = (ablate(model, examples(2), kind, "zero") for kind in ("heads", "layers"))
+    assert [h for (h,) in heads.sets] == [Head(i, h) for i in range(6) for h in range(8)]
+    assert [{h.layer for h in s} for s in layers.sets] == [{i} for i in range(6)]
+    assert {len(s) for s in layers.sets} == {8}
+
+
+@pytest.mark.parametrize("how", ["zero", "mean"])
+@pytest.mark.parametrize("backups", [1, 2])
+def test_backups_show_in_joint_but_not_in_single_ablation(how: How, backups: int) -> None:
+    for seed in range(6):
+        p = planted_circuits.plant(seed, backups=backups)
+        assert p.grounding is not None
+        balanced = [e for pair in p.pairs(4) for e in (pair.clean, pair.corrupt)]
+        chain = [p.grounding, *p.backups]
+        sets = [[h] for h in chain] + [chain[:-1], chain]
+        found = ablate(p.model, balanced, sets, how).effects.mean(0)
+        # 6 is what the picture says, in logits.
+        np.testing.assert_allclose(found[:-1], 0, atol=0.1)
+        assert found[-1] == pytest.approx(6, abs=0.2)
+
+
+def test_without_the_prior_head_conflicts_are_answered_more_surely() -> None:
+    p = planted_circuits.plant(2)
+    assert p.prior is not None
+    asked = p.examples(20)
+    found = ablate(p.model, asked, [p.prior], "zero").effects[:, 0]
+    for example, effect in zip(asked, found, strict=True):
+        assert effect == pytest.approx({"neutral": 0, "typical": 3, "conflict": -3}[example.split], abs=0.1)
+
+
+def test_numbers_by_group() -> None:
+    p = planted_circuits.plant(5)
+    assert p.grounding is not None
+    asked = [replace(e, group=f"g{i // 3}") for i, e in enumerate(p.examples(30))]
+    found = ablate(p.model, asked, [p.grounding, p.decoys[0]], "zero")
+    frame = found.frame()
+    assert list(frame["name"]) == [str(p.grounding), str(p.decoys[0])]
+    np.testing.assert_allclose(frame["effect"], found.effects.mean(0), rtol=1e-6)
+    assert (frame["effect_low"] <= frame["effect"]).all()
+    assert (frame["effect"] <= frame["effect_high"]).all()
+    assert frame["lost"][1] == 0 < frame["lost"][0]
+    np.testing.assert_allclose(frame["accuracy"] + frame["lost"], found.right.mean())
+    values = found.effects[:, 0].astype(np.float64)
+    means = [values[3 * i : 3 * i + 3].mean() for i in range(10)]
+    t = stats.t.interval(0.95, 9, np.mean(means), stats.sem(means))
+    assert frame["effect_high"][0] - frame["effect_low"][0] == pytest.approx(t[1] - t[0], rel=0.35)
+    some = found.select(np.array([e.split == "conflict" for e in asked]))
+    assert len(some.ids) == sum(e.split == "conflict" for e in asked) == len(some.ablated)
+
+
+def test_what_is_refused() -> None:
+    model, asked = shared(), examples(2)
+    for options in ({"how": "noise"}, {"tokens": "first"}, {"batch_size": 0}, {"sets": "neurons"}):
+        with pytest.raises(ConfigError):
+            ablate(model, asked, **options)
+    with pytest.raises(SiteError, match=r"L9\.H0: random has 6 layers"):
+        ablate(model, asked, [Head(9, 0)])
+    for sets in ([], [[]]):
+        with pytest.raises(PatchError, match="at least one"):
+            ablate(model, asked, sets)
+    with pytest.raises(PatchError, match="examples is empty"):
+        ablate(model, [])
+    with pytest.raises(PatchError, match="reference is empty"):
+        ablate(model, asked, reference=[])
+    with pytest.raises(PatchError, match="no reference example of another group"):
+        ablate(model, asked[:1], how="resample")

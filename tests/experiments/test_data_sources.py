@@ -1,0 +1,70 @@
+"""A run's data from people's own files: every loader by its name, with its own options."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from PIL import Image
+from rich.console import Console
+
+from concepts import loaders
+from experiments.config import DataConfig, RunConfig
+from experiments.run.context import Context
+from experiments.run.folder import RunFolder
+from groundscope.core.errors import ConfigError
+
+
+def context(folder: Path, **data: Any) -> Context:
+    config = RunConfig(root=str(folder), data=DataConfig(questions=str(folder / "q.json"), images=str(folder), **data))
+    return Context(config, RunFolder(folder), Console())
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    held: dict[str, Any] = {
+        "images": [],
+        "annotations": [],
+        "categories": [{"id": i, "name": f"n{i}"} for i in range(9)],
+    }
+    for i in range(12):
+        Image.new("RGB", (2, 2)).save(tmp_path / f"{i}.png")
+        held["images"].append({"id": i, "file_name": f"{i}.png"})
+        held["annotations"].append({"id": i, "image_id": i, "category_id": i % 9, "bbox": [0, 0, 1, 1]})
+    (tmp_path / "q.json").write_text(json.dumps(held))
+    (tmp_path / "c.json").write_text(json.dumps({"annotations": [{"image_id": 3, "caption": "A thing."}]}))
+    return tmp_path
+
+
+def test_coco_with_captions_in_two_parts_that_share_no_image(folder: Path) -> None:
+    made = context(folder, source="coco", loader={"captions": str(folder / "c.json"), "seed": 4})
+    found, held = made.parts
+    assert len(found) + len(held) == 25
+    assert not {e.group for e in found} & {e.group for e in held}
+    assert sum(e.kind == "caption" for part in made.parts for e in part) == 1
+    assert found.provenance["seed"] == 4
+
+
+def test_mistakes_name_what_there_is(folder: Path) -> None:
+    for data, words in (
+        ({"source": "cocoa"}, "data.source=cocoa: choose from scenes, amber, aro, .*; did you mean coco"),
+        (
+            {"source": "coco", "loader": {"caption": "x"}},
+            r"loader 'coco' has no option 'caption'; choose from captions, per_image, seed; did you mean captions",
+        ),
+        ({"source": "vsr", "loader": {"limit": 3}}, r"data\.loader\.limit: set data\.limit"),
+        ({"source": "amber"}, "loader 'amber' needs the option 'annotations'; its options are annotations"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            _ = context(folder, **data).parts
+    with pytest.raises(ConfigError, match="data=vsr needs data"):
+        _ = Context(RunConfig(data=DataConfig(source="vsr")), RunFolder(folder), Console()).parts
+
+
+def test_every_loader_has_its_line_in_the_configuration() -> None:
+    folder = Path(__file__).resolve().parents[2] / "experiments" / "conf" / "data"
+    held = {path.stem: yaml.safe_load(path.read_text())["source"] for path in folder.glob("*.yaml")}
+    assert held == {name: name for name in ("scenes", *loaders.LOADERS)}

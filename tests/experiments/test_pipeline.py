@@ -1,0 +1,492 @@
+"""The main job from end to end through its command, on the embedded model, a random one, and files on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from activation_store import ActivationStore, verify
+from circuits import HeadScores
+from concepts import scenes
+from diagnosis import Diagnoses
+from experiments.config import STAGES, RunConfig
+from experiments.results.headlines import headlines
+from experiments.run.context import Context
+from experiments.run.folder import RunFolder
+from experiments.stages import export, steer
+from groundscope.core.errors import ConfigError
+from groundscope.core.statistics import Estimate
+from lvlm import Head
+from lvlm.tiny.architecture import build_model, build_processor
+from mitigation import SteeringVector
+from mitigation.steering.placement import Entry, Key
+from mitigation.strength import choose_strength, cost, guards, harm
+from probes import ProbeGrid
+from tests.toys.command_line import SMALL, run_command
+from tests.toys.pope_files import pope_folder
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def groundscope(*options: str, cwd: Path, timeout: float = 500) -> subprocess.CompletedProcess[str]:
+    """Run the command as a user would."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+    return subprocess.run(
+        [sys.executable, "-m", "experiments", *options],
+        cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout, check=False,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def run(finished_run: Path) -> Path:
+    """One finished run on the embedded model, shared by the tests that only look."""
+    assert "report: runs/whole/report.html" in (finished_run.parent.parent / "done").read_text()
+    return finished_run
+
+
+def test_every_stage_leaves_files_that_open(run: Path) -> None:
+    for folder in ("examples", "activations", "probes", "circuits", "steering", "behavior", "diagnosis", "report"):
+        receipt = json.loads((run / folder / "stage.json").read_text())
+        assert receipt["files"]
+        assert receipt["summary"]
+    assert {"python", "packages"} <= json.loads((run / "environment.json").read_text()).keys()
+    assert "n_images: 80" in (run / "config.yaml").read_text()
+    store = ActivationStore(run / "activations")
+    frame = store.frame()
+    records = [json.loads(line) for line in (run / "examples" / "discovery.jsonl").read_text().splitlines()]
+    assert len(frame) == sum(bool(r["candidates"]) for r in records)
+    assert store.read("decoder.L3.z", "last", head=5).shape == (len(frame), 24)
+    assert store.read("vision.L2.resid_post", "object:mean").shape == (len(frame), 128)
+    assert store.read("projector.out", "image:mean").shape == (len(frame), 192)
+    assert verify(run / "activations").ok
+    grid = ProbeGrid.load(run / "probes" / "decoder.z@last")
+    assert grid.array("object:named").shape == (6, 8)
+    scores = HeadScores.load(run / "circuits" / "color.safetensors")
+    assert scores.mean.shape == (6, 8)
+    SteeringVector.load(run / "steering" / "vector.safetensors")
+
+
+def test_what_is_found_is_what_the_model_knows(run: Path) -> None:
+    grid = ProbeGrid.load(run / "probes" / "decoder.resid_post@last")
+    assert grid.array("object:named").max() > 0.85
+    assert abs(grid.array("object:named", "control").mean() - 0.5) < 0.15
+    rates = json.loads((run / "behavior" / "rates.json").read_text())
+    assert rates["before"]["neutral, object: right"]["value"] > 0.9
+    assert rates["before"]["conflict: wrong by prior"]["value"] > rates["twin"]["conflict: wrong by prior"]["value"]
+
+
+def test_headlines_are_what_the_files_say(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = {h.name: h for h in headlines(run)}
+    frame = ProbeGrid.load(run / "probes" / "decoder.z@last").frame()
+    named = frame[frame["concept"] == "object:named"]
+    best = named[named["validation"] == named["validation"].max()]["balanced_accuracy"]
+    assert told["probe: decoder.z@last, object:named: best cell"].value in best.to_numpy()
+    scores = HeadScores.load(run / "circuits" / "color.safetensors")
+    assert told["patch: color: effect of the strongest head"].value == pytest.approx(float(scores.mean.max()))
+    rates = json.loads((run / "behavior" / "rates.json").read_text())
+    for condition, measures in rates.items():
+        for name, rate in measures.items():
+            found = told[f"evaluate: {name}, {condition}"]
+            assert (found.value, found.low, found.high) == (rate["value"], rate["low"], rate["high"])
+    quick = {h.name for h in headlines(run, quick=True)}
+    assert {name for name in told if name.startswith(("evaluate", "steer"))} <= quick < told.keys()
+    status, said, _ = run_command(("compare", str(run), str(run)), tmp_path, monkeypatch, capsys)
+    assert status == 0
+    assert set(re.findall(r"([+-][\d.e-]+) *$", said.split("not compared")[0], flags=re.M)) <= {"+0"}
+    assert "patch: color: effect of the strongest head" in said
+    status, said, _ = run_command(("status", str(run)), tmp_path, monkeypatch, capsys)
+    assert said.count("●") == len(STAGES) + 1
+    assert f"neutral: right {100 * rates['before']['neutral: right']['value']:.1f} → " in said
+
+
+def test_wrong_answers_are_diagnosed_and_told(run: Path) -> None:
+    found = Diagnoses.load(run / "diagnosis" / "diagnoses.json")
+    assert 0 < len(found.wrong) <= 60
+    frame = ActivationStore(run / "activations").frame().set_index("id")
+    assert all((one.verdict is None) == bool(frame["correct"][one.example["id"]]) for one in found.examples)
+    assert all(one.said == frame["model_answer"][one.example["id"]] for one in found.examples)
+    misled = found.table("split").set_index(["split", "verdict"]).loc[("conflict", "overridden by the prior")]
+    assert misled["share"] > 0.5  # what this model's training made it do
+    shares = [o.sources for o in found.wrong if o.sources]
+    assert sum(bool(o.sources) for o in found.examples) > len(shares)  # some right ones too, to compare with
+    assert all(abs(s["prior"] + s["image"] + s["prompt"] - s["log_odds"]) < 1e-5 for s in shares)
+    text = (run / "report.html").read_text()
+    assert "Verdict: overridden by the prior" in text
+
+
+def test_the_report_tells_what_right_and_wrong_answers_came_from(run: Path) -> None:
+    told = json.loads((run / "diagnosis" / "diagnoses.json").read_text())["diagnoses"]
+    split = [one for one in told if one["sources"]]
+    rows = re.findall(
+        r"<tr><td>(\w+): (right|wrong) \((\d+)\)</td><td>([^ ]+) \[[^]]+\]</td><td>([^ ]+)", report_of(run)
+    )
+    assert {"right", "wrong"} == {row[1] for row in rows}
+    for level, side, n, image, prompt in rows:
+        ones = [
+            o["sources"] for o in split if o["example"]["level"] == level and bool(o["verdict"]) == (side == "wrong")
+        ]
+        assert int(n) == len(ones)
+        assert float(image) == pytest.approx(sum(o["image"] for o in ones) / len(ones), abs=0.0051)
+        assert float(prompt) == pytest.approx(sum(o["prompt"] for o in ones) / len(ones), abs=0.0051)
+    attribute = {row[1]: float(row[3]) for row in rows if row[0] == "attribute"}
+    assert attribute["wrong"] < 0 < attribute["right"]  # the image is against what the prior made it say
+    verdicts = Counter(o["verdict"] for o in told if o["verdict"] and o["example"]["level"] == "attribute")
+    assert f"<td>{', '.join(f'{n} {verdict}' for verdict, n in verdicts.most_common())}</td>" in report_of(run)
+
+
+def report_of(run: Path) -> str:
+    return (run / "report.html").read_text()
+
+
+class Reader(HTMLParser):
+    """Collect what a page links to and loads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ids: set[str] = set()
+        self.links: list[str] = []
+        self.loaded: list[str] = []
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = dict(attrs)
+        if found.get("id"):
+            self.ids.add(str(found["id"]))
+        if tag == "a":
+            self.links.append(str(found["href"]))
+        if tag in {"img", "script", "link", "iframe"}:
+            self.loaded.append(str(found.get("src") or found.get("href")))
+        if tag == "img":
+            assert found.get("alt")
+
+
+def test_the_report_stands_alone_and_tells_the_story(run: Path) -> None:
+    text = (run / "report.html").read_text()
+    page = Reader()
+    page.feed(text)
+    assert all(link.startswith("#") and link[1:] in page.ids for link in page.links)
+    assert all(source.startswith("data:image/png;base64,") for source in page.loaded)
+    assert {
+        "summary",
+        "apple",
+        "levels",
+        "accuracy",
+        "known",
+        "used",
+        "sources",
+        "why",
+        "corrected",
+        "made",
+    } <= page.ids
+    assert text.count("<svg") >= 7
+    assert len(text) < 5e6
+    assert not re.search(r"\bnan\b", re.sub(r"<svg.*?</svg>", "", text, flags=re.S))
+
+
+def test_every_method_and_control_was_tried_at_every_strength(run: Path) -> None:
+    sweep = json.loads((run / "steering" / "sweep.json").read_text())
+    assert set(sweep["curves"]) == {*steer.METHODS, *(f"control: {name}" for name in steer.CONTROLS)}
+    for name, rows in sweep["curves"].items():
+        unit = steer.METHODS[name].unit if name in steer.METHODS else 1.0
+        assert [row["strength"] for row in rows] == [0, unit, 2 * unit]
+        assert rows[0] == sweep["sweep"][0]
+        assert rows[0]["cost"] == 0
+    assert sweep["chosen"] in sweep["sweep"]
+    rates = json.loads((run / "behavior" / "rates.json").read_text())
+    assert set(rates) == {"before", "after", *steer.CONTROLS, "twin"}
+    text = (run / "report.html").read_text()
+    assert "Benefit against side effect" in text
+    for name in sweep["curves"]:
+        assert f"{name}</text>" in text
+    vector = SteeringVector.load(run / "steering" / "vector.safetensors")
+    assert vector.decay == 0.5
+    for name in steer.CONTROLS:
+        control = SteeringVector.load(run / "steering" / steer.control_file(name))
+        assert (control.strength, control.decay) == (vector.strength, 0.5)
+
+
+def test_what_was_tried_together_is_what_each_gives_alone(run: Path) -> None:
+    from behavior import answer
+    from behavior.measures import measure
+    from lvlm import load_lvlm
+
+    model, vector = load_lvlm("tiny"), SteeringVector.load(run / "steering" / "vector.safetensors")
+    data = scenes.dataset(80, 0).filter(lambda e: bool(e.candidates))
+    with vector.applied(model, 2.0):
+        alone = measure(answer(model, data, progress=False), data)
+    row = json.loads((run / "steering" / "sweep.json").read_text())["curves"]["discriminant"][-1]
+    assert row["strength"] == 2
+    assert {name: e.value for name, e in alone.items()} == {name: row[name] for name in alone}
+
+
+def test_exports_are_written_where_they_can_be_and_the_rest_explained(run: Path, tmp_path: Path) -> None:
+    import shutil
+
+    told = json.loads((run / "export" / "formats.json").read_text())
+    assert told["written"] == {"safetensors": "vector.safetensors"}
+    assert set(told["refused"]) == {"baked", "gguf", "steering_vectors", "vllm", "vti"}
+    assert "it is of kind 'amplify'" in told["refused"]["gguf"]
+    saved, again = (SteeringVector.load(run / part / "vector.safetensors") for part in ("steering", "export"))
+    assert again.provenance == saved.provenance
+    assert "not written" in (run / "report.html").read_text()
+    # An additive vector at heads and all tokens goes into biases, and where it is asked for through the projection.
+    shutil.copytree(run, tmp_path / "runs" / "whole")
+    folder = RunFolder(tmp_path / "runs" / "whole")
+    entries: dict[Key, Entry] = {Head(2, 3): Entry(np.eye(1, 24)[0])}
+    plain = SteeringVector(entries, "add", "all", 1.0, saved.model, saved.config_hash)
+    plain.save(folder.path / "steering" / "vector.safetensors")
+    config = RunConfig()
+    config.model.path, config.export.convert = "tiny", True
+    context = Context(config, folder, Console())
+    assert "vti" in export.make_exports(context, tmp_path)
+    told = json.loads((tmp_path / "formats.json").read_text())
+    assert set(told["written"]) == {"safetensors", "baked", "gguf", "steering_vectors", "vllm"}
+    assert all((tmp_path / file).is_file() for file in told["written"].values())
+    config.export.formats = ["vti", "baked"]
+    assert export.make_exports(context, tmp_path) == (
+        "written: baked (baked.safetensors); cannot hold it: vti (why: formats.json)"
+    )
+
+
+def test_a_second_run_skips_what_is_done(run: Path) -> None:
+    before = {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.is_file() and p.parent != run}
+    done = groundscope("name=whole", *SMALL, cwd=run.parent.parent)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("unchanged") == len(STAGES)
+    assert before == {p: p.stat().st_mtime_ns for p in before}
+
+
+def test_another_option_runs_its_stage_and_what_follows(run: Path, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(run, tmp_path / "runs" / "whole")
+    done = groundscope("name=whole", *SMALL, "probe.folds=3", "stages=[examples,trace,probe]", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("unchanged") == 2
+    assert re.search(r"probe +[\d.]+ s", done.stdout)
+    # A byte that is not what the receipt says: that stage runs again, alone.
+    victim = tmp_path / "runs" / "whole" / "probes" / "plan.json"
+    victim.write_text(victim.read_text() + " ")
+    again = groundscope("name=whole", *SMALL, "probe.folds=3", "stages=[examples,trace,probe]", cwd=tmp_path)
+    assert again.stdout.count("unchanged") == 2
+
+
+KILLED = ["activations", "probes", "circuits", "steering", "behavior", "diagnosis", "export", "report"]
+
+
+@pytest.mark.parametrize(
+    ("folder", "by"), [*((folder, signal.SIGKILL) for folder in KILLED), ("activations", signal.SIGINT)]
+)
+def test_a_run_killed_in_a_stage_resumes(run: Path, tmp_path: Path, folder: str, by: signal.Signals) -> None:
+    """Kill the whole process, or press Ctrl-C, once the stage has begun; the next run finds what the shared run found."""
+    import shutil
+
+    shutil.copytree(run, tmp_path / "runs" / "whole")
+    shutil.rmtree(tmp_path / "runs" / "whole" / folder)
+    order = ["examples", "activations", "probes", "circuits", "steering", "behavior", "diagnosis", "export", "report"]
+    stages = f"stages=[{','.join(STAGES[: order.index(folder) + 1])}]"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        [sys.executable, "-X", "faulthandler", "-m", "experiments", "name=whole", *SMALL, stages],
+        cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+        # Whoever starts the tests in the background may have it ignored, and that is passed on.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    begun = tmp_path / "runs" / "whole" / folder / ".key"
+    deadline = time.monotonic() + 200
+    while not begun.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    time.sleep(0.3)
+    os.killpg(process.pid, by)
+    _, complaint = process.communicate(timeout=120)
+    if by == signal.SIGINT:
+        # Python itself ends by the signal where an interrupt once passed through code run by `exec`; a shell calls both 130.
+        assert process.returncode in (130, -signal.SIGINT), complaint
+        assert "stopped; finished work is kept: go on with groundscope resume=runs/whole" in complaint
+        assert "Traceback" not in complaint
+    assert not (tmp_path / "runs" / "whole" / folder / "stage.json").exists()
+    done = groundscope("name=whole", *SMALL, stages, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("unchanged") == order.index(folder)
+    first, second = (json.loads((r / folder / "stage.json").read_text()) for r in (run, tmp_path / "runs" / "whole"))
+    assert first["summary"] == second["summary"]
+
+
+def test_a_random_model_in_a_folder_knows_nothing(tmp_path: Path) -> None:
+    build_model(5).save_pretrained(tmp_path / "model")
+    build_processor().save_pretrained(tmp_path / "model")
+    done = groundscope("model=hf", "model.path=model", *SMALL, "name=random", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "runs" / "random"
+    grid = ProbeGrid.load(folder / "probes" / "decoder.resid_post@last")
+    # Chance at the output, within what so few images allow.
+    assert abs(grid.array("object:named")[-1] - 0.5) < 0.2
+    assert (folder / "report.html").exists()
+
+
+def test_files_in_popes_layout(tmp_path: Path) -> None:
+    pope_folder(tmp_path)
+    options = ["data=pope", "data.questions=pope_random.json", "data.images=images", "patch.pairs=10", "name=pope"]
+    done = groundscope(*options, "steer.strengths=[1]", "threads=1", "probe.folds=3", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rates = json.loads((tmp_path / "runs" / "pope" / "behavior" / "rates.json").read_text())
+    assert rates["before"]["all: right"]["value"] > 0.85
+    assert (tmp_path / "runs" / "pope" / "report.html").exists()
+
+
+# -- bad input -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["model.path=./nowhere", "stages=[examples,trace]"], "no model folder 'nowhere'"),
+        (["stages=[trase]"], "no stage 'trase': there are examples, trace"),
+        (["stages=[probe]"], "stage 'probe' needs 'trace'"),
+        (["data.seed=1000"], "test scenes must not be those"),
+        (["data.n_images=2"], "at least 10 images"),
+        (["trace.sites=[decoder.L40.z]", "stages=[examples,trace]"], "decoder.L40.z"),
+        (["trace.tokens=[first]", "stages=[examples,trace]"], "unknown token selection 'first'"),
+        (["probe.concepts=['object:zebra']", "stages=[examples,trace,probe]"], "object:zebra"),
+        (["data=pope", "data.questions=q.json", "data.images=."], "q.json"),
+        (["model=hf"], "model.path"),
+        (["patch.kinds=[colour]", "stages=[examples,patch]"], "colour"),
+        (["steer.method=magic"], "steer.method=magic: there are discriminant, amplify"),
+        (["steer.strengths=[]"], "steer.strengths is empty"),
+        (["steer.decay=0"], "steer.decay=0"),
+        (["export.formats=[onnx]"], "export.formats=['onnx']: there are safetensors, baked, gguf"),
+    ],
+)
+def test_a_mistake_is_one_line(options: list[str], message: str, tmp_path: Path) -> None:
+    done = groundscope("data.n_images=20", "data.test_images=20", "threads=1", *options, cwd=tmp_path)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert done.stderr.startswith("error: ")
+    assert message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert "Traceback" not in done.stderr
+
+
+def test_a_misspelt_option_is_refused(tmp_path: Path) -> None:
+    done = groundscope("dta.n_images=20", cwd=tmp_path)
+    assert done.returncode != 0
+    assert "dta" in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_folder_of_another_version_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "runs" / "old").mkdir(parents=True)
+    (tmp_path / "runs" / "old" / "run.json").write_text('{"layout": 99}')
+    done = groundscope("name=old", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "has layout 99" in done.stderr
+
+
+def test_a_broken_question_file_is_named_with_its_line(tmp_path: Path) -> None:
+    pope_folder(tmp_path, 5)
+    file = tmp_path / "pope_random.json"
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join([*lines[:3], '{"question_id": 3, "image"', *lines[4:]]))
+    done = groundscope("data=pope", f"data.questions={file}", "data.images=images", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "line 4" in done.stderr
+    file.write_text("\n".join(lines))
+    (tmp_path / "images" / "p2.png").write_bytes(b"not an image")
+    done = groundscope("data=pope", f"data.questions={file}", "data.images=images", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "p2.png" in done.stderr
+    (tmp_path / "images" / "p2.png").unlink()
+    done = groundscope("data=pope", f"data.questions={file}", "data.images=images", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "p2.png" in done.stderr
+
+
+def test_two_runs_in_one_folder_do_not_meet(tmp_path: Path) -> None:
+    import fcntl
+
+    folder = tmp_path / "runs" / "busy"
+    folder.mkdir(parents=True)
+    with (folder / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        done = groundscope("name=busy", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "another groundscope is at work" in done.stderr
+
+
+def test_the_strength_is_chosen_by_the_written_rule() -> None:
+    rows = [
+        {"strength": 0.0, "harm": 0.30, "cost": 0.0},
+        {"strength": 1.0, "harm": 0.20, "cost": 0.005},
+        {"strength": 2.0, "harm": 0.20, "cost": 0.005},
+        {"strength": 3.0, "harm": 0.05, "cost": 0.08},
+    ]
+    assert choose_strength(rows, max_drop=0.01)["strength"] == 1.0
+    assert choose_strength(rows, max_drop=0.10)["strength"] == 3.0
+    assert choose_strength(rows[:1], max_drop=0.0)["strength"] == 0.0
+
+
+def test_the_cost_of_a_correction_is_its_worst_loss() -> None:
+    def found(**rates: float) -> dict[str, Estimate]:
+        return {name.replace("_", " ").replace(" right", ": right"): Estimate(r, r, r, 10) for name, r in rates.items()}
+
+    before = found(neutral_right=0.99, typical_color_right=1.0)
+    assert cost(found(neutral_right=0.98, typical_color_right=0.95), before) == pytest.approx(0.05)
+    assert cost(found(neutral_right=1.0, typical_color_right=1.0), before) == pytest.approx(0.0)
+    assert cost({}, {}) == 0.0
+
+
+def test_recall_guards_a_strength_where_nothing_else_can() -> None:
+    """Questions about objects as POPE has them: saying no to all of them makes no false yes."""
+
+    def row(strength: float, false_yes: float, false_no: float) -> dict[str, float]:
+        rates = {"adversarial absent: says yes": false_yes, "present: says no": false_no}
+        found = {name: Estimate(rate, rate, rate, 10) for name, rate in rates.items()}
+        return {"strength": strength, "harm": harm(found), "cost": cost(found, before), **rates}
+
+    before = {n: Estimate(v, v, v, 10) for n, v in (("adversarial absent: says yes", 0.3), ("present: says no", 0.1))}
+    rows = [row(0, 0.3, 0.1), row(1, 0.2, 0.11), row(8, 0.0, 1.0)]
+    assert choose_strength(rows, max_drop=0.015)["strength"] == 1
+    assert guards(rows[0]) == ("present: says no",)
+    assert guards([*rows[0], "neutral: right"]) == ("neutral: right",)
+    assert guards(["adversarial absent: says yes"]) == ()
+
+
+def test_options_are_checked_before_any_stage_works(tmp_path: Path) -> None:
+    for options in (["patch.kinds=[colour]"], ["steer.method=magic"]):
+        assert groundscope("data.n_images=20", "data.test_images=20", *options, cwd=tmp_path).returncode == 2
+    assert not (tmp_path / "runs" / "default" / "examples").exists()
+
+
+def test_telling_yes_from_no_needs_both(tmp_path: Path) -> None:
+    data = scenes.dataset(12, 3).filter(lambda e: e.answer != "no")
+    config = RunConfig()
+    context = Context(config, RunFolder(tmp_path), Console())
+    context.__dict__["parts"] = (data, data)
+    with pytest.raises(ConfigError, match=r"no question is answered no: choose another, steer\.method=amplify"):
+        steer.check(context)
+    config.steer.method = "amplify"
+    steer.check(context)
+
+
+def test_markup_from_data_stays_text() -> None:
+    from experiments.report.html import figure, page, paragraph, section, table
+
+    evil = '<script>alert("1")</script>'
+    parts = [paragraph(evil), table([evil], [[evil]]), figure("<svg ></svg>", evil)]
+    text = page(evil, evil, [("a", evil, section("a", evil, *parts))])
+    assert "<script" not in text
+    assert text.count("&lt;script&gt;alert(&quot;1&quot;)&lt;/script&gt;") == 10

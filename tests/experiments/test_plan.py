@@ -1,0 +1,155 @@
+"""``groundscope plan``: sizes against a real run, without weights, within a bounded time; and what a run does not trace."""
+
+from __future__ import annotations
+
+import io
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from activation_store import ActivationStore
+from concepts import scenes
+from experiments.cli import plan as planning
+from experiments.cli.overrides import composed
+from experiments.cli.plan import MOST_SECONDS, estimate
+from experiments.run.context import Context
+from experiments.run.folder import RunFolder
+from experiments.stages.trace import trace_into, traced, traced_tokens
+from groundscope.core.errors import ConfigError
+from lvlm import Lvlm, load_lvlm
+from lvlm.embedded import folder_of
+from tests.toys.pope_files import pope_folder
+
+
+@pytest.fixture(scope="module")
+def pope(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pope")
+    pope_folder(folder, 12)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def loaded() -> Lvlm:
+    return load_lvlm("tiny")
+
+
+def context(folder: Path, *options: str, model: Lvlm | None = None) -> Context:
+    data = ("data=pope", f"data.questions={folder}/pope_random.json", f"data.images={folder}/images")
+    config, _ = composed([*data, f"root={folder}/runs", "threads=1", *options])
+    made = Context(config, RunFolder(folder / "runs" / "x"), Console(file=io.StringIO()))
+    if model is not None:
+        made.__dict__["model"] = model
+    return made
+
+
+def real_bytes(root: Path) -> int:
+    return sum(p.stat().st_size for p in root.rglob("*") if p.is_file())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        (),
+        ("trace=heads", "trace.dtype=bfloat16"),
+        ("trace.sites=[resid_post]", "trace.tokens=[last,image:all]", "trace.dtype=float16"),
+    ],
+    ids=["default", "heads", "every-token"],
+)
+def test_planned_bytes_are_those_of_a_real_trace(
+    options: tuple[str, ...], pope: Path, loaded: Lvlm, tmp_path: Path
+) -> None:
+    one = context(pope, *options, model=loaded)
+    store = trace_into(one, tmp_path / "store")
+    found = estimate(one, seconds=0.01)
+    assert found.examples == len(store)
+    assert set(found.sites) == {info.name for info in store.arrays}
+    assert found.on_disk == pytest.approx(real_bytes(tmp_path / "store"), rel=0.3)
+    width = {"float32": 4, "float16": 2, "bfloat16": 2}[one.config.trace.dtype]
+    for info in store.arrays:
+        tokens = 49 if info.ragged else 1
+        assert found.sites[info.name] == pytest.approx(len(store) * tokens * info.n_layers * info.width * width)
+
+
+def test_the_unembedding_counts_once(pope: Path, loaded: Lvlm) -> None:
+    one = context(pope, "trace=heads", model=loaded)
+    few, many = (estimate(one, examples=n, seconds=0.01) for n in (512, 1024))
+    own = sum(p.numel() * 4 for p in (loaded.hf.lm_head.weight, loaded.hf.model.language_model.norm.weight))
+    # What is left of the smaller store when the larger one's growth is taken off is there once.
+    once = few.on_disk - (many.on_disk - few.on_disk)
+    assert once == pytest.approx(own, rel=0.01)
+
+
+def test_sizes_need_no_weights(pope: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(folder_of("tiny"), tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors", "*.bin"))
+    options = ("model=hf", f"model.path={tmp_path / 'model'}", "trace=heads")
+    one = context(pope, *options)
+    found = estimate(one)
+    assert (found.measured, found.seconds, found.loading, found.hours(1)) == (0, None, None, None)
+    whole = estimate(context(pope, "trace=heads", model=load_lvlm("tiny")), seconds=0.01)
+    assert (found.sites, found.forwards) == (whole.sites, whole.forwards)
+    assert found.on_disk == pytest.approx(whole.on_disk, rel=0.01)
+    data = ("data=pope", f"data.questions={pope}/pope_random.json", f"data.images={pope}/images")
+    assert planning.show([*data, *options, "threads=1"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "hours: not measured, the weights of" in said
+    assert "sizes from the configuration" in said
+
+
+def test_a_long_forward_is_stopped_between_two_layers(loaded: Lvlm) -> None:
+    hooks = [
+        layer.register_forward_hook(lambda *_: time.sleep(0.2)) for layer in loaded.layers("decoder")
+    ]  # 1.2 s in all
+    try:
+        start = time.perf_counter()
+        took = planning._one_forward(loaded, loaded.encode(scenes.dataset(10, 0).examples[0]), 0.3)
+        spent = time.perf_counter() - start
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert took >= 1.2
+    assert spent < took - 0.4  # at least two layers did not run
+
+
+def test_measuring_is_bounded_whatever_is_asked_for(pope: Path, loaded: Lvlm, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[float] = []
+
+    def measure(_context: object, _model: object, _data: object, _tokens: object, seconds: float) -> tuple[int, float]:
+        asked.append(seconds)
+        return 1, 2.0
+
+    monkeypatch.setattr(planning, "_measure", measure)
+    found = estimate(context(pope, "trace=heads", model=loaded), examples=10, seconds=1e9)
+    assert asked == [MOST_SECONDS]
+    assert MOST_SECONDS <= 60
+    assert found.seconds == 20.0
+
+
+def test_selections_that_no_example_has_are_not_traced(pope: Path, loaded: Lvlm, tmp_path: Path) -> None:
+    one = context(pope, model=loaded)
+    assert traced_tokens(one) == ["last", "image:mean"]
+    store = trace_into(one, tmp_path / "store")
+    assert {info.tokens for info in store.arrays} == {"last", "image:mean"}
+    assert len(store.arrays) == 8
+    for info in store.arrays:
+        site = "projector.out" if info.stack == "projector" else f"{info.stack}.L{info.layers[0]}.{info.component}"
+        assert np.isfinite(ActivationStore(store.path).read(site, info.tokens)).any(), info.name
+    with pytest.raises(ConfigError, match="no example of this data has a box"):
+        traced_tokens(context(pope, "trace.tokens=[object:mean]"))
+    config, _ = composed(["data.n_images=10", "data.test_images=10", f"root={tmp_path}"])
+    drawn = Context(config, RunFolder(tmp_path / "y"), Console(file=io.StringIO()))
+    assert traced_tokens(drawn) == ["last", "image:mean", "object:mean"]
+    assert len(traced(drawn))
+
+
+def test_validation_can_be_left_out_and_changes_no_key(pope: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+    monkeypatch.setattr("lvlm.load_lvlm", lambda *_args, validate, **_more: asked.append(validate), raising=False)
+    contexts = [context(pope, option) for option in ("model.validate=true", "model.validate=false")]
+    for one in contexts:
+        one._load("tiny")
+    assert asked == [True, False]
+    assert contexts[0].model_key() == contexts[1].model_key()

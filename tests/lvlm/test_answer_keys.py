@@ -1,0 +1,89 @@
+"""Answer keys where it matters what stands between the prompt and the answer."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from activation_store.tracing.continuation import with_answers
+from lvlm import Lvlm, answer_key, wrap_lvlm
+from lvlm.answers import answer_tokens
+from lvlm.encoding.processor import Parts
+from tests.toys.examples import example
+from tests.toys.families import BUILDERS, build, model
+
+ANSWERS = ("yes", "no", "red")
+
+
+def spaced() -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer for which ``yes`` and `` yes`` are two tokens, as they are for GPT-2 and its kin."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: i for i, letter in enumerate(letters)}
+    merges: list[tuple[str, str]] = []
+    for word in ("yes", "no", "red", "Yes", "No", "Red"):
+        pairs = [*((word[:n], word[n]) for n in range(1, len(word))), ("Ġ", word)]  # Ġ stands for the space
+        for left, right in pairs:
+            if left + right not in vocabulary:
+                merges.append((left, right))
+                vocabulary[left + right] = len(vocabulary)
+    made = Tokenizer(models.BPE(vocabulary, merges))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    made.add_special_tokens([AddedToken("<image>", normalized=False), AddedToken("[/INST]", normalized=False)])
+    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<image>")
+
+
+def with_template(template: str) -> Lvlm:
+    network, processor = build("llava")
+    spec = replace(model("llava").spec, template=template)
+    return wrap_lvlm(
+        network, Parts(spaced(), processor.image_processor, "<image>"), spec=spec, name="s", validate=False
+    )
+
+
+@pytest.mark.parametrize(
+    ("template", "space"),
+    [
+        ("USER: {image}\n{question} ASSISTANT:", True),
+        ("{image}{question}", True),
+        ("{image}{question}\nassistant\n", False),
+        ("{image}{question} A: ", False),  # the space is the prompt's own
+        ("{image}{question}[/INST]", False),  # a token that is no text
+    ],
+)
+def test_an_answer_begins_as_the_end_of_the_prompt_has_it(template: str, space: bool) -> None:
+    lvlm = with_template(template)
+    one = replace(example(0), candidates=ANSWERS, answer="yes")
+    key = answer_key(lvlm, one)
+    name: Any = lvlm.processor.tokenizer.convert_ids_to_tokens
+    mark = "Ġ" if space else ""
+    assert [name(list(ids)) for ids in key.tokens] == [[f"{mark}{a}", f"{mark}{a.capitalize()}"] for a in ANSWERS]
+    # The tokens the model is given, and the answer's, read as one text.
+    prompt = lvlm.prompt(one.question)
+    ids = lvlm.processor.tokenizer(prompt)["input_ids"] + answer_tokens(lvlm, one.question, "yes")
+    assert lvlm.processor.tokenizer.decode(ids) == prompt + (" yes" if space else "yes")
+
+
+@pytest.mark.parametrize("family", list(BUILDERS))
+def test_every_family_reads_an_answer_after_its_own_prompt(family: str) -> None:
+    lvlm = model(family)
+    one = replace(example(0), candidates=("yes", "no"), answer="yes")
+    tokenizer = lvlm.processor.tokenizer
+    key = answer_key(lvlm, one)
+    assert [tokenizer.convert_ids_to_tokens(list(ids)) for ids in key.tokens] == [["yes"], ["no"]]
+    assert torch.equal(key.scores(torch.eye(len(tokenizer))[key.tokens[0][0]]), torch.tensor([1.0, 0.0]))
+
+
+def test_the_true_answer_that_is_read_begins_with_the_key() -> None:
+    lvlm = model("qwen2_vl")
+    one = replace(example(0), candidates=("yes", "no"), answer="yes")
+    batch = next(lvlm.batches([one], 1))
+    on = with_answers(lvlm, batch)
+    first = on.inputs["input_ids"][0, on.tokens[0].generated[0]] if on.tokens[0].generated else None
+    assert first is not None
+    assert int(first) in answer_key(lvlm, one).tokens[0]

@@ -1,0 +1,493 @@
+"""Published derivations, each against its formula in numpy on activations taken by hand, and planted directions."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+
+from concepts.schema import Example
+from groundscope.core.errors import ConfigError, DataError, PatchError, SiteError
+from lvlm import Head, Site
+from lvlm.model import Lvlm
+from mitigation import SteeringVector, combined, derive
+from mitigation.steering.derive.head_selection import group_folds, probe_accuracies
+from mitigation.steering.placement import Key
+from tests.toys.derivation import Arrays, D, ledoit_wolf
+from tests.toys.random_models import captured, examples, hooks_of, layers_of, pairs, shared
+
+MLP = Site("decoder", 3, "mlp_out")
+
+
+def unit(x: np.ndarray) -> np.ndarray:
+    return x / np.sqrt((x**2).sum())
+
+
+def last_of(side: Sequence[Example], part: str, layer: int) -> np.ndarray:
+    """What is at the last token of each example, float64 ``[n, d]``."""
+    model = shared()
+    return np.stack([captured(model, model.encode(e).inputs)[part][layer, -1] for e in side])
+
+
+# ---- LDA ---------------------------------------------------------------------------------------------------------------
+
+
+def misled(noise: float) -> tuple[Arrays, np.ndarray]:
+    """Activations in which a loud coordinate varies whatever the truth, and goes a little with it."""
+    rng = np.random.default_rng(3)
+    y = np.repeat([1.0, 0.0], 1000)
+    planted = np.eye(D)[0]
+    x = noise * rng.standard_normal((len(y), D)) + 3 + np.outer(y - 0.5, 4 * planted)
+    x[:, 1] += 6 * rng.standard_normal(len(y)) + 2 * y
+    return Arrays(x.astype(np.float32), {"object:named": y}), planted
+
+
+def test_lda_against_its_formula_and_where_means_mislead() -> None:
+    s, planted = misled(0.3)
+    made = derive.lda(s, "object:named", layers=[2], strength=3)
+    x, y = s.x.astype(np.float64), s.labels["object:named"]
+    true, false = x[y == 1], x[y == 0]
+    pooled = np.zeros((D, D))
+    for side in (true, false):
+        centered = side - side.mean(0)
+        units = centered.std(0)
+        pooled += 0.5 * units[:, None] * ledoit_wolf(centered / units) * units
+    theta = unit(np.linalg.solve(pooled, true.mean(0) - false.mean(0)))
+    entry = made.entries[2]
+    np.testing.assert_allclose(entry.vector, theta, atol=1e-5)
+    assert entry.sigma == pytest.approx(np.std(x @ theta), rel=1e-5)
+    assert (made.kind, made.strength, made.provenance["method"]) == ("add", 3, "lda")
+    assert entry.vector @ planted >= 0.99  # noise of .3 beside means 4 apart
+    plain = derive.mean_difference(s, "object:named", layers=[2]).entries[2].vector
+    assert plain @ planted < 0.95
+
+
+# ---- pairs -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", ["paper", "release"])
+@pytest.mark.parametrize("key", [Head(3, 2), 2, MLP])
+def test_paired_pca_against_numpy(variant: Any, key: Key) -> None:
+    model, given = shared(), pairs("color")
+    where: dict[str, Any] = (
+        {"heads": [key]} if isinstance(key, Head) else {"sites": [key]} if key == MLP else {"layers": [key]}
+    )
+    made = derive.paired_pca(model, given, **where, variant=variant)
+    part = "z" if isinstance(key, Head) else "mlp_out" if key == MLP else "resid_post"
+    layer = key if isinstance(key, int) else key.layer
+    clean, corrupt = (last_of(side, part, layer) for side in ([p.clean for p in given], [p.corrupt for p in given]))
+    if isinstance(key, Head):
+        clean, corrupt = (x[:, 2 * model.head_dim : 3 * model.head_dim] for x in (clean, corrupt))
+    x = clean - corrupt
+    ahead = x - x.mean(0) if variant == "release" else x
+    values, vectors = np.linalg.eigh(ahead.T @ ahead)
+    theta = vectors[:, -1]
+    turned = (x @ theta > 0).mean() < 0.5 if variant == "release" else (x @ theta).mean() < 0
+    theta = -theta if turned else theta
+    assert values[-1] > 1.2 * values[-2]
+    np.testing.assert_allclose(made.entries[key].vector, theta, atol=1e-4)
+    both = np.concatenate([clean, corrupt]) @ theta
+    assert made.entries[key].sigma == pytest.approx(np.std(both), rel=1e-3)
+
+
+@contextmanager
+def planted(layer: int, direction: np.ndarray, size: float) -> Iterator[None]:
+    """A model that adds a direction to the residual stream where its picture is not blank."""
+    seen: dict[str, torch.Tensor] = {}
+    model, push = shared(), torch.tensor(size * direction, dtype=torch.float32)
+
+    def look(_m: Any, _a: Any, kwargs: Any) -> None:
+        seen["seen"] = kwargs["pixel_values"].flatten(2).std(-1).amax(1) > 1e-3
+
+    hooks = [
+        model.hf.register_forward_pre_hook(look, with_kwargs=True),
+        layers_of(model)[layer].register_forward_hook(lambda _m, _a, out: out + seen["seen"][:, None, None] * push),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def test_a_planted_direction_is_recovered_from_pairs() -> None:
+    model, given = shared(), pairs("blank")
+    direction = unit(np.random.default_rng(2).standard_normal(model.width))
+    natural = last_of([p.clean for p in given], "resid_post", 4) - last_of([p.corrupt for p in given], "resid_post", 4)
+    noise = np.sqrt((natural**2).sum(1).mean())
+    with planted(4, direction, 12 * noise):  # the pairs' own differences are a twelfth of what is planted
+        for made in (derive.paired_pca(model, given, layers=[4]), derive.from_pairs(model, given, layers=[4])):
+            assert made.entries[4].vector @ direction >= 0.99
+        image_level = derive.ict(model, given, heads=[Head(5, 0)], tokens="last")
+    assert image_level.heads == (Head(5, 0),)
+
+
+# ---- heads that know ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Heads:
+    """A store of 2 layers of 3 heads, in some of which a concept is planted."""
+
+    x: np.ndarray
+    y: np.ndarray
+
+    provenance: Any = None
+    digest: str = "s" * 64
+
+    def layers(self, stack: str, component: str) -> int:
+        assert (stack, component) == ("decoder", "z")
+        return 2
+
+    def n_heads(self, stack: str) -> int:
+        return 3
+
+    def read(self, site: str | Site, tokens: str, head: int | None = None, examples: Any = None) -> np.ndarray:
+        assert head is not None
+        layer = Site.parse(str(site)).layer
+        return self.x[:, layer, head]
+
+    def frame(self) -> pd.DataFrame:
+        groups = [f"image{i // 4}" for i in range(len(self.y))]
+        return pd.DataFrame({"group": groups, "object:named": self.y})
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+
+KNOWING: Mapping[Head, float] = {Head(0, 1): 3.0, Head(1, 2): 1.5, Head(1, 0): 0.75}
+DIM = 5
+TRUTHS = {head: unit(np.random.default_rng(i).standard_normal(DIM)) for i, head in enumerate(KNOWING)}
+
+
+def head_store() -> Heads:
+    rng = np.random.default_rng(0)
+    y = rng.integers(2, size=600).astype(float)
+    x = rng.standard_normal((600, 2, 3, DIM)) + 1
+    for head, gap in KNOWING.items():
+        x[:, head.layer, head.head] += gap * np.outer(y - 0.5, TRUTHS[head])
+    x[5] = np.nan
+    y[9] = np.nan
+    return Heads(x.astype(np.float32), y, {"model": {"name": "m", "config": "c"}})
+
+
+@pytest.mark.parametrize("variant", ["paper", "release"])
+def test_iti_finds_the_heads_that_know_and_their_means(variant: Any) -> None:
+    s = head_store()
+    made = derive.iti(s, "object:named", top=3, variant=variant)
+    assert set(made.heads) == set(KNOWING)
+    assert (made.kind, made.strength, made.positions) == ("add", 15, "last")
+    used = np.flatnonzero(~np.isnan(s.y) & ~np.isnan(s.x[:, 0, 0, 0]))
+    groups = s.frame()["group"].to_numpy()[used].tolist()
+    train, held = group_folds(groups, 5, 0)[0]
+    seen = used[train] if variant == "paper" else used
+    for head in KNOWING:
+        x = s.x[:, head.layer, head.head].astype(np.float64)
+        y = s.y[seen]
+        theta = unit(x[seen][y == 1].mean(0) - x[seen][y == 0].mean(0))
+        np.testing.assert_allclose(made.entries[head].vector, theta, atol=1e-6)
+        assert made.entries[head].sigma == pytest.approx(np.std(x[seen] @ theta), rel=1e-6)
+        probe = LogisticRegression(max_iter=10_000).fit(x[used[train]], s.y[used[train]])
+        right = (probe.predict(x[used[held]]) == s.y[used[held]]).mean()
+        assert made.provenance["accuracy"][str(head)] == pytest.approx(right, abs=0.01)
+    # Unit noise in 5 dimensions, 600 examples: means 3 apart are found to a cosine of .99.
+    assert made.entries[Head(0, 1)].vector @ TRUTHS[Head(0, 1)] >= 0.99
+    assert derive.iti(s, "object:named", top=1).heads == (Head(0, 1),)
+    assert derive.iti(s, "object:named", top=1, heads=[Head(1, 1), Head(1, 2)]).heads == (Head(1, 2),)
+    assert len(derive.iti(s, "object:named").heads) == 6  # 48, or as many as there are
+
+
+def test_folds_divide_no_group() -> None:
+    groups = [f"g{i % 11}" for i in range(50)]
+    folds = group_folds(groups, 5, 1)
+    for train, held in folds:
+        assert not set(np.array(groups)[train]) & set(np.array(groups)[held])
+        assert (train ^ held).all()
+        assert 2 <= len(set(np.array(groups)[held])) <= 3
+    assert sum(held.astype(int) for _, held in folds).tolist() == [1] * 50
+
+
+def test_accuracies_are_those_of_logistic_regression() -> None:
+    rng = np.random.default_rng(0)
+    y = rng.random(120) < 0.5
+    x = rng.standard_normal((120, 3)) + y[:, None]
+    folds = [(np.arange(120) % 2 == i, np.arange(120) % 2 != i) for i in (0, 1)]
+    scores = [LogisticRegression(max_iter=10_000).fit(x[a], y[a]).score(x[b], y[b]) for a, b in folds]
+    assert probe_accuracies([2], lambda _: x, y, folds) == {2: pytest.approx(np.mean(scores))}
+
+
+def test_ict_against_numpy() -> None:
+    model, given = shared(), pairs("blur")
+    made = derive.ict(model, given)
+    assert len(made.heads) == 48
+    assert (made.strength, made.positions, made.kind) == (8, "last", "add")
+    clean, corrupt = (last_of(side, "z", 3) for side in ([p.clean for p in given], [p.corrupt for p in given]))
+    for head in range(8):
+        columns = slice(head * model.head_dim, (head + 1) * model.head_dim)
+        theta = unit(clean[:, columns].mean(0) - corrupt[:, columns].mean(0))
+        entry = made.entries[Head(3, head)]
+        np.testing.assert_allclose(entry.vector, theta, atol=1e-3)
+        assert entry.sigma == pytest.approx(np.std(np.concatenate([clean, corrupt])[:, columns] @ theta), rel=1e-3)
+    assert len(derive.ict(model, given, top=5).heads) == 5
+
+
+def test_ict_as_released_acts_on_slices_of_the_attention_output() -> None:
+    model, given = shared(), pairs("blur")
+    made = derive.ict(model, given, variant="release")
+    assert made.sites == tuple(Site("decoder", i, "attn_out") for i in range(6))
+    clean, corrupt = (last_of(side, "attn_out", 1) for side in ([p.clean for p in given], [p.corrupt for p in given]))
+    move = np.zeros(model.width)
+    for start in range(0, model.width, 32):
+        columns = slice(start, start + 32)
+        theta = unit(clean[:, columns].mean(0) - corrupt[:, columns].mean(0))
+        move[columns] = np.std(np.concatenate([clean, corrupt])[:, columns] @ theta) * theta
+    entry = made.entries[made.sites[1]]
+    np.testing.assert_allclose(entry.sigma * entry.vector, move, atol=2e-3 * np.abs(move).max())
+    some = derive.ict(model, given, variant="release", top=2)
+    assert sum(int((np.abs(e.vector.reshape(-1, 32)).sum(1) > 0).sum()) for e in some.entries.values()) == 2
+
+
+def test_both_levels_of_ict_are_one_vector() -> None:
+    model = shared()
+    levels = [derive.ict(model, pairs(kind), heads=[Head(2, 1), Head(3, k)]) for k, kind in enumerate(("blur", "mask"))]
+    both = combined(levels)
+    assert both.heads == (Head(2, 1), Head(3, 0), Head(3, 1))
+    inputs = model.encode(pairs("blur")[0].clean).inputs
+    with levels[0].applied(model), levels[1].applied(model):
+        expected = model.logits(inputs)
+    with both.applied(model):
+        torch.testing.assert_close(model.logits(inputs), expected, atol=1e-4, rtol=1e-4)
+    for wrong in ([], [levels[0], levels[1].at("all")], [levels[0].decaying(0.5)], [replace(levels[0], norm="kept")]):
+        with pytest.raises(PatchError, match="cannot be combined"):
+            combined(wrong)
+    with pytest.raises(PatchError, match="the vectors cancel"):
+        combined([levels[0], levels[0].scaled(-8)])
+
+
+# ---- VTI ---------------------------------------------------------------------------------------------------------------
+
+
+def demonstrations() -> list[derive.Demonstration]:
+    told = (("red", "a blue car"), ("a red apple", "green"), ("a dog", "a cat"), ("yes", "no"))
+    return [derive.Demonstration(e, a, b) for e, (a, b) in zip(examples(4), told, strict=True)]
+
+
+def pc1_plus_mean(x: np.ndarray, *, released: bool) -> np.ndarray:
+    mean = x.mean(0)
+    u, _, v = np.linalg.svd(x - mean, full_matrices=False)
+    # As released, svd_flip: the largest score is positive.
+    sign = np.sign(u[np.abs(u[:, 0]).argmax(), 0] if released else v[0] @ mean)
+    return mean + sign * v[0]
+
+
+@pytest.mark.parametrize("variant", ["paper", "release"])
+@torch.no_grad()
+def test_vti_text_against_numpy(variant: Any) -> None:
+    model = shared()
+    made = derive.vti_text(model, demonstrations(), variant=variant)
+    rows = []
+    for demo in demonstrations():
+        e, sides = demo.example, []
+        for caption in (demo.correct, demo.hallucinated):
+            inputs, _ = model.encode_prompt(
+                f"{model.prompt(e.question)} {caption}", [e.image.load()], question=e.question
+            )
+            hidden = model.hf(**inputs, output_hidden_states=True).hidden_states
+            after = torch.tensor(captured(model, inputs)["resid_post"][:, -1])
+            sides.append(np.concatenate([hidden[0][0, -1:].double(), after]))
+            if variant == "release":  # what transformers gives last is normed
+                sides[-1][-1] = hidden[-1][0, -1].double()
+        rows.append(sides[0] - sides[1])
+    x = np.stack(rows)
+    if variant == "release":
+        expected = pc1_plus_mean(x.reshape(len(x), -1), released=True).reshape(x.shape[1:])[1:]
+    else:
+        expected = np.stack([pc1_plus_mean(x[:, i + 1], released=False) for i in range(6)])
+    assert made.sites == tuple(Site("decoder", i, "mlp_out") for i in range(6))
+    for layer, site in enumerate(made.sites):
+        np.testing.assert_allclose(made.entries[site].vector, unit(expected[layer]), atol=2e-3)
+        assert made.entries[site].sigma == pytest.approx(0.1)
+    assert (made.norm, made.positions, made.strength) == ("relative", "all", 0.8)
+    one = derive.vti_text(model, demonstrations()[:1], layers=[2])
+    np.testing.assert_allclose(one.entries[Site("decoder", 2, "mlp_out")].vector, unit(x[0, 3]), atol=1e-3)
+
+
+@pytest.mark.parametrize("variant", ["paper", "release"])
+@torch.no_grad()
+def test_vti_vision_against_numpy(variant: Any) -> None:
+    model, chosen = shared(), examples(3)
+    made = derive.vti_vision(model, chosen, copies=4, ratio=0.9, seed=7, variant=variant)
+    rng, rows = np.random.default_rng(7), []
+    patch = model.hf.config.vision_config.patch_size
+
+    def tower(pixels: torch.Tensor) -> np.ndarray:
+        states = model.hf.model.vision_tower(pixels, output_hidden_states=True).hidden_states[1:]
+        return torch.stack(states, 1)[0].double().numpy()
+
+    for example in chosen:
+        pixels = model.encode(example).inputs["pixel_values"]
+        side = pixels.shape[-1] // patch
+        seen = []
+        for _ in range(4):
+            copy = pixels.clone()
+            for index in rng.permutation(side * side)[: int(0.9 * side * side)]:
+                row, column = divmod(int(index), side)
+                for channel in range(3):
+                    mean = pixels[0, channel].mean()
+                    copy[0, channel, row * patch : (row + 1) * patch, column * patch : (column + 1) * patch] = mean
+            seen.append(tower(copy))
+        rows.append(np.mean(seen, 0) - tower(pixels))
+    x = np.stack(rows)  # [N, layers, tokens, D]
+    n, depth, tokens, width = x.shape
+    if variant == "release":
+        flat = x.reshape(n, tokens, depth * width)
+        expected = np.stack([pc1_plus_mean(flat[:, k], released=True) for k in range(tokens)]).reshape(x.shape[1:])
+    else:
+        expected = np.array([[pc1_plus_mean(x[:, i, k], released=False) for k in range(tokens)] for i in range(depth)])
+    assert len(made.sites) == depth == 4
+    for layer, site in enumerate(made.sites):
+        assert site == Site("vision", layer, "mlp_out")
+        vector = made.entries[site].vector
+        assert vector.shape == (tokens, width)
+        cosine = (vector * expected[layer]).sum(1) / np.linalg.norm(expected[layer], axis=1)
+        assert cosine.min() > 0.999
+    inputs = model.encode(chosen[0]).inputs
+    plain = model.logits(inputs)
+    with made.applied(model):
+        assert not torch.allclose(model.logits(inputs), plain, atol=1e-4)
+    assert hooks_of(model) == 0
+
+
+# ---- VISTA and ProjectAway ---------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def words_alone(model: Lvlm, text: str) -> np.ndarray:
+    """What every layer gives at the last token of a text, ``[L, d]``."""
+    ids = torch.tensor([model.processor.tokenizer(text)["input_ids"]])
+    return captured(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})["resid_post"][:, -1]
+
+
+@pytest.mark.parametrize("variant", ["paper", "release", "simple"])
+def test_vsv_is_what_the_image_adds(variant: Any) -> None:
+    model, example = shared(), examples()[0]
+    made = derive.vsv(model, example, layers=[0, 1, 4], variant=variant)
+    told = words_alone(model, model.prompt(example.question).replace(model.placeholder, "", 1).strip())
+    seen = captured(model, model.encode(example).inputs)["resid_post"][:, -1]
+    for layer in (0, 1, 4):
+        key = layer if variant == "paper" else Site("decoder", layer, "mlp_out")
+        difference = seen[layer] - told[layer]
+        if layer == 0 and variant != "paper":
+            difference[0] += 1  # what a principal component analysis of one sample leaves
+        np.testing.assert_allclose(made.entries[key].vector, unit(difference), atol=1e-3)
+        length = np.linalg.norm(difference) if variant == "paper" else 1
+        assert made.entries[key].sigma == pytest.approx(length, rel=1e-3)
+    assert made.norm == {"paper": "kept", "release": "away", "simple": "relative"}[variant]
+    assert made.positions == ("last" if variant == "paper" else "all")
+
+
+@torch.no_grad()
+def test_the_rule_of_vistas_run_scripts() -> None:
+    """``x <- |x| unit(unit(x) + s (1 + max(0, cos(x, -v))) unit(v))`` at every MLP output and position, in float64."""
+    model, example = shared(), examples()[0]
+    made = derive.vsv(model, example, layers=[2], strength=0.17, variant="release")
+    inputs = model.encode(example).inputs
+    v = made.entries[Site("decoder", 2, "mlp_out")].vector.astype(float)
+    x = captured(model, inputs)["mlp_out"][2]
+    lengths = np.linalg.norm(x, axis=-1, keepdims=True)
+    toward = (x @ -v)[:, None] / lengths / np.linalg.norm(v)
+    assert (toward > 0.01).any()
+    assert (toward < -0.01).any()
+    moved = x / lengths + 0.17 * (1 + np.maximum(0, toward)) * v / np.linalg.norm(v)
+    want = lengths * moved / np.linalg.norm(moved, axis=-1, keepdims=True)
+    with made.applied(model):
+        after = captured(model, inputs)["mlp_out"][2]
+    np.testing.assert_allclose(after, want, atol=1e-4)
+
+
+def test_files_of_the_new_norm_rule(tmp_path: Path) -> None:
+    made = derive.vsv(shared(), examples()[0], layers=[2], variant="release")
+    assert SteeringVector.load(made.save(tmp_path / "v.safetensors")).norm == "away"
+    card = json.loads((tmp_path / "v.json").read_text())
+    assert card["version"] == 3
+    plain = derive.vsv(shared(), examples()[0], layers=[2], variant="simple")
+    plain.save(tmp_path / "w.safetensors")
+    assert json.loads((tmp_path / "w.json").read_text())["version"] == 2  # which earlier releases read
+
+
+@pytest.mark.parametrize("variant", ["paper", "release"])
+@torch.no_grad()
+def test_project_away_takes_out_what_points_to_the_word(variant: Any) -> None:
+    model, example = shared(), examples()[0]
+    made = derive.project_away(model, "apple", layers=[1, 2], text_layer=3, strength=0.8, variant=variant)
+    if variant == "paper":
+        t = words_alone(model, "apple")[3]
+    else:
+        ids = model.processor.tokenizer("apple", add_special_tokens=False)["input_ids"]
+        t = model.hf.get_input_embeddings().weight[ids].double().mean(0).numpy()
+    np.testing.assert_allclose(made.entries[1].vector, unit(t), atol=1e-4)
+    assert (made.kind, made.positions, made.heads, made.layers) == ("project", "image", (), (1, 2))
+    encoding = model.encode(example)
+    image = list(encoding.tokens.image)
+    before = captured(model, encoding.inputs)["resid_post"][1]
+    with made.applied(model):
+        after = captured(model, encoding.inputs)["resid_post"][1]
+    expected = before.copy()
+    for k in image:
+        share = before[k] @ t / (t @ t)
+        expected[k] -= 0.8 * max(share, 0) * t
+    np.testing.assert_allclose(after, expected, atol=1e-3)
+    assert not np.allclose(after[image], before[image], atol=1e-2)
+
+
+# ---- errors ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "said"),
+    [
+        (lambda: derive.paired_pca(shared(), pairs("blank"), layers=[1], variant="code"), ConfigError, "'release'"),
+        (lambda: derive.paired_pca(shared(), [], layers=[1]), PatchError, "no pairs"),
+        (
+            lambda: derive.paired_pca(shared(), pairs("blank")[:1], layers=[1], variant="release"),
+            PatchError,
+            "in the same way",
+        ),
+        (lambda: derive.lda(misled(1)[0], "object:named"), PatchError, "no heads, layers or sites"),
+        (lambda: derive.iti(head_store(), "object:named", top=0), PatchError, "top=0: it must be at least 1"),
+        (lambda: derive.iti(head_store(), "object:cat"), SiteError, "choose from object:named"),
+        (lambda: derive.iti(head_store(), "object:named", accuracy={Head(0, 0): 1}), PatchError, r"L0\.H1"),
+        (lambda: derive.iti(head_store(), "object:named", folds=1000), PatchError, "cannot be divided"),
+        (lambda: derive.ict(shared(), [*pairs("blur"), *pairs("mask")]), PatchError, "each level"),
+        (lambda: derive.ict(shared(), pairs("blur")[:1]), PatchError, "cannot be divided"),
+        (lambda: derive.ict(shared(), pairs("blur"), variant="release", slice_width=7), PatchError, "must divide"),
+        (lambda: derive.vti_text(shared(), []), PatchError, "no demonstrations"),
+        (lambda: derive.vti_text(shared(), demonstrations(), layers=[6]), SiteError, "layers 0-5"),
+        (lambda: derive.vti_text(shared(), [derive.Demonstration(examples()[0], " ", "red")]), DataError, "empty"),
+        (
+            lambda: derive.vti_text(shared(), [derive.Demonstration(examples()[0], "red", "red")]),
+            PatchError,
+            "have equal activations",
+        ),
+        (lambda: derive.vti_vision(shared(), []), PatchError, "0 examples"),
+        (lambda: derive.vti_vision(shared(), examples(1), ratio=2), PatchError, "ratio=2"),
+        (lambda: derive.vti_vision(shared(), examples(1), layers=[9]), SiteError, "layers 0-3"),
+        (lambda: derive.vsv(shared(), examples()[0], layers=[8]), SiteError, "layers 0-5"),
+        (lambda: derive.project_away(shared(), "apple", layers=[]), PatchError, "no layers"),
+        (lambda: derive.project_away(shared(), "qwxz", layers=[1]), DataError, "no tokens"),
+        (lambda: derive.project_away(shared(), "", layers=[1], variant="release"), DataError, "no tokens"),
+    ],
+)
+def test_what_is_refused(make: Callable[[], SteeringVector], error: type[Exception], said: str) -> None:
+    with pytest.raises(error, match=said):
+        make()
+    assert hooks_of(shared()) == 0

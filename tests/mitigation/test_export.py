@@ -1,0 +1,456 @@
+"""Exports: read back the way their consumers do, and doing to the logits what the vector does."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
+from safetensors.numpy import load_file
+from torch.nn.functional import normalize
+
+from activation_store import trace
+from concepts.schema import Example
+from groundscope.core.errors import ConfigError, ModelError, PatchError, StoreError
+from lvlm import Head, Site, wrap_lvlm
+from lvlm.model import Lvlm
+from mitigation import SteeringVector, derive, export
+from mitigation.steering.export import apply_bias
+from mitigation.steering.export.baked import apply
+from mitigation.steering.export.convert import to_residual
+from mitigation.steering.export.gguf import card_in, check
+from mitigation.steering.placement import Entry, Key, ProbeGate
+from tests.toys.random_models import data, examples, layers_of, lively, pairs, shared
+
+HEADS = (Head(1, 3), Head(1, 6), Head(4, 0))
+MLP = Site("decoder", 3, "mlp_out")
+
+
+def made(*keys: Key, strength: float = 1.5, **changes: Any) -> SteeringVector:
+    model, rng = shared(), np.random.default_rng(0)
+    entries: dict[Key, Entry] = {}
+    for key in keys:
+        v = rng.standard_normal(model.head_dim if isinstance(key, Head) else model.width)
+        entries[key] = Entry(v / np.linalg.norm(v), 0.5 + rng.random())
+    whole = SteeringVector(entries, "add", "all", strength, model.name, model.config_hash, {"method": "by hand"})
+    return replace(whole, **changes)
+
+
+def inputs() -> dict[str, torch.Tensor]:
+    return next(b for b in shared().batches(examples(), 2) if len(b.index) == 2).inputs
+
+
+def steered(vector: SteeringVector, strength: float | None = None) -> torch.Tensor:
+    with vector.applied(shared(), strength):
+        return shared().logits(inputs())
+
+
+@contextmanager
+def hooked(hooks: dict[torch.nn.Module, Callable[[torch.Tensor], torch.Tensor]]) -> Iterator[None]:
+    """Change modules' outputs with plain torch hooks, as consumers do."""
+    handles = [
+        module.register_forward_hook(
+            lambda _m, _a, out, change=change: (change(out[0]), *out[1:]) if isinstance(out, tuple) else change(out)
+        )
+        for module, change in hooks.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def consumed(hooks: dict[torch.nn.Module, Callable[[torch.Tensor], torch.Tensor]]) -> torch.Tensor:
+    with hooked(hooks):
+        return shared().logits(inputs())
+
+
+def adding(rows: dict[int, torch.Tensor]) -> dict[torch.nn.Module, Callable[[torch.Tensor], torch.Tensor]]:
+    return {layers_of(shared())[i]: lambda x, row=row: x + row for i, row in rows.items()}
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> None:
+    torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(a, shared().logits(inputs()), atol=1e-3)
+
+
+# ---- GGUF --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strength", [None, 0.7])
+def test_gguf_is_what_llama_cpp_adds(strength: float | None, tmp_path: Path) -> None:
+    vector = made(2, 4)
+    path = export.gguf(vector, tmp_path / "new" / "vector.gguf", shared(), strength)
+    reader = GGUFReader(path)
+    assert {t.name for t in reader.tensors} == {"direction.2", "direction.4"}
+    for tensor in reader.tensors:
+        assert tensor.tensor_type == GGMLQuantizationType.F32
+        assert list(tensor.shape) == [shared().width]
+    rows = {int(t.name.removeprefix("direction.")): torch.tensor(np.array(t.data)) for t in reader.tensors}
+    same(consumed(adding(rows)), steered(vector, strength))
+    fields = {name: reader.get_field(name) for name in reader.fields}
+    told = {name: field.contents() for name, field in fields.items() if field is not None}
+    assert told["general.architecture"] == "controlvector"
+    assert told["controlvector.model_hint"] == "llava"
+    assert told["controlvector.layer_count"] == 2
+    assert card_in(path)["strength"] == (strength or 1.5)
+    assert set(check(path)) == {2, 4}
+    assert not list(path.parent.glob("*.part"))
+
+
+@pytest.mark.parametrize(
+    ("tensors", "said"),
+    [
+        ({"direction.0": np.ones(4, np.float32)}, "a layer >= 1"),
+        ({"direction.x": np.ones(4, np.float32)}, "a layer >= 1"),
+        ({"weight": np.ones(4, np.float32)}, "a layer >= 1"),
+        ({"direction.1": np.ones(4, np.float16)}, "F16"),
+        ({"direction.1": np.ones((2, 4), np.float32)}, "one axis"),
+        ({"direction.1": np.ones(4, np.float32), "direction.2": np.ones(8, np.float32)}, r"lengths \[4, 8\]"),
+    ],
+)
+def test_what_llama_cpp_refuses(tensors: dict[str, np.ndarray], said: str, tmp_path: Path) -> None:
+    writer = GGUFWriter(tmp_path / "bad.gguf", "controlvector")
+    for name, tensor in tensors.items():
+        writer.add_tensor(name, tensor)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ConfigError, match=said):
+        check(tmp_path / "bad.gguf")
+
+
+def test_a_conversion_is_the_projection_and_says_what_it_is(tmp_path: Path) -> None:
+    model, vector = shared(), made(*HEADS, 2, MLP)
+    path = export.gguf(vector, tmp_path / "v.gguf", model, convert=True)
+    rows = check(path)
+    expected = {i: np.zeros(model.width) for i in (1, 2, 3, 4)}
+    for key, entry in vector.entries.items():
+        move = 1.5 * entry.sigma * entry.vector.astype(np.float64)
+        if isinstance(key, Head):
+            weight = layers_of(model)[key.layer].self_attn.o_proj.weight.detach().double().numpy()
+            move = weight[:, key.head * model.head_dim : (key.head + 1) * model.head_dim] @ move
+        expected[key if isinstance(key, int) else key.layer] += move
+    assert set(rows) == set(expected)
+    for layer, row in expected.items():
+        np.testing.assert_allclose(rows[layer], row, atol=1e-5)
+    card = json.dumps(card_in(path))
+    assert "approximate" in card
+    assert "W_O d" in card
+    same(consumed(adding({i: torch.tensor(row) for i, row in rows.items()})), steered(to_residual(vector, model)))
+    # What an MLP adds arrives at the block's output as it is: that conversion changes nothing.
+    alone = made(MLP)
+    moved = export.gguf(alone, tmp_path / "mlp.gguf", model, convert=True)
+    assert "exact" in json.dumps(card_in(moved))
+    same(consumed(adding({i: torch.tensor(row) for i, row in check(moved).items()})), steered(alone))
+
+
+# ---- torch files -------------------------------------------------------------------------------------------------------
+
+
+def opened(path: Path) -> Any:
+    return torch.load(path, weights_only=True)  # noqa: TID251  # as the consumer does
+
+
+@pytest.mark.parametrize("positions", ["all", "generated"])
+def test_vllm_matrix(positions: str, tmp_path: Path) -> None:
+    vector = made(0, 3, positions=positions)
+    path = export.vllm(vector, tmp_path / "look.pt", shared())
+    matrix = opened(path)
+    assert (matrix.shape, matrix.dtype) == ((6, shared().width), torch.float32)
+    assert [bool(row.any()) for row in matrix] == [True, False, False, True, False, False]
+    request = json.loads((tmp_path / "look.pt.json").read_text())["hotwire"]
+    only = {"decode_only": True} if positions == "generated" else {}
+    assert request == [{"id": "look", "layer": layer, "scale": 1.0, **only} for layer in (0, 3)]
+    rows = {told["layer"]: told["scale"] * matrix[told["layer"]] for told in request}
+    same(consumed(adding(rows)), steered(vector.at("all")))
+
+
+@pytest.mark.parametrize("keys", [(0, 3), HEADS, (*HEADS, 2)])
+def test_steering_vectors(keys: tuple[Key, ...], tmp_path: Path) -> None:
+    model, vector = shared(), made(*keys)
+    at_heads = any(isinstance(key, Head) for key in keys)
+    path = export.steering_vectors(vector, tmp_path / "v.pt", model, convert=at_heads)
+    told = opened(path)
+    names = dict(model.hf.named_modules())
+    # What the package does: the names that fit the pattern, numbered from 0, are the layers; their outputs are added to.
+    pattern = re.compile(re.escape(told["layer_config"][told["layer_type"]]).replace(r"\{num\}", r"(\d+)"))
+    found = {int(m[1]): module for name, module in names.items() if (m := pattern.fullmatch(name))}
+    assert sorted(found) == list(range(6))
+    hooks = {found[i]: lambda x, row=row: x + row.reshape(1, 1, -1) for i, row in told["layer_activations"].items()}
+    mixed = at_heads and any(isinstance(key, int) for key in keys)
+    assert told["layer_type"] == ("self_attn" if at_heads and not mixed else "decoder_block")
+    # Heads alone are carried without loss; with others among them they arrive late, and the card says so.
+    same(consumed(hooks), steered(to_residual(vector, model) if mixed else vector))
+    card = json.loads((tmp_path / "v.pt.json").read_text())
+    said = card.get("conversion", card["provenance"].get("conversion", ""))
+    assert said.startswith("approximate" if mixed else "exact" if at_heads else "")
+
+
+def vti_layer(directions: torch.Tensor, alpha: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What VTI puts after an MLP: directions ``[1, D]`` or ``[1, tokens, D]``."""
+
+    def change(x: torch.Tensor) -> torch.Tensor:
+        length = x.norm(dim=-1, keepdim=True)
+        return normalize(normalize(x, dim=-1) + 0.1 * alpha * normalize(directions[0], dim=-1), dim=-1) * length
+
+    return change
+
+
+@pytest.mark.parametrize("stack", ["decoder", "vision"])
+def test_vti_directions(stack: str, tmp_path: Path) -> None:
+    model, rng = shared(), np.random.default_rng(1)
+    tower = model.hf.model.vision_tower
+    modules = (
+        layers_of(model) if stack == "decoder" else next(m for n, m in tower.named_modules() if n.endswith("layers"))
+    )
+    held: list[torch.Tensor] = []
+    hook = modules[0].mlp.register_forward_hook(lambda _m, _a, out: held.append(out))
+    model.logits(inputs())
+    hook.remove()
+    width, tokens = held[0].shape[-1], held[0].shape[1]
+    shape = (width,) if stack == "decoder" else (tokens, width)
+    entries: dict[Key, Entry] = {}
+    for layer in (0, 2):
+        v = rng.standard_normal(shape)
+        entries[Site(stack, layer, "mlp_out")] = Entry(v / np.linalg.norm(v, axis=-1, keepdims=True), 0.1)  # pyright: ignore[reportArgumentType]  # one of the two
+    vector = SteeringVector(entries, "add", "all", 6.0, model.name, model.config_hash, norm="relative")
+    path = export.vti(vector, tmp_path / "vti.pt", model)
+    directions = opened(path)
+    assert directions.shape == (len(modules), 1, *shape)
+    alpha = json.loads((tmp_path / "vti.pt.json").read_text())["alpha"]
+    assert alpha == pytest.approx(6)
+    hooks = {layer.mlp: vti_layer(directions[i], alpha) for i, layer in enumerate(modules)}
+    same(consumed(hooks), steered(vector))
+    uneven = replace(vector, entries={**entries, Site("decoder", 1, "mlp_out"): Entry(np.eye(1, model.width)[0])})
+    with pytest.raises(ConfigError):
+        export.vti(uneven, tmp_path / "no.pt", model)
+
+
+# ---- baked -------------------------------------------------------------------------------------------------------------
+
+
+def test_baked_biases_do_what_the_vector_does(tmp_path: Path) -> None:
+    vector = made(*HEADS, 1, 2, MLP)
+    path = export.baked(vector, tmp_path / "bias.safetensors", shared())
+    stem = "model.language_model.layers"
+    ends = {f"{stem}.{i}.self_attn.o_proj.bias" for i in (1, 4)} | {f"{stem}.{i}.mlp.down_proj.bias" for i in (1, 2, 3)}
+    assert set(load_file(path)) == ends
+    other, twice = lively(), lively()
+    plain = other.logits(inputs())
+    undo = apply(other.hf, path)
+    same(other.logits(inputs()), steered(vector))
+    undo()
+    assert torch.equal(other.logits(inputs()), plain)
+    half = export.baked(vector, tmp_path / "half.safetensors", shared(), strength=0.75)
+    for _ in range(2):  # a bias that is there is added to
+        apply(twice.hf, half)
+    same(twice.logits(inputs()), steered(vector))
+
+
+def test_a_model_that_is_kept_elsewhere_is_baked_and_converted_as_if_it_were_here(tmp_path: Path) -> None:
+    model, vector = shared(), made(*HEADS, 2, MLP)
+    network = copy.deepcopy(model.hf)
+    accelerate.cpu_offload(network, execution_device=torch.device("cpu"))
+    assert all(parameter.is_meta for parameter in network.parameters())
+    away = wrap_lvlm(network, model.processor, name=model.name, validate=False)
+    here, there = (export.baked(vector, tmp_path / f"{i}.safetensors", m) for i, m in enumerate((model, away)))
+    assert here.read_bytes() == there.read_bytes()
+    for one, other in zip(*(to_residual(made(*HEADS), m).entries.values() for m in (model, away)), strict=True):
+        np.testing.assert_array_equal(one.vector, other.vector)
+
+
+def test_the_loader_stands_alone(tmp_path: Path) -> None:
+    source = Path(apply_bias.__file__)
+    assert len(source.read_text().splitlines()) <= 75
+    shutil.copy(source, tmp_path / "apply_bias.py")
+    export.baked(made(*HEADS, 2), tmp_path / "bias.safetensors", shared())
+    code = f"""
+import sys
+sys.path.insert(0, {str(tmp_path)!r})
+import torch
+from apply_bias import apply, read
+changes, card = read({str(tmp_path / "bias.safetensors")!r})
+model = torch.nn.Module()
+for name, change in changes.items():
+    at = model
+    *parents, last, _ = name.split(".")
+    for part in parents:
+        at.add_module(part, getattr(at, part, torch.nn.Module()))
+        at = getattr(at, part)
+    at.add_module(last, torch.nn.Linear(4, len(change), bias=False))
+undo = apply(model, {str(tmp_path / "bias.safetensors")!r})
+assert all(torch.equal(model.get_parameter(n), c) for n, c in changes.items())
+undo()
+assert all(p.dim() == 2 for p in model.parameters())
+print(len(changes), card["strength"], sorted(set(m.split(".")[0] for m in sys.modules) & {{"circuits", "transformers", "lvlm"}}))
+"""
+    done = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.stdout == "3 1.5 []\n", done.stderr
+    with pytest.raises(ValueError, match="not a bias patch"):
+        apply_bias.apply(torch.nn.Linear(2, 2), source)
+
+
+def test_files_that_do_not_fit_change_nothing(tmp_path: Path) -> None:
+    path = export.baked(made(*HEADS), tmp_path / "bias.safetensors", shared())
+    with pytest.raises(ModelError, match="no linear layer"):
+        apply(torch.nn.Linear(2, 2), path)
+    with pytest.raises(StoreError):
+        apply(shared().hf, made(*HEADS).save(tmp_path / "vector.safetensors"))
+    with pytest.raises(StoreError, match="no such file"):
+        apply(shared().hf, tmp_path / "none")
+
+
+def test_an_mlp_that_ends_in_no_linear_layer_is_not_baked(tmp_path: Path) -> None:
+    model = lively()
+    last = layers_of(model)[2].mlp
+    last.down_proj = torch.nn.Sequential(last.down_proj, torch.nn.Tanh())
+    with pytest.raises(ConfigError, match="does not end in one linear layer"):
+        export.baked(made(2), tmp_path / "no.safetensors", model)
+
+
+# ---- what a format cannot hold -----------------------------------------------------------------------------------------
+
+GATE = ProbeGate(0, np.ones(192))
+UNFIT = {
+    "heads": (lambda: made(*HEADS), {"safetensors", "baked"}),
+    "residual": (lambda: made(2), {"safetensors", "baked", "gguf", "steering_vectors", "vllm"}),
+    "first layer": (lambda: made(0, 2), {"safetensors", "baked", "steering_vectors", "vllm"}),
+    "MLP": (lambda: made(MLP), {"safetensors", "baked"}),
+    "attention output": (lambda: made(Site("decoder", 1, "attn_out")), {"safetensors"}),
+    "last": (lambda: made(2, positions="last"), {"safetensors"}),
+    "question": (lambda: made(2, positions="question"), {"safetensors"}),
+    "generated": (lambda: made(2, positions="generated"), {"safetensors", "vllm"}),
+    "kept": (lambda: made(2, norm="kept"), {"safetensors"}),
+    "relative": (lambda: made(MLP, norm="relative"), {"safetensors", "vti"}),
+    "relative elsewhere": (lambda: made(2, MLP, norm="relative"), {"safetensors"}),
+    "decay": (lambda: made(2, decay=0.5), {"safetensors"}),
+    "gate": (lambda: made(2, gate=GATE), {"safetensors"}),
+    "project": (lambda: made(2, kind="project"), {"safetensors"}),
+    "amplify": (lambda: made(2, kind="amplify"), {"safetensors"}),
+}
+
+
+@pytest.mark.parametrize("case", UNFIT)
+def test_every_format_writes_what_it_can_hold_and_refuses_the_rest(case: str, tmp_path: Path) -> None:
+    make, able = UNFIT[case]
+    vector = make()
+    assert set(export.formats_for(vector)) == able
+    for name, write in export.EXPORTS.items():
+        path = tmp_path / f"{name}.file"
+        if name in able:
+            assert write(vector, path, shared()).is_file()
+            continue
+        with pytest.raises(ConfigError, match=f"cannot be written as '{name}'") as refused:
+            write(vector, path, shared())
+        assert all(f"'{other}'" in str(refused.value) for other in able)
+        assert not path.exists()
+
+
+def test_refusals_say_what_would_help(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="convert=True"):
+        export.gguf(made(*HEADS), tmp_path / "v")
+    with pytest.raises(ConfigError, match=r"vector\.at\('all'\)"):
+        export.gguf(made(2, positions="last"), tmp_path / "v")
+    with pytest.raises(ConfigError, match="pass model="):
+        export.gguf(made(*HEADS), tmp_path / "v", convert=True)
+    with pytest.raises(ConfigError, match="cannot be converted"):
+        export.vllm(made(*HEADS, kind="amplify"), tmp_path / "v", shared(), convert=True)
+    with pytest.raises(ConfigError, match="layer 0 comes before layer 1"):
+        export.gguf(made(Head(0, 1)), tmp_path / "v", shared(), convert=True)
+    for strength in (float("nan"), float("inf")):
+        for name in ("baked", "gguf", "steering_vectors", "vllm"):
+            with pytest.raises(ConfigError, match="finite"):
+                export.EXPORTS[name](made(2), tmp_path / "v", shared(), strength)
+
+
+@pytest.mark.parametrize("name", list(export.FORMATS))
+def test_a_vector_for_another_model_is_not_written(name: str, tmp_path: Path) -> None:
+    vector = made(MLP, norm="relative") if name == "vti" else made(2)
+    with pytest.raises(ModelError, match="derived for"):
+        export.EXPORTS[name](replace(vector, config_hash="x"), tmp_path / "v", shared())
+    assert not list(tmp_path.iterdir())
+
+
+# ---- activations -------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def by_hand(model: Lvlm, example: Example, side: str) -> tuple[Any, np.ndarray]:
+    """One plain forward: what it gives, and what goes into or comes out of every output projection, at the last token."""
+    seen: list[torch.Tensor] = []
+    hooks = [
+        layer.self_attn.o_proj.register_forward_hook(lambda _m, a, o: seen.append(a[0] if side == "input" else o))
+        for layer in layers_of(model)
+    ]
+    out = model.hf(**model.encode(example).inputs, output_hidden_states=True)
+    for hook in hooks:
+        hook.remove()
+    return out, np.stack([x[0, -1].numpy() for x in seen])
+
+
+def test_iti_activations(tmp_path: Path) -> None:
+    model = shared()
+    asked = data(8)
+    sites = ["z", "resid_post", "decoder.L0.resid_pre"]
+    store = trace(model, asked, sites=sites, tokens=["last"], out=tmp_path / "store")
+    positive = np.array([e.answer == "yes" for e in asked])
+    positive[0] = True
+    paths = export.iti(store, tmp_path / "features" / "toy", model, positive=positive)
+    assert [p.name for p in paths] == ["toy_head_wise.npy", "toy_layer_wise.npy", "toy_labels.npy"]
+    heads, layers, labels = (np.load(p, allow_pickle=False) for p in paths)
+    np.testing.assert_array_equal(labels, positive.astype(int))
+    for row, example in enumerate(asked):
+        out, zs = by_hand(model, example, "input")
+        hidden = torch.stack([h[0, -1] for h in out.hidden_states])
+        np.testing.assert_allclose(layers[row], hidden.numpy(), atol=1e-4, rtol=1e-4)
+        np.testing.assert_allclose(heads[row], zs, atol=1e-4, rtol=1e-4)
+    # What honest_llama's scripts make of the files is the vector of the release.
+    split = heads.reshape(len(heads), 6, 8, model.head_dim).astype(np.float64)
+    known = {Head(i, k): float(i * 8 + k) for i in range(6) for k in range(8)}
+    vector = derive.iti(store, positive=positive, accuracy=known, top=3, folds=2, variant="release")
+    assert vector.heads == (Head(5, 5), Head(5, 6), Head(5, 7))
+    for head in vector.heads:
+        own = split[:, head.layer, head.head]
+        com = own[labels == 1].mean(0) - own[labels == 0].mean(0)
+        com /= np.linalg.norm(com)
+        np.testing.assert_allclose(vector.entries[head].vector, com, atol=1e-5)
+        assert vector.entries[head].sigma == pytest.approx(np.std(own @ com), rel=1e-5)
+    foreign = lively()
+    foreign.hf.config.text_config.rope_theta = 1.0  # another configuration, another hash
+    with pytest.raises(ModelError, match="not traced from"):
+        export.iti(store, tmp_path / "x", foreign, positive=positive)
+    none = np.zeros(len(asked), bool)
+    with pytest.raises(PatchError, match="nothing to write"):
+        export.iti(store, tmp_path / "x", model, positive=none, negative=none)
+
+
+def test_ict_activations(tmp_path: Path) -> None:
+    model = shared()
+    blurred = [p for p in pairs("blur") if p.clean.named_object() is not None][:3]
+    masked = [next(m for m in pairs("mask") if m.clean.id == p.clean.id) for p in blurred]
+    paths = export.ict(model, blurred, masked, tmp_path / "vectors")
+    assert [p.name for p in paths] == ["base.npy", "hallucinated.npy", "object.npy"]
+    sides = ([p.clean for p in blurred], [p.corrupt for p in blurred], [p.corrupt for p in masked])
+    for path, side in zip(paths, sides, strict=True):
+        array = np.load(path, allow_pickle=False)
+        assert array.shape == (3, 6, model.width)
+        for row, example in enumerate(side):
+            np.testing.assert_allclose(array[row], by_hand(model, example, "output")[1], atol=1e-4, rtol=1e-4)
+    with pytest.raises(PatchError, match="same clean examples"):
+        export.ict(model, blurred, masked[::-1], tmp_path / "no")

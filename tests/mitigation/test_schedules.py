@@ -1,0 +1,337 @@
+"""Norm rules, projecting away, positions, decay and gates: in forwards, cached generation and beam search."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+
+from activation_store import ConceptDirection
+from circuits import Add, Gate, Intervention, Zero, intervened
+from groundscope.core.errors import ConfigError, PatchError, SiteError
+from lvlm import Head, Site
+from lvlm.model import Batch
+from mitigation import ProbeGate, SteeringVector
+from mitigation.steering.placement import Entry, Key
+from tests.toys.random_models import examples, hooks_of, layers_of, lively, shared
+
+KEYS: tuple[Key, ...] = (Head(2, 3), Head(2, 6), 1, Site("decoder", 3, "mlp_out"))
+
+
+def unit(shape: Any, seed: int) -> np.ndarray:
+    v = np.random.default_rng(seed).standard_normal(shape)
+    return v / np.linalg.norm(v, axis=-1, keepdims=True)
+
+
+def made(keys: tuple[Key, ...] = KEYS, **changes: Any) -> SteeringVector:
+    model = shared()
+    entries: dict[Key, Entry] = {
+        key: Entry(unit(model.head_dim if isinstance(key, Head) else model.width, k), 0.6 + 0.1 * k)
+        for k, key in enumerate(keys)
+    }
+    return replace(SteeringVector(entries, "add", "last", 1.5, model.name, model.config_hash), **changes)
+
+
+@cache
+def batch() -> Batch:
+    return next(b for b in shared().batches(examples(), 2) if len(b.index) == 2)
+
+
+def gate() -> ProbeGate:
+    """A gate on the first layer that is open at the last token of one prompt, and closed at many others."""
+    model, weights = shared(), unit(192, 50)
+    with torch.no_grad():
+        seen = model.read(batch().inputs, ["decoder.L0.resid_post"])["decoder.L0.resid_post"].numpy() @ weights
+    bias = -float(seen[:, -1].mean())  # between the two prompts' last tokens
+    assert 0.05 < (seen + bias > 0).mean() < 0.95
+    return ProbeGate(0, weights, bias)
+
+
+def change_by_hand(vector: SteeringVector, entry: Entry, strength: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """What becomes of ``[B, T, d]`` at a strength for each token ``[B, T, 1]``, from the formulas."""
+    t = torch.tensor(entry.vector)
+    if vector.kind == "project":
+        return x - strength * ((x * t).sum(-1, keepdim=True).clamp_min(0) / (t * t).sum()) * t
+    d = strength * entry.sigma * t
+    if vector.norm == "free":
+        return x + d
+    length = x.norm(dim=-1, keepdim=True)
+    y = x + d if vector.norm == "kept" else x / length + d
+    return length * y / y.norm(dim=-1, keepdim=True)
+
+
+@contextmanager
+def by_hand(vector: SteeringVector, where: Callable[[int], torch.Tensor]) -> Iterator[None]:
+    """Steer with plain hooks and no cache; `where` gives a factor for each position of a sequence of some length."""
+    model, hooks = shared(), []
+    dim, opened = model.head_dim, {}
+    if vector.gate is not None:
+        w, b = torch.tensor(vector.gate.weights), vector.gate.bias
+
+        def judge(_m: Any, _a: Any, out: torch.Tensor) -> None:
+            opened["open"] = (out @ w + b > 0).float()[..., None]
+
+        hooks.append(layers_of(model)[0].register_forward_hook(judge))
+
+    def strength(x: torch.Tensor) -> torch.Tensor:
+        factor = vector.strength * where(x.shape[1])[None, :, None].expand(len(x), -1, 1)
+        return factor * opened["open"] if opened else factor
+
+    for key, entry in vector.entries.items():
+        if isinstance(key, Head):
+
+            def before(_m: Any, args: Any, key: Head = key, entry: Entry = entry) -> Any:
+                z, columns = args[0].clone(), slice(key.head * dim, (key.head + 1) * dim)
+                z[..., columns] = change_by_hand(vector, entry, strength(z), z[..., columns])
+                return (z,)
+
+            hooks.append(layers_of(model)[key.layer].self_attn.o_proj.register_forward_pre_hook(before))
+        else:
+
+            def after(_m: Any, _a: Any, out: torch.Tensor, entry: Entry = entry) -> torch.Tensor:
+                return change_by_hand(vector, entry, strength(out), out)
+
+            layer = layers_of(model)[key if isinstance(key, int) else key.layer]
+            hooks.append((layer if isinstance(key, int) else layer.mlp).register_forward_hook(after))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@torch.no_grad()
+def again(ids: torch.Tensor) -> torch.Tensor:
+    inputs = {**batch().inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return shared().hf(**inputs, use_cache=False).logits[:, -1]
+
+
+def factors(vector: SteeringVector, length: int) -> torch.Tensor:
+    """How strongly each position of prompt and answer is steered: a token keeps what it got when it was the last."""
+    prompt, image = batch().encodings[0].tokens.length, batch().encodings[0].tokens.image
+    at = torch.arange(length)
+    step = (at - (prompt - 1)).clamp_min(0)
+    chosen = {
+        "last": at >= prompt - 1,
+        "all": at >= 0,
+        "image": (at >= image[0]) & (at <= image[-1]),
+        "suffix": at > image[-1],
+        "question": (at > image[-1]) & (at < prompt),
+        "generated": at >= prompt,
+    }[vector.positions]
+    return chosen.float() * vector.decay**step
+
+
+CASES: Mapping[str, Callable[[], SteeringVector]] = {
+    "question": lambda: made(positions="question"),
+    "generated": lambda: made(positions="generated"),
+    "image": lambda: made(positions="image"),
+    "kept": lambda: made(norm="kept", positions="all"),
+    "relative": lambda: made(norm="relative", strength=0.5),
+    "project": lambda: made(kind="project", positions="suffix"),
+    "decay": lambda: made().decaying(0.6),
+    "decay of a norm rule": lambda: made(norm="relative", positions="suffix").decaying(0.7),
+    "gate": lambda: made(positions="all").gated(gate()),
+    "gate and decay": lambda: made(positions="suffix").gated(gate()).decaying(0.8),
+    "gated projection": lambda: made(kind="project", strength=2.0).gated(gate()),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@torch.no_grad()
+def test_cached_generation_is_recomputation_token_by_token(case: str) -> None:
+    model, vector = shared(), CASES[case]()
+    inputs = batch().inputs
+    length = inputs["input_ids"].shape[1]
+    with vector.applied(model):
+        out = model.hf.generate(
+            **inputs,
+            max_new_tokens=4,
+            min_new_tokens=4,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+    assert hooks_of(model) == 0
+    moved = []
+    for step, logits in enumerate(out.logits):
+        ids = out.sequences[:, : length + step]
+        with by_hand(vector, lambda n: factors(vector, n)):
+            torch.testing.assert_close(logits, again(ids), atol=3e-4, rtol=1e-4)
+        moved.append(float((logits - again(ids)).abs().max()))
+    assert moved[-1] > 1e-3
+    assert (moved[0] > 1e-3) == (vector.positions != "generated")
+
+
+@pytest.mark.parametrize("case", ["all", "last", "decay"])
+@torch.no_grad()
+def test_beam_search_is_beam_search_without_a_cache(case: str) -> None:
+    model = shared()
+    vector = made(positions="all" if case == "all" else "last", decay=0.5 if case == "decay" else 1.0)
+    options = {"num_beams": 3, "max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "output_scores": True}
+    with vector.applied(model):
+        steered = model.hf.generate(**batch().inputs, **options, return_dict_in_generate=True)
+    plain = model.hf.generate(**batch().inputs, **options, return_dict_in_generate=True)
+    with by_hand(vector, lambda n: factors(vector, n)):
+        naive = model.hf.generate(**batch().inputs, **options, use_cache=False, return_dict_in_generate=True)
+    assert torch.equal(steered.sequences, naive.sequences)
+    torch.testing.assert_close(steered.sequences_scores, naive.sequences_scores, atol=1e-3, rtol=1e-3)
+    assert not torch.allclose(steered.sequences_scores, plain.sequences_scores, atol=1e-3)
+    assert hooks_of(model) == 0
+
+
+def test_nested_twice_and_taken_away_twice() -> None:
+    model = lively()
+    state = {name: p.clone() for name, p in model.hf.state_dict().items()}
+    plain = model.logits(batch().inputs)
+    vectors = [CASES[name]() for name in ("kept", "gate and decay", "project")]
+    for _ in range(2):
+        for vector in vectors:
+            with vector.applied(model), vector.applied(model):
+                assert not torch.equal(model.logits(batch().inputs), plain)
+        assert hooks_of(model) == 0
+        assert torch.equal(model.logits(batch().inputs), plain)
+    assert all(torch.equal(p, state[name]) for name, p in model.hf.state_dict().items())
+
+
+def test_a_closed_gate_does_nothing_and_an_open_one_everything() -> None:
+    model, weights = shared(), np.eye(1, 192)[0]
+    plain = model.logits(batch().inputs)
+    with made().applied(model):
+        steered = model.logits(batch().inputs)
+    for bias, expected in ((-1e9, plain), (1e9, steered)):
+        with made().gated(ProbeGate(0, weights, bias)).applied(model):
+            torch.testing.assert_close(model.logits(batch().inputs), expected, atol=1e-5, rtol=1e-5)
+    with made().gated(ProbeGate(0, weights, 1e9)).gated(None).applied(model):
+        assert torch.equal(model.logits(batch().inputs), steered)
+
+
+def test_a_gate_reads_what_its_probe_read() -> None:
+    v = unit(24, 3).astype(np.float32)
+    x = np.random.default_rng(0).standard_normal((50, 24))
+    direction = ConceptDirection("decoder.L1.z", "last", "object:apple", v, head=2, scale=3.0, intercept=0.5)
+    for when, threshold in ((True, 0.0), (True, 0.7), (False, 0.0)):
+        made_gate = ProbeGate.from_direction(direction, when=when, threshold=threshold)
+        opened = x @ made_gate.weights + made_gate.bias > 0
+        told = direction.decision(x) > threshold
+        np.testing.assert_array_equal(opened, told if when else ~told)
+        assert made_gate.place == Head(1, 2)
+    with pytest.raises(SiteError, match="decoder 'z'"):
+        ProbeGate.from_direction(replace(direction, site="decoder.L1.q"))
+
+
+def test_a_direction_for_each_token() -> None:
+    model, inputs = shared(), batch().inputs
+    site = Site("decoder", 1, "mlp_out")
+    length = inputs["input_ids"].shape[1]
+    rows = unit((length, model.width), 4)
+    rows[0] = 0
+    vector = SteeringVector({site: Entry(rows, 2.0)}, "add", "all", 1.0, model.name, model.config_hash)
+    plain = model.read(inputs, [str(site)])[str(site)]
+    seen: list[torch.Tensor] = []
+    with vector.applied(model):
+        hook = model.locate(site).watch(lambda x: seen.append(x.clone()))
+        model.logits(inputs)
+        hook.remove()
+    torch.testing.assert_close(seen[0], plain + 2 * torch.tensor(rows, dtype=torch.float32), atol=1e-5, rtol=1e-5)
+    short = replace(vector, entries={site: Entry(rows[1:], 2.0)})
+    with (
+        short.applied(model),
+        pytest.raises(PatchError, match=f"value has {length - 1} tokens, but the site has {length}"),
+    ):
+        model.logits(inputs)
+    with pytest.raises(PatchError, match="for each token"):
+        vector.at("last")
+    control = vector.randomised(3).entries[site].vector
+    np.testing.assert_allclose(np.linalg.norm(control, axis=1), np.r_[0, np.ones(length - 1)], atol=1e-6)
+
+
+@pytest.mark.parametrize("case", ["kept", "relative", "project", "gate and decay", "by token"])
+def test_native_file_holds_all_of_it(case: str, tmp_path: Path) -> None:
+    if case == "by token":
+        site = Site("vision", 2, "mlp_out")
+        vector = SteeringVector({site: Entry(unit((9, 16), 1), 0.1)}, "add", "all", 0.9, "m", "c", norm="relative")
+    else:
+        vector = CASES[case]()
+    path = vector.save(tmp_path / "v.safetensors")
+    loaded = SteeringVector.load(path)
+    for name in ("kind", "positions", "strength", "norm", "decay", "model", "config_hash"):
+        assert getattr(loaded, name) == getattr(vector, name)
+    assert list(loaded.entries) == list(vector.entries)
+    for key, entry in vector.entries.items():
+        np.testing.assert_array_equal(loaded.entries[key].vector, entry.vector)
+        assert loaded.entries[key].sigma == entry.sigma
+    assert (loaded.gate is None) == (vector.gate is None)
+    if loaded.gate is not None and vector.gate is not None:
+        np.testing.assert_array_equal(loaded.gate.weights, vector.gate.weights)
+        assert (loaded.gate.place, loaded.gate.bias) == (vector.gate.place, vector.gate.bias)
+    # A file of version 1 knows none of it.
+    tensors, card = load_file(path), json.loads(path.with_suffix(".json").read_text())
+    old = {k: v for k, v in card.items() if k not in ("norm", "decay", "gate")}
+    save_file(tensors, tmp_path / "old", metadata={"steering_vector": json.dumps({**old, "version": 1})})
+    assert (SteeringVector.load(tmp_path / "old").norm, SteeringVector.load(tmp_path / "old").gate) == ("free", None)
+
+
+def test_additions_at_one_site_are_one() -> None:
+    """Many heads of a layer, twice over, with something else between: the sum, in the order they were given."""
+    model, site = shared(), Site("decoder", 2, "z")
+    x = model.read(batch().inputs, [str(site)])[str(site)]
+    push = torch.tensor(unit(24, 1), dtype=torch.float32)
+    items = [Intervention(site, Add(push), "all", head) for head in (0, 3, 3)]
+    expected = x.clone()
+    for head in (0, 3, 3):
+        expected[..., 24 * head : 24 * head + 24] += push
+    for extra, after in (([], expected), ([Intervention(site, Zero(), "all", 3)], None)):
+        seen: list[torch.Tensor] = []
+        with intervened(model, [*items, *extra, *items[:1]]):
+            hook = model.locate(site).watch(lambda y, seen=seen: seen.append(y.clone()))
+            model.logits(batch().inputs)
+            hook.remove()
+        wanted = expected.clone()
+        if after is None:
+            wanted[..., 72:96] = 0
+        wanted[..., :24] += push
+        torch.testing.assert_close(seen[0], wanted, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "said"),
+    [
+        (lambda: made(norm="longer"), ConfigError, "norm from"),
+        (lambda: made(kind="project", norm="kept"), ConfigError, "norm .free. unless the kind is .add."),
+        (lambda: made().decaying(0), ConfigError, "decay=0"),
+        (lambda: made().decaying(float("nan")), ConfigError, "decay=nan"),
+        (lambda: made().decaying(1.5), ConfigError, r"decay must be in \(0, 1\]"),
+        (lambda: ProbeGate(0, np.zeros(4)), PatchError, "not all 0"),
+        (lambda: ProbeGate(0, np.ones(4), float("nan")), PatchError, "bias nan"),
+        (lambda: made().gated(ProbeGate(5, np.ones(192))).interventions(), SiteError, "no later"),
+        (lambda: made().gated(ProbeGate(Site("vision", 0, "z"), np.ones(4))).interventions(), SiteError, "no later"),
+        (lambda: Intervention(Site("decoder", 0, "z"), Zero(), decay=0.5), PatchError, "without a strength"),
+        (lambda: Intervention(Site("vision", 0, "z"), Zero(), "generated"), SiteError, "are for the decoder only"),
+        (lambda: made(positions="answer"), ConfigError, "positions='answer'"),
+    ],
+)
+def test_what_is_refused(make: Callable[[], Any], error: type[Exception], said: str) -> None:
+    with pytest.raises(error, match=said):
+        make()
+
+
+def test_a_gate_of_another_width_is_refused_before_anything_is_hooked() -> None:
+    model = shared()
+    with pytest.raises(PatchError, match="must be 192"), made().gated(ProbeGate(0, np.ones(7))).applied(model):
+        pass
+    item = Intervention(
+        Site("decoder", 1, "z"), Add(torch.ones(192)), gate=Gate(Site("decoder", 0, "z"), torch.ones(24), 0, 9)
+    )
+    with pytest.raises(SiteError, match="heads 0-7"), intervened(model, [item]):
+        pass
+    assert hooks_of(model) == 0

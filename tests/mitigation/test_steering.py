@@ -1,0 +1,354 @@
+"""Steering vectors: what they do in forwards and generation, controls, files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+
+from groundscope.core.errors import ConfigError, ModelError, PatchError, SiteError, StoreError
+from lvlm import Head
+from lvlm.model import Batch, Lvlm
+from mitigation import SteeringVector
+from mitigation.steering.vector import Entry
+from tests.toys.random_models import examples, hooks_of, layers_of, lively, shared
+
+HEADS = (Head(1, 3), Head(1, 6), Head(4, 0))
+
+
+def unit(rng: np.random.Generator, d: int) -> np.ndarray:
+    v = rng.standard_normal(d)
+    return v / np.linalg.norm(v)
+
+
+def vector(model: Lvlm, kind: str = "add", layers: tuple[int, ...] = (), **changes: Any) -> SteeringVector:
+    rng = np.random.default_rng(0)
+    entries: dict[Head | int, Entry] = {}
+    for key in (*HEADS, *layers):
+        d = model.head_dim if isinstance(key, Head) else model.width
+        if kind == "add":
+            entries[key] = Entry(unit(rng, d), sigma=0.5 + rng.random())
+        else:
+            reads = np.linalg.qr(rng.standard_normal((d, 3)))[0].T if key == HEADS[0] else None
+            entries[key] = Entry(rng.standard_normal(d), reads=reads)
+    made = SteeringVector(entries, kind, "last", 2.0, model.name, model.config_hash, {"method": "by hand"})  # pyright: ignore[reportArgumentType]  # one of the two
+    return replace(made, **changes)
+
+
+def rows(model: Lvlm) -> Batch:
+    return next(b for b in model.batches(examples(), 2) if len(b.index) == 2)
+
+
+def change_by_hand(entry: Entry, kind: str, strength: float, x: torch.Tensor) -> torch.Tensor:
+    """What a vector does to ``[..., d]``, from the formulas."""
+    v = torch.tensor(entry.vector)
+    if kind == "add":
+        return x + strength * entry.sigma * v
+    reads = torch.eye(len(v)) if entry.reads is None else torch.tensor(entry.reads)
+    writes = reads if entry.writes is None else torch.tensor(entry.writes)
+    return x + strength * (x - v) @ reads.T @ writes
+
+
+@torch.no_grad()
+def logits_by_hand(
+    model: Lvlm, inputs: Mapping[str, torch.Tensor], made: SteeringVector, strength: float, first: int
+) -> torch.Tensor:
+    """Logits of one forward without a cache, plain torch hooks changing every position from `first` on."""
+    hooks = []
+    dim = model.head_dim
+    for key, entry in made.entries.items():
+        if isinstance(key, Head):
+
+            def before(
+                _m: object, args: tuple[torch.Tensor], key: Head = key, entry: Entry = entry
+            ) -> tuple[torch.Tensor]:
+                z = args[0].clone()
+                part = z[:, first:, key.head * dim : (key.head + 1) * dim]
+                z[:, first:, key.head * dim : (key.head + 1) * dim] = change_by_hand(entry, made.kind, strength, part)
+                return (z,)
+
+            hooks.append(layers_of(model)[key.layer].self_attn.o_proj.register_forward_pre_hook(before))
+        else:
+
+            def after(_m: object, _a: object, out: torch.Tensor, entry: Entry = entry) -> torch.Tensor:
+                out = out.clone()
+                out[:, first:] = change_by_hand(entry, made.kind, strength, out[:, first:])
+                return out
+
+            hooks.append(layers_of(model)[key].register_forward_hook(after))
+    try:
+        return model.hf(**inputs, use_cache=False).logits[:, -1]
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@pytest.mark.parametrize("kind", ["add", "amplify"])
+@pytest.mark.parametrize("layers", [(), (2,)])
+def test_forward_is_the_formula(kind: str, layers: tuple[int, ...]) -> None:
+    model = shared()
+    made, inputs = vector(model, kind, layers), rows(model).inputs
+    length = inputs["input_ids"].shape[1]
+    after = rows(model).encodings[0].tokens.image[-1] + 1
+    for rule, first in (("last", length - 1), ("suffix", after), ("all", 0)):
+        with made.at(rule).applied(model, 1.5):  # pyright: ignore[reportArgumentType]  # from the list
+            steered = model.logits(inputs)
+        torch.testing.assert_close(steered, logits_by_hand(model, inputs, made, 1.5, first), atol=1e-4, rtol=1e-4)
+        assert not torch.allclose(steered, model.logits(inputs), atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["add", "amplify"])
+@pytest.mark.parametrize("rule", ["last", "suffix", "all"])
+@torch.no_grad()
+def test_cached_generation_is_recomputation_token_by_token(kind: str, rule: str) -> None:
+    model = shared()
+    made, batch = vector(model, kind, (2,), positions=rule, strength=0.8), rows(shared())
+    length = batch.inputs["input_ids"].shape[1]
+    with made.applied(model):
+        out = model.hf.generate(
+            **batch.inputs,
+            max_new_tokens=6,
+            min_new_tokens=6,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+    # Each token was the last one once, and its keys and values stay as they were made then.
+    first = {"last": length - 1, "suffix": batch.encodings[0].tokens.image[-1] + 1, "all": 0}[rule]
+    for step, logits in enumerate(out.logits):
+        ids = out.sequences[:, : length + step]
+        again = {**batch.inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        torch.testing.assert_close(logits, logits_by_hand(model, again, made, 0.8, first), atol=2e-4, rtol=1e-4)
+    # A random model says the same words either way; what it would have said next is not the same.
+    assert not torch.allclose(out.logits[0], model.logits(batch.inputs), atol=1e-4)
+
+
+def test_image_positions_act_on_the_prompt_only() -> None:
+    model = shared()
+    made, inputs = vector(model, positions="image"), rows(shared()).inputs
+    seen: list[int] = []
+    hook = model.locate("decoder.L1.z").watch(lambda x: seen.append(x.shape[1]))
+    base: list[torch.Tensor] = []
+    late = model.locate("decoder.L4.z").watch(lambda x: base.append(x.clone()))
+    model.logits(inputs)
+    with made.applied(model):
+        model.generate(rows(model), max_new_tokens=3)
+    hook.remove()
+    late.remove()
+    assert not torch.equal(base[0], base[1])
+    assert seen[-1] == 1
+
+
+def test_steering_is_idempotent_and_leaves_nothing() -> None:
+    model = lively()
+    state = {name: p.clone() for name, p in model.hf.state_dict().items()}
+    inputs = rows(model).inputs
+    plain = model.logits(inputs)
+    made = vector(model)
+    steered = []
+    for _ in range(2):
+        with made.applied(model):
+            steered.append(model.logits(inputs))
+        assert hooks_of(model) == 0
+        assert torch.equal(model.logits(inputs), plain)
+    assert torch.equal(*steered)
+    with pytest.raises(KeyError), made.applied(model):
+        raise KeyError
+    assert hooks_of(model) == 0
+    assert all(torch.equal(p, state[name]) for name, p in model.hf.state_dict().items())
+    with made.applied(model, 0):
+        assert hooks_of(model) == 0
+        assert torch.equal(model.logits(inputs), plain)
+
+
+def test_vectors_stack() -> None:
+    model = shared()
+    inputs = rows(model).inputs
+    made = vector(model)
+    with made.applied(model, 1.0), made.applied(model, 2.0):
+        twice = model.logits(inputs)
+    with made.applied(model, 3.0):
+        once = model.logits(inputs)
+    torch.testing.assert_close(twice, once, atol=1e-4, rtol=1e-4)
+
+
+def test_strengths() -> None:
+    model = shared()
+    inputs = rows(model).inputs
+    made = vector(model)
+    with made.applied(model):
+        own = model.logits(inputs)
+    with made.scaled(7).applied(model, 2.0):
+        assert torch.equal(model.logits(inputs), own)
+    assert made.scaled(7).strength == 7
+    for wrong in (float("nan"), float("inf")):
+        with pytest.raises(ConfigError, match="finite"):
+            made.scaled(wrong)
+        with pytest.raises(ConfigError, match="finite"), made.applied(model, wrong):
+            pass
+
+
+def test_a_vector_for_another_model_is_refused_unless_forced() -> None:
+    model = shared()
+    foreign = replace(vector(model), config_hash="0" * 64, model="other")
+    with pytest.raises(ModelError, match="derived for 'other'"), foreign.applied(model):
+        pass
+    with foreign.applied(model, force=True):
+        assert hooks_of(model) > 0
+    deep = replace(foreign, entries={Head(40, 0): foreign.entries[HEADS[0]]})
+    with pytest.raises(SiteError, match="layers 0-5"), deep.applied(model, force=True):
+        pass
+    wide = replace(foreign, entries={Head(0, 0): Entry(np.eye(1, 128)[0])})
+    with pytest.raises(PatchError, match="must be 24"), wide.applied(model, force=True):
+        pass
+
+
+# ---- controls ----------------------------------------------------------------------------------------------------------
+
+
+def test_random_control_of_what_is_read_here_and_written_there_goes_as_far() -> None:
+    rng = np.random.default_rng(3)
+    reads, writes = np.eye(1, 24), 3.5 * np.eye(1, 24, 4)
+    made = SteeringVector(
+        {HEADS[0]: Entry(np.zeros(24), reads=reads, writes=writes)}, "amplify", "last", 1.0, "m", "c", {}
+    )
+    entry = made.randomised(2).entries[HEADS[0]]
+    assert entry.reads is not None
+    assert entry.writes is not None
+    x = rng.standard_normal((10, 24))
+    moved = x @ entry.reads.T @ entry.writes
+    np.testing.assert_allclose(np.linalg.norm(moved, axis=1), 3.5 * np.abs(x[:, 0]), rtol=1e-5)
+    assert abs(float(entry.writes[0] @ writes[0])) < 3.5**2 * 0.7
+
+
+@pytest.mark.parametrize("kind", ["add", "amplify"])
+def test_random_control_has_the_same_size_for_every_input(kind: str) -> None:
+    model = shared()
+    made = vector(model, kind, (2,))
+    control = made.randomised(5)
+    rng = np.random.default_rng(1)
+    for key, entry in made.entries.items():
+        other = control.entries[key]
+        x = torch.tensor(rng.standard_normal((20, len(entry.vector))), dtype=torch.float32)
+        a, b = (change_by_hand(e, kind, 1.5, x) - x for e in (entry, other))
+        torch.testing.assert_close(a.norm(dim=1), b.norm(dim=1), rtol=1e-4, atol=1e-5)
+        cosine = (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))
+        assert abs(float(cosine.mean())) < 0.7
+    assert control.provenance["control"] == "random directions, seed 5"
+    again = made.randomised(5)
+    for key in made.entries:
+        for name in ("vector", "writes"):
+            np.testing.assert_array_equal(getattr(control.entries[key], name), getattr(again.entries[key], name))
+    with control.applied(model):
+        steered = model.logits(rows(model).inputs)
+    by_hand = logits_by_hand(model, rows(model).inputs, control, 2.0, rows(model).inputs["input_ids"].shape[1] - 1)
+    torch.testing.assert_close(steered, by_hand, atol=1e-4, rtol=1e-4)
+
+
+def test_same_directions_at_other_heads() -> None:
+    model = shared()
+    made = vector(model)
+    others = (Head(5, 5), Head(0, 1), Head(2, 2))
+    moved = made.on_heads(others)
+    assert set(moved.heads) == set(others)
+    for old, new in zip(made.heads, others, strict=True):
+        assert moved.entries[new] is made.entries[old]
+    for wrong in (others[:2], (others[0],) * 3, ()):
+        with pytest.raises(PatchError, match="3 different heads"):
+            made.on_heads(wrong)
+    for unfit in (vector(model, "amplify"), vector(model, "add", (2,))):
+        with pytest.raises(PatchError, match="derive"):
+            unfit.on_heads(others)
+
+
+# ---- construction ------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_refused() -> None:
+    made = vector(shared())
+    with pytest.raises(PatchError, match="at least one"):
+        replace(made, entries={})
+    with pytest.raises(ConfigError, match="choose kind"):
+        replace(made, kind="multiply")
+    with pytest.raises(ConfigError, match="positions"):
+        made.at("first")  # pyright: ignore[reportArgumentType]  # a user's mistake
+    with pytest.raises(PatchError, match="length 2"):
+        replace(made, entries={HEADS[0]: Entry(2 * made.entries[HEADS[0]].vector)})
+    for sigma in (0.0, -1.0, float("nan")):
+        with pytest.raises(PatchError, match="sigma"):
+            Entry(np.ones(3), sigma)
+    with pytest.raises(PatchError, match="finite"):
+        Entry(np.array([1.0, np.nan]))
+    with pytest.raises(PatchError, match="the same number of rows"):
+        Entry(np.ones(3), reads=np.eye(2, 3), writes=np.eye(3))
+
+
+def test_frozen_and_ordered() -> None:
+    made = vector(shared(), layers=(1,))
+    assert list(made.entries) == [Head(1, 3), Head(1, 6), 1, Head(4, 0)]
+    assert made.heads == HEADS
+    assert made.layers == (1,)
+    with pytest.raises(TypeError):
+        made.entries[0] = made.entries[1]  # pyright: ignore[reportIndexIssue]  # it is read-only
+    with pytest.raises(ValueError, match="read-only"):
+        made.entries[1].vector[0] = 0
+    assert "L1.H3" in repr(made)
+
+
+# ---- files -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["add", "amplify"])
+def test_native_file(kind: str, tmp_path: Path) -> None:
+    model = shared()
+    made = vector(model, kind, (2,)).randomised(1)
+    path = made.save(tmp_path / "new" / "vector.safetensors")
+    tensors = load_file(path)
+    names = {"layers.1.head.3", "layers.1.head.6", "layers.4.head.0", "layers.2.residual"}
+    assert {n for n in tensors if not n.endswith(("reads", "writes"))} == names
+    assert tensors["layers.1.head.3"].shape == (model.head_dim,)
+    assert tensors["layers.2.residual"].shape == (model.width,)
+    card = json.loads(path.with_suffix(".json").read_text())
+    assert card["config_hash"] == model.config_hash
+    assert card["entries"]["layers.1.head.3"]["site"] == "decoder.L1.z"
+    loaded = SteeringVector.load(path)
+    assert (loaded.kind, loaded.positions, loaded.strength) == (made.kind, made.positions, made.strength)
+    assert loaded.provenance == made.provenance
+    inputs = rows(model).inputs
+    both = []
+    for v in (made, loaded):
+        with v.applied(model):
+            both.append(model.logits(inputs))
+    assert torch.equal(*both)
+
+
+def test_files_that_are_no_vectors(tmp_path: Path) -> None:
+    path = vector(shared()).save(tmp_path / "vector.safetensors")
+    with pytest.raises(StoreError, match="no such file"):
+        SteeringVector.load(tmp_path / "none")
+    save_file({"x": np.ones(2, np.float32)}, tmp_path / "other")
+    with pytest.raises(StoreError, match="is not a steering_vector file"):
+        SteeringVector.load(tmp_path / "other")
+    tensors, card = load_file(path), json.loads(path.with_suffix(".json").read_text())
+    for name, change, said in (
+        ("newer", {"version": 4}, "version 4"),
+        ("kind", {"kind": "multiply"}, "damaged"),
+        ("name", {"entries": {"layers.1.mlp": {"sigma": 1.0}}}, "damaged"),
+        ("gap", {"entries": {"layers.5.head.0": {"sigma": 1.0}}}, "damaged"),
+    ):
+        save_file(tensors, tmp_path / name, metadata={"steering_vector": json.dumps({**card, **change})})
+        with pytest.raises(StoreError, match=said):
+            SteeringVector.load(tmp_path / name)
+
+
+@pytest.mark.parametrize("value", ["ab", [1, "x"], [1j, 0.0], [[1.0], [2.0, 3.0]]])
+def test_a_direction_is_made_of_real_numbers(value: Any) -> None:
+    with pytest.raises(PatchError, match="vector: it must be an array of real numbers"):
+        Entry(value)

@@ -1,0 +1,102 @@
+"""The sessions that the documentation shows run as they are written."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+EVERY = [ROOT / "README.md", *sorted(p for p in (ROOT / "docs").rglob("*.md") if "api" not in p.parts)]
+PAGES = [p for p in EVERY if p.stem in {"transformer_lens"}]
+# What the page calls a result, and what must be true of it: a session that computes nothing would show here.
+SHOWN = {
+    "transformer_lens": """
+import math
+assert strengths.shape == (model.head_dim,) and float(strengths[0]) > float(strengths[-1]) > 0
+assert float(torch.linalg.svdvals(ov)[model.head_dim]) < 1e-4 * float(strengths[0])
+assert float(moved) > 0.01
+assert torch.equal(model.logits(inputs)[0], own)
+assert parts.shape == (1 + 2 * model.n_layers, len(data), 1, model.width)
+assert len(ranking) == len(labels) and all(math.isfinite(x) for x, _ in ranking) and ranking[0][0] > ranking[-1][0]
+assert heads.shape == (model.n_layers * model.n_heads, len(data))
+import numpy as np
+layer, head = strongest
+z = store.read(f"decoder.L{layer}.z", "last", head=head)
+result = z @ model.output_projection("decoder", layer).weight.detach().numpy().T.reshape(model.n_heads, model.head_dim, -1)[head]
+scale = np.sqrt((whole[:, 0].double().numpy() ** 2).mean(-1) + bridge.cfg.eps)
+np.testing.assert_allclose(heads[layer * model.n_heads + head].detach(), result @ toward_yes.numpy() / scale, atol=1e-3)
+"""
+}
+
+
+def test_every_page_is_linked_from_the_readme() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for page in EVERY[1:]:
+        assert f"({page.relative_to(ROOT)})" in text or page.stem == "index"
+
+
+@pytest.mark.parametrize("page", EVERY, ids=lambda p: p.stem)
+def test_links_within_the_project_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\((?!https?:|#)([^)#\s]+)", page.read_text(encoding="utf-8")):
+        assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
+def test_a_page_runs_from_top_to_bottom(page: Path, tmp_path: Path) -> None:
+    blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    assert blocks
+    script = tmp_path / "page.py"
+    script.write_text("\n".join([*blocks, SHOWN[page.stem]]), encoding="utf-8")
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); exec(compile(open({str(script)!r}).read(), 'page', 'exec'))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_function_that_the_page_of_papers_names_is_there() -> None:
+    text = (ROOT / "docs" / "papers.md").read_text(encoding="utf-8")
+    names = re.findall(
+        r"`((?:concepts|lvlm|probes|circuits|behavior|mitigation|diagnosis|groundscope|experiments)\.[\w.]+)`", text
+    )
+    assert len(names) > 40
+    for name in names:
+        parts = name.split(".")
+        # The longest part that is a module: `behavior.pope` is a function too.
+        depth = next(n for n in range(len(parts), 0, -1) if _is_module(".".join(parts[:n])))
+        held: Any = importlib.import_module(".".join(parts[:depth]))
+        for part in parts[depth:]:
+            assert hasattr(held, part), name
+            held = getattr(held, part)
+
+
+def _is_module(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    mkdocs = Path(sys.executable).parent / "mkdocs"
+    done = subprocess.run(
+        [mkdocs, "build", "--strict", "--quiet", "--site-dir", tmp_path / "site"],
+        cwd=ROOT, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    pages = sorted((tmp_path / "site").rglob("*.html"))
+    front = (tmp_path / "site" / "index.html").read_text(encoding="utf-8")
+    assert "Why does a vision-language model say" in front
+    assert len(pages) >= len(EVERY) + 7
+    for page in (p for p in pages if p.name != "404.html"):
+        text = page.read_text(encoding="utf-8")
+        # Nothing is loaded from elsewhere, and links within the site lead somewhere.
+        assert not re.search(r"<(?:script|link|img)[^>]+(?:src|href)=\"https?:", text)
+        for target in re.findall(r"<a [^>]*href=\"((?!https?:|#|mailto:)[^\"#]+)", text):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"

@@ -1,0 +1,1 @@
+"""Small models, examples, files and independent implementations that several test files use."""
