@@ -1,6 +1,6 @@
 """Ask a model questions, parse its answers, and score them.
 
-`amber`, `judge_files`, `mme` and `taxonomy` are modules; `chair` and `pope` are functions.
+`amber`, `judge_files`, `metrics`, `mme` and `taxonomy` are modules; `chair` and `pope` are functions.
 """
 
 import lazy_loader

@@ -1,24 +1,23 @@
 """Public names of `behavior`, each with its module."""
 
-from . import amber, judge_files, mme, taxonomy
+from . import amber, judge_files, metrics, mme, taxonomy
 from .answer_files import answered_elsewhere
 from .answering import answer, answer_each
 from .chair import ChairResult, chair
 from .comparison import Comparison, compare
-from .measures import MEASURES, Measure, measure, measure_change
+from .metrics import BehaviorMetric, compare_metric, compute_metrics
 from .parsing import PARSERS
 from .pope import PopeResult, PopeScores, pope
 from .result import Answer, BehaviorResult, Cost
 
 __all__ = [
-    "MEASURES",
     "PARSERS",
     "Answer",
+    "BehaviorMetric",
     "BehaviorResult",
     "ChairResult",
     "Comparison",
     "Cost",
-    "Measure",
     "PopeResult",
     "PopeScores",
     "amber",
@@ -27,9 +26,10 @@ __all__ = [
     "answered_elsewhere",
     "chair",
     "compare",
+    "compare_metric",
+    "compute_metrics",
     "judge_files",
-    "measure",
-    "measure_change",
+    "metrics",
     "mme",
     "pope",
     "taxonomy",

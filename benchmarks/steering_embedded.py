@@ -33,7 +33,7 @@ from rich.table import Table
 
 from activation_store import trace
 from behavior import BehaviorResult, chair
-from behavior.measures import MEASURES, measure, measure_change
+from behavior.metrics import METRICS, compare_metric, compute_metrics
 from benchmarks._steering_methods import Method, World, methods
 from circuits import patch_heads
 from concepts import scenes
@@ -172,10 +172,10 @@ def controls_of(
 
 def cut(before: BehaviorResult, after: Sequence[BehaviorResult], name: str) -> Estimate:
     """Return the share of an error that is gone, the mean over draws, with a paired interval over scenes."""
-    measure = MEASURES[name]
-    kept = [i for i, a in enumerate(before.answers) if measure.counts(a)]
-    base = np.array([measure.value(before.answers[i]) for i in kept], float)
-    late = np.mean([[measure.value(r.answers[i]) for i in kept] for r in after], axis=0)
+    metric = METRICS[name]
+    kept = [i for i, a in enumerate(before.answers) if metric.applies(a)]
+    base = np.array([metric.counts(before.answers[i]) for i in kept], float)
+    late = np.mean([[metric.counts(r.answers[i]) for i in kept] for r in after], axis=0)
     table = np.column_stack([base - late, base])
     low, high = cluster_bootstrap(table, [before.answers[i].group for i in kept], ratio)
     return Estimate(float(table[:, 0].sum() / base.sum()) if base.any() else float("nan"), low, high, len(kept))
@@ -183,7 +183,7 @@ def cut(before: BehaviorResult, after: Sequence[BehaviorResult], name: str) -> E
 
 def told(result: BehaviorResult, data: ConceptDataset) -> dict[str, Any]:
     """Return the measures that are shown."""
-    return {name: asdict(e) for name, e in measure(result, data).items() if name in SHOWN}
+    return {name: asdict(e) for name, e in compute_metrics(result, data).items() if name in SHOWN}
 
 
 def row_of(
@@ -193,7 +193,7 @@ def row_of(
     data: ConceptDataset,
 ) -> dict[str, Any]:
     """Return what is written of a method on the test scenes."""
-    changes = {name: measure_change(before, after, name) for name in SHOWN}
+    changes = {name: compare_metric(before, after, name) for name in SHOWN}
     return {
         "questions": len(data),
         "before": told(before, data),
@@ -204,7 +204,7 @@ def row_of(
             control: {
                 "draws": len(drawn),
                 "cut": {name: asdict(cut(before, drawn, name)) for name in PRIOR_ERRORS},
-                "neutral": float(np.mean([measure(r, data)["neutral: right"].value for r in drawn])),
+                "neutral": float(np.mean([compute_metrics(r, data)["neutral: right"].value for r in drawn])),
             }
             for control, drawn in controls.items()
         },
@@ -258,7 +258,7 @@ def tested_by_parts(w: World, method: Method, plan: Plan, data: ConceptDataset) 
     sweep: list[Row] = []
     before: dict[str, Estimate] = {}
     for s, result in asked_by_parts(w.model, validation, method, method.strengths[:: plan.thin]).items():
-        rates = measure(result, validation)
+        rates = compute_metrics(result, validation)
         before = before or rates
         sweep.append({"strength": s, "harm": harm(rates), "cost": cost(rates, before)})
     row = choose_strength(sweep, max_drop=MAX_DROP)

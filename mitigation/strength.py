@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 
 from behavior import BehaviorResult, answer_each
-from behavior.measures import MEASURES, measure
+from behavior.metrics import METRICS, compute_metrics
 from circuits import intervened, logits_under
 from concepts.schema import ConceptDataset
 from groundscope.core.errors import ConfigError
@@ -58,7 +58,10 @@ def cost(rates: Mapping[str, Estimate], before: Mapping[str, Estimate]) -> float
     >>> cost(after, before)
     0.25
     """
-    losses = [(rates[name].value - before[name].value) * (1 if MEASURES[name].error else -1) for name in guards(rates)]
+    losses = [
+        (rates[name].value - before[name].value) * (1 if METRICS[name].lower_is_better else -1)
+        for name in guards(rates)
+    ]
     return max(losses, default=0.0)
 
 
@@ -120,7 +123,7 @@ def sweep_strengths(
     conditions: dict[str, SteeringVector | None] = {"": None}
     conditions |= {f"{name} {s:g}": v.scaled(s) for name, (v, strengths) in vectors.items() for s in strengths}
     results = answer_under(model, data, conditions, batch_size=batch_size, progress=progress)
-    rates_of = {name: measure(result, data) for name, result in results.items()}
+    rates_of = {name: compute_metrics(result, data) for name, result in results.items()}
 
     def row(strength: float, name: str) -> Row:
         rates = {item: estimate.value for item, estimate in rates_of[name].items()}

@@ -17,7 +17,7 @@ import numpy as np
 
 from behavior import BehaviorResult
 from behavior.comparison import change_interval, mcnemar_by_group, same_questions
-from behavior.measures import MEASURES
+from behavior.metrics import METRICS
 from behavior.result import Answer
 from circuits.results.head_scores import HeadScores
 from circuits.results.statistics import Rows, compare_rows
@@ -214,8 +214,8 @@ Counts = Callable[[Answer], bool]
 
 def _measures(answers: Sequence[Answer]) -> Iterator[tuple[str, Counts, Counts]]:
     """Yield name, which answers count and what is counted: the measures of a run, then right answers of what they leave out."""
-    for name, measure in MEASURES.items():
-        yield name, measure.counts, measure.value
+    for name, metric in METRICS.usable().items():
+        yield name, metric.applies, metric.counts
     for column in ("level", "split", "kind"):
         for value in dict.fromkeys(getattr(a, column) for a in answers):
 

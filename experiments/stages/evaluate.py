@@ -7,7 +7,7 @@ from pathlib import Path
 
 from behavior import answer
 from behavior.chair import read_synonyms
-from behavior.measures import MEASURES, measure, measure_change
+from behavior.metrics import METRICS, compare_metric, compute_metrics
 from experiments.run.context import Context
 from experiments.run.folder import write_json
 from experiments.stages.steer import CONTROLS, control_file
@@ -57,13 +57,13 @@ def make_behavior(context: Context, root: Path) -> str:
     for run, result in results.items():
         result.save(root / f"{run.replace(' ', '-')}.json")
     synonyms = None if options.synonyms is None else read_synonyms(options.synonyms)
-    rates = {run: measure(result, data, synonyms) for run, result in results.items()}
+    rates = {run: compute_metrics(result, data, synonyms=synonyms) for run, result in results.items()}
     write_json(root / "rates.json", {run: {k: asdict(v) for k, v in found.items()} for run, found in rates.items()})
     changes = {
         run: {
             name: asdict(change)
             for name in rates["before"]
-            if name in MEASURES and (change := measure_change(results["before"], results[run], name)) is not None
+            if name in METRICS and (change := compare_metric(results["before"], results[run], name)) is not None
         }
         for run in results
         if run not in {"before", "twin"}

@@ -15,7 +15,7 @@ from PIL import Image
 from behavior import BehaviorResult, chair
 from behavior.answer_files import answered_elsewhere, read_answers, row_of
 from behavior.chair import COCO_CATEGORIES, COCO_PHRASES, COCO_SYNONYMS, read_synonyms, score_captions
-from behavior.measures import measure
+from behavior.metrics import compute_metrics
 from behavior.parsing import PARSERS
 from behavior.released_words import singularize
 from behavior.result import Cost
@@ -199,12 +199,12 @@ def test_captions_of_people_are_read_one_by_one(coco: ConceptDataset) -> None:
 def test_a_run_on_coco_counts_cocos_objects(coco: ConceptDataset) -> None:
     """Women, a fork and a sofa are no icons; before, captions of COCO were searched for icons alone."""
     said = _said(coco, "Two women with a puppy and forks.", "A cat on a sofa, a cat.")
-    found = measure(said, coco)
+    found = compute_metrics(said, coco)
     assert found["caption: invented of named (CHAIR_i)"].value == 3 / 6
     assert found["caption: with something invented (CHAIR_s)"].value == 1
     assert found["caption: named of shown (recall)"].value == 2 / 3
     words = {"dog": "dog", "puppy": "dog", "fork": "fork"}
-    assert measure(said, coco, words)["caption: invented of named (CHAIR_i)"].value == 1 / 4
+    assert compute_metrics(said, coco, synonyms=words)["caption: invented of named (CHAIR_i)"].value == 1 / 4
 
 
 def test_caption_files_of_other_scorers_are_read(coco: ConceptDataset, tmp_path: Path) -> None:

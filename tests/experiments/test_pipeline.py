@@ -221,13 +221,13 @@ def test_every_method_and_control_was_tried_at_every_strength(run: Path) -> None
 
 def test_what_was_tried_together_is_what_each_gives_alone(run: Path) -> None:
     from behavior import answer
-    from behavior.measures import measure
+    from behavior.metrics import compute_metrics
     from lvlm import load_lvlm
 
     model, vector = load_lvlm("tiny"), SteeringVector.load(run / "steering" / "vector.safetensors")
     data = scenes.dataset(80, 0).filter(lambda e: bool(e.candidates))
     with vector.applied(model, 2.0):
-        alone = measure(answer(model, data, progress=False), data)
+        alone = compute_metrics(answer(model, data, progress=False), data)
     row = json.loads((run / "steering" / "sweep.json").read_text())["curves"]["discriminant"][-1]
     assert row["strength"] == 2
     assert {name: e.value for name, e in alone.items()} == {name: row[name] for name in alone}
