@@ -17,7 +17,7 @@ import io
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from groundscope.core.errors import ConfigError, GroundscopeError
 
@@ -76,14 +76,16 @@ def _run(arguments: Sequence[str], console: Console) -> int:
         _hydra(arguments)
         return 0
     config, own = composed(request.first())
-    check(config)
     from hydra.types import RunMode
 
     if request.several or own.mode == RunMode.MULTIRUN:
+        from experiments.cli.launch import launch_jobs
         from experiments.cli.sweep import start
 
+        check(config)
         params = list(own.sweeper.get("params") or {})
-        return start(request, config, params, lambda more: _hydra([*arguments, *more]), console)
+        words = [argument for argument in arguments if argument not in request.flags]
+        return start(request, config, params, lambda more: launch_jobs([*words, *more]), console)
     from experiments.pipeline import execute
 
     execute(config)
@@ -91,34 +93,20 @@ def _run(arguments: Sequence[str], console: Console) -> int:
 
 
 def _hydra(arguments: Sequence[str]) -> None:
-    """Let Hydra read the arguments and run one task, or one a job."""
+    """Pass a command line with Hydra's own flags to Hydra."""
     import hydra
     from hydra.errors import HydraException
 
+    from experiments.cli.launch import run_task
     from experiments.cli.overrides import register
 
     register()
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come here instead of being printed by it
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra raises errors instead of printing them
     sys.argv = [sys.argv[0], *arguments]
     try:
-        hydra.main(version_base="1.3", config_path="pkg://experiments.conf", config_name="config")(_task)()
+        hydra.main(version_base="1.3", config_path="pkg://experiments.conf", config_name="config")(run_task)()
     except HydraException as error:
         raise ConfigError(str(error).splitlines()[0]) from error
-
-
-def _task(options: Any) -> None:
-    """Run one configuration that Hydra made."""
-    from hydra.core.hydra_config import HydraConfig
-    from hydra.types import RunMode
-
-    from experiments.cli.overrides import finished
-    from experiments.cli.sweep import job
-    from experiments.pipeline import execute
-
-    if HydraConfig.get().mode == RunMode.MULTIRUN:
-        job(options, HydraConfig.get())
-    else:
-        execute(finished(options))
 
 
 def _guarded(work: Callable[[Console], int]) -> int:

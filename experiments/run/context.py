@@ -44,12 +44,10 @@ class Context:
         """The examples to find things on, and those to test on; they share no group."""
         data = self.config.data
         if data.source == "scenes":
-            from concepts import scenes
-
             if data.seed == data.test_seed:
                 msg = f"data.seed and data.test_seed are both {data.seed}: test scenes must not be those things are found on"
                 raise ConfigError(msg)
-            return scenes.dataset(data.n_images, data.seed), scenes.dataset(data.test_images, data.test_seed)
+            return _scenes(data.n_images, data.seed), _scenes(data.test_images, data.test_seed)
         return _divided(_loaded(data), data.test_share, data.seed)
 
     @property
@@ -158,6 +156,14 @@ def _file_key(file: Path) -> object:
 @lru_cache(4096)
 def _known_digest(file: str, _size: int, _changed: int) -> str:
     return file_digest(Path(file))
+
+
+@lru_cache(4)
+def _scenes(n_images: int, seed: int) -> ConceptDataset:
+    """Return the questions about icon scenes; jobs of a sweep that run in one process draw the same scenes once."""
+    from concepts import scenes
+
+    return scenes.dataset(n_images, seed)
 
 
 def _loaded(data: DataConfig) -> ConceptDataset:

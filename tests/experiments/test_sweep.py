@@ -9,9 +9,11 @@ import json
 import shutil
 import signal
 import time
+from collections import Counter
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,6 +27,7 @@ from experiments.cli.plan import estimate
 from experiments.cli.sweep import job_name
 from experiments.config import RunConfig
 from experiments.pipeline import execute
+from experiments.run import context as context_module
 from experiments.run import stage_cache
 from experiments.run.context import Context
 from experiments.run.folder import RunFolder, read_receipt
@@ -337,3 +340,36 @@ def test_parts_need_the_examples_of_the_run(tmp_path: Path, command: Command) ->
         execute(configured(tmp_path, "x", "trace.shards=2", "trace.shard=0"), QUIET)
     assert [run.name for run in stage_cache.runs_in(tmp_path / "runs")] == ["default"]
     assert FEW[0] in TRACED
+
+
+def test_the_configuration_of_a_job_is_composed_and_checked_once_and_its_scenes_are_drawn_once(
+    tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hydra composes each job of a sweep twice by itself; the command's own composition and check come once a command."""
+    from hydra._internal.config_loader_impl import ConfigLoaderImpl
+
+    from concepts import scenes
+    from experiments import validation
+
+    counts: Counter[str] = Counter()
+
+    def count(owner: Any, name: str, as_name: str) -> None:
+        original = getattr(owner, name)
+
+        def counted(*args: Any, **more: Any) -> Any:
+            counts[as_name] += 1
+            return original(*args, **more)
+
+        monkeypatch.setattr(owner, name, counted)
+
+    count(ConfigLoaderImpl, "load_sweep_config", "jobs composed")
+    count(scenes, "dataset", "parts drawn")
+    monkeypatch.setattr(validation, "RULES", (lambda _: counts.update(["checked"]), *validation.RULES))
+    context_module._scenes.cache_clear()
+    few = ("data.n_images=11", "data.test_images=12", "threads=1", "stages=[examples]")
+    status, _, complaint = command("-m", *few, "probe.seed=0,1,2", "name=s")
+    assert (status, "3 of 3 jobs done" in complaint) == (0, True)
+    assert counts == {"jobs composed": 3, "checked": 3 + 1, "parts drawn": 2}
+    counts.clear()
+    assert command(*few, "name=alone")[0] == 0
+    assert counts == {"checked": 1}
