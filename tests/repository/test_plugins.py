@@ -1,0 +1,165 @@
+"""Installed packages extend the open tables: one with an entry in each group, and one whose entries cannot be loaded."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[2]
+
+GOOD = '''
+"""A plug-in of groundscope: a loader, a kind of pair and a metric of answers."""
+
+import json
+from dataclasses import replace
+
+from behavior.metrics import BehaviorMetric
+from concepts import ConceptDataset, CounterfactualPair, Example
+from concepts.image_files import FileImage
+
+
+def load_tags(file, images, *, noun="pear"):
+    about = {"question": f"Is there a {noun} in the image?", "candidates": ("yes", "no"), "level": "object"}
+    return ConceptDataset("tags", tuple(
+        Example(id=name, image=FileImage(images / name, name), answer=tag, kind="existence", split="neutral", group=name,
+                **about)
+        for name, tag in json.loads(file.read_text()).items()
+    ))
+
+
+def swap_images(data):
+    for first, second in zip(data, data[1:]):
+        if first.answer != second.answer:
+            yield CounterfactualPair(first, replace(second, group=first.group), "swap", f"image of {second.id}")
+
+
+yes_ratio = BehaviorMetric(lambda a: set(a.candidates) == {"yes", "no"}, lambda a: a.given == "yes")
+'''
+ENTRIES = {
+    "groundscope.loaders": ("tags", "load_tags"),
+    "groundscope.pairs": ("swap", "swap_images"),
+    "groundscope.behavior_metrics": ("says yes", "yes_ratio"),
+}
+"""Entry-point group to the name of the entry and its function in the plug-in."""
+USE = """
+from pathlib import Path
+
+import groundscope as gs
+
+data = gs.loaders.load("tags", "tags.json", "images", limit=3)
+assert (len(data), data[0].question) == (3, "Is there a pear in the image?")
+assert data.provenance["loader_package"] == "good-plugin 1.2"
+assert gs.loaders.load("tags", "tags.json", "images", noun="dog")[0].question == "Is there a dog in the image?"
+
+pairs = gs.counterfactuals.pairs(data, "swap")
+assert [p.change for p in pairs] == ["image of b.png", "image of c.png"]
+
+model = gs.load_lvlm("tiny")
+answers = gs.answer(model, data, progress=False)
+rates = gs.compute_metrics(answers, data)
+assert rates["says yes"].n == 3 and rates["all: right"].n == 3
+assert gs.patch_heads(model, pairs, min_effect=0.0, progress=False).n_pairs == 2
+"""
+BROKEN = """
+import groundscope as gs
+from groundscope.core.errors import ConfigError
+
+TABLES = {
+    "groundscope.loaders": gs.loaders.LOADERS,
+    "groundscope.pairs": gs.counterfactuals.KINDS,
+    "groundscope.behavior_metrics": gs.behavior.metrics.METRICS,
+}
+assert TABLES.keys() == GROUPS
+for group, table in TABLES.items():
+    try:
+        table["broken"]
+    except ConfigError as error:
+        assert "broken-plugin 0.1" in str(error) and "No module named 'missing_dependency'" in str(error), error
+    else:
+        raise AssertionError(group)
+    assert list(table.failures) == ["broken"]
+    assert len(table.usable()) == len(table) > 1
+"""
+
+
+def install(
+    name: str, version: str, source: str, entries: dict[str, tuple[str, str]], folder: Path, work: Path
+) -> None:
+    """Build the wheel of a package of one module and unpack it into a folder."""
+    module = name.replace("-", "_")
+    project = work / name
+    project.mkdir()
+    (project / f"{module}.py").write_text(source)
+    lines = [
+        '[build-system]\nrequires = ["hatchling"]\nbuild-backend = "hatchling.build"\n',
+        f'[project]\nname = "{name}"\nversion = "{version}"\n',
+        f'[tool.hatch.build.targets.wheel]\ninclude = ["{module}.py"]\n',
+    ]
+    lines += [f'[project.entry-points."{g}"]\n"{entry}" = "{module}:{attr}"\n' for g, (entry, attr) in entries.items()]
+    (project / "pyproject.toml").write_text("\n".join(lines))
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(work), str(project)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=work)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (wheel,) = work.glob(f"{module}-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder)
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Install both plug-ins into ``packages``, and write the data that the good one loads."""
+    folder = tmp_path_factory.mktemp("plugins")
+    work = tmp_path_factory.mktemp("projects")
+    install("good-plugin", "1.2", GOOD, ENTRIES, folder / "packages", work)
+    broken = dict.fromkeys(ENTRIES, ("broken", "entry"))
+    install("broken-plugin", "0.1", "import missing_dependency\n", broken, folder / "packages", work)
+    (folder / "images").mkdir()
+    tags = {f"{name}.png": ("yes", "no")[i % 2] for i, name in enumerate("abcdefghijkl")}
+    for i, name in enumerate(tags):
+        Image.new("RGB", (112, 112), (20 * i, 90, 60)).save(folder / "images" / name)
+    (folder / "tags.json").write_text(json.dumps(tags))
+    return folder
+
+
+def python(desk: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(desk / "packages")]), "COLUMNS": "200"}
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=desk, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def test_entries_of_an_installed_package_are_used(desk: Path) -> None:
+    done = python(desk, "-c", USE)
+    assert done.returncode == 0, done.stderr
+    assert "the behavior metric 'broken' was not loaded: broken-plugin 0.1" in done.stderr
+
+
+def test_a_package_that_cannot_be_loaded_is_named_and_stops_nothing_else(desk: Path) -> None:
+    done = python(desk, "-c", f"GROUPS = {set(ENTRIES)!r}\n{BROKEN}")
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_command_reads_data_with_the_loader_of_an_installed_package(desk: Path) -> None:
+    files = ["data.questions=tags.json", "data.images=images"]
+    done = python(desk, "-m", "experiments", "data.source=tags", *files, "+data.loader.noun=dog", "stages=[examples]")
+    assert done.returncode == 0, done.stderr
+    (examples,) = desk.glob("runs/*/examples/discovery.jsonl")
+    records = [json.loads(line) for line in examples.read_text().splitlines()]
+    assert {r["question"] for r in records} == {"Is there a dog in the image?"}
+    about = json.loads((examples.parent / "discovery.json").read_text())
+    assert about["provenance"]["loader_package"] == "good-plugin 1.2"
+    for options, message in (
+        (["data.source=broken"], "the loader 'broken' cannot be used: broken-plugin 0.1"),
+        (["data.source=tag"], "did you mean tags"),
+        (["data.source=tags", "patch.kinds=[broken]"], "the kind of pair 'broken' cannot be used: broken-plugin 0.1"),
+    ):
+        done = python(desk, "-m", "experiments", *options, *files, "stages=[examples,patch]", "name=refused")
+        assert done.returncode != 0
+        assert message in done.stderr + done.stdout
