@@ -146,6 +146,8 @@ def chair(
 
     Examples
     --------
+    >>> from behavior import chair
+    >>> from behavior.chair import COCO_PHRASES, COCO_SYNONYMS
     >>> result = chair({"1": "Two women and a dog."}, {"1": ["person"]}, COCO_SYNONYMS, phrases=COCO_PHRASES)
     >>> result.captions[0].mentioned, result.captions[0].hallucinated, result.chair_i.value
     (('person', 'dog'), ('dog',), 0.5)

@@ -125,6 +125,7 @@ def _head(noun: str) -> tuple[str, str, str]:
 def singular(noun: str) -> str:
     """Return a noun, or a phrase that ends with one, in the singular; what has no other number is returned unchanged.
 
+    >>> from concepts.nouns import singular
     >>> singular("women"), singular("wine glasses"), singular("bus"), singular("scissors"), singular("loaves of bread")
     ('woman', 'wine glass', 'bus', 'scissors', 'loaf of bread')
     """
@@ -158,6 +159,7 @@ def _is_plural_by_ending(word: str) -> bool:
 def number(noun: str) -> Number:
     """Return the grammatical number of a noun phrase; ``mass`` for what takes neither article nor plural.
 
+    >>> from concepts.nouns import number
     >>> number("bananas"), number("people"), number("grass"), number("bus"), number("pair of shoes")
     ('plural', 'plural', 'mass', 'singular', 'singular')
     """
@@ -172,6 +174,7 @@ def number(noun: str) -> Number:
 def article(noun: str) -> str:
     """Return ``a`` or ``an``, by the sound that a word or phrase begins with.
 
+    >>> from concepts.nouns import article
     >>> [f"{article(noun)} {noun}" for noun in ("apple", "hour glass", "uniform", "red umbrella", "SUV", "one-way sign")]
     ['an apple', 'an hour glass', 'a uniform', 'a red umbrella', 'an SUV', 'a one-way sign']
     """
@@ -189,6 +192,7 @@ def article(noun: str) -> str:
 def existence_question(noun: str) -> str:
     """Return the question whether something is in the image, in POPE's words with the grammar of the noun.
 
+    >>> from concepts.nouns import existence_question
     >>> for noun in ("apple", "bananas", "grass"):
     ...     print(existence_question(noun))
     Is there an apple in the image?
@@ -245,6 +249,7 @@ _KEYS: Mapping[str, str] = MappingProxyType({word: group[0] for group in reverse
 def thing(noun: str) -> str:
     """Return the name of the thing that a noun means: equal for singular and plural, and for synonyms.
 
+    >>> from concepts.nouns import thing
     >>> thing("bananas") == thing("banana"), thing("Women"), thing("television"), thing("toaster")
     (True, 'person', 'tv', 'toaster')
     """
@@ -269,6 +274,7 @@ def broader(noun: str) -> frozenset[str]:
 class Present:
     """The nouns that an image is annotated with, to decide which others are absent.
 
+    >>> from concepts.nouns import Present
     >>> image = Present(["bananas", "man", "coffee table", "hot dog"])
     >>> [noun for noun in ("banana", "person", "table", "dog", "apple") if not image.includes(noun)]
     ['dog', 'apple']

@@ -71,8 +71,9 @@ def observer(hook: _Function) -> _Function:
 
     Examples
     --------
+    >>> from lvlm.applied import observer, unregistered_hooks
     >>> import torch
-    >>> layer, shapes = torch.nn.Linear(2, 2), []
+    >>> layer, shapes = torch.nn.Linear(2, 2).eval(), []
     >>> handle = layer.register_forward_hook(observer(lambda module, args, output: shapes.append(output.shape)))
     >>> unregistered_hooks(layer)
     ()

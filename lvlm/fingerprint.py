@@ -50,6 +50,7 @@ def weights_hash(module: nn.Module) -> str:
 
     Examples
     --------
+    >>> from lvlm.fingerprint import weights_hash
     >>> import torch
     >>> layer = torch.nn.Linear(2, 2)
     >>> before = weights_hash(layer)

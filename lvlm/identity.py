@@ -36,6 +36,7 @@ def deciding_files(folder: str | Path, *, weights: bool = True) -> tuple[Path, .
 
     Examples
     --------
+    >>> from lvlm.identity import deciding_files
     >>> from lvlm.embedded import folder_of
     >>> [path.name for path in deciding_files(folder_of("tiny"), weights=False)][:2]
     ['config.json', 'generation_config.json']

@@ -34,6 +34,7 @@ def harm(rates: Mapping[str, Estimate]) -> float:
 
     Examples
     --------
+    >>> from mitigation.strength import harm
     >>> from groundscope.core.statistics import Estimate
     >>> harm({"conflict: wrong by prior": Estimate(0.25, 0.1, 0.4, 40), "all: right": Estimate(0.9, 0.8, 1.0, 40)})
     0.25
@@ -53,6 +54,7 @@ def cost(rates: Mapping[str, Estimate], before: Mapping[str, Estimate]) -> float
 
     Examples
     --------
+    >>> from mitigation.strength import cost
     >>> from groundscope.core.statistics import Estimate
     >>> before, after = ({"neutral: right": Estimate(value, 0.0, 1.0, 40)} for value in (0.75, 0.5))
     >>> cost(after, before)
@@ -157,6 +159,7 @@ def choose_strength(sweep: Sequence[Row], *, max_drop: float) -> Row:
 
     Examples
     --------
+    >>> from mitigation import choose_strength
     >>> sweep = [
     ...     {"strength": 0.0, "harm": 0.50, "cost": 0.0},
     ...     {"strength": 1.0, "harm": 0.25, "cost": 0.01},
