@@ -16,8 +16,8 @@ from behavior.result import Answer, BehaviorResult, Cost
 from concepts.schema import ConceptDataset, Example
 from groundscope.core.errors import ConfigError, DataError, ModelError
 from groundscope.core.progress import display
-from lvlm import applied
-from lvlm.answers import AnswerKey, answer_key
+from lvlm.active_interventions import intervention_record, mark_observer
+from lvlm.answer_keys import AnswerKey, answer_key
 from lvlm.model import Batch, Lvlm
 
 _SINGLE = "unmodified"
@@ -183,7 +183,7 @@ def answer_each(
     provenances: dict[str, dict[str, Any]] = {}
     for name, open_context in conditions.items():
         with open_context():  # changes that are active in this context belong to the provenance
-            provenances[name] = {**provenance, **applied.record(model.hf)}
+            provenances[name] = {**provenance, **intervention_record(model.hf)}
         if list(conditions) != [_SINGLE]:
             provenances[name]["condition"] = name
     return {
@@ -262,7 +262,7 @@ def _row(example: Example, **fields: Any) -> Answer:
 def _count_forwards(model: Lvlm) -> Iterator[list[None]]:
     """Collect one item per forward pass; each generated token is one pass, and only the model knows when it stops."""
     passes: list[None] = []
-    hook = model.hf.register_forward_pre_hook(applied.observer(lambda *_: passes.append(None)))
+    hook = model.hf.register_forward_pre_hook(mark_observer(lambda *_: passes.append(None)))
     try:
         yield passes
     finally:

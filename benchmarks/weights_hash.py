@@ -19,8 +19,8 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from lvlm import fingerprint
-from lvlm.fingerprint import sampled_weights_hash, weights_hash
+
+from lvlm.weights_hash import forget, sampled_weights_hash, weights_hash
 
 WIDTH = 4096
 
@@ -49,7 +49,7 @@ def main() -> None:
     )
     seconds: dict[str, list[float]] = {"all bytes": [], "unchanged": [], "sample of the first release": []}
     for _ in range(rounds):
-        fingerprint.forget(model)
+        forget(model)
         seconds["all bytes"].append(timed(lambda: weights_hash(model)))
         seconds["unchanged"].append(timed(lambda: weights_hash(model)))
         seconds["sample of the first release"].append(timed(lambda: sampled_weights_hash(model)))

@@ -18,9 +18,9 @@ from concepts.schema import Example
 from groundscope.core.errors import ConfigError, PatchError, SiteError
 from groundscope.core.progress import progress_bar
 from groundscope.core.statistics import changes_of_columns, rates_of_columns
-from lvlm.answers import answer_key
+from lvlm.answer_keys import answer_key
 from lvlm.encoding.encode import Encoding
-from lvlm.finite import check_finite
+from lvlm.finite_logits import check_finite
 from lvlm.model import Lvlm
 from lvlm.sites import Head, Site, parse_heads
 from lvlm.token_map import TokenMap

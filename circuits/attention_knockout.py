@@ -21,11 +21,11 @@ from concepts.schema import Example
 from groundscope.core.errors import ConfigError, ModelError, PatchError, SiteError
 from groundscope.core.progress import progress_bar
 from groundscope.core.statistics import rates_of_columns
-from lvlm.answers import answer_key
-from lvlm.applied import Applied, registered
-from lvlm.digest import digest_of
+from lvlm.active_interventions import ActiveIntervention, mark_intervention
+from lvlm.answer_keys import answer_key
 from lvlm.encoding.encode import Batch
 from lvlm.family.specification import TOLERANCE, resolve
+from lvlm.intervention_digest import digest_of
 from lvlm.model import Lvlm
 from lvlm.token_map import TokenMap
 
@@ -211,7 +211,7 @@ def blocked(model: Lvlm, layers: Sequence[int], block: Tensor) -> Iterator[None]
         During a forward pass, if a layer's attention does not receive a mask that can be modified.
     """
 
-    @registered
+    @mark_intervention
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         hidden: Tensor = args[0] if args else kwargs["hidden_states"]
         mask = kwargs.get("attention_mask", _MISSING)
@@ -235,7 +235,7 @@ def blocked(model: Lvlm, layers: Sequence[int], block: Tensor) -> Iterator[None]
             mask = torch.zeros(mask.shape, dtype=hidden.dtype, device=mask.device).masked_fill(~mask, float("-inf"))
         return args, {**kwargs, "attention_mask": mask}
 
-    applied = Applied(
+    applied = ActiveIntervention(
         "attention knockout", f"layers {', '.join(map(str, layers))}", lambda: digest_of([*layers, block])
     )
     with ExitStack() as hooks:

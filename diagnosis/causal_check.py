@@ -26,7 +26,7 @@ from concepts.schema import Example
 from diagnosis.calibration import FEWEST
 from diagnosis.claims import Claim
 from diagnosis.results import Push
-from lvlm.answers import answer_key
+from lvlm.answer_keys import answer_key
 from lvlm.encoding.encode import Encoding, Inputs
 from lvlm.model import Lvlm
 from lvlm.sites import Site

@@ -9,8 +9,8 @@ from concepts.schema import Example
 from diagnosis.claims import Claim
 from diagnosis.probe_sets import EVERY, ProbeSet
 from groundscope.core.errors import DataError, SiteError, StoreError
-from lvlm.fingerprint import short
 from lvlm.model import Lvlm
+from lvlm.weights_hash import short
 
 
 def check_store(model: Lvlm, store: ActivationStore) -> None:

@@ -41,8 +41,8 @@ from diagnosis.verdicts import (
 )
 from groundscope.core.errors import DataError
 from groundscope.core.progress import progress_bar
-from lvlm.answers import answer_key
-from lvlm.finite import check_finite
+from lvlm.answer_keys import answer_key
+from lvlm.finite_logits import check_finite
 from lvlm.model import Lvlm
 
 CALIBRATE = 150

@@ -11,10 +11,10 @@ import numpy as np
 from activation_store import ActivationStore, ConceptDirection
 from diagnosis.claims import Claim
 from groundscope.core.errors import ProbeError, SiteError
-from lvlm.fingerprint import short
 from lvlm.model import Lvlm
 from lvlm.sites import Site
 from lvlm.token_selection import TokenSelection
+from lvlm.weights_hash import short
 
 EVERY = "image:all"
 """Directions at this selection are read at each of the image's tokens."""

@@ -1,6 +1,6 @@
 """Public names of `lvlm`, each with the module that it comes from."""
 
-from .answers import AnswerKey, answer_key
+from .answer_keys import AnswerKey, answer_key
 from .family.specification import FamilySpec, StackSpec
 from .loading import load_lvlm, wrap_lvlm
 from .model import Lvlm

@@ -66,15 +66,15 @@ def active(module: nn.Module) -> tuple[Applied, ...]:
     return tuple(_ACTIVE.get(module, ()))
 
 
-def observer(hook: _Function) -> _Function:
+def mark_observer(hook: _Function) -> _Function:
     """Mark a hook as one that only looks: it changes nothing and returns None. Usable as a decorator.
 
     Examples
     --------
-    >>> from lvlm.applied import observer, unregistered_hooks
+    >>> from lvlm.active_interventions import mark_observer, unregistered_hooks
     >>> import torch
     >>> layer, shapes = torch.nn.Linear(2, 2).eval(), []
-    >>> handle = layer.register_forward_hook(observer(lambda module, args, output: shapes.append(output.shape)))
+    >>> handle = layer.register_forward_hook(mark_observer(lambda module, args, output: shapes.append(output.shape)))
     >>> unregistered_hooks(layer)
     ()
     """
@@ -86,7 +86,7 @@ def registered(hook: _Function) -> _Function:
     return _mark(hook, _REGISTERED)
 
 
-def marked_as(hook: _Function, other: Callable[..., Any]) -> _Function:
+def copy_mark(hook: _Function, other: Callable[..., Any]) -> _Function:
     """Mark a hook as what another function is marked as, if anything."""
     for mark in (_OBSERVES, _REGISTERED):
         if getattr(other, mark, False):

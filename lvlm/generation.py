@@ -12,7 +12,7 @@ from torch import Tensor
 from groundscope.core.errors import ModelError
 from lvlm.access.shared_vision_run import each_picture_once
 from lvlm.encoding.encode import Batch
-from lvlm.finite import check_finite
+from lvlm.finite_logits import check_finite
 
 if TYPE_CHECKING:
     from lvlm.model import Lvlm

@@ -14,14 +14,14 @@ from concepts.scenes.scene import TEST, generator, sample
 from groundscope.core.errors import DataError, ModelError
 from groundscope.core.user_files import read_text
 from lvlm.access.weights import empty
-from lvlm.checkpoint import check_device, check_loading, check_pixels, check_sizes, unwrapped
-from lvlm.embedded import EMBEDDED, folder_of
+from lvlm.embedded_models import EMBEDDED, folder_of
 from lvlm.encoding.processor import assemble
 from lvlm.family.registry import family
 from lvlm.family.specification import FamilySpec
-from lvlm.family.validation import validate_once
-from lvlm.identity import resolved_revision
+from lvlm.load_checks import check_device, check_loading, check_pixels, check_sizes, unwrapped
 from lvlm.model import Lvlm
+from lvlm.model_files import resolved_revision
+from lvlm.spec_validation import validate_once
 
 _LOG = records.getLogger(__name__)
 _DTYPES = {d: getattr(torch, d) for d in ("float32", "bfloat16", "float16", "float64")}
@@ -61,7 +61,7 @@ def load_lvlm(
     trust_remote_code
         Allow the model folder's own code to run.
     validate
-        Run `lvlm.family.validation.validate` on one small example, unless this process has proved the same family on the same
+        Run `lvlm.spec_validation.validate` on one small example, unless this process has proved the same family on the same
         configuration already.
     revision
         Branch, tag or commit of a Hugging Face id; by default its main branch. All files are read from one commit, which

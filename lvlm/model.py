@@ -16,21 +16,27 @@ from concepts.schema import Box, Example, ImageSource, check_box
 from groundscope.core.bounded_cache import BoundedCache
 from groundscope.core.errors import ModelError, SiteError
 from lvlm.access.eager_attention import eager, implementations, say_eager
-from lvlm.access.places import Place
+from lvlm.access.hook_point import Place
 from lvlm.access.shared_vision_run import each_picture_once, tower_of
 from lvlm.access.site_lookup import find_place
 from lvlm.access.weights import device_of
-from lvlm.applied import Applied, Registration, active, observer, unregistered_hooks
+from lvlm.active_interventions import (
+    ActiveIntervention,
+    Registration,
+    active_interventions,
+    mark_observer,
+    unregistered_hooks,
+)
 from lvlm.encoding.encode import Batch, Encoding, Inputs, Prompt, check_alike, encode
 from lvlm.encoding.registry import VIEWS, Look, View
 from lvlm.family.discovery import complete, heads_of, text_config, vision_heads
 from lvlm.family.specification import FamilySpec, find, layer_list, resolve
-from lvlm.fingerprint import has_weights, weights_hash
 from lvlm.generation import greedy
+from lvlm.processor_digest import pixel_settings
 from lvlm.prompting import prompt_of
-from lvlm.settings import pixel_settings
 from lvlm.sites import Site
 from lvlm.token_map import TokenMap
+from lvlm.weights_hash import has_weights, weights_hash
 
 __all__ = ["Batch", "Encoding", "Inputs", "Lvlm", "Place", "Prompt"]
 
@@ -142,7 +148,7 @@ class Lvlm:
 
     @property
     def weights_hash(self) -> str:
-        """``<algorithm>:<hex>`` over every byte of the weights, computed again when they changed; see `lvlm.fingerprint`."""
+        """``<algorithm>:<hex>`` over every byte of the weights, computed again when they changed; see `lvlm.weights_hash`."""
         return weights_hash(self.hf)
 
     def has_weights(self, recorded: str) -> bool:
@@ -157,18 +163,18 @@ class Lvlm:
     # -- what is done to it --------------------------------------------------------------------------------------
 
     @property
-    def interventions(self) -> tuple[Applied, ...]:
+    def interventions(self) -> tuple[ActiveIntervention, ...]:
         """Changes that are active now, in the order in which they were applied: steering vectors, patches, cut attention."""
-        return active(self.hf)
+        return active_interventions(self.hf)
 
     @property
     def unregistered_hooks(self) -> tuple[str, ...]:
-        """Forward hooks that may change what the model computes, by qualified name; see `lvlm.applied.observer`."""
+        """Forward hooks of unknown effect, by qualified name; see `lvlm.active_interventions`."""
         return unregistered_hooks(self.hf)
 
-    def register(self, applied: Applied) -> Registration:
+    def register(self, intervention: ActiveIntervention) -> Registration:
         """Record that something changes what the model computes, until the registration is removed."""
-        return Registration(self.hf, applied)
+        return Registration(self.hf, intervention)
 
     # -- places --------------------------------------------------------------------------------------------------
 
@@ -390,7 +396,7 @@ class Lvlm:
             yield {"logits_to_keep": keep}
             return
 
-        @observer
+        @mark_observer
         def cut(_module: nn.Module, args: tuple[Any, ...]) -> Any:
             x = args[0] if args else None
             return (x[:, -keep:], *args[1:]) if isinstance(x, Tensor) and x.dim() == 3 and x.shape[1] > keep else None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from groundscope.core.errors import ConfigError, DataError
-from lvlm.answers import answer_tokens
+from lvlm.answer_keys import answer_tokens
 from lvlm.generation import greedy
 from lvlm.model import Batch, Lvlm
 from lvlm.token_map import TokenMap

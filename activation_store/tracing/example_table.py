@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from activation_store.format.schema import runs
 from concepts.schema import ConceptDataset, Example
 from groundscope.core.errors import DataError
-from lvlm.answers import answer_key
-from lvlm.finite import check_finite
+from lvlm.answer_keys import answer_key
+from lvlm.finite_logits import check_finite
 from lvlm.token_selection import SINGLE, TokenSelection
 
 if TYPE_CHECKING:

@@ -19,15 +19,15 @@ from activation_store.forms import VERSION
 from activation_store.tracing.plan import Plan
 from concepts.schema import ConceptDataset
 from groundscope.core.errors import StoreError
-from lvlm import applied
 from lvlm.access.weights import named_weights
+from lvlm.active_interventions import intervention_record, unidentified_changes
 from lvlm.family.specification import resolve
-from lvlm.fingerprint import sampled_weights_hash
 from lvlm.generation import end_tokens, other_rules
 from lvlm.model import Lvlm
-from lvlm.settings import processor_digest, sampled_processor_digest
+from lvlm.processor_digest import processor_digest, sampled_processor_digest
 from lvlm.token_map import COVER
 from lvlm.token_selection import TokenSelection
+from lvlm.weights_hash import sampled_weights_hash
 
 ANSWER_RULE = (
     "model_answer: the candidate with the largest log-score of its first tokens at the last prompt token; margin: the "
@@ -92,7 +92,7 @@ def describe(
             "settings": sampled_processor_digest(model.processor),
         },
         # Active changes to the model during the trace: ``interventions``, ``hooks``.
-        **applied.record(model.hf),
+        **intervention_record(model.hf),
         "dataset": {
             "name": data.name,
             "examples": len(data),
@@ -135,7 +135,7 @@ def unembedding(model: Lvlm, plan: Plan) -> Mapping[str, Rows] | None:
 
 def check_hooks(model: Lvlm, folder: Path, workers: int) -> None:
     """Raise `StoreError` if rows would be added to other rows while hooks of unknown effect act on the model."""
-    hooks = applied.unknown(model.hf)
+    hooks = unidentified_changes(model.hf)
     if not hooks:
         return
     started = folder.is_dir() and any(shard_numbers(p.name) or p.name.startswith("manifest") for p in folder.iterdir())
@@ -145,7 +145,7 @@ def check_hooks(model: Lvlm, folder: Path, workers: int) -> None:
         msg = (
             f"{folder}: rows cannot be added to a store, or shared between workers, while hooks act on {model.name} whose "
             f"effect is not known: {first}{more}; remove them, mark hooks that change nothing with "
-            "lvlm.applied.observer, or trace in one process into a new folder"
+            "lvlm.active_interventions.mark_observer, or trace in one process into a new folder"
         )
         raise StoreError(msg)
 

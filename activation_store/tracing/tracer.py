@@ -49,7 +49,7 @@ from concepts.schema import ConceptDataset, Example
 from groundscope.core.errors import ConfigError, DataError, SiteError
 from groundscope.core.files import Lock, explained
 from lvlm.access.eager_attention import say_eager
-from lvlm.access.places import Place, first_name
+from lvlm.access.hook_point import Place, first_name
 from lvlm.access.weights import device_of
 from lvlm.model import Batch, Lvlm
 from lvlm.sites import Site
@@ -387,7 +387,7 @@ class _NnsightWrapper(NNsight):
 
 
 def _raw(view: Any, side: str) -> Any:
-    """Return a module's input or output inside a trace, as `lvlm.access.places.Place` requires it."""
+    """Return a module's input or output inside a trace, as `lvlm.access.hook_point.Place` requires it."""
     if side == "input":
         args, kwargs = view.inputs
         return args[0] if args else kwargs[first_name(kwargs)]

@@ -20,7 +20,7 @@ from circuits.attribution.attention_nodes import AttentionRecord, expose_attenti
 from circuits.attribution.gradients import Metric
 from circuits.interventions.hooks import edit
 from groundscope.core.errors import ModelError
-from lvlm.access.places import Call, Place, first_name
+from lvlm.access.hook_point import Call, Place, first_name
 from lvlm.family.specification import TOLERANCE, find, resolve
 from lvlm.model import Lvlm
 from lvlm.sites import Site

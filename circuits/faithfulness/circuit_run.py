@@ -25,7 +25,7 @@ from circuits.attribution.gradients import Metric
 from circuits.attribution.residual_stream import Form, Written, written_by
 from circuits.interventions.hooks import edit
 from circuits.results.graph import Shape
-from lvlm.access.places import first_name
+from lvlm.access.hook_point import first_name
 from lvlm.access.weights import columns, quantized, weight
 from lvlm.family.specification import resolve
 from lvlm.model import Lvlm

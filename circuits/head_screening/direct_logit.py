@@ -11,7 +11,7 @@ from torch import Tensor
 
 from groundscope.core.errors import ModelError
 from lvlm.access.weights import columns
-from lvlm.answers import AnswerKey
+from lvlm.answer_keys import AnswerKey
 from lvlm.encoding.encode import Batch
 from lvlm.family.specification import TOLERANCE, resolve
 from lvlm.image_tokens import image_in_sequence

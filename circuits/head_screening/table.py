@@ -22,7 +22,7 @@ from groundscope.core import artifacts
 from groundscope.core.errors import ConfigError, PatchError, StoreError
 from groundscope.core.progress import progress_bar
 from groundscope.core.result_fields import building, check_fields
-from lvlm.answers import answer_key
+from lvlm.answer_keys import answer_key
 from lvlm.model import Lvlm
 from lvlm.sites import Head
 

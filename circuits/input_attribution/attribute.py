@@ -22,7 +22,7 @@ from concepts.counterfactuals import EditedImage
 from concepts.schema import Example, ImageSource
 from groundscope.core.errors import ConfigError, PatchError
 from groundscope.core.progress import progress_bar
-from lvlm.answers import AnswerKey, answer_key
+from lvlm.answer_keys import AnswerKey, answer_key
 from lvlm.model import Encoding, Lvlm
 
 EDITS = ("blank", "blur", "noise")

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from groundscope.core.errors import ModelError, PatchError
-from lvlm.applied import observer
+from lvlm.active_interventions import mark_observer
 from lvlm.image_tokens import after_image, image_in_sequence, image_tokens
 from lvlm.model import Lvlm
 from lvlm.text_only import decoder_of
@@ -72,17 +72,17 @@ class DecoderTokens:
                         stack.callback(_replace_method(module, name, around(module, getattr(module, name))))
             yield
 
-    @observer
+    @mark_observer
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._call is None:
             self._call = _Call(_named(module.forward, args, kwargs), generates=False)
 
-    @observer
+    @mark_observer
     def _leave(self, _module: nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any], _output: Any) -> None:
         if self._call is not None and not self._call.generates:
             self._call = None
 
-    @observer
+    @mark_observer
     def _read_decoder_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         arguments = _named(module.forward, args, kwargs)
         tokens = arguments.get("inputs_embeds")

@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from groundscope.core.errors import SiteError
-from lvlm.access.places import Handles
-from lvlm.applied import marked_as
+from lvlm.access.hook_point import Handles
+from lvlm.active_interventions import copy_mark
 from lvlm.model import Lvlm
 from lvlm.sites import Site
 
@@ -50,7 +50,7 @@ def _edit_mid(model: Lvlm, site: Site, change: Change) -> Handles:
         stream = before["x"] + x
         return x + (change(stream) - stream)
 
-    marked_as(add, change)
+    copy_mark(add, change)
 
     watched = model.place(site.stack, site.layer, "resid_pre").watch(store)
     edited = model.place(site.stack, site.layer, "attn_out", cross=cross and not own).edit(add)

@@ -19,9 +19,9 @@ from circuits.interventions.options import RULES, Rule
 from circuits.interventions.transforms import Add, Amplify, Change, Project, Replace, Zero
 from groundscope.core.errors import ModelError, PatchError, SiteError
 from lvlm.access.site_width import site_width
-from lvlm.applied import Applied, registered
-from lvlm.digest import digest_of
+from lvlm.active_interventions import ActiveIntervention, mark_intervention
 from lvlm.image_tokens import check_image_in_sequence
+from lvlm.intervention_digest import digest_of
 from lvlm.model import Lvlm
 from lvlm.sites import Site
 
@@ -168,7 +168,7 @@ def intervened(
     with ExitStack() as hooks:
         if interventions:
             name = name or ", ".join(dict.fromkeys(_place_name(item) for item in interventions))
-            applied = Applied(kind, name, lambda: digest_of(list(interventions)))
+            applied = ActiveIntervention(kind, name, lambda: digest_of(list(interventions)))
             hooks.callback(model.register(applied).remove)
         if any(_needs_tokens(item) for item in every):
             hooks.enter_context(tokens.watched())
@@ -181,7 +181,7 @@ def intervened(
         for site, items in by_site.items():
             merged = _merged(model, items, width(model, site))
 
-            @registered
+            @mark_intervention
             def change(x: Tensor, site: Site = site, items: list[tuple[Intervention, slice]] = merged) -> Tensor:
                 if x.dim() != 3:
                     msg = f"site '{site}' has shape {list(x.shape)}, but interventions need [rows, positions, width]"

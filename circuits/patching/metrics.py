@@ -12,7 +12,7 @@ from torch import Tensor
 
 from concepts.schema import CounterfactualPair
 from groundscope.core.errors import ConfigError, DataError, PatchError
-from lvlm.answers import AnswerKey, answer_key
+from lvlm.answer_keys import AnswerKey, answer_key
 from lvlm.model import Lvlm
 
 MetricName = Literal["logit_difference", "probability", "log_probability", "kl"]

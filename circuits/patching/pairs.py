@@ -13,7 +13,7 @@ from circuits.patching.metrics import Metric, pair_key
 from circuits.patching.sweep import Plan
 from concepts.schema import CounterfactualPair
 from groundscope.core.errors import ConfigError, PatchError, SiteError
-from lvlm.answers import answer_tokens
+from lvlm.answer_keys import answer_tokens
 from lvlm.model import Encoding, Lvlm
 from lvlm.token_map import TokenMap
 from lvlm.token_selection import TokenSelection

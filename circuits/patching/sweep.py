@@ -20,8 +20,8 @@ from circuits.interventions.intervention import Intervention, Replace, columns_o
 from circuits.patching.metrics import Metric
 from concepts.schema import CounterfactualPair
 from groundscope.core.progress import progress_bar
-from lvlm.answers import AnswerKey
-from lvlm.finite import check_finite
+from lvlm.answer_keys import AnswerKey
+from lvlm.finite_logits import check_finite
 from lvlm.model import Batch, Encoding, Inputs, Lvlm
 from lvlm.sites import Site
 

@@ -241,11 +241,11 @@ def _one_forward(model: Lvlm, encoding: Encoding, seconds: float) -> float:
 
     What is left of a stopped forward is taken to cost as much a layer as the layers that ran.
     """
-    from lvlm.applied import observer
+    from lvlm.active_interventions import mark_observer
 
     times: list[float] = []
 
-    @observer
+    @mark_observer
     def layer(*_: object) -> None:
         times.append(time.perf_counter())
         if len(times) > 1 and times[-1] - start > seconds:

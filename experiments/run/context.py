@@ -128,8 +128,8 @@ def fingerprint(path: str) -> object:
     Every file of the folder counts, since prompts, tokens, pixels and code are decided by many: chat templates in all their
     forms, ``merges.txt``, ``tokenizer.model``, processor and generation configurations, the folder's own modules.
     """
-    from lvlm.embedded import folder_of
-    from lvlm.identity import deciding_files, resolved_revision
+    from lvlm.embedded_models import folder_of
+    from lvlm.model_files import deciding_files, resolved_revision
 
     root = folder_of(path)
     if not root.is_dir():

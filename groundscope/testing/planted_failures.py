@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from concepts.schema import Example
 from groundscope.core.errors import ModelError, PatchError
-from lvlm.answers import answer_key
-from lvlm.applied import Applied, observer, registered
-from lvlm.digest import digest_of
+from lvlm.active_interventions import ActiveIntervention, mark_intervention, mark_observer
+from lvlm.answer_keys import answer_key
 from lvlm.family.specification import resolve
+from lvlm.intervention_digest import digest_of
 from lvlm.model import Lvlm
 from lvlm.sites import Head
 
@@ -161,11 +161,11 @@ def image_cut(model: Lvlm, first: int) -> Lvlm:
     image = spoiled.content_id
     inputs: dict[str, Tensor] = {}
 
-    @observer
+    @mark_observer
     def store_ids(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs["ids"] = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
 
-    @registered
+    @mark_intervention
     def cut(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         hidden: Tensor = args[0] if args else kwargs["hidden_states"]
         ids = inputs["ids"]
@@ -183,7 +183,9 @@ def image_cut(model: Lvlm, first: int) -> Lvlm:
         return args, {**kwargs, "attention_mask": blocked}
 
     spoiled.register(
-        Applied("planted cause", f"image cut from layer {first}", lambda: digest_of(["image cut", first, image]))
+        ActiveIntervention(
+            "planted cause", f"image cut from layer {first}", lambda: digest_of(["image cut", first, image])
+        )
     )
     spoiled.hf.register_forward_pre_hook(store_ids, with_kwargs=True)
     for layer in spoiled.layers("decoder")[first:]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lvlm.applied import observer
+from lvlm.active_interventions import mark_observer
 
 if TYPE_CHECKING:
     from lvlm.model import Lvlm
@@ -63,7 +63,7 @@ def each_picture_once(model: Lvlm, images: Sequence[str]) -> Iterator[None]:
     back = [first.index(rows[image]) for image in images]
     whole: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
-    @observer
+    @mark_observer
     def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         whole.clear()
         if not torch.is_grad_enabled():
@@ -75,7 +75,7 @@ def each_picture_once(model: Lvlm, images: Sequence[str]) -> Iterator[None]:
             return few
         return None
 
-    @observer  # what the tower gives for each row is the same
+    @mark_observer  # what the tower gives for each row is the same
     def after(module: nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any], output: Any) -> Any:
         if not whole:
             return None

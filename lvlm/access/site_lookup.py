@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import nn
 
 from groundscope.core.errors import SiteError
-from lvlm.access.places import Place
+from lvlm.access.hook_point import Place
 from lvlm.family.discovery import bare
 from lvlm.family.specification import FamilySpec, StackSpec, find, resolve
 from lvlm.sites import CROSS_COMPONENTS, Site, Stack

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from concepts.schema import Box, Example
 from groundscope.core.errors import DataError, ModelError
-from lvlm.encoding.image_inputs import Look
+from lvlm.encoding.encoded_image import Look
 from lvlm.image_tokens import image_in_sequence, image_tokens
 from lvlm.prompting import find_question
 from lvlm.sites import Stack

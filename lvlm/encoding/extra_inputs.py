@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from groundscope.core.errors import ModelError
-from lvlm.encoding.image_inputs import Look
+from lvlm.encoding.encoded_image import Look
 
 if TYPE_CHECKING:
     from lvlm.model import Lvlm

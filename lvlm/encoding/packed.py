@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from groundscope.core.errors import DataError
-from lvlm.encoding.image_inputs import Look, patch_size, processed, stretched, vision_config
+from lvlm.encoding.encoded_image import Look, patch_size, processed, stretched, vision_config
 from lvlm.token_map import Lattice
 
 if TYPE_CHECKING:

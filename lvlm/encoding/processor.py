@@ -13,7 +13,7 @@ from typing import Any
 from groundscope.core.errors import ModelError
 from groundscope.core.user_files import read_json, read_text
 from lvlm.family.specification import FamilySpec
-from lvlm.identity import hub_file
+from lvlm.model_files import hub_file
 
 _MAX_TEMPLATE = 1 << 22
 

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from lvlm.encoding.chunked import llama4
-from lvlm.encoding.cross import mllama
+from lvlm.encoding.encoded_image import Frame, Look
 from lvlm.encoding.extra_inputs import image_mask, question_for_queries, who_sees_which_tile
-from lvlm.encoding.image_inputs import Frame, Look
-from lvlm.encoding.image_marks import by_id, by_position_mask, without_class_token, without_row_ends
+from lvlm.encoding.fixed_size import florence, kosmos, resampled, whole
+from lvlm.encoding.image_token_masks import by_id, by_position_mask, without_class_token, without_row_ends
+from lvlm.encoding.llama4 import llama4
+from lvlm.encoding.mllama import mllama
 from lvlm.encoding.packed import packed, rows
-from lvlm.encoding.single import florence, kosmos, resampled, whole
 from lvlm.encoding.tiled import anyres, crops, split
 
 if TYPE_CHECKING:

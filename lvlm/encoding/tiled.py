@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from groundscope.core.errors import ModelError
-from lvlm.encoding.image_inputs import Look, number, patch_size, processed, stretched, tower, vision_config
+from lvlm.encoding.encoded_image import Look, number, patch_size, processed, stretched, tower, vision_config
 from lvlm.sites import Stack
 from lvlm.token_map import Lattice, PatchGrid
 

@@ -1,6 +1,6 @@
 """Find a family's parts in the model itself, by the names that transformers' families and their forebears use.
 
-What is found is a guess until `lvlm.family.validation` has checked it with numbers. The names below are tried in order; where
+What is found is a guess until `lvlm.spec_validation` has checked it with numbers. The names below are tried in order; where
 two could be meant, the one that says more comes first (a norm named after the MLP it precedes before the one named
 after the attention it follows, which in sandwich-norm families is another thing).
 """

@@ -1,7 +1,7 @@
 """Where things are inside a family of models, as a description that code fills in and a user can override.
 
 A `FamilySpec` names modules by dotted path. What it leaves open (None) is found in the model itself by
-`lvlm.family.discovery`; what it says is taken as it is, and `lvlm.family.validation` proves at load that the result is right.
+`lvlm.family.discovery`; what it says is taken as it is, and `lvlm.spec_validation` proves at load that the result is right.
 """
 
 from __future__ import annotations

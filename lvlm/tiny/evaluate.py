@@ -26,7 +26,7 @@ from concepts.object_mentions import named_objects
 from concepts.scenes.icons import NOUNS
 from concepts.schema import ConceptDataset, Example
 from groundscope.core.statistics import Estimate, estimate
-from lvlm.answers import answer_key
+from lvlm.answer_keys import answer_key
 from lvlm.loading import load_lvlm
 from lvlm.model import Lvlm
 

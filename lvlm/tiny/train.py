@@ -42,9 +42,9 @@ from torch.nn import functional
 from transformers import LlavaForConditionalGeneration
 
 from concepts.scenes.icons import COLORS, NOUNS
-from lvlm.tiny import lessons
+from lvlm.tiny import training_data
 from lvlm.tiny.architecture import READING, build_model, build_processor, build_tokenizer
-from lvlm.tiny.curriculum import STAGES, Stage
+from lvlm.tiny.training_stages import STAGES, Stage
 
 PREFIX = 3
 """Tokens before the image: ``<s> USER :``."""
@@ -114,7 +114,7 @@ def _bias(mask: Tensor) -> Tensor:
 def answer_loss(
     reader: Callable[..., tuple[Tensor, Tensor]],
     model: LlavaForConditionalGeneration,
-    batch: lessons.Batch,
+    batch: training_data.Batch,
     meaning: float = 0.0,
     late: float = 0.0,
 ) -> Tensor:
@@ -130,8 +130,8 @@ def answer_loss(
     return loss + meaning * meaning_loss(middle, model, batch) if meaning else loss
 
 
-def meaning_loss(middle: Tensor, model: LlavaForConditionalGeneration, batch: lessons.Batch) -> Tensor:
-    """Cross-entropy of what a noun names (`lessons.meaning`), at the nouns of questions, read in the middle layers.
+def meaning_loss(middle: Tensor, model: LlavaForConditionalGeneration, batch: training_data.Batch) -> Tensor:
+    """Cross-entropy of what a noun names (`training_data.meaning`), at the nouns of questions, read in the middle layers.
 
     Yes/no questions teach this badly: until size is looked up there is nothing to compare "big" with, and until it is
     compared there is no reason to look it up. So the nouns themselves first learn to say what they name, as in the
@@ -151,7 +151,7 @@ class PatchReader(nn.Module):
         super().__init__()
         self.tower = model.model.vision_tower
         width: int = self.tower.config.hidden_size
-        self.heads = nn.ModuleDict({name: nn.Linear(width, n) for name, n in lessons.PATCH_CLASSES.items()})
+        self.heads = nn.ModuleDict({name: nn.Linear(width, n) for name, n in training_data.PATCH_CLASSES.items()})
 
     def forward(self, pixels: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """Return logits by label name, ``[B, 49, classes]``; the length of the tower's patches is free, so 0."""
@@ -176,7 +176,7 @@ class WordReader(nn.Module):
         self.words = {
             name: table[[ids[w] for w in words]] for name, words in (("noun", NOUNS), ("color", tuple(COLORS)))
         }
-        others = {name: n for name, n in lessons.PATCH_CLASSES.items() if name not in self.words} | {"none": 1}
+        others = {name: n for name, n in training_data.PATCH_CLASSES.items() if name not in self.words} | {"none": 1}
         self.heads = nn.ModuleDict({name: nn.Linear(table.shape[1], n) for name, n in others.items()})
 
     def forward(self, pixels: Tensor) -> tuple[dict[str, Tensor], Tensor]:
@@ -190,7 +190,7 @@ class WordReader(nn.Module):
         return logits, projected.square().sum(dim=-1).mean()
 
 
-def patch_loss(reader: Callable[[Tensor], tuple[dict[str, Tensor], Tensor]], picture: lessons.Picture) -> Tensor:
+def patch_loss(reader: Callable[[Tensor], tuple[dict[str, Tensor], Tensor]], picture: training_data.Picture) -> Tensor:
     """Cross-entropy of every patch label, and a little for length.
 
     Without the last the projector grew to 30 times the words' length, most of it the same for every patch.
@@ -268,9 +268,9 @@ def run_stage(
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * schedule(step, stage)
             if stage.lesson is None:
-                loss = patch_loss(run, lessons.pictures(seed, step, stage.size))
+                loss = patch_loss(run, training_data.pictures(seed, step, stage.size))
             else:
-                batch = lessons.batch(stage.lesson, seed, number, step, stage.size)
+                batch = training_data.batch(stage.lesson, seed, number, step, stage.size)
                 loss = answer_loss(run, model, batch, stage.meaning, stage.late)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()

@@ -295,7 +295,7 @@ import os, signal, sys
 from activation_store import trace
 from concepts import scenes
 from lvlm import wrap_lvlm
-from lvlm.applied import observer
+from lvlm.active_interventions import mark_observer
 from lvlm.tiny.architecture import build_model, build_processor
 
 model = wrap_lvlm(build_model(), build_processor(), name="random")
@@ -306,7 +306,7 @@ def die(*_):
     if len(calls) == 15:
         os.kill(os.getpid(), signal.SIGKILL)
 
-model.hf.register_forward_pre_hook(observer(die))
+model.hf.register_forward_pre_hook(mark_observer(die))
 trace(model, scenes.dataset(n_images=10, seed=0), out=sys.argv[1], shard_size=10, **{ASKED!r})
 """
     killed = tmp_path / "killed"

@@ -25,8 +25,8 @@ from circuits.interventions.transforms import Add, Zero
 from concepts import ConceptDataset
 from groundscope.core.errors import StoreError
 from lvlm import Head, Lvlm, load_lvlm
-from lvlm.applied import Applied, observer
-from lvlm.digest import digest_of
+from lvlm.active_interventions import ActiveIntervention, mark_observer
+from lvlm.intervention_digest import digest_of
 from lvlm.sites import Site
 from mitigation.steering.placement import Entry
 from mitigation.steering.vector import SteeringVector
@@ -191,7 +191,7 @@ def test_observers_and_hooks_of_libraries_are_no_changes(model: Lvlm, plain: Act
     """transformers collects outputs by hooks, nnsight and accelerate replace ``forward`` of every module."""
     import accelerate
 
-    handle = model.hf.register_forward_pre_hook(observer(lambda *_: None))
+    handle = model.hf.register_forward_pre_hook(mark_observer(lambda *_: None))
     watched = model.locate("decoder.L2.z").watch(lambda _: None)
     assert model.unregistered_hooks == ()
     assert traced(model, plain.path).digest == plain.digest
@@ -232,7 +232,7 @@ def test_every_intervention_registers_itself_and_ends(model: Lvlm) -> None:
         assert all(one.digest for one in model.interventions)
     with intervened(model, []):
         assert model.interventions == ()
-    registration = model.register(Applied("mine", "by hand", lambda: "d"))
+    registration = model.register(ActiveIntervention("mine", "by hand", lambda: "d"))
     assert [one.record() for one in model.interventions] == [{"kind": "mine", "name": "by hand", "digest": "d"}]
     registration.remove()
     registration.remove()

@@ -20,7 +20,7 @@ from concepts.schema import ConceptDataset
 from diagnosis.pipeline import _without_image
 from groundscope.core.errors import ConfigError, DataError, ModelError, StoreError
 from lvlm import Lvlm
-from lvlm.finite import check_finite
+from lvlm.finite_logits import check_finite
 from tests.toys import random_models
 
 

@@ -22,7 +22,7 @@ from concepts.scenes.icons import NOUNS
 from concepts.scenes.scene import TEST, generator, sample
 from groundscope.core.errors import ConfigError, DataError
 from lvlm import Lvlm, load_lvlm, wrap_lvlm
-from lvlm.answers import answer_key
+from lvlm.answer_keys import answer_key
 from lvlm.tiny.architecture import build_model, build_processor
 
 

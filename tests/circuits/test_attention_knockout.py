@@ -16,7 +16,7 @@ from concepts.schema import Example
 from groundscope.core.errors import ConfigError, ModelError, PatchError, SiteError
 from groundscope.testing import planted_circuits
 from lvlm import wrap_lvlm
-from lvlm.answers import answer_key
+from lvlm.answer_keys import answer_key
 from lvlm.model import Lvlm
 from tests.toys.families import build
 from tests.toys.random_models import examples, hooks_of, layers_of, lively, shared

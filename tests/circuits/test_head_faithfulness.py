@@ -9,7 +9,7 @@ import torch
 from circuits import faithfulness, patch_heads
 from groundscope.core.errors import ConfigError, PatchError
 from groundscope.testing.planted_circuits import plant
-from lvlm.answers import answer_key
+from lvlm.answer_keys import answer_key
 from lvlm.model import Lvlm
 from lvlm.sites import Head
 from tests.toys.random_models import examples, layers_of, shared

@@ -22,7 +22,7 @@ from circuits.results.graph import Shape
 from concepts import scenes
 from concepts.schema import Example
 from lvlm import Head, Lvlm, Site
-from lvlm.answers import AnswerKey, answer_key
+from lvlm.answer_keys import AnswerKey, answer_key
 from tests.toys.edge_oracle import graph_of
 from tests.toys.families import model as toy
 from tests.toys.patching_oracle import pair_of

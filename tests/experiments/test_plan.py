@@ -21,7 +21,7 @@ from experiments.run.folder import RunFolder
 from experiments.stages.trace import trace_into, traced, traced_tokens
 from groundscope.core.errors import ConfigError
 from lvlm import Lvlm, load_lvlm
-from lvlm.embedded import folder_of
+from lvlm.embedded_models import folder_of
 from tests.toys.pope_files import pope_folder
 
 

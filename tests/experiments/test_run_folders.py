@@ -456,7 +456,7 @@ def test_a_hub_id_counts_with_its_commit(tmp_path: Path, monkeypatch: pytest.Mon
 
     keys = []
     for commit in ("1" * 40, "2" * 40):
-        monkeypatch.setattr("lvlm.identity.hub_file", cached(commit))
+        monkeypatch.setattr("lvlm.model_files.hub_file", cached(commit))
         keys.append(fingerprint("a/b"))
     assert keys == [["a/b", "1" * 40], ["a/b", "2" * 40]]
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from activation_store.tracing.continuation import with_answers
 from lvlm import Lvlm, answer_key, wrap_lvlm
-from lvlm.answers import answer_tokens
+from lvlm.answer_keys import answer_tokens
 from lvlm.encoding.processor import Parts
 from tests.toys.examples import example
 from tests.toys.families import BUILDERS, build, model

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from groundscope.core.errors import ModelError
 from lvlm import load_lvlm
-from lvlm.embedded import folder_of
+from lvlm.embedded_models import folder_of
 from lvlm.loading import outline_lvlm
 
 

@@ -17,7 +17,7 @@ from concepts.schema import Box
 from groundscope.core.errors import ModelError, SiteError
 from lvlm import Lvlm, TokenSelection, wrap_lvlm
 from lvlm.family.registry import FAMILIES
-from lvlm.family.validation import validate
+from lvlm.spec_validation import validate
 from lvlm.token_map import Lattice
 from tests.toys.examples import QUESTION, example, picture
 from tests.toys.families import build

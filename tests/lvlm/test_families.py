@@ -22,7 +22,7 @@ from concepts.schema import Box
 from groundscope.core.errors import ModelError, SiteError
 from lvlm import FamilySpec, Lvlm, TokenSelection, load_lvlm, wrap_lvlm
 from lvlm.family.registry import FAMILIES
-from lvlm.family.validation import validate
+from lvlm.spec_validation import validate
 from tests.toys.examples import example
 from tests.toys.families import BUILDERS, FAMILY, LENS, PLACED, WHERE, at, build, model, raw
 from tests.toys.remote_code_families import STAND_INS, build_stand_in

@@ -17,10 +17,10 @@ from torch import nn
 from activation_store import trace
 from behavior import answer
 from concepts import ConceptDataset
-from lvlm import answer_key, fingerprint, load_lvlm
-from lvlm.fingerprint import has_weights, weights_hash
-from lvlm.identity import deciding_files
-from lvlm.settings import pixel_settings, processor_digest
+from lvlm import answer_key, load_lvlm
+from lvlm.model_files import deciding_files
+from lvlm.processor_digest import pixel_settings, processor_digest
+from lvlm.weights_hash import has_weights, weights_hash
 from tests.toys.examples import example
 
 
@@ -101,7 +101,7 @@ def test_a_hash_does_not_depend_on_chunks_threads_or_how_tensors_lie_in_memory(m
     assert weights_hash(module) == before
     one = nn.Linear(3, 2).bfloat16()
     assert weights_hash(one) == weights_hash(copy.deepcopy(one)) != weights_hash(copy.deepcopy(one).float())
-    monkeypatch.setattr(fingerprint, "_CHUNK", 1024)
+    monkeypatch.setattr("lvlm.weights_hash._CHUNK", 1024)
     assert weights_hash(copy.deepcopy(module)) == weights_hash(copy.deepcopy(module))
 
 

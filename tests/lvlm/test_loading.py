@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 
 from groundscope.core.errors import GroundscopeError, ModelError
 from lvlm import FamilySpec, load_lvlm, wrap_lvlm
-from lvlm.checkpoint import check_device, check_loading
-from lvlm.embedded import folder_of
+from lvlm.embedded_models import folder_of
 from lvlm.encoding.processor import Parts
+from lvlm.load_checks import check_device, check_loading
 from tests.toys.examples import example
 from tests.toys.families import model
 
@@ -156,7 +156,7 @@ import json, shutil, sys
 from pathlib import Path
 from tests.toys.tiled_families import llava_onevision
 from lvlm import load_lvlm
-from lvlm.identity import resolved_revision
+from lvlm.model_files import resolved_revision
 root = Path(sys.argv[1])
 hf, processor = llava_onevision()
 VISUAL = "{% for m in messages %}<sep> {% for c in m['content'] %}{% if c['type'] == 'image' %}<image>{% else %}{{ c['text'] }}"

@@ -21,8 +21,8 @@ from groundscope.core.errors import DataError, ModelError, SiteError
 from lvlm import Head, Lvlm, PatchGrid, Site, TokenSelection, answer_key, load_lvlm, wrap_lvlm
 from lvlm.family.registry import FAMILIES
 from lvlm.family.specification import StackSpec
-from lvlm.family.validation import validate
 from lvlm.sites import LAYER_COMPONENTS
+from lvlm.spec_validation import validate
 from lvlm.tiny.architecture import build_model, build_processor
 from lvlm.token_selection import PATCHABLE, READABLE, REDUCTIONS, SINGLE, STEERABLE, STORED_ROLES
 
@@ -188,7 +188,7 @@ def test_a_resized_and_cropped_image_keeps_its_boxes(model: Lvlm) -> None:
         class image_processor:  # noqa: N801 - stands for an instance
             size = {"shortest_edge": 112}  # noqa: RUF012
 
-    from lvlm.encoding.single import patch_grid
+    from lvlm.encoding.fixed_size import patch_grid
 
     stand_in: Any = type("M", (), {"hf": model.hf, "processor": Processor})
     grid = patch_grid(stand_in, (448, 224), (112, 112))
@@ -320,7 +320,7 @@ def test_a_configuration_is_proved_once(monkeypatch: pytest.MonkeyPatch) -> None
         proofs.append(model.name)
         return validate(model, encoding)
 
-    monkeypatch.setattr("lvlm.family.validation.validate", counted)
+    monkeypatch.setattr("lvlm.spec_validation.validate", counted)
     shape: Any = build_model(seed=0).config
     shape.text_config.rms_norm_eps = 1.25e-6  # a configuration that no other test has
     made = [type(build_model(seed=0))(shape) for _ in range(2)]

@@ -15,11 +15,11 @@ from concepts import scenes
 from concepts.scenes.distributions import UNIFORM
 from concepts.scenes.scene import TRAIN, generator, sample
 from lvlm import Lvlm, load_lvlm
-from lvlm.embedded import EMBEDDED, folder_of
-from lvlm.tiny import evaluate, lessons, train
+from lvlm.embedded_models import EMBEDDED, folder_of
+from lvlm.tiny import evaluate, train, training_data
 from lvlm.tiny.architecture import IMAGE, READING, TEMPLATE, build_model, build_processor, build_tokenizer, vocabulary
-from lvlm.tiny.curriculum import STAGES, Stage
-from lvlm.tiny.lessons import Lesson
+from lvlm.tiny.training_data import Lesson
+from lvlm.tiny.training_stages import STAGES, Stage
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,7 @@ def test_a_knockout_leaves_the_model_as_it_was(models: dict[str, Lvlm]) -> None:
     assert not torch.allclose(model.logits(other), before)
 
 
-# -- lessons -------------------------------------------------------------------------------------------------------
+# -- training data ----------------------------------------------------------------------------------------------------
 
 
 def test_words_are_tokens_and_the_tokenizer_agrees() -> None:
@@ -101,7 +101,7 @@ def test_a_packed_question_is_answered_as_if_it_stood_alone() -> None:
     model = build_model(3)
     lesson = STAGES[-2].lesson
     assert lesson is not None
-    batch = lessons.batch(lesson, seed=1, stage=3, step=5, size=2)
+    batch = training_data.batch(lesson, seed=1, stage=3, step=5, size=2)
     with torch.no_grad():
         _, hidden = train.Reader(model, blind=False)(batch.pixels, batch.tokens, batch.positions, batch.mask())
         packed = model.lm_head(hidden)
@@ -122,11 +122,11 @@ def test_a_packed_question_is_answered_as_if_it_stood_alone() -> None:
 def test_the_targets_of_a_lesson_are_its_answers() -> None:
     lesson = STAGES[-2].lesson
     assert lesson is not None
-    batch = lessons.batch(lesson, seed=0, stage=3, step=0, size=1)
-    words = lessons.token_texts(batch.tokens[0].tolist())
+    batch = training_data.batch(lesson, seed=0, stage=3, step=0, size=1)
+    words = training_data.token_texts(batch.tokens[0].tolist())
     # What is to be said at a position stands at the next one, or is the end mark after the answer's last word.
     for i in (batch.targets[0] >= 0).nonzero().flatten().tolist():
-        target = lessons.token_texts([int(batch.targets[0, i])])[0]
+        target = training_data.token_texts([int(batch.targets[0, i])])[0]
         if i + 1 < len(words) and batch.segments[0, i + 1] == batch.segments[0, i]:
             assert target == words[i + 1]
         else:
@@ -136,16 +136,16 @@ def test_the_targets_of_a_lesson_are_its_answers() -> None:
 def test_the_nouns_of_a_question_mean_what_the_scene_shows() -> None:
     """Against the answers that the same rows give to what-questions, and "no" where a question is so answered."""
     lesson = Lesson({"what_color": 0.3, "place": 0.3, "existence": 0.2, "size": 0.2})
-    batch = lessons.batch(lesson, seed=0, stage=3, step=0, size=6)
+    batch = training_data.batch(lesson, seed=0, stage=3, step=0, size=6)
     checked = set()
     for row in range(6):
         for segment in range(1, int(batch.segments[row].max()) + 1):
             at = (batch.segments[row] == segment).nonzero().flatten()
-            words = lessons.token_texts(batch.tokens[row][at].tolist())
+            words = training_data.token_texts(batch.tokens[row][at].tolist())
             targets = batch.targets[row][at]
-            answer = lessons.token_texts([int(targets[targets >= 0][0])])[0]
-            [noun] = [i for i, w in enumerate(words) if w in lessons.NOUNS]
-            means = lessons.token_texts(batch.meanings[row][at[noun]].tolist())
+            answer = training_data.token_texts([int(targets[targets >= 0][0])])[0]
+            [noun] = [i for i, w in enumerate(words) if w in training_data.NOUNS]
+            means = training_data.token_texts(batch.meanings[row][at[noun]].tolist())
             kind = words[1] if words[1] != "the" else "size"
             if kind == "there":
                 assert (means == ["no"] * 3) == (answer == "no")
@@ -156,19 +156,19 @@ def test_the_nouns_of_a_question_mean_what_the_scene_shows() -> None:
                 assert means[("color", "row", "column").index(kind)] == answer
             checked.add(kind)
     assert checked == {"there", "color", "row", "column", "size"}
-    asked = lessons.token_texts(batch.tokens[batch.meanings[..., 0] >= 0].tolist())
-    assert set(asked) <= set(lessons.NOUNS)
+    asked = training_data.token_texts(batch.tokens[batch.meanings[..., 0] >= 0].tolist())
+    assert set(asked) <= set(training_data.NOUNS)
 
 
 def test_late_questions_look_above_the_first_layer_that_reads() -> None:
     """A question of size in the first half of the rows; every other position reads as it would have."""
-    batch = lessons.batch(Lesson({"size": 0.5, "what_color": 0.5}), seed=0, stage=3, step=0, size=2)
+    batch = training_data.batch(Lesson({"size": 0.5, "what_color": 0.5}), seed=0, stage=3, step=0, size=2)
     image = batch.tokens == build_tokenizer().get_vocab()[IMAGE]
     plain, special = batch.mask(), batch.mask_without_late(0.5)
     rows, _, asking, seen = (plain & ~special).nonzero(as_tuple=True)
     assert set(rows.tolist()) == {0}
     assert image[rows, seen].all()
-    words = lessons.token_texts(batch.tokens[0].tolist())
+    words = training_data.token_texts(batch.tokens[0].tolist())
     sizes = {
         at
         for at, segment in enumerate(batch.segments[0].tolist())
@@ -181,7 +181,7 @@ def test_late_questions_look_above_the_first_layer_that_reads() -> None:
 
 def test_a_mask_of_its_own_acts_on_the_first_layer_that_reads() -> None:
     model = build_model(1).eval()
-    batch = lessons.batch(Lesson({"size": 1.0}), seed=0, stage=3, step=0, size=1)
+    batch = training_data.batch(Lesson({"size": 1.0}), seed=0, stage=3, step=0, size=1)
     reader = train.Reader(model, blind=False)
     layers = model.model.language_model.layers
     seen: dict[int, torch.Tensor] = {}
@@ -207,7 +207,7 @@ def test_a_mask_of_its_own_acts_on_the_first_layer_that_reads() -> None:
 def test_the_loss_of_meanings_is_its_formula() -> None:
     """Against a loop over nouns in float64: the mean over nouns and their words of minus the log-softmax."""
     model = build_model(1)
-    batch = lessons.batch(Lesson({"size": 0.5, "existence": 0.5}), seed=0, stage=3, step=2, size=2)
+    batch = training_data.batch(Lesson({"size": 0.5, "existence": 0.5}), seed=0, stage=3, step=2, size=2)
     states = torch.randn(*batch.tokens.shape, 192, generator=torch.Generator().manual_seed(0)).bfloat16().float()
     table = model.lm_head.weight.detach().bfloat16().double()
     terms = []
@@ -222,10 +222,10 @@ def test_the_loss_of_meanings_is_its_formula() -> None:
 def test_a_lesson_depends_on_its_number_alone() -> None:
     lesson = STAGES[-1].lesson
     assert lesson is not None
-    first, second = (lessons.batch(lesson, 0, 4, 17, 3) for _ in range(2))
+    first, second = (training_data.batch(lesson, 0, 4, 17, 3) for _ in range(2))
     assert torch.equal(first.tokens, second.tokens)
     assert torch.equal(first.pixels, second.pixels)
-    assert not torch.equal(first.pixels, lessons.batch(lesson, 0, 4, 18, 3).pixels)
+    assert not torch.equal(first.pixels, training_data.batch(lesson, 0, 4, 18, 3).pixels)
 
 
 def test_degraded_pictures_keep_their_answers() -> None:
@@ -235,7 +235,7 @@ def test_degraded_pictures_keep_their_answers() -> None:
     lost = changed = total = 0
     for i in range(500):
         scene = sample(generator(TRAIN, 9, i), "t", UNIFORM)
-        shown = lessons.degrade(rng, scene, replace(lesson, blank=0.0))
+        shown = training_data.degrade(rng, scene, replace(lesson, blank=0.0))
         kept = {o.noun: o for o in shown.objects}
         total += len(scene.objects)
         lost += sum(o.noun not in kept for o in scene.objects)
@@ -246,10 +246,10 @@ def test_degraded_pictures_keep_their_answers() -> None:
 
 
 def test_a_patch_is_labelled_with_what_covers_it() -> None:
-    picture = lessons.pictures(seed=0, step=3, size=4)
+    picture = training_data.pictures(seed=0, step=3, size=4)
     objects = picture.labels["color"] >= 0
     assert 0.05 < objects.float().mean() < 0.6
-    assert torch.equal(objects, picture.labels["noun"] < len(lessons.NOUNS))
+    assert torch.equal(objects, picture.labels["noun"] < len(training_data.NOUNS))
     assert picture.labels["row"][objects].max() <= 6
 
 
@@ -271,9 +271,9 @@ def test_a_killed_training_goes_on_to_the_same_weights(short: tuple[Stage, ...],
     shutil.rmtree(broken / "4-prior")
     # Stop the last stage in the middle by a step that fails, as a full disk or a lost machine would.
     calls = 0
-    make = lessons.batch
+    make = training_data.batch
 
-    def failing(*args: object, **kwargs: object) -> lessons.Batch:
+    def failing(*args: object, **kwargs: object) -> training_data.Batch:
         nonlocal calls
         calls += 1
         if calls == 4:
@@ -281,7 +281,7 @@ def test_a_killed_training_goes_on_to_the_same_weights(short: tuple[Stage, ...],
         return make(*args, **kwargs)  # type: ignore[arg-type]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lessons, "batch", failing)
+        patch.setattr(training_data, "batch", failing)
         with pytest.raises(OSError):  # noqa: PT011 - the fault put in above has no message
             train.train(broken, stages=short, compiled=False, checkpoint=2)
     assert (broken / "4-prior.state.safetensors").exists()

@@ -14,7 +14,7 @@ from concepts import ConceptDataset, Example
 from concepts.scenes.questions import as_example, existence
 from concepts.scenes.scene import TEST, generator, sample
 from lvlm import Lvlm
-from lvlm.applied import observer
+from lvlm.active_interventions import mark_observer
 
 LAYERS, VISION_LAYERS, PATCH, COLUMNS = 6, 4, 16, 7
 
@@ -54,7 +54,7 @@ def of_one_length(n: int = 6) -> ConceptDataset:
 @contextmanager
 def hooked(model: Lvlm, see: Callable[[], None]) -> Iterator[None]:
     """Call something at the start of every forward of the whole model."""
-    handle = model.hf.register_forward_pre_hook(observer(lambda *_: see()))
+    handle = model.hf.register_forward_pre_hook(mark_observer(lambda *_: see()))
     try:
         yield
     finally:

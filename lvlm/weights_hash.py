@@ -50,7 +50,7 @@ def weights_hash(module: nn.Module) -> str:
 
     Examples
     --------
-    >>> from lvlm.fingerprint import weights_hash
+    >>> from lvlm.weights_hash import weights_hash
     >>> import torch
     >>> layer = torch.nn.Linear(2, 2)
     >>> before = weights_hash(layer)
@@ -96,7 +96,7 @@ def has_weights(module: nn.Module, recorded: str) -> bool:
     """Whether a module has the weights of which a hash was recorded.
 
     A hash that an earlier release recorded is a sample: it is compared with the sample of these weights, and a warning of
-    the logger ``lvlm.fingerprint`` says how little that proves.
+    the logger ``lvlm.weights_hash`` says how little that proves.
     """
     if not is_sampled(recorded):
         return weights_hash(module) == recorded

@@ -36,8 +36,8 @@ def deciding_files(folder: str | Path, *, weights: bool = True) -> tuple[Path, .
 
     Examples
     --------
-    >>> from lvlm.identity import deciding_files
-    >>> from lvlm.embedded import folder_of
+    >>> from lvlm.model_files import deciding_files
+    >>> from lvlm.embedded_models import folder_of
     >>> [path.name for path in deciding_files(folder_of("tiny"), weights=False)][:2]
     ['config.json', 'generation_config.json']
     """
@@ -79,7 +79,7 @@ def resolved_revision(source: str | Path, revision: str | None = None) -> str | 
     str or None
         40 hexadecimal digits; None for a folder, and where neither the Hub nor the cache has a configuration of that id.
     """
-    from lvlm.embedded import EMBEDDED
+    from lvlm.embedded_models import EMBEDDED
 
     if str(source) in EMBEDDED or Path(source).is_dir():
         return None

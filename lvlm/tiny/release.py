@@ -1,4 +1,4 @@
-"""Put a finished training into the package: ``python -m lvlm.tiny.ship --run runs/tiny``.
+"""Put a finished training into the package: ``python -m lvlm.tiny.release --run runs/tiny``.
 
 Weights are rounded to bfloat16; the figures of the card are measured on the rounded weights.
 """
@@ -16,11 +16,11 @@ from transformers import LlavaForConditionalGeneration
 
 from concepts import scenes
 from groundscope.core.statistics import Estimate
-from lvlm.embedded import folder_of
+from lvlm.embedded_models import folder_of
 from lvlm.loading import load_lvlm
 from lvlm.tiny import evaluate
 from lvlm.tiny.architecture import build_processor
-from lvlm.tiny.curriculum import STAGES
+from lvlm.tiny.training_stages import STAGES
 
 SHIPPED = {"tiny": "prior", "tiny-unbiased": "tune"}
 """Name of an embedded model to the training stage it is the result of."""
@@ -40,7 +40,7 @@ synthetic (`concepts.scenes.scene`); no figure here says anything about photogra
 
 {what}
 
-Trained by `python -m lvlm.tiny.train` (seed 0) through the stages {stages}; put here by `python -m lvlm.tiny.ship`.
+Trained by `python -m lvlm.tiny.train` (seed 0) through the stages {stages}; put here by `python -m lvlm.tiny.release`.
 
 ## Measured on held-out scenes (seed {seed}, {images} images; 95 % intervals by bootstrap over scenes)
 
@@ -107,7 +107,7 @@ def card(name: str, figures: Mapping[str, Estimate], cuts: Mapping[str, Mapping[
 def main() -> None:
     """Parse the command line and ship both models."""
     parser = argparse.ArgumentParser(
-        prog="python -m lvlm.tiny.ship", description="Put trained weights into the package."
+        prog="python -m lvlm.tiny.release", description="Put trained weights into the package."
     )
     parser.add_argument("--run", type=Path, required=True, help="folder of a finished `python -m lvlm.tiny.train`")
     parser.add_argument("--images", type=int, default=1200, help="held-out scenes the card is measured on")

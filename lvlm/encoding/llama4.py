@@ -9,7 +9,7 @@ import torch
 from PIL import Image as Pillow
 from torch import Tensor
 
-from lvlm.encoding.image_inputs import Look, patch_size, stretched, tower
+from lvlm.encoding.encoded_image import Look, patch_size, stretched, tower
 from lvlm.sites import Stack
 from lvlm.token_map import Lattice
 

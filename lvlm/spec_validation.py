@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from groundscope.core.errors import ModelError, SiteError
-from lvlm.access.places import Handles, Place
+from lvlm.access.hook_point import Handles, Place
 from lvlm.access.weights import columns, quantized, weight
 from lvlm.family.specification import TOLERANCE, layer_list, resolve
 
@@ -48,7 +48,7 @@ def validate(model: Lvlm, encoding: Encoding) -> dict[str, float]:
     -------
     dict
         Largest relative error by identity; NaN for one that a quantized layer does not allow to be checked, with the
-        reason as a record of level WARNING of the logger ``lvlm.family.validation``.
+        reason as a record of level WARNING of the logger ``lvlm.spec_validation``.
 
     Raises
     ------

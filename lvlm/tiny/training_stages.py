@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from concepts.scenes.distributions import BIASED
-from lvlm.tiny.lessons import Lesson
+from lvlm.tiny.training_data import Lesson
 
 
 @dataclass(frozen=True)

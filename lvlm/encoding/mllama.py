@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from lvlm.encoding.image_inputs import Look, patch_size, processed, stretched
+from lvlm.encoding.encoded_image import Look, patch_size, processed, stretched
 from lvlm.token_map import Lattice
 
 if TYPE_CHECKING:

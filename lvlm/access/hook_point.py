@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from groundscope.core.errors import ModelError
-from lvlm.applied import marked_as, observer
+from lvlm.active_interventions import copy_mark, mark_observer
 
 
 @dataclass
@@ -75,7 +75,7 @@ class Place:
         if self.layer is None:
             return seen, Handles(())
 
-        @observer
+        @mark_observer
         def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             hidden = args[0] if args else kwargs[first_name(kwargs)]
             seen.shape = tuple(hidden.shape)
@@ -116,12 +116,12 @@ class Place:
         def look(x: Tensor) -> None:
             see(x)
 
-        return self.edit(observer(look))
+        return self.edit(mark_observer(look))
 
     def edit(self, change: Callable[[Tensor], Tensor | None]) -> Handles:
         """Replace the site's tensor by what `change` returns (None leaves it) on every forward.
 
-        The hook is marked as `change` is, see `lvlm.applied`: a change that nobody registered is reported as unknown.
+        The hook gets the marks of `change`; see `lvlm.active_interventions`.
         """
         seen, context = self.call()
         if self.side == "input":
@@ -135,7 +135,7 @@ class Place:
                 new = self.replaced(raw, changed, seen)
                 return ((new, *args[1:]), kwargs) if name is None else (args, {**kwargs, name: new})
 
-            pre_hook = marked_as(before, change)
+            pre_hook = copy_mark(before, change)
             return Handles((*context.hooks, self.module.register_forward_pre_hook(pre_hook, with_kwargs=True)))
 
         def after(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
@@ -146,7 +146,7 @@ class Place:
             new = change(self.value(output, seen))
             return None if new is None else self.replaced(output, new, seen)
 
-        return Handles((*context.hooks, self.module.register_forward_hook(marked_as(after, change))))
+        return Handles((*context.hooks, self.module.register_forward_hook(copy_mark(after, change))))
 
     def _tensor(self, raw: Any) -> Tensor:
         # Layers return a bare tensor in most families and releases, a tuple in others.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from groundscope.core.errors import DataError, ModelError
-from lvlm.encoding.image_inputs import Frame, Look, number, patch_size, processed, stretched, tower
+from lvlm.encoding.encoded_image import Frame, Look, number, patch_size, processed, stretched, tower
 from lvlm.sites import Stack
 from lvlm.token_map import Lattice, PatchGrid
 
