@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from omegaconf import MISSING
@@ -11,6 +13,10 @@ STAGES = ("examples", "trace", "probe", "patch", "steer", "evaluate", "diagnose"
 """The stages of a run, in order."""
 SWEEPS = "sweeps"
 """Folder of all sweeps, below the root folder of runs."""
+RENAMED: Mapping[str, str] = MappingProxyType({"probe.penalties": "probe.C"})
+"""Option name in earlier versions to its present name."""
+RENAMED_VALUES: Mapping[str, Mapping[str, str]] = MappingProxyType({})
+"""Option to its values in earlier versions, with their present spelling."""
 
 
 @dataclass
@@ -87,8 +93,8 @@ class ProbeConfig:
 
     concepts: list[str] | None = None
     """Concepts to decode; by default the asked one of each level, and every attribute and relation with enough examples."""
-    penalties: list[float] = field(default_factory=lambda: [0.001, 0.01, 0.1, 1.0])
-    """Inverse penalties (scikit-learn's C) to choose from inside the training folds."""
+    C: list[float] = field(default_factory=lambda: [0.001, 0.01, 0.1, 1.0])
+    """Inverse regularization strengths, as in scikit-learn; cross-validation on the training part chooses one."""
     folds: int = 4
     """Folds of that choice; images are never divided."""
     test_fraction: float = 0.3
@@ -216,3 +222,34 @@ class RunConfig:
     sweep: SweepConfig = field(default_factory=SweepConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     diagnose: DiagnoseConfig = field(default_factory=DiagnoseConfig)
+
+
+def rename_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Return nested options with the names and values of earlier versions replaced by the present ones."""
+    renamed = {group: dict(values) if isinstance(values, dict) else values for group, values in options.items()}
+    for old, new in RENAMED.items():
+        group, _, name = old.partition(".")
+        values = renamed.get(group)
+        if isinstance(values, dict) and name in values:
+            value = values.pop(name)
+            values.setdefault(new.partition(".")[2], value)
+    for key, spellings in RENAMED_VALUES.items():
+        group, _, name = key.partition(".")
+        values = renamed.get(group)
+        if isinstance(values, dict) and isinstance(values.get(name), str):
+            values[name] = spellings.get(values[name], values[name])
+    return renamed
+
+
+def key_options(group: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of a group as they enter the key of a stage.
+
+    Keys hold the names and values of earlier versions, so that a stage of an earlier version is recognized as unchanged.
+    """
+    former = {new: old.partition(".")[2] for old, new in RENAMED.items()}
+    result = {former.get(f"{group}.{name}", name): value for name, value in options.items()}
+    for name, value in result.items():
+        spellings = {new: old for old, new in RENAMED_VALUES.get(f"{group}.{name}", {}).items()}
+        if isinstance(value, str):
+            result[name] = spellings.get(value, value)
+    return result

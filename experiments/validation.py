@@ -143,9 +143,9 @@ def _bounds(config: RunConfig) -> str | None:
     for key in _BETWEEN:
         if not 0 < _value(config, key) < 1:
             return f"{key}={_value(config, key):g}: give a share above 0 and below 1, as in {key}=0.3"
-    wrong = next((c for c in config.probe.penalties if not 0 < c < math.inf), None)
-    if wrong is not None or not config.probe.penalties:
-        return f"probe.penalties={config.probe.penalties}: give at least one number above 0"
+    wrong = next((c for c in config.probe.C if not 0 < c < math.inf), None)
+    if wrong is not None or not config.probe.C:
+        return f"probe.C={config.probe.C}: give at least one number above 0"
     if math.isnan(config.steer.doubt) or math.isinf(config.steer.doubt):
         return f"steer.doubt={config.steer.doubt}: give a number"
     return None

@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 from experiments.cli.help import choices
-from experiments.config import RunConfig
+from experiments.config import RENAMED, RunConfig
 from groundscope.core.errors import ConfigError
 from groundscope.core.text import nearest
 
@@ -134,6 +134,9 @@ def _check(override: Override, *, own: bool) -> None:
         return
     if key in leaves:
         return
+    if key in RENAMED:
+        msg = f"option '{key}' is now called '{RENAMED[key]}': write {RENAMED[key]}=…"
+        raise ConfigError(msg)
     inside = next((name for name in free if key.startswith(f"{name}.")), None)
     if inside is None:
         msg = f"no option '{key}'{nearest(key, [*leaves, *groups])}; groundscope help lists them all"

@@ -11,17 +11,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.records import ANY, SWEEP_RECORD, TEXT, read_record
+from experiments.config import RENAMED, RENAMED_VALUES
+from experiments.records import SWEEP_RECORD, read_record
 from groundscope.core.errors import ConfigError
-from groundscope.core.paths import below, is_file, is_link
-from groundscope.core.user_files import read_text
+from groundscope.core.paths import is_file, is_link
 
-CONFIG = "config.yaml"
 RECORD = "sweep.json"
-_LIMIT = 1 << 17
-"""Bytes of a configuration."""
-_DEPTH = 16
-"""Levels of nesting in one."""
 TRUST = "model.trust_remote_code"
 _ONLY_HERE = ("${", "_target_", "trust_remote_code")
 """What a stored command line may not hold anywhere."""
@@ -94,8 +89,17 @@ def _allowed(stored: Sequence[str], words: Sequence[str], source: Path) -> list[
             )
             raise ConfigError(msg)
         else:
-            kept.append(word)
+            kept.append(_rename(word))
     return kept
+
+
+def _rename(word: str) -> str:
+    """Return a stored option=value with the present name and value of an option that an earlier version named otherwise."""
+    before, separator, value = word.partition("=")
+    key = _key(word)
+    name = RENAMED.get(key, key)
+    value = RENAMED_VALUES.get(name, {}).get(value, value)
+    return f"{before.removesuffix(key)}{name}{separator}{value}"
 
 
 def only_here(word: str) -> bool:
@@ -112,17 +116,14 @@ def _key(word: str) -> str:
 def configured(folder: Path, words: Sequence[str] = ()) -> Any:
     """Return the configuration in a run's folder, changed by `words`; its root and name say where the folder is now."""
     from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
 
     from experiments.cli.overrides import finished, known, read
-    from experiments.config import SWEEPS, RunConfig
+    from experiments.config import SWEEPS
+    from experiments.run.stored_config import CONFIG, read_options, structured_options
 
     folder = _folder(str(folder))
-    stored = _stored(folder)
-    try:
-        options = OmegaConf.merge(OmegaConf.structured(RunConfig), stored)
-    except (OmegaConfBaseException, ValueError, TypeError, RecursionError) as error:
-        raise ConfigError(_unfit(folder, error)) from error
+    stored = read_options(folder)
+    options = structured_options(folder, stored)
     request = read(words)
     groups = known()[1]
     for override in request.overrides:
@@ -144,71 +145,3 @@ def configured(folder: Path, words: Sequence[str] = ()) -> Any:
     OmegaConf.update(options, "root", str(root))
     OmegaConf.update(options, "name", name)
     return finished(options)
-
-
-def _stored(folder: Path) -> dict[str, Any]:
-    """Return what a run's configuration holds, as plain values."""
-    import yaml
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    path = below(folder, CONFIG, error=ConfigError)
-    if not is_file(path):
-        msg = f"no run in '{folder}': it has no {CONFIG}; groundscope status {folder.parent} lists the runs"
-        raise ConfigError(msg)
-    try:
-        text = read_text(path, limit=_LIMIT, error=ConfigError)
-        depth = 0
-        for event in yaml.parse(text, Loader=yaml.SafeLoader):
-            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            if isinstance(event, yaml.AliasEvent) or depth > _DEPTH:
-                msg = f"{path}: aliases (*name) and more than {_DEPTH} levels are not allowed in a configuration"
-                raise ConfigError(msg)
-        loaded = OmegaConf.create(text)  # refuses keys that occur twice
-        values: Any = OmegaConf.to_container(loaded, resolve=False)
-    except OSError as error:
-        msg = f"{path}: cannot be read: {error.strerror}"
-        raise ConfigError(msg) from error
-    except (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError, RecursionError, AttributeError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(_unfit(folder, error)) from error
-    if not isinstance(values, dict):
-        raise ConfigError(_unfit(folder, "it is no table of options"))
-    for key, value in _leaves(values):
-        if key == "hydra" or key.startswith(("hydra.", "hydra/")) or "_target_" in key.split("."):
-            msg = f"{path} holds '{key}': options of Hydra are not taken from a file; remove it"
-            raise ConfigError(msg)
-        if isinstance(value, str) and "${" in value:
-            msg = f"{path}: {key} holds an interpolation, {value[:60]!r}, which is not resolved; write the value itself"
-            raise ConfigError(msg)
-    return values
-
-
-def _leaves(value: Any, key: str = "") -> list[tuple[str, Any]]:
-    """Return every key of nested values, with the value where it is a plain one."""
-    if isinstance(value, dict):
-        found: list[tuple[str, Any]] = [(key, None)] if key else []
-        for name, inner in value.items():
-            found += [(str(name), str(name)) if "${" in str(name) else (key, None)]
-            found += _leaves(inner, f"{key}.{name}" if key else str(name))
-        return found
-    if isinstance(value, list):
-        return [pair for inner in value for pair in _leaves(inner, key)]
-    return [(key, value)]
-
-
-def _unfit(folder: Path, error: object) -> str:
-    reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-    return (
-        f"'{folder / CONFIG}' was written by groundscope {_version(folder)} and does not fit this one: "
-        f"{reason}; use that release, or configure the run again under another name=…"
-    )
-
-
-def _version(folder: Path) -> str:
-    try:
-        found = read_record(folder / "environment.json", {"packages": {"groundscope": TEXT, "*": ANY}}, limit=_LIMIT)
-        return str(found["packages"]["groundscope"])
-    except ConfigError:
-        return "of an unknown version"

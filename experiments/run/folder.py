@@ -74,7 +74,7 @@ OWN: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "examples": ("discovery.json*", "held_out.json*"),
         "activations": ("*.h5", "manifest*.json", ".*.lock", ".lock"),
         "probes": ("plan.json", "left_out.json", "*@*/*"),
-        "circuits": ("top.json", "*.safetensors"),
+        "circuits": ("top.json", "*.safetensors", "illustrations/*"),
         "steering": ("sweep.json", "vector.safetensors", "control-*.safetensors"),
         "behavior": (
             "rates.json",
@@ -86,8 +86,9 @@ OWN: Mapping[str, tuple[str, ...]] = MappingProxyType(
             "shuffled-labels.json",
             "moved-to-other-heads.json",
             "derived-at-other-heads.json",
+            "illustrations/*",
         ),
-        "diagnosis": ("diagnoses.json", "left_out.json"),
+        "diagnosis": ("diagnoses.json", "left_out.json", "illustrations/*"),
         "export": ("formats.json", "vector.*", "baked.*", "*.pt", "*.pt.json"),
         "report": ("sections.json",),
     }

@@ -39,7 +39,7 @@ def make_probes(context: Context, root: Path) -> str:
                 entry.component,
                 entry.tokens,
                 entry.stack,
-                penalties=options.penalties,
+                penalties=options.C,
                 folds=options.folds,
                 test_fraction=options.test_fraction,
                 seed=options.seed,

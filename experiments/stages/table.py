@@ -12,6 +12,7 @@ from importlib import import_module
 from types import MappingProxyType
 from typing import Any
 
+from experiments.config import key_options
 from experiments.run.context import ACTIVATIONS, Context
 from experiments.stages.stage import Stage
 
@@ -60,7 +61,7 @@ TABLE: Mapping[str, Stage] = MappingProxyType(
         "probe": Stage(
             "probes",
             needs=("trace",),
-            options=lambda c: asdict(c.config.probe),
+            options=lambda c: key_options("probe", asdict(c.config.probe)),
             work=_function("probe.make_probes"),
             version=3,
             check=_function("probe.check"),
@@ -68,7 +69,7 @@ TABLE: Mapping[str, Stage] = MappingProxyType(
         "patch": Stage(
             "circuits",
             needs=("examples",),
-            options=lambda c: [asdict(c.config.patch), c.model_key()],
+            options=lambda c: [key_options("patch", asdict(c.config.patch)), c.model_key()],
             work=_function("patch.make_head_scores"),
             version=2,
             check=_function("patch.check"),

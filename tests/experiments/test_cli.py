@@ -111,7 +111,7 @@ MISTAKES = [
     (["statsu", "runs"], "'statsu' is neither a command", "did you mean status"),
     (["model=tny"], "model=tny: there are hf, tiny", "did you mean tiny"),
     (["data.n_images=many"], "data.n_images=many", "could not be converted to Integer"),
-    (["probe.penalties=[0.1"], "probe.penalties=[0.1: cannot be read", "quote"),
+    (["probe.C=[0.1"], "probe.C=[0.1: cannot be read", "quote"),
     (["probe.folds=3,4"], "probe.folds has several values", "add -m"),
     (["-m", "probe.folds=3,4", "model=tny"], "model=tny", "did you mean tiny"),
     (["-m", "probe.folds=3,4", "hydra/launcher=ray"], "hydra/launcher=ray is not installed", "CONTRIBUTING"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import io
 import json
@@ -15,13 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from omegaconf import OmegaConf
 from rich.console import Console
 
 from concepts import scenes
 from experiments import pipeline
 from experiments.cli.overrides import composed, finished, quoted, read
-from experiments.config import RunConfig
+from experiments.cli.resume import _allowed, configured
+from experiments.config import RunConfig, key_options
 from experiments.pipeline import execute
 from experiments.run import folder
 from experiments.run.context import Context, fingerprint
@@ -226,6 +229,22 @@ def test_a_stored_command_line_is_data(tmp_path: Path, command: Command, word: s
     write_json(folder / "sweep.json", {"command": ["-m", word, "probe.folds=2,3", *EXAMPLES]})
     refused(command("resume=runs/sweeps/s"), "sweep.json", "not taken from a file")
     assert sorted(p.name for p in folder.iterdir()) == ["sweep.json"]
+
+
+def test_options_of_an_earlier_version_are_read_under_their_present_names(sent: Path, command: Command) -> None:
+    """Stored names are translated, with keys as before; a name that is typed now is answered with the present one."""
+    path = sent / "config.yaml"
+    present = yaml.safe_load(path.read_text())
+    former = copy.deepcopy(present)
+    former["probe"]["penalties"] = [0.5]
+    del former["probe"]["C"]
+    path.write_text(yaml.safe_dump(former))
+    config = configured(sent)
+    assert config.probe.C == [0.5]
+    assert key_options("probe", dataclasses.asdict(config.probe)) == former["probe"]
+    refused(command("probe.penalties=[1]"), "option 'probe.penalties' is now called 'probe.C'")
+    stored = ["-m", "++probe.penalties=[1],[2]", "probe.folds=2,3"]
+    assert _allowed(stored, [], path) == ["-m", "++probe.C=[1],[2]", "probe.folds=2,3"]
 
 
 # -- runs, and files that are not ours -------------------------------------------------------------------------------------
@@ -467,7 +486,7 @@ WRONG = [
     "patch.pairs=0", "patch.pairs=-1", "patch.top=-1", "patch.top=0", "steer.strengths=[1,-1]", "steer.strengths=[nan]",
     "data.limit=-1", "data.limit=0", "diagnose.limit=-1", "data.seed=-1", "data.test_seed=-3", "probe.seed=-1",
     "diagnose.seed=-1", "probe.test_fraction=0", "probe.test_fraction=1", "probe.test_fraction=nan", "data.test_share=0",
-    "probe.folds=1", "probe.penalties=[]", "probe.penalties=[0]", "patch.min_effect=-1", "steer.max_drop=nan",
+    "probe.folds=1", "probe.C=[]", "probe.C=[0]", "patch.min_effect=-1", "steer.max_drop=nan",
     "model.dtype=bf16", "trace.dtype=float8", "trace.sites=[resid_pst]", "trace.tokens=[lst]",
     "probe.concepts=[objct:dog]", "patch.tokens=lst", "steer.doubt=inf",
 ]  # fmt: skip
