@@ -45,6 +45,26 @@ RATES = {"*": {"*": ESTIMATE}}
 HEADLINE_RATES = {"*": {"*": {"value": NUMBER, "low": NUMBER, "high": NUMBER}}}
 EXPORTS = {"written": {"*": TEXT}, "refused": {"*": TEXT}}
 REASON = {"reason": TEXT}
+ILLUSTRATIONS = {
+    "examples": [{"example": TEXT, "size": (INTEGER, INTEGER), "answers": {"*": TEXT}, "image_mass": {"*": NUMBER}}],
+    "reason": TEXT,
+}
+BOX = {"x0": NUMBER, "y0": NUMBER, "x1": NUMBER, "y1": NUMBER}
+EXAMPLE = {
+    "id": TEXT,
+    "image": TEXT,
+    "question": TEXT,
+    "answer": TEXT,
+    "candidates": [TEXT],
+    "level": TEXT,
+    "kind": TEXT,
+    "split": TEXT,
+    "group": TEXT,
+    "labels": {"*": ANY},
+    "objects": [{"id": TEXT, "noun": TEXT, "box": Optional(BOX), "attributes": {"*": TEXT}}],
+    "subject": Optional(TEXT),
+    "prior_answer": Optional(TEXT),
+}
 FAILURE = {"error": TEXT}
 ENVIRONMENT = {"python": TEXT, "system": TEXT, "packages": {"*": Optional(TEXT)}}
 JOB = {
