@@ -10,17 +10,10 @@ from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
-from groundscope.core.rooms import ROOMS
+from tests.packages import LIBRARY, module_name
 
-ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("groundscope", *ROOMS)
 OPTIONS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
 """As in `doctest_optionflags` of pyproject.toml, so that `pytest --doctest-modules FILE` gives the same result."""
-
-
-def source_files(package: str) -> list[Path]:
-    """Return the modules of a package; notebooks are scripts and have tests of their own."""
-    return sorted(path for path in (ROOT / package).rglob("*.py") if "notebooks" not in path.parts)
 
 
 def examples(path: Path) -> list[doctest.DocTest]:
@@ -32,7 +25,7 @@ def examples(path: Path) -> list[doctest.DocTest]:
     source = path.read_text(encoding="utf-8")
     if ">>>" not in source:
         return []
-    parser, name = doctest.DocTestParser(), ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    parser, name = doctest.DocTestParser(), module_name(path)
     tests = []
     for node in ast.walk(ast.parse(source)):
         for child in ast.iter_child_nodes(node):
@@ -47,8 +40,9 @@ def examples(path: Path) -> list[doctest.DocTest]:
 
 def public_objects() -> Iterator[tuple[str, object]]:
     """Yield every public class and function with its name; the public names of a public module count too."""
-    for room in ROOMS:
-        yield from _members(import_module(room), room) if room != "experiments" else ()
+    for package in LIBRARY:
+        if package != "groundscope":  # repeats names of the others
+            yield from _members(import_module(package), package)
 
 
 def _members(module: ModuleType, title: str) -> Iterator[tuple[str, object]]:

@@ -684,29 +684,6 @@ def test_a_dollar_in_a_label_is_a_dollar() -> None:
         assert text in drawn
 
 
-def test_no_text_file_is_opened_in_the_encoding_of_the_machine() -> None:
-    """Every `open`, `read_text` and `write_text` of the packages names UTF-8 or is binary."""
-    import ast
-
-    wrong = []
-    rooms = ("groundscope", "concepts", "lvlm", "activation_store", "probes", "circuits", "behavior", "experiments")
-    for path in [p for room in rooms for p in (ROOT / room).rglob("*.py") if "notebooks" not in p.parts]:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if not isinstance(node, ast.Call) or any(k.arg == "encoding" for k in node.keywords):
-                continue
-            name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-            texts = [str(a.value) for a in node.args if isinstance(a, ast.Constant)]
-            if name == "read_text" and not node.args and isinstance(node.func, ast.Attribute):
-                wrong.append(f"{path}:{node.lineno}")
-            if name == "write_text" and isinstance(node.func, ast.Attribute) and len(node.args) == 1:
-                wrong.append(f"{path}:{node.lineno}")
-            owner = node.func.value if isinstance(node.func, ast.Attribute) else None
-            other = isinstance(owner, ast.Name) and owner.id in {"os", "Image"}
-            if name == "open" and not other and not any("b" in t for t in texts[-1:]):
-                wrong.append(f"{path}:{node.lineno}")
-    assert wrong == []
-
-
 def test_a_sample_of_damaged_runs_is_answered_plainly(finished_run: Path) -> None:
     """One case of every kind of `benchmarks/hostile_folders.py`, which has thousands."""
     words = [

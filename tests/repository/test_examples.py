@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.docstrings import OPTIONS, PACKAGES, ROOT, examples, source_files, without_examples
+from tests.docstrings import OPTIONS, examples, without_examples
+from tests.packages import PACKAGES, ROOT, source_files
 
 NEEDS: dict[str, str] = {}
 """Modules whose examples need an optional package -> that package; skipped where it is not installed."""

@@ -1,7 +1,8 @@
-"""The house itself: the import ladder, what an import costs, public names, shapes, and what is in the wheel."""
+"""The packages: layers of imports, costs of an import, public names, array shapes, and contents of the wheel."""
 
 from __future__ import annotations
 
+import ast
 import importlib
 import inspect
 import json
@@ -22,14 +23,13 @@ from jaxtyping import Float, TypeCheckError, jaxtyped
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from tests.packages import LIBRARY, PACKAGES, ROOT, module_name, source_files
 from tests.shapes import checked
 
-ROOT = Path(__file__).resolve().parents[2]
 MODEL_STACK = {"nnsight", "transformers", "transformer_lens"}
 HEAVY = MODEL_STACK | {"torch", "sklearn", "scipy", "pandas", "matplotlib", "h5py", "hydra", "omegaconf", "wandb"}
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PROJECT = PYPROJECT["project"]
-PACKAGES = tuple(PYPROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"])
 
 
 def run(code: str, cwd: Path) -> list[str]:
@@ -57,15 +57,7 @@ def loaded_by(statement: str, cwd: Path) -> set[str]:
     )
 
 
-def source_files(package: str) -> list[Path]:
-    return sorted(p for p in (ROOT / package).rglob("*.py") if "notebooks" not in p.parts)
-
-
-def module_name(path: Path) -> str:
-    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-
-
-# ---- the ladder --------------------------------------------------------------------------------------------------------
+# ---- layers --------------------------------------------------------------------------------------------------------
 
 
 def test_imports_follow_the_ladder() -> None:
@@ -122,6 +114,35 @@ def test_concepts_know_no_tensors(tmp_path: Path) -> None:
     assert loaded_by(statement, tmp_path) & (MODEL_STACK | {"torch", "h5py"}) == set()
 
 
+# ---- lists of packages -------------------------------------------------------------------------------------------------
+
+
+def test_the_list_of_packages_is_that_of_the_repository() -> None:
+    folders = {path.parent.name for path in ROOT.glob("*/__init__.py")}
+    assert folders - {"tests"} == set(PACKAGES)
+
+
+def test_every_list_of_packages_in_pyproject_is_complete() -> None:
+    """TOML cannot share a list; one that lacks a package would leave it out of the wheel, or unchecked, without a word."""
+    tool = PYPROJECT["tool"]
+    build, contracts = tool["hatch"]["build"]["targets"], {c["id"]: c for c in tool["importlinter"]["contracts"]}
+    (shapes,) = (o for o in tool["pytest"]["ini_options"]["addopts"] if o.startswith("--jaxtyping-packages="))
+    layers = {name.strip() for layer in contracts["ladder"]["layers"] for name in layer.split("|")}
+    assert set(build["wheel"]["packages"]) == set(PACKAGES)
+    assert {f"/{package}" for package in PACKAGES} <= set(build["sdist"]["include"])
+    assert set(shapes.partition("=")[2].split(",")) == {*LIBRARY, "tests.shapes.checked"}
+    assert set(tool["ruff"]["lint"]["isort"]["known-first-party"]) == {*PACKAGES, "tests"}
+    assert set(tool["pyright"]["include"]) == {*PACKAGES, "tests", "validation", "benchmarks"}
+    assert set(tool["importlinter"]["root_packages"]) == set(PACKAGES)
+    assert {layer.partition(".")[0] for layer in layers} == set(PACKAGES)
+    assert set(contracts["configuration"]["source_modules"]) == set(LIBRARY)
+
+
+def test_the_reference_of_the_documentation_has_a_page_for_every_package() -> None:
+    pages = {path.stem for path in (ROOT / "docs" / "api").glob("*.md")}
+    assert pages == {*PACKAGES, "testing"} - {"groundscope"}
+
+
 # ---- packages ----------------------------------------------------------------------------------------------------------
 
 
@@ -134,6 +155,26 @@ def test_every_package_is_typed_and_names_what_is_public(package: str) -> None:
     assert len(set(module.__all__)) == len(module.__all__)
     assert [name for name in module.__all__ if not hasattr(module, name)] == []
     assert not hasattr(module, "no_such_name")
+
+
+def test_no_text_file_is_opened_in_the_encoding_of_the_machine() -> None:
+    """Every `open`, `read_text` and `write_text` of the packages names UTF-8 or is binary."""
+    wrong = []
+    for path in [path for package in PACKAGES for path in source_files(package)]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call) or any(k.arg == "encoding" for k in node.keywords):
+                continue
+            name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            texts = [str(a.value) for a in node.args if isinstance(a, ast.Constant)]
+            if name == "read_text" and not node.args and isinstance(node.func, ast.Attribute):
+                wrong.append(f"{path}:{node.lineno}")
+            if name == "write_text" and isinstance(node.func, ast.Attribute) and len(node.args) == 1:
+                wrong.append(f"{path}:{node.lineno}")
+            owner = node.func.value if isinstance(node.func, ast.Attribute) else None
+            other = isinstance(owner, ast.Name) and owner.id in {"os", "Image"}
+            if name == "open" and not other and not any("b" in t for t in texts[-1:]):
+                wrong.append(f"{path}:{node.lineno}")
+    assert wrong == []
 
 
 # ---- array shapes ------------------------------------------------------------------------------------------------------
@@ -173,7 +214,7 @@ def functions_of(module: ModuleType) -> Iterator[typing.Any]:
                 yield inspect.unwrap(function)
 
 
-@pytest.mark.parametrize("package", PACKAGES[:-1])
+@pytest.mark.parametrize("package", LIBRARY)
 def test_every_shape_in_a_signature_can_be_read_at_run_time(package: str) -> None:
     """A name imported for type checkers only would leave the shape unchecked without a word."""
     unread = []
