@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from activation_store import ActivationStore, ConceptDirection, trace
-from circuits import ablate, patch_heads
+from circuits import HeadSet, ablate, patch_heads
 from concepts import counterfactuals, scenes
 from concepts.schema import ConceptDataset, Example
 from diagnosis import diagnose
@@ -52,7 +52,7 @@ def do_ablate(model: Lvlm, _: Path) -> None:
     some = list(questions(EXAMPLES))
     heads = [Head(layer, h) for layer in range(model.n_layers) for h in range(model.n_heads)]
     for how in ("mean", "resample"):
-        ablate(model, some, [heads], how, "all", batch_size=BATCH, progress=False)  # type: ignore[arg-type]
+        ablate(model, some, [HeadSet(heads)], method=how, tokens="all", batch_size=BATCH, progress=False)  # type: ignore[arg-type]
 
 
 def do_steer(model: Lvlm, _: Path) -> None:

@@ -62,7 +62,7 @@ class World:
 
     def others(self, seed: int) -> tuple[Head, ...]:
         """Return as many heads that were not selected."""
-        return random_heads(len(self.heads), seed, self.heads, shape=(self.model.n_layers, self.model.n_heads))
+        return random_heads((self.model.n_layers, self.model.n_heads), len(self.heads), exclude=self.heads, seed=seed)
 
     def blank(self) -> list[CounterfactualPair]:
         """Pair neutral questions, spread over the images, with blanked images."""

@@ -42,6 +42,7 @@ from circuits import (
     HeadScores,
     Intervention,
     Replace,
+    all_heads,
     attention_to_image,
     attribution,
     compare,
@@ -84,7 +85,7 @@ def cost(n: int) -> dict[str, dict[str, Any]]:
     options: dict[str, Any] = {"min_effect": 0, "progress": False}
     methods: dict[str, Callable[[], object]] = {
         "attribution_patching": lambda: attribution.nodes(model, [pair], **options),
-        "five_points": lambda: attribution.heads(model, [pair], "image", point="path", steps=5, **options),
+        "five_points": lambda: attribution.heads(model, [pair], tokens="image", point="path", steps=5, **options),
         "eap_ig": lambda: attribution.edges(model, [pair], steps=5, **options),
     }
     for name, method in methods.items():
@@ -124,20 +125,20 @@ def worth(level: str, images: int) -> dict[str, dict[str, Any]]:
     pairs = counterfactuals.pairs(data, kind=KINDS[level], limit=images)
     rankings = compared(model, pairs, level, figures, most=min(images, EDGE_PAIRS))
     examples = [e for e in held_out if e.level == level and e.candidates][:images]
-    seen = attention_to_image(model, examples[:WATCHED], faithfulness.heads_of(model)).image_mass.mean(0)
+    seen = attention_to_image(model, examples[:WATCHED], all_heads(model)).image_mass.mean(0)
     rankings["attention"] = seen.reshape(model.n_layers, model.n_heads)
     rankings["random"] = np.random.Generator(np.random.PCG64(0)).normal(size=seen.size).reshape(model.n_layers, -1)
     for name, ranking in rankings.items():
         figure = figures.setdefault(f"{level}_{name}", {})
-        signed = faithfulness.curve(model, examples, ranking, "signed", progress=False)
-        absolute = faithfulness.curve(model, examples, ranking, "absolute", progress=False)
+        signed = faithfulness.curve(model, examples, ranking, order="signed", progress=False)
+        absolute = faithfulness.curve(model, examples, ranking, order="absolute", progress=False)
         figure |= {"cpr": str(signed.interval("cpr")), "cmd": str(absolute.interval("cmd"))}
     other = counterfactuals.pairs(held_out, kind=KINDS[level], limit=CIRCUIT_PAIRS)
     graph = attribution.edges(model, pairs[: min(images, EDGE_PAIRS)], progress=False)
     draw = np.random.Generator(np.random.PCG64(0)).normal(size=graph.scores.shape)
     drawn = replace(graph, scores=np.where(graph.shape.there, draw, 0))
     for name, scored in (("edges_eap_ig", graph), ("edges_random", drawn)):
-        curve = faithfulness.edges(model, other, scored, "absolute", progress=False)
+        curve = faithfulness.edges(model, other, scored, order="absolute", progress=False)
         figures[f"{level}_{name}"] = {
             "pairs": len(other), "cpr": str(curve.interval("cpr")), "cmd": str(curve.interval("cmd"))
         }  # fmt: skip
@@ -149,11 +150,11 @@ def compared(
     model: Lvlm, pairs: Sequence[CounterfactualPair], name: str, figures: dict[str, dict[str, Any]], most: int
 ) -> dict[str, HeadScores | np.ndarray]:
     """Rank heads exactly and by each estimate, and note how alike; of edges, pair by pair for intervals, `most` pairs."""
-    exact = patch_heads(model, pairs, "suffix", progress=False)
+    exact = patch_heads(model, pairs, tokens="suffix", progress=False)
     rankings: dict[str, HeadScores | np.ndarray] = {"exact": exact}
     few = max(1, round(0.05 * exact.mean.size))
     for estimate, more in ESTIMATES.items():
-        rankings[estimate] = attribution.heads(model, pairs, "suffix", progress=False, **more)
+        rankings[estimate] = attribution.heads(model, pairs, tokens="suffix", progress=False, **more)
     kept = [pair for pair in pairs if pair.clean.id in set(exact.ids)][:most]
     apart = [attribution.edges(model, [pair], min_effect=0, progress=False).heads for pair in kept]
     first = exact.select(np.arange(len(kept)))
@@ -195,7 +196,7 @@ def queries(model: Lvlm, pairs: Sequence[CounterfactualPair]) -> dict[str, Any]:
     found: dict[str, Any] = {"pairs": len(pairs)}
     truth = np.stack(exact)
     for name, fix in (("plain", False), ("fixed", True)):
-        estimate = attribution.inputs(model, pairs, "q", "last", fix=fix, min_effect=0, progress=False).effects
+        estimate = attribution.inputs(model, pairs, "q", tokens="last", fix=fix, min_effect=0, progress=False).effects
         found[f"error_{name}"] = round(float(np.abs(estimate - truth).sum() / np.abs(truth).sum()), 3)
         found[f"correlation_{name}"] = round(float(np.corrcoef(estimate.ravel(), truth.ravel())[0, 1]), 3)
     return found
@@ -212,11 +213,11 @@ def in_planted(count: int) -> dict[str, dict[str, Any]]:
             truth = [head for head in (planted.grounding, planted.mover, planted.reader) if head is not None]
             graph = attribution.edges(planted.model, pairs, progress=False)
             rankings = {
-                "exact": patch_heads(planted.model, pairs, "suffix", progress=False).mean,
+                "exact": patch_heads(planted.model, pairs, tokens="suffix", progress=False).mean,
                 "eap_ig": graph.heads,
             }
             for name, more in ESTIMATES.items():
-                rankings[name] = attribution.heads(planted.model, pairs, "suffix", progress=False, **more).mean
+                rankings[name] = attribution.heads(planted.model, pairs, tokens="suffix", progress=False, **more).mean
             for name, scores in rankings.items():
                 best = faithfulness.ranked(planted.model, scores)[: len(truth)]
                 hits.setdefault(name, []).append(len(set(best) & set(truth)) / len(truth))

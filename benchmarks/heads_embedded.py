@@ -26,8 +26,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from circuits import ablate, attention_knockout, compare, head_scores, patch_heads, random_heads
-from circuits.ablation import Where
+from circuits import HeadSet, ablate, attention_knockout, compare, head_scores, patch_heads
+from circuits.ablation import Tokens
 from circuits.attention_knockout import Role
 from circuits.head_screening.table import CAUSAL, CORRELATIONAL
 from concepts import counterfactuals, scenes
@@ -84,20 +84,22 @@ def over_scenes(values: np.ndarray, groups: Sequence[str]) -> Estimate:
 
 
 def ablated(
-    model: Lvlm, pairs: Sequence[CounterfactualPair], questions: Sequence[Example], tokens: Where, draws: int
+    model: Lvlm, pairs: Sequence[CounterfactualPair], questions: Sequence[Example], tokens: Tokens, draws: int
 ) -> dict[str, Any]:
     """Find heads on one half of the scenes, and see on the other half what they explain."""
     found, held_out = halves(pairs)
     given = "suffix" if tokens == "suffix" else "last"
-    first, second = (patch_heads(model, part, given) for part in (found, held_out))
+    first, second = (patch_heads(model, part, tokens=given) for part in (found, held_out))
     alike = compare(first, second, k=(5,))
     size = max(1, round(SHARE * model.n_layers * model.n_heads))
     top = first.top(size)
-    random = [random_heads(size, seed, top, shape=first.shape) for seed in range(draws)]
+    random = [first.random_heads(size, exclude=top, seed=seed) for seed in range(draws)]
     # Of the questions too one half gives the means, the other is asked; no scene on which heads were found is asked about.
     used = {pair.group for pair in found}
     asked = [e for e in questions if e.group not in used]
-    lost = ablate(model, asked, [top, *random], "mean", tokens, reference=[e for e in questions if e.group in used])
+    sets = [HeadSet(heads) for heads in (top, *random)]
+    reference = [e for e in questions if e.group in used]
+    lost = ablate(model, asked, sets, tokens=tokens, method="mean", reference=reference)
     wrong = lost.right[:, None].astype(float) - lost.right_without
     p = first.family_p()
     out: dict[str, Any] = {
@@ -128,7 +130,7 @@ def measure(model: Lvlm, data: ConceptDataset, limit: int, draws: int) -> dict[s
         for tokens in ("last", "suffix"):
             figures[f"{level}, heads at {tokens}"] = ablated(model, pairs, questions, tokens, draws)
     table = head_scores(
-        model, [p for pairs in by_level.values() for p in spread(pairs, limit // 2)], CORRELATIONAL + CAUSAL
+        model, [p for pairs in by_level.values() for p in spread(pairs, limit // 2)], methods=CORRELATIONAL + CAUSAL
     )
     for row in table.agreement(k=(5,)).to_dict("records"):
         figures[f"agreement with patching, {row['level']}, {row['method']}"] = {
@@ -141,7 +143,7 @@ def measure(model: Lvlm, data: ConceptDataset, limit: int, draws: int) -> dict[s
     for level, pairs in by_level.items():
         asked = [p.clean for p in spread(pairs, limit // 2)]
         for target, source, window in ROUTES:
-            cut = attention_knockout.sweep(model, asked, target, source, window=window)
+            cut = attention_knockout.sweep(model, asked, target=target, source=source, window=window)
             frame = cut.frame()
             figures[f"knockout, {level}, {target} from {source}, window {window}"] = {
                 "value": [round(float(v), 3) for v in frame["change"]],

@@ -175,12 +175,12 @@ def sweeps(model: Lvlm, pair: CounterfactualPair) -> list[Sweep]:
         ),
         Sweep(
             "each head, all question tokens at once",
-            lambda: patch_heads(model, [pair], "suffix", min_effect=0, progress=False),
+            lambda: patch_heads(model, [pair], tokens="suffix", min_effect=0, progress=False),
             [(i, h, suffix) for i, h in heads],
         ),
         Sweep(
             "each head, each question token",
-            lambda: patch(model, [pair], "z", "suffix:each", min_effect=0, progress=False),
+            lambda: patch(model, [pair], "z", tokens="suffix:each", min_effect=0, progress=False),
             [(i, h, (p,)) for i, h in heads for p in suffix],
         ),
     ]

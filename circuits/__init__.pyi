@@ -5,6 +5,7 @@ from .ablation import Ablation, ablate
 from .execution.conditions import logits_under
 from .head_screening.image_attention import ImageAttention, attention_to_image
 from .head_screening.table import HeadTable, head_scores
+from .head_set import HeadSet, all_heads
 from .input_attribution.results import Sources, SourceShares
 from .interventions.intervention import Add, Amplify, Gate, Intervention, Project, Replace, Zero, intervened
 from .patching.activation import patch, patch_heads
@@ -22,6 +23,7 @@ __all__ = [
     "Gate",
     "Graph",
     "HeadScores",
+    "HeadSet",
     "HeadTable",
     "ImageAttention",
     "Intervention",
@@ -33,6 +35,7 @@ __all__ = [
     "Stability",
     "Zero",
     "ablate",
+    "all_heads",
     "attention_knockout",
     "attention_to_image",
     "attribution",

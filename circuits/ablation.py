@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, Self
 
@@ -11,27 +11,28 @@ import torch
 from torch import Tensor
 
 from circuits.execution.memory import MEMORY
+from circuits.head_set import HeadSet, all_heads, head_sets_of
 from circuits.interventions.intervention import Intervention, Replace, Zero, intervened
 from circuits.patching.activation import check_evaluating
 from circuits.results.statistics import mean_interval
 from concepts.schema import Example
-from groundscope.core.errors import ConfigError, PatchError, SiteError
+from groundscope.core.errors import ConfigError, PatchError
 from groundscope.core.progress import progress_bar
 from groundscope.core.statistics import changes_of_columns, rates_of_columns
 from lvlm.answer_keys import answer_key
 from lvlm.encoding.encode import Encoding
 from lvlm.finite_logits import check_finite
 from lvlm.model import Lvlm
-from lvlm.sites import Head, Site, parse_heads
+from lvlm.sites import Head, Site
 from lvlm.token_map import TokenMap
 
 if TYPE_CHECKING:
     import pandas as pd
 
-How = Literal["zero", "mean", "resample"]
-Where = Literal["last", "suffix", "image", "all"]
-HOW: tuple[How, ...] = ("zero", "mean", "resample")
-WHERE: tuple[Where, ...] = ("last", "suffix", "image", "all")
+Method = Literal["zero", "mean", "resample"]
+Tokens = Literal["last", "suffix", "image", "all"]
+METHODS: tuple[Method, ...] = ("zero", "mean", "resample")
+TOKENS: tuple[Tokens, ...] = ("last", "suffix", "image", "all")
 _BY_EXAMPLE = ("ids", "groups", "levels")
 
 
@@ -43,13 +44,14 @@ class Ablation:
     """Score of the true answer minus the best other score, of the intact model, float32 ``[n_examples]``, in logits."""
     ablated: np.ndarray
     """The margin with each set ablated, float32 ``[n_examples, n_sets]``."""
-    sets: tuple[tuple[Head, ...], ...]
+    heads: tuple[HeadSet, ...]
+    """The heads of each run."""
     ids: tuple[str, ...]
     groups: tuple[str, ...]
     """Scene or image of each example: the resampling unit of the intervals."""
     levels: tuple[str, ...]
-    how: How
-    tokens: Where
+    method: Method
+    tokens: Tokens
     reference: int
     """Number of examples that the mean or the donors come from; 0 for ``zero``."""
     seed: int
@@ -83,7 +85,7 @@ class Ablation:
         lists = {name: tuple(getattr(self, name)[i] for i in which) for name in _BY_EXAMPLE}
         return replace(self, margins=self.margins[which], ablated=self.ablated[which], **lists)
 
-    def frame(self, level: float = 0.95) -> pd.DataFrame:
+    def frame(self, *, confidence: float = 0.95) -> pd.DataFrame:
         """Return one row per set: its name, size, mean effect and accuracy without it, with intervals.
 
         Intervals are clustered by group: a bootstrap for effects, a formula for rates. ``accuracy`` is the share of
@@ -92,8 +94,8 @@ class Ablation:
         import pandas as pd
 
         columns: dict[str, object] = {
-            "name": [" ".join(map(str, heads)) for heads in self.sets],
-            "heads": [len(heads) for heads in self.sets],
+            "name": [str(heads) for heads in self.heads],
+            "heads": [len(heads) for heads in self.heads],
         }
         lost = self.right[:, None].astype(float) - self.right_without
         measured = (
@@ -102,7 +104,7 @@ class Ablation:
             ("lost", lost, changes_of_columns),
         )
         for name, values, interval in measured:
-            low, high = interval(values, self.groups, level)
+            low, high = interval(values, self.groups, confidence)
             columns |= {name: values.mean(axis=0, dtype=float), f"{name}_low": low, f"{name}_high": high}
         return pd.DataFrame(columns)
 
@@ -111,10 +113,10 @@ class Ablation:
 def ablate(
     model: Lvlm,
     examples: Sequence[Example],
-    sets: Literal["heads", "layers"] | Sequence[Head | str | Collection[Head | str]] = "heads",
-    how: How = "mean",
-    tokens: Where = "all",
+    heads: Literal["each", "layers"] | Head | HeadSet | str | Sequence[Head | HeadSet | str] = "each",
     *,
+    tokens: Tokens = "all",
+    method: Method = "mean",
     reference: Sequence[Example] | None = None,
     batch_size: int = 64,
     memory: int = MEMORY,
@@ -129,15 +131,15 @@ def ablate(
         In evaluation mode.
     examples
         Questions with candidate answers.
-    sets
-        What is ablated in one run: each head (``heads``), all heads of each layer (``layers``), or a sequence of heads
-        and of collections of heads to ablate jointly.
-    how
+    heads
+        What is ablated in one run: each head (``each``), all heads of each layer (``layers``), or a sequence of heads
+        (one run each) and of `HeadSet` (one run for all heads of the set).
+    tokens
+        Positions to ablate: ``last``, ``suffix`` (every token after the image), ``image`` or ``all``.
+    method
         Replacement of a head's output. ``zero``: 0. ``mean``: its mean over `reference`, at tokens of the same role.
         ``resample``: its output on one random example of `reference` from another group with the same number of tokens
         of that role, token by token (Chan et al. 2022, causal scrubbing; Zhang & Nanda 2024, arXiv 2309.16042).
-    tokens
-        Positions to ablate: ``last``, ``suffix`` (every token after the image), ``image`` or ``all``.
     reference
         Examples that means and donors come from; `examples` by default.
     batch_size
@@ -154,22 +156,25 @@ def ablate(
     ConfigError
         If an option has an unknown value.
     SiteError
-        If the model has no such head.
+        If the model has no such head, or `heads` contains anything but heads.
     PatchError
-        If `examples` or `sets` is empty, the model is in training mode, or an example has no donor.
+        If `examples` or `heads` is empty, the model is in training mode, or an example has no donor.
     DataError
         If an answer cannot be read from one token.
     ModelError
         If logits are not finite, with or without ablation.
     """
-    if how not in HOW or tokens not in WHERE or batch_size < 1 or memory < 1:
+    if method not in METHODS or tokens not in TOKENS or batch_size < 1 or memory < 1:
         msg = (
-            f"invalid how='{how}', tokens='{tokens}', batch_size={batch_size} or memory={memory}: choose how from "
-            f"{', '.join(HOW)} and tokens from {', '.join(WHERE)}; batch_size and memory must be at least 1"
+            f"invalid method='{method}', tokens='{tokens}', batch_size={batch_size} or memory={memory}: choose method from "
+            f"{', '.join(METHODS)} and tokens from {', '.join(TOKENS)}; batch_size and memory must be at least 1"
         )
         raise ConfigError(msg)
     check_evaluating(model)
-    head_sets = _sets(model, sets)
+    head_sets = _sets(model, heads)
+    if not head_sets:
+        msg = "heads is empty; pass 'each', 'layers', or at least one head"
+        raise PatchError(msg)
     reference_examples = list(examples if reference is None else reference)
     if not examples or not reference_examples:
         msg = (
@@ -181,8 +186,8 @@ def ablate(
     margins = np.empty(len(examples), np.float32)
     ablated = np.empty((len(examples), len(head_sets)), np.float32)
     with progress_bar(progress) as bar:
-        means = _means(model, reference_examples, layers, tokens, batch_size) if how == "mean" else {}
-        donors = _donors(model, examples, reference_examples, tokens, seed) if how == "resample" else []
+        means = _means(model, reference_examples, layers, tokens, batch_size) if method == "mean" else {}
+        donors = _donors(model, examples, reference_examples, tokens, seed) if method == "resample" else []
         task = bar.add_task("ablating heads", total=len(examples) * len(head_sets))
         if donors:
             batch_size = _rows_within(model, examples[0], len(layers), tokens, batch_size, memory)
@@ -199,23 +204,23 @@ def ablate(
             margins[rows] = margin(model.logits(batch.inputs))
             at = _positions(batch.encodings, tokens)
             values: dict[int, Tensor] = means
-            if how == "resample":
+            if method == "resample":
                 donor_examples = [reference_examples[donors[i]] for i in rows]
                 values = _outputs(model, donor_examples, layers, tokens, batch_size)
-            for s, heads in enumerate(head_sets):
-                with intervened(model, [_ablation_of(model, head, values, at) for head in heads]):
+            for s, head_set in enumerate(head_sets):
+                with intervened(model, [_ablation_of(model, head, values, at) for head in head_set]):
                     ablated[rows, s] = margin(model.logits(batch.inputs))
                 bar.advance(task, len(rows))
     return Ablation(
         margins=margins,
         ablated=ablated,
-        sets=head_sets,
+        heads=head_sets,
         ids=tuple(e.id for e in examples),
         groups=tuple(e.group for e in examples),
         levels=tuple(e.level for e in examples),
-        how=how,
+        method=method,
         tokens=tokens,
-        reference=0 if how == "zero" else len(reference_examples),
+        reference=0 if method == "zero" else len(reference_examples),
         seed=seed,
         model=model.name,
         config_hash=model.config_hash,
@@ -223,7 +228,7 @@ def ablate(
     )
 
 
-def positions_of(tokens: TokenMap, where: Where) -> list[int]:
+def positions_of(tokens: TokenMap, where: Tokens) -> list[int]:
     """Return the positions of a token role in one example; raise `PatchError` if it has none."""
     if where == "last":
         return [tokens.last]
@@ -238,28 +243,13 @@ def positions_of(tokens: TokenMap, where: Where) -> list[int]:
 
 
 def _sets(
-    model: Lvlm, sets: Literal["heads", "layers"] | Sequence[Head | str | Collection[Head | str]]
-) -> tuple[tuple[Head, ...], ...]:
-    all_heads = [[Head(i, h) for h in range(model.n_heads)] for i in range(model.n_layers)]
-    if isinstance(sets, str):
-        if sets not in ("heads", "layers"):
-            msg = f"unknown sets '{sets}'; choose 'heads' or 'layers', or pass heads and collections of heads"
-            raise ConfigError(msg)
-        return (
-            tuple(tuple(layer) for layer in all_heads)
-            if sets == "layers"
-            else tuple((h,) for row in all_heads for h in row)
-        )
-    chosen = tuple(tuple(dict.fromkeys(parse_heads(item))) for item in sets)
-    existing = {head for layer in all_heads for head in layer}
-    unknown = [str(head) for heads in chosen for head in heads if head not in existing]
-    if unknown:
-        msg = f"unknown heads {', '.join(unknown)}: {model.name} has {model.n_layers} layers of {model.n_heads} heads"
-        raise SiteError(msg)
-    if not chosen or not all(chosen):
-        msg = "empty set of heads: every set needs at least one head"
-        raise PatchError(msg)
-    return chosen
+    model: Lvlm, heads: Literal["each", "layers"] | Head | HeadSet | str | Sequence[Head | HeadSet | str]
+) -> tuple[HeadSet, ...]:
+    if heads == "each":
+        return tuple(HeadSet([head]) for head in all_heads(model))
+    if heads == "layers":
+        return tuple(HeadSet(Head(i, h) for h in range(model.n_heads)) for i in range(model.n_layers))
+    return head_sets_of(model, heads)
 
 
 def _ablation_of(model: Lvlm, head: Head, values: dict[int, Tensor], at: Tensor) -> Intervention:
@@ -270,7 +260,7 @@ def _ablation_of(model: Lvlm, head: Head, values: dict[int, Tensor], at: Tensor)
     return Intervention(site, Replace(values[head.layer][..., columns]), at, head.head)
 
 
-def _positions(encodings: Sequence[Encoding], where: Where) -> Tensor:
+def _positions(encodings: Sequence[Encoding], where: Tokens) -> Tensor:
     """Return the positions of a batch, ``[rows, n]``."""
     positions = [positions_of(e.tokens, where) for e in encodings]
     if len({len(row) for row in positions}) != 1:
@@ -280,7 +270,7 @@ def _positions(encodings: Sequence[Encoding], where: Where) -> Tensor:
 
 
 def _means(
-    model: Lvlm, examples: Sequence[Example], layers: Sequence[int], where: Where, size: int
+    model: Lvlm, examples: Sequence[Example], layers: Sequence[int], where: Tokens, size: int
 ) -> dict[int, Tensor]:
     """Return each layer's mean head output over the tokens `where` of all examples, ``[H * head_dim]``."""
     sites = [model.head_site(layer) for layer in layers]
@@ -302,7 +292,7 @@ def _means(
 
 
 def _outputs(
-    model: Lvlm, examples: Sequence[Example], layers: Sequence[int], where: Where, size: int
+    model: Lvlm, examples: Sequence[Example], layers: Sequence[int], where: Tokens, size: int
 ) -> dict[int, Tensor]:
     """Return each layer's head outputs at the n tokens `where` of every example, ``[rows, n, H * head_dim]``."""
     sites = [model.head_site(layer) for layer in layers]
@@ -321,7 +311,7 @@ def _outputs(
     return out
 
 
-def _rows_within(model: Lvlm, example: Example, layers: int, where: Where, size: int, memory: int) -> int:
+def _rows_within(model: Lvlm, example: Example, layers: int, where: Tokens, size: int, memory: int) -> int:
     """Return how many examples' donors fit into `memory`: head outputs of each layer at each token `where`."""
     tokens = model.encode(example).tokens
     each = layers * len(positions_of(tokens, where)) * model.n_heads * model.head_dim * model.dtype.itemsize
@@ -329,7 +319,7 @@ def _rows_within(model: Lvlm, example: Example, layers: int, where: Where, size:
 
 
 def _donors(
-    model: Lvlm, examples: Sequence[Example], candidates: Sequence[Example], where: Where, seed: int
+    model: Lvlm, examples: Sequence[Example], candidates: Sequence[Example], where: Tokens, seed: int
 ) -> list[int]:
     """Draw for each example one candidate from another group with the same number of tokens."""
     rng = np.random.default_rng(seed)

@@ -78,7 +78,7 @@ class Knockout:
         parts |= {name: getattr(self, name)[which] for name in ("probability", "change", "right")}
         return replace(self, **parts)
 
-    def frame(self, level: float = 0.95) -> pd.DataFrame:
+    def frame(self, *, confidence: float = 0.95) -> pd.DataFrame:
         """Return one row per window: first and last layer, mean change, share still correct, with intervals over groups."""
         import pandas as pd
 
@@ -87,7 +87,7 @@ class Knockout:
             ("change", self.change, mean_interval),
             ("right", self.right, rates_of_columns),
         ):
-            low, high = interval(values, self.groups, level)
+            low, high = interval(values, self.groups, confidence)
             columns |= {name: values.mean(axis=0, dtype=float), f"{name}_low": low, f"{name}_high": high}
         return pd.DataFrame(columns)
 
@@ -103,9 +103,9 @@ def layer_windows(n_layers: int, size: int) -> tuple[tuple[int, ...], ...]:
 def sweep(
     model: Lvlm,
     examples: Sequence[Example],
+    *,
     target: Role = "last",
     source: Role = "image",
-    *,
     window: int = WINDOW,
     windows: Sequence[Sequence[int]] | None = None,
     batch_size: int = 32,

@@ -28,7 +28,7 @@ from circuits.attribution.residual_stream import Form, Run, Written, check_split
 from circuits.patching.activation import plans_of, settings_of
 from circuits.patching.metrics import LEAST
 from circuits.patching.pairs import check_enough_pairs, pairs_digest
-from circuits.patching.sweep import Direction
+from circuits.patching.sweep import Mode
 from circuits.results.graph import Graph, Shape
 from circuits.results.statistics import mean_interval
 from concepts.schema import CounterfactualPair
@@ -49,13 +49,13 @@ _LOG = logging.getLogger("circuits.attribution")
 def edges(
     model: Lvlm,
     pairs: Sequence[CounterfactualPair],
-    direction: Direction = "denoise",
     *,
+    mode: Mode = "denoise",
     point: Point = "path",
     steps: int = 5,
     variant: Variant = "paper",
     min_effect: float = LEAST[_METRIC],
-    batch_pairs: int = 8,
+    batch_size: int = 8,
     progress: bool | None = None,
 ) -> Graph:
     """Score every edge of the decoder, from its embeddings to the answer.
@@ -66,7 +66,7 @@ def edges(
         In evaluation mode. Its attention must use transformers' table of attention functions.
     pairs
         Pairs of equal token length whose true answers differ.
-    direction
+    mode
         ``denoise``: the effect restored by patching clean values into the corrupt run; ``noise``: the effect destroyed by
         patching corrupt values into the clean run. In both modes positive where an edge carries the answer.
     point
@@ -78,7 +78,7 @@ def edges(
         ``paper``: k = 1 ... steps; ``release``: k = 0 ... steps - 1, as in the authors' code.
     min_effect
         As for `patch_heads`, in logits.
-    batch_pairs
+    batch_size
         Number of pairs per batch.
     progress
         Whether to show progress; by default only if standard error is a terminal.
@@ -102,10 +102,10 @@ def edges(
         If the family's head inputs cannot be separated, or its attention cannot be differentiated; raised before any
         forward pass.
     """
-    how = How(direction, point, steps, variant=variant)
-    check_how(model, how, batch_pairs)
+    how = How(mode, point, steps, variant=variant)
+    check_how(model, how, batch_size)
     check_exposable(model)
-    settings = settings_of(model, direction, _METRIC, 1, None, min_effect, progress)
+    settings = settings_of(model, mode, _METRIC, 1, None, min_effect, progress)
     plans = plans_of(model, pairs, "all", settings)
     decoder = _Decoder(model)
     total: np.ndarray | float = 0.0
@@ -116,7 +116,7 @@ def edges(
     def score_batch(sides: Sides) -> tuple[np.ndarray, Tensor, Tensor]:
         return _scores(decoder, sides, how)
 
-    for group, share, metrics in groups(model, plans, how, settings, batch_pairs, score_batch, "scoring edges"):
+    for group, share, metrics in groups(model, plans, how, settings, batch_size, score_batch, "scoring edges"):
         baseline[:, group] = metrics
         used = usable(metrics[0], metrics[1], settings.min_effect)
         total = total + share[used].sum(0)
@@ -136,7 +136,7 @@ def edges(
         pairs_digest=pairs_digest([plan.pair for plan in plans]),
         n_pairs=int(used_pairs.sum()),
         excluded=int((~used_pairs).sum()),
-        direction=direction,
+        direction=mode,
         provenance={**how.about, "min_effect": min_effect, **_explained(model, how, sums)},
     )
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from circuits.attribution.gradients import Metric, Slopes, check_differentiable, slopes
 from circuits.patching.metrics import logit_difference
-from circuits.patching.pairs import DIRECTIONS
-from circuits.patching.sweep import Direction, Plan, Settings, SweepResult, Unit, side_by_side
+from circuits.patching.pairs import MODES
+from circuits.patching.sweep import Mode, Plan, Settings, SweepResult, Unit, side_by_side
 from groundscope.core.errors import ConfigError
 from groundscope.core.progress import progress_bar
 from lvlm.model import Inputs, Lvlm
@@ -27,9 +27,9 @@ VARIANTS: tuple[Variant, ...] = ("paper", "release")
 
 @dataclass(frozen=True)
 class How:
-    """Direction of the patch, and where gradients are computed."""
+    """Mode of the patch, and where gradients are computed."""
 
-    direction: Direction
+    mode: Mode
     point: Point
     steps: int
     drop: bool = False
@@ -80,15 +80,15 @@ def groups(
     plans: Sequence[Plan],
     how: How,
     settings: Settings,
-    batch_pairs: int,
+    batch_size: int,
     estimate_batch: Estimate,
     name: str,
 ) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
     """Yield indices of pairs, their estimates as shares of ``M_clean - M_corrupt``, and both metrics ``[2, P]``."""
-    denoise = how.direction == "denoise"
+    denoise = how.mode == "denoise"
     with progress_bar(settings.progress) as bar:
         task = bar.add_task(name, total=len(plans))
-        for group in side_by_side([plan.shape for plan in plans], lambda _: batch_pairs):
+        for group in side_by_side([plan.shape for plan in plans], lambda _: batch_size):
             members = [plans[i] for i in group]
             clean, corrupt = (model.collate([getattr(plan, side) for plan in members]) for side in ("clean", "corrupt"))
             changes, *ends = estimate_batch(Sides(members, *((clean, corrupt) if denoise else (corrupt, clean))))
@@ -108,7 +108,7 @@ def usable(clean: np.ndarray, corrupt: np.ndarray, min_effect: float) -> np.ndar
 
 
 def estimate(
-    model: Lvlm, plans: Sequence[Plan], units: Sequence[Unit], how: How, settings: Settings, batch_pairs: int
+    model: Lvlm, plans: Sequence[Plan], units: Sequence[Unit], how: How, settings: Settings, batch_size: int
 ) -> SweepResult:
     """Estimate the effect of patching each unit at each set of positions, in the form that a sweep returns."""
     most = max(len(plan.positions) for plan in plans)
@@ -119,7 +119,7 @@ def estimate(
         return _estimates(model, sides, units, how)
 
     for group, share, metrics in groups(
-        model, plans, how, settings, batch_pairs, estimate_batch, "attribution patching"
+        model, plans, how, settings, batch_size, estimate_batch, "attribution patching"
     ):
         effects[group, :, most - share.shape[2] :] = share
         baseline[:, group] = metrics
@@ -127,18 +127,18 @@ def estimate(
     return SweepResult(effects, baseline[0], baseline[1], used, shared=False)
 
 
-def check_how(model: Lvlm, how: How, batch_pairs: int) -> None:
+def check_how(model: Lvlm, how: How, batch_size: int) -> None:
     """Raise `ConfigError` for an unknown option value, `ModelError` for an attention without derivatives."""
     for name, value, allowed in (
-        ("direction", how.direction, DIRECTIONS),
+        ("mode", how.mode, MODES),
         ("point", how.point, POINTS),
         ("variant", how.variant, VARIANTS),
     ):
         if value not in allowed:
             msg = f"unknown {name} '{value}'; choose from {', '.join(allowed)}"
             raise ConfigError(msg)
-    if how.steps < 1 or batch_pairs < 1:
-        msg = f"steps={how.steps} and batch_pairs={batch_pairs} must be at least 1"
+    if how.steps < 1 or batch_size < 1:
+        msg = f"steps={how.steps} and batch_size={batch_size} must be at least 1"
         raise ConfigError(msg)
     check_differentiable(model)
 

@@ -18,15 +18,17 @@ from typing import Literal
 import numpy as np
 
 from circuits.attribution.estimates import How, Point, check_how, estimate
+from circuits.head_set import HeadSet
 from circuits.patching.activation import head_scores_of, plans_of, scores_of, settings_of
 from circuits.patching.metrics import LEAST
-from circuits.patching.sweep import Direction, SweepResult
+from circuits.patching.sweep import Mode, SweepResult
 from circuits.patching.targets import Target, every_head, units_of
 from circuits.results.head_scores import HeadScores
 from circuits.results.patch_scores import PatchScores
 from concepts.schema import CounterfactualPair
 from groundscope.core.errors import ConfigError
 from lvlm.model import Lvlm
+from lvlm.sites import Head, Site
 
 __all__ = ["heads", "nodes"]
 
@@ -38,14 +40,14 @@ _METRIC = "logit_difference"
 def heads(
     model: Lvlm,
     pairs: Sequence[CounterfactualPair],
-    tokens: Literal["last", "suffix", "image", "question", "object", "all"] = "last",
-    direction: Direction = "denoise",
     *,
+    tokens: Literal["last", "suffix", "image", "question", "object", "all"] = "last",
+    mode: Mode = "denoise",
     point: Point = "run",
     steps: int = 5,
     drop: bool = False,
     min_effect: float = LEAST[_METRIC],
-    batch_pairs: int = 16,
+    batch_size: int = 16,
     progress: bool | None = None,
 ) -> HeadScores:
     """Estimate the effect of patching each head: ``(z_source - z_run) . dLD/dz``, summed over positions.
@@ -61,7 +63,7 @@ def heads(
     tokens
         Positions of the patch, all patched jointly: ``last``, ``suffix``, ``question``, ``object``, ``image`` or
         ``all``.
-    direction
+    mode
         ``denoise``: patch the corrupt run with clean values; ``noise``: patch the clean run with corrupt values.
     point
         Where the gradient is computed: ``run``, in the patched run (with ``denoise`` TransformerLens' choice, with
@@ -74,7 +76,7 @@ def heads(
         layers minus one. Effects are then magnitudes, never negative. One backward pass per layer.
     min_effect
         As for `patch_heads`, in logits.
-    batch_pairs
+    batch_size
         Number of pairs per batch.
     progress
         Whether to show progress; by default only if standard error is a terminal.
@@ -96,11 +98,11 @@ def heads(
     if tokens not in TOKENS:
         msg = f"unknown tokens '{tokens}'; choose from {', '.join(TOKENS)}"
         raise ConfigError(msg)
-    how = How(direction, point, steps, drop)
-    check_how(model, how, batch_pairs)
-    settings = settings_of(model, direction, _METRIC, 1, None, min_effect, progress)
+    how = How(mode, point, steps, drop)
+    check_how(model, how, batch_size)
+    settings = settings_of(model, mode, _METRIC, 1, None, min_effect, progress)
     plans = plans_of(model, pairs, tokens, settings)
-    estimates = estimate(model, plans, every_head(model), how, settings, batch_pairs)
+    estimates = estimate(model, plans, every_head(model), how, settings, batch_size)
     effects = estimates.effects[..., 0].reshape(len(plans), model.n_layers, model.n_heads)
     baseline = np.stack([estimates.clean, estimates.corrupt])
     return head_scores_of(model, plans, effects, baseline, estimates.used, tokens, settings, how.about)
@@ -110,28 +112,28 @@ def nodes(
     model: Lvlm,
     pairs: Sequence[CounterfactualPair],
     sites: Target | Sequence[Target] = ("embeddings", "z", "mlp_out"),
-    tokens: str = "all:each",
-    direction: Direction = "denoise",
     *,
+    tokens: str = "all:each",
+    mode: Mode = "denoise",
     point: Point = "run",
     steps: int = 5,
     drop: bool = False,
     min_effect: float = LEAST[_METRIC],
-    batch_pairs: int = 16,
+    batch_size: int = 16,
     progress: bool | None = None,
 ) -> PatchScores:
     """Estimate the effects of `circuits.patch` at any sites and positions, all from the same gradients.
 
     Parameters
     ----------
-    model, pairs, direction, min_effect, progress
+    model, pairs, mode, min_effect, batch_size, progress
         As for `heads`.
     sites
         Sites to patch: as for `patch`, and ``embeddings``, the input of the first decoder layer. By default
         embeddings, every head and every MLP.
     tokens
         Positions to patch, as for `patch`; by default each position separately.
-    point, steps, drop, batch_pairs
+    point, steps, drop
         As for `heads`.
 
     Returns
@@ -146,21 +148,15 @@ def nodes(
     SiteError
         As `patch`.
     """
-    how = How(direction, point, steps, drop)
-    check_how(model, how, batch_pairs)
-    settings = settings_of(model, direction, _METRIC, 1, None, min_effect, progress)
-    requested: Target | Sequence[Target] = EMBEDDINGS if sites == "embeddings" else sites
-    if isinstance(requested, list | tuple):
-        requested = (
-            [EMBEDDINGS if item == "embeddings" else item for item in requested]
-            if "embeddings" in requested
-            else requested
-        )
-    units, names = units_of(model, requested)
+    how = How(mode, point, steps, drop)
+    check_how(model, how, batch_size)
+    settings = settings_of(model, mode, _METRIC, 1, None, min_effect, progress)
+    targets = [sites] if isinstance(sites, str | Site | Head | HeadSet) else sites
+    units, names = units_of(model, [EMBEDDINGS if target == "embeddings" else target for target in targets])
     if drop and any(site.component == "resid_mid" for unit in units for site, _ in unit):
         msg = "drop=True does not support 'resid_mid', which no single layer writes; remove it from sites, or pass drop=False"
         raise ConfigError(msg)
     plans = plans_of(model, pairs, tokens, settings)
-    estimates: SweepResult = estimate(model, plans, units, how, settings, batch_pairs)
+    estimates: SweepResult = estimate(model, plans, units, how, settings, batch_size)
     scores = scores_of(model, pairs, plans, estimates, settings, names, tokens)
     return replace(scores, path=how.text)

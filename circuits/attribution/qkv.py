@@ -21,7 +21,7 @@ from circuits.attribution.attention_nodes import AttentionRecord, check_exposabl
 from circuits.attribution.estimates import How, Point, Sides, check_how, groups, usable
 from circuits.patching.activation import head_scores_of, plans_of, settings_of
 from circuits.patching.metrics import LEAST
-from circuits.patching.sweep import Direction
+from circuits.patching.sweep import Mode
 from circuits.results.head_scores import HeadScores
 from concepts.schema import CounterfactualPair
 from groundscope.core.errors import ConfigError, ModelError
@@ -37,14 +37,14 @@ def inputs(
     model: Lvlm,
     pairs: Sequence[CounterfactualPair],
     part: Part = "q",
-    tokens: Literal["last", "suffix", "image", "question", "object", "all"] = "all",
-    direction: Direction = "denoise",
     *,
+    tokens: Literal["last", "suffix", "image", "question", "object", "all"] = "all",
+    mode: Mode = "denoise",
     fix: bool = True,
     point: Point = "run",
     steps: int = 5,
     min_effect: float = LEAST[_METRIC],
-    batch_pairs: int = 8,
+    batch_size: int = 8,
     progress: bool | None = None,
 ) -> HeadScores:
     """Estimate the effect of patching each head's queries, keys or values, one position at a time.
@@ -63,14 +63,14 @@ def inputs(
     tokens
         Positions of the queries (``q``), or of the keys and values (``k``, ``v``). The effects of single positions are
         summed.
-    direction
+    mode
         As for `attribution.heads`.
     fix
         The query/key fix of AtP*: compute the attention pattern under the patch exactly. False for plain attribution
         patching. For values, which do not pass through the softmax, both are the same.
     point, steps, min_effect, progress
         As for `attribution.heads`; patterns start from the patched run, wherever gradients are computed.
-    batch_pairs
+    batch_size
         Number of pairs per batch; with `fix`, the patterns of all layers stay in memory.
 
     Returns
@@ -92,10 +92,10 @@ def inputs(
         if value not in allowed:
             msg = f"unknown {name} '{value}'; choose from {', '.join(allowed)}"
             raise ConfigError(msg)
-    how = How(direction, point, steps)
-    check_how(model, how, batch_pairs)
+    how = How(mode, point, steps)
+    check_how(model, how, batch_size)
     check_exposable(model)
-    settings = settings_of(model, direction, _METRIC, 1, None, min_effect, progress)
+    settings = settings_of(model, mode, _METRIC, 1, None, min_effect, progress)
     plans = plans_of(model, pairs, tokens, settings)
     effects = np.full((len(plans), model.n_layers, model.n_heads), np.nan, np.float32)
     baseline = np.zeros((2, len(plans)), np.float32)
@@ -104,7 +104,7 @@ def inputs(
     def estimate_batch(sides: Sides) -> tuple[np.ndarray, Tensor, Tensor]:
         return _estimates(model, sides, part, how, fix=fixed)
 
-    for group, share, metrics in groups(model, plans, how, settings, batch_pairs, estimate_batch, "estimating inputs"):
+    for group, share, metrics in groups(model, plans, how, settings, batch_size, estimate_batch, "estimating inputs"):
         effects[group], baseline[:, group] = share, metrics
     used = usable(baseline[0], baseline[1], settings.min_effect)
     about = {**how.about, "part": part, "fix": fixed}

@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from circuits.faithfulness.curve import SHARES, area
 from circuits.faithfulness.edges import EdgeCurve, edges
-from circuits.faithfulness.heads import Curve, MinimalSet, curve, heads_of, minimal, ranked
+from circuits.faithfulness.heads import Curve, MinimalSet, curve, minimal, ranked
 
-__all__ = ["SHARES", "Curve", "EdgeCurve", "MinimalSet", "area", "curve", "edges", "heads_of", "minimal", "ranked"]
+__all__ = ["SHARES", "Curve", "EdgeCurve", "MinimalSet", "area", "curve", "edges", "minimal", "ranked"]

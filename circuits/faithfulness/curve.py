@@ -62,21 +62,26 @@ class FaithfulCurve:
         return area(self.shares, np.abs(1 - self.faithfulness))
 
     def interval(
-        self, what: Literal["cpr", "cmd"] = "cpr", level: float = 0.95, resamples: int = 1000, seed: int = 0
+        self,
+        area_name: Literal["cpr", "cmd"] = "cpr",
+        *,
+        resamples: int = 1000,
+        confidence: float = 0.95,
+        seed: int = 0,
     ) -> Estimate:
         """Return an area with its bootstrap interval over groups (`groundscope.core.statistics.draws_interval`)."""
         draws = self._draws(resamples, seed)
-        curves = draws if what == "cpr" else np.abs(1 - draws)
+        curves = draws if area_name == "cpr" else np.abs(1 - draws)
         areas = np.array([area(self.shares, f) if np.isfinite(f).all() else math.nan for f in curves])
-        value, n = getattr(self, what), len(set(self.groups))
-        low, high = draws_interval(areas, value, n, level)
+        value, n = getattr(self, area_name), len(set(self.groups))
+        low, high = draws_interval(areas, value, n, confidence)
         return Estimate(value, float(low), float(high), len(self.full), n < FEW_GROUPS)
 
-    def frame(self, level: float = 0.95, resamples: int = 1000, seed: int = 0) -> pd.DataFrame:
+    def frame(self, *, resamples: int = 1000, confidence: float = 0.95, seed: int = 0) -> pd.DataFrame:
         """Return one row per share: ``share``, ``heads`` or ``edges``, ``faithfulness``, ``low``, ``high``."""
         import pandas as pd
 
-        low, high = draws_interval(self._draws(resamples, seed), self.faithfulness, len(set(self.groups)), level)
+        low, high = draws_interval(self._draws(resamples, seed), self.faithfulness, len(set(self.groups)), confidence)
         columns = {"share": self.shares, self.counted: self.sizes, "faithfulness": self.faithfulness}
         return pd.DataFrame({**columns, "low": low, "high": high})
 

@@ -41,11 +41,11 @@ def edges(
     model: Lvlm,
     pairs: Sequence[CounterfactualPair],
     graph: Graph | Sequence[Graph],
-    order: Literal["signed", "absolute"] = "signed",
     *,
+    order: Literal["signed", "absolute"] = "signed",
     choose: Literal["greedy", "top"] = "greedy",
     shares: Sequence[float] = SHARES,
-    batch_pairs: int = 8,
+    batch_size: int = 8,
     progress: bool | None = None,
 ) -> EdgeCurve:
     """Measure how much of the logit difference circuits preserve if all other edges carry the corrupt run.
@@ -70,7 +70,7 @@ def edges(
         not affect the answer.
     shares
         Shares of all edges, ascending.
-    batch_pairs
+    batch_size
         Number of pairs per batch; the outputs of all heads and MLPs stay in memory.
     progress
         Whether to show progress; by default only if standard error is a terminal.
@@ -85,8 +85,8 @@ def edges(
     ModelError
         If edges cannot be separated (see `attribution.edges`), or a run with all or no edges is not exact.
     """
-    if batch_pairs < 1:
-        msg = f"batch_pairs={batch_pairs} must be at least 1"
+    if batch_size < 1:
+        msg = f"batch_size={batch_size} must be at least 1"
         raise ConfigError(msg)
     circuits = _circuits(graph, order, choose, shares)
     check_exposable(model)
@@ -98,7 +98,7 @@ def edges(
     ends = np.zeros((2, len(plans)))
     margins = np.zeros((len(plans), len(circuits)))
     shape, forms = circuits[0].shape, ()
-    groups = side_by_side([plan.shape for plan in plans], lambda _: batch_pairs)
+    groups = side_by_side([plan.shape for plan in plans], lambda _: batch_size)
     with progress_bar(progress) as bar:
         task = bar.add_task("running circuits", total=len(plans) * len(circuits))
         for group in groups:

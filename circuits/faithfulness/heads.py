@@ -14,15 +14,16 @@ from typing import Literal
 
 import numpy as np
 
-from circuits.ablation import How, Where, ablate
+from circuits.ablation import Method, Tokens, ablate
 from circuits.faithfulness.curve import SHARES, FaithfulCurve, check_gap, ratio
+from circuits.head_set import HeadSet, all_heads
 from circuits.results.head_scores import HeadScores
 from concepts.schema import Example
 from groundscope.core.errors import ConfigError, PatchError
 from lvlm.model import Lvlm
 from lvlm.sites import Head, parse_heads
 
-__all__ = ["Curve", "MinimalSet", "curve", "heads_of", "minimal", "ranked"]
+__all__ = ["Curve", "MinimalSet", "curve", "minimal", "ranked"]
 
 Ranking = HeadScores | Sequence[Head | str] | np.ndarray
 """Scores, ranked by mean effect; all heads, best first; or one number per head, ``[n_layers, n_heads]``."""
@@ -37,7 +38,7 @@ class Curve(FaithfulCurve):
     circuits: tuple[tuple[Head, ...], ...]
     """The best ``round(share * n_heads)`` heads of each share, best first."""
     order: Literal["signed", "absolute"]
-    how: How
+    method: Method
     """Ablation of the heads outside the circuit."""
 
 
@@ -64,8 +65,8 @@ class _CircuitMargins:
 
     model: Lvlm
     examples: Sequence[Example]
-    how: How
-    tokens: Where
+    method: Method
+    tokens: Tokens
     reference: Sequence[Example] | None
     batch_size: int
     seed: int
@@ -74,17 +75,17 @@ class _CircuitMargins:
 
     def margins(self, circuits: Sequence[Sequence[Head]]) -> np.ndarray:
         """Return the margin with each circuit only, float64 ``[n_examples, n_circuits]``."""
-        every = heads_of(self.model)
+        every = all_heads(self.model)
         whole = frozenset(every)
         new = [c for c in dict.fromkeys(frozenset(c) for c in circuits) if c not in self.cache and c != whole]
         if new or whole not in self.cache:
-            outside = [[head for head in every if head not in circuit] for circuit in new or [frozenset()]]
+            outside = [HeadSet(head for head in every if head not in circuit) for circuit in new or [frozenset()]]
             ablation = ablate(
                 self.model,
                 self.examples,
                 outside,
-                self.how,
-                self.tokens,
+                tokens=self.tokens,
+                method=self.method,
                 reference=self.reference,
                 batch_size=self.batch_size,
                 seed=self.seed,
@@ -99,11 +100,11 @@ def curve(
     model: Lvlm,
     examples: Sequence[Example],
     ranking: Ranking,
-    order: Literal["signed", "absolute"] = "signed",
     *,
-    how: How = "mean",
-    tokens: Where = "all",
+    tokens: Tokens = "all",
+    order: Literal["signed", "absolute"] = "signed",
     shares: Sequence[float] = SHARES,
+    method: Method = "mean",
     reference: Sequence[Example] | None = None,
     batch_size: int = 64,
     seed: int = 0,
@@ -122,10 +123,10 @@ def curve(
     order
         Rank by effect (``signed``) or by absolute effect (``absolute``), largest first. Does not apply to a sequence of
         heads.
-    how, tokens, reference, batch_size, seed, progress
-        Ablation of the heads outside the circuit; see `circuits.ablate`. MLPs are not ablated.
     shares
         Shares of all heads, ascending.
+    tokens, method, reference, batch_size, seed, progress
+        Ablation of the heads outside the circuit; see `circuits.ablate`. MLPs are not ablated.
 
     Raises
     ------
@@ -138,24 +139,24 @@ def curve(
     if not ascending or list(ascending) != sorted(set(ascending)) or not 0 <= ascending[0] <= ascending[-1] <= 1:
         msg = f"invalid shares={list(ascending)}: pass ascending shares of all heads between 0 and 1"
         raise ConfigError(msg)
-    best = ranked(model, ranking, order)
+    best = ranked(model, ranking, order=order)
     circuits = tuple(best[: round(share * len(best))] for share in ascending)
-    circuit_margins = _CircuitMargins(model, examples, how, tokens, reference, batch_size, seed, progress)
+    circuit_margins = _CircuitMargins(model, examples, method, tokens, reference, batch_size, seed, progress)
     margins = circuit_margins.margins([(), best, *circuits])
     check_gap(model.name, margins[:, 1], margins[:, 0], "without any head")
     groups = tuple(e.group for e in examples)
-    return Curve(ascending, margins[:, 2:], margins[:, 1], margins[:, 0], groups, circuits, order, how)
+    return Curve(ascending, margins[:, 2:], margins[:, 1], margins[:, 0], groups, circuits, order, method)
 
 
 def minimal(
     model: Lvlm,
     examples: Sequence[Example],
     ranking: Ranking,
+    *,
+    tokens: Tokens = "all",
     goal: float = 0.9,
     tolerance: float = 0.01,
-    *,
-    how: How = "mean",
-    tokens: Where = "all",
+    method: Method = "mean",
     reference: Sequence[Example] | None = None,
     batch_size: int = 64,
     seed: int = 0,
@@ -169,20 +170,22 @@ def minimal(
 
     Parameters
     ----------
-    model, examples, ranking, how, tokens, reference, batch_size, seed, progress
+    model, examples, ranking, tokens
         As for `curve`.
     goal
         Required f of the set.
     tolerance
         Largest decrease of f for which a head counts as unnecessary.
+    method, reference, batch_size, seed, progress
+        As for `curve`.
 
     Raises
     ------
     PatchError
         As `curve`.
     """
-    best = ranked(model, ranking, "signed")
-    circuit_margins = _CircuitMargins(model, examples, how, tokens, reference, batch_size, seed, progress)
+    best = ranked(model, ranking)
+    circuit_margins = _CircuitMargins(model, examples, method, tokens, reference, batch_size, seed, progress)
     empty, full = (float(x) for x in circuit_margins.margins([(), best]).mean(0))
     check_gap(model.name, np.array([full]), np.array([empty]), "without any head")
 
@@ -203,12 +206,12 @@ def minimal(
     return MinimalSet(tuple(selected), now, float(f(remaining)[0]), tuple(lost.tolist()), dropped, goal, tolerance)
 
 
-def ranked(model: Lvlm, ranking: Ranking, order: str = "signed") -> tuple[Head, ...]:
+def ranked(model: Lvlm, ranking: Ranking, *, order: str = "signed") -> tuple[Head, ...]:
     """Return all heads of a model, best first; raise `PatchError` if the ranking does not match the model's heads."""
     if order not in ("signed", "absolute"):
         msg = f"unknown order '{order}'; choose 'signed' or 'absolute'"
         raise ConfigError(msg)
-    every = heads_of(model)
+    every = all_heads(model)
     if isinstance(ranking, HeadScores | np.ndarray):
         scores = np.asarray(ranking.mean if isinstance(ranking, HeadScores) else ranking, np.float64)
         if scores.shape != (model.n_layers, model.n_heads) or not np.isfinite(scores).all():
@@ -221,8 +224,3 @@ def ranked(model: Lvlm, ranking: Ranking, order: str = "signed") -> tuple[Head, 
         msg = f"invalid ranking: list each of the {len(every)} heads of {model.name} exactly once"
         raise PatchError(msg)
     return heads
-
-
-def heads_of(model: Lvlm) -> list[Head]:
-    """Return all heads of the decoder, layer by layer."""
-    return [Head(i, h) for i in range(model.n_layers) for h in range(model.n_heads)]

@@ -35,7 +35,12 @@ class ImageAttention:
 
 @torch.no_grad()
 def attention_to_image(
-    model: Lvlm, examples: Sequence[Example], heads: Sequence[Head | str], *, batch_size: int = 32
+    model: Lvlm,
+    examples: Sequence[Example],
+    heads: Head | str | Sequence[Head | str],
+    *,
+    batch_size: int = 32,
+    progress: bool | None = None,
 ) -> ImageAttention:
     """Return the attention of heads from the last position to the image.
 
@@ -52,6 +57,8 @@ def attention_to_image(
         Heads, in the order of the result.
     batch_size
         Number of examples per batch.
+    progress
+        Whether to show progress; by default only if standard error is a terminal.
 
     Raises
     ------
@@ -74,7 +81,7 @@ def attention_to_image(
     maps: list[np.ndarray] = [np.empty(0)] * len(examples)
     box = np.full((len(examples), len(heads)), np.nan, np.float32)
     grids: set[tuple[int, int]] = set()
-    with _eager(model), _last_rows(model, sorted({h.layer for h in heads})) as rows, progress_bar() as bar:
+    with _eager(model), _last_rows(model, sorted({h.layer for h in heads})) as rows, progress_bar(progress) as bar:
         task = bar.add_task("reading attention", total=len(examples))
         for batch in model.batches(examples, batch_size):
             model.logits(batch.inputs)

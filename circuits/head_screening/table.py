@@ -97,7 +97,7 @@ class HeadTable:
         lists: dict[str, Any] = {name: tuple(getattr(self, name)[i] for i in which) for name in _LISTS}
         return replace(self, values={name: array[which] for name, array in self.values.items()}, **lists)
 
-    def frame(self, level: float = 0.95) -> pd.DataFrame:
+    def frame(self, *, confidence: float = 0.95) -> pd.DataFrame:
         """Return one row per head: its name, and each method's mean with its bootstrap interval over groups."""
         import pandas as pd
 
@@ -105,18 +105,18 @@ class HeadTable:
         columns: dict[str, object] = {"name": [str(Head(i, h)) for i in range(shape[0]) for h in range(shape[1])]}
         for method in self.values:
             rows = self.rows(method)
-            low, high = mean_interval(rows.values, rows.groups, level)
+            low, high = mean_interval(rows.values, rows.groups, confidence=confidence)
             columns |= {method: self.mean(method).ravel(), f"{method}_low": low.ravel(), f"{method}_high": high.ravel()}
         return pd.DataFrame(columns)
 
     def compare(
-        self, method: str, truth: str = "patching", k: Sequence[int] = (5, 10), *, resamples: int = 1000, seed: int = 0
+        self, method: str, *, truth: str = "patching", k: Sequence[int] = (5, 10), resamples: int = 1000, seed: int = 0
     ) -> Comparison:
         """Compare the rankings of heads by two methods; both use the same bootstrap draws of groups."""
         return compare_rows(self.rows(method), self.rows(truth), k, resamples=resamples, seed=seed)
 
     def agreement(
-        self, truth: str = "patching", k: Sequence[int] = (5, 10), *, resamples: int = 1000, seed: int = 0
+        self, *, truth: str = "patching", k: Sequence[int] = (5, 10), resamples: int = 1000, seed: int = 0
     ) -> pd.DataFrame:
         """Return the agreement of each method with `truth`, over all examples and for each level.
 
@@ -133,7 +133,7 @@ class HeadTable:
             for method in available:
                 if method == truth or truth not in available:
                     continue
-                comparison = part.compare(method, truth, k, resamples=resamples, seed=seed)
+                comparison = part.compare(method, truth=truth, k=k, resamples=resamples, seed=seed)
                 row: dict[str, object] = {"level": level, "method": method, "groups": sum(comparison.groups)}
                 measured = {"rank_correlation": comparison.rank_correlation}
                 measured |= {f"overlap@{count}": comparison.overlap[count] for count in k}
@@ -161,10 +161,10 @@ class HeadTable:
 def head_scores(
     model: Lvlm,
     data: Sequence[CounterfactualPair] | Sequence[Example],
-    methods: Sequence[str] = CORRELATIONAL,
     *,
-    batch_size: int = 32,
+    methods: Sequence[str] = CORRELATIONAL,
     min_effect: float = 0.5,
+    batch_size: int = 32,
     progress: bool | None = None,
 ) -> HeadTable:
     """Score every head of the decoder by several methods, on the same examples, at the last prompt token.
@@ -184,10 +184,10 @@ def head_scores(
         ``direct``: direct contribution to the margin of the true answer over the best other, not through later layers.
         ``patching`` (pairs only): effect of the head's clean output in the corrupt run, see `patch_heads`.
         ``ablation``: margin lost when the head's output is its mean over all examples in `data` (for pairs: both sides).
-    batch_size
-        Number of examples per batch.
     min_effect
         As in `patch_heads`; pairs below it have NaN for ``patching``.
+    batch_size
+        Number of examples per batch.
     progress
         Whether to show progress; by default only if standard error is a terminal.
 
@@ -227,9 +227,7 @@ def head_scores(
         scores |= _outputs(model, examples, methods, batch_size, progress)
     if "ablation" in methods:
         reference = examples if not pairs else [e for pair in pairs for e in (pair.clean, pair.corrupt)]
-        lost = ablate(
-            model, examples, "heads", "mean", "last", reference=reference, batch_size=batch_size, progress=progress
-        )
+        lost = ablate(model, examples, tokens="last", reference=reference, batch_size=batch_size, progress=progress)
         scores["ablation"] = lost.effects.reshape(len(examples), model.n_layers, model.n_heads)
     if "patching" in methods:
         scores["patching"] = _patching(model, pairs, min_effect, progress)
@@ -280,7 +278,7 @@ def _patching(model: Lvlm, pairs: Sequence[CounterfactualPair], min_effect: floa
     """Return effects of patching for each pair, NaN for excluded pairs."""
     # Unique ids, because one example may be in several pairs.
     numbered = [replace(pair, clean=replace(pair.clean, id=str(row))) for row, pair in enumerate(pairs)]
-    scores = patch_heads(model, numbered, "last", "denoise", min_effect=min_effect, progress=progress)
+    scores = patch_heads(model, numbered, min_effect=min_effect, progress=progress)
     out = np.full((len(pairs), *scores.shape), np.nan, np.float32)
     out[[int(row) for row in scores.ids]] = scores.effects
     return out

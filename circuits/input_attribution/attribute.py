@@ -46,8 +46,8 @@ def split(
     neutral_images: Sequence[str | ImageSource] = NEUTRAL_IMAGES,
     neutral_questions: Sequence[str] | Mapping[str, Sequence[str]] | None = None,
     orders: int = 64,
-    seed: int = 0,
     batch_size: int = 64,
+    seed: int = 0,
     progress: bool | None = None,
 ) -> Sources:
     """Split each answer's log-odds into prior, image and prompt.
@@ -78,10 +78,10 @@ def split(
         then means "another question of the same kind".
     orders
         Number of random orders of arrival if there are more than 10 players, too many to run all coalitions.
-    seed
-        Seed of the random orders and of the choice of questions.
     batch_size
         Number of inputs per batch.
+    seed
+        Seed of the random orders and of the choice of questions.
     progress
         Whether to show progress; by default only if standard error is a terminal.
 

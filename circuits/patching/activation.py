@@ -11,14 +11,14 @@ import numpy as np
 from circuits.execution.memory import MEMORY
 from circuits.patching.metrics import LEAST, Metric, MetricName
 from circuits.patching.pairs import (
-    DIRECTIONS,
+    MODES,
     check_enough_pairs,
     check_evaluating,
     check_pair,
     pairs_digest,
     plan_pair,
 )
-from circuits.patching.sweep import Direction, Plan, Settings, SweepResult, patches, sweep
+from circuits.patching.sweep import Mode, Plan, Settings, SweepResult, patches, sweep
 from circuits.patching.targets import Target, every_head, units_of
 from circuits.results.head_scores import HeadScores
 from circuits.results.patch_scores import PatchScores
@@ -27,7 +27,7 @@ from groundscope.core.errors import ConfigError, PatchError
 from groundscope.core.progress import progress_bar
 from lvlm.model import Lvlm
 
-__all__ = ["Direction", "check_evaluating", "check_pair", "pairs_digest", "patch", "patch_heads"]
+__all__ = ["Mode", "check_evaluating", "check_pair", "pairs_digest", "patch", "patch_heads"]
 
 TOKENS = ("last", "suffix")
 
@@ -35,13 +35,13 @@ TOKENS = ("last", "suffix")
 def patch_heads(
     model: Lvlm,
     pairs: Sequence[CounterfactualPair],
-    tokens: Literal["last", "suffix"] = "last",
-    direction: Direction = "denoise",
     *,
+    tokens: Literal["last", "suffix"] = "last",
+    mode: Mode = "denoise",
     metric: MetricName = "logit_difference",
-    memory: int = MEMORY,
-    batch_rows: int | None = None,
     min_effect: float | None = None,
+    batch_size: int | None = None,
+    memory: int = MEMORY,
     progress: bool | None = None,
 ) -> HeadScores:
     """Patch each attention head of the decoder separately, for each pair, and measure the effect on the answer.
@@ -68,19 +68,19 @@ def patch_heads(
         Pairs of equal token length whose true answers differ.
     tokens
         Positions to patch: ``last``, the last prompt token; ``suffix``, all tokens after the image jointly.
-    direction
+    mode
         ``denoise`` or ``noise``.
     metric
         ``logit_difference``, ``probability``, ``log_probability`` or ``kl``; see `circuits.patching.metrics.Metric`.
-    memory
-        Largest number of bytes for the patches of one batch, in addition to the model and the recorded runs; does not
-        affect results.
-    batch_rows
-        Largest number of patches per batch; None for as many as memory allows.
     min_effect
         Pairs with ``|M_clean - M_corrupt|`` below this are excluded and counted in `HeadScores.excluded`, as a share of
         a tiny difference is noise. By default 0.5 for logits and log-probabilities, 0.05 for the other metrics. With 0,
         pairs with identical images are included, and all their effects are exactly 0.
+    batch_size
+        Largest number of patches per batch; None for as many as memory allows.
+    memory
+        Largest number of bytes for the patches of one batch, in addition to the model and the recorded runs; does not
+        affect results.
     progress
         Whether to show progress; by default only if standard error is a terminal.
 
@@ -104,7 +104,7 @@ def patch_heads(
     if tokens not in TOKENS:
         msg = f"unknown tokens '{tokens}'; choose from {', '.join(TOKENS)}, or use circuits.patch for other positions"
         raise ConfigError(msg)
-    settings = settings_of(model, direction, metric, memory, batch_rows, min_effect, progress)
+    settings = settings_of(model, mode, metric, memory, batch_size, min_effect, progress)
     plans = plans_of(model, pairs, tokens, settings)
     result = sweep(model, plans, patches(model, every_head(model)), settings)
     effects = result.effects.reshape(len(plans), model.n_layers, model.n_heads)
@@ -140,7 +140,7 @@ def head_scores_of(
         levels=tuple(p.clean.level for p in used_pairs),
         kinds=tuple(p.kind for p in used_pairs),
         tokens=tokens,
-        direction=settings.direction,
+        direction=settings.mode,
         min_effect=settings.min_effect,
         excluded=int((~used).sum()),
         model=model.name,
@@ -155,13 +155,13 @@ def patch(
     model: Lvlm,
     pairs: Sequence[CounterfactualPair],
     sites: Target | Sequence[Target] = "z",
-    tokens: str = "last",
-    direction: Direction = "denoise",
     *,
+    tokens: str = "last",
+    mode: Mode = "denoise",
     metric: MetricName = "logit_difference",
-    memory: int = MEMORY,
-    batch_rows: int | None = None,
     min_effect: float | None = None,
+    batch_size: int | None = None,
+    memory: int = MEMORY,
     progress: bool | None = None,
 ) -> PatchScores:
     """Patch sites of the decoder at tokens, each separately, for each pair; `patch_heads` defines the effect.
@@ -174,12 +174,12 @@ def patch(
         Pairs of equal token length whose true answers differ.
     sites
         One or several of: a component of every layer (``resid_pre``, ``resid_mid``, ``resid_post``, ``attn_out``,
-        ``mlp_out``; ``z`` for each head separately), a `Site`, a `Head`, or a tuple or set of heads to patch jointly.
+        ``mlp_out``; ``z`` for each head separately), a `Site`, a `Head`, or a `HeadSet` of heads to patch together, in one run.
     tokens
         ``last``; ``suffix`` (every token after the image), ``question``, ``image``, ``object`` or ``all``, patched jointly,
         or each token separately with ``:each``, as in ``suffix:each``; or positions counted from 0, ``12,13``. Positions
         from the first patched one on are recomputed from the patched layer on, so early positions cost more than late ones.
-    direction, metric, memory, batch_rows, min_effect, progress
+    mode, metric, min_effect, batch_size, memory, progress
         As in `patch_heads`.
 
     Returns
@@ -198,7 +198,7 @@ def patch(
     ConfigError
         If an option has an unknown value.
     """
-    settings = settings_of(model, direction, metric, memory, batch_rows, min_effect, progress)
+    settings = settings_of(model, mode, metric, memory, batch_size, min_effect, progress)
     units, names = units_of(model, sites)
     plans = plans_of(model, pairs, tokens, settings)
     count = max(len(plan.positions) for plan in plans)
@@ -231,7 +231,7 @@ def scores_of(
         levels=tuple(p.clean.level for p in used_pairs),
         kinds=tuple(p.kind for p in used_pairs),
         tokens=tokens,
-        direction=settings.direction,
+        direction=settings.mode,
         metric=settings.metric.name,
         min_effect=settings.min_effect,
         excluded=int((~result.used).sum()),
@@ -246,26 +246,26 @@ def scores_of(
 
 def settings_of(
     model: Lvlm,
-    direction: str,
+    mode: str,
     metric: MetricName,
     memory: int,
-    batch_rows: int | None,
+    batch_size: int | None,
     min_effect: float | None,
     progress: bool | None,
 ) -> Settings:
     """Return the settings of a sweep; raise `ConfigError` for an unknown option value, `PatchError` in training mode."""
-    if direction not in DIRECTIONS:
-        msg = f"unknown direction '{direction}'; choose from {', '.join(DIRECTIONS)}"
+    if mode not in MODES:
+        msg = f"unknown mode '{mode}'; choose from {', '.join(MODES)}"
         raise ConfigError(msg)
     measured = Metric(metric)
     least = LEAST[metric] if min_effect is None else min_effect
-    if (batch_rows is not None and batch_rows < 1) or memory < 1 or not least >= 0 or math.isinf(least):
+    if (batch_size is not None and batch_size < 1) or memory < 1 or not least >= 0 or math.isinf(least):
         msg = (
-            f"batch_rows={batch_rows} and memory={memory} must be at least 1, min_effect={least} finite and at least 0"
+            f"batch_size={batch_size} and memory={memory} must be at least 1, min_effect={least} finite and at least 0"
         )
         raise ConfigError(msg)
     check_evaluating(model)
-    return Settings("denoise" if direction == "denoise" else "noise", measured, least, memory, batch_rows, progress)
+    return Settings("denoise" if mode == "denoise" else "noise", measured, least, memory, batch_size, progress)
 
 
 def plans_of(model: Lvlm, pairs: Sequence[CounterfactualPair], tokens: str, settings: Settings) -> list[Plan]:

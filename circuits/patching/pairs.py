@@ -18,7 +18,7 @@ from lvlm.model import Encoding, Lvlm
 from lvlm.token_map import TokenMap
 from lvlm.token_selection import TokenSelection
 
-DIRECTIONS = ("denoise", "noise")
+MODES = ("denoise", "noise")
 TOKENS = ("last", "suffix", "question", "image", "object", "all")
 
 

@@ -13,7 +13,7 @@ from circuits.execution.suffix_runner import Row
 from circuits.interventions.intervention import Intervention, Replace
 from circuits.patching.activation import plans_of, scores_of, settings_of
 from circuits.patching.metrics import MetricName
-from circuits.patching.sweep import Direction, Todo, Work, columns_for, sweep
+from circuits.patching.sweep import Mode, Todo, Work, columns_for, sweep
 from circuits.patching.targets import head_part
 from circuits.results.patch_scores import PatchScores
 from concepts.schema import CounterfactualPair
@@ -29,14 +29,14 @@ def patch_paths(
     pairs: Sequence[CounterfactualPair],
     senders: Sequence[Head | str],
     receivers: Sequence[Head | str] | Literal["logits"] = "logits",
-    tokens: str = "last",
-    direction: Direction = "denoise",
     *,
+    tokens: str = "last",
+    mode: Mode = "denoise",
+    metric: MetricName = "logit_difference",
     inputs: str = "qkv",
     mlps: Mlps = "frozen",
-    metric: MetricName = "logit_difference",
-    memory: int = MEMORY,
     min_effect: float | None = None,
+    memory: int = MEMORY,
     progress: bool | None = None,
 ) -> PatchScores:
     """Patch the path from each sender to each receiver, and measure the effect on the answer.
@@ -58,13 +58,13 @@ def patch_paths(
         Heads in layers above a sender's, or ``logits``. A sender has no path to receivers that are not above it.
     tokens
         Positions of the patched sender: ``last``, ``suffix``, ``image``, … or numbers, as in `patch`, but not ``:each``.
+    mode, metric, min_effect, memory, progress
+        As in `patch_heads`.
     inputs
         Inputs of the receiver that the path enters: any of the letters ``q``, ``k`` and ``v``.
     mlps
         ``frozen``: only the direct path through the residual stream; ``live``: also paths through MLPs between sender and
         receiver, as in Wang et al.
-    direction, metric, memory, min_effect, progress
-        As in `patch_heads`.
 
     Returns
     -------
@@ -80,7 +80,7 @@ def patch_paths(
     ConfigError
         If an option has an unknown value.
     """
-    settings = settings_of(model, direction, metric, memory, None, min_effect, progress)
+    settings = settings_of(model, mode, metric, memory, None, min_effect, progress)
     if mlps not in ("frozen", "live") or not inputs or set(inputs) - set("qkv") or tokens.endswith(":each"):
         msg = (
             f"invalid inputs='{inputs}', mlps='{mlps}' or tokens='{tokens}': pass letters of 'qkv', mlps 'frozen' or 'live', "

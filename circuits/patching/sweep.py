@@ -25,7 +25,7 @@ from lvlm.finite_logits import check_finite
 from lvlm.model import Batch, Encoding, Inputs, Lvlm
 from lvlm.sites import Site
 
-Direction = Literal["denoise", "noise"]
+Mode = Literal["denoise", "noise"]
 Part = tuple[Site, int | None]
 """A site, and one of its heads; None for all heads."""
 Unit = tuple[Part, ...]
@@ -112,7 +112,7 @@ class Work:
 class Settings:
     """Settings of a sweep."""
 
-    direction: Direction
+    mode: Mode
     metric: Metric
     min_effect: float
     memory: int
@@ -157,7 +157,7 @@ def _group(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return effects ``[P, count, positions]``, the two baselines ``[2, P]`` and which pairs are used."""
     keep, start = settings.metric.keep(len(members[0].answer)), members[0].start
-    denoise = settings.direction == "denoise"
+    denoise = settings.mode == "denoise"
     inputs = {side: _inputs(model, members, side) for side in ("clean", "corrupt")}
     source_side, run_side = ("clean", "corrupt") if denoise else ("corrupt", "clean")
     source = observe(model, inputs[source_side], start, work.sites, keep)
@@ -210,7 +210,7 @@ def _patched_metrics(
         return metric
 
     def whole(rows: Sequence[Row], see: See | None) -> Tensor:
-        side = "corrupt" if settings.direction == "denoise" else "clean"
+        side = "corrupt" if settings.mode == "denoise" else "clean"
         inputs, keep = _inputs(model, members_run, side), run.logits.shape[1]
         return run_whole(model, inputs, rows, read, keep=keep, memory=settings.memory, most=most, see=see)
 

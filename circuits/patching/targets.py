@@ -1,18 +1,19 @@
-"""Patch targets as users specify them: sites, heads, sets of heads."""
+"""Targets of a patch: sites, heads, sets of heads, and their names in results."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 from circuits.execution.prefix_cache import crosses
+from circuits.head_set import HeadSet, all_heads, head_set
 from circuits.patching.sweep import Unit
 from groundscope.core.errors import SiteError
 from lvlm.model import Lvlm
-from lvlm.sites import Head, Site, parse_heads
+from lvlm.sites import Head, Site
 
 RESIDUAL = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
-Target = str | Site | Head | Collection[Head | str]
-"""A component of every layer (``resid_post``, ``z``), a site, a head, or heads to patch jointly."""
+Target = str | Site | Head | HeadSet
+"""A component of every layer (``resid_post``, ``z``), a site, a head, or heads to patch together."""
 
 
 def units_of(model: Lvlm, sites: Target | Sequence[Target]) -> tuple[list[Unit], list[str]]:
@@ -25,18 +26,14 @@ def units_of(model: Lvlm, sites: Target | Sequence[Target]) -> tuple[list[Unit],
     sites
         One or several of: a component of every layer (``resid_pre``, ``resid_mid``, ``resid_post``, ``attn_out``,
         ``mlp_out``, or ``z``: each head separately); a `Site` or its name (``z``: each head separately); a `Head` or its
-        name (``L3.H5``); a set, tuple or list of heads or their names, patched jointly.
+        name (``L3.H5``); a `HeadSet` or its name (``L3.H5+L4.H1``), patched together.
 
     Raises
     ------
     SiteError
         If the model has no such site or head, or it cannot be patched by position.
     """
-    targets: Sequence[Target]
-    if isinstance(sites, str | Site | Head) or (sites and all(map(_is_head, sites)) and not _is_list(sites)):
-        targets = [sites]  # pyright: ignore[reportAssignmentType]  # a single target
-    else:
-        targets = list(sites)  # pyright: ignore[reportArgumentType]
+    targets = [sites] if isinstance(sites, str | Site | Head | HeadSet) else list(sites)
     units: list[Unit] = []
     names: list[str] = []
     for target in targets:
@@ -44,7 +41,7 @@ def units_of(model: Lvlm, sites: Target | Sequence[Target]) -> tuple[list[Unit],
             units.append(unit)
             names.append(name)
     if not units:
-        msg = f"sites is empty; pass components ({', '.join((*RESIDUAL, 'z'))}), sites, heads or sets of heads"
+        msg = f"sites is empty; pass components ({', '.join((*RESIDUAL, 'z'))}), sites, heads or a HeadSet"
         raise SiteError(msg)
     return units, names
 
@@ -62,33 +59,21 @@ def every_head(model: Lvlm) -> list[Unit]:
     return [(head_part(model, Head(i, h)),) for i in range(model.n_layers) for h in range(model.n_heads)]
 
 
-def _is_head(target: object) -> bool:
-    return isinstance(target, Head) or (isinstance(target, str) and target.startswith("L") and ".H" in target)
-
-
-def _is_list(sites: object) -> bool:
-    """Whether heads are separate targets (a list); a tuple or set of heads is one target."""
-    return isinstance(sites, list)
+def _is_head(target: str) -> bool:
+    return target.startswith("L") and ".H" in target
 
 
 def _units(model: Lvlm, target: Target) -> list[tuple[Unit, str]]:
-    if isinstance(target, Head) or (isinstance(target, str) and _is_head(target)):
-        (head,) = parse_heads(target)
-        return [((head_part(model, head),), str(head))]
     if isinstance(target, str) and target in (*RESIDUAL, "z"):
-        layers = range(model.n_layers)
         if target == "z":
-            heads = [Head(i, h) for i in layers for h in range(model.n_heads)]
-            return [((head_part(model, head),), str(head)) for head in heads]
+            return [((head_part(model, head),), str(head)) for head in all_heads(model)]
+        layers = range(model.n_layers)
         sites = [Site("decoder", i, target, cross=target == "attn_out" and crosses(model, i)) for i in layers]  # pyright: ignore[reportArgumentType]  # checked above
         return [(((site, None),), str(site)) for site in sites if _exists(model, site)]
-    if isinstance(target, str | Site):
+    if isinstance(target, Site) or (isinstance(target, str) and not _is_head(target)):
         return _of_site(model, Site.parse(target) if isinstance(target, str) else target)
-    heads = sorted(set(parse_heads(target)))
-    if not heads:
-        msg = f"empty set of heads {target!r}: pass at least one head per set"
-        raise SiteError(msg)
-    return [(tuple(head_part(model, head) for head in heads), "+".join(str(head) for head in heads))]
+    heads = head_set(target)
+    return [(tuple(head_part(model, head) for head in heads), str(heads))]
 
 
 def _of_site(model: Lvlm, site: Site) -> list[tuple[Unit, str]]:

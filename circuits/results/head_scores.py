@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -119,24 +119,26 @@ class HeadScores:
         residual = sums - counts[:, None, None] * self.mean
         return np.sqrt((residual**2).sum(axis=0) * n / (n - 1)) / self.n_pairs
 
-    def interval(self, level: float = 0.95, resamples: int = 2000, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    def interval(
+        self, *, resamples: int = 2000, confidence: float = 0.95, seed: int = 0
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Return the bootstrap interval of `mean` over groups: low and high, ``[n_layers, n_heads]`` each."""
-        return mean_interval(self.effects, self.groups, level, resamples, seed)
+        return mean_interval(self.effects, self.groups, resamples=resamples, confidence=confidence, seed=seed)
 
     @property
     def sign(self) -> np.ndarray:
         """Share of groups with a mean effect above 0, float64 ``[n_layers, n_heads]``."""
         return share_positive(self.effects, self.groups)
 
-    def family_p(self, flips: int = 2000, seed: int = 0) -> np.ndarray:
+    def family_p(self, *, flips: int = 2000, seed: int = 0) -> np.ndarray:
         """Return each head's two-sided p against no effect, corrected for all heads, ``[n_layers, n_heads]``.
 
         Sign-flip test over groups with the maximum statistic over heads: `circuits.results.statistics.family_p`. The
         probability that any head without an effect has p <= a is at most a.
         """
-        return family_p(self.effects, self.groups, flips, seed)
+        return family_p(self.effects, self.groups, flips=flips, seed=seed)
 
-    def stability(self, k: int = 5, splits: int = 200, seed: int = 0, level: float = 0.95) -> Stability:
+    def stability(self, k: int = 5, *, splits: int = 200, confidence: float = 0.95, seed: int = 0) -> Stability:
         """Split the groups into random halves and measure the agreement of their rankings of heads.
 
         Parameters
@@ -145,18 +147,18 @@ class HeadScores:
             Number of top heads to compare.
         splits
             Number of random splits.
-        seed
-            Decides them.
-        level
+        confidence
             Share of the splits that the ranges cover. The ranges describe rankings from half of the groups; the ranking
             from all groups is more certain.
+        seed
+            Seed of the random splits.
 
         Raises
         ------
         PatchError
             If there are fewer than 4 groups, or fewer than `k` heads.
         """
-        return stability(self.effects, self.groups, k, splits, seed, level)
+        return stability(self.effects, self.groups, k, splits=splits, confidence=confidence, seed=seed)
 
     # ---- selection
 
@@ -166,9 +168,9 @@ class HeadScores:
         order = np.argsort(-self.mean, axis=None, kind="stable")[:k]
         return tuple(Head(int(i) // self.shape[1], int(i) % self.shape[1]) for i in order)
 
-    def random_heads(self, k: int, seed: int, exclude: Collection[Head | str] = ()) -> tuple[Head, ...]:
+    def random_heads(self, k: int, *, exclude: Collection[Head | str] = (), seed: int) -> tuple[Head, ...]:
         """Return `k` random heads, none of `exclude`, as a control; see `circuits.random_heads`."""
-        return random_heads(k, seed, exclude, shape=self.shape)
+        return random_heads(self.shape, k, exclude=exclude, seed=seed)
 
     def select(self, keep: np.ndarray) -> Self:
         """Return the scores of some pairs, by boolean mask or indices, e.g. ``np.array(s.levels) == 'object'``."""
@@ -176,14 +178,14 @@ class HeadScores:
         lists = {name: tuple(getattr(self, name)[i] for i in which) for name in _LISTS}
         return replace(self, **{name: getattr(self, name)[which] for name in _ARRAYS}, **lists)
 
-    def frame(self, level: float = 0.95) -> pd.DataFrame:
+    def frame(self, *, confidence: float = 0.95) -> pd.DataFrame:
         """Return one row per head: layer, head, name, effect, standard_error, low, high, sign, p, rank (1 for the largest).
 
         ``p`` is `family_p`, corrected for the number of heads.
         """
         import pandas as pd
 
-        low, high = self.interval(level)
+        low, high = self.interval(confidence=confidence)
         layer, head = np.divmod(np.arange(self.mean.size), self.shape[1])
         rank = np.empty(self.mean.size, int)
         rank[np.argsort(-self.mean, axis=None, kind="stable")] = np.arange(1, self.mean.size + 1)
@@ -202,8 +204,8 @@ class HeadScores:
             }
         )
 
-    def heatmap(self, path: str | Path | None = None, ax: Axes | None = None, *, level: float = 0.05) -> Axes:
-        """Draw the mean effects, first layer at the bottom; a dot marks heads whose `family_p` is at most `level`.
+    def heatmap(self, path: str | Path | None = None, ax: Axes | None = None, *, alpha: float = 0.05) -> Axes:
+        """Draw the mean effects, first layer at the bottom; a dot marks heads whose `family_p` is at most `alpha`.
 
         Parameters
         ----------
@@ -211,11 +213,11 @@ class HeadScores:
             File to write; its suffix selects the format. None writes no file.
         ax
             Axes to draw into; by default those of a new figure.
-        level
+        alpha
             Significance level.
         """
         title = f"{self.model}: {self.direction} at {self.tokens}, {self.n_pairs} pairs"
-        return heatmap(self.mean, title=title, label="mean effect", marked=self.family_p() <= level, path=path, ax=ax)
+        return heatmap(self.mean, title=title, label="mean effect", marked=self.family_p() <= alpha, path=path, ax=ax)
 
     def _check_count(self, k: int) -> None:
         if not 1 <= k <= self.mean.size:
@@ -243,11 +245,11 @@ class HeadScores:
 def compare(
     a: HeadScores,
     b: HeadScores,
-    k: tuple[int, ...] = (5, 10),
     *,
+    k: Sequence[int] = (5, 10),
     resamples: int = 1000,
+    confidence: float = 0.95,
     seed: int = 0,
-    level: float = 0.95,
 ) -> Comparison:
     """Measure the agreement of two scores of the same heads, e.g. with other pairs, positions, directions or models.
 
@@ -263,10 +265,10 @@ def compare(
         Numbers of top heads to compare.
     resamples
         Number of draws.
-    seed
-        Decides them.
-    level
+    confidence
         Coverage of the intervals.
+    seed
+        Seed of the draws.
 
     Raises
     ------
@@ -274,24 +276,24 @@ def compare(
         If the shapes differ, or there are fewer than `k` heads.
     """
     first, second = Rows(a.effects, a.groups), Rows(b.effects, b.groups)
-    return compare_rows(first, second, k, resamples=resamples, seed=seed, level=level)
+    return compare_rows(first, second, k, resamples=resamples, confidence=confidence, seed=seed)
 
 
 def random_heads(
-    k: int, seed: int, exclude: Collection[Head | str] = (), *, shape: tuple[int, int]
+    shape: tuple[int, int], k: int, *, exclude: Collection[Head | str] = (), seed: int
 ) -> tuple[Head, ...]:
     """Return `k` distinct random heads, as a control for a selection of heads.
 
     Parameters
     ----------
+    shape
+        Number of layers, and of heads per layer; `HeadScores.shape`.
     k
         Number of heads.
-    seed
-        Random seed; the only source of randomness.
     exclude
         Heads to exclude, such as the selected heads.
-    shape
-        Number of layers, and of heads per layer.
+    seed
+        Random seed; the only source of randomness.
 
     Raises
     ------

@@ -77,7 +77,12 @@ def by_group(values: np.ndarray, groups: Sequence[str]) -> tuple[list[str], np.n
 
 
 def mean_interval(
-    values: np.ndarray, groups: Sequence[str], level: float = 0.95, resamples: int = 2000, seed: int = 0
+    values: np.ndarray,
+    groups: Sequence[str],
+    confidence: float = 0.95,
+    *,
+    resamples: int = 2000,
+    seed: int = 0,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the bootstrap interval over groups of the mean over rows, ``[N, ...]`` -> twice ``[...]``.
 
@@ -88,7 +93,7 @@ def mean_interval(
     weights = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples)  # [resamples, groups]
     means = (weights @ sums.reshape(n, -1)) / (weights @ counts)[:, None]
     mean = sums.reshape(n, -1).sum(axis=0) / counts.sum()
-    low, high = draws_interval(means, mean, n, level)
+    low, high = draws_interval(means, mean, n, confidence)
     return low.reshape(values.shape[1:]), high.reshape(values.shape[1:])
 
 
@@ -98,7 +103,7 @@ def share_positive(values: np.ndarray, groups: Sequence[str]) -> np.ndarray:
     return (sums > 0).mean(axis=0)
 
 
-def family_p(values: np.ndarray, groups: Sequence[str], flips: int = 2000, seed: int = 0) -> np.ndarray:
+def family_p(values: np.ndarray, groups: Sequence[str], *, flips: int = 2000, seed: int = 0) -> np.ndarray:
     """Return for each head the two-sided p against no effect, corrected for all heads, ``[N, L, H]`` -> ``[L, H]``.
 
     If a head has no effect, both signs of a group's sum are equally likely. All heads of a group are flipped jointly,
@@ -136,7 +141,7 @@ def family_p(values: np.ndarray, groups: Sequence[str], flips: int = 2000, seed:
 
 
 def stability(
-    values: np.ndarray, groups: Sequence[str], k: int, splits: int = 200, seed: int = 0, level: float = 0.95
+    values: np.ndarray, groups: Sequence[str], k: int, *, splits: int = 200, confidence: float = 0.95, seed: int = 0
 ) -> Stability:
     """Split the groups into random halves and compare their rankings of heads; see `HeadScores.stability`."""
     _, sums, counts = by_group(values, groups)
@@ -144,20 +149,20 @@ def stability(
         msg = f"stability needs at least 4 groups; got {len(counts)}"
         raise PatchError(msg)
     flat = sums.reshape(len(sums), -1)
-    _check(k, splits, flat.shape[1], level)
+    _check(k, splits, flat.shape[1], confidence)
     order = np.argsort(np.random.default_rng(seed).random((splits, len(flat))), axis=1)
     half = (order < len(flat) // 2).astype(np.float64)  # [splits, G]
     first, second = ((part @ flat) / (part @ counts)[:, None] for part in (half, 1 - half))
     return Stability(
-        _range(spearman(first, second), level, splits),
-        _range(overlap(first, second, k), level, splits),
+        _range(spearman(first, second), confidence, splits),
+        _range(overlap(first, second, k), confidence, splits),
         k,
         k / flat.shape[1],
     )
 
 
 def compare_rows(
-    a: Rows, b: Rows, k: Sequence[int], *, resamples: int = 1000, seed: int = 0, level: float = 0.95
+    a: Rows, b: Rows, k: Sequence[int], *, resamples: int = 1000, confidence: float = 0.95, seed: int = 0
 ) -> Comparison:
     """Compare two sets of scores of the same heads; see `circuits.compare`."""
     if a.values.shape[1:] != b.values.shape[1:] or not len(a.values) or not len(b.values):
@@ -166,7 +171,7 @@ def compare_rows(
     shape = a.values.shape[1:]
     heads = int(np.prod(shape))
     for count in k:
-        _check(count, resamples, heads, level)
+        _check(count, resamples, heads, confidence)
     names_a, sums_a, counts_a = by_group(a.values.reshape(-1, heads), a.groups)
     names_b, sums_b, counts_b = by_group(b.values.reshape(-1, heads), b.groups)
     weights_a, weights_b, sizes = _draw_jointly(names_a, names_b, resamples, seed)
@@ -178,10 +183,10 @@ def compare_rows(
     fewest = min(sizes[0] + sizes[2], sizes[1] + sizes[2])
 
     def estimate(value: np.ndarray, draws: np.ndarray, least: float) -> Estimate:
-        low, high = draws_interval(draws, value[0], fewest, level)
+        low, high = draws_interval(draws, value[0], fewest, confidence)
         return Estimate(float(value[0]), max(float(low), least), min(float(high), 1.0), n, fewest < FEW_GROUPS)
 
-    low, high = draws_interval(means_a - means_b, mean_a - mean_b, fewest, level)
+    low, high = draws_interval(means_a - means_b, mean_a - mean_b, fewest, confidence)
     return Comparison(
         rank_correlation=estimate(spearman(mean_a[None], mean_b[None]), spearman(means_a, means_b), -1.0),
         overlap={
@@ -233,18 +238,18 @@ def _draw_jointly(
     return first, second, (len(parts["a"]), len(parts["b"]), len(shared))
 
 
-def _range(draws: np.ndarray, level: float, n: int) -> Estimate:
+def _range(draws: np.ndarray, confidence: float, n: int) -> Estimate:
     finite = draws[~np.isnan(draws)]
     if not len(finite):
         return Estimate(np.nan, np.nan, np.nan, n)
-    low, middle, high = np.quantile(finite, [(1 - level) / 2, 0.5, (1 + level) / 2])
+    low, middle, high = np.quantile(finite, [(1 - confidence) / 2, 0.5, (1 + confidence) / 2])
     return Estimate(float(middle), float(low), float(high), n)
 
 
-def _check(k: int, repetitions: int, heads: int, level: float) -> None:
+def _check(k: int, repetitions: int, heads: int, confidence: float) -> None:
     if not 1 <= k <= heads:
         msg = f"k={k} must be between 1 and {heads} heads"
         raise PatchError(msg)
-    if repetitions < 1 or not 0 < level < 1:
-        msg = f"got {repetitions} repetitions and level={level}: repetitions must be at least 1, and level between 0 and 1"
+    if repetitions < 1 or not 0 < confidence < 1:
+        msg = f"got {repetitions} repetitions and confidence={confidence}; pass at least 1 repetition and a confidence in (0, 1)"
         raise ConfigError(msg)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from circuits import HeadScores, ablate, head_scores, patch_heads
+from circuits import HeadScores, HeadSet, ablate, head_scores, patch_heads
 from concepts import counterfactuals, scenes
 from lvlm import load_lvlm
 
@@ -55,7 +55,7 @@ print(f"first three in common {stability.overlap}; by chance {stability.chance:.
 # head writes toward the answer. All heads' Spearman correlation with patching, intervals over scenes:
 
 # %%
-table = head_scores(model, pairs, ["image_mass", "box_mass", "localisation", "vhd", "direct", "patching"])
+table = head_scores(model, pairs, methods=["image_mass", "box_mass", "localisation", "vhd", "direct", "patching"])
 agreement = table.agreement(truth="patching", k=[3])
 agreement.loc[
     agreement["level"] == "object",
@@ -74,8 +74,8 @@ _ = axes[0].set_ylabel("patching effect")
 
 # %%
 others = scenes.dataset(n_images=30, seed=78).where(split="neutral").filter(lambda e: e.level == "object")
-sets = {"found": scores.top(2), "random": scores.random_heads(2, seed=0)}
-lost = ablate(model, others, list(sets.values()), how="mean")
+sets = {"best": HeadSet(scores.top(2)), "random": HeadSet(scores.random_heads(2, seed=0))}
+lost = ablate(model, others, list(sets.values()), method="mean")
 lost.frame().assign(heads=list(sets))[["name", "heads", "effect", "effect_low", "effect_high", "accuracy"]].round(3)
 
 # %% [markdown]

@@ -191,7 +191,7 @@ def _controls(
     make, store, decay = METHODS[context.config.steer.method].make, context.store, vector.decay
 
     def elsewhere() -> tuple[Head, ...]:
-        return random_heads(len(heads), 0, heads, shape=(context.model.n_layers, context.model.n_heads))
+        return random_heads((context.model.n_layers, context.model.n_heads), len(heads), exclude=heads, seed=0)
 
     made = (
         lambda: vector.randomised(0),

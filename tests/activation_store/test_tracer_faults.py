@@ -34,11 +34,11 @@ def broken() -> Lvlm:
 
 
 def patch(model: Lvlm) -> object:
-    return patch_heads(model, random_models.pairs("color")[:2], "last")
+    return patch_heads(model, random_models.pairs("color")[:2], tokens="last")
 
 
 WAYS: dict[str, Callable[[Lvlm], object]] = {
-    "ablate": lambda model: ablate(model, random_models.examples(2), "layers", "zero"),
+    "ablate": lambda model: ablate(model, random_models.examples(2), "layers", method="zero"),
     "patch_heads": patch,
     "without image": lambda model: _without_image(model, random_models.examples(2)),
 }
@@ -69,7 +69,7 @@ def test_an_ablation_that_makes_nan_is_an_error(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(type(model), "logits", logits)
     with pytest.raises(ModelError, match="not finite"):
-        ablate(model, random_models.examples(1), "layers", "zero")
+        ablate(model, random_models.examples(1), "layers", method="zero")
 
 
 def test_minus_infinity_at_some_tokens_is_finite() -> None:

@@ -10,8 +10,8 @@ import pytest
 import torch
 from scipy import stats
 
-from circuits import ablate
-from circuits.ablation import How, Where
+from circuits import HeadSet, ablate
+from circuits.ablation import Method, Tokens
 from concepts.schema import Example
 from groundscope.core.errors import ConfigError, PatchError, SiteError
 from groundscope.testing import planted_circuits
@@ -19,7 +19,7 @@ from lvlm import Head
 from lvlm.model import Lvlm
 from tests.toys.random_models import examples, hooks_of, layers_of, shared
 
-SETS = [Head(1, 3), [Head(0, 0), Head(4, 7), Head(4, 2)]]
+SETS = [Head(1, 3), HeadSet([Head(0, 0), Head(4, 7), Head(4, 2)])]
 
 
 def margin(logits: torch.Tensor, model: Lvlm, example: Example) -> float:
@@ -71,61 +71,64 @@ def naive(model: Lvlm, example: Example, heads: Sequence[Head], values: list[tor
 
 
 @pytest.mark.parametrize("tokens", ["last", "suffix", "image", "all"])
-@pytest.mark.parametrize("how", ["zero", "mean"])
-def test_equals_plain_hooks(how: How, tokens: Where) -> None:
+@pytest.mark.parametrize("method", ["zero", "mean"])
+def test_equals_plain_hooks(method: Method, tokens: Tokens) -> None:
     model, asked, reference = shared(), examples(4), examples()[2:7]
-    found = ablate(model, asked, SETS, how, tokens, reference=reference, batch_size=3)
+    found = ablate(model, asked, SETS, method=method, tokens=tokens, reference=reference, batch_size=3)
     collected = [[z[spots(model, e, tokens)] for z in outputs(model, e)] for e in reference]
     mean = [torch.cat([example[i] for example in collected]).double().mean(0).float() for i in range(model.n_layers)]
     for n, example in enumerate(asked):
         count = len(spots(model, example, tokens))
-        values = [(m if how == "mean" else 0 * m).expand(count, -1) for m in mean]
+        values = [(m if method == "mean" else 0 * m).expand(count, -1) for m in mean]
         assert found.margins[n] == pytest.approx(naive(model, example, [], values, tokens), abs=1e-5)
-        for s, heads in enumerate(found.sets):
+        for s, heads in enumerate(found.heads):
             assert found.ablated[n, s] == pytest.approx(naive(model, example, heads, values, tokens), abs=1e-5)
     assert np.abs(found.effects).max() > 1e-3
-    assert found.sets == ((Head(1, 3),), tuple(SETS[1]))
+    assert found.heads == ((Head(1, 3),), tuple(SETS[1]))
     assert hooks_of(model) == 0
 
 
 @pytest.mark.parametrize("tokens", ["last", "all"])
-def test_resampling_takes_another_groups_output(tokens: Where) -> None:
+def test_resampling_takes_another_groups_output(tokens: Tokens) -> None:
     model, asked = shared(), examples()
-    found = ablate(model, asked, SETS, "resample", tokens, seed=3)
+    found = ablate(model, asked, SETS, method="resample", tokens=tokens, seed=3)
     for n, example in enumerate(asked[:3]):
         possible = []
         for other in asked:
             same = tokens == "last" or len(spots(model, other, tokens)) == len(spots(model, example, tokens))
             if other.group != example.group and same:
                 values = [z[spots(model, other, tokens)] for z in outputs(model, other)]
-                possible.append([naive(model, example, heads, values, tokens) for heads in found.sets])
+                possible.append([naive(model, example, heads, values, tokens) for heads in found.heads])
         nearest = np.abs(np.array(possible) - found.ablated[n]).max(axis=1).min()
         assert nearest < 1e-5, "one donor explains all sets"
         own = [z[spots(model, example, tokens)] for z in outputs(model, example)]
-        assert naive(model, example, found.sets[1], own, tokens) == pytest.approx(float(found.margins[n]), abs=1e-5)
-    again = ablate(model, asked, SETS, "resample", tokens, seed=3, batch_size=2)
+        assert naive(model, example, found.heads[1], own, tokens) == pytest.approx(float(found.margins[n]), abs=1e-5)
+    again = ablate(model, asked, SETS, method="resample", tokens=tokens, seed=3, batch_size=2)
     np.testing.assert_allclose(again.ablated, found.ablated, atol=1e-5)
-    assert np.abs(ablate(model, asked, SETS, "resample", tokens, seed=4).ablated - found.ablated).max() > 1e-4
+    assert (
+        np.abs(ablate(model, asked, SETS, method="resample", tokens=tokens, seed=4).ablated - found.ablated).max()
+        > 1e-4
+    )
 
 
 def test_sweeps_cover_every_head_and_layer() -> None:
     model = shared()
-    heads, layers = (ablate(model, examples(2), kind, "zero") for kind in ("heads", "layers"))
-    assert [h for (h,) in heads.sets] == [Head(i, h) for i in range(6) for h in range(8)]
-    assert [{h.layer for h in s} for s in layers.sets] == [{i} for i in range(6)]
-    assert {len(s) for s in layers.sets} == {8}
+    heads, layers = (ablate(model, examples(2), kind, method="zero") for kind in ("each", "layers"))
+    assert [h for (h,) in heads.heads] == [Head(i, h) for i in range(6) for h in range(8)]
+    assert [{h.layer for h in s} for s in layers.heads] == [{i} for i in range(6)]
+    assert {len(s) for s in layers.heads} == {8}
 
 
-@pytest.mark.parametrize("how", ["zero", "mean"])
+@pytest.mark.parametrize("method", ["zero", "mean"])
 @pytest.mark.parametrize("backups", [1, 2])
-def test_backups_show_in_joint_but_not_in_single_ablation(how: How, backups: int) -> None:
+def test_backups_show_in_joint_but_not_in_single_ablation(method: Method, backups: int) -> None:
     for seed in range(6):
         p = planted_circuits.plant(seed, backups=backups)
         assert p.grounding is not None
         balanced = [e for pair in p.pairs(4) for e in (pair.clean, pair.corrupt)]
         chain = [p.grounding, *p.backups]
-        sets = [[h] for h in chain] + [chain[:-1], chain]
-        found = ablate(p.model, balanced, sets, how).effects.mean(0)
+        sets = [*chain, HeadSet(chain[:-1]), HeadSet(chain)]
+        found = ablate(p.model, balanced, sets, method=method).effects.mean(0)
         # 6 is what the picture says, in logits.
         np.testing.assert_allclose(found[:-1], 0, atol=0.1)
         assert found[-1] == pytest.approx(6, abs=0.2)
@@ -135,7 +138,7 @@ def test_without_the_prior_head_conflicts_are_answered_more_surely() -> None:
     p = planted_circuits.plant(2)
     assert p.prior is not None
     asked = p.examples(20)
-    found = ablate(p.model, asked, [p.prior], "zero").effects[:, 0]
+    found = ablate(p.model, asked, [p.prior], method="zero").effects[:, 0]
     for example, effect in zip(asked, found, strict=True):
         assert effect == pytest.approx({"neutral": 0, "typical": 3, "conflict": -3}[example.split], abs=0.1)
 
@@ -144,7 +147,7 @@ def test_numbers_by_group() -> None:
     p = planted_circuits.plant(5)
     assert p.grounding is not None
     asked = [replace(e, group=f"g{i // 3}") for i, e in enumerate(p.examples(30))]
-    found = ablate(p.model, asked, [p.grounding, p.decoys[0]], "zero")
+    found = ablate(p.model, asked, [p.grounding, p.decoys[0]], method="zero")
     frame = found.frame()
     assert list(frame["name"]) == [str(p.grounding), str(p.decoys[0])]
     np.testing.assert_allclose(frame["effect"], found.effects.mean(0), rtol=1e-6)
@@ -162,7 +165,7 @@ def test_numbers_by_group() -> None:
 
 def test_what_is_refused() -> None:
     model, asked = shared(), examples(2)
-    for options in ({"how": "noise"}, {"tokens": "first"}, {"batch_size": 0}, {"sets": "neurons"}):
+    for options in ({"method": "noise"}, {"tokens": "first"}, {"batch_size": 0}, {"batch_size": -1}):
         with pytest.raises(ConfigError):
             ablate(model, asked, **options)
     with pytest.raises(SiteError, match=r"L9\.H0: random has 6 layers"):
@@ -175,4 +178,4 @@ def test_what_is_refused() -> None:
     with pytest.raises(PatchError, match="reference is empty"):
         ablate(model, asked, reference=[])
     with pytest.raises(PatchError, match="no reference example of another group"):
-        ablate(model, asked[:1], how="resample")
+        ablate(model, asked[:1], method="resample")

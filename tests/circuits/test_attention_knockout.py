@@ -109,7 +109,7 @@ def test_equals_a_decoder_written_out(target: Role, source: Role, attention: str
     model = shared() if attention == "sdpa" else lively()
     model.hf.set_attn_implementation(attention)
     asked = answered(shared())[:2]
-    found = attention_knockout.sweep(model, asked, target, source, window=3, batch_size=1)
+    found = attention_knockout.sweep(model, asked, target=target, source=source, window=3, batch_size=1)
     assert found.windows == ((0, 1), (0, 1, 2), (1, 2, 3), (2, 3, 4), (3, 4, 5), (4, 5))
     assert found.ids == tuple(e.id for e in asked)
     for n, example in enumerate(asked):
@@ -136,7 +136,7 @@ def test_equals_a_decoder_written_out(target: Role, source: Role, attention: str
 def test_the_object_is_part_of_the_image() -> None:
     model = shared()
     asked = answered(model)
-    found = attention_knockout.sweep(model, asked, "last", "object", window=6)
+    found = attention_knockout.sweep(model, asked, target="last", source="object", window=6)
     inside = [e for e in asked if e.named_object() is not None]
     assert found.ids == tuple(e.id for e in inside)
     assert found.without == len(asked) - len(inside) > 0
@@ -153,7 +153,7 @@ def test_known_circuits_lose_the_answer_where_they_are() -> None:
     direct, two = planted_circuits.plant(3, prior=False), planted_circuits.plant(3, "two_step", prior=False)
     assert direct.grounding is not None
     asked = direct.examples(8)
-    found = attention_knockout.sweep(direct.model, asked, "last", "image", window=1)
+    found = attention_knockout.sweep(direct.model, asked, target="last", source="image", window=1)
     layers = np.arange(4)
     lost = found.change.mean(0)
     assert lost[direct.grounding.layer] < -0.3
@@ -161,9 +161,9 @@ def test_known_circuits_lose_the_answer_where_they_are() -> None:
     assert found.right[:, layers != direct.grounding.layer].all()
     assert two.mover is not None
     assert two.reader is not None
-    first = attention_knockout.sweep(two.model, asked, "question", "image", window=1).change.mean(0)
-    then = attention_knockout.sweep(two.model, asked, "last", "question", window=1).change.mean(0)
-    past = attention_knockout.sweep(two.model, asked, "last", "image", window=1).change.mean(0)
+    first = attention_knockout.sweep(two.model, asked, target="question", source="image", window=1).change.mean(0)
+    then = attention_knockout.sweep(two.model, asked, target="last", source="question", window=1).change.mean(0)
+    past = attention_knockout.sweep(two.model, asked, target="last", source="image", window=1).change.mean(0)
     assert int(first.argmin()) == two.mover.layer
     assert int(then.argmin()) == two.reader.layer
     assert max(first.min(), then.min()) < -0.3
@@ -192,7 +192,7 @@ def test_families_whose_attention_takes_a_mask(name: str) -> None:
         for e in examples(4)
         for answer in ("yes", "no")
     ]  # fmt: skip
-    found = attention_knockout.sweep(model, asked, "question", "image", windows=[range(model.n_layers)])
+    found = attention_knockout.sweep(model, asked, target="question", source="image", windows=[range(model.n_layers)])
     assert found.wrong + len(found.ids) == len(asked)
     assert np.abs(found.change).max() > 1e-4
     # What was cut is not attended to, and no other token attends to less than all of 1.
@@ -250,4 +250,4 @@ def test_what_is_refused() -> None:
         attention_knockout.sweep(model, [])
     absent = [e for e in asked if e.named_object() is None]
     with pytest.raises(PatchError, match="lack 'last' or 'object'"):
-        attention_knockout.sweep(model, absent, "last", "object")
+        attention_knockout.sweep(model, absent, target="last", source="object")

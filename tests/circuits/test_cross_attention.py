@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from activation_store import trace
-from circuits import ablate, head_scores, patch
+from circuits import HeadSet, ablate, head_scores, patch
 from circuits.execution.conditions import logits_under
 from concepts import ConceptDataset
 from concepts.schema import Example
@@ -58,9 +58,9 @@ def test_ablation_equals_raw_hooks(family: str) -> None:
     lvlm, given = model(family), [pair_of(k).clean for k in (0, 2)]
     modules, width = projections(lvlm, family), lvlm.head_dim
     for tokens in ("all", "last"):
-        found = ablate(lvlm, given, "heads", "zero", tokens)  # pyright: ignore[reportArgumentType]
+        found = ablate(lvlm, given, method="zero", tokens=tokens)  # pyright: ignore[reportArgumentType]
         for n, example in enumerate(given):
-            for s, ((head,),) in enumerate(zip(found.sets, strict=True)):
+            for s, ((head,),) in enumerate(zip(found.heads, strict=True)):
 
                 def zero(z: torch.Tensor, h: int = head.head, tokens: str = tokens) -> torch.Tensor:
                     z = z.clone()
@@ -71,24 +71,24 @@ def test_ablation_equals_raw_hooks(family: str) -> None:
                 assert found.ablated[n, s] == pytest.approx(want, abs=1e-5)
         assert np.abs(found.effects).max(axis=0).min() > 1e-6, "every head does something"
     with pytest.raises(PatchError, match="requires image tokens"):
-        ablate(lvlm, given, "heads", "zero", "image")
+        ablate(lvlm, given, method="zero", tokens="image")
 
 
 @pytest.mark.parametrize("family", READ_ELSEWHERE)
 def test_scores_of_heads(family: str) -> None:
     lvlm, given = model(family), [pair_of(k).clean for k in (0, 2)]
-    scores = head_scores(lvlm, given, ["ablation"]).values["ablation"]
-    means = ablate(lvlm, given, "heads", "mean", "last").effects
+    scores = head_scores(lvlm, given, methods=["ablation"]).values["ablation"]
+    means = ablate(lvlm, given, method="mean", tokens="last").effects
     np.testing.assert_array_equal(scores.reshape(means.shape), means)
     assert np.abs(scores).max() > 1e-5
     with pytest.raises(ModelError, match="has no image tokens"):
-        head_scores(lvlm, given, ["vhd"])
+        head_scores(lvlm, given, methods=["vhd"])
 
 
 def test_direct_attribution_through_the_gate() -> None:
     """The sum over a cross layer's heads is what its attention adds, after its gate, to the margin."""
     lvlm, example = model("mllama"), pair_of(0).clean
-    direct = head_scores(lvlm, [example], ["direct"]).values["direct"][0]  # [L, H]
+    direct = head_scores(lvlm, [example], methods=["direct"]).values["direct"][0]  # [L, H]
     sites = ["decoder.L3.resid_post", "decoder.L1.cross.attn_out"]
     seen = lvlm.read(lvlm.encode(example).inputs, sites)
     x, added = (seen[site][0, -1].detach().double() for site in sites)
@@ -103,7 +103,7 @@ def test_direct_attribution_through_the_gate() -> None:
 @pytest.mark.parametrize("component", ["resid_pre", "resid_post", "mlp_out"])
 def test_residual_and_mlp_sites_of_llama_vision(component: str) -> None:
     lvlm, given = model("mllama"), [pair_of(0), pair_of(2)]
-    scores = patch(lvlm, given, component, "last", min_effect=0)
+    scores = patch(lvlm, given, component, tokens="last", min_effect=0)
     layers = lvlm.hf.model.language_model.layers
     for k, pair in enumerate(given):
         clean, corrupt = (
@@ -185,14 +185,14 @@ def test_heads_as_text_wherever_heads_are() -> None:
     lvlm, pair = model("llava"), pair_of(0)
     head, other = Head(0, 1), Head(1, 2)
     same = {
-        "ablate": lambda h, o: ablate(lvlm, [pair.clean], [h, [h, o]], "zero").ablated,
-        "patch": lambda h, o: patch(lvlm, [pair], [h, {h, o}], min_effect=0).effects,
-        "patch together": lambda h, o: patch(lvlm, [pair], (h, o), min_effect=0).effects,
+        "ablate": lambda h, o: ablate(lvlm, [pair.clean], [h, HeadSet([h, o])], method="zero").ablated,
+        "patch": lambda h, o: patch(lvlm, [pair], [h, HeadSet([h, o])], min_effect=0).effects,
+        "patch together": lambda h, o: patch(lvlm, [pair], HeadSet([h, o]), min_effect=0).effects,
         "paths": lambda h, o: patch_paths(lvlm, [pair], [h], [o], min_effect=0).effects,
         "attention": lambda h, o: attention_to_image(lvlm, [pair.clean], [h, o]).image_mass,
         "derive": lambda h, o: derive.from_pairs(lvlm, [pair], heads=[h, o]).entries[other].vector,
         "ict": lambda h, o: derive.from_pairs(lvlm, [pair], heads=[o]).on_heads([h]).entries[head].vector,
-        "random": lambda h, o: np.array([x.head for x in random_heads(3, 0, [h, o], shape=(2, 4))]),
+        "random": lambda h, o: np.array([x.head for x in random_heads((2, 4), 3, exclude=[h, o], seed=0)]),
         "vector": lambda h, o: np.stack(
             [
                 e.vector
@@ -206,6 +206,6 @@ def test_heads_as_text_wherever_heads_are() -> None:
         np.testing.assert_array_equal(make("L0.H1", "L1.H2"), make(head, other), err_msg=name)
     for wrong in ("L0H1", "0.1", 3):
         with pytest.raises(SiteError, match="not a head"):
-            ablate(lvlm, [pair.clean], [[wrong]], "zero")  # pyright: ignore[reportArgumentType]
+            ablate(lvlm, [pair.clean], [[wrong]], method="zero")  # pyright: ignore[reportArgumentType]
         with pytest.raises(GroundscopeError):
             derive.from_pairs(lvlm, [pair], heads=[wrong])  # pyright: ignore[reportArgumentType]

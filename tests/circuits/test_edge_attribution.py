@@ -66,7 +66,7 @@ def test_an_edge_is_how_the_answer_changes_as_its_reader_alone_sees_its_writer_m
 def test_what_the_input_tells_all_is_what_patching_the_embeddings_would_do(family: str) -> None:
     options: dict[str, Any] = {"point": "path", "steps": 1, "min_effect": 0}
     graph = attribution.edges(model(family), [pair_of(0)], **options)
-    embeddings = attribution.nodes(model(family), [pair_of(0)], "embeddings", "all", **options)
+    embeddings = attribution.nodes(model(family), [pair_of(0)], "embeddings", tokens="all", **options)
     assert graph.scores[0].sum() == pytest.approx(float(embeddings.effects[0, 0, 0]), rel=2e-3)
 
 
@@ -93,15 +93,15 @@ def linear() -> Lvlm:
 
 
 @pytest.mark.usefixtures("precise")
-@pytest.mark.parametrize("direction", ["denoise", "noise"])
-def test_in_a_linear_decoder_estimates_are_patches_and_edges_are_complete(direction: Any) -> None:
+@pytest.mark.parametrize("mode", ["denoise", "noise"])
+def test_in_a_linear_decoder_estimates_are_patches_and_edges_are_complete(mode: Any) -> None:
     lvlm, pairs = linear(), [pair_of(0), pair_of(2)]
     sites = ("z", "mlp_out", "resid_mid", "decoder.L0.resid_pre")
-    options: dict[str, Any] = {"direction": direction, "min_effect": 0}
+    options: dict[str, Any] = {"mode": mode, "min_effect": 0}
     for tokens in ("all", "image:each"):
-        exact = patch(lvlm, pairs, sites, tokens, **options)
+        exact = patch(lvlm, pairs, sites, tokens=tokens, **options)
         for point in ("run", "source", "path"):
-            found = attribution.nodes(lvlm, pairs, sites, tokens, point=point, steps=2, **options)
+            found = attribution.nodes(lvlm, pairs, sites, tokens=tokens, point=point, steps=2, **options)
             assert found.sites == exact.sites
             assert found.positions == exact.positions
             np.testing.assert_allclose(found.effects, exact.effects, rtol=0, atol=1e-6)
@@ -260,7 +260,7 @@ def test_attention_that_is_not_called_by_name_is_refused() -> None:
 @pytest.mark.parametrize(
     ("options", "error", "match"),
     [
-        ({"direction": "up"}, ConfigError, "unknown direction 'up'"),
+        ({"mode": "up"}, ConfigError, "unknown mode 'up'"),
         ({"point": "middle"}, ConfigError, "unknown point 'middle'"),
         ({"variant": "mine"}, ConfigError, "unknown variant 'mine'"),
         ({"steps": 0}, ConfigError, "steps=0"),

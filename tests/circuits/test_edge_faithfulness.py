@@ -108,7 +108,9 @@ def test_a_curve_of_edges_has_areas_intervals_and_a_table() -> None:
     low, high = found.interval("cpr").low, found.interval("cpr").high
     assert low <= found.cpr <= high
     assert list(found.frame().columns) == ["share", "edges", "faithfulness", "low", "high"]
-    top = faithfulness.edges(planted.model, planted.pairs(6, seed=1), graph, "absolute", choose="top", shares=(0.1,))
+    top = faithfulness.edges(
+        planted.model, planted.pairs(6, seed=1), graph, order="absolute", choose="top", shares=(0.1,)
+    )
     assert top.sizes == (round(0.1 * total),)
     assert {e.name for e in top.circuits[0].edges} == {e.name for e in graph.top(top.sizes[0], prune=False).edges}
 
@@ -121,7 +123,7 @@ def test_mistakes_are_named() -> None:
         ({"choose": "random"}, "unknown choose 'random'; choose 'greedy' or 'top'"),
         ({"shares": (0.5, 0.1)}, "pass ascending shares of all edges"),
         ({"shares": ()}, "pass ascending shares of all edges"),
-        ({"batch_pairs": 0}, "batch_pairs=0"),
+        ({"batch_size": 0}, "batch_size=0"),
     ]
     for option, message in options:
         with pytest.raises(ConfigError, match=message):

@@ -64,7 +64,7 @@ def moved(model: Lvlm, pair: CounterfactualPair, layer: int, head: int, by: floa
 @pytest.mark.parametrize("tokens", ["last", "suffix"])
 def test_estimates_are_the_slope_between_the_runs(tokens: str) -> None:
     model, pair = precise(), pairs("color")[0]
-    found = attribution.heads(model, [pair], tokens, min_effect=0)  # type: ignore[arg-type]
+    found = attribution.heads(model, [pair], tokens=tokens, min_effect=0)  # type: ignore[arg-type]
     encoding = model.encode(pair.clean)
     first = encoding.tokens.last if tokens == "last" else max(encoding.tokens.image) + 1
     gap = float(found.clean[0] - found.corrupt[0])
@@ -75,16 +75,16 @@ def test_estimates_are_the_slope_between_the_runs(tokens: str) -> None:
         np.testing.assert_allclose(found.effects[0, layer, head], slope / gap, rtol=5e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("direction", ["denoise", "noise"])
+@pytest.mark.parametrize("mode", ["denoise", "noise"])
 @pytest.mark.parametrize("point", ["run", "source", "path"])
-def test_where_the_answer_is_linear_in_a_head_the_estimate_is_the_patch(direction: str, point: str) -> None:
+def test_where_the_answer_is_linear_in_a_head_the_estimate_is_the_patch(mode: str, point: str) -> None:
     model = lively(seed=1)
     text = model.hf.model.language_model
     text.norm = nn.Identity().eval()
     nn.init.zeros_(text.layers[-1].mlp.down_proj.weight)
-    options = {"direction": direction, "min_effect": 1e-3}
-    exact = patch_heads(model, pairs("color"), "last", **options)  # type: ignore[arg-type]
-    estimate = attribution.heads(model, pairs("color"), "last", point=point, **options)  # type: ignore[arg-type]
+    options = {"mode": mode, "min_effect": 1e-3}
+    exact = patch_heads(model, pairs("color"), tokens="last", **options)  # type: ignore[arg-type]
+    estimate = attribution.heads(model, pairs("color"), tokens="last", point=point, **options)  # type: ignore[arg-type]
     if point != "path":  # on the way, what enters the last layer is neither run's, but its read-out is the same
         np.testing.assert_array_equal(estimate.clean, exact.clean)
     np.testing.assert_allclose(estimate.effects[:, -1], exact.effects[:, -1], atol=2e-4)
@@ -95,7 +95,7 @@ def test_where_the_answer_is_linear_in_a_head_the_estimate_is_the_patch(directio
 def test_the_mean_along_the_path_is_that_of_gradients_taken_by_hand() -> None:
     model, pair = precise(), pairs("color")[1]
     steps = 3
-    found = attribution.heads(model, [pair], "last", point="path", steps=steps, min_effect=0)
+    found = attribution.heads(model, [pair], tokens="last", point="path", steps=steps, min_effect=0)
     clean, corrupt = heads_of(model, pair.clean), heads_of(model, pair.corrupt)
     layers = layers_of(model)
     entering: list[torch.Tensor] = []
@@ -126,7 +126,7 @@ def test_the_mean_along_the_path_is_that_of_gradients_taken_by_hand() -> None:
 
 def test_dropped_gradients_are_those_of_a_model_whose_layer_is_stopped() -> None:
     model, pair = precise(), pairs("color")[2]
-    found = attribution.heads(model, [pair], "last", drop=True, min_effect=0)
+    found = attribution.heads(model, [pair], tokens="last", drop=True, min_effect=0)
     clean, corrupt = heads_of(model, pair.clean), heads_of(model, pair.corrupt)
     layers = layers_of(model)
     total = np.zeros((model.n_layers, model.n_heads))
@@ -158,13 +158,13 @@ def test_dropped_gradients_are_those_of_a_model_whose_layer_is_stopped() -> None
 def test_nodes_are_heads_position_by_position(drop: bool) -> None:
     model = shared()
     some, options = pairs("color")[:2], {"min_effect": 0, "drop": drop}
-    whole = attribution.heads(model, some, "suffix", **options)  # type: ignore[arg-type]
-    at_once = attribution.nodes(model, some, "z", "suffix", **options)  # type: ignore[arg-type]
+    whole = attribution.heads(model, some, tokens="suffix", **options)  # type: ignore[arg-type]
+    at_once = attribution.nodes(model, some, "z", tokens="suffix", **options)  # type: ignore[arg-type]
     assert at_once.sites[9] == "L1.H1"
     np.testing.assert_allclose(at_once.effects[:, 9, 0], whole.effects[:, 1, 1], rtol=1e-4, atol=1e-6)
     assert "estimated from gradients at the run" in at_once.path
     if not drop:
-        each = attribution.nodes(model, some, ["z", "mlp_out", "embeddings"], "suffix:each", min_effect=0)
+        each = attribution.nodes(model, some, ["z", "mlp_out", "embeddings"], tokens="suffix:each", min_effect=0)
         np.testing.assert_allclose(np.nansum(each.effects[:, :48], -1), whole.effects.reshape(2, -1), atol=1e-4)
         assert len(each.sites) == 48 + 6 + 1
         assert each.sites[-1] == "decoder.L0.resid_pre"
@@ -173,7 +173,7 @@ def test_nodes_are_heads_position_by_position(drop: bool) -> None:
 def test_an_embedding_and_an_mlp_have_the_slope_of_the_answer() -> None:
     model, pair = precise(), pairs("color")[0]
     found = attribution.nodes(
-        model, [pair], ["embeddings", "decoder.L2.mlp_out", "decoder.L2.resid_mid"], "all", min_effect=0
+        model, [pair], ["embeddings", "decoder.L2.mlp_out", "decoder.L2.resid_mid"], tokens="all", min_effect=0
     )
     layers = layers_of(model)
     places = (  # a module, whether its input is the node, and what else has to be moved by as much
@@ -221,8 +221,8 @@ def test_an_embedding_and_an_mlp_have_the_slope_of_the_answer() -> None:
 def test_nothing_is_left_behind_and_pairs_do_not_mix() -> None:
     model = shared()
     before = hooks_of(model)
-    together = attribution.heads(model, pairs("color"), "suffix", min_effect=0)
-    apart = [attribution.heads(model, [pair], "suffix", min_effect=0) for pair in pairs("color")]
+    together = attribution.heads(model, pairs("color"), tokens="suffix", min_effect=0)
+    apart = [attribution.heads(model, [pair], tokens="suffix", min_effect=0) for pair in pairs("color")]
     np.testing.assert_allclose(together.effects, np.concatenate([one.effects for one in apart]), rtol=1e-3, atol=1e-5)
     assert hooks_of(model) == before
     assert all(parameter.grad is None for parameter in model.hf.parameters())
@@ -233,7 +233,7 @@ def test_nothing_is_left_behind_and_pairs_do_not_mix() -> None:
     ("options", "error", "match"),
     [
         ({"tokens": "first"}, ConfigError, "unknown tokens 'first'"),
-        ({"direction": "up"}, ConfigError, "unknown direction 'up'"),
+        ({"mode": "up"}, ConfigError, "unknown mode 'up'"),
         ({"point": "middle"}, ConfigError, "unknown point 'middle'"),
         ({"steps": 0}, ConfigError, "steps=0"),
         ({"min_effect": 1e9}, PatchError, "below min_effect"),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from circuits import faithfulness, patch_heads
+from circuits import all_heads, faithfulness, patch_heads
 from groundscope.core.errors import ConfigError, PatchError
 from groundscope.testing.planted_circuits import plant
 from lvlm.answer_keys import answer_key
@@ -53,7 +53,7 @@ def margin_without(model: Lvlm, outside: list[Head]) -> np.ndarray:
 def test_a_curve_is_the_model_without_all_other_heads() -> None:
     model = shared()
     ranking = np.random.default_rng(0).normal(size=(model.n_layers, model.n_heads))
-    found = faithfulness.curve(model, examples(), ranking, how="zero", shares=(0.1, 0.5, 1.0))
+    found = faithfulness.curve(model, examples(), ranking, method="zero", shares=(0.1, 0.5, 1.0))
     order = [Head(int(i) // model.n_heads, int(i) % model.n_heads) for i in np.argsort(-ranking.ravel())]
     full, empty = margin_without(model, []), margin_without(model, order)
     np.testing.assert_allclose(found.full, full, atol=1e-4)
@@ -94,7 +94,7 @@ def test_needless_heads_leave_a_minimal_set() -> None:
     grounding, decoy = planted.grounding, planted.decoys[0]
     assert grounding is not None
     model = planted.model
-    rest = [h for h in faithfulness.heads_of(model) if h not in (grounding, decoy)]
+    rest = [h for h in all_heads(model) if h not in (grounding, decoy)]
     small = faithfulness.minimal(model, planted.examples(12), [decoy, *rest[:2], grounding, *rest[2:]])
     assert small.heads == (grounding,)
     assert set(small.dropped) == {decoy, *rest[:2]}
@@ -121,7 +121,7 @@ def test_absolute_order_takes_heads_that_work_against() -> None:
     ranking[2, 3], ranking[1, 1] = -5, 2
     assert faithfulness.ranked(model, ranking)[0] == Head(1, 1)
     assert faithfulness.ranked(model, ranking)[-1] == Head(2, 3)
-    assert faithfulness.ranked(model, ranking, "absolute")[:2] == (Head(2, 3), Head(1, 1))
+    assert faithfulness.ranked(model, ranking, order="absolute")[:2] == (Head(2, 3), Head(1, 1))
 
 
 def test_a_mistake_is_named() -> None:
@@ -130,7 +130,7 @@ def test_a_mistake_is_named() -> None:
     with pytest.raises(ConfigError, match="ascending"):
         faithfulness.curve(model, examples(), ranking, shares=(0.5, 0.1))
     with pytest.raises(ConfigError, match="unknown order 'up'"):
-        faithfulness.curve(model, examples(), ranking, "up")  # type: ignore[arg-type]
+        faithfulness.curve(model, examples(), ranking, order="up")  # type: ignore[arg-type]
     with pytest.raises(PatchError, match="finite scores"):
         faithfulness.curve(model, examples(), ranking[:2])
     with pytest.raises(PatchError, match="each of the 48 heads"):

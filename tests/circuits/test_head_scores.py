@@ -74,7 +74,7 @@ def test_interval_covers_like_the_normal_one_and_is_reproducible() -> None:
     assert ((low < s.mean) & (s.mean < high)).all()
     np.testing.assert_allclose(high - low, 2 * 1.96 * s.standard_error, rtol=0.15)
     np.testing.assert_array_equal(low, s.interval()[0])
-    narrow_low, narrow_high = s.interval(level=0.5)
+    narrow_low, narrow_high = s.interval(confidence=0.5)
     assert ((narrow_low > low) & (narrow_high < high)).all()
 
 
@@ -112,8 +112,9 @@ def test_random_heads() -> None:
     drawn = s.random_heads(4, seed=1, exclude=s.top(2))
     assert len(set(drawn)) == 4
     assert not set(drawn) & set(s.top(2))
-    assert drawn == random_heads(4, 1, s.top(2), shape=(3, 4)) != random_heads(4, 2, s.top(2), shape=(3, 4))
-    every = [h for seed in range(300) for h in random_heads(1, seed, shape=(3, 4))]
+    assert drawn == random_heads((3, 4), 4, exclude=s.top(2), seed=1)
+    assert drawn != random_heads((3, 4), 4, exclude=s.top(2), seed=2)
+    every = [h for seed in range(300) for h in random_heads((3, 4), 1, seed=seed)]
     assert len(set(every)) == 12
     with pytest.raises(PatchError, match="10 of 12 heads are available"):
         s.random_heads(11, seed=0, exclude=s.top(2))
@@ -194,7 +195,7 @@ def test_family_wise_p_against_a_loop() -> None:
     seen = statistic(np.ones(len(names)))
     largest = [statistic(sign).max() for sign in signs]
     expected = np.array([[(1 + sum(m >= v - 1e-12 for m in largest)) / (1 + flips) for v in row] for row in seen])
-    np.testing.assert_allclose(s.family_p(flips, seed=5), expected, rtol=1e-12)
+    np.testing.assert_allclose(s.family_p(flips=flips, seed=5), expected, rtol=1e-12)
     # The strongest head, and 8 groups: 2 in 256 flips are as extreme.
     assert expected[1, 2] < 0.03
 
@@ -219,7 +220,7 @@ def test_noise_is_called_an_effect_no_more_often_than_stated() -> None:
         noise = shared * rng.normal(size=s.shape) + rng.laplace(size=s.effects.shape)
         for k, name in enumerate(sorted(set(s.groups))):
             noise[members == name] = (1 + k) * (noise[members == name] + rng.standard_t(3, s.shape))
-        wrong += HeadScores(**{**vars(s), "effects": noise}).family_p(99, seed=run).min() <= level
+        wrong += HeadScores(**{**vars(s), "effects": noise}).family_p(flips=99, seed=run).min() <= level
     # Exactly at the level, but for the binomial error of 400 runs (standard error .015).
     assert 0.055 <= wrong / runs <= 0.145
 
@@ -233,7 +234,7 @@ def test_shuffled_pairs_stay_within_the_null() -> None:
     wrong = 0
     for run in range(runs):
         turned = logits * rng.choice([-1.0, 1.0], measured.n_pairs)[:, None, None]
-        wrong += HeadScores(**{**vars(measured), "effects": turned}).family_p(99, seed=run).min() <= 0.05
+        wrong += HeadScores(**{**vars(measured), "effects": turned}).family_p(flips=99, seed=run).min() <= 0.05
     assert wrong / runs <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / runs)
     assert p.grounding is not None
     assert measured.family_p()[p.grounding.layer, p.grounding.head] < 0.001

@@ -48,7 +48,7 @@ def answer_ids(model: Lvlm, example: Example) -> dict[str, int]:
 
 def test_direct_attribution_against_float64() -> None:
     model, asked = shared(), examples()
-    found = head_scores(model, asked, ["direct"], batch_size=3).values["direct"]
+    found = head_scores(model, asked, methods=["direct"], batch_size=3).values["direct"]
     w_u = model.hf.lm_head.weight.detach().double().numpy()
     norm = model.hf.model.language_model.norm
     for n, example in enumerate(asked):
@@ -69,7 +69,7 @@ def test_direct_attribution_against_float64() -> None:
 
 def test_vision_aware_divergence_against_a_run_without_the_image() -> None:
     model, asked = shared(), examples()[:5]
-    found = head_scores(model, asked, ["vhd"], batch_size=2).values["vhd"]
+    found = head_scores(model, asked, methods=["vhd"], batch_size=2).values["vhd"]
     image = model.processor.tokenizer.convert_tokens_to_ids("<image>")
     for n, example in enumerate(asked):
         inputs = model.encode(example).inputs
@@ -83,14 +83,14 @@ def test_vision_aware_divergence_against_a_run_without_the_image() -> None:
 
 def test_attention_and_causal_columns_are_what_the_single_functions_give() -> None:
     model, given = shared(), pairs("color")
-    table = head_scores(model, given, ALL, min_effect=LEAST)
+    table = head_scores(model, given, methods=ALL, min_effect=LEAST)
     clean = [p.clean for p in given]
     heads = [Head(i, h) for i in range(model.n_layers) for h in range(model.n_heads)]
     seen = attention_to_image(model, clean, heads)
     np.testing.assert_array_equal(table.values["image_mass"].reshape(len(given), -1), seen.image_mass)
     np.testing.assert_array_equal(table.values["box_mass"].reshape(len(given), -1), seen.box_mass)
     both = [e for p in given for e in (p.clean, p.corrupt)]
-    lost = ablate(model, clean, "heads", "mean", "last", reference=both)
+    lost = ablate(model, clean, "heads", method="mean", tokens="last", reference=both)
     np.testing.assert_allclose(table.values["ablation"].reshape(len(given), -1), lost.effects, atol=1e-5)
     scores = patch_heads(model, given, min_effect=LEAST)
     known = np.isfinite(table.values["patching"]).all((1, 2))
@@ -102,7 +102,7 @@ def test_attention_and_causal_columns_are_what_the_single_functions_give() -> No
 def test_pairs_that_patching_leaves_out_have_no_score_there() -> None:
     model, given = shared(), list(pairs("color"))
     same = replace(given[0], corrupt=replace(given[0].corrupt, image=given[0].clean.image))
-    table = head_scores(model, [same, *given], ["patching", "image_mass"], min_effect=LEAST)
+    table = head_scores(model, [same, *given], methods=["patching", "image_mass"], min_effect=LEAST)
     assert np.isnan(table.values["patching"][0]).all()
     assert np.isfinite(table.values["image_mass"]).all()
     assert len(table.rows("patching").values) == len(patch_heads(model, [same, *given], min_effect=LEAST).ids)
@@ -150,7 +150,7 @@ def test_what_each_score_sees_of_a_known_circuit() -> None:
         p = planted_circuits.plant(seed)
         assert p.grounding is not None
         assert p.prior is not None
-        table = head_scores(p.model, p.pairs(12), ALL)
+        table = head_scores(p.model, p.pairs(12), methods=ALL)
         looking = {p.grounding, *p.decoys}
         assert table.top("patching", 1) == (p.grounding,)
         assert table.top("ablation", 1) == (p.grounding,)
@@ -203,7 +203,7 @@ def test_agreement_against_scipy() -> None:
 
 
 def test_files_and_frames(tmp_path: Path) -> None:
-    table = head_scores(shared(), examples()[:4], ["image_mass", "box_mass"])
+    table = head_scores(shared(), examples()[:4], methods=["image_mass", "box_mass"])
     loaded = HeadTable.load(table.save(tmp_path / "deep" / "table.safetensors"))
     for method in table.methods:
         np.testing.assert_array_equal(table.values[method], loaded.values[method])
@@ -228,7 +228,7 @@ def test_what_is_refused() -> None:
     model, asked = shared(), examples()[:2]
     for methods in (["attention"], [], ["vhd", "vhd"], ["patching"]):
         with pytest.raises(ConfigError):
-            head_scores(model, asked, methods)
+            head_scores(model, asked, methods=methods)
     with pytest.raises(PatchError, match="data is empty"):
         head_scores(model, [])
 
@@ -237,10 +237,10 @@ def test_a_model_whose_logits_are_no_linear_map_is_named() -> None:
     p = planted_circuits.plant(0)
     hook = p.model.hf.lm_head.register_forward_hook(lambda _m, _a, out: 3 * torch.tanh(out / 3))
     with pytest.raises(ModelError, match="not linear in the normed residual"):
-        head_scores(p.model, p.examples(2), ["direct"])
+        head_scores(p.model, p.examples(2), methods=["direct"])
     hook.remove()
     layer = layers_of(p.model)[1].self_attn
     hook = layer.register_forward_hook(lambda _m, _a, out: (2 * out[0], *out[1:]))
     with pytest.raises(ModelError, match="attention of layer 1 does not add"):
-        head_scores(p.model, p.examples(2), ["direct"])
+        head_scores(p.model, p.examples(2), methods=["direct"])
     hook.remove()

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from activation_store.format.model_tensors import Rows, damaged_tensors, read_tensor, write_tensors
-from circuits import ablate, faithfulness, input_attribution, logits_under
+from circuits import HeadSet, ablate, faithfulness, input_attribution, logits_under
 from circuits.ablation import _means, _outputs
 from circuits.attribution.residual_stream import forms_of, run
 from circuits.execution.memory import batch_rows, kept_bytes
@@ -118,9 +118,9 @@ def test_donors_within_a_budget_are_the_same_donors() -> None:
     lvlm = shared()
     length = lvlm.encode(examples()[0]).tokens.length
     some = [e for e in examples() if lvlm.encode(e).tokens.length == length][:4]
-    sets = [Head(1, 3), [Head(0, 0), Head(4, 7)]]
-    free = ablate(lvlm, some, sets, "resample", "all", progress=False)
-    tight = ablate(lvlm, some, sets, "resample", "all", memory=1, progress=False)
+    sets = [Head(1, 3), HeadSet([Head(0, 0), Head(4, 7)])]
+    free = ablate(lvlm, some, sets, method="resample", tokens="all", progress=False)
+    tight = ablate(lvlm, some, sets, method="resample", tokens="all", memory=1, progress=False)
     np.testing.assert_allclose(tight.ablated, free.ablated, atol=1e-4)
     np.testing.assert_allclose(tight.margins, free.margins, atol=1e-4)
     kept = _outputs(lvlm, some, [1], "all", 4)[1]

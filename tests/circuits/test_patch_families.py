@@ -19,7 +19,7 @@ WHOLE = {"instructblip_t5", "florence2"}
 
 def check(lvlm: Lvlm, modules: list[Any], tokens: Any, whole: bool) -> None:
     given = [pair_of(0), pair_of(2)]
-    scores = patch_heads(lvlm, given, tokens, min_effect=0)
+    scores = patch_heads(lvlm, given, tokens=tokens, min_effect=0)
     assert scores.provenance["path"] == ("whole forwards" if whole else "shared prefix")
     moved = 0.0
     for k, pair in enumerate(given):

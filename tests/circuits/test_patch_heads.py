@@ -31,9 +31,9 @@ def plain(model: Lvlm, example: Example) -> torch.Tensor:
 
 
 @torch.no_grad()
-def naive(model: Lvlm, pair: CounterfactualPair, first: int, direction: str) -> np.ndarray:
+def naive(model: Lvlm, pair: CounterfactualPair, first: int, mode: str) -> np.ndarray:
     """Log-odds after each single patch: one full forward a head, float64 ``[layers, heads]``."""
-    source, target = (pair.clean, pair.corrupt) if direction == "denoise" else (pair.corrupt, pair.clean)
+    source, target = (pair.clean, pair.corrupt) if mode == "denoise" else (pair.corrupt, pair.clean)
     kept: list[torch.Tensor] = []
     hooks = [
         layer.self_attn.o_proj.register_forward_pre_hook(lambda _m, args: kept.append(args[0].clone()))
@@ -58,12 +58,12 @@ def naive(model: Lvlm, pair: CounterfactualPair, first: int, direction: str) -> 
     return out
 
 
-@pytest.mark.parametrize("direction", ["denoise", "noise"])
+@pytest.mark.parametrize("mode", ["denoise", "noise"])
 @pytest.mark.parametrize("tokens", ["last", "suffix"])
-def test_equals_one_forward_a_head(tokens: str, direction: str) -> None:
+def test_equals_one_forward_a_head(tokens: str, mode: str) -> None:
     model = shared()
     given = [*pairs("color"), *pairs("object")]
-    scores = patch_heads(model, given, tokens, direction, min_effect=LEAST)  # pyright: ignore[reportArgumentType]  # any
+    scores = patch_heads(model, given, tokens=tokens, mode=mode, min_effect=LEAST)  # pyright: ignore[reportArgumentType]  # any
     by_id = {p.clean.id: p for p in given}
     assert scores.n_pairs >= 4
     assert len({model.encode(by_id[i].clean).tokens.length for i in scores.ids}) > 1
@@ -74,19 +74,19 @@ def test_equals_one_forward_a_head(tokens: str, direction: str) -> None:
         clean, corrupt = (difference(model, plain(model, e), pair) for e in (pair.clean, pair.corrupt))
         assert scores.clean[k] == pytest.approx(clean, abs=1e-5)
         assert scores.corrupt[k] == pytest.approx(corrupt, abs=1e-5)
-        patched = naive(model, pair, first, direction)
+        patched = naive(model, pair, first, mode)
         expected = (patched - corrupt) / (clean - corrupt)
         ours = scores.patching_effect[k] * (clean - corrupt) + corrupt
         assert np.abs(ours - patched).max() <= 1e-5
-        assert np.abs(patched - (corrupt if direction == "denoise" else clean)).max() > 1e-3
-        zero_based = expected if direction == "denoise" else 1 - expected
+        assert np.abs(patched - (corrupt if mode == "denoise" else clean)).max() > 1e-3
+        zero_based = expected if mode == "denoise" else 1 - expected
         np.testing.assert_allclose(scores.effects[k], zero_based, atol=2e-5 / abs(clean - corrupt))
 
 
 def test_the_number_of_rows_changes_nothing_but_rounding() -> None:
     model, given = shared(), pairs("color")
-    some = patch_heads(model, given, "suffix", min_effect=LEAST)
-    few = patch_heads(model, given, "suffix", min_effect=LEAST, batch_rows=7)
+    some = patch_heads(model, given, tokens="suffix", min_effect=LEAST)
+    few = patch_heads(model, given, tokens="suffix", min_effect=LEAST, batch_size=7)
     assert some.ids == few.ids
     gap = np.abs(some.clean - some.corrupt)[:, None, None]
     assert np.abs((some.effects - few.effects) * gap).max() <= 1e-5
@@ -96,7 +96,7 @@ def test_eager_attention_gives_the_same() -> None:
     fused, eager = shared(), lively()
     eager.hf.set_attn_implementation("eager")
     for tokens in ("last", "suffix"):
-        a, b = (patch_heads(m, pairs("color")[:3], tokens, min_effect=LEAST) for m in (fused, eager))
+        a, b = (patch_heads(m, pairs("color")[:3], tokens=tokens, min_effect=LEAST) for m in (fused, eager))
         gap = np.abs(a.clean - a.corrupt)[:, None, None]
         assert np.abs((a.effects - b.effects) * gap).max() <= 1e-5
 
@@ -127,13 +127,13 @@ def test_pairs_without_a_difference_are_left_out_and_counted() -> None:
     assert scores.n_pairs + scores.excluded == len(given) + 1
 
 
-@pytest.mark.parametrize("direction", ["denoise", "noise"])
-def test_identical_images_have_no_effect_at_all(direction: str) -> None:
+@pytest.mark.parametrize("mode", ["denoise", "noise"])
+def test_identical_images_have_no_effect_at_all(mode: str) -> None:
     given = pairs("color")
     same = [replace(p, corrupt=replace(p.corrupt, image=p.clean.image)) for p in given]
     with pytest.raises(PatchError, match=rf"{len(same)} of {len(same)} pairs .* min_effect=0\.5"):
         patch_heads(shared(), same)
-    zero = patch_heads(shared(), [*given, *same], direction=direction, min_effect=0)  # pyright: ignore[reportArgumentType]
+    zero = patch_heads(shared(), [*given, *same], mode=mode, min_effect=0)  # pyright: ignore[reportArgumentType]
     assert zero.excluded == 0
     assert np.array_equal(zero.effects[len(given) :], np.zeros_like(zero.effects[len(given) :]))
     assert np.abs(zero.effects[: len(given)]).max() > 0.01
@@ -159,7 +159,11 @@ def test_leaves_no_trace() -> None:
 def test_results_say_where_they_come_from() -> None:
     model, given = shared(), pairs("color")
     scores = patch_heads(model, given, min_effect=LEAST)
-    assert (scores.model, scores.config_hash, scores.weights_hash) == ("random", model.config_hash, model.weights_hash)
+    assert (scores.model, scores.config_hash, scores.weights_hash) == (
+        "random",
+        model.config_hash,
+        model.weights_hash,
+    )
     assert scores.pairs_digest == pairs_digest(given) != pairs_digest(given[1:])
     assert (scores.tokens, scores.direction, scores.min_effect) == ("last", "denoise", LEAST)
     assert set(scores.levels) == {"attribute"}
@@ -212,7 +216,7 @@ def test_attention_that_drops_outside_of_training() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"tokens": "first"}, {"direction": "both"}, {"batch_rows": 0}, {"min_effect": -1.0}, {"min_effect": float("nan")}],
+    [{"tokens": "first"}, {"mode": "both"}, {"batch_size": 0}, {"min_effect": -1.0}, {"min_effect": float("nan")}],
 )
 def test_options_that_do_not_exist(options: dict[str, object]) -> None:
     with pytest.raises(ConfigError):
@@ -227,7 +231,7 @@ def test_a_family_that_acts_between_layers_is_run_whole(tokens: str, caplog: pyt
     layers_of(model)[2].register_forward_pre_hook(
         lambda _module, args: (args[0] + 1.0, *args[1:]) if args[0].shape[1] > 49 else None
     )
-    scores = patch_heads(model, [pair], tokens, min_effect=0)  # pyright: ignore[reportArgumentType]  # any
+    scores = patch_heads(model, [pair], tokens=tokens, min_effect=0)  # pyright: ignore[reportArgumentType]  # any
     assert (
         "every patch runs as a full forward pass, because its decoder layers, run one by one, do not reproduce"
         in caplog.text

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from circuits import PatchScores, patch, patch_heads
+from circuits import HeadSet, PatchScores, patch, patch_heads
 from concepts.schema import CounterfactualPair, Example
 from groundscope.core.errors import ConfigError, PatchError, SiteError
 from lvlm import Head, Lvlm
@@ -118,7 +118,7 @@ def test_every_site_equals_a_whole_forward(tokens: str) -> None:
         "object": sorted(where.object(pair.clean.subject or "")),
         "40,44": [40, 44],
     }[tokens]
-    scores = patch(lvlm, [pair], list(PARTS), tokens, min_effect=0)
+    scores = patch(lvlm, [pair], list(PARTS), tokens=tokens, min_effect=0)
     assert scores.path == "shared prefix"
     assert scores.sites == tuple(f"decoder.L{i}.{p}" for p in PARTS for i in range(lvlm.n_layers))
     loop = Naive(lvlm, layers_of(lvlm))
@@ -135,7 +135,9 @@ def test_image_positions_restart_at_the_layer(family: str) -> None:
     lvlm, pair = model(family), pair_of(0)
     image = sorted(lvlm.encode(pair.clean).tokens.image)
     chosen = [image[0], image[-1]]
-    scores = patch(lvlm, [pair], ["resid_pre", "resid_post"], ",".join(map(str, chosen)), "noise", min_effect=0)
+    scores = patch(
+        lvlm, [pair], ["resid_pre", "resid_post"], tokens=",".join(map(str, chosen)), mode="noise", min_effect=0
+    )
     assert scores.path == "shared prefix"
     loop = Naive(lvlm, at(lvlm.hf, WHERE[family][0]))
     loop.keep(pair.corrupt)
@@ -153,7 +155,7 @@ def test_each_position_is_patched_apart_and_aligned_at_the_last() -> None:
     given = [pairs("color")[0], pairs("object")[0]]
     lengths = [lvlm.encode(p.clean).tokens.length - max(lvlm.encode(p.clean).tokens.image) - 1 for p in given]
     assert lengths[0] != lengths[1]
-    scores = patch(lvlm, given, ["attn_out", Head(2, 3)], "suffix:each", min_effect=0)
+    scores = patch(lvlm, given, ["attn_out", Head(2, 3)], tokens="suffix:each", min_effect=0)
     assert scores.positions[-1] == "0"
     assert scores.effects.shape == (2, lvlm.n_layers + 1, max(lengths))
     short = int(np.argmin(lengths))
@@ -199,7 +201,7 @@ def heads_naive(heads: tuple[tuple[int, int], ...]) -> float:
 
 def test_sets_of_heads_are_patched_together() -> None:
     lvlm, pair = shared(), pairs("color")[0]
-    sets = [(Head(1, 2), Head(4, 0), Head(1, 5)), (Head(3, 3),)]
+    sets = [HeadSet([Head(1, 2), "L4.H0", Head(1, 5)]), HeadSet([Head(3, 3)])]
     scores = patch(lvlm, [pair], sets, min_effect=0)
     assert scores.sites == ("L1.H2+L1.H5+L4.H0", "L3.H3")
     expected = [heads_naive(tuple((h.layer, h.head) for h in one)) for one in sets]
@@ -212,11 +214,11 @@ def test_sets_of_heads_are_patched_together() -> None:
 # -- metrics -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("direction", ["denoise", "noise"])
+@pytest.mark.parametrize("mode", ["denoise", "noise"])
 @pytest.mark.parametrize("metric", ["probability", "kl"])
-def test_other_metrics_are_their_formulas(metric: Any, direction: Any) -> None:
+def test_other_metrics_are_their_formulas(metric: Any, mode: Any) -> None:
     lvlm, pair = shared(), pairs("color")[0]
-    scores = patch(lvlm, [pair], ["resid_post"], "last", direction, metric=metric, min_effect=0)
+    scores = patch(lvlm, [pair], ["resid_post"], tokens="last", mode=mode, metric=metric, min_effect=0)
     clean, corrupt = (logits_of(lvlm, e).double() for e in (pair.clean, pair.corrupt))
     ids = [lvlm.processor.tokenizer.convert_tokens_to_ids(a) for a in (pair.clean.answer,)]
 
@@ -225,7 +227,7 @@ def test_other_metrics_are_their_formulas(metric: Any, direction: Any) -> None:
         q = clean.softmax(-1).numpy()
         return float(p[ids].sum()) if metric == "probability" else -float((q * np.log(q / p)).sum())
 
-    source, target = (pair.clean, pair.corrupt) if direction == "denoise" else (pair.corrupt, pair.clean)
+    source, target = (pair.clean, pair.corrupt) if mode == "denoise" else (pair.corrupt, pair.clean)
     loop = Naive(lvlm, layers_of(lvlm))
     loop.keep(source)
     last = lvlm.encode(pair.clean).tokens.last
@@ -242,7 +244,7 @@ def test_the_log_probability_of_a_whole_answer_is_teacher_forced(family: str) ->
     words = "red car"
     pair = replace(pair, clean=replace(pair.clean, answer=words), corrupt=replace(pair.corrupt, answer="red dog"))
     tokens = "last" if family else "suffix"
-    scores = patch_heads(lvlm, [pair], tokens, metric="log_probability", min_effect=0)  # pyright: ignore[reportArgumentType]
+    scores = patch_heads(lvlm, [pair], tokens=tokens, metric="log_probability", min_effect=0)  # pyright: ignore[reportArgumentType]
     ids = [lvlm.processor.tokenizer.convert_tokens_to_ids(w) for w in words.split()]
     for side, found in ((pair.clean, scores.clean[0]), (pair.corrupt, scores.corrupt[0])):
         inputs, total = dict(lvlm.encode(side).inputs), 0.0
@@ -267,7 +269,7 @@ def test_the_log_probability_of_a_whole_answer_is_teacher_forced(family: str) ->
 def test_whole_answers_are_patched_as_by_whole_forwards() -> None:
     lvlm, pair = shared(), pairs("color")[0]
     pair = replace(pair, clean=replace(pair.clean, answer="red car"), corrupt=replace(pair.corrupt, answer="red dog"))
-    scores = patch(lvlm, [pair], ["resid_post"], "last", metric="log_probability", min_effect=0)
+    scores = patch(lvlm, [pair], ["resid_post"], tokens="last", metric="log_probability", min_effect=0)
     ids = [lvlm.processor.tokenizer.convert_tokens_to_ids(w) for w in ("red", "car")]
     last = lvlm.encode(pair.clean).tokens.last
     longer = {}
@@ -300,28 +302,28 @@ def test_whole_answers_are_patched_as_by_whole_forwards() -> None:
 
 def test_a_budget_changes_nothing_but_rounding_and_names_the_least() -> None:
     lvlm, given = shared(), pairs("color")[:3]
-    some = patch_heads(lvlm, given, "suffix", min_effect=0)
+    some = patch_heads(lvlm, given, tokens="suffix", min_effect=0)
     with pytest.raises(PatchError, match=r"needs [\d,]+ bytes in addition to the model") as said:
-        patch_heads(lvlm, given, "suffix", min_effect=0, memory=1000)
+        patch_heads(lvlm, given, tokens="suffix", min_effect=0, memory=1000)
     least = int(str(said.value).split("needs ")[1].split(" bytes")[0].replace(",", ""))
-    few = patch_heads(lvlm, given, "suffix", min_effect=0, memory=least)
+    few = patch_heads(lvlm, given, tokens="suffix", min_effect=0, memory=least)
     gap = np.abs(some.clean - some.corrupt)[:, None, None]
     assert np.abs((some.effects - few.effects) * gap).max() <= 1e-5
 
 
 def test_pairs_side_by_side_are_as_alone() -> None:
     lvlm, given = shared(), [*pairs("color"), *pairs("object")]
-    together = patch_heads(lvlm, given, "suffix", min_effect=0)
-    alone = [patch_heads(lvlm, [p], "suffix", min_effect=0) for p in given]
+    together = patch_heads(lvlm, given, tokens="suffix", min_effect=0)
+    alone = [patch_heads(lvlm, [p], tokens="suffix", min_effect=0) for p in given]
     gap = np.abs(together.clean - together.corrupt)[:, None, None]
     assert np.abs((together.effects - np.concatenate([a.effects for a in alone])) * gap).max() <= 1e-5
 
 
 def test_half_precision() -> None:
     lvlm, pair = lively(), pairs("color")[0]
-    exact = patch_heads(lvlm, [pair], "suffix", min_effect=0)
+    exact = patch_heads(lvlm, [pair], tokens="suffix", min_effect=0)
     lvlm.hf.to(torch.bfloat16)
-    rough = patch_heads(lvlm, [pair], "suffix", min_effect=0)
+    rough = patch_heads(lvlm, [pair], tokens="suffix", min_effect=0)
     assert rough.provenance["path"] == "shared prefix"
     assert abs(rough.clean[0] - exact.clean[0]) < 0.1 * abs(exact.clean[0]) + 0.1
     assert np.corrcoef(rough.effects.ravel(), exact.effects.ravel())[0, 1] > 0.95
@@ -377,7 +379,7 @@ def test_scores_are_kept_in_a_file(tmp_path: Path) -> None:
         ({"sites": Head(1, 9)}, SiteError, "heads 0-7"),
         ({"sites": []}, SiteError, "sites is empty"),
         ({"metric": "bleu"}, ConfigError, "choose from logit_difference"),
-        ({"direction": "both"}, ConfigError, "unknown direction 'both'"),
+        ({"mode": "both"}, ConfigError, "unknown mode 'both'"),
         ({"memory": 0}, ConfigError, "at least 1"),
     ],
 )

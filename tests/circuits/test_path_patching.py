@@ -107,7 +107,7 @@ def compared(
     loop = Naive(lvlm, layers, pair.clean, pair.corrupt)
     ids = [lvlm.processor.tokenizer.convert_tokens_to_ids(e.answer) for e in (pair.clean, pair.corrupt)]
     for to in (receivers, "logits"):
-        scores = patch_paths(lvlm, [pair], senders, to, tokens, inputs=inputs, mlps=mlps, min_effect=0)  # pyright: ignore[reportArgumentType]
+        scores = patch_paths(lvlm, [pair], senders, to, tokens=tokens, inputs=inputs, mlps=mlps, min_effect=0)  # pyright: ignore[reportArgumentType]
         assert scores.path == "shared prefix"
         edges = (
             [(s, r) for s in senders for r in receivers if r.layer > s.layer]

@@ -168,15 +168,15 @@ def test_where_the_answer_saturates_a_gradient_at_either_run_sees_nothing_and_th
 def test_earlier_layers_and_positions() -> None:
     lvlm, pair = readout(), pair_of(0)
     apart = [
-        attribution.inputs(lvlm, [pair], "k", tokens, min_effect=0).effects  # type: ignore[arg-type]
+        attribution.inputs(lvlm, [pair], "k", tokens=tokens, min_effect=0).effects  # type: ignore[arg-type]
         for tokens in ("image", "suffix")
     ]
-    together = attribution.inputs(lvlm, [pair], "k", "all", min_effect=0).effects
+    together = attribution.inputs(lvlm, [pair], "k", tokens="all", min_effect=0).effects
     # Before the image nothing differs between the runs, so that its patch changes nothing.
     np.testing.assert_allclose(sum(apart), together, atol=1e-5)
     assert np.abs(together[0, 1]).max() > 1e-4
     with torch.no_grad():  # whoever asks need not ask for gradients
-        noise = attribution.inputs(lvlm, [pair], "k", direction="noise", point="source", min_effect=0)
+        noise = attribution.inputs(lvlm, [pair], "k", mode="noise", point="source", min_effect=0)
     assert noise.direction == "noise"
     assert np.isfinite(noise.effects).all()
 

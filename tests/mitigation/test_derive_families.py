@@ -57,9 +57,9 @@ def test_every_family_runs_or_is_told_what_it_lacks(family: str) -> None:
             assert "layer 1, the first of mllama" in early
     if family in {*ENCODERS, "mllama"}:
         with pytest.raises(ModelError, match="cannot be removed from the prompt"):
-            head_scores(lvlm, examples, ["vhd"])
+            head_scores(lvlm, examples, methods=["vhd"])
     else:
-        head_scores(lvlm, examples, ["vhd"])
+        head_scores(lvlm, examples, methods=["vhd"])
     if family in ENCODERS:
         with pytest.raises(ModelError, match="an encoder reads its prompt"):
             derive.vsv(lvlm, examples[0])
