@@ -24,7 +24,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from concepts.nouns import SYNONYMS, singular
-from concepts.object_mentions import named_objects, words_of
+from concepts.object_mentions import mentioned_objects, tokenize_words
 from groundscope.core.errors import ConfigError, DataError
 
 # `import behavior` imports this module, so numpy and modules that need it are imported when scoring.
@@ -198,8 +198,8 @@ def chair(
         without_seat = {word: noun for word, noun in lexicon.items() if word != "seat"}
 
         def read(text: str) -> tuple[str, ...]:
-            toilet = phrases is not None and any(singular(word) == "toilet" for word in words_of(text))
-            return named_objects(text, without_seat if toilet else lexicon)
+            toilet = phrases is not None and any(singular(word) == "toilet" for word in tokenize_words(text))
+            return mentioned_objects(text, without_seat if toilet else lexicon)
 
     scored = tuple(_caption(name, read(text), present[name]) for name, text in captions.items())
 

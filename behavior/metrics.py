@@ -14,7 +14,7 @@ import numpy as np
 from behavior.chair import COCO_CATEGORIES, COCO_PHRASES, COCO_SYNONYMS, ChairResult, chair, score_captions
 from behavior.comparison import change_estimate
 from behavior.result import Answer, BehaviorResult
-from concepts.nouns import thing
+from concepts.nouns import canonical_noun
 from concepts.scenes.icons import NOUNS
 from concepts.schema import ConceptDataset
 from groundscope.core.registry import Registry
@@ -217,7 +217,7 @@ def score_dataset_captions(
         return score_captions(answers, data, words, vocabulary=COCO_CATEGORIES, phrases=COCO_PHRASES)
     if loader is not None:
         nouns = {o.noun for e in data for o in e.objects}
-        return score_captions(answers, data, {noun: thing(noun) for noun in nouns}, variant="paper")
+        return score_captions(answers, data, {noun: canonical_noun(noun) for noun in nouns}, variant="paper")
     texts = {a.id: a.text or "" for a in answers.answers if a.kind == "caption"}
     objects = {e.id: [o.noun for o in e.objects] for e in data if e.id in texts}
     return chair(texts, objects, vocabulary=NOUNS, variant="paper")

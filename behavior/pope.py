@@ -210,7 +210,7 @@ def build(
     """Build POPE's three splits from the objects in each image, by the rule of its release (RUCAIBox/POPE, ``utils.py``).
 
     For each image with at least `per_image` different objects, ask about the first `per_image` objects (answer yes). After
-    each, ask about an object that is not in the image, neither by its name nor by a synonym (`concepts.nouns.Present`),
+    each, ask about an object that is not in the image, neither by its name nor by a synonym (`concepts.nouns.PresentNouns`),
     and not yet asked about for this image (answer no). Plural nouns are asked with "Are there". The absent object is:
 
     ``random``
@@ -339,20 +339,22 @@ def _questions(
     per_image: int,
     rng: np.random.Generator,
 ) -> Iterable[Question]:
-    from concepts.nouns import Present, existence_question, thing
+    from concepts.nouns import PresentNouns, canonical_noun, existence_question
 
     number = 0
     for image, objects in sampled.items():
-        present, asked_absent = Present(objects), set[str]()
+        present, asked_absent = PresentNouns(objects), set[str]()
         for positive in objects[:per_image]:
             free_in_order = (
                 noun
                 for noun in candidates_for(positive)
-                if not present.includes(noun) and thing(noun) not in asked_absent
+                if not present.includes(noun) and canonical_noun(noun) not in asked_absent
             )
             negative = next(free_in_order, None)
             if negative is None:
-                free = [noun for noun in nouns if not present.includes(noun) and thing(noun) not in asked_absent]
+                free = [
+                    noun for noun in nouns if not present.includes(noun) and canonical_noun(noun) not in asked_absent
+                ]
                 if not free:
                     msg = (
                         f"image '{image}': each of the {len(nouns)} objects is in the image or already asked about; "
@@ -360,7 +362,7 @@ def _questions(
                     )
                     raise DataError(msg)
                 negative = free[int(rng.integers(len(free)))]
-            asked_absent.add(thing(negative))
+            asked_absent.add(canonical_noun(negative))
             for noun, label in ((positive, "yes"), (negative, "no")):
                 number += 1
                 text = existence_question(noun)

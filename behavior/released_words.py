@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from functools import lru_cache
 
-from concepts.object_mentions import matches, words_of
+from concepts.object_mentions import match_lexicon, tokenize_words
 
 _PREPOSITIONS = frozenset(
     """about above across after among around at athwart before behind below beneath beside besides between betwixt beyond
@@ -115,9 +115,9 @@ def released_objects(text: str, lexicon: Mapping[str, str], phrases: Mapping[str
         Word pair to the word it counts as; no other pair is joined, and "seat" is ignored in captions with "toilet".
         Without phrases (which the release always uses), entries of several words are matched wherever they occur.
     """
-    words = [singularize(word) for word in words_of(text)]
+    words = [singularize(word) for word in tokenize_words(text)]
     if phrases is None:
-        return matches(words, lexicon, numbers=False)
+        return match_lexicon(words, lexicon, plurals=False)
     joined: list[str] = []
     start = 0
     while start < len(words):

@@ -12,7 +12,7 @@ import numpy as np
 from activation_store import ActivationStore, ConceptDirection
 from circuits import random_heads
 from concepts import counterfactuals
-from concepts.object_mentions import named_objects
+from concepts.object_mentions import mentioned_objects
 from concepts.scenes import questions
 from concepts.scenes.icons import NOUNS
 from concepts.schema import ConceptDataset, CounterfactualPair
@@ -88,7 +88,7 @@ class World:
             question = questions.caption(scene)
             shown = {o.noun for o in scene.objects}
             absent = sorted(set(NOUNS) - shown)[len(made) % 8]
-            last = named_objects(question.answer, {n: n for n in NOUNS})[-1]
+            last = mentioned_objects(question.answer, {n: n for n in NOUNS})[-1]
             wrong = absent.join(question.answer.rsplit(last, 1))
             made.append(Demonstration(questions.as_example(scene, question, "caption"), question.answer, wrong))
         return made[:count]
@@ -221,7 +221,10 @@ def _seen(model: Lvlm, data: ConceptDataset) -> list[tuple[ConceptDataset, Steer
 def _named(model: Lvlm, data: ConceptDataset) -> list[tuple[ConceptDataset, SteeringVector | None]]:
     """Take the thing that a question of existence names out of the image, in the middle layers; nothing for the others."""
     asked = {
-        e.id: noun for e in data if e.kind == "existence" for noun in named_objects(e.question, {n: n for n in NOUNS})
+        e.id: noun
+        for e in data
+        if e.kind == "existence"
+        for noun in mentioned_objects(e.question, {n: n for n in NOUNS})
     }
     made: list[tuple[ConceptDataset, SteeringVector | None]] = [(data.filter(lambda e: e.id not in asked), None)]
     for noun in sorted(set(asked.values())):

@@ -1,7 +1,6 @@
-"""English nouns: number, article, and which names mean the same thing.
+"""Grammar and synonyms of English nouns: number, article, yes-no questions, and names of the same object.
 
-One table for whatever compares or writes names of objects: loaders that ask about what is absent, the wording of questions,
-CHAIR, and the search for a concept in a question.
+Used to word questions, to choose absent objects, to score captions (CHAIR) and to find the object of a question.
 """
 
 from __future__ import annotations
@@ -24,13 +23,13 @@ _MASS = frozenset(
     spaghetti spinach steam steel straw stuff sugar sunlight sunshine syrup tableware tea tennis tinsel toast
     traffic trash underwear vegetation wallpaper water wax weather wine wood wool""".split()
 )
-"""Nouns without article and plural."""
+"""Mass nouns: without article and plural."""
 _NO_SINGULAR = frozenset(
     """binoculars bleachers briefs capris clothes eyeglasses goggles jeans khakis leggings overalls pajamas panties pants
     pliers pyjamas scissors scrubs shears shorts skis slacks sunglasses suspenders sweatpants tights tongs trousers
     trunks tweezers underpants undies""".split()
 )
-"""Plurals that name one thing; their singular is another thing, or no word."""
+"""Plurals that name a single object; their singular means something else, or is not a word."""
 _NO_PLURAL = frozenset(
     "aircraft spacecraft deer moose sheep fish salmon trout bison shrimp swine elk series species".split()
 )
@@ -41,13 +40,13 @@ _ENDS_IN_S = frozenset(
     pelvis penis platypus plus portcullis prius rhinoceros status stimulus stylus surplus syllabus taurus tennis
     texas thermos torus trellis trolleybus uterus venus virus walrus""".split()
 )
-"""Singulars that end in a single s."""
+"""Singular nouns that end in a single s."""
 _ENDS_IN_VOWEL_S = frozenset("menus emus gnus gurus".split())
-"""Plurals that end as singulars do."""
+"""Plurals that end in -us."""
 _ADDS_S = """ache avalanche beanie birdie bowtie brownie cache calorie canoe chaise collie cookie doe doggie eyrie floe foe genie
 headache hippie hoagie hoe hoodie horseshoe magpie moustache movie mustache necktie niche oboe onesie pie pinkie pixie potpie
 prairie quiche rookie selfie shoe smoothie snowshoe stair tie toe veggie zombie""".split()
-"""Nouns that only add an s, though their plurals end as if they added more."""
+"""Nouns in -e, and others, whose plural only adds an s: "pies" is the plural of "pie", not of "py"."""
 _IRREGULAR: Mapping[str, str] = MappingProxyType(
     {f"{word}s": word for word in _ADDS_S}
     | {
@@ -62,16 +61,16 @@ _IRREGULAR: Mapping[str, str] = MappingProxyType(
     }
 )
 _COMPOUNDS = tuple("men children people mice geese teeth knives wives wolves shelves loaves leaves cookies".split())
-"""Irregular plurals that other words end with, as in "policemen"."""
+"""Irregular plurals that end compound words, such as "policemen"."""
 _NO_COMPOUNDS = frozenset("abdomen acumen amen hymen lumen omen ramen regimen semen specimen stamen yemen".split())
 _VOWEL_SOUND = ("heir", "herb", "honest", "honor", "honour", "hour")
 _CONSONANT_SOUND = tuple("euca euro ewe once one u- ufo uku uni uri usa usb use usu ute util".split())
 _NOT_UNI = ("unid", "unim", "unin")
-"""A vowel sound again: un- before a word that begins with an i."""
+"""Exceptions, with a vowel sound: un- before a word that begins with i."""
 _SPELLED = frozenset("atm hdtv lcd led mp3 mri rv suv suvs x-ray xray".split())
-"""Words that are spoken letter by letter also where they are written in lower case."""
+"""Words spoken letter by letter, even in lower case."""
 _LETTERS = frozenset("aefhilmnorsx")
-"""Letters whose names begin with a vowel."""
+"""Letters whose names begin with a vowel sound."""
 
 SYNONYMS: tuple[tuple[str, ...], ...] = tuple(
     tuple(" ".join(word.split()) for word in group.split(","))
@@ -106,24 +105,26 @@ SYNONYMS: tuple[tuple[str, ...], ...] = tuple(
         ";"
     )
 )
-"""Names of one thing, in the singular (but for words that have none): the first is the name of the thing. Those of COCO's
-80 categories come first; broader and narrower words stand together, since who sees the one may write the other."""
+"""Groups of words for the same object, in the singular if they have one; the first word is the name of the object.
+
+The groups of COCO's 80 categories come first. A group also contains broader and narrower words, because annotators use
+either."""
 
 
 def _head(noun: str) -> tuple[str, str, str]:
-    """Divide a noun phrase into what is before its head, the head, and what is after it ("pair", " of shoes")."""
-    for link in (" of ", " with ", " in ", " on "):
-        before, found, after = noun.partition(link)
-        if found and before:
-            start, blank, head = before.rpartition(" ")
-            return start + blank, head, link + after
-    start, blank, head = noun.rpartition(" ")
-    return start + blank, head, ""
+    """Split a noun phrase at its head: "big pair of shoes" into "big ", "pair" and " of shoes"."""
+    for preposition in (" of ", " with ", " in ", " on "):
+        before, separator, after = noun.partition(preposition)
+        if separator and before:
+            start, space, head = before.rpartition(" ")
+            return start + space, head, preposition + after
+    start, space, head = noun.rpartition(" ")
+    return start + space, head, ""
 
 
 @lru_cache(maxsize=1 << 16)
 def singular(noun: str) -> str:
-    """Return a noun, or a phrase that ends with one, in the singular; what has no other number is returned unchanged.
+    """Return a noun phrase in the singular; mass nouns, and plurals without a singular, are returned unchanged.
 
     >>> from concepts.nouns import singular
     >>> singular("women"), singular("wine glasses"), singular("bus"), singular("scissors"), singular("loaves of bread")
@@ -136,7 +137,7 @@ def singular(noun: str) -> str:
 def _singular(word: str) -> str:
     if word in _IRREGULAR:
         return _IRREGULAR[word]
-    ending = next((one for one in _COMPOUNDS if word.endswith(one)), "")
+    ending = next((plural for plural in _COMPOUNDS if word.endswith(plural)), "")
     if ending and word.removesuffix(ending)[-1:].isalpha() and word not in _NO_COMPOUNDS:
         return word.removesuffix(ending) + _IRREGULAR[ending]
     if _is_plural_by_ending(word):
@@ -157,7 +158,7 @@ def _is_plural_by_ending(word: str) -> bool:
 
 @lru_cache(maxsize=1 << 16)
 def number(noun: str) -> Number:
-    """Return the grammatical number of a noun phrase; ``mass`` for what takes neither article nor plural.
+    """Return the grammatical number of a noun phrase: ``singular``, ``plural`` or ``mass``.
 
     >>> from concepts.nouns import number
     >>> number("bananas"), number("people"), number("grass"), number("bus"), number("pair of shoes")
@@ -172,7 +173,7 @@ def number(noun: str) -> Number:
 
 
 def article(noun: str) -> str:
-    """Return ``a`` or ``an``, by the sound that a word or phrase begins with.
+    """Return ``a`` or ``an``, according to the first sound of a word or phrase.
 
     >>> from concepts.nouns import article
     >>> [f"{article(noun)} {noun}" for noun in ("apple", "hour glass", "uniform", "red umbrella", "SUV", "one-way sign")]
@@ -190,7 +191,7 @@ def article(noun: str) -> str:
 
 
 def existence_question(noun: str) -> str:
-    """Return the question whether something is in the image, in POPE's words with the grammar of the noun.
+    """Return the question whether an object is in the image, in POPE's wording, with the number of the noun.
 
     >>> from concepts.nouns import existence_question
     >>> for noun in ("apple", "bananas", "grass"):
@@ -203,34 +204,59 @@ def existence_question(noun: str) -> str:
 
 
 def be(noun: str) -> str:
-    """Return the verb that agrees with a noun: ``is`` or ``are``."""
+    """Return the form of "to be" that agrees with a noun.
+
+    >>> from concepts.nouns import be
+    >>> be("apple"), be("bananas")
+    ('is', 'are')
+    """
     return "are" if number(noun) == "plural" else "is"
 
 
 def is_the(noun: str) -> str:
-    """Return the beginning of a question about something in the image: ``Is the apple``, ``Are the bananas``."""
+    """Return the beginning of a yes-no question about an object.
+
+    >>> from concepts.nouns import is_the
+    >>> is_the("apple"), is_the("bananas")
+    ('Is the apple', 'Are the bananas')
+    """
     return f"{be(noun).capitalize()} the {noun}"
 
 
 _EXISTENCE = re.compile(
     r"\s*(?:is there(?: an?| any)?|are there(?: any)?) (\S.*?) in the iman?ge\s*\??\s*", re.IGNORECASE
 )
-# "imange" is in published files: the release of POPE wrote "an" for every "a" of its template.
+# "imange" is in published files: the release of POPE replaced every "a" of its template by "an".
 
 
 def asked_noun(question: str) -> str | None:
-    """Return the noun of a question in the words of `existence_question` or of POPE; None for other questions."""
+    """Return the noun of a question in the wording of `existence_question` or of POPE; None for other questions.
+
+    >>> from concepts.nouns import asked_noun
+    >>> asked_noun("Is there an apple in the image?"), asked_noun("Is the apple red?")
+    ('apple', None)
+    """
     match = _EXISTENCE.fullmatch(question)
     return match[1] if match else None
 
 
 def existence_clause(noun: str) -> str:
-    """Return that something is there, as a clause: ``there is an apple``, ``there are bananas``."""
+    """Return the clause that an object is in the image.
+
+    >>> from concepts.nouns import existence_clause
+    >>> existence_clause("apple"), existence_clause("bananas")
+    ('there is an apple', 'there are bananas')
+    """
     return f"there {be(noun)} {_with_article(noun)}"
 
 
 def absence_clause(noun: str) -> str:
-    """Return that something is not there, as a clause: ``there is no apple``, ``there are no bananas``."""
+    """Return the clause that an object is not in the image.
+
+    >>> from concepts.nouns import absence_clause
+    >>> absence_clause("apple"), absence_clause("bananas")
+    ('there is no apple', 'there are no bananas')
+    """
     return f"there {be(noun)} no {noun}"
 
 
@@ -241,17 +267,17 @@ def _with_article(noun: str) -> str:
 _IDIOMS = frozenset(
     {"hot dog", "teddy bear", "lady bug", "sea lion", "sea horse", "stuffed animal", "toy", "home plate"}
 )
-"""Things that are not what their last word says."""
+"""Phrases that do not name a kind of their last word: a hot dog is not a dog."""
 _KEYS: Mapping[str, str] = MappingProxyType({word: group[0] for group in reversed(SYNONYMS) for word in group})
 
 
 @lru_cache(maxsize=1 << 16)
-def thing(noun: str) -> str:
-    """Return the name of the thing that a noun means: equal for singular and plural, and for synonyms.
+def canonical_noun(noun: str) -> str:
+    """Return the canonical name of an object: the same for singular and plural, and for all synonyms.
 
-    >>> from concepts.nouns import thing
-    >>> thing("bananas") == thing("banana"), thing("Women"), thing("television"), thing("toaster")
-    (True, 'person', 'tv', 'toaster')
+    >>> from concepts.nouns import canonical_noun
+    >>> canonical_noun("bananas"), canonical_noun("Women"), canonical_noun("television"), canonical_noun("toaster")
+    ('banana', 'person', 'tv', 'toaster')
     """
     words = " ".join(noun.lower().split())
     single = singular(words)
@@ -259,32 +285,34 @@ def thing(noun: str) -> str:
 
 
 @lru_cache(maxsize=1 << 16)
-def broader(noun: str) -> frozenset[str]:
-    """Return the things that a noun names: itself, and what is left of a phrase without its first words.
+def broader_nouns(noun: str) -> frozenset[str]:
+    """Return the canonical names of an object and of its broader terms: the phrase without its first words.
 
-    "coffee tables" are a coffee table and a table; so is whoever is called "young man" a person.
+    >>> from concepts.nouns import broader_nouns
+    >>> sorted(broader_nouns("coffee tables")), sorted(broader_nouns("young man"))
+    (['coffee table', 'dining table'], ['person', 'young man'])
     """
-    whole = thing(noun)
+    whole = canonical_noun(noun)
     if whole in _IDIOMS:
         return frozenset({whole})
     words = singular(" ".join(noun.lower().split())).split(" of ")[0].split()
-    return frozenset({whole, *(thing(" ".join(words[start:])) for start in range(len(words)))})
+    return frozenset({whole, *(canonical_noun(" ".join(words[start:])) for start in range(len(words)))})
 
 
-class Present:
-    """The nouns that an image is annotated with, to decide which others are absent.
+class PresentNouns:
+    """The nouns that an image is annotated with, to decide which other nouns name absent objects.
 
-    >>> from concepts.nouns import Present
-    >>> image = Present(["bananas", "man", "coffee table", "hot dog"])
-    >>> [noun for noun in ("banana", "person", "table", "dog", "apple") if not image.includes(noun)]
+    >>> from concepts.nouns import PresentNouns
+    >>> present = PresentNouns(["bananas", "man", "coffee table", "hot dog"])
+    >>> [noun for noun in ("banana", "person", "table", "dog", "apple") if not present.includes(noun)]
     ['dog', 'apple']
     """
 
     def __init__(self, nouns: Iterable[str]) -> None:
         names = list(nouns)
-        self._things = frozenset(thing(noun) for noun in names)
-        self._broader = frozenset(name for noun in names for name in broader(noun))
+        self._names = frozenset(canonical_noun(noun) for noun in names)
+        self._broader = frozenset(name for noun in names for name in broader_nouns(noun))
 
     def includes(self, noun: str) -> bool:
-        """Whether a noun may name something annotated: in another number, a synonym, a broader or a narrower word."""
-        return thing(noun) in self._broader or not broader(noun).isdisjoint(self._things)
+        """Whether a noun may name an annotated object: in another number, by a synonym, or a broader or narrower term."""
+        return canonical_noun(noun) in self._broader or not broader_nouns(noun).isdisjoint(self._names)

@@ -1,4 +1,4 @@
-"""Words of a text, and the objects that it names by a lexicon of words and phrases."""
+"""Words of an English text, and the objects that it mentions according to a lexicon."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from concepts.nouns import singular
 
-_SPACED = (
+_SPACING_RULES = (
     (re.compile(r"\.{2,}"), r" \g<0> "),
     # A period ends a sentence before white space and punctuation; within "t.v" or "dog.a" it is part of the word.
     (re.compile(r"(?<=[^.\s])\.(?=\s|$|[])}>\"'»”\u2019;*:@({\[?!])"), " . "),
@@ -17,48 +17,67 @@ _SPACED = (
     (re.compile(r"(?<=[^'\s])'(?=\s|$)"), " ' "),
     (re.compile(r"(?<=[^'\s])(?:n't|'(?:s|m|d|ll|re|ve))(?=\s|$)"), r" \g<0> "),
 )
+"""Patterns and replacements that put spaces around punctuation and before clitics."""
 
 
-def words_of(text: str) -> list[str]:
-    """Return the words of an English text in lower case, punctuation as words.
+def tokenize_words(text: str) -> list[str]:
+    """Return the words of an English text in lower case, with punctuation marks as words.
 
-    They are those of NLTK's ``word_tokenize`` (Penn Treebank rules within sentences), but for its list of abbreviations:
-    a word with a hyphen is one word, "man's" is "man" and "'s", and "dog.A" without a blank is one word.
+    Equal to NLTK's ``word_tokenize`` (Penn Treebank rules) except for its list of abbreviations: a hyphenated word is one
+    word, "man's" is "man" and "'s", and "dog.A" without a space is one word.
+
+    Examples
+    --------
+    >>> from concepts.object_mentions import tokenize_words
+    >>> tokenize_words("A man's hot-dog, please.")
+    ['a', 'man', "'s", 'hot-dog', ',', 'please', '.']
     """
     text = text.lower()
-    for pattern, spaced in _SPACED:
-        text = pattern.sub(spaced, text)
+    for pattern, replacement in _SPACING_RULES:
+        text = pattern.sub(replacement, text)
     return text.split()
 
 
-def named_objects(text: str, lexicon: Mapping[str, str]) -> tuple[str, ...]:
-    """Return the objects a text names, in order, as often as it names them.
+def mentioned_objects(text: str, lexicon: Mapping[str, str]) -> tuple[str, ...]:
+    """Return the objects that a text mentions, in order, with repetitions.
 
-    The longest entry is found first, so that a "hot dog" is no dog. Words that are no entry are looked up in the singular
-    (`concepts.nouns.singular`); a word with a hyphen is one word.
+    At each word the longest entry of the lexicon is used, so a "hot dog" is not a dog. Plurals are looked up in the
+    singular (`concepts.nouns.singular`).
 
     Parameters
     ----------
     text
         A caption.
     lexicon
-        Words in lower case, with single blanks between them, to the object they mean; words that mean nothing (an empty
-        text) are passed over as a whole.
+        Entry (words in lower case, separated by single spaces) to the object it means; an entry with an empty object is
+        skipped as a whole.
+
+    Examples
+    --------
+    >>> from concepts.object_mentions import mentioned_objects
+    >>> mentioned_objects("Two puppies eat a hot dog.", {"dog": "dog", "puppy": "dog", "hot dog": "hot dog"})
+    ('dog', 'hot dog')
     """
-    return matches(words_of(text), lexicon, numbers=True)
+    return match_lexicon(tokenize_words(text), lexicon, plurals=True)
 
 
-def matches(words: Sequence[str], lexicon: Mapping[str, str], *, numbers: bool) -> tuple[str, ...]:
-    """Return the objects that words name, the longest entry first.
+def match_lexicon(words: Sequence[str], lexicon: Mapping[str, str], *, plurals: bool) -> tuple[str, ...]:
+    """Return the objects that words mention, using the longest matching entry of a lexicon at each word.
 
     Parameters
     ----------
     words
-        As `words_of` returns them.
+        Words as returned by `tokenize_words`.
     lexicon
-        As for `named_objects`.
-    numbers
-        Whether the last word of an entry may also be in the plural.
+        As for `mentioned_objects`.
+    plurals
+        Whether an entry also matches if its last word is in the plural.
+
+    Examples
+    --------
+    >>> from concepts.object_mentions import match_lexicon
+    >>> match_lexicon(["two", "dogs"], {"dog": "dog"}, plurals=True)
+    ('dog',)
     """
     longest = max((entry.count(" ") + 1 for entry in lexicon), default=1)
     objects: list[str] = []
@@ -67,7 +86,7 @@ def matches(words: Sequence[str], lexicon: Mapping[str, str], *, numbers: bool) 
         for length in range(min(longest, len(words) - start), 0, -1):
             entry = " ".join(words[start : start + length])
             noun = lexicon.get(entry)
-            if noun is None and numbers:
+            if noun is None and plurals:
                 noun = lexicon.get(singular(entry))
             if noun is not None:
                 objects += [noun] if noun else []

@@ -1,7 +1,4 @@
-"""What a model is shown and what is true of it: concepts, examples, datasets, counterfactual pairs.
-
-Nothing here knows of tensors, tokens or models.
-"""
+"""Data classes of a model's inputs: concepts, objects, questions, examples, datasets and counterfactual pairs."""
 
 from __future__ import annotations
 
@@ -13,7 +10,8 @@ from dataclasses import asdict, dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal, Protocol, overload
 
-from groundscope.core.errors import DataError
+from groundscope.core.errors import ConfigError, DataError
+from groundscope.core.text import nearest
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -25,16 +23,24 @@ LEVELS: tuple[Level, ...] = ("object", "attribute", "relation")
 
 @dataclass(frozen=True, order=True)
 class Concept:
-    """One thing that can be true or false of an example; prints and parses as ``level:name``.
+    """A property that is true or false of an example, written ``level:name``.
 
     ``object:<noun>``
         The image contains the noun.
     ``attribute:<value>``
-        The object the question is about has this attribute (undefined where no such object is in the image).
+        The object of the question has this attribute; undefined if the object is not in the image.
     ``relation:<name>``
-        The first object of the question stands in this relation to the second.
+        The first object of the question has this relation to the second.
     ``<level>:named``
-        What the question asks about is true of the image, whatever the words are.
+        The statement that the question asks about is true of the image, whatever objects or attributes it names.
+
+    Examples
+    --------
+    >>> import groundscope as gs
+    >>> gs.Concept.parse("attribute:green")
+    Concept(level='attribute', name='green')
+    >>> str(gs.Concept("object", "apple"))
+    'object:apple'
     """
 
     level: Level
@@ -45,17 +51,25 @@ class Concept:
 
     @classmethod
     def parse(cls, text: str) -> Concept:
-        """Read ``level:name``; raises `DataError` for any other form."""
+        """Parse ``level:name``; raises `DataError` for any other form."""
         level, _, name = text.partition(":")
         if level not in LEVELS or not name:
-            msg = f"'{text}' is not a concept: write one of {', '.join(LEVELS)}, a colon and a name, as in 'attribute:green'"
+            msg = f"'{text}' is not a concept; write a level ({', '.join(LEVELS)}), a colon and a name, as in 'attribute:green'"
             raise DataError(msg)
         return cls(level, name)
 
 
 @dataclass(frozen=True, slots=True)
 class Box:
-    """Axis-aligned pixel box, half open: columns ``x0 .. x1-1``, rows ``y0 .. y1-1``."""
+    """Axis-aligned box in pixels, half open: columns ``x0 .. x1-1``, rows ``y0 .. y1-1``.
+
+    Examples
+    --------
+    >>> import groundscope as gs
+    >>> box = gs.Box(10, 20, 14, 23)
+    >>> box.area, box.center, box.intersection(gs.Box(12, 20, 30, 30))
+    (12, (12.0, 21.5), 6)
+    """
 
     x0: float
     y0: float
@@ -64,7 +78,7 @@ class Box:
 
     @property
     def area(self) -> float:
-        """Area in square pixels; 0 where the box is empty."""
+        """Area in square pixels; 0 for an empty box."""
         return max(0.0, self.x1 - self.x0) * max(0.0, self.y1 - self.y0)
 
     @property
@@ -73,12 +87,12 @@ class Box:
         return (self.x0 + self.x1) / 2, (self.y0 + self.y1) / 2
 
     def intersection(self, other: Box) -> float:
-        """Area in square pixels shared with another box."""
+        """Return the area in square pixels of the overlap with another box."""
         return Box(max(self.x0, other.x0), max(self.y0, other.y0), min(self.x1, other.x1), min(self.y1, other.y1)).area
 
 
 def check_box(box: Box, name: str) -> None:
-    """Raise `DataError` for a box of an object that is not finite, begins at a negative pixel or has no area."""
+    """Raise `DataError` for an object's box that is not finite, has a negative side or has no area."""
     sides = (box.x0, box.y0, box.x1, box.y1)
     if not all(math.isfinite(side) for side in sides) or min(box.x0, box.y0) < 0 or not box.area:
         msg = (
@@ -90,97 +104,124 @@ def check_box(box: Box, name: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class SceneObject:
-    """An object in an image, as its annotation names it.
+    """An annotated object in an image.
 
     Raises
     ------
     DataError
-        For a box that is not finite, begins at a negative pixel or has no area.
+        For a box that is not finite, has a negative side or has no area.
+
+    Examples
+    --------
+    >>> import groundscope as gs
+    >>> apple = gs.SceneObject("o1", "apple", gs.Box(10, 20, 40, 50), {"color": "green"})
+    >>> apple.noun, apple.attributes["color"], apple.require_box().area
+    ('apple', 'green', 900)
     """
 
     id: str
     noun: str
     box: Box | None
-    """Where it is, in pixels of the loaded image; None where that is not known: it then has no image tokens."""
+    """Its box in pixels of the loaded image; None if unknown, and then no image token belongs to the object."""
     attributes: Mapping[str, str] = field(default_factory=dict)
-    """Attribute kind to value, e.g. ``{"color": "green", "size": "big"}``; empty where nothing is annotated."""
+    """Kind of attribute to its value, such as ``{"color": "green", "size": "big"}``; empty without annotation."""
 
     def __post_init__(self) -> None:
         if self.box is not None:
             check_box(self.box, self.id)
 
     def require_box(self) -> Box:
-        """Return the box; raises `DataError` naming the object where it has none."""
+        """Return the box; raises `DataError` for an object without one."""
         if self.box is None:
-            msg = f"object '{self.id}' ({self.noun}) has no box: its annotation does not say where it is"
+            msg = f"object '{self.id}' ({self.noun}) has no box in its annotation, but one is needed here"
             raise DataError(msg)
         return self.box
 
 
 class ImageSource(Protocol):
-    """Something an RGB image can be had from, again and again, without holding the pixels."""
+    """Source of one RGB image, which is decoded or drawn each time it is loaded."""
 
     def load(self) -> Image.Image:
-        """Return the RGB image; raises `DataError` naming the file where it cannot be read."""
+        """Return the RGB image; raises `DataError`, naming the file, if it cannot be read."""
         ...
 
     @property
     def identity(self) -> str:
-        """Text that is equal for equal images: the scene's description or the file's digest."""
+        """Text that is equal for equal images, such as the description of a scene or the digest of a file."""
         ...
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question about an image, with its true answer."""
+    """A question about an image, with its true answer; `Example` adds the image.
+
+    Examples
+    --------
+    >>> import groundscope as gs
+    >>> question = gs.Question("Is there a dog in the image?", "no", ("yes", "no"), "object", "existence")
+    >>> question.answer in question.candidates
+    True
+    """
 
     text: str
     answer: str
+    """The true answer."""
     candidates: tuple[str, ...]
-    """Every answer of the right kind (``("yes", "no")``, all colors); empty for free text."""
+    """The possible answers, such as ``("yes", "no")`` or all colors; empty for free text."""
     level: Level
     kind: str
     """Form of the question: ``existence``, ``color``, ``what_color``, ``size``, ``relation``, ``caption``, …"""
     subject: str | None = None
-    """Id of the object it is about; None where that is not in the image."""
+    """Id of the object of the question; None if the object is not in the image."""
     labels: Mapping[str, bool] = field(default_factory=dict)
-    """Truth of the concepts the question itself is about, by concept as printed."""
+    """Truth of the concepts that the question is about, by concept (``level:name``)."""
     prior_answer: str | None = None
-    """What the world's prior would say without looking, where one is known (the typical color, say)."""
+    """The most likely answer without the image, such as the typical color; None if unknown."""
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One question about one image, with everything that is known to be true of it."""
+    """One question about one image, with its true answer and annotations.
+
+    Examples
+    --------
+    >>> import groundscope as gs
+    >>> image = gs.scenes.dataset(10)[0].image
+    >>> question = "Is there a dog in the image?"
+    >>> example = gs.Example("q1", image, question, "no", ("yes", "no"), "object", "existence", "neutral", "image 1")
+    >>> example.image.load().size, example.named_object()
+    ((112, 112), None)
+    """
 
     id: str
     image: ImageSource
     question: str
     answer: str
-    """The true answer, one of `candidates`; for a caption a reference description."""
+    """The true answer, one of `candidates`; for a caption, a reference description."""
     candidates: tuple[str, ...]
-    """Every answer that would be of the right kind (``("yes", "no")``, all colors); empty for free text."""
+    """The possible answers, such as ``("yes", "no")`` or all colors; empty for free text."""
     level: Level
     kind: str
     """Form of the question: ``existence``, ``color``, ``what_color``, ``size``, ``relation``, ``caption``, …"""
     split: str
-    """The condition it tests: ``neutral``, ``random``, ``popular``, ``adversarial``, ``typical``, ``conflict``, …"""
+    """Test condition: ``neutral``, ``random``, ``popular``, ``adversarial``, ``typical``, ``conflict``, …"""
     group: str
-    """The image or scene it came from; train/test splits never divide a group."""
+    """The image or scene; training and test data never share a group, and intervals are clustered by it."""
     labels: Mapping[str, bool] = field(default_factory=dict)
-    """Truth by concept (as printed); a concept that does not apply is absent."""
+    """Truth by concept (``level:name``); concepts that do not apply are missing."""
     objects: tuple[SceneObject, ...] = ()
+    """The annotated objects of the image."""
     subject: str | None = None
-    """Id of the object the question is about; None where it is not in the image."""
+    """Id of the object of the question; None if the object is not in the image."""
     prior_answer: str | None = None
-    """What the world's prior would say without looking, where one is known (the typical color, say)."""
+    """The most likely answer without the image, such as the typical color; None if unknown."""
 
     def named_object(self) -> SceneObject | None:
-        """Return the object the question is about, or None where it is not in the image."""
+        """Return the object of the question, or None if it is not in the image."""
         return next((o for o in self.objects if o.id == self.subject), None)
 
     def record(self) -> dict[str, object]:
-        """Return everything but the pixels as plain values that JSON can hold."""
+        """Return all fields as values that JSON can represent, with the image as its identity."""
         return {
             "id": self.id,
             "image": self.image.identity,
@@ -200,26 +241,34 @@ class Example:
 
 @dataclass(frozen=True)
 class ConceptDataset(Sequence[Example]):
-    """An ordered, named collection of examples with unique ids.
+    """An ordered, named collection of examples with unique ids; a sequence whose slices are datasets.
 
     Raises
     ------
     DataError
-        Where two examples share an id.
+        If two examples have the same id.
+
+    Examples
+    --------
+    >>> import groundscope as gs
+    >>> data = gs.scenes.dataset(10)
+    >>> colors = data.where(split="conflict", kind="what_color")
+    >>> len(data), len(colors), colors[0].question
+    (75, 2, 'What color is the apple?')
     """
 
     name: str
     examples: tuple[Example, ...]
     provenance: Mapping[str, object] = field(default_factory=dict)
-    """How it was made: generator and seed, or files and their digests, and what was left out."""
+    """Source of the data: generator and seed, or loader, files and their digests, and counts of what was left out."""
 
     def __post_init__(self) -> None:
-        seen: set[str] = set()
+        ids: set[str] = set()
         for example in self.examples:
-            if example.id in seen:
+            if example.id in ids:
                 msg = f"dataset '{self.name}': two examples have the id '{example.id}'; ids must be unique"
                 raise DataError(msg)
-            seen.add(example.id)
+            ids.add(example.id)
         object.__setattr__(self, "provenance", MappingProxyType(dict(self.provenance)))
 
     def __len__(self) -> int:
@@ -238,15 +287,26 @@ class ConceptDataset(Sequence[Example]):
         return self.examples[index]
 
     def filter(self, keep: Callable[[Example], bool]) -> ConceptDataset:
-        """Return the examples for which `keep` is true, in order."""
+        """Return the dataset of the examples for which `keep` returns True, in order."""
         return ConceptDataset(self.name, tuple(e for e in self.examples if keep(e)), self.provenance)
 
     def where(self, **values: object) -> ConceptDataset:
-        """Return the examples whose fields equal the given values, e.g. ``where(split="conflict", level="attribute")``."""
+        """Return the dataset of the examples whose fields equal `values`, e.g. ``where(split="conflict", level="attribute")``.
+
+        Raises
+        ------
+        ConfigError
+            For a field that examples do not have.
+        """
+        names = Example.__dataclass_fields__
+        unknown = next((key for key in values if key not in names), None)
+        if unknown is not None:
+            msg = f"unknown field '{unknown}' of examples; choose from {', '.join(names)}{nearest(unknown, names)}"
+            raise ConfigError(msg)
         return self.filter(lambda e: all(getattr(e, key) == value for key, value in values.items()))
 
     def frame(self) -> pd.DataFrame:
-        """Return one row an example: its fields, and a column for each concept label (missing where undefined)."""
+        """Return one row per example: its fields, and one column per concept label, NaN if the concept does not apply."""
         import pandas as pd
 
         rows = []
@@ -258,7 +318,7 @@ class ConceptDataset(Sequence[Example]):
 
     @property
     def digest(self) -> str:
-        """SHA-256 over every record in order: equal for equal data, whatever machine made it."""
+        """SHA-256 of all records in order; equal for equal data on every machine."""
         h = hashlib.sha256()
         for example in self.examples:
             h.update(json.dumps(example.record(), sort_keys=True).encode())
@@ -268,20 +328,27 @@ class ConceptDataset(Sequence[Example]):
 
 @dataclass(frozen=True)
 class CounterfactualPair:
-    """Two examples that differ in exactly one stated thing; the question has the same length in both.
+    """Two examples with the same question that differ in one stated thing, made by `concepts.counterfactuals.pairs`.
 
-    `clean` is answered correctly by looking; `corrupt` shows the changed image, under the same question, with another
-    true answer (or, for ``blank``, ``blur``, ``noise``, ``mask``, no visible evidence for any).
+    The image of `corrupt` is that of `clean` with one change, and its true answer is another one; after the changes
+    ``blank``, ``blur``, ``noise`` and ``mask`` the image shows no evidence for any answer.
+
+    Examples
+    --------
+    >>> import groundscope as gs
+    >>> pair = gs.counterfactuals.pairs(gs.scenes.dataset(10), "object", limit=1)[0]
+    >>> pair.clean.question == pair.corrupt.question, pair.clean.answer, pair.corrupt.answer, pair.kind
+    (True, 'yes', 'no', 'object')
     """
 
     clean: Example
     corrupt: Example
     kind: str
-    """What was changed: ``object``, ``color``, ``relation``, ``blank``, ``blur``, ``noise``, ``mask``."""
+    """Kind of the change, an entry of `concepts.counterfactuals.KINDS`."""
     change: str
-    """The change in words, for people: ``apple: green -> red``."""
+    """The change in words, such as ``apple: green -> red``."""
 
     @property
     def group(self) -> str:
-        """The scene both came from."""
+        """The image or scene of the clean example."""
         return self.clean.group

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from activation_store import ActivationStore
 from concepts.nouns import singular
-from concepts.object_mentions import words_of
+from concepts.object_mentions import tokenize_words
 from concepts.schema import Concept, Example
 
 _YES_NO = {"yes", "no"}
@@ -155,14 +155,14 @@ class _Names:
 
     def __init__(self, names: Iterable[str], *, numbers: bool = False) -> None:
         self._numbers = numbers
-        self._names = {" ".join(words_of(name)): name for name in names}
+        self._names = {" ".join(tokenize_words(name)): name for name in names}
         if numbers:
             self._names = {singular(words): name for words, name in self._names.items()} | self._names
         self._longest = max((words.count(" ") + 1 for words in self._names), default=0)
 
     def find(self, question: str) -> list[str]:
         """Return the names in a question, in order, the longest at each place."""
-        words = words_of(question)
+        words = tokenize_words(question)
         names: list[str] = []
         start = 0
         while start < len(words):

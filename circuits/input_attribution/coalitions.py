@@ -9,7 +9,7 @@ from itertools import product
 import numpy as np
 
 from circuits.input_attribution import shapley
-from concepts.region_masking import Revealed
+from concepts.region_masking import RegionMaskedImage
 from concepts.schema import Box, Example, ImageSource
 from groundscope.core.errors import ConfigError, ModelError, PatchError
 from lvlm.model import Encoding, Lvlm
@@ -106,7 +106,7 @@ def make_game(
         revealed, words = coalition[: players.of_image], coalition[players.of_image :]
         for k, (picture, text) in enumerate(neutrals):
             boxes = players.boxes
-            image = Revealed(example.image, picture, boxes, tuple(bool(s) for s in revealed))
+            image = RegionMaskedImage(example.image, picture, boxes, tuple(bool(s) for s in revealed))
             key = (image.identity, words.tobytes(), "" if words.all() else text)
             if key not in number:
                 number[key] = len(runs)

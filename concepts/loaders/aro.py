@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
-from concepts.image_files import Cropped
+from concepts.image_files import CroppedImage
 from concepts.reading.assembly import Pictures, check_counts, dataset
 from concepts.reading.box_frames import box_numbers
 from concepts.reading.caption_questions import Captioned, asked, check_form
@@ -60,7 +60,7 @@ def aro(captions: Path | str, images: Path | str, *, form: str = "yes_no", limit
             if pictures.is_turned(picture):
                 left_out["records whose image has an EXIF orientation, in which the box may be drawn or not"] += 1
                 continue
-            crop = Cropped(picture, _box(record))
+            crop = CroppedImage(picture, _box(record))
             subject = Captioned(str(number), crop, picture.name, level, kind, labels=labels)
             yield from asked(subject, record.text("true_caption"), [record.text("false_caption")], form, record.where)
 

@@ -8,7 +8,7 @@ from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from concepts.nouns import thing
+from concepts.nouns import canonical_noun
 from concepts.reading.annotation_questions import Annotated, Asker
 from concepts.reading.assembly import Pictures, check_counts, dataset
 from concepts.reading.box_frames import annotated_size, box_numbers
@@ -77,7 +77,7 @@ def coco(
         per_image,
         seed,
         left_out,
-        {f"object:{noun}": thing(noun) for noun in held.categories.values()},
+        {f"object:{noun}": canonical_noun(noun) for noun in held.categories.values()},
     )
     kept = dict(_kept(held, pictures, left_out, limit, bare=captions is not None))
     files = [file]

@@ -3,7 +3,7 @@
 Each kind is asked in pairs, one question answered yes and one no, in the wording of POPE with the number and article of the
 noun. Only what the annotation decides is asked: a thing whose name, singular or plural, is unique in the image, with exactly
 one color; two such things in a relation that has an opposite; as absent a noun that means nothing annotated in the image,
-whatever its number or synonym (`concepts.nouns.Present`). The rest is counted.
+whatever its number or synonym (`concepts.nouns.PresentNouns`). The rest is counted.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from concepts.image_files import FileImage
-from concepts.nouns import Present, existence_question, is_the, singular, thing
+from concepts.nouns import PresentNouns, canonical_noun, existence_question, is_the, singular
 from concepts.reading.assembly import YES_NO, yes_or_no
 from concepts.schema import Example, Level, SceneObject
 
@@ -120,9 +120,9 @@ class Asker:
 
     def _existence(self, scene: Annotated, chance: random.Random) -> Iterator[Example]:
         first = {o.noun: o for o in reversed(scene.objects)}
-        present = frozenset(map(thing, first))
+        present = frozenset(map(canonical_noun, first))
         asked = tuple(first[noun] for noun in dict.fromkeys(o.noun for o in scene.objects))[: self.per_image]
-        absent = _draw(self.nouns, Present(first).includes, len(asked), chance)
+        absent = _draw(self.nouns, PresentNouns(first).includes, len(asked), chance)
         self.left_out[_UNPAIRED] += len(asked) - len(absent)
         for one, other in zip(asked, absent, strict=False):
             yield self._asked(scene, one.noun, "object", "existence", one.noun, True, one.id, present)
@@ -196,11 +196,11 @@ def _draw(nouns: Sequence[str], barred: Callable[[str], bool], count: int, chanc
     for _ in range(20 * count):  # nearly always enough; below is exact
         noun = chance.choice(nouns)
         if not barred(noun):
-            drawn.setdefault(thing(noun), noun)
+            drawn.setdefault(canonical_noun(noun), noun)
         if len(drawn) == count:
             return list(drawn.values())
     free: dict[str, str] = {}
     for noun in nouns:
-        if not barred(noun) and thing(noun) not in drawn:
-            free.setdefault(thing(noun), noun)
+        if not barred(noun) and canonical_noun(noun) not in drawn:
+            free.setdefault(canonical_noun(noun), noun)
     return [*drawn.values(), *chance.sample(list(free.values()), min(count - len(drawn), len(free)))]

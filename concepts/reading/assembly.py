@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from concepts.image_files import FileImage, inside
+from concepts.image_files import FileImage, resolve_inside
 from concepts.reading.box_frames import BoxFrame, box_frame
 from concepts.reading.text_files import sha256
 from concepts.schema import ConceptDataset, Example
@@ -47,7 +47,7 @@ class Pictures:
             return self.known[name]
         place = f"{where}: field '{name_of_field}'"
         try:
-            path = inside(self.folder, name, self._root)
+            path = resolve_inside(self.folder, name, self._root)
         except DataError as error:
             msg = f"{place}: {error}"
             raise DataError(msg) from error

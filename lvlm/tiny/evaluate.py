@@ -22,7 +22,7 @@ from rich.table import Table
 from torch import Tensor
 
 from concepts import scenes
-from concepts.object_mentions import named_objects
+from concepts.object_mentions import mentioned_objects
 from concepts.scenes.icons import NOUNS
 from concepts.schema import ConceptDataset, Example
 from groundscope.core.statistics import Estimate, estimate
@@ -161,8 +161,10 @@ def measure(model: Lvlm, n_images: int = 1200, seed: int = HELD_OUT_SEED) -> dic
         return {o.noun for o in g.example.objects}
 
     nouns = {noun: noun for noun in NOUNS}
-    figures["caption recall"] = rate(told, lambda g: len(truth(g) & set(named_objects(g.text, nouns))) / len(truth(g)))
-    named = [[noun not in truth(g) for noun in named_objects(g.text, nouns)] for g in told]
+    figures["caption recall"] = rate(
+        told, lambda g: len(truth(g) & set(mentioned_objects(g.text, nouns))) / len(truth(g))
+    )
+    named = [[noun not in truth(g) for noun in mentioned_objects(g.text, nouns)] for g in told]
     figures["caption CHAIR_i"] = estimate(
         [sum(wrong) for wrong in named], [g.example.group for g in told], [len(wrong) for wrong in named]
     )

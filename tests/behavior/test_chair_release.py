@@ -20,7 +20,7 @@ from behavior.parsing import PARSERS
 from behavior.released_words import singularize
 from behavior.result import Cost
 from concepts import ConceptDataset, loaders
-from concepts.object_mentions import words_of
+from concepts.object_mentions import tokenize_words
 from groundscope.core.errors import ConfigError, DataError
 
 SYNONYMS = """person, man, woman, child, children, people, policeman, gentleman, worker, baby, adult, player
@@ -132,7 +132,7 @@ def test_singulars_of_the_release_right_and_wrong() -> None:
 
 def test_words_are_those_of_nltk() -> None:
     text = "The man's dog isn't 3.5 m tall, e.g. 1,000 'cats'... said \"Mr. Fox\". (Yes.) It's 5:30--so what?"
-    assert words_of(text) == (
+    assert tokenize_words(text) == (
         "the man 's dog is n't 3.5 m tall , e.g . 1,000 ' cats ' ... said \" mr . fox \" . ( yes . ) it 's 5:30 -- so what ?"
     ).split()  # fmt: skip
 

@@ -17,7 +17,7 @@ from circuits import Sources
 from circuits.input_attribution import shapley
 from circuits.input_attribution.attribute import split
 from concepts.counterfactuals import EditedImage
-from concepts.region_masking import Revealed, owners
+from concepts.region_masking import RegionMaskedImage, region_of_pixels
 from concepts.scenes import questions
 from concepts.scenes.scene import TEST, generator, sample
 from concepts.schema import Box, Example
@@ -153,7 +153,7 @@ def test_objects_and_words_are_players_of_their_own() -> None:
     alone = one.coalitions.sum(1) == 1
     row = int(np.flatnonzero(alone & one.coalitions[:, 0])[0])
     boxes, shown = tuple(o.box for o in e.objects), (True, *[False] * len(e.objects))
-    picture = Revealed(e.image, EditedImage(e.image, "blank"), boxes, shown)
+    picture = RegionMaskedImage(e.image, EditedImage(e.image, "blank"), boxes, shown)
     others = [x.question for x in three if x.question != e.question]
     naive = np.mean([odds(model, replace(e, image=picture, question=q), e.answer) for q in others])
     np.testing.assert_allclose(one.values[row], naive, atol=2e-4)
@@ -177,7 +177,7 @@ def test_many_players_are_sampled_and_still_add_up() -> None:
 
 def test_regions_cover_every_pixel_once() -> None:
     boxes = (Box(0, 0, 6, 6), Box(4, 4, 8, 8))
-    owner = owners(boxes, (10, 8))
+    owner = region_of_pixels(boxes, (10, 8))
     assert owner.shape == (8, 10)
     assert (owner[:4, :4] == 0).all()
     assert (owner[4:, 4:8] == 1).all()  # the smaller box has what both hold
@@ -200,12 +200,12 @@ class Flat:
 
 def test_revealed_pictures_show_what_they_say() -> None:
     boxes = (Box(0, 0, 6, 6), Box(4, 4, 8, 8))
-    shown = np.asarray(Revealed(Flat(200), Flat(10), boxes, (True, False, False)).load())[..., 0]
-    np.testing.assert_array_equal(shown == 200, owners(boxes, (10, 8)) == 0)
-    assert Revealed(Flat(200), Flat(10), boxes, (True, True, True)).identity == Flat(200).identity
-    assert Revealed(Flat(200), Flat(10), boxes, (False,) * 3).identity == Flat(10).identity
-    with pytest.raises(Exception, match="needs a neutral one of that size"):
-        Revealed(Flat(200), Flat(10, (4, 4)), boxes, (True, False, False)).load()
+    shown = np.asarray(RegionMaskedImage(Flat(200), Flat(10), boxes, (True, False, False)).load())[..., 0]
+    np.testing.assert_array_equal(shown == 200, region_of_pixels(boxes, (10, 8)) == 0)
+    assert RegionMaskedImage(Flat(200), Flat(10), boxes, (True, True, True)).identity == Flat(200).identity
+    assert RegionMaskedImage(Flat(200), Flat(10), boxes, (False,) * 3).identity == Flat(10).identity
+    with pytest.raises(Exception, match="needs a neutral image of the same size"):
+        RegionMaskedImage(Flat(200), Flat(10, (4, 4)), boxes, (True, False, False)).load()
 
 
 def test_summary_frame_and_file(tmp_path: Path) -> None:

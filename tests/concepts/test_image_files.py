@@ -111,7 +111,9 @@ def test_values_without_a_range_are_refused_by_the_header(tmp_path: Path, values
     Image.fromarray(values).save(tmp_path / "a.tif")
     image = FileImage(tmp_path / "a.tif", "a.tif")
     for read in (image.check, image.load):
-        with pytest.raises(DataError, match=rf"a\.tif' holds {kind}, .* convert it to 8 or 16 bits"):
+        with pytest.raises(
+            DataError, match=rf"a\.tif' contains {kind}, .* convert it to gray or RGB with 8 or 16 bits"
+        ):
             read()
 
 
@@ -124,7 +126,7 @@ def test_postscript_under_another_name_starts_no_program(tmp_path: Path, monkeyp
     file = tmp_path / "a.png"
     file.write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n")
     for read in (FileImage(file, "a.png").check, FileImage(file, "a.png").load):
-        with pytest.raises(DataError, match=r"a\.png' cannot be read: it is no picture of the formats PNG, JPEG"):
+        with pytest.raises(DataError, match=r"a\.png' cannot be read: not an image in one of the formats PNG, JPEG"):
             read()
     assert not mark.exists()
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from concepts.image_files import FileImage, inside
+from concepts.image_files import FileImage, resolve_inside
 from groundscope.core.errors import DataError
 
 
@@ -30,7 +30,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("name", ["val/a.png", "./val/a.png", "val/../val/a.png", "val\\a.png"])
 def test_a_file_inside_is_found_however_it_is_written(folder: Path, name: str) -> None:
-    assert inside(folder, name) == (folder / "val" / "a.png").resolve()
+    assert resolve_inside(folder, name) == (folder / "val" / "a.png").resolve()
 
 
 @pytest.mark.parametrize(
@@ -39,22 +39,22 @@ def test_a_file_inside_is_found_however_it_is_written(folder: Path, name: str) -
 )
 def test_a_path_that_leaves_the_folder_is_refused(folder: Path, name: str) -> None:
     with pytest.raises(DataError, match="image path"):
-        inside(folder, name)
+        resolve_inside(folder, name)
 
 
 def test_a_link_that_leaves_the_folder_is_refused(folder: Path) -> None:
     (folder / "link.png").symlink_to(folder.parent / "outside.png")
     (folder / "loop.png").symlink_to(folder / "loop.png")
     with pytest.raises(DataError, match="leaves the image folder"):
-        inside(folder, "link.png")
+        resolve_inside(folder, "link.png")
     with pytest.raises(DataError, match=r"image path 'loop.png'"):
-        inside(folder, "loop.png")
+        resolve_inside(folder, "loop.png")
 
 
 def test_the_folder_itself_may_be_a_link(folder: Path) -> None:
     alias = folder.parent / "alias"
     alias.symlink_to(folder)
-    assert inside(alias, "val/a.png").is_file()
+    assert resolve_inside(alias, "val/a.png").is_file()
 
 
 def test_an_image_loads_as_rgb_and_is_known_by_name_and_content(folder: Path) -> None:

@@ -20,16 +20,16 @@ from concepts import ConceptDataset, loaders
 from concepts.loaders.clevr import VALUES
 from concepts.nouns import (
     SYNONYMS,
-    Present,
+    PresentNouns,
     absence_clause,
     article,
     asked_noun,
+    canonical_noun,
     existence_clause,
     existence_question,
     is_the,
     number,
     singular,
-    thing,
 )
 from diagnosis.claims import claims_of
 
@@ -102,16 +102,16 @@ def test_published_wordings_are_read() -> None:
 
 def test_synonyms_name_one_thing() -> None:
     for group in SYNONYMS:
-        assert thing(group[0]) == group[0], group
-    assert {thing(noun) for noun in ("person", "man", "Women", "children", "policemen")} == {"person"}
-    assert thing("televisions") == thing("TV") == "tv"
-    assert thing("toasters") == "toaster"
+        assert canonical_noun(group[0]) == group[0], group
+    assert {canonical_noun(noun) for noun in ("person", "man", "Women", "children", "policemen")} == {"person"}
+    assert canonical_noun("televisions") == canonical_noun("TV") == "tv"
+    assert canonical_noun("toasters") == "toaster"
 
 
 def test_categories_of_coco_stay_apart() -> None:
     """A closed list of 80 names: none may count as another, or its questions could not be asked."""
     for one, other in combinations(COCO_CATEGORIES, 2):
-        assert not Present([one]).includes(other), (one, other)
+        assert not PresentNouns([one]).includes(other), (one, other)
     assert set(COCO_SYNONYMS.values()) == set(COCO_CATEGORIES)
     assert len(COCO_CATEGORIES) == 80
 
@@ -132,7 +132,7 @@ def test_categories_of_coco_stay_apart() -> None:
     ],
 )
 def test_what_is_absent_beside_a_noun(annotated: str, absent: list[str], possible: list[str]) -> None:
-    present = Present([annotated, "clock"])
+    present = PresentNouns([annotated, "clock"])
     assert [noun for noun in absent if present.includes(noun)] == []
     assert [noun for noun in possible if not present.includes(noun)] == []
 
@@ -251,7 +251,7 @@ def test_pope_does_not_deny_two_names_of_one_thing() -> None:
     for questions in build(images, per_image=2).values():
         for image in images:
             denied = [str(q["text"]) for q in questions if q["image"] == image and q["label"] == "no"]
-            assert len({thing(asked_noun(text) or "") for text in denied}) == len(denied)
+            assert len({canonical_noun(asked_noun(text) or "") for text in denied}) == len(denied)
 
 
 # ---- words of questions ------------------------------------------------------------------------------------------------
