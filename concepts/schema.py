@@ -347,6 +347,10 @@ class CounterfactualPair:
     """Kind of the change, an entry of `concepts.counterfactuals.KINDS`."""
     change: str
     """The change in words, such as ``apple: green -> red``."""
+    method: str = ""
+    """How a photograph was changed: ``swap``, ``mirror``, ``recolor``, ``inpaint``; empty for scenes, which are drawn again."""
+    placebo: bool = False
+    """Whether the true answer is the same in both: a control for what the change itself does."""
 
     @property
     def group(self) -> str:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from itertools import islice
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, islice
 
 from concepts.counterfactuals.image_edits import edit_pairs
+from concepts.counterfactuals.methods import METHODS, methods_of
+from concepts.counterfactuals.pair_set import PairSet
 from concepts.counterfactuals.scene_edits import color_pairs, object_pairs, relation_pairs
+from concepts.scenes.scene import Scene
 from concepts.schema import ConceptDataset, CounterfactualPair
-from groundscope.core.errors import DataError
+from groundscope.core.errors import ConfigError, DataError
 from groundscope.core.registry import Registry
+from groundscope.core.text import nearest
 
 PairMaker = Callable[[ConceptDataset], Iterable[CounterfactualPair]]
 """Function from a dataset to the pairs of one kind, in the order of the dataset; examples that allow none are skipped."""
@@ -75,39 +80,82 @@ def register(kind: str, maker: PairMaker, *, replace: bool = False) -> None:
     KINDS.register(kind, maker, replace=replace)
 
 
-def pairs(data: ConceptDataset, kind: str, *, limit: int | None = None) -> list[CounterfactualPair]:
+def check_kind(kind: str) -> None:
+    """Raise `ConfigError` for a kind that is neither in `KINDS` nor made by one of `METHODS`.
+
+    Examples
+    --------
+    >>> import groundscope as gs
+    >>> gs.counterfactuals.check_kind("attribute")
+    >>> gs.counterfactuals.check_kind("colour")
+    Traceback (most recent call last):
+    groundscope.core.errors.ConfigError: unknown kind of pair 'colour'; choose from attribute, ...; did you mean ...
+    """
+    names = sorted({*KINDS, *(name for entry in METHODS.usable().values() for name in entry.kinds)})
+    if kind not in names:
+        msg = f"unknown kind of pair '{kind}'; choose from {', '.join(names)}{nearest(kind, names)}"
+        raise ConfigError(msg)
+    if kind in KINDS:
+        _ = KINDS[kind]  # raises for an entry of an installed package that cannot be loaded
+
+
+def pairs(
+    data: ConceptDataset,
+    kind: str,
+    *,
+    method: str | None = None,
+    placebo: bool = False,
+    limit: int | None = None,
+) -> PairSet:
     """Make a counterfactual pair of every example that allows one.
 
     Parameters
     ----------
     data
-        Examples. The kinds ``object``, ``color`` and ``relation`` need icon scenes; the other built-in kinds take any image.
+        Examples: icon scenes, which are drawn again, or photographs, which are exchanged or edited.
     kind
-        An entry of `KINDS`.
+        An entry of `KINDS`, or a kind of one of `METHODS`.
 
         ``object``
-            The object of the question is removed, or the absent object replaces another one.
+            The object of the question is removed, or an absent object appears.
         ``color``
             The object of the question gets another color.
         ``relation``
-            The scene is mirrored along the axis of the relation.
+            Two objects change their places: a scene or photograph is mirrored, or another photograph is shown.
+        ``attribute``
+            The object of the question gets another attribute than its color (photographs only).
         ``blank``, ``blur``, ``noise``, ``mask``
             The visible evidence is removed from the image, or only from the object's box (``mask``). Questions whose
             true answer is that an object is absent are skipped.
+    method
+        How photographs are changed, an entry of `METHODS`; by default the first that makes any pair of that kind. Scenes have
+        no method.
+
+        ``swap``
+            Another photograph is shown, on which the same question has another true answer.
+        ``mirror``
+            The photograph is mirrored left to right (``relation``: to the left of, to the right of).
+        ``recolor``
+            The object's pixels get another color (``color``).
+        ``inpaint``
+            A small object on a smooth background is removed (``object``).
+    placebo
+        Make placebo pairs of photographs instead: the same kind of change, after which the true answer is the same.
     limit
         Maximum number of pairs; the first ones are returned.
 
     Returns
     -------
-    list of CounterfactualPair
-        In the order of `data`. The true answers of a pair differ.
+    PairSet
+        In the order of `data`. The true answers of a pair differ, except in placebo pairs.
 
     Raises
     ------
     ConfigError
-        For an unknown kind, or one of an installed package that cannot be loaded.
+        For an unknown kind or method, one of an installed package that cannot be loaded, or a method or placebo of a kind
+        that has none.
     DataError
-        If no example allows such a pair.
+        If no example allows such a pair; the message has the reasons.
 
     Examples
     --------
@@ -118,23 +166,26 @@ def pairs(data: ConceptDataset, kind: str, *, limit: int | None = None) -> list[
     >>> pair.clean.question, pair.clean.answer, pair.corrupt.answer
     ('Is the airplane blue?', 'yes', 'no')
     """
-    result = list(islice(KINDS[kind](data), limit))
+    left_out: Counter[str] = Counter()
+    name, made = _make(data, kind, method, left_out, placebo=placebo)
+    result = tuple(islice(made, limit))
     if not result:
-        msg = f"dataset '{data.name}' has no example that allows a pair of kind '{kind}'"
-        raise DataError(msg)
-    return result
+        raise _no_pair(data, kind, left_out)
+    return PairSet(result, kind, name, left_out)
 
 
-def balanced_pairs(data: ConceptDataset, kind: str, *, limit: int) -> list[CounterfactualPair]:
+def balanced_pairs(
+    data: ConceptDataset, kind: str, *, method: str | None = None, placebo: bool = False, limit: int
+) -> PairSet:
     """Make pairs for patching: at most one per image, with the true answers in about equal numbers.
 
-    If `data` has examples of the split ``neutral``, only these are used: in other splits the language prior suggests an
+    If examples of the split ``neutral`` allow such pairs, only these are used: in other splits the language prior suggests an
     answer. Heads that only raise one answer, such as yes, would look like grounding heads if most pairs had it as their
     true answer; so a pair is skipped while its true answer is ahead of the rarest one by more than two pairs.
 
     Parameters
     ----------
-    data, kind
+    data, kind, method, placebo
         As for `pairs`.
     limit
         Maximum number of pairs.
@@ -152,14 +203,51 @@ def balanced_pairs(data: ConceptDataset, kind: str, *, limit: int) -> list[Count
     (6, 6)
     """
     neutral = data.where(split="neutral")
-    chosen: dict[str, CounterfactualPair] = {}
+    left_out: Counter[str] = Counter()
+    for source in (neutral, data):
+        name, made = _make(source, kind, method, left_out, placebo=placebo)
+        result = tuple(_balanced(made, limit))
+        if result:
+            return PairSet(result, kind, name, left_out)
+    raise _no_pair(data, kind, left_out)
+
+
+def _balanced(made: Iterable[CounterfactualPair], limit: int) -> Iterator[CounterfactualPair]:
+    groups: set[str] = set()
     counts: dict[str, int] = {}
-    for pair in pairs(neutral if len(neutral) else data, kind):
+    for pair in made:
         answer = pair.clean.answer
-        if pair.group in chosen or counts.get(answer, 0) > min(counts.values(), default=0) + 2:
+        if pair.group in groups or counts.get(answer, 0) > min(counts.values(), default=0) + 2:
             continue
-        chosen[pair.group] = pair
+        groups.add(pair.group)
         counts[answer] = counts.get(answer, 0) + 1
-        if len(chosen) == limit:
-            break
-    return list(chosen.values())
+        yield pair
+        if len(groups) == limit:
+            return
+
+
+def _make(
+    data: ConceptDataset, kind: str, method: str | None, left_out: Counter[str], *, placebo: bool
+) -> tuple[str, Iterator[CounterfactualPair]]:
+    """Return the name of the method, or an empty text for kinds without one, and the pairs."""
+    check_kind(kind)
+    methods = methods_of(kind, method)
+    scenes = kind in KINDS and any(isinstance(e.image, Scene) for e in data)
+    if method is None and not placebo and (not methods or scenes):
+        return "", iter(KINDS[kind](data))
+    if not methods:
+        kinds = sorted({kind for entry in METHODS.usable().values() for kind in entry.kinds})
+        msg = f"pairs of kind '{kind}' have no placebo; choose a kind of photographs: {', '.join(kinds)}"
+        raise ConfigError(msg)
+    for name, entry in methods.items():
+        made = iter(entry.make(data, kind, left_out, placebo))
+        first = next(made, None)
+        if first is not None:
+            return name, chain((first,), made)
+    return "", iter(())
+
+
+def _no_pair(data: ConceptDataset, kind: str, left_out: Counter[str]) -> DataError:
+    reasons = "; ".join(f"{count} {reason}" for reason, count in left_out.most_common())
+    msg = f"dataset '{data.name}' has no example that allows a pair of kind '{kind}'"
+    return DataError(f"{msg} (left out: {reasons})" if reasons else msg)

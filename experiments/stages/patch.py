@@ -27,7 +27,7 @@ def check(context: Context) -> None:
         raise ConfigError(msg)
     try:
         for kind in kinds:
-            counterfactuals.KINDS[kind]
+            counterfactuals.check_kind(kind)
     except ConfigError as error:
         msg = f"patch.kinds: {error}"
         raise ConfigError(msg) from error

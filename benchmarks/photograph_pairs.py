@@ -1,0 +1,162 @@
+"""Heads found with pairs of photographs, compared with heads found with pairs of icon scenes.
+
+    python benchmarks/photograph_pairs.py [--quick] [--pairs 60] [--save]
+
+Everything is synthetic: the photographs are icon scenes saved as JPEG files (quality 75), so that nothing can be drawn again.
+For each kind of pair, the heads of the embedded model are patched exactly on pairs of scenes and, for each method, on pairs of
+photographs of other scenes. Printed are the rank correlation of the two rankings, the correlation of two disjoint halves of
+scene pairs (the most that can be expected), how many of the best five heads agree, and whether the best head of the scenes has
+an effect on photographs within its interval on scenes. Placebo pairs, after whose change the true answer is the same, show how
+far the margin of the answer moves by the change itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from circuits import HeadScores, compare, patch_heads
+from concepts import counterfactuals, scenes
+from concepts.counterfactuals import METHODS, PairSet
+from concepts.schema import ConceptDataset
+from groundscope.core.errors import GroundscopeError
+from groundscope.testing.scene_photographs import save_as_photographs
+from lvlm import load_lvlm
+from lvlm.answer_keys import answer_key
+from lvlm.model import Lvlm
+
+RESULTS = Path(__file__).parent / "results" / "photograph_pairs.json"
+KINDS = ("object", "color", "relation")
+MIN_CORRELATION = 0.9
+"""Goal: correlation of photographs and scenes, as a share of the scenes' own split-half correlation."""
+MIN_OVERLAP = {"object": 4, "color": 4, "relation": 0}
+"""Goal: heads in common among the best five."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--pairs", type=int, default=60)
+    parser.add_argument("--save", action="store_true", help="write benchmarks/results/photograph_pairs.json")
+    arguments = parser.parse_args()
+    count = 12 if arguments.quick else arguments.pairs
+    console, start = Console(width=160), time.perf_counter()
+    console.print(
+        "Compares heads found with pairs of photographs with heads found with pairs of icon scenes. Synthetic."
+    )
+    model = load_lvlm("tiny")
+    figures: dict[str, Any] = {}
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        first = scenes.dataset(8 * count, seed=0)
+        photographs = save_as_photographs(scenes.dataset(8 * count, seed=1), folder, quality=75)
+        for kind in KINDS:
+            rows += measure_kind(model, kind, first, photographs, count, figures)
+    console.print(as_table(rows))
+    report = {
+        "benchmark": "photograph_pairs", "device": f"{platform.machine()}, cpu", "seconds": round(time.perf_counter() - start),
+        "rows": rows, "figures": figures,
+    }  # fmt: skip
+    if arguments.save:
+        RESULTS.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(report))
+
+
+def measure_kind(
+    model: Lvlm, kind: str, first: ConceptDataset, photographs: ConceptDataset, count: int, figures: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Return one row a method."""
+    own = patch_heads(model, counterfactuals.balanced_pairs(first, kind, limit=2 * count))
+    halves = [half(own, odd) for odd in (False, True)]
+    ceiling = compare(*halves, k=(5,)).rank_correlation.value
+    best = own.top(1)[0]
+    low, high = (bound[best.layer, best.head] for bound in own.interval())
+    rows = []
+    for method, entry in METHODS.items():
+        if kind not in entry.kinds:
+            continue
+        try:
+            pairs = counterfactuals.balanced_pairs(photographs, kind, method=method, limit=count)
+            scores = patch_heads(model, pairs)
+        except GroundscopeError as error:
+            rows.append({"kind": kind, "method": method, "pairs": 0, "problem": str(error)[:200]})
+            continue
+        comparison = compare(own, scores, k=(5,))
+        effect = float(scores.mean[best.layer, best.head])
+        correlation, overlap = comparison.rank_correlation.value, 5 * comparison.overlap[5].value
+        rows.append(
+            {
+                "kind": kind, "method": method, "pairs": scores.n_pairs, "left out": sum(pairs.left_out.values()),
+                "correlation": round(correlation, 3), "halves": round(ceiling, 3), "of five": round(overlap, 1),
+                "first head": str(best), "on scenes": [round(float(low), 3), round(float(high), 3)],
+                "on photographs": round(effect, 3), "moved": moved(model, pairs),
+                "moved by placebo": placebo_moved(model, photographs, kind, method, count),
+            }
+        )  # fmt: skip
+        name = f"{kind}_{method}"
+        figures[f"{name}_correlation_share"] = {
+            "value": round(correlation / ceiling, 3), "goal": f">= {MIN_CORRELATION}",
+            "holds": correlation >= MIN_CORRELATION * ceiling, "n": scores.n_pairs,
+        }  # fmt: skip
+        if MIN_OVERLAP[kind]:
+            figures[f"{name}_best_five"] = {
+                "value": round(overlap, 1), "goal": f">= {MIN_OVERLAP[kind]}", "holds": overlap >= MIN_OVERLAP[kind],
+                "n": scores.n_pairs,
+            }  # fmt: skip
+        figures[f"{name}_first_head"] = {
+            "value": round(effect, 3), "goal": f"in [{low:.3f}, {high:.3f}]", "holds": bool(low <= effect <= high),
+            "n": scores.n_pairs,
+        }  # fmt: skip
+    return rows
+
+
+def half(scores: HeadScores, odd: bool) -> HeadScores:
+    """Return every second pair; pairs are of different scenes."""
+    return scores.select(np.arange(scores.n_pairs) % 2 == int(odd))
+
+
+def moved(model: Lvlm, pairs: PairSet) -> float:
+    """Return the median absolute change of the log-odds of the first answer between the two images."""
+    differences = []
+    for pair in pairs:
+        key = answer_key(model, pair.clean)
+        margins = [
+            float(key.margin(model.logits(model.collate([model.encode(e)])), pair.clean.answer)[0])
+            for e in (pair.clean, pair.corrupt)
+        ]
+        differences.append(abs(margins[0] - margins[1]))
+    return round(float(np.median(differences)), 3)
+
+
+def placebo_moved(model: Lvlm, data: ConceptDataset, kind: str, method: str, count: int) -> float | None:
+    """Return the same for placebo pairs; None if there are none."""
+    try:
+        return moved(model, counterfactuals.balanced_pairs(data, kind, method=method, placebo=True, limit=count))
+    except GroundscopeError:
+        return None
+
+
+def as_table(rows: list[dict[str, Any]]) -> Table:
+    table = Table()
+    columns = [name for name in dict.fromkeys(key for row in rows for key in row) if name != "problem"]
+    for name in columns:
+        table.add_column(name)
+    for row in rows:
+        table.add_row(*(str(row.get(name, "")) for name in columns))
+    return table
+
+
+if __name__ == "__main__":
+    main()

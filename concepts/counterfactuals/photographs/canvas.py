@@ -1,0 +1,107 @@
+"""Put images of all sizes on one canvas, so that every prompt has equally many image tokens.
+
+Families with a dynamic resolution give an image of another size another number of tokens; the two examples of a pair must have
+the same number.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+
+from PIL import Image
+
+from concepts.schema import Box, ConceptDataset, Example, ImageSource, SceneObject
+from groundscope.core.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class CanvasImage:
+    """An image source, resized in proportion to fit a canvas and centered on it; the rest is gray.
+
+    Examples
+    --------
+    >>> import groundscope as gs
+    >>> from concepts.counterfactuals.photographs.canvas import CanvasImage
+    >>> image = gs.scenes.dataset(10)[0].image
+    >>> image.load().size, CanvasImage(image, (336, 224)).load().size
+    ((112, 112), (336, 224))
+    """
+
+    base: ImageSource
+    canvas: tuple[int, int]
+    """Width and height in pixels."""
+
+    @property
+    def identity(self) -> str:
+        """The canvas and the identity of the base as JSON."""
+        return json.dumps(["canvas", self.canvas, self.base.identity])
+
+    def load(self) -> Image.Image:
+        """Return the RGB image of the canvas."""
+        image = self.base.load()
+        width, height, left, top = placement(image.size, self.canvas)
+        result = Image.new("RGB", self.canvas, (127, 127, 127))
+        result.paste(image.resize((width, height), Image.Resampling.BICUBIC), (left, top))
+        return result
+
+
+def placement(size: tuple[int, int], canvas: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Return width, height, left and top of an image of that size on the canvas, in pixels."""
+    scale = min(canvas[0] / size[0], canvas[1] / size[1])
+    width, height = max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+    width, height = min(width, canvas[0]), min(height, canvas[1])
+    return width, height, (canvas[0] - width) // 2, (canvas[1] - height) // 2
+
+
+def on_canvas(data: ConceptDataset, canvas: tuple[int, int]) -> ConceptDataset:
+    """Return a dataset whose images are on one canvas; boxes of objects move and scale with them.
+
+    Parameters
+    ----------
+    data
+        Examples.
+    canvas
+        Width and height in pixels.
+
+    Raises
+    ------
+    ConfigError
+        For a width or height below 1.
+
+    Examples
+    --------
+    >>> import groundscope as gs
+    >>> from concepts.counterfactuals.photographs.canvas import on_canvas
+    >>> on_canvas(gs.scenes.dataset(10), (336, 336))[0].image.load().size
+    (336, 336)
+    """
+    if min(canvas) < 1:
+        msg = f"canvas={canvas[0]}x{canvas[1]}: width and height must be at least 1"
+        raise ConfigError(msg)
+    images: dict[str, CanvasImage] = {}
+    sizes: dict[str, tuple[int, int]] = {}
+    for example in data:
+        if example.group not in images:
+            images[example.group] = CanvasImage(example.image, canvas)
+            sizes[example.group] = _size(example.image)
+    examples = tuple(_placed(e, images[e.group], sizes[e.group]) for e in data)
+    return ConceptDataset(data.name, examples, {**data.provenance, "canvas": list(canvas)})
+
+
+def _size(image: ImageSource) -> tuple[int, int]:
+    header = getattr(image, "header", None)
+    return header.upright_size if header is not None else image.load().size
+
+
+def _placed(example: Example, image: CanvasImage, size: tuple[int, int]) -> Example:
+    width, height, left, top = placement(size, image.canvas)
+
+    def place(o: SceneObject) -> SceneObject:
+        if o.box is None:
+            return o
+        sx, sy = width / size[0], height / size[1]
+        box = Box(o.box.x0 * sx + left, o.box.y0 * sy + top, o.box.x1 * sx + left, o.box.y1 * sy + top)
+        return replace(o, box=box)
+
+    return replace(example, image=image, objects=tuple(map(place, example.objects)))

@@ -1,0 +1,60 @@
+"""Pixels of an object in an image."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from concepts.schema import Box
+
+Outline = tuple[tuple[float, ...], ...]
+"""Polygons ``(x0, y0, x1, y1, …)`` in pixels of the loaded image, as in COCO's ``segmentation``."""
+
+
+def region_mask(size: tuple[int, int], box: Box, outline: Outline = ()) -> np.ndarray:
+    """Return the pixels inside an outline, or inside a box if there is no outline.
+
+    Parameters
+    ----------
+    size
+        Width and height of the image.
+    box
+        Box of the object in pixels; the part outside of the image is ignored.
+    outline
+        Polygons of the object.
+
+    Returns
+    -------
+    ndarray
+        Bool ``[height, width]``.
+
+    Examples
+    --------
+    >>> from concepts.counterfactuals.photographs.regions import region_mask
+    >>> from concepts.schema import Box
+    >>> int(region_mask((8, 6), Box(1, 2, 4, 4)).sum())
+    6
+    """
+    width, height = size
+    if outline:
+        image = Image.new("1", size)
+        draw = ImageDraw.Draw(image)
+        for polygon in outline:
+            draw.polygon(list(polygon), fill=1)
+        return np.asarray(image, dtype=bool)
+    mask = np.zeros((height, width), dtype=bool)
+    mask[_span(box.y0, box.y1, height), _span(box.x0, box.x1, width)] = True
+    return mask
+
+
+def _span(start: float, stop: float, size: int) -> slice:
+    """Return the pixels of one axis that a box covers at least by half, and at least one."""
+    first = min(max(round(start), 0), size - 1)
+    return slice(first, max(min(round(stop), size), first + 1))
+
+
+def share_covered(box: Box, others: Sequence[Box]) -> float:
+    """Return the largest share of a box that one of the other boxes covers."""
+    return max((box.intersection(other) / box.area for other in others), default=0.0)

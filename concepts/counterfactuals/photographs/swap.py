@@ -1,0 +1,197 @@
+"""Exchange a photograph for another on which the same question has another true answer.
+
+Nothing is edited, so there are no artifacts, but more than one thing differs between two photographs. Partners are therefore
+chosen by the objects that both show, and placebo pairs (two photographs with the same true answer) measure what the
+exchange itself does.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import islice
+
+from concepts.image_files import FileImage
+from concepts.nouns import asked_noun, canonical_noun
+from concepts.schema import ConceptDataset, CounterfactualPair, Example, SceneObject
+
+MAX_PARTNERS = 200
+"""Photographs that are compared for one question, in the order of the dataset."""
+_KINDS: Mapping[str, str] = {"existence": "object", "color": "color", "relation": "relation"}
+
+
+def pair_kind(example: Example) -> str:
+    """Return what changes between two images with different true answers: ``object``, ``color``, ``relation``, ``attribute``."""
+    return _KINDS.get(example.kind, example.level)
+
+
+def swap_pairs(
+    data: ConceptDataset, left_out: Counter[str], kind: str, *, placebo: bool = False
+) -> Iterator[CounterfactualPair]:
+    """Yield pairs of two photographs of equal size under the same question.
+
+    Every photograph is in one couple at most, so that couples are independent: both examples of a pair have the group of
+    the first. For a photograph that a question is not asked about, the true answer follows from its labels (a noun is
+    present or absent) or annotated objects (the color of the only such object).
+
+    Parameters
+    ----------
+    data
+        Examples with candidates.
+    left_out
+        Counts of examples without a pair, by reason; increased.
+    kind
+        Kind of the pairs (`pair_kind`).
+    placebo
+        Yield pairs with equal true answers instead.
+    """
+    examples = [e for e in data if e.candidates and pair_kind(e) == kind]
+    index = _Index(examples, data)
+    partners: dict[str, str | None] = {}
+    for example in examples:
+        if example.group not in partners:
+            partner = index.partner(example, partners, placebo=placebo)
+            if partner is None:
+                left_out[index.reason(example, placebo=placebo)] += 1
+                continue
+            partners[example.group], partners[partner] = partner, None
+        other = partners[example.group]
+        answer = index.answer(example, other) if other is not None else None
+        if other is None or answer is None or (answer == example.answer) is not placebo:
+            left_out["questions that do not distinguish the two photographs of their couple"] += 1
+            continue
+        yield _pair(example, index.counterpart(example, other, answer), kind, placebo=placebo)
+
+
+def _pair(example: Example, counterpart: Example, kind: str, *, placebo: bool) -> CounterfactualPair:
+    change = f"photograph {example.group} -> {counterpart.group}"
+    corrupt = replace(counterpart, id=f"{example.id}|{change}", group=example.group)
+    return CounterfactualPair(example, corrupt, kind, change, "swap", placebo=placebo)
+
+
+@dataclass(frozen=True)
+class _Photograph:
+    example: Example
+    """Any example of the photograph; its image, objects and labels are used."""
+    things: frozenset[str]
+    labels: Mapping[str, bool]
+
+
+class _Index:
+    """The true answers to questions, by question and photograph."""
+
+    def __init__(self, examples: list[Example], data: ConceptDataset) -> None:
+        self._by_question: dict[tuple[str, tuple[str, ...]], dict[str, Example]] = defaultdict(dict)
+        for example in examples:
+            self._by_question[example.question, example.candidates].setdefault(example.group, example)
+        labels: dict[str, dict[str, bool]] = defaultdict(dict)
+        first: dict[str, Example] = {}
+        for example in data:
+            first.setdefault(example.group, example)
+            labels[example.group].update((k, v) for k, v in example.labels.items() if k.startswith("object:"))
+        self._photographs = {
+            group: _Photograph(example, frozenset(canonical_noun(o.noun) for o in example.objects), labels[group])
+            for group, example in first.items()
+        }
+        self._sizes: dict[str, tuple[int, int]] = {}
+
+    def partner(self, example: Example, used: Mapping[str, str | None], *, placebo: bool) -> str | None:
+        """Return the unused photograph of equal size, with another (placebo: the same) answer, that shares most objects."""
+        own = self._photographs[example.group].things
+        groups = (
+            group
+            for group in self._candidates(example)
+            if group != example.group
+            and group not in used
+            and (answer := self.answer(example, group)) is not None
+            and (answer == example.answer) is placebo
+            and self._size(group) == self._size(example.group)
+        )
+        best = list(islice(groups, MAX_PARTNERS))
+        return max(best, key=lambda group: _similarity(own, self._photographs[group].things), default=None)
+
+    def reason(self, example: Example, *, placebo: bool) -> str:
+        """Return why a question has no partner."""
+        same = "the same" if placebo else "another"
+        answers = (self.answer(example, group) for group in self._candidates(example) if group != example.group)
+        if any(a is not None and (a == example.answer) is placebo for a in answers):
+            return f"questions with {same} answer only on photographs of another size or in another couple"
+        return f"questions without {same} answer on any other photograph"
+
+    def _candidates(self, example: Example) -> Iterator[str]:
+        asked = self._by_question[example.question, example.candidates]
+        yield from asked
+        if example.kind in {"existence", "color"}:
+            yield from (group for group in self._photographs if group not in asked)
+
+    def answer(self, example: Example, group: str) -> str | None:
+        """Return the true answer to the example's question about another photograph; None if it is not known."""
+        known = self._by_question[example.question, example.candidates].get(group)
+        if known is not None:
+            return known.answer
+        if set(example.candidates) != {"yes", "no"}:
+            return None
+        photograph = self._photographs[group]
+        if example.kind == "existence":
+            truth = photograph.labels.get(f"object:{asked_noun(example.question)}")
+        elif example.kind == "color":
+            subject = self._same_thing(example, photograph)
+            truth = subject.attributes["color"] == _last_word(example.question) if subject else None
+        else:
+            truth = None
+        return None if truth is None else "yes" if truth else "no"
+
+    def counterpart(self, example: Example, group: str, answer: str) -> Example:
+        """Return the example's question about another photograph."""
+        known = self._by_question[example.question, example.candidates].get(group)
+        if known is not None:
+            return known
+        photograph = self._photographs[group]
+        subject = (
+            self._same_thing(example, photograph) if example.kind == "color" else self._present(example, photograph)
+        )
+        return replace(
+            photograph.example, question=example.question, candidates=example.candidates, answer=answer,
+            level=example.level, kind=example.kind, split=example.split, subject=subject.id if subject else None,
+            prior_answer=example.prior_answer, labels=_labels(example, photograph, subject, answer),
+        )  # fmt: skip
+
+    def _same_thing(self, example: Example, photograph: _Photograph) -> SceneObject | None:
+        """Return the only object of another photograph that is what the question is about, if its color is annotated."""
+        own = example.named_object()
+        if own is None:
+            return None
+        same = [o for o in photograph.example.objects if canonical_noun(o.noun) == canonical_noun(own.noun)]
+        return same[0] if len(same) == 1 and "color" in same[0].attributes else None
+
+    def _present(self, example: Example, photograph: _Photograph) -> SceneObject | None:
+        noun = asked_noun(example.question)
+        return next(
+            (o for o in photograph.example.objects if noun and canonical_noun(o.noun) == canonical_noun(noun)), None
+        )
+
+    def _size(self, group: str) -> tuple[int, int]:
+        if group not in self._sizes:
+            image = self._photographs[group].example.image
+            self._sizes[group] = image.header.upright_size if isinstance(image, FileImage) else image.load().size
+        return self._sizes[group]
+
+
+def _labels(example: Example, photograph: _Photograph, subject: SceneObject | None, answer: str) -> dict[str, bool]:
+    """Return the concepts of the example's question, as they are on another photograph."""
+    named = f"{example.level}:named"
+    if example.kind == "existence":
+        return {**{k: photograph.labels[k] for k in example.labels if k in photograph.labels}, named: answer == "yes"}
+    color = subject.attributes["color"] if subject else None
+    return {**{k: k == f"attribute:{color}" for k in example.labels}, named: answer == "yes"}
+
+
+def _similarity(first: frozenset[str], second: frozenset[str]) -> float:
+    """Return the Jaccard index of two sets of things; 0 for two empty sets."""
+    union = len(first | second)
+    return len(first & second) / union if union else 0.0
+
+
+def _last_word(question: str) -> str:
+    return question.rstrip("?").rsplit(" ", 1)[-1]
