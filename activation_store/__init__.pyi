@@ -6,10 +6,12 @@ from .format.schema import ArrayInfo, Schema
 from .merging import merge, repack
 from .reading.integrity import IntegrityReport, verify
 from .reading.store import ActivationStore
+from .source import ActivationSource
 from .tracing.tracer import trace
 from .writing.writer import StoreWriter
 
 __all__ = [
+    "ActivationSource",
     "ActivationStore",
     "ArrayInfo",
     "ConceptDirection",

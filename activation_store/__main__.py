@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import Progress
 
 from activation_store.merging import merge, repack
 from activation_store.reading.integrity import verify
 from activation_store.reading.store import ActivationStore
 from activation_store.summary import show
 from groundscope.core.errors import GroundscopeError
-
-Result = TypeVar("Result")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -57,28 +53,21 @@ def _run(options: argparse.Namespace, console: Console) -> int:
             show(store, console)
         return 0
     if options.command == "verify":
-        report = _run_with_progress("verifying", console, lambda progress: verify(options.path, progress))
+        report = verify(options.path)
         console.print(escape(str(report)), style="green" if report.ok else "red", highlight=False, soft_wrap=True)
         return 0 if report.ok else 1
     if options.command == "repack":
         source = Path(options.path)
         out = options.out or source.with_name(f"{source.name}-repacked")
         with ActivationStore(source) as store:
-            result = _run_with_progress("repacking", console, lambda progress: repack(store, out, progress))
+            result = repack(store, out)
     else:
         first, *others = options.path
-        stores = ActivationStore(first).merge(*others)
-        result = _run_with_progress("merging", console, lambda progress: merge(stores, options.out, progress))
+        result = merge(ActivationStore(first).merge(*others), options.out)
     console.print(
         escape(f"{result.path}: {len(result)} examples, {len(result.arrays)} arrays"), highlight=False, soft_wrap=True
     )
     return 0
-
-
-def _run_with_progress(label: str, console: Console, work: Callable[[Callable[[int, int], None]], Result]) -> Result:
-    with Progress(console=Console(stderr=True), transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(label, total=None)
-        return work(lambda done, total: progress.update(task, completed=done, total=total))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,13 +24,12 @@ from activation_store.writing.shard_parts import create_array, describe_array, f
 from activation_store.writing.virtual_index import write_index
 from groundscope.core.errors import StoreError
 from groundscope.core.files import DamagedFileError, explained, part_of, publish_new, same_bytes, sync, write_whole
+from groundscope.core.progress import step_bar
 
-Progress = Callable[[int, int], None]
-"""Called with the number of finished steps and the total."""
 _BUFFER = 256 << 20
 
 
-def repack(store: ActivationStore, out: str | Path, progress: Progress | None = None) -> ActivationStore:
+def repack(store: ActivationStore, out: str | Path, *, progress: bool | None = None) -> ActivationStore:
     """Rewrite a store with every array contiguous [L, N, D], for the fastest reads of whole layers.
 
     Values, table, provenance and model-level arrays stay bitwise equal; the new arrays are not compressed. The new store
@@ -43,7 +42,7 @@ def repack(store: ActivationStore, out: str | Path, progress: Progress | None = 
     out
         Folder of the new store; created if missing, otherwise it must be empty.
     progress
-        Called after each layer of each array.
+        Whether to show a progress bar; by default only on a terminal.
 
     Raises
     ------
@@ -58,7 +57,7 @@ def repack(store: ActivationStore, out: str | Path, progress: Progress | None = 
     return ActivationStore(folder)
 
 
-def merge(stores: ActivationStore, out: str | Path, progress: Progress | None = None) -> ActivationStore:
+def merge(stores: ActivationStore, out: str | Path, *, progress: bool | None = None) -> ActivationStore:
     """Copy the shards of several stores, merged by `ActivationStore.merge`, into one folder, with new numbers.
 
     Parameters
@@ -68,17 +67,17 @@ def merge(stores: ActivationStore, out: str | Path, progress: Progress | None = 
     out
         Folder of the new store; created if missing, otherwise it must be empty.
     progress
-        Called after each shard.
+        Whether to show a progress bar; by default only on a terminal.
 
     Raises
     ------
     StoreError
         If a store is not complete, the folder is not empty, a shard is damaged, or a write fails.
     """
-    with _new_folder(stores, Path(out)) as folder:
+    total = sum(len(part.shards) for part in stores.folders)
+    with _new_folder(stores, Path(out)) as folder, step_bar("merging", total, show=progress) as advance:
         entries: list[ShardEntry] = []
         first = 0
-        total = sum(len(part.shards) for part in stores.folders)
         for part in stores.folders:
             listed = read_manifest(part.path / MANIFEST).shards
             originals = [part.path / e.file for e in listed]
@@ -94,19 +93,21 @@ def merge(stores: ActivationStore, out: str | Path, progress: Progress | None = 
                 _check_copy(temporary, part.path / entry.file, entry)
                 publish_new(temporary, folder / name)
                 entries.append(replace(entry, file=name))
-                if progress:
-                    progress(len(entries), total)
+                advance()
             first += max((worker for worker, _ in numbers), default=0) + 1
         _finish(stores, folder, stores.schema, entries)
     return ActivationStore(folder)
 
 
-def _one_shard(store: ActivationStore, schema: Schema, folder: Path, progress: Progress | None) -> ShardEntry:
+def _one_shard(store: ActivationStore, schema: Schema, folder: Path, progress: bool | None) -> ShardEntry:
     name = shard_name(0, 0)
     temporary = part_of(folder / name)
-    total, done = sum(a.n_layers for a in schema.arrays), 0
     digests: dict[str, str] = {}
-    with contextlib.closing(BufferedFile(temporary)) as raw_file:
+    total = sum(a.n_layers for a in schema.arrays)
+    with (
+        contextlib.closing(BufferedFile(temporary)) as raw_file,
+        step_bar("repacking", total, show=progress) as advance,
+    ):
         with h5py.File(raw_file, "w") as file:
             start_shard(file, schema, store.provenance)
             for info in schema.arrays:
@@ -116,9 +117,7 @@ def _one_shard(store: ActivationStore, schema: Schema, folder: Path, progress: P
                 for layer in range(info.n_layers):
                     _copy_layer(store, info, values, layer)
                     raw_file.check()
-                    done += 1
-                    if progress:
-                        progress(done, total)
+                    advance()
                 file.flush()
                 table = read_digests(temporary, blocks(values))
                 counts = [shard.array(info).counts for shard in store.shards()]

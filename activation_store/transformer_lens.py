@@ -10,7 +10,7 @@ from torch import Tensor
 from groundscope.core.errors import ModelError, SiteError
 
 if TYPE_CHECKING:
-    from activation_store.reading.rows import Rows
+    from activation_store.reading.rows import RowSelection
     from activation_store.reading.store import ActivationStore
 
 HOOKS = {
@@ -27,7 +27,9 @@ HOOKS = {
 """TransformerLens' hook name of each component within its block."""
 
 
-def activation_cache(store: ActivationStore, model: Any, tokens: str = "last", examples: Rows | None = None) -> Any:
+def activation_cache(
+    store: ActivationStore, model: Any, tokens: str = "last", examples: RowSelection | None = None
+) -> Any:
     """Return the decoder's activations at one token selection as an `ActivationCache`.
 
     The position axis has length 1: the selected token, or the mean over a role's tokens; nonlinear functions of the residual

@@ -222,7 +222,7 @@ def grid(
 ) -> None:
     """Fit the grid, or test it by permutation; parts of it are told per fit or scaled, and say so in their names."""
     names = [f"object:noun{k}" for k in range(CONCEPTS)]
-    options: dict[str, Any] = {"penalties": PENALTIES.tolist(), "folds": FOLDS, "test_fraction": 0.2, "control": 0}
+    options: dict[str, Any] = {"C": PENALTIES.tolist(), "folds": FOLDS, "test_fraction": 0.2, "control": 0}
     if not null:
         start = time.perf_counter()
         found = fit_grid(Told(store, report.console), names, "z", device=device, **options)
@@ -239,7 +239,7 @@ def grid(
     # The null takes its split and penalties from a grid; which estimator the grid was fitted with is no matter to it.
     cheap = fit_grid(store, names, "z", estimator="mean_difference", resamples=1, **options)
     start = time.perf_counter()
-    tested = permutation_test(Told(store, report.console), cheap, null)
+    tested = permutation_test(cheap, Told(store, report.console), permutations=null)
     took = time.perf_counter() - start
     goal = ("<= 360", took <= 360) if whole and null == 1000 else ("", None)
     label = (

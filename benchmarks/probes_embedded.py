@@ -109,7 +109,7 @@ def measure(store: ActivationStore, blank: ActivationStore) -> dict[str, Any]:
     for kind, stack, component, tokens in PLACES:
         if not kinds[kind]:
             continue
-        grid = fit_grid(store, kinds[kind], component, tokens, stack, folds=3, control=1, rows=neutral)
+        grid = fit_grid(store, kinds[kind], f"{stack}.{component}", tokens=tokens, folds=3, control=1, rows=neutral)
         entry: dict[str, Any] = {
             "value": by_layer(grid),
             "low": by_layer(grid, "low"),
@@ -118,7 +118,7 @@ def measure(store: ActivationStore, blank: ActivationStore) -> dict[str, Any]:
             "n": int(grid.n_test.max()),
         }
         if stack == "decoder":
-            words: Any = lexical_control(grid, blank, rows=neutral, resamples=300)
+            words: Any = lexical_control(grid, blank, rows=neutral)
             entry["lexical"] = [round(float(v), 3) for v in words.groupby("layer")["lexical"].mean()]
             visual = [int(v) for v in words.groupby("layer")["is_visual"].sum()]
             entry["concepts_above_lexical"] = visual

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     import mitigation
     import probes
     from activation_store import (
+        ActivationSource,
         ActivationStore,
         ArrayInfo,
         ConceptDirection,
@@ -135,6 +136,7 @@ if TYPE_CHECKING:
     from probes import (
         Cell,
         ConceptSubspaceProbe,
+        Estimator,
         LDAProbe,
         LinearFit,
         LogisticProbe,
@@ -145,6 +147,7 @@ if TYPE_CHECKING:
         Significance,
         alignment,
         control_task,
+        estimators,
         fit_grid,
         fit_logistic,
         journey,
@@ -163,6 +166,7 @@ if TYPE_CHECKING:
 __all__ = [
     "PARSERS",
     "Ablation",
+    "ActivationSource",
     "ActivationStore",
     "Add",
     "Amplify",
@@ -182,6 +186,7 @@ __all__ = [
     "CounterfactualPair",
     "Diagnoses",
     "Diagnosis",
+    "Estimator",
     "Example",
     "FamilySpec",
     "Gate",
@@ -250,6 +255,7 @@ __all__ = [
     "derive",
     "diagnose",
     "diagnosis",
+    "estimators",
     "experiments",
     "export",
     "faithfulness",
@@ -292,6 +298,7 @@ __all__ = [
 _HOMES = {
     "PARSERS": "behavior",
     "Ablation": "circuits",
+    "ActivationSource": "activation_store",
     "ActivationStore": "activation_store",
     "Add": "circuits",
     "Amplify": "circuits",
@@ -311,6 +318,7 @@ _HOMES = {
     "CounterfactualPair": "concepts",
     "Diagnoses": "diagnosis",
     "Diagnosis": "diagnosis",
+    "Estimator": "probes",
     "Example": "concepts",
     "FamilySpec": "lvlm",
     "Gate": "circuits",
@@ -375,6 +383,7 @@ _HOMES = {
     "diagnose": "diagnosis",
     "export": "mitigation",
     "faithfulness": "circuits",
+    "estimators": "probes",
     "fit_grid": "probes",
     "fit_logistic": "probes",
     "head_scores": "circuits",

@@ -30,6 +30,7 @@ LAYER_COMPONENTS: tuple[Component, ...] = (
 CROSS_COMPONENTS: tuple[Component, ...] = ("attn_out", "z", "q", "k", "v", "pattern")
 """What belongs to an attention, and so exists twice in a layer that has two of them."""
 _SITE = re.compile(r"^(vision|decoder)\.L(\d+)\.(cross\.)?(\w+)$")
+_EVERY_LAYER = re.compile(rf"^(?:(vision|decoder)\.)?(cross\.)?({'|'.join(LAYER_COMPONENTS)})$")
 _HEAD = re.compile(r"^L(\d+)\.H(\d+)$")
 
 
@@ -67,6 +68,41 @@ class Site:
             )
             raise SiteError(msg)
         return cls(cast("Stack", match[1]), int(match[2]), cast("Component", match[4]), cross=bool(match[3]))
+
+
+def parse_component(text: str) -> tuple[Stack, str, int | None]:
+    """Read a component at every layer (``z``, ``cross.z``, ``vision.resid_post``) or a single site (``decoder.L3.z``).
+
+    Returns
+    -------
+    tuple
+        Stack (the decoder if the text names none), component (with the prefix ``cross.`` for cross-attention), and layer:
+        None for every layer, and for the projector.
+
+    Raises
+    ------
+    SiteError
+        If the text is neither.
+
+    Examples
+    --------
+    >>> from lvlm.sites import parse_component
+    >>> parse_component("z"), parse_component("vision.L3.resid_post")
+    (('decoder', 'z', None), ('vision', 'resid_post', 3))
+    """
+    match = _EVERY_LAYER.match(text) if isinstance(text, str) else None
+    if match:
+        return cast("Stack", match[1] or "decoder"), f"{match[2] or ''}{match[3]}", None
+    try:
+        site = Site.parse(text)
+    except SiteError as error:
+        msg = (
+            f"unknown site {text!r}; give a component of the decoder ({', '.join(LAYER_COMPONENTS)}), of a named stack "
+            f"('vision.z'), of cross-attention ('cross.z'), 'projector.out', or a single layer ('decoder.L3.z')"
+        )
+        raise SiteError(msg) from error
+    component = f"{'cross.' if site.cross else ''}{site.component}"
+    return site.stack, component, None if site.stack == "projector" else site.layer
 
 
 @dataclass(frozen=True, order=True)

@@ -16,12 +16,14 @@ from .classifiers import (
 )
 from .fit import fit_grid
 from .grid import Cell, ProbeGrid
+from .protocol.estimators import Estimator, estimators
 from .protocol.inputs import probeable
 from .solvers.logistic_reference import LinearFit, fit_logistic
 
 __all__ = [
     "Cell",
     "ConceptSubspaceProbe",
+    "Estimator",
     "LDAProbe",
     "LinearFit",
     "LogisticProbe",
@@ -32,6 +34,7 @@ __all__ = [
     "Significance",
     "alignment",
     "control_task",
+    "estimators",
     "fit_grid",
     "fit_logistic",
     "journey",

@@ -13,7 +13,7 @@ from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils.multiclass import check_classification_targets, type_of_target
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from probes.protocol.methods import METHODS, SUBSAMPLE_SHARE, SUBSAMPLES, Rows, concept_directions
+from probes.protocol.estimators import BUILT_IN, SUBSAMPLE_SHARE, SUBSAMPLES, TrainingRows, concept_directions
 from probes.solvers.closed_form import Spectrum, unstandardize
 from probes.solvers.logistic_float32 import RowBlock
 from probes.solvers.logistic_reference import LinearFit
@@ -63,9 +63,9 @@ class _Probe(ClassifierMixin, BaseEstimator):
         return features, labels.astype(np.float64)
 
     def _fit(self, features: np.ndarray, labels: np.ndarray, groups: np.ndarray) -> LinearFit:
-        rows = Rows(RowBlock.of(features), groups, float(getattr(self, "tol", 1e-8)))
-        penalty = np.array([[float(getattr(self, "C", 1.0))]])
-        return METHODS[self._method].fit(rows, labels[None], penalty)
+        rows = TrainingRows(RowBlock.of(features), groups, float(getattr(self, "tol", 1e-8)))
+        C = np.array([[float(getattr(self, "C", 1.0))]])
+        return BUILT_IN[self._method].fit(rows, labels[None], C)
 
 
 class LogisticProbe(_Probe):

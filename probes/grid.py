@@ -19,7 +19,8 @@ from groundscope.core.files import write_whole
 from groundscope.core.result_fields import building, check_fields
 from groundscope.core.tensor_files import MAX_TENSOR_BYTES
 from groundscope.core.user_files import read_bytes, read_json
-from probes.protocol.inputs import Place
+from probes.protocol.checkpoint import STORED_NAMES
+from probes.protocol.inputs import ProbedArray
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -83,10 +84,10 @@ class ProbeGrid:
     """Mean balanced accuracy of the same procedure on shuffled labels; NaN without controls."""
     validation: np.ndarray
     """Cross-validated balanced accuracy on the training rows, for the selection of cells."""
-    penalty: np.ndarray
-    """The selected C."""
+    C: np.ndarray
+    """The selected C; NaN for a scikit-learn estimator with its own parameters."""
     gap: np.ndarray
-    """Proven relative distance of each probe's objective from its minimum; 0 for a closed form."""
+    """Proven relative distance of each probe's objective from its minimum; 0 for a closed form, NaN if not certified."""
     sigma: np.ndarray
     """Standard deviation of the projections of the training rows on the unit direction."""
     weights: np.ndarray
@@ -127,6 +128,11 @@ class ProbeGrid:
         """Balanced accuracy minus the control's, float64 [K, L, H] (Hewitt and Liang 2019)."""
         return self.balanced_accuracy - self.control
 
+    @property
+    def n_undefined(self) -> np.ndarray:
+        """int64 [K]: used examples without a label of the concept, which are left out for it."""
+        return int(self.provenance["n_rows"]) - self.n_train - self.n_test - self.n_dropped
+
     def frame(self) -> pd.DataFrame:
         """Return one row per concept, layer and head with every score; `head` is missing for probes on whole layers."""
         import pandas as pd
@@ -155,7 +161,7 @@ class ProbeGrid:
         ):
             columns[score] = getattr(self, score).ravel()
         columns["majority"] = self.majority[k]
-        for score in ("control", "selectivity", "validation", "penalty", "gap"):
+        for score in ("control", "selectivity", "validation", "C", "gap"):
             columns[score] = getattr(self, score).ravel()
         for count in ("n_train", "n_test", "n_dropped"):
             columns[count] = getattr(self, count)[k]
@@ -163,7 +169,7 @@ class ProbeGrid:
 
     def site(self, layer: int) -> str:
         """Return the site of a layer, ``decoder.L3.z``."""
-        return self._place.site(layer)
+        return self._array.site(layer)
 
     def transfer(self, targets: Mapping[str, Any], **options: Any) -> pd.DataFrame:
         """Test the probes, without refitting, on other stores or rows: `probes.analysis.transfer.transfer`."""
@@ -235,14 +241,14 @@ class ProbeGrid:
 
         where = self._where(concept, layer, head)
         if not self.weights[where].any():
-            msg = f"the probe of '{concept}' at {self._place.site(layer)} has no direction: its features are constant"
+            msg = f"the probe of '{concept}' at {self._array.site(layer)} has no direction: its features are constant"
             raise ProbeError(msg)
         k = where[0]
         statistics = {s: float(getattr(self, s)[where]) for s in ("balanced_accuracy", "low", "high", "auc", "control")}
         statistics |= {"validation": float(self.validation[where])}
         statistics |= {"n_train": float(self.n_train[k]), "n_test": float(self.n_test[k])}
         return ConceptDirection.from_weights(
-            self._place.site(layer),
+            self._array.site(layer),
             self.tokens,
             concept,
             self.weights[where],
@@ -250,7 +256,7 @@ class ProbeGrid:
             sigma=float(self.sigma[where]),
             intercept=float(self.intercepts[where]),
             statistics=statistics,
-            provenance={**self.provenance, "penalty": float(self.penalty[where])},
+            provenance={**self.provenance, "penalty": float(self.C[where])},
             train_groups=self.train_groups,
         )
 
@@ -276,7 +282,7 @@ class ProbeGrid:
         for item in fields(self):
             value = getattr(self, item.name)
             if isinstance(value, np.ndarray):
-                arrays[item.name] = np.ascontiguousarray(value)
+                arrays[STORED_NAMES.get(item.name, item.name)] = np.ascontiguousarray(value)
             else:
                 plain[item.name] = dict(value) if isinstance(value, Mapping) else value
         data = save(arrays)
@@ -333,6 +339,8 @@ class ProbeGrid:
             values: dict[str, Any] = {name: np.array(array) for name, array in tensors.items()} | check_fields(
                 card, cls
             )
+            for name, stored in STORED_NAMES.items():
+                values[name] = values.pop(stored)
             for name in ("concepts", "layers", "held_out", "held_out_groups", "train_groups"):
                 values[name] = tuple(values[name])
             grid = cls(**values)
@@ -343,8 +351,8 @@ class ProbeGrid:
             return grid
 
     @property
-    def _place(self) -> Place:
-        return Place(self.stack, self.component, self.tokens, self.layers, self.n_heads)
+    def _array(self) -> ProbedArray:
+        return ProbedArray(self.stack, self.component, self.tokens, self.layers, self.n_heads)
 
     def _concept(self, concept: str) -> int:
         if concept not in self.concepts:

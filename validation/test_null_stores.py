@@ -28,9 +28,9 @@ def check(wrong: int, n: int) -> None:
 def p_values(store: MemoryStore, concepts: list[str], seed: int) -> list[float]:
     """Return the p-values of a permutation test of a grid's only cell, one a concept."""
     grid = fit_grid(
-        store, concepts, "resid_post", folds=3, seed=seed, control=0, resamples=2, penalties=(1e-2, 1.0), progress=False
+        store, concepts, "resid_post", folds=3, seed=seed, control=0, resamples=2, C=(1e-2, 1.0), progress=False
     )
-    return permutation_test(store, grid, 99, seed=seed, progress=False).p[:, 0, 0].tolist()
+    return permutation_test(grid, store, permutations=99, seed=seed, progress=False).p[:, 0, 0].tolist()
 
 
 @pytest.mark.parametrize("kind", KINDS)

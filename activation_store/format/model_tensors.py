@@ -29,7 +29,7 @@ _BLOCK_BYTES = 8 << 20
 
 
 @dataclass(frozen=True, eq=False)
-class Rows:
+class LazyTensor:
     """A large array that is computed in blocks of rows: a converted copy of an unembedding can take gigabytes."""
 
     shape: tuple[int, ...]
@@ -58,7 +58,7 @@ class Rows:
         return h.hexdigest()
 
 
-def write_tensors(folder: Path, arrays: Mapping[str, np.ndarray | Rows], owner: str = "") -> None:
+def write_tensors(folder: Path, arrays: Mapping[str, np.ndarray | LazyTensor], owner: str = "") -> None:
     """Write ``tensors.h5``, or check that an existing file holds the same arrays.
 
     Raises
@@ -80,7 +80,7 @@ def write_tensors(folder: Path, arrays: Mapping[str, np.ndarray | Rows], owner: 
                 file.attrs["layout-version"] = LAYOUT_VERSION
                 for name in sorted(plain):
                     values = plain[name]
-                    if isinstance(values, Rows):
+                    if isinstance(values, LazyTensor):
                         dataset = file.create_dataset(link_name(name), values.shape, values.dtype, fill_time="never")
                         for part, block in values.blocks():
                             dataset[part] = block
@@ -114,7 +114,7 @@ def tensor_names(folder: Path) -> tuple[str, ...]:
         return tuple(sorted(column_name(link) for link, _ in datasets(file)))
 
 
-def seal_tensors(path: Path, arrays: Mapping[str, np.ndarray | Rows]) -> None:
+def seal_tensors(path: Path, arrays: Mapping[str, np.ndarray | LazyTensor]) -> None:
     """Seal a finished ``tensors.h5``: the values of each array are one block that HDF5 does not parse."""
     records: list[tuple[int, int, int]] = []
     with h5py.File(path, "r") as file:
@@ -126,9 +126,11 @@ def seal_tensors(path: Path, arrays: Mapping[str, np.ndarray | Rows]) -> None:
     write_seal(path, block_table(offsets, sizes, digests))
 
 
-def _crc(values: np.ndarray | Rows) -> int:
+def _crc(values: np.ndarray | LazyTensor) -> int:
     """Return the CRC-32 of an array's bytes."""
-    blocks = (block for _, block in values.blocks()) if isinstance(values, Rows) else (np.ascontiguousarray(values),)
+    blocks = (
+        (block for _, block in values.blocks()) if isinstance(values, LazyTensor) else (np.ascontiguousarray(values),)
+    )
     crc = 0
     for block in blocks:
         crc = zlib.crc32(block.reshape(-1).view(np.uint8).data, crc)
@@ -181,22 +183,22 @@ def _check_same(path: Path, new_digests: Mapping[str, str]) -> None:
             raise StoreError(msg)
 
 
-def _little_endian(name: str, values: np.ndarray | Rows) -> np.ndarray | Rows:
-    plain = values if isinstance(values, Rows) else np.asarray(values)
+def _little_endian(name: str, values: np.ndarray | LazyTensor) -> np.ndarray | LazyTensor:
+    plain = values if isinstance(values, LazyTensor) else np.asarray(values)
     if not name or plain.dtype.kind not in "fiub":
         msg = f"extra array '{name}' of dtype {plain.dtype} cannot be stored; give it a name and a numeric or boolean dtype"
         raise StoreError(msg)
-    return plain if isinstance(plain, Rows) else np.ascontiguousarray(plain, dtype=plain.dtype.newbyteorder("<"))
+    return plain if isinstance(plain, LazyTensor) else np.ascontiguousarray(plain, dtype=plain.dtype.newbyteorder("<"))
 
 
 def _stored_digest(data: Dataset) -> str:
     if not data.shape:
         return _digest(np.asarray(data[...]))
-    return Rows(data.shape, data.dtype, lambda part: data[part]).digest()
+    return LazyTensor(data.shape, data.dtype, lambda part: data[part]).digest()
 
 
-def _digest(values: np.ndarray | Rows) -> str:
-    if isinstance(values, Rows):
+def _digest(values: np.ndarray | LazyTensor) -> str:
+    if isinstance(values, LazyTensor):
         return values.digest()
     h = _header(values.dtype, values.shape)
     h.update(np.ascontiguousarray(values).data)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -25,6 +24,7 @@ from activation_store.format.shard import (
 )
 from groundscope.core.errors import StoreError
 from groundscope.core.files import DamagedFileError, file_digest, system_reason
+from groundscope.core.progress import step_bar
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class IntegrityReport:
         return "\n".join(lines)
 
 
-def verify(path: str | Path, progress: Callable[[int, int], None] | None = None) -> IntegrityReport:
+def verify(path: str | Path, *, progress: bool | None = None) -> IntegrityReport:
     """Read a whole store and compare every file with its digests.
 
     Every byte is verified before HDF5 parses the file, so that damage cannot hang or crash this process. If only blocks of
@@ -85,7 +85,7 @@ def verify(path: str | Path, progress: Callable[[int, int], None] | None = None)
     path
         Folder of the store, finished or not.
     progress
-        Called after each shard with the number of checked shards and the total.
+        Whether to show a progress bar; by default only on a terminal.
 
     Raises
     ------
@@ -100,7 +100,7 @@ def verify(path: str | Path, progress: Callable[[int, int], None] | None = None)
         raise StoreError(msg) from error
 
 
-def _verify(folder: Path, progress: Callable[[int, int], None] | None) -> IntegrityReport:
+def _verify(folder: Path, progress: bool | None) -> IntegrityReport:
     names = {p.name for p in folder.iterdir()} if folder.is_dir() else set()
     shards = {name for name in names if shard_numbers(name)}
     if not shards and MANIFEST not in names:
@@ -115,17 +115,17 @@ def _verify(folder: Path, progress: Callable[[int, int], None] | None) -> Integr
     total = sorted(shards | listed.keys(), key=lambda name: shard_numbers(name) or (0, 0))
     outcomes = _without_seal(folder, [name for name in total if name in shards], listed)
     ids: dict[str, tuple[str, ...]] = {}
-    for done, name in enumerate(total, start=1):
-        entry = listed.get(name)
-        problem, shard_ids = _check_shard(
-            folder / name, entry, outcomes.get(name), records.get(name) if entry is None else None
-        )
-        rows += len(shard_ids) - len(set(problem.examples) & set(shard_ids) if problem else ())
-        ids[name] = shard_ids
-        if problem:
-            problems.append(problem)
-        if progress:
-            progress(done, len(total))
+    with step_bar("verifying", len(total), show=progress) as advance:
+        for name in total:
+            entry = listed.get(name)
+            problem, shard_ids = _check_shard(
+                folder / name, entry, outcomes.get(name), records.get(name) if entry is None else None
+            )
+            rows += len(shard_ids) - len(set(problem.examples) & set(shard_ids) if problem else ())
+            ids[name] = shard_ids
+            if problem:
+                problems.append(problem)
+            advance()
     problems.extend(_duplicates(ids))
     problems.extend(_check_tensors(folder, manifest))
     problems.extend(_check_index(folder, manifest))

@@ -17,11 +17,11 @@ from activation_store.format.mapped_file import MappedFile
 from activation_store.format.shard import open_shard
 from groundscope.core.errors import StoreError
 
-Rows = slice | Sequence[int] | Sequence[bool] | np.ndarray
+RowSelection = slice | Sequence[int] | Sequence[bool] | np.ndarray
 """A slice, a boolean mask of all rows, or row numbers in any order (negative ones count from the end)."""
 
 
-def resolve_rows(rows: Rows | None, n: int, path: Path) -> np.ndarray | range:
+def resolve_rows(rows: RowSelection | None, n: int, path: Path) -> np.ndarray | range:
     """Return row numbers [m] out of `n`, as a range if they are contiguous; raise `StoreError` if they do not fit."""
     if rows is None:
         return range(n)

@@ -17,7 +17,7 @@ from activation_store.reading.combined_folders import check_mergeable
 from activation_store.reading.contents import Contents
 from activation_store.reading.folder import open_folder
 from activation_store.reading.query import find_rows
-from activation_store.reading.rows import Rows, as_range, resolve_rows, token_rows
+from activation_store.reading.rows import RowSelection, as_range, resolve_rows, token_rows
 from groundscope.core.errors import SiteError, StoreError
 from lvlm.sites import Site
 from lvlm.token_selection import TokenSelection
@@ -66,7 +66,7 @@ class ActivationStore(Contents):
         site: str | Site,
         tokens: str | TokenSelection,
         head: int | None = None,
-        examples: Rows | None = None,
+        examples: RowSelection | None = None,
     ) -> np.ndarray:
         """Read the activations of one site; only the requested layer, head and rows are read from the files.
 
@@ -119,7 +119,7 @@ class ActivationStore(Contents):
         site: str | Site,
         tokens: str | TokenSelection,
         head: int | None = None,
-        examples: Rows | None = None,
+        examples: RowSelection | None = None,
     ) -> Ragged:
         """Read every token of an ``:all`` selection (``image:all``); parameters and errors as in `read`.
 
@@ -156,7 +156,7 @@ class ActivationStore(Contents):
         tokens: str | TokenSelection,
         size: int = 1024,
         head: int | None = None,
-        examples: Rows | None = None,
+        examples: RowSelection | None = None,
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield rows int64 [b] and their activations float32 [b, D], `size` examples at a time; other options as in `read`."""
         if size < 1:
@@ -173,7 +173,7 @@ class ActivationStore(Contents):
         tokens: str | TokenSelection,
         labels: Sequence[str] = (),
         head: int | None = None,
-        examples: Rows | None = None,
+        examples: RowSelection | None = None,
     ) -> TorchView:
         """Return the store as a `torch.utils.data.Dataset` of (activation float32 [D], labels float32 [K]).
 

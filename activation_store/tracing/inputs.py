@@ -1,15 +1,14 @@
-"""Read the images of the examples to trace, and show progress."""
+"""Read and check the images of the examples to trace."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from activation_store.tracing.example_table import picture_digest
 from concepts.schema import Example
 from groundscope.core.errors import DataError
-from groundscope.core.progress import display
+from groundscope.core.progress import step_bar
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
     from lvlm.model import Encoding, Lvlm
 
 
-def check_images(examples: Sequence[Example], *, progress: bool) -> dict[str, str]:
+def check_images(examples: Sequence[Example], *, progress: bool | None) -> dict[str, str]:
     """Return the digest of each example's image by example id; each image is read once, before any forward pass.
 
     Raises
@@ -28,18 +27,18 @@ def check_images(examples: Sequence[Example], *, progress: bool) -> dict[str, st
     identities = [e.image.identity for e in examples]
     first = dict(zip(reversed(identities), reversed(examples), strict=True))
     digests: dict[str, str] = {}
-    with progress_bar("checking images", len(first), 0, progress=progress) as advance:
+    with step_bar("checking images", len(first), show=progress) as advance:
         for identity, example in reversed(first.items()):
             digests[identity] = picture_digest(_load(example))
-            advance(1, "")
+            advance()
     return {e.id: digests[identity] for e, identity in zip(examples, identities, strict=True)}
 
 
-def unreadable_images(examples: Sequence[Example], *, progress: bool) -> dict[str, str]:
+def unreadable_images(examples: Sequence[Example], *, progress: bool | None) -> dict[str, str]:
     """Return the error message for each example whose image cannot be read, by example id."""
     reasons: dict[str, str] = {}
     problems: dict[str, str] = {}
-    with progress_bar("checking images", len(examples), 0, progress=progress) as advance:
+    with step_bar("checking images", len(examples), show=progress) as advance:
         for example in examples:
             identity = example.image.identity
             if identity not in problems:
@@ -50,7 +49,7 @@ def unreadable_images(examples: Sequence[Example], *, progress: bool) -> dict[st
                     problems[identity] = str(error.__cause__ or error).splitlines()[0]
             if problems[identity]:
                 reasons[example.id] = problems[identity]
-            advance(1, "")
+            advance()
     return reasons
 
 
@@ -66,26 +65,3 @@ def encode_first(model: Lvlm, example: Example) -> Encoding:
     """Encode an example; raise `DataError`, which names it, if its image cannot be read."""
     _load(example)
     return model.encode(example)
-
-
-@contextmanager
-def progress_bar(label: str, total: int, done: int, *, progress: bool) -> Iterator[Callable[[int, str], None]]:
-    """Yield a function that advances a progress bar by a number of examples, and prints a note if it is not empty."""
-    from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, TextColumn, TimeRemainingColumn
-    from rich.text import Text
-
-    class Rate(ProgressColumn):
-        def render(self, task: Any) -> Text:
-            speed = task.finished_speed or task.speed
-            return Text(f"{speed:.1f}/s" if speed else "")
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
-    with display(*columns, show=None if progress else False) as bar:
-        task = bar.add_task(label, total=total, completed=done)
-
-        def advance(count: int, note: str) -> None:
-            if note and not bar.disable:
-                bar.console.print(note)
-            bar.advance(task, count)
-
-        yield advance

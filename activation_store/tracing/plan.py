@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -16,11 +15,10 @@ from activation_store.format.schema import ArrayInfo, Dtype, Schema
 from groundscope.core.errors import SiteError
 from lvlm.access.site_width import site_width
 from lvlm.model import Encoding, Lvlm, Place
-from lvlm.sites import CROSS_COMPONENTS, LAYER_COMPONENTS, Component, Site, Stack
+from lvlm.sites import CROSS_COMPONENTS, LAYER_COMPONENTS, Component, Site, Stack, parse_component
 from lvlm.token_map import TokenMap
 from lvlm.token_selection import READABLE, SINGLE, STORED_ROLES, TokenSelection
 
-_EVERY_LAYER = re.compile(rf"^(?:(vision|decoder)\.)?(cross\.)?({'|'.join(LAYER_COMPONENTS)})$")
 CHUNK_BATCHES = 8
 """Batches per chunk: examples are encoded, sorted by length and reordered one chunk at a time, which bounds memory."""
 CHUNK_BYTES = 256 << 20
@@ -271,24 +269,19 @@ def _families(model: Lvlm, sites: Sequence[str]) -> dict[Family, tuple[int, ...]
 
 
 def _expand(model: Lvlm, name: str) -> list[Site]:
-    match = _EVERY_LAYER.match(name)
-    if match:
-        stack, cross = cast("Stack", match[1] or "decoder"), bool(match[2])
-        component = cast("Component", match[3])
-        layers = range(model.n_layers if stack == "decoder" else model.n_vision_layers)
-        if component in CROSS_COMPONENTS:  # a layer can have self-attention, cross-attention or both
-            layers = [n for n in layers if model.attends(stack, n, cross=cross)] or layers
-        # If the model has no such stack or attention, the error for layer 0 reports it.
-        return [Site(stack, n, component, cross=cross) for n in layers or [0]]
     try:
-        return [Site.parse(name)]
+        stack, component, layer = parse_component(name)
     except SiteError as error:
-        msg = (
-            f"unknown site '{name}'; give a component of the decoder ({', '.join(LAYER_COMPONENTS)}), of a named "
-            f"stack ('vision.z'), of cross-attention ('cross.z'), 'projector.out', or a single layer ('decoder.L3.z'; "
-            f"decoder 0-{model.n_layers - 1}, vision 0-{model.n_vision_layers - 1})"
-        )
+        msg = f"{error}; layers are decoder 0-{model.n_layers - 1}, vision 0-{model.n_vision_layers - 1}"
         raise SiteError(msg) from error
+    if stack == "projector" or layer is not None:
+        return [site_of((stack, component), layer or 0)]
+    site = site_of((stack, component), 0)
+    layers = range(model.n_layers if stack == "decoder" else model.n_vision_layers)
+    if site.component in CROSS_COMPONENTS:  # a layer can have self-attention, cross-attention or both
+        layers = [n for n in layers if model.attends(stack, n, cross=site.cross)] or layers
+    # If the model has no such stack or attention, the error for layer 0 reports it.
+    return [site_of((stack, component), n) for n in layers or [0]]
 
 
 def _selections(

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from activation_store.format.model_tensors import Rows
+from activation_store.format.model_tensors import LazyTensor
 from activation_store.format.schema import shard_numbers
 from activation_store.forms import VERSION
 from activation_store.tracing.plan import Plan
@@ -117,7 +117,7 @@ def describe(
     }
 
 
-def unembedding(model: Lvlm, plan: Plan) -> Mapping[str, Rows] | None:
+def unembedding(model: Lvlm, plan: Plan) -> Mapping[str, LazyTensor] | None:
     """Return the parameters that map a decoder residual to logits: final norm and unembedding, as float32.
 
     They are converted in blocks of rows. None if no site of the decoder is traced.
@@ -150,8 +150,8 @@ def check_hooks(model: Lvlm, folder: Path, workers: int) -> None:
         raise StoreError(msg)
 
 
-def _rows(x: Tensor) -> Rows:
-    return Rows(tuple(x.shape), np.dtype("<f4"), lambda part: x[part].float().cpu().numpy())
+def _rows(x: Tensor) -> LazyTensor:
+    return LazyTensor(tuple(x.shape), np.dtype("<f4"), lambda part: x[part].float().cpu().numpy())
 
 
 def _definition(selection: TokenSelection) -> str:

@@ -32,7 +32,7 @@ from activation_store.tracing.continuation import (
     with_generated,
 )
 from activation_store.tracing.example_table import check_answers, has_answers, row, spans
-from activation_store.tracing.inputs import check_images, encode_first, progress_bar, unreadable_images
+from activation_store.tracing.inputs import check_images, encode_first, unreadable_images
 from activation_store.tracing.plan import (
     Plan,
     Read,
@@ -48,6 +48,7 @@ from activation_store.writing.writer import StoreWriter
 from concepts.schema import ConceptDataset, Example
 from groundscope.core.errors import ConfigError, DataError, SiteError
 from groundscope.core.files import Lock, explained
+from groundscope.core.progress import step_bar
 from lvlm.access.eager_attention import say_eager
 from lvlm.access.hook_point import Place, first_name
 from lvlm.access.weights import device_of
@@ -70,11 +71,11 @@ def trace(
     shard_size: int = 512,
     answers: bool = True,
     generate: int = 0,
-    force: bool = False,
-    progress: bool = True,
     worker: int = 0,
     workers: int = 1,
     on_error: Literal["raise", "skip"] = "raise",
+    force: bool = False,
+    progress: bool | None = None,
 ) -> ActivationStore:
     """Run a model over a dataset and store the requested activations.
 
@@ -113,10 +114,6 @@ def trace(
     generate
         Maximum number of tokens of a generated answer, decoded before the activations are read; required for
         ``generated:…``, and stored in the column ``generated``. Steps after the end of an answer are rows of NaN.
-    force
-        Delete an existing store and start from the beginning.
-    progress
-        Show a progress bar if the output is a terminal.
     worker, workers
         Trace one of several parts of the data, each in a separate process, into the same folder; the last worker to finish
         completes the store. Parts are contiguous examples, divided between chunks of batches: rows and values equal those
@@ -126,6 +123,10 @@ def trace(
         Skipped examples are listed with the reason in the store's provenance under ``skipped``, and counted in a warning
         through `logging`; every worker reads all images first to find them. The store then holds the remaining examples:
         after an image is repaired, trace into another folder.
+    force
+        Delete an existing store and start from the beginning.
+    progress
+        Whether to show a progress bar; by default only on a terminal.
 
     Returns
     -------
@@ -198,7 +199,7 @@ def trace(
         done = frozenset(writer.written)
         missing = [e for e in part if e.id not in done]
         pictures = check_images(missing, progress=progress)
-        with progress_bar("tracing", len(part), len(part) - len(missing), progress=progress) as advance:
+        with step_bar("tracing", len(part), done=len(part) - len(missing), show=progress) as advance:
             if missing and any(read.site.component == "pattern" for read in plan.reads):
                 say_eager(model)
             if missing and plan.skipped:
@@ -208,7 +209,7 @@ def trace(
                 # pass. The writer skips the rows that it already has.
                 chunk = part[start : start + size]
                 if any(e.id not in done for e in chunk):
-                    arrays, table = run.chunk(chunk, lambda batch: advance(sum(e.id not in done for e in batch), ""))
+                    arrays, table = run.chunk(chunk, lambda batch: advance(sum(e.id not in done for e in batch)))
                     writer.append(arrays, {**table, "image": [pictures.get(e.id, "") for e in chunk]})
     return ActivationStore(folder)
 

@@ -20,7 +20,7 @@ from activation_store.format.encoding import stored_kind
 from activation_store.format.folder_checks import check_ids, check_listed, check_sealed, read_index, read_sealed
 from activation_store.format.hdf5 import group_at
 from activation_store.format.manifest import DamagedManifestError, IndexEntry, Manifest, ShardEntry, read_manifest
-from activation_store.format.model_tensors import Rows, tensors_entry, write_tensors
+from activation_store.format.model_tensors import LazyTensor, tensors_entry, write_tensors
 from activation_store.format.schema import (
     INDEX,
     NOT_COMPARED,
@@ -109,7 +109,7 @@ class StoreWriter:
         *,
         workers: int = 1,
         allow_overflow: bool = False,
-        extra: Mapping[str, np.ndarray | Rows] | None = None,
+        extra: Mapping[str, np.ndarray | LazyTensor] | None = None,
     ) -> None:
         require_filter(schema.compression)
         hold_hdf5_while_forking()

@@ -26,12 +26,12 @@ neutral = (examples["split"] == "neutral").to_numpy()
 # %%
 concepts = ["attribute:green", "attribute:red"]
 grids = {
-    "vision tower": fit_grid(store, concepts, "resid_post", "object:mean", "vision", rows=neutral, folds=3),
-    "decoder, object's tokens": fit_grid(store, concepts, "resid_post", "object:mean", rows=neutral, folds=3),
-    "decoder, last token": fit_grid(store, concepts, "resid_post", "last", rows=neutral, folds=3),
+    "vision tower": fit_grid(store, concepts, "vision.resid_post", tokens="object:mean", rows=neutral, folds=3),
+    "decoder, object's tokens": fit_grid(store, concepts, "resid_post", tokens="object:mean", rows=neutral, folds=3),
+    "decoder, last token": fit_grid(store, concepts, "resid_post", tokens="last", rows=neutral, folds=3),
 }
 grids["decoder, last token"].frame()[
-    ["concept", "layer", "balanced_accuracy", "low", "high", "control", "penalty", "n_train", "n_test"]
+    ["concept", "layer", "balanced_accuracy", "low", "high", "control", "C", "n_train", "n_test"]
 ].round(3).head(6)
 
 # %%
@@ -55,8 +55,8 @@ _ = axes[0].legend(frameon=False, loc="lower right")
 # included, on permuted labels and compares each head with the best head of each repetition.
 
 # %%
-heads = fit_grid(store, ["object:named"], "z", "last", rows=neutral, folds=3)
-test = permutation_test(store, heads, 200, rows=neutral)
+heads = fit_grid(store, ["object:named"], "z", tokens="last", rows=neutral, folds=3)
+test = permutation_test(heads, store, permutations=200, rows=neutral)
 table = test.frame()
 table.sort_values("p_family").head(6)
 

@@ -94,14 +94,13 @@ def measure(
             e.name: fit_grid(
                 store,
                 e.concepts,
-                e.component,
-                e.tokens,
-                e.stack,
+                e.site,
+                tokens=e.tokens,
                 folds=4,
-                seed=seed,
                 control=0,
                 rows=rows,
                 skip_unplaceable=True,
+                seed=seed,
             )
             for e in plan
         }

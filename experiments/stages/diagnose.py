@@ -214,8 +214,8 @@ def _fitted(
         return
     try:
         grid = fit_grid(
-            store, wanted, component, tokens, stack, penalties=PENALTIES, folds=folds, test_fraction=TEST, seed=seed,
-            control=0, rows=rows, skip_unplaceable=True, resamples=1, progress=False, heads=False,
+            store, wanted, f"{stack}.{component}", tokens=tokens, heads=False, C=PENALTIES, folds=folds, test_fraction=TEST,
+            control=0, rows=rows, skip_unplaceable=True, resamples=1, seed=seed, progress=False,
         )  # fmt: skip
     except UnplaceableError as error:
         left_out.update({f"{c}{of}": reason for c, reason in error.reasons.items()})

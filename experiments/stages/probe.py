@@ -36,15 +36,14 @@ def make_probes(context: Context, root: Path) -> str:
             grid = fit_grid(
                 context.store,
                 entry.concepts,
-                entry.component,
-                entry.tokens,
-                entry.stack,
-                penalties=options.C,
+                entry.site,
+                tokens=entry.tokens,
+                C=options.C,
                 folds=options.folds,
                 test_fraction=options.test_fraction,
-                seed=options.seed,
                 rows=mask,
                 skip_unplaceable=True,
+                seed=options.seed,
             )
         except ProbeError as error:  # none of the concepts can be fitted to these images
             left_out[entry.name] = str(error)

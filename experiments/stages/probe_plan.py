@@ -28,6 +28,11 @@ class Entry:
     concepts: tuple[str, ...]
 
     @property
+    def site(self) -> str:
+        """The site of the array, as `probes.fit_grid` takes it."""
+        return f"{self.stack}.{self.component}"
+
+    @property
     def name(self) -> str:
         """Folder of the grid."""
         return f"{self.stack}.{self.component}@{self.tokens.replace(':', '-')}"

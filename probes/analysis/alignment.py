@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from groundscope.core.errors import ProbeError
-from probes.protocol.inputs import Store, find_place, read_features, read_groups, row_mask
+from probes.protocol.inputs import find_array, read_features, read_groups, row_mask
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from activation_store import ActivationSource
 
 CLAMP = 0.95
 """Quantile of absolute values at which features are clamped before the neighbor search."""
@@ -171,13 +173,12 @@ def compare(
 
 
 def layerwise(
-    store: Store,
+    store: ActivationSource,
     site: str = "resid_post",
+    *,
     image: str = "image:mean",
     text: str = "question:mean",
-    stack: str = "decoder",
-    *,
-    text_store: Store | None = None,
+    text_store: ActivationSource | None = None,
     joint: bool = False,
     rows: Sequence[bool] | np.ndarray | pd.Series | None = None,
     permutations: int = 200,
@@ -190,7 +191,7 @@ def layerwise(
     2501.01346, appendix C). In a joint prompt, question tokens attend to the image, so that attention itself makes them
     similar. Pass the text in `text_store`: the same examples traced with every image replaced by the same blank image (the
     store for `lexical_control`), or without images. Image tokens do not depend on the question if they precede it, as in
-    the decoders of most families; otherwise use a stack without text, ``vision`` or ``projector``, for both.
+    the decoders of most families; otherwise use a site without text, ``vision.resid_post`` or ``projector.out``, for both.
 
     Only the first example of each group is used, because questions about one image have identical image tokens.
 
@@ -198,6 +199,8 @@ def layerwise(
     ----------
     store
         Store of the image tokens; without `text_store`, of both token selections.
+    site
+        A component at every layer, or a single site, as in `probes.fit_grid`.
     image, text
         Token selections.
     text_store
@@ -233,7 +236,7 @@ def layerwise(
         )
         raise ProbeError(msg)
     other = store if text_store is None else text_store
-    places = [find_place(s, stack, site, tokens, heads=False) for s, tokens in ((store, image), (other, text))]
+    arrays = [find_array(s, site, tokens, heads=False) for s, tokens in ((store, image), (other, text))]
     frame = store.frame()
     mask = row_mask(rows, len(frame))
     groups, ids = read_groups(frame), frame["id"].to_numpy()
@@ -245,15 +248,15 @@ def layerwise(
     selected[text_rows] = True
     # Rows are read in the order of the text store, then sorted into the order of `store`.
     order = np.searchsorted(np.sort(text_rows), text_rows)
-    layers = [layer for layer in places[0].layers if layer in places[1].layers]
+    layers = [layer for layer in arrays[0].layers if layer in arrays[1].layers]
     parts = []
     for layer in layers:
-        x = read_features(store, places[0], layer, chosen, ids[chosen])
-        y = read_features(other, places[1], layer, selected, ids[chosen][np.argsort(text_rows)])[order]
+        x = read_features(store, arrays[0], layer, chosen, ids[chosen])
+        y = read_features(other, arrays[1], layer, selected, ids[chosen][np.argsort(text_rows)])[order]
         both = np.flatnonzero(~np.isnan(x).any(axis=1) & ~np.isnan(y).any(axis=1))[:limit]
         if len(both) < NEIGHBORS + 2:
             msg = (
-                f"{places[0].site(layer)}: {len(both)} groups have both {image} and {text}; {NEIGHBORS + 2} are needed"
+                f"{arrays[0].site(layer)}: {len(both)} groups have both {image} and {text}; {NEIGHBORS + 2} are needed"
             )
             raise ProbeError(msg)
         part = compare(x[both], y[both], permutations=permutations, seed=seed)
@@ -264,7 +267,7 @@ def layerwise(
     return pd.concat(parts, ignore_index=True)
 
 
-def _find_rows(store: Store, ids: np.ndarray) -> np.ndarray:
+def _find_rows(store: ActivationSource, ids: np.ndarray) -> np.ndarray:
     """Return the row numbers of examples in a store; raise `ProbeError` if one is missing."""
     row_of = {name: at for at, name in enumerate(store.frame()["id"].tolist())}
     missing = [name for name in ids.tolist() if name not in row_of]

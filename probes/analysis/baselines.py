@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from groundscope.core.errors import ProbeError
+from probes.analysis.refit import grid_site
 from probes.fit import fit_grid
 from probes.grid import ProbeGrid
 from probes.protocol.controls import control_labels
-from probes.protocol.inputs import Store
 from probes.protocol.scoring import class_totals, difference_interval
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from activation_store import ArrayInfo
+    from activation_store import ActivationSource, ArrayInfo
 
 
 class _ModifiedStore:
     """A store with replaced labels or activations."""
 
     def __init__(
-        self, store: Store, labels: pd.DataFrame | None = None, features: tuple[str, np.ndarray] | None = None
+        self,
+        store: ActivationSource,
+        labels: pd.DataFrame | None = None,
+        features: tuple[str, np.ndarray] | None = None,
     ) -> None:
         self._store, self._labels, self._features = store, labels, features
 
@@ -35,6 +38,10 @@ class _ModifiedStore:
     @property
     def digest(self) -> str:
         return self._store.digest
+
+    @property
+    def provenance(self) -> Mapping[str, Any]:
+        return self._store.provenance
 
     def frame(self) -> pd.DataFrame:
         frame = self._store.frame()
@@ -50,10 +57,9 @@ class _ModifiedStore:
 
 def lexical_control(
     grid: ProbeGrid,
-    blank: Store,
+    blank: ActivationSource,
     *,
     rows: Sequence[bool] | np.ndarray | pd.Series | None = None,
-    resamples: int = 1000,
     confidence: float = 0.95,
     progress: bool | None = None,
 ) -> pd.DataFrame:
@@ -70,8 +76,8 @@ def lexical_control(
         As in the call of `fit_grid`.
     confidence
         Of the interval of the difference, over held-out groups, paired example by example.
-    resamples
-        Not used, because the interval has a formula; accepted for compatibility.
+    progress
+        Whether to show a progress bar; by default only on a terminal.
 
     Returns
     -------
@@ -86,7 +92,6 @@ def lexical_control(
     """
     import pandas as pd
 
-    del resamples
     blank_grid = _refit(grid, blank, rows=rows, progress=progress)
     same = blank_grid.held_out == grid.held_out and np.array_equal(
         blank_grid.held_out_labels, grid.held_out_labels, equal_nan=True
@@ -116,7 +121,7 @@ def lexical_control(
 
 def control_task(
     grid: ProbeGrid,
-    store: Store,
+    store: ActivationSource,
     types: str = "question",
     *,
     rows: Sequence[bool] | np.ndarray | pd.Series | None = None,
@@ -169,7 +174,7 @@ def control_task(
 
 def random_features(
     grid: ProbeGrid,
-    store: Store,
+    store: ActivationSource,
     *,
     rows: Sequence[bool] | np.ndarray | pd.Series | None = None,
     seed: int = 0,
@@ -195,7 +200,7 @@ def random_features(
 
 def _refit(
     grid: ProbeGrid,
-    store: Store,
+    store: ActivationSource,
     *,
     rows: Sequence[bool] | np.ndarray | pd.Series | None,
     progress: bool | None,
@@ -205,18 +210,17 @@ def _refit(
     return fit_grid(
         store,
         grid.concepts,
-        grid.component,
-        grid.tokens,
-        grid.stack,
+        grid_site(grid),
+        tokens=grid.tokens,
+        heads=grid.n_heads is not None,
         estimator=options["estimator"],
-        penalties=options["penalties"],
+        C=options["penalties"],
         folds=options["folds"],
         test_fraction=options["test_fraction"],
-        seed=options["seed"],
-        heads=grid.n_heads is not None,
         control=0,
         rows=rows,
-        resamples=1,
         tolerance=options["tolerance"],
+        resamples=1,
+        seed=options["seed"],
         progress=progress,
     )

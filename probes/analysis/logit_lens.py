@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
+from activation_store.source import ActivationSource
 from concepts.schema import Concept
-from groundscope.core.errors import ProbeError
+from groundscope.core.errors import ProbeError, SiteError
 from groundscope.core.files import write_whole
 from groundscope.core.user_files import read_json
-from probes.protocol.inputs import Place, Store, find_place, read_features, read_groups, read_labels, row_mask
+from probes.protocol.inputs import ProbedArray, find_array, read_features, read_groups, read_labels, row_mask
 from probes.protocol.scoring import auc, auc_interval, bootstrap_auc, resample_groups
 
 if TYPE_CHECKING:
@@ -29,8 +30,8 @@ _BLOCK = 4_000_000
 """Maximum number of logits in memory."""
 
 
-class TensorStore(Store, Protocol):
-    """A store with model-level arrays."""
+class TensorSource(ActivationSource, Protocol):
+    """An activation source with model-level arrays."""
 
     def tensor(self, name: str) -> np.ndarray:
         """Return one model-level array."""
@@ -57,7 +58,11 @@ class Unembedding:
 
     @classmethod
     def of(
-        cls, store: TensorStore, norm: Literal["rms", "layer"] | None = None, epsilon: float = 1e-6, offset: float = 0.0
+        cls,
+        store: TensorSource,
+        norm: Literal["rms", "layer"] | None = None,
+        epsilon: float = 1e-6,
+        offset: float = 0.0,
     ) -> Unembedding:
         """Read the parameters from a store.
 
@@ -134,12 +139,12 @@ def read_vocabulary(store: str | Path) -> dict[str, int]:
 
 
 def logit_lens(
-    store: TensorStore,
+    store: TensorSource,
     words: Sequence[str],
     vocabulary: Mapping[str, int],
-    tokens: str = "image:mean",
     site: str = "resid_post",
     *,
+    tokens: str = "image:mean",
     rows: Sequence[bool] | np.ndarray | pd.Series | None = None,
     unembedding: Unembedding | None = None,
 ) -> dict[int, np.ndarray]:
@@ -153,8 +158,10 @@ def logit_lens(
         A store of decoder sites.
     words, vocabulary
         The words to read, and the row of the unembedding of each word.
-    tokens, site
-        A token selection, and a residual site of the decoder.
+    site
+        A residual site of the decoder: a component at every layer, or a single layer.
+    tokens
+        A token selection.
     rows
         Boolean mask over the examples to read.
     unembedding
@@ -172,18 +179,18 @@ def logit_lens(
         If a word is not in the vocabulary, or the store has no unembedding.
     """
     head = unembedding or Unembedding.of(store)
-    place, mask, ids = _place(store, site, tokens, rows)
+    array, mask, ids = _select(store, site, tokens, rows)
     numbers = _numbers(words, vocabulary, len(head.matrix))
-    return dict(_read(store, place, mask, ids, head, numbers))
+    return dict(_read(store, array, mask, ids, head, numbers))
 
 
 def object_readout(
-    store: TensorStore,
+    store: TensorSource,
     concepts: Sequence[str],
     vocabulary: Mapping[str, int],
-    tokens: str = "image:mean",
     site: str = "resid_post",
     *,
+    tokens: str = "image:mean",
     rows: Sequence[bool] | np.ndarray | pd.Series | None = None,
     unembedding: Unembedding | None = None,
     resamples: int = 1000,
@@ -210,12 +217,12 @@ def object_readout(
 
     head = unembedding or Unembedding.of(store)
     frame = store.frame()
-    place, mask, ids = _place(store, site, tokens, rows)
+    array, mask, ids = _select(store, site, tokens, rows)
     labels = read_labels(frame, concepts)[mask]
     groups = read_groups(frame)[mask]
     numbers = _numbers([Concept.parse(c).name for c in concepts], vocabulary, len(head.matrix))
     table: list[dict[str, Any]] = []
-    for layer, log_probs in _read(store, place, mask, ids, head, numbers):
+    for layer, log_probs in _read(store, array, mask, ids, head, numbers):
         for k, concept in enumerate(concepts):
             used = ~np.isnan(labels[:, k]) & ~np.isnan(log_probs[:, k])
             truth, score = labels[used, k], log_probs[used, k].astype(np.float64)
@@ -244,12 +251,17 @@ def _vocabulary_path(store: str | Path) -> Path:
     return path.with_name(f"{path.name}.vocabulary.json")
 
 
-def _place(
-    store: Store, site: str, tokens: str, rows: Sequence[bool] | np.ndarray | pd.Series | None
-) -> tuple[Place, np.ndarray, np.ndarray]:
+def _select(
+    store: ActivationSource, site: str, tokens: str, rows: Sequence[bool] | np.ndarray | pd.Series | None
+) -> tuple[ProbedArray, np.ndarray, np.ndarray]:
+    """Return the array, the mask of the rows to read, and their ids."""
     frame = store.frame()
     mask = row_mask(rows, len(frame))
-    return find_place(store, "decoder", site, tokens, heads=False), mask, frame["id"].to_numpy()[mask]
+    array = find_array(store, site, tokens, heads=False)
+    if array.stack != "decoder":
+        msg = f"'{site}' is a site of the {array.stack}; the unembedding reads residuals of the decoder, such as resid_post"
+        raise SiteError(msg)
+    return array, mask, frame["id"].to_numpy()[mask]
 
 
 def _numbers(words: Sequence[str], vocabulary: Mapping[str, int], size: int) -> list[int]:
@@ -268,12 +280,17 @@ def _numbers(words: Sequence[str], vocabulary: Mapping[str, int], size: int) -> 
 
 
 def _read(
-    store: Store, place: Place, mask: np.ndarray, ids: np.ndarray, head: Unembedding, numbers: Sequence[int]
+    store: ActivationSource,
+    array: ProbedArray,
+    mask: np.ndarray,
+    ids: np.ndarray,
+    head: Unembedding,
+    numbers: Sequence[int],
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Yield each layer with log-probabilities float32 [n, words], computed in blocks of rows."""
     step = max(1, _BLOCK // len(head.matrix))
-    for layer in place.layers:
-        x = read_features(store, place, layer, mask, ids)
+    for layer in array.layers:
+        x = read_features(store, array, layer, mask, ids)
         out = np.full((len(x), len(numbers)), np.nan, np.float32)
         for start in range(0, len(x), step):
             logits = head.logits(x[start : start + step])

@@ -1,7 +1,7 @@
 """Exact permutation tests over a whole grid: the null distribution of the best score over all cells.
 
 The statistic is the held-out balanced accuracy of ridge probes, for the true labels and the permuted ones alike, with the
-penalty chosen by cross-validation each time. Ridge is linear in the labels, so one factorization per fold serves
+C chosen by cross-validation each time. Ridge is linear in the labels, so one factorization per fold serves
 thousands of permutations; the test is valid for any statistic.
 """
 
@@ -14,41 +14,42 @@ import numpy as np
 
 from groundscope.core.errors import ProbeError
 from groundscope.core.permutations import LEAST_MOVABLE
+from groundscope.core.progress import step_bar
 from probes.analysis.refit import reproduce_split
 from probes.analysis.significance import Significance, adjust
-from probes.fit import progress_bar
 from probes.grid import ProbeGrid
 from probes.protocol.controls import movable, shuffle_labels, shuffle_within
-from probes.protocol.inputs import Store
-from probes.protocol.tasks import Rows
+from probes.protocol.tasks import SplitRows
 from probes.solvers.ridge_many_labels import Targets, ridge_scores
 from probes.solvers.threads import map_in_threads
 
 if TYPE_CHECKING:
     import pandas as pd
 
+    from activation_store import ActivationSource
+
 LABEL_BYTES = 512 * 2**20
 """Memory limit of permuted labels; if they need more, they are split into parts and the activations are read per part."""
 
 
 def permutation_test(
-    store: Store,
     grid: ProbeGrid,
-    permutations: int = 1000,
+    store: ActivationSource,
     *,
+    permutations: int = 1000,
     scheme: str = "blocks",
     rows: Sequence[bool] | np.ndarray | pd.Series | None = None,
     seed: int = 0,
     progress: bool | None = None,
 ) -> Significance:
-    """Test every cell of a grid against permuted labels, on the grid's own split, folds and penalties.
+    """Test every cell of a grid against permuted labels, on the grid's own split, folds and candidates of C.
 
     Parameters
     ----------
-    store
-        The store the grid was fitted on.
     grid
         The grid to test.
+    store
+        The store that it was fitted on.
     permutations
         B; p-values are ``(1 + number at least as high) / (1 + B)``.
     scheme
@@ -60,6 +61,8 @@ def permutation_test(
         As given to `fit_grid`.
     seed
         Of the permutations. All cells use the same permutations, so that the maximum over cells respects their dependence.
+    progress
+        Whether to show a progress bar; by default only on a terminal.
 
     Returns
     -------
@@ -83,48 +86,47 @@ def permutation_test(
     if permutations < 1 or scheme not in SCHEMES:
         msg = f"permutations={permutations} must be at least 1, and scheme='{scheme}' one of {', '.join(SCHEMES)}"
         raise ProbeError(msg)
-    setup = reproduce_split(store, grid, rows)
-    place, table = setup.place, setup.table
+    setup = reproduce_split(grid, store, rows)
+    array, table = setup.array, setup.table
     families = list(_families(table))
     if scheme == "within":
         _check_varies(table, grid.concepts)
     moving = np.array([_movable(table, k, scheme) for k in range(len(grid.concepts))])  # [K, 2]
     _check_movable(grid.concepts, moving)
-    penalties = np.sort(np.asarray(grid.provenance["penalties"], dtype=np.float32))
+    C = np.sort(np.asarray(grid.provenance["penalties"], dtype=np.float32))
     n_heads = grid.n_heads or 1
     n_concepts = len(grid.concepts)
-    observed = np.empty((n_concepts, len(place.layers), n_heads), np.float32)
+    observed = np.empty((n_concepts, len(array.layers), n_heads), np.float32)
     exceed = np.zeros(observed.shape, np.int64)
     maxima = np.full((n_concepts, permutations), -np.inf, np.float32)
     size = max(1, LABEL_BYTES // (4 * max(1, len(table.ids)) * n_concepts))
     parts = [range(a, min(a + size, permutations)) for a in range(0, permutations, size)]
-    progress_display = progress_bar(
-        f"permuting {grid.stack}.{grid.component}", len(parts) * len(place.layers) * n_heads, progress
-    )
-    with progress_display as advance, map_in_threads() as map_blocks:
+    steps = len(parts) * len(array.layers) * n_heads
+    bar = step_bar(f"permuting {grid.stack}.{grid.component}", steps, show=progress)
+    with bar as advance, map_in_threads() as map_blocks:
         for part in parts:
             targets_by_family = [
                 (members, rows_, _labels(table, members, rows_, part, scheme, seed)) for members, rows_ in families
             ]
-            for at in range(len(place.layers)):
+            for at in range(len(array.layers)):
                 by_head = setup.by_head(at)
                 for head in range(n_heads):
                     for members, rows_, targets in targets_by_family:
-                        scores = ridge_scores(by_head[rows_, head], targets, penalties, map_blocks)
+                        scores = ridge_scores(by_head[rows_, head], targets, C, map_blocks)
                         scores = scores.reshape(len(part) + 1, len(members))
                         chosen = list(members)
                         observed[chosen, at, head] = scores[0]
                         exceed[chosen, at, head] += (scores[1:] >= scores[0]).sum(axis=0)
                         best = maxima[chosen, part.start : part.stop]
                         maxima[chosen, part.start : part.stop] = np.maximum(best, scores[1:].T)
-                    advance(1)
+                    advance()
     return adjust(grid, observed.astype(np.float64), exceed, maxima.astype(np.float64), moving, scheme, seed)
 
 
 SCHEMES = ("blocks", "within")
 
 
-def _families(table: Rows) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
+def _families(table: SplitRows) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
     """Yield the groups of concepts that are defined on the same rows, with these rows."""
     families: dict[bytes, list[int]] = {}
     for k in range(table.labels.shape[1]):
@@ -133,7 +135,7 @@ def _families(table: Rows) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
         yield tuple(members), np.flatnonzero(~np.isnan(table.labels[:, members[0]]))
 
 
-def _labels(table: Rows, members: Sequence[int], rows: np.ndarray, part: range, scheme: str, seed: int) -> Targets:
+def _labels(table: SplitRows, members: Sequence[int], rows: np.ndarray, part: range, scheme: str, seed: int) -> Targets:
     """Return the targets of (1 + permutations) x concepts columns, the true labels first."""
     true = table.labels[rows][:, list(members)]
     out = np.empty((len(rows), len(part) + 1, len(members)), np.float32)
@@ -147,7 +149,7 @@ def _labels(table: Rows, members: Sequence[int], rows: np.ndarray, part: range, 
     return Targets.of(out.reshape(len(rows), -1), fold)
 
 
-def _movable(table: Rows, concept: int, scheme: str) -> tuple[int, int]:
+def _movable(table: SplitRows, concept: int, scheme: str) -> tuple[int, int]:
     """Return the number of a concept's groups that can receive other labels, and its number of groups."""
     rows = ~np.isnan(table.labels[:, concept])
     return movable(table.labels[rows, concept], table.groups[rows], table.fold[rows], scheme)
@@ -165,7 +167,7 @@ def _check_movable(concepts: Sequence[str], moving: np.ndarray) -> None:
         raise ProbeError(msg)
 
 
-def _check_varies(table: Rows, concepts: Sequence[str]) -> None:
+def _check_varies(table: SplitRows, concepts: Sequence[str]) -> None:
     constant = []
     for k, concept in enumerate(concepts):
         rows = ~np.isnan(table.labels[:, k])

@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from groundscope.core.errors import ProbeError
+from groundscope.core.progress import step_bar
 from probes.analysis.refit import reproduce_split
-from probes.fit import progress_bar
 from probes.protocol.cell import SELECTION
-from probes.protocol.inputs import Store
 from probes.solvers.closed_form import Spectrum
 from probes.solvers.logistic_float32 import RowBlock
 from probes.solvers.multinomial import MultinomialFit, class_weights, fit_multinomial
@@ -19,12 +18,13 @@ from probes.solvers.multinomial import MultinomialFit, class_weights, fit_multin
 if TYPE_CHECKING:
     import pandas as pd
 
+    from activation_store import ActivationSource
     from probes.grid import ProbeGrid
 
 
 def softmax_choices(
-    store: Store,
     grid: ProbeGrid,
+    store: ActivationSource,
     concepts: Sequence[str],
     used: np.ndarray,
     rows: Sequence[bool] | np.ndarray | pd.Series | None = None,
@@ -32,7 +32,7 @@ def softmax_choices(
 ) -> Iterator[tuple[int, int, np.ndarray, float, float]]:
     """Fit a multinomial probe per layer and head on the grid's training rows, and predict classes on the held-out rows.
 
-    The penalty (of the grid's penalties) with the lowest cross-validated log-loss is used, with balanced classes. Training
+    The C (of the grid's candidates) with the lowest cross-validated log-loss is used, with balanced classes. Training
     rows are those where exactly one concept is true.
 
     Parameters
@@ -42,14 +42,14 @@ def softmax_choices(
 
     Yields
     ------
-    Index of the layer, head, predicted classes int [T used], penalty, proven relative gap.
+    Index of the layer, head, predicted classes int [T used], C, proven relative gap.
 
     Raises
     ------
     ProbeError
         If the store is not the grid's, or a concept is the only true concept of training rows in fewer than 2 folds.
     """
-    setup = reproduce_split(store, grid, rows)
+    setup = reproduce_split(grid, store, rows)
     labels = setup.table.labels[:, [grid.concepts.index(c) for c in concepts]]
     training = np.flatnonzero(
         (setup.table.fold >= 0) & ((labels == 1).sum(axis=1) == 1) & ~np.isnan(labels).any(axis=1)
@@ -63,36 +63,36 @@ def softmax_choices(
             )
             raise ProbeError(msg)
     test = np.flatnonzero(setup.table.fold < 0)[used]
-    n_heads = setup.place.n_heads or 1
-    with progress_bar(f"choosing {grid.stack}.{grid.component}", len(grid.layers) * n_heads, progress) as advance:
+    n_heads = setup.array.n_heads or 1
+    with step_bar(f"choosing {grid.stack}.{grid.component}", len(grid.layers) * n_heads, show=progress) as advance:
         for at in range(len(grid.layers)):
             by_head = setup.by_head(at)
             for head in range(n_heads):
                 x = by_head[:, head]
                 yield at, head, *_choose(x[training], classes, fold, x[test], len(concepts), grid)
-                advance(1)
+                advance()
 
 
 def _choose(
     x: np.ndarray, classes: np.ndarray, fold: np.ndarray, test: np.ndarray, count: int, grid: ProbeGrid
 ) -> tuple[np.ndarray, float, float]:
-    """Select the penalty, refit on all training rows, and return predictions on `test`, penalty and gap."""
-    penalties = sorted(grid.provenance["penalties"])
+    """Select C, refit on all training rows, and return predictions on `test`, C and gap."""
+    candidates = sorted(grid.provenance["penalties"])
     tolerance = float(grid.provenance["tolerance"])
-    loss = np.zeros(len(penalties))
+    loss = np.zeros(len(candidates))
     weights = class_weights(classes, count)
     for number in np.unique(fold):
         out = fold == number
         block = RowBlock.of(x[~out])
         spectrum, fit = Spectrum(block.standard.numpy()), None
         validation = _standardize(x[out], block)
-        for at, c in enumerate(penalties):
+        for at, c in enumerate(candidates):
             fit = fit_multinomial(spectrum, classes[~out], count, c, tolerance=max(tolerance, SELECTION), start=fit)
             margins = _margins(fit, validation)
             margins -= margins.max(axis=1, keepdims=True)
             row_loss = np.log(np.exp(margins).sum(axis=1)) - margins[np.arange(len(margins)), classes[out]]
             loss[at] += weights[out] @ row_loss
-    best = float(penalties[int(np.argmin(loss))])  # ties: the stronger penalty
+    best = float(candidates[int(np.argmin(loss))])  # ties: the stronger penalty
     block = RowBlock.of(x)
     fit = fit_multinomial(Spectrum(block.standard.numpy()), classes, count, best, tolerance=tolerance)
     return _margins(fit, _standardize(test, block)).argmax(axis=1), best, fit.gap

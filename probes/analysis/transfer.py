@@ -9,8 +9,9 @@ import numpy as np
 
 from groundscope.core.errors import ProbeError
 from groundscope.core.intervals import combined_interval
+from probes.analysis.refit import grid_array
 from probes.grid import ProbeGrid
-from probes.protocol.inputs import Store, find_place, read_features, read_groups, read_labels, row_mask
+from probes.protocol.inputs import read_features, read_groups, read_labels, row_mask
 from probes.protocol.scoring import (
     auc,
     auc_interval,
@@ -23,17 +24,17 @@ from probes.protocol.scoring import (
 if TYPE_CHECKING:
     import pandas as pd
 
+    from activation_store import ActivationSource
+
 
 def multiclass(
     grid: ProbeGrid,
     concepts: Sequence[str],
     *,
     how: str = "rest",
-    store: Store | None = None,
+    store: ActivationSource | None = None,
     rows: Sequence[bool] | np.ndarray | pd.Series | None = None,
-    resamples: int = 1000,
     confidence: float = 0.95,
-    seed: int = 0,
     progress: bool | None = None,
 ) -> pd.DataFrame:
     """Score multiclass predictions among concepts of which exactly one is true: the color of an object, the relation.
@@ -45,20 +46,18 @@ def multiclass(
     ----------
     how
         ``rest``: the concept whose one-vs-rest probe of the grid has the largest margin. ``softmax``: a multinomial
-        regression (`probes.MultinomialProbe`) fitted on the grid's training rows, with its folds and penalties.
+        regression (`probes.MultinomialProbe`) fitted on the grid's training rows, with its folds and candidates of C.
     store, rows
         For ``softmax``: the grid's store, and `rows` as in the call of `fit_grid`.
     confidence
-        Of the intervals over groups.
-    resamples, seed
-        Not used, because the interval has a formula; accepted for compatibility.
+        Of the intervals over groups, which have a formula.
     progress
         For ``softmax``: whether to show a progress bar; by default only on a terminal.
 
     Returns
     -------
-    One row per layer and head: balanced_accuracy with its interval over groups, chance, and n; for ``softmax`` also penalty
-    and gap, the proven relative distance of the fit from its optimum.
+    One row per layer and head: balanced_accuracy with its interval over groups, chance, and n; for ``softmax`` also C and
+    gap, the proven relative distance of the fit from its optimum.
 
     Raises
     ------
@@ -68,7 +67,6 @@ def multiclass(
     """
     import pandas as pd
 
-    del resamples, seed
     missing = [c for c in concepts if c not in grid.concepts]
     if missing or len(set(concepts)) < 2 or len(set(concepts)) < len(concepts):
         msg = f"choose at least two different concepts from {', '.join(grid.concepts)}; got {list(concepts)}"
@@ -89,7 +87,7 @@ def multiclass(
     if store is not None:
         from probes.analysis.softmax import softmax_choices
 
-        choices = softmax_choices(store, grid, concepts, used, rows, progress)
+        choices = softmax_choices(grid, store, concepts, used, rows, progress)
     else:
         choices = _largest(grid, at, used)
     table = []
@@ -104,7 +102,7 @@ def multiclass(
         cell = (grid.layers[where], head if grid.n_heads else pd.NA)
         table.append((*cell, float(np.mean(recalls)), float(low), float(high), 1 / len(classes), len(truth), *fitted))
     columns = ["layer", "head", "balanced_accuracy", "low", "high", "chance", "n"]
-    columns += ["penalty", "gap"] if how == "softmax" else []
+    columns += ["C", "gap"] if how == "softmax" else []
     return pd.DataFrame(table, columns=columns).astype({"head": "Int64"})
 
 
@@ -159,7 +157,7 @@ def transfer(
     train_groups = np.array(grid.train_groups)
     for name, target in targets.items():
         store, rows = target if isinstance(target, tuple) else (target, None)
-        place = find_place(store, grid.stack, grid.component, tokens or grid.tokens, grid.n_heads is not None)
+        array = grid_array(grid, store, tokens)
         frame = store.frame()
         mask = row_mask(rows, len(frame))
         groups = read_groups(frame)
@@ -168,12 +166,12 @@ def transfer(
         mask = mask & ~trained  # a new array, because `rows` belongs to the caller
         labels, ids, groups = read_labels(frame, grid.concepts)[mask], frame["id"].to_numpy()[mask], groups[mask]
         for at, layer in enumerate(grid.layers):
-            if layer not in place.layers:
+            if layer not in array.layers:
                 continue
-            x = read_features(store, place, layer, mask, ids) if mask.any() else np.empty((0, 0), np.float32)
+            x = read_features(store, array, layer, mask, ids) if mask.any() else np.empty((0, 0), np.float32)
             n_heads, width = grid.n_heads or 1, grid.weights.shape[-1]
             if mask.any() and x.shape[1] != n_heads * width:
-                msg = f"'{name}': {place.site(layer)} has width {x.shape[1]}, the grid's probes need {n_heads * width}"
+                msg = f"'{name}': {array.site(layer)} has width {x.shape[1]}, the grid's probes need {n_heads * width}"
                 raise ProbeError(msg)
             by_head = (
                 x.reshape(len(x), n_heads, width).astype(np.float64) if mask.any() else np.empty((0, n_heads, width))

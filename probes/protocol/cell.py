@@ -1,4 +1,4 @@
-"""One layer or head: select the penalty by cross-validation, fit on all training rows, score once on held-out rows."""
+"""One layer or head: select C by cross-validation, fit on all training rows, score once on held-out rows."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from probes.protocol.methods import Method, Rows
+from probes.protocol.estimators import Estimator, TrainingRows
 from probes.protocol.scoring import (
     auc,
     auc_interval,
@@ -22,7 +22,7 @@ from probes.protocol.tasks import Task
 from probes.solvers.logistic_float32 import RowBlock, balanced_weights
 
 SCORES = (
-    "balanced_accuracy low high auc auc_low auc_high accuracy log_loss calibration control validation penalty gap "
+    "balanced_accuracy low high auc auc_low auc_high accuracy log_loss calibration control validation C gap "
     "sigma intercepts"
 ).split()
 """Arrays [K, L, H] of a grid."""
@@ -32,21 +32,22 @@ SCORES = (
 class Recipe:
     """Settings shared by all cells of a grid."""
 
-    method: Method
-    penalties: np.ndarray
+    estimator: Estimator
+    C: np.ndarray
+    """Candidate values."""
     confidence: float
     tolerance: float
     device: str
 
 
 SELECTION = 1e-6
-"""Tolerance (proven relative gap) of the fits that select a penalty; final fits use the grid's tolerance."""
+"""Tolerance (proven relative gap) of the fits that select C; final fits use the grid's tolerance."""
 
 
 def choose(
     whole: RowBlock, x: np.ndarray, labels: np.ndarray, fold: np.ndarray, groups: np.ndarray, recipe: Recipe
 ) -> tuple[np.ndarray, np.ndarray, tuple[np.ndarray, np.ndarray]]:
-    """Select the penalty of each row of labels by cross-validation.
+    """Select C for each row of labels by cross-validation.
 
     Parameters
     ----------
@@ -59,16 +60,16 @@ def choose(
     fold, groups
         [n]: of each row. A concept that is rarely defined can be missing in a fold.
     recipe
-        The method, the penalties and the tolerance.
+        The estimator, the values of C and the tolerance.
 
     Returns
     -------
     C [Q], and at that C: margins [Q, n] of each row from the probe that was not fitted on its fold, and coefficients [Q, D]
     with intercepts [Q], means over folds.
     """
-    method = recipe.method
-    penalties = np.sort(recipe.penalties)[: None if method.loss else 1]  # ties: the stronger penalty
-    candidates = np.broadcast_to(penalties, (len(labels), len(penalties)))
+    estimator = recipe.estimator
+    values = np.sort(recipe.C)[: None if estimator.loss else 1]  # ties: the smaller C, the stronger penalty
+    candidates = np.broadcast_to(values, (len(labels), len(values)))
     margins = np.empty((*candidates.shape, len(x)))
     score = np.zeros(candidates.shape)
     tolerance = max(recipe.tolerance, SELECTION)
@@ -77,28 +78,28 @@ def choose(
         left_out, used = fold == number, fold != number
         # Folds share most of their rows: each fit starts at the mean solution of the earlier folds.
         start = (coefficients / done, intercepts / done) if done else None
-        rows = Rows(RowBlock.of(x[used], recipe.device, whole), groups[used], tolerance, start)
-        fit = method.fit(rows, labels[:, used], candidates)
+        rows = TrainingRows(RowBlock.of(x[used], recipe.device, whole), groups[used], tolerance, start)
+        fit = estimator.fit(rows, labels[:, used], candidates)
         coefficients += fit.coefficients
         intercepts += fit.intercepts
         fold_margins = fit.decision(x[left_out]).reshape(*candidates.shape, -1)
         margins[:, :, left_out] = fold_margins
-        if method.loss == "squared":
+        if estimator.loss == "squared":
             # The least-squares intercept: the mean target at the mean of the training rows.
             center = (fit.coefficients @ rows.block.mean + fit.intercepts).reshape(candidates.shape)
             targets = 2 * (labels[:, left_out] - labels[:, used].mean(axis=1, keepdims=True))
             score += ((fold_margins - center[:, :, None] - targets[:, None]) ** 2).sum(axis=2)
     n_folds = len(np.unique(fold))
     coefficients, intercepts = coefficients.reshape(*candidates.shape, -1), intercepts.reshape(candidates.shape)
-    if method.loss is None:
+    if estimator.loss is None:
         return candidates[:, 0].copy(), margins[:, 0], (coefficients[:, 0] / n_folds, intercepts[:, 0] / n_folds)
-    if method.loss == "log":
+    if estimator.loss == "log":
         signed = np.where(labels == 1, -1.0, 1.0)[:, None] * margins
         loss = torch.nn.functional.softplus(torch.from_numpy(signed), threshold=40).numpy()  # 4 times as fast as numpy
         score = np.matmul(loss, balanced_weights(labels)[:, :, None])[:, :, 0]
     best = np.argmin(score, axis=1)
     q = np.arange(len(labels))
-    return penalties[best], margins[q, best], (coefficients[q, best] / n_folds, intercepts[q, best] / n_folds)
+    return values[best], margins[q, best], (coefficients[q, best] / n_folds, intercepts[q, best] / n_folds)
 
 
 def fit_cell(
@@ -110,21 +111,21 @@ def fit_cell(
     out: dict[str, np.ndarray],
     cell: tuple[int, int],
 ) -> None:
-    """Select penalties, fit and score all concepts of a task on features [N, D] of one layer and head, into `out`.
+    """Select C, fit and score all concepts of a task on features [N, D] of one layer and head, into `out`.
 
     `groups` [N] are those of all rows, `held_out` the row numbers of the held-out rows.
     """
     training = x[task.train]
     whole = RowBlock.of(training, recipe.device)
     chosen, left_out, start = choose(whole, training, task.labels, task.fold, groups[task.train], recipe)
-    rows = Rows(whole, groups[task.train], recipe.tolerance, start)
-    final = recipe.method.final or recipe.method.fit
+    rows = TrainingRows(whole, groups[task.train], recipe.tolerance, start)
+    final = recipe.estimator.final or recipe.estimator.fit
     fit = final(rows, task.labels, chosen[:, None])
     n = len(task.concepts)
     weights, intercepts = fit.coefficients.copy(), fit.intercepts.copy()
-    if not recipe.method.log_odds:
+    if not recipe.estimator.log_odds:
         trained = weights @ training.T + intercepts[:, None]
-        same = recipe.method.final is None
+        same = recipe.estimator.final is None
         # Left-out rows give an unbiased slope; a final fit of another method has only its training rows.
         slope = [log_odds_slope(y, m) for y, m in zip(task.labels, left_out if same else trained, strict=True)]
         weights *= np.array(slope)[:, None]
@@ -151,7 +152,7 @@ def fit_cell(
         out["auc"][where] = areas[at]
         out["auc_low"][where], out["auc_high"][where] = auc_low[at], auc_high[at]
         out["log_loss"][where], out["calibration"][where] = log_loss(truth, margin), calibration_error(truth, margin)
-        out["penalty"][where], out["gap"][where] = chosen[at], fit.gap[at]
+        out["C"][where], out["gap"][where] = chosen[at], fit.gap[at]
         out["sigma"][where] = trained[at].std() / length[at] if length[at] > 0 else 0.0
         out["intercepts"][where], out["weights"][where] = intercepts[at], weights[at]
         out["held_out_margins"][where] = shared[at]

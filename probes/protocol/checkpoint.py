@@ -17,6 +17,8 @@ from groundscope.core.tensor_files import encode_tensors, read_tensors
 from groundscope.core.user_files import read_json
 
 _CARD = "checkpoint.json"
+STORED_NAMES = {"C": "penalty"}
+"""Names of arrays in the files of checkpoints and grids, where they differ from the names of fields."""
 
 
 def digest(values: np.ndarray) -> str:
@@ -72,7 +74,12 @@ class Checkpoint:
     def save(self, layer: int, arrays: Mapping[str, np.ndarray]) -> None:
         """Save a layer's arrays."""
         if self.folder is not None:
-            write_whole(self.folder / f"layer-{layer}.safetensors", encode_tensors(arrays, {"key": self.key}))
+            write_whole(
+                self.folder / f"layer-{layer}.safetensors",
+                encode_tensors(
+                    {STORED_NAMES.get(name, name): array for name, array in arrays.items()}, {"key": self.key}
+                ),
+            )
 
     def load(self, layer: int) -> dict[str, np.ndarray] | None:
         """Return a layer's arrays, or None if it is not finished; a damaged layer counts as not finished.
@@ -92,4 +99,7 @@ class Checkpoint:
         except OSError as error:
             msg = f"{path}: cannot be read: {error.strerror or error}"
             raise ProbeError(msg) from error
-        return arrays if header.get("key") == self.key else None
+        names = {stored: name for name, stored in STORED_NAMES.items()}
+        return (
+            {names.get(name, name): array for name, array in arrays.items()} if header.get("key") == self.key else None
+        )

@@ -4,45 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from concepts.schema import LEVELS
 from groundscope.core.errors import ProbeError, SiteError
+from lvlm.sites import parse_component
 from lvlm.token_selection import TokenSelection
 from probes.protocol.splits import groups_needed, support_problem
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from activation_store import ArrayInfo
-
-
-class Store(Protocol):
-    """The interface of `activation_store.ActivationStore` that probes need."""
-
-    @property
-    def arrays(self) -> Sequence[ArrayInfo]:
-        """The arrays of the store."""
-        ...
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 that identifies the contents."""
-        ...
-
-    def frame(self) -> pd.DataFrame:
-        """Return the example table: id, group, and a label column per concept."""
-        ...
-
-    def read(self, site: str, tokens: str, head: int | None = None, examples: Any = None) -> np.ndarray:
-        """Return float32 [n, D]; a row is NaN if its token selection was empty."""
-        ...
+    from activation_store.source import ActivationSource
 
 
 @dataclass(frozen=True)
-class Place:
+class ProbedArray:
     """The array of a store that a grid is fitted on."""
 
     stack: str
@@ -56,26 +35,43 @@ class Place:
         """Return the site of a layer, for example ``decoder.L3.z``."""
         return "projector.out" if self.stack == "projector" else f"{self.stack}.L{layer}.{self.component}"
 
+    @property
+    def stored_text(self) -> str:
+        """The text that checkpoints of every release record."""
+        return (
+            f"Place(stack={self.stack!r}, component={self.component!r}, tokens={self.tokens!r}, layers={self.layers!r}, "
+            f"n_heads={self.n_heads!r})"
+        )
 
-def find_place(store: Store, stack: str, component: str, tokens: str | TokenSelection, heads: bool | None) -> Place:
-    """Find the array; `heads` None means heads for z and whole layers otherwise.
+
+def find_array(
+    store: ActivationSource, site: str, tokens: str | TokenSelection, *, heads: bool | None = None
+) -> ProbedArray:
+    """Find the array of a site: ``z``, ``vision.resid_post``, ``projector.out``, or one layer, ``decoder.L3.z``.
+
+    `heads` None means heads for z and whole layers otherwise.
 
     Raises
     ------
     SiteError
         If the store has no such array, or heads are requested of a component without heads.
     """
+    stack, component, layer = parse_component(site)
     selection = str(TokenSelection.parse(str(tokens)))
     array = next((a for a in store.arrays if (a.stack, a.component, a.tokens) == (stack, component, selection)), None)
     if array is None:
         stored = ", ".join(f"{a.stack}.{a.component} at {a.tokens}" for a in store.arrays)
         msg = f"{stack}.{component} at {selection} not in store; choose from {stored}, or trace this site and selection"
         raise SiteError(msg)
+    if layer is not None and layer not in array.layers:
+        msg = f"{site} not in store; choose from layers {', '.join(map(str, array.layers))}, or trace this site"
+        raise SiteError(msg)
     by_heads = component.endswith("z") if heads is None else heads
     if by_heads and not array.n_heads:
         msg = f"{stack}.{component} has no heads; use heads=False, or probe z"
         raise SiteError(msg)
-    return Place(stack, component, selection, tuple(array.layers), array.n_heads if by_heads else None)
+    layers = tuple(array.layers) if layer is None else (layer,)
+    return ProbedArray(stack, component, selection, layers, array.n_heads if by_heads else None)
 
 
 def concept_columns(frame: pd.DataFrame) -> list[str]:
@@ -141,7 +137,9 @@ def read_labels(frame: pd.DataFrame, concepts: Sequence[str]) -> np.ndarray:
     return labels
 
 
-def read_features(store: Store, place: Place, layer: int, used: np.ndarray, ids: np.ndarray) -> np.ndarray:
+def read_features(
+    store: ActivationSource, array: ProbedArray, layer: int, used: np.ndarray, ids: np.ndarray
+) -> np.ndarray:
     """Read a layer for the used rows, float32 [n, D]; a row whose token selection was empty is all NaN.
 
     Raises
@@ -149,14 +147,14 @@ def read_features(store: Store, place: Place, layer: int, used: np.ndarray, ids:
     ProbeError
         If a row has some values that are not finite; the message names site and example.
     """
-    site = place.site(layer)
-    x = store.read(site, place.tokens, examples=used)
+    site = array.site(layer)
+    x = store.read(site, array.tokens, examples=used)
     invalid = ~np.isfinite(x).all(axis=1) & ~np.isnan(x).all(axis=1)
     if invalid.any():
         first = int(np.flatnonzero(invalid)[0])
         count = int((~np.isfinite(x[first])).sum())
         msg = (
-            f"{site} at {place.tokens}: example '{ids[first]}' has {count} of {x.shape[1]} values that are not finite "
+            f"{site} at {array.tokens}: example '{ids[first]}' has {count} of {x.shape[1]} values that are not finite "
             f"({int(invalid.sum())} such examples); trace in float32 or bfloat16, or exclude them with rows=…"
         )
         raise ProbeError(msg)
@@ -179,7 +177,7 @@ def check_support(
 
 
 def probeable(
-    store: Store,
+    store: ActivationSource,
     *,
     folds: int = 5,
     test_fraction: float = 0.3,

@@ -23,8 +23,8 @@ class UnplaceableError(ProbeError):
 
 
 @dataclass(frozen=True)
-class Rows:
-    """The rows of a grid: used examples with a non-empty token selection."""
+class SplitRows:
+    """The rows of a grid, with their split: used examples with a non-empty token selection."""
 
     ids: np.ndarray
     groups: np.ndarray
@@ -65,16 +65,16 @@ class Task:
 
 def split_rows(
     ids: np.ndarray, groups: np.ndarray, labels: np.ndarray, folds: int, test_fraction: float, seed: int
-) -> Rows:
-    """Hold out whole groups and assign the others to folds, the same for all concepts: labels [N, K] -> `Rows`."""
+) -> SplitRows:
+    """Hold out whole groups and assign the others to folds, the same for all concepts: labels [N, K] -> `SplitRows`."""
     held_out = grouped_split(groups, labels, test_fraction, seed)
     fold = np.full(len(ids), -1)
     fold[~held_out] = grouped_folds(groups[~held_out], labels[~held_out], folds, seed)
-    return Rows(ids, groups, labels, fold)
+    return SplitRows(ids, groups, labels, fold)
 
 
 def build_tasks(
-    table: Rows, concepts: Sequence[str], folds: int, control: int, resamples: int, seed: int
+    table: SplitRows, concepts: Sequence[str], folds: int, control: int, resamples: int, seed: int
 ) -> tuple[Task, ...]:
     """Group concepts that are defined on the same rows, so that they share features and resamples."""
     _check_placed(table, concepts, folds)
@@ -110,7 +110,7 @@ def build_tasks(
     return tuple(tasks)
 
 
-def _check_placed(table: Rows, concepts: Sequence[str], folds: int) -> None:
+def _check_placed(table: SplitRows, concepts: Sequence[str], folds: int) -> None:
     """Raise `ProbeError` if the split gave a class of a concept too few held-out groups or folds."""
     problems = [p for k, c in enumerate(concepts) if (p := _placement_problem(table, k, c, folds))]
     if problems:
@@ -121,7 +121,7 @@ def _check_placed(table: Rows, concepts: Sequence[str], folds: int) -> None:
         raise ProbeError(msg)
 
 
-def _placement_problem(table: Rows, k: int, concept: str, folds: int) -> str:
+def _placement_problem(table: SplitRows, k: int, concept: str, folds: int) -> str:
     """Say which class of a concept the split left out of a part that needs it; empty where it left out none."""
     problems = []
     for value in (0, 1):

@@ -1,7 +1,7 @@
 """Linear probes with closed-form solutions, on standardized features: ridge, linear discriminant, mean difference.
 
 All thresholds are midway between the projected class means, which balances the classes, as in the score. Ridge and
-discriminant share one factorization for all labels and penalties.
+discriminant share one factorization for all labels and values of C.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def midway(weights: np.ndarray, high: np.ndarray, low: np.ndarray) -> np.ndarray
     return -0.5 * np.einsum("...d,...d->...", weights, high + low)
 
 
-def ridge(spectrum: Spectrum, labels: np.ndarray, penalty: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def ridge(spectrum: Spectrum, labels: np.ndarray, C: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Fit least squares on centered -1/+1 labels: minimize ``||y - Xw||^2 + ||w||^2 / C`` (Hoerl and Kennard 1970).
 
     Parameters
@@ -54,8 +54,8 @@ def ridge(spectrum: Spectrum, labels: np.ndarray, penalty: np.ndarray) -> tuple[
         Of centered features [n, D].
     labels
         [Q, n] in 0, 1.
-    penalty
-        C, [Q, R].
+    C
+        Inverse penalties [Q, R].
 
     Returns
     -------
@@ -65,12 +65,12 @@ def ridge(spectrum: Spectrum, labels: np.ndarray, penalty: np.ndarray) -> tuple[
     high, low, positive = class_sums(spectrum.features, labels)
     # X'(y - mean y) of centered features, y in -1, +1.
     targets = 2 * positive[:, None] * high @ axes
-    shrink = 1 / (values + 1 / penalty[:, :, None])
+    shrink = 1 / (values + 1 / C[:, :, None])
     weights = (targets[:, None] * shrink) @ axes.T
     return weights, midway(weights, high[:, None], low[:, None])
 
 
-def discriminant(spectrum: Spectrum, labels: np.ndarray, penalty: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def discriminant(spectrum: Spectrum, labels: np.ndarray, C: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Fit Fisher's linear discriminant with ridge ``S + I / (C n)`` on the pooled within-class covariance S (divided by n).
 
     Margins are log-odds of the Gaussian model with equal priors. Shapes as in `ridge`. Constant features
@@ -86,7 +86,7 @@ def discriminant(spectrum: Spectrum, labels: np.ndarray, penalty: np.ndarray) ->
     high, low, positive = class_sums(spectrum.features, labels)
     gap = high - low
     inner = gap @ axes
-    solved = inner[:, None] / (values / n + 1 / (penalty[:, :, None] * n))  # total covariance [Q, R, r]
+    solved = inner[:, None] / (values / n + 1 / (C[:, :, None] * n))  # total covariance [Q, R, r]
     share = (positive * (n - positive) / n**2)[:, None]
     denominator = 1 - share * np.einsum("qr,qcr->qc", inner, solved)
     weights = (solved / np.maximum(denominator, 1e-12)[:, :, None]) @ axes.T

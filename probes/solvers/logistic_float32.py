@@ -1,6 +1,6 @@
 """Many logistic regressions on the same rows: solved in float32, certified in float64, and completed there if needed.
 
-Problems with the same rows share standardization and principal axes: all concepts and penalties of one fold form one batch.
+Problems with the same rows share standardization and principal axes: all concepts and values of C of one fold form one batch.
 `fit_logistic` is the reference implementation, and the fallback for fits without a certificate.
 """
 
@@ -89,7 +89,7 @@ def balanced_weights(labels: np.ndarray) -> np.ndarray:
 def fit_rows(
     block: RowBlock,
     labels: np.ndarray,
-    penalty: np.ndarray,
+    C: np.ndarray,
     weights: np.ndarray,
     *,
     tolerance: float = 1e-8,
@@ -103,8 +103,8 @@ def fit_rows(
         The features of n rows.
     labels
         [Q, n], 0 or 1; each row has both.
-    penalty
-        C, [Q, R]: R penalties for each row of labels.
+    C
+        Inverse penalties [Q, R]: R values for each row of labels.
     weights
         [Q, n]: positive row weights.
     tolerance
@@ -115,7 +115,7 @@ def fit_rows(
 
     Returns
     -------
-    `LinearFit` of Q x R problems, penalties fastest, in the original units of the features.
+    `LinearFit` of Q x R problems, C fastest, in the original units of the features.
 
     Raises
     ------
@@ -129,7 +129,7 @@ def fit_rows(
     """
     keep_freed_memory()
     device = block.standard.device
-    y, w, strength = (torch.from_numpy(np.array(a, np.float64)).to(device) for a in (labels, weights, penalty.ravel()))
+    y, w, strength = (torch.from_numpy(np.array(a, np.float64)).to(device) for a in (labels, weights, C.ravel()))
     of_problem = torch.arange(len(y), device=device).repeat_interleave(len(strength) // len(y))
     try:
         begin = None if start is None else _initial_vectors(block, *start)

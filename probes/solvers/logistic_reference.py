@@ -46,7 +46,7 @@ class LinearFit:
 def fit_logistic(
     features: np.ndarray | Design,
     labels: np.ndarray,
-    penalty: float | np.ndarray,
+    C: float | np.ndarray,
     weights: np.ndarray | None = None,
     *,
     standardize: bool = True,
@@ -66,8 +66,8 @@ def fit_logistic(
         [N, D], or a `Design` prepared from it (faster if several calls share the features).
     labels
         [P, N] or [N], 0 or 1; ignored where the weight is 0.
-    penalty
-        C, a scalar or [P]: larger means less regularization.
+    C
+        Inverse penalty, a scalar or [P]: larger means less regularization.
     weights
         Non-negative [P, N] or [N]; 0 excludes a row from the problem and its standardization. None: all 1.
     standardize
@@ -91,7 +91,7 @@ def fit_logistic(
     intercept it equals ``||grad_w||^2 / 2``.
     """
     design = features if isinstance(features, Design) else Design.of(features)
-    signs, row_weights, strengths = _problems(design.n_rows, labels, penalty, weights)
+    signs, row_weights, strengths = _problems(design.n_rows, labels, C, weights)
     scale = design.scales(row_weights > 0) if standardize else np.ones((len(signs), design.width))
     # Columns of the shared design have unit global deviation; the ratio converts them to each problem's units.
     with np.errstate(divide="ignore"):
@@ -123,21 +123,21 @@ def _chunks(n_problems: int, n_rows: int) -> Iterator[slice]:
 
 
 def _problems(
-    n_rows: int, labels: np.ndarray, penalty: float | np.ndarray, weights: np.ndarray | None
+    n_rows: int, labels: np.ndarray, C: float | np.ndarray, weights: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Validate a batch and broadcast it to signs -1/+1 [P, N], weights [P, N] and C [P]."""
     y = np.atleast_2d(np.asarray(labels, dtype=np.float64))
     w = np.ones((1, n_rows)) if weights is None else np.atleast_2d(np.asarray(weights, dtype=np.float64))
-    c = np.atleast_1d(np.asarray(penalty, dtype=np.float64))
+    c = np.atleast_1d(np.asarray(C, dtype=np.float64))
     count = max(len(y), len(w), len(c))
     if y.shape[1] != n_rows or w.shape[1] != n_rows or any(len(part) not in {1, count} for part in (y, w, c)):
         msg = (
-            f"labels {y.shape}, weights {w.shape} and penalty {c.shape} do not fit features of {n_rows} rows: "
+            f"labels {y.shape}, weights {w.shape} and C {c.shape} do not fit features of {n_rows} rows: "
             f"give [P, {n_rows}], [P, {n_rows}] and [P]"
         )
         raise ProbeError(msg)
     if not (np.isfinite(c).all() and (c > 0).all()):
-        msg = f"the penalty C must be positive and finite, got {c.min():g} to {c.max():g}"
+        msg = f"C must be positive and finite, got {c.min():g} to {c.max():g}"
         raise ProbeError(msg)
     if not np.isfinite(w).all() or (w < 0).any():
         msg = "row weights must be finite and not negative"

@@ -32,7 +32,7 @@ def fit_multinomial(
     spectrum: Spectrum,
     classes: np.ndarray,
     count: int,
-    penalty: float,
+    C: float,
     *,
     tolerance: float = 1e-8,
     max_iterations: int = 200,
@@ -50,8 +50,8 @@ def fit_multinomial(
         int [n], in 0 .. count - 1; every class occurs.
     count
         K, two or more.
-    penalty
-        C.
+    C
+        Inverse penalty.
     tolerance
         Maximum proven relative gap.
     max_iterations
@@ -76,7 +76,7 @@ def fit_multinomial(
     table = np.column_stack([spectrum.features @ axes, np.ones(len(classes))])  # [n, r + 1], the intercept last
     squares = (table**2).sum(axis=0)
     target = np.eye(count)[classes]
-    costs = penalty * class_weights(classes, count)[:, None]
+    costs = C * class_weights(classes, count)[:, None]
     penalized = np.append(np.ones(axes.shape[1]), 0.0)[:, None]  # 1 for penalized rows of v, 0 for the intercept
 
     v = np.zeros((table.shape[1], count))
@@ -104,7 +104,7 @@ def fit_multinomial(
         v, margins, value = v + size * step, margins + size * moved, new
     msg = (
         f"a multinomial fit of {count} classes did not reach a relative gap of {tolerance:g} in {max_iterations} iterations "
-        f"(it is {gap:.3g} at C={penalty:g}): use a smaller C or a larger tolerance"
+        f"(it is {gap:.3g} at C={C:g}): use a smaller C or a larger tolerance"
     )
     raise ProbeError(msg)
 

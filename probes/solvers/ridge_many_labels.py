@@ -45,7 +45,7 @@ class Targets:
         return cls(fold, tuple(blocks))
 
 
-def ridge_scores(features: np.ndarray, targets: Targets, penalties: np.ndarray, each: MapFunction = map) -> np.ndarray:
+def ridge_scores(features: np.ndarray, targets: Targets, C: np.ndarray, each: MapFunction = map) -> np.ndarray:
     """Return held-out balanced accuracies of ridge probes, one per column of targets.
 
     Features are standardized within folds; C has the lowest cross-validated squared error, the first if equal; the threshold
@@ -57,8 +57,8 @@ def ridge_scores(features: np.ndarray, targets: Targets, penalties: np.ndarray, 
         [n, D].
     targets
         Targets of the same n rows.
-    penalties
-        C, increasing.
+    C
+        Candidate inverse penalties, increasing.
     each
         The `map` over folds and blocks of columns: `probes.solvers.threads.map_in_threads`.
 
@@ -78,20 +78,20 @@ def ridge_scores(features: np.ndarray, targets: Targets, penalties: np.ndarray, 
     spans = [slice(a, b) for a, b in itertools.pairwise(ends)]
     whole, *folds = each(lambda span: _Fold.of(standard, span), [slice(0, 0), *spans])
     on_axes = ((features[fold < 0] - mean) / deviation).astype(np.float32) @ whole.projection
-    shrink = 1 / (whole.values + 1 / penalties[:, None])  # [R, r]
+    shrink = 1 / (whole.values + 1 / C[:, None])  # [R, r]
     n = len(standard)
     wide = standard.shape[1] > n
     # For X't of each fold's rows and their sums: on the features, or for many features on the axes of all rows.
     table = np.column_stack([whole.rows if wide else standard, np.ones(n, np.float32)])
-    forms = [None if wide else f.forms(penalties) for f in folds]
+    forms = [None if wide else f.forms(C) for f in folds]
 
     def score_block(block: Block) -> np.ndarray:
         by_fold = np.stack([table[span].T @ part for span, part in zip(spans, block.parts, strict=True)])
         total = by_fold.sum(axis=0)
-        loss = np.zeros((len(penalties), total.shape[1]), np.float32)
+        loss = np.zeros((len(C), total.shape[1]), np.float32)
         for at, (f, form) in enumerate(zip(folds, forms, strict=True)):
             if form is None:
-                f.add_loss_by_rows(loss, at, block.parts, by_fold[:, -1], penalties)
+                f.add_loss_by_rows(loss, at, block.parts, by_fold[:, -1], C)
             else:
                 f.add_loss(loss, total - by_fold[at], by_fold[at], form)
         best = np.argmin(loss, axis=0)
@@ -142,14 +142,14 @@ class _Fold:
         square = np.empty((0, 0), np.float32) if wide else rows[span].T @ rows[span]
         return cls(span, len(others), values, projection, offset, square, rows)
 
-    def forms(self, penalties: np.ndarray) -> tuple[np.ndarray, ...]:
+    def forms(self, C: np.ndarray) -> tuple[np.ndarray, ...]:
         """Return the factors of the squared error of the left-out rows.
 
-        With p and q [r], X't on the axes of the other rows and of the left-out rows, it is ``p'Ap - d'(p * q)`` per penalty.
+        With p and q [r], X't on the axes of the other rows and of the left-out rows, it is ``p'Ap - d'(p * q)`` per value of C.
         A is symmetric and returned in two parts: its first h columns, float32 [R, r, h], with the rows below h doubled, and
         the lower right block [R, r - h, r - h]; then d [R, r]; and the map from features and sums to the axes [r, D + 1].
         """
-        shrink = (1 / (self.values + 1 / penalties[:, None])).astype(np.float32)
+        shrink = (1 / (self.values + 1 / C[:, None])).astype(np.float32)
         a = shrink[:, :, None] * self.square * shrink[:, None, :]
         half = a.shape[1] // 2
         first, second = a[:, :, :half].copy(), a[:, half:, half:].copy()
@@ -157,7 +157,7 @@ class _Fold:
         return first, second, 2 * shrink, np.column_stack([self.projection.T, -self.offset])
 
     def add_loss(self, loss: np.ndarray, others: np.ndarray, own: np.ndarray, forms: tuple[np.ndarray, ...]) -> None:
-        """Add the squared error of the left-out rows to loss [R, m], up to a constant that all penalties share.
+        """Add the squared error of the left-out rows to loss [R, m], up to a constant that all values of C share.
 
         `others` and `own` are ``X't`` [D + 1, m] of the other rows and of the left-out rows, with standardized features and a
         column of ones.
@@ -176,7 +176,7 @@ class _Fold:
             loss[at] += np.einsum("rm,rm->m", image[half:], lower)
 
     def add_loss_by_rows(
-        self, loss: np.ndarray, number: int, parts: Sequence[np.ndarray], sums: np.ndarray, penalties: np.ndarray
+        self, loss: np.ndarray, number: int, parts: Sequence[np.ndarray], sums: np.ndarray, C: np.ndarray
     ) -> None:
         """Like `add_loss`, computed row by row, for more axes than left-out rows: parts [n_f, m] and their sums [F, m]."""
         others_sum = sums.sum(axis=0) - sums[number]
@@ -184,7 +184,7 @@ class _Fold:
         correlation = inner.T @ np.concatenate([p for at, p in enumerate(parts) if at != number])
         target = parts[number] - others_sum / self.n_others
         rows = self.rows[self.span]
-        for at, c in enumerate(penalties):
+        for at, c in enumerate(C):
             error = rows @ (correlation * (1 / (self.values + 1 / c))[:, None])
             error -= target
             error *= error

@@ -8,9 +8,11 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+from rich.progress import Progress
 
 from activation_store import ActivationStore, ArrayInfo, Ragged, Schema, StoreWriter, verify
 from groundscope.core.errors import StoreError
+from groundscope.core.progress import watched
 
 Z = ("decoder", "z", "last")
 SCHEMA = Schema((ArrayInfo("decoder", "z", "last", n_layers=2, width=8, n_heads=2),))
@@ -41,10 +43,12 @@ def only_problem(path: Path):
 
 
 def test_whole(store: Path) -> None:
-    seen = []
-    report = verify(store, lambda done, total: seen.append((done, total)))
+    bars: list[Progress] = []
+    with watched(bars.append):
+        report = verify(store)
     assert (report.ok, report.complete, report.shards, report.rows, report.affected) == (True, True, 3, N, ())
-    assert seen == [(1, 3), (2, 3), (3, 3)]
+    (task,) = bars[0].tasks
+    assert (task.completed, task.total) == (3, 3)
 
 
 @pytest.mark.parametrize("listed", [True, False], ids=["finished", "unfinished"])

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from activation_store.format.model_tensors import Rows, damaged_tensors, read_tensor, write_tensors
+from activation_store.format.model_tensors import LazyTensor, damaged_tensors, read_tensor, write_tensors
 from circuits import HeadSet, ablate, faithfulness, input_attribution, logits_under
 from circuits.ablation import _means, _outputs
 from circuits.attribution.residual_stream import forms_of, run
@@ -191,7 +191,7 @@ def test_rows_are_written_block_by_block_with_the_same_digest(tmp_path: Path) ->
         read.append(rows.stop - rows.start)
         return values[rows]
 
-    rows = Rows(values.shape, values.dtype, part)
+    rows = LazyTensor(values.shape, values.dtype, part)
     header = f"{values.dtype.str} {values.shape}\n".encode()
     assert rows.digest() == hashlib.sha256(header + values.tobytes()).hexdigest()
     assert max(read) * 4000 <= 8 << 20

@@ -63,9 +63,9 @@ def test_p_values_hold_where_groups_differ_in_size(kind: str) -> None:
 
 def test_a_test_says_how_many_groups_moved() -> None:
     store = null_store("unlike", 0)
-    options = {"folds": 2, "resamples": 2, "progress": False, "penalties": (1e-2,), "estimator": "mean_difference"}
+    options = {"folds": 2, "resamples": 2, "progress": False, "C": (1e-2,), "estimator": "mean_difference"}
     grid = fit_grid(store, ["object:a"], "resid_post", **options)
-    found = permutation_test(store, grid, 9, progress=False)
+    found = permutation_test(grid, store, permutations=9, progress=False)
     can, of = grid.provenance["control_groups"]["object:a"]
     assert (found.movable.tolist(), found.n_groups.tolist()) == ([can], [of])
     assert of == 60
@@ -81,11 +81,11 @@ def test_too_few_groups_that_can_move_are_refused() -> None:
     rng = np.random.default_rng(0)
     label = dict(zip(store.table["group"].unique(), rng.permutation(np.arange(20) % 2), strict=False))
     store.table["object:a"] = [float(label[g]) for g in store.table["group"]]
-    options = {"folds": 2, "resamples": 2, "progress": False, "penalties": (1e-2,), "estimator": "mean_difference"}
+    options = {"folds": 2, "resamples": 2, "progress": False, "C": (1e-2,), "estimator": "mean_difference"}
     grid = fit_grid(store, ["object:a"], "resid_post", **options)
     assert np.isnan(grid.control).all()  # its labels would be the true ones
     with pytest.raises(ProbeError, match=r"'object:a': 0 of \d+ groups can receive other labels, 10 are needed"):
-        permutation_test(store, grid, 9, progress=False)
+        permutation_test(grid, store, permutations=9, progress=False)
 
 
 def test_labels_of_a_vectors_control_move_by_group() -> None:

@@ -70,7 +70,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         folder = root / name
         answers(RIGHT[k]).save(folder / "behavior" / "before.json")
         store = make_store(seed=0, n_groups=60)
-        grid = fit_grid(store, ["object:apple"], site="resid_post", control=0, folds=2, penalties=[0.01], resamples=20)
+        grid = fit_grid(store, ["object:apple"], site="resid_post", control=0, folds=2, C=[0.01], resamples=20)
         margins = grid.held_out_margins if k == 0 else grid.held_out_margins + np.float32(0.7)
         labels = grid.held_out_labels[0]
         accuracy = np.array([[[balanced_accuracy_score(labels, m > 0)] for m in margins[0, :, 0]]])

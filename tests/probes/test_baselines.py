@@ -62,11 +62,11 @@ def store() -> MemoryStore:
 
 @pytest.fixture(scope="module")
 def grid(store: MemoryStore) -> ProbeGrid:
-    return fit_grid(store, [*COLORS, "object:asked"], "resid_post", penalties=(1e-2, 1.0), folds=3)
+    return fit_grid(store, [*COLORS, "object:asked"], "resid_post", C=(1e-2, 1.0), folds=3)
 
 
 def test_a_choice_among_concepts_is_scored_as_scikit_learn_does(grid: ProbeGrid) -> None:
-    found = multiclass(grid, COLORS, resamples=300).set_index("layer")
+    found = multiclass(grid, COLORS).set_index("layer")
     truth = grid.held_out_labels[:3].argmax(axis=0)
     for at in range(3):
         said = grid.held_out_margins[:3, at, 0].argmax(axis=0)
@@ -78,18 +78,18 @@ def test_a_choice_among_concepts_is_scored_as_scikit_learn_does(grid: ProbeGrid)
     assert found["head"].isna().all()
     with pytest.raises(ProbeError, match="choose at least two different concepts"):
         multiclass(grid, ["attribute:red"])
-    assert grid.multiclass(COLORS, resamples=300).equals(found.reset_index()[found.reset_index().columns])
+    assert grid.multiclass(COLORS).equals(found.reset_index()[found.reset_index().columns])
 
 
 def test_a_choice_fitted_together_equals_the_protocol_done_with_scikit_learn(
     grid: ProbeGrid, store: MemoryStore
 ) -> None:
-    found = grid.multiclass(COLORS, how="softmax", store=store, resamples=300)
+    found = grid.multiclass(COLORS, how="softmax", store=store)
     split = np.isin(store.table["id"], grid.held_out)
     y = store.table[list(COLORS)].to_numpy().argmax(axis=1)
     for at in range(3):
         x = store.read(f"decoder.L{at}.resid_post", "last", examples=slice(None)).astype(float)
-        penalty = found.loc[at, "penalty"]
+        penalty = found.loc[at, "C"]
         assert penalty in (1e-2, 1.0)
         scaler = StandardScaler().fit(x[~split])
         model = LogisticRegression(C=penalty, class_weight="balanced", tol=1e-10, solver="newton-cg", max_iter=1000)
@@ -181,9 +181,9 @@ def test_a_concept_appears_and_vanishes_along_the_way(grid: ProbeGrid, store: Me
         ("projector", "out", "image:mean"): store.values["decoder", "resid_post", "last"][:, :1],
     }
     before = MemoryStore(store.table, arrays)
-    options: dict[str, Any] = {"penalties": (1e-2,), "folds": 3, "control": 0, "resamples": 200}
-    vision = fit_grid(before, ["attribute:red"], "resid_post", "image:mean", "vision", **options)
-    projector = fit_grid(before, ["attribute:red"], "out", "image:mean", "projector", **options)
+    options: dict[str, Any] = {"C": (1e-2,), "folds": 3, "control": 0, "resamples": 200}
+    vision = fit_grid(before, ["attribute:red"], "vision.resid_post", tokens="image:mean", **options)
+    projector = fit_grid(before, ["attribute:red"], "projector.out", tokens="image:mean", **options)
     table = journey([grid, projector, vision])
     way = table.drop_duplicates("step").sort_values("step")["place"].tolist()
     assert way == [
@@ -210,7 +210,7 @@ def test_a_concept_appears_and_vanishes_along_the_way(grid: ProbeGrid, store: Me
 
 
 def test_a_killed_run_goes_on_where_it_stopped(store: MemoryStore, grid: ProbeGrid, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"penalties": (1e-2, 1.0), "folds": 3, "checkpoint": tmp_path / "c"}
+    options: dict[str, Any] = {"C": (1e-2, 1.0), "folds": 3, "checkpoint": tmp_path / "c"}
     real, read = store.read, []
 
     def killed(site: str, *args: Any, **kwargs: Any) -> np.ndarray:
@@ -251,7 +251,7 @@ def test_memory_is_a_layer_not_a_store() -> None:
     for count in (2, layers):
         lazy.arrays = (type(lazy.arrays[0])("decoder", "resid_post", "last", count, width),)
         tracemalloc.start()
-        fit_grid(lazy, ["object:apple"], "resid_post", penalties=(1e-2,), folds=2, control=0, resamples=10)
+        fit_grid(lazy, ["object:apple"], "resid_post", C=(1e-2,), folds=2, control=0, resamples=10)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     layer = n * width * 8

@@ -59,7 +59,7 @@ def test_a_planted_concept_is_found_where_it_is_and_nowhere_else(grid: ProbeGrid
 def test_the_frame_is_tidy(grid: ProbeGrid, store: MemoryStore) -> None:
     frame = grid.frame()
     assert len(frame) == 3 * 3 * 4
-    wanted = "concept level stack component tokens layer head balanced_accuracy low high auc control penalty"
+    wanted = "concept level stack component tokens layer head balanced_accuracy low high auc control C"
     assert set(wanted.split()) | {"n_train", "n_test", "n_dropped", "majority", "selectivity"} <= set(frame.columns)
     row = frame[(frame["concept"] == "attribute:green") & (frame["layer"] == 2) & (frame["head"] == 0)].iloc[0]
     assert row["level"] == "attribute"
@@ -79,7 +79,7 @@ def test_a_cell_equals_the_protocol_done_with_scikit_learn(grid: ProbeGrid, stor
     groups = store.table["group"]
     assert not set(groups[test]) & set(groups[~test])
     train = ~test & ~np.isnan(y)
-    penalty = grid.array(concept, "penalty")[layer, head]
+    penalty = grid.array(concept, "C")[layer, head]
     model = make_pipeline(StandardScaler(), LogisticRegression(C=penalty, tol=1e-10, class_weight="balanced"))
     model.fit(x[train], y[train])
     held = grid.held_out_frame(concept, layer, head)
@@ -97,7 +97,7 @@ def test_a_cell_equals_the_protocol_done_with_scikit_learn(grid: ProbeGrid, stor
 
 def test_the_penalty_is_the_one_with_the_lowest_loss_on_rows_left_out() -> None:
     from probes.protocol.cell import Recipe, choose
-    from probes.protocol.methods import METHODS
+    from probes.protocol.estimators import BUILT_IN
     from probes.solvers.logistic_float32 import RowBlock
 
     rng = np.random.default_rng(0)
@@ -112,7 +112,7 @@ def test_the_penalty_is_the_one_with_the_lowest_loss_on_rows_left_out() -> None:
             margins[fold == f] = model.fit(x[fold != f], y[fold != f]).decision_function(x[fold == f])
         loss = np.logaddexp(0, -(2 * y - 1) * margins)
         losses.append(loss[y == 1].mean() + loss[y == 0].mean())
-    recipe = Recipe(METHODS["logistic"], penalties, 0.95, 1e-10, "cpu")
+    recipe = Recipe(BUILT_IN["logistic"], penalties, 0.95, 1e-10, "cpu")
     chosen, margins, _ = choose(RowBlock.of(x), x, y[None], fold, np.arange(120), recipe)
     assert chosen[0] == penalties[np.argmin(losses)]
     # The fits that choose are proven to a relative gap of 1e-6, so ||dw||^2 is at most 2e-6 of an objective below n ln 2.
@@ -143,7 +143,7 @@ def test_whole_layers_other_stacks_and_restricted_rows(store: MemoryStore) -> No
     assert whole.direction("object:apple", 1).vector.shape == (24,)
     residual = fit_grid(store, ["object:apple"], "resid_post", control=0)
     assert residual.array("object:apple").max() < 0.7
-    projector = fit_grid(store, ["object:apple"], "out", "image:mean", "projector", control=0)
+    projector = fit_grid(store, ["object:apple"], "projector.out", tokens="image:mean", control=0)
     assert projector.array("object:apple").shape == (1,)
     assert projector.direction("object:apple", 0).site == "projector.out"
     rows = (store.table["kind"] == "color").to_numpy()
@@ -154,7 +154,7 @@ def test_whole_layers_other_stacks_and_restricted_rows(store: MemoryStore) -> No
 
 
 def test_rows_whose_selection_was_empty_are_dropped_and_counted(store: MemoryStore) -> None:
-    got = fit_grid(store, PLANTED, "resid_post", "object:mean", control=0)
+    got = fit_grid(store, PLANTED, "resid_post", tokens="object:mean", control=0)
     empty = np.isnan(store.values["decoder", "resid_post", "object:mean"][:, 0, 0])
     for k, concept in enumerate(PLANTED):
         defined = store.table[concept].notna().to_numpy()
@@ -200,7 +200,7 @@ def test_on_pure_noise_scores_are_at_chance_and_intervals_cover_it() -> None:
         got = fit_grid(
             MemoryStore(table, {("decoder", "z", "last"): z}),
             [f"object:noun{k}" for k in range(3)],
-            penalties=(1e-2, 1.0),
+            C=(1e-2, 1.0),
             folds=3,
             resamples=400,
         )
@@ -222,10 +222,8 @@ def test_duplicated_images_across_folds_would_be_found_out() -> None:
     table = pd.DataFrame({"id": [f"q{i}" for i in range(300)], "group": [f"s{i // 2}" for i in range(300)]})
     table["object:noun"] = np.repeat(rng.random(150) < 0.5, 2).astype(np.float32)
     arrays = {("decoder", "resid_post", "last"): x}
-    by_group = fit_grid(MemoryStore(table, arrays), ["object:noun"], "resid_post", penalties=(1.0,))
-    by_row = fit_grid(
-        MemoryStore(table.assign(group=table["id"]), arrays), ["object:noun"], "resid_post", penalties=(1.0,)
-    )
+    by_group = fit_grid(MemoryStore(table, arrays), ["object:noun"], "resid_post", C=(1.0,))
+    by_row = fit_grid(MemoryStore(table.assign(group=table["id"]), arrays), ["object:noun"], "resid_post", C=(1.0,))
     assert by_row.array("object:noun")[0] > 0.65
     assert by_group.array("object:noun")[0] < 0.6
 
@@ -336,8 +334,8 @@ def _one_group(store: MemoryStore) -> MemoryStore:
         (lambda s: changed(s, group=""), {}, "example 'q0' has no group"),
         (None, {"rows": np.ones(3, dtype=bool)}, "rows must be 600 booleans"),
         (None, {"rows": np.zeros(600, dtype=bool)}, "selects none"),
-        (None, {"penalties": ()}, "penalties"),
-        (None, {"penalties": (0.0,)}, "penalties"),
+        (None, {"C": ()}, "C="),
+        (None, {"C": (0.0,)}, "C="),
         (None, {"folds": 1}, "folds=1"),
         (None, {"test_fraction": 1.0}, "test_fraction"),
         (None, {"control": -1}, "control=-1"),
@@ -375,7 +373,7 @@ def test_values_that_are_not_finite_are_named(store: MemoryStore) -> None:
 
 def test_arrays_that_are_not_there_are_named(store: MemoryStore) -> None:
     with pytest.raises(SiteError, match=re.escape("vision.z at last not in store; choose from decoder.z at last")):
-        fit_grid(store, ["object:apple"], stack="vision")
+        fit_grid(store, ["object:apple"], site="vision.z")
     with pytest.raises(SiteError, match=r"decoder.resid_post has no heads"):
         fit_grid(store, ["object:apple"], "resid_post", heads=True)
     with pytest.raises(SiteError, match="unknown token selection 'first'"):

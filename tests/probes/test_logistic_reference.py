@@ -168,8 +168,8 @@ def test_units_of_the_features_do_not_matter() -> None:
         ({"labels": np.ones(20)}, "only one class among its 20 rows"),
         ({"labels": np.full(20, 2.0)}, "labels must be 0 or 1"),
         ({"labels": np.ones(19)}, "do not fit features of 20 rows"),
-        ({"penalty": 0.0}, "C must be positive"),
-        ({"penalty": np.nan}, "C must be positive"),
+        ({"C": 0.0}, "C must be positive"),
+        ({"C": np.nan}, "C must be positive"),
         ({"weights": -np.ones(20)}, "finite and not negative"),
         ({"weights": np.r_[np.ones(10), np.zeros(10)]}, "only one class among its 10 rows"),
         ({"features": np.full((20, 3), np.nan)}, "row 0, column 0"),
@@ -178,7 +178,7 @@ def test_units_of_the_features_do_not_matter() -> None:
 )
 def test_bad_input_is_refused(change: dict, message: str) -> None:
     good = {"features": np.random.default_rng(0).normal(size=(20, 3)), "labels": np.r_[np.ones(10), np.zeros(10)]}
-    arguments = {**good, "penalty": 1.0, **change}
+    arguments = {**good, "C": 1.0, **change}
     with pytest.raises(ProbeError, match=message):
         fit_logistic(**arguments)
 

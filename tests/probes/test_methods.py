@@ -127,7 +127,7 @@ def test_a_concept_subspace_is_the_distribution_of_its_probes() -> None:
 @pytest.mark.parametrize("estimator", ["ridge", "lda", "mean_difference", "subspace"])
 def test_every_method_finds_a_planted_concept(estimator: str) -> None:
     store = make_store()
-    grid = fit_grid(store, ["object:apple"], estimator=estimator, penalties=(1e-3, 1e-1), control=0, folds=3)
+    grid = fit_grid(store, ["object:apple"], estimator=estimator, C=(1e-3, 1e-1), control=0, folds=3)
     best = grid.best("object:apple")
     assert (best.layer, best.head) == (1, 2)
     assert best.balanced_accuracy > 0.75

@@ -58,8 +58,8 @@ def test_scores_equal_a_naive_loop(width: int) -> None:
 
 def test_a_planted_concept_is_significant_where_it_is_and_nowhere_else() -> None:
     store = make_store()
-    grid = fit_grid(store, PLANTED, control=0, penalties=(1e-3, 1e-1))
-    found = permutation_test(store, grid, 500)
+    grid = fit_grid(store, PLANTED, control=0, C=(1e-3, 1e-1))
+    found = permutation_test(grid, store, permutations=500)
     frame = found.frame()
     assert len(frame) == 36
     for concept, layer, head in (("object:apple", 1, 2), ("attribute:green", 2, 0)):
@@ -79,10 +79,10 @@ def test_a_planted_concept_is_significant_where_it_is_and_nowhere_else() -> None
 
 def test_parts_that_fit_into_memory_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     store = make_store(n_groups=60)
-    grid = fit_grid(store, ["object:apple"], control=0, penalties=(1e-2,), folds=3)
-    whole = permutation_test(store, grid, 25)
+    grid = fit_grid(store, ["object:apple"], control=0, C=(1e-2,), folds=3)
+    whole = permutation_test(grid, store, permutations=25)
     monkeypatch.setattr("probes.analysis.permutation.LABEL_BYTES", 4 * 240 * 7)
-    parts = permutation_test(store, grid, 25)
+    parts = permutation_test(grid, store, permutations=25)
     np.testing.assert_array_equal(whole.maxima, parts.maxima)
     np.testing.assert_array_equal(whole.p, parts.p)
 
@@ -107,13 +107,13 @@ def test_family_wise_false_positives_are_at_their_rate_on_pure_noise() -> None:
             store,
             ["object:a", "object:b"],
             control=0,
-            penalties=(1e-2,),
+            C=(1e-2,),
             folds=2,
             resamples=1,
             estimator="mean_difference",
             seed=seed,
         )
-        found = permutation_test(store, grid, 59, seed=seed)
+        found = permutation_test(grid, store, permutations=59, seed=seed)
         wrong += int(found.p_family.min() <= 0.05)
         naive_wrong += int(found.p.min() <= 0.05)
     low, high = wilson(wrong, stores, level=0.99)
@@ -127,8 +127,8 @@ def test_groups_treated_as_independent_rows_are_found_out() -> None:
     for seed in range(20):
         store = noise_store(seed, groups=40, size=4)
         torn = MemoryStore(store.table.assign(group=store.table["id"]), store.values, n_heads=3)
-        grid = fit_grid(torn, ["object:a"], control=0, penalties=(1e-2,), folds=2, resamples=1, estimator="ridge")
-        wrong += int(permutation_test(torn, grid, 59).p_family.min() <= 0.05)
+        grid = fit_grid(torn, ["object:a"], control=0, C=(1e-2,), folds=2, resamples=1, estimator="ridge")
+        wrong += int(permutation_test(grid, torn, permutations=59).p_family.min() <= 0.05)
     assert wrong >= 5
 
 
@@ -142,9 +142,9 @@ def test_permuting_within_groups_keeps_what_the_group_gives_away() -> None:
     table["object:a"] = (rng.random(len(group)) < 0.15 + 0.7 * (rate[group] > 0.5)).astype(np.float32)
     x = np.column_stack([rate[group], rng.normal(size=(len(group), 2))])[:, None]
     store = MemoryStore(table, {("decoder", "resid_post", "last"): x})
-    grid = fit_grid(store, ["object:a"], "resid_post", control=0, penalties=(1.0,))
-    assert permutation_test(store, grid, 99).p_family.min() == pytest.approx(0.01)
-    assert permutation_test(store, grid, 99, scheme="within").p_family.min() > 0.05
+    grid = fit_grid(store, ["object:a"], "resid_post", control=0, C=(1.0,))
+    assert permutation_test(grid, store, permutations=99).p_family.min() == pytest.approx(0.01)
+    assert permutation_test(grid, store, permutations=99, scheme="within").p_family.min() > 0.05
     labels = np.array([1.0, 0, 0, 1, 1, 0])
     names = np.array([0, 0, 0, 1, 1, 1])
     shuffled = shuffle_within(labels, names, np.zeros(6), 3)
@@ -153,7 +153,7 @@ def test_permuting_within_groups_keeps_what_the_group_gives_away() -> None:
 
 def test_bad_input_is_refused() -> None:
     store = make_store(n_groups=60)
-    grid = fit_grid(store, ["object:apple"], control=0, penalties=(1e-2,), folds=3)
+    grid = fit_grid(store, ["object:apple"], control=0, C=(1e-2,), folds=3)
     for options, message in (
         ({"permutations": 0}, "permutations=0"),
         ({"scheme": "rows"}, "scheme='rows' one of blocks, within"),
@@ -161,11 +161,11 @@ def test_bad_input_is_refused() -> None:
         ({"rows": np.arange(240) < 200}, "not split as the grid's were"),
     ):
         with pytest.raises(ProbeError, match=message):
-            permutation_test(store, grid, **{"permutations": 5, **options})
+            permutation_test(grid, store, **{"permutations": 5, **options})
     other = make_store(seed=1, n_groups=60)
     other.digest = "e" * 64
     with pytest.raises(ProbeError, match="the grid was fitted on store dddddd"):
-        permutation_test(other, grid, 5)
+        permutation_test(grid, other, permutations=5)
 
 
 def test_adjusted_p_values_of_a_known_case() -> None:

@@ -1,0 +1,224 @@
+"""How a probe is fitted: the open registry `estimators`, and the interface of its entries."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+from sklearn.base import BaseEstimator, clone
+
+from groundscope.core.errors import ProbeError
+from groundscope.core.registry import Registry
+from probes.solvers import closed_form
+from probes.solvers.logistic_float32 import RowBlock, balanced_weights, fit_rows
+from probes.solvers.logistic_reference import LinearFit
+
+SUBSAMPLES = 20
+"""Number of probes of a Gaussian concept subspace."""
+SUBSAMPLE_SHARE = 0.5
+"""Share of the groups that each is fitted to."""
+
+
+@dataclass(frozen=True)
+class TrainingRows:
+    """The training rows of a probe."""
+
+    block: RowBlock
+    groups: np.ndarray
+    """[n]: the group of each row."""
+    tolerance: float
+    """Maximum proven relative gap of an iterative fit."""
+    start: tuple[np.ndarray, np.ndarray] | None = None
+    """Initial coefficients [Q x R, D] and intercepts [Q x R] of the iterations."""
+
+
+Fit = Callable[[TrainingRows, np.ndarray, np.ndarray], LinearFit]
+"""Maps rows, labels [Q, n] and values of C [Q, R] to Q x R fits, C fastest."""
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """A way to fit linear probes in a grid: an entry of `probes.estimators`.
+
+    It fits all concepts and values of C of one layer or head in one call, on standardized features.
+
+    Examples
+    --------
+    A closed form with its own name; `fit` returns weights in the units of the activations:
+
+    >>> import probes
+    >>> ridge = probes.estimators["ridge"]
+    >>> ridge.loss, ridge.log_odds
+    ('squared', False)
+    >>> probes.estimators.register("my_ridge", ridge)
+    >>> "my_ridge" in probes.estimators
+    True
+    """
+
+    fit: Fit
+    loss: Literal["log", "squared"] | None
+    """Cross-validation criterion that selects C: log-loss with balanced classes, or squared error on -1/+1 labels; None for
+    an estimator without C."""
+    log_odds: bool
+    """Whether margins are log-odds; otherwise they are scaled to log-odds by a slope fitted on left-out rows."""
+    final: Fit | None = None
+    """Fit of all training rows with the selected C, if it differs from `fit`."""
+    description: str = ""
+    """Description for the provenance."""
+
+
+def _logistic(rows: TrainingRows, labels: np.ndarray, C: np.ndarray) -> LinearFit:
+    return fit_rows(rows.block, labels, C, balanced_weights(labels), tolerance=rows.tolerance, start=rows.start)
+
+
+def _ridge(rows: TrainingRows, labels: np.ndarray, C: np.ndarray) -> LinearFit:
+    return _to_fit(rows, *closed_form.ridge(_spectrum(rows), labels, C))
+
+
+def _discriminant(rows: TrainingRows, labels: np.ndarray, C: np.ndarray) -> LinearFit:
+    return _to_fit(rows, *closed_form.discriminant(_spectrum(rows), labels, C))
+
+
+def _mean_difference(rows: TrainingRows, labels: np.ndarray, C: np.ndarray) -> LinearFit:
+    block = rows.block
+    raw = block.standard.cpu().numpy() * block.deviation
+    weights, intercepts = closed_form.mean_difference(raw, labels)
+    weights, intercepts = (np.repeat(a, C.shape[1], axis=0) for a in (weights, intercepts))
+    zeros = np.zeros(len(weights))
+    spread = np.broadcast_to(np.ones_like(block.mean), weights.shape)
+    return LinearFit(weights, intercepts - weights @ block.mean, zeros, zeros, spread)
+
+
+def _subspace(rows: TrainingRows, labels: np.ndarray, C: np.ndarray) -> LinearFit:
+    """Fit the mean of the unit directions of probes on subsamples; threshold midway between the class means."""
+    block = rows.block
+    standard = block.standard.cpu().numpy()
+    samples = [
+        concept_directions(standard, y, rows.groups, float(c), tolerance=rows.tolerance)
+        for y, values in zip(labels, C, strict=True)
+        for c in values
+    ]
+    weights = np.stack([directions.mean(axis=0) for directions in samples])
+    repeated = np.repeat(labels, C.shape[1], axis=0)
+    high, low, _ = closed_form.class_sums(standard, repeated)
+    return closed_form.unstandardize(weights, closed_form.midway(weights, high, low), block.mean, block.deviation)
+
+
+def concept_directions(
+    features: np.ndarray,
+    labels: np.ndarray,
+    groups: np.ndarray,
+    C: float,
+    *,
+    count: int = SUBSAMPLES,
+    share: float = SUBSAMPLE_SHARE,
+    seed: int = 0,
+    tolerance: float = 1e-8,
+) -> np.ndarray:
+    """Return unit weights [count, D] of logistic probes, each fitted on a random share of the groups.
+
+    The sample of the Gaussian concept subspace (Zhao et al. 2024, arXiv 2410.00153): features [n, D], labels [n].
+    """
+    rng = np.random.default_rng(seed)
+    names, of_row = np.unique(groups, return_inverse=True)
+    has = np.zeros((len(names), 2), dtype=bool)
+    np.logical_or.at(has, (of_row, labels.astype(int)), True)
+    directions = []
+    for _ in range(count):
+        order = rng.permutation(len(names))
+        sample = order[: max(2, round(share * len(names)))]
+        # Both classes are needed: if one is missing, the first group that has it is added.
+        for value in (0, 1):
+            if not has[sample, value].any():
+                sample = np.append(sample, order[has[order, value]][0])
+        chosen = np.isin(of_row, sample)
+        block = RowBlock.of(features[chosen])
+        y = labels[None, chosen]
+        fit = fit_rows(block, y, np.array([[C]]), balanced_weights(y), tolerance=tolerance)
+        length = np.linalg.norm(fit.coefficients[0])
+        directions.append(fit.coefficients[0] / length if length > 0 else fit.coefficients[0])
+    return np.stack(directions)
+
+
+def _spectrum(rows: TrainingRows) -> closed_form.Spectrum:
+    return closed_form.Spectrum(rows.block.standard.cpu().numpy())
+
+
+def _to_fit(rows: TrainingRows, weights: np.ndarray, intercepts: np.ndarray) -> LinearFit:
+    flat = weights.reshape(-1, weights.shape[-1])
+    return closed_form.unstandardize(flat, intercepts.reshape(-1), rows.block.mean, rows.block.deviation)
+
+
+def linear_estimator(classifier: BaseEstimator) -> Estimator:
+    """Return the `Estimator` of a linear scikit-learn classifier, used with its own parameters on standardized features.
+
+    Raises
+    ------
+    ProbeError
+        While it is fitted, if it does not set `coef_` [1, D] and `intercept_`.
+    """
+
+    def fit(rows: TrainingRows, labels: np.ndarray, C: np.ndarray) -> LinearFit:
+        standard = rows.block.standard.cpu().numpy().astype(np.float64)
+        weights, intercepts = np.empty((len(labels), standard.shape[1])), np.empty(len(labels))
+        for q, y in enumerate(labels):
+            model: Any = clone(classifier)
+            model.fit(standard, y.astype(np.int64))
+            model = getattr(model, "best_estimator_", model)
+            if np.size(getattr(model, "coef_", ())) != standard.shape[1]:
+                msg = (
+                    f"{classifier!r} sets no coef_ of {standard.shape[1]} values: a grid needs a linear classifier with coef_ "
+                    f"and intercept_, for example sklearn.svm.LinearSVC()"
+                )
+                raise ProbeError(msg)
+            weights[q], intercepts[q] = np.ravel(model.coef_), np.ravel(model.intercept_)[0]
+        weights, intercepts = (np.repeat(a, C.shape[1], axis=0) for a in (weights, intercepts))
+        result = _to_fit(rows, weights, intercepts)
+        return replace(result, gap=np.full(len(weights), np.nan))
+
+    return Estimator(fit, None, log_odds=False, description=repr(classifier))
+
+
+BUILT_IN: Mapping[str, Estimator] = {
+    "logistic": Estimator(_logistic, "log", log_odds=True, description="logistic, L2, classes balanced"),
+    "ridge": Estimator(_ridge, "squared", log_odds=False, description="ridge, threshold midway between class means"),
+    "lda": Estimator(_discriminant, "log", log_odds=True, description="linear discriminant, ridge, equal priors"),
+    "mean_difference": Estimator(_mean_difference, None, log_odds=False, description="mean difference"),
+    "subspace": Estimator(
+        _logistic,
+        "log",
+        log_odds=False,
+        final=_subspace,
+        description="mean direction of a Gaussian concept subspace",
+    ),
+}
+
+
+def _problem(entry: object) -> str | None:
+    if isinstance(entry, Estimator) or (isinstance(entry, BaseEstimator) and hasattr(entry, "fit")):
+        return None
+    return f"{entry!r} is neither a probes.Estimator nor a scikit-learn classifier"
+
+
+estimators: Registry[Estimator | BaseEstimator] = Registry(
+    "estimator", BUILT_IN, group="groundscope.estimators", check=_problem, error=ProbeError
+)
+"""Estimators of `probes.fit_grid` by name; ``register(name, estimator)`` adds an `Estimator` or a linear scikit-learn
+classifier."""
+
+
+def resolve(estimator: str | BaseEstimator | Estimator) -> tuple[Estimator, bool]:
+    """Return an estimator given by name or as an object, and whether it is a scikit-learn classifier.
+
+    Raises
+    ------
+    ProbeError
+        If the name is unknown, or the object is no estimator.
+    """
+    entry = estimators[estimator] if isinstance(estimator, str) else estimator
+    if problem := _problem(entry):
+        msg = f"unknown estimator: {problem}; choose from {', '.join(estimators)}, or give a linear scikit-learn classifier"
+        raise ProbeError(msg)
+    return (linear_estimator(entry), True) if isinstance(entry, BaseEstimator) else (entry, False)
