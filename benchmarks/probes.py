@@ -209,7 +209,12 @@ class Told:
 
     def __init__(self, store: ActivationStore, console: Console) -> None:
         self._store, self._console, self._start = store, console, time.perf_counter()
-        self.arrays, self.digest, self.frame = store.arrays, store.digest, store.frame
+        self.arrays, self.digest, self.provenance, self.frame = (
+            store.arrays,
+            store.digest,
+            store.provenance,
+            store.frame,
+        )
 
     def read(self, site: str, tokens: str, head: int | None = None, examples: Any = None) -> np.ndarray:
         """See `ActivationStore.read`."""

@@ -14,7 +14,7 @@ from sklearn.svm import LinearSVC
 import probes
 from groundscope.core.errors import ConfigError, ProbeError, SiteError
 from probes import fit_grid
-from probes_stores import PLANTED, MemoryStore, make_store
+from tests.toys.memory_store import PLANTED, MemoryStore, make_store
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def test_a_scikit_learn_classifier_is_fitted_to_standardized_training_rows(store
 def test_estimators_that_cannot_be_used_are_refused(store: MemoryStore) -> None:
     with pytest.raises(ProbeError, match=r"unknown estimator 'logisti'; choose from .*did you mean logistic"):
         fit_grid(store, PLANTED, estimator="logisti")
-    with pytest.raises(ProbeError, match="neither a probes.Estimator nor a scikit-learn classifier"):
+    with pytest.raises(ProbeError, match=r"neither a probes\.Estimator nor a scikit-learn classifier"):
         fit_grid(store, PLANTED, estimator=3)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ProbeError, match="linear classifier"):
         fit_grid(store, PLANTED, "resid_post", estimator=KNeighborsClassifier(), control=0, folds=2)
