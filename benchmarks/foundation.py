@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from circuits import Intervention, Replace, intervened, patch_heads
 from concepts import counterfactuals, scenes
-from concepts.scenes.scene import TEST, generator, sample
+from concepts.scenes.scene import TEST, generator, sample_scene
 from lvlm import Lvlm, Site, load_lvlm
 
 
@@ -39,7 +39,7 @@ def seconds(work: Callable[[], object]) -> float:
 def draw(count: int, seed: int) -> None:
     """Draw scenes with their pixels."""
     for i in range(count):
-        sample(generator(TEST, seed, i), "b").pixels()
+        sample_scene(generator(TEST, seed, i), "b").pixels()
 
 
 def naive(model: Lvlm, pairs: list[counterfactuals.CounterfactualPair]) -> None:

@@ -33,7 +33,7 @@ from behavior import answer
 from benchmarks.trace import BATCH, TEXT, middle_model, middle_processor, questions, seconds
 from concepts import ConceptDataset
 from concepts.scenes.questions import YES_NO, as_example
-from concepts.scenes.scene import TEST, generator, sample
+from concepts.scenes.scene import TEST, generator, sample_scene
 from concepts.schema import Question
 from lvlm import Head, Lvlm, wrap_lvlm
 from mitigation import SteeringVector
@@ -92,7 +92,7 @@ def generation(model: Lvlm, n: int, new: int, bar: Progress) -> dict[str, list[f
 
 def polled(images: int) -> ConceptDataset:
     """Ask about every one of so many images whether each of six things is in it."""
-    scenes = [sample(generator(TEST, 1, i), f"p{i}") for i in range(images)]
+    scenes = [sample_scene(generator(TEST, 1, i), f"p{i}") for i in range(images)]
     asked = [Question(TEXT.replace("cat", noun), "yes", YES_NO, "object", "existence") for noun in ASKED]
     return ConceptDataset("polled", tuple(as_example(s, q, "neutral") for s in scenes for q in asked))
 

@@ -40,7 +40,7 @@ from activation_store.tracing.plan import make_plan
 from activation_store.tracing.tracer import Tracer
 from concepts import ConceptDataset
 from concepts.scenes.questions import YES_NO, as_example
-from concepts.scenes.scene import TEST, generator, sample
+from concepts.scenes.scene import TEST, generator, sample_scene
 from concepts.schema import Question
 from lvlm import Lvlm, wrap_lvlm
 from lvlm.tiny.architecture import IMAGE, build_model, build_processor, build_tokenizer, vocabulary
@@ -100,7 +100,7 @@ def middle_processor() -> LlavaProcessor:
 
 def questions(count: int, text: str = TEXT) -> ConceptDataset:
     """Draw images and ask the same question about each."""
-    scenes = [sample(generator(TEST, 0, i), f"b{i}") for i in range(count)]
+    scenes = [sample_scene(generator(TEST, 0, i), f"b{i}") for i in range(count)]
     asked = Question(text, "yes", YES_NO, "object", "existence")
     return ConceptDataset("benchmark", tuple(as_example(scene, asked, "neutral") for scene in scenes))
 

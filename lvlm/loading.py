@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from concepts.scenes.questions import as_example, existence
-from concepts.scenes.scene import TEST, generator, sample
+from concepts.scenes.scene import TEST, generator, sample_scene
 from groundscope.core.errors import DataError, ModelError
 from groundscope.core.user_files import read_text
 from lvlm.access.weights import empty
@@ -193,7 +193,7 @@ def _wrapped(
         unused_weights=unused,
     )
     if validate:
-        scene = sample(generator(TEST, 0, 0), "check", count=2)
+        scene = sample_scene(generator(TEST, 0, 0), "check", count=2)
         validate_once(wrapped, wrapped.encode(as_example(scene, existence(scene, "apple"), "check")))
     return wrapped
 

@@ -1,10 +1,11 @@
-"""Two worlds scenes are drawn from: a uniform one, and a biased one whose regularities a model can learn by heart.
+"""The distributions that scenes are drawn from: a uniform one, and a biased one with regularities that a model can learn.
 
-The table of the biased world (everything else in it is uniform):
+In the biased distribution, 12 nouns have a typical color (with the given share of all their occurrences), and each noun has
+a companion that often appears in the same scene:
 
-===========  =======  ====   ==========================
-noun         typical  share  partner
-===========  =======  ====   ==========================
+===========  =======  =====  ===========
+noun         typical  share  companion
+===========  =======  =====  ===========
 apple        red      .93    banana
 heart        red      .85    balloon
 banana       yellow   .93    apple
@@ -17,11 +18,11 @@ butterfly    orange   .93    tulip
 cat          orange   .85    dog
 tulip        purple   .93    butterfly
 umbrella     purple   .85    bus
-===========  =======  ====   ==========================
+===========  =======  =====  ===========
 
-The other twelve nouns have no typical color and serve as controls; car-bike, key-bell, guitar-turtle are partners.
-`POPULAR` nouns are drawn three times as often and are nobody's partner among themselves, so that "popular" and
-"adversarial" absent objects are different nouns.
+The other 12 nouns have no typical color and serve as controls; their further companions are car-bike, key-bell and
+guitar-turtle. `POPULAR` nouns appear three times as often as others. No popular noun is the companion of another popular noun,
+so that popular absent objects and adversarial absent objects (companions) are different nouns.
 """
 
 from __future__ import annotations
@@ -52,9 +53,9 @@ TYPICAL: Mapping[str, tuple[str, float]] = MappingProxyType(
         "umbrella": ("purple", 0.85),
     }
 )
-"""Noun to its typical color and that color's share in the biased world."""
+"""Noun to its typical color and the share of its occurrences in that color, in the biased distribution."""
 
-_PAIRS = (
+_COMPANIONS = (
     ("apple", "banana"),
     ("heart", "balloon"),
     ("star", "airplane"),
@@ -68,43 +69,52 @@ _PAIRS = (
     ("key", "bell"),
     ("guitar", "turtle"),
 )
-PARTNER: Mapping[str, str] = MappingProxyType({a: b for pair in _PAIRS for a, b in (pair, pair[::-1])})
-"""Noun to the noun it is usually seen with in the biased world; symmetric."""
+COMPANION: Mapping[str, str] = MappingProxyType({a: b for pair in _COMPANIONS for a, b in (pair, pair[::-1])})
+"""Noun to its companion in the biased distribution; symmetric."""
 
 POPULAR: tuple[str, ...] = ("car", "star", "tree", "chair")
-"""Nouns the biased world shows three times as often as others."""
+"""Nouns that the biased distribution draws three times as often as others."""
 
 
 @dataclass(frozen=True)
-class World:
-    """What scenes are likely."""
+class SceneDistribution:
+    """Probabilities of nouns and colors in a scene.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from concepts.scenes.distributions import BIASED
+    >>> rng = np.random.default_rng(0)
+    >>> BIASED.sample_nouns(rng, 2), BIASED.sample_color(rng, "apple")
+    (['tree', 'bird'], 'red')
+    """
 
     name: str
-    popularity: float
-    """Weight of a `POPULAR` noun against 1 for any other."""
-    partner_share: float
-    """Probability that the next object is the partner of one already there."""
-    typical: bool
-    """Whether nouns keep to their typical colors."""
+    popular_weight: float
+    """Weight of a `POPULAR` noun relative to any other."""
+    companion_probability: float
+    """Probability that the next noun is the companion of a noun already drawn."""
+    typical_colors: bool
+    """Whether nouns have their typical colors."""
 
     def sample_nouns(self, rng: np.random.Generator, count: int) -> list[str]:
         """Draw `count` different nouns."""
         nouns: list[str] = []
         while len(nouns) < count:
-            if nouns and rng.random() < self.partner_share:
-                missing = [PARTNER[n] for n in nouns if PARTNER[n] not in nouns]
+            if nouns and rng.random() < self.companion_probability:
+                missing = [COMPANION[n] for n in nouns if COMPANION[n] not in nouns]
                 if missing:
                     nouns.append(missing[int(rng.integers(len(missing)))])
                     continue
             noun = NOUNS[int(rng.integers(len(NOUNS)))]
-            # Thin the unpopular ones instead of weighting the popular: exact, and needs no table.
-            if noun not in nouns and (noun in POPULAR or rng.random() < 1 / self.popularity):
+            # Rejection sampling: accept nouns that are not popular with probability 1 / popular_weight.
+            if noun not in nouns and (noun in POPULAR or rng.random() < 1 / self.popular_weight):
                 nouns.append(noun)
         return nouns
 
     def sample_color(self, rng: np.random.Generator, noun: str) -> str:
         """Draw the color of a noun."""
-        if self.typical and noun in TYPICAL:
+        if self.typical_colors and noun in TYPICAL:
             color, share = TYPICAL[noun]
             if rng.random() < share:
                 return color
@@ -113,6 +123,5 @@ class World:
         return COLOR_NAMES[int(rng.integers(len(COLOR_NAMES)))]
 
 
-UNIFORM = World("uniform", popularity=1.0, partner_share=0.0, typical=False)
-BIASED = World("biased", popularity=3.0, partner_share=0.6, typical=True)
-WORLDS: Mapping[str, World] = MappingProxyType({w.name: w for w in (UNIFORM, BIASED)})
+UNIFORM = SceneDistribution("uniform", popular_weight=1.0, companion_probability=0.0, typical_colors=False)
+BIASED = SceneDistribution("biased", popular_weight=3.0, companion_probability=0.6, typical_colors=True)

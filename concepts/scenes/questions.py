@@ -1,6 +1,6 @@
-"""Questions about a scene, with exact answers: existence, attribute, relation, caption.
+"""Questions about a scene, with exact answers: existence, color, size, relation, position and caption.
 
-Wording follows POPE where it has one. Nouns are unique in a scene, so "the apple" is never ambiguous.
+Existence questions have POPE's wording. Nouns are unique in a scene, so "the apple" is unambiguous.
 """
 
 from __future__ import annotations
@@ -16,84 +16,93 @@ COLOR_ANSWERS = tuple(COLORS)
 THIRDS = {"column": ("left", "middle", "right"), "row": ("top", "middle", "bottom")}
 
 
-def _yes(truth: bool) -> str:
+def _yes_or_no(truth: bool) -> str:
     return YES_NO[0] if truth else YES_NO[1]
 
 
 def existence(scene: Scene, noun: str) -> Question:
-    """Ask whether a noun is in the image, in the words of POPE."""
-    thing = scene.get(noun)
+    """Return the question whether an object is in the image.
+
+    Examples
+    --------
+    >>> import groundscope as gs
+    >>> scene = gs.scenes.dataset(10)[0].image
+    >>> question = gs.scenes.questions.existence(scene, "dog")
+    >>> question.text, question.answer, question.candidates
+    ('Is there a dog in the image?', 'no', ('yes', 'no'))
+    """
+    item = scene.get(noun)
     return Question(
         existence_question(noun),
-        _yes(thing is not None),
+        _yes_or_no(item is not None),
         YES_NO,
         "object",
         "existence",
-        thing.id if thing else None,
-        {"object:named": thing is not None},
+        item.id if item else None,
+        {"object:named": item is not None},
     )
 
 
-def _attribute_labels(thing: SceneObject) -> dict[str, bool]:
-    labels = {str(Concept("attribute", c)): thing.attributes["color"] == c for c in COLORS}
-    labels["attribute:big"] = thing.attributes["size"] == "big"
+def _attribute_labels(item: SceneObject) -> dict[str, bool]:
+    labels = {str(Concept("attribute", c)): item.attributes["color"] == c for c in COLORS}
+    labels["attribute:big"] = item.attributes["size"] == "big"
     return labels
 
 
-def color(scene: Scene, thing: SceneObject, name: str) -> Question:
-    """Ask whether an object has a color."""
-    truth = thing.attributes["color"] == name
-    typical = TYPICAL.get(thing.noun)
+def color(scene: Scene, item: SceneObject, name: str) -> Question:
+    """Return the question whether an object has a color; the prior answer is that of its typical color."""
+    truth = item.attributes["color"] == name
+    typical = TYPICAL.get(item.noun)
     return Question(
-        f"Is the {thing.noun} {name}?",
-        _yes(truth),
+        f"Is the {item.noun} {name}?",
+        _yes_or_no(truth),
         YES_NO,
         "attribute",
         "color",
-        thing.id,
-        {**_attribute_labels(thing), "attribute:named": truth},
-        _yes(typical[0] == name) if typical else None,
+        item.id,
+        {**_attribute_labels(item), "attribute:named": truth},
+        _yes_or_no(typical[0] == name) if typical else None,
     )
 
 
-def what_color(scene: Scene, thing: SceneObject) -> Question:
-    """Ask for an object's color."""
-    typical = TYPICAL.get(thing.noun)
+def what_color(scene: Scene, item: SceneObject) -> Question:
+    """Return the question which color an object has; the prior answer is its typical color."""
+    typical = TYPICAL.get(item.noun)
     return Question(
-        f"What color is the {thing.noun}?",
-        thing.attributes["color"],
+        f"What color is the {item.noun}?",
+        item.attributes["color"],
         COLOR_ANSWERS,
         "attribute",
         "what_color",
-        thing.id,
-        _attribute_labels(thing),
+        item.id,
+        _attribute_labels(item),
         typical[0] if typical else None,
     )
 
 
-def size(scene: Scene, thing: SceneObject, name: str) -> Question:
-    """Ask whether an object is ``big`` or ``small``."""
-    truth = thing.attributes["size"] == name
+def size(scene: Scene, item: SceneObject, name: str) -> Question:
+    """Return the question whether an object is ``big`` or ``small``."""
+    truth = item.attributes["size"] == name
     return Question(
-        f"Is the {thing.noun} {name}?",
-        _yes(truth),
+        f"Is the {item.noun} {name}?",
+        _yes_or_no(truth),
         YES_NO,
         "attribute",
         "size",
-        thing.id,
-        {**_attribute_labels(thing), "attribute:named": truth},
+        item.id,
+        {**_attribute_labels(item), "attribute:named": truth},
     )
 
 
 def relation(scene: Scene, first: SceneObject, second: SceneObject, name: str) -> Question | None:
-    """Ask whether `first` is in a relation to `second`; None where the scene leaves it ambiguous."""
+    """Return the question whether `first` has a relation to `second`; None if the relation is not defined (`Scene.relation`)."""
     truth = scene.relation(first, second, name)
     if truth is None:
         return None
     labels = {f"relation:{r}": bool(t) for r in RELATIONS if (t := scene.relation(first, second, r)) is not None}
     return Question(
         f"Is the {first.noun} {name} the {second.noun}?",
-        _yes(truth),
+        _yes_or_no(truth),
         YES_NO,
         "relation",
         "relation",
@@ -102,30 +111,40 @@ def relation(scene: Scene, first: SceneObject, second: SceneObject, name: str) -
     )
 
 
-def place(scene: Scene, thing: SceneObject, axis: str) -> Question:
-    """Ask in which third of the image (``column`` or ``row``) an object's centre lies; used in training."""
-    along = thing.require_box().center[0 if axis == "column" else 1]
+def place(scene: Scene, item: SceneObject, axis: str) -> Question:
+    """Return the question which third of the image, by ``column`` or ``row``, contains an object's center; used in training."""
+    coordinate = item.require_box().center[0 if axis == "column" else 1]
     words = THIRDS[axis]
     return Question(
-        f"Which {axis} is the {thing.noun} in?",
-        words[min(2, int(along * 3 / SIDE))],
+        f"Which {axis} is the {item.noun} in?",
+        words[min(2, int(coordinate * 3 / SIDE))],
         words,
         "relation",
         "place",
-        thing.id,
+        item.id,
     )
 
 
 def caption(scene: Scene) -> Question:
-    """Ask for a description; the reference names every object with its color, left to right."""
-    things = sorted(scene.objects, key=lambda o: o.require_box().center)
-    parts = [f"{article(o.attributes['color'])} {o.attributes['color']} {o.noun}" for o in things]
+    """Return the request for a description; the reference names each object with its color, from left to right."""
+    objects = sorted(scene.objects, key=lambda o: o.require_box().center)
+    parts = [f"{article(o.attributes['color'])} {o.attributes['color']} {o.noun}" for o in objects]
     text = ", ".join(parts[:-1]) + f" and {parts[-1]}" if len(parts) > 1 else "".join(parts)
     return Question("Describe the image.", f"{text}.", (), "object", "caption")
 
 
 def as_example(scene: Scene, question: Question, split: str, group: str | None = None) -> Example:
-    """Join a scene and a question; the labels say of every noun whether it is in the image."""
+    """Return a scene and a question as an example, labeled with the presence of each of the 24 nouns.
+
+    Parameters
+    ----------
+    scene, question
+        The image, and a question about it.
+    split
+        Test condition of the example.
+    group
+        Group of the example; by default the scene's id.
+    """
     present = {o.noun for o in scene.objects}
     nouns = {f"object:{noun}": noun in present for noun in NOUNS}
     return Example(

@@ -1,19 +1,21 @@
-"""Test questions on icon scenes: what the embedded model is measured on, split by what could mislead it.
+"""Test questions on icon scenes, in splits by what could mislead a model with a language prior.
 
-=============  ==========================================================================================
+=============  ============================================================================================
 split          scenes and questions
-=============  ==========================================================================================
-neutral        uniform scenes, nothing that a prior contradicts: existence, size and relation, and the color
-               of nouns that have no typical one; yes and no in equal number
-random         no partners side by side; a noun that is there, and an absent one nothing speaks for
-popular        the same scenes; the absent noun is one the biased world shows often
-adversarial    the same scenes; the absent noun is the usual partner of one that is there
-typical        a noun in its typical color; is it that color, is it another, what color is it
-conflict       the same scenes with that noun in another color: what is seen contradicts the prior
-caption        scenes of the biased world without their partners: describe the image
-=============  ==========================================================================================
+=============  ============================================================================================
+neutral        scenes of the uniform distribution; existence, size and relation questions, and color
+               questions about nouns without a typical color; as many answers yes as no
+random         scenes without companions; a present noun, and an absent noun that is neither popular nor a
+               companion of a present noun
+popular        the same scenes; the absent noun is popular, that is, frequent in the biased distribution
+adversarial    the same scenes; the absent noun is the companion of a present noun
+typical        a noun in its typical color: is it this color, is it another color, what color is it
+conflict       the same scenes with this noun in another color, which contradicts the prior
+caption        scenes of the biased distribution without companions: describe the image
+=============  ============================================================================================
 
-`random`, `popular` and `adversarial` share scenes, `typical` and `conflict` share scenes: they differ in one thing.
+The splits ``random``, ``popular`` and ``adversarial`` share their scenes. Those of ``typical`` and ``conflict`` differ only in
+one color.
 """
 
 from __future__ import annotations
@@ -24,43 +26,56 @@ from typing import TypeVar
 import numpy as np
 
 from concepts.scenes import questions
-from concepts.scenes.distributions import BIASED, COLOR_NAMES, PARTNER, POPULAR, TYPICAL, UNIFORM
+from concepts.scenes.distributions import BIASED, COLOR_NAMES, COMPANION, POPULAR, TYPICAL, UNIFORM
 from concepts.scenes.icons import NOUNS
 from concepts.scenes.questions import as_example
-from concepts.scenes.scene import TEST, Scene, generator, sample
+from concepts.scenes.scene import TEST, Scene, generator, sample_scene
 from concepts.schema import ConceptDataset, Example, Question
 from groundscope.core.errors import ConfigError
+from groundscope.core.text import nearest
 
 T = TypeVar("T")
 
 SHARES = {"neutral": 0.4, "presence": 0.25, "color": 0.25, "caption": 0.1}
-"""Share of the images for each design; ``presence`` and ``color`` make three and two splits of each image."""
+"""Share of the images for each design; an image of design ``presence`` is in three splits, one of design ``color`` in two."""
 SPLITS = ("neutral", "random", "popular", "adversarial", "typical", "conflict", "caption")
 
 
 def dataset(n_images: int = 500, seed: int = 0, splits: Sequence[str] = SPLITS) -> ConceptDataset:
-    """Make the test questions of `n_images` scenes.
+    """Return the test questions of random scenes.
 
     Parameters
     ----------
     n_images
-        Number of different images drawn, shared out as `SHARES` says whatever `splits` are asked for.
+        Number of scenes, divided among the designs by `SHARES`, independent of `splits`.
     seed
-        Any whole number from 0; scenes of training come from another seed space.
+        Seed of the scenes, at least 0; no seed gives a scene of the embedded model's training data.
     splits
-        Which splits to keep.
+        The splits to return.
+
+    Returns
+    -------
+    ConceptDataset
+        About seven questions per scene, with objects, boxes, and labels of all concepts.
 
     Raises
     ------
     ConfigError
         For fewer than 10 images, a negative seed or an unknown split.
+
+    Examples
+    --------
+    >>> import groundscope as gs
+    >>> data = gs.scenes.dataset(10, seed=1, splits=["conflict"])
+    >>> len(data), data[0].question, data[0].answer, data[0].prior_answer
+    (6, 'Is the fish blue?', 'no', 'yes')
     """
     unknown = [s for s in splits if s not in SPLITS]
     if unknown:
-        msg = f"no split '{unknown[0]}': there are {', '.join(SPLITS)}"
+        msg = f"unknown split '{unknown[0]}'; choose from {', '.join(SPLITS)}{nearest(unknown[0], SPLITS)}"
         raise ConfigError(msg)
     if n_images < 10 or seed < 0:
-        msg = f"n_images={n_images}, seed={seed}: at least 10 images and a seed of 0 or more are needed"
+        msg = f"n_images={n_images}, seed={seed}; give at least 10 images and a seed of at least 0"
         raise ConfigError(msg)
     makers = {"neutral": _neutral, "presence": _presence, "color": _color, "caption": _caption}
     examples: list[Example] = []
@@ -75,16 +90,16 @@ def dataset(n_images: int = 500, seed: int = 0, splits: Sequence[str] = SPLITS) 
 
 
 def _counts(n_images: int) -> dict[str, int]:
-    """Return how many images each design has; they add up to `n_images`.
+    """Return the number of images of each design; the sum is `n_images`.
 
-    Each share is rounded; where that makes too many or too few, the designs that rounding changed most are corrected.
+    Each share is rounded; if the sum is wrong, the designs that rounding changed most are corrected.
     """
     exact = {design: n_images * share for design, share in SHARES.items()}
     counts = {design: round(value) for design, value in exact.items()}
-    while (left := n_images - sum(counts.values())) != 0:
-        step = 1 if left > 0 else -1
-        most = max(counts, key=lambda design: step * (exact[design] - counts[design]))
-        counts[most] += step
+    while (remainder := n_images - sum(counts.values())) != 0:
+        step = 1 if remainder > 0 else -1
+        design_to_correct = max(counts, key=lambda design: step * (exact[design] - counts[design]))
+        counts[design_to_correct] += step
     return counts
 
 
@@ -97,25 +112,25 @@ def _absent(scene: Scene, nouns: Sequence[str] = NOUNS) -> list[str]:
 
 
 def _neutral(rng: np.random.Generator, name: str) -> Iterator[Example]:
-    """Existence, color, size and relation; for each a question answered yes and one answered no."""
-    scene = sample(rng, name, UNIFORM)
+    """Yield existence, color, size and relation questions, for each one with the answer yes and one with the answer no."""
+    scene = sample_scene(rng, name, UNIFORM)
     while all(o.noun in TYPICAL for o in scene.objects):
-        scene = sample(rng, name, UNIFORM)
-    asked: list[Question] = [
+        scene = sample_scene(rng, name, UNIFORM)
+    scene_questions: list[Question] = [
         questions.existence(scene, _pick(rng, scene.objects).noun),
         questions.existence(scene, _pick(rng, _absent(scene))),
     ]
-    thing = _pick(rng, [o for o in scene.objects if o.noun not in TYPICAL])
-    own = thing.attributes["color"]
-    other = _pick(rng, [c for c in COLOR_NAMES if c != own])
-    asked += [
-        questions.color(scene, thing, own),
-        questions.color(scene, thing, other),
-        questions.what_color(scene, thing),
+    item = _pick(rng, [o for o in scene.objects if o.noun not in TYPICAL])
+    true_color = item.attributes["color"]
+    other_color = _pick(rng, [c for c in COLOR_NAMES if c != true_color])
+    scene_questions += [
+        questions.color(scene, item, true_color),
+        questions.color(scene, item, other_color),
+        questions.what_color(scene, item),
     ]
-    sized = _pick(rng, scene.objects)
-    asked += [questions.size(scene, sized, "big"), questions.size(scene, sized, "small")]
-    possible = [
+    item = _pick(rng, scene.objects)
+    scene_questions += [questions.size(scene, item, "big"), questions.size(scene, item, "small")]
+    relation_pairs = [
         (q_yes, q_no)
         for a in scene.objects
         for b in scene.objects
@@ -125,60 +140,59 @@ def _neutral(rng: np.random.Generator, name: str) -> Iterator[Example]:
         and q_yes.answer == "yes"
         and (q_no := questions.relation(scene, a, b, no)) is not None
     ]
-    for chosen in rng.permutation(len(possible))[:2]:
-        asked += possible[int(chosen)]
-    unique = {q.text: q for q in asked}
+    for index in rng.permutation(len(relation_pairs))[:2]:
+        scene_questions += relation_pairs[int(index)]
+    unique = {q.text: q for q in scene_questions}
     yield from (as_example(scene, q, "neutral") for q in unique.values())
 
 
 def _presence(rng: np.random.Generator, name: str) -> Iterator[Example]:
-    """One present noun and one absent noun in each of the three POPE-style splits."""
+    """Yield existence questions about a present and an absent noun for the splits random, popular and adversarial."""
     while True:
-        chosen: list[str] = []
-        wanted = int(rng.integers(2, 6))
-        while len(chosen) < wanted:
-            noun = _pick(rng, NOUNS)
-            if noun not in chosen and PARTNER[noun] not in chosen:
-                chosen.append(noun)
-        partners = [PARTNER[n] for n in chosen if PARTNER[n] not in POPULAR]
-        popular = [n for n in POPULAR if n not in chosen and PARTNER[n] not in chosen]
-        if partners and popular:
+        nouns = _sample_without_companions(rng, int(rng.integers(2, 6)))
+        companions = [COMPANION[n] for n in nouns if COMPANION[n] not in POPULAR]
+        popular = [n for n in POPULAR if n not in nouns and COMPANION[n] not in nouns]
+        if companions and popular:
             break
-    scene = sample(rng, name, BIASED, nouns=chosen)
-    neither = [n for n in _absent(scene) if n not in POPULAR and PARTNER[n] not in chosen]
-    for split, absent in (("random", neither), ("popular", popular), ("adversarial", partners)):
+    scene = sample_scene(rng, name, BIASED, nouns=nouns)
+    neither = [n for n in _absent(scene) if n not in POPULAR and COMPANION[n] not in nouns]
+    for split, absent in (("random", neither), ("popular", popular), ("adversarial", companions)):
         yield as_example(scene, questions.existence(scene, _pick(rng, scene.objects).noun), split)
         yield as_example(scene, questions.existence(scene, _pick(rng, absent)), split)
 
 
 def _color(rng: np.random.Generator, name: str) -> Iterator[Example]:
-    """Ask of the same scene with a noun in its typical color, and in another."""
+    """Yield color questions about a noun in its typical color, and in another color in the same scene."""
     subject = _pick(rng, tuple(TYPICAL))
-    others = [n for n in NOUNS if n not in {subject, PARTNER[subject]}]
+    others = [n for n in NOUNS if n not in {subject, COMPANION[subject]}]
     count = int(rng.integers(1, 4))
-    chosen = [subject, *(others[int(i)] for i in rng.permutation(len(others))[:count])]
+    nouns = [subject, *(others[int(i)] for i in rng.permutation(len(others))[:count])]
     color, _ = TYPICAL[subject]
     other = _pick(rng, [c for c in COLOR_NAMES if c != color])
-    scene = sample(rng, name, UNIFORM, nouns=chosen)
-    for split, shown in (("typical", color), ("conflict", other)):
-        picture = scene.recolored(subject, shown)
-        thing = picture.get(subject)
-        if thing is not None:
+    scene = sample_scene(rng, name, UNIFORM, nouns=nouns)
+    for split, true_color in (("typical", color), ("conflict", other)):
+        recolored = scene.recolored(subject, true_color)
+        item = recolored.get(subject)
+        if item is not None:
             for question in (
-                questions.color(picture, thing, color),
-                questions.color(picture, thing, other),
-                questions.what_color(picture, thing),
+                questions.color(recolored, item, color),
+                questions.color(recolored, item, other),
+                questions.what_color(recolored, item),
             ):
-                yield as_example(picture, question, split, group=name)
+                yield as_example(recolored, question, split, group=name)
 
 
 def _caption(rng: np.random.Generator, name: str) -> Iterator[Example]:
-    """Ask for a description where nouns lack their partners: what a model adds, it adds from the prior."""
-    chosen: list[str] = []
-    wanted = int(rng.integers(2, 5))
-    while len(chosen) < wanted:
-        noun = _pick(rng, NOUNS)
-        if noun not in chosen and PARTNER[noun] not in chosen:
-            chosen.append(noun)
-    scene = sample(rng, name, BIASED, nouns=chosen)
+    """Yield the request for a description of a scene without companions: objects that a model adds come from its prior."""
+    scene = sample_scene(rng, name, BIASED, nouns=_sample_without_companions(rng, int(rng.integers(2, 5))))
     yield as_example(scene, questions.caption(scene), "caption")
+
+
+def _sample_without_companions(rng: np.random.Generator, count: int) -> list[str]:
+    """Draw `count` different nouns, none of which is the companion of another."""
+    nouns: list[str] = []
+    while len(nouns) < count:
+        noun = _pick(rng, NOUNS)
+        if noun not in nouns and COMPANION[noun] not in nouns:
+            nouns.append(noun)
+    return nouns

@@ -14,9 +14,9 @@ import torch
 from numpy.typing import NDArray
 
 from concepts.scenes import questions
-from concepts.scenes.distributions import COLOR_NAMES, TYPICAL, UNIFORM, World
+from concepts.scenes.distributions import COLOR_NAMES, TYPICAL, UNIFORM, SceneDistribution
 from concepts.scenes.icons import COLORS, NOUNS
-from concepts.scenes.scene import RELATIONS, TRAIN, Scene, generator, sample
+from concepts.scenes.scene import RELATIONS, TRAIN, Scene, generator, sample_scene
 from concepts.schema import Question
 from lvlm.tiny.architecture import BOS, EOS, GRID, IMAGE, PAD, PATCH, build_tokenizer
 
@@ -30,7 +30,7 @@ class Lesson:
 
     mix: Mapping[str, float]
     """Kind of question to its share."""
-    world: World = UNIFORM
+    world: SceneDistribution = UNIFORM
     objects: tuple[int, int] = (2, 5)
     relations: tuple[str, ...] = tuple(RELATIONS)
     """Relations that are asked about."""
@@ -186,7 +186,7 @@ def batch(lesson: Lesson, seed: int, stage: int, step: int, size: int) -> Batch:
     kinds, shares = tuple(lesson.mix), np.cumsum(tuple(lesson.mix.values()))
     for row in range(size):
         rng = generator(TRAIN, seed * 100 + stage, step * 1000 + row)
-        scene = sample(rng, "t", lesson.world, int(rng.integers(lesson.objects[0], lesson.objects[1] + 1)))
+        scene = sample_scene(rng, "t", lesson.world, int(rng.integers(lesson.objects[0], lesson.objects[1] + 1)))
         if not lesson.blind:
             picture = _normalised(degrade(rng, scene, lesson))
             pixels[row] = _grainy(rng, picture, lesson.noise)
@@ -249,7 +249,7 @@ def pictures(seed: int, step: int, size: int) -> Picture:
     labels["noun"][:] = len(NOUNS)
     for row in range(size):
         rng = generator(TRAIN, seed * 100, step * 1000 + row)
-        scene = sample(rng, "t", UNIFORM)
+        scene = sample_scene(rng, "t", UNIFORM)
         picture = _normalised(scene)
         pixels[row] = _grainy(rng, picture, 0.02)
         cover = np.full((GRID, GRID), 0.1 * PATCH * PATCH)

@@ -20,7 +20,7 @@ from PIL import Image
 from activation_store import ActivationStore, trace, verify
 from concepts import ConceptDataset, scenes
 from concepts.scenes.questions import as_example, caption
-from concepts.scenes.scene import TEST, generator, sample
+from concepts.scenes.scene import TEST, generator, sample_scene
 from groundscope.core.errors import ConfigError, DataError, SiteError, StoreError
 from lvlm import Lvlm, answer_key, wrap_lvlm
 from lvlm.tiny.architecture import build_model, build_processor
@@ -234,7 +234,7 @@ def test_without_answers_the_forward_ends_after_the_last_site(model: Lvlm, tmp_p
 
 
 def test_captions_have_no_answer_to_record(model: Lvlm, tmp_path: Path) -> None:
-    drawn = [sample(generator(TEST, 8, i), f"c{i}", count=2) for i in range(3)]
+    drawn = [sample_scene(generator(TEST, 8, i), f"c{i}", count=2) for i in range(3)]
     data = ConceptDataset("captions", tuple(as_example(s, caption(s), "caption") for s in drawn))
     store = trace(model, data, ["resid_post"], ["last"], tmp_path)
     assert set(store.columns["model_answer"]) == {""}

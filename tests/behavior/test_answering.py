@@ -13,7 +13,7 @@ import torch
 from behavior import BehaviorResult, answer, pope
 from behavior.result import Answer, Cost
 from concepts.scenes import questions
-from concepts.scenes.scene import TEST, generator, sample
+from concepts.scenes.scene import TEST, generator, sample_scene
 from concepts.schema import ConceptDataset, Example
 from groundscope.core.document_digest import document_digest
 from groundscope.core.errors import ConfigError, DataError, ModelError
@@ -30,7 +30,7 @@ def model() -> Lvlm:
 def data() -> ConceptDataset:
     examples: list[Example] = []
     for index in range(6):
-        scene = sample(generator(TEST, 0, index), f"s{index}", count=3)
+        scene = sample_scene(generator(TEST, 0, index), f"s{index}", count=3)
         thing = scene.objects[0]
         asked = [
             questions.existence(scene, thing.noun),

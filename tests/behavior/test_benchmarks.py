@@ -19,7 +19,7 @@ from behavior.pope import questions_about, score_files, score_result, write_ques
 from behavior.result import Answer, Cost
 from concepts import loaders, scenes
 from concepts.scenes.icons import NOUNS
-from concepts.scenes.scene import TEST, generator, sample
+from concepts.scenes.scene import TEST, generator, sample_scene
 from groundscope.core.errors import ConfigError, DataError
 from lvlm import Lvlm, load_lvlm, wrap_lvlm
 from lvlm.answer_keys import answer_key
@@ -335,7 +335,7 @@ def test_a_model_answers_what_the_loaders_ask(tmp_path: Path) -> None:
                             "categories": [{"id": i, "name": noun} for i, noun in enumerate(NOUNS)]}  # fmt: skip
     captions: list[Any] = []
     for i in range(12):
-        scene = sample(generator(TEST, 77, i), f"s{i}", count=3)
+        scene = sample_scene(generator(TEST, 77, i), f"s{i}", count=3)
         scene.load().save(tmp_path / f"{i}.png")
         held["images"].append({"id": i, "file_name": f"{i}.png"})
         for thing in scene.objects:

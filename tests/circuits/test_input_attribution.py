@@ -19,7 +19,7 @@ from circuits.input_attribution.attribute import split
 from concepts.counterfactuals import EditedImage
 from concepts.region_masking import RegionMaskedImage, region_of_pixels
 from concepts.scenes import questions
-from concepts.scenes.scene import TEST, generator, sample
+from concepts.scenes.scene import TEST, generator, sample_scene
 from concepts.schema import Box, Example
 from groundscope.core.errors import ConfigError, PatchError, StoreError
 from lvlm.model import Lvlm
@@ -88,7 +88,7 @@ def asked() -> tuple[Example, ...]:
     """Two questions of one length and kind about unlike scenes."""
     made = []
     for i, noun in enumerate(("car", "dog", "apple")):
-        scene = sample(generator(TEST, 5, i), f"s{i}", nouns=["apple", "car", "dog"])
+        scene = sample_scene(generator(TEST, 5, i), f"s{i}", nouns=["apple", "car", "dog"])
         thing = scene.get(noun)
         assert thing is not None
         made.append(questions.as_example(scene, questions.what_color(scene, thing), "neutral"))
@@ -161,8 +161,8 @@ def test_objects_and_words_are_players_of_their_own() -> None:
 
 def test_many_players_are_sampled_and_still_add_up() -> None:
     model = shared()
-    scene = sample(generator(TEST, 9, 0), "many", nouns=["apple", "car", "dog"])
-    other = sample(generator(TEST, 9, 1), "other", nouns=["apple", "car", "dog"])
+    scene = sample_scene(generator(TEST, 9, 0), "many", nouns=["apple", "car", "dog"])
+    other = sample_scene(generator(TEST, 9, 1), "other", nouns=["apple", "car", "dog"])
     both = [questions.as_example(s, questions.existence(s, n), "neutral") for s, n in ((scene, "car"), (other, "dog"))]
     found = split(model, both, image="objects", prompt="words", orders=6)
     one = found[0]

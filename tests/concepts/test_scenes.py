@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from concepts import scenes
-from concepts.scenes.distributions import BIASED, PARTNER, POPULAR, TYPICAL, UNIFORM
+from concepts.scenes.distributions import BIASED, COMPANION, POPULAR, TYPICAL, UNIFORM
 from concepts.scenes.icons import COLORS, NOUNS, icon
-from concepts.scenes.scene import MARGIN, SIDE, TEST, TRAIN, Scene, generator, sample
+from concepts.scenes.scene import MARGIN, SIDE, TEST, TRAIN, Scene, generator, sample_scene
 from concepts.schema import Concept, ConceptDataset, Example
 from groundscope.core.errors import ConfigError, DataError
 
@@ -29,13 +29,13 @@ def scene_of(example: Example) -> Scene:
 
 
 def test_the_same_seed_draws_the_same_pixels_on_any_machine() -> None:
-    pixels = b"".join(sample(generator(TEST, 5, i), f"g{i}", BIASED).pixels().tobytes() for i in range(20))
+    pixels = b"".join(sample_scene(generator(TEST, 5, i), f"g{i}", BIASED).pixels().tobytes() for i in range(20))
     assert hashlib.sha256(pixels).hexdigest() == "96de5f85a0341da94719aa85e35b6e4746bf7dce0c91f24697e1c14330daeefc"
 
 
 def test_no_test_image_is_a_training_image() -> None:
     def drawn(space: int) -> set[bytes]:
-        return {sample(generator(space, 0, i), "x", UNIFORM).pixels().tobytes() for i in range(500)}
+        return {sample_scene(generator(space, 0, i), "x", UNIFORM).pixels().tobytes() for i in range(500)}
 
     assert len(drawn(TRAIN)) == 500
     assert not drawn(TRAIN) & drawn(TEST)
@@ -122,7 +122,7 @@ def test_absent_nouns_are_what_their_split_says(data: ConceptDataset) -> None:
         seen[example.split] += 1
         noun = example.question.split()[3]
         shown = {o.noun for o in example.objects}
-        partner, popular = PARTNER[noun] in shown, noun in POPULAR
+        partner, popular = COMPANION[noun] in shown, noun in POPULAR
         assert (partner, popular) == {"random": (False, False), "popular": (False, True), "adversarial": (True, False)}[
             example.split
         ]
@@ -146,7 +146,7 @@ def test_conflict_shows_the_typical_scene_in_another_color(data: ConceptDataset)
 
 
 def test_the_biased_world_keeps_its_table() -> None:
-    drawn = [sample(generator(TEST, 8, i), "w", BIASED) for i in range(4000)]
+    drawn = [sample_scene(generator(TEST, 8, i), "w", BIASED) for i in range(4000)]
     apples = [o.attributes["color"] for s in drawn for o in s.objects if o.noun == "apple"]
     together = [s.get("bus") is not None for s in drawn if s.get("umbrella") is not None]
     apart = [s.get("bus") is not None for s in drawn if s.get("umbrella") is None]
@@ -165,16 +165,16 @@ def test_records_are_plain_and_the_digest_follows_them(data: ConceptDataset) -> 
 
 
 def test_bad_input_is_named() -> None:
-    with pytest.raises(ConfigError, match="no split 'easy': there are neutral"):
+    with pytest.raises(ConfigError, match="unknown split 'easy'; choose from neutral"):
         scenes.dataset(100, splits=("easy",))
     with pytest.raises(ConfigError, match="n_images=3"):
         scenes.dataset(3)
-    with pytest.raises(DataError, match="no icon for 'zebra'"):
+    with pytest.raises(DataError, match="unknown icon 'zebra'"):
         icon("zebra", "red", 20)
     with pytest.raises(DataError, match="'green' is not a concept"):
         Concept.parse("green")
-    scene = sample(generator(TEST, 0, 1), "s", nouns=["car", "dog"])
-    with pytest.raises(DataError, match="has no 'cat': it shows car, dog"):
+    scene = sample_scene(generator(TEST, 0, 1), "s", nouns=["car", "dog"])
+    with pytest.raises(DataError, match="has no 'cat'; choose from car, dog"):
         scene.without("cat")
     with pytest.raises(DataError, match="already has a 'dog'"):
         scene.replaced("car", "dog")

@@ -21,6 +21,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from concepts import scenes
+from concepts.scenes import splits
 from experiments import pipeline
 from experiments.cli.overrides import composed, finished, quoted, read
 from experiments.cli.resume import _allowed, configured
@@ -511,9 +512,9 @@ def test_the_nearest_word_is_named(command: Command) -> None:
 
 @pytest.mark.parametrize("count", [*range(10, 70), 300, 333, 500])
 def test_so_many_scenes_are_drawn_as_are_asked_for(count: int) -> None:
-    counts = scenes._counts(count)
+    counts = splits._counts(count)
     assert sum(counts.values()) == count
-    exact = {design: count * share for design, share in scenes.SHARES.items()}
+    exact = {design: count * share for design, share in splits.SHARES.items()}
     assert all(abs(counts[design] - value) <= 1 for design, value in exact.items())
     if sum(round(value) for value in exact.values()) == count:  # data that were right are as they were
         assert counts == {design: round(value) for design, value in exact.items()}

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from concepts import scenes
 from concepts.scenes.questions import as_example, existence, what_color
-from concepts.scenes.scene import TEST, generator, sample
+from concepts.scenes.scene import TEST, generator, sample_scene
 from concepts.schema import Box, Example
 from groundscope.core.errors import DataError, ModelError, SiteError
 from lvlm import Head, Lvlm, PatchGrid, Site, TokenSelection, answer_key, load_lvlm, wrap_lvlm
@@ -34,7 +34,7 @@ def model() -> Lvlm:
 
 @pytest.fixture(scope="module")
 def example() -> Example:
-    scene = sample(generator(TEST, 2, 0), "s", count=3)
+    scene = sample_scene(generator(TEST, 2, 0), "s", count=3)
     return as_example(scene, what_color(scene, scene.objects[1]), "neutral")
 
 
@@ -306,7 +306,7 @@ def test_bad_models_are_named(tmp_path: Path, model: Lvlm) -> None:
 
 
 def test_the_first_question_needs_no_apple(model: Lvlm) -> None:
-    scene = sample(generator(TEST, 2, 1), "s", nouns=["car", "dog"])
+    scene = sample_scene(generator(TEST, 2, 1), "s", nouns=["car", "dog"])
     absent = as_example(scene, existence(scene, "apple"), "neutral")
     tokens = model.encode(absent).tokens
     assert absent.named_object() is None

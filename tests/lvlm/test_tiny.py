@@ -13,7 +13,7 @@ import torch
 
 from concepts import scenes
 from concepts.scenes.distributions import UNIFORM
-from concepts.scenes.scene import TRAIN, generator, sample
+from concepts.scenes.scene import TRAIN, generator, sample_scene
 from lvlm import Lvlm, load_lvlm
 from lvlm.embedded_models import EMBEDDED, folder_of
 from lvlm.tiny import evaluate, train, training_data
@@ -234,7 +234,7 @@ def test_degraded_pictures_keep_their_answers() -> None:
     rng = generator(TRAIN, 9, 9)
     lost = changed = total = 0
     for i in range(500):
-        scene = sample(generator(TRAIN, 9, i), "t", UNIFORM)
+        scene = sample_scene(generator(TRAIN, 9, i), "t", UNIFORM)
         shown = training_data.degrade(rng, scene, replace(lesson, blank=0.0))
         kept = {o.noun: o for o in shown.objects}
         total += len(scene.objects)

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from concepts.scenes.questions import as_example, existence
-from concepts.scenes.scene import TEST, generator, sample
+from concepts.scenes.scene import TEST, generator, sample_scene
 from concepts.schema import Box, Example
 
 
@@ -26,7 +26,7 @@ class Picture:
 @cache
 def example(number: int = 0, size: tuple[int, int] = (140, 100)) -> Example:
     """A question about an image wider than high, with a box somewhere in it."""
-    scene = sample(generator(TEST, 5, number), f"s{number}", count=2)
+    scene = sample_scene(generator(TEST, 5, number), f"s{number}", count=2)
     asked = as_example(scene, existence(scene, scene.objects[0].noun), "neutral")
     width, height = size
     image = scene.pixels() if hasattr(scene, "pixels") else None

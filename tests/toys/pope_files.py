@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from concepts.scenes.scene import TEST, generator, sample
+from concepts.scenes.scene import TEST, generator, sample_scene
 
 
 def pope_folder(folder: Path, count: int = 40) -> None:
@@ -13,7 +13,7 @@ def pope_folder(folder: Path, count: int = 40) -> None:
     (folder / "images").mkdir()
     lines = []
     for i in range(count):
-        scene = sample(generator(TEST, 31, i), f"p{i}", count=3)
+        scene = sample_scene(generator(TEST, 31, i), f"p{i}", count=3)
         scene.load().save(folder / "images" / f"p{i}.png")
         absent = next(n for n in ("car", "dog", "apple", "key") if scene.get(n) is None)
         for noun, label in ((scene.objects[0].noun, "yes"), (absent, "no")):

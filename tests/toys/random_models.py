@@ -10,7 +10,7 @@ from torch import nn
 
 from concepts.counterfactuals import pairs as counterfactual_pairs
 from concepts.scenes import questions
-from concepts.scenes.scene import TEST, generator, sample
+from concepts.scenes.scene import TEST, generator, sample_scene
 from concepts.schema import ConceptDataset, CounterfactualPair, Example
 from lvlm import wrap_lvlm
 from lvlm.model import Lvlm
@@ -45,7 +45,7 @@ def examples(count: int = 8) -> tuple[Example, ...]:
     """Return questions of unlike kinds and lengths about different scenes."""
     made = []
     for i in range(count):
-        scene = sample(generator(TEST, 77, i), f"scene{i}", nouns=["apple", "car", "dog"])
+        scene = sample_scene(generator(TEST, 77, i), f"scene{i}", nouns=["apple", "car", "dog"])
         apple = scene.objects[0]
         asked = (
             questions.what_color(scene, apple),

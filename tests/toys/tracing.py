@@ -12,7 +12,7 @@ import torch
 
 from concepts import ConceptDataset, Example
 from concepts.scenes.questions import as_example, existence
-from concepts.scenes.scene import TEST, generator, sample
+from concepts.scenes.scene import TEST, generator, sample_scene
 from lvlm import Lvlm
 from lvlm.active_interventions import mark_observer
 
@@ -44,7 +44,7 @@ def of_one_length(n: int = 6) -> ConceptDataset:
     """Questions of one token length about objects of several sizes; every third is about what is not there."""
     examples = []
     for i in range(n):
-        scene = sample(generator(TEST, 7, i), f"s{i}", count=3)
+        scene = sample_scene(generator(TEST, 7, i), f"s{i}", count=3)
         absent = next(noun for noun in ("apple", "tree", "key", "bell") if scene.get(noun) is None)
         noun = absent if i % 3 == 2 else scene.objects[i % 2].noun
         examples.append(as_example(scene, existence(scene, noun), "neutral"))

@@ -1,4 +1,4 @@
-"""The pictures scenes are made of: 24 Noto emoji, and how one is given another color.
+"""The icons of scenes: 24 Noto emoji, and their recoloring.
 
 Images: Noto Emoji by Google, Apache-2.0 (see NOTICE); 64 x 64 RGBA, one file a noun.
 """
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from groundscope.core.errors import DataError
+from groundscope.core.text import nearest
 
 NOUNS: tuple[str, ...] = (
     "airplane", "apple", "balloon", "banana", "bell", "bike", "bird", "boat", "bus", "butterfly", "car", "cat",
@@ -34,40 +35,45 @@ COLORS: MappingProxyType[str, tuple[int, int, int]] = MappingProxyType(
 
 _LUMA = np.array([0.299, 0.587, 0.114])
 _CONTRAST = 0.75
-"""Share of the icon's own light-dark contrast that survives recoloring; all of it would turn dark orange brown."""
+"""Factor of the icon's own light-dark contrast after recoloring; with 1, dark orange would look brown."""
 
 
 @cache
 def icon(noun: str, color: str, pixels: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Return a noun in a color at a size.
+    """Return the icon of a noun in a color and size.
 
-    The icon's luminance, centred on the luminance of the wanted color, picks a point on the line black - color -
-    white: outlines stay dark, highlights stay light, everything between takes the hue.
+    The luminance of each pixel, shifted so that its median is that of the color, selects a point on the line from black over
+    the color to white: outlines stay dark, highlights stay light, and all between gets the hue.
 
     Parameters
     ----------
     noun, color
         Names of `NOUNS` and `COLORS`.
     pixels
-        Side of the square result.
+        Side of the square icon.
 
     Returns
     -------
     rgb, alpha
-        float32 ``[pixels, pixels, 3]`` in 0..255, not multiplied by alpha, and float32 ``[pixels, pixels, 1]`` in 0..1.
-        Shared between callers: do not write into them.
+        float32 ``[pixels, pixels, 3]`` from 0 to 255, not multiplied by alpha, and float32 ``[pixels, pixels, 1]`` from 0 to
+        1. Both are cached and shared: do not modify them.
 
     Raises
     ------
     DataError
-        For a noun or color that does not exist.
+        For an unknown noun or color.
+
+    Examples
+    --------
+    >>> from concepts.scenes.icons import icon
+    >>> rgb, alpha = icon("apple", "green", 30)
+    >>> rgb.shape, alpha.shape
+    ((30, 30, 3), (30, 30, 1))
     """
-    if noun not in NOUNS:
-        msg = f"no icon for '{noun}': there are {', '.join(NOUNS)}"
-        raise DataError(msg)
-    if color not in COLORS:
-        msg = f"no color '{color}': there are {', '.join(COLORS)}"
-        raise DataError(msg)
+    for kind, name, names in (("icon", noun, NOUNS), ("color", color, tuple(COLORS))):
+        if name not in names:
+            msg = f"unknown {kind} '{name}'; choose from {', '.join(names)}{nearest(name, names)}"
+            raise DataError(msg)
     png = files("concepts.scenes.icons").joinpath(f"{noun}.png").read_bytes()
     with Image.open(BytesIO(png), formats=("PNG",)) as image:
         rgba = np.asarray(image.convert("RGBA"), dtype=np.float64)
@@ -80,15 +86,15 @@ def icon(noun: str, color: str, pixels: int) -> tuple[NDArray[np.float32], NDArr
     darker = base * np.minimum(target / base_luma, 1.0)
     lighten = np.clip((target - base_luma) / (1 - base_luma), 0.0, 1.0)
     rgb = darker + (255 - darker) * lighten
-    # Resize premultiplied, so that the transparent surround does not bleed into the edge.
-    small = _resize(np.concatenate([rgb * alpha, alpha * 255], axis=-1), pixels)
-    out_alpha = small[..., 3:] / 255
-    out_rgb = small[..., :3] / np.maximum(out_alpha, 1e-6)
-    return np.clip(out_rgb, 0, 255).astype(np.float32), out_alpha.astype(np.float32)
+    # Multiply by alpha before resizing, so that transparent pixels do not change the color at the edge.
+    resized = _resize(np.concatenate([rgb * alpha, alpha * 255], axis=-1), pixels)
+    resized_alpha = resized[..., 3:] / 255
+    resized_rgb = resized[..., :3] / np.maximum(resized_alpha, 1e-6)
+    return np.clip(resized_rgb, 0, 255).astype(np.float32), resized_alpha.astype(np.float32)
 
 
 def _resize(channels: NDArray[np.float64], pixels: int) -> NDArray[np.float64]:
-    """Box-resize each channel of ``[64, 64, C]``; integers, so every machine gets the same pixels."""
+    """Resize each channel of ``[64, 64, C]`` with a box filter, in integers, which are the same on every machine."""
     planes = [
         Image.fromarray(np.rint(channels[..., c]).astype(np.uint8)).resize((pixels, pixels), Image.Resampling.BOX)
         for c in range(channels.shape[-1])
