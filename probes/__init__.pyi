@@ -16,6 +16,7 @@ from .classifiers import (
 )
 from .fit import fit_grid
 from .grid import Cell, ProbeGrid
+from .plan import GridPlan, plan_grids
 from .protocol.estimators import Estimator, estimators
 from .protocol.inputs import probeable
 from .solvers.logistic_reference import LinearFit, fit_logistic
@@ -24,6 +25,7 @@ __all__ = [
     "Cell",
     "ConceptSubspaceProbe",
     "Estimator",
+    "GridPlan",
     "LDAProbe",
     "LinearFit",
     "LogisticProbe",
@@ -43,6 +45,7 @@ __all__ = [
     "logit_lens",
     "multiclass",
     "permutation_test",
+    "plan_grids",
     "probeable",
     "random_features",
     "transfer",

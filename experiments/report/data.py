@@ -15,11 +15,10 @@ from concepts.schema import Example
 from experiments.records import ENVIRONMENT, EXPORTS, PLAN, RATES, REASON, SWEEP, TOP_HEADS, read_record
 from experiments.run.context import Context
 from experiments.run.folder import OWN, read_receipt
-from experiments.stages.probe_plan import entries
 from groundscope.core.errors import ConfigError
 from groundscope.core.paths import below, is_file
 from groundscope.core.statistics import Estimate
-from probes import ProbeGrid
+from probes import GridPlan, ProbeGrid
 
 if TYPE_CHECKING:
     from circuits import HeadScores
@@ -93,7 +92,7 @@ class Facts:
             (e.stack, e.component, e.tokens): ProbeGrid.load(
                 below(folder, e.name, source="plan.json", error=ConfigError)
             )
-            for e in entries(self._json("probes/plan.json", PLAN))
+            for e in map(GridPlan.of, self._json("probes/plan.json", PLAN))
         }
 
     @cached_property

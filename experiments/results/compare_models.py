@@ -16,10 +16,9 @@ from concepts.schema import ConceptDataset
 from diagnosis import diagnose
 from experiments.results.comparison import Comparison, Measured, compare
 from experiments.stages.diagnose import fit_directions, learning_rows
-from experiments.stages.probe_plan import probe_plan
 from groundscope.core.errors import DataError, PatchError, ProbeError
 from lvlm import Lvlm
-from probes import fit_grid, probeable
+from probes import fit_grid, plan_grids
 
 if TYPE_CHECKING:
     from mitigation import SteeringVector
@@ -88,8 +87,7 @@ def measure(
         store = trace(model, asked, sites=SITES, tokens=TOKENS, out=Path(folder) / "store")
         frame: Any = store.frame()
         rows = learning_rows(frame, seed)
-        possible = probeable(store, folds=4, rows=rows)
-        plan = probe_plan(store, frame[rows], None, possible)
+        plan = plan_grids(store, folds=4, rows=rows)
         grids = {
             e.name: fit_grid(
                 store,

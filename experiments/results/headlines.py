@@ -63,10 +63,9 @@ def _probes(run: Path) -> Iterator[Headline]:
     plan = _read(run, "probes", "plan.json", PLAN)
     if plan is None:
         return
-    from experiments.stages.probe_plan import entries
-    from probes import ProbeGrid
+    from probes import GridPlan, ProbeGrid
 
-    for entry in entries(plan):
+    for entry in map(GridPlan.of, plan):
         grid = ProbeGrid.load(below(run / "probes", entry.name, source="plan.json", error=ConfigError))
         best = [grid.best(concept) for concept in grid.concepts]
         # Cells are chosen by validation, so the held-out value of the best one is not the best of many.

@@ -8,7 +8,6 @@ from typing import Any
 
 from experiments.run.context import Context
 from experiments.run.folder import write_json
-from experiments.stages.probe_plan import probe_plan
 from experiments.stages.trace import traced
 from groundscope.core.errors import ConfigError, ProbeError
 from groundscope.core.text import nearest
@@ -16,15 +15,15 @@ from groundscope.core.text import nearest
 
 def make_probes(context: Context, root: Path) -> str:
     """Fit a grid of probes for every array of the plan."""
-    from probes import fit_grid, probeable
+    from probes import fit_grid, plan_grids
 
     options = context.config.probe
     frame: Any = context.store.frame()
     # Splits made to mislead are kept out: probes must not learn the truth from where the model goes wrong.
     rows = frame["split"].isin(["neutral"]) if (frame["split"] == "neutral").any() else frame["split"].notna()
     mask = rows.to_numpy()
-    possible = probeable(context.store, folds=options.folds, test_fraction=options.test_fraction, rows=mask)
-    plan = probe_plan(context.store, frame[rows], options.concepts, possible)
+    split: Any = {"folds": options.folds, "test_fraction": options.test_fraction, "rows": mask}
+    plan = plan_grids(context.store, options.concepts, **split)
     if not plan:
         reason = f"no concept has enough images of both classes to fit a probe: {more_data(context)}"
         write_json(root / "left_out.json", {"reason": reason})
@@ -39,11 +38,9 @@ def make_probes(context: Context, root: Path) -> str:
                 entry.site,
                 tokens=entry.tokens,
                 C=options.C,
-                folds=options.folds,
-                test_fraction=options.test_fraction,
-                rows=mask,
                 skip_unplaceable=True,
                 seed=options.seed,
+                **split,
             )
         except ProbeError as error:  # none of the concepts can be fitted to these images
             left_out[entry.name] = str(error)

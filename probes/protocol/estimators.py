@@ -55,6 +55,7 @@ class Estimator:
     >>> probes.estimators.register("my_ridge", ridge)
     >>> "my_ridge" in probes.estimators
     True
+    >>> probes.estimators.unregister("my_ridge")
     """
 
     fit: Fit

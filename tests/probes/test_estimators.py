@@ -26,7 +26,7 @@ def store() -> MemoryStore:
 def registered() -> Iterator[str]:
     probes.estimators.register("half_ridge", replace(probes.estimators["ridge"], description="ridge, again"))
     yield "half_ridge"
-    probes.estimators._entries.pop("half_ridge")
+    probes.estimators.unregister("half_ridge")
 
 
 def test_a_registered_estimator_is_used_by_name(store: MemoryStore, registered: str) -> None:

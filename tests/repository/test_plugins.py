@@ -15,10 +15,12 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[2]
 
 GOOD = '''
-"""A plug-in of groundscope: a loader, a kind of pair and a metric of answers."""
+"""A plug-in of groundscope: a loader, a kind of pair, a metric of answers and an estimator of probes."""
 
 import json
 from dataclasses import replace
+
+from sklearn.svm import LinearSVC
 
 from behavior.metrics import BehaviorMetric
 from concepts import ConceptDataset, CounterfactualPair, Example
@@ -41,11 +43,13 @@ def swap_images(data):
 
 
 yes_ratio = BehaviorMetric(lambda a: set(a.candidates) == {"yes", "no"}, lambda a: a.given == "yes")
+svm = LinearSVC(C=0.01)
 '''
 ENTRIES = {
     "groundscope.loaders": ("tags", "load_tags"),
     "groundscope.pairs": ("swap", "swap_images"),
     "groundscope.behavior_metrics": ("says yes", "yes_ratio"),
+    "groundscope.estimators": ("svm", "svm"),
 }
 """Entry-point group to the name of the entry and its function in the plug-in."""
 USE = """
@@ -66,21 +70,42 @@ answers = gs.answer(model, data, progress=False)
 rates = gs.compute_metrics(answers, data)
 assert rates["says yes"].n == 3 and rates["all: right"].n == 3
 assert gs.patch_heads(model, pairs, min_effect=0.0, progress=False).n_pairs == 2
+
+import numpy as np
+import pandas as pd
+
+
+class Memory:
+    arrays = (gs.ArrayInfo("decoder", "resid_post", "last", n_layers=1, width=2),)
+    digest, provenance = "0" * 64, {}
+
+    def frame(self):
+        names = [str(i) for i in range(60)]
+        return pd.DataFrame({"id": names, "group": names, "object:pear": [i % 2 for i in range(60)]})
+
+    def read(self, site, tokens, head=None, examples=None):
+        return np.array([[i % 2, i] for i in range(60)], np.float32)[examples]
+
+
+grid = gs.fit_grid(Memory(), site="resid_post", estimator="svm", folds=2, control=0, progress=False)
+assert grid.balanced_accuracy.item() == 1
+assert grid.provenance["estimator_package"] == "good-plugin 1.2"
 """
 BROKEN = """
 import groundscope as gs
-from groundscope.core.errors import ConfigError
+from groundscope.core.errors import GroundscopeError
 
 TABLES = {
     "groundscope.loaders": gs.loaders.LOADERS,
     "groundscope.pairs": gs.counterfactuals.KINDS,
     "groundscope.behavior_metrics": gs.behavior.metrics.METRICS,
+    "groundscope.estimators": gs.probes.estimators,
 }
 assert TABLES.keys() == GROUPS
 for group, table in TABLES.items():
     try:
         table["broken"]
-    except ConfigError as error:
+    except GroundscopeError as error:
         assert "broken-plugin 0.1" in str(error) and "No module named 'missing_dependency'" in str(error), error
     else:
         raise AssertionError(group)
