@@ -15,6 +15,7 @@ from groundscope.core import artifacts
 from groundscope.core.errors import SiteError, StoreError
 from groundscope.core.files import canonical_json, explained, write_whole
 from groundscope.core.result_fields import building, check_fields
+from groundscope.core.short_repr import short_repr
 from groundscope.core.tensor_files import encode_tensors, read_tensors
 from groundscope.core.user_files import parse_json
 from lvlm.sites import Site
@@ -62,6 +63,8 @@ class ConceptDirection:
     """Groups of the training examples: their examples must not test or calibrate it. Empty if unknown."""
     kind: str = ""
     """Level and kind of the questions it was fitted on, ``attribute what_color``; empty for any."""
+
+    __repr__ = short_repr
 
     def __post_init__(self) -> None:
         component = Site.parse(self.site).component

@@ -14,6 +14,7 @@ from behavior.result import Answer, BehaviorResult
 from concepts.loaders.amber import annotations_by_id, described
 from concepts.reading.records import read_records
 from groundscope.core.errors import ConfigError, DataError
+from groundscope.core.short_repr import short_repr
 from groundscope.core.statistics import Estimate, estimate
 
 if TYPE_CHECKING:
@@ -58,6 +59,8 @@ class AmberResult:
 
     parts: Mapping[str, AmberScores]
     """Keys: ``all``; ``existence``, ``attribute``, ``relation``; ``state``, ``number``, ``action``; only parts with answers."""
+
+    __repr__ = short_repr
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "parts", MappingProxyType(dict(self.parts)))

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING
 from concepts.nouns import SYNONYMS, singular
 from concepts.object_mentions import mentioned_objects, tokenize_words
 from groundscope.core.errors import ConfigError, DataError
+from groundscope.core.short_repr import short_repr
 
 # `import behavior` imports this module, so numpy and modules that need it are imported when scoring.
 if TYPE_CHECKING:
@@ -98,6 +99,8 @@ class ChairResult:
     variant: str
     unreachable: tuple[str, ...] = ()
     """Words of the synonyms, vocabulary and objects that this variant cannot detect in any caption (`behavior.chair`)."""
+
+    __repr__ = short_repr
 
     def frame(self) -> pd.DataFrame:
         """Return one row per caption."""

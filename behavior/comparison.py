@@ -10,6 +10,7 @@ import numpy as np
 
 from behavior.result import Answer, BehaviorResult, rate_of
 from groundscope.core.errors import DataError
+from groundscope.core.short_repr import short_repr
 from groundscope.core.statistics import FEW_GROUPS, Estimate, changes_of_columns, group_totals
 
 
@@ -29,6 +30,8 @@ class Comparison:
     """Questions where the rate is true for the first system only."""
     p_value: float
     """Two-sided exact test that gains and losses are equally likely, with groups as units (`mcnemar_by_group`)."""
+
+    __repr__ = short_repr
 
 
 def compare(

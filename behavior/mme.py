@@ -14,6 +14,7 @@ from concepts.loaders.mme import COGNITION, LEVEL_OF, answer_of, subtask_files
 from concepts.reading.tables import read_table
 from concepts.schema import LEVELS, Level
 from groundscope.core.errors import DataError
+from groundscope.core.short_repr import short_repr
 from groundscope.core.statistics import Estimate, estimate
 
 if TYPE_CHECKING:
@@ -46,6 +47,8 @@ class MmeScores:
     """MME's scores by subtask, and their sums."""
 
     subtasks: Mapping[str, SubtaskScores]
+
+    __repr__ = short_repr
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "subtasks", MappingProxyType(dict(self.subtasks)))

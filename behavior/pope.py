@@ -15,6 +15,7 @@ from behavior.pope_scores import PopeScores, scores_of
 from concepts.schema import ConceptDataset
 from groundscope.core.errors import ConfigError, DataError
 from groundscope.core.files import write_whole
+from groundscope.core.short_repr import short_repr
 
 # `import behavior` imports this module, so numpy and modules that need it are imported in the functions.
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ class PopeResult:
 
     splits: Mapping[str, PopeScores]
     answers: BehaviorResult
+
+    __repr__ = short_repr
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "splits", MappingProxyType(dict(self.splits)))

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
+from groundscope.core.short_repr import short_repr
+
 # `import behavior` imports this module, so numpy is imported when scoring.
 if TYPE_CHECKING:
     from groundscope.core.statistics import Estimate
@@ -33,6 +35,8 @@ class PopeScores:
     """Answers that say neither yes nor no (`behavior.parsing.yes_no` for ``pope_release``, else the parser itself)."""
     splits: Mapping[str, PopeScores] = field(default_factory=dict)
     """The figures by split, if the question file has several splits."""
+
+    __repr__ = short_repr
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "splits", MappingProxyType(dict(self.splits)))

@@ -15,6 +15,7 @@ from concepts.reading.record import is_text
 from groundscope.core.document_digest import KEY, document_digest, take_digest
 from groundscope.core.errors import ConfigError, DataError
 from groundscope.core.files import write_whole
+from groundscope.core.short_repr import short_repr
 from groundscope.core.statistics import Estimate, estimate
 from groundscope.core.user_files import parse_json, read_text
 
@@ -130,6 +131,8 @@ class BehaviorResult:
     cost: Cost
     provenance: Mapping[str, Any] = field(default_factory=dict)
     """Model and its hashes, digest of the data, and settings such as batch size and parser."""
+
+    __repr__ = short_repr
 
     def __post_init__(self) -> None:
         if len({a.id for a in self.answers}) < len(self.answers):

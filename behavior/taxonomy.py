@@ -17,6 +17,7 @@ from behavior.comparison import Comparison, change_estimate, compare, same_quest
 from behavior.result import Answer, BehaviorResult, Cost
 from concepts.schema import LEVELS
 from groundscope.core.errors import ConfigError, DataError
+from groundscope.core.short_repr import short_repr
 from groundscope.core.statistics import Estimate, estimate
 
 if TYPE_CHECKING:
@@ -59,6 +60,8 @@ class Taxonomy:
     cost: Cost
     weights: Mapping[str, float]
     """The severity used: ``level/kind`` to the mean weight that its answers would have if wrong."""
+
+    __repr__ = short_repr
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "weights", MappingProxyType(dict(self.weights)))

@@ -18,6 +18,7 @@ from circuits.results.statistics import mean_interval
 from concepts.schema import Example
 from groundscope.core.errors import ConfigError, PatchError
 from groundscope.core.progress import progress_bar
+from groundscope.core.short_repr import short_repr
 from groundscope.core.statistics import changes_of_columns, rates_of_columns
 from lvlm.answer_keys import answer_key
 from lvlm.encoding.encode import Encoding
@@ -59,6 +60,8 @@ class Ablation:
     model: str
     config_hash: str
     weights_hash: str
+
+    __repr__ = short_repr
 
     def __post_init__(self) -> None:
         self.margins.setflags(write=False)

@@ -20,6 +20,7 @@ from circuits.results.statistics import mean_interval
 from concepts.schema import Example
 from groundscope.core.errors import ConfigError, ModelError, PatchError, SiteError
 from groundscope.core.progress import progress_bar
+from groundscope.core.short_repr import short_repr
 from groundscope.core.statistics import rates_of_columns
 from lvlm.active_interventions import ActiveIntervention, mark_intervention
 from lvlm.answer_keys import answer_key
@@ -66,6 +67,8 @@ class Knockout:
     model: str
     config_hash: str
     weights_hash: str
+
+    __repr__ = short_repr
 
     def __post_init__(self) -> None:
         for name in ("probability", "change", "right"):

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal, Protocol, overload
 
 from groundscope.core.errors import ConfigError, DataError
+from groundscope.core.short_repr import short_repr
 from groundscope.core.text import nearest
 
 if TYPE_CHECKING:
@@ -216,6 +218,13 @@ class Example:
     prior_answer: str | None = None
     """The most likely answer without the image, such as the typical color; None if unknown."""
 
+    __repr__ = short_repr
+
+    def _repr_html_(self) -> str:
+        from concepts.display import examples_html
+
+        return examples_html((self,))
+
     def named_object(self) -> SceneObject | None:
         """Return the object of the question, or None if it is not in the image."""
         return next((o for o in self.objects if o.id == self.subject), None)
@@ -261,6 +270,20 @@ class ConceptDataset(Sequence[Example]):
     examples: tuple[Example, ...]
     provenance: Mapping[str, object] = field(default_factory=dict)
     """Source of the data: generator and seed, or loader, files and their digests, and counts of what was left out."""
+
+    def __repr__(self) -> str:
+        images = len({example.group for example in self.examples})
+        counts = [f"ConceptDataset('{self.name}', {len(self):,} examples, {images:,} images)"]
+        for name in ("level", "kind", "split"):
+            values = Counter(getattr(example, name) for example in self.examples).most_common()
+            more = f", {len(values) - 6} more" if len(values) > 6 else ""
+            counts.append(f"    {name}s: " + ", ".join(f"{value} {count:,}" for value, count in values[:6]) + more)
+        return "\n".join(counts if self.examples else counts[:1])
+
+    def _repr_html_(self) -> str:
+        from concepts.display import examples_html
+
+        return examples_html(self.examples, repr(self).splitlines()[0])
 
     def __post_init__(self) -> None:
         ids: set[str] = set()
@@ -351,6 +374,16 @@ class CounterfactualPair:
     """How a photograph was changed: ``swap``, ``mirror``, ``recolor``, ``inpaint``; empty for scenes, which are drawn again."""
     placebo: bool = False
     """Whether the true answer is the same in both: a control for what the change itself does."""
+
+    def __repr__(self) -> str:
+        answers = f"'{self.clean.answer}' -> '{self.corrupt.answer}'"
+        made = f", {self.method}" if self.method else ""
+        return f"CounterfactualPair({self.kind}{made}: {self.change}; '{self.clean.question}' {answers})"
+
+    def _repr_html_(self) -> str:
+        from concepts.display import pair_html
+
+        return pair_html(self)
 
     @property
     def group(self) -> str:

@@ -15,6 +15,7 @@ from groundscope.core import artifacts
 from groundscope.core.document_digest import KEY, document_digest, take_digest
 from groundscope.core.errors import ConfigError, StoreError
 from groundscope.core.result_fields import building, check_fields
+from groundscope.core.short_repr import short_repr
 from groundscope.core.statistics import estimate
 from groundscope.core.user_files import read_json
 
@@ -136,6 +137,8 @@ class Diagnosis:
     """``image``, ``prompt``, ``prior`` and ``log_odds`` of the answer given; see `circuits.input_attribution.attribute`. Of right
     answers, where they were to be compared."""
 
+    __repr__ = short_repr
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "example", MappingProxyType({name: self.example[name] for name in ABOUT}))
         for name in ("sources", "stages"):
@@ -166,6 +169,8 @@ class Diagnoses:
     weights_hash: str
     provenance: Mapping[str, Any] = field(default_factory=dict)
     """Digests of the store and of the directions, and every option."""
+
+    __repr__ = short_repr
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "provenance", MappingProxyType(dict(self.provenance)))

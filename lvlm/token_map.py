@@ -9,6 +9,7 @@ from typing import Literal
 
 from concepts.schema import Box
 from groundscope.core.errors import SiteError
+from groundscope.core.short_repr import short_repr
 from lvlm.sites import Stack
 from lvlm.token_selection import TokenSelection
 
@@ -105,6 +106,8 @@ class TokenMap:
     """Positions of the tokens of the answer, the model's own or one put there, in their order; None before there is one."""
     encoder: bool = False
     """Whether an encoder reads the prompt, so that the decoder has neither the image nor the question."""
+
+    __repr__ = short_repr
 
     @property
     def image(self) -> tuple[int, ...]:

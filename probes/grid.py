@@ -17,6 +17,7 @@ from groundscope.core.document_digest import KEY, document_digest, take_digest
 from groundscope.core.errors import ProbeError
 from groundscope.core.files import write_whole
 from groundscope.core.result_fields import building, check_fields
+from groundscope.core.short_repr import short_repr
 from groundscope.core.tensor_files import MAX_TENSOR_BYTES
 from groundscope.core.user_files import read_bytes, read_json
 from probes.protocol.checkpoint import STORED_NAMES
@@ -115,6 +116,8 @@ class ProbeGrid:
     """Groups of the training rows: their examples must not test these probes, in any store."""
     provenance: Mapping[str, Any]
     """Plain JSON: the store's digest, the split's seed, and every option."""
+
+    __repr__ = short_repr
 
     def __post_init__(self) -> None:
         for item in fields(self):

@@ -9,6 +9,7 @@ from typing import overload
 import numpy as np
 
 from groundscope.core.errors import StoreError
+from groundscope.core.short_repr import short_repr
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,6 +26,8 @@ class Ragged(Sequence[np.ndarray]):
     """[T, D] when read from a store, [T, L, D] when passed to a writer."""
     offsets: np.ndarray
     """int64 [n+1]: example i has the tokens ``offsets[i]`` to ``offsets[i+1]-1``; no token if its selection is empty."""
+
+    __repr__ = short_repr
 
     def __post_init__(self) -> None:
         offsets = np.asarray(self.offsets)

@@ -72,6 +72,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, cast
 
 from groundscope.core.errors import SiteError, StoreError
+from groundscope.core.short_repr import short_repr
 from lvlm.sites import LAYER_COMPONENTS
 from lvlm.token_selection import TokenSelection
 
@@ -177,6 +178,8 @@ class Schema:
     dtype: Dtype = "float32"
     compression: Compression | None = None
     """None for the speed of the disk; compression helps most with values of a bfloat16 model."""
+
+    __repr__ = short_repr
 
     def __post_init__(self) -> None:
         arrays = tuple(sorted(self.arrays, key=lambda a: a.key))

@@ -25,6 +25,7 @@ from activation_store.format.shard import (
 from groundscope.core.errors import StoreError
 from groundscope.core.files import DamagedFileError, file_digest, system_reason
 from groundscope.core.progress import step_bar
+from groundscope.core.short_repr import short_repr
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,8 @@ class IntegrityReport:
     rows: int
     """Number of undamaged examples."""
     problems: tuple[Problem, ...]
+
+    __repr__ = short_repr
 
     @property
     def ok(self) -> bool:

@@ -11,6 +11,7 @@ import numpy as np
 
 from circuits.results.statistics import by_group
 from groundscope.core.errors import PatchError
+from groundscope.core.short_repr import short_repr
 from groundscope.core.statistics import FEW_GROUPS, Estimate, draws_interval
 
 if TYPE_CHECKING:
@@ -40,6 +41,8 @@ class FaithfulCurve:
     groups: tuple[str, ...]
     circuits: tuple[Sized, ...]
     """The circuit of each share, its best parts first."""
+
+    __repr__ = short_repr
 
     @property
     def sizes(self) -> tuple[int, ...]:

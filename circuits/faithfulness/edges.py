@@ -21,6 +21,7 @@ from circuits.results.graph import Graph, Shape
 from concepts.schema import CounterfactualPair
 from groundscope.core.errors import ConfigError, ModelError, PatchError
 from groundscope.core.progress import progress_bar
+from groundscope.core.short_repr import short_repr
 from lvlm.model import Lvlm
 
 EXACT = {2: 0.05, 4: 1e-3, 8: 1e-9}
@@ -35,6 +36,8 @@ class EdgeCurve(FaithfulCurve):
 
     circuits: tuple[Graph, ...]
     """The circuit at each share, or the circuits passed to `edges`."""
+
+    __repr__ = short_repr
 
 
 def edges(

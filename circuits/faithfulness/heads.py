@@ -20,6 +20,7 @@ from circuits.head_set import HeadSet, all_heads
 from circuits.results.head_scores import HeadScores
 from concepts.schema import Example
 from groundscope.core.errors import ConfigError, PatchError
+from groundscope.core.short_repr import short_repr
 from lvlm.model import Lvlm
 from lvlm.sites import Head, parse_heads
 
@@ -41,6 +42,8 @@ class Curve(FaithfulCurve):
     method: Method
     """Ablation of the heads outside the circuit."""
 
+    __repr__ = short_repr
+
 
 @dataclass(frozen=True)
 class MinimalSet:
@@ -57,6 +60,8 @@ class MinimalSet:
     """Top heads of the ranking that were removed as unnecessary."""
     goal: float
     tolerance: float
+
+    __repr__ = short_repr
 
 
 @dataclass(frozen=True, eq=False)

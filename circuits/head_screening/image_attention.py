@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from concepts.schema import Example
 from groundscope.core.errors import DataError, ModelError, SiteError
 from groundscope.core.progress import progress_bar
+from groundscope.core.short_repr import short_repr
 from lvlm.model import Lvlm
 from lvlm.sites import Head, parse_heads
 
@@ -31,6 +32,8 @@ class ImageAttention:
     """Share of the attention on the object in question, float32 ``[n_examples, n_heads]``; NaN if it is absent."""
     grid: tuple[int, int]
     """Rows and columns of patches: ``maps.reshape(n_examples, n_heads, *grid)``."""
+
+    __repr__ = short_repr
 
 
 @torch.no_grad()

@@ -22,6 +22,7 @@ from groundscope.core import artifacts
 from groundscope.core.errors import ConfigError, PatchError, StoreError
 from groundscope.core.progress import progress_bar
 from groundscope.core.result_fields import building, check_fields
+from groundscope.core.short_repr import short_repr
 from lvlm.answer_keys import answer_key
 from lvlm.model import Lvlm
 from lvlm.sites import Head
@@ -50,6 +51,8 @@ class HeadTable:
     model: str
     config_hash: str
     weights_hash: str
+
+    __repr__ = short_repr
 
     def __post_init__(self) -> None:
         for name in _LISTS:

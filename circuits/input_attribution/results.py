@@ -14,6 +14,7 @@ import numpy as np
 from groundscope.core import artifacts
 from groundscope.core.errors import ConfigError, StoreError
 from groundscope.core.result_fields import building, check_fields
+from groundscope.core.short_repr import short_repr
 from groundscope.core.statistics import cluster_bootstrap
 
 if TYPE_CHECKING:
@@ -60,6 +61,8 @@ class SourceShares:
     forwards: int
     """Number of distinct inputs that were run."""
 
+    __repr__ = short_repr
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "example", MappingProxyType({name: self.example[name] for name in ABOUT}))
         object.__setattr__(self, "players", tuple(self.players))
@@ -104,6 +107,8 @@ class Sources:
     model: str
     config_hash: str
     weights_hash: str
+
+    __repr__ = short_repr
 
     def __len__(self) -> int:
         return len(self.examples)

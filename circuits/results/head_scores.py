@@ -26,6 +26,7 @@ from circuits.results.statistics import (
 from groundscope.core import artifacts
 from groundscope.core.errors import PatchError, StoreError
 from groundscope.core.result_fields import building, check_fields
+from groundscope.core.short_repr import short_repr
 from lvlm.sites import Head, parse_heads
 
 if TYPE_CHECKING:
@@ -73,6 +74,8 @@ class HeadScores:
     """SHA-256 of all pairs, including excluded pairs."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
     """Further provenance, JSON-serializable."""
+
+    __repr__ = short_repr
 
     def __post_init__(self) -> None:
         for name in _ARRAYS:

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Float
 
 from groundscope.core.errors import ConfigError, PatchError
+from groundscope.core.short_repr import short_repr
 from groundscope.core.statistics import FEW_GROUPS, Estimate, draws_interval
 
 _TIE = 1e-9
@@ -48,6 +49,8 @@ class Comparison:
     n_heads: int
     groups: tuple[int, int, int]
     """Number of groups in the first only, in the second only, and in both."""
+
+    __repr__ = short_repr
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "overlap", MappingProxyType(dict(self.overlap)))

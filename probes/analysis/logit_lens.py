@@ -19,6 +19,7 @@ from activation_store.source import ActivationSource
 from concepts.schema import Concept
 from groundscope.core.errors import ProbeError, SiteError
 from groundscope.core.files import write_whole
+from groundscope.core.short_repr import short_repr
 from groundscope.core.user_files import read_json
 from probes.protocol.inputs import ProbedArray, find_array, read_features, read_groups, read_labels, row_mask
 from probes.protocol.scoring import auc, auc_interval, bootstrap_auc, resample_groups
@@ -55,6 +56,8 @@ class Unembedding:
     bias: np.ndarray | None
     norm: Literal["rms", "layer"]
     epsilon: float
+
+    __repr__ = short_repr
 
     @classmethod
     def of(

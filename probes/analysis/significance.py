@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from groundscope.core.short_repr import short_repr
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -41,6 +43,8 @@ class Significance:
     n_groups: np.ndarray
     """int64 [K]: number of groups in which the concept is defined."""
     provenance: Mapping[str, Any]
+
+    __repr__ = short_repr
 
     def __post_init__(self) -> None:
         for name in ("observed", "p", "p_concept", "p_family", "q_bh", "q_by", "maxima", "movable", "n_groups"):

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from groundscope.core.errors import ProbeError
+from groundscope.core.short_repr import short_repr
 from probes.solvers.newton import Batch, Design, minimize
 
 CHUNK_ELEMENTS = 100_000
@@ -37,6 +38,8 @@ class LinearFit:
     """float64 [P]: proven upper bound on ``(objective - minimum) / objective``."""
     scale: np.ndarray
     """float64 [P, D]: the standard deviations that the penalty is relative to (1 without standardization)."""
+
+    __repr__ = short_repr
 
     def decision(self, features: np.ndarray) -> np.ndarray:
         """Return margins float64 [P, N] of features [N, D]; positive means class 1."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from groundscope.core.errors import ProbeError
+from groundscope.core.short_repr import short_repr
 from probes.solvers.closed_form import Spectrum
 
 
@@ -21,6 +22,8 @@ class MultinomialFit:
     objective: float
     gap: float
     """Proven upper bound on ``(objective - minimum) / objective``."""
+
+    __repr__ = short_repr
 
 
 def class_weights(classes: np.ndarray, count: int) -> np.ndarray:
