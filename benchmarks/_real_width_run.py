@@ -16,12 +16,12 @@ import torch
 
 from activation_store import ActivationStore, ConceptDirection, trace
 from circuits import HeadSet, ablate, patch_heads
-from concepts import counterfactuals, scenes
+from concepts import CounterfactualPair, counterfactuals, scenes
 from concepts.schema import ConceptDataset, Example
 from diagnosis import diagnose
 from lvlm import Head, Lvlm, Site, load_lvlm
 from lvlm.access.site_width import site_width
-from mitigation import derive
+from mitigation import Contrast, derive
 
 EXAMPLES, BATCH = 2, 2
 SITES = ["resid_post", "z", "mlp_out", "vision.resid_post", "projector.out"]
@@ -60,7 +60,7 @@ def do_steer(model: Lvlm, _: Path) -> None:
     from behavior import answer
 
     keys = [Head(layer, head) for layer in range(model.n_layers) for head in range(0, model.n_heads, 8)]
-    vector = derive.from_pairs(model, pairs(2), heads=keys)
+    vector = derive.mean_difference(Contrast.from_pairs(model, pairs(2)), heads=keys)
     with vector.applied(model):
         answer(model, questions(EXAMPLES), BATCH, progress=False)
         model.generate(next(model.batches(list(questions(1)), 1)), 4)
@@ -82,7 +82,7 @@ def do_diagnose(model: Lvlm, folder: Path) -> None:
     diagnose(model, store, found, list(questions(EXAMPLES)), progress=False)
 
 
-def pairs(count: int) -> list[counterfactuals.CounterfactualPair]:
+def pairs(count: int) -> list[CounterfactualPair]:
     """Pairs of scenes whose questions have the length of `questions`."""
     data = scenes.dataset(20, 1, splits=("neutral",))
     made = counterfactuals.pairs(data, "object", limit=count)

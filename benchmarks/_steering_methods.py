@@ -17,10 +17,10 @@ from concepts.scenes import questions
 from concepts.scenes.icons import NOUNS
 from concepts.schema import ConceptDataset, CounterfactualPair
 from lvlm import Head, Lvlm
-from mitigation import SteeringVector, combined, derive
-from mitigation.steering.controls import shuffle_mask, swap_sides
+from mitigation import Contrast, SteeringVector, combine, derive
 from mitigation.steering.derive import Demonstration
-from mitigation.steering.placement import Key, site_of
+from mitigation.steering.places import Key, site_of
+from mitigation.steering.shuffling import shuffle_mask
 
 MISLEADING = ("conflict", "adversarial", "popular", "random")
 SIGMAS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
@@ -131,7 +131,7 @@ def _normals(world: World, keys: Sequence[Key], shuffle: int | None) -> Steering
 
 def only(vector: SteeringVector, keys: Sequence[Key]) -> SteeringVector:
     """Return a vector at some of its places alone."""
-    return replace(vector, entries={key: vector.entries[key] for key in keys})
+    return replace(vector, changes={key: vector.changes[key] for key in keys})
 
 
 def methods(world: World) -> dict[str, Method]:
@@ -148,14 +148,15 @@ def methods(world: World) -> dict[str, Method]:
     def told(derivation: Callable[..., SteeringVector], masks: Callable, **more: Any) -> Callable[..., SteeringVector]:
         def make(where: dict[str, Any], shuffle: int | None) -> SteeringVector:
             positive, negative = masks(w, shuffle)
-            return derivation(store, positive=positive, negative=negative, **where, **more)
+            return derivation(Contrast.from_store(store, positive=positive, negative=negative), **where, **more)
 
         return make
 
     def paired(
         derivation: Callable[..., SteeringVector], pairs: list[CounterfactualPair]
     ) -> Callable[..., SteeringVector]:
-        return lambda where, s: derivation(w.model, pairs if s is None else swap_sides(pairs, s), **where)
+        contrast = Contrast.from_pairs(w.model, pairs)
+        return lambda where, s: derivation(contrast if s is None else contrast.shuffled(s), **where)
 
     def tried(make: Callable[..., SteeringVector], strengths: Sequence[float], where: str = "heads") -> Method:
         # Derived everywhere at once: reading activations is most of what it takes.
@@ -164,12 +165,13 @@ def methods(world: World) -> dict[str, Method]:
             return Method(
                 {"heads": lambda s: only(whole(s), w.heads)}, strengths, lambda s: only(whole(None), w.others(s))
             )
-        places = {f"{where} L{key if isinstance(key, int) else key.layer}": key for key in whole(None).entries}
+        places = {f"{where} L{key if isinstance(key, int) else key.layer}": key for key in whole(None).changes}
         return Method({n: lambda s, key=key: only(whole(s), [key]) for n, key in places.items()}, strengths)
 
     def ict(pairs: Sequence[list[CounterfactualPair]], shuffle: int | None) -> SteeringVector:
-        sides = [p if shuffle is None else swap_sides(p, shuffle) for p in pairs]
-        return combined([derive.ict(w.model, side, top=len(w.heads), strength=1.0) for side in sides])
+        contrasts = [Contrast.from_pairs(w.model, p) for p in pairs]
+        contrasts = contrasts if shuffle is None else [c.shuffled(shuffle) for c in contrasts]
+        return combine([derive.ict(c, top=len(w.heads), strength=1.0) for c in contrasts])
 
     blank, changed = w.blank(), w.changed()
     destroyed = [w.destroyed("blur"), w.destroyed("mask")]
@@ -186,7 +188,7 @@ def methods(world: World) -> dict[str, Method]:
         "probe_normal": tried(lambda where, s: _normals(w, where["heads"], s), SIGMAS),
         "iti": Method({"its heads": lambda s: iti({}, s)}, SIGMAS),
         "ict, image and object": Method({"its heads": lambda s: ict(destroyed, s)}, SIGMAS),
-        "from_pairs": tried(paired(derive.from_pairs, changed), SIGMAS),
+        "from_pairs": tried(paired(derive.mean_difference, changed), SIGMAS),
         "paired_pca": tried(pca, SIGMAS),
         "paired_pca, residual": tried(pca, SIGMAS, "residual"),
         "discriminant": tried(tell, SHARES),

@@ -36,9 +36,10 @@ from activation_store import trace
 from concepts import counterfactuals, scenes
 from lvlm import Head, Lvlm, Site, load_lvlm
 from lvlm.model import Batch
-from mitigation import SteeringVector, derive, export
+from mitigation import Contrast, SteeringVector, derive, export
+from mitigation.steering.changes import AddChange
 from mitigation.steering.export import apply_bias
-from mitigation.steering.placement import Entry, Key
+from mitigation.steering.places import Key
 
 TOLERANCE = 1e-5
 READ = Path(__file__).resolve().parent / "_consumers_read.py"
@@ -68,8 +69,8 @@ def made(
     rng, entries = np.random.default_rng(0), {}
     for key in keys:
         v = rng.standard_normal((shapes or {}).get(key, (model.head_dim if isinstance(key, Head) else model.width,)))
-        entries[key] = Entry(v / np.linalg.norm(v, axis=-1, keepdims=True), 0.1 if "norm" in changes else 0.5)
-    return SteeringVector(entries, "add", "all", 1.5, model.name, model.config_hash, **changes)
+        entries[key] = AddChange(v / np.linalg.norm(v, axis=-1, keepdims=True), 0.1 if "norm" in changes else 0.5)
+    return SteeringVector(entries, "all", 1.5, model.name, model.config_hash, **changes)
 
 
 def steered(model: Lvlm, batch: Batch, vector: SteeringVector) -> np.ndarray:
@@ -81,11 +82,11 @@ def steered(model: Lvlm, batch: Batch, vector: SteeringVector) -> np.ndarray:
 def rows(model: Lvlm, vector: SteeringVector) -> dict[str, np.ndarray]:
     """Return what a vector adds at each layer, in float64, heads through the output projection."""
     found: dict[str, np.ndarray] = {}
-    for key, entry in vector.entries.items():
-        move = vector.strength * entry.sigma * entry.vector.astype(np.float64)
+    for key, move in vector.displacements().items():
         if isinstance(key, Head):
             columns = slice(key.head * model.head_dim, (key.head + 1) * model.head_dim)
-            move = model.output_projection("decoder", key.layer).weight.detach().double().numpy()[:, columns] @ move
+            weight = model.output_projection("decoder", key.layer).weight.detach().double().numpy()
+            move = weight[:, columns] @ move
         name = f"direction.{key.layer if isinstance(key, Head | Site) else key}"
         found[name] = found.get(name, 0) + move
     return found
@@ -135,17 +136,20 @@ def activations(model: Lvlm, folder: Path) -> dict[str, Expected]:
     data = scenes.dataset(10, seed=5).where(kind="existence")
     store = trace(model, data, ["z", "resid_post", "decoder.L0.resid_pre"], ["last"], folder / "store", progress=False)
     positive = np.array([e.answer == "yes" for e in data])
-    export.iti(store, folder / "features" / "toy", model, positive=positive)
+    contrast = Contrast.from_store(store, positive=positive)
+    export.iti_activations(contrast, folder / "features" / "toy", model)
     order = {Head(i, k): float(i * model.n_heads + k) for i in range(model.n_layers) for k in range(model.n_heads)}
-    vector = derive.iti(store, positive=positive, accuracy=order, top=6, variant="release")
+    vector = derive.iti(contrast, accuracy=order, top=6, variant="release")
     chosen = sorted([head.layer, head.head] for head in vector.heads)
     (folder / "heads.json").write_text(json.dumps({"heads": model.n_heads, "chosen": chosen}))
-    pushes = {f"direction.{h.layer}.{h.head}": vector.entries[h].sigma * vector.entries[h].vector for h in vector.heads}
+    additions = vector.displacements(1.0)
+    pushes = {f"direction.{h.layer}.{h.head}": additions[h].astype(np.float32) for h in vector.heads}
 
     blurred = [p for p in counterfactuals.pairs(scenes.dataset(10, seed=6), kind="blur") if p.clean.named_object()][:8]
     known = {p.clean.id: p for p in counterfactuals.pairs(scenes.dataset(10, seed=6), kind="mask")}
     both = [(p, known[p.clean.id]) for p in blurred if p.clean.id in known]
-    paths = export.ict(model, [p for p, _ in both], [m for _, m in both], folder / "vectors")
+    blur, mask = (Contrast.from_pairs(model, pairs) for pairs in zip(*both, strict=True))
+    paths = export.ict_activations(blur, mask, folder / "vectors")
     clean, wrong = (np.load(path).astype(np.float64) for path in paths[:2])
     ict: dict[str, np.ndarray] = {}
     for layer, head in chosen:

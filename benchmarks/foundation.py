@@ -24,7 +24,7 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from circuits import Intervention, Replace, intervened, patch_heads
-from concepts import counterfactuals, scenes
+from concepts import CounterfactualPair, counterfactuals, scenes
 from concepts.scenes.scene import TEST, generator, sample_scene
 from lvlm import Lvlm, Site, load_lvlm
 
@@ -42,7 +42,7 @@ def draw(count: int, seed: int) -> None:
         sample_scene(generator(TEST, seed, i), "b").pixels()
 
 
-def naive(model: Lvlm, pairs: list[counterfactuals.CounterfactualPair]) -> None:
+def naive(model: Lvlm, pairs: list[CounterfactualPair]) -> None:
     """Patch every head of every pair with one forward of the whole model each."""
     for pair in pairs:
         clean, corrupt = model.encode(pair.clean), model.encode(pair.corrupt)

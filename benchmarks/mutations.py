@@ -56,7 +56,7 @@ from experiments.run.folder import read_receipt
 from groundscope.core.errors import GroundscopeError
 from lvlm.sites import Head
 from mitigation import SteeringVector
-from mitigation.steering.placement import Entry
+from mitigation.steering.changes import AddChange
 from probes import ProbeGrid, fit_grid
 
 SECONDS = 60.0
@@ -202,10 +202,8 @@ def read_scores(folder: Path) -> dict[str, np.ndarray]:
 def make_vector(folder: Path) -> None:
     """Write a steering vector of random entries."""
     rng = np.random.default_rng(0)
-    entries = {Head(1, 2): Entry(_unit(rng, 8), 0.5), 1: Entry(_unit(rng, 16), 1.5)}
-    SteeringVector(entries, "add", "last", 2.0, "toy", "c" * 64, {"method": "random"}).save(
-        folder / "vector.safetensors"
-    )
+    entries = {Head(1, 2): AddChange(_unit(rng, 8), 0.5), 1: AddChange(_unit(rng, 16), 1.5)}
+    SteeringVector(entries, "last", 2.0, "toy", "c" * 64, {"method": "random"}).save(folder / "vector.safetensors")
 
 
 def _unit(rng: np.random.Generator, size: int) -> np.ndarray:

@@ -37,7 +37,8 @@ from concepts.scenes.scene import TEST, generator, sample_scene
 from concepts.schema import Question
 from lvlm import Head, Lvlm, wrap_lvlm
 from mitigation import SteeringVector
-from mitigation.steering.placement import Entry, Key
+from mitigation.steering.changes import AddChange, AmplifyChange, VectorChange
+from mitigation.steering.places import Key
 
 NEW_TOKENS = 64
 ASKED = ("cat", "dog", "car", "apple", "cup", "bus")
@@ -48,13 +49,13 @@ def vector(model: Lvlm, kind: str, count: int) -> SteeringVector:
     """Make a vector at so many heads, spread over all layers."""
     rng = np.random.default_rng(0)
     every = [Head(i, k) for i in range(model.n_layers) for k in range(model.n_heads)]
-    entries: dict[Key, Entry] = {}
+    entries: dict[Key, VectorChange] = {}
     for head in every[:: len(every) // count][:count]:
         v = rng.standard_normal(model.head_dim)
         direction = v / np.linalg.norm(v)
-        reads = None if kind == "add" else direction[None]
-        entries[head] = Entry(direction, 0.1, reads)
-    return SteeringVector(entries, kind, "last", 1.0, model.name, model.config_hash)  # pyright: ignore[reportArgumentType]  # one of the kinds
+        add = kind == "add"
+        entries[head] = AddChange(direction, 0.1) if add else AmplifyChange(direction, reads=direction[None])
+    return SteeringVector(entries, "last", 1.0, model.name, model.config_hash)
 
 
 def turns(

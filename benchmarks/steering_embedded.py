@@ -114,7 +114,7 @@ def asked_by_parts(
     """Ask questions under vectors of their own, at each strength; 0 is the model as it is."""
     found: dict[float, list[Any]] = {s: [] for s in (0.0, *strengths)}
     for few, vector in method.parts(data) if method.parts else ():
-        used = None if vector is None else vector.randomised(0) if control else vector
+        used = None if vector is None else vector.randomized(0) if control else vector
         vectors = {str(s): used.scaled(s) if used is not None and s else None for s in found}
         for s, result in answer_under(model, few, vectors, progress=False).items():
             found[float(s)].append(result)
@@ -153,7 +153,7 @@ def controls_of(
     """Return every control that a method can have, each drawn so many times."""
     make_one = method.places[place] if method.labels else None
     makers = {
-        "random direction": lambda seed: vector.randomised(seed),
+        "random direction": lambda seed: vector.randomized(seed),
         "shuffled labels": lambda seed: match_displacement(make_one(seed), vector, w.store) if make_one else None,
         "moved to other heads": lambda seed: move_to_heads(vector, w.others(seed), w.store),
         "derived at other heads": lambda seed: (

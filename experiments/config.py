@@ -124,7 +124,7 @@ class SteerConfig:
     """The correction."""
 
     method: str = "discriminant"
-    """How the vector is made: an entry of `experiments.stages.steer.METHODS`."""
+    """How the vector is made: an entry of `mitigation.mitigations`."""
     doubt: float = 0.5
     """`method=discriminant`: log-odds of yes that count as neither yes nor no; above 0, weak evidence speaks for no."""
     strengths: list[float] = field(default_factory=lambda: [0.5, 1.0, 1.5, 2.0])
@@ -175,7 +175,7 @@ class ExportConfig:
     """Files that other code loads the correction from."""
 
     formats: list[str] | None = None
-    """Formats by their names in `mitigation.steering.export.FORMATS`: `safetensors`, `baked`, `gguf`, `steering_vectors`,
+    """Formats by their names in `mitigation.exports`: `safetensors`, `baked`, `gguf`, `steering_vectors`,
     `vllm`, `vti`. By default every format that can hold the vector is written."""
     convert: bool = False
     """Carry heads through the output projection for formats that know no heads; the card says where that is approximate."""

@@ -17,7 +17,7 @@ from behavior import answer, compare
 from circuits import HeadScores
 from concepts import scenes
 from lvlm import load_lvlm
-from mitigation import derive, export
+from mitigation import Contrast, derive, export
 
 run = Path(os.environ.get("GROUNDSCOPE_RUN", "../../runs/default"))
 store = ActivationStore(run / "activations")
@@ -35,7 +35,9 @@ heads = list(
     )
 )
 told = store.frame()["answer"].to_numpy()
-vector = derive.discriminant(store, positive=told == "yes", negative=told == "no", heads=heads, doubt=0.5)
+vector = derive.discriminant(
+    Contrast.from_store(store, positive=told == "yes", negative=told == "no"), heads=heads, doubt=0.5
+)
 vector
 
 # %% [markdown]
@@ -65,7 +67,7 @@ data = {
 }
 plain = rates(answer(model, data["validation"], progress=False))
 rows = []
-for name, what in (("vector", vector), ("random direction", vector.randomised(0))):
+for name, what in (("vector", vector), ("random direction", vector.randomized(0))):
     rows.append({"vector": name, "strength": 0.0, **plain})
     for strength in (0.5, 1.0, 1.5):
         rows.append({"vector": name, "strength": strength, **rates(told_by(data["validation"], what, strength))})
@@ -94,7 +96,7 @@ mine = sweep[(sweep["vector"] == "vector") & (sweep["neutral, right"] >= sweep["
 strength = float(mine.sort_values(["wrong by prior", "strength"])["strength"].iloc[0])
 before = answer(model, data["test"], progress=False)
 after = told_by(data["test"], vector, strength)
-control = told_by(data["test"], vector.randomised(0), strength)
+control = told_by(data["test"], vector.randomized(0), strength)
 pd.DataFrame(
     {"as it is": rates(before), f"steered, {strength:g}": rates(after), "random direction": rates(control)}
 ).round(3)
@@ -123,5 +125,7 @@ with tempfile.TemporaryDirectory() as folder:
 # A plain direction (`derive.mean_difference` and the like) goes into more: a bias that any Hugging Face code loads, GGUF, vLLM.
 
 # %%
-direction = derive.mean_difference(store, positive=told == "yes", negative=told == "no", heads=heads, positions="all")
+direction = derive.mean_difference(
+    Contrast.from_store(store, positive=told == "yes", negative=told == "no"), heads=heads, positions="all"
+)
 export.formats_for(direction)

@@ -10,10 +10,10 @@ from behavior.chair import read_synonyms
 from behavior.metrics import METRICS, compare_metric, compute_metrics
 from experiments.run.context import Context
 from experiments.run.folder import write_json
-from experiments.stages.steer import CONTROLS, control_file
+from experiments.stages.steer import control_file
 from groundscope.core.errors import ConfigError
 from groundscope.core.text import nearest
-from mitigation import SteeringVector
+from mitigation import CONTROLS, SteeringVector
 from mitigation.strength import PRIOR_ERRORS, answer_under
 
 RUNS = ("before", "after", *CONTROLS, "twin")

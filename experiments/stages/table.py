@@ -78,7 +78,7 @@ TABLE: Mapping[str, Stage] = MappingProxyType(
             "steering",
             needs=("examples", "trace", "patch"),
             options=lambda c: [asdict(c.config.steer), c.model_key()],
-            work=_function("steer.make_vector"),
+            work=_function("steer.make_steering"),
             version=4,
             check=_function("steer.check"),
         ),

@@ -13,55 +13,53 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import numpy as np
 
 from circuits.interventions.options import NORMS, Norm
-from groundscope.core.errors import ConfigError, ModelError, PatchError
+from groundscope.core import artifacts
+from groundscope.core.errors import ConfigError, ModelError, PatchError, StoreError
+from groundscope.core.files import canonical_json
+from groundscope.core.result_fields import building, check_fields
 from lvlm.sites import Head, Site, parse_heads
-from mitigation.steering.placement import Entry, Key, ProbeGate, canonical, name_of, order, real_number, site_of
+from mitigation.protocol import ForwardCost
+from mitigation.steering import vector_file
+from mitigation.steering.changes import AddChange, Kind, ProbeGate, VectorChange, real_number
+from mitigation.steering.places import Key, canonical, name_of, order, site_of
 
 if TYPE_CHECKING:
-    from circuits.interventions.intervention import Change, Intervention
+    from circuits.interventions.intervention import Intervention
     from lvlm.model import Lvlm
 
-__all__ = [
-    "KINDS",
-    "NORMS",
-    "POSITIONS",
-    "Entry",
-    "Key",
-    "Kind",
-    "Norm",
-    "Positions",
-    "ProbeGate",
-    "SteeringVector",
-    "combined",
-    "name_of",
-    "site_of",
-]
+__all__ = ["NORMS", "POSITIONS", "Norm", "Positions", "SteeringVector", "combine"]
 
-Kind = Literal["add", "amplify", "project"]
 Positions = Literal["last", "all", "image", "suffix", "question", "generated"]
-KINDS: tuple[Kind, ...] = ("add", "amplify", "project")
 POSITIONS: tuple[Positions, ...] = ("last", "all", "image", "suffix", "question", "generated")
 
 
 @dataclass(frozen=True, eq=False)
 class SteeringVector:
-    """A change of activations at selected places; derived by `mitigation.steering.derive`, activated by `applied`.
+    """Changes of activations at selected places; derived by `mitigation.derive`, activated by `applied`.
 
-    ``add``
-        ``x <- x + strength * sigma * direction``: ITI's form (Li et al. 2023, arXiv 2306.03341). It adds the same vector
-        for every input, which suits errors in one direction (yes instead of no). A norm rule can preserve the length of x.
-    ``amplify``
-        ``x <- x + strength * (x - mean)``, in full or within a subspace: the deviation from the mean grows, so the effect
-        depends on the input and questions may have opposite answers. A strength of -1 removes the deviation. If the mean
-        is that of blank images, the deviation is the head's response to this image.
-    ``project``
-        ``x <- x - strength * max(<x, t>, 0) / <t, t> * t``: removes the positive component along t (ProjectAway, Jiang et
-        al. 2024, arXiv 2410.02762).
+    All changes of a vector are of one kind: `AddChange`, `AmplifyChange` or `ProjectChange`. A vector is a
+    `mitigation.Mitigation`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import groundscope as gs
+    >>> model = gs.load_lvlm("tiny")
+    >>> direction = np.eye(1, model.width)[0]
+    >>> vector = gs.SteeringVector({2: gs.AddChange(direction, sigma=3.0)}, "last", 1.0, model.name, model.config_hash)
+    >>> vector.kind, vector.layers
+    ('add', (2,))
+    >>> question = gs.scenes.dataset(10)[0]
+    >>> batch = next(model.batches([question]))
+    >>> before = model.logits(batch.inputs)
+    >>> with vector.applied(model):
+    ...     steered = model.logits(batch.inputs)
+    >>> bool((steered == before).all()), bool((model.logits(batch.inputs) == before).all())
+    (False, True)
     """
 
-    entries: Mapping[Key, Entry]
+    changes: Mapping[Key, VectorChange]
     """By head (its ``z``), by layer number (``resid_post``), or by any other `Site`."""
-    kind: Kind
     positions: Positions
     """``last``: the last token of the prompt and every generated token; ``all``; ``image``: the image tokens; ``suffix``: all
     tokens after the image, including generated ones; ``question``: the prompt's tokens after the image; ``generated``: every
@@ -84,68 +82,86 @@ class SteeringVector:
     """Schedule: a probe that restricts the vector to tokens with a positive prediction; None for all tokens."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.entries, Mapping) or not self.entries:
-            msg = "a steering vector needs entries: a mapping with at least one head, layer or site"
+        if not isinstance(self.changes, Mapping) or not self.changes:
+            msg = "a steering vector needs changes: a mapping with at least one head, layer or site"
             raise PatchError(msg)
         expected = {"model": str, "config_hash": str, "provenance": Mapping, "gate": ProbeGate | None}
         wrong = [name for name, kind in expected.items() if not isinstance(getattr(self, name), kind)]
-        wrong += [f"entries[{key!r}]" for key, entry in self.entries.items() if not isinstance(entry, Entry)]
+        wrong += [f"changes[{key!r}]" for key, item in self.changes.items() if not isinstance(item, VectorChange)]
         if wrong:
             msg = (
                 f"{wrong[0]} has a wrong type: model and config_hash must be text, provenance a mapping, gate a ProbeGate or "
-                "None, each entry an Entry"
+                "None, each change an AddChange, AmplifyChange or ProjectChange"
             )
             raise PatchError(msg)
+        kinds = list(dict.fromkeys(item.kind for item in self.changes.values()))
+        if len(kinds) > 1:
+            msg = f"changes of kinds {', '.join(kinds)}: a vector has changes of one kind; nest the contexts of several vectors"
+            raise PatchError(msg)
         object.__setattr__(self, "decay", real_number("decay", self.decay))
-        if self.kind not in KINDS or self.positions not in POSITIONS or self.norm not in NORMS:
-            msg = (
-                f"kind='{self.kind}', positions='{self.positions}', norm='{self.norm}': choose kind from {KINDS}, positions "
-                f"from {POSITIONS}, norm from {NORMS}"
-            )
+        if self.positions not in POSITIONS or self.norm not in NORMS:
+            msg = f"positions='{self.positions}', norm='{self.norm}': choose positions from {POSITIONS}, norm from {NORMS}"
             raise ConfigError(msg)
-        if not 0 < self.decay <= 1 or (self.norm != "free" and self.kind != "add"):
+        if not 0 < self.decay <= 1 or (self.norm != "free" and kinds[0] != "add"):
             msg = (
-                f"decay={self.decay}, norm='{self.norm}', kind='{self.kind}': decay must be in (0, 1], and norm 'free' unless "
+                f"decay={self.decay}, norm='{self.norm}', kind='{kinds[0]}': decay must be in (0, 1], and norm 'free' unless "
                 "the kind is 'add'"
             )
             raise ConfigError(msg)
         object.__setattr__(self, "strength", _finite(self.strength))
-        by_key = {canonical(key): entry for key, entry in self.entries.items()}
+        by_key = {canonical(key): item for key, item in self.changes.items()}
         ordered = sorted(by_key.items(), key=lambda item: order(item[0]))
-        object.__setattr__(self, "entries", MappingProxyType(dict(ordered)))
+        object.__setattr__(self, "changes", MappingProxyType(dict(ordered)))
         object.__setattr__(self, "provenance", MappingProxyType(dict(self.provenance)))
-        for key, entry in ordered if self.kind != "amplify" else ():
-            lengths = np.atleast_1d(np.linalg.norm(entry.vector.astype(np.float64), axis=-1))
-            # A token without a direction has a row of zeros and is not steered.
-            not_unit = lengths[(np.abs(lengths - 1) > 1e-4) & ((lengths > 0) | (not entry.by_token))]
-            if len(not_unit):
-                msg = f"direction at {name_of(key)} has length {not_unit[0]:g}, not 1; normalize it and put its length into sigma"
-                raise PatchError(msg)
-        by_token = [name_of(key) for key, entry in ordered if entry.by_token]
-        if by_token and (self.kind != "add" or self.positions != "all"):
-            msg = f"a direction for each token ({', '.join(by_token)}) requires kind 'add' and positions 'all'"
+        by_token = [name_of(key) for key, item in ordered if item.by_token]
+        if by_token and self.positions != "all":
+            msg = f"a direction for each token ({', '.join(by_token)}) requires positions 'all'"
             raise PatchError(msg)
 
     def __repr__(self) -> str:
-        where = ", ".join(name_of(k) for k in self.entries)
+        places = ", ".join(map(name_of, self.changes))
         return (
-            f"SteeringVector({self.kind} at {where}; {self.positions}, strength {self.strength:g}, for {self.model!r})"
+            f"SteeringVector({self.kind} at {places}; {self.positions}, strength {self.strength:g}, for {self.model!r})"
         )
+
+    @property
+    def kind(self) -> Kind:
+        """Kind of all changes: ``add``, ``amplify`` or ``project``."""
+        return next(iter(self.changes.values())).kind
+
+    @property
+    def name(self) -> str:
+        """Name for tables and for the provenance of answers: kind, places, positions and strength."""
+        return self._named(self.strength)
+
+    def _named(self, strength: float) -> str:
+        return f"{self.kind} at {', '.join(map(name_of, self.changes))}; {self.positions}, strength {strength:g}"
+
+    @property
+    def parameters(self) -> Mapping[str, Any]:
+        """JSON values that identify the vector: its settings and the provenance of its directions."""
+        settings = {"kind": self.kind, "positions": self.positions, "strength": self.strength, "norm": self.norm}
+        return MappingProxyType({**settings, "decay": self.decay, "provenance": dict(self.provenance)})
+
+    @property
+    def forward_cost(self) -> ForwardCost:
+        """Forward passes compared with the model alone: no additional ones."""
+        return ForwardCost()
 
     @property
     def heads(self) -> tuple[Head, ...]:
         """Heads that the vector acts on."""
-        return tuple(k for k in self.entries if isinstance(k, Head))
+        return tuple(k for k in self.changes if isinstance(k, Head))
 
     @property
     def layers(self) -> tuple[int, ...]:
         """Layers whose residual stream the vector acts on."""
-        return tuple(k for k in self.entries if isinstance(k, int))
+        return tuple(k for k in self.changes if isinstance(k, int))
 
     @property
     def sites(self) -> tuple[Site, ...]:
         """Other sites that the vector acts on."""
-        return tuple(k for k in self.entries if isinstance(k, Site))
+        return tuple(k for k in self.changes if isinstance(k, Site))
 
     # ---- use
 
@@ -180,8 +196,7 @@ class SteeringVector:
 
         if not force:
             self.check(model)
-        at = self.strength if strength is None else strength
-        name = f"{self.kind} at {', '.join(name_of(key) for key in self.entries)}; {self.positions}, strength {at:g}"
+        name = self._named(self.strength if strength is None else strength)
         with intervened(model, self.interventions(strength), kind="steering vector", name=name):
             yield
 
@@ -198,27 +213,20 @@ class SteeringVector:
             head = place.head if isinstance(place, Head) else None
             gate = Gate(site_of(place), tensor(self.gate.weights), self.gate.bias, head)
         interventions = []
-        for key, entry in self.entries.items() if s else ():
+        for key, item in self.changes.items() if s else ():
             head = key.head if isinstance(key, Head) else None
-            change = self._change(entry, s)
+            change = item.transform(s, self.norm)
             interventions.append(Intervention(site_of(key), change, self.positions, head, gate=gate, decay=self.decay))
         return interventions
 
-    def _change(self, entry: Entry, strength: float) -> Change:
-        """Return the change of the tensor at a place."""
-        from torch import Tensor, tensor
-
-        from circuits.interventions.intervention import Add, Amplify, Project
-
-        def as_tensor(array: np.ndarray | None) -> Tensor | None:
-            return None if array is None else tensor(array)
-
-        vector = tensor(entry.vector)
-        if self.kind == "add":
-            return Add(strength * entry.sigma * vector, self.norm)
-        if self.kind == "project":
-            return Project(vector, strength)
-        return Amplify(vector, strength, as_tensor(entry.reads), as_tensor(entry.writes))
+    def displacements(self, strength: float | None = None) -> dict[Key, np.ndarray]:
+        """Return the addition at each place, float64 ``[d]`` or ``[n, d]``; raises `PatchError` for another kind than ``add``."""
+        s = self.strength if strength is None else _finite(strength)
+        additions = {key: item.displacement(s) for key, item in self.changes.items() if isinstance(item, AddChange)}
+        if not additions:
+            msg = f"{self}: only changes of kind 'add' displace every input equally"
+            raise PatchError(msg)
+        return additions
 
     def check(self, model: Lvlm) -> None:
         """Raise `ModelError` for a model with another configuration than that of the vector's model."""
@@ -250,32 +258,18 @@ class SteeringVector:
         """Return the same vector with a gate that restricts it to some tokens; None removes the gate."""
         return replace(self, gate=gate)
 
-    def randomised(self, seed: int) -> Self:
-        """Return a control with random directions and the same size of change at every entry.
+    def randomized(self, seed: int) -> Self:
+        """Return a control with random directions and the same size of change at every place.
 
-        ``add``, ``project``: a random direction with the same length and sigma. ``amplify``: each input's deviation is
-        rotated at random, which preserves its length.
+        `AddChange` and `ProjectChange` get a random direction of the same length; `AmplifyChange` rotates each input's
+        deviation at random, which preserves its length.
         """
         rng = np.random.default_rng(seed)
-        entries: dict[Key, Entry] = {}
-        for key, entry in self.entries.items():
-            d = entry.vector.shape[-1]
-            if self.kind != "amplify":
-                direction = rng.standard_normal(entry.vector.shape)
-                length = np.linalg.norm(entry.vector, axis=-1, keepdims=True)  # 0 for a token that is not steered
-                entries[key] = replace(
-                    entry, vector=length * direction / np.linalg.norm(direction, axis=-1, keepdims=True)
-                )
-            else:
-                k = d if entry.reads is None else len(entry.reads)
-                rotated = np.linalg.qr(rng.standard_normal((d, k)))[0].T
-                if entry.writes is not None:
-                    rotated = rotated * np.linalg.norm(entry.writes, axis=1, keepdims=True)
-                entries[key] = replace(entry, writes=rotated)
-        return self._control(entries, f"random directions, seed {seed}")
+        changes: dict[Key, VectorChange] = {key: item.randomized(rng) for key, item in self.changes.items()}
+        return self._control(changes, f"random directions, seed {seed}")
 
     def on_heads(self, heads: Sequence[Head | str]) -> Self:
-        """Return a control: the same directions and sigmas, entry by entry, at other heads.
+        """Return a control: the same directions and sigmas, in order, at other heads.
 
         Raises
         ------
@@ -284,35 +278,64 @@ class SteeringVector:
             to its head, so derive an amplification for the other heads.
         """
         heads = parse_heads(heads)
-        if self.kind != "add" or len(self.heads) < len(self.entries):
+        if self.kind != "add" or len(self.heads) < len(self.changes):
             msg = "only directions at heads can be moved to other heads; derive a new amplification for the other heads"
             raise PatchError(msg)
-        if len(set(heads)) != len(self.entries) or len(heads) != len(self.entries):
-            msg = f"this vector needs {len(self.entries)} different heads, not {', '.join(map(str, heads)) or 'an empty list'}"
+        if len(set(heads)) != len(self.changes) or len(heads) != len(self.changes):
+            msg = f"this vector needs {len(self.changes)} different heads, not {', '.join(map(str, heads)) or 'an empty list'}"
             raise PatchError(msg)
-        moved: dict[Key, Entry] = dict(zip(heads, self.entries.values(), strict=True))
-        return self._control(moved, f"moved from {', '.join(map(str, self.heads))}")
+        changes: dict[Key, VectorChange] = dict(zip(heads, self.changes.values(), strict=True))
+        return self._control(changes, f"moved from {', '.join(map(str, self.heads))}")
 
-    def _control(self, entries: Mapping[Key, Entry], how: str) -> Self:
-        return replace(self, entries=entries, provenance={**self.provenance, "control": how})
+    def _control(self, changes: Mapping[Key, VectorChange], description: str) -> Self:
+        return replace(self, changes=changes, provenance={**self.provenance, "control": description})
 
     # ---- files
 
     def save(self, path: str | Path) -> Path:
-        """Write the native format, `mitigation.steering.export.safetensors`."""
-        from mitigation.steering.native_format import safetensors
+        """Write a safetensors file with metadata in its header, and the same metadata as a ``.json`` file.
 
-        return safetensors(self, path)
+        The format is described in `mitigation.steering.vector_file`. Raises `StoreError` if a file cannot be written.
+        """
+        path = Path(path)
+        tensors, entries, gate = vector_file.encode(self.changes, self.gate)
+        card = {
+            "kind": self.kind,
+            "rule": vector_file.RULES[self.kind],
+            "positions": self.positions,
+            "strength": self.strength,
+            "model": self.model,
+            "config_hash": self.config_hash,
+            "entries": entries,
+            "provenance": dict(self.provenance),
+            "norm": self.norm,
+            "decay": self.decay,
+        }
+        if gate:
+            card["gate"] = gate
+        version = vector_file.VERSION if self.norm == "away" else 2
+        artifacts.write(path, vector_file.KIND, version, tensors, card)
+        text = f"{canonical_json({'version': version, **card})}\n"
+        artifacts.write_bytes(path.with_suffix(".json"), text.encode(), vector_file.KIND)
+        return path
 
     @classmethod
-    def load(cls, path: str | Path) -> SteeringVector:
-        """Read a file of `save`; raises `StoreError` if it is missing, damaged, of another kind or of a newer version."""
-        from mitigation.steering.native_format import load
+    def load(cls, path: str | Path) -> Self:
+        """Read a file of `save`; only the metadata in the header count.
 
-        return load(path)
+        Raises `StoreError` if the file is missing, damaged, of another kind or of a newer version.
+        """
+        tensors, card = artifacts.read(Path(path), vector_file.KIND, vector_file.VERSION)
+        with building(f"{path}: damaged steering vector", StoreError):
+            changes = vector_file.decode_changes(card["kind"], card["entries"], tensors)
+            gate = vector_file.decode_gate(card["gate"], tensors) if "gate" in card else None
+            required = ("positions", "strength", "model", "config_hash", "provenance")
+            values = {name: card[name] for name in required}
+            values |= {name: card[name] for name in ("norm", "decay") if name in card}
+            return cls(changes=changes, gate=gate, **check_fields(values, cls))
 
 
-def combined(vectors: Sequence[SteeringVector]) -> SteeringVector:
+def combine(vectors: Sequence[SteeringVector]) -> SteeringVector:
     """Return the sum of additive vectors as one vector of strength 1.
 
     Parameters
@@ -325,6 +348,14 @@ def combined(vectors: Sequence[SteeringVector]) -> SteeringVector:
     ------
     PatchError
         For no vectors, vectors that cannot be summed, or vectors that cancel at some place.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from mitigation import AddChange, SteeringVector, combine
+    >>> x, y = (SteeringVector({2: AddChange(axis, sigma=1.0)}, "last", 3.0 + k, "m", "c") for k, axis in enumerate(np.eye(2)))
+    >>> combine([x, y]).changes[2].sigma
+    5.0
     """
     first = vectors[0] if vectors else None
     properties = {(v.kind, v.positions, v.config_hash, v.norm, v.decay, v.gate is None) for v in vectors}
@@ -338,22 +369,21 @@ def combined(vectors: Sequence[SteeringVector]) -> SteeringVector:
             f"positions and for the same model; nest their contexts instead"
         )
         raise PatchError(msg)
-    moves: dict[Key, np.ndarray] = {}
+    sums: dict[Key, np.ndarray] = {}
     for vector in vectors:
-        for key, entry in vector.entries.items():
-            move = vector.strength * entry.sigma * entry.vector.astype(np.float64)
-            moves[key] = moves[key] + move if key in moves else move
-    entries: dict[Key, Entry] = {}
-    for key, move in moves.items():
-        length = float(np.linalg.norm(move))
-        if move.ndim > 1 or not length > 0:
+        for key, addition in vector.displacements().items():
+            sums[key] = sums[key] + addition if key in sums else addition
+    changes: dict[Key, VectorChange] = {}
+    for key, addition in sums.items():
+        length = float(np.linalg.norm(addition))
+        if addition.ndim > 1 or not length > 0:
             msg = (
                 f"at {name_of(key)} the vectors cancel, or have a direction for each token; nest their contexts instead"
             )
             raise PatchError(msg)
-        entries[key] = Entry(move / length, length)
+        changes[key] = AddChange(addition / length, length)
     parts = [{"strength": v.strength, **v.provenance} for v in vectors]
-    return replace(first, entries=entries, strength=1.0, provenance={"method": "combined", "parts": parts})
+    return replace(first, changes=changes, strength=1.0, provenance={"method": "combined", "parts": parts})
 
 
 def _finite(strength: float) -> float:

@@ -28,7 +28,7 @@ from lvlm import Head, Lvlm, load_lvlm
 from lvlm.active_interventions import ActiveIntervention, mark_observer
 from lvlm.intervention_digest import digest_of
 from lvlm.sites import Site
-from mitigation.steering.placement import Entry
+from mitigation.steering.changes import AddChange
 from mitigation.steering.vector import SteeringVector
 from tests.toys.examples import example
 
@@ -56,7 +56,7 @@ def vectors(model: Lvlm) -> dict[str, SteeringVector]:
     places: dict[str, Any] = {"L2": 2, "L2.H1": Head(2, 1), "decoder.L2.mlp_out": Site("decoder", 2, "mlp_out")}
     return {
         name: SteeringVector(
-            {key: Entry(v if isinstance(key, Head) else u)}, "add", "last", 9.0, "tiny", model.config_hash
+            {key: AddChange(v if isinstance(key, Head) else u)}, "last", 9.0, "tiny", model.config_hash
         )
         for name, key in places.items()
     }

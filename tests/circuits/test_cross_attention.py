@@ -17,9 +17,8 @@ from concepts import ConceptDataset
 from concepts.schema import Example
 from groundscope.core.errors import GroundscopeError, ModelError, PatchError, SiteError
 from lvlm import Head, Lvlm
-from mitigation import SteeringVector, derive
-from mitigation.steering.export.iti import iti as written_for_iti
-from mitigation.steering.placement import Entry
+from mitigation import Contrast, SteeringVector, derive, export
+from mitigation.steering.changes import AddChange
 from tests.toys.families import model
 from tests.toys.patching_oracle import naive, pair_of, projections
 
@@ -135,12 +134,12 @@ def test_steering_and_deriving_at_the_heads_that_patching_ranks(tmp_path: Any) -
             hooked(lvlm, example, modules[1], lambda z, kept=kept: kept.append(z[0, -1].clone()) or z, out=False)
         sides.append(torch.stack(kept)[:, 2 * dim : 3 * dim].double().numpy())
     difference = sides[0].mean(0) - sides[1].mean(0)
-    vector = derive.from_pairs(lvlm, pairs, heads=["L1.H2"], tokens="last")
-    np.testing.assert_allclose(vector.entries[head].vector, difference / np.linalg.norm(difference), atol=1e-5)
+    vector = derive.mean_difference(Contrast.from_pairs(lvlm, pairs), heads=["L1.H2"], tokens="last")
+    np.testing.assert_allclose(vector.changes[head].direction, difference / np.linalg.norm(difference), atol=1e-5)
 
     def push(z: torch.Tensor) -> torch.Tensor:
         z = z.clone()
-        z[:, -1, 2 * dim : 3 * dim] += 2 * vector.entries[head].sigma * torch.tensor(vector.entries[head].vector)
+        z[:, -1, 2 * dim : 3 * dim] += 2 * vector.changes[head].sigma * torch.tensor(vector.changes[head].direction)
         return z
 
     example = pairs[0].clean
@@ -156,11 +155,11 @@ def test_steering_and_deriving_at_the_heads_that_patching_ranks(tmp_path: Any) -
     sites = ["z", "cross.z", "resid_post", "decoder.L0.resid_pre"]
     store = trace(lvlm, data, sites, ["last"], tmp_path / "store", batch_size=1, answers=False, progress=False)
     positive = np.arange(len(data)) % 2 == 0
-    stored = derive.mean_difference(store, positive=positive, heads=["L1.H2", Head(2, 1)])
+    stored = derive.mean_difference(Contrast.from_store(store, positive=positive), heads=["L1.H2", Head(2, 1)])
     x = store.read("decoder.L1.cross.z", "last", head=2).astype(float)
     d = x[positive].mean(0) - x[~positive].mean(0)
-    np.testing.assert_allclose(stored.entries[head].vector, d / np.linalg.norm(d), atol=1e-5)
-    path, *_ = written_for_iti(store, tmp_path / "out", lvlm, positive=positive)
+    np.testing.assert_allclose(stored.changes[head].direction, d / np.linalg.norm(d), atol=1e-5)
+    path, *_ = export.iti_activations(Contrast.from_store(store, positive=positive), tmp_path / "out", lvlm)
     heads = np.load(path, allow_pickle=False)
     np.testing.assert_array_equal(heads[:, 1], store.read("decoder.L1.cross.z", "last"))
     np.testing.assert_array_equal(heads[:, 2], store.read("decoder.L2.z", "last"))
@@ -169,11 +168,11 @@ def test_steering_and_deriving_at_the_heads_that_patching_ranks(tmp_path: Any) -
 def test_patches_at_all_tokens_after_an_image_that_is_no_token() -> None:
     """``suffix`` means every token there: patching, deriving and ablating agree."""
     lvlm, pair = model("mllama"), pair_of(0)
-    vector = derive.from_pairs(lvlm, [pair], layers=[1], tokens="suffix")
+    vector = derive.mean_difference(Contrast.from_pairs(lvlm, [pair]), layers=[1], tokens="suffix")
     site = "decoder.L1.resid_post"
     means = [lvlm.read(lvlm.encode(e).inputs, [site])[site][0].double().mean(0) for e in (pair.clean, pair.corrupt)]
     difference = (means[0] - means[1]).numpy()
-    np.testing.assert_allclose(vector.entries[1].vector, difference / np.linalg.norm(difference), atol=1e-5)
+    np.testing.assert_allclose(vector.changes[1].direction, difference / np.linalg.norm(difference), atol=1e-5)
     want = naive(lvlm, projections(lvlm, "mllama"), pair, 0)
     assert want.shape[:2] == (lvlm.n_layers, lvlm.n_heads)
 
@@ -190,15 +189,19 @@ def test_heads_as_text_wherever_heads_are() -> None:
         "patch together": lambda h, o: patch(lvlm, [pair], HeadSet([h, o]), min_effect=0).effects,
         "paths": lambda h, o: patch_paths(lvlm, [pair], [h], [o], min_effect=0).effects,
         "attention": lambda h, o: attention_to_image(lvlm, [pair.clean], [h, o]).image_mass,
-        "derive": lambda h, o: derive.from_pairs(lvlm, [pair], heads=[h, o]).entries[other].vector,
-        "ict": lambda h, o: derive.from_pairs(lvlm, [pair], heads=[o]).on_heads([h]).entries[head].vector,
+        "derive": lambda h, o: (
+            derive.mean_difference(Contrast.from_pairs(lvlm, [pair]), heads=[h, o]).changes[other].direction
+        ),
+        "ict": lambda h, o: (
+            derive.mean_difference(Contrast.from_pairs(lvlm, [pair]), heads=[o]).on_heads([h]).changes[head].direction
+        ),
         "random": lambda h, o: np.array([x.head for x in random_heads((2, 4), 3, exclude=[h, o], seed=0)]),
         "vector": lambda h, o: np.stack(
             [
-                e.vector
+                e.direction  # pyright: ignore[reportAttributeAccessIssue]
                 for e in SteeringVector(
-                    {h: Entry(np.eye(8)[0]), o: Entry(np.eye(8)[1])}, "add", "last", 1.0, "", ""
-                ).entries.values()
+                    {h: AddChange(np.eye(8)[0]), o: AddChange(np.eye(8)[1])}, "last", 1.0, "", ""
+                ).changes.values()
             ]
         ),
     }
@@ -208,4 +211,4 @@ def test_heads_as_text_wherever_heads_are() -> None:
         with pytest.raises(SiteError, match="not a head"):
             ablate(lvlm, [pair.clean], [[wrong]], method="zero")  # pyright: ignore[reportArgumentType]
         with pytest.raises(GroundscopeError):
-            derive.from_pairs(lvlm, [pair], heads=[wrong])  # pyright: ignore[reportArgumentType]
+            derive.mean_difference(Contrast.from_pairs(lvlm, [pair]), heads=[wrong])  # pyright: ignore[reportArgumentType]

@@ -12,7 +12,7 @@ from scipy.stats import binomtest, chisquare
 from concepts.schema import CounterfactualPair, Example
 from groundscope.core.errors import PatchError, ProbeError
 from groundscope.core.permutations import exchange_groups, movable_groups
-from mitigation.steering.controls import shuffle_mask, swap_sides
+from mitigation.steering.shuffling import shuffle_mask, swap_sides
 from probes import fit_grid, permutation_test
 from probes.protocol.controls import movable, shuffle_labels
 from tests.toys.simulated_data import mean_distance_p, null_store

@@ -24,7 +24,7 @@ from groundscope.core.errors import DataError, GroundscopeError, StoreError
 from groundscope.core.tensor_files import encode_tensors, read_tensors
 from lvlm.sites import Head
 from mitigation import SteeringVector
-from mitigation.steering.placement import Entry
+from mitigation.steering.changes import AddChange
 from probes import ProbeGrid
 from probes.analysis.logit_lens import read_vocabulary
 from probes.protocol.checkpoint import Checkpoint
@@ -150,8 +150,8 @@ def unit(size: int) -> np.ndarray:
 
 def test_a_changed_number_of_a_vector_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "v.safetensors"
-    entries = {Head(1, 2): Entry(unit(8), 0.5), 1: Entry(unit(16), 1.5)}
-    SteeringVector(entries, "add", "last", 2.0, "toy", "c" * 64).save(path)
+    entries = {Head(1, 2): AddChange(unit(8), 0.5), 1: AddChange(unit(16), 1.5)}
+    SteeringVector(entries, "last", 2.0, "toy", "c" * 64).save(path)
     whole = path.read_bytes()
     for text, other in ((b'\\"sigma\\": 0.5', b'\\"sigma\\": 0.7'), (b"strength", b"strengtg")):
         assert text in whole

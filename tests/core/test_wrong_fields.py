@@ -30,7 +30,7 @@ from groundscope.core.tensor_files import encode_tensors, read_tensors
 from lvlm.sites import Head, Site, parse_heads
 from lvlm.token_selection import TokenSelection
 from mitigation import SteeringVector
-from mitigation.steering.placement import Entry, ProbeGate
+from mitigation.steering.changes import AddChange, AmplifyChange, ProbeGate
 from probes import ProbeGrid
 from probes.analysis.logit_lens import keep_vocabulary, read_vocabulary
 from probes.protocol.checkpoint import Checkpoint
@@ -74,9 +74,9 @@ def sources() -> Sources:
 
 
 def vector() -> SteeringVector:
-    entries = {Head(0, 1): Entry(unit(4), 0.5), 1: Entry(unit(8), 1.5)}
+    entries = {Head(0, 1): AddChange(unit(4), 0.5), 1: AddChange(unit(8), 1.5)}
     gate = ProbeGate(0, np.ones(8), 0.5, "object:cat")
-    return SteeringVector(entries, "add", "last", 2.0, "m", SHA, {"method": "x"}, "kept", 0.5, gate)
+    return SteeringVector(entries, "last", 2.0, "m", SHA, {"method": "x"}, "kept", 0.5, gate)
 
 
 def direction() -> ConceptDirection:
@@ -277,15 +277,14 @@ def test_heads_are_heads_or_text(wrong: Any) -> None:
         ({"strength": math.inf}, ConfigError),
         ({"decay": "1"}, PatchError),
         ({"decay": None}, PatchError),
-        ({"entries": None}, PatchError),
-        ({"entries": [1]}, PatchError),
-        ({"entries": {1: unit(4)}}, PatchError),
-        ({"entries": {1.5: Entry(unit(4))}}, SiteError),
-        ({"entries": {None: Entry(unit(4))}}, SiteError),
-        ({"entries": {True: Entry(unit(4))}}, SiteError),
-        ({"kind": 1}, ConfigError),
+        ({"changes": None}, PatchError),
+        ({"changes": [1]}, PatchError),
+        ({"changes": {1: unit(4)}}, PatchError),
+        ({"changes": {1.5: AddChange(unit(4))}}, SiteError),
+        ({"changes": {None: AddChange(unit(4))}}, SiteError),
+        ({"changes": {True: AddChange(unit(4))}}, SiteError),
         ({"positions": None}, ConfigError),
-        ({"kind": []}, ConfigError),
+        ({"changes": {1: AddChange(unit(4)), 2: AmplifyChange(unit(4))}}, PatchError),
         ({"norm": {}}, ConfigError),
         ({"model": 1}, PatchError),
         ({"config_hash": None}, PatchError),
@@ -294,7 +293,7 @@ def test_heads_are_heads_or_text(wrong: Any) -> None:
     ],
 )
 def test_a_vector_has_fields_of_the_right_types(options: dict[str, Any], error: type[GroundscopeError]) -> None:
-    right = {"entries": {1: Entry(unit(4))}, "kind": "add", "positions": "last", "strength": 1.0}
+    right = {"changes": {1: AddChange(unit(4))}, "positions": "last", "strength": 1.0}
     right |= {"model": "m", "config_hash": SHA}
     with pytest.raises(error):
         SteeringVector(**(right | options))  # type: ignore[arg-type]
@@ -303,9 +302,9 @@ def test_a_vector_has_fields_of_the_right_types(options: dict[str, Any], error: 
 def test_entries_and_gates_need_numbers() -> None:
     for wrong in ("1", None, [1, 2], b"1", 10**400):
         with pytest.raises(PatchError, match="sigma"):
-            Entry(unit(4), wrong)  # type: ignore[arg-type]
+            AddChange(unit(4), wrong)  # type: ignore[arg-type]
         with pytest.raises(PatchError, match="bias"):
             ProbeGate(0, np.ones(4), wrong)  # type: ignore[arg-type]
     with pytest.raises(PatchError, match="weights"):
         ProbeGate(0, "text")  # type: ignore[arg-type]
-    assert list(SteeringVector({np.int64(2): Entry(unit(4))}, "add", "last", 1, "m", SHA).entries) == [2]
+    assert list(SteeringVector({np.int64(2): AddChange(unit(4))}, "last", 1, "m", SHA).changes) == [2]

@@ -31,7 +31,8 @@ from groundscope.core.statistics import Estimate
 from lvlm import Head
 from lvlm.tiny.architecture import build_model, build_processor
 from mitigation import SteeringVector
-from mitigation.steering.placement import Entry, Key
+from mitigation.steering.changes import AddChange, VectorChange
+from mitigation.steering.places import Key
 from mitigation.strength import choose_strength, cost, guards, harm
 from probes import ProbeGrid
 from tests.toys.command_line import SMALL, run_command
@@ -246,8 +247,8 @@ def test_exports_are_written_where_they_can_be_and_the_rest_explained(run: Path,
     # An additive vector at heads and all tokens goes into biases, and where it is asked for through the projection.
     shutil.copytree(run, tmp_path / "runs" / "whole")
     folder = RunFolder(tmp_path / "runs" / "whole")
-    entries: dict[Key, Entry] = {Head(2, 3): Entry(np.eye(1, 24)[0])}
-    plain = SteeringVector(entries, "add", "all", 1.0, saved.model, saved.config_hash)
+    entries: dict[Key, VectorChange] = {Head(2, 3): AddChange(np.eye(1, 24)[0])}
+    plain = SteeringVector(entries, "all", 1.0, saved.model, saved.config_hash)
     plain.save(folder.path / "steering" / "vector.safetensors")
     config = RunConfig()
     config.model.path, config.export.convert = "tiny", True
@@ -258,7 +259,7 @@ def test_exports_are_written_where_they_can_be_and_the_rest_explained(run: Path,
     assert all((tmp_path / file).is_file() for file in told["written"].values())
     config.export.formats = ["vti", "baked"]
     assert export.make_exports(context, tmp_path) == (
-        "written: baked (baked.safetensors); cannot hold it: vti (why: formats.json)"
+        "written: baked (baked.safetensors); cannot represent it: vti (reasons: formats.json)"
     )
 
 
@@ -366,10 +367,10 @@ def test_files_in_popes_layout(tmp_path: Path) -> None:
         (["data=pope", "data.questions=q.json", "data.images=."], "q.json"),
         (["model=hf"], "model.path"),
         (["patch.kinds=[colour]", "stages=[examples,patch]"], "colour"),
-        (["steer.method=magic"], "steer.method=magic: there are discriminant, amplify"),
+        (["steer.method=magic"], "steer.method=magic: unknown method; choose from discriminant, amplify"),
         (["steer.strengths=[]"], "steer.strengths is empty"),
         (["steer.decay=0"], "steer.decay=0"),
-        (["export.formats=[onnx]"], "export.formats=['onnx']: there are safetensors, baked, gguf"),
+        (["export.formats=[onnx]"], "export.formats: unknown format 'onnx'; choose from safetensors, baked, gguf"),
     ],
 )
 def test_a_mistake_is_one_line(options: list[str], message: str, tmp_path: Path) -> None:
@@ -476,7 +477,7 @@ def test_telling_yes_from_no_needs_both(tmp_path: Path) -> None:
     config = RunConfig()
     context = Context(config, RunFolder(tmp_path), Console())
     context.__dict__["parts"] = (data, data)
-    with pytest.raises(ConfigError, match=r"no question is answered no: choose another, steer\.method=amplify"):
+    with pytest.raises(ConfigError, match=r"no question has the answer no; use the method amplify"):
         steer.check(context)
     config.steer.method = "amplify"
     steer.check(context)

@@ -31,7 +31,7 @@ from experiments.run import folder
 from experiments.run.context import Context, fingerprint
 from experiments.run.folder import RunFolder, read_receipt, write_json
 from experiments.stages.export import make_exports
-from experiments.stages.steer import make_vector
+from experiments.stages.steer import make_steering
 from experiments.stages.table import TABLE
 from experiments.validation import check
 from groundscope.core.document_digest import document_digest
@@ -596,7 +596,7 @@ def test_pairs_that_photographs_do_not_allow_are_refused_before_work(tmp_path: P
     context = photographs(tmp_path)
     context.config.steer.method = "pair_difference"
     with pytest.raises(
-        ConfigError, match="pair_difference needs pairs of kind object, color, relation, which only icon scenes"
+        ConfigError, match="pair_difference: it needs pairs of kind object, color, relation, which only icon scenes"
     ):
         TABLE["steer"].check(context)
     context.config.steer.method = "amplify"
@@ -606,7 +606,7 @@ def test_pairs_that_photographs_do_not_allow_are_refused_before_work(tmp_path: P
 def test_no_vector_is_not_a_vector_without_effect(tmp_path: Path) -> None:
     context = photographs(tmp_path)
     write_json(context.folder.path / "circuits" / "top.json", {"heads": [], "left_out": {}, "kinds": []})
-    assert make_vector(context, tmp_path) == "no vector: no head to act on, since patching could score none"
+    assert make_steering(context, tmp_path) == "no vector: no head to act on, since patching could score none"
     sweep = json.loads((tmp_path / "sweep.json").read_text())
     assert sweep["chosen"] == {"strength": 0.0}
     assert "no head to act on" in sweep["left_out"]["discriminant"]
@@ -617,11 +617,11 @@ def test_a_vector_of_strength_0_is_not_exported(tmp_path: Path) -> None:
 
     from lvlm import Head
     from mitigation import SteeringVector
-    from mitigation.steering.placement import Entry
+    from mitigation.steering.changes import AddChange
 
     folder = RunFolder(tmp_path / "x")
     (folder.path / "steering").mkdir()
-    vector = SteeringVector({Head(2, 3): Entry(np.eye(1, 24)[0])}, "add", "all", 0.0, "m", "c")
+    vector = SteeringVector({Head(2, 3): AddChange(np.eye(1, 24)[0])}, "all", 0.0, "m", "c")
     vector.save(folder.path / "steering" / "vector.safetensors")
     said = make_exports(Context(RunConfig(), folder, QUIET), tmp_path)
     assert said.startswith("nothing to write: no strength made fewer errors")

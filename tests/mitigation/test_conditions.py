@@ -18,8 +18,10 @@ from groundscope.core.errors import ConfigError, PatchError
 from lvlm import Head, Site
 from lvlm.model import Batch
 from mitigation import ProbeGate, SteeringVector
-from mitigation.steering.controls import displacement_rms, match_displacement, move_to_heads, shuffle_mask, swap_sides
-from mitigation.steering.placement import Entry, Key
+from mitigation.steering.changes import AddChange, AmplifyChange, ProjectChange, VectorChange
+from mitigation.steering.controls import displacement_rms, match_displacement, move_to_heads
+from mitigation.steering.places import Key
+from mitigation.steering.shuffling import shuffle_mask, swap_sides
 from tests.toys.random_models import data, examples, hooks_of, pairs, shared
 
 RNG = np.random.default_rng(0)
@@ -32,13 +34,16 @@ def unit(size: int) -> np.ndarray:
 
 
 def vector(kind: Any, keys: list[Key], **more: Any) -> SteeringVector:
-    entries: dict[Key, Entry] = {}
+    entries: dict[Key, VectorChange] = {}
     for key in keys:
         size = 24 if isinstance(key, Head) else WIDTH
         reads = unit(size)[None] if kind == "amplify" else None
-        entries[key] = Entry(unit(size), 2.0, reads, None if reads is None else 3 * unit(size)[None])
+        if reads is not None:
+            entries[key] = AmplifyChange(unit(size), reads, 3 * unit(size)[None])
+        else:
+            entries[key] = AddChange(unit(size), 2.0) if kind == "add" else ProjectChange(unit(size))
     model = shared()
-    return SteeringVector(entries, kind, more.pop("positions", "last"), 2.0, model.name, model.config_hash, **more)
+    return SteeringVector(entries, more.pop("positions", "last"), 2.0, model.name, model.config_hash, **more)
 
 
 HEADS: list[Key] = [Head(1, 2), Head(1, 3), Head(4, 7)]
@@ -165,10 +170,10 @@ def store() -> Store:
 
 def pushed(made: SteeringVector, key: Head, x: np.ndarray) -> np.ndarray:
     """What a strength of 1 adds at a head to each example, by the formula."""
-    e = made.entries[key]
+    e: Any = made.changes[key]
     if made.kind == "add":
-        return np.repeat(e.sigma * e.vector[None].astype(float), len(x), axis=0)
-    deviation = x - e.vector
+        return np.repeat(e.sigma * e.direction[None].astype(float), len(x), axis=0)
+    deviation = x - e.mean
     if e.reads is None:
         return deviation if e.writes is None else deviation @ e.writes
     return deviation @ e.reads.T @ (e.reads if e.writes is None else e.writes)
@@ -178,7 +183,7 @@ def rms(x: np.ndarray) -> float:
     return float(np.sqrt((x**2).sum(1).mean()))
 
 
-WHOLE = SteeringVector({h: Entry(unit(24)) for h in HEADS}, "amplify", "last", 1.0, "m", "c")
+WHOLE = SteeringVector({h: AmplifyChange(unit(24)) for h in HEADS}, "last", 1.0, "m", "c")
 OTHERS = (Head(5, 1), Head(0, 4), Head(2, 2))
 
 
@@ -187,14 +192,14 @@ def test_controls_push_as_far_at_every_place(made: SteeringVector) -> None:
     held = store()
     x = held.x[~np.isnan(held.x).any((1, 2, 3))].astype(float)
     control = vector(made.kind, list(OTHERS)) if made is not WHOLE else replace(
-        WHOLE, entries={h: Entry(unit(24)) for h in OTHERS}
+        WHOLE, changes={h: AmplifyChange(unit(24)) for h in OTHERS}
     )  # fmt: skip
     for one in (match_displacement(control, made, held), move_to_heads(made, OTHERS, held)):
-        for key, own in zip(sorted(OTHERS), made.entries, strict=True):
+        for key, own in zip(sorted(OTHERS), made.changes, strict=True):
             assert isinstance(own, Head)
             wanted = rms(pushed(made, own, x[:, own.layer, own.head]))
             assert rms(pushed(one, key, x[:, key.layer, key.head])) == pytest.approx(wanted, rel=1e-3)
-            assert displacement_rms(made, own, made.entries[own], held, "last") == pytest.approx(wanted, rel=1e-4)
+            assert displacement_rms(made.changes[own], own, held, "last") == pytest.approx(wanted, rel=1e-4)
     assert move_to_heads(made, OTHERS, held).heads == tuple(sorted(OTHERS))
 
 
@@ -202,12 +207,13 @@ def test_moved_directions_are_the_same_and_stand_as_far_from_the_mean() -> None:
     made, held = VECTORS["amplified"], store()
     x = held.x[~np.isnan(held.x).any((1, 2, 3))].astype(float)
     one = move_to_heads(made, OTHERS, held)
-    for key, own in zip(sorted(OTHERS), made.entries, strict=True):
+    for key, own in zip(sorted(OTHERS), made.changes, strict=True):
         assert isinstance(own, Head)
-        a, b = one.entries[key], made.entries[own]
+        a: Any = one.changes[key]
+        b: Any = made.changes[own]
         np.testing.assert_array_equal(a.reads, b.reads)  # pyright: ignore[reportArgumentType]  # both there
-        offset = x[:, own.layer, own.head].mean(0) - b.vector
-        np.testing.assert_allclose(x[:, key.layer, key.head].mean(0) - a.vector, offset, atol=1e-4)
+        offset = x[:, own.layer, own.head].mean(0) - b.mean
+        np.testing.assert_allclose(x[:, key.layer, key.head].mean(0) - a.mean, offset, atol=1e-4)
 
 
 def test_labels_that_mean_nothing() -> None:

@@ -15,7 +15,7 @@ from concepts.schema import Example
 from groundscope.core.errors import PatchError, SiteError
 from lvlm import Head, Site
 from lvlm.model import Lvlm
-from mitigation import SteeringVector, derive
+from mitigation import Contrast, SteeringVector, derive
 from tests.toys.derivation import DIM, HEAD, Arrays, D, N, ledoit_wolf
 from tests.toys.random_models import hooks_of, layers_of, pairs, shared
 
@@ -41,7 +41,7 @@ def seen(s: Arrays, head: int | None) -> np.ndarray:
 def test_mean_difference_against_numpy() -> None:
     s = store()
     y = s.labels["object:named"]
-    made = derive.mean_difference(s, "object:named", heads=[HEAD], layers=[2], strength=15)
+    made = derive.mean_difference(Contrast.from_store(s, "object:named"), heads=[HEAD], layers=[2], strength=15)
     for key, head in ((HEAD, 1), (2, None)):
         x = seen(s, head)
         ok = ~np.isnan(x).any(1)
@@ -49,8 +49,8 @@ def test_mean_difference_against_numpy() -> None:
         difference = true.mean(0) - false.mean(0)
         theta = difference / np.sqrt((difference**2).sum())
         projections = np.concatenate([true, false]) @ theta
-        np.testing.assert_allclose(made.entries[key].vector, theta, atol=1e-6)
-        assert made.entries[key].sigma == pytest.approx(
+        np.testing.assert_allclose(made.changes[key].direction, theta, atol=1e-6)
+        assert made.changes[key].sigma == pytest.approx(
             np.sqrt(((projections - projections.mean()) ** 2).mean()), rel=1e-6
         )
     assert (made.kind, made.positions, made.strength) == ("add", "last", 15)
@@ -62,18 +62,18 @@ def test_mean_difference_against_numpy() -> None:
 def test_masks_say_the_same_as_a_concept() -> None:
     s = store()
     y = s.labels["object:named"]
-    by_concept = derive.mean_difference(s, "object:named", heads=[HEAD])
-    by_mask = derive.mean_difference(s, positive=y == 1, negative=y == 0, heads=[HEAD])
-    np.testing.assert_array_equal(by_concept.entries[HEAD].vector, by_mask.entries[HEAD].vector)
-    rest = derive.mean_difference(s, positive=y == 1, heads=[HEAD])
-    assert not np.array_equal(rest.entries[HEAD].vector, by_mask.entries[HEAD].vector)
-    other_way = derive.mean_difference(s, positive=y == 0, negative=y == 1, heads=[HEAD])
-    np.testing.assert_allclose(other_way.entries[HEAD].vector, -by_mask.entries[HEAD].vector)
+    by_concept = derive.mean_difference(Contrast.from_store(s, "object:named"), heads=[HEAD])
+    by_mask = derive.mean_difference(Contrast.from_store(s, positive=y == 1, negative=y == 0), heads=[HEAD])
+    np.testing.assert_array_equal(by_concept.changes[HEAD].direction, by_mask.changes[HEAD].direction)
+    rest = derive.mean_difference(Contrast.from_store(s, positive=y == 1), heads=[HEAD])
+    assert not np.array_equal(rest.changes[HEAD].direction, by_mask.changes[HEAD].direction)
+    other_way = derive.mean_difference(Contrast.from_store(s, positive=y == 0, negative=y == 1), heads=[HEAD])
+    np.testing.assert_allclose(other_way.changes[HEAD].direction, -by_mask.changes[HEAD].direction)
 
 
 def test_a_planted_direction_is_recovered() -> None:
-    made = derive.mean_difference(store(noise=0.3), "object:named", layers=[2])
-    assert abs(made.entries[2].vector @ PLANTED) >= 0.99
+    made = derive.mean_difference(Contrast.from_store(store(noise=0.3), "object:named"), layers=[2])
+    assert abs(made.changes[2].direction @ PLANTED) >= 0.99
 
 
 def test_concept_subspace_pushes_each_input_to_its_own_side() -> None:
@@ -81,7 +81,7 @@ def test_concept_subspace_pushes_each_input_to_its_own_side() -> None:
     x = seen(s, None)
     ok = ~np.isnan(x).any(1)
     one = derive.concept_subspace(s, ["object:named"], layers=[2], strength=2)
-    reads = one.entries[2].reads
+    reads = one.changes[2].reads
     assert reads is not None
     assert reads.shape == (1, D)
     y = s.labels["object:named"]
@@ -89,12 +89,12 @@ def test_concept_subspace_pushes_each_input_to_its_own_side() -> None:
     theta = (true - false) / np.linalg.norm(true - false)
     np.testing.assert_allclose(np.abs(reads[0]), np.abs(theta), atol=1e-6)
     # Counted from the middle between the two means, along their difference.
-    np.testing.assert_allclose(one.entries[2].vector @ theta, (true + false) @ theta / 2, rtol=1e-5)
+    np.testing.assert_allclose(one.changes[2].mean @ theta, (true + false) @ theta / 2, rtol=1e-5)
     both = derive.concept_subspace(s, ["object:named", "attribute:red"], layers=[2], strength=2)
-    entry = both.entries[2]
+    entry = both.changes[2]
     assert entry.reads is not None
     np.testing.assert_allclose(entry.reads @ entry.reads.T, np.eye(2), atol=1e-6)
-    moved = x + 2 * (x - entry.vector) @ entry.reads.T @ entry.reads
+    moved = x + 2 * (x - entry.mean) @ entry.reads.T @ entry.reads
     for name in ("object:named", "attribute:red"):
         y = s.labels[name]
         a, b = x[ok & (y == 1)].mean(0), x[ok & (y == 0)].mean(0)
@@ -124,7 +124,9 @@ def heads_by_hand(model: Lvlm, examples: list[Example], layer: int, first: Calla
 def test_discriminant_against_its_formula(doubt: float) -> None:
     s = store(noise=1.5)
     y = s.labels["object:named"]
-    made = derive.discriminant(s, "object:named", heads=[HEAD], layers=[2], strength=1.5, doubt=doubt)
+    made = derive.discriminant(
+        Contrast.from_store(s, "object:named"), heads=[HEAD], layers=[2], strength=1.5, doubt=doubt
+    )
     for key, head in ((HEAD, 1), (2, None)):
         x = seen(s, head)
         ok = ~np.isnan(x).any(1)
@@ -139,10 +141,10 @@ def test_discriminant_against_its_formula(doubt: float) -> None:
         weights = np.linalg.solve(pooled, difference)
         odds = x[ok] @ weights - weights @ (true.mean(0) + false.mean(0)) / 2
         expected = x[ok] + 1.5 * (odds - doubt)[:, None] * difference / (weights @ difference)
-        entry = made.entries[key]
+        entry = made.changes[key]
         assert entry.reads is not None
         assert entry.writes is not None
-        moved = x[ok] + 1.5 * (x[ok] - entry.vector) @ entry.reads.T @ entry.writes
+        moved = x[ok] + 1.5 * (x[ok] - entry.mean) @ entry.reads.T @ entry.writes
         np.testing.assert_allclose(moved, expected, atol=2e-4)
         np.testing.assert_allclose(np.linalg.norm(entry.reads), 1, atol=1e-6)
         # The gap between the means grows by the strength, as a share of itself, and in its own direction.
@@ -161,13 +163,13 @@ def test_a_discriminant_tells_where_a_mean_difference_is_led_astray() -> None:
     x[:, 1] += 6 * habit
     s = Arrays(x.astype(np.float32), {"object:named": y})
     astray = (habit == 1) & (y == 0)
-    plain = derive.concept_subspace(s, ["object:named"], layers=[2]).entries[2]
-    told = derive.discriminant(s, "object:named", layers=[2]).entries[2]
+    plain = derive.concept_subspace(s, ["object:named"], layers=[2]).changes[2]
+    told = derive.discriminant(Contrast.from_store(s, "object:named"), layers=[2]).changes[2]
     assert plain.reads is not None
     assert told.reads is not None
     toward = x[y == 1].mean(0) - x[y == 0].mean(0)
-    wrong = ((x[astray] - plain.vector) @ plain.reads.T @ plain.reads @ toward > 0).mean()
-    right = ((x[astray] - told.vector) @ told.reads[0] < 0).mean()
+    wrong = ((x[astray] - plain.mean) @ plain.reads.T @ plain.reads @ toward > 0).mean()
+    right = ((x[astray] - told.mean) @ told.reads[0] < 0).mean()
     assert wrong > 0.95
     assert right > 0.95
 
@@ -188,22 +190,22 @@ def test_from_pairs_against_numpy(tokens: str) -> None:
     )
     theta = (clean - corrupt).mean(0)
     theta /= np.linalg.norm(theta)
-    made = derive.from_pairs(model, given, heads=[head], layers=[3], tokens=tokens)
-    np.testing.assert_allclose(made.entries[head].vector, theta, atol=1e-4)
-    assert made.entries[head].sigma == pytest.approx(np.std(np.concatenate([clean, corrupt]) @ theta), rel=1e-4)
-    assert made.entries[3].vector.shape == (model.width,)
+    made = derive.mean_difference(Contrast.from_pairs(model, given), heads=[head], layers=[3], tokens=tokens)
+    np.testing.assert_allclose(made.changes[head].direction, theta, atol=1e-4)
+    assert made.changes[head].sigma == pytest.approx(np.std(np.concatenate([clean, corrupt]) @ theta), rel=1e-4)
+    assert made.changes[3].direction.shape == (model.width,)
     assert made.provenance["pairs_digest"] == pairs_digest(given)
     assert made.provenance["kinds"] == ["blank"]
 
-    amplified = derive.amplification(model, given, heads=[head], tokens=tokens, strength=0.5)
-    np.testing.assert_allclose(amplified.entries[head].vector, corrupt.mean(0), atol=1e-5)
-    assert (amplified.kind, amplified.entries[head].reads, amplified.strength) == ("amplify", None, 0.5)
+    amplified = derive.amplification(Contrast.from_pairs(model, given), heads=[head], tokens=tokens, strength=0.5)
+    np.testing.assert_allclose(amplified.changes[head].mean, corrupt.mean(0), atol=1e-5)
+    assert (amplified.kind, amplified.changes[head].reads, amplified.strength) == ("amplify", None, 0.5)
 
-    removal = derive.prior_removal(model, given, heads=[head], tokens=tokens)
-    reads = removal.entries[head].reads
+    removal = derive.prior_removal(Contrast.from_pairs(model, given), heads=[head], tokens=tokens)
+    reads = removal.changes[head].reads
     assert reads is not None
     np.testing.assert_allclose(reads, -theta[None], atol=1e-4)
-    np.testing.assert_allclose(removal.entries[head].vector, clean.mean(0), atol=1e-5)
+    np.testing.assert_allclose(removal.changes[head].mean, clean.mean(0), atol=1e-5)
     assert removal.strength == -1
     assert hooks_of(model) == 0
     made.check(model)
@@ -212,7 +214,7 @@ def test_from_pairs_against_numpy(tokens: str) -> None:
 def test_amplifying_moves_away_from_the_blank_image() -> None:
     model, given = shared(), pairs("blank")
     head = Head(3, 2)
-    made = derive.amplification(model, given, heads=[head], strength=1)
+    made = derive.amplification(Contrast.from_pairs(model, given), heads=[head], strength=1)
     site = Site("decoder", 3, "z")
     inputs = model.encode(given[0].clean).inputs
     kept: list[torch.Tensor] = []
@@ -223,7 +225,7 @@ def test_amplifying_moves_away_from_the_blank_image() -> None:
             hook = model.locate(site).watch(lambda x: kept.append(x[0, -1, columns].clone()))
             model.logits(inputs)
             hook.remove()
-    mean = torch.tensor(made.entries[head].vector)
+    mean = torch.tensor(made.changes[head].mean)
     torch.testing.assert_close(kept[1] - mean, 2 * (kept[0] - mean), atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(kept[2], mean, atol=1e-5, rtol=1e-5)
 
@@ -236,16 +238,20 @@ def direction(site: str = "decoder.L2.z", head: int | None = 1, sigma: float = 0
 
 def test_probe_normal() -> None:
     made = derive.probe_normal([direction(), direction("decoder.L2.resid_post", None)], store(), strength=3)
-    assert list(made.entries) == [HEAD, 2]
-    assert made.entries[HEAD].vector[2] == 1
-    assert made.entries[HEAD].sigma == pytest.approx(0.7)
+    assert list(made.changes) == [HEAD, 2]
+    assert made.changes[HEAD].direction[2] == 1
+    assert made.changes[HEAD].sigma == pytest.approx(0.7)
     assert (made.model, made.config_hash, made.provenance["concepts"]) == ("m", "c" * 64, ["attribute:red"])
     model = shared()
     assert derive.probe_normal([direction()], model).config_hash == model.config_hash
 
 
 def of_store(**options: Any) -> Callable[[], SteeringVector]:
-    return lambda: derive.mean_difference(store(), **options)
+    def make() -> SteeringVector:
+        sides = {name: options.pop(name) for name in ("concept", "positive", "negative") if name in options}
+        return derive.mean_difference(Contrast.from_store(store(), **sides), **options)
+
+    return make
 
 
 @pytest.mark.parametrize(
@@ -261,16 +267,28 @@ def of_store(**options: Any) -> Callable[[], SteeringVector]:
         (of_store(positive=np.ones(N, bool), heads=[HEAD]), PatchError, "no examples on one side at L2.H1"),
         (of_store(positive=np.ones(N, bool), negative=np.ones(N, bool), heads=[HEAD]), PatchError, "both"),
         (lambda: derive.concept_subspace(store(), [], heads=[HEAD]), PatchError, "no concepts"),
-        (lambda: derive.discriminant(store(), heads=[HEAD]), PatchError, "either concept="),
+        (lambda: derive.discriminant(Contrast.from_store(store()), heads=[HEAD]), PatchError, "either concept="),
         (
-            lambda: derive.discriminant(store(), positive=np.arange(N) == 50, heads=[HEAD]),
+            lambda: derive.discriminant(Contrast.from_store(store(), positive=np.arange(N) == 50), heads=[HEAD]),
             PatchError,
             "1 positive and",
         ),
-        (lambda: derive.from_pairs(shared(), [], heads=[HEAD]), PatchError, "no pairs"),
-        (lambda: derive.from_pairs(shared(), pairs("blank"), heads=[Head(0, 8)]), SiteError, "8 heads"),
-        (lambda: derive.amplification(shared(), pairs("blank"), heads=[Head(6, 0)]), SiteError, "layers 0-5"),
-        (lambda: derive.amplification(shared(), pairs("blank"), heads=[HEAD], tokens="x"), SiteError, "'suffix'"),
+        (lambda: derive.mean_difference(Contrast.from_pairs(shared(), []), heads=[HEAD]), PatchError, "no pairs"),
+        (
+            lambda: derive.mean_difference(Contrast.from_pairs(shared(), pairs("blank")), heads=[Head(0, 8)]),
+            SiteError,
+            "8 heads",
+        ),
+        (
+            lambda: derive.amplification(Contrast.from_pairs(shared(), pairs("blank")), heads=[Head(6, 0)]),
+            SiteError,
+            "layers 0-5",
+        ),
+        (
+            lambda: derive.amplification(Contrast.from_pairs(shared(), pairs("blank")), heads=[HEAD], tokens="x"),
+            SiteError,
+            "'suffix'",
+        ),
         (lambda: derive.probe_normal([], shared()), PatchError, "at least one"),
         (lambda: derive.probe_normal([direction(), direction()], shared()), SiteError, "two directions at L2.H1"),
         (lambda: derive.probe_normal([direction("vision.L2.z")], shared()), SiteError, "decoder 'z'"),
@@ -286,7 +304,7 @@ def test_what_is_refused(make: Callable[[], SteeringVector], error: type[Excepti
 def test_means_that_coincide_have_no_direction() -> None:
     flat = Arrays(np.ones((N, D), np.float32), {"object:named": np.arange(N) % 2 * 1.0})
     for make in (
-        lambda: derive.mean_difference(flat, "object:named", layers=[2]),
+        lambda: derive.mean_difference(Contrast.from_store(flat, "object:named"), layers=[2]),
         lambda: derive.concept_subspace(flat, ["object:named"], layers=[2]),
     ):
         with pytest.raises(PatchError, match="are equal"):

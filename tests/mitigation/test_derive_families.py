@@ -13,7 +13,7 @@ from circuits import head_scores
 from groundscope.core.errors import ModelError
 from lvlm import Head, Lvlm, Site
 from lvlm.text_only import read_text_only
-from mitigation import SteeringVector, derive
+from mitigation import Contrast, SteeringVector, derive
 from mitigation.steering.derive.vti import Demonstration
 from tests.toys.families import FAMILY, model
 from tests.toys.patching_oracle import pair_of
@@ -50,10 +50,17 @@ def test_every_family_runs_or_is_told_what_it_lacks(family: str) -> None:
     assert bool(lacks(lvlm, lambda: derive.vti_vision(lvlm, examples, copies=2))) == (family not in ONE_VIEW)
     last = lvlm.n_layers - 1
     for tokens in ("last", "suffix"):
-        assert not lacks(lvlm, lambda t=tokens: derive.from_pairs(lvlm, pairs, layers=[last], tokens=t))
-        assert not lacks(lvlm, lambda t=tokens: derive.from_pairs(lvlm, pairs, heads=[Head(1, 0)], tokens=t))
+        assert not lacks(
+            lvlm, lambda t=tokens: derive.mean_difference(Contrast.from_pairs(lvlm, pairs), layers=[last], tokens=t)
+        )
+        assert not lacks(
+            lvlm,
+            lambda t=tokens: derive.mean_difference(Contrast.from_pairs(lvlm, pairs), heads=[Head(1, 0)], tokens=t),
+        )
         if family == "mllama":
-            early = lacks(lvlm, lambda t=tokens: derive.from_pairs(lvlm, pairs, layers=[0], tokens=t))
+            early = lacks(
+                lvlm, lambda t=tokens: derive.mean_difference(Contrast.from_pairs(lvlm, pairs), layers=[0], tokens=t)
+            )
             assert "layer 1, the first of mllama" in early
     if family in {*ENCODERS, "mllama"}:
         with pytest.raises(ModelError, match="cannot be removed from the prompt"):
@@ -82,7 +89,7 @@ def test_words_alone_are_what_the_language_model_gives(family: str) -> None:
     made = derive.project_away(lvlm, "dog", layers=[1])
     own = lvlm.processor.tokenizer("dog")["input_ids"]
     t = decoder(input_ids=torch.tensor([own]), output_hidden_states=True, use_cache=False).hidden_states[2][0, -1]
-    np.testing.assert_allclose(made.entries[1].vector, (t / t.norm()).numpy(), atol=1e-5)
+    np.testing.assert_allclose(made.changes[1].direction, (t / t.norm()).numpy(), atol=1e-5)
 
     sites = [Site("decoder", layer, "resid_post") for layer in (0, 1)]
     seen = read_text_only(lvlm, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, sites)
@@ -100,7 +107,7 @@ def test_layers_that_read_only_the_image_are_skipped_without_one() -> None:
     own = torch.tensor([lvlm.processor.tokenizer("dog")["input_ids"]])
     t = lvlm.read({"input_ids": own, "attention_mask": torch.ones_like(own)}, ["decoder.L0.resid_post"])
     t = t["decoder.L0.resid_post"][0, -1]
-    np.testing.assert_allclose(made.entries[1].vector, (t / t.norm()).numpy(), atol=1e-5)
+    np.testing.assert_allclose(made.changes[1].direction, (t / t.norm()).numpy(), atol=1e-5)
 
     sites = [Site("decoder", i, "resid_post") for i in range(4)]
     seen = read_text_only(lvlm, inputs, sites)

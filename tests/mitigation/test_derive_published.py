@@ -15,13 +15,14 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
+from activation_store import ArrayInfo
 from concepts.schema import Example
 from groundscope.core.errors import ConfigError, DataError, PatchError, SiteError
 from lvlm import Head, Site
 from lvlm.model import Lvlm
-from mitigation import SteeringVector, combined, derive
+from mitigation import Contrast, SteeringVector, combine, derive
 from mitigation.steering.derive.head_selection import group_folds, probe_accuracies
-from mitigation.steering.placement import Key
+from mitigation.steering.places import Key
 from tests.toys.derivation import Arrays, D, ledoit_wolf
 from tests.toys.random_models import captured, examples, hooks_of, layers_of, pairs, shared
 
@@ -53,7 +54,7 @@ def misled(noise: float) -> tuple[Arrays, np.ndarray]:
 
 def test_lda_against_its_formula_and_where_means_mislead() -> None:
     s, planted = misled(0.3)
-    made = derive.lda(s, "object:named", layers=[2], strength=3)
+    made = derive.lda(Contrast.from_store(s, "object:named"), layers=[2], strength=3)
     x, y = s.x.astype(np.float64), s.labels["object:named"]
     true, false = x[y == 1], x[y == 0]
     pooled = np.zeros((D, D))
@@ -62,12 +63,12 @@ def test_lda_against_its_formula_and_where_means_mislead() -> None:
         units = centered.std(0)
         pooled += 0.5 * units[:, None] * ledoit_wolf(centered / units) * units
     theta = unit(np.linalg.solve(pooled, true.mean(0) - false.mean(0)))
-    entry = made.entries[2]
-    np.testing.assert_allclose(entry.vector, theta, atol=1e-5)
+    entry = made.changes[2]
+    np.testing.assert_allclose(entry.direction, theta, atol=1e-5)
     assert entry.sigma == pytest.approx(np.std(x @ theta), rel=1e-5)
     assert (made.kind, made.strength, made.provenance["method"]) == ("add", 3, "lda")
-    assert entry.vector @ planted >= 0.99  # noise of .3 beside means 4 apart
-    plain = derive.mean_difference(s, "object:named", layers=[2]).entries[2].vector
+    assert entry.direction @ planted >= 0.99  # noise of .3 beside means 4 apart
+    plain = derive.mean_difference(Contrast.from_store(s, "object:named"), layers=[2]).changes[2].direction
     assert plain @ planted < 0.95
 
 
@@ -81,7 +82,7 @@ def test_paired_pca_against_numpy(variant: Any, key: Key) -> None:
     where: dict[str, Any] = (
         {"heads": [key]} if isinstance(key, Head) else {"sites": [key]} if key == MLP else {"layers": [key]}
     )
-    made = derive.paired_pca(model, given, **where, variant=variant)
+    made = derive.paired_pca(Contrast.from_pairs(model, given), **where, variant=variant)
     part = "z" if isinstance(key, Head) else "mlp_out" if key == MLP else "resid_post"
     layer = key if isinstance(key, int) else key.layer
     clean, corrupt = (last_of(side, part, layer) for side in ([p.clean for p in given], [p.corrupt for p in given]))
@@ -94,9 +95,9 @@ def test_paired_pca_against_numpy(variant: Any, key: Key) -> None:
     turned = (x @ theta > 0).mean() < 0.5 if variant == "release" else (x @ theta).mean() < 0
     theta = -theta if turned else theta
     assert values[-1] > 1.2 * values[-2]
-    np.testing.assert_allclose(made.entries[key].vector, theta, atol=1e-4)
+    np.testing.assert_allclose(made.changes[key].direction, theta, atol=1e-4)
     both = np.concatenate([clean, corrupt]) @ theta
-    assert made.entries[key].sigma == pytest.approx(np.std(both), rel=1e-3)
+    assert made.changes[key].sigma == pytest.approx(np.std(both), rel=1e-3)
 
 
 @contextmanager
@@ -125,9 +126,12 @@ def test_a_planted_direction_is_recovered_from_pairs() -> None:
     natural = last_of([p.clean for p in given], "resid_post", 4) - last_of([p.corrupt for p in given], "resid_post", 4)
     noise = np.sqrt((natural**2).sum(1).mean())
     with planted(4, direction, 12 * noise):  # the pairs' own differences are a twelfth of what is planted
-        for made in (derive.paired_pca(model, given, layers=[4]), derive.from_pairs(model, given, layers=[4])):
-            assert made.entries[4].vector @ direction >= 0.99
-        image_level = derive.ict(model, given, heads=[Head(5, 0)], tokens="last")
+        for made in (
+            derive.paired_pca(Contrast.from_pairs(model, given), layers=[4]),
+            derive.mean_difference(Contrast.from_pairs(model, given), layers=[4]),
+        ):
+            assert made.changes[4].direction @ direction >= 0.99
+        image_level = derive.ict(Contrast.from_pairs(model, given), heads=[Head(5, 0)], tokens="last")
     assert image_level.heads == (Head(5, 0),)
 
 
@@ -144,12 +148,7 @@ class Heads:
     provenance: Any = None
     digest: str = "s" * 64
 
-    def layers(self, stack: str, component: str) -> int:
-        assert (stack, component) == ("decoder", "z")
-        return 2
-
-    def n_heads(self, stack: str) -> int:
-        return 3
+    arrays = (ArrayInfo("decoder", "z", "last", n_layers=2, width=15, n_heads=3),)
 
     def read(self, site: str | Site, tokens: str, head: int | None = None, examples: Any = None) -> np.ndarray:
         assert head is not None
@@ -183,7 +182,7 @@ def head_store() -> Heads:
 @pytest.mark.parametrize("variant", ["paper", "release"])
 def test_iti_finds_the_heads_that_know_and_their_means(variant: Any) -> None:
     s = head_store()
-    made = derive.iti(s, "object:named", top=3, variant=variant)
+    made = derive.iti(Contrast.from_store(s, "object:named"), top=3, variant=variant)
     assert set(made.heads) == set(KNOWING)
     assert (made.kind, made.strength, made.positions) == ("add", 15, "last")
     used = np.flatnonzero(~np.isnan(s.y) & ~np.isnan(s.x[:, 0, 0, 0]))
@@ -194,16 +193,18 @@ def test_iti_finds_the_heads_that_know_and_their_means(variant: Any) -> None:
         x = s.x[:, head.layer, head.head].astype(np.float64)
         y = s.y[seen]
         theta = unit(x[seen][y == 1].mean(0) - x[seen][y == 0].mean(0))
-        np.testing.assert_allclose(made.entries[head].vector, theta, atol=1e-6)
-        assert made.entries[head].sigma == pytest.approx(np.std(x[seen] @ theta), rel=1e-6)
+        np.testing.assert_allclose(made.changes[head].direction, theta, atol=1e-6)
+        assert made.changes[head].sigma == pytest.approx(np.std(x[seen] @ theta), rel=1e-6)
         probe = LogisticRegression(max_iter=10_000).fit(x[used[train]], s.y[used[train]])
         right = (probe.predict(x[used[held]]) == s.y[used[held]]).mean()
         assert made.provenance["accuracy"][str(head)] == pytest.approx(right, abs=0.01)
     # Unit noise in 5 dimensions, 600 examples: means 3 apart are found to a cosine of .99.
-    assert made.entries[Head(0, 1)].vector @ TRUTHS[Head(0, 1)] >= 0.99
-    assert derive.iti(s, "object:named", top=1).heads == (Head(0, 1),)
-    assert derive.iti(s, "object:named", top=1, heads=[Head(1, 1), Head(1, 2)]).heads == (Head(1, 2),)
-    assert len(derive.iti(s, "object:named").heads) == 6  # 48, or as many as there are
+    assert made.changes[Head(0, 1)].direction @ TRUTHS[Head(0, 1)] >= 0.99
+    assert derive.iti(Contrast.from_store(s, "object:named"), top=1).heads == (Head(0, 1),)
+    assert derive.iti(Contrast.from_store(s, "object:named"), top=1, heads=[Head(1, 1), Head(1, 2)]).heads == (
+        Head(1, 2),
+    )
+    assert len(derive.iti(Contrast.from_store(s, "object:named")).heads) == 6  # 48, or as many as there are
 
 
 def test_folds_divide_no_group() -> None:
@@ -227,22 +228,22 @@ def test_accuracies_are_those_of_logistic_regression() -> None:
 
 def test_ict_against_numpy() -> None:
     model, given = shared(), pairs("blur")
-    made = derive.ict(model, given)
+    made = derive.ict(Contrast.from_pairs(model, given))
     assert len(made.heads) == 48
     assert (made.strength, made.positions, made.kind) == (8, "last", "add")
     clean, corrupt = (last_of(side, "z", 3) for side in ([p.clean for p in given], [p.corrupt for p in given]))
     for head in range(8):
         columns = slice(head * model.head_dim, (head + 1) * model.head_dim)
         theta = unit(clean[:, columns].mean(0) - corrupt[:, columns].mean(0))
-        entry = made.entries[Head(3, head)]
-        np.testing.assert_allclose(entry.vector, theta, atol=1e-3)
+        entry = made.changes[Head(3, head)]
+        np.testing.assert_allclose(entry.direction, theta, atol=1e-3)
         assert entry.sigma == pytest.approx(np.std(np.concatenate([clean, corrupt])[:, columns] @ theta), rel=1e-3)
-    assert len(derive.ict(model, given, top=5).heads) == 5
+    assert len(derive.ict(Contrast.from_pairs(model, given), top=5).heads) == 5
 
 
 def test_ict_as_released_acts_on_slices_of_the_attention_output() -> None:
     model, given = shared(), pairs("blur")
-    made = derive.ict(model, given, variant="release")
+    made = derive.ict(Contrast.from_pairs(model, given), variant="release")
     assert made.sites == tuple(Site("decoder", i, "attn_out") for i in range(6))
     clean, corrupt = (last_of(side, "attn_out", 1) for side in ([p.clean for p in given], [p.corrupt for p in given]))
     move = np.zeros(model.width)
@@ -250,16 +251,19 @@ def test_ict_as_released_acts_on_slices_of_the_attention_output() -> None:
         columns = slice(start, start + 32)
         theta = unit(clean[:, columns].mean(0) - corrupt[:, columns].mean(0))
         move[columns] = np.std(np.concatenate([clean, corrupt])[:, columns] @ theta) * theta
-    entry = made.entries[made.sites[1]]
-    np.testing.assert_allclose(entry.sigma * entry.vector, move, atol=2e-3 * np.abs(move).max())
-    some = derive.ict(model, given, variant="release", top=2)
-    assert sum(int((np.abs(e.vector.reshape(-1, 32)).sum(1) > 0).sum()) for e in some.entries.values()) == 2
+    entry = made.changes[made.sites[1]]
+    np.testing.assert_allclose(entry.sigma * entry.direction, move, atol=2e-3 * np.abs(move).max())
+    some = derive.ict(Contrast.from_pairs(model, given), variant="release", top=2)
+    assert sum(int((np.abs(e.direction.reshape(-1, 32)).sum(1) > 0).sum()) for e in some.changes.values()) == 2
 
 
 def test_both_levels_of_ict_are_one_vector() -> None:
     model = shared()
-    levels = [derive.ict(model, pairs(kind), heads=[Head(2, 1), Head(3, k)]) for k, kind in enumerate(("blur", "mask"))]
-    both = combined(levels)
+    levels = [
+        derive.ict(Contrast.from_pairs(model, pairs(kind)), heads=[Head(2, 1), Head(3, k)])
+        for k, kind in enumerate(("blur", "mask"))
+    ]
+    both = combine(levels)
     assert both.heads == (Head(2, 1), Head(3, 0), Head(3, 1))
     inputs = model.encode(pairs("blur")[0].clean).inputs
     with levels[0].applied(model), levels[1].applied(model):
@@ -268,9 +272,9 @@ def test_both_levels_of_ict_are_one_vector() -> None:
         torch.testing.assert_close(model.logits(inputs), expected, atol=1e-4, rtol=1e-4)
     for wrong in ([], [levels[0], levels[1].at("all")], [levels[0].decaying(0.5)], [replace(levels[0], norm="kept")]):
         with pytest.raises(PatchError, match="cannot be combined"):
-            combined(wrong)
+            combine(wrong)
     with pytest.raises(PatchError, match="the vectors cancel"):
-        combined([levels[0], levels[0].scaled(-8)])
+        combine([levels[0], levels[0].scaled(-8)])
 
 
 # ---- VTI ---------------------------------------------------------------------------------------------------------------
@@ -314,11 +318,11 @@ def test_vti_text_against_numpy(variant: Any) -> None:
         expected = np.stack([pc1_plus_mean(x[:, i + 1], released=False) for i in range(6)])
     assert made.sites == tuple(Site("decoder", i, "mlp_out") for i in range(6))
     for layer, site in enumerate(made.sites):
-        np.testing.assert_allclose(made.entries[site].vector, unit(expected[layer]), atol=2e-3)
-        assert made.entries[site].sigma == pytest.approx(0.1)
+        np.testing.assert_allclose(made.changes[site].direction, unit(expected[layer]), atol=2e-3)
+        assert made.changes[site].sigma == pytest.approx(0.1)
     assert (made.norm, made.positions, made.strength) == ("relative", "all", 0.8)
     one = derive.vti_text(model, demonstrations()[:1], layers=[2])
-    np.testing.assert_allclose(one.entries[Site("decoder", 2, "mlp_out")].vector, unit(x[0, 3]), atol=1e-3)
+    np.testing.assert_allclose(one.changes[Site("decoder", 2, "mlp_out")].direction, unit(x[0, 3]), atol=1e-3)
 
 
 @pytest.mark.parametrize("variant", ["paper", "release"])
@@ -356,7 +360,7 @@ def test_vti_vision_against_numpy(variant: Any) -> None:
     assert len(made.sites) == depth == 4
     for layer, site in enumerate(made.sites):
         assert site == Site("vision", layer, "mlp_out")
-        vector = made.entries[site].vector
+        vector = made.changes[site].direction
         assert vector.shape == (tokens, width)
         cosine = (vector * expected[layer]).sum(1) / np.linalg.norm(expected[layer], axis=1)
         assert cosine.min() > 0.999
@@ -388,9 +392,9 @@ def test_vsv_is_what_the_image_adds(variant: Any) -> None:
         difference = seen[layer] - told[layer]
         if layer == 0 and variant != "paper":
             difference[0] += 1  # what a principal component analysis of one sample leaves
-        np.testing.assert_allclose(made.entries[key].vector, unit(difference), atol=1e-3)
+        np.testing.assert_allclose(made.changes[key].direction, unit(difference), atol=1e-3)
         length = np.linalg.norm(difference) if variant == "paper" else 1
-        assert made.entries[key].sigma == pytest.approx(length, rel=1e-3)
+        assert made.changes[key].sigma == pytest.approx(length, rel=1e-3)
     assert made.norm == {"paper": "kept", "release": "away", "simple": "relative"}[variant]
     assert made.positions == ("last" if variant == "paper" else "all")
 
@@ -401,7 +405,7 @@ def test_the_rule_of_vistas_run_scripts() -> None:
     model, example = shared(), examples()[0]
     made = derive.vsv(model, example, layers=[2], strength=0.17, variant="release")
     inputs = model.encode(example).inputs
-    v = made.entries[Site("decoder", 2, "mlp_out")].vector.astype(float)
+    v = made.changes[Site("decoder", 2, "mlp_out")].direction.astype(float)
     x = captured(model, inputs)["mlp_out"][2]
     lengths = np.linalg.norm(x, axis=-1, keepdims=True)
     toward = (x @ -v)[:, None] / lengths / np.linalg.norm(v)
@@ -434,7 +438,7 @@ def test_project_away_takes_out_what_points_to_the_word(variant: Any) -> None:
     else:
         ids = model.processor.tokenizer("apple", add_special_tokens=False)["input_ids"]
         t = model.hf.get_input_embeddings().weight[ids].double().mean(0).numpy()
-    np.testing.assert_allclose(made.entries[1].vector, unit(t), atol=1e-4)
+    np.testing.assert_allclose(made.changes[1].direction, unit(t), atol=1e-4)
     assert (made.kind, made.positions, made.heads, made.layers) == ("project", "image", (), (1, 2))
     encoding = model.encode(example)
     image = list(encoding.tokens.image)
@@ -455,21 +459,45 @@ def test_project_away_takes_out_what_points_to_the_word(variant: Any) -> None:
 @pytest.mark.parametrize(
     ("make", "error", "said"),
     [
-        (lambda: derive.paired_pca(shared(), pairs("blank"), layers=[1], variant="code"), ConfigError, "'release'"),
-        (lambda: derive.paired_pca(shared(), [], layers=[1]), PatchError, "no pairs"),
         (
-            lambda: derive.paired_pca(shared(), pairs("blank")[:1], layers=[1], variant="release"),
+            lambda: derive.paired_pca(Contrast.from_pairs(shared(), pairs("blank")), layers=[1], variant="code"),
+            ConfigError,
+            "'release'",
+        ),
+        (lambda: derive.paired_pca(Contrast.from_pairs(shared(), []), layers=[1]), PatchError, "no pairs"),
+        (
+            lambda: derive.paired_pca(Contrast.from_pairs(shared(), pairs("blank")[:1]), layers=[1], variant="release"),
             PatchError,
             "in the same way",
         ),
-        (lambda: derive.lda(misled(1)[0], "object:named"), PatchError, "no heads, layers or sites"),
-        (lambda: derive.iti(head_store(), "object:named", top=0), PatchError, "top=0: it must be at least 1"),
-        (lambda: derive.iti(head_store(), "object:cat"), SiteError, "choose from object:named"),
-        (lambda: derive.iti(head_store(), "object:named", accuracy={Head(0, 0): 1}), PatchError, r"L0\.H1"),
-        (lambda: derive.iti(head_store(), "object:named", folds=1000), PatchError, "cannot be divided"),
-        (lambda: derive.ict(shared(), [*pairs("blur"), *pairs("mask")]), PatchError, "each level"),
-        (lambda: derive.ict(shared(), pairs("blur")[:1]), PatchError, "cannot be divided"),
-        (lambda: derive.ict(shared(), pairs("blur"), variant="release", slice_width=7), PatchError, "must divide"),
+        (
+            lambda: derive.lda(Contrast.from_store(misled(1)[0], "object:named")),
+            PatchError,
+            "no heads, layers or sites",
+        ),
+        (
+            lambda: derive.iti(Contrast.from_store(head_store(), "object:named"), top=0),
+            PatchError,
+            "top=0: it must be at least 1",
+        ),
+        (lambda: derive.iti(Contrast.from_store(head_store(), "object:cat")), SiteError, "choose from object:named"),
+        (
+            lambda: derive.iti(Contrast.from_store(head_store(), "object:named"), accuracy={Head(0, 0): 1}),
+            PatchError,
+            r"L0\.H1",
+        ),
+        (
+            lambda: derive.iti(Contrast.from_store(head_store(), "object:named"), folds=1000),
+            PatchError,
+            "cannot be divided",
+        ),
+        (lambda: derive.ict(Contrast.from_pairs(shared(), [*pairs("blur"), *pairs("mask")])), PatchError, "each level"),
+        (lambda: derive.ict(Contrast.from_pairs(shared(), pairs("blur")[:1])), PatchError, "cannot be divided"),
+        (
+            lambda: derive.ict(Contrast.from_pairs(shared(), pairs("blur")), variant="release", slice_width=7),
+            PatchError,
+            "must divide",
+        ),
         (lambda: derive.vti_text(shared(), []), PatchError, "no demonstrations"),
         (lambda: derive.vti_text(shared(), demonstrations(), layers=[6]), SiteError, "layers 0-5"),
         (lambda: derive.vti_text(shared(), [derive.Demonstration(examples()[0], " ", "red")]), DataError, "empty"),

@@ -27,12 +27,13 @@ from concepts.schema import Example
 from groundscope.core.errors import ConfigError, ModelError, PatchError, StoreError
 from lvlm import Head, Site, wrap_lvlm
 from lvlm.model import Lvlm
-from mitigation import SteeringVector, derive, export
+from mitigation import Contrast, SteeringVector, derive, export
+from mitigation.steering.changes import AddChange, AmplifyChange, ProbeGate, ProjectChange, VectorChange
 from mitigation.steering.export import apply_bias
 from mitigation.steering.export.baked import apply
 from mitigation.steering.export.convert import to_residual
 from mitigation.steering.export.gguf import card_in, check
-from mitigation.steering.placement import Entry, Key, ProbeGate
+from mitigation.steering.places import Key
 from tests.toys.random_models import data, examples, layers_of, lively, pairs, shared
 
 HEADS = (Head(1, 3), Head(1, 6), Head(4, 0))
@@ -41,11 +42,15 @@ MLP = Site("decoder", 3, "mlp_out")
 
 def made(*keys: Key, strength: float = 1.5, **changes: Any) -> SteeringVector:
     model, rng = shared(), np.random.default_rng(0)
-    entries: dict[Key, Entry] = {}
+    entries: dict[Key, VectorChange] = {}
     for key in keys:
         v = rng.standard_normal(model.head_dim if isinstance(key, Head) else model.width)
-        entries[key] = Entry(v / np.linalg.norm(v), 0.5 + rng.random())
-    whole = SteeringVector(entries, "add", "all", strength, model.name, model.config_hash, {"method": "by hand"})
+        entries[key] = AddChange(v / np.linalg.norm(v), 0.5 + rng.random())
+    kind = changes.pop("kind", "add")
+    if kind != "add":
+        make = ProjectChange if kind == "project" else AmplifyChange
+        entries = {key: make(c.direction) for key, c in entries.items() if isinstance(c, AddChange)}
+    whole = SteeringVector(entries, "all", strength, model.name, model.config_hash, {"method": "by hand"})
     return replace(whole, **changes)
 
 
@@ -94,7 +99,7 @@ def same(a: torch.Tensor, b: torch.Tensor) -> None:
 @pytest.mark.parametrize("strength", [None, 0.7])
 def test_gguf_is_what_llama_cpp_adds(strength: float | None, tmp_path: Path) -> None:
     vector = made(2, 4)
-    path = export.gguf(vector, tmp_path / "new" / "vector.gguf", shared(), strength)
+    path = export.gguf(vector, tmp_path / "new" / "vector.gguf", shared(), strength=strength)
     reader = GGUFReader(path)
     assert {t.name for t in reader.tensors} == {"direction.2", "direction.4"}
     for tensor in reader.tensors:
@@ -140,8 +145,8 @@ def test_a_conversion_is_the_projection_and_says_what_it_is(tmp_path: Path) -> N
     path = export.gguf(vector, tmp_path / "v.gguf", model, convert=True)
     rows = check(path)
     expected = {i: np.zeros(model.width) for i in (1, 2, 3, 4)}
-    for key, entry in vector.entries.items():
-        move = 1.5 * entry.sigma * entry.vector.astype(np.float64)
+    for key, entry in vector.changes.items():
+        move = 1.5 * entry.sigma * entry.direction.astype(np.float64)
         if isinstance(key, Head):
             weight = layers_of(model)[key.layer].self_attn.o_proj.weight.detach().double().numpy()
             move = weight[:, key.head * model.head_dim : (key.head + 1) * model.head_dim] @ move
@@ -225,11 +230,11 @@ def test_vti_directions(stack: str, tmp_path: Path) -> None:
     hook.remove()
     width, tokens = held[0].shape[-1], held[0].shape[1]
     shape = (width,) if stack == "decoder" else (tokens, width)
-    entries: dict[Key, Entry] = {}
+    entries: dict[Key, VectorChange] = {}
     for layer in (0, 2):
         v = rng.standard_normal(shape)
-        entries[Site(stack, layer, "mlp_out")] = Entry(v / np.linalg.norm(v, axis=-1, keepdims=True), 0.1)  # pyright: ignore[reportArgumentType]  # one of the two
-    vector = SteeringVector(entries, "add", "all", 6.0, model.name, model.config_hash, norm="relative")
+        entries[Site(stack, layer, "mlp_out")] = AddChange(v / np.linalg.norm(v, axis=-1, keepdims=True), 0.1)  # pyright: ignore[reportArgumentType]  # one of the two
+    vector = SteeringVector(entries, "all", 6.0, model.name, model.config_hash, norm="relative")
     path = export.vti(vector, tmp_path / "vti.pt", model)
     directions = opened(path)
     assert directions.shape == (len(modules), 1, *shape)
@@ -237,7 +242,7 @@ def test_vti_directions(stack: str, tmp_path: Path) -> None:
     assert alpha == pytest.approx(6)
     hooks = {layer.mlp: vti_layer(directions[i], alpha) for i, layer in enumerate(modules)}
     same(consumed(hooks), steered(vector))
-    uneven = replace(vector, entries={**entries, Site("decoder", 1, "mlp_out"): Entry(np.eye(1, model.width)[0])})
+    uneven = replace(vector, changes={**entries, Site("decoder", 1, "mlp_out"): AddChange(np.eye(1, model.width)[0])})
     with pytest.raises(ConfigError):
         export.vti(uneven, tmp_path / "no.pt", model)
 
@@ -271,8 +276,8 @@ def test_a_model_that_is_kept_elsewhere_is_baked_and_converted_as_if_it_were_her
     away = wrap_lvlm(network, model.processor, name=model.name, validate=False)
     here, there = (export.baked(vector, tmp_path / f"{i}.safetensors", m) for i, m in enumerate((model, away)))
     assert here.read_bytes() == there.read_bytes()
-    for one, other in zip(*(to_residual(made(*HEADS), m).entries.values() for m in (model, away)), strict=True):
-        np.testing.assert_array_equal(one.vector, other.vector)
+    for one, other in zip(*(to_residual(made(*HEADS), m).changes.values() for m in (model, away)), strict=True):
+        np.testing.assert_array_equal(one.direction, other.direction)
 
 
 def test_the_loader_stands_alone(tmp_path: Path) -> None:
@@ -351,14 +356,15 @@ def test_every_format_writes_what_it_can_hold_and_refuses_the_rest(case: str, tm
     make, able = UNFIT[case]
     vector = make()
     assert set(export.formats_for(vector)) == able
-    for name, write in export.EXPORTS.items():
-        path = tmp_path / f"{name}.file"
+    for name, form in export.exports.items():
+        path, write = tmp_path / f"{name}.file", form.write
         if name in able:
             assert write(vector, path, shared()).is_file()
             continue
         with pytest.raises(ConfigError, match=f"cannot be written as '{name}'") as refused:
             write(vector, path, shared())
-        assert all(f"'{other}'" in str(refused.value) for other in able)
+        assert "'safetensors'" in str(refused.value)
+        assert "formats_for(vector)" in str(refused.value)
         assert not path.exists()
 
 
@@ -376,14 +382,14 @@ def test_refusals_say_what_would_help(tmp_path: Path) -> None:
     for strength in (float("nan"), float("inf")):
         for name in ("baked", "gguf", "steering_vectors", "vllm"):
             with pytest.raises(ConfigError, match="finite"):
-                export.EXPORTS[name](made(2), tmp_path / "v", shared(), strength)
+                export.exports[name].write(made(2), tmp_path / "v", shared(), strength=strength)
 
 
-@pytest.mark.parametrize("name", list(export.FORMATS))
+@pytest.mark.parametrize("name", list(export.exports))
 def test_a_vector_for_another_model_is_not_written(name: str, tmp_path: Path) -> None:
     vector = made(MLP, norm="relative") if name == "vti" else made(2)
     with pytest.raises(ModelError, match="derived for"):
-        export.EXPORTS[name](replace(vector, config_hash="x"), tmp_path / "v", shared())
+        export.exports[name].write(replace(vector, config_hash="x"), tmp_path / "v", shared())
     assert not list(tmp_path.iterdir())
 
 
@@ -411,7 +417,7 @@ def test_iti_activations(tmp_path: Path) -> None:
     store = trace(model, asked, sites=sites, tokens=["last"], out=tmp_path / "store")
     positive = np.array([e.answer == "yes" for e in asked])
     positive[0] = True
-    paths = export.iti(store, tmp_path / "features" / "toy", model, positive=positive)
+    paths = export.iti_activations(Contrast.from_store(store, positive=positive), tmp_path / "features" / "toy", model)
     assert [p.name for p in paths] == ["toy_head_wise.npy", "toy_layer_wise.npy", "toy_labels.npy"]
     heads, layers, labels = (np.load(p, allow_pickle=False) for p in paths)
     np.testing.assert_array_equal(labels, positive.astype(int))
@@ -423,28 +429,32 @@ def test_iti_activations(tmp_path: Path) -> None:
     # What honest_llama's scripts make of the files is the vector of the release.
     split = heads.reshape(len(heads), 6, 8, model.head_dim).astype(np.float64)
     known = {Head(i, k): float(i * 8 + k) for i in range(6) for k in range(8)}
-    vector = derive.iti(store, positive=positive, accuracy=known, top=3, folds=2, variant="release")
+    vector = derive.iti(
+        Contrast.from_store(store, positive=positive), accuracy=known, top=3, folds=2, variant="release"
+    )
     assert vector.heads == (Head(5, 5), Head(5, 6), Head(5, 7))
     for head in vector.heads:
         own = split[:, head.layer, head.head]
         com = own[labels == 1].mean(0) - own[labels == 0].mean(0)
         com /= np.linalg.norm(com)
-        np.testing.assert_allclose(vector.entries[head].vector, com, atol=1e-5)
-        assert vector.entries[head].sigma == pytest.approx(np.std(own @ com), rel=1e-5)
+        np.testing.assert_allclose(vector.changes[head].direction, com, atol=1e-5)
+        assert vector.changes[head].sigma == pytest.approx(np.std(own @ com), rel=1e-5)
     foreign = lively()
     foreign.hf.config.text_config.rope_theta = 1.0  # another configuration, another hash
     with pytest.raises(ModelError, match="not traced from"):
-        export.iti(store, tmp_path / "x", foreign, positive=positive)
+        export.iti_activations(Contrast.from_store(store, positive=positive), tmp_path / "x", foreign)
     none = np.zeros(len(asked), bool)
     with pytest.raises(PatchError, match="nothing to write"):
-        export.iti(store, tmp_path / "x", model, positive=none, negative=none)
+        export.iti_activations(Contrast.from_store(store, positive=none, negative=none), tmp_path / "x", model)
 
 
 def test_ict_activations(tmp_path: Path) -> None:
     model = shared()
     blurred = [p for p in pairs("blur") if p.clean.named_object() is not None][:3]
     masked = [next(m for m in pairs("mask") if m.clean.id == p.clean.id) for p in blurred]
-    paths = export.ict(model, blurred, masked, tmp_path / "vectors")
+    paths = export.ict_activations(
+        Contrast.from_pairs(model, blurred), Contrast.from_pairs(model, masked), tmp_path / "vectors"
+    )
     assert [p.name for p in paths] == ["base.npy", "hallucinated.npy", "object.npy"]
     sides = ([p.clean for p in blurred], [p.corrupt for p in blurred], [p.corrupt for p in masked])
     for path, side in zip(paths, sides, strict=True):
@@ -453,4 +463,6 @@ def test_ict_activations(tmp_path: Path) -> None:
         for row, example in enumerate(side):
             np.testing.assert_allclose(array[row], by_hand(model, example, "output")[1], atol=1e-4, rtol=1e-4)
     with pytest.raises(PatchError, match="same clean examples"):
-        export.ict(model, blurred, masked[::-1], tmp_path / "no")
+        export.ict_activations(
+            Contrast.from_pairs(model, blurred), Contrast.from_pairs(model, masked[::-1]), tmp_path / "no"
+        )

@@ -11,10 +11,10 @@ import torch
 from groundscope.core.errors import ConfigError
 from lvlm import Head, Lvlm, Site
 from mitigation import SteeringVector
-from mitigation.steering.export import EXPORTS
+from mitigation.steering.changes import AddChange
+from mitigation.steering.export import exports
 from mitigation.steering.export.baked import apply, baked
 from mitigation.steering.export.convert import to_residual
-from mitigation.steering.placement import Entry
 from tests.toys.examples import example
 from tests.toys.families import FAMILY, model
 
@@ -25,8 +25,8 @@ NORMED = {"gemma3", "paligemma2", "glm4v", "florence2"}
 def pushed(lvlm: Lvlm, key: Head | Site, positions: str = "all") -> SteeringVector:
     width = lvlm.head_dim if isinstance(key, Head) else lvlm.width
     d = np.random.default_rng(0).standard_normal(width)
-    entry = Entry(d / np.linalg.norm(d), 2.0)
-    return SteeringVector({key: entry}, "add", positions, 1.0, lvlm.name, lvlm.config_hash)  # pyright: ignore[reportArgumentType]
+    entry = AddChange(d / np.linalg.norm(d), 2.0)
+    return SteeringVector({key: entry}, positions, 1.0, lvlm.name, lvlm.config_hash)  # pyright: ignore[reportArgumentType]
 
 
 def gained(lvlm: Lvlm, vector: SteeringVector, site: str) -> np.ndarray:
@@ -53,8 +53,8 @@ def test_what_heads_add_arrives_in_full_or_is_refused(family: str) -> None:
                 assert np.ptp(arrives, axis=0).max() > 1e-3
             continue
         moved = to_residual(vector, lvlm)
-        entry = moved.entries[layer]
-        np.testing.assert_allclose(arrives, np.tile(entry.sigma * entry.vector, (len(arrives), 1)), atol=1e-5)
+        entry = moved.changes[layer]
+        np.testing.assert_allclose(arrives, np.tile(entry.sigma * entry.direction, (len(arrives), 1)), atol=1e-5)
         assert "gate W_O d" in moved.provenance["conversion"]
 
 
@@ -64,9 +64,9 @@ def test_outputs_after_the_norm_are_carried(family: str) -> None:
     lvlm = model(family)
     for component in ("attn_out", "mlp_out"):
         vector = pushed(lvlm, Site("decoder", 1, component))
-        moved = to_residual(vector, lvlm).entries[1]
+        moved = to_residual(vector, lvlm).changes[1]
         arrives = gained(lvlm, vector, "decoder.L1.resid_mid" if component == "attn_out" else "decoder.L1.resid_post")
-        np.testing.assert_allclose(arrives, np.tile(moved.sigma * moved.vector, (len(arrives), 1)), atol=1e-5)
+        np.testing.assert_allclose(arrives, np.tile(moved.sigma * moved.direction, (len(arrives), 1)), atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["gemma3", "glm4v", "mllama", "llava"])
@@ -91,11 +91,11 @@ def test_converting_exports(form: str, tmp_path: Path) -> None:
     lvlm = model("gemma3")
     both = pushed(lvlm, Head(1, 2))
     entries = {
-        **both.entries,
-        Site("decoder", 2, "attn_out"): pushed(lvlm, Site("decoder", 2, "attn_out")).entries[
+        **both.changes,
+        Site("decoder", 2, "attn_out"): pushed(lvlm, Site("decoder", 2, "attn_out")).changes[
             Site("decoder", 2, "attn_out")
         ],
     }
-    mixed = SteeringVector(entries, "add", "all", 1.0, lvlm.name, lvlm.config_hash)
+    mixed = SteeringVector(entries, "all", 1.0, lvlm.name, lvlm.config_hash)
     with pytest.raises(ConfigError, match="followed by a norm"):
-        EXPORTS[form](mixed, tmp_path / "x", lvlm, convert=True)
+        exports[form].write(mixed, tmp_path / "x", lvlm, convert=True)

@@ -12,7 +12,7 @@ import torch
 
 from concepts.schema import Example
 from lvlm import Head, Site
-from mitigation import SteeringVector, derive
+from mitigation import Contrast, SteeringVector, derive
 from tests.toys.random_models import captured, examples, layers_of, pairs, shared
 
 TIMES = 12
@@ -76,10 +76,10 @@ def test_ict_finds_the_planted_head_and_its_direction() -> None:
     push[columns] = TIMES * typical_length([clean - corrupt]) * direction
     heads = [Head(LAYER, k) for k in range(model.n_heads)]
     with planted(layers_of(model)[LAYER].self_attn.o_proj, push, shown, before=True):
-        made = derive.ict(model, given, heads=heads, top=model.n_heads)
-    assert made.entries[head].vector @ direction >= 0.99
-    without = derive.ict(model, given, heads=heads, top=model.n_heads)
-    assert without.entries[head].vector @ direction < 0.9
+        made = derive.ict(Contrast.from_pairs(model, given), heads=heads, top=model.n_heads)
+    assert made.changes[head].direction @ direction >= 0.99
+    without = derive.ict(Contrast.from_pairs(model, given), heads=heads, top=model.n_heads)
+    assert without.changes[head].direction @ direction < 0.9
 
 
 def test_vti_text_finds_what_correct_captions_have() -> None:
@@ -91,11 +91,11 @@ def test_vti_text_finds_what_correct_captions_have() -> None:
     natural = derive.vti_text(model, shows, layers=[LAYER])
     length = typical_length([at_last([d.example for d in shows], "resid_post", LAYER)])
     direction = random_unit(model.width)
-    assert abs(float(natural.entries[Site("decoder", LAYER, "mlp_out")].vector @ direction)) < 0.5
+    assert abs(float(natural.changes[Site("decoder", LAYER, "mlp_out")].direction @ direction)) < 0.5
     # Longer than the whole stream at that place, so also than what captions differ by.
     with planted(layers_of(model)[LAYER], TIMES * length * direction, lambda k: k["input_ids"][:, -1] == word):
         made = derive.vti_text(model, shows, layers=[LAYER])
-    assert made.entries[Site("decoder", LAYER, "mlp_out")].vector @ direction >= 0.99
+    assert made.changes[Site("decoder", LAYER, "mlp_out")].direction @ direction >= 0.99
 
 
 def test_vti_vision_finds_what_masked_images_have_at_every_token() -> None:
@@ -116,9 +116,9 @@ def test_vti_vision_finds_what_masked_images_have_at_every_token() -> None:
     with planted(tower, push, masked):
         made = derive.vti_vision(model, chosen, layers=[layer], copies=3)
     site = Site("vision", layer, "mlp_out")
-    assert made.entries[site].vector.shape == natural.entries[site].vector.shape
-    assert (made.entries[site].vector @ direction).min() >= 0.99
-    assert (natural.entries[site].vector @ direction).max() < 0.9
+    assert made.changes[site].direction.shape == natural.changes[site].direction.shape
+    assert (made.changes[site].direction @ direction).min() >= 0.99
+    assert (natural.changes[site].direction @ direction).max() < 0.9
 
 
 def vsv() -> SteeringVector:
@@ -135,7 +135,7 @@ def test_vista_and_project_away_find_what_image_or_word_leaves(make: Callable[[]
     direction = random_unit(model.width)
     natural = make()
     length = (
-        natural.entries[LAYER].sigma if make is vsv else typical_length([at_last(examples(2), "resid_post", LAYER)])
+        natural.changes[LAYER].sigma if make is vsv else typical_length([at_last(examples(2), "resid_post", LAYER)])
     )
 
     def rows(kwargs: Mapping[str, Any]) -> torch.Tensor:
@@ -144,5 +144,5 @@ def test_vista_and_project_away_find_what_image_or_word_leaves(make: Callable[[]
 
     with planted(layers_of(model)[LAYER], TIMES * length * direction, rows):
         made = make()
-    assert made.entries[LAYER].vector @ direction >= 0.99
-    assert abs(float(natural.entries[LAYER].vector @ direction)) < 0.5
+    assert made.changes[LAYER].direction @ direction >= 0.99
+    assert abs(float(natural.changes[LAYER].direction @ direction)) < 0.5

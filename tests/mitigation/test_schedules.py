@@ -21,7 +21,8 @@ from groundscope.core.errors import ConfigError, PatchError, SiteError
 from lvlm import Head, Site
 from lvlm.model import Batch
 from mitigation import ProbeGate, SteeringVector
-from mitigation.steering.placement import Entry, Key
+from mitigation.steering.changes import AddChange, ProjectChange, VectorChange
+from mitigation.steering.places import Key
 from tests.toys.random_models import examples, hooks_of, layers_of, lively, shared
 
 KEYS: tuple[Key, ...] = (Head(2, 3), Head(2, 6), 1, Site("decoder", 3, "mlp_out"))
@@ -34,11 +35,13 @@ def unit(shape: Any, seed: int) -> np.ndarray:
 
 def made(keys: tuple[Key, ...] = KEYS, **changes: Any) -> SteeringVector:
     model = shared()
-    entries: dict[Key, Entry] = {
-        key: Entry(unit(model.head_dim if isinstance(key, Head) else model.width, k), 0.6 + 0.1 * k)
+    entries: dict[Key, VectorChange] = {
+        key: AddChange(unit(model.head_dim if isinstance(key, Head) else model.width, k), 0.6 + 0.1 * k)
         for k, key in enumerate(keys)
     }
-    return replace(SteeringVector(entries, "add", "last", 1.5, model.name, model.config_hash), **changes)
+    if changes.pop("kind", "add") == "project":
+        entries = {key: ProjectChange(c.direction) for key, c in entries.items() if isinstance(c, AddChange)}
+    return replace(SteeringVector(entries, "last", 1.5, model.name, model.config_hash), **changes)
 
 
 @cache
@@ -56,9 +59,9 @@ def gate() -> ProbeGate:
     return ProbeGate(0, weights, bias)
 
 
-def change_by_hand(vector: SteeringVector, entry: Entry, strength: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+def change_by_hand(vector: SteeringVector, entry: Any, strength: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """What becomes of ``[B, T, d]`` at a strength for each token ``[B, T, 1]``, from the formulas."""
-    t = torch.tensor(entry.vector)
+    t = torch.tensor(entry.direction)
     if vector.kind == "project":
         return x - strength * ((x * t).sum(-1, keepdim=True).clamp_min(0) / (t * t).sum()) * t
     d = strength * entry.sigma * t
@@ -86,10 +89,10 @@ def by_hand(vector: SteeringVector, where: Callable[[int], torch.Tensor]) -> Ite
         factor = vector.strength * where(x.shape[1])[None, :, None].expand(len(x), -1, 1)
         return factor * opened["open"] if opened else factor
 
-    for key, entry in vector.entries.items():
+    for key, entry in vector.changes.items():
         if isinstance(key, Head):
 
-            def before(_m: Any, args: Any, key: Head = key, entry: Entry = entry) -> Any:
+            def before(_m: Any, args: Any, key: Head = key, entry: Any = entry) -> Any:
                 z, columns = args[0].clone(), slice(key.head * dim, (key.head + 1) * dim)
                 z[..., columns] = change_by_hand(vector, entry, strength(z), z[..., columns])
                 return (z,)
@@ -97,7 +100,7 @@ def by_hand(vector: SteeringVector, where: Callable[[int], torch.Tensor]) -> Ite
             hooks.append(layers_of(model)[key.layer].self_attn.o_proj.register_forward_pre_hook(before))
         else:
 
-            def after(_m: Any, _a: Any, out: torch.Tensor, entry: Entry = entry) -> torch.Tensor:
+            def after(_m: Any, _a: Any, out: torch.Tensor, entry: Any = entry) -> torch.Tensor:
                 return change_by_hand(vector, entry, strength(out), out)
 
             layer = layers_of(model)[key if isinstance(key, int) else key.layer]
@@ -235,7 +238,7 @@ def test_a_direction_for_each_token() -> None:
     length = inputs["input_ids"].shape[1]
     rows = unit((length, model.width), 4)
     rows[0] = 0
-    vector = SteeringVector({site: Entry(rows, 2.0)}, "add", "all", 1.0, model.name, model.config_hash)
+    vector = SteeringVector({site: AddChange(rows, 2.0)}, "all", 1.0, model.name, model.config_hash)
     plain = model.read(inputs, [str(site)])[str(site)]
     seen: list[torch.Tensor] = []
     with vector.applied(model):
@@ -243,7 +246,7 @@ def test_a_direction_for_each_token() -> None:
         model.logits(inputs)
         hook.remove()
     torch.testing.assert_close(seen[0], plain + 2 * torch.tensor(rows, dtype=torch.float32), atol=1e-5, rtol=1e-5)
-    short = replace(vector, entries={site: Entry(rows[1:], 2.0)})
+    short = replace(vector, changes={site: AddChange(rows[1:], 2.0)})
     with (
         short.applied(model),
         pytest.raises(PatchError, match=f"value has {length - 1} tokens, but the site has {length}"),
@@ -251,7 +254,7 @@ def test_a_direction_for_each_token() -> None:
         model.logits(inputs)
     with pytest.raises(PatchError, match="for each token"):
         vector.at("last")
-    control = vector.randomised(3).entries[site].vector
+    control = vector.randomized(3).changes[site].direction  # pyright: ignore[reportAttributeAccessIssue]
     np.testing.assert_allclose(np.linalg.norm(control, axis=1), np.r_[0, np.ones(length - 1)], atol=1e-6)
 
 
@@ -259,17 +262,18 @@ def test_a_direction_for_each_token() -> None:
 def test_native_file_holds_all_of_it(case: str, tmp_path: Path) -> None:
     if case == "by token":
         site = Site("vision", 2, "mlp_out")
-        vector = SteeringVector({site: Entry(unit((9, 16), 1), 0.1)}, "add", "all", 0.9, "m", "c", norm="relative")
+        vector = SteeringVector({site: AddChange(unit((9, 16), 1), 0.1)}, "all", 0.9, "m", "c", norm="relative")
     else:
         vector = CASES[case]()
     path = vector.save(tmp_path / "v.safetensors")
     loaded = SteeringVector.load(path)
     for name in ("kind", "positions", "strength", "norm", "decay", "model", "config_hash"):
         assert getattr(loaded, name) == getattr(vector, name)
-    assert list(loaded.entries) == list(vector.entries)
-    for key, entry in vector.entries.items():
-        np.testing.assert_array_equal(loaded.entries[key].vector, entry.vector)
-        assert loaded.entries[key].sigma == entry.sigma
+    assert list(loaded.changes) == list(vector.changes)
+    for key, entry in vector.changes.items():
+        same: Any = loaded.changes[key]
+        np.testing.assert_array_equal(same.direction, entry.direction)  # pyright: ignore[reportAttributeAccessIssue]
+        assert getattr(same, "sigma", 1) == getattr(entry, "sigma", 1)
     assert (loaded.gate is None) == (vector.gate is None)
     if loaded.gate is not None and vector.gate is not None:
         np.testing.assert_array_equal(loaded.gate.weights, vector.gate.weights)

@@ -17,7 +17,7 @@ from groundscope.core.errors import ConfigError, ModelError, PatchError, SiteErr
 from lvlm import Head
 from lvlm.model import Batch, Lvlm
 from mitigation import SteeringVector
-from mitigation.steering.vector import Entry
+from mitigation.steering.changes import AddChange, AmplifyChange, VectorChange
 from tests.toys.random_models import examples, hooks_of, layers_of, lively, shared
 
 HEADS = (Head(1, 3), Head(1, 6), Head(4, 0))
@@ -30,15 +30,15 @@ def unit(rng: np.random.Generator, d: int) -> np.ndarray:
 
 def vector(model: Lvlm, kind: str = "add", layers: tuple[int, ...] = (), **changes: Any) -> SteeringVector:
     rng = np.random.default_rng(0)
-    entries: dict[Head | int, Entry] = {}
+    entries: dict[Head | int, VectorChange] = {}
     for key in (*HEADS, *layers):
         d = model.head_dim if isinstance(key, Head) else model.width
         if kind == "add":
-            entries[key] = Entry(unit(rng, d), sigma=0.5 + rng.random())
+            entries[key] = AddChange(unit(rng, d), sigma=0.5 + rng.random())
         else:
             reads = np.linalg.qr(rng.standard_normal((d, 3)))[0].T if key == HEADS[0] else None
-            entries[key] = Entry(rng.standard_normal(d), reads=reads)
-    made = SteeringVector(entries, kind, "last", 2.0, model.name, model.config_hash, {"method": "by hand"})  # pyright: ignore[reportArgumentType]  # one of the two
+            entries[key] = AmplifyChange(rng.standard_normal(d), reads=reads)
+    made = SteeringVector(entries, "last", 2.0, model.name, model.config_hash, {"method": "by hand"})  # pyright: ignore[reportArgumentType]  # one of the two
     return replace(made, **changes)
 
 
@@ -46,11 +46,11 @@ def rows(model: Lvlm) -> Batch:
     return next(b for b in model.batches(examples(), 2) if len(b.index) == 2)
 
 
-def change_by_hand(entry: Entry, kind: str, strength: float, x: torch.Tensor) -> torch.Tensor:
+def change_by_hand(entry: Any, kind: str, strength: float, x: torch.Tensor) -> torch.Tensor:
     """What a vector does to ``[..., d]``, from the formulas."""
-    v = torch.tensor(entry.vector)
     if kind == "add":
-        return x + strength * entry.sigma * v
+        return x + strength * entry.sigma * torch.tensor(entry.direction)
+    v = torch.tensor(entry.mean)
     reads = torch.eye(len(v)) if entry.reads is None else torch.tensor(entry.reads)
     writes = reads if entry.writes is None else torch.tensor(entry.writes)
     return x + strength * (x - v) @ reads.T @ writes
@@ -63,11 +63,11 @@ def logits_by_hand(
     """Logits of one forward without a cache, plain torch hooks changing every position from `first` on."""
     hooks = []
     dim = model.head_dim
-    for key, entry in made.entries.items():
+    for key, entry in made.changes.items():
         if isinstance(key, Head):
 
             def before(
-                _m: object, args: tuple[torch.Tensor], key: Head = key, entry: Entry = entry
+                _m: object, args: tuple[torch.Tensor], key: Head = key, entry: AddChange = entry
             ) -> tuple[torch.Tensor]:
                 z = args[0].clone()
                 part = z[:, first:, key.head * dim : (key.head + 1) * dim]
@@ -77,7 +77,7 @@ def logits_by_hand(
             hooks.append(layers_of(model)[key.layer].self_attn.o_proj.register_forward_pre_hook(before))
         else:
 
-            def after(_m: object, _a: object, out: torch.Tensor, entry: Entry = entry) -> torch.Tensor:
+            def after(_m: object, _a: object, out: torch.Tensor, entry: AddChange = entry) -> torch.Tensor:
                 out = out.clone()
                 out[:, first:] = change_by_hand(entry, made.kind, strength, out[:, first:])
                 return out
@@ -202,10 +202,10 @@ def test_a_vector_for_another_model_is_refused_unless_forced() -> None:
         pass
     with foreign.applied(model, force=True):
         assert hooks_of(model) > 0
-    deep = replace(foreign, entries={Head(40, 0): foreign.entries[HEADS[0]]})
+    deep = replace(foreign, changes={Head(40, 0): foreign.changes[HEADS[0]]})
     with pytest.raises(SiteError, match="layers 0-5"), deep.applied(model, force=True):
         pass
-    wide = replace(foreign, entries={Head(0, 0): Entry(np.eye(1, 128)[0])})
+    wide = replace(foreign, changes={Head(0, 0): AddChange(np.eye(1, 128)[0])})
     with pytest.raises(PatchError, match="must be 24"), wide.applied(model, force=True):
         pass
 
@@ -217,9 +217,9 @@ def test_random_control_of_what_is_read_here_and_written_there_goes_as_far() -> 
     rng = np.random.default_rng(3)
     reads, writes = np.eye(1, 24), 3.5 * np.eye(1, 24, 4)
     made = SteeringVector(
-        {HEADS[0]: Entry(np.zeros(24), reads=reads, writes=writes)}, "amplify", "last", 1.0, "m", "c", {}
+        {HEADS[0]: AmplifyChange(np.zeros(24), reads=reads, writes=writes)}, "last", 1.0, "m", "c", {}
     )
-    entry = made.randomised(2).entries[HEADS[0]]
+    entry: Any = made.randomized(2).changes[HEADS[0]]
     assert entry.reads is not None
     assert entry.writes is not None
     x = rng.standard_normal((10, 24))
@@ -232,20 +232,22 @@ def test_random_control_of_what_is_read_here_and_written_there_goes_as_far() -> 
 def test_random_control_has_the_same_size_for_every_input(kind: str) -> None:
     model = shared()
     made = vector(model, kind, (2,))
-    control = made.randomised(5)
+    control = made.randomized(5)
     rng = np.random.default_rng(1)
-    for key, entry in made.entries.items():
-        other = control.entries[key]
-        x = torch.tensor(rng.standard_normal((20, len(entry.vector))), dtype=torch.float32)
+    for key, entry in made.changes.items():
+        other = control.changes[key]
+        x = torch.tensor(
+            rng.standard_normal((20, model.head_dim if isinstance(key, Head) else model.width)), dtype=torch.float32
+        )
         a, b = (change_by_hand(e, kind, 1.5, x) - x for e in (entry, other))
         torch.testing.assert_close(a.norm(dim=1), b.norm(dim=1), rtol=1e-4, atol=1e-5)
         cosine = (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))
         assert abs(float(cosine.mean())) < 0.7
     assert control.provenance["control"] == "random directions, seed 5"
-    again = made.randomised(5)
-    for key in made.entries:
-        for name in ("vector", "writes"):
-            np.testing.assert_array_equal(getattr(control.entries[key], name), getattr(again.entries[key], name))
+    again = made.randomized(5)
+    for key in made.changes:
+        name = "direction" if kind == "add" else "writes"
+        np.testing.assert_array_equal(getattr(control.changes[key], name), getattr(again.changes[key], name))
     with control.applied(model):
         steered = model.logits(rows(model).inputs)
     by_hand = logits_by_hand(model, rows(model).inputs, control, 2.0, rows(model).inputs["input_ids"].shape[1] - 1)
@@ -259,7 +261,7 @@ def test_same_directions_at_other_heads() -> None:
     moved = made.on_heads(others)
     assert set(moved.heads) == set(others)
     for old, new in zip(made.heads, others, strict=True):
-        assert moved.entries[new] is made.entries[old]
+        assert moved.changes[new] is made.changes[old]
     for wrong in (others[:2], (others[0],) * 3, ()):
         with pytest.raises(PatchError, match="3 different heads"):
             made.on_heads(wrong)
@@ -274,31 +276,31 @@ def test_same_directions_at_other_heads() -> None:
 def test_what_is_refused() -> None:
     made = vector(shared())
     with pytest.raises(PatchError, match="at least one"):
-        replace(made, entries={})
-    with pytest.raises(ConfigError, match="choose kind"):
-        replace(made, kind="multiply")
+        replace(made, changes={})
+    with pytest.raises(PatchError, match="add, amplify"):
+        replace(made, changes={HEADS[0]: made.changes[HEADS[0]], 1: AmplifyChange(np.zeros(192))})
     with pytest.raises(ConfigError, match="positions"):
         made.at("first")  # pyright: ignore[reportArgumentType]  # a user's mistake
     with pytest.raises(PatchError, match="length 2"):
-        replace(made, entries={HEADS[0]: Entry(2 * made.entries[HEADS[0]].vector)})
+        replace(made, changes={HEADS[0]: AddChange(2 * np.eye(24)[0])})
     for sigma in (0.0, -1.0, float("nan")):
         with pytest.raises(PatchError, match="sigma"):
-            Entry(np.ones(3), sigma)
+            AddChange(np.eye(3)[0], sigma)
     with pytest.raises(PatchError, match="finite"):
-        Entry(np.array([1.0, np.nan]))
+        AddChange(np.array([1.0, np.nan]))
     with pytest.raises(PatchError, match="the same number of rows"):
-        Entry(np.ones(3), reads=np.eye(2, 3), writes=np.eye(3))
+        AmplifyChange(np.ones(3), reads=np.eye(2, 3), writes=np.eye(3))
 
 
 def test_frozen_and_ordered() -> None:
     made = vector(shared(), layers=(1,))
-    assert list(made.entries) == [Head(1, 3), Head(1, 6), 1, Head(4, 0)]
+    assert list(made.changes) == [Head(1, 3), Head(1, 6), 1, Head(4, 0)]
     assert made.heads == HEADS
     assert made.layers == (1,)
     with pytest.raises(TypeError):
-        made.entries[0] = made.entries[1]  # pyright: ignore[reportIndexIssue]  # it is read-only
+        made.changes[0] = made.changes[1]  # pyright: ignore[reportIndexIssue]  # it is read-only
     with pytest.raises(ValueError, match="read-only"):
-        made.entries[1].vector[0] = 0
+        made.changes[1].direction[0] = 0  # pyright: ignore[reportAttributeAccessIssue]
     assert "L1.H3" in repr(made)
 
 
@@ -308,7 +310,7 @@ def test_frozen_and_ordered() -> None:
 @pytest.mark.parametrize("kind", ["add", "amplify"])
 def test_native_file(kind: str, tmp_path: Path) -> None:
     model = shared()
-    made = vector(model, kind, (2,)).randomised(1)
+    made = vector(model, kind, (2,)).randomized(1)
     path = made.save(tmp_path / "new" / "vector.safetensors")
     tensors = load_file(path)
     names = {"layers.1.head.3", "layers.1.head.6", "layers.4.head.0", "layers.2.residual"}
@@ -350,5 +352,5 @@ def test_files_that_are_no_vectors(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", ["ab", [1, "x"], [1j, 0.0], [[1.0], [2.0, 3.0]]])
 def test_a_direction_is_made_of_real_numbers(value: Any) -> None:
-    with pytest.raises(PatchError, match="vector: it must be an array of real numbers"):
-        Entry(value)
+    with pytest.raises(PatchError, match="direction: it must be an array of real numbers"):
+        AddChange(value)

@@ -42,19 +42,22 @@ import numpy as np
 labels = store.frame()["object:named"].to_numpy(float)
 x = store.read("decoder.L2.resid_post", "last").astype(np.float64)
 expected = np.median(x[labels == 1], axis=0) - np.median(x[labels == 0], axis=0)
-np.testing.assert_allclose(vector.entries[2].vector, expected / np.linalg.norm(expected), atol=1e-6)
+np.testing.assert_allclose(vector.changes[2].direction, expected / np.linalg.norm(expected), atol=1e-6)
 assert vector.provenance["method"] == "median difference"
+data = gs.DerivationData(gs.load_lvlm("tiny"), store, gs.scenes.dataset(10))
+assert gs.mitigations["median"].make(data).layers == (3,)
 """,
     "An export": """
 import numpy as np, pytest
-assert "rows" in export.formats_for(vector)
+assert "rows" in gs.export.formats_for(vector)
 rows = np.load(path)
 assert np.flatnonzero(np.abs(rows).sum(1)).tolist() == [2]
-np.testing.assert_allclose(rows[2], vector.entries[2].sigma * vector.entries[2].vector, rtol=1e-5)
+np.testing.assert_allclose(rows[2], vector.changes[2].sigma * vector.changes[2].direction, rtol=1e-5)
 from groundscope.core.errors import ConfigError
 from lvlm import Head
-with pytest.raises(ConfigError, match="export it as .*'baked'"):
-    export.rows(derive.mean_difference(store, "object:named", heads=[Head(2, 1)], positions="all"), "rows.npy", model)
+at_heads = gs.derive.mean_difference(contrast, heads=[Head(2, 1)], positions="all")
+with pytest.raises(ConfigError, match="export it as .*formats_for"):
+    gs.exports["rows"].write(at_heads, "rows.npy", model)
 """,
     "A family": """
 assert model.spec.notes == "features of several vision layers" and (model.n_layers, model.n_heads) == (6, 8)

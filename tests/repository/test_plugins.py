@@ -15,7 +15,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[2]
 
 GOOD = '''
-"""A plug-in of groundscope: a loader, a kind of pair, a metric of answers and an estimator of probes."""
+"""A plug-in of groundscope: a loader, a kind of pair, a metric of answers, an estimator, a mitigation and an export."""
 
 import json
 from dataclasses import replace
@@ -25,6 +25,8 @@ from sklearn.svm import LinearSVC
 from behavior.metrics import BehaviorMetric
 from concepts import ConceptDataset, CounterfactualPair, Example
 from concepts.image_files import FileImage
+from mitigation import Capability, Export, MitigationMethod, derive
+from mitigation.methods import blank_contrast
 
 
 def load_tags(file, images, *, noun="pear"):
@@ -42,6 +44,14 @@ def swap_images(data):
             yield CounterfactualPair(first, replace(second, group=first.group), "swap", f"image of {second.id}")
 
 
+
+def write_text(vector, path, model):
+    path.write_text(str(vector))
+    return path
+
+
+text_file = Export(write_text, Capability("people", "nowhere", ("heads",), kinds=("amplify",), positions=("last",)))
+amplify_more = MitigationMethod(lambda data: derive.amplification(blank_contrast(data), heads=data.heads, strength=2))
 yes_ratio = BehaviorMetric(lambda a: set(a.candidates) == {"yes", "no"}, lambda a: a.given == "yes")
 svm = LinearSVC(C=0.01)
 '''
@@ -50,6 +60,8 @@ ENTRIES = {
     "groundscope.pairs": ("swap", "swap_images"),
     "groundscope.behavior_metrics": ("says yes", "yes_ratio"),
     "groundscope.estimators": ("svm", "svm"),
+    "groundscope.mitigations": ("amplify_more", "amplify_more"),
+    "groundscope.exports": ("text_file", "text_file"),
 }
 """Entry-point group to the name of the entry and its function in the plug-in."""
 USE = """
@@ -90,6 +102,10 @@ class Memory:
 grid = gs.fit_grid(Memory(), site="resid_post", estimator="svm", folds=2, control=0, progress=False)
 assert grid.balanced_accuracy.item() == 1
 assert grid.provenance["estimator_package"] == "good-plugin 1.2"
+vector = gs.mitigations["amplify_more"].make(gs.DerivationData(model, None, data, heads=["L3.H1"]))
+assert (vector.strength, gs.mitigations.origins) == (2, {"amplify_more": "good-plugin 1.2"})
+assert "text_file" in gs.export.formats_for(vector)
+assert gs.exports["text_file"].write(vector, Path("vector.txt"), model).read_text() == str(vector)
 """
 BROKEN = """
 import groundscope as gs
@@ -100,6 +116,8 @@ TABLES = {
     "groundscope.pairs": gs.counterfactuals.KINDS,
     "groundscope.behavior_metrics": gs.behavior.metrics.METRICS,
     "groundscope.estimators": gs.probes.estimators,
+    "groundscope.mitigations": gs.mitigations,
+    "groundscope.exports": gs.exports,
 }
 assert TABLES.keys() == GROUPS
 for group, table in TABLES.items():

@@ -6,25 +6,14 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from concepts.schema import Concept, CounterfactualPair
+from concepts.schema import Concept
 from groundscope.core.errors import PatchError
-from lvlm.model import Lvlm
 from lvlm.sites import Head, Site
-from mitigation.steering.derive.base import (
-    DerivationSpec,
-    Store,
-    activations,
-    by_pairs,
-    keys_of,
-    labels_of,
-    made_from_pairs,
-    made_from_store,
-    mean,
-    read,
-    sides,
-    unit_difference,
-)
-from mitigation.steering.placement import Entry, Key, name_of
+from mitigation.steering.activations import Store, labels_of, mean, read
+from mitigation.steering.changes import AmplifyChange, VectorChange
+from mitigation.steering.contrast import Contrast, from_store
+from mitigation.steering.derive.base import derive_at, keys_of, unit_difference
+from mitigation.steering.places import Key, name_of
 from mitigation.steering.vector import Positions, SteeringVector
 
 
@@ -46,10 +35,14 @@ def concept_subspace(
 
     Parameters
     ----------
-    store, heads, layers, sites, tokens, positions, strength
-        As for `mean_difference`; `strength` is the share of the deviation that is added.
+    store
+        Store with the activations of the places.
     concepts
         One or more concepts; each excludes the examples where it is undefined.
+    heads, layers, sites, tokens, positions
+        As for `mean_difference`.
+    strength
+        Share of the deviation that is added.
 
     Raises
     ------
@@ -57,12 +50,26 @@ def concept_subspace(
         If a concept has no true or no false example, or there are no heads, layers or sites.
     SiteError
         If the store lacks a site or a concept.
+
+    Examples
+    --------
+    >>> import numpy as np, pandas as pd
+    >>> from mitigation import derive
+    >>> class Memory:
+    ...     digest, provenance = "0" * 64, {"model": {"name": "m", "config": "c"}}
+    ...     def frame(self):
+    ...         return pd.DataFrame({"id": ["a", "b"], "attribute:red": [1.0, 0.0]})
+    ...     def read(self, site, tokens, head=None, examples=None):
+    ...         return np.array([[1, 4], [3, 4]], np.float32)
+    >>> change = derive.concept_subspace(Memory(), ["attribute:red"], layers=[2]).changes[2]
+    >>> change.mean.tolist(), abs(change.reads).tolist()
+    ([2.0, 0.0], [[1.0, 0.0]])
     """
     if not concepts:
         msg = "no concepts; give at least one"
         raise PatchError(msg)
     labels = [labels_of(store, str(c)) for c in concepts]
-    entries: dict[Key, Entry] = {}
+    changes: dict[Key, VectorChange] = {}
     for key in keys_of(heads, layers, sites):
         x = read(store, key, tokens)
         defined = ~np.isnan(x).any(axis=1)
@@ -76,14 +83,13 @@ def concept_subspace(
             raise PatchError(msg)
         # The point whose projection on each difference is that of its midpoint, in the least-squares sense.
         center = np.linalg.lstsq(differences, (differences * midpoints).sum(axis=1), rcond=1e-6)[0]
-        entries[key] = Entry(center, reads=basis)
+        changes[key] = AmplifyChange(center, reads=basis)
     provenance = {"method": "concept subspace", "concepts": [str(c) for c in concepts], "tokens": tokens}
-    return made_from_store(store, entries, "amplify", positions, strength, provenance)
+    return from_store(store, changes, positions, strength, provenance)
 
 
 def amplification(
-    model: Lvlm,
-    pairs: Sequence[CounterfactualPair],
+    contrast: Contrast,
     *,
     heads: Iterable[Head | str] = (),
     layers: Iterable[int] = (),
@@ -91,39 +97,46 @@ def amplification(
     tokens: str = "last",
     positions: Positions = "last",
     strength: float = 1.0,
+    progress: bool | None = None,
 ) -> SteeringVector:
     """Return ``x <- mean + (1 + strength)(x - mean)`` with the mean over the corrupt runs: increase the image's effect.
 
     With pairs of kind ``blank`` the deviation from the mean is what a head reads from this image, so a larger deviation
     outweighs the prior, whichever answer it favors. A suitable control is the same vector at random heads, or
-    `SteeringVector.randomised`.
+    `SteeringVector.randomized`.
 
     Parameters
     ----------
-    model, heads, layers, sites, tokens, positions
-        As for `from_pairs`; `tokens` and `positions` should select the same tokens.
-    pairs
-        Pairs of a kind that removes the visual evidence: ``blank``, ``blur``, ``noise`` or ``mask``.
+    contrast
+        Pairs of a kind that removes the visual evidence (``blank``, ``blur``, ``noise`` or ``mask``), or examples of a
+        store; only the corrupt or negative examples are read.
+    heads, layers, sites, tokens, positions, progress
+        As for `mean_difference`; `tokens` and `positions` should select the same tokens.
     strength
         Share of the deviation that is added; negative values reduce the deviation, -1 is mean ablation.
 
     Raises
     ------
     PatchError
-        For no pairs, or no heads, layers or sites.
+        For no corrupt or negative examples, or no heads, layers or sites.
     SiteError
-        For a head or layer that the model lacks.
+        For a place that the store or the model lacks.
+
+    Examples
+    --------
+    >>> import groundscope as gs
+    >>> model = gs.load_lvlm("tiny")
+    >>> pairs = gs.counterfactuals.pairs(gs.scenes.dataset(10), "blank")[:4]
+    >>> gs.derive.amplification(gs.Contrast.from_pairs(model, pairs), heads=["L3.H1"], strength=0.5)
+    SteeringVector(amplify at L3.H1; last, strength 0.5, for 'tiny')
     """
-    keys = keys_of(heads, layers, sites)
-    _, corrupt = sides(pairs)
-    without = activations(model, corrupt, keys, tokens)
-    entries: dict[Key, Entry] = {key: Entry(mean(without[key], key)) for key in keys}
-    return made_from_pairs(model, pairs, entries, "amplify", positions, strength, ("amplification", tokens))
+    corrupt = contrast.read_negative(keys_of(heads, layers, sites), tokens, progress=progress)
+    changes = {key: AmplifyChange(mean(x, key)) for key, x in corrupt}
+    return contrast.build(changes, "amplification", tokens=tokens, positions=positions, strength=strength)
 
 
 def prior_removal(
-    model: Lvlm,
-    pairs: Sequence[CounterfactualPair],
+    contrast: Contrast,
     *,
     heads: Iterable[Head | str] = (),
     layers: Iterable[int] = (),
@@ -131,6 +144,7 @@ def prior_removal(
     tokens: str = "last",
     positions: Positions = "last",
     strength: float = -1.0,
+    progress: bool | None = None,
 ) -> SteeringVector:
     """Return a vector that removes the component of an activation that is typical of answers without an image.
 
@@ -139,7 +153,7 @@ def prior_removal(
 
     Parameters
     ----------
-    model, pairs, heads, layers, sites, tokens, positions
+    contrast, heads, layers, sites, tokens, positions, progress
         As for `amplification`.
     strength
         -1 removes the whole deviation, 0 nothing.
@@ -147,13 +161,23 @@ def prior_removal(
     Raises
     ------
     PatchError
-        For no pairs, no heads, layers or sites, or equal means.
+        For no heads, layers or sites, or equal means.
     SiteError
-        For a head or layer that the model lacks.
+        For a place that the store or the model lacks.
+
+    Examples
+    --------
+    >>> import groundscope as gs
+    >>> model = gs.load_lvlm("tiny")
+    >>> pairs = gs.counterfactuals.pairs(gs.scenes.dataset(10), "blank")[:4]
+    >>> gs.derive.prior_removal(gs.Contrast.from_pairs(model, pairs), heads=["L3.H1"])
+    SteeringVector(amplify at L3.H1; last, strength -1, for 'tiny')
     """
 
-    def fit(clean: np.ndarray, corrupt: np.ndarray, key: Key) -> Entry:
-        return Entry(mean(clean, key), reads=unit_difference(corrupt, clean, key).vector[None])
+    def fit(clean: np.ndarray, corrupt: np.ndarray, key: Key) -> AmplifyChange:
+        return AmplifyChange(mean(clean, key), reads=unit_difference(corrupt, clean, key).direction[None])
 
-    spec = DerivationSpec("prior removal", tokens, positions, strength, "amplify")
-    return by_pairs(model, pairs, keys_of(heads, layers, sites), fit, spec)
+    return derive_at(
+        contrast, fit, "prior removal", heads=heads, layers=layers, sites=sites, tokens=tokens, positions=positions,
+        strength=strength, progress=progress,
+    )  # fmt: skip

@@ -1,29 +1,70 @@
-"""Amplify the log-odds of Fisher's discriminant along the mean difference."""
+"""Fisher's linear discriminant: its direction, and the amplification of its log-odds along the mean difference."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import partial
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from groundscope.core.errors import PatchError
-from mitigation.steering.derive.base import DerivationSpec, Store, by_sides, keys_of, mean
-from mitigation.steering.placement import Entry, Key, name_of
+from lvlm.sites import Head, Site
+from mitigation.steering.activations import mean
+from mitigation.steering.changes import AddChange, AmplifyChange
+from mitigation.steering.contrast import Contrast
+from mitigation.steering.derive.base import along, derive_at
+from mitigation.steering.places import Key, name_of
 from mitigation.steering.vector import Positions, SteeringVector
 
-if TYPE_CHECKING:
-    from concepts.schema import Concept
-    from lvlm.sites import Head, Site
+
+def lda(
+    contrast: Contrast,
+    *,
+    heads: Iterable[Head | str] = (),
+    layers: Iterable[int] = (),
+    sites: Iterable[Site | str] = (),
+    tokens: str = "last",
+    positions: Positions = "last",
+    strength: float = 1.0,
+    progress: bool | None = None,
+) -> SteeringVector:
+    """Return ``unit(C^-1 (mean of the positive - mean of the negative))`` at each place: Fisher's direction (1936).
+
+    C is the pooled covariance with equal priors, shrunk as in Ledoit and Wolf (2004), fitted by scikit-learn. Sigma is the
+    standard deviation of the projections of all examples used.
+
+    Parameters
+    ----------
+    contrast, heads, layers, sites, tokens, positions, strength, progress
+        As for `mean_difference`.
+
+    Raises
+    ------
+    PatchError
+        If a side has fewer than two examples, the two means are equal, or there are no heads, layers or sites.
+    SiteError
+        If the store or the model lacks a place.
+
+    Examples
+    --------
+    >>> import groundscope as gs
+    >>> model = gs.load_lvlm("tiny")
+    >>> pairs = gs.counterfactuals.pairs(gs.scenes.dataset(10), "blank")[:4]
+    >>> gs.derive.lda(gs.Contrast.from_pairs(model, pairs), layers=[3], strength=2)
+    SteeringVector(add at L3; last, strength 2, for 'tiny')
+    """
+
+    def fit(positive: np.ndarray, negative: np.ndarray, key: Key) -> AddChange:
+        return along(fisher(positive, negative, key)[0], np.concatenate([positive, negative]), key)
+
+    return derive_at(
+        contrast, fit, "lda", heads=heads, layers=layers, sites=sites, tokens=tokens, positions=positions,
+        strength=strength, progress=progress,
+    )  # fmt: skip
 
 
 def discriminant(
-    store: Store,
-    concept: Concept | str | None = None,
+    contrast: Contrast,
     *,
-    positive: np.ndarray | None = None,
-    negative: np.ndarray | None = None,
     heads: Iterable[Head | str] = (),
     layers: Iterable[int] = (),
     sites: Iterable[Site | str] = (),
@@ -31,6 +72,7 @@ def discriminant(
     positions: Positions = "last",
     strength: float = 1.0,
     doubt: float = 0.0,
+    progress: bool | None = None,
 ) -> SteeringVector:
     """Return ``x <- x + strength * (w.x + b - doubt) * c * (mean of the positive - mean of the negative)``.
 
@@ -43,8 +85,8 @@ def discriminant(
 
     Parameters
     ----------
-    store, concept, positive, negative, heads, layers, sites, tokens, positions
-        As for `mitigation.steering.derive.mean_difference`. Include examples that the model answers incorrectly.
+    contrast, heads, layers, sites, tokens, positions, progress
+        As for `mean_difference`. Include examples that the model answers incorrectly.
     strength
         Share of the gap between the means that is added.
     doubt
@@ -53,27 +95,34 @@ def discriminant(
     Raises
     ------
     PatchError
-        If a side has fewer than two examples, the masks overlap, the two means are equal, or there are no heads, layers
-        or sites.
+        If a side has fewer than two examples, the two means are equal, or there are no heads, layers or sites.
     SiteError
-        If the store lacks a site or the concept.
+        If the store or the model lacks a place.
+
+    Examples
+    --------
+    >>> import groundscope as gs
+    >>> model = gs.load_lvlm("tiny")
+    >>> pairs = gs.counterfactuals.pairs(gs.scenes.dataset(10), "blank")[:4]
+    >>> gs.derive.discriminant(gs.Contrast.from_pairs(model, pairs), heads=["L3.H1"], strength=0.5)
+    SteeringVector(amplify at L3.H1; last, strength 0.5, for 'tiny')
     """
-    contrast = (concept, positive, negative)
-    spec = DerivationSpec("discriminant", tokens, positions, strength, "amplify", {"doubt": doubt})
-    return by_sides(store, contrast, keys_of(heads, layers, sites), partial(_entry, doubt), spec)
 
+    def fit(positive: np.ndarray, negative: np.ndarray, key: Key) -> AmplifyChange:
+        difference = mean(positive, key) - mean(negative, key)  # [d]
+        weights, bias = fisher(positive, negative, key)
+        length = float(np.linalg.norm(weights))
+        gap = float(weights @ difference) / length
+        if not gap > 0:
+            msg = f"at {name_of(key)} the two means are equal, so the direction is undefined"
+            raise PatchError(msg)
+        center = weights * (doubt - bias) / length**2
+        return AmplifyChange(center, reads=weights[None] / length, writes=difference[None] / gap)
 
-def _entry(doubt: float, positive: np.ndarray, negative: np.ndarray, key: Key) -> Entry:
-    """Fit one place from the two sides' activations, ``[n, d]`` each."""
-    difference = mean(positive, key) - mean(negative, key)  # [d]
-    weights, bias = fisher(positive, negative, key)
-    length = float(np.linalg.norm(weights))
-    gap = float(weights @ difference) / length
-    if not gap > 0:
-        msg = f"at {name_of(key)} the two means are equal, so the direction is undefined"
-        raise PatchError(msg)
-    center = weights * (doubt - bias) / length**2
-    return Entry(center, reads=weights[None] / length, writes=difference[None] / gap)
+    return derive_at(
+        contrast, fit, "discriminant", heads=heads, layers=layers, sites=sites, tokens=tokens, positions=positions,
+        strength=strength, progress=progress, details={"doubt": doubt},
+    )  # fmt: skip
 
 
 def fisher(positive: np.ndarray, negative: np.ndarray, key: Key) -> tuple[np.ndarray, float]:

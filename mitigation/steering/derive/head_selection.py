@@ -8,14 +8,19 @@ import numpy as np
 
 from groundscope.core.errors import PatchError
 from groundscope.core.progress import progress_bar
-from mitigation.steering.placement import Key
+from mitigation.steering.places import Key
 
 Fold = tuple[np.ndarray, np.ndarray]
 """Boolean masks of training and validation rows."""
 
 
 def probe_accuracies(
-    keys: Sequence[Key], read: Callable[[Key], np.ndarray], truth: np.ndarray, folds: Sequence[Fold]
+    keys: Sequence[Key],
+    read: Callable[[Key], np.ndarray],
+    truth: np.ndarray,
+    folds: Sequence[Fold],
+    *,
+    progress: bool | None = None,
 ) -> dict[Key, float]:
     """Return each place's accuracy of scikit-learn's logistic regression on validation rows, mean over folds.
 
@@ -29,6 +34,8 @@ def probe_accuracies(
         Labels, boolean ``[n]``.
     folds
         At least one fold.
+    progress
+        Whether to show progress; by default on a terminal only.
 
     Raises
     ------
@@ -45,7 +52,7 @@ def probe_accuracies(
             )
             raise PatchError(msg)
     accuracy_of: dict[Key, float] = {}
-    with progress_bar() as bar:
+    with progress_bar(progress) as bar:
         for key in bar.track(keys, description="probing heads"):
             x = read(key)
             scores = []

@@ -3,49 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from groundscope.core.errors import PatchError
+from groundscope.core.errors import PatchError, SiteError
 from lvlm.sites import Head, parse_heads
-from mitigation.steering.derive.base import (
-    Store,
-    Variant,
-    along,
-    check_variant,
-    made_from_store,
-    mean,
-    read,
-    traced_heads,
-    two_sides,
-)
+from mitigation.steering.activations import Store, mean, read, traced_heads
+from mitigation.steering.changes import VectorChange
+from mitigation.steering.contrast import Contrast
+from mitigation.steering.derive.base import Variant, along, check_variant, require_store
 from mitigation.steering.derive.head_selection import best, group_folds, probe_accuracies
-from mitigation.steering.placement import Entry, Key
+from mitigation.steering.places import Key
 from mitigation.steering.vector import Positions, SteeringVector
-
-if TYPE_CHECKING:
-    from concepts.schema import Concept
-
-
-class HeadStore(Store, Protocol):
-    """The part of `ActivationStore` that ITI uses; the store contains all heads of a decoder."""
-
-    def layers(self, stack: str, component: str) -> int:
-        """Return the number of traced layers."""
-        ...
-
-    def n_heads(self, stack: str) -> int:
-        """Return the number of heads of a layer."""
-        ...
 
 
 def iti(
-    store: HeadStore,
-    concept: Concept | str | None = None,
+    contrast: Contrast,
     *,
-    positive: np.ndarray | None = None,
-    negative: np.ndarray | None = None,
     heads: Iterable[Head | str] = (),
     top: int = 48,
     accuracy: Mapping[Head, float] | Mapping[str, float] | None = None,
@@ -53,8 +27,9 @@ def iti(
     tokens: str = "last",
     positions: Positions = "last",
     strength: float = 15.0,
-    seed: int = 0,
     variant: Variant = "paper",
+    seed: int = 0,
+    progress: bool | None = None,
 ) -> SteeringVector:
     """Return ITI's vector: ``z <- z + alpha * sigma * theta`` at the K heads with the most accurate probes.
 
@@ -63,8 +38,8 @@ def iti(
 
     Parameters
     ----------
-    store, concept, positive, negative, tokens, positions
-        As for `mean_difference`; the store contains ``z`` of the heads and a column ``group``.
+    contrast
+        Examples of a store (`Contrast.from_store`) with ``z`` of the heads and a column ``group``.
     heads
         Candidate heads; by default all traced heads.
     top
@@ -74,36 +49,54 @@ def iti(
         default probes are fitted here with scikit-learn on the training images and scored on the validation images.
     folds
         One of so many parts is used for validation: 5 gives the paper's ratio of 4 to 1.
+    tokens, positions
+        As for `mean_difference`.
     strength
         alpha.
-    seed
-        Seed of the division of images.
     variant
         ``paper``: theta and sigma from the training images. ``release`` (github.com/likenneth/honest_llama): both from
         all images, validation included. (Its weight editing also stores the vector as a bias without applying the output
-        projection, which is a different function; `mitigation.steering.export.baked` applies it.)
+        projection, which is a different function; `mitigation.export.baked` applies it.)
+    seed
+        Seed of the division of images.
+    progress
+        Whether to show progress; by default on a terminal only.
 
     Raises
     ------
     PatchError
-        If a side has no examples, there are too few images, or `top` is below 1.
+        For a contrast of pairs, a side without examples, too few images, or a `top` below 1.
     SiteError
-        If the store lacks ``z`` or the concept.
+        If the store lacks ``z``.
+
+    Examples
+    --------
+    >>> import numpy as np, pandas as pd
+    >>> from mitigation import Contrast, derive
+    >>> label = np.arange(40) % 2
+    >>> class Memory:
+    ...     digest, provenance = "0" * 64, {"model": {"name": "m", "config": "c"}}
+    ...     def frame(self):
+    ...         return pd.DataFrame({"id": map(str, range(40)), "group": map(str, range(40)), "object:cat": label * 1.0})
+    ...     def read(self, site, tokens, head=None, examples=None):
+    ...         noise = np.random.default_rng(head).standard_normal((40, 4))
+    ...         return (noise + 8 * label[:, None] * (head == 1)).astype(np.float32)  # only head 1 encodes the concept
+    >>> vector = derive.iti(Contrast.from_store(Memory(), "object:cat"), heads=["L2.H0", "L2.H1"], top=1)
+    >>> vector.heads
+    (Head(layer=2, head=1),)
     """
     check_variant(variant)
-    positive_mask, negative_mask = two_sides(store, concept, positive, negative)
-    candidates = parse_heads(heads) or tuple(
-        Head(i, k)
-        for i in traced_heads(store) or range(store.layers("decoder", "z"))
-        for k in range(store.n_heads("decoder"))
-    )
-    rows = np.flatnonzero((positive_mask | negative_mask) & ~np.isnan(read(store, candidates[0], tokens)).any(axis=1))
-    truth = positive_mask[rows]
+    groups = require_store(contrast, "iti")
+    store = groups.store
+    candidates = parse_heads(heads) or _all_heads(store)
+    defined = ~np.isnan(read(store, candidates[0], tokens)).any(axis=1)
+    rows = np.flatnonzero((groups.positive | groups.negative) & defined)
+    truth = groups.positive[rows]
     train, validation = group_folds(store.frame()["group"].to_numpy()[rows].tolist(), folds, seed)[0]
     accuracies: dict[Key, float]
     if accuracy is None:
         accuracies = probe_accuracies(
-            candidates, lambda key: read(store, key, tokens)[rows], truth, [(train, validation)]
+            candidates, lambda key: read(store, key, tokens)[rows], truth, [(train, validation)], progress=progress
         )
     else:
         by_head = {head: value for name, value in accuracy.items() for head in parse_heads(name)}
@@ -114,18 +107,30 @@ def iti(
         accuracies = {h: float(by_head[h]) for h in candidates}
     chosen = best(accuracies, top)
     fitted = train if variant == "paper" else np.ones(len(rows), bool)
-    entries: dict[Key, Entry] = {}
+    changes: dict[Key, VectorChange] = {}
     for key in chosen:
         x = read(store, key, tokens)[rows]
-        entries[key] = along(mean(x[fitted & truth], key) - mean(x[fitted & ~truth], key), x[fitted], key)
-    provenance = {
-        "method": f"ITI ({variant})",
-        "concept": None if concept is None else str(concept),
-        "positive": int(truth.sum()),
-        "negative": int((~truth).sum()),
-        "tokens": tokens,
-        "top": top,
-        "seed": seed,
-        "accuracy": {str(key): accuracies[key] for key in chosen},
-    }
-    return made_from_store(store, entries, "add", positions, strength, provenance)
+        changes[key] = along(mean(x[fitted & truth], key) - mean(x[fitted & ~truth], key), x[fitted], key)
+    return contrast.build(
+        changes,
+        f"ITI ({variant})",
+        tokens=tokens,
+        positions=positions,
+        strength=strength,
+        positive=int(truth.sum()),
+        negative=int((~truth).sum()),
+        top=top,
+        seed=seed,
+        accuracy={str(key): accuracies[key] for key in chosen},
+    )
+
+
+def _all_heads(store: Store) -> tuple[Head, ...]:
+    """Return all traced heads of the decoder; raises `SiteError` if a store has none."""
+    sites = traced_heads(store)
+    arrays = [a for a in getattr(store, "arrays", ()) if a.stack == "decoder" and a.component in ("z", "cross.z")]
+    count = next((a.n_heads for a in arrays if a.n_heads), 0)
+    if not sites or not count:
+        msg = "the store has no heads of the decoder; trace sites=['z'], or pass heads="
+        raise SiteError(msg)
+    return tuple(Head(layer, k) for layer in sites for k in range(count))

@@ -2,93 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
-import numpy as np
-
-from concepts.schema import Concept, CounterfactualPair
-from lvlm.model import Lvlm
 from lvlm.sites import Head, Site
-from mitigation.steering.derive.base import DerivationSpec, Store, by_pairs, by_sides, keys_of, unit_difference
+from mitigation.steering.contrast import Contrast
+from mitigation.steering.derive.base import derive_at, unit_difference
 from mitigation.steering.vector import Positions, SteeringVector
 
 
 def mean_difference(
-    store: Store,
-    concept: Concept | str | None = None,
+    contrast: Contrast,
     *,
-    positive: np.ndarray | None = None,
-    negative: np.ndarray | None = None,
     heads: Iterable[Head | str] = (),
     layers: Iterable[int] = (),
     sites: Iterable[Site | str] = (),
     tokens: str = "last",
     positions: Positions = "last",
     strength: float = 1.0,
+    progress: bool | None = None,
 ) -> SteeringVector:
-    """Return mass-mean directions: ``unit(mean of the positive - mean of the negative)`` at each head and layer.
+    """Return mass-mean directions: ``unit(mean of the positive - mean of the negative)`` at each head, layer and site.
 
     Sigma is the standard deviation of the projections of all examples used (ITI, Li et al. 2023, arXiv 2306.03341).
 
     Parameters
     ----------
-    store
-        Store with ``z`` of the heads, ``resid_post`` of the layers, and the other sites.
-    concept
-        Examples are positive where it is true and negative where it is false; undefined examples are excluded.
-    positive, negative
-        Instead of a concept: boolean masks ``[N]`` of examples; by default `negative` is the complement of `positive`.
+    contrast
+        Examples of a store (`Contrast.from_store`), with ``z`` of the heads, ``resid_post`` of the layers and the other
+        sites; or pairs of examples (`Contrast.from_pairs`).
     heads, layers, sites
         Places to act on: heads' ``z``, layers' residual streams, other decoder sites such as ``decoder.L3.mlp_out``.
     tokens
-        Token selection that activations are read at.
+        Token selection that activations are read at. For pairs: ``last``, or ``suffix`` for the mean over all tokens after
+        the image.
     positions
         Token positions that the vector acts on.
     strength
         The vector's default strength, in units of sigma.
+    progress
+        Whether to show progress; by default on a terminal only.
 
     Raises
     ------
     PatchError
-        If a side has no examples, the masks overlap, the two means are equal, or there are no heads, layers or sites.
+        If a side has no examples, the two means are equal, or there are no heads, layers or sites.
     SiteError
-        If the store lacks a site or the concept.
+        If the store or the model lacks a place.
+
+    Examples
+    --------
+    >>> import groundscope as gs
+    >>> model = gs.load_lvlm("tiny")
+    >>> pairs = gs.counterfactuals.pairs(gs.scenes.dataset(10), "blank")[:4]
+    >>> gs.derive.mean_difference(gs.Contrast.from_pairs(model, pairs), heads=["L3.H1"])
+    SteeringVector(add at L3.H1; last, strength 1, for 'tiny')
     """
-    contrast, spec = (concept, positive, negative), DerivationSpec("mean difference", tokens, positions, strength)
-    return by_sides(store, contrast, keys_of(heads, layers, sites), unit_difference, spec)
-
-
-def from_pairs(
-    model: Lvlm,
-    pairs: Sequence[CounterfactualPair],
-    *,
-    heads: Iterable[Head | str] = (),
-    layers: Iterable[int] = (),
-    sites: Iterable[Site | str] = (),
-    tokens: str = "last",
-    positions: Positions = "last",
-    strength: float = 1.0,
-) -> SteeringVector:
-    """Return ``unit(mean of clean - corrupt)`` at each head and layer, with sigma over both sides' projections.
-
-    Parameters
-    ----------
-    model
-        The model to steer.
-    pairs
-        Pairs of one kind: with ``blank``, ``blur`` or ``noise`` the direction represents the presence of any image
-        content (ICT's image level, arXiv 2411.15268), with ``mask`` the presence of the object.
-    heads, layers, sites, positions, strength
-        As for `mean_difference`.
-    tokens
-        ``last``, or ``suffix`` for the mean over all tokens after the image.
-
-    Raises
-    ------
-    PatchError
-        For no pairs, no heads, layers or sites, or equal means.
-    SiteError
-        For a head or layer that the model lacks.
-    """
-    spec = DerivationSpec("paired mean difference", tokens, positions, strength)
-    return by_pairs(model, pairs, keys_of(heads, layers, sites), unit_difference, spec)
+    method = "paired mean difference" if contrast.paired else "mean difference"
+    return derive_at(
+        contrast, unit_difference, method, heads=heads, layers=layers, sites=sites, tokens=tokens, positions=positions,
+        strength=strength, progress=progress,
+    )  # fmt: skip

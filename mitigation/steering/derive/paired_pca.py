@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import numpy as np
 
-from concepts.schema import CounterfactualPair
 from groundscope.core.errors import PatchError
-from lvlm.model import Lvlm
 from lvlm.sites import Head, Site
-from mitigation.steering.derive.base import DerivationSpec, Variant, along, by_pairs, check_variant, keys_of
-from mitigation.steering.placement import Entry, Key, name_of
+from mitigation.steering.changes import AddChange
+from mitigation.steering.contrast import Contrast
+from mitigation.steering.derive.base import Variant, along, check_variant, derive_at, require_pairs
+from mitigation.steering.places import Key, name_of
 from mitigation.steering.vector import Positions, SteeringVector
 
 
 def paired_pca(
-    model: Lvlm,
-    pairs: Sequence[CounterfactualPair],
+    contrast: Contrast,
     *,
     heads: Iterable[Head | str] = (),
     layers: Iterable[int] = (),
@@ -25,6 +24,7 @@ def paired_pca(
     tokens: str = "last",
     positions: Positions = "last",
     strength: float = 1.0,
+    progress: bool | None = None,
     variant: Variant = "paper",
 ) -> SteeringVector:
     """Return the first principal direction of ``clean - corrupt``, pointing to the clean side.
@@ -35,8 +35,10 @@ def paired_pca(
 
     Parameters
     ----------
-    model, pairs, heads, layers, sites, tokens, positions, strength
-        As for `from_pairs`.
+    contrast
+        Pairs (`Contrast.from_pairs`).
+    heads, layers, sites, tokens, positions, strength, progress
+        As for `mean_difference`.
     variant
         ``paper``, or ``release``: repeng's ``pca_diff`` (github.com/vgel/repeng), which centers the differences and chooses
         the sign with which most pairs have the larger projection on their clean side.
@@ -44,20 +46,30 @@ def paired_pca(
     Raises
     ------
     PatchError
-        For no pairs, differences that are all 0 (all equal, if centered), or no heads, layers or sites.
+        For a contrast without pairs, differences that are all 0 (all equal, if centered), or no heads, layers or sites.
     SiteError
-        For a head or layer that the model lacks.
+        For a place that the model lacks.
+
+    Examples
+    --------
+    >>> import groundscope as gs
+    >>> model = gs.load_lvlm("tiny")
+    >>> pairs = gs.counterfactuals.pairs(gs.scenes.dataset(10), "blank")[:4]
+    >>> gs.derive.paired_pca(gs.Contrast.from_pairs(model, pairs), layers=[3])
+    SteeringVector(add at L3; last, strength 1, for 'tiny')
     """
     check_variant(variant)
 
-    def fit(clean: np.ndarray, corrupt: np.ndarray, key: Key) -> Entry:
+    def fit(clean: np.ndarray, corrupt: np.ndarray, key: Key) -> AddChange:
         direction = first_direction(clean - corrupt, key, center=variant == "release")
         projections = (clean - corrupt) @ direction
         flip = projections.mean() < 0 if variant == "paper" else (projections > 0).mean() < 0.5
         return along(-direction if flip else direction, np.concatenate([clean, corrupt]), key)
 
-    spec = DerivationSpec(f"paired PCA ({variant})", tokens, positions, strength)
-    return by_pairs(model, pairs, keys_of(heads, layers, sites), fit, spec)
+    return derive_at(
+        require_pairs(contrast, "paired_pca"), fit, f"paired PCA ({variant})", heads=heads, layers=layers, sites=sites,
+        tokens=tokens, positions=positions, strength=strength, progress=progress,
+    )  # fmt: skip
 
 
 def first_direction(x: np.ndarray, key: Key, *, center: bool) -> np.ndarray:

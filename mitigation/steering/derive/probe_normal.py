@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 from groundscope.core.errors import SiteError
 from lvlm.model import Lvlm
 from lvlm.sites import Head, Site
-from mitigation.steering.derive.base import Store, made_from_store
-from mitigation.steering.placement import Entry, Key, canonical, name_of
+from mitigation.steering.activations import Store
+from mitigation.steering.changes import AddChange, VectorChange
+from mitigation.steering.contrast import from_store
+from mitigation.steering.places import Key, canonical, name_of
 from mitigation.steering.vector import Positions, SteeringVector
 
 if TYPE_CHECKING:
@@ -40,8 +42,17 @@ def probe_normal(
         For a direction at another site, or two directions at the same place.
     PatchError
         For no directions, or a direction with sigma 0.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import groundscope as gs
+    >>> model = gs.load_lvlm("tiny")
+    >>> direction = gs.ConceptDirection("decoder.L3.resid_post", "last", "object:cat", np.eye(model.width)[0], sigma=2.0)
+    >>> gs.derive.probe_normal([direction], model, strength=3)
+    SteeringVector(add at L3; last, strength 3, for 'tiny')
     """
-    entries: dict[Key, Entry] = {}
+    changes: dict[Key, VectorChange] = {}
     for direction in directions:
         site = Site.parse(direction.site)
         head = direction.head is not None
@@ -50,11 +61,11 @@ def probe_normal(
             msg = f"direction at {what}; choose a head of decoder 'z', or a decoder site"
             raise SiteError(msg)
         key = canonical(site) if direction.head is None else Head(site.layer, direction.head)
-        if key in entries:
+        if key in changes:
             msg = f"two directions at {name_of(key)}; give one direction for each place"
             raise SiteError(msg)
-        entries[key] = Entry(direction.vector, direction.sigma)
+        changes[key] = AddChange(direction.vector, direction.sigma)
     provenance = {"method": "probe normal", "concepts": list(dict.fromkeys(d.concept for d in directions))}
     if isinstance(source, Lvlm):
-        return SteeringVector(entries, "add", positions, strength, source.name, source.config_hash, provenance)
-    return made_from_store(source, entries, "add", positions, strength, provenance)
+        return SteeringVector(changes, positions, strength, source.name, source.config_hash, provenance)
+    return from_store(source, changes, positions, strength, provenance)

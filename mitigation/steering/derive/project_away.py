@@ -10,9 +10,10 @@ import torch
 
 from groundscope.core.errors import PatchError
 from lvlm.sites import Site
+from mitigation.steering.changes import ProjectChange, VectorChange
 from mitigation.steering.derive.base import Variant, check_variant
 from mitigation.steering.derive.text_only import read_text, token_ids
-from mitigation.steering.placement import Entry, Key
+from mitigation.steering.places import Key
 from mitigation.steering.vector import Positions, SteeringVector
 
 if TYPE_CHECKING:
@@ -58,6 +59,12 @@ def project_away(
         For a layer that the model lacks.
     DataError
         For a phrase that the tokenizer does not know.
+
+    Examples
+    --------
+    >>> import groundscope as gs
+    >>> gs.derive.project_away(gs.load_lvlm("tiny"), "apple", layers=[1, 2])
+    SteeringVector(project at L1, L2; image, strength 1, for 'tiny')
     """
     check_variant(variant)
     if not layers:
@@ -77,11 +84,11 @@ def project_away(
     if not (np.isfinite(length) and length > 0):
         msg = f"the decoder's activation for '{phrase}' is 0 or not finite, so the direction is undefined"
         raise PatchError(msg)
-    entries: dict[Key, Entry] = {layer: Entry(t / length) for layer in layers}
+    changes: dict[Key, VectorChange] = {layer: ProjectChange(t / length) for layer in layers}
     provenance = {
         "method": f"ProjectAway ({variant})",
         "phrase": phrase,
         "text_layer": text_layer,
         "weights": model.weights_hash,
     }
-    return SteeringVector(entries, "project", positions, strength, model.name, model.config_hash, provenance)
+    return SteeringVector(changes, positions, strength, model.name, model.config_hash, provenance)

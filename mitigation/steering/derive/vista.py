@@ -10,9 +10,11 @@ import numpy as np
 from circuits.interventions.options import Norm
 from groundscope.core.errors import PatchError
 from lvlm.sites import Site
-from mitigation.steering.derive.base import activations, check_variant
+from mitigation.steering.activations import run
+from mitigation.steering.changes import AddChange, VectorChange
+from mitigation.steering.derive.base import check_variant
 from mitigation.steering.derive.text_only import read_text
-from mitigation.steering.placement import Entry, Key, canonical
+from mitigation.steering.places import Key, canonical
 from mitigation.steering.vector import Positions, SteeringVector
 
 if TYPE_CHECKING:
@@ -63,13 +65,20 @@ def vsv(
         For a layer that the model lacks.
     ModelError
         For a model whose decoder does not read the prompt.
+
+    Examples
+    --------
+    >>> import groundscope as gs
+    >>> model = gs.load_lvlm("tiny")
+    >>> gs.derive.vsv(model, gs.scenes.dataset(10)[0], layers=[2, 3]).norm
+    'kept'
     """
     check_variant(variant, ("paper", "release", "simple"))
     selected = tuple(range(model.n_layers) if layers is None else layers)
     sites = [Site("decoder", layer, "resid_post") for layer in selected]
-    with_image = activations(model, [example], [canonical(site) for site in sites], "last")
+    with_image = run(model, [example], [canonical(site) for site in sites], "last")
     without_image = read_text(model, model.prompt(example.question, images=0), sites)
-    entries: dict[Key, Entry] = {}
+    changes: dict[Key, VectorChange] = {}
     for site in sites:
         difference = with_image[canonical(site)][0] - without_image[site]
         if variant != "paper" and site.layer == 0:
@@ -79,10 +88,8 @@ def vsv(
             msg = f"at L{site.layer} the image has no effect, so the direction is undefined"
             raise PatchError(msg)
         key = canonical(site) if variant == "paper" else Site("decoder", site.layer, "mlp_out")
-        entries[key] = Entry(difference / length, length if variant == "paper" else 1.0)
+        changes[key] = AddChange(difference / length, length if variant == "paper" else 1.0)
     provenance = {"method": f"VSV ({variant})", "example": example.id, "weights": model.weights_hash}
     norm: Norm = {"paper": "kept", "release": "away", "simple": "relative"}[variant]  # pyright: ignore[reportAssignmentType]
     acting_positions = positions or ("last" if variant == "paper" else "all")
-    return SteeringVector(
-        entries, "add", acting_positions, strength, model.name, model.config_hash, provenance, norm=norm
-    )
+    return SteeringVector(changes, acting_positions, strength, model.name, model.config_hash, provenance, norm=norm)

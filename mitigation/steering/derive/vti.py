@@ -14,8 +14,9 @@ from groundscope.core.errors import DataError, ModelError, PatchError, SiteError
 from groundscope.core.progress import progress_bar
 from lvlm.family.specification import resolve
 from lvlm.sites import Site
+from mitigation.steering.changes import AddChange, VectorChange
 from mitigation.steering.derive.base import Variant, check_variant
-from mitigation.steering.placement import Entry, Key
+from mitigation.steering.places import Key
 from mitigation.steering.vector import SteeringVector
 
 if TYPE_CHECKING:
@@ -30,12 +31,23 @@ SHARE = 0.1
 
 @dataclass(frozen=True)
 class Demonstration:
-    """An image with a correct description, and the same description with absent objects added."""
+    """An image with a correct description, and the same description with absent objects added.
+
+    Examples
+    --------
+    >>> import groundscope as gs
+    >>> example = gs.scenes.dataset(10)[0]
+    >>> demonstration = gs.derive.Demonstration(example, "there is an apple", "there is an apple and a car")
+    >>> gs.derive.vti_text(gs.load_lvlm("tiny"), [demonstration], layers=[2])
+    SteeringVector(add at decoder.L2.mlp_out; all, strength 0.8, for 'tiny')
+    """
 
     example: Example
     """Image and question."""
     correct: str
+    """Correct description."""
     hallucinated: str
+    """The same description with absent objects added."""
 
 
 def vti_text(
@@ -74,6 +86,15 @@ def vti_text(
         For a layer that the model lacks.
     DataError
         If a caption is empty or has tokens that the tokenizer does not know.
+
+    Examples
+    --------
+    >>> import groundscope as gs
+    >>> example = gs.scenes.dataset(10)[0]
+    >>> demonstration = gs.derive.Demonstration(example, "there is an apple", "there is an apple and a car")
+    >>> vector = gs.derive.vti_text(gs.load_lvlm("tiny"), [demonstration], layers=[2])
+    >>> vector.positions, vector.norm
+    ('all', 'relative')
     """
     check_variant(variant)
     selected = tuple(range(model.n_layers) if layers is None else layers)
@@ -93,19 +114,19 @@ def vti_text(
     else:
         joint = _mean_and_first(differences.reshape(len(differences), -1), flip="score")
         directions = joint.reshape(differences.shape[1:])[1:]
-    entries: dict[Key, Entry] = {}
+    changes: dict[Key, VectorChange] = {}
     for layer in selected:
         length = float(np.linalg.norm(directions[layer]))
         if not length > 0:
             msg = f"at L{layer} correct and hallucinated captions have equal activations, so the direction is undefined"
             raise PatchError(msg)
-        entries[Site("decoder", layer, "mlp_out")] = Entry(directions[layer] / length, SHARE)
+        changes[Site("decoder", layer, "mlp_out")] = AddChange(directions[layer] / length, SHARE)
     provenance = {
         "method": f"VTI text ({variant})",
         "demonstrations": len(demonstrations),
         "weights": model.weights_hash,
     }
-    return SteeringVector(entries, "add", "all", strength, model.name, model.config_hash, provenance, norm="relative")
+    return SteeringVector(changes, "all", strength, model.name, model.config_hash, provenance, norm="relative")
 
 
 def vti_vision(
@@ -150,6 +171,14 @@ def vti_vision(
         For a vision tower with other inputs or several views of an image.
     SiteError
         For a layer that the vision tower lacks.
+
+    Examples
+    --------
+    >>> import groundscope as gs
+    >>> model = gs.load_lvlm("tiny")
+    >>> vector = gs.derive.vti_vision(model, gs.scenes.dataset(10)[:2], layers=[0], copies=2)
+    >>> vector.changes[gs.Site.parse("vision.L0.mlp_out")].by_token
+    True
     """
     check_variant(variant)
     if not examples or copies < 1 or not 0 < ratio <= 1:
@@ -186,7 +215,7 @@ def vti_vision(
     lengths = np.linalg.norm(directions, axis=-1, keepdims=True)
     # A token that no mask changes has a row of zeros: it is not steered.
     units = np.divide(directions, lengths, out=np.zeros_like(directions), where=lengths > 0)
-    entries: dict[Key, Entry] = {Site("vision", i, "mlp_out"): Entry(units[i], SHARE) for i in selected}
+    changes: dict[Key, VectorChange] = {Site("vision", i, "mlp_out"): AddChange(units[i], SHARE) for i in selected}
     provenance = {
         "method": f"VTI vision ({variant})",
         "images": n,
@@ -195,7 +224,7 @@ def vti_vision(
         "seed": seed,
         "weights": model.weights_hash,
     }
-    return SteeringVector(entries, "add", "all", strength, model.name, model.config_hash, provenance, norm="relative")
+    return SteeringVector(changes, "all", strength, model.name, model.config_hash, provenance, norm="relative")
 
 
 def _mean_and_first(x: np.ndarray, *, flip: str) -> np.ndarray:

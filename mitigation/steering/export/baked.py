@@ -16,9 +16,9 @@ import numpy as np
 from groundscope.core import artifacts
 from groundscope.core.errors import ConfigError, ModelError
 from lvlm.sites import Head
-from mitigation.steering.export.capabilities import Ability, displacement, require
+from mitigation.steering.export.capability import Capability, require
 from mitigation.steering.export.convert import through_projection
-from mitigation.steering.placement import name_of
+from mitigation.steering.places import name_of
 from mitigation.steering.vector import SteeringVector
 
 if TYPE_CHECKING:
@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 
 VERSION = 1
 KIND = "bias_patch"
-ABILITY = Ability("any Hugging Face code", "biases, so at every token", ("heads", "residual", "MLP output"))
+CAPABILITY = Capability("any Hugging Face code", "biases, so at every token", ("heads", "residual", "MLP output"))
 
 
-def baked(vector: SteeringVector, path: str | Path, model: Lvlm, strength: float | None = None) -> Path:
+def baked(vector: SteeringVector, path: str | Path, model: Lvlm, *, strength: float | None = None) -> Path:
     """Write an additive vector as changes of biases.
 
     Tensors have the names of the model's parameters (``….o_proj.bias``, ``….down_proj.bias``) and must be *added*; a
@@ -58,24 +58,38 @@ def baked(vector: SteeringVector, path: str | Path, model: Lvlm, strength: float
         For a model that the vector was not derived for.
     StoreError
         If the file cannot be written.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> import numpy as np
+    >>> from safetensors.numpy import load_file
+    >>> from pathlib import Path
+    >>> import groundscope as gs
+    >>> model = gs.load_lvlm("tiny")
+    >>> changes = {2: gs.AddChange(np.eye(model.width)[0], sigma=3.0)}
+    >>> vector = gs.SteeringVector(changes, "all", 1.0, model.name, model.config_hash)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = gs.export.baked(vector, Path(folder) / "bias.safetensors", model)
+    ...     sorted(load_file(path))
+    ['model.language_model.layers.2.mlp.down_proj.bias']
     """
     vector.check(model)
-    require(vector, "baked", ABILITY)
+    require(vector, "baked", CAPABILITY)
     s = vector.scaled(vector.strength if strength is None else strength).strength
     names = {module: name for name, module in model.hf.named_modules()}
     deltas: dict[str, np.ndarray] = {}
-    for key, entry in vector.entries.items():
-        delta = displacement(entry, s)
+    for key, delta in vector.displacements(s).items():
         if isinstance(key, Head):
-            linear, delta = model.head_projection(key.layer), through_projection(model, key, delta)
+            linear, addition = model.head_projection(key.layer), through_projection(model, key, delta)
         else:
-            linear = _end_of_mlp(model, key if isinstance(key, int) else key.layer)
+            linear, addition = _end_of_mlp(model, key if isinstance(key, int) else key.layer), delta
         name = f"{names[linear]}.bias"
-        deltas[name] = deltas.get(name, np.zeros(len(delta))) + delta
+        deltas[name] = deltas.get(name, np.zeros(len(addition))) + addition
     card = {
         "rule": "add each tensor to the parameter of its name; a bias that is not there is zero",
         "strength": s,
-        "places": [name_of(key) for key in vector.entries],
+        "places": [name_of(key) for key in vector.changes],
         "model": vector.model,
         "config_hash": vector.config_hash,
         "provenance": dict(vector.provenance),

@@ -11,8 +11,9 @@ from circuits.head_screening.direct_logit import gate_of
 from groundscope.core.errors import ConfigError
 from lvlm.access.weights import weight
 from lvlm.sites import Head
-from mitigation.steering.export.capabilities import displacement, place_of
-from mitigation.steering.placement import Entry, Key, name_of
+from mitigation.steering.changes import AddChange, VectorChange
+from mitigation.steering.export.capability import place_of
+from mitigation.steering.places import Key, name_of
 from mitigation.steering.vector import SteeringVector
 
 if TYPE_CHECKING:
@@ -76,9 +77,19 @@ def to_residual(vector: SteeringVector, model: Lvlm) -> SteeringVector:
     ConfigError
         For a vector that does not add the same to every input, or acts in the vision tower; also if a norm lies between
         the place and the residual stream.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import groundscope as gs
+    >>> from mitigation.steering.export.convert import to_residual
+    >>> model = gs.load_lvlm("tiny")
+    >>> changes = {"L3.H1": gs.AddChange(np.eye(model.head_dim)[0])}
+    >>> to_residual(gs.SteeringVector(changes, "all", 1.0, model.name, model.config_hash), model)
+    SteeringVector(add at L3; all, strength 1, for 'tiny')
     """
     vector.check(model)
-    places = {place_of(key) for key in vector.entries}
+    places = {place_of(key) for key in vector.changes}
     convertible = places <= {"residual", "heads", "attention output", "MLP output"}
     if vector.kind != "add" or vector.norm != "free" or not convertible:
         msg = (
@@ -92,18 +103,17 @@ def to_residual(vector: SteeringVector, model: Lvlm) -> SteeringVector:
         )
         raise ConfigError(msg)
     moves: dict[int, np.ndarray] = {}
-    for key, entry in vector.entries.items():
-        move = displacement(entry, 1.0)
+    for key, move in vector.displacements(1.0).items():
         layer = key if isinstance(key, int) else key.layer
         moves[layer] = moves.get(layer, np.zeros(model.width)) + (
             in_residual(model, key, move) if isinstance(key, Head) else move
         )
-    entries: dict[Key, Entry] = {}
+    changes: dict[Key, VectorChange] = {}
     for layer, move in moves.items():
         length = float(np.linalg.norm(move))
         if not length > 0:
             msg = f"at {name_of(layer)} {vector} does not change the residual stream"
             raise ConfigError(msg)
-        entries[layer] = Entry(move / length, length)
+        changes[layer] = AddChange(move / length, length)
     conversion = LATE if places & {"heads", "attention output"} else EXACT
-    return replace(vector, entries=entries, provenance={**vector.provenance, "conversion": conversion})
+    return replace(vector, changes=changes, provenance={**vector.provenance, "conversion": conversion})

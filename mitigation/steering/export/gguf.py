@@ -10,7 +10,7 @@ import numpy as np
 
 from groundscope.core.errors import ConfigError
 from groundscope.core.files import canonical_json, explained, whole
-from mitigation.steering.export.capabilities import Ability, card_of, displacement, require
+from mitigation.steering.export.capability import Capability, metadata_of, require
 from mitigation.steering.export.convert import to_residual
 from mitigation.steering.vector import SteeringVector
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from lvlm.model import Lvlm
 
 ARCHITECTURE = "controlvector"
-ABILITY = Ability("llama.cpp", "output of block k, at every token", ("residual",), first_layer=1)
+CAPABILITY = Capability("llama.cpp", "output of block k, at every token", ("residual",), first_layer=1)
 """llama.cpp's loader refuses ``direction.0``, so the output of the first block cannot be steered."""
 
 
@@ -36,8 +36,8 @@ def gguf(
     vector: SteeringVector,
     path: str | Path,
     model: Lvlm | None = None,
-    strength: float | None = None,
     *,
+    strength: float | None = None,
     convert: bool = False,
 ) -> Path:
     """Write a GGUF control vector: ``direction.{k}`` float32 ``[D]`` for every layer k, for use with scale 1.
@@ -72,7 +72,7 @@ def gguf(
     """
     library = _package()
     vector = convert_to_residual(vector, model) if convert else vector
-    require(vector, "gguf", ABILITY, convertible=not convert)
+    require(vector, "gguf", CAPABILITY, convertible=not convert)
     if model is not None:
         vector.check(model)
     s = vector.scaled(vector.strength if strength is None else strength).strength
@@ -81,9 +81,9 @@ def gguf(
         writer = library.GGUFWriter(part, ARCHITECTURE)
         writer.add_string(f"{ARCHITECTURE}.model_hint", vector.model if model is None else model.spec.model_type)
         writer.add_uint32(f"{ARCHITECTURE}.layer_count", len(vector.layers))
-        writer.add_string("groundscope.card", canonical_json(card_of(vector, "gguf", s)))
-        for layer in vector.layers:
-            writer.add_tensor(f"direction.{layer}", displacement(vector.entries[layer], s).astype(np.float32))
+        writer.add_string("groundscope.card", canonical_json(metadata_of(vector, "gguf", s)))
+        for layer, addition in vector.displacements(s).items():
+            writer.add_tensor(f"direction.{layer}", addition.astype(np.float32))
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from groundscope.core.errors import ModelError
-from mitigation.steering.export.capabilities import Ability, card_of, displacement, require
+from mitigation.steering.export.capability import Capability, metadata_of, require
 from mitigation.steering.export.convert import through_projection, to_residual
 from mitigation.steering.export.torch_files import write_pt
 from mitigation.steering.vector import SteeringVector
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
     from lvlm.model import Lvlm
 
-ABILITY = Ability("steering-vectors", "output of a layer, at every token", ("residual",))
+CAPABILITY = Capability("steering-vectors", "output of a layer, at every token", ("residual",))
 
 
 def steering_vectors(
-    vector: SteeringVector, path: str | Path, model: Lvlm, strength: float | None = None, *, convert: bool = False
+    vector: SteeringVector, path: str | Path, model: Lvlm, *, strength: float | None = None, convert: bool = False
 ) -> Path:
     """Write ``layer_activations``, ``layer_type`` and ``layer_config`` for steering-vectors, for use with multiplier 1.
 
@@ -59,21 +59,23 @@ def steering_vectors(
     """
     vector.check(model)
     s = vector.scaled(vector.strength if strength is None else strength).strength
-    at_heads = convert and len(vector.heads) == len(vector.entries)
+    at_heads = convert and len(vector.heads) == len(vector.changes)
     rows: dict[int, torch.Tensor] = {}
     if at_heads:
         # Positions, kind and schedule must be supported too.
-        require(vector, "steering_vectors", Ability(ABILITY.consumer, ABILITY.applied, ("heads",)))
+        require(vector, "steering_vectors", Capability(CAPABILITY.consumer, CAPABILITY.effect, ("heads",)))
+        additions = vector.displacements(s)
         for head in vector.heads:
-            move = torch.from_numpy(through_projection(model, head, displacement(vector.entries[head], s)))
+            move = torch.from_numpy(through_projection(model, head, additions[head]))
             rows[head.layer] = rows[head.layer] + move if head.layer in rows else move
         kind = "self_attn"
         pattern = _pattern(model, [model.head_projection(i) for i in range(model.n_layers)])
         conversion = {"conversion": "exact: W_O d at the output of the output projection"}
     else:
         vector = to_residual(vector, model) if convert else vector
-        require(vector, "steering_vectors", ABILITY, convertible=not convert)
-        rows = {layer: torch.from_numpy(displacement(vector.entries[layer], s)) for layer in vector.layers}
+        require(vector, "steering_vectors", CAPABILITY, convertible=not convert)
+        additions = vector.displacements(s)
+        rows = {layer: torch.from_numpy(additions[layer]) for layer in vector.layers}
         kind, conversion = "decoder_block", {}
         pattern = _pattern(model, list(model.layers("decoder")))
     content = {
@@ -82,7 +84,7 @@ def steering_vectors(
         "layer_config": {kind: pattern},
     }
     path = Path(path)
-    card = card_of(vector, "steering_vectors", s, layer_type=kind, layer_config={kind: pattern}, **conversion)
+    card = metadata_of(vector, "steering_vectors", s, layer_type=kind, layer_config={kind: pattern}, **conversion)
     write_pt(path, content, card, "steering-vectors file")
     return path
 

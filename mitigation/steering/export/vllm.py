@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from mitigation.steering.export.capabilities import Ability, card_of, displacement, require
+from mitigation.steering.export.capability import Capability, metadata_of, require
 from mitigation.steering.export.convert import to_residual
 from mitigation.steering.export.torch_files import write_pt
 from mitigation.steering.vector import SteeringVector
@@ -15,11 +15,11 @@ from mitigation.steering.vector import SteeringVector
 if TYPE_CHECKING:
     from lvlm.model import Lvlm
 
-ABILITY = Ability("hotwire-vllm", "output of decoder layer l", ("residual",), positions=("all", "generated"))
+CAPABILITY = Capability("hotwire-vllm", "output of decoder layer l", ("residual",), positions=("all", "generated"))
 
 
 def vllm(
-    vector: SteeringVector, path: str | Path, model: Lvlm, strength: float | None = None, *, convert: bool = False
+    vector: SteeringVector, path: str | Path, model: Lvlm, *, strength: float | None = None, convert: bool = False
 ) -> Path:
     """Write a float32 tensor ``[layers, D]``, with zeros for layers that are not steered, for use with scale 1.
 
@@ -52,13 +52,14 @@ def vllm(
     """
     vector.check(model)
     vector = to_residual(vector, model) if convert else vector
-    require(vector, "vllm", ABILITY, convertible=not convert)
+    require(vector, "vllm", CAPABILITY, convertible=not convert)
     s = vector.scaled(vector.strength if strength is None else strength).strength
     matrix = torch.zeros(model.n_layers, model.width)
+    additions = vector.displacements(s)
     for layer in vector.layers:
-        matrix[layer] = torch.from_numpy(displacement(vector.entries[layer], s))
+        matrix[layer] = torch.from_numpy(additions[layer])
     path = Path(path)
     decode_only = {"decode_only": True} if vector.positions == "generated" else {}
     request = [{"id": path.stem, "layer": layer, "scale": 1.0, **decode_only} for layer in vector.layers]
-    write_pt(path, matrix, card_of(vector, "vllm", s, hotwire=request), "vLLM vector")
+    write_pt(path, matrix, metadata_of(vector, "vllm", s, hotwire=request), "vLLM vector")
     return path

@@ -10,15 +10,16 @@ import torch
 
 from groundscope.core.errors import ConfigError
 from lvlm.sites import Site
+from mitigation.steering.changes import AddChange
 from mitigation.steering.derive.vti import SHARE
-from mitigation.steering.export.capabilities import Ability, card_of, require
+from mitigation.steering.export.capability import Capability, metadata_of, require
 from mitigation.steering.export.torch_files import write_pt
 from mitigation.steering.vector import SteeringVector
 
 if TYPE_CHECKING:
     from lvlm.model import Lvlm
 
-ABILITY = Ability(
+CAPABILITY = Capability(
     "VTI",
     "MLP output, at every token",
     ("MLP output", "vision MLP output"),
@@ -28,7 +29,7 @@ ABILITY = Ability(
 )
 
 
-def vti(vector: SteeringVector, path: str | Path, model: Lvlm, strength: float | None = None) -> Path:
+def vti(vector: SteeringVector, path: str | Path, model: Lvlm, *, strength: float | None = None) -> Path:
     """Write float32 directions ``[layers, 1, D]`` of the decoder, or ``[vision layers, 1, tokens, D]`` of the vision tower.
 
     For ``add_vti_layers(stack, torch.load(path, weights_only=True), alpha=[alpha])`` of github.com/shengliu66/VTI, with the
@@ -56,22 +57,23 @@ def vti(vector: SteeringVector, path: str | Path, model: Lvlm, strength: float |
         If the file cannot be written.
     """
     vector.check(model)
-    require(vector, "vti", ABILITY)
+    require(vector, "vti", CAPABILITY)
     s = vector.scaled(vector.strength if strength is None else strength).strength
-    sigmas = {entry.sigma for entry in vector.entries.values()}
+    additions = {key: change for key, change in vector.changes.items() if isinstance(change, AddChange)}
+    sigmas = {change.sigma for change in additions.values()}
     if max(sigmas) - min(sigmas) > 1e-6 * max(sigmas):
         msg = (
             f"{vector}: VTI has one strength for all layers, but this vector's sigmas range from {min(sigmas):g} to "
             f"{max(sigmas):g}"
         )
         raise ConfigError(msg)
-    first = next(iter(vector.entries.values()))
-    vision = any(isinstance(key, Site) and key.stack == "vision" for key in vector.entries)
-    directions = np.zeros((model.n_vision_layers if vision else model.n_layers, *first.vector.shape), np.float32)
-    for key, entry in vector.entries.items():
+    first = next(iter(additions.values()))
+    vision = any(isinstance(key, Site) and key.stack == "vision" for key in vector.changes)
+    directions = np.zeros((model.n_vision_layers if vision else model.n_layers, *first.direction.shape), np.float32)
+    for key, change in additions.items():
         if isinstance(key, Site):
-            directions[key.layer] = entry.vector
+            directions[key.layer] = change.direction
     path = Path(path)
     alpha = s * first.sigma / SHARE
-    write_pt(path, torch.from_numpy(directions)[:, None], card_of(vector, "vti", s, alpha=alpha), "VTI directions")
+    write_pt(path, torch.from_numpy(directions)[:, None], metadata_of(vector, "vti", s, alpha=alpha), "VTI directions")
     return path

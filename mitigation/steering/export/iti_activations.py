@@ -14,23 +14,16 @@ from groundscope.core.files import explained, whole
 from groundscope.core.progress import progress_bar
 from lvlm.family.specification import resolve
 from lvlm.sites import Site
-from mitigation.steering.derive.base import read, two_sides
-from mitigation.steering.derive.iti import HeadStore
+from mitigation.steering.activations import read
+from mitigation.steering.contrast import Contrast
+from mitigation.steering.derive.base import require_store
 
 if TYPE_CHECKING:
-    from concepts.schema import Concept
     from lvlm.model import Lvlm
 
 
-def iti(
-    store: HeadStore,
-    prefix: str | Path,
-    model: Lvlm,
-    concept: Concept | str | None = None,
-    *,
-    positive: np.ndarray | None = None,
-    negative: np.ndarray | None = None,
-    tokens: str = "last",
+def iti_activations(
+    contrast: Contrast, prefix: str | Path, model: Lvlm, *, tokens: str = "last", progress: bool | None = None
 ) -> tuple[Path, Path, Path]:
     """Write ``PREFIX_head_wise.npy``, ``PREFIX_layer_wise.npy`` and ``PREFIX_labels.npy`` for github.com/likenneth/honest_llama.
 
@@ -40,14 +33,17 @@ def iti(
 
     Parameters
     ----------
-    store
-        Store with ``z`` and ``resid_post`` of all layers and ``decoder.L0.resid_pre``.
+    contrast
+        Examples of a store (`Contrast.from_store`) with ``z`` and ``resid_post`` of all layers and ``decoder.L0.resid_pre``;
+        examples without the token are excluded.
     prefix
         Folder and prefix of the file names, such as ``features/llava_pope``.
     model
         The model that the store was traced from; its final norm is needed.
-    concept, positive, negative, tokens
-        As for `derive.mean_difference`; examples on neither side or without the token are excluded.
+    tokens
+        Token selection that activations are read at.
+    progress
+        Whether to show progress; by default on a terminal only.
 
     Returns
     -------
@@ -58,29 +54,45 @@ def iti(
     ModelError
         For another model.
     PatchError, SiteError
-        As for `derive.mean_difference`.
+        As for `mitigation.derive.mean_difference`.
     StoreError
         If a file cannot be written.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from pathlib import Path
+    >>> import numpy as np
+    >>> import groundscope as gs
+    >>> model, data = gs.load_lvlm("tiny"), gs.scenes.dataset(10).filter(lambda e: e.answer in ("yes", "no"))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     sites = ("z", "resid_post", "decoder.L0.resid_pre")
+    ...     store = gs.trace(model, data, sites=sites, tokens=("last",), out=Path(folder) / "store")
+    ...     contrast = gs.Contrast.from_store(store, positive=(store.frame()["answer"] == "yes").to_numpy())
+    ...     paths = gs.export.iti_activations(contrast, Path(folder) / "tiny", model)
+    ...     np.load(paths[2]).shape == (len(data),)
+    True
     """
     import torch
 
+    groups = require_store(contrast, "iti_activations")
+    store = groups.store
     if store.provenance.get("model", {}).get("config") != model.config_hash:
         msg = f"the store was not traced from '{model.name}'; pass the model that it was traced from"
         raise ModelError(msg)
-    positive_mask, negative_mask = two_sides(store, concept, positive, negative)
     heads_at = [model.head_site(layer) for layer in range(model.n_layers)]
     layers = len(heads_at)
     first = read(store, heads_at[0], tokens)
-    rows = np.flatnonzero((positive_mask | negative_mask) & ~np.isnan(first).any(axis=1))
+    rows = np.flatnonzero((groups.positive | groups.negative) & ~np.isnan(first).any(axis=1))
     if not len(rows):
         msg = f"no positive or negative example has the tokens '{tokens}', so there is nothing to write"
         raise PatchError(msg)
     paths = tuple(Path(f"{prefix}_{name}.npy") for name in ("head_wise", "layer_wise", "labels"))
     embedded = read(store, Site("decoder", 0, "resid_pre"), tokens)[rows]  # before anything is written
     with (
-        written(paths[0], (len(rows), layers, first.shape[1])) as heads,
-        written(paths[1], (len(rows), layers + 1, embedded.shape[1])) as residual,
-        progress_bar() as bar,
+        npy_file(paths[0], (len(rows), layers, first.shape[1])) as heads,
+        npy_file(paths[1], (len(rows), layers + 1, embedded.shape[1])) as residual,
+        progress_bar(progress) as bar,
     ):
         residual[:, 0] = embedded
         for layer in bar.track(range(layers), description="writing activations"):
@@ -91,13 +103,13 @@ def iti(
                 with torch.no_grad():
                     x = norm(torch.tensor(x, device=model.device, dtype=model.dtype)).float().cpu().numpy()
             residual[:, layer + 1] = x
-    with written(paths[2], (len(rows),), np.int64) as labels:
-        labels[:] = positive_mask[rows]
+    with npy_file(paths[2], (len(rows),), np.int64) as labels:
+        labels[:] = groups.positive[rows]
     return paths[0], paths[1], paths[2]
 
 
 @contextmanager
-def written(path: Path, shape: tuple[int, ...], dtype: type[np.generic] = np.float32) -> Iterator[np.ndarray]:
+def npy_file(path: Path, shape: tuple[int, ...], dtype: type[np.generic] = np.float32) -> Iterator[np.ndarray]:
     """Yield an array on disk to fill; the file is renamed when complete. Raises `StoreError` if it cannot be written."""
     with explained(lambda reason: f"{path}: the activations cannot be written: {reason}"), whole(path) as part:
         array = np.lib.format.open_memmap(part, mode="w+", dtype=dtype, shape=shape)

@@ -1,31 +1,44 @@
-"""The vectors that each export format can represent, and error messages for those that it cannot."""
+"""The vectors that an export format can represent, and the error message for those that it cannot."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from circuits.interventions.options import NORMS, Norm
 from groundscope.core.errors import ConfigError
 from lvlm.sites import Head, Site
-from mitigation.steering.placement import Entry, Key
-from mitigation.steering.vector import KINDS, POSITIONS, Kind, Positions, SteeringVector
+from mitigation.steering.changes import KINDS, Kind
+from mitigation.steering.places import Key
+from mitigation.steering.vector import POSITIONS, Positions, SteeringVector
 
 PLACES = ("residual", "heads", "attention output", "MLP output", "vision MLP output", "another site")
 
 
 @dataclass(frozen=True)
-class Ability:
-    """The vectors that a format can represent, as its consumer applies them."""
+class Capability:
+    """The vectors that a format can represent, as its consumer applies them.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from mitigation import AddChange, Capability, SteeringVector
+    >>> everywhere = Capability("my server", "output of a layer, at every token", ("residual",))
+    >>> vector = SteeringVector({2: AddChange(np.eye(8)[0])}, "last", 1.0, "m", "c")
+    >>> everywhere.obstacles(vector)
+    ["it acts at positions 'last', but the format only at 'all'"]
+    >>> everywhere.obstacles(vector.at("all"))
+    []
+    """
 
     consumer: str
     """Software that reads the file."""
-    applied: str
+    effect: str
     """Place where the consumer adds the vector."""
     places: tuple[str, ...]
+    """Places, of `PLACES`."""
     kinds: tuple[Kind, ...] = ("add",)
     norms: tuple[Norm, ...] = ("free",)
     positions: tuple[Positions, ...] = ("all",)
@@ -34,13 +47,14 @@ class Ability:
     by_token: bool = False
     """Whether each token may have a separate direction."""
     first_layer: int = 0
+    """First layer whose output a file can change."""
     one_place: bool = False
     """Whether a file can contain only one kind of place."""
 
     def obstacles(self, vector: SteeringVector) -> list[str]:
         """Return the reasons why the format cannot represent a vector; empty if it can."""
         reasons = []
-        kinds_of_place = list(dict.fromkeys(place_of(key) for key in vector.entries))
+        kinds_of_place = list(dict.fromkeys(place_of(key) for key in vector.changes))
         unsupported = [place for place in kinds_of_place if place not in self.places]
         if unsupported:
             reasons.append(f"it acts on {', '.join(unsupported)}, but the format only on {', '.join(self.places)}")
@@ -56,9 +70,9 @@ class Ability:
             )
         if not self.schedules and (vector.decay < 1 or vector.gate is not None):
             reasons.append("it has a decay or a gate, which the format does not support")
-        if not self.by_token and any(entry.by_token for entry in vector.entries.values()):
+        if not self.by_token and any(change.by_token for change in vector.changes.values()):
             reasons.append("it has a direction for each token, which the format does not support")
-        early = [key for key in vector.entries if not isinstance(key, Site | Head) and key < self.first_layer]
+        early = [key for key in vector.changes if not isinstance(key, Site | Head) and key < self.first_layer]
         if early:
             reasons.append(
                 f"layer {early[0]} comes before layer {self.first_layer}, the first layer that the format supports"
@@ -66,13 +80,32 @@ class Ability:
         return reasons
 
 
-EVERYTHING = Ability(
+EVERYTHING = Capability(
     "groundscope", "at the places in the file", PLACES, KINDS, NORMS, POSITIONS, schedules=True, by_token=True
 )
 
 
-def require(vector: SteeringVector, name: str, ability: Ability, *, convertible: bool = False) -> None:
-    """Raise `ConfigError` if a format cannot represent a vector; the message names the reasons and suitable formats.
+@dataclass(frozen=True)
+class Export:
+    """An export format, an entry of `mitigation.exports`.
+
+    Examples
+    --------
+    >>> from mitigation import exports
+    >>> exports["gguf"].capability.consumer
+    'llama.cpp'
+    """
+
+    write: Callable[..., Path]
+    """``write(vector, path, model)`` writes a file and returns its path; may have the options ``strength`` and ``convert``."""
+    capability: Capability
+    """The vectors that the format can represent."""
+    suffix: str = ".pt"
+    """Suffix of its files."""
+
+
+def require(vector: SteeringVector, name: str, capability: Capability, *, convertible: bool = False) -> None:
+    """Raise `ConfigError` if a format cannot represent a vector; the message names the reasons and alternatives.
 
     Parameters
     ----------
@@ -80,29 +113,35 @@ def require(vector: SteeringVector, name: str, ability: Ability, *, convertible:
         The vector to write.
     name
         Name of the format.
-    ability
-        Ability of the format.
+    capability
+        Capability of the format.
     convertible
         Whether the message suggests ``convert=True``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from mitigation import AddChange, Capability, SteeringVector, export
+    >>> vector = SteeringVector({2: AddChange(np.eye(8)[0])}, "all", 1.0, "m", "c")
+    >>> export.require(vector, "mine", Capability("my server", "output of a layer", ("residual",)))
     """
-    obstacles = ability.obstacles(vector)
+    obstacles = capability.obstacles(vector)
     if not obstacles:
         return
-    from mitigation.steering.export import FORMATS
-
-    suitable = [other for other, form in FORMATS.items() if not form.ability.obstacles(vector)]
-    suggestions = [f"export it as {' or '.join(repr(other) for other in suitable)}"]
-    if vector.positions not in ability.positions:
-        position = ability.positions[0]
-        suggestions.append(f"or test vector.at('{position}') and export that one")
-    if convertible and any(isinstance(key, Head | Site) for key in vector.entries):
+    suggestions = ["export it as 'safetensors' or another of mitigation.export.formats_for(vector)"]
+    if vector.positions not in capability.positions:
+        suggestions.append(f"or test vector.at('{capability.positions[0]}') and export that one")
+    if convertible and any(isinstance(key, Head | Site) for key in vector.changes):
         suggestions.append("or pass convert=True to convert it to the format's place")
-    msg = f"{vector} cannot be written as '{name}' for {ability.consumer}: {'; '.join(obstacles)}. {', '.join(suggestions)}"
+    msg = (
+        f"{vector} cannot be written as '{name}' for {capability.consumer}: {'; '.join(obstacles)}. "
+        f"{', '.join(suggestions)}"
+    )
     raise ConfigError(msg)
 
 
 def place_of(key: Key) -> str:
-    """Return the kind of place of an entry, one of `PLACES`."""
+    """Return the kind of a place, one of `PLACES`."""
     if isinstance(key, Head):
         return "heads"
     if not isinstance(key, Site):
@@ -113,19 +152,14 @@ def place_of(key: Key) -> str:
     return "attention output" if plain else "another site"
 
 
-def displacement(entry: Entry, strength: float) -> np.ndarray:
-    """Return the vector added at a place, float64 ``[d]``: the product of strength, sigma and direction."""
-    return strength * entry.sigma * entry.vector.astype(np.float64)
-
-
-def card_of(vector: SteeringVector, name: str, strength: float, **more: Any) -> Mapping[str, Any]:
+def metadata_of(vector: SteeringVector, name: str, strength: float, **more: Any) -> Mapping[str, Any]:
     """Return the metadata stored with every export: the format, the model and the provenance."""
     return {
         "format": name,
         "strength": strength,
         "positions": vector.positions,
         "norm": vector.norm,
-        "places": [place_of(key) for key in vector.entries],
+        "places": [place_of(key) for key in vector.changes],
         "model": vector.model,
         "config_hash": vector.config_hash,
         "provenance": dict(vector.provenance),
