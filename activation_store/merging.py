@@ -20,7 +20,7 @@ from activation_store.format.schema import MANIFEST, ArrayInfo, Schema, shard_na
 from activation_store.format.screening import screen
 from activation_store.format.shard import SHARD_KIND, check_outcome, inspect, rebuild_advice
 from activation_store.reading.store import ActivationStore
-from activation_store.writing.shard_parts import create_array, describe_array, finish_shard, publish_shard, start_shard
+from activation_store.writing.shard_writer import create_array, describe_array, finish_shard, publish_shard, start_shard
 from activation_store.writing.virtual_index import write_index
 from groundscope.core.errors import StoreError
 from groundscope.core.files import DamagedFileError, explained, part_of, publish_new, same_bytes, sync, write_whole

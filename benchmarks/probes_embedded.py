@@ -32,7 +32,7 @@ from rich.table import Table
 from activation_store import ActivationStore, trace
 from concepts import ConceptDataset, scenes
 from lvlm import load_lvlm
-from probes import ProbeGrid, fit_grid, lexical_control, probeable
+from probes import ProbeGrid, fit_grid, lexical_control, probeable, transfer
 from probes.analysis import alignment, logit_lens
 
 RESULTS = Path(__file__).parent / "results" / "probes_embedded.json"
@@ -123,7 +123,7 @@ def measure(store: ActivationStore, blank: ActivationStore) -> dict[str, Any]:
             visual = [int(v) for v in words.groupby("layer")["is_visual"].sum()]
             entry["concepts_above_lexical"] = visual
         if kind == "color":
-            moved: Any = grid.transfer({"wrong by prior": (store, wrong)}, resamples=300)
+            moved: Any = transfer(grid, {"wrong by prior": (store, wrong)}, resamples=300)
             for name, score in (("where_wrong_by_prior", "balanced_accuracy"), ("low_where_wrong_by_prior", "low")):
                 entry[name] = [round(float(v), 3) for v in moved.groupby("layer")[score].mean()]
             entry["n_wrong_by_prior"] = int(moved["n"].max())

@@ -2,10 +2,10 @@
 
 from .analysis import alignment, logit_lens
 from .analysis.baselines import control_task, lexical_control, random_features
-from .analysis.permutation import permutation_test
-from .analysis.significance import Significance
+from .analysis.multiclass import multiclass
+from .analysis.permutation import Significance, permutation_test
 from .analysis.trajectory import journey, landmarks
-from .analysis.transfer import multiclass, transfer
+from .analysis.transfer import transfer
 from .classifiers import (
     ConceptSubspaceProbe,
     LDAProbe,

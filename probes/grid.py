@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import MappingProxyType
@@ -173,18 +173,6 @@ class ProbeGrid:
     def site(self, layer: int) -> str:
         """Return the site of a layer, ``decoder.L3.z``."""
         return self._array.site(layer)
-
-    def transfer(self, targets: Mapping[str, Any], **options: Any) -> pd.DataFrame:
-        """Test the probes, without refitting, on other stores or rows: `probes.analysis.transfer.transfer`."""
-        from probes.analysis.transfer import transfer
-
-        return transfer(self, targets, **options)
-
-    def multiclass(self, concepts: Sequence[str], **options: Any) -> pd.DataFrame:
-        """Score multiclass predictions among mutually exclusive concepts: `probes.analysis.transfer.multiclass`."""
-        from probes.analysis.transfer import multiclass
-
-        return multiclass(self, concepts, **options)
 
     def array(self, concept: str, score: str = "balanced_accuracy") -> np.ndarray:
         """Return a score of a concept over the grid, float64 [L], or [L, H] for probes on heads.

@@ -1,9 +1,9 @@
-"""Open a store's folder without reading activations, and open its shards for reading."""
+"""Open a store's folder without reading activations, its shards for reading, and several folders as one store."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from activation_store.format.folder_checks import check_ids, check_listed, check
 from activation_store.format.hdf5 import element_at, group_at
 from activation_store.format.manifest import IndexEntry, ShardEntry, read_manifest
 from activation_store.format.mapped_file import MappedFile
+from activation_store.format.provenance_versions import same_form
 from activation_store.format.schema import (
     INDEX,
     MANIFEST,
@@ -178,3 +179,49 @@ def _check_same(path: Path, first: tuple[Schema, Mapping[str, Any]], this: tuple
         field, old, new = change
         msg = f"{path}: field '{field}' is {new!r}, but {old!r} in the rest of the store; this shard is from another store"
         raise StoreError(msg)
+
+
+_DATASET = "dataset"
+_MERGED = "merged"
+
+
+def check_mergeable(parts: Sequence[tuple[Folder, Sequence[str]]]) -> None:
+    """Raise `StoreError` unless several folders, each with its example ids, can form one store."""
+    first = parts[0][0]
+    where: dict[str, Folder] = {}
+    for folder, ids in parts:
+        expected = same_form(first.provenance, folder.provenance, str(folder.path))
+        provenance = same_form(folder.provenance, first.provenance, str(first.path))
+        change = difference(_shared_record(first.schema, expected), _shared_record(folder.schema, provenance))
+        if change is not None:
+            field, old, new = change
+            msg = (
+                f"{folder.path} cannot be merged with {first.path}: field '{field}' differs: {new!r} instead of {old!r}; "
+                f"one store holds one model, selection and dtype"
+            )
+            raise StoreError(msg)
+        for name in ids:
+            if name in where:
+                msg = (
+                    f"{folder.path} cannot be merged with {where[name].path}: "
+                    f"the example '{name}' is in both; ids must be unique"
+                )
+                raise StoreError(msg)
+            where[name] = folder
+
+
+def provenance_of(folders: Sequence[Folder]) -> dict[str, Any]:
+    """Return the provenance of several folders: that of the first, with all datasets if they differ."""
+    provenance = dict(folders[0].provenance)
+    datasets: list[Any] = []
+    for folder in folders:
+        entry = folder.provenance.get(_DATASET)
+        entries = entry[_MERGED] if isinstance(entry, Mapping) and set(entry) == {_MERGED} else [entry]
+        datasets += [dataset for dataset in entries if dataset not in datasets]
+    if len(datasets) > 1:
+        provenance[_DATASET] = {_MERGED: datasets}
+    return provenance
+
+
+def _shared_record(schema: Schema, provenance: Mapping[str, Any]) -> dict[str, Any]:
+    return comparable(schema, {key: value for key, value in provenance.items() if key != _DATASET})

@@ -14,8 +14,8 @@ import numpy as np
 from torch import Tensor
 
 from activation_store.format.model_tensors import LazyTensor
+from activation_store.format.provenance_versions import VERSION
 from activation_store.format.schema import shard_numbers
-from activation_store.forms import VERSION
 from activation_store.tracing.plan import Plan
 from concepts.schema import ConceptDataset
 from groundscope.core.errors import StoreError

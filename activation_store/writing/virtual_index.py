@@ -17,7 +17,7 @@ from activation_store.format.hdf5 import element_at, group_at, mark
 from activation_store.format.manifest import IndexEntry
 from activation_store.format.schema import INDEX, LAYOUT_VERSION, ArrayInfo, Schema
 from activation_store.format.shard import open_shard, read_rows, reading
-from activation_store.writing.shard_parts import site_group
+from activation_store.writing.shard_writer import site_group
 from groundscope.core.files import canonical_json, file_digest, part_of, publish, same_bytes
 
 

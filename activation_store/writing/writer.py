@@ -21,6 +21,7 @@ from activation_store.format.folder_checks import check_ids, check_listed, check
 from activation_store.format.hdf5 import group_at
 from activation_store.format.manifest import DamagedManifestError, IndexEntry, Manifest, ShardEntry, read_manifest
 from activation_store.format.model_tensors import LazyTensor, tensors_entry, write_tensors
+from activation_store.format.provenance_versions import same_form
 from activation_store.format.schema import (
     INDEX,
     NOT_COMPARED,
@@ -43,11 +44,17 @@ from activation_store.format.shard import (
     read_json,
     reading,
 )
-from activation_store.forms import same_form
-from activation_store.writing.intake import Arrays, check_lists, encode_batch
 from activation_store.writing.queue import Background, Pool
-from activation_store.writing.shard_writer import ShardBuilder
-from activation_store.writing.validation import check_exact, check_kinds, check_table, count_overflow
+from activation_store.writing.shard_writer import ShardWriter
+from activation_store.writing.validation import (
+    Arrays,
+    check_exact,
+    check_kinds,
+    check_lists,
+    check_table,
+    count_overflow,
+    encode_batch,
+)
 from activation_store.writing.virtual_index import write_index
 from groundscope.core.errors import StoreError
 from groundscope.core.files import Lock, canonical_json, file_digest, part_of, system_reason, write_whole
@@ -132,9 +139,9 @@ class StoreWriter:
         self._kinds: dict[str, str] = {}
         self._lists: dict[str, str] = {}
         self._exact: dict[str, str] = {}
-        self._shard: ShardBuilder | None = None
+        self._shard: ShardWriter | None = None
         self._numbers: set[int] = set()
-        self._building: set[ShardBuilder] = set()
+        self._building: set[ShardWriter] = set()
         self._disk = Background(_WAITING_BYTES)
         self._sealing = Background(1)  # one shard can wait for the disk while the next is written
         self._pool = Pool()
@@ -388,7 +395,7 @@ class StoreWriter:
             batch_ids.add(name)
         return [i for i, name in enumerate(ids) if name not in self._resumed_ids]
 
-    def _current_shard(self) -> ShardBuilder:
+    def _current_shard(self) -> ShardWriter:
         if self._shard is None:
             # The lowest free number: after a shard is deleted, the next run writes only that shard again.
             number = 0
@@ -397,7 +404,7 @@ class StoreWriter:
             self._numbers.add(number)
             self._final = self._path / shard_name(self._worker, number)
             temporary = part_of(self._final, self._owner)
-            self._shard = ShardBuilder(temporary, self._schema, self._provenance, self._disk, self._pool)
+            self._shard = ShardWriter(temporary, self._schema, self._provenance, self._disk, self._pool)
             self._building.add(self._shard)
         return self._shard
 
@@ -407,12 +414,12 @@ class StoreWriter:
             self._disk.submit(partial(self._finish, self._shard, self._final))
             self._shard = None
 
-    def _finish(self, shard: ShardBuilder, final: Path) -> None:
+    def _finish(self, shard: ShardWriter, final: Path) -> None:
         shard.finish()
         # Syncing a shard takes long: blocks of the next shard are written meanwhile.
         self._sealing.submit(partial(self._publish, shard, final), size=1)
 
-    def _publish(self, shard: ShardBuilder, final: Path) -> None:
+    def _publish(self, shard: ShardWriter, final: Path) -> None:
         entry = shard.publish(final, self._log)
         self._building.discard(shard)
         self._entries[entry.file] = entry

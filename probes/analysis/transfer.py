@@ -1,14 +1,13 @@
-"""Multiclass decisions among mutually exclusive concepts, and transfer of probes to other examples."""
+"""Test the probes of a grid, without refitting, on other examples."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from groundscope.core.errors import ProbeError
-from groundscope.core.intervals import combined_interval
 from probes.analysis.refit import grid_array
 from probes.grid import ProbeGrid
 from probes.protocol.inputs import read_features, read_groups, read_labels, row_mask
@@ -23,97 +22,6 @@ from probes.protocol.scoring import (
 
 if TYPE_CHECKING:
     import pandas as pd
-
-    from activation_store import ActivationSource
-
-
-def multiclass(
-    grid: ProbeGrid,
-    concepts: Sequence[str],
-    *,
-    how: str = "rest",
-    store: ActivationSource | None = None,
-    rows: Sequence[bool] | np.ndarray | pd.Series | None = None,
-    confidence: float = 0.95,
-    progress: bool | None = None,
-) -> pd.DataFrame:
-    """Score multiclass predictions among concepts of which exactly one is true: the color of an object, the relation.
-
-    Scored on held-out rows where exactly one of them is true, by the mean recall over the concepts that occur; chance is 1
-    over their number.
-
-    Parameters
-    ----------
-    how
-        ``rest``: the concept whose one-vs-rest probe of the grid has the largest margin. ``softmax``: a multinomial
-        regression (`probes.MultinomialProbe`) fitted on the grid's training rows, with its folds and candidates of C.
-    store, rows
-        For ``softmax``: the grid's store, and `rows` as in the call of `fit_grid`.
-    confidence
-        Of the intervals over groups, which have a formula.
-    progress
-        For ``softmax``: whether to show a progress bar; by default only on a terminal.
-
-    Returns
-    -------
-    One row per layer and head: balanced_accuracy with its interval over groups, chance, and n; for ``softmax`` also C and
-    gap, the proven relative distance of the fit from its optimum.
-
-    Raises
-    ------
-    ProbeError
-        If there are fewer than two concepts, the grid does not have all of them, no held-out row has exactly one true
-        concept, or for ``softmax`` the store is missing or not the grid's, or training rows are too few.
-    """
-    import pandas as pd
-
-    missing = [c for c in concepts if c not in grid.concepts]
-    if missing or len(set(concepts)) < 2 or len(set(concepts)) < len(concepts):
-        msg = f"choose at least two different concepts from {', '.join(grid.concepts)}; got {list(concepts)}"
-        raise ProbeError(msg)
-    if how not in HOW or (how == "softmax") != (store is not None):
-        msg = f"how='{how}' must be one of {', '.join(HOW)}; 'softmax' fits a new probe and needs store=…, 'rest' takes no store"
-        raise ProbeError(msg)
-    at = [grid.concepts.index(c) for c in concepts]
-    labels = grid.held_out_labels[at]  # [C, T]
-    used = (labels == 1).sum(axis=0) == 1
-    used &= ~np.isnan(labels).any(axis=0)
-    if not used.any():
-        msg = f"no held-out example has exactly one true concept of {', '.join(concepts)}; choose mutually exclusive concepts"
-        raise ProbeError(msg)
-    truth = labels[:, used].argmax(axis=0)
-    classes = np.unique(truth)
-    names, of_row = np.unique(np.array(grid.held_out_groups)[used], return_inverse=True)
-    if store is not None:
-        from probes.analysis.softmax import softmax_choices
-
-        choices = softmax_choices(grid, store, concepts, used, rows, progress)
-    else:
-        choices = _largest(grid, at, used)
-    table = []
-    for where, head, predicted, *fitted in choices:
-        tables = [
-            [np.bincount(of_row, rows, minlength=len(names)) for rows in (of_class & (predicted == c), of_class)]
-            for c, of_class in ((c, truth == c) for c in classes)
-        ]
-        hits, total = np.array(tables, dtype=np.float64).swapaxes(0, 1)  # [C, G] each
-        recalls = hits.sum(axis=1) / total.sum(axis=1)
-        low, high = combined_interval(hits, total, np.full(len(classes), 1 / len(classes)), confidence)
-        cell = (grid.layers[where], head if grid.n_heads else pd.NA)
-        table.append((*cell, float(np.mean(recalls)), float(low), float(high), 1 / len(classes), len(truth), *fitted))
-    columns = ["layer", "head", "balanced_accuracy", "low", "high", "chance", "n"]
-    columns += ["C", "gap"] if how == "softmax" else []
-    return pd.DataFrame(table, columns=columns).astype({"head": "Int64"})
-
-
-HOW = ("rest", "softmax")
-"""Ways to combine probes into a multiclass prediction."""
-
-
-def _largest(grid: ProbeGrid, at: Sequence[int], used: np.ndarray) -> Iterator[tuple[int, int, np.ndarray]]:
-    for where in range(len(grid.layers)):
-        for head in range(grid.n_heads or 1):
-            yield where, head, grid.held_out_margins[at, where, head][:, used].argmax(axis=0)
 
 
 def transfer(

@@ -562,7 +562,7 @@ def test_the_table_of_a_finished_store_needs_no_shard(tmp_path: Path, monkeypatc
         msg = "a shard was opened"
         raise AssertionError(msg)
 
-    monkeypatch.setattr("activation_store.reading.contents.OpenShard", refuse)
+    monkeypatch.setattr("activation_store.reading.store.OpenShard", refuse)
     assert ActivationStore(tmp_path).frame().equals(expected)
     monkeypatch.setattr("activation_store.writing.writer.open_shard", refuse)
     monkeypatch.setattr("activation_store.writing.virtual_index.open_shard", refuse)

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from activation_store import ActivationStore, trace
-from activation_store.forms import same_form
+from activation_store.format.provenance_versions import same_form
 from behavior.answering import answer, answer_each
 from circuits.attention_knockout import blocked
 from circuits.interventions.intervention import Gate, Intervention, intervened

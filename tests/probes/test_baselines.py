@@ -23,6 +23,7 @@ from probes import (
     lexical_control,
     multiclass,
     random_features,
+    transfer,
 )
 from tests.toys.memory_store import MemoryStore, make_store
 
@@ -78,13 +79,12 @@ def test_a_choice_among_concepts_is_scored_as_scikit_learn_does(grid: ProbeGrid)
     assert found["head"].isna().all()
     with pytest.raises(ProbeError, match="choose at least two different concepts"):
         multiclass(grid, ["attribute:red"])
-    assert grid.multiclass(COLORS).equals(found.reset_index()[found.reset_index().columns])
 
 
 def test_a_choice_fitted_together_equals_the_protocol_done_with_scikit_learn(
     grid: ProbeGrid, store: MemoryStore
 ) -> None:
-    found = grid.multiclass(COLORS, how="softmax", store=store)
+    found = multiclass(grid, COLORS, how="softmax", store=store)
     split = np.isin(store.table["id"], grid.held_out)
     y = store.table[list(COLORS)].to_numpy().argmax(axis=1)
     for at in range(3):
@@ -104,22 +104,22 @@ def test_a_choice_fitted_together_equals_the_protocol_done_with_scikit_learn(
 
 def test_choices_that_cannot_be_fitted_are_refused(grid: ProbeGrid, store: MemoryStore) -> None:
     with pytest.raises(ProbeError, match="'softmax' fits a new probe and needs store"):
-        grid.multiclass(COLORS, how="softmax")
+        multiclass(grid, COLORS, how="softmax")
     with pytest.raises(ProbeError, match="how='best' must be one of rest, softmax"):
-        grid.multiclass(COLORS, how="best")
+        multiclass(grid, COLORS, how="best")
     other = colored(seed=1)
     other.digest = "e" * 64
     with pytest.raises(ProbeError, match="the grid was fitted on store dddddddddddd"):
-        grid.multiclass(COLORS, how="softmax", store=other)
+        multiclass(grid, COLORS, how="softmax", store=other)
     with pytest.raises(ProbeError, match="not split as the grid's were"):
-        grid.multiclass(COLORS, how="softmax", store=store, rows=np.arange(360) < 300)
+        multiclass(grid, COLORS, how="softmax", store=store, rows=np.arange(360) < 300)
 
 
 def test_probes_carry_over_to_where_they_should(grid: ProbeGrid, store: MemoryStore) -> None:
     other, against = colored(seed=1), colored(seed=2, flip=True)
     targets = {"fresh": other, "opposite": against, "home": store, "few": (other, np.arange(360) < 30)}
     targets["few"][1].setflags(write=False)  # the caller's rows are left alone
-    found = grid.transfer(targets, resamples=200)
+    found = transfer(grid, targets, resamples=200)
     at = found.set_index(["target", "concept", "layer"])
     fresh = at.loc[("fresh", "attribute:red", 1)]
     assert fresh["low"] > 0.6
@@ -137,9 +137,9 @@ def test_probes_carry_over_to_where_they_should(grid: ProbeGrid, store: MemorySt
     assert at.loc[("few", "attribute:red", 1)]["n"] == 30
     narrow = MemoryStore(other.table, {("decoder", "resid_post", "last"): np.ones((360, 3, 7))})
     with pytest.raises(ProbeError, match=r"'narrow': decoder.L0.resid_post has width 7, the grid's probes need 10"):
-        grid.transfer({"narrow": narrow})
+        transfer(grid, {"narrow": narrow})
     with pytest.raises(SiteError, match="image:mean not in store"):
-        grid.transfer({"fresh": other}, tokens="image:mean")
+        transfer(grid, {"fresh": other}, tokens="image:mean")
 
 
 def test_what_the_words_alone_tell_is_not_called_visual(grid: ProbeGrid, store: MemoryStore) -> None:

@@ -12,7 +12,7 @@ from sklearn.preprocessing import StandardScaler
 from groundscope.core.errors import ProbeError
 from groundscope.core.statistics import wilson
 from probes import fit_grid, permutation_test
-from probes.analysis.significance import benjamini_hochberg, benjamini_yekutieli
+from probes.analysis.permutation import benjamini_hochberg, benjamini_yekutieli
 from probes.protocol.controls import control_labels, shuffle_within
 from probes.solvers.ridge_many_labels import Targets, ridge_scores
 from tests.toys.memory_store import PLANTED, MemoryStore, make_store

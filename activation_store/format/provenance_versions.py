@@ -26,8 +26,8 @@ def same_form(new: Mapping[str, Any], old: Mapping[str, Any], where: str = "") -
     old
         The record to compare with.
     where
-        Names the store of the older version in a warning of the logger ``activation_store.forms``: version 1 holds
-        digests of samples, and equal samples do not prove equal weights. Empty for no warning.
+        Names the store of the older version in a warning of this module's logger: version 1 holds digests of samples, and
+        equal samples do not prove equal weights. Empty for no warning.
 
     Returns
     -------
