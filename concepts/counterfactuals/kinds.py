@@ -131,6 +131,8 @@ def pairs(
         How photographs are changed, an entry of `METHODS`; by default the first that makes any pair of that kind. Scenes have
         no method.
 
+        ``given``
+            The file lists the pairs (`concepts.loaders.pairs`).
         ``swap``
             Another photograph is shown, on which the same question has another true answer.
         ``mirror``

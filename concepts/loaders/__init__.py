@@ -34,6 +34,11 @@ Annotations, as questions about them:
 `clevr`
     CLEVR: rendered scenes (all levels).
 
+Pairs of images:
+
+`pairs`
+    A table of two images, a question and both answers (all levels).
+
 `load` calls a loader by its name; `register` adds one. Loaders of installed packages are found by the entry-point group
 ``groundscope.loaders``.
 """
@@ -55,6 +60,7 @@ from concepts.loaders.clevr import clevr
 from concepts.loaders.coco import coco
 from concepts.loaders.gqa import gqa
 from concepts.loaders.mme import mme
+from concepts.loaders.pairs import pairs
 from concepts.loaders.pope import pope
 from concepts.loaders.sugarcrepe import sugarcrepe
 from concepts.loaders.visual_genome import visual_genome
@@ -76,6 +82,7 @@ __all__ = [
     "load",
     "mme",
     "option_names",
+    "pairs",
     "pope",
     "register",
     "sugarcrepe",
@@ -109,6 +116,7 @@ LOADERS: Registry[Loader] = Registry(
         "coco": coco,
         "gqa": gqa,
         "mme": mme,
+        "pairs": pairs,
         "pope": pope,
         "sugarcrepe": sugarcrepe,
         "visual_genome": visual_genome,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from PIL import Image
 from skimage.color import rgb2lab
 
-from concepts import counterfactuals, scenes
+from concepts import counterfactuals, loaders, scenes
 from concepts.counterfactuals.photographs.canvas import placement
 from concepts.counterfactuals.photographs.color_names import HUES, PROTOTYPES, color_name
 from concepts.counterfactuals.photographs.inpaint import InpaintedImage, filled_mask
@@ -265,3 +266,58 @@ def test_a_pair_set_prints_in_two_lines(photographs: ConceptDataset) -> None:
     assert repr(pairs).count("\n") <= 1
     assert pairs[:2].kind == "color"
     assert list(pairs.frame()["method"]) == ["recolor"] * 5
+
+
+HEADER = "clean_image,corrupt_image,question,clean_answer,corrupt_answer,kind,change"
+
+
+def pairs_file(folder: Path, *rows: str, name: str = "pairs.csv") -> Path:
+    for image, size in (("a", (8, 8)), ("b", (8, 8)), ("wide", (9, 8))):
+        Image.new("RGB", size, "red").save(folder / f"{image}.png")
+    path = folder / name
+    path.write_text("\n".join((HEADER, *rows)) + "\n", encoding="utf-8")
+    return path
+
+
+def test_a_table_of_pairs_is_read_as_written(tmp_path: Path) -> None:
+    path = pairs_file(
+        tmp_path,
+        "a.png,b.png,Is the wall red?,yes,no,color,wall: red -> blue",
+        "b.png,a.png,What is on the wall?,picture,clock,object,picture -> clock",
+    )
+    data = loaders.pairs(path, tmp_path)
+    color, other = (counterfactuals.pairs(data, kind)[0] for kind in ("color", "object"))
+    assert (color.clean.answer, color.corrupt.answer, color.change) == ("yes", "no", "wall: red -> blue")
+    assert (color.method, color.clean.candidates, color.clean.labels) == ("given", YES_NO, {"attribute:named": True})
+    assert other.clean.candidates == ("picture", "clock")
+    assert other.corrupt.group == other.clean.group == "b.png"
+    with pytest.raises(DataError, match="no example that allows a pair of kind 'relation'"):
+        counterfactuals.pairs(data, "relation")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("a.png,b.png,Is it red?,yes,yes,color,none", "'clean_answer' and 'corrupt_answer' are both 'yes'"),
+        ("a.png,b.png,Is it red?,yes,no,colour,none", "field 'kind' is 'colour'; choose from object, color"),
+        ("a.png,wide.png,Is it red?,yes,no,color,none", "8 x 8 and 9 x 8 pixels; save both with one size"),
+        ("a.png,c.png,Is it red?,yes,no,color,none", "c.png"),
+        ("a.png,../b.png,Is it red?,yes,no,color,none", "leaves the image folder"),
+        ("a.png,b.png,,yes,no,color,none", "'question'"),
+    ],
+)
+def test_bad_rows_of_a_table_of_pairs_are_named(tmp_path: Path, row: str, message: str) -> None:
+    with pytest.raises(DataError, match=message) as error:
+        loaders.pairs(pairs_file(tmp_path, row), tmp_path)
+    assert "pairs.csv" in str(error.value)
+
+
+def test_candidates_of_a_pair_contain_both_answers(tmp_path: Path) -> None:
+    path = pairs_file(tmp_path)
+    path = path.rename(tmp_path / "pairs.jsonl")
+    row = dict(zip(HEADER.split(","), ("a.png", "b.png", "Which?", "red", "blue", "color", "red -> blue"), strict=True))
+    path.write_text(json.dumps({**row, "candidates": ["red", "green", "blue"]}) + "\n", encoding="utf-8")
+    assert loaders.pairs(path, tmp_path)[0].candidates == ("red", "green", "blue")
+    path.write_text(json.dumps({**row, "candidates": ["red", "green"]}) + "\n", encoding="utf-8")
+    with pytest.raises(DataError, match="'candidates' must contain different answers, including 'red' and 'blue'"):
+        loaders.pairs(path, tmp_path)
