@@ -16,11 +16,9 @@ import torch
 from torch import Tensor
 
 from activation_store import ActivationStore
-from circuits.execution.full_runner import run_whole, warn_full_passes
-from circuits.execution.memory import MEMORY, batch_rows
-from circuits.execution.prefix_attention import NotShared
-from circuits.execution.prefix_cache import Recording, record
-from circuits.execution.suffix_runner import Reader, Row, resume
+from circuits.execution.memory import batch_rows
+from circuits.execution.patch_runner import PatchRunner
+from circuits.execution.suffix_runner import Reader, Row
 from circuits.interventions.intervention import Intervention, Replace
 from concepts.schema import Example
 from diagnosis.calibration import FEWEST
@@ -196,48 +194,22 @@ def _harmless(model: Lvlm, right: Sequence[Example], usual: Mapping[Site, np.nda
     return frozenset(name for name, h in zip(names, harm, strict=True) if h <= HARM)
 
 
-class _Way:
-    """How changed runs are made: as suffixes of a shared prefix until that proves impossible, then whole."""
+def _run_of(model: Lvlm, runner: PatchRunner, inputs: Inputs, last: int, read: Reader) -> Run:
+    """Return a function that runs some examples with rows of changes at their last position."""
+    recording = runner.record(inputs, last)
 
-    def __init__(self, model: Lvlm) -> None:
-        self._model = model
-        self._shared = True
+    def run(rows: Sequence[Row]) -> np.ndarray:
+        plain = read(model.logits(inputs)[:, None, None])[:, 0]
+        changes = [row for row in rows if row]
+        results = iter(runner.run(recording, lambda: inputs, changes, read).unbind(1) if changes else ())
+        return torch.stack([next(results) if row else plain for row in rows], 1).cpu().numpy()
 
-    def runs(self, inputs: Inputs, last: int, read: Reader) -> Run:
-        """Return how to run changes at the last position of some examples."""
-        recorded = self._recorded(inputs, last)
-
-        def run(rows: Sequence[Row]) -> np.ndarray:
-            plain = read(self._model.logits(inputs)[:, None, None])[:, 0]
-            changed = [row for row in rows if row]
-            made = iter(self._changed(inputs, recorded, changed, read).unbind(1) if changed else ())
-            return torch.stack([next(made) if row else plain for row in rows], 1).cpu().numpy()
-
-        return run
-
-    def _recorded(self, inputs: Inputs, last: int) -> Recording | None:
-        try:
-            return record(self._model, inputs, last) if self._shared else None
-        except NotShared as error:
-            return self._give_up(error)
-
-    def _changed(self, inputs: Inputs, recorded: Recording | None, rows: Sequence[Row], read: Reader) -> Tensor:
-        if recorded is not None and self._shared:
-            try:
-                return resume(self._model, recorded, rows, read, memory=MEMORY, check=True)
-            except NotShared as error:
-                self._give_up(error)
-        return run_whole(self._model, inputs, rows, read, memory=MEMORY)
-
-    def _give_up(self, why: NotShared) -> None:
-        if self._shared:
-            warn_full_passes(self._model, str(why))
-        self._shared = False
+    return run
 
 
 def _runs(model: Lvlm, examples: Sequence[Example]) -> Iterator[tuple[list[int], int, Run]]:
     """Yield examples that share shape and candidates: their numbers, their last position, and how to run changes of them."""
-    way = _Way(model)
+    runner = PatchRunner(model, check="every")
     for batch in model.batches(examples, batch_rows(model, examples, _BATCH, recorded=True)):
         alike: dict[tuple[str, ...], list[int]] = {}
         for k, number in enumerate(batch.index):
@@ -245,7 +217,11 @@ def _runs(model: Lvlm, examples: Sequence[Example]) -> Iterator[tuple[list[int],
         for members in alike.values():
             encodings = [batch.encodings[k] for k in members]
             inputs, last = model.collate(encodings), encodings[0].tokens.last
-            yield [batch.index[k] for k in members], last, way.runs(inputs, last, _margins(model, encodings))
+            yield (
+                [batch.index[k] for k in members],
+                last,
+                _run_of(model, runner, inputs, last, _margins(model, encodings)),
+            )
 
 
 def _margins(model: Lvlm, encodings: Sequence[Encoding]) -> Reader:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -10,16 +9,13 @@ import torch
 from torch import Tensor
 
 from circuits.execution.memory import MEMORY, kept_bytes
-from circuits.execution.prefix_attention import NotShared
-from circuits.execution.prefix_cache import record
-from circuits.execution.suffix_runner import resume
+from circuits.execution.patch_runner import PatchRunner
 from circuits.interventions.intervention import Intervention, intervened, placed
 from lvlm.model import Batch, Lvlm
 
 Condition = Sequence[Intervention]
 """Changes of one run; empty for the unchanged model. `SteeringVector.interventions` returns one."""
 _AT_LAST = ("z", "resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
-_LOG = logging.getLogger(__name__)
 
 
 def logits_under(
@@ -30,7 +26,7 @@ def logits_under(
     A change of the decoder at the last token does not affect earlier positions. So the batch is run once without changes,
     and each such condition resumes it for the last token, from the first layer that it changes; any other condition takes
     a full forward pass. Each resumed batch includes an unchanged row as a check; if a model's layers cannot be resumed,
-    every condition takes a full forward pass, and the logger ``circuits.execution.conditions`` emits a WARNING. Both ways
+    every condition takes a full forward pass, and the logger ``circuits.execution.patch_runner`` emits a WARNING. Both ways
     give the same results up to the order of floating-point sums.
 
     Parameters
@@ -47,19 +43,12 @@ def logits_under(
     SiteError, PatchError
         As `intervened`, when a batch is run.
     """
-    late = [i for i, condition in enumerate(conditions) if condition and all(map(_at_last, condition))]
+    late = {i: condition for i, condition in enumerate(conditions) if condition and all(map(_at_last, condition))}
     plain = [i for i, condition in enumerate(conditions) if not condition]
-    possible = bool(late)
+    runner = PatchRunner(model, memory=memory, check="every")
 
     def run(batch: Batch) -> list[Tensor]:
-        nonlocal possible
-        results: dict[int, Tensor] = {}
-        if possible:
-            try:
-                results = _shared(model, batch, {i: conditions[i] for i in late}, plain, memory)
-            except NotShared as why:
-                possible = False
-                _LOG.warning("%s: every condition runs as a full forward pass, because %s", model.name, why)
+        results = _resumed(model, runner, batch, late, plain, memory) if late else {}
         for i, condition in enumerate(conditions):
             if i not in results:
                 with intervened(model, condition):
@@ -75,24 +64,28 @@ def _at_last(item: Intervention) -> bool:
     return here and item.positions == "last" and item.rows is None and item.gate is None
 
 
-def _shared(
-    model: Lvlm, batch: Batch, late: dict[int, Condition], plain: Sequence[int], memory: int
+def _resumed(
+    model: Lvlm, runner: PatchRunner, batch: Batch, late: dict[int, Condition], plain: Sequence[int], memory: int
 ) -> dict[int, Tensor]:
-    """Return the logits of the unchanged model, and of conditions at the last token, by index of the condition."""
+    """Return the logits of the unchanged model, and of conditions at the last token, by index of the condition.
+
+    Empty if the model's runs cannot be resumed.
+    """
     rows_within = max(1, memory // kept_bytes(model, 1, batch.encodings[0].tokens.length))
-    if len(batch.encodings) > rows_within:  # a recording has keys and values of every layer and token
-        parts: dict[int, list[Tensor]] = {}
-        for k in range(0, len(batch.encodings), rows_within):
-            encodings = batch.encodings[k : k + rows_within]
-            part = Batch(batch.index[k : k + rows_within], encodings, model.collate(encodings))
-            for number, logits in _shared(model, part, late, plain, memory).items():
-                parts.setdefault(number, []).append(logits)
-        return {number: torch.cat(logits) for number, logits in parts.items()}
-    last = batch.encodings[0].tokens.last
-    recording = record(model, batch.inputs, last)
-    rows = [tuple(replace(placed(model, item), positions=(last,)) for item in condition) for condition in late.values()]
-    resumed_logits = resume(
-        model, recording, rows, lambda logits: logits[:, :, -1], memory=memory, check=True
-    )  # [B, rows, V]
-    resumed = {number: resumed_logits[:, k] for k, number in enumerate(late)}
-    return {**resumed, **dict.fromkeys(plain, recording.logits[:, -1])}
+    parts: dict[int, list[Tensor]] = {}
+    for k in range(0, len(batch.encodings), rows_within):  # a recording has keys and values of every layer and token
+        encodings = batch.encodings[k : k + rows_within]
+        whole = len(encodings) == len(batch.encodings)
+        last = encodings[0].tokens.last
+        recording = runner.record(batch.inputs if whole else model.collate(encodings), last)
+        if recording is None:
+            return {}
+        rows = [tuple(replace(placed(model, item), positions=(last,)) for item in items) for items in late.values()]
+        logits = runner.resume(recording, rows, lambda logits: logits[:, :, -1])  # [B, rows, V]
+        if logits is None:
+            return {}
+        for number, column in zip(late, logits.unbind(1), strict=True):
+            parts.setdefault(number, []).append(column)
+        for number in plain:
+            parts.setdefault(number, []).append(recording.logits[:, -1])
+    return {number: columns[0] if len(columns) == 1 else torch.cat(columns) for number, columns in parts.items()}

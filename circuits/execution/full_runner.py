@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -16,18 +15,6 @@ from circuits.execution.suffix_runner import Reader, Row
 from circuits.interventions.intervention import intervened
 from groundscope.core.errors import PatchError
 from lvlm.model import Lvlm
-
-_LOG = logging.getLogger(__name__)
-
-
-def warn_full_passes(model: Lvlm, why: str) -> None:
-    """Log at level WARNING that every patch takes a full forward pass (logger ``circuits.execution.full_runner``)."""
-    _LOG.warning(
-        "%s (%s): every patch runs as a full forward pass, because %s; results are the same but take longer",
-        model.name,
-        model.spec.model_type,
-        why,
-    )
 
 
 @torch.no_grad()

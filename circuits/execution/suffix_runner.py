@@ -9,15 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from circuits.execution.layer_arguments import arguments_for
 from circuits.execution.memory import rows_within
 from circuits.execution.prefix_attention import NotShared, Prefix, SharedAttention, shared_attention
-from circuits.execution.prefix_cache import Recording, See, crosses
+from circuits.execution.prefix_cache import CACHE, Recording, See, crosses
 from circuits.interventions.hooks import edit
 from circuits.interventions.intervention import Intervention, columns_of
 from lvlm.family.specification import TOLERANCE
@@ -28,6 +28,15 @@ Row = tuple[Intervention, ...]
 """All changes of one run. Positions are integers, counted from 0 in the prompt."""
 Reader = Callable[[Tensor], Tensor]
 """From logits ``[P, n, keep, V]`` to a result ``[P, n, …]``."""
+# By argument name: the axis of examples and the axis of positions, counted from the end.
+_AXES = {
+    "position_embeddings": (-3, -2),
+    "position_ids": (-2, -1),
+    "cache_position": (None, -1),
+    "full_text_row_masked_out_mask": (-4, -2),
+}
+# Arguments that only attention uses; it takes them from the recording.
+_ATTENDED = ("attention_mask", "cross_attention_mask", "cross_attention_states", "causal_mask")
 
 
 @dataclass(frozen=True)
@@ -132,7 +141,7 @@ def _run(
             hooks.append(_watch(model, layer, examples, watcher[0], watcher[1][:count]))
         try:
             module = model.place("decoder", layer, "resid_post").module
-            out = module(hidden.flatten(0, 1), **arguments_for(run, layer, start, which, count))
+            out = module(hidden.flatten(0, 1), **_arguments(run, layer, start, which, count))
         finally:
             for hook in hooks:
                 hook.remove()
@@ -233,3 +242,57 @@ def _compare(model: Lvlm, run: Recording, logits: Tensor, which: Tensor) -> None
     if not error <= TOLERANCE[model.dtype]:
         msg = f"its decoder layers, run one by one, do not reproduce the model's logits (relative error {error:.1e})"
         raise NotShared(msg)
+
+
+class _SuffixCache:
+    """The cache interface that a decoder layer uses; it returns new keys and values only, as the prefix is shared."""
+
+    def __init__(self, run: Recording, start: int) -> None:
+        self._run, self._start = run, start
+
+    @property
+    def layers(self) -> list[SimpleNamespace]:
+        """Keys and values by layer, for cross-attention."""
+        return [SimpleNamespace(keys=k, values=v) for k, v in zip(self._run.keys, self._run.values, strict=True)]
+
+    def update(self, keys: Tensor, values: Tensor, *_args: Any, **_kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Return keys and values unchanged."""
+        return keys, values
+
+    def get_seq_length(self, *_args: Any) -> int:
+        """Return the number of positions before the suffix."""
+        return self._start
+
+
+def _arguments(run: Recording, layer: int, start: int, which: Tensor, rows: int) -> dict[str, Any]:
+    """Return a layer's arguments, except the hidden states ``[P rows, S, D]``, for the examples `which`.
+
+    Raises
+    ------
+    NotShared
+        If an argument is a tensor of unknown meaning.
+    """
+    arguments: dict[str, Any] = {}
+    for name, value in run.arguments[layer].items():
+        if value is CACHE:
+            arguments[name] = _SuffixCache(run, start)
+        elif name in _ATTENDED:
+            arguments[name] = None
+        elif name in _AXES and isinstance(value, Tensor):
+            arguments[name] = _part(value, name, start, which, rows)
+        elif name in _AXES and isinstance(value, tuple):
+            arguments[name] = tuple(_part(x, name, start, which, rows) for x in value)
+        elif isinstance(value, Tensor):
+            msg = f"its layers receive '{name}', which shared prefixes do not support"
+            raise NotShared(msg)
+        else:
+            arguments[name] = value
+    return arguments
+
+
+def _part(x: Tensor, name: str, start: int, which: Tensor, rows: int) -> Tensor:
+    examples, positions = _AXES[name]
+    x = x.narrow(positions, start, x.shape[positions] - start)
+    if examples is None or x.dim() < -examples or x.shape[examples] == 1:
+        return x
+    return x.index_select(examples, which).repeat_interleave(rows, dim=examples)

@@ -58,7 +58,7 @@ def patch_heads(
     Zhang & Nanda 2024, arXiv 2309.16042). Every effect is an actual run of the model, not an approximation. All heads
     together cost a few forward passes, because the prefix before the patched tokens is computed once and shared; for a
     model that does not support this, each patch is a full forward pass, and the logger
-    ``circuits.execution.full_runner`` emits a WARNING.
+    ``circuits.execution.patch_runner`` emits a WARNING.
 
     Parameters
     ----------

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from activation_store.tracing.continuation import with_answers
-from circuits.execution.full_runner import run_whole, warn_full_passes
 from circuits.execution.memory import kept_bytes, row_bytes
-from circuits.execution.prefix_attention import NotShared
-from circuits.execution.prefix_cache import Recording, See, Values, observe, record
-from circuits.execution.suffix_runner import Row, resume
+from circuits.execution.patch_runner import PatchRunner
+from circuits.execution.prefix_cache import Recording, See, Values, observe
+from circuits.execution.suffix_runner import Row
 from circuits.interventions.intervention import Intervention, Replace, columns_of
 from circuits.patching.metrics import Metric
 from concepts.schema import CounterfactualPair
@@ -120,40 +119,26 @@ class Settings:
     progress: bool | None
 
 
-class _ExecutionMode:
-    """How patches run: with a shared prefix until one cannot, then as full forward passes."""
-
-    def __init__(self, model: Lvlm) -> None:
-        self._model = model
-        self.shared = True
-        self.checked = False
-
-    def fall_back(self, why: object) -> None:
-        if self.shared:
-            warn_full_passes(self._model, str(why))
-        self.shared = False
-
-
 def sweep(model: Lvlm, plans: Sequence[Plan], work: Work, settings: Settings) -> SweepResult:
     """Run `work` on every pair and return effects as shares of the difference between clean and corrupt metric."""
     most = max(len(plan.positions) for plan in plans)
     effects = np.full((len(plans), work.count, most), np.nan, np.float32)
     baseline = np.zeros((2, len(plans)), np.float32)  # clean, corrupt
     used = np.zeros(len(plans), bool)
-    mode = _ExecutionMode(model)
+    runner = PatchRunner(model, memory=settings.memory)
     with progress_bar(settings.progress) as bar:
         task = bar.add_task("patching", total=len(plans))
         for group in _groups(model, plans, work.rows, settings):
             members = [plans[i] for i in group]
             at = slice(most - len(members[0].positions), most)
-            group_result = _group(model, members, work, settings, mode)
+            group_result = _group(model, members, work, settings, runner)
             effects[group, :, at], baseline[:, group], used[group] = group_result
             bar.advance(task, len(group))
-    return SweepResult(effects, baseline[0], baseline[1], used, mode.shared)
+    return SweepResult(effects, baseline[0], baseline[1], used, runner.shared)
 
 
 def _group(
-    model: Lvlm, members: Sequence[Plan], work: Work, settings: Settings, mode: _ExecutionMode
+    model: Lvlm, members: Sequence[Plan], work: Work, settings: Settings, runner: PatchRunner
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return effects ``[P, count, positions]``, the two baselines ``[2, P]`` and which pairs are used."""
     keep, start = settings.metric.keep(len(members[0].answer)), members[0].start
@@ -161,7 +146,9 @@ def _group(
     inputs = {side: _inputs(model, members, side) for side in ("clean", "corrupt")}
     source_side, run_side = ("clean", "corrupt") if denoise else ("corrupt", "clean")
     source = observe(model, inputs[source_side], start, work.sites, keep)
-    run = _recorded(model, inputs[run_side], start, work.sites, keep, mode)
+    run = runner.record(inputs[run_side], start, work.sites, keep)
+    if run is None:  # without a recording the attended positions are unknown: observe all positions
+        run = observe(model, inputs[run_side], 0, work.sites, keep)
     clean, corrupt = (source, run) if denoise else (run, source)
     scores = [settings.metric.scores(x.logits[:, None], members, clean.logits)[:, 0] for x in (clean, corrupt)]
     names = [f"pair '{plan.pair.clean.id}', '{plan.pair.corrupt.id}'" for plan in members]
@@ -173,7 +160,7 @@ def _group(
     effects[used & same] = 0  # equal values have no effect
     todo = np.flatnonzero(used & ~same)
     if len(todo):
-        patched = _patched_metrics(model, members, work, source, run, todo.tolist(), settings, mode, clean.logits)
+        patched = _patched_metrics(model, members, work, source, run, todo.tolist(), settings, runner, clean.logits)
         check_finite(patched, [f"patched {names[k]}" for k in todo], model.name)
         unpatched = scores[1 if denoise else 0][todo][:, None, None]
         sign = 1 if denoise else -1
@@ -189,7 +176,7 @@ def _patched_metrics(
     run: Values,
     todo: list[int],
     settings: Settings,
-    mode: _ExecutionMode,
+    runner: PatchRunner,
     clean: Tensor,
 ) -> np.ndarray:
     """Return the metric of each change for the pairs `todo`, ``[len(todo), count, positions]``."""
@@ -200,28 +187,15 @@ def _patched_metrics(
     def read(logits: Tensor) -> Tensor:
         return torch.from_numpy(settings.metric.scores(logits, members_run, clean[todo]))
 
-    def shared(rows: Sequence[Row], see: See | None) -> Tensor:
-        if not isinstance(run, Recording):
-            msg = "the run has no recording"
-            raise NotShared(msg)
-        check = not mode.checked
-        metric = resume(model, run, rows, read, memory=settings.memory, most=most, examples=which, check=check, see=see)
-        mode.checked = True
-        return metric
+    def inputs() -> Inputs:
+        return _inputs(model, members_run, "corrupt" if settings.mode == "denoise" else "clean")
 
-    def whole(rows: Sequence[Row], see: See | None) -> Tensor:
-        side = "corrupt" if settings.mode == "denoise" else "clean"
-        inputs, keep = _inputs(model, members_run, side), run.logits.shape[1]
-        return run_whole(model, inputs, rows, read, keep=keep, memory=settings.memory, most=most, see=see)
+    def execute(rows: Sequence[Row], see: See | None) -> Tensor:
+        recording = run if isinstance(run, Recording) else None
+        keep = run.logits.shape[1]
+        return runner.run(recording, inputs, rows, read, keep=keep, most=most, examples=which, see=see)
 
-    metric: Tensor | None = None
-    if mode.shared:
-        try:
-            metric = work.do(Todo(members[0].positions, source, run, which, shared))
-        except NotShared as why:
-            mode.fall_back(why)
-    if metric is None:
-        metric = work.do(Todo(members[0].positions, source, run, which, whole))
+    metric = work.do(Todo(members[0].positions, source, run, which, execute))
     return metric.numpy().reshape(len(todo), work.count, -1)
 
 
@@ -258,18 +232,6 @@ def rows_of(
 def columns_for(model: Lvlm, site: Site, head: int | None) -> slice:
     """Return the columns of a head in a site; all columns for None."""
     return columns_of(model, Intervention(site, Replace(torch.zeros(1)), "all", head))
-
-
-def _recorded(
-    model: Lvlm, inputs: Inputs, start: int, sites: Sequence[Site], keep: int, mode: _ExecutionMode
-) -> Values:
-    if mode.shared:
-        try:
-            return record(model, inputs, start, sites, keep)
-        except NotShared as why:
-            mode.fall_back(why)
-    # Without a recording the attended positions are unknown: observe all positions.
-    return observe(model, inputs, 0, sites, keep)
 
 
 def _are_equal(source: Values, run: Values, sites: Sequence[Site]) -> np.ndarray:

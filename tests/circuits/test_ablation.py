@@ -84,7 +84,7 @@ def test_equals_plain_hooks(method: Method, tokens: Tokens) -> None:
         for s, heads in enumerate(found.heads):
             assert found.ablated[n, s] == pytest.approx(naive(model, example, heads, values, tokens), abs=1e-5)
     assert np.abs(found.effects).max() > 1e-3
-    assert found.heads == ((Head(1, 3),), tuple(SETS[1]))
+    assert found.heads == (HeadSet("L1.H3"), SETS[1])
     assert hooks_of(model) == 0
 
 
@@ -170,9 +170,13 @@ def test_what_is_refused() -> None:
             ablate(model, asked, **options)
     with pytest.raises(SiteError, match=r"L9\.H0: random has 6 layers"):
         ablate(model, asked, [Head(9, 0)])
-    for sets in ([], [[]]):
-        with pytest.raises(PatchError, match="at least one"):
-            ablate(model, asked, sets)
+    with pytest.raises(PatchError, match="heads is empty"):
+        ablate(model, asked, [])
+    for joint in ([[Head(0, 0), Head(1, 1)]], [("L0.H0", "L1.H1")], [{Head(0, 0)}]):
+        with pytest.raises(SiteError, match=r"HeadSet\(\[…\]\) for heads of one joint run"):
+            ablate(model, asked, joint)  # pyright: ignore[reportArgumentType]  # a user's mistake
+    with pytest.raises(SiteError, match="empty set of heads"):
+        HeadSet([])
     with pytest.raises(PatchError, match="examples is empty"):
         ablate(model, [])
     with pytest.raises(PatchError, match="reference is empty"):

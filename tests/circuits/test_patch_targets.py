@@ -348,7 +348,7 @@ def test_what_attention_was_is_put_back_after_an_error_too(monkeypatch: pytest.M
 
 
 def test_an_encoder_decoder_says_that_it_runs_whole_forwards(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING, "circuits.execution.full_runner"):
+    with caplog.at_level(logging.WARNING, "circuits.execution.patch_runner"):
         scores = patch(model("florence2"), [pair_of(0)], "z", min_effect=0)
     assert scores.path == "whole forwards"
     assert "because an encoder reads the prompt" in caplog.text

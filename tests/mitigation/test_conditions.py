@@ -96,7 +96,7 @@ def test_what_acts_at_the_last_token_alone_takes_no_forward_of_its_own() -> None
 def test_a_model_that_cannot_be_resumed_says_so_and_runs_whole(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from circuits.execution import conditions
+    from circuits.execution import patch_runner
     from circuits.execution.prefix_attention import NotShared
 
     def refused(*_: Any, **__: Any) -> None:
@@ -106,9 +106,9 @@ def test_a_model_that_cannot_be_resumed_says_so_and_runs_whole(
     model, given = shared(), batch()
     items = VECTORS["heads"].interventions()
     expected = logits_under(model, [[], items])(given)
-    monkeypatch.setattr(conditions, "record", refused)
+    monkeypatch.setattr(patch_runner, "record", refused)
     run = logits_under(model, [[], items])
-    with caplog.at_level(logging.WARNING, "circuits.execution.conditions"):
+    with caplog.at_level(logging.WARNING, "circuits.execution.patch_runner"):
         for _ in range(2):
             for got, wanted in zip(run(given), expected, strict=True):
                 torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
