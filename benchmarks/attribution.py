@@ -229,8 +229,8 @@ def in_planted(count: int) -> dict[str, dict[str, Any]]:
 
 def circuit_edges(heads: Sequence[Head]) -> set[str]:
     """Name the edges of a chain of heads that each read, by their values, what the one before wrote."""
-    names = [f"a{head.layer}.h{head.head}" for head in heads]
-    return {f"{a} -> {b}<v>" for a, b in zip(("input", *names), names, strict=False)} | {f"{names[-1]} -> logits"}
+    names = [f"L{head.layer}.H{head.head}" for head in heads]
+    return {f"{a} -> {b}.v" for a, b in zip(("input", *names), names, strict=False)} | {f"{names[-1]} -> logits"}
 
 
 def main() -> None:

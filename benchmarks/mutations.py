@@ -184,7 +184,7 @@ def make_scores(folder: Path) -> None:
         levels=("object",) * 6,
         kinds=("object",) * 6,
         tokens="last",
-        direction="denoise",
+        mode="denoise",
         min_effect=0.5,
         excluded=1,
         model="toy",

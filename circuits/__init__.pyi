@@ -9,6 +9,7 @@ from .head_set import HeadSet, all_heads
 from .input_attribution.results import Sources, SourceShares
 from .interventions.intervention import Add, Amplify, Gate, Intervention, Project, Replace, Zero, intervened
 from .patching.activation import patch, patch_heads
+from .patching.metrics import metrics
 from .patching.path import patch_paths
 from .results.graph import Graph
 from .results.head_scores import HeadScores, compare, random_heads
@@ -45,6 +46,7 @@ __all__ = [
     "input_attribution",
     "intervened",
     "logits_under",
+    "metrics",
     "patch",
     "patch_heads",
     "patch_paths",

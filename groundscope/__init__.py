@@ -59,7 +59,6 @@ if TYPE_CHECKING:
         compare_metric,
         compute_metrics,
         judge_files,
-        metrics,
         taxonomy,
     )
     from circuits import (
@@ -305,7 +304,6 @@ __all__ = [
     "lvlm",
     "match_displacement",
     "merge",
-    "metrics",
     "mitigation",
     "mitigations",
     "move_to_heads",
@@ -446,7 +444,6 @@ _HOMES = {
     "logits_under": "circuits",
     "match_displacement": "mitigation",
     "merge": "activation_store",
-    "metrics": "behavior",
     "mitigations": "mitigation",
     "move_to_heads": "mitigation",
     "multiclass": "probes",

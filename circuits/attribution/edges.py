@@ -25,9 +25,9 @@ from circuits.attribution.attention_nodes import check_exposable
 from circuits.attribution.estimates import How, Point, Sides, Variant, check_how, groups, usable
 from circuits.attribution.norm_vjp import Reader, reader_of, through
 from circuits.attribution.residual_stream import Form, Run, Written, check_split, forms_of, run, weights_of, written_by
-from circuits.patching.activation import plans_of, settings_of
-from circuits.patching.metrics import LEAST
-from circuits.patching.pairs import check_enough_pairs, pairs_digest
+from circuits.patching.activation import plans_of, record_of, settings_of
+from circuits.patching.metrics import MetricFunction, metric_of
+from circuits.patching.pairs import check_enough_pairs
 from circuits.patching.sweep import Mode
 from circuits.results.graph import Graph, Shape
 from circuits.results.statistics import mean_interval
@@ -42,7 +42,6 @@ EDGES = 2**12
 """Number of edges per bootstrap call."""
 EXPLAINED = 0.1
 """Largest distance from 1 of the sum of the input's edge scores without a warning."""
-_METRIC = "logit_difference"
 _LOG = logging.getLogger("circuits.attribution")
 
 
@@ -51,10 +50,11 @@ def edges(
     pairs: Sequence[CounterfactualPair],
     *,
     mode: Mode = "denoise",
+    metric: str | MetricFunction = "logit_difference",
     point: Point = "path",
     steps: int = 5,
     variant: Variant = "paper",
-    min_effect: float = LEAST[_METRIC],
+    min_effect: float | None = None,
     batch_size: int = 8,
     progress: bool | None = None,
 ) -> Graph:
@@ -69,6 +69,8 @@ def edges(
     mode
         ``denoise``: the effect restored by patching clean values into the corrupt run; ``noise``: the effect destroyed by
         patching corrupt values into the clean run. In both modes positive where an edge carries the answer.
+    metric
+        Metric M, as for `attribution.heads`.
     point
         Where gradients are computed: ``run`` (with ``noise``: EAP), ``source``, or ``path``: the mean over `steps` points
         ``run + k / steps (source - run)`` between the embeddings of both (EAP-IG).
@@ -77,7 +79,7 @@ def edges(
     variant
         ``paper``: k = 1 ... steps; ``release``: k = 0 ... steps - 1, as in the authors' code.
     min_effect
-        As for `patch_heads`, in logits.
+        As for `patch_heads`, in units of the metric.
     batch_size
         Number of pairs per batch.
     progress
@@ -86,7 +88,7 @@ def edges(
     Returns
     -------
     Graph
-        Mean over pairs of each edge's share of ``LD_clean - LD_corrupt``. With ``path``, the sum over the edges out of
+        Mean over pairs of each edge's share of ``M_clean - M_corrupt``. With ``path``, the sum over the edges out of
         ``input`` approaches 1, the whole difference, as `steps` grows (completeness); `Graph.explained` is that sum. If it
         differs from 1 by more than `EXPLAINED`, the logger ``circuits.attribution`` emits a WARNING.
         Intervals of scores are bootstrapped over groups of pairs; they are empty for a single group, or if the scores of
@@ -105,7 +107,7 @@ def edges(
     how = How(mode, point, steps, variant=variant)
     check_how(model, how, batch_size)
     check_exposable(model)
-    settings = settings_of(model, mode, _METRIC, 1, None, min_effect, progress)
+    settings = settings_of(model, mode, metric_of(metric), 1, None, min_effect, progress)
     plans = plans_of(model, pairs, "all", settings)
     decoder = _Decoder(model)
     total: np.ndarray | float = 0.0
@@ -126,18 +128,13 @@ def edges(
     check_enough_pairs(baseline[0], baseline[1], used_pairs, settings.min_effect)
     low, high = pair_scores.ends(decoder.shape)
     return Graph(
-        scores=np.asarray(total) / used_pairs.sum(),
+        np.asarray(total) / used_pairs.sum(),
+        decoder.shape,
         low=low,
         high=high,
-        shape=decoder.shape,
-        model=model.name,
-        config_hash=model.config_hash,
-        weights_hash=model.weights_hash,
-        pairs_digest=pairs_digest([plan.pair for plan in plans]),
         n_pairs=int(used_pairs.sum()),
-        excluded=int((~used_pairs).sum()),
-        direction=mode,
-        provenance={**how.about, "min_effect": min_effect, **_explained(model, how, sums)},
+        **record_of(model, plans, used_pairs, "all", settings),
+        provenance={**settings.metric.provenance, **how.about, **_explained(model, how, sums)},
     )
 
 

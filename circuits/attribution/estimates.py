@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from circuits.attribution.gradients import Metric, Slopes, check_differentiable, slopes
-from circuits.patching.metrics import logit_difference
+from circuits.patching.metrics import Metric as PatchMetric
 from circuits.patching.pairs import MODES
 from circuits.patching.sweep import Mode, Plan, Settings, SweepResult, Unit, side_by_side
 from groundscope.core.errors import ConfigError
@@ -64,11 +64,12 @@ class Sides:
     members: Sequence[Plan]
     source: Inputs
     run: Inputs
+    measure: PatchMetric
 
     def metric(self, logits: Tensor) -> Tensor:
-        """Return the log-odds of the clean against the corrupt answer, ``[P, V]`` -> ``[P]``."""
+        """Return the metric of each pair's run, ``[P, V]`` -> ``[P]``."""
         rows = zip(logits, self.members, strict=True)
-        return torch.stack([_difference(row, plan) for row, plan in rows])
+        return torch.stack([self.measure.of_last(row, plan) for row, plan in rows])
 
 
 Estimate = Callable[[Sides], tuple[np.ndarray, Tensor, Tensor]]
@@ -91,7 +92,9 @@ def groups(
         for group in side_by_side([plan.shape for plan in plans], lambda _: batch_size):
             members = [plans[i] for i in group]
             clean, corrupt = (model.collate([getattr(plan, side) for plan in members]) for side in ("clean", "corrupt"))
-            changes, *ends = estimate_batch(Sides(members, *((clean, corrupt) if denoise else (corrupt, clean))))
+            changes, *ends = estimate_batch(
+                Sides(members, *((clean, corrupt) if denoise else (corrupt, clean)), settings.metric)
+            )
             baseline = torch.stack(ends if denoise else ends[::-1]).double().cpu().numpy()
             gap = baseline[0] - baseline[1]
             sign = 1 if denoise or how.drop else -1
@@ -181,11 +184,3 @@ def slopes_along(model: Lvlm, sides: Sides, sites: Sequence[Site], how: How) -> 
 def sum_of(parts: Sequence[Tensor]) -> Tensor:
     """Return the sum of tensors of one shape."""
     return torch.stack(list(parts)).sum(0)
-
-
-def _difference(logits: Tensor, plan: Plan) -> Tensor:
-    key = plan.key
-    if key is None:  # plans of this metric always have a key
-        msg = f"pair '{plan.pair.clean.id}' has no answer key"
-        raise ConfigError(msg)
-    return logit_difference(logits, key, plan.pair.clean.answer, plan.pair.corrupt.answer)

@@ -20,7 +20,7 @@ import numpy as np
 from circuits.attribution.estimates import How, Point, check_how, estimate
 from circuits.head_set import HeadSet
 from circuits.patching.activation import head_scores_of, plans_of, scores_of, settings_of
-from circuits.patching.metrics import LEAST
+from circuits.patching.metrics import MetricFunction, metric_of
 from circuits.patching.sweep import Mode, SweepResult
 from circuits.patching.targets import Target, every_head, units_of
 from circuits.results.head_scores import HeadScores
@@ -34,7 +34,6 @@ __all__ = ["heads", "nodes"]
 
 TOKENS = ("last", "suffix", "image", "question", "object", "all")
 EMBEDDINGS = "decoder.L0.resid_pre"
-_METRIC = "logit_difference"
 
 
 def heads(
@@ -43,16 +42,17 @@ def heads(
     *,
     tokens: Literal["last", "suffix", "image", "question", "object", "all"] = "last",
     mode: Mode = "denoise",
+    metric: str | MetricFunction = "logit_difference",
     point: Point = "run",
     steps: int = 5,
     drop: bool = False,
-    min_effect: float = LEAST[_METRIC],
+    min_effect: float | None = None,
     batch_size: int = 16,
     progress: bool | None = None,
 ) -> HeadScores:
-    """Estimate the effect of patching each head: ``(z_source - z_run) . dLD/dz``, summed over positions.
+    """Estimate the effect of patching each head: ``(z_source - z_run) . dM/dz``, summed over positions.
 
-    Effects are shares of ``LD_clean - LD_corrupt`` with the signs of `patch_heads`, so they are comparable.
+    Effects are shares of ``M_clean - M_corrupt`` with the signs of `patch_heads`, so they are comparable.
 
     Parameters
     ----------
@@ -65,6 +65,8 @@ def heads(
         ``all``.
     mode
         ``denoise``: patch the corrupt run with clean values; ``noise``: patch the clean run with corrupt values.
+    metric
+        Metric M: ``logit_difference``, ``probability``, or a differentiable function, as for `patch_heads`.
     point
         Where the gradient is computed: ``run``, in the patched run (with ``denoise`` TransformerLens' choice, with
         ``noise`` that of the papers); ``source``, in the source run; ``path``, the mean over `steps` points on the straight
@@ -75,7 +77,7 @@ def heads(
         GradDrop: the sum over layers of the absolute estimate without that layer's gradient, divided by the number of
         layers minus one. Effects are then magnitudes, never negative. One backward pass per layer.
     min_effect
-        As for `patch_heads`, in logits.
+        As for `patch_heads`, in units of the metric.
     batch_size
         Number of pairs per batch.
     progress
@@ -100,7 +102,7 @@ def heads(
         raise ConfigError(msg)
     how = How(mode, point, steps, drop)
     check_how(model, how, batch_size)
-    settings = settings_of(model, mode, _METRIC, 1, None, min_effect, progress)
+    settings = settings_of(model, mode, metric_of(metric), 1, None, min_effect, progress)
     plans = plans_of(model, pairs, tokens, settings)
     estimates = estimate(model, plans, every_head(model), how, settings, batch_size)
     effects = estimates.effects[..., 0].reshape(len(plans), model.n_layers, model.n_heads)
@@ -115,10 +117,11 @@ def nodes(
     *,
     tokens: str = "all:each",
     mode: Mode = "denoise",
+    metric: str | MetricFunction = "logit_difference",
     point: Point = "run",
     steps: int = 5,
     drop: bool = False,
-    min_effect: float = LEAST[_METRIC],
+    min_effect: float | None = None,
     batch_size: int = 16,
     progress: bool | None = None,
 ) -> PatchScores:
@@ -126,7 +129,7 @@ def nodes(
 
     Parameters
     ----------
-    model, pairs, mode, min_effect, batch_size, progress
+    model, pairs, mode, metric, min_effect, batch_size, progress
         As for `heads`.
     sites
         Sites to patch: as for `patch`, and ``embeddings``, the input of the first decoder layer. By default
@@ -150,7 +153,7 @@ def nodes(
     """
     how = How(mode, point, steps, drop)
     check_how(model, how, batch_size)
-    settings = settings_of(model, mode, _METRIC, 1, None, min_effect, progress)
+    settings = settings_of(model, mode, metric_of(metric), 1, None, min_effect, progress)
     targets = [sites] if isinstance(sites, str | Site | Head | HeadSet) else sites
     units, names = units_of(model, [EMBEDDINGS if target == "embeddings" else target for target in targets])
     if drop and any(site.component == "resid_mid" for unit in units for site, _ in unit):
@@ -158,5 +161,5 @@ def nodes(
         raise ConfigError(msg)
     plans = plans_of(model, pairs, tokens, settings)
     estimates: SweepResult = estimate(model, plans, units, how, settings, batch_size)
-    scores = scores_of(model, pairs, plans, estimates, settings, names, tokens)
+    scores = scores_of(model, plans, estimates, settings, names, tokens)
     return replace(scores, path=how.text)

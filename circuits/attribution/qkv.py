@@ -20,7 +20,7 @@ from torch import Tensor
 from circuits.attribution.attention_nodes import AttentionRecord, check_exposable, expose_attention
 from circuits.attribution.estimates import How, Point, Sides, check_how, groups, usable
 from circuits.patching.activation import head_scores_of, plans_of, settings_of
-from circuits.patching.metrics import LEAST
+from circuits.patching.metrics import MetricFunction, metric_of
 from circuits.patching.sweep import Mode
 from circuits.results.head_scores import HeadScores
 from concepts.schema import CounterfactualPair
@@ -30,7 +30,6 @@ from lvlm.model import Inputs, Lvlm
 Part = Literal["q", "k", "v"]
 PARTS: tuple[Part, ...] = ("q", "k", "v")
 TOKENS = ("last", "suffix", "image", "question", "object", "all")
-_METRIC = "logit_difference"
 
 
 def inputs(
@@ -40,10 +39,11 @@ def inputs(
     *,
     tokens: Literal["last", "suffix", "image", "question", "object", "all"] = "all",
     mode: Mode = "denoise",
+    metric: str | MetricFunction = "logit_difference",
     fix: bool = True,
     point: Point = "run",
     steps: int = 5,
-    min_effect: float = LEAST[_METRIC],
+    min_effect: float | None = None,
     batch_size: int = 8,
     progress: bool | None = None,
 ) -> HeadScores:
@@ -63,7 +63,7 @@ def inputs(
     tokens
         Positions of the queries (``q``), or of the keys and values (``k``, ``v``). The effects of single positions are
         summed.
-    mode
+    mode, metric
         As for `attribution.heads`.
     fix
         The query/key fix of AtP*: compute the attention pattern under the patch exactly. False for plain attribution
@@ -95,7 +95,7 @@ def inputs(
     how = How(mode, point, steps)
     check_how(model, how, batch_size)
     check_exposable(model)
-    settings = settings_of(model, mode, _METRIC, 1, None, min_effect, progress)
+    settings = settings_of(model, mode, metric_of(metric), 1, None, min_effect, progress)
     plans = plans_of(model, pairs, tokens, settings)
     effects = np.full((len(plans), model.n_layers, model.n_heads), np.nan, np.float32)
     baseline = np.zeros((2, len(plans)), np.float32)

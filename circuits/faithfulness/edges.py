@@ -16,6 +16,7 @@ from circuits.attribution.residual_stream import Form, forms_of, run
 from circuits.faithfulness.circuit_run import Ends, ends_of, run_circuit
 from circuits.faithfulness.curve import SHARES, FaithfulCurve, check_gap
 from circuits.patching.activation import plans_of, settings_of
+from circuits.patching.metrics import metric_of
 from circuits.patching.sweep import side_by_side
 from circuits.results.graph import Graph, Shape
 from concepts.schema import CounterfactualPair
@@ -96,7 +97,7 @@ def edges(
     for candidate in circuits:
         if (candidate.shape.n_layers, candidate.shape.n_heads) != (model.n_layers, model.n_heads):
             raise PatchError(_mismatch(model, candidate))
-    settings = settings_of(model, "denoise", "logit_difference", 1, None, 0.0, progress)
+    settings = settings_of(model, "denoise", metric_of("logit_difference"), 1, None, 0.0, progress)
     plans = plans_of(model, pairs, "all", settings)
     ends = np.zeros((2, len(plans)))
     margins = np.zeros((len(plans), len(circuits)))
@@ -107,7 +108,7 @@ def edges(
         for group in groups:
             members = [plans[i] for i in group]
             clean, corrupt = (model.collate([getattr(p, side) for p in members]) for side in ("clean", "corrupt"))
-            sides = Sides(members, clean, corrupt)
+            sides = Sides(members, clean, corrupt, settings.metric)
             first = run(model, clean, sides.metric).written
             second = run(model, corrupt, sides.metric).written
             if not forms:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from circuits.execution.memory import MEMORY
-from circuits.patching.metrics import LEAST, Metric, MetricName
+from circuits.patching.metrics import Metric, MetricFunction, metric_of
 from circuits.patching.pairs import (
     MODES,
     check_enough_pairs,
@@ -38,7 +38,7 @@ def patch_heads(
     *,
     tokens: Literal["last", "suffix"] = "last",
     mode: Mode = "denoise",
-    metric: MetricName = "logit_difference",
+    metric: str | MetricFunction = "logit_difference",
     min_effect: float | None = None,
     batch_size: int | None = None,
     memory: int = MEMORY,
@@ -71,11 +71,13 @@ def patch_heads(
     mode
         ``denoise`` or ``noise``.
     metric
-        ``logit_difference``, ``probability``, ``log_probability`` or ``kl``; see `circuits.patching.metrics.Metric`.
+        Name in `circuits.metrics` (``logit_difference``, ``probability``, ``log_probability``, ``kl``), or a function from
+        logits ``[B, V]`` at the last prompt token and the pair to one number per run, ``[B]``; called once per pair.
     min_effect
         Pairs with ``|M_clean - M_corrupt|`` below this are excluded and counted in `HeadScores.excluded`, as a share of
-        a tiny difference is noise. By default 0.5 for logits and log-probabilities, 0.05 for the other metrics. With 0,
-        pairs with identical images are included, and all their effects are exactly 0.
+        a tiny difference is noise. By default 0.5 for ``logit_difference`` and ``log_probability``, 0.05 for
+        ``probability`` and ``kl``, 0 for functions. With 0, pairs with identical images are included, and all their
+        effects are exactly 0.
     batch_size
         Largest number of patches per batch; None for as many as memory allows.
     memory
@@ -104,11 +106,11 @@ def patch_heads(
     if tokens not in TOKENS:
         msg = f"unknown tokens '{tokens}'; choose from {', '.join(TOKENS)}, or use circuits.patch for other positions"
         raise ConfigError(msg)
-    settings = settings_of(model, mode, metric, memory, batch_size, min_effect, progress)
+    settings = settings_of(model, mode, metric_of(metric), memory, batch_size, min_effect, progress)
     plans = plans_of(model, pairs, tokens, settings)
     result = sweep(model, plans, patches(model, every_head(model)), settings)
     effects = result.effects.reshape(len(plans), model.n_layers, model.n_heads)
-    about = {"metric": metric, "path": "shared prefix" if result.shared else "whole forwards"}
+    about = {"path": "shared prefix" if result.shared else "whole forwards"}
     return head_scores_of(
         model, plans, effects, np.stack([result.clean, result.corrupt]), result.used, tokens, settings, about
     )
@@ -130,25 +132,33 @@ def head_scores_of(
     of the pairs are excluded.
     """
     check_enough_pairs(baseline[0], baseline[1], used, settings.min_effect)
-    used_pairs = [plan.pair for plan, keep in zip(plans, used, strict=True) if keep]
     return HeadScores(
-        effects=effects[used],
-        clean=baseline[0, used],
-        corrupt=baseline[1, used],
-        ids=tuple(p.clean.id for p in used_pairs),
-        groups=tuple(p.group for p in used_pairs),
-        levels=tuple(p.clean.level for p in used_pairs),
-        kinds=tuple(p.kind for p in used_pairs),
-        tokens=tokens,
-        direction=settings.mode,
-        min_effect=settings.min_effect,
-        excluded=int((~used).sum()),
-        model=model.name,
-        config_hash=model.config_hash,
-        weights_hash=model.weights_hash,
-        pairs_digest=pairs_digest([plan.pair for plan in plans]),
-        provenance=provenance,
+        effects[used],
+        baseline[0, used],
+        baseline[1, used],
+        **record_of(model, plans, used, tokens, settings),
+        provenance={**settings.metric.provenance, **provenance},
     )
+
+
+def record_of(model: Lvlm, plans: Sequence[Plan], used: np.ndarray, tokens: str, settings: Settings) -> dict[str, Any]:
+    """Return the fields of a `PairRecord`: those of the pairs used, and the settings."""
+    pairs = [plan.pair for plan, keep in zip(plans, used, strict=True) if keep]
+    return {
+        "ids": tuple(p.clean.id for p in pairs),
+        "groups": tuple(p.group for p in pairs),
+        "levels": tuple(p.clean.level for p in pairs),
+        "kinds": tuple(p.kind for p in pairs),
+        "tokens": tokens,
+        "mode": settings.mode,
+        "metric": settings.metric.name,
+        "min_effect": settings.min_effect,
+        "excluded": int((~used).sum()),
+        "model": model.name,
+        "config_hash": model.config_hash,
+        "weights_hash": model.weights_hash,
+        "pairs_digest": pairs_digest([plan.pair for plan in plans]),
+    }
 
 
 def patch(
@@ -158,7 +168,7 @@ def patch(
     *,
     tokens: str = "last",
     mode: Mode = "denoise",
-    metric: MetricName = "logit_difference",
+    metric: str | MetricFunction = "logit_difference",
     min_effect: float | None = None,
     batch_size: int | None = None,
     memory: int = MEMORY,
@@ -198,17 +208,16 @@ def patch(
     ConfigError
         If an option has an unknown value.
     """
-    settings = settings_of(model, mode, metric, memory, batch_size, min_effect, progress)
+    settings = settings_of(model, mode, metric_of(metric), memory, batch_size, min_effect, progress)
     units, names = units_of(model, sites)
     plans = plans_of(model, pairs, tokens, settings)
     count = max(len(plan.positions) for plan in plans)
     result = sweep(model, plans, patches(model, units, count), settings)
-    return scores_of(model, pairs, plans, result, settings, names, tokens)
+    return scores_of(model, plans, result, settings, names, tokens)
 
 
 def scores_of(
     model: Lvlm,
-    pairs: Sequence[CounterfactualPair],
     plans: Sequence[Plan],
     result: SweepResult,
     settings: Settings,
@@ -218,36 +227,24 @@ def scores_of(
 ) -> PatchScores:
     """Return the result of a sweep as scores; raise `PatchError` if more than half of the pairs are excluded."""
     check_enough_pairs(result.clean, result.corrupt, result.used, settings.min_effect)
-    used_pairs = [plan.pair for plan, keep in zip(plans, result.used, strict=True) if keep]
     count = result.effects.shape[2]
     return PatchScores(
-        effects=result.effects[result.used],
-        clean=result.clean[result.used],
-        corrupt=result.corrupt[result.used],
+        result.effects[result.used],
+        result.clean[result.used],
+        result.corrupt[result.used],
         sites=tuple(names),
         positions=tuple(str(k - count + 1) for k in range(count)) if tokens.endswith(":each") else (tokens,),
-        ids=tuple(p.clean.id for p in used_pairs),
-        groups=tuple(p.group for p in used_pairs),
-        levels=tuple(p.clean.level for p in used_pairs),
-        kinds=tuple(p.kind for p in used_pairs),
-        tokens=tokens,
-        direction=settings.mode,
-        metric=settings.metric.name,
-        min_effect=settings.min_effect,
-        excluded=int((~result.used).sum()),
         path="shared prefix" if result.shared else "whole forwards",
-        model=model.name,
-        config_hash=model.config_hash,
-        weights_hash=model.weights_hash,
-        pairs_digest=pairs_digest(pairs),
         through=through,
+        **record_of(model, plans, result.used, tokens, settings),
+        provenance=settings.metric.provenance,
     )
 
 
 def settings_of(
     model: Lvlm,
     mode: str,
-    metric: MetricName,
+    metric: Metric,
     memory: int,
     batch_size: int | None,
     min_effect: float | None,
@@ -257,15 +254,14 @@ def settings_of(
     if mode not in MODES:
         msg = f"unknown mode '{mode}'; choose from {', '.join(MODES)}"
         raise ConfigError(msg)
-    measured = Metric(metric)
-    least = LEAST[metric] if min_effect is None else min_effect
+    least = metric.min_effect if min_effect is None else min_effect
     if (batch_size is not None and batch_size < 1) or memory < 1 or not least >= 0 or math.isinf(least):
         msg = (
             f"batch_size={batch_size} and memory={memory} must be at least 1, min_effect={least} finite and at least 0"
         )
         raise ConfigError(msg)
     check_evaluating(model)
-    return Settings("denoise" if mode == "denoise" else "noise", measured, least, memory, batch_size, progress)
+    return Settings("denoise" if mode == "denoise" else "noise", metric, least, memory, batch_size, progress)
 
 
 def plans_of(model: Lvlm, pairs: Sequence[CounterfactualPair], tokens: str, settings: Settings) -> list[Plan]:

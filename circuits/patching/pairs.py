@@ -33,7 +33,7 @@ def plan_pair(model: Lvlm, pair: CounterfactualPair, tokens: str, metric: Metric
     key = pair_key(model, pair) if metric.needs_key else None
     clean, corrupt = check_pair(model, pair)
     answer: tuple[int, ...] = ()
-    if metric.name == "log_probability":
+    if metric.needs_answer:
         answer = _answer(model, pair)
     return Plan(pair, key, clean, corrupt, positions_for(pair, clean.tokens, tokens), answer)
 

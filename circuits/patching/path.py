@@ -12,7 +12,7 @@ from circuits.execution.prefix_cache import crosses
 from circuits.execution.suffix_runner import Row
 from circuits.interventions.intervention import Intervention, Replace
 from circuits.patching.activation import plans_of, scores_of, settings_of
-from circuits.patching.metrics import MetricName
+from circuits.patching.metrics import MetricFunction, metric_of
 from circuits.patching.sweep import Mode, Todo, Work, columns_for, sweep
 from circuits.patching.targets import head_part
 from circuits.results.patch_scores import PatchScores
@@ -32,7 +32,7 @@ def patch_paths(
     *,
     tokens: str = "last",
     mode: Mode = "denoise",
-    metric: MetricName = "logit_difference",
+    metric: str | MetricFunction = "logit_difference",
     inputs: str = "qkv",
     mlps: Mlps = "frozen",
     min_effect: float | None = None,
@@ -80,7 +80,7 @@ def patch_paths(
     ConfigError
         If an option has an unknown value.
     """
-    settings = settings_of(model, mode, metric, memory, None, min_effect, progress)
+    settings = settings_of(model, mode, metric_of(metric), memory, None, min_effect, progress)
     if mlps not in ("frozen", "live") or not inputs or set(inputs) - set("qkv") or tokens.endswith(":each"):
         msg = (
             f"invalid inputs='{inputs}', mlps='{mlps}' or tokens='{tokens}': pass letters of 'qkv', mlps 'frozen' or 'live', "
@@ -100,7 +100,7 @@ def patch_paths(
     )
     plans = plans_of(model, pairs, tokens, settings)
     result = sweep(model, plans, paths.work(), settings)
-    return scores_of(model, pairs, plans, result, settings, paths.names(), tokens, f"{inputs}, mlps {mlps}")
+    return scores_of(model, plans, result, settings, paths.names(), tokens, f"{inputs}, mlps {mlps}")
 
 
 class _Paths:

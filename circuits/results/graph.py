@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import heapq
 import json
+import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
+from circuits.results.pair_scores import PairRecord, upgraded
 from groundscope.core.artifacts import reading_result, write_bytes
 from groundscope.core.document_digest import KEY, document_digest, take_digest
 from groundscope.core.errors import PatchError, StoreError
@@ -23,8 +24,11 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
-VERSION = 3
+VERSION = 4
 _LAST_WITHOUT_DIGEST = 2
+_LAST_WITH_OLD_NAMES = 3
+"""Later versions have all fields of `PairRecord`, and name nodes ``L0.H1`` and ``L0.mlp``, not ``a0.h1`` and ``m0``."""
+_OLD_NODE = re.compile(r"\ba(\d+)\.h(\d+)(?:<([qkv])>)?|\bm(\d+)\b")
 MOST = 2**27
 """Largest number of entries of an edge table that `Graph.load` accepts."""
 _KIND = "edge_graph"
@@ -64,15 +68,15 @@ class Shape:
 
     @cached_property
     def sources(self) -> tuple[str, ...]:
-        """Names of the nodes that write: ``input``, then per layer ``a0.h0``, … and ``m0``."""
-        layers = ((*(f"a{i}.h{h}" for h in range(self.n_heads)), f"m{i}") for i in range(self.n_layers))
+        """Names of the nodes that write: ``input``, then per layer ``L0.H0``, … and ``L0.mlp``."""
+        layers = ((*(f"L{i}.H{h}" for h in range(self.n_heads)), f"L{i}.mlp") for i in range(self.n_layers))
         return ("input", *(name for layer in layers for name in layer))
 
     @cached_property
     def targets(self) -> tuple[str, ...]:
-        """Names of the targets that read: ``a0.h0<q>``, …, ``a0.h0<k>``, …, ``a0.h0<v>``, …, ``m0``, …, ``logits``."""
+        """Names of the targets that read: ``L0.H0.q``, …, ``L0.H0.k``, …, ``L0.H0.v``, …, ``L0.mlp``, …, ``logits``."""
         layers = (
-            (*(f"a{i}.h{h}<{c}>" for c in "qkv" for h in range(self.n_heads)), f"m{i}") for i in range(self.n_layers)
+            (*(f"L{i}.H{h}.{c}" for c in "qkv" for h in range(self.n_heads)), f"L{i}.mlp") for i in range(self.n_layers)
         )
         return (*(name for layer in layers for name in layer), "logits")
 
@@ -101,7 +105,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Edge:
-    """One edge, such as ``a3.h5 -> logits`` or ``input -> a0.h1<q>``."""
+    """One edge, such as ``L3.H5 -> logits`` or ``input -> L0.H1.q``."""
 
     source: str
     target: str
@@ -113,9 +117,15 @@ class Edge:
         """Name of the edge."""
         return f"{self.source} -> {self.target}"
 
+    @property
+    def reader(self) -> tuple[str, str]:
+        """The node that reads, and which of its inputs: ``("L0.H1", "q")``; an empty input for an MLP and the logits."""
+        node, _, letter = self.target.rpartition(".")
+        return (node, letter) if letter in ("q", "k", "v") else (self.target, "")
 
-@dataclass(frozen=True, eq=False)
-class Graph:
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Graph(PairRecord):
     """Scores of all edges, and the subset of edges in the circuit; returned by `attribution.edges`.
 
     Views (`edges`, `nodes`, `frame`) read two arrays. Circuits (`top`, `threshold`, `greedy`) are graphs with another
@@ -123,28 +133,21 @@ class Graph:
     """
 
     scores: np.ndarray
-    """Mean over pairs of the share of ``LD_clean - LD_corrupt`` that an edge carries, float64 ``[n_sources, n_targets]``;
+    """Mean over pairs of the share of ``M_clean - M_corrupt`` that an edge carries, float64 ``[n_sources, n_targets]``;
     0 without an edge. Read-only."""
     shape: Shape
-    model: str
-    config_hash: str
-    weights_hash: str
-    pairs_digest: str
-    """SHA-256 of all pairs, including excluded pairs."""
-    n_pairs: int
-    excluded: int
-    """Number of pairs excluded because the model hardly distinguishes their sides."""
-    direction: str
+    n_pairs: int = field(kw_only=True)
+    """Number of pairs used."""
+    tokens: str = field(default="all", kw_only=True)
     kept: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
     """Edges in the circuit, bool, shaped as `scores`; all existing edges by default."""
-    provenance: Mapping[str, Any] = field(default_factory=dict)
-    """Options of the gradients, JSON-serializable."""
     low: np.ndarray = field(default_factory=lambda: np.zeros(0))
     """Lower end of each score's interval over groups of pairs, shaped as `scores`; empty without intervals."""
     high: np.ndarray = field(default_factory=lambda: np.zeros(0))
     """Upper end of each score's interval, as `low`."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         there = self.shape.there
         mask = there if self.kept.size == 0 and there.size else np.array(self.kept, bool)
         scores = np.array(self.scores, np.float64)
@@ -165,12 +168,11 @@ class Graph:
         for name, array in (("scores", scores), ("kept", mask.copy()), *ends.items()):
             array.setflags(write=False)
             object.__setattr__(self, name, array)
-        object.__setattr__(self, "provenance", MappingProxyType(dict(self.provenance)))
 
     def __repr__(self) -> str:
         return (
             f"Graph({self.model}: {len(self)} of {int(self.shape.there.sum())} edges, {len(self.nodes)} nodes, "
-            f"{self.n_pairs} pairs, {self.direction})"
+            f"{self.n_pairs} pairs, {self.mode})"
         )
 
     def __len__(self) -> int:
@@ -193,7 +195,7 @@ class Graph:
         """Return the score of an edge by name; raise `PatchError` if there is no such edge."""
         source, _, target = (part.strip() for part in name.partition("->"))
         if source not in self.shape.sources or target not in self.shape.targets:
-            msg = f"unknown edge '{name}'; use names such as 'input -> a0.h1<q>', 'a0.h1 -> m0', 'm0 -> logits'"
+            msg = f"unknown edge '{name}'; use names such as 'input -> L0.H1.q', 'L0.H1 -> L0.mlp', 'L0.mlp -> logits'"
             raise PatchError(msg)
         at = self.shape.sources.index(source), self.shape.targets.index(target)
         if not self.shape.there[at]:
@@ -209,7 +211,7 @@ class Graph:
 
     @property
     def explained(self) -> float | None:
-        """Sum of the scores of all edges out of ``input``, as a share of ``LD_clean - LD_corrupt``, mean over pairs; ideally 1.
+        """Sum of the scores of all edges out of ``input``, as a share of ``M_clean - M_corrupt``, mean over pairs; ideally 1.
 
         For scores with ``point="path"`` only (completeness); else None, also for graphs of earlier releases. The minimum
         and maximum over pairs are in ``provenance["explained"]``.
@@ -226,7 +228,7 @@ class Graph:
 
         columns = ("name", "source", "target", "input", "score", "low", "high")
         rows = [
-            (e.name, e.source, e.target.partition("<")[0], e.target.partition("<")[2].rstrip(">"), e.score, *ends)
+            (e.name, e.source, *e.reader, e.score, *ends)
             for e, ends in (
                 (self._edge(a, b), self._interval(a, b)) for a, b in self._ordered(self.kept, absolute=True)
             )
@@ -321,9 +323,7 @@ class Graph:
             Whether to write edges outside the circuit too; if not, their scores are 0 after loading.
         """
         path = Path(path)
-        arrays = {"scores", "kept", "shape", "low", "high"}
-        record = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in arrays}
-        record["provenance"] = dict(self.provenance)
+        record = self.card(skip=("scores", "kept", "shape", "low", "high"))
         chosen = self.shape.there if every else self.kept
         edges = {
             f"{self.shape.sources[a]} -> {self.shape.targets[b]}": {
@@ -362,7 +362,14 @@ class Graph:
             if min(shape.n_layers, shape.n_heads) < 0 or not 0 < shape.n_sources * shape.n_targets <= MOST:
                 msg = f"{shape.n_layers} layers of {shape.n_heads} heads"
                 raise ValueError(msg)
-            return cls(shape=shape, **_arrays(shape, record.pop("edges")), **check_fields(record, cls))
+            edges = record.pop("edges")
+            if version <= _LAST_WITH_OLD_NAMES:
+                edges = {_renamed(name): edge for name, edge in edges.items()}
+            arrays = _arrays(shape, edges)
+            record = upgraded(record)
+            if version <= _LAST_WITH_OLD_NAMES:
+                record |= {name: value for name, value in record.get("provenance", {}).items() if name == "min_effect"}
+            return cls(arrays.pop("scores"), shape, **arrays, **check_fields(record, cls))
 
     # ---- helpers
 
@@ -403,6 +410,16 @@ class _StoredEdge:
     kept: bool
     low: float
     high: float
+
+
+def _renamed(edge: str) -> str:
+    """Return an edge of groundscope 0.1, ``m0 -> a1.h2<q>``, by today's names."""
+
+    def node(match: re.Match[str]) -> str:
+        layer, head, letter, mlp = match.groups()
+        return f"L{mlp}.mlp" if mlp else f"L{layer}.H{head}" + (f".{letter}" if letter else "")
+
+    return _OLD_NODE.sub(node, edge)
 
 
 def _arrays(shape: Shape, edges: Mapping[str, Mapping[str, Any]]) -> dict[str, np.ndarray]:

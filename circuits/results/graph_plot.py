@@ -67,7 +67,7 @@ def draw(
 
 
 def _ends(edges: tuple[Edge, ...]) -> set[str]:
-    return {name for edge in edges for name in (edge.source, edge.target.partition("<")[0])}
+    return {name for edge in edges for name in (edge.source, edge.reader[0])}
 
 
 def _rows(names: list[str]) -> list[list[str]]:
@@ -75,7 +75,7 @@ def _rows(names: list[str]) -> list[list[str]]:
     rows: dict[tuple[int, int], list[str]] = {}
     for name in names:
         layer = -1 if name == "input" else 10**9 if name == "logits" else int(name[1:].partition(".")[0])
-        rows.setdefault((layer, int(name.startswith("m"))), []).append(name)
+        rows.setdefault((layer, int(name.endswith(".mlp"))), []).append(name)
     return [rows[key] for key in sorted(rows)]
 
 
@@ -84,7 +84,7 @@ def _places(rows: list[list[str]]) -> dict[str, tuple[float, float]]:
     wide = max((len(row) for row in rows), default=1)
     at = {}
     for y, row in enumerate(rows):
-        mlp = row[0].startswith("m")
+        mlp = row[0].endswith(".mlp")
         for k, name in enumerate(row):
             x = (wide - 1) / 2 + 0.35 * wide + 0.35 if mlp else k + (wide - len(row)) / 2
             # Neighbors in a row differ in height, so that an edge between rows does not cross a third node.
@@ -95,9 +95,9 @@ def _places(rows: list[list[str]]) -> dict[str, tuple[float, float]]:
 def _arrow(ax: Axes, edge: Edge, at: dict[str, tuple[float, float]], size: float) -> None:
     from matplotlib.patches import FancyArrowPatch
 
-    node, _, read = edge.target.partition("<")
+    node, read = edge.reader
     (x0, y0), (x1, y1) = at[edge.source], at[node]
-    shift = {"q>": -0.22, "k>": 0.0, "v>": 0.22}.get(read, 0.0)
+    shift = {"q": -0.22, "k": 0.0, "v": 0.22}.get(read, 0.0)
     bend = 0.0 if abs(x1 - x0) > 0.05 and y1 - y0 < 1.5 else 0.16 * np.sign(x1 - x0 or 1)
     patch = FancyArrowPatch(
         (x0, y0 + 0.17),
@@ -114,13 +114,13 @@ def _arrow(ax: Axes, edge: Edge, at: dict[str, tuple[float, float]], size: float
     )
     ax.add_patch(patch)
     if read:
-        ax.text(x1 + shift, y1 - 0.085, read[0], fontsize=6, ha="center", va="center", color="0.3", zorder=6)
+        ax.text(x1 + shift, y1 - 0.085, read, fontsize=6, ha="center", va="center", color="0.3", zorder=6)
 
 
 def _box(ax: Axes, name: str, x: float, y: float) -> None:
     from matplotlib.patches import FancyBboxPatch
 
-    color = _END if name in ("input", "logits") else _MLP if name.startswith("m") else _HEAD
+    color = _END if name in ("input", "logits") else _MLP if name.endswith(".mlp") else _HEAD
     box = FancyBboxPatch(
         (x - 0.31, y - 0.13),
         0.62,
@@ -132,7 +132,7 @@ def _box(ax: Axes, name: str, x: float, y: float) -> None:
         zorder=5,
     )
     ax.add_patch(box)
-    ax.text(x, y + (0.03 if name.startswith("a") else 0), name, ha="center", va="center", fontsize=8, zorder=6)
+    ax.text(x, y + (0.03 if ".H" in name else 0), name, ha="center", va="center", fontsize=8, zorder=6)
 
 
 def _finish(ax: Axes, at: dict[str, tuple[float, float]], rows: list[list[str]]) -> None:

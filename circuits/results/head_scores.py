@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
 from circuits.results.head_plot import heatmap
+from circuits.results.pair_scores import PairScores, standard_error
 from circuits.results.statistics import (
     Comparison,
     Rows,
     Stability,
-    by_group,
     compare_rows,
     family_p,
     mean_interval,
     share_positive,
     stability,
 )
-from groundscope.core import artifacts
-from groundscope.core.errors import PatchError, StoreError
-from groundscope.core.result_fields import building, check_fields
+from groundscope.core.errors import PatchError
 from groundscope.core.short_repr import short_repr
 from lvlm.sites import Head, parse_heads
 
@@ -33,61 +29,19 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
-VERSION = 1
-_KIND = "head_scores"
-_ARRAYS = ("effects", "clean", "corrupt")
-_LISTS = ("ids", "groups", "levels", "kinds")
 
+@dataclass(frozen=True, eq=False, repr=False)
+class HeadScores(PairScores):
+    """Effect of patching each head, by pair; returned by `patch_heads`. Effects are ``[n_pairs, n_layers, n_heads]``."""
 
-@dataclass(frozen=True, eq=False)
-class HeadScores:
-    """Effect of patching each head, by pair; returned by `patch_heads`."""
-
-    effects: np.ndarray
-    """float32 ``[n_pairs, n_layers, n_heads]``: share of the difference between clean and corrupt that a head carries;
-    0 for none, 1 for all, negative if it opposes the answer. Read-only."""
-    clean: np.ndarray
-    """Log-odds of the clean against the corrupt answer in the clean run, float32 ``[n_pairs]``."""
-    corrupt: np.ndarray
-    """The same log-odds in the corrupt run."""
-    ids: tuple[str, ...]
-    """Id of each pair's clean example."""
-    groups: tuple[str, ...]
-    """Scene or image of each pair: the resampling unit of the intervals."""
-    levels: tuple[str, ...]
-    """``object``, ``attribute`` or ``relation``, for each pair."""
-    kinds: tuple[str, ...]
-    """Kind of change in each pair."""
-    tokens: str
-    """Patched positions: ``last`` or ``suffix``."""
-    direction: str
-    """``denoise`` or ``noise``."""
-    min_effect: float
-    """Least ``|LD_clean - LD_corrupt|`` of a pair, in logits."""
-    excluded: int
-    """Number of pairs excluded because they are below `min_effect`."""
-    model: str
-    """Name of the model."""
-    config_hash: str
-    weights_hash: str
-    pairs_digest: str
-    """SHA-256 of all pairs, including excluded pairs."""
-    provenance: Mapping[str, Any] = field(default_factory=dict)
-    """Further provenance, JSON-serializable."""
+    _FILE: ClassVar[str] = "head_scores"
 
     __repr__ = short_repr
 
     def __post_init__(self) -> None:
-        for name in _ARRAYS:
-            array = np.array(getattr(self, name), np.float32)
-            array.setflags(write=False)
-            object.__setattr__(self, name, array)
-        for name in _LISTS:
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        object.__setattr__(self, "provenance", MappingProxyType(dict(self.provenance)))
-        sizes = {name: len(getattr(self, name)) for name in _ARRAYS + _LISTS}
-        if self.effects.ndim != 3 or len(set(sizes.values())) != 1 or not len(self.effects):
-            msg = f"head scores need effects [n_pairs, n_layers, n_heads], and all fields of equal length >= 1; got {sizes}"
+        super().__post_init__()
+        if self.effects.ndim != 3:
+            msg = f"head scores need effects [n_pairs, n_layers, n_heads], not {list(self.effects.shape)}"
             raise PatchError(msg)
 
     # ---- numbers
@@ -98,29 +52,19 @@ class HeadScores:
         return self.effects.shape[1], self.effects.shape[2]
 
     @property
-    def n_pairs(self) -> int:
-        """Number of pairs."""
-        return len(self.effects)
-
-    @property
     def mean(self) -> np.ndarray:
         """Mean effect over pairs, float64 ``[n_layers, n_heads]``."""
         return self.effects.mean(axis=0, dtype=np.float64)
 
     @property
     def patching_effect(self) -> np.ndarray:
-        """``(LD_patched - LD_corrupt) / (LD_clean - LD_corrupt)`` in either direction, float32, shaped as `effects`."""
-        return self.effects if self.direction == "denoise" else 1 - self.effects
+        """``(M_patched - M_corrupt) / (M_clean - M_corrupt)`` in either mode, float32, shaped as `effects`."""
+        return self.effects if self.mode == "denoise" else 1 - self.effects
 
     @property
     def standard_error(self) -> np.ndarray:
         """Standard error of `mean`, float64 ``[n_layers, n_heads]``, clustered by group; NaN with one group only."""
-        _, sums, counts = by_group(self.effects, self.groups)
-        n = len(counts)
-        if n < 2:
-            return np.full(self.shape, math.nan)
-        residual = sums - counts[:, None, None] * self.mean
-        return np.sqrt((residual**2).sum(axis=0) * n / (n - 1)) / self.n_pairs
+        return standard_error(self.effects, self.groups)
 
     def interval(
         self, *, resamples: int = 2000, confidence: float = 0.95, seed: int = 0
@@ -175,12 +119,6 @@ class HeadScores:
         """Return `k` random heads, none of `exclude`, as a control; see `circuits.random_heads`."""
         return random_heads(self.shape, k, exclude=exclude, seed=seed)
 
-    def select(self, keep: np.ndarray) -> Self:
-        """Return the scores of some pairs, by boolean mask or indices, e.g. ``np.array(s.levels) == 'object'``."""
-        which = np.arange(self.n_pairs)[keep]
-        lists = {name: tuple(getattr(self, name)[i] for i in which) for name in _LISTS}
-        return replace(self, **{name: getattr(self, name)[which] for name in _ARRAYS}, **lists)
-
     def frame(self, *, confidence: float = 0.95) -> pd.DataFrame:
         """Return one row per head: layer, head, name, effect, standard_error, low, high, sign, p, rank (1 for the largest).
 
@@ -219,30 +157,13 @@ class HeadScores:
         alpha
             Significance level.
         """
-        title = f"{self.model}: {self.direction} at {self.tokens}, {self.n_pairs} pairs"
+        title = f"{self.model}: {self.mode} at {self.tokens}, {self.n_pairs} pairs"
         return heatmap(self.mean, title=title, label="mean effect", marked=self.family_p() <= alpha, path=path, ax=ax)
 
     def _check_count(self, k: int) -> None:
         if not 1 <= k <= self.mean.size:
             msg = f"k={k} must be between 1 and {self.mean.size} heads ({self.shape[0]} layers of {self.shape[1]})"
             raise PatchError(msg)
-
-    # ---- files
-
-    def save(self, path: str | Path) -> Path:
-        """Write one ``.safetensors`` file, with numbers as tensors and other fields as JSON in its header."""
-        path = Path(path)
-        fields_of_card = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _ARRAYS}
-        card = {k: list(v) if k in _LISTS else dict(v) if k == "provenance" else v for k, v in fields_of_card.items()}
-        artifacts.write(path, _KIND, VERSION, {name: getattr(self, name) for name in _ARRAYS}, card)
-        return path
-
-    @classmethod
-    def load(cls, path: str | Path) -> Self:
-        """Read a file written by `save`; raise `StoreError` if it is missing, damaged, of another kind or newer."""
-        tensors, card = artifacts.read(Path(path), _KIND, VERSION)
-        with building(f"{path} is a damaged file of head scores", StoreError):
-            return cls(**tensors, **check_fields(card, cls))
 
 
 def compare(

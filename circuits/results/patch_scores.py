@@ -3,81 +3,52 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
-from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from groundscope.core import artifacts
-from groundscope.core.errors import PatchError, StoreError
-from groundscope.core.result_fields import building, check_fields
+from circuits.results.pair_scores import PairScores
+from groundscope.core.errors import PatchError
 
 if TYPE_CHECKING:
     import pandas as pd
 
-VERSION = 1
-_KIND = "patch_scores"
-_ARRAYS = ("effects", "clean", "corrupt")
-_BY_PAIR = ("ids", "groups", "levels", "kinds")
 
+@dataclass(frozen=True, eq=False, repr=False)
+class PatchScores(PairScores):
+    """Effect of patching each site, by pair and position; returned by `circuits.patch`.
 
-@dataclass(frozen=True, eq=False)
-class PatchScores:
-    """Effect of patching each site, by pair and position; returned by `circuits.patch`."""
+    Effects are ``[n_pairs, n_sites, n_positions]``; NaN if a pair has fewer positions than others: they are aligned at the
+    last.
+    """
 
-    effects: np.ndarray
-    """float32 ``[n_pairs, n_sites, n_positions]``: the share of the difference between clean and corrupt that a site
-    carries; 0 for none, 1 for all. NaN if a pair has fewer positions than others: they are aligned at the last. Read-only."""
-    clean: np.ndarray
-    """The metric in the clean run, float32 ``[n_pairs]``."""
-    corrupt: np.ndarray
-    """The metric in the corrupt run."""
-    sites: tuple[str, ...]
+    _FILE: ClassVar[str] = "patch_scores"
+
+    sites: tuple[str, ...] = field(kw_only=True)
     """Names of patched units: ``decoder.L3.resid_post``, ``L3.H5``, ``L3.H5+L4.H1``, the path ``L3.H5->L4.H1``."""
-    positions: tuple[str, ...]
+    positions: tuple[str, ...] = field(kw_only=True)
     """Names of positions: the requested tokens, or, with ``:each``, the distance from the last of them, ``-2``, ``-1``,
     ``0``."""
-    ids: tuple[str, ...]
-    """Id of each pair's clean example."""
-    groups: tuple[str, ...]
-    """Scene or image of each pair: the cluster of the standard errors."""
-    levels: tuple[str, ...]
-    kinds: tuple[str, ...]
-    tokens: str
-    direction: str
-    metric: str
-    min_effect: float
-    """Least ``|M_clean - M_corrupt|`` of a pair, in units of the metric."""
-    excluded: int
-    """Number of pairs excluded because they are below `min_effect`."""
-    path: str
+    path: str = field(kw_only=True)
     """Method of the runs: ``shared prefix``, or ``whole forwards`` if the model does not support it; same results."""
-    model: str
-    config_hash: str
-    weights_hash: str
-    pairs_digest: str
-    """SHA-256 of all pairs, including excluded pairs."""
-    through: str = ""
+    through: str = field(default="", kw_only=True)
     """For paths, the receiver's inputs and the state of the MLPs: ``qkv, mlps frozen``."""
 
     def __post_init__(self) -> None:
-        for name in _ARRAYS:
-            array = np.array(getattr(self, name), np.float32)
-            array.setflags(write=False)
-            object.__setattr__(self, name, array)
-        for name in (*_BY_PAIR, "sites", "positions"):
+        super().__post_init__()
+        for name in ("sites", "positions"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         shape = (len(self.ids), len(self.sites), len(self.positions))
-        if self.effects.shape != shape or not len(self.ids):
-            msg = f"effects {list(self.effects.shape)} must be non-empty, of pairs x sites x positions {list(shape)}"
+        if self.effects.shape != shape:
+            msg = f"effects {list(self.effects.shape)} must be of pairs x sites x positions {list(shape)}"
             raise PatchError(msg)
 
     def __repr__(self) -> str:
         pairs, sites, positions = self.effects.shape
         return (
             f"PatchScores({pairs} pairs ({self.excluded} excluded) x {sites} sites x {positions} positions, {self.tokens}, "
-            f"{self.direction}, {self.metric}, {self.path})"
+            f"{self.mode}, {self.metric}, {self.path})"
         )
 
     @property
@@ -113,18 +84,3 @@ class PatchScores:
                 "excluded": self.excluded,
             }
         )
-
-    def save(self, path: str | Path) -> Path:
-        """Write one ``.safetensors`` file, with numbers as tensors and other fields as JSON in its header."""
-        path = Path(path)
-        fields_of_card = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _ARRAYS}
-        card = {k: list(v) if isinstance(v, tuple) else v for k, v in fields_of_card.items()}
-        artifacts.write(path, _KIND, VERSION, {name: getattr(self, name) for name in _ARRAYS}, card)
-        return path
-
-    @classmethod
-    def load(cls, path: str | Path) -> Self:
-        """Read a file written by `save`; raise `StoreError` if it is missing, damaged, of another kind or newer."""
-        tensors, card = artifacts.read(Path(path), _KIND, VERSION)
-        with building(f"{path} is a damaged file of patch scores", StoreError):
-            return cls(**tensors, **check_fields(card, cls))

@@ -45,11 +45,11 @@ def test_an_edge_is_how_the_answer_changes_as_its_reader_alone_sees_its_writer_m
     oracle = Oracle(lvlm, pair_of(0), PATHS[family])
     graph = attribution.edges(lvlm, [pair_of(0)], point="run", min_effect=0)
     largest = np.abs(graph.scores).max()
-    targets = ("a1.h2<q>", "a1.h2<k>", "a1.h3<v>", "a2.h1<k>", "a2.h0<v>", "m1", "m2", "logits")
+    targets = ("L1.H2.q", "L1.H2.k", "L1.H3.v", "L2.H1.k", "L2.H0.v", "L1.mlp", "L2.mlp", "logits")
     turn = list(PATHS).index(family)  # every writer with half of the readers, the other half in the next family
-    for number, source in enumerate(("input", "a0.h1", "a0.h2", "m0", "a1.h0")):
+    for number, source in enumerate(("input", "L0.H1", "L0.H2", "L0.mlp", "L1.H0")):
         for target in targets[(number + turn) % 2 :: 2]:
-            if (source, target[:2]) == ("a1.h0", "a1") or (source == "input" and family == "qwen3_vl"):
+            if (source, target[:2]) == ("L1.H0", "L1") or (source == "input" and family == "qwen3_vl"):
                 continue  # no such edge; and there, what is read as input also holds what the model adds to it later
             step = 1e-4
             up, down = (oracle.told(source, target, by) for by in (step, -step))
@@ -110,7 +110,7 @@ def test_in_a_linear_decoder_estimates_are_patches_and_edges_are_complete(mode: 
         graph = attribution.edges(lvlm, pairs, point=point, steps=2, **options)
         assert graph.scores[0].sum() == pytest.approx(1, abs=1e-6)
         assert graph.scores[:, -1].sum() == pytest.approx(1, abs=1e-6)
-        into_keys = [name for name in graph.shape.targets if name.endswith("<k>")]
+        into_keys = [name for name in graph.shape.targets if name.endswith(".k")]
         assert all(graph.score(f"input -> {name}") == 0 for name in into_keys)  # queries are nothing
 
 
@@ -137,7 +137,7 @@ def test_pairs_are_averaged_and_do_not_mix() -> None:
     assert lvlm.hf.config.text_config._attn_implementation == before
     assert together.n_pairs == 2
     assert together.heads.shape == (lvlm.n_layers, lvlm.n_heads)
-    out = [together.frame().query("source == 'a1.h2'").score.sum(), together.heads[1, 2]]
+    out = [together.frame().query("source == 'L1.H2'").score.sum(), together.heads[1, 2]]
     assert out[0] == pytest.approx(out[1])
 
 
@@ -149,7 +149,7 @@ def test_intervals_are_those_of_every_way_to_draw_the_groups_again() -> None:
     frame = graph.frame().set_index("name")
     draws = np.array(list(product(range(4), repeat=4)))  # all 256, each as likely
     count = np.array([2, 1, 1, 1])
-    for name in ("input -> a0.h1<v>", "m0 -> logits", "a0.h1 -> m1"):
+    for name in ("input -> L0.H1.v", "L0.mlp -> logits", "L0.H1 -> L1.mlp"):
         at = graph.shape.sources.index(name.split(" -> ")[0]), graph.shape.targets.index(name.split(" -> ")[1])
         sums = np.array([apart[k::4, *at].sum() for k in range(4)])
         means = sums[draws].sum(1) / count[draws].sum(1)
@@ -172,8 +172,8 @@ def test_blocks_whose_mlp_stands_beside_the_attention(config: Any) -> None:
     made = lvlm.hf
     graph = attribution.edges(lvlm, [pair_of(0)], point="run", min_effect=0)
     assert graph.shape.parallel == (True,) * lvlm.n_layers
-    with pytest.raises(PatchError, match=r"'m1' reads before 'a1\.h0' writes"):
-        graph.score("a1.h0 -> m1")
+    with pytest.raises(PatchError, match=r"'L1.mlp' reads before 'L1\.H0' writes"):
+        graph.score("L1.H0 -> L1.mlp")
     layers = made.model.language_model.layers
     embeddings: dict[Any, Tensor] = {}
     for side in ("clean", "corrupt"):
@@ -197,7 +197,7 @@ def test_blocks_whose_mlp_stands_beside_the_attention(config: Any) -> None:
 
     gap = metric("clean", 0) - metric("corrupt", 0)
     slope = (metric("corrupt", 1e-4) - metric("corrupt", -1e-4)) / 2e-4 / gap
-    assert graph.score("input -> m1") == pytest.approx(slope, rel=1e-4)
+    assert graph.score("input -> L1.mlp") == pytest.approx(slope, rel=1e-4)
 
 
 @pytest.mark.parametrize("circuit", ["direct", "two_step"])
@@ -205,8 +205,8 @@ def test_a_planted_circuit_is_found_edge_by_edge(circuit: Any) -> None:
     for seed in (1, 7):
         planted = plant(seed, circuit)
         graph = attribution.edges(planted.model, planted.pairs(3))
-        names = [f"a{h.layer}.h{h.head}" for h in (planted.grounding, planted.mover, planted.reader) if h is not None]
-        chain = {f"{a} -> {b}<v>" for a, b in zip(["input", *names], names, strict=False)} | {f"{names[-1]} -> logits"}
+        names = [f"L{h.layer}.H{h.head}" for h in (planted.grounding, planted.mover, planted.reader) if h is not None]
+        chain = {f"{a} -> {b}.v" for a, b in zip(["input", *names], names, strict=False)} | {f"{names[-1]} -> logits"}
         found = graph.greedy(len(chain))
         assert {e.name for e in found.edges} == chain
         assert [e.score for e in found.edges] == pytest.approx([1] * len(chain), abs=0.01)

@@ -53,9 +53,9 @@ def test_one_edge_is_what_hooks_that_move_it_by_hand_give(family: str) -> None:
     oracle, graph = Oracle(lvlm, pair_of(0), PATHS[family]), graph_of(lvlm)
     shape = graph.shape
     moved = 0
-    for source in ("a0.h1", "m0") if family == "qwen3_vl" else ("input", "a0.h1", "m0"):
+    for source in ("L0.H1", "L0.mlp") if family == "qwen3_vl" else ("input", "L0.H1", "L0.mlp"):
         sender = shape.sources.index(source)
-        for target in ("a1.h2<q>", "a1.h2<k>", "a2.h1<v>", "m1", "logits"):
+        for target in ("L1.H2.q", "L1.H2.k", "L2.H1.v", "L1.mlp", "logits"):
             # The sender has its clean value, this reader alone hears of it, and all that follow hear of the reader.
             kept = np.broadcast_to(shape.readers <= sender, shape.there.shape).copy()
             kept[sender + 1 :] = True
@@ -82,8 +82,8 @@ def test_dead_ends_change_nothing_and_pairs_do_not_mix() -> None:
 @pytest.mark.parametrize("circuit", ["direct", "two_step"])
 def test_a_planted_circuit_alone_is_faithful_and_is_nothing_without_one_of_its_edges(circuit: Any) -> None:
     planted = plant(1, circuit)
-    heads = [f"a{h.layer}.h{h.head}" for h in (planted.grounding, planted.mover, planted.reader) if h is not None]
-    chain = [f"{a} -> {b}<v>" for a, b in zip(["input", *heads], heads, strict=False)] + [f"{heads[-1]} -> logits"]
+    heads = [f"L{h.layer}.H{h.head}" for h in (planted.grounding, planted.mover, planted.reader) if h is not None]
+    chain = [f"{a} -> {b}.v" for a, b in zip(["input", *heads], heads, strict=False)] + [f"{heads[-1]} -> logits"]
     graph = graph_of(planted.model)
     at = [tuple(names.index(end) for names, end in zip((graph.shape.sources, graph.shape.targets), e.split(" -> "), strict=True))
           for e in chain]  # fmt: skip

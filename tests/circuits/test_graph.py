@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,11 +15,16 @@ from circuits.results.graph import Graph, Shape
 from groundscope.core.document_digest import document_digest
 from groundscope.core.errors import PatchError, StoreError
 
+RECORD: dict[str, Any] = {
+    "model": "toy", "config_hash": "c", "weights_hash": "w", "pairs_digest": "p", "mode": "denoise", "n_pairs": 4,
+    "excluded": 1,
+}  # fmt: skip
+
 
 def graph(seed: int = 0, layers: int = 3, heads: int = 2, parallel: bool = False) -> Graph:
     shape = Shape(layers, heads, (parallel,) * layers)
     draw = np.random.default_rng(seed).normal(size=shape.there.shape)
-    return Graph(np.where(shape.there, draw, 0), shape, "toy", "c", "w", "p", 4, 1, "denoise", provenance={"steps": 5})
+    return Graph(np.where(shape.there, draw, 0), shape, **RECORD, provenance={"steps": 5})
 
 
 def named(one: Graph) -> dict[str, float]:
@@ -26,17 +33,17 @@ def named(one: Graph) -> dict[str, float]:
     found: dict[str, float] = {}
     written = ["input"]
     for i in range(layers):
-        mine = [f"a{i}.h{h}" for h in range(heads)]
-        found |= {f"{u} -> {v}<{c}>": 0.0 for u in written for v in mine for c in "qkv"}
-        found |= {f"{u} -> m{i}": 0.0 for u in written + ([] if one.shape.parallel[i] else mine)}
-        written += [*mine, f"m{i}"]
+        mine = [f"L{i}.H{h}" for h in range(heads)]
+        found |= {f"{u} -> {v}.{c}": 0.0 for u in written for v in mine for c in "qkv"}
+        found |= {f"{u} -> L{i}.mlp": 0.0 for u in written + ([] if one.shape.parallel[i] else mine)}
+        written += [*mine, f"L{i}.mlp"]
     found |= {f"{u} -> logits": 0.0 for u in written}
     return {name: one.score(name) for name in found}
 
 
 def ends(name: str) -> tuple[str, str]:
     source, target = name.split(" -> ")
-    return source, target.split("<")[0]
+    return source, re.sub(r"\.[qkv]$", "", target)
 
 
 def without_dead_ends(edges: set[str]) -> set[str]:
@@ -103,7 +110,7 @@ def test_heads_are_ranked_by_what_they_tell_others() -> None:
     edges = named(one)
     for i in range(3):
         for h in range(2):
-            told = sum(score for name, score in edges.items() if ends(name)[0] == f"a{i}.h{h}")
+            told = sum(score for name, score in edges.items() if ends(name)[0] == f"L{i}.H{h}")
             assert one.heads[i, h] == pytest.approx(told)
 
 
@@ -126,8 +133,8 @@ def test_a_graph_survives_its_file(tmp_path: Path) -> None:
     assert back.shape == one.shape
     assert back.provenance == one.provenance
     record = json.loads(path.read_text())
-    assert record["edges"]["input -> a0.h0<q>"] == {
-        "score": one.score("input -> a0.h0<q>"),
+    assert record["edges"]["input -> L0.H0.q"] == {
+        "score": one.score("input -> L0.H0.q"),
         "kept": bool(one.kept[0, 0]),
     }
     small = Graph.load(one.save(tmp_path / "small.json", every=False))
@@ -135,6 +142,27 @@ def test_a_graph_survives_its_file(tmp_path: Path) -> None:
     assert not small.scores[~one.kept].any()
     with pytest.raises(ValueError, match="read-only"):
         back.scores[0, 0] = 1
+
+
+def test_a_file_of_the_last_version_with_old_node_names_is_read(tmp_path: Path) -> None:
+    shape, sha = Shape(2, 1, (False, False)), "c" * 64
+    old = {
+        "edge_graph": 3, "model": "m", "config_hash": sha, "weights_hash": sha, "pairs_digest": sha, "n_pairs": 4,
+        "excluded": 1, "direction": "noise", "provenance": {"steps": 5, "min_effect": 0.25}, "n_layers": 2, "n_heads": 1,
+        "parallel": [False, False], "nodes": ["a0.h0", "logits"],
+        "edges": {
+            "input -> a0.h0<q>": {"score": 1.0, "kept": False}, "a0.h0 -> m1": {"score": 2.0, "kept": True},
+            "m0 -> a1.h0<v>": {"score": 3.0, "kept": True},
+        },
+    }  # fmt: skip
+    (tmp_path / "old.json").write_text(json.dumps(old | {"digest": document_digest(old)}))
+    read = Graph.load(tmp_path / "old.json")
+    assert {e.name: e.score for e in read.edges} == {"L0.H0 -> L1.mlp": 2.0, "L0.mlp -> L1.H0.v": 3.0}
+    assert read.score("input -> L0.H0.q") == 1.0
+    assert (read.mode, read.metric, read.tokens, read.min_effect) == ("noise", "logit_difference", "all", 0.25)
+    assert (read.shape, read.n_pairs, read.ids) == (shape, 4, ())
+    again = Graph.load(read.save(tmp_path / "new.json"))
+    assert again.edges == read.edges
 
 
 @pytest.mark.parametrize(
@@ -145,8 +173,8 @@ def test_a_graph_survives_its_file(tmp_path: Path) -> None:
         ({"edge_graph": 9}, "version 9"),
         ({"n_layers": 10**6}, "damaged graph"),
         ({"n_layers": 2}, "damaged graph"),
-        ({"edges": {"m2 -> a0.h0<q>": {"score": 1, "kept": True}}}, "damaged graph"),
-        ({"edges": {"input -> m0": {"score": None, "kept": True}}}, "damaged graph"),
+        ({"edges": {"L2.mlp -> L0.H0.q": {"score": 1, "kept": True}}}, "damaged graph"),
+        ({"edges": {"input -> L0.mlp": {"score": None, "kept": True}}}, "damaged graph"),
         ({"model": None, "n_pairs": None, "more": 1}, "damaged graph"),
     ],
 )
@@ -170,15 +198,15 @@ def test_mistakes_are_named() -> None:
         with pytest.raises(PatchError, match=f"circuit of {n} edges is impossible"):
             one.greedy(n)
     with pytest.raises(PatchError, match="use names such as"):
-        one.score("a9.h0 -> m0")
-    with pytest.raises(PatchError, match=r"'a0\.h0' reads before 'm0' writes|reads before"):
-        one.score("m0 -> a0.h0<q>")
+        one.score("L9.H0 -> L0.mlp")
+    with pytest.raises(PatchError, match=r"'L0\.H0' reads before 'L0.mlp' writes|reads before"):
+        one.score("L0.mlp -> L0.H0.q")
     with pytest.raises(PatchError, match="needs finite scores"):
-        Graph(one.scores[:2], one.shape, "toy", "c", "w", "p", 4, 1, "denoise")
+        Graph(one.scores[:2], one.shape, **RECORD)
     backwards = one.scores.copy()
     backwards[-1, 0] = 1
     with pytest.raises(PatchError, match="backward edges"):
-        Graph(backwards, one.shape, "toy", "c", "w", "p", 4, 1, "denoise")
+        Graph(backwards, one.shape, **RECORD)
 
 
 def test_what_is_drawn_is_what_is_kept(tmp_path: Path) -> None:

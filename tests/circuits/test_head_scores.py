@@ -17,7 +17,7 @@ from groundscope.testing import planted_circuits
 from lvlm import Head
 
 
-def scores(n: int = 40, groups: int = 10, seed: int = 0, direction: str = "denoise") -> HeadScores:
+def scores(n: int = 40, groups: int = 10, seed: int = 0, mode: str = "denoise") -> HeadScores:
     rng = np.random.default_rng(seed)
     group = rng.integers(groups, size=n)
     effects = 0.1 * rng.standard_normal((n, 3, 4)) + 0.2 * rng.standard_normal(groups)[group][:, None, None]
@@ -32,7 +32,7 @@ def scores(n: int = 40, groups: int = 10, seed: int = 0, direction: str = "denoi
         levels=tuple("object" if i % 2 else "attribute" for i in range(n)),
         kinds=("color",) * n,
         tokens="last",
-        direction=direction,
+        mode=mode,
         min_effect=0.5,
         excluded=2,
         model="m",
@@ -92,7 +92,7 @@ def test_top_and_frame_agree() -> None:
 
 
 def test_patching_effect_of_both_directions() -> None:
-    s, noise = scores(), scores(direction="noise")
+    s, noise = scores(), scores(mode="noise")
     np.testing.assert_array_equal(s.patching_effect, s.effects)
     np.testing.assert_allclose(noise.patching_effect, 1 - noise.effects)
 
@@ -327,7 +327,8 @@ def test_a_file_written_by_the_first_version_still_opens(tmp_path: Path) -> None
     card = {
         "version": 1, "ids": ["a", "b"], "groups": ["g", "h"], "levels": ["object"] * 2,
         "kinds": ["object"] * 2, "tokens": "last", "direction": "noise", "min_effect": 0.5, "excluded": 1, "model": "m",
-        "config_hash": "c", "weights_hash": "w", "pairs_digest": "d", "provenance": {},
+        "config_hash": "c", "weights_hash": "w", "pairs_digest": "d",
+        "provenance": {"metric": "kl", "path": "shared prefix"},
     }  # fmt: skip
     tensors = {
         "effects": np.ones((2, 3, 4), np.float32),
@@ -336,5 +337,8 @@ def test_a_file_written_by_the_first_version_still_opens(tmp_path: Path) -> None
     }
     save_file(tensors, tmp_path / "old.safetensors", metadata={"head_scores": json.dumps(card)})
     old = HeadScores.load(tmp_path / "old.safetensors")
-    assert (old.direction, old.shape, old.ids) == ("noise", (3, 4), ("a", "b"))
+    assert (old.mode, old.shape, old.ids) == ("noise", (3, 4), ("a", "b"))
+    assert (old.metric, dict(old.provenance)) == ("kl", {"path": "shared prefix"})
     assert old.frame()["sign"].eq(1).all()
+    again = HeadScores.load(old.save(tmp_path / "new.safetensors"))
+    assert (again.mode, again.metric, again.select(np.array([1])).ids) == ("noise", "kl", ("b",))

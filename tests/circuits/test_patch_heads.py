@@ -165,7 +165,7 @@ def test_results_say_where_they_come_from() -> None:
         model.weights_hash,
     )
     assert scores.pairs_digest == pairs_digest(given) != pairs_digest(given[1:])
-    assert (scores.tokens, scores.direction, scores.min_effect) == ("last", "denoise", LEAST)
+    assert (scores.tokens, scores.mode, scores.min_effect) == ("last", "denoise", LEAST)
     assert set(scores.levels) == {"attribute"}
     assert set(scores.kinds) == {"color"}
     assert scores.shape == (model.n_layers, model.n_heads)

@@ -104,7 +104,7 @@ def raw(scores: PatchScores, k: int = 0) -> np.ndarray:
     """The metric after each patch, [sites, positions]."""
     gap = scores.clean[k] - scores.corrupt[k]
     effects = scores.effects[k].astype(np.float64)
-    return scores.corrupt[k] + gap * (effects if scores.direction == "denoise" else 1 - effects)
+    return scores.corrupt[k] + gap * (effects if scores.mode == "denoise" else 1 - effects)
 
 
 @pytest.mark.parametrize("tokens", ["last", "suffix", "image", "object", "40,44"])

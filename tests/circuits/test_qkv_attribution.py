@@ -177,7 +177,7 @@ def test_earlier_layers_and_positions() -> None:
     assert np.abs(together[0, 1]).max() > 1e-4
     with torch.no_grad():  # whoever asks need not ask for gradients
         noise = attribution.inputs(lvlm, [pair], "k", mode="noise", point="source", min_effect=0)
-    assert noise.direction == "noise"
+    assert noise.mode == "noise"
     assert np.isfinite(noise.effects).all()
 
 

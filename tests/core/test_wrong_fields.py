@@ -52,15 +52,20 @@ def unit(size: int) -> np.ndarray:
     return np.eye(size, dtype=np.float32)[0]
 
 
+RECORD: dict[str, Any] = {
+    "ids": ("a", "b"), "groups": ("g", "h"), "levels": ("object", "object"), "kinds": ("swap", "swap"), "tokens": "last",
+    "mode": "denoise", "metric": "module.metric", "min_effect": 0.5, "excluded": 0, "model": "m", "config_hash": SHA,
+    "weights_hash": SHA, "pairs_digest": SHA, "provenance": {"s": 1},
+}  # fmt: skip
+
+
 def head_scores() -> HeadScores:
-    names = (("a", "b"), ("g", "h"), ("object", "object"), ("swap", "swap"))
-    return HeadScores(np.ones((2, 1, 2)), ONES, ONES, *names, "last", "denoise", 0.5, 0, "m", SHA, SHA, SHA, {"s": 1})
+    return HeadScores(np.ones((2, 1, 2)), ONES, ONES, **RECORD)
 
 
 def patch_scores() -> PatchScores:
-    names = (("L0.H0",), ("last",), ("a", "b"), ("g", "h"), ("object", "object"), ("swap", "swap"))
-    options = ("last", "denoise", "log-odds", 0.5, 0, "whole forwards")
-    return PatchScores(np.ones((2, 1, 1)), ONES, ONES, *names, *options, "m", SHA, SHA, SHA)
+    names = {"sites": ("L0.H0",), "positions": ("last",), "path": "whole forwards"}
+    return PatchScores(np.ones((2, 1, 1)), ONES, ONES, **names, **RECORD)
 
 
 def head_table() -> HeadTable:
@@ -87,7 +92,7 @@ def direction() -> ConceptDirection:
 
 def graph() -> Graph:
     shape = Shape(1, 1, (False,))
-    whole = Graph(shape.there * 0.5, shape, "m", SHA, SHA, SHA, 2, 0, "denoise", provenance={"steps": 5})
+    whole = Graph(shape.there * 0.5, shape, n_pairs=2, **RECORD)
     return whole.top(1, prune=False)
 
 

@@ -48,8 +48,9 @@ def scores(effects: np.ndarray) -> HeadScores:
     n = len(effects)
     names = tuple(f"p{i}" for i in range(n))
     return HeadScores(
-        effects, np.ones(n), -np.ones(n), names, names, ("object",) * n, ("color",) * n, "last", "denoise", 0.5, 0,
-        "m", "c", "w", "d",
+        effects, np.ones(n), -np.ones(n), ids=names, groups=names, levels=("object",) * n, kinds=("color",) * n,
+        tokens="last", mode="denoise", min_effect=0.5, excluded=0, model="m", config_hash="c", weights_hash="w",
+        pairs_digest="d",
     )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[2]
 
 GOOD = '''
-"""A plug-in of groundscope: a loader, a kind of pair, a metric of answers, an estimator, a mitigation and an export."""
+"""A plug-in of groundscope: a loader, kinds of pairs and of metrics, an estimator, a mitigation and an export."""
 
 import json
 from dataclasses import replace
@@ -54,11 +54,16 @@ text_file = Export(write_text, Capability("people", "nowhere", ("heads",), kinds
 amplify_more = MitigationMethod(lambda data: derive.amplification(blank_contrast(data), heads=data.heads, strength=2))
 yes_ratio = BehaviorMetric(lambda a: set(a.candidates) == {"yes", "no"}, lambda a: a.given == "yes")
 svm = LinearSVC(C=0.01)
+
+
+def spread(logits, pair):
+    return logits.amax(-1) - logits.mean(-1)
 '''
 ENTRIES = {
     "groundscope.loaders": ("tags", "load_tags"),
     "groundscope.pairs": ("swap", "swap_images"),
     "groundscope.behavior_metrics": ("says yes", "yes_ratio"),
+    "groundscope.metrics": ("spread", "spread"),
     "groundscope.estimators": ("svm", "svm"),
     "groundscope.mitigations": ("amplify_more", "amplify_more"),
     "groundscope.exports": ("text_file", "text_file"),
@@ -82,6 +87,8 @@ answers = gs.answer(model, data, progress=False)
 rates = gs.compute_metrics(answers, data)
 assert rates["says yes"].n == 3 and rates["all: right"].n == 3
 assert gs.patch_heads(model, pairs, min_effect=0.0, progress=False).n_pairs == 2
+scores = gs.patch_heads(model, pairs, metric="spread", progress=False)
+assert (scores.metric, scores.provenance["metric_package"]) == ("spread", "good-plugin 1.2")
 
 import numpy as np
 import pandas as pd
@@ -115,6 +122,7 @@ TABLES = {
     "groundscope.loaders": gs.loaders.LOADERS,
     "groundscope.pairs": gs.counterfactuals.KINDS,
     "groundscope.behavior_metrics": gs.behavior.metrics.METRICS,
+    "groundscope.metrics": gs.circuits.metrics,
     "groundscope.estimators": gs.probes.estimators,
     "groundscope.mitigations": gs.mitigations,
     "groundscope.exports": gs.exports,

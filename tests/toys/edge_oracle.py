@@ -122,10 +122,10 @@ class Oracle:
         clean, corrupt = self.seen["clean"], self.seen["corrupt"]
         if source == "input":
             return by * (clean["input"] - corrupt["input"])
-        layer, _, head = source[1:].partition(".h")
-        if source.startswith("m"):
+        layer, _, head = source[1:].partition(".")
+        if head == "mlp":
             return by * (clean[int(layer), "mlp"] - corrupt[int(layer), "mlp"]).reshape(clean["input"].shape)
-        parts, h = self.layers[int(layer)], int(head)
+        parts, h = self.layers[int(layer)], int(head[1:])
         z, other = corrupt[int(layer), "o"], clean[int(layer), "o"]
         width = z.shape[-1] // self.lvlm.n_heads
         columns = slice(h * width, (h + 1) * width)
@@ -139,11 +139,11 @@ class Oracle:
         delta = self.moved(source, by)
         if target == "logits":
             return self.metric(self.pair.corrupt, {(len(self.layers), "final"): lambda x: x + delta})
-        layer, _, rest = target[1:].partition(".h")
+        layer, _, rest = target[1:].partition(".")
         i = int(layer)
-        if target.startswith("m"):
+        if rest == "mlp":
             return self.metric(self.pair.corrupt, {(i, "middle"): lambda x: x + delta.reshape(x.shape)})
-        head, letter = int(rest[: rest.index("<")]), rest[-2]
+        head, letter = int(rest[1:-2]), rest[-1]
         parts, x = self.layers[i], self.seen["corrupt"][i, "norm"]
         with torch.no_grad():
             new = parts[letter](parts["norm"](x + delta))
@@ -181,4 +181,14 @@ def graph_of(lvlm: Lvlm, seed: int = 0, *, beside: bool = False) -> Graph:
     """A graph with random scores: which edges are scored how does not matter to what runs along them."""
     shape = Shape(lvlm.n_layers, lvlm.n_heads, (beside,) * lvlm.n_layers)
     drawn = np.random.default_rng(seed).normal(size=shape.there.shape)
-    return Graph(np.where(shape.there, drawn, 0), shape, "toy", "c", "w", "p", 1, 0, "denoise")
+    return Graph(
+        np.where(shape.there, drawn, 0),
+        shape,
+        n_pairs=1,
+        excluded=0,
+        mode="denoise",
+        model="toy",
+        config_hash="c",
+        weights_hash="w",
+        pairs_digest="p",
+    )
