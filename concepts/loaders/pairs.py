@@ -59,7 +59,7 @@ def pairs(file: Path | str, images: Path | str, *, limit: int | None = None) -> 
     ...     Image.new("RGB", (8, 8), color).save(folder / name)
     >>> header = "clean_image,corrupt_image,question,clean_answer,corrupt_answer,kind,change"
     >>> row = "a.png,b.png,Is the wall red?,yes,no,color,wall: red -> blue"
-    >>> _ = (folder / "pairs.csv").write_text(f"{header}\\n{row}\\n")
+    >>> _ = (folder / "pairs.csv").write_text(f"{header}\n{row}\n")
     >>> data = gs.loaders.pairs(folder / "pairs.csv", folder)
     >>> gs.counterfactuals.pairs(data, "color")[0].change
     'wall: red -> blue'
