@@ -1,17 +1,30 @@
-"""What a run folder from somewhere else can do: it is damaged in many ways, and every command must answer, soon and plainly.
+"""Robustness against damaged run folders: every command must end with an answer or a clear error.
 
-    python benchmarks/hostile_folders.py [--quick] [--cases 1000] [--seed 0] [--limit 60] [--run FOLDER]
+    python benchmarks/hostile_folders.py [--quick] [--cases 1000] [--workers N] [--seed 0] [--limit 60] [--run FOLDER]
 
-A finished small run is copied and damaged in one way: names with ``..`` or absolute names, symbolic links in every place,
-part files planted ahead, FIFOs in place of files, a wrong JSON type for every field of every JSON and YAML file, files that
-are empty, cut, not UTF-8 or nested deeply, files of a user's in the stages' folders. Then ``status``, ``compare``, ``resume``
-and the report's maker are called in a child process with a time limit. Counted are hangs, files outside the run that were
-touched, tracebacks, files of the user's that were removed, and damage that no command noticed although one of them must.
+A small run of all stages is made. Each case copies it and damages the copy in one way: file names with ``..`` or absolute
+paths in receipts, symbolic links in place of files and folders, FIFOs in place of files, a wrong type for each field of each
+JSON and YAML file, files that are empty, truncated, not UTF-8 or deeply nested, and files of the user in the folders of stages.
+Then ``status``, ``compare``, ``resume`` and the report are run on it in a child process with a time limit. There is no
+baseline; every figure is a count whose goal is 0:
+
+hangs
+    commands that exceeded the time limit;
+touched_outside
+    files outside the damaged run that were changed, created or removed;
+tracebacks
+    Python exceptions instead of an error message;
+user_files_removed
+    files of the user in the run folder that were removed;
+undetected
+    damage that no command reported, although one of them must.
+
+Cases run in parallel (``--workers``). Each has its own temporary folder, and its commands run in their own process, so the
+number of workers does not change the counts.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import copy
 import functools
@@ -28,9 +41,10 @@ import sys
 import tempfile
 import time
 import traceback
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +52,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import yaml
 from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
 
+from benchmarks._harness import describe_device, figure, finish, option_parser, print_figures, progress
 from experiments.cli.main import main as command
 from experiments.cli.resume import configured
 from experiments.config import STAGES
@@ -56,7 +69,9 @@ OPTIONS = (
     "steer.strengths=[1.0]", "evaluate.conditions=[before,after]", "diagnose.limit=0", "export.formats=[safetensors]",
     "threads=1",
 )  # fmt: skip
-"""A run of all stages that takes under a minute."""
+"""A run of all stages that takes less than a minute."""
+OUTSIDE_FILE = "mine.txt"
+"""File in the folder outside the run; its content must not change."""
 NAMES = (
     "../../../outside/mine.txt",
     "{outside}/mine.txt",
@@ -67,9 +82,9 @@ NAMES = (
     "..",
     "a//b",
 )
-"""Names that lead out of a stage's folder, or are none; ``{outside}`` is the folder that must stay as it is."""
-TYPES: tuple[Any, ...] = ({"x": 1}, [[1]], None, True, "text", -1.5, 10**40)
-BYTES = (
+"""File names that leave the folder of a stage or are invalid; ``{outside}`` is the absolute path of the folder outside."""
+WRONG_VALUES: tuple[Any, ...] = ({"x": 1}, [[1]], None, True, "text", -1.5, 10**40)
+WRONG_BYTES = (
     b"",
     b"{",
     b"[" * 100000,
@@ -81,22 +96,13 @@ BYTES = (
     b"3",
     b'"x"',
 )
-READ = ("status", "compare", "resume", "again", "report")
-FREE = (
-    "environment",
-    "loader",
-    "stamps",
-    "origin",
-    "outside",
-    "inputs",
-    "basis",
-    "error",
-    "when",
-    "plugins",
-    "packages",
-    "jobs",
-)
-"""Fields that any value may have: what is told, or what a missing or other value only makes a stage run again."""
+UNCHECKED_FIELDS = frozenset(
+    {
+        "environment", "loader", "stamps", "origin", "outside", "inputs", "basis", "error", "when", "plugins", "packages",
+        "jobs",
+    }
+)  # fmt: skip
+"""Fields in which any value is valid: information for the reader, or a cache key whose change only makes a stage run again."""
 
 
 @dataclass(frozen=True)
@@ -105,55 +111,57 @@ class Damage:
 
     name: str
     kind: str
-    do: Callable[[Path, Path], None]
-    """Called with the run's folder and the folder outside."""
-    must: bool = True
-    """Whether one of the commands has to notice it."""
-    forged: bool = False
-    """Whether the receipt is made to fit what was changed, as somebody would who means harm."""
-    mine: str = ""
-    """A user's file that must be there afterwards, below the run's folder."""
+    apply: Callable[[Path, Path], None]
+    """Damages the run's folder (first argument); the second argument is the folder outside the run."""
+    must_be_detected: bool = True
+    """Whether at least one command must report the damage."""
+    reseal: bool = False
+    """Whether the receipts are recomputed to match the damaged files, as an attacker would do."""
+    user_file: str = ""
+    """Path, relative to the run's folder, of a user's file that must not be removed."""
 
 
-# -- ways to damage --------------------------------------------------------------------------------------------------------
+# -- ways to damage a run --------------------------------------------------------------------------------------------------
 
 
-def damages(run: Path) -> Iterator[Damage]:
-    """Yield every way, in a fixed order."""
+def list_damages(run: Path) -> Iterator[Damage]:
+    """Yield every way to damage a run, in a fixed order."""
     files = sorted(str(p.relative_to(run)) for p in run.rglob("*") if p.is_file())
     texts = [f for f in files if f.endswith((".json", ".yaml")) and "probes/decoder" not in f]
-    yield from _names()
-    yield from _links(run, files)
+    yield from _name_damages()
+    yield from _link_damages(files)
     for file in [f for f in files if f.endswith((".json", ".jsonl", ".yaml", ".key", ".lock"))]:
-        yield Damage(f"FIFO {file}", "FIFO", functools.partial(_fifo, file), must=not file.endswith((".key", ".lock")))
+        must = not file.endswith((".key", ".lock"))
+        yield Damage(f"FIFO {file}", "FIFO", functools.partial(_replace_by_fifo, file), must_be_detected=must)
     for file in texts:
-        for at, path in enumerate(_fields(_load(run / file))):
-            free = bool(set(path) & set(FREE)) or file == "environment.json" or "n_images" in path
-            for kind in TYPES:
-                forged = file.partition("/")[2] not in {"", RECEIPT}
-                what = f"{file}:{'.'.join(map(str, path)) or 'all'} = {str(kind)[:12]} ({at})"
-                change = functools.partial(_retype, file, path, kind)
-                # OmegaConf reads numbers as text and the other way where that loses nothing.
-                loose = file == "config.yaml" and not isinstance(kind, dict)
-                yield Damage(what, "type", change, must=not free and not loose and not forged, forged=forged)
+        for number, path in enumerate(_field_paths(_load(run / file))):
+            unchecked = bool(set(path) & UNCHECKED_FIELDS) or file == "environment.json" or "n_images" in path
+            for value in WRONG_VALUES:
+                reseal = file.partition("/")[2] not in {"", RECEIPT}
+                name = f"{file}:{'.'.join(map(str, path)) or 'all'} = {str(value)[:12]} ({number})"
+                change = functools.partial(_replace_field, file, path, value)
+                # OmegaConf converts numbers to text and text to numbers if the conversion is lossless.
+                converted = file == "config.yaml" and not isinstance(value, dict)
+                must = not (unchecked or converted or reseal)
+                yield Damage(name, "type", change, must_be_detected=must, reseal=reseal)
     for file in files:
-        for content in BYTES:
-            forged = file.partition("/")[2] not in {"", RECEIPT, ".key"} and file.endswith((".json", ".jsonl"))
-            known = file in {"report.html", ".lock", "environment.json"} or file.endswith(".key")
-            change = functools.partial(_bytes, file, content)
-            yield Damage(f"bytes {file} {content[:8]!r}", "bytes", change, must=not known and not forged, forged=forged)
+        for content in WRONG_BYTES:
+            reseal = file.partition("/")[2] not in {"", RECEIPT, ".key"} and file.endswith((".json", ".jsonl"))
+            replaceable = file in {"report.html", ".lock", "environment.json"} or file.endswith(".key")
+            change = functools.partial(_replace_bytes, file, content)
+            must = not (replaceable or reseal)
+            yield Damage(f"bytes {file} {content[:8]!r}", "bytes", change, must_be_detected=must, reseal=reseal)
     for folder in OWN:
-        yield Damage(
-            f"user's file in {folder}", "user", functools.partial(_plant, folder), must=False, mine=f"{folder}/mine.txt"
-        )
+        change = functools.partial(_add_user_file, folder)
+        name, file = f"user's file in {folder}", f"{folder}/{OUTSIDE_FILE}"
+        yield Damage(name, "user", change, must_be_detected=False, user_file=file)
 
 
-def _names() -> Iterator[Damage]:
+def _name_damages() -> Iterator[Damage]:
     for folder in OWN:
         for name in NAMES:
-            yield Damage(
-                f"name {name!r} in {folder}/{RECEIPT}", "name", functools.partial(_name_in_receipt, folder, name)
-            )
+            change = functools.partial(_add_name_to_receipt, folder, name)
+            yield Damage(f"name {name!r} in {folder}/{RECEIPT}", "name", change)
     for name in NAMES[:4]:
         for file, change in (
             ("circuits/top.json", lambda v, n: v["kinds"].append(n)),
@@ -162,16 +170,16 @@ def _names() -> Iterator[Damage]:
             ("export/formats.json", lambda v, n: v["written"].update({n: n})),
             ("steering/sweep.json", lambda v, n: v.update(method=n)),
         ):
-            what = functools.partial(_edit, file, name, change)
-            yield Damage(f"name {name!r} in {file}", "name", what, must=False, forged=True)
+            edit = functools.partial(_edit, file, name, change)
+            yield Damage(f"name {name!r} in {file}", "name", edit, must_be_detected=False, reseal=True)
     for key, value in (
         ("model.trust_remote_code", True), ("report.title", "${oc.env:HOME}"), ("hydra.run.dir", "x"),
         ("data._target_", "os.system"),
     ):  # fmt: skip
-        yield Damage(f"config.yaml {key}", "consent", functools.partial(_configure, key, value))
+        yield Damage(f"config.yaml {key}", "config", functools.partial(_set_option, key, value))
 
 
-def _links(run: Path, files: list[str]) -> Iterator[Damage]:
+def _link_damages(files: list[str]) -> Iterator[Damage]:
     places = [
         *files,
         *OWN,
@@ -181,9 +189,10 @@ def _links(run: Path, files: list[str]) -> Iterator[Damage]:
         "circuits/.failed.json",
     ]
     for place in dict.fromkeys(places):
-        for target in ("copy", "mine.txt", "loop", "gone"):
-            # A link that shows the very same bytes may be read; it is never written through.
-            yield Damage(f"link {place} -> {target}", "link", functools.partial(_link, place, target), must=False)
+        for target in ("copy", OUTSIDE_FILE, "loop", "missing"):
+            # A link to a file of equal content may be read, but never written through.
+            change = functools.partial(_replace_by_link, place, target)
+            yield Damage(f"link {place} -> {target}", "link", change, must_be_detected=False)
 
 
 def _load(path: Path) -> Any:
@@ -193,47 +202,52 @@ def _load(path: Path) -> Any:
 
 def _write(path: Path, value: Any) -> None:
     text = yaml.safe_dump(value) if path.suffix == ".yaml" else json.dumps(value)
-    path.unlink(missing_ok=True)  # stages that runs share are the same file
+    path.unlink(missing_ok=True)  # runs that share a stage have hard links to the same file
     path.write_text(text, encoding="utf-8")
 
 
-def _fields(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Yield the path of every field, of lists the first item's alone."""
+def _field_paths(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Yield the path of every field; of a list only the first item's."""
     yield path
     if isinstance(value, dict):
         for name, inner in list(value.items())[:12]:
-            yield from _fields(inner, (*path, name))
+            yield from _field_paths(inner, (*path, name))
     elif isinstance(value, list) and value:
-        yield from _fields(value[0], (*path, 0))
+        yield from _field_paths(value[0], (*path, 0))
 
 
-def _retype(file: str, path: tuple[Any, ...], kind: Any, run: Path, _: Path) -> None:
+def _replace_field(file: str, path: tuple[Any, ...], wrong: Any, run: Path, _: Path) -> None:
     value = copy.deepcopy(_load(run / file))
     if not path:
-        value = kind
+        value = wrong
     else:
-        inner = functools.reduce(lambda v, key: v[key], path[:-1], value)
-        inner[path[-1]] = kind if type(inner[path[-1]]) is not type(kind) else {"x": [kind]}
+        parent = functools.reduce(lambda v, key: v[key], path[:-1], value)
+        parent[path[-1]] = wrong if type(parent[path[-1]]) is not type(wrong) else {"x": [wrong]}
     _write(run / file, value)
 
 
-def _bytes(file: str, content: bytes, run: Path, _: Path) -> None:
+def _replace_bytes(file: str, content: bytes, run: Path, _: Path) -> None:
     (run / file).unlink(missing_ok=True)
     (run / file).write_bytes(content)
 
 
-def _fifo(file: str, run: Path, _: Path) -> None:
+def _replace_by_fifo(file: str, run: Path, _: Path) -> None:
     (run / file).unlink(missing_ok=True)
     os.mkfifo(run / file)
 
 
-def _plant(folder: str, run: Path, _: Path) -> None:
-    (run / folder / "mine.txt").write_text("mine", encoding="utf-8")
+def _add_user_file(folder: str, run: Path, _: Path) -> None:
+    (run / folder / OUTSIDE_FILE).write_text("mine", encoding="utf-8")
 
 
-def _link(place: str, target: str, run: Path, outside: Path) -> None:
+def _replace_by_link(place: str, target: str, run: Path, outside: Path) -> None:
     path = run / place
-    aims = {"copy": outside / "copy", "mine.txt": outside / "mine.txt", "loop": path, "gone": outside / "gone"}
+    targets = {
+        "copy": outside / "copy",
+        OUTSIDE_FILE: outside / OUTSIDE_FILE,
+        "loop": path,
+        "missing": outside / "missing",
+    }
     if target == "copy":
         if path.is_dir():
             shutil.copytree(path, outside / "copy")
@@ -242,18 +256,18 @@ def _link(place: str, target: str, run: Path, outside: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     path.unlink(missing_ok=True)
-    path.symlink_to(aims[target])
+    path.symlink_to(targets[target])
 
 
-def _name_in_receipt(folder: str, name: str, run: Path, outside: Path) -> None:
+def _add_name_to_receipt(folder: str, name: str, run: Path, outside: Path) -> None:
     value = _load(run / folder / RECEIPT)
-    digest = hashlib.sha256((outside / "mine.txt").read_bytes()).hexdigest()
+    digest = hashlib.sha256((outside / OUTSIDE_FILE).read_bytes()).hexdigest()
     value["files"][name.format(outside=outside)] = digest
     _write_receipt(run / folder, value)
 
 
 def _write_receipt(folder: Path, value: dict[str, Any]) -> None:
-    """Write a receipt whose own digest fits its content, as somebody would who means harm."""
+    """Write a receipt with the digest of its content, as an attacker would do."""
     _write(folder / RECEIPT, value | {KEY: document_digest(value)})
 
 
@@ -263,15 +277,15 @@ def _edit(file: str, name: str, change: Callable[[Any, str], None], run: Path, o
     _write(run / file, value)
 
 
-def _configure(key: str, value: Any, run: Path, _: Path) -> None:
-    whole = _load(run / "config.yaml")
+def _set_option(key: str, value: Any, run: Path, _: Path) -> None:
+    config = _load(run / "config.yaml")
     *path, last = key.split(".")
-    functools.reduce(lambda v, part: v.setdefault(part, {}), path, whole)[last] = value
-    _write(run / "config.yaml", whole)
+    functools.reduce(lambda v, part: v.setdefault(part, {}), path, config)[last] = value
+    _write(run / "config.yaml", config)
 
 
-def _forge(run: Path) -> None:
-    """Make every receipt fit the files that are there."""
+def _reseal(run: Path) -> None:
+    """Recompute every receipt from the files in the folder."""
     for folder in OWN:
         receipt = run / folder / RECEIPT
         value = _load(receipt)
@@ -282,159 +296,225 @@ def _forge(run: Path) -> None:
         _write_receipt(run / folder, value)
 
 
-# -- calls -----------------------------------------------------------------------------------------------------------------
+# -- commands --------------------------------------------------------------------------------------------------------------
 
 
-def _call(arguments: list[str]) -> tuple[int, str]:
-    """Run the command in this process; return its status and what it said."""
+def _call_command(arguments: list[str]) -> tuple[int, str]:
+    """Run the command line in this process; return its exit status and output."""
     from hydra.core.global_hydra import GlobalHydra
 
-    said = io.StringIO()
+    output = io.StringIO()
     sys.argv = ["groundscope", *arguments]
     status = 0
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
         try:
             command()
         except SystemExit as end:
             status = int(end.code or 0)
-        except BaseException:  # noqa: BLE001  what is counted
+        except BaseException:  # noqa: BLE001  # tracebacks are counted
             status = 1
-            said.write(traceback.format_exc())
+            output.write(traceback.format_exc())
         finally:
             GlobalHydra.instance().clear()
-    return status, said.getvalue()
+    return status, output.getvalue()
 
 
-def _report(run: Path) -> tuple[int, str]:
-    """Make the report of a run from its files, whatever its receipts say."""
+def _call_report(run: Path) -> tuple[int, str]:
+    """Make the report from the files of a run, without checking its receipts."""
     try:
         folder = RunFolder(run, run.parent)
         with tempfile.TemporaryDirectory() as name:
             return 0, make_report(Context(configured(run), folder, Console(file=io.StringIO())), Path(name))
     except GroundscopeError as error:
         return 2, f"error: {error}"
-    except BaseException:  # noqa: BLE001  what is counted
+    except BaseException:  # noqa: BLE001  # tracebacks are counted
         return 1, traceback.format_exc()
 
 
-def calls(damage: Damage) -> dict[str, Callable[[], tuple[int, str]]]:
-    """Return what is called on a damaged run: stages whose inputs changed are not made again, which would take minutes."""
-    found: dict[str, Callable[[], tuple[int, str]]] = {
-        "status": lambda: _call(["status", "runs"]),
-        "compare": lambda: _call(["compare", "runs/whole", "runs/bad"]),
-        "resume": lambda: _call(["resume=runs/bad", "stages=[examples]"]),
-        "again": lambda: _call(["resume=runs/bad", "stages=[examples]", "data.test_images=11"]),
-        "page": lambda: _call(["resume=runs/bad", "stages=[report]"]),
+def list_calls(damage: Damage) -> dict[str, Callable[[], tuple[int, str]]]:
+    """Return the calls on a damaged run by name; none recomputes expensive stages, which would take minutes."""
+    calls: dict[str, Callable[[], tuple[int, str]]] = {
+        "status": lambda: _call_command(["status", "runs"]),
+        "compare": lambda: _call_command(["compare", "runs/whole", "runs/bad"]),
+        "resume": lambda: _call_command(["resume=runs/bad", "stages=[examples]"]),
+        "resume changed": lambda: _call_command(["resume=runs/bad", "stages=[examples]", "data.test_images=11"]),
+        "resume report": lambda: _call_command(["resume=runs/bad", "stages=[report]"]),
     }
-    if damage.forged:
-        found["report"] = lambda: _report(Path("runs/bad"))
-    return found
+    if damage.reseal:
+        calls["report"] = lambda: _call_report(Path("runs/bad"))
+    return calls
 
 
-def _child(damage: Damage, work: Path, pipe: Any) -> None:
-    os.chdir(work)
+def _run_calls(damage: Damage, folder: Path, sender: Connection) -> None:
+    """Run all calls in `folder`; send ("begin", name, "") before each, and (name, status, output) after it."""
+    os.chdir(folder)
     sys.stdin.close()
-    for name, call in calls(damage).items():
-        pipe.send(("begin", name, ""))
-        status, said = call()
-        pipe.send((name, status, said[-2000:]))
-    pipe.close()
+    for name, call in list_calls(damage).items():
+        sender.send(("begin", name, ""))
+        status, output = call()
+        sender.send((name, status, output[-2000:]))
+    sender.close()
 
 
-def listing(folder: Path) -> dict[str, str]:
-    """Return every file below a folder with its digest, links as what they point to."""
-    found = {}
+# -- cases -----------------------------------------------------------------------------------------------------------------
+
+
+def hash_files(folder: Path) -> dict[str, str]:
+    """Return the digest of every file below a folder; of links the target, of folders and special files the mode."""
+    digests = {}
     for path in sorted(folder.rglob("*")):
-        about = path.lstat()
+        mode = path.lstat().st_mode
         name = str(path.relative_to(folder))
         if path.is_symlink():
-            found[name] = f"-> {path.readlink()}"
+            digests[name] = f"-> {path.readlink()}"
         elif path.is_file():
-            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+            digests[name] = hashlib.sha256(path.read_bytes()).hexdigest()
         else:
-            found[name] = str(about.st_mode)
-    return found
+            digests[name] = str(mode)
+    return digests
 
 
-def attack(whole: Path, damage: Damage, limit: float) -> tuple[Counter[str], str]:
-    """Damage a copy of a run and call the commands; return counts of what went wrong, and the first of it in words."""
+def _without_locks(digests: dict[str, str]) -> dict[str, str]:
+    return {name: digest for name, digest in digests.items() if not name.endswith(".lock")}
+
+
+def run_case(whole: Path, damage: Damage, limit: float) -> tuple[Counter[str], str]:
+    """Damage a copy of a run and run all calls on it, in a new temporary folder.
+
+    Returns
+    -------
+    counts
+        Failures by kind.
+    message
+        The first failure; empty if there was none.
+    """
     counts: Counter[str] = Counter()
-    first = ""
+    message = ""
 
-    def note(what: str, said: str) -> None:
-        nonlocal first
-        counts[what] += 1
-        first = first or f"{what}: {damage.name}: {said}"
+    def add_failure(kind: str, details: str) -> None:
+        nonlocal message
+        counts[kind] += 1
+        message = message or f"{kind}: {damage.name}: {details}"
 
     with tempfile.TemporaryDirectory() as name:
-        work = Path(name).resolve()
-        for copied in ("whole", "bad"):
-            shutil.copytree(whole, work / "runs" / copied, copy_function=_hard)
-        outside = work / "outside"
+        folder = Path(name).resolve()
+        for target in ("whole", "bad"):
+            shutil.copytree(whole, folder / "runs" / target)
+        outside = folder / "outside"
         (outside / "deep").mkdir(parents=True)
-        for file in ("mine.txt", "deep/mine.txt"):
+        for file in (OUTSIDE_FILE, f"deep/{OUTSIDE_FILE}"):
             (outside / file).write_text("mine", encoding="utf-8")
-        run = work / "runs" / "bad"
-        damage.do(run, outside)
-        if damage.forged:
-            _forge(run)
-        before, inside, other = listing(outside), listing(run), listing(work / "runs" / "whole")
+        run, other_run = folder / "runs" / "bad", folder / "runs" / "whole"
+        damage.apply(run, outside)
+        if damage.reseal:
+            _reseal(run)
+        before, before_run, before_other = hash_files(outside), hash_files(run), hash_files(other_run)
         context = multiprocessing.get_context("fork")
-        hears, tells = context.Pipe(duplex=False)
-        process = context.Process(target=_child, args=(damage, work, tells))
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(target=_run_calls, args=(damage, folder, sender))
         process.start()
-        tells.close()
-        answers, running, end = {}, "", time.monotonic() + limit
+        sender.close()
+        answers: dict[str, tuple[int, str]] = {}
+        running, deadline = "", time.monotonic() + limit
         while True:
-            if not hears.poll(max(0.0, end - time.monotonic())):
-                note("hangs", f"{running} after {limit:.0f} s")
+            if not receiver.poll(max(0.0, deadline - time.monotonic())):
+                add_failure("hangs", f"{running} after {limit:.0f} s")
                 process.kill()
                 break
             try:
-                call, status, said = hears.recv()
+                call, status, output = receiver.recv()
             except EOFError:
                 break
             if call == "begin":
                 running = status
                 continue
-            answers[call] = (status, said)
-            if status not in {0, 1, 2} or "Traceback (most recent call last)" in said:
-                note("tracebacks", f"{call}: {said.strip().splitlines()[-1] if said.strip() else status}")
+            answers[call] = (status, output)
+            if status not in {0, 1, 2} or "Traceback (most recent call last)" in output:
+                add_failure("tracebacks", f"{call}: {output.strip().splitlines()[-1] if output.strip() else status}")
         process.join()
+        receiver.close()
         if process.exitcode not in {0, -signal.SIGKILL}:
-            note("tracebacks", f"the process ended with {process.exitcode}")
-        if listing(outside) != before:
-            note("touched_outside", "")
-        if {k: v for k, v in listing(work / "runs" / "whole").items() if not k.endswith(".lock")} != {
-            k: v for k, v in other.items() if not k.endswith(".lock")
-        }:
-            note("touched_outside", "the other run")
-        if damage.mine and not (run / damage.mine).is_file():
-            note("users_files_removed", damage.mine)
-        words = [said for status, said in answers.values() if status == 2 or "✗" in said.partition("● done")[0]]
-        if damage.must and not words and listing(run) == inside:
-            note("unnoticed", ", ".join(f"{call} {status}" for call, (status, _) in answers.items()))
-    return counts, first
+            add_failure("tracebacks", f"the process ended with exit code {process.exitcode}")
+        if hash_files(outside) != before:
+            add_failure("touched_outside", "the folder outside the run")
+        if _without_locks(hash_files(other_run)) != _without_locks(before_other):
+            add_failure("touched_outside", "another run")
+        if damage.user_file and not (run / damage.user_file).is_file():
+            add_failure("user_files_removed", damage.user_file)
+        # A command reports damage by exit status 2, or by a cross before the summary of its output.
+        reported = any(status == 2 or "✗" in output.partition("● done")[0] for status, output in answers.values())
+        if damage.must_be_detected and not reported and hash_files(run) == before_run:
+            add_failure("undetected", ", ".join(f"{call} {status}" for call, (status, _) in answers.items()))
+    return counts, message
 
 
-def _hard(source: str, target: str) -> None:
-    shutil.copy2(source, target)
+def _send_case(sender: Connection, whole: Path, damage: Damage, limit: float) -> None:
+    sender.send(run_case(whole, damage, limit))
+    sender.close()
+
+
+def run_cases(
+    whole: Path, damages: Sequence[Damage], limit: float, workers: int
+) -> Iterator[tuple[int, Counter[str], str]]:
+    """Run cases in parallel, each in a forked process; yield index, counts and message of each as it finishes."""
+    context = multiprocessing.get_context("fork")
+    waiting = deque(enumerate(damages))
+    running: dict[Any, tuple[int, Any]] = {}
+    while waiting or running:
+        while waiting and len(running) < workers:
+            index, damage = waiting.popleft()
+            receiver, sender = context.Pipe(duplex=False)
+            process = context.Process(target=_send_case, args=(sender, whole, damage, limit))
+            process.start()
+            sender.close()
+            running[receiver] = (index, process)
+        ready = wait(list(running))
+        for receiver in [receiver for receiver in running if receiver in ready]:
+            index, process = running.pop(receiver)
+            try:
+                counts, message = receiver.recv()
+            except EOFError:
+                process.join()
+                msg = f"case '{damages[index].name}' could not be run: its process ended with {process.exitcode}"
+                raise RuntimeError(msg) from None
+            process.join()
+            receiver.close()
+            yield index, counts, message
+
+
+def sample_damages(run: Path, count: int, seed: int) -> list[Damage]:
+    """Return a random sample of damages in which every kind has the same share as far as possible."""
+    groups: dict[str, list[Damage]] = {}
+    for damage in list_damages(run):
+        groups.setdefault(damage.kind, []).append(damage)
+    rng = random.Random(seed)
+    for group in groups.values():
+        rng.shuffle(group)
+    sample: list[Damage] = []
+    while len(sample) < count and any(groups.values()):
+        for group in groups.values():
+            if group and len(sample) < count:
+                sample.append(group.pop())
+    return sample
+
+
+# -- main ------------------------------------------------------------------------------------------------------------------
 
 
 def make_run(folder: Path) -> Path:
-    """Make a finished small run."""
+    """Make a small run of all stages and return its folder."""
     before = Path.cwd()
     os.chdir(folder)
     try:
-        status, said = _call(["name=whole", *OPTIONS])
+        status, output = _call_command(["name=whole", *OPTIONS])
     finally:
         os.chdir(before)
     if status:
-        raise RuntimeError(said)
+        raise RuntimeError(output)
     return folder / "runs" / "whole"
 
 
-def prepare() -> None:
+def share_model() -> None:
     """Load the embedded model once; child processes inherit it."""
     from lvlm import load_lvlm
 
@@ -442,68 +522,52 @@ def prepare() -> None:
     Context._load = lambda _self, _path: model  # type: ignore[method-assign]
 
 
-def chosen(run: Path, count: int, seed: int) -> list[Damage]:
-    """Return so many ways, drawn so that every kind has its share."""
-    groups: dict[str, list[Damage]] = {}
-    for damage in damages(run):
-        groups.setdefault(damage.kind, []).append(damage)
-    rng = random.Random(seed)
-    for group in groups.values():
-        rng.shuffle(group)
-    picked: list[Damage] = []
-    while len(picked) < count and any(groups.values()):
-        for group in groups.values():
-            if group and len(picked) < count:
-                picked.append(group.pop())
-    return picked
-
-
 def main() -> None:
-    """Run, print a table, and as the last line one JSON object."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="40 cases")
-    parser.add_argument("--cases", type=int, default=1000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--limit", type=float, default=60.0, help="seconds for all commands on one damaged run")
+    """Run the cases, print a table, and as the last line one JSON object."""
+    parser = option_parser(__doc__, quick="40 cases")
+    parser.add_argument("--cases", type=int, default=1000, help="number of cases, sampled evenly from all kinds")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sample")
+    parser.add_argument("--limit", type=float, default=60.0, help="time limit in seconds for all commands of a case")
+    parser.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1), help="cases that run in parallel")
     parser.add_argument("--run", type=Path, help="a finished run to damage copies of, instead of a new one")
-    parser.add_argument("--only", default="", help="cases whose name holds this")
+    parser.add_argument("--only", default="", help="run only cases whose name contains this text")
     options = parser.parse_args()
-    console = Console(stderr=True)
-    Console().print("Compares commands on run folders that were damaged on purpose with what they must do.")
+    if options.workers < 1:
+        parser.error(f"--workers must be at least 1, not {options.workers}")
+    Console().print("Runs commands on damaged run folders and counts failures; every count must be 0.")
     start = time.perf_counter()
     counts: Counter[str] = Counter()
-    kinds: Counter[str] = Counter()
-    wrong: list[str] = []
-    with tempfile.TemporaryDirectory() as name, Progress(console=console, disable=not console.is_terminal) as progress:
-        prepare()
-        whole = options.run.resolve() if options.run else make_run(Path(name))
+    messages: dict[int, str] = {}
+    with tempfile.TemporaryDirectory() as name:
+        with progress("making a run"):
+            share_model()
+            whole = options.run.resolve() if options.run else make_run(Path(name))
         missing = [stage for stage, folder in zip(STAGES, OWN, strict=True) if not (whole / folder / RECEIPT).is_file()]
         if missing:
-            msg = f"the run '{whole}' has not finished {missing[0]}"
-            raise SystemExit(msg)
-        count = 10**9 if options.only else 40 if options.quick else options.cases
-        some = [d for d in chosen(whole, count, options.seed) if options.only in d.name]
-        task = progress.add_task("damaging runs", total=len(some))
-        for damage in some:
-            found, first = attack(whole, damage, options.limit)
-            counts += found
-            kinds[damage.kind] += 1
-            if first:
-                wrong.append(first)
-                console.print(first, markup=False)
-            progress.advance(task)
+            parser.error(f"the run '{whole}' has not finished the stage '{missing[0]}'; finish it with resume={whole}")
+        count = sys.maxsize if options.only else 40 if options.quick else options.cases
+        damages = [d for d in sample_damages(whole, count, options.seed) if options.only in d.name]
+        kinds = Counter(damage.kind for damage in damages)
+        with progress(f"damaged runs, {options.workers} in parallel", len(damages)) as advance:
+            for index, failures, message in run_cases(whole, damages, options.limit, options.workers):
+                counts += failures
+                if message:
+                    messages[index] = message
+                advance(note=message)
     figures = {
-        name: {"value": counts[name], "goal": "= 0", "holds": counts[name] == 0, "n": sum(kinds.values())}
-        for name in ("hangs", "touched_outside", "tracebacks", "users_files_removed", "unnoticed")
+        name: figure(counts[name], "= 0", len(damages))
+        for name in ("hangs", "touched_outside", "tracebacks", "user_files_removed", "undetected")
     }
-    table = Table("figure", "value", "goal", "holds", title=f"{sum(kinds.values())} damaged run folders")
-    for name, figure in figures.items():
-        table.add_row(name, str(figure["value"]), str(figure["goal"]), str(figure["holds"]))
-    Console().print(table)
-    Console().print(", ".join(f"{kind} {n}" for kind, n in kinds.items()))
-    device = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
-    record = {"benchmark": "hostile_folders", "device": device, "kinds": kinds, "wrong": wrong[:20]}
-    print(json.dumps({**record, "seconds": round(time.perf_counter() - start), "figures": figures}))
+    print_figures(figures, f"{len(damages)} damaged run folders")
+    Console().print(f"cases by kind: {', '.join(f'{kind} {n}' for kind, n in kinds.items())}")
+    finish(
+        "hostile_folders",
+        f"{describe_device()}, Python {platform.python_version()}",
+        figures,
+        kinds=kinds,
+        failures=[messages[index] for index in sorted(messages)][:20],
+        seconds=round(time.perf_counter() - start),
+    )
 
 
 if __name__ == "__main__":

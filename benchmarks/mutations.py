@@ -1,32 +1,29 @@
-"""What changed bytes cost: files are mutated at random, and each mutation must be found, without a hang or a crash.
+"""Detection of corrupted files: random mutations of stored files must be detected, without a hang or a crash.
 
     python benchmarks/mutations.py [--quick] [--store 5000] [--others 1000] [--seed 0] [--batch 100] [--save]
 
-A small store, a probe grid, head scores, a steering vector and the receipt of a run's stage are written, and one file of each
-is mutated at a time: bits flipped, the end cut off, blocks swapped, a run of bytes zeroed, bytes inserted. Each mutation is
-read in a worker process with limits on time and memory, in batches; a worker that hangs or crashes is counted and the batch
-goes on in another one.
-Counted are
+A small store, a probe grid, head scores, a steering vector and the receipt of a run's stage are written. Each mutation changes
+one file: a bit or a byte is flipped, the end is cut off, blocks are swapped, bytes are zeroed or inserted. The changed file is
+read in a worker process with limits on time and memory; a worker processes a batch of mutations, and after a hang or a crash the
+rest of its batch continues in a new worker. The baseline is the content that was written. Figures, for each kind of file, with
+goal 0:
 
 hangs, crashes
-    of the worker, or exceptions that are not the project's own;
+    of the worker; exceptions other than `GroundscopeError` count as crashes;
 silent
-    the numbers that are read differ from those written, and neither `verify` (of a store) nor reading says so. A store is
-    read after `verify`, as reading alone does not compare the values of arrays (``unverified_reads`` counts how often it
-    returned other numbers without an error where `verify` names the shard);
-    A receipt is read by ``status`` and by ``resume``: each must refuse it, or both give what they gave before;
+    mutations that change the content without being detected, neither by `verify` (of a store) nor by reading. A receipt is
+    read by ``status`` and ``resume``: both must refuse it, or both must return what they returned before;
 wrong_advice
-    an error or report about another file than the mutated one, or about a missing file where none is missing.
+    errors or reports that name another file than the mutated one, or say that an existing file is missing.
+
+``store_unverified_reads`` has no goal: reading a store does not compare the digests of arrays, so it can return wrong numbers
+without an error for a shard in which `verify` detects damage.
 """
 
 from __future__ import annotations
 
-import argparse
 import io
-import json
 import multiprocessing
-import os
-import platform
 import random
 import shutil
 import sys
@@ -43,10 +40,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import h5py
 import numpy as np
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 from activation_store import ActivationStore, ArrayInfo, Ragged, Schema, StoreWriter, verify
+from benchmarks._harness import Figure, describe_device, figure, finish, option_parser, progress
 from circuits import HeadScores
 from experiments.cli.overrides import composed
 from experiments.cli.resume import configured
@@ -59,26 +56,26 @@ from mitigation import SteeringVector
 from mitigation.steering.changes import AddChange
 from probes import ProbeGrid, fit_grid
 
-SECONDS = 60.0
-"""Wall-clock time after which a worker that says nothing hangs."""
-MEMORY = 8 << 30
-RESULTS = Path(__file__).parent / "results" / "mutations.json"
+TIME_LIMIT = 60.0
+"""Seconds for one mutation, after which a worker is considered to hang."""
+MEMORY_LIMIT = 8 << 30
+"""Bytes of address space of a worker."""
 WAYS = ("flip a bit", "flip a byte", "cut the end", "swap blocks", "zero a run", "insert bytes")
 
 
-def mutate(data: bytes, chance: random.Random) -> tuple[str, bytes]:
-    """Return how some bytes were mutated, and the result, which differs from them."""
+def mutate(data: bytes, rng: random.Random) -> tuple[str, bytes]:
+    """Return the way in which bytes were mutated (one of `WAYS`), and the result, which differs from `data`."""
     while True:
-        way, at, size = chance.choice(WAYS), chance.randrange(len(data)), chance.choice((1, 8, 64, 512, 4096))
+        way, at, size = rng.choice(WAYS), rng.randrange(len(data)), rng.choice((1, 8, 64, 512, 4096))
         out = bytearray(data)
         if way == "flip a bit":
-            out[at] ^= 1 << chance.randrange(8)
+            out[at] ^= 1 << rng.randrange(8)
         elif way == "flip a byte":
-            out[at] = chance.randrange(256)
+            out[at] = rng.randrange(256)
         elif way == "cut the end":
             del out[at:]
         elif way == "swap blocks":
-            other = chance.randrange(len(data))
+            other = rng.randrange(len(data))
             first, second = sorted((at, other))
             size = min(size, second - first, len(data) - second)
             out[first : first + size], out[second : second + size] = (
@@ -88,21 +85,21 @@ def mutate(data: bytes, chance: random.Random) -> tuple[str, bytes]:
         elif way == "zero a run":
             out[at : at + size] = bytes(len(out[at : at + size]))
         else:
-            out[at:at] = chance.randbytes(size)
+            out[at:at] = rng.randbytes(size)
         if bytes(out) != data:
             return way, bytes(out)
 
 
 @dataclass(frozen=True)
 class Subject:
-    """Files of one kind, and how they are read."""
+    """Files of one kind, and the functions that read and check them."""
 
     name: str
     folder: Path
     read: Callable[[Path], dict[str, np.ndarray]]
-    """Returns every number and text that the files hold."""
+    """Returns every number and text in the files."""
     check: Callable[[Path], list[str]] | None = None
-    """Returns the names of the files in which damage was found, where the kind has such a check."""
+    """Returns the names of the damaged files; None if the kind has no such check."""
 
     def files(self) -> list[str]:
         """Return the names of the files."""
@@ -149,12 +146,12 @@ def read_store(folder: Path) -> dict[str, np.ndarray]:
 
 
 def check_store(folder: Path) -> list[str]:
-    """Return the files that `verify` names."""
+    """Return the names of the files in which `verify` detects damage."""
     return [p.file for p in verify(folder).problems]
 
 
 def make_grid(folder: Path) -> None:
-    """Fit a small grid."""
+    """Fit a small grid and save it."""
     rng = np.random.default_rng(0)
     n, z = 60, ArrayInfo("decoder", "z", "last", n_layers=1, width=8, n_heads=2)
     names = [f"e{i}" for i in range(n)]
@@ -217,45 +214,47 @@ def read_vector(folder: Path) -> dict[str, np.ndarray]:
 
 
 def make_receipt(folder: Path) -> None:
-    """Make the examples of a small run."""
+    """Run the first stage of a small run; its receipt is mutated."""
     execute(
         composed(["stages=[examples]", "data.n_images=10", "data.test_images=10", "threads=1", f"root={folder}"])[0],
         _quiet(),
     )
-    (made,) = folder.glob("*/run.json")
-    for path in made.parent.iterdir():
+    (record,) = folder.glob("*/run.json")
+    for path in record.parent.iterdir():
         path.rename(folder / path.name)
-    made.parent.rmdir()
+    record.parent.rmdir()
     shutil.rmtree(folder / ".locks", ignore_errors=True)
 
 
 def read_run(folder: Path) -> dict[str, np.ndarray]:
-    """Ask for the status of a run and resume it, on a copy; return everything that both tell.
+    """Get the status of a copy of a run and resume it; return the results of both.
 
     Raises
     ------
     GroundscopeError
-        Where both refuse it.
+        If both refuse the run.
+    RuntimeError
+        If only one of them refuses it.
     """
     with tempfile.TemporaryDirectory() as name:
         run = Path(name) / "run"
         shutil.copytree(folder, run)
-        found = status(run)
-        out = {"status": np.array(repr((found.stages, found.figures)))}
+        state = status(run)
+        out = {"status": np.array(repr((state.stages, state.figures)))}
         try:
             out |= _fields(read_receipt(run / "examples"))
             config = configured(run)
             config.stages = ["examples"]
             execute(config, _quiet())
         except GroundscopeError as error:
-            if not found.errors:
-                msg = f"status took for whole what resume refuses: {error}"
+            if not state.errors:
+                msg = f"status accepts a run that resume refuses: {error}"
                 raise RuntimeError(msg) from error
             raise
-        if found.errors:
-            msg = f"resume took for whole what status refuses: {found.errors}"
+        if state.errors:
+            msg = f"resume accepts a run that status refuses: {state.errors}"
             raise RuntimeError(msg)
-        # Of the receipt what it says is compared: another blank in it says nothing else.
+        # The receipt is compared by content, above: different whitespace in its JSON is not a difference.
         files = [path for path in sorted(run.glob("examples/*")) if path.name != "stage.json"]
         return out | {path.name: np.array(path.read_bytes()) for path in files}
 
@@ -282,101 +281,107 @@ class Mutation:
     seed: str
 
 
-def examine(subject: Subject, mutation: Mutation, whole: dict[str, np.ndarray], folder: Path) -> dict[str, object]:
-    """Mutate one file of a copy, read the copy, and return what happened."""
+def try_mutation(
+    subject: Subject, mutation: Mutation, expected: dict[str, np.ndarray], folder: Path
+) -> dict[str, object]:
+    """Mutate one file of a copy, read the copy, restore the file, and return the outcome.
+
+    The outcome's ``result`` is ``found`` (detected), ``harmless`` (equal content), ``silent``, ``unverified_read``,
+    ``wrong_advice`` or ``crash``.
+    """
     original = (subject.folder / mutation.file).read_bytes()
     way, data = mutate(original, random.Random(mutation.seed))
     (folder / mutation.file).write_bytes(data)
     out: dict[str, object] = {"way": way, "file": mutation.file, "seed": mutation.seed, "result": "found"}
     try:
-        named = subject.check(folder) if subject.check is not None else []
+        damaged = subject.check(folder) if subject.check is not None else []
         try:
             values, error = subject.read(folder), None
         except GroundscopeError as caught:
             values, error = None, str(caught)
-        same = values is not None and _same(values, whole)
-        if any(name != mutation.file for name in named) or (
-            error is not None and _wrong(error, mutation.file, subject)
+        same = values is not None and _equal(values, expected)
+        if any(name != mutation.file for name in damaged) or (
+            error is not None and _misleads(error, mutation.file, subject)
         ):
-            out |= {"result": "wrong_advice", "named": named, "error": error}
-        elif not named and error is None:
+            out |= {"result": "wrong_advice", "damaged": damaged, "error": error}
+        elif not damaged and error is None:
             out["result"] = "silent" if not same else "harmless"
-        elif named and error is None and not same:
+        elif damaged and error is None and not same:
             out["result"] = "unverified_read"
     except GroundscopeError as error:
         out |= {
-            "result": "wrong_advice" if _wrong(str(error), mutation.file, subject) else "found",
+            "result": "wrong_advice" if _misleads(str(error), mutation.file, subject) else "found",
             "error": str(error),
         }
-    except Exception as error:  # noqa: BLE001  # that is what is looked for
+    except Exception as error:  # noqa: BLE001  # any other exception counts as a crash
         out |= {"result": "crash", "error": repr(error)}
     finally:
         (folder / mutation.file).write_bytes(original)
     return out
 
 
-def _same(values: dict[str, np.ndarray], whole: dict[str, np.ndarray]) -> bool:
-    return values.keys() == whole.keys() and all(
-        values[name].shape == whole[name].shape and values[name].tobytes() == whole[name].tobytes() for name in whole
+def _equal(values: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> bool:
+    return values.keys() == expected.keys() and all(
+        values[name].shape == array.shape and values[name].tobytes() == array.tobytes()
+        for name, array in expected.items()
     )
 
 
-def _wrong(error: str, file: str, subject: Subject) -> bool:
-    """Whether a message names another file than the mutated one, or says that a file is missing."""
+def _misleads(error: str, file: str, subject: Subject) -> bool:
+    """Return whether a message names another file than the mutated one, or says that a file is missing."""
     others = [name for name in subject.files() if name != file and name in error]
-    # The card of a grid has the digest of its tensors: where either changed, they do not match.
-    pairs = {"grid.json", "grid.safetensors"}
-    if {file, *others} <= pairs:
+    # grid.json contains the digest of grid.safetensors: if either is changed, the error may name both.
+    if {file, *others} <= {"grid.json", "grid.safetensors"}:
         others = []
     return (bool(others) and file not in error) or "is missing" in error or "there is no such file" in error
 
 
-def work(subjects: Sequence[Subject], todo: Sequence[Mutation], pipe: Connection) -> None:
-    """Examine some mutations, and send what happened to each."""
+def try_batch(subjects: Sequence[Subject], mutations: Sequence[Mutation], sender: Connection) -> None:
+    """Test mutations in a worker process with limited memory, and send the outcome of each."""
     try:
         import resource
 
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, resource.getrlimit(resource.RLIMIT_AS)[1]))
     except (ImportError, ValueError):
         pass
     with tempfile.TemporaryDirectory() as name:
-        whole: dict[int, dict[str, np.ndarray]] = {}
-        for mutation in todo:
+        expected: dict[int, dict[str, np.ndarray]] = {}
+        for mutation in mutations:
             subject = subjects[mutation.subject]
             folder = Path(name) / subject.name
-            if mutation.subject not in whole:
+            if mutation.subject not in expected:
                 shutil.copytree(subject.folder, folder)
-                whole[mutation.subject] = subject.read(folder)
-            pipe.send(examine(subject, mutation, whole[mutation.subject], folder))
-    pipe.close()
+                expected[mutation.subject] = subject.read(folder)
+            sender.send(try_mutation(subject, mutation, expected[mutation.subject], folder))
+    sender.close()
 
 
-def run(
-    subjects: Sequence[Subject], todo: Sequence[Mutation], size: int, advance: Callable[[int], None]
+def try_in_workers(
+    subjects: Sequence[Subject], mutations: Sequence[Mutation], batch_size: int, advance: Callable[[int], None]
 ) -> dict[str, list[dict[str, object]]]:
-    """Examine mutations in batches, each in a worker process; returns what happened, by subject."""
+    """Test mutations in batches, each in a worker process; return the outcomes by subject."""
     context = multiprocessing.get_context("fork")
     out: dict[str, list[dict[str, object]]] = {subject.name: [] for subject in subjects}
-    at = 0
-    while at < len(todo):
-        batch = todo[at : at + size]
+    start = 0
+    while start < len(mutations):
+        batch = mutations[start : start + batch_size]
         receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=work, args=(subjects, batch, sender))
+        process = context.Process(target=try_batch, args=(subjects, batch, sender))
         process.start()
         sender.close()
         for mutation in batch:
             try:
-                result = receiver.recv() if receiver.poll(SECONDS) else {"result": "hang", "seed": mutation.seed}
+                result = receiver.recv() if receiver.poll(TIME_LIMIT) else {"result": "hang", "seed": mutation.seed}
             except EOFError:
                 process.join()
                 result = {
                     "result": "crash",
                     "seed": mutation.seed,
-                    "error": f"the worker ended with {process.exitcode}",
+                    "error": f"the worker ended with exit code {process.exitcode}",
                 }
             out[subjects[mutation.subject].name].append({"file": mutation.file, **result})
-            at += 1
+            start += 1
             advance(1)
             if result["result"] == "hang" or "the worker ended" in str(result.get("error")):
                 break
@@ -387,18 +392,18 @@ def run(
 
 
 def mutate_all(
-    counts: dict[str, int], seed: int, size: int = 100, advance: Callable[[int], None] = lambda _: None
+    counts: dict[str, int], seed: int, batch_size: int = 100, advance: Callable[[int], None] = lambda _: None
 ) -> dict[str, list[dict[str, object]]]:
-    """Write the subjects, mutate each so many times, and return what happened to each mutation, by subject.
+    """Write the files of each kind, mutate them, and return the outcome of each mutation, by kind.
 
     Parameters
     ----------
     counts
-        Mutations by subject: ``store``, ``grid``, ``scores``, ``vector``, ``receipt``.
+        Number of mutations by kind: ``store``, ``grid``, ``scores``, ``vector``, ``receipt``.
     seed
-        Decides all mutations.
-    size
-        Mutations in a worker process.
+        Seed of all mutations.
+    batch_size
+        Mutations that a worker process tests.
     advance
         Called after each mutation.
     """
@@ -410,87 +415,57 @@ def mutate_all(
         "receipt": (make_receipt, read_run, None),
     }
     with tempfile.TemporaryDirectory() as name:
-        subjects, todo = [], []
+        subjects, mutations = [], []
         for number, (kind, count) in enumerate(counts.items()):
             make, read, check = makers[kind]
             folder = Path(name) / kind
             folder.mkdir()
             make(folder)
             subjects.append(Subject(kind, folder, read, check))
-            chance = random.Random(f"{seed} {kind}")
+            rng = random.Random(f"{seed} {kind}")
             files = [f for f in subjects[-1].files() if _may_mutate(kind, f)]
             weights = [(folder / f).stat().st_size for f in files]
-            chosen = chance.choices(files, [w + sum(weights) / len(files) for w in weights], k=count)
-            todo += [Mutation(number, file, f"{seed} {kind} {i}") for i, file in enumerate(chosen)]
-        return run(subjects, todo, size, advance)
+            sample = rng.choices(files, [w + sum(weights) / len(files) for w in weights], k=count)
+            mutations += [Mutation(number, file, f"{seed} {kind} {i}") for i, file in enumerate(sample)]
+        return try_in_workers(subjects, mutations, batch_size, advance)
 
 
 def _may_mutate(kind: str, file: str) -> bool:
-    """Whether a file is mutated: of a vector not the JSON for people, which is never read, and of a run the receipt alone."""
+    """Return whether a file is mutated: of a run only the receipt; of a vector not the JSON copy, which is never read."""
     return file.endswith("/stage.json") if kind == "receipt" else not (kind == "vector" and file.endswith(".json"))
 
 
 def main() -> None:
     """Run, print a table, and as the last line one JSON object."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="300 mutations of a store, 60 of each other kind")
+    parser = option_parser(__doc__, quick="300 mutations of a store, 60 of each other kind", save=True)
     parser.add_argument("--store", type=int, default=5000, help="mutations of a store")
     parser.add_argument("--others", type=int, default=1000, help="mutations of each other kind")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batch", type=int, default=100, help="mutations in a worker process")
-    parser.add_argument("--save", action="store_true", help=f"write the result to {RESULTS.name}")
+    parser.add_argument("--seed", type=int, default=0, help="seed of all mutations")
+    parser.add_argument("--batch", type=int, default=100, help="mutations that a worker process tests")
     options = parser.parse_args()
     store, others = (300, 60) if options.quick else (options.store, options.others)
-    Console().print("Compares what is read from mutated files with what was written.")
+    counts = {"store": store, "grid": others, "scores": others, "vector": others, "receipt": others}
+    Console().print("Compares the content read from mutated files with the content that was written.")
     start = time.perf_counter()
-    console = Console(stderr=True)
-    with Progress(console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("mutating", total=store + 4 * others)
-        counts = {"store": store, "grid": others, "scores": others, "vector": others, "receipt": others}
-        results = mutate_all(counts, options.seed, options.batch, lambda n: progress.advance(task, n))
-    took = time.perf_counter() - start
-    figures: dict[str, dict[str, object]] = {}
-    table = Table(
-        "kind", "mutations", "found", "harmless", "hangs", "crashes", "silent", "wrong advice", "unverified reads"
-    )
-    for kind, each in results.items():
-        results_of_kind = Counter(str(one["result"]) for one in each)
-        row = [
-            results_of_kind[r]
-            for r in ("found", "harmless", "hang", "crash", "silent", "wrong_advice", "unverified_read")
-        ]
-        table.add_row(kind, str(len(each)), *map(str, row))
-        for name, result in (
-            ("hangs", "hang"),
-            ("crashes", "crash"),
-            ("silent", "silent"),
-            ("wrong_advice", "wrong_advice"),
-        ):
-            count = results_of_kind[result]
-            figures[f"{kind}_{name}"] = {"value": count, "goal": "= 0", "holds": count == 0, "n": len(each)}
+    with progress("mutations", sum(counts.values())) as advance:
+        outcomes = mutate_all(counts, options.seed, options.batch, advance)
+    seconds = round(time.perf_counter() - start)
+    figures: dict[str, Figure] = {}
+    results = ("found", "harmless", "hang", "crash", "silent", "wrong_advice", "unverified_read")
+    failures = {"hang": "hangs", "crash": "crashes", "silent": "silent", "wrong_advice": "wrong_advice"}
+    table = Table("kind", "mutations", *(name.replace("_", " ") for name in results))
+    for kind, outcomes_of_kind in outcomes.items():
+        n, by_result = len(outcomes_of_kind), Counter(str(outcome["result"]) for outcome in outcomes_of_kind)
+        table.add_row(kind, str(n), *(str(by_result[result]) for result in results))
+        figures |= {f"{kind}_{name}": figure(by_result[result], "= 0", n) for result, name in failures.items()}
         if kind == "store":
-            figures["store_unverified_reads"] = {
-                "value": results_of_kind["unverified_read"],
-                "goal": "none",
-                "holds": True,
-                "n": len(each),
-            }
+            figures["store_unverified_reads"] = figure(by_result["unverified_read"], "", n)
     Console().print(table)
-    bad = [(kind, one) for kind, each in results.items() for one in each]
-    bad = [(kind, one) for kind, one in bad if one["result"] in ("hang", "crash", "silent", "wrong_advice")]
-    for kind, one in bad[:10]:
-        Console().print(f"{kind}: {one}", markup=False)
-    device = f"{platform.machine()}, {os.cpu_count()} cores, h5py {h5py.__version__}, HDF5 {h5py.version.hdf5_version}"
-    record = {
-        "benchmark": "mutations",
-        "device": device,
-        "seed": options.seed,
-        "seconds": round(took),
-        "figures": figures,
-    }
-    if options.save:
-        RESULTS.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(record))
+    failed = [(kind, outcome) for kind in outcomes for outcome in outcomes[kind] if outcome["result"] in failures]
+    for kind, outcome in failed[:10]:
+        Console().print(f"{kind}: {outcome}", markup=False)
+    device = f"{describe_device('h5py')}, HDF5 {h5py.version.hdf5_version}"
+    finish("mutations", device, figures, save=options.save, seed=options.seed, seconds=seconds)
 
 
 if __name__ == "__main__":

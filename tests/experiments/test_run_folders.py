@@ -701,7 +701,7 @@ def test_a_sample_of_damaged_runs_is_answered_plainly(finished_run: Path) -> Non
     done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, check=True, timeout=1500)
     found = json.loads(done.stdout.splitlines()[-1])
     assert len(found["kinds"]) == 7
-    assert found["wrong"] == []
+    assert found["failures"] == []
     assert all(figure["holds"] for figure in found["figures"].values())
 
 
