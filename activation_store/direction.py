@@ -13,15 +13,13 @@ import numpy as np
 
 from groundscope.core import artifacts
 from groundscope.core.errors import SiteError, StoreError
-from groundscope.core.files import canonical_json, explained, write_whole
 from groundscope.core.result_fields import building, check_fields
 from groundscope.core.short_repr import short_repr
-from groundscope.core.tensor_files import encode_tensors, read_tensors
-from groundscope.core.user_files import parse_json
 from lvlm.sites import Site
 from lvlm.token_selection import TokenSelection
 
 DIRECTION_VERSION = 2
+_KIND = "direction"
 _UNIT_TOLERANCE = 1e-4
 
 
@@ -85,8 +83,8 @@ class ConceptDirection:
         if wrong or self.sigma < 0 or self.scale <= 0:
             msg = f"direction for '{self.concept}': sigma={self.sigma} must be >= 0, scale={self.scale} > 0, all finite"
             raise StoreError(msg)
-        vector.setflags(write=False)
         object.__setattr__(self, "vector", vector)
+        artifacts.freeze(self)
         for name, value in numbers.items():
             object.__setattr__(self, name, float(value))
         statistics = {name: float(value) for name, value in self.statistics.items()}
@@ -151,7 +149,6 @@ class ConceptDirection:
     def save(self, path: str | Path) -> Path:
         """Write one ``.safetensors`` file: the tensor ``vector``, and every other field as JSON metadata."""
         card = {
-            "version": DIRECTION_VERSION,
             "site": self.site,
             "tokens": self.tokens,
             "concept": self.concept,
@@ -165,29 +162,15 @@ class ConceptDirection:
             "train_groups": list(self.train_groups),
             "kind": self.kind,
         }
-        data = encode_tensors({"vector": self.vector}, {"direction": canonical_json(card)})
         path = Path(path)
-        with explained(lambda reason: f"{path}: the direction cannot be written: {reason}"):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(path, data)
+        artifacts.write(path, _KIND, DIRECTION_VERSION, {"vector": self.vector}, card)
         return path
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
         """Read a file that `save` wrote; raise `StoreError` if it is missing, damaged or of another kind."""
-        with artifacts.reading_result(Path(path), "direction"):
-            tensors, header = read_tensors(path, error=StoreError)
-        try:
-            card, vector = parse_json(header["direction"]), tensors["vector"]
-        except (KeyError, ValueError, RecursionError) as error:
-            msg = f"{path} is not a direction file, or is damaged: {error}"
-            raise StoreError(msg) from error
-        version = card.pop("version", 0) if isinstance(card, dict) else None
-        if not isinstance(version, int) or not 0 <= version <= DIRECTION_VERSION:
-            msg = (
-                f"{path}: direction version {version} is not supported (up to {DIRECTION_VERSION}); update groundscope"
-            )
-            raise StoreError(msg)
+        tensors, card = artifacts.read(Path(path), _KIND, DIRECTION_VERSION, oldest=0)
         with building(f"{path}: damaged direction", StoreError):
+            vector = tensors["vector"]
             card["statistics"] = {k: math.nan if v is None else v for k, v in card["statistics"].items()}
             return cls(vector=vector, **check_fields(card, cls))

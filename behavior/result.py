@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any, Self
 
 from behavior.parsing import YES_NO
 from concepts.reading.record import is_text
-from groundscope.core.document_digest import KEY, document_digest, take_digest
+from groundscope.core import artifacts
+from groundscope.core.document_digest import KEY, document_digest
 from groundscope.core.errors import ConfigError, DataError
 from groundscope.core.files import write_whole
 from groundscope.core.short_repr import short_repr
 from groundscope.core.statistics import Estimate, estimate
-from groundscope.core.user_files import parse_json, read_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -250,24 +250,15 @@ class BehaviorResult:
         DataError
             Names the file: if it is missing, damaged, of another kind, or of an unsupported version.
         """
-        try:
-            text = read_text(path)
-        except OSError as error:
-            msg = f"answers '{path}' cannot be read: {error.strerror or error}"
-            raise DataError(msg) from error
-        try:
-            document = parse_json(text)
-        except (ValueError, RecursionError) as error:
-            msg = f"answers '{path}' are damaged: invalid JSON: {error}"
-            raise DataError(msg) from error
-        if not isinstance(document, dict) or document.get("format") != FORMAT:
-            msg = f"'{path}' does not hold answers saved by BehaviorResult.save"
-            raise DataError(msg)
-        version = document.get("version")
-        if type(version) is not int or not 1 <= version <= VERSION:
-            msg = f"answers '{path}' have version {version!a}; this release reads versions 1 to {VERSION}; answer again"
-            raise DataError(msg)
-        take_digest(document, str(path), DataError, required=version > _LAST_WITHOUT_DIGEST)
+        document = artifacts.read_document(
+            Path(path),
+            FORMAT,
+            "behavior result",
+            VERSION,
+            last_without_digest=_LAST_WITHOUT_DIGEST,
+            error=DataError,
+            advice="answer again",
+        )
         for name, kind in (("answers", list), ("cost", dict), ("provenance", dict)):
             if not isinstance(document.get(name), kind):
                 what = "a list" if kind is list else "an object"

@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, Any, Self
 
 from diagnosis import narrative
 from groundscope.core import artifacts
-from groundscope.core.document_digest import KEY, document_digest, take_digest
+from groundscope.core.document_digest import KEY, document_digest
 from groundscope.core.errors import ConfigError, StoreError
 from groundscope.core.result_fields import building, check_fields
 from groundscope.core.short_repr import short_repr
 from groundscope.core.statistics import estimate
-from groundscope.core.user_files import read_json
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -285,21 +284,13 @@ class Diagnoses:
     def load(cls, path: str | Path) -> Self:
         """Read what `save` wrote; raises `StoreError` where it is missing, damaged, something else or newer."""
         path = Path(path)
-        with artifacts.reading_result(path, "file of diagnoses"):
-            held = read_json(path, error=StoreError)
-        if not isinstance(held, dict) or held.get("format") != FORMAT:
-            msg = f"'{path}' does not hold diagnoses"
-            raise StoreError(msg)
-        version = held.get("version")
-        if not isinstance(version, int) or version not in range(1, VERSION + 1):
-            msg = f"diagnoses '{path}' are of version {version}, this groundscope reads up to {VERSION}: diagnose again"
-            raise StoreError(msg)
-        take_digest(held, str(path), StoreError, required=version > _LAST_WITHOUT_DIGEST)
+        content = artifacts.read_document(
+            path, FORMAT, "diagnosis", VERSION, last_without_digest=_LAST_WITHOUT_DIGEST, advice="diagnose again"
+        )
         with building(f"diagnoses '{path}' are damaged", StoreError):
-            del held["format"], held["version"]
-            places = tuple(Place(**_numbers(place, Place, "places")) for place in held.pop("places"))
-            made = tuple(_diagnosis(one) for one in held.pop("diagnoses"))
-            loaded = cls(made, places, **check_fields(held, cls))
+            places = tuple(Place(**_numbers(place, Place, "places")) for place in content.pop("places"))
+            made = tuple(_diagnosis(one) for one in content.pop("diagnoses"))
+            loaded = cls(made, places, **check_fields(content, cls))
         unknown = next((o.verdict for o in loaded.wrong if o.verdict not in VERDICTS), None)
         if unknown is not None:
             msg = f"diagnoses '{path}' are damaged: unknown verdict '{unknown}'; choose from {', '.join(VERDICTS)}"

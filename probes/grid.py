@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from concepts.schema import Concept
-from groundscope.core.document_digest import KEY, document_digest, take_digest
+from groundscope.core import artifacts
 from groundscope.core.errors import ProbeError
 from groundscope.core.files import write_whole
 from groundscope.core.result_fields import building, check_fields
 from groundscope.core.short_repr import short_repr
 from groundscope.core.tensor_files import MAX_TENSOR_BYTES
-from groundscope.core.user_files import read_bytes, read_json
+from groundscope.core.user_files import read_bytes
 from probes.protocol.checkpoint import STORED_NAMES
 from probes.protocol.inputs import ProbedArray
 
@@ -120,10 +120,7 @@ class ProbeGrid:
     __repr__ = short_repr
 
     def __post_init__(self) -> None:
-        for item in fields(self):
-            value = getattr(self, item.name)
-            if isinstance(value, np.ndarray):
-                value.setflags(write=False)
+        artifacts.freeze(self)
         object.__setattr__(self, "provenance", MappingProxyType(dict(self.provenance)))
 
     @property
@@ -277,8 +274,7 @@ class ProbeGrid:
             else:
                 plain[item.name] = dict(value) if isinstance(value, Mapping) else value
         data = save(arrays)
-        card = {"format": GRID_FORMAT, "version": GRID_VERSION, "sha256": hashlib.sha256(data).hexdigest(), **plain}
-        card[KEY] = document_digest(card)
+        card = artifacts.sign_document(GRID_FORMAT, GRID_VERSION, {"sha256": hashlib.sha256(data).hexdigest(), **plain})
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
         # Each file is written under a temporary name and renamed, the card last: a run killed here leaves the old grid, or
@@ -300,28 +296,23 @@ class ProbeGrid:
         from safetensors.numpy import load
 
         path = Path(folder)
-        try:
-            card = read_json(path / _CARD, error=ProbeError)
+        advice = "fit the grid again from its store"
+        card = artifacts.read_document(
+            path / _CARD,
+            GRID_FORMAT,
+            "probe grid",
+            GRID_VERSION,
+            oldest=_LAST_WITHOUT_DIGEST,
+            last_without_digest=_LAST_WITHOUT_DIGEST,
+            error=ProbeError,
+            advice=advice,
+        )
+        with artifacts.reading_result(path / _TENSORS, "probe grid", ProbeError):
             data = read_bytes(path / _TENSORS, limit=MAX_TENSOR_BYTES, error=ProbeError)
-        except FileNotFoundError as error:
-            msg = f"no probe grid at {path}: {Path(error.filename).name} is missing; fit one and save it there"
-            raise ProbeError(msg) from error
-        except OSError as error:
-            msg = f"{error.filename or path}: cannot be read: {error.strerror or error}"
-            raise ProbeError(msg) from error
-        if not isinstance(card, dict) or card.get("format") != GRID_FORMAT:
-            msg = f"{path / _CARD} is not the card of a probe grid"
-            raise ProbeError(msg)
-        version = card.get("version")
-        if version not in (_LAST_WITHOUT_DIGEST, GRID_VERSION):
-            msg = f"{path}: grid version {version} is not supported (supported: {GRID_VERSION}); fit it again from its store"
-            raise ProbeError(msg)
-        take_digest(card, str(path / _CARD), ProbeError, required=version > _LAST_WITHOUT_DIGEST)
-        del card["format"], card["version"]
         if card.pop("sha256", None) != hashlib.sha256(data).hexdigest():
-            msg = f"{path / _TENSORS} does not match its card: the grid is damaged or half written; fit it again"
+            msg = f"{path / _TENSORS} does not match its card: the grid is damaged or half written; {advice}"
             raise ProbeError(msg)
-        with building(f"{path / _CARD}: the grid is damaged", ProbeError, "; fit it again"):
+        with building(f"{path / _CARD}: the grid is damaged", ProbeError, f"; {advice}"):
             try:
                 tensors = load(data)
             except SafetensorError as error:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from groundscope.core import artifacts
 from groundscope.core.errors import ProbeError
 from groundscope.core.permutations import LEAST_MOVABLE
 from groundscope.core.progress import step_bar
@@ -59,8 +60,7 @@ class Significance:
     provenance: Mapping[str, Any]
 
     def __post_init__(self) -> None:
-        for name in ("observed", "p", "p_concept", "p_family", "q_bh", "q_by", "maxima", "movable", "n_groups"):
-            getattr(self, name).setflags(write=False)
+        artifacts.freeze(self)
         object.__setattr__(self, "provenance", MappingProxyType(dict(self.provenance)))
 
     __repr__ = short_repr

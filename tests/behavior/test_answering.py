@@ -277,8 +277,8 @@ def test_damaged_answers_are_refused(tmp_path: Path, known: BehaviorResult) -> N
     held = json.loads(whole)
     cases = {
         "invalid JSON": whole[:-30],
-        "does not hold answers": json.dumps([1]),
-        "have version 3": {**held, "version": 3},
+        "is not a behavior result file": json.dumps([1]),
+        "is a behavior result of version 3": {**held, "version": 3},
         "are damaged: 'cost'": {k: v for k, v in held.items() if k != "cost"},
         "are damaged: .*color": {**held, "answers": [{**held["answers"][0], "color": 1}]},
         "does not match its digest": json.dumps({**held, "cost": {**held["cost"], "forwards": 12345}}),
@@ -289,7 +289,7 @@ def test_damaged_answers_are_refused(tmp_path: Path, known: BehaviorResult) -> N
         path.write_text(content)
         with pytest.raises(DataError, match=words):
             BehaviorResult.load(path)
-    with pytest.raises(DataError, match=r"none.json' cannot be read"):
+    with pytest.raises(DataError, match=r"no behavior result at .*none\.json"):
         BehaviorResult.load(tmp_path / "none.json")
 
 

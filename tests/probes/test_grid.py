@@ -276,14 +276,14 @@ def _field(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("harm", "message"),
     [
-        (_version, "version 99 is not supported"),
+        (_version, "is a probe grid of version 99"),
         (_flip, "does not match its card"),
         (_field, "is damaged"),
         (_number, "does not match its digest"),
         (_without_digest, "does not match its digest"),
         (lambda f: (f / "grid.json").write_text("{"), "invalid JSON"),
-        (lambda f: (f / "grid.json").write_text("[]"), "not the card of a probe grid"),
-        (lambda f: (f / "grid.safetensors").unlink(), "no probe grid at .* grid.safetensors is missing"),
+        (lambda f: (f / "grid.json").write_text("[]"), "grid.json is not a probe grid file"),
+        (lambda f: (f / "grid.safetensors").unlink(), "no probe grid at .*grid.safetensors: no such file"),
     ],
 )
 def test_a_grid_that_is_damaged_or_of_another_version_is_refused(
