@@ -20,7 +20,7 @@ from concepts import CounterfactualPair, counterfactuals, scenes
 from concepts.schema import ConceptDataset, Example
 from diagnosis import diagnose
 from lvlm import Head, Lvlm, Site, load_lvlm
-from lvlm.access.site_width import site_width
+from lvlm.site_width import site_width
 from mitigation import Contrast, derive
 
 EXAMPLES, BATCH = 2, 2

@@ -119,6 +119,7 @@ if TYPE_CHECKING:
         TokenMap,
         TokenSelection,
         answer_key,
+        families,
         load_lvlm,
         wrap_lvlm,
     )
@@ -288,6 +289,7 @@ __all__ = [
     "export",
     "exports",
     "faithfulness",
+    "families",
     "fit_grid",
     "fit_logistic",
     "head_scores",
@@ -438,6 +440,7 @@ _HOMES = {
     "judge_files": "behavior",
     "landmarks": "probes",
     "lexical_control": "probes",
+    "families": "lvlm",
     "load_lvlm": "lvlm",
     "loaders": "concepts",
     "logit_lens": "probes",

@@ -1,6 +1,7 @@
 """Public names of `lvlm`, each with the module that it comes from."""
 
 from .answer_keys import AnswerKey, answer_key
+from .family.registry import families
 from .family.specification import FamilySpec, StackSpec
 from .loading import load_lvlm, wrap_lvlm
 from .model import Lvlm
@@ -19,6 +20,7 @@ __all__ = [
     "TokenMap",
     "TokenSelection",
     "answer_key",
+    "families",
     "load_lvlm",
     "wrap_lvlm",
 ]

@@ -80,7 +80,7 @@ def mark_observer(hook: _Function) -> _Function:
     --------
     >>> import torch
     >>> from lvlm.active_interventions import mark_observer, unregistered_hooks
-    >>> layer, shapes = torch.nn.Linear(2, 2), []
+    >>> layer, shapes = torch.nn.Linear(2, 2).eval(), []
     >>> handle = layer.register_forward_hook(mark_observer(lambda module, args, output: shapes.append(output.shape)))
     >>> unregistered_hooks(layer)
     ()

@@ -1,24 +1,22 @@
-"""Greedy answers: at each step the token with the largest logit, whatever the checkpoint's generation settings say."""
+"""Greedy generation: at each step the token with the largest logit, regardless of the checkpoint's generation settings."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from groundscope.core.errors import ModelError
-from lvlm.access.shared_vision_run import each_picture_once
+from lvlm.access.shared_vision_run import share_vision_runs
 from lvlm.encoding.encode import Batch
 from lvlm.finite_logits import check_finite
-
-if TYPE_CHECKING:
-    from lvlm.model import Lvlm
+from lvlm.interfaces import Model
 
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
-"""All that is taken from a checkpoint's generation settings: which token begins and which ends an answer."""
+"""Generation settings of a checkpoint that are used: the tokens that begin, end and pad an answer."""
 
 _WITHOUT_EFFECT = {
     *_IDS,
@@ -27,30 +25,30 @@ _WITHOUT_EFFECT = {
     *("num_return_sequences", "early_stopping", "length_penalty", "num_beam_groups", "return_dict_in_generate"),
     *("output_attentions", "output_hidden_states", "output_scores", "output_logits"),
 }
-"""Settings that do not change greedy answers: of sampling, length, cache, output, and of beams where there is one."""
+"""Settings that do not change greedy answers: of sampling, length, cache and output, and of beams with a single beam."""
 
 
-def end_tokens(model: Lvlm) -> frozenset[int]:
-    """Return the tokens that end an answer; empty where the model has none."""
-    return frozenset(_ends(_settings(model)["eos_token_id"]))
+def end_tokens(model: Model) -> frozenset[int]:
+    """Return the tokens that end an answer; empty if the model has none."""
+    return frozenset(_ends(_special_tokens(model)["eos_token_id"]))
 
 
-def other_rules(model: Lvlm) -> tuple[str, ...]:
-    """Return the names of a checkpoint's generation settings that would change greedy answers; `greedy` leaves them out."""
+def ignored_settings(model: Model) -> tuple[str, ...]:
+    """Return the names of the generation settings that would change greedy answers; `greedy` ignores them."""
     names: set[str] = set()
-    for part in _generating(model):
-        differ = part.generation_config.to_diff_dict()
-        settings = (name for name, value in differ.items() if value is not None and not name.startswith("_"))
+    for part in _modules_with_settings(model):
+        changed = part.generation_config.to_diff_dict()
+        settings = (name for name, value in changed.items() if value is not None and not name.startswith("_"))
         names |= {name for name in settings if name not in _WITHOUT_EFFECT}
     return tuple(sorted(names))
 
 
 @torch.no_grad()
-def greedy(model: Lvlm, batch: Batch, most_tokens: int) -> list[list[int]]:
-    """Return each row's greedy answer as tokens, without the token that ends it.
+def greedy(model: Model, batch: Batch, max_new_tokens: int) -> list[list[int]]:
+    """Return each row's greedy answer as token ids, without the end token.
 
-    Penalties, beams, n-gram rules, forced and suppressed tokens, sampling and every other setting of the checkpoint's
-    generation configuration are left out; only its begin, end and padding tokens are used.
+    Penalties, beams, n-gram rules, forced and suppressed tokens, sampling and all other settings of the checkpoint's
+    generation configuration are ignored; only its begin, end and padding tokens are used.
 
     Parameters
     ----------
@@ -58,17 +56,17 @@ def greedy(model: Lvlm, batch: Batch, most_tokens: int) -> list[list[int]]:
         The model.
     batch
         Prompts of equal shape.
-    most_tokens
-        Where an answer is cut off.
+    max_new_tokens
+        Largest number of tokens of an answer.
 
     Raises
     ------
     ModelError
-        Where the logits of a step are not finite.
+        If the logits of a step are not finite.
     """
     name = "decoder_input_ids" if model.encoder_decoder else "input_ids"
-    with each_picture_once(model, batch.images), _plain_settings(model, most_tokens) as plain:
-        out = model.hf.generate(**batch.inputs, generation_config=plain, logits_processor=[_finite(model)])
+    with share_vision_runs(model, batch.images), _greedy_settings(model, max_new_tokens) as settings:
+        out = model.hf.generate(**batch.inputs, generation_config=settings, logits_processor=[_finite_check(model)])
     ends = end_tokens(model)
     answers = []
     for row in out[:, batch.inputs[name].shape[1] :].tolist():
@@ -77,8 +75,8 @@ def greedy(model: Lvlm, batch: Batch, most_tokens: int) -> list[list[int]]:
     return answers
 
 
-def _finite(model: Lvlm) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return what looks at the logits of each step of `generate`: the largest of several NaN is the first token."""
+def _finite_check(model: Model) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return a logits processor that raises for logits that are not finite: argmax of NaN would return token 0."""
 
     def check(_tokens: Tensor, logits: Tensor) -> Tensor:
         names = [f"row {row} of a batch" for row in range(len(logits))]
@@ -89,45 +87,46 @@ def _finite(model: Lvlm) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 @contextmanager
-def _plain_settings(model: Lvlm, most_tokens: int) -> Iterator[Any]:
-    """Give every part of a model that generates the settings of greedy generation; restore its own afterwards.
+def _greedy_settings(model: Model, max_new_tokens: int) -> Iterator[Any]:
+    """Set greedy generation on every module with generation settings while the context is open; yield the settings.
 
-    transformers fills what a call leaves open from the model's own settings, and some families generate with those of an
-    inner language model: so both are replaced.
+    transformers takes defaults of a call from the model's settings, and some families generate with those of an inner
+    language model, so both are replaced.
     """
-    ids = _settings(model)
+    ids = _special_tokens(model)
     ends = _ends(ids["eos_token_id"])
     pad = ids["pad_token_id"]
     ids["pad_token_id"] = pad if pad is not None else next(iter(ends), 0)
-    parts = _generating(model)
+    parts = _modules_with_settings(model)
     if not parts:
-        msg = f"{model.name} has no generation_config: {type(model.hf).__name__} does not write text"
+        msg = f"{model.name} has no generation_config: {type(model.hf).__name__} cannot generate; load a class that can"
         raise ModelError(msg)
     before = [part.generation_config for part in parts]
-    plain = type(before[0])(max_new_tokens=most_tokens, do_sample=False, num_beams=1, **ids)
+    settings = type(before[0])(max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, **ids)
     try:
         for part in parts:
-            part.generation_config = plain
-        yield plain
+            part.generation_config = settings
+        yield settings
     finally:
-        for part, own in zip(parts, before, strict=True):
-            part.generation_config = own
+        for part, original in zip(parts, before, strict=True):
+            part.generation_config = original
 
 
-def _generating(model: Lvlm) -> list[Any]:
-    """Return the parts of a model that have generation settings, the model itself first."""
+def _modules_with_settings(model: Model) -> list[Any]:
+    """Return the modules of a model that have generation settings, the model itself first."""
     return [module for module in model.hf.modules() if vars(module).get("generation_config") is not None]
 
 
-def _settings(model: Lvlm) -> dict[str, Any]:
-    """Return the special tokens of generation, from the first of model, inner language model and configurations."""
+def _special_tokens(model: Model) -> dict[str, Any]:
+    """Return the special tokens of generation, from the first source that sets them: model, inner model, configurations."""
     config = model.hf.config
-    sources = [*(part.generation_config for part in _generating(model)), config, getattr(config, "text_config", None)]
-    found: dict[str, Any] = {}
+    modules = _modules_with_settings(model)
+    sources = [*(part.generation_config for part in modules), config, getattr(config, "text_config", None)]
+    ids: dict[str, Any] = {}
     for name in _IDS:
         values = (getattr(source, name, None) for source in sources)
-        found[name] = next((value for value in values if value is not None), None)
-    return found
+        ids[name] = next((value for value in values if value is not None), None)
+    return ids
 
 
 def _ends(value: Any) -> list[int]:

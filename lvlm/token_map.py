@@ -1,4 +1,4 @@
-"""Which token of an encoded example is what, and which pixels a patch covers."""
+"""Roles of the tokens of an encoded prompt, and the pixels that each image token covers."""
 
 from __future__ import annotations
 
@@ -10,21 +10,33 @@ from typing import Literal
 from concepts.schema import Box
 from groundscope.core.errors import SiteError
 from groundscope.core.short_repr import short_repr
+from groundscope.core.text import nearest
 from lvlm.sites import Stack
 from lvlm.token_selection import TokenSelection
 
 COVER = 0.25
-"""A patch belongs to an object when the object's box covers at least this share of it."""
+"""A patch belongs to an object if the object's box covers at least this share of it."""
 
 
 @dataclass(frozen=True)
 class PatchGrid:
-    """How the patches of one image, or of one tile of it, lie over its pixels."""
+    """The grid of patches of one view of an image, in pixels of the original image.
+
+    Examples
+    --------
+    >>> from concepts.schema import Box
+    >>> from lvlm import PatchGrid
+    >>> grid = PatchGrid(rows=2, columns=3, patch=Box(0, 0, 16, 16))
+    >>> grid.count, grid.box(4)
+    (6, Box(x0=16, y0=16, x1=32, y1=32))
+    >>> grid.patches(Box(16, 0, 48, 16))
+    (1, 2)
+    """
 
     rows: int
     columns: int
     patch: Box
-    """Pixel box of the top-left patch in the original image; the others follow at its width and height."""
+    """Pixel box of the top-left patch; all patches have its size."""
 
     @property
     def count(self) -> int:
@@ -32,16 +44,16 @@ class PatchGrid:
         return self.rows * self.columns
 
     def box(self, index: int) -> Box:
-        """Return the pixel box of a patch, counted row by row."""
+        """Return the pixel box of a patch; patches are counted row by row."""
         row, column = divmod(index, self.columns)
         width, height = self.patch.x1 - self.patch.x0, self.patch.y1 - self.patch.y0
         x, y = self.patch.x0 + column * width, self.patch.y0 + row * height
         return Box(x, y, x + width, y + height)
 
     def patches(self, box: Box) -> tuple[int, ...]:
-        """Return the patches that belong to a box: covered by at least `COVER`, or else the one covered most.
+        """Return the patches of an object's box: those covered to at least `COVER`, or else the one covered most.
 
-        Empty where the box lies wholly outside the image the model sees.
+        Empty if the box is outside the part of the image that the model receives.
         """
         covered = [(self.box(i).intersection(box) / self.box(i).area, i) for i in range(self.count)]
         inside = tuple(i for share, i in covered if share >= COVER)
@@ -51,34 +63,34 @@ class PatchGrid:
         return (best,) if share > 0 else ()
 
     def touching(self, box: Box) -> tuple[int, ...]:
-        """Return every patch that shares any area with a box; together they cover what the model sees of it."""
+        """Return every patch that overlaps a box."""
         return tuple(i for i in range(self.count) if self.box(i).intersection(box) > 0)
 
 
 @dataclass(frozen=True)
-class Lattice:
-    """Tokens of one view of an image in one stack, row by row."""
+class ImageView:
+    """Tokens of one view of an image in one stack: of the whole image, of a tile, or of a thumbnail."""
 
     positions: tuple[int, ...]
-    """Positions in the stack's own sequence, counted from 0 for each example."""
+    """Token positions row by row, counted from 0 in the stack's sequence for each example."""
     grid: PatchGrid | None
-    """Where they lie over the image; None for tokens that have no place, as the queries of a Q-Former."""
+    """Pixels that the tokens cover; None for tokens without a place in the image, such as the queries of a Q-Former."""
     kind: Literal["view", "tile", "thumbnail"] = "view"
-    """The whole image as it is, a part of it, or the whole of it beside its parts."""
+    """``view``: the whole image; ``tile``: a part of it; ``thumbnail``: the whole image in addition to its tiles."""
     image: int = 0
-    """Which image of the prompt, counted from 0."""
+    """Index of the image in the prompt, counted from 0."""
 
     def __post_init__(self) -> None:
         if self.grid is not None and self.grid.count != len(self.positions):
-            msg = f"a lattice of {len(self.positions)} tokens does not fit a grid of {self.grid.rows} x {self.grid.columns}"
+            msg = f"a view of {len(self.positions)} tokens does not fit a grid of {self.grid.rows} x {self.grid.columns} patches"
             raise SiteError(msg)
 
-    def of(self, box: Box) -> tuple[int, ...]:
-        """Return the positions of the tokens that belong to a pixel box; none where tokens have no place."""
+    def positions_of(self, box: Box) -> tuple[int, ...]:
+        """Return the positions of the tokens that belong to a pixel box; empty for tokens without a place in the image."""
         return () if self.grid is None else tuple(self.positions[p] for p in self.grid.patches(box))
 
-    def moved(self, offset: int, image: int) -> Lattice:
-        """Return the same view of another image, its positions moved."""
+    def shifted(self, offset: int, image: int) -> ImageView:
+        """Return the view with its positions increased by `offset`, as a view of image number `image`."""
         if not offset and image == self.image:
             return self
         return replace(self, positions=tuple(p + offset for p in self.positions), image=image)
@@ -86,54 +98,62 @@ class Lattice:
 
 @dataclass(frozen=True)
 class TokenMap:
-    """Positions of one encoded example, counted from 0 in each stack's own sequence."""
+    """Roles of the tokens of one encoded example; positions are counted from 0 in the sequence of each stack.
+
+    Examples
+    --------
+    >>> from lvlm import TokenMap, TokenSelection
+    >>> tokens = TokenMap(length=6, question=(3, 4), views={})
+    >>> tokens.last, tokens.positions(TokenSelection.parse("question:all"))
+    (5, (3, 4))
+    """
 
     length: int
-    """Tokens that the decoder reads before it answers."""
+    """Number of prompt tokens of the decoder."""
     question: tuple[int, ...]
-    """Positions of the question's own words; none where an encoder reads them."""
-    lattices: Mapping[Stack, tuple[Lattice, ...]]
-    """Views of the images by stack; a stack in which the image is not is absent."""
+    """Positions of the question's own words; empty if an encoder reads the prompt."""
+    views: Mapping[Stack, tuple[ImageView, ...]]
+    """Views of the images by stack; only stacks whose sequence contains the image."""
     separators: tuple[int, ...] = ()
-    """Positions that the image brings with it but that are no part of it: row ends, tile names, brackets."""
+    """Positions of tokens that come with an image but are no part of it: row ends, tile names, brackets."""
     boxes: Mapping[str, tuple[int, Box]] = field(default_factory=dict)
-    """Object id to its image and its pixel box."""
+    """Object id to the index of its image and its pixel box."""
     subject: str | None = None
-    """The object the question is about."""
+    """Id of the object in question."""
     sequence: Mapping[Stack, int] = field(default_factory=dict)
-    """Length of a stack's sequence where it is known: vision tokens of all views, class tokens and padding included."""
+    """Length of a stack's sequence where it is known: vision tokens of all views, with class tokens and padding."""
     generated: tuple[int, ...] | None = None
-    """Positions of the tokens of the answer, the model's own or one put there, in their order; None before there is one."""
+    """Positions of the tokens of the answer, the model's own or the true one, in order; None before an answer exists."""
     encoder: bool = False
-    """Whether an encoder reads the prompt, so that the decoder has neither the image nor the question."""
+    """Whether an encoder reads the prompt, so that neither the image nor the question is in the decoder's sequence."""
 
     __repr__ = short_repr
 
     @property
     def image(self) -> tuple[int, ...]:
-        """Positions of the image's tokens in the decoder, view after view."""
-        return tuple(p for lattice in self.lattices.get("decoder", ()) for p in lattice.positions)
+        """Positions of the image tokens in the decoder, view by view."""
+        return tuple(p for view in self.views.get("decoder", ()) for p in view.positions)
 
     @property
     def suffix(self) -> tuple[int, ...]:
-        """Positions after the image; all where the image is not in the decoder's sequence, whose every token may see it."""
+        """Positions after the last image token; all positions if the image is not in the decoder's sequence."""
         return tuple(range(max(self.image, default=-1) + 1, self.length))
 
     @property
     def grid(self) -> PatchGrid:
-        """Where the image's tokens lie; raises `SiteError` where they lie in several views, or nowhere."""
-        views = self.lattices.get("decoder", ())
+        """Grid of the image tokens in the decoder; raises `SiteError` if they have several views or no place in the image."""
+        views = self.views.get("decoder", ())
         if len(views) != 1 or views[0].grid is None:
-            why = f"they lie in {len(views)} views" if len(views) != 1 else "they have no place in the image"
-            msg = f"the image's tokens have no one grid: {why}; see TokenMap.lattices"
+            why = f"they have {len(views)} views" if len(views) != 1 else "they have no place in the image"
+            msg = f"the image tokens have no single grid: {why}; use TokenMap.views"
             raise SiteError(msg)
         return views[0].grid
 
     @cached_property
     def objects(self) -> Mapping[str, tuple[int, ...]]:
-        """Object id to its tokens, as numbers into `image`."""
+        """Object id to its tokens, as indices into `image`."""
         number = {position: i for i, position in enumerate(self.image)}
-        return {name: tuple(number[p] for p in self._of(name, "decoder")) for name in self.boxes}
+        return {name: tuple(number[p] for p in self._object_positions(name, "decoder")) for name in self.boxes}
 
     @property
     def last(self) -> int:
@@ -149,9 +169,9 @@ class TokenMap:
     def object(self, name: str, stack: Stack = "decoder") -> tuple[int, ...]:
         """Return the positions of an object's image tokens; raises `SiteError` for an unknown id."""
         if name not in self.boxes:
-            msg = f"no object '{name}' in this example: there are {', '.join(self.boxes) or 'none'}"
-            raise SiteError(msg)
-        return self._of(name, stack)
+            msg = f"unknown object '{name}'; choose from {', '.join(self.boxes) or 'none: the example has no boxes'}"
+            raise SiteError(msg + nearest(name, self.boxes))
+        return self._object_positions(name, stack)
 
     def positions(self, selection: TokenSelection, stack: Stack = "decoder") -> tuple[int, ...]:
         """Return the positions of a selection in a stack's sequence; empty if the example has none.
@@ -172,20 +192,20 @@ class TokenMap:
         return (*positions, *(self.generated or ())) if selection.generated else positions
 
     def _image_positions(self, selection: TokenSelection, stack: Stack) -> tuple[int, ...]:
-        views = self.lattices.get(stack)
+        views = self.views.get(stack)
         if not views:
             msg = f"token selection '{selection}' does not apply to the {stack}: the image is not in its sequence"
             raise SiteError(msg)
         if selection.role == "image":
-            return tuple(p for lattice in views for p in lattice.positions)
-        if all(lattice.grid is None for lattice in views):
+            return tuple(p for view in views for p in view.positions)
+        if all(view.grid is None for view in views):
             msg = (
                 f"token selection '{selection}' does not apply to the {stack}: its image tokens have no place in the "
                 "image; use 'image:mean'"
             )
             raise SiteError(msg)
         name = selection.name or self.subject
-        return self._of(name, stack) if name in self.boxes else ()
+        return self._object_positions(name, stack) if name in self.boxes else ()
 
     def _text_positions(self, selection: TokenSelection) -> tuple[int, ...]:
         role = selection.role
@@ -216,6 +236,6 @@ class TokenMap:
             raise SiteError(msg)
         return self.generated if selection.step is None else self.generated[selection.step : selection.step + 1]
 
-    def _of(self, name: str | None, stack: Stack) -> tuple[int, ...]:
+    def _object_positions(self, name: str | None, stack: Stack) -> tuple[int, ...]:
         image, box = self.boxes[name or ""]
-        return tuple(p for lattice in self.lattices.get(stack, ()) if lattice.image == image for p in lattice.of(box))
+        return tuple(p for view in self.views.get(stack, ()) if view.image == image for p in view.positions_of(box))

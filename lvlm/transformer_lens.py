@@ -6,12 +6,10 @@ import copy
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from groundscope.core.errors import ModelError
-
-if TYPE_CHECKING:
-    from lvlm.model import Lvlm
+from lvlm.model import Lvlm
 
 _BUILDING = threading.Lock()
 

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from activation_store.format.schema import ArrayInfo, Dtype, Schema
 from groundscope.core.errors import SiteError
-from lvlm.access.site_width import site_width
-from lvlm.model import Encoding, Lvlm, Place
-from lvlm.sites import CROSS_COMPONENTS, LAYER_COMPONENTS, Component, Site, Stack, parse_component
+from lvlm.model import Encoding, HookPoint, Lvlm
+from lvlm.site_width import site_width
+from lvlm.sites import LAYER_COMPONENTS, Component, Site, Stack
 from lvlm.token_map import TokenMap
 from lvlm.token_selection import READABLE, SINGLE, STORED_ROLES, TokenSelection
 
@@ -34,7 +34,7 @@ class Read:
     """One tensor that a forward pass computes."""
 
     site: Site
-    place: Place
+    place: HookPoint
 
 
 @dataclass(frozen=True)
@@ -261,27 +261,10 @@ def _families(model: Lvlm, sites: Sequence[str]) -> dict[Family, tuple[int, ...]
         raise SiteError(msg)
     layers_of: dict[Family, set[int]] = {}
     for name in names:
-        for site in _expand(model, name):
-            model.locate(site)  # raises an error if the model does not have it
+        for site in model.sites(name):
             component = f"cross.{site.component}" if site.cross else site.component
             layers_of.setdefault((site.stack, component), set()).add(site.layer)
     return {family: tuple(sorted(layers)) for family, layers in layers_of.items()}
-
-
-def _expand(model: Lvlm, name: str) -> list[Site]:
-    try:
-        stack, component, layer = parse_component(name)
-    except SiteError as error:
-        msg = f"{error}; layers are decoder 0-{model.n_layers - 1}, vision 0-{model.n_vision_layers - 1}"
-        raise SiteError(msg) from error
-    if stack == "projector" or layer is not None:
-        return [site_of((stack, component), layer or 0)]
-    site = site_of((stack, component), 0)
-    layers = range(model.n_layers if stack == "decoder" else model.n_vision_layers)
-    if site.component in CROSS_COMPONENTS:  # a layer can have self-attention, cross-attention or both
-        layers = [n for n in layers if model.attends(stack, n, cross=site.cross)] or layers
-    # If the model has no such stack or attention, the error for layer 0 reports it.
-    return [site_of((stack, component), n) for n in layers or [0]]
 
 
 def _selections(

@@ -22,7 +22,7 @@ from groundscope.core.errors import StoreError
 from lvlm.access.weights import named_weights
 from lvlm.active_interventions import intervention_record, unidentified_changes
 from lvlm.family.specification import resolve
-from lvlm.generation import end_tokens, other_rules
+from lvlm.generation import end_tokens, ignored_settings
 from lvlm.model import Lvlm
 from lvlm.processor_digest import processor_digest, sampled_processor_digest
 from lvlm.token_map import COVER
@@ -71,7 +71,7 @@ def describe(
     """
     selections = dict.fromkeys(s for group in plan.selections.values() for s in group)
     stacks = {s: sorted(stack for stack, group in plan.selections.items() if s in group) for s in selections}
-    ends, rules = (sorted(end_tokens(model)), list(other_rules(model))) if generate else ([], [])
+    ends, rules = (sorted(end_tokens(model)), list(ignored_settings(model))) if generate else ([], [])
     return {
         "version": VERSION,
         "model": {

@@ -49,8 +49,8 @@ from concepts.schema import ConceptDataset, Example
 from groundscope.core.errors import ConfigError, DataError, SiteError
 from groundscope.core.files import Lock, explained
 from groundscope.core.progress import step_bar
-from lvlm.access.eager_attention import say_eager
-from lvlm.access.hook_point import Place, first_name
+from lvlm.access.eager_attention import warn_of_eager
+from lvlm.access.hook_point import HookPoint, first_name
 from lvlm.access.weights import device_of
 from lvlm.model import Batch, Lvlm
 from lvlm.sites import Site
@@ -201,7 +201,7 @@ def trace(
         pictures = check_images(missing, progress=progress)
         with step_bar("tracing", len(part), done=len(part) - len(missing), show=progress) as advance:
             if missing and any(read.site.component == "pattern" for read in plan.reads):
-                say_eager(model)
+                warn_of_eager(model)
             if missing and plan.skipped:
                 advance(0, "; ".join(plan.skipped))
             for start in range(0, len(part), size):
@@ -388,16 +388,16 @@ class _NnsightWrapper(NNsight):
 
 
 def _raw(view: Any, side: str) -> Any:
-    """Return a module's input or output inside a trace, as `lvlm.access.hook_point.Place` requires it."""
+    """Return a module's input or output inside a trace, as `lvlm.access.hook_point.HookPoint` requires it."""
     if side == "input":
         args, kwargs = view.inputs
         return args[0] if args else kwargs[first_name(kwargs)]
     return view.output
 
 
-def _group_by_tensor(reads: Sequence[Read]) -> list[tuple[Place, list[Read]]]:
+def _group_by_tensor(reads: Sequence[Read]) -> list[tuple[HookPoint, list[Read]]]:
     """Group reads by module and side, in order."""
-    groups: list[tuple[Place, list[Read]]] = []
+    groups: list[tuple[HookPoint, list[Read]]] = []
     for read in reads:
         place = read.place
         group = next((members for at, members in groups if at.module is place.module and at.side == place.side), None)

@@ -20,7 +20,7 @@ from circuits.attribution.attention_nodes import AttentionRecord, expose_attenti
 from circuits.attribution.gradients import Metric
 from circuits.interventions.hooks import edit
 from groundscope.core.errors import ModelError
-from lvlm.access.hook_point import Call, Place, first_name
+from lvlm.access.hook_point import HookPoint, LayerCall, first_name
 from lvlm.family.specification import TOLERANCE, find, resolve
 from lvlm.model import Lvlm
 from lvlm.sites import Site
@@ -193,7 +193,7 @@ def written_by(model: Lvlm, layer: int, attention: Tensor) -> Tensor:
     """Return a layer's contribution to the stream from its output projection: apply its post-norm, gate or scale."""
     place = model.place("decoder", layer, "attn_out")
     own = place.module is resolve(model.layers("decoder")[layer], model.spec.decoder.attention, model.spec)
-    return place.value(attention if own else place.module(attention), Call())
+    return place.value(attention if own else place.module(attention), LayerCall())
 
 
 def weights_of(model: Lvlm, layer: int) -> dict[str, Tensor]:
@@ -201,12 +201,12 @@ def weights_of(model: Lvlm, layer: int) -> dict[str, Tensor]:
     return {c: _by_head(model, model.place("decoder", layer, c)) for c in "qkv"}
 
 
-def _by_head(model: Lvlm, place: Place) -> Tensor:
+def _by_head(model: Lvlm, place: HookPoint) -> Tensor:
     module = place.module
     if not isinstance(module, nn.Linear):
         msg = f"{model.name}: {type(module).__name__} is not a linear layer, so it has no slice per head"
         raise ModelError(msg)
-    by_row = place.value(module.weight.detach().T[None], Call())[0].T  # [KV * d, D]
+    by_row = place.value(module.weight.detach().T[None], LayerCall())[0].T  # [KV * d, D]
     width = model.head_dim
     shared = by_row.unflatten(0, (-1, width))
     return shared.repeat_interleave(model.n_heads // len(shared), dim=0)
@@ -326,7 +326,7 @@ def _readings(
     readings = []
     for i in layers:
         heads = {
-            c: model.place("decoder", i, c).value(slope[c, i], Call()).unflatten(-1, (model.n_heads, -1))
+            c: model.place("decoder", i, c).value(slope[c, i], LayerCall()).unflatten(-1, (model.n_heads, -1))
             for c in ("q" if attention[i].groups > 1 else "qkv")
         }
         if attention[i].groups > 1:
@@ -337,13 +337,13 @@ def _readings(
     return tuple(readings), slope["final", last]
 
 
-def _own(model: Lvlm, place: Place, raw: Tensor, shared: Tensor, slope: Tensor) -> Tensor:
+def _own(model: Lvlm, place: HookPoint, raw: Tensor, shared: Tensor, slope: Tensor) -> Tensor:
     """Return gradients at the projection's outputs ``[P, T, H, d]`` from gradients at each head's copy ``[P, H, T, d]``."""
     groups = model.n_heads // shared.shape[1]
     back = []
     for member in range(groups):  # one head of each group at a time: heads of a group share the tensor
         (gradient,) = torch.autograd.grad(shared, raw, slope[:, member::groups], retain_graph=True)
-        back.append(place.value(gradient, Call()).unflatten(-1, (shared.shape[1], -1)))
+        back.append(place.value(gradient, LayerCall()).unflatten(-1, (shared.shape[1], -1)))
     return torch.stack(back, dim=3).flatten(2, 3)
 
 

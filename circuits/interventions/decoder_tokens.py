@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from groundscope.core.errors import ModelError, PatchError
 from lvlm.active_interventions import mark_observer
-from lvlm.image_tokens import after_image, image_in_sequence, image_tokens
+from lvlm.image_tokens import image_in_sequence, image_tokens, tokens_after_image
 from lvlm.model import Lvlm
 from lvlm.text_only import decoder_of
 
@@ -203,7 +203,7 @@ class DecoderTokens:
         if not image_in_sequence(self._model):
             return torch.cat([torch.full((rows, end - first), True, device=x.device), written], dim=1)
         image = self._image(rule, rows, prompt, where).to(x.device)
-        chosen = image if rule == "image" else after_image(image)
+        chosen = image if rule == "image" else tokens_after_image(image)
         offset = prompt - image.shape[1]  # tokens of an earlier cache
         return torch.cat([chosen[:, first - offset : end - offset], written], dim=1)
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from groundscope.core.errors import SiteError
-from lvlm.access.hook_point import Handles
+from lvlm.access.hook_point import HookHandles
 from lvlm.active_interventions import copy_mark
 from lvlm.model import Lvlm
 from lvlm.sites import Site
@@ -29,7 +29,7 @@ def edit(model: Lvlm, site: Site, change: Change) -> Any:
     return _edit_mid(model, site, change)
 
 
-def _edit_mid(model: Lvlm, site: Site, change: Change) -> Handles:
+def _edit_mid(model: Lvlm, site: Site, change: Change) -> HookHandles:
     """Write to the residual stream between attention and MLP.
 
     No module returns this tensor, and both the norm before the MLP and the sum after it read it. So the same difference
@@ -54,4 +54,4 @@ def _edit_mid(model: Lvlm, site: Site, change: Change) -> Handles:
 
     watched = model.place(site.stack, site.layer, "resid_pre").watch(store)
     edited = model.place(site.stack, site.layer, "attn_out", cross=cross and not own).edit(add)
-    return Handles((watched, edited))
+    return HookHandles((watched, edited))

@@ -18,11 +18,11 @@ from circuits.interventions.hooks import edit
 from circuits.interventions.options import RULES, Rule
 from circuits.interventions.transforms import Add, Amplify, Change, Project, Replace, Zero
 from groundscope.core.errors import ModelError, PatchError, SiteError
-from lvlm.access.site_width import site_width
 from lvlm.active_interventions import ActiveIntervention, mark_intervention
 from lvlm.image_tokens import check_image_in_sequence
 from lvlm.intervention_digest import digest_of
 from lvlm.model import Lvlm
+from lvlm.site_width import site_width
 from lvlm.sites import Site
 
 __all__ = [

@@ -1,31 +1,25 @@
-"""Attention computed step by step, which is the only way to read its pattern; and saying so."""
+"""Eager attention: attention patterns exist only if attention is computed step by step."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from lvlm.model import Lvlm
+from lvlm.interfaces import Model
 
 _LOG = logging.getLogger(__name__)
 
 
-def _configs(model: Lvlm) -> list[Any]:
-    found: list[Any] = [m.config for m in model.hf.modules() if hasattr(m, "config")]
-    return list({id(c): c for c in found if hasattr(c, "_attn_implementation")}.values())
-
-
-def implementations(model: Lvlm) -> tuple[str, ...]:
-    """Return the ways in which attention is computed, by transformers' names, sorted."""
+def implementations(model: Model) -> tuple[str, ...]:
+    """Return the attention implementations in use, by transformers' names, sorted."""
     return tuple(sorted({str(config._attn_implementation) for config in _configs(model)}))
 
 
 @contextmanager
-def attention(model: Lvlm, name: str) -> Iterator[None]:
-    """Let attention be computed in the way that transformers knows by a name; afterwards it is as it was."""
+def attention(model: Model, name: str) -> Iterator[None]:
+    """Use an attention implementation, by transformers' name, while the context is open."""
     before = [(config, config._attn_implementation) for config in _configs(model)]
     try:
         for config, _ in before:
@@ -37,23 +31,27 @@ def attention(model: Lvlm, name: str) -> Iterator[None]:
 
 
 @contextmanager
-def eager(model: Lvlm) -> Iterator[None]:
-    """Let attention be computed step by step, so that its pattern can be read; afterwards it is as it was."""
+def eager(model: Model) -> Iterator[None]:
+    """Compute attention step by step while the context is open, so that its pattern can be read."""
     with attention(model, "eager"):
         yield
 
 
-def say_eager(model: Lvlm) -> None:
-    """Say that attention is about to be computed step by step, where it is not so already.
+def warn_of_eager(model: Model) -> None:
+    """Log a warning that attention will be computed step by step, unless it already is.
 
-    A record of level WARNING of the logger ``lvlm.access.eager_attention``: Python shows it on standard error where
-    nothing else is set up, every time, while a warning would be shown for the first of many calls alone.
+    A record of the logger ``lvlm.access.eager_attention``: a Python warning would appear only for the first of many calls.
     """
     usual = sorted({str(c._attn_implementation) for c in _configs(model)} - {"eager"})
     if usual:
         _LOG.warning(
-            "an attention pattern was asked for: %s computes attention step by step (eager) for this call instead of %s; "
-            "it needs more memory, and the last bits of all values differ",
+            "attention patterns are requested: for this call %s computes attention step by step (eager) instead of with %s, "
+            "which needs more memory and changes the last bits of all values",
             model.name,
             ", ".join(usual),
         )
+
+
+def _configs(model: Model) -> list[Any]:
+    configs: list[Any] = [m.config for m in model.hf.modules() if hasattr(m, "config")]
+    return list({id(c): c for c in configs if hasattr(c, "_attn_implementation")}.values())

@@ -1,8 +1,8 @@
-"""A picture that several rows of a batch show goes through the vision tower once.
+"""Run the vision tower once for each different image of a batch.
 
-Benchmarks ask several questions about each image, and a tower sees each picture by itself: what it gives for one row is what
-it gives for every row with that picture. So the tower is given each picture once, and what comes out is laid out for all rows
-again before anything else sees it. Nothing but the tower knows.
+Benchmarks ask several questions about each image, and a tower processes images independently, so its output for an image is the
+same in every row. The tower receives each different image once, and its output is repeated for all rows before any other module
+receives it.
 """
 
 from __future__ import annotations
@@ -10,23 +10,21 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lvlm.active_interventions import mark_observer
-
-if TYPE_CHECKING:
-    from lvlm.model import Lvlm
+from lvlm.interfaces import Model
 
 
-class _Unfit(Exception):
-    """Something that is not as many equal parts as there are rows."""
+class _NotSeparable(Exception):
+    """A value does not consist of as many equal parts as there are rows."""
 
 
-def tower_of(model: Lvlm) -> nn.Module | None:
-    """Return the largest module that holds the vision layers and no decoder layer; None where there is none."""
+def vision_tower(model: Model) -> nn.Module | None:
+    """Return the largest module that contains the vision layers and no decoder layer; None if there is no such module."""
     layers = model.layers("vision")
     if not layers:
         return None
@@ -41,48 +39,49 @@ def tower_of(model: Lvlm) -> nn.Module | None:
 
 
 @contextmanager
-def each_picture_once(model: Lvlm, images: Sequence[str]) -> Iterator[None]:
-    """Let forwards of a batch run the vision tower once for each different image.
+def share_vision_runs(model: Model, images: Sequence[str]) -> Iterator[None]:
+    """Run the vision tower once for each different image in forward passes of a batch, while the context is open.
 
-    Where that cannot be done exactly, forwards are as they always are: for a family whose view does not take pictures
-    apart (`lvlm.encoding.registry.View.apart`), where something reads or changes the tower from within, and where what
-    the tower is given or gives is not as many equal parts as there are rows, equal for equal images.
+    Forward passes are not changed where sharing would not be exact: for a family whose images are not separable
+    (`lvlm.interfaces.ImageEncoding.separable`), if hooks read or change the tower, and if the tower's inputs or outputs do not
+    consist of as many equal parts as there are rows, with equal parts for equal images.
 
     Parameters
     ----------
     model
         The model.
     images
-        For each row what is equal for equal images (`ImageSource.identity`).
+        A key for each row that is equal for equal images (`ImageSource.identity`).
     """
-    rows = {image: row for row, image in reversed(list(enumerate(images)))}  # image -> its first row
-    if len(rows) == len(images) or not model.view.apart or model.tower is None or _watched(model.tower):
+    first_row = {image: row for row, image in reversed(list(enumerate(images)))}
+    tower = model.tower
+    if len(first_row) == len(images) or not model.image_encoding.separable or tower is None or _has_hooks(tower):
         yield
         return
-    tower, first = model.tower, sorted(rows.values())
-    back = [first.index(rows[image]) for image in images]
-    whole: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    first = sorted(first_row.values())
+    repeat = [first.index(first_row[image]) for image in images]
+    full_inputs: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
     @mark_observer
     def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        whole.clear()
+        full_inputs.clear()
         if not torch.is_grad_enabled():
             try:
-                few = _mapped((args, kwargs), lambda x: _chosen(x, len(images), first, back))
-            except _Unfit:
+                reduced = _map_tensors((args, kwargs), lambda x: _select_rows(x, len(images), first, repeat))
+            except _NotSeparable:
                 return None
-            whole.append((args, kwargs))
-            return few
+            full_inputs.append((args, kwargs))
+            return reduced
         return None
 
-    @mark_observer  # what the tower gives for each row is the same
+    @mark_observer  # the output for each row is unchanged
     def after(module: nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any], output: Any) -> Any:
-        if not whole:
+        if not full_inputs:
             return None
-        args, kwargs = whole.pop()
+        args, kwargs = full_inputs.pop()
         try:
-            return _mapped(output, lambda x: _rows(_parts(x, len(first)), back))
-        except _Unfit:
+            return _map_tensors(output, lambda x: _split(x, len(first))[repeat].flatten(0, 1))
+        except _NotSeparable:
             return module.forward(*args, **kwargs)
 
     hooks = (
@@ -96,43 +95,39 @@ def each_picture_once(model: Lvlm, images: Sequence[str]) -> Iterator[None]:
             hook.remove()
 
 
-def _watched(tower: nn.Module) -> bool:
-    """Whether hooks are on a tower: they may count rows. Those that transformers collects outputs with do not."""
-    held = (h for m in tower.modules() for hooks in (m._forward_hooks, m._forward_pre_hooks) for h in hooks.values())
-    return any(not str(getattr(hook, "__module__", "")).startswith("transformers.") for hook in held)
+def _has_hooks(tower: nn.Module) -> bool:
+    """Whether a tower has hooks that may depend on the number of rows; those with which transformers collects outputs do not."""
+    hooks = (h for m in tower.modules() for table in (m._forward_hooks, m._forward_pre_hooks) for h in table.values())
+    return any(not str(getattr(hook, "__module__", "")).startswith("transformers.") for hook in hooks)
 
 
-def _chosen(x: Tensor, count: int, first: list[int], back: list[int]) -> Tensor:
-    """Return the parts of some rows, after a look at whether they are those of all rows."""
-    parts = _parts(x, count)
-    few = parts[first]
-    if not torch.equal(few[back], parts):
-        raise _Unfit
-    return few.flatten(0, 1)
+def _select_rows(x: Tensor, count: int, first: list[int], repeat: list[int]) -> Tensor:
+    """Return the parts of the first row of each image; raise `_NotSeparable` if repeating them does not restore all rows."""
+    parts = _split(x, count)
+    selected = parts[first]
+    if not torch.equal(selected[repeat], parts):
+        raise _NotSeparable
+    return selected.flatten(0, 1)
 
 
-def _rows(parts: Tensor, back: list[int]) -> Tensor:
-    return parts[back].flatten(0, 1)
-
-
-def _parts(x: Tensor, count: int) -> Tensor:
-    """Divide a tensor's first axis into so many equal parts."""
+def _split(x: Tensor, count: int) -> Tensor:
+    """Split the first axis into `count` equal parts."""
     if not x.dim() or not x.shape[0] or x.shape[0] % count:
-        raise _Unfit
+        raise _NotSeparable
     return x.unflatten(0, (count, -1))
 
 
-def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """Change every tensor in what a module is given or gives; raises `_Unfit` where there may be some that are not seen."""
+def _map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Apply a function to every tensor in nested containers; raise `_NotSeparable` for objects that may contain tensors."""
     if isinstance(value, Tensor):
         return change(value)
-    if isinstance(value, dict):  # outputs of transformers among them, which are copied with their attributes
-        made = copy.copy(value)
+    if isinstance(value, dict):  # also outputs of transformers, which are copied with their attributes
+        result = copy.copy(value)
         for name, item in value.items():
-            made[name] = _mapped(item, change)
-        return made
+            result[name] = _map_tensors(item, change)
+        return result
     if type(value) in (tuple, list):
-        return type(value)(_mapped(item, change) for item in value)
+        return type(value)(_map_tensors(item, change) for item in value)
     if value is None or isinstance(value, bool | int | float | str | torch.dtype | torch.device):
         return value
-    raise _Unfit
+    raise _NotSeparable

@@ -1,4 +1,4 @@
-"""Weights wherever they are: in their module, or kept elsewhere by accelerate until the module runs."""
+"""Weights of modules, also of those whose weights accelerate keeps outside the module until it runs."""
 
 from __future__ import annotations
 
@@ -10,40 +10,40 @@ from torch import Tensor, nn
 
 
 def weight(module: nn.Module, name: str = "weight") -> Tensor | None:
-    """Return a parameter of a module; None where there is none.
+    """Return a parameter of a module; None if the module has no such parameter.
 
-    A model too large for its GPUs is spread by accelerate over main memory and disk. A parameter there is an empty shell
-    on the device ``meta`` and is filled while its module runs; its values are what accelerate keeps for it.
+    accelerate distributes a model that is too large for its GPUs over main memory and disk. Such a parameter is on the device
+    ``meta``, without values, except while its module runs; its values are then in accelerate's table of weights.
     """
-    found = getattr(module, name, None)
-    if isinstance(found, Tensor) and found.is_meta:
-        for hook in _hooks(module):
-            kept = getattr(hook, "weights_map", None)
-            if kept is not None:
-                return kept[name]
-    return found if isinstance(found, Tensor) else None
+    parameter = getattr(module, name, None)
+    if isinstance(parameter, Tensor) and parameter.is_meta:
+        for hook in _accelerate_hooks(module):
+            table = getattr(hook, "weights_map", None)
+            if table is not None:
+                return table[name]
+    return parameter if isinstance(parameter, Tensor) else None
 
 
 def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield every parameter of a model by name, as `weight` gives it."""
+    """Yield every parameter of a model with its name; values as returned by `weight`."""
     for path, parameter in model.named_parameters():
         parent, _, name = path.rpartition(".")
-        found = weight(model.get_submodule(parent), name) if parameter.is_meta else parameter
-        yield path, parameter if found is None else found
+        values = weight(model.get_submodule(parent), name) if parameter.is_meta else parameter
+        yield path, parameter if values is None else values
 
 
 def columns(module: nn.Linear, which: slice, like: Tensor) -> Tensor:
     """Return columns of the matrix that a linear layer applies, ``[out, n]``, in the dtype and on the device of `like`.
 
-    A plain layer's matrix is its weight. A quantized layer stores codes in another dtype or shape: it is given unit
-    vectors, and what it returns, less what it returns for zero, are the columns that it really applies.
+    The matrix of an ordinary layer is its weight. A quantized layer stores codes in another dtype or shape, so its columns are
+    its outputs for unit vectors minus its output for zero.
 
     Parameters
     ----------
     module
         The layer.
     which
-        Columns, with plain bounds: ``slice(start, stop)``.
+        Columns, as ``slice(start, stop)``.
     like
         A tensor with the dtype and device of the layer's inputs.
     """
@@ -52,13 +52,13 @@ def columns(module: nn.Linear, which: slice, like: Tensor) -> Tensor:
         return stored[:, which].to(like)
     units = like.new_zeros(which.stop - which.start + 1, module.in_features)
     units[torch.arange(len(units) - 1), torch.arange(which.start, which.stop)] = 1
-    # `forward`, not a call: hooks on the module watch the forward pass of the model, and this is none.
+    # `forward` and not a call, because hooks on the module are for forward passes of the model.
     out = module.forward(units).to(like)
     return (out[:-1] - out[-1]).T
 
 
 def quantized(module: nn.Linear) -> bool:
-    """Whether a linear layer stores anything but its matrix in floating point of at least two bytes."""
+    """Whether a linear layer stores anything other than its matrix in a floating type of at least two bytes."""
     stored = weight(module)
     return (
         stored is None
@@ -70,20 +70,21 @@ def quantized(module: nn.Linear) -> bool:
 
 
 def empty(model: nn.Module) -> bool:
-    """Whether a model has parameters without values: made on ``meta``, and not kept elsewhere."""
+    """Whether a model has parameters without values: on the device ``meta``, and not in accelerate's tables."""
     return any(tensor.is_meta for _, tensor in named_weights(model))
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Return where a model takes its inputs: where its first parameter is, or will be when it runs."""
+    """Return the device of a model's inputs: that of its first parameter while the model runs."""
     first = next(model.parameters()).device
     if first.type != "meta":
         return first
-    places = (getattr(hook, "execution_device", None) for module in model.modules() for hook in _hooks(module))
-    place = next((p for p in places if p is not None), "cpu")
-    return torch.device(f"cuda:{place}" if isinstance(place, int) else place)
+    hooks = (hook for module in model.modules() for hook in _accelerate_hooks(module))
+    devices = (getattr(hook, "execution_device", None) for hook in hooks)
+    device = next((d for d in devices if d is not None), "cpu")
+    return torch.device(f"cuda:{device}" if isinstance(device, int) else device)
 
 
-def _hooks(module: nn.Module) -> list[Any]:
+def _accelerate_hooks(module: nn.Module) -> list[Any]:
     hook = getattr(module, "_hf_hook", None)
     return list(getattr(hook, "hooks", [hook])) if hook is not None else []

@@ -1,94 +1,75 @@
-"""From a prompt and its images to the tensors a model takes, and a map of which token is what."""
+"""Encode a prompt and its images: model inputs, and a map of the roles of their tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from concepts.schema import Box, Example
 from groundscope.core.errors import DataError, ModelError
-from lvlm.encoding.encoded_image import Look
 from lvlm.image_tokens import image_in_sequence, image_tokens
+from lvlm.interfaces import EncodedImage, Model
 from lvlm.prompting import find_question
 from lvlm.sites import Stack
-from lvlm.token_map import Lattice, TokenMap
-
-if TYPE_CHECKING:
-    from lvlm.model import Lvlm
+from lvlm.token_map import ImageView, TokenMap
 
 Inputs = dict[str, Tensor]
+Span = tuple[int, int]
+"""First character, and the one after the last."""
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """One example as the model takes it."""
+    """One encoded example."""
 
     example: Example
     inputs: Inputs
-    """Model inputs by name, each with a leading batch axis of 1 (packed patches: of as many as there are), on the CPU."""
+    """Model inputs by name, on the CPU, with a leading batch axis of 1; patches of packed images have no batch axis."""
     tokens: TokenMap
 
     @property
     def shape(self) -> tuple[Any, ...]:
-        """What two encodings must have in common to share a batch without padding."""
+        """Key that is equal for encodings that can share a batch without padding."""
         return (self.tokens.length, *((name, tuple(x.shape)) for name, x in sorted(self.inputs.items())))
-
-
-def check_alike(encodings: Sequence[Encoding]) -> None:
-    """Raise `DataError` naming what differs where encodings cannot share a batch, or where there are none."""
-    if not encodings:
-        msg = "no examples to put into a batch: give at least one"
-        raise DataError(msg)
-    first = encodings[0]
-    other = next((e for e in encodings if e.shape != first.shape), None)
-    if other is None:
-        return
-    names = sorted({*first.inputs, *other.inputs})
-    shapes = {n: tuple(list(e.inputs[n].shape) if n in e.inputs else None for e in (first, other)) for n in names}
-    unlike = [f"{name} ({one or 'none'} and {two or 'none'})" for name, (one, two) in shapes.items() if one != two]
-    msg = (
-        f"examples '{first.example.id}' and '{other.example.id}' differ in "
-        f"{', '.join(unlike) or 'the length of what the decoder reads'}: nothing is padded; batch them with model.batches"
-    )
-    raise DataError(msg)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Encodings of equal shape, side by side; nothing is padded."""
+    """Encodings of equal shape and their stacked inputs; nothing is padded."""
 
     index: tuple[int, ...]
-    """Place of each row in the sequence the batch was cut from."""
+    """Index of each row in the sequence of examples."""
     encodings: tuple[Encoding, ...]
     inputs: Inputs
 
     @property
     def images(self) -> tuple[str, ...]:
-        """Identity of each row's image: rows that ask about the same one share it."""
+        """Identity of each row's image; equal for rows about the same image."""
         return tuple(e.example.image.identity for e in self.encodings)
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What is asked about some images."""
+    """A text about images."""
 
     text: str
-    """With the model's placeholder once for each image, up to where the answer begins."""
+    """Text with one placeholder per image, up to where the answer begins."""
     question: str = ""
-    """The part of it that is the question itself; its words are what ``question`` selects."""
+    """Part of the text whose words the token selection ``question`` selects."""
     name: str = "prompt"
-    """What to call it in errors."""
+    """Name in error messages."""
     boxes: Mapping[str, tuple[int, Box]] | None = None
-    """Object id to its image and pixel box."""
+    """Object id to the index of its image and its pixel box."""
     subject: str | None = None
+    """Id of the object in question."""
 
 
 def encode(
-    model: Lvlm, prompt: Prompt, looks: Sequence[Look], axis: int, sizes: Sequence[tuple[int, int]] = ()
+    model: Model, prompt: Prompt, images: Sequence[EncodedImage], sizes: Sequence[tuple[int, int]] = ()
 ) -> tuple[Inputs, TokenMap]:
     """Return the inputs and the token map of a prompt.
 
@@ -98,169 +79,197 @@ def encode(
         The model that will read it.
     prompt
         The text.
-    looks
-        What each of its images became, in order.
-    axis
-        Along which axis pixels of several images are joined.
+    images
+        Its encoded images, in order.
     sizes
-        Width and height of each image, for errors.
+        Width and height of each image, for error messages.
 
     Raises
     ------
     DataError
-        Where the prompt has not as many placeholders as there are images, the tokenizer does not keep image tokens, or the
-        images differ in size and the family does not pad them.
+        If the number of placeholders is not that of the images, the tokenizer splits image tokens, or the images differ in
+        size and the family does not pad them.
+    ModelError
+        If the tokenizer is not a fast tokenizer.
     """
-    tokenizer = model.processor.tokenizer
-    text, spans = _expand(model, prompt, looks)
-    leading = "".join(look.text for look in looks) if model.spec.image_first else ""
-    if not getattr(tokenizer, "is_fast", False):
-        msg = (
-            f"{type(tokenizer).__name__} of {model.name} does not tell where in a text its tokens stand: give a fast "
-            "tokenizer (PreTrainedTokenizerFast), into which transformers can convert most"
-        )
-        raise ModelError(msg)
-    special = model.spec.special_tokens and not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))
-    read = tokenizer(text, return_offsets_mapping=True, add_special_tokens=special)
-    first = tokenizer(leading, add_special_tokens=False)["input_ids"] if leading else []
-    ids: list[int] = [*first, *read["input_ids"]]
-    offsets = [(0, 0)] * len(first) + list(read["offset_mapping"])
-    cells = [i for i, token in enumerate(ids) if token == model.content_id]
-    expected = sum(look.text.count(model.content_token) for look in looks)
-    if len(cells) != expected:
-        msg = (
-            f"example '{prompt.name}': {len(cells)} image tokens in the prompt, {expected} expected; the tokenizer does not "
-            f"keep '{model.content_token}' as one token, or the question holds it"
-        )
-        raise DataError(msg)
-    span = find_question(text, prompt.question)
-    if span is None:
-        msg = (
-            f"example '{prompt.name}': the chat template of {model.name} does not repeat the question "
-            f"'{prompt.question.strip()}' word for word, so its tokens cannot be found; set processor.chat_template to one "
-            "that does"
-        )
-        raise DataError(msg)
-    start, end = span
-    question = tuple(i for i, (a, b) in enumerate(offsets) if a < end and b > start and b > a)
+    text, image_spans = _insert_images(model, prompt, images)
+    ids, offsets = _tokenize(model, text, images)
+    _check_image_tokens(model, prompt, ids, images)
+    question = _question_positions(model, prompt, text, offsets)
     inputs: Inputs = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
-    for name in looks[0].inputs:
-        inputs[name] = _join(model, prompt.name, [look.inputs[name] for look in looks], axis, sizes)
-    # Which tokens are an image's: for positions in three axes, or for attention that runs both ways among them.
+    for name in images[0].inputs:
+        inputs[name] = _join(model, prompt.name, [image.inputs[name] for image in images], sizes)
+    # Models need token types for positions with three axes, or for bidirectional attention among image tokens.
     for name in ("mm_token_type_ids", "token_type_ids"):
         if name in model.accepts:
-            marked = torch.tensor([[int(token == model.content_id and model.spec.token_types) for token in ids]])
-            inputs[name] = marked
-    inputs.update(model.view.finish(model, ids, looks, text) if model.view.finish else {})
-    image = image_tokens(model, inputs)[0].nonzero().flatten().tolist() if image_in_sequence(model) else []
-    placed = sum(len(view.positions) for look in looks for view in look.lattices.get("decoder", ()))
-    if image_in_sequence(model) and len(image) != placed:
-        msg = (
-            f"view '{model.spec.view}' of {model.name} places {placed} image tokens and marks {len(image)}: View.mark must mark "
-            "the tokens of its lattices"
-        )
-        raise ModelError(msg)
-    lattices = _lay(looks, image)
-    separators = () if model.encoder_decoder else tuple(sorted((_within(offsets, spans) | set(cells)) - set(image)))
+            inputs[name] = torch.tensor([[int(token == model.content_id and model.spec.token_types) for token in ids]])
+    if model.image_encoding.extra_inputs is not None:
+        inputs.update(model.image_encoding.extra_inputs(model, ids, images, text))
+    positions = image_tokens(model, inputs)[0].nonzero().flatten().tolist() if image_in_sequence(model) else []
+    views = _place_views(model, images, positions)
     sequence: dict[Stack, int] = {}
-    for look in looks:
-        for stack, length in look.sequence.items():
+    for image in images:
+        for stack, length in image.sequence.items():
             sequence[stack] = sequence.get(stack, 0) + length
     if model.encoder_decoder:
         inputs["decoder_input_ids"] = torch.tensor([[decoder_start(model)]])
-        question = ()
-    length = 1 if model.encoder_decoder else len(ids)
-    tokens = TokenMap(
-        length,
-        question,
-        lattices,
-        separators,
-        prompt.boxes or {},
-        prompt.subject,
-        sequence,
-        encoder=model.encoder_decoder,
+        tokens = TokenMap(
+            1, (), views, boxes=prompt.boxes or {}, subject=prompt.subject, sequence=sequence, encoder=True
+        )
+        return inputs, tokens
+    with_image = _tokens_in(offsets, image_spans) | {i for i, token in enumerate(ids) if token == model.content_id}
+    separators = tuple(sorted(with_image - set(positions)))
+    return inputs, TokenMap(len(ids), question, views, separators, prompt.boxes or {}, prompt.subject, sequence)
+
+
+def check_alike(encodings: Sequence[Encoding]) -> None:
+    """Raise `DataError` if there are no encodings, or if they differ in shape and cannot share a batch."""
+    if not encodings:
+        msg = "no examples to put into a batch; give at least one"
+        raise DataError(msg)
+    first = encodings[0]
+    other = next((e for e in encodings if e.shape != first.shape), None)
+    if other is None:
+        return
+    names = sorted({*first.inputs, *other.inputs})
+    shapes = {n: tuple(list(e.inputs[n].shape) if n in e.inputs else "none" for e in (first, other)) for n in names}
+    differences = [f"{name} ({a} and {b})" for name, (a, b) in shapes.items() if a != b]
+    msg = (
+        f"examples '{first.example.id}' and '{other.example.id}' differ in "
+        f"{', '.join(differences) or 'the number of decoder tokens'}, and batches are not padded; batch them with "
+        "model.batches"
     )
-    return inputs, tokens
+    raise DataError(msg)
 
 
-def decoder_start(model: Lvlm) -> int:
-    """Return the token an encoder-decoder begins its answer with; raises `ModelError` where none is set."""
+def decoder_start(model: Model) -> int:
+    """Return the token that an encoder-decoder's answer begins with; raises `ModelError` if none is set."""
     text = getattr(model.hf.config, "text_config", None)
     configs: tuple[Any, ...] = (model.hf.generation_config, model.hf.config, text)
     for config in configs:
         if getattr(config, "decoder_start_token_id", None) is not None:
             return int(config.decoder_start_token_id)
-    msg = f"{model.name} is an encoder-decoder without decoder_start_token_id: set it in the model's generation_config"
+    msg = f"{model.name} is an encoder-decoder without decoder_start_token_id; set it in the model's generation_config"
     raise ModelError(msg)
 
 
-def _expand(model: Lvlm, prompt: Prompt, looks: Sequence[Look]) -> tuple[str, list[tuple[int, int]]]:
-    """Put each image's own text in the place of its placeholder; return where those texts stand."""
+def _insert_images(model: Model, prompt: Prompt, images: Sequence[EncodedImage]) -> tuple[str, list[Span]]:
+    """Replace each placeholder by its image's text; return the text and the spans of the images."""
     placeholder = model.placeholder
     parts = prompt.text.split(placeholder)
     if model.spec.image_first:
         if len(parts) > 1:
-            msg = f"example '{prompt.name}': the question holds '{placeholder}', which stands for an image"
+            msg = f"example '{prompt.name}': the question contains '{placeholder}', the placeholder of an image; remove it"
             raise DataError(msg)
         return prompt.text, []
-    if len(parts) - 1 != len(looks) or not looks:
+    if len(parts) - 1 != len(images) or not images:
         msg = (
-            f"example '{prompt.name}': the prompt holds {len(parts) - 1} image placeholders ('{placeholder}'), not "
-            f"{len(looks)}, the number of its images"
-            + ("" if looks else f"; {model.name} is asked about images: give at least one")
+            f"example '{prompt.name}': the prompt has {len(parts) - 1} image placeholders ('{placeholder}') for "
+            f"{len(images)} images" + ("" if images else f"; {model.name} needs at least one image")
         )
         raise DataError(msg)
     text, spans = parts[0], []
-    for look, part in zip(looks, parts[1:], strict=True):
-        spans.append((len(text), len(text) + len(look.text)))
-        text += look.text + part
+    for image, part in zip(images, parts[1:], strict=True):
+        spans.append((len(text), len(text) + len(image.text)))
+        text += image.text + part
     return text, spans
 
 
-def _join(model: Lvlm, name: str, parts: list[Tensor], axis: int, sizes: Sequence[tuple[int, int]]) -> Tensor:
-    """Join an input of several images, filled up with zeros at the end as transformers' image processors do."""
-    if len(parts) == 1:
-        return parts[0]  # not copied: hundreds of questions may wait for their batch with it
-    dim = axis if parts[0].dim() > 3 else 0
-    alike = {(*part.shape[:dim], *part.shape[dim + 1 :]) for part in parts}
-    if len(alike) > 1 and not (model.view.pads and parts[0].dim() > 3):
-        shown = " and ".join(dict.fromkeys(f"{width} x {height}" for width, height in sizes)) or "unlike sizes"
+def _tokenize(model: Model, text: str, images: Sequence[EncodedImage]) -> tuple[list[int], list[Span]]:
+    """Return token ids, with leading image tokens for families that need them first, and the span of each token."""
+    tokenizer = model.processor.tokenizer
+    if not getattr(tokenizer, "is_fast", False):
         msg = (
-            f"example '{name}': images of {shown} pixels cannot share a prompt of {model.name} ({model.spec.model_type}): resize "
-            "them to one size first"
+            f"{type(tokenizer).__name__} of {model.name} does not return the character offsets of tokens; use a fast "
+            "tokenizer (PreTrainedTokenizerFast); transformers can convert most"
+        )
+        raise ModelError(msg)
+    leading = "".join(image.text for image in images) if model.spec.image_first else ""
+    first = tokenizer(leading, add_special_tokens=False)["input_ids"] if leading else []
+    special = model.spec.special_tokens and not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))
+    encoded = tokenizer(text, return_offsets_mapping=True, add_special_tokens=special)
+    return [*first, *encoded["input_ids"]], [(0, 0)] * len(first) + list(encoded["offset_mapping"])
+
+
+def _check_image_tokens(model: Model, prompt: Prompt, ids: Sequence[int], images: Sequence[EncodedImage]) -> None:
+    count, expected = ids.count(model.content_id), sum(image.text.count(model.content_token) for image in images)
+    if count != expected:
+        msg = (
+            f"example '{prompt.name}': {count} image tokens in the prompt, {expected} expected; the tokenizer splits "
+            f"'{model.content_token}', or the question contains it"
         )
         raise DataError(msg)
-    if len(alike) > 1:
-        most = [max(part.shape[i] for part in parts) for i in range(parts[0].dim())]
-        most[dim] = 0  # joined along this one
-        filled = [[max(0, most[i] - part.shape[i]) for i in range(part.dim())] for part in parts]
+
+
+def _question_positions(model: Model, prompt: Prompt, text: str, offsets: Sequence[Span]) -> tuple[int, ...]:
+    span = find_question(text, prompt.question)
+    if span is None:
+        msg = (
+            f"example '{prompt.name}': the chat template of {model.name} does not repeat the question "
+            f"'{prompt.question.strip()}' word for word, so its tokens cannot be found; set processor.chat_template to a "
+            "template that does"
+        )
+        raise DataError(msg)
+    return tuple(sorted(_tokens_in(offsets, [span])))
+
+
+def _tokens_in(offsets: Sequence[Span], spans: Sequence[Span]) -> set[int]:
+    """Return the tokens that overlap spans of the text."""
+    return {i for start, end in spans for i, (a, b) in enumerate(offsets) if b > a and a < end and b > start}
+
+
+def _join(model: Model, name: str, parts: list[Tensor], sizes: Sequence[tuple[int, int]]) -> Tensor:
+    """Concatenate an input of several images, padded with zeros at the end as in transformers' image processors."""
+    if len(parts) == 1:
+        return parts[0]  # not copied: hundreds of questions about one image share its pixels until their batch is built
+    dim = model.image_encoding.axis if parts[0].dim() > 3 else 0
+    shapes = {(*part.shape[:dim], *part.shape[dim + 1 :]) for part in parts}
+    if len(shapes) > 1 and not (model.image_encoding.pads and parts[0].dim() > 3):
+        listed = " and ".join(dict.fromkeys(f"{width} x {height}" for width, height in sizes)) or "different sizes"
+        msg = (
+            f"example '{name}': images of {listed} pixels cannot share a prompt of {model.name} ({model.spec.model_type}); "
+            "resize them to one size first"
+        )
+        raise DataError(msg)
+    if len(shapes) > 1:
+        largest = [max(part.shape[i] for part in parts) for i in range(parts[0].dim())]
+        largest[dim] = 0  # the concatenated axis is not padded
+        missing = [[max(0, largest[i] - part.shape[i]) for i in range(part.dim())] for part in parts]
         parts = [
             torch.nn.functional.pad(part, [n for more in reversed(fill) for n in (0, more)])
-            for part, fill in zip(parts, filled, strict=True)
+            for part, fill in zip(parts, missing, strict=True)
         ]
     return torch.cat(parts, dim=dim)
 
 
-def _within(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> set[int]:
-    """Return the tokens that stand in some spans of the text."""
-    return {i for s, e in spans for i, (a, b) in enumerate(offsets) if b > a and a < e and b > s}
-
-
-def _lay(looks: Sequence[Look], image: Sequence[int]) -> dict[Stack, tuple[Lattice, ...]]:
-    """Move each image's views to where they stand among those of all images; `image` are the image tokens in order."""
-    found: dict[Stack, tuple[Lattice, ...]] = {}
-    before, seen = 0, {"vision": 0, "projector": 0}
-    for number, look in enumerate(looks):
-        for stack, views in look.lattices.items():
+def _place_views(
+    model: Model, images: Sequence[EncodedImage], positions: Sequence[int]
+) -> dict[Stack, tuple[ImageView, ...]]:
+    """Return the views of all images with positions in the full sequences; `positions` are those of the image tokens."""
+    expected = sum(len(view.positions) for image in images for view in image.views.get("decoder", ()))
+    if image_in_sequence(model) and len(positions) != expected:
+        msg = (
+            f"the image encoding '{model.spec.view}' of {model.name} returns views of {expected} image tokens, but its "
+            f"image_token_mask selects {len(positions)}; it must select the tokens of the views"
+        )
+        raise ModelError(msg)
+    placed: dict[Stack, tuple[ImageView, ...]] = {}
+    tokens_before, length_before = 0, {"vision": 0, "projector": 0}
+    for number, image in enumerate(images):
+        for stack, views in image.views.items():
             if stack == "decoder":
-                if not image:
+                if not positions:
                     continue
-                moved = tuple(
-                    Lattice(tuple(image[before + p] for p in v.positions), v.grid, v.kind, number) for v in views
+                shifted = tuple(
+                    ImageView(tuple(positions[tokens_before + p] for p in v.positions), v.grid, v.kind, number)
+                    for v in views
                 )
-                before += sum(len(v.positions) for v in views)
+                tokens_before += sum(len(v.positions) for v in views)
             else:
-                moved = tuple(v.moved(seen[stack], number) for v in views)
-            found[stack] = (*found.get(stack, ()), *moved)
-        seen = {stack: length + look.sequence.get(stack, 0) for stack, length in seen.items()}  # type: ignore[call-overload]
-    return found
+                shifted = tuple(v.shifted(length_before[stack], number) for v in views)
+            placed[stack] = (*placed.get(stack, ()), *shifted)
+        length_before = {
+            stack: length + image.sequence.get(stack, 0)  # type: ignore[call-overload]
+            for stack, length in length_before.items()
+        }
+    return placed

@@ -1,13 +1,18 @@
-"""The table of families: one entry each, saying only what cannot be found in the model. A new family is one entry here."""
+"""Families by model type; each entry states only what cannot be detected from the model.
+
+A package adds a family without changing this one, by an entry point whose name is the model type::
+
+    [project.entry-points."groundscope.families"]
+    my_llava = "my_package:SPEC"
+"""
 
 from __future__ import annotations
-
-from collections.abc import Mapping
-from types import MappingProxyType
 
 from torch import nn
 
 from groundscope.core.errors import ModelError
+from groundscope.core.registry import Registry
+from groundscope.core.text import nearest
 from lvlm.family.discovery import tree
 from lvlm.family.specification import ABSENT, FamilySpec, StackSpec
 
@@ -53,7 +58,8 @@ _QWEN_VISUAL = StackSpec(
 _CHATML = "<|im_start|>user\n{image}{question}<|im_end|>\n<|im_start|>assistant\n"
 _BRACKETS = "<|vision_start|>{image}<|vision_end|>"
 
-FAMILIES: Mapping[str, FamilySpec] = MappingProxyType(
+families: Registry[FamilySpec] = Registry(
+    "family",
     {
         spec.model_type: spec
         for spec in (
@@ -91,7 +97,7 @@ FAMILIES: Mapping[str, FamilySpec] = MappingProxyType(
                 "paligemma",
                 template="{image}{bos}{question}\n",
                 special_tokens=False,
-                token_types=False,  # there they tell the prompt, read both ways, from an answer to be trained on
+                token_types=False,  # they separate the prompt, with bidirectional attention, from an answer to train on
                 notes="the prompt is read both ways",
             ),
             FamilySpec(
@@ -145,7 +151,7 @@ FAMILIES: Mapping[str, FamilySpec] = MappingProxyType(
                 template="{image}{question}",
                 notes="mixture of experts; class token after the patches",
             ),
-            # The next three bring their own code (trust_remote_code), under the releases of transformers it was written for.
+            # The next three have their own code (trust_remote_code), for older releases of transformers.
             FamilySpec(
                 "minigpt4",
                 "resampled",
@@ -162,23 +168,33 @@ FAMILIES: Mapping[str, FamilySpec] = MappingProxyType(
                 "qwen",
                 "resampled",
                 vision=_QWEN_VISUAL,
-                projector="transformer.visual",  # which norms and maps what its resampler gives
+                projector="transformer.visual",  # includes the norm and the map after the resampler
                 template="{image}{question} Answer:",
                 around="Picture: <img>{image}</img>\n",
                 notes="own code; fused queries, keys and values",
             ),
             FamilySpec("mistral3", "rows", template="[INST]{image}{question}[/INST]", notes="row separators"),
         )
-    }
+    },
+    group="groundscope.families",
+    check=lambda spec: None if isinstance(spec, FamilySpec) else f"it is a {type(spec).__name__}, not a FamilySpec",
+    error=ModelError,
 )
+"""Families by model type: built-in, registered, and of installed packages (entry-point group ``groundscope.families``)."""
 
 
 def family(model_type: str, model: nn.Module | None = None) -> FamilySpec:
-    """Return the spec of a family; raises `ModelError` that lists those there are and says how to write one."""
-    if model_type not in FAMILIES:
+    """Return the spec of a family.
+
+    Raises
+    ------
+    ModelError
+        For an unknown family; the message lists the families, how to write one, and the modules of `model`.
+    """
+    if model_type not in families:
         msg = (
-            f"no FamilySpec for model type '{model_type}': there are {', '.join(FAMILIES)}; pass your own as "
-            f"spec=FamilySpec('{model_type}', view=…), in which fields left out are found in the model"
+            f"unknown family '{model_type}'; choose from {', '.join(families)}{nearest(model_type, families)}; or pass "
+            f"spec=FamilySpec('{model_type}', view=…), whose other fields are detected from the model"
         )
         raise ModelError(f"{msg}; its modules are\n{tree(model)}" if model is not None else msg)
-    return FAMILIES[model_type]
+    return families[model_type]

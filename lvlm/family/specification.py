@@ -1,12 +1,12 @@
-"""Where things are inside a family of models, as a description that code fills in and a user can override.
+"""Specs of model families: paths of modules, the prompt, and how images become tokens.
 
-A `FamilySpec` names modules by dotted path. What it leaves open (None) is found in the model itself by
-`lvlm.family.discovery`; what it says is taken as it is, and `lvlm.spec_validation` proves at load that the result is right.
+A `FamilySpec` names modules by dotted path. `lvlm.family.discovery` detects fields that are empty, and `lvlm.spec_validation`
+checks at load that the paths are right.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,13 @@ import torch
 from torch import nn
 
 from groundscope.core.errors import ModelError
+from groundscope.core.text import nearest
 from groundscope.core.user_files import read_text
 
 MAX_BYTES = 1 << 20
-"""Largest file that describes a family."""
+"""Largest size of a spec file, in bytes."""
 ABSENT = "-"
-"""What a spec says of a part that its family does not have."""
+"""Path of a part that a family does not have."""
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2, torch.float64: 1e-5}
 """Largest allowed error of an identity, relative to the largest value compared; transformers computes norms and attention
 weights in float32 whatever the model's own precision is."""
@@ -28,47 +29,52 @@ weights in float32 whatever the model's own precision is."""
 
 @dataclass(frozen=True)
 class StackSpec:
-    """Paths of one transformer stack; all but `layers` are relative to a layer.
+    """Paths of one transformer stack; all except `layers` are relative to a layer.
 
-    A path is made of attribute names and list indices joined by dots. Where the layers of a stack differ,
-    ``one|other`` names the first that a layer has. An empty path means that the stack has no such thing.
+    A path consists of attribute names and list indices, joined by dots. If layers of a stack differ, ``a|b`` is the first path
+    that a layer has. An empty path means that the stack has no such part.
+
+    Examples
+    --------
+    >>> from lvlm import StackSpec
+    >>> StackSpec("model.language_model.layers", mlp="feed_forward").attention
+    'self_attn'
     """
 
     layers: str = ""
-    """The list of layers; several that are run one after the other are joined by ``+``, and ``blocks.-1.*`` means the
-    children of each member of the last of `blocks`. Empty: to be found, with all else about the stack; ``-``: the family
-    has no such stack."""
+    """List of layers; lists that run one after the other are joined by ``+``, and ``blocks.-1.*`` means the children of each
+    member of the last of `blocks`. Empty: detect all fields of the stack; ``-``: the family has no such stack."""
     attention: str = "self_attn"
     output_projection: str = "self_attn.o_proj"
     mid_norm: str = "post_attention_layernorm"
-    """The module whose input is the residual stream between attention and MLP (nearly always a norm)."""
+    """Module whose input is the residual stream between attention and MLP (usually a norm)."""
     mlp: str = "mlp"
     query: str = "self_attn.q_proj"
-    """Where queries come out, before any rotation by position (as TransformerLens' ``hook_q``); ``attn.qkv#0`` is the first
-    third of a fused projection, ``attn.qkv#0/heads`` the first third of what it gives to each head."""
+    """Module whose output are the queries, before rotary embedding (as TransformerLens' ``hook_q``); ``attn.qkv#0`` is the
+    first third of a fused projection, ``attn.qkv#0/heads`` the first third of its output for each head."""
     key: str = "self_attn.k_proj"
     value: str = "self_attn.v_proj"
     attention_out: str = ""
-    """The module whose output is added to the residual stream, where that is not `attention` (a norm after it, say)."""
+    """Module whose output is added to the residual stream, if it is not `attention` (for example a norm after it)."""
     mlp_out: str = ""
     """The same for `mlp`."""
     attention_gate: str = ""
-    """Parameter that scales what attention adds: ``lambda_1``, or ``tanh(gate_attn)``."""
+    """Parameter that scales the attention output: ``lambda_1``, or ``tanh(gate_attn)``."""
     mlp_gate: str = ""
     mlp_row_mask: str = ""
-    """Argument of a layer's call that masks rows of what the MLP adds."""
+    """Argument of a layer that masks rows of the MLP output."""
     attention_post_norm: str = ""
-    """Norm of the residual stream itself after attention was added to it (post-norm transformers)."""
+    """Norm of the residual stream after the attention output is added (post-norm transformers)."""
     mlp_post_norm: str = ""
     attention_conv: str = ""
-    """Convolution whose output is added to the residual stream before attention, beside the sites (DaViT)."""
+    """Convolution whose output is added to the residual stream before attention; not a site (DaViT)."""
     mlp_conv: str = ""
     """The same before the MLP."""
     layout: str = ""
-    """How hidden states lie: ``[examples, tokens, width]`` where empty, ``tokens first``, or ``picture`` for
-    ``[examples, width, rows, columns]`` between layers. Sites always have examples first and width last."""
+    """Layout of hidden states: empty for ``[examples, tokens, width]``, ``tokens first``, or ``picture`` for
+    ``[examples, width, rows, columns]`` between layers. Sites are always ``[examples, tokens, width]``."""
     window: str = ""
-    """Where a layer says how many tokens a side of its attention's windows has; inside them tokens stand window by window."""
+    """Attribute of a layer with the side length of its attention windows, by which its attention orders tokens."""
     cross_attention: str = ""
     """Attention to the image, or to an encoder."""
     cross_output_projection: str = ""
@@ -78,50 +84,57 @@ class StackSpec:
     cross_gate: str = ""
     cross_post_norm: str = ""
     weights: int = 1
-    """Which element of the attention's output holds its weights."""
+    """Index of the attention weights in the attention's output."""
 
 
 @dataclass(frozen=True)
 class FamilySpec:
-    """Where the decoder, the vision tower and the projector of a family are, by dotted path from the model.
+    """Parts of a model family, as dotted paths from the model; how an image becomes tokens; and the prompt.
 
-    Fields that are left empty are found in the model; ``-`` says that the family has no such thing. A family that
-    transformers does not know can be described here, or in a yaml file with the same names (`FamilySpec.from_yaml`), and
-    given to `load_lvlm` or `wrap_lvlm`.
+    Empty fields are detected in the model; ``-`` states that the family has no such part. Pass a spec, or a yaml file with the
+    same fields (`from_yaml`), to `load_lvlm` or `wrap_lvlm`, or register it: `lvlm.families`.
+
+    Examples
+    --------
+    >>> from lvlm import FamilySpec, families
+    >>> families["qwen2_vl"].view
+    'packed'
+    >>> FamilySpec("my_llava", template="Human: {image}{question} Assistant:").decoder.layers  # detected at load
+    ''
     """
 
     model_type: str
-    """`config.model_type` of the Hugging Face class."""
+    """``config.model_type`` of the Hugging Face model."""
     view: str = "whole"
-    """How an image becomes tokens: a name of `lvlm.encoding.registry.VIEWS`."""
+    """How an image becomes tokens: a name of `lvlm.encoding.registry.image_encodings`."""
     decoder: StackSpec = StackSpec()
     vision: StackSpec = StackSpec()
     projector: str = ""
-    """The module that turns vision tokens into the decoder's width."""
+    """Module that maps vision tokens to the width of the decoder."""
     final_norm: str = ""
     """Norm before the unembedding."""
     unembedding: str = ""
     vision_prefix: int | None = None
-    """Tokens of the vision tower before the first patch (1 for a class token)."""
+    """Number of tokens of the vision tower before the first patch (1 for a class token)."""
     template: str = "USER: {image}\n{question} ASSISTANT:"
-    """Prompt where the processor has no chat template; may also name {bos}, {eos} and {sep}."""
+    """Prompt, if the processor has no chat template; may also contain {bos}, {eos} and {sep}."""
     around: str = "{image}"
-    """What stands around each image's placeholder in a prompt."""
+    """Text around each image's placeholder in the prompt."""
     placeholder: str = ""
-    """What stands for an image in a prompt, where the processor does not say and it is not the image token itself."""
+    """Text that stands for an image in a prompt, if it is neither the processor's nor the image token."""
     special_tokens: bool = True
-    """Whether the tokenizer adds its own (the first token, say) to the prompt."""
+    """Whether the tokenizer adds its special tokens (for example the first) to the prompt."""
     image_first: bool = False
-    """Whether the image's tokens stand before everything else, the first token included."""
+    """Whether the image tokens precede all other tokens, also the first token."""
     token_types: bool = True
-    """Whether image tokens are marked where the model asks for token types."""
+    """Whether the model's token types mark image tokens."""
     added_after: str = ""
-    """Where in the configuration the list stands whose length says after how many of the first decoder layers something
-    is added at image positions (DeepStack): ``resid_post`` of such a layer is not the next one's ``resid_pre`` there."""
+    """Path, in the configuration, of a list with one entry for each of the first decoder layers after which the model adds
+    features at image positions (DeepStack); there ``resid_post`` of the layer is not the next layer's ``resid_pre``."""
     lacks: str = ""
-    """Why the family has no vision sites, for the error of who asks for one."""
+    """Why the family has no vision sites, for error messages."""
     notes: str = ""
-    """What differs, for people."""
+    """Peculiarities of the family, for the table of families."""
 
     def stack(self, name: str) -> StackSpec:
         """Return the paths of ``decoder`` or ``vision``."""
@@ -129,22 +142,21 @@ class FamilySpec:
 
     @classmethod
     def from_mapping(cls, record: Mapping[str, Any]) -> FamilySpec:
-        """Make a spec of plain values; raises `ModelError` naming a field that does not exist or fit."""
-        known = {f.name for f in fields(cls)}
+        """Return a spec from plain values; raises `ModelError` for an unknown field or a value of a wrong type."""
         values: dict[str, Any] = dict(record)
-        _check_names("FamilySpec", values, known, "model_type")
+        _check_fields("FamilySpec", values, [f.name for f in fields(cls)], "model_type")
         for name in ("decoder", "vision"):
             if name in values:
                 if not isinstance(values[name], Mapping):
-                    msg = f"FamilySpec.{name} is {values[name]!r}: give the fields of a StackSpec"
+                    msg = f"FamilySpec.{name} is {values[name]!r}; it must be a mapping with the fields of a StackSpec"
                     raise ModelError(msg)
-                _check_names(f"FamilySpec.{name}", values[name], {f.name for f in fields(StackSpec)}, "layers")
+                _check_fields(f"FamilySpec.{name}", values[name], [f.name for f in fields(StackSpec)], "layers")
                 values[name] = StackSpec(**values[name])
         return cls(**values)
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> FamilySpec:
-        """Read a spec from a yaml file; raises `ModelError` where it cannot be read or names what does not exist."""
+        """Read a spec from a yaml file; raises `ModelError` if it cannot be read or has an unknown or invalid field."""
         import yaml
 
         try:
@@ -153,42 +165,47 @@ class FamilySpec:
             msg = f"family file '{path}' cannot be read: {error}"
             raise ModelError(msg) from error
         if not isinstance(record, Mapping):
-            msg = f"family file '{path}' holds no mapping: write the fields of a FamilySpec, model_type first"
+            msg = f"family file '{path}' is not a mapping; write the fields of a FamilySpec, model_type first"
             raise ModelError(msg)
         return cls.from_mapping(record)
 
 
-def _check_names(what: str, given: Mapping[str, Any], known: set[str], needed: str) -> None:
-    wrong = sorted(str(name) for name in given.keys() - known)
-    if wrong or needed not in given:
-        msg = f"{what}: {f'no field {wrong[0]!r}' if wrong else f'{needed!r} is missing'}; there are {', '.join(sorted(known))}"
+def _check_fields(what: str, values: Mapping[str, Any], known: Sequence[str], required: str) -> None:
+    unknown = sorted(str(name) for name in values.keys() - set(known))
+    if unknown:
+        msg = (
+            f"{what}: unknown field '{unknown[0]}'; choose from {', '.join(sorted(known))}{nearest(unknown[0], known)}"
+        )
         raise ModelError(msg)
-    for name, value in given.items():
+    if required not in values:
+        msg = f"{what}: the field '{required}' is missing"
+        raise ModelError(msg)
+    for name, value in values.items():
         if not isinstance(value, str | int | bool | Mapping):
-            msg = f"{what}.{name} is {value!r}: give text, a number, or fields of a stack"
+            msg = f"{what}.{name} is {value!r}; it must be text, a number, or the fields of a stack"
             raise ModelError(msg)
 
 
 def find(root: Any, path: str) -> Any:
-    """Return what a dotted path leads to, of ``one|other`` the first there is; None where there is none."""
-    for way in path.split("|"):
-        found = root
-        for part in way.split("."):
-            if isinstance(found, nn.ModuleList | nn.Sequential) and part.startswith("-") and part[1:].isdecimal():
-                part = str(len(found) - int(part[1:]))  # the last of a list, whatever its length
-            found = getattr(found, part, None)
-            if found is None:
+    """Return the attribute at a dotted path, of ``a|b`` the first that exists; None if none exists."""
+    for alternative in path.split("|"):
+        value = root
+        for part in alternative.split("."):
+            if isinstance(value, nn.ModuleList | nn.Sequential) and part.startswith("-") and part[1:].isdecimal():
+                part = str(len(value) - int(part[1:]))  # counted from the end of a list
+            value = getattr(value, part, None)
+            if value is None:
                 break
-        if found is not None and found is not root:
-            return found
+        if value is not None and value is not root:
+            return value
     return None
 
 
 def resolve(root: nn.Module, path: str, spec: FamilySpec) -> nn.Module:
-    """Return the module at a dotted path; raises `ModelError` naming the part of the path that is not there."""
-    found = find(root, path)
-    if isinstance(found, nn.Module):
-        return found
+    """Return the module at a dotted path; raises `ModelError` that names the part of the path that does not exist."""
+    target = find(root, path)
+    if isinstance(target, nn.Module):
+        return target
     module, done = root, []
     for part in path.split("|")[0].split("."):
         step = getattr(module, part, None)
@@ -196,20 +213,20 @@ def resolve(root: nn.Module, path: str, spec: FamilySpec) -> nn.Module:
             break
         module = step
         done.append(part)
-    here = ".".join(done) or type(root).__name__
-    children = ", ".join(name for name, _ in module.named_children()) or "nothing"
-    msg = f"family '{spec.model_type}': no module '{path}' ('{here}' has {children}); pass a FamilySpec with the right path"
+    parent = ".".join(done) or type(root).__name__
+    children = ", ".join(name for name, _ in module.named_children()) or "no modules"
+    msg = f"family '{spec.model_type}': no module '{path}' ('{parent}' has {children}); pass a FamilySpec with the right path"
     raise ModelError(msg)
 
 
 def layer_list(root: nn.Module, path: str, spec: FamilySpec) -> tuple[nn.Module, ...]:
-    """Return the layers of a stack in the order they run; raises `ModelError` where the path is wrong."""
-    return tuple(layer for one in path.split("+") if path for layer in _members(root, one, spec))
+    """Return the layers of a stack in the order in which they run; raises `ModelError` for a wrong path."""
+    return tuple(layer for part in path.split("+") if path for layer in _members(root, part, spec))
 
 
 def _members(root: nn.Module, path: str, spec: FamilySpec) -> list[nn.Module]:
-    found = resolve(root, path.removesuffix(".*"), spec)
-    if not isinstance(found, nn.ModuleList | nn.Sequential):
-        msg = f"family '{spec.model_type}': '{path}' is a {type(found).__name__}, not a list of layers"
+    module = resolve(root, path.removesuffix(".*"), spec)
+    if not isinstance(module, nn.ModuleList | nn.Sequential):
+        msg = f"family '{spec.model_type}': '{path}' is a {type(module).__name__}, not a list of layers"
         raise ModelError(msg)
-    return [child for one in found for child in one.children()] if path.endswith(".*") else list(found)
+    return [child for member in module for child in member.children()] if path.endswith(".*") else list(module)

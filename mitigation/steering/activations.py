@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from activation_store.format.schema import ArrayInfo
     from concepts.schema import Example
-    from lvlm.model import Lvlm, Place
+    from lvlm.model import HookPoint, Lvlm
 
 
 class Store(Protocol):
@@ -144,7 +144,7 @@ def site_in(model: Lvlm, key: Key) -> Site:
 
 
 def _means_from(
-    model: Lvlm, inputs: Mapping[str, Tensor], sites: Mapping[Site, Place], starts: Sequence[int]
+    model: Lvlm, inputs: Mapping[str, Tensor], sites: Mapping[Site, HookPoint], starts: Sequence[int]
 ) -> dict[Site, np.ndarray]:
     """Run a batch and return each site's mean over the positions from `starts` to the end, float64 ``[B, D]``."""
     means: dict[Site, np.ndarray] = {}

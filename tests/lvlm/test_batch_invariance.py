@@ -14,7 +14,7 @@ from concepts import ConceptDataset
 from groundscope.core.errors import DataError, ModelError
 from lvlm import Lvlm, wrap_lvlm
 from lvlm.encoding.processor import Parts
-from lvlm.encoding.registry import VIEWS
+from lvlm.encoding.registry import image_encodings
 from tests.toys.examples import QUESTION, example, picture
 from tests.toys.families import BUILDERS, model
 
@@ -71,7 +71,7 @@ def test_a_row_in_a_padded_batch_is_as_it_is_alone(family: str) -> None:
 def test_a_second_image_leaves_the_first_as_it_was(family: str) -> None:
     """In the tower everywhere; in the decoder where a token sees only what is before it, or its own image."""
     lvlm = model(family)
-    like = VIEWS[lvlm.spec.view].axis == 0 and lvlm.spec.view != "packed"
+    like = image_encodings[lvlm.spec.view].axis == 0 and lvlm.spec.view != "packed"
     sizes = [(112, 112), (112, 112)] if like else [(112, 70), (60, 90)]
     images = [picture(size, n) for n, size in enumerate(sizes)]
     one, one_map = lvlm.encode_prompt(lvlm.prompt(QUESTION), images[:1], question=QUESTION)
@@ -85,7 +85,7 @@ def test_a_second_image_leaves_the_first_as_it_was(family: str) -> None:
         sites["decoder"] = [f"decoder.L{n}.resid_post" for n in range(lvlm.n_layers)]
     for stack, some in sites.items():
         alone, both = lvlm.read(one, some), lvlm.read(two, some)
-        at = [[p for v in m.lattices[stack] if v.image == 0 for p in v.positions] for m in (one_map, two_map)]
+        at = [[p for v in m.views[stack] if v.image == 0 for p in v.positions] for m in (one_map, two_map)]
         assert len(at[0]) == len(at[1]) > 0
         for site in some:
             x, y = (seen[site].flatten(0, -2)[p] for seen, p in ((alone, at[0]), (both, at[1])))

@@ -143,7 +143,9 @@ def test_that_a_pattern_changes_how_attention_is_computed_is_said_once(
     for _ in range(2):  # each call says it, and only once, whatever the number of forwards and layers
         lvlm.read(inputs, ["decoder.L0.pattern", "decoder.L1.pattern"])
         (text,) = said()
-        assert text.startswith("an attention pattern was asked for: llava computes attention step by step (eager)")
+        assert text.startswith(
+            "attention patterns are requested: for this call llava computes attention step by step (eager)"
+        )
         assert "instead of sdpa" in text
     traced("pattern", "z", where="patterns")
     assert len(said()) == 1
@@ -167,4 +169,4 @@ def test_it_is_seen_where_no_logging_is_set_up(tmp_path: Path) -> None:
         [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("an attention pattern was asked for") == 2
+    assert done.stderr.count("attention patterns are requested") == 2

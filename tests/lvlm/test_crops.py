@@ -53,7 +53,7 @@ def lvlm_with(family: str, settings: dict[str, Any]) -> Lvlm:
 
 def views(lvlm: Lvlm, image: Image.Image) -> tuple[np.ndarray, Any]:
     """Return pixel values, ``[views, C, H, W]`` or a row for each patch, and what the image became."""
-    look = lvlm.view.look(lvlm, image)
+    look = lvlm.image_encoding.encode(lvlm, image)
     values = look.inputs["pixel_values"].numpy()
     return values if values.ndim == 2 else values.reshape(-1, *values.shape[-3:]), look
 
@@ -79,10 +79,10 @@ def test_an_object_has_the_patches_whose_pixels_show_it(family: str, setting: st
     width, height = (112, 112) if family in SINGLE else (140, 98)
     pixels = np.full((height, width, 3), 127, np.uint8)
     base, look = views(lvlm, Image.fromarray(pixels))
-    stack = next(s for s in ("vision", "projector", "decoder") if s in look.lattices and look.lattices[s][0].grid)
+    stack = next(s for s in ("vision", "projector", "decoder") if s in look.views and look.views[s][0].grid)
     if family == "florence2":
         stack = "projector"
-    lattices, hidden, seen = look.lattices[stack], 0, []
+    lattices, hidden, seen = look.views[stack], 0, []
     places = [(x, y) for x in range(4, width - SPOT, 14) for y in range(4, height - SPOT, 14)]
     for x, y in places[::5]:
         spot = pixels.copy()
@@ -121,13 +121,13 @@ def test_an_object_that_is_cropped_away_has_no_token() -> None:
 def test_tiles_that_are_cropped_are_refused() -> None:
     lvlm = lvlm_with("llava_next", {"size": {"shortest_edge": 84}, "image_grid_pinpoints": PINPOINTS})
     with pytest.raises(ModelError, match=r"resizes tiles of 56 pixels to 84 and crops their middle: .* equal values"):
-        lvlm.view.look(lvlm, Image.new("RGB", (112, 112)))
+        lvlm.image_encoding.encode(lvlm, Image.new("RGB", (112, 112)))
 
 
 def test_an_unknown_resize_before_a_crop_is_refused() -> None:
     lvlm = lvlm_with("llava", {"do_center_crop": True, "size": {"shortest_edge": 60, "longest_edge": 80}})
     with pytest.raises(ModelError, match=r"known are a height and width, or a shortest_edge alone"):
-        lvlm.view.look(lvlm, Image.new("RGB", (112, 100)))
+        lvlm.image_encoding.encode(lvlm, Image.new("RGB", (112, 100)))
 
 
 def test_a_very_long_image_is_refused_before_it_is_resized() -> None:
@@ -135,7 +135,7 @@ def test_a_very_long_image_is_refused_before_it_is_resized() -> None:
         lvlm = lvlm_with(family, {"size": {"shortest_edge": 336}, "crop_size": {"height": 56, "width": 56}})
         words = r"an image of 1 x 1000 pixels becomes one of 336 x 336000, .* gives its short side 336: crop it"
         with pytest.raises(DataError, match=words):
-            lvlm.view.look(lvlm, Image.new("RGB", (1, 1000)))
+            lvlm.image_encoding.encode(lvlm, Image.new("RGB", (1, 1000)))
 
 
 def test_a_prompt_takes_no_box_without_area() -> None:

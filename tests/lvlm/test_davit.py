@@ -15,10 +15,9 @@ from activation_store import trace
 from concepts import ConceptDataset
 from concepts.schema import Box
 from groundscope.core.errors import ModelError, SiteError
-from lvlm import Lvlm, TokenSelection, wrap_lvlm
-from lvlm.family.registry import FAMILIES
+from lvlm import Lvlm, TokenSelection, families, wrap_lvlm
 from lvlm.spec_validation import validate
-from lvlm.token_map import Lattice
+from lvlm.token_map import ImageView
 from tests.toys.examples import QUESTION, example, picture
 from tests.toys.families import build
 
@@ -30,7 +29,7 @@ SIDE = {0: 14, 1: 7}
 
 @cache
 def model(stage: int = -1) -> Lvlm:
-    spec = FAMILIES["florence2"]
+    spec = families["florence2"]
     vision = replace(spec.vision, layers=f"model.vision_tower.blocks.{stage}.*")
     return wrap_lvlm(*build("florence2"), spec=replace(spec, vision=vision), name="florence2", validate=False)
 
@@ -50,7 +49,7 @@ def test_every_identity_holds_in_every_stage(stage: int) -> None:
 
 
 def test_convolutions_that_are_not_said_are_found_out() -> None:
-    spec = FAMILIES["florence2"]
+    spec = families["florence2"]
     for field, message in (("attention_conv", "pre [+] attn_out = mid"), ("mlp_conv", "[+] mlp_out = post")):
         wrong = replace(spec, vision=replace(spec.vision, **{field: ""}))
         with pytest.raises(ModelError, match=f"vision.L0: .*{message} fails"):
@@ -151,9 +150,9 @@ def test_a_token_changes_where_its_pixels_do(stage: int) -> None:
     pixels = np.random.default_rng(0).integers(96, 160, (56, 56, 3), dtype=np.uint8)
     site, side = "vision.L1.resid_post", SIDE[stage]
 
-    def seen(array: np.ndarray) -> tuple[torch.Tensor, Lattice]:
+    def seen(array: np.ndarray) -> tuple[torch.Tensor, ImageView]:
         inputs, tokens = lvlm.encode_prompt(lvlm.prompt(QUESTION), [Image.fromarray(array)], question=QUESTION)
-        return lvlm.read(inputs, [site])[site][0], tokens.lattices["vision"][0]
+        return lvlm.read(inputs, [site])[site][0], tokens.views["vision"][0]
 
     try:
         with torch.no_grad():
@@ -205,7 +204,7 @@ def test_what_it_has_not_is_named() -> None:
         lvlm.read(lvlm.encode(example()).inputs, ["vision.L0.pattern"], quiet=True)
     with pytest.raises(SiteError, match="has vision layers 0-1"):
         lvlm.locate("vision.L2.z")
-    spec = FAMILIES["florence2"]
+    spec = families["florence2"]
     tower = "model.vision_tower.blocks"
     mixed = replace(spec, vision=replace(spec.vision, layers=f"{tower}.0.*+{tower}.1.*"))
     with pytest.raises(ModelError, match=r"have \{2, 4\} heads; override FamilySpec.vision.layers"):

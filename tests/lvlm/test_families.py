@@ -20,8 +20,7 @@ from activation_store.tracing.tracer import Tracer
 from concepts import ConceptDataset
 from concepts.schema import Box
 from groundscope.core.errors import ModelError, SiteError
-from lvlm import FamilySpec, Lvlm, TokenSelection, load_lvlm, wrap_lvlm
-from lvlm.family.registry import FAMILIES
+from lvlm import FamilySpec, Lvlm, TokenSelection, families, load_lvlm, wrap_lvlm
 from lvlm.spec_validation import validate
 from tests.toys.examples import example
 from tests.toys.families import BUILDERS, FAMILY, LENS, PLACED, WHERE, at, build, model, raw
@@ -52,7 +51,7 @@ def test_every_identity_holds_to_float_precision(family: str) -> None:
     if WHERE[family][2]:
         assert any(name.startswith("vision.L0: sum of heads") for name in errors)
     assert any("cross" in name for name in errors) == (family in {"mllama", "instructblip_t5", "florence2"})
-    assert any("but for the image" in name for name in errors) == (family == "qwen3_vl")
+    assert any("except at the image" in name for name in errors) == (family == "qwen3_vl")
 
 
 @FAMILY
@@ -73,7 +72,7 @@ def test_traced_values_are_what_raw_hooks_see(family: str, tmp_path: Path) -> No
                     continue
                 np.testing.assert_array_equal(store.read(name, "last")[row], seen[name][0, -1].numpy(), err_msg=name)
         if vision:
-            count = sum(len(lattice.positions) for lattice in encoding.tokens.lattices["vision"])
+            count = sum(len(lattice.positions) for lattice in encoding.tokens.views["vision"])
             flat = seen["vision.L0.z"].reshape(-1, seen["vision.L0.z"].shape[-1]).double()
             assert encoding.tokens.sequence["vision"] == len(flat)
             at_image = list(encoding.tokens.positions(TokenSelection("image", "mean"), "vision"))
@@ -131,7 +130,7 @@ def test_an_image_token_changes_where_its_pixels_do(family: str, size: tuple[int
             for projection in projections:
                 projection.weight.zero_()
         before, tokens = embedded(lvlm, Image.fromarray(pixels))
-        for lattice in tokens.lattices["decoder"]:
+        for lattice in tokens.views["decoder"]:
             assert lattice.grid is not None
             for cell in noise.choice(lattice.grid.count, 2, replace=False):
                 box = lattice.grid.box(int(cell))
@@ -207,7 +206,7 @@ def table() -> str:
         sites += ["cross"] if any(lvlm.attends("decoder", n, cross=True) for n in range(lvlm.n_layers)) else []
         sites += ["vision"] if lvlm.n_vision_layers else []
         sites += ["projector"] if lvlm.spec.projector else []
-        views = tokens.lattices.get("decoder", ())
+        views = tokens.views.get("decoder", ())
         place = "not in the decoder" if not views else ("yes" if all(v.grid for v in views) else "no (queries)")
         lens = "yes" if family in LENS and type(lvlm.hf).__name__ in SUPPORTED_ARCHITECTURES else ""
         row = (name, f"`{lvlm.spec.model_type}`", ", ".join(sites), place, lens, lvlm.spec.notes)
@@ -217,7 +216,7 @@ def table() -> str:
 
 def test_the_guide_lists_the_families_that_are_proved() -> None:
     assert set(NAMES) == set(BUILDERS) | set(STAND_INS)
-    assert {FAMILIES[m].model_type for m in FAMILIES} == {
+    assert {families[m].model_type for m in families} == {
         (model(f) if f in BUILDERS else wrap_lvlm(*build_stand_in(f), validate=False)).spec.model_type for f in NAMES
     }
     text = PAGE.read_text(encoding="utf-8")
@@ -237,7 +236,7 @@ def test_the_guide_lists_the_families_that_are_proved() -> None:
 def test_a_spec_can_be_brought_in_yaml(tmp_path: Path) -> None:
     network, processor = build_stand_in("minigpt4")
     network.config.model_type = "mine"
-    with pytest.raises(ModelError, match=r"no FamilySpec for model type 'mine'.*spec=FamilySpec\('mine'") as said:
+    with pytest.raises(ModelError, match=r"unknown family 'mine'.*spec=FamilySpec\('mine'") as said:
         wrap_lvlm(network, processor)
     assert "llama_model: CausalLM" in str(said.value)
     assert "blocks: ModuleList of 2" in str(said.value)
@@ -256,7 +255,7 @@ def test_a_spec_can_be_brought_in_yaml(tmp_path: Path) -> None:
     ):
         wrap_lvlm(network, processor, spec=path)
     path.write_text("model_type: mine\nview: sideways\n")
-    with pytest.raises(ModelError, match="no view 'sideways'; there are whole"):
+    with pytest.raises(ModelError, match="unknown image encoding 'sideways'; choose from whole"):
         wrap_lvlm(network, processor, spec=path)
     with pytest.raises(ModelError, match="cannot be read"):
         FamilySpec.from_yaml(tmp_path / "none.yaml")
@@ -285,7 +284,7 @@ def test_what_a_family_leaves_out_is_found_out(family: str, change: dict[str, st
 
 def test_deepstack_that_is_not_said_is_found_out() -> None:
     with pytest.raises(ModelError, match=r"qwen3_vl.*decoder.L1: resid_pre = previous resid_post fails"):
-        wrap_lvlm(*build("qwen3_vl"), spec=replace(FAMILIES["qwen3_vl"], added_after=""))
+        wrap_lvlm(*build("qwen3_vl"), spec=replace(families["qwen3_vl"], added_after=""))
 
 
 @pytest.mark.parametrize(
@@ -311,8 +310,8 @@ def test_sites_that_a_family_lacks_are_named() -> None:
             "vision.L0.z",
             r"no vision layers that can be read: its VQ .* is 'decoder.L0.resid_pre' at 'image:all'",
         ),
-        ("mllama", "decoder.L1.z", r"no self-attention in this layer; layers that have it: \[0, 2\]"),
-        ("mllama", "decoder.L0.cross.z", r"no cross-attention in this layer; layers that have it: \[1, 3\]"),
+        ("mllama", "decoder.L1.z", r"no self-attention in this layer; layers that have it: 0, 2"),
+        ("mllama", "decoder.L0.cross.z", r"no cross-attention in this layer; layers that have it: 1, 3"),
     ):
         with pytest.raises(SiteError, match=message):
             model(family).locate(site)

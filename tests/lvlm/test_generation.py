@@ -14,7 +14,7 @@ from activation_store import trace
 from concepts import ConceptDataset
 from groundscope.core.errors import DataError, ModelError
 from lvlm import Lvlm, load_lvlm
-from lvlm.generation import end_tokens, other_rules
+from lvlm.generation import end_tokens, ignored_settings
 from lvlm.prompting import find_question
 from tests.toys.examples import example
 from tests.toys.families import model
@@ -68,13 +68,13 @@ def test_answers_are_greedy_under_every_generation_configuration(
     rows = by_hand(lvlm, batch)
     texts = [lvlm.processor.tokenizer.decode(row, skip_special_tokens=True).strip() for row in rows]
     assert rows[0]
-    own = set(other_rules(lvlm))
+    own = set(ignored_settings(lvlm))
     for name, value in RULES:
         with monkeypatch.context() as changed:
             for part in parts:
                 changed.setattr(part.generation_config, name, value)
             assert lvlm.generate(batch, STEPS) == texts, name
-            assert set(other_rules(lvlm)) == own | ({name} - {"do_sample"})
+            assert set(ignored_settings(lvlm)) == own | ({name} - {"do_sample"})
             assert getattr(parts[0].generation_config, name) == value
     for part in parts:
         monkeypatch.setattr(part.generation_config, "repetition_penalty", 1.9)

@@ -35,7 +35,7 @@ def test_each_image_is_what_it_is_alone(family: str) -> None:
     lvlm = model(family)
     pictures = [noise((60, 60), 1), noise((200, 60), 2)]
     both, tokens, _ = embedded(lvlm, pictures)
-    views = tokens.lattices["decoder"]
+    views = tokens.views["decoder"]
     for number, picture in enumerate(pictures):
         alone, one, _ = embedded(lvlm, [picture])
         mine = [p for view in views if view.image == number for p in view.positions]
@@ -60,7 +60,7 @@ def test_padded_as_the_image_processors_pad() -> None:
 
 def test_a_family_without_padding_names_both_sizes() -> None:
     lvlm = model("llava")
-    look = lvlm.view.look
+    look = lvlm.image_encoding.encode
 
     def uneven(of: Lvlm, image: Image.Image) -> Any:
         seen = look(of, image)

@@ -239,7 +239,7 @@ def test_a_layer_that_does_not_give_its_matrix_is_skipped_with_the_reason(caplog
     assert np.isnan(errors["decoder.L0: sum of heads = attn_out"])
     assert errors["decoder.L0: pre + attn_out + mlp_out = post"] < 1e-5
     said = caplog.records[0].getMessage()
-    assert "was not checked: Sealed does not give the matrix that it applies (no kernel" in said
+    assert "was not checked: Sealed does not return the matrix that it applies (no kernel" in said
     assert "override" not in said
 
 

@@ -18,8 +18,7 @@ from concepts.scenes.questions import as_example, existence, what_color
 from concepts.scenes.scene import TEST, generator, sample_scene
 from concepts.schema import Box, Example
 from groundscope.core.errors import DataError, ModelError, SiteError
-from lvlm import Head, Lvlm, PatchGrid, Site, TokenSelection, answer_key, load_lvlm, wrap_lvlm
-from lvlm.family.registry import FAMILIES
+from lvlm import Head, Lvlm, PatchGrid, Site, TokenSelection, answer_key, families, load_lvlm, wrap_lvlm
 from lvlm.family.specification import StackSpec
 from lvlm.sites import LAYER_COMPONENTS
 from lvlm.spec_validation import validate
@@ -157,7 +156,7 @@ def test_positions_mean_what_they_say(model: Lvlm, example: Example) -> None:
     for patch in projector:
         assert tokens.grid.box(patch).intersection(thing.box) > 0
     assert tokens.object(thing.id) == decoder
-    with pytest.raises(SiteError, match="no object 'o9'"):
+    with pytest.raises(SiteError, match="unknown object 'o9'"):
         tokens.object("o9")
     with pytest.raises(SiteError, match="does not apply to the vision"):
         tokens.positions(TokenSelection("last"), "vision")
@@ -216,7 +215,7 @@ def test_every_identity_holds_to_float_precision(model: Lvlm, example: Example) 
     ],
 )
 def test_a_wrong_path_is_found_and_named(field: str, value: str, message: str) -> None:
-    spec = FAMILIES["llava"]
+    spec = families["llava"]
     wrong = replace(spec, decoder=replace(StackSpec("model.language_model.layers"), **{field: value}))
     with pytest.raises(ModelError, match=message):
         wrap_lvlm(build_model(), build_processor(), spec=wrong)
@@ -289,7 +288,7 @@ def test_bad_models_are_named(tmp_path: Path, model: Lvlm) -> None:
     with pytest.raises(ModelError, match="has no config"):
         load_lvlm(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "clip"}')
-    with pytest.raises(ModelError, match="no FamilySpec for model type 'clip': there are llava"):
+    with pytest.raises(ModelError, match="unknown family 'clip'; choose from llava"):
         load_lvlm(tmp_path)
     with pytest.raises(ModelError, match="dtype 'int8'"):
         load_lvlm("tiny", dtype="int8")

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from concepts.schema import Box
 from groundscope.core.errors import DataError, SiteError
 from lvlm import TokenSelection
-from lvlm.encoding.registry import VIEWS
+from lvlm.encoding.registry import image_encodings
 from lvlm.token_map import TokenMap
 from tests.toys.examples import QUESTION, picture
 from tests.toys.families import PLACED, model
@@ -39,7 +39,7 @@ def test_boxes_to_tokens_to_boxes(
     box = boxed(size, shares)
     tokens = mapped(family, size, box)
     for stack in ("decoder", "vision", "projector"):
-        tiles = [v for v in tokens.lattices[stack] if v.grid is not None]
+        tiles = [v for v in tokens.views[stack] if v.grid is not None]
         assert tiles
         for kind in {v.kind for v in tiles}:
             views = [v.grid for v in tiles if v.kind == kind and v.grid is not None]
@@ -57,15 +57,15 @@ def test_boxes_to_tokens_to_boxes(
     whole = max(
         sum(
             v.grid.box(i).intersection(box)
-            for v in tokens.lattices["vision"]
+            for v in tokens.views["vision"]
             if v.kind == k and v.grid
             for i in range(v.grid.count)
         )
-        for k in {v.kind for v in tokens.lattices["vision"]}
+        for k in {v.kind for v in tokens.views["vision"]}
     )
     if family != "llava":  # which crops the middle out of an image
         assert whole >= 0.9 * box.area
-    for stack, views in tokens.lattices.items():
+    for stack, views in tokens.views.items():
         positions = [p for v in views for p in v.positions]
         assert len(set(positions)) == len(positions)
         assert max(positions) < (tokens.length if stack == "decoder" else tokens.sequence[stack])
@@ -81,19 +81,19 @@ def test_several_images_are_told_apart(family: str) -> None:
     lvlm = model(family)
     sizes = (
         [(112, 112), (112, 112)]
-        if VIEWS[lvlm.spec.view].axis == 0 and lvlm.spec.view != "packed"
+        if image_encodings[lvlm.spec.view].axis == 0 and lvlm.spec.view != "packed"
         else [(112, 70), (60, 90)]
     )
     images = [picture(size, i) for i, size in enumerate(sizes)]
     boxes = {f"o{i}": (i, Box(0, 0, size[0] / 2, size[1] / 2)) for i, size in enumerate(sizes)}
     inputs, tokens = lvlm.encode_prompt(lvlm.prompt(QUESTION, 2), images, question=QUESTION, boxes=boxes, subject="o1")
     assert lvlm.logits(inputs).shape[0] == 1
-    vision = [{p for v in tokens.lattices["vision"] if v.image == i for p in v.positions} for i in (0, 1)]
+    vision = [{p for v in tokens.views["vision"] if v.image == i for p in v.positions} for i in (0, 1)]
     assert vision[0]
     assert not vision[0] & vision[1]
     assert set(tokens.object("o1", "vision")) <= vision[1]
     alone = lvlm.encode_prompt(lvlm.prompt(QUESTION), images[:1], question=QUESTION)[1]
-    assert [v.grid for v in tokens.lattices["vision"] if v.image == 0] == [v.grid for v in alone.lattices["vision"]]
+    assert [v.grid for v in tokens.views["vision"] if v.image == 0] == [v.grid for v in alone.views["vision"]]
     if family != "mllama":
         ids = inputs["input_ids"][0]
         marked = {i for i in range(len(ids)) if int(ids[i]) == lvlm.content_id}
@@ -113,14 +113,14 @@ def test_images_unlike_placeholders_are_refused(family: str) -> None:
 def test_row_ends_and_thumbnails_are_no_patches() -> None:
     size = (140, 100)
     newline = mapped("llava_next", size, Box(0, 0, 10, 10))
-    thumbnail, joined = newline.lattices["decoder"]
+    thumbnail, joined = newline.views["decoder"]
     assert (thumbnail.kind, joined.kind) == ("thumbnail", "view")
     assert joined.grid is not None
     assert len(newline.separators) == joined.grid.rows
     assert [p + 1 for p in joined.positions[joined.grid.columns - 1 :: joined.grid.columns]] == list(newline.separators)
     rows = mapped("mistral3", size, Box(0, 0, 10, 10))
     assert rows.grid.rows == len(rows.separators)
-    tiles = mapped("idefics3", size, Box(0, 0, 10, 10)).lattices["decoder"]
+    tiles = mapped("idefics3", size, Box(0, 0, 10, 10)).views["decoder"]
     assert [v.kind for v in tiles].count("thumbnail") == 1
     assert len({v.grid.patch for v in tiles if v.grid is not None and v.kind == "tile"}) == len(tiles) - 1
 

@@ -317,7 +317,7 @@ def _patch(model: Lvlm) -> int:
 
 def _check_one_view(model: Lvlm, pixels: Tensor) -> None:
     """Raise `ModelError` unless the model takes an image as one view of fixed size."""
-    if pixels.dim() != 4 or pixels.shape[0] != 1 or not model.view.apart:
+    if pixels.dim() != 4 or pixels.shape[0] != 1 or not model.image_encoding.separable:
         msg = (
             f"{model.name} ({model.spec.model_type}) takes an image as pixel_values {list(pixels.shape)}, in packed patches or "
             "several views; VTI's visual vector needs one view [1, channels, height, width]"
