@@ -21,6 +21,7 @@ from concepts.schema import ConceptDataset
 from groundscope.core.errors import StoreError
 from lvlm.access.weights import named_weights
 from lvlm.active_interventions import intervention_record, unidentified_changes
+from lvlm.family.registry import families
 from lvlm.family.specification import resolve
 from lvlm.generation import end_tokens, ignored_settings
 from lvlm.model import Lvlm
@@ -81,6 +82,7 @@ def describe(
             # For comparison with stores of earlier releases.
             "weights-sample": sampled_weights_hash(model.hf),
             "family": asdict(model.spec),
+            **({"family-package": package} if (package := families.origins.get(model.spec.model_type)) else {}),
             "dtype": str(model.dtype).removeprefix("torch."),
             "attention": model.attention,
             **({"revision": model.revision} if model.revision else {}),

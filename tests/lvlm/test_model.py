@@ -298,7 +298,7 @@ def test_bad_models_are_named(tmp_path: Path, model: Lvlm) -> None:
         ("decoder.L6.z", "has decoder layers 0-5"),
         ("vision.L4.z", "has vision layers 0-3"),
         ("decoder.L0.cross.z", "no cross-attention"),
-        ("decoder.L0.cross.resid_pre", "of cross-attention there are attn_out, z, q, k, v, pattern"),
+        ("decoder.L0.cross.resid_pre", "is not part of cross-attention; choose from attn_out, z, q, k, v, pattern"),
     ):
         with pytest.raises(SiteError, match=message):
             model.locate(site)
