@@ -164,8 +164,9 @@ def _insert_images(model: Model, prompt: Prompt, images: Sequence[EncodedImage])
         return prompt.text, []
     if len(parts) - 1 != len(images) or not images:
         msg = (
-            f"example '{prompt.name}': the prompt has {len(parts) - 1} image placeholders ('{placeholder}') for "
-            f"{len(images)} images" + ("" if images else f"; {model.name} needs at least one image")
+            f"example '{prompt.name}': the prompt has {len(parts) - 1} image placeholders ('{placeholder}') but "
+            f"{len(images)} image{'' if len(images) == 1 else 's'}"
+            + ("" if images else f"; {model.name} needs at least one image")
         )
         raise DataError(msg)
     text, spans = parts[0], []

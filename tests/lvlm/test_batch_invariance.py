@@ -126,7 +126,7 @@ def test_unlike_shapes_in_one_batch_are_refused_by_what_differs(family: str) -> 
     long = lvlm.encode(replace(example(1), id="long", question=f"{example(1).question} Is there a cat?"))
     a, b = short.inputs["input_ids"].shape[1], long.inputs["input_ids"].shape[1]
     with pytest.raises(
-        DataError, match=r"'long' differ in .*nothing is padded; batch them with model\.batches$"
+        DataError, match=r"'long' differ in .*batches are not padded; batch them with model\.batches$"
     ) as error:
         lvlm.collate([short, short, long])
     assert f"examples '{short.example.id}' and 'long' differ in " in str(error.value)
@@ -142,7 +142,7 @@ def test_unlike_images_in_one_batch_are_refused_by_what_differs() -> None:
 
 def test_two_images_for_a_model_that_takes_one_are_refused() -> None:
     lvlm = model("kosmos2")
-    with pytest.raises(ModelError, match="kosmos2 takes one image for a prompt, not 2"):
+    with pytest.raises(ModelError, match="kosmos2 takes one image per prompt, not 2"):
         lvlm.encode_prompt(lvlm.prompt(QUESTION, 2), [picture((60, 60)), picture((60, 60), 1)])
 
 

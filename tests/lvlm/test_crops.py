@@ -120,20 +120,20 @@ def test_an_object_that_is_cropped_away_has_no_token() -> None:
 
 def test_tiles_that_are_cropped_are_refused() -> None:
     lvlm = lvlm_with("llava_next", {"size": {"shortest_edge": 84}, "image_grid_pinpoints": PINPOINTS})
-    with pytest.raises(ModelError, match=r"resizes tiles of 56 pixels to 84 and crops their middle: .* equal values"):
+    with pytest.raises(ModelError, match=r"resizes tiles of 56 pixels to 84 and crops their center, .* equal values"):
         lvlm.image_encoding.encode(lvlm, Image.new("RGB", (112, 112)))
 
 
 def test_an_unknown_resize_before_a_crop_is_refused() -> None:
     lvlm = lvlm_with("llava", {"do_center_crop": True, "size": {"shortest_edge": 60, "longest_edge": 80}})
-    with pytest.raises(ModelError, match=r"known are a height and width, or a shortest_edge alone"):
+    with pytest.raises(ModelError, match=r"set its size to height and width, or to a shortest_edge alone"):
         lvlm.image_encoding.encode(lvlm, Image.new("RGB", (112, 100)))
 
 
 def test_a_very_long_image_is_refused_before_it_is_resized() -> None:
     for family in ("llava", "chameleon"):
         lvlm = lvlm_with(family, {"size": {"shortest_edge": 336}, "crop_size": {"height": 56, "width": 56}})
-        words = r"an image of 1 x 1000 pixels becomes one of 336 x 336000, .* gives its short side 336: crop it"
+        words = r"would resize an image of 1 x 1000 pixels to 336 x 336000, .*; crop it"
         with pytest.raises(DataError, match=words):
             lvlm.image_encoding.encode(lvlm, Image.new("RGB", (1, 1000)))
 

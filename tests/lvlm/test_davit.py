@@ -200,7 +200,7 @@ def test_traced_among_others_is_as_traced_alone(tmp_path: Path) -> None:
 
 def test_what_it_has_not_is_named() -> None:
     lvlm = model()
-    with pytest.raises(SiteError, match=r"'vision.L0.pattern' is in florence2, but its attention gives no weights"):
+    with pytest.raises(SiteError, match=r"'vision.L0.pattern' is in florence2, but its attention returns no weights"):
         lvlm.read(lvlm.encode(example()).inputs, ["vision.L0.pattern"], quiet=True)
     with pytest.raises(SiteError, match="has vision layers 0-1"):
         lvlm.locate("vision.L2.z")

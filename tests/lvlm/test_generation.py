@@ -127,7 +127,7 @@ TEMPLATES = {
     "raises": ("{{ raise_exception('Conversation roles must alternate') }}", "Conversation roles must alternate"),
     "syntax": ("{% for m in messages %}{{ m }", "TemplateSyntaxError"),
     "loops": (LOOP, "runs more than 100000 steps"),
-    "writes too much": ("{{ 'x' * 2000000 }}", "writes 2000000 characters"),
+    "writes too much": ("{{ 'x' * 2000000 }}", "returns 2000000 characters"),
 }
 
 

@@ -239,5 +239,5 @@ def test_a_tokenizer_that_does_not_tell_where_tokens_stand_is_refused() -> None:
             return getattr(tokenizer(), name)
 
     lvlm = wrap_lvlm(build_stand_in("qwen")[0], Parts(Slow(), fixed(), "<image>"), name="mine", validate=False)
-    with pytest.raises(ModelError, match="Slow of mine does not tell where in a text its tokens stand: give a fast"):
+    with pytest.raises(ModelError, match="Slow of mine does not return the character offsets of tokens; use a fast"):
         lvlm.encode(example())

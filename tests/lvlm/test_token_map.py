@@ -104,9 +104,9 @@ def test_several_images_are_told_apart(family: str) -> None:
 @pytest.mark.parametrize("family", ["llava", "mllama", "qwen2_vl", "mistral3"])
 def test_images_unlike_placeholders_are_refused(family: str) -> None:
     lvlm = model(family)
-    with pytest.raises(DataError, match=r"holds 2 image placeholders .* not 1"):
+    with pytest.raises(DataError, match=r"has 2 image placeholders .* but 1 image"):
         lvlm.encode_prompt(lvlm.prompt(QUESTION, 2), [picture((60, 60))])
-    with pytest.raises(DataError, match=r"holds 0 image placeholders .* give at least one"):
+    with pytest.raises(DataError, match=r"has 0 image placeholders .* needs at least one"):
         lvlm.encode_prompt(QUESTION, [])
 
 
@@ -127,7 +127,7 @@ def test_row_ends_and_thumbnails_are_no_patches() -> None:
 
 def test_tokens_without_a_place_are_not_an_objects() -> None:
     tokens = mapped("blip2_opt", (80, 80), Box(0, 0, 40, 40))
-    with pytest.raises(SiteError, match="have no place in the image; 'image:mean' can be had"):
+    with pytest.raises(SiteError, match="have no place in the image; use 'image:mean'"):
         tokens.positions(TokenSelection.parse("object:mean"))
     assert tokens.positions(TokenSelection.parse("object:mean"), "vision")
     with pytest.raises(SiteError, match="the image is not in its sequence"):
