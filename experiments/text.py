@@ -1,4 +1,4 @@
-"""Text for people: sizes, a console for tables, and text from files without a terminal's control codes."""
+"""Text for a terminal: sizes, escaped control characters, and a console for tables."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def size(count: float) -> str:
-    """Return a number of bytes as people write it."""
+    """Return a number of bytes with its unit, such as ``31.4 MB``."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -18,12 +18,12 @@ def size(count: float) -> str:
 
 
 def printable(text: str) -> str:
-    """Return text with control characters as escapes, so that text of a file cannot drive a terminal; line ends stay."""
+    """Return text with control characters escaped, so that text from a file cannot control the terminal; keeps line ends."""
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 def plain_console() -> Console:
-    """Return standard output for tables: as wide as the terminal, and wide enough for programs that read it."""
+    """Return a console on standard output, as wide as the terminal, or 240 columns if it is not a terminal."""
     from rich.console import Console
 
     width = None if Console().is_terminal else 240

@@ -162,5 +162,27 @@ def _plan(arguments: Sequence[str]) -> int:
     return show(arguments)
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"status": _status, "compare": _compare, "plan": _plan}
+def _report(arguments: Sequence[str]) -> int:
+    from pathlib import Path
+
+    from experiments.report import write_report
+    from experiments.report.page import REPORT
+    from experiments.run.folder import check_layout
+
+    if len(arguments) != 1:
+        msg = f"groundscope report takes one run folder, such as runs/default; it received {len(arguments)} arguments"
+        raise ConfigError(msg)
+    folder = Path(arguments[0])
+    check_layout(folder)
+    write_report(folder)
+    sys.stdout.write(f"report: {folder / REPORT}\n")
+    return 0
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "status": _status,
+    "compare": _compare,
+    "plan": _plan,
+    "report": _report,
+}
 """What is a word, not an option."""

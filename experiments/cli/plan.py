@@ -20,7 +20,7 @@ import numpy as np
 
 from concepts.schema import ConceptDataset, Example
 from experiments.run.context import Context
-from experiments.stages.trace import traced, traced_tokens
+from experiments.stages.trace import traced_examples, traced_tokens
 from groundscope.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def estimate(context: Context, examples: int | None = None, seconds: float = SEC
     from activation_store.tracing.plan import outline_plan
     from lvlm.loading import has_weights
 
-    data, options = traced(context), context.config.trace
+    data, options = traced_examples(context), context.config.trace
     if not len(data):
         msg = "the configured data have no question with candidate answers: nothing would be traced"
         raise ConfigError(msg)

@@ -1,4 +1,4 @@
-"""``groundscope status runs/``: what runs there are, how far they came, how large they are, what they found."""
+"""``groundscope status runs/``: the runs in a folder, with the state of their stages, their sizes and main results."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from experiments.config import STAGES
 from experiments.records import FAILURE, read_record
 from experiments.results.headlines import headlines
-from experiments.run.folder import BEGUN, FAILED, MARKER, check_layout, read_receipt
+from experiments.run.folder import FAILED, MARKER, STARTED, check_layout, read_receipt
 from experiments.run.stage_cache import runs_in
 from experiments.stages.table import TABLE
 from experiments.text import plain_console, printable, size
@@ -18,28 +18,29 @@ from groundscope.core.errors import ConfigError, GroundscopeError
 from groundscope.core.locks import holder, is_locked
 from groundscope.core.paths import files_below, is_file
 
-_TOLD = ("all: right", "neutral: right", "conflict: wrong by prior", "adversarial absent: says yes")
-"""Measures that are told of a run, where it has them."""
-_MARKS = {"done": "●", "failed": "✗", "begun": "◐", "missing": "·"}
+_MEASURES = ("all: right", "neutral: right", "conflict: wrong by prior", "adversarial absent: says yes")
+"""Measures in the table, if a run has them."""
+_MARKS = {"done": "●", "failed": "✗", "started": "◐", "missing": "·"}
 
 
 @dataclass(frozen=True)
 class RunStatus:
-    """How far a run came."""
+    """State of a run."""
 
     path: Path
     stages: dict[str, str]
-    """Stage to ``done``, ``failed``, ``begun`` (and not finished) or ``missing``."""
-    at_work: str
-    """Who works in it now, empty for nobody."""
+    """Stage to ``done``, ``failed``, ``started`` (not finished) or ``missing``."""
+    process: str
+    """The process that is running it now; empty if there is none."""
     bytes: int
-    """Sizes of its files, those it shares with other runs too."""
+    """Size of its files, including those that other runs share."""
     figures: tuple[str, ...]
+    """Main results."""
     errors: tuple[str, ...]
 
 
 def status(run: Path) -> RunStatus:
-    """Return how far a run came; what cannot be read in it is among its errors."""
+    """Return the state of a run; files that cannot be read are among its errors."""
     stages, errors = {}, []
     for name in STAGES:
         folder = run / TABLE[name].folder
@@ -50,7 +51,7 @@ def status(run: Path) -> RunStatus:
         if error:
             errors.append(f"{name}: {error}".splitlines()[0])
     count = sum(about.st_size for _, about in files_below(run) if stat.S_ISREG(about.st_mode))
-    at_work = holder(run / ".lock") if is_locked(run / ".lock") else ""
+    process = holder(run / ".lock") if is_locked(run / ".lock") else ""
     try:
         check_layout(run)
         figures = tuple(_figures(run))
@@ -58,35 +59,35 @@ def status(run: Path) -> RunStatus:
         figures = ()
         if str(damage).splitlines()[0] not in " ".join(errors):
             errors.append(str(damage).splitlines()[0])
-    return RunStatus(run, stages, at_work, count, figures, tuple(errors))
+    return RunStatus(run, stages, process, count, figures, tuple(errors))
 
 
 def _state(folder: Path) -> tuple[str, str]:
-    """Return the state of a stage, and the error that it ended in."""
+    """Return the state of a stage, and its error if it failed."""
     if read_receipt(folder) is not None:
         return "done", ""
     if is_file(folder / FAILED):
         return "failed", read_record(folder / FAILED, FAILURE)["error"]
-    return ("begun" if is_file(folder / BEGUN) else "missing"), ""
+    return ("started" if is_file(folder / STARTED) else "missing"), ""
 
 
 def _figures(run: Path) -> list[str]:
-    found = {f.measure: f.value for f in headlines(run, quick=True) if f.stage == "evaluate"}
-    told = []
-    for name in _TOLD:
-        before, after = found.get(f"{name}, before"), found.get(f"{name}, after")
-        if before is not None and (name != "all: right" or "neutral: right, before" not in found):
-            told.append(f"{name} {100 * before:.1f}" + (f" → {100 * after:.1f} %" if after is not None else " %"))
-    return told
+    values = {h.measure: h.value for h in headlines(run, quick=True) if h.stage == "evaluate"}
+    figures = []
+    for name in _MEASURES:
+        before, after = values.get(f"{name}, before"), values.get(f"{name}, after")
+        if before is not None and (name != "all: right" or "neutral: right, before" not in values):
+            figures.append(f"{name} {100 * before:.1f}" + (f" → {100 * after:.1f} %" if after is not None else " %"))
+    return figures
 
 
 def show(arguments: Sequence[str]) -> int:
-    """Print the table of a folder of runs, or of one run.
+    """Print the runs in a folder, or one run, as a table.
 
     Raises
     ------
     ConfigError
-        Where there is no run.
+        If there is no run.
     """
     from rich.table import Table
     from rich.text import Text
@@ -95,7 +96,7 @@ def show(arguments: Sequence[str]) -> int:
     runs = [root] if is_file(root / MARKER) else list(runs_in(root))
     if len(arguments) > 1 or not runs:
         msg = f"no runs in '{root}': groundscope status FOLDER takes a folder of runs, or a run" + (
-            f"; it was given {len(arguments)} arguments" if len(arguments) > 1 else ""
+            f"; it received {len(arguments)} arguments" if len(arguments) > 1 else ""
         )
         raise ConfigError(msg)
     console = plain_console()
@@ -104,18 +105,18 @@ def show(arguments: Sequence[str]) -> int:
     for name in STAGES:
         table.add_column(name, justify="center", no_wrap=True)
     table.add_column("size", justify="right", no_wrap=True)
-    table.add_column("found", overflow="fold")
-    for found in map(status, runs):
-        name = str(found.path.relative_to(root)) if found.path != root else str(root)
-        said = [*found.figures, *found.errors, *([f"at work: {found.at_work}"] if found.at_work else [])]
-        marks = [Text(_MARKS[s], _style(s)) for s in found.stages.values()]
-        table.add_row(Text(printable(name)), *marks, size(found.bytes), Text(printable("\n".join(said))))
+    table.add_column("results", overflow="fold")
+    for state in map(status, runs):
+        name = str(state.path.relative_to(root)) if state.path != root else str(root)
+        notes = [*state.figures, *state.errors, *([f"running: {state.process}"] if state.process else [])]
+        marks = [Text(_MARKS[s], _style(s)) for s in state.stages.values()]
+        table.add_row(Text(printable(name)), *marks, size(state.bytes), Text(printable("\n".join(notes))))
     console.print(table)
     console.print(", ".join(f"{mark} {state}" for state, mark in _MARKS.items()))
-    once = {(s.st_dev, s.st_ino): s.st_size for _, s in files_below(root) if stat.S_ISREG(s.st_mode)}
-    console.print(f"{len(runs)} runs, {size(sum(once.values()))} on the disk: stages that runs share lie there once")
+    files = {(s.st_dev, s.st_ino): s.st_size for _, s in files_below(root) if stat.S_ISREG(s.st_mode)}
+    console.print(f"{len(runs)} runs, {size(sum(files.values()))} on the disk; files that runs share are counted once")
     return 0
 
 
 def _style(state: str) -> str:
-    return {"done": "green", "failed": "red", "begun": "yellow"}.get(state, "dim")
+    return {"done": "green", "failed": "red", "started": "yellow"}.get(state, "dim")

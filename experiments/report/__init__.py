@@ -1,5 +1,15 @@
-"""The report of a run: one static HTML file that answers the four questions with figures and intervals."""
+"""The report of a run: one static HTML file with figures and intervals; sections are an open table.
 
-from experiments.report.page import make_report
+- `page`: write the report of a run folder
+- `section`, `sections`: the sections, one module each, and the table that packages extend
+- `derived`: numbers that several sections use
+- `figures`, `html`: drawing and HTML
+- `sweep`: the page of a sweep
+- `browser_check`: check a page in Chromium
+"""
 
-__all__ = ["make_report"]
+from experiments.report.page import write_report
+from experiments.report.section import Section
+from experiments.report.sections import SECTIONS
+
+__all__ = ["SECTIONS", "Section", "write_report"]

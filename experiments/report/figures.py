@@ -333,13 +333,28 @@ def way(places: Sequence[tuple[str, float, str]], title: str, above: str, below:
 
 
 def overlay(
-    image: Image.Image, maps: Sequence[tuple[str, np.ndarray, float]], box: tuple[float, float, float, float] | None
+    image: Image.Image,
+    size: tuple[int, int],
+    maps: Sequence[tuple[str, np.ndarray, float]],
+    box: tuple[float, float, float, float] | None,
 ) -> str:
-    """Draw the attention of heads over an image: title, ``[rows, columns]`` and mass on the image for each head."""
+    """Draw the attention of several heads over an image.
+
+    Parameters
+    ----------
+    image
+        The image, or a smaller copy.
+    size
+        Width and height that `box` refers to, in pixels.
+    maps
+        For each head its title, attention ``[rows, columns]``, and the share of its attention on the image.
+    box
+        Left, top, right and bottom of a frame.
+    """
     with drawing(6.4, 1.9) as figure:
         line = figure.subplots(1, 1 + len(maps), squeeze=False)[0]
         pixels = np.asarray(image)
-        height, width = pixels.shape[:2]
+        width, height = size
         for axes in line:
             axes.imshow(pixels, extent=(0, width, height, 0))
             axes.axis("off")

@@ -16,11 +16,12 @@ import numpy as np
 from PIL import Image
 
 from experiments.records import ILLUSTRATIONS, problem
+from experiments.run.folder import ILLUSTRATIONS as ILLUSTRATIONS_FOLDER
 from groundscope.core import artifacts
 from groundscope.core.errors import ConfigError
 from groundscope.core.paths import below, is_file
 
-FILE = "illustrations/examples.safetensors"
+FILE = f"{ILLUSTRATIONS_FOLDER}examples.safetensors"
 """The file, inside the folder of a stage."""
 _KIND, _VERSION = "illustrations", 1
 _SIDE = 512

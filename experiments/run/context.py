@@ -1,4 +1,4 @@
-"""What the stages of one run share: options, folder, data, and models loaded when first needed."""
+"""What the stages of a run share: configuration, folder, data, and models that are loaded at their first use."""
 
 from __future__ import annotations
 
@@ -25,39 +25,52 @@ ACTIVATIONS = "activations"
 """Folder of the traced activations inside a run."""
 
 
+def headline(config: RunConfig, folder: Path) -> str:
+    """Return model, data and folder of a run in one line."""
+    data = config.data
+    source = f"{data.n_images} + {data.test_images} scenes" if data.source == "scenes" else str(data.questions)
+    return f"model {config.model.path}, {source}, folder {folder}"
+
+
 @dataclass(frozen=True)
 class Context:
-    """One run at work."""
+    """A run while its stages run."""
 
     config: RunConfig
     folder: RunFolder
     console: Console
 
     def headline(self) -> str:
-        """Say in a line what is run on what."""
-        data = self.config.data
-        shown = f"{data.n_images} + {data.test_images} scenes" if data.source == "scenes" else str(data.questions)
-        return f"model {self.config.model.path}, {shown}, folder {self.folder.path}"
+        """Return model, data and folder of the run in one line."""
+        return headline(self.config, self.folder.path)
 
     @cached_property
     def parts(self) -> tuple[ConceptDataset, ConceptDataset]:
-        """The examples to find things on, and those to test on; they share no group."""
+        """Discovery and test examples; no group is in both.
+
+        Raises
+        ------
+        ConfigError, DataError
+            If the data cannot be loaded or divided.
+        """
         data = self.config.data
         if data.source == "scenes":
             if data.seed == data.test_seed:
-                msg = f"data.seed and data.test_seed are both {data.seed}: test scenes must not be those things are found on"
+                msg = (
+                    f"data.seed and data.test_seed are both {data.seed}: test scenes must differ from discovery scenes"
+                )
                 raise ConfigError(msg)
             return _scenes(data.n_images, data.seed), _scenes(data.test_images, data.test_seed)
         return _divided(_loaded(data), data.test_share, data.seed)
 
     @property
     def discovery(self) -> ConceptDataset:
-        """The examples things are found on."""
+        """The examples for probes, patching, derivation and diagnosis."""
         return self.parts[0]
 
     @property
     def held_out(self) -> ConceptDataset:
-        """The examples the correction is tested on."""
+        """The examples on which the correction is tested."""
         return self.parts[1]
 
     @cached_property
@@ -67,7 +80,7 @@ class Context:
 
     @cached_property
     def outline(self) -> Lvlm:
-        """The model under study without its weights; the model itself where it is loaded already."""
+        """The model under study without its weights, or the model itself if it is already loaded."""
         if "model" in self.__dict__:
             return self.model
         from lvlm.loading import outline_lvlm
@@ -78,7 +91,7 @@ class Context:
 
     @cached_property
     def twin(self) -> Lvlm | None:
-        """The control model, where one is named."""
+        """The control model; None if the configuration names none."""
         return self._load(self.config.model.twin) if self.config.model.twin else None
 
     @cached_property
@@ -103,30 +116,30 @@ class Context:
         )
 
     def model_key(self) -> object:
-        """Return what identifies the models without loading them: options, and what `fingerprint` says of their files."""
+        """Return what identifies the models without loading them: their options and the `fingerprint` of their files."""
         m = self.config.model
-        # Consent to code and checks at loading change no value.
+        # Permission to run the model's code and checks at load change no value.
         options = {k: v for k, v in asdict(m).items() if k not in {"trust_remote_code", "validate"}}
         spec = file_digest(Path(m.spec)) if m.spec is not None and Path(m.spec).is_file() else None
         return [options, spec, fingerprint(m.path), fingerprint(m.twin) if m.twin else None]
 
-    def model_here(self) -> bool:
-        """Whether the files of the models can be looked at on this machine."""
+    def has_model_files(self) -> bool:
+        """Return whether the files of the models are on this machine."""
         m = self.config.model
         return all(fingerprint(name) != name for name in (m.path, m.twin) if name)
 
 
 _LARGE = 1 << 28
-"""Bytes from which a file is not digested whole: a large model would take longer to digest than a few examples to trace."""
+"""Size in bytes from which a file is sampled: the digest of a large model takes longer than the trace of a few examples."""
 _SMALL = 1 << 20
-"""Bytes up to which a file is digested each time."""
+"""Size in bytes up to which a file is digested at each call."""
 
 
 def fingerprint(path: str) -> object:
-    """Return what identifies a model's files: a digest of each file of a folder, or the commit of a Hugging Face id.
+    """Return what identifies the files of a model: a digest of each file of a folder, or the commit of a Hugging Face id.
 
-    Every file of the folder counts, since prompts, tokens, pixels and code are decided by many: chat templates in all their
-    forms, ``merges.txt``, ``tokenizer.model``, processor and generation configurations, the folder's own modules.
+    Every file of the folder counts, because many of them affect prompts, tokens, pixels or code: chat templates in several
+    forms, ``merges.txt``, ``tokenizer.model``, processor and generation configurations, modules with code.
     """
     from lvlm.embedded_models import folder_of
     from lvlm.model_files import deciding_files, resolved_revision
@@ -139,11 +152,11 @@ def fingerprint(path: str) -> object:
 
 
 def _file_key(file: Path) -> object:
-    """Return a file's digest; for a large one its size, its time of change and a digest of a sample."""
+    """Return the digest of a file; for a large file its size, its modification time and a digest of a sample."""
     about = file.stat()
     if about.st_size < _SMALL:
         return file_digest(file)
-    if about.st_size < _LARGE:  # asked for by every stage of a run
+    if about.st_size < _LARGE:  # every stage of a run needs it
         return _known_digest(str(file), about.st_size, about.st_mtime_ns)
     sample = hashlib.sha256()
     with file.open("rb") as content:
@@ -167,7 +180,7 @@ def _scenes(n_images: int, seed: int) -> ConceptDataset:
 
 
 def _loaded(data: DataConfig) -> ConceptDataset:
-    """Read the user's files with the loader of their format."""
+    """Load the files of the user with the loader of their format."""
     from concepts import loaders
 
     if data.source not in loaders.LOADERS:
@@ -175,7 +188,7 @@ def _loaded(data: DataConfig) -> ConceptDataset:
         msg = f"data.source={data.source}: choose from {', '.join(names)}{nearest(data.source, names)}"
         raise ConfigError(msg)
     if not data.questions or not data.images:
-        msg = f"data={data.source} needs data.questions=<file> and data.images=<folder>"
+        msg = f"data={data.source} needs data.questions=FILE and data.images=FOLDER"
         raise ConfigError(msg)
     if "limit" in data.loader:
         msg = "data.loader.limit: set data.limit"
@@ -184,13 +197,13 @@ def _loaded(data: DataConfig) -> ConceptDataset:
 
 
 def _divided(whole: ConceptDataset, share: float, seed: int) -> tuple[ConceptDataset, ConceptDataset]:
-    """Divide a data set by groups: each group falls by the digest of its name, whatever else is in the data."""
+    """Divide a dataset by groups: the digest of its name decides for each group, independent of the other data."""
     if not 0 < share < 1:
-        msg = f"data.test_share={share}: give a share between 0 and 1"
+        msg = f"data.test_share={share}: must be between 0 and 1"
         raise ConfigError(msg)
     tested = {g for g in {e.group for e in whole} if int(digest([g, seed])[:8], 16) / 0xFFFFFFFF < share}
     first, second = whole.filter(lambda e: e.group not in tested), whole.filter(lambda e: e.group in tested)
     if not len(first) or not len(second):
-        msg = f"data set '{whole.name}' has too few images to keep some for testing: give more, or another data.test_share"
+        msg = f"dataset '{whole.name}' has too few images for discovery and test: add images, or change data.test_share"
         raise ConfigError(msg)
     return first, second

@@ -1,10 +1,10 @@
-"""The folder of a run: what each stage made, from what, and whether it is still there.
+"""The folder of a run: the files of each stage, with a receipt that says what they were made from.
 
-A stage leaves a receipt ``<folder>/stage.json`` with its key (a digest of its options, its inputs and the packages that
-computed it), the environment it was made in, the SHA-256 of every file it wrote, and a digest of all this. It is skipped when
-the key is unchanged and the files are what the receipt says.
+A finished stage has a receipt ``<folder>/stage.json`` with its key (a digest of its options, its inputs and the packages that
+computed it), its environment, the SHA-256 of every file it wrote, and a digest of the receipt itself. The stage is skipped if
+its key and its files are unchanged.
 
-A folder may come from somewhere else. Names in a receipt are plain names below its folder, links are refused and never
+A folder may come from another person. Names in a receipt must be plain names below its folder, links are refused and never
 followed, and only files that the stage wrote are ever removed.
 """
 
@@ -40,20 +40,22 @@ __all__ = ["file_digest", "write_text"]
 
 
 class Stopped(KeyboardInterrupt):
-    """The user stopped a run; its argument is the folder that `groundscope resume=` continues."""
+    """The user stopped a run; the argument is the folder for `groundscope resume=`."""
 
 
 LAYOUT = 1
-"""Version of the run folder; a folder of another version is refused."""
+"""Version of the layout of run folders; folders of other versions are refused."""
 MARKER = "run.json"
-"""The file by which a folder is a run."""
+"""File that marks a folder as a run."""
 RECEIPT = "stage.json"
 FAILED = ".failed.json"
-"""What a stage that ended in an error leaves, until it begins again."""
-BEGUN = ".key"
-"""The key under which a stage was begun."""
+"""File with the error of a stage that failed, until it starts again."""
+STARTED = ".key"
+"""File with the key of a stage that was started."""
+ILLUSTRATIONS = "illustrations/"
+"""Folder, inside that of a stage, of what only the report shows."""
 SHARDS = ".shards"
-"""In how many parts a trace was begun."""
+"""File with the number of parts of a trace that was started."""
 _PACKAGES = (
     "groundscope",
     "torch",
@@ -66,9 +68,9 @@ _PACKAGES = (
     "pillow",
 )
 _COMPUTING = ("groundscope", "torch", "transformers", "nnsight", "scikit-learn", "numpy", "pillow")
-"""Packages whose versions are part of every stage's key."""
+"""Packages whose versions are part of the key of every stage."""
 PLUGINS = "groundscope."
-"""Groups of entry points that begin so add to the project's tables; their distributions are part of every stage's key."""
+"""Prefix of the entry-point groups of plug-ins; their distributions are part of the key of every stage."""
 OWN: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "examples": ("discovery.json*", "held_out.json*"),
@@ -93,7 +95,7 @@ OWN: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "report": ("sections.json",),
     }
 )
-"""Folder of a stage to patterns of the files that it writes: what a stage that was interrupted may have left there."""
+"""Folder of a stage to patterns of the files that it writes, which an interrupted stage may leave."""
 _RECEIPT_SHAPE = {
     "stage": TEXT,
     "key": TEXT,
@@ -117,13 +119,13 @@ def digest(value: object) -> str:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write JSON by `write_text`, into a folder that is made where it is missing."""
+    """Write JSON atomically; make the folder if it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(value, indent=1, default=str) + "\n")
 
 
 def environment(threads: int | None = None) -> dict[str, Any]:
-    """Return what the run depends on besides its options; `threads` is the number of CPU threads that computed it."""
+    """Return packages, plug-ins and machine; `threads` is the number of CPU threads that compute."""
     return {
         "python": platform.python_version(),
         "system": platform.system(),
@@ -136,20 +138,20 @@ def environment(threads: int | None = None) -> dict[str, Any]:
 
 
 def computing() -> dict[str, Any]:
-    """Return the versions of the packages and plug-ins that compute results: part of every stage's key."""
+    """Return the versions of the packages and plug-ins that compute results, which are part of the key of every stage."""
     return {"packages": {name: _installed(name) for name in _COMPUTING}, "plugins": plugins()}
 
 
 @cache
 def plugins() -> tuple[str, ...]:
-    """Return ``group:name=value distribution version`` of every entry point that adds to the project's tables."""
-    found = {
+    """Return ``group:name=value distribution version`` of every entry point of a plug-in."""
+    points = {
         f"{point.group}:{point.name}={point.value} {owner.name} {owner.version}"
         for owner in distributions()
         for point in owner.entry_points
         if point.group.startswith(PLUGINS)
     }
-    return tuple(sorted(found))
+    return tuple(sorted(points))
 
 
 def _installed(name: str) -> str | None:
@@ -161,7 +163,7 @@ def _installed(name: str) -> str | None:
 
 @dataclass(frozen=True)
 class Receipt:
-    """What a finished stage left behind."""
+    """The record of a finished stage."""
 
     stage: str
     key: str
@@ -169,35 +171,40 @@ class Receipt:
     """Path inside the stage's folder to SHA-256."""
     seconds: float
     summary: str
-    """One line for people."""
+    """The result in one line."""
     stamps: Mapping[str, list[int]] = field(default_factory=dict)
-    """Path to size and time of change: a file that has both still is not digested again."""
+    """Path to size and modification time; a file with the same two is not digested again."""
     origin: str = ""
-    """Folder of the run that it was taken from, where it was not made here."""
+    """Folder of the run that it was taken from; empty if it was made here."""
     outside: Mapping[str, str] = field(default_factory=dict)
-    """Files that the stage wrote into the run's own folder, by name, to SHA-256."""
+    """Name to SHA-256 of files that the stage wrote into the folder of the run."""
     basis: str = ""
-    """Digest of what it was made from, without the packages: options, inputs, version of the stage."""
+    """Digest of options, inputs and version of the stage, without packages."""
     inputs: Mapping[str, str] = field(default_factory=dict)
-    """Stage to the digest of its files that this one was made from."""
+    """Stage to the digest of its files from which this stage was made."""
     environment: Mapping[str, Any] = field(default_factory=dict)
-    """Packages, machine and threads it was made with."""
+    """Packages, machine and threads."""
 
     @property
     def digest(self) -> str:
-        """What later stages depend on: the digest of everything this stage made."""
+        """Digest of the files of results, on which later stages depend; illustrations are for the report only."""
+        return digest({name: sha for name, sha in self.files.items() if not name.startswith(ILLUSTRATIONS)})
+
+    @property
+    def full_digest(self) -> str:
+        """Digest of all files, on which the report depends."""
         return digest(dict(self.files))
 
     def holds(self, root: Path) -> bool:
-        """Say whether the files are in a folder, byte for byte."""
+        """Return whether all files are unchanged."""
         return not self.broken(root) and not self.missing(root)
 
     def broken(self, root: Path) -> list[str]:
-        """Return the files of the folder that are missing, or not as they were made."""
+        """Return the files in the folder of the stage that are missing or changed."""
         return [name for name, sha in self.files.items() if not self._same(root / name, name, sha)]
 
     def missing(self, root: Path) -> list[str]:
-        """Return the files outside the folder that are missing, or not as they were made."""
+        """Return the files in the folder of the run that are missing or changed."""
         return [n for n, sha in self.outside.items() if not self._same(root.parent / n, f"../{n}", sha)]
 
     def _same(self, path: Path, name: str, sha: str) -> bool:
@@ -205,25 +212,24 @@ class Receipt:
 
 
 def stamp(path: Path) -> list[int]:
-    """Return a file's size in bytes and its time of change in nanoseconds."""
+    """Return size in bytes and modification time in nanoseconds of a file."""
     about = path.lstat()
     return [about.st_size, about.st_mtime_ns]
 
 
 def write_receipt(root: Path, receipt: Receipt) -> None:
-    """Write the receipt of a stage's folder, with a digest of its content."""
+    """Write the receipt of a stage into its folder, with a digest of the receipt."""
     record = json.loads(json.dumps(vars(receipt), default=str))
     write_json(root / RECEIPT, {**record, KEY: document_digest(record)})
 
 
 def read_receipt(root: Path) -> Receipt | None:
-    """Return the receipt of a stage's folder, or None where it has not finished.
+    """Return the receipt in the folder of a stage; None if the stage has not finished.
 
     Raises
     ------
     ConfigError
-        Where there is a receipt that cannot be used: it is unreadable, damaged or of a newer release, or names files that are
-        not below its folder.
+        If the receipt is unreadable, damaged or of a newer release, or names files that are not below its folder.
     """
     path = root / RECEIPT
     if is_link(root) or is_link(path):
@@ -238,11 +244,13 @@ def read_receipt(root: Path) -> Receipt | None:
     try:
         record = read_record(path, _RECEIPT_SHAPE)
     except ConfigError as error:
-        msg = f"{error}; to make the stage again delete that file"
+        msg = f"{error}; to run the stage again, delete that file"
         raise ConfigError(msg) from error
     unknown = sorted(set(record) - {f.name for f in fields(Receipt)} - {KEY})
     if unknown:
-        msg = f"{path}: field '{unknown[0]}' is of a newer release: use that release, or choose another name=…"
+        msg = (
+            f"{path}: field '{unknown[0]}' is of a newer release: use that release, or choose another run name, name=…"
+        )
         raise ConfigError(msg)
     for name in record["files"]:
         below(root, name, source=path, error=ConfigError)
@@ -252,33 +260,33 @@ def read_receipt(root: Path) -> Receipt | None:
         raise ConfigError(msg)
     sums = [*record["files"].values(), *(record.get("outside") or {}).values()]
     if not all(_SHA.fullmatch(sha) for sha in sums):
-        msg = f"{path}: not every file has a SHA-256; to make the stage again delete that file"
+        msg = f"{path}: not every file has a SHA-256; to run the stage again, delete that file"
         raise ConfigError(msg)
     try:
-        # Receipts that have no basis are of earlier releases, which wrote no digest.
+        # Receipts without a basis are of earlier releases, which wrote no digest.
         take_digest(record, str(path), ConfigError, required=bool(record.get("basis")))
     except ConfigError as error:
-        msg = f"{error}; to make the stage again delete that file"
+        msg = f"{error}; to run the stage again, delete that file"
         raise ConfigError(msg) from None
     return Receipt(**{name: value for name, value in record.items() if value is not None})
 
 
 class RunFolder:
-    """The folder of one run; held by one process at a time, or by several that trace a part each.
+    """The folder of one run. One process at a time may use it, or several that trace a part each.
 
     Parameters
     ----------
     path
-        The folder.
+        The folder; made if it is missing.
     root
-        Folder of all runs, in which it must be; no part of the path below it may be a link, and a folder that holds files and
-        no run is refused. Without it the caller owns the folder.
+        Folder of all runs, which must contain `path`. No part of the path below it may be a link, and a folder with other
+        files is refused. None if the caller guarantees that the folder may be used.
 
     Raises
     ------
     ConfigError
-        Where the folder cannot be written, holds files but no run, is inside another run or holds one, belongs to another
-        version, or another process works in it.
+        If the folder cannot be written, contains other files or another run, is inside another run, or has another layout
+        version.
     """
 
     def __init__(self, path: Path, root: Path | None = None) -> None:
@@ -299,12 +307,13 @@ class RunFolder:
         check_layout(path)
 
     def lock(self, *, shared: bool = False) -> AbstractContextManager[None]:
-        """Keep other processes out (with `shared`, those that do not share); `ConfigError` where one is at work."""
+        """Lock the folder; raise `ConfigError` if another process has the lock. Several processes may have a `shared` lock."""
         return lock(
             self.path / ".lock",
             shared=shared,
             refuse=lambda who: (
-                f"another groundscope is at work in '{self.path}' ({who}): wait for it, or choose another name=…"
+                f"another groundscope process is running in '{self.path}' ({who}): "
+                "wait for it, or choose another run name, name=…"
             ),
         )
 
@@ -313,7 +322,7 @@ class RunFolder:
         return read_receipt(self.path / folder)
 
     def holds(self, folder: str, receipt: Receipt) -> bool:
-        """Say whether the files of a receipt are there, byte for byte."""
+        """Return whether the files of a receipt are unchanged."""
         return receipt.holds(self.path / folder)
 
     def finish(
@@ -323,46 +332,46 @@ class RunFolder:
         key: str,
         work: Callable[[Path], str],
         *,
-        anew: bool = False,
+        clear: bool = False,
         about: Mapping[str, Any] | None = None,
         outside: Iterable[str] = (),
     ) -> Receipt:
-        """Do a stage's work in its folder and write its receipt; `anew` removes first what the stage left before."""
-        root = self.begin(folder, key, anew=anew)
+        """Run a stage in its folder and write its receipt; `clear` first removes the files of earlier work."""
+        root = self.begin(folder, key, clear=clear)
         start = time.perf_counter()
         return self.seal(stage, folder, key, work(root), time.perf_counter() - start, about=about, outside=outside)
 
-    def begin(self, folder: str, key: str, *, anew: bool = False) -> Path:
-        """Make a stage's folder ready for work, with what earlier work under the same key left.
+    def begin(self, folder: str, key: str, *, clear: bool = False) -> Path:
+        """Prepare the folder of a stage; keep the files of interrupted work with the same key unless `clear`.
 
         Raises
         ------
         ConfigError
-            Where the folder, or anything in it, is a link or no regular file; where files must be removed and one of them is
-            not the stage's own; or where the receipt cannot be used.
+            If the folder or an entry of it is a link or not a regular file, if files must be removed that the stage did not
+            write, or if the receipt cannot be used.
         """
         root = below(self.path, folder, error=ConfigError)
         root.mkdir(parents=True, exist_ok=True)
         before = read_receipt(root)
         names = _regular_files(root)
         foreign = {n for n in names if not _own(folder, n, before)}
-        same = not anew and begun_under(root) == key
+        same = not clear and started_key(root) == key
         if not same and foreign:
             where = root / min(foreign)
             msg = (
-                f"'{where}' was not written by this stage, whose folder must be cleared: "
-                "move that file away, or choose another name=…"
+                f"'{where}' was not written by this stage, and the folder must be cleared: "
+                "move that file away, or choose another run name, name=…"
             )
             raise ConfigError(msg)
-        # The receipt goes first: a stage that is killed now has none, and runs again.
+        # The receipt is removed first: a stage that is killed from here on has none, and runs again.
         (root / RECEIPT).unlink(missing_ok=True)
         (root / FAILED).unlink(missing_ok=True)
         if not same:
-            # What the stage left was made from something else; only work begun under the same key is resumed.
+            # Earlier files have another key; only work with the same key is resumed.
             for name in names:
                 (root / name).unlink(missing_ok=True)
             _remove_empty(root)
-            write_text(root / BEGUN, key)
+            write_text(root / STARTED, key)
         elif before is not None:
             for name in before.broken(root):
                 (root / name).unlink(missing_ok=True)
@@ -398,7 +407,7 @@ class RunFolder:
         return receipt
 
     def fail(self, folder: str, error: BaseException) -> None:
-        """Record that a stage ended in an error."""
+        """Record that a stage failed."""
         about = {"error": f"{type(error).__name__}: {error}", "when": time.strftime("%Y-%m-%d %H:%M:%S")}
         root = below(self.path, folder, error=ConfigError)
         if root.is_dir():
@@ -406,23 +415,23 @@ class RunFolder:
 
 
 def check_layout(path: Path) -> None:
-    """Raise `ConfigError` where a run's folder is of another version, or its marker cannot be read."""
+    """Raise `ConfigError` if a folder is not a run, or a run of another layout version."""
     try:
-        found = read_record(path / MARKER, {"layout": ANY}, limit=1 << 16)["layout"]
+        layout = read_record(path / MARKER, {"layout": ANY}, limit=1 << 16)["layout"]
     except ConfigError as error:
         msg = f"run folder '{path}' cannot be used: {error}; choose another (root=…, name=…)"
         raise ConfigError(msg) from error
-    if found != LAYOUT or isinstance(found, bool):
+    if layout != LAYOUT or isinstance(layout, bool):
         msg = (
-            f"run folder '{path}' has layout {found}, this release writes {LAYOUT}: "
-            "give the run another name (name=…), or use the release that made it"
+            f"run folder '{path}' has layout {layout}, and this release supports {LAYOUT}: "
+            "choose another run name, name=…, or use the release that made it"
         )
         raise ConfigError(msg)
 
 
-def begun_under(root: Path) -> str:
-    """Return the key under which a stage's folder was begun; empty where there is none."""
-    path = root / BEGUN
+def started_key(root: Path) -> str:
+    """Return the key with which the stage in a folder was started; empty if it was not started."""
+    path = root / STARTED
     try:
         return read_text(path, limit=1 << 12, error=ConfigError) if is_file(path) else ""
     except (OSError, ConfigError):
@@ -430,23 +439,23 @@ def begun_under(root: Path) -> str:
 
 
 def _check_place(path: Path, *, owned: bool) -> None:
-    """Raise `ConfigError` where a run would be inside another run, would hold one, or, unless `owned`, holds other files."""
+    """Raise `ConfigError` if a folder is inside a run, contains a run or, unless `owned`, contains other files."""
     for above in path.absolute().parents:
         if is_file(above / MARKER) and _is_run(above):
-            msg = f"'{path}' is inside the run '{above}': choose another name=…"
+            msg = f"'{path}' is inside the run '{above}': choose another run name, name=…"
             raise ConfigError(msg)
     if not path.is_dir() or is_file(path / MARKER):
         inner = _inner_run(path) if path.is_dir() else None
     else:
-        # Hidden files may be locks, or what is left of a marker that was not finished.
+        # Hidden files may be locks or an unfinished marker.
         others = sorted(entry.name for entry in os.scandir(path) if not entry.name.startswith("."))
         inner = _inner_run(path)
         if others and inner is None and not owned:
             what = " (a symbolic link)" if is_link(path / others[0]) else ""
-            msg = f"'{path}' is no run and holds '{others[0]}'{what}: choose another name=…, or an empty folder"
+            msg = f"'{path}' is not a run and contains '{others[0]}'{what}: choose another run name, name=…, or an empty folder"
             raise ConfigError(msg)
     if inner is not None:
-        msg = f"'{path}' holds the run '{inner}': choose another name=…"
+        msg = f"'{path}' contains the run '{inner}': choose another run name, name=…"
         raise ConfigError(msg)
 
 
@@ -471,12 +480,12 @@ def _exists(path: Path) -> bool:
 
 
 def _regular_files(root: Path) -> list[str]:
-    """Return the files of a stage's folder; raises `ConfigError` for a link or anything else that is no regular file."""
+    """Return the files in the folder of a stage; raise `ConfigError` for a link or another entry that is not a regular file."""
     names = []
     for name, about in files_below(root):
         if not stat.S_ISREG(about.st_mode):
             what = "a symbolic link" if stat.S_ISLNK(about.st_mode) else "not a regular file"
-            msg = f"'{root / name}' is {what}: put the file itself there, or remove it"
+            msg = f"'{root / name}' is {what}: replace it by the file itself, or remove it"
             raise ConfigError(msg)
         names.append(name)
     return names
@@ -487,8 +496,8 @@ def _hidden(name: str) -> bool:
 
 
 def _own(folder: str, name: str, receipt: Receipt | None) -> bool:
-    """Say whether a stage wrote a file: its receipt names it, or an interrupted stage of this kind may have left it."""
-    if name in {RECEIPT, FAILED, BEGUN, SHARDS} or _PART.fullmatch(name):
+    """Return whether a stage wrote a file: its receipt names it, or it is a file that an interrupted stage may leave."""
+    if name in {RECEIPT, FAILED, STARTED, SHARDS} or _PART.fullmatch(name):
         return True
     if receipt is not None:
         return name in receipt.files or (_hidden(name) and _matches(folder, name))
@@ -507,7 +516,7 @@ def _remove_empty(root: Path) -> None:
 
 
 def _separate(root: Path, names: Iterable[str]) -> None:
-    """Copy files that other runs share, before work may write into them."""
+    """Replace hard links to files of other runs by copies, before the stage may write into them."""
     for path in (root / name for name in names):
         if is_file(path) and path.stat().st_nlink > 1:
             part, target = create_part(path)

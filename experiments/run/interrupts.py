@@ -1,4 +1,4 @@
-"""Ctrl-C at a moment when it must not be felt."""
+"""Defer KeyboardInterrupt during critical sections."""
 
 from __future__ import annotations
 
@@ -10,38 +10,38 @@ from types import FrameType
 
 
 @contextmanager
-def held() -> Iterator[None]:
-    """Keep an interrupt until the block has ended, and raise it then; threads other than the main one never feel any.
+def defer_interrupt() -> Iterator[None]:
+    """Defer Ctrl-C to the end of the block. Has no effect in threads other than the main thread, which receive no signals.
 
     Raises
     ------
     KeyboardInterrupt
-        At the end of the block, where Ctrl-C was pressed inside it.
+        At the end of the block, if Ctrl-C was pressed inside it.
     """
-    before = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or before in (None, signal.SIG_IGN):
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or handler in (None, signal.SIG_IGN):
         yield
         return
     pressed: list[int] = []
 
-    def note(number: int, _: FrameType | None) -> None:
+    def record(number: int, _: FrameType | None) -> None:
         pressed.append(number)
 
-    signal.signal(signal.SIGINT, note)
+    signal.signal(signal.SIGINT, record)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, handler)
     if pressed:
         raise KeyboardInterrupt
 
 
 def load_torch(threads: int | None) -> None:
-    """Import torch, all of it or not at all, and let it have so many threads (None: as many as it has).
+    """Import torch without interruption, and set its number of threads; None keeps torch's choice.
 
-    Interrupted inside its C++ part the process would abort without a word.
+    An interrupt inside the import of its C++ part would abort the process without a message.
     """
-    with held():
+    with defer_interrupt():
         import torch
     if threads:
         torch.set_num_threads(threads)

@@ -1,4 +1,4 @@
-"""What a run shows of itself: one live table of its stages on a terminal, a line a stage elsewhere."""
+"""Progress of a run: a live table of its stages on a terminal, one line per stage elsewhere."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ from experiments.config import STAGES
 from experiments.text import printable
 from groundscope.core.progress import watched
 
-_STYLES = {"unchanged": "dim", "shared": "cyan", "failed": "bold red", "waits": "dim"}
-_WHILE = 0.25
-"""Seconds between two drawings."""
+_STYLES = {"unchanged": "dim", "shared": "cyan", "failed": "bold red", "waiting": "dim"}
+_REFRESH = 0.25
+"""Seconds between two updates."""
 
 
 @dataclass
 class _Row:
-    state: str = "waits"
-    told: str = ""
-    since: float = 0.0
-    work: Progress | None = None
-    """What the stage's work shows of itself, drawn here instead."""
+    state: str = "waiting"
+    summary: str = ""
+    start: float = 0.0
+    progress: Progress | None = None
+    """Progress of the work of the stage, shown in its row."""
 
 
-class Board:
-    """The stages of a run and how far they are.
+class LiveTable:
+    """The stages of a run and their state.
 
     Parameters
     ----------
     stages
-        Those that will run.
+        The stages that run.
     console
-        Where it is shown; by default standard output. What is not a terminal gets plain lines.
+        Where to show the table; by default standard output. Output that is not a terminal receives plain lines.
     """
 
     def __init__(self, stages: Sequence[str], console: Console | None = None) -> None:
@@ -48,7 +48,7 @@ class Board:
         self._rows = {name: _Row() for name in STAGES if name in stages}
         self._stack = ExitStack()
         self._running = ""
-        self._live = Live(get_renderable=self.table, console=self.console, refresh_per_second=1 / _WHILE)
+        self._live = Live(get_renderable=self.table, console=self.console, refresh_per_second=1 / _REFRESH)
 
     def __enter__(self) -> Self:
         if self.console.is_terminal:
@@ -59,45 +59,46 @@ class Board:
     def __exit__(self, *error: object) -> None:
         self._stack.close()
 
-    def say(self, text: str, bold: str = "") -> None:
-        """Say a line, above the table where there is one; `bold` is a word of it."""
+    def print(self, text: str, bold: str = "") -> None:
+        """Print a line, above the table on a terminal; `bold` is a word of it."""
         line = Text(printable(text))
         if bold:
             line.highlight_words([bold], "bold")
         self.console.print(line, soft_wrap=not self.console.is_terminal)
 
-    def begin(self, stage: str) -> None:
-        """Show a stage at work from now on."""
+    def start(self, stage: str) -> None:
+        """Show that a stage is running."""
         self._running = stage
-        self._rows[stage] = _Row("works", since=time.monotonic())
+        self._rows[stage] = _Row("running", start=time.monotonic())
 
-    def done(self, stage: str, state: str, told: str) -> None:
-        """Show how a stage is finished, and what it says of itself."""
-        self._rows[stage] = _Row(state, printable(told))
+    def finish(self, stage: str, state: str, summary: str) -> None:
+        """Show the state and the summary of a finished stage."""
+        self._rows[stage] = _Row(state, printable(summary))
         if not self.console.is_terminal:
-            self.say(f"  {stage:<9} {state:>9}  {told}")
+            self.print(f"  {stage:<9} {state:>9}  {summary}")
 
-    def failed(self, stage: str) -> None:
-        """Show that a stage ended in an error, which somebody else tells."""
+    def fail(self, stage: str) -> None:
+        """Show that a stage failed; the caller prints the error."""
         self._rows[stage] = _Row("failed")
 
     def table(self) -> Table:
-        """Return the table as it is now: stage, state, how far, how fast, how long still."""
+        """Return the table: stage, state, progress, rate, and remaining time."""
         table = Table(box=None, padding=(0, 1), show_header=False)
         for name, row in self._rows.items():
-            state = row.state if row.state != "works" else f"{time.monotonic() - row.since:.0f} s"
-            told = row.told if row.state != "works" else _pace(row.work)
-            table.add_row(name, Text(state, _STYLES.get(row.state, "green")), Text(told, overflow="fold"))
+            running = row.state == "running"
+            state = f"{time.monotonic() - row.start:.0f} s" if running else row.state
+            summary = _describe(row.progress) if running else row.summary
+            table.add_row(name, Text(state, _STYLES.get(row.state, "green")), Text(summary, overflow="fold"))
         return table
 
-    def _watch(self, work: Progress) -> None:
+    def _watch(self, progress: Progress) -> None:
         if self._running in self._rows:
-            self._rows[self._running].work = work
+            self._rows[self._running].progress = progress
 
 
-def _pace(work: Progress | None) -> str:
-    """Say how far work is, its rate and the time left: ``tracing 120 of 300, 41.2/s, 0:04 left``."""
-    task = next((t for t in reversed(work.tasks) if not t.finished), None) if work is not None else None
+def _describe(progress: Progress | None) -> str:
+    """Return count, rate and remaining time: ``tracing 120 of 300, 41.2/s, 0:04 left``."""
+    task = next((t for t in reversed(progress.tasks) if not t.finished), None) if progress is not None else None
     if task is None:
         return ""
     parts = [f"{task.description} {task.completed:.0f} of {task.total:.0f}" if task.total else task.description]

@@ -1,9 +1,9 @@
 """Stages that several runs have in common are made once.
 
-A stage's key says all it depends on, so two runs of one root folder whose stages have the same key have the same stage,
-sweep or not. The second takes the files of the first as hard links (copies where the file system has none): each run's
-folder stays whole by itself, can be moved or deleted alone, and the bytes lie on the disk once. While a stage is made, a
-lock named by its key stands in ``<root>/.locks``; who wants the same waits for it and then takes what was made.
+The key of a stage contains everything it depends on, so stages of two runs below one root with the same key are equal, in a
+sweep or not. The second run takes the files of the first as hard links, or as copies where the file system has no links: each
+run folder is complete and can be moved or deleted alone, and the bytes are on the disk once. A lock in ``<root>/.locks``, named
+after the key, is held while a stage is made; a process that needs the same stage waits for it and takes the result.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from experiments.config import SWEEPS
-from experiments.run.folder import MARKER, Receipt, RunFolder, begun_under, read_receipt, write_receipt
+from experiments.run.folder import MARKER, Receipt, RunFolder, read_receipt, started_key, write_receipt
 from groundscope.core.errors import ConfigError, DataError
 from groundscope.core.locks import lock
 from groundscope.core.paths import below, create_part, is_file, is_link
@@ -24,7 +24,7 @@ from groundscope.core.user_files import open_regular
 
 
 def runs_in(root: Path) -> Iterator[Path]:
-    """Yield the folders of all runs of a root, those of sweeps after the others."""
+    """Yield the folders of all runs below a root, runs of sweeps last."""
     sweeps = root / SWEEPS
     for start, depth in ((root, 1), (sweeps, 2)):
         if start == root or not is_link(sweeps):
@@ -32,7 +32,7 @@ def runs_in(root: Path) -> Iterator[Path]:
 
 
 def _folders(root: Path, depth: int) -> Iterator[Path]:
-    """Yield the folders so many levels below a folder; links are passed over."""
+    """Yield the folders at a depth below a folder; links are not followed."""
     if depth == 0:
         yield root
         return
@@ -44,48 +44,48 @@ def _folders(root: Path, depth: int) -> Iterator[Path]:
         yield from _folders(folder, depth - 1)
 
 
-def door(root: Path, stage: str, key: str, waiting: Callable[[str], None]) -> AbstractContextManager[None]:
-    """Hold the right to make a stage; wait for who holds it."""
+def stage_lock(root: Path, stage: str, key: str, waiting: Callable[[str], None]) -> AbstractContextManager[None]:
+    """Hold the lock of a stage and key; `waiting` is called with the holder if another process has it."""
     return lock(below(root, f".locks/{stage}-{key[:24]}", error=ConfigError), waiting=waiting, transient=True)
 
 
 def take(root: Path, run: RunFolder, folder: str, key: str) -> Receipt | None:
-    """Take a stage from another run of the root that has finished it under the same key; None where no run has.
+    """Take a stage from another run below the root that finished it with the same key; None if there is no such run.
 
-    A run whose receipt, folder or files cannot be trusted (names or links that lead outside, files that changed) is passed over.
+    Runs with an invalid receipt, folder or file (paths or links that lead outside, changed files) are skipped.
     """
     for other in runs_in(root):
         source = other / folder
-        if other == run.path or begun_under(source) != key:
+        if other == run.path or started_key(source) != key:
             continue
-        found = _usable(source, key)
-        if found is None:
+        receipt = _usable(source, key)
+        if receipt is None:
             continue
-        target = run.begin(folder, key, anew=True)
+        target = run.begin(folder, key, clear=True)
         try:
-            for name in found.files:
+            for name in receipt.files:
                 _link(below(source, name), below(target, name))
-        except (OSError, DataError):  # another process is clearing it: make it here
+        except (OSError, DataError):  # another process is clearing the source: make the stage here
             continue
-        if not found.holds(target):
+        if not receipt.holds(target):
             continue
-        taken = replace(found, origin=found.origin or str(other.relative_to(root)))
+        taken = replace(receipt, origin=receipt.origin or str(other.relative_to(root)))
         write_receipt(target, taken)
         return taken
     return None
 
 
 def _usable(source: Path, key: str) -> Receipt | None:
-    """Return the receipt of another run's stage where it has this key and its files hold."""
+    """Return the receipt of a stage of another run if it has this key and its files are unchanged."""
     try:
         if is_link(source):
             return None
-        found = read_receipt(source)
+        receipt = read_receipt(source)
     except ConfigError:
         return None
-    if found is None or found.key != key or found.outside or not found.holds(source):
+    if receipt is None or receipt.key != key or receipt.outside or not receipt.holds(source):
         return None
-    return found
+    return receipt
 
 
 def _link(source: Path, target: Path) -> None:

@@ -14,6 +14,7 @@ from diagnosis.pipeline import diagnose
 from diagnosis.results import Diagnoses
 from experiments.run.context import Context
 from experiments.run.folder import digest, write_json
+from experiments.stages.illustrate import illustrate_diagnoses
 from groundscope.core.errors import GroundscopeError
 from probes import fit_grid, probeable
 from probes.protocol.tasks import UnplaceableError
@@ -48,6 +49,7 @@ def make_diagnoses(context: Context, root: Path) -> str:
         write_json(root / "left_out.json", {"reason": reason})
         return f"nothing diagnosed: {reason}"
     found.save(root / "diagnoses.json")
+    illustrate_diagnoses(context, root, found)
     counts: dict[str, int] = {}
     for one in found.wrong:
         counts[str(one.verdict)] = counts.get(str(one.verdict), 0) + 1

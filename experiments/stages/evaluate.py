@@ -10,6 +10,7 @@ from behavior.chair import read_synonyms
 from behavior.metrics import METRICS, compare_metric, compute_metrics
 from experiments.run.context import Context
 from experiments.run.folder import write_json
+from experiments.stages.illustrate import illustrate_prior_error
 from experiments.stages.steer import control_file
 from groundscope.core.errors import ConfigError
 from groundscope.core.text import nearest
@@ -69,6 +70,7 @@ def make_behavior(context: Context, root: Path) -> str:
         if run not in {"before", "twin"}
     }
     write_json(root / "changes.json", changes)
+    illustrate_prior_error(context, root, vectors.get("after"), twin="twin" in results)
     told = [n for n in (*PRIOR_ERRORS, "neutral: right", "all: right") if n in rates["before"]]
     return "; ".join(
         f"{n} {rates['before'][n].value:.3f} -> {rates.get('after', rates['before'])[n].value:.3f}" for n in told[:3]

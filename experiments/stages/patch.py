@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal, cast
 from concepts import counterfactuals
 from experiments.run.context import Context
 from experiments.run.folder import write_json
+from experiments.stages.illustrate import illustrate_heads
 from groundscope.core.errors import ConfigError, DataError, PatchError
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ def make_head_scores(context: Context, root: Path) -> str:
     packages = {kind: package for kind, package in counterfactuals.KINDS.origins.items() if kind in done}
     card = {"heads": [str(h) for h in top], "left_out": left_out, "kinds": list(done)}
     write_json(root / "top.json", {**card, "packages": packages} if packages else card)
+    illustrate_heads(context, root, done, card["heads"])
     note = f"; left out: {', '.join(left_out)}" if left_out else ""
     if not done:
         return f"no head could be scored{note}: {next(iter(left_out.values()))}"

@@ -8,7 +8,7 @@ from typing import Any
 
 from experiments.run.context import Context
 from experiments.run.folder import write_json
-from experiments.stages.trace import traced
+from experiments.stages.trace import traced_examples
 from groundscope.core.errors import ConfigError, ProbeError
 from groundscope.core.text import nearest
 
@@ -74,7 +74,7 @@ def check(context: Context) -> None:
     wanted = context.config.probe.concepts
     if wanted is None:
         return
-    known = list(dict.fromkeys(c for e in traced(context) for c in e.labels))
+    known = list(dict.fromkeys(c for e in traced_examples(context) for c in e.labels))
     missing = next((c for c in wanted if c not in known), None)
     if missing is not None:
         msg = f"concept '{missing}' is not in the data: there are {', '.join(known)}{nearest(missing, known)}"

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from experiments.report import make_report as write_page
+from experiments.report.page import REPORT, write_report
 from experiments.run.context import Context
+from experiments.run.folder import write_json
 
 
 def make_report(context: Context, root: Path) -> str:
-    """Write ``report.html`` into the folder of the run, and the names of its sections into the folder of the stage."""
-    return write_page(context, root)
+    """Write ``report.html`` into the folder of the run, and the ids of its sections into the folder of the stage."""
+    parts = write_report(context.folder.path)
+    write_json(root / "sections.json", list(parts))
+    size = (context.folder.path / REPORT).stat().st_size
+    return f"{len(parts)} sections, {size / 1e6:.1f} MB"

@@ -24,5 +24,7 @@ class Stage:
     """Raises `ConfigError` where its options cannot work; called before any stage works."""
     shared: bool = True
     """Whether runs with the same key may share its files: not where it writes outside its folder, or of the run itself."""
+    illustrated: bool = False
+    """Whether it uses the illustrations of other stages, not only their results."""
     outside: tuple[str, ...] = ()
     """Files that it writes into the run's own folder."""

@@ -7,12 +7,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from circuits import HeadScores
 from experiments.records import TOP_HEADS, read_record
 from experiments.run.context import Context
 from experiments.run.folder import write_json
 from groundscope.core.errors import ConfigError, DataError, PatchError, ProbeError, SiteError
-from groundscope.core.paths import below
 from groundscope.core.text import nearest
 from mitigation import CONTROLS, DerivationData, SteeringVector, choose_strength, mitigations, sweep_strengths
 from mitigation.methods import make_vector
@@ -105,13 +103,3 @@ def _derive_possible(
         except (DataError, PatchError, ProbeError, SiteError) as error:
             left_out[name] = str(error)
     return vectors
-
-
-def head_scores(context: Context) -> dict[str, HeadScores]:
-    """Return the saved scores by kind of pair."""
-    circuit = context.folder.path / "circuits"
-    kinds = read_record(circuit / "top.json", TOP_HEADS)["kinds"]
-    return {
-        kind: HeadScores.load(below(circuit, f"{kind}.safetensors", source=circuit / "top.json", error=ConfigError))
-        for kind in kinds
-    }

@@ -112,6 +112,7 @@ TABLE: Mapping[str, Stage] = MappingProxyType(
             work=_function("report.make_report"),
             version=3,
             shared=False,
+            illustrated=True,
             outside=("report.html",),
         ),
     }

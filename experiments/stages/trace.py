@@ -18,19 +18,19 @@ if TYPE_CHECKING:
 
 
 def make_activations(context: Context, root: Path) -> str:
-    """Trace the questions that have answers to choose from; captions are told by `evaluate` alone."""
+    """Trace the questions that have candidate answers; captions are used by `evaluate` only."""
     options = context.config.trace
-    return told(trace_into(context, root) if options.shards == 1 else merge(context, root), root)
+    return describe(trace_into(context, root) if options.shards == 1 else merge(context, root), root)
 
 
 def trace_into(context: Context, root: Path, worker: int = 0) -> ActivationStore:
-    """Trace into a folder, all of the data or one of its parts."""
+    """Trace all questions, or one part of them, into a folder."""
     from activation_store import trace
 
     options = context.config.trace
     return trace(
         context.model,
-        traced(context),
+        traced_examples(context),
         sites=options.sites,
         tokens=traced_tokens(context),
         out=root,
@@ -42,91 +42,91 @@ def trace_into(context: Context, root: Path, worker: int = 0) -> ActivationStore
     )
 
 
-def traced(context: Context) -> ConceptDataset:
-    """Return the questions that are traced."""
+def traced_examples(context: Context) -> ConceptDataset:
+    """Return the discovery questions that have candidate answers."""
     return context.discovery.filter(lambda e: bool(e.candidates))
 
 
 def traced_tokens(context: Context) -> list[str]:
-    """Return the token selections of the configuration that some example has tokens for.
+    """Return the token selections of the configuration that exist in some example.
 
-    Without a box of the object that a question is about (POPE's files hold none), ``object:…`` would be rows of NaN.
+    If no question has a box of its object, as in POPE's files, ``object:…`` would give rows of NaN and is left out.
 
     Raises
     ------
     ConfigError
-        Where no selection is left.
+        If no selection remains.
     """
     from lvlm.token_selection import TokenSelection
 
-    data = traced(context)
+    data = traced_examples(context)
     boxes = [{o.id for o in example.objects if o.box is not None} for example in data]
 
-    def fits(text: str) -> bool:
+    def exists(text: str) -> bool:
         selection = TokenSelection.parse(text)
         names = [selection.name or example.subject for example in data]
-        return selection.role != "object" or any(name in own for name, own in zip(names, boxes, strict=True))
+        return selection.role != "object" or any(name in ids for name, ids in zip(names, boxes, strict=True))
 
     tokens = context.config.trace.tokens
-    chosen = [text for text in tokens if fits(text)]
+    chosen = [text for text in tokens if exists(text)]
     if tokens and not chosen:
         msg = (
-            f"trace.tokens=[{','.join(tokens)}]: no example of this data has a box of the object it asks about; trace 'last' "
-            "or 'image:mean', or give data with boxes"
+            f"trace.tokens=[{','.join(tokens)}]: no question of these data has a box of its object; trace 'last' or "
+            "'image:mean', or use data with boxes"
         )
         raise ConfigError(msg)
     return chosen
 
 
-def told(store: ActivationStore, root: Path) -> str:
-    """Say what a store holds."""
+def describe(store: ActivationStore, root: Path) -> str:
+    """Return examples, arrays and size of a store in one line."""
     size = sum(p.stat().st_size for p in root.rglob("*.h5")) / 1e6
     skipped = len(store.provenance.get("skipped", {}))
-    left_out = f" ({skipped} left out, as their images cannot be read)" if skipped else ""
-    return f"{len(store)} examples{left_out}, {len(store.arrays)} arrays, {size:.0f} MB"
+    note = f" ({skipped} skipped, because their images cannot be read)" if skipped else ""
+    return f"{len(store)} examples{note}, {len(store.arrays)} arrays, {size:.0f} MB"
 
 
 def unfinished(root: Path, shards: int) -> list[int]:
-    """Return the parts of a store's folder that have not finished."""
+    """Return the parts of a trace that have not finished."""
     return [n for n in range(shards) if not (root / manifest_name(n)).exists()]
 
 
 def merge(context: Context, root: Path) -> ActivationStore:
-    """Return the whole store of a trace in parts.
+    """Return the complete store of a trace in parts.
 
     Raises
     ------
     ConfigError
-        Where parts are missing, or the folder was begun in another number of parts.
+        If parts are missing, or the trace was started with another number of parts.
     """
     from activation_store import ActivationStore
 
     shards = context.config.trace.shards
     check_parts(root, shards)
-    left = unfinished(root, shards)
-    if left:
-        which = ",".join(map(str, left[:20])) + (",…" if len(left) > 20 else "")
+    missing = unfinished(root, shards)
+    if missing:
+        which = ",".join(map(str, missing[:20])) + (",…" if len(missing) > 20 else "")
         msg = (
-            f"{len(left)} of {shards} parts are not traced: {which}; trace them with groundscope -m "
+            f"{len(missing)} of {shards} parts are not traced: {which}; trace them with groundscope -m "
             f"stages=[examples,trace] trace.shards={shards} trace.shard={which} and the options of this run"
         )
         raise ConfigError(msg)
-    # The last part to finish writes the manifest; one that was killed just before is asked to do it again.
+    # The last part to finish writes the manifest; if it was killed just before, the manifest is written now.
     store = ActivationStore(root) if (root / MANIFEST).exists() else trace_into(context, root, 0)
-    wanted = len(traced(context)) - len(store.provenance.get("skipped", {}))
-    if len(store) != wanted:
-        msg = f"'{root}' holds {len(store)} of {wanted} examples: remove that folder and trace again"
+    count = len(traced_examples(context)) - len(store.provenance.get("skipped", {}))
+    if len(store) != count:
+        msg = f"'{root}' has {len(store)} of {count} examples: remove that folder and trace again"
         raise ConfigError(msg)
     return store
 
 
 def check_parts(root: Path, shards: int) -> None:
-    """Raise `ConfigError` where a folder was begun in another number of parts."""
+    """Raise `ConfigError` if a trace was started with another number of parts."""
     mark = root / SHARDS
-    begun = read_text(mark, limit=64, error=ConfigError).strip() if is_file(mark) else ""
-    if begun not in {"", str(shards)} and not (root / MANIFEST).exists():
+    started = read_text(mark, limit=64, error=ConfigError).strip() if is_file(mark) else ""
+    if started not in {"", str(shards)} and not (root / MANIFEST).exists():
         msg = (
-            f"'{root}' was begun in {begun} parts, not {shards}: go on with trace.shards={begun}, "
-            f"or remove that folder to start anew"
+            f"the trace in '{root}' was started in {started} parts, not {shards}: continue with trace.shards={started}, "
+            "or remove that folder to start again"
         )
         raise ConfigError(msg)

@@ -1,9 +1,9 @@
-"""A trace in parts: several processes, on one machine or many, fill one store.
+"""A trace in parts: several processes, on one machine or many, write one store.
 
-``trace.shards=64 trace.shard=3`` traces the fourth of 64 runs of neighbouring examples, as a writer of its own, into the
-run's ``activations``. The parts are cut where a trace in one piece would begin a new chunk of batches, so rows and values
-are the same. A part that was killed goes on where its sealed files end; a part that is finished is not traced again. The
-last to finish makes the store whole; ``trace.shards=64`` without a part does so too, or says which parts are missing.
+``trace.shards=64 trace.shard=3`` traces the fourth of 64 parts of consecutive examples into the folder ``activations`` of the
+run. Parts are cut at chunks of batches, as a trace in one process cuts them, so rows and values are the same. A part that was
+killed continues after its complete files; a finished part is not traced again. The last part to finish completes the store;
+``trace.shards=64`` without a part does so too, or names the missing parts.
 """
 
 from __future__ import annotations
@@ -17,34 +17,46 @@ from typing import Any
 from experiments.config import RunConfig
 from experiments.run import stage_cache
 from experiments.run.context import ACTIVATIONS, Context
-from experiments.run.folder import RECEIPT, SHARDS, Receipt, begun_under, write_text
-from experiments.run.live_table import Board
-from experiments.stages.trace import check_parts, merge, told, trace_into, unfinished
+from experiments.run.folder import RECEIPT, SHARDS, Receipt, started_key, write_text
+from experiments.run.live_table import LiveTable
+from experiments.stages.trace import check_parts, describe, merge, trace_into, unfinished
 from groundscope.core.errors import StoreError
 
 
 def whole(config: RunConfig) -> RunConfig:
-    """Return the configuration of the run that a part belongs to: the same for all its parts."""
+    """Return the configuration of the run that a part belongs to, the same for all its parts."""
     return replace(config, trace=replace(config.trace, shard=None)) if config.trace.shard is not None else config
 
 
-def trace_part(context: Context, board: Board, key: str, about: Mapping[str, Any]) -> Receipt | None:
-    """Trace one part; return the receipt of the whole where it was the last, else None. `about` as for `RunFolder.seal`.
+def trace_part(context: Context, table: LiveTable, key: str, about: Mapping[str, Any]) -> Receipt | None:
+    """Trace one part.
+
+    Parameters
+    ----------
+    context, table
+        The run and its live table.
+    key, about
+        Key of the stage and further fields of its receipt.
+
+    Returns
+    -------
+    Receipt or None
+        The receipt of the stage if this part was the last, else None.
 
     Raises
     ------
     ConfigError
-        Where the folder was begun in another number of parts.
+        If the trace was started with another number of parts.
     """
     options, folder = context.config.trace, context.folder
     place, runs = ACTIVATIONS, Path(context.config.root)
     root, number = folder.path / place, options.shard or 0
-    with stage_cache.door(runs, "trace", key, lambda _: None):
-        if not _begun(root, key):
-            found = stage_cache.take(runs, folder, place, key)
-            if found is not None:
-                board.done("trace", "shared", f"{found.summary} (made by {found.origin})")
-                return found
+    with stage_cache.stage_lock(runs, "trace", key, lambda _: None):
+        if not (started_key(root) == key and not (root / RECEIPT).exists()):
+            receipt = stage_cache.take(runs, folder, place, key)
+            if receipt is not None:
+                table.finish("trace", "shared", f"{receipt.summary} (made by {receipt.origin})")
+                return receipt
             folder.begin(place, key)
         check_parts(root, options.shards)
         write_text(root / SHARDS, str(options.shards))
@@ -60,20 +72,16 @@ def trace_part(context: Context, board: Board, key: str, about: Mapping[str, Any
             summary = "no example is in this part"
     else:
         summary = "finished before"
-    left = unfinished(root, options.shards)
+    missing = unfinished(root, options.shards)
     part = f"part {number} of {options.shards}"
-    if left:
-        board.done("trace", "part", f"{part}: {summary}, {len(left)} parts to go")
+    if missing:
+        table.finish("trace", "part", f"{part}: {summary}, {len(missing)} parts remain")
         return None
-    with stage_cache.door(runs, "trace", key, lambda _: None):
-        # Several parts may see that all are there: the first through the door writes the receipt.
-        found = folder.receipt(place)
-        if found is None:
-            summary = told(merge(context, root), root)
-            found = folder.seal("trace", place, key, summary, time.perf_counter() - start, about=about)
-    board.done("trace", "whole", f"{part}, the last: {found.summary}")
-    return found
-
-
-def _begun(root: Path, key: str) -> bool:
-    return begun_under(root) == key and not (root / RECEIPT).exists()
+    with stage_cache.stage_lock(runs, "trace", key, lambda _: None):
+        # Several parts may find the trace complete: the first to hold the lock writes the receipt.
+        receipt = folder.receipt(place)
+        if receipt is None:
+            summary = describe(merge(context, root), root)
+            receipt = folder.seal("trace", place, key, summary, time.perf_counter() - start, about=about)
+    table.finish("trace", "complete", f"{part}, the last: {receipt.summary}")
+    return receipt

@@ -29,8 +29,8 @@ from experiments.cli.overrides import composed, read
 from experiments.config import STAGES, RunConfig
 from experiments.pipeline import execute
 from experiments.run.folder import RunFolder
-from experiments.run.interrupts import held
-from experiments.run.live_table import Board
+from experiments.run.interrupts import defer_interrupt
+from experiments.run.live_table import LiveTable
 from experiments.stages.table import TABLE
 from groundscope.core.errors import ConfigError, StoreError
 from groundscope.core.locks import lock
@@ -207,7 +207,7 @@ def test_a_second_run_is_refused_and_a_dead_one_is_not_waited_for(tmp_path: Path
         status, _, complaint = command("stages=[examples]", *FEW)
         assert status == 2
         assert f"process {process.pid} on " in complaint
-        assert f"at work: process {process.pid}" in command("status")[1]
+        assert f"running: process {process.pid}" in command("status")[1]
     finally:
         process.kill()
         process.wait()
@@ -234,7 +234,7 @@ def test_parts_share_a_run_and_keep_others_out(tmp_path: Path) -> None:
     def enter(*, shared: bool) -> None:
         RunFolder(tmp_path).lock(shared=shared).__enter__()
 
-    refused = pytest.raises(ConfigError, match="another groundscope is at work")
+    refused = pytest.raises(ConfigError, match="another groundscope process is running")
     with RunFolder(tmp_path).lock(shared=True), RunFolder(tmp_path).lock(shared=True), refused:
         enter(shared=False)
     with RunFolder(tmp_path).lock(), refused:
@@ -278,7 +278,7 @@ def test_an_interrupt_waits_for_what_must_not_be_interrupted(felt: Any) -> None:
     done: list[str] = []
 
     def work() -> None:
-        with held():
+        with defer_interrupt():
             signal.raise_signal(signal.SIGINT)
             done.append("inside")
 
@@ -286,10 +286,10 @@ def test_an_interrupt_waits_for_what_must_not_be_interrupted(felt: Any) -> None:
         work()
     assert done == ["inside"]
     assert signal.getsignal(signal.SIGINT) is felt
-    with pytest.raises(ZeroDivisionError), held():
+    with pytest.raises(ZeroDivisionError), defer_interrupt():
         _ = 1 / 0
     assert signal.getsignal(signal.SIGINT) is felt
-    thread = threading.Thread(target=lambda: held().__enter__())
+    thread = threading.Thread(target=lambda: defer_interrupt().__enter__())
     thread.start()
     thread.join()
     assert signal.getsignal(signal.SIGINT) is felt
@@ -356,10 +356,10 @@ def test_status_and_compare_tell_what_the_files_say(tmp_path: Path, command: Com
 
 def test_a_terminal_sees_one_table_with_rates_and_others_plain_lines() -> None:
     screen = io.StringIO()
-    with Board(["examples", "trace"], Console(file=screen, force_terminal=True, width=100)) as board:
-        board.begin("examples")
-        board.done("examples", "0.1 s", "made [some]")
-        board.begin("trace")
+    with LiveTable(["examples", "trace"], Console(file=screen, force_terminal=True, width=100)) as live:
+        live.start("examples")
+        live.finish("examples", "0.1 s", "made [some]")
+        live.start("trace")
         with display() as bar:
             assert bar.disable
             task = bar.add_task("tracing", total=100)
@@ -367,7 +367,7 @@ def test_a_terminal_sees_one_table_with_rates_and_others_plain_lines() -> None:
                 bar.advance(task, 10)
                 time.sleep(0.01)
             console = Console(file=io.StringIO(), width=100)
-            console.print(board.table())
+            console.print(live.table())
             told = console.file.getvalue()  # type: ignore[attr-defined]
     assert re.search(r"examples +0\.1 s +made \[some\]", told)
     assert re.search(r"trace +0 s +tracing 30 of 100, [\d.]+/s, 0:\d\d left", told)
@@ -375,9 +375,9 @@ def test_a_terminal_sees_one_table_with_rates_and_others_plain_lines() -> None:
     with display() as bar:
         assert bar.disable == (not Console(stderr=True).is_terminal)
     plain = io.StringIO()
-    with Board(["examples"], Console(file=plain, width=60)) as board:
-        board.begin("examples")
-        board.done("examples", "0.1 s", "made " + "much " * 20)
+    with LiveTable(["examples"], Console(file=plain, width=60)) as live:
+        live.start("examples")
+        live.finish("examples", "0.1 s", "made " + "much " * 20)
     assert plain.getvalue() == f"  examples      0.1 s  made {'much ' * 20}\n"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -24,7 +25,7 @@ from diagnosis import Diagnoses
 from experiments.config import STAGES, RunConfig
 from experiments.results.headlines import headlines
 from experiments.run.context import Context
-from experiments.run.folder import RunFolder
+from experiments.run.folder import RunFolder, read_receipt
 from experiments.stages import export, steer
 from groundscope.core.errors import ConfigError
 from groundscope.core.statistics import Estimate
@@ -183,7 +184,7 @@ def test_the_report_stands_alone_and_tells_the_story(run: Path) -> None:
     assert all(source.startswith("data:image/png;base64,") for source in page.loaded)
     assert {
         "summary",
-        "apple",
+        "example",
         "levels",
         "accuracy",
         "known",
@@ -196,6 +197,114 @@ def test_the_report_stands_alone_and_tells_the_story(run: Path) -> None:
     assert text.count("<svg") >= 7
     assert len(text) < 5e6
     assert not re.search(r"\bnan\b", re.sub(r"<svg.*?</svg>", "", text, flags=re.S))
+
+
+WITHOUT_A_MODEL = """
+import sys
+
+MODEL = {"torch", "transformers", "nnsight", "transformer_lens", "tokenizers"}
+
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in MODEL or name in {"lvlm.model", "lvlm.loading", "lvlm.embedded"}:
+            raise ModuleNotFoundError(f"no {name} here", name=name)
+
+
+sys.meta_path.insert(0, Absent())
+from experiments.report import write_report
+
+print(*write_report(sys.argv[1]))
+"""
+
+
+def test_the_report_needs_the_run_folder_only(run: Path, tmp_path: Path) -> None:
+    """The page of a copy, written where no model can be imported, equals the page of the run but for the folder's name."""
+    import shutil
+
+    copy = tmp_path / "elsewhere"
+    shutil.copytree(run, copy)
+    (copy / "report.html").unlink()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_A_MODEL, str(copy)],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == json.loads((run / "report" / "sections.json").read_text())
+    assert report_of(copy).replace(str(copy), "runs/whole") == report_of(run)
+    assert "not shown" not in report_of(run)
+
+
+def test_a_run_of_an_earlier_version_gets_a_report_without_images(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It has no illustrations, and its results have the same digest; without activations the error by prior is left out too."""
+    import shutil
+
+    copy = tmp_path / "runs" / "old"
+    shutil.copytree(run, copy)
+    for folder in ("circuits", "behavior", "diagnosis"):
+        shutil.rmtree(copy / folder / "illustrations")
+        receipt = read_receipt(copy / folder)
+        assert receipt is not None
+        files = {name: sha for name, sha in receipt.files.items() if "illustrations" not in name}
+        assert receipt.digest == dataclasses.replace(receipt, files=files).full_digest
+        assert receipt.digest != receipt.full_digest
+    status, said, complaint = run_command(("report", "runs/old"), tmp_path, monkeypatch, capsys)
+    assert (status, said) == (0, "report: runs/old/report.html\n"), complaint
+    text = report_of(copy)
+    assert "<img" not in text
+    for stage in ("patch", "evaluate", "diagnose"):
+        assert f"stage {stage} was run by an earlier version, which did not store them" in text
+        assert f"groundscope resume=runs/old stages=[{stage},report] force=true" in text
+    shutil.rmtree(copy / "activations")
+    assert run_command(("report", "runs/old"), tmp_path, monkeypatch, capsys)[0] == 0
+    assert "The run folder has no activations" in report_of(copy)
+    status, _, complaint = run_command(("report", "runs"), tmp_path, monkeypatch, capsys)
+    assert (status, "cannot be used" in complaint) == (2, True)
+
+
+def test_a_package_adds_a_section(run: Path, tmp_path: Path) -> None:
+    import shutil
+
+    from experiments.report import SECTIONS, Section, html, write_report
+
+    shutil.copytree(run, tmp_path / "copy")
+    data = Section(
+        "Data", lambda files: html.section("data", "Data", html.paragraph(f"{len(files.examples)} questions"))
+    )
+    SECTIONS.register("data", data)
+    try:
+        parts = list(write_report(tmp_path / "copy"))
+    finally:
+        SECTIONS.unregister("data")
+    assert parts[-2:] == ["data", "made"]
+    assert '<a href="#data">Data</a>' in report_of(tmp_path / "copy")
+    with pytest.raises(ConfigError, match="the report section 'data' is invalid: it is a str, not a Section"):
+        SECTIONS.register("data", "html")  # pyright: ignore[reportArgumentType]
+
+
+def test_damaged_illustrations_are_an_error(tmp_path: Path) -> None:
+    from PIL import Image
+
+    from experiments.results.illustrations import AttentionMap, Illustration, read_illustrations, write_illustrations
+
+    picture = Image.fromarray(np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3))
+    weights = np.array([[0.25, 0.5]], dtype=np.float32)
+    entry = Illustration("a", picture, (60, 40), {"after": "no"}, {"L0.H1": AttentionMap(weights, 0.75)})
+    assert read_illustrations(tmp_path) is None
+    write_illustrations(tmp_path, [entry], "the twin has no weights")
+    found = read_illustrations(tmp_path)
+    assert found is not None
+    assert (list(found), found.reason, found["a"].size, found["a"].answers) == (
+        ["a"], "the twin has no weights", (60, 40), {"after": "no"}
+    )  # fmt: skip
+    assert np.array_equal(np.array(found["a"].image), np.array(picture))
+    assert np.array_equal(found["a"].attention["L0.H1"].weights, weights)
+    write_illustrations(tmp_path, [dataclasses.replace(entry, size=(0, 1))])
+    with pytest.raises(ConfigError, match="image size of example 0 is not positive"):
+        read_illustrations(tmp_path)
 
 
 def test_every_method_and_control_was_tried_at_every_strength(run: Path) -> None:
@@ -359,7 +468,7 @@ def test_files_in_popes_layout(tmp_path: Path) -> None:
         (["model.path=./nowhere", "stages=[examples,trace]"], "no model folder 'nowhere'"),
         (["stages=[trase]"], "no stage 'trase': there are examples, trace"),
         (["stages=[probe]"], "stage 'probe' needs 'trace'"),
-        (["data.seed=1000"], "test scenes must not be those"),
+        (["data.seed=1000"], "test scenes must differ from discovery scenes"),
         (["data.n_images=2"], "at least 10 images"),
         (["trace.sites=[decoder.L40.z]", "stages=[examples,trace]"], "decoder.L40.z"),
         (["trace.tokens=[first]", "stages=[examples,trace]"], "unknown token selection 'first'"),
@@ -425,7 +534,7 @@ def test_two_runs_in_one_folder_do_not_meet(tmp_path: Path) -> None:
         fcntl.flock(file, fcntl.LOCK_EX)
         done = groundscope("name=busy", cwd=tmp_path)
     assert done.returncode == 2
-    assert "another groundscope is at work" in done.stderr
+    assert "another groundscope process is running" in done.stderr
 
 
 def test_the_strength_is_chosen_by_the_written_rule() -> None:

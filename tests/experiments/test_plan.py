@@ -18,7 +18,7 @@ from experiments.cli.overrides import composed
 from experiments.cli.plan import MOST_SECONDS, estimate
 from experiments.run.context import Context
 from experiments.run.folder import RunFolder
-from experiments.stages.trace import trace_into, traced, traced_tokens
+from experiments.stages.trace import trace_into, traced_examples, traced_tokens
 from groundscope.core.errors import ConfigError
 from lvlm import Lvlm, load_lvlm
 from lvlm.embedded_models import folder_of
@@ -142,7 +142,7 @@ def test_selections_that_no_example_has_are_not_traced(pope: Path, loaded: Lvlm,
     config, _ = composed(["data.n_images=10", "data.test_images=10", f"root={tmp_path}"])
     drawn = Context(config, RunFolder(tmp_path / "y"), Console(file=io.StringIO()))
     assert traced_tokens(drawn) == ["last", "image:mean", "object:mean"]
-    assert len(traced(drawn))
+    assert len(traced_examples(drawn))
 
 
 def test_validation_can_be_left_out_and_changes_no_key(pope: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -256,7 +256,7 @@ def test_a_run_is_never_inside_another(sent: Path, command: Command) -> None:
     refused(command("name=sent/examples", *EXAMPLES), "is inside the run")
     refused(command("name=sent/deep/er", *EXAMPLES), "is inside the run")
     assert command("name=exp/examples", *EXAMPLES)[0] == 0
-    refused(command("name=exp", *EXAMPLES), "holds the run")
+    refused(command("name=exp", *EXAMPLES), "contains the run")
     assert len(list((sent.parent / "exp" / "examples").rglob("*.jsonl"))) == 2
     assert before == {p: p.read_bytes() for p in before}
 
@@ -265,7 +265,7 @@ def test_a_folder_that_is_no_run_is_not_used(tmp_path: Path, command: Command) -
     mine = tmp_path / "runs" / "mine"
     (mine / "examples").mkdir(parents=True)
     (mine / "examples" / "thesis.tex").write_text("mine")
-    refused(command("name=mine", *EXAMPLES), "is no run and holds 'examples'")
+    refused(command("name=mine", *EXAMPLES), "is not a run and contains 'examples'")
     write_json(mine / "run.json", {"layout": 1})  # the marker alone does not make its folders ours
     refused(command("name=mine", *EXAMPLES), "thesis.tex", "not written by this stage")
     assert (mine / "examples" / "thesis.tex").read_text() == "mine"
@@ -571,12 +571,12 @@ def photographs(tmp_path: Path) -> Context:
 def test_probes_that_few_images_cannot_make_are_left_out(tmp_path: Path) -> None:
     from activation_store import trace
     from experiments.stages.probe import make_probes
-    from experiments.stages.trace import traced
+    from experiments.stages.trace import traced_examples
 
     context = photographs(tmp_path)
     trace(
         context.model,
-        traced(context),
+        traced_examples(context),
         sites=["z"],
         tokens=["last"],
         out=context.folder.path / "activations",
@@ -733,13 +733,13 @@ def test_pictures_are_written_whole(tmp_path: Path) -> None:
 def test_concepts_asked_for_that_few_images_cannot_fit_are_left_out(tmp_path: Path) -> None:
     from activation_store import trace
     from experiments.stages.probe import make_probes
-    from experiments.stages.trace import traced
+    from experiments.stages.trace import traced_examples
 
     context = photographs(tmp_path)
     context.config.probe.concepts = ["object:named"]
     trace(
         context.model,
-        traced(context),
+        traced_examples(context),
         sites=["z"],
         tokens=["last"],
         out=context.folder.path / "activations",
