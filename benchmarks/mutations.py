@@ -200,7 +200,9 @@ def make_vector(folder: Path) -> None:
     """Write a steering vector of random entries."""
     rng = np.random.default_rng(0)
     entries = {Head(1, 2): AddChange(_unit(rng, 8), 0.5), 1: AddChange(_unit(rng, 16), 1.5)}
-    SteeringVector(entries, "last", 2.0, "toy", "c" * 64, {"method": "random"}).save(folder / "vector.safetensors")
+    SteeringVector(entries, "last+generated", 2.0, "toy", "c" * 64, {"method": "random"}).save(
+        folder / "vector.safetensors"
+    )
 
 
 def _unit(rng: np.random.Generator, size: int) -> np.ndarray:

@@ -55,7 +55,7 @@ def vector(model: Lvlm, kind: str, count: int) -> SteeringVector:
         direction = v / np.linalg.norm(v)
         add = kind == "add"
         entries[head] = AddChange(direction, 0.1) if add else AmplifyChange(direction, reads=direction[None])
-    return SteeringVector(entries, "last", 1.0, model.name, model.config_hash)
+    return SteeringVector(entries, "last+generated", 1.0, model.name, model.config_hash)
 
 
 def turns(

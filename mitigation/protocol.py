@@ -39,7 +39,7 @@ class Mitigation(Protocol):
     --------
     >>> import numpy as np
     >>> from mitigation import AddChange, Mitigation, SteeringVector
-    >>> isinstance(SteeringVector({2: AddChange(np.eye(8)[0])}, "last", 1.0, "m", "c"), Mitigation)
+    >>> isinstance(SteeringVector({2: AddChange(np.eye(8)[0])}, "last+generated", 1.0, "m", "c"), Mitigation)
     True
     """
 

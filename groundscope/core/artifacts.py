@@ -108,6 +108,14 @@ def check_version(
 
 def read(path: Path, kind: str, version: int, *, oldest: int = 1) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Read a file written by `write`; raise `StoreError` if it is missing, damaged, of another kind or newer."""
+    tensors, card, _ = read_versioned(path, kind, version, oldest=oldest)
+    return tensors, card
+
+
+def read_versioned(
+    path: Path, kind: str, version: int, *, oldest: int = 1
+) -> tuple[dict[str, np.ndarray], dict[str, Any], int]:
+    """Read a file as `read`, and return its version too."""
     with reading_result(path, kind):
         tensors, header = read_tensors(path, error=StoreError)
     if kind not in header:
@@ -121,8 +129,7 @@ def read(path: Path, kind: str, version: int, *, oldest: int = 1) -> tuple[dict[
     if not isinstance(card, dict):
         msg = f"{path} is not a {kind} file, or is damaged: its card is not a JSON object"
         raise StoreError(msg)
-    check_version(path, kind, card.pop("version", 0), version, oldest=oldest)
-    return tensors, card
+    return tensors, card, check_version(path, kind, card.pop("version", 0), version, oldest=oldest)
 
 
 def sign_document(name: str, version: int, content: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from concepts.schema import CounterfactualPair
 from groundscope.core.errors import ModelError, PatchError, SiteError
 from groundscope.core.progress import progress_bar
 from lvlm.sites import Head, Site
+from lvlm.token_selection import TokenSelection
 from mitigation.steering.places import Key, name_of, site_of
 
 if TYPE_CHECKING:
@@ -91,9 +92,7 @@ def run(
     model: Lvlm, examples: Sequence[Example], keys: Sequence[Key], tokens: str, *, progress: bool | None = None
 ) -> dict[Key, np.ndarray]:
     """Run examples and return the activations of each place, float64 ``[n, d]``: at the last token, or mean over the suffix."""
-    if tokens not in ("last", "suffix"):
-        msg = f"unknown tokens '{tokens}'; choose 'last' or 'suffix'"
-        raise SiteError(msg)
+    TokenSelection.parse(tokens, allowed=("last", "suffix:mean"))
     if any(site_of(key).stack != "decoder" for key in keys):
         msg = f"sites {', '.join(map(name_of, keys))}: tokens='{tokens}' can be read only at sites of the decoder"
         raise SiteError(msg)

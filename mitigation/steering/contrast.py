@@ -15,7 +15,7 @@ from mitigation.steering.activations import Store, check_image_reaches, labels_o
 from mitigation.steering.changes import VectorChange
 from mitigation.steering.places import Key
 from mitigation.steering.shuffling import shuffle_mask, swap_sides
-from mitigation.steering.vector import Positions, SteeringVector
+from mitigation.steering.vector import SteeringVector
 
 if TYPE_CHECKING:
     from lvlm.model import Lvlm
@@ -138,7 +138,7 @@ class Contrast(ABC):
         method: str,
         *,
         tokens: str,
-        positions: Positions,
+        positions: str,
         strength: float,
         **details: Any,
     ) -> SteeringVector:
@@ -189,7 +189,7 @@ class StoreContrast(Contrast):
         method: str,
         *,
         tokens: str,
-        positions: Positions,
+        positions: str,
         strength: float,
         **details: Any,
     ) -> SteeringVector:
@@ -224,7 +224,7 @@ class PairContrast(Contrast):
         ModelError
             For a place before the first layer that reads the image, if pairs differ only in the image.
         SiteError
-            For a place that the model lacks, or tokens other than ``last`` and ``suffix``.
+            For a place that the model lacks, or tokens other than ``last`` and ``suffix:mean``.
         """
         check_image_reaches(self.model, self.pairs, keys)
         clean, corrupt = (
@@ -252,7 +252,7 @@ class PairContrast(Contrast):
         method: str,
         *,
         tokens: str,
-        positions: Positions,
+        positions: str,
         strength: float,
         **details: Any,
     ) -> SteeringVector:
@@ -274,7 +274,7 @@ class PairContrast(Contrast):
 def from_store(
     store: Store,
     changes: Mapping[Key, VectorChange],
-    positions: Positions,
+    positions: str,
     strength: float,
     provenance: Mapping[str, Any],
 ) -> SteeringVector:

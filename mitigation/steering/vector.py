@@ -8,16 +8,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from circuits.interventions.options import NORMS, Norm
+from circuits.interventions.options import NORMS, RULES, Norm
 from groundscope.core import artifacts
 from groundscope.core.errors import ConfigError, ModelError, PatchError, StoreError
 from groundscope.core.files import canonical_json
 from groundscope.core.result_fields import building, check_fields
+from groundscope.core.text import nearest
 from lvlm.sites import Head, Site, parse_heads
+from lvlm.token_selection import LEGACY_STEERING_POSITIONS, STEERABLE, TokenSelection
 from mitigation.protocol import ForwardCost
 from mitigation.steering import vector_file
 from mitigation.steering.changes import AddChange, Kind, ProbeGate, VectorChange, real_number
@@ -27,10 +29,10 @@ if TYPE_CHECKING:
     from circuits.interventions.intervention import Intervention
     from lvlm.model import Lvlm
 
-__all__ = ["NORMS", "POSITIONS", "Norm", "Positions", "SteeringVector", "combine"]
+__all__ = ["NORMS", "Norm", "SteeringVector", "combine"]
 
-Positions = Literal["last", "all", "image", "suffix", "question", "generated"]
-POSITIONS: tuple[Positions, ...] = ("last", "all", "image", "suffix", "question", "generated")
+_OLD_RULES = {new: old for old, new in LEGACY_STEERING_POSITIONS.items()}
+"""Words of `circuits.interventions.options.RULES` for positions that it lacks."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +48,7 @@ class SteeringVector:
     >>> import groundscope as gs
     >>> model = gs.load_lvlm("tiny")
     >>> direction = np.eye(1, model.width)[0]
-    >>> vector = gs.SteeringVector({2: gs.AddChange(direction, sigma=3.0)}, "last", 1.0, model.name, model.config_hash)
+    >>> vector = gs.SteeringVector({2: gs.AddChange(direction, sigma=3.0)}, "last+generated", 1.0, model.name, model.config_hash)
     >>> vector.kind, vector.layers
     ('add', (2,))
     >>> question = gs.scenes.dataset(10)[0]
@@ -60,10 +62,9 @@ class SteeringVector:
 
     changes: Mapping[Key, VectorChange]
     """By head (its ``z``), by layer number (``resid_post``), or by any other `Site`."""
-    positions: Positions
-    """``last``: the last token of the prompt and every generated token; ``all``; ``image``: the image tokens; ``suffix``: all
-    tokens after the image, including generated ones; ``question``: the prompt's tokens after the image; ``generated``: every
-    generated token. The tokens are the same with and without a cache, and after a chunked prefill."""
+    positions: str
+    """Token selection (`lvlm.token_selection`): ``last``, ``last+generated``, ``all``, ``image:all``, ``suffix:all``,
+    ``suffix+generated`` or ``generated:all``. The tokens are the same with and without a cache, and after a chunked prefill."""
     strength: float
     """Default strength of `applied`."""
     model: str
@@ -99,8 +100,9 @@ class SteeringVector:
             msg = f"changes of kinds {', '.join(kinds)}: a vector has changes of one kind; nest the contexts of several vectors"
             raise PatchError(msg)
         object.__setattr__(self, "decay", real_number("decay", self.decay))
-        if self.positions not in POSITIONS or self.norm not in NORMS:
-            msg = f"positions='{self.positions}', norm='{self.norm}': choose positions from {POSITIONS}, norm from {NORMS}"
+        object.__setattr__(self, "positions", str(TokenSelection.parse(self.positions, allowed=STEERABLE)))
+        if not isinstance(self.norm, str) or self.norm not in NORMS:
+            msg = f"unknown norm '{self.norm}'; choose from {', '.join(NORMS)}{nearest(str(self.norm), NORMS)}"
             raise ConfigError(msg)
         if not 0 < self.decay <= 1 or (self.norm != "free" and kinds[0] != "add"):
             msg = (
@@ -189,7 +191,7 @@ class SteeringVector:
         SiteError, PatchError
             If, with `force`, the model lacks the heads or layers, or they have another width.
         ModelError
-            For positions ``image`` if the image is not in the decoder's sequence; during a forward pass, if positions are
+            For positions ``image:all`` if the image is not in the decoder's sequence; during a forward pass, if positions are
             unknown: several tokens added to a cache outside of `generate`, or continuous batching.
         """
         from circuits.interventions.intervention import intervened
@@ -212,11 +214,12 @@ class SteeringVector:
             place = self.gate.place
             head = place.head if isinstance(place, Head) else None
             gate = Gate(site_of(place), tensor(self.gate.weights), self.gate.bias, head)
+        positions: Any = self.positions if self.positions in RULES else _OLD_RULES[self.positions]
         interventions = []
         for key, item in self.changes.items() if s else ():
             head = key.head if isinstance(key, Head) else None
             change = item.transform(s, self.norm)
-            interventions.append(Intervention(site_of(key), change, self.positions, head, gate=gate, decay=self.decay))
+            interventions.append(Intervention(site_of(key), change, positions, head, gate=gate, decay=self.decay))
         return interventions
 
     def displacements(self, strength: float | None = None) -> dict[Key, np.ndarray]:
@@ -243,7 +246,7 @@ class SteeringVector:
         """Return the same vector with another default strength."""
         return replace(self, strength=strength)
 
-    def at(self, positions: Positions) -> Self:
+    def at(self, positions: str) -> Self:
         """Return the same vector at other positions."""
         return replace(self, positions=positions)
 
@@ -313,7 +316,7 @@ class SteeringVector:
         }
         if gate:
             card["gate"] = gate
-        version = vector_file.VERSION if self.norm == "away" else 2
+        version = vector_file.VERSION
         artifacts.write(path, vector_file.KIND, version, tensors, card)
         text = f"{canonical_json({'version': version, **card})}\n"
         artifacts.write_bytes(path.with_suffix(".json"), text.encode(), vector_file.KIND)
@@ -325,14 +328,17 @@ class SteeringVector:
 
         Raises `StoreError` if the file is missing, damaged, of another kind or of a newer version.
         """
-        tensors, card = artifacts.read(Path(path), vector_file.KIND, vector_file.VERSION)
+        tensors, card, version = artifacts.read_versioned(Path(path), vector_file.KIND, vector_file.VERSION)
         with building(f"{path}: damaged steering vector", StoreError):
             changes = vector_file.decode_changes(card["kind"], card["entries"], tensors)
             gate = vector_file.decode_gate(card["gate"], tensors) if "gate" in card else None
             required = ("positions", "strength", "model", "config_hash", "provenance")
             values = {name: card[name] for name in required}
             values |= {name: card[name] for name in ("norm", "decay") if name in card}
-            return cls(changes=changes, gate=gate, **check_fields(values, cls))
+            check_fields(values, cls)
+            if version <= vector_file.OLD_POSITIONS_UNTIL:
+                values["positions"] = LEGACY_STEERING_POSITIONS.get(values["positions"], values["positions"])
+            return cls(changes=changes, gate=gate, **values)
 
 
 def combine(vectors: Sequence[SteeringVector]) -> SteeringVector:
@@ -353,8 +359,9 @@ def combine(vectors: Sequence[SteeringVector]) -> SteeringVector:
     --------
     >>> import numpy as np
     >>> from mitigation import AddChange, SteeringVector, combine
-    >>> x, y = (SteeringVector({2: AddChange(axis, sigma=1.0)}, "last", 3.0 + k, "m", "c") for k, axis in enumerate(np.eye(2)))
-    >>> combine([x, y]).changes[2].sigma
+    >>> first = SteeringVector({2: AddChange(np.array([1.0, 0.0]))}, "all", 3.0, "m", "c")
+    >>> second = SteeringVector({2: AddChange(np.array([0.0, 1.0]))}, "all", 4.0, "m", "c")
+    >>> combine([first, second]).changes[2].sigma
     5.0
     """
     first = vectors[0] if vectors else None

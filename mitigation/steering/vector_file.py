@@ -28,9 +28,11 @@ from mitigation.steering.changes import (
 )
 from mitigation.steering.places import Key, site_of
 
-VERSION = 3
+VERSION = 4
 """Version 2 added norm rules, schedules and sites other than heads and residual streams; version 3 added the norm rule
-'away'. All versions are readable."""
+'away'; version 4
+spells positions in the grammar of `lvlm.token_selection`. All versions are readable."""
+OLD_POSITIONS_UNTIL = 3
 KIND = "steering_vector"
 RULES: Mapping[Kind, str] = {
     "add": "x + strength * sigma * vector; norm 'kept': |x| unit(that), 'relative': |x| unit(x / |x| + ...), "

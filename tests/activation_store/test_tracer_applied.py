@@ -56,7 +56,7 @@ def vectors(model: Lvlm) -> dict[str, SteeringVector]:
     places: dict[str, Any] = {"L2": 2, "L2.H1": Head(2, 1), "decoder.L2.mlp_out": Site("decoder", 2, "mlp_out")}
     return {
         name: SteeringVector(
-            {key: AddChange(v if isinstance(key, Head) else u)}, "last", 9.0, "tiny", model.config_hash
+            {key: AddChange(v if isinstance(key, Head) else u)}, "last+generated", 9.0, "tiny", model.config_hash
         )
         for name, key in places.items()
     }
@@ -71,7 +71,7 @@ def test_a_trace_names_the_vector_that_was_applied(
     with vector.applied(model):
         steered = traced(model, tmp_path / "steered")
         (said,) = steered.provenance["interventions"]
-        assert (said["kind"], said["name"]) == ("steering vector", f"add at {place}; last, strength 9")
+        assert (said["kind"], said["name"]) == ("steering vector", f"add at {place}; last+generated, strength 9")
         with pytest.raises(StoreError, match=rf"field 'provenance.interventions' differs.*{place}"):
             traced(model, plain.path)
         again = traced(model, tmp_path / "steered")  # under the same vector it is the same store
@@ -94,7 +94,10 @@ def test_a_trace_that_was_cut_off_is_not_continued_under_a_vector(
     cut = Path(shutil.copytree(plain.path, tmp_path / "cut"))
     for name in ("manifest.json", "index.h5", "shard-0-00001.h5"):
         (cut / name).unlink()
-    with vectors(model)["L2"].applied(model), pytest.raises(StoreError, match="add at L2; last, strength 9"):
+    with (
+        vectors(model)["L2"].applied(model),
+        pytest.raises(StoreError, match=r"add at L2; last\+generated, strength 9"),
+    ):
         traced(model, cut)
     assert len(ActivationStore(cut)) == 2
     np.testing.assert_array_equal(traced(model, cut).read(SITE, "last"), plain.read(SITE, "last"))
@@ -279,7 +282,7 @@ def test_answers_name_what_was_applied(model: Lvlm) -> None:
     vector = vectors(model)["L2"]
     with vector.applied(model):
         said = answer(model, DATA, progress=False).provenance
-    assert said["interventions"][0]["name"] == "add at L2; last, strength 9"
+    assert said["interventions"][0]["name"] == "add at L2; last+generated, strength 9"
     each = answer_each(model, DATA, {"plain": nullcontext, "steered": lambda: vector.applied(model)}, progress=False)
     assert "interventions" not in each["plain"].provenance
     assert each["steered"].provenance["interventions"] == said["interventions"]

@@ -168,7 +168,7 @@ def test_steering_and_deriving_at_the_heads_that_patching_ranks(tmp_path: Any) -
 def test_patches_at_all_tokens_after_an_image_that_is_no_token() -> None:
     """``suffix`` means every token there: patching, deriving and ablating agree."""
     lvlm, pair = model("mllama"), pair_of(0)
-    vector = derive.mean_difference(Contrast.from_pairs(lvlm, [pair]), layers=[1], tokens="suffix")
+    vector = derive.mean_difference(Contrast.from_pairs(lvlm, [pair]), layers=[1], tokens="suffix:mean")
     site = "decoder.L1.resid_post"
     means = [lvlm.read(lvlm.encode(e).inputs, [site])[site][0].double().mean(0) for e in (pair.clean, pair.corrupt)]
     difference = (means[0] - means[1]).numpy()
@@ -200,7 +200,7 @@ def test_heads_as_text_wherever_heads_are() -> None:
             [
                 e.direction  # pyright: ignore[reportAttributeAccessIssue]
                 for e in SteeringVector(
-                    {h: AddChange(np.eye(8)[0]), o: AddChange(np.eye(8)[1])}, "last", 1.0, "", ""
+                    {h: AddChange(np.eye(8)[0]), o: AddChange(np.eye(8)[1])}, "last+generated", 1.0, "", ""
                 ).changes.values()
             ]
         ),

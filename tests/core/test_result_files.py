@@ -151,7 +151,7 @@ def unit(size: int) -> np.ndarray:
 def test_a_changed_number_of_a_vector_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "v.safetensors"
     entries = {Head(1, 2): AddChange(unit(8), 0.5), 1: AddChange(unit(16), 1.5)}
-    SteeringVector(entries, "last", 2.0, "toy", "c" * 64).save(path)
+    SteeringVector(entries, "last+generated", 2.0, "toy", "c" * 64).save(path)
     whole = path.read_bytes()
     for text, other in ((b'\\"sigma\\": 0.5', b'\\"sigma\\": 0.7'), (b"strength", b"strengtg")):
         assert text in whole

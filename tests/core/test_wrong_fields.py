@@ -81,7 +81,7 @@ def sources() -> Sources:
 def vector() -> SteeringVector:
     entries = {Head(0, 1): AddChange(unit(4), 0.5), 1: AddChange(unit(8), 1.5)}
     gate = ProbeGate(0, np.ones(8), 0.5, "object:cat")
-    return SteeringVector(entries, "last", 2.0, "m", SHA, {"method": "x"}, "kept", 0.5, gate)
+    return SteeringVector(entries, "last+generated", 2.0, "m", SHA, {"method": "x"}, "kept", 0.5, gate)
 
 
 def direction() -> ConceptDirection:
@@ -288,7 +288,7 @@ def test_heads_are_heads_or_text(wrong: Any) -> None:
         ({"changes": {1.5: AddChange(unit(4))}}, SiteError),
         ({"changes": {None: AddChange(unit(4))}}, SiteError),
         ({"changes": {True: AddChange(unit(4))}}, SiteError),
-        ({"positions": None}, ConfigError),
+        ({"positions": None}, SiteError),
         ({"changes": {1: AddChange(unit(4)), 2: AmplifyChange(unit(4))}}, PatchError),
         ({"norm": {}}, ConfigError),
         ({"model": 1}, PatchError),
@@ -298,7 +298,7 @@ def test_heads_are_heads_or_text(wrong: Any) -> None:
     ],
 )
 def test_a_vector_has_fields_of_the_right_types(options: dict[str, Any], error: type[GroundscopeError]) -> None:
-    right = {"changes": {1: AddChange(unit(4))}, "positions": "last", "strength": 1.0}
+    right = {"changes": {1: AddChange(unit(4))}, "positions": "last+generated", "strength": 1.0}
     right |= {"model": "m", "config_hash": SHA}
     with pytest.raises(error):
         SteeringVector(**(right | options))  # type: ignore[arg-type]
@@ -312,4 +312,4 @@ def test_entries_and_gates_need_numbers() -> None:
             ProbeGate(0, np.ones(4), wrong)  # type: ignore[arg-type]
     with pytest.raises(PatchError, match="weights"):
         ProbeGate(0, "text")  # type: ignore[arg-type]
-    assert list(SteeringVector({np.int64(2): AddChange(unit(4))}, "last", 1, "m", SHA).changes) == [2]
+    assert list(SteeringVector({np.int64(2): AddChange(unit(4))}, "last+generated", 1, "m", SHA).changes) == [2]

@@ -43,7 +43,7 @@ def vector(kind: Any, keys: list[Key], **more: Any) -> SteeringVector:
         else:
             entries[key] = AddChange(unit(size), 2.0) if kind == "add" else ProjectChange(unit(size))
     model = shared()
-    return SteeringVector(entries, more.pop("positions", "last"), 2.0, model.name, model.config_hash, **more)
+    return SteeringVector(entries, more.pop("positions", "last+generated"), 2.0, model.name, model.config_hash, **more)
 
 
 HEADS: list[Key] = [Head(1, 2), Head(1, 3), Head(4, 7)]
@@ -57,7 +57,7 @@ VECTORS = {
     "relative": vector("add", [3], norm="relative"),
     "fading": vector("add", HEADS, decay=0.5),
     "everywhere": vector("add", HEADS, positions="all"),
-    "image": vector("add", [1], positions="image"),
+    "image": vector("add", [1], positions="image:all"),
     "gated": vector("add", HEADS, gate=ProbeGate(0, unit(WIDTH))),
 }
 
@@ -183,7 +183,7 @@ def rms(x: np.ndarray) -> float:
     return float(np.sqrt((x**2).sum(1).mean()))
 
 
-WHOLE = SteeringVector({h: AmplifyChange(unit(24)) for h in HEADS}, "last", 1.0, "m", "c")
+WHOLE = SteeringVector({h: AmplifyChange(unit(24)) for h in HEADS}, "last+generated", 1.0, "m", "c")
 OTHERS = (Head(5, 1), Head(0, 4), Head(2, 2))
 
 

@@ -53,7 +53,7 @@ def test_mean_difference_against_numpy() -> None:
         assert made.changes[key].sigma == pytest.approx(
             np.sqrt(((projections - projections.mean()) ** 2).mean()), rel=1e-6
         )
-    assert (made.kind, made.positions, made.strength) == ("add", "last", 15)
+    assert (made.kind, made.positions, made.strength) == ("add", "last+generated", 15)
     assert (made.model, made.config_hash) == ("m", "c" * 64)
     assert made.provenance["store"] == "s" * 64
     assert made.provenance["concept"] == "object:named"
@@ -174,7 +174,7 @@ def test_a_discriminant_tells_where_a_mean_difference_is_led_astray() -> None:
     assert right > 0.95
 
 
-@pytest.mark.parametrize("tokens", ["last", "suffix"])
+@pytest.mark.parametrize("tokens", ["last", "suffix:mean"])
 def test_from_pairs_against_numpy(tokens: str) -> None:
     model, given = shared(), pairs("blank")
     assert len({model.encode(p.clean).tokens.length for p in given}) > 1
@@ -287,7 +287,7 @@ def of_store(**options: Any) -> Callable[[], SteeringVector]:
         (
             lambda: derive.amplification(Contrast.from_pairs(shared(), pairs("blank")), heads=[HEAD], tokens="x"),
             SiteError,
-            "'suffix'",
+            "suffix:mean",
         ),
         (lambda: derive.probe_normal([], shared()), PatchError, "at least one"),
         (lambda: derive.probe_normal([direction(), direction()], shared()), SiteError, "two directions at L2.H1"),

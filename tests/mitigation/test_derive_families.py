@@ -49,7 +49,7 @@ def test_every_family_runs_or_is_told_what_it_lacks(family: str) -> None:
         assert not lacks(lvlm, lambda v=variant: derive.vti_text(lvlm, text, variant=v))
     assert bool(lacks(lvlm, lambda: derive.vti_vision(lvlm, examples, copies=2))) == (family not in ONE_VIEW)
     last = lvlm.n_layers - 1
-    for tokens in ("last", "suffix"):
+    for tokens in ("last", "suffix:mean"):
         assert not lacks(
             lvlm, lambda t=tokens: derive.mean_difference(Contrast.from_pairs(lvlm, pairs), layers=[last], tokens=t)
         )

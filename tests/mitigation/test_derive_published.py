@@ -184,7 +184,7 @@ def test_iti_finds_the_heads_that_know_and_their_means(variant: Any) -> None:
     s = head_store()
     made = derive.iti(Contrast.from_store(s, "object:named"), top=3, variant=variant)
     assert set(made.heads) == set(KNOWING)
-    assert (made.kind, made.strength, made.positions) == ("add", 15, "last")
+    assert (made.kind, made.strength, made.positions) == ("add", 15, "last+generated")
     used = np.flatnonzero(~np.isnan(s.y) & ~np.isnan(s.x[:, 0, 0, 0]))
     groups = s.frame()["group"].to_numpy()[used].tolist()
     train, held = group_folds(groups, 5, 0)[0]
@@ -230,7 +230,7 @@ def test_ict_against_numpy() -> None:
     model, given = shared(), pairs("blur")
     made = derive.ict(Contrast.from_pairs(model, given))
     assert len(made.heads) == 48
-    assert (made.strength, made.positions, made.kind) == (8, "last", "add")
+    assert (made.strength, made.positions, made.kind) == (8, "last+generated", "add")
     clean, corrupt = (last_of(side, "z", 3) for side in ([p.clean for p in given], [p.corrupt for p in given]))
     for head in range(8):
         columns = slice(head * model.head_dim, (head + 1) * model.head_dim)
@@ -396,7 +396,7 @@ def test_vsv_is_what_the_image_adds(variant: Any) -> None:
         length = np.linalg.norm(difference) if variant == "paper" else 1
         assert made.changes[key].sigma == pytest.approx(length, rel=1e-3)
     assert made.norm == {"paper": "kept", "release": "away", "simple": "relative"}[variant]
-    assert made.positions == ("last" if variant == "paper" else "all")
+    assert made.positions == ("last+generated" if variant == "paper" else "all")
 
 
 @torch.no_grad()
@@ -439,7 +439,7 @@ def test_project_away_takes_out_what_points_to_the_word(variant: Any) -> None:
         ids = model.processor.tokenizer("apple", add_special_tokens=False)["input_ids"]
         t = model.hf.get_input_embeddings().weight[ids].double().mean(0).numpy()
     np.testing.assert_allclose(made.changes[1].direction, unit(t), atol=1e-4)
-    assert (made.kind, made.positions, made.heads, made.layers) == ("project", "image", (), (1, 2))
+    assert (made.kind, made.positions, made.heads, made.layers) == ("project", "image:all", (), (1, 2))
     encoding = model.encode(example)
     image = list(encoding.tokens.image)
     before = captured(model, encoding.inputs)["resid_post"][1]

@@ -172,7 +172,7 @@ def opened(path: Path) -> Any:
     return torch.load(path, weights_only=True)  # noqa: TID251  # as the consumer does
 
 
-@pytest.mark.parametrize("positions", ["all", "generated"])
+@pytest.mark.parametrize("positions", ["all", "generated:all"])
 def test_vllm_matrix(positions: str, tmp_path: Path) -> None:
     vector = made(0, 3, positions=positions)
     path = export.vllm(vector, tmp_path / "look.pt", shared())
@@ -180,7 +180,7 @@ def test_vllm_matrix(positions: str, tmp_path: Path) -> None:
     assert (matrix.shape, matrix.dtype) == ((6, shared().width), torch.float32)
     assert [bool(row.any()) for row in matrix] == [True, False, False, True, False, False]
     request = json.loads((tmp_path / "look.pt.json").read_text())["hotwire"]
-    only = {"decode_only": True} if positions == "generated" else {}
+    only = {"decode_only": True} if positions == "generated:all" else {}
     assert request == [{"id": "look", "layer": layer, "scale": 1.0, **only} for layer in (0, 3)]
     rows = {told["layer"]: told["scale"] * matrix[told["layer"]] for told in request}
     same(consumed(adding(rows)), steered(vector.at("all")))
@@ -338,9 +338,9 @@ UNFIT = {
     "first layer": (lambda: made(0, 2), {"safetensors", "baked", "steering_vectors", "vllm"}),
     "MLP": (lambda: made(MLP), {"safetensors", "baked"}),
     "attention output": (lambda: made(Site("decoder", 1, "attn_out")), {"safetensors"}),
-    "last": (lambda: made(2, positions="last"), {"safetensors"}),
-    "question": (lambda: made(2, positions="question"), {"safetensors"}),
-    "generated": (lambda: made(2, positions="generated"), {"safetensors", "vllm"}),
+    "last": (lambda: made(2, positions="last+generated"), {"safetensors"}),
+    "question": (lambda: made(2, positions="suffix:all"), {"safetensors"}),
+    "generated": (lambda: made(2, positions="generated:all"), {"safetensors", "vllm"}),
     "kept": (lambda: made(2, norm="kept"), {"safetensors"}),
     "relative": (lambda: made(MLP, norm="relative"), {"safetensors", "vti"}),
     "relative elsewhere": (lambda: made(2, MLP, norm="relative"), {"safetensors"}),
@@ -372,7 +372,7 @@ def test_refusals_say_what_would_help(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="convert=True"):
         export.gguf(made(*HEADS), tmp_path / "v")
     with pytest.raises(ConfigError, match=r"vector\.at\('all'\)"):
-        export.gguf(made(2, positions="last"), tmp_path / "v")
+        export.gguf(made(2, positions="last+generated"), tmp_path / "v")
     with pytest.raises(ConfigError, match="pass model="):
         export.gguf(made(*HEADS), tmp_path / "v", convert=True)
     with pytest.raises(ConfigError, match="cannot be converted"):

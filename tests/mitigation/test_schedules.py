@@ -20,6 +20,7 @@ from circuits import Add, Gate, Intervention, Zero, intervened
 from groundscope.core.errors import ConfigError, PatchError, SiteError
 from lvlm import Head, Site
 from lvlm.model import Batch
+from lvlm.token_selection import LEGACY_STEERING_POSITIONS
 from mitigation import ProbeGate, SteeringVector
 from mitigation.steering.changes import AddChange, ProjectChange, VectorChange
 from mitigation.steering.places import Key
@@ -41,7 +42,7 @@ def made(keys: tuple[Key, ...] = KEYS, **changes: Any) -> SteeringVector:
     }
     if changes.pop("kind", "add") == "project":
         entries = {key: ProjectChange(c.direction) for key, c in entries.items() if isinstance(c, AddChange)}
-    return replace(SteeringVector(entries, "last", 1.5, model.name, model.config_hash), **changes)
+    return replace(SteeringVector(entries, "last+generated", 1.5, model.name, model.config_hash), **changes)
 
 
 @cache
@@ -124,27 +125,27 @@ def factors(vector: SteeringVector, length: int) -> torch.Tensor:
     at = torch.arange(length)
     step = (at - (prompt - 1)).clamp_min(0)
     chosen = {
-        "last": at >= prompt - 1,
+        "last+generated": at >= prompt - 1,
         "all": at >= 0,
-        "image": (at >= image[0]) & (at <= image[-1]),
-        "suffix": at > image[-1],
-        "question": (at > image[-1]) & (at < prompt),
-        "generated": at >= prompt,
+        "image:all": (at >= image[0]) & (at <= image[-1]),
+        "suffix+generated": at > image[-1],
+        "suffix:all": (at > image[-1]) & (at < prompt),
+        "generated:all": at >= prompt,
     }[vector.positions]
     return chosen.float() * vector.decay**step
 
 
 CASES: Mapping[str, Callable[[], SteeringVector]] = {
-    "question": lambda: made(positions="question"),
-    "generated": lambda: made(positions="generated"),
-    "image": lambda: made(positions="image"),
+    "question": lambda: made(positions="suffix:all"),
+    "generated": lambda: made(positions="generated:all"),
+    "image": lambda: made(positions="image:all"),
     "kept": lambda: made(norm="kept", positions="all"),
     "relative": lambda: made(norm="relative", strength=0.5),
-    "project": lambda: made(kind="project", positions="suffix"),
+    "project": lambda: made(kind="project", positions="suffix+generated"),
     "decay": lambda: made().decaying(0.6),
-    "decay of a norm rule": lambda: made(norm="relative", positions="suffix").decaying(0.7),
+    "decay of a norm rule": lambda: made(norm="relative", positions="suffix+generated").decaying(0.7),
     "gate": lambda: made(positions="all").gated(gate()),
-    "gate and decay": lambda: made(positions="suffix").gated(gate()).decaying(0.8),
+    "gate and decay": lambda: made(positions="suffix+generated").gated(gate()).decaying(0.8),
     "gated projection": lambda: made(kind="project", strength=2.0).gated(gate()),
 }
 
@@ -172,14 +173,14 @@ def test_cached_generation_is_recomputation_token_by_token(case: str) -> None:
             torch.testing.assert_close(logits, again(ids), atol=3e-4, rtol=1e-4)
         moved.append(float((logits - again(ids)).abs().max()))
     assert moved[-1] > 1e-3
-    assert (moved[0] > 1e-3) == (vector.positions != "generated")
+    assert (moved[0] > 1e-3) == (vector.positions != "generated:all")
 
 
 @pytest.mark.parametrize("case", ["all", "last", "decay"])
 @torch.no_grad()
 def test_beam_search_is_beam_search_without_a_cache(case: str) -> None:
     model = shared()
-    vector = made(positions="all" if case == "all" else "last", decay=0.5 if case == "decay" else 1.0)
+    vector = made(positions="all" if case == "all" else "last+generated", decay=0.5 if case == "decay" else 1.0)
     options = {"num_beams": 3, "max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "output_scores": True}
     with vector.applied(model):
         steered = model.hf.generate(**batch().inputs, **options, return_dict_in_generate=True)
@@ -253,7 +254,7 @@ def test_a_direction_for_each_token() -> None:
     ):
         model.logits(inputs)
     with pytest.raises(PatchError, match="for each token"):
-        vector.at("last")
+        vector.at("last+generated")
     control = vector.randomized(3).changes[site].direction  # pyright: ignore[reportAttributeAccessIssue]
     np.testing.assert_allclose(np.linalg.norm(control, axis=1), np.r_[0, np.ones(length - 1)], atol=1e-6)
 
@@ -281,7 +282,9 @@ def test_native_file_holds_all_of_it(case: str, tmp_path: Path) -> None:
     # A file of version 1 knows none of it.
     tensors, card = load_file(path), json.loads(path.with_suffix(".json").read_text())
     old = {k: v for k, v in card.items() if k not in ("norm", "decay", "gate")}
-    save_file(tensors, tmp_path / "old", metadata={"steering_vector": json.dumps({**old, "version": 1})})
+    words = {new: word for word, new in LEGACY_STEERING_POSITIONS.items()}
+    old |= {"version": 1, "positions": words[vector.positions]}
+    save_file(tensors, tmp_path / "old", metadata={"steering_vector": json.dumps(old)})
     assert (SteeringVector.load(tmp_path / "old").norm, SteeringVector.load(tmp_path / "old").gate) == ("free", None)
 
 

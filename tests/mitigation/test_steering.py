@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 from groundscope.core.errors import ConfigError, ModelError, PatchError, SiteError, StoreError
 from lvlm import Head
 from lvlm.model import Batch, Lvlm
+from lvlm.token_selection import LEGACY_STEERING_POSITIONS
 from mitigation import SteeringVector
 from mitigation.steering.changes import AddChange, AmplifyChange, VectorChange
 from tests.toys.random_models import examples, hooks_of, layers_of, lively, shared
@@ -38,7 +39,7 @@ def vector(model: Lvlm, kind: str = "add", layers: tuple[int, ...] = (), **chang
         else:
             reads = np.linalg.qr(rng.standard_normal((d, 3)))[0].T if key == HEADS[0] else None
             entries[key] = AmplifyChange(rng.standard_normal(d), reads=reads)
-    made = SteeringVector(entries, "last", 2.0, model.name, model.config_hash, {"method": "by hand"})  # pyright: ignore[reportArgumentType]  # one of the two
+    made = SteeringVector(entries, "last+generated", 2.0, model.name, model.config_hash, {"method": "by hand"})  # pyright: ignore[reportArgumentType]  # one of the two
     return replace(made, **changes)
 
 
@@ -97,7 +98,7 @@ def test_forward_is_the_formula(kind: str, layers: tuple[int, ...]) -> None:
     made, inputs = vector(model, kind, layers), rows(model).inputs
     length = inputs["input_ids"].shape[1]
     after = rows(model).encodings[0].tokens.image[-1] + 1
-    for rule, first in (("last", length - 1), ("suffix", after), ("all", 0)):
+    for rule, first in (("last+generated", length - 1), ("suffix+generated", after), ("all", 0)):
         with made.at(rule).applied(model, 1.5):  # pyright: ignore[reportArgumentType]  # from the list
             steered = model.logits(inputs)
         torch.testing.assert_close(steered, logits_by_hand(model, inputs, made, 1.5, first), atol=1e-4, rtol=1e-4)
@@ -105,7 +106,7 @@ def test_forward_is_the_formula(kind: str, layers: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("kind", ["add", "amplify"])
-@pytest.mark.parametrize("rule", ["last", "suffix", "all"])
+@pytest.mark.parametrize("rule", ["last+generated", "suffix+generated", "all"])
 @torch.no_grad()
 def test_cached_generation_is_recomputation_token_by_token(kind: str, rule: str) -> None:
     model = shared()
@@ -121,7 +122,7 @@ def test_cached_generation_is_recomputation_token_by_token(kind: str, rule: str)
             return_dict_in_generate=True,
         )
     # Each token was the last one once, and its keys and values stay as they were made then.
-    first = {"last": length - 1, "suffix": batch.encodings[0].tokens.image[-1] + 1, "all": 0}[rule]
+    first = {"last+generated": length - 1, "suffix+generated": batch.encodings[0].tokens.image[-1] + 1, "all": 0}[rule]
     for step, logits in enumerate(out.logits):
         ids = out.sequences[:, : length + step]
         again = {**batch.inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -132,7 +133,7 @@ def test_cached_generation_is_recomputation_token_by_token(kind: str, rule: str)
 
 def test_image_positions_act_on_the_prompt_only() -> None:
     model = shared()
-    made, inputs = vector(model, positions="image"), rows(shared()).inputs
+    made, inputs = vector(model, positions="image:all"), rows(shared()).inputs
     seen: list[int] = []
     hook = model.locate("decoder.L1.z").watch(lambda x: seen.append(x.shape[1]))
     base: list[torch.Tensor] = []
@@ -217,7 +218,7 @@ def test_random_control_of_what_is_read_here_and_written_there_goes_as_far() -> 
     rng = np.random.default_rng(3)
     reads, writes = np.eye(1, 24), 3.5 * np.eye(1, 24, 4)
     made = SteeringVector(
-        {HEADS[0]: AmplifyChange(np.zeros(24), reads=reads, writes=writes)}, "last", 1.0, "m", "c", {}
+        {HEADS[0]: AmplifyChange(np.zeros(24), reads=reads, writes=writes)}, "last+generated", 1.0, "m", "c", {}
     )
     entry: Any = made.randomized(2).changes[HEADS[0]]
     assert entry.reads is not None
@@ -279,8 +280,8 @@ def test_what_is_refused() -> None:
         replace(made, changes={})
     with pytest.raises(PatchError, match="add, amplify"):
         replace(made, changes={HEADS[0]: made.changes[HEADS[0]], 1: AmplifyChange(np.zeros(192))})
-    with pytest.raises(ConfigError, match="positions"):
-        made.at("first")  # pyright: ignore[reportArgumentType]  # a user's mistake
+    with pytest.raises(SiteError, match="token selection"):
+        made.at("first")
     with pytest.raises(PatchError, match="length 2"):
         replace(made, changes={HEADS[0]: AddChange(2 * np.eye(24)[0])})
     for sigma in (0.0, -1.0, float("nan")):
@@ -340,7 +341,7 @@ def test_files_that_are_no_vectors(tmp_path: Path) -> None:
         SteeringVector.load(tmp_path / "other")
     tensors, card = load_file(path), json.loads(path.with_suffix(".json").read_text())
     for name, change, said in (
-        ("newer", {"version": 4}, "version 4"),
+        ("newer", {"version": 5}, "version 5"),
         ("kind", {"kind": "multiply"}, "damaged"),
         ("name", {"entries": {"layers.1.mlp": {"sigma": 1.0}}}, "damaged"),
         ("gap", {"entries": {"layers.5.head.0": {"sigma": 1.0}}}, "damaged"),
@@ -354,3 +355,16 @@ def test_files_that_are_no_vectors(tmp_path: Path) -> None:
 def test_a_direction_is_made_of_real_numbers(value: Any) -> None:
     with pytest.raises(PatchError, match="direction: it must be an array of real numbers"):
         AddChange(value)
+
+
+@pytest.mark.parametrize("version", [1, 2, 3])
+@pytest.mark.parametrize(("old", "new"), LEGACY_STEERING_POSITIONS.items())
+def test_files_of_earlier_versions_have_their_own_words_for_positions(
+    version: int, old: str, new: str, tmp_path: Path
+) -> None:
+    path = vector(shared()).save(tmp_path / "vector.safetensors")
+    tensors, card = load_file(path), json.loads(path.with_suffix(".json").read_text())
+    assert (card["version"], card["positions"]) == (4, "last+generated")
+    header = {"steering_vector": json.dumps({**card, "version": version, "positions": old})}
+    save_file(tensors, tmp_path / "old", metadata=header)
+    assert SteeringVector.load(tmp_path / "old").positions == new

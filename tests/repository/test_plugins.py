@@ -50,7 +50,7 @@ def write_text(vector, path, model):
     return path
 
 
-text_file = Export(write_text, Capability("people", "nowhere", ("heads",), kinds=("amplify",), positions=("last",)))
+text_file = Export(write_text, Capability("people", "nowhere", ("heads",), kinds=("amplify",), positions=("last+generated",)))
 amplify_more = MitigationMethod(lambda data: derive.amplification(blank_contrast(data), heads=data.heads, strength=2))
 yes_ratio = BehaviorMetric(lambda a: set(a.candidates) == {"yes", "no"}, lambda a: a.given == "yes")
 svm = LinearSVC(C=0.01)

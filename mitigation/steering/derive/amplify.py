@@ -14,7 +14,7 @@ from mitigation.steering.changes import AmplifyChange, VectorChange
 from mitigation.steering.contrast import Contrast, from_store
 from mitigation.steering.derive.base import derive_at, keys_of, unit_difference
 from mitigation.steering.places import Key, name_of
-from mitigation.steering.vector import Positions, SteeringVector
+from mitigation.steering.vector import SteeringVector
 
 
 def concept_subspace(
@@ -25,7 +25,7 @@ def concept_subspace(
     layers: Iterable[int] = (),
     sites: Iterable[Site | str] = (),
     tokens: str = "last",
-    positions: Positions = "last",
+    positions: str = "last+generated",
     strength: float = 1.0,
 ) -> SteeringVector:
     """Return an amplification within the subspace spanned by the mean differences of some concepts.
@@ -95,7 +95,7 @@ def amplification(
     layers: Iterable[int] = (),
     sites: Iterable[Site | str] = (),
     tokens: str = "last",
-    positions: Positions = "last",
+    positions: str = "last+generated",
     strength: float = 1.0,
     progress: bool | None = None,
 ) -> SteeringVector:
@@ -128,7 +128,7 @@ def amplification(
     >>> model = gs.load_lvlm("tiny")
     >>> pairs = gs.counterfactuals.pairs(gs.scenes.dataset(10), "blank")[:4]
     >>> gs.derive.amplification(gs.Contrast.from_pairs(model, pairs), heads=["L3.H1"], strength=0.5)
-    SteeringVector(amplify at L3.H1; last, strength 0.5, for 'tiny')
+    SteeringVector(amplify at L3.H1; last+generated, strength 0.5, for 'tiny')
     """
     corrupt = contrast.read_negative(keys_of(heads, layers, sites), tokens, progress=progress)
     changes = {key: AmplifyChange(mean(x, key)) for key, x in corrupt}
@@ -142,7 +142,7 @@ def prior_removal(
     layers: Iterable[int] = (),
     sites: Iterable[Site | str] = (),
     tokens: str = "last",
-    positions: Positions = "last",
+    positions: str = "last+generated",
     strength: float = -1.0,
     progress: bool | None = None,
 ) -> SteeringVector:
@@ -171,7 +171,7 @@ def prior_removal(
     >>> model = gs.load_lvlm("tiny")
     >>> pairs = gs.counterfactuals.pairs(gs.scenes.dataset(10), "blank")[:4]
     >>> gs.derive.prior_removal(gs.Contrast.from_pairs(model, pairs), heads=["L3.H1"])
-    SteeringVector(amplify at L3.H1; last, strength -1, for 'tiny')
+    SteeringVector(amplify at L3.H1; last+generated, strength -1, for 'tiny')
     """
 
     def fit(clean: np.ndarray, corrupt: np.ndarray, key: Key) -> AmplifyChange:

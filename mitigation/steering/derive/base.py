@@ -14,7 +14,7 @@ from mitigation.steering.activations import mean
 from mitigation.steering.changes import AddChange, VectorChange
 from mitigation.steering.contrast import Contrast, PairContrast, StoreContrast
 from mitigation.steering.places import Key, canonical, name_of
-from mitigation.steering.vector import Positions, SteeringVector
+from mitigation.steering.vector import SteeringVector
 
 Variant = Literal["paper", "release"]
 """The form in the paper, or the form in the authors' code where the two differ."""
@@ -31,7 +31,7 @@ def derive_at(
     layers: Iterable[int],
     sites: Iterable[Site | str],
     tokens: str,
-    positions: Positions,
+    positions: str,
     strength: float,
     progress: bool | None,
     details: Mapping[str, Any] | None = None,

@@ -13,7 +13,7 @@ from mitigation.steering.changes import AddChange, AmplifyChange
 from mitigation.steering.contrast import Contrast
 from mitigation.steering.derive.base import along, derive_at
 from mitigation.steering.places import Key, name_of
-from mitigation.steering.vector import Positions, SteeringVector
+from mitigation.steering.vector import SteeringVector
 
 
 def lda(
@@ -23,7 +23,7 @@ def lda(
     layers: Iterable[int] = (),
     sites: Iterable[Site | str] = (),
     tokens: str = "last",
-    positions: Positions = "last",
+    positions: str = "last+generated",
     strength: float = 1.0,
     progress: bool | None = None,
 ) -> SteeringVector:
@@ -50,7 +50,7 @@ def lda(
     >>> model = gs.load_lvlm("tiny")
     >>> pairs = gs.counterfactuals.pairs(gs.scenes.dataset(10), "blank")[:4]
     >>> gs.derive.lda(gs.Contrast.from_pairs(model, pairs), layers=[3], strength=2)
-    SteeringVector(add at L3; last, strength 2, for 'tiny')
+    SteeringVector(add at L3; last+generated, strength 2, for 'tiny')
     """
 
     def fit(positive: np.ndarray, negative: np.ndarray, key: Key) -> AddChange:
@@ -69,7 +69,7 @@ def discriminant(
     layers: Iterable[int] = (),
     sites: Iterable[Site | str] = (),
     tokens: str = "last",
-    positions: Positions = "last",
+    positions: str = "last+generated",
     strength: float = 1.0,
     doubt: float = 0.0,
     progress: bool | None = None,
@@ -105,7 +105,7 @@ def discriminant(
     >>> model = gs.load_lvlm("tiny")
     >>> pairs = gs.counterfactuals.pairs(gs.scenes.dataset(10), "blank")[:4]
     >>> gs.derive.discriminant(gs.Contrast.from_pairs(model, pairs), heads=["L3.H1"], strength=0.5)
-    SteeringVector(amplify at L3.H1; last, strength 0.5, for 'tiny')
+    SteeringVector(amplify at L3.H1; last+generated, strength 0.5, for 'tiny')
     """
 
     def fit(positive: np.ndarray, negative: np.ndarray, key: Key) -> AmplifyChange:

@@ -16,7 +16,7 @@ from mitigation.steering.contrast import Contrast, PairContrast
 from mitigation.steering.derive.base import Variant, along, check_variant, require_pairs, unit_difference
 from mitigation.steering.derive.head_selection import Fold, best, group_folds, probe_accuracies
 from mitigation.steering.places import Key
-from mitigation.steering.vector import Positions, SteeringVector
+from mitigation.steering.vector import SteeringVector
 
 SLICE = 32
 """Width of a slice that the release treats as a head: it divides LLaVA-1.5's 4,096 dimensions into 128 slices."""
@@ -28,7 +28,7 @@ def ict(
     heads: Iterable[Head | str] = (),
     top: int = 256,
     tokens: str = "last",
-    positions: Positions = "last",
+    positions: str = "last+generated",
     strength: float = 8.0,
     variant: Variant = "paper",
     slice_width: int = SLICE,

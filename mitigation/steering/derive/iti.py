@@ -14,7 +14,7 @@ from mitigation.steering.contrast import Contrast
 from mitigation.steering.derive.base import Variant, along, check_variant, require_store
 from mitigation.steering.derive.head_selection import best, group_folds, probe_accuracies
 from mitigation.steering.places import Key
-from mitigation.steering.vector import Positions, SteeringVector
+from mitigation.steering.vector import SteeringVector
 
 
 def iti(
@@ -25,7 +25,7 @@ def iti(
     accuracy: Mapping[Head, float] | Mapping[str, float] | None = None,
     folds: int = 5,
     tokens: str = "last",
-    positions: Positions = "last",
+    positions: str = "last+generated",
     strength: float = 15.0,
     variant: Variant = "paper",
     seed: int = 0,

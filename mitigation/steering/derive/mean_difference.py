@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from lvlm.sites import Head, Site
 from mitigation.steering.contrast import Contrast
 from mitigation.steering.derive.base import derive_at, unit_difference
-from mitigation.steering.vector import Positions, SteeringVector
+from mitigation.steering.vector import SteeringVector
 
 
 def mean_difference(
@@ -17,7 +17,7 @@ def mean_difference(
     layers: Iterable[int] = (),
     sites: Iterable[Site | str] = (),
     tokens: str = "last",
-    positions: Positions = "last",
+    positions: str = "last+generated",
     strength: float = 1.0,
     progress: bool | None = None,
 ) -> SteeringVector:
@@ -33,8 +33,8 @@ def mean_difference(
     heads, layers, sites
         Places to act on: heads' ``z``, layers' residual streams, other decoder sites such as ``decoder.L3.mlp_out``.
     tokens
-        Token selection that activations are read at. For pairs: ``last``, or ``suffix`` for the mean over all tokens after
-        the image.
+        Token selection that activations are read at. For pairs: ``last``, or ``suffix:mean`` for the mean over all tokens
+        after the image.
     positions
         Token positions that the vector acts on.
     strength
@@ -55,7 +55,7 @@ def mean_difference(
     >>> model = gs.load_lvlm("tiny")
     >>> pairs = gs.counterfactuals.pairs(gs.scenes.dataset(10), "blank")[:4]
     >>> gs.derive.mean_difference(gs.Contrast.from_pairs(model, pairs), heads=["L3.H1"])
-    SteeringVector(add at L3.H1; last, strength 1, for 'tiny')
+    SteeringVector(add at L3.H1; last+generated, strength 1, for 'tiny')
     """
     method = "paired mean difference" if contrast.paired else "mean difference"
     return derive_at(

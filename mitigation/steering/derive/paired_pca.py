@@ -12,7 +12,7 @@ from mitigation.steering.changes import AddChange
 from mitigation.steering.contrast import Contrast
 from mitigation.steering.derive.base import Variant, along, check_variant, derive_at, require_pairs
 from mitigation.steering.places import Key, name_of
-from mitigation.steering.vector import Positions, SteeringVector
+from mitigation.steering.vector import SteeringVector
 
 
 def paired_pca(
@@ -22,7 +22,7 @@ def paired_pca(
     layers: Iterable[int] = (),
     sites: Iterable[Site | str] = (),
     tokens: str = "last",
-    positions: Positions = "last",
+    positions: str = "last+generated",
     strength: float = 1.0,
     progress: bool | None = None,
     variant: Variant = "paper",
@@ -56,7 +56,7 @@ def paired_pca(
     >>> model = gs.load_lvlm("tiny")
     >>> pairs = gs.counterfactuals.pairs(gs.scenes.dataset(10), "blank")[:4]
     >>> gs.derive.paired_pca(gs.Contrast.from_pairs(model, pairs), layers=[3])
-    SteeringVector(add at L3; last, strength 1, for 'tiny')
+    SteeringVector(add at L3; last+generated, strength 1, for 'tiny')
     """
     check_variant(variant)
 

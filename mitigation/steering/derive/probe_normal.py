@@ -12,7 +12,7 @@ from mitigation.steering.activations import Store
 from mitigation.steering.changes import AddChange, VectorChange
 from mitigation.steering.contrast import from_store
 from mitigation.steering.places import Key, canonical, name_of
-from mitigation.steering.vector import Positions, SteeringVector
+from mitigation.steering.vector import SteeringVector
 
 if TYPE_CHECKING:
     from activation_store.direction import ConceptDirection
@@ -22,7 +22,7 @@ def probe_normal(
     directions: Sequence[ConceptDirection],
     source: Lvlm | Store,
     *,
-    positions: Positions = "last",
+    positions: str = "last+generated",
     strength: float = 1.0,
 ) -> SteeringVector:
     """Return an additive vector along probes' directions, each with its own sigma.
@@ -50,7 +50,7 @@ def probe_normal(
     >>> model = gs.load_lvlm("tiny")
     >>> direction = gs.ConceptDirection("decoder.L3.resid_post", "last", "object:cat", np.eye(model.width)[0], sigma=2.0)
     >>> gs.derive.probe_normal([direction], model, strength=3)
-    SteeringVector(add at L3; last, strength 3, for 'tiny')
+    SteeringVector(add at L3; last+generated, strength 3, for 'tiny')
     """
     changes: dict[Key, VectorChange] = {}
     for direction in directions:

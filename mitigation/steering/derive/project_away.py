@@ -14,7 +14,7 @@ from mitigation.steering.changes import ProjectChange, VectorChange
 from mitigation.steering.derive.base import Variant, check_variant
 from mitigation.steering.derive.text_only import read_text, token_ids
 from mitigation.steering.places import Key
-from mitigation.steering.vector import Positions, SteeringVector
+from mitigation.steering.vector import SteeringVector
 
 if TYPE_CHECKING:
     from lvlm.model import Lvlm
@@ -26,7 +26,7 @@ def project_away(
     *,
     layers: Sequence[int],
     text_layer: int | None = None,
-    positions: Positions = "image",
+    positions: str = "image:all",
     strength: float = 1.0,
     variant: Variant = "paper",
 ) -> SteeringVector:
@@ -64,7 +64,7 @@ def project_away(
     --------
     >>> import groundscope as gs
     >>> gs.derive.project_away(gs.load_lvlm("tiny"), "apple", layers=[1, 2])
-    SteeringVector(project at L1, L2; image, strength 1, for 'tiny')
+    SteeringVector(project at L1, L2; image:all, strength 1, for 'tiny')
     """
     check_variant(variant)
     if not layers:

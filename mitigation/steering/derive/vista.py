@@ -15,7 +15,7 @@ from mitigation.steering.changes import AddChange, VectorChange
 from mitigation.steering.derive.base import check_variant
 from mitigation.steering.derive.text_only import read_text
 from mitigation.steering.places import Key, canonical
-from mitigation.steering.vector import Positions, SteeringVector
+from mitigation.steering.vector import SteeringVector
 
 if TYPE_CHECKING:
     from concepts.schema import Example
@@ -27,7 +27,7 @@ def vsv(
     example: Example,
     *,
     layers: Sequence[int] | None = None,
-    positions: Positions | None = None,
+    positions: str | None = None,
     strength: float = 0.1,
     variant: Literal["paper", "release", "simple"] = "paper",
 ) -> SteeringVector:
@@ -46,7 +46,7 @@ def vsv(
     layers
         Layers of the decoder; all by default.
     positions
-        Token positions that the vector acts on; by default ``last`` for the paper's form and ``all`` for the release's.
+        Token positions that the vector acts on; by default ``last+generated`` for the paper's form and ``all`` for the release's.
     strength
         lambda. The paper states no value for its form; the release's scripts use 0.17 for captions and 0.01 for POPE.
     variant
@@ -91,5 +91,5 @@ def vsv(
         changes[key] = AddChange(difference / length, length if variant == "paper" else 1.0)
     provenance = {"method": f"VSV ({variant})", "example": example.id, "weights": model.weights_hash}
     norm: Norm = {"paper": "kept", "release": "away", "simple": "relative"}[variant]  # pyright: ignore[reportAssignmentType]
-    acting_positions = positions or ("last" if variant == "paper" else "all")
+    acting_positions = positions or ("last+generated" if variant == "paper" else "all")
     return SteeringVector(changes, acting_positions, strength, model.name, model.config_hash, provenance, norm=norm)

@@ -10,9 +10,10 @@ from typing import Any
 from circuits.interventions.options import NORMS, Norm
 from groundscope.core.errors import ConfigError
 from lvlm.sites import Head, Site
+from lvlm.token_selection import STEERABLE
 from mitigation.steering.changes import KINDS, Kind
 from mitigation.steering.places import Key
-from mitigation.steering.vector import POSITIONS, Positions, SteeringVector
+from mitigation.steering.vector import SteeringVector
 
 PLACES = ("residual", "heads", "attention output", "MLP output", "vision MLP output", "another site")
 
@@ -26,9 +27,9 @@ class Capability:
     >>> import numpy as np
     >>> from mitigation import AddChange, Capability, SteeringVector
     >>> everywhere = Capability("my server", "output of a layer, at every token", ("residual",))
-    >>> vector = SteeringVector({2: AddChange(np.eye(8)[0])}, "last", 1.0, "m", "c")
+    >>> vector = SteeringVector({2: AddChange(np.eye(8)[0])}, "last+generated", 1.0, "m", "c")
     >>> everywhere.obstacles(vector)
-    ["it acts at positions 'last', but the format only at 'all'"]
+    ["it acts at positions 'last+generated', but the format only at 'all'"]
     >>> everywhere.obstacles(vector.at("all"))
     []
     """
@@ -41,7 +42,7 @@ class Capability:
     """Places, of `PLACES`."""
     kinds: tuple[Kind, ...] = ("add",)
     norms: tuple[Norm, ...] = ("free",)
-    positions: tuple[Positions, ...] = ("all",)
+    positions: tuple[str, ...] = ("all",)
     schedules: bool = False
     """Whether a file can contain a decay or a gate."""
     by_token: bool = False
@@ -81,7 +82,7 @@ class Capability:
 
 
 EVERYTHING = Capability(
-    "groundscope", "at the places in the file", PLACES, KINDS, NORMS, POSITIONS, schedules=True, by_token=True
+    "groundscope", "at the places in the file", PLACES, KINDS, NORMS, STEERABLE, schedules=True, by_token=True
 )
 
 

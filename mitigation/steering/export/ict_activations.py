@@ -31,7 +31,7 @@ def ict_activations(
     folder
         Folder for the three files.
     tokens
-        ``last``, or ``suffix`` for the mean over all tokens after the image.
+        ``last``, or ``suffix:mean`` for the mean over all tokens after the image.
     progress
         Whether to show progress; by default on a terminal only.
 

@@ -35,11 +35,11 @@ def safetensors(vector: SteeringVector, path: str | Path, model: Lvlm | None = N
     >>> import tempfile, numpy as np
     >>> from pathlib import Path
     >>> from mitigation import AddChange, SteeringVector, export
-    >>> vector = SteeringVector({2: AddChange(np.eye(8)[0])}, "last", 1.0, "m", "c")
+    >>> vector = SteeringVector({2: AddChange(np.eye(8)[0])}, "last+generated", 1.0, "m", "c")
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     path = export.safetensors(vector, Path(folder) / "correction.safetensors")
     ...     SteeringVector.load(path)
-    SteeringVector(add at L2; last, strength 1, for 'm')
+    SteeringVector(add at L2; last+generated, strength 1, for 'm')
     """
     if model is not None:
         vector.check(model)

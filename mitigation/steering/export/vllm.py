@@ -15,7 +15,7 @@ from mitigation.steering.vector import SteeringVector
 if TYPE_CHECKING:
     from lvlm.model import Lvlm
 
-CAPABILITY = Capability("hotwire-vllm", "output of decoder layer l", ("residual",), positions=("all", "generated"))
+CAPABILITY = Capability("hotwire-vllm", "output of decoder layer l", ("residual",), positions=("all", "generated:all"))
 
 
 def vllm(
@@ -31,7 +31,7 @@ def vllm(
     Parameters
     ----------
     vector
-        Additive vector at residual streams, with positions ``all`` or ``generated``.
+        Additive vector at residual streams, with positions ``all`` or ``generated:all``.
     path
         Path of the ``.pt`` file; its stem is the vector's id in requests.
     model
@@ -59,7 +59,7 @@ def vllm(
     for layer in vector.layers:
         matrix[layer] = torch.from_numpy(additions[layer])
     path = Path(path)
-    decode_only = {"decode_only": True} if vector.positions == "generated" else {}
+    decode_only = {"decode_only": True} if vector.positions == "generated:all" else {}
     request = [{"id": path.stem, "layer": layer, "scale": 1.0, **decode_only} for layer in vector.layers]
     write_pt(path, matrix, metadata_of(vector, "vllm", s, hotwire=request), "vLLM vector")
     return path
