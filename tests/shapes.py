@@ -1,7 +1,7 @@
 """How array shapes in signatures are checked while tests run.
 
 pytest's ``--jaxtyping-packages`` (see pyproject.toml) hands every function of the packages to `checked`. Those that name
-an array's shape have all their arguments and their result checked; the others run as they are, so that a test can
+an array's shape have all their arguments and their result checked; the others run unchanged, so that a test can
 give them what a user should not.
 """
 
@@ -21,7 +21,7 @@ _CONFIGURATION = BeartypeConf(is_pep484_tower=True)
 
 
 def checked(function: _Function) -> _Function:
-    """Return the function with its arguments checked where its signature names a shape, else as it is."""
+    """Return the function with its arguments checked if its signature names a shape, else unchanged."""
     if any(names_shape(hint) for hint in function.__annotations__.values()):
         return beartype(conf=_CONFIGURATION)(function)
     return function

@@ -351,7 +351,7 @@ def test_the_child_of_a_fork_leaves_the_writer_alone(tmp_path: Path) -> None:
 
 
 def run_with_open_files(path: Path, most: int, what: str) -> str:
-    """Run in a process of its own: this one has files open that are not ours."""
+    """Run in a separate process: this one has other files open."""
     code = textwrap.dedent("""
         import resource, sys
         import numpy as np

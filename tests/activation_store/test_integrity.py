@@ -1,4 +1,4 @@
-"""Every kind of damage is found, named, and its examples are told."""
+"""Every kind of damage is found and named, with the affected examples."""
 
 from __future__ import annotations
 
@@ -103,10 +103,10 @@ def test_missing_shard(store: Path) -> None:
         ActivationStore(store)
 
 
-@pytest.mark.parametrize("kept", [0, 100, 5000, -1])
-def test_truncated_shard(store: Path, kept: int) -> None:
+@pytest.mark.parametrize("length", [0, 100, 5000, -1])
+def test_truncated_shard(store: Path, length: int) -> None:
     shard = store / "shard-0-00001.h5"
-    shard.write_bytes(shard.read_bytes()[:kept])
+    shard.write_bytes(shard.read_bytes()[:length])
     problem = only_problem(store)
     assert (problem.file, problem.kind, problem.examples) == (shard.name, "damaged", tuple(IDS[10:20]))
     assert "truncated" in problem.message

@@ -41,7 +41,7 @@ def cases(draw) -> tuple:
         "box_nouns": st.lists(TEXT, max_size=3),
         "positions": st.none() | st.lists(st.integers(-5, 5), max_size=3),
     }
-    columns = {name: draw(st.lists(one, min_size=n, max_size=n)) for name, one in lists.items()}
+    columns = {name: draw(st.lists(elements, min_size=n, max_size=n)) for name, elements in lists.items()}
     return (
         Schema((INFO, DENSE), draw(st.sampled_from(["float32", "float16", "bfloat16"]))),
         Ragged(tokens, np.cumsum([0, *lengths])),
@@ -70,13 +70,13 @@ def test_ragged_and_lists_round_trip(case: tuple, packed: bool) -> None:
             store = repack(store, Path(name) / "packed")
             assert verify(store.path).ok
         for layer in range(2):
-            kept = torch.tensor(tokens.values[:, layer]).to(getattr(torch, schema.dtype)).float().numpy()
+            stored = torch.tensor(tokens.values[:, layer]).to(getattr(torch, schema.dtype)).float().numpy()
             whole = store.ragged(f"decoder.L{layer}.z", "image:all")
-            np.testing.assert_array_equal(whole.values, kept)
+            np.testing.assert_array_equal(whole.values, stored)
             np.testing.assert_array_equal(whole.offsets, tokens.offsets)
             some = store.ragged(f"decoder.L{layer}.z", "image:all", head=1, examples=order)
             for i, got in zip(order, some, strict=True):
-                np.testing.assert_array_equal(got, kept[tokens.offsets[i] : tokens.offsets[i + 1], 2:4])
+                np.testing.assert_array_equal(got, stored[tokens.offsets[i] : tokens.offsets[i + 1], 2:4])
         frame = store.frame()
         for column, values in columns.items() if n else ():
             if all(value is None for value in values):
@@ -94,18 +94,18 @@ def test_ragged_and_lists_round_trip(case: tuple, packed: bool) -> None:
 def test_ragged_bytes_do_not_depend_on_the_batches(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     tokens = Ragged.of([rng.normal(size=(k % 7, 2, 6)).astype(np.float32) for k in range(50)])
-    seen = []
+    files = []
     for batch in (1, 13, 50):
         with StoreWriter(tmp_path / str(batch), Schema((INFO,), "float16"), {}, shard_size=20) as writer:
             for at in range(0, 50, batch):
                 rows = slice(at, at + batch)
                 writer.append({INFO.key: tokens[rows]}, {k: v[rows] for k, v in table(50).items()})
             writer.append({INFO.key: tokens[:20]}, {"id": [f"x{i}" for i in range(20)], "group": ["g"] * 20})
-        seen.append({p.name: p.read_bytes() for p in (tmp_path / str(batch)).iterdir()})
-    assert seen[0] == seen[1] == seen[2]
+        files.append({p.name: p.read_bytes() for p in (tmp_path / str(batch)).iterdir()})
+    assert files[0] == files[1] == files[2]
     with StoreWriter(tmp_path / "13", Schema((INFO,), "float16"), {}, shard_size=20) as writer:
         writer.append({INFO.key: tokens}, table(50))
-    assert {p.name: p.read_bytes() for p in (tmp_path / "13").iterdir()} == seen[1]
+    assert {p.name: p.read_bytes() for p in (tmp_path / "13").iterdir()} == files[1]
 
 
 @pytest.mark.parametrize(
@@ -241,10 +241,10 @@ for call in (
         print(error)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    said = done.stdout.splitlines()
-    assert said[0] == "3"
-    assert len(said) == 3
-    for line, name in zip(said[1:], ("bitshuffle-lz4", "blosc2-zstd"), strict=True):
+    lines = done.stdout.splitlines()
+    assert lines[0] == "3"
+    assert len(lines) == 3
+    for line, name in zip(lines[1:], ("bitshuffle-lz4", "blosc2-zstd"), strict=True):
         assert f"compression '{name}' needs the package hdf5plugin" in line
         assert "pip install 'groundscope[compression]'" in line
     assert not (tmp_path / "t").exists()

@@ -1,4 +1,4 @@
-"""Ways of reading: queries, batches, torch, several stores as one, repacked; and what is wrong is said."""
+"""Ways of reading: queries, batches, torch, several stores as one, repacked stores; and messages of errors."""
 
 from __future__ import annotations
 
@@ -102,11 +102,11 @@ def test_queries_that_cannot_be(store: ActivationStore, where: dict, message: st
 
 @pytest.mark.parametrize("rows", [None, slice(5, 70, 3), [80, 2, 2, 41]])
 def test_batches_are_the_rows_in_order(store: ActivationStore, rows) -> None:
-    wanted = np.arange(N) if rows is None else np.arange(N)[rows]
+    order = np.arange(N) if rows is None else np.arange(N)[rows]
     got = list(store.batches("decoder.L0.z", "last", 16, head=1, examples=rows))
     assert [len(r) for r, _ in got[:-1]] == [16] * (len(got) - 1)
-    np.testing.assert_array_equal(np.concatenate([r for r, _ in got]), wanted)
-    np.testing.assert_array_equal(np.concatenate([x for _, x in got]), DATA[wanted, 0, 4:])
+    np.testing.assert_array_equal(np.concatenate([r for r, _ in got]), order)
+    np.testing.assert_array_equal(np.concatenate([x for _, x in got]), DATA[order, 0, 4:])
 
 
 def test_batches_check_before_they_begin(store: ActivationStore) -> None:
@@ -285,9 +285,9 @@ def test_a_folder_that_is_read_only(tmp_path: Path) -> None:
             [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment
         )
         assert done.returncode == 0, done.stderr
-        said = done.stdout.splitlines()
-        assert said[0] == "90 True True"
-        for line, name in zip(said[1:], ("store", "new", "n"), strict=True):
+        lines = done.stdout.splitlines()
+        assert lines[0] == "90 True True"
+        for line, name in zip(lines[1:], ("store", "new", "n"), strict=True):
             assert line.startswith(f"{folder / name}: cannot be written: Permission denied")
     finally:
         for path in (folder, folder / "store"):
@@ -343,7 +343,7 @@ def test_commands_write_stores(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 def test_info_is_readable_at_a_glance(store: ActivationStore, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", str(store.path)]) == 0
-    shown = capsys.readouterr().out
+    output = capsys.readouterr().out
     for text in (
         "90 examples in 3 shards, float32, not compressed",
         "[90, 2, 8]",
@@ -354,5 +354,5 @@ def test_info_is_readable_at_a_glance(store: ActivationStore, capsys: pytest.Cap
         "tensors: W",
         '"weights": "ab"',
     ):
-        assert text in " ".join(shown.split()), shown
-    assert max(map(len, shown.splitlines()[3:])) <= 80
+        assert text in " ".join(output.split()), output
+    assert max(map(len, output.splitlines()[3:])) <= 80

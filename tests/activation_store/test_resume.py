@@ -1,4 +1,4 @@
-"""Interrupted, resumed, repeated, mixed up, out of disk: what was sealed stays, and the end is the same."""
+"""Writing that is interrupted, resumed, repeated, or out of disk: sealed shards stay, and the result is the same."""
 
 from __future__ import annotations
 
@@ -137,11 +137,11 @@ def test_kill_9_loses_nothing_acknowledged(tmp_path: Path) -> None:
     path, random_ = tmp_path / "store", random.Random(0)
     code = WRITER.format(path=str(path))
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    for wanted in (10, 60, 110):
+    for target in (10, 60, 110):
         with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment) as run:
             assert run.stdout is not None
             acknowledged = 0
-            while acknowledged < wanted:
+            while acknowledged < target:
                 line = run.stdout.readline()
                 assert line, "the writer ended before it was killed"
                 acknowledged = int(line)
@@ -263,11 +263,11 @@ def test_disk_full_at_the_manifest(tmp_path: Path, reference: Path, monkeypatch:
     writer = StoreWriter(tmp_path, SCHEMA, PROVENANCE, shard_size=40)
     append(writer, range(N))
     assert len(writer.written) == 120
-    real, left = os.fsync, [2]  # the last shard and its folder pass, the manifest does not
+    real, remaining = os.fsync, [2]  # the last shard and its folder pass, the manifest does not
 
     def full(descriptor: int) -> None:
-        left[0] -= 1
-        if left[0] < 0:
+        remaining[0] -= 1
+        if remaining[0] < 0:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         real(descriptor)
 
@@ -336,7 +336,7 @@ def test_several_writers_are_killed_at_random_moments() -> None:
 
 
 def test_a_store_is_read_while_it_is_written(tmp_path: Path) -> None:
-    seen: list[int] = []
+    lengths: list[int] = []
     with StoreWriter(tmp_path, SCHEMA, PROVENANCE, shard_size=10) as writer:
         for i in range(0, N, 5):
             append(writer, range(i, i + 5))
@@ -351,8 +351,8 @@ def test_a_store_is_read_while_it_is_written(tmp_path: Path) -> None:
             expected = DATA[: len(store), 1].astype(np.float16).astype(np.float32)
             np.testing.assert_array_equal(store.read("decoder.L1.z", "last"), expected)
             assert len(store) >= acknowledged
-            seen.append(len(store))
-    assert seen == sorted(seen)
+            lengths.append(len(store))
+    assert lengths == sorted(lengths)
     assert len(ActivationStore(tmp_path)) == N
 
 

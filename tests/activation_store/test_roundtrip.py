@@ -1,4 +1,4 @@
-"""What is written is what is read: against arrays that were simply kept in memory."""
+"""Values read equal the values written, against arrays in memory."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def written(path: Path, n: int = 100, **options) -> dict:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
+def written_store(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
     path = tmp_path_factory.mktemp("store") / "activations"
     return path, written(path)
 
@@ -73,8 +73,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
         np.arange(99, -1, -1),
     ],
 )
-def test_reads_equal_memory(made: tuple[Path, dict], rows) -> None:
-    path, data = made
+def test_reads_equal_memory(written_store: tuple[Path, dict], rows) -> None:
+    path, data = written_store
     pick = slice(None) if rows is None else np.asarray(rows, dtype=int) if isinstance(rows, list) else rows
     with ActivationStore(path) as store:
         for layer in range(3):
@@ -87,8 +87,8 @@ def test_reads_equal_memory(made: tuple[Path, dict], rows) -> None:
         np.testing.assert_array_equal(store.read("projector.out", "image:mean", examples=rows), data[OUT][pick, 0])
 
 
-def test_what_a_store_says_of_itself(made: tuple[Path, dict]) -> None:
-    path, _ = made
+def test_info_and_repr_describe_the_store(written_store: tuple[Path, dict]) -> None:
+    path, _ = written_store
     store = ActivationStore(path)
     assert len(store) == 100
     assert store.complete
@@ -139,8 +139,8 @@ def test_bfloat16_nan_with_low_payload_stays_nan(tmp_path: Path) -> None:
     assert np.isnan(ActivationStore(tmp_path).read("decoder.L0.resid_mid", "last")).all()
 
 
-def test_layout_on_disk_is_what_is_documented(made: tuple[Path, dict]) -> None:
-    path, data = made
+def test_the_layout_on_disk_is_the_documented_one(written_store: tuple[Path, dict]) -> None:
+    path, data = written_store
     with h5py.File(path / "shard-0-00001.h5") as file:
         z = file["arrays/decoder.z/last"]
         assert z.shape == (40, 3, 8)
@@ -209,8 +209,8 @@ def test_round_trip(case: tuple) -> None:
             assert len(store) == n
             for a in schema.arrays:
                 for layer in range(a.n_layers):
-                    kept = torch.tensor(data[a.key][:, layer]).to(getattr(torch, schema.dtype)).float().numpy()
-                    np.testing.assert_array_equal(store.read(f"decoder.L{layer}.{a.component}", "last"), kept)
+                    stored = torch.tensor(data[a.key][:, layer]).to(getattr(torch, schema.dtype)).float().numpy()
+                    np.testing.assert_array_equal(store.read(f"decoder.L{layer}.{a.component}", "last"), stored)
             frame = store.frame()
             assert len(frame) == n
             for name, values in columns.items() if n else ():
@@ -269,8 +269,8 @@ def test_layers_need_not_start_at_zero(tmp_path: Path) -> None:
         store.read("decoder.L4.cross.z", "last")
 
 
-def test_wrong_names_say_what_there_is(made: tuple[Path, dict]) -> None:
-    store = ActivationStore(made[0])
+def test_unknown_names_list_the_choices(written_store: tuple[Path, dict]) -> None:
+    store = ActivationStore(written_store[0])
     wrong = [
         (
             lambda: store.read("decoder.L40.z", "last"),
@@ -457,14 +457,14 @@ def test_reading_needs_no_model_stack() -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_command_line(made: tuple[Path, dict], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_line(written_store: tuple[Path, dict], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from activation_store.__main__ import main
 
-    path, _ = made
+    path, _ = written_store
     assert main(["info", str(path)]) == 0
-    shown = capsys.readouterr().out
+    output = capsys.readouterr().out
     for text in ("100 examples", "complete", "decoder.z", "projector.out", "tiny", "image:mean"):
-        assert text in shown
+        assert text in output
     assert main(["verify", str(path)]) == 0
     assert "every byte verified" in capsys.readouterr().out
     assert main(["info", str(tmp_path)]) == 2
@@ -481,6 +481,6 @@ def test_info_shows_markup_as_text(tmp_path: Path, capsys: pytest.CaptureFixture
     with StoreWriter(tmp_path, SCHEMA, {"model": "[bold]x[/bold][/red]"}) as writer:
         writer.append(arrays(2), {**table(2), "note": ["[/x]", "[/x]"], "object:[red]": [True, None]})
     assert main(["info", str(tmp_path)]) == 0
-    shown = capsys.readouterr().out
+    output = capsys.readouterr().out
     for text in ("[bold]x[/bold][/red]", "[/x]", "object:[red]"):
-        assert text in shown
+        assert text in output

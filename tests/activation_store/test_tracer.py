@@ -1,4 +1,4 @@
-"""Tracing: what is stored is what the model computed, whoever shared its batch and whatever happened on the way."""
+"""Tracing: stored values are those that the model computes, whatever the batch and after any interruption."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ from tests.toys.tracing import (
     DECODER,
     LAYERS,
     VISION_LAYERS,
+    assert_same_bytes,
     counted,
     hooked,
     of_one_length,
     patches_of,
     raw,
-    same_bytes,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -58,20 +58,20 @@ def first(data: ConceptDataset, n: int) -> ConceptDataset:
 # ---- what is stored ----------------------------------------------------------------------------------------------------
 
 
-def test_every_site_is_what_raw_hooks_see(model: Lvlm, tmp_path: Path) -> None:
+def test_every_site_equals_raw_hooks(model: Lvlm, tmp_path: Path) -> None:
     data = of_one_length()
     sites = [*COMPONENTS, *(f"vision.{c}" for c in COMPONENTS), "projector.out"]
     store = trace(model, data, sites, ["last", "image:mean", "object:mean"], tmp_path / "s", batch_size=len(data))
     batch = next(model.batches(data.examples, len(data)))
     assert batch.index == tuple(range(len(data)))
-    seen = raw(model, batch.inputs)
-    assert len(seen) == 9 * (LAYERS + VISION_LAYERS) + 1
+    record = raw(model, batch.inputs)
+    assert len(record) == 9 * (LAYERS + VISION_LAYERS) + 1
     ids = batch.inputs["input_ids"]
     image_at = (ids == model.hf.config.image_token_id).nonzero()[:, 1].reshape(len(data), -1).numpy()
     assert image_at.shape == (len(data), COLUMNS * COLUMNS)
     assert any(not patches_of(e) for e in data)
     assert len({len(patches_of(e)) for e in data}) > 2
-    for name, tensor in seen.items():
+    for name, tensor in record.items():
         stack = name.partition(".")[0]
         values = tensor.numpy().astype(np.float64)  # [B, T, D]
         for row, example in enumerate(data):
@@ -89,28 +89,28 @@ def test_every_site_is_what_raw_hooks_see(model: Lvlm, tmp_path: Path) -> None:
         if stack == "decoder":
             np.testing.assert_array_equal(store.read(name, "last"), tensor[:, -1].numpy())
     head = store.read("decoder.L3.z", "last", head=5)
-    np.testing.assert_array_equal(head, seen["decoder.L3.z"][:, -1, 5 * 24 : 6 * 24].numpy())
+    np.testing.assert_array_equal(head, record["decoder.L3.z"][:, -1, 5 * 24 : 6 * 24].numpy())
     assert store.n_heads("vision") == 4
     assert verify(tmp_path / "s").ok
 
 
 @pytest.mark.parametrize(("half", "step"), [(torch.bfloat16, 2**-8), (torch.float16, 2**-10)])
-def test_values_of_a_model_of_half_precision_are_its_own(half: torch.dtype, step: float, tmp_path: Path) -> None:
+def test_values_of_a_half_precision_model_are_stored_exactly(half: torch.dtype, step: float, tmp_path: Path) -> None:
     model = wrap_lvlm(build_model().to(half), build_processor(), name="half")
     data = of_one_length()
     sites = ["decoder.L2.resid_post", "decoder.L2.z"]
     store = trace(model, data, sites, ["last", "image:mean"], tmp_path, batch_size=8, dtype=str(half)[6:])
-    seen = raw(model, next(model.batches(data.examples, 8)).inputs)
+    record = raw(model, next(model.batches(data.examples, 8)).inputs)
     for site in sites:
-        np.testing.assert_array_equal(store.read(site, "last"), seen[site][:, -1].float().numpy())
+        np.testing.assert_array_equal(store.read(site, "last"), record[site][:, -1].float().numpy())
     image = (
-        seen["decoder.L2.z"].float().numpy()[:, next(iter(model.batches(data.examples, 8))).encodings[0].tokens.image]
+        record["decoder.L2.z"].float().numpy()[:, next(iter(model.batches(data.examples, 8))).encodings[0].tokens.image]
     )
     # The mean is taken in float32 and rounded once, when it is stored.
     np.testing.assert_allclose(store.read("decoder.L2.z", "image:mean"), image.mean(1), rtol=step, atol=1e-6)
 
 
-def test_the_row_of_an_example_says_what_it_is_and_what_the_model_said(
+def test_a_row_of_the_table_has_the_example_and_the_model_answer(
     model: Lvlm, data: ConceptDataset, tmp_path: Path
 ) -> None:
     store = trace(model, data, ["resid_post"], ["last"], tmp_path, batch_size=8)
@@ -144,7 +144,7 @@ def test_the_row_of_an_example_says_what_it_is_and_what_the_model_said(
     assert "" in set(frame["model_answer"])
 
 
-def test_the_store_keeps_what_reads_a_residual_as_words(model: Lvlm, tmp_path: Path) -> None:
+def test_the_store_contains_the_final_norm_and_the_unembedding(model: Lvlm, tmp_path: Path) -> None:
     data = of_one_length()
     store = trace(model, data, [f"decoder.L{LAYERS - 1}.resid_post"], ["last"], tmp_path, batch_size=8)
     assert store.tensors == ("final_norm.weight", "unembedding.weight")
@@ -190,7 +190,7 @@ def test_the_batch_an_example_is_in_does_not_change_it(model: Lvlm, data: Concep
     np.testing.assert_allclose(alone.columns["margin"], other.columns["margin"][::-1], atol=1e-5)
 
 
-def test_tracing_leaves_the_model_as_it_was(tmp_path: Path) -> None:
+def test_tracing_does_not_change_the_model(tmp_path: Path) -> None:
     model = wrap_lvlm(build_model(), build_processor(), name="random")
     data = of_one_length()
     inputs = next(model.batches(data.examples, 8)).inputs
@@ -234,8 +234,8 @@ def test_without_answers_the_forward_ends_after_the_last_site(model: Lvlm, tmp_p
 
 
 def test_captions_have_no_answer_to_record(model: Lvlm, tmp_path: Path) -> None:
-    drawn = [sample_scene(generator(TEST, 8, i), f"c{i}", count=2) for i in range(3)]
-    data = ConceptDataset("captions", tuple(as_example(s, caption(s), "caption") for s in drawn))
+    samples = [sample_scene(generator(TEST, 8, i), f"c{i}", count=2) for i in range(3)]
+    data = ConceptDataset("captions", tuple(as_example(s, caption(s), "caption") for s in samples))
     store = trace(model, data, ["resid_post"], ["last"], tmp_path)
     assert set(store.columns["model_answer"]) == {""}
     assert np.isnan(store.columns["correct"]).all()
@@ -253,8 +253,8 @@ def test_two_threads_do_not_disturb_each_other(model: Lvlm, data: ConceptDataset
         thread.start()
     for thread in threads:
         thread.join()
-    same_bytes(tmp_path / "alone", tmp_path / "one")
-    same_bytes(tmp_path / "alone", tmp_path / "two")
+    assert_same_bytes(tmp_path / "alone", tmp_path / "one")
+    assert_same_bytes(tmp_path / "alone", tmp_path / "two")
 
 
 # ---- interruption ------------------------------------------------------------------------------------------------------
@@ -263,7 +263,7 @@ ASKED: dict[str, Any] = {"sites": ["resid_post", "vision.z"], "tokens": ["last",
 
 
 @pytest.mark.parametrize(("shard_size", "at"), [(10, 1), (10, 18), (32, 18)])
-def test_a_run_that_failed_goes_on_as_if_nothing_had_been(
+def test_a_failed_trace_resumes_to_the_same_store(
     model: Lvlm, data: ConceptDataset, tmp_path: Path, shard_size: int, at: int
 ) -> None:
     with counted(model) as full:
@@ -278,18 +278,16 @@ def test_a_run_that_failed_goes_on_as_if_nothing_had_been(
 
     with hooked(model, fail), pytest.raises(RuntimeError, match="out of memory"):
         trace(model, data, out=tmp_path / "broken", shard_size=shard_size, **ASKED)
-    with counted(model) as again:
+    with counted(model) as forwards:
         resumed = trace(model, data, out=tmp_path / "broken", shard_size=shard_size, **ASKED)
     assert resumed.complete
     assert resumed.digest == whole.digest
-    same_bytes(tmp_path / "whole", tmp_path / "broken")
+    assert_same_bytes(tmp_path / "whole", tmp_path / "broken")
     # Shards of 32 end where chunks of 8 batches do: the first is not computed again.
-    assert len(again) < len(full) or shard_size == 10
+    assert len(forwards) < len(full) or shard_size == 10
 
 
-def test_a_run_that_was_killed_goes_on_as_if_nothing_had_been(
-    model: Lvlm, data: ConceptDataset, tmp_path: Path
-) -> None:
+def test_a_killed_trace_resumes_to_the_same_store(model: Lvlm, data: ConceptDataset, tmp_path: Path) -> None:
     code = f"""
 import os, signal, sys
 from activation_store import trace
@@ -320,7 +318,7 @@ trace(model, scenes.dataset(n_images=10, seed=0), out=sys.argv[1], shard_size=10
     assert not before.complete
     trace(model, data, out=killed, shard_size=10, **ASKED)
     trace(model, data, out=tmp_path / "whole", shard_size=10, **ASKED)
-    same_bytes(tmp_path / "whole", killed)
+    assert_same_bytes(tmp_path / "whole", killed)
 
 
 def test_a_lost_shard_is_traced_again_and_nothing_else(model: Lvlm, data: ConceptDataset, tmp_path: Path) -> None:
@@ -328,7 +326,7 @@ def test_a_lost_shard_is_traced_again_and_nothing_else(model: Lvlm, data: Concep
     trace(model, data, out=tmp_path / "holed", shard_size=32, **ASKED)
     (tmp_path / "holed" / "shard-0-00001.h5").unlink()
     trace(model, data, out=tmp_path / "holed", shard_size=32, **ASKED)
-    same_bytes(tmp_path / "whole", tmp_path / "holed")
+    assert_same_bytes(tmp_path / "whole", tmp_path / "holed")
 
 
 def test_a_finished_store_is_opened_without_work_unless_forced(
@@ -339,9 +337,9 @@ def test_a_finished_store_is_opened_without_work_unless_forced(
     trace(model, small, out=path, **ASKED)
     (path / "notes.txt").write_text("mine")
     with counted(model) as calls:
-        again = trace(model, small, out=path, **ASKED)
+        reopened = trace(model, small, out=path, **ASKED)
     assert len(calls) == 1
-    assert len(again) == 12
+    assert len(reopened) == 12
     with counted(model) as calls:
         other = trace(model, small, ["z"], ["last"], path, batch_size=4, force=True)
     assert len(calls) > 3
@@ -352,11 +350,11 @@ def test_a_finished_store_is_opened_without_work_unless_forced(
 
 def test_parts_make_the_store_of_one_trace(model: Lvlm, data: ConceptDataset, tmp_path: Path) -> None:
     """More parts than chunks of batches, begun in any order: some are empty, and nothing else differs."""
-    asked: dict[str, Any] = {"sites": ["z"], "tokens": ["last"], "batch_size": 2}
+    options: dict[str, Any] = {"sites": ["z"], "tokens": ["last"], "batch_size": 2}
     small = first(data, 40)  # three chunks of eight batches
-    whole = trace(model, small, out=tmp_path / "whole", **asked)
+    whole = trace(model, small, out=tmp_path / "whole", **options)
     for worker in (3, 0, 4, 2, 1):
-        parts = trace(model, small, out=tmp_path / "parts", worker=worker, workers=5, **asked)
+        parts = trace(model, small, out=tmp_path / "parts", worker=worker, workers=5, **options)
         assert parts.complete == (worker == 1)
     assert verify(tmp_path / "parts").ok
     assert list(parts.frame()["id"]) == list(whole.frame()["id"])
@@ -365,7 +363,7 @@ def test_parts_make_the_store_of_one_trace(model: Lvlm, data: ConceptDataset, tm
         np.testing.assert_array_equal(parts.read(site, "last"), whole.read(site, "last"))
     for wrong in ({"worker": 2, "workers": 2}, {"workers": 2, "force": True}):
         with pytest.raises(ConfigError, match="worker must be 0 to 1; force=True needs workers=1"):
-            trace(model, small, out=tmp_path / "wrong", **asked, **wrong)
+            trace(model, small, out=tmp_path / "wrong", **options, **wrong)
     assert not (tmp_path / "wrong").exists()
 
 
@@ -388,7 +386,7 @@ def test_parts_make_the_store_of_one_trace(model: Lvlm, data: ConceptDataset, tm
         (["z", "vision.z"], ["last"], "none of the token selections 'last' applies to the sites of the vision"),
     ],
 )
-def test_what_the_model_lacks_is_named(
+def test_missing_sites_and_tokens_are_named(
     model: Lvlm, tmp_path: Path, sites: list[str], tokens: list[str], says: str
 ) -> None:
     with pytest.raises(SiteError, match=says):
@@ -439,7 +437,7 @@ def test_an_image_that_cannot_be_read_is_named_before_any_forward(model: Lvlm, t
 def test_a_store_of_something_else_is_refused(model: Lvlm, data: ConceptDataset, tmp_path: Path) -> None:
     small = first(data, 4)
     trace(model, small, ["z"], ["last"], tmp_path)
-    kept = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    files_before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
     with pytest.raises(StoreError, match=r"provenance\.dataset"):
         trace(model, first(data, 5), ["z"], ["last"], tmp_path)
     with pytest.raises(StoreError, match=r"resid_post"):
@@ -451,10 +449,10 @@ def test_a_store_of_something_else_is_refused(model: Lvlm, data: ConceptDataset,
     other = wrap_lvlm(build_model(seed=1), build_processor(), name="random")
     with pytest.raises(StoreError, match=r"provenance\.model\.weights"):
         trace(other, small, ["z"], ["last"], tmp_path)
-    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == kept
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == files_before
 
 
-def test_options_that_make_no_sense_are_refused(model: Lvlm, tmp_path: Path) -> None:
+def test_invalid_options_are_refused(model: Lvlm, tmp_path: Path) -> None:
     data = of_one_length(2)
     with pytest.raises(ConfigError, match="batch_size=0"):
         trace(model, data, ["z"], ["last"], tmp_path / "s", batch_size=0)

@@ -1,4 +1,4 @@
-"""What is done to a model is part of where its activations and answers come from."""
+"""Interventions on a model are part of the provenance of its activations and answers."""
 
 from __future__ import annotations
 
@@ -70,12 +70,15 @@ def test_a_trace_names_the_vector_that_was_applied(
     assert "interventions" not in plain.provenance
     with vector.applied(model):
         steered = traced(model, tmp_path / "steered")
-        (said,) = steered.provenance["interventions"]
-        assert (said["kind"], said["name"]) == ("steering vector", f"add at {place}; last+generated, strength 9")
+        (intervention,) = steered.provenance["interventions"]
+        assert (intervention["kind"], intervention["name"]) == (
+            "steering vector",
+            f"add at {place}; last+generated, strength 9",
+        )
         with pytest.raises(StoreError, match=rf"field 'provenance.interventions' differs.*{place}"):
             traced(model, plain.path)
-        again = traced(model, tmp_path / "steered")  # under the same vector it is the same store
-    assert again.digest == steered.digest
+        repeated = traced(model, tmp_path / "steered")  # under the same vector it is the same store
+    assert repeated.digest == steered.digest
     for other in (
         nullcontext(),
         vector.applied(model, 8.0),
@@ -144,18 +147,20 @@ def test_an_unknown_hook_is_recorded_and_refuses_to_join_other_rows(
             touch
         ).remove
     try:
-        (said,) = model.unregistered_hooks
-        assert said.startswith("model.language_model.layers.1.mlp.down_proj: test_tracer_applied.test_an_unknown_hook")
-        assert said.endswith(f"({kind})")
-        made = traced(model, tmp_path / "new")
-        assert made.provenance["hooks"] == [said]
+        (description,) = model.unregistered_hooks
+        assert description.startswith(
+            "model.language_model.layers.1.mlp.down_proj: test_tracer_applied.test_an_unknown_hook"
+        )
+        assert description.endswith(f"({kind})")
+        store = traced(model, tmp_path / "new")
+        assert store.provenance["hooks"] == [description]
         for out, more in ((plain.path, {}), (tmp_path / "new", {}), (tmp_path / "other", {"workers": 2})):
             with pytest.raises(
                 StoreError, match=r"while hooks act on tiny whose effect is not known: model\.language"
             ) as e:
                 traced(model, out, **more)
             assert "\n" not in str(e.value)
-        assert answer(model, DATA, progress=False).provenance["hooks"] == [said]
+        assert answer(model, DATA, progress=False).provenance["hooks"] == [description]
     finally:
         undo()
     assert model.unregistered_hooks == ()
@@ -175,9 +180,9 @@ def test_a_forward_that_was_replaced_on_the_class_is_found(model: Lvlm, monkeypa
     for patch in (doubled, functools.wraps(real)(doubled)):
         with monkeypatch.context() as patched:
             patched.setattr(kind, "forward", patch)
-            (said,) = model.unregistered_hooks
-            assert said.startswith("model.language_model.layers.0: ")
-            assert said.endswith("(replaced forward of the class)")
+            (description,) = model.unregistered_hooks
+            assert description.startswith("model.language_model.layers.0: ")
+            assert description.endswith("(replaced forward of the class)")
         assert model.unregistered_hooks == ()
 
 
@@ -217,7 +222,7 @@ def test_global_hooks_and_copied_hooks_are_found(model: Lvlm) -> None:
     with vectors(model)["L2"].applied(model):
         assert model.unregistered_hooks == ()
         copied = Lvlm(copy.deepcopy(model.hf), model.processor, model.spec, "copy")
-    # The copy has the hook for good, and nobody registered it there.
+    # The copy keeps the hook, which is not registered there.
     assert copied.interventions == ()
     assert len(copied.unregistered_hooks) == 1
 
@@ -226,17 +231,19 @@ def test_every_intervention_registers_itself_and_ends(model: Lvlm) -> None:
     layer = Intervention(Site("decoder", 1, "z"), Zero(), "last", head=2)
     block = torch.zeros(1, 3, 3, dtype=torch.bool)
     with intervened(model, [layer]), blocked(model, [0, 1], block), vectors(model)["L2"].applied(model):
-        kinds = [(one.kind, one.name) for one in model.interventions]
+        kinds = [(intervention.kind, intervention.name) for intervention in model.interventions]
         assert kinds[:2] == [
             ("intervention", "decoder.L1.z of head 2"),
             ("attention knockout", "layers 0, 1"),
         ]
         assert kinds[2][0] == "steering vector"
-        assert all(one.digest for one in model.interventions)
+        assert all(intervention.digest for intervention in model.interventions)
     with intervened(model, []):
         assert model.interventions == ()
     registration = model.register(ActiveIntervention("mine", "by hand", lambda: "d"))
-    assert [one.record() for one in model.interventions] == [{"kind": "mine", "name": "by hand", "digest": "d"}]
+    assert [intervention.record() for intervention in model.interventions] == [
+        {"kind": "mine", "name": "by hand", "digest": "d"}
+    ]
     registration.remove()
     registration.remove()
     assert model.interventions == ()
@@ -246,34 +253,34 @@ def test_every_intervention_registers_itself_and_ends(model: Lvlm) -> None:
 
 
 def test_a_digest_names_all_that_a_change_does() -> None:
-    one = Intervention(Site("decoder", 1, "z"), Add(torch.ones(4)), "last", head=2)
+    base = Intervention(Site("decoder", 1, "z"), Add(torch.ones(4)), "last", head=2)
     gate = Gate(Site("decoder", 0, "z"), torch.ones(4), 0.5)
     same = Intervention(Site("decoder", 1, "z"), Add(torch.ones(4)), "last", head=2)
     others = [
-        replace(one, change=Add(torch.ones(4) * 2)),
-        replace(one, change=Add(torch.ones(4), "kept")),
-        replace(one, change=Zero()),
-        replace(one, positions="all"),
-        replace(one, positions=(1, 2)),
-        replace(one, head=1),
-        replace(one, rows=(0,)),
-        replace(one, gate=gate),
-        replace(one, gate=replace(gate, bias=0.25)),
-        replace(one, decay=0.5),
-        replace(one, site=Site("decoder", 2, "z")),
+        replace(base, change=Add(torch.ones(4) * 2)),
+        replace(base, change=Add(torch.ones(4), "kept")),
+        replace(base, change=Zero()),
+        replace(base, positions="all"),
+        replace(base, positions=(1, 2)),
+        replace(base, head=1),
+        replace(base, rows=(0,)),
+        replace(base, gate=gate),
+        replace(base, gate=replace(gate, bias=0.25)),
+        replace(base, decay=0.5),
+        replace(base, site=Site("decoder", 2, "z")),
     ]
-    digests = [digest_of([item]) for item in (one, *others)]
+    digests = [digest_of([item]) for item in (base, *others)]
     assert len(set(digests)) == len(digests)
     assert None not in digests
     assert digest_of([same]) == digests[0]
-    assert digest_of([replace(one, change=lambda x: x)]) is None
+    assert digest_of([replace(base, change=lambda x: x)]) is None
 
 
 def test_a_change_without_a_digest_refuses_to_join_other_rows(model: Lvlm, tmp_path: Path) -> None:
     own = Intervention(Site("decoder", 1, "z"), lambda x: 2 * x, "last")
     with intervened(model, [own]):
-        made = traced(model, tmp_path / "new")
-        assert made.provenance["interventions"] == [{"kind": "intervention", "name": "decoder.L1.z", "digest": None}]
+        store = traced(model, tmp_path / "new")
+        assert store.provenance["interventions"] == [{"kind": "intervention", "name": "decoder.L1.z", "digest": None}]
         with pytest.raises(StoreError, match=r"whose effect is not known: intervention decoder\.L1\.z"):
             traced(model, tmp_path / "new")
 
@@ -281,11 +288,11 @@ def test_a_change_without_a_digest_refuses_to_join_other_rows(model: Lvlm, tmp_p
 def test_answers_name_what_was_applied(model: Lvlm) -> None:
     vector = vectors(model)["L2"]
     with vector.applied(model):
-        said = answer(model, DATA, progress=False).provenance
-    assert said["interventions"][0]["name"] == "add at L2; last+generated, strength 9"
+        provenance = answer(model, DATA, progress=False).provenance
+    assert provenance["interventions"][0]["name"] == "add at L2; last+generated, strength 9"
     each = answer_each(model, DATA, {"plain": nullcontext, "steered": lambda: vector.applied(model)}, progress=False)
     assert "interventions" not in each["plain"].provenance
-    assert each["steered"].provenance["interventions"] == said["interventions"]
+    assert each["steered"].provenance["interventions"] == provenance["interventions"]
     assert "interventions" not in answer(model, DATA, progress=False).provenance
 
 

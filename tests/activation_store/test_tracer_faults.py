@@ -27,7 +27,7 @@ from tests.toys import random_models
 @pytest.fixture
 def broken() -> Lvlm:
     """A model whose logits are NaN: as where float16 overflows."""
-    model = random_models.lively()
+    model = random_models.random_model()
     with torch.no_grad():
         list(model.hf.parameters())[-1].fill_(float("nan"))
     return model
@@ -59,7 +59,7 @@ def test_nan_logits_are_no_answers_in_a_trace(broken: Lvlm, tmp_path: Path) -> N
 
 
 def test_an_ablation_that_makes_nan_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = random_models.lively()
+    model = random_models.random_model()
     real, calls = type(model).logits, []
 
     def logits(self: Lvlm, *args: object, **options: object) -> torch.Tensor:
@@ -95,7 +95,7 @@ def some_unreadable(tmp_path: Path) -> ConceptDataset:
 def test_an_unreadable_image_is_skipped_by_name(
     some_unreadable: ConceptDataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    model, data = random_models.shared(), some_unreadable
+    model, data = random_models.shared_model(), some_unreadable
     options = {"sites": ["resid_post"], "tokens": ["last"], "progress": False, "batch_size": 2}
     with pytest.raises(DataError, match=r"its image cannot be read"):
         trace(model, data, out=tmp_path / "s", **options)
@@ -112,15 +112,15 @@ def test_an_unreadable_image_is_skipped_by_name(
     rows = [i for i in range(8) if i not in (0, 4)]
     site = "decoder.L1.resid_post"
     np.testing.assert_allclose(store.read(site, "last"), whole.read(site, "last")[rows], rtol=1e-4, atol=1e-5)
-    again = trace(model, data, out=tmp_path / "s", on_error="skip", **options)
-    assert again.digest == store.digest
+    repeated = trace(model, data, out=tmp_path / "s", on_error="skip", **options)
+    assert repeated.digest == store.digest
     Image.new("RGB", (16, 16)).save(tmp_path / "broken.png")  # repaired: it is another set of rows
     with pytest.raises(StoreError, match="differs"):
         trace(model, data, out=tmp_path / "s", on_error="skip", **options)
 
 
 def test_workers_skip_the_same(some_unreadable: ConceptDataset, tmp_path: Path) -> None:
-    model, data = random_models.shared(), some_unreadable
+    model, data = random_models.shared_model(), some_unreadable
     for worker in (1, 0):
         trace(
             model, data, ["resid_pre"], ["last"], tmp_path, answers=False, progress=False, batch_size=1,
@@ -133,7 +133,7 @@ def test_workers_skip_the_same(some_unreadable: ConceptDataset, tmp_path: Path) 
 def test_where_no_image_can_be_read_nothing_is_written(some_unreadable: ConceptDataset, tmp_path: Path) -> None:
     data = replace(some_unreadable, examples=some_unreadable.examples[:1])
     with pytest.raises(DataError, match="no image can be read"):
-        trace(random_models.shared(), data, ["resid_post"], ["last"], tmp_path / "s", on_error="skip")
+        trace(random_models.shared_model(), data, ["resid_post"], ["last"], tmp_path / "s", on_error="skip")
     assert not (tmp_path / "s").exists()
     with pytest.raises(ConfigError, match="'raise' or 'skip'"):
-        trace(random_models.shared(), data, ["z"], ["last"], tmp_path / "s", on_error="leave")  # type: ignore[arg-type]
+        trace(random_models.shared_model(), data, ["z"], ["last"], tmp_path / "s", on_error="leave")  # type: ignore[arg-type]

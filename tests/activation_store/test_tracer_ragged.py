@@ -1,4 +1,4 @@
-"""Tracing every token: what is kept is what raw hooks see there, and the table says where it was."""
+"""Tracing every token: values equal raw hooks, and the table records their positions."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lvlm.tiny.architecture import build_model, build_processor
 from tests.toys.examples import example
 from tests.toys.families import model as toy
 from tests.toys.families import raw as toy_raw
-from tests.toys.tracing import COLUMNS, counted, hooked, of_one_length, patches_of, raw, same_bytes
+from tests.toys.tracing import COLUMNS, assert_same_bytes, counted, hooked, of_one_length, patches_of, raw
 
 
 @pytest.fixture(scope="module")
@@ -35,25 +35,25 @@ def positions_of(spans: np.ndarray) -> list[int]:
 # ---- values ------------------------------------------------------------------------------------------------------------
 
 
-def test_every_token_is_what_raw_hooks_see(model: Lvlm, tmp_path: Path) -> None:
+def test_every_token_equals_raw_hooks(model: Lvlm, tmp_path: Path) -> None:
     data = of_one_length()
     sites = ["resid_post", "z", "vision.resid_post", "projector.out"]
     tokens = ["last", "image:all", "object:all", "image:mean"]
     store = trace(model, data, sites, tokens, tmp_path, batch_size=len(data))
     batch = next(model.batches(data.examples, len(data)))
-    seen = raw(model, batch.inputs)
+    record = raw(model, batch.inputs)
     starts = (batch.inputs["input_ids"] == model.hf.config.image_token_id).int().argmax(1).tolist()
-    names = [n for n in seen if n.endswith(("decoder.L3.z", "decoder.L5.resid_post", "vision.L1.resid_post", "out"))]
+    names = [n for n in record if n.endswith(("decoder.L3.z", "decoder.L5.resid_post", "vision.L1.resid_post", "out"))]
     names = [n for n in names if not n.endswith(("attn_out", "mlp_out"))]
     assert len(names) == 4
     for name in names:
-        values = seen[name].numpy()
+        values = record[name].numpy()
         stack = name.partition(".")[0]
         image, thing = store.ragged(name, "image:all"), store.ragged(name, "object:all")
-        for row, one in enumerate(data):
+        for row, item in enumerate(data):
             start = {"decoder": starts[row], "vision": 1, "projector": 0}[stack]
             np.testing.assert_array_equal(image[row], values[row, start : start + COLUMNS**2], err_msg=name)
-            np.testing.assert_array_equal(thing[row], values[row, [start + p for p in patches_of(one)]], err_msg=name)
+            np.testing.assert_array_equal(thing[row], values[row, [start + p for p in patches_of(item)]], err_msg=name)
             mean = store.read(name, "image:mean")[row]
             np.testing.assert_allclose(image[row].mean(0), mean, rtol=1e-5, atol=1e-5)
     lengths = store.ragged("projector.out", "object:all").lengths.tolist()
@@ -61,7 +61,7 @@ def test_every_token_is_what_raw_hooks_see(model: Lvlm, tmp_path: Path) -> None:
     assert len(set(lengths)) > 2
     head = store.ragged("decoder.L3.z", "image:all", head=2, examples=[4, 1])
     at = slice(starts[4], starts[4] + COLUMNS**2)
-    np.testing.assert_array_equal(head[0], seen["decoder.L3.z"][4, at, 2 * 24 : 3 * 24].numpy())
+    np.testing.assert_array_equal(head[0], record["decoder.L3.z"][4, at, 2 * 24 : 3 * 24].numpy())
     assert store.n_heads("decoder") == model.n_heads
     assert verify(tmp_path).ok
 
@@ -73,17 +73,17 @@ def test_tiled_and_packed_pictures_keep_every_token(family: str, tmp_path: Path)
     sites = ["resid_post", "vision.resid_post"]
     tokens = ["image:all", "question:all"]
     store = trace(lvlm, data, sites, tokens, tmp_path / "alone", batch_size=1, answers=False)
-    together = trace(lvlm, data, sites, tokens, tmp_path / "together", batch_size=8, answers=False)
+    batched = trace(lvlm, data, sites, tokens, tmp_path / "together", batch_size=8, answers=False)
     placeholder = lvlm.hf.config.image_token_id
     counts = []
-    for row, one in enumerate(data):
-        encoding = lvlm.encode(one)
+    for row, question in enumerate(data):
+        encoding = lvlm.encode(question)
         inputs = lvlm.collate([encoding])
-        seen = toy_raw(family, inputs)
+        record = toy_raw(family, inputs)
         image_at = (inputs["input_ids"][0] == placeholder).numpy()
         counts.append(int(image_at.sum()))
         for n in range(lvlm.n_layers):
-            values = seen[f"decoder.L{n}.resid_post"][0].numpy()
+            values = record[f"decoder.L{n}.resid_post"][0].numpy()
             got = store.ragged(f"decoder.L{n}.resid_post", "image:all")[row]
             # Views follow each other in the sequence, though tiles may be named in another order than they lie.
             np.testing.assert_array_equal(got, values[list(encoding.tokens.image)])
@@ -91,10 +91,10 @@ def test_tiled_and_packed_pictures_keep_every_token(family: str, tmp_path: Path)
             words = store.ragged(f"decoder.L{n}.resid_post", "question:all")[row]
             np.testing.assert_array_equal(words, values[list(encoding.tokens.question)])
         name = "vision.L1.resid_post"
-        flat = seen[name].reshape(-1, seen[name].shape[-1]).numpy()
+        flat = record[name].reshape(-1, record[name].shape[-1]).numpy()
         at = list(encoding.tokens.positions(TokenSelection("image", "all"), "vision"))
         np.testing.assert_array_equal(store.ragged(name, "image:all")[row], flat[at])
-        np.testing.assert_allclose(together.ragged(name, "image:all")[row], flat[at], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(batched.ragged(name, "image:all")[row], flat[at], rtol=1e-5, atol=1e-5)
         assert positions_of(store.columns["span:image"][row]) == np.flatnonzero(image_at).tolist()
     assert len(set(counts)) > 1
     assert [(a.stack, a.tokens) for a in store.arrays] == [
@@ -104,16 +104,16 @@ def test_tiled_and_packed_pictures_keep_every_token(family: str, tmp_path: Path)
     ]
 
 
-def test_batches_do_not_change_what_is_kept(model: Lvlm, tmp_path: Path) -> None:
+def test_stored_values_do_not_depend_on_batches(model: Lvlm, tmp_path: Path) -> None:
     data = scenes.dataset(n_images=10, seed=0)[::5]
     tokens = ["object:all", "question:all", "last"]
     alone = trace(model, data, ["resid_post"], tokens, tmp_path / "alone", batch_size=1)
     turned = ConceptDataset("turned", tuple(reversed(data.examples)))
     other = trace(model, turned, ["resid_post"], tokens, tmp_path / "other", batch_size=5)
     for selection in tokens[:2]:
-        one, two = (s.ragged("decoder.L4.resid_post", selection) for s in (alone, other))
-        assert len(set(one.lengths.tolist())) > 2
-        for a, b in zip(one, reversed(list(two)), strict=True):
+        first, second = (s.ragged("decoder.L4.resid_post", selection) for s in (alone, other))
+        assert len(set(first.lengths.tolist())) > 2
+        for a, b in zip(first, reversed(list(second)), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
@@ -123,10 +123,10 @@ def test_every_token_of_an_answer(tmp_path: Path) -> None:
     tokens = ["answer:all", "answer:0", "answer:2"]
     store = trace(lvlm, data, ["resid_post"], tokens, tmp_path, answers=False)
     site = "decoder.L2.resid_post"
-    kept = store.ragged(site, "answer:all")
-    assert kept.lengths.tolist() == [1, 3]
-    np.testing.assert_array_equal([one[0] for one in kept], store.read(site, "answer:0"))
-    np.testing.assert_array_equal(kept[1][2], store.read(site, "answer:2")[1])
+    values = store.ragged(site, "answer:all")
+    assert values.lengths.tolist() == [1, 3]
+    np.testing.assert_array_equal([rows[0] for rows in values], store.read(site, "answer:0"))
+    np.testing.assert_array_equal(values[1][2], store.read(site, "answer:2")[1])
     start = store.columns["n_tokens"].astype(int)
     assert [s.tolist() for s in store.columns["span:answer"]] == [
         [[start[0], start[0] + 1]],
@@ -156,8 +156,8 @@ def test_the_table_says_where_tokens_and_objects_are(model: Lvlm, tmp_path: Path
     table = store.columns
     roles = sorted(name.removeprefix("span:") for name in table if name.startswith("span:"))
     assert roles == ["bos", "image", "last", "object", "question", "system"]
-    for row, one in enumerate(data):
-        encoding = model.encode(one)
+    for row, item in enumerate(data):
+        encoding = model.encode(item)
         for role in roles:
             selection = TokenSelection(role, None if role in {"bos", "last"} else "all")
             spans = table[f"span:{role}"][row]
@@ -167,21 +167,21 @@ def test_the_table_says_where_tokens_and_objects_are(model: Lvlm, tmp_path: Path
         image = torch.nonzero(ids == model.hf.config.image_token_id).flatten().tolist()
         assert positions_of(table["span:image"][row]) == image
         at = positions_of(table["span:question"][row])
-        assert "".join(model.processor.tokenizer.decode(ids[at]).split()) == "".join(one.question.split())
-        boxes = [o.require_box() for o in one.objects]
+        assert "".join(model.processor.tokenizer.decode(ids[at]).split()) == "".join(item.question.split())
+        boxes = [o.require_box() for o in item.objects]
         np.testing.assert_array_equal(
             np.reshape(table["boxes"][row], (-1, 4)), [[b.x0, b.y0, b.x1, b.y1] for b in boxes]
         )
-        assert list(table["box_ids"][row]) == [o.id for o in one.objects]
-        assert list(table["box_nouns"][row]) == [o.noun for o in one.objects]
+        assert list(table["box_ids"][row]) == [o.id for o in item.objects]
+        assert list(table["box_nouns"][row]) == [o.noun for o in item.objects]
     assert table["boxes"][0].dtype == np.float64
 
 
 def test_a_picture_is_known_by_its_bytes(model: Lvlm, tmp_path: Path) -> None:
     data = scenes.dataset(n_images=10, seed=0)[:30]
     store = trace(model, data, ["decoder.L0.z"], ["last"], tmp_path, batch_size=8)
-    for row, one in enumerate(data):
-        pixels = np.asarray(one.image.load())
+    for row, item in enumerate(data):
+        pixels = np.asarray(item.image.load())
         height, width, _ = pixels.shape
         digest = hashlib.sha256(f"{width}x{height}\0".encode() + pixels.tobytes()).hexdigest()
         assert store.columns["image"][row] == digest
@@ -202,12 +202,12 @@ def test_a_role_that_the_decoder_lacks_has_no_column(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("at", [2, 12])
-def test_a_ragged_run_that_failed_goes_on_as_if_nothing_had_been(model: Lvlm, tmp_path: Path, at: int) -> None:
+def test_a_failed_ragged_trace_resumes_to_the_same_store(model: Lvlm, tmp_path: Path, at: int) -> None:
     data = scenes.dataset(n_images=10, seed=0)[:60]
-    asked = {"sites": ["decoder.L1.resid_post", "vision.L2.z"], "tokens": ["object:all", "image:all", "last"]}
+    selection = {"sites": ["decoder.L1.resid_post", "vision.L2.z"], "tokens": ["object:all", "image:all", "last"]}
     options = {"batch_size": 4, "shard_size": 10, "progress": False}
     with counted(model) as full:
-        whole = trace(model, data, out=tmp_path / "whole", **asked, **options)
+        whole = trace(model, data, out=tmp_path / "whole", **selection, **options)
     calls: list[int] = []
 
     def fail() -> None:
@@ -217,16 +217,16 @@ def test_a_ragged_run_that_failed_goes_on_as_if_nothing_had_been(model: Lvlm, tm
             raise RuntimeError(message)
 
     with hooked(model, fail), pytest.raises(RuntimeError, match="out of memory"):
-        trace(model, data, out=tmp_path / "broken", **asked, **options)
+        trace(model, data, out=tmp_path / "broken", **selection, **options)
     assert len(full) > at
     before = ActivationStore(tmp_path / "broken") if at == 12 else None
     assert before is None or 0 < len(before) < len(data)
-    trace(model, data, out=tmp_path / "broken", **asked, **options)
-    same_bytes(tmp_path / "whole", tmp_path / "broken")
+    trace(model, data, out=tmp_path / "broken", **selection, **options)
+    assert_same_bytes(tmp_path / "whole", tmp_path / "broken")
     (tmp_path / "broken" / "shard-0-00001.h5").unlink()
-    again = trace(model, data, out=tmp_path / "broken", **asked, **options)
-    same_bytes(tmp_path / "whole", tmp_path / "broken")
-    assert again.digest == whole.digest
+    resumed = trace(model, data, out=tmp_path / "broken", **selection, **options)
+    assert_same_bytes(tmp_path / "whole", tmp_path / "broken")
+    assert resumed.digest == whole.digest
 
 
 def test_a_chunk_is_smaller_where_every_token_is_kept(model: Lvlm) -> None:
@@ -258,5 +258,5 @@ def test_a_forced_run_that_failed_leaves_nothing_of_the_old_store(model: Lvlm, t
 
     with hooked(model, fail), pytest.raises(RuntimeError, match="out of memory"):
         trace(model, data, ["resid_post"], ["image:all"], tmp_path, batch_size=4, force=True)
-    left = {p.name for p in tmp_path.iterdir() if not p.name.startswith(".")}
-    assert left == {"notes.txt", "tensors.h5"}
+    names = {p.name for p in tmp_path.iterdir() if not p.name.startswith(".")}
+    assert names == {"notes.txt", "tensors.h5"}

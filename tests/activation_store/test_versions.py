@@ -1,4 +1,4 @@
-"""Stores written by every version of the layout open today, and hold what their formula says."""
+"""Stores written by every version of the layout open today, with the values of their formula."""
 
 from __future__ import annotations
 
@@ -142,9 +142,9 @@ def test_index_is_the_whole_store_for_any_hdf5_reader() -> None:
 
 def test_info_names_arrays_in_full(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", str(KEPT / "v2")]) == 0
-    shown = capsys.readouterr().out
+    output = capsys.readouterr().out
     for row in (
         "decoder.resid_post  image:mean  [50, 3, 4]  0-2 ",
         "decoder.z           last        [50, 2, 6]  1, 4 ",
     ):
-        assert row in shown, shown
+        assert row in output, output

@@ -28,7 +28,7 @@ def lines(path: Path, *records: Any) -> Path:
     return path
 
 
-def asked(noun: str) -> str:
+def existence_question(noun: str) -> str:
     return f"Is there a {noun} in the image?"
 
 
@@ -42,7 +42,7 @@ def pope(tmp_path: Path) -> Path:
     for name in "ab":
         Image.new("RGB", (2, 2)).save(tmp_path / f"{name}.png")
     return lines(tmp_path / "coco_pope_random.json", *(
-        {"question_id": i, "image": f"{'ab'[i // 3]}.png", "text": asked(noun), "label": label}
+        {"question_id": i, "image": f"{'ab'[i // 3]}.png", "text": existence_question(noun), "label": label}
         for i, (noun, label) in enumerate(zip(NOUNS, LABELS, strict=True), 1)
     ))  # fmt: skip
 
@@ -57,7 +57,7 @@ def rows(**fields: Any) -> list[dict[str, Any]]:
     ]
 
 
-QUESTIONS = tuple(asked(noun) for noun in NOUNS)
+QUESTIONS = tuple(existence_question(noun) for noun in NOUNS)
 TWO_READINGS: dict[str, tuple[list[dict[str, Any]], str, str]] = {
     "truth in 'answer'": (rows(answer=LABELS, response=WRONG), "'answer'.*'response'", "response"),
     "truth in 'answer', output": (rows(answer=LABELS, output=WRONG), "'answer'.*'output'", "output"),
@@ -139,7 +139,7 @@ def test_ids_may_be_in_another_field(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text", ["", "I cannot tell.", "Sorry, as a language model I am unable to see images.", "NO", "**No**"]
 )
-def test_what_says_neither_is_wrong_unless_the_rule_of_the_release_is_named(
+def test_an_answer_that_is_neither_is_wrong_unless_the_release_rule_is_named(
     pope: Path, tmp_path: Path, text: str
 ) -> None:
     path = lines(tmp_path / "a.jsonl", *rows(answer=text))
@@ -184,8 +184,8 @@ def test_answers_of_llava_join_their_own_questions(tmp_path: Path) -> None:
             questions.append(
                 {"question_id": number, "image": "a.png", "text": wording[noun] + suffix, "category": split}
             )
-            said = "Yes" if split == "popular" else label.capitalize()
-            answers.append({"question_id": number, "prompt": wording[noun] + suffix, "text": said, "model_id": "m"})
+            response = "Yes" if split == "popular" else label.capitalize()
+            answers.append({"question_id": number, "prompt": wording[noun] + suffix, "text": response, "model_id": "m"})
             old = wording[noun].replace("image", "imange") if noun in article else wording[noun]
             labels.append({"question_id": 7 - i, "image": "a.png", "text": old, "label": label})
         files.append(lines(tmp_path / f"coco_pope_{split}.json", *labels))
@@ -215,11 +215,11 @@ def test_answers_of_llava_join_their_own_questions(tmp_path: Path) -> None:
         score_files(test, path, labels=files)
 
 
-def lmms(i: int, category: str, said: Any) -> dict[str, Any]:
+def lmms(i: int, category: str, response: Any) -> dict[str, Any]:
     """Return a sample as lmms-eval logs it; ids of the table and of questions differ by one."""
     doc = {"id": str(i), "question_id": str(i + 1), "question": QUESTIONS[i], "answer": LABELS[i], "image_source": "a",
            "category": category}  # fmt: skip
-    return {"doc_id": i, "doc": doc, "target": LABELS[i], "resps": [[said]], "filtered_resps": [said]}
+    return {"doc_id": i, "doc": doc, "target": LABELS[i], "resps": [[response]], "filtered_resps": [response]}
 
 
 def test_samples_of_lmms_eval(pope: Path, tmp_path: Path) -> None:
@@ -248,8 +248,8 @@ def test_ids_that_each_split_uses_are_joined_by_the_category(tmp_path: Path) -> 
     with pytest.raises(DataError, match=r"'answer'.*the true answer of a question table"):
         read_answers(table)
     # Right in random, wrong in popular, half right in adversarial.
-    said = {"random": LABELS, "popular": WRONG, "adversarial": ("yes", "yes", "yes", "yes")}
-    samples = [{"doc": r, "filtered_resps": [said[r["category"]][int(r["question_id"]) - 1]]} for r in records]
+    responses = {"random": LABELS, "popular": WRONG, "adversarial": ("yes", "yes", "yes", "yes")}
+    samples = [{"doc": r, "filtered_resps": [responses[r["category"]][int(r["question_id"]) - 1]]} for r in records]
     path = lines(tmp_path / "samples.jsonl", *reversed(samples))
     scores = score_files(table, path)
     assert {k: v.accuracy.value for k, v in scores.splits.items()} == {"random": 1, "popular": 0, "adversarial": 0.5}
@@ -294,10 +294,11 @@ def test_predictions_of_vlmevalkit_are_read_as_pandas_does(tmp_path: Path) -> No
     table = tmp_path / "POPE.tsv"
     table.write_text(TABLE.replace("popular", "random").replace("random,random", "random"))
     heading = "index\tquestion\tanswer\tcategory\tprediction\n"
-    said = ("None", '"Yes,\nthere ""is"""', "N/A", "no")
+    predictions = ("None", '"Yes,\nthere ""is"""', "N/A", "no")
     results = tmp_path / "model_POPE.tsv"
     results.write_text(
-        heading + "".join(f"{i}\t{q}\tYes\trandom\t{t}\n" for i, (q, t) in enumerate(zip(QUESTIONS, said, strict=True)))
+        heading
+        + "".join(f"{i}\t{q}\tYes\trandom\t{t}\n" for i, (q, t) in enumerate(zip(QUESTIONS, predictions, strict=True)))
     )
     assert [a.text for a in read_answers(results)] == ["nan", 'Yes,\nthere "is"', "nan", "no"]
     scores = score_files(table, results, "vlmevalkit")
@@ -328,7 +329,7 @@ def test_predictions_of_vlmevalkit_are_read_as_pandas_does(tmp_path: Path) -> No
 
 def test_the_category_is_the_split(tmp_path: Path) -> None:
     Image.new("RGB", (9, 9)).save(tmp_path / "a.jpg")
-    row = {"image": "a.jpg", "text": asked("dog"), "label": "no"}
+    row = {"image": "a.jpg", "text": existence_question("dog"), "label": "no"}
 
     def load(*records: dict[str, Any], name: str = "pope_all.jsonl") -> ConceptDataset:
         return loaders.pope(lines(tmp_path / name, *records), tmp_path)
@@ -357,8 +358,8 @@ def test_answers_to_a_benchmark_are_read_by_its_rule(tmp_path: Path) -> None:
         "a.png\tIs it red?\tYes\na.png\tIs it blue?\tNo\nb.png\tIs it red?\tNo\nb.png\tIs it blue?\tYes\n"
     )
     data = loaders.mme(tmp_path / "color.txt", tmp_path)
-    said = ("Yes, the image is red.", "No, it is not blue", "  Yes", "yes it is")
-    path = lines(tmp_path / "a.jsonl", *({"id": f"color/{i}", "answer": t} for i, t in enumerate(said, 1)))
+    texts = ("Yes, the image is red.", "No, it is not blue", "  Yes", "yes it is")
+    path = lines(tmp_path / "a.jsonl", *({"id": f"color/{i}", "answer": t} for i, t in enumerate(texts, 1)))
     answers = answered_elsewhere(data, path)
     assert answers.provenance["parser"] == "mme"
     # Three of four answers are right, and one of two pairs; the leading blanks hide the third.

@@ -32,14 +32,16 @@ def data() -> ConceptDataset:
     for index in range(6):
         scene = sample_scene(generator(TEST, 0, index), f"s{index}", count=3)
         thing = scene.objects[0]
-        asked = [
+        scene_questions = [
             questions.existence(scene, thing.noun),
             questions.existence(scene, next(n for n in ("apple", "bus", "key", "bell") if scene.get(n) is None)),
             questions.what_color(scene, thing),
             questions.caption(scene),
             questions.color(scene, thing, "red"),
         ]
-        examples += [questions.as_example(scene, q, "conflict" if q.kind == "color" else "neutral") for q in asked]
+        examples += [
+            questions.as_example(scene, q, "conflict" if q.kind == "color" else "neutral") for q in scene_questions
+        ]
     return ConceptDataset("mixed", tuple(examples))
 
 
@@ -50,37 +52,37 @@ def result(model: Lvlm, data: ConceptDataset) -> BehaviorResult:
 
 def test_order_and_fields_are_those_of_the_data(result: BehaviorResult, data: ConceptDataset) -> None:
     assert [a.id for a in result.answers] == [e.id for e in data]
-    for given, asked in zip(result.answers, data, strict=True):
+    for reply, example in zip(result.answers, data, strict=True):
         for name in ("group", "split", "level", "kind", "question", "answer", "candidates", "prior_answer"):
-            assert getattr(given, name) == getattr(asked, name)
+            assert getattr(reply, name) == getattr(example, name)
 
 
-def test_batches_answer_as_one_by_one(model: Lvlm, data: ConceptDataset, result: BehaviorResult) -> None:
+def test_batches_give_the_answers_of_single_examples(model: Lvlm, data: ConceptDataset, result: BehaviorResult) -> None:
     single = answer(model, data, batch_size=1, max_new_tokens=5)
-    for one, many in zip(single.answers, result.answers, strict=True):
-        assert (one.given, one.correct, one.text) == (many.given, many.correct, many.text)
-        if one.margin is not None:
-            assert many.margin == pytest.approx(one.margin, abs=1e-4)
-            assert many.probabilities == pytest.approx(one.probabilities, abs=1e-6)
+    for alone, batched in zip(single.answers, result.answers, strict=True):
+        assert (alone.given, alone.correct, alone.text) == (batched.given, batched.correct, batched.text)
+        if alone.margin is not None:
+            assert batched.margin == pytest.approx(alone.margin, abs=1e-4)
+            assert batched.probabilities == pytest.approx(alone.probabilities, abs=1e-6)
 
 
 def test_margin_and_probabilities_follow_from_the_logits(
     model: Lvlm, data: ConceptDataset, result: BehaviorResult
 ) -> None:
     """The tokenizer knows each of these answers as one lower-case word."""
-    for given, asked in zip(result.answers, data, strict=True):
-        if not asked.candidates:
+    for reply, example in zip(result.answers, data, strict=True):
+        if not example.candidates:
             continue
-        logits = model.logits(model.encode(asked).inputs)[0].double().numpy()
-        scores = {c: logits[model.processor.tokenizer.convert_tokens_to_ids(c)] for c in asked.candidates}
+        logits = model.logits(model.encode(example).inputs)[0].double().numpy()
+        scores = {c: logits[model.processor.tokenizer.convert_tokens_to_ids(c)] for c in example.candidates}
         best = max(scores, key=scores.__getitem__)
-        margin = scores[asked.answer] - max(v for c, v in scores.items() if c != asked.answer)
+        margin = scores[example.answer] - max(v for c, v in scores.items() if c != example.answer)
         shares = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
-        assert given.given == best
-        assert given.correct == (best == asked.answer)
-        assert given.margin == pytest.approx(margin, abs=1e-4)
-        expected = [shares[model.processor.tokenizer.convert_tokens_to_ids(c)] for c in asked.candidates]
-        assert given.probabilities == pytest.approx(expected, abs=1e-6)
+        assert reply.given == best
+        assert reply.correct == (best == example.answer)
+        assert reply.margin == pytest.approx(margin, abs=1e-4)
+        expected = [shares[model.processor.tokenizer.convert_tokens_to_ids(c)] for c in example.candidates]
+        assert reply.probabilities == pytest.approx(expected, abs=1e-6)
 
 
 def test_captions_are_written_and_not_judged(result: BehaviorResult) -> None:
@@ -148,7 +150,7 @@ def test_a_tie_is_wrong(model: Lvlm, data: ConceptDataset, monkeypatch: pytest.M
         assert row.given != row.answer
 
 
-def test_what_cannot_be_asked_is_refused_before_the_first_forward(
+def test_invalid_data_is_refused_before_the_first_forward(
     model: Lvlm, data: ConceptDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def never(*_: object) -> None:
@@ -174,9 +176,9 @@ def test_what_cannot_be_asked_is_refused_before_the_first_forward(
         ),
     ]
     monkeypatch.setattr(model, "logits", never)
-    for asked, error, words in cases:
+    for dataset, error, words in cases:
         with pytest.raises(error, match=words):
-            answer(model, asked)
+            answer(model, dataset)
     with pytest.raises(ConfigError, match="unknown parser 'best'; choose from pope_release, mme, strict"):
         answer(model, data, parser="best")
     with pytest.raises(ConfigError, match="batch_size=0"):
@@ -194,94 +196,110 @@ def test_logits_that_are_not_finite_are_refused(
 # ---- rates -------------------------------------------------------------------------------------------------------------
 
 
-def said(number: int, true: str, given: str | None, split: str = "random", **more: object) -> Answer:
+def make_answer(number: int, true: str, prediction: str | None, split: str = "random", **more: object) -> Answer:
     values = {"level": "object", "kind": "existence", "question": "?", "candidates": ("yes", "no"), **more}
     return Answer(
-        f"q{number}", f"g{number // 2}", split=split, answer=true, given=given, correct=given == true, **values
+        f"q{number}",
+        f"g{number // 2}",
+        split=split,
+        answer=true,
+        given=prediction,
+        correct=prediction == true,
+        **values,
     )  # pyright: ignore[reportArgumentType]
 
 
 @pytest.fixture
-def known() -> BehaviorResult:
+def small_result() -> BehaviorResult:
     rows = [
-        said(0, "yes", "yes"),
-        said(1, "no", "yes"),
-        said(2, "no", "no"),
-        said(3, "no", None),
-        said(4, "yes", "no", "conflict", level="attribute", kind="color", prior_answer="no"),
-        said(5, "no", "no", "conflict", level="attribute", kind="color", prior_answer="yes"),
-        said(6, "red", "green", "conflict", kind="what_color", candidates=("red", "green"), prior_answer="green"),
-        said(7, "red", "green", "typical", kind="what_color", candidates=("red", "green"), prior_answer="green"),
+        make_answer(0, "yes", "yes"),
+        make_answer(1, "no", "yes"),
+        make_answer(2, "no", "no"),
+        make_answer(3, "no", None),
+        make_answer(4, "yes", "no", "conflict", level="attribute", kind="color", prior_answer="no"),
+        make_answer(5, "no", "no", "conflict", level="attribute", kind="color", prior_answer="yes"),
+        make_answer(
+            6, "red", "green", "conflict", kind="what_color", candidates=("red", "green"), prior_answer="green"
+        ),
+        make_answer(7, "red", "green", "typical", kind="what_color", candidates=("red", "green"), prior_answer="green"),
     ]
     caption = replace(rows[0], id="c", kind="caption", candidates=(), given=None, correct=None, text="a car")
     return BehaviorResult((*rows, caption), Cost(2.0, 3, 9), {"model": "m"})
 
 
-def test_rates_by_hand(known: BehaviorResult) -> None:
-    table = known.accuracy(by="split").set_index("split")
+def test_rates_by_hand(small_result: BehaviorResult) -> None:
+    table = small_result.accuracy(by="split").set_index("split")
     assert dict(table["n"]) == {"random": 4, "conflict": 3, "typical": 1}
     assert dict(table["accuracy"]) == pytest.approx({"random": 2 / 4, "conflict": 1 / 3, "typical": 0})
     assert (table["low"] < table["high"]).all()
-    assert known.rate("accuracy").value == pytest.approx(3 / 8)
+    assert small_result.rate("accuracy").value == pytest.approx(3 / 8)
     # Predictions: yes, yes, no, unparsed, no, no. The labels' ratio would be 2/6, that of random 1/4.
-    assert known.rate("yes_ratio").value == pytest.approx(2 / 6)
-    assert known.yes_ratio(by="split")["yes_ratio"].tolist() == pytest.approx([2 / 4, 0])
-    assert known.rate("false_positive_rate").value == pytest.approx(1 / 4)
-    assert known.rate("false_positive_rate").n == 4
-    assert known.rate("wrong_by_prior").value == pytest.approx(2 / 3)
-    assert known.wrong_by_prior(by=["level", "kind"])["wrong_by_prior"].tolist() == pytest.approx([1 / 2, 1])
-    assert known.unparsed == 1
-    assert known.accuracy().to_dict("records")[0]["n"] == 8
-    assert list(known.where(kind="caption").accuracy("split").columns) == ["split", "n", "accuracy", "low", "high"]
-    assert len(known.where(kind="caption").accuracy("split")) == 0
+    assert small_result.rate("yes_ratio").value == pytest.approx(2 / 6)
+    assert small_result.yes_ratio(by="split")["yes_ratio"].tolist() == pytest.approx([2 / 4, 0])
+    assert small_result.rate("false_positive_rate").value == pytest.approx(1 / 4)
+    assert small_result.rate("false_positive_rate").n == 4
+    assert small_result.rate("wrong_by_prior").value == pytest.approx(2 / 3)
+    assert small_result.wrong_by_prior(by=["level", "kind"])["wrong_by_prior"].tolist() == pytest.approx([1 / 2, 1])
+    assert small_result.unparsed == 1
+    assert small_result.accuracy().to_dict("records")[0]["n"] == 8
+    assert list(small_result.where(kind="caption").accuracy("split").columns) == [
+        "split",
+        "n",
+        "accuracy",
+        "low",
+        "high",
+    ]
+    assert len(small_result.where(kind="caption").accuracy("split")) == 0
 
 
-def test_unknown_names_are_refused(known: BehaviorResult) -> None:
+def test_unknown_names_are_refused(small_result: BehaviorResult) -> None:
     with pytest.raises(ConfigError, match="unknown rate 'f1'; choose from accuracy"):
-        known.rate("f1")
+        small_result.rate("f1")
     with pytest.raises(ConfigError, match="cannot be split by 'color'"):
-        known.accuracy(by="color")
+        small_result.accuracy(by="color")
     with pytest.raises(ConfigError, match="unknown field 'color'"):
-        known.where(color="red")
+        small_result.where(color="red")
     with pytest.raises(DataError, match="same id"):
-        BehaviorResult(known.answers[:1] * 2, known.cost)
+        BehaviorResult(small_result.answers[:1] * 2, small_result.cost)
 
 
-def test_results_are_frozen_and_tabular(known: BehaviorResult) -> None:
-    frame = known.frame()
-    assert frame["id"].tolist() == [a.id for a in known.answers]
+def test_results_are_frozen_and_tabular(small_result: BehaviorResult) -> None:
+    frame = small_result.frame()
+    assert frame["id"].tolist() == [a.id for a in small_result.answers]
     with pytest.raises(AttributeError):
-        known.cost = Cost(0, 0, 0)  # pyright: ignore[reportAttributeAccessIssue]
+        small_result.cost = Cost(0, 0, 0)  # pyright: ignore[reportAttributeAccessIssue]
     with pytest.raises(TypeError):
-        known.provenance["model"] = "x"  # pyright: ignore[reportIndexIssue]
+        small_result.provenance["model"] = "x"  # pyright: ignore[reportIndexIssue]
 
 
 # ---- files -------------------------------------------------------------------------------------------------------------
 
 
-def test_saved_answers_are_the_same_when_loaded(tmp_path: Path, known: BehaviorResult, result: BehaviorResult) -> None:
+def test_saved_answers_are_the_same_when_loaded(
+    tmp_path: Path, small_result: BehaviorResult, result: BehaviorResult
+) -> None:
     markup = replace(
-        known.answers[0], id='<b>"\n', text="", prior_answer="ünï", margin=1 / 3, probabilities=(0.1, 2e-9)
+        small_result.answers[0], id='<b>"\n', text="", prior_answer="ünï", margin=1 / 3, probabilities=(0.1, 2e-9)
     )
-    for number, held in enumerate((known, result, BehaviorResult((markup,), known.cost))):
+    for number, answers in enumerate((small_result, result, BehaviorResult((markup,), small_result.cost))):
         path = tmp_path / "new" / f"{number}.json"
-        held.save(path)
-        assert BehaviorResult.load(path) == held
+        answers.save(path)
+        assert BehaviorResult.load(path) == answers
         assert json.loads(path.read_text())["format"] == "groundscope.behavior"
 
 
-def test_damaged_answers_are_refused(tmp_path: Path, known: BehaviorResult) -> None:
+def test_damaged_answers_are_refused(tmp_path: Path, small_result: BehaviorResult) -> None:
     path = tmp_path / "answers.json"
-    known.save(path)
+    small_result.save(path)
     whole = path.read_text()
-    held = json.loads(whole)
+    document = json.loads(whole)
     cases = {
         "invalid JSON": whole[:-30],
         "is not a behavior result file": json.dumps([1]),
-        "is a behavior result of version 3": {**held, "version": 3},
-        "are damaged: 'cost'": {k: v for k, v in held.items() if k != "cost"},
-        "are damaged: .*color": {**held, "answers": [{**held["answers"][0], "color": 1}]},
-        "does not match its digest": json.dumps({**held, "cost": {**held["cost"], "forwards": 12345}}),
+        "is a behavior result of version 3": {**document, "version": 3},
+        "are damaged: 'cost'": {k: v for k, v in document.items() if k != "cost"},
+        "are damaged: .*color": {**document, "answers": [{**document["answers"][0], "color": 1}]},
+        "does not match its digest": json.dumps({**document, "cost": {**document["cost"], "forwards": 12345}}),
     }
     for words, content in cases.items():
         if isinstance(content, dict):

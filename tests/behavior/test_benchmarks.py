@@ -27,11 +27,11 @@ from lvlm.tiny.architecture import build_model, build_processor
 
 
 def row(
-    number: int, kind: str, truth: str, said: str | None, level: str = "object", group: str | None = None
+    number: int, kind: str, truth: str, prediction: str | None, level: str = "object", group: str | None = None
 ) -> Answer:
     return Answer(
         id=str(number), group=group or f"{number // 2}", split="neutral", level=level, kind=kind, question="?",
-        answer=truth, candidates=("yes", "no"), given=said, correct=said == truth,
+        answer=truth, candidates=("yes", "no"), given=prediction, correct=prediction == truth,
     )  # fmt: skip
 
 
@@ -49,31 +49,31 @@ def lines(path: Path, *records: Any) -> Path:
 
 def test_mme_by_hand() -> None:
     """Three images: both right; one right; one right and one unreadable. acc = 4/6, acc+ = 1/3, score = 100."""
-    said = [("yes", "yes"), ("no", "no"), ("yes", "yes"), ("no", "yes"), ("yes", None), ("no", "no")]
-    rows = [row(i, "existence", a, s) for i, (a, s) in enumerate(said)]
+    answers = [("yes", "yes"), ("no", "no"), ("yes", "yes"), ("no", "yes"), ("yes", None), ("no", "no")]
+    rows = [row(i, "existence", a, s) for i, (a, s) in enumerate(answers)]
     rows += [row(10 + i, "position", a, s, "relation") for i, (a, s) in enumerate([("yes", "yes"), ("no", "no")])]
-    found = mme.score(result(rows))
-    existence = found.subtasks["existence"]
+    scores = mme.score(result(rows))
+    existence = scores.subtasks["existence"]
     assert existence.accuracy.value == pytest.approx(4 / 6)
     assert existence.accuracy_plus.value == pytest.approx(1 / 3)
     assert existence.score.value == pytest.approx(100 * (4 / 6 + 1 / 3))
     assert existence.score.low < existence.score.value < existence.score.high
     assert (existence.n, existence.unparsed) == (6, 1)
-    assert found.perception == pytest.approx(300)
-    assert found.cognition == 0
-    assert found.levels == {"object": pytest.approx(100), "relation": pytest.approx(200)}
-    assert found.frame()["subtask"].tolist() == ["existence", "position"]
+    assert scores.perception == pytest.approx(300)
+    assert scores.cognition == 0
+    assert scores.levels == {"object": pytest.approx(100), "relation": pytest.approx(200)}
+    assert scores.frame()["subtask"].tolist() == ["existence", "position"]
 
 
 def test_mme_answer_files(tmp_path: Path) -> None:
     (tmp_path / "color.txt").write_text("a.png\tIs it red?\tYes\tYes, it is.\na.png\tIs it blue?\tNo\tIt is red\n")
     (tmp_path / "code_reasoning.txt").write_text("b.png\tIs it 1?\tYes\tno\nb.png\tIs it 2?\tNo\tNO\n")
-    found = mme.score_files(tmp_path)
+    scores = mme.score_files(tmp_path)
     # "It is red" has neither yes nor no within its first four characters.
-    assert found.subtasks["color"].score.value == pytest.approx(50)
-    assert found.subtasks["color"].unparsed == 1
-    assert (found.perception, found.cognition) == (pytest.approx(50), pytest.approx(50))
-    assert found.levels == {"attribute": pytest.approx(50)}
+    assert scores.subtasks["color"].score.value == pytest.approx(50)
+    assert scores.subtasks["color"].unparsed == 1
+    assert (scores.perception, scores.cognition) == (pytest.approx(50), pytest.approx(50))
+    assert scores.levels == {"attribute": pytest.approx(50)}
     (tmp_path / "count.txt").write_text("a.png\tOne?\tyes\tyes\n")
     with pytest.raises(DataError, match=r"subtask 'count', image 'a\.png': 1 questions, but MME asks two"):
         mme.score_files(tmp_path)
@@ -91,12 +91,12 @@ def test_mme_answer_files(tmp_path: Path) -> None:
 def test_mme_keeps_its_definition(images: list[tuple[bool, bool]]) -> None:
     rows = [row(2 * i + j, "count", a, a if images[i][j] else "yes" if a == "no" else "no")
             for i in range(len(images)) for j, a in enumerate(("yes", "no"))]  # fmt: skip
-    found = mme.score(result(rows)).subtasks["count"]
+    scores = mme.score(result(rows)).subtasks["count"]
     accuracy = sum(a + b for a, b in images) / (2 * len(images))
     plus = sum(a and b for a, b in images) / len(images)
-    assert found.score.value == pytest.approx(100 * (accuracy + plus))
-    assert 0 <= found.score.low <= found.score.value + 1e-9
-    assert found.score.value <= found.score.high + 1e-9 <= 200 + 1e-6
+    assert scores.score.value == pytest.approx(100 * (accuracy + plus))
+    assert 0 <= scores.score.low <= scores.score.value + 1e-9
+    assert scores.score.value <= scores.score.high + 1e-9 <= 200 + 1e-6
 
 
 # ---- AMBER -------------------------------------------------------------------------------------------------------------
@@ -104,19 +104,19 @@ def test_mme_keeps_its_definition(images: list[tuple[bool, bool]]) -> None:
 
 def test_amber_by_hand() -> None:
     """No is positive. 3 denied rightly, 1 denied wrongly, 1 claimed wrongly, 2 claimed rightly, 1 neither (truly no)."""
-    said = [("no", "no")] * 3 + [("yes", "no"), ("no", "yes"), ("yes", "yes"), ("yes", "yes"), ("no", None)]
-    rows = [row(i, "existence", a, s) for i, (a, s) in enumerate(said)]
+    answers = [("no", "no")] * 3 + [("yes", "no"), ("no", "yes"), ("yes", "yes"), ("yes", "yes"), ("no", None)]
+    rows = [row(i, "existence", a, s) for i, (a, s) in enumerate(answers)]
     rows.append(row(8, "state", "no", "no", "attribute"))
-    found = amber.score(result(rows), variant="exact").parts
-    assert list(found) == ["all", "existence", "attribute", "state"]
-    existence = found["existence"]
+    scores = amber.score(result(rows), variant="exact").parts
+    assert list(scores) == ["all", "existence", "attribute", "state"]
+    existence = scores["existence"]
     assert existence.accuracy.value == pytest.approx(5 / 8)
     assert existence.precision.value == pytest.approx(3 / 4)
     assert existence.recall.value == pytest.approx(3 / 5)
     assert existence.f1.value == pytest.approx(2 * (3 / 4) * (3 / 5) / (3 / 4 + 3 / 5))
     assert existence.unparsed == 1
-    assert found["all"].n == 9
-    assert found["state"].recall.value == 1
+    assert scores["all"].n == 9
+    assert scores["state"].recall.value == 1
 
 
 @settings(max_examples=20)
@@ -124,9 +124,9 @@ def test_amber_by_hand() -> None:
 def test_amber_is_scikit_learns_with_no_as_positive(pairs: list[tuple[str, str]]) -> None:
     answers = result([row(i, "relation", a, s, "relation") for i, (a, s) in enumerate(pairs)])
     scores = amber.score(answers, variant="exact").parts["all"]
-    truth, said = [a for a, _ in pairs], [s for _, s in pairs]
+    truth, predicted = [a for a, _ in pairs], [s for _, s in pairs]
     for name, metric in (("precision", precision_score), ("recall", recall_score), ("f1", f1_score)):
-        expected = metric(truth, said, pos_label="no", zero_division=math.nan)
+        expected = metric(truth, predicted, pos_label="no", zero_division=math.nan)
         assert getattr(scores, name).value == pytest.approx(expected, nan_ok=True)
 
 
@@ -141,16 +141,16 @@ def test_amber_response_files(tmp_path: Path) -> None:
     responses = tmp_path / "responses.json"
     responses.write_text(json.dumps([{"id": 2, "response": "No"}, {"id": 3, "response": "yes"}, {"id": 4, "response": "Yes"},
                                      {"id": 1, "response": "A dog."}]))  # fmt: skip
-    found = amber.score_files(annotations, responses).parts
+    scores = amber.score_files(annotations, responses).parts
     # The release counts "yes" in small letters as neither.
-    assert (found["all"].n, found["all"].unparsed) == (3, 1)
-    assert found["all"].accuracy.value == pytest.approx(0.333)
+    assert (scores["all"].n, scores["all"].unparsed) == (3, 1)
+    assert scores["all"].accuracy.value == pytest.approx(0.333)
     strict = amber.score_files(annotations, responses, parser="strict", variant="exact").parts["all"]
     assert strict.accuracy.value == pytest.approx(2 / 3)
     queries = tmp_path / "queries.json"
     queries.write_text(json.dumps([{"id": i, "image": "one.jpg", "query": "?"} for i in range(1, 5)]))
     with_images = amber.score_files(annotations, responses, queries).parts["all"].accuracy
-    assert with_images.high - with_images.low > found["all"].accuracy.high - found["all"].accuracy.low
+    assert with_images.high - with_images.low > scores["all"].accuracy.high - scores["all"].accuracy.low
     responses.write_text(json.dumps([{"id": 9, "response": "No"}]))
     with pytest.raises(DataError, match="id '9' matches no question"):
         amber.score_files(annotations, responses)
@@ -199,10 +199,10 @@ def test_what_answers_cost_is_told(pope: Path, tmp_path: Path) -> None:
 
 def test_answers_that_are_neither_are_counted(pope: Path, tmp_path: Path) -> None:
     path = lines(tmp_path / "a.jsonl", *({"answer": text} for text in ("yes", "oui", "", "nein")))
-    found = answered_elsewhere(loaders.pope(pope, tmp_path), path)
-    assert found.unparsed == 3
+    answers = answered_elsewhere(loaders.pope(pope, tmp_path), path)
+    assert answers.unparsed == 3
     assert score_files(pope, path, "strict").unparsed == 3
-    assert found.rate("accuracy").value == 0.25
+    assert answers.rate("accuracy").value == 0.25
 
 
 BAD: dict[str, tuple[list[Any], str]] = {
@@ -238,33 +238,33 @@ def test_bad_answer_files_are_refused_with_their_place(pope: Path, tmp_path: Pat
 
 
 def test_pope_is_built_from_any_annotation(tmp_path: Path) -> None:
-    held: dict[str, Any] = {"images": [], "annotations": [],
+    document: dict[str, Any] = {"images": [], "annotations": [],
                             "categories": [{"id": i, "name": f"noun{i}"} for i in range(9)]}  # fmt: skip
     for i in range(12):
         Image.new("RGB", (2, 2)).save(tmp_path / f"{i}.png")
-        held["images"].append({"id": i, "file_name": f"{i}.png"})
-        held["annotations"] += [
+        document["images"].append({"id": i, "file_name": f"{i}.png"})
+        document["annotations"] += [
             {"id": 10 * i + j, "image_id": i, "category_id": (i + j * j) % 9, "bbox": [0, 0, 1, 1]} for j in range(4)
         ]
-    (tmp_path / "instances.json").write_text(json.dumps(held))
+    (tmp_path / "instances.json").write_text(json.dumps(document))
     data = loaders.coco(tmp_path / "instances.json", tmp_path)
-    made = questions_about(data, seed=3)
-    assert {e.split for e in made} == {"random", "popular", "adversarial"}
-    for e in made:
+    questions = questions_about(data, seed=3)
+    assert {e.split for e in questions} == {"random", "popular", "adversarial"}
+    for e in questions:
         assert (e.question.split()[3] in {o.noun for o in e.objects}) == (e.answer == "yes")
         assert (e.named_object() is not None) == (e.answer == "yes")
-    part = made.where(split="popular")
+    part = questions.where(split="popular")
     records = [
         {"question_id": e.id.split("/")[1], "image": e.group, "text": e.question, "label": e.answer} for e in part
     ]
     write_questions(tmp_path / "x_popular.json", records)
-    again = loaders.pope(tmp_path / "x_popular.json", tmp_path)
-    assert [(e.id, e.question, e.answer, e.labels) for e in again] == [
+    loaded = loaders.pope(tmp_path / "x_popular.json", tmp_path)
+    assert [(e.id, e.question, e.answer, e.labels) for e in loaded] == [
         (e.id, e.question, e.answer, e.labels) for e in part
     ]
-    asked = questions_about(scenes.dataset(60, 0), n_images=20)
-    assert len({e.group for e in asked}) == 20
-    assert {e.kind for e in asked} == {"existence"}
+    subset = questions_about(scenes.dataset(60, 0), n_images=20)
+    assert len({e.group for e in subset}) == 20
+    assert {e.kind for e in subset} == {"existence"}
 
 
 GQA = {
@@ -295,25 +295,25 @@ CLEVR = {
 
 
 @pytest.mark.parametrize(
-    ("loader", "held", "per_image"),
+    ("loader", "document", "per_image"),
     [(loaders.gqa, GQA, 3), (loaders.visual_genome, GENOME, 3), (loaders.clevr, CLEVR, 1)],
     ids=["gqa", "visual genome", "clevr"],
 )
-def test_pope_is_built_from_other_annotations(tmp_path: Path, loader: Any, held: Any, per_image: int) -> None:
+def test_pope_is_built_from_other_annotations(tmp_path: Path, loader: Any, document: Any, per_image: int) -> None:
     for i in range(8):
         for suffix in ("png", "jpg"):
             Image.new("RGB", (8, 8)).save(tmp_path / f"{i}.{suffix}")
-    (tmp_path / "annotations.json").write_text(json.dumps(held))
+    (tmp_path / "annotations.json").write_text(json.dumps(document))
     data = loader(tmp_path / "annotations.json", tmp_path)
-    made = questions_about(data, per_image=per_image, seed=1)
-    shown = {e.group: {o.noun for o in e.objects} for e in data}
-    assert {e.split for e in made} == {"random", "popular", "adversarial"}
+    questions = questions_about(data, per_image=per_image, seed=1)
+    nouns = {e.group: {o.noun for o in e.objects} for e in data}
+    assert {e.split for e in questions} == {"random", "popular", "adversarial"}
     for split in ("random", "popular", "adversarial"):
-        part = made.where(split=split)
-        assert sum(e.answer == "yes" for e in part) == sum(e.answer == "no" for e in part) == per_image * len(shown)
-    for e in made:
+        part = questions.where(split=split)
+        assert sum(e.answer == "yes" for e in part) == sum(e.answer == "no" for e in part) == per_image * len(nouns)
+    for e in questions:
         noun = e.question.removeprefix("Is there ").split(" ", 1)[1].removesuffix(" in the image?")
-        assert (noun in shown[e.group]) == (e.answer == "yes")
+        assert (noun in nouns[e.group]) == (e.answer == "yes")
 
 
 # ---- from annotations to answers ---------------------------------------------------------------------------------------
@@ -331,23 +331,23 @@ def lettered() -> Lvlm:
 def test_a_model_answers_what_the_loaders_ask(tmp_path: Path) -> None:
     """Icon scenes as files, annotated like COCO: the embedded model tells what is there."""
     model = load_lvlm("tiny-unbiased")
-    held: dict[str, Any] = {"images": [], "annotations": [],
+    document: dict[str, Any] = {"images": [], "annotations": [],
                             "categories": [{"id": i, "name": noun} for i, noun in enumerate(NOUNS)]}  # fmt: skip
     captions: list[Any] = []
     for i in range(12):
         scene = sample_scene(generator(TEST, 77, i), f"s{i}", count=3)
         scene.load().save(tmp_path / f"{i}.png")
-        held["images"].append({"id": i, "file_name": f"{i}.png"})
+        document["images"].append({"id": i, "file_name": f"{i}.png"})
         for thing in scene.objects:
             b = thing.require_box()
             box = [b.x0, b.y0, b.x1 - b.x0, b.y1 - b.y0]
-            number = len(held["annotations"])
-            held["annotations"].append(
+            number = len(document["annotations"])
+            document["annotations"].append(
                 {"id": number, "image_id": i, "category_id": NOUNS.index(thing.noun), "bbox": box}
             )
         first, other = scene.objects[0], next(n for n in NOUNS if scene.get(n) is None)
         captions.append({"image_path": f"{i}.png", "caption_options": [f"a {first.noun}", f"a {other}"]})
-    (tmp_path / "instances.json").write_text(json.dumps(held))
+    (tmp_path / "instances.json").write_text(json.dumps(document))
     data = loaders.coco(tmp_path / "instances.json", tmp_path)
     result = answer(model, data, progress=False)
     assert result.rate("accuracy").value > 0.85
@@ -359,15 +359,15 @@ def test_a_model_answers_what_the_loaders_ask(tmp_path: Path) -> None:
     )
     assert scores.chair_s.value == 0
     (tmp_path / "captions.json").write_text(json.dumps(captions))
-    told = loaders.whatsup(tmp_path / "captions.json", tmp_path)
-    assert all(answer_key(model, e).candidates == ("yes", "no") for e in told)
-    assert len(answer(model, told, progress=False)) == 24
+    statements = loaders.whatsup(tmp_path / "captions.json", tmp_path)
+    assert all(answer_key(model, e).candidates == ("yes", "no") for e in statements)
+    assert len(answer(model, statements, progress=False)) == 24
     # By letter: the model is given both captions, and answers with the letter of one.
     by_letter = loaders.whatsup(tmp_path / "captions.json", tmp_path, form="choice")
     chosen = answer(lettered(), by_letter, progress=False)
     assert [a.candidates for a in chosen.answers] == [("A", "B")] * 12
-    for reply, asked in zip(chosen.answers, by_letter, strict=True):
-        logits = lettered().logits(lettered().encode(asked).inputs)[0]
+    for reply, example in zip(chosen.answers, by_letter, strict=True):
+        logits = lettered().logits(lettered().encode(example).inputs)[0]
         ids = [lettered().processor.tokenizer(x, add_special_tokens=False)["input_ids"][0] for x in ("A", "B")]
         assert reply.given == ("A", "B")[int(logits[ids].argmax())]
-        assert reply.correct == (reply.given == asked.answer)
+        assert reply.correct == (reply.given == example.answer)

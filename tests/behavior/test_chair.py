@@ -176,14 +176,14 @@ def test_the_papers_example_with_synonyms(synonyms: dict[str, str]) -> None:
     assert result.captions[1].hallucinated == ("train",)
 
 
-def test_what_people_wrote_is_in_the_image_too(synonyms: dict[str, str]) -> None:
+def test_objects_of_reference_captions_count_as_present(synonyms: dict[str, str]) -> None:
     image = scenes.dataset(10)[0].image
     things = (SceneObject("1", "dog", Box(0, 0, 1, 1)),)
-    asked = Example("7/caption", image, "Describe the image.", "A man walks a puppy. A dog on a leash.", (), "object",
+    example = Example("7/caption", image, "Describe the image.", "A man walks a puppy. A dog on a leash.", (), "object",
                     "caption", "caption", "7.jpg", objects=things)  # fmt: skip
-    data = ConceptDataset("coco", (asked,))
-    told = row_of(asked, "A boy and his dog on a train", PARSERS["strict"])
-    answers = BehaviorResult((told,), Cost(None, None, 1))
+    data = ConceptDataset("coco", (example,))
+    caption = row_of(example, "A boy and his dog on a train", PARSERS["strict"])
+    answers = BehaviorResult((caption,), Cost(None, None, 1))
     result = score_captions(answers, data, synonyms, phrases=COCO_PHRASES)
     assert result.captions[0].hallucinated == ("train",)
     assert result.chair_i.value == pytest.approx(1 / 3)

@@ -122,11 +122,11 @@ def test_words_that_the_release_never_finds_are_named(synonyms: dict[str, str]) 
 
 
 def test_singulars_of_the_release_right_and_wrong() -> None:
-    found = """men:man women:woman mice:mouse geese:goose people:person oxen:ox buses:bus bus:bu glass:glas knives:knife
+    pairs = """men:man women:woman mice:mouse geese:goose people:person oxen:ox buses:bus bus:bu glass:glas knives:knife
     calves:calf olives:olife shoes:shoe tomatoes:tomato skies:sky skis:ski ties:ty doggies:doggies scissors:scissors
     our:my police:polouse bases:basis mothers-in-law:mother-in-law dogs':dog's""".split()
-    assert {pair: singularize(pair.partition(":")[0]) for pair in found} == {
-        pair: pair.partition(":")[2] for pair in found
+    assert {pair: singularize(pair.partition(":")[0]) for pair in pairs} == {
+        pair: pair.partition(":")[2] for pair in pairs
     }
 
 
@@ -180,16 +180,16 @@ def test_images_without_objects_keep_their_captions(coco: ConceptDataset) -> Non
     ]
 
 
-def _said(coco: ConceptDataset, *texts: str) -> BehaviorResult:
-    asked = coco.where(kind="caption")
-    rows = tuple(row_of(e, text, PARSERS["strict"]) for e, text in zip(asked, texts, strict=True))
+def _caption_result(coco: ConceptDataset, *texts: str) -> BehaviorResult:
+    examples = coco.where(kind="caption")
+    rows = tuple(row_of(e, text, PARSERS["strict"]) for e, text in zip(examples, texts, strict=True))
     return BehaviorResult(rows, Cost(None, None, 2))
 
 
 def test_captions_of_people_are_read_one_by_one(coco: ConceptDataset) -> None:
     """ "a hot" and "dog bed." are two captions: there is a bed, and no hot dog."""
     result = score_captions(
-        _said(coco, "A dog on a bed", "A cat, a tie and a hot dog."), coco, COCO_SYNONYMS,
+        _caption_result(coco, "A dog on a bed", "A cat, a tie and a hot dog."), coco, COCO_SYNONYMS,
         vocabulary=COCO_CATEGORIES, phrases=COCO_PHRASES,
     )  # fmt: skip
     assert [c.hallucinated for c in result.captions] == [(), ("tie", "hot dog")]
@@ -198,13 +198,13 @@ def test_captions_of_people_are_read_one_by_one(coco: ConceptDataset) -> None:
 
 def test_a_run_on_coco_counts_cocos_objects(coco: ConceptDataset) -> None:
     """Women, a fork and a sofa are no icons; before, captions of COCO were searched for icons alone."""
-    said = _said(coco, "Two women with a puppy and forks.", "A cat on a sofa, a cat.")
-    found = compute_metrics(said, coco)
-    assert found["caption: invented of named (CHAIR_i)"].value == 3 / 6
-    assert found["caption: with something invented (CHAIR_s)"].value == 1
-    assert found["caption: named of shown (recall)"].value == 2 / 3
+    captions = _caption_result(coco, "Two women with a puppy and forks.", "A cat on a sofa, a cat.")
+    rates = compute_metrics(captions, coco)
+    assert rates["caption: invented of named (CHAIR_i)"].value == 3 / 6
+    assert rates["caption: with something invented (CHAIR_s)"].value == 1
+    assert rates["caption: named of shown (recall)"].value == 2 / 3
     words = {"dog": "dog", "puppy": "dog", "fork": "fork"}
-    assert compute_metrics(said, coco, synonyms=words)["caption: invented of named (CHAIR_i)"].value == 1 / 4
+    assert compute_metrics(captions, coco, synonyms=words)["caption: invented of named (CHAIR_i)"].value == 1 / 4
 
 
 def test_caption_files_of_other_scorers_are_read(coco: ConceptDataset, tmp_path: Path) -> None:

@@ -48,12 +48,12 @@ def test_mcnemar_with_many_questions() -> None:
 
 
 def test_difference_by_hand() -> None:
-    found = compare(result(np.array([1, 1, 0, 0, 0, 1] * 4)), result(np.array([1, 0, 1, 1, 0, 1] * 4)))
-    assert (found.first, found.second) == (0.5, pytest.approx(4 / 6))
-    assert found.difference.value == pytest.approx(1 / 6)
-    assert (found.gained, found.lost, found.difference.n) == (8, 4, 24)
-    assert found.p_value == pytest.approx(binomtest(8, 12).pvalue)
-    assert found.difference.low < 0 < found.difference.high
+    comparison = compare(result(np.array([1, 1, 0, 0, 0, 1] * 4)), result(np.array([1, 0, 1, 1, 0, 1] * 4)))
+    assert (comparison.first, comparison.second) == (0.5, pytest.approx(4 / 6))
+    assert comparison.difference.value == pytest.approx(1 / 6)
+    assert (comparison.gained, comparison.lost, comparison.difference.n) == (8, 4, 24)
+    assert comparison.p_value == pytest.approx(binomtest(8, 12).pvalue)
+    assert comparison.difference.low < 0 < comparison.difference.high
 
 
 def test_interval_agrees_with_resampling_groups_with_both_answers() -> None:
@@ -63,14 +63,16 @@ def test_interval_agrees_with_resampling_groups_with_both_answers() -> None:
     second = (shared | (rng.random((80, 4)) < 0.2)).ravel()
     change = (second.astype(float) - first).reshape(80, 4)
     draws = [change[rng.integers(0, 80, size=80)].mean() for _ in range(5000)]
-    found = compare(result(first, 4), result(second, 4), n=5000)
-    assert (found.difference.low, found.difference.high) == pytest.approx(np.quantile(draws, [0.025, 0.975]), abs=0.006)
-    turned = compare(result(second, 4), result(first, 4), n=5000)
-    assert turned.difference.value == pytest.approx(-found.difference.value)
-    assert (turned.difference.low, turned.difference.high) == pytest.approx(
-        (-found.difference.high, -found.difference.low), abs=0.006
+    comparison = compare(result(first, 4), result(second, 4), n=5000)
+    assert (comparison.difference.low, comparison.difference.high) == pytest.approx(
+        np.quantile(draws, [0.025, 0.975]), abs=0.006
     )
-    assert turned.p_value == found.p_value
+    turned = compare(result(second, 4), result(first, 4), n=5000)
+    assert turned.difference.value == pytest.approx(-comparison.difference.value)
+    assert (turned.difference.low, turned.difference.high) == pytest.approx(
+        (-comparison.difference.high, -comparison.difference.low), abs=0.006
+    )
+    assert turned.p_value == comparison.p_value
 
 
 def test_pairing_narrows_the_interval() -> None:
@@ -78,9 +80,9 @@ def test_pairing_narrows_the_interval() -> None:
     first = rng.random(300) < 0.5
     second = first.copy()
     second[:20] = True
-    found = compare(result(first), result(second))
-    assert found.difference.low > 0
-    assert found.difference.high - found.difference.low < 0.06
+    comparison = compare(result(first), result(second))
+    assert comparison.difference.low > 0
+    assert comparison.difference.high - comparison.difference.low < 0.06
 
 
 @pytest.mark.parametrize("n", [3, 50])
@@ -99,8 +101,8 @@ def test_the_order_of_answers_and_other_rates() -> None:
     before, after = result(np.array([0, 0, 1, 1])), result(np.array([1, 0, 1, 1]))
     turned = BehaviorResult(after.answers[::-1], after.cost)
     assert compare(before, turned) == compare(before, after)
-    found = compare(before, after, "false_positive_rate")
-    assert (found.first, found.second, found.gained, found.lost) == (0.5, 0.25, 0, 1)
+    comparison = compare(before, after, "false_positive_rate")
+    assert (comparison.first, comparison.second, comparison.gained, comparison.lost) == (0.5, 0.25, 0, 1)
 
 
 def test_what_cannot_be_compared_is_refused() -> None:
@@ -135,9 +137,9 @@ def test_questions_of_one_image_count_once() -> None:
     """Twelve questions gained in two images are two coin flips, not twelve."""
     assert mcnemar(12, 0) < 0.001
     assert mcnemar_by_group([1] * 12, [0] * 6 + [1] * 6) == 0.5
-    found = compare(result(np.zeros(12), 6), result(np.ones(12), 6))
-    assert found.p_value == 0.5
-    assert found.difference.few_groups
+    comparison = compare(result(np.zeros(12), 6), result(np.ones(12), 6))
+    assert comparison.p_value == 0.5
+    assert comparison.difference.few_groups
     with pytest.raises(DataError, match="whole numbers"):
         mcnemar_by_group([0.5], [0])
     with pytest.raises(DataError, match="1 groups for 2 rows"):

@@ -20,13 +20,13 @@ ITEMS = [
 ]
 
 
-def asked(tmp_path: Path, name: str) -> Path:
+def write_requests(tmp_path: Path, name: str) -> Path:
     path = tmp_path / "out" / "requests.jsonl"
     assert judge_files.write_requests(path, name, ITEMS) == 3
     return path
 
 
-def said(tmp_path: Path, *records: Any) -> Path:
+def write_verdicts(tmp_path: Path, *records: Any) -> Path:
     path = tmp_path / "verdicts.jsonl"
     path.write_text("".join(json.dumps(r) + "\n" for r in records))
     return path
@@ -34,7 +34,7 @@ def said(tmp_path: Path, *records: Any) -> Path:
 
 @pytest.mark.parametrize("name", judge_files.BENCHMARKS)
 def test_requests_hold_all_a_judge_needs(tmp_path: Path, name: str) -> None:
-    records = [json.loads(line) for line in asked(tmp_path, name).read_text(encoding="utf-8").splitlines()]
+    records = [json.loads(line) for line in write_requests(tmp_path, name).read_text(encoding="utf-8").splitlines()]
     assert [r["id"] for r in records] == ["a", "b", "c"]
     assert records[1]["answer"] == "Two ünits"
     assert {r["benchmark"] for r in records} == {name}
@@ -44,31 +44,31 @@ def test_requests_hold_all_a_judge_needs(tmp_path: Path, name: str) -> None:
 
 
 def test_mmhal(tmp_path: Path) -> None:
-    verdicts = said(tmp_path, {"id": "b", "rating": 2}, {"id": "a", "rating": 6}, {"id": "c", "rating": 3})
-    found = judge_files.read_verdicts(verdicts, asked(tmp_path, "mmhal"))
-    assert found.figures["score"].value == pytest.approx(11 / 3)
-    assert found.figures["hallucination_rate"].value == pytest.approx(1 / 3)
-    assert found.kinds["attribute"]["score"].value == pytest.approx(4.5)
-    assert found.kinds["count"]["hallucination_rate"].value == 1
-    assert 0 <= found.figures["score"].low < found.figures["score"].high <= 6
-    assert found.unjudged == 0
+    verdicts = write_verdicts(tmp_path, {"id": "b", "rating": 2}, {"id": "a", "rating": 6}, {"id": "c", "rating": 3})
+    scores = judge_files.read_verdicts(verdicts, write_requests(tmp_path, "mmhal"))
+    assert scores.figures["score"].value == pytest.approx(11 / 3)
+    assert scores.figures["hallucination_rate"].value == pytest.approx(1 / 3)
+    assert scores.kinds["attribute"]["score"].value == pytest.approx(4.5)
+    assert scores.kinds["count"]["hallucination_rate"].value == 1
+    assert 0 <= scores.figures["score"].low < scores.figures["score"].high <= 6
+    assert scores.unjudged == 0
 
 
 def test_llava_bench(tmp_path: Path) -> None:
-    verdicts = said(tmp_path, {"id": "a", "rating": 6, "reference_rating": 8}, {"id": "b", "verdict": None},
+    verdicts = write_verdicts(tmp_path, {"id": "a", "rating": 6, "reference_rating": 8}, {"id": "b", "verdict": None},
                     {"id": "c", "rating": 3, "reference_rating": 10})  # fmt: skip
-    found = judge_files.read_verdicts(verdicts, asked(tmp_path, "llava_bench"))
-    assert found.figures["relative_score"].value == pytest.approx(100 * 9 / 18)
-    assert found.unjudged == 1
-    assert list(found.kinds) == ["attribute"]
+    scores = judge_files.read_verdicts(verdicts, write_requests(tmp_path, "llava_bench"))
+    assert scores.figures["relative_score"].value == pytest.approx(100 * 9 / 18)
+    assert scores.unjudged == 1
+    assert list(scores.kinds) == ["attribute"]
 
 
 def test_gavie(tmp_path: Path) -> None:
-    verdicts = said(
+    verdicts = write_verdicts(
         tmp_path, *({"id": i, "accuracy": a, "relevancy": 9} for i, a in zip("abc", (4, 10, 1), strict=True))
     )
-    found = judge_files.read_verdicts(verdicts, asked(tmp_path, "gavie"))
-    assert {k: v.value for k, v in found.figures.items()} == {
+    scores = judge_files.read_verdicts(verdicts, write_requests(tmp_path, "gavie"))
+    assert {k: v.value for k, v in scores.figures.items()} == {
         "accuracy": pytest.approx(5),
         "relevancy": pytest.approx(9),
     }
@@ -77,11 +77,13 @@ def test_gavie(tmp_path: Path) -> None:
 def test_cceval(tmp_path: Path) -> None:
     counts = [(4, 1, 5, 3), (2, 0, 4, 1), (0, 0, 1, 0)]
     names = ("mentioned", "hallucinated", "objects", "covered")
-    verdicts = said(
+    verdicts = write_verdicts(
         tmp_path, *({"id": i, **dict(zip(names, c, strict=True))} for i, c in zip("abc", counts, strict=True))
     )
-    found = {k: v.value for k, v in judge_files.read_verdicts(verdicts, asked(tmp_path, "cceval")).figures.items()}
-    assert found == {
+    scores = {
+        k: v.value for k, v in judge_files.read_verdicts(verdicts, write_requests(tmp_path, "cceval")).figures.items()
+    }
+    assert scores == {
         "chair_i": pytest.approx(1 / 6), "chair_s": pytest.approx(1 / 3), "coverage": pytest.approx(4 / 10),
         "objects_per_caption": pytest.approx(2), "words_per_caption": pytest.approx((6 + 2 + 1) / 3),
     }  # fmt: skip
@@ -109,7 +111,7 @@ BAD: dict[str, tuple[list[Any], str]] = {
 def test_bad_verdicts_are_refused_with_their_place(tmp_path: Path, case: str) -> None:
     records, words = BAD[case]
     with pytest.raises(DataError, match=words):
-        judge_files.read_verdicts(said(tmp_path, *records), asked(tmp_path, "mmhal"))
+        judge_files.read_verdicts(write_verdicts(tmp_path, *records), write_requests(tmp_path, "mmhal"))
 
 
 def test_bad_requests(tmp_path: Path) -> None:
@@ -121,6 +123,6 @@ def test_bad_requests(tmp_path: Path) -> None:
         judge_files.write_requests(tmp_path / "r", "mmhal", [Item("z", "?", "x", image_content="y")])
     more = {"mentioned": 2, "hallucinated": 3, "objects": 1, "covered": 0}
     with pytest.raises(DataError, match="field 'hallucinated' is 3, but must not exceed 'mentioned', 2"):
-        judge_files.read_verdicts(said(tmp_path, {"id": "a", **more}), asked(tmp_path, "cceval"))
+        judge_files.read_verdicts(write_verdicts(tmp_path, {"id": "a", **more}), write_requests(tmp_path, "cceval"))
     with pytest.raises(DataError, match="expected requests of one benchmark, found none"):
-        judge_files.read_verdicts(said(tmp_path, *RIGHT), said(tmp_path))
+        judge_files.read_verdicts(write_verdicts(tmp_path, *RIGHT), write_verdicts(tmp_path))

@@ -63,11 +63,11 @@ def test_parsers_case_by_case(
 
 
 @pytest.mark.parametrize(
-    ("text", "found"),
+    ("text", "expected"),
     [("Red.", "red"), ("It is red, truly red", "red"), ("red or green", None), ("infrared", None), ("", None)],
 )
-def test_other_candidates_are_found_as_whole_words(text: str, found: str | None) -> None:
-    assert read_answer(text, ("red", "green"), PARSERS["strict"]) == found
+def test_other_candidates_are_found_as_whole_words(text: str, expected: str | None) -> None:
+    assert read_answer(text, ("red", "green"), PARSERS["strict"]) == expected
 
 
 # ---- scores ------------------------------------------------------------------------------------------------------------
@@ -162,7 +162,7 @@ IMAGES = {
 }
 
 
-def asked(records: Sequence[Mapping[str, str | int]], image: str) -> list[tuple[str, str]]:
+def questions_of(records: Sequence[Mapping[str, str | int]], image: str) -> list[tuple[str, str]]:
     """Return noun and label of an image's questions, in order."""
     words = [(str(r["text"]), str(r["label"])) for r in records if r["image"] == image]
     return [(t.removesuffix(" in the image?").split(" ", 3)[3], label) for t, label in words]
@@ -171,10 +171,10 @@ def asked(records: Sequence[Mapping[str, str | int]], image: str) -> list[tuple[
 def test_popular_by_hand() -> None:
     """Frequencies: person 4, then car, dog and apple 2 each, met in this order, and bus 1."""
     popular = build(IMAGES, per_image=2)["popular"]
-    assert asked(popular, "1.png") == [("person", "yes"), ("apple", "no"), ("car", "yes"), ("bus", "no")]
-    assert asked(popular, "2.png") == [("person", "yes"), ("dog", "no"), ("car", "yes"), ("apple", "no")]
-    assert asked(popular, "3.png") == [("person", "yes"), ("car", "no"), ("apple", "yes"), ("bus", "no")]
-    assert asked(popular, "4.png") == [("person", "yes"), ("car", "no"), ("apple", "yes"), ("dog", "no")]
+    assert questions_of(popular, "1.png") == [("person", "yes"), ("apple", "no"), ("car", "yes"), ("bus", "no")]
+    assert questions_of(popular, "2.png") == [("person", "yes"), ("dog", "no"), ("car", "yes"), ("apple", "no")]
+    assert questions_of(popular, "3.png") == [("person", "yes"), ("car", "no"), ("apple", "yes"), ("bus", "no")]
+    assert questions_of(popular, "4.png") == [("person", "yes"), ("car", "no"), ("apple", "yes"), ("dog", "no")]
 
 
 def test_adversarial_follows_the_object_just_asked_about() -> None:
@@ -189,7 +189,7 @@ def test_adversarial_follows_the_object_just_asked_about() -> None:
     }
     built = build(images)
     # With cup: fork 2, cat 1, knife 1 -> knife. With fork: knife (asked), sofa. With cat: lamp (sofa was asked).
-    assert asked(built["adversarial"], "a.png") == [
+    assert questions_of(built["adversarial"], "a.png") == [
         ("cup", "yes"),
         ("knife", "no"),
         ("fork", "yes"),
@@ -198,7 +198,11 @@ def test_adversarial_follows_the_object_just_asked_about() -> None:
         ("lamp", "no"),
     ]
     # By frequency: sofa 5, lamp 4, (fork), knife 2.
-    assert [noun for noun, label in asked(built["popular"], "a.png") if label == "no"] == ["sofa", "lamp", "knife"]
+    assert [noun for noun, label in questions_of(built["popular"], "a.png") if label == "no"] == [
+        "sofa",
+        "lamp",
+        "knife",
+    ]
 
 
 def many_images(seed: int) -> dict[str, list[str]]:
@@ -218,7 +222,7 @@ def test_every_split_keeps_the_rules(seed: int, per_image: int) -> None:
         assert [r["question_id"] for r in records] == list(range(1, 2 * per_image * len(able) + 1))
         assert [r["label"] for r in records] == ["yes", "no"] * (per_image * len(able))
         for name in able:
-            pairs = asked(records, name)
+            pairs = questions_of(records, name)
             assert [noun for noun, label in pairs if label == "yes"] == images[name][:per_image]
             absent = [noun for noun, label in pairs if label == "no"]
             assert len(set(absent)) == per_image
@@ -227,7 +231,7 @@ def test_every_split_keeps_the_rules(seed: int, per_image: int) -> None:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_negatives_are_the_first_of_their_ranking(seed: int) -> None:
-    """Rankings counted anew, pair by pair; where a ranking has none left, any absent object will do."""
+    """Rankings counted by a naive loop over pairs; where a ranking is exhausted, any absent object counts."""
     images = {name: objects for name, objects in many_images(seed).items() if len(objects) >= 3}
     built = build(images, seed=seed)
     nouns = list(dict.fromkeys(noun for objects in images.values() for noun in objects))
@@ -235,15 +239,15 @@ def test_negatives_are_the_first_of_their_ranking(seed: int) -> None:
     def frequency(noun: str) -> int:
         return sum(noun in objects for objects in images.values())
 
-    def together(noun: str, other: str) -> int:
+    def co_occurrences(noun: str, other: str) -> int:
         return sum(noun in objects and other in objects for objects in images.values())
 
     for name, objects in images.items():
         for split in ("popular", "adversarial"):
             absent = [noun for noun in nouns if noun not in objects]
-            pairs = asked(built[split], name)
+            pairs = questions_of(built[split], name)
             for (positive, _), (negative, _) in zip(pairs[::2], pairs[1::2], strict=True):
-                counts = {n: frequency(n) if split == "popular" else together(positive, n) for n in absent}
+                counts = {n: frequency(n) if split == "popular" else co_occurrences(positive, n) for n in absent}
                 best = max(counts.values())
                 assert negative in absent
                 assert counts[negative] == best
@@ -254,7 +258,7 @@ def test_random_is_uniform_over_the_absent() -> None:
     images = {"x.png": ["a", "b", "c"], **{f"{i}.png": ["d", "e", "f", "g"] for i in range(3)}}
     counts = dict.fromkeys("defg", 0)
     for seed in range(400):
-        _, (noun, _), *_ = asked(build(images, seed=seed)["random"], "x.png")
+        _, (noun, _), *_ = questions_of(build(images, seed=seed)["random"], "x.png")
         counts[noun] += 1
     assert min(counts.values()) > 70
 
@@ -265,10 +269,10 @@ def test_counts_are_those_of_the_sampled_images_only() -> None:
         built = build(images, seed=seed, n_images=6)
         names = list(dict.fromkeys(r["image"] for r in built["random"]))
         assert len(names) == 6
-        seen = {noun for name in names for noun in images[str(name)]}
-        assert {noun for name in names for noun, _ in asked(built["random"], str(name))} <= seen
+        nouns = {noun for name in names for noun in images[str(name)]}
+        assert {noun for name in names for noun, _ in questions_of(built["random"], str(name))} <= nouns
         alone = build({str(name): images[str(name)] for name in names})
-        firsts = [[asked(b["popular"], str(name))[1] for name in names] for b in (built, alone)]
+        firsts = [[questions_of(b["popular"], str(name))[1] for name in names] for b in (built, alone)]
         assert firsts[0] == firsts[1]
     assert build(images, seed=1, n_images=6) == build(images, seed=1, n_images=6)
     assert build(images, seed=1, n_images=6) != build(images, seed=2, n_images=6)
@@ -312,7 +316,7 @@ def test_built_questions_are_read_by_the_loader(tmp_path: Path) -> None:
         data = loaders.pope(path, tmp_path)
         expected = [(f"{split}/{r['question_id']}", r["text"], r["label"], r["image"]) for r in records]
         assert [(e.id, e.question, e.answer, e.group) for e in data] == expected
-        noun = asked(records, "sub/ü.png")[2][0]
+        noun = questions_of(records, "sub/ü.png")[2][0]
         assert noun == "hot dog"
         assert any(e.labels.get("object:hot dog") for e in data)
 

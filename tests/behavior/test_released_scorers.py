@@ -59,14 +59,14 @@ def vlmevalkit_by_hand(text: str) -> str | None:
         "!",
     ]:
         out = out.replace(mark, "" if mark + " " in text or " " + mark in text or digits else " ")
-    kept, deleted = "", 0
+    cleaned, deleted = "", 0
     for i, c in enumerate(out):
         near_digit = out[i - 1 : i].isdigit() or out[i + 1 : i + 2].isdigit()
         if c == "." and not near_digit and deleted < 32:
             deleted += 1
         else:
-            kept += c
-    words = kept.split()
+            cleaned += c
+    words = cleaned.split()
     if "yes" in words:
         return None if "no" in words else "yes"
     return "no" if "no" in words else None
@@ -114,18 +114,18 @@ def test_pope_by_lmms_eval(seed: int) -> None:
     chance = random.Random(seed)
     labels = [chance.choice(["yes", "no"]) for _ in range(60)]
     texts = [chance.choice(["Yes", " no ", "NO", "yes", "Yes.", "perhaps"]) for _ in labels]
-    said = [t.lower().strip() for t in texts]
-    hits = sum(s == t == "yes" for s, t in zip(said, labels, strict=True))
-    false = sum((s, t) == ("yes", "no") for s, t in zip(said, labels, strict=True))
-    missed = sum((s, t) == ("no", "yes") for s, t in zip(said, labels, strict=True))
+    predicted = [t.lower().strip() for t in texts]
+    hits = sum(s == t == "yes" for s, t in zip(predicted, labels, strict=True))
+    false = sum((s, t) == ("yes", "no") for s, t in zip(predicted, labels, strict=True))
+    missed = sum((s, t) == ("no", "yes") for s, t in zip(predicted, labels, strict=True))
     precision, recall = hits / (hits + false), hits / (hits + missed)
     scores = score(texts, labels, "lmms_eval")
-    assert scores.accuracy.value == pytest.approx(sum(s == t for s, t in zip(said, labels, strict=True)) / 60)
+    assert scores.accuracy.value == pytest.approx(sum(s == t for s, t in zip(predicted, labels, strict=True)) / 60)
     assert scores.precision.value == pytest.approx(precision)
     assert scores.recall.value == pytest.approx(recall)
     assert scores.f1.value == pytest.approx(2 * precision * recall / (precision + recall))
     assert scores.yes_ratio.value == pytest.approx(labels.count("yes") / 60)
-    assert scores.unparsed == sum(s not in {"yes", "no"} for s in said)
+    assert scores.unparsed == sum(s not in {"yes", "no"} for s in predicted)
 
 
 # ---- AMBER -------------------------------------------------------------------------------------------------------------
@@ -167,14 +167,14 @@ def amber_by_hand(annotations: list[dict[str, Any]], responses: list[dict[str, A
 def test_amber_prints_what_the_release_prints(tmp_path: Path, seed: int) -> None:
     chance = random.Random(seed)
     kinds = list(TYPES)
-    held = [{"id": i, "type": chance.choice(kinds), "truth": chance.choice(["yes", "no"])} for i in range(1, 120)]
-    said = [{"id": a["id"], "response": chance.choice(["Yes", "No", "No", "yes", "No."])} for a in held]
-    expected = amber_by_hand(held, said)
-    chance.shuffle(held)
-    chance.shuffle(said)
+    records = [{"id": i, "type": chance.choice(kinds), "truth": chance.choice(["yes", "no"])} for i in range(1, 120)]
+    replies = [{"id": a["id"], "response": chance.choice(["Yes", "No", "No", "yes", "No."])} for a in records]
+    expected = amber_by_hand(records, replies)
+    chance.shuffle(records)
+    chance.shuffle(replies)
     annotations, responses = tmp_path / "annotations.json", tmp_path / "responses.json"
-    annotations.write_text(json.dumps(held))
-    responses.write_text(json.dumps(said))
+    annotations.write_text(json.dumps(records))
+    responses.write_text(json.dumps(replies))
     parts = amber.score_files(annotations, responses).parts
     assert set(parts) == set(expected)
     for part, scores in parts.items():
@@ -186,11 +186,11 @@ def test_amber_prints_what_the_release_prints(tmp_path: Path, seed: int) -> None
 
 
 def test_amber_existence_rounds_first_and_adds_more(tmp_path: Path) -> None:
-    held = [{"id": i, "type": "discriminative-hallucination", "truth": "no"} for i in range(1, 11)]
-    said = [{"id": i, "response": "No" if i <= 3 else "Yes"} for i in range(1, 11)]
+    records = [{"id": i, "type": "discriminative-hallucination", "truth": "no"} for i in range(1, 11)]
+    replies = [{"id": i, "response": "No" if i <= 3 else "Yes"} for i in range(1, 11)]
     annotations, responses = tmp_path / "annotations.json", tmp_path / "responses.json"
-    annotations.write_text(json.dumps(held))
-    responses.write_text(json.dumps(said))
+    annotations.write_text(json.dumps(records))
+    responses.write_text(json.dumps(replies))
     parts = amber.score_files(annotations, responses).parts
     assert {k: round(100 * v.f1.value, 1) for k, v in parts.items()} == {"existence": 46.1, "all": 46.2}
     exact = amber.score_files(annotations, responses, variant="exact").parts
@@ -201,22 +201,22 @@ def test_amber_existence_rounds_first_and_adds_more(tmp_path: Path) -> None:
 
 def test_amber_annotations_belong_to_the_id_that_they_name(tmp_path: Path) -> None:
     full = [{"id": i, "type": "discriminative-hallucination", "truth": "yes" if i <= 3 else "no"} for i in range(1, 7)]
-    said = [{"id": i, "response": "Yes" if i <= 3 else "No"} for i in range(1, 7)]
+    replies = [{"id": i, "response": "Yes" if i <= 3 else "No"} for i in range(1, 7)]
     Image.new("RGB", (2, 2)).save(tmp_path / "a.jpg")
     queries = tmp_path / "queries.json"
     queries.write_text(json.dumps([{"id": i, "image": "a.jpg", "query": "?"} for i in (5, 2)]))
     annotations, responses = tmp_path / "annotations.json", tmp_path / "responses.json"
-    responses.write_text(json.dumps(said))
+    responses.write_text(json.dumps(replies))
     unnamed = [{k: v for k, v in a.items() if k != "id"} for a in full]
-    for held in (full, full[::-1], full[3:] + full[:3], unnamed):
-        annotations.write_text(json.dumps(held))
+    for records in (full, full[::-1], full[3:] + full[:3], unnamed):
+        annotations.write_text(json.dumps(records))
         assert amber.score_files(annotations, responses).parts["all"].accuracy.value == 1.0
         assert [(e.id, e.answer) for e in loaders.amber(queries, tmp_path, annotations)] == [("5", "no"), ("2", "yes")]
-    for held, words in (
+    for records, words in (
         ([*full, full[0]], r"record 7: field 'id': 1 was already used, at .* record 1"),
         ([full[0], unnamed[1]], "record 2: some annotations have a field 'id' and some have none"),
     ):
-        annotations.write_text(json.dumps(held))
+        annotations.write_text(json.dumps(records))
         with pytest.raises(DataError, match=words):
             amber.score_files(annotations, responses)
 
@@ -230,8 +230,8 @@ def mme_by_hand(text: str) -> float:
     right = []
     for _, _, truth, response in rows:
         start = response.lower()[:4]
-        said = "yes" if "yes" in start else "no" if "no" in start else "other"
-        right.append(said == truth.lower())
+        prediction = "yes" if "yes" in start else "no" if "no" in start else "other"
+        right.append(prediction == truth.lower())
     pairs = [a and b for a, b in zip(right[::2], right[1::2], strict=True)]
     return 100 * sum(right) / len(right) + 100 * sum(pairs) / len(pairs)
 
@@ -244,17 +244,17 @@ def test_mme_is_scored_as_in_the_release(tmp_path: Path, seed: int) -> None:
         lines = []
         for i in range(20):
             for truth in ("Yes", "No"):
-                said = chance.choice(
+                response = chance.choice(
                     ["Yes", "No", "yes, it is", "  Yes", "I know", "Not really", "It is", "", "    No"]
                 )
-                lines.append(f"{i}.jpg\tIs it? Please answer yes or no.\t{truth}\t{said}\n")
+                lines.append(f"{i}.jpg\tIs it? Please answer yes or no.\t{truth}\t{response}\n")
         texts[task] = "".join(lines)
         (tmp_path / f"{task}.txt").write_text(texts[task])
-    found = mme.score_files(tmp_path)
+    scores = mme.score_files(tmp_path)
     for task, text in texts.items():
-        assert found.subtasks[task.lower()].score.value == pytest.approx(mme_by_hand(text))
-    assert found.perception == pytest.approx(mme_by_hand(texts["existence"]) + mme_by_hand(texts["OCR"]))
-    assert found.cognition == pytest.approx(mme_by_hand(texts["code_reasoning"]))
+        assert scores.subtasks[task.lower()].score.value == pytest.approx(mme_by_hand(text))
+    assert scores.perception == pytest.approx(mme_by_hand(texts["existence"]) + mme_by_hand(texts["OCR"]))
+    assert scores.cognition == pytest.approx(mme_by_hand(texts["code_reasoning"]))
 
 
 def test_mme_leading_blanks_hide_an_answer(tmp_path: Path) -> None:
@@ -326,12 +326,12 @@ def test_mmhal_counts_what_cannot_be_read_as_0(tmp_path: Path) -> None:
         scores = [s for s in range(7) if f"rating: {s}" in reply.lower()]
         ratings.append(scores[0] if len(scores) == 1 else 0)
     assert ratings == [6, 0, 0, 2]
-    found = judge(tmp_path, "mmhal", *({"reply": r} for r in replies))
-    assert found.figures["score"].value == pytest.approx(sum(ratings) / 4)
-    assert found.figures["hallucination_rate"].value == pytest.approx(sum(r < 3 for r in ratings) / 4)
-    assert found.unjudged == 2
+    judged = judge(tmp_path, "mmhal", *({"reply": r} for r in replies))
+    assert judged.figures["score"].value == pytest.approx(sum(ratings) / 4)
+    assert judged.figures["hallucination_rate"].value == pytest.approx(sum(r < 3 for r in ratings) / 4)
+    assert judged.unjudged == 2
     nulls = judge(tmp_path, "mmhal", {"rating": 6}, {"verdict": None}, {"verdict": None}, {"rating": 2})
-    assert nulls == found
+    assert nulls == judged
     better = judge(tmp_path, "mmhal", *({"reply": r} for r in replies), variant="judged_only")
     assert (better.figures["score"].value, better.unjudged) == (4, 2)
     with pytest.raises(DataError, match="line 1: the verdict may be field 'reply' or field 'rating'"):
@@ -354,11 +354,11 @@ def test_llava_bench_reads_a_verdict_of_0(tmp_path: Path) -> None:
 
 def test_cceval_counts_words_between_single_spaces(tmp_path: Path) -> None:
     counts = {"mentioned": 1, "hallucinated": 0, "objects": 1, "covered": 1}
-    found = judge(tmp_path, "cceval", counts)
-    assert found.figures["words_per_caption"].value == len(ITEMS[0].answer.split(" ")) == 5
-    assert found.figures["coverage"].value == 1
+    scores = judge(tmp_path, "cceval", counts)
+    assert scores.figures["words_per_caption"].value == len(ITEMS[0].answer.split(" ")) == 5
+    assert scores.figures["coverage"].value == 1
     short = judge(tmp_path, "cceval", {"mentioned": 1, "hallucinated": 0})  # coverage is optional
-    assert set(found.figures) - set(short.figures) == {"coverage"}
+    assert set(scores.figures) - set(short.figures) == {"coverage"}
     with pytest.raises(DataError, match="line 2: only some verdicts have the field 'covered'"):
         judge(tmp_path, "cceval", counts, {"mentioned": 1, "hallucinated": 0})
 

@@ -21,8 +21,8 @@ def naive(values: np.ndarray, groups: list[str], draws: int, seed: int) -> np.nd
     rows = {name: [v for v, g in zip(values, groups, strict=True) if g == name] for name in names}
     means = []
     for _ in range(draws):
-        taken = [v for i in rng.integers(0, len(names), size=len(names)) for v in rows[names[i]]]
-        means.append(np.mean(taken))
+        sample = [v for i in rng.integers(0, len(names), size=len(names)) for v in rows[names[i]]]
+        means.append(np.mean(sample))
     return np.array(means)
 
 
@@ -41,9 +41,9 @@ def test_bootstrap_agrees_with_resampling_groups_one_by_one(kind: str) -> None:
     shift = np.repeat(rng.random(150), sizes)
     values = shift + rng.normal(size=len(groups)) if kind.startswith("all") else rng.random(len(groups)) < shift
     expected = np.quantile(naive(values.astype(float), groups, 4000, 0), [0.025, 0.975])
-    found = cluster_bootstrap(values, groups, n=20000)
+    interval = cluster_bootstrap(values, groups, n=20000)
     width = expected[1] - expected[0]
-    assert np.allclose(found, expected, atol=0.06 * width)
+    assert np.allclose(interval, expected, atol=0.06 * width)
 
 
 def test_bootstrap_of_a_ratio_agrees_with_resampling() -> None:
@@ -52,8 +52,8 @@ def test_bootstrap_of_a_ratio_agrees_with_resampling() -> None:
     above = rng.binomial(below, 0.3)
     picks = np.random.default_rng(3).integers(0, 80, size=(8000, 80))
     expected = np.quantile(above[picks].sum(1) / below[picks].sum(1), [0.025, 0.975])
-    found = cluster_bootstrap(np.stack([above, below], axis=1), range(80), ratio, n=8000)
-    assert np.allclose(found, expected, atol=0.01)
+    interval = cluster_bootstrap(np.stack([above, below], axis=1), range(80), ratio, n=8000)
+    assert np.allclose(interval, expected, atol=0.01)
 
 
 def test_bootstrap_does_not_depend_on_names_or_repeat_differently() -> None:
@@ -84,8 +84,8 @@ def test_estimate_covers_with_few_groups_and_near_the_ends(n_groups: int, share:
     rounds = 300
     covered = 0
     for _ in range(rounds):
-        found = estimate(rng.random(n_groups) < share, range(n_groups), n=200)
-        covered += found.low <= share <= found.high
+        interval = estimate(rng.random(n_groups) < share, range(n_groups), n=200)
+        covered += interval.low <= share <= interval.high
     assert covered / rounds >= 0.85
 
 
@@ -105,26 +105,26 @@ def test_wilson_is_scipys(k: int, more: int) -> None:
 @pytest.mark.parametrize("value", [True, False])
 @pytest.mark.parametrize("n_groups", [1, 3, 200])
 def test_estimate_is_never_certain(value: bool, n_groups: int) -> None:
-    found = estimate([value] * (2 * n_groups), [i // 2 for i in range(2 * n_groups)])
-    assert found.value == value
-    assert (found.low, found.high) == pytest.approx(wilson(n_groups * value, n_groups))
-    assert found.low < found.high
-    assert found.n == 2 * n_groups
+    interval = estimate([value] * (2 * n_groups), [i // 2 for i in range(2 * n_groups)])
+    assert interval.value == value
+    assert (interval.low, interval.high) == pytest.approx(wilson(n_groups * value, n_groups))
+    assert interval.low < interval.high
+    assert interval.n == 2 * n_groups
 
 
 def test_estimate_leaves_out_groups_that_count_nothing() -> None:
-    found = estimate([1, 1, 1, 0, 0], "abcde", [1, 1, 1, 0, 0])
-    assert (found.low, found.high) == pytest.approx(wilson(3, 3))
-    assert found.n == 3
+    interval = estimate([1, 1, 1, 0, 0], "abcde", [1, 1, 1, 0, 0])
+    assert (interval.low, interval.high) == pytest.approx(wilson(3, 3))
+    assert interval.n == 3
 
 
 def test_independent_rows_have_wilsons_interval() -> None:
     """1 of 125 was [0, .024] from a bootstrap, which covers a rate of .025 in 86 % of samples."""
-    found = estimate([1] + [0] * 124, range(125))
-    assert (round(found.low, 4), round(found.high, 4)) == (0.0014, 0.0439)
+    interval = estimate([1] + [0] * 124, range(125))
+    assert (round(interval.low, 4), round(interval.high, 4)) == (0.0014, 0.0439)
     for k in range(0, 126, 7):
-        found = estimate([1] * k + [0] * (125 - k), range(125))
-        assert (found.low, found.high) == pytest.approx(wilson(k, 125))
+        interval = estimate([1] * k + [0] * (125 - k), range(125))
+        assert (interval.low, interval.high) == pytest.approx(wilson(k, 125))
     values = [True, False] * FEW_GROUPS
     assert estimate(values, range(2 * FEW_GROUPS)) == Estimate(0.5, *wilson(10, 20), 20)
 
@@ -132,10 +132,10 @@ def test_independent_rows_have_wilsons_interval() -> None:
 def test_nothing_measured_is_nan() -> None:
     assert all(math.isnan(v) for v in cluster_bootstrap([], []))
     assert all(math.isnan(v) for v in cluster_bootstrap([1.0, 2.0], "aa"))  # one group says nothing of others
-    found = estimate([0, 0], "ab", [0, 0])
-    assert math.isnan(found.value)
-    assert math.isnan(found.low)
-    assert found.n == 0
+    interval = estimate([0, 0], "ab", [0, 0])
+    assert math.isnan(interval.value)
+    assert math.isnan(interval.low)
+    assert interval.n == 0
 
 
 def test_bad_input_is_named() -> None:

@@ -33,38 +33,38 @@ ROWS = [("existence", True), ("existence", False), ("count", False), ("color", F
 
 
 def test_frequency_times_severity_by_hand() -> None:
-    found = taxonomy.tabulate(result(ROWS), {"existence": 1.0, "object": 0.6, "attribute": 0.2})
-    assert [(s.level, s.kind) for s in found.shares] == [
+    table = taxonomy.tabulate(result(ROWS), {"existence": 1.0, "object": 0.6, "attribute": 0.2})
+    assert [(s.level, s.kind) for s in table.shares] == [
         ("all", "all"), ("object", "all"), ("object", "existence"), ("object", "count"),
         ("attribute", "all"), ("attribute", "color"), ("relation", "all"), ("relation", "relation"),
     ]  # fmt: skip
-    thing = found.get("object")
+    thing = table.get("object")
     assert thing.frequency.value == pytest.approx(2 / 3)
     assert thing.severity.value == pytest.approx((1.0 + 0.6) / 2)
     assert thing.harm.value == pytest.approx(1.6 / 3)
-    hue = found.get("attribute", "color")
+    hue = table.get("attribute", "color")
     assert (hue.n, hue.unparsed) == (3, 1)
     assert hue.frequency.value == pytest.approx(2 / 3)
     assert hue.harm.value == pytest.approx(0.4 / 3)
-    assert found.get("relation").frequency.value == 0
-    assert found.get("relation").frequency.high > 0
-    assert math.isnan(found.get("relation").severity.value)
-    whole = found.get()
+    assert table.get("relation").frequency.value == 0
+    assert table.get("relation").frequency.high > 0
+    assert math.isnan(table.get("relation").severity.value)
+    whole = table.get()
     assert (whole.n, whole.frequency.value) == (8, 0.5)
     assert whole.harm.value == pytest.approx(2.0 / 8)
-    assert found.weights == {"object/existence": 1, "object/count": 0.6, "attribute/color": pytest.approx(0.2),
+    assert table.weights == {"object/existence": 1, "object/count": 0.6, "attribute/color": pytest.approx(0.2),
                              "relation/relation": 1}  # fmt: skip
-    frame = found.frame()
+    frame = table.frame()
     assert frame["seconds_per_answer"].tolist() == [0.75] * 8
     assert frame["forwards_per_answer"].tolist() == [3 / 8] * 8
-    assert frame["harm"].tolist() == [s.harm.value for s in found.shares]
+    assert frame["harm"].tolist() == [s.harm.value for s in table.shares]
 
 
 def test_a_weight_may_depend_on_the_answer() -> None:
     """A missed pedestrian: what is weighed is the single question."""
-    found = taxonomy.tabulate(result(ROWS), lambda a: 1.0 if a.id == "1" else 0.0)
-    assert found.get("object").harm.value == pytest.approx(1 / 3)
-    assert found.get("attribute").harm.value == 0
+    table = taxonomy.tabulate(result(ROWS), lambda a: 1.0 if a.id == "1" else 0.0)
+    assert table.get("object").harm.value == pytest.approx(1 / 3)
+    assert table.get("attribute").harm.value == 0
 
 
 @settings(max_examples=20)
@@ -72,14 +72,14 @@ def test_a_weight_may_depend_on_the_answer() -> None:
     st.lists(st.tuples(st.sampled_from(sorted(LEVEL)), st.sampled_from([True, False, None])), min_size=1, max_size=40)
 )
 def test_harm_is_frequency_times_severity_and_levels_add_up(rows: list[tuple[str, bool | None]]) -> None:
-    found = taxonomy.tabulate(result(rows))
-    for share in found.shares:
+    table = taxonomy.tabulate(result(rows))
+    for share in table.shares:
         if share.frequency.value:
             assert share.harm.value == pytest.approx(share.frequency.value * share.severity.value)
         assert share.frequency.low <= share.frequency.value <= share.frequency.high
-    levels = [s for s in found.shares if s.level != "all" and s.kind == "all"]
+    levels = [s for s in table.shares if s.level != "all" and s.kind == "all"]
     assert sum(s.n for s in levels) == len(rows)
-    assert sum(s.harm.value * s.n for s in levels) == pytest.approx(found.get().harm.value * len(rows))
+    assert sum(s.harm.value * s.n for s in levels) == pytest.approx(table.get().harm.value * len(rows))
 
 
 def test_two_systems_by_level() -> None:
@@ -88,9 +88,9 @@ def test_two_systems_by_level() -> None:
     first = [(k, bool(r)) for k, r in zip(kinds, rng.random(240) < 0.6, strict=True)]
     second = [(k, bool(r or (k == "color" and i % 2))) for i, (k, r) in enumerate(first)]
     weights = {"color": 0.5, "object": 1.0, "relation": 0.25}
-    found = taxonomy.compare_systems(result(first, 6), result(second, 6), weights, n=4000)
-    assert [c.level for c in found] == ["all", "object", "attribute", "relation"]
-    hue = found[2]
+    changes = taxonomy.compare_systems(result(first, 6), result(second, 6), weights, n=4000)
+    assert [c.level for c in changes] == ["all", "object", "attribute", "relation"]
+    hue = changes[2]
     gained = sum(b and not a for (k, a), (_, b) in zip(first, second, strict=True) if k == "color")
     assert (hue.accuracy.gained, hue.accuracy.lost) == (gained, 0)
     assert hue.accuracy.p_value == pytest.approx(binomtest(gained, gained).pvalue)
@@ -98,13 +98,13 @@ def test_two_systems_by_level() -> None:
     moved = np.array([weights.get(k, 1.0) * (a - b) if k == "color" else 0.0
                       for (k, a), (_, b) in zip(first, second, strict=True)]).reshape(40, 6)  # fmt: skip
     draws = [moved[rng.integers(0, 40, 40)].mean() for _ in range(4000)]
-    assert (found[0].harm.low, found[0].harm.high) == pytest.approx(np.quantile(draws, [0.025, 0.975]), abs=0.006)
-    still = found[1]
+    assert (changes[0].harm.low, changes[0].harm.high) == pytest.approx(np.quantile(draws, [0.025, 0.975]), abs=0.006)
+    still = changes[1]
     assert still.harm.value == 0
     assert still.harm.low < 0 < still.harm.high
-    frame = taxonomy.changes_frame(found)
+    frame = taxonomy.changes_frame(changes)
     assert frame["level"].tolist() == ["all", "object", "attribute", "relation"]
-    assert frame["harm"].tolist() == [c.harm.value for c in found]
+    assert frame["harm"].tolist() == [c.harm.value for c in changes]
 
 
 def test_what_cannot_be_weighed_is_refused() -> None:

@@ -30,15 +30,15 @@ def margin(logits: torch.Tensor, model: Lvlm, example: Example) -> float:
 
 @torch.no_grad()
 def outputs(model: Lvlm, example: Example) -> list[torch.Tensor]:
-    kept: list[torch.Tensor] = []
+    head_outputs: list[torch.Tensor] = []
     hooks = [
-        layer.self_attn.o_proj.register_forward_pre_hook(lambda _m, args: kept.append(args[0][0].clone()))
+        layer.self_attn.o_proj.register_forward_pre_hook(lambda _m, args: head_outputs.append(args[0][0].clone()))
         for layer in layers_of(model)
     ]
     model.hf(**model.encode(example).inputs)
     for hook in hooks:
         hook.remove()
-    return kept
+    return head_outputs
 
 
 def spots(model: Lvlm, example: Example, tokens: str) -> list[int]:
@@ -56,14 +56,16 @@ def naive(model: Lvlm, example: Example, heads: Sequence[Head], values: list[tor
     for i, layer in enumerate(layers_of(model)):
         mine = [h.head for h in heads if h.layer == i]
 
-        def put(_m: object, args: tuple[torch.Tensor], i: int = i, mine: list[int] = mine) -> tuple[torch.Tensor]:
+        def replace_heads(
+            _m: object, args: tuple[torch.Tensor], i: int = i, mine: list[int] = mine
+        ) -> tuple[torch.Tensor]:
             z = args[0].clone()
             for h in mine:
                 for k, position in enumerate(at):
                     z[0, position, h * dim : (h + 1) * dim] = values[i][k, h * dim : (h + 1) * dim]
             return (z,)
 
-        hooks.append(layer.self_attn.o_proj.register_forward_pre_hook(put))
+        hooks.append(layer.self_attn.o_proj.register_forward_pre_hook(replace_heads))
     logits = model.hf(**model.encode(example).inputs).logits[0, -1]
     for hook in hooks:
         hook.remove()
@@ -72,41 +74,43 @@ def naive(model: Lvlm, example: Example, heads: Sequence[Head], values: list[tor
 
 @pytest.mark.parametrize("tokens", ["last", "suffix", "image", "all"])
 @pytest.mark.parametrize("method", ["zero", "mean"])
-def test_equals_plain_hooks(method: Method, tokens: Tokens) -> None:
-    model, asked, reference = shared(), examples(4), examples()[2:7]
-    found = ablate(model, asked, SETS, method=method, tokens=tokens, reference=reference, batch_size=3)
+def test_ablated_margins_equal_plain_hooks(method: Method, tokens: Tokens) -> None:
+    model, data, reference = shared(), examples(4), examples()[2:7]
+    ablation = ablate(model, data, SETS, method=method, tokens=tokens, reference=reference, batch_size=3)
     collected = [[z[spots(model, e, tokens)] for z in outputs(model, e)] for e in reference]
     mean = [torch.cat([example[i] for example in collected]).double().mean(0).float() for i in range(model.n_layers)]
-    for n, example in enumerate(asked):
+    for n, example in enumerate(data):
         count = len(spots(model, example, tokens))
         values = [(m if method == "mean" else 0 * m).expand(count, -1) for m in mean]
-        assert found.margins[n] == pytest.approx(naive(model, example, [], values, tokens), abs=1e-5)
-        for s, heads in enumerate(found.heads):
-            assert found.ablated[n, s] == pytest.approx(naive(model, example, heads, values, tokens), abs=1e-5)
-    assert np.abs(found.effects).max() > 1e-3
-    assert found.heads == (HeadSet("L1.H3"), SETS[1])
+        assert ablation.margins[n] == pytest.approx(naive(model, example, [], values, tokens), abs=1e-5)
+        for s, heads in enumerate(ablation.heads):
+            assert ablation.ablated[n, s] == pytest.approx(naive(model, example, heads, values, tokens), abs=1e-5)
+    assert np.abs(ablation.effects).max() > 1e-3
+    assert ablation.heads == (HeadSet("L1.H3"), SETS[1])
     assert hooks_of(model) == 0
 
 
 @pytest.mark.parametrize("tokens", ["last", "all"])
 def test_resampling_takes_another_groups_output(tokens: Tokens) -> None:
-    model, asked = shared(), examples()
-    found = ablate(model, asked, SETS, method="resample", tokens=tokens, seed=3)
-    for n, example in enumerate(asked[:3]):
+    model, data = shared(), examples()
+    ablation = ablate(model, data, SETS, method="resample", tokens=tokens, seed=3)
+    for n, example in enumerate(data[:3]):
         possible = []
-        for other in asked:
+        for other in data:
             same = tokens == "last" or len(spots(model, other, tokens)) == len(spots(model, example, tokens))
             if other.group != example.group and same:
                 values = [z[spots(model, other, tokens)] for z in outputs(model, other)]
-                possible.append([naive(model, example, heads, values, tokens) for heads in found.heads])
-        nearest = np.abs(np.array(possible) - found.ablated[n]).max(axis=1).min()
+                possible.append([naive(model, example, heads, values, tokens) for heads in ablation.heads])
+        nearest = np.abs(np.array(possible) - ablation.ablated[n]).max(axis=1).min()
         assert nearest < 1e-5, "one donor explains all sets"
         own = [z[spots(model, example, tokens)] for z in outputs(model, example)]
-        assert naive(model, example, found.heads[1], own, tokens) == pytest.approx(float(found.margins[n]), abs=1e-5)
-    again = ablate(model, asked, SETS, method="resample", tokens=tokens, seed=3, batch_size=2)
-    np.testing.assert_allclose(again.ablated, found.ablated, atol=1e-5)
+        assert naive(model, example, ablation.heads[1], own, tokens) == pytest.approx(
+            float(ablation.margins[n]), abs=1e-5
+        )
+    repeated = ablate(model, data, SETS, method="resample", tokens=tokens, seed=3, batch_size=2)
+    np.testing.assert_allclose(repeated.ablated, ablation.ablated, atol=1e-5)
     assert (
-        np.abs(ablate(model, asked, SETS, method="resample", tokens=tokens, seed=4).ablated - found.ablated).max()
+        np.abs(ablate(model, data, SETS, method="resample", tokens=tokens, seed=4).ablated - ablation.ablated).max()
         > 1e-4
     )
 
@@ -128,58 +132,58 @@ def test_backups_show_in_joint_but_not_in_single_ablation(method: Method, backup
         balanced = [e for pair in p.pairs(4) for e in (pair.clean, pair.corrupt)]
         chain = [p.grounding, *p.backups]
         sets = [*chain, HeadSet(chain[:-1]), HeadSet(chain)]
-        found = ablate(p.model, balanced, sets, method=method).effects.mean(0)
+        effects = ablate(p.model, balanced, sets, method=method).effects.mean(0)
         # 6 is what the picture says, in logits.
-        np.testing.assert_allclose(found[:-1], 0, atol=0.1)
-        assert found[-1] == pytest.approx(6, abs=0.2)
+        np.testing.assert_allclose(effects[:-1], 0, atol=0.1)
+        assert effects[-1] == pytest.approx(6, abs=0.2)
 
 
-def test_without_the_prior_head_conflicts_are_answered_more_surely() -> None:
+def test_ablation_of_the_prior_head_raises_margins_on_conflicts() -> None:
     p = planted_circuits.plant(2)
     assert p.prior is not None
-    asked = p.examples(20)
-    found = ablate(p.model, asked, [p.prior], method="zero").effects[:, 0]
-    for example, effect in zip(asked, found, strict=True):
+    data = p.examples(20)
+    effects = ablate(p.model, data, [p.prior], method="zero").effects[:, 0]
+    for example, effect in zip(data, effects, strict=True):
         assert effect == pytest.approx({"neutral": 0, "typical": 3, "conflict": -3}[example.split], abs=0.1)
 
 
-def test_numbers_by_group() -> None:
+def test_effects_are_averaged_by_group() -> None:
     p = planted_circuits.plant(5)
     assert p.grounding is not None
-    asked = [replace(e, group=f"g{i // 3}") for i, e in enumerate(p.examples(30))]
-    found = ablate(p.model, asked, [p.grounding, p.decoys[0]], method="zero")
-    frame = found.frame()
+    data = [replace(e, group=f"g{i // 3}") for i, e in enumerate(p.examples(30))]
+    ablation = ablate(p.model, data, [p.grounding, p.decoys[0]], method="zero")
+    frame = ablation.frame()
     assert list(frame["name"]) == [str(p.grounding), str(p.decoys[0])]
-    np.testing.assert_allclose(frame["effect"], found.effects.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(frame["effect"], ablation.effects.mean(0), rtol=1e-6)
     assert (frame["effect_low"] <= frame["effect"]).all()
     assert (frame["effect"] <= frame["effect_high"]).all()
     assert frame["lost"][1] == 0 < frame["lost"][0]
-    np.testing.assert_allclose(frame["accuracy"] + frame["lost"], found.right.mean())
-    values = found.effects[:, 0].astype(np.float64)
+    np.testing.assert_allclose(frame["accuracy"] + frame["lost"], ablation.right.mean())
+    values = ablation.effects[:, 0].astype(np.float64)
     means = [values[3 * i : 3 * i + 3].mean() for i in range(10)]
     t = stats.t.interval(0.95, 9, np.mean(means), stats.sem(means))
     assert frame["effect_high"][0] - frame["effect_low"][0] == pytest.approx(t[1] - t[0], rel=0.35)
-    some = found.select(np.array([e.split == "conflict" for e in asked]))
-    assert len(some.ids) == sum(e.split == "conflict" for e in asked) == len(some.ablated)
+    some = ablation.select(np.array([e.split == "conflict" for e in data]))
+    assert len(some.ids) == sum(e.split == "conflict" for e in data) == len(some.ablated)
 
 
-def test_what_is_refused() -> None:
-    model, asked = shared(), examples(2)
+def test_invalid_options_and_heads_are_refused() -> None:
+    model, data = shared(), examples(2)
     for options in ({"method": "noise"}, {"tokens": "first"}, {"batch_size": 0}, {"batch_size": -1}):
         with pytest.raises(ConfigError):
-            ablate(model, asked, **options)
+            ablate(model, data, **options)
     with pytest.raises(SiteError, match=r"L9\.H0: random has 6 layers"):
-        ablate(model, asked, [Head(9, 0)])
+        ablate(model, data, [Head(9, 0)])
     with pytest.raises(PatchError, match="heads is empty"):
-        ablate(model, asked, [])
+        ablate(model, data, [])
     for joint in ([[Head(0, 0), Head(1, 1)]], [("L0.H0", "L1.H1")], [{Head(0, 0)}]):
         with pytest.raises(SiteError, match=r"HeadSet\(\[…\]\) for heads of one joint run"):
-            ablate(model, asked, joint)  # pyright: ignore[reportArgumentType]  # a user's mistake
+            ablate(model, data, joint)  # pyright: ignore[reportArgumentType]  # a user's mistake
     with pytest.raises(SiteError, match="empty set of heads"):
         HeadSet([])
     with pytest.raises(PatchError, match="examples is empty"):
         ablate(model, [])
     with pytest.raises(PatchError, match="reference is empty"):
-        ablate(model, asked, reference=[])
+        ablate(model, data, reference=[])
     with pytest.raises(PatchError, match="no reference example of another group"):
-        ablate(model, asked[:1], method="resample")
+        ablate(model, data[:1], method="resample")

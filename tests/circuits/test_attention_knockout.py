@@ -19,7 +19,7 @@ from lvlm import wrap_lvlm
 from lvlm.answer_keys import answer_key
 from lvlm.model import Lvlm
 from tests.toys.families import build
-from tests.toys.random_models import examples, hooks_of, layers_of, lively, shared
+from tests.toys.random_models import examples, hooks_of, layers_of, random_model, shared_model
 
 BY_MASK = (
     "llava",
@@ -50,13 +50,13 @@ def answered(model: Lvlm) -> tuple[Example, ...]:
 @torch.no_grad()
 def by_hand(model: Lvlm, example: Example, cut: np.ndarray, layers: tuple[int, ...]) -> np.ndarray:
     """Return the last logits of a Llama written out in float64, with ``cut`` [T, T] masked in some layers."""
-    kept: list[torch.Tensor] = []
+    states: list[torch.Tensor] = []
     hook = layers_of(model)[0].register_forward_pre_hook(
-        lambda _m, args, kw: kept.append(args[0] if args else kw["hidden_states"]), with_kwargs=True
+        lambda _m, args, kw: states.append(args[0] if args else kw["hidden_states"]), with_kwargs=True
     )
     model.logits(model.encode(example).inputs)
     hook.remove()
-    x = kept[0][0].double()
+    x = states[0][0].double()
     text = model.hf.model.language_model
     dim, heads, length = model.head_dim, model.n_heads, len(x)
     angle = torch.arange(length).double()[:, None] / 10000 ** (torch.arange(0, dim, 2).double() / dim)
@@ -105,14 +105,14 @@ def places(model: Lvlm, example: Example) -> dict[str, list[int]]:
         ("question", "question", "sdpa"),
     ],
 )
-def test_equals_a_decoder_written_out(target: Role, source: Role, attention: str) -> None:
-    model = shared() if attention == "sdpa" else lively()
+def test_knockout_equals_a_decoder_with_an_explicit_mask(target: Role, source: Role, attention: str) -> None:
+    model = shared_model() if attention == "sdpa" else random_model()
     model.hf.set_attn_implementation(attention)
-    asked = answered(shared())[:2]
-    found = attention_knockout.sweep(model, asked, target=target, source=source, window=3, batch_size=1)
-    assert found.windows == ((0, 1), (0, 1, 2), (1, 2, 3), (2, 3, 4), (3, 4, 5), (4, 5))
-    assert found.ids == tuple(e.id for e in asked)
-    for n, example in enumerate(asked):
+    data = answered(shared_model())[:2]
+    knockout = attention_knockout.sweep(model, data, target=target, source=source, window=3, batch_size=1)
+    assert knockout.windows == ((0, 1), (0, 1, 2), (1, 2, 3), (2, 3, 4), (3, 4, 5), (4, 5))
+    assert knockout.ids == tuple(e.id for e in data)
+    for n, example in enumerate(data):
         at = places(model, example)
         length = model.encode(example).tokens.length
         cut = np.zeros((length, length), bool)
@@ -125,45 +125,45 @@ def test_equals_a_decoder_written_out(target: Role, source: Role, attention: str
             return float(np.exp(logits[word] - logits.max()) / np.exp(logits - logits.max()).sum())
 
         whole = chance(cut, ())
-        assert found.probability[n] == pytest.approx(whole, rel=1e-4)
+        assert knockout.probability[n] == pytest.approx(whole, rel=1e-4)
         for k in (0, 2):
-            expected = chance(cut, found.windows[k]) / whole - 1
-            assert found.change[n, k] == pytest.approx(expected, abs=2e-4)
-    assert np.abs(found.change).max() > 1e-2
+            expected = chance(cut, knockout.windows[k]) / whole - 1
+            assert knockout.change[n, k] == pytest.approx(expected, abs=2e-4)
+    assert np.abs(knockout.change).max() > 1e-2
     assert hooks_of(model) == 0
 
 
 def test_the_object_is_part_of_the_image() -> None:
-    model = shared()
-    asked = answered(model)
-    found = attention_knockout.sweep(model, asked, target="last", source="object", window=6)
-    inside = [e for e in asked if e.named_object() is not None]
-    assert found.ids == tuple(e.id for e in inside)
-    assert found.without == len(asked) - len(inside) > 0
+    model = shared_model()
+    data = answered(model)
+    knockout = attention_knockout.sweep(model, data, target="last", source="object", window=6)
+    inside = [e for e in data if e.named_object() is not None]
+    assert knockout.ids == tuple(e.id for e in inside)
+    assert knockout.without == len(data) - len(inside) > 0
     tokens = model.encode(inside[0]).tokens
     cut = np.zeros((tokens.length,) * 2, bool)
     cut[tokens.last, list(tokens.object(inside[0].subject or ""))] = True
     word = model.processor.tokenizer.convert_tokens_to_ids(inside[0].answer)
     logits = by_hand(model, inside[0], cut, tuple(range(6)))
     after = np.exp(logits[word]) / np.exp(logits).sum()
-    assert found.change[0, 3] == pytest.approx(after / found.probability[0] - 1, abs=2e-4)
+    assert knockout.change[0, 3] == pytest.approx(after / knockout.probability[0] - 1, abs=2e-4)
 
 
-def test_known_circuits_lose_the_answer_where_they_are() -> None:
+def test_planted_circuits_lose_the_answer_at_their_layers() -> None:
     direct, two = planted_circuits.plant(3, prior=False), planted_circuits.plant(3, "two_step", prior=False)
     assert direct.grounding is not None
-    asked = direct.examples(8)
-    found = attention_knockout.sweep(direct.model, asked, target="last", source="image", window=1)
+    data = direct.examples(8)
+    knockout = attention_knockout.sweep(direct.model, data, target="last", source="image", window=1)
     layers = np.arange(4)
-    lost = found.change.mean(0)
+    lost = knockout.change.mean(0)
     assert lost[direct.grounding.layer] < -0.3
     np.testing.assert_allclose(lost[layers != direct.grounding.layer], 0, atol=0.01)
-    assert found.right[:, layers != direct.grounding.layer].all()
+    assert knockout.right[:, layers != direct.grounding.layer].all()
     assert two.mover is not None
     assert two.reader is not None
-    first = attention_knockout.sweep(two.model, asked, target="question", source="image", window=1).change.mean(0)
-    then = attention_knockout.sweep(two.model, asked, target="last", source="question", window=1).change.mean(0)
-    past = attention_knockout.sweep(two.model, asked, target="last", source="image", window=1).change.mean(0)
+    first = attention_knockout.sweep(two.model, data, target="question", source="image", window=1).change.mean(0)
+    then = attention_knockout.sweep(two.model, data, target="last", source="question", window=1).change.mean(0)
+    past = attention_knockout.sweep(two.model, data, target="last", source="image", window=1).change.mean(0)
     assert int(first.argmin()) == two.mover.layer
     assert int(then.argmin()) == two.reader.layer
     assert max(first.min(), then.min()) < -0.3
@@ -172,31 +172,31 @@ def test_known_circuits_lose_the_answer_where_they_are() -> None:
 
 def test_wrong_answers_are_left_out_and_counted() -> None:
     p = planted_circuits.plant(1)
-    asked = list(p.examples(8))
-    turned = replace(asked[0], answer=next(c for c in asked[0].candidates if c != asked[0].answer))
-    found = attention_knockout.sweep(p.model, [turned, *asked[1:]], windows=[range(4), [2]])
-    assert (found.wrong, found.without, len(found.ids)) == (1, 0, 7)
-    assert found.windows == ((0, 1, 2, 3), (2,))
-    frame = found.frame()
+    data = list(p.examples(8))
+    turned = replace(data[0], answer=next(c for c in data[0].candidates if c != data[0].answer))
+    knockout = attention_knockout.sweep(p.model, [turned, *data[1:]], windows=[range(4), [2]])
+    assert (knockout.wrong, knockout.without, len(knockout.ids)) == (1, 0, 7)
+    assert knockout.windows == ((0, 1, 2, 3), (2,))
+    frame = knockout.frame()
     assert list(frame["first"]) == [0, 2]
-    np.testing.assert_allclose(frame["change"], found.change.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(frame["change"], knockout.change.mean(0), rtol=1e-6)
     assert (frame["change_low"] <= frame["change"]).all()
-    assert len(found.select(np.arange(3)).change) == 3
+    assert len(knockout.select(np.arange(3)).change) == 3
 
 
 @pytest.mark.parametrize("name", BY_MASK)
 def test_families_whose_attention_takes_a_mask(name: str) -> None:
     model = wrap_lvlm(*build(name), name=name)
-    asked = [
+    data = [
         replace(e, candidates=("yes", "no"), answer=answer)
         for e in examples(4)
         for answer in ("yes", "no")
     ]  # fmt: skip
-    found = attention_knockout.sweep(model, asked, target="question", source="image", windows=[range(model.n_layers)])
-    assert found.wrong + len(found.ids) == len(asked)
-    assert np.abs(found.change).max() > 1e-4
+    knockout = attention_knockout.sweep(model, data, target="question", source="image", windows=[range(model.n_layers)])
+    assert knockout.wrong + len(knockout.ids) == len(data)
+    assert np.abs(knockout.change).max() > 1e-4
     # What was cut is not attended to, and no other token attends to less than all of 1.
-    encoding = model.encode(asked[0])
+    encoding = model.encode(data[0])
     tokens = encoding.tokens
     block = torch.zeros(1, tokens.length, tokens.length, dtype=torch.bool)
     block[:, np.ix_(tokens.question, tokens.image)[0], np.ix_(tokens.question, tokens.image)[1]] = True
@@ -209,27 +209,27 @@ def test_families_whose_attention_takes_a_mask(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", BY_CROSS_ATTENTION)
-def test_families_without_image_tokens_in_the_decoder_are_told(name: str) -> None:
+def test_families_without_image_tokens_in_the_decoder_are_refused(name: str) -> None:
     model = wrap_lvlm(*build(name), name=name)
-    asked = [replace(e, candidates=("yes", "no"), answer="yes") for e in examples(2)]
+    data = [replace(e, candidates=("yes", "no"), answer="yes") for e in examples(2)]
     with pytest.raises(PatchError, match="read by cross-attention"):
-        attention_knockout.sweep(model, asked)
+        attention_knockout.sweep(model, data)
 
 
 def test_attention_that_ignores_its_mask_is_named() -> None:
-    model = lively()
+    model = random_model()
     attention = layers_of(model)[2].self_attn
     forward = attention.forward
     attention.forward = lambda *args, **kwargs: forward(*args, **{**kwargs, "attention_mask": None})
     with pytest.raises(ModelError, match="does not take an additive mask"):
-        attention_knockout.sweep(model, answered(shared())[:4], windows=[[2]])
+        attention_knockout.sweep(model, answered(shared_model())[:4], windows=[[2]])
     layer = layers_of(model)[4]
     attention = layer.self_attn
     attention.register_forward_pre_hook(
         lambda _m, args, kw: (args, {k: v for k, v in kw.items() if k != "attention_mask"}), with_kwargs=True
     )
     with pytest.raises(ModelError, match="no attention_mask argument"):
-        attention_knockout.sweep(model, answered(shared())[:4], windows=[[4]])
+        attention_knockout.sweep(model, answered(shared_model())[:4], windows=[[4]])
 
 
 def test_windows() -> None:
@@ -238,16 +238,16 @@ def test_windows() -> None:
     assert attention_knockout.layer_windows(20, attention_knockout.WINDOW)[10] == tuple(range(6, 15))
 
 
-def test_what_is_refused() -> None:
-    model, asked = shared(), answered(shared())
+def test_invalid_options_and_windows_are_refused() -> None:
+    model, data = shared_model(), answered(shared_model())
     for options in ({"target": "first"}, {"source": "text"}, {"window": 0}):
         with pytest.raises(ConfigError):
-            attention_knockout.sweep(model, asked, **options)
+            attention_knockout.sweep(model, data, **options)
     for windows in ([[6]], [], [[]]):
         with pytest.raises(SiteError, match="layers 0-5"):
-            attention_knockout.sweep(model, asked, windows=windows)
+            attention_knockout.sweep(model, data, windows=windows)
     with pytest.raises(PatchError, match="examples is empty"):
         attention_knockout.sweep(model, [])
-    absent = [e for e in asked if e.named_object() is None]
+    absent = [e for e in data if e.named_object() is None]
     with pytest.raises(PatchError, match="lack 'last' or 'object'"):
         attention_knockout.sweep(model, absent, target="last", source="object")

@@ -36,8 +36,8 @@ def hooked(
             return (change(args[0]), *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": change(kwargs["hidden_states"])}
 
-    def after(_m: Any, _a: Any, given: Any) -> Any:
-        return (change(given[0]), *given[1:]) if isinstance(given, tuple) else change(given)
+    def after(_m: Any, _a: Any, output: Any) -> Any:
+        return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
 
     hook = module.register_forward_hook(after) if out else module.register_forward_pre_hook(before, with_kwargs=True)
     try:
@@ -54,34 +54,34 @@ def margin(lvlm: Lvlm, logits: torch.Tensor, example: Example) -> float:
 
 @pytest.mark.parametrize("family", READ_ELSEWHERE)
 def test_ablation_equals_raw_hooks(family: str) -> None:
-    lvlm, given = model(family), [pair_of(k).clean for k in (0, 2)]
+    lvlm, data = model(family), [pair_of(k).clean for k in (0, 2)]
     modules, width = projections(lvlm, family), lvlm.head_dim
     for tokens in ("all", "last"):
-        found = ablate(lvlm, given, method="zero", tokens=tokens)  # pyright: ignore[reportArgumentType]
-        for n, example in enumerate(given):
-            for s, ((head,),) in enumerate(zip(found.heads, strict=True)):
+        ablation = ablate(lvlm, data, method="zero", tokens=tokens)  # pyright: ignore[reportArgumentType]
+        for n, example in enumerate(data):
+            for s, ((head,),) in enumerate(zip(ablation.heads, strict=True)):
 
                 def zero(z: torch.Tensor, h: int = head.head, tokens: str = tokens) -> torch.Tensor:
                     z = z.clone()
                     z[:, -1 if tokens == "last" else slice(None), h * width : (h + 1) * width] = 0
                     return z
 
-                want = margin(lvlm, hooked(lvlm, example, modules[head.layer], zero, out=False), example)
-                assert found.ablated[n, s] == pytest.approx(want, abs=1e-5)
-        assert np.abs(found.effects).max(axis=0).min() > 1e-6, "every head does something"
+                expected = margin(lvlm, hooked(lvlm, example, modules[head.layer], zero, out=False), example)
+                assert ablation.ablated[n, s] == pytest.approx(expected, abs=1e-5)
+        assert np.abs(ablation.effects).max(axis=0).min() > 1e-6, "every head does something"
     with pytest.raises(PatchError, match="requires image tokens"):
-        ablate(lvlm, given, method="zero", tokens="image")
+        ablate(lvlm, data, method="zero", tokens="image")
 
 
 @pytest.mark.parametrize("family", READ_ELSEWHERE)
 def test_scores_of_heads(family: str) -> None:
-    lvlm, given = model(family), [pair_of(k).clean for k in (0, 2)]
-    scores = head_scores(lvlm, given, methods=["ablation"]).values["ablation"]
-    means = ablate(lvlm, given, method="mean", tokens="last").effects
+    lvlm, data = model(family), [pair_of(k).clean for k in (0, 2)]
+    scores = head_scores(lvlm, data, methods=["ablation"]).values["ablation"]
+    means = ablate(lvlm, data, method="mean", tokens="last").effects
     np.testing.assert_array_equal(scores.reshape(means.shape), means)
     assert np.abs(scores).max() > 1e-5
     with pytest.raises(ModelError, match="has no image tokens"):
-        head_scores(lvlm, given, methods=["vhd"])
+        head_scores(lvlm, data, methods=["vhd"])
 
 
 def test_direct_attribution_through_the_gate() -> None:
@@ -89,8 +89,8 @@ def test_direct_attribution_through_the_gate() -> None:
     lvlm, example = model("mllama"), pair_of(0).clean
     direct = head_scores(lvlm, [example], methods=["direct"]).values["direct"][0]  # [L, H]
     sites = ["decoder.L3.resid_post", "decoder.L1.cross.attn_out"]
-    seen = lvlm.read(lvlm.encode(example).inputs, sites)
-    x, added = (seen[site][0, -1].detach().double() for site in sites)
+    values = lvlm.read(lvlm.encode(example).inputs, sites)
+    x, added = (values[site][0, -1].detach().double() for site in sites)
     norm, head = lvlm.hf.model.language_model.norm, lvlm.hf.lm_head
     scale = norm.weight.detach().double() / (x.pow(2).mean() + norm.variance_epsilon).sqrt()
     ids = [lvlm.processor.tokenizer.convert_tokens_to_ids(c) for c in ("yes", "no")]
@@ -101,27 +101,33 @@ def test_direct_attribution_through_the_gate() -> None:
 
 @pytest.mark.parametrize("component", ["resid_pre", "resid_post", "mlp_out"])
 def test_residual_and_mlp_sites_of_llama_vision(component: str) -> None:
-    lvlm, given = model("mllama"), [pair_of(0), pair_of(2)]
-    scores = patch(lvlm, given, component, tokens="last", min_effect=0)
+    lvlm, data = model("mllama"), [pair_of(0), pair_of(2)]
+    scores = patch(lvlm, data, component, tokens="last", min_effect=0)
     layers = lvlm.hf.model.language_model.layers
-    for k, pair in enumerate(given):
+    for k, pair in enumerate(data):
         clean, corrupt = (
             margin(lvlm, lvlm.logits(lvlm.encode(e).inputs)[0], pair.clean) for e in (pair.clean, pair.corrupt)
         )
         for i, layer in enumerate(layers):
             module, out = (layer.mlp if component == "mlp_out" else layer), component != "resid_pre"
-            kept: list[torch.Tensor] = []
-            hooked(lvlm, pair.clean, module, lambda x, kept=kept: kept.append(x.clone()) or x, out=out)
+            clean_values: list[torch.Tensor] = []
+            hooked(
+                lvlm,
+                pair.clean,
+                module,
+                lambda x, clean_values=clean_values: clean_values.append(x.clone()) or x,
+                out=out,
+            )
 
-            def put(x: torch.Tensor, kept: list[torch.Tensor] = kept) -> torch.Tensor:
+            def patch_last(x: torch.Tensor, clean_values: list[torch.Tensor] = clean_values) -> torch.Tensor:
                 x = x.clone()
-                x[:, -1] = kept[0][:, -1]
+                x[:, -1] = clean_values[0][:, -1]
                 return x
 
-            want = (margin(lvlm, hooked(lvlm, pair.corrupt, module, put, out=out), pair.clean) - corrupt) / (
+            expected = (margin(lvlm, hooked(lvlm, pair.corrupt, module, patch_last, out=out), pair.clean) - corrupt) / (
                 clean - corrupt
             )
-            assert float(scores.effects[k, i, 0]) == pytest.approx(want, abs=1e-4)
+            assert float(scores.effects[k, i, 0]) == pytest.approx(expected, abs=1e-4)
 
 
 def test_steering_and_deriving_at_the_heads_that_patching_ranks(tmp_path: Any) -> None:
@@ -129,10 +135,10 @@ def test_steering_and_deriving_at_the_heads_that_patching_ranks(tmp_path: Any) -
     modules, head, dim = projections(lvlm, "mllama"), Head(1, 2), lvlm.head_dim
     sides = []
     for examples in ([p.clean for p in pairs], [p.corrupt for p in pairs]):
-        kept: list[torch.Tensor] = []
+        values: list[torch.Tensor] = []
         for example in examples:
-            hooked(lvlm, example, modules[1], lambda z, kept=kept: kept.append(z[0, -1].clone()) or z, out=False)
-        sides.append(torch.stack(kept)[:, 2 * dim : 3 * dim].double().numpy())
+            hooked(lvlm, example, modules[1], lambda z, values=values: values.append(z[0, -1].clone()) or z, out=False)
+        sides.append(torch.stack(values)[:, 2 * dim : 3 * dim].double().numpy())
     difference = sides[0].mean(0) - sides[1].mean(0)
     vector = derive.mean_difference(Contrast.from_pairs(lvlm, pairs), heads=["L1.H2"], tokens="last")
     np.testing.assert_allclose(vector.changes[head].direction, difference / np.linalg.norm(difference), atol=1e-5)

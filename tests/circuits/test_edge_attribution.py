@@ -40,7 +40,7 @@ def precise(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.usefixtures("precise")
 @pytest.mark.parametrize("family", list(PATHS))
-def test_an_edge_is_how_the_answer_changes_as_its_reader_alone_sees_its_writer_move(family: str) -> None:
+def test_an_edge_score_is_the_finite_difference_of_one_reader(family: str) -> None:
     lvlm = double(family)
     oracle = Oracle(lvlm, pair_of(0), PATHS[family])
     graph = attribution.edges(lvlm, [pair_of(0)], point="run", min_effect=0)
@@ -52,7 +52,7 @@ def test_an_edge_is_how_the_answer_changes_as_its_reader_alone_sees_its_writer_m
             if (source, target[:2]) == ("L1.H0", "L1") or (source == "input" and family == "qwen3_vl"):
                 continue  # no such edge; and there, what is read as input also holds what the model adds to it later
             step = 1e-4
-            up, down = (oracle.told(source, target, by) for by in (step, -step))
+            up, down = (oracle.edge_effect(source, target, by) for by in (step, -step))
             slope = (up - down) / (2 * step) / oracle.gap
             assert graph.score(f"{source} -> {target}") == pytest.approx(slope, rel=1e-4, abs=1e-6 * largest), (
                 source,
@@ -63,7 +63,7 @@ def test_an_edge_is_how_the_answer_changes_as_its_reader_alone_sees_its_writer_m
 @pytest.mark.parametrize(
     "family", [f for f in BUILDERS if f not in ("mllama", "instructblip_t5", "florence2", "qwen3_vl")]
 )
-def test_what_the_input_tells_all_is_what_patching_the_embeddings_would_do(family: str) -> None:
+def test_edges_of_the_input_sum_to_a_patch_of_the_embeddings(family: str) -> None:
     options: dict[str, Any] = {"point": "path", "steps": 1, "min_effect": 0}
     graph = attribution.edges(model(family), [pair_of(0)], **options)
     embeddings = attribution.nodes(model(family), [pair_of(0)], "embeddings", tokens="all", **options)
@@ -71,7 +71,7 @@ def test_what_the_input_tells_all_is_what_patching_the_embeddings_would_do(famil
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen3_vl", "gemma3"])
-def test_edges_out_of_the_input_add_up_to_the_whole_difference(family: str) -> None:
+def test_edges_out_of_the_input_sum_to_the_total_effect(family: str) -> None:
     few, many = (
         abs(attribution.edges(model(family), [pair_of(0)], steps=steps, min_effect=0).scores[0].sum() - 1)
         for steps in (2, 32)
@@ -101,10 +101,10 @@ def test_in_a_linear_decoder_estimates_are_patches_and_edges_are_complete(mode: 
     for tokens in ("all", "image:each"):
         exact = patch(lvlm, pairs, sites, tokens=tokens, **options)
         for point in ("run", "source", "path"):
-            found = attribution.nodes(lvlm, pairs, sites, tokens=tokens, point=point, steps=2, **options)
-            assert found.sites == exact.sites
-            assert found.positions == exact.positions
-            np.testing.assert_allclose(found.effects, exact.effects, rtol=0, atol=1e-6)
+            estimates = attribution.nodes(lvlm, pairs, sites, tokens=tokens, point=point, steps=2, **options)
+            assert estimates.sites == exact.sites
+            assert estimates.positions == exact.positions
+            np.testing.assert_allclose(estimates.effects, exact.effects, rtol=0, atol=1e-6)
     assert np.abs(exact.effects).max() > 0.1
     for point in ("run", "path"):
         graph = attribution.edges(lvlm, pairs, point=point, steps=2, **options)
@@ -130,28 +130,28 @@ def test_pairs_are_averaged_and_do_not_mix() -> None:
     lvlm, pairs = model("llava"), [pair_of(0), pair_of(2)]
     hooks = hooks_of(lvlm)
     before = lvlm.hf.config.text_config._attn_implementation
-    together = attribution.edges(lvlm, pairs, steps=2, min_effect=0)
-    apart = [attribution.edges(lvlm, [pair], steps=2, min_effect=0).scores for pair in pairs]
-    np.testing.assert_allclose(together.scores, np.mean(apart, axis=0), atol=1e-4 * np.abs(apart).max())
+    joint = attribution.edges(lvlm, pairs, steps=2, min_effect=0)
+    separate = [attribution.edges(lvlm, [pair], steps=2, min_effect=0).scores for pair in pairs]
+    np.testing.assert_allclose(joint.scores, np.mean(separate, axis=0), atol=1e-4 * np.abs(separate).max())
     assert hooks_of(lvlm) == hooks
     assert lvlm.hf.config.text_config._attn_implementation == before
-    assert together.n_pairs == 2
-    assert together.heads.shape == (lvlm.n_layers, lvlm.n_heads)
-    out = [together.frame().query("source == 'L1.H2'").score.sum(), together.heads[1, 2]]
+    assert joint.n_pairs == 2
+    assert joint.heads.shape == (lvlm.n_layers, lvlm.n_heads)
+    out = [joint.frame().query("source == 'L1.H2'").score.sum(), joint.heads[1, 2]]
     assert out[0] == pytest.approx(out[1])
 
 
-def test_intervals_are_those_of_every_way_to_draw_the_groups_again() -> None:
+def test_intervals_are_those_of_the_exact_bootstrap_over_groups() -> None:
     lvlm, pairs = model("llava"), [pair_of(k) for k in range(5)]
     alike = [replace(pair, clean=replace(pair.clean, group=f"g{k % 4}")) for k, pair in enumerate(pairs)]
     graph = attribution.edges(lvlm, alike, point="run", min_effect=0)
-    apart = np.stack([attribution.edges(lvlm, [pair], point="run", min_effect=0).scores for pair in pairs])
+    by_pair = np.stack([attribution.edges(lvlm, [pair], point="run", min_effect=0).scores for pair in pairs])
     frame = graph.frame().set_index("name")
     draws = np.array(list(product(range(4), repeat=4)))  # all 256, each as likely
     count = np.array([2, 1, 1, 1])
     for name in ("input -> L0.H1.v", "L0.mlp -> logits", "L0.H1 -> L1.mlp"):
         at = graph.shape.sources.index(name.split(" -> ")[0]), graph.shape.targets.index(name.split(" -> ")[1])
-        sums = np.array([apart[k::4, *at].sum() for k in range(4)])
+        sums = np.array([by_pair[k::4, *at].sum() for k in range(4)])
         means = sums[draws].sum(1) / count[draws].sum(1)
         assert np.ptp(means) > 0
         # A thousand draws: their 2.5 % are between the exact 1 % and 5 %. Of four groups, ends are moved out by a factor.
@@ -167,14 +167,14 @@ def test_intervals_are_those_of_every_way_to_draw_the_groups_again() -> None:
 
 @pytest.mark.usefixtures("precise")
 @pytest.mark.parametrize("config", [hf.PhiConfig, hf.CohereConfig])
-def test_blocks_whose_mlp_stands_beside_the_attention(config: Any) -> None:
+def test_blocks_with_parallel_attention_and_mlp(config: Any) -> None:
     lvlm = parallel(config)
-    made = lvlm.hf
+    network = lvlm.hf
     graph = attribution.edges(lvlm, [pair_of(0)], point="run", min_effect=0)
     assert graph.shape.parallel == (True,) * lvlm.n_layers
     with pytest.raises(PatchError, match=r"'L1.mlp' reads before 'L1\.H0' writes"):
         graph.score("L1.H0 -> L1.mlp")
-    layers = made.model.language_model.layers
+    layers = network.model.language_model.layers
     embeddings: dict[Any, Tensor] = {}
     for side in ("clean", "corrupt"):
         hook = layers[0].register_forward_pre_hook(lambda _m, a, side=side: embeddings.update({side: a[0].clone()}))
@@ -185,10 +185,10 @@ def test_blocks_whose_mlp_stands_beside_the_attention(config: Any) -> None:
 
     def metric(side: str, by: float) -> float:
         layer = layers[1]
-        kept: list[Tensor] = []
+        inputs: list[Tensor] = []
         hooks = [
-            layer.register_forward_pre_hook(lambda _m, a: kept.append(a[0])),
-            layer.mlp.register_forward_pre_hook(lambda _m, _a: (layer.input_layernorm(kept[0] + by * delta),)),
+            layer.register_forward_pre_hook(lambda _m, a: inputs.append(a[0])),
+            layer.mlp.register_forward_pre_hook(lambda _m, _a: (layer.input_layernorm(inputs[0] + by * delta),)),
         ]
         logits = lvlm.logits(lvlm.encode(getattr(pair_of(0), side)).inputs)[0]
         for hook in hooks:
@@ -207,10 +207,10 @@ def test_a_planted_circuit_is_found_edge_by_edge(circuit: Any) -> None:
         graph = attribution.edges(planted.model, planted.pairs(3))
         names = [f"L{h.layer}.H{h.head}" for h in (planted.grounding, planted.mover, planted.reader) if h is not None]
         chain = {f"{a} -> {b}.v" for a, b in zip(["input", *names], names, strict=False)} | {f"{names[-1]} -> logits"}
-        found = graph.greedy(len(chain))
-        assert {e.name for e in found.edges} == chain
-        assert [e.score for e in found.edges] == pytest.approx([1] * len(chain), abs=0.01)
-        assert np.abs(np.where(found.kept, 0, graph.scores)).max() < 0.005
+        circuit_graph = graph.greedy(len(chain))
+        assert {e.name for e in circuit_graph.edges} == chain
+        assert [e.score for e in circuit_graph.edges] == pytest.approx([1] * len(chain), abs=0.01)
+        assert np.abs(np.where(circuit_graph.kept, 0, graph.scores)).max() < 0.005
 
 
 def ran(lvlm: Lvlm) -> Any:
@@ -222,7 +222,7 @@ def ran(lvlm: Lvlm) -> Any:
 
 @pytest.mark.parametrize("family", ["mllama", "instructblip_t5", "florence2"])
 @pytest.mark.parametrize("method", [attribution.edges, attribution.inputs])
-def test_a_family_whose_heads_inputs_cannot_be_told_apart_is_refused_before_it_runs(family: str, method: Any) -> None:
+def test_a_family_without_separate_query_key_value_inputs_is_refused_before_it_runs(family: str, method: Any) -> None:
     lvlm = model(family)
     calls, hook = ran(lvlm)
     with pytest.raises(ModelError, match=r"cannot separate the queries, .*attribution\.heads"):
@@ -267,12 +267,12 @@ def test_attention_that_is_not_called_by_name_is_refused() -> None:
         ({"min_effect": 1e9}, PatchError, "below min_effect"),
     ],
 )
-def test_a_mistake_is_named(options: dict[str, Any], error: type[Exception], match: str) -> None:
+def test_invalid_options_are_named(options: dict[str, Any], error: type[Exception], match: str) -> None:
     with pytest.raises(error, match=match):
         attribution.edges(model("llava"), [pair_of(0)], **options)
 
 
-def test_pairs_of_unlike_length_are_named() -> None:
+def test_pairs_of_different_length_are_named() -> None:
     pair = pair_of(0)
     longer = replace(pair, corrupt=replace(pair.corrupt, question=f"{pair.corrupt.question} {pair.corrupt.question}"))
     for method in (attribution.edges, attribution.inputs, attribution.nodes):

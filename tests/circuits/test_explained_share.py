@@ -14,19 +14,19 @@ from concepts.schema import CounterfactualPair
 from lvlm import Lvlm
 from tests.toys.families import model
 from tests.toys.patching_oracle import pair_of
-from tests.toys.random_models import layers_of, lively, pairs
+from tests.toys.random_models import layers_of, pairs, random_model
 
 
 def share_along_the_path(lvlm: Lvlm, layer: Any, pair: CounterfactualPair, steps: int) -> float:
     """Gradients of the answer's log-odds by what the first layer is given, at k / steps of the way, times the way."""
-    given: dict[str, torch.Tensor] = {}
+    inputs_: dict[str, torch.Tensor] = {}
     ids = [lvlm.processor.tokenizer.convert_tokens_to_ids(e.answer) for e in (pair.clean, pair.corrupt)]
     inputs = [lvlm.encode(e).inputs for e in (pair.clean, pair.corrupt)]
 
-    def odds(which: int, put: torch.Tensor | None) -> torch.Tensor:
+    def odds(which: int, value: torch.Tensor | None) -> torch.Tensor:
         def before(_m: Any, args: Any, kwargs: Any) -> Any:
-            given["x"] = args[0].detach()
-            return ((args[0] if put is None else put, *args[1:]), kwargs)
+            inputs_["x"] = args[0].detach()
+            return ((args[0] if value is None else value, *args[1:]), kwargs)
 
         hook = layer.register_forward_pre_hook(before, with_kwargs=True)
         logits = lvlm.hf(**inputs[which], use_cache=False).logits[0, -1]
@@ -34,9 +34,9 @@ def share_along_the_path(lvlm: Lvlm, layer: Any, pair: CounterfactualPair, steps
         return logits[ids[0]] - logits[ids[1]]
 
     clean = odds(0, None).detach()
-    source = given["x"]
+    source = inputs_["x"]
     corrupt = odds(1, None).detach()
-    start = given["x"]
+    start = inputs_["x"]
     total = 0.0
     for k in range(1, steps + 1):
         at = (start + k / steps * (source - start)).requires_grad_()
@@ -47,7 +47,7 @@ def share_along_the_path(lvlm: Lvlm, layer: Any, pair: CounterfactualPair, steps
 
 def test_the_sum_is_reported_and_warned_about(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
     for lvlm, pair, steps, fits in (
-        (lively(), next(p for p in pairs("blank") if p.clean.answer != p.corrupt.answer), 2, False),
+        (random_model(), next(p for p in pairs("blank") if p.clean.answer != p.corrupt.answer), 2, False),
         (model("llava"), pair_of(0), 20, True),
     ):
         caplog.clear()

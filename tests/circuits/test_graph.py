@@ -27,18 +27,18 @@ def graph(seed: int = 0, layers: int = 3, heads: int = 2, parallel: bool = False
     return Graph(np.where(shape.there, draw, 0), shape, **RECORD, provenance={"steps": 5})
 
 
-def named(one: Graph) -> dict[str, float]:
-    """All edges by name, from the order in which nodes write, written down anew."""
-    layers, heads = one.shape.n_layers, one.shape.n_heads
-    found: dict[str, float] = {}
+def named(graph_: Graph) -> dict[str, float]:
+    """All edges by name, derived independently from the order in which nodes write."""
+    layers, heads = graph_.shape.n_layers, graph_.shape.n_heads
+    scores: dict[str, float] = {}
     written = ["input"]
     for i in range(layers):
         mine = [f"L{i}.H{h}" for h in range(heads)]
-        found |= {f"{u} -> {v}.{c}": 0.0 for u in written for v in mine for c in "qkv"}
-        found |= {f"{u} -> L{i}.mlp": 0.0 for u in written + ([] if one.shape.parallel[i] else mine)}
+        scores |= {f"{u} -> {v}.{c}": 0.0 for u in written for v in mine for c in "qkv"}
+        scores |= {f"{u} -> L{i}.mlp": 0.0 for u in written + ([] if graph_.shape.parallel[i] else mine)}
         written += [*mine, f"L{i}.mlp"]
-    found |= {f"{u} -> logits": 0.0 for u in written}
-    return {name: one.score(name) for name in found}
+    scores |= {f"{u} -> logits": 0.0 for u in written}
+    return {name: graph_.score(name) for name in scores}
 
 
 def ends(name: str) -> tuple[str, str]:
@@ -57,89 +57,91 @@ def without_dead_ends(edges: set[str]) -> set[str]:
 
 @pytest.mark.parametrize("parallel", [False, True])
 def test_edges_are_those_from_earlier_writers_to_later_readers(parallel: bool) -> None:
-    one = graph(parallel=parallel)
-    edges = named(one)
-    assert len(one) == len(edges) == one.shape.there.sum()
-    assert {e.name: e.score for e in one.edges} == edges
-    assert [abs(e.score) for e in one.edges] == sorted((abs(s) for s in edges.values()), reverse=True)
-    frame = one.frame()
+    example = graph(parallel=parallel)
+    edges = named(example)
+    assert len(example) == len(edges) == example.shape.there.sum()
+    assert {e.name: e.score for e in example.edges} == edges
+    assert [abs(e.score) for e in example.edges] == sorted((abs(s) for s in edges.values()), reverse=True)
+    frame = example.frame()
     assert dict(zip(frame.name, frame.score, strict=True)) == edges
     assert set(frame.input) == {"q", "k", "v", ""}
-    assert one.nodes[0] == "input"
-    assert one.nodes[-1] == "logits"
-    assert len(one.nodes) == 2 + 3 * 3
+    assert example.nodes[0] == "input"
+    assert example.nodes[-1] == "logits"
+    assert len(example.nodes) == 2 + 3 * 3
 
 
 @pytest.mark.parametrize("absolute", [True, False])
 @pytest.mark.parametrize("seed", range(5))
 def test_top_threshold_and_pruning(seed: int, absolute: bool) -> None:
-    one = graph(seed)
-    edges = named(one)
+    example = graph(seed)
+    edges = named(example)
     order = sorted(edges, key=lambda name: -(abs(edges[name]) if absolute else edges[name]))
     for n in (1, 8, 20, len(edges)):
-        plain = one.top(n, absolute=absolute, prune=False)
+        plain = example.top(n, absolute=absolute, prune=False)
         assert {e.name for e in plain.edges} == set(order[:n])
-        assert {e.name for e in one.top(n, absolute=absolute).edges} == without_dead_ends(set(order[:n]))
+        assert {e.name for e in example.top(n, absolute=absolute).edges} == without_dead_ends(set(order[:n]))
     least = 0.7
     above = {name for name, score in edges.items() if (abs(score) if absolute else score) >= least}
-    assert {e.name for e in one.threshold(least, absolute=absolute, prune=False).edges} == above
-    cut = one.threshold(least, absolute=absolute)
+    assert {e.name for e in example.threshold(least, absolute=absolute, prune=False).edges} == above
+    cut = example.threshold(least, absolute=absolute)
     assert {e.name for e in cut.edges} == without_dead_ends(above)
     assert cut.pruned().edges == cut.edges
-    assert (cut.scores == one.scores).all()
+    assert (cut.scores == example.scores).all()
 
 
 @pytest.mark.parametrize("absolute", [True, False])
 @pytest.mark.parametrize("seed", range(5))
-def test_greedy_is_the_loop_that_always_takes_the_largest_edge_into_what_is_there(seed: int, absolute: bool) -> None:
-    one = graph(seed)
-    edges = named(one)
+def test_greedy_adds_the_largest_edge_into_the_circuit_at_each_step(seed: int, absolute: bool) -> None:
+    example = graph(seed)
+    edges = named(example)
     inside, chosen = {"logits"}, []
     while len(chosen) < 25:
         open_ = [name for name in edges if ends(name)[1] in inside and name not in chosen]
         best = max(open_, key=lambda name: abs(edges[name]) if absolute else edges[name])
         chosen.append(best)
         inside.add(ends(best)[0])
-        found = one.greedy(len(chosen), absolute=absolute, prune=False)
-        assert {e.name for e in found.edges} == set(chosen)
-    assert {e.name for e in one.greedy(25, absolute=absolute).edges} == without_dead_ends(set(chosen))
+        circuit = example.greedy(len(chosen), absolute=absolute, prune=False)
+        assert {e.name for e in circuit.edges} == set(chosen)
+    assert {e.name for e in example.greedy(25, absolute=absolute).edges} == without_dead_ends(set(chosen))
 
 
-def test_heads_are_ranked_by_what_they_tell_others() -> None:
-    one = graph()
-    edges = named(one)
+def test_heads_are_ranked_by_the_sum_of_their_outgoing_edges() -> None:
+    example = graph()
+    edges = named(example)
     for i in range(3):
         for h in range(2):
-            told = sum(score for name, score in edges.items() if ends(name)[0] == f"L{i}.H{h}")
-            assert one.heads[i, h] == pytest.approx(told)
+            expected = sum(score for name, score in edges.items() if ends(name)[0] == f"L{i}.H{h}")
+            assert example.heads[i, h] == pytest.approx(expected)
 
 
-def test_a_graph_survives_its_file(tmp_path: Path) -> None:
-    one = graph(parallel=True).top(12)
-    path = one.save(tmp_path / "deep" / "graph.json")
+def test_a_loaded_graph_equals_the_saved_one(tmp_path: Path) -> None:
+    example = graph(parallel=True).top(12)
+    path = example.save(tmp_path / "deep" / "graph.json")
     back = Graph.load(path)
-    assert repr(back) == repr(one)
+    assert repr(back) == repr(example)
     assert back.low.size == 0
-    ends = replace(one, low=one.scores - 1, high=one.scores + one.shape.there)
-    again = Graph.load(ends.save(tmp_path / "ends.json"))
-    np.testing.assert_array_equal(again.high, ends.high)
-    np.testing.assert_array_equal(again.low, np.where(one.shape.there, ends.low, 0))
-    assert again.frame().iloc[0][["low", "high"]].tolist() == pytest.approx([again.edges[0].score + d for d in (-1, 1)])
-    assert one.frame()["low"].isna().all()
+    ends = replace(example, low=example.scores - 1, high=example.scores + example.shape.there)
+    loaded = Graph.load(ends.save(tmp_path / "ends.json"))
+    np.testing.assert_array_equal(loaded.high, ends.high)
+    np.testing.assert_array_equal(loaded.low, np.where(example.shape.there, ends.low, 0))
+    assert loaded.frame().iloc[0][["low", "high"]].tolist() == pytest.approx(
+        [loaded.edges[0].score + d for d in (-1, 1)]
+    )
+    assert example.frame()["low"].isna().all()
     with pytest.raises(PatchError, match="shape of the scores"):
-        replace(one, low=one.scores)
-    np.testing.assert_array_equal(back.scores, one.scores)
-    np.testing.assert_array_equal(back.kept, one.kept)
-    assert back.shape == one.shape
-    assert back.provenance == one.provenance
+        replace(example, low=example.scores)
+    np.testing.assert_array_equal(back.scores, example.scores)
+    np.testing.assert_array_equal(back.kept, example.kept)
+    assert back.shape == example.shape
+    assert back.provenance == example.provenance
     record = json.loads(path.read_text())
     assert record["edges"]["input -> L0.H0.q"] == {
-        "score": one.score("input -> L0.H0.q"),
-        "kept": bool(one.kept[0, 0]),
+        "score": example.score("input -> L0.H0.q"),
+        "kept": bool(example.kept[0, 0]),
     }
-    small = Graph.load(one.save(tmp_path / "small.json", every=False))
-    assert small.edges == one.edges
-    assert not small.scores[~one.kept].any()
+    small = Graph.load(example.save(tmp_path / "small.json", every=False))
+    assert small.edges == example.edges
+    assert not small.scores[~example.kept].any()
     with pytest.raises(ValueError, match="read-only"):
         back.scores[0, 0] = 1
 
@@ -190,36 +192,36 @@ def test_a_damaged_file_is_named(tmp_path: Path, change: str | dict[str, object]
         Graph.load(tmp_path / "none.json")
 
 
-def test_mistakes_are_named() -> None:
-    one = graph()
+def test_invalid_arguments_are_named() -> None:
+    example = graph()
     for n in (0, 10**6):
         with pytest.raises(PatchError, match=f"circuit of {n} edges is impossible"):
-            one.top(n)
+            example.top(n)
         with pytest.raises(PatchError, match=f"circuit of {n} edges is impossible"):
-            one.greedy(n)
+            example.greedy(n)
     with pytest.raises(PatchError, match="use names such as"):
-        one.score("L9.H0 -> L0.mlp")
+        example.score("L9.H0 -> L0.mlp")
     with pytest.raises(PatchError, match=r"'L0\.H0' reads before 'L0.mlp' writes|reads before"):
-        one.score("L0.mlp -> L0.H0.q")
+        example.score("L0.mlp -> L0.H0.q")
     with pytest.raises(PatchError, match="needs finite scores"):
-        Graph(one.scores[:2], one.shape, **RECORD)
-    backwards = one.scores.copy()
+        Graph(example.scores[:2], example.shape, **RECORD)
+    backwards = example.scores.copy()
     backwards[-1, 0] = 1
     with pytest.raises(PatchError, match="backward edges"):
-        Graph(backwards, one.shape, **RECORD)
+        Graph(backwards, example.shape, **RECORD)
 
 
-def test_what_is_drawn_is_what_is_kept(tmp_path: Path) -> None:
+def test_the_plot_draws_the_edges_of_the_circuit(tmp_path: Path) -> None:
     from matplotlib.patches import FancyArrowPatch
 
-    one = graph().greedy(15)
-    ax = one.draw(tmp_path / "deep" / "graph.png")
+    example = graph().greedy(15)
+    ax = example.draw(tmp_path / "deep" / "graph.png")
     assert (tmp_path / "deep" / "graph.png").stat().st_size > 5000
     arrows = [p for p in ax.patches if isinstance(p, FancyArrowPatch)]
-    assert len(arrows) == len(one)
-    assert {t.get_text() for t in ax.texts if len(t.get_text()) > 1} == set(one.nodes)
-    assert len([p for p in one.draw(most=3).patches if isinstance(p, FancyArrowPatch)]) == 3
-    assert "the largest 3 drawn" in one.draw(most=3).get_title()
-    empty = one.threshold(1e9)
+    assert len(arrows) == len(example)
+    assert {t.get_text() for t in ax.texts if len(t.get_text()) > 1} == set(example.nodes)
+    assert len([p for p in example.draw(most=3).patches if isinstance(p, FancyArrowPatch)]) == 3
+    assert "the largest 3 drawn" in example.draw(most=3).get_title()
+    empty = example.threshold(1e9)
     assert len(empty) == 0
     assert not empty.draw().patches

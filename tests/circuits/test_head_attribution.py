@@ -14,12 +14,12 @@ from circuits import attribution, patch_heads
 from concepts.schema import CounterfactualPair, Example
 from groundscope.core.errors import ConfigError, ModelError, PatchError
 from lvlm.model import Lvlm
-from tests.toys.random_models import hooks_of, layers_of, lively, pairs, shared
+from tests.toys.random_models import hooks_of, layers_of, pairs, random_model, shared_model
 
 
 @cache
 def precise() -> Lvlm:
-    model = lively(seed=2)
+    model = random_model(seed=2)
     model.hf.double()
     return model
 
@@ -33,15 +33,15 @@ def difference(model: Lvlm, logits: torch.Tensor, pair: CounterfactualPair) -> t
 @torch.no_grad()
 def heads_of(model: Lvlm, example: Example) -> list[torch.Tensor]:
     """Input of every output projection, ``[1, T, H * head_dim]`` by layer."""
-    kept: list[torch.Tensor] = []
+    values: list[torch.Tensor] = []
     hooks = [
-        layer.self_attn.o_proj.register_forward_pre_hook(lambda _m, args: kept.append(args[0].clone()))
+        layer.self_attn.o_proj.register_forward_pre_hook(lambda _m, args: values.append(args[0].clone()))
         for layer in layers_of(model)
     ]
     model.hf(**model.collate([model.encode(example)]))
     for hook in hooks:
         hook.remove()
-    return kept
+    return values
 
 
 @torch.no_grad()
@@ -62,23 +62,23 @@ def moved(model: Lvlm, pair: CounterfactualPair, layer: int, head: int, by: floa
 
 
 @pytest.mark.parametrize("tokens", ["last", "suffix"])
-def test_estimates_are_the_slope_between_the_runs(tokens: str) -> None:
+def test_estimates_equal_finite_differences(tokens: str) -> None:
     model, pair = precise(), pairs("color")[0]
-    found = attribution.heads(model, [pair], tokens=tokens, min_effect=0)  # type: ignore[arg-type]
+    estimates = attribution.heads(model, [pair], tokens=tokens, min_effect=0)  # type: ignore[arg-type]
     encoding = model.encode(pair.clean)
     first = encoding.tokens.last if tokens == "last" else max(encoding.tokens.image) + 1
-    gap = float(found.clean[0] - found.corrupt[0])
+    gap = float(estimates.clean[0] - estimates.corrupt[0])
     for layer, head in ((0, 1), (2, 5), (model.n_layers - 1, 0)):
         step = 2e-2  # norms are computed in float32: smaller steps drown in its rounding
         up, down = (moved(model, pair, layer, head, s, first) for s in (step, -step))
         slope = (up - down) / (2 * step)
-        np.testing.assert_allclose(found.effects[0, layer, head], slope / gap, rtol=5e-3, atol=1e-4)
+        np.testing.assert_allclose(estimates.effects[0, layer, head], slope / gap, rtol=5e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("mode", ["denoise", "noise"])
 @pytest.mark.parametrize("point", ["run", "source", "path"])
 def test_where_the_answer_is_linear_in_a_head_the_estimate_is_the_patch(mode: str, point: str) -> None:
-    model = lively(seed=1)
+    model = random_model(seed=1)
     text = model.hf.model.language_model
     text.norm = nn.Identity().eval()
     nn.init.zeros_(text.layers[-1].mlp.down_proj.weight)
@@ -92,10 +92,10 @@ def test_where_the_answer_is_linear_in_a_head_the_estimate_is_the_patch(mode: st
     assert np.abs(estimate.effects[:, 0] - exact.effects[:, 0]).max() > 1e-3  # elsewhere it is an estimate
 
 
-def test_the_mean_along_the_path_is_that_of_gradients_taken_by_hand() -> None:
+def test_path_averages_equal_explicit_gradients() -> None:
     model, pair = precise(), pairs("color")[1]
     steps = 3
-    found = attribution.heads(model, [pair], tokens="last", point="path", steps=steps, min_effect=0)
+    estimates = attribution.heads(model, [pair], tokens="last", point="path", steps=steps, min_effect=0)
     clean, corrupt = heads_of(model, pair.clean), heads_of(model, pair.corrupt)
     layers = layers_of(model)
     entering: list[torch.Tensor] = []
@@ -117,16 +117,16 @@ def test_the_mean_along_the_path_is_that_of_gradients_taken_by_hand() -> None:
         for hook in hooks:
             hook.remove()
         total = [t + g for t, g in zip(total, torch.autograd.grad(score, zs), strict=True)]
-    gap = float(found.clean[0] - found.corrupt[0])
+    gap = float(estimates.clean[0] - estimates.corrupt[0])
     for layer in range(model.n_layers):
         product = ((clean[layer] - corrupt[layer]) * total[layer] / steps)[0, -1]
         truth = product.reshape(model.n_heads, -1).sum(-1).detach().numpy() / gap
-        np.testing.assert_allclose(found.effects[0, layer], truth, rtol=1e-5, atol=1e-9)
+        np.testing.assert_allclose(estimates.effects[0, layer], truth, rtol=1e-5, atol=1e-9)
 
 
-def test_dropped_gradients_are_those_of_a_model_whose_layer_is_stopped() -> None:
+def test_gradient_drop_equals_a_model_with_a_detached_layer() -> None:
     model, pair = precise(), pairs("color")[2]
-    found = attribution.heads(model, [pair], tokens="last", drop=True, min_effect=0)
+    estimates = attribution.heads(model, [pair], tokens="last", drop=True, min_effect=0)
     clean, corrupt = heads_of(model, pair.clean), heads_of(model, pair.corrupt)
     layers = layers_of(model)
     total = np.zeros((model.n_layers, model.n_heads))
@@ -150,13 +150,13 @@ def test_dropped_gradients_are_those_of_a_model_whose_layer_is_stopped() -> None
             if slope is not None:
                 product = ((clean[layer] - corrupt[layer]) * slope)[0, -1]
                 total[layer] += np.abs(product.reshape(model.n_heads, -1).sum(-1).detach().numpy())
-    gap = abs(float(found.clean[0] - found.corrupt[0]))
-    np.testing.assert_allclose(found.effects[0], total / (model.n_layers - 1) / gap, rtol=1e-5, atol=1e-9)
+    gap = abs(float(estimates.clean[0] - estimates.corrupt[0]))
+    np.testing.assert_allclose(estimates.effects[0], total / (model.n_layers - 1) / gap, rtol=1e-5, atol=1e-9)
 
 
 @pytest.mark.parametrize("drop", [False, True])
 def test_nodes_are_heads_position_by_position(drop: bool) -> None:
-    model = shared()
+    model = shared_model()
     some, options = pairs("color")[:2], {"min_effect": 0, "drop": drop}
     whole = attribution.heads(model, some, tokens="suffix", **options)  # type: ignore[arg-type]
     at_once = attribution.nodes(model, some, "z", tokens="suffix", **options)  # type: ignore[arg-type]
@@ -172,7 +172,7 @@ def test_nodes_are_heads_position_by_position(drop: bool) -> None:
 
 def test_an_embedding_and_an_mlp_have_the_slope_of_the_answer() -> None:
     model, pair = precise(), pairs("color")[0]
-    found = attribution.nodes(
+    estimates = attribution.nodes(
         model, [pair], ["embeddings", "decoder.L2.mlp_out", "decoder.L2.resid_mid"], tokens="all", min_effect=0
     )
     layers = layers_of(model)
@@ -181,27 +181,29 @@ def test_an_embedding_and_an_mlp_have_the_slope_of_the_answer() -> None:
         (layers[2].mlp, False),
         (layers[2].self_attn, False),  # what attention adds makes the stream between attention and MLP
     )
-    gap = float(found.clean[0] - found.corrupt[0])
+    gap = float(estimates.clean[0] - estimates.corrupt[0])
     entered: list[torch.Tensor] = []
-    for number, (module, given) in enumerate(places):
+    for number, (module, is_input) in enumerate(places):
 
-        def run(example: Example, by: torch.Tensor | float, module: nn.Module = module, given: bool = given) -> Any:
-            kept: list[torch.Tensor] = []
+        def run(
+            example: Example, by: torch.Tensor | float, module: nn.Module = module, is_input: bool = is_input
+        ) -> Any:
+            values: list[torch.Tensor] = []
 
             def before(_m: object, args: tuple[Any, ...]) -> Any:
-                kept.append(args[0])
+                values.append(args[0])
                 return (args[0] + by, *args[1:])
 
             def after(_m: object, _a: object, out: Any) -> Any:
                 x = out[0] if isinstance(out, tuple) else out
-                kept.append(x)
+                values.append(x)
                 return (x + by, *out[1:]) if isinstance(out, tuple) else x + by
 
-            hook = module.register_forward_pre_hook(before) if given else module.register_forward_hook(after)
+            hook = module.register_forward_pre_hook(before) if is_input else module.register_forward_hook(after)
             with torch.no_grad():
                 logits = model.hf(**model.collate([model.encode(example)])).logits[0, -1]
             hook.remove()
-            return kept[0], difference(model, logits, pair)
+            return values[0], difference(model, logits, pair)
 
         if number == 2:  # all of the stream moves, and not only what this layer's attention adds
             hook = layers[2].post_attention_layernorm.register_forward_pre_hook(
@@ -215,18 +217,22 @@ def test_an_embedding_and_an_mlp_have_the_slope_of_the_answer() -> None:
             delta = run(pair.clean, 0.0)[0] - run(pair.corrupt, 0.0)[0]
         step = 2e-2  # as above
         up, down = (float(run(pair.corrupt, s * delta)[1]) for s in (step, -step))
-        np.testing.assert_allclose(found.effects[0, number, 0], (up - down) / (2 * step) / gap, rtol=5e-3, atol=1e-4)
+        np.testing.assert_allclose(
+            estimates.effects[0, number, 0], (up - down) / (2 * step) / gap, rtol=5e-3, atol=1e-4
+        )
 
 
-def test_nothing_is_left_behind_and_pairs_do_not_mix() -> None:
-    model = shared()
+def test_no_hook_remains_and_pairs_do_not_mix() -> None:
+    model = shared_model()
     before = hooks_of(model)
-    together = attribution.heads(model, pairs("color"), tokens="suffix", min_effect=0)
-    apart = [attribution.heads(model, [pair], tokens="suffix", min_effect=0) for pair in pairs("color")]
-    np.testing.assert_allclose(together.effects, np.concatenate([one.effects for one in apart]), rtol=1e-3, atol=1e-5)
+    joint = attribution.heads(model, pairs("color"), tokens="suffix", min_effect=0)
+    separate = [attribution.heads(model, [pair], tokens="suffix", min_effect=0) for pair in pairs("color")]
+    np.testing.assert_allclose(
+        joint.effects, np.concatenate([scores.effects for scores in separate]), rtol=1e-3, atol=1e-5
+    )
     assert hooks_of(model) == before
     assert all(parameter.grad is None for parameter in model.hf.parameters())
-    assert together.provenance["method"] == "attribution patching"
+    assert joint.provenance["method"] == "attribution patching"
 
 
 @pytest.mark.parametrize(
@@ -241,11 +247,11 @@ def test_nothing_is_left_behind_and_pairs_do_not_mix() -> None:
 )
 def test_a_mistake_is_named(options: dict[str, object], error: type[Exception], match: str) -> None:
     with pytest.raises(error, match=match):
-        attribution.heads(shared(), pairs("color"), **options)  # type: ignore[arg-type]
+        attribution.heads(shared_model(), pairs("color"), **options)  # type: ignore[arg-type]
 
 
 def test_attention_without_gradients_is_named() -> None:
-    model = lively(seed=3)
+    model = random_model(seed=3)
 
     class Blocked(nn.Module):
         """A projection that gradients do not pass, as kernels for inference alone."""

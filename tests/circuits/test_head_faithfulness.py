@@ -12,7 +12,7 @@ from groundscope.testing.planted_circuits import plant
 from lvlm.answer_keys import answer_key
 from lvlm.model import Lvlm
 from lvlm.sites import Head
-from tests.toys.random_models import examples, layers_of, shared
+from tests.toys.random_models import examples, layers_of, shared_model
 
 
 def test_areas_of_the_published_curves() -> None:
@@ -26,7 +26,7 @@ def test_areas_of_the_published_curves() -> None:
 @torch.no_grad()
 def margin_without(model: Lvlm, outside: list[Head]) -> np.ndarray:
     """Margins with heads zeroed by hand, one example at a time."""
-    found = []
+    margins = []
     for example in examples():
 
         def zero(_module: object, args: tuple[torch.Tensor], layer: int) -> tuple[torch.Tensor]:
@@ -46,25 +46,25 @@ def margin_without(model: Lvlm, outside: list[Head]) -> np.ndarray:
         key = answer_key(model, example)
         right = key.candidates.index(example.answer)
         scores = np.array([float(logits[list(ids)].logsumexp(0)) for ids in key.tokens])
-        found.append(scores[right] - np.delete(scores, right).max())
-    return np.array(found)
+        margins.append(scores[right] - np.delete(scores, right).max())
+    return np.array(margins)
 
 
 def test_a_curve_is_the_model_without_all_other_heads() -> None:
-    model = shared()
+    model = shared_model()
     ranking = np.random.default_rng(0).normal(size=(model.n_layers, model.n_heads))
-    found = faithfulness.curve(model, examples(), ranking, method="zero", shares=(0.1, 0.5, 1.0))
+    curve = faithfulness.curve(model, examples(), ranking, method="zero", shares=(0.1, 0.5, 1.0))
     order = [Head(int(i) // model.n_heads, int(i) % model.n_heads) for i in np.argsort(-ranking.ravel())]
     full, empty = margin_without(model, []), margin_without(model, order)
-    np.testing.assert_allclose(found.full, full, atol=1e-4)
-    np.testing.assert_allclose(found.empty, empty, atol=1e-4)
+    np.testing.assert_allclose(curve.full, full, atol=1e-4)
+    np.testing.assert_allclose(curve.empty, empty, atol=1e-4)
     for column, size in enumerate((5, 24, 48)):
-        assert found.circuits[column] == tuple(order[:size])
+        assert curve.circuits[column] == tuple(order[:size])
         margins = margin_without(model, order[size:])
-        np.testing.assert_allclose(found.margins[:, column], margins, atol=1e-4)
+        np.testing.assert_allclose(curve.margins[:, column], margins, atol=1e-4)
         f = (margins.mean() - empty.mean()) / (full.mean() - empty.mean())
-        assert found.faithfulness[column] == pytest.approx(f, abs=1e-3)
-    assert found.faithfulness[-1] == pytest.approx(1, abs=1e-9)
+        assert curve.faithfulness[column] == pytest.approx(f, abs=1e-3)
+    assert curve.faithfulness[-1] == pytest.approx(1, abs=1e-9)
 
 
 def test_the_planted_head_is_all_a_planted_model_needs() -> None:
@@ -74,30 +74,30 @@ def test_the_planted_head_is_all_a_planted_model_needs() -> None:
     pairs, held_out = planted.pairs(12), planted.examples(16, seed=1)
     scores = patch_heads(planted.model, pairs)
     shares = (0, 1 / 16, 0.5, 1)
-    found = faithfulness.curve(planted.model, held_out, scores, shares=shares)
-    assert found.circuits[1] == (grounding,)
-    np.testing.assert_allclose(found.faithfulness, [0, 1, 1, 1], atol=0.02)
+    curve = faithfulness.curve(planted.model, held_out, scores, shares=shares)
+    assert curve.circuits[1] == (grounding,)
+    np.testing.assert_allclose(curve.faithfulness, [0, 1, 1, 1], atol=0.02)
     worst = faithfulness.curve(planted.model, held_out, -scores.mean, shares=shares)
-    assert worst.cpr < 0.6 < 0.95 < found.cpr
-    assert found.cmd < 0.05 < worst.cmd
-    interval = found.interval("cpr")
-    assert interval.low <= found.cpr <= interval.high
-    assert list(found.frame()["heads"]) == [0, 1, 8, 16]
+    assert worst.cpr < 0.6 < 0.95 < curve.cpr
+    assert curve.cmd < 0.05 < worst.cmd
+    interval = curve.interval("cpr")
+    assert interval.low <= curve.cpr <= interval.high
+    assert list(curve.frame()["heads"]) == [0, 1, 8, 16]
     small = faithfulness.minimal(planted.model, held_out, scores)
     assert small.heads == (grounding,)
     assert small.left == pytest.approx(0, abs=0.02)
     assert small.lost[0] == pytest.approx(1, abs=0.02)
 
 
-def test_needless_heads_leave_a_minimal_set() -> None:
+def test_a_minimal_set_contains_no_unnecessary_head() -> None:
     planted = plant(4, prior=False)
     grounding, decoy = planted.grounding, planted.decoys[0]
     assert grounding is not None
     model = planted.model
-    rest = [h for h in all_heads(model) if h not in (grounding, decoy)]
-    small = faithfulness.minimal(model, planted.examples(12), [decoy, *rest[:2], grounding, *rest[2:]])
+    others = [h for h in all_heads(model) if h not in (grounding, decoy)]
+    small = faithfulness.minimal(model, planted.examples(12), [decoy, *others[:2], grounding, *others[2:]])
     assert small.heads == (grounding,)
-    assert set(small.dropped) == {decoy, *rest[:2]}
+    assert set(small.dropped) == {decoy, *others[:2]}
 
 
 def test_random_rankings_lie_where_chance_puts_them() -> None:
@@ -116,7 +116,7 @@ def test_random_rankings_lie_where_chance_puts_them() -> None:
 
 
 def test_absolute_order_takes_heads_that_work_against() -> None:
-    model = shared()
+    model = shared_model()
     ranking = np.zeros((model.n_layers, model.n_heads))
     ranking[2, 3], ranking[1, 1] = -5, 2
     assert faithfulness.ranked(model, ranking)[0] == Head(1, 1)
@@ -125,7 +125,7 @@ def test_absolute_order_takes_heads_that_work_against() -> None:
 
 
 def test_a_mistake_is_named() -> None:
-    model = shared()
+    model = shared_model()
     ranking = np.zeros((model.n_layers, model.n_heads))
     with pytest.raises(ConfigError, match="ascending"):
         faithfulness.curve(model, examples(), ranking, shares=(0.5, 0.1))

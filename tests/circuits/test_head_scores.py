@@ -109,11 +109,11 @@ def test_select() -> None:
 
 def test_random_heads() -> None:
     s = scores()
-    drawn = s.random_heads(4, seed=1, exclude=s.top(2))
-    assert len(set(drawn)) == 4
-    assert not set(drawn) & set(s.top(2))
-    assert drawn == random_heads((3, 4), 4, exclude=s.top(2), seed=1)
-    assert drawn != random_heads((3, 4), 4, exclude=s.top(2), seed=2)
+    heads = s.random_heads(4, seed=1, exclude=s.top(2))
+    assert len(set(heads)) == 4
+    assert not set(heads) & set(s.top(2))
+    assert heads == random_heads((3, 4), 4, exclude=s.top(2), seed=1)
+    assert heads != random_heads((3, 4), 4, exclude=s.top(2), seed=2)
     every = [h for seed in range(300) for h in random_heads((3, 4), 1, seed=seed)]
     assert len(set(every)) == 12
     with pytest.raises(PatchError, match="10 of 12 heads are available"):
@@ -134,11 +134,11 @@ def test_save_and_load(tmp_path: Path) -> None:
     s = scores()
     loaded = HeadScores.load(s.save(tmp_path / "deep" / "heads.safetensors"))
     for name in vars(s):
-        left, right = getattr(s, name), getattr(loaded, name)
-        if isinstance(left, np.ndarray):
-            np.testing.assert_array_equal(left, right)
+        saved, restored = getattr(s, name), getattr(loaded, name)
+        if isinstance(saved, np.ndarray):
+            np.testing.assert_array_equal(saved, restored)
         else:
-            assert left == right, name
+            assert saved == restored, name
 
 
 def test_files_that_are_not_head_scores(tmp_path: Path) -> None:
@@ -192,9 +192,9 @@ def test_family_wise_p_against_a_loop() -> None:
         flipped = [sign[g] * sums[g] for g in range(len(names))]
         return np.abs(np.sum(flipped, axis=0)) / np.sqrt(np.sum(np.square(sums), axis=0))
 
-    seen = statistic(np.ones(len(names)))
+    observed = statistic(np.ones(len(names)))
     largest = [statistic(sign).max() for sign in signs]
-    expected = np.array([[(1 + sum(m >= v - 1e-12 for m in largest)) / (1 + flips) for v in row] for row in seen])
+    expected = np.array([[(1 + sum(m >= v - 1e-12 for m in largest)) / (1 + flips) for v in row] for row in observed])
     np.testing.assert_allclose(s.family_p(flips=flips, seed=5), expected, rtol=1e-12)
     # The strongest head, and 8 groups: 2 in 256 flips are as extreme.
     assert expected[1, 2] < 0.03
@@ -242,7 +242,7 @@ def test_shuffled_pairs_stay_within_the_null() -> None:
 
 def test_stability_against_scipy() -> None:
     s = scores(n=60, groups=20)
-    found = s.stability(k=3, splits=50, seed=1)
+    stability = s.stability(k=3, splits=50, seed=1)
     names = np.array(sorted(set(s.groups)))
     order = np.argsort(np.random.default_rng(1).random((50, len(names))), axis=1)
     correlations, overlaps = [], []
@@ -251,12 +251,12 @@ def test_stability_against_scipy() -> None:
         a, b = (s.effects[m].astype(np.float64).mean(0).ravel() for m in (inside, ~inside))
         correlations.append(stats.spearmanr(a, b).statistic)
         overlaps.append(len(set(np.argsort(-a)[:3]) & set(np.argsort(-b)[:3])) / 3)
-    for estimate, draws in ((found.rank_correlation, correlations), (found.overlap, overlaps)):
+    for estimate, draws in ((stability.rank_correlation, correlations), (stability.overlap, overlaps)):
         assert estimate.value == pytest.approx(np.median(draws))
         assert (estimate.low, estimate.high) == pytest.approx(tuple(np.quantile(draws, [0.025, 0.975])))
-    assert found.chance == 0.25
+    assert stability.chance == 0.25
     noise = HeadScores(**{**vars(s), "effects": np.random.default_rng(0).normal(size=(60, 3, 4))})
-    assert abs(noise.stability(k=3).rank_correlation.value) < 0.45 < found.rank_correlation.value
+    assert abs(noise.stability(k=3).rank_correlation.value) < 0.45 < stability.rank_correlation.value
     with pytest.raises(PatchError, match="needs at least 4 groups; got 3"):
         HeadScores(**{**vars(s), "groups": tuple(f"g{i % 3}" for i in range(60))}).stability()
 
@@ -280,25 +280,27 @@ def test_comparison_against_a_naive_bootstrap() -> None:
     b = HeadScores(**{**vars(a), "effects": a.effects + rng.normal(size=a.effects.shape)})
     other = HeadScores(**{**vars(b), "groups": tuple(f"other{g}" for g in b.groups)})
     for second, shared in ((b, True), (other, False)):
-        found = compare(a, second, k=(3,), resamples=2000)
+        comparison = compare(a, second, k=(3,), resamples=2000)
         names = sorted(set(a.groups))
         rows = [np.flatnonzero(np.array(a.groups) == name) for name in names]
         differences, correlations = [], []
         for _ in range(400):
-            drawn = rng.integers(len(names), size=len(names))
-            again = drawn if shared else rng.integers(len(names), size=len(names))
+            first_draw = rng.integers(len(names), size=len(names))
+            second_draw = first_draw if shared else rng.integers(len(names), size=len(names))
             x, y = (
                 s.effects[np.concatenate([rows[i] for i in d])].astype(np.float64).mean(0).ravel()
-                for s, d in ((a, drawn), (second, again))
+                for s, d in ((a, first_draw), (second, second_draw))
             )
             differences.append(x - y)
             correlations.append(stats.spearmanr(x, y).statistic)
         width = np.subtract(*np.quantile(differences, [0.975, 0.025], axis=0))
-        np.testing.assert_allclose((found.high - found.low).ravel(), width, rtol=0.3)
+        np.testing.assert_allclose((comparison.high - comparison.low).ravel(), width, rtol=0.3)
         middle = stats.spearmanr(a.mean.ravel(), second.mean.ravel()).statistic
-        assert found.rank_correlation.value == pytest.approx(middle)
+        assert comparison.rank_correlation.value == pytest.approx(middle)
         low, high = np.quantile(correlations, [0.025, 0.975])
-        assert (found.rank_correlation.low, found.rank_correlation.high) == pytest.approx((low, high), abs=0.12)
+        assert (comparison.rank_correlation.low, comparison.rank_correlation.high) == pytest.approx(
+            (low, high), abs=0.12
+        )
     assert compare(a, other).groups == (len(names), len(names), 0)
     with pytest.raises(PatchError, match="differ in layers or heads"):
         compare(a, HeadScores(**{**vars(a), "effects": a.effects[:, :2]}))
@@ -319,8 +321,8 @@ def test_heatmap(tmp_path: Path) -> None:
     )
     from matplotlib.figure import Figure
 
-    given = Figure().subplots()
-    assert s.heatmap(ax=given) is given
+    axes = Figure().subplots()
+    assert s.heatmap(ax=axes) is axes
 
 
 def test_a_file_written_by_the_first_version_still_opens(tmp_path: Path) -> None:

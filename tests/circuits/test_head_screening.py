@@ -18,7 +18,7 @@ from groundscope.core.errors import ConfigError, ModelError, PatchError, StoreEr
 from groundscope.testing import planted_circuits
 from lvlm import Head
 from lvlm.model import Lvlm
-from tests.toys.random_models import examples, hooks_of, layers_of, pairs, shared
+from tests.toys.random_models import examples, hooks_of, layers_of, pairs, shared_model
 
 LEAST = 0.02
 ALL = ("image_mass", "box_mass", "localisation", "vhd", "direct", "patching", "ablation")
@@ -27,10 +27,10 @@ ALL = ("image_mass", "box_mass", "localisation", "vhd", "direct", "patching", "a
 @torch.no_grad()
 def outputs(model: Lvlm, inputs: dict[str, torch.Tensor]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return z of every layer ``[L, H, d]``, the final residual ``[D]`` and the logits ``[V]``, at the last token."""
-    kept: list[torch.Tensor] = []
+    head_outputs: list[torch.Tensor] = []
     final: list[torch.Tensor] = []
     hooks = [
-        layer.self_attn.o_proj.register_forward_pre_hook(lambda _m, args: kept.append(args[0][0, -1].clone()))
+        layer.self_attn.o_proj.register_forward_pre_hook(lambda _m, args: head_outputs.append(args[0][0, -1].clone()))
         for layer in layers_of(model)
     ]
     norm = model.hf.model.language_model.norm
@@ -38,7 +38,7 @@ def outputs(model: Lvlm, inputs: dict[str, torch.Tensor]) -> tuple[np.ndarray, n
     logits = model.hf(**inputs).logits[0, -1]
     for hook in hooks:
         hook.remove()
-    z = torch.stack(kept).reshape(model.n_layers, model.n_heads, model.head_dim)
+    z = torch.stack(head_outputs).reshape(model.n_layers, model.n_heads, model.head_dim)
     return z.double().numpy(), final[0].double().numpy(), logits.double().numpy()
 
 
@@ -47,11 +47,11 @@ def answer_ids(model: Lvlm, example: Example) -> dict[str, int]:
 
 
 def test_direct_attribution_against_float64() -> None:
-    model, asked = shared(), examples()
-    found = head_scores(model, asked, methods=["direct"], batch_size=3).values["direct"]
+    model, data = shared_model(), examples()
+    scores = head_scores(model, data, methods=["direct"], batch_size=3).values["direct"]
     w_u = model.hf.lm_head.weight.detach().double().numpy()
     norm = model.hf.model.language_model.norm
-    for n, example in enumerate(asked):
+    for n, example in enumerate(data):
         z, final, logits = outputs(model, model.encode(example).inputs)
         ids = answer_ids(model, example)
         other = max((c for c in ids if c != example.answer), key=lambda c: logits[ids[c]])
@@ -62,50 +62,50 @@ def test_direct_attribution_against_float64() -> None:
             for h in range(model.n_heads):
                 columns = slice(h * model.head_dim, (h + 1) * model.head_dim)
                 expected = (w_o[:, columns] @ z[i, h]) @ direction * scale
-                assert found[n, i, h] == pytest.approx(expected, abs=1e-5)
-    assert np.abs(found).max() > 0.01
+                assert scores[n, i, h] == pytest.approx(expected, abs=1e-5)
+    assert np.abs(scores).max() > 0.01
     assert hooks_of(model) == 0
 
 
 def test_vision_aware_divergence_against_a_run_without_the_image() -> None:
-    model, asked = shared(), examples()[:5]
-    found = head_scores(model, asked, methods=["vhd"], batch_size=2).values["vhd"]
+    model, data = shared_model(), examples()[:5]
+    scores = head_scores(model, data, methods=["vhd"], batch_size=2).values["vhd"]
     image = model.processor.tokenizer.convert_tokens_to_ids("<image>")
-    for n, example in enumerate(asked):
+    for n, example in enumerate(data):
         inputs = model.encode(example).inputs
         ids = inputs["input_ids"][0]
         text = ids[ids != image][None]
         assert text.shape[1] == len(ids) - 49
         with_image, _, _ = outputs(model, inputs)
         without, _, _ = outputs(model, {"input_ids": text, "attention_mask": torch.ones_like(text)})
-        np.testing.assert_allclose(found[n], np.sqrt(((with_image - without) ** 2).sum(-1)), atol=1e-5)
+        np.testing.assert_allclose(scores[n], np.sqrt(((with_image - without) ** 2).sum(-1)), atol=1e-5)
 
 
-def test_attention_and_causal_columns_are_what_the_single_functions_give() -> None:
-    model, given = shared(), pairs("color")
-    table = head_scores(model, given, methods=ALL, min_effect=LEAST)
-    clean = [p.clean for p in given]
+def test_columns_equal_the_functions_that_compute_one_score() -> None:
+    model, data = shared_model(), pairs("color")
+    table = head_scores(model, data, methods=ALL, min_effect=LEAST)
+    clean = [p.clean for p in data]
     heads = [Head(i, h) for i in range(model.n_layers) for h in range(model.n_heads)]
-    seen = attention_to_image(model, clean, heads)
-    np.testing.assert_array_equal(table.values["image_mass"].reshape(len(given), -1), seen.image_mass)
-    np.testing.assert_array_equal(table.values["box_mass"].reshape(len(given), -1), seen.box_mass)
-    both = [e for p in given for e in (p.clean, p.corrupt)]
+    attention = attention_to_image(model, clean, heads)
+    np.testing.assert_array_equal(table.values["image_mass"].reshape(len(data), -1), attention.image_mass)
+    np.testing.assert_array_equal(table.values["box_mass"].reshape(len(data), -1), attention.box_mass)
+    both = [e for p in data for e in (p.clean, p.corrupt)]
     lost = ablate(model, clean, "heads", method="mean", tokens="last", reference=both)
-    np.testing.assert_allclose(table.values["ablation"].reshape(len(given), -1), lost.effects, atol=1e-5)
-    scores = patch_heads(model, given, min_effect=LEAST)
-    known = np.isfinite(table.values["patching"]).all((1, 2))
-    assert [i for i, k in zip(table.ids, known, strict=True) if k] == list(scores.ids)
-    np.testing.assert_allclose(table.values["patching"][known], scores.effects, atol=1e-5)
+    np.testing.assert_allclose(table.values["ablation"].reshape(len(data), -1), lost.effects, atol=1e-5)
+    scores = patch_heads(model, data, min_effect=LEAST)
+    patched = np.isfinite(table.values["patching"]).all((1, 2))
+    assert [i for i, k in zip(table.ids, patched, strict=True) if k] == list(scores.ids)
+    np.testing.assert_allclose(table.values["patching"][patched], scores.effects, atol=1e-5)
     assert table.methods == ALL
 
 
 def test_pairs_that_patching_leaves_out_have_no_score_there() -> None:
-    model, given = shared(), list(pairs("color"))
-    same = replace(given[0], corrupt=replace(given[0].corrupt, image=given[0].clean.image))
-    table = head_scores(model, [same, *given], methods=["patching", "image_mass"], min_effect=LEAST)
+    model, data = shared_model(), list(pairs("color"))
+    same = replace(data[0], corrupt=replace(data[0].corrupt, image=data[0].clean.image))
+    table = head_scores(model, [same, *data], methods=["patching", "image_mass"], min_effect=LEAST)
     assert np.isnan(table.values["patching"][0]).all()
     assert np.isfinite(table.values["image_mass"]).all()
-    assert len(table.rows("patching").values) == len(patch_heads(model, [same, *given], min_effect=LEAST).ids)
+    assert len(table.rows("patching").values) == len(patch_heads(model, [same, *data], min_effect=LEAST).ids)
 
 
 def test_spots_against_scipy() -> None:
@@ -115,15 +115,15 @@ def test_spots_against_scipy() -> None:
     maps[1] = np.eye(7, 9)
     around = np.ones((3, 3))
     spots = components(maps > 0.5)
-    for one, mine in zip(maps, spots, strict=True):
-        label, count = ndimage.label(one > 0.5, around)
+    for heatmap, mine in zip(maps, spots, strict=True):
+        label, count = ndimage.label(heatmap > 0.5, around)
         assert len(np.unique(mine[mine > 0])) == count
         assert len({(a, b) for a, b in zip(label.ravel(), mine.ravel(), strict=True)}) == count + (
-            not (one > 0.5).all()
+            not (heatmap > 0.5).all()
         )
     expected = []
-    for one in maps:
-        above = np.maximum(one - one.mean(), 0)
+    for heatmap in maps:
+        above = np.maximum(heatmap - heatmap.mean(), 0)
         label, count = ndimage.label(above > 1e-12, around)
         share = np.array([above[label == i + 1].sum() for i in range(count)])
         expected.append(stats.entropy(share) if count else 0.0)
@@ -203,7 +203,7 @@ def test_agreement_against_scipy() -> None:
 
 
 def test_files_and_frames(tmp_path: Path) -> None:
-    table = head_scores(shared(), examples()[:4], methods=["image_mass", "box_mass"])
+    table = head_scores(shared_model(), examples()[:4], methods=["image_mass", "box_mass"])
     loaded = HeadTable.load(table.save(tmp_path / "deep" / "table.safetensors"))
     for method in table.methods:
         np.testing.assert_array_equal(table.values[method], loaded.values[method])
@@ -224,11 +224,11 @@ def test_files_and_frames(tmp_path: Path) -> None:
         table.mean("vhd")
 
 
-def test_what_is_refused() -> None:
-    model, asked = shared(), examples()[:2]
+def test_unknown_methods_are_refused() -> None:
+    model, data = shared_model(), examples()[:2]
     for methods in (["attention"], [], ["vhd", "vhd"], ["patching"]):
         with pytest.raises(ConfigError):
-            head_scores(model, asked, methods=methods)
+            head_scores(model, data, methods=methods)
     with pytest.raises(PatchError, match="data is empty"):
         head_scores(model, [])
 

@@ -13,7 +13,7 @@ from concepts.schema import Box, Example
 from groundscope.core.errors import DataError, ModelError, SiteError
 from lvlm import Head
 from lvlm.model import Lvlm
-from tests.toys.random_models import examples, hooks_of, layers_of, lively, shared
+from tests.toys.random_models import examples, hooks_of, layers_of, random_model, shared_model
 
 HEADS = (Head(4, 1), Head(0, 7), Head(4, 0))
 
@@ -21,12 +21,12 @@ HEADS = (Head(4, 1), Head(0, 7), Head(4, 0))
 @torch.no_grad()
 def by_hand(model: Lvlm, example: Example, head: Head) -> np.ndarray:
     """Softmax of rotated queries and keys, from the layer's own projections, float64 ``[T]``."""
-    kept: list[torch.Tensor] = []
+    states: list[torch.Tensor] = []
     attention = layers_of(model)[head.layer].self_attn
-    hook = attention.register_forward_pre_hook(lambda _m, _a, kw: kept.append(kw["hidden_states"]), with_kwargs=True)
+    hook = attention.register_forward_pre_hook(lambda _m, _a, kw: states.append(kw["hidden_states"]), with_kwargs=True)
     model.logits(model.encode(example).inputs)
     hook.remove()
-    x = kept[0][0].double()
+    x = states[0][0].double()
     dim = model.head_dim
     q, k = (
         (x @ projection.weight.double().T)[:, head.head * dim : (head.head + 1) * dim]
@@ -42,32 +42,32 @@ def by_hand(model: Lvlm, example: Example, head: Head) -> np.ndarray:
 
 
 def test_weights_against_a_computation_by_hand() -> None:
-    model = shared()
-    shown = examples()[:5]
-    seen = attention_to_image(model, shown, HEADS, batch_size=2)
-    assert seen.heads == HEADS
-    assert seen.maps.shape == (5, 3, 49)
-    assert seen.maps.dtype == np.float32
-    assert seen.grid == (7, 7)
-    for i, example in enumerate(shown):
+    model = shared_model()
+    data = examples()[:5]
+    attention = attention_to_image(model, data, HEADS, batch_size=2)
+    assert attention.heads == HEADS
+    assert attention.maps.shape == (5, 3, 49)
+    assert attention.maps.dtype == np.float32
+    assert attention.grid == (7, 7)
+    for i, example in enumerate(data):
         tokens = model.encode(example).tokens
         for j, head in enumerate(HEADS):
             weights = by_hand(model, example, head)
-            np.testing.assert_allclose(seen.maps[i, j], weights[list(tokens.image)], atol=1e-5)
-            assert seen.image_mass[i, j] == pytest.approx(weights[list(tokens.image)].sum(), abs=1e-5)
+            np.testing.assert_allclose(attention.maps[i, j], weights[list(tokens.image)], atol=1e-5)
+            assert attention.image_mass[i, j] == pytest.approx(weights[list(tokens.image)].sum(), abs=1e-5)
             if tokens.subject is None:
-                assert np.isnan(seen.box_mass[i, j])
+                assert np.isnan(attention.box_mass[i, j])
             else:
-                assert seen.box_mass[i, j] == pytest.approx(
+                assert attention.box_mass[i, j] == pytest.approx(
                     weights[list(tokens.object(tokens.subject))].sum(), abs=1e-5
                 )
-    assert np.isnan(seen.box_mass[3]).all()
-    assert np.isfinite(seen.box_mass[[0, 1, 2, 4]]).all()
+    assert np.isnan(attention.box_mass[3]).all()
+    assert np.isfinite(attention.box_mass[[0, 1, 2, 4]]).all()
 
 
 @pytest.mark.parametrize("setting", ["sdpa", "eager"])
 def test_no_other_forward_is_affected(setting: str) -> None:
-    model = lively()
+    model = random_model()
     model.hf.set_attn_implementation({"text_config": setting, "vision_config": "sdpa"})
     example = examples()[0]
     plain = model.logits(model.encode(example).inputs)
@@ -88,7 +88,7 @@ def test_no_other_forward_is_affected(setting: str) -> None:
 
 
 def test_attention_that_gives_no_weights_is_named() -> None:
-    model = lively()
+    model = random_model()
     attention = layers_of(model)[4].self_attn
     forward = attention.forward
     attention.forward = lambda *args, **kwargs: (forward(*args, **kwargs)[0], None)
@@ -97,7 +97,7 @@ def test_attention_that_gives_no_weights_is_named() -> None:
 
 
 def test_what_is_refused() -> None:
-    model = shared()
+    model = shared_model()
     for heads in ([Head(6, 0)], [Head(0, 8)], []):
         with pytest.raises(SiteError, match="6 layers of 8 heads"):
             attention_to_image(model, examples()[:1], heads)
@@ -105,8 +105,8 @@ def test_what_is_refused() -> None:
         attention_to_image(model, [], HEADS)
 
 
-def test_an_object_outside_the_image_holds_nothing() -> None:
+def test_an_object_outside_the_image_has_no_mass() -> None:
     example = examples()[0]
     outside = replace(example, objects=(replace(example.objects[0], box=Box(500, 500, 520, 520)), *example.objects[1:]))
-    seen = attention_to_image(shared(), [outside], HEADS)
-    np.testing.assert_array_equal(seen.box_mass, 0)
+    attention = attention_to_image(shared_model(), [outside], HEADS)
+    np.testing.assert_array_equal(attention.box_mass, 0)

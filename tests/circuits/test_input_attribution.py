@@ -23,7 +23,7 @@ from concepts.scenes.scene import TEST, generator, sample_scene
 from concepts.schema import Box, Example
 from groundscope.core.errors import ConfigError, PatchError, StoreError
 from lvlm.model import Lvlm
-from tests.toys.random_models import shared
+from tests.toys.random_models import shared_model
 
 
 def by_orders(value: dict[frozenset[int], float], n: int) -> np.ndarray:
@@ -80,25 +80,25 @@ def odds(model: Lvlm, example: Example, answer: str) -> float:
     """Log-odds of an answer in one plain forward; the toy tokenizer has one token for each candidate."""
     logits = model.hf(**model.encode(example).inputs).logits[0, -1].double()
     ids = {c: model.processor.tokenizer.convert_tokens_to_ids(c) for c in example.candidates}
-    rest = torch.stack([logits[i] for c, i in ids.items() if c != answer])
-    return float(logits[ids[answer]] - rest.logsumexp(0))
+    others = torch.stack([logits[i] for c, i in ids.items() if c != answer])
+    return float(logits[ids[answer]] - others.logsumexp(0))
 
 
-def asked() -> tuple[Example, ...]:
+def color_questions() -> tuple[Example, ...]:
     """Two questions of one length and kind about unlike scenes."""
-    made = []
+    examples = []
     for i, noun in enumerate(("car", "dog", "apple")):
         scene = sample_scene(generator(TEST, 5, i), f"s{i}", nouns=["apple", "car", "dog"])
         thing = scene.get(noun)
         assert thing is not None
-        made.append(questions.as_example(scene, questions.what_color(scene, thing), "neutral"))
-    return tuple(made)
+        examples.append(questions.as_example(scene, questions.what_color(scene, thing), "neutral"))
+    return tuple(examples)
 
 
 def test_shares_equal_four_forwards_by_hand() -> None:
-    model, three = shared(), asked()
-    found = split(model, three, neutral_images=("blank", "noise"), neutral_questions=[three[1].question])
-    for one, e in zip((found[0], found[2]), (three[0], three[2]), strict=True):
+    model, three = shared_model(), color_questions()
+    sources = split(model, three, neutral_images=("blank", "noise"), neutral_questions=[three[1].question])
+    for shares, e in zip((sources[0], sources[2]), (three[0], three[2]), strict=True):
         other = three[1].question
         per_image = []
         for edit in ("blank", "noise"):
@@ -107,7 +107,7 @@ def test_shares_equal_four_forwards_by_hand() -> None:
                 (i, p): odds(
                     model,
                     replace(e, image=e.image if i else none, question=e.question if p else other),
-                    one.answer,
+                    shares.answer,
                 )
                 for i in (0, 1)
                 for p in (0, 1)
@@ -117,16 +117,20 @@ def test_shares_equal_four_forwards_by_hand() -> None:
             per_image.append((v[0, 0], image, prompt, v[1, 1] - v[1, 0] - v[0, 1] + v[0, 0]))
         prior, image, prompt, interaction = np.mean(per_image, axis=0)
         np.testing.assert_allclose(
-            [one.prior, one.image, one.prompt, one.interaction], [prior, image, prompt, interaction], atol=2e-4
+            [shares.prior, shares.image, shares.prompt, shares.interaction],
+            [prior, image, prompt, interaction],
+            atol=2e-4,
         )
-        np.testing.assert_allclose(one.spread, np.std([p[1:3] for p in per_image], axis=0, ddof=1), atol=2e-4)
-        assert abs(one.prior + one.shares.sum() - one.log_odds) < 1e-9
-        assert one.forwards == 6  # everything, the image alone, the question with two neutral images, and those alone
-        assert one.said == max(e.candidates, key=lambda c: odds(model, e, c))
+        np.testing.assert_allclose(shares.spread, np.std([p[1:3] for p in per_image], axis=0, ddof=1), atol=2e-4)
+        assert abs(shares.prior + shares.shares.sum() - shares.log_odds) < 1e-9
+        assert (
+            shares.forwards == 6
+        )  # everything, the image alone, the question with two neutral images, and those alone
+        assert shares.said == max(e.candidates, key=lambda c: odds(model, e, c))
 
 
 def test_each_example_can_have_neutral_questions_of_its_own() -> None:
-    model, three = shared(), asked()
+    model, three = shared_model(), color_questions()
     other = {e.id: [f.question] for e, f in zip(three, three[::-1], strict=True)}
     with pytest.raises(PatchError, match="has no entry for example"):
         split(model, three, neutral_questions={three[0].id: other[three[0].id]})
@@ -134,45 +138,45 @@ def test_each_example_can_have_neutral_questions_of_its_own() -> None:
     np.testing.assert_array_equal(first.shares, split(model, three[:1], neutral_questions=other[three[0].id])[0].shares)
 
 
-def test_objects_and_words_are_players_of_their_own() -> None:
-    model, three = shared(), asked()
-    found = split(model, three, image="objects", prompt="words", of="true")
-    one, e = found[0], three[0]
-    assert one.players[: one.of_image] == (*(f"image: {o.noun}" for o in e.objects), "image: rest")
-    assert one.players[one.of_image :] == tuple(f"prompt: {w}" for w in e.question.split())
-    assert one.answer == e.answer
-    assert abs(one.prior + one.shares.sum() - one.log_odds) < 1e-9
-    if len(one.players) <= shapley.MOST:
-        assert len(one.values) == 2 ** len(one.players)
-        np.testing.assert_array_equal(one.error, 0)
+def test_each_object_and_word_is_a_player() -> None:
+    model, three = shared_model(), color_questions()
+    sources = split(model, three, image="objects", prompt="words", of="true")
+    shares, e = sources[0], three[0]
+    assert shares.players[: shares.of_image] == (*(f"image: {o.noun}" for o in e.objects), "image: rest")
+    assert shares.players[shares.of_image :] == tuple(f"prompt: {w}" for w in e.question.split())
+    assert shares.answer == e.answer
+    assert abs(shares.prior + shares.shares.sum() - shares.log_odds) < 1e-9
+    if len(shares.players) <= shapley.MOST:
+        assert len(shares.values) == 2 ** len(shares.players)
+        np.testing.assert_array_equal(shares.error, 0)
     # A word that is the same in every neutral question brings nothing.
     same = [i for i, w in enumerate(e.question.split()) if all(w == x.question.split()[i] for x in three)]
     assert same
-    np.testing.assert_allclose(one.shares[one.of_image :][same], 0, atol=1e-6)
+    np.testing.assert_allclose(shares.shares[shares.of_image :][same], 0, atol=1e-6)
     # One region's value alone is the model's answer to the composed picture.
-    alone = one.coalitions.sum(1) == 1
-    row = int(np.flatnonzero(alone & one.coalitions[:, 0])[0])
-    boxes, shown = tuple(o.box for o in e.objects), (True, *[False] * len(e.objects))
-    picture = RegionMaskedImage(e.image, EditedImage(e.image, "blank"), boxes, shown)
+    alone = shares.coalitions.sum(1) == 1
+    row = int(np.flatnonzero(alone & shares.coalitions[:, 0])[0])
+    boxes, visible = tuple(o.box for o in e.objects), (True, *[False] * len(e.objects))
+    picture = RegionMaskedImage(e.image, EditedImage(e.image, "blank"), boxes, visible)
     others = [x.question for x in three if x.question != e.question]
     naive = np.mean([odds(model, replace(e, image=picture, question=q), e.answer) for q in others])
-    np.testing.assert_allclose(one.values[row], naive, atol=2e-4)
+    np.testing.assert_allclose(shares.values[row], naive, atol=2e-4)
 
 
-def test_many_players_are_sampled_and_still_add_up() -> None:
-    model = shared()
+def test_sampled_values_of_many_players_sum_to_the_total() -> None:
+    model = shared_model()
     scene = sample_scene(generator(TEST, 9, 0), "many", nouns=["apple", "car", "dog"])
     other = sample_scene(generator(TEST, 9, 1), "other", nouns=["apple", "car", "dog"])
     both = [questions.as_example(s, questions.existence(s, n), "neutral") for s, n in ((scene, "car"), (other, "dog"))]
-    found = split(model, both, image="objects", prompt="words", orders=6)
-    one = found[0]
-    assert len(one.players) > shapley.MOST
-    assert len(one.values) < 2 ** len(one.players)
-    assert abs(one.prior + one.shares.sum() - one.log_odds) < 1e-9
-    assert (one.error[np.abs(one.shares) > 1e-6] >= 0).all()
-    assert one.error.max() > 0
+    sources = split(model, both, image="objects", prompt="words", orders=6)
+    shares = sources[0]
+    assert len(shares.players) > shapley.MOST
+    assert len(shares.values) < 2 ** len(shares.players)
+    assert abs(shares.prior + shares.shares.sum() - shares.log_odds) < 1e-9
+    assert (shares.error[np.abs(shares.shares) > 1e-6] >= 0).all()
+    assert shares.error.max() > 0
     whole = split(model, both)[0]
-    np.testing.assert_allclose(one.interaction, whole.interaction, atol=1e-4)
+    np.testing.assert_allclose(shares.interaction, whole.interaction, atol=1e-4)
 
 
 def test_regions_cover_every_pixel_once() -> None:
@@ -198,10 +202,10 @@ class Flat:
         return Image.new("RGB", self.size, (self.value,) * 3)
 
 
-def test_revealed_pictures_show_what_they_say() -> None:
+def test_revealed_images_show_the_selected_boxes() -> None:
     boxes = (Box(0, 0, 6, 6), Box(4, 4, 8, 8))
-    shown = np.asarray(RegionMaskedImage(Flat(200), Flat(10), boxes, (True, False, False)).load())[..., 0]
-    np.testing.assert_array_equal(shown == 200, region_of_pixels(boxes, (10, 8)) == 0)
+    pixels = np.asarray(RegionMaskedImage(Flat(200), Flat(10), boxes, (True, False, False)).load())[..., 0]
+    np.testing.assert_array_equal(pixels == 200, region_of_pixels(boxes, (10, 8)) == 0)
     assert RegionMaskedImage(Flat(200), Flat(10), boxes, (True, True, True)).identity == Flat(200).identity
     assert RegionMaskedImage(Flat(200), Flat(10), boxes, (False,) * 3).identity == Flat(10).identity
     with pytest.raises(Exception, match="needs a neutral image of the same size"):
@@ -209,22 +213,22 @@ def test_revealed_pictures_show_what_they_say() -> None:
 
 
 def test_summary_frame_and_file(tmp_path: Path) -> None:
-    found = split(shared(), asked())
-    frame = found.frame()
+    sources = split(shared_model(), color_questions())
+    frame = sources.frame()
     assert len(frame) == 6
     assert set(frame["part"]) == {"image", "prompt"}
-    table = found.summary(("level", "said_true"))
+    table = sources.summary(("level", "said_true"))
     mean = table.pivot_table(index=["level", "said_true"], columns="part", values="mean")
     np.testing.assert_allclose(mean["prior"] + mean["image"] + mean["prompt"], mean["log_odds"], atol=1e-9)
-    again = Sources.load(found.save(tmp_path / "sources.safetensors"))
-    assert again.frame().equals(frame)
-    np.testing.assert_array_equal(again[1].values, found[1].values)
-    assert str(again[0]).startswith(f"'{found[0].answer}' to '{found[0].example['question']}'")
+    loaded = Sources.load(sources.save(tmp_path / "sources.safetensors"))
+    assert loaded.frame().equals(frame)
+    np.testing.assert_array_equal(loaded[1].values, sources[1].values)
+    assert str(loaded[0]).startswith(f"'{sources[0].answer}' to '{sources[0].example['question']}'")
     (tmp_path / "broken.safetensors").write_bytes(b"nothing")
     with pytest.raises(StoreError, match="damaged"):
         Sources.load(tmp_path / "broken.safetensors")
     with pytest.raises(ConfigError, match="unknown column 'color' in by"):
-        found.summary(("color",))
+        sources.summary(("color",))
 
 
 @pytest.mark.parametrize(
@@ -241,11 +245,11 @@ def test_summary_frame_and_file(tmp_path: Path) -> None:
 )
 def test_a_mistake_is_named(options: dict[str, object], error: type[Exception], match: str) -> None:
     with pytest.raises(error, match=match):
-        split(shared(), asked(), **options)  # type: ignore[arg-type]
+        split(shared_model(), color_questions(), **options)  # type: ignore[arg-type]
 
 
 def test_a_question_without_company_needs_neutral_ones() -> None:
     with pytest.raises(PatchError, match="no other example has a question"):
-        split(shared(), asked()[:1])
+        split(shared_model(), color_questions()[:1])
     with pytest.raises(PatchError, match="examples is empty"):
-        split(shared(), [])
+        split(shared_model(), [])

@@ -16,7 +16,7 @@ from concepts.schema import CounterfactualPair
 from groundscope.core.errors import PatchError, SiteError
 from lvlm import Site, answer_key
 from lvlm.model import Batch, Lvlm
-from tests.toys.random_models import examples, hooks_of, layers_of, lively, shared
+from tests.toys.random_models import examples, hooks_of, layers_of, random_model, shared_model
 
 SITE = Site("decoder", 3, "z")
 
@@ -26,14 +26,14 @@ def batch(model: Lvlm) -> Batch:
     return next(b for b in model.batches(examples(), 2) if len(b.index) == 2)
 
 
-def seen(model: Lvlm, site: Site, interventions: list[Intervention]) -> torch.Tensor:
+def values_at(model: Lvlm, site: Site, interventions: list[Intervention]) -> torch.Tensor:
     """What the site holds after an intervention."""
-    kept: list[torch.Tensor] = []
+    values: list[torch.Tensor] = []
     with intervened(model, interventions):
-        hook = model.locate(site).watch(lambda x: kept.append(x.clone()))
+        hook = model.locate(site).watch(lambda x: values.append(x.clone()))
         model.logits(batch(model).inputs)
         hook.remove()
-    return kept[-1]
+    return values[-1]
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -41,7 +41,7 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 def test_nothing_to_do_is_bitwise_nothing() -> None:
-    model = shared()
+    model = shared_model()
     plain = model.logits(batch(model).inputs)
     with intervened(model, []):
         assert hooks_of(model) == 0
@@ -50,7 +50,7 @@ def test_nothing_to_do_is_bitwise_nothing() -> None:
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_the_model_is_afterwards_what_it_was(fails: bool) -> None:
-    model = lively()
+    model = random_model()
     state = {name: p.clone() for name, p in model.hf.state_dict().items()}
     plain = model.logits(batch(model).inputs)
     change: Callable[[torch.Tensor], torch.Tensor] = (lambda x: x.reshape(7, 11, 13)) if fails else Zero()
@@ -67,7 +67,7 @@ def test_the_model_is_afterwards_what_it_was(fails: bool) -> None:
 
 
 def test_nothing_is_hooked_where_an_intervention_is_refused() -> None:
-    model = shared()
+    model = shared_model()
     fine = Intervention(SITE, Zero())
     with pytest.raises(SiteError), intervened(model, [fine, Intervention(Site("decoder", 99, "z"), Zero())]):
         pass
@@ -75,8 +75,8 @@ def test_nothing_is_hooked_where_an_intervention_is_refused() -> None:
 
 
 def test_positions_heads_and_rows() -> None:
-    model = shared()
-    base, b = seen(model, SITE, []), batch(model)
+    model = shared_model()
+    base, b = values_at(model, SITE, []), batch(model)
     image = list(b.encodings[0].tokens.image)
     after = list(range(image[-1] + 1, base.shape[1]))
     dim = model.head_dim
@@ -94,18 +94,18 @@ def test_positions_heads_and_rows() -> None:
                 for r in members:
                     for t in where:
                         expected[r, t, columns] = 0
-                got = seen(model, SITE, [Intervention(SITE, Zero(), rule, head, rows)])
+                got = values_at(model, SITE, [Intervention(SITE, Zero(), rule, head, rows)])
                 assert torch.equal(got, expected), (rule, head, rows)
     each = torch.tensor([[1, 2], [5, 6]])
     expected = base.clone()
     expected[0, [1, 2]] = 7
     expected[1, [5, 6]] = 7
-    assert torch.equal(seen(model, SITE, [Intervention(SITE, Replace(torch.tensor(7.0)), each)]), expected)
+    assert torch.equal(values_at(model, SITE, [Intervention(SITE, Replace(torch.tensor(7.0)), each)]), expected)
 
 
 def test_changes() -> None:
-    model = shared()
-    base = seen(model, SITE, [])
+    model = shared_model()
+    base = values_at(model, SITE, [])
     d = base.shape[-1]
     v = torch.randn(d, generator=generator())
     reads = torch.linalg.qr(torch.randn(d, 3, generator=generator(1)))[0].T
@@ -121,43 +121,43 @@ def test_changes() -> None:
         (Amplify(v, 2.0, reads, writes), last + 2 * (deviation @ reads.T) @ writes),
         (lambda x: -x, -last),
     ):
-        got = seen(model, SITE, [Intervention(SITE, change, "last")])
+        got = values_at(model, SITE, [Intervention(SITE, change, "last")])
         torch.testing.assert_close(got[:, -1], expected, atol=1e-5, rtol=1e-5)
         assert torch.equal(got[:, :-1], base[:, :-1])
     # Removing a subspace leaves nothing in it; another way to write keeps every deviation's length.
-    gone = seen(model, SITE, [Intervention(SITE, Amplify(torch.zeros(d), -1.0, reads), "all")])
-    assert float((gone @ reads.T).abs().max()) < 1e-5
-    turned = seen(model, SITE, [Intervention(SITE, Amplify(v, 1.0, reads, writes), "all")])
-    straight = seen(model, SITE, [Intervention(SITE, Amplify(v, 1.0, reads), "all")])
+    projected = values_at(model, SITE, [Intervention(SITE, Amplify(torch.zeros(d), -1.0, reads), "all")])
+    assert float((projected @ reads.T).abs().max()) < 1e-5
+    turned = values_at(model, SITE, [Intervention(SITE, Amplify(v, 1.0, reads, writes), "all")])
+    straight = values_at(model, SITE, [Intervention(SITE, Amplify(v, 1.0, reads), "all")])
     torch.testing.assert_close((turned - base).norm(dim=-1), (straight - base).norm(dim=-1), rtol=1e-4, atol=1e-5)
 
 
 def test_changes_at_one_site_happen_in_order_and_contexts_nest() -> None:
-    model = shared()
-    base = seen(model, SITE, [])
-    one = torch.ones(base.shape[-1])
-    both = seen(model, SITE, [Intervention(SITE, Zero()), Intervention(SITE, Add(one))])
-    assert torch.equal(both[:, -1], one.expand_as(both[:, -1]))
+    model = shared_model()
+    base = values_at(model, SITE, [])
+    direction = torch.ones(base.shape[-1])
+    both = values_at(model, SITE, [Intervention(SITE, Zero()), Intervention(SITE, Add(direction))])
+    assert torch.equal(both[:, -1], direction.expand_as(both[:, -1]))
     with intervened(model, [Intervention(SITE, Zero())]):
-        nested = seen(model, SITE, [Intervention(SITE, Add(one))])
+        nested = values_at(model, SITE, [Intervention(SITE, Add(direction))])
     assert torch.equal(nested, both)
 
 
 @settings(max_examples=20)
 @given(seed=st.integers(0, 1000), layer=st.integers(0, 5), head=st.integers(0, 7))
 def test_adding_before_the_projection_is_adding_its_image_after(seed: int, layer: int, head: int) -> None:
-    model = shared()
+    model = shared_model()
     site, out = Site("decoder", layer, "z"), Site("decoder", layer, "attn_out")
     delta = torch.randn(model.head_dim, generator=generator(seed))
     weight = layers_of(model)[layer].self_attn.o_proj.weight[:, head * model.head_dim : (head + 1) * model.head_dim]
-    moved = seen(model, out, [Intervention(site, Add(delta), "last", head)])
-    base = seen(model, out, [])
+    moved = values_at(model, out, [Intervention(site, Add(delta), "last", head)])
+    base = values_at(model, out, [])
     torch.testing.assert_close(moved[:, -1], base[:, -1] + weight.detach() @ delta, atol=1e-4, rtol=1e-5)
     assert torch.equal(moved[:, :-1], base[:, :-1])
 
 
 def test_every_site_with_a_tensor_can_be_intervened_on() -> None:
-    model = shared()
+    model = shared_model()
     plain = model.logits(batch(model).inputs)
     components = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "q", "k", "v", "z")
     sites = [Site(stack, 1, c) for stack in ("decoder", "vision") for c in components]  # pyright: ignore[reportArgumentType]  # from the lists
@@ -168,16 +168,18 @@ def test_every_site_with_a_tensor_can_be_intervened_on() -> None:
 
 @pytest.mark.parametrize("stack", ["decoder", "vision"])
 def test_what_is_put_between_attention_and_mlp_reaches_the_layers_end(stack: str) -> None:
-    model = shared()
+    model = shared_model()
     mid, out, mlp = (Site(stack, 1, c) for c in ("resid_mid", "resid_post", "mlp_out"))  # pyright: ignore[reportArgumentType]
-    value = torch.randn(seen(model, mid, []).shape[-1], generator=generator())
+    value = torch.randn(values_at(model, mid, []).shape[-1], generator=generator())
     item = Intervention(mid, Replace(value), "all")
-    torch.testing.assert_close(seen(model, mid, [item])[0, 3], value, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(seen(model, out, [item]), value + seen(model, mlp, [item]), atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(values_at(model, mid, [item])[0, 3], value, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        values_at(model, out, [item]), value + values_at(model, mlp, [item]), atol=1e-4, rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize(
-    ("item", "error", "said"),
+    ("item", "error", "message"),
     [
         (lambda: Intervention(Site("decoder", 6, "z"), Zero()), SiteError, "layers 0-5"),
         (lambda: Intervention(SITE, Zero(), head=8), SiteError, "heads 0-7"),
@@ -199,22 +201,24 @@ def test_what_is_put_between_attention_and_mlp_reaches_the_layers_end(stack: str
         (lambda: Intervention(SITE, Zero(), rows=(2,)), PatchError, "row 2"),
     ],
 )
-def test_what_is_refused(item: Callable[[], Intervention], error: type[Exception], said: str) -> None:
-    model = shared()
-    with pytest.raises(error, match=said), intervened(model, [item()]):
+def test_invalid_interventions_are_refused(
+    item: Callable[[], Intervention], error: type[Exception], message: str
+) -> None:
+    model = shared_model()
+    with pytest.raises(error, match=message), intervened(model, [item()]):
         model.logits(batch(model).inputs)
     assert hooks_of(model) == 0
 
 
 def test_image_positions_need_the_models_own_inputs() -> None:
-    model = shared()
+    model = shared_model()
     embedded = torch.zeros(1, 5, model.width)
     with pytest.raises(PatchError, match="input_ids"), intervened(model, [Intervention(SITE, Zero(), "image")]):
         model.hf(inputs_embeds=embedded)
 
 
 def test_prompt_positions_are_in_no_later_step_of_generation() -> None:
-    model, b = shared(), batch(shared())
+    model, b = shared_model(), batch(shared_model())
     lengths: list[int] = []
 
     def change(x: torch.Tensor) -> torch.Tensor:
@@ -230,7 +234,7 @@ def test_prompt_positions_are_in_no_later_step_of_generation() -> None:
 
 
 def test_metrics_against_the_softmax() -> None:
-    model = shared()
+    model = shared_model()
     example = examples()[0]
     key = answer_key(model, example)
     logits = torch.randn(2, 3, model.hf.config.text_config.vocab_size, generator=generator()).double()
@@ -243,7 +247,7 @@ def test_metrics_against_the_softmax() -> None:
 
 
 def test_pair_key_holds_the_two_true_answers() -> None:
-    model = shared()
+    model = shared_model()
     from tests.toys.random_models import pairs
 
     for pair in pairs("color"):

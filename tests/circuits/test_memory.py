@@ -26,14 +26,14 @@ from lvlm.answer_keys import AnswerKey, answer_key
 from tests.toys.edge_oracle import graph_of
 from tests.toys.families import model as toy
 from tests.toys.patching_oracle import pair_of
-from tests.toys.random_models import examples, shared
+from tests.toys.random_models import examples, shared_model
 from tests.toys.wide_model import HEADS, WIDTH, Live, peak_of, wide
 
 
 @pytest.fixture(scope="module")
 def question() -> Example:
-    one = next(e for e in scenes.dataset(10, 0) if e.kind == "existence")
-    return replace(one, question=f"Please answer yes or no : {one.question}")
+    base = next(e for e in scenes.dataset(10, 0) if e.kind == "existence")
+    return replace(base, question=f"Please answer yes or no : {base.question}")
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def models() -> dict[int, Lvlm]:
 
 
 def test_attribution_and_means_take_no_tokens_of_other_layers(models: dict[int, Lvlm], question: Example) -> None:
-    found: dict[str, dict[int, int]] = {"attribution": {}, "means": {}, "difference": {}}
+    peak_bytes: dict[str, dict[int, int]] = {"attribution": {}, "means": {}, "difference": {}}
     for layers, model in models.items():
         batch = next(model.batches([question], 1))
         assert batch.encodings[0].tokens.length == 595
@@ -59,11 +59,11 @@ def test_attribution_and_means_take_no_tokens_of_other_layers(models: dict[int, 
             with torch.no_grad():
                 _means(model, [question], range(layers), "all", 1)
 
-        found["attribution"][layers] = peak_of(attribution)
-        found["means"][layers] = peak_of(means)
-        found["difference"][layers] = peak_of(lambda m=model, b=batch: image_difference(m, b))
+        peak_bytes["attribution"][layers] = peak_of(attribution)
+        peak_bytes["means"][layers] = peak_of(means)
+        peak_bytes["difference"][layers] = peak_of(lambda m=model, b=batch: image_difference(m, b))
     stream = 595 * WIDTH * 4
-    for name, peaks in found.items():
+    for name, peaks in peak_bytes.items():
         # A layer more holds rows of width D (in float64 at most); z of all tokens would be 595 of them.
         assert (peaks[4] - peaks[2]) / 2 <= 16 * WIDTH * 8, name
         assert peaks[2] <= 16 * stream, name
@@ -82,13 +82,13 @@ def test_a_circuit_of_edges_holds_a_few_streams_a_layer(models: dict[int, Lvlm],
             written = run(model, inputs, metric).written
             forms, _ = forms_of(model, lambda m=model, x=inputs: run(m, x, metric))
             shape = Shape(layers, HEADS, tuple(f.parallel for f in forms))
-            kept = np.zeros((shape.n_sources, shape.n_targets), bool)
-            kept[0] = kept[2] = True
+            mask = np.zeros((shape.n_sources, shape.n_targets), bool)
+            mask[0] = mask[2] = True
             with Live() as live:
                 ends = ends_of(model, inputs, written, written)
-                found = run_circuit(model, forms, shape, ends, kept & shape.there, metric)
+                circuit_run = run_circuit(model, forms, shape, ends, mask & shape.there, metric)
         peaks[layers], largest = live.peak, max(largest, live.largest)
-        torch.testing.assert_close(found, written.metric, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(circuit_run, written.metric, rtol=1e-4, atol=1e-4)
     # Of a layer: how z, its mean and the MLP move. Every head's share would be 2 x (heads + 1) = 18 streams.
     assert (peaks[4] - peaks[2]) / 2 <= 5 * stream
     assert largest <= 4 * stream  # hidden states of the attention's eager and fused kernels among them
@@ -115,7 +115,7 @@ def test_any_heads_shares_add_up_to_what_the_projection_gives() -> None:
 
 
 def test_donors_within_a_budget_are_the_same_donors() -> None:
-    lvlm = shared()
+    lvlm = shared_model()
     length = lvlm.encode(examples()[0]).tokens.length
     some = [e for e in examples() if lvlm.encode(e).tokens.length == length][:4]
     sets = [Head(1, 3), HeadSet([Head(0, 0), Head(4, 7)])]
@@ -123,14 +123,14 @@ def test_donors_within_a_budget_are_the_same_donors() -> None:
     tight = ablate(lvlm, some, sets, method="resample", tokens="all", memory=1, progress=False)
     np.testing.assert_allclose(tight.ablated, free.ablated, atol=1e-4)
     np.testing.assert_allclose(tight.margins, free.margins, atol=1e-4)
-    kept = _outputs(lvlm, some, [1], "all", 4)[1]
-    for row, one in enumerate(some):
-        z = lvlm.read(lvlm.encode(one).inputs, ["decoder.L1.z"])["decoder.L1.z"][0]
-        torch.testing.assert_close(kept[row], z, rtol=1e-4, atol=1e-5)
+    donors = _outputs(lvlm, some, [1], "all", 4)[1]
+    for row, example in enumerate(some):
+        z = lvlm.read(lvlm.encode(example).inputs, ["decoder.L1.z"])["decoder.L1.z"][0]
+        torch.testing.assert_close(donors[row], z, rtol=1e-4, atol=1e-5)
 
 
 def test_attribution_is_the_formula_with_the_whole_unembedding(monkeypatch: pytest.MonkeyPatch) -> None:
-    lvlm, some = shared(), examples()[:3]
+    lvlm, some = shared_model(), examples()[:3]
     batch = next(lvlm.batches(some, 3))
     ordered = [some[i] for i in batch.index]
     keys, answers = [answer_key(lvlm, e) for e in ordered], [e.answer for e in ordered]
@@ -141,7 +141,7 @@ def test_attribution_is_the_formula_with_the_whole_unembedding(monkeypatch: pyte
 
 
 def test_scores_of_a_split_do_not_hold_logits(monkeypatch: pytest.MonkeyPatch) -> None:
-    lvlm, some = shared(), examples()[:4]
+    lvlm, some = shared_model(), examples()[:4]
     sizes: list[int] = []
     scores = AnswerKey.scores
 
@@ -155,19 +155,19 @@ def test_scores_of_a_split_do_not_hold_logits(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_corrections_are_recorded_within_the_budget() -> None:
-    lvlm, some = shared(), examples()[:6]
+    lvlm, some = shared_model(), examples()[:6]
     batch = next(lvlm.batches(some, 6))
     change = [Intervention(Site("decoder", 2, "z"), Add(torch.ones(lvlm.head_dim)), "last", 1)]
     each = kept_bytes(lvlm, 1, batch.encodings[0].tokens.length)
     whole = logits_under(lvlm, [[], change])(batch)
     # Room for two recordings at a time is room for the resumed rows too.
     parts = logits_under(lvlm, [[], change], memory=max(2 * each + 1, 40 << 20))(batch)
-    for one, other in zip(whole, parts, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    for first, second in zip(whole, parts, strict=True):
+        torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-4)
 
 
 def test_batches_that_no_user_chooses_fit_a_budget() -> None:
-    lvlm, some = shared(), examples()[:3]
+    lvlm, some = shared_model(), examples()[:3]
     assert batch_rows(lvlm, some, 32) == 32
     assert batch_rows(lvlm, some, 32, memory=1) == 1
     assert batch_rows(lvlm, some, 32, 3 * kept_bytes(lvlm, 1, lvlm.encode(some[0]).tokens.length), recorded=True) == 3
@@ -176,8 +176,8 @@ def test_batches_that_no_user_chooses_fit_a_budget() -> None:
 
 def test_faithful_circuits_still_begin_and_end_at_both_runs() -> None:
     lvlm = toy("llava")
-    found = faithfulness.edges(lvlm, [pair_of(0)], graph_of(lvlm), shares=(0, 0.1, 0.9, 1), progress=False)
-    assert found.margins[0, [0, 3]] == pytest.approx([found.empty[0], found.full[0]], abs=2e-5)
+    curve = faithfulness.edges(lvlm, [pair_of(0)], graph_of(lvlm), shares=(0, 0.1, 0.9, 1), progress=False)
+    assert curve.margins[0, [0, 3]] == pytest.approx([curve.empty[0], curve.full[0]], abs=2e-5)
 
 
 # -- the model's own arrays ------------------------------------------------------------------------------------------

@@ -18,11 +18,11 @@ WHOLE = {"instructblip_t5", "florence2"}
 
 
 def check(lvlm: Lvlm, modules: list[Any], tokens: Any, whole: bool) -> None:
-    given = [pair_of(0), pair_of(2)]
-    scores = patch_heads(lvlm, given, tokens=tokens, min_effect=0)
+    data = [pair_of(0), pair_of(2)]
+    scores = patch_heads(lvlm, data, tokens=tokens, min_effect=0)
     assert scores.provenance["path"] == ("whole forwards" if whole else "shared prefix")
     moved = 0.0
-    for k, pair in enumerate(given):
+    for k, pair in enumerate(data):
         positions = lvlm.encode(pair.clean).tokens
         first = positions.last if tokens == "last" else max(positions.image, default=-1) + 1
         patched = naive(lvlm, modules, pair, first)

@@ -34,9 +34,9 @@ def plain(model: Lvlm, example: Example) -> torch.Tensor:
 def naive(model: Lvlm, pair: CounterfactualPair, first: int, mode: str) -> np.ndarray:
     """Log-odds after each single patch: one full forward a head, float64 ``[layers, heads]``."""
     source, target = (pair.clean, pair.corrupt) if mode == "denoise" else (pair.corrupt, pair.clean)
-    kept: list[torch.Tensor] = []
+    clean_values: list[torch.Tensor] = []
     hooks = [
-        layer.self_attn.o_proj.register_forward_pre_hook(lambda _m, args: kept.append(args[0].clone()))
+        layer.self_attn.o_proj.register_forward_pre_hook(lambda _m, args: clean_values.append(args[0].clone()))
         for layer in layers_of(model)
     ]
     plain(model, source)
@@ -49,7 +49,7 @@ def naive(model: Lvlm, pair: CounterfactualPair, first: int, mode: str) -> np.nd
 
             def patch(_module: object, args: tuple[torch.Tensor], i: int = i, h: int = h) -> tuple[torch.Tensor]:
                 z = args[0].clone()
-                z[:, first:, h * dim : (h + 1) * dim] = kept[i][:, first:, h * dim : (h + 1) * dim]
+                z[:, first:, h * dim : (h + 1) * dim] = clean_values[i][:, first:, h * dim : (h + 1) * dim]
                 return (z,)
 
             hook = layer.self_attn.o_proj.register_forward_pre_hook(patch)
@@ -62,9 +62,9 @@ def naive(model: Lvlm, pair: CounterfactualPair, first: int, mode: str) -> np.nd
 @pytest.mark.parametrize("tokens", ["last", "suffix"])
 def test_equals_one_forward_a_head(tokens: str, mode: str) -> None:
     model = shared()
-    given = [*pairs("color"), *pairs("object")]
-    scores = patch_heads(model, given, tokens=tokens, mode=mode, min_effect=LEAST)  # pyright: ignore[reportArgumentType]  # any
-    by_id = {p.clean.id: p for p in given}
+    data = [*pairs("color"), *pairs("object")]
+    scores = patch_heads(model, data, tokens=tokens, mode=mode, min_effect=LEAST)  # pyright: ignore[reportArgumentType]  # any
+    by_id = {p.clean.id: p for p in data}
     assert scores.n_pairs >= 4
     assert len({model.encode(by_id[i].clean).tokens.length for i in scores.ids}) > 1
     for k in (0, scores.n_pairs - 1):
@@ -83,10 +83,10 @@ def test_equals_one_forward_a_head(tokens: str, mode: str) -> None:
         np.testing.assert_allclose(scores.effects[k], zero_based, atol=2e-5 / abs(clean - corrupt))
 
 
-def test_the_number_of_rows_changes_nothing_but_rounding() -> None:
-    model, given = shared(), pairs("color")
-    some = patch_heads(model, given, tokens="suffix", min_effect=LEAST)
-    few = patch_heads(model, given, tokens="suffix", min_effect=LEAST, batch_size=7)
+def test_the_batch_size_changes_only_rounding() -> None:
+    model, data = shared(), pairs("color")
+    some = patch_heads(model, data, tokens="suffix", min_effect=LEAST)
+    few = patch_heads(model, data, tokens="suffix", min_effect=LEAST, batch_size=7)
     assert some.ids == few.ids
     gap = np.abs(some.clean - some.corrupt)[:, None, None]
     assert np.abs((some.effects - few.effects) * gap).max() <= 1e-5
@@ -118,25 +118,25 @@ def test_only_the_head_that_reaches_the_residual_stream_has_an_effect() -> None:
 
 
 def test_pairs_without_a_difference_are_left_out_and_counted() -> None:
-    model, given = shared(), list(pairs("color"))
-    same = replace(given[0], corrupt=replace(given[0].corrupt, image=given[0].clean.image))
-    scores = patch_heads(model, [*given, same], min_effect=LEAST)
-    without = patch_heads(model, given, min_effect=LEAST)
+    model, data = shared(), list(pairs("color"))
+    same = replace(data[0], corrupt=replace(data[0].corrupt, image=data[0].clean.image))
+    scores = patch_heads(model, [*data, same], min_effect=LEAST)
+    without = patch_heads(model, data, min_effect=LEAST)
     assert scores.excluded == without.excluded + 1
     assert scores.ids == without.ids
-    assert scores.n_pairs + scores.excluded == len(given) + 1
+    assert scores.n_pairs + scores.excluded == len(data) + 1
 
 
 @pytest.mark.parametrize("mode", ["denoise", "noise"])
 def test_identical_images_have_no_effect_at_all(mode: str) -> None:
-    given = pairs("color")
-    same = [replace(p, corrupt=replace(p.corrupt, image=p.clean.image)) for p in given]
+    data = pairs("color")
+    same = [replace(p, corrupt=replace(p.corrupt, image=p.clean.image)) for p in data]
     with pytest.raises(PatchError, match=rf"{len(same)} of {len(same)} pairs .* min_effect=0\.5"):
         patch_heads(shared(), same)
-    zero = patch_heads(shared(), [*given, *same], mode=mode, min_effect=0)  # pyright: ignore[reportArgumentType]
+    zero = patch_heads(shared(), [*data, *same], mode=mode, min_effect=0)  # pyright: ignore[reportArgumentType]
     assert zero.excluded == 0
-    assert np.array_equal(zero.effects[len(given) :], np.zeros_like(zero.effects[len(given) :]))
-    assert np.abs(zero.effects[: len(given)]).max() > 0.01
+    assert np.array_equal(zero.effects[len(data) :], np.zeros_like(zero.effects[len(data) :]))
+    assert np.abs(zero.effects[: len(data)]).max() > 0.01
 
 
 def test_most_pairs_under_the_threshold_is_an_error() -> None:
@@ -156,15 +156,15 @@ def test_leaves_no_trace() -> None:
     assert torch.equal(plain(model, pairs("color")[0].clean), logits)
 
 
-def test_results_say_where_they_come_from() -> None:
-    model, given = shared(), pairs("color")
-    scores = patch_heads(model, given, min_effect=LEAST)
+def test_results_record_model_pairs_and_options() -> None:
+    model, data = shared(), pairs("color")
+    scores = patch_heads(model, data, min_effect=LEAST)
     assert (scores.model, scores.config_hash, scores.weights_hash) == (
         "random",
         model.config_hash,
         model.weights_hash,
     )
-    assert scores.pairs_digest == pairs_digest(given) != pairs_digest(given[1:])
+    assert scores.pairs_digest == pairs_digest(data) != pairs_digest(data[1:])
     assert (scores.tokens, scores.mode, scores.min_effect) == ("last", "denoise", LEAST)
     assert set(scores.levels) == {"attribute"}
     assert set(scores.kinds) == {"color"}
@@ -183,13 +183,13 @@ def test_pairs_of_unlike_length_name_the_first_differing_token() -> None:
 
 
 @pytest.mark.parametrize(
-    ("answer", "said"), [("red", "the same answer"), ("red car", "same token"), ("mauve", "does not know")]
+    ("answer", "message"), [("red", "the same answer"), ("red car", "same token"), ("mauve", "does not know")]
 )
-def test_answers_that_cannot_be_told_apart(answer: str, said: str) -> None:
+def test_answers_with_one_first_token_are_refused(answer: str, message: str) -> None:
     pair = pairs("color")[0]
     clean = replace(pair.clean, answer="red", candidates=("red", answer))
     wrong = CounterfactualPair(clean, replace(pair.corrupt, answer=answer), "color", "by hand")
-    with pytest.raises(PatchError, match=said):
+    with pytest.raises(PatchError, match=message):
         patch_heads(shared(), [wrong])
 
 
@@ -226,7 +226,7 @@ def test_options_that_do_not_exist(options: dict[str, object]) -> None:
 @pytest.mark.parametrize("tokens", ["last", "suffix"])
 def test_a_family_that_acts_between_layers_is_run_whole(tokens: str, caplog: pytest.LogCaptureFixture) -> None:
     model, pair = lively(), pairs("color")[0]
-    # What DeepStack does: something is added between two layers, where no layer of its own says so.
+    # As in DeepStack: a term is added between two layers, outside of any layer.
     # Only a run over the whole sequence sees it, as DeepStack sees the image's positions.
     layers_of(model)[2].register_forward_pre_hook(
         lambda _module, args: (args[0] + 1.0, *args[1:]) if args[0].shape[1] > 49 else None

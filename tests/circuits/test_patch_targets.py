@@ -18,7 +18,7 @@ from groundscope.core.errors import ConfigError, PatchError, SiteError
 from lvlm import Head, Lvlm
 from tests.toys.families import WHERE, at, model
 from tests.toys.patching_oracle import pair_of
-from tests.toys.random_models import layers_of, lively, pairs, shared
+from tests.toys.random_models import layers_of, pairs, random_model, shared_model
 
 PARTS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
 
@@ -76,7 +76,7 @@ class Naive:
         new, block = self.kept[layer, part][:, positions], self.layers[layer]
         pre: list[torch.Tensor] = []
 
-        def put(_m: Any, _a: Any, out: Any) -> Any:
+        def patch_output(_m: Any, _a: Any, out: Any) -> Any:
             x = tensor(out).clone()
             x[:, positions] = new - pre[0][:, positions] if part == "resid_mid" else new
             return wrapped(x, out)
@@ -92,7 +92,7 @@ class Naive:
         hooks = [block.register_forward_pre_hook(before, with_kwargs=True)]
         paths = {"resid_post": "", "resid_mid": "self_attn", "attn_out": "self_attn", "mlp_out": "mlp"}
         if part in paths:
-            hooks.append(block.get_submodule(paths[part]).register_forward_hook(put))
+            hooks.append(block.get_submodule(paths[part]).register_forward_hook(patch_output))
         try:
             return logits_of(self.lvlm, example)
         finally:
@@ -109,7 +109,7 @@ def raw(scores: PatchScores, k: int = 0) -> np.ndarray:
 
 @pytest.mark.parametrize("tokens", ["last", "suffix", "image", "object", "40,44"])
 def test_every_site_equals_a_whole_forward(tokens: str) -> None:
-    lvlm, pair = shared(), pairs("color")[0]
+    lvlm, pair = shared_model(), pairs("color")[0]
     where = lvlm.encode(pair.clean).tokens
     positions = {
         "last": [where.last],
@@ -150,17 +150,17 @@ def test_image_positions_restart_at_the_layer(family: str) -> None:
     assert np.ptp(expected) > 1e-5
 
 
-def test_each_position_is_patched_apart_and_aligned_at_the_last() -> None:
-    lvlm = shared()
-    given = [pairs("color")[0], pairs("object")[0]]
-    lengths = [lvlm.encode(p.clean).tokens.length - max(lvlm.encode(p.clean).tokens.image) - 1 for p in given]
+def test_each_position_is_patched_separately_and_aligned_at_the_last() -> None:
+    lvlm = shared_model()
+    data = [pairs("color")[0], pairs("object")[0]]
+    lengths = [lvlm.encode(p.clean).tokens.length - max(lvlm.encode(p.clean).tokens.image) - 1 for p in data]
     assert lengths[0] != lengths[1]
-    scores = patch(lvlm, given, ["attn_out", Head(2, 3)], tokens="suffix:each", min_effect=0)
+    scores = patch(lvlm, data, ["attn_out", Head(2, 3)], tokens="suffix:each", min_effect=0)
     assert scores.positions[-1] == "0"
     assert scores.effects.shape == (2, lvlm.n_layers + 1, max(lengths))
     short = int(np.argmin(lengths))
     assert np.isnan(scores.effects[short, :, : max(lengths) - min(lengths)]).all()
-    for k, pair in enumerate(given):
+    for k, pair in enumerate(data):
         loop = Naive(lvlm, layers_of(lvlm))
         loop.keep(pair.clean)
         last = lvlm.encode(pair.clean).tokens.last
@@ -175,11 +175,12 @@ def test_each_position_is_patched_apart_and_aligned_at_the_last() -> None:
 @cache
 def heads_naive(heads: tuple[tuple[int, int], ...]) -> float:
     """Several heads of the clean run at once in the corrupt one, at the last token."""
-    lvlm, pair = shared(), pairs("color")[0]
-    kept: dict[int, torch.Tensor] = {}
+    lvlm, pair = shared_model(), pairs("color")[0]
+    clean_values: dict[int, torch.Tensor] = {}
     modules = [layer.self_attn.o_proj for layer in layers_of(lvlm)]
     hooks = [
-        m.register_forward_pre_hook(lambda _m, a, i=i: kept.update({i: a[0].clone()})) for i, m in enumerate(modules)
+        m.register_forward_pre_hook(lambda _m, a, i=i: clean_values.update({i: a[0].clone()}))
+        for i, m in enumerate(modules)
     ]
     logits_of(lvlm, pair.clean)
     for hook in hooks:
@@ -187,12 +188,12 @@ def heads_naive(heads: tuple[tuple[int, int], ...]) -> float:
     hooks = []
     for i, h in heads:
 
-        def put(_m: Any, args: Any, i: int = i, h: int = h) -> Any:
+        def patch_heads_(_m: Any, args: Any, i: int = i, h: int = h) -> Any:
             z, columns = args[0].clone(), slice(h * lvlm.head_dim, (h + 1) * lvlm.head_dim)
-            z[:, -1, columns] = kept[i][:, -1, columns]
+            z[:, -1, columns] = clean_values[i][:, -1, columns]
             return (z,)
 
-        hooks.append(modules[i].register_forward_pre_hook(put))
+        hooks.append(modules[i].register_forward_pre_hook(patch_heads_))
     out = score(lvlm, logits_of(lvlm, pair.corrupt), pair)
     for hook in hooks:
         hook.remove()
@@ -200,15 +201,15 @@ def heads_naive(heads: tuple[tuple[int, int], ...]) -> float:
 
 
 def test_sets_of_heads_are_patched_together() -> None:
-    lvlm, pair = shared(), pairs("color")[0]
+    lvlm, pair = shared_model(), pairs("color")[0]
     sets = [HeadSet([Head(1, 2), "L4.H0", Head(1, 5)]), HeadSet([Head(3, 3)])]
     scores = patch(lvlm, [pair], sets, min_effect=0)
     assert scores.sites == ("L1.H2+L1.H5+L4.H0", "L3.H3")
-    expected = [heads_naive(tuple((h.layer, h.head) for h in one)) for one in sets]
+    expected = [heads_naive(tuple((h.layer, h.head) for h in joint)) for joint in sets]
     np.testing.assert_allclose(raw(scores)[:, 0], expected, atol=1e-5)
-    one = patch(lvlm, [pair], Head(3, 3), min_effect=0)
+    joint = patch(lvlm, [pair], Head(3, 3), min_effect=0)
     whole = patch_heads(lvlm, [pair], min_effect=0)
-    np.testing.assert_allclose(one.effects[0, 0, 0], whole.effects[0, 3, 3], atol=1e-4)
+    np.testing.assert_allclose(joint.effects[0, 0, 0], whole.effects[0, 3, 3], atol=1e-4)
 
 
 # -- metrics -------------------------------------------------------------------------------------------------------------
@@ -217,7 +218,7 @@ def test_sets_of_heads_are_patched_together() -> None:
 @pytest.mark.parametrize("mode", ["denoise", "noise"])
 @pytest.mark.parametrize("metric", ["probability", "kl"])
 def test_other_metrics_are_their_formulas(metric: Any, mode: Any) -> None:
-    lvlm, pair = shared(), pairs("color")[0]
+    lvlm, pair = shared_model(), pairs("color")[0]
     scores = patch(lvlm, [pair], ["resid_post"], tokens="last", mode=mode, metric=metric, min_effect=0)
     clean, corrupt = (logits_of(lvlm, e).double() for e in (pair.clean, pair.corrupt))
     ids = [lvlm.processor.tokenizer.convert_tokens_to_ids(a) for a in (pair.clean.answer,)]
@@ -239,14 +240,14 @@ def test_other_metrics_are_their_formulas(metric: Any, mode: Any) -> None:
 
 @pytest.mark.parametrize("family", ["", "gemma3", "paligemma", "qwen2_vl", "mllama", "instructblip_t5", "chameleon"])
 def test_the_log_probability_of_a_whole_answer_is_teacher_forced(family: str) -> None:
-    lvlm = model(family) if family else shared()
+    lvlm = model(family) if family else shared_model()
     pair = pair_of(0) if family else pairs("color")[0]
     words = "red car"
     pair = replace(pair, clean=replace(pair.clean, answer=words), corrupt=replace(pair.corrupt, answer="red dog"))
     tokens = "last" if family else "suffix"
     scores = patch_heads(lvlm, [pair], tokens=tokens, metric="log_probability", min_effect=0)  # pyright: ignore[reportArgumentType]
     ids = [lvlm.processor.tokenizer.convert_tokens_to_ids(w) for w in words.split()]
-    for side, found in ((pair.clean, scores.clean[0]), (pair.corrupt, scores.corrupt[0])):
+    for side, value in ((pair.clean, scores.clean[0]), (pair.corrupt, scores.corrupt[0])):
         inputs, total = dict(lvlm.encode(side).inputs), 0.0
         name = "decoder_input_ids" if lvlm.encoder_decoder else "input_ids"
         for token in ids:  # one forward a token
@@ -261,13 +262,13 @@ def test_the_log_probability_of_a_whole_answer_is_teacher_forced(family: str) ->
             if "cross_attention_mask" in inputs:
                 mask = inputs["cross_attention_mask"]
                 inputs["cross_attention_mask"] = torch.cat([mask, mask[:, -1:]], 1)
-        assert found == pytest.approx(total, abs=2e-5)
+        assert value == pytest.approx(total, abs=2e-5)
     assert np.isfinite(scores.effects).all()
     assert np.ptp(scores.effects) > 0
 
 
 def test_whole_answers_are_patched_as_by_whole_forwards() -> None:
-    lvlm, pair = shared(), pairs("color")[0]
+    lvlm, pair = shared_model(), pairs("color")[0]
     pair = replace(pair, clean=replace(pair.clean, answer="red car"), corrupt=replace(pair.corrupt, answer="red dog"))
     scores = patch(lvlm, [pair], ["resid_post"], tokens="last", metric="log_probability", min_effect=0)
     ids = [lvlm.processor.tokenizer.convert_tokens_to_ids(w) for w in ("red", "car")]
@@ -281,46 +282,50 @@ def test_whole_answers_are_patched_as_by_whole_forwards() -> None:
     layers = layers_of(lvlm)
     with torch.no_grad():
         for i in range(lvlm.n_layers):
-            kept: list[torch.Tensor] = []
-            hook = layers[i].register_forward_hook(lambda _m, _a, out, kept=kept: kept.append(tensor(out)))
+            clean_values: list[torch.Tensor] = []
+            hook = layers[i].register_forward_hook(
+                lambda _m, _a, out, clean_values=clean_values: clean_values.append(tensor(out))
+            )
             lvlm.hf(**longer[pair.clean.image.identity])
             hook.remove()
 
-            def put(_m: Any, _a: Any, out: Any, kept: list[torch.Tensor] = kept) -> Any:
+            def patch_output(_m: Any, _a: Any, out: Any, clean_values: list[torch.Tensor] = clean_values) -> Any:
                 x = tensor(out).clone()
-                x[:, last] = kept[0][:, last]
+                x[:, last] = clean_values[0][:, last]
                 return wrapped(x, out)
 
-            hook = layers[i].register_forward_hook(put)
-            told = lvlm.hf(**longer[pair.corrupt.image.identity]).logits[0, -3:-1].double().log_softmax(-1)
+            hook = layers[i].register_forward_hook(patch_output)
+            log_probabilities = lvlm.hf(**longer[pair.corrupt.image.identity]).logits[0, -3:-1].double().log_softmax(-1)
             hook.remove()
-            assert raw(scores)[i, 0] == pytest.approx(float(told[0, ids[0]] + told[1, ids[1]]), abs=2e-5)
+            assert raw(scores)[i, 0] == pytest.approx(
+                float(log_probabilities[0, ids[0]] + log_probabilities[1, ids[1]]), abs=2e-5
+            )
 
 
 # -- memory, precision, company ------------------------------------------------------------------------------------------
 
 
-def test_a_budget_changes_nothing_but_rounding_and_names_the_least() -> None:
-    lvlm, given = shared(), pairs("color")[:3]
-    some = patch_heads(lvlm, given, tokens="suffix", min_effect=0)
-    with pytest.raises(PatchError, match=r"needs [\d,]+ bytes in addition to the model") as said:
-        patch_heads(lvlm, given, tokens="suffix", min_effect=0, memory=1000)
-    least = int(str(said.value).split("needs ")[1].split(" bytes")[0].replace(",", ""))
-    few = patch_heads(lvlm, given, tokens="suffix", min_effect=0, memory=least)
+def test_a_memory_budget_changes_only_rounding_and_its_minimum_is_named() -> None:
+    lvlm, data = shared_model(), pairs("color")[:3]
+    some = patch_heads(lvlm, data, tokens="suffix", min_effect=0)
+    with pytest.raises(PatchError, match=r"needs [\d,]+ bytes in addition to the model") as error:
+        patch_heads(lvlm, data, tokens="suffix", min_effect=0, memory=1000)
+    least = int(str(error.value).split("needs ")[1].split(" bytes")[0].replace(",", ""))
+    few = patch_heads(lvlm, data, tokens="suffix", min_effect=0, memory=least)
     gap = np.abs(some.clean - some.corrupt)[:, None, None]
     assert np.abs((some.effects - few.effects) * gap).max() <= 1e-5
 
 
-def test_pairs_side_by_side_are_as_alone() -> None:
-    lvlm, given = shared(), [*pairs("color"), *pairs("object")]
-    together = patch_heads(lvlm, given, tokens="suffix", min_effect=0)
-    alone = [patch_heads(lvlm, [p], tokens="suffix", min_effect=0) for p in given]
-    gap = np.abs(together.clean - together.corrupt)[:, None, None]
-    assert np.abs((together.effects - np.concatenate([a.effects for a in alone])) * gap).max() <= 1e-5
+def test_pairs_of_a_batch_equal_pairs_alone() -> None:
+    lvlm, data = shared_model(), [*pairs("color"), *pairs("object")]
+    joint = patch_heads(lvlm, data, tokens="suffix", min_effect=0)
+    alone = [patch_heads(lvlm, [p], tokens="suffix", min_effect=0) for p in data]
+    gap = np.abs(joint.clean - joint.corrupt)[:, None, None]
+    assert np.abs((joint.effects - np.concatenate([a.effects for a in alone])) * gap).max() <= 1e-5
 
 
 def test_half_precision() -> None:
-    lvlm, pair = lively(), pairs("color")[0]
+    lvlm, pair = random_model(), pairs("color")[0]
     exact = patch_heads(lvlm, [pair], tokens="suffix", min_effect=0)
     lvlm.hf.to(torch.bfloat16)
     rough = patch_heads(lvlm, [pair], tokens="suffix", min_effect=0)
@@ -332,7 +337,7 @@ def test_half_precision() -> None:
 def test_what_attention_was_is_put_back_after_an_error_too(monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    lvlm, before = shared(), set(ALL_ATTENTION_FUNCTIONS)
+    lvlm, before = shared_model(), set(ALL_ATTENTION_FUNCTIONS)
     kinds = {m.config._attn_implementation for m in lvlm.hf.modules() if hasattr(m, "config")}
     patch_heads(lvlm, pairs("color")[:1], min_effect=0)
 
@@ -355,19 +360,19 @@ def test_an_encoder_decoder_says_that_it_runs_whole_forwards(caplog: pytest.LogC
     assert len(caplog.records) == 1
 
 
-def test_scores_are_kept_in_a_file(tmp_path: Path) -> None:
-    scores = patch(shared(), pairs("color")[:3], "mlp_out", min_effect=0)
-    again = PatchScores.load(scores.save(tmp_path / "s.safetensors"))
-    assert repr(again) == repr(scores)
-    np.testing.assert_array_equal(again.effects, scores.effects)
-    assert (again.sites, again.ids, again.excluded) == (scores.sites, scores.ids, scores.excluded)
+def test_loaded_scores_equal_the_saved_ones(tmp_path: Path) -> None:
+    scores = patch(shared_model(), pairs("color")[:3], "mlp_out", min_effect=0)
+    loaded = PatchScores.load(scores.save(tmp_path / "s.safetensors"))
+    assert repr(loaded) == repr(scores)
+    np.testing.assert_array_equal(loaded.effects, scores.effects)
+    assert (loaded.sites, loaded.ids, loaded.excluded) == (scores.sites, scores.ids, scores.excluded)
 
 
 # -- what is refused -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("options", "error", "said"),
+    ("options", "error", "message"),
     [
         ({"tokens": "999"}, PatchError, r"position 999 is out of range; it has positions 0-\d+"),
         ({"tokens": "suffix:mean"}, ConfigError, "choose from last, suffix"),
@@ -383,16 +388,16 @@ def test_scores_are_kept_in_a_file(tmp_path: Path) -> None:
         ({"memory": 0}, ConfigError, "at least 1"),
     ],
 )
-def test_what_is_refused(options: dict[str, Any], error: type[Exception], said: str) -> None:
-    with pytest.raises(error, match=said):
-        patch(shared(), pairs("color")[:1], **options)
+def test_invalid_options_are_refused(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        patch(shared_model(), pairs("color")[:1], **options)
 
 
 def test_pairs_left_out_are_counted_in_units_of_the_metric() -> None:
-    given = pairs("color")
-    same = replace(given[0], corrupt=replace(given[0].corrupt, image=given[0].clean.image))
-    scores = patch(shared(), [*given, same], "resid_post", metric="kl", min_effect=1e-6)
+    data = pairs("color")
+    same = replace(data[0], corrupt=replace(data[0].corrupt, image=data[0].clean.image))
+    scores = patch(shared_model(), [*data, same], "resid_post", metric="kl", min_effect=1e-6)
     assert scores.excluded == 1
     assert set(scores.frame()["excluded"]) == {1}
     with pytest.raises(PatchError, match="below min_effect=100"):
-        patch(shared(), given, "resid_post", metric="kl", min_effect=100)
+        patch(shared_model(), data, "resid_post", metric="kl", min_effect=100)

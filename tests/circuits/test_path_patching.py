@@ -14,7 +14,7 @@ from groundscope.core.errors import ConfigError, PatchError, SiteError
 from lvlm import Head, Lvlm
 from tests.toys.families import WHERE, at, model
 from tests.toys.patching_oracle import pair_of
-from tests.toys.random_models import hooks_of, layers_of, pairs, shared
+from tests.toys.random_models import hooks_of, layers_of, pairs, shared_model
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
@@ -28,7 +28,7 @@ class Naive:
 
     def __init__(self, lvlm: Lvlm, layers: Any, clean: Example, corrupt: Example) -> None:
         self.lvlm, self.layers, self.corrupt = lvlm, layers, corrupt
-        self.clean_kept, self.kept = self.keep(clean), self.keep(corrupt)
+        self.clean_kept, self.clean_values = self.keep(clean), self.keep(corrupt)
 
     @torch.no_grad()
     def run(self, example: Example, hooks: list[Any]) -> torch.Tensor:
@@ -39,40 +39,40 @@ class Naive:
                 hook.remove()
 
     def keep(self, example: Example) -> dict[tuple[int, str], torch.Tensor]:
-        kept: dict[tuple[int, str], torch.Tensor] = {}
+        values: dict[tuple[int, str], torch.Tensor] = {}
         hooks = []
         for i, layer in enumerate(self.layers):
             hooks.append(
                 layer.self_attn.o_proj.register_forward_pre_hook(
-                    lambda _m, a, i=i: kept.update({(i, "z"): a[0].clone()})
+                    lambda _m, a, i=i: values.update({(i, "z"): a[0].clone()})
                 )
             )
             for name, module in self.modules(layer).items():
                 hooks.append(
                     module.register_forward_hook(
-                        lambda _m, _a, out, i=i, name=name: kept.update({(i, name): tensor(out).clone()})
+                        lambda _m, _a, out, i=i, name=name: values.update({(i, name): tensor(out).clone()})
                     )
                 )
         self.run(example, hooks)
-        return kept
+        return values
 
     def modules(self, layer: Any) -> dict[str, Any]:
         return {"attn": layer.self_attn, "mlp": layer.mlp, **{p: getattr(layer.self_attn, p) for p in PROJECTIONS}}
 
     def put_z(self, layer: int, head: int, value: torch.Tensor, positions: list[int]) -> Any:
-        width = self.kept[layer, "z"].shape[-1] // self.lvlm.n_heads
+        width = self.clean_values[layer, "z"].shape[-1] // self.lvlm.n_heads
 
-        def put(_m: Any, args: Any) -> Any:
+        def replace_input(_m: Any, args: Any) -> Any:
             z, columns = args[0].clone(), slice(head * width, (head + 1) * width)
             z[:, positions, columns] = value[:, positions, columns]
             return (z,)
 
-        return self.layers[layer].self_attn.o_proj.register_forward_pre_hook(put)
+        return self.layers[layer].self_attn.o_proj.register_forward_pre_hook(replace_input)
 
     def freeze(self, layer: int, name: str) -> Any:
-        kept = self.kept[layer, name]
+        value = self.clean_values[layer, name]
         return self.modules(self.layers[layer])[name].register_forward_hook(
-            lambda _m, _a, out: (kept, *out[1:]) if isinstance(out, tuple) else kept
+            lambda _m, _a, out: (value, *out[1:]) if isinstance(out, tuple) else value
         )
 
     def path(self, sender: Head, receiver: Head | None, positions: list[int], inputs: str, live: bool) -> torch.Tensor:
@@ -127,7 +127,7 @@ def compared(
 @pytest.mark.parametrize("mlps", ["frozen", "live"])
 @pytest.mark.parametrize(("tokens", "inputs"), [("last", "qkv"), ("suffix", "qkv"), ("suffix", "q"), ("suffix", "kv")])
 def test_equals_frozen_whole_forwards(tokens: str, inputs: str, mlps: Any) -> None:
-    compared(shared(), layers_of(shared()), pairs("color")[0], tokens, inputs, mlps, 1e-3)
+    compared(shared_model(), layers_of(shared_model()), pairs("color")[0], tokens, inputs, mlps, 1e-3)
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "idefics3", "mistral3"])
@@ -136,7 +136,7 @@ def test_of_other_families_too(family: str) -> None:
 
 
 def test_a_head_of_the_last_layer_has_no_way_but_the_direct_one() -> None:
-    lvlm, pair = shared(), pairs("color")[0]
+    lvlm, pair = shared_model(), pairs("color")[0]
     heads = [Head(lvlm.n_layers - 1, h) for h in range(lvlm.n_heads)]
     direct = patch_paths(lvlm, [pair], heads, mlps="live", min_effect=0)
     whole = patch_heads(lvlm, [pair], min_effect=0)
@@ -150,16 +150,16 @@ def test_families_that_run_whole_forwards_patch_paths_too() -> None:
     assert np.isfinite(paths.effects).all()
 
 
-def test_what_is_refused() -> None:
-    lvlm, given = shared(), pairs("color")[:1]
+def test_invalid_senders_and_receivers_are_refused() -> None:
+    lvlm, data = shared_model(), pairs("color")[:1]
     with pytest.raises(PatchError, match=r"no receiver \(L3\.H1\) is above a sender \(L3\.H0\)"):
-        patch_paths(lvlm, given, [Head(3, 0)], [Head(3, 1)])
+        patch_paths(lvlm, data, [Head(3, 0)], [Head(3, 1)])
     with pytest.raises(PatchError, match="senders is empty"):
-        patch_paths(lvlm, given, [])
+        patch_paths(lvlm, data, [])
     with pytest.raises(SiteError, match="heads 0-7"):
-        patch_paths(lvlm, given, [Head(0, 8)])
+        patch_paths(lvlm, data, [Head(0, 8)])
     for wrong in ({"inputs": "x"}, {"inputs": ""}, {"mlps": "thawed"}, {"tokens": "suffix:each"}):
         with pytest.raises(ConfigError, match="pass letters of 'qkv'"):
-            patch_paths(lvlm, given, [Head(0, 0)], **wrong)  # pyright: ignore[reportArgumentType]  # mistakes
+            patch_paths(lvlm, data, [Head(0, 0)], **wrong)  # pyright: ignore[reportArgumentType]  # mistakes
     assert hooks_of(lvlm) == 0
-    assert patch(lvlm, given, Head(0, 0), min_effect=0).through == ""
+    assert patch(lvlm, data, Head(0, 0), min_effect=0).through == ""

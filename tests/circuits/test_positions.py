@@ -28,7 +28,7 @@ OUTSIDE = {"mllama", "instructblip_t5", "florence2"}
 """Families whose decoder has no image tokens in its sequence."""
 
 EMBEDDED = {"blip2_opt", "blip2_llama", "instructblip_llama"}
-"""Families whose `generate` hands embeddings to the language model's, which then uses a cache whatever it is told."""
+"""Families whose `generate` hands embeddings to the language model's, which then always uses a cache."""
 
 
 def runs(*spans: tuple[int, int]) -> list[int]:
@@ -72,10 +72,10 @@ def pixels_reach(lvlm: Lvlm, inputs: dict[str, torch.Tensor]) -> list[int]:
     """Positions at which what the first layer is given depends on the pixels."""
     noise = torch.randn(inputs["pixel_values"].shape, generator=torch.Generator().manual_seed(1))
     site = "decoder.L0.resid_pre"
-    one, other = (
+    first, second = (
         lvlm.read({**inputs, "pixel_values": inputs["pixel_values"] + k * noise}, [site])[site] for k in (0, 1)
     )
-    return (one - other).abs().sum(-1)[0].gt(1e-6).nonzero().flatten().tolist()
+    return (first - second).abs().sum(-1)[0].gt(1e-6).nonzero().flatten().tolist()
 
 
 @FAMILY
@@ -115,20 +115,20 @@ def test_rules_act_on_the_tokens_of_the_map(family: str) -> None:
 @contextmanager
 def recorded(lvlm: Lvlm, item: Intervention) -> Iterator[list[torch.Tensor]]:
     """What is added at each token of each forward of a generation, ``[rows, positions]``."""
-    found: list[torch.Tensor] = []
+    changes: list[torch.Tensor] = []
     layer = at(lvlm.hf, WHERE[lvlm.name][0])[0] if lvlm.name in WHERE else lvlm.layers("decoder")[0]
-    given: list[torch.Tensor] = []
+    before_: list[torch.Tensor] = []
 
     def plain(_m: Any, _a: Any, out: Any) -> None:
-        given.append((out[0] if isinstance(out, tuple) else out).clone())
+        before_.append((out[0] if isinstance(out, tuple) else out).clone())
 
     def changed(_m: Any, _a: Any, out: Any) -> None:
-        found.append(((out[0] if isinstance(out, tuple) else out) - given[-1]).mean(-1))
+        changes.append(((out[0] if isinstance(out, tuple) else out) - before_[-1]).mean(-1))
 
     first = layer.register_forward_hook(plain)
     with intervened(lvlm, [item]):
         last = layer.register_forward_hook(changed)
-        yield found
+        yield changes
     first.remove()
     last.remove()
 
@@ -136,7 +136,7 @@ def recorded(lvlm: Lvlm, item: Intervention) -> Iterator[list[torch.Tensor]]:
 def strengths(rule: str, image: list[int], prompt: int, length: int, decay: float) -> list[float]:
     """What is added at each position of a sequence, by the definitions of the rules."""
     end = max(image, default=-1)
-    wanted = {
+    selected = {
         "all": lambda p: True,
         "last": lambda p: p >= prompt - 1,
         "image": lambda p: p in image,
@@ -144,7 +144,7 @@ def strengths(rule: str, image: list[int], prompt: int, length: int, decay: floa
         "question": lambda p: end < p < prompt,
         "generated": lambda p: p >= prompt,
     }[rule]
-    return [decay ** max(0, p - prompt + 1) if wanted(p) else 0.0 for p in range(length)]
+    return [decay ** max(0, p - prompt + 1) if selected(p) else 0.0 for p in range(length)]
 
 
 @pytest.mark.parametrize("cache", [True, False])
@@ -158,16 +158,16 @@ def test_generation_means_the_same_with_and_without_a_cache(family: str, cache: 
         if rule == "image" and family in OUTSIDE:
             continue
         item = Intervention(FIRST, Add(torch.ones(lvlm.width)), rule, decay=decay)  # pyright: ignore[reportArgumentType]
-        with recorded(lvlm, item) as found:
+        with recorded(lvlm, item) as changes:
             lvlm.hf.generate(**inputs, max_new_tokens=3, min_new_tokens=3, do_sample=False, use_cache=cache)
         start = 0
-        for added in found:
+        for added in changes:
             length = start + added.shape[1]
             want = strengths(rule, list(encoding.tokens.image), prompt, length, decay)[start:]
             np.testing.assert_allclose(added[0], want, atol=1e-4)
             start = length if cached else 0
-        assert len(found) == 3
-        assert found[-1].shape[1] == (1 if cached else prompt + 2)
+        assert len(changes) == 3
+        assert changes[-1].shape[1] == (1 if cached else prompt + 2)
     assert hooks_of(lvlm) == 0
     assert "generate" not in vars(lvlm.hf)
 
@@ -225,18 +225,18 @@ def test_a_prefill_in_chunks_and_candidates_of_several_tokens(rule: Any) -> None
         lvlm.hf.generate(input_ids=text, **options, prefill_chunk_size=7)
 
 
-def test_a_loop_of_ones_own() -> None:
-    """A prompt and single tokens onto its cache are told apart; several tokens onto a cache are refused where it matters."""
+def test_a_custom_decoding_loop_gets_the_same_positions() -> None:
+    """A prompt and single tokens after a cache are distinguished; several tokens after one are refused if positions matter."""
     lvlm = model("llava")
     inputs = lvlm.collate([lvlm.encode(example())])
     more = torch.tensor([[25, 26]])
-    for rule, wanted in (("last", [0, 1, 1]), ("generated", [0, 1, 1]), ("image", [0, 0, 0]), ("suffix", [0, 1, 1])):
+    for rule, factors in (("last", [0, 1, 1]), ("generated", [0, 1, 1]), ("image", [0, 0, 0]), ("suffix", [0, 1, 1])):
         item = Intervention(FIRST, Add(torch.ones(lvlm.width)), rule, decay=0.5)  # pyright: ignore[reportArgumentType]
-        with recorded(lvlm, item) as found, torch.no_grad():
+        with recorded(lvlm, item) as changes, torch.no_grad():
             out = lvlm.hf(**inputs, use_cache=True)
             for token in more[0]:
                 out = lvlm.hf(input_ids=token[None, None], past_key_values=out.past_key_values)
-        assert [float(x[0, -1].round(decimals=3)) for x in found[1:]] == [wanted[k] * 0.5**k for k in (1, 2)], rule
+        assert [float(x[0, -1].round(decimals=3)) for x in changes[1:]] == [factors[k] * 0.5**k for k in (1, 2)], rule
     cache = DynamicCache()
     with intervened(lvlm, [Intervention(FIRST, Add(torch.ones(lvlm.width)), "last")]), torch.no_grad():
         lvlm.hf(**inputs, past_key_values=cache)
@@ -260,24 +260,24 @@ def test_beams_share_their_prompt() -> None:
     lvlm = model("llava_next")
     inputs = lvlm.collate([lvlm.encode(example(k)) for k in (0, 0)])
     image = list(lvlm.encode(example()).tokens.image)
-    with recorded(lvlm, Intervention(FIRST, Add(torch.ones(lvlm.width)), "image")) as found:
+    with recorded(lvlm, Intervention(FIRST, Add(torch.ones(lvlm.width)), "image")) as changes:
         lvlm.hf.generate(**inputs, max_new_tokens=2, num_beams=3, do_sample=False)
-    assert found[0].shape[0] == 6
-    want = torch.zeros(found[0].shape)
-    want[:, image] = 1
-    torch.testing.assert_close(found[0], want, atol=1e-4, rtol=0)
+    assert changes[0].shape[0] == 6
+    expected = torch.zeros(changes[0].shape)
+    expected[:, image] = 1
+    torch.testing.assert_close(changes[0], expected, atol=1e-4, rtol=0)
 
 
-def test_contexts_nest_and_leave_generate_as_it_was() -> None:
+def test_contexts_nest_and_restore_generate() -> None:
     lvlm = model("llava")
     before = lvlm.hf.generate
     items = [Intervention(FIRST, Add(torch.ones(lvlm.width)), "generated")]
     inputs = lvlm.collate([lvlm.encode(example())])
-    with intervened(lvlm, items), recorded(lvlm, items[0]) as found:
+    with intervened(lvlm, items), recorded(lvlm, items[0]) as changes:
         lvlm.hf.generate(**inputs, max_new_tokens=2, min_new_tokens=2, do_sample=False, use_cache=False)
-    want = torch.zeros(found[-1].shape)
-    want[:, -1] = 1
-    torch.testing.assert_close(found[-1], want, atol=1e-4, rtol=0)
+    expected = torch.zeros(changes[-1].shape)
+    expected[:, -1] = 1
+    torch.testing.assert_close(changes[-1], expected, atol=1e-4, rtol=0)
     assert lvlm.hf.generate == before
 
 

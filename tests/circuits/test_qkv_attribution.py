@@ -41,26 +41,26 @@ def run(
     lvlm: Lvlm, example: Example, pair: CounterfactualPair, edits: dict[str, Any]
 ) -> tuple[float, dict[str, Tensor]]:
     """One plain forward with the last attention's projections edited: log-odds, and what they were given or gave."""
-    kept: dict[str, Tensor] = {}
+    values: dict[str, Tensor] = {}
     hooks = []
     for name in ("q_proj", "k_proj", "v_proj"):
 
         def after(_m: Any, _a: Any, out: Tensor, name: str = name) -> Tensor:
-            kept[name] = edits[name](out) if name in edits else out
-            return kept[name]
+            values[name] = edits[name](out) if name in edits else out
+            return values[name]
 
         hooks.append(getattr(last(lvlm), name).register_forward_hook(after))
 
     def before(_m: Any, args: tuple[Tensor]) -> tuple[Tensor]:
-        kept["z"] = edits["z"](args[0]) if "z" in edits else args[0]
-        return (kept["z"],)
+        values["z"] = edits["z"](args[0]) if "z" in edits else args[0]
+        return (values["z"],)
 
     hooks.append(last(lvlm).o_proj.register_forward_pre_hook(before))
     logits = lvlm.hf(**lvlm.collate([lvlm.encode(example)]), use_cache=False).logits[0, -1]
     for hook in hooks:
         hook.remove()
     right, wrong = (lvlm.processor.tokenizer.convert_tokens_to_ids(e.answer) for e in (pair.clean, pair.corrupt))
-    return float(logits[right] - logits[wrong]), {k: v.clone() for k, v in kept.items()}
+    return float(logits[right] - logits[wrong]), {k: v.clone() for k, v in values.items()}
 
 
 def brute(lvlm: Lvlm, pair: CounterfactualPair, part: str) -> np.ndarray:
@@ -96,12 +96,12 @@ def brute(lvlm: Lvlm, pair: CounterfactualPair, part: str) -> np.ndarray:
 
 @pytest.mark.parametrize("part", ["q", "k", "v"])
 @pytest.mark.parametrize("sharp", [1.0, 30.0])
-def test_with_the_fix_an_estimate_is_what_patching_key_by_key_does(part: Any, sharp: float) -> None:
+def test_the_query_key_fix_equals_patching_key_by_key(part: Any, sharp: float) -> None:
     lvlm, pair = readout(sharp), pair_of(0)
     exact = brute(lvlm, pair, part)
-    found = attribution.inputs(lvlm, [pair], part, min_effect=0)
-    np.testing.assert_allclose(found.effects[0, -1], exact, rtol=2e-3, atol=2e-5)
-    assert found.provenance["fix"] == (part != "v")
+    estimates = attribution.inputs(lvlm, [pair], part, min_effect=0)
+    np.testing.assert_allclose(estimates.effects[0, -1], exact, rtol=2e-3, atol=2e-5)
+    assert estimates.provenance["fix"] == (part != "v")
     assert np.abs(exact).max() > 1e-3
     plain = attribution.inputs(lvlm, [pair], part, fix=False, min_effect=0).effects[0, -1]
     if part == "v":
@@ -110,16 +110,16 @@ def test_with_the_fix_an_estimate_is_what_patching_key_by_key_does(part: Any, sh
         assert np.abs(plain - exact).max() > 0.02 * np.abs(exact).max()
 
 
-def test_where_attention_saturates_a_plain_gradient_sees_nothing_and_the_fix_all() -> None:
+def test_the_fix_recovers_effects_that_saturated_attention_hides_from_gradients() -> None:
     lvlm, pair = deepcopy(readout()), pair_of(0)
-    given = []
+    inputs_ = []
     for example in (pair.clean, pair.corrupt):
-        hook = last(lvlm).q_proj.register_forward_pre_hook(lambda _m, args: given.append(args[0][0, -1]))
+        hook = last(lvlm).q_proj.register_forward_pre_hook(lambda _m, args: inputs_.append(args[0][0, -1]))
         lvlm.logits(lvlm.encode(example).inputs)
         hook.remove()
     # The first head's last query is one vector in the clean run and its opposite in the corrupt one: it looks at the key
     # most like it in the one, at the key least like it in the other, and at no other.
-    sides = torch.linalg.lstsq(torch.stack(given), torch.tensor([[1.0], [-1.0]], dtype=torch.float64)).solution[:, 0]
+    sides = torch.linalg.lstsq(torch.stack(inputs_), torch.tensor([[1.0], [-1.0]], dtype=torch.float64)).solution[:, 0]
     with torch.no_grad():
         last(lvlm).q_proj.weight[: lvlm.head_dim] = 400 * torch.outer(torch.ones(lvlm.head_dim), sides)
     exact = brute(lvlm, pair, "q")[0]
@@ -167,14 +167,14 @@ def test_where_the_answer_saturates_a_gradient_at_either_run_sees_nothing_and_th
 
 def test_earlier_layers_and_positions() -> None:
     lvlm, pair = readout(), pair_of(0)
-    apart = [
+    separate = [
         attribution.inputs(lvlm, [pair], "k", tokens=tokens, min_effect=0).effects  # type: ignore[arg-type]
         for tokens in ("image", "suffix")
     ]
-    together = attribution.inputs(lvlm, [pair], "k", tokens="all", min_effect=0).effects
+    joint = attribution.inputs(lvlm, [pair], "k", tokens="all", min_effect=0).effects
     # Before the image nothing differs between the runs, so that its patch changes nothing.
-    np.testing.assert_allclose(sum(apart), together, atol=1e-5)
-    assert np.abs(together[0, 1]).max() > 1e-4
+    np.testing.assert_allclose(sum(separate), joint, atol=1e-5)
+    assert np.abs(joint[0, 1]).max() > 1e-4
     with torch.no_grad():  # whoever asks need not ask for gradients
         noise = attribution.inputs(lvlm, [pair], "k", mode="noise", point="source", min_effect=0)
     assert noise.mode == "noise"

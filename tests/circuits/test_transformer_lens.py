@@ -1,4 +1,4 @@
-"""Head patching against other people's tools: TransformerLens on a copy of the model, and nnsight written by hand."""
+"""Head patching against TransformerLens on a copy of the model, and against nnsight."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ def test_equals_transformer_lens(family: str) -> None:
         for layer, head in HEADS:
             name = f"blocks.{layer}.attn.hook_z"
 
-            def put(z: torch.Tensor, hook: Any, head: int = head, name: str = name) -> torch.Tensor:
+            def patch_head(z: torch.Tensor, hook: Any, head: int = head, name: str = name) -> torch.Tensor:
                 del hook
                 by_head, source = (x if x.dim() == 4 else x.unflatten(-1, (lvlm.n_heads, -1)) for x in (z, cache[name]))
                 by_head = by_head.clone()
                 by_head[:, -1, head] = source[:, -1, head]
                 return by_head.reshape(z.shape)
 
-            expected.append(odds(lvlm, bridge.run_with_hooks(ids, fwd_hooks=[(name, put)], **corrupt)))
+            expected.append(odds(lvlm, bridge.run_with_hooks(ids, fwd_hooks=[(name, patch_head)], **corrupt)))
     np.testing.assert_allclose(ours(lvlm), expected, atol=1e-5)
 
 

@@ -48,8 +48,8 @@ def test_color_changes_pixels_of_one_object_only(data: ConceptDataset) -> None:
 def test_object_pairs_remove_or_replace_one_object(data: ConceptDataset) -> None:
     for pair in counterfactuals.pairs(data, "object"):
         before, after = ({o.noun for o in e.objects} for e in (pair.clean, pair.corrupt))
-        gone, come = before - after, after - before
-        assert (len(gone), len(come)) == ((1, 0) if pair.clean.answer == "yes" else (1, 1))
+        removed, added = before - after, after - before
+        assert (len(removed), len(added)) == ((1, 0) if pair.clean.answer == "yes" else (1, 1))
 
 
 def test_relation_pairs_mirror_every_place(data: ConceptDataset) -> None:
@@ -62,8 +62,8 @@ def test_relation_pairs_mirror_every_place(data: ConceptDataset) -> None:
 
 
 def test_the_noise_schedule_is_that_of_the_paper() -> None:
-    kept = [signal_scale(t) for t in (200, 500, 700, 900, 999)]
-    np.testing.assert_allclose(kept, [0.9939, 0.8630, 0.5927, 0.3649, 0.2850], atol=1e-4)
+    scales = [signal_scale(t) for t in (200, 500, 700, 900, 999)]
+    np.testing.assert_allclose(scales, [0.9939, 0.8630, 0.5927, 0.3649, 0.2850], atol=1e-4)
 
 
 def test_destroyed_images_hold_what_they_say(data: ConceptDataset) -> None:

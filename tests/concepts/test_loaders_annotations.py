@@ -43,9 +43,9 @@ def folder(tmp_path: Path) -> Path:
     return images
 
 
-def write(folder: Path, held: Any, name: str = "file.json") -> Path:
+def write(folder: Path, document: Any, name: str = "file.json") -> Path:
     path = folder.parent / name
-    path.write_text(json.dumps(held))
+    path.write_text(json.dumps(document))
     return path
 
 
@@ -102,9 +102,13 @@ def test_coco_in_any_order_and_with_captions(folder: Path) -> None:
     assert loaders.coco(write(folder, turned), folder).digest == plain.digest
     captions = write(folder, CAPTIONS, "captions.json")
     data = loaders.coco(write(folder, COCO), folder, captions)
-    (told,) = data.where(kind="caption")
-    assert (told.question, told.answer, told.candidates) == ("Describe the image.", "A car.\nA man by a car.", ())
-    assert {o.noun for o in told.objects} == {"car", "person"}
+    (caption,) = data.where(kind="caption")
+    assert (caption.question, caption.answer, caption.candidates) == (
+        "Describe the image.",
+        "A car.\nA man by a car.",
+        (),
+    )
+    assert {o.noun for o in caption.objects} == {"car", "person"}
     assert left_out(data)["captions of images that are not kept"] == 1
     assert left_out(data)["images without captions"] == 1
     assert len(data.provenance["files"]) == 2
@@ -116,8 +120,8 @@ def test_a_limit_counts_images_and_a_seed_decides_the_absent(folder: Path) -> No
     assert left_out(data)["images beyond the limit"] == 1
     many = {**COCO, "categories": [*COCO["categories"], *({"id": 100 + i, "name": f"thing{i}"} for i in range(40))]}
     file = write(folder, many)
-    found = [loaders.coco(file, folder, seed=s).digest for s in (0, 0, 1)]
-    assert found[0] == found[1] != found[2]
+    digests = [loaders.coco(file, folder, seed=s).digest for s in (0, 0, 1)]
+    assert digests[0] == digests[1] != digests[2]
     assert balanced(loaders.coco(file, folder))
     for e in loaders.coco(file, folder, per_image=2):
         noun = e.question.removeprefix("Is there a ").removesuffix(" in the image?")
@@ -144,9 +148,9 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_coco_files_are_refused_with_their_place(folder: Path, case: str) -> None:
-    held, words = BAD[case]
+    document, words = BAD[case]
     with pytest.raises(DataError, match=words):
-        loaders.coco(write(folder, held), folder)
+        loaders.coco(write(folder, document), folder)
 
 
 def test_a_file_cut_in_the_middle_is_refused(folder: Path) -> None:
@@ -183,8 +187,8 @@ GRAPHS: dict[str, Any] = {
 
 def test_gqa_by_hand(folder: Path) -> None:
     data = loaders.gqa(write(folder, GRAPHS), folder)
-    one = [e for e in data if e.group == "1.jpg"]
-    colors = [e for e in one if e.level == "attribute"]
+    first = [e for e in data if e.group == "1.jpg"]
+    colors = [e for e in first if e.level == "attribute"]
     # The cup has two colors, the trees are two: only the apple's color can be asked.
     assert next((e.question, e.answer) for e in colors) == ("Is the apple green?", "yes")
     assert len(colors) == 2
@@ -192,29 +196,29 @@ def test_gqa_by_hand(folder: Path) -> None:
     assert colors[1].question.removeprefix("Is the apple ").removesuffix("?") in set(COLORS) - {"green"}
     assert colors[0].labels["attribute:green"] is True
     assert colors[1].labels == {**colors[0].labels, "attribute:named": False}
-    relations = {e.question: e.answer for e in one if e.level == "relation"}
+    relations = {e.question: e.answer for e in first if e.level == "relation"}
     assert relations == {
         "Is the apple to the left of the cup?": "yes", "Is the apple to the right of the cup?": "no",
         "Is the cup to the right of the apple?": "yes", "Is the cup to the left of the apple?": "no",
     }  # fmt: skip
-    asked = [e.question for e in one if e.kind == "existence"]
-    assert asked == ["Is there an apple in the image?", "Is there a dog in the image?"]
+    existence = [e.question for e in first if e.kind == "existence"]
+    assert existence == ["Is there an apple in the image?", "Is there a dog in the image?"]
     assert left_out(data)["objects that no absent one is left to ask beside"] == 2
     assert balanced(data)
     assert {e.subject for e in colors} == {"o1"}
-    assert one[0].objects[0].attributes == {"round": "round", "color": "green"}
-    left = left_out(data)
-    assert left["attributes that are no color"] == 1
-    assert left["colors of things with several"] == 1
-    assert left["colors of things whose name is not unique"] == 1
-    assert left["relations without opposite"] == 1
-    assert left["relations of things whose name is not unique"] == 1
+    assert first[0].objects[0].attributes == {"round": "round", "color": "green"}
+    counts = left_out(data)
+    assert counts["attributes that are no color"] == 1
+    assert counts["colors of things with several"] == 1
+    assert counts["colors of things whose name is not unique"] == 1
+    assert counts["relations without opposite"] == 1
+    assert counts["relations of things whose name is not unique"] == 1
 
 
 def test_gqa_relations_that_contradict_are_not_asked(folder: Path) -> None:
-    held = json.loads(json.dumps(GRAPHS))
-    held["1"]["objects"]["o2"]["relations"] = [{"name": "to the left of", "object": "o1"}]
-    data = loaders.gqa(write(folder, held), folder)
+    graphs = json.loads(json.dumps(GRAPHS))
+    graphs["1"]["objects"]["o2"]["relations"] = [{"name": "to the left of", "object": "o1"}]
+    data = loaders.gqa(write(folder, graphs), folder)
     assert not len(data.where(level="relation"))
     assert left_out(data)["relations that contradict another"] == 2
 
@@ -255,11 +259,11 @@ def test_the_subject_of_gqas_own_questions_is_the_object_that_they_name(folder: 
         ("obj", "no", {"3": "o1"}, None),
         ("attr", "yes", {}, None),
     ):
-        held = {"q": own_question(semantic, answer, question=named)}
-        data = loaders.gqa(write(folder, GRAPHS), folder, write(folder, held, "questions.json"))
+        document = {"q": own_question(semantic, answer, question=named)}
+        data = loaders.gqa(write(folder, GRAPHS), folder, write(folder, document, "questions.json"))
         assert data[0].subject == subject
-    held = {"q": own_question("attr", "yes", question={"2": "o1"})}
-    (example,) = loaders.gqa(write(folder, GRAPHS), folder, write(folder, held, "questions.json"))
+    document = {"q": own_question("attr", "yes", question={"2": "o1"})}
+    (example,) = loaders.gqa(write(folder, GRAPHS), folder, write(folder, document, "questions.json"))
     thing = example.named_object()
     assert thing is not None
     x, y, w, h = (GRAPHS["1"]["objects"]["o1"][side] for side in "xywh")
@@ -269,15 +273,15 @@ def test_the_subject_of_gqas_own_questions_is_the_object_that_they_name(folder: 
         ({"2": None}, "annotations, question: field '2' must hold words, not null"),
         ([1], "annotations, question: expected a JSON object"),
     ):
-        held = {"q": own_question("attr", "yes", question=wrong)}
+        document = {"q": own_question("attr", "yes", question=wrong)}
         with pytest.raises(DataError, match=rf"questions\.json: record 'q', {words}"):
-            loaders.gqa(write(folder, GRAPHS), folder, write(folder, held, "questions.json"))
+            loaders.gqa(write(folder, GRAPHS), folder, write(folder, document, "questions.json"))
 
 
 def test_gqas_own_questions_without_a_scene_graph_are_kept(folder: Path) -> None:
-    held = {f"q{i}": {**own_question("attr", "yes", question={"2": "o1"}), "imageId": i} for i in ("2", "1")}
+    document = {f"q{i}": {**own_question("attr", "yes", question={"2": "o1"}), "imageId": i} for i in ("2", "1")}
     graphs = write(folder, {"1": GRAPHS["1"]}, "graphs.json")
-    questions = write(folder, held, "questions.json")
+    questions = write(folder, document, "questions.json")
     data = loaders.gqa(graphs, folder, questions)
     assert [(e.id, e.group, len(e.objects), e.subject) for e in data] == [
         ("q2", "2.jpg", 0, None), ("q1", "1.jpg", len(GRAPHS["1"]["objects"]), "o1"),
@@ -288,7 +292,7 @@ def test_gqas_own_questions_without_a_scene_graph_are_kept(folder: Path) -> None
     assert left_out(short)["questions about images that are not kept"] == 1
     assert [e.id for e in loaders.gqa(write(folder, GRAPHS), folder, questions, limit=1)] == ["q1"]
     with pytest.raises(DataError, match="expected one JSON object with a record under each id, found a list"):
-        loaders.gqa(graphs, folder, write(folder, list(held.values()), "questions.json"))
+        loaders.gqa(graphs, folder, write(folder, list(document.values()), "questions.json"))
 
 
 def test_bad_scene_graphs(folder: Path) -> None:
@@ -300,13 +304,13 @@ def test_bad_scene_graphs(folder: Path) -> None:
         (["1", "objects", "o1", "attributes"], [""], "'attributes' must hold words"),
         (["2"], 5, "record '2': expected a JSON object"),
     ):
-        held = json.loads(json.dumps(GRAPHS))
-        place = held
+        graphs = json.loads(json.dumps(GRAPHS))
+        place = graphs
         for key in path[:-1]:
             place = place[key]
         place[path[-1]] = value
         with pytest.raises(DataError, match=words):
-            loaders.gqa(write(folder, held), folder)
+            loaders.gqa(write(folder, graphs), folder)
 
 
 def genome(folder: Path) -> tuple[Path, Path, Path, Path]:
@@ -330,11 +334,11 @@ def genome(folder: Path) -> tuple[Path, Path, Path, Path]:
 
 def test_visual_genome_by_hand(folder: Path) -> None:
     data = loaders.visual_genome(genome(folder)[0], folder, *genome(folder)[1:])
-    said = {e.question: e.answer for e in data if e.group == "1.jpg"}
-    assert said["Is the apple green?"] == "yes"
-    assert said["Is the apple to the left of the cup?"] == "yes"
-    assert said["Is the apple to the right of the cup?"] == "no"
-    assert said["Describe the image."] == "an apple; a cup"
+    answers = {e.question: e.answer for e in data if e.group == "1.jpg"}
+    assert answers["Is the apple green?"] == "yes"
+    assert answers["Is the apple to the left of the cup?"] == "yes"
+    assert answers["Is the apple to the right of the cup?"] == "no"
+    assert answers["Describe the image."] == "an apple; a cup"
     other = {e.question: e.answer for e in data if e.group == "2.jpg"}
     assert other == {"Is there a cup in the image?": "yes", "Is there an apple in the image?": "no"}
     assert left_out(data)["objects that no absent one is left to ask beside"] == 2
@@ -371,11 +375,11 @@ def clevr_scene() -> dict[str, Any]:
 
 def test_clevr_by_hand(folder: Path) -> None:
     data = loaders.clevr(write(folder, {"info": {}, "scenes": [clevr_scene()]}), folder, per_image=9)
-    said = {e.question: e.answer for e in data}
-    assert {q for q, a in said.items() if a == "yes" and "there" in q} == {
+    answers = {e.question: e.answer for e in data}
+    assert {q for q, a in answers.items() if a == "yes" and "there" in q} == {
         "Is there a red cube in the image?", "Is there a blue sphere in the image?",
     }  # fmt: skip
-    assert {q for q, a in said.items() if a == "yes" and data.where(question=q)[0].level == "attribute"} == {
+    assert {q for q, a in answers.items() if a == "yes" and data.where(question=q)[0].level == "attribute"} == {
         "Is the small metal cube red?", "Is the small metal sphere blue?", "Is the large metal sphere blue?",
     }  # fmt: skip
     # Two blue spheres: "the blue sphere" is ambiguous, so no relation can be asked.
@@ -384,12 +388,12 @@ def test_clevr_by_hand(folder: Path) -> None:
     scene = clevr_scene()
     scene["objects"][2]["color"] = "gray"
     data = loaders.clevr(write(folder, {"scenes": [scene]}), folder, per_image=99)
-    told = {e.question for e in data if e.level == "relation" and e.answer == "yes"}
+    relations = {e.question for e in data if e.level == "relation" and e.answer == "yes"}
     # j in left[i] means that j is left of i: left[1] = [0, 2], behind[0] = [2].
-    assert "Is the red cube left of the blue sphere?" in told
-    assert "Is the gray sphere behind the red cube?" in told
-    assert "Is the red cube in front of the gray sphere?" in told
-    assert len(told) == 10
+    assert "Is the red cube left of the blue sphere?" in relations
+    assert "Is the gray sphere behind the red cube?" in relations
+    assert "Is the red cube in front of the gray sphere?" in relations
+    assert len(relations) == 10
     assert balanced(data)
     (example,) = data.where(question="Is the red cube left of the blue sphere?")
     assert example.labels == {"relation:left of": True, "relation:right of": False, "relation:named": True}

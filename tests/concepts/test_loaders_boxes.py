@@ -41,10 +41,10 @@ def picture(path: Path, *, orientation: int = 1, size: tuple[int, int] = (WIDE, 
 def coco(folder: Path, boxes: list[list[float]], size: tuple[int, int] | None = (WIDE, HIGH)) -> ConceptDataset:
     """Load an image and a blank one, of which the annotations have some boxes and a width and height."""
     Image.new("RGB", (WIDE, HIGH), "white").save(folder / "b.jpg")
-    known = {} if size is None else {"width": size[0], "height": size[1]}
+    sizes = {} if size is None else {"width": size[0], "height": size[1]}
     annotations = [{"id": n, "image_id": 1, "category_id": 1, "bbox": box} for n, box in enumerate(boxes, 1)]
     annotations.append({"id": 99, "image_id": 2, "category_id": 2, "bbox": [1, 1, 5, 5]})
-    images = [{"id": 1, "file_name": "a.jpg", **known}, {"id": 2, "file_name": "b.jpg"}]
+    images = [{"id": 1, "file_name": "a.jpg", **sizes}, {"id": 2, "file_name": "b.jpg"}]
     categories = [{"id": 1, "name": "ball"}, {"id": 2, "name": "cup"}]
     (folder / "i.json").write_text(
         json.dumps({"images": images, "annotations": annotations, "categories": categories}), encoding="utf-8"
@@ -110,10 +110,10 @@ def test_another_shape_is_refused_with_both_sizes(tmp_path: Path) -> None:
         DataError, match=r"is 60 x 100 pixels, 100 x 60 before its EXIF orientation, its annotation is of"
     ):
         coco(tmp_path, [list(RED)])
-    for known in ({"width": 120}, {"width": 0, "height": 60}, {"width": 1.5, "height": 60}):
+    for sizes in ({"width": 120}, {"width": 0, "height": 60}, {"width": 1.5, "height": 60}):
         file = tmp_path / "i.json"
         entries = json.loads(file.read_text(encoding="utf-8"))
-        entries["images"] = [{"id": n, "file_name": "b.jpg", **known} for n in (1, 2)]
+        entries["images"] = [{"id": n, "file_name": "b.jpg", **sizes} for n in (1, 2)]
         file.write_text(json.dumps(entries), encoding="utf-8")
         with pytest.raises(DataError, match=r"record 1: (no field 'height'|field 'width' must hold a positive whole)"):
             loaders.coco(file, tmp_path)
@@ -275,8 +275,8 @@ def test_data_whose_boxes_were_right_keep_their_digest(tmp_path: Path) -> None:
         {"image_id": n, "objects": [{"object_id": i, **thing} for i, thing in enumerate(things.values())]}
         for n, things in ((1, first), (2, second))
     ]
-    for name, held in (("c.json", instances), ("g.json", graphs), ("v.json", objects)):
-        (tmp_path / name).write_text(json.dumps(held), encoding="utf-8")
+    for name, document in (("c.json", instances), ("g.json", graphs), ("v.json", objects)):
+        (tmp_path / name).write_text(json.dumps(document), encoding="utf-8")
     assert [
         loaders.coco(tmp_path / "c.json", tmp_path).digest[:16],
         loaders.gqa(tmp_path / "g.json", tmp_path).digest[:16],

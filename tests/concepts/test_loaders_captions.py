@@ -26,13 +26,13 @@ def folder(tmp_path: Path) -> Path:
     return images
 
 
-def write(folder: Path, held: Any, name: str = "file.json") -> Path:
+def write(folder: Path, document: Any, name: str = "file.json") -> Path:
     path = folder.parent / name
-    path.write_text(held if isinstance(held, str) else json.dumps(held))
+    path.write_text(document if isinstance(document, str) else json.dumps(document))
     return path
 
 
-def asked(data: ConceptDataset) -> list[tuple[str, str]]:
+def questions_and_answers(data: ConceptDataset) -> list[tuple[str, str]]:
     return [(e.question, e.answer) for e in data]
 
 
@@ -50,7 +50,7 @@ VSR = [
 
 def test_vsr(folder: Path) -> None:
     data = loaders.vsr(write(folder, "".join(json.dumps(v) + "\n" for v in VSR), "x.jsonl"), folder)
-    assert asked(data) == [
+    assert questions_and_answers(data) == [
         ('Is the statement "The cat is under the bed." true of the image?', "yes"),
         ('Is the statement "The dog faces the cat." true of the image?', "no"),
     ]
@@ -70,7 +70,7 @@ CONTROLLED = [{"image_path": "data/controlled/mug_in-front_of_plate.png", "capti
 
 def test_whatsup_controlled_images(folder: Path) -> None:
     data = loaders.whatsup(write(folder, CONTROLLED), folder)
-    (yes, no) = asked(data)
+    (yes, no) = questions_and_answers(data)
     assert yes == ('Is the statement "A mug in front of a plate" true of the image?', "yes")
     assert no[1] == "no"
     assert any(f'"{option}"' in no[0] for option in OPTIONS[1:])
@@ -123,7 +123,7 @@ ATTRIBUTE = {"image_path": "b.png", **BOX, "true_caption": "the wet dog and the 
 
 def test_aro(folder: Path) -> None:
     data = loaders.aro(write(folder, [RELATION, ATTRIBUTE]), folder)
-    assert asked(data)[:2] == [
+    assert questions_and_answers(data)[:2] == [
         ('Is the statement "the man is behind the horse" true of the image?', "yes"),
         ('Is the statement "the horse is behind the man" true of the image?', "no"),
     ]
@@ -154,8 +154,8 @@ def test_sugarcrepe(folder: Path, name: str, level: str) -> None:
     assert [e.answer for e in data] == ["yes", "no"] * 2
     assert data[0].id == f"{name.removesuffix('.json')}/0/true"
     assert loaders.sugarcrepe(write(folder, list(rows.values()), name), folder).digest == data.digest
-    given = loaders.sugarcrepe(write(folder, rows, "mine.json"), folder, level="object")
-    assert {e.level for e in given} == {"object"}
+    custom = loaders.sugarcrepe(write(folder, rows, "mine.json"), folder, level="object")
+    assert {e.level for e in custom} == {"object"}
     with pytest.raises(ConfigError, match=r"name of 'mine\.json' does not end in _obj, _att or _rel"):
         loaders.sugarcrepe(write(folder, rows, "mine.json"), folder)
 
@@ -244,9 +244,9 @@ BAD: dict[str, tuple[Loader, str, Any, str]] = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_files_are_refused_with_their_place(folder: Path, case: str) -> None:
-    loader, name, held, words = BAD[case]
+    loader, name, document, words = BAD[case]
     with pytest.raises(DataError, match=words):
-        loader(write(folder, held, name), folder)
+        loader(write(folder, document, name), folder)
 
 
 @pytest.mark.parametrize("name", sorted(loaders.LOADERS))

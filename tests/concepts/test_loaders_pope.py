@@ -75,8 +75,8 @@ def test_every_layout_gives_the_same(folder: Path) -> None:
         lines(*mirror),
         json.dumps(mirror),
     ):
-        found = loaders.pope(write(folder, content), folder)
-        assert found.digest == expected.digest
+        loaded = loaders.pope(write(folder, content), folder)
+        assert loaded.digest == expected.digest
 
 
 @pytest.mark.parametrize(

@@ -30,11 +30,11 @@ files = st.lists(values, max_size=5) | st.dictionaries(st.text(max_size=5), valu
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(files, st.integers(1, 7), st.sampled_from([None, 1]), st.booleans())
 def test_the_same_as_json_load_wherever_the_window_ends(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held: Any, window: int, indent: int | None, ascii_only: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, document: Any, window: int, indent: int | None, ascii_only: bool
 ) -> None:
     monkeypatch.setattr(json_stream, "_WINDOW", window)
     path = tmp_path / "x.json"
-    path.write_text(json.dumps(held, indent=indent, ensure_ascii=ascii_only), encoding="utf-8")
+    path.write_text(json.dumps(document, indent=indent, ensure_ascii=ascii_only), encoding="utf-8")
     whole = json.loads(path.read_text(encoding="utf-8"))
     parts = {None: whole} if isinstance(whole, list) else whole
     expected = [(key, v) for key, value in parts.items() for v in (value if isinstance(value, list) else [value])]
@@ -44,12 +44,12 @@ def test_the_same_as_json_load_wherever_the_window_ends(
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(1, 60), st.integers(1, 9))
 def test_a_file_cut_anywhere_is_an_error_that_names_a_place(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: int, window: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, length: int, window: int
 ) -> None:
     monkeypatch.setattr(json_stream, "_WINDOW", window)
     whole = json.dumps({"images": [{"id": 1.5e3}, {"id": "ü"}], "annotations": [{"x": [1, 2]}], "n": 12}).encode()
     path = tmp_path / "cut.json"
-    path.write_bytes(whole[: min(kept, len(whole) - 1)])
+    path.write_bytes(whole[: min(length, len(whole) - 1)])
     with pytest.raises(DataError, match=r"cut\.json: .*(at byte|near byte) \d+"):
         list(stream(path))
 

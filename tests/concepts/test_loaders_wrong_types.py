@@ -189,20 +189,20 @@ def places(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
         yield from places(inner, (*at, key))
 
 
-def put(held: Any, at: tuple[Any, ...], value: Any) -> Any:
-    held = copy.deepcopy(held)
-    inner = held
+def replaced(document: Any, at: tuple[Any, ...], value: Any) -> Any:
+    document = copy.deepcopy(document)
+    inner = document
     for key in at[:-1]:
         inner = inner[key]
     inner[at[-1]] = value
-    return held
+    return document
 
 
-def write(path: Path, held: Any) -> None:
-    if path.suffix == ".jsonl" and isinstance(held, list):
-        path.write_text("".join(json.dumps(record) + "\n" for record in held))
+def write(path: Path, document: Any) -> None:
+    if path.suffix == ".jsonl" and isinstance(document, list):
+        path.write_text("".join(json.dumps(record) + "\n" for record in document))
     else:
-        path.write_text(json.dumps(held))
+        path.write_text(json.dumps(document))
 
 
 @pytest.fixture
@@ -236,17 +236,17 @@ def may_hold(name: str, key: Any, old: Any, new: Any) -> bool:
 def test_a_field_of_another_type_is_refused_with_its_place(folder: Path, name: str) -> None:
     form = FORMATS[name]
     paths = {file: folder.parent / file for file in form.files}
-    for file, held in form.files.items():
-        write(paths[file], held)
+    for file, document in form.files.items():
+        write(paths[file], document)
     assert form.read(folder, paths) is not None
     silent = []
-    for file, held in form.files.items():
-        for number, at in enumerate(places(held)):
-            old = held
+    for file, document in form.files.items():
+        for number, at in enumerate(places(document)):
+            old = document
             for key in at:
                 old = old[key]
             for value in (kind[number % len(kind)] for kind in VALUES):
-                write(paths[file], put(held, at, value))
+                write(paths[file], replaced(document, at, value))
                 try:
                     form.read(folder, paths)
                 except DataError as error:
@@ -257,7 +257,7 @@ def test_a_field_of_another_type_is_refused_with_its_place(folder: Path, name: s
                     free = any(key in form.free for key in at)
                     if not free and not may_hold(name, at[-1], old, value):
                         silent.append((file, at, value))
-        write(paths[file], held)
+        write(paths[file], document)
     assert silent == []
 
 
@@ -300,12 +300,12 @@ def test_a_cell_that_its_column_may_not_hold_is_refused_with_its_line(folder: Pa
         where = rf"{file}: line {line + 1}: "
         for column, cells in enumerate(refused):
             for cell in cells:
-                put_rows(put(rows, (line, column), cell))
+                put_rows(replaced(rows, (line, column), cell))
                 with pytest.raises(DataError, match=where):
                     read(folder, path)
-        put_rows(put(rows, (line,), rows[line][:-1]))
+        put_rows(replaced(rows, (line,), rows[line][:-1]))
         with pytest.raises(DataError, match=where):
             read(folder, path)
-        put_rows(put(rows, (line,), [*rows[line], "x", "y"]))
+        put_rows(replaced(rows, (line,), [*rows[line], "x", "y"]))
         with pytest.raises(DataError, match=where):
             read(folder, path)

@@ -108,10 +108,10 @@ def test_synonyms_name_one_thing() -> None:
     assert canonical_noun("toasters") == "toaster"
 
 
-def test_categories_of_coco_stay_apart() -> None:
+def test_categories_of_coco_are_different_nouns() -> None:
     """A closed list of 80 names: none may count as another, or its questions could not be asked."""
-    for one, other in combinations(COCO_CATEGORIES, 2):
-        assert not PresentNouns([one]).includes(other), (one, other)
+    for first, second in combinations(COCO_CATEGORIES, 2):
+        assert not PresentNouns([first]).includes(second), (first, second)
     assert set(COCO_SYNONYMS.values()) == set(COCO_CATEGORIES)
     assert len(COCO_CATEGORIES) == 80
 
@@ -272,7 +272,7 @@ def _concepts(labels: list[str], rows: list[tuple[str, str]]) -> list[str]:
 def test_questions_are_about_a_label_in_either_number() -> None:
     labels = ["object:banana", "object:trees", "object:bear", "object:teddy bear", "object:x-ray", "attribute:red",
               "relation:to the left of"]  # fmt: skip
-    asked = [
+    questions = [
         ("object", "Are there bananas in the image?"),
         ("object", "Is there a tree in the image?"),
         ("object", "Are there teddy bears in the image?"),
@@ -282,5 +282,5 @@ def test_questions_are_about_a_label_in_either_number() -> None:
         ("attribute", "Is the shirt reddish?"),
         ("relation", "Is the banana to the left of the bear?"),
     ]
-    assert _concepts(labels, asked) == ["object:banana", "object:trees", "object:teddy bear", "", "object:x-ray",
+    assert _concepts(labels, questions) == ["object:banana", "object:trees", "object:teddy bear", "", "object:x-ray",
                                         "attribute:red", "", "relation:to the left of"]  # fmt: skip

@@ -79,10 +79,10 @@ def test_recolored_pairs_show_what_their_answers_say(photographs: ConceptDataset
     pairs = counterfactuals.pairs(photographs, "color", method="recolor")
     assert len(pairs) > 20
     for pair in list(pairs)[:20]:
-        asked = pair.clean.question.rstrip("?").rsplit(" ", 1)[-1]
+        color = pair.clean.question.rstrip("?").rsplit(" ", 1)[-1]
         subject = pair.corrupt.named_object()
         assert subject is not None
-        assert pair.corrupt.answer == ("yes" if subject.attributes["color"] == asked else "no") != pair.clean.answer
+        assert pair.corrupt.answer == ("yes" if subject.attributes["color"] == color else "no") != pair.clean.answer
         assert pair.corrupt.labels["attribute:named"] is (pair.corrupt.answer == "yes")
         assert isinstance(pair.corrupt.image, RecoloredImage)
         assert color_name(pair.corrupt.image.median_color()) == subject.attributes["color"]
@@ -195,10 +195,10 @@ def test_swapped_pairs_have_the_truth_of_the_other_photograph(
         assert placebo  # few scenes ask the same relation
         return
     # Truth by an independent way: the objects that the other scene was drawn with.
-    drawn = {e.image.load().tobytes(): e.objects for e in photographs}
+    objects_of = {e.image.load().tobytes(): e.objects for e in photographs}
     groups: Counter[str] = Counter()
     for pair in pairs:
-        objects = drawn[pair.corrupt.image.load().tobytes()]
+        objects = objects_of[pair.corrupt.image.load().tobytes()]
         words = pair.clean.question.rstrip("?").split()
         if kind == "object":
             truth = words[-4] in {o.noun for o in objects}

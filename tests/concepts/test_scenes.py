@@ -34,11 +34,11 @@ def test_the_same_seed_draws_the_same_pixels_on_any_machine() -> None:
 
 
 def test_no_test_image_is_a_training_image() -> None:
-    def drawn(space: int) -> set[bytes]:
+    def images(space: int) -> set[bytes]:
         return {sample_scene(generator(space, 0, i), "x", UNIFORM).pixels().tobytes() for i in range(500)}
 
-    assert len(drawn(TRAIN)) == 500
-    assert not drawn(TRAIN) & drawn(TEST)
+    assert len(images(TRAIN)) == 500
+    assert not images(TRAIN) & images(TEST)
 
 
 @pytest.mark.parametrize("color", COLORS)
@@ -48,8 +48,8 @@ def test_an_icon_has_the_hue_it_is_named_after(noun: str, color: str) -> None:
     solid = rgb[alpha[..., 0] > 0.9] / 255
     hues = [colorsys.rgb_to_hsv(*p) for p in solid]
     colored = [h for h, s, v in hues if s > 0.35 and v > 0.25]
-    wanted = {"red": 0, "orange": 31, "yellow": 50, "green": 127, "blue": 220, "purple": 283}[color]
-    off = [min(abs(h * 360 - wanted), 360 - abs(h * 360 - wanted)) for h in colored]
+    hue = {"red": 0, "orange": 31, "yellow": 50, "green": 127, "blue": 220, "purple": 283}[color]
+    off = [min(abs(h * 360 - hue), 360 - abs(h * 360 - hue)) for h in colored]
     assert len(colored) > 0.25 * len(solid)
     assert np.mean(off) < 8
 
@@ -79,14 +79,14 @@ def answer_from_words(example: Example) -> str:
     """Work the answer out from the question's words and the boxes: an oracle that shares no code."""
     things = {o.noun: o for o in example.objects}
     words = example.question.rstrip("?.").split()
-    if found := re.match(r"Is there an? (\w+) in the image\?", example.question):
-        return "yes" if found[1] in things else "no"
-    if found := re.match(r"What color is the (\w+)\?", example.question):
-        return things[found[1]].attributes["color"]
-    if found := re.match(r"Is the (\w+) (left of|right of|above|below) the (\w+)\?", example.question):
-        a, b = (things[found[n]].require_box() for n in (1, 3))
+    if match := re.match(r"Is there an? (\w+) in the image\?", example.question):
+        return "yes" if match[1] in things else "no"
+    if match := re.match(r"What color is the (\w+)\?", example.question):
+        return things[match[1]].attributes["color"]
+    if match := re.match(r"Is the (\w+) (left of|right of|above|below) the (\w+)\?", example.question):
+        a, b = (things[match[n]].require_box() for n in (1, 3))
         dx, dy = (b.x0 + b.x1 - a.x0 - a.x1) / 2, (b.y0 + b.y1 - a.y0 - a.y1) / 2
-        gap = {"left of": dx, "right of": -dx, "above": dy, "below": -dy}[found[2]]
+        gap = {"left of": dx, "right of": -dx, "above": dy, "below": -dy}[match[2]]
         assert abs(gap) >= MARGIN
         return "yes" if gap > 0 else "no"
     if words[:2] == ["Is", "the"]:
@@ -108,25 +108,25 @@ def test_every_answer_follows_from_the_scene(data: ConceptDataset) -> None:
 
 def test_yes_and_no_are_balanced_in_every_split_and_kind(data: ConceptDataset) -> None:
     frame = data.frame()
-    asked = frame[frame["answer"].isin(["yes", "no"])]
-    shares = asked.groupby(["split", "kind"])["answer"].apply(lambda a: (a == "yes").mean())
+    questions = frame[frame["answer"].isin(["yes", "no"])]
+    shares = questions.groupby(["split", "kind"])["answer"].apply(lambda a: (a == "yes").mean())
     assert len(shares) == 9
     np.testing.assert_allclose(shares, 0.5)
 
 
 def test_absent_nouns_are_what_their_split_says(data: ConceptDataset) -> None:
-    seen = dict.fromkeys(("random", "popular", "adversarial"), 0)
+    counts = dict.fromkeys(("random", "popular", "adversarial"), 0)
     for example in data:
-        if example.split not in seen or example.answer == "yes":
+        if example.split not in counts or example.answer == "yes":
             continue
-        seen[example.split] += 1
+        counts[example.split] += 1
         noun = example.question.split()[3]
-        shown = {o.noun for o in example.objects}
-        partner, popular = COMPANION[noun] in shown, noun in POPULAR
+        nouns = {o.noun for o in example.objects}
+        partner, popular = COMPANION[noun] in nouns, noun in POPULAR
         assert (partner, popular) == {"random": (False, False), "popular": (False, True), "adversarial": (True, False)}[
             example.split
         ]
-    assert set(seen.values()) == {25}
+    assert set(counts.values()) == {25}
 
 
 def test_conflict_shows_the_typical_scene_in_another_color(data: ConceptDataset) -> None:
@@ -146,20 +146,20 @@ def test_conflict_shows_the_typical_scene_in_another_color(data: ConceptDataset)
 
 
 def test_the_biased_world_keeps_its_table() -> None:
-    drawn = [sample_scene(generator(TEST, 8, i), "w", BIASED) for i in range(4000)]
-    apples = [o.attributes["color"] for s in drawn for o in s.objects if o.noun == "apple"]
-    together = [s.get("bus") is not None for s in drawn if s.get("umbrella") is not None]
-    apart = [s.get("bus") is not None for s in drawn if s.get("umbrella") is None]
-    dogs = [o.attributes["color"] for s in drawn for o in s.objects if o.noun == "dog"]
+    samples = [sample_scene(generator(TEST, 8, i), "w", BIASED) for i in range(4000)]
+    apples = [o.attributes["color"] for s in samples for o in s.objects if o.noun == "apple"]
+    with_umbrella = [s.get("bus") is not None for s in samples if s.get("umbrella") is not None]
+    without_umbrella = [s.get("bus") is not None for s in samples if s.get("umbrella") is None]
+    dogs = [o.attributes["color"] for s in samples for o in s.objects if o.noun == "dog"]
     assert abs(np.mean([c == "red" for c in apples]) - 0.93) < 0.04
-    assert np.mean(together) > 3 * np.mean(apart)
+    assert np.mean(with_umbrella) > 3 * np.mean(without_umbrella)
     assert max(dogs.count(c) for c in COLORS) < 0.25 * len(dogs)
 
 
 def test_records_are_plain_and_the_digest_follows_them(data: ConceptDataset) -> None:
-    again = scenes.dataset(100, seed=3)
+    repeated = scenes.dataset(100, seed=3)
     assert json.loads(json.dumps(data[0].record())) == data[0].record()
-    assert data.digest == again.digest != scenes.dataset(100, seed=4).digest
+    assert data.digest == repeated.digest != scenes.dataset(100, seed=4).digest
     assert len(data[:10]) == 10
     assert data[:10].digest != data.digest
 

@@ -33,10 +33,10 @@ def covers(low: np.ndarray, high: np.ndarray, truth: float) -> float:
 def test_low_rates_of_independent_rows_are_covered_exactly() -> None:
     """The probability of every k of 125 is known; the bootstrap's intervals covered .86 at a rate of .025."""
     ends = np.array(rate_interval(np.arange(126)[:, None] * np.eye(1), np.full((126, 1), 125)))
-    one = np.zeros((126, 125))
+    hits = np.zeros((126, 125))
     for k in range(126):
-        one[k, :k] = 1
-    low, high = rate_interval(one, np.ones((126, 125)))
+        hits[k, :k] = 1
+    low, high = rate_interval(hits, np.ones((126, 125)))
     assert low == pytest.approx([wilson(k, 125)[0] for k in range(126)])
     assert high == pytest.approx([wilson(k, 125)[1] for k in range(126)])
     chance = binom.pmf(np.arange(126), 125, np.array(LOW_RATES)[:, None])
@@ -44,8 +44,8 @@ def test_low_rates_of_independent_rows_are_covered_exactly() -> None:
     assert 0.93 <= np.mean(covered) <= 0.97
     assert min(covered) >= 0.90
     assert ends.shape == (2, 126)
-    found = estimate([1] + [0] * 124, range(125))
-    assert (round(found.low, 4), round(found.high, 4), found.few_groups) == (0.0014, 0.0439, False)
+    interval = estimate([1] + [0] * 124, range(125))
+    assert (round(interval.low, 4), round(interval.high, 4), interval.few_groups) == (0.0014, 0.0439, False)
 
 
 @pytest.mark.parametrize("n", [5, 8, 12, 20, 35, 60])
@@ -83,9 +83,9 @@ def test_ratings_that_vary_little_have_narrow_intervals() -> None:
     covered = []
     for _ in range(300):
         values = np.clip(rng.normal(0.7, 0.1, 60), 0, 1)
-        found = estimate(values, [i // 2 for i in range(60)])
-        covered.append(found.low <= 0.7 <= found.high)
-        assert found.high - found.low < 0.15
+        interval = estimate(values, [i // 2 for i in range(60)])
+        covered.append(interval.low <= 0.7 <= interval.high)
+        assert interval.high - interval.low < 0.15
     assert 0.9 <= np.mean(covered) <= 1.0
     same = estimate([0.5] * 20, range(20))
     assert same.low < 0.5 < same.high
@@ -107,15 +107,15 @@ def test_changes_are_covered(groups: int) -> None:
         assert np.mean(covered) >= 0.90, (gain, loss, np.mean(covered))
 
 
-def test_columns_are_what_each_is_alone() -> None:
+def test_intervals_of_columns_equal_those_of_each_column_alone() -> None:
     rng = np.random.default_rng(2)
     groups = [f"g{i // 3}" for i in range(60)]
     rates = rng.random((60, 2, 3)) < 0.2
     changes = rng.integers(-1, 2, (60, 4))
     low, high = rates_of_columns(rates, groups)
     assert low.shape == (2, 3)
-    found = estimate(rates[:, 1, 2], groups)
-    assert (low[1, 2], high[1, 2]) == pytest.approx((found.low, found.high))
+    interval = estimate(rates[:, 1, 2], groups)
+    assert (low[1, 2], high[1, 2]) == pytest.approx((interval.low, interval.high))
     low, high = changes_of_columns(changes, groups)
     assert (low[2], high[2]) == pytest.approx(np.ravel(changes_of_columns(changes[:, 2], groups)))
     turned_low, turned_high = changes_of_columns(-changes, groups)
@@ -188,9 +188,9 @@ def test_differences_of_head_scores_are_covered() -> None:
     for seed in range(150):
         shared = rng.normal(size=(6, 1, 1))
         a, b = (Rows(shared + rng.normal(mean, 1, (6, 1, 4)), tuple("abcdef")) for mean in (1.0, 0.0))
-        found = compare_rows(a, b, [1], resamples=200, seed=seed)
-        assert found.rank_correlation.few_groups
-        covered.append(covers(found.low, found.high, 1.0))
+        comparison = compare_rows(a, b, [1], resamples=200, seed=seed)
+        assert comparison.rank_correlation.few_groups
+        covered.append(covers(comparison.low, comparison.high, 1.0))
     assert np.mean(covered) >= 0.91
 
 
@@ -204,9 +204,9 @@ def test_areas_under_curves_of_faithfulness_are_covered() -> None:
         curve = FaithfulCurve(
             (0.1, 0.5, 1.0), margins, gap, np.zeros(8), tuple("abcdefgh"), tuple(SimpleNamespace() for _ in range(3))
         )  # pyright: ignore[reportArgumentType]  # sizes are not asked for
-        found = curve.interval(resamples=200, seed=seed)
-        assert found.few_groups
-        covered.append(found.low <= 0.4 * 0.4 + 0.5 * 0.8 <= found.high)
+        interval = curve.interval(resamples=200, seed=seed)
+        assert interval.few_groups
+        covered.append(interval.low <= 0.4 * 0.4 + 0.5 * 0.8 <= interval.high)
     assert np.mean(covered) >= 0.90
 
 
@@ -216,8 +216,8 @@ def test_the_accuracy_of_a_stage_is_covered_and_never_certain() -> None:
     covered = []
     for _ in range(100):
         margins = rng.normal(size=40) + norm.ppf(0.9)
-        found = calibrate([np.array([m]) for m in margins], np.ones(40), groups, np.ones(40, bool), 1)
-        covered.append(found.low <= 0.9 <= found.high)
+        interval = calibrate([np.array([m]) for m in margins], np.ones(40), groups, np.ones(40, bool), 1)
+        covered.append(interval.low <= 0.9 <= interval.high)
     assert np.mean(covered) >= 0.90
     sure = calibrate([np.array([5.0])] * 40, np.arange(40) % 2, groups, np.ones(40, bool), 1)
     assert sure.accuracy == 1

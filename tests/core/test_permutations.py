@@ -23,10 +23,10 @@ def test_every_exchange_of_whole_groups_is_drawn_equally_often() -> None:
     groups = np.array(["a", "b", "a", "c", "d", "b", "e", "f", "f", "f"])
     rng = np.random.default_rng(0)
     n = 8_000
-    drawn = Counter(tuple(exchange_groups(groups, np.zeros(10), rng).tolist()) for _ in range(n))
-    assert len(drawn) == 2 * 4 * 6 * 6
-    assert chisquare(list(drawn.values())).pvalue > 1e-3
-    for order in drawn:
+    counts = Counter(tuple(exchange_groups(groups, np.zeros(10), rng).tolist()) for _ in range(n))
+    assert len(counts) == 2 * 4 * 6 * 6
+    assert chisquare(list(counts.values())).pvalue > 1e-3
+    for order in counts:
         assert sorted(order) == list(range(10))
         for name in np.unique(groups):
             sources = set(groups[np.array(order)[groups == name]].tolist())
@@ -61,17 +61,17 @@ def test_p_values_hold_where_groups_differ_in_size(kind: str) -> None:
     assert binomtest(wrong, n, 0.05, alternative="greater").pvalue > 0.01, wrong
 
 
-def test_a_test_says_how_many_groups_moved() -> None:
+def test_a_permutation_test_reports_how_many_groups_can_move() -> None:
     store = null_store("unlike", 0)
     options = {"folds": 2, "resamples": 2, "progress": False, "C": (1e-2,), "estimator": "mean_difference"}
     grid = fit_grid(store, ["object:a"], "resid_post", **options)
-    found = permutation_test(grid, store, permutations=9, progress=False)
+    significance = permutation_test(grid, store, permutations=9, progress=False)
     can, of = grid.provenance["control_groups"]["object:a"]
-    assert (found.movable.tolist(), found.n_groups.tolist()) == ([can], [of])
+    assert (significance.movable.tolist(), significance.n_groups.tolist()) == ([can], [of])
     assert of == 60
     assert 30 < can < 60
     assert np.isfinite(grid.control).all()
-    assert (found.frame()["movable"] == can).all()
+    assert (significance.frame()["movable"] == can).all()
 
 
 def test_too_few_groups_that_can_move_are_refused() -> None:
@@ -91,10 +91,10 @@ def test_too_few_groups_that_can_move_are_refused() -> None:
 def test_labels_of_a_vectors_control_move_by_group() -> None:
     groups = np.repeat(np.arange(30), 3)
     mask = np.repeat(np.arange(30) % 2 == 0, 3)
-    made = shuffle_mask(mask, 0, groups=groups.tolist())
-    assert made.sum() == mask.sum()
-    assert (made != mask).any()
-    by_group = made.reshape(30, 3)
+    permuted = shuffle_mask(mask, 0, groups=groups.tolist())
+    assert permuted.sum() == mask.sum()
+    assert (permuted != mask).any()
+    by_group = permuted.reshape(30, 3)
     assert (by_group == by_group[:, :1]).all()  # rows of an image stay alike
     among = np.arange(90) < 60
     part = shuffle_mask(mask, 0, among, groups=groups.tolist())
@@ -107,15 +107,15 @@ def test_labels_of_a_vectors_control_move_by_group() -> None:
 
 def test_pairs_of_one_image_are_swapped_together() -> None:
     image = Image.new("RGB", (4, 4))
-    made = []
+    pairs = []
     for k in range(36):
         sides = [
             Example(f"{k}{a}", image, "?", a, ("yes", "no"), "object", "existence", "neutral", f"g{k // 3}")
             for a in ("yes", "no")
         ]
-        made.append(CounterfactualPair(*sides, kind="object", change="a: b -> c"))
-    turned = [p.clean.answer == "no" for p in swap_sides(made, 0)]
+        pairs.append(CounterfactualPair(*sides, kind="object", change="a: b -> c"))
+    turned = [p.clean.answer == "no" for p in swap_sides(pairs, 0)]
     assert sum(turned) == 18
     assert {sum(turned[k : k + 3]) for k in range(0, 36, 3)} == {0, 3}
-    few = [p.clean.answer == "no" for p in swap_sides(made[:9], 0)]
+    few = [p.clean.answer == "no" for p in swap_sides(pairs[:9], 0)]
     assert sum(few) == 4

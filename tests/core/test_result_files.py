@@ -46,7 +46,7 @@ READERS: dict[str, tuple[Callable[[Path], object], str]] = {
 
 @pytest.mark.parametrize("kind", READERS)
 @pytest.mark.parametrize("what", ["fifo", "folder", "too many open files"])
-def test_what_is_no_regular_file_is_refused(
+def test_files_that_are_not_regular_are_refused(
     kind: str, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read, name = READERS[kind]
@@ -70,12 +70,12 @@ def test_what_is_no_regular_file_is_refused(
     if kind != "tensors":
         assert isinstance(caught.value, GroundscopeError)
     text = str(caught.value)
-    wanted = {
+    reasons = {
         "fifo": "not a regular file but a FIFO",
         "folder": "not a regular file",
         "too many open files": "Too many open files",
     }
-    assert wanted[what] in text
+    assert reasons[what] in text
     assert "damaged" not in text
     assert "anew" not in text
 
@@ -83,9 +83,9 @@ def test_what_is_no_regular_file_is_refused(
 def test_a_checkpoint_that_cannot_be_opened_is_no_unfinished_layer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kept = Checkpoint.at(tmp_path, {"a": 1})
-    kept.save(3, {"x": np.arange(4.0)})
-    np.testing.assert_array_equal((kept.load(3) or {})["x"], np.arange(4.0))
+    checkpoint = Checkpoint.at(tmp_path, {"a": 1})
+    checkpoint.save(3, {"x": np.arange(4.0)})
+    np.testing.assert_array_equal((checkpoint.load(3) or {})["x"], np.arange(4.0))
     real = os.open
 
     def full(at: object, *args: object, **options: object) -> int:
@@ -95,12 +95,12 @@ def test_a_checkpoint_that_cannot_be_opened_is_no_unfinished_layer(
 
     monkeypatch.setattr(os, "open", full)
     with pytest.raises(GroundscopeError, match="Too many open files"):
-        kept.load(3)
+        checkpoint.load(3)
     monkeypatch.undo()
     raw = bytearray((tmp_path / "layer-3.safetensors").read_bytes())
     raw[-1] ^= 1
     (tmp_path / "layer-3.safetensors").write_bytes(raw)
-    assert kept.load(3) is None
+    assert checkpoint.load(3) is None
 
 
 def test_every_changed_byte_of_tensors_is_an_error(tmp_path: Path) -> None:
@@ -108,28 +108,28 @@ def test_every_changed_byte_of_tensors_is_an_error(tmp_path: Path) -> None:
     tensors = {"a": np.arange(5, dtype=np.float32), "b": np.ones((2, 3), np.float16), "c": np.zeros((0, 2))}
     whole = encode_tensors(tensors, {"kind": '{"x": 1.5}'})
     path.write_bytes(whole)
-    found, metadata = read_tensors(path)
+    loaded, metadata = read_tensors(path)
     assert metadata == {"kind": '{"x": 1.5}'}
     assert all(
-        np.array_equal(found[name], values) and found[name].dtype == values.dtype for name, values in tensors.items()
+        np.array_equal(loaded[name], values) and loaded[name].dtype == values.dtype for name, values in tensors.items()
     )
     assert set(load_file(path)) == set(tensors)  # any other reader reads it as well
     for at in range(len(whole)):
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 0x04]) + whole[at + 1 :])
         try:
-            found, metadata = read_tensors(path)
+            loaded, metadata = read_tensors(path)
         except DataError:
             continue
         # What is left are blanks of the header, and the name of the digest's own entry.
-        assert all(np.array_equal(found[name], values) for name, values in tensors.items())
+        assert all(np.array_equal(loaded[name], values) for name, values in tensors.items())
         assert metadata["kind"] == '{"x": 1.5}'
 
 
 def test_tensors_of_an_earlier_release_are_read(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     save_file({"a": np.arange(3.0)}, path, metadata={"kind": "{}"})
-    found, metadata = read_tensors(path)
-    assert (found["a"].tolist(), metadata) == ([0.0, 1.0, 2.0], {"kind": "{}"})
+    loaded, metadata = read_tensors(path)
+    assert (loaded["a"].tolist(), metadata) == ([0.0, 1.0, 2.0], {"kind": "{}"})
 
 
 def test_a_document_has_one_digest_however_it_is_written() -> None:
@@ -168,8 +168,11 @@ def test_a_seeded_sample_of_mutations_is_found() -> None:
     from benchmarks.mutations import mutate_all
 
     results = mutate_all({"store": 30, "grid": 8, "scores": 8, "vector": 8, "receipt": 8}, seed=1)
-    for kind, each in results.items():
-        assert {one["result"] for one in each} <= {"found", "harmless", "unverified_read"}, (kind, each)
+    for kind, mutations in results.items():
+        assert {mutation["result"] for mutation in mutations} <= {"found", "harmless", "unverified_read"}, (
+            kind,
+            mutations,
+        )
     assert len(results["store"]) == 30
 
 

@@ -83,8 +83,8 @@ def test_the_lock_of_a_store_is_no_link_and_no_fifo(tmp_path: Path, kind: str) -
         Lock(lock, "held")
     assert not outside.exists()
     (lock.rmdir if kind == "folder" else lock.unlink)()
-    held = Lock(lock, "held")
+    first = Lock(lock, "held")
     with pytest.raises(StoreError, match="held"):
         Lock(lock, "held")
-    held.release()
+    first.release()
     assert not lock.exists()

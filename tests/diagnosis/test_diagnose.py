@@ -67,8 +67,8 @@ SITES = [
 def test_the_verdict_is_where_the_truth_was_last_known(states: str, undone: bool, verdict: str) -> None:
     named = dict(zip(STAGES, states.split(), strict=True))
     belief = {"truth": 0.9, "other": 0.1, "gone": 0.05, "unclear": 0.5, "unknown": 0.5}
-    found, confidence, reason = judge(named, {s: belief[v] for s, v in named.items()}, undone=undone)
-    assert found == verdict
+    result, confidence, reason = judge(named, {s: belief[v] for s, v in named.items()}, undone=undone)
+    assert result == verdict
     assert bool(reason) == (verdict in UNEXPLAINED)
     assert (confidence > 0) == (verdict not in UNEXPLAINED)
 
@@ -95,13 +95,15 @@ def test_probes_at_chance_say_something_only_if_all_after_them_are() -> None:
 def test_log_odds_are_those_of_a_logistic_fit_with_one_more_wrong() -> None:
     rng = np.random.default_rng(0)
     margins = rng.normal(1.0, 1.5, 200)
-    found = calibrate([np.array([m]) for m in margins], np.ones(200), [f"g{i}" for i in range(200)], margins > -9, 1)
+    calibration = calibrate(
+        [np.array([m]) for m in margins], np.ones(200), [f"g{i}" for i in range(200)], margins > -9, 1
+    )
     every = np.append(margins, -np.abs(margins).mean())
     best = minimize_scalar(lambda k: np.logaddexp(0, -k * every).sum(), bounds=(0, 10), method="bounded")
-    assert found.slope == pytest.approx(best.x, rel=1e-3)
-    assert found.accuracy == pytest.approx((margins > 0).mean())
-    # The threshold: as far on either side of 0 as one right answer in 20 lies on the wrong one.
-    assert found.threshold == pytest.approx(-np.quantile(found.slope * margins, 0.05))
+    assert calibration.slope == pytest.approx(best.x, rel=1e-3)
+    assert calibration.accuracy == pytest.approx((margins > 0).mean())
+    # The threshold: at equal distance from 0 on both sides: 1 right answer in 20 is beyond it on the wrong side.
+    assert calibration.threshold == pytest.approx(-np.quantile(calibration.slope * margins, 0.05))
 
 
 def test_two_sides_get_an_offset() -> None:
@@ -109,13 +111,15 @@ def test_two_sides_get_an_offset() -> None:
     side = rng.random(400) < 0.3
     x = np.where(side, 2.0, 0.5) + rng.normal(size=400)  # what is read lies too high for both
     margins = np.where(side, x, -x)
-    found = calibrate([np.array([m]) for m in margins], side.astype(float), [f"g{i}" for i in range(400)], side, 1)
+    calibration = calibrate(
+        [np.array([m]) for m in margins], side.astype(float), [f"g{i}" for i in range(400)], side, 1
+    )
     weight = np.where(side, 0.5 / side.sum(), 0.5 / (~side).sum()) * 400
     oracle = LogisticRegression(C=1e6, tol=1e-10).fit(x[:, None], side, sample_weight=weight)
-    assert found.slope == pytest.approx(float(oracle.coef_[0, 0]), rel=0.05)
-    assert found.offset == pytest.approx(float(oracle.intercept_[0]), rel=0.1)
-    read = np.array([found.log_odds(m, s) > 0 for m, s in zip(margins, side, strict=True)])
-    assert found.accuracy == pytest.approx((read[side].mean() + read[~side].mean()) / 2)
+    assert calibration.slope == pytest.approx(float(oracle.coef_[0, 0]), rel=0.05)
+    assert calibration.offset == pytest.approx(float(oracle.intercept_[0]), rel=0.1)
+    read = np.array([calibration.log_odds(m, s) > 0 for m, s in zip(margins, side, strict=True)])
+    assert calibration.accuracy == pytest.approx((read[side].mean() + read[~side].mean()) / 2)
 
 
 def test_chance_is_not_readable_and_few_examples_say_nothing() -> None:
@@ -146,10 +150,10 @@ def questions(cause: str) -> ConceptDataset:
         about = {f"attribute:{value}" for value in (*COLOR_NAMES, "named")}
         lean = [replace(e, labels={c: v for c, v in e.labels.items() if c in about}) for e in data]
         return ConceptDataset("colors", tuple(lean))
-    asked = [
+    examples = [
         replace(e, labels={f"attribute:{c}": e.answer == c for c in e.candidates}) for e in by_hand().examples(300, 5)
     ]
-    return ConceptDataset("squares", tuple(asked))
+    return ConceptDataset("squares", tuple(examples))
 
 
 @cache
@@ -185,7 +189,7 @@ class Found:
 
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Found]:
-    """Diagnose what became wrong in a spoiled model, beside what stayed right."""
+    """Diagnose the answers that a planted failure made wrong, together with those that stayed right."""
 
     @cache
     def make(cause: str) -> Found:
@@ -195,34 +199,34 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Found]:
         store = trace(model, data, sites=sites, tokens=tokens, out=out, progress=False, batch_size=64)
         frame = store.frame()
         directions = fit_directions(store, (frame["split"] == "neutral").to_numpy())
-        known = {g for d in directions for g in d.train_groups}
+        training_groups = {g for d in directions for g in d.train_groups}
         correct = dict(zip(frame["id"], frame["correct"], strict=True))
-        free = [e for e in data if e.group not in known]
+        free = [e for e in data if e.group not in training_groups]
         wrong = [e for e in free if not correct[e.id] and e.id in right_before(cause)][:40]
-        asked = wrong + [e for e in free if correct[e.id]]
-        return Found(model, store, diagnose(model, store, directions, asked, with_sources=False, progress=False))
+        answers = wrong + [e for e in free if correct[e.id]]
+        return Found(model, store, diagnose(model, store, directions, answers, with_sources=False, progress=False))
 
     return make
 
 
 @pytest.mark.parametrize("cause", VERDICTS[:4])
-def test_what_was_planted_is_found(planted: Callable[[str], Found], cause: str) -> None:
-    found = planted(cause).diagnoses
-    counts = Counter(one.verdict for one in found.wrong)
-    assert len(found.wrong) >= 15
-    assert counts[cause] >= 0.9 * len(found.wrong), (counts, Counter(o.reason for o in found.wrong))
-    right = [one for one in found.examples if one.said == one.example["truth"]]
+def test_the_verdict_names_the_planted_failure(planted: Callable[[str], Found], cause: str) -> None:
+    diagnoses = planted(cause).diagnoses
+    counts = Counter(diagnosis.verdict for diagnosis in diagnoses.wrong)
+    assert len(diagnoses.wrong) >= 15
+    assert counts[cause] >= 0.9 * len(diagnoses.wrong), (counts, Counter(o.reason for o in diagnoses.wrong))
+    right = [diagnosis for diagnosis in diagnoses.examples if diagnosis.said == diagnosis.example["truth"]]
     assert right
-    assert all(one.verdict is None for one in right)
-    assert len(right) + len(found.wrong) == len(found)
+    assert all(diagnosis.verdict is None for diagnosis in right)
+    assert len(right) + len(diagnoses.wrong) == len(diagnoses)
 
 
 @pytest.mark.parametrize("cause", VERDICTS[:4])
-def test_a_diagnosis_reads_well_and_keeps(planted: Callable[[str], Found], cause: str, tmp_path: Path) -> None:
-    found = planted(cause).diagnoses
-    index, one = next((i, o) for i, o in enumerate(found.examples) if o.verdict == cause)
-    text = found.text(index)
-    assert text.startswith(f"Asked '{one.example['question']}', the model says '{one.said}'; right is")
+def test_a_diagnosis_has_text_tables_and_a_file(planted: Callable[[str], Found], cause: str, tmp_path: Path) -> None:
+    diagnoses = planted(cause).diagnoses
+    index, diagnosis = next((i, o) for i, o in enumerate(diagnoses.examples) if o.verdict == cause)
+    text = diagnoses.text(index)
+    assert text.startswith(f"Asked '{diagnosis.example['question']}', the model says '{diagnosis.said}'; right is")
     assert f"Verdict: {cause} (" in text
     clue = {
         "not seen": "Nothing in the vision tower, or after it, tells whether the",
@@ -231,22 +235,22 @@ def test_a_diagnosis_reads_well_and_keeps(planted: Callable[[str], Found], cause
         "overridden by the prior": "as it usually is, the answer would be right",
     }[cause]
     several = "as they usually are, the answer would be right"
-    assert any(clue in str(o) or several in str(o) for o in found.wrong if o.verdict == cause)
-    path = found.save(tmp_path / "d.json")
-    again = Diagnoses.load(path)
-    assert again.save(tmp_path / "e.json").read_bytes() == path.read_bytes()
-    table = again.table("kind")
-    assert table["n"].sum() == len(found.wrong)
+    assert any(clue in str(o) or several in str(o) for o in diagnoses.wrong if o.verdict == cause)
+    path = diagnoses.save(tmp_path / "d.json")
+    loaded = Diagnoses.load(path)
+    assert loaded.save(tmp_path / "e.json").read_bytes() == path.read_bytes()
+    table = loaded.table("kind")
+    assert table["n"].sum() == len(diagnoses.wrong)
     assert (table["low"] <= table["share"]).all()
-    assert (again.frame()["verdict"].notna()).sum() == len(found.wrong)
-    assert set(again.calibration()["stage"]) == set(STAGES)
+    assert (loaded.frame()["verdict"].notna()).sum() == len(diagnoses.wrong)
+    assert set(loaded.calibration()["stage"]) == set(STAGES)
     path.write_text(path.read_text()[:-20])
     with pytest.raises(StoreError, match="invalid JSON"):
         Diagnoses.load(path)
 
 
 @torch.no_grad()
-def test_spoiled_models_are_what_they_say() -> None:
+def test_planted_failures_change_the_stated_stage() -> None:
     model = intact()
     before = [p.clone() for p in model.hf.parameters()]
     first, second = (e for e in scenes.dataset(20, 3).examples[:40:30] if e.candidates)
@@ -260,9 +264,9 @@ def test_spoiled_models_are_what_they_say() -> None:
     for example in {e.group: e for e in scenes.dataset(20, 3)}.values():
         scene, noun = example.image, example.objects[0].noun
         assert isinstance(scene, Scene)
-        shown = [replace(example, image=scene.recolored(noun, color)) for color in ("yellow", "blue")]
-        for name, one in (("own", model), ("blind", blind)):
-            a, b = (one.encode(e).inputs["pixel_values"] for e in shown)
+        recolored = [replace(example, image=scene.recolored(noun, color)) for color in ("yellow", "blue")]
+        for name, network in (("own", model), ("blind", blind)):
+            a, b = (network.encode(e).inputs["pixel_values"] for e in recolored)
             moved[name].append(float((a - b).abs().mean()))
     assert np.mean(moved["blind"]) < 0.3 * np.mean(moved["own"])
     assert all(torch.equal(a, b) for a, b in zip(before, model.hf.parameters(), strict=True))
@@ -287,7 +291,7 @@ def test_no_linear_reader_finds_an_erased_color() -> None:
     assert scores[1] < 0.35
 
 
-def test_an_answer_that_all_lean_to_is_overridden_though_no_part_pushes_it(tmp_path: Path) -> None:
+def test_an_output_bias_is_an_override_without_a_responsible_head(tmp_path: Path) -> None:
     data = scenes.dataset(300, 7, splits=("neutral",)).filter(lambda e: e.kind == "existence")
     model = planted_failures.leaning(intact(), data, "yes", 1.5)
     assert intact().hf.lm_head.bias is None
@@ -296,27 +300,31 @@ def test_an_answer_that_all_lean_to_is_overridden_though_no_part_pushes_it(tmp_p
         model, data, sites=["decoder.L5.resid_post", "z"], tokens=["last"], out=tmp_path / "s", progress=False
     )
     frame = store.frame().set_index("id")
-    for one in before.values():  # the plant is what it says
-        assert one.margin is not None
-        assert frame.margin[one.id] == pytest.approx(one.margin + (1.5 if one.answer == "yes" else -1.5), abs=1e-3)
+    for diagnosis in before.values():  # the plant is what it says
+        assert diagnosis.margin is not None
+        assert frame.margin[diagnosis.id] == pytest.approx(
+            diagnosis.margin + (1.5 if diagnosis.answer == "yes" else -1.5), abs=1e-3
+        )
     learn = np.array([int(g.split("-")[1]) % 4 > 0 for g in frame["group"]])
     directions = fit_directions(store, learn)
-    known = {g for d in directions for g in d.train_groups}
-    asked = [e for e in data if e.group not in known]
-    found = diagnose(model, store, directions, asked, with_sources=False, progress=False)
-    assert len(found.wrong) >= 8
-    assert Counter(o.verdict for o in found.wrong)["overridden by the prior"] >= 0.9 * len(found.wrong)
+    training_groups = {g for d in directions for g in d.train_groups}
+    examples = [e for e in data if e.group not in training_groups]
+    diagnoses = diagnose(model, store, directions, examples, with_sources=False, progress=False)
+    assert len(diagnoses.wrong) >= 8
+    assert Counter(o.verdict for o in diagnoses.wrong)["overridden by the prior"] >= 0.9 * len(diagnoses.wrong)
     # Over all answers, right and wrong: means over right ones alone are cut off at 0.
     yes, no = (frame.margin[frame.answer == truth].mean() for truth in ("yes", "no"))
-    leant = [o for o in found.wrong if not math.isnan(o.lean)]
+    leant = [o for o in diagnoses.wrong if not math.isnan(o.lean)]
     assert leant
-    alone = [one for one in leant if not one.undone_by]
-    assert len(alone) >= 0.5 * len(found.wrong)
-    for one in alone:
-        assert one.said == "yes"
-        assert one.lean == pytest.approx((yes - no) / 2, abs=1e-4)
-        assert one.lean + one.log_odds > 0
-        assert f"lean to 'yes' by {one.lean:.1f} logits: without that, the answer would be right" in str(one)
+    alone = [diagnosis for diagnosis in leant if not diagnosis.undone_by]
+    assert len(alone) >= 0.5 * len(diagnoses.wrong)
+    for diagnosis in alone:
+        assert diagnosis.said == "yes"
+        assert diagnosis.lean == pytest.approx((yes - no) / 2, abs=1e-4)
+        assert diagnosis.lean + diagnosis.log_odds > 0
+        assert f"lean to 'yes' by {diagnosis.lean:.1f} logits: without that, the answer would be right" in str(
+            diagnosis
+        )
     with pytest.raises(PatchError, match="no example has the candidate 'maybe'"):
         planted_failures.leaning(intact(), data, "maybe", 1.0)
 
@@ -337,20 +345,20 @@ def test_a_value_without_a_label_is_read_by_its_only_alternative(tmp_path: Path)
         thing = example.named_object()
         assert thing is not None
         big = thing.attributes["size"] == "big"
-        asked = "small" if "small" in example.question else "big"
-        assert (claim.concept, claim.asked) == ("attribute:big", f"attribute:{asked}")
+        size = "small" if "small" in example.question else "big"
+        assert (claim.concept, claim.asked) == ("attribute:big", f"attribute:{size}")
         assert side == big
         assert value[0] == pytest.approx(mean if big else -mean, abs=1e-5)
 
 
-def test_a_lean_is_the_mean_over_answers_of_both_truths_and_must_not_break_right_ones() -> None:
+def test_a_bias_is_the_mean_margin_over_both_truths_and_keeps_right_answers() -> None:
     def claim(truth: str, margin: float, kind: str = "object existence") -> Claim:
-        said = truth if margin > 0 else {"yes": "no", "no": "yes"}[truth]
-        return Claim(0, "i", "g", kind, "object", "object:bell", truth == "yes", True, truth, said, (), (), margin)
+        answer_ = truth if margin > 0 else {"yes": "no", "no": "yes"}[truth]
+        return Claim(0, "i", "g", kind, "object", "object:bell", truth == "yes", True, truth, answer_, (), (), margin)
 
     sure = [claim("yes", 7.0 + i % 2) for i in range(30)]
     unsure = [claim("no", 1.0 + i % 3) for i in range(15)] + [claim("no", -9.0)] * 40
-    # (7.5 + (40 * 9 - 15 * 2) / 55) / 2: wrong answers count as they are.
+    # (7.5 + (40 * 9 - 15 * 2) / 55) / 2: wrong answers have weight 1.
     assert leans([*sure, *unsure], ["object existence"]) == {"object existence": {"no": -6.75, "yes": 6.75}}
     assert leans([*sure, *unsure[:15]], ["object existence"]) == {"object existence": {"no": -2.75, "yes": 2.75}}
     assert leans([*sure, *unsure[:14]], ["object existence"]) == {}  # too few of one truth
@@ -367,13 +375,13 @@ def test_a_lean_is_the_mean_over_answers_of_both_truths_and_must_not_break_right
 
 
 @torch.no_grad()
-def test_a_push_is_what_a_plain_forward_gains(planted: Callable[[str], Found]) -> None:
+def test_a_head_effect_equals_a_plain_forward_without_the_head(planted: Callable[[str], Found]) -> None:
     """Put a head's output to its mean over right answers by a hook of our own."""
-    made = planted(VERDICTS[3])
-    model, store = made.model, made.store
-    one = next(o for o in made.diagnoses.wrong if any(".H" in p.part for p in o.pushes))
-    example = next(e for e in questions(VERDICTS[3]) if e.id == one.example["id"])
-    push = next(p for p in one.pushes if ".H" in p.part)
+    case = planted(VERDICTS[3])
+    model, store = case.model, case.store
+    diagnosis = next(o for o in case.diagnoses.wrong if any(".H" in p.part for p in o.pushes))
+    example = next(e for e in questions(VERDICTS[3]) if e.id == diagnosis.example["id"])
+    push = next(p for p in diagnosis.pushes if ".H" in p.part)
     layer, head = (int(n[1:]) for n in push.part.split("."))
     frame = store.frame()
     rows = frame[(frame["kind"] == example.kind) & (frame["level"] == example.level) & (frame["correct"] == 1)]
@@ -381,7 +389,7 @@ def test_a_push_is_what_a_plain_forward_gains(planted: Callable[[str], Found]) -
     mean = np.mean([z[list(part.index)].mean(0) for _, part in rows.groupby("answer")], axis=0)
     at = slice(head * model.head_dim, (head + 1) * model.head_dim)
 
-    def put(_module: object, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    def replace_head(_module: object, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         x = args[0].clone()
         x[:, -1, at] = torch.tensor(mean[at], dtype=x.dtype)
         return (x, *args[1:])
@@ -392,12 +400,12 @@ def test_a_push_is_what_a_plain_forward_gains(planted: Callable[[str], Found]) -
         return float(logits[ids[example.answer]] - max(logits[i] for w, i in ids.items() if w != example.answer))
 
     before = odds()
-    hook = model.hf.model.language_model.layers[layer].self_attn.o_proj.register_forward_pre_hook(put)
+    hook = model.hf.model.language_model.layers[layer].self_attn.o_proj.register_forward_pre_hook(replace_head)
     try:
         after = odds()
     finally:
         hook.remove()
-    assert one.log_odds == pytest.approx(before, abs=1e-4)
+    assert diagnosis.log_odds == pytest.approx(before, abs=1e-4)
     assert push.effect == pytest.approx(after - before, abs=1e-3)
 
 
@@ -418,23 +426,23 @@ def direction(site: str = "projector.out", tokens: str = "object:mean", **more: 
 
 
 def test_bad_input_is_named(small: tuple[ActivationStore, list[Example]]) -> None:
-    store, asked = small
+    store, data = small
     with pytest.raises(
         SiteError, match=r"lacks decoder\.z at last: trace\(model, data, sites=\['projector\.out', 'z'\]"
     ):
-        diagnose(intact(), store, [direction()], asked)
+        diagnose(intact(), store, [direction()], data)
     with pytest.raises(SiteError, match=r"decoder\.z at last, vision\.resid_post at object:mean"):
-        diagnose(intact(), store, [direction("vision.L3.resid_post")], asked)
+        diagnose(intact(), store, [direction("vision.L3.resid_post")], data)
     with pytest.raises(ProbeError, match="was fitted on weights 0000"):
-        diagnose(intact(), store, [direction(provenance={"weights": "0" * 64})], asked)
+        diagnose(intact(), store, [direction(provenance={"weights": "0" * 64})], data)
     with pytest.raises(ProbeError, match="was fitted on store abc"):
-        diagnose(intact(), store, [direction(provenance={"store": "abc"})], asked)
+        diagnose(intact(), store, [direction(provenance={"store": "abc"})], data)
     with pytest.raises(ProbeError, match="two directions for 'attribute:red'"):
-        diagnose(intact(), store, [direction(), direction()], asked)
+        diagnose(intact(), store, [direction(), direction()], data)
     with pytest.raises(ProbeError, match="no directions"):
-        diagnose(intact(), store, [], asked)
+        diagnose(intact(), store, [], data)
     with pytest.raises(StoreError, match="was traced from weights"):
-        diagnose(load_lvlm("tiny-unbiased"), store, [direction()], asked)
+        diagnose(load_lvlm("tiny-unbiased"), store, [direction()], data)
 
 
 def test_answers_must_be_in_the_store(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Verdicts rest on what was read: wide intervals, concepts without probes, leans, priors, data without boxes, rare nouns."""
+"""Verdicts follow from the evidence: wide intervals, concepts without probes, biases, priors, data without boxes, rare nouns."""
 
 from __future__ import annotations
 
@@ -67,16 +67,16 @@ def test_a_place_at_chance_shows_absence_only_where_its_interval_is_narrow(
     assert ("the vision tower" in reason) == (verdict == "not readable")
 
 
-def test_a_concept_without_examples_borrows_no_verdict_from_others() -> None:
+def test_a_concept_without_examples_uses_no_examples_of_other_concepts() -> None:
     chance, good = place("vision", 400, 0.5, 0.46, 0.54), place("vision", 400, 0.9, 0.87, 0.93, readable=True)
     assert place_of_concept(chance, OwnExamples(4, 0.5, 4)) is None
     assert place_of_concept(chance, OwnExamples(20, 0.55, 20)) == chance
     assert place_of_concept(good, OwnExamples(0, math.nan, 0)) == good
     # 25 of 25: Wilson [.867, 1], above what all concepts together reach; 10 of 20: [.299, .701], below it.
-    seen = place_of_concept(chance, OwnExamples(25, 1.0, 25))
-    assert seen is not None
-    assert seen.readable
-    assert (seen.low, seen.high) == (pytest.approx(0.8668, abs=1e-4), pytest.approx(1.0))
+    readable_place = place_of_concept(chance, OwnExamples(25, 1.0, 25))
+    assert readable_place is not None
+    assert readable_place.readable
+    assert (readable_place.low, readable_place.high) == (pytest.approx(0.8668, abs=1e-4), pytest.approx(1.0))
     lost = place_of_concept(good, OwnExamples(20, 0.5, 20))
     assert lost is not None
     assert not lost.readable
@@ -95,10 +95,12 @@ def test_examples_of_a_concept_count_by_side_and_by_image() -> None:
     assert math.isnan(own_examples(read[:3], sides[:3], list("abc"), two=False).accuracy)
 
 
-def claim(row: int, noun: str, truth: str, said: str, probed: Sequence[str]) -> Claim:
+def claim(row: int, noun: str, truth: str, answer: str, probed: Sequence[str]) -> Claim:
     concept = f"object:{noun}" if noun in probed else ""
-    margin = 1.0 if truth == said else -1.0
-    return Claim(row, f"e{row}", f"g{row}", KIND, "object", concept, truth == "yes", True, truth, said, (), (), margin)
+    margin = 1.0 if truth == answer else -1.0
+    return Claim(
+        row, f"e{row}", f"g{row}", KIND, "object", concept, truth == "yes", True, truth, answer, (), (), margin
+    )
 
 
 def direction(concept: str, site: str, tokens: str) -> ConceptDirection:
@@ -195,9 +197,9 @@ def inverted_late(planted: Planted) -> Lvlm:
     for used in (answer, square, red):
         mark -= (mark @ used) * used
     mark /= mark.norm()
-    left = [1 + cell for cell in range(16) if cell % 4 < 2]
-    vision.embeddings.position_embedding.weight[left, 6] = 1.0
-    vision.embeddings.position_embedding.weight[left, 7] = -1.0
+    left_half = [1 + cell for cell in range(16) if cell % 4 < 2]
+    vision.embeddings.position_embedding.weight[left_half, 6] = 1.0
+    vision.embeddings.position_embedding.weight[left_half, 7] = -1.0
     linear[:, 6], linear[:, 7] = mark / 2, -mark / 2
     head = late_head(planted)
     target = hf.language_model.layers[head.layer].self_attn
@@ -213,10 +215,10 @@ def inverted_late(planted: Planted) -> Lvlm:
 
 
 def questions(planted: Planted, count: int) -> ConceptDataset:
-    asked = [
+    examples = [
         replace(e, labels={f"attribute:{c}": e.answer == c for c in e.candidates}) for e in planted.examples(count, 5)
     ]
-    return ConceptDataset("squares", tuple(asked))
+    return ConceptDataset("squares", tuple(examples))
 
 
 def diagnosed(model: Lvlm, data: ConceptDataset, out: Path, *, boxes: bool = True, sources: bool = False) -> Diagnoses:
@@ -226,81 +228,81 @@ def diagnosed(model: Lvlm, data: ConceptDataset, out: Path, *, boxes: bool = Tru
     tokens = ["last", "object:mean"] if boxes else ["last"]
     store = trace(model, data, sites=sites, tokens=tokens, out=out, progress=False, batch_size=64)
     directions = fit_directions(store, np.array([e.id.endswith(("0", "2", "4", "6", "8")) for e in data]))
-    known = {g for d in directions for g in d.train_groups}
-    free = [e for e in data if e.group not in known]
+    training_groups = {g for d in directions for g in d.train_groups}
+    free = [e for e in data if e.group not in training_groups]
     return diagnose(model, store, directions, free, with_sources=sources, progress=False)
 
 
 def test_a_planted_output_bias_is_a_lean_and_no_head_is_blamed(tmp_path: Path) -> None:
     data = questions(by_hand(prior=True), 160)
     model = planted_failures.leaning(by_hand(prior=True).model, data, "red", 10.0)
-    found = diagnosed(model, data, tmp_path / "s")
-    assert not [o for o in found.examples if o.verdict is None and o.said == "blue"]  # no right "blue" is left
-    counts = Counter(o.verdict for o in found.wrong)
-    assert len(found.wrong) >= 15
-    assert counts["overridden by the prior"] == len(found.wrong)
-    alone = [o for o in found.wrong if not o.undone_by]
-    assert len(alone) >= 0.9 * len(found.wrong)
+    diagnoses = diagnosed(model, data, tmp_path / "s")
+    assert not [o for o in diagnoses.examples if o.verdict is None and o.said == "blue"]  # no right "blue" is left
+    counts = Counter(o.verdict for o in diagnoses.wrong)
+    assert len(diagnoses.wrong) >= 15
+    assert counts["overridden by the prior"] == len(diagnoses.wrong)
+    alone = [o for o in diagnoses.wrong if not o.undone_by]
+    assert len(alone) >= 0.9 * len(diagnoses.wrong)
     assert all(o.lean == pytest.approx(10.0, abs=1.0) and o.undone > 0 for o in alone)
-    assert all("by which all" in str(o) or "lean to 'red' by" in str(o) for o in found.wrong)
+    assert all("by which all" in str(o) or "lean to 'red' by" in str(o) for o in diagnoses.wrong)
 
 
 def test_an_override_that_no_prior_explains_is_late(tmp_path: Path) -> None:
     planted = by_hand(prior=False)
-    found = diagnosed(inverted_late(planted), questions(planted, 160), tmp_path / "s", sources=True)
-    counts = Counter(o.verdict for o in found.wrong)
-    assert len(found.wrong) >= 15
-    assert counts["overridden late"] >= 0.9 * len(found.wrong), counts
-    assert all(o.sources["image"] > o.sources["prior"] + o.sources["prompt"] for o in found.wrong)
-    assert any(o.undone_by == (str(late_head(planted)),) for o in found.wrong)
+    diagnoses = diagnosed(inverted_late(planted), questions(planted, 160), tmp_path / "s", sources=True)
+    counts = Counter(o.verdict for o in diagnoses.wrong)
+    assert len(diagnoses.wrong) >= 15
+    assert counts["overridden late"] >= 0.9 * len(diagnoses.wrong), counts
+    assert all(o.sources["image"] > o.sources["prior"] + o.sources["prompt"] for o in diagnoses.wrong)
+    assert any(o.undone_by == (str(late_head(planted)),) for o in diagnoses.wrong)
 
 
-def test_without_boxes_a_verdict_says_what_was_not_read(tmp_path: Path) -> None:
+def test_a_verdict_without_boxes_names_the_stages_that_were_not_read(tmp_path: Path) -> None:
     planted = by_hand(prior=True)
     assert planted.prior is not None
     model = planted_failures.amplified(planted.model, planted.prior, 8.0)
-    found = diagnosed(model, questions(planted, 160), tmp_path / "s", boxes=False)
-    assert len(found.wrong) >= 15
-    assert {o.verdict for o in found.wrong} == {"overridden by the prior"}
-    for one in found.wrong:
-        assert one.unread == ("vision", "projector", "image")
-        assert "Not read: the vision tower, the projector and the image's tokens" in str(one)
-    assert found.frame().dropna(subset=["verdict"])["unread"].unique().tolist() == ["vision projector image"]
+    diagnoses = diagnosed(model, questions(planted, 160), tmp_path / "s", boxes=False)
+    assert len(diagnoses.wrong) >= 15
+    assert {o.verdict for o in diagnoses.wrong} == {"overridden by the prior"}
+    for diagnosis in diagnoses.wrong:
+        assert diagnosis.unread == ("vision", "projector", "image")
+        assert "Not read: the vision tower, the projector and the image's tokens" in str(diagnosis)
+    assert diagnoses.frame().dropna(subset=["verdict"])["unread"].unique().tolist() == ["vision projector image"]
     # Written and read again; what version 2 wrote stays readable, what no version knows is refused.
-    path = found.save(tmp_path / "d.json")
+    path = diagnoses.save(tmp_path / "d.json")
     assert Diagnoses.load(path).wrong[0].unread == ("vision", "projector", "image")
-    held = json.loads(path.read_text())
-    assert held.pop("digest")
-    assert held["version"] == 4
-    path.write_text(json.dumps({**held, "version": 2}))
-    assert len(Diagnoses.load(path)) == len(found)
-    held["version"], held["diagnoses"][0]["verdict"] = 2, "overridden"
-    path.write_text(json.dumps(held))
+    document = json.loads(path.read_text())
+    assert document.pop("digest")
+    assert document["version"] == 4
+    path.write_text(json.dumps({**document, "version": 2}))
+    assert len(Diagnoses.load(path)) == len(diagnoses)
+    document["version"], document["diagnoses"][0]["verdict"] = 2, "overridden"
+    path.write_text(json.dumps(document))
     with pytest.raises(StoreError, match="unknown verdict 'overridden'; choose from not seen"):
         Diagnoses.load(path)
     assert VERDICTS[3:5] == ("overridden by the prior", "overridden late")
 
 
-def test_the_report_says_which_verdicts_cannot_be_reached() -> None:
-    def one(kind: str, **stages: str) -> Diagnosis:
+def test_the_report_names_unreachable_verdicts() -> None:
+    def make_diagnosis(kind: str, **stages: str) -> Diagnosis:
         about = dict.fromkeys(("id", "group", "split", "question", "truth"), "x") | {"level": "object", "kind": kind}
         return Diagnosis(
             about, "yes", "", "overridden late", 0.9, stages={**dict.fromkeys(STAGES, "unknown"), **stages}
         )
 
-    ones = (
-        one("a", last="truth"),
-        one("a", last="truth", vision="other"),
-        one("b", last="truth"),
-        one("c", last="truth"),
+    diagnoses = (
+        make_diagnosis("a", last="truth"),
+        make_diagnosis("a", last="truth", vision="other"),
+        make_diagnosis("b", last="truth"),
+        make_diagnosis("c", last="truth"),
     )
-    model = Diagnoses(ones, (), "m", "c", "w")
+    model = Diagnoses(diagnoses, (), "m", "c", "w")
     between, all_of_it = report.unread(model)
     assert between.startswith("Not read in wrong answers of kind object a (2): the projector and the image's tokens. ")
     assert between.endswith("The verdicts lost at the projector, not integrated cannot be reached there.")
     assert "kind object b (1), object c (1): the vision tower, the projector and the image's tokens. " in all_of_it
     assert all_of_it.endswith("The verdicts not seen, lost at the projector, not integrated cannot be reached there.")
-    assert report.unread(Diagnoses((one("a", **dict.fromkeys(STAGES, "truth")),), (), "m", "c", "w")) == []
+    assert report.unread(Diagnoses((make_diagnosis("a", **dict.fromkeys(STAGES, "truth")),), (), "m", "c", "w")) == []
     assert set(report.MEANING) == set(VERDICTS)
 
 
@@ -310,9 +312,9 @@ def test_the_report_says_which_verdicts_cannot_be_reached() -> None:
 def placed(labels: np.ndarray, groups: np.ndarray, fold: np.ndarray, folds: int) -> bool:
     """Check by counting that both classes are in two held-out groups and in two folds."""
     for value in (0.0, 1.0):
-        held = {g for g, y, f in zip(groups, labels, fold, strict=True) if y == value and f < 0}
+        held_out = {g for g, y, f in zip(groups, labels, fold, strict=True) if y == value and f < 0}
         dealt = {f for y, f in zip(labels, fold, strict=True) if y == value and f >= 0}
-        if len(held) < 2 or len(dealt & set(range(folds))) < 2:
+        if len(held_out) < 2 or len(dealt & set(range(folds))) < 2:
             return False
     return True
 
@@ -339,11 +341,11 @@ def subjects_of(seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the subject and group of the rows that probes of nouns learn from."""
     data = scenes.dataset(300, seed=seed, splits=("neutral",)).filter(lambda e: bool(e.candidates))
     groups = dict.fromkeys(e.group for e in data)
-    held = {g for g in groups if int(digest([g, "kept", 0])[:8], 16) / 0xFFFFFFFF < KEPT}
+    held_out = {g for g in groups if int(digest([g, "kept", 0])[:8], 16) / 0xFFFFFFFF < KEPT}
     rows: dict[tuple[str, str], None] = {}
     for example in data:
         thing = example.named_object()
-        if thing is not None and example.group not in held:
+        if thing is not None and example.group not in held_out:
             rows[example.group, thing.noun] = None
     return np.array([noun for _, noun in rows]), np.array([group for group, _ in rows])
 

@@ -1,4 +1,4 @@
-"""The command: help, what it refuses, locks, going on with runs, and the pages that show it."""
+"""The command line: help, invalid options, locks, resuming runs, and its documentation."""
 
 from __future__ import annotations
 
@@ -59,13 +59,13 @@ def test_help_loads_nothing_that_takes_long(tmp_path: Path) -> None:
     start = time.monotonic()
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert time.monotonic() - start < 20  # a tenth of it on an idle machine: what is loaded is what counts
-    *said, modules = done.stdout.splitlines()
-    assert "groundscope resume=runs/x" in "\n".join(said)
+    *lines, modules = done.stdout.splitlines()
+    assert "groundscope resume=runs/x" in "\n".join(lines)
     loaded = {name.split(".")[0] for name in json.loads(modules.replace("'", '"'))}
     assert not loaded & {"hydra", "omegaconf", "torch", "pandas", "numpy", "matplotlib", "transformers"}
 
 
-def test_help_tells_every_option_with_its_default(command: Command) -> None:
+def test_help_lists_every_option_with_its_default(command: Command) -> None:
     written = {o.key: o for group in groups() for o in group.options}
     defaults: dict[str, Any] = {}
     for field in dataclasses.fields(RunConfig):
@@ -81,21 +81,21 @@ def test_help_tells_every_option_with_its_default(command: Command) -> None:
         g.name for g in groups()
     }
     for group in groups()[1:]:
-        status, said, _ = command(f"help={group.name}")
-        plain = "".join(said.split())
+        status, output, _ = command(f"help={group.name}")
+        plain = "".join(output.split())
         assert status == 0
         for option in group.options:
-            assert f"{option.key}={option.default}".replace(" ", "") in re.sub(r"\s", "", said) or option.key in plain
-        assert all(name in said for name, _ in choices(group.name))
+            assert f"{option.key}={option.default}".replace(" ", "") in re.sub(r"\s", "", output) or option.key in plain
+        assert all(name in output for name, _ in choices(group.name))
     assert "Folds of that choice" in command("help=probe.folds")[1]
     for stage in STAGES:
         assert command(f"help={stage}")[0] == 0
 
 
-def test_every_choice_of_every_group_says_what_it_is_and_composes() -> None:
+def test_every_choice_of_every_group_has_a_description_and_composes() -> None:
     for group in groups()[1:]:
-        for name, told in choices(group.name):
-            assert told, f"{group.name}={name}"
+        for name, description in choices(group.name):
+            assert description, f"{group.name}={name}"
             more = ["model.path=x"] if (group.name, name) == ("model", "hf") else []
             config, _ = composed([f"{group.name}={name}", *more])
             assert isinstance(config, RunConfig)
@@ -215,18 +215,18 @@ def test_a_second_run_is_refused_and_a_dead_one_is_not_waited_for(tmp_path: Path
     assert command("stages=[examples]", *FEW)[0] == 0
 
 
-def test_who_waits_for_a_lock_goes_on_when_its_holder_dies(tmp_path: Path) -> None:
+def test_a_waiting_process_gets_the_lock_when_its_holder_dies(tmp_path: Path) -> None:
     process = holding(tmp_path / "door", "door")
-    told: list[str] = []
+    holders: list[str] = []
 
     def waiting(who: str) -> None:
-        told.append(who)
+        holders.append(who)
         process.kill()
 
     with lock(tmp_path / "door", waiting=waiting, transient=True):
         assert (tmp_path / "door").exists()
     process.wait()
-    assert told[0].startswith(f"process {process.pid} on ")
+    assert holders[0].startswith(f"process {process.pid} on ")
     assert not (tmp_path / "door").exists()
 
 
@@ -244,7 +244,7 @@ def test_parts_share_a_run_and_keep_others_out(tmp_path: Path) -> None:
 # -- going on ------------------------------------------------------------------------------------------------------
 
 
-def test_a_stopped_run_says_how_to_go_on_and_does(
+def test_a_stopped_run_prints_the_command_that_resumes_it(
     tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stop(*_: object) -> str:
@@ -257,9 +257,9 @@ def test_a_stopped_run_says_how_to_go_on_and_does(
     assert "go on with groundscope resume=runs/x" in complaint
     assert not (tmp_path / "runs" / "x" / "examples" / "stage.json").exists()
     (tmp_path / "runs").rename(tmp_path / "moved")
-    status, said, _ = command("resume=moved/x", "data.n_images=11")
+    status, output, _ = command("resume=moved/x", "data.n_images=11")
     assert status == 0
-    assert "11 + 10 scenes, folder moved/x" in said
+    assert "11 + 10 scenes, folder moved/x" in output
     config = yaml.safe_load((tmp_path / "moved" / "x" / "config.yaml").read_text())
     assert (config["root"], config["name"], config["data"]["n_images"]) == ("moved", "x", 11)
     assert "unchanged" in command("resume=moved/x")[1]
@@ -294,7 +294,7 @@ def test_an_interrupt_waits_for_what_must_not_be_interrupted(felt: Any) -> None:
     thread.join()
     assert signal.getsignal(signal.SIGINT) is felt
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    work()  # whoever ignores it goes on ignoring it
+    work()  # a handler that ignores the signal continues to do so
     assert done == ["inside"] * 2
 
 
@@ -312,7 +312,7 @@ def test_a_configuration_of_another_version_is_refused(tmp_path: Path, command: 
     assert command("resume=runs/x")[0] == 0
 
 
-# -- what is told --------------------------------------------------------------------------------------------------
+# -- messages ------------------------------------------------------------------------------------------------------
 
 
 def finished_run(root: Path, name: str, right: float) -> Path:
@@ -321,9 +321,9 @@ def finished_run(root: Path, name: str, right: float) -> Path:
     folder = RunFolder(run)
 
     def rates(at: Path) -> str:
-        known = {"value": right, "low": right - 0.1, "high": right + 0.1, "n": 10}
+        rate = {"value": right, "low": right - 0.1, "high": right + 0.1, "n": 10}
         (at / "rates.json").write_text(
-            json.dumps({"before": {"neutral: right": known}, "after": {"neutral: right": known}})
+            json.dumps({"before": {"neutral: right": rate}, "after": {"neutral: right": rate}})
         )
         return "rates"
 
@@ -334,24 +334,24 @@ def finished_run(root: Path, name: str, right: float) -> Path:
     return run
 
 
-def test_status_and_compare_tell_what_the_files_say(tmp_path: Path, command: Command) -> None:
+def test_status_and_compare_print_the_numbers_of_the_files(tmp_path: Path, command: Command) -> None:
     finished_run(tmp_path / "runs", "a", 0.75)
     finished_run(tmp_path / "runs", "b", 0.5)
-    status, said, _ = command("status", "runs")
+    status, output, _ = command("status", "runs")
     assert status == 0
-    (line,) = [line for line in said.splitlines() if line.startswith("a ")]
+    (line,) = [line for line in output.splitlines() if line.startswith("a ")]
     marks = {"examples": "●", "probe": "✗", "patch": "◐", "evaluate": "●"}
     assert re.findall("[●✗◐·]", line) == [marks.get(stage, "·") for stage in STAGES]
-    assert "neutral: right 75.0 → 75.0 %" in said
-    assert "probe: StoreError: no [room]" in said
+    assert "neutral: right 75.0 → 75.0 %" in output
+    assert "probe: StoreError: no [room]" in output
     total = sum(
         p.stat().st_size for p in {q.stat().st_ino: q for q in (tmp_path / "runs").rglob("*") if q.is_file()}.values()
     )
-    assert f"2 runs, {total / 1000:.1f} kB on the disk" in said
+    assert f"2 runs, {total / 1000:.1f} kB on the disk" in output
     assert command("status", "runs/a")[1].count("●") == line.count("●") + 1  # the legend has one
-    status, said, _ = command("compare", "runs/a", "runs/b")
+    status, output, _ = command("compare", "runs/a", "runs/b")
     assert status == 0
-    assert re.search(r"evaluate: neutral: right, after +0\.75 \[0\.65, 0\.85\] +0\.5 \[0\.4, 0\.6\] +-0\.25", said)
+    assert re.search(r"evaluate: neutral: right, after +0\.75 \[0\.65, 0\.85\] +0\.5 \[0\.4, 0\.6\] +-0\.25", output)
 
 
 def test_a_terminal_sees_one_table_with_rates_and_others_plain_lines() -> None:
@@ -368,9 +368,9 @@ def test_a_terminal_sees_one_table_with_rates_and_others_plain_lines() -> None:
                 time.sleep(0.01)
             console = Console(file=io.StringIO(), width=100)
             console.print(live.table())
-            told = console.file.getvalue()  # type: ignore[attr-defined]
-    assert re.search(r"examples +0\.1 s +made \[some\]", told)
-    assert re.search(r"trace +0 s +tracing 30 of 100, [\d.]+/s, 0:\d\d left", told)
+            text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert re.search(r"examples +0\.1 s +made \[some\]", text)
+    assert re.search(r"trace +0 s +tracing 30 of 100, [\d.]+/s, 0:\d\d left", text)
     assert "tracing" not in screen.getvalue().split("trace")[0]
     with display() as bar:
         assert bar.disable == (not Console(stderr=True).is_terminal)
@@ -384,7 +384,7 @@ def test_a_terminal_sees_one_table_with_rates_and_others_plain_lines() -> None:
 # -- the pages -----------------------------------------------------------------------------------------------------
 
 
-def shown() -> list[str]:
+def visible_lines() -> list[str]:
     """Every command that the README and the guides show, in blocks and within a line."""
     lines = []
     for guide in [ROOT / "README.md", *sorted((ROOT / "docs" / "guides").glob("*.md"))]:
@@ -395,10 +395,10 @@ def shown() -> list[str]:
 
 
 def test_the_guides_show_commands() -> None:
-    assert len(shown()) > 12
+    assert len(visible_lines()) > 12
 
 
-@pytest.mark.parametrize("line", shown())
+@pytest.mark.parametrize("line", visible_lines())
 def test_every_command_of_the_guides_is_one(line: str, tmp_path: Path, command: Command) -> None:
     """Runs those that only look; composes the rest as the command does, launchers and all."""
     words = shlex.split(line, comments=True)[1:]

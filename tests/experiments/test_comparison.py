@@ -1,4 +1,4 @@
-"""Two finished runs side by side: every difference against numpy, scipy and scikit-learn, from the files of a run folder."""
+"""Comparison of two finished runs: every difference against numpy, scipy and scikit-learn, from the files of the runs."""
 
 from __future__ import annotations
 
@@ -77,18 +77,18 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         accuracy = np.array([[[balanced_accuracy_score(labels, m > 0)] for m in margins[0, :, 0]]])
         replace(grid, held_out_margins=margins, balanced_accuracy=accuracy).save(folder / "probes" / "decoder.x@last")
         scores(EFFECTS[k]).save(folder / "circuits" / "color.safetensors")
-        made = tuple(diagnosis(f"q{i}", v) for i, v in enumerate(VERDICTS[k]))
-        Diagnoses(made, (), "m", "c", "w").save(folder / DIAGNOSES)
+        diagnoses = tuple(diagnosis(f"q{i}", v) for i, v in enumerate(VERDICTS[k]))
+        Diagnoses(diagnoses, (), "m", "c", "w").save(folder / DIAGNOSES)
     return root / "a", root / "b"
 
 
 def test_answers_are_compared_question_by_question(runs: tuple[Path, Path]) -> None:
-    found = compare_runs(*runs)
-    row = found.answers.set_index("measure").loc["all: right"]
+    comparison = compare_runs(*runs)
+    row = comparison.answers.set_index("measure").loc["all: right"]
     assert row["difference"] == pytest.approx(RIGHT[1].mean() - RIGHT[0].mean())
     gained, lost = int((RIGHT[1] & ~RIGHT[0]).sum()), int((RIGHT[0] & ~RIGHT[1]).sum())
     assert (row["gained"], row["lost"]) == (gained, lost)
-    # Two questions an image: the sum over images whose signs are drawn, as far from 0 as it is.
+    # Two questions an image: p is the share of random signs of images with a sum as far from 0 as the observed one.
     net = np.abs((RIGHT[1].astype(int) - RIGHT[0]).reshape(30, 2).sum(1))
     chances = {0: 1.0}
     for step in net[net > 0].tolist():
@@ -100,42 +100,42 @@ def test_answers_are_compared_question_by_question(runs: tuple[Path, Path]) -> N
     half = 1.96 * by_image.std(ddof=1) / np.sqrt(30)
     assert row["low"] == pytest.approx(by_image.mean() - half, abs=0.05)
     assert row["high"] == pytest.approx(by_image.mean() + half, abs=0.05)
-    assert "all: right" in found.text()
-    assert len(found.moved("answers")) == len(found.answers)  # all measures are over the same questions here
+    assert "all: right" in comparison.text()
+    assert len(comparison.moved("answers")) == len(comparison.answers)  # all measures are over the same questions here
 
 
 def test_probes_and_heads_are_compared_on_what_both_have(runs: tuple[Path, Path]) -> None:
-    found = compare_runs(*runs)
+    comparison = compare_runs(*runs)
     a, b = (read_run(path).grids["decoder.x@last"] for path in runs)
     truth = a.held_out_labels[0]
-    for at, row in enumerate(found.probes.to_dict("records")):
+    for at, row in enumerate(comparison.probes.to_dict("records")):
         expected = [balanced_accuracy_score(truth, g.held_out_margins[0, at, 0] > 0) for g in (a, b)]
         assert row["first"] == pytest.approx(expected[0])
         assert row["difference"] == pytest.approx(expected[1] - expected[0])
         assert row["low"] <= row["difference"] <= row["high"]
         assert row["paired"]
-    table = found.heads
+    table = comparison.heads
     change = EFFECTS[1].astype(np.float32).mean(0) - EFFECTS[0].astype(np.float32).mean(0)
     np.testing.assert_allclose(table["difference"].to_numpy(), change.ravel(), atol=1e-6)
     assert table["name"][5] == "L1.H1"
     rank = spearmanr(EFFECTS[0].mean(0).ravel(), EFFECTS[1].mean(0).ravel()).statistic
-    assert found.ranking["rank_correlation"][0] == pytest.approx(rank, abs=1e-6)
+    assert comparison.ranking["rank_correlation"][0] == pytest.approx(rank, abs=1e-6)
 
 
 def test_verdicts_are_counted_in_pairs(runs: tuple[Path, Path]) -> None:
-    found = compare_runs(*runs)
+    comparison = compare_runs(*runs)
     expected = Counter(zip(*([v or "right" for v in some] for some in VERDICTS), strict=True))
-    assert {(r["first"], r["second"]): r["n"] for r in found.verdicts.to_dict("records")} == expected
+    assert {(r["first"], r["second"]): r["n"] for r in comparison.verdicts.to_dict("records")} == expected
 
 
-def test_a_run_beside_itself_has_not_changed(runs: tuple[Path, Path], tmp_path: Path) -> None:
-    found = compare_runs(runs[0], runs[0])
+def test_a_run_compared_with_itself_has_no_differences(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    comparison = compare_runs(runs[0], runs[0])
     for part in ("answers", "probes", "heads"):
-        assert (found.frame(part)["difference"] == 0).all()
-        assert not len(found.moved(part))
-    assert found.ranking["rank_correlation"][0] == pytest.approx(1)
-    assert found.notes == ()
-    saved = json.loads(found.save(tmp_path / "c.json").read_text())
+        assert (comparison.frame(part)["difference"] == 0).all()
+        assert not len(comparison.moved(part))
+    assert comparison.ranking["rank_correlation"][0] == pytest.approx(1)
+    assert comparison.notes == ()
+    saved = json.loads(comparison.save(tmp_path / "c.json").read_text())
     assert saved["answers"][0]["difference"] == 0
     assert saved["provenance"]["first"]["files"]
 
@@ -157,21 +157,21 @@ def test_what_cannot_be_compared_is_said(runs: tuple[Path, Path], tmp_path: Path
         compare(a, b).frame("answer")
 
 
-def test_two_models_in_memory_are_asked_and_looked_into_alike() -> None:
+def test_two_models_in_memory_are_compared_on_answers_probes_and_verdicts() -> None:
     """A head that speaks for the usual color is made louder: the answers that turn are those it turns."""
     planted = plant(0)
     assert planted.prior is not None
     louder = planted_failures.amplified(planted.model, planted.prior, 8.0)
-    asked = [
+    examples = [
         replace(e, labels={f"attribute:{c}": e.answer == c for c in e.candidates}) for e in planted.examples(300, 5)
     ]
-    data = ConceptDataset("squares", tuple(asked))
-    found = compare_models(planted.model, louder, data)
+    data = ConceptDataset("squares", tuple(examples))
+    comparison = compare_models(planted.model, louder, data)
     before, after = (answer(m, data, progress=False).answers for m in (planted.model, louder))
-    row = found.answers.set_index("measure").loc["all: right"]
+    row = comparison.answers.set_index("measure").loc["all: right"]
     assert row["first"] == pytest.approx(np.mean([bool(a.correct) for a in before]))
     assert row["second"] == pytest.approx(np.mean([bool(a.correct) for a in after]))
-    turned = found.verdicts.set_index(["first", "second"])["n"]
+    turned = comparison.verdicts.set_index(["first", "second"])["n"]
     assert turned["right", "overridden by the prior"] == turned.drop(("right", "right")).sum() > 20
-    assert found.probes["paired"].all()
-    assert "overridden by the prior" in found.text()
+    assert comparison.probes["paired"].all()
+    assert "overridden by the prior" in comparison.text()

@@ -1,4 +1,4 @@
-"""A run's data from people's own files: every loader by its name, with its own options."""
+"""A run's data from user files: every loader by name, with its own options."""
 
 from __future__ import annotations
 
@@ -25,27 +25,27 @@ def context(folder: Path, **data: Any) -> Context:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    held: dict[str, Any] = {
+    document: dict[str, Any] = {
         "images": [],
         "annotations": [],
         "categories": [{"id": i, "name": f"n{i}"} for i in range(9)],
     }
     for i in range(12):
         Image.new("RGB", (2, 2)).save(tmp_path / f"{i}.png")
-        held["images"].append({"id": i, "file_name": f"{i}.png"})
-        held["annotations"].append({"id": i, "image_id": i, "category_id": i % 9, "bbox": [0, 0, 1, 1]})
-    (tmp_path / "q.json").write_text(json.dumps(held))
+        document["images"].append({"id": i, "file_name": f"{i}.png"})
+        document["annotations"].append({"id": i, "image_id": i, "category_id": i % 9, "bbox": [0, 0, 1, 1]})
+    (tmp_path / "q.json").write_text(json.dumps(document))
     (tmp_path / "c.json").write_text(json.dumps({"annotations": [{"image_id": 3, "caption": "A thing."}]}))
     return tmp_path
 
 
 def test_coco_with_captions_in_two_parts_that_share_no_image(folder: Path) -> None:
-    made = context(folder, source="coco", loader={"captions": str(folder / "c.json"), "seed": 4})
-    found, held = made.parts
-    assert len(found) + len(held) == 25
-    assert not {e.group for e in found} & {e.group for e in held}
-    assert sum(e.kind == "caption" for part in made.parts for e in part) == 1
-    assert found.provenance["seed"] == 4
+    run_context = context(folder, source="coco", loader={"captions": str(folder / "c.json"), "seed": 4})
+    discovery, evaluation = run_context.parts
+    assert len(discovery) + len(evaluation) == 25
+    assert not {e.group for e in discovery} & {e.group for e in evaluation}
+    assert sum(e.kind == "caption" for part in run_context.parts for e in part) == 1
+    assert discovery.provenance["seed"] == 4
 
 
 def test_mistakes_name_what_there_is(folder: Path) -> None:
@@ -66,5 +66,5 @@ def test_mistakes_name_what_there_is(folder: Path) -> None:
 
 def test_every_loader_has_its_line_in_the_configuration() -> None:
     folder = Path(__file__).resolve().parents[2] / "experiments" / "conf" / "data"
-    held = {path.stem: yaml.safe_load(path.read_text())["source"] for path in folder.glob("*.yaml")}
-    assert held == {name: name for name in ("scenes", *loaders.LOADERS)}
+    sources = {path.stem: yaml.safe_load(path.read_text())["source"] for path in folder.glob("*.yaml")}
+    assert sources == {name: name for name in ("scenes", *loaders.LOADERS)}

@@ -89,64 +89,67 @@ def test_what_is_found_is_what_the_model_knows(run: Path) -> None:
     assert rates["before"]["conflict: wrong by prior"]["value"] > rates["twin"]["conflict: wrong by prior"]["value"]
 
 
-def test_headlines_are_what_the_files_say(
+def test_headlines_are_the_numbers_of_the_files(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    told = {h.name: h for h in headlines(run)}
+    by_name = {h.name: h for h in headlines(run)}
     frame = ProbeGrid.load(run / "probes" / "decoder.z@last").frame()
     named = frame[frame["concept"] == "object:named"]
     best = named[named["validation"] == named["validation"].max()]["balanced_accuracy"]
-    assert told["probe: decoder.z@last, object:named: best cell"].value in best.to_numpy()
+    assert by_name["probe: decoder.z@last, object:named: best cell"].value in best.to_numpy()
     scores = HeadScores.load(run / "circuits" / "color.safetensors")
-    assert told["patch: color: effect of the strongest head"].value == pytest.approx(float(scores.mean.max()))
+    assert by_name["patch: color: effect of the strongest head"].value == pytest.approx(float(scores.mean.max()))
     rates = json.loads((run / "behavior" / "rates.json").read_text())
     for condition, measures in rates.items():
         for name, rate in measures.items():
-            found = told[f"evaluate: {name}, {condition}"]
-            assert (found.value, found.low, found.high) == (rate["value"], rate["low"], rate["high"])
+            headline = by_name[f"evaluate: {name}, {condition}"]
+            assert (headline.value, headline.low, headline.high) == (rate["value"], rate["low"], rate["high"])
     quick = {h.name for h in headlines(run, quick=True)}
-    assert {name for name in told if name.startswith(("evaluate", "steer"))} <= quick < told.keys()
-    status, said, _ = run_command(("compare", str(run), str(run)), tmp_path, monkeypatch, capsys)
+    assert {name for name in by_name if name.startswith(("evaluate", "steer"))} <= quick < by_name.keys()
+    status, output, _ = run_command(("compare", str(run), str(run)), tmp_path, monkeypatch, capsys)
     assert status == 0
-    assert set(re.findall(r"([+-][\d.e-]+) *$", said.split("not compared")[0], flags=re.M)) <= {"+0"}
-    assert "patch: color: effect of the strongest head" in said
-    status, said, _ = run_command(("status", str(run)), tmp_path, monkeypatch, capsys)
-    assert said.count("●") == len(STAGES) + 1
-    assert f"neutral: right {100 * rates['before']['neutral: right']['value']:.1f} → " in said
+    assert set(re.findall(r"([+-][\d.e-]+) *$", output.split("not compared")[0], flags=re.M)) <= {"+0"}
+    assert "patch: color: effect of the strongest head" in output
+    status, output, _ = run_command(("status", str(run)), tmp_path, monkeypatch, capsys)
+    assert output.count("●") == len(STAGES) + 1
+    assert f"neutral: right {100 * rates['before']['neutral: right']['value']:.1f} → " in output
 
 
-def test_wrong_answers_are_diagnosed_and_told(run: Path) -> None:
-    found = Diagnoses.load(run / "diagnosis" / "diagnoses.json")
-    assert 0 < len(found.wrong) <= 60
+def test_wrong_answers_are_diagnosed_and_reported(run: Path) -> None:
+    diagnoses = Diagnoses.load(run / "diagnosis" / "diagnoses.json")
+    assert 0 < len(diagnoses.wrong) <= 60
     frame = ActivationStore(run / "activations").frame().set_index("id")
-    assert all((one.verdict is None) == bool(frame["correct"][one.example["id"]]) for one in found.examples)
-    assert all(one.said == frame["model_answer"][one.example["id"]] for one in found.examples)
-    misled = found.table("split").set_index(["split", "verdict"]).loc[("conflict", "overridden by the prior")]
+    assert all(
+        (diagnosis.verdict is None) == bool(frame["correct"][diagnosis.example["id"]])
+        for diagnosis in diagnoses.examples
+    )
+    assert all(diagnosis.said == frame["model_answer"][diagnosis.example["id"]] for diagnosis in diagnoses.examples)
+    misled = diagnoses.table("split").set_index(["split", "verdict"]).loc[("conflict", "overridden by the prior")]
     assert misled["share"] > 0.5  # what this model's training made it do
-    shares = [o.sources for o in found.wrong if o.sources]
-    assert sum(bool(o.sources) for o in found.examples) > len(shares)  # some right ones too, to compare with
+    shares = [o.sources for o in diagnoses.wrong if o.sources]
+    assert sum(bool(o.sources) for o in diagnoses.examples) > len(shares)  # some right ones too, to compare with
     assert all(abs(s["prior"] + s["image"] + s["prompt"] - s["log_odds"]) < 1e-5 for s in shares)
     text = (run / "report.html").read_text()
     assert "Verdict: overridden by the prior" in text
 
 
-def test_the_report_tells_what_right_and_wrong_answers_came_from(run: Path) -> None:
-    told = json.loads((run / "diagnosis" / "diagnoses.json").read_text())["diagnoses"]
-    split = [one for one in told if one["sources"]]
+def test_the_report_shows_the_sources_of_right_and_wrong_answers(run: Path) -> None:
+    diagnoses = json.loads((run / "diagnosis" / "diagnoses.json").read_text())["diagnoses"]
+    split = [diagnosis for diagnosis in diagnoses if diagnosis["sources"]]
     rows = re.findall(
         r"<tr><td>(\w+): (right|wrong) \((\d+)\)</td><td>([^ ]+) \[[^]]+\]</td><td>([^ ]+)", report_of(run)
     )
     assert {"right", "wrong"} == {row[1] for row in rows}
     for level, side, n, image, prompt in rows:
-        ones = [
+        shares = [
             o["sources"] for o in split if o["example"]["level"] == level and bool(o["verdict"]) == (side == "wrong")
         ]
-        assert int(n) == len(ones)
-        assert float(image) == pytest.approx(sum(o["image"] for o in ones) / len(ones), abs=0.0051)
-        assert float(prompt) == pytest.approx(sum(o["prompt"] for o in ones) / len(ones), abs=0.0051)
+        assert int(n) == len(shares)
+        assert float(image) == pytest.approx(sum(o["image"] for o in shares) / len(shares), abs=0.0051)
+        assert float(prompt) == pytest.approx(sum(o["prompt"] for o in shares) / len(shares), abs=0.0051)
     attribute = {row[1]: float(row[3]) for row in rows if row[0] == "attribute"}
     assert attribute["wrong"] < 0 < attribute["right"]  # the image is against what the prior made it say
-    verdicts = Counter(o["verdict"] for o in told if o["verdict"] and o["example"]["level"] == "attribute")
+    verdicts = Counter(o["verdict"] for o in diagnoses if o["verdict"] and o["example"]["level"] == "attribute")
     assert f"<td>{', '.join(f'{n} {verdict}' for verdict, n in verdicts.most_common())}</td>" in report_of(run)
 
 
@@ -165,15 +168,15 @@ class Reader(HTMLParser):
         self.open: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        found = dict(attrs)
-        if found.get("id"):
-            self.ids.add(str(found["id"]))
+        attributes = dict(attrs)
+        if attributes.get("id"):
+            self.ids.add(str(attributes["id"]))
         if tag == "a":
-            self.links.append(str(found["href"]))
+            self.links.append(str(attributes["href"]))
         if tag in {"img", "script", "link", "iframe"}:
-            self.loaded.append(str(found.get("src") or found.get("href")))
+            self.loaded.append(str(attributes.get("src") or attributes.get("href")))
         if tag == "img":
-            assert found.get("alt")
+            assert attributes.get("alt")
 
 
 def test_the_report_stands_alone_and_tells_the_story(run: Path) -> None:
@@ -343,15 +346,15 @@ def test_what_was_tried_together_is_what_each_gives_alone(run: Path) -> None:
     assert {name: e.value for name, e in alone.items()} == {name: row[name] for name in alone}
 
 
-def test_exports_are_written_where_they_can_be_and_the_rest_explained(run: Path, tmp_path: Path) -> None:
+def test_exports_are_written_or_the_reason_is_recorded(run: Path, tmp_path: Path) -> None:
     import shutil
 
-    told = json.loads((run / "export" / "formats.json").read_text())
-    assert told["written"] == {"safetensors": "vector.safetensors"}
-    assert set(told["refused"]) == {"baked", "gguf", "steering_vectors", "vllm", "vti"}
-    assert "it is of kind 'amplify'" in told["refused"]["gguf"]
-    saved, again = (SteeringVector.load(run / part / "vector.safetensors") for part in ("steering", "export"))
-    assert again.provenance == saved.provenance
+    document = json.loads((run / "export" / "formats.json").read_text())
+    assert document["written"] == {"safetensors": "vector.safetensors"}
+    assert set(document["refused"]) == {"baked", "gguf", "steering_vectors", "vllm", "vti"}
+    assert "it is of kind 'amplify'" in document["refused"]["gguf"]
+    saved, exported = (SteeringVector.load(run / part / "vector.safetensors") for part in ("steering", "export"))
+    assert exported.provenance == saved.provenance
     assert "not written" in (run / "report.html").read_text()
     # An additive vector at heads and all tokens goes into biases, and where it is asked for through the projection.
     shutil.copytree(run, tmp_path / "runs" / "whole")
@@ -363,9 +366,9 @@ def test_exports_are_written_where_they_can_be_and_the_rest_explained(run: Path,
     config.model.path, config.export.convert = "tiny", True
     context = Context(config, folder, Console())
     assert "vti" in export.make_exports(context, tmp_path)
-    told = json.loads((tmp_path / "formats.json").read_text())
-    assert set(told["written"]) == {"safetensors", "baked", "gguf", "steering_vectors", "vllm"}
-    assert all((tmp_path / file).is_file() for file in told["written"].values())
+    document = json.loads((tmp_path / "formats.json").read_text())
+    assert set(document["written"]) == {"safetensors", "baked", "gguf", "steering_vectors", "vllm"}
+    assert all((tmp_path / file).is_file() for file in document["written"].values())
     config.export.formats = ["vti", "baked"]
     assert export.make_exports(context, tmp_path) == (
         "written: baked (baked.safetensors); cannot represent it: vti (reasons: formats.json)"
@@ -391,8 +394,8 @@ def test_another_option_runs_its_stage_and_what_follows(run: Path, tmp_path: Pat
     # A byte that is not what the receipt says: that stage runs again, alone.
     victim = tmp_path / "runs" / "whole" / "probes" / "plan.json"
     victim.write_text(victim.read_text() + " ")
-    again = groundscope("name=whole", *SMALL, "probe.folds=3", "stages=[examples,trace,probe]", cwd=tmp_path)
-    assert again.stdout.count("unchanged") == 2
+    second = groundscope("name=whole", *SMALL, "probe.folds=3", "stages=[examples,trace,probe]", cwd=tmp_path)
+    assert second.stdout.count("unchanged") == 2
 
 
 KILLED = ["activations", "probes", "circuits", "steering", "behavior", "diagnosis", "export", "report"]
@@ -550,12 +553,12 @@ def test_the_strength_is_chosen_by_the_written_rule() -> None:
 
 
 def test_the_cost_of_a_correction_is_its_worst_loss() -> None:
-    def found(**rates: float) -> dict[str, Estimate]:
+    def estimates(**rates: float) -> dict[str, Estimate]:
         return {name.replace("_", " ").replace(" right", ": right"): Estimate(r, r, r, 10) for name, r in rates.items()}
 
-    before = found(neutral_right=0.99, typical_color_right=1.0)
-    assert cost(found(neutral_right=0.98, typical_color_right=0.95), before) == pytest.approx(0.05)
-    assert cost(found(neutral_right=1.0, typical_color_right=1.0), before) == pytest.approx(0.0)
+    before = estimates(neutral_right=0.99, typical_color_right=1.0)
+    assert cost(estimates(neutral_right=0.98, typical_color_right=0.95), before) == pytest.approx(0.05)
+    assert cost(estimates(neutral_right=1.0, typical_color_right=1.0), before) == pytest.approx(0.0)
     assert cost({}, {}) == 0.0
 
 
@@ -564,8 +567,8 @@ def test_recall_guards_a_strength_where_nothing_else_can() -> None:
 
     def row(strength: float, false_yes: float, false_no: float) -> dict[str, float]:
         rates = {"adversarial absent: says yes": false_yes, "present: says no": false_no}
-        found = {name: Estimate(rate, rate, rate, 10) for name, rate in rates.items()}
-        return {"strength": strength, "harm": harm(found), "cost": cost(found, before), **rates}
+        estimates = {name: Estimate(rate, rate, rate, 10) for name, rate in rates.items()}
+        return {"strength": strength, "harm": harm(estimates), "cost": cost(estimates, before), **rates}
 
     before = {n: Estimate(v, v, v, 10) for n, v in (("adversarial absent: says yes", 0.3), ("present: says no", 0.1))}
     rows = [row(0, 0.3, 0.1), row(1, 0.2, 0.11), row(8, 0.0, 1.0)]

@@ -1,4 +1,4 @@
-"""``groundscope plan``: sizes against a real run, without weights, within a bounded time; and what a run does not trace."""
+"""``groundscope plan``: sizes against a real run, without weights, in bounded time; selections that a run does not trace."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ def loaded() -> Lvlm:
 def context(folder: Path, *options: str, model: Lvlm | None = None) -> Context:
     data = ("data=pope", f"data.questions={folder}/pope_random.json", f"data.images={folder}/images")
     config, _ = composed([*data, f"root={folder}/runs", "threads=1", *options])
-    made = Context(config, RunFolder(folder / "runs" / "x"), Console(file=io.StringIO()))
+    run_context = Context(config, RunFolder(folder / "runs" / "x"), Console(file=io.StringIO()))
     if model is not None:
-        made.__dict__["model"] = model
-    return made
+        run_context.__dict__["model"] = model
+    return run_context
 
 
 def real_bytes(root: Path) -> int:
@@ -62,41 +62,41 @@ def real_bytes(root: Path) -> int:
 def test_planned_bytes_are_those_of_a_real_trace(
     options: tuple[str, ...], pope: Path, loaded: Lvlm, tmp_path: Path
 ) -> None:
-    one = context(pope, *options, model=loaded)
-    store = trace_into(one, tmp_path / "store")
-    found = estimate(one, seconds=0.01)
-    assert found.examples == len(store)
-    assert set(found.sites) == {info.name for info in store.arrays}
-    assert found.on_disk == pytest.approx(real_bytes(tmp_path / "store"), rel=0.3)
-    width = {"float32": 4, "float16": 2, "bfloat16": 2}[one.config.trace.dtype]
+    run_context = context(pope, *options, model=loaded)
+    store = trace_into(run_context, tmp_path / "store")
+    plan = estimate(run_context, seconds=0.01)
+    assert plan.examples == len(store)
+    assert set(plan.sites) == {info.name for info in store.arrays}
+    assert plan.on_disk == pytest.approx(real_bytes(tmp_path / "store"), rel=0.3)
+    width = {"float32": 4, "float16": 2, "bfloat16": 2}[run_context.config.trace.dtype]
     for info in store.arrays:
         tokens = 49 if info.ragged else 1
-        assert found.sites[info.name] == pytest.approx(len(store) * tokens * info.n_layers * info.width * width)
+        assert plan.sites[info.name] == pytest.approx(len(store) * tokens * info.n_layers * info.width * width)
 
 
 def test_the_unembedding_counts_once(pope: Path, loaded: Lvlm) -> None:
-    one = context(pope, "trace=heads", model=loaded)
-    few, many = (estimate(one, examples=n, seconds=0.01) for n in (512, 1024))
+    run_context = context(pope, "trace=heads", model=loaded)
+    few, many = (estimate(run_context, examples=n, seconds=0.01) for n in (512, 1024))
     own = sum(p.numel() * 4 for p in (loaded.hf.lm_head.weight, loaded.hf.model.language_model.norm.weight))
     # What is left of the smaller store when the larger one's growth is taken off is there once.
-    once = few.on_disk - (many.on_disk - few.on_disk)
-    assert once == pytest.approx(own, rel=0.01)
+    constant = few.on_disk - (many.on_disk - few.on_disk)
+    assert constant == pytest.approx(own, rel=0.01)
 
 
 def test_sizes_need_no_weights(pope: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(folder_of("tiny"), tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors", "*.bin"))
     options = ("model=hf", f"model.path={tmp_path / 'model'}", "trace=heads")
-    one = context(pope, *options)
-    found = estimate(one)
-    assert (found.measured, found.seconds, found.loading, found.hours(1)) == (0, None, None, None)
+    run_context = context(pope, *options)
+    plan = estimate(run_context)
+    assert (plan.measured, plan.seconds, plan.loading, plan.hours(1)) == (0, None, None, None)
     whole = estimate(context(pope, "trace=heads", model=load_lvlm("tiny")), seconds=0.01)
-    assert (found.sites, found.forwards) == (whole.sites, whole.forwards)
-    assert found.on_disk == pytest.approx(whole.on_disk, rel=0.01)
+    assert (plan.sites, plan.forwards) == (whole.sites, whole.forwards)
+    assert plan.on_disk == pytest.approx(whole.on_disk, rel=0.01)
     data = ("data=pope", f"data.questions={pope}/pope_random.json", f"data.images={pope}/images")
     assert planning.show([*data, *options, "threads=1"]) == 0
-    said = " ".join(capsys.readouterr().out.split())
-    assert "hours: not measured, the weights of" in said
-    assert "sizes from the configuration" in said
+    output = " ".join(capsys.readouterr().out.split())
+    assert "hours: not measured, the weights of" in output
+    assert "sizes from the configuration" in output
 
 
 def test_a_long_forward_is_stopped_between_two_layers(loaded: Lvlm) -> None:
@@ -114,24 +114,24 @@ def test_a_long_forward_is_stopped_between_two_layers(loaded: Lvlm) -> None:
     assert spent < took - 0.4  # at least two layers did not run
 
 
-def test_measuring_is_bounded_whatever_is_asked_for(pope: Path, loaded: Lvlm, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[float] = []
+def test_measuring_time_has_an_upper_bound(pope: Path, loaded: Lvlm, monkeypatch: pytest.MonkeyPatch) -> None:
+    limits: list[float] = []
 
     def measure(_context: object, _model: object, _data: object, _tokens: object, seconds: float) -> tuple[int, float]:
-        asked.append(seconds)
+        limits.append(seconds)
         return 1, 2.0
 
     monkeypatch.setattr(planning, "_measure", measure)
-    found = estimate(context(pope, "trace=heads", model=loaded), examples=10, seconds=1e9)
-    assert asked == [MOST_SECONDS]
+    plan = estimate(context(pope, "trace=heads", model=loaded), examples=10, seconds=1e9)
+    assert limits == [MOST_SECONDS]
     assert MOST_SECONDS <= 60
-    assert found.seconds == 20.0
+    assert plan.seconds == 20.0
 
 
 def test_selections_that_no_example_has_are_not_traced(pope: Path, loaded: Lvlm, tmp_path: Path) -> None:
-    one = context(pope, model=loaded)
-    assert traced_tokens(one) == ["last", "image:mean"]
-    store = trace_into(one, tmp_path / "store")
+    run_context = context(pope, model=loaded)
+    assert traced_tokens(run_context) == ["last", "image:mean"]
+    store = trace_into(run_context, tmp_path / "store")
     assert {info.tokens for info in store.arrays} == {"last", "image:mean"}
     assert len(store.arrays) == 8
     for info in store.arrays:
@@ -140,16 +140,16 @@ def test_selections_that_no_example_has_are_not_traced(pope: Path, loaded: Lvlm,
     with pytest.raises(ConfigError, match="no example of this data has a box"):
         traced_tokens(context(pope, "trace.tokens=[object:mean]"))
     config, _ = composed(["data.n_images=10", "data.test_images=10", f"root={tmp_path}"])
-    drawn = Context(config, RunFolder(tmp_path / "y"), Console(file=io.StringIO()))
-    assert traced_tokens(drawn) == ["last", "image:mean", "object:mean"]
-    assert len(traced_examples(drawn))
+    icon_context = Context(config, RunFolder(tmp_path / "y"), Console(file=io.StringIO()))
+    assert traced_tokens(icon_context) == ["last", "image:mean", "object:mean"]
+    assert len(traced_examples(icon_context))
 
 
 def test_validation_can_be_left_out_and_changes_no_key(pope: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[bool] = []
-    monkeypatch.setattr("lvlm.load_lvlm", lambda *_args, validate, **_more: asked.append(validate), raising=False)
+    flags: list[bool] = []
+    monkeypatch.setattr("lvlm.load_lvlm", lambda *_args, validate, **_more: flags.append(validate), raising=False)
     contexts = [context(pope, option) for option in ("model.validate=true", "model.validate=false")]
-    for one in contexts:
-        one._load("tiny")
-    assert asked == [True, False]
+    for run_context in contexts:
+        run_context._load("tiny")
+    assert flags == [True, False]
     assert contexts[0].model_key() == contexts[1].model_key()

@@ -55,9 +55,9 @@ def test_a_receipt_without_its_digest_is_damaged_and_one_of_an_earlier_release_i
         read_receipt(tmp_path)
     earlier = {k: record[k] for k in ("stage", "key", "files", "seconds", "summary", "stamps", "origin")}
     path.write_text(json.dumps(earlier), encoding="utf-8")
-    found = read_receipt(tmp_path)
-    assert found is not None
-    assert found.summary == "right 81.2 %"
+    receipt = read_receipt(tmp_path)
+    assert receipt is not None
+    assert receipt.summary == "right 81.2 %"
 
 
 def pope_files(folder: Path) -> None:

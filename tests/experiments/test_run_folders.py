@@ -1,4 +1,4 @@
-"""Run folders that come from elsewhere, are damaged, or hold what is not ours: nothing outside is touched, nothing is lost."""
+"""Run folders that are received, damaged, or contain other files: nothing outside is changed, nothing is lost."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that has made its examples."""
     root = tmp_path_factory.mktemp("made") / "runs"
     execute(composed([*EXAMPLES, f"root={root}", "name=sent"])[0], QUIET)
@@ -56,20 +56,20 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def sent(made: Path, tmp_path: Path) -> Path:
+def received(finished_folder: Path, tmp_path: Path) -> Path:
     """A copy of it that a test may damage: ``runs/sent``."""
-    shutil.copytree(made, tmp_path / "runs" / "sent")
+    shutil.copytree(finished_folder, tmp_path / "runs" / "sent")
     return tmp_path / "runs" / "sent"
 
 
 def change(path: Path, **fields: Any) -> None:
-    """Change fields of a JSON file, and its digest where it holds one, as somebody would who means harm."""
+    """Change fields of a JSON file, and its digest if it has one, as an attacker would."""
     record = json.loads(path.read_text()) | fields
     path.write_text(json.dumps(record | ({"digest": document_digest(record)} if "digest" in record else {})))
 
 
-def receipt_with(sent: Path, name: str) -> None:
-    path = sent / "examples" / "stage.json"
+def receipt_with(received: Path, name: str) -> None:
+    path = received / "examples" / "stage.json"
     change(path, files=json.loads(path.read_text())["files"] | {name: "0" * 64})
 
 
@@ -88,30 +88,30 @@ def refused(result: tuple[int, str, str], *words: str) -> None:
 @pytest.mark.parametrize(
     "name", ["../../../id_rsa", "{root}/id_rsa", "", "a/../../../../id_rsa", "a\0b", "./x", "a//b"]
 )
-def test_a_receipt_names_files_of_its_folder_only(sent: Path, tmp_path: Path, command: Command, name: str) -> None:
+def test_a_receipt_names_files_of_its_folder_only(received: Path, tmp_path: Path, command: Command, name: str) -> None:
     (tmp_path / "id_rsa").write_text("key")
-    receipt_with(sent, name.format(root=tmp_path))
+    receipt_with(received, name.format(root=tmp_path))
     for words in (["resume=runs/sent"], ["resume=runs/sent", "stages=[examples]", "data.n_images=11"]):
         refused(command(*words), "stage.json", "is not a name below")
     assert (tmp_path / "id_rsa").read_text() == "key"
-    status, said, _ = command("status")
+    status, output, _ = command("status")
     assert status == 0
-    assert "is not a name below" in said
+    assert "is not a name below" in output
 
 
-def test_another_runs_receipt_overwrites_nothing(made: Path, tmp_path: Path, command: Command) -> None:
+def test_another_runs_receipt_overwrites_nothing(finished_folder: Path, tmp_path: Path, command: Command) -> None:
     from hashlib import sha256
 
-    shutil.copytree(made, tmp_path / "runs" / "sweeps" / "s" / "j")
+    shutil.copytree(finished_folder, tmp_path / "runs" / "sweeps" / "s" / "j")
     theirs, mine = tmp_path / "runs" / "sweeps" / ".bashrc", tmp_path / ".bashrc"
     theirs.write_text("theirs")
     mine.write_text("mine")
     path = tmp_path / "runs" / "sweeps" / "s" / "j" / "examples" / "stage.json"
     files = json.loads(path.read_text())["files"]
     change(path, files=files | {"../../../.bashrc": sha256(b"theirs").hexdigest()})
-    status, said, _ = command("name=x", *EXAMPLES)
+    status, output, _ = command("name=x", *EXAMPLES)
     assert status == 0
-    assert "shared" not in said
+    assert "shared" not in output
     assert mine.read_text() == "mine"
 
 
@@ -127,18 +127,18 @@ PLACES = [
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_a_link_is_not_followed(sent: Path, tmp_path: Path, command: Command, place: str) -> None:
+def test_a_link_is_not_followed(received: Path, tmp_path: Path, command: Command, place: str) -> None:
     """Whatever is a link in a run's folder: what it points to is as it was."""
     outside = tmp_path / "outside"
     if place == "examples":
-        shutil.copytree(sent / place, outside)
+        shutil.copytree(received / place, outside)
         (outside / "thesis.tex").write_text("mine")
-        shutil.rmtree(sent / place)
+        shutil.rmtree(received / place)
     else:
-        source = sent / place
+        source = received / place
         outside.write_bytes(source.read_bytes() if source.exists() else b"mine")
         source.unlink(missing_ok=True)
-    (sent / place).symlink_to(outside)
+    (received / place).symlink_to(outside)
 
     def state() -> list[tuple[str, bytes]]:
         files = [outside] if outside.is_file() else sorted(outside.iterdir())
@@ -154,8 +154,8 @@ def test_a_link_is_not_followed(sent: Path, tmp_path: Path, command: Command, pl
     assert state() == before
 
 
-def test_a_run_folder_that_is_a_link_is_refused(sent: Path, tmp_path: Path, command: Command) -> None:
-    (tmp_path / "runs" / "other").symlink_to(sent)
+def test_a_run_folder_that_is_a_link_is_refused(received: Path, tmp_path: Path, command: Command) -> None:
+    (tmp_path / "runs" / "other").symlink_to(received)
     refused(command("resume=runs/other"), "symbolic link")
     refused(command("name=other", *EXAMPLES), "symbolic link")
 
@@ -178,22 +178,22 @@ def test_a_part_file_cannot_be_planted(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_consent_to_code_is_given_in_this_call_only(
-    sent: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+    received: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[bool] = []
-    work = dataclasses.replace(TABLE["examples"], work=lambda c, _: str(seen.append(c.config.model.trust_remote_code)))
+    flags: list[bool] = []
+    work = dataclasses.replace(TABLE["examples"], work=lambda c, _: str(flags.append(c.config.model.trust_remote_code)))
     monkeypatch.setattr(pipeline, "TABLE", {**TABLE, "examples": work})
-    path = sent / "config.yaml"
+    path = received / "config.yaml"
     path.write_text(path.read_text().replace("trust_remote_code: false", "trust_remote_code: true"))
     refused(
         command("resume=runs/sent", "force=true"),
         "config.yaml",
         "add model.trust_remote_code=true to this command line",
     )
-    assert seen == []
+    assert flags == []
     assert command("resume=runs/sent", "force=true", "model.trust_remote_code=true")[0] == 0
     assert command("resume=runs/sent", "force=true", "model.trust_remote_code=false")[0] == 0
-    assert seen == [True, False]
+    assert flags == [True, False]
 
 
 @pytest.mark.parametrize(
@@ -214,8 +214,8 @@ def test_consent_to_code_is_given_in_this_call_only(
         ("name: \udcff\n", "UTF-8"),
     ],
 )
-def test_a_stored_configuration_is_data(sent: Path, command: Command, line: str, words: str) -> None:
-    (sent / "config.yaml").write_bytes(line.encode(errors="surrogateescape"))
+def test_a_stored_configuration_is_data(received: Path, command: Command, line: str, words: str) -> None:
+    (received / "config.yaml").write_bytes(line.encode(errors="surrogateescape"))
     refused(command("resume=runs/sent"), "config.yaml", words)
 
 
@@ -232,15 +232,15 @@ def test_a_stored_command_line_is_data(tmp_path: Path, command: Command, word: s
     assert sorted(p.name for p in folder.iterdir()) == ["sweep.json"]
 
 
-def test_options_of_an_earlier_version_are_read_under_their_present_names(sent: Path, command: Command) -> None:
+def test_options_of_an_earlier_version_are_read_under_their_present_names(received: Path, command: Command) -> None:
     """Stored names are translated, with keys as before; a name that is typed now is answered with the present one."""
-    path = sent / "config.yaml"
+    path = received / "config.yaml"
     present = yaml.safe_load(path.read_text())
     former = copy.deepcopy(present)
     former["probe"]["penalties"] = [0.5]
     del former["probe"]["C"]
     path.write_text(yaml.safe_dump(former))
-    config = configured(sent)
+    config = configured(received)
     assert config.probe.C == [0.5]
     assert key_options("probe", dataclasses.asdict(config.probe)) == former["probe"]
     refused(command("probe.penalties=[1]"), "option 'probe.penalties' is now called 'probe.C'")
@@ -251,13 +251,13 @@ def test_options_of_an_earlier_version_are_read_under_their_present_names(sent: 
 # -- runs, and files that are not ours -------------------------------------------------------------------------------------
 
 
-def test_a_run_is_never_inside_another(sent: Path, command: Command) -> None:
-    before = {p: p.read_bytes() for p in sent.rglob("*") if p.is_file()}
+def test_a_run_is_never_inside_another(received: Path, command: Command) -> None:
+    before = {p: p.read_bytes() for p in received.rglob("*") if p.is_file()}
     refused(command("name=sent/examples", *EXAMPLES), "is inside the run")
     refused(command("name=sent/deep/er", *EXAMPLES), "is inside the run")
     assert command("name=exp/examples", *EXAMPLES)[0] == 0
     refused(command("name=exp", *EXAMPLES), "contains the run")
-    assert len(list((sent.parent / "exp" / "examples").rglob("*.jsonl"))) == 2
+    assert len(list((received.parent / "exp" / "examples").rglob("*.jsonl"))) == 2
     assert before == {p: p.read_bytes() for p in before}
 
 
@@ -272,23 +272,25 @@ def test_a_folder_that_is_no_run_is_not_used(tmp_path: Path, command: Command) -
 
 
 @pytest.mark.parametrize("finished", [True, False])
-def test_a_users_file_in_a_stage_folder_is_never_removed(sent: Path, command: Command, *, finished: bool) -> None:
-    notes = sent / "examples" / "deep" / "notes.txt"
+def test_a_users_file_in_a_stage_folder_is_never_removed(received: Path, command: Command, *, finished: bool) -> None:
+    notes = received / "examples" / "deep" / "notes.txt"
     notes.parent.mkdir()
     notes.write_text("mine")
-    assert "unchanged" in command("resume=runs/sent")[1]  # it harms nobody while nothing is removed
+    assert "unchanged" in command("resume=runs/sent")[1]  # harmless while nothing is removed
     if not finished:
-        (sent / "examples" / "stage.json").unlink()
+        (received / "examples" / "stage.json").unlink()
         assert (
             command("resume=runs/sent")[0] == 0
         )  # the same key: nothing has to be cleared, and the file stays the user's
-        assert "deep/notes.txt" not in read_receipt(sent / "examples").files  # type: ignore[union-attr]
-        (sent / "examples" / "stage.json").unlink()
-    before = {p: p.read_bytes() for p in sent.rglob("*") if p.is_file() and p.name != ".lock"}
+        assert "deep/notes.txt" not in read_receipt(received / "examples").files  # type: ignore[union-attr]
+        (received / "examples" / "stage.json").unlink()
+    before = {p: p.read_bytes() for p in received.rglob("*") if p.is_file() and p.name != ".lock"}
     refused(command("resume=runs/sent", "data.n_images=11"), "notes.txt", "move that file away")
     refused(command("resume=runs/sent", "force=true"), "notes.txt")
-    left = {p: p.read_bytes() for p in sent.rglob("*") if p.is_file() and p.name not in {".lock", ".failed.json"}}
-    assert left == before
+    remaining = {
+        p: p.read_bytes() for p in received.rglob("*") if p.is_file() and p.name not in {".lock", ".failed.json"}
+    }
+    assert remaining == before
     shutil.rmtree(notes.parent)
     assert command("resume=runs/sent", "data.n_images=11")[0] == 0
 
@@ -325,69 +327,71 @@ def test_a_name_is_plain_text(tmp_path: Path, command: Command, name: str) -> No
     ],
 )
 def test_a_receipt_that_cannot_be_used_is_not_a_missing_one(
-    sent: Path, command: Command, content: bytes | dict[str, Any] | None, words: str
+    received: Path, command: Command, content: bytes | dict[str, Any] | None, words: str
 ) -> None:
-    path = sent / "examples" / "stage.json"
+    path = received / "examples" / "stage.json"
     if isinstance(content, dict):
         change(path, **content)
     else:
         path.unlink()
         os.mkfifo(path) if content is None else path.write_bytes(content)
     refused(command("resume=runs/sent"), "stage.json", words)
-    status, said, _ = command("status")  # of a root with one such receipt
+    status, output, _ = command("status")  # of a root with one such receipt
     assert status == 0
-    assert words in said
+    assert words in output
     refused(command("compare", "runs/sent", "runs/sent"), "stage.json")
     path.unlink()
     assert command("resume=runs/sent")[0] == 0
 
 
-def test_an_unreadable_receipt_says_why(sent: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreadable_receipt_says_why(received: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> Any:
         raise OSError(5, os.strerror(5))
 
     monkeypatch.setattr("experiments.records.read_json", refuse)
     with pytest.raises(ConfigError, match=r"stage\.json: cannot be read: Input/output error"):
-        read_receipt(sent / "examples")
+        read_receipt(received / "examples")
 
 
-def test_a_receipt_of_an_older_release_is_read_and_its_stage_made_again(sent: Path, command: Command) -> None:
-    path = sent / "examples" / "stage.json"
+def test_a_receipt_of_an_older_release_is_read_and_its_stage_made_again(received: Path, command: Command) -> None:
+    path = received / "examples" / "stage.json"
     old = {
         k: v
         for k, v in json.loads(path.read_text()).items()
         if k in {"stage", "key", "files", "seconds", "summary", "stamps", "origin"}
     }
     path.write_text(json.dumps(old | {"key": "0" * 64}))
-    (sent / "examples" / ".key").write_text("0" * 64)
+    (received / "examples" / ".key").write_text("0" * 64)
     assert "●" in command("status")[1].splitlines()[1]
     refused(
         command("resume=runs/sent", "stages=[patch]"), "needs 'examples'", "older release", "stages=[examples,patch]"
     )
-    status, said, _ = command("resume=runs/sent")
-    assert (status, "unchanged" in said) == (0, False)
+    status, output, _ = command("resume=runs/sent")
+    assert (status, "unchanged" in output) == (0, False)
     assert "unchanged" in command("resume=runs/sent")[1]
 
 
 # -- what enters a key -----------------------------------------------------------------------------------------------------
 
 
-def test_a_call_that_makes_nothing_writes_nothing(sent: Path, command: Command) -> None:
-    change(sent / "environment.json", python="2.7")
-    before = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in sent.rglob("*") if p.is_file() and p.name != ".lock"}
+def test_a_call_that_makes_nothing_writes_nothing(received: Path, command: Command) -> None:
+    change(received / "environment.json", python="2.7")
+    before = {
+        p: (p.read_bytes(), p.stat().st_mtime_ns) for p in received.rglob("*") if p.is_file() and p.name != ".lock"
+    }
     assert command("resume=runs/sent", "probe.folds=3")[0] == 0
     assert before == {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in before}
 
 
 def test_packages_and_plugins_enter_the_key_and_threads_the_receipt(
-    sent: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+    received: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert "unchanged" in command("resume=runs/sent")[1]
     installed = folder._installed
     with monkeypatch.context() as patch:
         patch.setattr(folder, "_installed", lambda name: "1.0.OLD" if name == "torch" else installed(name))
         assert "unchanged" not in command("resume=runs/sent", "threads=1")[1]
-        receipt = read_receipt(sent / "examples")
+        receipt = read_receipt(received / "examples")
         assert receipt is not None
         assert receipt.environment["packages"]["torch"] == "1.0.OLD"
         assert receipt.environment["threads"] == 1
@@ -584,12 +588,12 @@ def test_probes_that_few_images_cannot_make_are_left_out(tmp_path: Path) -> None
     )
     root = tmp_path / "probes"
     root.mkdir()
-    said = make_probes(context, root)
-    assert said.startswith("left out: no concept has enough images of both classes")
-    assert "data.questions" in said
-    assert "n_images" not in said
+    summary = make_probes(context, root)
+    assert summary.startswith("left out: no concept has enough images of both classes")
+    assert "data.questions" in summary
+    assert "n_images" not in summary
     assert json.loads((root / "plan.json").read_text()) == []
-    assert json.loads((root / "left_out.json").read_text())["reason"] in said
+    assert json.loads((root / "left_out.json").read_text())["reason"] in summary
 
 
 def test_pairs_that_photographs_do_not_allow_are_refused_before_work(tmp_path: Path) -> None:
@@ -623,8 +627,8 @@ def test_a_vector_of_strength_0_is_not_exported(tmp_path: Path) -> None:
     (folder.path / "steering").mkdir()
     vector = SteeringVector({Head(2, 3): AddChange(np.eye(1, 24)[0])}, "all", 0.0, "m", "c")
     vector.save(folder.path / "steering" / "vector.safetensors")
-    said = make_exports(Context(RunConfig(), folder, QUIET), tmp_path)
-    assert said.startswith("nothing to write: no strength made fewer errors")
+    summary = make_exports(Context(RunConfig(), folder, QUIET), tmp_path)
+    assert summary.startswith("nothing to write: no strength made fewer errors")
     assert json.loads((tmp_path / "formats.json").read_text()) == {"written": {}, "refused": {}}
 
 
@@ -641,8 +645,8 @@ def test_a_sweep_that_makes_nothing_keeps_its_seconds(tmp_path: Path, command: C
     (tmp_path / "runs").rename(tmp_path / "moved")
     record = tmp_path / "moved" / "sweeps" / "s" / "sweep.json"
     change(record, jobs=[job | {"folder": job["folder"].replace("runs/", "moved/", 1)} for job in about["jobs"]])
-    status, said, _ = command("resume=moved/sweeps/s")
-    assert (status, said.count("unchanged")) == (0, 2)
+    status, output, _ = command("resume=moved/sweeps/s")
+    assert (status, output.count("unchanged")) == (0, 2)
     assert [job["seconds"] for job in json.loads(record.read_text())["jobs"]] == [111.0, 222.0]
     command("resume=moved/sweeps/s", "data.n_images=11")
     assert all(job["seconds"] < 100 for job in json.loads(record.read_text())["jobs"])
@@ -652,7 +656,7 @@ def test_a_sweep_that_makes_nothing_keeps_its_seconds(tmp_path: Path, command: C
 
 
 def test_the_page_is_written_whole_and_covered_by_its_receipt(
-    sent: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+    received: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def write(context: Context, root: Path) -> str:
         folder.write_text(context.folder.path / "report.html", "<p>größer → \udcff</p>")
@@ -661,14 +665,14 @@ def test_the_page_is_written_whole_and_covered_by_its_receipt(
 
     page = dataclasses.replace(TABLE["report"], work=write, needs=())
     monkeypatch.setattr(pipeline, "TABLE", {**TABLE, "report": page})
-    path = sent / "report.html"
+    path = received / "report.html"
     assert command("resume=runs/sent", "stages=[report]")[0] == 0
     assert path.read_bytes().decode() == "<p>größer → \\udcff</p>"
     assert "unchanged" in command("resume=runs/sent", "stages=[report]")[1]
     path.unlink()
     assert command("resume=runs/sent", "stages=[report]")[0] == 0
     assert path.is_file()
-    outside = sent.parent / "thesis.tex"
+    outside = received.parent / "thesis.tex"
     outside.write_text("mine")
     path.unlink()
     path.symlink_to(outside)
@@ -680,12 +684,12 @@ def test_the_page_is_written_whole_and_covered_by_its_receipt(
 def test_a_dollar_in_a_label_is_a_dollar() -> None:
     from experiments.report.figures import Point, rates
 
-    drawn = rates({"before": {"costs $5 and $x_{": Point(0.5, 0.4, 0.6)}}, {"before": "b"}, "$\\frac")
+    figure = rates({"before": {"costs $5 and $x_{": Point(0.5, 0.4, 0.6)}}, {"before": "b"}, "$\\frac")
     for text in ("costs $5 and $x_{", "$\\frac"):
-        assert text in drawn
+        assert text in figure
 
 
-def test_a_sample_of_damaged_runs_is_answered_plainly(finished_run: Path) -> None:
+def test_a_sample_of_damaged_runs_is_refused_with_one_message(finished_run: Path) -> None:
     """One case of every kind of `benchmarks/hostile_folders.py`, which has thousands."""
     words = [
         "benchmarks/hostile_folders.py",
@@ -699,10 +703,10 @@ def test_a_sample_of_damaged_runs_is_answered_plainly(finished_run: Path) -> Non
         str(finished_run),
     ]
     done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, check=True, timeout=1500)
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert len(found["kinds"]) == 7
-    assert found["failures"] == []
-    assert all(figure["holds"] for figure in found["figures"].values())
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert len(report["kinds"]) == 7
+    assert report["failures"] == []
+    assert all(figure["holds"] for figure in report["figures"].values())
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -747,16 +751,16 @@ def test_concepts_asked_for_that_few_images_cannot_fit_are_left_out(tmp_path: Pa
     )
     root = tmp_path / "probes"
     root.mkdir()
-    said = make_probes(context, root)
-    assert said.startswith("left out: ")
+    summary = make_probes(context, root)
+    assert summary.startswith("left out: ")
     assert json.loads((root / "plan.json").read_text()) == []
 
 
-def test_text_of_a_file_does_not_drive_the_terminal(sent: Path, command: Command) -> None:
-    write_json(sent / "circuits" / ".failed.json", {"error": "\x1b]0;owned\x07\x1b[2J"})
-    change(sent / "examples" / "stage.json", summary="\x1b[31mred")
+def test_control_characters_of_a_file_are_escaped_in_the_terminal(received: Path, command: Command) -> None:
+    write_json(received / "circuits" / ".failed.json", {"error": "\x1b]0;owned\x07\x1b[2J"})
+    change(received / "examples" / "stage.json", summary="\x1b[31mred")
     for words in (["status"], ["resume=runs/sent"]):
-        status, said, _ = command(*words)
+        status, output, _ = command(*words)
         assert status == 0
-        assert "\x1b" not in said
-        assert "\\x1b" in said
+        assert "\x1b" not in output
+        assert "\\x1b" in output

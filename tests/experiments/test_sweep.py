@@ -81,10 +81,10 @@ def trees(folder: Path) -> dict[str, bytes]:
 
 
 def test_a_stage_has_its_threads_where_no_model_is_loaded(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[int] = []
+    counts: list[int] = []
 
     def probe(_: Context, folder: Path) -> str:
-        seen.append(torch.get_num_threads())
+        counts.append(torch.get_num_threads())
         (folder / "done").write_text("")
         return ""
 
@@ -104,27 +104,27 @@ def test_a_stage_has_its_threads_where_no_model_is_loaded(root: Path, monkeypatc
             )
     finally:
         torch.set_num_threads(before)
-    assert seen == [3, 1]
+    assert counts == [3, 1]
 
 
 def test_a_second_run_takes_what_the_first_made(root: Path) -> None:
     """No model is loaded, the bytes are the same file, and each run is whole without the other."""
-    said = io.StringIO()
+    output = io.StringIO()
     options = ("stages=[examples,trace]", "probe.folds=3", "name=other")
     config = configured(root, "other", *options)
-    execute(config, Console(file=said, width=200))
-    assert said.getvalue().count("(made by whole)") == 2
+    execute(config, Console(file=output, width=200))
+    assert output.getvalue().count("(made by whole)") == 2
     for folder in ("examples", "activations"):
         for path in (root / "whole" / folder).glob("[!.]*"):
             if path.name != "stage.json":
                 assert path.samefile(root / "other" / folder / path.name)
     shutil.rmtree(root / "whole")
     assert verify(root / "other" / "activations").ok
-    said.truncate(0)
-    execute(config, Console(file=said, width=200))
-    assert said.getvalue().count("unchanged") == 2
+    output.truncate(0)
+    execute(config, Console(file=output, width=200))
+    assert output.getvalue().count("unchanged") == 2
     third = configured(root, "third", "stages=[examples]")
-    execute(third, Console(file=said, width=200))
+    execute(third, Console(file=output, width=200))
     assert read_receipt(root / "third" / "examples").origin == "whole"  # type: ignore[union-attr]
 
 
@@ -168,9 +168,9 @@ def test_force_makes_it_anew(root: Path) -> None:
 def test_two_runs_that_want_the_same_stage_make_it_once(tmp_path: Path) -> None:
     options = ("stages=[examples]", "data.n_images=200", "data.test_images=200")
     both = [spawn(f"name={name}", *options, cwd=tmp_path) for name in "ab"]
-    said = [process.communicate()[0] for process in both]
+    outputs = [process.communicate()[0] for process in both]
     assert [process.returncode for process in both] == [0, 0]
-    assert sum("(made by" in text for text in said) == 1
+    assert sum("(made by" in text for text in outputs) == 1
     assert (tmp_path / "runs/a/examples/discovery.jsonl").samefile(tmp_path / "runs/b/examples/discovery.jsonl")
     assert not list((tmp_path / "runs" / ".locks").iterdir())
 
@@ -182,7 +182,7 @@ LAUNCHERS = {
     "joblib": ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"],
     "submitit_local": ["hydra/launcher=submitit_local"],
 }
-if find_spec("hydra_plugins.hydra_ray_launcher"):  # in an environment of its own, see CONTRIBUTING
+if find_spec("hydra_plugins.hydra_ray_launcher"):  # in a separate environment, see CONTRIBUTING
     LAUNCHERS["ray"] = [
         "hydra/launcher=ray",
         *(f"+hydra.launcher.ray.init.{o}" for o in ("include_dashboard=false", "num_cpus=2")),
@@ -191,7 +191,7 @@ if find_spec("hydra_plugins.hydra_ray_launcher"):  # in an environment of its ow
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_a_sweep_shares_its_trace_and_a_failed_job_leaves_the_others(root: Path, launcher: str) -> None:
-    """Two jobs take the trace that is there, a third cannot work; table, page and list say so.
+    """Two jobs reuse the existing trace, a third fails; the table, the page and the list report it.
 
     The folder has packages named like ours, as a research repository has: neither the command nor a worker imports them.
     """
@@ -210,9 +210,9 @@ def test_a_sweep_shares_its_trace_and_a_failed_job_leaves_the_others(root: Path,
         receipt = read_receipt(sweep / f"data.n_images=10,probe.folds={folds}" / "activations")
         assert receipt is not None
         assert receipt.origin == "whole"
-    told = json.loads((sweep / "sweep.json").read_text())
-    assert told["by"] == ["data.n_images", "probe.folds"]
-    assert [j["status"] for j in told["jobs"]] == ["done", "done", "failed", "failed"]
+    document = json.loads((sweep / "sweep.json").read_text())
+    assert document["by"] == ["data.n_images", "probe.folds"]
+    assert [j["status"] for j in document["jobs"]] == ["done", "done", "failed", "failed"]
     with (sweep / "sweep.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     # Two jobs, two stages, the seconds of each.
@@ -230,8 +230,8 @@ def test_a_choice_of_the_group_sweep_is_a_sweep(root: Path, command: Command) ->
     assert "sweep: 3 of 3 jobs done" in complaint
     assert {p.name for p in (root / "sweeps" / "n").glob("[!.]*/")} == {f"probe.seed={n}" for n in range(3)}
     # Going on with it finds everything done.
-    status, said, _ = command(f"resume={root / 'sweeps' / 'n'}")
-    assert (status, said.count("unchanged")) == (0, 3)
+    status, output, _ = command(f"resume={root / 'sweeps' / 'n'}")
+    assert (status, output.count("unchanged")) == (0, 3)
 
 
 def test_a_sweep_draws_one_small_picture_a_figure() -> None:
@@ -295,12 +295,12 @@ def test_parts_make_the_store_that_one_process_makes(root: Path, traced: Path, c
     )
     for number in (1, 2):
         execute(configured(root, "whole", *parts, f"trace.shard={number}"), QUIET)
-    made, whole = (ActivationStore(r / "whole" / "activations") for r in (root, traced))
+    merged, whole = (ActivationStore(r / "whole" / "activations") for r in (root, traced))
     assert verify(root / "whole" / "activations").ok
-    assert list(made.frame()["id"]) == list(whole.frame()["id"])
+    assert list(merged.frame()["id"]) == list(whole.frame()["id"])
     for layer in range(6):
         np.testing.assert_array_equal(
-            made.read(f"decoder.L{layer}.z", "last"), whole.read(f"decoder.L{layer}.z", "last")
+            merged.read(f"decoder.L{layer}.z", "last"), whole.read(f"decoder.L{layer}.z", "last")
         )
     # In one piece or in parts: it is the same stage, so neither is traced again.
     for more in (parts, ("stages=[examples,trace]",), (*parts, "trace.shard=2")):
@@ -311,19 +311,19 @@ def test_a_plan_grows_with_the_examples_and_leaves_nothing(root: Path, loaded: L
     config = configured(root, "planned")
     context = Context(config, RunFolder(root / "planned"), QUIET)
     questions = [e for e in context.discovery if e.candidates]
-    asked = len(questions)
-    found = estimate(context, seconds=60)
+    count = len(questions)
+    plan = estimate(context, seconds=60)
     # As long as it may take: all examples are measured, so nothing is extrapolated.
-    assert (found.examples, found.measured) == (asked, asked)
-    assert found.sites == {"decoder.z/last": asked * 6 * 192 * 4.0}
-    chunks = [questions[i : i + 32] for i in range(0, asked, 32)]  # eight batches of four share a chunk
-    assert found.forwards == sum(len(list(loaded.batches(chunk, 4))) for chunk in chunks)
+    assert (plan.examples, plan.measured) == (count, count)
+    assert plan.sites == {"decoder.z/last": count * 6 * 192 * 4.0}
+    chunks = [questions[i : i + 32] for i in range(0, count, 32)]  # eight batches of four share a chunk
+    assert plan.forwards == sum(len(list(loaded.batches(chunk, 4))) for chunk in chunks)
     store = sum(
         p.stat().st_size for p in (root / "whole" / "activations").glob("*.[hj][5s]*") if p.name != "stage.json"
     )
-    assert found.on_disk == pytest.approx(store, rel=0.05)
-    double = estimate(context, examples=2 * asked, seconds=0.01)
-    assert double.sites == {"decoder.z/last": 2 * asked * 6 * 192 * 4.0}
+    assert plan.on_disk == pytest.approx(store, rel=0.05)
+    double = estimate(context, examples=2 * count, seconds=0.01)
+    assert double.sites == {"decoder.z/last": 2 * count * 6 * 192 * 4.0}
     assert double.loading is not None
     hours = [double.hours(1), double.hours(4)]
     assert hours[0] is not None

@@ -1,4 +1,4 @@
-"""Answer keys where it matters what stands between the prompt and the answer."""
+"""Answer keys where whitespace between the prompt and the answer matters."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ ANSWERS = ("yes", "no", "red")
 
 
 def spaced() -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer for which ``yes`` and `` yes`` are two tokens, as they are for GPT-2 and its kin."""
+    """A byte-level tokenizer for which ``yes`` and `` yes`` are two tokens, like that of GPT-2."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {letter: i for i, letter in enumerate(letters)}
     merges: list[tuple[str, str]] = []
     for word in ("yes", "no", "red", "Yes", "No", "Red"):
         pairs = [*((word[:n], word[n]) for n in range(1, len(word))), ("Ġ", word)]  # Ġ stands for the space
-        for left, right in pairs:
-            if left + right not in vocabulary:
-                merges.append((left, right))
-                vocabulary[left + right] = len(vocabulary)
-    made = Tokenizer(models.BPE(vocabulary, merges))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
-    made.add_special_tokens([AddedToken("<image>", normalized=False), AddedToken("[/INST]", normalized=False)])
-    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<image>")
+        for first, second in pairs:
+            if first + second not in vocabulary:
+                merges.append((first, second))
+                vocabulary[first + second] = len(vocabulary)
+    words = Tokenizer(models.BPE(vocabulary, merges))
+    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words.decoder = decoders.ByteLevel()
+    words.add_special_tokens([AddedToken("<image>", normalized=False), AddedToken("[/INST]", normalized=False)])
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<image>")
 
 
 def with_template(template: str) -> Lvlm:
@@ -56,34 +56,34 @@ def with_template(template: str) -> Lvlm:
         ("{image}{question}[/INST]", False),  # a token that is no text
     ],
 )
-def test_an_answer_begins_as_the_end_of_the_prompt_has_it(template: str, space: bool) -> None:
+def test_the_answer_key_follows_the_whitespace_at_the_end_of_the_prompt(template: str, space: bool) -> None:
     lvlm = with_template(template)
-    one = replace(example(0), candidates=ANSWERS, answer="yes")
-    key = answer_key(lvlm, one)
+    question = replace(example(0), candidates=ANSWERS, answer="yes")
+    key = answer_key(lvlm, question)
     name: Any = lvlm.processor.tokenizer.convert_ids_to_tokens
     mark = "Ġ" if space else ""
     assert [name(list(ids)) for ids in key.tokens] == [[f"{mark}{a}", f"{mark}{a.capitalize()}"] for a in ANSWERS]
     # The tokens the model is given, and the answer's, read as one text.
-    prompt = lvlm.prompt(one.question)
-    ids = lvlm.processor.tokenizer(prompt)["input_ids"] + answer_tokens(lvlm, one.question, "yes")
+    prompt = lvlm.prompt(question.question)
+    ids = lvlm.processor.tokenizer(prompt)["input_ids"] + answer_tokens(lvlm, question.question, "yes")
     assert lvlm.processor.tokenizer.decode(ids) == prompt + (" yes" if space else "yes")
 
 
 @pytest.mark.parametrize("family", list(BUILDERS))
 def test_every_family_reads_an_answer_after_its_own_prompt(family: str) -> None:
     lvlm = model(family)
-    one = replace(example(0), candidates=("yes", "no"), answer="yes")
+    question = replace(example(0), candidates=("yes", "no"), answer="yes")
     tokenizer = lvlm.processor.tokenizer
-    key = answer_key(lvlm, one)
+    key = answer_key(lvlm, question)
     assert [tokenizer.convert_ids_to_tokens(list(ids)) for ids in key.tokens] == [["yes"], ["no"]]
     assert torch.equal(key.scores(torch.eye(len(tokenizer))[key.tokens[0][0]]), torch.tensor([1.0, 0.0]))
 
 
-def test_the_true_answer_that_is_read_begins_with_the_key() -> None:
+def test_a_forced_answer_begins_with_the_answer_key() -> None:
     lvlm = model("qwen2_vl")
-    one = replace(example(0), candidates=("yes", "no"), answer="yes")
-    batch = next(lvlm.batches([one], 1))
+    question = replace(example(0), candidates=("yes", "no"), answer="yes")
+    batch = next(lvlm.batches([question], 1))
     on = with_answers(lvlm, batch)
     first = on.inputs["input_ids"][0, on.tokens[0].generated[0]] if on.tokens[0].generated else None
     assert first is not None
-    assert int(first) in answer_key(lvlm, one).tokens[0]
+    assert int(first) in answer_key(lvlm, question).tokens[0]

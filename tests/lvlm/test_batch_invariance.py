@@ -1,4 +1,4 @@
-"""Values do not depend on company: padding, other examples, other images of the same prompt."""
+"""Values do not depend on padding, on other examples of a batch, or on other images of the same prompt."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ OF_TOKENS = (
 def lengthened(lvlm: Lvlm, name: str, x: torch.Tensor, to: int) -> torch.Tensor:
     """Fill the second axis up: with padding tokens where it holds tokens, with zeros where it says which are meant.
 
-    On the left, where a decoder goes on after the last token; an encoder that counts positions from the first token, padding
+    On the left, where a decoder continues after the last token; an encoder that counts positions from the first token, padding
     included, as Florence-2's does whatever the mask says, and a Q-Former are filled up on the right.
     """
     fill = lvlm.processor.tokenizer.pad_token_id if name.endswith("input_ids") else 0
@@ -42,40 +42,40 @@ def lengthened(lvlm: Lvlm, name: str, x: torch.Tensor, to: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("family", list(BUILDERS))
-def test_a_row_in_a_padded_batch_is_as_it_is_alone(family: str) -> None:
+def test_a_row_of_a_padded_batch_equals_the_row_alone(family: str) -> None:
     lvlm = model(family)
     short = lvlm.encode(example(0)).inputs
     long = lvlm.encode(replace(example(1), question=f"{example(1).question} Is there a cat in the image?")).inputs
-    together = {}
+    padded = {}
     for name, x in short.items():
         if name in OF_TOKENS or name.startswith("qformer"):
             x = lengthened(lvlm, name, x, long[name].shape[1])
-        together[name] = torch.cat([x, long[name]])
+        padded[name] = torch.cat([x, long[name]])
     more = long["input_ids"].shape[1] - short["input_ids"].shape[1]
     assert more > 3
     sites = [f"decoder.L{n}.{c}" for n in range(lvlm.n_layers) for c in ("resid_post", "mlp_out")]
-    both, both_logits = lvlm.read(together, sites), lvlm.logits(together)
+    both, both_logits = lvlm.read(padded, sites), lvlm.logits(padded)
     first = 0 if lvlm.encoder_decoder else more
     for row, alone, start in ((0, short, first), (1, long, 0)):
-        seen = lvlm.read(alone, sites)
+        single = lvlm.read(alone, sites)
         for site in sites:
-            scale = max(1.0, float(seen[site].abs().max()))
-            torch.testing.assert_close(both[site][row, start:], seen[site][0], rtol=0, atol=1e-5 * scale, msg=site)
+            scale = max(1.0, float(single[site].abs().max()))
+            torch.testing.assert_close(both[site][row, start:], single[site][0], rtol=0, atol=1e-5 * scale, msg=site)
         torch.testing.assert_close(both_logits[row], lvlm.logits(alone)[0], rtol=0, atol=1e-5)
     # It is the mask that does it: without it the padding is read.
-    bare = {**together, "attention_mask": torch.ones_like(together["attention_mask"])}
+    bare = {**padded, "attention_mask": torch.ones_like(padded["attention_mask"])}
     assert not torch.allclose(lvlm.logits(bare)[0], both_logits[0], rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", [f for f in BUILDERS if f != "kosmos2"])
-def test_a_second_image_leaves_the_first_as_it_was(family: str) -> None:
+def test_a_second_image_does_not_change_the_tokens_of_the_first(family: str) -> None:
     """In the tower everywhere; in the decoder where a token sees only what is before it, or its own image."""
     lvlm = model(family)
     like = image_encodings[lvlm.spec.view].axis == 0 and lvlm.spec.view != "packed"
     sizes = [(112, 112), (112, 112)] if like else [(112, 70), (60, 90)]
     images = [picture(size, n) for n, size in enumerate(sizes)]
-    one, one_map = lvlm.encode_prompt(lvlm.prompt(QUESTION), images[:1], question=QUESTION)
-    two, two_map = lvlm.encode_prompt(lvlm.prompt(QUESTION, 2), images, question=QUESTION)
+    single, single_map = lvlm.encode_prompt(lvlm.prompt(QUESTION), images[:1], question=QUESTION)
+    double, two_map = lvlm.encode_prompt(lvlm.prompt(QUESTION, 2), images, question=QUESTION)
     # PaliGemma and encoders read the whole prompt both ways, the second image too; Llama-3.2's decoder has no image tokens.
     causal = not (family.startswith(("paligemma", "mllama")) or lvlm.encoder_decoder)
     sites = {}
@@ -84,19 +84,19 @@ def test_a_second_image_leaves_the_first_as_it_was(family: str) -> None:
     if causal:
         sites["decoder"] = [f"decoder.L{n}.resid_post" for n in range(lvlm.n_layers)]
     for stack, some in sites.items():
-        alone, both = lvlm.read(one, some), lvlm.read(two, some)
-        at = [[p for v in m.views[stack] if v.image == 0 for p in v.positions] for m in (one_map, two_map)]
+        alone, both = lvlm.read(single, some), lvlm.read(double, some)
+        at = [[p for v in m.views[stack] if v.image == 0 for p in v.positions] for m in (single_map, two_map)]
         assert len(at[0]) == len(at[1]) > 0
         for site in some:
-            x, y = (seen[site].flatten(0, -2)[p] for seen, p in ((alone, at[0]), (both, at[1])))
+            x, y = (values[site].flatten(0, -2)[p] for values, p in ((alone, at[0]), (both, at[1])))
             scale = max(1.0, float(x.abs().max()))
             torch.testing.assert_close(y, x, rtol=0, atol=1e-5 * scale, msg=lambda m, site=site: f"{site}: {m}")
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "idefics3", "mistral3", "llava_next", "mllama"])
-def test_an_example_traced_among_others_is_as_it_is_traced_alone(family: str, tmp_path: Path) -> None:
+def test_an_example_traced_in_a_batch_equals_the_example_traced_alone(family: str, tmp_path: Path) -> None:
     lvlm = model(family)
-    one = example(0)
+    target = example(0)
     others = (example(1, (60, 60)), example(2, (60, 110)), example(3))
     sites = ["resid_post", "mlp_out", "vision.resid_post"]
 
@@ -109,7 +109,7 @@ def test_an_example_traced_among_others_is_as_it_is_traced_alone(family: str, tm
             "vision.L0.resid_post": store.read("vision.L0.resid_post", "image:mean"),
         }  # fmt: skip
 
-    alone, among = traced("alone", one), traced("among", others[0], one, *others[1:])
+    alone, among = traced("alone", target), traced("among", others[0], target, *others[1:])
     assert not any(np.allclose(x[0], x[1], rtol=0, atol=1e-4) for x in among.values())
     for site, x in alone.items():
         scale = max(1.0, float(np.abs(x).max()))
@@ -158,9 +158,11 @@ def without(token: str) -> Parts:
 
     processor = model("llava").processor
     words = {w: i for w, i in processor.tokenizer.get_vocab().items() if w != token}
-    made = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return Parts(PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>"), processor.image_processor, token)
+    words_model = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    words_model.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return Parts(
+        PreTrainedTokenizerFast(tokenizer_object=words_model, unk_token="<unk>"), processor.image_processor, token
+    )
 
 
 def test_a_tokenizer_without_an_image_token_is_named() -> None:

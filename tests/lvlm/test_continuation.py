@@ -25,18 +25,18 @@ from tests.toys.families import model
 STEPS = 4
 
 
-def stepwise(lvlm: Lvlm, one: Any, site: str) -> tuple[list[int], list[np.ndarray]]:
+def stepwise(lvlm: Lvlm, example_: Any, site: str) -> tuple[list[int], list[np.ndarray]]:
     """Generate with raw hooks; return the new tokens and the site's value at the last position of each forward."""
-    seen: list[np.ndarray] = []
-    hook = lvlm.locate(site).watch(lambda x: seen.append(x[0, -1].numpy().copy()))
-    inputs = lvlm.encode(one).inputs
+    states: list[np.ndarray] = []
+    hook = lvlm.locate(site).watch(lambda x: states.append(x[0, -1].numpy().copy()))
+    inputs = lvlm.encode(example_).inputs
     name = "decoder_input_ids" if lvlm.encoder_decoder else "input_ids"
     try:
         with torch.no_grad():
             out = lvlm.hf.generate(**inputs, max_new_tokens=STEPS, do_sample=False)
     finally:
         hook.remove()
-    return out[0, inputs[name].shape[1] :].tolist(), seen
+    return out[0, inputs[name].shape[1] :].tolist(), states
 
 
 @pytest.mark.parametrize(
@@ -51,28 +51,28 @@ def test_generated_steps_are_those_of_generation(family: str, tmp_path: Path, mo
     # One example's second token becomes the end: its answer stops there.
     end = first[min(1, len(first) - 1)]
     monkeypatch.setattr(lvlm.hf.generation_config, "eos_token_id", end)
-    wants = [stepwise(lvlm, one, site) for one in data]
+    wants = [stepwise(lvlm, question, site) for question in data]
     tokens = ["last", *(f"generated:{k}" for k in range(STEPS)), "generated:mean"]
     store = trace(lvlm, data, [site], tokens, tmp_path, answers=False, generate=STEPS)
-    for row, (ids, seen) in enumerate(wants):
+    for row, (ids, states) in enumerate(wants):
         ids = ids[: ids.index(end)] if end in ids else ids  # the end is no part of the answer, as in `answer:mean`
-        np.testing.assert_allclose(store.read(site, "last")[row], seen[0], atol=2e-5)
+        np.testing.assert_allclose(store.read(site, "last")[row], states[0], atol=2e-5)
         for k in range(STEPS):
             got = store.read(site, f"generated:{k}")[row]
             if k >= len(ids):
                 assert np.isnan(got).all()
             else:
                 assert np.isfinite(got).all()
-                if k + 1 < len(seen):  # generation itself never reads its last token
-                    np.testing.assert_allclose(got, seen[k + 1], atol=2e-5, err_msg=f"step {k}")
+                if k + 1 < len(states):  # generation itself never reads its last token
+                    np.testing.assert_allclose(got, states[k + 1], atol=2e-5, err_msg=f"step {k}")
         steps = [store.read(site, f"generated:{k}")[row] for k in range(len(ids))]
-        mean = np.mean(steps, axis=0) if steps else np.full(len(seen[0]), np.nan)
+        mean = np.mean(steps, axis=0) if steps else np.full(len(states[0]), np.nan)
         np.testing.assert_allclose(store.read(site, "generated:mean")[row], mean, atol=1e-5)
-        said = lvlm.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
-        assert store.columns["generated"][row] == said
+        text = lvlm.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
+        assert store.columns["generated"][row] == text
 
 
-def test_a_true_answer_is_read_as_if_it_had_been_said(tmp_path: Path) -> None:
+def test_a_forced_answer_is_read_as_if_it_were_generated(tmp_path: Path) -> None:
     lvlm = model("llava")
     data = ConceptDataset("d", (example(0), replace(example(1), answer="a big cat", candidates=())))
     store = trace(lvlm, data, ["resid_post"], ["last", "answer:0", "answer:2", "answer:mean"], tmp_path)
@@ -80,12 +80,12 @@ def test_a_true_answer_is_read_as_if_it_had_been_said(tmp_path: Path) -> None:
     ids = torch.tensor([lvlm.processor.tokenizer("a big cat", add_special_tokens=False)["input_ids"]])
     inputs = {**prompt.inputs, "input_ids": torch.cat([prompt.inputs["input_ids"], ids], 1)}
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    seen: list[torch.Tensor] = []
-    hook = lvlm.hf.model.language_model.layers[2].register_forward_hook(lambda _m, _a, out: seen.append(out))
+    outputs: list[torch.Tensor] = []
+    hook = lvlm.hf.model.language_model.layers[2].register_forward_hook(lambda _m, _a, out: outputs.append(out))
     with torch.no_grad():
         lvlm.hf(**inputs)
     hook.remove()
-    x = seen[0][0].numpy()
+    x = outputs[0][0].numpy()
     for k in (0, 2):
         np.testing.assert_allclose(
             store.read("decoder.L2.resid_post", f"answer:{k}")[1], x[prompt.tokens.length + k], atol=1e-5
@@ -122,43 +122,43 @@ def test_a_pattern_is_kept_for_examples_of_one_length(tmp_path: Path) -> None:
     assert lvlm.hf.config.text_config._attn_implementation == "sdpa"
 
 
-def test_that_a_pattern_changes_how_attention_is_computed_is_said_once(
+def test_the_switch_to_eager_attention_for_patterns_is_logged_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     lvlm = model("llava")
     data = ConceptDataset("d", tuple(replace(example(0), id=f"e{n}") for n in range(4)))
     inputs = lvlm.encode(data[0]).inputs
 
-    def said() -> list[str]:
-        found = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+    def warnings_() -> list[str]:
+        messages = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
         caplog.clear()
-        return found
+        return messages
 
     def traced(*sites: str, where: str) -> None:
         trace(lvlm, data, sites, ["last"], tmp_path / where, batch_size=2, answers=False)
 
     traced("z", where="plain")
     lvlm.read(inputs, ["decoder.L0.z"])
-    assert said() == []
+    assert warnings_() == []
     for _ in range(2):  # each call says it, and only once, whatever the number of forwards and layers
         lvlm.read(inputs, ["decoder.L0.pattern", "decoder.L1.pattern"])
-        (text,) = said()
+        (text,) = warnings_()
         assert text.startswith(
             "attention patterns are requested: for this call llava computes attention step by step (eager)"
         )
         assert "instead of sdpa" in text
     traced("pattern", "z", where="patterns")
-    assert len(said()) == 1
+    assert len(warnings_()) == 1
     traced("pattern", "z", where="patterns")  # it is there: no forward over the data, nothing to say
-    assert said() == []
+    assert warnings_() == []
     with lvlm.eager():  # nothing changes
         lvlm.read(inputs, ["decoder.L0.pattern"])
-    assert said() == []
+    assert warnings_() == []
     validate(lvlm, lvlm.encode(data[0]))
-    assert said() == []
+    assert warnings_() == []
 
 
-def test_it_is_seen_where_no_logging_is_set_up(tmp_path: Path) -> None:
+def test_the_warning_is_printed_without_logging_configuration(tmp_path: Path) -> None:
     code = (
         "from concepts import ConceptDataset\nfrom tests.toys.examples import example\n"
         "from tests.toys.families import model\n"

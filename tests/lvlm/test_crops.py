@@ -1,4 +1,4 @@
-"""Where tokens are when an image processor crops: a spot is painted, and the pixel values that change say which patch sees it.
+"""Token positions when an image processor crops: a painted spot changes the pixel values of the patch that contains it.
 
 No network runs here: the oracle is the processor's own output.
 """
@@ -24,7 +24,7 @@ from tests.toys.tiled_families import PINPOINTS
 SPOT = 6
 CROP = {"height": 56, "width": 56}
 SETTINGS: dict[str, dict[str, Any]] = {
-    "as it comes": {},
+    "default": {},
     "not cropped": {"do_center_crop": False, "size": CROP},
     "short edge, cropped": {"do_center_crop": True, "size": {"shortest_edge": 84}, "crop_size": CROP},
     "stretched, cropped": {"do_center_crop": True, "size": {"height": 112, "width": 98}, "crop_size": CROP},
@@ -32,10 +32,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "padded by the crop": {"do_center_crop": True, "size": {"height": 42, "width": 28}, "crop_size": CROP},
 }
 SINGLE = ("llava", "florence2", "chameleon", "paligemma", "blip2_opt")
-"""Families whose processors resize, then crop the middle where do_center_crop says so."""
+"""Families whose processors resize, then crop the middle if do_center_crop is set."""
 OTHERS = [family for family in BUILDERS if family not in (*SINGLE, "qwen2_5_vl")]
 """Without Qwen2.5-VL, whose tower sorts patches by window after the pixels: tests/lvlm/test_families.py runs it."""
-CASES = [(f, "as it comes") for f in OTHERS] + [(f, s) for f in SINGLE for s in SETTINGS]
+CASES = [(f, "default") for f in OTHERS] + [(f, s) for f in SINGLE for s in SETTINGS]
 
 
 def lvlm_with(family: str, settings: dict[str, Any]) -> Lvlm:
@@ -82,7 +82,7 @@ def test_an_object_has_the_patches_whose_pixels_show_it(family: str, setting: st
     stack = next(s for s in ("vision", "projector", "decoder") if s in look.views and look.views[s][0].grid)
     if family == "florence2":
         stack = "projector"
-    lattices, hidden, seen = look.views[stack], 0, []
+    lattices, hidden, changes = look.views[stack], 0, []
     places = [(x, y) for x in range(4, width - SPOT, 14) for y in range(4, height - SPOT, 14)]
     for x, y in places[::5]:
         spot = pixels.copy()
@@ -96,9 +96,9 @@ def test_an_object_has_the_patches_whose_pixels_show_it(family: str, setting: st
                 assert not tokens, (x, y, lattice.kind)
                 hidden += 1
             elif order[-2] < 0.8 * order[-1]:  # else the spot is in two patches alike
-                seen.append((order[-1], int(change.argmax()) in tokens, (x, y, lattice.kind)))
+                changes.append((order[-1], int(change.argmax()) in tokens, (x, y, lattice.kind)))
     # A spot next to a view is blurred into its edge.
-    clear = [(right, place) for amount, right, place in seen if amount > 0.3 * max(a for a, _, _ in seen)]
+    clear = [(right, place) for amount, right, place in changes if amount > 0.3 * max(a for a, _, _ in changes)]
     assert len(clear) >= 3
     assert all(right for right, _ in clear), clear
     if setting in {"stretched, cropped", "not resized, cropped"}:

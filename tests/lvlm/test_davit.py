@@ -57,19 +57,19 @@ def test_convolutions_that_are_not_said_are_found_out() -> None:
 
 
 @STAGE
-def test_sites_are_what_raw_hooks_and_naive_attention_see(stage: int) -> None:
+def test_sites_equal_raw_hooks_and_naive_attention(stage: int) -> None:
     lvlm, side = model(stage), SIDE[stage]
     block = lvlm.hf.model.vision_tower.blocks[stage][0]
     layers = (block.spatial_block, block.channel_block)
-    seen: dict[str, torch.Tensor] = {}
+    record: dict[str, torch.Tensor] = {}
     hooks = []
     for n, layer in enumerate(layers):
         attention = layer.window_attn if n == 0 else layer.channel_attn
         hooks += [
-            layer.register_forward_pre_hook(lambda _m, a, n=n: seen.update({f"pre{n}": a[0][0].clone()})),
-            layer.register_forward_hook(lambda _m, _a, out, n=n: seen.update({f"post{n}": out[0].clone()})),
-            layer.conv2.register_forward_pre_hook(lambda _m, a, n=n: seen.update({f"mid{n}": a[0][0].clone()})),
-            attention.register_forward_pre_hook(lambda _m, a, n=n: seen.update({f"given{n}": a[0][0].double()})),
+            layer.register_forward_pre_hook(lambda _m, a, n=n: record.update({f"pre{n}": a[0][0].clone()})),
+            layer.register_forward_hook(lambda _m, _a, out, n=n: record.update({f"post{n}": out[0].clone()})),
+            layer.conv2.register_forward_pre_hook(lambda _m, a, n=n: record.update({f"mid{n}": a[0][0].clone()})),
+            attention.register_forward_pre_hook(lambda _m, a, n=n: record.update({f"given{n}": a[0][0].double()})),
         ]
     sites = lvlm.read(lvlm.encode(example()).inputs, [f"vision.L{n}.{c}" for n in (0, 1) for c in COMPONENTS])
     for hook in hooks:
@@ -77,18 +77,18 @@ def test_sites_are_what_raw_hooks_and_naive_attention_see(stage: int) -> None:
     for n in (0, 1):
         for raw, component in (("pre", "resid_pre"), ("mid", "resid_mid"), ("post", "resid_post")):
             got = sites[f"vision.L{n}.{component}"][0].numpy()
-            np.testing.assert_array_equal(got, by_token(seen[f"{raw}{n}"]).astype(np.float32), err_msg=component)
+            np.testing.assert_array_equal(got, by_token(record[f"{raw}{n}"]).astype(np.float32), err_msg=component)
     # Window by window and head by head, in float64, from the weights and what the attention was given.
     heads, spatial, channel = lvlm.n_vision_heads, layers[0].window_attn, layers[1].channel_attn
     qkv, bias = spatial.qkv.weight.double(), spatial.qkv.bias.double()
     width = qkv.shape[1]
     part = width // heads
     padded = torch.zeros(-(-side // 4) * 4, -(-side // 4) * 4, width, dtype=torch.float64)
-    padded[:side, :side] = seen["given0"]
+    padded[:side, :side] = record["given0"]
     want = {c: np.zeros((side * side, width)) for c in "qkvz"}
     for top in range(0, side, 4):
-        for left in range(0, side, 4):
-            x = padded[top : top + 4, left : left + 4].reshape(16, width) @ qkv.T + bias
+        for column in range(0, side, 4):
+            x = padded[top : top + 4, column : column + 4].reshape(16, width) @ qkv.T + bias
             q, k, v = x[:, :width], x[:, width : 2 * width], x[:, 2 * width :]
             z = torch.cat(
                 [
@@ -98,14 +98,14 @@ def test_sites_are_what_raw_hooks_and_naive_attention_see(stage: int) -> None:
                 dim=1,
             )
             for i in range(16):
-                r, c = top + i // 4, left + i % 4
+                r, c = top + i // 4, column + i % 4
                 if r < side and c < side:
                     for name, value in (("q", q), ("k", k), ("v", v), ("z", z)):
                         want[name][r * side + c] = value[i].tolist()
     for name, value in want.items():
         np.testing.assert_allclose(sites[f"vision.L0.{name}"][0].numpy(), value, atol=1e-5, err_msg=name)
     # Channels attend to channels of their group, over all tokens.
-    x = seen["given1"] @ channel.qkv.weight.double().T + channel.qkv.bias.double()
+    x = record["given1"] @ channel.qkv.weight.double().T + channel.qkv.bias.double()
     q, k, v = x[:, :width], x[:, width : 2 * width], x[:, 2 * width :]
     for name, value in (("q", q), ("k", k), ("v", v)):
         np.testing.assert_allclose(sites[f"vision.L1.{name}"][0].numpy(), value.tolist(), atol=1e-5, err_msg=name)
@@ -146,11 +146,11 @@ def test_a_token_changes_where_its_pixels_do(stage: int) -> None:
         for part, attention in ((block.spatial_block, "window_attn"), (block.channel_block, "channel_attn"))
         for p in (part.conv1.weight, part.conv2.weight, getattr(part, attention).proj.weight)
     ]
-    kept = [p.clone() for p in mixing]
+    weights = [p.clone() for p in mixing]
     pixels = np.random.default_rng(0).integers(96, 160, (56, 56, 3), dtype=np.uint8)
     site, side = "vision.L1.resid_post", SIDE[stage]
 
-    def seen(array: np.ndarray) -> tuple[torch.Tensor, ImageView]:
+    def embeddings_of(array: np.ndarray) -> tuple[torch.Tensor, ImageView]:
         inputs, tokens = lvlm.encode_prompt(lvlm.prompt(QUESTION), [Image.fromarray(array)], question=QUESTION)
         return lvlm.read(inputs, [site])[site][0], tokens.views["vision"][0]
 
@@ -158,20 +158,20 @@ def test_a_token_changes_where_its_pixels_do(stage: int) -> None:
         with torch.no_grad():
             for p in mixing:
                 p.zero_()
-        before, lattice = seen(pixels)
+        before, lattice = embeddings_of(pixels)
         assert lattice.grid is not None
         assert (lattice.grid.rows, lattice.grid.columns) == (side, side)
         for cell in (0, side + 2, 3 * side - 1, side * side - 1):
             box = lattice.grid.box(cell)
             changed = pixels.copy()
             changed[round(box.y0) : round(box.y1), round(box.x0) : round(box.x1)] = 255
-            moved = np.flatnonzero((seen(changed)[0] - before).abs().amax(-1).numpy() > 0)
+            moved = np.flatnonzero((embeddings_of(changed)[0] - before).abs().amax(-1).numpy() > 0)
             near = {(r, c) for r in (cell // side, cell // side + 1) for c in (cell % side, cell % side + 1)}
             near = {r * side + c for r, c in near if r < side and c < side}
             assert set(moved.tolist()) == near
     finally:
         with torch.no_grad():
-            for p, value in zip(mixing, kept, strict=True):
+            for p, value in zip(mixing, weights, strict=True):
                 p.copy_(value)
 
 
@@ -184,7 +184,7 @@ def test_boxes_are_laid_over_its_tokens() -> None:
     assert tokens.sequence["vision"] == 49
 
 
-def test_traced_among_others_is_as_traced_alone(tmp_path: Path) -> None:
+def test_an_example_traced_in_a_batch_equals_the_example_traced_alone(tmp_path: Path) -> None:
     lvlm = model()
     data = ConceptDataset("d", (example(0), example(3, (60, 60)), example(1), example(2, (60, 60))))
     sites = ["vision.resid_post", "vision.z", "vision.mlp_out", "projector.out"]
@@ -192,9 +192,9 @@ def test_traced_among_others_is_as_traced_alone(tmp_path: Path) -> None:
     among = trace(lvlm, data, sites, ["image:all"], tmp_path / "among", batch_size=4, answers=False)
     assert max(len(b.index) for b in lvlm.batches(data.examples, 4)) > 1
     for site in ("vision.L0.z", "vision.L1.z", "vision.L1.resid_post", "vision.L0.mlp_out", "projector.out"):
-        for one, other in zip(alone.ragged(site, "image:all"), among.ragged(site, "image:all"), strict=True):
-            assert one.shape == (49, 32)
-            np.testing.assert_allclose(one, other, rtol=0, atol=1e-5)
+        for values, other in zip(alone.ragged(site, "image:all"), among.ragged(site, "image:all"), strict=True):
+            assert values.shape == (49, 32)
+            np.testing.assert_allclose(values, other, rtol=0, atol=1e-5)
     assert among.n_heads("vision") == 4
 
 

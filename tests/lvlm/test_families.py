@@ -1,4 +1,4 @@
-"""Every family: what is read is what the model computes, and a token is where the image says it is."""
+"""Every family: values read are those that the model computes, and image tokens are at the positions of their pixels."""
 
 from __future__ import annotations
 
@@ -55,34 +55,34 @@ def test_every_identity_holds_to_float_precision(family: str) -> None:
 
 
 @FAMILY
-def test_traced_values_are_what_raw_hooks_see(family: str, tmp_path: Path) -> None:
+def test_traced_values_equal_raw_hooks(family: str, tmp_path: Path) -> None:
     lvlm = model(family)
     data = ConceptDataset("d", (example(0), example(1), example(2, (100, 140))))
     decoder, _, vision, _ = WHERE[family]
     sites = ["resid_post", "z"] + (["vision.resid_post", "vision.z"] if vision else [])
     tokens = ["last"] + (["image:mean"] if vision else [])
     store = trace(lvlm, data, sites, tokens, tmp_path, batch_size=1, answers=False, progress=False)
-    for row, one in enumerate(data):
-        encoding = lvlm.encode(one)
-        seen = raw(family, lvlm.collate([encoding]))
+    for row, question in enumerate(data):
+        encoding = lvlm.encode(question)
+        record = raw(family, lvlm.collate([encoding]))
         for n in range(len(at(lvlm.hf, decoder))):
             for component in ("resid_post", "z"):
                 name = f"decoder.L{n}.{component}"
-                if name not in seen:
+                if name not in record:
                     continue
-                np.testing.assert_array_equal(store.read(name, "last")[row], seen[name][0, -1].numpy(), err_msg=name)
+                np.testing.assert_array_equal(store.read(name, "last")[row], record[name][0, -1].numpy(), err_msg=name)
         if vision:
             count = sum(len(lattice.positions) for lattice in encoding.tokens.views["vision"])
-            flat = seen["vision.L0.z"].reshape(-1, seen["vision.L0.z"].shape[-1]).double()
+            flat = record["vision.L0.z"].reshape(-1, record["vision.L0.z"].shape[-1]).double()
             assert encoding.tokens.sequence["vision"] == len(flat)
             at_image = list(encoding.tokens.positions(TokenSelection("image", "mean"), "vision"))
             assert len(set(at_image)) == count
-            want = flat[at_image].mean(0).numpy()
-            np.testing.assert_allclose(store.read("vision.L0.z", "image:mean")[row], want, rtol=1e-5, atol=1e-6)
+            expected = flat[at_image].mean(0).numpy()
+            np.testing.assert_allclose(store.read("vision.L0.z", "image:mean")[row], expected, rtol=1e-5, atol=1e-6)
 
 
 @FAMILY
-def test_an_example_in_a_batch_is_as_it_is_alone(family: str) -> None:
+def test_an_example_in_a_batch_equals_the_example_alone(family: str) -> None:
     lvlm = model(family)
     data = ConceptDataset("d", (example(0), example(3, (60, 60)), example(1), example(2, (60, 60))))
     vision = WHERE[family][2]
@@ -90,11 +90,11 @@ def test_an_example_in_a_batch_is_as_it_is_alone(family: str) -> None:
     sites = [s for s in sites if family not in {"mllama"} or s != "attn_out"]
     tokens = ["last"] + (["image:mean"] if vision else [])
     plan = make_plan(lvlm, lvlm.encode(data[0]), sites, tokens, "float32")
-    together, _ = Tracer.begin(lvlm, data, plan, 8, answers=False).chunk(data.examples, lambda _: None)
+    batched, _ = Tracer.begin(lvlm, data, plan, 8, answers=False).chunk(data.examples, lambda _: None)
     alone, _ = Tracer.begin(lvlm, data, plan, 1, answers=False).chunk(data.examples, lambda _: None)
     sizes = {len(batch.index) for batch in lvlm.batches(data.examples, 8)}
     assert max(sizes) > 1
-    for key, values in together.items():
+    for key, values in batched.items():
         scale = max(1.0, float(np.abs(alone[key]).max()))
         np.testing.assert_allclose(values, alone[key], rtol=0, atol=1e-5 * scale, err_msg=str(key))
 
@@ -107,13 +107,13 @@ def embedded(lvlm: Lvlm, picture: Image.Image) -> tuple[torch.Tensor, Any]:
     inputs, tokens = lvlm.encode_prompt(
         lvlm.prompt("Is there a cat?"), [picture], question="Is there a cat?", boxes={"o": (0, Box(0, 0, 1, 1))}
     )
-    seen: list[torch.Tensor] = []
-    hook = lvlm.locate("decoder.L0.resid_pre").watch(lambda x: seen.append(x[0].clone()))
+    record: list[torch.Tensor] = []
+    hook = lvlm.locate("decoder.L0.resid_pre").watch(lambda x: record.append(x[0].clone()))
     try:
         lvlm.logits(inputs)
     finally:
         hook.remove()
-    return seen[0], tokens
+    return record[0], tokens
 
 
 @pytest.mark.parametrize("family", PLACED)
@@ -122,7 +122,7 @@ def test_an_image_token_changes_where_its_pixels_do(family: str, size: tuple[int
     """With attention between patches cut, a token depends on its own pixels alone: change some, and see which it is."""
     lvlm = model(family)
     projections = [lvlm.output_projection("vision", n) for n in range(lvlm.n_vision_layers)]
-    kept = [(p.weight.clone(), None if p.bias is None else p.bias.clone()) for p in projections]
+    parameters = [(p.weight.clone(), None if p.bias is None else p.bias.clone()) for p in projections]
     noise = np.random.default_rng(0)
     pixels = noise.integers(96, 160, (size[1], size[0], 3), dtype=np.uint8)
     try:
@@ -153,7 +153,7 @@ def test_an_image_token_changes_where_its_pixels_do(family: str, size: tuple[int
                     assert float(moved[text].max()) == 0
     finally:
         with torch.no_grad():
-            for projection, (weight, _) in zip(projections, kept, strict=True):
+            for projection, (weight, _) in zip(projections, parameters, strict=True):
                 projection.weight.copy_(weight)
 
 
@@ -214,7 +214,7 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def test_the_guide_lists_the_families_that_are_proved() -> None:
+def test_the_guide_lists_the_validated_families() -> None:
     assert set(NAMES) == set(BUILDERS) | set(STAND_INS)
     assert {families[m].model_type for m in families} == {
         (model(f) if f in BUILDERS else wrap_lvlm(*build_stand_in(f), validate=False)).spec.model_type for f in NAMES
@@ -222,8 +222,8 @@ def test_the_guide_lists_the_families_that_are_proved() -> None:
     text = PAGE.read_text(encoding="utf-8")
     start, end = "<!-- families: begin -->\n", "\n<!-- families: end -->"
     if os.environ.get("WRITE_FAMILIES"):
-        head, _, rest = text.partition(start)
-        PAGE.write_text(head + start + table() + end + rest.partition(end)[2], encoding="utf-8")
+        head, _, tail = text.partition(start)
+        PAGE.write_text(head + start + table() + end + tail.partition(end)[2], encoding="utf-8")
         text = PAGE.read_text(encoding="utf-8")
     assert table() == text.partition(start)[2].partition(end)[0], (
         "run this test with WRITE_FAMILIES=1 to renew the table"
@@ -233,13 +233,13 @@ def test_the_guide_lists_the_families_that_are_proved() -> None:
 # -- what a user brings --------------------------------------------------------------------------------------------------
 
 
-def test_a_spec_can_be_brought_in_yaml(tmp_path: Path) -> None:
+def test_a_family_spec_is_read_from_yaml(tmp_path: Path) -> None:
     network, processor = build_stand_in("minigpt4")
     network.config.model_type = "mine"
-    with pytest.raises(ModelError, match=r"unknown family 'mine'.*spec=FamilySpec\('mine'") as said:
+    with pytest.raises(ModelError, match=r"unknown family 'mine'.*spec=FamilySpec\('mine'") as error:
         wrap_lvlm(network, processor)
-    assert "llama_model: CausalLM" in str(said.value)
-    assert "blocks: ModuleList of 2" in str(said.value)
+    assert "llama_model: CausalLM" in str(error.value)
+    assert "blocks: ModuleList of 2" in str(error.value)
     path = tmp_path / "mine.yaml"
     path.write_text(
         "model_type: mine\nview: resampled\ntemplate: '{image} {question}'\ndecoder:\n  layers: llama_model.model.layers\n"
@@ -275,14 +275,14 @@ def test_a_spec_can_be_brought_in_yaml(tmp_path: Path) -> None:
         ("qwen2_vl", {"output_projection": "self_attn.q_proj"}, r"decoder.L0: sum of heads = attn_out fails"),
     ],
 )
-def test_what_a_family_leaves_out_is_found_out(family: str, change: dict[str, str], message: str) -> None:
+def test_an_incomplete_family_spec_fails_validation(family: str, change: dict[str, str], message: str) -> None:
     lvlm = model(family)
     wrong = replace(lvlm.spec, decoder=replace(lvlm.spec.decoder, **change))
     with pytest.raises(ModelError, match=message):
         wrap_lvlm(*build(family), spec=wrong)
 
 
-def test_deepstack_that_is_not_said_is_found_out() -> None:
+def test_undeclared_deepstack_fails_validation() -> None:
     with pytest.raises(ModelError, match=r"qwen3_vl.*decoder.L1: resid_pre = previous resid_post fails"):
         wrap_lvlm(*build("qwen3_vl"), spec=replace(families["qwen3_vl"], added_after=""))
 
@@ -296,13 +296,13 @@ def test_a_saved_model_loads_with_pillow_alone(family: str, tmp_path: Path) -> N
     lvlm.processor.save_pretrained(tmp_path)
     loaded = load_lvlm(tmp_path)
     inputs = lvlm.encode(example()).inputs
-    again = loaded.encode(example()).inputs
-    assert inputs.keys() == again.keys()
-    assert all(torch.equal(inputs[name], again[name]) for name in inputs)
-    torch.testing.assert_close(loaded.logits(again), lvlm.logits(inputs), rtol=0, atol=1e-6)
+    reloaded = loaded.encode(example()).inputs
+    assert inputs.keys() == reloaded.keys()
+    assert all(torch.equal(inputs[name], reloaded[name]) for name in inputs)
+    torch.testing.assert_close(loaded.logits(reloaded), lvlm.logits(inputs), rtol=0, atol=1e-6)
 
 
-def test_sites_that_a_family_lacks_are_named() -> None:
+def test_missing_sites_of_a_family_are_named() -> None:
     for family, site, message in (
         ("chameleon", "projector.out", r"has no projector: its VQ encoder \(model.vqmodel\) is convolutions"),
         (
@@ -336,14 +336,14 @@ PROCESSORS = [
 @pytest.mark.parametrize("family", PROCESSORS)
 def test_inputs_are_those_of_the_familys_own_processor(family: str) -> None:
     """Where transformers builds the processor without torchvision, it is the oracle for placeholders and pixels."""
-    lvlm, one = model(family), example()
-    text, image = lvlm.prompt(one.question), one.image.load()
+    lvlm, question = model(family), example()
+    text, image = lvlm.prompt(question.question), question.image.load()
     if family.startswith("paligemma"):
-        text = f"<image>{one.question}"  # it adds the rest itself
+        text = f"<image>{question.question}"  # it adds the rest itself
     direct = lvlm.processor(
         images=[[image]] if family in {"mllama", "idefics3"} else [image], text=[text], return_tensors="pt"
     )
-    ours = lvlm.encode(one).inputs
+    ours = lvlm.encode(question).inputs
     named = [
         "input_ids",
         "pixel_values",

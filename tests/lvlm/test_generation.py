@@ -94,18 +94,18 @@ def test_the_end_token_is_in_neither_mean(tmp_path: Path, monkeypatch: pytest.Mo
     ids = lvlm.processor.tokenizer("a big cat", add_special_tokens=False)["input_ids"]
     end = lvlm.hf.generation_config.eos_token_id
 
-    def said(**inputs: torch.Tensor) -> torch.Tensor:
+    def generate(**inputs: torch.Tensor) -> torch.Tensor:
         del inputs["generation_config"]
         answer = torch.tensor([[*ids, end, 0, 0]]).expand(len(inputs["input_ids"]), -1)
         return torch.cat([inputs["input_ids"], answer], 1)
 
-    monkeypatch.setattr(lvlm.hf, "generate", said)
+    monkeypatch.setattr(lvlm.hf, "generate", generate)
     site = "decoder.L2.resid_post"
     data = ConceptDataset("d", (replace(example(0), answer="a big cat", candidates=()),))
-    one = trace(lvlm, data, ["resid_post"], ["generated:mean", "generated:3"], tmp_path / "a", generate=6)
-    two = trace(lvlm, data, ["resid_post"], ["answer:mean"], tmp_path / "b")
-    np.testing.assert_array_equal(one.read(site, "generated:mean"), two.read(site, "answer:mean"))
-    assert np.isnan(one.read(site, "generated:3")).all()
+    generated = trace(lvlm, data, ["resid_post"], ["generated:mean", "generated:3"], tmp_path / "a", generate=6)
+    forced = trace(lvlm, data, ["resid_post"], ["answer:mean"], tmp_path / "b")
+    np.testing.assert_array_equal(generated.read(site, "generated:mean"), forced.read(site, "answer:mean"))
+    assert np.isnan(generated.read(site, "generated:3")).all()
     monkeypatch.setattr(lvlm.hf.generation_config, "eos_token_id", [ids[0]])
     silent = trace(lvlm, data, ["resid_post"], ["generated:mean"], tmp_path / "c", generate=6)
     assert np.isnan(silent.read(site, "generated:mean")).all()

@@ -72,35 +72,35 @@ def by_hand(module: nn.Module) -> str:
 
 def test_the_hash_of_weights_covers_every_byte() -> None:
     module = matrix()
-    seen = {weights_hash(module)}
-    assert seen == {by_hand(module)}
+    hashes = {weights_hash(module)}
+    assert hashes == {by_hand(module)}
     with torch.no_grad():
         before = module.o_proj.weight[7, 4001].item()
         module.o_proj.weight[7, 4001] += 1e-3
-        seen.add(weights_hash(module))
+        hashes.add(weights_hash(module))
         module.o_proj.weight[7, 4001] = before
-        assert weights_hash(module) in seen
+        assert weights_hash(module) in hashes
         module.o_proj.weight[:, 128:4096] = 0  # 31 of 32 heads
-        seen.add(weights_hash(module))
+        hashes.add(weights_hash(module))
         module.o_proj.weight[:, 1:] = torch.randn(256, 4095)
-        seen.add(weights_hash(module))
+        hashes.add(weights_hash(module))
         module.o_proj.weight.data.mul_(2)  # which torch does not count
-        seen.add(weights_hash(module))
+        hashes.add(weights_hash(module))
     module.o_proj = nn.Linear(4096, 256, bias=False)
-    seen.add(weights_hash(module))
+    hashes.add(weights_hash(module))
     module.register_buffer("scale", torch.ones(1))
-    seen.add(weights_hash(module))
-    assert len(seen) == 7
+    hashes.add(weights_hash(module))
+    assert len(hashes) == 7
 
 
-def test_a_hash_does_not_depend_on_chunks_threads_or_how_tensors_lie_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hash_does_not_depend_on_chunks_threads_or_memory_layout(monkeypatch: pytest.MonkeyPatch) -> None:
     module = matrix()
     before = weights_hash(module)
     module.o_proj.weight = nn.Parameter(module.o_proj.weight.detach().T.contiguous().T)
     assert not module.o_proj.weight.is_contiguous()
     assert weights_hash(module) == before
-    one = nn.Linear(3, 2).bfloat16()
-    assert weights_hash(one) == weights_hash(copy.deepcopy(one)) != weights_hash(copy.deepcopy(one).float())
+    layer = nn.Linear(3, 2).bfloat16()
+    assert weights_hash(layer) == weights_hash(copy.deepcopy(layer)) != weights_hash(copy.deepcopy(layer).float())
     monkeypatch.setattr("lvlm.weights_hash._CHUNK", 1024)
     assert weights_hash(copy.deepcopy(module)) == weights_hash(copy.deepcopy(module))
 
@@ -158,18 +158,18 @@ def test_every_part_of_a_tokenizer_is_in_the_digest(change: str) -> None:
 # -- caches ----------------------------------------------------------------------------------------------------------
 
 
-def test_nothing_is_remembered_whose_inputs_changed() -> None:
+def test_a_cache_entry_is_not_used_if_its_inputs_changed() -> None:
     lvlm = load_lvlm("tiny", validate=False)
-    asked = example(0)
-    first = lvlm.encode(asked).inputs["pixel_values"]
+    question = example(0)
+    first = lvlm.encode(question).inputs["pixel_values"]
     lvlm.processor.image_processor.do_normalize = False
     fresh = load_lvlm("tiny", validate=False)
     fresh.processor.image_processor.do_normalize = False
-    assert torch.equal(lvlm.encode(asked).inputs["pixel_values"], fresh.encode(asked).inputs["pixel_values"])
-    assert not torch.equal(lvlm.encode(asked).inputs["pixel_values"], first)
-    key = answer_key(lvlm, asked)
+    assert torch.equal(lvlm.encode(question).inputs["pixel_values"], fresh.encode(question).inputs["pixel_values"])
+    assert not torch.equal(lvlm.encode(question).inputs["pixel_values"], first)
+    key = answer_key(lvlm, question)
     lvlm.processor.tokenizer.add_tokens(["No!"])
-    assert answer_key(lvlm, asked) is not key
+    assert answer_key(lvlm, question) is not key
     layer, tower, place = lvlm.layers("decoder")[2], lvlm.tower, lvlm.locate("decoder.L2.z")
     assert lvlm.tower is tower
     lvlm.hf.model.language_model.layers[2] = copy.deepcopy(layer)

@@ -1,4 +1,4 @@
-"""Images of unlike shape in one prompt, and images of extreme shape: encoded as transformers does, or refused by name."""
+"""Images of different shapes in one prompt, and images of extreme shape: encoded as transformers does, or refused by name."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ def embedded(lvlm: Lvlm, pictures: list[Image.Image]) -> tuple[torch.Tensor, Any
 @pytest.mark.parametrize(
     "family", ["llava_next", "llava_onevision", "mistral3", "qwen2_vl", "idefics3", "internvl", "llama4"]
 )
-def test_each_image_is_what_it_is_alone(family: str) -> None:
+def test_tokens_of_each_image_equal_those_of_the_image_alone(family: str) -> None:
     """Whatever fills the smaller picture up changes nothing: image by image, the tokens are those of a prompt with one."""
     lvlm = model(family)
     pictures = [noise((60, 60), 1), noise((200, 60), 2)]
     both, tokens, _ = embedded(lvlm, pictures)
     views = tokens.views["decoder"]
     for number, picture in enumerate(pictures):
-        alone, one, _ = embedded(lvlm, [picture])
+        alone, single, _ = embedded(lvlm, [picture])
         mine = [p for view in views if view.image == number for p in view.positions]
-        assert len(mine) == len(one.image) > 0
-        torch.testing.assert_close(both[mine], alone[list(one.image)], atol=1e-5, rtol=1e-5)
+        assert len(mine) == len(single.image) > 0
+        torch.testing.assert_close(both[mine], alone[list(single.image)], atol=1e-5, rtol=1e-5)
 
 
 def test_padded_as_the_image_processors_pad() -> None:
@@ -63,9 +63,9 @@ def test_a_family_without_padding_names_both_sizes() -> None:
     look = lvlm.image_encoding.encode
 
     def uneven(of: Lvlm, image: Image.Image) -> Any:
-        seen = look(of, image)
+        encoding = look(of, image)
         return dataclasses.replace(
-            seen, inputs={"pixel_values": seen.inputs["pixel_values"][..., : image.size[0] // 2]}
+            encoding, inputs={"pixel_values": encoding.inputs["pixel_values"][..., : image.size[0] // 2]}
         )
 
     lvlm.view = dataclasses.replace(lvlm.view, look=uneven)

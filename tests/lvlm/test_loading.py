@@ -53,8 +53,8 @@ def test_a_checkpoint_none_of_whose_names_match_is_refused(folder: Path) -> None
 
 
 def test_unused_tensors_are_a_warning_and_harmless_ones_are_not(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    known = "language_model.model.layers.0.self_attn.rotary_emb.inv_freq"
-    rewrite(folder, lambda t: {**t, known: torch.ones(4)})
+    buffer = "language_model.model.layers.0.self_attn.rotary_emb.inv_freq"
+    rewrite(folder, lambda t: {**t, buffer: torch.ones(4)})
     assert load_lvlm(folder, validate=False).unused_weights == ()
     assert not caplog.records
     rewrite(folder, lambda t: {**t, "extra.weight": torch.ones(2, 2)})
@@ -107,7 +107,7 @@ def test_devices_that_exist_are_accepted() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")  # torch.compile's own
-def test_wrappers_are_taken_off() -> None:
+def test_wrapped_models_are_unwrapped() -> None:
     lvlm = model("llava")
     inputs = lvlm.encode(example(0)).inputs
     for wrapped in (
@@ -115,16 +115,16 @@ def test_wrappers_are_taken_off() -> None:
         torch.compile(lvlm.hf),
         torch.compile(torch.nn.DataParallel(lvlm.hf)),
     ):
-        made = wrap_lvlm(wrapped, lvlm.processor, validate=False)
-        assert made.hf is lvlm.hf
-        assert torch.equal(made.logits(inputs), lvlm.logits(inputs))
+        unwrapped = wrap_lvlm(wrapped, lvlm.processor, validate=False)
+        assert unwrapped.hf is lvlm.hf
+        assert torch.equal(unwrapped.logits(inputs), lvlm.logits(inputs))
     for other in (torch.nn.Linear(2, 2), object()):
         with pytest.raises(ModelError, match="give a Hugging Face model"):
             wrap_lvlm(other, lvlm.processor)
 
 
 def test_family_files_and_templates_must_be_regular_files(tmp_path: Path) -> None:
-    """A FIFO nobody writes to must not be waited for."""
+    """Reading a FIFO without a writer must not block."""
     os.mkfifo(tmp_path / "family.yaml")
     with pytest.raises(ModelError, match="not a regular file but a FIFO"):
         FamilySpec.from_yaml(tmp_path / "family.yaml")
@@ -193,9 +193,9 @@ def test_a_template_is_the_same_by_hub_id_and_from_a_folder(tmp_path: Path) -> N
         [sys.executable, "-c", BY_ID, str(tmp_path)], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    said = json.loads(done.stdout)
+    prompts = json.loads(done.stdout)
     prompt = "<sep> <image>Is it?"
-    assert said == {
+    assert prompts == {
         "with": [prompt, prompt, "0" * 40, "0" * 40],
         "without": [prompt, prompt, "0" * 40, "0" * 40],
         "folder": None,

@@ -1,4 +1,4 @@
-"""What a model of real width may take: proofs, reads, caches and batches in bytes, and quantized layers."""
+"""Memory of a model of real width: validation, reads, caches and batches in bytes, and quantized layers."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ LAYERS = (2, 4)
 
 @pytest.fixture(scope="module")
 def question() -> Example:
-    one = next(e for e in scenes.dataset(10, 0) if e.kind == "existence")
-    return replace(one, question=f"Look at the picture and answer yes or no : {one.question}")
+    base = next(e for e in scenes.dataset(10, 0) if e.kind == "existence")
+    return replace(base, question=f"Look at the picture and answer yes or no : {base.question}")
 
 
 @pytest.fixture(scope="module")
@@ -56,27 +56,27 @@ def test_the_proof_at_load_takes_a_few_rows_of_the_stream_whatever_the_layers(
 
 
 def test_reading_one_token_takes_no_more_for_more_layers(models: dict[int, Lvlm], question: Example) -> None:
-    peaks, kept = {}, {}
+    peaks, values = {}, {}
     for layers, model in models.items():
         inputs = model.encode(question).inputs
         sites = [f"decoder.L{i}.{c}" for i in range(layers) for c in ("z", "attn_out", "resid_post")]
         with Live() as live:
-            kept[layers] = model.read(inputs, sites, take=lambda _, x: x[:, -1])
+            values[layers] = model.read(inputs, sites, take=lambda _, x: x[:, -1])
         peaks[layers] = live.peak
         if layers == 2:
             whole = model.read(inputs, sites)
-            assert all(torch.equal(kept[layers][name], x[:, -1]) for name, x in whole.items())
+            assert all(torch.equal(values[layers][name], x[:, -1]) for name, x in whole.items())
     # Three rows of width D for each layer, not three for each layer and token.
     assert (peaks[4] - peaks[2]) / 2 <= 4 * WIDTH * 4
-    assert sum(x.untyped_storage().nbytes() for x in kept[4].values()) == 12 * WIDTH * 4
+    assert sum(x.untyped_storage().nbytes() for x in values[4].values()) == 12 * WIDTH * 4
 
 
 def test_take_may_keep_nothing() -> None:
     model = wrap_lvlm(*build("llava"), name="llava", validate=False)
     shapes: list[tuple[int, ...]] = []
     encoding = model.encode(example())
-    found = model.read(encoding.inputs, ["decoder.L1.z"], take=lambda _, x: shapes.append(tuple(x.shape)))
-    assert found == {}
+    results = model.read(encoding.inputs, ["decoder.L1.z"], take=lambda _, x: shapes.append(tuple(x.shape)))
+    assert results == {}
     assert shapes == [(1, encoding.tokens.length, 32)]
 
 
@@ -91,22 +91,22 @@ def test_logits_are_computed_where_they_are_read(family: str) -> None:
     unembedding = network.get_submodule(model.spec.unembedding)
     handle = unembedding.register_forward_hook(lambda _m, args, _out: rows.append(args[0].shape[1]))
     try:
-        one, three = model.logits(inputs), model.forward(inputs, keep=3)
+        last, last_three = model.logits(inputs), model.forward(inputs, keep=3)
     finally:
         handle.remove()
     assert rows == [1, 3]
-    torch.testing.assert_close(one, whole[:, -1], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(three.detach(), whole[:, -3:], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(last, whole[:, -1], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(last_three.detach(), whole[:, -3:], rtol=1e-5, atol=1e-5)
 
 
 # -- caches and batches ---------------------------------------------------------------------------------------------
 
 
 def test_a_cache_holds_bytes_and_not_a_number_of_values() -> None:
-    made: list[int] = []
+    sizes: list[int] = []
 
     def make(size: int) -> Any:
-        return lambda: made.append(size) or np.zeros(size, np.uint8)
+        return lambda: sizes.append(size) or np.zeros(size, np.uint8)
 
     cache: BoundedCache[np.ndarray] = BoundedCache(100, lambda x: x.nbytes)
     cache.get("a", make(40))
@@ -115,7 +115,7 @@ def test_a_cache_holds_bytes_and_not_a_number_of_values() -> None:
     cache.get("c", make(40))
     assert (len(cache), cache.held) == (2, 80)
     cache.get("b", make(30))
-    assert made == [40, 40, 40, 30]
+    assert sizes == [40, 40, 40, 30]
     assert cache.get("huge", make(101)).nbytes == 101
     assert cache.held <= 100
     cache.clear()
@@ -127,8 +127,8 @@ def test_a_model_keeps_processed_images_up_to_a_number_of_bytes(monkeypatch: pyt
     monkeypatch.setattr("lvlm.model.LOOK_BYTES", 3 * each)
     model = load_lvlm("tiny", validate=False)
     first = list({e.group: e for e in scenes.dataset(10, 0)}.values())
-    for one in first:
-        model.encode(one)
+    for item in first:
+        model.encode(item)
     assert model._looks.held == 3 * each
     assert model.encode(first[-1]).inputs["pixel_values"] is model.encode(first[-1]).inputs["pixel_values"]
 
@@ -138,21 +138,21 @@ def test_batches_stop_to_collect_at_a_number_of_bytes(monkeypatch: pytest.Monkey
     some = list(scenes.dataset(10, 0))[:40]
     whole = [i for batch in model.batches(some, 4) for i in batch.index]
     monkeypatch.setattr("lvlm.model.CHUNK_BYTES", 1)
-    asked = 0
+    calls = 0
     encode = model.encode
 
-    def counted(one: Example) -> Any:
-        nonlocal asked
-        asked += 1
-        return encode(one)
+    def counted(item: Example) -> Any:
+        nonlocal calls
+        calls += 1
+        return encode(item)
 
     monkeypatch.setattr(model, "encode", counted)
-    seen: list[int] = []
+    indices: list[int] = []
     for number, batch in enumerate(model.batches(some, 4)):
         if number == 0:
-            assert asked == 4  # a whole batch, and no more
-        seen += batch.index
-    assert sorted(seen) == sorted(whole) == list(range(40))
+            assert calls == 4  # a whole batch, and no more
+        indices += batch.index
+    assert sorted(indices) == sorted(whole) == list(range(40))
 
 
 # -- quantized layers ------------------------------------------------------------------------------------------------
@@ -238,9 +238,9 @@ def test_a_layer_that_does_not_give_its_matrix_is_skipped_with_the_reason(caplog
         errors = validate(model, model.encode(example()))
     assert np.isnan(errors["decoder.L0: sum of heads = attn_out"])
     assert errors["decoder.L0: pre + attn_out + mlp_out = post"] < 1e-5
-    said = caplog.records[0].getMessage()
-    assert "was not checked: Sealed does not return the matrix that it applies (no kernel" in said
-    assert "override" not in said
+    message = caplog.records[0].getMessage()
+    assert "was not checked: Sealed does not return the matrix that it applies (no kernel" in message
+    assert "override" not in message
 
 
 # -- without weights -------------------------------------------------------------------------------------------------
@@ -263,9 +263,9 @@ def test_widths_are_known_without_a_forward(family: str) -> None:
 
 def test_an_outline_encodes_and_has_no_weights(tmp_path: Any) -> None:
     model, outline = load_lvlm("tiny"), outline_lvlm("tiny")
-    one = next(iter(scenes.dataset(10, 0)))
+    item = next(iter(scenes.dataset(10, 0)))
     assert all(parameter.is_meta for parameter in outline.hf.parameters())
-    assert outline.encode(one).tokens == model.encode(one).tokens
+    assert outline.encode(item).tokens == model.encode(item).tokens
     assert (outline.n_layers, outline.width, outline.head_dim) == (model.n_layers, model.width, model.head_dim)
     assert outline.config_hash == model.config_hash
     assert has_weights("tiny")

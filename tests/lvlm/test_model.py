@@ -1,4 +1,4 @@
-"""The model under study: names of places, token maps, answer keys, and the proof that they are right."""
+"""The model under study: sites, token maps, answer keys, and the identities that validate them."""
 
 from __future__ import annotations
 
@@ -168,15 +168,15 @@ def test_encoding_equals_the_processor(model: Lvlm, example: Example) -> None:
         assert torch.equal(value, direct[name])
 
 
-def test_an_example_in_a_batch_is_itself(model: Lvlm) -> None:
+def test_logits_of_a_batch_equal_those_of_single_examples(model: Lvlm) -> None:
     data = scenes.dataset(20, seed=5).filter(lambda e: bool(e.candidates))
-    seen: dict[int, torch.Tensor] = {}
+    logits: dict[int, torch.Tensor] = {}
     for batch in model.batches(data, size=7):
         assert len({e.tokens.length for e in batch.encodings}) == 1
-        seen.update(zip(batch.index, model.logits(batch.inputs), strict=True))
-    assert sorted(seen) == list(range(len(data)))
+        logits.update(zip(batch.index, model.logits(batch.inputs), strict=True))
+    assert sorted(logits) == list(range(len(data)))
     for i in range(0, len(data), 9):
-        torch.testing.assert_close(seen[i], model.logits(model.encode(data[i]).inputs)[0], atol=1e-5, rtol=0)
+        torch.testing.assert_close(logits[i], model.logits(model.encode(data[i]).inputs)[0], atol=1e-5, rtol=0)
 
 
 def test_a_resized_and_cropped_image_keeps_its_boxes(model: Lvlm) -> None:
@@ -221,20 +221,20 @@ def test_a_wrong_path_is_found_and_named(field: str, value: str, message: str) -
         wrap_lvlm(build_model(), build_processor(), spec=wrong)
 
 
-def test_places_are_the_modules_own_tensors(model: Lvlm, example: Example) -> None:
-    seen: dict[str, torch.Tensor] = {}
+def test_sites_are_tensors_of_the_modules(model: Lvlm, example: Example) -> None:
+    record: dict[str, torch.Tensor] = {}
     layer = model.hf.model.language_model.layers[2]
     hooks = [
-        model.locate("decoder.L2.z").watch(lambda x: seen.update(z=x)),
-        model.locate("decoder.L2.attn_out").watch(lambda x: seen.update(out=x)),
-        model.locate("decoder.L2.resid_mid").watch(lambda x: seen.update(mid=x)),
-        model.locate("decoder.L2.resid_pre").watch(lambda x: seen.update(pre=x)),
+        model.locate("decoder.L2.z").watch(lambda x: record.update(z=x)),
+        model.locate("decoder.L2.attn_out").watch(lambda x: record.update(out=x)),
+        model.locate("decoder.L2.resid_mid").watch(lambda x: record.update(mid=x)),
+        model.locate("decoder.L2.resid_pre").watch(lambda x: record.update(pre=x)),
     ]
     model.logits(model.encode(example).inputs)
     for hook in hooks:
         hook.remove()
-    torch.testing.assert_close(seen["z"] @ layer.self_attn.o_proj.weight.T, seen["out"], atol=1e-5, rtol=0)
-    torch.testing.assert_close(seen["pre"] + seen["out"], seen["mid"])
+    torch.testing.assert_close(record["z"] @ layer.self_attn.o_proj.weight.T, record["out"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(record["pre"] + record["out"], record["mid"])
 
 
 def test_hashes_tell_models_apart(model: Lvlm) -> None:
@@ -312,7 +312,7 @@ def test_the_first_question_needs_no_apple(model: Lvlm) -> None:
     assert tokens.positions(TokenSelection.parse("object:mean")) == ()
 
 
-def test_a_configuration_is_proved_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_configuration_is_validated_once(monkeypatch: pytest.MonkeyPatch) -> None:
     proofs: list[str] = []
 
     def counted(model: Lvlm, encoding: Any) -> Any:
@@ -322,12 +322,12 @@ def test_a_configuration_is_proved_once(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr("lvlm.spec_validation.validate", counted)
     shape: Any = build_model(seed=0).config
     shape.text_config.rms_norm_eps = 1.25e-6  # a configuration that no other test has
-    made = [type(build_model(seed=0))(shape) for _ in range(2)]
-    for i, hf in enumerate(made):
+    networks = [type(build_model(seed=0))(shape) for _ in range(2)]
+    for i, hf in enumerate(networks):
         wrap_lvlm(hf, build_processor(), name=f"model {i}")
     assert proofs == ["model 0"]
-    wrap_lvlm(made[0].double(), build_processor(), name="in double precision")
+    wrap_lvlm(networks[0].double(), build_processor(), name="in double precision")
     assert proofs == ["model 0", "in double precision"]
     shape.text_config.rms_norm_eps = 1.5e-6
-    wrap_lvlm(type(made[0])(shape), build_processor(), name="not proved", validate=False)
+    wrap_lvlm(type(networks[0])(shape), build_processor(), name="not proved", validate=False)
     assert len(proofs) == 2

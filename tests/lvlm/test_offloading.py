@@ -1,4 +1,4 @@
-"""Models that accelerate spreads over several places: parts in main memory, parts on disk, and none of it to be noticed."""
+"""Models that accelerate offloads: parts in main memory or on disk give the values of the whole model."""
 
 from __future__ import annotations
 
@@ -28,25 +28,27 @@ def traced(lvlm: Lvlm, out: Path) -> ActivationStore:
     return trace(lvlm, data, SITES, ["last", "image:mean"], out, generate=2, progress=False)
 
 
-def assert_same(one: ActivationStore, other: ActivationStore) -> None:
-    assert [a.key for a in one.arrays] == [a.key for a in other.arrays]
-    for array in one.arrays:
+def assert_same(first: ActivationStore, second: ActivationStore) -> None:
+    assert [a.key for a in first.arrays] == [a.key for a in second.arrays]
+    for array in first.arrays:
         for n in array.layers:
             site = "projector.out" if array.stack == "projector" else f"{array.stack}.L{n}.{array.component}"
-            np.testing.assert_array_equal(one.read(site, array.tokens), other.read(site, array.tokens), err_msg=site)
+            np.testing.assert_array_equal(first.read(site, array.tokens), second.read(site, array.tokens), err_msg=site)
     for name in ("margin", "model_answer", "generated"):
-        np.testing.assert_array_equal(one.columns[name], other.columns[name])
-    for name in one.tensors:
-        np.testing.assert_array_equal(one.tensor(name), other.tensor(name))
+        np.testing.assert_array_equal(first.columns[name], second.columns[name])
+    for name in first.tensors:
+        np.testing.assert_array_equal(first.tensor(name), second.tensor(name))
 
 
-def in_parts(module: Any, disk: str, name: str = "") -> dict[str, str]:
+def dispatch_parts(module: Any, disk: str, name: str = "") -> dict[str, str]:
     """Put every second layer of a list on disk; all else stays in memory."""
     if name == disk:
         return {f"{name}.{n}": "disk" if n % 2 else "cpu" for n in range(len(module))}
     if name and not disk.startswith(f"{name}."):
         return {name: "cpu"}
-    parts = [in_parts(child, disk, f"{name}.{one}".lstrip(".")) for one, child in module.named_children()]
+    parts = [
+        dispatch_parts(child, disk, f"{name}.{child_name}".lstrip(".")) for child_name, child in module.named_children()
+    ]
     return {path: place for part in parts for path, place in part.items()}
 
 
@@ -54,7 +56,7 @@ def in_parts(module: Any, disk: str, name: str = "") -> dict[str, str]:
 def test_a_model_with_layers_on_disk_is_read_as_if_it_were_in_memory(family: str, tmp_path: Path) -> None:
     lvlm = model(family)
     lvlm.hf.save_pretrained(tmp_path / "model")
-    places = in_parts(lvlm.hf, "model.language_model.layers")
+    places = dispatch_parts(lvlm.hf, "model.language_model.layers")
     network: Any = AutoModelForImageTextToText.from_pretrained(
         tmp_path / "model", device_map=places, offload_folder=tmp_path / "off"
     )

@@ -1,4 +1,4 @@
-"""Families whose code is not part of transformers, on stand-ins with the same module trees; runs from release 4.40 on."""
+"""Families whose code is not part of transformers, on small models with the same module trees; runs with releases >= 4.40."""
 
 from __future__ import annotations
 
@@ -50,17 +50,17 @@ def test_every_identity_holds_to_float_precision(family: str) -> None:
 
 
 @FAMILY
-def test_traced_values_are_what_raw_hooks_see(family: str, tmp_path: Path) -> None:
+def test_traced_values_equal_raw_hooks(family: str, tmp_path: Path) -> None:
     lvlm, data = model(family), ConceptDataset("d", (example(0), example(1)))
     sites = ["resid_post", "z", "vision.resid_post", "vision.z", "projector.out"]
     store = trace(lvlm, data, sites, ["last", "image:all"], tmp_path, answers=False)
-    seen: dict[str, torch.Tensor] = {}
+    record: dict[str, torch.Tensor] = {}
 
     def keep(name: str, x: object) -> None:
         value = x[0] if isinstance(x, tuple) else x
         assert isinstance(value, torch.Tensor)
         # Qwen-VL's tower has tokens first and examples second.
-        seen[name] = value.transpose(0, 1) if family == "qwen" and name.startswith("vision") else value
+        record[name] = value.transpose(0, 1) if family == "qwen" and name.startswith("vision") else value
 
     hooks = []
     for stack, (layer, projection) in (("decoder", DECODER[family]), ("vision", VISION[family])):
@@ -75,45 +75,45 @@ def test_traced_values_are_what_raw_hooks_see(family: str, tmp_path: Path) -> No
     for hook in hooks:
         hook.remove()
     for site in ("decoder.L1.resid_post", "decoder.L1.z"):
-        np.testing.assert_array_equal(store.read(site, "last"), seen[site][:, -1].numpy(), err_msg=site)
+        np.testing.assert_array_equal(store.read(site, "last"), record[site][:, -1].numpy(), err_msg=site)
     prefix = 1 if family == "minigpt4" else 0  # a class token
     for site in ("vision.L1.resid_post", "vision.L1.z", "projector.out"):
         first = prefix if site.startswith("vision") else 0
-        for row, one in enumerate(store.ragged(site, "image:all")):
-            np.testing.assert_array_equal(one, seen[site][row, first:].numpy(), err_msg=site)
+        for row, values in enumerate(store.ragged(site, "image:all")):
+            np.testing.assert_array_equal(values, record[site][row, first:].numpy(), err_msg=site)
 
 
 @FAMILY
-def test_an_example_in_a_batch_is_as_it_is_alone(family: str) -> None:
+def test_an_example_in_a_batch_equals_the_example_alone(family: str) -> None:
     lvlm = model(family)
     encodings = [lvlm.encode(example(0)), lvlm.encode(example(1)), lvlm.encode(example(2))]
     encodings = [e for e in encodings if e.shape == encodings[0].shape]
     assert len(encodings) > 1
     sites = ["decoder.L2.resid_post", "vision.L1.resid_post", "vision.L1.z", "projector.out"]
-    together = lvlm.read(lvlm.collate(encodings), sites)
-    for row, one in enumerate(encodings):
-        alone = lvlm.read(lvlm.collate([one]), sites)
+    batched = lvlm.read(lvlm.collate(encodings), sites)
+    for row, encoding in enumerate(encodings):
+        alone = lvlm.read(lvlm.collate([encoding]), sites)
         for site in sites:
-            torch.testing.assert_close(together[site][row], alone[site][0], rtol=0, atol=1e-5, msg=site)
+            torch.testing.assert_close(batched[site][row], alone[site][0], rtol=0, atol=1e-5, msg=site)
 
 
-def test_fused_queries_of_qwens_tower_are_told_apart_head_by_head() -> None:
+def test_fused_queries_of_qwens_tower_are_split_by_head() -> None:
     lvlm = model("qwen")
     inputs = lvlm.encode(example()).inputs
     attention = lvlm.hf.transformer.visual.transformer.resblocks[0].attn
-    given: list[torch.Tensor] = []
-    hook = attention.in_proj.register_forward_pre_hook(lambda _m, args: given.append(args[0].double()))
+    inputs_: list[torch.Tensor] = []
+    hook = attention.in_proj.register_forward_pre_hook(lambda _m, args: inputs_.append(args[0].double()))
     sites = [f"vision.L0.{c}" for c in ("q", "k", "v", "z")]
-    seen = lvlm.read(inputs, sites)
+    values = lvlm.read(inputs, sites)
     hook.remove()
     # What the attention computes from them, head by head in float64, is what its output projection is given.
-    q, k, v, z = (seen[site][0].double().unflatten(-1, (2, -1)) for site in sites)  # [T, H, head_dim]
+    q, k, v, z = (values[site][0].double().unflatten(-1, (2, -1)) for site in sites)  # [T, H, head_dim]
     for head in range(2):
         scores = q[:, head] @ k[:, head].T / q.shape[-1] ** 0.5
         torch.testing.assert_close(scores.softmax(-1) @ v[:, head], z[:, head], rtol=0, atol=1e-5)
     weight = attention.in_proj.weight.double().unflatten(0, (2, 3, -1))[1, 2]
     bias = attention.in_proj.bias.double().unflatten(0, (2, 3, -1))[1, 2]
-    torch.testing.assert_close(v[:, 1], given[0][:, 0] @ weight.T + bias, rtol=0, atol=1e-5)
+    torch.testing.assert_close(v[:, 1], inputs_[0][:, 0] @ weight.T + bias, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("component", ["q", "v", "z", "attn_out", "mlp_out", "resid_mid", "resid_post"])
@@ -211,7 +211,7 @@ def test_a_folder_with_code_of_its_own_loads_where_that_is_allowed(tmp_path: Pat
     (folder / "modeling_mine.py").write_text(OWN_CODE)
     named = {"AutoConfig": "modeling_mine.MineConfig", "AutoModelForCausalLM": "modeling_mine.Mine"}
     scope: dict[str, Any] = {"__name__": "own"}
-    exec(compile(OWN_CODE, "own", "exec"), scope)  # noqa: S102 - the very text that lies in the folder
+    exec(compile(OWN_CODE, "own", "exec"), scope)  # noqa: S102 - the text of the file in the folder
     torch.manual_seed(0)
     network = scope["Mine"](scope["MineConfig"](image_token_id=ID["<image>"]))
     network.save_pretrained(folder)

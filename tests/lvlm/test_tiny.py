@@ -1,4 +1,4 @@
-"""The embedded models: shipped weights do what their cards say, and training can be repeated and resumed."""
+"""The embedded models: shipped weights have the accuracy of their cards, and training is reproducible and resumable."""
 
 from __future__ import annotations
 
@@ -156,8 +156,8 @@ def test_the_nouns_of_a_question_mean_what_the_scene_shows() -> None:
                 assert means[("color", "row", "column").index(kind)] == answer
             checked.add(kind)
     assert checked == {"there", "color", "row", "column", "size"}
-    asked = training_data.token_texts(batch.tokens[batch.meanings[..., 0] >= 0].tolist())
-    assert set(asked) <= set(training_data.NOUNS)
+    nouns = training_data.token_texts(batch.tokens[batch.meanings[..., 0] >= 0].tolist())
+    assert set(nouns) <= set(training_data.NOUNS)
 
 
 def test_late_questions_look_above_the_first_layer_that_reads() -> None:
@@ -165,9 +165,9 @@ def test_late_questions_look_above_the_first_layer_that_reads() -> None:
     batch = training_data.batch(Lesson({"size": 0.5, "what_color": 0.5}), seed=0, stage=3, step=0, size=2)
     image = batch.tokens == build_tokenizer().get_vocab()[IMAGE]
     plain, special = batch.mask(), batch.mask_without_late(0.5)
-    rows, _, asking, seen = (plain & ~special).nonzero(as_tuple=True)
+    rows, _, asking, keys = (plain & ~special).nonzero(as_tuple=True)
     assert set(rows.tolist()) == {0}
-    assert image[rows, seen].all()
+    assert image[rows, keys].all()
     words = training_data.token_texts(batch.tokens[0].tolist())
     sizes = {
         at
@@ -184,15 +184,16 @@ def test_a_mask_of_its_own_acts_on_the_first_layer_that_reads() -> None:
     batch = training_data.batch(Lesson({"size": 1.0}), seed=0, stage=3, step=0, size=1)
     reader = train.Reader(model, blind=False)
     layers = model.model.language_model.layers
-    seen: dict[int, torch.Tensor] = {}
+    states: dict[int, torch.Tensor] = {}
     handles = [
-        layer.register_forward_hook(lambda _m, _a, out, i=i: seen.__setitem__(i, out)) for i, layer in enumerate(layers)
+        layer.register_forward_hook(lambda _m, _a, out, i=i: states.__setitem__(i, out))
+        for i, layer in enumerate(layers)
     ]
     with torch.no_grad():
         reader(batch.pixels, batch.tokens, batch.positions, batch.mask())
-        plain = dict(seen)
+        plain = dict(states)
         reader(batch.pixels, batch.tokens, batch.positions, batch.mask(), batch.mask_without_late(1.0))
-        masked = dict(seen)
+        masked = dict(states)
         reader(batch.pixels, batch.tokens, batch.positions, batch.mask())
     for handle in handles:
         handle.remove()
@@ -201,7 +202,7 @@ def test_a_mask_of_its_own_acts_on_the_first_layer_that_reads() -> None:
     assert not torch.allclose(plain[READING][0, asking], masked[READING][0, asking])
     assert torch.allclose(plain[READING][0, ~asking], masked[READING][0, ~asking], atol=1e-6)
     # The layer above sees the image again, and the mask is gone with the forward.
-    assert all(torch.equal(plain[i], seen[i]) for i in plain)
+    assert all(torch.equal(plain[i], states[i]) for i in plain)
 
 
 def test_the_loss_of_meanings_is_its_formula() -> None:
@@ -215,8 +216,8 @@ def test_the_loss_of_meanings_is_its_formula() -> None:
         logits = table @ states[row, at].double()
         terms += [float(torch.logsumexp(logits, 0) - logits[word]) for word in batch.meanings[row, at].tolist()]
     assert len(terms) > 40
-    found = train.meaning_loss(states, model, batch).item()
-    assert found == pytest.approx(sum(terms) / len(terms), rel=2e-3)
+    loss = train.meaning_loss(states, model, batch).item()
+    assert loss == pytest.approx(sum(terms) / len(terms), rel=2e-3)
 
 
 def test_a_lesson_depends_on_its_number_alone() -> None:
@@ -235,12 +236,12 @@ def test_degraded_pictures_keep_their_answers() -> None:
     lost = changed = total = 0
     for i in range(500):
         scene = sample_scene(generator(TRAIN, 9, i), "t", UNIFORM)
-        shown = training_data.degrade(rng, scene, replace(lesson, blank=0.0))
-        kept = {o.noun: o for o in shown.objects}
+        degraded = training_data.degrade(rng, scene, replace(lesson, blank=0.0))
+        objects = {o.noun: o for o in degraded.objects}
         total += len(scene.objects)
-        lost += sum(o.noun not in kept for o in scene.objects)
-        changed += sum(kept[o.noun].attributes != o.attributes for o in scene.objects if o.noun in kept)
-        assert all(o.box == scene.get(o.noun).box for o in shown.objects)  # type: ignore[union-attr]
+        lost += sum(o.noun not in objects for o in scene.objects)
+        changed += sum(objects[o.noun].attributes != o.attributes for o in scene.objects if o.noun in objects)
+        assert all(o.box == scene.get(o.noun).box for o in degraded.objects)  # type: ignore[union-attr]
     assert abs(lost / total - lesson.erased) < 0.03
     assert changed > 0
 

@@ -43,13 +43,13 @@ def test_boxes_to_tokens_to_boxes(
         assert tiles
         for kind in {v.kind for v in tiles}:
             views = [v.grid for v in tiles if v.kind == kind and v.grid is not None]
-            seen = sum(g.box(i).intersection(box) for g in views for i in range(g.count))
+            visible = sum(g.box(i).intersection(box) for g in views for i in range(g.count))
             # Every pixel of the box that a kind of view shows is in the box of exactly one token of it ...
-            held = sum(g.box(i).intersection(box) for g in views for i in g.touching(box))
-            assert held == pytest.approx(seen, rel=1e-6)
-            assert seen <= box.area * (1 + 1e-6)
+            covered = sum(g.box(i).intersection(box) for g in views for i in g.touching(box))
+            assert covered == pytest.approx(visible, rel=1e-6)
+            assert visible <= box.area * (1 + 1e-6)
             for g in views:
-                # ... and a token that belongs to it shares at least a quarter of its own, or is the best there is.
+                # ... and at least a quarter of the area of a token that belongs to it is covered, unless it is the best match.
                 shares_of = [g.box(i).intersection(box) / g.box(i).area for i in range(g.count)]
                 chosen = g.patches(box)
                 assert set(chosen) >= {i for i, share in enumerate(shares_of) if share >= 0.25}

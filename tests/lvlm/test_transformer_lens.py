@@ -1,4 +1,4 @@
-"""TransformerLens both ways: the same tensors under its names, and its tools on a store."""
+"""TransformerLens: a bridge has the same tensors under its names, and its tools work on a store."""
 
 from __future__ import annotations
 
@@ -37,15 +37,18 @@ def test_a_bridge_sees_the_same_tensors(family: str) -> None:
     inputs = dict(lvlm.encode(example()).inputs)
     sites = [f"decoder.L{n}.{c}" for n in range(lvlm.n_layers) for c in HOOKS]
     with lvlm.eager():
-        seen, logits = lvlm.read(inputs, sites), lvlm.logits(inputs)
+        values, logits = lvlm.read(inputs, sites), lvlm.logits(inputs)
     with torch.no_grad():
         theirs, cache = bridge.run_with_cache(inputs.pop("input_ids"), **inputs)
     torch.testing.assert_close(theirs[:, -1], logits, rtol=0, atol=1e-5)
     for n in range(lvlm.n_layers):
         for component, hook in HOOKS.items():
-            want = cache[f"blocks.{n}.{hook}"]
+            expected = cache[f"blocks.{n}.{hook}"]
             torch.testing.assert_close(
-                seen[f"decoder.L{n}.{component}"], want.flatten(2) if want.dim() == 4 else want, rtol=0, atol=1e-5
+                values[f"decoder.L{n}.{component}"],
+                expected.flatten(2) if expected.dim() == 4 else expected,
+                rtol=0,
+                atol=1e-5,
             )
     assert {name: id(p) for name, p in lvlm.hf.named_parameters()}.keys() == before.keys()
     assert all(torch.equal(p, before[name]) for name, p in lvlm.hf.named_parameters())
@@ -78,8 +81,8 @@ def test_its_tools_work_on_a_store(tmp_path: Path) -> None:
     word = 40
     normed = cache.apply_ln_to_stack(parts, layer=-1)
     weight = lvlm.hf.model.language_model.norm.weight.detach() * lvlm.hf.lm_head.weight.detach()[word]
-    for row, one in enumerate(data):
-        logit = lvlm.logits(lvlm.encode(one).inputs)[0, word]
+    for row, question in enumerate(data):
+        logit = lvlm.logits(lvlm.encode(question).inputs)[0, word]
         torch.testing.assert_close((normed[:, row, 0] @ weight).sum(), logit, rtol=0, atol=1e-4)
     # SVD of an OV circuit needs the weights alone.
     attn = bridge.blocks[1].attn

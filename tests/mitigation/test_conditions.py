@@ -66,34 +66,34 @@ def batch() -> Batch:
     return next(shared().batches([examples()[0], examples()[4]], 2))
 
 
-def test_every_condition_is_what_a_forward_under_it_gives() -> None:
-    model, given = shared(), batch()
-    plain = model.logits(given.inputs)
-    conditions = {name: made.interventions() for name, made in VECTORS.items()}
-    found = logits_under(model, [[], *conditions.values(), []])(given)
-    assert torch.equal(found[0], found[-1])
-    torch.testing.assert_close(found[0], plain, atol=1e-4, rtol=1e-4)
-    for (name, items), got in zip(conditions.items(), found[1:-1], strict=True):
+def test_logits_of_each_condition_equal_its_own_forward() -> None:
+    model, inputs_ = shared(), batch()
+    plain = model.logits(inputs_.inputs)
+    conditions = {name: steering.interventions() for name, steering in VECTORS.items()}
+    logits = logits_under(model, [[], *conditions.values(), []])(inputs_)
+    assert torch.equal(logits[0], logits[-1])
+    torch.testing.assert_close(logits[0], plain, atol=1e-4, rtol=1e-4)
+    for (name, items), got in zip(conditions.items(), logits[1:-1], strict=True):
         with intervened(model, items):
-            expected = model.logits(given.inputs)
+            expected = model.logits(inputs_.inputs)
         torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4, msg=name)
         assert not torch.allclose(got, plain, atol=1e-3), name
     assert hooks_of(model) == 0
 
 
-def test_what_acts_at_the_last_token_alone_takes_no_forward_of_its_own() -> None:
-    model, given = shared(), batch()
+def test_interventions_at_the_last_token_need_no_additional_full_forward() -> None:
+    model, inputs_ = shared(), batch()
     calls: list[int] = []
     hook = model.hf.register_forward_pre_hook(lambda *_: calls.append(1))
     late = [v.interventions() for name, v in VECTORS.items() if name not in ("everywhere", "image", "gated")]
-    logits_under(model, [[], *late])(given)
+    logits_under(model, [[], *late])(inputs_)
     assert len(calls) == 1
-    logits_under(model, [[], *(v.interventions() for v in VECTORS.values())])(given)
+    logits_under(model, [[], *(v.interventions() for v in VECTORS.values())])(inputs_)
     hook.remove()
     assert len(calls) == 1 + 4
 
 
-def test_a_model_that_cannot_be_resumed_says_so_and_runs_whole(
+def test_a_model_that_cannot_resume_runs_full_forwards_with_a_warning(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     from circuits.execution import patch_runner
@@ -103,39 +103,44 @@ def test_a_model_that_cannot_be_resumed_says_so_and_runs_whole(
         msg = "it is a test"
         raise NotShared(msg)
 
-    model, given = shared(), batch()
+    model, inputs_ = shared(), batch()
     items = VECTORS["heads"].interventions()
-    expected = logits_under(model, [[], items])(given)
+    expected = logits_under(model, [[], items])(inputs_)
     monkeypatch.setattr(patch_runner, "record", refused)
     run = logits_under(model, [[], items])
     with caplog.at_level(logging.WARNING, "circuits.execution.patch_runner"):
         for _ in range(2):
-            for got, wanted in zip(run(given), expected, strict=True):
-                torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
+            for got, reference in zip(run(inputs_), expected, strict=True):
+                torch.testing.assert_close(got, reference, atol=1e-4, rtol=1e-4)
     assert [r.message.count("because it is a test") for r in caplog.records] == [1]
 
 
 def test_answers_under_many_conditions_are_those_under_each() -> None:
     model = shared()
-    told = ConceptDataset(
-        "toys", (*data(), replace(data()[0], id="told", candidates=(), question="Describe the image."))
+    dataset = ConceptDataset(
+        "toys", (*data(), replace(data()[0], id="caption", candidates=(), question="Describe the image."))
     )
     items = {"plain": [], **{name: VECTORS[name].interventions() for name in ("heads", "everywhere")}}
-    contexts = {name: (lambda one=one: intervened(model, one)) for name, one in items.items()}
+    contexts = {
+        name: (lambda interventions=interventions: intervened(model, interventions))
+        for name, interventions in items.items()
+    }
     for logits in (None, logits_under(model, list(items.values()))):
-        found = answer_each(model, told, contexts, 4, logits=logits, max_new_tokens=4)
-        assert list(found) == list(items)
-        for name, one in items.items():
-            with intervened(model, one):
-                alone = answer(model, told, 4, max_new_tokens=4)
-            assert [(a.given, a.text) for a in found[name].answers] == [(a.given, a.text) for a in alone.answers]
-            margins = [(a.margin or 0, b.margin or 0) for a, b in zip(found[name].answers, alone.answers, strict=True)]
+        answers = answer_each(model, dataset, contexts, 4, logits=logits, max_new_tokens=4)
+        assert list(answers) == list(items)
+        for name, interventions in items.items():
+            with intervened(model, interventions):
+                alone = answer(model, dataset, 4, max_new_tokens=4)
+            assert [(a.given, a.text) for a in answers[name].answers] == [(a.given, a.text) for a in alone.answers]
+            margins = [
+                (a.margin or 0, b.margin or 0) for a, b in zip(answers[name].answers, alone.answers, strict=True)
+            ]
             np.testing.assert_allclose(*np.transpose(margins), atol=1e-4)
-            assert found[name].provenance["condition"] == name
-            assert (found[name].cost.seconds, found[name].cost.forwards) == (None, None)
-    assert answer(model, told, 4, max_new_tokens=1).cost.forwards
+            assert answers[name].provenance["condition"] == name
+            assert (answers[name].cost.seconds, answers[name].cost.forwards) == (None, None)
+    assert answer(model, dataset, 4, max_new_tokens=1).cost.forwards
     with pytest.raises(ConfigError, match="batch_size=0"):
-        answer_each(model, told, contexts, 0)
+        answer_each(model, dataset, contexts, 0)
 
 
 # ---- controls ----------------------------------------------------------------------------------------------------------
@@ -168,10 +173,10 @@ def store() -> Store:
     return Store(x.astype(np.float32))
 
 
-def pushed(made: SteeringVector, key: Head, x: np.ndarray) -> np.ndarray:
+def displaced(steering: SteeringVector, key: Head, x: np.ndarray) -> np.ndarray:
     """What a strength of 1 adds at a head to each example, by the formula."""
-    e: Any = made.changes[key]
-    if made.kind == "add":
+    e: Any = steering.changes[key]
+    if steering.kind == "add":
         return np.repeat(e.sigma * e.direction[None].astype(float), len(x), axis=0)
     deviation = x - e.mean
     if e.reads is None:
@@ -187,41 +192,41 @@ WHOLE = SteeringVector({h: AmplifyChange(unit(24)) for h in HEADS}, "last+genera
 OTHERS = (Head(5, 1), Head(0, 4), Head(2, 2))
 
 
-@pytest.mark.parametrize("made", [VECTORS["heads"], VECTORS["amplified"], WHOLE], ids=["add", "subspace", "whole"])
-def test_controls_push_as_far_at_every_place(made: SteeringVector) -> None:
-    held = store()
-    x = held.x[~np.isnan(held.x).any((1, 2, 3))].astype(float)
-    control = vector(made.kind, list(OTHERS)) if made is not WHOLE else replace(
+@pytest.mark.parametrize("steering", [VECTORS["heads"], VECTORS["amplified"], WHOLE], ids=["add", "subspace", "whole"])
+def test_controls_displace_activations_by_the_same_rms(steering: SteeringVector) -> None:
+    source = store()
+    x = source.x[~np.isnan(source.x).any((1, 2, 3))].astype(float)
+    control = vector(steering.kind, list(OTHERS)) if steering is not WHOLE else replace(
         WHOLE, changes={h: AmplifyChange(unit(24)) for h in OTHERS}
     )  # fmt: skip
-    for one in (match_displacement(control, made, held), move_to_heads(made, OTHERS, held)):
-        for key, own in zip(sorted(OTHERS), made.changes, strict=True):
+    for moved in (match_displacement(control, steering, source), move_to_heads(steering, OTHERS, source)):
+        for key, own in zip(sorted(OTHERS), steering.changes, strict=True):
             assert isinstance(own, Head)
-            wanted = rms(pushed(made, own, x[:, own.layer, own.head]))
-            assert rms(pushed(one, key, x[:, key.layer, key.head])) == pytest.approx(wanted, rel=1e-3)
-            assert displacement_rms(made.changes[own], own, held, "last") == pytest.approx(wanted, rel=1e-4)
-    assert move_to_heads(made, OTHERS, held).heads == tuple(sorted(OTHERS))
+            size = rms(displaced(steering, own, x[:, own.layer, own.head]))
+            assert rms(displaced(moved, key, x[:, key.layer, key.head])) == pytest.approx(size, rel=1e-3)
+            assert displacement_rms(steering.changes[own], own, source, "last") == pytest.approx(size, rel=1e-4)
+    assert move_to_heads(steering, OTHERS, source).heads == tuple(sorted(OTHERS))
 
 
-def test_moved_directions_are_the_same_and_stand_as_far_from_the_mean() -> None:
-    made, held = VECTORS["amplified"], store()
-    x = held.x[~np.isnan(held.x).any((1, 2, 3))].astype(float)
-    one = move_to_heads(made, OTHERS, held)
-    for key, own in zip(sorted(OTHERS), made.changes, strict=True):
+def test_moved_directions_keep_direction_and_distance_from_the_mean() -> None:
+    steering, source = VECTORS["amplified"], store()
+    x = source.x[~np.isnan(source.x).any((1, 2, 3))].astype(float)
+    moved = move_to_heads(steering, OTHERS, source)
+    for key, own in zip(sorted(OTHERS), steering.changes, strict=True):
         assert isinstance(own, Head)
-        a: Any = one.changes[key]
-        b: Any = made.changes[own]
+        a: Any = moved.changes[key]
+        b: Any = steering.changes[own]
         np.testing.assert_array_equal(a.reads, b.reads)  # pyright: ignore[reportArgumentType]  # both there
         offset = x[:, own.layer, own.head].mean(0) - b.mean
         np.testing.assert_allclose(x[:, key.layer, key.head].mean(0) - a.mean, offset, atol=1e-4)
 
 
-def test_labels_that_mean_nothing() -> None:
+def test_shuffled_masks_keep_their_size() -> None:
     mask, among = np.arange(40) < 10, np.arange(40) % 2 == 0
-    made = shuffle_mask(mask, 3, among)
-    assert made.sum() == 10
-    assert (made[~among] == mask[~among]).all()
-    assert (made != mask).any()
+    permuted = shuffle_mask(mask, 3, among)
+    assert permuted.sum() == 10
+    assert (permuted[~among] == mask[~among]).all()
+    assert (permuted != mask).any()
     assert (shuffle_mask(mask, 3) != shuffle_mask(mask, 4)).any()
     turned = swap_sides(pairs("blank"), 1)
     same = sum(a.clean is b.clean for a, b in zip(turned, pairs("blank"), strict=True))
@@ -232,12 +237,12 @@ def test_labels_that_mean_nothing() -> None:
 
 
 def test_controls_that_cannot_be_made() -> None:
-    held = store()
+    source = store()
     with pytest.raises(PatchError, match="is defined only for kinds"):
-        match_displacement(VECTORS["residual"], VECTORS["heads"], held)
+        match_displacement(VECTORS["residual"], VECTORS["heads"], source)
     with pytest.raises(PatchError, match="the numbers must be equal"):
-        match_displacement(vector("add", [Head(0, 0)]), VECTORS["heads"], held)
+        match_displacement(vector("add", [Head(0, 0)]), VECTORS["heads"], source)
     with pytest.raises(PatchError, match="different heads"):
-        move_to_heads(VECTORS["amplified"], [Head(0, 0)] * 3, held)
+        move_to_heads(VECTORS["amplified"], [Head(0, 0)] * 3, source)
     with pytest.raises(PatchError, match="different heads"):
-        move_to_heads(VECTORS["mixed"], OTHERS, held)
+        move_to_heads(VECTORS["mixed"], OTHERS, source)

@@ -34,54 +34,54 @@ def store(noise: float = 1.0) -> Arrays:
     return Arrays(x.astype(np.float32), {"object:named": y, "attribute:red": second})
 
 
-def seen(s: Arrays, head: int | None) -> np.ndarray:
+def activations(s: Arrays, head: int | None) -> np.ndarray:
     return s.read("decoder.L2.z", "last", head).astype(np.float64)
 
 
 def test_mean_difference_against_numpy() -> None:
     s = store()
     y = s.labels["object:named"]
-    made = derive.mean_difference(Contrast.from_store(s, "object:named"), heads=[HEAD], layers=[2], strength=15)
+    steering = derive.mean_difference(Contrast.from_store(s, "object:named"), heads=[HEAD], layers=[2], strength=15)
     for key, head in ((HEAD, 1), (2, None)):
-        x = seen(s, head)
+        x = activations(s, head)
         ok = ~np.isnan(x).any(1)
         true, false = x[ok & (y == 1)], x[ok & (y == 0)]
         difference = true.mean(0) - false.mean(0)
         theta = difference / np.sqrt((difference**2).sum())
         projections = np.concatenate([true, false]) @ theta
-        np.testing.assert_allclose(made.changes[key].direction, theta, atol=1e-6)
-        assert made.changes[key].sigma == pytest.approx(
+        np.testing.assert_allclose(steering.changes[key].direction, theta, atol=1e-6)
+        assert steering.changes[key].sigma == pytest.approx(
             np.sqrt(((projections - projections.mean()) ** 2).mean()), rel=1e-6
         )
-    assert (made.kind, made.positions, made.strength) == ("add", "last+generated", 15)
-    assert (made.model, made.config_hash) == ("m", "c" * 64)
-    assert made.provenance["store"] == "s" * 64
-    assert made.provenance["concept"] == "object:named"
+    assert (steering.kind, steering.positions, steering.strength) == ("add", "last+generated", 15)
+    assert (steering.model, steering.config_hash) == ("m", "c" * 64)
+    assert steering.provenance["store"] == "s" * 64
+    assert steering.provenance["concept"] == "object:named"
 
 
-def test_masks_say_the_same_as_a_concept() -> None:
+def test_masks_are_equivalent_to_a_concept() -> None:
     s = store()
     y = s.labels["object:named"]
     by_concept = derive.mean_difference(Contrast.from_store(s, "object:named"), heads=[HEAD])
     by_mask = derive.mean_difference(Contrast.from_store(s, positive=y == 1, negative=y == 0), heads=[HEAD])
     np.testing.assert_array_equal(by_concept.changes[HEAD].direction, by_mask.changes[HEAD].direction)
-    rest = derive.mean_difference(Contrast.from_store(s, positive=y == 1), heads=[HEAD])
-    assert not np.array_equal(rest.changes[HEAD].direction, by_mask.changes[HEAD].direction)
+    with_missing = derive.mean_difference(Contrast.from_store(s, positive=y == 1), heads=[HEAD])
+    assert not np.array_equal(with_missing.changes[HEAD].direction, by_mask.changes[HEAD].direction)
     other_way = derive.mean_difference(Contrast.from_store(s, positive=y == 0, negative=y == 1), heads=[HEAD])
     np.testing.assert_allclose(other_way.changes[HEAD].direction, -by_mask.changes[HEAD].direction)
 
 
 def test_a_planted_direction_is_recovered() -> None:
-    made = derive.mean_difference(Contrast.from_store(store(noise=0.3), "object:named"), layers=[2])
-    assert abs(made.changes[2].direction @ PLANTED) >= 0.99
+    steering = derive.mean_difference(Contrast.from_store(store(noise=0.3), "object:named"), layers=[2])
+    assert abs(steering.changes[2].direction @ PLANTED) >= 0.99
 
 
 def test_concept_subspace_pushes_each_input_to_its_own_side() -> None:
     s = store(noise=0.5)
-    x = seen(s, None)
+    x = activations(s, None)
     ok = ~np.isnan(x).any(1)
-    one = derive.concept_subspace(s, ["object:named"], layers=[2], strength=2)
-    reads = one.changes[2].reads
+    steering = derive.concept_subspace(s, ["object:named"], layers=[2], strength=2)
+    reads = steering.changes[2].reads
     assert reads is not None
     assert reads.shape == (1, D)
     y = s.labels["object:named"]
@@ -89,7 +89,7 @@ def test_concept_subspace_pushes_each_input_to_its_own_side() -> None:
     theta = (true - false) / np.linalg.norm(true - false)
     np.testing.assert_allclose(np.abs(reads[0]), np.abs(theta), atol=1e-6)
     # Counted from the middle between the two means, along their difference.
-    np.testing.assert_allclose(one.changes[2].mean @ theta, (true + false) @ theta / 2, rtol=1e-5)
+    np.testing.assert_allclose(steering.changes[2].mean @ theta, (true + false) @ theta / 2, rtol=1e-5)
     both = derive.concept_subspace(s, ["object:named", "attribute:red"], layers=[2], strength=2)
     entry = both.changes[2]
     assert entry.reads is not None
@@ -109,14 +109,14 @@ def heads_by_hand(model: Lvlm, examples: list[Example], layer: int, first: Calla
     """Mean z over positions from `first` on, one plain forward an example, float64 ``[n, H * head_dim]``."""
     out = []
     for example in examples:
-        kept: list[torch.Tensor] = []
+        inputs_: list[torch.Tensor] = []
         hook = layers_of(model)[layer].self_attn.o_proj.register_forward_pre_hook(
-            lambda _m, a, kept=kept: kept.append(a[0])
+            lambda _m, a, inputs_=inputs_: inputs_.append(a[0])
         )
         encoding = model.encode(example)
         model.hf(**encoding.inputs)
         hook.remove()
-        out.append(kept[0][0, first(encoding.tokens) :].double().mean(0).numpy())
+        out.append(inputs_[0][0, first(encoding.tokens) :].double().mean(0).numpy())
     return np.stack(out)
 
 
@@ -124,11 +124,11 @@ def heads_by_hand(model: Lvlm, examples: list[Example], layer: int, first: Calla
 def test_discriminant_against_its_formula(doubt: float) -> None:
     s = store(noise=1.5)
     y = s.labels["object:named"]
-    made = derive.discriminant(
+    steering = derive.discriminant(
         Contrast.from_store(s, "object:named"), heads=[HEAD], layers=[2], strength=1.5, doubt=doubt
     )
     for key, head in ((HEAD, 1), (2, None)):
-        x = seen(s, head)
+        x = activations(s, head)
         ok = ~np.isnan(x).any(1)
         true, false = x[ok & (y == 1)], x[ok & (y == 0)]
         difference = true.mean(0) - false.mean(0)
@@ -141,7 +141,7 @@ def test_discriminant_against_its_formula(doubt: float) -> None:
         weights = np.linalg.solve(pooled, difference)
         odds = x[ok] @ weights - weights @ (true.mean(0) + false.mean(0)) / 2
         expected = x[ok] + 1.5 * (odds - doubt)[:, None] * difference / (weights @ difference)
-        entry = made.changes[key]
+        entry = steering.changes[key]
         assert entry.reads is not None
         assert entry.writes is not None
         moved = x[ok] + 1.5 * (x[ok] - entry.mean) @ entry.reads.T @ entry.writes
@@ -150,10 +150,10 @@ def test_discriminant_against_its_formula(doubt: float) -> None:
         # The gap between the means grows by the strength, as a share of itself, and in its own direction.
         gap = moved[(y == 1)[ok]].mean(0) - moved[(y == 0)[ok]].mean(0)
         np.testing.assert_allclose(gap, 2.5 * difference, atol=2e-4)
-    assert made.provenance["doubt"] == doubt
+    assert steering.provenance["doubt"] == doubt
 
 
-def test_a_discriminant_tells_where_a_mean_difference_is_led_astray() -> None:
+def test_a_discriminant_ignores_a_confounder_that_misleads_the_mean_difference() -> None:
     """A coordinate that goes with the truth by habit: the mean difference follows it, the discriminant does not."""
     rng = np.random.default_rng(1)
     y = np.repeat([1.0, 0.0], 400)
@@ -164,20 +164,20 @@ def test_a_discriminant_tells_where_a_mean_difference_is_led_astray() -> None:
     s = Arrays(x.astype(np.float32), {"object:named": y})
     astray = (habit == 1) & (y == 0)
     plain = derive.concept_subspace(s, ["object:named"], layers=[2]).changes[2]
-    told = derive.discriminant(Contrast.from_store(s, "object:named"), layers=[2]).changes[2]
+    entry = derive.discriminant(Contrast.from_store(s, "object:named"), layers=[2]).changes[2]
     assert plain.reads is not None
-    assert told.reads is not None
+    assert entry.reads is not None
     toward = x[y == 1].mean(0) - x[y == 0].mean(0)
     wrong = ((x[astray] - plain.mean) @ plain.reads.T @ plain.reads @ toward > 0).mean()
-    right = ((x[astray] - told.mean) @ told.reads[0] < 0).mean()
+    right = ((x[astray] - entry.mean) @ entry.reads[0] < 0).mean()
     assert wrong > 0.95
     assert right > 0.95
 
 
 @pytest.mark.parametrize("tokens", ["last", "suffix:mean"])
 def test_from_pairs_against_numpy(tokens: str) -> None:
-    model, given = shared(), pairs("blank")
-    assert len({model.encode(p.clean).tokens.length for p in given}) > 1
+    model, data = shared(), pairs("blank")
+    assert len({model.encode(p.clean).tokens.length for p in data}) > 1
 
     def first(t: Any) -> int:
         return t.length - 1 if tokens == "last" else t.image[-1] + 1
@@ -186,48 +186,48 @@ def test_from_pairs_against_numpy(tokens: str) -> None:
     columns = slice(2 * model.head_dim, 3 * model.head_dim)
     clean, corrupt = (
         heads_by_hand(model, side, 3, first)[:, columns]
-        for side in ([p.clean for p in given], [p.corrupt for p in given])
+        for side in ([p.clean for p in data], [p.corrupt for p in data])
     )
     theta = (clean - corrupt).mean(0)
     theta /= np.linalg.norm(theta)
-    made = derive.mean_difference(Contrast.from_pairs(model, given), heads=[head], layers=[3], tokens=tokens)
-    np.testing.assert_allclose(made.changes[head].direction, theta, atol=1e-4)
-    assert made.changes[head].sigma == pytest.approx(np.std(np.concatenate([clean, corrupt]) @ theta), rel=1e-4)
-    assert made.changes[3].direction.shape == (model.width,)
-    assert made.provenance["pairs_digest"] == pairs_digest(given)
-    assert made.provenance["kinds"] == ["blank"]
+    steering = derive.mean_difference(Contrast.from_pairs(model, data), heads=[head], layers=[3], tokens=tokens)
+    np.testing.assert_allclose(steering.changes[head].direction, theta, atol=1e-4)
+    assert steering.changes[head].sigma == pytest.approx(np.std(np.concatenate([clean, corrupt]) @ theta), rel=1e-4)
+    assert steering.changes[3].direction.shape == (model.width,)
+    assert steering.provenance["pairs_digest"] == pairs_digest(data)
+    assert steering.provenance["kinds"] == ["blank"]
 
-    amplified = derive.amplification(Contrast.from_pairs(model, given), heads=[head], tokens=tokens, strength=0.5)
+    amplified = derive.amplification(Contrast.from_pairs(model, data), heads=[head], tokens=tokens, strength=0.5)
     np.testing.assert_allclose(amplified.changes[head].mean, corrupt.mean(0), atol=1e-5)
     assert (amplified.kind, amplified.changes[head].reads, amplified.strength) == ("amplify", None, 0.5)
 
-    removal = derive.prior_removal(Contrast.from_pairs(model, given), heads=[head], tokens=tokens)
+    removal = derive.prior_removal(Contrast.from_pairs(model, data), heads=[head], tokens=tokens)
     reads = removal.changes[head].reads
     assert reads is not None
     np.testing.assert_allclose(reads, -theta[None], atol=1e-4)
     np.testing.assert_allclose(removal.changes[head].mean, clean.mean(0), atol=1e-5)
     assert removal.strength == -1
     assert hooks_of(model) == 0
-    made.check(model)
+    steering.check(model)
 
 
 def test_amplifying_moves_away_from_the_blank_image() -> None:
-    model, given = shared(), pairs("blank")
+    model, data = shared(), pairs("blank")
     head = Head(3, 2)
-    made = derive.amplification(Contrast.from_pairs(model, given), heads=[head], strength=1)
+    steering = derive.amplification(Contrast.from_pairs(model, data), heads=[head], strength=1)
     site = Site("decoder", 3, "z")
-    inputs = model.encode(given[0].clean).inputs
-    kept: list[torch.Tensor] = []
+    inputs = model.encode(data[0].clean).inputs
+    values: list[torch.Tensor] = []
     columns = slice(2 * model.head_dim, 3 * model.head_dim)
     model.logits(inputs)
     for strength in (0.0, 1.0, -1.0):
-        with made.applied(model, strength):
-            hook = model.locate(site).watch(lambda x: kept.append(x[0, -1, columns].clone()))
+        with steering.applied(model, strength):
+            hook = model.locate(site).watch(lambda x: values.append(x[0, -1, columns].clone()))
             model.logits(inputs)
             hook.remove()
-    mean = torch.tensor(made.changes[head].mean)
-    torch.testing.assert_close(kept[1] - mean, 2 * (kept[0] - mean), atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(kept[2], mean, atol=1e-5, rtol=1e-5)
+    mean = torch.tensor(steering.changes[head].mean)
+    torch.testing.assert_close(values[1] - mean, 2 * (values[0] - mean), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(values[2], mean, atol=1e-5, rtol=1e-5)
 
 
 def direction(site: str = "decoder.L2.z", head: int | None = 1, sigma: float = 0.7) -> ConceptDirection:
@@ -237,11 +237,11 @@ def direction(site: str = "decoder.L2.z", head: int | None = 1, sigma: float = 0
 
 
 def test_probe_normal() -> None:
-    made = derive.probe_normal([direction(), direction("decoder.L2.resid_post", None)], store(), strength=3)
-    assert list(made.changes) == [HEAD, 2]
-    assert made.changes[HEAD].direction[2] == 1
-    assert made.changes[HEAD].sigma == pytest.approx(0.7)
-    assert (made.model, made.config_hash, made.provenance["concepts"]) == ("m", "c" * 64, ["attribute:red"])
+    steering = derive.probe_normal([direction(), direction("decoder.L2.resid_post", None)], store(), strength=3)
+    assert list(steering.changes) == [HEAD, 2]
+    assert steering.changes[HEAD].direction[2] == 1
+    assert steering.changes[HEAD].sigma == pytest.approx(0.7)
+    assert (steering.model, steering.config_hash, steering.provenance["concepts"]) == ("m", "c" * 64, ["attribute:red"])
     model = shared()
     assert derive.probe_normal([direction()], model).config_hash == model.config_hash
 
@@ -255,7 +255,7 @@ def of_store(**options: Any) -> Callable[[], SteeringVector]:
 
 
 @pytest.mark.parametrize(
-    ("make", "error", "said"),
+    ("make", "error", "message"),
     [
         (of_store(concept="object:named"), PatchError, "no heads, layers or sites"),
         (of_store(heads=[HEAD]), PatchError, "either concept="),
@@ -296,8 +296,10 @@ def of_store(**options: Any) -> Callable[[], SteeringVector]:
         (lambda: derive.probe_normal([direction(sigma=0)], shared()), PatchError, "sigma"),
     ],
 )
-def test_what_is_refused(make: Callable[[], SteeringVector], error: type[Exception], said: str) -> None:
-    with pytest.raises(error, match=said):
+def test_invalid_arguments_are_refused(
+    make: Callable[[], SteeringVector], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
         make()
 
 

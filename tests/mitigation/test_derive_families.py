@@ -1,4 +1,4 @@
-"""Derivations in families they were not written for: they run, or one error of ours names what the family lacks."""
+"""Derivations in every family: they run, or a GroundscopeError names what the family lacks."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def lacks(lvlm: Lvlm, make: Callable[[], Any]) -> str:
     """What a derivation names as missing; empty where it runs."""
     message = ""
     try:
-        made = make()
+        steering = make()
     except ModelError as error:
-        made, message = None, str(error)
-    assert isinstance(made, SteeringVector) != bool(message)
+        steering, message = None, str(error)
+    assert isinstance(steering, SteeringVector) != bool(message)
     assert not message or lvlm.name in message
     return message
 
@@ -86,15 +86,15 @@ def test_words_alone_are_what_the_language_model_gives(family: str) -> None:
     }[family]()
     ids = torch.tensor([[1, 20, 21, 30]])
     hidden = decoder(input_ids=ids, output_hidden_states=True, use_cache=False).hidden_states
-    made = derive.project_away(lvlm, "dog", layers=[1])
+    steering = derive.project_away(lvlm, "dog", layers=[1])
     own = lvlm.processor.tokenizer("dog")["input_ids"]
     t = decoder(input_ids=torch.tensor([own]), output_hidden_states=True, use_cache=False).hidden_states[2][0, -1]
-    np.testing.assert_allclose(made.changes[1].direction, (t / t.norm()).numpy(), atol=1e-5)
+    np.testing.assert_allclose(steering.changes[1].direction, (t / t.norm()).numpy(), atol=1e-5)
 
     sites = [Site("decoder", layer, "resid_post") for layer in (0, 1)]
-    seen = read_text_only(lvlm, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, sites)
+    values = read_text_only(lvlm, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, sites)
     for site in sites:
-        torch.testing.assert_close(seen[str(site)], hidden[site.layer + 1], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(values[str(site)], hidden[site.layer + 1], atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
@@ -103,15 +103,15 @@ def test_layers_that_read_only_the_image_are_skipped_without_one() -> None:
     ids = torch.tensor([[1, 20, 21, 30]])
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     plain = lvlm.read(inputs, ["decoder.L0.resid_post", "decoder.L2.resid_post"])
-    made = derive.project_away(lvlm, "dog", layers=[1])
+    steering = derive.project_away(lvlm, "dog", layers=[1])
     own = torch.tensor([lvlm.processor.tokenizer("dog")["input_ids"]])
     t = lvlm.read({"input_ids": own, "attention_mask": torch.ones_like(own)}, ["decoder.L0.resid_post"])
     t = t["decoder.L0.resid_post"][0, -1]
-    np.testing.assert_allclose(made.changes[1].direction, (t / t.norm()).numpy(), atol=1e-5)
+    np.testing.assert_allclose(steering.changes[1].direction, (t / t.norm()).numpy(), atol=1e-5)
 
     sites = [Site("decoder", i, "resid_post") for i in range(4)]
-    seen = read_text_only(lvlm, inputs, sites)
+    values = read_text_only(lvlm, inputs, sites)
     for i, layer in enumerate((0, 0, 2, 2)):
-        torch.testing.assert_close(seen[f"decoder.L{i}.resid_post"], plain[f"decoder.L{layer}.resid_post"])
+        torch.testing.assert_close(values[f"decoder.L{i}.resid_post"], plain[f"decoder.L{layer}.resid_post"])
     with pytest.raises(ModelError, match="skips its layers of cross-attention"):
         read_text_only(lvlm, inputs, [Site("decoder", 1, "mlp_out")])

@@ -54,7 +54,7 @@ def misled(noise: float) -> tuple[Arrays, np.ndarray]:
 
 def test_lda_against_its_formula_and_where_means_mislead() -> None:
     s, planted = misled(0.3)
-    made = derive.lda(Contrast.from_store(s, "object:named"), layers=[2], strength=3)
+    steering = derive.lda(Contrast.from_store(s, "object:named"), layers=[2], strength=3)
     x, y = s.x.astype(np.float64), s.labels["object:named"]
     true, false = x[y == 1], x[y == 0]
     pooled = np.zeros((D, D))
@@ -63,11 +63,11 @@ def test_lda_against_its_formula_and_where_means_mislead() -> None:
         units = centered.std(0)
         pooled += 0.5 * units[:, None] * ledoit_wolf(centered / units) * units
     theta = unit(np.linalg.solve(pooled, true.mean(0) - false.mean(0)))
-    entry = made.changes[2]
+    entry = steering.changes[2]
     np.testing.assert_allclose(entry.direction, theta, atol=1e-5)
     assert entry.sigma == pytest.approx(np.std(x @ theta), rel=1e-5)
-    assert (made.kind, made.strength, made.provenance["method"]) == ("add", 3, "lda")
-    assert entry.direction @ planted >= 0.99  # noise of .3 beside means 4 apart
+    assert (steering.kind, steering.strength, steering.provenance["method"]) == ("add", 3, "lda")
+    assert entry.direction @ planted >= 0.99  # noise of .3, means 4 apart
     plain = derive.mean_difference(Contrast.from_store(s, "object:named"), layers=[2]).changes[2].direction
     assert plain @ planted < 0.95
 
@@ -78,14 +78,14 @@ def test_lda_against_its_formula_and_where_means_mislead() -> None:
 @pytest.mark.parametrize("variant", ["paper", "release"])
 @pytest.mark.parametrize("key", [Head(3, 2), 2, MLP])
 def test_paired_pca_against_numpy(variant: Any, key: Key) -> None:
-    model, given = shared(), pairs("color")
+    model, data = shared(), pairs("color")
     where: dict[str, Any] = (
         {"heads": [key]} if isinstance(key, Head) else {"sites": [key]} if key == MLP else {"layers": [key]}
     )
-    made = derive.paired_pca(Contrast.from_pairs(model, given), **where, variant=variant)
+    steering = derive.paired_pca(Contrast.from_pairs(model, data), **where, variant=variant)
     part = "z" if isinstance(key, Head) else "mlp_out" if key == MLP else "resid_post"
     layer = key if isinstance(key, int) else key.layer
-    clean, corrupt = (last_of(side, part, layer) for side in ([p.clean for p in given], [p.corrupt for p in given]))
+    clean, corrupt = (last_of(side, part, layer) for side in ([p.clean for p in data], [p.corrupt for p in data]))
     if isinstance(key, Head):
         clean, corrupt = (x[:, 2 * model.head_dim : 3 * model.head_dim] for x in (clean, corrupt))
     x = clean - corrupt
@@ -95,23 +95,23 @@ def test_paired_pca_against_numpy(variant: Any, key: Key) -> None:
     turned = (x @ theta > 0).mean() < 0.5 if variant == "release" else (x @ theta).mean() < 0
     theta = -theta if turned else theta
     assert values[-1] > 1.2 * values[-2]
-    np.testing.assert_allclose(made.changes[key].direction, theta, atol=1e-4)
+    np.testing.assert_allclose(steering.changes[key].direction, theta, atol=1e-4)
     both = np.concatenate([clean, corrupt]) @ theta
-    assert made.changes[key].sigma == pytest.approx(np.std(both), rel=1e-3)
+    assert steering.changes[key].sigma == pytest.approx(np.std(both), rel=1e-3)
 
 
 @contextmanager
 def planted(layer: int, direction: np.ndarray, size: float) -> Iterator[None]:
     """A model that adds a direction to the residual stream where its picture is not blank."""
-    seen: dict[str, torch.Tensor] = {}
+    flags: dict[str, torch.Tensor] = {}
     model, push = shared(), torch.tensor(size * direction, dtype=torch.float32)
 
     def look(_m: Any, _a: Any, kwargs: Any) -> None:
-        seen["seen"] = kwargs["pixel_values"].flatten(2).std(-1).amax(1) > 1e-3
+        flags["seen"] = kwargs["pixel_values"].flatten(2).std(-1).amax(1) > 1e-3
 
     hooks = [
         model.hf.register_forward_pre_hook(look, with_kwargs=True),
-        layers_of(model)[layer].register_forward_hook(lambda _m, _a, out: out + seen["seen"][:, None, None] * push),
+        layers_of(model)[layer].register_forward_hook(lambda _m, _a, out: out + flags["seen"][:, None, None] * push),
     ]
     try:
         yield
@@ -121,17 +121,17 @@ def planted(layer: int, direction: np.ndarray, size: float) -> Iterator[None]:
 
 
 def test_a_planted_direction_is_recovered_from_pairs() -> None:
-    model, given = shared(), pairs("blank")
+    model, data = shared(), pairs("blank")
     direction = unit(np.random.default_rng(2).standard_normal(model.width))
-    natural = last_of([p.clean for p in given], "resid_post", 4) - last_of([p.corrupt for p in given], "resid_post", 4)
+    natural = last_of([p.clean for p in data], "resid_post", 4) - last_of([p.corrupt for p in data], "resid_post", 4)
     noise = np.sqrt((natural**2).sum(1).mean())
     with planted(4, direction, 12 * noise):  # the pairs' own differences are a twelfth of what is planted
-        for made in (
-            derive.paired_pca(Contrast.from_pairs(model, given), layers=[4]),
-            derive.mean_difference(Contrast.from_pairs(model, given), layers=[4]),
+        for steering in (
+            derive.paired_pca(Contrast.from_pairs(model, data), layers=[4]),
+            derive.mean_difference(Contrast.from_pairs(model, data), layers=[4]),
         ):
-            assert made.changes[4].direction @ direction >= 0.99
-        image_level = derive.ict(Contrast.from_pairs(model, given), heads=[Head(5, 0)], tokens="last")
+            assert steering.changes[4].direction @ direction >= 0.99
+        image_level = derive.ict(Contrast.from_pairs(model, data), heads=[Head(5, 0)], tokens="last")
     assert image_level.heads == (Head(5, 0),)
 
 
@@ -180,26 +180,26 @@ def head_store() -> Heads:
 
 
 @pytest.mark.parametrize("variant", ["paper", "release"])
-def test_iti_finds_the_heads_that_know_and_their_means(variant: Any) -> None:
+def test_iti_selects_the_planted_heads_and_their_mean_differences(variant: Any) -> None:
     s = head_store()
-    made = derive.iti(Contrast.from_store(s, "object:named"), top=3, variant=variant)
-    assert set(made.heads) == set(KNOWING)
-    assert (made.kind, made.strength, made.positions) == ("add", 15, "last+generated")
+    steering = derive.iti(Contrast.from_store(s, "object:named"), top=3, variant=variant)
+    assert set(steering.heads) == set(KNOWING)
+    assert (steering.kind, steering.strength, steering.positions) == ("add", 15, "last+generated")
     used = np.flatnonzero(~np.isnan(s.y) & ~np.isnan(s.x[:, 0, 0, 0]))
     groups = s.frame()["group"].to_numpy()[used].tolist()
-    train, held = group_folds(groups, 5, 0)[0]
-    seen = used[train] if variant == "paper" else used
+    train, validation = group_folds(groups, 5, 0)[0]
+    rows = used[train] if variant == "paper" else used
     for head in KNOWING:
         x = s.x[:, head.layer, head.head].astype(np.float64)
-        y = s.y[seen]
-        theta = unit(x[seen][y == 1].mean(0) - x[seen][y == 0].mean(0))
-        np.testing.assert_allclose(made.changes[head].direction, theta, atol=1e-6)
-        assert made.changes[head].sigma == pytest.approx(np.std(x[seen] @ theta), rel=1e-6)
+        y = s.y[rows]
+        theta = unit(x[rows][y == 1].mean(0) - x[rows][y == 0].mean(0))
+        np.testing.assert_allclose(steering.changes[head].direction, theta, atol=1e-6)
+        assert steering.changes[head].sigma == pytest.approx(np.std(x[rows] @ theta), rel=1e-6)
         probe = LogisticRegression(max_iter=10_000).fit(x[used[train]], s.y[used[train]])
-        right = (probe.predict(x[used[held]]) == s.y[used[held]]).mean()
-        assert made.provenance["accuracy"][str(head)] == pytest.approx(right, abs=0.01)
+        right = (probe.predict(x[used[validation]]) == s.y[used[validation]]).mean()
+        assert steering.provenance["accuracy"][str(head)] == pytest.approx(right, abs=0.01)
     # Unit noise in 5 dimensions, 600 examples: means 3 apart are found to a cosine of .99.
-    assert made.changes[Head(0, 1)].direction @ TRUTHS[Head(0, 1)] >= 0.99
+    assert steering.changes[Head(0, 1)].direction @ TRUTHS[Head(0, 1)] >= 0.99
     assert derive.iti(Contrast.from_store(s, "object:named"), top=1).heads == (Head(0, 1),)
     assert derive.iti(Contrast.from_store(s, "object:named"), top=1, heads=[Head(1, 1), Head(1, 2)]).heads == (
         Head(1, 2),
@@ -210,11 +210,11 @@ def test_iti_finds_the_heads_that_know_and_their_means(variant: Any) -> None:
 def test_folds_divide_no_group() -> None:
     groups = [f"g{i % 11}" for i in range(50)]
     folds = group_folds(groups, 5, 1)
-    for train, held in folds:
-        assert not set(np.array(groups)[train]) & set(np.array(groups)[held])
-        assert (train ^ held).all()
-        assert 2 <= len(set(np.array(groups)[held])) <= 3
-    assert sum(held.astype(int) for _, held in folds).tolist() == [1] * 50
+    for train, validation in folds:
+        assert not set(np.array(groups)[train]) & set(np.array(groups)[validation])
+        assert (train ^ validation).all()
+        assert 2 <= len(set(np.array(groups)[validation])) <= 3
+    assert sum(validation.astype(int) for _, validation in folds).tolist() == [1] * 50
 
 
 def test_accuracies_are_those_of_logistic_regression() -> None:
@@ -227,33 +227,33 @@ def test_accuracies_are_those_of_logistic_regression() -> None:
 
 
 def test_ict_against_numpy() -> None:
-    model, given = shared(), pairs("blur")
-    made = derive.ict(Contrast.from_pairs(model, given))
-    assert len(made.heads) == 48
-    assert (made.strength, made.positions, made.kind) == (8, "last+generated", "add")
-    clean, corrupt = (last_of(side, "z", 3) for side in ([p.clean for p in given], [p.corrupt for p in given]))
+    model, data = shared(), pairs("blur")
+    steering = derive.ict(Contrast.from_pairs(model, data))
+    assert len(steering.heads) == 48
+    assert (steering.strength, steering.positions, steering.kind) == (8, "last+generated", "add")
+    clean, corrupt = (last_of(side, "z", 3) for side in ([p.clean for p in data], [p.corrupt for p in data]))
     for head in range(8):
         columns = slice(head * model.head_dim, (head + 1) * model.head_dim)
         theta = unit(clean[:, columns].mean(0) - corrupt[:, columns].mean(0))
-        entry = made.changes[Head(3, head)]
+        entry = steering.changes[Head(3, head)]
         np.testing.assert_allclose(entry.direction, theta, atol=1e-3)
         assert entry.sigma == pytest.approx(np.std(np.concatenate([clean, corrupt])[:, columns] @ theta), rel=1e-3)
-    assert len(derive.ict(Contrast.from_pairs(model, given), top=5).heads) == 5
+    assert len(derive.ict(Contrast.from_pairs(model, data), top=5).heads) == 5
 
 
 def test_ict_as_released_acts_on_slices_of_the_attention_output() -> None:
-    model, given = shared(), pairs("blur")
-    made = derive.ict(Contrast.from_pairs(model, given), variant="release")
-    assert made.sites == tuple(Site("decoder", i, "attn_out") for i in range(6))
-    clean, corrupt = (last_of(side, "attn_out", 1) for side in ([p.clean for p in given], [p.corrupt for p in given]))
+    model, data = shared(), pairs("blur")
+    steering = derive.ict(Contrast.from_pairs(model, data), variant="release")
+    assert steering.sites == tuple(Site("decoder", i, "attn_out") for i in range(6))
+    clean, corrupt = (last_of(side, "attn_out", 1) for side in ([p.clean for p in data], [p.corrupt for p in data]))
     move = np.zeros(model.width)
     for start in range(0, model.width, 32):
         columns = slice(start, start + 32)
         theta = unit(clean[:, columns].mean(0) - corrupt[:, columns].mean(0))
         move[columns] = np.std(np.concatenate([clean, corrupt])[:, columns] @ theta) * theta
-    entry = made.changes[made.sites[1]]
+    entry = steering.changes[steering.sites[1]]
     np.testing.assert_allclose(entry.sigma * entry.direction, move, atol=2e-3 * np.abs(move).max())
-    some = derive.ict(Contrast.from_pairs(model, given), variant="release", top=2)
+    some = derive.ict(Contrast.from_pairs(model, data), variant="release", top=2)
     assert sum(int((np.abs(e.direction.reshape(-1, 32)).sum(1) > 0).sum()) for e in some.changes.values()) == 2
 
 
@@ -281,8 +281,8 @@ def test_both_levels_of_ict_are_one_vector() -> None:
 
 
 def demonstrations() -> list[derive.Demonstration]:
-    told = (("red", "a blue car"), ("a red apple", "green"), ("a dog", "a cat"), ("yes", "no"))
-    return [derive.Demonstration(e, a, b) for e, (a, b) in zip(examples(4), told, strict=True)]
+    captions = (("red", "a blue car"), ("a red apple", "green"), ("a dog", "a cat"), ("yes", "no"))
+    return [derive.Demonstration(e, a, b) for e, (a, b) in zip(examples(4), captions, strict=True)]
 
 
 def pc1_plus_mean(x: np.ndarray, *, released: bool) -> np.ndarray:
@@ -297,7 +297,7 @@ def pc1_plus_mean(x: np.ndarray, *, released: bool) -> np.ndarray:
 @torch.no_grad()
 def test_vti_text_against_numpy(variant: Any) -> None:
     model = shared()
-    made = derive.vti_text(model, demonstrations(), variant=variant)
+    steering = derive.vti_text(model, demonstrations(), variant=variant)
     rows = []
     for demo in demonstrations():
         e, sides = demo.example, []
@@ -316,20 +316,20 @@ def test_vti_text_against_numpy(variant: Any) -> None:
         expected = pc1_plus_mean(x.reshape(len(x), -1), released=True).reshape(x.shape[1:])[1:]
     else:
         expected = np.stack([pc1_plus_mean(x[:, i + 1], released=False) for i in range(6)])
-    assert made.sites == tuple(Site("decoder", i, "mlp_out") for i in range(6))
-    for layer, site in enumerate(made.sites):
-        np.testing.assert_allclose(made.changes[site].direction, unit(expected[layer]), atol=2e-3)
-        assert made.changes[site].sigma == pytest.approx(0.1)
-    assert (made.norm, made.positions, made.strength) == ("relative", "all", 0.8)
-    one = derive.vti_text(model, demonstrations()[:1], layers=[2])
-    np.testing.assert_allclose(one.changes[Site("decoder", 2, "mlp_out")].direction, unit(x[0, 3]), atol=1e-3)
+    assert steering.sites == tuple(Site("decoder", i, "mlp_out") for i in range(6))
+    for layer, site in enumerate(steering.sites):
+        np.testing.assert_allclose(steering.changes[site].direction, unit(expected[layer]), atol=2e-3)
+        assert steering.changes[site].sigma == pytest.approx(0.1)
+    assert (steering.norm, steering.positions, steering.strength) == ("relative", "all", 0.8)
+    single = derive.vti_text(model, demonstrations()[:1], layers=[2])
+    np.testing.assert_allclose(single.changes[Site("decoder", 2, "mlp_out")].direction, unit(x[0, 3]), atol=1e-3)
 
 
 @pytest.mark.parametrize("variant", ["paper", "release"])
 @torch.no_grad()
 def test_vti_vision_against_numpy(variant: Any) -> None:
     model, chosen = shared(), examples(3)
-    made = derive.vti_vision(model, chosen, copies=4, ratio=0.9, seed=7, variant=variant)
+    steering = derive.vti_vision(model, chosen, copies=4, ratio=0.9, seed=7, variant=variant)
     rng, rows = np.random.default_rng(7), []
     patch = model.hf.config.vision_config.patch_size
 
@@ -340,7 +340,7 @@ def test_vti_vision_against_numpy(variant: Any) -> None:
     for example in chosen:
         pixels = model.encode(example).inputs["pixel_values"]
         side = pixels.shape[-1] // patch
-        seen = []
+        masked = []
         for _ in range(4):
             copy = pixels.clone()
             for index in rng.permutation(side * side)[: int(0.9 * side * side)]:
@@ -348,8 +348,8 @@ def test_vti_vision_against_numpy(variant: Any) -> None:
                 for channel in range(3):
                     mean = pixels[0, channel].mean()
                     copy[0, channel, row * patch : (row + 1) * patch, column * patch : (column + 1) * patch] = mean
-            seen.append(tower(copy))
-        rows.append(np.mean(seen, 0) - tower(pixels))
+            masked.append(tower(copy))
+        rows.append(np.mean(masked, 0) - tower(pixels))
     x = np.stack(rows)  # [N, layers, tokens, D]
     n, depth, tokens, width = x.shape
     if variant == "release":
@@ -357,16 +357,16 @@ def test_vti_vision_against_numpy(variant: Any) -> None:
         expected = np.stack([pc1_plus_mean(flat[:, k], released=True) for k in range(tokens)]).reshape(x.shape[1:])
     else:
         expected = np.array([[pc1_plus_mean(x[:, i, k], released=False) for k in range(tokens)] for i in range(depth)])
-    assert len(made.sites) == depth == 4
-    for layer, site in enumerate(made.sites):
+    assert len(steering.sites) == depth == 4
+    for layer, site in enumerate(steering.sites):
         assert site == Site("vision", layer, "mlp_out")
-        vector = made.changes[site].direction
+        vector = steering.changes[site].direction
         assert vector.shape == (tokens, width)
         cosine = (vector * expected[layer]).sum(1) / np.linalg.norm(expected[layer], axis=1)
         assert cosine.min() > 0.999
     inputs = model.encode(chosen[0]).inputs
     plain = model.logits(inputs)
-    with made.applied(model):
+    with steering.applied(model):
         assert not torch.allclose(model.logits(inputs), plain, atol=1e-4)
     assert hooks_of(model) == 0
 
@@ -384,28 +384,28 @@ def words_alone(model: Lvlm, text: str) -> np.ndarray:
 @pytest.mark.parametrize("variant", ["paper", "release", "simple"])
 def test_vsv_is_what_the_image_adds(variant: Any) -> None:
     model, example = shared(), examples()[0]
-    made = derive.vsv(model, example, layers=[0, 1, 4], variant=variant)
-    told = words_alone(model, model.prompt(example.question).replace(model.placeholder, "", 1).strip())
-    seen = captured(model, model.encode(example).inputs)["resid_post"][:, -1]
+    steering = derive.vsv(model, example, layers=[0, 1, 4], variant=variant)
+    without_image = words_alone(model, model.prompt(example.question).replace(model.placeholder, "", 1).strip())
+    with_image = captured(model, model.encode(example).inputs)["resid_post"][:, -1]
     for layer in (0, 1, 4):
         key = layer if variant == "paper" else Site("decoder", layer, "mlp_out")
-        difference = seen[layer] - told[layer]
+        difference = with_image[layer] - without_image[layer]
         if layer == 0 and variant != "paper":
             difference[0] += 1  # what a principal component analysis of one sample leaves
-        np.testing.assert_allclose(made.changes[key].direction, unit(difference), atol=1e-3)
+        np.testing.assert_allclose(steering.changes[key].direction, unit(difference), atol=1e-3)
         length = np.linalg.norm(difference) if variant == "paper" else 1
-        assert made.changes[key].sigma == pytest.approx(length, rel=1e-3)
-    assert made.norm == {"paper": "kept", "release": "away", "simple": "relative"}[variant]
-    assert made.positions == ("last+generated" if variant == "paper" else "all")
+        assert steering.changes[key].sigma == pytest.approx(length, rel=1e-3)
+    assert steering.norm == {"paper": "kept", "release": "away", "simple": "relative"}[variant]
+    assert steering.positions == ("last+generated" if variant == "paper" else "all")
 
 
 @torch.no_grad()
 def test_the_rule_of_vistas_run_scripts() -> None:
     """``x <- |x| unit(unit(x) + s (1 + max(0, cos(x, -v))) unit(v))`` at every MLP output and position, in float64."""
     model, example = shared(), examples()[0]
-    made = derive.vsv(model, example, layers=[2], strength=0.17, variant="release")
+    steering = derive.vsv(model, example, layers=[2], strength=0.17, variant="release")
     inputs = model.encode(example).inputs
-    v = made.changes[Site("decoder", 2, "mlp_out")].direction.astype(float)
+    v = steering.changes[Site("decoder", 2, "mlp_out")].direction.astype(float)
     x = captured(model, inputs)["mlp_out"][2]
     lengths = np.linalg.norm(x, axis=-1, keepdims=True)
     toward = (x @ -v)[:, None] / lengths / np.linalg.norm(v)
@@ -413,14 +413,14 @@ def test_the_rule_of_vistas_run_scripts() -> None:
     assert (toward < -0.01).any()
     moved = x / lengths + 0.17 * (1 + np.maximum(0, toward)) * v / np.linalg.norm(v)
     want = lengths * moved / np.linalg.norm(moved, axis=-1, keepdims=True)
-    with made.applied(model):
+    with steering.applied(model):
         after = captured(model, inputs)["mlp_out"][2]
     np.testing.assert_allclose(after, want, atol=1e-4)
 
 
 def test_files_of_the_new_norm_rule(tmp_path: Path) -> None:
-    made = derive.vsv(shared(), examples()[0], layers=[2], variant="release")
-    assert SteeringVector.load(made.save(tmp_path / "v.safetensors")).norm == "away"
+    steering = derive.vsv(shared(), examples()[0], layers=[2], variant="release")
+    assert SteeringVector.load(steering.save(tmp_path / "v.safetensors")).norm == "away"
     card = json.loads((tmp_path / "v.json").read_text())
     assert card["version"] == 3
     plain = derive.vsv(shared(), examples()[0], layers=[2], variant="simple")
@@ -430,20 +430,20 @@ def test_files_of_the_new_norm_rule(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("variant", ["paper", "release"])
 @torch.no_grad()
-def test_project_away_takes_out_what_points_to_the_word(variant: Any) -> None:
+def test_project_away_removes_the_component_along_the_word(variant: Any) -> None:
     model, example = shared(), examples()[0]
-    made = derive.project_away(model, "apple", layers=[1, 2], text_layer=3, strength=0.8, variant=variant)
+    steering = derive.project_away(model, "apple", layers=[1, 2], text_layer=3, strength=0.8, variant=variant)
     if variant == "paper":
         t = words_alone(model, "apple")[3]
     else:
         ids = model.processor.tokenizer("apple", add_special_tokens=False)["input_ids"]
         t = model.hf.get_input_embeddings().weight[ids].double().mean(0).numpy()
-    np.testing.assert_allclose(made.changes[1].direction, unit(t), atol=1e-4)
-    assert (made.kind, made.positions, made.heads, made.layers) == ("project", "image:all", (), (1, 2))
+    np.testing.assert_allclose(steering.changes[1].direction, unit(t), atol=1e-4)
+    assert (steering.kind, steering.positions, steering.heads, steering.layers) == ("project", "image:all", (), (1, 2))
     encoding = model.encode(example)
     image = list(encoding.tokens.image)
     before = captured(model, encoding.inputs)["resid_post"][1]
-    with made.applied(model):
+    with steering.applied(model):
         after = captured(model, encoding.inputs)["resid_post"][1]
     expected = before.copy()
     for k in image:
@@ -457,7 +457,7 @@ def test_project_away_takes_out_what_points_to_the_word(variant: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "error", "said"),
+    ("make", "error", "message"),
     [
         (
             lambda: derive.paired_pca(Contrast.from_pairs(shared(), pairs("blank")), layers=[1], variant="code"),
@@ -515,7 +515,9 @@ def test_project_away_takes_out_what_points_to_the_word(variant: Any) -> None:
         (lambda: derive.project_away(shared(), "", layers=[1], variant="release"), DataError, "no tokens"),
     ],
 )
-def test_what_is_refused(make: Callable[[], SteeringVector], error: type[Exception], said: str) -> None:
-    with pytest.raises(error, match=said):
+def test_invalid_arguments_are_refused(
+    make: Callable[[], SteeringVector], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
         make()
     assert hooks_of(shared()) == 0

@@ -40,7 +40,7 @@ HEADS = (Head(1, 3), Head(1, 6), Head(4, 0))
 MLP = Site("decoder", 3, "mlp_out")
 
 
-def made(*keys: Key, strength: float = 1.5, **changes: Any) -> SteeringVector:
+def steering_vector(*keys: Key, strength: float = 1.5, **changes: Any) -> SteeringVector:
     model, rng = shared(), np.random.default_rng(0)
     entries: dict[Key, VectorChange] = {}
     for key in keys:
@@ -98,7 +98,7 @@ def same(a: torch.Tensor, b: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("strength", [None, 0.7])
 def test_gguf_is_what_llama_cpp_adds(strength: float | None, tmp_path: Path) -> None:
-    vector = made(2, 4)
+    vector = steering_vector(2, 4)
     path = export.gguf(vector, tmp_path / "new" / "vector.gguf", shared(), strength=strength)
     reader = GGUFReader(path)
     assert {t.name for t in reader.tensors} == {"direction.2", "direction.4"}
@@ -108,17 +108,17 @@ def test_gguf_is_what_llama_cpp_adds(strength: float | None, tmp_path: Path) -> 
     rows = {int(t.name.removeprefix("direction.")): torch.tensor(np.array(t.data)) for t in reader.tensors}
     same(consumed(adding(rows)), steered(vector, strength))
     fields = {name: reader.get_field(name) for name in reader.fields}
-    told = {name: field.contents() for name, field in fields.items() if field is not None}
-    assert told["general.architecture"] == "controlvector"
-    assert told["controlvector.model_hint"] == "llava"
-    assert told["controlvector.layer_count"] == 2
+    metadata = {name: field.contents() for name, field in fields.items() if field is not None}
+    assert metadata["general.architecture"] == "controlvector"
+    assert metadata["controlvector.model_hint"] == "llava"
+    assert metadata["controlvector.layer_count"] == 2
     assert card_in(path)["strength"] == (strength or 1.5)
     assert set(check(path)) == {2, 4}
     assert not list(path.parent.glob("*.part"))
 
 
 @pytest.mark.parametrize(
-    ("tensors", "said"),
+    ("tensors", "message"),
     [
         ({"direction.0": np.ones(4, np.float32)}, "a layer >= 1"),
         ({"direction.x": np.ones(4, np.float32)}, "a layer >= 1"),
@@ -128,7 +128,7 @@ def test_gguf_is_what_llama_cpp_adds(strength: float | None, tmp_path: Path) -> 
         ({"direction.1": np.ones(4, np.float32), "direction.2": np.ones(8, np.float32)}, r"lengths \[4, 8\]"),
     ],
 )
-def test_what_llama_cpp_refuses(tensors: dict[str, np.ndarray], said: str, tmp_path: Path) -> None:
+def test_what_llama_cpp_refuses(tensors: dict[str, np.ndarray], message: str, tmp_path: Path) -> None:
     writer = GGUFWriter(tmp_path / "bad.gguf", "controlvector")
     for name, tensor in tensors.items():
         writer.add_tensor(name, tensor)
@@ -136,12 +136,12 @@ def test_what_llama_cpp_refuses(tensors: dict[str, np.ndarray], said: str, tmp_p
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=message):
         check(tmp_path / "bad.gguf")
 
 
 def test_a_conversion_is_the_projection_and_says_what_it_is(tmp_path: Path) -> None:
-    model, vector = shared(), made(*HEADS, 2, MLP)
+    model, vector = shared(), steering_vector(*HEADS, 2, MLP)
     path = export.gguf(vector, tmp_path / "v.gguf", model, convert=True)
     rows = check(path)
     expected = {i: np.zeros(model.width) for i in (1, 2, 3, 4)}
@@ -158,8 +158,8 @@ def test_a_conversion_is_the_projection_and_says_what_it_is(tmp_path: Path) -> N
     assert "approximate" in card
     assert "W_O d" in card
     same(consumed(adding({i: torch.tensor(row) for i, row in rows.items()})), steered(to_residual(vector, model)))
-    # What an MLP adds arrives at the block's output as it is: that conversion changes nothing.
-    alone = made(MLP)
+    # The output of an MLP is added to the block's output unchanged: that conversion is exact.
+    alone = steering_vector(MLP)
     moved = export.gguf(alone, tmp_path / "mlp.gguf", model, convert=True)
     assert "exact" in json.dumps(card_in(moved))
     same(consumed(adding({i: torch.tensor(row) for i, row in check(moved).items()})), steered(alone))
@@ -174,7 +174,7 @@ def opened(path: Path) -> Any:
 
 @pytest.mark.parametrize("positions", ["all", "generated:all"])
 def test_vllm_matrix(positions: str, tmp_path: Path) -> None:
-    vector = made(0, 3, positions=positions)
+    vector = steering_vector(0, 3, positions=positions)
     path = export.vllm(vector, tmp_path / "look.pt", shared())
     matrix = opened(path)
     assert (matrix.shape, matrix.dtype) == ((6, shared().width), torch.float32)
@@ -182,29 +182,31 @@ def test_vllm_matrix(positions: str, tmp_path: Path) -> None:
     request = json.loads((tmp_path / "look.pt.json").read_text())["hotwire"]
     only = {"decode_only": True} if positions == "generated:all" else {}
     assert request == [{"id": "look", "layer": layer, "scale": 1.0, **only} for layer in (0, 3)]
-    rows = {told["layer"]: told["scale"] * matrix[told["layer"]] for told in request}
+    rows = {item["layer"]: item["scale"] * matrix[item["layer"]] for item in request}
     same(consumed(adding(rows)), steered(vector.at("all")))
 
 
 @pytest.mark.parametrize("keys", [(0, 3), HEADS, (*HEADS, 2)])
 def test_steering_vectors(keys: tuple[Key, ...], tmp_path: Path) -> None:
-    model, vector = shared(), made(*keys)
+    model, vector = shared(), steering_vector(*keys)
     at_heads = any(isinstance(key, Head) for key in keys)
     path = export.steering_vectors(vector, tmp_path / "v.pt", model, convert=at_heads)
-    told = opened(path)
+    document = opened(path)
     names = dict(model.hf.named_modules())
     # What the package does: the names that fit the pattern, numbered from 0, are the layers; their outputs are added to.
-    pattern = re.compile(re.escape(told["layer_config"][told["layer_type"]]).replace(r"\{num\}", r"(\d+)"))
-    found = {int(m[1]): module for name, module in names.items() if (m := pattern.fullmatch(name))}
-    assert sorted(found) == list(range(6))
-    hooks = {found[i]: lambda x, row=row: x + row.reshape(1, 1, -1) for i, row in told["layer_activations"].items()}
+    pattern = re.compile(re.escape(document["layer_config"][document["layer_type"]]).replace(r"\{num\}", r"(\d+)"))
+    layers = {int(m[1]): module for name, module in names.items() if (m := pattern.fullmatch(name))}
+    assert sorted(layers) == list(range(6))
+    hooks = {
+        layers[i]: lambda x, row=row: x + row.reshape(1, 1, -1) for i, row in document["layer_activations"].items()
+    }
     mixed = at_heads and any(isinstance(key, int) for key in keys)
-    assert told["layer_type"] == ("self_attn" if at_heads and not mixed else "decoder_block")
-    # Heads alone are carried without loss; with others among them they arrive late, and the card says so.
+    assert document["layer_type"] == ("self_attn" if at_heads and not mixed else "decoder_block")
+    # Heads alone convert exactly; combined with other sites they act later, and the card states it.
     same(consumed(hooks), steered(to_residual(vector, model) if mixed else vector))
     card = json.loads((tmp_path / "v.pt.json").read_text())
-    said = card.get("conversion", card["provenance"].get("conversion", ""))
-    assert said.startswith("approximate" if mixed else "exact" if at_heads else "")
+    conversion = card.get("conversion", card["provenance"].get("conversion", ""))
+    assert conversion.startswith("approximate" if mixed else "exact" if at_heads else "")
 
 
 def vti_layer(directions: torch.Tensor, alpha: float) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -224,11 +226,11 @@ def test_vti_directions(stack: str, tmp_path: Path) -> None:
     modules = (
         layers_of(model) if stack == "decoder" else next(m for n, m in tower.named_modules() if n.endswith("layers"))
     )
-    held: list[torch.Tensor] = []
-    hook = modules[0].mlp.register_forward_hook(lambda _m, _a, out: held.append(out))
+    outputs: list[torch.Tensor] = []
+    hook = modules[0].mlp.register_forward_hook(lambda _m, _a, out: outputs.append(out))
     model.logits(inputs())
     hook.remove()
-    width, tokens = held[0].shape[-1], held[0].shape[1]
+    width, tokens = outputs[0].shape[-1], outputs[0].shape[1]
     shape = (width,) if stack == "decoder" else (tokens, width)
     entries: dict[Key, VectorChange] = {}
     for layer in (0, 2):
@@ -251,7 +253,7 @@ def test_vti_directions(stack: str, tmp_path: Path) -> None:
 
 
 def test_baked_biases_do_what_the_vector_does(tmp_path: Path) -> None:
-    vector = made(*HEADS, 1, 2, MLP)
+    vector = steering_vector(*HEADS, 1, 2, MLP)
     path = export.baked(vector, tmp_path / "bias.safetensors", shared())
     stem = "model.language_model.layers"
     ends = {f"{stem}.{i}.self_attn.o_proj.bias" for i in (1, 4)} | {f"{stem}.{i}.mlp.down_proj.bias" for i in (1, 2, 3)}
@@ -268,23 +270,25 @@ def test_baked_biases_do_what_the_vector_does(tmp_path: Path) -> None:
     same(twice.logits(inputs()), steered(vector))
 
 
-def test_a_model_that_is_kept_elsewhere_is_baked_and_converted_as_if_it_were_here(tmp_path: Path) -> None:
-    model, vector = shared(), made(*HEADS, 2, MLP)
+def test_an_offloaded_model_is_baked_and_converted_like_one_in_memory(tmp_path: Path) -> None:
+    model, vector = shared(), steering_vector(*HEADS, 2, MLP)
     network = copy.deepcopy(model.hf)
     accelerate.cpu_offload(network, execution_device=torch.device("cpu"))
     assert all(parameter.is_meta for parameter in network.parameters())
     away = wrap_lvlm(network, model.processor, name=model.name, validate=False)
     here, there = (export.baked(vector, tmp_path / f"{i}.safetensors", m) for i, m in enumerate((model, away)))
     assert here.read_bytes() == there.read_bytes()
-    for one, other in zip(*(to_residual(made(*HEADS), m).changes.values() for m in (model, away)), strict=True):
-        np.testing.assert_array_equal(one.direction, other.direction)
+    for first, second in zip(
+        *(to_residual(steering_vector(*HEADS), m).changes.values() for m in (model, away)), strict=True
+    ):
+        np.testing.assert_array_equal(first.direction, second.direction)
 
 
 def test_the_loader_stands_alone(tmp_path: Path) -> None:
     source = Path(apply_bias.__file__)
     assert len(source.read_text().splitlines()) <= 75
     shutil.copy(source, tmp_path / "apply_bias.py")
-    export.baked(made(*HEADS, 2), tmp_path / "bias.safetensors", shared())
+    export.baked(steering_vector(*HEADS, 2), tmp_path / "bias.safetensors", shared())
     code = f"""
 import sys
 sys.path.insert(0, {str(tmp_path)!r})
@@ -312,11 +316,11 @@ print(len(changes), card["strength"], sorted(set(m.split(".")[0] for m in sys.mo
 
 
 def test_files_that_do_not_fit_change_nothing(tmp_path: Path) -> None:
-    path = export.baked(made(*HEADS), tmp_path / "bias.safetensors", shared())
+    path = export.baked(steering_vector(*HEADS), tmp_path / "bias.safetensors", shared())
     with pytest.raises(ModelError, match="no linear layer"):
         apply(torch.nn.Linear(2, 2), path)
     with pytest.raises(StoreError):
-        apply(shared().hf, made(*HEADS).save(tmp_path / "vector.safetensors"))
+        apply(shared().hf, steering_vector(*HEADS).save(tmp_path / "vector.safetensors"))
     with pytest.raises(StoreError, match="no such file"):
         apply(shared().hf, tmp_path / "none")
 
@@ -326,28 +330,28 @@ def test_an_mlp_that_ends_in_no_linear_layer_is_not_baked(tmp_path: Path) -> Non
     last = layers_of(model)[2].mlp
     last.down_proj = torch.nn.Sequential(last.down_proj, torch.nn.Tanh())
     with pytest.raises(ConfigError, match="does not end in one linear layer"):
-        export.baked(made(2), tmp_path / "no.safetensors", model)
+        export.baked(steering_vector(2), tmp_path / "no.safetensors", model)
 
 
 # ---- what a format cannot hold -----------------------------------------------------------------------------------------
 
 GATE = ProbeGate(0, np.ones(192))
 UNFIT = {
-    "heads": (lambda: made(*HEADS), {"safetensors", "baked"}),
-    "residual": (lambda: made(2), {"safetensors", "baked", "gguf", "steering_vectors", "vllm"}),
-    "first layer": (lambda: made(0, 2), {"safetensors", "baked", "steering_vectors", "vllm"}),
-    "MLP": (lambda: made(MLP), {"safetensors", "baked"}),
-    "attention output": (lambda: made(Site("decoder", 1, "attn_out")), {"safetensors"}),
-    "last": (lambda: made(2, positions="last+generated"), {"safetensors"}),
-    "question": (lambda: made(2, positions="suffix:all"), {"safetensors"}),
-    "generated": (lambda: made(2, positions="generated:all"), {"safetensors", "vllm"}),
-    "kept": (lambda: made(2, norm="kept"), {"safetensors"}),
-    "relative": (lambda: made(MLP, norm="relative"), {"safetensors", "vti"}),
-    "relative elsewhere": (lambda: made(2, MLP, norm="relative"), {"safetensors"}),
-    "decay": (lambda: made(2, decay=0.5), {"safetensors"}),
-    "gate": (lambda: made(2, gate=GATE), {"safetensors"}),
-    "project": (lambda: made(2, kind="project"), {"safetensors"}),
-    "amplify": (lambda: made(2, kind="amplify"), {"safetensors"}),
+    "heads": (lambda: steering_vector(*HEADS), {"safetensors", "baked"}),
+    "residual": (lambda: steering_vector(2), {"safetensors", "baked", "gguf", "steering_vectors", "vllm"}),
+    "first layer": (lambda: steering_vector(0, 2), {"safetensors", "baked", "steering_vectors", "vllm"}),
+    "MLP": (lambda: steering_vector(MLP), {"safetensors", "baked"}),
+    "attention output": (lambda: steering_vector(Site("decoder", 1, "attn_out")), {"safetensors"}),
+    "last": (lambda: steering_vector(2, positions="last+generated"), {"safetensors"}),
+    "question": (lambda: steering_vector(2, positions="suffix:all"), {"safetensors"}),
+    "generated": (lambda: steering_vector(2, positions="generated:all"), {"safetensors", "vllm"}),
+    "kept": (lambda: steering_vector(2, norm="kept"), {"safetensors"}),
+    "relative": (lambda: steering_vector(MLP, norm="relative"), {"safetensors", "vti"}),
+    "relative elsewhere": (lambda: steering_vector(2, MLP, norm="relative"), {"safetensors"}),
+    "decay": (lambda: steering_vector(2, decay=0.5), {"safetensors"}),
+    "gate": (lambda: steering_vector(2, gate=GATE), {"safetensors"}),
+    "project": (lambda: steering_vector(2, kind="project"), {"safetensors"}),
+    "amplify": (lambda: steering_vector(2, kind="amplify"), {"safetensors"}),
 }
 
 
@@ -370,24 +374,24 @@ def test_every_format_writes_what_it_can_hold_and_refuses_the_rest(case: str, tm
 
 def test_refusals_say_what_would_help(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="convert=True"):
-        export.gguf(made(*HEADS), tmp_path / "v")
+        export.gguf(steering_vector(*HEADS), tmp_path / "v")
     with pytest.raises(ConfigError, match=r"vector\.at\('all'\)"):
-        export.gguf(made(2, positions="last+generated"), tmp_path / "v")
+        export.gguf(steering_vector(2, positions="last+generated"), tmp_path / "v")
     with pytest.raises(ConfigError, match="pass model="):
-        export.gguf(made(*HEADS), tmp_path / "v", convert=True)
+        export.gguf(steering_vector(*HEADS), tmp_path / "v", convert=True)
     with pytest.raises(ConfigError, match="cannot be converted"):
-        export.vllm(made(*HEADS, kind="amplify"), tmp_path / "v", shared(), convert=True)
+        export.vllm(steering_vector(*HEADS, kind="amplify"), tmp_path / "v", shared(), convert=True)
     with pytest.raises(ConfigError, match="layer 0 comes before layer 1"):
-        export.gguf(made(Head(0, 1)), tmp_path / "v", shared(), convert=True)
+        export.gguf(steering_vector(Head(0, 1)), tmp_path / "v", shared(), convert=True)
     for strength in (float("nan"), float("inf")):
         for name in ("baked", "gguf", "steering_vectors", "vllm"):
             with pytest.raises(ConfigError, match="finite"):
-                export.exports[name].write(made(2), tmp_path / "v", shared(), strength=strength)
+                export.exports[name].write(steering_vector(2), tmp_path / "v", shared(), strength=strength)
 
 
 @pytest.mark.parametrize("name", list(export.exports))
 def test_a_vector_for_another_model_is_not_written(name: str, tmp_path: Path) -> None:
-    vector = made(MLP, norm="relative") if name == "vti" else made(2)
+    vector = steering_vector(MLP, norm="relative") if name == "vti" else steering_vector(2)
     with pytest.raises(ModelError, match="derived for"):
         export.exports[name].write(replace(vector, config_hash="x"), tmp_path / "v", shared())
     assert not list(tmp_path.iterdir())
@@ -399,38 +403,38 @@ def test_a_vector_for_another_model_is_not_written(name: str, tmp_path: Path) ->
 @torch.no_grad()
 def by_hand(model: Lvlm, example: Example, side: str) -> tuple[Any, np.ndarray]:
     """One plain forward: what it gives, and what goes into or comes out of every output projection, at the last token."""
-    seen: list[torch.Tensor] = []
+    values: list[torch.Tensor] = []
     hooks = [
-        layer.self_attn.o_proj.register_forward_hook(lambda _m, a, o: seen.append(a[0] if side == "input" else o))
+        layer.self_attn.o_proj.register_forward_hook(lambda _m, a, o: values.append(a[0] if side == "input" else o))
         for layer in layers_of(model)
     ]
     out = model.hf(**model.encode(example).inputs, output_hidden_states=True)
     for hook in hooks:
         hook.remove()
-    return out, np.stack([x[0, -1].numpy() for x in seen])
+    return out, np.stack([x[0, -1].numpy() for x in values])
 
 
 def test_iti_activations(tmp_path: Path) -> None:
     model = shared()
-    asked = data(8)
+    dataset = data(8)
     sites = ["z", "resid_post", "decoder.L0.resid_pre"]
-    store = trace(model, asked, sites=sites, tokens=["last"], out=tmp_path / "store")
-    positive = np.array([e.answer == "yes" for e in asked])
+    store = trace(model, dataset, sites=sites, tokens=["last"], out=tmp_path / "store")
+    positive = np.array([e.answer == "yes" for e in dataset])
     positive[0] = True
     paths = export.iti_activations(Contrast.from_store(store, positive=positive), tmp_path / "features" / "toy", model)
     assert [p.name for p in paths] == ["toy_head_wise.npy", "toy_layer_wise.npy", "toy_labels.npy"]
     heads, layers, labels = (np.load(p, allow_pickle=False) for p in paths)
     np.testing.assert_array_equal(labels, positive.astype(int))
-    for row, example in enumerate(asked):
+    for row, example in enumerate(dataset):
         out, zs = by_hand(model, example, "input")
         hidden = torch.stack([h[0, -1] for h in out.hidden_states])
         np.testing.assert_allclose(layers[row], hidden.numpy(), atol=1e-4, rtol=1e-4)
         np.testing.assert_allclose(heads[row], zs, atol=1e-4, rtol=1e-4)
     # What honest_llama's scripts make of the files is the vector of the release.
     split = heads.reshape(len(heads), 6, 8, model.head_dim).astype(np.float64)
-    known = {Head(i, k): float(i * 8 + k) for i in range(6) for k in range(8)}
+    accuracies = {Head(i, k): float(i * 8 + k) for i in range(6) for k in range(8)}
     vector = derive.iti(
-        Contrast.from_store(store, positive=positive), accuracy=known, top=3, folds=2, variant="release"
+        Contrast.from_store(store, positive=positive), accuracy=accuracies, top=3, folds=2, variant="release"
     )
     assert vector.heads == (Head(5, 5), Head(5, 6), Head(5, 7))
     for head in vector.heads:
@@ -443,7 +447,7 @@ def test_iti_activations(tmp_path: Path) -> None:
     foreign.hf.config.text_config.rope_theta = 1.0  # another configuration, another hash
     with pytest.raises(ModelError, match="not traced from"):
         export.iti_activations(Contrast.from_store(store, positive=positive), tmp_path / "x", foreign)
-    none = np.zeros(len(asked), bool)
+    none = np.zeros(len(dataset), bool)
     with pytest.raises(PatchError, match="nothing to write"):
         export.iti_activations(Contrast.from_store(store, positive=none, negative=none), tmp_path / "x", model)
 

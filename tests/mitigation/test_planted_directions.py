@@ -13,7 +13,7 @@ import torch
 from concepts.schema import Example
 from lvlm import Head, Site
 from mitigation import Contrast, SteeringVector, derive
-from tests.toys.random_models import captured, examples, layers_of, pairs, shared
+from tests.toys.random_models import capture, examples, layers_of, pairs, shared_model
 
 TIMES = 12
 """What is planted is so many times as long as what differs anyway."""
@@ -30,16 +30,16 @@ def planted(
     module: Any, push: np.ndarray, when: Callable[[Mapping[str, Any]], torch.Tensor], *, before: bool = False
 ) -> Iterator[None]:
     """A shared model in which a module's output, or input, is pushed in the rows of a batch that `when` picks."""
-    seen: dict[str, torch.Tensor] = {}
+    flags: dict[str, torch.Tensor] = {}
     pushed = torch.tensor(push, dtype=torch.float32)
 
     def look(_m: Any, _a: Any, kwargs: Any) -> None:
-        seen["rows"] = when(kwargs)
+        flags["rows"] = when(kwargs)
 
     def moved(x: torch.Tensor) -> torch.Tensor:
-        return x + seen["rows"][:, None, None] * pushed
+        return x + flags["rows"][:, None, None] * pushed
 
-    hooks = [shared().hf.register_forward_pre_hook(look, with_kwargs=True)]
+    hooks = [shared_model().hf.register_forward_pre_hook(look, with_kwargs=True)]
     if before:
         hooks.append(module.register_forward_pre_hook(lambda _m, args: (moved(args[0]),)))
     else:
@@ -51,7 +51,7 @@ def planted(
             hook.remove()
 
 
-def shown(kwargs: Mapping[str, Any]) -> torch.Tensor:
+def has_image_content(kwargs: Mapping[str, Any]) -> torch.Tensor:
     """Rows whose picture is not blank."""
     return kwargs["pixel_values"].flatten(2).std(-1).amax(1) > 1e-3
 
@@ -61,32 +61,34 @@ def typical_length(rows: Sequence[np.ndarray]) -> float:
 
 
 def at_last(side: Sequence[Example], part: str, layer: int) -> np.ndarray:
-    model = shared()
-    return np.stack([captured(model, model.encode(e).inputs)[part][layer, -1] for e in side])
+    model = shared_model()
+    return np.stack([capture(model, model.encode(e).inputs)[part][layer, -1] for e in side])
 
 
 def test_ict_finds_the_planted_head_and_its_direction() -> None:
-    model, given, head = shared(), pairs("blank"), Head(LAYER, 5)
+    model, data, head = shared_model(), pairs("blank"), Head(LAYER, 5)
     direction = random_unit(model.head_dim)
     columns = slice(head.head * model.head_dim, (head.head + 1) * model.head_dim)
     clean, corrupt = (
-        at_last(side, "z", LAYER)[:, columns] for side in ([p.clean for p in given], [p.corrupt for p in given])
+        at_last(side, "z", LAYER)[:, columns] for side in ([p.clean for p in data], [p.corrupt for p in data])
     )
     push = np.zeros(model.n_heads * model.head_dim)
     push[columns] = TIMES * typical_length([clean - corrupt]) * direction
     heads = [Head(LAYER, k) for k in range(model.n_heads)]
-    with planted(layers_of(model)[LAYER].self_attn.o_proj, push, shown, before=True):
-        made = derive.ict(Contrast.from_pairs(model, given), heads=heads, top=model.n_heads)
-    assert made.changes[head].direction @ direction >= 0.99
-    without = derive.ict(Contrast.from_pairs(model, given), heads=heads, top=model.n_heads)
+    with planted(layers_of(model)[LAYER].self_attn.o_proj, push, has_image_content, before=True):
+        steering = derive.ict(Contrast.from_pairs(model, data), heads=heads, top=model.n_heads)
+    assert steering.changes[head].direction @ direction >= 0.99
+    without = derive.ict(Contrast.from_pairs(model, data), heads=heads, top=model.n_heads)
     assert without.changes[head].direction @ direction < 0.9
 
 
 def test_vti_text_finds_what_correct_captions_have() -> None:
-    model = shared()
-    told = (("a red apple", "a green apple"), ("a blue car", "a dog"), ("a dog", "a cat"), ("a red car", "a bus"))
-    right = [f"{a} red" for a, _ in told]
-    shows = [derive.Demonstration(e, a, f"{b} green") for e, a, (_, b) in zip(examples(4), right, told, strict=True)]
+    model = shared_model()
+    captions = (("a red apple", "a green apple"), ("a blue car", "a dog"), ("a dog", "a cat"), ("a red car", "a bus"))
+    right = [f"{a} red" for a, _ in captions]
+    shows = [
+        derive.Demonstration(e, a, f"{b} green") for e, a, (_, b) in zip(examples(4), right, captions, strict=True)
+    ]
     word = model.processor.tokenizer("red", add_special_tokens=False)["input_ids"][-1]
     natural = derive.vti_text(model, shows, layers=[LAYER])
     length = typical_length([at_last([d.example for d in shows], "resid_post", LAYER)])
@@ -94,13 +96,13 @@ def test_vti_text_finds_what_correct_captions_have() -> None:
     assert abs(float(natural.changes[Site("decoder", LAYER, "mlp_out")].direction @ direction)) < 0.5
     # Longer than the whole stream at that place, so also than what captions differ by.
     with planted(layers_of(model)[LAYER], TIMES * length * direction, lambda k: k["input_ids"][:, -1] == word):
-        made = derive.vti_text(model, shows, layers=[LAYER])
-    assert made.changes[Site("decoder", LAYER, "mlp_out")].direction @ direction >= 0.99
+        steering = derive.vti_text(model, shows, layers=[LAYER])
+    assert steering.changes[Site("decoder", LAYER, "mlp_out")].direction @ direction >= 0.99
 
 
 def test_vti_vision_finds_what_masked_images_have_at_every_token() -> None:
-    model, chosen, layer = shared(), examples(3), 2
-    given = [model.encode(e).inputs["pixel_values"].std().item() for e in chosen]
+    model, chosen, layer = shared_model(), examples(3), 2
+    deviations = [model.encode(e).inputs["pixel_values"].std().item() for e in chosen]
     width = model.output_projection("vision", 0).out_features
     direction = random_unit(width)
     tower = model.place("vision", layer, "resid_post").module
@@ -111,27 +113,27 @@ def test_vti_vision_finds_what_masked_images_have_at_every_token() -> None:
     push = TIMES * typical_length(length) * direction
 
     def masked(kwargs: Mapping[str, Any]) -> torch.Tensor:
-        return kwargs["pixel_values"].flatten(1).std(-1) < 0.5 * min(given)
+        return kwargs["pixel_values"].flatten(1).std(-1) < 0.5 * min(deviations)
 
     with planted(tower, push, masked):
-        made = derive.vti_vision(model, chosen, layers=[layer], copies=3)
+        steering = derive.vti_vision(model, chosen, layers=[layer], copies=3)
     site = Site("vision", layer, "mlp_out")
-    assert made.changes[site].direction.shape == natural.changes[site].direction.shape
-    assert (made.changes[site].direction @ direction).min() >= 0.99
+    assert steering.changes[site].direction.shape == natural.changes[site].direction.shape
+    assert (steering.changes[site].direction @ direction).min() >= 0.99
     assert (natural.changes[site].direction @ direction).max() < 0.9
 
 
 def vsv() -> SteeringVector:
-    return derive.vsv(shared(), examples()[0], layers=[LAYER])
+    return derive.vsv(shared_model(), examples()[0], layers=[LAYER])
 
 
 def away() -> SteeringVector:
-    return derive.project_away(shared(), "apple", layers=[LAYER])
+    return derive.project_away(shared_model(), "apple", layers=[LAYER])
 
 
 @pytest.mark.parametrize("make", [vsv, away])
 def test_vista_and_project_away_find_what_image_or_word_leaves(make: Callable[[], SteeringVector]) -> None:
-    model = shared()
+    model = shared_model()
     direction = random_unit(model.width)
     natural = make()
     length = (
@@ -139,10 +141,10 @@ def test_vista_and_project_away_find_what_image_or_word_leaves(make: Callable[[]
     )
 
     def rows(kwargs: Mapping[str, Any]) -> torch.Tensor:
-        wanted = ("pixel_values" in kwargs) == (make is vsv)
-        return torch.full((len(kwargs["input_ids"]),), wanted)
+        active = ("pixel_values" in kwargs) == (make is vsv)
+        return torch.full((len(kwargs["input_ids"]),), active)
 
     with planted(layers_of(model)[LAYER], TIMES * length * direction, rows):
-        made = make()
-    assert made.changes[LAYER].direction @ direction >= 0.99
+        steering = make()
+    assert steering.changes[LAYER].direction @ direction >= 0.99
     assert abs(float(natural.changes[LAYER].direction @ direction)) < 0.5

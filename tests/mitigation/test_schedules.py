@@ -34,7 +34,7 @@ def unit(shape: Any, seed: int) -> np.ndarray:
     return v / np.linalg.norm(v, axis=-1, keepdims=True)
 
 
-def made(keys: tuple[Key, ...] = KEYS, **changes: Any) -> SteeringVector:
+def steering_vector(keys: tuple[Key, ...] = KEYS, **changes: Any) -> SteeringVector:
     model = shared()
     entries: dict[Key, VectorChange] = {
         key: AddChange(unit(model.head_dim if isinstance(key, Head) else model.width, k), 0.6 + 0.1 * k)
@@ -54,9 +54,9 @@ def gate() -> ProbeGate:
     """A gate on the first layer that is open at the last token of one prompt, and closed at many others."""
     model, weights = shared(), unit(192, 50)
     with torch.no_grad():
-        seen = model.read(batch().inputs, ["decoder.L0.resid_post"])["decoder.L0.resid_post"].numpy() @ weights
-    bias = -float(seen[:, -1].mean())  # between the two prompts' last tokens
-    assert 0.05 < (seen + bias > 0).mean() < 0.95
+        scores = model.read(batch().inputs, ["decoder.L0.resid_post"])["decoder.L0.resid_post"].numpy() @ weights
+    bias = -float(scores[:, -1].mean())  # between the two prompts' last tokens
+    assert 0.05 < (scores + bias > 0).mean() < 0.95
     return ProbeGate(0, weights, bias)
 
 
@@ -114,7 +114,7 @@ def by_hand(vector: SteeringVector, where: Callable[[int], torch.Tensor]) -> Ite
 
 
 @torch.no_grad()
-def again(ids: torch.Tensor) -> torch.Tensor:
+def recomputed(ids: torch.Tensor) -> torch.Tensor:
     inputs = {**batch().inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
     return shared().hf(**inputs, use_cache=False).logits[:, -1]
 
@@ -136,17 +136,17 @@ def factors(vector: SteeringVector, length: int) -> torch.Tensor:
 
 
 CASES: Mapping[str, Callable[[], SteeringVector]] = {
-    "question": lambda: made(positions="suffix:all"),
-    "generated": lambda: made(positions="generated:all"),
-    "image": lambda: made(positions="image:all"),
-    "kept": lambda: made(norm="kept", positions="all"),
-    "relative": lambda: made(norm="relative", strength=0.5),
-    "project": lambda: made(kind="project", positions="suffix+generated"),
-    "decay": lambda: made().decaying(0.6),
-    "decay of a norm rule": lambda: made(norm="relative", positions="suffix+generated").decaying(0.7),
-    "gate": lambda: made(positions="all").gated(gate()),
-    "gate and decay": lambda: made(positions="suffix+generated").gated(gate()).decaying(0.8),
-    "gated projection": lambda: made(kind="project", strength=2.0).gated(gate()),
+    "question": lambda: steering_vector(positions="suffix:all"),
+    "generated": lambda: steering_vector(positions="generated:all"),
+    "image": lambda: steering_vector(positions="image:all"),
+    "kept": lambda: steering_vector(norm="kept", positions="all"),
+    "relative": lambda: steering_vector(norm="relative", strength=0.5),
+    "project": lambda: steering_vector(kind="project", positions="suffix+generated"),
+    "decay": lambda: steering_vector().decaying(0.6),
+    "decay of a norm rule": lambda: steering_vector(norm="relative", positions="suffix+generated").decaying(0.7),
+    "gate": lambda: steering_vector(positions="all").gated(gate()),
+    "gate and decay": lambda: steering_vector(positions="suffix+generated").gated(gate()).decaying(0.8),
+    "gated projection": lambda: steering_vector(kind="project", strength=2.0).gated(gate()),
 }
 
 
@@ -170,8 +170,8 @@ def test_cached_generation_is_recomputation_token_by_token(case: str) -> None:
     for step, logits in enumerate(out.logits):
         ids = out.sequences[:, : length + step]
         with by_hand(vector, lambda n: factors(vector, n)):
-            torch.testing.assert_close(logits, again(ids), atol=3e-4, rtol=1e-4)
-        moved.append(float((logits - again(ids)).abs().max()))
+            torch.testing.assert_close(logits, recomputed(ids), atol=3e-4, rtol=1e-4)
+        moved.append(float((logits - recomputed(ids)).abs().max()))
     assert moved[-1] > 1e-3
     assert (moved[0] > 1e-3) == (vector.positions != "generated:all")
 
@@ -180,7 +180,9 @@ def test_cached_generation_is_recomputation_token_by_token(case: str) -> None:
 @torch.no_grad()
 def test_beam_search_is_beam_search_without_a_cache(case: str) -> None:
     model = shared()
-    vector = made(positions="all" if case == "all" else "last+generated", decay=0.5 if case == "decay" else 1.0)
+    vector = steering_vector(
+        positions="all" if case == "all" else "last+generated", decay=0.5 if case == "decay" else 1.0
+    )
     options = {"num_beams": 3, "max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "output_scores": True}
     with vector.applied(model):
         steered = model.hf.generate(**batch().inputs, **options, return_dict_in_generate=True)
@@ -210,24 +212,24 @@ def test_nested_twice_and_taken_away_twice() -> None:
 def test_a_closed_gate_does_nothing_and_an_open_one_everything() -> None:
     model, weights = shared(), np.eye(1, 192)[0]
     plain = model.logits(batch().inputs)
-    with made().applied(model):
+    with steering_vector().applied(model):
         steered = model.logits(batch().inputs)
     for bias, expected in ((-1e9, plain), (1e9, steered)):
-        with made().gated(ProbeGate(0, weights, bias)).applied(model):
+        with steering_vector().gated(ProbeGate(0, weights, bias)).applied(model):
             torch.testing.assert_close(model.logits(batch().inputs), expected, atol=1e-5, rtol=1e-5)
-    with made().gated(ProbeGate(0, weights, 1e9)).gated(None).applied(model):
+    with steering_vector().gated(ProbeGate(0, weights, 1e9)).gated(None).applied(model):
         assert torch.equal(model.logits(batch().inputs), steered)
 
 
-def test_a_gate_reads_what_its_probe_read() -> None:
+def test_a_gate_decides_like_its_probe() -> None:
     v = unit(24, 3).astype(np.float32)
     x = np.random.default_rng(0).standard_normal((50, 24))
     direction = ConceptDirection("decoder.L1.z", "last", "object:apple", v, head=2, scale=3.0, intercept=0.5)
     for when, threshold in ((True, 0.0), (True, 0.7), (False, 0.0)):
         made_gate = ProbeGate.from_direction(direction, when=when, threshold=threshold)
         opened = x @ made_gate.weights + made_gate.bias > 0
-        told = direction.decision(x) > threshold
-        np.testing.assert_array_equal(opened, told if when else ~told)
+        decision = direction.decision(x) > threshold
+        np.testing.assert_array_equal(opened, decision if when else ~decision)
         assert made_gate.place == Head(1, 2)
     with pytest.raises(SiteError, match="decoder 'z'"):
         ProbeGate.from_direction(replace(direction, site="decoder.L1.q"))
@@ -241,12 +243,12 @@ def test_a_direction_for_each_token() -> None:
     rows[0] = 0
     vector = SteeringVector({site: AddChange(rows, 2.0)}, "all", 1.0, model.name, model.config_hash)
     plain = model.read(inputs, [str(site)])[str(site)]
-    seen: list[torch.Tensor] = []
+    values: list[torch.Tensor] = []
     with vector.applied(model):
-        hook = model.locate(site).watch(lambda x: seen.append(x.clone()))
+        hook = model.locate(site).watch(lambda x: values.append(x.clone()))
         model.logits(inputs)
         hook.remove()
-    torch.testing.assert_close(seen[0], plain + 2 * torch.tensor(rows, dtype=torch.float32), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(values[0], plain + 2 * torch.tensor(rows, dtype=torch.float32), atol=1e-5, rtol=1e-5)
     short = replace(vector, changes={site: AddChange(rows[1:], 2.0)})
     with (
         short.applied(model),
@@ -288,7 +290,7 @@ def test_native_file_holds_all_of_it(case: str, tmp_path: Path) -> None:
     assert (SteeringVector.load(tmp_path / "old").norm, SteeringVector.load(tmp_path / "old").gate) == ("free", None)
 
 
-def test_additions_at_one_site_are_one() -> None:
+def test_additions_at_one_site_are_summed() -> None:
     """Many heads of a layer, twice over, with something else between: the sum, in the order they were given."""
     model, site = shared(), Site("decoder", 2, "z")
     x = model.read(batch().inputs, [str(site)])[str(site)]
@@ -298,43 +300,50 @@ def test_additions_at_one_site_are_one() -> None:
     for head in (0, 3, 3):
         expected[..., 24 * head : 24 * head + 24] += push
     for extra, after in (([], expected), ([Intervention(site, Zero(), "all", 3)], None)):
-        seen: list[torch.Tensor] = []
+        values: list[torch.Tensor] = []
         with intervened(model, [*items, *extra, *items[:1]]):
-            hook = model.locate(site).watch(lambda y, seen=seen: seen.append(y.clone()))
+            hook = model.locate(site).watch(lambda y, values=values: values.append(y.clone()))
             model.logits(batch().inputs)
             hook.remove()
-        wanted = expected.clone()
+        target = expected.clone()
         if after is None:
-            wanted[..., 72:96] = 0
-        wanted[..., :24] += push
-        torch.testing.assert_close(seen[0], wanted, atol=1e-6, rtol=1e-6)
+            target[..., 72:96] = 0
+        target[..., :24] += push
+        torch.testing.assert_close(values[0], target, atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
-    ("make", "error", "said"),
+    ("make", "error", "message"),
     [
-        (lambda: made(norm="longer"), ConfigError, "norm from"),
-        (lambda: made(kind="project", norm="kept"), ConfigError, "norm .free. unless the kind is .add."),
-        (lambda: made().decaying(0), ConfigError, "decay=0"),
-        (lambda: made().decaying(float("nan")), ConfigError, "decay=nan"),
-        (lambda: made().decaying(1.5), ConfigError, r"decay must be in \(0, 1\]"),
+        (lambda: steering_vector(norm="longer"), ConfigError, "norm from"),
+        (lambda: steering_vector(kind="project", norm="kept"), ConfigError, "norm .free. unless the kind is .add."),
+        (lambda: steering_vector().decaying(0), ConfigError, "decay=0"),
+        (lambda: steering_vector().decaying(float("nan")), ConfigError, "decay=nan"),
+        (lambda: steering_vector().decaying(1.5), ConfigError, r"decay must be in \(0, 1\]"),
         (lambda: ProbeGate(0, np.zeros(4)), PatchError, "not all 0"),
         (lambda: ProbeGate(0, np.ones(4), float("nan")), PatchError, "bias nan"),
-        (lambda: made().gated(ProbeGate(5, np.ones(192))).interventions(), SiteError, "no later"),
-        (lambda: made().gated(ProbeGate(Site("vision", 0, "z"), np.ones(4))).interventions(), SiteError, "no later"),
+        (lambda: steering_vector().gated(ProbeGate(5, np.ones(192))).interventions(), SiteError, "no later"),
+        (
+            lambda: steering_vector().gated(ProbeGate(Site("vision", 0, "z"), np.ones(4))).interventions(),
+            SiteError,
+            "no later",
+        ),
         (lambda: Intervention(Site("decoder", 0, "z"), Zero(), decay=0.5), PatchError, "without a strength"),
         (lambda: Intervention(Site("vision", 0, "z"), Zero(), "generated"), SiteError, "are for the decoder only"),
-        (lambda: made(positions="answer"), ConfigError, "positions='answer'"),
+        (lambda: steering_vector(positions="answer"), ConfigError, "positions='answer'"),
     ],
 )
-def test_what_is_refused(make: Callable[[], Any], error: type[Exception], said: str) -> None:
-    with pytest.raises(error, match=said):
+def test_invalid_schedules_are_refused(make: Callable[[], Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
         make()
 
 
 def test_a_gate_of_another_width_is_refused_before_anything_is_hooked() -> None:
     model = shared()
-    with pytest.raises(PatchError, match="must be 192"), made().gated(ProbeGate(0, np.ones(7))).applied(model):
+    with (
+        pytest.raises(PatchError, match="must be 192"),
+        steering_vector().gated(ProbeGate(0, np.ones(7))).applied(model),
+    ):
         pass
     item = Intervention(
         Site("decoder", 1, "z"), Add(torch.ones(192)), gate=Gate(Site("decoder", 0, "z"), torch.ones(24), 0, 9)

@@ -39,8 +39,8 @@ def vector(model: Lvlm, kind: str = "add", layers: tuple[int, ...] = (), **chang
         else:
             reads = np.linalg.qr(rng.standard_normal((d, 3)))[0].T if key == HEADS[0] else None
             entries[key] = AmplifyChange(rng.standard_normal(d), reads=reads)
-    made = SteeringVector(entries, "last+generated", 2.0, model.name, model.config_hash, {"method": "by hand"})  # pyright: ignore[reportArgumentType]  # one of the two
-    return replace(made, **changes)
+    steering = SteeringVector(entries, "last+generated", 2.0, model.name, model.config_hash, {"method": "by hand"})  # pyright: ignore[reportArgumentType]  # one of the two
+    return replace(steering, **changes)
 
 
 def rows(model: Lvlm) -> Batch:
@@ -59,12 +59,12 @@ def change_by_hand(entry: Any, kind: str, strength: float, x: torch.Tensor) -> t
 
 @torch.no_grad()
 def logits_by_hand(
-    model: Lvlm, inputs: Mapping[str, torch.Tensor], made: SteeringVector, strength: float, first: int
+    model: Lvlm, inputs: Mapping[str, torch.Tensor], steering: SteeringVector, strength: float, first: int
 ) -> torch.Tensor:
     """Logits of one forward without a cache, plain torch hooks changing every position from `first` on."""
     hooks = []
     dim = model.head_dim
-    for key, entry in made.changes.items():
+    for key, entry in steering.changes.items():
         if isinstance(key, Head):
 
             def before(
@@ -72,7 +72,9 @@ def logits_by_hand(
             ) -> tuple[torch.Tensor]:
                 z = args[0].clone()
                 part = z[:, first:, key.head * dim : (key.head + 1) * dim]
-                z[:, first:, key.head * dim : (key.head + 1) * dim] = change_by_hand(entry, made.kind, strength, part)
+                z[:, first:, key.head * dim : (key.head + 1) * dim] = change_by_hand(
+                    entry, steering.kind, strength, part
+                )
                 return (z,)
 
             hooks.append(layers_of(model)[key.layer].self_attn.o_proj.register_forward_pre_hook(before))
@@ -80,7 +82,7 @@ def logits_by_hand(
 
             def after(_m: object, _a: object, out: torch.Tensor, entry: AddChange = entry) -> torch.Tensor:
                 out = out.clone()
-                out[:, first:] = change_by_hand(entry, made.kind, strength, out[:, first:])
+                out[:, first:] = change_by_hand(entry, steering.kind, strength, out[:, first:])
                 return out
 
             hooks.append(layers_of(model)[key].register_forward_hook(after))
@@ -93,15 +95,15 @@ def logits_by_hand(
 
 @pytest.mark.parametrize("kind", ["add", "amplify"])
 @pytest.mark.parametrize("layers", [(), (2,)])
-def test_forward_is_the_formula(kind: str, layers: tuple[int, ...]) -> None:
+def test_steered_logits_equal_the_formula(kind: str, layers: tuple[int, ...]) -> None:
     model = shared()
-    made, inputs = vector(model, kind, layers), rows(model).inputs
+    steering, inputs = vector(model, kind, layers), rows(model).inputs
     length = inputs["input_ids"].shape[1]
     after = rows(model).encodings[0].tokens.image[-1] + 1
     for rule, first in (("last+generated", length - 1), ("suffix+generated", after), ("all", 0)):
-        with made.at(rule).applied(model, 1.5):  # pyright: ignore[reportArgumentType]  # from the list
+        with steering.at(rule).applied(model, 1.5):  # pyright: ignore[reportArgumentType]  # from the list
             steered = model.logits(inputs)
-        torch.testing.assert_close(steered, logits_by_hand(model, inputs, made, 1.5, first), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(steered, logits_by_hand(model, inputs, steering, 1.5, first), atol=1e-4, rtol=1e-4)
         assert not torch.allclose(steered, model.logits(inputs), atol=1e-3)
 
 
@@ -110,9 +112,9 @@ def test_forward_is_the_formula(kind: str, layers: tuple[int, ...]) -> None:
 @torch.no_grad()
 def test_cached_generation_is_recomputation_token_by_token(kind: str, rule: str) -> None:
     model = shared()
-    made, batch = vector(model, kind, (2,), positions=rule, strength=0.8), rows(shared())
+    steering, batch = vector(model, kind, (2,), positions=rule, strength=0.8), rows(shared())
     length = batch.inputs["input_ids"].shape[1]
-    with made.applied(model):
+    with steering.applied(model):
         out = model.hf.generate(
             **batch.inputs,
             max_new_tokens=6,
@@ -125,46 +127,46 @@ def test_cached_generation_is_recomputation_token_by_token(kind: str, rule: str)
     first = {"last+generated": length - 1, "suffix+generated": batch.encodings[0].tokens.image[-1] + 1, "all": 0}[rule]
     for step, logits in enumerate(out.logits):
         ids = out.sequences[:, : length + step]
-        again = {**batch.inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        torch.testing.assert_close(logits, logits_by_hand(model, again, made, 0.8, first), atol=2e-4, rtol=1e-4)
+        prefix = {**batch.inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        torch.testing.assert_close(logits, logits_by_hand(model, prefix, steering, 0.8, first), atol=2e-4, rtol=1e-4)
     # A random model says the same words either way; what it would have said next is not the same.
     assert not torch.allclose(out.logits[0], model.logits(batch.inputs), atol=1e-4)
 
 
 def test_image_positions_act_on_the_prompt_only() -> None:
     model = shared()
-    made, inputs = vector(model, positions="image:all"), rows(shared()).inputs
-    seen: list[int] = []
-    hook = model.locate("decoder.L1.z").watch(lambda x: seen.append(x.shape[1]))
+    steering, inputs = vector(model, positions="image:all"), rows(shared()).inputs
+    lengths: list[int] = []
+    hook = model.locate("decoder.L1.z").watch(lambda x: lengths.append(x.shape[1]))
     base: list[torch.Tensor] = []
     late = model.locate("decoder.L4.z").watch(lambda x: base.append(x.clone()))
     model.logits(inputs)
-    with made.applied(model):
+    with steering.applied(model):
         model.generate(rows(model), max_new_tokens=3)
     hook.remove()
     late.remove()
     assert not torch.equal(base[0], base[1])
-    assert seen[-1] == 1
+    assert lengths[-1] == 1
 
 
-def test_steering_is_idempotent_and_leaves_nothing() -> None:
+def test_steering_is_repeatable_and_removes_its_hooks() -> None:
     model = lively()
     state = {name: p.clone() for name, p in model.hf.state_dict().items()}
     inputs = rows(model).inputs
     plain = model.logits(inputs)
-    made = vector(model)
+    steering = vector(model)
     steered = []
     for _ in range(2):
-        with made.applied(model):
+        with steering.applied(model):
             steered.append(model.logits(inputs))
         assert hooks_of(model) == 0
         assert torch.equal(model.logits(inputs), plain)
     assert torch.equal(*steered)
-    with pytest.raises(KeyError), made.applied(model):
+    with pytest.raises(KeyError), steering.applied(model):
         raise KeyError
     assert hooks_of(model) == 0
     assert all(torch.equal(p, state[name]) for name, p in model.hf.state_dict().items())
-    with made.applied(model, 0):
+    with steering.applied(model, 0):
         assert hooks_of(model) == 0
         assert torch.equal(model.logits(inputs), plain)
 
@@ -172,27 +174,27 @@ def test_steering_is_idempotent_and_leaves_nothing() -> None:
 def test_vectors_stack() -> None:
     model = shared()
     inputs = rows(model).inputs
-    made = vector(model)
-    with made.applied(model, 1.0), made.applied(model, 2.0):
-        twice = model.logits(inputs)
-    with made.applied(model, 3.0):
-        once = model.logits(inputs)
-    torch.testing.assert_close(twice, once, atol=1e-4, rtol=1e-4)
+    steering = vector(model)
+    with steering.applied(model, 1.0), steering.applied(model, 2.0):
+        double = model.logits(inputs)
+    with steering.applied(model, 3.0):
+        single = model.logits(inputs)
+    torch.testing.assert_close(double, single, atol=1e-4, rtol=1e-4)
 
 
 def test_strengths() -> None:
     model = shared()
     inputs = rows(model).inputs
-    made = vector(model)
-    with made.applied(model):
+    steering = vector(model)
+    with steering.applied(model):
         own = model.logits(inputs)
-    with made.scaled(7).applied(model, 2.0):
+    with steering.scaled(7).applied(model, 2.0):
         assert torch.equal(model.logits(inputs), own)
-    assert made.scaled(7).strength == 7
+    assert steering.scaled(7).strength == 7
     for wrong in (float("nan"), float("inf")):
         with pytest.raises(ConfigError, match="finite"):
-            made.scaled(wrong)
-        with pytest.raises(ConfigError, match="finite"), made.applied(model, wrong):
+            steering.scaled(wrong)
+        with pytest.raises(ConfigError, match="finite"), steering.applied(model, wrong):
             pass
 
 
@@ -214,13 +216,13 @@ def test_a_vector_for_another_model_is_refused_unless_forced() -> None:
 # ---- controls ----------------------------------------------------------------------------------------------------------
 
 
-def test_random_control_of_what_is_read_here_and_written_there_goes_as_far() -> None:
+def test_random_control_of_separate_reading_and_writing_directions_has_the_same_size() -> None:
     rng = np.random.default_rng(3)
     reads, writes = np.eye(1, 24), 3.5 * np.eye(1, 24, 4)
-    made = SteeringVector(
+    steering = SteeringVector(
         {HEADS[0]: AmplifyChange(np.zeros(24), reads=reads, writes=writes)}, "last+generated", 1.0, "m", "c", {}
     )
-    entry: Any = made.randomized(2).changes[HEADS[0]]
+    entry: Any = steering.randomized(2).changes[HEADS[0]]
     assert entry.reads is not None
     assert entry.writes is not None
     x = rng.standard_normal((10, 24))
@@ -232,10 +234,10 @@ def test_random_control_of_what_is_read_here_and_written_there_goes_as_far() -> 
 @pytest.mark.parametrize("kind", ["add", "amplify"])
 def test_random_control_has_the_same_size_for_every_input(kind: str) -> None:
     model = shared()
-    made = vector(model, kind, (2,))
-    control = made.randomized(5)
+    steering = vector(model, kind, (2,))
+    control = steering.randomized(5)
     rng = np.random.default_rng(1)
-    for key, entry in made.changes.items():
+    for key, entry in steering.changes.items():
         other = control.changes[key]
         x = torch.tensor(
             rng.standard_normal((20, model.head_dim if isinstance(key, Head) else model.width)), dtype=torch.float32
@@ -245,10 +247,10 @@ def test_random_control_has_the_same_size_for_every_input(kind: str) -> None:
         cosine = (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))
         assert abs(float(cosine.mean())) < 0.7
     assert control.provenance["control"] == "random directions, seed 5"
-    again = made.randomized(5)
-    for key in made.changes:
+    repeated = steering.randomized(5)
+    for key in steering.changes:
         name = "direction" if kind == "add" else "writes"
-        np.testing.assert_array_equal(getattr(control.changes[key], name), getattr(again.changes[key], name))
+        np.testing.assert_array_equal(getattr(control.changes[key], name), getattr(repeated.changes[key], name))
     with control.applied(model):
         steered = model.logits(rows(model).inputs)
     by_hand = logits_by_hand(model, rows(model).inputs, control, 2.0, rows(model).inputs["input_ids"].shape[1] - 1)
@@ -257,15 +259,15 @@ def test_random_control_has_the_same_size_for_every_input(kind: str) -> None:
 
 def test_same_directions_at_other_heads() -> None:
     model = shared()
-    made = vector(model)
+    steering = vector(model)
     others = (Head(5, 5), Head(0, 1), Head(2, 2))
-    moved = made.on_heads(others)
+    moved = steering.on_heads(others)
     assert set(moved.heads) == set(others)
-    for old, new in zip(made.heads, others, strict=True):
-        assert moved.changes[new] is made.changes[old]
+    for old, new in zip(steering.heads, others, strict=True):
+        assert moved.changes[new] is steering.changes[old]
     for wrong in (others[:2], (others[0],) * 3, ()):
         with pytest.raises(PatchError, match="3 different heads"):
-            made.on_heads(wrong)
+            steering.on_heads(wrong)
     for unfit in (vector(model, "amplify"), vector(model, "add", (2,))):
         with pytest.raises(PatchError, match="derive"):
             unfit.on_heads(others)
@@ -274,16 +276,16 @@ def test_same_directions_at_other_heads() -> None:
 # ---- construction ------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_refused() -> None:
-    made = vector(shared())
+def test_invalid_vectors_are_refused() -> None:
+    steering = vector(shared())
     with pytest.raises(PatchError, match="at least one"):
-        replace(made, changes={})
+        replace(steering, changes={})
     with pytest.raises(PatchError, match="add, amplify"):
-        replace(made, changes={HEADS[0]: made.changes[HEADS[0]], 1: AmplifyChange(np.zeros(192))})
+        replace(steering, changes={HEADS[0]: steering.changes[HEADS[0]], 1: AmplifyChange(np.zeros(192))})
     with pytest.raises(SiteError, match="token selection"):
-        made.at("first")
+        steering.at("first")
     with pytest.raises(PatchError, match="length 2"):
-        replace(made, changes={HEADS[0]: AddChange(2 * np.eye(24)[0])})
+        replace(steering, changes={HEADS[0]: AddChange(2 * np.eye(24)[0])})
     for sigma in (0.0, -1.0, float("nan")):
         with pytest.raises(PatchError, match="sigma"):
             AddChange(np.eye(3)[0], sigma)
@@ -294,15 +296,15 @@ def test_what_is_refused() -> None:
 
 
 def test_frozen_and_ordered() -> None:
-    made = vector(shared(), layers=(1,))
-    assert list(made.changes) == [Head(1, 3), Head(1, 6), 1, Head(4, 0)]
-    assert made.heads == HEADS
-    assert made.layers == (1,)
+    steering = vector(shared(), layers=(1,))
+    assert list(steering.changes) == [Head(1, 3), Head(1, 6), 1, Head(4, 0)]
+    assert steering.heads == HEADS
+    assert steering.layers == (1,)
     with pytest.raises(TypeError):
-        made.changes[0] = made.changes[1]  # pyright: ignore[reportIndexIssue]  # it is read-only
+        steering.changes[0] = steering.changes[1]  # pyright: ignore[reportIndexIssue]  # it is read-only
     with pytest.raises(ValueError, match="read-only"):
-        made.changes[1].direction[0] = 0  # pyright: ignore[reportAttributeAccessIssue]
-    assert "L1.H3" in repr(made)
+        steering.changes[1].direction[0] = 0  # pyright: ignore[reportAttributeAccessIssue]
+    assert "L1.H3" in repr(steering)
 
 
 # ---- files -------------------------------------------------------------------------------------------------------------
@@ -311,8 +313,8 @@ def test_frozen_and_ordered() -> None:
 @pytest.mark.parametrize("kind", ["add", "amplify"])
 def test_native_file(kind: str, tmp_path: Path) -> None:
     model = shared()
-    made = vector(model, kind, (2,)).randomized(1)
-    path = made.save(tmp_path / "new" / "vector.safetensors")
+    steering = vector(model, kind, (2,)).randomized(1)
+    path = steering.save(tmp_path / "new" / "vector.safetensors")
     tensors = load_file(path)
     names = {"layers.1.head.3", "layers.1.head.6", "layers.4.head.0", "layers.2.residual"}
     assert {n for n in tensors if not n.endswith(("reads", "writes"))} == names
@@ -322,17 +324,17 @@ def test_native_file(kind: str, tmp_path: Path) -> None:
     assert card["config_hash"] == model.config_hash
     assert card["entries"]["layers.1.head.3"]["site"] == "decoder.L1.z"
     loaded = SteeringVector.load(path)
-    assert (loaded.kind, loaded.positions, loaded.strength) == (made.kind, made.positions, made.strength)
-    assert loaded.provenance == made.provenance
+    assert (loaded.kind, loaded.positions, loaded.strength) == (steering.kind, steering.positions, steering.strength)
+    assert loaded.provenance == steering.provenance
     inputs = rows(model).inputs
     both = []
-    for v in (made, loaded):
+    for v in (steering, loaded):
         with v.applied(model):
             both.append(model.logits(inputs))
     assert torch.equal(*both)
 
 
-def test_files_that_are_no_vectors(tmp_path: Path) -> None:
+def test_files_that_are_not_vectors_are_refused(tmp_path: Path) -> None:
     path = vector(shared()).save(tmp_path / "vector.safetensors")
     with pytest.raises(StoreError, match="no such file"):
         SteeringVector.load(tmp_path / "none")
@@ -340,14 +342,14 @@ def test_files_that_are_no_vectors(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="is not a steering_vector file"):
         SteeringVector.load(tmp_path / "other")
     tensors, card = load_file(path), json.loads(path.with_suffix(".json").read_text())
-    for name, change, said in (
+    for name, change, message in (
         ("newer", {"version": 5}, "version 5"),
         ("kind", {"kind": "multiply"}, "damaged"),
         ("name", {"entries": {"layers.1.mlp": {"sigma": 1.0}}}, "damaged"),
         ("gap", {"entries": {"layers.5.head.0": {"sigma": 1.0}}}, "damaged"),
     ):
         save_file(tensors, tmp_path / name, metadata={"steering_vector": json.dumps({**card, **change})})
-        with pytest.raises(StoreError, match=said):
+        with pytest.raises(StoreError, match=message):
             SteeringVector.load(tmp_path / name)
 
 

@@ -57,11 +57,11 @@ def naive_knn(values: np.ndarray, k: int, q: float) -> list[set[int]]:
     for row in values:
         clipped = np.array([min(max(v, -limit), limit) for v in row])
         unit.append(clipped / math.sqrt(sum(v * v for v in clipped)))
-    found = []
+    neighbors = []
     for i, row in enumerate(unit):
         products = [(-float(row @ other), j) for j, other in enumerate(unit) if j != i]
-        found.append({j for _, j in sorted(products)[:k]})
-    return found
+        neighbors.append({j for _, j in sorted(products)[:k]})
+    return neighbors
 
 
 def sorted_quantile(values: np.ndarray, q: float) -> float:
@@ -72,7 +72,7 @@ def sorted_quantile(values: np.ndarray, q: float) -> float:
     return float(ordered[low] + (at - low) * (ordered[high] - ordered[low]))
 
 
-def test_mutual_neighbours_equal_a_naive_loop(x: np.ndarray) -> None:
+def test_mutual_neighbors_equal_a_naive_loop(x: np.ndarray) -> None:
     rng = np.random.default_rng(2)
     y = x[:, :20] + rng.normal(size=(120, 20)) * np.exp(rng.normal(size=(120, 1)))
     for k in (1, 5, 10):
@@ -119,19 +119,19 @@ def test_the_gap_is_the_distance_of_the_means_of_unit_rows(x: np.ndarray) -> Non
     assert alignment.modality_gap(x, y) == pytest.approx(np.linalg.norm(naive))
 
 
-def test_baselines_tell_paired_from_unpaired(x: np.ndarray) -> None:
+def test_permutation_baselines_separate_paired_from_unpaired_rows(x: np.ndarray) -> None:
     rng = np.random.default_rng(5)
     paired = alignment.compare(x, x + 0.5 * rng.normal(size=x.shape), permutations=99).set_index("measure")
-    apart = alignment.compare(x, rng.normal(size=x.shape), permutations=99).set_index("measure")
+    unpaired = alignment.compare(x, rng.normal(size=x.shape), permutations=99).set_index("measure")
     for name in ("cosine", "mutual_knn", "cka_biased", "cka_unbiased"):
         assert paired.loc[name, "p"] == 0.01
         assert paired.loc[name, "value"] > paired.loc[name, "baseline"] + 4 * paired.loc[name, "baseline_sd"]
-        assert apart.loc[name, "p"] > 0.01
+        assert unpaired.loc[name, "p"] > 0.01
         function = alignment.MEASURES[name]
         assert paired.loc[name, "value"] == pytest.approx(
             function(x, x + 0.5 * np.random.default_rng(5).normal(size=x.shape))
         )
-    assert apart.loc["modality_gap", "p"] > 0.01
+    assert unpaired.loc["modality_gap", "p"] > 0.01
     gap = alignment.compare(x, x + 1, permutations=99).set_index("measure").loc["modality_gap"]
     assert gap["p"] == 0.01
     other_width = alignment.compare(x, x[:, :9], permutations=9).set_index("measure")
@@ -151,19 +151,19 @@ def test_layers_of_a_store_one_example_a_group() -> None:
     store = MemoryStore(
         table, {("decoder", "resid_post", "image:mean"): image, ("decoder", "resid_post", "question:mean"): text}
     )
-    found = alignment.layerwise(store, joint=True, permutations=49).set_index(["layer", "measure"])
-    assert (found["n"] == groups - 1).all()
-    assert found.loc[(1, "mutual_knn"), "value"] > 0.7
-    assert found.loc[(1, "cka_unbiased"), "value"] > 0.9
-    assert abs(found.loc[(0, "cka_unbiased"), "value"]) < 0.2
-    assert found.loc[(0, "mutual_knn"), "p"] > 0.02
+    scores = alignment.layerwise(store, joint=True, permutations=49).set_index(["layer", "measure"])
+    assert (scores["n"] == groups - 1).all()
+    assert scores.loc[(1, "mutual_knn"), "value"] > 0.7
+    assert scores.loc[(1, "cka_unbiased"), "value"] > 0.9
+    assert abs(scores.loc[(0, "cka_unbiased"), "value"]) < 0.2
+    assert scores.loc[(0, "mutual_knn"), "p"] > 0.02
     with pytest.raises(SiteError, match="mlp_out"):
         alignment.layerwise(store, "mlp_out", joint=True)
     with pytest.raises(ProbeError, match="3 groups have both"):
         alignment.layerwise(store, joint=True, rows=np.arange(120) < 12)
 
 
-def test_an_image_is_compared_with_a_text_that_has_not_seen_it() -> None:
+def test_an_image_is_compared_with_a_text_that_does_not_attend_to_it() -> None:
     """Question tokens that copied the image look aligned; the same questions about a blank image do not."""
     rng = np.random.default_rng(1)
     n, d = 60, 12

@@ -1,4 +1,4 @@
-"""What grids are held against: words alone, random types, random features, other data; and grids that were killed."""
+"""Baselines of a grid: blank images, random types, random features, other data; and fits that were interrupted."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ COLORS = ("attribute:red", "attribute:green", "attribute:blue")
 
 
 def colored(seed: int = 0, n_groups: int = 120, strength: float = 1.5, flip: bool = False) -> MemoryStore:
-    """Three colours that exclude each other, read from layer 1; ``asked`` is told by the question, not by the image."""
+    """Three exclusive colors, decodable from layer 1; ``asked`` depends on the question, not on the image."""
     rng = np.random.default_rng(seed)
     size = 3
     group = np.repeat(np.arange(n_groups), size)
@@ -66,40 +66,38 @@ def grid(store: MemoryStore) -> ProbeGrid:
     return fit_grid(store, [*COLORS, "object:asked"], "resid_post", C=(1e-2, 1.0), folds=3)
 
 
-def test_a_choice_among_concepts_is_scored_as_scikit_learn_does(grid: ProbeGrid) -> None:
-    found = multiclass(grid, COLORS).set_index("layer")
+def test_multiclass_scores_equal_scikit_learn(grid: ProbeGrid) -> None:
+    scores = multiclass(grid, COLORS).set_index("layer")
     truth = grid.held_out_labels[:3].argmax(axis=0)
     for at in range(3):
-        said = grid.held_out_margins[:3, at, 0].argmax(axis=0)
-        assert found.loc[at, "balanced_accuracy"] == pytest.approx(recall_score(truth, said, average="macro"))
-        assert found.loc[at, "low"] <= found.loc[at, "balanced_accuracy"] <= found.loc[at, "high"]
-    assert (found["chance"] == 1 / 3).all()
-    assert found.loc[1, "low"] > 0.5
-    assert found.loc[0, "low"] < 1 / 3 + 0.1
-    assert found["head"].isna().all()
+        predicted = grid.held_out_margins[:3, at, 0].argmax(axis=0)
+        assert scores.loc[at, "balanced_accuracy"] == pytest.approx(recall_score(truth, predicted, average="macro"))
+        assert scores.loc[at, "low"] <= scores.loc[at, "balanced_accuracy"] <= scores.loc[at, "high"]
+    assert (scores["chance"] == 1 / 3).all()
+    assert scores.loc[1, "low"] > 0.5
+    assert scores.loc[0, "low"] < 1 / 3 + 0.1
+    assert scores["head"].isna().all()
     with pytest.raises(ProbeError, match="choose at least two different concepts"):
         multiclass(grid, ["attribute:red"])
 
 
-def test_a_choice_fitted_together_equals_the_protocol_done_with_scikit_learn(
-    grid: ProbeGrid, store: MemoryStore
-) -> None:
-    found = multiclass(grid, COLORS, how="softmax", store=store)
+def test_softmax_probe_equals_the_protocol_with_scikit_learn(grid: ProbeGrid, store: MemoryStore) -> None:
+    scores = multiclass(grid, COLORS, how="softmax", store=store)
     split = np.isin(store.table["id"], grid.held_out)
     y = store.table[list(COLORS)].to_numpy().argmax(axis=1)
     for at in range(3):
         x = store.read(f"decoder.L{at}.resid_post", "last", examples=slice(None)).astype(float)
-        penalty = found.loc[at, "C"]
+        penalty = scores.loc[at, "C"]
         assert penalty in (1e-2, 1.0)
         scaler = StandardScaler().fit(x[~split])
         model = LogisticRegression(C=penalty, class_weight="balanced", tol=1e-10, solver="newton-cg", max_iter=1000)
         model.fit(scaler.transform(x[~split]), y[~split])
-        said = model.predict(scaler.transform(x[split]))
-        score = recall_score(y[split], said, average="macro")
-        assert found.loc[at, "balanced_accuracy"] == pytest.approx(score, abs=1e-9)
-        assert 0 <= found.loc[at, "gap"] <= 1e-8
-        assert found.loc[at, "low"] <= score <= found.loc[at, "high"]
-    assert found.loc[1, "low"] > 0.5
+        predicted = model.predict(scaler.transform(x[split]))
+        score = recall_score(y[split], predicted, average="macro")
+        assert scores.loc[at, "balanced_accuracy"] == pytest.approx(score, abs=1e-9)
+        assert 0 <= scores.loc[at, "gap"] <= 1e-8
+        assert scores.loc[at, "low"] <= score <= scores.loc[at, "high"]
+    assert scores.loc[1, "low"] > 0.5
 
 
 def test_choices_that_cannot_be_fitted_are_refused(grid: ProbeGrid, store: MemoryStore) -> None:
@@ -115,12 +113,12 @@ def test_choices_that_cannot_be_fitted_are_refused(grid: ProbeGrid, store: Memor
         multiclass(grid, COLORS, how="softmax", store=store, rows=np.arange(360) < 300)
 
 
-def test_probes_carry_over_to_where_they_should(grid: ProbeGrid, store: MemoryStore) -> None:
+def test_transfer_scores_probes_on_other_stores(grid: ProbeGrid, store: MemoryStore) -> None:
     other, against = colored(seed=1), colored(seed=2, flip=True)
     targets = {"fresh": other, "opposite": against, "home": store, "few": (other, np.arange(360) < 30)}
     targets["few"][1].setflags(write=False)  # the caller's rows are left alone
-    found = transfer(grid, targets, resamples=200)
-    at = found.set_index(["target", "concept", "layer"])
+    scores = transfer(grid, targets, resamples=200)
+    at = scores.set_index(["target", "concept", "layer"])
     fresh = at.loc[("fresh", "attribute:red", 1)]
     assert fresh["low"] > 0.6
     assert at.loc[("opposite", "attribute:red", 1)]["high"] < 0.5
@@ -142,40 +140,40 @@ def test_probes_carry_over_to_where_they_should(grid: ProbeGrid, store: MemorySt
         transfer(grid, {"fresh": other}, tokens="image:mean")
 
 
-def test_what_the_words_alone_tell_is_not_called_visual(grid: ProbeGrid, store: MemoryStore) -> None:
-    """The blank image leaves the noun of the question where it was and takes the colour away."""
+def test_a_concept_decodable_from_the_question_alone_is_not_visual(grid: ProbeGrid, store: MemoryStore) -> None:
+    """The blank image keeps the noun of the question decodable and removes the color."""
     blank = colored(strength=0.0)
     x = blank.values["decoder", "resid_post", "last"]
     x[:, 1, 4:8] = store.values["decoder", "resid_post", "last"][:, 1, 4:8]
-    found = lexical_control(grid, blank).set_index(["concept", "layer"])
-    asked, red = found.loc[("object:asked", 1)], found.loc[("attribute:red", 1)]
-    assert asked["balanced_accuracy"] > 0.65
-    assert asked["lexical"] == pytest.approx(asked["balanced_accuracy"], abs=0.1)
-    assert not asked["is_visual"]
+    scores = lexical_control(grid, blank).set_index(["concept", "layer"])
+    noun, red = scores.loc[("object:asked", 1)], scores.loc[("attribute:red", 1)]
+    assert noun["balanced_accuracy"] > 0.65
+    assert noun["lexical"] == pytest.approx(noun["balanced_accuracy"], abs=0.1)
+    assert not noun["is_visual"]
     assert red["is_visual"]
     assert red["visual_low"] <= red["visual"] == red["balanced_accuracy"] - red["lexical"] <= red["visual_high"]
     with pytest.raises(ProbeError, match="does not hold the grid's examples"):
         lexical_control(grid, colored(seed=5))
 
 
-def test_a_task_of_random_types_is_learnt_only_by_heart(grid: ProbeGrid, store: MemoryStore) -> None:
-    """Layer 1 tells the noun, so any labelling of questions can be learnt there: the asked noun is not selective."""
-    found = control_task(grid, store, draws=4).set_index(["concept", "layer"])
-    assert found.loc[("object:asked", 1), "control_task"] > 0.6
-    assert found.loc[("object:asked", 1), "selectivity"] < 0.15
-    assert found.loc[("object:asked", 0), "control_task"] == pytest.approx(0.5, abs=0.12)
+def test_a_control_task_is_learned_only_where_the_type_is_decodable(grid: ProbeGrid, store: MemoryStore) -> None:
+    """The noun is decodable from layer 1, so any labeling of questions can be learned there: the noun is not selective."""
+    scores = control_task(grid, store, draws=4).set_index(["concept", "layer"])
+    assert scores.loc[("object:asked", 1), "control_task"] > 0.6
+    assert scores.loc[("object:asked", 1), "selectivity"] < 0.15
+    assert scores.loc[("object:asked", 0), "control_task"] == pytest.approx(0.5, abs=0.12)
     with pytest.raises(ProbeError, match="types='charm' must be a column"):
         control_task(grid, store, "charm")
 
 
 def test_random_features_are_at_chance(grid: ProbeGrid, store: MemoryStore) -> None:
-    found = random_features(grid, store).set_index("concept")
-    assert len(found) == 4
-    assert np.abs(found["balanced_accuracy"] - 0.5).max() < 0.12
-    assert found.loc["attribute:red", "majority"] == grid.majority[0]
+    scores = random_features(grid, store).set_index("concept")
+    assert len(scores) == 4
+    assert np.abs(scores["balanced_accuracy"] - 0.5).max() < 0.12
+    assert scores.loc["attribute:red", "majority"] == grid.majority[0]
 
 
-def test_a_concept_appears_and_vanishes_along_the_way(grid: ProbeGrid, store: MemoryStore) -> None:
+def test_landmarks_name_the_layers_where_a_concept_appears_and_vanishes(grid: ProbeGrid, store: MemoryStore) -> None:
     arrays = {
         ("vision", "resid_post", "image:mean"): store.values["decoder", "resid_post", "last"][:, :1],
         ("projector", "out", "image:mean"): store.values["decoder", "resid_post", "last"][:, :1],
@@ -193,14 +191,14 @@ def test_a_concept_appears_and_vanishes_along_the_way(grid: ProbeGrid, store: Me
         "decoder.L1.resid_post",
         "decoder.L2.resid_post",
     ]
-    found = landmarks(table, above=0.55).set_index(["concept", "component", "tokens"])
-    red = found.loc[("attribute:red", "resid_post", "last")]
+    layers = landmarks(table, above=0.55).set_index(["concept", "component", "tokens"])
+    red = layers.loc[("attribute:red", "resid_post", "last")]
     assert (red["appears"], red["best"], red["vanishes"]) == (
         "decoder.L1.resid_post",
         "decoder.L1.resid_post",
         "decoder.L2.resid_post",
     )
-    nowhere = found.loc[("attribute:red", "out", "image:mean")]
+    nowhere = layers.loc[("attribute:red", "out", "image:mean")]
     assert nowhere[["appears", "vanishes"]].isna().all()
     with pytest.raises(ProbeError, match="at least one grid"):
         journey([])
@@ -209,7 +207,7 @@ def test_a_concept_appears_and_vanishes_along_the_way(grid: ProbeGrid, store: Me
 # ---- long runs ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_killed_run_goes_on_where_it_stopped(store: MemoryStore, grid: ProbeGrid, tmp_path: Path) -> None:
+def test_an_interrupted_fit_resumes_from_its_checkpoint(store: MemoryStore, grid: ProbeGrid, tmp_path: Path) -> None:
     options: dict[str, Any] = {"C": (1e-2, 1.0), "folds": 3, "checkpoint": tmp_path / "c"}
     real, read = store.read, []
 
@@ -223,10 +221,10 @@ def test_a_killed_run_goes_on_where_it_stopped(store: MemoryStore, grid: ProbeGr
     other.read = killed  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
         fit_grid(other, grid.concepts, "resid_post", **options)
-    again = fit_grid(other, grid.concepts, "resid_post", **options)
+    resumed = fit_grid(other, grid.concepts, "resid_post", **options)
     # The first layer is read again to see which rows are empty; the second was finished.
     assert read[3:] == ["decoder.L0.resid_post", "decoder.L2.resid_post"]
-    pd.testing.assert_frame_equal(again.frame(), grid.frame())
+    pd.testing.assert_frame_equal(resumed.frame(), grid.frame())
     (tmp_path / "c" / "layer-1.safetensors").write_bytes(b"torn")
     pd.testing.assert_frame_equal(fit_grid(other, grid.concepts, "resid_post", **options).frame(), grid.frame())
     with pytest.raises(ProbeError, match="checkpoint of another run: 'folds' was 3 and is now 4"):
@@ -236,7 +234,7 @@ def test_a_killed_run_goes_on_where_it_stopped(store: MemoryStore, grid: ProbeGr
         fit_grid(other, grid.concepts, "resid_post", **options)
 
 
-def test_memory_is_a_layer_not_a_store() -> None:
+def test_memory_is_bounded_by_a_layer() -> None:
     """Ten layers take no more than the stated bound for one: 12 N D bytes, twice a layer again while it is fitted."""
     n, width, layers = 600, 400, 10
     base = make_store(n_groups=150)
@@ -259,7 +257,7 @@ def test_memory_is_a_layer_not_a_store() -> None:
     assert peaks[1] < 6 * layer
 
 
-def test_options_that_are_not_there_are_refused(store: MemoryStore) -> None:
+def test_unknown_options_are_refused(store: MemoryStore) -> None:
     for options, message in (
         ({"estimator": "forest"}, "unknown estimator 'forest'; choose from logistic, ridge, lda"),
         ({"device": "cuda:7"}, "device 'cuda:7' cannot be used: .*; use device='cpu'"),

@@ -83,9 +83,9 @@ def test_examples_without_a_label_are_left_out_and_counted(store: MemoryStore) -
 
 def test_sites_are_written_as_everywhere(store: MemoryStore) -> None:
     options = {"control": 0, "folds": 2, "resamples": 2}
-    one = fit_grid(store, PLANTED[:1], "decoder.L2.resid_post", **options)
+    layer = fit_grid(store, PLANTED[:1], "decoder.L2.resid_post", **options)
     every = fit_grid(store, PLANTED[:1], "decoder.resid_post", **options)
-    np.testing.assert_array_equal(one.weights[:, 0], every.weights[:, 2])
+    np.testing.assert_array_equal(layer.weights[:, 0], every.weights[:, 2])
     with pytest.raises(SiteError, match="choose from layers 0, 1, 2"):
         fit_grid(store, PLANTED[:1], "decoder.L7.resid_post")
     with pytest.raises(SiteError, match="unknown site 'resid_pots'"):

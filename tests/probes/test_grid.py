@@ -39,7 +39,7 @@ def grid(store: MemoryStore) -> ProbeGrid:
 # ---- what is found -----------------------------------------------------------------------------------------------------
 
 
-def test_a_planted_concept_is_found_where_it_is_and_nowhere_else(grid: ProbeGrid) -> None:
+def test_a_planted_concept_is_decodable_only_at_its_head(grid: ProbeGrid) -> None:
     for concept, layer, head in (("object:apple", 1, 2), ("attribute:green", 2, 0)):
         scores = grid.array(concept)
         assert scores.shape == (3, 4)
@@ -59,8 +59,8 @@ def test_a_planted_concept_is_found_where_it_is_and_nowhere_else(grid: ProbeGrid
 def test_the_frame_is_tidy(grid: ProbeGrid, store: MemoryStore) -> None:
     frame = grid.frame()
     assert len(frame) == 3 * 3 * 4
-    wanted = "concept level stack component tokens layer head balanced_accuracy low high auc control C"
-    assert set(wanted.split()) | {"n_train", "n_test", "n_dropped", "majority", "selectivity"} <= set(frame.columns)
+    columns = "concept level stack component tokens layer head balanced_accuracy low high auc control C"
+    assert set(columns.split()) | {"n_train", "n_test", "n_dropped", "majority", "selectivity"} <= set(frame.columns)
     row = frame[(frame["concept"] == "attribute:green") & (frame["layer"] == 2) & (frame["head"] == 0)].iloc[0]
     assert row["level"] == "attribute"
     assert row["balanced_accuracy"] == grid.array("attribute:green")[2, 0]
@@ -82,13 +82,13 @@ def test_a_cell_equals_the_protocol_done_with_scikit_learn(grid: ProbeGrid, stor
     penalty = grid.array(concept, "C")[layer, head]
     model = make_pipeline(StandardScaler(), LogisticRegression(C=penalty, tol=1e-10, class_weight="balanced"))
     model.fit(x[train], y[train])
-    held = grid.held_out_frame(concept, layer, head)
-    np.testing.assert_allclose(held["margin"], model.decision_function(x[test]), atol=1e-4)
-    np.testing.assert_array_equal(held["label"], y[test])
+    margins = grid.held_out_frame(concept, layer, head)
+    np.testing.assert_allclose(margins["margin"], model.decision_function(x[test]), atol=1e-4)
+    np.testing.assert_array_equal(margins["label"], y[test])
     np.testing.assert_allclose(
         grid.decision(concept, layer, head, x[test]), model.decision_function(x[test]), atol=1e-4
     )
-    defined = held.dropna()
+    defined = margins.dropna()
     recalls = [((defined["margin"] > 0) == (defined["label"] == 1))[defined["label"] == v].mean() for v in (0, 1)]
     assert grid.array(concept)[layer, head] == pytest.approx(np.mean(recalls))
     k = grid.concepts.index(concept)
@@ -120,7 +120,7 @@ def test_the_penalty_is_the_one_with_the_lowest_loss_on_rows_left_out() -> None:
     assert np.abs(margins[0] - left_out[np.argmin(losses)]).max() < bound
 
 
-def test_a_direction_decides_as_its_probe_in_the_units_of_the_store(grid: ProbeGrid, store: MemoryStore) -> None:
+def test_a_direction_decides_like_its_probe_in_units_of_the_store(grid: ProbeGrid, store: MemoryStore) -> None:
     direction = grid.direction("attribute:green", 2, 0)
     x = store.read("decoder.L2.z", "last", examples=slice(None))[:, :6]
     assert direction.site == "decoder.L2.z"
@@ -179,9 +179,9 @@ def test_layers_keep_the_numbers_of_the_store(store: MemoryStore) -> None:
 
 
 def test_equal_seeds_give_equal_grids(store: MemoryStore) -> None:
-    one, two, other = (fit_grid(store, ["object:apple"], "resid_post", seed=s, control=2) for s in (3, 3, 4))
-    pd.testing.assert_frame_equal(one.frame(), two.frame())
-    assert one.held_out == two.held_out != other.held_out
+    first, second, other = (fit_grid(store, ["object:apple"], "resid_post", seed=s, control=2) for s in (3, 3, 4))
+    pd.testing.assert_frame_equal(first.frame(), second.frame())
+    assert first.held_out == second.held_out != other.held_out
 
 
 # ---- whether to believe it ---------------------------------------------------------------------------------------------
@@ -215,7 +215,7 @@ def test_on_pure_noise_scores_are_at_chance_and_intervals_cover_it() -> None:
     assert low <= 0.95 <= high, inside / trials
 
 
-def test_duplicated_images_across_folds_would_be_found_out() -> None:
+def test_duplicated_images_across_folds_would_inflate_scores() -> None:
     """Labels are noise, but each image comes twice: split by row a probe learns it by heart, split by group it cannot."""
     rng = np.random.default_rng(0)
     x = np.repeat(rng.normal(size=(150, 1, 120)), 2, axis=0)
@@ -231,7 +231,7 @@ def test_duplicated_images_across_folds_would_be_found_out() -> None:
 # ---- files -------------------------------------------------------------------------------------------------------------
 
 
-def test_a_grid_comes_back_as_it_was_saved(grid: ProbeGrid, tmp_path: Path) -> None:
+def test_a_loaded_grid_equals_the_saved_one(grid: ProbeGrid, tmp_path: Path) -> None:
     back = ProbeGrid.load(grid.save(tmp_path / "probes"))
     for item in fields(grid):
         before, after = getattr(grid, item.name), getattr(back, item.name)
@@ -371,7 +371,7 @@ def test_values_that_are_not_finite_are_named(store: MemoryStore) -> None:
         fit_grid(bad, ["object:apple"], control=0)
 
 
-def test_arrays_that_are_not_there_are_named(store: MemoryStore) -> None:
+def test_missing_arrays_are_named(store: MemoryStore) -> None:
     with pytest.raises(SiteError, match=re.escape("vision.z at last not in store; choose from decoder.z at last")):
         fit_grid(store, ["object:apple"], site="vision.z")
     with pytest.raises(SiteError, match=r"decoder.resid_post has no heads"):
@@ -380,7 +380,7 @@ def test_arrays_that_are_not_there_are_named(store: MemoryStore) -> None:
         fit_grid(store, ["object:apple"], tokens="first")
 
 
-def test_questions_a_grid_cannot_answer(grid: ProbeGrid, store: MemoryStore) -> None:
+def test_unknown_concepts_layers_and_heads_of_a_grid_are_refused(grid: ProbeGrid, store: MemoryStore) -> None:
     for call, message in (
         (lambda: grid.array("object:pear"), "'object:pear' not in this grid; choose from object:apple"),
         (lambda: grid.array("object:apple", "charm"), "unknown score 'charm'; choose from balanced_accuracy"),

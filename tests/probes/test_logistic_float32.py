@@ -1,4 +1,4 @@
-"""The float32 solver: what it returns is at the optimum, and the float64 certificate says so truly."""
+"""The float32 solver: its solution is optimal, and the float64 duality gap is a true bound."""
 
 from __future__ import annotations
 
@@ -78,19 +78,19 @@ def test_agrees_with_scikit_learn_and_never_claims_more_than_it_has(kind: str, n
 
 
 @pytest.mark.parametrize("d", [20, 400])
-def test_a_batch_equals_its_problems_and_leaves_its_input_alone(d: int) -> None:
+def test_a_batch_equals_its_problems_and_does_not_change_its_input(d: int) -> None:
     rng = np.random.default_rng(d)
     x = rng.normal(size=(150, d))
     labels = np.stack([(x[:, k] + rng.normal(size=150) > 0.3 * k).astype(float) for k in range(4)])
     before = x.copy(), labels.copy()
     penalties = np.broadcast_to(PENALTIES, (4, 4))
-    together = fit_rows(RowBlock.of(x), labels, penalties, balanced_weights(labels), tolerance=1e-10)
+    batch = fit_rows(RowBlock.of(x), labels, penalties, balanced_weights(labels), tolerance=1e-10)
     for k in range(4):
         for c in range(4):
             alone = fit_rows(
                 RowBlock.of(x), labels[k : k + 1], penalties[k : k + 1, c : c + 1], balanced_weights(labels[k : k + 1])
             )
-            assert together.objective[4 * k + c] == pytest.approx(alone.objective[0], rel=2e-8)
+            assert batch.objective[4 * k + c] == pytest.approx(alone.objective[0], rel=2e-8)
     np.testing.assert_array_equal(x, before[0])
     np.testing.assert_array_equal(labels, before[1])
 
@@ -120,17 +120,17 @@ def test_the_certificate_bounds_the_true_gap_of_any_point() -> None:
 def test_fits_without_a_certificate_are_solved_again_in_float64(
     d: int, lost: tuple[torch.dtype, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """First from where float32 ended; where that fails as well, from nothing by the reference."""
+    """First from the float32 solution; if that fails as well, from zero with the reference solver."""
     x, y = make("random", 100, d, 2)
     block, weights = RowBlock.of(x), balanced_weights(y[None])
     good = fit_rows(block, y[None], PENALTIES[None], weights)
     real = logistic_float32.minimize
 
     def lame(*args, **kwargs) -> torch.Tensor:
-        found = real(*args, **kwargs)
-        if found.dtype in lost:
-            found[-1] = 0  # one solution is lost
-        return found
+        solution = real(*args, **kwargs)
+        if solution.dtype in lost:
+            solution[-1] = 0  # one solution is lost
+        return solution
 
     def reference(*args, **kwargs) -> LinearFit:
         called.append(1)
@@ -139,11 +139,11 @@ def test_fits_without_a_certificate_are_solved_again_in_float64(
     called: list[int] = []
     monkeypatch.setattr(logistic_float32, "minimize", lame)
     monkeypatch.setattr(logistic_float32, "fit_logistic", reference)
-    again = fit_rows(block, y[None], PENALTIES[None], weights)
+    fallback = fit_rows(block, y[None], PENALTIES[None], weights)
     assert len(called) == len(lost) - 1
-    assert again.gap.max() <= 1e-8
-    np.testing.assert_allclose(again.objective, good.objective, rtol=2e-8)
-    np.testing.assert_allclose(again.decision(x), good.decision(x), atol=1e-3)
+    assert fallback.gap.max() <= 1e-8
+    np.testing.assert_allclose(fallback.objective, good.objective, rtol=2e-8)
+    np.testing.assert_allclose(fallback.decision(x), good.decision(x), atol=1e-3)
 
 
 def test_a_device_short_of_memory_gets_fewer_problems_then_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,12 +178,12 @@ def test_a_device_that_cannot_hold_the_features_is_named(monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("kind", ["separable", "unbalanced"])
-def test_wherever_iterations_begin_the_optimum_and_its_proof_are_the_same(kind: str) -> None:
+def test_the_optimum_and_its_gap_do_not_depend_on_the_start(kind: str) -> None:
     """At what nearly the same rows gave, and at nonsense; on axes of other rows."""
     x, y = make(kind, 80, 12, 5)
-    weights, kept = balanced_weights(y[None]), np.arange(80) != 7
+    weights, rows = balanced_weights(y[None]), np.arange(80) != 7
     whole = RowBlock.of(x)
-    near = fit_rows(RowBlock.of(x[kept], near=whole), y[None, kept], PENALTIES[None], balanced_weights(y[None, kept]))
+    near = fit_rows(RowBlock.of(x[rows], near=whole), y[None, rows], PENALTIES[None], balanced_weights(y[None, rows]))
     rng = np.random.default_rng(0)
     far = rng.normal(size=near.coefficients.shape) / x.std(axis=0), rng.normal(size=4)
     for start in ((near.coefficients, near.intercepts), far):
@@ -194,7 +194,7 @@ def test_wherever_iterations_begin_the_optimum_and_its_proof_are_the_same(kind: 
 
 
 @pytest.mark.parametrize(("n", "d"), [(300, 600), (600, 40)])
-def test_what_is_done_stays_as_it_was_while_others_go_on(n: int, d: int) -> None:
+def test_converged_problems_do_not_change_while_others_iterate(n: int, d: int) -> None:
     """Steps in the rounding of a gradient lead anywhere, and an easy problem waits long for eleven hard ones."""
     for seed in range(3):
         rng = np.random.default_rng(seed)

@@ -26,7 +26,7 @@ def oracle(
     scaler = StandardScaler(with_mean=True, with_std=standardize).fit(x[used])
     z = scaler.transform(x[used])
     with warnings.catch_warnings():
-        # Where scikit-learn itself stalls above 1e-10 it says so; the comparison by objective still holds.
+        # Where scikit-learn itself stalls above 1e-10 it warns; the comparison by objective still holds.
         warnings.simplefilter("ignore")
         model = LogisticRegression(C=penalty, tol=1e-10, solver="newton-cholesky", max_iter=10_000)
         model.fit(z, y[used], sample_weight=weights[used])
@@ -126,14 +126,14 @@ def test_a_batch_equals_its_problems_one_by_one() -> None:
         labels = (rng.random((6, 80)) < 0.4).astype(float)
         weights = (rng.random((6, 80)) < 0.8) * rng.uniform(0.5, 2, (6, 80))
         penalties = np.array([1e-3, 1.0, 10.0, 1e-2, 1.0, 0.1])
-        together = fit_logistic(Design.of(x), labels, penalties, weights)
+        batch = fit_logistic(Design.of(x), labels, penalties, weights)
         for p in range(6):
             alone = fit_logistic(x[weights[p] > 0], labels[p, weights[p] > 0], penalties[p], weights[p, weights[p] > 0])
-            np.testing.assert_allclose(together.coefficients[p], alone.coefficients[0], rtol=1e-5, atol=1e-7)
-            np.testing.assert_allclose(together.objective[p], alone.objective[0], rtol=1e-10)
+            np.testing.assert_allclose(batch.coefficients[p], alone.coefficients[0], rtol=1e-5, atol=1e-7)
+            np.testing.assert_allclose(batch.objective[p], alone.objective[0], rtol=1e-10)
 
 
-def test_wide_and_narrow_solvers_find_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wide_and_narrow_solvers_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = make("random", np.random.default_rng(5))
     penalties = np.array([1e-3, 1.0, 1e4])
     narrow = fit_logistic(x, y, penalties)

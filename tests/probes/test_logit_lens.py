@@ -16,14 +16,14 @@ from tests.toys.memory_store import MemoryStore, make_store
 class WithTensors(MemoryStore):
     """A store that keeps model-level arrays."""
 
-    kept: dict[str, np.ndarray]
+    model_tensors: dict[str, np.ndarray]
 
     @property
     def tensors(self) -> tuple[str, ...]:
-        return tuple(sorted(self.kept))
+        return tuple(sorted(self.model_tensors))
 
     def tensor(self, name: str) -> np.ndarray:
-        return self.kept[name]
+        return self.model_tensors[name]
 
 
 VOCABULARY = {"apple": 3, "cat": 0, "the": 8}
@@ -38,53 +38,55 @@ def store() -> WithTensors:
     apple = base.table["object:apple"].to_numpy()
     x[:, 1] += 0.8 * apple[:, None] * unembedding[3]  # written where the unembedding reads it, in layer 1 only
     x[5] = np.nan
-    made = WithTensors(base.table, {("decoder", "resid_post", "image:mean"): x})
-    made.kept = {
+    tensors_store = WithTensors(base.table, {("decoder", "resid_post", "image:mean"): x})
+    tensors_store.model_tensors = {
         "final_norm.weight": rng.uniform(0.5, 2, 16).astype(np.float32),
         "unembedding.weight": unembedding,
     }
-    return made
+    return tensors_store
 
 
-def test_the_logit_lens_is_the_formula(store: WithTensors) -> None:
-    found = logit_lens.logit_lens(store, ["cat", "apple"], VOCABULARY)
-    assert sorted(found) == [0, 1]
-    weight, matrix = (store.kept[k].astype(float) for k in ("final_norm.weight", "unembedding.weight"))
-    for layer, got in found.items():
-        assert np.isnan(got[5]).all()
+def test_the_logit_lens_equals_its_formula(store: WithTensors) -> None:
+    log_probabilities = logit_lens.logit_lens(store, ["cat", "apple"], VOCABULARY)
+    assert sorted(log_probabilities) == [0, 1]
+    weight, matrix = (store.model_tensors[k].astype(float) for k in ("final_norm.weight", "unembedding.weight"))
+    for layer, rows in log_probabilities.items():
+        assert np.isnan(rows[5]).all()
         for row in (0, 17, 200):
             h = store.values["decoder", "resid_post", "image:mean"][row, layer].astype(np.float32).astype(float)
             logits = matrix @ (h / np.sqrt(np.mean(h * h) + 1e-6) * weight)
             p = np.exp(logits) / np.exp(logits).sum()
-            np.testing.assert_allclose(np.exp(got[row]), p[[0, 3]], rtol=1e-4)
+            np.testing.assert_allclose(np.exp(rows[row]), p[[0, 3]], rtol=1e-4)
 
 
 def test_a_layer_norm_and_biases_are_used_where_there_are(store: WithTensors) -> None:
     rng = np.random.default_rng(1)
     extra = {"final_norm.bias": rng.normal(size=16), "unembedding.bias": rng.normal(size=9)}
-    store.kept |= {k: v.astype(np.float32) for k, v in extra.items()}
+    store.model_tensors |= {k: v.astype(np.float32) for k, v in extra.items()}
     head = Unembedding.of(store, epsilon=1e-5)
     assert head.norm == "layer"
     h = rng.normal(size=16)
-    normed = (h - h.mean()) / np.sqrt(h.var() + 1e-5) * store.kept["final_norm.weight"] + extra["final_norm.bias"]
-    want = store.kept["unembedding.weight"] @ normed + extra["unembedding.bias"]
+    normed = (h - h.mean()) / np.sqrt(h.var() + 1e-5) * store.model_tensors["final_norm.weight"] + extra[
+        "final_norm.bias"
+    ]
+    want = store.model_tensors["unembedding.weight"] @ normed + extra["unembedding.bias"]
     np.testing.assert_allclose(head.logits(h[None])[0], want, rtol=1e-4, atol=1e-4)
     gemma = Unembedding.of(store, norm="rms", offset=1.0)
-    np.testing.assert_allclose(gemma.scale, store.kept["final_norm.weight"] + 1)
+    np.testing.assert_allclose(gemma.scale, store.model_tensors["final_norm.weight"] + 1)
 
 
-def test_an_object_is_read_where_it_is_written(store: WithTensors) -> None:
-    found = logit_lens.object_readout(store, ["object:apple"], VOCABULARY, resamples=200).set_index("layer")
-    assert found.loc[1, "auc"] > 0.8
-    assert found.loc[1, "auc_low"] > 0.7
-    assert found.loc[1, "present"] > found.loc[1, "absent"] + 0.5
-    assert found.loc[0, "auc_low"] < 0.5 < found.loc[0, "auc_high"]
-    assert (found["n"] == 239).all()
+def test_an_object_is_read_out_at_the_layer_that_writes_it(store: WithTensors) -> None:
+    scores = logit_lens.object_readout(store, ["object:apple"], VOCABULARY, resamples=200).set_index("layer")
+    assert scores.loc[1, "auc"] > 0.8
+    assert scores.loc[1, "auc_low"] > 0.7
+    assert scores.loc[1, "present"] > scores.loc[1, "absent"] + 0.5
+    assert scores.loc[0, "auc_low"] < 0.5 < scores.loc[0, "auc_high"]
+    assert (scores["n"] == 239).all()
     log_p = logit_lens.logit_lens(store, ["apple"], VOCABULARY)[1][:, 0]
     truth = store.table["object:apple"].to_numpy() == 1
     ok = ~np.isnan(log_p)
     up, down = log_p[ok & truth], log_p[ok & ~truth]
-    assert found.loc[1, "auc"] == pytest.approx(np.mean(up[:, None] > down[None]), abs=1e-9)
+    assert scores.loc[1, "auc"] == pytest.approx(np.mean(up[:, None] > down[None]), abs=1e-9)
 
 
 def test_a_vocabulary_is_kept_next_to_the_store(tmp_path: Path) -> None:
@@ -110,9 +112,9 @@ def test_bad_input_is_refused(store: WithTensors) -> None:
         logit_lens.logit_lens(store, ["cat"], VOCABULARY, tokens="last")
     with pytest.raises(ProbeError, match="'object:pear' not in store"):
         logit_lens.object_readout(store, ["object:pear"], VOCABULARY)
-    store.kept["unembedding.weight"] = np.ones((9, 4), np.float32)
+    store.model_tensors["unembedding.weight"] = np.ones((9, 4), np.float32)
     with pytest.raises(ProbeError, match="width 16, the unembedding needs 4"):
         logit_lens.logit_lens(store, ["cat"], VOCABULARY)
-    del store.kept["unembedding.weight"]
+    del store.model_tensors["unembedding.weight"]
     with pytest.raises(ProbeError, match=r"has no unembedding.weight \(it has final_norm.weight\)"):
         logit_lens.logit_lens(store, ["cat"], VOCABULARY)

@@ -91,7 +91,7 @@ def test_the_regularised_discriminant_equals_its_closed_form(d: int) -> None:
     np.testing.assert_allclose(LDAProbe(C).fit(x, y).decision_function(x), margins, rtol=1e-6, atol=1e-7)
 
 
-def test_the_mean_difference_is_what_it_is_called() -> None:
+def test_the_mean_difference_equals_its_formula() -> None:
     x, y = data()
     probe = MeanDifferenceProbe().fit(x, y)
     high, low = x[y == 1].mean(axis=0), x[y == 0].mean(axis=0)
@@ -114,9 +114,9 @@ def test_a_concept_subspace_is_the_distribution_of_its_probes() -> None:
     np.testing.assert_allclose(np.linalg.norm(probe.directions_, axis=1), 1)
     np.testing.assert_allclose(probe.mean_, probe.directions_.mean(axis=0))
     np.testing.assert_allclose(probe.variance_, probe.directions_.var(axis=0))
-    drawn = probe.sample(4000)
-    np.testing.assert_allclose(np.linalg.norm(drawn, axis=1), 1)
-    np.testing.assert_allclose(drawn.mean(axis=0), probe.mean_, atol=0.03)
+    samples = probe.sample(4000)
+    np.testing.assert_allclose(np.linalg.norm(samples, axis=1), 1)
+    np.testing.assert_allclose(samples.mean(axis=0), probe.mean_, atol=0.03)
     full = LogisticProbe(0.1).fit(x, y).coef_[0] * x.std(axis=0)
     assert probe.mean_ @ full / np.linalg.norm(probe.mean_) / np.linalg.norm(full) > 0.97
     # Each probe saw its own half: groups are taken whole, so fewer groups make directions differ more.
@@ -161,7 +161,7 @@ def test_log_loss_and_calibration_equal_naive_ones() -> None:
 
 
 @pytest.mark.parametrize("scale", [1e-3, 0.1, 1.0, 300.0])
-def test_the_slope_is_the_best_one(scale: float) -> None:
+def test_the_calibration_slope_minimizes_log_loss(scale: float) -> None:
     rng = np.random.default_rng(1)
     y = (rng.random(400) < 0.3).astype(float)
     margins = (rng.normal(size=400) + 2 * y - 1) * scale
@@ -181,7 +181,7 @@ def test_resampled_areas_by_group_equal_those_by_row() -> None:
     )
     assert np.isnan(bootstrap_auc(np.ones(150), scores, of_row, counts)).all()
     labels, several = np.stack([y, 1 - y, np.zeros(150)]), np.stack([scores, scores**2, scores])
-    found = bootstrap_auc(labels, several, of_row, counts)
+    areas = bootstrap_auc(labels, several, of_row, counts)
     for k in range(2):
-        np.testing.assert_allclose(found[:, k], weighted_auc(labels[k], several[k], counts[:, of_row]), rtol=1e-5)
-    assert np.isnan(found[:, 2]).all()
+        np.testing.assert_allclose(areas[:, k], weighted_auc(labels[k], several[k], counts[:, of_row]), rtol=1e-5)
+    assert np.isnan(areas[:, 2]).all()

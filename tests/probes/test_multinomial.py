@@ -59,15 +59,15 @@ def test_agrees_with_scikit_learn_and_never_claims_more_than_it_has(
         probe = MultinomialProbe(C).fit(x, y)
         true = LogisticRegression(C=C, class_weight="balanced", tol=1e-10, solver="newton-cholesky", max_iter=1000)
         with warnings.catch_warnings():
-            # At the last digit its line search may find nothing better and says so; the bounds below judge the result.
+            # At the last digit its line search may find nothing better and warn; the bounds below judge the result.
             warnings.simplefilter("ignore", ConvergenceWarning)
             true.fit(z, y)
         best = objective(z, y, C, true.coef_, true.intercept_)
         weights = probe.coef_ * x.std(axis=0)
-        found = objective(z, y, C, weights, probe.intercept_ + probe.coef_ @ x.mean(axis=0))
+        value = objective(z, y, C, weights, probe.intercept_ + probe.coef_ @ x.mean(axis=0))
         assert probe.gap_ <= 1e-8
-        assert found * (1 - probe.gap_) <= best * (1 + 1e-9)
-        assert found <= best * (1 + 2e-8)
+        assert value * (1 - probe.gap_) <= best * (1 + 1e-9)
+        assert value <= best * (1 + 2e-8)
         scale = max(1.0, float(np.abs(true.coef_).max()))
         assert np.abs(weights - true.coef_).max() <= 1e-2 * scale
         np.testing.assert_allclose(probe.predict_proba(x), true.predict_proba(z), atol=2e-3)
@@ -87,19 +87,19 @@ def test_the_gap_bounds_how_far_any_tolerance_stopped() -> None:
         gaps.append(fit.gap)
     assert gaps[0] > 1e-3  # it does stop early, so that the bound was put to the test
     far = fit_multinomial(spectrum, y, 4, 100.0)
-    again = fit_multinomial(spectrum, y, 4, 1.0, start=far)
-    np.testing.assert_allclose(again.coefficients, best.coefficients, atol=1e-3)
+    warm = fit_multinomial(spectrum, y, 4, 1.0, start=far)
+    np.testing.assert_allclose(warm.coefficients, best.coefficients, atol=1e-3)
 
 
 def test_two_classes_are_the_binary_probe_of_half_the_penalty() -> None:
     """The penalty of ``(-w, w)`` is twice that of w, for a difference of 2 w."""
     x, y = make("random", 200, 6, 2, 1)
-    both, one = MultinomialProbe(0.5).fit(x, y), LogisticProbe(1.0).fit(x, y)
-    np.testing.assert_allclose(both.decision_function(x), one.decision_function(x), atol=2e-3)
-    np.testing.assert_allclose(both.predict_proba(x), one.predict_proba(x), atol=1e-3)
+    multinomial, binary = MultinomialProbe(0.5).fit(x, y), LogisticProbe(1.0).fit(x, y)
+    np.testing.assert_allclose(multinomial.decision_function(x), binary.decision_function(x), atol=2e-3)
+    np.testing.assert_allclose(multinomial.predict_proba(x), binary.predict_proba(x), atol=1e-3)
 
 
-def test_near_classes_are_told_apart_though_another_lies_far_off() -> None:
+def test_near_classes_are_separated_although_a_third_is_far_away() -> None:
     """Probes fitted each against the rest give way to the far one; fitted together they need not."""
     rng = np.random.default_rng(3)
     y = rng.integers(0, 4, 500)
@@ -108,7 +108,7 @@ def test_near_classes_are_told_apart_though_another_lies_far_off() -> None:
     assert OneVsRestClassifier(LogisticProbe(10.0)).fit(x, y).score(x, y) < 0.87
 
 
-def test_what_cannot_be_reached_is_said() -> None:
+def test_an_unreachable_tolerance_is_an_error() -> None:
     x, y = make("random", 60, 5, 3, 2)
     with pytest.raises(ProbeError, match=r"did not reach a relative gap of 1e-12 in 2 iterations .* larger tolerance"):
         fit_multinomial(Spectrum(x), y, 3, 1.0, tolerance=1e-12, max_iterations=2)

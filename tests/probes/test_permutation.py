@@ -37,8 +37,8 @@ def naive(x: np.ndarray, t: np.ndarray, fold: np.ndarray) -> float:
     ridge = Ridge(alpha=1 / C).fit(scaler.transform(x[train]), t[train])
     projected = scaler.transform(x) @ ridge.coef_
     middle = np.mean([projected[train & (t == v)].mean() for v in (-1, 1)])
-    said = projected[~train] > middle
-    return float(np.mean([(said == (v == 1))[t[~train] == v].mean() for v in (-1, 1)]))
+    positive = projected[~train] > middle
+    return float(np.mean([(positive == (v == 1))[t[~train] == v].mean() for v in (-1, 1)]))
 
 
 @pytest.mark.parametrize("width", [9, 300])
@@ -56,11 +56,11 @@ def test_scores_equal_a_naive_loop(width: int) -> None:
     np.testing.assert_allclose(got, want, atol=1e-6)
 
 
-def test_a_planted_concept_is_significant_where_it_is_and_nowhere_else() -> None:
+def test_a_planted_concept_is_significant_only_at_its_head() -> None:
     store = make_store()
     grid = fit_grid(store, PLANTED, control=0, C=(1e-3, 1e-1))
-    found = permutation_test(grid, store, permutations=500)
-    frame = found.frame()
+    significance = permutation_test(grid, store, permutations=500)
+    frame = significance.frame()
     assert len(frame) == 36
     for concept, layer, head in (("object:apple", 1, 2), ("attribute:green", 2, 0)):
         part = frame[frame["concept"] == concept]
@@ -72,9 +72,9 @@ def test_a_planted_concept_is_significant_where_it_is_and_nowhere_else() -> None
     assert (frame["p_family"] >= frame["p_concept"]).all()
     assert (frame["p_concept"] >= frame["p"]).all()
     assert (frame["q_by"] >= frame["q_bh"]).all()
-    np.testing.assert_allclose(found.q_bh.ravel(), false_discovery_control(found.p.ravel(), method="bh"))
-    np.testing.assert_allclose(found.q_by.ravel(), false_discovery_control(found.p.ravel(), method="by"))
-    assert found.maxima.shape == (3, 500)
+    np.testing.assert_allclose(significance.q_bh.ravel(), false_discovery_control(significance.p.ravel(), method="bh"))
+    np.testing.assert_allclose(significance.q_by.ravel(), false_discovery_control(significance.p.ravel(), method="by"))
+    assert significance.maxima.shape == (3, 500)
 
 
 def test_parts_that_fit_into_memory_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,15 +113,15 @@ def test_family_wise_false_positives_are_at_their_rate_on_pure_noise() -> None:
             estimator="mean_difference",
             seed=seed,
         )
-        found = permutation_test(grid, store, permutations=59, seed=seed)
-        wrong += int(found.p_family.min() <= 0.05)
-        naive_wrong += int(found.p.min() <= 0.05)
+        significance = permutation_test(grid, store, permutations=59, seed=seed)
+        wrong += int(significance.p_family.min() <= 0.05)
+        naive_wrong += int(significance.p.min() <= 0.05)
     low, high = wilson(wrong, stores, level=0.99)
     assert low <= 0.05 <= high, wrong
     assert naive_wrong > 0.2 * stores  # the same cells without the correction for how many were looked at
 
 
-def test_groups_treated_as_independent_rows_are_found_out() -> None:
+def test_noise_looks_significant_if_rows_of_a_group_are_permuted_separately() -> None:
     """With images split across parts, noise looks significant: rows of a group know each other."""
     wrong = 0
     for seed in range(20):
@@ -132,7 +132,7 @@ def test_groups_treated_as_independent_rows_are_found_out() -> None:
     assert wrong >= 5
 
 
-def test_permuting_within_groups_keeps_what_the_group_gives_away() -> None:
+def test_permuting_within_groups_keeps_the_label_rate_of_each_group() -> None:
     """The label's rate differs between images and the features tell the image, not the label: only blocks is fooled."""
     rng = np.random.default_rng(0)
     groups, size = 120, 5

@@ -1,4 +1,4 @@
-"""Splits never divide a group, keep classes balanced, and say so where they cannot; shuffles keep what they must."""
+"""Splits never divide a group, keep classes balanced or raise; permutations preserve group structure."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def test_a_group_is_never_divided(seed: int, n: int, n_groups: int, share: float
     rng = np.random.default_rng(seed)
     groups = np.r_[np.arange(6), rng.integers(0, n_groups, size=n - 6)].astype(str)
     labels = np.where(rng.random((n, 3)) < 0.2, np.nan, rng.random((n, 3)) < share)
-    held, fold = grouped_split(groups, labels, 0.3, seed), grouped_folds(groups, labels, folds, seed)
+    held_out, fold = grouped_split(groups, labels, 0.3, seed), grouped_folds(groups, labels, folds, seed)
     assert fold.min() >= 0
     assert fold.max() < folds
     for name in np.unique(groups):
-        assert len(set(held[groups == name])) == 1
+        assert len(set(held_out[groups == name])) == 1
         assert len(set(fold[groups == name])) == 1
-    np.testing.assert_array_equal(held, grouped_split(groups, labels, 0.3, seed))
+    np.testing.assert_array_equal(held_out, grouped_split(groups, labels, 0.3, seed))
 
 
 def test_classes_are_spread_evenly() -> None:
@@ -39,11 +39,11 @@ def test_classes_are_spread_evenly() -> None:
     image = np.repeat(rng.random((200, 2)) < [0.1, 0.5], 4, axis=0)  # same over the image
     labels = np.column_stack([image, rng.random(800) < 0.3]).astype(float)
     labels[rng.random(800) < 0.5, 2] = np.nan
-    held, fold = grouped_split(groups, labels, 0.25, seed=1), grouped_folds(groups, labels, 5, seed=1)
+    held_out, fold = grouped_split(groups, labels, 0.25, seed=1), grouped_folds(groups, labels, 5, seed=1)
     for k in range(3):
         for value in (0, 1):
             rows = labels[:, k] == value
-            assert held[rows].mean() == pytest.approx(0.25, abs=0.06)
+            assert held_out[rows].mean() == pytest.approx(0.25, abs=0.06)
             for f in range(5):
                 assert (fold[rows] == f).mean() == pytest.approx(0.2, abs=0.06)
 
@@ -55,16 +55,16 @@ def test_seeds_differ_and_repeat() -> None:
     assert (splits[0] != splits[1]).any()
 
 
-def test_the_fewest_groups_that_are_asked_for_are_enough() -> None:
+def test_the_stated_minimum_of_groups_is_enough() -> None:
     for folds, fraction in ((5, 0.3), (2, 0.5), (3, 0.1), (10, 0.25)):
         needed = groups_needed(folds, fraction)
         groups = np.arange(8 * needed).astype(str)
         labels = (np.arange(8 * needed) < needed).astype(float)
         for seed in range(10):
-            held = grouped_split(groups, labels, fraction, seed)
-            assert (held & (labels == 1)).sum() >= 2
-            fold = grouped_folds(groups[~held], labels[~held], folds, seed)
-            assert len(set(fold[labels[~held] == 1])) >= folds - 1
+            held_out = grouped_split(groups, labels, fraction, seed)
+            assert (held_out & (labels == 1)).sum() >= 2
+            fold = grouped_folds(groups[~held_out], labels[~held_out], folds, seed)
+            assert len(set(fold[labels[~held_out] == 1])) >= folds - 1
 
 
 def test_support_problems_name_concept_class_and_counts() -> None:

@@ -55,8 +55,8 @@ def test_resampled_scores_equal_those_of_the_rows_written_out() -> None:
         rows = np.repeat(np.arange(60), weights[b].astype(int))
         times = weights[b, first]
         for m in range(2):
-            drawn = np.mean((hits[:, m] @ times) / (trials[:, m] @ times))
-            assert drawn == pytest.approx(balanced_accuracy_score(y[rows], margins[m, rows] > 0), abs=1e-6)
+            score = np.mean((hits[:, m] @ times) / (trials[:, m] @ times))
+            assert score == pytest.approx(balanced_accuracy_score(y[rows], margins[m, rows] > 0), abs=1e-6)
 
 
 def test_clustered_intervals_cover_at_their_nominal_rate_where_independent_ones_do_not() -> None:
@@ -111,6 +111,6 @@ def test_paired_differences_are_narrower_than_those_of_other_groups() -> None:
     low, high = difference_interval(class_totals(y, first, of_row, 80), class_totals(y, second, of_row, 80))
     value = balanced_accuracy(y, first)[0] - balanced_accuracy(y, second)[0]
     assert low[0] < value < high[0]
-    apart = (class_totals(y, first, of_row, 160), class_totals(y, second, of_row + 80, 160))
-    wide_low, wide_high = difference_interval(*apart)
+    unpaired = (class_totals(y, first, of_row, 160), class_totals(y, second, of_row + 80, 160))
+    wide_low, wide_high = difference_interval(*unpaired)
     assert wide_high[0] - wide_low[0] > 1.5 * (high[0] - low[0])

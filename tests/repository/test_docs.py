@@ -1,4 +1,4 @@
-"""The sessions that the documentation shows run as they are written."""
+"""The sessions in the documentation run and print what they show."""
 
 from __future__ import annotations
 
@@ -70,10 +70,10 @@ def test_every_function_that_the_page_of_papers_names_is_there() -> None:
         parts = name.split(".")
         # The longest part that is a module: `behavior.pope` is a function too.
         depth = next(n for n in range(len(parts), 0, -1) if _is_module(".".join(parts[:n])))
-        held: Any = importlib.import_module(".".join(parts[:depth]))
+        value: Any = importlib.import_module(".".join(parts[:depth]))
         for part in parts[depth:]:
-            assert hasattr(held, part), name
-            held = getattr(held, part)
+            assert hasattr(value, part), name
+            value = getattr(value, part)
 
 
 def _is_module(name: str) -> bool:

@@ -28,8 +28,8 @@ def test_a_notebook_runs_and_shows_its_pictures(source: Path, finished_run: Path
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     pictures = sum("image/png" in output.get("data", {}) for output in outputs)
     assert pictures == PICTURES[source.stem[0]]
-    said = "\n".join(str(output.get("text", "")) for output in outputs)
-    assert re.search(SAID[source.stem[0]], said), said
-    assert "Warning" not in said
+    text = "\n".join(str(output.get("text", "")) for output in outputs)
+    assert re.search(SAID[source.stem[0]], text), text
+    assert "Warning" not in text
     # A cell that fails ends the run; one that shows nothing at all would pass unseen.
     assert sum(bool(cell.outputs) for cell in notebook.cells if cell.cell_type == "code") >= 4

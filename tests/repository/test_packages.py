@@ -44,8 +44,8 @@ def run(code: str, cwd: Path) -> list[str]:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    *said, answer = done.stdout.splitlines()
-    assert said == []
+    *lines, answer = done.stdout.splitlines()
+    assert lines == []
     assert done.stderr == ""
     return json.loads(answer)
 

@@ -80,8 +80,8 @@ def test_notebooks_show_the_image(results: dict[str, object]) -> None:
     html = data[0]._repr_html_()
     encoded = re.search(r"base64,([^\"]+)", html)
     assert encoded is not None
-    shown = Image.open(io.BytesIO(base64.b64decode(encoded[1])))
-    assert (np.asarray(shown) == np.asarray(data[0].image.load())).all()
+    decoded = Image.open(io.BytesIO(base64.b64decode(encoded[1])))
+    assert (np.asarray(decoded) == np.asarray(data[0].image.load())).all()
     assert data._repr_html_().count("<img") == 6
     hostile = replace(data[0], question="<script>alert(1)</script>")
     assert "<script>" not in hostile._repr_html_()

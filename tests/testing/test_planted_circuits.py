@@ -19,7 +19,7 @@ NOISE = 0.005
 
 
 @cache
-def one(**options: object) -> Planted:
+def planted(**options: object) -> Planted:
     return plant(7, **options)
 
 
@@ -33,7 +33,7 @@ def plantings() -> list[Planted]:
 
 
 def test_the_grounding_head_ranks_first_wherever_it_is(plantings: list[Planted]) -> None:
-    found = []
+    heads = []
     for p in plantings:
         scores = patch_heads(p.model, p.pairs(3))
         assert p.grounding is not None
@@ -43,25 +43,25 @@ def test_the_grounding_head_ranks_first_wherever_it_is(plantings: list[Planted])
         assert np.abs(decoys).max() < NOISE, p.seed
         assert p.prior is not None
         assert abs(scores.mean[p.prior.layer, p.prior.head]) < NOISE, p.seed
-        found.append(p.grounding)
-    assert len(set(found)) > 12, "of 16 places"
+        heads.append(p.grounding)
+    assert len(set(heads)) > 12, "of 16 places"
 
 
 def test_decoys_rank_as_high_by_attention(plantings: list[Planted]) -> None:
     for p in plantings[:20]:
         heads = every_head(p)
-        seen = attention_to_image(p.model, p.examples(3), heads).image_mass.mean(0)
-        by_mass = [heads[i] for i in np.argsort(-seen)]
+        mass = attention_to_image(p.model, p.examples(3), heads).image_mass.mean(0)
+        by_mass = [heads[i] for i in np.argsort(-mass)]
         looking = {p.grounding, *p.decoys}
         assert set(by_mass[: len(looking)]) == looking, p.seed
-        assert min(seen[heads.index(h)] for h in p.decoys) > 0.999
+        assert min(mass[heads.index(h)] for h in p.decoys) > 0.999
         boxes = attention_to_image(p.model, p.examples(3), p.decoys).box_mass
         assert boxes[:, 0].min() > 0.999
         assert boxes[:, 1].max() < 0.001
 
 
 def test_directions_agree_where_one_linear_path_carries_all() -> None:
-    for p in (one(), one(circuit="two_step"), one(backups=2)):
+    for p in (planted(), planted(circuit="two_step"), planted(backups=2)):
         denoise, noise = (patch_heads(p.model, p.pairs(4), tokens="suffix", mode=d) for d in ("denoise", "noise"))
         np.testing.assert_allclose(denoise.mean, noise.mean, atol=NOISE)
 
@@ -87,26 +87,26 @@ def test_path_patching_recovers_the_two_steps() -> None:
         assert mover is not None
         assert reader is not None
         senders = [head for head in every_head(p) if head.layer < reader.layer]
-        told = patch_paths(p.model, p.pairs(3), senders, [reader], tokens="suffix")
-        mean = dict(zip(told.sites, told.mean.ravel(), strict=True))
+        paths = patch_paths(p.model, p.pairs(3), senders, [reader], tokens="suffix")
+        mean = dict(zip(paths.sites, paths.mean.ravel(), strict=True))
         first = f"{mover}->{reader}"
         assert mean[first] == pytest.approx(1, abs=NOISE)  # all that the reader says, it has from the mover
         assert max(abs(v) for name, v in mean.items() if name != first) < NOISE
         direct = patch_paths(p.model, p.pairs(3), [mover, reader], "logits", tokens="suffix")
-        said = dict(zip(direct.sites, direct.mean.ravel(), strict=True))
-        assert abs(said[f"{mover}->logits"]) < NOISE
-        assert said[f"{reader}->logits"] == pytest.approx(1, abs=NOISE)
+        direct_effects = dict(zip(direct.sites, direct.mean.ravel(), strict=True))
+        assert abs(direct_effects[f"{mover}->logits"]) < NOISE
+        assert direct_effects[f"{reader}->logits"] == pytest.approx(1, abs=NOISE)
 
 
-def test_the_answer_is_what_is_seen_and_the_prior_pulls_at_it() -> None:
-    p = one()
+def test_logits_are_the_sum_of_image_evidence_and_prior() -> None:
+    p = planted()
     examples = p.examples(24)
     assert {e.split for e in examples} == {"neutral", "typical", "conflict"}
     red, blue = (p.model.processor.tokenizer.convert_tokens_to_ids(a) for a in ANSWERS)
     for example in examples:
         logits = p.model.logits(p.model.encode(example).inputs)[0]
-        seen = 1 if example.answer == "red" else -1
-        expected = 6 * (seen + 0.5 * usual(example.objects[0].noun))
+        sign = 1 if example.answer == "red" else -1
+        expected = 6 * (sign + 0.5 * usual(example.objects[0].noun))
         assert float(logits[red] - logits[blue]) == pytest.approx(expected, rel=0.03)
 
 
@@ -129,13 +129,13 @@ def test_pictures_and_boxes_agree() -> None:
     pixels = np.asarray(square.load())
     lit = np.argwhere(pixels.any(-1))
     assert (lit.min(0).tolist(), lit.max(0).tolist()) == ([4, 8], [7, 11])
-    example = one().examples(1)[0]
-    tokens = one().model.encode(example).tokens
+    example = planted().examples(1)[0]
+    tokens = planted().model.encode(example).tokens
     assert isinstance(example.image, Square)
     assert tokens.objects["square"] == (example.image.cell,)
 
 
-def test_what_does_not_fit_is_refused() -> None:
+def test_invalid_circuits_are_refused() -> None:
     for options in (
         {"circuit": "three_step"},
         {"circuit": "two_step", "backups": 1},

@@ -24,7 +24,7 @@ Command = Callable[..., tuple[int, str, str]]
 def run_command(
     arguments: tuple[str, ...], folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> tuple[int, str, str]:
-    """Run the command in a folder; return its status, what it said and what it complained of."""
+    """Run the command in a folder; return its exit status, standard output and standard error."""
     for name in (
         "HF_HUB_DISABLE_TELEMETRY",
         "HF_HUB_DISABLE_PROGRESS_BARS",
@@ -43,8 +43,8 @@ def run_command(
         status = int(stop.code or 0)
     finally:
         GlobalHydra.instance().clear()
-    said = capsys.readouterr()
-    return status, said.out, said.err
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
 
 
 def spawn(*arguments: str, cwd: Path) -> subprocess.Popen[str]:

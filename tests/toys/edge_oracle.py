@@ -73,8 +73,8 @@ class Oracle:
         self.gap = self.seen["clean"]["metric"] - self.seen["corrupt"]["metric"]
 
     @contextmanager
-    def changed(self, edits: dict[tuple[int, str], Any], kept: dict[Any, Any] | None = None) -> Iterator[None]:
-        """Edit what modules are given (norms, projections of heads) or give (projections of inputs), and keep it all."""
+    def edited(self, edits: dict[tuple[int, str], Any], record: dict[Any, Any] | None = None) -> Iterator[None]:
+        """Edit inputs of modules (norms, output projections) or their outputs (q, k, v projections), and record them."""
         with ExitStack() as stack:
             for i, parts in enumerate([*self.layers, {"final": self.final}]):
                 for name, module in parts.items():
@@ -82,43 +82,45 @@ class Oracle:
                     def before(_m: Any, args: Any, i: int = i, name: str = name) -> Any:
                         x = args[0]
                         new = edits[i, name](x) if (i, name) in edits else x
-                        if kept is not None:
-                            kept[i, name] = new.clone()
+                        if record is not None:
+                            record[i, name] = new.clone()
                         return (new, *args[1:])
 
                     def after(_m: Any, _a: Any, out: Any, i: int = i, name: str = name) -> Any:
                         new = edits[i, name](out) if (i, name) in edits else out
-                        if kept is not None:
-                            kept[i, name] = new.clone()
+                        if record is not None:
+                            record[i, name] = new.clone()
                         return new
 
-                    given = name in ("norm", "middle", "o", "final")
+                    is_input = name in ("norm", "middle", "o", "final")
                     stack.callback(
                         (
-                            module.register_forward_pre_hook(before) if given else module.register_forward_hook(after)
+                            module.register_forward_pre_hook(before)
+                            if is_input
+                            else module.register_forward_hook(after)
                         ).remove
                     )
             yield
 
     @torch.no_grad()
-    def metric(self, example: Example, edits: dict[tuple[int, str], Any], kept: Any = None) -> float:
-        with self.changed(edits, kept):
+    def metric(self, example: Example, edits: dict[tuple[int, str], Any], record: Any = None) -> float:
+        with self.edited(edits, record):
             logits = self.lvlm.hf(**self.lvlm.collate([self.lvlm.encode(example)]), use_cache=False).logits[0, -1]
         return float(logits[self.tokens[0]] - logits[self.tokens[1]])
 
     def watch(self, example: Example) -> dict[Any, Any]:
-        kept: dict[Any, Any] = {}
+        record: dict[Any, Any] = {}
         start: list[Tensor] = []
         hook = self.first.register_forward_pre_hook(
             lambda _m, a, kw: start.append((a[0] if a else kw["hidden_states"]).clone()), with_kwargs=True
         )
-        kept["metric"] = self.metric(example, {}, kept)
+        record["metric"] = self.metric(example, {}, record)
         hook.remove()
-        kept["input"] = start[0]
-        return kept
+        record["input"] = start[0]
+        return record
 
     def moved(self, source: str, by: float) -> Tensor:
-        """What a node writes more when it is moved a part of the way from the corrupt to the clean run."""
+        """The change of a node's output if it is moved a share of the way from the corrupt to the clean run."""
         clean, corrupt = self.seen["clean"], self.seen["corrupt"]
         if source == "input":
             return by * (clean["input"] - corrupt["input"])
@@ -134,27 +136,27 @@ class Oracle:
         with torch.no_grad():
             return parts["after"](parts["o"](new)) - parts["after"](parts["o"](z))
 
-    def told(self, source: str, target: str, by: float) -> float:
-        """The metric in the corrupt run where one node alone sees another moved."""
+    def edge_effect(self, source: str, target: str, by: float) -> float:
+        """The metric in the corrupt run if one target alone reads the changed output of one source."""
         delta = self.moved(source, by)
         if target == "logits":
             return self.metric(self.pair.corrupt, {(len(self.layers), "final"): lambda x: x + delta})
-        layer, _, rest = target[1:].partition(".")
+        layer, _, tail = target[1:].partition(".")
         i = int(layer)
-        if rest == "mlp":
+        if tail == "mlp":
             return self.metric(self.pair.corrupt, {(i, "middle"): lambda x: x + delta.reshape(x.shape)})
-        head, letter = int(rest[1:-2]), rest[-1]
+        head, letter = int(tail[1:-2]), tail[-1]
         parts, x = self.layers[i], self.seen["corrupt"][i, "norm"]
         with torch.no_grad():
             new = parts[letter](parts["norm"](x + delta))
-        heard: dict[Any, Any] = {}
-        self.metric(self.pair.corrupt, {(i, letter): lambda _: new}, heard)
-        width = heard[i, "o"].shape[-1] // self.lvlm.n_heads
+        record: dict[Any, Any] = {}
+        self.metric(self.pair.corrupt, {(i, letter): lambda _: new}, record)
+        width = record[i, "o"].shape[-1] // self.lvlm.n_heads
 
         def only(z: Tensor) -> Tensor:  # of all heads that read the new projection, this one alone is kept
             z = z.clone()
             columns = slice(head * width, (head + 1) * width)
-            z[..., columns] = heard[i, "o"][..., columns]
+            z[..., columns] = record[i, "o"][..., columns]
             return z
 
         return self.metric(self.pair.corrupt, {(i, "o"): only})
@@ -168,21 +170,21 @@ def parallel(config: Any = hf.PhiConfig) -> Lvlm:
     whole = hf.LlavaConfig(
         vision_config=clip(), text_config=config(**TEXT), image_token_index=ID["<image>"], vision_feature_layer=-1
     )
-    made = hf.LlavaForConditionalGeneration(whole).double()
+    model = hf.LlavaForConditionalGeneration(whole).double()
     with torch.no_grad():
-        for parameter in made.parameters():
+        for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
     output = "self_attn.dense" if config is hf.PhiConfig else "self_attn.o_proj"
     stack = StackSpec("model.language_model.layers", mid_norm="input_layernorm", output_projection=output)
-    return wrap_lvlm(made, processor, spec=FamilySpec("llava", decoder=stack), name="parallel", validate=False)
+    return wrap_lvlm(model, processor, spec=FamilySpec("llava", decoder=stack), name="parallel", validate=False)
 
 
-def graph_of(lvlm: Lvlm, seed: int = 0, *, beside: bool = False) -> Graph:
+def graph_of(lvlm: Lvlm, seed: int = 0, *, parallel_mlp: bool = False) -> Graph:
     """A graph with random scores: which edges are scored how does not matter to what runs along them."""
-    shape = Shape(lvlm.n_layers, lvlm.n_heads, (beside,) * lvlm.n_layers)
-    drawn = np.random.default_rng(seed).normal(size=shape.there.shape)
+    shape = Shape(lvlm.n_layers, lvlm.n_heads, (parallel_mlp,) * lvlm.n_layers)
+    scores = np.random.default_rng(seed).normal(size=shape.there.shape)
     return Graph(
-        np.where(shape.there, drawn, 0),
+        np.where(shape.there, scores, 0),
         shape,
         n_pairs=1,
         excluded=0,

@@ -27,18 +27,18 @@ class Picture:
 def example(number: int = 0, size: tuple[int, int] = (140, 100)) -> Example:
     """A question about an image wider than high, with a box somewhere in it."""
     scene = sample_scene(generator(TEST, 5, number), f"s{number}", count=2)
-    asked = as_example(scene, existence(scene, scene.objects[0].noun), "neutral")
+    base = as_example(scene, existence(scene, scene.objects[0].noun), "neutral")
     width, height = size
     image = scene.pixels() if hasattr(scene, "pixels") else None
     picture = Image.fromarray(np.asarray(image)).resize(size)
     scale_x, scale_y = width / np.asarray(image).shape[1], height / np.asarray(image).shape[0]
-    boxes = [o.require_box() for o in asked.objects]
+    boxes = [o.require_box() for o in base.objects]
     objects = tuple(
         replace(o, box=Box(b.x0 * scale_x, b.y0 * scale_y, b.x1 * scale_x, b.y1 * scale_y))
-        for o, b in zip(asked.objects, boxes, strict=True)
+        for o, b in zip(base.objects, boxes, strict=True)
     )
     source = Picture(f"s{number}-{size}", np.asarray(picture))
-    return replace(asked, id=f"e{number}-{size}", image=source, objects=objects)
+    return replace(base, id=f"e{number}-{size}", image=source, objects=objects)
 
 
 QUESTION = "Is there a cat?"

@@ -126,7 +126,7 @@ def at(root: Any, path: str) -> Any:
 
 def raw(family: str, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Residual streams and head outputs of a forward, by plain torch hooks."""
-    seen: dict[str, torch.Tensor] = {}
+    record: dict[str, torch.Tensor] = {}
     handles = []
     lvlm = model(family)
     decoder, o, vision, vo = WHERE[family]
@@ -134,21 +134,21 @@ def raw(family: str, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
         for n, layer in enumerate(at(lvlm.hf, path) if path else ()):
 
             def after(_m: Any, _a: Any, out: Any, name: str = f"{stack}.L{n}.resid_post") -> None:
-                seen[name] = (out[0] if isinstance(out, tuple) else out).clone()
+                record[name] = (out[0] if isinstance(out, tuple) else out).clone()
 
             def before(_m: Any, args: Any, name: str = f"{stack}.L{n}.z") -> None:
-                seen[name] = args[0].clone()
+                record[name] = args[0].clone()
 
             handles.append(layer.register_forward_hook(after))
             if family != "mllama" or hasattr(layer, "self_attn"):
                 handles.append(at(layer, projection).register_forward_pre_hook(before))
     try:
         with torch.no_grad():
-            seen["logits"] = lvlm.hf(**inputs, use_cache=False).logits[:, -1]
+            record["logits"] = lvlm.hf(**inputs, use_cache=False).logits[:, -1]
     finally:
         for handle in handles:
             handle.remove()
-    return seen
+    return record
 
 
 PLACED = [

@@ -29,8 +29,8 @@ class MemoryStore:
 
     def read(self, site: str, tokens: str, head: int | None = None, examples: Any = None) -> np.ndarray:
         assert head is None  # a layer is read once, whole
-        stack, _, rest = site.partition(".")
-        layer, _, component = rest.partition(".")
+        stack, _, tail = site.partition(".")
+        layer, _, component = tail.partition(".")
         if stack == "projector":
             layer, component = "L0", "out"
         return self.values[stack, component, str(tokens)][examples, int(layer[1:])].astype(np.float32)

@@ -71,16 +71,16 @@ CLIP: dict[str, Any] = {
 
 def tokenizer(**extra: str) -> PreTrainedTokenizerFast:
     """A word-level tokenizer that knows the placeholders of every family."""
-    made = Tokenizer(models.WordLevel(dict(ID), unk_token="<unk>"))
-    made.pre_tokenizer = pre_tokenizers.Sequence(
+    words = Tokenizer(models.WordLevel(dict(ID), unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex(r"[^\w\s]"), "isolated")]
     )
-    made.post_processor = processors.TemplateProcessing(
+    words.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", ID["<s>"])]
     )
-    made.add_special_tokens([AddedToken(word, normalized=False) for word in SPECIAL])
+    words.add_special_tokens([AddedToken(word, normalized=False) for word in SPECIAL])
     return PreTrainedTokenizerFast(
-        tokenizer_object=made,
+        tokenizer_object=words,
         bos_token="<s>",
         eos_token="</s>",
         pad_token="<pad>",

@@ -34,9 +34,10 @@ def projections(lvlm: Lvlm, family: str) -> list[Any]:
 @torch.no_grad()
 def naive(lvlm: Lvlm, modules: list[Any], pair: CounterfactualPair, first: int) -> torch.Tensor:
     """Logits at the last position after each head of the clean run is put into the corrupt one, [layers, heads, V]."""
-    kept: dict[int, torch.Tensor] = {}
+    clean_inputs: dict[int, torch.Tensor] = {}
     hooks = [
-        m.register_forward_pre_hook(lambda _m, a, i=i: kept.update({i: a[0].clone()})) for i, m in enumerate(modules)
+        m.register_forward_pre_hook(lambda _m, a, i=i: clean_inputs.update({i: a[0].clone()}))
+        for i, m in enumerate(modules)
     ]
     lvlm.logits(lvlm.encode(pair.clean).inputs)
     for hook in hooks:
@@ -47,7 +48,7 @@ def naive(lvlm: Lvlm, modules: list[Any], pair: CounterfactualPair, first: int) 
 
             def patch(_m: Any, args: Any, i: int = i, h: int = h) -> Any:
                 z, w = args[0].clone(), args[0].shape[-1] // lvlm.n_heads
-                z[:, first:, h * w : (h + 1) * w] = kept[i][:, first:, h * w : (h + 1) * w]
+                z[:, first:, h * w : (h + 1) * w] = clean_inputs[i][:, first:, h * w : (h + 1) * w]
                 return (z, *args[1:])
 
             hook = module.register_forward_pre_hook(patch)

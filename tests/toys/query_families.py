@@ -34,7 +34,7 @@ def _opt() -> Any:
 
 
 def _blip(network: Any, config: Any, text: Any, processor: Any) -> tuple[Any, Any]:
-    made = config(
+    configuration = config(
         vision_config=dict(CLIP),
         qformer_config=dict(_QFORMER),
         text_config=text.to_dict(),
@@ -42,7 +42,7 @@ def _blip(network: Any, config: Any, text: Any, processor: Any) -> tuple[Any, An
         image_token_index=ID["<image>"],
         image_token_id=ID["<image>"],
     )
-    return network(made), processor
+    return network(configuration), processor
 
 
 def _blip_pictures() -> Any:

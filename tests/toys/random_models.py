@@ -17,10 +17,10 @@ from lvlm.model import Lvlm
 from lvlm.tiny.architecture import build_model, build_processor
 
 
-def lively(seed: int = 0, gain: float = 4.0) -> Lvlm:
+def random_model(seed: int = 0, gain: float = 4.0) -> Lvlm:
     """Return a random model whose linear maps are larger than at initialisation, so that images change its answers.
 
-    Keys are drawn anew: as the embedded model starts, enlarged, every token would attend to itself alone.
+    Query and key weights are drawn again, small: enlarged initial weights would make every token attend to itself alone.
     """
     hf = build_model(seed)
     draw = torch.Generator().manual_seed(seed)
@@ -35,26 +35,26 @@ def lively(seed: int = 0, gain: float = 4.0) -> Lvlm:
 
 
 @cache
-def shared() -> Lvlm:
-    """Return one such model that no test changes."""
-    return lively()
+def shared_model() -> Lvlm:
+    """Return one random model that no test may change."""
+    return random_model()
 
 
 @cache
 def examples(count: int = 8) -> tuple[Example, ...]:
     """Return questions of unlike kinds and lengths about different scenes."""
-    made = []
+    dataset = []
     for i in range(count):
         scene = sample_scene(generator(TEST, 77, i), f"scene{i}", nouns=["apple", "car", "dog"])
         apple = scene.objects[0]
-        asked = (
+        question = (
             questions.what_color(scene, apple),
             questions.color(scene, apple, apple.attributes["color"]),
             questions.existence(scene, "car"),
             questions.existence(scene, "umbrella"),
         )[i % 4]
-        made.append(questions.as_example(scene, asked, "neutral"))
-    return tuple(made)
+        dataset.append(questions.as_example(scene, question, "neutral"))
+    return tuple(dataset)
 
 
 def data(count: int = 8) -> ConceptDataset:
@@ -67,10 +67,10 @@ def pairs(kind: str, count: int = 8) -> tuple[CounterfactualPair, ...]:
 
 
 def hooks_of(model: Lvlm) -> int:
-    """Count the hooks that are on a model; transformers keeps some of its own there to record outputs."""
+    """Count the hooks on a model, without those that transformers adds to record outputs."""
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
-    found = [hook for module in model.hf.modules() for kind in kinds for hook in getattr(module, kind).values()]
-    return sum(not getattr(hook, "__module__", "").startswith("transformers.") for hook in found)
+    hooks = [hook for module in model.hf.modules() for kind in kinds for hook in getattr(module, kind).values()]
+    return sum(not getattr(hook, "__module__", "").startswith("transformers.") for hook in hooks)
 
 
 def layers_of(model: Lvlm) -> Any:
@@ -78,13 +78,13 @@ def layers_of(model: Lvlm) -> Any:
 
 
 @torch.no_grad()
-def captured(model: Lvlm, inputs: Any) -> dict[str, Any]:
+def capture(model: Lvlm, inputs: Any) -> dict[str, Any]:
     """One plain forward of one example: z, attn_out, mlp_out and resid_post of every layer, float64 ``[L, T, d]``."""
-    seen: dict[str, list[torch.Tensor]] = {"z": [], "attn_out": [], "mlp_out": [], "resid_post": []}
+    record: dict[str, list[torch.Tensor]] = {"z": [], "attn_out": [], "mlp_out": [], "resid_post": []}
 
     def keep(name: str) -> Any:
         def hook(_m: Any, args: Any, out: Any) -> None:
-            seen[name].append((args[0] if name == "z" else out)[0].double())
+            record[name].append((args[0] if name == "z" else out)[0].double())
 
         return hook
 
@@ -97,4 +97,4 @@ def captured(model: Lvlm, inputs: Any) -> dict[str, Any]:
     finally:
         for hook in hooks:
             hook.remove()
-    return {name: torch.stack(values).numpy() for name, values in seen.items()}
+    return {name: torch.stack(values).numpy() for name, values in record.items()}

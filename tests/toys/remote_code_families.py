@@ -45,12 +45,12 @@ class Config(PretrainedConfig):
 
 
 def config(model_type: str, **more: Any) -> Any:
-    made: Any = Config()
-    made.image_token_id = ID[IMAGE]
+    configuration: Any = Config()
+    configuration.image_token_id = ID[IMAGE]
     for name, value in more.items():
-        setattr(made, name, value)
-    made.model_type = model_type
-    return made
+        setattr(configuration, name, value)
+    configuration.model_type = model_type
+    return configuration
 
 
 class VisionAttention(nn.Module):
@@ -186,8 +186,8 @@ class MiniGPT4(nn.Module):
         self.llama_model = CausalLM([DecoderLayer(Attention(), Mlp(WIDTH)) for _ in range(LAYERS)])
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, pixel_values: Tensor, use_cache: bool = False) -> Any:
-        seen = self.ln_vision(self.visual_encoder(pixel_values))
-        queries = self.Qformer(self.query_tokens.expand(len(seen), -1, -1), seen, seen)[0]
+        patches = self.ln_vision(self.visual_encoder(pixel_values))
+        queries = self.Qformer(self.query_tokens.expand(len(patches), -1, -1), patches, patches)[0]
         x = _mixed(self.llama_model.model.embed_tokens(input_ids), input_ids, self.llama_proj(queries))
         return SimpleNamespace(logits=self.llama_model.lm_head(self.llama_model.model(x)))
 

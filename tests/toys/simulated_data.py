@@ -1,4 +1,4 @@
-"""DerivationSpec-up data whose truth is known: stores in which labels mean nothing, and groups of rows that agree."""
+"""Simulated data of known truth: stores with labels independent of the features, and rows correlated within groups."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ KINDS = ("equal", "unlike", "undefined")
 
 
 def null_rows(kind: str, seed: int, groups: int = 60) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return features ``[N, 1, 8]``, labels ``[N]`` and groups ``[N]``: both belong to the image, and know nothing of each other.
+    """Return features ``[N, 1, 8]``, labels ``[N]`` and groups ``[N]``: both are properties of the image, and independent.
 
     ``equal``: four questions an image; ``unlike``: from 1 to 16; ``undefined``: twelve, the label being defined for some.
     """
@@ -57,8 +57,8 @@ def mean_distance_p(
 
     part = np.zeros(len(y), dtype=int)
     true = distance(y)
-    drawn = [distance(shuffle(y, names, part, [seed, k])) for k in range(permutations)]
-    return (1 + sum(d >= true for d in drawn)) / (1 + permutations)
+    permuted = [distance(shuffle(y, names, part, [seed, k])) for k in range(permutations)]
+    return (1 + sum(d >= true for d in permuted)) / (1 + permutations)
 
 
 def group_sizes(kind: int | str, shape: tuple[int, int], rng: np.random.Generator) -> np.ndarray:

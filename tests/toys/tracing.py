@@ -70,16 +70,16 @@ def counted(model: Lvlm) -> Iterator[list[int]]:
 
 def raw(model: Lvlm, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Every tensor of a forward, by plain torch hooks: ``decoder.L3.z`` -> [B, T, D]."""
-    seen: dict[str, torch.Tensor] = {}
+    record: dict[str, torch.Tensor] = {}
     modules = dict(model.hf.named_modules())
     handles = []
 
     def listen(name: str, path: str, side: str) -> None:
         def after(_module: Any, _args: Any, output: Any) -> None:
-            seen[name] = (output[0] if isinstance(output, tuple) else output).clone()
+            record[name] = (output[0] if isinstance(output, tuple) else output).clone()
 
         def before(_module: Any, args: Any, kwargs: Any) -> None:
-            seen[name] = (args[0] if args else kwargs["hidden_states"]).clone()
+            record[name] = (args[0] if args else kwargs["hidden_states"]).clone()
 
         module = modules[path]
         handles.append(
@@ -102,7 +102,7 @@ def raw(model: Lvlm, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
     finally:
         for handle in handles:
             handle.remove()
-    return seen
+    return record
 
 
 def patches_of(example: Example) -> list[int]:
@@ -119,9 +119,9 @@ def patches_of(example: Example) -> list[int]:
     return inside or [int(counts.argmax())]
 
 
-def same_bytes(one: Path, other: Path) -> None:
-    files = sorted(p.name for p in one.iterdir())
-    assert files == sorted(p.name for p in other.iterdir())
+def assert_same_bytes(first: Path, second: Path) -> None:
+    files = sorted(p.name for p in first.iterdir())
+    assert files == sorted(p.name for p in second.iterdir())
     assert "manifest.json" in files
     for name in files:
-        assert (one / name).read_bytes() == (other / name).read_bytes(), name
+        assert (first / name).read_bytes() == (second / name).read_bytes(), name

@@ -57,12 +57,12 @@ class Live(TorchDispatchMode):
         self._known: dict[int, Any] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
-        given = {id(x.untyped_storage()) for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        inputs = {id(x.untyped_storage()) for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
         out = func(*args, **(kwargs or {}))
         for x in tree_leaves(out):
             if isinstance(x, torch.Tensor) and not x.is_meta:
                 storage = x.untyped_storage()
-                if id(storage) in given or id(storage) in self._known:
+                if id(storage) in inputs or id(storage) in self._known:
                     continue
                 size = storage.nbytes()
                 self._known[id(storage)] = weakref.ref(storage, self._forget(id(storage), size))
