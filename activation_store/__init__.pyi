@@ -6,7 +6,7 @@ from .format.schema import ArrayInfo, Schema
 from .merging import merge, repack
 from .reading.integrity import IntegrityReport, verify
 from .reading.store import ActivationStore
-from .source import ActivationSource
+from .source import ActivationSource, MemorySource
 from .tracing.tracer import trace
 from .writing.writer import StoreWriter
 
@@ -16,6 +16,7 @@ __all__ = [
     "ArrayInfo",
     "ConceptDirection",
     "IntegrityReport",
+    "MemorySource",
     "Ragged",
     "Schema",
     "StoreWriter",

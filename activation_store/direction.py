@@ -36,6 +36,22 @@ class ConceptDirection:
         If the site or token selection is not valid, or a head is given for a component without heads.
     StoreError
         If the vector is not one-dimensional, finite and of length 1, or a number is not finite.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> import numpy as np
+    >>> from activation_store import ConceptDirection
+    >>> weights = np.array([3.0, 4.0])  # of a linear classifier
+    >>> direction = ConceptDirection.from_weights("decoder.L3.z", "last", "object:cat", weights, head=1, intercept=-5)
+    >>> direction.vector, direction.scale
+    (array([0.6, 0.8], dtype=float32), 5.0)
+    >>> direction.decision(np.array([[1.0, 1.0]])).round(3)
+    array([2.])
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = direction.save(f"{folder}/cat.safetensors")
+    ...     ConceptDirection.load(path).concept
+    'object:cat'
     """
 
     site: str

@@ -48,6 +48,20 @@ def repack(store: ActivationStore, out: str | Path, *, progress: bool | None = N
     ------
     StoreError
         If the store is not complete, the folder is not empty, or a write fails.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> import numpy as np
+    >>> from activation_store import ActivationStore, ArrayInfo, Schema, StoreWriter, repack
+    >>> info = ArrayInfo("decoder", "resid_post", "last", n_layers=2, width=3)
+    >>> table = {"id": ["a", "b"], "group": ["image1", "image2"], "question": ["Is it a cat?"] * 2}
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     with StoreWriter(folder, Schema((info,)), {"model": "example"}) as writer:
+    ...         writer.append({info.key: np.ones((2, 2, 3), np.float32)}, {**table, "object:cat": [1, 0]})
+    ...     packed = repack(ActivationStore(folder), f"{folder}/packed")
+    ...     packed.read("decoder.L0.resid_post", "last").shape
+    (2, 3)
     """
     require_filter(store.schema.compression)
     schema = replace(store.schema, compression=None)
@@ -73,6 +87,23 @@ def merge(stores: ActivationStore, out: str | Path, *, progress: bool | None = N
     ------
     StoreError
         If a store is not complete, the folder is not empty, a shard is damaged, or a write fails.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from pathlib import Path
+    >>> import numpy as np
+    >>> from activation_store import ActivationStore, ArrayInfo, Schema, StoreWriter, merge
+    >>> info = ArrayInfo("decoder", "resid_post", "last", n_layers=2, width=3)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     for name in ("first", "second"):
+    ...         with StoreWriter(Path(folder) / name, Schema((info,)), {"model": "example"}) as writer:
+    ...             table = {"id": [name], "group": [name], "question": ["?"]}
+    ...             writer.append({info.key: np.ones((1, 2, 3), np.float32)}, table)
+    ...     store = ActivationStore(Path(folder) / "first")
+    ...     merged = merge(store.merge(Path(folder) / "second"), Path(folder) / "merged")
+    ...     merged.columns["id"].tolist()
+    ['first', 'second']
     """
     total = sum(len(part.shards) for part in stores.folders)
     with _new_folder(stores, Path(out)) as folder, step_bar("merging", total, show=progress) as advance:

@@ -80,6 +80,17 @@ class LogisticProbe(_Probe):
         Inverse penalty.
     tol
         Maximum proven relative gap.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from probes import LogisticProbe
+    >>> x = np.array([[0.0, 1.0], [1.0, 0.0], [4.0, 1.0], [5.0, 0.0]])
+    >>> probe = LogisticProbe(C=0.1).fit(x, ["no", "no", "yes", "yes"])
+    >>> probe.predict([[0.0, 0.0], [6.0, 0.0]])
+    array(['no', 'yes'], dtype='<U3')
+    >>> probe.gap_ < 1e-8
+    True
     """
 
     _method = "logistic"
@@ -112,6 +123,15 @@ class MultinomialProbe(_Probe):
         Inverse penalty.
     tol
         Maximum proven relative gap.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from probes import MultinomialProbe
+    >>> x = np.array([[0.0, 0.1], [0.1, 0.0], [4.0, 0.1], [4.1, 0.0], [0.0, 4.1], [0.1, 4.0]])
+    >>> probe = MultinomialProbe().fit(x, ["red", "red", "green", "green", "blue", "blue"])
+    >>> probe.predict([[5.0, 0.0], [0.0, 5.0]])
+    array(['green', 'blue'], dtype='<U5')
     """
 
     def __init__(self, C: float = 1.0, *, tol: float = 1e-8) -> None:
@@ -156,7 +176,17 @@ class MultinomialProbe(_Probe):
 
 
 class RidgeProbe(_Probe):
-    """Ridge on -1/+1 labels and standardized features, ``||y - Xw||^2 + ||w||^2 / C``; threshold midway between classes."""
+    """Ridge on -1/+1 labels and standardized features, ``||y - Xw||^2 + ||w||^2 / C``; threshold midway between classes.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from probes import RidgeProbe
+    >>> x = np.array([[0.0, 1.0], [1.0, 0.0], [4.0, 1.0], [5.0, 0.0]])
+    >>> probe = RidgeProbe().fit(x, ["no", "no", "yes", "yes"])
+    >>> probe.predict([[0.0, 0.0], [6.0, 0.0]])
+    array(['no', 'yes'], dtype='<U3')
+    """
 
     _method = "ridge"
 
@@ -165,7 +195,17 @@ class RidgeProbe(_Probe):
 
 
 class LDAProbe(_Probe):
-    """Fisher's linear discriminant with equal priors and ridge ``I / (C n)`` on the standardized within-class covariance."""
+    """Fisher's linear discriminant with equal priors and ridge ``I / (C n)`` on the standardized within-class covariance.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from probes import LDAProbe
+    >>> x = np.array([[0.0, 1.0], [1.0, 0.0], [4.0, 1.0], [5.0, 0.0]])
+    >>> probe = LDAProbe().fit(x, ["no", "no", "yes", "yes"])
+    >>> probe.predict([[0.0, 0.0], [6.0, 0.0]])
+    array(['no', 'yes'], dtype='<U3')
+    """
 
     _method = "lda"
 
@@ -174,7 +214,17 @@ class LDAProbe(_Probe):
 
 
 class MeanDifferenceProbe(_Probe):
-    """Difference of the class means (mass mean), in the units of X; threshold midway between them."""
+    """Difference of the class means (mass mean), in the units of X; threshold midway between them.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from probes import MeanDifferenceProbe
+    >>> x = np.array([[0.0, 1.0], [1.0, 0.0], [4.0, 1.0], [5.0, 0.0]])
+    >>> probe = MeanDifferenceProbe().fit(x, ["no", "no", "yes", "yes"])
+    >>> probe.predict([[0.0, 0.0], [6.0, 0.0]])
+    array(['no', 'yes'], dtype='<U3')
+    """
 
     _method = "mean_difference"
 
@@ -200,6 +250,17 @@ class ConceptSubspaceProbe(_Probe):
         float64 [n_probes, D], unit.
     mean_, variance_
         float64 [D].
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from probes import ConceptSubspaceProbe
+    >>> x = np.array([[0.0, 1.0], [1.0, 0.0], [4.0, 1.0], [5.0, 0.0]])
+    >>> probe = ConceptSubspaceProbe(n_probes=3).fit(x, ["no", "no", "yes", "yes"])
+    >>> probe.predict([[0.0, 0.0], [6.0, 0.0]])
+    array(['no', 'yes'], dtype='<U3')
+    >>> probe.sample(2).shape
+    (2, 2)
     """
 
     _method = "subspace"

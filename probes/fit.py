@@ -137,6 +137,21 @@ def fit_grid(
     -----
     Memory: one layer at a time, ``4 N D`` bytes as read and ``8 N D`` in float64 of N examples and a layer of width D,
     twice the share of one head (or layer) in addition while it is fitted, and the grid itself.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from activation_store import MemorySource
+    >>> from probes import fit_grid
+    >>> cat = np.arange(240) // 2 % 2  # two examples of each of 120 images
+    >>> x = np.random.default_rng(0).normal(size=(240, 2, 8)) + 2.0 * cat[:, None, None] * [[0], [1]]  # not in layer 0
+    >>> table = {"id": range(240), "group": np.arange(240) // 2, "object:cat": cat}
+    >>> store = MemorySource({"resid_post": x}, table)
+    >>> grid = fit_grid(store, ["object:cat"], "resid_post", C=(0.01, 0.1), folds=2)
+    >>> grid.frame()[["layer", "balanced_accuracy", "control"]].round(2)
+       layer  balanced_accuracy  control
+    0      0               0.53     0.54
+    1      1               1.00     0.50
     """
     _check_options(C, folds, test_fraction, control, resamples, confidence, tolerance)
     recipe = _recipe(estimator, C, confidence, tolerance, device)

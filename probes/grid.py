@@ -36,7 +36,15 @@ _TENSORS, _CARD = "grid.safetensors", "grid.json"
 
 @dataclass(frozen=True)
 class Cell:
-    """The scores of a concept's probe at one layer or head."""
+    """The scores of a concept's probe at one layer or head.
+
+    Examples
+    --------
+    >>> from probes import Cell
+    >>> cell = Cell("object:cat", 3, 7, validation=0.91, balanced_accuracy=0.88, low=0.8, high=0.94, control=0.5)
+    >>> cell.layer, cell.head
+    (3, 7)
+    """
 
     concept: str
     layer: int
@@ -55,6 +63,23 @@ class ProbeGrid:
     """Linear probes of K concepts at L layers and H heads (H = 1 for probes on whole layers).
 
     Score arrays are float64 [K, L, H], in the order of `concepts` and `layers`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from activation_store import MemorySource
+    >>> from probes import ProbeGrid, fit_grid
+    >>> cat = np.arange(240) // 2 % 2  # two examples of each of 120 images
+    >>> x = np.random.default_rng(0).normal(size=(240, 2, 8)) + 2.0 * cat[:, None, None] * [[0], [1]]  # not in layer 0
+    >>> table = {"id": range(240), "group": np.arange(240) // 2, "object:cat": cat}
+    >>> store = MemorySource({"resid_post": x}, table)
+    >>> grid = fit_grid(store, ["object:cat"], "resid_post", C=(0.1,), folds=2, resamples=50)
+    >>> grid.array("object:cat").round(2)
+    array([0.53, 1.  ])
+    >>> grid.best("object:cat").layer
+    1
+    >>> grid.direction("object:cat", layer=1).site
+    'decoder.L1.resid_post'
     """
 
     concepts: tuple[str, ...]

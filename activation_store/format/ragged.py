@@ -20,6 +20,14 @@ class Ragged(Sequence[np.ndarray]):
     ------
     StoreError
         If the offsets do not fit the values.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from activation_store import Ragged
+    >>> tokens = Ragged.of([np.zeros((2, 4)), np.ones((3, 4))])
+    >>> tokens.lengths, tokens[1].shape
+    (array([2, 3]), (3, 4))
     """
 
     values: np.ndarray

@@ -106,7 +106,15 @@ _SHARD = re.compile(r"^shard-(\d+)-(\d+)\.h5$")
 
 @dataclass(frozen=True)
 class ArrayInfo:
-    """One array of a store: a component of a stack at a token selection, with its sizes per example."""
+    """One array of a store: a component of a stack at a token selection, with its sizes per example.
+
+    Examples
+    --------
+    >>> from activation_store import ArrayInfo
+    >>> info = ArrayInfo("decoder", "z", "last", n_layers=24, width=896, n_heads=14)
+    >>> info.name, info.head_dim
+    ('decoder.z/last', 64)
+    """
 
     stack: str
     """``vision``, ``projector`` or ``decoder``."""
@@ -172,6 +180,13 @@ class Schema:
     ------
     StoreError
         If there is no array, two have the same name, or the dtype or compression is unknown.
+
+    Examples
+    --------
+    >>> from activation_store import ArrayInfo, Schema
+    >>> schema = Schema((ArrayInfo("decoder", "resid_post", "last", n_layers=24, width=896),), "bfloat16")
+    >>> schema.dtype, len(schema.arrays)
+    ('bfloat16', 1)
     """
 
     arrays: tuple[ArrayInfo, ...]

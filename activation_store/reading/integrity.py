@@ -42,7 +42,15 @@ class Problem:
 
 @dataclass(frozen=True)
 class IntegrityReport:
-    """The result of a verification."""
+    """The result of a verification.
+
+    Examples
+    --------
+    >>> from activation_store import IntegrityReport
+    >>> report = IntegrityReport("activations", complete=True, shards=1, rows=512, problems=())
+    >>> print(report)
+    activations: intact: 512 examples in 1 shards, every byte verified
+    """
 
     path: str
     complete: bool
@@ -95,6 +103,19 @@ def verify(path: str | Path, *, progress: bool | None = None) -> IntegrityReport
     StoreError
         If there is no store to verify, it has a newer layout version, or a file cannot be read (too many open
         files, no permission): that is not damage.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> import numpy as np
+    >>> from activation_store import ArrayInfo, Schema, StoreWriter, verify
+    >>> info = ArrayInfo("decoder", "resid_post", "last", n_layers=2, width=3)
+    >>> table = {"id": ["a", "b"], "group": ["image1", "image2"], "question": ["Is it a cat?"] * 2}
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     with StoreWriter(folder, Schema((info,)), {"model": "example"}) as writer:
+    ...         writer.append({info.key: np.ones((2, 2, 3), np.float32)}, {**table, "object:cat": [1, 0]})
+    ...     verify(folder).ok
+    True
     """
     try:
         return _verify(Path(path), progress)

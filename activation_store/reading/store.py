@@ -56,6 +56,22 @@ class ActivationStore:
     ------
     StoreError
         If there is no store, a file is missing or damaged, or the layout version is newer.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> import numpy as np
+    >>> from activation_store import ActivationStore, ArrayInfo, Schema, StoreWriter
+    >>> info = ArrayInfo("decoder", "resid_post", "last", n_layers=2, width=3)
+    >>> table = {"id": ["a", "b"], "group": ["image1", "image2"], "question": ["Is it a cat?"] * 2}
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     with StoreWriter(folder, Schema((info,)), {"model": "example"}) as writer:
+    ...         writer.append({info.key: np.ones((2, 2, 3), np.float32)}, {**table, "object:cat": [1, 0]})
+    ...     store = ActivationStore(folder)
+    ...     print(store.read("decoder.L1.resid_post", "last", examples=store.select({"object:cat": 1})))
+    ...     print(store.frame()["group"].tolist(), store.labels)
+    [[1. 1. 1.]]
+    ['image1', 'image2'] ('object:cat',)
     """
 
     def __init__(self, path: str | Path) -> None:

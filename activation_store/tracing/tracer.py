@@ -153,6 +153,17 @@ def trace(
         If the folder holds a store of another model, dataset or plan (the message names the field; a steering vector or
         another intervention that is active now but was not then also counts), a hook of unknown effect acts on the model
         while rows would be added to others, or the folder cannot be written.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> import groundscope as gs
+    >>> model = gs.load_lvlm("tiny")
+    >>> data = gs.scenes.dataset(n_images=20, splits=["neutral"])[:4]
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     store = gs.trace(model, data, sites=["resid_post", "vision.L1.z"], tokens=["last", "image:mean"], out=folder)
+    ...     [(array.name, array.n_layers, array.width) for array in store.arrays]
+    [('decoder.resid_post/image:mean', 6, 192), ('decoder.resid_post/last', 6, 192), ('vision.z/image:mean', 1, 128)]
     """
     if batch_size < 1:
         msg = f"batch_size={batch_size} must be at least 1"

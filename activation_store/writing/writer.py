@@ -104,6 +104,20 @@ class StoreWriter:
     StoreError
         If the folder holds a store of another model, dataset, selection or dtype (the message names the field, the old and
         the new value), another process writes as the same worker, a sealed shard is damaged, or a write fails.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> import numpy as np
+    >>> from activation_store import ActivationStore, ArrayInfo, Schema, StoreWriter
+    >>> info = ArrayInfo("decoder", "resid_post", "last", n_layers=2, width=3)
+    >>> table = {"id": ["a", "b"], "group": ["image1", "image2"], "question": ["Is it a cat?"] * 2}
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     with StoreWriter(folder, Schema((info,)), {"model": "example"}) as writer:
+    ...         writer.append({info.key: np.ones((2, 2, 3), np.float32)}, {**table, "object:cat": [1, 0]})
+    ...     store = ActivationStore(folder)
+    ...     store.complete, len(store), [array.name for array in store.arrays]
+    (True, 2, ['decoder.resid_post/last'])
     """
 
     def __init__(

@@ -26,7 +26,16 @@ NEIGHBORS = 10
 
 
 def cosine(x: np.ndarray, y: np.ndarray) -> float:
-    """Return the mean cosine of paired rows [N, D]; rows of length 0 contribute 0."""
+    """Return the mean cosine of paired rows [N, D]; rows of length 0 contribute 0.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from probes import alignment
+    >>> x = np.random.default_rng(0).normal(size=(50, 8))
+    >>> round(alignment.cosine(x, 3 * x), 6)
+    1.0
+    """
     x, y = _paired(x, y, same_width=True)
     return float(np.mean((_unit(x) * _unit(y)).sum(axis=1)))
 
@@ -42,6 +51,15 @@ def mutual_knn(x: np.ndarray, y: np.ndarray, k: int = NEIGHBORS, clamp: float | 
     ------
     ProbeError
         If k is less than 1, or not less than the number of rows.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from probes import alignment
+    >>> x = np.random.default_rng(0).normal(size=(50, 8))
+    >>> rotation = np.linalg.qr(np.random.default_rng(1).normal(size=(8, 8)))[0]
+    >>> alignment.mutual_knn(x, x @ rotation, clamp=None)
+    1.0
     """
     x, y = _paired(x, y)
     if not 1 <= k < len(x):
@@ -74,6 +92,15 @@ def cka(x: np.ndarray, y: np.ndarray, *, unbiased: bool = True, batch: int | Non
     ------
     ProbeError
         If there are fewer than 4 rows, or a batch has fewer.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from probes import alignment
+    >>> x = np.random.default_rng(0).normal(size=(50, 8))
+    >>> rotation = np.linalg.qr(np.random.default_rng(1).normal(size=(8, 8)))[0]
+    >>> round(alignment.cka(x, 5 * x @ rotation), 6)
+    1.0
     """
     x, y = _paired(x, y)
     size = len(x) if batch is None else min(batch, len(x))
@@ -93,13 +120,32 @@ def cka(x: np.ndarray, y: np.ndarray, *, unbiased: bool = True, batch: int | Non
 
 
 def hsic_biased(k: np.ndarray, l: np.ndarray) -> float:  # noqa: E741
-    """Return ``tr(K H L H)`` of Gram matrices [N, N] (Gretton et al. 2005), not divided by ``(N - 1)^2``."""
+    """Return ``tr(K H L H)`` of Gram matrices [N, N] (Gretton et al. 2005), not divided by ``(N - 1)^2``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from probes import alignment
+    >>> x = np.array([[1.0], [-1.0]])
+    >>> alignment.hsic_biased(x @ x.T, x @ x.T)
+    4.0
+    """
     centered = k - k.mean(axis=0) - k.mean(axis=1, keepdims=True) + k.mean()
     return float((centered * l).sum())
 
 
 def hsic_unbiased(k: np.ndarray, l: np.ndarray) -> float:  # noqa: E741
-    """Return the unbiased estimate of HSIC of Gram matrices [N, N] (Song et al. 2012, equation 5)."""
+    """Return the unbiased estimate of HSIC of Gram matrices [N, N] (Song et al. 2012, equation 5).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from probes import alignment
+    >>> rng = np.random.default_rng(0)
+    >>> x, y = rng.normal(size=(2, 400, 1))
+    >>> abs(alignment.hsic_unbiased(x @ x.T, y @ y.T)) < 0.01
+    True
+    """
     n = len(k)
     k, l = k - np.diag(np.diag(k)), l - np.diag(np.diag(l))  # noqa: E741
     trace = float((k * l).sum())
@@ -109,7 +155,16 @@ def hsic_unbiased(k: np.ndarray, l: np.ndarray) -> float:  # noqa: E741
 
 
 def modality_gap(x: np.ndarray, y: np.ndarray) -> float:
-    """Return the distance between the means of unit-length rows [N, D] and [M, D] (Liang et al. 2022)."""
+    """Return the distance between the means of unit-length rows [N, D] and [M, D] (Liang et al. 2022).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from probes import alignment
+    >>> images, texts = np.array([[1.0, 0.0], [2.0, 0.0]]), np.array([[0.0, 3.0]])
+    >>> round(alignment.modality_gap(images, texts), 4)
+    1.4142
+    """
     x, y = (np.asarray(values, dtype=np.float64) for values in (x, y))
     if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1]:
         msg = f"the modality gap needs rows of equal width, got {list(x.shape)} and {list(y.shape)}"
@@ -144,6 +199,16 @@ def compare(
     ------
     ProbeError
         If the arrays have different numbers of rows, too few rows or values that are not finite, or a measure is unknown.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from probes import alignment
+    >>> x = np.random.default_rng(0).normal(size=(40, 8))
+    >>> alignment.compare(x, x, permutations=19, measures=["cosine", "mutual_knn"]).round(2)
+          measure  value  baseline  baseline_sd     p
+    0      cosine    1.0      0.05         0.05  0.05
+    1  mutual_knn    1.0      0.26         0.02  0.05
     """
     import pandas as pd
 
@@ -225,6 +290,21 @@ def layerwise(
     ProbeError
         If neither or both of `text_store` and `joint` are set, an example is missing in the text store, or fewer than 12
         groups have both selections.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from activation_store import MemorySource
+    >>> from probes import alignment
+    >>> image = np.random.default_rng(0).normal(size=(30, 1, 8))
+    >>> table = {"id": range(30), "group": range(30)}
+    >>> store = MemorySource({("resid_post", "image:mean"): image}, table)
+    >>> blank = MemorySource({("resid_post", "question:mean"): 2 * image}, table)  # the same up to scale
+    >>> found = alignment.layerwise(store, text_store=blank, permutations=19)
+    >>> found[["layer", "measure", "value", "p"]].round(2).head(2)
+       layer     measure  value     p
+    0      0      cosine    1.0  0.05
+    1      0  mutual_knn    1.0  0.05
     """
     import pandas as pd
 

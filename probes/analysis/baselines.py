@@ -89,6 +89,22 @@ def lexical_control(
     ------
     ProbeError
         If the blank store's examples are not the grid's.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from activation_store import MemorySource
+    >>> from probes import fit_grid, lexical_control
+    >>> cat = np.arange(240) // 2 % 2  # two examples of each of 120 images
+    >>> x = np.random.default_rng(0).normal(size=(240, 2, 8)) + 2.0 * cat[:, None, None] * [[0], [1]]  # not in layer 0
+    >>> table = {"id": range(240), "group": np.arange(240) // 2, "object:cat": cat}
+    >>> store = MemorySource({"resid_post": x}, table)
+    >>> grid = fit_grid(store, ["object:cat"], "resid_post", C=(0.1,), folds=2, resamples=50)
+    >>> blank = MemorySource({"resid_post": x - x.mean(axis=2, keepdims=True)}, table)
+    >>> lexical_control(grid, blank)[["layer", "balanced_accuracy", "lexical", "is_visual"]].round(2)
+       layer  balanced_accuracy  lexical  is_visual
+    0      0               0.53     0.51      False
+    1      1               1.00     0.49       True
     """
     import pandas as pd
 
@@ -151,6 +167,21 @@ def control_task(
     ------
     ProbeError
         If the store has no such column, it holds only one type, or the labels cannot be split by group.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from activation_store import MemorySource
+    >>> from probes import control_task, fit_grid
+    >>> cat = np.arange(240) // 2 % 2  # two examples of each of 120 images
+    >>> x = np.random.default_rng(0).normal(size=(240, 2, 8)) + 2.0 * cat[:, None, None] * [[0], [1]]  # not in layer 0
+    >>> table = {"id": range(240), "group": np.arange(240) // 2, "object:cat": cat, "question": np.arange(240) % 7}
+    >>> store = MemorySource({"resid_post": x}, table)
+    >>> grid = fit_grid(store, ["object:cat"], "resid_post", C=(0.1,), folds=2, resamples=50)
+    >>> control_task(grid, store, "question", draws=1)[["layer", "balanced_accuracy", "selectivity"]].round(2)
+       layer  balanced_accuracy  selectivity
+    0      0               0.53        -0.01
+    1      1               1.00         0.52
     """
     frame: Any = store.frame()
     if types not in frame.columns or frame[types].nunique() < 2:
@@ -188,6 +219,20 @@ def random_features(
     Returns
     -------
     One row per concept and head: balanced_accuracy on random features, majority.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from activation_store import MemorySource
+    >>> from probes import fit_grid, random_features
+    >>> cat = np.arange(240) // 2 % 2  # two examples of each of 120 images
+    >>> x = np.random.default_rng(0).normal(size=(240, 2, 8)) + 2.0 * cat[:, None, None] * [[0], [1]]  # not in layer 0
+    >>> table = {"id": range(240), "group": np.arange(240) // 2, "object:cat": cat}
+    >>> store = MemorySource({"resid_post": x}, table)
+    >>> grid = fit_grid(store, ["object:cat"], "resid_post", C=(0.1,), folds=2, resamples=50)
+    >>> random_features(grid, store).round(2)
+          concept  head  balanced_accuracy  majority
+    0  object:cat  <NA>               0.64       0.5
     """
     frame = store.frame()
     _, of_row = np.unique(frame["group"].to_numpy(dtype=str), return_inverse=True)

@@ -32,7 +32,21 @@ _BLOCK = 4_000_000
 
 
 class TensorSource(ActivationSource, Protocol):
-    """An activation source with model-level arrays."""
+    """An activation source with model-level arrays.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from activation_store import MemorySource
+    >>> from probes.analysis.logit_lens import TensorSource, Unembedding
+    >>> class Memory(MemorySource):
+    ...     tensors = ("final_norm.weight", "unembedding.weight")
+    ...     def tensor(self, name):
+    ...         return np.ones(2, np.float32) if name == "final_norm.weight" else np.eye(2, dtype=np.float32)
+    >>> source: TensorSource = Memory({"resid_post": np.ones((1, 1, 2))}, {"id": ["a"], "group": ["g"]})
+    >>> Unembedding.of(source).norm
+    'rms'
+    """
 
     def tensor(self, name: str) -> np.ndarray:
         """Return one model-level array."""
@@ -46,7 +60,16 @@ class TensorSource(ActivationSource, Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Unembedding:
-    """The final norm and the unembedding of a decoder."""
+    """The final norm and the unembedding of a decoder.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from probes.analysis.logit_lens import Unembedding
+    >>> head = Unembedding(np.eye(2, dtype=np.float32), np.ones(2, np.float32), None, None, "rms", 0.0)
+    >>> head.logits(np.array([[3.0, 0.0]])).round(4)
+    array([[1.4142, 0.    ]], dtype=float32)
+    """
 
     matrix: np.ndarray
     """float32 [V, D]."""
@@ -117,7 +140,18 @@ class Unembedding:
 
 
 def keep_vocabulary(store: str | Path, vocabulary: Mapping[str, int]) -> Path:
-    """Save the mapping from words to rows of the unembedding next to a store, as ``<store>.vocabulary.json``."""
+    """Save the mapping from words to rows of the unembedding next to a store, as ``<store>.vocabulary.json``.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from pathlib import Path
+    >>> from probes.analysis.logit_lens import keep_vocabulary, read_vocabulary
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = keep_vocabulary(Path(folder) / "activations", {"dog": 1, "cat": 0})
+    ...     path.name, read_vocabulary(Path(folder) / "activations")
+    ('activations.vocabulary.json', {'cat': 0, 'dog': 1})
+    """
     path = _vocabulary_path(store)
     words = {str(k): int(v) for k, v in sorted(vocabulary.items())}
     write_whole(path, json.dumps(words, ensure_ascii=False, indent=0).encode())
@@ -125,7 +159,18 @@ def keep_vocabulary(store: str | Path, vocabulary: Mapping[str, int]) -> Path:
 
 
 def read_vocabulary(store: str | Path) -> dict[str, int]:
-    """Read the vocabulary that `keep_vocabulary` saved; raise `ProbeError` if it is missing or damaged."""
+    """Read the vocabulary that `keep_vocabulary` saved; raise `ProbeError` if it is missing or damaged.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from pathlib import Path
+    >>> from probes.analysis.logit_lens import keep_vocabulary, read_vocabulary
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = keep_vocabulary(Path(folder) / "activations", {"dog": 1, "cat": 0})
+    ...     path.name, read_vocabulary(Path(folder) / "activations")
+    ('activations.vocabulary.json', {'cat': 0, 'dog': 1})
+    """
     path = _vocabulary_path(store)
     try:
         vocabulary = read_json(path, error=ProbeError)
@@ -180,6 +225,18 @@ def logit_lens(
         If the store has no such array.
     ProbeError
         If a word is not in the vocabulary, or the store has no unembedding.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from activation_store import MemorySource
+    >>> from probes.analysis.logit_lens import Unembedding, logit_lens
+    >>> x = np.array([[[2.0, 0.0]], [[0.0, 2.0]], [[2.0, 0.0]], [[0.0, 2.0]]])
+    >>> table = {"id": range(4), "group": range(4), "object:cat": [1, 0, 1, 0]}
+    >>> store = MemorySource({("resid_post", "image:mean"): x}, table)
+    >>> head = Unembedding(np.eye(2, dtype=np.float32), np.ones(2, np.float32), None, None, "rms", 0.0)
+    >>> logit_lens(store, ["cat"], {"cat": 0, "dog": 1}, unembedding=head)[0][:, 0].round(2)
+    array([-0.22, -1.63, -0.22, -1.63], dtype=float32)
     """
     head = unembedding or Unembedding.of(store)
     array, mask, ids = _select(store, site, tokens, rows)
@@ -215,6 +272,20 @@ def object_readout(
         If the store has no such array.
     ProbeError
         If a concept is not in the store, its name is not in the vocabulary, or the store has no unembedding.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from activation_store import MemorySource
+    >>> from probes.analysis.logit_lens import Unembedding, object_readout
+    >>> x = np.array([[[2.0, 0.0]], [[0.0, 2.0]], [[2.0, 0.0]], [[0.0, 2.0]]])
+    >>> table = {"id": range(4), "group": range(4), "object:cat": [1, 0, 1, 0]}
+    >>> store = MemorySource({("resid_post", "image:mean"): x}, table)
+    >>> head = Unembedding(np.eye(2, dtype=np.float32), np.ones(2, np.float32), None, None, "rms", 0.0)
+    >>> found = object_readout(store, ["object:cat"], {"cat": 0, "dog": 1}, unembedding=head, resamples=20)
+    >>> found[["concept", "layer", "auc", "present", "absent"]].round(2)
+          concept  layer  auc  present  absent
+    0  object:cat      0  1.0    -0.22   -1.63
     """
     import pandas as pd
 

@@ -63,6 +63,24 @@ def multiclass(
     ProbeError
         If there are fewer than two concepts, the grid does not have all of them, no held-out row has exactly one true
         concept, or for ``softmax`` the store is missing or not the grid's, or training rows are too few.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from activation_store import MemorySource
+    >>> from probes import fit_grid, multiclass
+    >>> color = np.arange(180) % 3
+    >>> x = np.random.default_rng(0).normal(size=(180, 1, 8)) + 3 * np.eye(8)[color][:, None]
+    >>> names = ["attribute:red", "attribute:green", "attribute:blue"]
+    >>> labels = {name: color == k for k, name in enumerate(names)}
+    >>> store = MemorySource({"resid_post": x}, {"id": range(180), "group": range(180), **labels})
+    >>> grid = fit_grid(store, names, "resid_post", C=(0.1,), folds=2, control=0, resamples=2)
+    >>> multiclass(grid, names)[["layer", "balanced_accuracy", "chance", "n"]].round(2)
+       layer  balanced_accuracy  chance   n
+    0      0               0.94    0.33  54
+    >>> multiclass(grid, names, how="softmax", store=store)[["layer", "balanced_accuracy", "C"]].round(2)
+       layer  balanced_accuracy    C
+    0      0               0.94  0.1
     """
     import pandas as pd
 

@@ -34,7 +34,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Significance:
-    """Permutation p-values of a grid's cells; arrays are float64 [K, L, H] in the grid's order."""
+    """Permutation p-values of a grid's cells; arrays are float64 [K, L, H] in the grid's order.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from probes import Significance
+    >>> values = {name: np.full((1, 1, 1), 0.01) for name in ("observed", "p", "p_concept", "p_family", "q_bh", "q_by")}
+    >>> counts = {"maxima": np.zeros((1, 99)), "movable": np.array([40]), "n_groups": np.array([40])}
+    >>> test = Significance(("object:cat",), (3,), None, **values, **counts, provenance={})
+    >>> test.frame()[["concept", "layer", "p_family"]]
+          concept  layer  p_family
+    0  object:cat      3      0.01
+    """
 
     concepts: tuple[str, ...]
     layers: tuple[int, ...]
@@ -140,6 +152,22 @@ def permutation_test(
     Memory: the permuted labels (at most `LABEL_BYTES`, float32 [N, B K]), one layer, and on each of torch's
     threads about ten arrays of D x `probes.solvers.ridge_many_labels.CHUNK` float32 values. Everything is computed in float32;
     a permuted labeling that scores as high as the true one counts against the concept.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from activation_store import MemorySource
+    >>> from probes import fit_grid, permutation_test
+    >>> cat = np.arange(240) // 2 % 2  # two examples of each of 120 images
+    >>> x = np.random.default_rng(0).normal(size=(240, 2, 8)) + 2.0 * cat[:, None, None] * [[0], [1]]  # not in layer 0
+    >>> table = {"id": range(240), "group": np.arange(240) // 2, "object:cat": cat}
+    >>> store = MemorySource({"resid_post": x}, table)
+    >>> grid = fit_grid(store, ["object:cat"], "resid_post", C=(0.1,), folds=2, resamples=50)
+    >>> test = permutation_test(grid, store, permutations=49)
+    >>> test.frame()[["layer", "observed", "p_family"]].round(2)
+       layer  observed  p_family
+    0      0      0.53      0.52
+    1      1      1.00      0.02
     """
     if permutations < 1 or scheme not in SCHEMES:
         msg = f"permutations={permutations} must be at least 1, and scheme='{scheme}' one of {', '.join(SCHEMES)}"

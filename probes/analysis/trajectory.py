@@ -25,6 +25,23 @@ def journey(grids: Iterable[ProbeGrid]) -> pd.DataFrame:
     ------
     ProbeError
         If there is no grid.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from activation_store import MemorySource
+    >>> from probes import fit_grid, journey
+    >>> cat = np.arange(120) % 2
+    >>> x = np.random.default_rng(0).normal(size=(120, 1, 8)) + 2.0 * cat[:, None, None]
+    >>> table = {"id": range(120), "group": range(120), "object:cat": cat}
+    >>> store = MemorySource({"resid_post": x, "vision.resid_post": x, "projector.out": x}, table)
+    >>> sites = ("resid_post", "projector.out", "vision.resid_post")
+    >>> grids = [fit_grid(store, ["object:cat"], site, C=(0.1,), folds=2, control=0, resamples=2) for site in sites]
+    >>> journey(grids)[["place", "step", "balanced_accuracy"]].round(2)
+                       place  step  balanced_accuracy
+    0   vision.L0.resid_post     0                1.0
+    1          projector.out     1                1.0
+    2  decoder.L0.resid_post     2                1.0
     """
     import pandas as pd
 
@@ -53,6 +70,17 @@ def landmarks(table: pd.DataFrame, *, above: float = 0.5, score: str = "low") ->
     -------
     One row per concept, component and tokens: appears, vanishes (missing if they do not occur), best place and its balanced
     accuracy.
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> from probes import landmarks
+    >>> table = pd.DataFrame({"concept": "object:cat", "component": "resid_post", "tokens": "last", "step": [0, 1, 2, 3]})
+    >>> table["place"] = [f"decoder.L{layer}.resid_post" for layer in table["step"]]
+    >>> table["low"] = [0.4, 0.6, 0.7, 0.45]
+    >>> table["balanced_accuracy"] = [0.5, 0.7, 0.8, 0.55]
+    >>> landmarks(table)[["appears", "vanishes", "best"]].loc[0].tolist()
+    ['decoder.L1.resid_post', 'decoder.L3.resid_post', 'decoder.L2.resid_post']
     """
     import pandas as pd
 

@@ -58,6 +58,22 @@ def transfer(
         If a store has no such array.
     ProbeError
         If a store does not have the concepts, or its activations have another width.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from activation_store import MemorySource
+    >>> from probes import fit_grid, transfer
+    >>> cat = np.arange(240) // 2 % 2  # two examples of each of 120 images
+    >>> x = np.random.default_rng(0).normal(size=(240, 2, 8)) + 2.0 * cat[:, None, None] * [[0], [1]]  # not in layer 0
+    >>> table = {"id": range(240), "group": np.arange(240) // 2, "object:cat": cat}
+    >>> store = MemorySource({"resid_post": x}, table)
+    >>> grid = fit_grid(store, ["object:cat"], "resid_post", C=(0.1,), folds=2, resamples=50)
+    >>> shifted = MemorySource({"resid_post": x + 0.1}, {**table, "group": np.arange(240) // 2 + 1000})
+    >>> transfer(grid, {"shifted": shifted}, resamples=50)[["target", "layer", "balanced_accuracy", "home", "n"]].round(2)
+        target  layer  balanced_accuracy  home    n
+    0  shifted      0               0.56  0.53  240
+    1  shifted      1               1.00  1.00  240
     """
     import pandas as pd
 

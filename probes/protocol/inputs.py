@@ -186,6 +186,18 @@ def probeable(
     """Return the concepts of a store with enough groups of both classes for `fit_grid` with these settings.
 
     Rows with an empty token selection are counted here, because no selection is given.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from activation_store import MemorySource
+    >>> from probes import probeable
+    >>> cat = np.arange(240) // 2 % 2  # two examples of each of 120 images
+    >>> x = np.random.default_rng(0).normal(size=(240, 2, 8)) + 2.0 * cat[:, None, None] * [[0], [1]]  # not in layer 0
+    >>> table = {"id": range(240), "group": np.arange(240) // 2, "object:cat": cat}
+    >>> store = MemorySource({"resid_post": x}, table)
+    >>> probeable(store), probeable(store, rows=np.arange(240) < 12)
+    (('object:cat',), ())
     """
     frame = store.frame()
     mask = row_mask(rows, len(frame))
