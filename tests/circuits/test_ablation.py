@@ -17,7 +17,7 @@ from groundscope.core.errors import ConfigError, PatchError, SiteError
 from groundscope.testing import planted_circuits
 from lvlm import Head
 from lvlm.model import Lvlm
-from tests.toys.random_models import examples, hooks_of, layers_of, shared
+from tests.toys.random_models import examples, hooks_of, layers_of, shared_model
 
 SETS = [Head(1, 3), HeadSet([Head(0, 0), Head(4, 7), Head(4, 2)])]
 
@@ -75,7 +75,7 @@ def naive(model: Lvlm, example: Example, heads: Sequence[Head], values: list[tor
 @pytest.mark.parametrize("tokens", ["last", "suffix", "image", "all"])
 @pytest.mark.parametrize("method", ["zero", "mean"])
 def test_ablated_margins_equal_plain_hooks(method: Method, tokens: Tokens) -> None:
-    model, data, reference = shared(), examples(4), examples()[2:7]
+    model, data, reference = shared_model(), examples(4), examples()[2:7]
     ablation = ablate(model, data, SETS, method=method, tokens=tokens, reference=reference, batch_size=3)
     collected = [[z[spots(model, e, tokens)] for z in outputs(model, e)] for e in reference]
     mean = [torch.cat([example[i] for example in collected]).double().mean(0).float() for i in range(model.n_layers)]
@@ -92,7 +92,7 @@ def test_ablated_margins_equal_plain_hooks(method: Method, tokens: Tokens) -> No
 
 @pytest.mark.parametrize("tokens", ["last", "all"])
 def test_resampling_takes_another_groups_output(tokens: Tokens) -> None:
-    model, data = shared(), examples()
+    model, data = shared_model(), examples()
     ablation = ablate(model, data, SETS, method="resample", tokens=tokens, seed=3)
     for n, example in enumerate(data[:3]):
         possible = []
@@ -116,7 +116,7 @@ def test_resampling_takes_another_groups_output(tokens: Tokens) -> None:
 
 
 def test_sweeps_cover_every_head_and_layer() -> None:
-    model = shared()
+    model = shared_model()
     heads, layers = (ablate(model, examples(2), kind, method="zero") for kind in ("each", "layers"))
     assert [h for (h,) in heads.heads] == [Head(i, h) for i in range(6) for h in range(8)]
     assert [{h.layer for h in s} for s in layers.heads] == [{i} for i in range(6)]
@@ -168,7 +168,7 @@ def test_effects_are_averaged_by_group() -> None:
 
 
 def test_invalid_options_and_heads_are_refused() -> None:
-    model, data = shared(), examples(2)
+    model, data = shared_model(), examples(2)
     for options in ({"method": "noise"}, {"tokens": "first"}, {"batch_size": 0}, {"batch_size": -1}):
         with pytest.raises(ConfigError):
             ablate(model, data, **options)

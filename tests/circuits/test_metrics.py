@@ -14,7 +14,7 @@ from circuits import HeadScores, attribution, metrics, patch, patch_heads, patch
 from concepts.schema import CounterfactualPair
 from groundscope.core.errors import ConfigError, PatchError
 from lvlm.model import Lvlm
-from tests.toys.random_models import pairs, shared
+from tests.toys.random_models import pairs, shared_model
 
 CALLS: list[tuple[tuple[int, ...], str]] = []
 
@@ -22,7 +22,7 @@ CALLS: list[tuple[tuple[int, ...], str]] = []
 def first_token_difference(logits: torch.Tensor, pair: CounterfactualPair) -> torch.Tensor:
     """The logit difference of two answers of one token each."""
     CALLS.append((tuple(logits.shape), pair.clean.id))
-    tokenizer = shared().processor.tokenizer
+    tokenizer = shared_model().processor.tokenizer
     right, wrong = (tokenizer.convert_tokens_to_ids(side.answer) for side in (pair.clean, pair.corrupt))
     return logits[:, right] - logits[:, wrong]
 
@@ -40,7 +40,7 @@ SCORES: dict[str, Callable[[Lvlm, Any], Any]] = {
 @pytest.mark.parametrize("kind", SCORES)
 def test_a_function_equal_to_a_built_in_metric_gives_bitwise_its_scores(kind: str) -> None:
     CALLS.clear()
-    built_in, own = (SCORES[kind](shared(), metric) for metric in ("logit_difference", first_token_difference))
+    built_in, own = (SCORES[kind](shared_model(), metric) for metric in ("logit_difference", first_token_difference))
     for name in ("scores",) if kind == "edges" else ("effects", "clean", "corrupt"):
         np.testing.assert_array_equal(getattr(own, name), getattr(built_in, name))
     assert (built_in.metric, own.metric) == ("logit_difference", f"{__name__}.first_token_difference")
@@ -52,19 +52,19 @@ def test_a_function_equal_to_a_built_in_metric_gives_bitwise_its_scores(kind: st
 def test_a_registered_metric_is_used_by_name_and_its_file_is_read_without_it(tmp_path: Path) -> None:
     metrics.register("first token", first_token_difference)
     try:
-        scores = SCORES["heads"](shared(), "first token")
+        scores = SCORES["heads"](shared_model(), "first token")
     finally:
         metrics.unregister("first token")
     assert scores.metric == "first token"
     read = HeadScores.load(scores.save(tmp_path / "scores.safetensors"))
     assert read.metric == "first token"
-    np.testing.assert_array_equal(read.effects, SCORES["heads"](shared(), "logit_difference").effects)
+    np.testing.assert_array_equal(read.effects, SCORES["heads"](shared_model(), "logit_difference").effects)
     with pytest.raises(ConfigError, match="unknown metric 'first token'"):
-        SCORES["heads"](shared(), "first token")
+        SCORES["heads"](shared_model(), "first token")
 
 
 def test_what_is_refused() -> None:
-    model = shared()
+    model = shared_model()
     with pytest.raises(ConfigError, match=r"unknown metric .logit_diference.; .*did you mean logit_difference"):
         SCORES["heads"](model, "logit_diference")
     with pytest.raises(ConfigError, match="neither a name nor a function"):
@@ -85,6 +85,6 @@ def test_pairs_with_equal_answers_may_be_patched_with_a_function() -> None:
     pair = pairs("color")[0]
     same = replace(pair, corrupt=replace(pair.corrupt, answer=pair.clean.answer))
     with pytest.raises(PatchError, match="same answer"):
-        patch_heads(shared(), [same], min_effect=0)
-    scores = patch_heads(shared(), [same], metric=lambda logits, _: logits[:, 3], min_effect=0)
+        patch_heads(shared_model(), [same], min_effect=0)
+    scores = patch_heads(shared_model(), [same], metric=lambda logits, _: logits[:, 3], min_effect=0)
     assert scores.n_pairs == 1

@@ -14,7 +14,7 @@ from circuits.patching.activation import pairs_digest
 from concepts.schema import CounterfactualPair, Example
 from groundscope.core.errors import ConfigError, PatchError
 from lvlm.model import Lvlm
-from tests.toys.random_models import hooks_of, layers_of, lively, pairs, shared
+from tests.toys.random_models import hooks_of, layers_of, pairs, random_model, shared_model
 
 LEAST = 0.02
 
@@ -61,7 +61,7 @@ def naive(model: Lvlm, pair: CounterfactualPair, first: int, mode: str) -> np.nd
 @pytest.mark.parametrize("mode", ["denoise", "noise"])
 @pytest.mark.parametrize("tokens", ["last", "suffix"])
 def test_equals_one_forward_a_head(tokens: str, mode: str) -> None:
-    model = shared()
+    model = shared_model()
     data = [*pairs("color"), *pairs("object")]
     scores = patch_heads(model, data, tokens=tokens, mode=mode, min_effect=LEAST)  # pyright: ignore[reportArgumentType]  # any
     by_id = {p.clean.id: p for p in data}
@@ -84,7 +84,7 @@ def test_equals_one_forward_a_head(tokens: str, mode: str) -> None:
 
 
 def test_the_batch_size_changes_only_rounding() -> None:
-    model, data = shared(), pairs("color")
+    model, data = shared_model(), pairs("color")
     some = patch_heads(model, data, tokens="suffix", min_effect=LEAST)
     few = patch_heads(model, data, tokens="suffix", min_effect=LEAST, batch_size=7)
     assert some.ids == few.ids
@@ -93,7 +93,7 @@ def test_the_batch_size_changes_only_rounding() -> None:
 
 
 def test_eager_attention_gives_the_same() -> None:
-    fused, eager = shared(), lively()
+    fused, eager = shared_model(), random_model()
     eager.hf.set_attn_implementation("eager")
     for tokens in ("last", "suffix"):
         a, b = (patch_heads(m, pairs("color")[:3], tokens=tokens, min_effect=LEAST) for m in (fused, eager))
@@ -102,7 +102,7 @@ def test_eager_attention_gives_the_same() -> None:
 
 
 def test_only_the_head_that_reaches_the_residual_stream_has_an_effect() -> None:
-    model = lively(seed=3)
+    model = random_model(seed=3)
     chosen, other = (2, 5), []
     with torch.no_grad():
         for i, layer in enumerate(layers_of(model)):
@@ -118,7 +118,7 @@ def test_only_the_head_that_reaches_the_residual_stream_has_an_effect() -> None:
 
 
 def test_pairs_without_a_difference_are_left_out_and_counted() -> None:
-    model, data = shared(), list(pairs("color"))
+    model, data = shared_model(), list(pairs("color"))
     same = replace(data[0], corrupt=replace(data[0].corrupt, image=data[0].clean.image))
     scores = patch_heads(model, [*data, same], min_effect=LEAST)
     without = patch_heads(model, data, min_effect=LEAST)
@@ -132,8 +132,8 @@ def test_identical_images_have_no_effect_at_all(mode: str) -> None:
     data = pairs("color")
     same = [replace(p, corrupt=replace(p.corrupt, image=p.clean.image)) for p in data]
     with pytest.raises(PatchError, match=rf"{len(same)} of {len(same)} pairs .* min_effect=0\.5"):
-        patch_heads(shared(), same)
-    zero = patch_heads(shared(), [*data, *same], mode=mode, min_effect=0)  # pyright: ignore[reportArgumentType]
+        patch_heads(shared_model(), same)
+    zero = patch_heads(shared_model(), [*data, *same], mode=mode, min_effect=0)  # pyright: ignore[reportArgumentType]
     assert zero.excluded == 0
     assert np.array_equal(zero.effects[len(data) :], np.zeros_like(zero.effects[len(data) :]))
     assert np.abs(zero.effects[: len(data)]).max() > 0.01
@@ -141,11 +141,11 @@ def test_identical_images_have_no_effect_at_all(mode: str) -> None:
 
 def test_most_pairs_under_the_threshold_is_an_error() -> None:
     with pytest.raises(PatchError, match=r"of \d+ pairs .* min_effect=1000"):
-        patch_heads(shared(), pairs("color"), min_effect=1000)
+        patch_heads(shared_model(), pairs("color"), min_effect=1000)
 
 
 def test_leaves_no_trace() -> None:
-    model = shared()
+    model = shared_model()
     before = {name: p.clone() for name, p in model.hf.state_dict().items()}
     logits = plain(model, pairs("color")[0].clean)
     patch_heads(model, pairs("color"), min_effect=LEAST)
@@ -157,7 +157,7 @@ def test_leaves_no_trace() -> None:
 
 
 def test_results_record_model_pairs_and_options() -> None:
-    model, data = shared(), pairs("color")
+    model, data = shared_model(), pairs("color")
     scores = patch_heads(model, data, min_effect=LEAST)
     assert (scores.model, scores.config_hash, scores.weights_hash) == (
         "random",
@@ -176,10 +176,10 @@ def test_pairs_of_unlike_length_name_the_first_differing_token() -> None:
     assert pair.clean.question == "What color is the apple?"
     longer = replace(pair, corrupt=replace(pair.corrupt, question="What color is the big apple?"))
     with pytest.raises(PatchError, match=r"position \d+, 'apple' and 'big'"):
-        patch_heads(shared(), [pair, longer])
+        patch_heads(shared_model(), [pair, longer])
     shorter = replace(pair, corrupt=replace(pair.corrupt, question="What color is"))
     with pytest.raises(PatchError, match="first differ at position"):
-        patch_heads(shared(), [shorter])
+        patch_heads(shared_model(), [shorter])
 
 
 @pytest.mark.parametrize(
@@ -190,16 +190,16 @@ def test_answers_with_one_first_token_are_refused(answer: str, message: str) -> 
     clean = replace(pair.clean, answer="red", candidates=("red", answer))
     wrong = CounterfactualPair(clean, replace(pair.corrupt, answer=answer), "color", "by hand")
     with pytest.raises(PatchError, match=message):
-        patch_heads(shared(), [wrong])
+        patch_heads(shared_model(), [wrong])
 
 
 def test_no_pairs() -> None:
     with pytest.raises(PatchError, match="pairs is empty"):
-        patch_heads(shared(), [])
+        patch_heads(shared_model(), [])
 
 
 def test_a_model_in_training_mode() -> None:
-    model = lively()
+    model = random_model()
     layers_of(model)[1].train()
     with pytest.raises(PatchError, match="training mode"):
         patch_heads(model, pairs("color"))
@@ -220,12 +220,12 @@ def test_attention_that_drops_outside_of_training() -> None:
 )
 def test_options_that_do_not_exist(options: dict[str, object]) -> None:
     with pytest.raises(ConfigError):
-        patch_heads(shared(), pairs("color"), **options)  # pyright: ignore[reportArgumentType]  # a user's mistake
+        patch_heads(shared_model(), pairs("color"), **options)  # pyright: ignore[reportArgumentType]  # a user's mistake
 
 
 @pytest.mark.parametrize("tokens", ["last", "suffix"])
 def test_a_family_that_acts_between_layers_is_run_whole(tokens: str, caplog: pytest.LogCaptureFixture) -> None:
-    model, pair = lively(), pairs("color")[0]
+    model, pair = random_model(), pairs("color")[0]
     # As in DeepStack: a term is added between two layers, outside of any layer.
     # Only a run over the whole sequence sees it, as DeepStack sees the image's positions.
     layers_of(model)[2].register_forward_pre_hook(

@@ -22,7 +22,7 @@ from mitigation.steering.changes import AddChange, AmplifyChange, ProjectChange,
 from mitigation.steering.controls import displacement_rms, match_displacement, move_to_heads
 from mitigation.steering.places import Key
 from mitigation.steering.shuffling import shuffle_mask, swap_sides
-from tests.toys.random_models import data, examples, hooks_of, pairs, shared
+from tests.toys.random_models import data, examples, hooks_of, pairs, shared_model
 
 RNG = np.random.default_rng(0)
 WIDTH = 192
@@ -42,7 +42,7 @@ def vector(kind: Any, keys: list[Key], **more: Any) -> SteeringVector:
             entries[key] = AmplifyChange(unit(size), reads, 3 * unit(size)[None])
         else:
             entries[key] = AddChange(unit(size), 2.0) if kind == "add" else ProjectChange(unit(size))
-    model = shared()
+    model = shared_model()
     return SteeringVector(entries, more.pop("positions", "last+generated"), 2.0, model.name, model.config_hash, **more)
 
 
@@ -63,11 +63,11 @@ VECTORS = {
 
 
 def batch() -> Batch:
-    return next(shared().batches([examples()[0], examples()[4]], 2))
+    return next(shared_model().batches([examples()[0], examples()[4]], 2))
 
 
 def test_logits_of_each_condition_equal_its_own_forward() -> None:
-    model, inputs_ = shared(), batch()
+    model, inputs_ = shared_model(), batch()
     plain = model.logits(inputs_.inputs)
     conditions = {name: steering.interventions() for name, steering in VECTORS.items()}
     logits = logits_under(model, [[], *conditions.values(), []])(inputs_)
@@ -82,7 +82,7 @@ def test_logits_of_each_condition_equal_its_own_forward() -> None:
 
 
 def test_interventions_at_the_last_token_need_no_additional_full_forward() -> None:
-    model, inputs_ = shared(), batch()
+    model, inputs_ = shared_model(), batch()
     calls: list[int] = []
     hook = model.hf.register_forward_pre_hook(lambda *_: calls.append(1))
     late = [v.interventions() for name, v in VECTORS.items() if name not in ("everywhere", "image", "gated")]
@@ -103,7 +103,7 @@ def test_a_model_that_cannot_resume_runs_full_forwards_with_a_warning(
         msg = "it is a test"
         raise NotShared(msg)
 
-    model, inputs_ = shared(), batch()
+    model, inputs_ = shared_model(), batch()
     items = VECTORS["heads"].interventions()
     expected = logits_under(model, [[], items])(inputs_)
     monkeypatch.setattr(patch_runner, "record", refused)
@@ -116,7 +116,7 @@ def test_a_model_that_cannot_resume_runs_full_forwards_with_a_warning(
 
 
 def test_answers_under_many_conditions_are_those_under_each() -> None:
-    model = shared()
+    model = shared_model()
     dataset = ConceptDataset(
         "toys", (*data(), replace(data()[0], id="caption", candidates=(), question="Describe the image."))
     )

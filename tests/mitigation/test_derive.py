@@ -17,7 +17,7 @@ from lvlm import Head, Site
 from lvlm.model import Lvlm
 from mitigation import Contrast, SteeringVector, derive
 from tests.toys.derivation import DIM, HEAD, Arrays, D, N, ledoit_wolf
-from tests.toys.random_models import hooks_of, layers_of, pairs, shared
+from tests.toys.random_models import hooks_of, layers_of, pairs, shared_model
 
 PLANTED = np.random.default_rng(9).standard_normal(D)
 PLANTED /= np.linalg.norm(PLANTED)
@@ -176,7 +176,7 @@ def test_a_discriminant_ignores_a_confounder_that_misleads_the_mean_difference()
 
 @pytest.mark.parametrize("tokens", ["last", "suffix:mean"])
 def test_from_pairs_against_numpy(tokens: str) -> None:
-    model, data = shared(), pairs("blank")
+    model, data = shared_model(), pairs("blank")
     assert len({model.encode(p.clean).tokens.length for p in data}) > 1
 
     def first(t: Any) -> int:
@@ -212,7 +212,7 @@ def test_from_pairs_against_numpy(tokens: str) -> None:
 
 
 def test_amplifying_moves_away_from_the_blank_image() -> None:
-    model, data = shared(), pairs("blank")
+    model, data = shared_model(), pairs("blank")
     head = Head(3, 2)
     steering = derive.amplification(Contrast.from_pairs(model, data), heads=[head], strength=1)
     site = Site("decoder", 3, "z")
@@ -242,7 +242,7 @@ def test_probe_normal() -> None:
     assert steering.changes[HEAD].direction[2] == 1
     assert steering.changes[HEAD].sigma == pytest.approx(0.7)
     assert (steering.model, steering.config_hash, steering.provenance["concepts"]) == ("m", "c" * 64, ["attribute:red"])
-    model = shared()
+    model = shared_model()
     assert derive.probe_normal([direction()], model).config_hash == model.config_hash
 
 
@@ -273,27 +273,31 @@ def of_store(**options: Any) -> Callable[[], SteeringVector]:
             PatchError,
             "1 positive and",
         ),
-        (lambda: derive.mean_difference(Contrast.from_pairs(shared(), []), heads=[HEAD]), PatchError, "no pairs"),
+        (lambda: derive.mean_difference(Contrast.from_pairs(shared_model(), []), heads=[HEAD]), PatchError, "no pairs"),
         (
-            lambda: derive.mean_difference(Contrast.from_pairs(shared(), pairs("blank")), heads=[Head(0, 8)]),
+            lambda: derive.mean_difference(Contrast.from_pairs(shared_model(), pairs("blank")), heads=[Head(0, 8)]),
             SiteError,
             "8 heads",
         ),
         (
-            lambda: derive.amplification(Contrast.from_pairs(shared(), pairs("blank")), heads=[Head(6, 0)]),
+            lambda: derive.amplification(Contrast.from_pairs(shared_model(), pairs("blank")), heads=[Head(6, 0)]),
             SiteError,
             "layers 0-5",
         ),
         (
-            lambda: derive.amplification(Contrast.from_pairs(shared(), pairs("blank")), heads=[HEAD], tokens="x"),
+            lambda: derive.amplification(Contrast.from_pairs(shared_model(), pairs("blank")), heads=[HEAD], tokens="x"),
             SiteError,
             "suffix:mean",
         ),
-        (lambda: derive.probe_normal([], shared()), PatchError, "at least one"),
-        (lambda: derive.probe_normal([direction(), direction()], shared()), SiteError, "two directions at L2.H1"),
-        (lambda: derive.probe_normal([direction("vision.L2.z")], shared()), SiteError, "decoder 'z'"),
-        (lambda: derive.probe_normal([direction("decoder.L2.q", 1)], shared()), SiteError, "a head of decoder 'z'"),
-        (lambda: derive.probe_normal([direction(sigma=0)], shared()), PatchError, "sigma"),
+        (lambda: derive.probe_normal([], shared_model()), PatchError, "at least one"),
+        (lambda: derive.probe_normal([direction(), direction()], shared_model()), SiteError, "two directions at L2.H1"),
+        (lambda: derive.probe_normal([direction("vision.L2.z")], shared_model()), SiteError, "decoder 'z'"),
+        (
+            lambda: derive.probe_normal([direction("decoder.L2.q", 1)], shared_model()),
+            SiteError,
+            "a head of decoder 'z'",
+        ),
+        (lambda: derive.probe_normal([direction(sigma=0)], shared_model()), PatchError, "sigma"),
     ],
 )
 def test_invalid_arguments_are_refused(

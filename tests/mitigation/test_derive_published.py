@@ -24,7 +24,7 @@ from mitigation import Contrast, SteeringVector, combine, derive
 from mitigation.steering.derive.head_selection import group_folds, probe_accuracies
 from mitigation.steering.places import Key
 from tests.toys.derivation import Arrays, D, ledoit_wolf
-from tests.toys.random_models import captured, examples, hooks_of, layers_of, pairs, shared
+from tests.toys.random_models import capture, examples, hooks_of, layers_of, pairs, shared_model
 
 MLP = Site("decoder", 3, "mlp_out")
 
@@ -35,8 +35,8 @@ def unit(x: np.ndarray) -> np.ndarray:
 
 def last_of(side: Sequence[Example], part: str, layer: int) -> np.ndarray:
     """What is at the last token of each example, float64 ``[n, d]``."""
-    model = shared()
-    return np.stack([captured(model, model.encode(e).inputs)[part][layer, -1] for e in side])
+    model = shared_model()
+    return np.stack([capture(model, model.encode(e).inputs)[part][layer, -1] for e in side])
 
 
 # ---- LDA ---------------------------------------------------------------------------------------------------------------
@@ -78,7 +78,7 @@ def test_lda_against_its_formula_and_where_means_mislead() -> None:
 @pytest.mark.parametrize("variant", ["paper", "release"])
 @pytest.mark.parametrize("key", [Head(3, 2), 2, MLP])
 def test_paired_pca_against_numpy(variant: Any, key: Key) -> None:
-    model, data = shared(), pairs("color")
+    model, data = shared_model(), pairs("color")
     where: dict[str, Any] = (
         {"heads": [key]} if isinstance(key, Head) else {"sites": [key]} if key == MLP else {"layers": [key]}
     )
@@ -104,7 +104,7 @@ def test_paired_pca_against_numpy(variant: Any, key: Key) -> None:
 def planted(layer: int, direction: np.ndarray, size: float) -> Iterator[None]:
     """A model that adds a direction to the residual stream where its picture is not blank."""
     flags: dict[str, torch.Tensor] = {}
-    model, push = shared(), torch.tensor(size * direction, dtype=torch.float32)
+    model, push = shared_model(), torch.tensor(size * direction, dtype=torch.float32)
 
     def look(_m: Any, _a: Any, kwargs: Any) -> None:
         flags["seen"] = kwargs["pixel_values"].flatten(2).std(-1).amax(1) > 1e-3
@@ -121,7 +121,7 @@ def planted(layer: int, direction: np.ndarray, size: float) -> Iterator[None]:
 
 
 def test_a_planted_direction_is_recovered_from_pairs() -> None:
-    model, data = shared(), pairs("blank")
+    model, data = shared_model(), pairs("blank")
     direction = unit(np.random.default_rng(2).standard_normal(model.width))
     natural = last_of([p.clean for p in data], "resid_post", 4) - last_of([p.corrupt for p in data], "resid_post", 4)
     noise = np.sqrt((natural**2).sum(1).mean())
@@ -227,7 +227,7 @@ def test_accuracies_are_those_of_logistic_regression() -> None:
 
 
 def test_ict_against_numpy() -> None:
-    model, data = shared(), pairs("blur")
+    model, data = shared_model(), pairs("blur")
     steering = derive.ict(Contrast.from_pairs(model, data))
     assert len(steering.heads) == 48
     assert (steering.strength, steering.positions, steering.kind) == (8, "last+generated", "add")
@@ -242,7 +242,7 @@ def test_ict_against_numpy() -> None:
 
 
 def test_ict_as_released_acts_on_slices_of_the_attention_output() -> None:
-    model, data = shared(), pairs("blur")
+    model, data = shared_model(), pairs("blur")
     steering = derive.ict(Contrast.from_pairs(model, data), variant="release")
     assert steering.sites == tuple(Site("decoder", i, "attn_out") for i in range(6))
     clean, corrupt = (last_of(side, "attn_out", 1) for side in ([p.clean for p in data], [p.corrupt for p in data]))
@@ -258,7 +258,7 @@ def test_ict_as_released_acts_on_slices_of_the_attention_output() -> None:
 
 
 def test_both_levels_of_ict_are_one_vector() -> None:
-    model = shared()
+    model = shared_model()
     levels = [
         derive.ict(Contrast.from_pairs(model, pairs(kind)), heads=[Head(2, 1), Head(3, k)])
         for k, kind in enumerate(("blur", "mask"))
@@ -296,7 +296,7 @@ def pc1_plus_mean(x: np.ndarray, *, released: bool) -> np.ndarray:
 @pytest.mark.parametrize("variant", ["paper", "release"])
 @torch.no_grad()
 def test_vti_text_against_numpy(variant: Any) -> None:
-    model = shared()
+    model = shared_model()
     steering = derive.vti_text(model, demonstrations(), variant=variant)
     rows = []
     for demo in demonstrations():
@@ -306,7 +306,7 @@ def test_vti_text_against_numpy(variant: Any) -> None:
                 f"{model.prompt(e.question)} {caption}", [e.image.load()], question=e.question
             )
             hidden = model.hf(**inputs, output_hidden_states=True).hidden_states
-            after = torch.tensor(captured(model, inputs)["resid_post"][:, -1])
+            after = torch.tensor(capture(model, inputs)["resid_post"][:, -1])
             sides.append(np.concatenate([hidden[0][0, -1:].double(), after]))
             if variant == "release":  # what transformers gives last is normed
                 sides[-1][-1] = hidden[-1][0, -1].double()
@@ -328,7 +328,7 @@ def test_vti_text_against_numpy(variant: Any) -> None:
 @pytest.mark.parametrize("variant", ["paper", "release"])
 @torch.no_grad()
 def test_vti_vision_against_numpy(variant: Any) -> None:
-    model, chosen = shared(), examples(3)
+    model, chosen = shared_model(), examples(3)
     steering = derive.vti_vision(model, chosen, copies=4, ratio=0.9, seed=7, variant=variant)
     rng, rows = np.random.default_rng(7), []
     patch = model.hf.config.vision_config.patch_size
@@ -378,15 +378,15 @@ def test_vti_vision_against_numpy(variant: Any) -> None:
 def words_alone(model: Lvlm, text: str) -> np.ndarray:
     """What every layer gives at the last token of a text, ``[L, d]``."""
     ids = torch.tensor([model.processor.tokenizer(text)["input_ids"]])
-    return captured(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})["resid_post"][:, -1]
+    return capture(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})["resid_post"][:, -1]
 
 
 @pytest.mark.parametrize("variant", ["paper", "release", "simple"])
 def test_vsv_is_what_the_image_adds(variant: Any) -> None:
-    model, example = shared(), examples()[0]
+    model, example = shared_model(), examples()[0]
     steering = derive.vsv(model, example, layers=[0, 1, 4], variant=variant)
     without_image = words_alone(model, model.prompt(example.question).replace(model.placeholder, "", 1).strip())
-    with_image = captured(model, model.encode(example).inputs)["resid_post"][:, -1]
+    with_image = capture(model, model.encode(example).inputs)["resid_post"][:, -1]
     for layer in (0, 1, 4):
         key = layer if variant == "paper" else Site("decoder", layer, "mlp_out")
         difference = with_image[layer] - without_image[layer]
@@ -402,11 +402,11 @@ def test_vsv_is_what_the_image_adds(variant: Any) -> None:
 @torch.no_grad()
 def test_the_rule_of_vistas_run_scripts() -> None:
     """``x <- |x| unit(unit(x) + s (1 + max(0, cos(x, -v))) unit(v))`` at every MLP output and position, in float64."""
-    model, example = shared(), examples()[0]
+    model, example = shared_model(), examples()[0]
     steering = derive.vsv(model, example, layers=[2], strength=0.17, variant="release")
     inputs = model.encode(example).inputs
     v = steering.changes[Site("decoder", 2, "mlp_out")].direction.astype(float)
-    x = captured(model, inputs)["mlp_out"][2]
+    x = capture(model, inputs)["mlp_out"][2]
     lengths = np.linalg.norm(x, axis=-1, keepdims=True)
     toward = (x @ -v)[:, None] / lengths / np.linalg.norm(v)
     assert (toward > 0.01).any()
@@ -414,16 +414,16 @@ def test_the_rule_of_vistas_run_scripts() -> None:
     moved = x / lengths + 0.17 * (1 + np.maximum(0, toward)) * v / np.linalg.norm(v)
     want = lengths * moved / np.linalg.norm(moved, axis=-1, keepdims=True)
     with steering.applied(model):
-        after = captured(model, inputs)["mlp_out"][2]
+        after = capture(model, inputs)["mlp_out"][2]
     np.testing.assert_allclose(after, want, atol=1e-4)
 
 
 def test_files_of_the_new_norm_rule(tmp_path: Path) -> None:
-    steering = derive.vsv(shared(), examples()[0], layers=[2], variant="release")
+    steering = derive.vsv(shared_model(), examples()[0], layers=[2], variant="release")
     assert SteeringVector.load(steering.save(tmp_path / "v.safetensors")).norm == "away"
     card = json.loads((tmp_path / "v.json").read_text())
     assert card["version"] == 3
-    plain = derive.vsv(shared(), examples()[0], layers=[2], variant="simple")
+    plain = derive.vsv(shared_model(), examples()[0], layers=[2], variant="simple")
     plain.save(tmp_path / "w.safetensors")
     assert json.loads((tmp_path / "w.json").read_text())["version"] == 2  # which earlier releases read
 
@@ -431,7 +431,7 @@ def test_files_of_the_new_norm_rule(tmp_path: Path) -> None:
 @pytest.mark.parametrize("variant", ["paper", "release"])
 @torch.no_grad()
 def test_project_away_removes_the_component_along_the_word(variant: Any) -> None:
-    model, example = shared(), examples()[0]
+    model, example = shared_model(), examples()[0]
     steering = derive.project_away(model, "apple", layers=[1, 2], text_layer=3, strength=0.8, variant=variant)
     if variant == "paper":
         t = words_alone(model, "apple")[3]
@@ -442,9 +442,9 @@ def test_project_away_removes_the_component_along_the_word(variant: Any) -> None
     assert (steering.kind, steering.positions, steering.heads, steering.layers) == ("project", "image:all", (), (1, 2))
     encoding = model.encode(example)
     image = list(encoding.tokens.image)
-    before = captured(model, encoding.inputs)["resid_post"][1]
+    before = capture(model, encoding.inputs)["resid_post"][1]
     with steering.applied(model):
-        after = captured(model, encoding.inputs)["resid_post"][1]
+        after = capture(model, encoding.inputs)["resid_post"][1]
     expected = before.copy()
     for k in image:
         share = before[k] @ t / (t @ t)
@@ -460,13 +460,15 @@ def test_project_away_removes_the_component_along_the_word(variant: Any) -> None
     ("make", "error", "message"),
     [
         (
-            lambda: derive.paired_pca(Contrast.from_pairs(shared(), pairs("blank")), layers=[1], variant="code"),
+            lambda: derive.paired_pca(Contrast.from_pairs(shared_model(), pairs("blank")), layers=[1], variant="code"),
             ConfigError,
             "'release'",
         ),
-        (lambda: derive.paired_pca(Contrast.from_pairs(shared(), []), layers=[1]), PatchError, "no pairs"),
+        (lambda: derive.paired_pca(Contrast.from_pairs(shared_model(), []), layers=[1]), PatchError, "no pairs"),
         (
-            lambda: derive.paired_pca(Contrast.from_pairs(shared(), pairs("blank")[:1]), layers=[1], variant="release"),
+            lambda: derive.paired_pca(
+                Contrast.from_pairs(shared_model(), pairs("blank")[:1]), layers=[1], variant="release"
+            ),
             PatchError,
             "in the same way",
         ),
@@ -491,28 +493,36 @@ def test_project_away_removes_the_component_along_the_word(variant: Any) -> None
             PatchError,
             "cannot be divided",
         ),
-        (lambda: derive.ict(Contrast.from_pairs(shared(), [*pairs("blur"), *pairs("mask")])), PatchError, "each level"),
-        (lambda: derive.ict(Contrast.from_pairs(shared(), pairs("blur")[:1])), PatchError, "cannot be divided"),
         (
-            lambda: derive.ict(Contrast.from_pairs(shared(), pairs("blur")), variant="release", slice_width=7),
+            lambda: derive.ict(Contrast.from_pairs(shared_model(), [*pairs("blur"), *pairs("mask")])),
+            PatchError,
+            "each level",
+        ),
+        (lambda: derive.ict(Contrast.from_pairs(shared_model(), pairs("blur")[:1])), PatchError, "cannot be divided"),
+        (
+            lambda: derive.ict(Contrast.from_pairs(shared_model(), pairs("blur")), variant="release", slice_width=7),
             PatchError,
             "must divide",
         ),
-        (lambda: derive.vti_text(shared(), []), PatchError, "no demonstrations"),
-        (lambda: derive.vti_text(shared(), demonstrations(), layers=[6]), SiteError, "layers 0-5"),
-        (lambda: derive.vti_text(shared(), [derive.Demonstration(examples()[0], " ", "red")]), DataError, "empty"),
+        (lambda: derive.vti_text(shared_model(), []), PatchError, "no demonstrations"),
+        (lambda: derive.vti_text(shared_model(), demonstrations(), layers=[6]), SiteError, "layers 0-5"),
         (
-            lambda: derive.vti_text(shared(), [derive.Demonstration(examples()[0], "red", "red")]),
+            lambda: derive.vti_text(shared_model(), [derive.Demonstration(examples()[0], " ", "red")]),
+            DataError,
+            "empty",
+        ),
+        (
+            lambda: derive.vti_text(shared_model(), [derive.Demonstration(examples()[0], "red", "red")]),
             PatchError,
             "have equal activations",
         ),
-        (lambda: derive.vti_vision(shared(), []), PatchError, "0 examples"),
-        (lambda: derive.vti_vision(shared(), examples(1), ratio=2), PatchError, "ratio=2"),
-        (lambda: derive.vti_vision(shared(), examples(1), layers=[9]), SiteError, "layers 0-3"),
-        (lambda: derive.vsv(shared(), examples()[0], layers=[8]), SiteError, "layers 0-5"),
-        (lambda: derive.project_away(shared(), "apple", layers=[]), PatchError, "no layers"),
-        (lambda: derive.project_away(shared(), "qwxz", layers=[1]), DataError, "no tokens"),
-        (lambda: derive.project_away(shared(), "", layers=[1], variant="release"), DataError, "no tokens"),
+        (lambda: derive.vti_vision(shared_model(), []), PatchError, "0 examples"),
+        (lambda: derive.vti_vision(shared_model(), examples(1), ratio=2), PatchError, "ratio=2"),
+        (lambda: derive.vti_vision(shared_model(), examples(1), layers=[9]), SiteError, "layers 0-3"),
+        (lambda: derive.vsv(shared_model(), examples()[0], layers=[8]), SiteError, "layers 0-5"),
+        (lambda: derive.project_away(shared_model(), "apple", layers=[]), PatchError, "no layers"),
+        (lambda: derive.project_away(shared_model(), "qwxz", layers=[1]), DataError, "no tokens"),
+        (lambda: derive.project_away(shared_model(), "", layers=[1], variant="release"), DataError, "no tokens"),
     ],
 )
 def test_invalid_arguments_are_refused(
@@ -520,4 +530,4 @@ def test_invalid_arguments_are_refused(
 ) -> None:
     with pytest.raises(error, match=message):
         make()
-    assert hooks_of(shared()) == 0
+    assert hooks_of(shared_model()) == 0

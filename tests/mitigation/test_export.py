@@ -34,14 +34,14 @@ from mitigation.steering.export.baked import apply
 from mitigation.steering.export.convert import to_residual
 from mitigation.steering.export.gguf import card_in, check
 from mitigation.steering.places import Key
-from tests.toys.random_models import data, examples, layers_of, lively, pairs, shared
+from tests.toys.random_models import data, examples, layers_of, pairs, random_model, shared_model
 
 HEADS = (Head(1, 3), Head(1, 6), Head(4, 0))
 MLP = Site("decoder", 3, "mlp_out")
 
 
 def steering_vector(*keys: Key, strength: float = 1.5, **changes: Any) -> SteeringVector:
-    model, rng = shared(), np.random.default_rng(0)
+    model, rng = shared_model(), np.random.default_rng(0)
     entries: dict[Key, VectorChange] = {}
     for key in keys:
         v = rng.standard_normal(model.head_dim if isinstance(key, Head) else model.width)
@@ -55,12 +55,12 @@ def steering_vector(*keys: Key, strength: float = 1.5, **changes: Any) -> Steeri
 
 
 def inputs() -> dict[str, torch.Tensor]:
-    return next(b for b in shared().batches(examples(), 2) if len(b.index) == 2).inputs
+    return next(b for b in shared_model().batches(examples(), 2) if len(b.index) == 2).inputs
 
 
 def steered(vector: SteeringVector, strength: float | None = None) -> torch.Tensor:
-    with vector.applied(shared(), strength):
-        return shared().logits(inputs())
+    with vector.applied(shared_model(), strength):
+        return shared_model().logits(inputs())
 
 
 @contextmanager
@@ -81,16 +81,16 @@ def hooked(hooks: dict[torch.nn.Module, Callable[[torch.Tensor], torch.Tensor]])
 
 def consumed(hooks: dict[torch.nn.Module, Callable[[torch.Tensor], torch.Tensor]]) -> torch.Tensor:
     with hooked(hooks):
-        return shared().logits(inputs())
+        return shared_model().logits(inputs())
 
 
 def adding(rows: dict[int, torch.Tensor]) -> dict[torch.nn.Module, Callable[[torch.Tensor], torch.Tensor]]:
-    return {layers_of(shared())[i]: lambda x, row=row: x + row for i, row in rows.items()}
+    return {layers_of(shared_model())[i]: lambda x, row=row: x + row for i, row in rows.items()}
 
 
 def same(a: torch.Tensor, b: torch.Tensor) -> None:
     torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
-    assert not torch.allclose(a, shared().logits(inputs()), atol=1e-3)
+    assert not torch.allclose(a, shared_model().logits(inputs()), atol=1e-3)
 
 
 # ---- GGUF --------------------------------------------------------------------------------------------------------------
@@ -99,12 +99,12 @@ def same(a: torch.Tensor, b: torch.Tensor) -> None:
 @pytest.mark.parametrize("strength", [None, 0.7])
 def test_gguf_is_what_llama_cpp_adds(strength: float | None, tmp_path: Path) -> None:
     vector = steering_vector(2, 4)
-    path = export.gguf(vector, tmp_path / "new" / "vector.gguf", shared(), strength=strength)
+    path = export.gguf(vector, tmp_path / "new" / "vector.gguf", shared_model(), strength=strength)
     reader = GGUFReader(path)
     assert {t.name for t in reader.tensors} == {"direction.2", "direction.4"}
     for tensor in reader.tensors:
         assert tensor.tensor_type == GGMLQuantizationType.F32
-        assert list(tensor.shape) == [shared().width]
+        assert list(tensor.shape) == [shared_model().width]
     rows = {int(t.name.removeprefix("direction.")): torch.tensor(np.array(t.data)) for t in reader.tensors}
     same(consumed(adding(rows)), steered(vector, strength))
     fields = {name: reader.get_field(name) for name in reader.fields}
@@ -141,7 +141,7 @@ def test_what_llama_cpp_refuses(tensors: dict[str, np.ndarray], message: str, tm
 
 
 def test_a_conversion_is_the_projection_and_says_what_it_is(tmp_path: Path) -> None:
-    model, vector = shared(), steering_vector(*HEADS, 2, MLP)
+    model, vector = shared_model(), steering_vector(*HEADS, 2, MLP)
     path = export.gguf(vector, tmp_path / "v.gguf", model, convert=True)
     rows = check(path)
     expected = {i: np.zeros(model.width) for i in (1, 2, 3, 4)}
@@ -175,9 +175,9 @@ def opened(path: Path) -> Any:
 @pytest.mark.parametrize("positions", ["all", "generated:all"])
 def test_vllm_matrix(positions: str, tmp_path: Path) -> None:
     vector = steering_vector(0, 3, positions=positions)
-    path = export.vllm(vector, tmp_path / "look.pt", shared())
+    path = export.vllm(vector, tmp_path / "look.pt", shared_model())
     matrix = opened(path)
-    assert (matrix.shape, matrix.dtype) == ((6, shared().width), torch.float32)
+    assert (matrix.shape, matrix.dtype) == ((6, shared_model().width), torch.float32)
     assert [bool(row.any()) for row in matrix] == [True, False, False, True, False, False]
     request = json.loads((tmp_path / "look.pt.json").read_text())["hotwire"]
     only = {"decode_only": True} if positions == "generated:all" else {}
@@ -188,7 +188,7 @@ def test_vllm_matrix(positions: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("keys", [(0, 3), HEADS, (*HEADS, 2)])
 def test_steering_vectors(keys: tuple[Key, ...], tmp_path: Path) -> None:
-    model, vector = shared(), steering_vector(*keys)
+    model, vector = shared_model(), steering_vector(*keys)
     at_heads = any(isinstance(key, Head) for key in keys)
     path = export.steering_vectors(vector, tmp_path / "v.pt", model, convert=at_heads)
     document = opened(path)
@@ -221,7 +221,7 @@ def vti_layer(directions: torch.Tensor, alpha: float) -> Callable[[torch.Tensor]
 
 @pytest.mark.parametrize("stack", ["decoder", "vision"])
 def test_vti_directions(stack: str, tmp_path: Path) -> None:
-    model, rng = shared(), np.random.default_rng(1)
+    model, rng = shared_model(), np.random.default_rng(1)
     tower = model.hf.model.vision_tower
     modules = (
         layers_of(model) if stack == "decoder" else next(m for n, m in tower.named_modules() if n.endswith("layers"))
@@ -254,24 +254,24 @@ def test_vti_directions(stack: str, tmp_path: Path) -> None:
 
 def test_baked_biases_do_what_the_vector_does(tmp_path: Path) -> None:
     vector = steering_vector(*HEADS, 1, 2, MLP)
-    path = export.baked(vector, tmp_path / "bias.safetensors", shared())
+    path = export.baked(vector, tmp_path / "bias.safetensors", shared_model())
     stem = "model.language_model.layers"
     ends = {f"{stem}.{i}.self_attn.o_proj.bias" for i in (1, 4)} | {f"{stem}.{i}.mlp.down_proj.bias" for i in (1, 2, 3)}
     assert set(load_file(path)) == ends
-    other, twice = lively(), lively()
+    other, twice = random_model(), random_model()
     plain = other.logits(inputs())
     undo = apply(other.hf, path)
     same(other.logits(inputs()), steered(vector))
     undo()
     assert torch.equal(other.logits(inputs()), plain)
-    half = export.baked(vector, tmp_path / "half.safetensors", shared(), strength=0.75)
+    half = export.baked(vector, tmp_path / "half.safetensors", shared_model(), strength=0.75)
     for _ in range(2):  # a bias that is there is added to
         apply(twice.hf, half)
     same(twice.logits(inputs()), steered(vector))
 
 
 def test_an_offloaded_model_is_baked_and_converted_like_one_in_memory(tmp_path: Path) -> None:
-    model, vector = shared(), steering_vector(*HEADS, 2, MLP)
+    model, vector = shared_model(), steering_vector(*HEADS, 2, MLP)
     network = copy.deepcopy(model.hf)
     accelerate.cpu_offload(network, execution_device=torch.device("cpu"))
     assert all(parameter.is_meta for parameter in network.parameters())
@@ -288,7 +288,7 @@ def test_the_loader_stands_alone(tmp_path: Path) -> None:
     source = Path(apply_bias.__file__)
     assert len(source.read_text().splitlines()) <= 75
     shutil.copy(source, tmp_path / "apply_bias.py")
-    export.baked(steering_vector(*HEADS, 2), tmp_path / "bias.safetensors", shared())
+    export.baked(steering_vector(*HEADS, 2), tmp_path / "bias.safetensors", shared_model())
     code = f"""
 import sys
 sys.path.insert(0, {str(tmp_path)!r})
@@ -316,17 +316,17 @@ print(len(changes), card["strength"], sorted(set(m.split(".")[0] for m in sys.mo
 
 
 def test_files_that_do_not_fit_change_nothing(tmp_path: Path) -> None:
-    path = export.baked(steering_vector(*HEADS), tmp_path / "bias.safetensors", shared())
+    path = export.baked(steering_vector(*HEADS), tmp_path / "bias.safetensors", shared_model())
     with pytest.raises(ModelError, match="no linear layer"):
         apply(torch.nn.Linear(2, 2), path)
     with pytest.raises(StoreError):
-        apply(shared().hf, steering_vector(*HEADS).save(tmp_path / "vector.safetensors"))
+        apply(shared_model().hf, steering_vector(*HEADS).save(tmp_path / "vector.safetensors"))
     with pytest.raises(StoreError, match="no such file"):
-        apply(shared().hf, tmp_path / "none")
+        apply(shared_model().hf, tmp_path / "none")
 
 
 def test_an_mlp_that_ends_in_no_linear_layer_is_not_baked(tmp_path: Path) -> None:
-    model = lively()
+    model = random_model()
     last = layers_of(model)[2].mlp
     last.down_proj = torch.nn.Sequential(last.down_proj, torch.nn.Tanh())
     with pytest.raises(ConfigError, match="does not end in one linear layer"):
@@ -363,10 +363,10 @@ def test_every_format_writes_what_it_can_hold_and_refuses_the_rest(case: str, tm
     for name, form in export.exports.items():
         path, write = tmp_path / f"{name}.file", form.write
         if name in able:
-            assert write(vector, path, shared()).is_file()
+            assert write(vector, path, shared_model()).is_file()
             continue
         with pytest.raises(ConfigError, match=f"cannot be written as '{name}'") as refused:
-            write(vector, path, shared())
+            write(vector, path, shared_model())
         assert "'safetensors'" in str(refused.value)
         assert "formats_for(vector)" in str(refused.value)
         assert not path.exists()
@@ -380,20 +380,20 @@ def test_refusals_say_what_would_help(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="pass model="):
         export.gguf(steering_vector(*HEADS), tmp_path / "v", convert=True)
     with pytest.raises(ConfigError, match="cannot be converted"):
-        export.vllm(steering_vector(*HEADS, kind="amplify"), tmp_path / "v", shared(), convert=True)
+        export.vllm(steering_vector(*HEADS, kind="amplify"), tmp_path / "v", shared_model(), convert=True)
     with pytest.raises(ConfigError, match="layer 0 comes before layer 1"):
-        export.gguf(steering_vector(Head(0, 1)), tmp_path / "v", shared(), convert=True)
+        export.gguf(steering_vector(Head(0, 1)), tmp_path / "v", shared_model(), convert=True)
     for strength in (float("nan"), float("inf")):
         for name in ("baked", "gguf", "steering_vectors", "vllm"):
             with pytest.raises(ConfigError, match="finite"):
-                export.exports[name].write(steering_vector(2), tmp_path / "v", shared(), strength=strength)
+                export.exports[name].write(steering_vector(2), tmp_path / "v", shared_model(), strength=strength)
 
 
 @pytest.mark.parametrize("name", list(export.exports))
 def test_a_vector_for_another_model_is_not_written(name: str, tmp_path: Path) -> None:
     vector = steering_vector(MLP, norm="relative") if name == "vti" else steering_vector(2)
     with pytest.raises(ModelError, match="derived for"):
-        export.exports[name].write(replace(vector, config_hash="x"), tmp_path / "v", shared())
+        export.exports[name].write(replace(vector, config_hash="x"), tmp_path / "v", shared_model())
     assert not list(tmp_path.iterdir())
 
 
@@ -415,7 +415,7 @@ def by_hand(model: Lvlm, example: Example, side: str) -> tuple[Any, np.ndarray]:
 
 
 def test_iti_activations(tmp_path: Path) -> None:
-    model = shared()
+    model = shared_model()
     dataset = data(8)
     sites = ["z", "resid_post", "decoder.L0.resid_pre"]
     store = trace(model, dataset, sites=sites, tokens=["last"], out=tmp_path / "store")
@@ -443,7 +443,7 @@ def test_iti_activations(tmp_path: Path) -> None:
         com /= np.linalg.norm(com)
         np.testing.assert_allclose(vector.changes[head].direction, com, atol=1e-5)
         assert vector.changes[head].sigma == pytest.approx(np.std(own @ com), rel=1e-5)
-    foreign = lively()
+    foreign = random_model()
     foreign.hf.config.text_config.rope_theta = 1.0  # another configuration, another hash
     with pytest.raises(ModelError, match="not traced from"):
         export.iti_activations(Contrast.from_store(store, positive=positive), tmp_path / "x", foreign)
@@ -453,7 +453,7 @@ def test_iti_activations(tmp_path: Path) -> None:
 
 
 def test_ict_activations(tmp_path: Path) -> None:
-    model = shared()
+    model = shared_model()
     blurred = [p for p in pairs("blur") if p.clean.named_object() is not None][:3]
     masked = [next(m for m in pairs("mask") if m.clean.id == p.clean.id) for p in blurred]
     paths = export.ict_activations(

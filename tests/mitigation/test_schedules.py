@@ -24,7 +24,7 @@ from lvlm.token_selection import LEGACY_STEERING_POSITIONS
 from mitigation import ProbeGate, SteeringVector
 from mitigation.steering.changes import AddChange, ProjectChange, VectorChange
 from mitigation.steering.places import Key
-from tests.toys.random_models import examples, hooks_of, layers_of, lively, shared
+from tests.toys.random_models import examples, hooks_of, layers_of, random_model, shared_model
 
 KEYS: tuple[Key, ...] = (Head(2, 3), Head(2, 6), 1, Site("decoder", 3, "mlp_out"))
 
@@ -35,7 +35,7 @@ def unit(shape: Any, seed: int) -> np.ndarray:
 
 
 def steering_vector(keys: tuple[Key, ...] = KEYS, **changes: Any) -> SteeringVector:
-    model = shared()
+    model = shared_model()
     entries: dict[Key, VectorChange] = {
         key: AddChange(unit(model.head_dim if isinstance(key, Head) else model.width, k), 0.6 + 0.1 * k)
         for k, key in enumerate(keys)
@@ -47,12 +47,12 @@ def steering_vector(keys: tuple[Key, ...] = KEYS, **changes: Any) -> SteeringVec
 
 @cache
 def batch() -> Batch:
-    return next(b for b in shared().batches(examples(), 2) if len(b.index) == 2)
+    return next(b for b in shared_model().batches(examples(), 2) if len(b.index) == 2)
 
 
 def gate() -> ProbeGate:
     """A gate on the first layer that is open at the last token of one prompt, and closed at many others."""
-    model, weights = shared(), unit(192, 50)
+    model, weights = shared_model(), unit(192, 50)
     with torch.no_grad():
         scores = model.read(batch().inputs, ["decoder.L0.resid_post"])["decoder.L0.resid_post"].numpy() @ weights
     bias = -float(scores[:, -1].mean())  # between the two prompts' last tokens
@@ -76,7 +76,7 @@ def change_by_hand(vector: SteeringVector, entry: Any, strength: torch.Tensor, x
 @contextmanager
 def by_hand(vector: SteeringVector, where: Callable[[int], torch.Tensor]) -> Iterator[None]:
     """Steer with plain hooks and no cache; `where` gives a factor for each position of a sequence of some length."""
-    model, hooks = shared(), []
+    model, hooks = shared_model(), []
     dim, opened = model.head_dim, {}
     if vector.gate is not None:
         w, b = torch.tensor(vector.gate.weights), vector.gate.bias
@@ -116,7 +116,7 @@ def by_hand(vector: SteeringVector, where: Callable[[int], torch.Tensor]) -> Ite
 @torch.no_grad()
 def recomputed(ids: torch.Tensor) -> torch.Tensor:
     inputs = {**batch().inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    return shared().hf(**inputs, use_cache=False).logits[:, -1]
+    return shared_model().hf(**inputs, use_cache=False).logits[:, -1]
 
 
 def factors(vector: SteeringVector, length: int) -> torch.Tensor:
@@ -153,7 +153,7 @@ CASES: Mapping[str, Callable[[], SteeringVector]] = {
 @pytest.mark.parametrize("case", CASES)
 @torch.no_grad()
 def test_cached_generation_is_recomputation_token_by_token(case: str) -> None:
-    model, vector = shared(), CASES[case]()
+    model, vector = shared_model(), CASES[case]()
     inputs = batch().inputs
     length = inputs["input_ids"].shape[1]
     with vector.applied(model):
@@ -179,7 +179,7 @@ def test_cached_generation_is_recomputation_token_by_token(case: str) -> None:
 @pytest.mark.parametrize("case", ["all", "last", "decay"])
 @torch.no_grad()
 def test_beam_search_is_beam_search_without_a_cache(case: str) -> None:
-    model = shared()
+    model = shared_model()
     vector = steering_vector(
         positions="all" if case == "all" else "last+generated", decay=0.5 if case == "decay" else 1.0
     )
@@ -196,7 +196,7 @@ def test_beam_search_is_beam_search_without_a_cache(case: str) -> None:
 
 
 def test_nested_twice_and_taken_away_twice() -> None:
-    model = lively()
+    model = random_model()
     state = {name: p.clone() for name, p in model.hf.state_dict().items()}
     plain = model.logits(batch().inputs)
     vectors = [CASES[name]() for name in ("kept", "gate and decay", "project")]
@@ -210,7 +210,7 @@ def test_nested_twice_and_taken_away_twice() -> None:
 
 
 def test_a_closed_gate_does_nothing_and_an_open_one_everything() -> None:
-    model, weights = shared(), np.eye(1, 192)[0]
+    model, weights = shared_model(), np.eye(1, 192)[0]
     plain = model.logits(batch().inputs)
     with steering_vector().applied(model):
         steered = model.logits(batch().inputs)
@@ -236,7 +236,7 @@ def test_a_gate_decides_like_its_probe() -> None:
 
 
 def test_a_direction_for_each_token() -> None:
-    model, inputs = shared(), batch().inputs
+    model, inputs = shared_model(), batch().inputs
     site = Site("decoder", 1, "mlp_out")
     length = inputs["input_ids"].shape[1]
     rows = unit((length, model.width), 4)
@@ -292,7 +292,7 @@ def test_native_file_holds_all_of_it(case: str, tmp_path: Path) -> None:
 
 def test_additions_at_one_site_are_summed() -> None:
     """Many heads of a layer, twice over, with something else between: the sum, in the order they were given."""
-    model, site = shared(), Site("decoder", 2, "z")
+    model, site = shared_model(), Site("decoder", 2, "z")
     x = model.read(batch().inputs, [str(site)])[str(site)]
     push = torch.tensor(unit(24, 1), dtype=torch.float32)
     items = [Intervention(site, Add(push), "all", head) for head in (0, 3, 3)]
@@ -339,7 +339,7 @@ def test_invalid_schedules_are_refused(make: Callable[[], Any], error: type[Exce
 
 
 def test_a_gate_of_another_width_is_refused_before_anything_is_hooked() -> None:
-    model = shared()
+    model = shared_model()
     with (
         pytest.raises(PatchError, match="must be 192"),
         steering_vector().gated(ProbeGate(0, np.ones(7))).applied(model),

@@ -19,7 +19,7 @@ from lvlm.model import Batch, Lvlm
 from lvlm.token_selection import LEGACY_STEERING_POSITIONS
 from mitigation import SteeringVector
 from mitigation.steering.changes import AddChange, AmplifyChange, VectorChange
-from tests.toys.random_models import examples, hooks_of, layers_of, lively, shared
+from tests.toys.random_models import examples, hooks_of, layers_of, random_model, shared_model
 
 HEADS = (Head(1, 3), Head(1, 6), Head(4, 0))
 
@@ -96,7 +96,7 @@ def logits_by_hand(
 @pytest.mark.parametrize("kind", ["add", "amplify"])
 @pytest.mark.parametrize("layers", [(), (2,)])
 def test_steered_logits_equal_the_formula(kind: str, layers: tuple[int, ...]) -> None:
-    model = shared()
+    model = shared_model()
     steering, inputs = vector(model, kind, layers), rows(model).inputs
     length = inputs["input_ids"].shape[1]
     after = rows(model).encodings[0].tokens.image[-1] + 1
@@ -111,8 +111,8 @@ def test_steered_logits_equal_the_formula(kind: str, layers: tuple[int, ...]) ->
 @pytest.mark.parametrize("rule", ["last+generated", "suffix+generated", "all"])
 @torch.no_grad()
 def test_cached_generation_is_recomputation_token_by_token(kind: str, rule: str) -> None:
-    model = shared()
-    steering, batch = vector(model, kind, (2,), positions=rule, strength=0.8), rows(shared())
+    model = shared_model()
+    steering, batch = vector(model, kind, (2,), positions=rule, strength=0.8), rows(shared_model())
     length = batch.inputs["input_ids"].shape[1]
     with steering.applied(model):
         out = model.hf.generate(
@@ -134,8 +134,8 @@ def test_cached_generation_is_recomputation_token_by_token(kind: str, rule: str)
 
 
 def test_image_positions_act_on_the_prompt_only() -> None:
-    model = shared()
-    steering, inputs = vector(model, positions="image:all"), rows(shared()).inputs
+    model = shared_model()
+    steering, inputs = vector(model, positions="image:all"), rows(shared_model()).inputs
     lengths: list[int] = []
     hook = model.locate("decoder.L1.z").watch(lambda x: lengths.append(x.shape[1]))
     base: list[torch.Tensor] = []
@@ -150,7 +150,7 @@ def test_image_positions_act_on_the_prompt_only() -> None:
 
 
 def test_steering_is_repeatable_and_removes_its_hooks() -> None:
-    model = lively()
+    model = random_model()
     state = {name: p.clone() for name, p in model.hf.state_dict().items()}
     inputs = rows(model).inputs
     plain = model.logits(inputs)
@@ -172,7 +172,7 @@ def test_steering_is_repeatable_and_removes_its_hooks() -> None:
 
 
 def test_vectors_stack() -> None:
-    model = shared()
+    model = shared_model()
     inputs = rows(model).inputs
     steering = vector(model)
     with steering.applied(model, 1.0), steering.applied(model, 2.0):
@@ -183,7 +183,7 @@ def test_vectors_stack() -> None:
 
 
 def test_strengths() -> None:
-    model = shared()
+    model = shared_model()
     inputs = rows(model).inputs
     steering = vector(model)
     with steering.applied(model):
@@ -199,7 +199,7 @@ def test_strengths() -> None:
 
 
 def test_a_vector_for_another_model_is_refused_unless_forced() -> None:
-    model = shared()
+    model = shared_model()
     foreign = replace(vector(model), config_hash="0" * 64, model="other")
     with pytest.raises(ModelError, match="derived for 'other'"), foreign.applied(model):
         pass
@@ -233,7 +233,7 @@ def test_random_control_of_separate_reading_and_writing_directions_has_the_same_
 
 @pytest.mark.parametrize("kind", ["add", "amplify"])
 def test_random_control_has_the_same_size_for_every_input(kind: str) -> None:
-    model = shared()
+    model = shared_model()
     steering = vector(model, kind, (2,))
     control = steering.randomized(5)
     rng = np.random.default_rng(1)
@@ -258,7 +258,7 @@ def test_random_control_has_the_same_size_for_every_input(kind: str) -> None:
 
 
 def test_same_directions_at_other_heads() -> None:
-    model = shared()
+    model = shared_model()
     steering = vector(model)
     others = (Head(5, 5), Head(0, 1), Head(2, 2))
     moved = steering.on_heads(others)
@@ -277,7 +277,7 @@ def test_same_directions_at_other_heads() -> None:
 
 
 def test_invalid_vectors_are_refused() -> None:
-    steering = vector(shared())
+    steering = vector(shared_model())
     with pytest.raises(PatchError, match="at least one"):
         replace(steering, changes={})
     with pytest.raises(PatchError, match="add, amplify"):
@@ -296,7 +296,7 @@ def test_invalid_vectors_are_refused() -> None:
 
 
 def test_frozen_and_ordered() -> None:
-    steering = vector(shared(), layers=(1,))
+    steering = vector(shared_model(), layers=(1,))
     assert list(steering.changes) == [Head(1, 3), Head(1, 6), 1, Head(4, 0)]
     assert steering.heads == HEADS
     assert steering.layers == (1,)
@@ -312,7 +312,7 @@ def test_frozen_and_ordered() -> None:
 
 @pytest.mark.parametrize("kind", ["add", "amplify"])
 def test_native_file(kind: str, tmp_path: Path) -> None:
-    model = shared()
+    model = shared_model()
     steering = vector(model, kind, (2,)).randomized(1)
     path = steering.save(tmp_path / "new" / "vector.safetensors")
     tensors = load_file(path)
@@ -335,7 +335,7 @@ def test_native_file(kind: str, tmp_path: Path) -> None:
 
 
 def test_files_that_are_not_vectors_are_refused(tmp_path: Path) -> None:
-    path = vector(shared()).save(tmp_path / "vector.safetensors")
+    path = vector(shared_model()).save(tmp_path / "vector.safetensors")
     with pytest.raises(StoreError, match="no such file"):
         SteeringVector.load(tmp_path / "none")
     save_file({"x": np.ones(2, np.float32)}, tmp_path / "other")
@@ -364,7 +364,7 @@ def test_a_direction_is_made_of_real_numbers(value: Any) -> None:
 def test_files_of_earlier_versions_have_their_own_words_for_positions(
     version: int, old: str, new: str, tmp_path: Path
 ) -> None:
-    path = vector(shared()).save(tmp_path / "vector.safetensors")
+    path = vector(shared_model()).save(tmp_path / "vector.safetensors")
     tensors, card = load_file(path), json.loads(path.with_suffix(".json").read_text())
     assert (card["version"], card["positions"]) == (4, "last+generated")
     header = {"steering_vector": json.dumps({**card, "version": version, "positions": old})}
