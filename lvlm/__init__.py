@@ -1,4 +1,31 @@
-"""The model under study: where its tensors are, which token is what, and how to ask it."""
+"""The model under study: load it, encode prompts, run it, and find its activations.
+
+Loading a model, one module per step:
+
+1. `lvlm.loading`: `load_lvlm` reads configuration, weights and processor; `lvlm.load_checks` rejects incomplete or damaged ones.
+2. `lvlm.family`: the spec of the family by model type (`registry`), with missing paths detected in the model (`discovery`).
+3. `lvlm.model`: `Lvlm`, the loaded model.
+4. `lvlm.spec_validation`: one forward pass checks that the spec's paths are right.
+
+Running an example, one module per step:
+
+1. `lvlm.model`: `Lvlm.encode`, `Lvlm.logits`, `Lvlm.read`, `Lvlm.generate`.
+2. `lvlm.prompting`: the text of the prompt.
+3. `lvlm.encoding`: image and text as model inputs (`encode`), by family (`registry`); `lvlm.token_map`: roles of the tokens.
+4. `lvlm.access`: hook points of sites (`site_lookup`, `hook_point`), attention patterns, shared vision runs.
+5. `lvlm.generation`: greedy answers; `lvlm.answer_keys`: scores of candidate answers.
+
+Names: `lvlm.sites` (sites, heads), `lvlm.token_selection` (one grammar of token selections), `lvlm.interfaces` (types that
+encoding, access and generation share with the model).
+
+Special forward passes: `lvlm.text_only` (without an image), `lvlm.image_tokens` (image tokens of any inputs),
+`lvlm.site_width`, `lvlm.transformer_lens` (a copy as TransformerLens bridge).
+
+Provenance: `lvlm.weights_hash`, `lvlm.processor_digest`, `lvlm.model_files`, `lvlm.active_interventions`,
+`lvlm.intervention_digest`, `lvlm.finite_logits`.
+
+Embedded models: `lvlm.embedded_models`, `lvlm.tiny` (architecture, training and evaluation).
+"""
 
 import lazy_loader
 

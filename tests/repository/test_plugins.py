@@ -15,7 +15,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[2]
 
 GOOD = '''
-"""A plug-in of groundscope: a loader, kinds of pairs and of metrics, an estimator, a mitigation and an export."""
+"""A plug-in of groundscope: a loader, kinds of pairs and of metrics, an estimator, a mitigation, an export and a family."""
 
 import json
 from dataclasses import replace
@@ -25,8 +25,12 @@ from sklearn.svm import LinearSVC
 from behavior.metrics import BehaviorMetric
 from concepts import ConceptDataset, CounterfactualPair, Example
 from concepts.image_files import FileImage
+from lvlm import FamilySpec
 from mitigation import Capability, Export, MitigationMethod, derive
 from mitigation.methods import blank_contrast
+
+
+SPEC = FamilySpec("my_llava", template="Human: {image}{question} Assistant:")
 
 
 def load_tags(file, images, *, noun="pear"):
@@ -67,6 +71,7 @@ ENTRIES = {
     "groundscope.estimators": ("svm", "svm"),
     "groundscope.mitigations": ("amplify_more", "amplify_more"),
     "groundscope.exports": ("text_file", "text_file"),
+    "groundscope.families": ("my_llava", "SPEC"),
 }
 """Entry-point group to the name of the entry and its function in the plug-in."""
 USE = """
@@ -87,6 +92,10 @@ answers = gs.answer(model, data, progress=False)
 rates = gs.compute_metrics(answers, data)
 assert rates["says yes"].n == 3 and rates["all: right"].n == 3
 assert gs.patch_heads(model, pairs, min_effect=0.0, progress=False).n_pairs == 2
+own = gs.load_lvlm("tiny")
+own.hf.config.model_type = "my_llava"
+assert gs.wrap_lvlm(own.hf, own.processor).prompt("Red?") == "Human: <image>Red? Assistant:"
+assert gs.families.origins == {"my_llava": "good-plugin 1.2"}
 scores = gs.patch_heads(model, pairs, metric="spread", progress=False)
 assert (scores.metric, scores.provenance["metric_package"]) == ("spread", "good-plugin 1.2")
 
@@ -126,6 +135,7 @@ TABLES = {
     "groundscope.estimators": gs.probes.estimators,
     "groundscope.mitigations": gs.mitigations,
     "groundscope.exports": gs.exports,
+    "groundscope.families": gs.families,
 }
 assert TABLES.keys() == GROUPS
 for group, table in TABLES.items():
