@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 from behavior.answer_files import AskedQuestion, match_answers, read_answers
 from behavior.parsing import named_parser
 from behavior.result import Answer, BehaviorResult
-from concepts.loaders.amber import annotations_by_id, described
-from concepts.reading.records import read_records
+from concepts.loaders.amber import annotations_by_id, read_annotation
+from concepts.reading.records import read_json_records
 from groundscope.core.errors import ConfigError, DataError
 from groundscope.core.short_repr import short_repr
 from groundscope.core.statistics import Estimate, estimate
@@ -156,7 +156,7 @@ def score_files(
     matches = match_answers(records, [AskedQuestion(number) for number in ids], responses)
     images: dict[str, str] = {}
     if queries is not None:
-        for record in read_records(Path(queries)):
+        for record in read_json_records(Path(queries)):
             number = record.identifier("id")
             if number in images or number not in truths:
                 what = "was already used" if number in images else "has no annotation"
@@ -165,7 +165,7 @@ def score_files(
             images[number] = record.text("image")
     rows: list[Answer] = []
     for number, answer in matches.items():
-        level, kind, truth = described(truths[number])
+        level, kind, truth = read_annotation(truths[number])
         if kind == "caption":
             continue
         if queries is not None and number not in images:

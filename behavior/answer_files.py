@@ -17,7 +17,7 @@ from behavior.parsing import Parser, named_parser, parser_for, read_answer
 from behavior.result import Answer, BehaviorResult, Cost
 from concepts.loaders.pope import SPLITS, same_wording, splits_of
 from concepts.reading.record import Record, as_record, is_text
-from concepts.reading.records import read_rows
+from concepts.reading.records import read_records
 from concepts.reading.text_files import sha256
 from concepts.schema import ConceptDataset, Example
 from groundscope.core.errors import DataError
@@ -99,7 +99,7 @@ def read_answers(
     answers: list[AnswerRecord] = []
     places: dict[tuple[str | None, str], str] = {}
     first_field: str | None = None
-    for record in read_rows(file):
+    for record in read_records(file):
         name, answer = _read(record, answer_field, id_field)
         if answer.id is not None:
             key = (answer.split, answer.id)

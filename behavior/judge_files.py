@@ -16,7 +16,7 @@ from types import MappingProxyType
 
 from behavior.result import BehaviorResult
 from concepts.reading.record import Record, is_text
-from concepts.reading.records import read_records
+from concepts.reading.records import read_json_records
 from groundscope.core.errors import ConfigError, DataError
 from groundscope.core.files import write_whole
 from groundscope.core.statistics import FEW_GROUPS, Estimate, cluster_bootstrap, estimate, ratio
@@ -165,7 +165,7 @@ def read_verdicts(path: Path | str, requests: Path | str, *, variant: str = "rel
         raise ConfigError(msg)
     items: dict[str, Item] = {}
     names: dict[str, None] = {}
-    for record in read_records(Path(requests)):
+    for record in read_json_records(Path(requests)):
         names.setdefault(record.text("benchmark"))
         number = record.identifier("id")
         if number in items:
@@ -179,7 +179,7 @@ def read_verdicts(path: Path | str, requests: Path | str, *, variant: str = "rel
     benchmark = _benchmark(name)
     verdicts: dict[str, Verdict | None] = {}
     reference: dict[str, float] | None = None
-    for record in read_records(Path(path)):
+    for record in read_json_records(Path(path)):
         number = record.identifier("id")
         if number not in items or number in verdicts:
             what = "was already judged" if number in verdicts else "matches no request"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from behavior.parsing import named_parser
 from behavior.result import Answer, BehaviorResult
 from concepts.loaders.mme import COGNITION, LEVEL_OF, answer_of, subtask_files
-from concepts.reading.tables import read_table
+from concepts.reading.tables import read_tab_separated
 from concepts.schema import LEVELS, Level
 from groundscope.core.errors import DataError
 from groundscope.core.short_repr import short_repr
@@ -126,7 +126,7 @@ def score_files(answers: Path | str, parser: str = "mme") -> MmeScores:
     for subtask, file in subtask_files(Path(answers)).items():
         rows: list[Answer] = []
         places: list[str] = []
-        for number, record in enumerate(read_table(file, ("image", "question", "answer", "response")), 1):
+        for number, record in enumerate(read_tab_separated(file, ("image", "question", "answer", "response")), 1):
             true_answer, parsed = answer_of(record), parse(record.values["response"])
             places.append(record.where)
             rows.append(

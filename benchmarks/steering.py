@@ -32,9 +32,9 @@ from rich.table import Table
 from behavior import answer
 from benchmarks.trace import BATCH, TEXT, middle_model, middle_processor, questions, seconds
 from concepts import ConceptDataset
-from concepts.scenes.questions import YES_NO, as_example
+from concepts.scenes.questions import as_example
 from concepts.scenes.scene import TEST, generator, sample_scene
-from concepts.schema import Question
+from concepts.schema import YES_NO, Question
 from lvlm import Head, Lvlm, wrap_lvlm
 from mitigation import SteeringVector
 from mitigation.steering.changes import AddChange, AmplifyChange, VectorChange

@@ -39,9 +39,9 @@ from activation_store import StoreWriter
 from activation_store.tracing.plan import make_plan
 from activation_store.tracing.tracer import Tracer
 from concepts import ConceptDataset
-from concepts.scenes.questions import YES_NO, as_example
+from concepts.scenes.questions import as_example
 from concepts.scenes.scene import TEST, generator, sample_scene
-from concepts.schema import Question
+from concepts.schema import YES_NO, Question
 from lvlm import Lvlm, wrap_lvlm
 from lvlm.tiny.architecture import IMAGE, build_model, build_processor, build_tokenizer, vocabulary
 from lvlm.transformer_lens import as_transformer_lens

@@ -21,6 +21,13 @@ if TYPE_CHECKING:
 
 Level = Literal["object", "attribute", "relation"]
 LEVELS: tuple[Level, ...] = ("object", "attribute", "relation")
+YES_NO = ("yes", "no")
+"""Candidates of a yes-no question."""
+
+
+def yes_or_no(truth: bool) -> str:
+    """Return the true answer to a yes-no question."""
+    return YES_NO[0] if truth else YES_NO[1]
 
 
 @dataclass(frozen=True, order=True)

@@ -1,4 +1,4 @@
-"""CLEVR: drawn scenes with shape, color, size, material and relations of everything (Johnson et al. 2017, 1612.06890)."""
+"""CLEVR: rendered scenes with shapes, colors, sizes, materials and relations (Johnson et al. 2017, arXiv 1612.06890)."""
 
 from __future__ import annotations
 
@@ -12,17 +12,19 @@ from types import MappingProxyType
 
 from concepts.image_files import FileImage
 from concepts.nouns import existence_question
-from concepts.reading.assembly import YES_NO, Pictures, check_counts, dataset, yes_or_no
+from concepts.reading.assembly import build_dataset, check_counts
+from concepts.reading.image_folder import ImageFolder
 from concepts.reading.json_stream import stream_list
 from concepts.reading.record import Record, as_record
-from concepts.schema import ConceptDataset, Example, Level, SceneObject
+from concepts.schema import YES_NO, ConceptDataset, Example, Level, SceneObject, yes_or_no
 from groundscope.core.errors import DataError
+from groundscope.core.text import nearest
 
 WORDING: Mapping[str, tuple[str, str]] = MappingProxyType(
     {"left": ("left of", "right"), "right": ("right of", "left"), "front": ("in front of", "behind"),
      "behind": ("behind", "front")}
 )  # fmt: skip
-"""Relation of the file to its words and its opposite."""
+"""Relation in the file to its wording and its opposite."""
 VALUES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "color": tuple("gray red blue green brown purple cyan yellow".split()),
@@ -31,165 +33,188 @@ VALUES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "material": ("rubber", "metal"),
     }
 )
-"""Attribute to its values in CLEVR."""
-_FIELDS = tuple(VALUES)
+"""Attribute to its possible values."""
 
 
 @dataclass(frozen=True)
 class _Scene:
     id: str
     image: FileImage
-    things: tuple[SceneObject, ...]
+    objects: tuple[SceneObject, ...]
     relations: Mapping[str, Sequence[frozenset[int]]]
-    """Relation to, for each object, those that stand so to it."""
+    """Relation to, for each object, the indices of the objects that have this relation to it."""
 
 
 def clevr(
     scenes: Path | str, images: Path | str, *, per_image: int = 3, seed: int = 0, limit: int | None = None
 ) -> ConceptDataset:
-    """Read CLEVR scenes, and ask about them: is there a red cube, is the small metal cube red, how do two stand.
+    """Load CLEVR scenes, and make questions about their objects, colors and relations.
 
     Parameters
     ----------
     scenes
-        ``{scenes: [{image_filename, objects[{shape, color, size, material}], relationships}]}``, or
-        ``relations``; ``j in relationships["left"][i]`` means that j is left of i. The file is streamed.
+        File ``{scenes: [{image_filename, objects: [{shape, color, size, material, pixel_coords}], relationships}]}``; the last
+        field may be ``relations``. ``j in relationships["left"][i]`` means that j is left of i. The file is streamed.
     images
-        The folder that the file names are relative to.
+        Folder of the images.
     per_image
-        Pairs of questions of each level an image gets at most; one of a pair is answered yes, the other no.
+        Maximum number of question pairs of each level for an image; a pair has one question with the answer yes and one with
+        the answer no.
     seed
-        Decides what is drawn.
+        Seed of the random choices.
     limit
-        Keep this many scenes, the first.
+        Maximum number of scenes; the first ones are used.
 
     Returns
     -------
     ConceptDataset
-        Questions of every level. A thing is named by its color and shape, or, where its color is asked for, by size,
-        material and shape, and only where that fits nothing else in the image. Objects have no
-        boxes, as the file has their centers only.
+        Yes-no questions of all levels. An object is named by color and shape, and in questions about its color by size,
+        material and shape; objects without a unique name are left out. Objects have no boxes, because the file has only
+        their centers.
 
     Raises
     ------
     DataError
-        Naming file, scene and field: a file that is cut or broken, a field that is missing or of the wrong kind, an
-        unknown color or shape, a relation of objects that are not there, an image that is missing, unreadable or outside
-        the folder.
+        Names the file, scene and field: for invalid or truncated JSON, a field that is missing or of the wrong type, an unknown
+        attribute value, a relation of objects that do not exist, or an image that is missing, unreadable or outside the folder.
     ConfigError
         For a limit or number of questions below 1.
+
+    Examples
+    --------
+    >>> import json, tempfile
+    >>> from pathlib import Path
+    >>> import groundscope as gs
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> gs.scenes.dataset(10)[0].image.load().save(folder / "a.png")
+    >>> cube = {"shape": "cube", "color": "red", "size": "large", "material": "metal", "pixel_coords": [9, 9, 9]}
+    >>> relations = {name: [[]] for name in ("left", "right", "front", "behind")}
+    >>> scene = {"image_filename": "a.png", "objects": [cube], "relationships": relations}
+    >>> _ = (folder / "scenes.json").write_text(json.dumps({"scenes": [scene]}))
+    >>> data = gs.loaders.clevr(folder / "scenes.json", folder)
+    >>> [(e.question, e.answer) for e in data if e.level == "attribute"][0]
+    ('Is the large metal cube red?', 'yes')
     """
     check_counts(per_image=per_image, limit=limit)
-    file, pictures = Path(scenes), Pictures(Path(images))
+    file, folder = Path(scenes), ImageFolder(Path(images))
     records = stream_list(file, "scenes")
     left_out: Counter[str] = Counter()
     examples: list[Example] = []
     for record in islice(records, limit):
-        scene = _scene(record, pictures)
-        chance = random.Random(f"{seed}/{scene.id}")
-        for level, pairs in (("object", _existence), ("attribute", _colors), ("relation", _relations)):
-            found = list(pairs(scene, chance))
-            chosen = chance.sample(found, min(per_image, len(found)))
-            left_out[f"pairs of {level} questions beyond per_image"] += len(found) - len(chosen)
-            examples += [e for pair in chosen for e in pair]
+        scene = _read_scene(record, folder)
+        rng = random.Random(f"{seed}/{scene.id}")
+        for level, make_pairs in (("object", _existence), ("attribute", _colors), ("relation", _relations)):
+            pairs = list(make_pairs(scene, rng))
+            sample = rng.sample(pairs, min(per_image, len(pairs)))
+            left_out[f"pairs of {level} questions beyond per_image"] += len(pairs) - len(sample)
+            examples += [e for pair in sample for e in pair]
     left_out["scenes beyond the limit"] = sum(1 for _ in records)
-    return dataset("clevr", [file], pictures, examples, left_out, per_image=per_image, seed=seed)
+    return build_dataset("clevr", [file], folder, examples, left_out, per_image=per_image, seed=seed)
 
 
-def _scene(record: Record, pictures: Pictures) -> _Scene:
+def _read_scene(record: Record, folder: ImageFolder) -> _Scene:
     name = record.text("image_filename")
-    things = tuple(_thing(number, value) for number, value in enumerate(record.records("objects")))
+    objects = tuple(_read_object(number, value) for number, value in enumerate(record.records("objects")))
     relations = as_record(f"{record.where}, relationships", record.field("relationships", "relations"))
-    stands: dict[str, Sequence[frozenset[int]]] = {}
+    related: dict[str, Sequence[frozenset[int]]] = {}
     for relation in WORDING:
         rows = relations.list(relation)
-        good = all(isinstance(row, list) and all(i in range(len(things)) for i in row) for row in rows)
-        if len(rows) != len(things) or not good:
-            msg = (
-                f"{relations.where}: '{relation}' must hold, for each of {len(things)} objects, a list of their numbers"
-            )
+        valid = all(isinstance(row, list) and all(i in range(len(objects)) for i in row) for row in rows)
+        if len(rows) != len(objects) or not valid:
+            msg = f"{relations.where}: '{relation}' must hold, for each of {len(objects)} objects, a list of object numbers"
             raise DataError(msg)
-        stands[relation] = [frozenset(row) for row in rows]
-    return _Scene(Path(name).stem, pictures.find(name, record.where, "image_filename"), things, stands)
+        related[relation] = [frozenset(row) for row in rows]
+    return _Scene(Path(name).stem, folder.find(name, record.where, "image_filename"), objects, related)
 
 
-def _thing(number: int, value: Record) -> SceneObject:
-    found = {name: value.text(name).strip().lower() for name in _FIELDS}
-    for name, word in found.items():
+def _read_object(number: int, record: Record) -> SceneObject:
+    attributes = {name: record.text(name).strip().lower() for name in VALUES}
+    for name, word in attributes.items():
         if word not in VALUES[name]:
-            msg = f"{value.where}: field '{name}' is '{word[:40]}', known are {', '.join(VALUES[name])}"
+            choices = f"{', '.join(VALUES[name])}{nearest(word, VALUES[name])}"
+            msg = f"{record.where}: field '{name}' is '{word[:40]}'; choose from {choices}"
             raise DataError(msg)
-    place = value.list("pixel_coords")
-    if len(place) not in (2, 3):
-        msg = f"{value.where}: field 'pixel_coords' must hold x, y and the depth, not {len(place)} values"
+    coordinates = record.list("pixel_coords")
+    if len(coordinates) not in (2, 3):
+        msg = f"{record.where}: field 'pixel_coords' must hold x, y and the depth, not {len(coordinates)} values"
         raise DataError(msg)
-    names = ("x", "y", "depth")[: len(place)]
-    Record(f"{value.where}, pixel_coords", dict(zip(names, place, strict=True))).numbers(*names)
-    shape = found.pop("shape")
-    return SceneObject(str(number), shape, None, found)
+    names = ("x", "y", "depth")[: len(coordinates)]
+    Record(f"{record.where}, pixel_coords", dict(zip(names, coordinates, strict=True))).numbers(*names)
+    shape = attributes.pop("shape")
+    return SceneObject(str(number), shape, None, attributes)
 
 
-def _named(thing: SceneObject, *names: str) -> str:
-    return " ".join([*(thing.attributes[n] for n in names), thing.noun])
+def _name(item: SceneObject, *attributes: str) -> str:
+    """Return the name of an object by some attributes and its shape."""
+    return " ".join([*(item.attributes[a] for a in attributes), item.noun])
 
 
-def _alone(things: Sequence[SceneObject], *names: str) -> dict[str, SceneObject]:
-    """Return what is named by these attributes and its shape, where that fits one thing only."""
-    counts = Counter(_named(t, *names) for t in things)
-    return {name: t for t in things if counts[name := _named(t, *names)] == 1}
+def _unique_names(objects: Sequence[SceneObject], *attributes: str) -> dict[str, SceneObject]:
+    """Return the objects by name, without objects that share their name with another."""
+    counts = Counter(_name(o, *attributes) for o in objects)
+    return {name: o for o in objects if counts[name := _name(o, *attributes)] == 1}
 
 
-def _existence(scene: _Scene, chance: random.Random) -> Iterator[tuple[Example, ...]]:
-    present = dict.fromkeys(_named(t, "color") for t in scene.things)
-    every = [f"{color} {shape}" for color in VALUES["color"] for shape in VALUES["shape"]]
-    absent = [name for name in every if name not in present]
-    chance.shuffle(absent)
-    for name, other in zip(present, absent, strict=False):
-        thing = next(t for t in scene.things if _named(t, "color") == name)
+def _existence(scene: _Scene, rng: random.Random) -> Iterator[tuple[Example, ...]]:
+    """Yield a question about each present name, with one about an absent name."""
+    present = dict.fromkeys(_name(o, "color") for o in scene.objects)
+    names = [f"{color} {shape}" for color in VALUES["color"] for shape in VALUES["shape"]]
+    absent = [name for name in names if name not in present]
+    rng.shuffle(absent)
+    for present_name, absent_name in zip(present, absent, strict=False):
+        item = next(o for o in scene.objects if _name(o, "color") == present_name)
         yield tuple(
-            _asked(
+            _example(
                 scene,
-                existence_question(words),
+                existence_question(name),
                 "object",
                 "existence",
                 truth,
-                {f"object:{words}": truth},
-                thing.id if truth else None,
+                {f"object:{name}": truth},
+                item.id if truth else None,
             )
-            for words, truth in ((name, True), (other, False))
+            for name, truth in ((present_name, True), (absent_name, False))
         )
 
 
-def _colors(scene: _Scene, chance: random.Random) -> Iterator[tuple[Example, ...]]:
-    for name, thing in _alone(scene.things, "size", "material").items():
-        own = thing.attributes["color"]
-        other = chance.choice([c for c in VALUES["color"] if c != own])
-        labels = {f"attribute:{c}": c == own for c in VALUES["color"]}
+def _colors(scene: _Scene, rng: random.Random) -> Iterator[tuple[Example, ...]]:
+    """Yield a question about the true color of each object with a unique name, with one about another color."""
+    for name, item in _unique_names(scene.objects, "size", "material").items():
+        true_color = item.attributes["color"]
+        other_color = rng.choice([c for c in VALUES["color"] if c != true_color])
+        labels = {f"attribute:{c}": c == true_color for c in VALUES["color"]}
         yield tuple(
-            _asked(scene, f"Is the {name} {color}?", "attribute", "color", color == own, labels, thing.id)
-            for color in (own, other)
+            _example(scene, f"Is the {name} {color}?", "attribute", "color", color == true_color, labels, item.id)
+            for color in (true_color, other_color)
         )
 
 
-def _relations(scene: _Scene, chance: random.Random) -> Iterator[tuple[Example, ...]]:
-    del chance  # every relation has one opposite
-    alone = _alone(scene.things, "color")
-    for first, thing in alone.items():
-        for second, other in alone.items():
-            for relation, (words, opposite) in WORDING.items():
-                here, there = int(thing.id), int(other.id)
-                if here not in scene.relations[relation][there] or here in scene.relations[opposite][there]:
+def _relations(scene: _Scene, _rng: random.Random) -> Iterator[tuple[Example, ...]]:
+    """Yield a question about each relation of two objects with unique names, with one about the opposite relation."""
+    objects = _unique_names(scene.objects, "color")
+    for first_name, first in objects.items():
+        for second_name, second in objects.items():
+            for relation, (wording, opposite) in WORDING.items():
+                i, j = int(first.id), int(second.id)
+                if i not in scene.relations[relation][j] or i in scene.relations[opposite][j]:
                     continue
-                labels = {f"relation:{words}": True, f"relation:{WORDING[opposite][0]}": False}
+                opposite_wording = WORDING[opposite][0]
+                labels = {f"relation:{wording}": True, f"relation:{opposite_wording}": False}
                 yield tuple(
-                    _asked(
-                        scene, f"Is the {first} {said} the {second}?", "relation", "relation", truth, labels, thing.id
+                    _example(
+                        scene,
+                        f"Is the {first_name} {words} the {second_name}?",
+                        "relation",
+                        "relation",
+                        truth,
+                        labels,
+                        first.id,
                     )
-                    for said, truth in ((words, True), (WORDING[opposite][0], False))
+                    for words, truth in ((wording, True), (opposite_wording, False))
                 )
 
 
-def _asked(
+def _example(
     scene: _Scene, text: str, level: Level, kind: str, truth: bool, labels: Mapping[str, bool], subject: str | None
 ) -> Example:
     return Example(
@@ -203,6 +228,6 @@ def _asked(
         split="random" if kind == "existence" else "neutral",
         group=scene.image.name,
         labels={**labels, f"{level}:named": truth},
-        objects=scene.things,
+        objects=scene.objects,
         subject=subject,
     )

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from concepts.nouns import canonical_noun
-from concepts.reading.annotation_questions import Annotated, Asker
-from concepts.reading.assembly import Pictures, check_counts, dataset
+from concepts.reading.annotation_questions import AnnotatedImage, QuestionMaker
+from concepts.reading.assembly import build_dataset, check_counts
 from concepts.reading.box_frames import annotated_size, box_numbers
+from concepts.reading.image_folder import ImageFolder
 from concepts.reading.json_stream import missing_list, stream, stream_list
 from concepts.reading.record import Record
 from concepts.schema import ConceptDataset, Example, SceneObject
@@ -29,126 +30,147 @@ def coco(
     seed: int = 0,
     limit: int | None = None,
 ) -> ConceptDataset:
-    """Read COCO annotations: which of its categories are in an image, asked in POPE's words.
+    """Load COCO annotations, and make questions about the presence of its categories, in POPE's wording.
 
-    The file is streamed: a box takes 48 bytes while it is read, its outline none.
+    The file is streamed: a box needs 48 bytes of memory while the file is read; its outline is not stored.
 
     Parameters
     ----------
     instances
-        File with ``images[id, file_name, width, height]``, ``annotations[id, image_id, category_id, bbox]``,
-        ``categories[id, name]``, in any order. Other fields are ignored; crowds count as objects. With width and height,
-        boxes are scaled and turned with an image that was resized in proportion or has an EXIF orientation.
+        File with the lists ``images`` (``id, file_name, width, height``), ``annotations`` (``id, image_id, category_id, bbox``)
+        and ``categories`` (``id, name``), in any order. Other fields are ignored; crowds count as objects. With width and
+        height, boxes are converted for images that were resized in proportion or have an EXIF orientation.
     images
-        The folder that the file names are relative to.
+        Folder of the images.
     captions
-        File with ``annotations[image_id, caption]``: adds a question for a description of each image, whose answer is
-        all of its captions, one a line. Images without objects are then kept for their captions.
+        File with the list ``annotations`` (``image_id, caption``). It adds for each image a request for a description, whose
+        answer has all of the image's captions, one per line; images without objects are then included.
     per_image
-        How many categories that are in an image are asked about, the first of the file; as many that are not are drawn.
+        Maximum number of present categories to ask about for an image, the first in the file; for each, one question about a
+        random absent category.
     seed
-        Decides which absent ones.
+        Seed of the random choices.
     limit
-        Keep this many images, the first with objects; with `captions` the first.
+        Maximum number of images; the first with objects, or with `captions` the first, are used.
 
     Returns
     -------
     ConceptDataset
-        Existence questions of split ``random``, and captions, with objects and boxes. The labels are ``object:named``
-        and, as COCO annotates every category, ``object:<category>`` for each. An object whose box has no area, passes
-        the edge of the image by more than a pixel, or cannot be placed (`concepts.reading.box_frames`) has no box, and is
-        counted.
+        Existence questions of split ``random``, and captions, with objects and boxes. The labels are ``object:named`` and,
+        because COCO annotates all of its categories, ``object:<category>`` for each category. Boxes are left out and counted if
+        they have no area, extend beyond the image by more than a pixel, or cannot be converted
+        (`concepts.reading.box_frames`); these objects have no box.
 
     Raises
     ------
     DataError
-        Naming file, list, record and field: a file that is cut or broken, a field that is missing or of the wrong kind,
-        an id used twice, an image or category that is not in the file, an image that is missing, unreadable, outside
-        the folder, or of other proportions than the file says. Every image's header is read before this returns.
+        Names the file, list, record and field: for invalid or truncated JSON, a field that is missing or of the wrong type, a
+        repeated id, an image or category that is not in the file, or an image that is missing, unreadable, outside the folder,
+        or of other proportions than in the file.
     ConfigError
         For a limit or number of questions below 1.
+
+    Examples
+    --------
+    >>> import json, tempfile
+    >>> from pathlib import Path
+    >>> import groundscope as gs
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> gs.scenes.dataset(10)[0].image.load().save(folder / "a.png")
+    >>> content = {
+    ...     "images": [{"id": 1, "file_name": "a.png", "width": 112, "height": 112}],
+    ...     "categories": [{"id": 7, "name": "chair"}, {"id": 8, "name": "dog"}],
+    ...     "annotations": [{"id": 3, "image_id": 1, "category_id": 7, "bbox": [10, 20, 30, 40]}],
+    ... }
+    >>> _ = (folder / "instances.json").write_text(json.dumps(content))
+    >>> data = gs.loaders.coco(folder / "instances.json", folder)
+    >>> [(example.question, example.answer) for example in data]
+    [('Is there a chair in the image?', 'yes'), ('Is there a dog in the image?', 'no')]
+    >>> data[0].objects[0].box
+    Box(x0=10.0, y0=20.0, x1=40.0, y1=60.0)
     """
     check_counts(per_image=per_image, limit=limit)
-    file, pictures = Path(instances), Pictures(Path(images))
+    file, folder = Path(instances), ImageFolder(Path(images))
     left_out: Counter[str] = Counter({"images without objects": 0, _BEYOND: 0})
-    held = _read(file)
-    asker = Asker(
-        tuple(held.categories.values()),
+    content = _read(file)
+    maker = QuestionMaker(
+        tuple(content.categories.values()),
         per_image,
         seed,
         left_out,
-        {f"object:{noun}": canonical_noun(noun) for noun in held.categories.values()},
+        {f"object:{noun}": canonical_noun(noun) for noun in content.categories.values()},
     )
-    kept = dict(_kept(held, pictures, left_out, limit, bare=captions is not None))
+    annotated = dict(_annotated_images(content, folder, left_out, limit, without_objects=captions is not None))
     files = [file]
-    examples = asker.ask(kept.values())
+    examples = maker.make(annotated.values())
     if captions is not None:
         files.append(Path(captions))
-        examples += _described(Path(captions), kept, left_out)
-    return dataset("coco", files, pictures, examples, left_out, per_image=per_image, seed=seed)
+        examples += _caption_examples(Path(captions), annotated, left_out)
+    return build_dataset("coco", files, folder, examples, left_out, per_image=per_image, seed=seed)
 
 
 @dataclass(frozen=True)
-class _Held:
+class _Content:
     images: dict[int, tuple[str, str, tuple[int, int] | None]]
-    """Id to file name, the record that has it, and its width and height."""
+    """Id to file name, place in the annotation file, and annotated width and height."""
     categories: dict[int, str]
     boxes: dict[int, array[float]]
-    """Image id to annotation id, category id, x, y, width, height, one after the other."""
+    """Image id to the image's annotations, six numbers each: id, category id, x, y, width, height."""
 
 
-def _read(file: Path) -> _Held:
-    held = _Held({}, {}, {})
+def _read(file: Path) -> _Content:
+    content = _Content({}, {}, {})
     for entry in stream(file):
         if entry.key == "images":
             record = entry.record()
-            number = _new(record, held.images)
-            held.images[number] = (record.text("file_name"), record.where, annotated_size(record))
+            number = _new_id(record, content.images)
+            content.images[number] = (record.text("file_name"), record.where, annotated_size(record))
         elif entry.key == "categories":
             record = entry.record()
-            held.categories[_new(record, held.categories)] = record.text("name").strip().lower()
+            content.categories[_new_id(record, content.categories)] = record.text("name").strip().lower()
         elif entry.key == "annotations":
             record = entry.record()
-            box = box_numbers(Record(record.where, dict(zip("xywh", _four(record), strict=True))), *"xywh")
-            values = (_whole(record, "id"), _whole(record, "category_id"), *box)
-            image = _whole(record, "image_id")
-            if image not in held.boxes:
-                held.boxes[image] = array("d")
-            held.boxes[image].extend(values)
-    for key in ("images", "annotations", "categories"):
-        if not getattr(held, "boxes" if key == "annotations" else key):
+            box = box_numbers(Record(record.where, dict(zip("xywh", _box_values(record), strict=True))), *"xywh")
+            values = (_whole_number(record, "id"), _whole_number(record, "category_id"), *box)
+            image = _whole_number(record, "image_id")
+            if image not in content.boxes:
+                content.boxes[image] = array("d")
+            content.boxes[image].extend(values)
+    for key, part in (("images", content.images), ("annotations", content.boxes), ("categories", content.categories)):
+        if not part:
             msg = f"{file}: {missing_list(key)}; an instances file has images, annotations and categories"
             raise DataError(msg)
-    _check_references(file, held)
-    return held
+    _check_references(file, content)
+    return content
 
 
-def _check_references(file: Path, held: _Held) -> None:
-    seen: set[float] = set()
-    for image, boxes in held.boxes.items():
+def _check_references(file: Path, content: _Content) -> None:
+    """Raise `DataError` for an annotation with an unknown image or category, or a repeated id."""
+    ids: set[float] = set()
+    for image, boxes in content.boxes.items():
         for number, category in zip(boxes[::6], boxes[1::6], strict=True):
             where = f"{file}: annotation {int(number)}"
-            if image not in held.images:
-                msg = f"{where}: field 'image_id' is {image}, which is not among the {len(held.images)} images"
+            if image not in content.images:
+                msg = f"{where}: field 'image_id' is {image}, which is not among the {len(content.images)} images"
                 raise DataError(msg)
-            if category not in held.categories:
-                known = ", ".join(map(str, sorted(held.categories)[:10]))
-                msg = f"{where}: field 'category_id' is {int(category)}, which is not among the categories {known}, …"
+            if category not in content.categories:
+                some = ", ".join(map(str, sorted(content.categories)[:10]))
+                msg = f"{where}: field 'category_id' is {int(category)}, which is not among the categories {some}, …"
                 raise DataError(msg)
-            if number in seen:
+            if number in ids:
                 msg = f"{where}: this id was already used"
                 raise DataError(msg)
-            seen.add(number)
+            ids.add(number)
 
 
-def _kept(
-    held: _Held, pictures: Pictures, left_out: Counter[str], limit: int | None, *, bare: bool
-) -> Iterator[tuple[int, Annotated]]:
-    """Yield images with their objects; `bare` ones, without any, too."""
+def _annotated_images(
+    content: _Content, folder: ImageFolder, left_out: Counter[str], limit: int | None, *, without_objects: bool
+) -> Iterator[tuple[int, AnnotatedImage]]:
+    """Yield images with their objects, and also images without objects if `without_objects` is True."""
     count = 0
-    for image, (name, where, size) in held.images.items():
-        boxes = held.boxes.pop(image, None)
-        if boxes is None and bare:
+    for image_id, (name, where, size) in content.images.items():
+        boxes = content.boxes.pop(image_id, None)
+        if boxes is None and without_objects:
             boxes = array("d")
         if boxes is None:
             left_out["images without objects"] += 1
@@ -157,47 +179,51 @@ def _kept(
         else:
             count += 1
             rows = [boxes[i : i + 6] for i in range(0, len(boxes), 6)]
-            picture = pictures.find(name, where, "file_name")
-            frame = pictures.box_frame(picture, size)
-            things = tuple(
+            image = folder.find(name, where, "file_name")
+            frame = folder.box_frame(image, size)
+            objects = tuple(
                 SceneObject(
-                    str(int(number)), held.categories[int(category)], frame.place(x, y, w, h, left_out), _NOTHING
+                    str(int(number)),
+                    content.categories[int(category)],
+                    frame.place(x, y, w, h, left_out),
+                    _NO_ATTRIBUTES,
                 )
                 for number, category, x, y, w, h in rows
             )
-            yield image, Annotated(str(image), picture, things)
+            yield image_id, AnnotatedImage(str(image_id), image, objects)
 
 
-_NOTHING: dict[str, str] = {}
+_NO_ATTRIBUTES: dict[str, str] = {}
+"""The attributes of all objects: one mapping instead of one per object."""
 
 
-def _described(file: Path, kept: dict[int, Annotated], left_out: Counter[str]) -> Iterator[Example]:
-    told: dict[int, list[str]] = {}
+def _caption_examples(file: Path, annotated: dict[int, AnnotatedImage], left_out: Counter[str]) -> Iterator[Example]:
+    captions: dict[int, list[str]] = {}
     for record in stream_list(file, "annotations"):
-        image, caption = _whole(record, "image_id"), record.text("caption")
-        if image in kept:
-            told.setdefault(image, []).append(caption)
+        image_id, caption = _whole_number(record, "image_id"), record.text("caption")
+        if image_id in annotated:
+            captions.setdefault(image_id, []).append(caption)
         else:
-            left_out["captions of images that are not kept"] += 1
-    for image, scene in kept.items():
-        if image not in told:
-            left_out["images without captions"] += bool(scene.objects)
+            left_out["captions of images that are left out"] += 1
+    for image_id, image in annotated.items():
+        if image_id not in captions:
+            left_out["images without captions"] += bool(image.objects)
             continue
         yield Example(
-            id=f"{scene.id}/caption",
-            image=scene.image,
+            id=f"{image.id}/caption",
+            image=image.image,
             question="Describe the image.",
-            answer="\n".join(" ".join(text.split()) for text in told[image]),
+            answer="\n".join(" ".join(text.split()) for text in captions[image_id]),
             candidates=(),
             level="object",
             kind="caption",
             split="caption",
-            group=scene.image.name,
-            objects=scene.objects,
+            group=image.image.name,
+            objects=image.objects,
         )
 
 
-def _four(record: Record) -> list[object]:
+def _box_values(record: Record) -> list[object]:
     box = record.list("bbox")
     if len(box) != 4:
         msg = f"{record.where}: field 'bbox' must hold x, y, width, height, not {len(box)} values"
@@ -205,7 +231,7 @@ def _four(record: Record) -> list[object]:
     return box
 
 
-def _whole(record: Record, name: str) -> int:
+def _whole_number(record: Record, name: str) -> int:
     value = record.field(name)
     if isinstance(value, bool) or not isinstance(value, int) or abs(value) >= 1 << 53:
         msg = f"{record.where}: field '{name}' must hold a whole number, not {str(value)[:60]!r}"
@@ -213,10 +239,10 @@ def _whole(record: Record, name: str) -> int:
     return value
 
 
-def _new(record: Record, known: Container[int]) -> int:
-    """Return the id of a record; raises `DataError` where it is already known."""
-    number = _whole(record, "id")
-    if number in known:
+def _new_id(record: Record, ids: Container[int]) -> int:
+    """Return the id of a record; raises `DataError` if it is among `ids`."""
+    number = _whole_number(record, "id")
+    if number in ids:
         msg = f"{record.where}: field 'id': {number} was already used"
         raise DataError(msg)
     return number

@@ -7,12 +7,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from concepts.reading.assembly import YES_NO, Pictures, check_counts, dataset
+from concepts.reading.assembly import build_dataset, check_counts
+from concepts.reading.image_folder import ImageFolder
 from concepts.reading.record import Record, is_text
 from concepts.reading.records import read_records
-from concepts.reading.tables import SEPARATORS, read_headed_table
-from concepts.schema import ConceptDataset, Example, Level
+from concepts.schema import YES_NO, ConceptDataset, Example, Level
 from groundscope.core.errors import DataError
+from groundscope.core.text import nearest
 
 LEVEL_OF_KIND: dict[str, Level] = {
     "object": "object", "color": "attribute", "attribute": "attribute", "relation": "relation", "action": "relation",
@@ -21,7 +22,7 @@ LEVEL_OF_KIND: dict[str, Level] = {
 
 
 def pairs(file: Path | str, images: Path | str, *, limit: int | None = None) -> ConceptDataset:
-    r"""Read image pairs that somebody has made: edited, generated or selected.
+    r"""Load image pairs from a table: edited, generated or selected images.
 
     Parameters
     ----------
@@ -31,9 +32,9 @@ def pairs(file: Path | str, images: Path | str, *, limit: int | None = None) -> 
         of both images; by default the clean image) and ``candidates`` (all possible answers, a list, in a table separated by
         ``|``; by default yes and no, or the two answers).
     images
-        Folder that the image paths are relative to.
+        Folder of the images.
     limit
-        Read this many pairs, the first.
+        Maximum number of pairs; the first ones are used.
 
     Returns
     -------
@@ -43,10 +44,10 @@ def pairs(file: Path | str, images: Path | str, *, limit: int | None = None) -> 
     Raises
     ------
     DataError
-        Names the file, record and field: a missing field, an unknown kind, equal answers, an answer that is not a candidate, an
-        image that is missing or unreadable, two images of different sizes.
+        Names the file, record and field: for a missing field, an unknown kind, equal answers, an answer that is not a
+        candidate, an image that is missing or unreadable, or two images of different sizes.
     ConfigError
-        If `limit` is less than 1.
+        For a limit below 1.
 
     Examples
     --------
@@ -65,26 +66,20 @@ def pairs(file: Path | str, images: Path | str, *, limit: int | None = None) -> 
     'wall: red -> blue'
     """
     check_counts(limit=limit)
-    path, pictures = Path(file), Pictures(Path(images))
-    records = _records(path)
-    examples = [
-        e for number, record in enumerate(islice(records, limit), 1) for e in _examples(record, number, pictures)
-    ]
+    path, folder = Path(file), ImageFolder(Path(images))
+    records = read_records(path)
+    examples = [e for number, record in enumerate(islice(records, limit), 1) for e in _examples(record, number, folder)]
     left_out = {"pairs beyond the limit": sum(1 for _ in records)}
-    data = dataset("pairs", [path], pictures, examples, left_out)
+    data = build_dataset("pairs", [path], folder, examples, left_out)
     _check_sizes(path, data)
     return data
 
 
-def _records(path: Path) -> Iterator[Record]:
-    separator = SEPARATORS.get(path.suffix.lower())
-    return iter(read_headed_table(path, separator) if separator else read_records(path))
-
-
-def _examples(record: Record, number: int, pictures: Pictures) -> Iterator[Example]:
+def _examples(record: Record, number: int, folder: ImageFolder) -> Iterator[Example]:
     kind = record.text("kind")
     if kind not in LEVEL_OF_KIND:
-        msg = f"{record.where}: field 'kind' is '{kind[:40]}'; choose from {', '.join(LEVEL_OF_KIND)}"
+        choices = f"{', '.join(LEVEL_OF_KIND)}{nearest(kind, LEVEL_OF_KIND)}"
+        msg = f"{record.where}: field 'kind' is '{kind[:40]}'; choose from {choices}"
         raise DataError(msg)
     answers = record.text("clean_answer"), record.text("corrupt_answer")
     if answers[0] == answers[1]:
@@ -94,8 +89,8 @@ def _examples(record: Record, number: int, pictures: Pictures) -> Iterator[Examp
         raise DataError(msg)
     candidates = _candidates(record, answers)
     name = str(record.values.get("id") or number)
-    clean = pictures.find(record.text("clean_image"), record.where, "clean_image")
-    corrupt = pictures.find(record.text("corrupt_image"), record.where, "corrupt_image")
+    clean = folder.find(record.text("clean_image"), record.where, "clean_image")
+    corrupt = folder.find(record.text("corrupt_image"), record.where, "corrupt_image")
     change = record.text("change")
     for image, answer, suffix in ((clean, answers[0], ""), (corrupt, answers[1], f"|{change}")):
         yield Example(
@@ -109,7 +104,7 @@ def _candidates(record: Record, answers: tuple[str, str]) -> tuple[str, ...]:
     value: Any = record.values.get("candidates")
     if value is None:
         return YES_NO if set(answers) == set(YES_NO) else answers
-    words = tuple(word.strip() for word in value.split("|")) if isinstance(value, str) else record.words("candidates")
+    words = tuple(word.strip() for word in value.split("|")) if isinstance(value, str) else record.texts("candidates")
     if (
         not all(is_text(word) and word for word in words)
         or len(set(words)) < len(words)

@@ -1,9 +1,13 @@
-"""Yes-no questions about annotated images: is a thing there, has it a color, how do two of them stand.
+"""Yes-no questions about annotated images: existence of objects, their colors, and relations of two objects.
 
-Each kind is asked in pairs, one question answered yes and one no, in the wording of POPE with the number and article of the
-noun. Only what the annotation decides is asked: a thing whose name, singular or plural, is unique in the image, with exactly
-one color; two such things in a relation that has an opposite; as absent a noun that means nothing annotated in the image,
-whatever its number or synonym (`concepts.nouns.PresentNouns`). The rest is counted.
+Questions come in pairs, one with the answer yes and one with the answer no. Existence questions have POPE's wording, with the
+number and article of the noun. Only questions with a certain answer are made:
+
+- color: about an object whose noun, in singular or plural, is unique in the image, and that has exactly one color;
+- relation: about two such objects, in a relation that has an opposite;
+- existence: the absent noun names no annotated object, in any number and by any synonym (`concepts.nouns.PresentNouns`).
+
+All others are counted by reason.
 """
 
 from __future__ import annotations
@@ -16,13 +20,12 @@ from types import MappingProxyType
 
 from concepts.image_files import FileImage
 from concepts.nouns import PresentNouns, canonical_noun, existence_question, is_the, singular
-from concepts.reading.assembly import YES_NO, yes_or_no
-from concepts.schema import Example, Level, SceneObject
+from concepts.schema import YES_NO, Example, Level, SceneObject, yes_or_no
 
-_UNPAIRED = "objects that no absent one is left to ask beside"
+_UNPAIRED = "present objects without an absent object for a pair of questions"
 COLORS = tuple("red orange yellow green blue purple pink brown black white gray".split())
 SPELLINGS: Mapping[str, str] = MappingProxyType({"grey": "gray", "violet": "purple", **{c: c for c in COLORS}})
-"""Word of an annotation to the color it means."""
+"""Color word of an annotation to the color."""
 _PAIRS = (
     ("to the left of", "to the right of"),
     ("in front of", "behind"),
@@ -31,7 +34,7 @@ _PAIRS = (
     ("inside", "outside"),
 )
 OPPOSITES: Mapping[str, str] = MappingProxyType({a: b for pair in _PAIRS for a, b in (pair, pair[::-1])})
-"""Relation to the one that does not hold where it does."""
+"""Relation to its opposite, which is false whenever the relation is true."""
 RELATION_NAMES: Mapping[str, str] = MappingProxyType(
     {
         **{name: name for name in OPPOSITES},
@@ -45,118 +48,128 @@ RELATION_NAMES: Mapping[str, str] = MappingProxyType(
         "in back of": "behind",
     }
 )
-"""Word of an annotation to the relation it means."""
+"""Relation word of an annotation to the relation."""
 
 
-class Presence(Mapping[str, bool]):
-    """Concept labels of a closed vocabulary: of every noun whether it is in the image, kept in a few bytes."""
+class PresenceLabels(Mapping[str, bool]):
+    """Labels of a closed vocabulary, computed on access: for each noun, whether the image contains it; and one more label."""
 
-    __slots__ = ("_extra", "_known", "_present")
+    __slots__ = ("_extra", "_object_of_label", "_present")
 
-    def __init__(self, known: Mapping[str, str], present: frozenset[str], extra: tuple[str, bool]) -> None:
-        self._known, self._present, self._extra = known, present, extra
+    def __init__(self, object_of_label: Mapping[str, str], present: frozenset[str], extra: tuple[str, bool]) -> None:
+        self._object_of_label, self._present, self._extra = object_of_label, present, extra
 
     def __getitem__(self, key: str) -> bool:
         if key == self._extra[0]:
             return self._extra[1]
-        return self._known[key] in self._present
+        return self._object_of_label[key] in self._present
 
     def __iter__(self) -> Iterator[str]:
-        yield from self._known
+        yield from self._object_of_label
         yield self._extra[0]
 
     def __len__(self) -> int:
-        return len(self._known) + 1
+        return len(self._object_of_label) + 1
 
 
 @dataclass(frozen=True, slots=True)
-class Annotated:
-    """What is annotated in one image."""
+class AnnotatedImage:
+    """The annotations of one image."""
 
     id: str
     image: FileImage
     objects: tuple[SceneObject, ...]
     """In the order of the file."""
     relations: tuple[tuple[str, str, str], ...] = ()
-    """Object id, one of `OPPOSITES`, object id."""
+    """Id of the first object, one of `OPPOSITES`, id of the second object."""
 
 
 @dataclass(frozen=True)
-class Asker:
-    """Makes the questions of one data set."""
+class QuestionMaker:
+    """Makes the questions of one dataset, and counts in `left_out` those that are not made."""
 
     nouns: tuple[str, ...]
-    """What may be asked about though it is absent."""
+    """Nouns for questions about absent objects."""
     per_image: int
-    """Pairs of questions of each level an image gets at most."""
+    """Maximum number of question pairs of each level for an image."""
     seed: int
     left_out: Counter[str]
-    """Counts, by reason, what is not asked."""
-    known: Mapping[str, str] | None = None
-    """``object:<noun>`` to the thing that the noun names, where every noun is annotated in every image that shows it: each is
-    then a label."""
+    """Number of questions that are not made, by reason."""
+    object_of_label: Mapping[str, str] | None = None
+    """Label ``object:<noun>`` to the canonical noun, if all objects of these nouns are annotated in all images: each example
+    then has all of these labels."""
     unpaired: list[Example] = field(default_factory=list)
-    """Questions about present objects that lack an absent one to ask beside."""
+    """Questions about present objects for which no absent object is left."""
 
-    def ask(self, scenes: Iterable[Annotated]) -> list[Example]:
-        """Return the questions of all images; those about present objects alone where no other question is possible."""
-        examples = [e for scene in scenes for e in self.questions(scene)]
+    def make(self, images: Iterable[AnnotatedImage]) -> list[Example]:
+        """Return the questions of all images; if there is no question with the answer no, those with the answer yes."""
+        examples = [e for image in images for e in self.questions(image)]
         if examples:
             return examples
         self.left_out[_UNPAIRED] -= len(self.unpaired)
         return self.unpaired
 
-    def questions(self, scene: Annotated) -> Iterator[Example]:
-        """Yield the questions of an image; what is drawn depends on the seed and the image's id alone."""
-        chance = random.Random(f"{self.seed}/{scene.id}")
-        if not scene.objects:
+    def questions(self, image: AnnotatedImage) -> Iterator[Example]:
+        """Yield the questions of an image; random choices depend only on the seed and the image's id."""
+        rng = random.Random(f"{self.seed}/{image.id}")
+        if not image.objects:
             self.left_out["images without objects"] += 1
             return
-        yield from self._existence(scene, chance)
-        counts = Counter(singular(o.noun) for o in scene.objects)
-        alone = {o.id: o for o in scene.objects if counts[singular(o.noun)] == 1}
-        yield from self._colors(scene, alone, chance)
-        yield from self._relations(scene, alone, chance)
+        yield from self._existence(image, rng)
+        counts = Counter(singular(o.noun) for o in image.objects)
+        unique = {o.id: o for o in image.objects if counts[singular(o.noun)] == 1}
+        yield from self._colors(image, unique, rng)
+        yield from self._relations(image, unique, rng)
 
-    def _existence(self, scene: Annotated, chance: random.Random) -> Iterator[Example]:
-        first = {o.noun: o for o in reversed(scene.objects)}
-        present = frozenset(map(canonical_noun, first))
-        asked = tuple(first[noun] for noun in dict.fromkeys(o.noun for o in scene.objects))[: self.per_image]
-        absent = _draw(self.nouns, PresentNouns(first).includes, len(asked), chance)
-        self.left_out[_UNPAIRED] += len(asked) - len(absent)
-        for one, other in zip(asked, absent, strict=False):
-            yield self._asked(scene, one.noun, "object", "existence", one.noun, True, one.id, present)
-            yield self._asked(scene, other, "object", "existence", other, False, None, present)
-        for one in asked[len(absent) :]:
-            self.unpaired.append(self._asked(scene, one.noun, "object", "existence", one.noun, True, one.id, present))
+    def _existence(self, image: AnnotatedImage, rng: random.Random) -> Iterator[Example]:
+        first_of_noun = {o.noun: o for o in reversed(image.objects)}
+        present = frozenset(map(canonical_noun, first_of_noun))
+        nouns = dict.fromkeys(o.noun for o in image.objects)
+        objects = tuple(first_of_noun[noun] for noun in nouns)[: self.per_image]
+        absent = _sample_nouns(self.nouns, PresentNouns(first_of_noun).includes, len(objects), rng)
+        self.left_out[_UNPAIRED] += len(objects) - len(absent)
 
-    def _colors(self, scene: Annotated, alone: Mapping[str, SceneObject], chance: random.Random) -> Iterator[Example]:
-        told = [o for o in scene.objects if "color" in o.attributes]
-        for one in [o for o in told if o.id in alone][: self.per_image]:
-            own = one.attributes["color"]
-            other = chance.choice([c for c in COLORS if c != own])
-            for color in (own, other):
-                text = f"{is_the(one.noun)} {color}?"
-                yield self._asked(scene, text, "attribute", "color", own, color == own, one.id)
-        self.left_out["colors of things whose name is not unique"] += sum(o.id not in alone for o in told)
+        def about(item: SceneObject) -> Example:
+            return self._example(image, item.noun, "object", "existence", item.noun, True, item.id, present)
+
+        for item, noun in zip(objects, absent, strict=False):
+            yield about(item)
+            yield self._example(image, noun, "object", "existence", noun, False, None, present)
+        self.unpaired.extend(about(item) for item in objects[len(absent) :])
+
+    def _colors(
+        self, image: AnnotatedImage, unique: Mapping[str, SceneObject], rng: random.Random
+    ) -> Iterator[Example]:
+        colored = [o for o in image.objects if "color" in o.attributes]
+        for item in [o for o in colored if o.id in unique][: self.per_image]:
+            true_color = item.attributes["color"]
+            other_color = rng.choice([c for c in COLORS if c != true_color])
+            for color in (true_color, other_color):
+                text = f"{is_the(item.noun)} {color}?"
+                yield self._example(image, text, "attribute", "color", true_color, color == true_color, item.id)
+        self.left_out["colors of objects whose noun is not unique"] += sum(o.id not in unique for o in colored)
 
     def _relations(
-        self, scene: Annotated, alone: Mapping[str, SceneObject], chance: random.Random
+        self, image: AnnotatedImage, unique: Mapping[str, SceneObject], rng: random.Random
     ) -> Iterator[Example]:
-        possible = [r for r in dict.fromkeys(scene.relations) if r[0] in alone and r[2] in alone and r[0] != r[2]]
-        self.left_out["relations of things whose name is not unique"] += len(scene.relations) - len(possible)
-        # A pair annotated one way and the other decides nothing.
-        held = {(a, name, b) for a, name, b in possible}
-        clear = [r for r in possible if (r[0], OPPOSITES[r[1]], r[2]) not in held and (r[2], r[1], r[0]) not in held]
-        self.left_out["relations that contradict another"] += len(possible) - len(clear)
-        for first, name, second in chance.sample(clear, min(self.per_image, len(clear))):
-            for asked in (name, OPPOSITES[name]):
-                text = f"{is_the(alone[first].noun)} {asked} the {alone[second].noun}?"
-                yield self._asked(scene, text, "relation", "relation", name, asked == name, first)
+        relations = [r for r in dict.fromkeys(image.relations) if r[0] in unique and r[2] in unique and r[0] != r[2]]
+        self.left_out["relations of objects whose noun is not unique"] += len(image.relations) - len(relations)
+        # If both a relation and its opposite are annotated, neither is certain.
+        annotated = set(relations)
+        certain = [
+            (a, name, b)
+            for a, name, b in relations
+            if (a, OPPOSITES[name], b) not in annotated and (b, name, a) not in annotated
+        ]
+        self.left_out["relations that contradict another"] += len(relations) - len(certain)
+        for first, name, second in rng.sample(certain, min(self.per_image, len(certain))):
+            for relation in (name, OPPOSITES[name]):
+                text = f"{is_the(unique[first].noun)} {relation} the {unique[second].noun}?"
+                yield self._example(image, text, "relation", "relation", name, relation == name, first)
 
-    def _asked(
+    def _example(
         self,
-        scene: Annotated,
+        image: AnnotatedImage,
         text: str,
         level: Level,
         kind: str,
@@ -165,42 +178,72 @@ class Asker:
         subject: str | None,
         present: frozenset[str] = frozenset(),
     ) -> Example:
+        """Return a question; `value` is the noun, true color or true relation, `present` the canonical present nouns."""
         labels: Mapping[str, bool]
         if level == "attribute":
             labels = {**{f"attribute:{c}": c == value for c in COLORS}, "attribute:named": truth}
         elif level == "relation":
             labels = {f"relation:{value}": True, f"relation:{OPPOSITES[value]}": False, "relation:named": truth}
-        elif self.known is not None:
-            labels = Presence(self.known, present, ("object:named", truth))
+        elif self.object_of_label is not None:
+            labels = PresenceLabels(self.object_of_label, present, ("object:named", truth))
         else:
             labels = {f"object:{value}": truth, "object:named": truth}
         return Example(
-            id=f"{scene.id}/{text}",
-            image=scene.image,
+            id=f"{image.id}/{text}",
+            image=image.image,
             question=existence_question(text) if kind == "existence" else text,
             answer=yes_or_no(truth),
             candidates=YES_NO,
             level=level,
             kind=kind,
             split="random" if kind == "existence" else "neutral",
-            group=scene.image.name,
+            group=image.image.name,
             labels=labels,
-            objects=scene.objects,
+            objects=image.objects,
             subject=subject,
         )
 
 
-def _draw(nouns: Sequence[str], barred: Callable[[str], bool], count: int, chance: random.Random) -> list[str]:
-    """Draw up to `count` nouns that are not barred and name different things, all equally likely."""
-    drawn: dict[str, str] = {}
-    for _ in range(20 * count):  # nearly always enough; below is exact
-        noun = chance.choice(nouns)
-        if not barred(noun):
-            drawn.setdefault(canonical_noun(noun), noun)
-        if len(drawn) == count:
-            return list(drawn.values())
-    free: dict[str, str] = {}
+def _sample_nouns(
+    nouns: Sequence[str], is_excluded: Callable[[str], bool], count: int, rng: random.Random
+) -> list[str]:
+    """Draw up to `count` nouns that are not excluded and name different objects, with equal probability."""
+    sample: dict[str, str] = {}
+    for _ in range(20 * count):  # rejection sampling is nearly always enough; the rest is exact
+        noun = rng.choice(nouns)
+        if not is_excluded(noun):
+            sample.setdefault(canonical_noun(noun), noun)
+        if len(sample) == count:
+            return list(sample.values())
+    remaining: dict[str, str] = {}
     for noun in nouns:
-        if not barred(noun) and canonical_noun(noun) not in drawn:
-            free.setdefault(canonical_noun(noun), noun)
-    return [*drawn.values(), *chance.sample(list(free.values()), min(count - len(drawn), len(free)))]
+        if not is_excluded(noun) and canonical_noun(noun) not in sample:
+            remaining.setdefault(canonical_noun(noun), noun)
+    return [*sample.values(), *rng.sample(list(remaining.values()), min(count - len(sample), len(remaining)))]
+
+
+def attributes_of(words: Sequence[str], left_out: Counter[str]) -> dict[str, str]:
+    """Return the attributes of an object from its annotated words.
+
+    A color is stored under ``color`` if the object has exactly one; every other word under its own name.
+
+    Parameters
+    ----------
+    words
+        Words in lower case.
+    left_out
+        Counts the words that are not colors, and the objects with several colors.
+
+    Examples
+    --------
+    >>> from collections import Counter
+    >>> from concepts.reading.annotation_questions import attributes_of
+    >>> attributes_of(["grey", "wooden"], Counter())
+    {'wooden': 'wooden', 'color': 'gray'}
+    """
+    colors = {SPELLINGS[word] for word in words if word in SPELLINGS}
+    others = {word: word for word in words if word not in SPELLINGS}
+    left_out["attributes that are not colors"] += len(others)
+    if len(colors) > 1:
+        left_out["objects with several colors"] += 1
+    return {**others, "color": colors.pop()} if len(colors) == 1 else others

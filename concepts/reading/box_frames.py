@@ -1,7 +1,8 @@
-"""Boxes of annotation files, in the frame of the image as it is loaded.
+"""Convert annotated boxes into pixels of the loaded image, for images that were resized or have an EXIF orientation.
 
-Annotations give boxes in pixels of some width and height. An image file may have been resized since, or carry an EXIF
-orientation, by which it is turned when it is loaded; the annotated size decides which frame its boxes are in.
+Annotations give boxes in pixels of an image of some width and height. The image file may have been resized later, or have an
+EXIF orientation, by which loading rotates or mirrors it. The annotated width and height show which of these frames the boxes
+refer to.
 """
 
 from __future__ import annotations
@@ -16,16 +17,22 @@ from concepts.schema import Box
 from groundscope.core.errors import DataError
 
 OVERSHOOT = 1.0
-"""Pixels by which a box may pass the edge of the image, as of rounding; it is clipped."""
+"""Largest distance in pixels by which a box may extend beyond the image, for example by rounding; it is clipped."""
 ROUNDING = 0.01
-"""Pixels of overshoot that are left in place: COCO rounds x and width to hundredths, so that their sum may pass the edge."""
-TURNED = "boxes of images with an EXIF orientation, in a frame that the annotated size does not decide"
+"""Distance in pixels that is not clipped: COCO rounds x and width to hundredths, so their sum may exceed the image's width."""
+UNKNOWN_FRAME = "boxes of images with an EXIF orientation, if the annotated size does not show whether it was applied"
 EMPTY = "boxes without area"
-OUTSIDE = "boxes that pass the edge of the image"
+OUTSIDE = "boxes that extend beyond the image"
 
 
 def box_numbers(record: Record, *names: str) -> tuple[float, float, float, float]:
-    """Return the x, y, width and height of a record; raises `DataError` for a negative width or height, or infinity."""
+    """Return the x, y, width and height of a box in a record.
+
+    Raises
+    ------
+    DataError
+        For values that are not numbers, a negative width or height, or a box that ends at infinity.
+    """
     x, y, width, height = record.numbers(*names)
     for name, value in zip(names[2:], (width, height), strict=True):
         if value < 0:
@@ -38,12 +45,12 @@ def box_numbers(record: Record, *names: str) -> tuple[float, float, float, float
 
 
 def annotated_size(record: Record) -> tuple[int, int] | None:
-    """Return the width and height of a record; None where it has neither.
+    """Return the width and height of the annotated image in a record; None if it has neither.
 
     Raises
     ------
     DataError
-        Where one of them is missing, or either is no positive whole number.
+        If only one of them is present, or one is not a positive whole number.
     """
     if record.values.get("width") is None and record.values.get("height") is None:
         return None
@@ -57,103 +64,104 @@ def annotated_size(record: Record) -> tuple[int, int] | None:
 
 @dataclass(frozen=True, slots=True)
 class BoxFrame:
-    """How the boxes of one annotated image lie in the image as `FileImage.load` returns it."""
+    """Transformation of the boxes of one annotated image into pixels of the image that `FileImage.load` returns."""
 
     size: tuple[int, int]
     """Width and height of the loaded image."""
     scale: tuple[float, float] = (1.0, 1.0)
-    """Pixels of the image for each pixel of the annotation, along x and y of the annotation."""
+    """Pixels of the image per pixel of the annotation, along x and y of the annotation."""
     orientation: int = 1
-    """EXIF orientation that is applied to the boxes; 1 where they are drawn on the upright image."""
-    decided: bool = True
-    """Whether the frame is known; without, an image has no boxes."""
+    """EXIF orientation to apply to the boxes; 1 if they were drawn on the upright image."""
+    known: bool = True
+    """Whether the transformation is known; if not, all boxes are left out."""
 
     def place(self, x: float, y: float, width: float, height: float, left_out: Counter[str]) -> Box | None:
-        """Return a box in pixels of the loaded image.
+        """Return a box in pixels of the loaded image, or None if it is left out.
 
-        An overshoot of at most `OVERSHOOT` pixels is clipped. None, counted by reason in `left_out`, for a box that has
-        no area, passes the edge by more, or is in a frame that is not decided.
+        A box that extends beyond the image by at most `OVERSHOOT` pixels is clipped. Left out, and counted by reason in
+        `left_out`, are boxes without area, boxes that extend further, and all boxes if the transformation is unknown.
         """
-        if not self.decided:
-            left_out[TURNED] += 1
+        if not self.known:
+            left_out[UNKNOWN_FRAME] += 1
             return None
         if not width or not height:
             left_out[EMPTY] += 1
             return None
         box = Box(x, y, x + width, y + height)
         if self.scale != (1.0, 1.0):
-            across, down = self.scale
-            box = Box(box.x0 * across, box.y0 * down, box.x1 * across, box.y1 * down)
+            scale_x, scale_y = self.scale
+            box = Box(box.x0 * scale_x, box.y0 * scale_y, box.x1 * scale_x, box.y1 * scale_y)
         if self.orientation != 1:
-            box = _turned(box, self.size, self.orientation)
+            box = _apply_orientation(box, self.size, self.orientation)
         if 0 <= box.x0 < box.x1 <= self.size[0] and 0 <= box.y0 < box.y1 <= self.size[1]:
             return box
         if min(box.x0, box.y0) < -OVERSHOOT or max(box.x1 - self.size[0], box.y1 - self.size[1]) > OVERSHOOT:
             left_out[OUTSIDE] += 1
             return None
-        clipped = Box(max(box.x0, 0.0), max(box.y0, 0.0), _end(box.x1, self.size[0]), _end(box.y1, self.size[1]))
+        clipped = Box(
+            max(box.x0, 0.0), max(box.y0, 0.0), _clip_end(box.x1, self.size[0]), _clip_end(box.y1, self.size[1])
+        )
         if not clipped.area:
             left_out[OUTSIDE] += 1
             return None
         return clipped
 
 
-def box_frame(picture: FileImage, annotated: tuple[int, int] | None) -> BoxFrame:
-    """Decide the frame of an image's boxes.
+def box_frame(image: FileImage, annotated_size: tuple[int, int] | None) -> BoxFrame:
+    """Determine the transformation of an image's annotated boxes.
 
     Parameters
     ----------
-    picture
+    image
         The image.
-    annotated
-        Width and height that its annotation gives; None where it gives none.
+    annotated_size
+        Width and height in the annotation; None if it has none.
 
     Returns
     -------
     BoxFrame
-        Boxes are as drawn where the annotated size is the image's. They are scaled where the image has the same
-        proportions, and turned with the image where the annotated size is that of the stored pixels, before the EXIF
-        orientation is applied. Where an image has an orientation and the annotated size fits both frames, or is not
-        given, the frame is not decided.
+        Boxes are unchanged if the annotated size is that of the loaded image, scaled if it has the same proportions, and
+        rotated or mirrored if it is that of the stored pixels, before the EXIF orientation. For an image with an
+        orientation, the transformation is unknown if the annotated size fits both, or is None.
 
     Raises
     ------
     DataError
-        Where the image has other proportions than the annotation.
+        If the image has other proportions than the annotation.
     """
-    header = picture.header
+    header = image.header
     upright = header.upright_size
-    if annotated is None:
-        return BoxFrame(upright, decided=header.orientation == 1)
-    # Size of the pixels that the boxes were drawn on, and the orientation that leads from there to the loaded image.
+    if annotated_size is None:
+        return BoxFrame(upright, known=header.orientation == 1)
+    # Possible sizes of the annotated image, each with the orientation that leads from it to the loaded image.
     frames = [(upright, 1)] if header.orientation == 1 else [(upright, 1), (header.size, header.orientation)]
-    fits = [frame for frame in frames if frame[0] == annotated]
-    fits = fits or [frame for frame in frames if _same_proportions(frame[0], annotated)]
-    if not fits:
-        msg = _mismatch(picture, header, annotated)
+    matching = [frame for frame in frames if frame[0] == annotated_size]
+    matching = matching or [frame for frame in frames if _same_proportions(frame[0], annotated_size)]
+    if not matching:
+        msg = _mismatch(image, header, annotated_size)
         raise DataError(msg)
-    size, orientation = fits[0]
-    scale = (size[0] / annotated[0], size[1] / annotated[1])
-    return BoxFrame(upright, scale, orientation, decided=len(fits) == 1)
+    size, orientation = matching[0]
+    scale = (size[0] / annotated_size[0], size[1] / annotated_size[1])
+    return BoxFrame(upright, scale, orientation, known=len(matching) == 1)
 
 
-def _mismatch(picture: FileImage, header: ImageHeader, annotated: tuple[int, int]) -> str:
+def _mismatch(image: FileImage, header: ImageHeader, annotated_size: tuple[int, int]) -> str:
     width, height = header.upright_size
-    turned = f", {header.size[0]} x {header.size[1]} before its EXIF orientation" if header.orientation != 1 else ""
+    stored = f" ({header.size[0]} x {header.size[1]} before its EXIF orientation)" if header.orientation != 1 else ""
     return (
-        f"image '{picture.path}' is {width} x {height} pixels{turned}, its annotation is of {annotated[0]} x {annotated[1]}: "
-        "the boxes cannot be placed; use the image that was annotated, or one resized in proportion"
+        f"image '{image.path}' has {width} x {height} pixels{stored}, but its annotation is of an image with "
+        f"{annotated_size[0]} x {annotated_size[1]} pixels; use the annotated image, or a copy resized in proportion"
     )
 
 
 def _same_proportions(size: tuple[int, int], other: tuple[int, int]) -> bool:
-    """Whether one size is the other resized in proportion, to a pixel of the smaller."""
+    """Whether one size is the other resized in proportion, up to one pixel of the smaller size."""
     small, large = sorted((size, other), key=math.prod)
     return any(abs(small[1 - i] - large[1 - i] * small[i] / large[i]) <= 1 for i in (0, 1))
 
 
-def _turned(box: Box, size: tuple[int, int], orientation: int) -> Box:
-    """Apply an EXIF orientation to a box of the stored pixels, for an image of some (width, height) after it."""
+def _apply_orientation(box: Box, size: tuple[int, int], orientation: int) -> Box:
+    """Apply an EXIF orientation to a box of the stored pixels; `size` is the image's width and height afterwards."""
     x0, y0, x1, y1 = (box.y0, box.x0, box.y1, box.x1) if orientation >= 5 else (box.x0, box.y0, box.x1, box.y1)
     width, height = size
     if orientation in {2, 3, 6, 7}:
@@ -163,5 +171,6 @@ def _turned(box: Box, size: tuple[int, int], orientation: int) -> Box:
     return Box(x0, y0, x1, y1)
 
 
-def _end(value: float, limit: int) -> float:
+def _clip_end(value: float, limit: int) -> float:
+    """Return the right or lower edge of a box, clipped to the image unless it is beyond it by rounding only."""
     return value if value <= limit + ROUNDING else float(limit)

@@ -1,7 +1,7 @@
-"""True and false captions of an image as questions whose answers begin with different words.
+"""Questions about true and false captions of an image, whose candidate answers differ in their first token.
 
-Captions that differ in their middle begin alike, so a model's first token cannot choose between them. Asked is whether a
-caption is true, yes or no; or which of several is true, by letter.
+Captions that differ only in the middle have the same first token, so they cannot be the candidates. The question is whether
+one caption is true (yes or no), or which of several captions is true (by letter).
 """
 
 from __future__ import annotations
@@ -10,18 +10,19 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from concepts.reading.assembly import YES_NO, yes_or_no
-from concepts.schema import Example, ImageSource, Level
+from concepts.schema import YES_NO, Example, ImageSource, Level, yes_or_no
 from groundscope.core.errors import ConfigError, DataError
+from groundscope.core.text import nearest
 
 FORMS = ("yes_no", "choice")
-"""``yes_no``: the true caption and one false one, each asked about alone. ``choice``: all captions, by letter."""
+"""``yes_no``: one question about the true caption and one about a false caption. ``choice``: one question with all captions,
+answered by a letter."""
 LETTERS = "ABCDEFGH"
 
 
 @dataclass(frozen=True)
-class Captioned:
-    """An image with captions, and what they are about."""
+class CaptionedImage:
+    """An image with captions, and the level and kind of their questions."""
 
     id: str
     image: ImageSource
@@ -30,11 +31,11 @@ class Captioned:
     kind: str
     split: str = "neutral"
     labels: Mapping[str, bool] | None = None
-    """Concepts that are so in the image, whichever caption is asked about."""
+    """Labels of the image, the same for all of its captions."""
 
 
-def statement(subject: Captioned, caption: str, truth: bool, name: str) -> Example:
-    """Return the question whether a caption is true; `name` tells it from others about the same image."""
+def truth_question(subject: CaptionedImage, caption: str, truth: bool, name: str) -> Example:
+    """Return the question whether a caption is true; `name` ends its id, which must be unique."""
     return Example(
         id=f"{subject.id}/{name}",
         image=subject.image,
@@ -50,31 +51,33 @@ def statement(subject: Captioned, caption: str, truth: bool, name: str) -> Examp
 
 
 def check_form(form: str) -> None:
-    """Raise `ConfigError` for a form that there is not."""
+    """Raise `ConfigError` for an unknown form."""
     if form not in FORMS:
-        msg = f"form='{form}': there are {', '.join(FORMS)}"
+        msg = f"unknown form '{form}'; choose from {', '.join(FORMS)}{nearest(form, FORMS)}"
         raise ConfigError(msg)
 
 
-def asked(subject: Captioned, true: str, false: Sequence[str], form: str, where: str) -> tuple[Example, ...]:
-    """Return the questions about one true caption and one or more false ones.
+def caption_questions(
+    subject: CaptionedImage, true: str, false: Sequence[str], form: str, where: str
+) -> tuple[Example, ...]:
+    """Return the questions about one true caption and one or more false captions.
 
-    Which false caption is asked about, and under which letter the true one stands, is decided by the digest of the id:
-    all alike over a data set, and the same whatever else is in it.
+    The digest of the id selects the false caption, and the letter of the true caption: uniform over a dataset, and
+    independent of its other images.
 
     Raises
     ------
     DataError
-        Naming the record, for captions that are equal or too many.
+        Names the record: for equal captions, or too many.
     """
     if len({c.strip() for c in (true, *false)}) <= len(false) or len(false) >= len(LETTERS):
-        msg = f"{where}: the captions must differ, and be {len(LETTERS)} at most"
+        msg = f"{where}: the captions must differ, and there may be at most {len(LETTERS)}"
         raise DataError(msg)
-    chance = int.from_bytes(hashlib.sha256(subject.id.encode()).digest()[:8])
+    number = int.from_bytes(hashlib.sha256(subject.id.encode()).digest()[:8])
     if form == "yes_no":
-        other = false[chance % len(false)]
-        return statement(subject, true, True, "true"), statement(subject, other, False, "false")
-    place = chance % (len(false) + 1)
+        other = false[number % len(false)]
+        return truth_question(subject, true, True, "true"), truth_question(subject, other, False, "false")
+    place = number % (len(false) + 1)
     captions = [*false[:place], true, *false[place:]]
     letters = tuple(LETTERS[: len(captions)])
     options = " ".join(f"{letter}: {c.strip()}" for letter, c in zip(letters, captions, strict=True))
@@ -94,6 +97,6 @@ def asked(subject: Captioned, true: str, false: Sequence[str], form: str, where:
     )
 
 
-def further(false: Sequence[str], form: str) -> int:
-    """Return how many false captions are not asked about."""
+def count_unused(false: Sequence[str], form: str) -> int:
+    """Return the number of false captions without a question."""
     return len(false) - 1 if form == "yes_no" else 0

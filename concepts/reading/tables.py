@@ -1,4 +1,4 @@
-"""Tables as records: tab-separated lines, and tables with a header row."""
+"""Tables as records: tab-separated lines without a header, and tables with a header row."""
 
 from __future__ import annotations
 
@@ -7,79 +7,79 @@ from pathlib import Path
 from typing import IO
 
 from concepts.reading.record import Record
-from concepts.reading.text_files import numbered_lines, readable, skip_mark
+from concepts.reading.text_files import numbered_lines, readable, skip_byte_order_mark
 from groundscope.core.errors import DataError
 from groundscope.core.user_files import open_regular
 
 LONGEST_ROW = 1 << 26
-"""Bytes of one row of a table with a heading; tables may hold images as base64."""
+"""Limit in bytes of one row of a table with a header; tables may contain images as base64."""
 NOT_AVAILABLE = frozenset(
     {"", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A", "NA"}
     | {"NULL", "NaN", "None", "n/a", "nan", "null"}
 )
 """Cells that pandas reads as missing (`pandas.read_csv`, ``na_values``)."""
 SEPARATORS = {".tsv": "\t", ".csv": ","}
-"""Ending of a table's file name to what stands between its cells."""
+"""Suffix of a table's file name to the separator of its cells."""
 
 
-def read_table(path: Path, fields: Sequence[str], *, spare: Sequence[str] = ()) -> Iterator[Record]:
-    """Yield the lines of a tab-separated file without a heading as records; blank lines are skipped.
+def read_tab_separated(path: Path, fields: Sequence[str], *, optional: Sequence[str] = ()) -> Iterator[Record]:
+    """Yield the lines of a tab-separated file without a header as records; blank lines are skipped.
 
     Parameters
     ----------
     path
-        The file, UTF-8.
+        The file, in UTF-8.
     fields
-        What its columns are called; a line has as many.
-    spare
-        Columns that a line may have after those.
+        Names of the columns.
+    optional
+        Names of further columns that a line may have after these.
 
     Raises
     ------
     DataError
-        Naming file and line, for a line with other columns, too long, or not UTF-8.
+        Names the file and line: for another number of columns, a line that is too long, or one that is not UTF-8.
     """
-    names = (*fields, *spare)
+    names = (*fields, *optional)
     with readable(path), open_regular(path) as file:
-        skip_mark(file)
+        skip_byte_order_mark(file)
         for where, line in numbered_lines(path, file):
             try:
                 cells = line.decode().rstrip("\r\n").split("\t")
             except UnicodeDecodeError as error:
-                msg = f"{where}: not UTF-8 at byte {error.start + 1}: save the file as UTF-8"
+                msg = f"{where}: not UTF-8 at byte {error.start + 1}; save the file as UTF-8"
                 raise DataError(msg) from error
             if not len(fields) <= len(cells) <= len(names):
-                msg = f"{where}: {len(cells)} columns between tabs, but {', '.join(names)} are expected"
+                msg = f"{where}: {len(cells)} tab-separated columns, expected {', '.join(names)}"
                 raise DataError(msg)
             yield Record(where, dict(zip(names, cells, strict=False)))
 
 
-def read_headed_table(path: Path, separator: str) -> Iterator[Record]:
-    """Yield the rows of a table whose first row names its columns, cut into cells by the rules of `pandas.read_csv`.
+def read_table(path: Path, separator: str) -> Iterator[Record]:
+    """Yield the rows of a table with a header row, one at a time, with the cells that `pandas.read_csv` returns.
 
-    A cell may be quoted, with ``""`` for a quote, separators and line breaks inside. A cell that is empty or one of
-    `NOT_AVAILABLE` is None, as pandas makes it missing. Every other cell is its text: whole numbers stay exact also in
-    columns with missing cells. One row at a time is held.
+    A cell may be quoted, and then contain separators, line breaks, and quotes as ``""``. A cell that is empty or in
+    `NOT_AVAILABLE` is None, as in pandas. All other cells are text, so whole numbers are exact even in columns with missing
+    cells, where pandas converts them to floats.
 
     Raises
     ------
     DataError
-        Naming file and line: a column that is named twice or not at all, a row with more or fewer cells than columns, a
-        quote that is never closed, more than `LONGEST_ROW` bytes, not UTF-8.
+        Names the file and line: for a column without a name or with a repeated name, a row with another number of cells
+        than columns, an unclosed quote, a row of `LONGEST_ROW` bytes or more, or text that is not UTF-8.
     """
     names: list[str] = []
     with readable(path), open_regular(path) as file:
-        skip_mark(file)
+        skip_byte_order_mark(file)
         for where, cells in _rows(path, file, separator):
             if not names:
                 names = cells
-                twice = next((name for name in names if not name.strip() or names.count(name) > 1), None)
-                if twice is not None:
-                    msg = f"{where}: column '{twice}' occurs twice or has no name; give each column one name"
+                ambiguous = next((name for name in names if not name.strip() or names.count(name) > 1), None)
+                if ambiguous is not None:
+                    msg = f"{where}: column '{ambiguous}' occurs twice or has no name; give each column a unique name"
                     raise DataError(msg)
                 continue
             if len(cells) != len(names):
-                msg = f"{where}: {len(cells)} cells, but the heading names {len(names)} columns"
+                msg = f"{where}: {len(cells)} cells, but the header has {len(names)} columns"
                 raise DataError(msg)
             yield Record(
                 where, {n: None if c in NOT_AVAILABLE else c for n, c in zip(names, cells, strict=True)}, table=True
@@ -87,20 +87,20 @@ def read_headed_table(path: Path, separator: str) -> Iterator[Record]:
 
 
 def _rows(path: Path, file: IO[bytes], separator: str) -> Iterator[tuple[str, list[str]]]:
-    """Cut a table into rows of cells; blank lines between rows are skipped."""
+    """Yield the rows of a table as lists of cells; blank lines between rows are skipped."""
     cells: list[str] = []
-    parts: list[str] = []  # of the quoted cell that is open
+    parts: list[str] = []  # of the current quoted cell
     quoted, size, where = False, 0, ""
     for number, line in enumerate(iter(lambda: file.readline(LONGEST_ROW), b""), 1):
         size = len(line) if not quoted else size + len(line)
         where = where if quoted else f"{path}: line {number}"
         if size >= LONGEST_ROW:
-            msg = f"{where}: a row of more than {LONGEST_ROW} bytes; is a quote not closed?"
+            msg = f"{where}: the row has more than {LONGEST_ROW} bytes; a quote may be unclosed"
             raise DataError(msg)
         try:
             text = line.decode()
         except UnicodeDecodeError as error:
-            msg = f"{path}: line {number}: not UTF-8 at byte {error.start + 1}: save the file as UTF-8"
+            msg = f"{path}: line {number}: not UTF-8 at byte {error.start + 1}; save the file as UTF-8"
             raise DataError(msg) from error
         stop = len(text.rstrip("\r\n"))
         if not quoted and not text.strip(" \t\r\n") and separator not in text:
@@ -128,5 +128,5 @@ def _rows(path: Path, file: IO[bytes], separator: str) -> Iterator[tuple[str, li
                 break
             at = end + 1
     if quoted:
-        msg = f"{where}: a quote is opened and never closed; was the file cut?"
+        msg = f"{where}: a quote is not closed before the end of the file, which may be truncated"
         raise DataError(msg)

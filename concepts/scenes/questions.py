@@ -9,15 +9,10 @@ from concepts.nouns import article, existence_question
 from concepts.scenes.distributions import TYPICAL
 from concepts.scenes.icons import COLORS, NOUNS
 from concepts.scenes.scene import RELATIONS, SIDE, Scene
-from concepts.schema import Concept, Example, Question, SceneObject
+from concepts.schema import YES_NO, Concept, Example, Question, SceneObject, yes_or_no
 
-YES_NO = ("yes", "no")
 COLOR_ANSWERS = tuple(COLORS)
 THIRDS = {"column": ("left", "middle", "right"), "row": ("top", "middle", "bottom")}
-
-
-def _yes_or_no(truth: bool) -> str:
-    return YES_NO[0] if truth else YES_NO[1]
 
 
 def existence(scene: Scene, noun: str) -> Question:
@@ -34,7 +29,7 @@ def existence(scene: Scene, noun: str) -> Question:
     item = scene.get(noun)
     return Question(
         existence_question(noun),
-        _yes_or_no(item is not None),
+        yes_or_no(item is not None),
         YES_NO,
         "object",
         "existence",
@@ -55,13 +50,13 @@ def color(scene: Scene, item: SceneObject, name: str) -> Question:
     typical = TYPICAL.get(item.noun)
     return Question(
         f"Is the {item.noun} {name}?",
-        _yes_or_no(truth),
+        yes_or_no(truth),
         YES_NO,
         "attribute",
         "color",
         item.id,
         {**_attribute_labels(item), "attribute:named": truth},
-        _yes_or_no(typical[0] == name) if typical else None,
+        yes_or_no(typical[0] == name) if typical else None,
     )
 
 
@@ -85,7 +80,7 @@ def size(scene: Scene, item: SceneObject, name: str) -> Question:
     truth = item.attributes["size"] == name
     return Question(
         f"Is the {item.noun} {name}?",
-        _yes_or_no(truth),
+        yes_or_no(truth),
         YES_NO,
         "attribute",
         "size",
@@ -102,7 +97,7 @@ def relation(scene: Scene, first: SceneObject, second: SceneObject, name: str) -
     labels = {f"relation:{r}": bool(t) for r in RELATIONS if (t := scene.relation(first, second, r)) is not None}
     return Question(
         f"Is the {first.noun} {name} the {second.noun}?",
-        _yes_or_no(truth),
+        yes_or_no(truth),
         YES_NO,
         "relation",
         "relation",

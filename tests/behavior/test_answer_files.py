@@ -207,7 +207,10 @@ def test_answers_of_llava_join_their_own_questions(tmp_path: Path) -> None:
     assert score_result(answered_elsewhere(data, path)).accuracy == scores.accuracy
     with pytest.raises(DataError, match=r"line 1: no field 'label' or 'answer'.*labels="):
         score_files(test, path)
-    with pytest.raises(DataError, match=r"llava_pope_test\.jsonl: line 5: no label for image 'a\.png' and .*'popular'"):
+    with pytest.raises(
+        DataError,
+        match=r"llava_pope_test\.jsonl: line 5: the label files have no label for image 'a\.png' and .*'popular'",
+    ):
         score_files(test, path, labels=files[:2])
     lines(files[0], {"question_id": 1, "image": "a.png", "text": wording["dog"], "label": "no"},
           {"question_id": 2, "image": "a.png", "text": wording["dog"], "label": "yes"})  # fmt: skip
@@ -310,11 +313,11 @@ def test_predictions_of_vlmevalkit_are_read_as_pandas_does(tmp_path: Path) -> No
     comma.write_text('index,prediction\n0,Yes\n1,"No, not"\n2,Yes\n3,No\n')
     assert figures(score_files(table, comma)) == (1.0, 0.5, 0)
     for text, words in (
-        ("index,prediction\n0\n", "line 2: 1 cells, but the heading names 2 columns"),
+        ("index,prediction\n0\n", "line 2: 1 cells, but the header has 2 columns"),
         ("index,prediction\n0,Yes,No\n", "line 2: 3 cells"),
         ("index,prediction,prediction\n", "line 1: column 'prediction' occurs twice"),
-        ('index,prediction\n0,"Yes\n', "line 2: a quote is opened and never closed"),
-        ("index,prediction\n,Yes\n", "line 2: field 'question_id' or .* must hold words, not null"),
+        ('index,prediction\n0,"Yes\n', "line 2: a quote is not closed"),
+        ("index,prediction\n,Yes\n", "line 2: field 'question_id' or .* must hold text, not null"),
         ("index,prediction\n", "the file contains no answers"),
     ):
         comma.write_text(text)
@@ -323,7 +326,7 @@ def test_predictions_of_vlmevalkit_are_read_as_pandas_does(tmp_path: Path) -> No
     comma.write_bytes(b"index,prediction\n0,\xff\n")
     with pytest.raises(DataError, match="line 2: not UTF-8 at byte 3"):
         read_answers(comma)
-    with pytest.raises(DataError, match=r"kind '\.xlsx' are not read; save the table as \.tsv"):
+    with pytest.raises(DataError, match=r"format '\.xlsx' are not supported; save the table as \.tsv"):
         read_answers(tmp_path / "model_POPE.xlsx")
 
 
@@ -342,7 +345,7 @@ def test_the_category_is_the_split(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="line 2: question_id '0' was already used"):
         load(*({"question_id": 0, **row, "category": "random"} for _ in range(2)))
     assert load({"question_id": 0, **row, "category": "animals"})[0].split == "neutral"
-    with pytest.raises(DataError, match="field 'category' is 'random', but the file is named 'popular'"):
+    with pytest.raises(DataError, match="field 'category' is 'random', but the file's name says 'popular'"):
         load({"question_id": 0, **row, "category": "random"}, name="pope_popular.json")
     with pytest.raises(DataError, match="the question may be field 'text' or field 'question'"):
         load({"question_id": 0, **row, "question": "Is there a cat in the image?"})
@@ -376,14 +379,14 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
         b'[{"id": 1, "answer": "No", "answer": "Yes"}]',
         "record 1: .*the key 'answer' occurs twice",
     ),
-    "NaN": (b'{"id": 1, "answer": "No", "seconds": NaN}\n', "line 1: .*NaN is no number of JSON"),
+    "NaN": (b'{"id": 1, "answer": "No", "seconds": NaN}\n', "line 1: .*NaN is not a number in JSON"),
     "seconds of 400 digits": (
         b'{"id": 1, "answer": "No", "seconds": 1' + b"0" * 400 + b"}\n",
-        r"line 1: field 'seconds': a whole number beyond 2\*\*53",
+        r"line 1: field 'seconds' must not exceed 2\*\*53",
     ),
     "negative seconds": (b'{"id": 1, "answer": "No", "seconds": -1}\n', "line 1: field 'seconds' must be at least 0"),
-    "id is a list": (b'{"id": [1], "answer": "No"}\n', "line 1: field .*'id'.* must hold words, not"),
-    "id is null": (b'{"id": null, "answer": "No"}\n', "line 1: field .*'id'.* must hold words, not null"),
+    "id is a list": (b'{"id": [1], "answer": "No"}\n', "line 1: field .*'id'.* must hold text, not"),
+    "id is null": (b'{"id": null, "answer": "No"}\n', "line 1: field .*'id'.* must hold text, not null"),
     "doc is a text": (b'{"id": 1, "doc": "x", "filtered_resps": ["No"]}\n', "line 1: no field 'answer'"),
 }
 

@@ -214,7 +214,7 @@ def test_amber_annotations_belong_to_the_id_that_they_name(tmp_path: Path) -> No
         assert [(e.id, e.answer) for e in loaders.amber(queries, tmp_path, annotations)] == [("5", "no"), ("2", "yes")]
     for records, words in (
         ([*full, full[0]], r"record 7: field 'id': 1 was already used, at .* record 1"),
-        ([full[0], unnamed[1]], "record 2: some annotations have a field 'id' and some have none"),
+        ([full[0], unnamed[1]], "record 2: only some annotations have a field 'id'"),
     ):
         annotations.write_text(json.dumps(records))
         with pytest.raises(DataError, match=words):
@@ -303,7 +303,7 @@ def test_mme_as_it_is_released(tmp_path: Path) -> None:
     (tool / "posters.txt").write_text("0001.jpg\tIs it?\tYes\n0001.jpg\tIs it not?\tNo\n")
     assert {e.group for e in loaders.mme(tool, tmp_path)} == {"posters/images/0001.jpg"}
     (tmp_path / "posters" / "questions_answers_YN" / "0001.txt").write_text("Is it?\n")
-    with pytest.raises(DataError, match=r"0001\.txt: line 1: 1 columns between tabs"):
+    with pytest.raises(DataError, match=r"0001\.txt: line 1: 1 tab-separated columns"):
         loaders.mme(tmp_path, tmp_path)
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from concepts import ConceptDataset, counterfactuals, loaders
 from concepts.image_files import FileImage
-from concepts.reading.box_frames import EMPTY, OUTSIDE, TURNED, BoxFrame
+from concepts.reading.box_frames import EMPTY, OUTSIDE, UNKNOWN_FRAME, BoxFrame
 from concepts.schema import Box, Example, SceneObject
 from groundscope.core.errors import DataError
 
@@ -88,7 +88,7 @@ def test_a_frame_that_the_size_does_not_decide_gives_no_boxes(
     data = coco(tmp_path, [list(RED)], size)
     assert data[0].objects[0].box is None
     assert (data[0].answer, data[0].objects[0].noun) == ("yes", "ball")
-    assert data.provenance["left_out"][TURNED] == 1  # type: ignore[index]
+    assert data.provenance["left_out"][UNKNOWN_FRAME] == 1  # type: ignore[index]
 
 
 def test_an_orientation_without_an_annotated_size_gives_no_boxes(tmp_path: Path) -> None:
@@ -100,14 +100,12 @@ def test_an_orientation_without_an_annotated_size_gives_no_boxes(tmp_path: Path)
 
 def test_another_shape_is_refused_with_both_sizes(tmp_path: Path) -> None:
     picture(tmp_path / "a.jpg", size=(100, 60))
-    words = (
-        r"record 1: field 'file_name': image '.*a\.jpg' is 100 x 60 pixels, its annotation is of 120 x 60: the boxes"
-    )
+    words = r"record 1: field 'file_name': image '.*a\.jpg' has 100 x 60 pixels, but .* with 120 x 60 pixels"
     with pytest.raises(DataError, match=words):
         coco(tmp_path, [list(RED)])
     picture(tmp_path / "a.jpg", orientation=8, size=(100, 60))
     with pytest.raises(
-        DataError, match=r"is 60 x 100 pixels, 100 x 60 before its EXIF orientation, its annotation is of"
+        DataError, match=r"has 60 x 100 pixels \(100 x 60 before its EXIF orientation\), but its annotation is of"
     ):
         coco(tmp_path, [list(RED)])
     for sizes in ({"width": 120}, {"width": 0, "height": 60}, {"width": 1.5, "height": 60}):
@@ -152,11 +150,11 @@ def test_gqa_and_visual_genome_place_boxes_alike(tmp_path: Path) -> None:
         assert min(red_share(data[0])) > 0.9
     without = loaders.visual_genome(tmp_path / "o.json", tmp_path)
     assert without[0].objects[0].box is None
-    assert without.provenance["left_out"][TURNED] == 1  # type: ignore[index]
+    assert without.provenance["left_out"][UNKNOWN_FRAME] == 1  # type: ignore[index]
     sizes[0]["width"] = 90
     (tmp_path / "s.json").write_text(json.dumps(sizes), encoding="utf-8")
     with pytest.raises(
-        DataError, match=r"record 1: field 'image_id': image '.*1\.jpg' is 30 x 60 pixels, .* of 90 x 60"
+        DataError, match=r"record 1: field 'image_id': image '.*1\.jpg' has 30 x 60 pixels .* with 90 x 60"
     ):
         loaders.visual_genome(tmp_path / "o.json", tmp_path, image_data=tmp_path / "s.json")
 
@@ -193,7 +191,7 @@ def test_a_box_is_inside_the_image_or_left_out(tmp_path: Path, box: list[float],
     picture(tmp_path / "a.jpg")
     data = coco(tmp_path, [box, list(RED)])
     first, second = data[0].objects
-    reasons = {r: n for r, n in data.provenance["left_out"].items() if r in {EMPTY, OUTSIDE, TURNED}}  # type: ignore[attr-defined]
+    reasons = {r: n for r, n in data.provenance["left_out"].items() if r in {EMPTY, OUTSIDE, UNKNOWN_FRAME}}  # type: ignore[attr-defined]
     if isinstance(expected, Box):
         assert (first.box, reasons) == (expected, {})
     else:

@@ -76,7 +76,7 @@ def test_whatsup_controlled_images(folder: Path) -> None:
     assert any(f'"{option}"' in no[0] for option in OPTIONS[1:])
     assert data[0].labels == {"relation:in front of": True, "relation:named": True}
     assert data[0].group == "controlled/mug_in-front_of_plate.png"
-    assert left_out(data)["false captions, where one is asked about"] == 2
+    assert left_out(data)["false captions without a question"] == 2
     assert preposition("x/can_left_of_table.jpeg") == "left of"
     assert preposition("42.jpg") is None
 
@@ -136,7 +136,7 @@ def test_aro(folder: Path) -> None:
     assert whole["crop"] == [4, 0, 8, 3]
     assert data[0].image.identity != data[2].image.identity
     beyond = {**RELATION, "bbox_x": 90}
-    with pytest.raises(DataError, match="8 x 6 pixels has nothing in box"):
+    with pytest.raises(DataError, match="8 x 6 pixels does not overlap the box"):
         loaders.aro(write(folder, [beyond]), folder)[0].image.load()
     letters = loaders.aro(write(folder, [RELATION]), folder, form="choice")
     assert letters[0].candidates == ("A", "B")
@@ -181,13 +181,13 @@ def test_amber(folder: Path) -> None:
         ("4", "relation", "relation", "no", ("yes", "no")),
     ]
     for rows, words in (
-        ([{**QUERIES[0], "id": 9}], "field 'id' is '9', but .* has annotations 1 to 4"),
+        ([{**QUERIES[0], "id": 9}], "no annotation with id '9'; .* has the annotations 1 to 4"),
         ([QUERIES[0], QUERIES[0]], "record 2: field 'id': 1 was already used, at .* record 1"),
     ):
         with pytest.raises(DataError, match=words):
             loaders.amber(write(folder, rows), folder, truths)
     for truth, words in (
-        ({"type": "smell", "truth": "no"}, "record 1: field 'type' is 'smell', known are generative"),
+        ({"type": "smell", "truth": "no"}, "record 1: field 'type' is 'smell'; choose from generative"),
         ({"type": "discriminative-relation", "truth": "oui"}, "record 1: field 'truth' is 'oui', neither"),
     ):
         with pytest.raises(DataError, match=words):
@@ -219,12 +219,12 @@ Loader = Callable[..., ConceptDataset]
 BAD: dict[str, tuple[Loader, str, Any, str]] = {
     "VSR label": (loaders.vsr, "x.jsonl", [{**VSR[0], "label": "1"}], "record 1: field 'label' is '1', neither 0 nor 1"),
     "VSR label is true": (loaders.vsr, "x.jsonl", [{**VSR[0], "label": True}], "field 'label' is 'True'"),
-    "VSR relation": (loaders.vsr, "x.jsonl", [{**VSR[0], "relation": ""}], "field 'relation' must hold words"),
+    "VSR relation": (loaders.vsr, "x.jsonl", [{**VSR[0], "relation": ""}], "field 'relation' must hold text"),
     "VSR image": (loaders.vsr, "x.jsonl", [VSR[0], {**VSR[1], "image": "c.png"}], "record 2: field 'image': .*not exist"),
-    "VSR cut": (loaders.vsr, "x.jsonl", json.dumps(VSR)[:-30], r"x\.jsonl: record 2: .*the file ends in the middle"),
+    "VSR cut": (loaders.vsr, "x.jsonl", json.dumps(VSR)[:-30], r"x\.jsonl: record 2: .*the file ends inside this entry"),
     "leaves folder": (loaders.vsr, "x.jsonl", [{**VSR[0], "image": "../x"}], "field 'image': image path .* leaves"),
-    "nothing": (loaders.vsr, "x.jsonl", [], "no question in it that can be asked"),
-    "one option": (loaders.whatsup, "x.json", [{**CONTROLLED[0], "caption_options": ["A"]}], "a true caption and false"),
+    "nothing": (loaders.vsr, "x.jsonl", [], "the file gives no question"),
+    "one option": (loaders.whatsup, "x.json", [{**CONTROLLED[0], "caption_options": ["A"]}], "a true caption and at least"),
     "options alike": (loaders.whatsup, "x.json", [{**CONTROLLED[0], "caption_options": ["A", "A "]}], "must differ"),
     "two values": (loaders.whatsup, "coco_x.json", [[1, "a"]], "record 1: expected an image id, .* found 2 values"),
     "id is no number": (loaders.whatsup, "coco_x.json", [["x", "a", "b"]], "image id 'x' needs names='coco'"),
@@ -235,10 +235,10 @@ BAD: dict[str, tuple[Loader, str, Any, str]] = {
     "about nothing": (loaders.aro, "x.json", [{**BOX, "image_path": "a.png"}], "no field 'attributes'"),
     "captions alike": (loaders.aro, "x.json", [{**RELATION, "false_caption": RELATION["true_caption"]}], "must differ"),
     "no file name": (loaders.sugarcrepe, "x_att.json", {"0": {}}, "record .0.: no field .filename."),
-    "columns": (loaders.mme, "existence.txt", "a.png\tIs it?\n", r"existence\.txt: line 1: 2 columns between tabs"),
+    "columns": (loaders.mme, "existence.txt", "a.png\tIs it?\n", r"existence\.txt: line 1: 2 tab-separated columns"),
     "answer": (loaders.mme, "existence.txt", "a.png\tIs it?\toui\n", "line 1: field 'answer' is 'oui', neither"),
-    "asked twice": (loaders.mme, "existence.txt", MME + MME, "line 4: this question was already asked .* line 1"),
-    "subtask": (loaders.mme, "smell.txt", MME, "there is no subtask 'smell'; there are existence, count"),
+    "asked twice": (loaders.mme, "existence.txt", MME + MME, "line 4: the question .* is repeated, first at .* line 1"),
+    "subtask": (loaders.mme, "smell.txt", MME, "unknown subtask 'smell'; choose from existence, count"),
 }  # fmt: skip
 
 
@@ -261,5 +261,5 @@ def test_every_loader_says_what_it_cannot_read_and_checks_its_options(folder: Pa
     with pytest.raises(ConfigError, match="limit=0"):
         loader(path, folder, *more, limit=0)
     if name in {"aro", "whatsup", "sugarcrepe"}:
-        with pytest.raises(ConfigError, match="form='x': there are yes_no, choice"):
+        with pytest.raises(ConfigError, match="unknown form 'x'; choose from yes_no, choice"):
             loader(path, folder, form="x")

@@ -57,17 +57,17 @@ def test_a_file_cut_anywhere_is_an_error_that_names_a_place(
 BROKEN: dict[str, tuple[bytes, str]] = {
     "a value": (b'[{"a":1},{"b":}]', "record 2: .* at byte 15: Expecting value"),
     "in a list": (b'{"images": [{"a":1},{"b":}]}', "images, record 2: .* at byte 26: Expecting value"),
-    "no comma": (b'[{"a":1}{"b":2}]', "behind record 1: .* at byte 9: expected ',' or ']'"),
+    "no comma": (b'[{"a":1}{"b":2}]', "after record 1: .* at byte 9: expected ',' or ']'"),
     "no colon": (b'{"a" 1}', "record 'a': .* at byte 6: expected ':'"),
     "key": (b'{"a":1,2:3}', "key 2: .* expected a key in quotes"),
     "twice": (b'{"a":1,"a":2}', "record 'a': .*already used"),
-    "more": (b"[] x", "something stands behind the end"),
+    "more": (b"[] x", "unexpected data after the end"),
     "scalar": (b"17", "expected a JSON list or object"),
     "not UTF-8": (b'[1, "\xff"]', "record 1: not UTF-8 near byte 6"),
-    "NaN": (b'[1, {"a": NaN}]', "record 2: .*NaN is no number of JSON"),
+    "NaN": (b'[1, {"a": NaN}]', "record 2: .*NaN is not a number in JSON"),
     "digits": (b"[" + b"9" * 5000 + b"]", "record 1: .*5000 digits"),
     "brackets": (b"[" * 200_000, "record 1: .*recursion"),
-    "cut text": (b'[{"a": "xy', "record 1: .* at byte 8: the file ends in the middle of it: it was cut"),
+    "cut text": (b'[{"a": "xy', "record 1: .* at byte 8: the file ends inside this entry; it is truncated"),
 }
 
 
@@ -83,7 +83,7 @@ def test_what_is_broken_is_named(tmp_path: Path, case: str) -> None:
 def test_lists_that_are_not_there(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     path.write_text('{"info": {}, "images": [{"id": 1}]}')
-    with pytest.raises(DataError, match=r"nothing in the list 'annotations'; it has 'info', 'images'"):
+    with pytest.raises(DataError, match=r"the list 'annotations' is missing or empty; it has 'info', 'images'"):
         list(stream_list(path, "annotations"))
     assert [r.values for r in stream_list(path, "images")] == [{"id": 1}]
     path.write_text('{"images": [1]}')
