@@ -131,7 +131,7 @@ class MemorySource:
             self._values[info.key] = x
         self._arrays = tuple(infos)
         self._provenance = MappingProxyType(dict(provenance or {}))
-        digest = hashlib.sha256(self._table.to_json(orient="split", double_precision=15).encode())
+        digest = hashlib.sha256(str(self._table.to_json(orient="split", double_precision=15)).encode())
         for key, x in self._values.items():
             digest.update(repr((key, x.shape)).encode())
             digest.update(np.ascontiguousarray(x).data)

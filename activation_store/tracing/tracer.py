@@ -46,8 +46,9 @@ from activation_store.tracing.plan import (
 from activation_store.tracing.provenance import check_hooks, describe, unembedding
 from activation_store.writing.writer import StoreWriter
 from concepts.schema import ConceptDataset, Example
-from groundscope.core.errors import ConfigError, DataError, SiteError
-from groundscope.core.files import Lock, explained
+from groundscope.core.errors import ConfigError, DataError, SiteError, StoreError
+from groundscope.core.files import explained
+from groundscope.core.locks import acquire
 from groundscope.core.progress import step_bar
 from lvlm.access.eager_attention import warn_of_eager
 from lvlm.access.hook_point import HookPoint, first_name
@@ -434,7 +435,9 @@ def _clear(folder: Path) -> None:
         return
     with explained(lambda reason: f"{folder}: the existing store cannot be removed: {reason}"):
         message = f"{folder}: the store is being written by another process; wait until it ends"
-        lock = Lock(folder / ".worker-0.lock", message)
+        lock = acquire(
+            folder / ".worker-0.lock", required=False, refuse=lambda _: message, transient=True, error=StoreError
+        )
         try:
             # Manifests first: if this is interrupted, the remaining files do not look like a finished store.
             for path in sorted(folder.iterdir(), key=lambda p: (not p.name.startswith("manifest"), p.name)):

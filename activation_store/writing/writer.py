@@ -57,7 +57,8 @@ from activation_store.writing.validation import (
 )
 from activation_store.writing.virtual_index import write_index
 from groundscope.core.errors import StoreError
-from groundscope.core.files import Lock, canonical_json, file_digest, part_of, system_reason, write_whole
+from groundscope.core.files import canonical_json, file_digest, part_of, system_reason, write_whole
+from groundscope.core.locks import acquire
 
 _WAITING_BYTES = 16 << 20
 """Limit on data pending to be written before `append` blocks: data in the processor's cache is copied faster, and the
@@ -166,7 +167,14 @@ class StoreWriter:
         message = f"{self._path}: worker {worker} is in use by another process; give each process its own worker="
         with self._abandon_on_error():
             self._path.mkdir(parents=True, exist_ok=True)
-            self._lock = Lock(self._path / f".worker-{worker}.lock", message)
+            # Without locks in the file system, unique temporary names still prevent collisions.
+            self._lock = acquire(
+                self._path / f".worker-{worker}.lock",
+                required=False,
+                refuse=lambda _: message,
+                transient=True,
+                error=StoreError,
+            )
         try:
             self._resume()
             if extra is not None:

@@ -1,4 +1,4 @@
-"""Atomic file writes, digests, folder locks, and errors that state the reason."""
+"""Atomic file writes, digests, canonical JSON, and errors that state the reason."""
 
 from __future__ import annotations
 
@@ -8,17 +8,11 @@ import hashlib
 import json
 import os
 import re
-import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from groundscope.core.errors import StoreError
-from groundscope.core.paths import create_part, is_file, is_link, part_path
-
-try:
-    import fcntl
-except ImportError:  # not Unix: no lock; unique temporary names still prevent collisions
-    fcntl = None
+from groundscope.core.paths import create_part, is_file, part_path
 
 _ERRNO = re.compile(r"errno = (\d+)")
 
@@ -145,69 +139,6 @@ def explained(message: Callable[[str], str]) -> Iterator[None]:
         yield
     except (OSError, RuntimeError) as error:
         raise StoreError(message(system_reason(error))) from error
-
-
-class Lock:
-    """An exclusive lock on a file for this process, so that two writers never use one name; released even by kill -9.
-
-    A forked child does not hold the lock: there `release` only closes the descriptor.
-
-    Raises
-    ------
-    StoreError
-        If another process holds the lock, or a link, FIFO or device is in the place of the file. On a file system without
-        locks, no lock is acquired.
-    """
-
-    def __init__(self, path: Path, message: str) -> None:
-        self._path = path
-        self._owner = os.getpid()
-        self._descriptor: int | None = None
-        if fcntl is None:
-            return
-        while self._descriptor is None:
-            descriptor = _open_lock_file(path)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                os.close(descriptor)
-                raise StoreError(message) from error
-            except OSError:
-                os.close(descriptor)
-                return
-            # The previous holder may have removed the file between open and lock: then lock the new file.
-            if is_file(path) and os.path.samestat(path.lstat(), os.fstat(descriptor)):
-                self._descriptor = descriptor
-            else:
-                os.close(descriptor)
-
-    def release(self) -> None:
-        """Release the lock; may be called repeatedly."""
-        if self._descriptor is not None:
-            if os.getpid() == self._owner:
-                self._path.unlink(missing_ok=True)
-            os.close(self._descriptor)
-            self._descriptor = None
-
-
-def _open_lock_file(path: Path) -> int:
-    """Open a lock file, created where it is missing; a link is not followed, and a FIFO not waited for."""
-    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
-    try:
-        descriptor = os.open(path, flags, 0o644)
-    except OSError as error:
-        if is_link(path):
-            msg = f"'{path}' is a symbolic link, which is not followed: remove it"
-            raise StoreError(msg) from error
-        if path.is_dir():
-            msg = f"'{path}' is not a lock file but a folder: remove it"
-            raise StoreError(msg) from error
-        raise
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        msg = f"'{path}' is not a lock file but a FIFO or device: remove it"
-        raise StoreError(msg)
-    return descriptor
 
 
 def canonical_json(value: object) -> str:

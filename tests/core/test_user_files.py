@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from groundscope.core.errors import ConfigError, DataError, StoreError
-from groundscope.core.files import Lock
+from groundscope.core.locks import FileLock, acquire
 from groundscope.core.user_files import open_regular, read_bytes, read_json, read_text
 
 
@@ -70,6 +70,10 @@ def test_a_path_with_a_nul_is_one_sentence() -> None:
         open_regular("a\0b")
 
 
+def hold(path: Path) -> FileLock:
+    return acquire(path, required=False, refuse=lambda holder: f"held by {holder}", transient=True, error=StoreError)
+
+
 @pytest.mark.parametrize("kind", ["link", "FIFO", "folder"])
 def test_the_lock_of_a_store_is_no_link_and_no_fifo(tmp_path: Path, kind: str) -> None:
     lock, outside = tmp_path / ".worker-0.lock", tmp_path / "outside"
@@ -80,11 +84,11 @@ def test_the_lock_of_a_store_is_no_link_and_no_fifo(tmp_path: Path, kind: str) -
     else:
         os.mkfifo(lock)
     with pytest.raises(StoreError, match=r"symbolic link|FIFO or device|a folder"):
-        Lock(lock, "held")
+        hold(lock)
     assert not outside.exists()
     (lock.rmdir if kind == "folder" else lock.unlink)()
-    first = Lock(lock, "held")
-    with pytest.raises(StoreError, match="held"):
-        Lock(lock, "held")
+    first = hold(lock)
+    with pytest.raises(StoreError, match="held by process"):
+        hold(lock)
     first.release()
     assert not lock.exists()
