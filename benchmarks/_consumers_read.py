@@ -31,7 +31,7 @@ class Missing(Exception):
     """A consumer that is not here."""
 
 
-def given() -> dict[str, torch.Tensor]:
+def load_inputs() -> dict[str, torch.Tensor]:
     return {name: torch.from_numpy(x) for name, x in np.load(FOLDER / "inputs.npz").items()}
 
 
@@ -43,16 +43,16 @@ def llava() -> Any:
     model: Any = LlavaForConditionalGeneration.from_pretrained(FOLDER / "model", attn_implementation="sdpa").eval()
     inner = getattr(model.model.vision_tower, "vision_model", None)
     if inner is not None:  # up to release 4 a CLIP tower had one more name in it, and its weights are not found without
-        held = {
+        tensors = {
             n.partition("vision_tower.")[2]: x for n, x in load_file(FOLDER / "model" / "model.safetensors").items()
         }
-        inner.load_state_dict({n: x for n, x in held.items() if n})
+        inner.load_state_dict({n: x for n, x in tensors.items() if n})
     return model
 
 
 @torch.no_grad()
 def answered(model: Any) -> np.ndarray:
-    inputs = {name: x for name, x in given().items() if name != "embedded"}
+    inputs = {name: x for name, x in load_inputs().items() if name != "embedded"}
     return model(**inputs, use_cache=False).logits[:, -1].numpy()
 
 
@@ -67,14 +67,14 @@ def llama(whole: Any) -> Any:
     return model
 
 
-def functions(clone: str, path: str, *names: str, **known: Any) -> Any:
-    """Take functions and classes out of a file of somebody's scripts, which import what they do not need."""
+def functions(clone: str, path: str, *names: str, **names_: Any) -> Any:
+    """Extract functions and classes from a script of a repository, without its unneeded imports."""
     where = CLONES / clone / path
     if not where.is_file():
         msg = f"no {clone}/{path} in the folder of clones"
         raise Missing(msg)
     nodes = [n for n in ast.parse(where.read_text()).body if getattr(n, "name", None) in names]
-    scope: dict[str, Any] = {"np": np, "torch": torch, "tqdm": lambda x, **_: x, **known}
+    scope: dict[str, Any] = {"np": np, "torch": torch, "tqdm": lambda x, **_: x, **names_}
     exec(compile(ast.Module(nodes, []), str(where), "exec"), scope)  # noqa: S102  # the consumer's own code
     return types.SimpleNamespace(**{name: scope[name] for name in names})
 
@@ -82,7 +82,7 @@ def functions(clone: str, path: str, *names: str, **known: Any) -> Any:
 def plain() -> Arrays:
     whole = llava()
     with torch.no_grad():
-        alone = llama(whole)(inputs_embeds=given()["embedded"], use_cache=False).logits[:, -1].numpy()
+        alone = llama(whole)(inputs_embeds=load_inputs()["embedded"], use_cache=False).logits[:, -1].numpy()
     return {"logits": answered(whole), "alone": alone}
 
 
@@ -100,7 +100,7 @@ def repeng() -> Arrays:
     model.set_control(vector, 1.0)
     with torch.no_grad():
         logits = torch.cat(
-            [model(inputs_embeds=row[None], use_cache=False).logits[:, -1] for row in given()["embedded"]]
+            [model(inputs_embeds=row[None], use_cache=False).logits[:, -1] for row in load_inputs()["embedded"]]
         )
     return {"logits": logits.numpy(), **{f"direction.{i}": np.array(x) for i, x in vector.directions.items()}}
 
@@ -108,10 +108,10 @@ def repeng() -> Arrays:
 def _steering_vectors(name: str) -> Arrays:
     from steering_vectors import SteeringVector
 
-    told = torch.load(FOLDER / name, weights_only=True)  # noqa: TID251  # as the consumer does
-    vector = SteeringVector(told["layer_activations"], told["layer_type"])
+    document = torch.load(FOLDER / name, weights_only=True)  # noqa: TID251  # as the consumer does
+    vector = SteeringVector(document["layer_activations"], document["layer_type"])
     model = llava()
-    with vector.apply(model, layer_config=told["layer_config"]):
+    with vector.apply(model, layer_config=document["layer_config"]):
         logits = answered(model)
     rows = {f"direction.{i}": x.numpy() for i, x in vector.layer_activations.items()}
     return {"logits": logits, **rows}
@@ -126,22 +126,22 @@ def hotwire() -> Arrays:
     width, count = layers.config.hidden_size, layers.config.num_hidden_layers
     state = SteerState(count, width, 4096, torch.device("cpu"), torch.float32, 16)
     state.load_store(str(FOLDER / "vllm"))
-    found: Arrays = {}
+    arrays: Arrays = {}
     for entry in parse_spec(json.loads((FOLDER / "vllm" / "look.pt.json").read_text())["hotwire"]) or []:
         slot = state.slot_for(entry["id"], int(entry["layer"]), float(entry.get("scale", 1.0)))
         if slot is None:
             msg = f"no slot for {entry}"
             raise ValueError(msg)
         push = state.bank.scales[slot] * state.bank.bank[slot]
-        found[f"direction.{entry['layer']}"] = push.numpy().copy()
+        arrays[f"direction.{entry['layer']}"] = push.numpy().copy()
 
         def steer(_m: Any, _a: Any, out: Any, push: torch.Tensor = push) -> Any:
             return (out[0] + push, *out[1:]) if isinstance(out, tuple) else out + push
 
         layers.model.layers[entry["layer"]].register_forward_hook(steer)
     with torch.no_grad():
-        found["logits"] = layers(inputs_embeds=given()["embedded"], use_cache=False).logits[:, -1].numpy()
-    return found
+        arrays["logits"] = layers(inputs_embeds=load_inputs()["embedded"], use_cache=False).logits[:, -1].numpy()
+    return arrays
 
 
 def hidden_directions() -> Arrays:
@@ -170,7 +170,7 @@ def vti() -> Arrays:
     names = ("VTILayer", "get_nested_attr", "find_longest_modulelist", "find_module", "get_layers_path", "get_layers")
     typed = {"nn": torch.nn, "F": F, "Tensor": torch.Tensor, "PreTrainedModel": object}
     code = functions("VTI", "vti_utils/llm_layers.py", *names, "add_vti_layers", **typed)
-    found: Arrays = {}
+    arrays: Arrays = {}
     tensor: Any = torch.Tensor
     own = tensor.half
     for kind, stack in (("text", "language_model"), ("vision", "vision_tower")):
@@ -181,10 +181,10 @@ def vti() -> Arrays:
             code.add_vti_layers(getattr(model.model, stack), directions, alpha=[alpha])
             tensor.half = half  # its layer rounds to float16 whatever the model is; without, and with that
             try:
-                found[f"logits {name}"] = answered(model)
+                arrays[f"logits {name}"] = answered(model)
             finally:
                 tensor.half = own
-    return found
+    return arrays
 
 
 def _by_heads(x: np.ndarray, heads: int) -> np.ndarray:
@@ -216,14 +216,14 @@ def ict() -> Arrays:
     return _pushes(code.get_interventions_dict(chosen, None, both, both.shape[2], True, False, com))
 
 
-def _pushes(told: dict[str, list[Any]]) -> Arrays:
+def _pushes(files: dict[str, list[Any]]) -> Arrays:
     """Name what scripts of ITI and ICT return: module to (head, direction, deviation)."""
-    found: Arrays = {}
-    for module, items in told.items():
+    arrays: Arrays = {}
+    for module, items in files.items():
         layer = next(part for part in module.split(".") if part.isdecimal())
         for head, direction, deviation in items:
-            found[f"direction.{layer}.{head}"] = direction * deviation
-    return found
+            arrays[f"direction.{layer}.{head}"] = direction * deviation
+    return arrays
 
 
 CONSUMERS: dict[str, tuple[str, str, Callable[[], Arrays]]] = {
@@ -251,17 +251,17 @@ CONSUMERS: dict[str, tuple[str, str, Callable[[], Arrays]]] = {
 
 def main() -> None:
     """Run every consumer; one that fails stops no other."""
-    said: dict[str, dict[str, str]] = {}
+    readers: dict[str, dict[str, str]] = {}
     for name, (package, reader, run) in CONSUMERS.items():
-        said[name] = {"reader": reader, "version": ""}
+        readers[name] = {"reader": reader, "version": ""}
         try:
-            said[name]["version"] = importlib.metadata.version(package) if package else "clone"
+            readers[name]["version"] = importlib.metadata.version(package) if package else "clone"
             np.savez(FOLDER / f"{name}.out.npz", **run())
         except (ImportError, Missing) as error:
-            said[name]["missing"] = f"{error}".splitlines()[0]
+            readers[name]["missing"] = f"{error}".splitlines()[0]
         except Exception as error:  # noqa: BLE001  # whatever it is, it is the finding
-            said[name]["error"] = f"{type(error).__name__}: {error}"
-    print(json.dumps(said))
+            readers[name]["error"] = f"{type(error).__name__}: {error}"
+    print(json.dumps(readers))
 
 
 if __name__ == "__main__":

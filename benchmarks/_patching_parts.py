@@ -23,9 +23,9 @@ class Live(TorchDispatchMode):
         """Run an operation and count what it made."""
         out = func(*args, **(kwargs or {}))
         # What an operation was given is no new memory when it gives it back, as a view of a weight is.
-        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        input_storages = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
         for x in tree_leaves(out):
-            if isinstance(x, Tensor) and x.untyped_storage()._cdata not in given:
+            if isinstance(x, Tensor) and x.untyped_storage()._cdata not in input_storages:
                 self._count(x.untyped_storage())
         return out
 
@@ -36,9 +36,9 @@ class Live(TorchDispatchMode):
         self._seen.add(key)
         self.now += storage.nbytes()
         self.most = max(self.most, self.now)
-        weakref.finalize(storage, self._gone, key, storage.nbytes())
+        weakref.finalize(storage, self._forget, key, storage.nbytes())
 
-    def _gone(self, key: int, size: int) -> None:
+    def _forget(self, key: int, size: int) -> None:
         self._seen.discard(key)
         self.now -= size
 

@@ -1,4 +1,4 @@
-"""One step on a model of real width in a process of its own; prints bytes as JSON. Used by benchmarks/real_width.py."""
+"""Run one step on a model of real width in a separate process and print bytes as JSON. Used by benchmarks/real_width.py."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def questions(count: int, kind: str = "existence") -> ConceptDataset:
     """Yes-no questions about as many scenes, of one length."""
     data = scenes.dataset(10, 0, splits=("neutral",)).filter(lambda e: e.kind == kind)
     first = list({e.group: e for e in data}.values())[:count]
-    asked = {e.id: replace(e, question=QUESTION.format(question=e.question)) for e in first}
-    return ConceptDataset(data.name, tuple(asked.values()), {})
+    long_questions = {e.id: replace(e, question=QUESTION.format(question=e.question)) for e in first}
+    return ConceptDataset(data.name, tuple(long_questions.values()), {})
 
 
 def do_trace(model: Lvlm, folder: Path) -> ActivationStore:
@@ -75,28 +75,28 @@ def do_diagnose(model: Lvlm, folder: Path) -> None:
     places = (f"vision.L{model.n_vision_layers - 1}.resid_post", "projector.out", last)
     nouns = [c for c in store.labels if c.startswith("object:") and c != "object:named"]
     widths = {site: site_width(model, Site.parse(site)) for site in places}
-    found = [
+    directions = [
         ConceptDirection(site, "image:all", noun, unit(rng, width)) for site, width in widths.items() for noun in nouns
     ]
-    found.append(ConceptDirection(last, "last", "object:named", unit(rng, model.width)))
-    diagnose(model, store, found, list(questions(EXAMPLES)), progress=False)
+    directions.append(ConceptDirection(last, "last", "object:named", unit(rng, model.width)))
+    diagnose(model, store, directions, list(questions(EXAMPLES)), progress=False)
 
 
 def pairs(count: int) -> list[CounterfactualPair]:
     """Pairs of scenes whose questions have the length of `questions`."""
     data = scenes.dataset(20, 1, splits=("neutral",))
-    made = counterfactuals.pairs(data, "object", limit=count)
+    short_pairs = counterfactuals.pairs(data, "object", limit=count)
 
     def longer(example: Example) -> Example:
         return replace(example, question=QUESTION.format(question=example.question))
 
-    return [replace(p, clean=longer(p.clean), corrupt=longer(p.corrupt)) for p in made]
+    return [replace(p, clean=longer(p.clean), corrupt=longer(p.corrupt)) for p in short_pairs]
 
 
 def unit(rng: np.random.Generator, width: int) -> np.ndarray:
     """Return a random vector of length 1."""
-    drawn = rng.normal(size=width)
-    return drawn / np.linalg.norm(drawn)
+    vector = rng.normal(size=width)
+    return vector / np.linalg.norm(vector)
 
 
 def reset() -> None:
@@ -106,7 +106,7 @@ def reset() -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-def taken(name: str) -> int:
+def memory_bytes(name: str) -> int:
     """Return a figure of the process's memory in bytes."""
     line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(name))
     return int(line.split()[1]) * 1024
@@ -125,7 +125,7 @@ def main() -> None:
     """Run the step named first, on the folder named second, in the dtype and on the device named then."""
     step, folder, dtype, device = sys.argv[1:5]
     torch.set_num_threads(int(sys.argv[5]) if len(sys.argv) > 5 else torch.get_num_threads())
-    idle = taken("VmRSS")
+    idle = memory_bytes("VmRSS")
     reset()
     model = load_lvlm(folder, dtype=dtype, device=device, validate=step == "load")
     weights = sum(p.numel() * p.element_size() for p in model.hf.parameters())
@@ -134,7 +134,7 @@ def main() -> None:
         reset()
         with tempfile.TemporaryDirectory() as place:
             STEPS[step](model, Path(place))
-    peak = torch.cuda.max_memory_allocated() if device.startswith("cuda") else taken("VmHWM") - idle
+    peak = torch.cuda.max_memory_allocated() if device.startswith("cuda") else memory_bytes("VmHWM") - idle
     print(json.dumps({"weights": weights, "peak": peak, "tokens": tokens}))
 
 

@@ -64,52 +64,52 @@ class World:
         """Return as many heads that were not selected."""
         return random_heads((self.model.n_layers, self.model.n_heads), len(self.heads), exclude=self.heads, seed=seed)
 
-    def blank(self) -> list[CounterfactualPair]:
+    def blank(self) -> Sequence[CounterfactualPair]:
         """Pair neutral questions, spread over the images, with blanked images."""
         return self._spread("blank", self.pairs)
 
-    def changed(self) -> list[CounterfactualPair]:
+    def changed(self) -> Sequence[CounterfactualPair]:
         """Pair neutral questions with images in which the answer is another."""
         return [p for kind in ("object", "color", "relation") for p in self._spread(kind, self.pairs // 3)]
 
-    def destroyed(self, kind: str) -> list[CounterfactualPair]:
+    def destroyed(self, kind: str) -> Sequence[CounterfactualPair]:
         """Pair neutral questions with images that are blurred, or whose object is masked."""
         return self._spread(kind, self.pairs // 2)
 
-    def _spread(self, kind: str, count: int) -> list[CounterfactualPair]:
-        made = counterfactuals.pairs(self.discovery.where(split="neutral"), kind)
-        return made[:: max(1, len(made) // count)][:count]
+    def _spread(self, kind: str, count: int) -> Sequence[CounterfactualPair]:
+        candidates = counterfactuals.pairs(self.discovery.where(split="neutral"), kind)
+        return candidates[:: max(1, len(candidates) // count)][:count]
 
     def demonstrations(self, count: int) -> list[Demonstration]:
         """Describe scenes rightly, and with a thing that is not there in the place of the last one."""
-        made = []
+        described = []
         for example in {e.group: e for e in self.discovery}.values():
             scene: Any = example.image
             question = questions.caption(scene)
-            shown = {o.noun for o in scene.objects}
-            absent = sorted(set(NOUNS) - shown)[len(made) % 8]
+            present = {o.noun for o in scene.objects}
+            absent = sorted(set(NOUNS) - present)[len(described) % 8]
             last = mentioned_objects(question.answer, {n: n for n in NOUNS})[-1]
             wrong = absent.join(question.answer.rsplit(last, 1))
-            made.append(Demonstration(questions.as_example(scene, question, "caption"), question.answer, wrong))
-        return made[:count]
+            described.append(Demonstration(questions.as_example(scene, question, "caption"), question.answer, wrong))
+        return described[:count]
 
 
 def right_and_wrong(world: World, shuffle: int | None) -> tuple[np.ndarray, np.ndarray]:
     """Return masks of the misleading questions that the model gets right, and of those it gets wrong."""
-    asked = world.frame["split"].isin(MISLEADING).to_numpy()
-    right = asked & world.frame["correct"].to_numpy(dtype=bool)
+    misleading = world.frame["split"].isin(MISLEADING).to_numpy()
+    right = misleading & world.frame["correct"].to_numpy(dtype=bool)
     groups = world.frame["group"].tolist()
-    right = right if shuffle is None else shuffle_mask(right, shuffle, asked, groups=groups)
-    return right, asked & ~right
+    right = right if shuffle is None else shuffle_mask(right, shuffle, misleading, groups=groups)
+    return right, misleading & ~right
 
 
 def yes_and_no(world: World, shuffle: int | None) -> tuple[np.ndarray, np.ndarray]:
     """Return masks of the questions whose true answer is yes, and of those whose is no."""
     answers = world.frame["answer"].to_numpy()
-    asked = (answers == "yes") | (answers == "no")
+    parsed = (answers == "yes") | (answers == "no")
     groups = world.frame["group"].tolist()
-    yes = answers == "yes" if shuffle is None else shuffle_mask(answers == "yes", shuffle, asked, groups=groups)
-    return yes, asked & ~yes
+    yes = answers == "yes" if shuffle is None else shuffle_mask(answers == "yes", shuffle, parsed, groups=groups)
+    return yes, parsed & ~yes
 
 
 def _normals(world: World, keys: Sequence[Key], shuffle: int | None) -> SteeringVector:
@@ -145,7 +145,9 @@ def methods(world: World) -> dict[str, Method]:
         "MLP": {"sites": [f"decoder.L{layer}.mlp_out" for layer in upper]},
     }
 
-    def told(derivation: Callable[..., SteeringVector], masks: Callable, **more: Any) -> Callable[..., SteeringVector]:
+    def masked(
+        derivation: Callable[..., SteeringVector], masks: Callable, **more: Any
+    ) -> Callable[..., SteeringVector]:
         def make(where: dict[str, Any], shuffle: int | None) -> SteeringVector:
             positive, negative = masks(w, shuffle)
             return derivation(Contrast.from_store(store, positive=positive, negative=negative), **where, **more)
@@ -153,7 +155,7 @@ def methods(world: World) -> dict[str, Method]:
         return make
 
     def paired(
-        derivation: Callable[..., SteeringVector], pairs: list[CounterfactualPair]
+        derivation: Callable[..., SteeringVector], pairs: Sequence[CounterfactualPair]
     ) -> Callable[..., SteeringVector]:
         contrast = Contrast.from_pairs(w.model, pairs)
         return lambda where, s: derivation(contrast if s is None else contrast.shuffled(s), **where)
@@ -168,17 +170,17 @@ def methods(world: World) -> dict[str, Method]:
         places = {f"{where} L{key if isinstance(key, int) else key.layer}": key for key in whole(None).changes}
         return Method({n: lambda s, key=key: only(whole(s), [key]) for n, key in places.items()}, strengths)
 
-    def ict(pairs: Sequence[list[CounterfactualPair]], shuffle: int | None) -> SteeringVector:
+    def ict(pairs: Sequence[Sequence[CounterfactualPair]], shuffle: int | None) -> SteeringVector:
         contrasts = [Contrast.from_pairs(w.model, p) for p in pairs]
         contrasts = contrasts if shuffle is None else [c.shuffled(shuffle) for c in contrasts]
         return combine([derive.ict(c, top=len(w.heads), strength=1.0) for c in contrasts])
 
     blank, changed = w.blank(), w.changed()
     destroyed = [w.destroyed("blur"), w.destroyed("mask")]
-    difference, lda = told(derive.mean_difference, right_and_wrong), told(derive.lda, right_and_wrong)
-    tell, pca = told(derive.discriminant, yes_and_no, doubt=0.5), paired(derive.paired_pca, changed)
+    difference, lda = masked(derive.mean_difference, right_and_wrong), masked(derive.lda, right_and_wrong)
+    tell, pca = masked(derive.discriminant, yes_and_no, doubt=0.5), paired(derive.paired_pca, changed)
     colors = sorted(c for c in w.frame.columns if c.startswith("attribute:"))
-    iti = told(derive.iti, right_and_wrong, top=len(w.heads))
+    iti = masked(derive.iti, right_and_wrong, top=len(w.heads))
     return {
         "mean_difference": tried(difference, SIGMAS),
         "mean_difference, residual": tried(difference, SIGMAS, "residual"),
@@ -210,29 +212,29 @@ def methods(world: World) -> dict[str, Method]:
             LENGTHS,
             late=False,
         ),
-        "vsv": Method({"residual": None}, LENGTHS[:4], late=False, parts=lambda data: _seen(w.model, data)),
+        "vsv": Method({"residual": None}, LENGTHS[:4], late=False, parts=lambda data: _probed_objects(w.model, data)),
         "project_away": Method({"image tokens": None}, SHARES[:4], late=False, parts=lambda d: _named(w.model, d)),
     }
 
 
-def _seen(model: Lvlm, data: ConceptDataset) -> list[tuple[ConceptDataset, SteeringVector | None]]:
+def _probed_objects(model: Lvlm, data: ConceptDataset) -> list[tuple[ConceptDataset, SteeringVector | None]]:
     """Derive a vector from every question and its image."""
     return [(ConceptDataset("one", (e,)), derive.vsv(model, e)) for e in data]
 
 
 def _named(model: Lvlm, data: ConceptDataset) -> list[tuple[ConceptDataset, SteeringVector | None]]:
     """Take the thing that a question of existence names out of the image, in the middle layers; nothing for the others."""
-    asked = {
+    nouns = {
         e.id: noun
         for e in data
         if e.kind == "existence"
         for noun in mentioned_objects(e.question, {n: n for n in NOUNS})
     }
-    made: list[tuple[ConceptDataset, SteeringVector | None]] = [(data.filter(lambda e: e.id not in asked), None)]
-    for noun in sorted(set(asked.values())):
+    parts: list[tuple[ConceptDataset, SteeringVector | None]] = [(data.filter(lambda e: e.id not in nouns), None)]
+    for noun in sorted(set(nouns.values())):
         vector = derive.project_away(model, noun, layers=(1, 2, 3))
-        made.append((data.filter(lambda e, noun=noun: asked.get(e.id) == noun), vector))
-    return [(part, vector) for part, vector in made if len(part)]
+        parts.append((data.filter(lambda e, noun=noun: nouns.get(e.id) == noun), vector))
+    return [(part, vector) for part, vector in parts if len(part)]
 
 
 def _images(data: ConceptDataset, count: int) -> list[Any]:

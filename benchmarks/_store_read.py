@@ -1,4 +1,4 @@
-"""Reading: a layer, a head and random rows beside a memmap, warm and cold; many shards beside one."""
+"""Reading: a layer, a head and random rows compared with a memmap, warm and cold; many shards compared with one."""
 
 from __future__ import annotations
 
@@ -96,18 +96,18 @@ def measure_shards(bench: Bench, root: Path, quick: bool) -> dict[str, Figure]:
     data = batches(examples, layers, 64)
     written(root / "many", data, examples, layers, examples // 64)
     written(root / "one", data, examples, layers, examples)
-    many, one = ActivationStore(root / "many"), ActivationStore(root / "one")
+    many_store, single_store = ActivationStore(root / "many"), ActivationStore(root / "one")
     out = np.empty((examples, 1, WIDTH), np.float32)
     site = f"decoder.L{layers // 2}.z"
     with h5py.File(root / "many" / "index.h5") as index, h5py.File(root / "one" / "shard-0-00000.h5") as single:
         whole, name = np.s_[:, layers // 2 : layers // 2 + 1], "arrays/decoder.z/last"
-        held, plain = index[name], single[name]
+        indexed, plain = index[name], single[name]
         times = bench.turns(
             "64 shards",
             {
-                "many": lambda: many.read(site, "last"),
-                "one": lambda: one.read(site, "last"),
-                "index": lambda: held.read_direct(out, whole),  # pyright: ignore[reportAttributeAccessIssue]
+                "many": lambda: many_store.read(site, "last"),
+                "one": lambda: single_store.read(site, "last"),
+                "index": lambda: indexed.read_direct(out, whole),  # pyright: ignore[reportAttributeAccessIssue]
                 "file": lambda: plain.read_direct(out, whole),  # pyright: ignore[reportAttributeAccessIssue]
                 # The first reading finds the shards; here each is a first one.
                 "index opened": lambda: first(root / "many" / "index.h5", name, out, whole),

@@ -1,4 +1,4 @@
-"""Writing: beside the bare disk, beside a forward, and how much room it takes."""
+"""Writing: compared with the bare disk and with a forward pass, and size on disk."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Peak memory of a trace of some examples, in a process of its own; prints mebibytes. Used by benchmarks/trace.py."""
+"""Print the peak memory of a trace in a separate process, in mebibytes. Used by benchmarks/trace.py."""
 
 from __future__ import annotations
 

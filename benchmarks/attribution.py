@@ -6,14 +6,14 @@ heads with gradients at five points between the runs; all edges of the decoder w
 `circuits.input_attribution.split` of four questions, over plain forwards of its distinct coalitions in batches of the same
 size.
 
-Worth, on the embedded model and on models with planted circuits: how the estimates rank heads beside exact patching, with
+Worth, on the embedded model and on models with planted circuits: how the estimates rank heads compared with exact patching, with
 intervals over scenes, for each level; how near estimates of patched queries come to patching them, with and without the
-query/key fix; and how faithful the best heads alone are (CPR) and how like the model they behave (CMD) by exact patching,
+query/key fix; and how faithful the best heads alone are (CPR) and how closely they match the model (CMD) by exact patching,
 by the estimates, by attention to the image and by chance; and circuits of edges by EAP-IG and by chance.
 
     python benchmarks/attribution.py [--quick] [--save [--resume]] [--parts cost,object,attribute,relation,planted]
 
-With ``--save`` each part is written as soon as it is done; ``--resume`` leaves out those that a whole run has written.
+With ``--save`` each part is written when it is finished; ``--resume`` leaves out those that a whole run has written.
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ def cost(n: int) -> dict[str, dict[str, Any]]:
     inputs = model.collate([model.encode(pair.corrupt)])
     figures: dict[str, dict[str, Any]] = {}
 
-    def forwards(one: Callable[[], object], count: int) -> Callable[[], object]:
-        return lambda: [one() for _ in range(count)]
+    def forwards(work: Callable[[], object], count: int) -> Callable[[], object]:
+        return lambda: [work() for _ in range(count)]
 
     options: dict[str, Any] = {"min_effect": 0, "progress": False}
     methods: dict[str, Callable[[], object]] = {
@@ -90,24 +90,26 @@ def cost(n: int) -> dict[str, dict[str, Any]]:
     }
     for name, method in methods.items():
         times = alternate(forwards(lambda: model.logits(inputs), 4), method, n, cpu)
-        figures[name] = _figure(name, [taken / (plain / 4) for plain, taken in times], "plain forwards")
+        figures[name] = _figure(name, [duration / (plain / 4) for plain, duration in times], "plain forwards")
 
-    asked = list(questions(4))
-    neutral = [asked[0].question.replace("cat", "dog")]
+    examples_ = list(questions(4))
+    neutral = [examples_[0].question.replace("cat", "dog")]
 
     def split() -> input_attribution.Sources:
-        return input_attribution.split(model, asked, neutral_questions=neutral, progress=False, batch_size=8)
+        return input_attribution.split(model, examples_, neutral_questions=neutral, progress=False, batch_size=8)
 
-    found = split()
-    distinct = sum(one.forwards for one in found.examples)
-    batch = model.collate([model.encode(e) for e in asked] * 2)
+    sources = split()
+    distinct = sum(work.forwards for work in sources.examples)
+    batch = model.collate([model.encode(e) for e in examples_] * 2)
     times = alternate(
         forwards(lambda: model.logits(batch), distinct // 8),
         split,
         n,
         cpu,
     )
-    figures["sources"] = _figure("sources", [taken / plain for plain, taken in times], f"forwards of {distinct} inputs")
+    figures["sources"] = _figure(
+        "sources", [duration / plain for plain, duration in times], f"forwards of {distinct} inputs"
+    )
     return figures
 
 
@@ -125,9 +127,9 @@ def worth(level: str, images: int) -> dict[str, dict[str, Any]]:
     pairs = counterfactuals.pairs(data, kind=KINDS[level], limit=images)
     rankings = compared(model, pairs, level, figures, most=min(images, EDGE_PAIRS))
     examples = [e for e in held_out if e.level == level and e.candidates][:images]
-    seen = attention_to_image(model, examples[:WATCHED], all_heads(model)).image_mass.mean(0)
-    rankings["attention"] = seen.reshape(model.n_layers, model.n_heads)
-    rankings["random"] = np.random.Generator(np.random.PCG64(0)).normal(size=seen.size).reshape(model.n_layers, -1)
+    attention = attention_to_image(model, examples[:WATCHED], all_heads(model)).image_mass.mean(0)
+    rankings["attention"] = attention.reshape(model.n_layers, model.n_heads)
+    rankings["random"] = np.random.Generator(np.random.PCG64(0)).normal(size=attention.size).reshape(model.n_layers, -1)
     for name, ranking in rankings.items():
         figure = figures.setdefault(f"{level}_{name}", {})
         signed = faithfulness.curve(model, examples, ranking, order="signed", progress=False)
@@ -136,8 +138,8 @@ def worth(level: str, images: int) -> dict[str, dict[str, Any]]:
     other = counterfactuals.pairs(held_out, kind=KINDS[level], limit=CIRCUIT_PAIRS)
     graph = attribution.edges(model, pairs[: min(images, EDGE_PAIRS)], progress=False)
     draw = np.random.Generator(np.random.PCG64(0)).normal(size=graph.scores.shape)
-    drawn = replace(graph, scores=np.where(graph.shape.there, draw, 0))
-    for name, scored in (("edges_eap_ig", graph), ("edges_random", drawn)):
+    random_graph = replace(graph, scores=np.where(graph.shape.there, draw, 0))
+    for name, scored in (("edges_eap_ig", graph), ("edges_random", random_graph)):
         curve = faithfulness.edges(model, other, scored, order="absolute", progress=False)
         figures[f"{level}_{name}"] = {
             "pairs": len(other), "cpr": str(curve.interval("cpr")), "cmd": str(curve.interval("cmd"))
@@ -155,19 +157,19 @@ def compared(
     few = max(1, round(0.05 * exact.mean.size))
     for estimate, more in ESTIMATES.items():
         rankings[estimate] = attribution.heads(model, pairs, tokens="suffix", progress=False, **more)
-    kept = [pair for pair in pairs if pair.clean.id in set(exact.ids)][:most]
-    apart = [attribution.edges(model, [pair], min_effect=0, progress=False).heads for pair in kept]
-    first = exact.select(np.arange(len(kept)))
-    rankings["eap_ig"] = replace(first, effects=np.stack(apart).astype(np.float32))
+    chosen = [pair for pair in pairs if pair.clean.id in set(exact.ids)][:most]
+    by_pair = [attribution.edges(model, [pair], min_effect=0, progress=False).heads for pair in chosen]
+    first = exact.select(np.arange(len(chosen)))
+    rankings["eap_ig"] = replace(first, effects=np.stack(by_pair).astype(np.float32))
     for estimate, scores in rankings.items():
         if isinstance(scores, HeadScores) and estimate != "exact":
-            beside = first if estimate == "eap_ig" else exact
-            found = compare(beside, scores, k=(few, 5))
+            reference = first if estimate == "eap_ig" else exact
+            comparison = compare(reference, scores, k=(few, 5))
             figures[f"{name}_{estimate}"] = {
-                "rank_correlation": str(found.rank_correlation),
-                "overlap_at_5_percent": str(found.overlap[few]),
-                "overlap_at_5": str(found.overlap[5]),
-                "pairs": beside.n_pairs,
+                "rank_correlation": str(comparison.rank_correlation),
+                "overlap_at_5_percent": str(comparison.overlap[few]),
+                "overlap_at_5": str(comparison.overlap[5]),
+                "pairs": reference.n_pairs,
             }
     return rankings
 
@@ -180,12 +182,14 @@ def queries(model: Lvlm, pairs: Sequence[CounterfactualPair]) -> dict[str, Any]:
         clean, corrupt = (model.encode(getattr(pair, side)) for side in ("clean", "corrupt"))
         rows = model.collate([corrupt] * model.n_heads)
         ids = [model.processor.tokenizer.convert_tokens_to_ids(e.answer) for e in (pair.clean, pair.corrupt)]
-        ends = [model.logits(model.collate([one]))[0] for one in (clean, corrupt)]
+        ends = [model.logits(model.collate([example]))[0] for example in (clean, corrupt)]
         low, high = (float(x[ids[0]] - x[ids[1]]) for x in ends[::-1])
         effects = np.empty((model.n_layers, model.n_heads))
         for layer in range(model.n_layers):
             site = Site("decoder", layer, "q")
-            source, run = (model.read(model.collate([one]), [site])[str(site)][:, -1] for one in (clean, corrupt))
+            source, run = (
+                model.read(model.collate([example]), [site])[str(site)][:, -1] for example in (clean, corrupt)
+            )
             by_head = run.repeat(model.n_heads, 1).unflatten(-1, (model.n_heads, -1)).clone()
             own = torch.arange(model.n_heads)
             by_head[own, own] = source.unflatten(-1, (model.n_heads, -1))[0]
@@ -193,13 +197,13 @@ def queries(model: Lvlm, pairs: Sequence[CounterfactualPair]) -> dict[str, Any]:
                 logits = model.logits(rows)
             effects[layer] = ((logits[:, ids[0]] - logits[:, ids[1]]).numpy() - low) / (high - low)
         exact.append(effects)
-    found: dict[str, Any] = {"pairs": len(pairs)}
+    result: dict[str, Any] = {"pairs": len(pairs)}
     truth = np.stack(exact)
     for name, fix in (("plain", False), ("fixed", True)):
         estimate = attribution.inputs(model, pairs, "q", tokens="last", fix=fix, min_effect=0, progress=False).effects
-        found[f"error_{name}"] = round(float(np.abs(estimate - truth).sum() / np.abs(truth).sum()), 3)
-        found[f"correlation_{name}"] = round(float(np.corrcoef(estimate.ravel(), truth.ravel())[0, 1]), 3)
-    return found
+        result[f"error_{name}"] = round(float(np.abs(estimate - truth).sum() / np.abs(truth).sum()), 3)
+        result[f"correlation_{name}"] = round(float(np.corrcoef(estimate.ravel(), truth.ravel())[0, 1]), 3)
+    return result
 
 
 def in_planted(count: int) -> dict[str, dict[str, Any]]:
@@ -297,18 +301,18 @@ def show(console: Console, part: str, figures: dict[str, dict[str, Any]]) -> Non
     table = Table(
         "embedded model, level and ranking", "rank correlation with exact", "of the best 5 %", "best 5", "CPR", "CMD"
     )
-    asked = Table(
+    query_table = Table(
         "patched queries", "pairs", "error, plain", "error, fixed", "correlation, plain", "correlation, fixed"
     )
     for name, f in figures.items():
         if name.endswith("queries"):
             columns = ("pairs", "error_plain", "error_fixed", "correlation_plain", "correlation_fixed")
-            asked.add_row(name, *(str(f[k]) for k in columns))
+            query_table.add_row(name, *(str(f[k]) for k in columns))
         else:
             columns = ("rank_correlation", "overlap_at_5_percent", "overlap_at_5", "cpr", "cmd")
             table.add_row(name, *(str(f.get(k, "")) for k in columns))
     console.print(table)
-    console.print(asked)
+    console.print(query_table)
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ def released(release: Path, pattern: Path) -> tuple[Reader, Callable[[str], str]
     return lambda caption: evaluator.caption_to_words(caption)[1], words["pluralize"]
 
 
-def made(entries: list[str], plural: Callable[[str], str], count: int) -> Iterator[str]:
+def build_captions(entries: list[str], plural: Callable[[str], str], count: int) -> Iterator[str]:
     """Yield captions from templates."""
     chance = random.Random(0)
     forms = [
@@ -92,7 +92,7 @@ def main() -> None:
         synonyms = read_synonyms(options.release / "data/synonyms.txt")
         entries = [*synonyms, *COCO_PHRASES]
         groups = {path.stem: [json.loads(line)["caption"] for line in path.open()] for path in options.captions}
-        groups["templates"] = list(made(entries, plural, 2_000 if options.quick else 40_000))
+        groups["templates"] = list(build_captions(entries, plural, 2_000 if options.quick else 40_000))
         table = Table("captions", "n", "equal objects, %", "mentions", "theirs")
         everything = {"equal": 0, "captions": 0}
         for name, captions in groups.items():

@@ -1,6 +1,6 @@
 """Exports read back by those they are written for: every file, by its consumer's own reader, in the consumer's environment.
 
-Vectors of the embedded model are exported in every format; another Python (with packages that do not fit beside ours) reads
+Vectors of the embedded model are exported in every format; another Python (with packages that conflict with ours) reads
 each file with the consumer's code, applies it to the same saved model where the consumer can, and what it read and answered
 is held against the vector and against `SteeringVector.applied`. A consumer that is not installed is listed with the reason.
 
@@ -59,10 +59,10 @@ class Expected:
     directions: Mapping[str, np.ndarray]
     logits: Mapping[str, np.ndarray]
     loose: tuple[str, ...] = ()
-    """Logits that are told but not held to the goal."""
+    """Logits that are reported without a goal."""
 
 
-def made(
+def make_vector(
     model: Lvlm, *keys: Key, shapes: Mapping[Key, tuple[int, ...]] | None = None, **changes: Any
 ) -> SteeringVector:
     """Make a vector of random directions."""
@@ -81,15 +81,15 @@ def steered(model: Lvlm, batch: Batch, vector: SteeringVector) -> np.ndarray:
 
 def rows(model: Lvlm, vector: SteeringVector) -> dict[str, np.ndarray]:
     """Return what a vector adds at each layer, in float64, heads through the output projection."""
-    found: dict[str, np.ndarray] = {}
+    moves: dict[str, np.ndarray] = {}
     for key, move in vector.displacements().items():
         if isinstance(key, Head):
             columns = slice(key.head * model.head_dim, (key.head + 1) * model.head_dim)
             weight = model.output_projection("decoder", key.layer).weight.detach().double().numpy()
             move = weight[:, columns] @ move
         name = f"direction.{key.layer if isinstance(key, Head | Site) else key}"
-        found[name] = found.get(name, 0) + move
-    return found
+        moves[name] = moves.get(name, 0) + move
+    return moves
 
 
 def write(model: Lvlm, folder: Path) -> dict[str, Expected]:
@@ -98,22 +98,22 @@ def write(model: Lvlm, folder: Path) -> dict[str, Expected]:
     batch = next(b for b in model.batches(data.where(kind="existence").examples, 2) if len(b.index) == 2)
     model.hf.save_pretrained(folder / "model")
     embedded = model.read(batch.inputs, ["decoder.L0.resid_pre"])["decoder.L0.resid_pre"]
-    given: dict[str, Any] = {"embedded": embedded.numpy(), **{k: v.numpy() for k, v in batch.inputs.items()}}
-    np.savez(folder / "inputs.npz", **given)
+    arrays: dict[str, Any] = {"embedded": embedded.numpy(), **{k: v.numpy() for k, v in batch.inputs.items()}}
+    np.savez(folder / "inputs.npz", **arrays)
     plain = model.logits(batch.inputs).numpy()
     expected = {"model": Expected({}, {"logits": plain, "alone": plain})}
 
-    blocks, heads = made(model, 2, 4), made(model, *HEADS)
+    blocks, heads = make_vector(model, 2, 4), make_vector(model, *HEADS)
     export.gguf(blocks, folder / "v.gguf", model)
     export.steering_vectors(blocks, folder / "blocks.pt", model)
     export.steering_vectors(heads, folder / "heads.pt", model, convert=True)
     export.vllm(blocks, folder / "vllm" / "look.pt", model)
-    known, logits = rows(model, blocks), {"logits": steered(model, batch, blocks)}
-    expected |= {name: Expected(known, {}) for name in ("gguf", "hidden-directions")}
-    expected |= {name: Expected(known, logits) for name in ("repeng", "steering-vectors", "hotwire-vllm")}
+    directions, logits = rows(model, blocks), {"logits": steered(model, batch, blocks)}
+    expected |= {name: Expected(directions, {}) for name in ("gguf", "hidden-directions")}
+    expected |= {name: Expected(directions, logits) for name in ("repeng", "steering-vectors", "hotwire-vllm")}
     expected["steering-vectors, heads"] = Expected(rows(model, heads), {"logits": steered(model, batch, heads)})
 
-    mixed = made(model, *HEADS, 2, Site("decoder", 3, "mlp_out"))
+    mixed = make_vector(model, *HEADS, 2, Site("decoder", 3, "mlp_out"))
     export.baked(mixed, folder / "bias.safetensors", model)
     shutil.copy(apply_bias.__file__, folder / "apply_bias.py")
     expected["baked"] = Expected({}, {"logits": steered(model, batch, mixed)})
@@ -124,7 +124,7 @@ def write(model: Lvlm, folder: Path) -> dict[str, Expected]:
         sites = [Site(stack, layer, "mlp_out") for layer in (0, 2)]  # pyright: ignore[reportArgumentType]  # one of the two
         width = width or model.output_projection("vision", 0).out_features
         shape = (width,) if stack == "decoder" else (tokens, width)
-        vector = made(model, *sites, shapes=dict.fromkeys(sites, shape), norm="relative")
+        vector = make_vector(model, *sites, shapes=dict.fromkeys(sites, shape), norm="relative")
         export.vti(vector.scaled(6.0), folder / f"vti_{kind}.pt", model)
         answers[f"logits {kind}"] = answers[f"logits {kind} half"] = steered(model, batch, vector.scaled(6.0))
     expected["VTI"] = Expected({}, answers, tuple(name for name in answers if name.endswith("half")))
@@ -146,8 +146,8 @@ def activations(model: Lvlm, folder: Path) -> dict[str, Expected]:
     pushes = {f"direction.{h.layer}.{h.head}": additions[h].astype(np.float32) for h in vector.heads}
 
     blurred = [p for p in counterfactuals.pairs(scenes.dataset(10, seed=6), kind="blur") if p.clean.named_object()][:8]
-    known = {p.clean.id: p for p in counterfactuals.pairs(scenes.dataset(10, seed=6), kind="mask")}
-    both = [(p, known[p.clean.id]) for p in blurred if p.clean.id in known]
+    masked = {p.clean.id: p for p in counterfactuals.pairs(scenes.dataset(10, seed=6), kind="mask")}
+    both = [(p, masked[p.clean.id]) for p in blurred if p.clean.id in masked]
     blur, mask = (Contrast.from_pairs(model, pairs) for pairs in zip(*both, strict=True))
     paths = export.ict_activations(blur, mask, folder / "vectors")
     clean, wrong = (np.load(path).astype(np.float64) for path in paths[:2])
@@ -163,18 +163,18 @@ def activations(model: Lvlm, folder: Path) -> dict[str, Expected]:
 
 def compared(folder: Path, name: str, want: Expected) -> dict[str, Any]:
     """Hold what a consumer read and answered against what it must; differences, absolute and at most."""
-    found = dict(np.load(folder / f"{name}.out.npz"))
-    read = {k for k in found if k.startswith("direction")}
+    arrays = dict(np.load(folder / f"{name}.out.npz"))
+    read = {k for k in arrays if k.startswith("direction")}
     same = {"directions": 0.0} if want.directions else {}
     for key, row in want.directions.items():
-        there = key in found and found[key].shape == row.shape
-        same["directions"] = max(same["directions"], float(np.abs(found[key] - row).max()) if there else np.inf)
+        there = key in arrays and arrays[key].shape == row.shape
+        same["directions"] = max(same["directions"], float(np.abs(arrays[key] - row).max()) if there else np.inf)
     if read != set(want.directions):
         same["directions"] = np.inf
     for key, row in want.logits.items():
-        same[key] = float(np.abs(found[key] - row).max()) if key in found else np.inf
-    held = [v for k, v in same.items() if k not in want.loose]
-    return {"value": max(held), "holds": max(held) <= TOLERANCE, "compared": same, "n": len(want.directions)}
+        same[key] = float(np.abs(arrays[key] - row).max()) if key in arrays else np.inf
+    checked = [v for k, v in same.items() if k not in want.loose]
+    return {"value": max(checked), "holds": max(checked) <= TOLERANCE, "compared": same, "n": len(want.directions)}
 
 
 def main() -> None:
@@ -196,21 +196,21 @@ def main() -> None:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise SystemExit(f"{options.python} did not run the readers:\n{done.stderr[-2000:]}")  # noqa: EM102  # a check
-        said = json.loads(done.stdout.splitlines()[-1])
+        answers = json.loads(done.stdout.splitlines()[-1])
         for consumer, want in expected.items():
-            told = said[consumer]
+            answer = answers[consumer]
             figure: dict[str, Any] = {
-                **told,
+                **answer,
                 "goal": f"<= {TOLERANCE}",
                 "value": None,
-                "holds": None if "missing" in told else False,
+                "holds": None if "missing" in answer else False,
             }
-            if not told.keys() & {"missing", "error"}:
+            if not answer.keys() & {"missing", "error"}:
                 figure |= compared(folder, consumer, want)
             figures[consumer] = figure
             differences = ", ".join(f"{k} {v:.1e}" for k, v in figure.get("compared", {}).items())
-            result = told.get("error") or (f"not here: {told['missing']}" if "missing" in told else None)
-            table.add_row(consumer, told["reader"], told["version"], differences, result or str(figure["holds"]))
+            result = answer.get("error") or (f"not here: {answer['missing']}" if "missing" in answer else None)
+            table.add_row(consumer, answer["reader"], answer["version"], differences, result or str(figure["holds"]))
     for consumer, reason in UNREAD.items():
         table.add_row(consumer, "", "", "", f"not run: {reason}")
     console.print(table)

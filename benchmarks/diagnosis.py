@@ -4,11 +4,11 @@ The embedded model is spoiled in four ways (`groundscope.testing.planted_failure
 color, color is
 taken out of the projector's output, nothing after the image can attend to it, two heads of the last layer push an answer for each
 noun. Diagnosed are the answers that became wrong: right before, wrong now; for the heads also right with the heads in place and
-silent. Probes are fitted on the spoiled model, as anyone would who diagnoses a model as it is; no answer diagnosed is about an
+silent. Probes are fitted on the changed model, as for any model under diagnosis; no answer diagnosed is about an
 image that they were fitted to. The tower and the projector lose color only, so questions about color are asked of them; of the
 others questions of every kind, as many of each as there are, up to a limit.
 
-Beside them the embedded model as it is: there nobody knows the cause, so the table only says what the verdicts are.
+The embedded model without a planted failure is included: its causes are unknown, so the table only lists the verdicts.
 
 The time is that of `diagnosis.diagnose` alone, store and probes given, with sources and without a cache of anything.
 
@@ -72,32 +72,32 @@ def spoiled(model: Lvlm, cause: str, strength: float = 0.5, seed: int = 98) -> L
         return planted_failures.color_erased(model, other)
     if cause == NOT_INTEGRATED:
         return planted_failures.image_cut(model, 1)
-    asked = [e for e in other if e.candidates][::6]
+    examples = [e for e in other if e.candidates][::6]
     signs = {noun: ("yes", "no")[i % 2] for i, noun in enumerate(NOUNS)}
-    pushed = planted_failures.prior_head(model, asked, Head(5, 1), signs, strength)
+    pushed = planted_failures.prior_head(model, examples, Head(5, 1), signs, strength)
     colors = {noun: COLOR_NAMES[i % len(COLOR_NAMES)] for i, noun in enumerate(NOUNS)}
-    return planted_failures.prior_head(pushed, asked, Head(5, 4), colors, strength)
+    return planted_failures.prior_head(pushed, examples, Head(5, 4), colors, strength)
 
 
-def right(model: Lvlm, data: ConceptDataset, kept: Path) -> set[str]:
+def right(model: Lvlm, data: ConceptDataset, cache: Path) -> set[str]:
     """Return the ids of the questions a model answers right, kept in a file."""
-    if kept.is_file():
-        return set(json.loads(kept.read_text()))
-    found = {a.id for a in answer(model, data, 64, progress=False).answers if a.correct}
-    kept.write_text(json.dumps(sorted(found)))
-    return found
+    if cache.is_file():
+        return set(json.loads(cache.read_text()))
+    correct = {a.id for a in answer(model, data, 64, progress=False).answers if a.correct}
+    cache.write_text(json.dumps(sorted(correct)))
+    return correct
 
 
 def chosen(wrong: list[Example], every_kind: bool) -> list[Example]:
     """Return the wrong answers that are diagnosed: as many of each kind as there are up to `OF_KIND`, or `COUNT` in all."""
-    drawn = [wrong[int(i)] for i in np.random.default_rng(0).permutation(len(wrong))]
+    sample = [wrong[int(i)] for i in np.random.default_rng(0).permutation(len(wrong))]
     if not every_kind:
-        return drawn[:COUNT]
-    kinds = dict.fromkeys((e.level, e.kind) for e in drawn)
-    return [e for kind in kinds for e in [x for x in drawn if (x.level, x.kind) == kind][:OF_KIND]]
+        return sample[:COUNT]
+    kinds = dict.fromkeys((e.level, e.kind) for e in sample)
+    return [e for kind in kinds for e in [x for x in sample if (x.level, x.kind) == kind][:OF_KIND]]
 
 
-def found_in(
+def diagnose_model(
     model: Lvlm, data: ConceptDataset, before: set[str] | None, folder: Path, every_kind: bool
 ) -> tuple[Diagnoses, float]:
     """Trace a spoiled model, fit its probes and diagnose what became wrong (all that is, without `before`); and seconds."""
@@ -106,42 +106,43 @@ def found_in(
     store = ActivationStore(folder)
     frame = store.frame()
     directions = fit_directions(store, (frame["split"] == "neutral").to_numpy())
-    known = {g for d in directions for g in d.train_groups}
+    training_groups = {g for d in directions for g in d.train_groups}
     correct = dict(zip(frame["id"], frame["correct"], strict=True))
-    free = [e for e in data if e.group not in known]
+    free = [e for e in data if e.group not in training_groups]
     wrong = [e for e in free if (before is None or e.id in before) and not correct[e.id]]
-    asked: list[Example] = chosen(wrong, every_kind) + [e for e in free if correct[e.id]]
+    answers: list[Example] = chosen(wrong, every_kind) + [e for e in free if correct[e.id]]
     start = time.perf_counter()
-    found = diagnose(model, store, directions, asked, progress=False)
-    return found, time.perf_counter() - start
+    diagnoses = diagnose(model, store, directions, answers, progress=False)
+    return diagnoses, time.perf_counter() - start
 
 
-def counted(found: Diagnoses, *by: str) -> dict[str, dict[str, int]]:
+def counted(diagnoses: Diagnoses, *by: str) -> dict[str, dict[str, int]]:
     """Return how many of the wrong answers got each verdict, by some columns of the question."""
     counts: dict[str, dict[str, int]] = {}
-    for one in found.wrong:
-        row = counts.setdefault(" ".join(one.example[name] for name in by), dict.fromkeys(VERDICTS, 0))
-        row[str(one.verdict)] += 1
+    for diagnosis in diagnoses.wrong:
+        row = counts.setdefault(" ".join(diagnosis.example[name] for name in by), dict.fromkeys(VERDICTS, 0))
+        row[str(diagnosis.verdict)] += 1
     return dict(sorted(counts.items()))
 
 
-def figure_of(found: Diagnoses, cause: str, data: ConceptDataset, seconds: float) -> dict[str, Any]:
+def figure_of(diagnoses: Diagnoses, cause: str, data: ConceptDataset, seconds: float) -> dict[str, Any]:
     """Return what is kept of a cause."""
-    counts = Counter(str(one.verdict) for one in found.wrong)
+    counts = Counter(str(diagnosis.verdict) for diagnosis in diagnoses.wrong)
     figure: dict[str, Any] = {
         "threads": torch.get_num_threads(),
         "images": len({e.group for e in data}),
         "kinds": sorted({e.kind for e in data}),
     }
     if cause != OWN:
-        share = counts[cause] / max(1, len(found.wrong))
+        share = counts[cause] / max(1, len(diagnoses.wrong))
         figure |= {"value": round(share, 4), "goal": f">= {SHARE}", "holds": share >= SHARE}
-    blamed = sum(o.verdict is not None for o in found.examples if o.said == o.example["truth"])
+    blamed = sum(o.verdict is not None for o in diagnoses.examples if o.said == o.example["truth"])
     return figure | {
-        "n": len(found.wrong), "verdicts": {v: counts[v] for v in VERDICTS}, "by_level": counted(found, "level"),
-        "by_kind": counted(found, "level", "kind"), "by_split": counted(found, "level", "split"),
-        "leant": sum(o.lean > 0 for o in found.wrong), "right_with_verdict": blamed, "of_right": len(found) - len(found.wrong),
-        "reasons_of_other": dict(Counter(o.reason for o in found.wrong if o.reason)), "seconds": round(seconds, 1),
+        "n": len(diagnoses.wrong), "verdicts": {v: counts[v] for v in VERDICTS}, "by_level": counted(diagnoses, "level"),
+        "by_kind": counted(diagnoses, "level", "kind"), "by_split": counted(diagnoses, "level", "split"),
+        "leant": sum(o.lean > 0 for o in diagnoses.wrong), "right_with_verdict": blamed,
+        "of_right": len(diagnoses) - len(diagnoses.wrong),
+        "reasons_of_other": dict(Counter(o.reason for o in diagnoses.wrong if o.reason)), "seconds": round(seconds, 1),
     }  # fmt: skip
 
 
@@ -166,7 +167,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         for cause in causes:
             figures[cause.replace(" ", "_")] = run(cause, options, options.folder or Path(temporary), console)
-            outcome = kept(figures, options)
+            outcome = merged_figures(figures, options)
     show(console, figures)
     print(json.dumps(outcome))
 
@@ -187,19 +188,19 @@ def run(cause: str, options: argparse.Namespace, folder: Path, console: Console)
     if cause == OVERRIDDEN and before is not None:
         before &= right(spoiled(model, cause, 0.0, seed), data, folder / f"silent-{about}.json")
     place = folder / f"{cause.replace(' ', '-')}-{about}"
-    found, seconds = found_in(spoiled(model, cause, seed=seed), data, before, place, every_kind)
-    figure = figure_of(found, cause, data, seconds)
+    diagnoses, seconds = diagnose_model(spoiled(model, cause, seed=seed), data, before, place, every_kind)
+    figure = figure_of(diagnoses, cause, data, seconds)
     console.print(f"{cause}: {figure['verdicts']}, {figure['by_kind']}, {seconds:.0f} s; {figure['reasons_of_other']}")
     return figure
 
 
-def kept(figures: dict[str, dict[str, Any]], options: argparse.Namespace) -> dict[str, Any]:
+def merged_figures(figures: dict[str, dict[str, Any]], options: argparse.Namespace) -> dict[str, Any]:
     """Return all figures, with those saved before of causes that were not run; write them where asked to.
 
-    What 200 answers take is that of a run of all causes: one alone is often run beside other work.
+    The time of 200 answers is that of a run of all causes: a single cause is often run next to other work.
     """
-    known = json.loads(RESULTS.read_text())["figures"] if options.save and RESULTS.is_file() else {}
-    whole = {**known, **figures}
+    previous = json.loads(RESULTS.read_text())["figures"] if options.save and RESULTS.is_file() else {}
+    whole = {**previous, **figures}
     if not options.only:
         each = [(f["seconds"] * COUNT / max(1, f["n"]), f["n"]) for f in figures.values()]
         value, n = max(each)

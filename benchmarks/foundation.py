@@ -14,7 +14,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -42,13 +42,15 @@ def draw(count: int, seed: int) -> None:
         sample_scene(generator(TEST, seed, i), "b").pixels()
 
 
-def naive(model: Lvlm, pairs: list[CounterfactualPair]) -> None:
+def naive(model: Lvlm, pairs: Sequence[CounterfactualPair]) -> None:
     """Patch every head of every pair with one forward of the whole model each."""
     for pair in pairs:
         clean, corrupt = model.encode(pair.clean), model.encode(pair.corrupt)
-        kept: dict[int, torch.Tensor] = {}
+        values: dict[int, torch.Tensor] = {}
         hooks = [
-            model.place("decoder", layer, "z").watch(lambda x, layer=layer, kept=kept: kept.update({layer: x.clone()}))
+            model.place("decoder", layer, "z").watch(
+                lambda x, layer=layer, values=values: values.update({layer: x.clone()})
+            )
             for layer in range(model.n_layers)
         ]
         model.logits(clean.inputs)
@@ -57,7 +59,7 @@ def naive(model: Lvlm, pairs: list[CounterfactualPair]) -> None:
         for layer in range(model.n_layers):
             for head in range(model.n_heads):
                 span = slice(head * model.head_dim, (head + 1) * model.head_dim)
-                change = Replace(kept[layer][:, -1, span])
+                change = Replace(values[layer][:, -1, span])
                 with intervened(model, [Intervention(Site("decoder", layer, "z"), change, "last", head)]):
                     model.logits(corrupt.inputs)
 
@@ -71,18 +73,20 @@ def main() -> None:
     model = load_lvlm("tiny")
     data = scenes.dataset(60, 5)
     pairs = counterfactuals.pairs(data.where(split="neutral"), "color", limit=4)
-    asked = data.filter(lambda e: bool(e.candidates))
+    questions = data.filter(lambda e: bool(e.candidates))
     draw(50, 0)
-    drawn, loaded, answered, slow, fast = [], [], [], [], []
+    scene_rates, loaded, answered, slow, fast = [], [], [], [], []
     for i in range(repeats):
-        drawn.append(500 / seconds(lambda i=i: draw(500, i)))
+        scene_rates.append(500 / seconds(lambda i=i: draw(500, i)))
         loaded.append(seconds(lambda: load_lvlm("tiny")))
-        answered.append(len(asked) / seconds(lambda: [model.logits(b.inputs) for b in model.batches(asked, 64)]))
+        answered.append(
+            len(questions) / seconds(lambda: [model.logits(b.inputs) for b in model.batches(questions, 64)])
+        )
         order = [(slow, lambda: naive(model, pairs)), (fast, lambda: patch_heads(model, pairs, min_effect=0.0))]
         for times, work in order if i % 2 else order[::-1]:
             times.append(seconds(work))
     rows = {
-        "scenes_per_second": (statistics.median(drawn), ">= 300", statistics.median(drawn) >= 300),
+        "scenes_per_second": (statistics.median(scene_rates), ">= 300", statistics.median(scene_rates) >= 300),
         "load_seconds": (statistics.median(loaded), "<= 2", statistics.median(loaded) <= 2),
         "questions_per_second": (statistics.median(answered), "", True),
         "patching_speedup_vs_one_forward_a_head": (statistics.median(slow) / statistics.median(fast), "", True),

@@ -4,7 +4,7 @@
 
 Everything is synthetic. For each level, pairs of neutral questions are divided into halves by scene. Heads found by patching
 on one half are held against the effects in the other half; then the best 5 % of them are ablated on the other half's
-questions, beside 5 % at random. Scores that need no patching are compared with patching on the same pairs, and attention
+questions, compared with 5 % at random. Scores that need no patching are compared with patching on the same pairs, and attention
 to the image is cut by layer. Intervals are 95 % over scenes; those of random heads are over scenes and over draws.
 """
 
@@ -87,19 +87,19 @@ def ablated(
     model: Lvlm, pairs: Sequence[CounterfactualPair], questions: Sequence[Example], tokens: Tokens, draws: int
 ) -> dict[str, Any]:
     """Find heads on one half of the scenes, and see on the other half what they explain."""
-    found, held_out = halves(pairs)
-    given = "suffix" if tokens == "suffix" else "last"
-    first, second = (patch_heads(model, part, tokens=given) for part in (found, held_out))
+    discovery, held_out = halves(pairs)
+    selection = "suffix" if tokens == "suffix" else "last"
+    first, second = (patch_heads(model, part, tokens=selection) for part in (discovery, held_out))
     alike = compare(first, second, k=(5,))
     size = max(1, round(SHARE * model.n_layers * model.n_heads))
     top = first.top(size)
     random = [first.random_heads(size, exclude=top, seed=seed) for seed in range(draws)]
     # Of the questions too one half gives the means, the other is asked; no scene on which heads were found is asked about.
-    used = {pair.group for pair in found}
-    asked = [e for e in questions if e.group not in used]
+    used = {pair.group for pair in discovery}
+    answered_questions = [e for e in questions if e.group not in used]
     sets = [HeadSet(heads) for heads in (top, *random)]
     reference = [e for e in questions if e.group in used]
-    lost = ablate(model, asked, sets, tokens=tokens, method="mean", reference=reference)
+    lost = ablate(model, answered_questions, sets, tokens=tokens, method="mean", reference=reference)
     wrong = lost.right[:, None].astype(float) - lost.right_without
     p = first.family_p()
     out: dict[str, Any] = {
@@ -111,7 +111,7 @@ def ablated(
         "pairs": [first.n_pairs, second.n_pairs],
         "excluded": first.excluded + second.excluded,
         "scenes": [len(set(first.groups)), len(set(second.groups))],
-        "questions": len(asked),
+        "questions": len(answered_questions),
     }
     for name, values in (("margin_lost", lost.effects), ("accuracy_lost", wrong)):
         best, chance = over_scenes(values[:, 0], lost.groups), over_scenes(values[:, 1:], lost.groups)
@@ -141,9 +141,9 @@ def measure(model: Lvlm, data: ConceptDataset, limit: int, draws: int) -> dict[s
             for name in ("rank_correlation", "overlap@5")
         } | {"n": int(row["groups"]), "chance_of_overlap": round(float(row["chance@5"]), 4)}
     for level, pairs in by_level.items():
-        asked = [p.clean for p in spread(pairs, limit // 2)]
+        examples = [p.clean for p in spread(pairs, limit // 2)]
         for target, source, window in ROUTES:
-            cut = attention_knockout.sweep(model, asked, target=target, source=source, window=window)
+            cut = attention_knockout.sweep(model, examples, target=target, source=source, window=window)
             frame = cut.frame()
             figures[f"knockout, {level}, {target} from {source}, window {window}"] = {
                 "value": [round(float(v), 3) for v in frame["change"]],

@@ -4,8 +4,8 @@
 
 Writes a synthetic file in the layout of COCO's instances (500 MB, or 50 MB with --quick: boxes and outlines as the real
 one has them, 7 objects an image), with an image on disk for each entry, into a temporary folder that is removed. The
-loader reads all of it, makes questions about every image and looks at every image's header; beside it the whole file is
-read with `json.load`, which is what a loader without streaming begins with. Each run is a process of its own.
+loader reads all of it, makes questions about every image and reads every image's header; for comparison the whole file is
+read with `json.load`, which is what a loader without streaming begins with. Each run is a separate process.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def write(folder: Path, size: int) -> tuple[Path, int]:
     images = folder / "images"
     images.mkdir()
     path = folder / "instances.json"
-    # Outlines of as many points as in COCO, from a pool: drawing each anew would take longer than reading it.
+    # Outlines of as many points as in COCO, from a pool: generating each separately would take longer than reading it.
     pool = [
         json.dumps([[round(chance.uniform(0, 600), 2) for _ in range(2 * chance.randint(10, 50))]]) for _ in range(997)
     ]
@@ -68,10 +68,10 @@ def write(folder: Path, size: int) -> tuple[Path, int]:
         while written < size:
             name = f"{len(entries) + 1:012d}.png"
             # A file may have some ten thousand names, not more.
-            one = folder / f"{len(entries) // 10_000}.png"
-            if not one.exists():
-                Image.new("RGB", (640, 480), "red").save(one)
-            os.link(one, images / name)
+            image_path = folder / f"{len(entries) // 10_000}.png"
+            if not image_path.exists():
+                Image.new("RGB", (640, 480), "red").save(image_path)
+            os.link(image_path, images / name)
             entries.append({"id": len(entries) + 1, "file_name": name, "width": 640, "height": 480, "license": 1})
             for _ in range(OBJECTS):
                 number += 1
@@ -88,7 +88,7 @@ def write(folder: Path, size: int) -> tuple[Path, int]:
 
 
 def measured(work: str, **names: str) -> tuple[float, float, float, int]:
-    """Run in a process of its own; return seconds, those of the processor, peak MiB, and what it counted."""
+    """Run in a separate process; return wall-clock seconds, processor seconds, peak MiB, and the count."""
     code = COMMON.format(root=str(ROOT), work=WORK[work].format(**names))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     seconds, processor, peak, count = json.loads(done.stdout.splitlines()[-1])
@@ -107,28 +107,33 @@ def main() -> None:
         file, images = write(Path(place), size)
         names = {"file": str(file), "images": str(file.parent / "images")}
         length = file.stat().st_size
-        found: dict[str, list[tuple[float, float, float, int]]] = {work: [] for work in WORK}
+        measurements: dict[str, list[tuple[float, float, float, int]]] = {work: [] for work in WORK}
         for i in range(repeats):
             for work in list(WORK) if i % 2 == 0 else list(WORK)[::-1]:
                 if work == "loader" or i == 0:  # once is enough for what is only there for comparison
-                    found[work].append(measured(work, **names))
-    seconds, processor, peak = (statistics.median(row[i] for row in found["loader"]) for i in range(3))
+                    measurements[work].append(measured(work, **names))
+    seconds, processor, peak = (statistics.median(row[i] for row in measurements["loader"]) for i in range(3))
     table = Table(
         "", "seconds", "of the processor", "peak MiB", title=f"synthetic file of {length / 1e6:.0f} MB, {images} images"
     )
-    for work, rows in found.items():
+    for work, rows in measurements.items():
         table.add_row(work, *(f"{statistics.median(r[i] for r in rows):.{1 - i // 2}f}" for i in range(3)))
     Console().print(table)
     small = " (of a tenth of the size)" if quick else ""
     figures = {
         "megabytes": {"value": round(length / 1e6), "goal": "", "holds": True, "n": 1},
         "images": {"value": images, "goal": "", "holds": True, "n": 1},
-        "questions": {"value": found["loader"][0][3], "goal": "", "holds": True, "n": 1},
+        "questions": {"value": measurements["loader"][0][3], "goal": "", "holds": True, "n": 1},
         "seconds": {"value": round(seconds, 1), "goal": f"<= 60{small}", "holds": seconds <= 60, "n": repeats},
         "processor_seconds": {"value": round(processor, 1), "goal": "", "holds": True, "n": repeats},
         "peak_gib": {"value": round(peak / 1024, 3), "goal": f"<= 1{small}", "holds": peak <= 1024, "n": repeats},
-        "json_load_seconds": {"value": round(found["json.load"][0][0], 1), "goal": "", "holds": True, "n": 1},
-        "json_load_peak_gib": {"value": round(found["json.load"][0][2] / 1024, 2), "goal": "", "holds": True, "n": 1},
+        "json_load_seconds": {"value": round(measurements["json.load"][0][0], 1), "goal": "", "holds": True, "n": 1},
+        "json_load_peak_gib": {
+            "value": round(measurements["json.load"][0][2] / 1024, 2),
+            "goal": "",
+            "holds": True,
+            "n": 1,
+        },
     }
     versions = {"device": platform.machine(), "python": platform.python_version()}
     print(json.dumps({"benchmark": "loaders", **versions, "figures": figures}))

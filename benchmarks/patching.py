@@ -90,8 +90,8 @@ def build(layers: int = 16, heads: int = 8, side: int = 16, seed: int = 0) -> Lv
 
 def pair_of(seed: int = 0) -> CounterfactualPair:
     """Ask the same question about two pictures."""
-    one, two = questions(2 + seed, f"{TEXT}?").examples[-2:]
-    return CounterfactualPair(one, replace(two, question=one.question, answer="no"), "image", "another image")
+    first, second = questions(2 + seed, f"{TEXT}?").examples[-2:]
+    return CounterfactualPair(first, replace(second, question=first.question, answer="no"), "image", "another image")
 
 
 def seconds(work: Callable[[], object], device: torch.device) -> float:
@@ -213,8 +213,8 @@ def measure(model: Lvlm, pair: CounterfactualPair, sweep: Sweep, turns: int, sam
         plain = statistics.median(seconds(lambda: loop.forward(loop.corrupt), device) for _ in range(3))
         work = [lambda: seconds(sweep.run, device), lambda c=chosen: _loop_seconds(loop, c, len(sweep.patches))]
         times = [w() for w in work] if turn % 2 else [w() for w in work[::-1]][::-1]
-        again = statistics.median(seconds(lambda: loop.forward(loop.corrupt), device) for _ in range(3))
-        rows.append((min(plain, again), *times))
+        after = statistics.median(seconds(lambda: loop.forward(loop.corrupt), device) for _ in range(3))
+        rows.append((min(plain, after), *times))
     forward, ours, whole = (statistics.median(column) for column in zip(*rows, strict=True))
     return Measured(
         forward,
@@ -255,8 +255,8 @@ def largest_difference(model: Lvlm, pair: CounterfactualPair, count: int) -> flo
     draw, worst = np.random.default_rng(1), 0.0
     for sweep in sweeps(model, pair):
         chosen = [sweep.patches[i] for i in draw.choice(len(sweep.patches), count, replace=False)]
-        given = parts(model, pair, chosen)
-        ours = resume(model, given.run, given.rows, lambda x: x[:, :, -1], memory=2**30)[0]
+        parts_of_pair = parts(model, pair, chosen)
+        ours = resume(model, parts_of_pair.run, parts_of_pair.rows, lambda x: x[:, :, -1], memory=2**30)[0]
         theirs = torch.stack([loop.patch(p) for p in chosen])
         worst = max(worst, float((ours.float() - theirs.float()).abs().max()))
     return worst
@@ -264,9 +264,9 @@ def largest_difference(model: Lvlm, pair: CounterfactualPair, count: int) -> flo
 
 def peak_share(model: Lvlm, pair: CounterfactualPair, memory: int) -> float:
     """Return the most bytes that patching every head at all question tokens adds to what was recorded, over its budget."""
-    given = parts(model, pair, sweeps(model, pair)[1].patches)
+    parts_of_pair = parts(model, pair, sweeps(model, pair)[1].patches)
     with Live() as live:
-        resume(model, given.run, given.rows, lambda x: x[:, :, -1, :2].clone(), memory=memory)
+        resume(model, parts_of_pair.run, parts_of_pair.rows, lambda x: x[:, :, -1, :2].clone(), memory=memory)
     return live.most / memory
 
 
@@ -342,12 +342,17 @@ def main() -> None:
     table = Table("sweep", "patches", "seconds", "loop", "plain forward", "forwards", "times the loop", "n")
     measured = []
     for sweep, n in zip(sweeps(model, pair), turns, strict=True):
-        found = measure(model, pair, sweep, n, sample)
-        measured.append(found)
-        console.print(f"{sweep.name}: {found}")
-        times = (f"{found.ours:.2f}", f"{found.loop:.1f}", f"{found.forward:.3f}")
+        measurement = measure(model, pair, sweep, n, sample)
+        measured.append(measurement)
+        console.print(f"{sweep.name}: {measurement}")
+        times = (f"{measurement.ours:.2f}", f"{measurement.loop:.1f}", f"{measurement.forward:.3f}")
         table.add_row(
-            sweep.name, str(len(sweep.patches)), *times, f"{found.forwards:.2f}", f"{found.speedup:.1f}", str(n)
+            sweep.name,
+            str(len(sweep.patches)),
+            *times,
+            f"{measurement.forwards:.2f}",
+            f"{measurement.speedup:.1f}",
+            str(n),
         )
     console.print(table)
     figures: dict[str, dict[str, Any]] = {}
@@ -357,12 +362,12 @@ def main() -> None:
         holds = not goal or (value <= float(bound) if sign == "<=" else value >= float(bound))
         figures[name] = {"value": float(f"{value:.4g}"), "goal": goal, "holds": holds, "n": n}
 
-    last, joint, apart = measured
+    last, joint, separate = measured
     add("last_token_forwards", last.forwards, "<= 3", last.n)
     add("last_token_speedup", last.speedup, ">= 40", last.n)
     add("question_at_once_forwards", joint.forwards, "<= 10", joint.n)
     add("question_at_once_speedup", joint.speedup, "", joint.n)
-    add("question_apart_speedup", apart.speedup, ">= 25", apart.n)
+    add("question_apart_speedup", separate.speedup, ">= 25", separate.n)
     count = 4 if options.quick else 12
     error = largest_difference(model, pair, count)
     add("largest_logit_difference", error, "<= 1e-5" if options.dtype == "float32" else "", 3 * count)

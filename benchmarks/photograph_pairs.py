@@ -141,7 +141,7 @@ def moved(model: Lvlm, pairs: PairSet) -> float:
 
 
 def placebo_moved(model: Lvlm, data: ConceptDataset, kind: str, method: str, count: int) -> float | None:
-    """Return the same for placebo pairs; None if there are none."""
+    """Return the same for placebo pairs; None without such pairs."""
     try:
         return moved(model, counterfactuals.balanced_pairs(data, kind, method=method, placebo=True, limit=count))
     except GroundscopeError:

@@ -163,12 +163,12 @@ def against_scikit_learn(
         k, c = divmod(int(at), len(PENALTIES))
         true = reference(z, y[k], PENALTIES[c], tol=1e-10, solver=truth_solver, max_iter=20_000)
         best = objective(z, y[k], PENALTIES[c], *solution(true))
-        said = true.decision_function(z_test) > 0
+        positive = true.decision_function(z_test) > 0
         gaps.append((fit.objective[at] - best) / best)
-        differing.append(int((((test @ fit.coefficients[at] + fit.intercepts[at]) > 0) != said).sum()))
+        differing.append(int((((test @ fit.coefficients[at] + fit.intercepts[at]) > 0) != positive).sum()))
         plain = reference(z, y[k], PENALTIES[c])
         default_gaps.append(objective(z, y[k], PENALTIES[c], *solution(plain)) / best - 1)
-        default_differing.append(int(((plain.decision_function(z_test) > 0) != said).sum()))
+        default_differing.append(int(((plain.decision_function(z_test) > 0) != positive).sum()))
     report.add(f"{name}_worst_gap_to_truth", max(gaps), audited, "<= 1e-6", max(gaps) <= 1e-6)
     report.add(f"{name}_worst_proven_gap", float(fit.gap.max()), fit.gap.size, "<= 1e-6", float(fit.gap.max()) <= 1e-6)
     report.add(f"{name}_most_predictions_differing", max(differing), audited, "<= 1 of 500", max(differing) <= 1)
@@ -177,7 +177,7 @@ def against_scikit_learn(
 
 
 def make_store(folder: Path, layers: int, rows: int) -> ActivationStore:
-    """Write z of `layers` layers of 32 heads for images of five questions, half precision, a layer's heads drawn anew."""
+    """Write z of `layers` layers of 32 heads for images of five questions, half precision, each layer random."""
     rng = np.random.default_rng(0)
     group = np.arange(rows) // 5
     first = features(rng, rows, WIDTH)
@@ -225,20 +225,24 @@ class Told:
 def grid(
     report: Report, store: ActivationStore, layers: int, device: str, *, whole: bool, null: int, threads: int
 ) -> None:
-    """Fit the grid, or test it by permutation; parts of it are told per fit or scaled, and say so in their names."""
+    """Fit the grid, or test it by permutation; some figures are per fit or scaled, as their names state."""
     names = [f"object:noun{k}" for k in range(CONCEPTS)]
     options: dict[str, Any] = {"C": PENALTIES.tolist(), "folds": FOLDS, "test_fraction": 0.2, "control": 0}
     if not null:
         start = time.perf_counter()
-        found = fit_grid(Told(store, report.console), names, "z", device=device, **options)
+        probe_grid = fit_grid(Told(store, report.console), names, "z", device=device, **options)
         took = time.perf_counter() - start
         fits = layers * HEADS * CONCEPTS * (FOLDS * len(PENALTIES) + 1)
-        report.add("grid_training_rows", float(found.n_train[0]), 1)
+        report.add("grid_training_rows", float(probe_grid.n_train[0]), 1)
         report.add("grid_fits", float(fits), 1)
         goal = ("<= 180", took <= 180) if whole and threads == 1 else ("", None)
         report.add("grid_seconds" if whole else f"grid_seconds_of_{layers}_layers", took, 1, *goal)
         report.add(
-            "grid_worst_proven_gap", float(found.gap.max()), found.gap.size, "<= 1e-6", float(found.gap.max()) <= 1e-6
+            "grid_worst_proven_gap",
+            float(probe_grid.gap.max()),
+            probe_grid.gap.size,
+            "<= 1e-6",
+            float(probe_grid.gap.max()) <= 1e-6,
         )
         return
     # The null takes its split and penalties from a grid; which estimator the grid was fitted with is no matter to it.
@@ -276,8 +280,8 @@ def cost(report: Report, turns: int, path: Path | None) -> None:
             x = features(rng, n, d)
             y = labels(rng, x, q)
             candidate(x, y, "cpu")
-            taken = min(seconds(lambda x=x, y=y: candidate(x, y, "cpu")) for _ in range(turns))
-            times.append(1000 * taken / (q * len(PENALTIES)))
+            duration = min(seconds(lambda x=x, y=y: candidate(x, y, "cpu")) for _ in range(turns))
+            times.append(1000 * duration / (q * len(PENALTIES)))
             report.add(f"ms_a_fit_n{n}_d{d}_q{q}", times[-1], turns)
         ticks = [size[at] for size in sizes]
         panel.loglog(ticks, times, "o-", color="#33508a", markersize=4)
@@ -342,8 +346,8 @@ def main() -> None:
         RESULTS.mkdir(exist_ok=True)
         path = RESULTS / "probes.json"
         before = json.loads(path.read_text())["figures"] if path.exists() else {}
-        kept = {**outcome, "device": f"{platform.machine()}, {versions}", "figures": before | report.figures}
-        path.write_text(json.dumps(kept, indent=1) + "\n")
+        document = {**outcome, "device": f"{platform.machine()}, {versions}", "figures": before | report.figures}
+        path.write_text(json.dumps(document, indent=1) + "\n")
     print(json.dumps(outcome))
 
 

@@ -7,7 +7,7 @@ Probes are fitted on the neutral split only. "Wrong by prior" are answers on the
 their images are other ones than those the probes were fitted to.
 
 "Lexical" is what the same probes reach on the same questions about one grey picture: what is not above it is not read from
-the image. The statements at the end are those that are hoped for; what is measured is told whether they hold or not.
+the image. The statements at the end are hypotheses; the table reports whether each holds.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ PLACES = (
     ("asked", "decoder", "resid_post", "last"),
 )
 """What, and where. ``named``: whether what the question says is true. ``asked``: whether it asks for an attribute, which the
-words alone give away and no picture does: the lexical control must say so."""
+is decodable from the words alone and not from the image: the lexical control must show it."""
 
 
 @dataclass(frozen=True)
@@ -151,28 +151,28 @@ def statements(figures: dict[str, Any]) -> dict[str, Any]:
     def best(name: str, key: str = "low") -> float:
         return max(figures[name][key], default=float("nan")) if name in figures else float("nan")
 
-    def said(value: float, holds: bool) -> dict[str, Any]:
+    def statement(value: float, holds: bool) -> dict[str, Any]:
         return {"value": [value], "goal": "> 0.5", "holds": holds, "n": 1}
 
     out = {}
     for kind, tokens in (("color", "object:mean"), ("noun", "image:mean")):
         for place in ("vision.resid_post", "projector.out"):
             value = best(f"{kind} at {place} {tokens}")
-            out[f"{kind} is decodable at {place}"] = said(value, value > 0.5)
+            out[f"{kind} is decodable at {place}"] = statement(value, value > 0.5)
     early = max(best(f"relation at {place} image:mean") for place in ("vision.resid_post", "projector.out"))
     late = best("relation at decoder.resid_post last")
-    out["relation is decodable in the decoder and not before"] = said(late, early <= 0.5 < late)
+    out["relation is decodable in the decoder and not before"] = statement(late, early <= 0.5 < late)
     for tokens in ("object:mean", "last"):
         value = best(f"color at decoder.resid_post {tokens}", "low_where_wrong_by_prior")
-        out[f"true color is decodable where wrong by prior, {tokens}"] = said(value, value > 0.5)
-    asked = figures.get("asked at decoder.resid_post last")
-    if asked:
-        value = sum(asked["concepts_above_lexical"])
+        out[f"true color is decodable where wrong by prior, {tokens}"] = statement(value, value > 0.5)
+    noun_figures = figures.get("asked at decoder.resid_post last")
+    if noun_figures:
+        value = sum(noun_figures["concepts_above_lexical"])
         out["layers where the words' own concept is called visual"] = {
             "value": [value],
             "goal": "0",
             "holds": value == 0,
-            "n": len(asked["value"]),
+            "n": len(noun_figures["value"]),
         }
     return out
 
@@ -195,10 +195,10 @@ def main() -> None:
         logit_lens.keep_vocabulary(path, model.processor.tokenizer.get_vocab())
         trace(model, without_images(data), sites=["resid_post"], tokens=TOKENS, out=path.with_name("blank"))
         figures = measure(ActivationStore(path), ActivationStore(path.with_name("blank")))
-    table = Table("where", "by layer", "beside it", "n")
+    table = Table("where", "by layer", "other figures", "n")
     for name, f in figures.items():
-        beside = {k: v for k, v in f.items() if k not in {"value", "n"}}
-        table.add_row(name, str(f["value"]), "; ".join(f"{k} {v}" for k, v in beside.items()), str(f["n"]))
+        other_figures = {k: v for k, v in f.items() if k not in {"value", "n"}}
+        table.add_row(name, str(f["value"]), "; ".join(f"{k} {v}" for k, v in other_figures.items()), str(f["n"]))
     console.print(table)
     device = f"{platform.machine()}, torch {torch.__version__}, numpy {np.__version__}"
     outcome = {"benchmark": "probes_embedded", "device": device, "figures": figures}

@@ -1,11 +1,11 @@
-"""How much memory work on a model of real width takes beside its weights.
+"""Memory that work on a model of real width takes in addition to its weights.
 
     python benchmarks/real_width.py [--quick] [--save] [--dtype bfloat16] [--device cpu] [--tower 24] [--steps load,trace,…]
 
 A random LLaVA-1.5-7B (decoder of width 4096, 32 heads, MLP 11008, 32,000 words; CLIP-L at 336 pixels: 576 image tokens, 595
-in all) is cut to 2 and to 4 decoder layers. Each step runs in a process of its own, and the peak of its memory is read from
+in all) is cut to 2 and to 4 decoder layers. Each step runs in a separate process, and the peak of its memory is read from
 the system; for steps after loading, from then on. What grows with layers is extrapolated to 32; the goal is that no step takes
-more than 2 GB beside the weights. Most of the time goes into the vision tower, whose memory is no question here: ``--tower 2``
+more than 2 GB in addition to the weights. The vision tower takes most of the time and is not measured: ``--tower 2``
 leaves it two layers. ``--quick`` takes width 1024, 8 heads, MLP 2816. With
 ``--save`` the figures are written after each step.
 """
@@ -35,7 +35,7 @@ RESULTS = Path(__file__).parent / "results" / "real_width.json"
 STEPS = ("load", "trace", "patch", "ablate", "steer", "diagnose")
 WHOLE = 32
 ALLOWED = 2.0
-"""Gigabytes that a step may take beside the weights."""
+"""Gigabytes that a step may take in addition to the weights."""
 SIDE, PATCH = 336, 14
 
 
@@ -100,7 +100,7 @@ def write_model(folder: Path, layers: int, dtype: str, tower: int, *, quick: boo
 
 
 def run(step: str, folder: Path, dtype: str, device: str) -> dict[str, int]:
-    """Run a step in a process of its own; return its figures in bytes."""
+    """Run a step in a separate process; return its figures in bytes."""
     command = [sys.executable, str(Path(__file__).with_name("_real_width_run.py")), step, str(folder), dtype, device]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -124,18 +124,18 @@ def main() -> None:
     options = parser.parse_args()
     steps = options.steps.split(",")
     numbers = tuple(int(number) for number in options.layers.split(","))
-    found: dict[str, list[dict[str, int]]] = {}
+    figures_by_step: dict[str, list[dict[str, int]]] = {}
     outcome: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as place:
         folders = [Path(place) / str(layers) for layers in numbers]
         for layers, folder in zip(numbers, folders, strict=True):
-            # In a process of its own: what it takes must not stay while steps are measured.
+            # In a separate process: its memory must not remain allocated while steps are measured.
             call = f"write_model(Path({str(folder)!r}), {layers}, {options.dtype!r}, {options.tower}, quick={options.quick})"
             code = f"from benchmarks.real_width import *; {call}"
             subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)
         for step in steps:
-            found[step] = [run(step, folder, options.dtype, options.device) for folder in folders]
-            outcome = outcome_of(found, numbers, options)
+            figures_by_step[step] = [run(step, folder, options.dtype, options.device) for folder in folders]
+            outcome = outcome_of(figures_by_step, numbers, options)
             if options.save:
                 RESULTS.write_text(json.dumps(outcome, indent=4) + "\n")
     table = Table("step", *(f"{layers} layers" for layers in (*numbers, WHOLE)), "goal")
@@ -143,22 +143,24 @@ def main() -> None:
         figures = [outcome["figures"][f"{step}_{layers}_layers_gb"] for layers in (*numbers, WHOLE)]
         table.add_row(step, *(f"{figure['value']:.2f} GB" for figure in figures), figures[-1]["goal"])
     Console().print(
-        f"peak memory beside the weights; {WHOLE} layers are extrapolated from {numbers[0]} and {numbers[1]}"
+        f"peak memory in addition to the weights; {WHOLE} layers are extrapolated from {numbers[0]} and {numbers[1]}"
     )
     Console().print(table)
     print(json.dumps(outcome))
 
 
 def outcome_of(
-    found: dict[str, list[dict[str, int]]], numbers: tuple[int, ...], options: argparse.Namespace
+    figures_by_step: dict[str, list[dict[str, int]]], numbers: tuple[int, ...], options: argparse.Namespace
 ) -> dict[str, Any]:
     """Return the figures of the steps that have run."""
     figures: dict[str, dict[str, Any]] = {}
-    for step, runs in found.items():
-        beside = [(one["peak"] - one["weights"]) / 1e9 for one in runs]
-        growth = max(0.0, beside[1] - beside[0]) / (numbers[1] - numbers[0])  # pages of the file may come and go
-        whole = max(beside) + growth * (WHOLE - numbers[1])
-        for layers, value in zip(numbers, beside, strict=True):
+    for step, runs in figures_by_step.items():
+        additional = [(step_run["peak"] - step_run["weights"]) / 1e9 for step_run in runs]
+        growth = max(0.0, additional[1] - additional[0]) / (
+            numbers[1] - numbers[0]
+        )  # pages of the file may come and go
+        whole = max(additional) + growth * (WHOLE - numbers[1])
+        for layers, value in zip(numbers, additional, strict=True):
             figures[f"{step}_{layers}_layers_gb"] = {"value": round(value, 3), "goal": "", "holds": True, "n": 1}
         figures[f"{step}_{WHOLE}_layers_gb"] = {
             "value": round(whole, 3),
@@ -172,7 +174,7 @@ def outcome_of(
         "torch": torch.__version__,
         "dtype": options.dtype,
         "width": 1024 if options.quick else 4096,
-        "tokens": next(iter(found.values()))[0]["tokens"],
+        "tokens": next(iter(figures_by_step.values()))[0]["tokens"],
         "tower_layers": options.tower,
         "figures": figures,
     }

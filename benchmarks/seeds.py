@@ -60,12 +60,12 @@ class Outcome:
         return 100 * self.rates[condition][measure]["value"]
 
 
-def _lowered(one: Outcome, measure: str) -> bool:
-    return one.changes["after"][measure]["high"] < 0
+def _lowered(outcome: Outcome, measure: str) -> bool:
+    return outcome.changes["after"][measure]["high"] < 0
 
 
-def _share(one: Outcome, verdicts: tuple[str, ...]) -> float:
-    wrong = one.diagnoses.wrong if one.diagnoses is not None else ()
+def _share(outcome: Outcome, verdicts: tuple[str, ...]) -> float:
+    wrong = outcome.diagnoses.wrong if outcome.diagnoses is not None else ()
     return sum(o.verdict in verdicts for o in wrong) / max(1, len(wrong))
 
 
@@ -81,64 +81,66 @@ class Claim:
 
 
 def _pair(measure: str, *conditions: str) -> Callable[[Outcome], str]:
-    return lambda one: ", ".join(f"{one.rate(c, measure):.1f}" for c in conditions)
+    return lambda outcome: ", ".join(f"{outcome.rate(c, measure):.1f}" for c in conditions)
 
 
 CLAIMS = {
     "fewer_by_prior": Claim(
         "the correction makes fewer errors by prior (interval of the paired change below 0)",
-        lambda one: _lowered(one, PRIOR),
+        lambda outcome: _lowered(outcome, PRIOR),
         _pair(PRIOR, "before", "after"),
     ),
     "fewer_false_yes": Claim(
         "it makes fewer false yes to absent companions",
-        lambda one: _lowered(one, FALSE_YES),
+        lambda outcome: _lowered(outcome, FALSE_YES),
         _pair(FALSE_YES, "before", "after"),
     ),
     "neutral_kept": Claim(
         "neutral questions lose at most 1.5 points",
-        lambda one: one.rate("before", NEUTRAL) - one.rate("after", NEUTRAL) <= 1.5,
+        lambda outcome: outcome.rate("before", NEUTRAL) - outcome.rate("after", NEUTRAL) <= 1.5,
         _pair(NEUTRAL, "before", "after"),
     ),
     "captions_kept": Claim(
         "captions stay as they were (within the interval before)",
-        lambda one: one.rates["after"][INVENTED]["value"] <= one.rates["before"][INVENTED]["high"],
+        lambda outcome: outcome.rates["after"][INVENTED]["value"] <= outcome.rates["before"][INVENTED]["high"],
         _pair(INVENTED, "before", "after"),
     ),
     "random_direction_does_less": Claim(
         "a random direction cuts less than half of what the correction cuts",
-        lambda one: 2 * _cut(one, "random direction") < _cut(one, "after"),
+        lambda outcome: 2 * _cut(outcome, "random direction") < _cut(outcome, "after"),
         _pair(PRIOR, "before", "after", "random direction"),
     ),
     "other_heads_do_as_much": Claim(
         "the rule derived at other heads cuts at least as many errors by prior as at the selected heads",
-        lambda one: _cut(one, "derived at other heads") >= _cut(one, "after"),
+        lambda outcome: _cut(outcome, "derived at other heads") >= _cut(outcome, "after"),
         _pair(PRIOR, "before", "after", "derived at other heads"),
     ),
     "heads_of_their_own": Claim(
         "object, color and relation have different strongest heads",
-        lambda one: len({head for head, _ in one.strongest.values()}) == len(one.strongest) >= 3,
-        lambda one: ", ".join(f"{kind} {head} {100 * effect:.0f} %" for kind, (head, effect) in one.strongest.items()),
+        lambda outcome: len({head for head, _ in outcome.strongest.values()}) == len(outcome.strongest) >= 3,
+        lambda outcome: ", ".join(
+            f"{kind} {head} {100 * effect:.0f} %" for kind, (head, effect) in outcome.strongest.items()
+        ),
     ),
     "mostly_overridden": Claim(
         "most wrong answers are overridden at the last token, by the prior or late",
-        lambda one: _share(one, (OVERRIDDEN, OVERRIDDEN_LATE)) > 0.5,
-        lambda one: (
-            f"{100 * _share(one, (OVERRIDDEN,)):.0f} % by the prior, {100 * _share(one, (OVERRIDDEN_LATE,)):.0f} % late"
+        lambda outcome: _share(outcome, (OVERRIDDEN, OVERRIDDEN_LATE)) > 0.5,
+        lambda outcome: (
+            f"{100 * _share(outcome, (OVERRIDDEN,)):.0f} % by the prior, {100 * _share(outcome, (OVERRIDDEN_LATE,)):.0f} % late"
         ),
         diagnosed=True,
     ),
     "few_unexplained": Claim(
         "fewer than a fifth of them are not readable or not explained",
-        lambda one: _share(one, UNEXPLAINED) < 0.2,
-        lambda one: f"{100 * _share(one, UNEXPLAINED):.0f} %",
+        lambda outcome: _share(outcome, UNEXPLAINED) < 0.2,
+        lambda outcome: f"{100 * _share(outcome, UNEXPLAINED):.0f} %",
         diagnosed=True,
     ),
 }
 
 
-def _cut(one: Outcome, condition: str) -> float:
-    return one.rate("before", PRIOR) - one.rate(condition, PRIOR)
+def _cut(outcome: Outcome, condition: str) -> float:
+    return outcome.rate("before", PRIOR) - outcome.rate(condition, PRIOR)
 
 
 def run(seed: int, options: argparse.Namespace, root: Path) -> Outcome:
@@ -155,12 +157,12 @@ def run(seed: int, options: argparse.Namespace, root: Path) -> Outcome:
         scores = HeadScores.load(folder / "circuits" / f"{kind}.safetensors")
         head = scores.top(1)[0]
         strongest[kind] = (str(head), float(scores.mean[head.layer, head.head]))
-    found = folder / "diagnosis" / "diagnoses.json"
+    diagnoses_path = folder / "diagnosis" / "diagnoses.json"
     return Outcome(
         json.loads((behavior / "rates.json").read_text(encoding="utf-8")),
         json.loads((behavior / "changes.json").read_text(encoding="utf-8")),
         strongest,
-        Diagnoses.load(found) if found.is_file() else None,
+        Diagnoses.load(diagnoses_path) if diagnoses_path.is_file() else None,
     )
 
 
@@ -169,11 +171,11 @@ def checked(outcomes: Mapping[int, Outcome]) -> dict[str, dict[str, Any]]:
     figures: dict[str, dict[str, Any]] = {}
     for name, claim in CLAIMS.items():
         each = {}
-        for seed, one in outcomes.items():
-            if claim.diagnosed and one.diagnoses is None:
+        for seed, outcome in outcomes.items():
+            if claim.diagnosed and outcome.diagnoses is None:
                 continue
             try:
-                each[seed] = (claim.holds(one), claim.figure(one))
+                each[seed] = (claim.holds(outcome), claim.figure(outcome))
             except KeyError as missing:  # a control or a kind of question that this run does not have
                 each[seed] = (False, f"not measured: {missing}")
         if each:

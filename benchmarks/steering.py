@@ -1,7 +1,7 @@
 """What steering and answering cost: steered cached generation against plain, answers by logit margin against plain forwards.
 
 The model is the random LLaVA of middle size of benchmarks/trace.py (hidden 512, 16 layers, 8 heads; 256 image tokens, batch 8).
-Generation: 64 new tokens, greedy; steered at 48 heads by an additive vector at the last token, as ITI does it, and beside it by
+Generation: 64 new tokens, greedy; steered at 48 heads by an additive vector at the last token, as in ITI, and for comparison by
 an amplification at 6 heads, which is what the default run applies. Answering: `behavior.answer` on six yes-no questions about
 each of four images, everything from pictures to results, by a model that has not seen the images; the plain forward is given
 inputs that are encoded already. What is compared takes turns, whose order rotates, after one to warm up; figures are medians of
@@ -82,8 +82,8 @@ def generation(model: Lvlm, n: int, new: int, bar: Progress) -> dict[str, list[f
         if out.shape[1] != batch.inputs["input_ids"].shape[1] + new:
             raise SystemExit(f"generated {out.shape[1]} tokens")  # noqa: EM102  # a check, not an error of a user
 
-    def steered(made: SteeringVector) -> None:
-        with made.applied(model):
+    def steered(steering: SteeringVector) -> None:
+        with steering.applied(model):
             write()
 
     added, amplified = vector(model, "add", 48), vector(model, "amplify", 6)
@@ -94,8 +94,8 @@ def generation(model: Lvlm, n: int, new: int, bar: Progress) -> dict[str, list[f
 def polled(images: int) -> ConceptDataset:
     """Ask about every one of so many images whether each of six things is in it."""
     scenes = [sample_scene(generator(TEST, 1, i), f"p{i}") for i in range(images)]
-    asked = [Question(TEXT.replace("cat", noun), "yes", YES_NO, "object", "existence") for noun in ASKED]
-    return ConceptDataset("polled", tuple(as_example(s, q, "neutral") for s in scenes for q in asked))
+    object_questions = [Question(TEXT.replace("cat", noun), "yes", YES_NO, "object", "existence") for noun in ASKED]
+    return ConceptDataset("polled", tuple(as_example(s, q, "neutral") for s in scenes for q in object_questions))
 
 
 def answering(network: Any, images: int, n: int, bar: Progress) -> dict[str, list[float]]:
@@ -108,11 +108,11 @@ def answering(network: Any, images: int, n: int, bar: Progress) -> dict[str, lis
         for batch in encoded:
             plain.logits(batch.inputs)
 
-    def asked() -> None:
+    def run_answers() -> None:
         # A model keeps what its last images became; every turn starts without.
         answer(wrap_lvlm(network, middle_processor(), validate=False), data, BATCH, progress=False)
 
-    return turns({"forwards": forwards, "answers": asked}, n, plain.device, bar)
+    return turns({"forwards": forwards, "answers": run_answers}, n, plain.device, bar)
 
 
 def main() -> None:

@@ -6,10 +6,10 @@ Everything is synthetic. Vectors are derived on the scenes of the default run (3
 there, or at heads, layers or tokens of their own. Place and strength are chosen on all questions about those scenes by the
 rule of the default run; the table is of other scenes (500, seed 1000). Controls push as far at the same strength: random
 directions, the rule from shuffled labels, the same directions moved to other heads, each drawn three times (20 times for the
-best method), and the rule derived anew at other heads. Methods that act at more than the last token, or differ from question to
+best method), and the rule derived again at other heads. Methods that act at more than the last token, or differ from question to
 question, need whole forwards; they are chosen and tested on a fifth of the scenes, vsv on 40 questions of each split. Intervals
 are 95 % over scenes; those of controls are of the mean over draws. CHAIR_i is of 100 test scenes, "fading" where the vector
-halves with every token written. What is finished lies in the work folder, and is not done again.
+halves with every token written. Finished parts are in the work folder, and are not repeated.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ SHOWN = (*PRIOR_ERRORS, "neutral: right", "typical color: right", "present: says
 MAX_DROP = SteerConfig().max_drop
 FADING = SteerConfig().decay
 BATCH = 6
-"""Methods that share a run of the questions as they are: more would hold too many answers in memory."""
+"""Methods that share one run of the unsteered questions: more would keep too many answers in memory."""
 
 
 @dataclass(frozen=True)
@@ -86,10 +86,10 @@ def world(plan: Plan, work: Path) -> World:
     """Trace the discovery scenes and find the heads, as the default run does."""
     model = load_lvlm("tiny")
     data = scenes.dataset(plan.images, seed=0)
-    asked = data.filter(lambda e: bool(e.candidates))
-    store = trace(model, asked, sites=["resid_post", "z", "mlp_out"], tokens=["last"], out=work / "activations")
+    questions_ = data.filter(lambda e: bool(e.candidates))
+    store = trace(model, questions_, sites=["resid_post", "z", "mlp_out"], tokens=["last"], out=work / "activations")
     scores = {k: patch_heads(model, balanced_pairs(data, k, limit=60)) for k in ("object", "color", "relation")}
-    return World(model, store, store.frame(), asked, tuple(top_heads(scores, 6)), plan.pairs)  # pyright: ignore[reportArgumentType]  # heads
+    return World(model, store, store.frame(), questions_, tuple(top_heads(scores, 6)), plan.pairs)  # pyright: ignore[reportArgumentType]  # heads
 
 
 def part(data: ConceptDataset, method: Method, plan: Plan) -> ConceptDataset:
@@ -99,11 +99,11 @@ def part(data: ConceptDataset, method: Method, plan: Plan) -> ConceptDataset:
     if "residual" not in method.places:
         return data.filter(lambda e: int(e.group.rsplit("-", 1)[-1]) % plan.share == 0)
     # A vector for each question: of every split alike.
-    kept: dict[str, int] = {}
+    counts: dict[str, int] = {}
 
     def room(split: str) -> bool:
-        kept[split] = kept.get(split, 0) + 1
-        return kept[split] <= plan.questions // 6
+        counts[split] = counts.get(split, 0) + 1
+        return counts[split] <= plan.questions // 6
 
     return data.filter(lambda e: room(e.split))
 
@@ -111,17 +111,17 @@ def part(data: ConceptDataset, method: Method, plan: Plan) -> ConceptDataset:
 def asked_by_parts(
     model: Lvlm, data: ConceptDataset, method: Method, strengths: Sequence[float], *, control: bool = False
 ) -> dict[float, BehaviorResult]:
-    """Ask questions under vectors of their own, at each strength; 0 is the model as it is."""
-    found: dict[float, list[Any]] = {s: [] for s in (0.0, *strengths)}
+    """Answer questions under vectors that depend on the question, at each strength; 0 is the unsteered model."""
+    results: dict[float, list[Any]] = {s: [] for s in (0.0, *strengths)}
     for few, vector in method.parts(data) if method.parts else ():
         used = None if vector is None else vector.randomized(0) if control else vector
-        vectors = {str(s): used.scaled(s) if used is not None and s else None for s in found}
+        vectors = {str(s): used.scaled(s) if used is not None and s else None for s in results}
         for s, result in answer_under(model, few, vectors, progress=False).items():
-            found[float(s)].append(result)
+            results[float(s)].append(result)
     order = {e.id: i for i, e in enumerate(data)}
     return {
         s: BehaviorResult(tuple(sorted((a for r in rs for a in r.answers), key=lambda a: order[a.id])), rs[0].cost)
-        for s, rs in found.items()
+        for s, rs in results.items()
     }
 
 
@@ -129,22 +129,22 @@ def chosen_places(
     w: World, data: ConceptDataset, group: Mapping[str, Method], thin: int
 ) -> dict[str, tuple[str, Row, Row]]:
     """Return for each method the place and the row of its sweep that the rule chooses, and the row without steering."""
-    made: dict[str, tuple[SteeringVector, Sequence[float]]] = {}
+    vectors: dict[str, tuple[SteeringVector, Sequence[float]]] = {}
     names: dict[str, tuple[str, str]] = {}
     for name, method in group.items():
         for place, make in method.places.items():
             if make is None:
                 continue
-            made[f"{name} at {place}"] = (make(None), method.strengths[::thin])
+            vectors[f"{name} at {place}"] = (make(None), method.strengths[::thin])
             names[f"{name} at {place}"] = (name, place)
-    curves = sweep_strengths(w.model, data, made)
-    found: dict[str, tuple[str, Row, Row]] = {}
+    curves = sweep_strengths(w.model, data, vectors)
+    best_places: dict[str, tuple[str, Row, Row]] = {}
     for key, rows in curves.items():
         name, place = names[key]
         row = choose_strength(rows, max_drop=MAX_DROP)
-        if name not in found or row["harm"] < found[name][1]["harm"]:
-            found[name] = (place, row, rows[0])
-    return found
+        if name not in best_places or row["harm"] < best_places[name][1]["harm"]:
+            best_places[name] = (place, row, rows[0])
+    return best_places
 
 
 def controls_of(
@@ -160,28 +160,30 @@ def controls_of(
             match_displacement(method.elsewhere(seed), vector, w.store) if method.elsewhere else None
         ),
     }
-    found: dict[str, list[SteeringVector]] = {}
+    controls: dict[str, list[SteeringVector]] = {}
     for name, make in makers.items():
         try:
-            drawn = [make(seed) for seed in range(draws if method.late else 1)]
+            vectors = [make(seed) for seed in range(draws if method.late else 1)]
         except (DataError, PatchError, SiteError):
             continue  # this method has no such control: another kind, or no heads
-        found[name] = [one.scaled(vector.strength) for one in drawn if one is not None]
-    return {name: drawn for name, drawn in found.items() if drawn}
+        controls[name] = [
+            control_vector.scaled(vector.strength) for control_vector in vectors if control_vector is not None
+        ]
+    return {name: vectors for name, vectors in controls.items() if vectors}
 
 
 def cut(before: BehaviorResult, after: Sequence[BehaviorResult], name: str) -> Estimate:
     """Return the share of an error that is gone, the mean over draws, with a paired interval over scenes."""
     metric = METRICS[name]
-    kept = [i for i, a in enumerate(before.answers) if metric.applies(a)]
-    base = np.array([metric.counts(before.answers[i]) for i in kept], float)
-    late = np.mean([[metric.counts(r.answers[i]) for i in kept] for r in after], axis=0)
+    indices = [i for i, a in enumerate(before.answers) if metric.applies(a)]
+    base = np.array([metric.counts(before.answers[i]) for i in indices], float)
+    late = np.mean([[metric.counts(r.answers[i]) for i in indices] for r in after], axis=0)
     table = np.column_stack([base - late, base])
-    low, high = cluster_bootstrap(table, [before.answers[i].group for i in kept], ratio)
-    return Estimate(float(table[:, 0].sum() / base.sum()) if base.any() else float("nan"), low, high, len(kept))
+    low, high = cluster_bootstrap(table, [before.answers[i].group for i in indices], ratio)
+    return Estimate(float(table[:, 0].sum() / base.sum()) if base.any() else float("nan"), low, high, len(indices))
 
 
-def told(result: BehaviorResult, data: ConceptDataset) -> dict[str, Any]:
+def summarized(result: BehaviorResult, data: ConceptDataset) -> dict[str, Any]:
     """Return the measures that are shown."""
     return {name: asdict(e) for name, e in compute_metrics(result, data).items() if name in SHOWN}
 
@@ -196,17 +198,17 @@ def row_of(
     changes = {name: compare_metric(before, after, name) for name in SHOWN}
     return {
         "questions": len(data),
-        "before": told(before, data),
-        "test": told(after, data),
+        "before": summarized(before, data),
+        "test": summarized(after, data),
         "change": {name: asdict(c) for name, c in changes.items() if c is not None},
         "cut": {name: asdict(cut(before, [after], name)) for name in PRIOR_ERRORS},
         "controls": {
             control: {
-                "draws": len(drawn),
-                "cut": {name: asdict(cut(before, drawn, name)) for name in PRIOR_ERRORS},
-                "neutral": float(np.mean([compute_metrics(r, data)["neutral: right"].value for r in drawn])),
+                "draws": len(results),
+                "cut": {name: asdict(cut(before, results, name)) for name in PRIOR_ERRORS},
+                "neutral": float(np.mean([compute_metrics(r, data)["neutral: right"].value for r in results])),
             }
-            for control, drawn in controls.items()
+            for control, results in controls.items()
         },
     }
 
@@ -214,10 +216,11 @@ def row_of(
 def captioned(model: Lvlm, data: ConceptDataset, vector: SteeringVector | None, count: int) -> dict[str, Any]:
     """Let the model describe scenes, and return what of it is not there."""
     firsts = list({e.group: e for e in data}.values())[:count]
-    made: list[Any] = [(e.image, questions.as_example(e.image, questions.caption(e.image), "caption")) for e in firsts]  # pyright: ignore[reportArgumentType]  # scenes
-    asked = ConceptDataset("captions", tuple(e for _, e in made))
-    result = answer_under(model, asked, {"": vector}, progress=False)[""]
-    objects = {e.id: [o.noun for o in scene.objects] for scene, e in made}
+    scenes: list[Any] = [e.image for e in firsts]
+    scene_examples = [(s, questions.as_example(s, questions.caption(s), "caption")) for s in scenes]
+    caption_data = ConceptDataset("captions", tuple(e for _, e in scene_examples))
+    result = answer_under(model, caption_data, {"": vector}, progress=False)[""]
+    objects = {e.id: [o.noun for o in scene.objects] for scene, e in scene_examples}
     scores = chair({a.id: a.text or "" for a in result.answers}, objects, vocabulary=NOUNS, variant="paper")
     return {"chair_i": asdict(scores.chair_i), "recall": asdict(scores.recall)}
 
@@ -228,22 +231,22 @@ def tested(
     """Choose and test methods that share their questions, and yield a row each."""
     kind = next(iter(group.values()))
     validation, test = part(w.discovery, kind, plan), part(data, kind, plan)
-    found = chosen_places(w, validation, group, plan.thin)
+    places = chosen_places(w, validation, group, plan.thin)
     vectors: dict[str, SteeringVector | None] = {"before": None}
-    drawn: dict[tuple[str, str], list[str]] = {}
-    for name, (place, row, _) in found.items():
+    names: dict[tuple[str, str], list[str]] = {}
+    for name, (place, row, _) in places.items():
         make = group[name].places[place]
         if make is None or not row["strength"]:
             vectors[name] = None
             continue
         vector = make(None).scaled(row["strength"])
         vectors[name] = vector
-        for control, made in controls_of(w, group[name], place, vector, plan.draws).items():
-            drawn[name, control] = [f"{name}: {control} {i}" for i in range(len(made))]
-            vectors.update(zip(drawn[name, control], made, strict=True))
+        for control, control_vectors in controls_of(w, group[name], place, vector, plan.draws).items():
+            names[name, control] = [f"{name}: {control} {i}" for i in range(len(control_vectors))]
+            vectors.update(zip(names[name, control], control_vectors, strict=True))
     results = answer_under(w.model, test, vectors)
-    for name, (place, row, start) in found.items():
-        controls = {c: [results[k] for k in keys] for (n, c), keys in drawn.items() if n == name}
+    for name, (place, row, start) in places.items():
+        controls = {c: [results[k] for k in keys] for (n, c), keys in names.items() if n == name}
         about = {"place": place, "strength": row["strength"], "harm": [start["harm"], row["harm"]], "cost": row["cost"]}
         captions = captioned(w.model, data, vectors[name], plan.captions)
         vector = vectors[name]
@@ -294,10 +297,10 @@ def run(plan: Plan, work: Path, console: Console) -> dict[str, dict[str, Any]]:
             done[name].write_text(json.dumps(row))
         console.print(f"{number + 1} of {len(groups)}: {'; '.join(group)}, {time.perf_counter() - start:.0f} s")
     rows = {name: json.loads(path.read_text()) for name, path in done.items()}
-    best, kept = best_of(rows), work / "best.json"
-    if not kept.exists():
-        kept.write_text(json.dumps(drawn_often(w, every[best], rows[best], plan, data)))
-    return {**rows, best: json.loads(kept.read_text())}
+    best, best_path = best_of(rows), work / "best.json"
+    if not best_path.exists():
+        best_path.write_text(json.dumps(drawn_often(w, every[best], rows[best], plan, data)))
+    return {**rows, best: json.loads(best_path.read_text())}
 
 
 def best_of(rows: Mapping[str, dict[str, Any]]) -> str:
@@ -313,9 +316,9 @@ def drawn_often(w: World, method: Method, row: dict[str, Any], plan: Plan, data:
         return row
     vector = make(None).scaled(row["strength"])
     controls = controls_of(w, method, row["place"], vector, plan.often)
-    names = {c: [f"{c} {i}" for i in range(len(made))] for c, made in controls.items()}
+    names = {c: [f"{c} {i}" for i in range(len(vectors_))] for c, vectors_ in controls.items()}
     vectors: dict[str, SteeringVector | None] = {"before": None, "after": vector}
-    vectors |= {n: v for c, made in controls.items() for n, v in zip(names[c], made, strict=True)}
+    vectors |= {n: v for c, vectors_ in controls.items() for n, v in zip(names[c], vectors_, strict=True)}
     results = answer_under(w.model, data, vectors)
     many = {c: [results[n] for n in names[c]] for c in names}
     return {**row, **row_of(results["before"], results["after"], many, data)}
@@ -332,21 +335,21 @@ def report(rows: Mapping[str, dict[str, Any]], before: Mapping[str, Any], consol
         "method", "place", "strength", "wrong by prior %", "adversarial yes %", "neutral %", "CHAIR_i %", "fading", "n"
     )
     first = next(r for r in rows.values() if r["questions"] == max(q["questions"] for q in rows.values()))
-    shown = [percent(first["before"][m]) if m in first["before"] else "" for m in SHOWN[:3]]
-    table.add_row("none", "", "", *shown, percent(before["chair_i"]), "", str(first["questions"]))
+    cells_ = [percent(first["before"][m]) if m in first["before"] else "" for m in SHOWN[:3]]
+    table.add_row("none", "", "", *cells_, percent(before["chair_i"]), "", str(first["questions"]))
     for name, row in rows.items():
-        shown = [percent(row["test"][m]) if m in row["test"] else "" for m in SHOWN[:3]]
+        cells_ = [percent(row["test"][m]) if m in row["test"] else "" for m in SHOWN[:3]]
         caption = percent(row["chair_i"]) if "chair_i" in row else ""
         fading = percent(row["fading"]["chair_i"]) if "fading" in row else ""
-        table.add_row(name, row["place"], f"{row['strength']:g}", *shown, caption, fading, str(row["questions"]))
+        table.add_row(name, row["place"], f"{row['strength']:g}", *cells_, caption, fading, str(row["questions"]))
     console.print(table)
     table = Table("method", "cut of", *PRIOR_ERRORS, "neutral %", "draws")
     for name, row in rows.items():
         own = 100 * row["test"]["neutral: right"]["value"]
         table.add_row(name, "itself", *(percent(row["cut"][m]) for m in PRIOR_ERRORS), f"{own:.1f}", "")
-        for control, found in row["controls"].items():
-            cells = [percent(found["cut"][m]) for m in PRIOR_ERRORS]
-            table.add_row("", control, *cells, f"{100 * found['neutral']:.1f}", str(found["draws"]))
+        for control, control_row in row["controls"].items():
+            cells = [percent(control_row["cut"][m]) for m in PRIOR_ERRORS]
+            table.add_row("", control, *cells, f"{100 * control_row['neutral']:.1f}", str(control_row["draws"]))
     console.print(table)
 
 
@@ -362,8 +365,8 @@ def figures_of(rows: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
     for name, short in zip(PRIOR_ERRORS, ("wrong_by_prior", "adversarial_yes"), strict=True):
         add(f"{short}_cut", row["cut"][name], ">= 0.5", holds=row["cut"][name]["value"] >= 0.5)
-        for control, found in row["controls"].items():
-            e = found["cut"][name]
+        for control, control_row in row["controls"].items():
+            e = control_row["cut"][name]
             add(f"{short}_cut_by_{control.replace(' ', '_')}", e, "< 0.1", holds=e["value"] < 0.1)
     drop = row["change"]["neutral: right"]
     add("neutral_change", drop, ">= -0.01", holds=drop["value"] >= -0.01)
@@ -378,7 +381,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="where finished methods are kept; runs/benchmark-steering by default")
     options = parser.parse_args()
     console = Console()
-    console.print("Compares every way of steering with the model as it is and with controls that push as far.")
+    console.print("Compares every steering method with the unsteered model and with controls of equal displacement.")
     start = time.perf_counter()
     plan = QUICK if options.quick else FULL
     work = (options.work or WORK) / ("quick" if options.quick else "full")

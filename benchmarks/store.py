@@ -1,11 +1,11 @@
-"""What the activation store costs beside the bare disk: writing, reading layers, heads and rows, many files, compression.
+"""Cost of the activation store compared with the bare disk: writing, reading layers, heads and rows, many files, compression.
 
     python benchmarks/store.py [--quick] [--only write,read,shards,overlap,size] [--folder DIR]
 
 Writing is compared with ``os.write`` of the same bytes into as many files, each synced; both in turn. Reading is compared
 with a numpy memmap of the same values as [L, N, D], copied out (float32, so that nothing hides in a conversion). Warm: the
-files are in the page cache. Cold: the system was told to drop them (``posix_fadvise``), and both are mapped anew. All
-variants of a figure take turns in an order drawn anew for each repetition; a figure is the median of the ratios of each.
+files are in the page cache. Cold: the system is asked to drop them (``posix_fadvise``), and both are mapped again. All
+variants of a figure take turns in a new random order for each repetition; a figure is the median of the ratios of each.
 """
 
 from __future__ import annotations

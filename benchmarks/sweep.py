@@ -1,9 +1,9 @@
-"""What a sweep costs beside the work it is about, and what starting the command costs.
+"""Overhead of a sweep in addition to its stages, and of starting the command.
 
 Compared: twelve probe stages, one after the other in one process that has all it needs loaded, with the whole command
 ``groundscope -m stages=[examples,trace,probe] probe.folds=… probe.seed=…`` of twelve jobs over the same cache: starting
 Python, its imports, composing each job, taking the trace, the probes, the table and the page. In turn, the order
-alternating; medians. Both are told in seconds of the clock and of the processor: the second ratio is what holds on a machine
+alternating; medians. Both are reported in seconds of the clock and of the processor: the second ratio is what holds on a machine
 that does other things too. The trace is made once, before; how often it was made in all is counted in the receipts.
 
     python benchmarks/sweep.py [--quick]
@@ -28,7 +28,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-# A benchmark beside this one is called like a package: the root comes first.
+# Another benchmark has the name of a package: the root comes first.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from experiments.cli.overrides import composed
@@ -81,8 +81,8 @@ def command(arguments: list[str], cwd: Path) -> Seconds:
 
 def traces_made(root: Path) -> tuple[int, int]:
     """Return how many runs of a root have a trace, and how many made it themselves."""
-    found = [r for p in root.rglob("activations/stage.json") if (r := read_receipt(p.parent)) is not None]
-    return len(found), sum(not r.origin for r in found)
+    receipts = [r for p in root.rglob("activations/stage.json") if (r := read_receipt(p.parent)) is not None]
+    return len(receipts), sum(not r.origin for r in receipts)
 
 
 def main() -> None:
@@ -116,19 +116,19 @@ def main() -> None:
             for measure in (first, second) if number % 2 == 0 else (second, first):
                 measure()
             starts.append(command(["--help"], folder)[0])
-        runs, made = traces_made(folder / "runs")
+        runs, trace_count = traces_made(folder / "runs")
         size = json.loads((folder / "runs" / "sweeps" / "bench" / "sweep.json").read_text())["jobs"]
         page = (folder / "runs" / "sweeps" / "bench" / "report.html").stat().st_size / 1e6
-        shown = f"{len(size)} jobs over one cache of {scenes} scenes, medians of {rounds}"
+        title = f"{len(size)} jobs over one cache of {scenes} scenes, medians of {rounds}"
     ratio, of_processor = (statistics.median(s[k] / a[k] for s, a in zip(swept, alone, strict=True)) for k in (0, 1))
-    print(f"{shown:<44} {'clock s':>10} {'processor s':>12}")
+    print(f"{title:<44} {'clock s':>10} {'processor s':>12}")
     rows = {"twelve probe stages alone": alone, "the whole command, table and page": swept}
     medians = {name: [statistics.median(v[k] for v in values) for k in (0, 1)] for name, values in rows.items()}
     for name, (clock, processor) in medians.items():
         print(f"{name:<44} {clock:>10.1f} {processor:>12.1f}")
     print(f"{'ratio':<44} {ratio:>10.2f} {of_processor:>12.2f}")
     (base, _), (whole, _) = medians.values()
-    print(f"{'runs with a trace, and those that made it':<40} {runs:>5}, {made}")
+    print(f"{'runs with a trace, and those that made it':<40} {runs:>5}, {trace_count}")
     print(f"{'groundscope --help':<40} {statistics.median(starts):8.2f} s")
     figures = {
         "sweep_vs_stages": {"value": round(ratio, 3), "goal": "<= 1.2", "holds": ratio <= 1.2, "n": rounds},
@@ -138,7 +138,7 @@ def main() -> None:
             "holds": of_processor <= 1.2,
             "n": rounds,
         },
-        "traces_made": {"value": made, "goal": "1", "holds": made == 1, "n": runs},
+        "traces_made": {"value": trace_count, "goal": "1", "holds": trace_count == 1, "n": runs},
         "help_s": {
             "value": round(statistics.median(starts), 3),
             "goal": "<= 2",

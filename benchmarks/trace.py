@@ -6,7 +6,7 @@ take turns, in alternating order; the figure is the median of the ratios of each
 everything that comes after encoding: forward, selection, table, writing, sealing, syncing.
 
 The fixed cost of a trace is measured on the architecture of the embedded model, one example and one site. TransformerLens'
-`run_with_cache` of the same sites and inputs, kept whole in memory and not written, stands beside it: it computes attention
+`run_with_cache` of the same sites and inputs, kept in memory and not written, is measured for comparison: it computes attention
 step by step. Memory is the peak of a process that traces ten times as many examples, over that of one that does not.
 
     python benchmarks/trace.py [--quick] [--device cuda] [--dtype bfloat16]
@@ -101,8 +101,8 @@ def middle_processor() -> LlavaProcessor:
 def questions(count: int, text: str = TEXT) -> ConceptDataset:
     """Draw images and ask the same question about each."""
     scenes = [sample_scene(generator(TEST, 0, i), f"b{i}") for i in range(count)]
-    asked = Question(text, "yes", YES_NO, "object", "existence")
-    return ConceptDataset("benchmark", tuple(as_example(scene, asked, "neutral") for scene in scenes))
+    question = Question(text, "yes", YES_NO, "object", "existence")
+    return ConceptDataset("benchmark", tuple(as_example(scene, question, "neutral") for scene in scenes))
 
 
 def seconds(work: Callable[[], object], device: torch.device) -> float:
@@ -174,12 +174,12 @@ def transformer_lens(n: int, device: str, dtype: torch.dtype) -> list[tuple[floa
     inputs = dict(batch.inputs)
     ids = inputs.pop("input_ids")
 
-    def wanted(name: str) -> bool:
+    def is_traced(name: str) -> bool:
         return name.endswith(("hook_resid_post", "attn.hook_z")) and name.startswith("blocks.")
 
     def run() -> None:
         with torch.no_grad():
-            bridge.run_with_cache(ids, names_filter=wanted, **inputs)
+            bridge.run_with_cache(ids, names_filter=is_traced, **inputs)
 
     return alternate(lambda: plain.logits(batch.inputs), run, n, plain.device)
 

@@ -87,9 +87,9 @@ def test_scores_of_probes(groups: int, distance: float) -> None:
             pair_low, pair_high = difference_interval(pair[0], pair[1])
             ends = np.array([[low, area_low, pair_low], [high, area_high, pair_high]])[..., 0]
             covered.append((ends[0] <= truths) & (ends[1] >= truths))
-        found = np.mean(covered, axis=0)
-        print(f"{groups:4} groups, distance {distance}, share {share}: balanced, area, difference {found.round(3)}")
-        assert (found >= 0.88).all()
+        coverage = np.mean(covered, axis=0)
+        print(f"{groups:4} groups, distance {distance}, share {share}: balanced, area, difference {coverage.round(3)}")
+        assert (coverage >= 0.88).all()
 
 
 @pytest.mark.parametrize(

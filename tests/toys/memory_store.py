@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,10 @@ class MemoryStore:
             ArrayInfo(*key, n_layers=x.shape[1], width=x.shape[2], n_heads=n_heads if key[1] == "z" else None)
             for key, x in arrays.items()
         )
+
+    @property
+    def provenance(self) -> Mapping[str, Any]:
+        return {}
 
     def frame(self) -> pd.DataFrame:
         return self.table.copy()
