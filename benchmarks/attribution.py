@@ -85,7 +85,7 @@ def cost(n: int) -> dict[str, dict[str, Any]]:
     options: dict[str, Any] = {"min_effect": 0, "progress": False}
     methods: dict[str, Callable[[], object]] = {
         "attribution_patching": lambda: attribution.nodes(model, [pair], **options),
-        "five_points": lambda: attribution.heads(model, [pair], tokens="image", point="path", steps=5, **options),
+        "five_points": lambda: attribution.heads(model, [pair], tokens="image:all", point="path", steps=5, **options),
         "eap_ig": lambda: attribution.edges(model, [pair], steps=5, **options),
     }
     for name, method in methods.items():
@@ -152,11 +152,11 @@ def compared(
     model: Lvlm, pairs: Sequence[CounterfactualPair], name: str, figures: dict[str, dict[str, Any]], most: int
 ) -> dict[str, HeadScores | np.ndarray]:
     """Rank heads exactly and by each estimate, and note how alike; of edges, pair by pair for intervals, `most` pairs."""
-    exact = patch_heads(model, pairs, tokens="suffix", progress=False)
+    exact = patch_heads(model, pairs, tokens="suffix:all", progress=False)
     rankings: dict[str, HeadScores | np.ndarray] = {"exact": exact}
     few = max(1, round(0.05 * exact.mean.size))
     for estimate, more in ESTIMATES.items():
-        rankings[estimate] = attribution.heads(model, pairs, tokens="suffix", progress=False, **more)
+        rankings[estimate] = attribution.heads(model, pairs, tokens="suffix:all", progress=False, **more)
     chosen = [pair for pair in pairs if pair.clean.id in set(exact.ids)][:most]
     by_pair = [attribution.edges(model, [pair], min_effect=0, progress=False).heads for pair in chosen]
     first = exact.select(np.arange(len(chosen)))
@@ -217,11 +217,13 @@ def in_planted(count: int) -> dict[str, dict[str, Any]]:
             truth = [head for head in (planted.grounding, planted.mover, planted.reader) if head is not None]
             graph = attribution.edges(planted.model, pairs, progress=False)
             rankings = {
-                "exact": patch_heads(planted.model, pairs, tokens="suffix", progress=False).mean,
+                "exact": patch_heads(planted.model, pairs, tokens="suffix:all", progress=False).mean,
                 "eap_ig": graph.heads,
             }
             for name, more in ESTIMATES.items():
-                rankings[name] = attribution.heads(planted.model, pairs, tokens="suffix", progress=False, **more).mean
+                rankings[name] = attribution.heads(
+                    planted.model, pairs, tokens="suffix:all", progress=False, **more
+                ).mean
             for name, scores in rankings.items():
                 best = faithfulness.ranked(planted.model, scores)[: len(truth)]
                 hits.setdefault(name, []).append(len(set(best) & set(truth)) / len(truth))

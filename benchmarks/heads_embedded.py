@@ -27,8 +27,6 @@ from rich.console import Console
 from rich.table import Table
 
 from circuits import HeadSet, ablate, attention_knockout, compare, head_scores, patch_heads
-from circuits.ablation import Tokens
-from circuits.attention_knockout import Role
 from circuits.head_screening.table import CAUSAL, CORRELATIONAL
 from concepts import counterfactuals, scenes
 from concepts.schema import LEVELS, ConceptDataset, CounterfactualPair, Example
@@ -39,12 +37,12 @@ from lvlm.model import Lvlm
 RESULTS = Path(__file__).parent / "results" / "heads_embedded.json"
 KINDS = {"object": "object", "attribute": "color", "relation": "relation"}
 SHARE = 0.05
-ROUTES: tuple[tuple[Role, Role, int], ...] = (
-    ("last", "image", 1),
-    ("last", "image", 3),
-    ("question", "image", 1),
-    ("question", "image", 3),
-    ("last", "question", 3),
+ROUTES: tuple[tuple[str, str, int], ...] = (
+    ("last", "image:all", 1),
+    ("last", "image:all", 3),
+    ("question:all", "image:all", 1),
+    ("question:all", "image:all", 3),
+    ("last", "question:all", 3),
 )
 
 
@@ -84,12 +82,11 @@ def over_scenes(values: np.ndarray, groups: Sequence[str]) -> Estimate:
 
 
 def ablated(
-    model: Lvlm, pairs: Sequence[CounterfactualPair], questions: Sequence[Example], tokens: Tokens, draws: int
+    model: Lvlm, pairs: Sequence[CounterfactualPair], questions: Sequence[Example], tokens: str, draws: int
 ) -> dict[str, Any]:
     """Find heads on one half of the scenes, and see on the other half what they explain."""
     discovery, held_out = halves(pairs)
-    selection = "suffix" if tokens == "suffix" else "last"
-    first, second = (patch_heads(model, part, tokens=selection) for part in (discovery, held_out))
+    first, second = (patch_heads(model, part, tokens=tokens) for part in (discovery, held_out))
     alike = compare(first, second, k=(5,))
     size = max(1, round(SHARE * model.n_layers * model.n_heads))
     top = first.top(size)
@@ -127,8 +124,10 @@ def measure(model: Lvlm, data: ConceptDataset, limit: int, draws: int) -> dict[s
     for level, pairs in by_level.items():
         kinds = {pair.clean.kind for pair in pairs}
         questions = spread([e for e in neutral if e.kind in kinds], 2 * limit)
-        for tokens in ("last", "suffix"):
-            figures[f"{level}, heads at {tokens}"] = ablated(model, pairs, questions, tokens, draws)
+        for tokens in ("last", "suffix:all"):
+            figures[f"{level}, heads at {tokens.removesuffix(':all')}"] = ablated(
+                model, pairs, questions, tokens, draws
+            )
     table = head_scores(
         model, [p for pairs in by_level.values() for p in spread(pairs, limit // 2)], methods=CORRELATIONAL + CAUSAL
     )
@@ -145,7 +144,8 @@ def measure(model: Lvlm, data: ConceptDataset, limit: int, draws: int) -> dict[s
         for target, source, window in ROUTES:
             cut = attention_knockout.sweep(model, examples, target=target, source=source, window=window)
             frame = cut.frame()
-            figures[f"knockout, {level}, {target} from {source}, window {window}"] = {
+            route = f"{target} from {source}".replace(":all", "")
+            figures[f"knockout, {level}, {route}, window {window}"] = {
                 "value": [round(float(v), 3) for v in frame["change"]],
                 "low": [round(float(v), 3) for v in frame["change_low"]],
                 "high": [round(float(v), 3) for v in frame["change_high"]],

@@ -175,7 +175,7 @@ def sweeps(model: Lvlm, pair: CounterfactualPair) -> list[Sweep]:
         ),
         Sweep(
             "each head, all question tokens at once",
-            lambda: patch_heads(model, [pair], tokens="suffix", min_effect=0, progress=False),
+            lambda: patch_heads(model, [pair], tokens="suffix:all", min_effect=0, progress=False),
             [(i, h, suffix) for i, h in heads],
         ),
         Sweep(

@@ -26,14 +26,14 @@ from lvlm.finite_logits import check_finite
 from lvlm.model import Lvlm
 from lvlm.sites import Head, Site
 from lvlm.token_map import TokenMap
+from lvlm.token_selection import TokenSelection
 
 if TYPE_CHECKING:
     import pandas as pd
 
 Method = Literal["zero", "mean", "resample"]
-Tokens = Literal["last", "suffix", "image", "all"]
 METHODS: tuple[Method, ...] = ("zero", "mean", "resample")
-TOKENS: tuple[Tokens, ...] = ("last", "suffix", "image", "all")
+TOKENS = ("last", "suffix:all", "image:all", "all")
 _BY_EXAMPLE = ("ids", "groups", "levels")
 
 
@@ -52,7 +52,7 @@ class Ablation:
     """Scene or image of each example: the resampling unit of the intervals."""
     levels: tuple[str, ...]
     method: Method
-    tokens: Tokens
+    tokens: str
     reference: int
     """Number of examples that the mean or the donors come from; 0 for ``zero``."""
     seed: int
@@ -118,7 +118,7 @@ def ablate(
     examples: Sequence[Example],
     heads: Literal["each", "layers"] | Head | HeadSet | str | Sequence[Head | HeadSet | str] = "each",
     *,
-    tokens: Tokens = "all",
+    tokens: str = "all",
     method: Method = "mean",
     reference: Sequence[Example] | None = None,
     batch_size: int = 64,
@@ -138,7 +138,7 @@ def ablate(
         What is ablated in one run: each head (``each``), all heads of each layer (``layers``), or a sequence of heads
         (one run each) and of `HeadSet` (one run for all heads of the set).
     tokens
-        Positions to ablate: ``last``, ``suffix`` (every token after the image), ``image`` or ``all``.
+        Positions to ablate: ``last``, ``suffix:all`` (every token after the image), ``image:all`` or ``all``.
     method
         Replacement of a head's output. ``zero``: 0. ``mean``: its mean over `reference`, at tokens of the same role.
         ``resample``: its output on one random example of `reference` from another group with the same number of tokens
@@ -159,7 +159,7 @@ def ablate(
     ConfigError
         If an option has an unknown value.
     SiteError
-        If the model has no such head, or `heads` contains anything but heads.
+        If the model has no such head, `heads` contains anything but heads, or `tokens` is unknown or ambiguous.
     PatchError
         If `examples` or `heads` is empty, the model is in training mode, or an example has no donor.
     DataError
@@ -167,12 +167,13 @@ def ablate(
     ModelError
         If logits are not finite, with or without ablation.
     """
-    if method not in METHODS or tokens not in TOKENS or batch_size < 1 or memory < 1:
+    if method not in METHODS or batch_size < 1 or memory < 1:
         msg = (
-            f"invalid method='{method}', tokens='{tokens}', batch_size={batch_size} or memory={memory}: choose method from "
-            f"{', '.join(METHODS)} and tokens from {', '.join(TOKENS)}; batch_size and memory must be at least 1"
+            f"invalid method='{method}', batch_size={batch_size} or memory={memory}: choose method from "
+            f"{', '.join(METHODS)}; batch_size and memory must be at least 1"
         )
         raise ConfigError(msg)
+    where = TokenSelection.parse(tokens, allowed=TOKENS)
     check_evaluating(model)
     head_sets = _sets(model, heads)
     if not head_sets:
@@ -189,11 +190,11 @@ def ablate(
     margins = np.empty(len(examples), np.float32)
     ablated = np.empty((len(examples), len(head_sets)), np.float32)
     with progress_bar(progress) as bar:
-        means = _means(model, reference_examples, layers, tokens, batch_size) if method == "mean" else {}
-        donors = _donors(model, examples, reference_examples, tokens, seed) if method == "resample" else []
+        means = _means(model, reference_examples, layers, where, batch_size) if method == "mean" else {}
+        donors = _donors(model, examples, reference_examples, where, seed) if method == "resample" else []
         task = bar.add_task("ablating heads", total=len(examples) * len(head_sets))
         if donors:
-            batch_size = _rows_within(model, examples[0], len(layers), tokens, batch_size, memory)
+            batch_size = _rows_within(model, examples[0], len(layers), where, batch_size, memory)
         for batch in model.batches(examples, batch_size):
 
             def margin(logits: Tensor, index: tuple[int, ...] = batch.index) -> list[float]:
@@ -205,11 +206,11 @@ def ablate(
 
             rows = list(batch.index)
             margins[rows] = margin(model.logits(batch.inputs))
-            at = _positions(batch.encodings, tokens)
+            at = _positions(batch.encodings, where)
             values: dict[int, Tensor] = means
             if method == "resample":
                 donor_examples = [reference_examples[donors[i]] for i in rows]
-                values = _outputs(model, donor_examples, layers, tokens, batch_size)
+                values = _outputs(model, donor_examples, layers, where, batch_size)
             for s, head_set in enumerate(head_sets):
                 with intervened(model, [_ablation_of(model, head, values, at) for head in head_set]):
                     ablated[rows, s] = margin(model.logits(batch.inputs))
@@ -222,7 +223,7 @@ def ablate(
         groups=tuple(e.group for e in examples),
         levels=tuple(e.level for e in examples),
         method=method,
-        tokens=tokens,
+        tokens=str(where),
         reference=0 if method == "zero" else len(reference_examples),
         seed=seed,
         model=model.name,
@@ -231,18 +232,13 @@ def ablate(
     )
 
 
-def positions_of(tokens: TokenMap, where: Tokens) -> list[int]:
-    """Return the positions of a token role in one example; raise `PatchError` if it has none."""
-    if where == "last":
-        return [tokens.last]
-    if where == "all":
-        return list(range(tokens.length))
-    if where == "suffix":
-        return list(tokens.suffix)
-    if not tokens.image:
-        msg = f"tokens='{where}' requires image tokens in the decoder's sequence; choose 'last', 'suffix' or 'all'"
+def positions_of(tokens: TokenMap, where: TokenSelection) -> list[int]:
+    """Return the positions of a selection in one example; raise `PatchError` if it has none."""
+    positions = list(tokens.positions(where)) if where.role != "image" else list(tokens.image)
+    if not positions:
+        msg = f"tokens='{where}' requires image tokens in the decoder's sequence; choose 'last', 'suffix:all' or 'all'"
         raise PatchError(msg)
-    return list(tokens.image)
+    return positions
 
 
 def _sets(
@@ -263,7 +259,7 @@ def _ablation_of(model: Lvlm, head: Head, values: dict[int, Tensor], at: Tensor)
     return Intervention(site, Replace(values[head.layer][..., columns]), at, head.head)
 
 
-def _positions(encodings: Sequence[Encoding], where: Tokens) -> Tensor:
+def _positions(encodings: Sequence[Encoding], where: TokenSelection) -> Tensor:
     """Return the positions of a batch, ``[rows, n]``."""
     positions = [positions_of(e.tokens, where) for e in encodings]
     if len({len(row) for row in positions}) != 1:
@@ -273,7 +269,7 @@ def _positions(encodings: Sequence[Encoding], where: Tokens) -> Tensor:
 
 
 def _means(
-    model: Lvlm, examples: Sequence[Example], layers: Sequence[int], where: Tokens, size: int
+    model: Lvlm, examples: Sequence[Example], layers: Sequence[int], where: TokenSelection, size: int
 ) -> dict[int, Tensor]:
     """Return each layer's mean head output over the tokens `where` of all examples, ``[H * head_dim]``."""
     sites = [model.head_site(layer) for layer in layers]
@@ -295,7 +291,7 @@ def _means(
 
 
 def _outputs(
-    model: Lvlm, examples: Sequence[Example], layers: Sequence[int], where: Tokens, size: int
+    model: Lvlm, examples: Sequence[Example], layers: Sequence[int], where: TokenSelection, size: int
 ) -> dict[int, Tensor]:
     """Return each layer's head outputs at the n tokens `where` of every example, ``[rows, n, H * head_dim]``."""
     sites = [model.head_site(layer) for layer in layers]
@@ -314,7 +310,7 @@ def _outputs(
     return out
 
 
-def _rows_within(model: Lvlm, example: Example, layers: int, where: Tokens, size: int, memory: int) -> int:
+def _rows_within(model: Lvlm, example: Example, layers: int, where: TokenSelection, size: int, memory: int) -> int:
     """Return how many examples' donors fit into `memory`: head outputs of each layer at each token `where`."""
     tokens = model.encode(example).tokens
     each = layers * len(positions_of(tokens, where)) * model.n_heads * model.head_dim * model.dtype.itemsize
@@ -322,17 +318,17 @@ def _rows_within(model: Lvlm, example: Example, layers: int, where: Tokens, size
 
 
 def _donors(
-    model: Lvlm, examples: Sequence[Example], candidates: Sequence[Example], where: Tokens, seed: int
+    model: Lvlm, examples: Sequence[Example], candidates: Sequence[Example], where: TokenSelection, seed: int
 ) -> list[int]:
     """Draw for each example one candidate from another group with the same number of tokens."""
     rng = np.random.default_rng(seed)
-    sizes = [1 if where == "last" else len(positions_of(model.encode(e).tokens, where)) for e in candidates]
+    sizes = [1 if where.role == "last" else len(positions_of(model.encode(e).tokens, where)) for e in candidates]
     by_size: dict[int, list[int]] = {}
     for number, size in enumerate(sizes):
         by_size.setdefault(size, []).append(number)
     out = []
     for example in examples:
-        size = 1 if where == "last" else len(positions_of(model.encode(example).tokens, where))
+        size = 1 if where.role == "last" else len(positions_of(model.encode(example).tokens, where))
         eligible = [i for i in by_size.get(size, []) if candidates[i].group != example.group]
         if not eligible:
             msg = (

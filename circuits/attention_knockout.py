@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
@@ -29,12 +29,12 @@ from lvlm.family.specification import TOLERANCE, resolve
 from lvlm.intervention_digest import digest_of
 from lvlm.model import Lvlm
 from lvlm.token_map import TokenMap
+from lvlm.token_selection import TokenSelection
 
 if TYPE_CHECKING:
     import pandas as pd
 
-Role = Literal["image", "question", "last", "object"]
-ROLES: tuple[Role, ...] = ("image", "question", "last", "object")
+TOKENS = ("last", "image:all", "question:all", "object:all")
 WINDOW = 9
 """Number of adjacent layers to block jointly (both sources)."""
 _BY_EXAMPLE = ("ids", "groups", "levels")
@@ -44,9 +44,9 @@ _BY_EXAMPLE = ("ids", "groups", "levels")
 class Knockout:
     """Change of the true answer's probability when attention is blocked; returned by `sweep`."""
 
-    target: Role
+    target: str
     """Tokens that may not attend ..."""
-    source: Role
+    source: str
     """... to these tokens."""
     window: int
     windows: tuple[tuple[int, ...], ...]
@@ -107,8 +107,8 @@ def sweep(
     model: Lvlm,
     examples: Sequence[Example],
     *,
-    target: Role = "last",
-    source: Role = "image",
+    target: str = "last",
+    source: str = "image:all",
     window: int = WINDOW,
     windows: Sequence[Sequence[int]] | None = None,
     batch_size: int = 32,
@@ -126,8 +126,8 @@ def sweep(
     examples
         Questions with candidate answers.
     target, source
-        ``image``: image tokens; ``question``: tokens of the question; ``last``: the last prompt token; ``object``: image
-        tokens of the object in question.
+        ``image:all``: image tokens; ``question:all``: tokens of the question; ``last``: the last prompt token;
+        ``object:all``: image tokens of the object in question.
     window
         Number of layers to block jointly, centered on each layer in turn.
     windows
@@ -140,34 +140,32 @@ def sweep(
     Raises
     ------
     ConfigError
-        If a role is unknown or `window` is less than 1.
+        If `window` is less than 1.
     SiteError
-        If the model has no such layer.
+        If a token selection is unknown or ambiguous, or the model has no such layer.
     PatchError
         If no example is answered correctly and has such tokens, or the model is in training mode.
     ModelError
         If the family's attention does not take an additive mask; checked by a forward pass on the first examples.
     """
-    if target not in ROLES or source not in ROLES or window < 1:
-        msg = (
-            f"invalid target='{target}', source='{source}' or window={window}: choose target and source from "
-            f"{', '.join(ROLES)}; window must be at least 1"
-        )
+    if window < 1:
+        msg = f"window={window} must be at least 1 layer"
         raise ConfigError(msg)
+    queries, keys = (TokenSelection.parse(tokens, allowed=TOKENS) for tokens in (target, source))
     check_evaluating(model)
     cuts = layer_windows(model.n_layers, window) if windows is None else tuple(tuple(w) for w in windows)
     outside = sorted({layer for w in cuts for layer in w if not 0 <= layer < model.n_layers})
     if outside or not cuts or not all(cuts):
         msg = f"invalid windows {list(cuts)}: {model.name} has layers 0-{model.n_layers - 1}; a window needs at least one layer"
         raise SiteError(msg)
-    answered, before, wrong, without = _answered(model, examples, target, source, batch_size)
+    answered, before, wrong, without = _answered(model, examples, queries, keys, batch_size)
     change = np.empty((len(answered), len(cuts)), np.float32)
     right = np.empty((len(answered), len(cuts)), bool)
     with progress_bar(progress) as bar:
         task = bar.add_task("cutting attention", total=len(answered) * len(cuts))
         for number, batch in enumerate(model.batches(answered, batch_size)):
             rows = list(batch.index)
-            block = _block(batch, target, source).to(model.device)
+            block = _block(batch, queries, keys).to(model.device)
             if number == 0:
                 _check_mask(model, batch, block, cuts[0][0])
             for column, layers in enumerate(cuts):
@@ -177,8 +175,8 @@ def sweep(
                 right[rows, column] = margins > 0
                 bar.advance(task, len(rows))
     return Knockout(
-        target=target,
-        source=source,
+        target=str(queries),
+        source=str(keys),
         window=window if windows is None else max(len(w) for w in cuts),
         windows=cuts,
         probability=before,
@@ -256,23 +254,21 @@ def _eager(module: nn.Module) -> bool:
     return getattr(getattr(module, "config", None), "_attn_implementation", "eager") == "eager"
 
 
-def _positions(tokens: TokenMap, role: Role) -> tuple[int, ...]:
-    if role == "last":
-        return (tokens.last,)
-    if role == "image":
+def _positions(tokens: TokenMap, selection: TokenSelection) -> tuple[int, ...]:
+    if selection.role == "image":
         return tokens.image
-    if role == "question":
-        return tokens.question
-    has_object = tokens.subject is not None and tokens.subject in tokens.boxes
-    return tokens.object(tokens.subject or "") if has_object else ()
+    if selection.role == "object":
+        has_object = tokens.subject is not None and tokens.subject in tokens.boxes
+        return tokens.object(tokens.subject or "") if has_object else ()
+    return tokens.positions(selection)
 
 
-def _block(batch: Batch, target: Role, source: Role) -> Tensor:
+def _block(batch: Batch, target: TokenSelection, source: TokenSelection) -> Tensor:
     """Return the connections to block, bool ``[rows, queries, keys]``."""
     length = batch.encodings[0].tokens.length
     out = torch.zeros(len(batch.encodings), length, length, dtype=torch.bool)
     for row, encoding in enumerate(batch.encodings):
-        queries, keys = (torch.tensor(_positions(encoding.tokens, role)) for role in (target, source))
+        queries, keys = (torch.tensor(_positions(encoding.tokens, selection)) for selection in (target, source))
         out[row, queries[:, None], keys[None]] = True
     out.diagonal(dim1=1, dim2=2).fill_(False)
     return out
@@ -289,7 +285,7 @@ def _read(model: Lvlm, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _answered(
-    model: Lvlm, examples: Sequence[Example], target: Role, source: Role, batch_size: int
+    model: Lvlm, examples: Sequence[Example], target: TokenSelection, source: TokenSelection, batch_size: int
 ) -> tuple[list[Example], np.ndarray, int, int]:
     """Return correctly answered examples with such tokens, their probabilities, and both counts of excluded examples."""
     if not examples:
@@ -299,7 +295,7 @@ def _answered(
     for batch in model.batches(examples, batch_size):
         rows = list(batch.index)
         probabilities[rows], margins[rows] = _read(model, batch)
-        has[rows] = [all(_positions(e.tokens, role) for role in (target, source)) for e in batch.encodings]
+        has[rows] = [all(_positions(e.tokens, selection) for selection in (target, source)) for e in batch.encodings]
     keep = has & (margins > 0)
     if not keep.any():
         msg = (

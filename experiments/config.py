@@ -15,7 +15,9 @@ SWEEPS = "sweeps"
 """Folder of all sweeps, below the root folder of runs."""
 RENAMED: Mapping[str, str] = MappingProxyType({"probe.penalties": "probe.C"})
 """Option name in earlier versions to its present name."""
-RENAMED_VALUES: Mapping[str, Mapping[str, str]] = MappingProxyType({})
+RENAMED_VALUES: Mapping[str, Mapping[str, str]] = MappingProxyType(
+    {"patch.tokens": MappingProxyType({"suffix": "suffix:all"})}
+)
 """Option to its values in earlier versions, with their present spelling."""
 
 
@@ -112,7 +114,7 @@ class PatchConfig:
     pairs: int = 60
     """Pairs of each kind at most."""
     tokens: str = "last"
-    """Where a head is patched: `last`, or `suffix` for every token after the image."""
+    """Where a head is patched: `last`, or `suffix:all` for every token after the image."""
     min_effect: float = 0.5
     """Pairs whose two images change the answer's log-odds by less than this are left out, and counted."""
     top: int = 6

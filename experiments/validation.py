@@ -157,7 +157,7 @@ def _words(config: RunConfig) -> str | None:
         ("model.dtype", _DTYPES),
         ("trace.dtype", _DTYPES),
         ("trace.on_error", ("raise", "skip")),
-        ("patch.tokens", ("last", "suffix")),
+        ("patch.tokens", ("last", "suffix:all")),
     ):
         value = _value(config, key)
         if value not in choices:

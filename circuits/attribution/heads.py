@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
 
 import numpy as np
 
@@ -29,10 +28,11 @@ from concepts.schema import CounterfactualPair
 from groundscope.core.errors import ConfigError
 from lvlm.model import Lvlm
 from lvlm.sites import Head, Site
+from lvlm.token_selection import PATCHABLE, TokenSelection
 
 __all__ = ["heads", "nodes"]
 
-TOKENS = ("last", "suffix", "image", "question", "object", "all")
+TOKENS = ("last", "suffix:all", "image:all", "question:all", "object:all", "all")
 EMBEDDINGS = "decoder.L0.resid_pre"
 
 
@@ -40,7 +40,7 @@ def heads(
     model: Lvlm,
     pairs: Sequence[CounterfactualPair],
     *,
-    tokens: Literal["last", "suffix", "image", "question", "object", "all"] = "last",
+    tokens: str = "last",
     mode: Mode = "denoise",
     metric: str | MetricFunction = "logit_difference",
     point: Point = "run",
@@ -61,8 +61,8 @@ def heads(
     pairs
         As for `patch_heads`.
     tokens
-        Positions of the patch, all patched jointly: ``last``, ``suffix``, ``question``, ``object``, ``image`` or
-        ``all``.
+        Positions of the patch, all patched jointly: ``last``, ``suffix:all``, ``question:all``, ``object:all``,
+        ``image:all`` or ``all``.
     mode
         ``denoise``: patch the corrupt run with clean values; ``noise``: patch the clean run with corrupt values.
     metric
@@ -97,9 +97,7 @@ def heads(
     ModelError
         If no gradient reaches a site; for an attention that cannot be differentiated, before any forward pass.
     """
-    if tokens not in TOKENS:
-        msg = f"unknown tokens '{tokens}'; choose from {', '.join(TOKENS)}"
-        raise ConfigError(msg)
+    tokens = str(TokenSelection.parse(tokens, allowed=TOKENS))
     how = How(mode, point, steps, drop)
     check_how(model, how, batch_size)
     settings = settings_of(model, mode, metric_of(metric), 1, None, min_effect, progress)
@@ -155,6 +153,7 @@ def nodes(
     check_how(model, how, batch_size)
     settings = settings_of(model, mode, metric_of(metric), 1, None, min_effect, progress)
     targets = [sites] if isinstance(sites, str | Site | Head | HeadSet) else sites
+    tokens = str(TokenSelection.parse(tokens, allowed=PATCHABLE))
     units, names = units_of(model, [EMBEDDINGS if target == "embeddings" else target for target in targets])
     if drop and any(site.component == "resid_mid" for unit in units for site, _ in unit):
         msg = "drop=True does not support 'resid_mid', which no single layer writes; remove it from sites, or pass drop=False"

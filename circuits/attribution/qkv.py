@@ -26,10 +26,11 @@ from circuits.results.head_scores import HeadScores
 from concepts.schema import CounterfactualPair
 from groundscope.core.errors import ConfigError, ModelError
 from lvlm.model import Inputs, Lvlm
+from lvlm.token_selection import TokenSelection
 
 Part = Literal["q", "k", "v"]
 PARTS: tuple[Part, ...] = ("q", "k", "v")
-TOKENS = ("last", "suffix", "image", "question", "object", "all")
+TOKENS = ("last", "suffix:all", "image:all", "question:all", "object:all", "all")
 
 
 def inputs(
@@ -37,7 +38,7 @@ def inputs(
     pairs: Sequence[CounterfactualPair],
     part: Part = "q",
     *,
-    tokens: Literal["last", "suffix", "image", "question", "object", "all"] = "all",
+    tokens: str = "all",
     mode: Mode = "denoise",
     metric: str | MetricFunction = "logit_difference",
     fix: bool = True,
@@ -88,10 +89,10 @@ def inputs(
         If the family's queries and keys cannot be read, or its attention cannot be differentiated; raised before any
         forward pass.
     """
-    for name, value, allowed in (("part", part, PARTS), ("tokens", tokens, TOKENS)):
-        if value not in allowed:
-            msg = f"unknown {name} '{value}'; choose from {', '.join(allowed)}"
-            raise ConfigError(msg)
+    if part not in PARTS:
+        msg = f"unknown part '{part}'; choose from {', '.join(PARTS)}"
+        raise ConfigError(msg)
+    tokens = str(TokenSelection.parse(tokens, allowed=TOKENS))
     how = How(mode, point, steps)
     check_how(model, how, batch_size)
     check_exposable(model)

@@ -14,7 +14,7 @@ from typing import Literal
 
 import numpy as np
 
-from circuits.ablation import Method, Tokens, ablate
+from circuits.ablation import Method, ablate
 from circuits.faithfulness.curve import SHARES, FaithfulCurve, check_gap, ratio
 from circuits.head_set import HeadSet, all_heads
 from circuits.results.head_scores import HeadScores
@@ -71,7 +71,7 @@ class _CircuitMargins:
     model: Lvlm
     examples: Sequence[Example]
     method: Method
-    tokens: Tokens
+    tokens: str
     reference: Sequence[Example] | None
     batch_size: int
     seed: int
@@ -106,7 +106,7 @@ def curve(
     examples: Sequence[Example],
     ranking: Ranking,
     *,
-    tokens: Tokens = "all",
+    tokens: str = "all",
     order: Literal["signed", "absolute"] = "signed",
     shares: Sequence[float] = SHARES,
     method: Method = "mean",
@@ -158,7 +158,7 @@ def minimal(
     examples: Sequence[Example],
     ranking: Ranking,
     *,
-    tokens: Tokens = "all",
+    tokens: str = "all",
     goal: float = 0.9,
     tolerance: float = 0.01,
     method: Method = "mean",

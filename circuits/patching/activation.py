@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -26,17 +26,18 @@ from concepts.schema import CounterfactualPair
 from groundscope.core.errors import ConfigError, PatchError
 from groundscope.core.progress import progress_bar
 from lvlm.model import Lvlm
+from lvlm.token_selection import PATCHABLE, TokenSelection
 
 __all__ = ["Mode", "check_evaluating", "check_pair", "pairs_digest", "patch", "patch_heads"]
 
-TOKENS = ("last", "suffix")
+TOKENS = ("last", "suffix:all")
 
 
 def patch_heads(
     model: Lvlm,
     pairs: Sequence[CounterfactualPair],
     *,
-    tokens: Literal["last", "suffix"] = "last",
+    tokens: str = "last",
     mode: Mode = "denoise",
     metric: str | MetricFunction = "logit_difference",
     min_effect: float | None = None,
@@ -67,7 +68,7 @@ def patch_heads(
     pairs
         Pairs of equal token length whose true answers differ.
     tokens
-        Positions to patch: ``last``, the last prompt token; ``suffix``, all tokens after the image jointly.
+        Positions to patch: ``last``, the last prompt token; ``suffix:all``, all tokens after the image jointly.
     mode
         ``denoise`` or ``noise``.
     metric
@@ -100,12 +101,12 @@ def patch_heads(
         patch; afterwards if more than half of the pairs are below `min_effect`.
     ModelError
         If the metric of a pair, patched or not, is not finite.
+    SiteError
+        If `tokens` is unknown or ambiguous.
     ConfigError
         If an option has an unknown value.
     """
-    if tokens not in TOKENS:
-        msg = f"unknown tokens '{tokens}'; choose from {', '.join(TOKENS)}, or use circuits.patch for other positions"
-        raise ConfigError(msg)
+    tokens = str(TokenSelection.parse(tokens, allowed=TOKENS))
     settings = settings_of(model, mode, metric_of(metric), memory, batch_size, min_effect, progress)
     plans = plans_of(model, pairs, tokens, settings)
     result = sweep(model, plans, patches(model, every_head(model)), settings)
@@ -186,8 +187,8 @@ def patch(
         One or several of: a component of every layer (``resid_pre``, ``resid_mid``, ``resid_post``, ``attn_out``,
         ``mlp_out``; ``z`` for each head separately), a `Site`, a `Head`, or a `HeadSet` of heads to patch together, in one run.
     tokens
-        ``last``; ``suffix`` (every token after the image), ``question``, ``image``, ``object`` or ``all``, patched jointly,
-        or each token separately with ``:each``, as in ``suffix:each``; or positions counted from 0, ``12,13``. Positions
+        ``last``; ``suffix:all`` (every token after the image), ``question:all``, ``image:all``, ``object:all`` or ``all``,
+        patched jointly, or each token separately, as in ``suffix:each``; or ``positions:12,13``, counted from 0. Positions
         from the first patched one on are recomputed from the patched layer on, so early positions cost more than late ones.
     mode, metric, min_effect, batch_size, memory, progress
         As in `patch_heads`.
@@ -204,12 +205,13 @@ def patch(
     ModelError
         If the metric of a pair, patched or not, is not finite.
     SiteError
-        If the model has no such site or head, or the site has no positions.
+        If the model has no such site or head, the site has no positions, or `tokens` is unknown or ambiguous.
     ConfigError
         If an option has an unknown value.
     """
     settings = settings_of(model, mode, metric_of(metric), memory, batch_size, min_effect, progress)
     units, names = units_of(model, sites)
+    tokens = str(TokenSelection.parse(tokens, allowed=PATCHABLE))
     plans = plans_of(model, pairs, tokens, settings)
     count = max(len(plan.positions) for plan in plans)
     result = sweep(model, plans, patches(model, units, count), settings)
@@ -266,11 +268,12 @@ def settings_of(
 
 def plans_of(model: Lvlm, pairs: Sequence[CounterfactualPair], tokens: str, settings: Settings) -> list[Plan]:
     """Check every pair and return its plan; raise `PatchError` for a pair that cannot be patched."""
+    selection = TokenSelection.parse(tokens, allowed=PATCHABLE)
     plans = []
     with progress_bar(settings.progress) as bar:
         task = bar.add_task("checking pairs", total=len(pairs))
         for pair in pairs:
-            plans.append(plan_pair(model, pair, tokens, settings.metric))
+            plans.append(plan_pair(model, pair, selection, settings.metric))
             bar.advance(task)
     if not plans:
         msg = "pairs is empty; make pairs with counterfactuals.pairs(data, kind=…)"

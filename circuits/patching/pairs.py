@@ -12,17 +12,16 @@ import numpy as np
 from circuits.patching.metrics import Metric, pair_key
 from circuits.patching.sweep import Plan
 from concepts.schema import CounterfactualPair
-from groundscope.core.errors import ConfigError, PatchError, SiteError
+from groundscope.core.errors import PatchError, SiteError
 from lvlm.answer_keys import answer_tokens
 from lvlm.model import Encoding, Lvlm
 from lvlm.token_map import TokenMap
 from lvlm.token_selection import TokenSelection
 
 MODES = ("denoise", "noise")
-TOKENS = ("last", "suffix", "question", "image", "object", "all")
 
 
-def plan_pair(model: Lvlm, pair: CounterfactualPair, tokens: str, metric: Metric) -> Plan:
+def plan_pair(model: Lvlm, pair: CounterfactualPair, tokens: TokenSelection, metric: Metric) -> Plan:
     """Check a pair and return its plan.
 
     Raises
@@ -59,7 +58,7 @@ def check_pair(model: Lvlm, pair: CounterfactualPair) -> tuple[Encoding, Encodin
     return clean, corrupt
 
 
-def positions_for(pair: CounterfactualPair, tokens: TokenMap, selection: str) -> tuple[tuple[int, ...], ...]:
+def positions_for(pair: CounterfactualPair, tokens: TokenMap, selection: TokenSelection) -> tuple[tuple[int, ...], ...]:
     """Return the sets of positions to patch; the positions of a set are patched jointly.
 
     Parameters
@@ -69,41 +68,22 @@ def positions_for(pair: CounterfactualPair, tokens: TokenMap, selection: str) ->
     tokens
         Its token map.
     selection
-        ``last``; ``suffix`` (all after the image), ``question``, ``image``, ``object`` or ``all``, patched jointly or, with
-        ``:each``, separately; or positions counted from 0, as in ``12`` or ``12,13``.
+        Of `lvlm.token_selection.PATCHABLE`; with ``:each`` every position is a set.
 
     Raises
     ------
-    ConfigError
-        If the selection is unknown.
     PatchError
         If the pair lacks the positions.
     """
-    role, _, how = selection.partition(":")
-    if how not in ("", "each") or not (role in TOKENS or all(p.strip().isdecimal() for p in role.split(","))):
-        msg = f"unknown tokens '{selection}'; choose from {', '.join(TOKENS)} (':each' is allowed), or positions such as '12,13'"
-        raise ConfigError(msg)
     try:
-        match role:
-            case "last":
-                positions: tuple[int, ...] = (tokens.last,)
-            case "suffix":
-                positions = tokens.suffix
-            case "all":
-                positions = tuple(range(tokens.length))
-            case "question" | "image" | "object":
-                positions = tuple(sorted(tokens.positions(TokenSelection(role, "all"))))
-            case _:
-                positions = tuple(sorted({int(p) for p in role.split(",")}))
+        positions = tuple(sorted(tokens.positions(selection)))
     except SiteError as error:
         msg = f"pair '{pair.clean.id}': {error}"
         raise PatchError(msg) from error
-    if not positions or positions[-1] >= tokens.length:
-        there = f"it has positions 0-{tokens.length - 1}"
-        problem = f"position {positions[-1]} is out of range" if positions else "it has no such tokens"
-        msg = f"pair '{pair.clean.id}': tokens='{selection}': {problem}; {there}"
+    if not positions:
+        msg = f"pair '{pair.clean.id}': tokens='{selection}': it has no such tokens; it has positions 0-{tokens.length - 1}"
         raise PatchError(msg)
-    return tuple((p,) for p in positions) if how == "each" else (positions,)
+    return tuple((p,) for p in positions) if selection.reduction == "each" else (positions,)
 
 
 def check_evaluating(model: Lvlm) -> None:

@@ -20,8 +20,10 @@ from concepts.schema import CounterfactualPair
 from groundscope.core.errors import ConfigError, PatchError
 from lvlm.model import Lvlm
 from lvlm.sites import Head, Site, parse_heads
+from lvlm.token_selection import PATCHABLE, TokenSelection
 
 Mlps = Literal["frozen", "live"]
+TOKENS = tuple(form for form in PATCHABLE if not form.endswith(":each"))
 
 
 def patch_paths(
@@ -57,7 +59,7 @@ def patch_paths(
     receivers
         Heads in layers above a sender's, or ``logits``. A sender has no path to receivers that are not above it.
     tokens
-        Positions of the patched sender: ``last``, ``suffix``, ``image``, … or numbers, as in `patch`, but not ``:each``.
+        Positions of the patched sender: ``last``, ``suffix:all``, ``image:all``, … as in `patch`, but not ``:each``.
     mode, metric, min_effect, memory, progress
         As in `patch_heads`.
     inputs
@@ -81,12 +83,10 @@ def patch_paths(
         If an option has an unknown value.
     """
     settings = settings_of(model, mode, metric_of(metric), memory, None, min_effect, progress)
-    if mlps not in ("frozen", "live") or not inputs or set(inputs) - set("qkv") or tokens.endswith(":each"):
-        msg = (
-            f"invalid inputs='{inputs}', mlps='{mlps}' or tokens='{tokens}': pass letters of 'qkv', mlps 'frozen' or 'live', "
-            "and tokens without ':each'"
-        )
+    if mlps not in ("frozen", "live") or not inputs or set(inputs) - set("qkv"):
+        msg = f"invalid inputs='{inputs}' or mlps='{mlps}': pass letters of 'qkv', and mlps 'frozen' or 'live'"
         raise ConfigError(msg)
+    tokens = str(TokenSelection.parse(tokens, allowed=TOKENS))
     sender_heads = sorted(set(parse_heads(senders)))
     if not sender_heads:
         msg = "senders is empty; pass heads such as Head(layer, head)"

@@ -14,6 +14,7 @@ from circuits.results.statistics import by_group
 from groundscope.core import artifacts
 from groundscope.core.errors import PatchError, StoreError
 from groundscope.core.result_fields import building, check_fields
+from lvlm.token_selection import LEGACY_PATCH_TOKENS
 
 VERSION = 2
 BY_PAIR = ("ids", "groups", "levels", "kinds")
@@ -118,15 +119,31 @@ class PairScores(PairRecord):
 
 
 def upgraded(card: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of a file in today's names: groundscope 0.1 wrote ``direction`` for the mode of a patch."""
+    """Return the fields of a file with the names and token selections of today.
+
+    Groundscope 0.1 wrote ``direction`` for the mode of a patch, ``suffix`` for ``suffix:all``, and ``12,13`` for
+    ``positions:12,13``.
+    """
     card = dict(card)
-    if "direction" in card:
-        card["mode"] = card.pop("direction")
-        provenance = card.get("provenance")
-        if isinstance(provenance, Mapping) and "metric" in provenance:
-            card["provenance"] = {name: value for name, value in provenance.items() if name != "metric"}
-            card["metric"] = provenance["metric"]
+    if "direction" not in card:
+        return card
+    card["mode"] = card.pop("direction")
+    if isinstance(card.get("tokens"), str):
+        old, new = card["tokens"], _tokens(card["tokens"])
+        card["tokens"] = new
+        if card.get("positions") == [old]:
+            card["positions"] = [new]
+    provenance = card.get("provenance")
+    if isinstance(provenance, Mapping) and "metric" in provenance:
+        card["provenance"] = {name: value for name, value in provenance.items() if name != "metric"}
+        card["metric"] = provenance["metric"]
     return card
+
+
+def _tokens(text: str) -> str:
+    if text[:1].isdecimal():
+        return f"positions:{text.replace(' ', '')}"
+    return LEGACY_PATCH_TOKENS.get(text, text)
 
 
 def standard_error(effects: np.ndarray, groups: Sequence[str]) -> np.ndarray:

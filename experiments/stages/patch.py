@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING
 
 from concepts import counterfactuals
 from experiments.run.context import Context
@@ -50,7 +50,7 @@ def make_head_scores(context: Context, root: Path) -> str:
             done[kind] = patch_heads(
                 context.model,
                 pairs,
-                tokens=cast("Literal['last', 'suffix']", options.tokens),
+                tokens=options.tokens,
                 min_effect=options.min_effect,
             )
         except (DataError, PatchError) as error:

@@ -11,7 +11,7 @@ import torch
 from scipy import stats
 
 from circuits import HeadSet, ablate
-from circuits.ablation import Method, Tokens
+from circuits.ablation import Method
 from concepts.schema import Example
 from groundscope.core.errors import ConfigError, PatchError, SiteError
 from groundscope.testing import planted_circuits
@@ -45,7 +45,7 @@ def spots(model: Lvlm, example: Example, tokens: str) -> list[int]:
     ids = model.encode(example).inputs["input_ids"][0].tolist()
     image = [i for i, t in enumerate(ids) if t == model.processor.tokenizer.convert_tokens_to_ids("<image>")]
     every = list(range(len(ids)))
-    return {"last": every[-1:], "suffix": every[image[-1] + 1 :], "image": image, "all": every}[tokens]
+    return {"last": every[-1:], "suffix:all": every[image[-1] + 1 :], "image:all": image, "all": every}[tokens]
 
 
 @torch.no_grad()
@@ -72,9 +72,9 @@ def naive(model: Lvlm, example: Example, heads: Sequence[Head], values: list[tor
     return margin(logits, model, example)
 
 
-@pytest.mark.parametrize("tokens", ["last", "suffix", "image", "all"])
+@pytest.mark.parametrize("tokens", ["last", "suffix:all", "image:all", "all"])
 @pytest.mark.parametrize("method", ["zero", "mean"])
-def test_ablated_margins_equal_plain_hooks(method: Method, tokens: Tokens) -> None:
+def test_ablated_margins_equal_plain_hooks(method: Method, tokens: str) -> None:
     model, data, reference = shared_model(), examples(4), examples()[2:7]
     ablation = ablate(model, data, SETS, method=method, tokens=tokens, reference=reference, batch_size=3)
     collected = [[z[spots(model, e, tokens)] for z in outputs(model, e)] for e in reference]
@@ -91,7 +91,7 @@ def test_ablated_margins_equal_plain_hooks(method: Method, tokens: Tokens) -> No
 
 
 @pytest.mark.parametrize("tokens", ["last", "all"])
-def test_resampling_takes_another_groups_output(tokens: Tokens) -> None:
+def test_resampling_takes_another_groups_output(tokens: str) -> None:
     model, data = shared_model(), examples()
     ablation = ablate(model, data, SETS, method="resample", tokens=tokens, seed=3)
     for n, example in enumerate(data[:3]):
@@ -169,9 +169,11 @@ def test_effects_are_averaged_by_group() -> None:
 
 def test_invalid_options_and_heads_are_refused() -> None:
     model, data = shared_model(), examples(2)
-    for options in ({"method": "noise"}, {"tokens": "first"}, {"batch_size": 0}, {"batch_size": -1}):
+    for options in ({"method": "noise"}, {"batch_size": 0}, {"memory": 0}):
         with pytest.raises(ConfigError):
             ablate(model, data, **options)
+    with pytest.raises(SiteError, match="unknown token selection 'image'; write 'image:all'"):
+        ablate(model, data, tokens="image")
     with pytest.raises(SiteError, match=r"L9\.H0: random has 6 layers"):
         ablate(model, data, [Head(9, 0)])
     with pytest.raises(PatchError, match="heads is empty"):

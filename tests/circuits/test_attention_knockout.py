@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from circuits import attention_knockout
-from circuits.attention_knockout import Role
 from concepts.schema import Example
 from groundscope.core.errors import ConfigError, ModelError, PatchError, SiteError
 from groundscope.testing import planted_circuits
@@ -93,19 +92,19 @@ def places(model: Lvlm, example: Example) -> dict[str, list[int]]:
     word = model.processor.tokenizer.convert_ids_to_tokens(ids)
     image = [i for i, w in enumerate(word) if w == "<image>"]
     end = word.index("ASSISTANT")
-    return {"image": image, "question": list(range(image[-1] + 1, end)), "last": [len(ids) - 1]}
+    return {"image:all": image, "question:all": list(range(image[-1] + 1, end)), "last": [len(ids) - 1]}
 
 
 @pytest.mark.parametrize(
     ("target", "source", "attention"),
     [
-        ("last", "image", "sdpa"),
-        ("question", "image", "sdpa"),
-        ("last", "question", "eager"),
-        ("question", "question", "sdpa"),
+        ("last", "image:all", "sdpa"),
+        ("question:all", "image:all", "sdpa"),
+        ("last", "question:all", "eager"),
+        ("question:all", "question:all", "sdpa"),
     ],
 )
-def test_knockout_equals_a_decoder_with_an_explicit_mask(target: Role, source: Role, attention: str) -> None:
+def test_knockout_equals_a_decoder_with_an_explicit_mask(target: str, source: str, attention: str) -> None:
     model = shared_model() if attention == "sdpa" else random_model()
     model.hf.set_attn_implementation(attention)
     data = answered(shared_model())[:2]
@@ -136,7 +135,7 @@ def test_knockout_equals_a_decoder_with_an_explicit_mask(target: Role, source: R
 def test_the_object_is_part_of_the_image() -> None:
     model = shared_model()
     data = answered(model)
-    knockout = attention_knockout.sweep(model, data, target="last", source="object", window=6)
+    knockout = attention_knockout.sweep(model, data, target="last", source="object:all", window=6)
     inside = [e for e in data if e.named_object() is not None]
     assert knockout.ids == tuple(e.id for e in inside)
     assert knockout.without == len(data) - len(inside) > 0
@@ -153,7 +152,7 @@ def test_planted_circuits_lose_the_answer_at_their_layers() -> None:
     direct, two = planted_circuits.plant(3, prior=False), planted_circuits.plant(3, "two_step", prior=False)
     assert direct.grounding is not None
     data = direct.examples(8)
-    knockout = attention_knockout.sweep(direct.model, data, target="last", source="image", window=1)
+    knockout = attention_knockout.sweep(direct.model, data, target="last", source="image:all", window=1)
     layers = np.arange(4)
     lost = knockout.change.mean(0)
     assert lost[direct.grounding.layer] < -0.3
@@ -161,9 +160,11 @@ def test_planted_circuits_lose_the_answer_at_their_layers() -> None:
     assert knockout.right[:, layers != direct.grounding.layer].all()
     assert two.mover is not None
     assert two.reader is not None
-    first = attention_knockout.sweep(two.model, data, target="question", source="image", window=1).change.mean(0)
-    then = attention_knockout.sweep(two.model, data, target="last", source="question", window=1).change.mean(0)
-    past = attention_knockout.sweep(two.model, data, target="last", source="image", window=1).change.mean(0)
+    first = attention_knockout.sweep(two.model, data, target="question:all", source="image:all", window=1).change.mean(
+        0
+    )
+    then = attention_knockout.sweep(two.model, data, target="last", source="question:all", window=1).change.mean(0)
+    past = attention_knockout.sweep(two.model, data, target="last", source="image:all", window=1).change.mean(0)
     assert int(first.argmin()) == two.mover.layer
     assert int(then.argmin()) == two.reader.layer
     assert max(first.min(), then.min()) < -0.3
@@ -192,7 +193,9 @@ def test_families_whose_attention_takes_a_mask(name: str) -> None:
         for e in examples(4)
         for answer in ("yes", "no")
     ]  # fmt: skip
-    knockout = attention_knockout.sweep(model, data, target="question", source="image", windows=[range(model.n_layers)])
+    knockout = attention_knockout.sweep(
+        model, data, target="question:all", source="image:all", windows=[range(model.n_layers)]
+    )
     assert knockout.wrong + len(knockout.ids) == len(data)
     assert np.abs(knockout.change).max() > 1e-4
     # What was cut is not attended to, and no other token attends to less than all of 1.
@@ -240,14 +243,16 @@ def test_windows() -> None:
 
 def test_invalid_options_and_windows_are_refused() -> None:
     model, data = shared_model(), answered(shared_model())
-    for options in ({"target": "first"}, {"source": "text"}, {"window": 0}):
-        with pytest.raises(ConfigError):
+    for options in ({"target": "first"}, {"source": "image"}):
+        with pytest.raises(SiteError, match="unknown token selection"):
             attention_knockout.sweep(model, data, **options)
+    with pytest.raises(ConfigError, match="window=0"):
+        attention_knockout.sweep(model, data, window=0)
     for windows in ([[6]], [], [[]]):
         with pytest.raises(SiteError, match="layers 0-5"):
             attention_knockout.sweep(model, data, windows=windows)
     with pytest.raises(PatchError, match="examples is empty"):
         attention_knockout.sweep(model, [])
     absent = [e for e in data if e.named_object() is None]
-    with pytest.raises(PatchError, match="lack 'last' or 'object'"):
-        attention_knockout.sweep(model, absent, target="last", source="object")
+    with pytest.raises(PatchError, match="lack 'last' or 'object:all'"):
+        attention_knockout.sweep(model, absent, target="last", source="object:all")

@@ -70,7 +70,7 @@ def test_ablation_equals_raw_hooks(family: str) -> None:
                 assert ablation.ablated[n, s] == pytest.approx(expected, abs=1e-5)
         assert np.abs(ablation.effects).max(axis=0).min() > 1e-6, "every head does something"
     with pytest.raises(PatchError, match="requires image tokens"):
-        ablate(lvlm, data, method="zero", tokens="image")
+        ablate(lvlm, data, method="zero", tokens="image:all")
 
 
 @pytest.mark.parametrize("family", READ_ELSEWHERE)

@@ -12,7 +12,7 @@ from torch import nn
 
 from circuits import attribution, patch_heads
 from concepts.schema import CounterfactualPair, Example
-from groundscope.core.errors import ConfigError, ModelError, PatchError
+from groundscope.core.errors import ConfigError, ModelError, PatchError, SiteError
 from lvlm.model import Lvlm
 from tests.toys.random_models import hooks_of, layers_of, pairs, random_model, shared_model
 
@@ -61,7 +61,7 @@ def moved(model: Lvlm, pair: CounterfactualPair, layer: int, head: int, by: floa
     return float(difference(model, logits, pair))
 
 
-@pytest.mark.parametrize("tokens", ["last", "suffix"])
+@pytest.mark.parametrize("tokens", ["last", "suffix:all"])
 def test_estimates_equal_finite_differences(tokens: str) -> None:
     model, pair = precise(), pairs("color")[0]
     estimates = attribution.heads(model, [pair], tokens=tokens, min_effect=0)  # type: ignore[arg-type]
@@ -158,8 +158,8 @@ def test_gradient_drop_equals_a_model_with_a_detached_layer() -> None:
 def test_nodes_are_heads_position_by_position(drop: bool) -> None:
     model = shared_model()
     some, options = pairs("color")[:2], {"min_effect": 0, "drop": drop}
-    whole = attribution.heads(model, some, tokens="suffix", **options)  # type: ignore[arg-type]
-    at_once = attribution.nodes(model, some, "z", tokens="suffix", **options)  # type: ignore[arg-type]
+    whole = attribution.heads(model, some, tokens="suffix:all", **options)  # type: ignore[arg-type]
+    at_once = attribution.nodes(model, some, "z", tokens="suffix:all", **options)  # type: ignore[arg-type]
     assert at_once.sites[9] == "L1.H1"
     np.testing.assert_allclose(at_once.effects[:, 9, 0], whole.effects[:, 1, 1], rtol=1e-4, atol=1e-6)
     assert "estimated from gradients at the run" in at_once.path
@@ -225,8 +225,8 @@ def test_an_embedding_and_an_mlp_have_the_slope_of_the_answer() -> None:
 def test_no_hook_remains_and_pairs_do_not_mix() -> None:
     model = shared_model()
     before = hooks_of(model)
-    joint = attribution.heads(model, pairs("color"), tokens="suffix", min_effect=0)
-    separate = [attribution.heads(model, [pair], tokens="suffix", min_effect=0) for pair in pairs("color")]
+    joint = attribution.heads(model, pairs("color"), tokens="suffix:all", min_effect=0)
+    separate = [attribution.heads(model, [pair], tokens="suffix:all", min_effect=0) for pair in pairs("color")]
     np.testing.assert_allclose(
         joint.effects, np.concatenate([scores.effects for scores in separate]), rtol=1e-3, atol=1e-5
     )
@@ -238,7 +238,7 @@ def test_no_hook_remains_and_pairs_do_not_mix() -> None:
 @pytest.mark.parametrize(
     ("options", "error", "match"),
     [
-        ({"tokens": "first"}, ConfigError, "unknown tokens 'first'"),
+        ({"tokens": "first"}, SiteError, "unknown token selection 'first'"),
         ({"mode": "up"}, ConfigError, "unknown mode 'up'"),
         ({"point": "middle"}, ConfigError, "unknown point 'middle'"),
         ({"steps": 0}, ConfigError, "steps=0"),

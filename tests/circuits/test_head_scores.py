@@ -328,7 +328,7 @@ def test_heatmap(tmp_path: Path) -> None:
 def test_a_file_written_by_the_first_version_still_opens(tmp_path: Path) -> None:
     card = {
         "version": 1, "ids": ["a", "b"], "groups": ["g", "h"], "levels": ["object"] * 2,
-        "kinds": ["object"] * 2, "tokens": "last", "direction": "noise", "min_effect": 0.5, "excluded": 1, "model": "m",
+        "kinds": ["object"] * 2, "tokens": "suffix", "direction": "noise", "min_effect": 0.5, "excluded": 1, "model": "m",
         "config_hash": "c", "weights_hash": "w", "pairs_digest": "d",
         "provenance": {"metric": "kl", "path": "shared prefix"},
     }  # fmt: skip
@@ -339,7 +339,7 @@ def test_a_file_written_by_the_first_version_still_opens(tmp_path: Path) -> None
     }
     save_file(tensors, tmp_path / "old.safetensors", metadata={"head_scores": json.dumps(card)})
     old = HeadScores.load(tmp_path / "old.safetensors")
-    assert (old.mode, old.shape, old.ids) == ("noise", (3, 4), ("a", "b"))
+    assert (old.mode, old.tokens, old.shape, old.ids) == ("noise", "suffix:all", (3, 4), ("a", "b"))
     assert (old.metric, dict(old.provenance)) == ("kl", {"path": "shared prefix"})
     assert old.frame()["sign"].eq(1).all()
     again = HeadScores.load(old.save(tmp_path / "new.safetensors"))

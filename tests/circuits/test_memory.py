@@ -23,6 +23,7 @@ from concepts import scenes
 from concepts.schema import Example
 from lvlm import Head, Lvlm, Site
 from lvlm.answer_keys import AnswerKey, answer_key
+from lvlm.token_selection import TokenSelection
 from tests.toys.edge_oracle import graph_of
 from tests.toys.families import model as toy
 from tests.toys.patching_oracle import pair_of
@@ -57,7 +58,7 @@ def test_attribution_and_means_take_no_tokens_of_other_layers(models: dict[int, 
 
         def means(model: Lvlm = model, layers: int = layers) -> None:
             with torch.no_grad():
-                _means(model, [question], range(layers), "all", 1)
+                _means(model, [question], range(layers), TokenSelection.parse("all"), 1)
 
         peak_bytes["attribution"][layers] = peak_of(attribution)
         peak_bytes["means"][layers] = peak_of(means)
@@ -123,7 +124,7 @@ def test_donors_within_a_budget_are_the_same_donors() -> None:
     tight = ablate(lvlm, some, sets, method="resample", tokens="all", memory=1, progress=False)
     np.testing.assert_allclose(tight.ablated, free.ablated, atol=1e-4)
     np.testing.assert_allclose(tight.margins, free.margins, atol=1e-4)
-    donors = _outputs(lvlm, some, [1], "all", 4)[1]
+    donors = _outputs(lvlm, some, [1], TokenSelection.parse("all"), 4)[1]
     for row, example in enumerate(some):
         z = lvlm.read(lvlm.encode(example).inputs, ["decoder.L1.z"])["decoder.L1.z"][0]
         torch.testing.assert_close(donors[row], z, rtol=1e-4, atol=1e-5)

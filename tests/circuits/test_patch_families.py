@@ -38,7 +38,7 @@ def check(lvlm: Lvlm, modules: list[Any], tokens: Any, whole: bool) -> None:
     assert moved > 1e-4
 
 
-@pytest.mark.parametrize("tokens", ["last", "suffix"])
+@pytest.mark.parametrize("tokens", ["last", "suffix:all"])
 @pytest.mark.parametrize("family", list(BUILDERS))
 def test_equals_one_forward_a_head(family: str, tokens: str) -> None:
     lvlm = model(family)
@@ -49,4 +49,4 @@ def test_equals_one_forward_a_head(family: str, tokens: str) -> None:
 def test_families_with_code_of_their_own(family: str) -> None:
     lvlm = wrap_lvlm(*build_stand_in(family), name=family, validate=False)
     modules = [lvlm.output_projection("decoder", i) for i in range(lvlm.n_layers)]
-    check(lvlm, modules, "suffix", whole=True)
+    check(lvlm, modules, "suffix:all", whole=True)

@@ -59,7 +59,7 @@ def naive(model: Lvlm, pair: CounterfactualPair, first: int, mode: str) -> np.nd
 
 
 @pytest.mark.parametrize("mode", ["denoise", "noise"])
-@pytest.mark.parametrize("tokens", ["last", "suffix"])
+@pytest.mark.parametrize("tokens", ["last", "suffix:all"])
 def test_equals_one_forward_a_head(tokens: str, mode: str) -> None:
     model = shared_model()
     data = [*pairs("color"), *pairs("object")]
@@ -85,8 +85,8 @@ def test_equals_one_forward_a_head(tokens: str, mode: str) -> None:
 
 def test_the_batch_size_changes_only_rounding() -> None:
     model, data = shared_model(), pairs("color")
-    some = patch_heads(model, data, tokens="suffix", min_effect=LEAST)
-    few = patch_heads(model, data, tokens="suffix", min_effect=LEAST, batch_size=7)
+    some = patch_heads(model, data, tokens="suffix:all", min_effect=LEAST)
+    few = patch_heads(model, data, tokens="suffix:all", min_effect=LEAST, batch_size=7)
     assert some.ids == few.ids
     gap = np.abs(some.clean - some.corrupt)[:, None, None]
     assert np.abs((some.effects - few.effects) * gap).max() <= 1e-5
@@ -95,7 +95,7 @@ def test_the_batch_size_changes_only_rounding() -> None:
 def test_eager_attention_gives_the_same() -> None:
     fused, eager = shared_model(), random_model()
     eager.hf.set_attn_implementation("eager")
-    for tokens in ("last", "suffix"):
+    for tokens in ("last", "suffix:all"):
         a, b = (patch_heads(m, pairs("color")[:3], tokens=tokens, min_effect=LEAST) for m in (fused, eager))
         gap = np.abs(a.clean - a.corrupt)[:, None, None]
         assert np.abs((a.effects - b.effects) * gap).max() <= 1e-5
@@ -216,14 +216,14 @@ def test_attention_that_drops_outside_of_training() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"tokens": "first"}, {"mode": "both"}, {"batch_size": 0}, {"min_effect": -1.0}, {"min_effect": float("nan")}],
+    [{"mode": "both"}, {"batch_size": 0}, {"min_effect": -1.0}, {"min_effect": float("nan")}],
 )
 def test_options_that_do_not_exist(options: dict[str, object]) -> None:
     with pytest.raises(ConfigError):
         patch_heads(shared_model(), pairs("color"), **options)  # pyright: ignore[reportArgumentType]  # a user's mistake
 
 
-@pytest.mark.parametrize("tokens", ["last", "suffix"])
+@pytest.mark.parametrize("tokens", ["last", "suffix:all"])
 def test_a_family_that_acts_between_layers_is_run_whole(tokens: str, caplog: pytest.LogCaptureFixture) -> None:
     model, pair = random_model(), pairs("color")[0]
     # As in DeepStack: a term is added between two layers, outside of any layer.

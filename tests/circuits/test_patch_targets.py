@@ -107,16 +107,16 @@ def raw(scores: PatchScores, k: int = 0) -> np.ndarray:
     return scores.corrupt[k] + gap * (effects if scores.mode == "denoise" else 1 - effects)
 
 
-@pytest.mark.parametrize("tokens", ["last", "suffix", "image", "object", "40,44"])
+@pytest.mark.parametrize("tokens", ["last", "suffix:all", "image:all", "object:all", "positions:40,44"])
 def test_every_site_equals_a_whole_forward(tokens: str) -> None:
     lvlm, pair = shared_model(), pairs("color")[0]
     where = lvlm.encode(pair.clean).tokens
     positions = {
         "last": [where.last],
-        "suffix": list(range(where.image[-1] + 1, where.length)),
-        "image": list(where.image),
-        "object": sorted(where.object(pair.clean.subject or "")),
-        "40,44": [40, 44],
+        "suffix:all": list(range(where.image[-1] + 1, where.length)),
+        "image:all": list(where.image),
+        "object:all": sorted(where.object(pair.clean.subject or "")),
+        "positions:40,44": [40, 44],
     }[tokens]
     scores = patch(lvlm, [pair], list(PARTS), tokens=tokens, min_effect=0)
     assert scores.path == "shared prefix"
@@ -136,7 +136,12 @@ def test_image_positions_restart_at_the_layer(family: str) -> None:
     image = sorted(lvlm.encode(pair.clean).tokens.image)
     chosen = [image[0], image[-1]]
     scores = patch(
-        lvlm, [pair], ["resid_pre", "resid_post"], tokens=",".join(map(str, chosen)), mode="noise", min_effect=0
+        lvlm,
+        [pair],
+        ["resid_pre", "resid_post"],
+        tokens="positions:" + ",".join(map(str, chosen)),
+        mode="noise",
+        min_effect=0,
     )
     assert scores.path == "shared prefix"
     loop = Naive(lvlm, at(lvlm.hf, WHERE[family][0]))
@@ -244,7 +249,7 @@ def test_the_log_probability_of_a_whole_answer_is_teacher_forced(family: str) ->
     pair = pair_of(0) if family else pairs("color")[0]
     words = "red car"
     pair = replace(pair, clean=replace(pair.clean, answer=words), corrupt=replace(pair.corrupt, answer="red dog"))
-    tokens = "last" if family else "suffix"
+    tokens = "last" if family else "suffix:all"
     scores = patch_heads(lvlm, [pair], tokens=tokens, metric="log_probability", min_effect=0)  # pyright: ignore[reportArgumentType]
     ids = [lvlm.processor.tokenizer.convert_tokens_to_ids(w) for w in words.split()]
     for side, value in ((pair.clean, scores.clean[0]), (pair.corrupt, scores.corrupt[0])):
@@ -307,28 +312,28 @@ def test_whole_answers_are_patched_as_by_whole_forwards() -> None:
 
 def test_a_memory_budget_changes_only_rounding_and_its_minimum_is_named() -> None:
     lvlm, data = shared_model(), pairs("color")[:3]
-    some = patch_heads(lvlm, data, tokens="suffix", min_effect=0)
+    some = patch_heads(lvlm, data, tokens="suffix:all", min_effect=0)
     with pytest.raises(PatchError, match=r"needs [\d,]+ bytes in addition to the model") as error:
-        patch_heads(lvlm, data, tokens="suffix", min_effect=0, memory=1000)
+        patch_heads(lvlm, data, tokens="suffix:all", min_effect=0, memory=1000)
     least = int(str(error.value).split("needs ")[1].split(" bytes")[0].replace(",", ""))
-    few = patch_heads(lvlm, data, tokens="suffix", min_effect=0, memory=least)
+    few = patch_heads(lvlm, data, tokens="suffix:all", min_effect=0, memory=least)
     gap = np.abs(some.clean - some.corrupt)[:, None, None]
     assert np.abs((some.effects - few.effects) * gap).max() <= 1e-5
 
 
 def test_pairs_of_a_batch_equal_pairs_alone() -> None:
     lvlm, data = shared_model(), [*pairs("color"), *pairs("object")]
-    joint = patch_heads(lvlm, data, tokens="suffix", min_effect=0)
-    alone = [patch_heads(lvlm, [p], tokens="suffix", min_effect=0) for p in data]
+    joint = patch_heads(lvlm, data, tokens="suffix:all", min_effect=0)
+    alone = [patch_heads(lvlm, [p], tokens="suffix:all", min_effect=0) for p in data]
     gap = np.abs(joint.clean - joint.corrupt)[:, None, None]
     assert np.abs((joint.effects - np.concatenate([a.effects for a in alone])) * gap).max() <= 1e-5
 
 
 def test_half_precision() -> None:
     lvlm, pair = random_model(), pairs("color")[0]
-    exact = patch_heads(lvlm, [pair], tokens="suffix", min_effect=0)
+    exact = patch_heads(lvlm, [pair], tokens="suffix:all", min_effect=0)
     lvlm.hf.to(torch.bfloat16)
-    rough = patch_heads(lvlm, [pair], tokens="suffix", min_effect=0)
+    rough = patch_heads(lvlm, [pair], tokens="suffix:all", min_effect=0)
     assert rough.provenance["path"] == "shared prefix"
     assert abs(rough.clean[0] - exact.clean[0]) < 0.1 * abs(exact.clean[0]) + 0.1
     assert np.corrcoef(rough.effects.ravel(), exact.effects.ravel())[0, 1] > 0.95
@@ -374,9 +379,10 @@ def test_loaded_scores_equal_the_saved_ones(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"tokens": "999"}, PatchError, r"position 999 is out of range; it has positions 0-\d+"),
-        ({"tokens": "suffix:mean"}, ConfigError, "choose from last, suffix"),
-        ({"tokens": "answer"}, ConfigError, "choose from last, suffix"),
+        ({"tokens": "positions:999"}, PatchError, "999"),
+        ({"tokens": "suffix:mean"}, SiteError, "'suffix:mean' is not supported here; choose from last"),
+        ({"tokens": "suffix"}, SiteError, r"has several readings: 'suffix:all' \(every one of them\), 'suffix:each'"),
+        ({"tokens": "12,13"}, SiteError, "write 'positions:12,13'"),
         ({"sites": "decoder.L9.z"}, SiteError, "layers 0-5"),
         ({"sites": "pattern"}, SiteError, "is not a site"),
         ({"sites": "decoder.L1.q"}, SiteError, "cannot be patched at prompt tokens"),

@@ -125,14 +125,16 @@ def compared(
 
 
 @pytest.mark.parametrize("mlps", ["frozen", "live"])
-@pytest.mark.parametrize(("tokens", "inputs"), [("last", "qkv"), ("suffix", "qkv"), ("suffix", "q"), ("suffix", "kv")])
+@pytest.mark.parametrize(
+    ("tokens", "inputs"), [("last", "qkv"), ("suffix:all", "qkv"), ("suffix:all", "q"), ("suffix:all", "kv")]
+)
 def test_equals_frozen_whole_forwards(tokens: str, inputs: str, mlps: Any) -> None:
     compared(shared_model(), layers_of(shared_model()), pairs("color")[0], tokens, inputs, mlps, 1e-3)
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "idefics3", "mistral3"])
 def test_of_other_families_too(family: str) -> None:
-    compared(model(family), at(model(family).hf, WHERE[family][0]), pair_of(0), "suffix", "v", "frozen", 1e-7)
+    compared(model(family), at(model(family).hf, WHERE[family][0]), pair_of(0), "suffix:all", "v", "frozen", 1e-7)
 
 
 def test_a_head_of_the_last_layer_has_no_way_but_the_direct_one() -> None:
@@ -158,7 +160,7 @@ def test_invalid_senders_and_receivers_are_refused() -> None:
         patch_paths(lvlm, data, [])
     with pytest.raises(SiteError, match="heads 0-7"):
         patch_paths(lvlm, data, [Head(0, 8)])
-    for wrong in ({"inputs": "x"}, {"inputs": ""}, {"mlps": "thawed"}, {"tokens": "suffix:each"}):
+    for wrong in ({"inputs": "x"}, {"inputs": ""}, {"mlps": "thawed"}):
         with pytest.raises(ConfigError, match="pass letters of 'qkv'"):
             patch_paths(lvlm, data, [Head(0, 0)], **wrong)  # pyright: ignore[reportArgumentType]  # mistakes
     assert hooks_of(lvlm) == 0

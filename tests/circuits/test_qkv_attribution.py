@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from circuits import attribution
 from concepts.schema import CounterfactualPair, Example
-from groundscope.core.errors import ConfigError
+from groundscope.core.errors import ConfigError, SiteError
 from lvlm import Lvlm, wrap_lvlm
 from tests.toys.families import build
 from tests.toys.patching_oracle import pair_of
@@ -169,7 +169,7 @@ def test_earlier_layers_and_positions() -> None:
     lvlm, pair = readout(), pair_of(0)
     separate = [
         attribution.inputs(lvlm, [pair], "k", tokens=tokens, min_effect=0).effects  # type: ignore[arg-type]
-        for tokens in ("image", "suffix")
+        for tokens in ("image:all", "suffix:all")
     ]
     joint = attribution.inputs(lvlm, [pair], "k", tokens="all", min_effect=0).effects
     # Before the image nothing differs between the runs, so that its patch changes nothing.
@@ -185,10 +185,10 @@ def test_earlier_layers_and_positions() -> None:
     ("options", "match"),
     [
         ({"part": "z"}, "unknown part 'z'"),
-        ({"tokens": "first"}, "unknown tokens 'first'"),
+        ({"tokens": "first"}, "unknown token selection 'first'"),
         ({"point": "up"}, "unknown point 'up'"),
     ],
 )
 def test_a_mistake_is_named(options: dict[str, Any], match: str) -> None:
-    with pytest.raises(ConfigError, match=match):
+    with pytest.raises((ConfigError, SiteError), match=match):
         attribution.inputs(readout(), [pair_of(0)], **options)

@@ -62,7 +62,7 @@ def test_decoys_rank_as_high_by_attention(plantings: list[Planted]) -> None:
 
 def test_directions_agree_where_one_linear_path_carries_all() -> None:
     for p in (planted(), planted(circuit="two_step"), planted(backups=2)):
-        denoise, noise = (patch_heads(p.model, p.pairs(4), tokens="suffix", mode=d) for d in ("denoise", "noise"))
+        denoise, noise = (patch_heads(p.model, p.pairs(4), tokens="suffix:all", mode=d) for d in ("denoise", "noise"))
         np.testing.assert_allclose(denoise.mean, noise.mean, atol=NOISE)
 
 
@@ -73,7 +73,7 @@ def test_two_steps_are_found_where_each_acts() -> None:
         assert p.reader is not None
         assert p.grounding is None
         assert p.mover.layer < p.reader.layer
-        last, suffix = (patch_heads(p.model, p.pairs(3), tokens=tokens) for tokens in ("last", "suffix"))
+        last, suffix = (patch_heads(p.model, p.pairs(3), tokens=tokens) for tokens in ("last", "suffix:all"))
         assert last.top(1) == (p.reader,)
         assert abs(last.mean[p.mover.layer, p.mover.head]) < NOISE
         assert set(suffix.top(2)) == {p.mover, p.reader}
@@ -87,12 +87,12 @@ def test_path_patching_recovers_the_two_steps() -> None:
         assert mover is not None
         assert reader is not None
         senders = [head for head in every_head(p) if head.layer < reader.layer]
-        paths = patch_paths(p.model, p.pairs(3), senders, [reader], tokens="suffix")
+        paths = patch_paths(p.model, p.pairs(3), senders, [reader], tokens="suffix:all")
         mean = dict(zip(paths.sites, paths.mean.ravel(), strict=True))
         first = f"{mover}->{reader}"
         assert mean[first] == pytest.approx(1, abs=NOISE)  # all that the reader says, it has from the mover
         assert max(abs(v) for name, v in mean.items() if name != first) < NOISE
-        direct = patch_paths(p.model, p.pairs(3), [mover, reader], "logits", tokens="suffix")
+        direct = patch_paths(p.model, p.pairs(3), [mover, reader], "logits", tokens="suffix:all")
         direct_effects = dict(zip(direct.sites, direct.mean.ravel(), strict=True))
         assert abs(direct_effects[f"{mover}->logits"]) < NOISE
         assert direct_effects[f"{reader}->logits"] == pytest.approx(1, abs=NOISE)
