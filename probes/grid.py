@@ -19,6 +19,7 @@ from groundscope.core.files import write_whole
 from groundscope.core.result_fields import building, check_fields
 from groundscope.core.short_repr import short_repr
 from groundscope.core.tensor_files import MAX_TENSOR_BYTES
+from groundscope.core.text import nearest
 from groundscope.core.user_files import read_bytes
 from probes.protocol.checkpoint import STORED_NAMES
 from probes.protocol.inputs import ProbedArray
@@ -207,7 +208,7 @@ class ProbeGrid:
         scores = [f.name for f in fields(self) if np.shape(getattr(self, f.name)) == self.balanced_accuracy.shape]
         scores.append("selectivity")
         if score not in scores:
-            msg = f"unknown score '{score}'; choose from {', '.join(scores)}"
+            msg = f"unknown score '{score}'; choose from {', '.join(scores)}{nearest(score, scores)}"
             raise ProbeError(msg)
         values = getattr(self, score)[self._concept(concept)]
         return values.copy() if self.n_heads else values[:, 0].copy()
@@ -363,7 +364,7 @@ class ProbeGrid:
 
     def _concept(self, concept: str) -> int:
         if concept not in self.concepts:
-            msg = f"concept '{concept}' not in this grid; choose from {', '.join(self.concepts)}"
+            msg = f"concept '{concept}' not in this grid; choose from {', '.join(self.concepts)}{nearest(concept, self.concepts)}"
             raise ProbeError(msg)
         return self.concepts.index(concept)
 

@@ -22,6 +22,7 @@ from activation_store.format.seal import block_table, read_seal, write_seal
 from activation_store.format.shard import check_outcome, open_shard, reading
 from groundscope.core.errors import StoreError
 from groundscope.core.files import explained, file_digest, part_of, publish
+from groundscope.core.text import nearest
 
 KIND = "model-tensors"
 """The ``encoding-type`` of the file."""
@@ -99,7 +100,8 @@ def read_tensor(folder: Path, name: str) -> np.ndarray:
     path = folder / TENSORS
     names = tensor_names(folder)
     if name not in names:
-        msg = f"{folder}: no tensor '{name}' in this store; choose from: {', '.join(names) or '(it has none)'}"
+        choices = ", ".join(names) or "(it has none)"
+        msg = f"{folder}: no tensor '{name}' in this store; choose from {choices}{nearest(name, names)}"
         raise StoreError(msg)
     with open_shard(path, KIND) as file, reading(path):
         return np.asarray(dataset_at(file, link_name(name))[...])

@@ -73,6 +73,7 @@ from typing import Any, Literal, cast
 
 from groundscope.core.errors import SiteError, StoreError
 from groundscope.core.short_repr import short_repr
+from groundscope.core.text import nearest
 from lvlm.sites import LAYER_COMPONENTS
 from lvlm.token_selection import TokenSelection
 
@@ -200,10 +201,11 @@ class Schema:
         arrays = tuple(sorted(self.arrays, key=lambda a: a.key))
         object.__setattr__(self, "arrays", arrays)
         if self.dtype not in DTYPES:
-            msg = f"unknown dtype '{self.dtype}'; choose from {', '.join(DTYPES)}"
+            msg = f"unknown dtype '{self.dtype}'; choose from {', '.join(DTYPES)}{nearest(str(self.dtype), DTYPES)}"
             raise StoreError(msg)
         if self.compression not in (None, *COMPRESSIONS):
-            msg = f"unknown compression '{self.compression}'; choose from None, {', '.join(COMPRESSIONS)}"
+            similar = nearest(str(self.compression), COMPRESSIONS)
+            msg = f"unknown compression '{self.compression}'; choose from None, {', '.join(COMPRESSIONS)}{similar}"
             raise StoreError(msg)
         names = [a.name for a in arrays]
         repeated = sorted({name for name in names if names.count(name) > 1})

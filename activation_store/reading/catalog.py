@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from activation_store.format.schema import ArrayInfo
 from groundscope.core.errors import SiteError
+from groundscope.core.text import nearest
 from lvlm.sites import Site
 from lvlm.token_selection import TokenSelection
 
@@ -26,7 +27,9 @@ class Catalog:
         """Return the arrays of a component, one per token selection; raise `SiteError` if it has none."""
         family = [a for a in self._arrays if (a.stack, a.component) == (stack, component)]
         if not family:
-            msg = f"'{stack}.{component}' not in store: {self._traced_components()}; trace again with sites=['{component}']"
+            name = f"{stack}.{component}"
+            similar = nearest(name, dict.fromkeys(f"{a.stack}.{a.component}" for a in self._arrays))
+            msg = f"'{name}' not in store: {self._traced_components()}; trace again with sites=['{name}']{similar}"
             raise SiteError(msg)
         return family
 
@@ -65,7 +68,7 @@ class Catalog:
             traced = ", ".join(f"'{a.tokens}'" for a in family)
             msg = (
                 f"token selection '{selection}' of site '{place}' not in store: {traced} were traced; "
-                f"trace again with tokens=['{selection}']"
+                f"trace again with tokens=['{selection}']{nearest(selection, [a.tokens for a in family])}"
             )
             raise SiteError(msg)
         if place.layer not in info.layers:

@@ -12,6 +12,7 @@ from activation_store.format.columns import holds_lists
 from activation_store.format.encoding import Column
 from activation_store.format.schema import is_label
 from groundscope.core.errors import StoreError
+from groundscope.core.text import nearest
 
 
 def find_rows(columns: Mapping[str, Column], conditions: Mapping[str, Any], n: int, path: Path) -> np.ndarray:
@@ -26,8 +27,10 @@ def find_rows(columns: Mapping[str, Column], conditions: Mapping[str, Any], n: i
     for name, value in conditions.items():
         if name not in columns and n:
             kind = "label" if is_label(name) else "column"
-            names = ", ".join(c for c in columns if is_label(c) == is_label(name)) or "none"
-            msg = f"{path}: {kind} '{name}' not in store; choose from {names}"
+            names = [c for c in columns if is_label(c) == is_label(name)]
+            msg = (
+                f"{path}: {kind} '{name}' not in store; choose from {', '.join(names) or 'none'}{nearest(name, names)}"
+            )
             raise StoreError(msg)
         if n:
             options = list(value) if isinstance(value, list | tuple | set | frozenset | np.ndarray) else [value]

@@ -50,6 +50,7 @@ from groundscope.core.errors import ConfigError, DataError, SiteError, StoreErro
 from groundscope.core.files import explained
 from groundscope.core.locks import acquire
 from groundscope.core.progress import step_bar
+from groundscope.core.text import nearest
 from lvlm.access.eager_attention import warn_of_eager
 from lvlm.access.hook_point import HookPoint, first_name
 from lvlm.access.weights import device_of
@@ -173,7 +174,7 @@ def trace(
         msg = f"worker={worker}, workers={workers}, force={force}: worker must be 0 to {workers - 1}; force=True needs workers=1"
         raise ConfigError(msg)
     if on_error not in ("raise", "skip"):
-        msg = f"unknown on_error '{on_error}'; choose from 'raise' or 'skip'"
+        msg = f"unknown on_error '{on_error}'; choose from raise, skip{nearest(str(on_error), ('raise', 'skip'))}"
         raise ConfigError(msg)
     if not len(data):
         msg = f"dataset '{data.name}' has no examples to trace; give at least one"

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from groundscope.core.errors import ProbeError
+from groundscope.core.text import nearest
 from probes.protocol.inputs import find_array, read_features, read_groups, row_mask
 
 if TYPE_CHECKING:
@@ -217,7 +218,7 @@ def compare(
     unknown = [name for name in names if name not in MEASURES]
     if unknown or permutations < 0:
         msg = (
-            f"unknown measures {unknown}; choose from {', '.join(MEASURES)}"
+            f"unknown measures {unknown}; choose from {', '.join(MEASURES)}{nearest(unknown[0], MEASURES)}"
             if unknown
             else f"permutations={permutations} must be at least 0"
         )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from groundscope.core.errors import ProbeError
+from groundscope.core.text import nearest
 from probes.analysis.refit import grid_site
 from probes.fit import fit_grid
 from probes.grid import ProbeGrid
@@ -185,7 +186,8 @@ def control_task(
     """
     frame: Any = store.frame()
     if types not in frame.columns or frame[types].nunique() < 2:
-        msg = f"types='{types}' must be a column with at least two values; choose from {', '.join(frame.columns)}"
+        names = [str(name) for name in frame.columns]
+        msg = f"types='{types}' must be a column with at least two values; choose from {', '.join(names)}{nearest(types, names)}"
         raise ProbeError(msg)
     scores = []
     for draw in range(draws):

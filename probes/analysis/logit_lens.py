@@ -20,6 +20,7 @@ from concepts.schema import Concept
 from groundscope.core.errors import ProbeError, SiteError
 from groundscope.core.files import write_whole
 from groundscope.core.short_repr import short_repr
+from groundscope.core.text import nearest
 from groundscope.core.user_files import read_json
 from probes.protocol.inputs import ProbedArray, find_array, read_features, read_groups, read_labels, row_mask
 from probes.protocol.scoring import auc, auc_interval, bootstrap_auc, resample_groups
@@ -343,6 +344,7 @@ def _numbers(words: Sequence[str], vocabulary: Mapping[str, int], size: int) -> 
     if missing:
         msg = (
             f"{', '.join(map(repr, missing))} not in the vocabulary of {len(vocabulary)} words; use words of one token"
+            f"{nearest(missing[0], vocabulary)}"
         )
         raise ProbeError(msg)
     numbers = [int(vocabulary[w]) for w in words]

@@ -10,6 +10,7 @@ import numpy as np
 from groundscope.core.errors import ProbeError
 from groundscope.core.intervals import combined_interval
 from groundscope.core.progress import step_bar
+from groundscope.core.text import nearest
 from probes.analysis.refit import reproduce_split
 from probes.grid import ProbeGrid
 from probes.protocol.cell import SELECTION
@@ -88,8 +89,11 @@ def multiclass(
     if missing or len(set(concepts)) < 2 or len(set(concepts)) < len(concepts):
         msg = f"choose at least two different concepts from {', '.join(grid.concepts)}; got {list(concepts)}"
         raise ProbeError(msg)
-    if how not in HOW or (how == "softmax") != (store is not None):
-        msg = f"how='{how}' must be one of {', '.join(HOW)}; 'softmax' fits a new probe and needs store=…, 'rest' takes no store"
+    if how not in HOW:
+        msg = f"unknown how='{how}'; choose from {', '.join(HOW)}{nearest(how, HOW)}"
+        raise ProbeError(msg)
+    if (how == "softmax") != (store is not None):
+        msg = f"how='{how}' {'needs store=…, to fit a new probe' if how == 'softmax' else 'takes no store'}"
         raise ProbeError(msg)
     at = [grid.concepts.index(c) for c in concepts]
     labels = grid.held_out_labels[at]  # [C, T]

@@ -19,6 +19,7 @@ from groundscope.core.errors import ProbeError
 from groundscope.core.permutations import LEAST_MOVABLE
 from groundscope.core.progress import step_bar
 from groundscope.core.short_repr import short_repr
+from groundscope.core.text import nearest
 from probes.analysis.refit import reproduce_split
 from probes.grid import ProbeGrid
 from probes.protocol.controls import movable, shuffle_labels, shuffle_within
@@ -169,8 +170,11 @@ def permutation_test(
     0      0      0.53      0.52
     1      1      1.00      0.02
     """
-    if permutations < 1 or scheme not in SCHEMES:
-        msg = f"permutations={permutations} must be at least 1, and scheme='{scheme}' one of {', '.join(SCHEMES)}"
+    if permutations < 1:
+        msg = f"permutations={permutations} must be at least 1"
+        raise ProbeError(msg)
+    if scheme not in SCHEMES:
+        msg = f"unknown scheme '{scheme}'; choose from {', '.join(SCHEMES)}{nearest(scheme, SCHEMES)}"
         raise ProbeError(msg)
     setup = reproduce_split(grid, store, rows)
     array, table = setup.array, setup.table

@@ -10,6 +10,7 @@ import numpy as np
 
 from concepts.schema import LEVELS
 from groundscope.core.errors import ProbeError, SiteError
+from groundscope.core.text import nearest
 from lvlm.sites import parse_component
 from lvlm.token_selection import TokenSelection
 from probes.protocol.splits import groups_needed, support_problem
@@ -60,8 +61,9 @@ def find_array(
     selection = str(TokenSelection.parse(str(tokens)))
     array = next((a for a in store.arrays if (a.stack, a.component, a.tokens) == (stack, component, selection)), None)
     if array is None:
-        stored = ", ".join(f"{a.stack}.{a.component} at {a.tokens}" for a in store.arrays)
-        msg = f"{stack}.{component} at {selection} not in store; choose from {stored}, or trace this site and selection"
+        stored = [f"{a.stack}.{a.component} at {a.tokens}" for a in store.arrays]
+        name = f"{stack}.{component} at {selection}"
+        msg = f"{name} not in store; choose from {', '.join(stored)}, or trace this site and selection{nearest(name, stored)}"
         raise SiteError(msg)
     if layer is not None and layer not in array.layers:
         msg = f"{site} not in store; choose from layers {', '.join(map(str, array.layers))}, or trace this site"
@@ -120,7 +122,8 @@ def read_labels(frame: pd.DataFrame, concepts: Sequence[str]) -> np.ndarray:
         raise ProbeError(msg)
     unknown = [c for c in concepts if c not in available]
     if unknown:
-        msg = f"{_quoted(unknown)} not in store; choose from {', '.join(available) or '(the store has no concepts)'}"
+        choices = ", ".join(available) or "(the store has no concepts)"
+        msg = f"{_quoted(unknown)} not in store; choose from {choices}{nearest(unknown[0], available)}"
         raise ProbeError(msg)
     if len(set(concepts)) < len(concepts):
         msg = f"{_quoted([c for c in dict.fromkeys(concepts) if list(concepts).count(c) > 1])} repeated; give each concept once"
@@ -171,7 +174,7 @@ def check_support(
     if problems:
         msg = (
             f"{'; '.join(problems)}. {folds} folds and a held-out share of {test_fraction:g} need {needed} groups of each "
-            f"class: exclude the concept (probes.probeable lists those that can be fitted), use fewer folds, or add data"
+            f"class: exclude the concept, or set skip_unplaceable=True to fit the others; use fewer folds, or add data"
         )
         raise ProbeError(msg)
 

@@ -156,7 +156,7 @@ def test_bad_input_is_refused() -> None:
     grid = fit_grid(store, ["object:apple"], control=0, C=(1e-2,), folds=3)
     for options, message in (
         ({"permutations": 0}, "permutations=0"),
-        ({"scheme": "rows"}, "scheme='rows' one of blocks, within"),
+        ({"scheme": "rows"}, "unknown scheme 'rows'; choose from blocks, within"),
         ({"scheme": "within"}, "'object:apple' .* constant within every group"),
         ({"rows": np.arange(240) < 200}, "not split as the grid's were"),
     ):
