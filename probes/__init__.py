@@ -1,15 +1,15 @@
 """Linear probes of concepts in activations, at every layer and head, with the controls needed to interpret them.
 
-`fit_grid`, `ProbeGrid`           fit one probe per concept, layer and head; the scores   (`fit`, `grid`)
-`plan_grids`, `probeable`         which concepts to probe at which array of a store       (`plan`)
-`estimators`, `Estimator`         how a probe is fitted, an open registry                 (`protocol.estimators`)
-`permutation_test`                significance over the whole grid                        (`analysis.permutation`)
-`lexical_control`, `control_task`, `random_features`   baselines                          (`analysis.baselines`)
-`transfer`, `multiclass`          the same probes on other data; choices among concepts   (`analysis`)
-`journey`, `landmarks`            where in the model a concept appears and vanishes       (`analysis.trajectory`)
-`alignment`, `logit_lens`         similarity of representations; the unembedding on a store
-`LogisticProbe`, `RidgeProbe`, …  the same probes as scikit-learn classifiers             (`classifiers`)
-`fit_logistic`, `LinearFit`       many logistic regressions, each with a proven bound     (`solvers`)
+- `fit_grid`, `ProbeGrid`: fit one probe per concept, layer and head; the scores (`fit`, `grid`)
+- `plan_grids`, `probeable`: which concepts to probe at which array of a store (`plan`)
+- `estimators`, `Estimator`: how a probe is fitted, an open registry (`protocol.estimators`)
+- `permutation_test`: significance over the whole grid (`analysis.permutation`)
+- `lexical_control`, `control_task`, `random_features`: baselines (`analysis.baselines`)
+- `transfer`, `multiclass`: the same probes on other data; choices among concepts (`analysis`)
+- `journey`, `landmarks`: where in the model a concept appears and vanishes (`analysis.trajectory`)
+- `alignment`, `logit_lens`: similarity of representations; the unembedding on a store
+- `LogisticProbe`, `RidgeProbe`, …: the same probes as scikit-learn classifiers (`classifiers`)
+- `fit_logistic`, `LinearFit`: many logistic regressions, each with a proven bound (`solvers`)
 
 Probes need only a store, or arrays in memory (`activation_store.MemorySource`): nothing here imports a model.
 """

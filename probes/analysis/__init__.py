@@ -1,10 +1,10 @@
 """Analyze fitted probes, and compare representations.
 
-`permutation`, `baselines`   significance and controls of a grid
-`transfer`, `multiclass`     a grid on other examples; choices among mutually exclusive concepts
-`trajectory`                 several grids in the order of the forward pass
-`alignment`, `logit_lens`    measures without a fitted probe
-`refit`                      the split of a grid, reproduced on its store
+- `permutation`, `baselines`: significance and controls of a grid
+- `transfer`, `multiclass`: a grid on other examples; choices among mutually exclusive concepts
+- `trajectory`: several grids in the order of the forward pass
+- `alignment`, `logit_lens`: measures without a fitted probe
+- `refit`: the split of a grid, reproduced on its store
 """
 
 import lazy_loader
