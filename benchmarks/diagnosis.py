@@ -42,9 +42,8 @@ from concepts import scenes
 from concepts.scenes.distributions import COLOR_NAMES
 from concepts.scenes.icons import NOUNS
 from concepts.schema import ConceptDataset, Example
-from diagnosis import Diagnoses, diagnose
+from diagnosis import Diagnoses, diagnose, fit_directions
 from diagnosis.results import LOST, NOT_INTEGRATED, NOT_SEEN, OVERRIDDEN, VERDICTS
-from experiments.stages.diagnose import fit_directions
 from groundscope.testing import planted_failures
 from lvlm import Head, Lvlm, load_lvlm
 

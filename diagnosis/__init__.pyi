@@ -1,10 +1,22 @@
-"""Public names of `diagnosis`, each with the module that it comes from."""
+"""Public names of `diagnosis`, each with its module."""
 
+from .compare_models import compare_models, profile_model
+from .comparison import ModelComparison, ModelProfile, compare_profiles
+from .fit import DirectionSet, fit_directions, select_evenly, training_rows
 from .pipeline import diagnose
 from .results import Diagnoses, Diagnosis
 
 __all__ = [
     "Diagnoses",
     "Diagnosis",
+    "DirectionSet",
+    "ModelComparison",
+    "ModelProfile",
+    "compare_models",
+    "compare_profiles",
     "diagnose",
+    "fit_directions",
+    "profile_model",
+    "select_evenly",
+    "training_rows",
 ]

@@ -20,7 +20,6 @@ from experiments.run.folder import (
     RunFolder,
     Stopped,
     computing,
-    digest,
     environment,
     write_json,
 )
@@ -30,6 +29,7 @@ from experiments.run.stored_config import CONFIG
 from experiments.stages import trace_shards
 from experiments.stages.table import TABLE
 from experiments.validation import check
+from groundscope.core.document_digest import value_digest
 from groundscope.core.errors import ConfigError, DataError
 from groundscope.core.files import write_text
 from groundscope.core.paths import is_file
@@ -98,7 +98,7 @@ def _basis(name: str, context: Context, receipts: Mapping[str, Receipt]) -> tupl
     stage = TABLE[name]
     inputs = {n: _digest(name, receipts[n]) for n in stage.needs}
     basis = {"layout": LAYOUT, "stage": [name, stage.version], "options": stage.options(context), "inputs": inputs}
-    return digest(basis), inputs
+    return value_digest(basis), inputs
 
 
 def _digest(name: str, receipt: Receipt) -> str:
@@ -124,7 +124,7 @@ def _run(name: str, context: Context, table: LiveTable, receipts: Mapping[str, R
     """Return the receipt of a stage: unchanged, taken from another run, or made now; None for a part that is not the last."""
     stage, folder, config = TABLE[name], context.folder, context.config
     basis, inputs = _basis(name, context, receipts)
-    key = digest({"basis": basis, "computing": computing()})
+    key = value_digest({"basis": basis, "computing": computing()})
     root = Path(config.root)
 
     def unchanged() -> Receipt | None:

@@ -25,7 +25,8 @@ from experiments.cli.resume import only_here
 from experiments.config import SWEEPS, RunConfig
 from experiments.records import JOB, SWEEP_RECORD, read_record
 from experiments.results.headlines import headlines
-from experiments.run.folder import OWN, RECEIPT, Stopped, digest, stamp, write_json, write_text
+from experiments.run.folder import OWN, RECEIPT, Stopped, stamp, write_json, write_text
+from groundscope.core.document_digest import value_digest
 from groundscope.core.errors import ConfigError, GroundscopeError
 from groundscope.core.locks import lock
 from groundscope.core.paths import below, files_below, is_file
@@ -160,7 +161,7 @@ def job_name(config: RunConfig, overrides: Sequence[str]) -> str:
     written = ",".join(parts)
     plain = re.sub(r"[^\w.=,+-]+", "_", written)
     if plain != written or len(plain) > _LONGEST:
-        plain = f"{plain[: _LONGEST - 9]}-{digest(written)[:8]}"
+        plain = f"{plain[: _LONGEST - 9]}-{value_digest(written)[:8]}"
     return f"{SWEEPS}/{config.sweep.name}/{plain}"
 
 

@@ -13,8 +13,7 @@ import yaml
 
 from activation_store import ActivationStore
 from concepts import scenes
-from diagnosis import diagnose
-from experiments.stages.diagnose import fit_directions
+from diagnosis import diagnose, fit_directions
 from lvlm import load_lvlm
 
 run = Path(os.environ.get("GROUNDSCOPE_RUN", "../../runs/default"))

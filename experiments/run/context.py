@@ -12,8 +12,9 @@ from rich.console import Console
 
 from concepts.schema import ConceptDataset
 from experiments.config import DataConfig, RunConfig
-from experiments.run.folder import RunFolder, digest, file_digest
+from experiments.run.folder import RunFolder, file_digest
 from experiments.run.interrupts import load_torch
+from groundscope.core.document_digest import value_digest
 from groundscope.core.errors import ConfigError
 from groundscope.core.text import nearest
 
@@ -201,7 +202,7 @@ def _divided(whole: ConceptDataset, share: float, seed: int) -> tuple[ConceptDat
     if not 0 < share < 1:
         msg = f"data.test_share={share}: must be between 0 and 1"
         raise ConfigError(msg)
-    tested = {g for g in {e.group for e in whole} if int(digest([g, seed])[:8], 16) / 0xFFFFFFFF < share}
+    tested = {g for g in {e.group for e in whole} if int(value_digest([g, seed])[:8], 16) / 0xFFFFFFFF < share}
     first, second = whole.filter(lambda e: e.group not in tested), whole.filter(lambda e: e.group in tested)
     if not len(first) or not len(second):
         msg = f"dataset '{whole.name}' has too few images for discovery and test: add images, or change data.test_share"

@@ -11,7 +11,6 @@ followed, and only files that the stage wrote are ever removed.
 from __future__ import annotations
 
 import fnmatch
-import hashlib
 import json
 import os
 import platform
@@ -29,7 +28,7 @@ from types import MappingProxyType
 from typing import Any
 
 from experiments.records import ANY, INTEGER, NUMBER, TEXT, Optional, read_record
-from groundscope.core.document_digest import KEY, document_digest, take_digest
+from groundscope.core.document_digest import KEY, document_digest, take_digest, value_digest
 from groundscope.core.errors import ConfigError
 from groundscope.core.files import file_digest, write_text
 from groundscope.core.locks import lock
@@ -113,11 +112,6 @@ _PART = re.compile(r".*\.\d+(-[0-9a-f]{16})?\.part", re.DOTALL)
 _SHA = re.compile(r"[0-9a-f]{64}")
 
 
-def digest(value: object) -> str:
-    """Return the SHA-256 of plain values."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
-
-
 def write_json(path: Path, value: object) -> None:
     """Write JSON atomically; make the folder if it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -188,12 +182,12 @@ class Receipt:
     @property
     def digest(self) -> str:
         """Digest of the files of results, on which later stages depend; illustrations are for the report only."""
-        return digest({name: sha for name, sha in self.files.items() if not name.startswith(ILLUSTRATIONS)})
+        return value_digest({name: sha for name, sha in self.files.items() if not name.startswith(ILLUSTRATIONS)})
 
     @property
     def full_digest(self) -> str:
         """Digest of all files, on which the report depends."""
-        return digest(dict(self.files))
+        return value_digest(dict(self.files))
 
     def holds(self, root: Path) -> bool:
         """Return whether all files are unchanged."""

@@ -18,6 +18,18 @@ def document_digest(document: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(parsed, sort_keys=True).encode()).hexdigest()
 
 
+def value_digest(value: object) -> str:
+    """Return the SHA-256 of plain values as compact JSON with sorted keys; it decides splits, so its form must not change.
+
+    Examples
+    --------
+    >>> from groundscope.core.document_digest import value_digest
+    >>> value_digest(["image 7", 0])[:8]
+    '0b684d91'
+    """
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
 def take_digest(document: dict[str, Any], where: str, error: type[GroundscopeError], *, required: bool) -> None:
     """Remove the digest from a document and verify it.
 

@@ -21,7 +21,7 @@ from concepts import scenes
 from concepts.scenes.distributions import COLOR_NAMES
 from concepts.scenes.scene import Scene
 from concepts.schema import ConceptDataset, Example
-from diagnosis import Diagnoses, diagnose
+from diagnosis import Diagnoses, diagnose, fit_directions
 from diagnosis.calibration import calibrate
 from diagnosis.causal_check import leans
 from diagnosis.claims import Claim, claims_of, opposites_of
@@ -29,7 +29,6 @@ from diagnosis.probe_sets import ProbeSet
 from diagnosis.readings import read_stored
 from diagnosis.results import STAGES, UNEXPLAINED, VERDICTS, Diagnosis, Place
 from diagnosis.verdicts import judge, stage_state, state_of
-from experiments.stages.diagnose import fit_directions
 from groundscope.core.errors import DataError, PatchError, ProbeError, SiteError, StoreError
 from groundscope.testing import planted_failures
 from groundscope.testing.planted_circuits import Planted, plant

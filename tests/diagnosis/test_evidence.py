@@ -19,17 +19,17 @@ from activation_store import ConceptDirection, trace
 from concepts import scenes
 from concepts.scenes.icons import NOUNS
 from concepts.schema import ConceptDataset
-from diagnosis import Diagnoses, diagnose
+from diagnosis import Diagnoses, diagnose, fit_directions
 from diagnosis.causal_check import Undone, _fewest
 from diagnosis.claims import Claim
+from diagnosis.fit import CALIBRATION_SHARE
 from diagnosis.pipeline import _judged, _stages
 from diagnosis.probe_sets import ProbeSet
 from diagnosis.readings import Margins
 from diagnosis.results import STAGES, VERDICTS, Diagnosis, Place
 from diagnosis.verdicts import OwnExamples, belief, judge, own_examples, place_of_concept, stage_state, suggests
-from experiments.report import diagnoses as report
-from experiments.run.folder import digest
-from experiments.stages.diagnose import KEPT, fit_directions
+from experiments.report.sections import diagnoses as report
+from groundscope.core.document_digest import value_digest
 from groundscope.core.errors import ProbeError, StoreError
 from groundscope.testing import planted_failures
 from groundscope.testing.planted_circuits import HEAD_DIM, Planted, plant
@@ -297,13 +297,21 @@ def test_the_report_names_unreachable_verdicts() -> None:
         make_diagnosis("c", last="truth"),
     )
     model = Diagnoses(diagnoses, (), "m", "c", "w")
-    between, all_of_it = report.unread(model)
-    assert between.startswith("Not read in wrong answers of kind object a (2): the projector and the image's tokens. ")
-    assert between.endswith("The verdicts lost at the projector, not integrated cannot be reached there.")
-    assert "kind object b (1), object c (1): the vision tower, the projector and the image's tokens. " in all_of_it
-    assert all_of_it.endswith("The verdicts not seen, lost at the projector, not integrated cannot be reached there.")
-    assert report.unread(Diagnoses((make_diagnosis("a", **dict.fromkeys(STAGES, "truth")),), (), "m", "c", "w")) == []
-    assert set(report.MEANING) == set(VERDICTS)
+    between, all_of_it = report.unread_stages(model)
+    assert between.startswith(
+        "No probe at the projector and the image's tokens for wrong answers of kind object a (2)."
+    )
+    assert between.endswith("This excludes the verdicts lost at the projector, not integrated.")
+    assert (
+        "the vision tower, the projector and the image's tokens for wrong answers of kind object b (1), object c (1)."
+        in all_of_it
+    )
+    assert all_of_it.endswith("This excludes the verdicts not seen, lost at the projector, not integrated.")
+    assert (
+        report.unread_stages(Diagnoses((make_diagnosis("a", **dict.fromkeys(STAGES, "truth")),), (), "m", "c", "w"))
+        == []
+    )
+    assert set(report.MEANINGS) == set(VERDICTS)
 
 
 # ---- concepts that no split can place ----------------------------------------------------------------------------------
@@ -341,7 +349,7 @@ def subjects_of(seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the subject and group of the rows that probes of nouns learn from."""
     data = scenes.dataset(300, seed=seed, splits=("neutral",)).filter(lambda e: bool(e.candidates))
     groups = dict.fromkeys(e.group for e in data)
-    held_out = {g for g in groups if int(digest([g, "kept", 0])[:8], 16) / 0xFFFFFFFF < KEPT}
+    held_out = {g for g in groups if int(value_digest([g, "kept", 0])[:8], 16) / 0xFFFFFFFF < CALIBRATION_SHARE}
     rows: dict[tuple[str, str], None] = {}
     for example in data:
         thing = example.named_object()
@@ -384,7 +392,6 @@ def test_a_grid_leaves_out_what_cannot_be_placed_where_that_is_asked_for(tmp_pat
     np.testing.assert_array_equal(grid.weights, whole.weights)
     with pytest.raises(ProbeError, match="no concept can be fitted: class 1 of 'attribute:rare'"):
         fit_grid(store, ["attribute:rare"], "resid_post", skip_unplaceable=True, **options)
-    reasons: dict[str, str] = {}
-    directions = fit_directions(store, np.ones(60, bool), left_out=reasons)
+    directions = fit_directions(store, np.ones(60, bool))
     assert {d.concept for d in directions} == {"attribute:red", "attribute:blue"}
-    assert reasons == {} or all(name.startswith("attribute:") for name in reasons)
+    assert all(name.startswith("attribute:") for name in directions.left_out)

@@ -16,9 +16,9 @@ from behavior import BehaviorResult, answer
 from behavior.result import Answer, Cost
 from circuits.results.head_scores import HeadScores
 from concepts.schema import ConceptDataset
+from diagnosis import compare_models, compare_profiles
 from diagnosis.results import Diagnoses, Diagnosis
-from experiments.results.compare_models import compare_models
-from experiments.results.comparison import DIAGNOSES, compare, compare_runs, read_run
+from experiments.results.comparison import DIAGNOSES, compare_runs, read_run
 from groundscope.core.errors import ConfigError, DataError
 from groundscope.testing import planted_failures
 from groundscope.testing.planted_circuits import plant
@@ -101,7 +101,9 @@ def test_answers_are_compared_question_by_question(runs: tuple[Path, Path]) -> N
     assert row["low"] == pytest.approx(by_image.mean() - half, abs=0.05)
     assert row["high"] == pytest.approx(by_image.mean() + half, abs=0.05)
     assert "all: right" in comparison.text()
-    assert len(comparison.moved("answers")) == len(comparison.answers)  # all measures are over the same questions here
+    assert len(comparison.changed("answers")) == len(
+        comparison.answers
+    )  # all measures are over the same questions here
 
 
 def test_probes_and_heads_are_compared_on_what_both_have(runs: tuple[Path, Path]) -> None:
@@ -132,7 +134,7 @@ def test_a_run_compared_with_itself_has_no_differences(runs: tuple[Path, Path], 
     comparison = compare_runs(runs[0], runs[0])
     for part in ("answers", "probes", "heads"):
         assert (comparison.frame(part)["difference"] == 0).all()
-        assert not len(comparison.moved(part))
+        assert not len(comparison.changed(part))
     assert comparison.ranking["rank_correlation"][0] == pytest.approx(1)
     assert comparison.notes == ()
     saved = json.loads(comparison.save(tmp_path / "c.json").read_text())
@@ -148,13 +150,13 @@ def test_what_cannot_be_compared_is_said(runs: tuple[Path, Path], tmp_path: Path
     a, b = (read_run(path) for path in runs)
     fewer = replace(b, answers=answers(RIGHT[1][:50]))
     with pytest.raises(DataError, match="answered different questions"):
-        compare(a, fewer)
+        compare_profiles(a, fewer)
     small = replace(b, heads={"color": scores(EFFECTS[1][:, :2])}, grids={}, diagnoses=None)
-    notes = " ".join(compare(a, small).notes)
+    notes = " ".join(compare_profiles(a, small).notes)
     assert "only one of the two" in notes
-    assert "cannot be set side by side" in notes
+    assert "layers and heads cannot be compared" in notes
     with pytest.raises(ConfigError, match="no table 'answer'"):
-        compare(a, b).frame("answer")
+        compare_profiles(a, b).frame("answer")
 
 
 def test_two_models_in_memory_are_compared_on_answers_probes_and_verdicts() -> None:

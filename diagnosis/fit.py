@@ -1,0 +1,248 @@
+"""Fit the probes that a diagnosis reads activations with, from a store, and choose the answers to diagnose."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, overload
+
+import numpy as np
+
+from concepts.schema import LEVELS, Example
+from groundscope.core.document_digest import value_digest
+from probes import fit_grid, probeable
+from probes.protocol.tasks import UnplaceableError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from activation_store import ActivationStore, ArrayInfo, ConceptDirection
+
+FOLDS = 3
+NOUN_FOLDS = 2
+TEST_FRACTION = 0.3
+C_VALUES = (0.001, 0.01, 0.1)
+CALIBRATION_SHARE = 0.2
+"""Share of the images that no probe is fitted to: they calibrate the probes, and answers about them can be diagnosed."""
+MIN_IMAGES = 6
+"""Images of each class that a concept needs; with fewer, the split would leave a part without the class."""
+
+
+@dataclass(frozen=True)
+class DirectionSet(Sequence["ConceptDirection"]):
+    """Directions for `diagnosis.diagnose`; made by `fit_directions`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from activation_store import ConceptDirection
+    >>> from diagnosis import DirectionSet
+    >>> cat = ConceptDirection("decoder.L0.resid_post", "last", "object:cat", np.array([1.0, 0.0]), train_groups=("g1",))
+    >>> directions = DirectionSet((cat,), {"object:dog": "fewer than 6 images of a class"})
+    >>> len(directions), directions.train_groups
+    (1, frozenset({'g1'}))
+    """
+
+    directions: tuple[ConceptDirection, ...]
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    """Concepts without a probe at some place, with the reason."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "left_out", MappingProxyType(dict(self.left_out)))
+
+    @overload
+    def __getitem__(self, index: int) -> ConceptDirection: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[ConceptDirection, ...]: ...
+    def __getitem__(self, index: int | slice) -> ConceptDirection | tuple[ConceptDirection, ...]:
+        return self.directions[index]
+
+    def __len__(self) -> int:
+        return len(self.directions)
+
+    @property
+    def train_groups(self) -> frozenset[str]:
+        """Groups that a probe was fitted to; answers about their images cannot be diagnosed."""
+        return frozenset(group for direction in self.directions for group in direction.train_groups)
+
+
+def training_rows(store: ActivationStore, *, seed: int = 0) -> np.ndarray:
+    """Return the examples that probes of a diagnosis are fitted to, boolean ``[N]``.
+
+    The split ``neutral`` where the store has it and others, because nothing in its images misleads; otherwise the examples of
+    half of the images.
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> from diagnosis import training_rows
+    >>> class Memory:
+    ...     def frame(self):
+    ...         return pd.DataFrame({"group": ["a", "b", "c"], "split": ["neutral", "conflict", "neutral"]})
+    >>> training_rows(Memory()).tolist()
+    [True, False, True]
+    """
+    frame: pd.DataFrame = store.frame()
+    neutral = (frame["split"] == "neutral").to_numpy()
+    if neutral.any() and not neutral.all():
+        return neutral
+    half = {g: int(value_digest([g, seed])[:8], 16) % 2 == 0 for g in set(frame["group"])}
+    return np.array([half[g] for g in frame["group"]])
+
+
+def select_evenly(examples: Sequence[Example], limit: int, *, seed: int = 0) -> list[Example]:
+    """Return at most `limit` examples, distributed as evenly over levels and splits as they allow.
+
+    Examples
+    --------
+    >>> import groundscope as gs
+    >>> examples = gs.scenes.dataset(10)
+    >>> len({(e.level, e.split) for e in gs.diagnosis.select_evenly(examples, 6)})
+    6
+    """
+    rng = np.random.default_rng(seed)
+    parts: dict[tuple[str, str], list[Example]] = {}
+    for i in rng.permutation(len(examples)):
+        example = examples[int(i)]
+        parts.setdefault((example.level, example.split), []).append(example)
+    selected: list[Example] = []
+    while len(selected) < limit and any(parts.values()):
+        for key in sorted(parts):
+            if parts[key] and len(selected) < limit:
+                selected.append(parts[key].pop())
+    return selected
+
+
+def fit_directions(store: ActivationStore, rows: np.ndarray | None = None, *, seed: int = 0) -> DirectionSet:
+    """Fit the probes that `diagnose` reads activations with, on some rows of a store.
+
+    Probes of attributes read the object's tokens. Probes of nouns are fitted there too and read every image token. At the
+    last token, each kind of question has probes of whether its statement is true, or of which of its answers is true.
+    Concepts with too few images, and those that no split into whole images can place, are left out.
+
+    Parameters
+    ----------
+    store
+        Store with ``resid_post`` and ``projector.out`` at ``object:mean`` and ``resid_post`` at ``last``; arrays that it lacks
+        get no probes.
+    rows
+        Boolean ``[N]``: examples that probes may be fitted to; by default `training_rows`. About a fifth of their images, the
+        same for all probes, are held out: they calibrate, and answers about them can be diagnosed.
+    seed
+        Seed of the splits.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from pathlib import Path
+    >>> import groundscope as gs
+    >>> model, data = gs.load_lvlm("tiny"), gs.scenes.dataset(40, splits=("neutral",)).where(level="object")
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     store = gs.trace(model, data, sites=("resid_post",), tokens=("last",), out=Path(folder) / "store")
+    ...     directions = gs.fit_directions(store)
+    >>> sorted({d.concept for d in directions}), sorted({d.tokens for d in directions})
+    (['object:named'], ['last'])
+    """
+    rows = training_rows(store, seed=seed) if rows is None else rows
+    left_out: dict[str, str] = {}
+    frame = store.frame()
+    # The word "kept" is part of the hash that decides the split; another word would change results.
+    shares = {g: int(value_digest([str(g), "kept", seed])[:8], 16) / 0xFFFFFFFF for g in set(frame["group"])}
+    calibration = np.array([shares[g] < CALIBRATION_SHARE for g in frame["group"]])
+    rows = rows & ~calibration
+    attributes = [c for c in store.labels if c.startswith("attribute:") and c != "attribute:named"]
+    directions: list[ConceptDirection] = []
+    for stack, component in (("vision", "resid_post"), ("projector", "out"), ("decoder", "resid_post")):
+        if store.has(stack, component, "object:mean"):
+            site = f"{stack}.{component}"
+            directions += _fit(store, attributes, site, "object:mean", rows, seed, left_out)
+            nouns = _fit_nouns(store, site, rows, seed, left_out)
+            directions += [replace(d, tokens="image:all") for d in nouns]
+    if store.has("decoder", "resid_post", "last"):
+        kinds: Any = frame["level"].astype(str) + " " + frame["kind"].astype(str)
+        for kind in dict.fromkeys(kinds[rows]):
+            rows_of_kind = rows & (kinds == kind).to_numpy()
+            answers = set(frame["answer"][rows_of_kind])
+            level = kind.partition(" ")[0]
+            concepts = [f"{level}:named"] if answers & {"yes", "no"} else [f"{level}:{a}" for a in sorted(answers)]
+            available = [c for c in concepts if c in frame and level in LEVELS]
+            directions += _fit(store, available, "decoder.resid_post", "last", rows_of_kind, seed, left_out, kind)
+    return DirectionSet(tuple(directions), left_out)
+
+
+class _QuestionedNouns:
+    """A store in which a noun's label says whether it is the object that the question is about, if that is in the image."""
+
+    def __init__(self, store: ActivationStore) -> None:
+        self._store = store
+
+    @property
+    def arrays(self) -> Sequence[ArrayInfo]:
+        return self._store.arrays
+
+    @property
+    def digest(self) -> str:
+        return self._store.digest
+
+    @property
+    def provenance(self) -> Mapping[str, Any]:
+        return self._store.provenance
+
+    def frame(self) -> pd.DataFrame:
+        frame = self._store.frame()
+        nouns = [c for c in frame if str(c).startswith("object:") and c != "object:named"]
+        subject = frame["subject"].astype(str)
+        labels = {c: np.where(subject == "", np.nan, subject == str(c).partition(":")[2]) for c in nouns}
+        return frame.assign(**labels)
+
+    def read(self, site: str, tokens: str, head: int | None = None, examples: Any = None) -> np.ndarray:
+        return self._store.read(site, tokens, head=head, examples=examples)
+
+
+def _fit_nouns(
+    store: ActivationStore, site: str, rows: np.ndarray, seed: int, left_out: dict[str, str]
+) -> Iterator[ConceptDirection]:
+    """Yield directions of the noun of an object, fitted to one question about each object."""
+    frame = store.frame()
+    first = ~frame.duplicated(["group", "subject"]).to_numpy() & (frame["subject"] != "").to_numpy() & rows
+    view: Any = _QuestionedNouns(store)
+    nouns = [str(c) for c in frame if str(c).startswith("object:") and c != "object:named"]
+    yield from _fit(view, nouns, site, "object:mean", first, seed, left_out, folds=NOUN_FOLDS)
+
+
+def _fit(
+    store: ActivationStore,
+    concepts: Sequence[str],
+    site: str,
+    tokens: str,
+    rows: np.ndarray,
+    seed: int,
+    left_out: dict[str, str],
+    kind: str = "",
+    folds: int = FOLDS,
+) -> Iterator[ConceptDirection]:
+    """Yield the directions of some concepts at every layer; concepts without a probe are added to `left_out`."""
+    possible = set(probeable(store, folds=folds, test_fraction=TEST_FRACTION, rows=rows)) if rows.any() else set()
+    frame: Any = store.frame()[rows]
+    images = {c: frame.loc[frame[c].notna()].groupby(c)["group"].nunique() for c in possible}
+    possible = {c for c, count in images.items() if len(count) == 2 and count.min() >= MIN_IMAGES}
+    suffix = f" ({kind})" if kind else ""
+    reason = f"fewer than {MIN_IMAGES} images of a class, or fewer than the split needs"
+    left_out.update({f"{c}{suffix}": reason for c in concepts if c not in possible})
+    fitted = [c for c in concepts if c in possible]
+    if not fitted:
+        return
+    try:
+        grid = fit_grid(
+            store, fitted, site, tokens=tokens, heads=False, C=C_VALUES, folds=folds, test_fraction=TEST_FRACTION,
+            control=0, rows=rows, skip_unplaceable=True, resamples=1, seed=seed, progress=False,
+        )  # fmt: skip
+    except UnplaceableError as error:
+        left_out.update({f"{c}{suffix}": reason for c, reason in error.reasons.items()})
+        return
+    left_out.update({f"{c}{suffix}": reason for c, reason in grid.provenance.get("left_out", {}).items()})
+    for concept in grid.concepts:
+        for layer in grid.layers:
+            if grid.weights[grid.concepts.index(concept), grid.layers.index(layer), 0].any():
+                yield replace(grid.direction(concept, layer), kind=kind)
