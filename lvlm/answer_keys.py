@@ -1,4 +1,4 @@
-"""Answer keys: which tokens a candidate answer starts with, and by how much the model prefers the true one."""
+"""Answer keys: the first tokens of candidate answers, and the score of each candidate from the logits."""
 
 from __future__ import annotations
 
@@ -14,21 +14,33 @@ from lvlm.model import Lvlm
 
 @dataclass(frozen=True)
 class AnswerKey:
-    """Candidate answers of one question and the first tokens they can begin with."""
+    """Candidate answers of a question, and the tokens that they can begin with.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from lvlm import AnswerKey
+    >>> key = AnswerKey(("yes", "no"), ((0, 1), (2,)))
+    >>> logits = torch.tensor([0.0, 0.0, 1.0])
+    >>> [round(float(s), 3) for s in key.scores(logits)]  # log(exp(0) + exp(0)), 1
+    [0.693, 1.0]
+    >>> round(float(key.margin(logits, "yes")), 3)
+    -0.307
+    """
 
     candidates: tuple[str, ...]
     tokens: tuple[tuple[int, ...], ...]
-    """For each candidate the ids of its first token, as written and capitalised."""
+    """For each candidate the ids of its first token: as written, and capitalized."""
 
     def scores(self, logits: Tensor) -> Tensor:
-        """Return a log-score for each candidate from logits ``[..., V]`` -> ``[..., n_candidates]``.
+        """Return the log-score of each candidate from logits ``[..., V]`` -> ``[..., n_candidates]``.
 
-        A candidate that can begin in two ways (``yes``, ``Yes``) scores the log of the sum of both.
+        The score of a candidate with two first tokens (``yes``, ``Yes``) is the logarithm of their summed exponentials.
         """
         return torch.stack([logits[..., list(ids)].logsumexp(-1) for ids in self.tokens], dim=-1)
 
     def margin(self, logits: Tensor, answer: str) -> Tensor:
-        """Return the score of `answer` minus the best other score: positive where the model would give it."""
+        """Return the score of `answer` minus the largest other score: positive if the model prefers it."""
         scores = self.scores(logits)
         right = self.candidates.index(answer)
         others = [i for i in range(len(self.candidates)) if i != right]
@@ -36,19 +48,28 @@ class AnswerKey:
 
 
 def answer_key(model: Lvlm, example: Example) -> AnswerKey:
-    """Return the key of an example's question.
+    """Return the answer key of an example's question.
 
     Raises
     ------
     DataError
-        Where a candidate is unknown to the tokenizer or two candidates begin with the same token.
+        If the answer is not a candidate, the tokenizer does not know a candidate, or two candidates begin with the same token.
+
+    Examples
+    --------
+    >>> import groundscope as gs
+    >>> model = gs.load_lvlm("tiny")
+    >>> example = next(e for e in gs.scenes.dataset(10, seed=0) if e.kind == "existence")
+    >>> key = gs.answer_key(model, example)
+    >>> key.candidates
+    ('yes', 'no')
     """
     if example.answer not in example.candidates:
         msg = (
             f"example '{example.id}': answer '{example.answer}' is not one of {', '.join(example.candidates) or 'any'}"
         )
         raise DataError(msg)
-    # The end of the prompt decides how an answer goes on; of the question, only its last word can be part of that.
+    # Tokens of an answer depend on the end of the prompt; of the question, on its last word at most.
     last_word = " ".join(example.question.split()[-1:])
     tokenizer = model.processor.tokenizer
     template = str(getattr(model.processor, "chat_template", None))
@@ -61,56 +82,59 @@ def _key(model: Lvlm, candidates: tuple[str, ...], question: str) -> AnswerKey:
     owner: dict[int, str] = {}
     for candidate, ids in zip(candidates, tokens, strict=True):
         if not ids:
-            msg = f"answer '{candidate}': the tokenizer of {model.name} does not know its first word"
+            msg = (
+                f"answer '{candidate}': its first word is unknown to the tokenizer of {model.name}; use another answer"
+            )
             raise DataError(msg)
         for i in ids:
             if owner.setdefault(i, candidate) != candidate:
                 msg = (
-                    f"answers '{owner[i]}' and '{candidate}' begin with the same token: they cannot be told apart by it"
+                    f"answers '{owner[i]}' and '{candidate}' begin with the same token, which cannot distinguish them; use "
+                    "answers with different first tokens"
                 )
                 raise DataError(msg)
     return AnswerKey(candidates, tokens)
 
 
 def _first_tokens(model: Lvlm, question: str, candidate: str) -> tuple[int, ...]:
-    """Return the tokens a candidate begins with right after the prompt."""
+    """Return the first tokens of a candidate after the prompt, as written and capitalized."""
     unknown = model.processor.tokenizer.unk_token_id
-    found: list[int] = []
+    first: list[int] = []
     for form in dict.fromkeys((candidate, candidate[:1].upper() + candidate[1:])):
         ids = answer_tokens(model, question, form)
-        if ids and ids[0] != unknown and ids[0] not in found:
-            found.append(ids[0])
-    return tuple(found)
+        if ids and ids[0] != unknown and ids[0] not in first:
+            first.append(ids[0])
+    return tuple(first)
 
 
 def answer_tokens(model: Lvlm, question: str, answer: str) -> list[int]:
-    """Return the tokens of an answer as they follow the model's prompt.
+    """Return the tokens of an answer after the model's prompt.
 
-    The tokenizer reads the prompt with the answer behind it, and what comes after the prompt's own tokens is the answer.
-    A space stands between the two unless the prompt ends in white space or in a token that is no text (``<sep>``). The
-    decoder of an encoder-decoder sees no prompt; there the answer is read by itself.
+    Prompt and answer are tokenized together; the tokens after those of the prompt are the answer's. They are separated by a space
+    unless the prompt ends in white space or in a token that is not text (``<sep>``). The decoder of an encoder-decoder receives
+    no prompt, so its answer is tokenized alone.
 
     Parameters
     ----------
     model
-        The model that would answer.
+        The model.
     question
-        What it is asked, or the end of it.
+        The question, or its end.
     answer
-        As it would be written.
+        The answer.
     """
     tokenizer = model.processor.tokenizer
 
-    def read(text: str) -> list[int]:
+    def tokenize(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False)["input_ids"]
 
     if model.encoder_decoder:
-        return read(answer)
+        return tokenize(answer)
     prompt = model.prompt(question)
-    before = read(prompt)
-    marks = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-    close = prompt[-1:].isspace() or not before or before[-1] in marks
-    both = read(prompt + answer if close else f"{prompt} {answer}")
-    # A prompt that ends in a space of its own may have it drawn into the answer's first token; the model is given the
-    # prompt as it is, and goes on without that space.
-    return both[len(before) :] if both[: len(before)] == before else read(answer)
+    before = tokenize(prompt)
+    not_text = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    adjacent = prompt[-1:].isspace() or not before or before[-1] in not_text
+    both = tokenize(prompt + answer if adjacent else f"{prompt} {answer}")
+    # The tokenizer may merge a space at the end of the prompt into the answer's first token; the model reads the prompt alone
+    # and continues without that space.
+    return both[len(before) :] if both[: len(before)] == before else tokenize(answer)

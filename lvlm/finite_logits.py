@@ -1,4 +1,4 @@
-"""Numbers of a model that must be finite before a choice is made from them: the largest of several NaN is the first."""
+"""Check that a model's scores are finite: argmax of NaN returns the first index."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from groundscope.core.errors import ModelError
 
 
 def check_finite(values: Tensor | np.ndarray, names: Sequence[str], model: str) -> None:
-    """Raise `ModelError` where a model's scores or logits are not finite.
+    """Raise `ModelError` if scores or logits are not finite.
 
     Parameters
     ----------
     values
-        Any shape ``[n, …]``; a row with a NaN or an infinity is refused. Of whole logits give their ``logsumexp``, as a
-        model may give some tokens a logit of minus infinity.
+        Scores ``[n, …]``; rows with NaN or an infinite value are errors. For full logits pass their ``logsumexp``, because models
+        may assign minus infinity to some tokens.
     names
-        What each row is of, as the message names it: ``example 'a'``, ``pair 'a', 'b'``; ``[n]``.
+        Name of each row in messages, such as ``example 'a'``; ``[n]``.
     model
-        The model's name.
+        Name of the model.
     """
     array = values.detach().cpu().float().numpy() if isinstance(values, Tensor) else np.asarray(values)
     bad = ~np.isfinite(array).reshape(len(array), -1).all(axis=1)
     if bad.any():
-        msg = f"{names[int(bad.argmax())]}: the logits of {model} are not finite; steer less, or load it in float32"
+        msg = f"{names[int(bad.argmax())]}: the logits of {model} are not finite; steer less, or load the model in float32"
         raise ModelError(msg)

@@ -1,4 +1,4 @@
-"""Digests of what changes a model: equal digests, equal effects."""
+"""Digests of interventions: equal digests, equal effects."""
 
 from __future__ import annotations
 
@@ -15,19 +15,24 @@ _OURS = {"groundscope", "concepts", "lvlm", "circuits", "mitigation", "diagnosis
 
 
 def digest_of(value: Any) -> str | None:
-    """Return a SHA-256 of everything that decides on what a value does; None where it holds code that cannot be read.
+    """Return a SHA-256 of a value; None if it contains an object whose effect cannot be known, such as a function.
 
-    Known are numbers, text, tensors, arrays, sequences, mappings and dataclasses of this package; any other object, a
-    function say, is code.
+    Numbers, text, tensors, arrays, sequences, mappings and dataclasses of this package are known.
+
+    Examples
+    --------
+    >>> from lvlm.intervention_digest import digest_of
+    >>> digest_of([1, "a"]) == digest_of([1, "a"]), digest_of(len)
+    (True, None)
     """
     h = hashlib.sha256()
     return h.hexdigest() if _feed(h, value) else None
 
 
 def _feed(h: Any, value: Any) -> bool:
-    """Add a value to a digest; return whether all of it is known."""
+    """Add a value to a digest; return whether all its parts are known."""
     h.update(f"{type(value).__module__}.{type(value).__qualname__}(".encode())
-    known = True
+    complete = True
     if value is None or isinstance(value, str | int | float | bool | np.number):
         h.update(repr(value).encode())
     elif isinstance(value, Tensor):
@@ -39,15 +44,15 @@ def _feed(h: Any, value: Any) -> bool:
         h.update(np.ascontiguousarray(value).tobytes())
     elif isinstance(value, Mapping):
         for key, item in value.items():
-            known = _feed(h, key) and _feed(h, item) and known
+            complete = _feed(h, key) and _feed(h, item) and complete
     elif isinstance(value, Sequence):
         for item in value:
-            known = _feed(h, item) and known
+            complete = _feed(h, item) and complete
     elif is_dataclass(value) and type(value).__module__.partition(".")[0] in _OURS:
         for field in fields(value):
             h.update(field.name.encode())
-            known = _feed(h, getattr(value, field.name)) and known
+            complete = _feed(h, getattr(value, field.name)) and complete
     else:
-        known = False
+        complete = False
     h.update(b")")
-    return known
+    return complete

@@ -75,7 +75,7 @@ class Lvlm:
     >>> model = gs.load_lvlm("tiny")
     >>> model.n_layers, model.n_heads, model.head_dim
     (6, 8, 24)
-    >>> example = gs.scenes.dataset(1, seed=0).examples[0]
+    >>> example = gs.scenes.dataset(10, seed=0).examples[0]
     >>> encoding = model.encode(example)
     >>> inputs = model.collate([encoding])
     >>> model.logits(inputs).shape == (1, model.hf.config.text_config.vocab_size)

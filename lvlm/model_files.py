@@ -1,4 +1,4 @@
-"""What a model on disk is: the files of its folder that decide on what it does, and the revision of a Hugging Face id."""
+"""Files of a model's folder that determine its behavior, and the commit of a Hugging Face id."""
 
 from __future__ import annotations
 
@@ -7,32 +7,32 @@ from pathlib import Path
 _DOCUMENTS = frozenset(
     {".md", ".rst", ".pdf", ".html", ".png", ".jpg", ".jpeg", ".gif", ".webp", ".svg", ".mp4", ".log", ".lock"}
 )
-"""Suffixes of files that no loader reads."""
+"""Suffixes of files that loaders never read."""
 _BELOW = frozenset({".py", ".jinja"})
-"""Suffixes of files that loaders also read in folders below: modules of the model's own code, further chat templates."""
+"""Suffixes of files that loaders also read in subfolders: modules of the model's own code, additional chat templates."""
 WEIGHTS = frozenset({".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx"})
-"""Suffixes of files that hold weights."""
+"""Suffixes of files with weights."""
 _DEPTH = 4
 
 
 def deciding_files(folder: str | Path, *, weights: bool = True) -> tuple[Path, ...]:
-    """Return the regular files of a model folder that decide on its prompts, tokens, pixels, code or weights.
+    """Return the regular files of a model folder that determine its prompts, tokens, pixels, code or weights.
 
-    Those are all files of the folder but documents, pictures and hidden files (configuration, ``chat_template.jinja``,
-    ``merges.txt``, ``tokenizer.model``, processor settings, ...), and the Python modules and Jinja templates of the folders
-    below it. A link to a file counts as the file.
+    These are all files of the folder except documents, pictures and hidden files (configuration, ``chat_template.jinja``,
+    ``merges.txt``, ``tokenizer.model``, processor settings, ...), and the Python modules and Jinja templates in its
+    subfolders. A link to a file counts as the file.
 
     Parameters
     ----------
     folder
         A folder in Hugging Face layout.
     weights
-        Whether to list files of weights too.
+        Whether to include files of weights.
 
     Returns
     -------
     tuple of Path
-        Sorted by path; empty where the folder does not exist.
+        Sorted by path; empty if the folder does not exist.
 
     Examples
     --------
@@ -44,20 +44,20 @@ def deciding_files(folder: str | Path, *, weights: bool = True) -> tuple[Path, .
     root = Path(folder)
     if not root.is_dir():
         return ()
-    files = [*root.iterdir(), *_below(root, _DEPTH)]
-    return tuple(sorted(path for path in files if _decides(path, weights=weights)))
+    files = [*root.iterdir(), *_files_below(root, _DEPTH)]
+    return tuple(sorted(path for path in files if _determines_behavior(path, weights=weights)))
 
 
-def _below(folder: Path, depth: int) -> list[Path]:
-    found: list[Path] = []
+def _files_below(folder: Path, depth: int) -> list[Path]:
+    files: list[Path] = []
     for child in folder.iterdir():
         if depth and child.is_dir() and not child.is_symlink() and not child.name.startswith((".", "__pycache__")):
-            found += [path for path in child.iterdir() if path.suffix in _BELOW]
-            found += _below(child, depth - 1)
-    return found
+            files += [path for path in child.iterdir() if path.suffix in _BELOW]
+            files += _files_below(child, depth - 1)
+    return files
 
 
-def _decides(path: Path, *, weights: bool) -> bool:
+def _determines_behavior(path: Path, *, weights: bool) -> bool:
     suffix = path.suffix.lower()
     if path.name.startswith(".") or suffix in _DOCUMENTS or not path.is_file():
         return False
@@ -65,7 +65,7 @@ def _decides(path: Path, *, weights: bool) -> bool:
 
 
 def resolved_revision(source: str | Path, revision: str | None = None) -> str | None:
-    """Return the commit that a Hugging Face id stands for now: as the Hub says, or the local cache where it is offline.
+    """Return the current commit of a Hugging Face id, from the Hub, or offline from the local cache.
 
     Parameters
     ----------
@@ -77,7 +77,7 @@ def resolved_revision(source: str | Path, revision: str | None = None) -> str | 
     Returns
     -------
     str or None
-        40 hexadecimal digits; None for a folder, and where neither the Hub nor the cache has a configuration of that id.
+        40 hexadecimal digits; None for a folder, and if neither the Hub nor the cache has a configuration of the id.
     """
     from lvlm.embedded_models import EMBEDDED
 
@@ -90,7 +90,7 @@ def resolved_revision(source: str | Path, revision: str | None = None) -> str | 
 
 
 def hub_file(source: str, name: str, options: dict[str, object]) -> Path | None:
-    """Return a file of a model by name, from its folder, the cache or the Hub; None where there is no such file.
+    """Return a file of a model by name, from its folder, the cache or the Hub; None if it does not exist.
 
     Parameters
     ----------
@@ -99,20 +99,21 @@ def hub_file(source: str, name: str, options: dict[str, object]) -> Path | None:
     name
         Path of the file relative to the folder.
     options
-        ``revision`` and ``local_files_only``, as ``from_pretrained`` takes them.
+        ``revision`` and ``local_files_only``, as in ``from_pretrained``.
     """
     from transformers.utils.hub import cached_file
 
-    known = {k: v for k, v in options.items() if k in {"revision", "local_files_only", "cache_dir"} and v is not None}
+    accepted = {"revision", "local_files_only", "cache_dir"}
+    cache_options = {k: v for k, v in options.items() if k in accepted and v is not None}
     try:
-        found = cached_file(
+        path = cached_file(
             source,
             name,
             _raise_exceptions_for_gated_repo=False,
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,
-            **known,
+            **cache_options,
         )
     except (OSError, ValueError):
         return None
-    return None if found is None else Path(found)
+    return None if path is None else Path(path)

@@ -1,4 +1,4 @@
-"""Digests of a processor: what decides on the pixels of an image and on the tokens of a text."""
+"""Digests of a processor: of the settings that determine the pixels of an image and the tokens of a text."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any
 
 
 def pixel_settings(processor: Any) -> str:
-    """Return a digest of every setting of a processor that decides on the pixels and tokens of an image."""
-    pictures = getattr(processor, "image_processor", None)
-    return _digest([type(pictures), _settings(pictures), type(processor), _plain(processor)])
+    """Return a digest of every setting of a processor that determines the pixels and tokens of an image."""
+    image_processor = getattr(processor, "image_processor", None)
+    return _digest([type(image_processor), _settings(image_processor), type(processor), _plain_attributes(processor)])
 
 
 def processor_digest(processor: Any) -> str:
-    """Return a digest of all that decides on pixels and tokens: image settings, the whole tokenizer, the chat template.
+    """Return a digest of image settings, tokenizer and chat template, which determine pixels and tokens.
 
-    Of the tokenizer everything counts: vocabulary, merges, normalizer, pre-tokenizer, added and special tokens.
+    The tokenizer is included in full: vocabulary, merges, normalizer, pre-tokenizer, added and special tokens.
     """
     tokenizer = getattr(processor, "tokenizer", None)
     templates = [getattr(part, "chat_template", None) for part in (processor, tokenizer)]
@@ -24,10 +24,10 @@ def processor_digest(processor: Any) -> str:
 
 
 def sampled_processor_digest(processor: Any) -> str:
-    """Return what earlier releases recorded: image settings, vocabulary and chat template, not how text is divided."""
-    pictures, tokenizer = (getattr(processor, part, None) for part in ("image_processor", "tokenizer"))
+    """Return the digest of earlier releases: of image settings, vocabulary and chat template, without tokenizer rules."""
+    image_processor, tokenizer = (getattr(processor, part, None) for part in ("image_processor", "tokenizer"))
     settings = {
-        "pictures": pictures.to_dict() if pictures is not None else None,
+        "pictures": image_processor.to_dict() if image_processor is not None else None,
         "vocabulary": tokenizer.get_vocab() if tokenizer is not None else None,
         "chat_template": getattr(processor, "chat_template", None),
     }
@@ -38,24 +38,24 @@ def _tokenizer(tokenizer: Any) -> Any:
     if tokenizer is None:
         return None
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:  # a tokenizer in Python
-        whole: Any = {"vocabulary": tokenizer.get_vocab(), "options": getattr(tokenizer, "init_kwargs", {})}
+    if backend is None:  # not a fast tokenizer
+        content: Any = {"vocabulary": tokenizer.get_vocab(), "options": getattr(tokenizer, "init_kwargs", {})}
     else:
-        whole = json.loads(backend.to_str())
-        # How the last call padded and cut off, not what the tokenizer is.
-        whole = {name: part for name, part in whole.items() if name not in {"padding", "truncation"}}
+        content = json.loads(backend.to_str())
+        # Padding and truncation are those of the last call.
+        content = {name: part for name, part in content.items() if name not in {"padding", "truncation"}}
     adds = {name: getattr(tokenizer, name, None) for name in ("add_bos_token", "add_eos_token")}
-    return [whole, tokenizer.special_tokens_map, adds]
+    return [content, tokenizer.special_tokens_map, adds]
 
 
 def _settings(part: Any) -> Any:
-    return part.to_dict() if hasattr(part, "to_dict") else None if part is None else _plain(part)
+    return part.to_dict() if hasattr(part, "to_dict") else None if part is None else _plain_attributes(part)
 
 
-def _plain(part: Any) -> dict[str, Any]:
-    """Return the attributes of an object that are plain values."""
-    known = {k: v for k, v in vars(part).items() if v is None or isinstance(v, str | int | float | bool)}
-    return {k: v for k, v in known.items() if k != "chat_template"}
+def _plain_attributes(part: Any) -> dict[str, Any]:
+    """Return the attributes of an object that are text, numbers, booleans or None, without the chat template."""
+    plain = {k: v for k, v in vars(part).items() if v is None or isinstance(v, str | int | float | bool)}
+    return {k: v for k, v in plain.items() if k != "chat_template"}
 
 
 def _digest(value: Any) -> str:

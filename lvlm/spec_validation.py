@@ -62,7 +62,7 @@ def validate(model: Lvlm, encoding: Encoding) -> dict[str, float]:
     >>> import groundscope as gs
     >>> from lvlm.spec_validation import validate
     >>> model = gs.load_lvlm("tiny", validate=False)
-    >>> errors = validate(model, model.encode(gs.scenes.dataset(1, seed=0).examples[0]))
+    >>> errors = validate(model, model.encode(gs.scenes.dataset(10, seed=0).examples[0]))
     >>> max(errors.values()) < 1e-5
     True
     """

@@ -1,4 +1,4 @@
-"""A model as TransformerLens has it: its hook names, its analysis tools, on a copy."""
+"""A copy of a model as TransformerLens bridge, with its hook names and analysis tools."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ _BUILDING = threading.Lock()
 def as_transformer_lens(model: Lvlm) -> Any:
     """Return a TransformerLens bridge over a copy of the model.
 
-    TransformerLens replaces modules in place and switches attention to eager, so it is given a copy: twice the memory. It
-    is built from the module in memory; nothing is downloaded or installed. Give it the inputs of `Lvlm.encode`:
+    TransformerLens replaces modules in place and uses eager attention, so the bridge needs a copy of the model. It is built from
+    the module in memory; nothing is downloaded or installed. Run it on the inputs of `Lvlm.encode`:
     ``bridge.run_with_cache(inputs["input_ids"], pixel_values=inputs["pixel_values"])``.
 
     Parameters
@@ -29,7 +29,7 @@ def as_transformer_lens(model: Lvlm) -> Any:
     Raises
     ------
     ModelError
-        Where TransformerLens has no adapter for the model's class.
+        If TransformerLens has no adapter for the model's class.
 
     Returns
     -------
@@ -42,8 +42,8 @@ def as_transformer_lens(model: Lvlm) -> Any:
 
     name = type(model.hf).__name__
     if name not in SUPPORTED_ARCHITECTURES:
-        known = ", ".join(sorted(n for n in SUPPORTED_ARCHITECTURES if n.endswith("ForConditionalGeneration")))
-        msg = f"TransformerLens has no adapter for {name}; of models that take images or encode it has {known}"
+        supported = ", ".join(sorted(n for n in SUPPORTED_ARCHITECTURES if n.endswith("ForConditionalGeneration")))
+        msg = f"TransformerLens has no adapter for {name}; it supports {supported}"
         raise ModelError(msg)
     with _BUILDING, _without_libraries(SUPPORTED_ARCHITECTURES[name]):
         network = copy.deepcopy(model.hf)
@@ -53,7 +53,7 @@ def as_transformer_lens(model: Lvlm) -> Any:
 
 @contextmanager
 def _without_libraries(adapter: Any) -> Iterator[None]:
-    """Build an adapter without the packages it asks for to load pictures: pictures are loaded here, with Pillow."""
+    """Remove an adapter's requirement of packages that load images: this package loads images with Pillow."""
     own = "required_libraries" in vars(adapter)
     before = adapter.required_libraries
     adapter.required_libraries = []

@@ -1,4 +1,4 @@
-"""Digests of a model's weights: over every byte, and the sample that earlier releases took."""
+"""Hashes of a model's weights: over every byte, and over the sample of earlier releases."""
 
 from __future__ import annotations
 
@@ -17,36 +17,36 @@ from torch import Tensor, nn
 from lvlm.access.weights import named_weights
 
 ALGORITHM = "sha256"
-"""SHA-256 of the sorted names, types, shapes and of the SHA-256 of each `_CHUNK` of every tensor. Of the algorithms of
-`hashlib` it is the fastest where processors have instructions for it: 2.0 GB/s a core against 1.4 for BLAKE2b and 0.6 for
-SHA-3, and hashlib lets other threads run meanwhile."""
+"""SHA-256 of the sorted names, types and shapes, and of the SHA-256 of each chunk of `_CHUNK` bytes of every tensor. It is the
+fastest algorithm of `hashlib` on processors with instructions for it: 2.0 GB/s per core, compared with 1.4 for BLAKE2b and 0.6
+for SHA-3, and hashlib releases the interpreter lock."""
 _CHUNK = 64 << 20
 _SAMPLES = 257
 _LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class _Known:
-    """The digest of a module's weights, and what tells that they changed since."""
+class _CachedHash:
+    """The hash of a module's weights, and the state that shows later changes."""
 
     state: tuple[object, ...]
     digest: str
 
 
-_KNOWN: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()
+_CACHE: WeakKeyDictionary[nn.Module, _CachedHash] = WeakKeyDictionary()
 
 
 def weights_hash(module: nn.Module) -> str:
-    """Return ``sha256:<hex>`` over all bytes of a module's parameters and of the buffers that its checkpoints hold.
+    """Return ``sha256:<hex>`` over all bytes of a module's parameters and of the buffers in its checkpoints.
 
-    Computed once for the weights that are there: it is computed again where a tensor was replaced, written to in place
-    (torch counts that), or has another value at one of up to 257 places. A single value changed through ``.data``, which
-    torch does not count, may go unnoticed in a module whose digest is known; see `forget`.
+    The hash is cached, and recomputed if a tensor was replaced, was written to in place (torch counts writes), or has another
+    value at one of up to 257 sampled positions. A write through ``.data``, which torch does not count, to a position that is not
+    sampled is not noticed; see `forget`.
 
     Parameters
     ----------
     module
-        The model; weights that accelerate keeps elsewhere are read from there.
+        The model; weights that accelerate keeps outside the module are included.
 
     Examples
     --------
@@ -60,23 +60,23 @@ def weights_hash(module: nn.Module) -> str:
     False
     """
     state = _state(module)
-    known = _KNOWN.get(module)
-    if known is None or known.state != state:
-        known = _Known(state, f"{ALGORITHM}:{_digest(_tensors(module))}")
-        _KNOWN[module] = known
-    return known.digest
+    cached = _CACHE.get(module)
+    if cached is None or cached.state != state:
+        cached = _CachedHash(state, f"{ALGORITHM}:{_digest(_tensors(module))}")
+        _CACHE[module] = cached
+    return cached.digest
 
 
 def forget(module: nn.Module) -> None:
-    """Drop what is known of a module's weights: the next hash reads all of them."""
-    _KNOWN.pop(module, None)
+    """Remove a module's cached hash, so that the next hash reads all weights."""
+    _CACHE.pop(module, None)
 
 
 def sampled_weights_hash(module: nn.Module) -> str:
-    """Return what earlier releases called the hash of a model's weights, to compare with what they wrote.
+    """Return the weights hash of earlier releases, for comparison with their files.
 
-    SHA-256 over name, shape and up to 4,096 evenly spaced values of every parameter: of a matrix as wide as a power of two
-    those are a few of its columns, so that most changes go unnoticed.
+    SHA-256 over name, shape and up to 4,096 evenly spaced values of every parameter. In a matrix whose width is a power of two,
+    these are in a few columns, so most changes are not noticed.
     """
     h = hashlib.sha256()
     for name, parameter in sorted(named_weights(module)):
@@ -88,15 +88,15 @@ def sampled_weights_hash(module: nn.Module) -> str:
 
 
 def is_sampled(recorded: str) -> bool:
-    """Whether a recorded hash of weights is the sample of earlier releases."""
+    """Whether a recorded hash is a sampled hash of earlier releases."""
     return ":" not in recorded
 
 
 def has_weights(module: nn.Module, recorded: str) -> bool:
-    """Whether a module has the weights of which a hash was recorded.
+    """Whether a module's weights have a recorded hash.
 
-    A hash that an earlier release recorded is a sample: it is compared with the sample of these weights, and a warning of
-    the logger ``lvlm.weights_hash`` says how little that proves.
+    A sampled hash of an earlier release is compared with the sampled hash of these weights, with a warning of the logger
+    ``lvlm.weights_hash`` that equal samples are weak evidence.
     """
     if not is_sampled(recorded):
         return weights_hash(module) == recorded
@@ -104,18 +104,18 @@ def has_weights(module: nn.Module, recorded: str) -> bool:
     if same:
         _LOG.warning(
             "the weights are compared by a hash of an earlier release, which samples some columns of each matrix: equal "
-            "hashes do not prove equal weights; make the file again to be sure"
+            "hashes do not prove equal weights; recreate the file to be sure"
         )
     return same
 
 
 def short(recorded: str) -> str:
-    """Return the first digits of a recorded hash, for messages."""
+    """Return the first 12 digits of a recorded hash, for messages."""
     return recorded.rpartition(":")[2][:12]
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield parameters, and the buffers that are part of a checkpoint."""
+    """Yield parameters and persistent buffers with their names."""
     yield from named_weights(module)
     for path, inner in module.named_modules():
         for name, buffer in inner._buffers.items():
@@ -124,29 +124,29 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _state(module: nn.Module) -> tuple[object, ...]:
-    """Return what differs when weights changed, as far as that can be known without reading them."""
-    found: list[object] = []
+    """Return a key that changes with the weights, as far as possible without reading all of them."""
+    entries: list[object] = []
     samples: list[Tensor] = []
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-        away = tensor.is_meta
-        pointer = id(tensor) if away else tensor.data_ptr()
+        offloaded = tensor.is_meta
+        pointer = id(tensor) if offloaded else tensor.data_ptr()
         version = None if tensor.is_inference() else tensor._version
-        found.append((name, pointer, version, tensor.dtype, tuple(tensor.shape), str(tensor.device)))
-        if not away and tensor.numel() and tensor.is_contiguous() and not tensor.is_complex():
-            # An odd step, so that of a matrix whose width is even all columns come in turn.
+        entries.append((name, pointer, version, tensor.dtype, tuple(tensor.shape), str(tensor.device)))
+        if not offloaded and tensor.numel() and tensor.is_contiguous() and not tensor.is_complex():
+            # With an odd step, samples of a matrix of even width are in all columns.
             step = tensor.numel() // _SAMPLES | 1
             samples.append(tensor.detach().reshape(-1)[::step].float())
     by_device: dict[torch.device, list[Tensor]] = {}
     for sample in samples:
         by_device.setdefault(sample.device, []).append(sample)
     h = hashlib.sha256()
-    for some in by_device.values():
-        h.update(torch.cat(some).cpu().numpy().tobytes())
-    return (*found, h.digest())
+    for device_samples in by_device.values():
+        h.update(torch.cat(device_samples).cpu().numpy().tobytes())
+    return (*entries, h.digest())
 
 
 def _digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """Hash all bytes, a chunk in each thread; tensors that are read from disk are let go as soon as they are hashed."""
+    """Hash all bytes, chunks in parallel; tensors that are read from disk are released as soon as they are hashed."""
     threads = max(1, min(torch.get_num_threads(), os.cpu_count() or 1))
     waiting = threading.Semaphore(2 * threads)
     parts: dict[str, list[Future[bytes]]] = {}
@@ -157,7 +157,7 @@ def _digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
             chunks = parts.setdefault(f"{name} {tensor.dtype} {tuple(tensor.shape)} ", [])
             for start in range(0, flat.numel(), size):
                 waiting.acquire()
-                future = pool.submit(_hashed, flat[start : start + size])
+                future = pool.submit(_hash_chunk, flat[start : start + size])
                 future.add_done_callback(lambda _: waiting.release())
                 chunks.append(future)
     h = hashlib.sha256()
@@ -168,5 +168,5 @@ def _digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
     return h.hexdigest()
 
 
-def _hashed(chunk: Tensor) -> bytes:
+def _hash_chunk(chunk: Tensor) -> bytes:
     return hashlib.sha256(chunk.contiguous().cpu().view(torch.uint8).numpy().data).digest()

@@ -1,1 +1,1 @@
-"""Reach into a loaded model: modules of a site, attention patterns, weights, shared vision runs."""
+"""Access to a loaded model: hook points of sites, attention patterns, weights, shared vision runs."""

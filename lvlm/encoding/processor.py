@@ -1,7 +1,7 @@
-"""A processor put together from its parts where transformers will not build it without torchvision.
+"""Assemble a processor from its parts if transformers' own processor needs torchvision.
 
-Several families' processors ask for a video processor, which only exists on torchvision. Images and text need neither: a
-tokenizer, an image processor that works with Pillow, and the placeholder that the configuration names.
+Processors of several families require a video processor, which needs torchvision. Images and text need only a tokenizer, an image
+processor based on Pillow, and the placeholder in the configuration.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _MAX_TEMPLATE = 1 << 22
 
 @dataclass
 class Parts:
-    """A tokenizer, an image processor and an image placeholder: all that a model under study needs of a processor."""
+    """A tokenizer, an image processor and an image placeholder; stores record the name and module of this class."""
 
     tokenizer: Any
     image_processor: Any
@@ -28,11 +28,11 @@ class Parts:
     chat_template: str | None = None
 
     def apply_chat_template(self, turns: list[dict[str, Any]], **options: Any) -> Any:
-        """Write turns as the model's template has them."""
+        """Return the text of a conversation, by the model's template."""
         return self.tokenizer.apply_chat_template(turns, chat_template=self.chat_template, **options)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the parts where `assemble` finds them."""
+        """Write the parts to a folder from which `assemble` can load them."""
         self.tokenizer.save_pretrained(folder)
         if self.image_processor is not None:
             self.image_processor.save_pretrained(folder)
@@ -46,20 +46,20 @@ def assemble(where: str, config: Any, spec: FamilySpec, options: dict[str, Any])
     Raises
     ------
     ModelError
-        Where there is no tokenizer, or its vocabulary lacks the configuration's image token.
+        If there is no tokenizer, or its vocabulary lacks the configuration's image token.
     """
     from transformers import AutoImageProcessor, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(where, **options)
     pictures = None
-    if spec.view != "llama4":  # whose only image processor in transformers needs torchvision; the view has its own
+    if spec.view != "llama4":  # its image processor in transformers needs torchvision, so its encoding replaces it
         pictures = AutoImageProcessor.from_pretrained(where, backend="pil", **options)
     identity = getattr(config, "image_token_id", None) or getattr(config, "image_token_index", None)
     token = spec.placeholder or (tokenizer.convert_ids_to_tokens(identity) if identity is not None else None)
     if token is None:
         msg = (
-            f"the tokenizer of '{where}' has no image token: its configuration names "
-            f"{'none' if identity is None else f'number {identity}'}; say FamilySpec.placeholder"
+            f"the tokenizer of '{where}' has no image token (id {'unknown' if identity is None else identity}); set "
+            "FamilySpec.placeholder"
         )
         raise ModelError(msg)
     template = _template(where, options) or getattr(tokenizer, "chat_template", None)
@@ -67,12 +67,12 @@ def assemble(where: str, config: Any, spec: FamilySpec, options: dict[str, Any])
 
 
 def _template(where: str, options: dict[str, Any]) -> str | None:
-    """Return the chat template of a model's processor, from its folder, the cache or the Hub; None where it has none.
+    """Return the chat template of a model's processor, from its folder, the cache or the Hub; None if it has none.
 
     Raises
     ------
     ModelError
-        Where the file holds something else.
+        If the file is not a chat template.
     """
     plain = hub_file(where, "chat_template.jinja", options)
     if plain is not None:

@@ -1,8 +1,8 @@
-"""Find a family's parts in the model itself, by the names that transformers' families and their forebears use.
+"""Detect a family's parts in a model, by the module names that transformers' families and their own code use.
 
-What is found is a guess until `lvlm.spec_validation` has checked it with numbers. The names below are tried in order; where
-two could be meant, the one that says more comes first (a norm named after the MLP it precedes before the one named
-after the attention it follows, which in sandwich-norm families is another thing).
+A detected path is a guess until `lvlm.spec_validation` has checked it. Names are tried in order; of two possible names the more
+specific one comes first (a norm named after the MLP that it precedes before one named after the attention that it follows,
+which is another norm in sandwich-norm families).
 """
 
 from __future__ import annotations
@@ -53,38 +53,38 @@ _PROJECTOR = (
 _FINAL_NORM = ("norm", "final_layer_norm", "layer_norm", "ln_f", "final_layernorm")
 _VISION = re.compile(r"vision|visual|(^|[._])vit([._]|$)")
 _INNER = {"layer", "layers", "blocks", "resblocks", "encoder", "transformer"}
-"""Names of what lies between a vision tower and its layers."""
+"""Names of modules between a vision tower and its layers."""
 _OTHER = re.compile(r"q_?former|vqmodel|generation|resampler|perceiver|predictor|audio", re.IGNORECASE)
 
 
 def complete(spec: FamilySpec, model: nn.Module) -> FamilySpec:
-    """Return the spec with everything that it leaves open found in the model.
+    """Return the spec with its empty fields detected in the model.
 
     Raises
     ------
     ModelError
-        Where a part cannot be found; the message shows the model's module tree and what to write.
+        If a part cannot be detected; the message shows the model's module tree and the field to set.
     """
     stacks = layer_lists(model)
     decoder = _stack(spec, model, "decoder", stacks.get("decoder", ""))
     unembedding = spec.unembedding or _path_of(model, _output_embeddings(model))
     if not unembedding:
-        msg = _ask(spec, model, "unembedding", "no output embeddings")
+        msg = _not_detected(spec, model, "unembedding", "no output embeddings")
         raise ModelError(msg)
     vision = _stack(spec, model, "vision", stacks.get("vision", ""))
     return replace(
         spec,
         decoder=decoder,
         vision=vision,
-        projector=_given(spec.projector or _projector(model)),
-        final_norm=_given(spec.final_norm or _final_norm(model, decoder)),
+        projector=_without_absent(spec.projector or _projector(model)),
+        final_norm=_without_absent(spec.final_norm or _final_norm(model, decoder)),
         unembedding=unembedding,
-        vision_prefix=_prefix(model, vision) if spec.vision_prefix is None else spec.vision_prefix,
+        vision_prefix=_class_tokens(model, vision) if spec.vision_prefix is None else spec.vision_prefix,
     )
 
 
 def layer_lists(model: nn.Module) -> dict[str, str]:
-    """Return the path of the list of layers of each stack that is found: ``decoder``, ``vision``."""
+    """Return the path of the list of layers of each detected stack: ``decoder``, ``vision``."""
     lists: list[tuple[str, nn.Module]] = []
     for path, module in model.named_modules():
         inside = any(path.startswith(f"{outer}.") for outer, _ in lists)
@@ -93,13 +93,13 @@ def layer_lists(model: nn.Module) -> dict[str, str]:
             lists.append((path, module))
     vision = [path for path, _ in lists if _VISION.search(path)]
     text = [path for path, _ in lists if not _VISION.search(path)]
-    # Of an encoder and a decoder the decoder is meant; it comes last.
-    found = {"decoder": text[-1]} if text else {}
-    return {**found, "vision": "+".join(vision)} if vision else found
+    # In an encoder-decoder, the decoder comes last.
+    decoder = {"decoder": text[-1]} if text else {}
+    return {**decoder, "vision": "+".join(vision)} if vision else decoder
 
 
 def tree(model: nn.Module, depth: int = 4) -> str:
-    """Return the model's module tree, lists of equal children as one line, for a message to a person."""
+    """Return the model's module tree as text for a message; a list of equal modules is one line."""
     lines: list[str] = []
 
     def walk(module: nn.Module, name: str, level: int) -> None:
@@ -116,8 +116,8 @@ def tree(model: nn.Module, depth: int = 4) -> str:
 
 
 def describe_stack(model: nn.Module, layers: str) -> StackSpec:
-    """Return the paths inside the layers of a list, each as the first candidate that any of them has."""
-    members: list[nn.Module] = [layer for one in layers.split("+") for layer in find(model, one)]
+    """Return the paths inside the layers of a list: for each part the first candidate that any layer has."""
+    members: list[nn.Module] = [layer for path in layers.split("+") for layer in find(model, path)]
 
     def first(candidates: tuple[str, ...]) -> str:
         names = (name for name in candidates if any(_has(layer, name) for layer in members))
@@ -169,38 +169,38 @@ def _is_layer(module: nn.Module) -> bool:
 
 
 def _stack(spec: FamilySpec, model: nn.Module, name: str, layers: str) -> StackSpec:
-    said = spec.stack(name)
-    if said.layers:
-        return replace(said, layers=_given(said.layers))
+    stack = spec.stack(name)
+    if stack.layers:
+        return replace(stack, layers=_without_absent(stack.layers))
     if layers:
         return describe_stack(model, layers)
     if name == "vision":
         return StackSpec()
-    msg = _ask(spec, model, name, "no list of layers with an attention and its output projection")
+    msg = _not_detected(spec, model, name, "no list of layers with an attention and its output projection")
     raise ModelError(msg)
 
 
-def _given(path: str) -> str:
-    """Return a path, empty where a spec says that there is no such thing."""
+def _without_absent(path: str) -> str:
+    """Return a path; empty if the spec states that the family has no such part."""
     return "" if path == ABSENT else path
 
 
-def _ask(spec: FamilySpec, model: nn.Module, field: str, missing: str) -> str:
+def _not_detected(spec: FamilySpec, model: nn.Module, field: str, missing: str) -> str:
     return (
-        f"family '{spec.model_type}': {missing} found in {type(model).__name__}; say where, as in "
-        f"FamilySpec('{spec.model_type}', {field}=…), and give it as spec=…; its modules are\n{tree(model)}"
+        f"family '{spec.model_type}': {missing} found in {type(model).__name__}; set the path in "
+        f"FamilySpec('{spec.model_type}', {field}=…), and pass it as spec=…; its modules are\n{tree(model)}"
     )
 
 
 def _output_embeddings(model: nn.Module) -> Any:
-    give = getattr(model, "get_output_embeddings", None)
-    return (give() if give else None) or find(
+    get = getattr(model, "get_output_embeddings", None)
+    return (get() if get else None) or find(
         model, "lm_head|language_model.lm_head|llama_model.lm_head|language.lm_head"
     )
 
 
 def _path_of(model: nn.Module, module: Any) -> str:
-    return next((path for path, found in model.named_modules() if found is module), "") if module is not None else ""
+    return next((path for path, other in model.named_modules() if other is module), "") if module is not None else ""
 
 
 def _projector(model: nn.Module) -> str:
@@ -218,8 +218,8 @@ def _final_norm(model: nn.Module, decoder: StackSpec) -> str:
     return f"{parent}.{name}".lstrip(".") if name else ""
 
 
-def _prefix(model: nn.Module, vision: StackSpec) -> int:
-    """Return 1 where the vision tower has a class token of its own, else 0."""
+def _class_tokens(model: nn.Module, vision: StackSpec) -> int:
+    """Return 1 if the vision tower has a class token, else 0."""
     parts = vision.layers.split("+")[0].split(".")
     while parts and parts[-1] in _INNER:
         parts.pop()
@@ -229,53 +229,54 @@ def _prefix(model: nn.Module, vision: StackSpec) -> int:
 
 
 def text_config(config: Any) -> Any:
-    """Return the configuration of the text model, under any release of transformers from 4.40 on."""
-    found = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
-    if found is not config:
-        return found
-    names = ("text_config", "language_config", "llm_config")  # the second and third in families' own code
-    return next((one for name in names if (one := getattr(config, name, None)) is not None), config)
+    """Return the configuration of the text model, for releases of transformers from 4.40 on."""
+    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    if text is not config:
+        return text
+    names = ("text_config", "language_config", "llm_config")  # the last two in families' own code
+    return next((part for name in names if (part := getattr(config, name, None)) is not None), config)
 
 
 _HEADS = ("num_attention_heads", "decoder_attention_heads", "attention_heads", "num_heads", "n_head", "heads")
 
 
 def heads_of(config: Any, other: Any) -> int:
-    """Return the number of attention heads a configuration states, under any of the names in use."""
-    found = _stated(config, _HEADS) or _stated(other, _HEADS)
-    if found is None:
-        msg = f"{type(config).__name__} does not say how many attention heads there are ({', '.join(_HEADS)})"
+    """Return the number of attention heads in a configuration, or else in `other`, under any of the usual names."""
+    count = _integer(config, _HEADS) or _integer(other, _HEADS)
+    if count is None:
+        msg = f"{type(config).__name__} has no number of attention heads; set one of {', '.join(_HEADS)}"
         raise ModelError(msg)
-    return found
+    return count
 
 
 def vision_heads(spec: FamilySpec, model: Any, layers: Sequence[nn.Module]) -> int:
-    """Return the number of attention heads in a layer of the vision tower, 0 where it has no layers.
+    """Return the number of attention heads in a layer of the vision tower; 0 for a tower without layers.
 
-    Where the configuration does not say one number, as for a tower whose stages differ, the attention itself is asked.
+    If the configuration has no single number, because stages of the tower differ, attributes of the attention modules are used.
 
     Raises
     ------
     ModelError
-        Where nothing says it, or the layers differ.
+        If the number is unknown, or the layers differ.
     """
     if not layers:
         return 0
     config = getattr(model.config, "vision_config", None)
-    said = _stated(config, _HEADS)
-    if said is not None:
-        return said
-    counts = {_stated(find(layer, spec.vision.attention), (*_HEADS, "groups")) for layer in layers}
+    count = _integer(config, _HEADS)
+    if count is not None:
+        return count
+    counts = {_integer(find(layer, spec.vision.attention), (*_HEADS, "groups")) for layer in layers}
     if None in counts:
         return heads_of(config, None)
     if len(counts) > 1:
         msg = (
             f"family '{spec.model_type}': the layers at '{spec.vision.layers}' have {counts} heads; override "
-            "FamilySpec.vision.layers with layers that have as many heads each"
+            "FamilySpec.vision.layers with layers that have the same number of heads"
         )
         raise ModelError(msg)
     return int(counts.pop() or 0)
 
 
-def _stated(holder: Any, names: Sequence[str]) -> int | None:
-    return next((found for name in names if isinstance(found := getattr(holder, name, None), int)), None)
+def _integer(holder: Any, names: Sequence[str]) -> int | None:
+    """Return the first integer attribute of an object; None if it has none of the names."""
+    return next((value for name in names if isinstance(value := getattr(holder, name, None), int)), None)

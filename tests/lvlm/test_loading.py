@@ -94,7 +94,7 @@ def test_damaged_checkpoints_are_one_sentence(folder: Path, damage: str) -> None
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:99", "mps:7", "", "cpu:3", "meta"])
 def test_devices_that_do_not_exist_are_named(device: str) -> None:
-    with pytest.raises(ModelError, match=rf"device '{device}': this machine has cpu"):
+    with pytest.raises(ModelError, match=rf"device '{device}' is not available; choose from cpu"):
         check_device(device)
 
 
