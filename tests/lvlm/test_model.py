@@ -261,7 +261,7 @@ def test_answers_are_read_where_the_model_would_begin_them(model: Lvlm, example:
 
 
 def test_unknown_answers_are_refused(model: Lvlm, example: Example) -> None:
-    with pytest.raises(DataError, match="answer 'maroon': the tokenizer of random does not know"):
+    with pytest.raises(DataError, match="answer 'maroon': its first word is unknown to the tokenizer of random"):
         answer_key(model, replace(example, candidates=("maroon", "red"), answer="red"))
     with pytest.raises(DataError, match="begin with the same token"):
         answer_key(model, replace(example, candidates=("red car", "red"), answer="red"))
