@@ -45,7 +45,7 @@ from rich.table import Table
 from activation_store import ActivationStore, ArrayInfo, Ragged, Schema, StoreWriter, verify
 from benchmarks._harness import Figure, describe_device, figure, finish, option_parser, progress
 from circuits import HeadScores
-from experiments.cli.overrides import composed
+from experiments.cli.overrides import compose
 from experiments.cli.resume import configured
 from experiments.cli.status import status
 from experiments.pipeline import execute
@@ -218,7 +218,7 @@ def read_vector(folder: Path) -> dict[str, np.ndarray]:
 def make_receipt(folder: Path) -> None:
     """Run the first stage of a small run; its receipt is mutated."""
     execute(
-        composed(["stages=[examples]", "data.n_images=10", "data.test_images=10", "threads=1", f"root={folder}"])[0],
+        compose(["stages=[examples]", "data.n_images=10", "data.test_images=10", "threads=1", f"root={folder}"])[0],
         _quiet(),
     )
     (record,) = folder.glob("*/run.json")

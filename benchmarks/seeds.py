@@ -33,7 +33,7 @@ from rich.table import Table
 from circuits import HeadScores
 from diagnosis import Diagnoses
 from diagnosis.results import OVERRIDDEN, OVERRIDDEN_LATE, UNEXPLAINED
-from experiments.cli.overrides import composed
+from experiments.cli.overrides import compose
 from experiments.pipeline import execute
 
 RESULTS = Path(__file__).parent / "results" / "seeds.json"
@@ -148,7 +148,7 @@ def run(seed: int, options: argparse.Namespace, root: Path) -> Outcome:
     stages = list(STEERING) if options.part == "steering" else [*STEERING, "probe", "diagnose"]
     about = [f"root={root}", f"name=seed-{seed}", f"stages=[{','.join(stages)}]", f"model.device={options.device}"]
     seeds = [f"data.seed={seed}", f"data.test_seed={seed + 1000}", f"probe.seed={seed}", f"diagnose.seed={seed}"]
-    config, _ = composed([*about, *seeds, *(QUICK if options.quick else ())])
+    config, _ = compose([*about, *seeds, *(QUICK if options.quick else ())])
     folder = execute(config, Console(file=io.StringIO()))
     behavior = folder / "behavior"
     kinds = json.loads((folder / "circuits" / "top.json").read_text(encoding="utf-8"))["kinds"]

@@ -31,7 +31,7 @@ from rich.console import Console
 # Another benchmark has the name of a package: the root comes first.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from experiments.cli.overrides import composed
+from experiments.cli.overrides import compose
 from experiments.pipeline import execute
 from experiments.run.context import Context
 from experiments.run.folder import RunFolder, read_receipt
@@ -48,7 +48,7 @@ Seconds = tuple[float, float]
 
 def probes_alone(options: list[str], folder: Path) -> Seconds:
     """Return the seconds of the twelve probe stages over a run's cache, without anything around them."""
-    base, _ = composed(options)
+    base, _ = compose(options)
     run = RunFolder(Path(base.root) / base.name)
     clock, processor = 0.0, 0.0
     for number, (folds, seed) in enumerate((f, s) for f in FOLDS for s in SEEDS):
@@ -100,7 +100,7 @@ def main() -> None:
         options = [f"data.n_images={scenes}", "data.test_images=10", "threads=1", "trace=heads"]
         options.append("probe.concepts=[object:named,attribute:named,relation:named]")
         options.append("stages=[examples,trace,probe]")
-        composed_once, _ = composed([*options, "stages=[examples,trace]"])
+        composed_once, _ = compose([*options, "stages=[examples,trace]"])
         execute(composed_once, QUIET)
         for number in range(rounds):
             here = folder / f"round-{number}"

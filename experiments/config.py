@@ -1,4 +1,4 @@
-"""Every option of a run, as dataclasses: what they are called, what they mean, what they are by default."""
+"""The options of a run as dataclasses: names, meanings and default values. `groundscope help` prints them."""
 
 from __future__ import annotations
 
@@ -26,50 +26,50 @@ class ModelConfig:
     """The model under study."""
 
     path: str = MISSING
-    """`tiny`, `tiny-unbiased`, a Hugging Face id, or a folder in its layout."""
+    """`tiny`, `tiny-unbiased`, a Hugging Face id, or a folder with a model in Hugging Face layout."""
     twin: str | None = "tiny-unbiased"
-    """A control model asked the same questions (one without the prior, say); none for null."""
+    """A control model that answers the same questions, for example one without the prior; null for no control model."""
     dtype: str = "float32"
     """`float32`, `bfloat16` or `float16`."""
     device: str = "cpu"
-    """Where it runs, as torch names devices."""
+    """Device on which it runs, as torch names it."""
     trust_remote_code: bool = False
-    """Let the model folder's own code run."""
+    """Allow the model folder to run its own code."""
     validate: bool = True
-    """Prove at load, with forwards of one example, that tensors are where the family says; false saves that time."""
+    """At load, verify with forward passes of one example that tensors are where the family says; false saves time."""
     spec: str | None = None
-    """A yaml file with the fields of `lvlm.FamilySpec`, for a family that is not in the table; null for one that is."""
+    """A YAML file with the fields of `lvlm.FamilySpec`, for a model of an unknown family; null for a known family."""
 
 
 @dataclass
 class DataConfig:
-    """What the model is shown. Two parts that share no image: one to find things on, one to test them on."""
+    """Images and questions, in two parts without common images: discovery (probes, patching, steering, diagnosis) and test."""
 
     source: str = "scenes"
-    """`scenes`: icon scenes with exact truth; else a format of `concepts.loaders.LOADERS`, with images on disk."""
+    """`scenes` for icon scenes with exact truth, or a format of `concepts.loaders.LOADERS`, with images on disk."""
     n_images: int = 300
-    """Scenes to find things on."""
+    """Discovery scenes."""
     seed: int = 0
-    """Seed of those scenes."""
+    """Seed of the discovery scenes."""
     test_images: int = 500
-    """Scenes to test on."""
+    """Test scenes."""
     test_seed: int = 1000
-    """Seed of those; must differ from `seed`."""
+    """Seed of the test scenes; must differ from `seed`."""
     questions: str | None = None
-    """File of questions or annotations, the loader's first argument (all sources but `scenes`)."""
+    """File with questions or annotations, the first argument of the loader (all sources except `scenes`)."""
     images: str | None = None
-    """Folder of its images (all sources but `scenes`)."""
+    """Folder with its images (all sources except `scenes`)."""
     test_share: float = 0.5
-    """Share of the images kept for testing (all sources but `scenes`)."""
+    """Share of the images in the test part (all sources except `scenes`)."""
     limit: int | None = None
-    """Read at most this many questions, or images where the loader makes the questions (all sources but `scenes`)."""
+    """Read at most this many questions, or images if the loader makes the questions (all sources except `scenes`)."""
     loader: dict[str, Any] = field(default_factory=dict)
-    """Further files and options of the loader, by its own names: `+data.loader.captions=FILE` for `source=coco`."""
+    """Further files and options of the loader, by the names of its arguments: `+data.loader.captions=FILE` for `source=coco`."""
 
 
 @dataclass
 class TraceConfig:
-    """Which activations are kept."""
+    """Which activations are stored."""
 
     sites: list[str] = field(
         default_factory=lambda: ["resid_post", "z", "mlp_out", "vision.resid_post", "projector.out"]
@@ -78,15 +78,15 @@ class TraceConfig:
     tokens: list[str] = field(default_factory=lambda: ["last", "image:mean", "object:mean"])
     """Token selections."""
     batch_size: int = 32
-    """Examples a forward."""
+    """Examples per forward pass."""
     dtype: str = "float32"
-    """How they are stored: `float32`, `float16` or `bfloat16`."""
+    """Type of the stored activations: `float32`, `float16` or `bfloat16`."""
     on_error: str = "raise"
-    """`raise` or `skip`: whether an image that cannot be read ends the stage, or its examples are left out, named and counted."""
+    """What an image that cannot be read does: `raise` stops the stage, `skip` leaves out, names and counts its examples."""
     shards: int = 1
-    """Parts in which the data are traced, each by a process of its own."""
+    """Number of parts in which the data are traced, each by a separate process."""
     shard: int | None = None
-    """Trace this part alone, from 0; null traces all (`shards=1`) or makes the finished parts whole."""
+    """Trace only this part, counted from 0; null traces everything (`shards=1`) or completes the store from finished parts."""
 
 
 @dataclass
@@ -94,11 +94,11 @@ class ProbeConfig:
     """Linear probes."""
 
     concepts: list[str] | None = None
-    """Concepts to decode; by default the asked one of each level, and every attribute and relation with enough examples."""
+    """Concepts to decode; null for `named` of each level, and every attribute and relation with enough examples."""
     C: list[float] = field(default_factory=lambda: [0.001, 0.01, 0.1, 1.0])
     """Inverse regularization strengths, as in scikit-learn; cross-validation on the training part chooses one."""
     folds: int = 4
-    """Folds of that choice; images are never divided."""
+    """Folds of this cross-validation; all examples of an image are in one fold."""
     test_fraction: float = 0.3
     """Share of the images held out for the reported accuracy."""
     seed: int = 0
@@ -110,15 +110,15 @@ class PatchConfig:
     """Activation patching of heads on counterfactual pairs."""
 
     kinds: list[str] = field(default_factory=lambda: ["object", "color", "relation"])
-    """Kinds of pairs; those the data cannot make are left out and named."""
+    """Kinds of pairs; kinds that the data do not allow are left out and named."""
     pairs: int = 60
-    """Pairs of each kind at most."""
+    """Largest number of pairs of each kind."""
     tokens: str = "last"
     """Where a head is patched: `last`, or `suffix:all` for every token after the image."""
     min_effect: float = 0.5
-    """Pairs whose two images change the answer's log-odds by less than this are left out, and counted."""
+    """Pairs whose two images change the log-odds of the answer by less than this are excluded and counted."""
     top: int = 6
-    """Heads to carry on with."""
+    """Number of heads that the next stages use."""
 
 
 @dataclass
@@ -128,75 +128,75 @@ class SteerConfig:
     method: str = "discriminant"
     """How the vector is made: an entry of `mitigation.mitigations`."""
     doubt: float = 0.5
-    """`method=discriminant`: log-odds of yes that count as neither yes nor no; above 0, weak evidence speaks for no."""
+    """`method=discriminant`: log-odds of yes at the decision threshold; above 0, weak evidence counts as no."""
     strengths: list[float] = field(default_factory=lambda: [0.5, 1.0, 1.5, 2.0])
-    """Strengths to choose from on a validation part of the images things are found on."""
+    """Strengths to choose from, on the discovery images."""
     decay: float = 0.5
-    """Factor by which the correction gets weaker with every token that the model writes; 1 leaves it as strong. Half leaves
-    answers of a word as they are corrected, and captions as they were."""
+    """Factor on the strength for each token that the model generates; 1 for a constant strength. With 0.5 one-word answers are
+    corrected fully, and captions hardly change."""
     compare: bool = True
-    """Try every other method at the same strengths as well, for the report's plot."""
+    """Also evaluate all other methods at the same strengths, for the figure of the report."""
     max_drop: float = 0.015
-    """Largest loss of accuracy on neutral questions, and on typical colors, that a strength may cost there; data without such
-    questions (POPE): of recall on present objects."""
+    """Largest loss of accuracy on neutral questions and on typical colors that a strength may cause; for data without such
+    questions (POPE), largest loss of recall on present objects."""
 
 
 @dataclass
 class EvaluateConfig:
-    """What the model says on images that nothing was found on."""
+    """Answers on the test images."""
 
     conditions: list[str] | None = None
-    """Answer under these: `before`, `after` (corrected), controls by their names, `twin`; by default all. `before` always is."""
+    """Conditions: `before`, `after` (steered), names of controls, `twin`; null for all. `before` is always included."""
     batch_size: int = 64
-    """Questions a forward."""
+    """Questions per forward pass."""
     synonyms: str | None = None
-    """CHAIR on `data=coco`: file with the words for each category, such as `data/synonyms.txt` of the released scorer, which
-    published figures use; null for the list of `behavior.chair.COCO_SYNONYMS`."""
+    """CHAIR for `data=coco`: file with the synonyms of each category, such as `data/synonyms.txt` of the released scorer, which
+    published results use; null for `behavior.chair.COCO_SYNONYMS`."""
 
 
 @dataclass
 class ReportConfig:
-    """The page that tells what was found."""
+    """The HTML report."""
 
     title: str | None = None
-    """Its title; by default it names the model."""
+    """Title; null for a title with the name of the model."""
 
 
 @dataclass
 class SweepConfig:
-    """Several runs from one command (`-m`). Their folders, table and page lie in `<root>/sweeps/<name>`."""
+    """Several runs from one command (`-m`). Their folders, table and report are in `<root>/sweeps/<name>`."""
 
     name: str | None = None
-    """Name of the sweep; by default that of the run."""
+    """Name of the sweep; null for the name of the run."""
     by: list[str] = field(default_factory=list)
-    """Options that the jobs differ in, which name their folders; filled in by the command."""
+    """Options that differ between the jobs and name their folders; set by the command."""
 
 
 @dataclass
 class ExportConfig:
-    """Files that other code loads the correction from."""
+    """Files with the correction for other software."""
 
     formats: list[str] | None = None
     """Formats by their names in `mitigation.exports`: `safetensors`, `baked`, `gguf`, `steering_vectors`,
     `vllm`, `vti`. By default every format that can hold the vector is written."""
     convert: bool = False
-    """Carry heads through the output projection for formats that know no heads; the card says where that is approximate."""
+    """Map head directions through the output projection for formats without heads; the card states where this is approximate."""
 
 
 @dataclass
 class DiagnoseConfig:
-    """Why answers are wrong."""
+    """Causes of wrong answers."""
 
     limit: int = 60
-    """Wrong answers diagnosed at most, spread over levels and splits; 0 for none."""
+    """Largest number of wrong answers to diagnose, balanced over levels and splits; 0 for none."""
     sources: bool = True
-    """Also split each of them into image, prompt and prior."""
+    """Also attribute each of them to image, prompt and prior (Shapley values)."""
     compared: int = 60
-    """Right answers that are split too, to compare with; spread over levels and splits."""
+    """Number of right answers that are attributed for comparison, balanced over levels and splits."""
     seed: int = 0
-    """Decides which, the probes' split, and which neutral questions are asked."""
+    """Seed of the choice of answers, the split of the probes, and the choice of neutral questions."""
     shown: int = 6
-    """Wrong answers told in full in the report."""
+    """Number of wrong answers that the report shows in detail."""
 
 
 @dataclass
@@ -208,11 +208,11 @@ class RunConfig:
     root: str = "runs"
     """Folder of all runs."""
     stages: list[str] = field(default_factory=lambda: list(STAGES))
-    """Stages to run; the others must have run before."""
+    """Stages to run; the stages that they need must have run before."""
     force: bool = False
-    """Run stages again even where nothing changed."""
+    """Run stages again even if nothing changed."""
     threads: int | None = None
-    """CPU threads; by default what torch chooses."""
+    """CPU threads; null for the number that torch chooses."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     trace: TraceConfig = field(default_factory=TraceConfig)

@@ -1,7 +1,7 @@
-"""The JSON files of a run, read as what they should hold: types are checked before a value is used.
+"""The shapes of the JSON files of a run, and a reader that checks them.
 
-A run folder may come from elsewhere, may be damaged, or may be written by another release. Each file has its shape here, and
-`read_record` says in one sentence where a file has another.
+A run folder may come from another person, be damaged, or be written by another release. `read_record` compares a file with its
+shape and names the first difference in one sentence.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from groundscope.core.errors import ConfigError
 from groundscope.core.user_files import read_json
 
 MAX_BYTES = 1 << 28
-"""Largest record that is read: the figures of a large sweep."""
+"""Largest file that is read, in bytes: enough for the results of a large sweep."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class Optional:
 
 
 TEXT, NUMBER, INTEGER, ANY = "text", "number", "integer", "any"
-"""Names of simple shapes. `NUMBER` may be NaN. A list of one shape is a list of it, ``{"*": shape}`` an object with any keys, a
-mapping an object with these fields and perhaps others, a tuple a list of that length."""
+"""Simple shapes; `NUMBER` may be NaN. ``[shape]`` is a list, ``(shape, shape)`` a list of this length, a mapping an object with
+these fields and possibly others, ``{"*": shape}`` an object with any keys."""
 ESTIMATE = {"value": NUMBER, "low": NUMBER, "high": NUMBER, "n": INTEGER}
 TOP_HEADS = {"heads": [TEXT], "left_out": {"*": TEXT}, "kinds": [TEXT]}
 PLAN = [{"stack": TEXT, "component": TEXT, "tokens": TEXT, "concepts": [TEXT]}]
@@ -84,7 +84,7 @@ def read_record(path: Path, shape: Any, *, limit: int = MAX_BYTES) -> Any:
     Raises
     ------
     ConfigError
-        Where it is missing, no regular file, not JSON, or of another shape; the message names the file and the field.
+        If it is missing, not a regular file, not JSON, or has another shape; the message names the file and the field.
     """
     try:
         return read_json(path, check=lambda value: problem(value, shape), limit=limit, error=ConfigError)
@@ -94,7 +94,7 @@ def read_record(path: Path, shape: Any, *, limit: int = MAX_BYTES) -> Any:
 
 
 def problem(value: Any, shape: Any, at: str = "") -> str | None:
-    """Return where and how a value differs from a shape, or None."""
+    """Return the first difference between a value and a shape, or None."""
     if isinstance(shape, Optional):
         return None if value is None else problem(value, shape.shape, at)
     if isinstance(shape, str):
@@ -122,8 +122,8 @@ def _fields(value: Any, shape: Mapping[str, Any], at: str) -> str | None:
             return f"{at or 'the file'} has no field '{name}'; it was damaged or written by another release"
     for name, item in value.items():
         inner = shape.get(name, shape.get("*", ANY))
-        if found := problem(item, inner, f"{at}.{name}" if at else name):
-            return found
+        if difference := problem(item, inner, f"{at}.{name}" if at else name):
+            return difference
     return None
 
 
@@ -138,7 +138,5 @@ def _simple(value: Any, shape: str, at: str) -> str | None:
     return None
 
 
-def _wrong(value: Any, wanted: str, at: str) -> str:
-    return (
-        f"{at or 'the file'} must be {wanted}, not {type(value).__name__}; it was damaged or written by another release"
-    )
+def _wrong(value: Any, expected: str, at: str) -> str:
+    return f"{at or 'the file'} must be {expected}, not {type(value).__name__}; it was damaged or written by another release"

@@ -1,4 +1,4 @@
-"""Options that do not fit each other, told before anything is loaded: one line of `RULES` each."""
+"""Rules for the options of a run, checked before anything is loaded: a function and an entry of `RULES` each."""
 
 from __future__ import annotations
 
@@ -18,67 +18,67 @@ from lvlm.sites import LAYER_COMPONENTS
 from lvlm.token_selection import TokenSelection
 
 _LONGEST_PATH = 3900
-"""Bytes of a run's path: what Linux allows, less the names of files in it."""
+"""Largest length of a run's path in bytes: the limit of Linux, less the names of files in it."""
 
 
 def check(config: RunConfig) -> None:
     """Raise `ConfigError` for the first rule that a configuration breaks."""
     for rule in RULES:
-        broken = rule(config)
-        if broken:
-            raise ConfigError(broken)
+        problem = rule(config)
+        if problem:
+            raise ConfigError(problem)
 
 
 def _stages(config: RunConfig) -> str | None:
     unknown = [s for s in config.stages if s not in STAGES]
     if unknown:
-        return f"no stage '{unknown[0]}': there are {', '.join(STAGES)}{nearest(unknown[0], STAGES)}"
-    return None if config.stages else f"stages=[] asks for nothing: choose from {', '.join(STAGES)}"
+        return f"unknown stage '{unknown[0]}'; choose from {', '.join(STAGES)}{nearest(unknown[0], STAGES)}"
+    return None if config.stages else f"stages=[] runs nothing; choose from {', '.join(STAGES)}"
 
 
 def _name(config: RunConfig) -> str | None:
     problem = name_problem(config.name)
     if problem is not None:
         return (
-            f"name='{_shown(config.name)}': a run is inside '{_shown(config.root)}', so give a plain name ({problem}); "
+            f"name='{_shorten(config.name)}': the name of a run is a plain path below '{_shorten(config.root)}' ({problem}); "
             "root=… moves all runs"
         )
     first, *rest = config.name.split("/")
     if first.startswith(".") or (first == SWEEPS and len(rest) != 2):
-        return f"name='{config.name}': '{first}' is kept for the project's own files, choose another name"
+        return f"name='{config.name}': '{first}' is reserved; choose another name"
     name = config.sweep.name
     if name is not None and (problem := name_problem(name) or ("/" in name and "it holds '/'") or None):
-        return f"sweep.name='{_shown(name)}': a sweep is inside ROOT/{SWEEPS}, so give one plain name ({problem})"
+        return f"sweep.name='{_shorten(name)}': the name of a sweep is one plain name, below ROOT/{SWEEPS} ({problem})"
     try:
-        longest = len(os.path.abspath(os.path.join(config.root, config.name, "circuits")).encode())  # noqa: PTH100, PTH118
+        length = len(os.path.abspath(os.path.join(config.root, config.name, "circuits")).encode())  # noqa: PTH100, PTH118
     except (UnicodeEncodeError, ValueError):
-        return f"root='{_shown(config.root)}': the path is not valid UTF-8, choose another folder"
-    if longest > _LONGEST_PATH:
-        return f"root and name make a path of {longest} bytes, more than {_LONGEST_PATH}: choose shorter ones"
+        return f"root='{_shorten(config.root)}': the path is not valid UTF-8; choose another folder"
+    if length > _LONGEST_PATH:
+        return f"root and name give a path of {length} bytes, more than {_LONGEST_PATH}; choose shorter ones"
     return None
 
 
-def _shown(text: str) -> str:
-    """Return text for a message: lone surrogates as escapes, and not longer than a line."""
+def _shorten(text: str) -> str:
+    """Return text for a message: at most 100 characters, with lone surrogates escaped."""
     plain = text.encode("utf-8", "backslashreplace").decode()
     return plain if len(plain) <= 100 else f"{plain[:97]}…"
 
 
 def _scenes(config: RunConfig) -> str | None:
     data = config.data
-    given = [n for n in ("questions", "images") if getattr(data, n) is not None] + [f"loader.{n}" for n in data.loader]
-    if data.source == "scenes" and given:
-        return f"data.{given[0]} is given, but data=scenes draws its own: name the format too, data=pope for one"
+    files = [n for n in ("questions", "images") if getattr(data, n) is not None] + [f"loader.{n}" for n in data.loader]
+    if data.source == "scenes" and files:
+        return f"data.{files[0]} has no effect with data=scenes; name the format of the files, such as data=pope"
     return None
 
 
 def _twin(config: RunConfig) -> str | None:
     model = config.model
-    asked = "evaluate" in config.stages and "twin" in (config.evaluate.conditions or ["twin"])
-    if asked and model.twin == "tiny-unbiased" and model.path not in {"tiny", "tiny-unbiased"}:
+    needed = "evaluate" in config.stages and "twin" in (config.evaluate.conditions or ["twin"])
+    if needed and model.twin == "tiny-unbiased" and model.path not in {"tiny", "tiny-unbiased"}:
         return (
-            f"model.path={model.path} with the embedded model's twin: say model=hf model.path={model.path}, "
-            "or name its own control, model.twin=…"
+            f"model.path={model.path} with the twin of the embedded model: write model=hf model.path={model.path} for no twin, "
+            "or name a control model, model.twin=…"
         )
     return None
 
@@ -86,14 +86,14 @@ def _twin(config: RunConfig) -> str | None:
 def _parts(config: RunConfig) -> str | None:
     trace, later = config.trace, [s for s in config.stages if s not in {"examples", "trace"}]
     if trace.shards < 1 or (trace.shard is not None and not 0 <= trace.shard < trace.shards):
-        return f"trace.shard={trace.shard} of trace.shards={trace.shards}: parts are numbered from 0 to shards - 1"
+        return f"trace.shard={trace.shard} with trace.shards={trace.shards}: parts are numbered from 0 to {trace.shards - 1}"
     if trace.shard is not None and (later or "trace" not in config.stages):
         return (
-            f"trace.shard={trace.shard} traces one part, so nothing can follow it: run stages=[examples,trace] for every "
-            "part, then the same without trace.shard"
+            f"trace.shard={trace.shard} traces one part, so no other stage can run: run stages=[examples,trace] for every "
+            "part, then the other stages without trace.shard"
         )
     if trace.shard is not None and config.force:
-        return "force=true would throw away what other parts made: remove the run's folder 'activations' instead"
+        return "force=true would remove the results of other parts; remove the folder 'activations' of the run instead"
     return None
 
 
@@ -121,38 +121,38 @@ _AT_LEAST: Mapping[str, float] = MappingProxyType(
         "diagnose.shown": 0,
     }
 )
-"""Option to its least value; of a list, each value."""
+"""Option to its smallest value; for a list, the smallest value of each element."""
 _BETWEEN = ("probe.test_fraction", "data.test_share")
-"""Options that are shares above 0 and below 1."""
+"""Options that must be above 0 and below 1."""
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
 def _value(config: RunConfig, key: str) -> Any:
-    found: Any = config
+    value: Any = config
     for part in key.split("."):
-        found = getattr(found, part)
-    return found
+        value = getattr(value, part)
+    return value
 
 
 def _bounds(config: RunConfig) -> str | None:
     for key, least in _AT_LEAST.items():
         value = _value(config, key)
-        for one in value if isinstance(value, list) else [value]:
-            if one is not None and not least <= one < math.inf:  # NaN too
-                return f"{key}={one:g}: give at least {least:g}"
+        for number in value if isinstance(value, list) else [value]:
+            if number is not None and not least <= number < math.inf:  # NaN too
+                return f"{key}={number:g}: must be at least {least:g}"
     for key in _BETWEEN:
         if not 0 < _value(config, key) < 1:
-            return f"{key}={_value(config, key):g}: give a share above 0 and below 1, as in {key}=0.3"
+            return f"{key}={_value(config, key):g}: must be above 0 and below 1, such as {key}=0.3"
     wrong = next((c for c in config.probe.C if not 0 < c < math.inf), None)
     if wrong is not None or not config.probe.C:
-        return f"probe.C={config.probe.C}: give at least one number above 0"
+        return f"probe.C={config.probe.C}: must be numbers above 0, at least one"
     if math.isnan(config.steer.doubt) or math.isinf(config.steer.doubt):
-        return f"steer.doubt={config.steer.doubt}: give a number"
+        return f"steer.doubt={config.steer.doubt}: must be a finite number"
     return None
 
 
 def _words(config: RunConfig) -> str | None:
-    """Check what is one of a few words."""
+    """Check options with a few allowed words."""
     for key, choices in (
         ("model.dtype", _DTYPES),
         ("trace.dtype", _DTYPES),
@@ -169,17 +169,17 @@ _SITE = re.compile(rf"(?:(?:vision|decoder)\.)?(?:L\d+\.)?(?:cross\.)?(?:{'|'.jo
 
 
 def _places(config: RunConfig) -> str | None:
-    """Check how sites and token selections are written; whether this model has them, the trace says."""
+    """Check the spelling of sites and token selections; the trace checks that the model has them."""
     trace = config.trace
     if "trace" not in config.stages:
         return None
     if not trace.sites or not trace.tokens:
-        return "trace.sites and trace.tokens must name at least one site and one token selection"
+        return "trace.sites and trace.tokens need at least one site and one token selection"
     known = [*LAYER_COMPONENTS, *(f"vision.{c}" for c in LAYER_COMPONENTS), "projector.out"]
     for site in trace.sites:
         if not _SITE.fullmatch(site):
             return (
-                f"trace.sites: '{site}' is not a site: write a component of the decoder ({', '.join(LAYER_COMPONENTS)}), "
+                f"trace.sites: '{site}' is not a site; write a component of the decoder ({', '.join(LAYER_COMPONENTS)}), "
                 f"of a named stack ('vision.z'), 'projector.out', or a single layer ('decoder.L3.z'){nearest(site, known)}"
             )
     for tokens in trace.tokens:
@@ -191,21 +191,21 @@ def _places(config: RunConfig) -> str | None:
 
 
 def _concepts(config: RunConfig) -> str | None:
-    """Check how concepts are written; whether the data have them, the probe stage's check says."""
+    """Check the spelling of concepts; the check of stage `probe` finds concepts that the data do not have."""
     for concept in config.probe.concepts or ():
         level, separator, name = concept.partition(":")
         if not separator or not name or level not in LEVELS:
             levels = ", ".join(f"{known}:…" for known in LEVELS)
-            return f"probe.concepts: '{concept}' is not a concept: write {levels}{nearest(level, LEVELS)}"
-    return "probe.concepts=[] asks for nothing: name concepts, or null for all" if config.probe.concepts == [] else None
+            return f"probe.concepts: '{concept}' is not a concept; write {levels}{nearest(level, LEVELS)}"
+    return "probe.concepts=[] fits no probe; name concepts, or null for all" if config.probe.concepts == [] else None
 
 
 def _steered_sites(config: RunConfig) -> str | None:
     trace, chosen = config.trace, {"trace", "steer"} <= set(config.stages)
-    kept = any(site == "z" or site.endswith(".z") for site in trace.sites) and "last" in trace.tokens
-    if chosen and config.steer.method == "discriminant" and not kept:
+    stored = any(site == "z" or site.endswith(".z") for site in trace.sites) and "last" in trace.tokens
+    if chosen and config.steer.method == "discriminant" and not stored:
         return (
-            "steer.method=discriminant learns from z at the last token, which would not be traced: "
+            "steer.method=discriminant is derived from z at the last token, which would not be traced: "
             "add z to trace.sites and last to trace.tokens, or choose another method (steer.method=amplify)"
         )
     return None
@@ -223,4 +223,4 @@ RULES: Sequence[Callable[[RunConfig], str | None]] = (
     _concepts,
     _steered_sites,
 )
-"""Each returns what is wrong and what to do, or nothing."""
+"""Each returns a problem and its solution, or None."""

@@ -1,4 +1,4 @@
-"""``groundscope compare runs/a runs/b``: what two runs found, side by side."""
+"""``groundscope compare runs/a runs/b``: the results of two runs, side by side."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from groundscope.core.errors import ConfigError, GroundscopeError
 
 
 def show(arguments: Sequence[str]) -> int:
-    """Print the figures of two runs and how they differ, then what changed question by question.
+    """Print the main results of two runs with their differences, then the paired comparison of their answers.
 
     Parameters
     ----------
     arguments
-        Two runs, and optionally under which condition each answered (one for both): ``before``, ``after``, …
+        Two runs, and optionally the condition of each (or one for both): ``before``, ``after``, …
 
     Raises
     ------
     ConfigError
-        Where two runs are not given, or one has finished no stage.
+        For another number of arguments, or a run without a finished stage.
     """
     from rich.table import Table
     from rich.text import Text
 
     if not 2 <= len(arguments) <= 4:
-        msg = f"groundscope compare takes two runs, runs/a runs/b; it was given {len(arguments)} arguments"
+        msg = f"groundscope compare takes two runs, such as runs/a runs/b; it received {len(arguments)} arguments"
         raise ConfigError(msg)
     runs, conditions = arguments[:2], (list(arguments[2:]) or ["before"]) * 2
     first, second = (_figures(Path(a)) for a in runs)
@@ -41,8 +41,8 @@ def show(arguments: Sequence[str]) -> int:
         table.add_column(Text(heading), justify=side, overflow="fold")  # pyright: ignore[reportArgumentType]
     for name in dict.fromkeys([*first, *second]):
         a, b = first.get(name), second.get(name)
-        moved = f"{b.value - a.value:+.4g}" if a and b else ""
-        table.add_row(Text(name), _cell(a), _cell(b), moved)
+        difference = f"{b.value - a.value:+.4g}" if a and b else ""
+        table.add_row(Text(name), _cell(a), _cell(b), difference)
     console = plain_console()
     console.print(table)
     console.print(_paired(runs, conditions), markup=False)
@@ -50,7 +50,7 @@ def show(arguments: Sequence[str]) -> int:
 
 
 def _paired(runs: Sequence[str], conditions: Sequence[str]) -> str:
-    """Say what changed question by question, where both runs have answers to the same questions."""
+    """Return the paired comparison in words, or why the runs cannot be compared question by question."""
     from experiments.results.comparison import compare_runs
 
     try:
@@ -60,11 +60,11 @@ def _paired(runs: Sequence[str], conditions: Sequence[str]) -> str:
 
 
 def _figures(run: Path) -> dict[str, Headline]:
-    found = {f.name: f for f in headlines(run) if f.main}
-    if not found:
-        msg = f"'{run}' is no run with finished stages: groundscope status {run.parent} lists those there are"
+    figures = {f.name: f for f in headlines(run) if f.main}
+    if not figures:
+        msg = f"'{run}' is not a run with finished stages; groundscope status {run.parent} lists the runs"
         raise ConfigError(msg)
-    return found
+    return figures
 
 
 def _cell(figure: Headline | None) -> str:

@@ -1,6 +1,6 @@
-"""The options and what they mean, read from the dataclasses of ``config.py``: their docstrings are the documentation.
+"""``groundscope help``: the options and their meanings, from the docstrings of the dataclasses in ``config.py``.
 
-The source is parsed, not imported, so that help needs neither Hydra nor anything else.
+The source is parsed, not imported: help starts quickly and needs no other package.
 """
 
 from __future__ import annotations
@@ -19,27 +19,28 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 USAGE = """\
-groundscope [option=value …]                   run what is not done yet of the run `name`
-groundscope -m option=a,b [option=value …]     one run each, with what they share made once
-groundscope resume=runs/x [option=value …]     go on with a run or a sweep as it was configured
-groundscope status [runs/]                     runs, their stages, sizes and headline figures
-groundscope compare runs/a runs/b              what two runs found, side by side
-groundscope plan [option=value …]              bytes, forwards and hours of a trace, from a measured minute
-groundscope help=probe                         the options of a group, in full
-groundscope --version                          the version of this package
+groundscope [option=value …]                   run the unfinished stages of the run `name`
+groundscope -m option=a,b [option=value …]     run each combination of values; stages they share run once
+groundscope resume=runs/x [option=value …]     continue a run or a sweep with its own configuration
+groundscope status [runs/]                     list runs with their stages, sizes and main results
+groundscope compare runs/a runs/b              compare the results of two runs
+groundscope plan [option=value …]              estimate bytes, forward passes and hours of a trace
+groundscope report runs/x                      write the report of a run folder again; needs no model
+groundscope help=probe                         describe the options of a group
+groundscope --version                          print the version
 
-Values that hold =, #, (, ~, commas, blanks or letters of other alphabets are quoted twice: "key='…'"."""
+Values with =, #, (, ~, commas, blanks or non-ASCII letters need two pairs of quotes: "key='…'"."""
 
 _STAGES = {"examples": "data"}
-"""Stages whose options are a group of another name."""
+"""Stage to the group of its options, if the names differ."""
 
 
 @dataclass(frozen=True)
 class Option:
-    """One option as the command line knows it."""
+    """One option of the command line."""
 
     key: str
-    """``probe.folds``."""
+    """Name, such as ``probe.folds``."""
     type: str
     default: str
     meaning: str
@@ -47,17 +48,17 @@ class Option:
 
 @dataclass(frozen=True)
 class Group:
-    """Options that belong together: a dataclass."""
+    """A group of options: one dataclass."""
 
     name: str
-    """Empty for those of the run itself."""
+    """Empty for the options of the run itself."""
     meaning: str
     options: tuple[Option, ...]
 
 
 @cache
 def groups() -> tuple[Group, ...]:
-    """Return all options, those of the run first."""
+    """Return all groups of options, first the options of the run."""
     tree = ast.parse(files("experiments").joinpath("config.py").read_text(encoding="utf-8"))
     constants = {
         name.id: ast.unparse(node.value)
@@ -73,51 +74,53 @@ def groups() -> tuple[Group, ...]:
         if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
         if isinstance(field.annotation, ast.Name) and field.annotation.id in classes
     }
-    whole = Group("", _told(classes["RunConfig"]), tuple(_options("", classes["RunConfig"], constants, set(inner))))
+    whole = Group(
+        "", _description(classes["RunConfig"]), tuple(_options("", classes["RunConfig"], constants, set(inner)))
+    )
     return (
         whole,
         *(
-            Group(name, _told(node), tuple(_options(f"{name}.", node, constants, set())))
+            Group(name, _description(node), tuple(_options(f"{name}.", node, constants, set())))
             for name, node in inner.items()
         ),
     )
 
 
 def choices(group: str) -> tuple[tuple[str, str], ...]:
-    """Return the named choices of a group (``model=tiny``) with what their file says of them, by name."""
+    """Return name and description of each choice of a group (``model=tiny``)."""
     folder = files("experiments.conf").joinpath(group)
     if not group or not folder.is_dir():
         return ()
-    found = []
+    entries = []
     for entry in folder.iterdir():
         if entry.name.endswith(".yaml"):
             comments = [line[2:] for line in entry.read_text(encoding="utf-8").splitlines() if line.startswith("# ")]
-            told = " ".join(c for c in comments if not c.startswith("@"))
-            found.append((entry.name.removesuffix(".yaml"), told))
-    return tuple(sorted(found))
+            description = " ".join(c for c in comments if not c.startswith("@"))
+            entries.append((entry.name.removesuffix(".yaml"), description))
+    return tuple(sorted(entries))
 
 
 def show(console: Console, about: str = "") -> None:
-    """Print the help: of everything in short, or of a group or one option in full.
+    """Print an overview, or the description of one group or option.
 
     Raises
     ------
     ConfigError
-        Where there is no such group or option.
+        For an unknown group or option.
     """
     if about:
         _show_one(console, about)
         return
     console.print(USAGE, markup=False, soft_wrap=True)
-    console.print("\nThe options of a run (groundscope help=GROUP tells more of the others):\n", style="bold")
+    console.print("\nOptions of a run (groundscope help=GROUP describes those of a group):\n", style="bold")
     whole, *others = groups()
     _table(console, whole.options)
     named = {g.name: ", ".join(name for name, _ in choices(g.name)) for g in others}
     console.print("\nGroups:\n", style="bold")
     _rows(console, [(f"{g.name}.…", f"{g.meaning}\n{g.name}= {named[g.name]}") for g in others])
     console.print(
-        "\nHydra's own options go through: --cfg job shows the composed options, hydra/launcher=joblib runs a sweep in "
-        "parallel, --hydra-help tells the rest.",
+        "\nOptions of Hydra work too: --cfg job prints the composed options, hydra/launcher=joblib runs a sweep in parallel, "
+        "--hydra-help lists all.",
         markup=False,
     )
 
@@ -125,13 +128,13 @@ def show(console: Console, about: str = "") -> None:
 def _show_one(console: Console, about: str) -> None:
     group = next((g for g in groups() if g.name == _STAGES.get(about, about)), None)
     if group is None:
-        found = tuple(o for g in groups() for o in g.options if o.key == about)
-        if not found:
+        options = tuple(o for g in groups() for o in g.options if o.key == about)
+        if not options:
             names = [g.name for g in groups() if g.name]
             keys = [o.key for g in groups() for o in g.options]
-            msg = f"no option or group '{about}': groups are {', '.join(names)}{nearest(about, [*names, *keys])}"
+            msg = f"unknown option or group '{about}'; groups: {', '.join(names)}{nearest(about, [*names, *keys])}"
             raise ConfigError(msg)
-        _table(console, found)
+        _table(console, options)
         return
     console.print(f"{group.name}: {group.meaning}\n", style="bold", markup=False)
     _table(console, group.options)
@@ -153,36 +156,36 @@ def _rows(console: Console, rows: Sequence[tuple[str, str]]) -> None:
     grid.add_column(style="cyan", overflow="fold", max_width=44)
     grid.add_column(overflow="fold")
     for row in rows:
-        grid.add_row(*(Text(cell) for cell in row))  # as text: meanings hold square brackets
+        grid.add_row(*(Text(cell) for cell in row))  # as text: square brackets are not markup
     console.print(grid)
 
 
-def _told(node: ast.ClassDef) -> str:
+def _description(node: ast.ClassDef) -> str:
     return " ".join((ast.get_docstring(node) or "").split())
 
 
 def _options(prefix: str, node: ast.ClassDef, constants: dict[str, str], skip: set[str]) -> list[Option]:
-    """Return a dataclass's fields; the string after a field is what it means."""
-    found = []
+    """Return the fields of a dataclass; the string after a field is its description."""
+    options = []
     for field, after in zip(node.body, [*node.body[1:], None], strict=True):
         if not isinstance(field, ast.AnnAssign) or not isinstance(field.target, ast.Name) or field.target.id in skip:
             continue
-        told = ""
+        description = ""
         if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
-            told = " ".join(str(after.value.value).split())
-        found.append(
+            description = " ".join(str(after.value.value).split())
+        options.append(
             Option(
                 prefix + field.target.id,
                 ast.unparse(field.annotation).replace(" | None", " or null"),
                 _default(field.value, constants),
-                told,
+                description,
             )
         )
-    return found
+    return options
 
 
 def _default(node: ast.expr | None, constants: dict[str, str]) -> str:
-    """Return a default as one would write it on the command line; empty where it must be given."""
+    """Return a default as it is written on the command line; empty for a required option."""
     if node is None or (isinstance(node, ast.Name) and node.id == "MISSING"):
         return ""
     if isinstance(node, ast.Call):  # field(default_factory=list), or =lambda: […]

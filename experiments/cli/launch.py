@@ -45,14 +45,14 @@ def run_task(options: Any) -> None:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
-    from experiments.cli.overrides import finished
+    from experiments.cli.overrides import to_config
     from experiments.cli.sweep import job
     from experiments.pipeline import execute
 
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         job(options, HydraConfig.get())
     else:
-        execute(finished(options))
+        execute(to_config(options))
 
 
 class _ComposedOnce:

@@ -1,13 +1,13 @@
-"""The command line: ``groundscope`` runs the stages of one run, in order, skipping what is done.
+"""The command line: ``groundscope`` runs the stages of a run in order and skips finished ones.
 
-groundscope                                        the embedded model on icon scenes
-groundscope model=hf model.path=FOLDER             another model
-groundscope data=pope data.questions=F data.images=D   another data set
-groundscope stages=[probe,report] probe.folds=5    some stages, other options
-groundscope -m probe.folds=3,4                     several runs, which share what they have in common
-groundscope help | resume=RUN | status | compare | plan
+groundscope                                            the embedded model on icon scenes
+groundscope model=hf model.path=FOLDER                 another model
+groundscope data=pope data.questions=F data.images=D   other data
+groundscope stages=[probe,report] probe.folds=5        some stages, with other options
+groundscope -m probe.folds=3,4                         several runs, which share equal stages
+groundscope help | resume=RUN | status | compare | plan | report
 
-What reads nothing but its arguments is dispatched first, so that help is quick.
+Each command imports what it needs when it starts, so that help is fast.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ if TYPE_CHECKING:
 
 
 def main() -> None:
-    """Do what the command line says; a user's mistake ends in one line and exit status 2."""
-    # Nothing this tool runs may report home or ask a hub what it can find on disk.
+    """Run the command line; an error of the user gives one line and exit status 2."""
+    # No library may send telemetry.
     for variable in ("HF_HUB_DISABLE_TELEMETRY", "HF_HUB_DISABLE_PROGRESS_BARS", "DO_NOT_TRACK"):
         os.environ.setdefault(variable, "1")
-    # Workers started as `python -m …` (submitit) must not import a user's folder named like one of our packages.
+    # Workers started as `python -m …` (submitit) must not import a folder of the user with the name of one of our packages.
     os.environ.setdefault("PYTHONSAFEPATH", "1")
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # what a terminal's encoding lacks is escaped, not an error
+        if isinstance(stream, io.TextIOWrapper):  # characters that the terminal cannot show are escaped
             stream.reconfigure(errors="backslashreplace")
     arguments = sys.argv[1:]
-    status = _guarded(lambda console: _dispatch(arguments, console))
+    status = _run_guarded(lambda console: _dispatch(arguments, console))
     if status:
         sys.exit(status)
 
@@ -67,15 +67,15 @@ def _dispatch(arguments: Sequence[str], console: Console) -> int:
 
 def _run(arguments: Sequence[str], console: Console) -> int:
     """Run one configuration, or several."""
-    from experiments.cli.overrides import composed, read
+    from experiments.cli.overrides import compose, read
     from experiments.validation import check
 
     request = read(arguments)
-    # What concerns Hydra alone (--cfg job, --config-dir) is left to it.
+    # Command lines with flags of Hydra (--cfg job, --config-dir) go to Hydra.
     if not request.plain:
         _hydra(arguments)
         return 0
-    config, own = composed(request.first())
+    config, own = compose(request.first())
     from hydra.types import RunMode
 
     if request.several or own.mode == RunMode.MULTIRUN:
@@ -109,36 +109,38 @@ def _hydra(arguments: Sequence[str]) -> None:
         raise ConfigError(str(error).splitlines()[0]) from error
 
 
-def _guarded(work: Callable[[Console], int]) -> int:
+def _run_guarded(work: Callable[[Console], int]) -> int:
     from rich.console import Console
 
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     try:
         return work(console)
     except GroundscopeError as error:
-        _say(console, str(error))
+        _print_error(console, str(error))
         return 2
     except OSError as error:
         if error.errno is None or error.filename is None or isinstance(error, BrokenPipeError):
             raise
         what = "disk full" if error.errno == errno.ENOSPC else str(error.strerror).lower()
-        _say(console, f"{what} at '{error.filename}': finished stages are kept; correct that, then run again")
+        _print_error(
+            console, f"{what} at '{error.filename}'; finished stages are kept: solve the problem, then run again"
+        )
         return 2
     except KeyboardInterrupt as stop:
         folder = next(iter(stop.args), None)
-        go_on = f"groundscope resume={folder}" if folder else "the same command"
-        console.print(f"[bold]stopped[/]; finished work is kept: go on with {_plain(go_on)}")
+        command = f"groundscope resume={folder}" if folder else "the same command"
+        console.print(f"[bold]stopped[/]; finished work is kept: continue with {_escape(command)}")
         return 130
 
 
-def _say(console: Console, text: str) -> None:
+def _print_error(console: Console, text: str) -> None:
     from experiments.text import printable
 
-    console.print(f"[bold red]error:[/] {_plain(printable(text))}")
+    console.print(f"[bold red]error:[/] {_escape(printable(text))}")
 
 
-def _plain(text: str) -> str:
-    """Keep square brackets in messages from being read as markup."""
+def _escape(text: str) -> str:
+    """Escape square brackets, which the console would read as markup."""
     from rich.markup import escape
 
     return escape(text)
@@ -185,4 +187,4 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "plan": _plan,
     "report": _report,
 }
-"""What is a word, not an option."""
+"""Commands by name; all other arguments are options of a run."""

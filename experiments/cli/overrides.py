@@ -1,6 +1,6 @@
-"""What was written on the command line, checked before anything is loaded: names, choices, values, launchers.
+"""Read and check the command line before anything is loaded: names, choices, values, launchers.
 
-Hydra checks too, but after its own fashion: here a mistake is one line that says what was asked, what exists, what to do.
+Hydra checks them too, with longer messages. Here a mistake gives one line: the problem, the allowed values, the solution.
 """
 
 from __future__ import annotations
@@ -28,29 +28,29 @@ LAUNCHERS = MappingProxyType(
         "submitit_slurm": ("hydra_submitit_launcher", "pip install 'groundscope[cluster]'"),
         "ray": (
             "hydra_ray_launcher",
-            "pip install 'groundscope[ray]' into an environment of its own (see CONTRIBUTING.md)",
+            "pip install 'groundscope[ray]' in a separate environment (see CONTRIBUTING.md)",
         ),
     }
 )
-"""How jobs of a sweep are started: the plugin's module and how to get it."""
+"""Launcher of a sweep's jobs to the module of its plug-in and the command that installs it."""
 _VALUED = {"--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn", "--package", "-p", "--cfg", "-c"}
 
 
 @dataclass(frozen=True)
 class Request:
-    """A command line, read."""
+    """A parsed command line."""
 
     overrides: tuple[Override, ...]
     flags: tuple[str, ...]
 
     @property
     def several(self) -> bool:
-        """Whether ``-m`` was given."""
+        """Whether the command line has ``-m``."""
         return bool({"-m", "--multirun"} & set(self.flags))
 
     @property
     def plain(self) -> bool:
-        """Whether nothing was asked of Hydra itself but several runs."""
+        """Whether the command line has no flag of Hydra except ``-m``."""
         return set(self.flags) <= {"-m", "--multirun"}
 
     @property
@@ -69,8 +69,8 @@ def read(arguments: Sequence[str]) -> Request:
     Raises
     ------
     ConfigError
-        For what is no option (with the nearest that are), no choice of a group, a launcher that is not installed, or
-        several values without ``-m``.
+        For an unknown option or choice (with near matches), a launcher that is not installed, or several values without
+        ``-m``.
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import OverrideParseException
@@ -89,11 +89,11 @@ def read(arguments: Sequence[str]) -> Request:
         overrides = tuple(OverridesParser.create().parse_overrides(words))
     except OverrideParseException as error:
         if not (error.override or "").isprintable():
-            msg = f"{error.override!r}: cannot be read: write it without control characters"
+            msg = f"{error.override!r}: cannot be parsed: write it without control characters"
             raise ConfigError(msg) from error
         msg = (
-            f"{error.override}: cannot be read: {str(error).splitlines()[0]}; "
-            f"quote such a value twice: {_advised(error.override)}"
+            f"{error.override}: cannot be parsed: {str(error).splitlines()[0]}; "
+            f"use two pairs of quotes: {_quote_twice(error.override)}"
         )
         raise ConfigError(msg) from error
     request = Request(overrides, tuple(flags))
@@ -102,12 +102,12 @@ def read(arguments: Sequence[str]) -> Request:
         _check(override, own=own)
     if request.swept and not request.several:
         key = request.swept[0]
-        msg = f"{key} has several values: add -m for a run of each, write {key}=[…] for one list, \"{key}='…'\" for one text"
+        msg = f"{key} has several values: add -m to run each, write {key}=[…] for a list, or \"{key}='…'\" for a text"
         raise ConfigError(msg)
     return request
 
 
-def _advised(word: str | None) -> str:
+def _quote_twice(word: str | None) -> str:
     key, _, value = (word or "key=…").partition("=")
     return f'"{key}={quoted(value.strip(chr(39) + chr(34)))}"'
 
@@ -121,15 +121,17 @@ def _check(override: Override, *, own: bool) -> None:
         _check_launcher(str(override.value()))
     if key.startswith("hydra"):
         return
-    leaves, groups, free = known()
+    leaves, groups, free = known_options()
     if key in groups:
         names = [name for name, _ in choices(key)]
         for value in _values(override):
             if own and isinstance(value, str) and value not in names:
-                there = (
-                    f"there are {', '.join(names)}" if names else f"it has no named choices, write {key}.OPTION=VALUE"
+                allowed = (
+                    f"unknown choice; choose from {', '.join(names)}"
+                    if names
+                    else f"this group has no named choices; write {key}.OPTION=VALUE"
                 )
-                msg = f"{key}={value}: {there}{nearest(value, names)}"
+                msg = f"{key}={value}: {allowed}{nearest(value, names)}"
                 raise ConfigError(msg)
         return
     if key in leaves:
@@ -139,16 +141,16 @@ def _check(override: Override, *, own: bool) -> None:
         raise ConfigError(msg)
     inside = next((name for name in free if key.startswith(f"{name}.")), None)
     if inside is None:
-        msg = f"no option '{key}'{nearest(key, [*leaves, *groups])}; groundscope help lists them all"
+        msg = f"unknown option '{key}'{nearest(key, [*leaves, *groups])}; groundscope help lists all"
         raise ConfigError(msg)
     if not override.is_add() and not override.is_force_add() and not override.is_delete():
-        msg = f"{key}: names under {inside} are the loader's own, so write +{override.input_line}"
+        msg = f"{key}: options under {inside} depend on the loader; write +{override.input_line}"
         raise ConfigError(msg)
 
 
 def _check_launcher(name: str) -> None:
     if name not in LAUNCHERS:
-        msg = f"hydra/launcher={name}: there are {', '.join(LAUNCHERS)}{nearest(name, LAUNCHERS)}"
+        msg = f"hydra/launcher={name}: unknown launcher; choose from {', '.join(LAUNCHERS)}{nearest(name, LAUNCHERS)}"
         raise ConfigError(msg)
     module, advice = LAUNCHERS[name]
     if module is not None and (find_spec("hydra_plugins") is None or find_spec(f"hydra_plugins.{module}") is None):
@@ -156,8 +158,8 @@ def _check_launcher(name: str) -> None:
         raise ConfigError(msg)
 
 
-def known() -> tuple[list[str], list[str], list[str]]:
-    """Return the keys of all options, of all groups, and of those whose names are free (dicts)."""
+def known_options() -> tuple[list[str], list[str], list[str]]:
+    """Return the keys of all options, the names of all groups, and the keys of options that are dictionaries."""
     leaves, groups, free = [], [], []
     hints = get_type_hints(RunConfig)
     for name, kind in hints.items():
@@ -189,13 +191,13 @@ def _first(override: Override) -> str:
     return f"{prefix}{override.get_key_element()}={first}"
 
 
-def composed(overrides: Sequence[str]) -> tuple[RunConfig, Any]:
-    """Return the configuration that overrides make, and Hydra's own part of it.
+def compose(overrides: Sequence[str]) -> tuple[RunConfig, Any]:
+    """Compose the configuration from overrides; also return Hydra's part of it.
 
     Raises
     ------
     ConfigError
-        Where a value has the wrong type, or one that must be given is missing.
+        If a value has the wrong type, or a required one is missing.
     """
     import hydra
     from hydra.errors import HydraException
@@ -209,16 +211,16 @@ def composed(overrides: Sequence[str]) -> tuple[RunConfig, Any]:
         own = whole.hydra
         with open_dict(whole):
             del whole["hydra"]
-        return finished(whole), own
+        return to_config(whole), own
     except (HydraException, OmegaConfBaseException) as error:
         cause = error.__cause__ if error.__cause__ is not None else error
         lines = [line.strip() for line in str(error).splitlines()[:1] + str(cause).splitlines()[:1]]
-        msg = ": ".join(dict.fromkeys(lines)) + "; groundscope help=GROUP tells types and defaults"
+        msg = ": ".join(dict.fromkeys(lines)) + "; groundscope help=GROUP lists types and defaults"
         raise ConfigError(msg) from error
 
 
-def finished(options: Any) -> RunConfig:
-    """Return options as the dataclass they are; raises `ConfigError` where one has no value or a wrong one."""
+def to_config(options: Any) -> RunConfig:
+    """Convert options to the dataclass; raise `ConfigError` if one has no value or a wrong one."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
@@ -234,13 +236,13 @@ def finished(options: Any) -> RunConfig:
 
 
 def register() -> None:
-    """Tell Hydra the dataclasses that the yaml files fill."""
+    """Register the dataclasses of the options with Hydra."""
     from hydra.core.config_store import ConfigStore
 
     ConfigStore.instance().store(name="run", node=RunConfig)
 
 
 def quoted(text: str) -> str:
-    """Return text as a value that Hydra reads as that text, whatever characters it holds."""
-    # Hydra halves backslashes only where they stand before a quote.
+    """Quote text so that Hydra reads it unchanged."""
+    # Hydra halves backslashes only before a quote.
     return "'" + re.sub(r"(\\*)('|\Z)", lambda m: m[1] * 2 + m[2].replace("'", "\\'"), text) + "'"

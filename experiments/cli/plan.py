@@ -1,8 +1,8 @@
-"""``groundscope plan …``: what a trace will take, found in a minute or less.
+"""``groundscope plan …``: estimate bytes, forward passes and hours of a trace, in a minute or less.
 
-Sizes come from the model's configuration, its processor and the data: no weights are read for them. Where the weights are
-on this machine, some examples run as a trace runs them, for a bounded time, and hours are extrapolated from that: a forward
-that would take longer than that time is stopped between two layers. Hours are this machine's; bytes and forwards are not.
+Sizes come from the configuration of the model, its processor and the data, without reading weights. If the weights are on this
+machine, some examples are traced for a bounded time and hours are extrapolated; a forward pass that takes longer is stopped
+between two layers. Hours are for this machine; bytes and forward passes are for any.
 """
 
 from __future__ import annotations
@@ -28,82 +28,87 @@ if TYPE_CHECKING:
     from lvlm.model import Encoding, Lvlm
 
 SECONDS = 30.0
-"""How long is measured by default, about: half a minute, so that with the model's loading it is a minute."""
+"""Default time to measure, in seconds; with the time to load the model about a minute."""
 MOST_SECONDS = 60.0
-"""How long is measured at most, whatever is asked for."""
+"""Longest time to measure, in seconds."""
 _SAMPLE = 64
-"""Examples whose tokens and table rows are looked at for sizes."""
+"""Examples whose tokens and table rows give the sizes."""
 _ENCODING_SECONDS = 10.0
-"""How long examples are encoded at most to count forwards."""
+"""Longest time to encode examples for the count of forward passes, in seconds."""
 _SHARD = 512
-"""Examples in a file of a store, as `activation_store.trace` writes it by default."""
+"""Examples per file of a store, the default of `activation_store.trace`."""
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a trace will take."""
+    """Estimated size and time of a trace."""
 
     examples: int
     measured: int
-    """Examples that ran to find out; 0 where the weights are not on this machine."""
+    """Examples that were traced for the estimate; 0 if the weights are not on this machine."""
     sites: dict[str, float]
-    """Array to its bytes for all examples."""
+    """Bytes of each array for all examples."""
     on_disk: float
-    """Bytes of the whole store, with its tables and digests and the model's own arrays."""
+    """Bytes of the whole store, with tables, digests and the arrays of the model."""
     forwards: int
     seconds: float | None
-    """For all examples in one process, after the model is loaded; None where nothing was measured."""
+    """Seconds for all examples in one process, without loading the model; None if nothing was measured."""
     loading: float | None
-    """Seconds to load the model, in every process."""
+    """Seconds to load the model, in each process; None if nothing was measured."""
 
     def hours(self, parts: int) -> float | None:
-        """Return the hours each of so many processes takes, on as many machines like this one; None if not measured."""
+        """Return the hours of each of `parts` processes on as many equal machines; None if nothing was measured."""
         if self.seconds is None or self.loading is None:
             return None
         return (self.seconds / parts + self.loading) / 3600
 
 
 def estimate(context: Context, examples: int | None = None, seconds: float = SECONDS) -> Estimate:
-    """Return what a trace will take.
+    """Estimate size and time of a trace.
 
     Parameters
     ----------
     context
-        The run that is planned; nothing is written into its folder.
+        The planned run; nothing is written into its folder.
     examples
-        For how many examples; by default those of the configured data.
+        Number of examples; by default those of the configured data.
     seconds
-        How long to measure, about; at most `MOST_SECONDS`.
+        Approximate time to measure; at most `MOST_SECONDS`.
+
+    Raises
+    ------
+    ConfigError
+        If the data have no question to trace.
     """
     from activation_store.tracing.plan import outline_plan
     from lvlm.loading import has_weights
 
     data, options = traced_examples(context), context.config.trace
     if not len(data):
-        msg = "the configured data have no question with candidate answers: nothing would be traced"
+        msg = "the configured data have no question with candidate answers, so nothing would be traced"
         raise ConfigError(msg)
-    wanted = len(data) if examples is None else examples
+    count = len(data) if examples is None else examples
     outline, tokens = context.outline, traced_tokens(context)
     first = _planned(outline.encode(data.examples[0]), tokens)
     plan = outline_plan(outline, first, options.sites, tokens, options.dtype)
     encodings = [_planned(outline.encode(e), tokens) for e in _spread(data, min(len(data), _SAMPLE))]
-    sites = _array_bytes(plan, encodings, wanted)
-    arrays = {a.name: 1.0 if a.ragged else _stored_rows(wanted) / wanted for a in plan.schema.arrays}
+    sites = _array_bytes(plan, encodings, count)
+    arrays = {a.name: 1.0 if a.ragged else _stored_rows(count) / count for a in plan.schema.arrays}
     on_disk = sum(size * arrays[name] for name, size in sites.items())
-    on_disk += _table_bytes(outline, data, plan, encodings, wanted) + _own_bytes(outline, plan)
-    forwards = math.ceil(_forwards_of_each(outline, data, plan, first, options.batch_size) * wanted)
+    on_disk += _table_bytes(outline, data, plan, encodings, count) + _own_bytes(outline, plan)
+    forwards = math.ceil(_forwards_of_each(outline, data, plan, first, options.batch_size) * count)
     if not has_weights(context.config.model.path):
-        return Estimate(wanted, 0, sites, on_disk, forwards, None, None)
+        return Estimate(count, 0, sites, on_disk, forwards, None, None)
     start = time.perf_counter()
     model = context.model
     loading = time.perf_counter() - start
     measured, each = _measure(context, model, data, tokens, min(seconds, MOST_SECONDS))
-    return Estimate(wanted, measured, sites, on_disk, forwards, each * wanted, loading)
+    return Estimate(count, measured, sites, on_disk, forwards, each * count, loading)
 
 
 def _planned(encoding: Encoding, tokens: Sequence[str]) -> Encoding:
-    """Return an encoding that has an answer, of no token yet, where the answer's tokens are traced too."""
+    """Return an encoding with an empty answer if tokens of the answer are traced too."""
     from activation_store.tracing.continuation import choose_continuation
 
     if not choose_continuation(tokens, 0):
@@ -112,26 +117,26 @@ def _planned(encoding: Encoding, tokens: Sequence[str]) -> Encoding:
 
 
 def _spread(data: ConceptDataset, count: int) -> list[Example]:
-    """Return so many examples, evenly spread: lengths and images may change along the data."""
+    """Return `count` evenly spaced examples, because lengths and images may change along the data."""
     return [data.examples[i * len(data) // count] for i in range(count)]
 
 
 def _array_bytes(plan: Plan, encodings: Sequence[Encoding], examples: int) -> dict[str, float]:
-    """Return each array's bytes for so many examples like some."""
+    """Return the bytes of each array for `examples` examples that are like the encoded ones."""
     from lvlm.token_selection import TokenSelection
 
-    found = {}
+    sizes = {}
     for array in plan.schema.arrays:
         tokens = 1.0
         if array.ragged:
             selection, stack = TokenSelection.parse(array.tokens), array.stack
             tokens = float(np.mean([len(e.tokens.positions(selection, stack)) for e in encodings]))  # type: ignore[arg-type]
-        found[array.name] = examples * tokens * array.n_layers * array.width * _BYTES[plan.schema.dtype]
-    return found
+        sizes[array.name] = examples * tokens * array.n_layers * array.width * _BYTES[plan.schema.dtype]
+    return sizes
 
 
 def _stored_rows(examples: int) -> int:
-    """Return the rows that arrays of one vector an example take on disk: whole chunks in a shard of more than one."""
+    """Return the rows on disk of an array with one vector per example: whole chunks, in a shard of several chunks."""
     from activation_store.format.schema import CHUNK_ROWS
 
     last = examples % _SHARD
@@ -139,7 +144,7 @@ def _stored_rows(examples: int) -> int:
 
 
 def _own_bytes(model: Lvlm, plan: Plan) -> float:
-    """Return the bytes of what is stored once: final norm and unembedding in float32, where the decoder is traced."""
+    """Return the bytes of final norm and unembedding in float32, which are stored once if the decoder is traced."""
     from activation_store.tracing.provenance import unembedding
 
     arrays = unembedding(model, plan) or {}
@@ -147,7 +152,7 @@ def _own_bytes(model: Lvlm, plan: Plan) -> float:
 
 
 def _table_bytes(model: Lvlm, data: ConceptDataset, plan: Plan, encodings: Sequence[Encoding], examples: int) -> float:
-    """Return the bytes of tables, indexes and digests, from small stores of the same rows with arrays one number wide."""
+    """Return the bytes of tables, indexes and digests, measured on small stores with the same rows and arrays of width 1."""
     concepts = tuple(sorted({concept for example in data for concept in example.labels}))
     few = max(1, len(encodings) // 4)
     with tempfile.TemporaryDirectory() as folder:
@@ -164,7 +169,7 @@ def _table_bytes(model: Lvlm, data: ConceptDataset, plan: Plan, encodings: Seque
 def _narrow_store(
     model: Lvlm, plan: Plan, encodings: Sequence[Encoding], concepts: tuple[str, ...], folder: Path
 ) -> float:
-    """Write a store of some rows whose arrays have one layer and one column; return its bytes without these columns."""
+    """Write a store with arrays of one layer and one column; return its bytes without these columns."""
     import torch
 
     from activation_store.format.ragged import Ragged
@@ -188,7 +193,7 @@ def _narrow_store(
 
 
 def _forwards_of_each(model: Lvlm, data: ConceptDataset, plan: Plan, first: Encoding, batch_size: int) -> float:
-    """Return how many forwards a trace takes for an example, from as many chunks of the data as a bounded time allows."""
+    """Return the forward passes per example, from as many chunks of the data as a bounded time allows."""
     from activation_store.tracing.plan import chunk_batches
 
     size = chunk_batches(plan, first.tokens, batch_size) * batch_size
@@ -205,16 +210,16 @@ def _forwards_of_each(model: Lvlm, data: ConceptDataset, plan: Plan, first: Enco
 def _measure(
     context: Context, model: Lvlm, data: ConceptDataset, tokens: Sequence[str], seconds: float
 ) -> tuple[int, float]:
-    """Return how many examples ran, and the seconds that a trace takes for each."""
+    """Return the number of traced examples and the seconds per example."""
     from activation_store.tracing.continuation import choose_continuation
     from activation_store.tracing.plan import make_plan
     from activation_store.tracing.tracer import Tracer
 
     options = context.config.trace
-    begun = time.perf_counter()
+    measuring_start = time.perf_counter()
     first = _planned(model.encode(data.examples[0]), tokens)
     one = _one_forward(model, first, seconds / 2)
-    # The plan takes a forward too, and a first chunk and a longer one have to fit.
+    # The plan needs a forward pass too, and a first chunk and a longer one must fit.
     if 8 * one > seconds:
         return 1, one
     plan = make_plan(model, first, options.sites, tokens, options.dtype)
@@ -226,20 +231,20 @@ def _measure(
         start = time.perf_counter()
         tracer.chunk(_spread(data, some), lambda _: None)
         took = time.perf_counter() - start
-        # Longer runs hide what happens once; the last one counts.
-        if some == len(data) or time.perf_counter() - begun + 2 * took > seconds:
+        # Longer runs reduce the share of one-time costs; the last run counts.
+        if some == len(data) or time.perf_counter() - measuring_start + 2 * took > seconds:
             return some, took / some
         some = min(len(data), 2 * some)
 
 
-class _Enough(Exception):  # a signal, not an error
-    """A forward has run for long enough."""
+class _StopForward(Exception):  # control flow, not an error
+    """Stops a forward pass that has run for long enough."""
 
 
 def _one_forward(model: Lvlm, encoding: Encoding, seconds: float) -> float:
-    """Return how long a forward of one example takes; it is stopped between two decoder layers after so many seconds.
+    """Return the seconds of a forward pass of one example; stop it between two decoder layers after `seconds`.
 
-    What is left of a stopped forward is taken to cost as much a layer as the layers that ran.
+    For a stopped pass the time of the remaining layers is the mean of the layers that ran.
     """
     from lvlm.active_interventions import mark_observer
 
@@ -249,7 +254,7 @@ def _one_forward(model: Lvlm, encoding: Encoding, seconds: float) -> float:
     def layer(*_: object) -> None:
         times.append(time.perf_counter())
         if len(times) > 1 and times[-1] - start > seconds:
-            raise _Enough
+            raise _StopForward
 
     with ExitStack() as hooks:
         for module in model.layers("decoder"):
@@ -257,70 +262,71 @@ def _one_forward(model: Lvlm, encoding: Encoding, seconds: float) -> float:
         start = time.perf_counter()
         try:
             model.logits(model.collate([encoding]))
-        except _Enough:
+        except _StopForward:
             each = (times[-1] - times[0]) / (len(times) - 1)
             return times[0] - start + each * model.n_layers
     return time.perf_counter() - start
 
 
 def show(arguments: Sequence[str]) -> int:
-    """Print what a trace with these options will take.
+    """Print the estimate for a trace with these options.
 
     Raises
     ------
     ConfigError
-        For options that cannot be, as running them would.
+        For invalid options, as for a run.
     """
     from rich.table import Table
     from rich.text import Text
 
-    from experiments.cli.overrides import composed, read
+    from experiments.cli.overrides import compose, read
     from experiments.run.folder import RunFolder
     from experiments.text import plain_console, size
     from experiments.validation import check
 
-    own = {w.partition("=")[0]: w.partition("=")[2] for w in arguments if w.startswith(("examples=", "seconds="))}
-    words = [w for w in arguments if w.partition("=")[0] not in own]
+    numbers = {w.partition("=")[0]: w.partition("=")[2] for w in arguments if w.startswith(("examples=", "seconds="))}
+    words = [w for w in arguments if w.partition("=")[0] not in numbers]
     try:
-        examples = int(own["examples"]) if "examples" in own else None
-        seconds = float(own.get("seconds", SECONDS))
+        examples = int(numbers["examples"]) if "examples" in numbers else None
+        seconds = float(numbers.get("seconds", SECONDS))
     except ValueError as error:
         msg = f"groundscope plan: {error}; write examples=100000 or seconds=30"
         raise ConfigError(msg) from error
     if (examples is not None and examples < 1) or not seconds > 0:
         msg = "groundscope plan: examples and seconds must be above 0"
         raise ConfigError(msg)
-    config, _ = composed(read(words).first())
+    config, _ = compose(read(words).first())
     check(config)
-    config.model.validate = False  # forwards that a plan of bytes and hours does not need
+    config.model.validate = False  # the estimate needs no verification of the model
     console = plain_console()
     with tempfile.TemporaryDirectory() as folder:
         context = Context(config, RunFolder(Path(folder)), console)
         with console.status("measuring") if console.is_terminal else nullcontext():
-            found = estimate(context, examples, seconds)
-    measured = f"measured on {found.measured}" if found.measured else "sizes from the configuration"
+            result = estimate(context, examples, seconds)
+    measured = f"measured on {result.measured}" if result.measured else "sizes from the configuration only"
     console.print(
-        f"model {config.model.path} on {config.model.device}, {found.examples} examples; {measured}", markup=False
+        f"model {config.model.path} on {config.model.device}, {result.examples} examples; {measured}", markup=False
     )
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("array")
     table.add_column("bytes", justify="right")
-    for name, count in found.sites.items():
+    for name, count in result.sites.items():
         table.add_row(Text(name), size(count))
-    table.add_row("all on disk", size(found.on_disk))
+    table.add_row("total on disk", size(result.on_disk))
     console.print(table)
-    if found.seconds is None:
+    if result.seconds is None:
         console.print(
-            f"{found.forwards} forwards; hours: not measured, the weights of {config.model.path} are not on this machine",
+            f"{result.forwards} forward passes; hours are not estimated, because the weights of {config.model.path} are not "
+            "on this machine",
             markup=False,
         )
         return 0
-    each = found.seconds / found.examples
+    each = result.seconds / result.examples
     console.print(
-        f"{found.forwards} forwards, {1000 * each:.1f} ms an example, {found.loading:.0f} s to load the model"
+        f"{result.forwards} forward passes, {1000 * each:.1f} ms per example, {result.loading:.0f} s to load the model"
     )
     for parts in sorted({1, 4, config.trace.shards}):
         label = "one process" if parts == 1 else f"{parts} processes, trace.shards={parts}"
-        console.print(f"{label}: {found.hours(parts):.2f} hours" + ("" if parts == 1 else " each"))
-    console.print("hours are this machine's; several processes need as many machines like it")
+        console.print(f"{label}: {result.hours(parts):.2f} hours" + ("" if parts == 1 else " each"))
+    console.print("hours are for this machine; several processes need as many equal machines")
     return 0

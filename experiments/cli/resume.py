@@ -1,8 +1,7 @@
-"""``groundscope resume=runs/x``: continue a run, or a sweep, as it was configured.
+"""``groundscope resume=runs/x``: continue a run or a sweep with its stored configuration.
 
-The folder may come from somewhere else, so its files configure the run and decide on nothing more: consent to remote code,
-options of Hydra and its flags count on the command line of this call only, and interpolations such as ``${oc.env:…}`` are
-refused.
+The folder may come from another person, so its files set options of the run and nothing else: permission to run remote code and
+options and flags of Hydra are accepted on the command line only, and interpolations such as ``${oc.env:…}`` are refused.
 """
 
 from __future__ import annotations
@@ -18,8 +17,8 @@ from groundscope.core.paths import is_file, is_link
 
 RECORD = "sweep.json"
 TRUST = "model.trust_remote_code"
-_ONLY_HERE = ("${", "_target_", "trust_remote_code")
-"""What a stored command line may not hold anywhere."""
+_COMMAND_LINE_ONLY = ("${", "_target_", "trust_remote_code")
+"""Texts that a stored command line must not contain."""
 
 
 def resume(path: str, words: Sequence[str], run: Callable[[Sequence[str]], int]) -> int:
@@ -30,15 +29,15 @@ def resume(path: str, words: Sequence[str], run: Callable[[Sequence[str]], int])
     path
         Folder of a run or a sweep.
     words
-        Further options, which come after its own.
+        Further options, which override the stored ones.
     run
         Runs a command line, for sweeps.
 
     Raises
     ------
     ConfigError
-        Where there is neither, it was configured by a release with other options, or its files hold what only this call's
-        command line may say.
+        If the folder has neither, was configured by a release with other options, or has a file with settings that are accepted
+        on the command line only.
     """
     folder = _folder(path)
     if is_file(folder / RECORD):
@@ -56,41 +55,41 @@ def _folder(path: str) -> Path:
     if not folder.name or ".." in folder.parts:  # ``.``, say: its name is needed
         folder = folder.resolve()
     if is_link(folder):
-        msg = f"'{folder}' is a symbolic link, which is not followed: name the folder itself, resume={folder.resolve()}"
+        msg = f"'{folder}' is a symbolic link, which is not followed: use the folder itself, resume={folder.resolve()}"
         raise ConfigError(msg)
     return folder
 
 
 def _place_of_sweep(folder: Path) -> list[str]:
-    """Return the options that keep a sweep in its folder, wherever that was moved to."""
+    """Return the options that keep a sweep in its present folder."""
     from experiments.cli.overrides import quoted
     from experiments.config import SWEEPS
 
     if folder.absolute().parent.name != SWEEPS:
-        msg = f"'{folder}' is no folder of a sweep: sweeps are in ROOT/{SWEEPS}"
+        msg = f"'{folder}' is not the folder of a sweep: sweeps are in ROOT/{SWEEPS}"
         raise ConfigError(msg)
     return [f"root={quoted(str(folder.parent.parent))}", f"sweep.name={quoted(folder.name)}"]
 
 
 def _allowed(stored: Sequence[str], words: Sequence[str], source: Path) -> list[str]:
-    """Return the stored command line without what this call says itself; raises `ConfigError` for what only a call may say."""
-    here = {_key(word) for word in words}
-    kept = []
+    """Return the stored command line without options that `words` override; raise `ConfigError` for a forbidden word."""
+    overridden = {_key(word) for word in words}
+    allowed = []
     for word in stored:
         key = _key(word)
         if word in {"-m", "--multirun"}:
-            kept.append(word)
-        elif key in here or key in {"root", "sweep.name"}:
+            allowed.append(word)
+        elif key in overridden or key in {"root", "sweep.name"}:
             continue
-        elif only_here(word):
+        elif command_line_only(word):
             msg = (
-                f"{source} holds {word!r}: options and flags of Hydra, interpolations and consent to remote code are not taken "
-                f"from a file; write {word} on this command line where you mean it"
+                f"{source} contains {word!r}: options and flags of Hydra, interpolations and permission for remote code are not "
+                f"taken from a file; add {word} to this command line if you intend it"
             )
             raise ConfigError(msg)
         else:
-            kept.append(_rename(word))
-    return kept
+            allowed.append(_rename(word))
+    return allowed
 
 
 def _rename(word: str) -> str:
@@ -102,11 +101,11 @@ def _rename(word: str) -> str:
     return f"{before.removesuffix(key)}{name}{separator}{value}"
 
 
-def only_here(word: str) -> bool:
-    """Say whether a word of a command line counts in the call alone in which it is written, and not where a file holds it."""
+def command_line_only(word: str) -> bool:
+    """Return whether a word is accepted on the command line only, not from a file."""
     if word in {"-m", "--multirun"}:
         return False
-    return word.startswith("-") or _key(word).startswith("hydra") or any(part in word for part in _ONLY_HERE)
+    return word.startswith("-") or _key(word).startswith("hydra") or any(part in word for part in _COMMAND_LINE_ONLY)
 
 
 def _key(word: str) -> str:
@@ -114,10 +113,10 @@ def _key(word: str) -> str:
 
 
 def configured(folder: Path, words: Sequence[str] = ()) -> Any:
-    """Return the configuration in a run's folder, changed by `words`; its root and name say where the folder is now."""
+    """Return the configuration of a run folder, changed by `words`; root and name are those of the present folder."""
     from omegaconf import OmegaConf
 
-    from experiments.cli.overrides import finished, known, read
+    from experiments.cli.overrides import known_options, read, to_config
     from experiments.config import SWEEPS
     from experiments.run.stored_config import CONFIG, read_options, structured_options
 
@@ -125,23 +124,23 @@ def configured(folder: Path, words: Sequence[str] = ()) -> Any:
     stored = read_options(folder)
     options = structured_options(folder, stored)
     request = read(words)
-    groups = known()[1]
+    groups = known_options()[1]
     for override in request.overrides:
         key = override.key_or_group
         if key in groups or key.startswith("hydra") or override.is_delete():
-            msg = f"resume takes options, not '{override.input_line}': write {key}.NAME=VALUE for each, or run without resume"
+            msg = f"resume takes single options, not '{override.input_line}': write {key}.NAME=VALUE, or run without resume"
             raise ConfigError(msg)
         OmegaConf.update(options, key, override.value(), force_add=True)
     model = stored.get("model")
     if isinstance(model, dict) and model.get("trust_remote_code") and TRUST not in {_key(w) for w in words}:
         msg = (
-            f"{folder / CONFIG} says {TRUST}=true, which is not taken from a file: add {TRUST}=true to this command line where "
-            f"you trust the model's code, or {TRUST}=false to continue without it"
+            f"{folder / CONFIG} contains {TRUST}=true, which is not taken from a file: add {TRUST}=true to this command line if "
+            f"you trust the code of the model, or {TRUST}=false to continue without it"
         )
         raise ConfigError(msg)
-    inside = folder.absolute().parent.parent.name == SWEEPS  # a sweep's job: its root is that of all runs
+    inside = folder.absolute().parent.parent.name == SWEEPS  # a job of a sweep: its root is that of all runs
     root = folder.parent.parent.parent if inside else folder.parent
     name = folder.absolute().relative_to(root.absolute()).as_posix()
     OmegaConf.update(options, "root", str(root))
     OmegaConf.update(options, "name", name)
-    return finished(options)
+    return to_config(options)

@@ -1,7 +1,7 @@
-"""Look at a report in Chromium: ``python -m experiments.report.browser_check runs/default/report.html``.
+"""Check a report in Chromium: ``python -m experiments.report.browser_check runs/default/report.html``.
 
-Errors, loading from elsewhere, overflow on a phone and on a desk, links, the keyboard, contrast in light and dark, and how
-long it takes to open. Needs the extra ``report`` and a Chromium on the machine.
+Checks errors, external resources, overflow on phone and desktop, links, keyboard, contrast in light and dark mode, and load time.
+Needs the extra ``report`` and an installed Chromium.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
 WIDTHS = (360, 1440)
-"""Of a phone and of a desk, in CSS pixels."""
+"""Widths of a phone and a desktop, in CSS pixels."""
 LARGEST = 5e6
-"""Bytes a report may have."""
+"""Largest size of a report in bytes."""
 SLOWEST = 1000.0
-"""Milliseconds until it is open."""
+"""Longest load time in milliseconds."""
 CONTRAST = 4.5
-"""Least contrast of text and ground (WCAG 2.2, level AA)."""
+"""Smallest contrast of text and background (WCAG 2.2, level AA)."""
 QUIET = ("--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run")
 
-# The relative luminance of WCAG 2.2, and what lies behind an element, of all elements that hold text themselves.
+# Contrast by the relative luminance of WCAG 2.2, for all elements with text.
 _CONTRAST = """() => {
   const lum = c => { const v = c.map(x => { x /= 255; return x <= .03928 ? x / 12.92 : ((x + .055) / 1.055) ** 2.4 });
     return .2126 * v[0] + .7152 * v[1] + .0722 * v[2] };
@@ -50,40 +50,40 @@ _TIME = "() => performance.getEntriesByType('navigation')[0].loadEventEnd"
 
 
 def problems(path: Path, screenshots: Path | None = None, chromium: str | None = None) -> list[str]:
-    """Return what is wrong with a report; nothing where all is well.
+    """Return the problems of a report.
 
     Parameters
     ----------
     path
         The HTML file.
     screenshots
-        Folder to leave pictures of the whole page in.
+        Folder for screenshots of the whole page.
     chromium
-        Its program; by default the one on the path.
+        Path of Chromium; by default the one on the search path.
 
     Raises
     ------
     FileNotFoundError
-        Where there is no Chromium, or no report.
+        If Chromium or the report is missing.
     """
     from playwright.sync_api import sync_playwright
 
     program = chromium or shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if program is None:
-        msg = "no Chromium on this machine: install it (Debian, Ubuntu: apt install chromium)"
+        msg = "Chromium is not installed (Debian, Ubuntu: apt install chromium)"
         raise FileNotFoundError(msg)
     if not path.is_file():
-        msg = f"no report at '{path}': make one with `groundscope`"
+        msg = f"no report at '{path}'; run `groundscope` first"
         raise FileNotFoundError(msg)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox", *QUIET])
         try:
-            return [f"{where}: {what}" for where, what in _look(browser, path, screenshots)]
+            return [f"{where}: {what}" for where, what in _check_views(browser, path, screenshots)]
         finally:
             browser.close()
 
 
-def _look(browser: Browser, path: Path, screenshots: Path | None) -> Iterator[tuple[str, str]]:
+def _check_views(browser: Browser, path: Path, screenshots: Path | None) -> Iterator[tuple[str, str]]:
     if path.stat().st_size > LARGEST:
         yield path.name, f"{path.stat().st_size / 1e6:.1f} MB, more than {LARGEST / 1e6:g}"
     for scheme in ("light", "dark"):
@@ -91,13 +91,16 @@ def _look(browser: Browser, path: Path, screenshots: Path | None) -> Iterator[tu
             where = f"{width} px, {scheme}"
             context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
             page = context.new_page()
-            said: list[str] = []
-            page.on("console", lambda message, said=said: said.append(message.text))
-            page.on("pageerror", lambda error, said=said: said.append(str(error)))
-            page.on("request", lambda request, said=said: said.append(request.url) if _outside(request.url) else None)
+            messages: list[str] = []
+            page.on("console", lambda message, messages=messages: messages.append(message.text))
+            page.on("pageerror", lambda error, messages=messages: messages.append(str(error)))
+            page.on(
+                "request",
+                lambda request, messages=messages: messages.append(request.url) if _outside(request.url) else None,
+            )
             page.goto(path.resolve().as_uri(), wait_until="load")
             yield from ((where, what) for what in _page(page))
-            yield from ((where, f"console or network: {what}") for what in said)
+            yield from ((where, f"console or network: {what}") for what in messages)
             if screenshots is not None:
                 screenshots.mkdir(parents=True, exist_ok=True)
                 page.screenshot(path=screenshots / f"{scheme}-{width}.png", full_page=True)
@@ -111,10 +114,10 @@ def _outside(url: str) -> bool:
 def _page(page: Page) -> Iterator[str]:
     took: float = page.evaluate(_TIME)
     if took > SLOWEST:
-        yield f"open after {took:.0f} ms, more than {SLOWEST:g}"
-    yield from (f"link to nowhere: {href}" for href in page.evaluate(_LOST))
+        yield f"load time {took:.0f} ms, more than {SLOWEST:g}"
+    yield from (f"link without target: {href}" for href in page.evaluate(_LOST))
     yield from _keyboard(page)
-    # All that can be opened, so that what is inside is measured too.
+    # Open all details, so that their content is checked too.
     page.evaluate("() => document.querySelectorAll('details').forEach(d => d.open = true)")
     wide: list[Any] = page.evaluate("() => [document.documentElement.scrollWidth, innerWidth]")
     if wide[0] > wide[1]:
@@ -123,7 +126,7 @@ def _page(page: Page) -> Iterator[str]:
 
 
 def _keyboard(page: Page) -> Iterator[str]:
-    """Walk from link to link with Tab, and open the first detail with Enter."""
+    """Move through the page with Tab, and open the first detail with Enter."""
     stops: int = page.evaluate("() => document.querySelectorAll('a, summary, [tabindex=\"0\"]').length")
     reached: set[int] = set()
     for _ in range(min(stops, 400)):
@@ -133,7 +136,7 @@ def _keyboard(page: Page) -> Iterator[str]:
             "getComputedStyle(document.activeElement).outlineStyle, document.activeElement.outerHTML.slice(0, 60)]"
         )
         if focus[2].startswith("<body"):
-            # Past the last stop the browser's own controls have the focus.
+            # After the last stop the controls of the browser have the focus.
             continue
         reached.add(focus[0])
         if focus[1] == "none":
@@ -150,18 +153,18 @@ def _keyboard(page: Page) -> Iterator[str]:
 
 def main() -> None:
     """Check the report named on the command line."""
-    parser = argparse.ArgumentParser(description="Look at a report in Chromium.")
+    parser = argparse.ArgumentParser(description="Check a report in Chromium.")
     parser.add_argument("report", type=Path, nargs="?", default=Path("runs/default/report.html"))
-    parser.add_argument("--screenshots", type=Path, help="folder to leave pictures of the page in")
+    parser.add_argument("--screenshots", type=Path, help="folder for screenshots of the page")
     options = parser.parse_args()
     try:
-        found = problems(options.report, options.screenshots)
+        messages = problems(options.report, options.screenshots)
     except FileNotFoundError as error:
         parser.error(str(error))
-    for problem in found:
-        print(problem)
-    print(f"{options.report}: {f'{len(found)} problems' if found else 'no problem found'}")
-    sys.exit(bool(found))
+    for message in messages:
+        print(message)
+    print(f"{options.report}: {f'{len(messages)} problems' if messages else 'no problems'}")
+    sys.exit(bool(messages))
 
 
 if __name__ == "__main__":

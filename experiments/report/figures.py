@@ -1,4 +1,4 @@
-"""The report's figures, drawn with matplotlib as SVG that stands inside the page."""
+"""Figures of the report, drawn with matplotlib as SVG elements."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 BLUE, ORANGE, GREY, GREEN = "#2563a8", "#d9730d", "#8a8f98", "#2f8f4e"
-"""Model, correction, control, truth; told apart without color by marker and order as well."""
+"""Model, correction, control, truth; markers and order distinguish them without color."""
 MARKERS = {"before": "o", "after": "D", "control": "s", "twin": "^", "shuffled": "x", "moved": "v", "derived": "P"}
 TINTS = {
     "before": BLUE,
@@ -35,7 +35,7 @@ _STYLE: dict[Any, Any] = {
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
     "svg.fonttype": "none",
-    "text.parse_math": False,  # a $ in a label is a $
+    "text.parse_math": False,  # no TeX in labels
     "svg.hashsalt": "groundscope",
     "font.family": "sans-serif",
 }
@@ -53,7 +53,7 @@ class Point:
 
 @contextmanager
 def drawing(width: float, height: float) -> Iterator[Figure]:
-    """Open a figure of a size in inches, in the report's style."""
+    """Create a figure in the style of the report; width and height in inches."""
     with rc_context(_STYLE):
         yield Figure(figsize=(width, height), layout="constrained")
 
@@ -68,30 +68,30 @@ def svg(figure: Figure) -> str:
 
 
 def rates(series: Mapping[str, Mapping[str, Point]], labels: Mapping[str, str], title: str, *, low: float = 0.0) -> str:
-    """Draw rates by measure, one row a measure and one marker a series, with intervals.
+    """Draw rates with intervals, one row for each measure and one marker for each series.
 
     Parameters
     ----------
     series
         Name of the series (a key of `MARKERS`) to measure to rate.
     labels
-        Name of the series to what the legend calls it.
+        Name of the series to its label in the legend.
     title
         Title of the figure.
     low
-        Where the axis of rates begins.
+        Lower end of the axis of rates.
     """
     measures = list(next(iter(series.values())))
     with drawing(6.4, 0.9 + 0.42 * len(measures)) as figure:
         axes = figure.add_subplot()
         offsets = np.linspace(-0.26, 0.26, len(series)) if len(series) > 1 else [0.0]
         for offset, (name, points) in zip(offsets, series.items(), strict=True):
-            kept = [(i, points[m]) for i, m in enumerate(measures) if m in points]
-            x = [p.value for _, p in kept]
-            spread = [[p.value - p.low for _, p in kept], [p.high - p.value for _, p in kept]]
+            rows = [(i, points[m]) for i, m in enumerate(measures) if m in points]
+            x = [p.value for _, p in rows]
+            spread = [[p.value - p.low for _, p in rows], [p.high - p.value for _, p in rows]]
             axes.errorbar(
                 x,
-                [i + offset for i, _ in kept],
+                [i + offset for i, _ in rows],
                 xerr=np.maximum(spread, 0),
                 fmt=MARKERS.get(name, "o"),
                 color=TINTS.get(name, BLUE),
@@ -113,14 +113,14 @@ def rates(series: Mapping[str, Mapping[str, Point]], labels: Mapping[str, str], 
 
 
 def shares(lines: Mapping[str, Sequence[Point]], rows: Sequence[str], title: str) -> str:
-    """Draw what each of up to three parts brought, for or against, one row a kind of answer.
+    """Draw the shares of up to three parts, one row for each kind of answer.
 
     Parameters
     ----------
     lines
-        Name of the part to its point in every row.
+        Name of the part to its share in every row.
     rows
-        What the rows are called.
+        Names of the rows.
     title
         Title of the figure.
     """
@@ -145,14 +145,14 @@ def shares(lines: Mapping[str, Sequence[Point]], rows: Sequence[str], title: str
 
 
 def grids(rows: Sequence[tuple[str, np.ndarray, np.ndarray]], width: int = 2) -> str:
-    """Draw probe accuracy by layer and head beside its shuffled control, on one scale.
+    """Draw probe accuracy by layer and head next to its control, on one scale.
 
     Parameters
     ----------
     rows
         Title, accuracy ``[L, H]``, control ``[L, H]``.
     width
-        Panels a row; kept for wide pages.
+        Panels per row.
     """
     with drawing(6.4, 2.3 * len(rows) + 0.4) as figure:
         panels = figure.subplots(len(rows), width, squeeze=False)
@@ -172,7 +172,7 @@ def grids(rows: Sequence[tuple[str, np.ndarray, np.ndarray]], width: int = 2) ->
 
 
 def effects(panels: Sequence[tuple[str, np.ndarray]], marked: Sequence[tuple[int, int]]) -> str:
-    """Draw patching effects by layer and head, one panel a kind of pair; marked heads are framed."""
+    """Draw patching effects by layer and head, one panel for each kind of pair, with frames around marked heads."""
     limit = max(0.05, *(float(np.abs(v).max()) for _, v in panels))
     with drawing(6.4, 2.6) as figure:
         line = figure.subplots(1, len(panels), squeeze=False)[0]
@@ -188,14 +188,14 @@ def effects(panels: Sequence[tuple[str, np.ndarray]], marked: Sequence[tuple[int
             for spine in axes.spines.values():
                 spine.set_visible(False)
         line[0].set_ylabel("layer")
-        figure.colorbar(image, ax=list(line), shrink=0.8, label="share of the answer brought back")
+        figure.colorbar(image, ax=list(line), shrink=0.8, label="share of the answer restored")
         return svg(figure)
 
 
 def path(
     lines: Mapping[str, Sequence[tuple[str, float, float, float]]], control: Mapping[str, float], title: str
 ) -> str:
-    """Draw probe accuracy along the way an image takes: vision tower, projector, decoder.
+    """Draw probe accuracy along the forward pass: vision tower, projector, decoder.
 
     Parameters
     ----------
@@ -215,9 +215,13 @@ def path(
             x = [places.index(p) for p, *_ in ordered]
             axes.plot(x, [v for _, v, *_ in ordered], style, label=name, markersize=4)
             axes.fill_between(x, [p[2] for p in ordered], [p[3] for p in ordered], alpha=0.15)
-        kept = [p for p in places if p in control]
+        controlled = [p for p in places if p in control]
         axes.plot(
-            [places.index(p) for p in kept], [control[p] for p in kept], color=GREY, lw=1, label="labels shuffled"
+            [places.index(p) for p in controlled],
+            [control[p] for p in controlled],
+            color=GREY,
+            lw=1,
+            label="labels shuffled",
         )
         axes.axhline(0.5, color="black", lw=0.6, ls=":")
         axes.set_xticks(range(len(places)), places, rotation=60, ha="right")
@@ -231,16 +235,16 @@ def path(
 def tradeoff(
     curves: Mapping[str, Sequence[Mapping[str, float]]], chosen: tuple[str, float], most: float, title: str
 ) -> str:
-    """Draw errors against what they cost, a line a method or control with a point a strength.
+    """Draw errors against cost, one line for each method or control with a point for each strength.
 
     Parameters
     ----------
     curves
-        Name, beginning with ``control:`` for a control, to rows with ``strength``, ``harm`` and ``cost``, strength 0 first.
+        Name (``control: …`` for a control) to rows with ``strength``, ``harm`` and ``cost``, strength 0 first.
     chosen
-        Name and strength that is marked.
+        Name and strength to mark.
     most
-        Largest cost that a strength may have.
+        Largest allowed cost.
     title
         Title of the figure.
     """
@@ -269,7 +273,7 @@ def tradeoff(
         axes.xaxis.set_major_formatter("{x:g}")
         axes.set_xlim(left=-0.05)
         axes.set_ylim(bottom=0)
-        axes.set_xlabel("what it costs: points of right answers lost, of neutral or typical questions")
+        axes.set_xlabel("cost: loss of accuracy on neutral or typical questions, percentage points")
         axes.set_ylabel("errors by prior, %")
         axes.set_title(title)
         axes.grid(alpha=0.3)
@@ -283,7 +287,7 @@ def _stage(place: str) -> tuple[int, int]:
 
 
 def margins(lines: Mapping[str, Sequence[float]], places: Sequence[str], title: str) -> str:
-    """Draw what probes read of one image along the way: positive where they say yes."""
+    """Draw probe margins on one image along the forward pass; a margin above 0 reads the concept."""
     with drawing(6.4, 2.8) as figure:
         axes = figure.add_subplot()
         tints = (GREEN, ORANGE, BLUE)
@@ -298,16 +302,16 @@ def margins(lines: Mapping[str, Sequence[float]], places: Sequence[str], title: 
 
 
 def way(places: Sequence[tuple[str, float, str]], title: str, above: str, below: str) -> str:
-    """Draw log-odds of the truth along the way of one image; unreadable places are small crosses on the line.
+    """Draw the log-odds of the truth along the forward pass of one image; crosses mark unreadable places.
 
     Parameters
     ----------
     places
-        Name, log-odds and what it reads (``truth``, ``other``, ``unclear``, ``unreadable``), in the order of the forward.
+        Name, log-odds and state (``truth``, ``other``, ``unclear``, ``unreadable``), in the order of the forward pass.
     title
         Title of the figure.
     above, below
-        What it means to lie above or below 0.
+        Labels of places above and below 0.
     """
     tints = {"truth": GREEN, "other": ORANGE, "unclear": GREY, "unreadable": GREY}
     marks = {"truth": "o", "other": "D", "unclear": "s", "unreadable": "x"}
@@ -360,8 +364,8 @@ def overlay(
             axes.axis("off")
         line[0].set_title("image", fontsize=8)
         for axes, (title, values, mass) in zip(line[1:], maps, strict=True):
-            shown = values / max(float(values.max()), 1e-9)
-            axes.imshow(shown, extent=(0, width, height, 0), cmap="magma", alpha=0.65, vmin=0, vmax=1)
+            scaled = values / max(float(values.max()), 1e-9)
+            axes.imshow(scaled, extent=(0, width, height, 0), cmap="magma", alpha=0.65, vmin=0, vmax=1)
             axes.set_title(f"{title}\n{mass:.0%} on image", fontsize=8)
             if box is not None:
                 x0, y0, x1, y1 = box
@@ -370,7 +374,7 @@ def overlay(
 
 
 def overlays(panels: Sequence[tuple[Image.Image, np.ndarray, str]]) -> str:
-    """Draw one head's attention over several images: image, map ``[rows, columns]`` and title of each."""
+    """Draw the attention of one head over several images: image, map ``[rows, columns]`` and title of each."""
     with drawing(6.4, 2.9) as figure:
         line = figure.subplots(1, max(3, len(panels)), squeeze=False)[0]
         for axes in line:

@@ -1,4 +1,4 @@
-"""The page of a sweep: one small picture a figure, all jobs in each, and the table behind them."""
+"""The page of a sweep: a small figure of each result over all jobs, and their table."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _TINTS = (BLUE, "#d9730d", "#2f8f4e", "#8a4fbe", "#8a8f98", "#b23b3b")
 _MARKS = "oDs^vP"
 _ACROSS = 3
 _MOST = 24
-"""Pictures on the page; further figures are in the table."""
+"""Largest number of figures per stage; the others are in the table."""
 
 
 def make_sweep_report(
@@ -26,33 +26,35 @@ def make_sweep_report(
     folder
         Folder of the sweep.
     by
-        The options that the jobs differ in: the first is the axis of every picture, the others tell the lines apart.
+        The options that differ between jobs: the first is the horizontal axis of every figure, the others define its lines.
     records, rows
-        The jobs, and their figures (`gather`).
+        The jobs, and their results (`experiments.cli.sweep.collect_results`).
     """
     keys = [k for k in by if any(k in r for r in rows)]
-    shown = list(dict.fromkeys((r["stage"], r["measure"]) for r in rows if r["main"]))
+    results = list(dict.fromkeys((r["stage"], r["measure"]) for r in rows if r["main"]))
     parts = [("jobs", "Jobs", _jobs(by, records))]
-    for stage in dict.fromkeys(stage for stage, _ in shown):
-        measures = [m for s, m in shown if s == stage][:_MOST]
-        kept = [r for r in rows if r["stage"] == stage and r["measure"] in measures]
+    for stage in dict.fromkeys(stage for stage, _ in results):
+        measures = [m for s, m in results if s == stage][:_MOST]
+        selected = [r for r in rows if r["stage"] == stage and r["measure"] in measures]
         caption = (
-            f"Each picture is one figure of stage {stage}, over {keys[0] if keys else 'the jobs'}"
+            f"Results of stage {stage} over {keys[0] if keys else 'the jobs'}"
             + (f", a line for each {' and '.join(keys[1:])}" if len(keys) > 1 else "")
-            + "; bars are 95 % intervals, grey is the control."
+            + ". Bars are 95 % intervals; gray is the control."
         )
         numbers = table(
-            ["job", *keys, "figure", "value", "low", "high", "control"],
-            [[r["job"], *(r.get(k, "") for k in keys), r["measure"], *map(_number, _values(r))] for r in kept],
+            ["job", *keys, "result", "value", "low", "high", "control"],
+            [[r["job"], *(r.get(k, "") for k in keys), r["measure"], *map(_number, _values(r))] for r in selected],
         )
-        parts.append((stage, stage, section(stage, stage, figure(multiples(kept, measures, keys), caption), numbers)))
+        parts.append(
+            (stage, stage, section(stage, stage, figure(multiples(selected, measures, keys), caption), numbers))
+        )
     return page(
         f"groundscope sweep: {folder.name}", f"{len(records)} jobs over {', '.join(by)}; {folder}/sweep.csv", parts
     )
 
 
 def multiples(rows: Sequence[Mapping[str, Any]], measures: Sequence[str], keys: Sequence[str]) -> str:
-    """Draw one small picture a measure, all on the same horizontal axis."""
+    """Draw a small figure of each measure, all with the same horizontal axis."""
     down = -(-len(measures) // _ACROSS)
     ticks = list(dict.fromkeys(str(r.get(keys[0], r["job"])) if keys else str(r["job"]) for r in rows))
     ticks.sort(key=_order)
@@ -92,7 +94,7 @@ def multiples(rows: Sequence[Mapping[str, Any]], measures: Sequence[str], keys: 
             axes.set_axis_off()
         ends = [v for r in rows for v in _values(r) if v is not None]
         if ends and min(ends) >= 0 and max(ends) <= 1:
-            # Rates are drawn on one scale, so that pictures can be compared.
+            # Rates have a common scale, so that figures can be compared.
             for axes in grid[: len(measures)]:
                 axes.set_ylim(min(ends) - 0.03, max(ends) + 0.03)
         if len(lines) > 1:
@@ -116,8 +118,8 @@ def _jobs(by: Sequence[str], records: Sequence[Mapping[str, Any]]) -> str:
         for r in records
     ]
     failed = sum(r["status"] != "done" for r in records)
-    said = f"{failed} of {len(records)} jobs did not finish." if failed else f"All {len(records)} jobs finished."
-    return section("jobs", "Jobs", paragraph(said), table(["job", *by, "status", "seconds", "folder", "error"], rows))
+    state = f"{failed} of {len(records)} jobs did not finish." if failed else f"All {len(records)} jobs finished."
+    return section("jobs", "Jobs", paragraph(state), table(["job", *by, "status", "seconds", "folder", "error"], rows))
 
 
 def _line(row: Mapping[str, Any], keys: Sequence[str]) -> str:

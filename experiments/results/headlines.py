@@ -1,4 +1,4 @@
-"""The figures of a run that sweeps, `status` and `compare` tell, read from its files."""
+"""The main results of a run for sweeps, `status` and `compare`, read from its files."""
 
 from __future__ import annotations
 
@@ -16,43 +16,43 @@ from groundscope.core.paths import below, is_file
 
 @dataclass(frozen=True)
 class Headline:
-    """One figure of a run; a row of a tidy table."""
+    """One result of a run: a row of a tidy table."""
 
     stage: str
     measure: str
     value: float
     low: float | None = None
-    """Lower end of its 95 % interval, where it has one."""
+    """Lower end of its 95 % interval, if it has one."""
     high: float | None = None
     control: float | None = None
-    """The same under its control, where it has one."""
+    """The same quantity for its control, if it has one."""
     main: bool = True
-    """Whether it is worth a picture of its own."""
+    """Whether the page of a sweep has a figure of it."""
 
     @property
     def name(self) -> str:
-        """What tells it from the others of a run."""
+        """Stage and measure, unique in a run."""
         return f"{self.stage}: {self.measure}"
 
 
 def headlines(run: Path, *, quick: bool = False) -> list[Headline]:
-    """Return the figures of the stages that a run has finished.
+    """Return the main results of the finished stages of a run.
 
     Parameters
     ----------
     run
         Folder of the run.
     quick
-        Only what can be read without loading probes and head scores.
+        Leave out the results of probes and head scores, whose files take longer to read.
     """
-    found = [*_steering(run), *_behavior(run)]
+    results = [*_steering(run), *_behavior(run)]
     if not quick:
-        found = [*_probes(run), *_heads(run), *found]
-    return [*found, *_seconds(run)]
+        results = [*_probes(run), *_heads(run), *results]
+    return [*results, *_seconds(run)]
 
 
 def _read(run: Path, folder: str, name: str, shape: Any) -> Any:
-    """Return a stage's JSON, None where the stage is not finished."""
+    """Return a JSON file of a stage; None if the stage is not finished."""
     path = below(run, f"{folder}/{name}", error=ConfigError)
     if not is_file(run / folder / RECEIPT) or not is_file(path):
         return None
@@ -68,7 +68,7 @@ def _probes(run: Path) -> Iterator[Headline]:
     for entry in map(GridPlan.of, plan):
         grid = ProbeGrid.load(below(run / "probes", entry.name, source="plan.json", error=ConfigError))
         best = [grid.best(concept) for concept in grid.concepts]
-        # Cells are chosen by validation, so the held-out value of the best one is not the best of many.
+        # Cells are chosen in validation, so the held-out value of the best cell is not a maximum over many.
         for level in LEVELS:
             cells = [c for c in best if c.concept.startswith(f"{level}:")]
             if cells:
@@ -113,8 +113,8 @@ def _steering(run: Path) -> Iterator[Headline]:
 
 def _behavior(run: Path) -> Iterator[Headline]:
     rates = _read(run, "behavior", "rates.json", HEADLINE_RATES)
-    for condition, found in (rates or {}).items():
-        for name, rate in found.items():
+    for condition, measures in (rates or {}).items():
+        for name, rate in measures.items():
             main = condition in {"before", "after"}
             yield Headline("evaluate", f"{name}, {condition}", rate["value"], rate["low"], rate["high"], main=main)
 

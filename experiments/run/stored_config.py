@@ -62,7 +62,7 @@ def read_options(folder: Path) -> dict[str, Any]:
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if isinstance(event, yaml.AliasEvent) or depth > _DEPTH:
-                msg = f"{path}: aliases (*name) and more than {_DEPTH} levels are not allowed in a configuration"
+                msg = f"{path}: aliases (*name) and more than {_DEPTH} levels of nesting are not allowed"
                 raise ConfigError(msg)
         loaded = OmegaConf.create(text)  # refuses keys that occur twice
         values: Any = OmegaConf.to_container(loaded, resolve=False)
@@ -74,25 +74,25 @@ def read_options(folder: Path) -> dict[str, Any]:
             raise
         raise ConfigError(_unfit(folder, error)) from error
     if not isinstance(values, dict):
-        raise ConfigError(_unfit(folder, "it is no table of options"))
+        raise ConfigError(_unfit(folder, "it is not a table of options"))
     for key, value in _leaves(values):
         if key == "hydra" or key.startswith(("hydra.", "hydra/")) or "_target_" in key.split("."):
-            msg = f"{path} holds '{key}': options of Hydra are not taken from a file; remove it"
+            msg = f"{path} contains '{key}': options of Hydra are not taken from a file; remove it"
             raise ConfigError(msg)
         if isinstance(value, str) and "${" in value:
-            msg = f"{path}: {key} holds an interpolation, {value[:60]!r}, which is not resolved; write the value itself"
+            msg = f"{path}: {key} contains an interpolation, {value[:60]!r}, which is not resolved; write the value itself"
             raise ConfigError(msg)
     return rename_options(values)
 
 
 def _leaves(value: Any, key: str = "") -> list[tuple[str, Any]]:
-    """Return every key of nested values, with the value where it is a plain one."""
+    """Return every key of nested values, with its value if that is a plain one."""
     if isinstance(value, dict):
-        found: list[tuple[str, Any]] = [(key, None)] if key else []
+        leaves: list[tuple[str, Any]] = [(key, None)] if key else []
         for name, inner in value.items():
-            found += [(str(name), str(name)) if "${" in str(name) else (key, None)]
-            found += _leaves(inner, f"{key}.{name}" if key else str(name))
-        return found
+            leaves += [(str(name), str(name)) if "${" in str(name) else (key, None)]
+            leaves += _leaves(inner, f"{key}.{name}" if key else str(name))
+        return leaves
     if isinstance(value, list):
         return [pair for inner in value for pair in _leaves(inner, key)]
     return [(key, value)]
@@ -101,14 +101,14 @@ def _leaves(value: Any, key: str = "") -> list[tuple[str, Any]]:
 def _unfit(folder: Path, error: object) -> str:
     reason = next(iter(str(error).splitlines()), "") or type(error).__name__
     return (
-        f"'{folder / CONFIG}' was written by groundscope {_version(folder)} and does not fit this one: "
-        f"{reason}; use that release, or configure the run again under another name=…"
+        f"'{folder / CONFIG}' was written by groundscope {_version(folder)} and does not fit this version: "
+        f"{reason}; use that release, or configure another run, name=…"
     )
 
 
 def _version(folder: Path) -> str:
     try:
-        found = read_record(folder / "environment.json", {"packages": {"groundscope": TEXT, "*": ANY}}, limit=_LIMIT)
-        return str(found["packages"]["groundscope"])
+        record = read_record(folder / "environment.json", {"packages": {"groundscope": TEXT, "*": ANY}}, limit=_LIMIT)
+        return str(record["packages"]["groundscope"])
     except ConfigError:
         return "of an unknown version"

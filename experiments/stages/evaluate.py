@@ -1,4 +1,4 @@
-"""Behaviour on images nothing was found on: before, after, with controls, and the twin beside it."""
+"""Stage `evaluate`: answers to the test questions without steering, with steering, with controls, and of the twin."""
 
 from __future__ import annotations
 
@@ -18,48 +18,50 @@ from mitigation import CONTROLS, SteeringVector
 from mitigation.strength import PRIOR_ERRORS, answer_under
 
 RUNS = ("before", "after", *CONTROLS, "twin")
-"""Every condition the test questions are answered under; the twin where one is named."""
+"""All conditions under which the test questions are answered."""
 
 
 def check(context: Context) -> None:
-    """Raise `ConfigError` for an unknown condition, or a list of synonyms that cannot be read or has no use."""
+    """Raise `ConfigError` for an unknown condition, or a file of synonyms that cannot be read or has no effect."""
     for name in context.config.evaluate.conditions or ():
         if name not in RUNS:
-            msg = f"evaluate.conditions: no '{name}': there are {', '.join(RUNS)}{nearest(name, RUNS)}"
+            msg = f"evaluate.conditions: unknown condition '{name}'; choose from {', '.join(RUNS)}{nearest(name, RUNS)}"
             raise ConfigError(msg)
     file, source = context.config.evaluate.synonyms, context.config.data.source
     if file is not None and source != "coco":
-        msg = f"evaluate.synonyms={file}: captions of data={source} are not scored with it; use data=coco, or remove the option"
+        msg = f"evaluate.synonyms={file}: captions of data={source} are scored without it; use data=coco, or remove the option"
         raise ConfigError(msg)
     if file is not None:
         read_synonyms(file)
 
 
-def wanted(context: Context) -> list[str]:
-    """Return the conditions that are asked for, in order; what the others are compared with is always there."""
+def chosen_conditions(context: Context) -> list[str]:
+    """Return the conditions of the configuration in order, and always ``before``, with which the others are compared."""
     chosen = context.config.evaluate.conditions
     return [run for run in RUNS if chosen is None or run == "before" or run in chosen]
 
 
 def make_behavior(context: Context, root: Path) -> str:
-    """Answer the test questions under every condition; write answers, rates and paired differences."""
+    """Answer the test questions under each condition; write answers, rates and paired differences."""
     steering = context.folder.path / "steering"
     files = {"after": "vector.safetensors", **{name: control_file(name) for name in CONTROLS}}
     data = context.held_out
-    asked = wanted(context)
+    conditions = chosen_conditions(context)
     options = context.config.evaluate
     vectors: dict[str, SteeringVector | None] = {"before": None}
     vectors |= {
-        r: SteeringVector.load(steering / f) for r, f in files.items() if r in asked and (steering / f).exists()
+        r: SteeringVector.load(steering / f) for r, f in files.items() if r in conditions and (steering / f).exists()
     }
     results = answer_under(context.model, data, vectors, batch_size=options.batch_size)
-    if context.twin is not None and "twin" in asked:
+    if context.twin is not None and "twin" in conditions:
         results["twin"] = answer(context.twin, data, options.batch_size)
     for run, result in results.items():
         result.save(root / f"{run.replace(' ', '-')}.json")
     synonyms = None if options.synonyms is None else read_synonyms(options.synonyms)
     rates = {run: compute_metrics(result, data, synonyms=synonyms) for run, result in results.items()}
-    write_json(root / "rates.json", {run: {k: asdict(v) for k, v in found.items()} for run, found in rates.items()})
+    write_json(
+        root / "rates.json", {run: {k: asdict(v) for k, v in measures.items()} for run, measures in rates.items()}
+    )
     changes = {
         run: {
             name: asdict(change)
@@ -71,7 +73,7 @@ def make_behavior(context: Context, root: Path) -> str:
     }
     write_json(root / "changes.json", changes)
     illustrate_prior_error(context, root, vectors.get("after"), twin="twin" in results)
-    told = [n for n in (*PRIOR_ERRORS, "neutral: right", "all: right") if n in rates["before"]]
+    names = [n for n in (*PRIOR_ERRORS, "neutral: right", "all: right") if n in rates["before"]]
     return "; ".join(
-        f"{n} {rates['before'][n].value:.3f} -> {rates.get('after', rates['before'])[n].value:.3f}" for n in told[:3]
+        f"{n} {rates['before'][n].value:.3f} -> {rates.get('after', rates['before'])[n].value:.3f}" for n in names[:3]
     )

@@ -10,7 +10,7 @@ from experiments.run.folder import write_json, write_text
 
 
 def make_examples(context: Context, root: Path) -> str:
-    """Write both parts of the data, one record a line."""
+    """Write the examples of both parts, one record per line."""
     for name, part in (("discovery", context.discovery), ("held_out", context.held_out)):
         write_text(root / f"{name}.jsonl", "".join(json.dumps(example.record()) + "\n" for example in part))
         write_json(
@@ -18,6 +18,6 @@ def make_examples(context: Context, root: Path) -> str:
         )
     images = [len({e.group for e in part}) for part in context.parts]
     return (
-        f"{len(context.discovery)} questions on {images[0]} images to find things on, "
-        f"{len(context.held_out)} on {images[1]} to test on"
+        f"{len(context.discovery)} discovery questions on {images[0]} images, "
+        f"{len(context.held_out)} test questions on {images[1]} images"
     )

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 FALLBACK = "blank"
-"""The kind of pair every image allows."""
+"""The kind of pair that every image allows."""
 
 
 def check(context: Context) -> None:
@@ -35,13 +35,13 @@ def check(context: Context) -> None:
 
 
 def make_head_scores(context: Context, root: Path) -> str:
-    """Patch every head on counterfactual pairs of every kind the data can make."""
+    """Patch every head on counterfactual pairs of each kind that the data allow."""
     from circuits import patch_heads
 
     options = context.config.patch
     done: dict[str, HeadScores] = {}
     left_out: dict[str, str] = {}
-    # Images that cannot be drawn again with one thing changed can still be blanked.
+    # Images that cannot be changed in one thing can still be blanked.
     for kind in dict.fromkeys((*options.kinds, FALLBACK)):
         if kind == FALLBACK and kind not in options.kinds and done:
             continue
@@ -66,11 +66,11 @@ def make_head_scores(context: Context, root: Path) -> str:
     if not done:
         return f"no head could be scored{note}: {next(iter(left_out.values()))}"
     counts = ", ".join(f"{s.n_pairs} {kind}" for kind, s in done.items())
-    return f"{counts} pairs, every head exactly; top heads {', '.join(map(str, top))}{note}"
+    return f"{counts} pairs, every head patched exactly; top heads {', '.join(map(str, top))}{note}"
 
 
 def top_heads(scores: Mapping[str, HeadScores], count: int) -> Sequence[object]:
-    """Rank heads by their mean effect, each kind of pair counting the same."""
+    """Return the heads with the largest effect, averaged over kinds of pairs with equal weight."""
     import numpy as np
 
     from lvlm import Head

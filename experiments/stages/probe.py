@@ -14,12 +14,12 @@ from groundscope.core.text import nearest
 
 
 def make_probes(context: Context, root: Path) -> str:
-    """Fit a grid of probes for every array of the plan."""
+    """Fit a grid of probes for each array of the store and its concepts."""
     from probes import fit_grid, plan_grids
 
     options = context.config.probe
     frame: Any = context.store.frame()
-    # Splits made to mislead are kept out: probes must not learn the truth from where the model goes wrong.
+    # Misleading splits are excluded: probes must not learn the truth from the model's errors.
     rows = frame["split"].isin(["neutral"]) if (frame["split"] == "neutral").any() else frame["split"].notna()
     mask = rows.to_numpy()
     split: Any = {"folds": options.folds, "test_fraction": options.test_fraction, "rows": mask}
@@ -61,12 +61,12 @@ def make_probes(context: Context, root: Path) -> str:
 
 
 def more_data(context: Context) -> str:
-    """Say which options of the configured data give more images to find things on."""
+    """Return the options of the configured data that give more discovery images."""
     data = context.config.data
     if data.source == "scenes":
-        return f"draw more scenes, data.n_images above {data.n_images}"
+        return f"draw more scenes, with data.n_images above {data.n_images}"
     limited = f"raise data.limit={data.limit}, or " if data.limit is not None else ""
-    return f"{limited}give questions on more images (data.questions, data.images), or lower data.test_share={data.test_share:g}"
+    return f"{limited}add questions on more images (data.questions, data.images), or lower data.test_share={data.test_share:g}"
 
 
 def check(context: Context) -> None:

@@ -41,20 +41,17 @@ def make_steering(context: Context, root: Path) -> str:
     """Derive the vector, choose its strength, and write it with its controls and the sweep of strengths."""
     options = context.config.steer
     heads = read_record(context.folder.path / "circuits" / "top.json", TOP_HEADS)["heads"]
-    data = DerivationData(context.model, context.store, context.discovery, heads, options={"doubt": options.doubt})
     record: dict[str, Any] = {"method": options.method, "rule": RULE}
     if options.method in mitigations.origins:
         record["origin"] = mitigations.origins[options.method]
     left_out: dict[str, str] = {}
     method = mitigations[options.method]
-    derived = _derive_possible({options.method: partial(make_vector, method, data)}, left_out) if heads else {}
+    if not heads:
+        return _no_vector(root, record, {options.method: "no head to act on, since patching could score none"})
+    data = DerivationData(context.model, context.store, context.discovery, heads, options={"doubt": options.doubt})
+    derived = _derive_possible({options.method: partial(make_vector, method, data)}, left_out)
     if not derived:
-        reason = left_out.setdefault(options.method, "no head to act on, since patching could score none")
-        chosen = {"strength": 0.0}
-        write_json(
-            root / "sweep.json", {**record, "chosen": chosen, "sweep": [chosen], "curves": {}, "left_out": left_out}
-        )
-        return f"no vector: {reason}"
+        return _no_vector(root, record, left_out)
     vector = derived[options.method].decaying(options.decay)
     names = [name for name in mitigations.usable() if name != options.method] if options.compare else []
     others = _derive_possible({name: partial(make_vector, mitigations[name], data) for name in names}, left_out)
@@ -85,6 +82,13 @@ def make_steering(context: Context, root: Path) -> str:
         f"on images not tested on, errors {sweep[0]['harm']:.3f} -> {chosen['harm']:.3f}, "
         f"{loss}"
     )
+
+
+def _no_vector(root: Path, record: Mapping[str, Any], left_out: Mapping[str, str]) -> str:
+    """Write the record of a stage that derived no vector; return its summary."""
+    chosen = {"strength": 0.0}
+    write_json(root / "sweep.json", {**record, "chosen": chosen, "sweep": [chosen], "curves": {}, "left_out": left_out})
+    return f"no vector: {left_out[record['method']]}"
 
 
 def control_file(name: str) -> str:

@@ -25,7 +25,7 @@ from rich.console import Console
 
 from experiments import pipeline
 from experiments.cli.help import choices, groups
-from experiments.cli.overrides import composed, read
+from experiments.cli.overrides import compose, read
 from experiments.config import STAGES, RunConfig
 from experiments.pipeline import execute
 from experiments.run.folder import RunFolder
@@ -97,7 +97,7 @@ def test_every_choice_of_every_group_has_a_description_and_composes() -> None:
         for name, description in choices(group.name):
             assert description, f"{group.name}={name}"
             more = ["model.path=x"] if (group.name, name) == ("model", "hf") else []
-            config, _ = composed([f"{group.name}={name}", *more])
+            config, _ = compose([f"{group.name}={name}", *more])
             assert isinstance(config, RunConfig)
 
 
@@ -105,37 +105,41 @@ def test_every_choice_of_every_group_has_a_description_and_composes() -> None:
 
 MISTAKES = [
     (["help=prob"], "no option or group 'prob'", "probe"),
-    (["dta.n_images=20"], "no option 'dta.n_images'", "data.n_images"),
-    (["folds=3"], "no option 'folds'", "probe.folds"),
-    (["+probe.fold=3"], "no option 'probe.fold'", "probe.folds"),
+    (["dta.n_images=20"], "unknown option 'dta.n_images'", "data.n_images"),
+    (["folds=3"], "unknown option 'folds'", "probe.folds"),
+    (["+probe.fold=3"], "unknown option 'probe.fold'", "probe.folds"),
     (["statsu", "runs"], "'statsu' is neither a command", "did you mean status"),
-    (["model=tny"], "model=tny: there are hf, tiny", "did you mean tiny"),
+    (["model=tny"], "model=tny: unknown choice; choose from hf, tiny", "did you mean tiny"),
     (["data.n_images=many"], "data.n_images=many", "could not be converted to Integer"),
-    (["probe.C=[0.1"], "probe.C=[0.1: cannot be read", "quote"),
+    (["probe.C=[0.1"], "probe.C=[0.1: cannot be parsed", "quotes"),
     (["probe.folds=3,4"], "probe.folds has several values", "add -m"),
     (["-m", "probe.folds=3,4", "model=tny"], "model=tny", "did you mean tiny"),
     (["-m", "probe.folds=3,4", "hydra/launcher=ray"], "hydra/launcher=ray is not installed", "CONTRIBUTING"),
-    (["hydra/launcher=jobib"], "hydra/launcher=jobib: there are basic, joblib", "did you mean joblib"),
+    (
+        ["hydra/launcher=jobib"],
+        "hydra/launcher=jobib: unknown launcher; choose from basic, joblib",
+        "did you mean joblib",
+    ),
     (["model=hf"], "option model.path has no value", "model.path=…"),
     (["data.loader.captions=f"], "data.loader.captions", "write +data.loader.captions=f"),
-    (["stages=[examples,prob]"], "no stage 'prob'", "did you mean probe"),
-    (["stages=[]"], "asks for nothing", "examples"),
+    (["stages=[examples,prob]"], "unknown stage 'prob'", "did you mean probe"),
+    (["stages=[]"], "runs nothing", "examples"),
     (["name=../x"], "name='../x'", "root=…"),
-    (["data.questions=q.json"], "data=scenes draws its own", "data=pope"),
-    (["model.path=some/model"], "with the embedded model's twin", "model=hf model.path=some/model"),
+    (["data.questions=q.json"], "no effect with data=scenes", "data=pope"),
+    (["model.path=some/model"], "with the twin of the embedded model", "model=hf model.path=some/model"),
     (["trace.sites=[resid_post]"], "z at the last token", "steer.method=amplify"),
-    (["trace.shards=2", "trace.shard=2"], "numbered from 0", "shards - 1"),
-    (["trace.shards=2", "trace.shard=1"], "nothing can follow it", "stages=[examples,trace]"),
-    (["trace.shards=2", "trace.shard=1", "stages=[trace]", "force=true"], "other parts made", "activations"),
-    (["evaluate.conditions=[befor]", *FEW], "no 'befor'", "did you mean before"),
-    (["compare", "a", "b", "c", "d", "e"], "it was given 5", "runs/a runs/b"),
+    (["trace.shards=2", "trace.shard=2"], "numbered from 0", "to 1"),
+    (["trace.shards=2", "trace.shard=1"], "no other stage can run", "stages=[examples,trace]"),
+    (["trace.shards=2", "trace.shard=1", "stages=[trace]", "force=true"], "results of other parts", "activations"),
+    (["evaluate.conditions=[befor]", *FEW], "unknown condition 'befor'", "did you mean before"),
+    (["compare", "a", "b", "c", "d", "e"], "it received 5", "runs/a runs/b"),
     (["trace.batch_size=0"], "trace.batch_size=0", "at least 1"),
     (["stages=[probe]", *FEW], "stage 'probe' needs 'trace'", "resume=runs/default stages=[examples,trace,probe]"),
     (["root=/proc/runs", *FEW], "cannot be used", "root=…"),
     (["resume=runs/none"], "no run in 'runs/none'", "groundscope status runs"),
     (["status", "nowhere"], "no runs in 'nowhere'", "groundscope status FOLDER"),
     (["compare", "a"], "takes two runs", "runs/a runs/b"),
-    (["compare", "a", "b"], "'a' is no run", "status"),
+    (["compare", "a", "b"], "'a' is not a run", "status"),
     (["plan", "examples=few"], "groundscope plan", "examples=100000"),
     (["plan", "seconds=0"], "groundscope plan", "above 0"),
 ]
@@ -254,7 +258,7 @@ def test_a_stopped_run_prints_the_command_that_resumes_it(
         patch.setattr(pipeline, "TABLE", {**TABLE, "examples": dataclasses.replace(TABLE["examples"], work=stop)})
         status, _, complaint = command("stages=[examples]", "name=x", *FEW)
     assert status == 130
-    assert "go on with groundscope resume=runs/x" in complaint
+    assert "continue with groundscope resume=runs/x" in complaint
     assert not (tmp_path / "runs" / "x" / "examples" / "stage.json").exists()
     (tmp_path / "runs").rename(tmp_path / "moved")
     status, output, _ = command("resume=moved/x", "data.n_images=11")
@@ -418,7 +422,7 @@ def test_every_command_of_the_guides_is_one(line: str, tmp_path: Path, command: 
             read(words)
         words = [w for w in words if "hydra" not in w]
     request = read(words)
-    config, own = composed(request.first())
+    config, own = compose(request.first())
     assert isinstance(config, RunConfig)
     if any(w.startswith("hydra/launcher=submitit") for w in words):
         assert own.launcher._target_.startswith("hydra_plugins.hydra_submitit_launcher")

@@ -430,7 +430,7 @@ def test_a_run_killed_in_a_stage_resumes(run: Path, tmp_path: Path, folder: str,
     if by == signal.SIGINT:
         # Python itself ends by the signal where an interrupt once passed through code run by `exec`; a shell calls both 130.
         assert process.returncode in (130, -signal.SIGINT), complaint
-        assert "stopped; finished work is kept: go on with groundscope resume=runs/whole" in complaint
+        assert "stopped; finished work is kept: continue with groundscope resume=runs/whole" in complaint
         assert "Traceback" not in complaint
     assert not (tmp_path / "runs" / "whole" / folder / "stage.json").exists()
     done = groundscope("name=whole", *SMALL, stages, cwd=tmp_path)
@@ -469,7 +469,7 @@ def test_files_in_popes_layout(tmp_path: Path) -> None:
     ("options", "message"),
     [
         (["model.path=./nowhere", "stages=[examples,trace]"], "no model folder 'nowhere'"),
-        (["stages=[trase]"], "no stage 'trase': there are examples, trace"),
+        (["stages=[trase]"], "unknown stage 'trase'; choose from examples, trace"),
         (["stages=[probe]"], "stage 'probe' needs 'trace'"),
         (["data.seed=1000"], "test scenes must differ from discovery scenes"),
         (["data.n_images=2"], "at least 10 images"),

@@ -14,7 +14,7 @@ from rich.console import Console
 from activation_store import ActivationStore
 from concepts import scenes
 from experiments.cli import plan as planning
-from experiments.cli.overrides import composed
+from experiments.cli.overrides import compose
 from experiments.cli.plan import MOST_SECONDS, estimate
 from experiments.run.context import Context
 from experiments.run.folder import RunFolder
@@ -39,7 +39,7 @@ def loaded() -> Lvlm:
 
 def context(folder: Path, *options: str, model: Lvlm | None = None) -> Context:
     data = ("data=pope", f"data.questions={folder}/pope_random.json", f"data.images={folder}/images")
-    config, _ = composed([*data, f"root={folder}/runs", "threads=1", *options])
+    config, _ = compose([*data, f"root={folder}/runs", "threads=1", *options])
     run_context = Context(config, RunFolder(folder / "runs" / "x"), Console(file=io.StringIO()))
     if model is not None:
         run_context.__dict__["model"] = model
@@ -95,7 +95,7 @@ def test_sizes_need_no_weights(pope: Path, tmp_path: Path, capsys: pytest.Captur
     data = ("data=pope", f"data.questions={pope}/pope_random.json", f"data.images={pope}/images")
     assert planning.show([*data, *options, "threads=1"]) == 0
     output = " ".join(capsys.readouterr().out.split())
-    assert "hours: not measured, the weights of" in output
+    assert "hours are not estimated, because the weights of" in output
     assert "sizes from the configuration" in output
 
 
@@ -137,9 +137,9 @@ def test_selections_that_no_example_has_are_not_traced(pope: Path, loaded: Lvlm,
     for info in store.arrays:
         site = "projector.out" if info.stack == "projector" else f"{info.stack}.L{info.layers[0]}.{info.component}"
         assert np.isfinite(ActivationStore(store.path).read(site, info.tokens)).any(), info.name
-    with pytest.raises(ConfigError, match="no example of this data has a box"):
+    with pytest.raises(ConfigError, match="no question of these data has a box"):
         traced_tokens(context(pope, "trace.tokens=[object:mean]"))
-    config, _ = composed(["data.n_images=10", "data.test_images=10", f"root={tmp_path}"])
+    config, _ = compose(["data.n_images=10", "data.test_images=10", f"root={tmp_path}"])
     icon_context = Context(config, RunFolder(tmp_path / "y"), Console(file=io.StringIO()))
     assert traced_tokens(icon_context) == ["last", "image:mean", "object:mean"]
     assert len(traced_examples(icon_context))

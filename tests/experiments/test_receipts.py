@@ -12,7 +12,7 @@ from PIL import Image
 from rich.console import Console
 
 from activation_store import ActivationStore
-from experiments.cli.overrides import composed
+from experiments.cli.overrides import compose
 from experiments.run.context import Context, _loaded
 from experiments.run.folder import Receipt, RunFolder, read_receipt, write_receipt
 from experiments.stages.trace import make_activations, trace_into
@@ -83,14 +83,14 @@ def test_a_trace_of_a_run_skips_images_that_cannot_be_read(tmp_path: Path) -> No
     contexts = {}
     for name, words in {"raise": (), "skip": ("trace.on_error=skip",)}.items():
         (tmp_path / name).mkdir()
-        context = Context(composed([*options, *words])[0], RunFolder(tmp_path / "x"), Console(file=io.StringIO()))
+        context = Context(compose([*options, *words])[0], RunFolder(tmp_path / "x"), Console(file=io.StringIO()))
         context.__dict__.update(model=model, parts=(_loaded(context.config.data), None))
         contexts[name] = context
     with pytest.raises(DataError, match="cannot be read"):
         make_activations(contexts["raise"], tmp_path / "raise")
     context = contexts["skip"]
     assert make_activations(context, tmp_path / "skip").startswith(
-        "22 examples (2 left out, as their images cannot be read), "
+        "22 examples (2 skipped, because their images cannot be read), "
     )
     assert len(ActivationStore(tmp_path / "skip").provenance["skipped"]) == 2
     context.config.trace.shards = 2
@@ -102,4 +102,4 @@ def test_a_trace_of_a_run_skips_images_that_cannot_be_read(tmp_path: Path) -> No
 
 def test_what_the_trace_does_with_such_an_image_is_one_of_two_words() -> None:
     with pytest.raises(ConfigError, match=r"trace\.on_error=leave: choose from raise, skip"):
-        check(composed(["trace.on_error=leave", "name=x"])[0])
+        check(compose(["trace.on_error=leave", "name=x"])[0])

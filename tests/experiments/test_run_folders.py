@@ -23,7 +23,7 @@ from rich.console import Console
 from concepts import scenes
 from concepts.scenes import splits
 from experiments import pipeline
-from experiments.cli.overrides import composed, finished, quoted, read
+from experiments.cli.overrides import compose, quoted, read, to_config
 from experiments.cli.resume import _allowed, configured
 from experiments.config import RunConfig, key_options
 from experiments.pipeline import execute
@@ -51,7 +51,7 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 def finished_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that has made its examples."""
     root = tmp_path_factory.mktemp("made") / "runs"
-    execute(composed([*EXAMPLES, f"root={root}", "name=sent"])[0], QUIET)
+    execute(compose([*EXAMPLES, f"root={root}", "name=sent"])[0], QUIET)
     return root / "sent"
 
 
@@ -464,7 +464,7 @@ def test_a_large_file_is_sampled_beyond_its_size(tmp_path: Path, monkeypatch: py
 def test_the_spec_file_is_in_the_models_key_and_consent_is_not(tmp_path: Path) -> None:
     spec = tmp_path / "spec.yaml"
     spec.write_text("a: 1")
-    config = composed([f"model.spec={spec}", "name=x"])[0]
+    config = compose([f"model.spec={spec}", "name=x"])[0]
     context = Context(config, RunFolder(tmp_path / "x"), QUIET)
     first = json.dumps(context.model_key())
     spec.write_text("a: 2")
@@ -501,7 +501,7 @@ WRONG = [
 def test_a_value_that_cannot_be_is_refused_before_any_work(word: str) -> None:
     options = OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.from_dotlist(["model.path=tiny", word]))
     with pytest.raises(ConfigError, match=re.escape(word.partition("=")[0].removesuffix("s"))):
-        check(finished(options))
+        check(to_config(options))
 
 
 def test_a_concept_that_the_data_lack_is_refused_before_any_work(tmp_path: Path, command: Command) -> None:
@@ -569,7 +569,7 @@ def photographs(tmp_path: Path) -> Context:
         "name=x",
         "model.twin=null",
     ]
-    return Context(composed(words)[0], RunFolder(tmp_path / "x"), QUIET)
+    return Context(compose(words)[0], RunFolder(tmp_path / "x"), QUIET)
 
 
 def test_probes_that_few_images_cannot_make_are_left_out(tmp_path: Path) -> None:

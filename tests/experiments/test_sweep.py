@@ -22,7 +22,7 @@ from rich.console import Console
 
 from activation_store import ActivationStore, verify
 from experiments import pipeline
-from experiments.cli.overrides import composed
+from experiments.cli.overrides import compose
 from experiments.cli.plan import estimate
 from experiments.cli.sweep import job_name
 from experiments.config import RunConfig
@@ -46,7 +46,7 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 
 
 def configured(root: Path, name: str, *overrides: str) -> RunConfig:
-    return composed([*TRACED, f"root={root}", f"name={name}", *overrides])[0]
+    return compose([*TRACED, f"root={root}", f"name={name}", *overrides])[0]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -204,7 +204,7 @@ def test_a_sweep_shares_its_trace_and_a_failed_job_leaves_the_others(root: Path,
     assert process.returncode == 1, complaint
     assert "sweep: 2 of 4 jobs done" in complaint
     assert complaint.count("n_images=5, seed=0: at least 10 images") == 2
-    assert "go on with: groundscope resume=runs/sweeps/s" in complaint
+    assert "continue with: groundscope resume=runs/sweeps/s" in complaint
     sweep = root / "sweeps" / "s"
     for folds in (2, 3):
         receipt = read_receipt(sweep / f"data.n_images=10,probe.folds={folds}" / "activations")
@@ -256,7 +256,7 @@ def test_jobs_are_named_by_what_they_differ_in() -> None:
     def named(by: list[str], *overrides: str) -> str:
         name = next((o.partition("=")[2] for o in overrides if o.startswith("name=")), "x")
         quoted = ",".join(f"'{b}'" for b in by)
-        return job_name(composed([f"sweep.by=[{quoted}]", "sweep.name=s", f"name={name}"])[0], overrides)
+        return job_name(compose([f"sweep.by=[{quoted}]", "sweep.name=s", f"name={name}"])[0], overrides)
 
     assert named(["probe.folds"], "probe.folds=3", "threads=1") == "sweeps/s/probe.folds=3"
     assert named(["trace.shard"], "trace.shard=3") == "x"
@@ -336,7 +336,7 @@ def test_parts_need_the_examples_of_the_run(tmp_path: Path, command: Command) ->
     status, _, complaint = command(*TRACED, "stages=[trace]", "trace.shards=2", "trace.shard=0")
     assert status == 2
     assert "stage 'trace' needs 'examples'" in complaint
-    with pytest.raises(ConfigError, match="nothing can follow it"):
+    with pytest.raises(ConfigError, match="no other stage can run"):
         execute(configured(tmp_path, "x", "trace.shards=2", "trace.shard=0"), QUIET)
     assert [run.name for run in stage_cache.runs_in(tmp_path / "runs")] == ["default"]
     assert FEW[0] in TRACED
