@@ -183,13 +183,18 @@ def figure(value: float, goal: str = "", n: int = 1, **details: Any) -> Figure:
     return {"value": value, "goal": goal, "holds": holds, "n": n, **details}
 
 
+def wide_console() -> Console:
+    """Return a console for standard output that does not cut tables at 80 columns if the output is a file or pipe."""
+    return Console(width=None if sys.stdout.isatty() else 160)
+
+
 def print_figures(figures: Mapping[str, Figure], title: str = "") -> None:
     """Print a table of figures: value, goal, whether the goal is met, and `n`."""
     table = Table("figure", "value", "goal", "holds", "n", title=title or None)
     for name, entry in figures.items():
         goal = str(entry.get("goal", ""))
         table.add_row(name, str(entry["value"]), goal, str(entry["holds"]) if goal else "", str(entry["n"]))
-    Console().print(table)
+    wide_console().print(table)
 
 
 def describe_device(*packages: str, device: str = "cpu", dtype: str = "") -> str:

@@ -1,4 +1,7 @@
-"""Print the peak memory of a trace in a separate process, in mebibytes. Used by benchmarks/trace.py."""
+"""Run by benchmarks/trace.py in a separate process: trace some examples and print the peak resident memory in MiB.
+
+python benchmarks/_trace_memory.py EXAMPLES
+"""
 
 from __future__ import annotations
 
@@ -10,15 +13,15 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from activation_store import trace
-from benchmarks.trace import questions
+from benchmarks._medium_llava import make_questions
 from lvlm import wrap_lvlm
 from lvlm.tiny.architecture import build_model, build_processor
 
 
 def main() -> None:
-    """Trace as many examples as the first argument says."""
+    """Trace the number of examples in the first argument."""
     model = wrap_lvlm(build_model(), build_processor(), validate=False)
-    data = questions(int(sys.argv[1]), "Is there a cat in the image?")
+    data = make_questions(int(sys.argv[1]), "Is there a cat in the image?")
     with tempfile.TemporaryDirectory() as folder:
         trace(
             model,

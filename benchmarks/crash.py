@@ -40,10 +40,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import h5py
 import numpy as np
-from rich.console import Console
 
 from activation_store import ActivationStore, ArrayInfo, Ragged, Schema, StoreWriter, verify
-from benchmarks._harness import describe_device, figure, finish, option_parser, print_figures, progress
+from benchmarks._harness import describe_device, figure, finish, option_parser, print_figures, progress, wide_console
 
 INFO = ArrayInfo("decoder", "z", "last", n_layers=4, width=64, n_heads=8)
 TOKENS = ArrayInfo("decoder", "resid_post", "image:all", n_layers=2, width=16, ragged=True)
@@ -228,7 +227,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=3, help="writer processes of a store")
     parser.add_argument("--seed", type=int, default=0, help="seed of the delays and of the choice of writers")
     options = parser.parse_args()
-    Console().print("Compares stores whose writers were killed with a store written without kills.")
+    wide_console().print("Compares stores whose writers were killed with a store written without kills.")
     start = time.perf_counter()
     counts, unfinished, kill_times = kill_writers(40 if options.quick else options.kills, options.workers, options.seed)
     seconds = round(time.perf_counter() - start)
@@ -237,7 +236,7 @@ def main() -> None:
     }
     print_figures(figures, f"{len(kill_times)} kills of {options.workers} writers in {counts['runs']} stores")
     states = ", ".join(f"{kind} {n}" for kind, n in unfinished.most_common())
-    Console().print(
+    wide_console().print(
         f"Median time of a kill: {1000 * statistics.median(kill_times):.0f} ms after the start. "
         f"Left unfinished: {states}. {seconds} s."
     )

@@ -1,55 +1,61 @@
-"""How fast the ground everything stands on is: drawing scenes, loading the embedded model, answering, patching.
+"""Speed of basic operations: drawing scenes, loading the embedded model, answering questions, patching heads.
 
     python benchmarks/foundation.py [--quick]
 
-Compares drawing with its goal of 300 scenes a second on one core, loading with 2 seconds, and head patching with the
-loop of one whole forward a head that it replaces.
+One thread; medians over repetitions. Figures:
+
+scenes_per_second
+    random icon scenes, sampled and drawn;
+load_seconds
+    loading the embedded model;
+questions_per_second
+    forward passes of questions in batches of 64, including encoding;
+patching_speedup_vs_one_forward_a_head
+    `patch_heads` on four pairs, against the baseline of one full forward pass per head.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
 import statistics
 import sys
-import time
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks._harness import (
+    alternate,
+    describe_device,
+    figure,
+    finish,
+    option_parser,
+    print_figures,
+    progress,
+    time_call,
+)
 from circuits import Intervention, Replace, intervened, patch_heads
 from concepts import CounterfactualPair, counterfactuals, scenes
 from concepts.scenes.scene import TEST, generator, sample_scene
 from lvlm import Lvlm, Site, load_lvlm
 
-
-def seconds(work: Callable[[], object]) -> float:
-    """Time one call."""
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
+SCENES = 500
 
 
-def draw(count: int, seed: int) -> None:
-    """Draw scenes with their pixels."""
+def draw_scenes(count: int, seed: int) -> None:
+    """Sample and draw random scenes."""
     for i in range(count):
         sample_scene(generator(TEST, seed, i), "b").pixels()
 
 
-def naive(model: Lvlm, pairs: Sequence[CounterfactualPair]) -> None:
-    """Patch every head of every pair with one forward of the whole model each."""
+def patch_one_by_one(model: Lvlm, pairs: list[CounterfactualPair]) -> None:
+    """Patch every head of every pair with one full forward pass each: the baseline."""
     for pair in pairs:
         clean, corrupt = model.encode(pair.clean), model.encode(pair.corrupt)
-        values: dict[int, torch.Tensor] = {}
+        outputs: dict[int, torch.Tensor] = {}
         hooks = [
             model.place("decoder", layer, "z").watch(
-                lambda x, layer=layer, values=values: values.update({layer: x.clone()})
+                lambda x, layer=layer, outputs=outputs: outputs.update({layer: x.clone()})
             )
             for layer in range(model.n_layers)
         ]
@@ -58,49 +64,42 @@ def naive(model: Lvlm, pairs: Sequence[CounterfactualPair]) -> None:
             hook.remove()
         for layer in range(model.n_layers):
             for head in range(model.n_heads):
-                span = slice(head * model.head_dim, (head + 1) * model.head_dim)
-                change = Replace(values[layer][:, -1, span])
+                columns = slice(head * model.head_dim, (head + 1) * model.head_dim)
+                change = Replace(outputs[layer][:, -1, columns])
                 with intervened(model, [Intervention(Site("decoder", layer, "z"), change, "last", head)]):
                     model.logits(corrupt.inputs)
 
 
 def main() -> None:
-    """Run, print a table and one line of JSON."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--quick", action="store_true")
-    repeats = 3 if parser.parse_args().quick else 9
+    """Run, print a table, and as the last line one JSON object."""
+    n = 3 if option_parser(__doc__).parse_args().quick else 9
     torch.set_num_threads(1)
     model = load_lvlm("tiny")
     data = scenes.dataset(60, 5)
     pairs = counterfactuals.pairs(data.where(split="neutral"), "color", limit=4)
     questions = data.filter(lambda e: bool(e.candidates))
-    draw(50, 0)
-    scene_rates, loaded, answered, slow, fast = [], [], [], [], []
-    for i in range(repeats):
-        scene_rates.append(500 / seconds(lambda i=i: draw(500, i)))
-        loaded.append(seconds(lambda: load_lvlm("tiny")))
-        answered.append(
-            len(questions) / seconds(lambda: [model.logits(b.inputs) for b in model.batches(questions, 64)])
+    draw_scenes(50, 0)  # warm-up
+    drawing, loading, answering = [], [], []
+    with progress("repetitions", n) as advance:
+        for i in range(n):
+            drawing.append(SCENES / time_call(lambda i=i: draw_scenes(SCENES, i)))
+            loading.append(time_call(lambda: load_lvlm("tiny")))
+            seconds = time_call(lambda: [model.logits(batch.inputs) for batch in model.batches(questions, 64)])
+            answering.append(len(questions) / seconds)
+            advance()
+    with progress("patching"):
+        times = alternate(
+            lambda: patch_one_by_one(model, list(pairs)), lambda: patch_heads(model, pairs, min_effect=0.0), n
         )
-        order = [(slow, lambda: naive(model, pairs)), (fast, lambda: patch_heads(model, pairs, min_effect=0.0))]
-        for times, work in order if i % 2 else order[::-1]:
-            times.append(seconds(work))
-    rows = {
-        "scenes_per_second": (statistics.median(scene_rates), ">= 300", statistics.median(scene_rates) >= 300),
-        "load_seconds": (statistics.median(loaded), "<= 2", statistics.median(loaded) <= 2),
-        "questions_per_second": (statistics.median(answered), "", True),
-        "patching_speedup_vs_one_forward_a_head": (statistics.median(slow) / statistics.median(fast), "", True),
+    speedup = statistics.median(baseline / candidate for baseline, candidate in times)
+    figures = {
+        "scenes_per_second": figure(statistics.median(drawing), ">= 300", n),
+        "load_seconds": figure(statistics.median(loading), "<= 2", n),
+        "questions_per_second": figure(statistics.median(answering), "", n),
+        "patching_speedup_vs_one_forward_a_head": figure(speedup, "", n),
     }
-    table = Table("figure", "median", "goal", title=f"one thread, {repeats} repetitions")
-    for name, (value, goal, _) in rows.items():
-        table.add_row(name, f"{value:.2f}", goal)
-    Console().print(table)
-    figures = {k: {"value": round(v, 3), "goal": g, "holds": ok, "n": repeats} for k, (v, g, ok) in rows.items()}
-    print(
-        json.dumps(
-            {"benchmark": "foundation", "device": platform.machine(), "torch": torch.__version__, "figures": figures}
-        )
-    )
+    print_figures(figures, f"one thread, {n} repetitions")
+    finish("foundation", describe_device("torch"), figures)
 
 
 if __name__ == "__main__":

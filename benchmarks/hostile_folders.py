@@ -51,9 +51,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import yaml
-from rich.console import Console
 
-from benchmarks._harness import describe_device, figure, finish, option_parser, print_figures, progress
+from benchmarks._harness import describe_device, figure, finish, option_parser, print_figures, progress, wide_console
 from experiments.cli.main import main as command
 from experiments.config import STAGES
 from experiments.report import write_report
@@ -531,7 +530,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.workers < 1:
         parser.error(f"--workers must be at least 1, not {options.workers}")
-    Console().print("Runs commands on damaged run folders and counts failures; every count must be 0.")
+    wide_console().print("Runs commands on damaged run folders and counts failures; every count must be 0.")
     start = time.perf_counter()
     counts: Counter[str] = Counter()
     messages: dict[int, str] = {}
@@ -556,7 +555,7 @@ def main() -> None:
         for name in ("hangs", "touched_outside", "tracebacks", "user_files_removed", "undetected")
     }
     print_figures(figures, f"{len(damages)} damaged run folders")
-    Console().print(f"cases by kind: {', '.join(f'{kind} {n}' for kind, n in kinds.items())}")
+    wide_console().print(f"cases by kind: {', '.join(f'{kind} {n}' for kind, n in kinds.items())}")
     finish(
         "hostile_folders",
         f"{describe_device()}, Python {platform.python_version()}",

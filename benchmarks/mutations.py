@@ -43,7 +43,7 @@ from rich.console import Console
 from rich.table import Table
 
 from activation_store import ActivationStore, ArrayInfo, Ragged, Schema, StoreWriter, verify
-from benchmarks._harness import Figure, describe_device, figure, finish, option_parser, progress
+from benchmarks._harness import Figure, describe_device, figure, finish, option_parser, progress, wide_console
 from circuits import HeadScores
 from experiments.cli.overrides import compose
 from experiments.cli.resume import configured
@@ -447,7 +447,7 @@ def main() -> None:
     options = parser.parse_args()
     store, others = (300, 60) if options.quick else (options.store, options.others)
     counts = {"store": store, "grid": others, "scores": others, "vector": others, "receipt": others}
-    Console().print("Compares the content read from mutated files with the content that was written.")
+    wide_console().print("Compares the content read from mutated files with the content that was written.")
     start = time.perf_counter()
     with progress("mutations", sum(counts.values())) as advance:
         outcomes = mutate_all(counts, options.seed, options.batch, advance)
@@ -462,10 +462,10 @@ def main() -> None:
         figures |= {f"{kind}_{name}": figure(by_result[result], "= 0", n) for result, name in failures.items()}
         if kind == "store":
             figures["store_unverified_reads"] = figure(by_result["unverified_read"], "", n)
-    Console().print(table)
+    wide_console().print(table)
     failed = [(kind, outcome) for kind in outcomes for outcome in outcomes[kind] if outcome["result"] in failures]
     for kind, outcome in failed[:10]:
-        Console().print(f"{kind}: {outcome}", markup=False)
+        wide_console().print(f"{kind}: {outcome}", markup=False)
     device = f"{describe_device('h5py')}, HDF5 {h5py.version.hdf5_version}"
     finish("mutations", device, figures, save=options.save, seed=options.seed, seconds=seconds)
 

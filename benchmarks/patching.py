@@ -1,26 +1,33 @@
-"""What exact patching costs: every head of a random LLaVA of middle size, against one whole forward a patch.
-
-The model is that of benchmarks/trace.py (hidden 512, 16 layers, 8 heads) and a prompt of 256 image and then 32 question
-tokens. Patched are each head at the last token; each head at all 32 question tokens at once; each head at each of them
-apart (4,096 patches). Everything is counted: `circuits`' time holds the two runs of the pair, the loop's too.
-
-The loop is what one writes with plain torch hooks: the clean run's head outputs are kept, then one forward a patch of
-the corrupt inputs with one hook, on the same threads, with logits at the last position alone. Long loops are timed on a
-random sample of their patches and multiplied. Both take turns, in alternating order; figures are medians of the turns'
-ratios. "Forwards" are plain forwards of one prompt of that pair. Memory is what live tensors add at their largest while
-the patches run, counted at every operation, over the budget they were given.
+"""Cost of exact activation patching, against a loop of one full forward pass per patch.
 
     python benchmarks/patching.py [--quick] [--device cuda] [--dtype bfloat16] [--figure FILE.png]
+
+The model is a random LLaVA of medium size (``_medium_llava.py``: hidden size 512, 16 layers, 8 heads); the prompt has 256 image
+tokens followed by 32 question tokens. Three sweeps are timed: each head at the last token (``last_token``), each head at all
+question tokens at once (``question_at_once``), and each head at each question token (``question_apart``: 4,096 patches).
+
+The baseline is the usual implementation with plain torch hooks: it caches the clean run's head outputs, then runs one full
+forward pass of the corrupt inputs per patch, with one hook and logits at the last position only. Both methods include the two
+runs of the pair. Long loops are timed on a random sample of their patches and extrapolated. The methods run in alternating
+order. Figures:
+
+..._forwards
+    time of a sweep divided by the time of a plain forward pass of one prompt, median over repetitions;
+..._speedup
+    time of the loop divided by that of the sweep, median over repetitions;
+largest_logit_difference
+    between both methods, over a sample of patches;
+peak_memory_over_budget
+    largest number of bytes of live tensors while patches run, divided by the memory budget that the sweep was given.
+
+With ``--figure`` only the growth of ``last_token`` with layers, heads and image tokens is measured and plotted
+(``forwards_at_SIZE_AXIS``).
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,101 +37,75 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from benchmarks._patching_parts import Live, draw
-from benchmarks.trace import middle_processor, questions
+from benchmarks._harness import (
+    Figure,
+    describe_device,
+    figure,
+    finish,
+    option_parser,
+    print_figures,
+    progress,
+    time_call,
+    wide_console,
+)
+from benchmarks._medium_llava import build_network, build_processor, make_questions
+from benchmarks._patching_parts import TensorMemory, plot_growth
 from circuits import patch, patch_heads
 from circuits.execution.prefix_cache import Recording, observe, record
 from circuits.execution.suffix_runner import Row, resume
 from circuits.patching.sweep import rows_of
 from concepts.schema import CounterfactualPair
 from lvlm import FamilySpec, Lvlm, Site, wrap_lvlm
-from lvlm.tiny.architecture import IMAGE, vocabulary
 
-TEXT = " ".join(["Is there a cat", *["or a dog"] * 8, "in the image"])  # 31 words, and a question mark
+QUESTION = " ".join(["Is there a cat", *["or a dog"] * 8, "in the image"]) + "?"
+"""32 tokens: 31 words and the question mark."""
 Patch = tuple[int, int, tuple[int, ...]]
 """Layer, head, positions."""
 
 
-def build(layers: int = 16, heads: int = 8, side: int = 16, seed: int = 0) -> Lvlm:
-    """Build the model with random weights, large enough that heads differ; `side` is the image's tokens along an edge."""
-    torch.manual_seed(seed)
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(
-            hidden_size=256,
-            intermediate_size=1024,
-            num_hidden_layers=6,
-            num_attention_heads=4,
-            image_size=14 * side,
-            patch_size=14,
-            projection_dim=256,
-        ),
-        text_config=LlamaConfig(
-            vocab_size=8192,
-            hidden_size=64 * heads,
-            intermediate_size=172 * heads,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=heads,
-            max_position_embeddings=2048,
-        ),
-        image_token_index=vocabulary().index(IMAGE),
-        vision_feature_layer=-1,
-        image_seq_length=side**2,
-    )
-    network = LlavaForConditionalGeneration(config).eval()
-    with torch.no_grad():
+def build_lvlm(layers: int = 16, heads: int = 8, image_side: int = 16) -> Lvlm:
+    """Return a random LLaVA whose prompt is the image followed by the question."""
+    network = build_network(layers, heads, image_side)
+    with torch.no_grad():  # larger weights, so that the effects of heads differ
         for module in network.modules():
             if isinstance(module, torch.nn.Linear):
                 module.weight *= 2
-    processor = middle_processor()
-    processor.image_processor.size = {"height": 14 * side, "width": 14 * side}
-    # The image's tokens and then the question's, and nothing else.
     spec = FamilySpec("llava", template="{image}{question}", special_tokens=False)
-    return wrap_lvlm(network, processor, spec=spec, validate=False)
+    return wrap_lvlm(network, build_processor(image_side), spec=spec, validate=False)
 
 
-def pair_of(seed: int = 0) -> CounterfactualPair:
-    """Ask the same question about two pictures."""
-    first, second = questions(2 + seed, f"{TEXT}?").examples[-2:]
-    return CounterfactualPair(first, replace(second, question=first.question, answer="no"), "image", "another image")
+def make_pair() -> CounterfactualPair:
+    """Return a pair: the same question about two images."""
+    clean, corrupt = make_questions(2, QUESTION)
+    corrupt = replace(corrupt, question=clean.question, answer="no")
+    return CounterfactualPair(clean, corrupt, "image", "another image")
 
 
-def seconds(work: Callable[[], object], device: torch.device) -> float:
-    """Time a piece of work to its end on the device."""
-    start = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+# -- baseline --------------------------------------------------------------------------------------------------------------
 
 
-# -- the loop ------------------------------------------------------------------------------------------------------------
-
-
-class Loop:
-    """One whole forward a patch, with plain torch hooks on the Hugging Face modules."""
+class HookLoop:
+    """The baseline: one full forward pass per patch, with plain torch hooks on the Hugging Face modules."""
 
     def __init__(self, model: Lvlm, pair: CounterfactualPair) -> None:
         self.hf, self.device = model.hf, model.device
-        self.dim = model.head_dim
+        self.head_dim = model.head_dim
         self.modules = [layer.self_attn.o_proj for layer in model.hf.model.language_model.layers]
         self.clean, self.corrupt = (model.collate([model.encode(e)]) for e in (pair.clean, pair.corrupt))
-        self.kept: dict[int, Tensor] = {}
+        self.clean_outputs: dict[int, Tensor] = {}
 
     @torch.no_grad()
     def forward(self, inputs: dict[str, Tensor]) -> Tensor:
         """Return the logits at the last position."""
         return self.hf(**inputs, use_cache=False, logits_to_keep=1).logits[0, -1]
 
-    def own_runs(self) -> None:
-        """Run both sides, and keep the clean one's head outputs."""
+    def run_pair(self) -> None:
+        """Run both sides of the pair, and cache the clean run's head outputs."""
         hooks = [
-            m.register_forward_pre_hook(lambda _m, args, i=i: self.kept.update({i: args[0].clone()}))
+            m.register_forward_pre_hook(lambda _m, args, i=i: self.clean_outputs.update({i: args[0].clone()}))
             for i, m in enumerate(self.modules)
         ]
         self.forward(self.clean)
@@ -133,45 +114,49 @@ class Loop:
         self.forward(self.corrupt)
 
     def patch(self, patch: Patch) -> Tensor:
-        """Return the logits of the corrupt run with one head's output of the clean run."""
+        """Return the logits of the corrupt run with one head's output replaced by that of the clean run."""
         layer, head, positions = patch
-        at, columns = slice(positions[0], positions[-1] + 1), slice(head * self.dim, (head + 1) * self.dim)
+        at, columns = slice(positions[0], positions[-1] + 1), slice(head * self.head_dim, (head + 1) * self.head_dim)
 
-        def change(_module: Any, args: tuple[Tensor]) -> tuple[Tensor]:
+        def replace_output(_module: Any, args: tuple[Tensor]) -> tuple[Tensor]:
             z = args[0].clone()
-            z[:, at, columns] = self.kept[layer][:, at, columns]
+            z[:, at, columns] = self.clean_outputs[layer][:, at, columns]
             return (z,)
 
-        hook = self.modules[layer].register_forward_pre_hook(change)
+        hook = self.modules[layer].register_forward_pre_hook(replace_output)
         try:
             return self.forward(self.corrupt)
         finally:
             hook.remove()
 
+    def time(self, patches: list[Patch], total: int) -> float:
+        """Return the seconds of the loop over `total` patches, extrapolated from the time of `patches`."""
+        pair_seconds = time_call(self.run_pair, self.device)
+        return pair_seconds + time_call(lambda: [self.patch(p) for p in patches], self.device) * total / len(patches)
 
-# -- what is compared ----------------------------------------------------------------------------------------------------
+
+# -- sweeps ----------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """One thing to patch, both ways."""
+    """A set of patches, and the call of `circuits` that runs all of them."""
 
     name: str
     run: Callable[[], Any]
     patches: list[Patch]
 
 
-def sweeps(model: Lvlm, pair: CounterfactualPair) -> list[Sweep]:
-    """Return the three sweeps of the figures."""
-    last = model.encode(pair.clean).tokens.last
-    image = model.encode(pair.clean).tokens.image
-    suffix = tuple(range(max(image) + 1, last + 1))
+def make_sweeps(model: Lvlm, pair: CounterfactualPair) -> list[Sweep]:
+    """Return the three sweeps."""
+    tokens = model.encode(pair.clean).tokens
+    suffix = tuple(range(max(tokens.image) + 1, tokens.last + 1))
     heads = [(i, h) for i in range(model.n_layers) for h in range(model.n_heads)]
     return [
         Sweep(
             "each head, last token",
             lambda: patch_heads(model, [pair], min_effect=0, progress=False),
-            [(i, h, (last,)) for i, h in heads],
+            [(i, h, (tokens.last,)) for i, h in heads],
         ),
         Sweep(
             "each head, all question tokens at once",
@@ -187,199 +172,191 @@ def sweeps(model: Lvlm, pair: CounterfactualPair) -> list[Sweep]:
 
 
 @dataclass(frozen=True)
-class Measured:
-    """Medians over turns."""
+class SweepTimes:
+    """Medians over repetitions."""
 
     forward: float
-    """Seconds of a plain forward."""
-    ours: float
+    """Seconds of a plain forward pass."""
+    sweep: float
+    """Seconds of the sweep."""
     loop: float
-    """Seconds of the whole loop, long ones from a sample."""
+    """Seconds of the whole loop; extrapolated from a sample if it is long."""
     forwards: float
+    """Time of the sweep divided by that of a plain forward pass."""
     speedup: float
+    """Time of the loop divided by that of the sweep."""
     n: int
 
 
-def measure(model: Lvlm, pair: CounterfactualPair, sweep: Sweep, turns: int, sample: int) -> Measured:
-    """Time a sweep and its loop in turn."""
-    loop, device = Loop(model, pair), model.device
-    draw = np.random.default_rng(0)
-    seconds(loop.own_runs, device)
+def time_sweep(model: Lvlm, pair: CounterfactualPair, sweep: Sweep, n: int, sample_size: int) -> SweepTimes:
+    """Time a sweep and its loop in alternating order."""
+    loop, device = HookLoop(model, pair), model.device
+    rng, total = np.random.default_rng(0), len(sweep.patches)
+    time_call(loop.run_pair, device)  # warm-up
+
+    def time_forward() -> float:
+        return statistics.median(time_call(lambda: loop.forward(loop.corrupt), device) for _ in range(3))
+
     rows = []
-    for turn in range(turns):
-        chosen = [
-            sweep.patches[i] for i in draw.choice(len(sweep.patches), min(sample, len(sweep.patches)), replace=False)
-        ]
-        plain = statistics.median(seconds(lambda: loop.forward(loop.corrupt), device) for _ in range(3))
-        work = [lambda: seconds(sweep.run, device), lambda c=chosen: _loop_seconds(loop, c, len(sweep.patches))]
-        times = [w() for w in work] if turn % 2 else [w() for w in work[::-1]][::-1]
-        after = statistics.median(seconds(lambda: loop.forward(loop.corrupt), device) for _ in range(3))
-        rows.append((min(plain, after), *times))
-    forward, ours, whole = (statistics.median(column) for column in zip(*rows, strict=True))
-    return Measured(
+    for repetition in range(n):
+        sample = [sweep.patches[i] for i in rng.choice(total, min(sample_size, total), replace=False)]
+        before = time_forward()
+        if repetition % 2:
+            sweep_seconds, loop_seconds = time_call(sweep.run, device), loop.time(sample, total)
+        else:
+            loop_seconds, sweep_seconds = loop.time(sample, total), time_call(sweep.run, device)
+        rows.append((min(before, time_forward()), sweep_seconds, loop_seconds))
+    forward, sweep_median, loop_median = (statistics.median(column) for column in zip(*rows, strict=True))
+    return SweepTimes(
         forward,
-        ours,
-        whole,
-        statistics.median(o / f for f, o, _ in rows),
-        statistics.median(w / o for _, o, w in rows),
-        turns,
+        sweep_median,
+        loop_median,
+        statistics.median(s / f for f, s, _ in rows),
+        statistics.median(whole / s for _, s, whole in rows),
+        n,
     )
 
 
-def _loop_seconds(loop: Loop, chosen: list[Patch], count: int) -> float:
-    own = seconds(loop.own_runs, loop.device)
-    return own + seconds(lambda: [loop.patch(p) for p in chosen], loop.device) * count / len(chosen)
+# -- exactness and memory --------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Parts:
-    """What the engine is given for some patches."""
-
-    run: Recording
-    rows: list[Row]
-
-
-def parts(model: Lvlm, pair: CounterfactualPair, patches: list[Patch]) -> Parts:
-    """Record the pair and make a row of each patch."""
+def prepare_rows(model: Lvlm, pair: CounterfactualPair, patches: list[Patch]) -> tuple[Recording, list[Row]]:
+    """Return the recorded corrupt run and one row per patch, the inputs of `resume`."""
     clean, corrupt = (model.collate([model.encode(e)]) for e in (pair.clean, pair.corrupt))
     sites = [Site("decoder", i, "z") for i in range(model.n_layers)]
-    start = min(p[0] for _, _, p in patches)
+    start = min(positions[0] for _, _, positions in patches)
     source, run = observe(model, clean, start, sites), record(model, corrupt, start, sites)
-    return Parts(run, [rows_of(model, [((sites[i], h),)], [at], source)[0] for i, h, at in patches])
+    return run, [rows_of(model, [((sites[i], h),)], [positions], source)[0] for i, h, positions in patches]
 
 
-def largest_difference(model: Lvlm, pair: CounterfactualPair, count: int) -> float:
-    """Return the largest difference of any logit to the loop's, over a sample of each sweep's patches."""
-    loop = Loop(model, pair)
-    loop.own_runs()
-    draw, worst = np.random.default_rng(1), 0.0
-    for sweep in sweeps(model, pair):
-        chosen = [sweep.patches[i] for i in draw.choice(len(sweep.patches), count, replace=False)]
-        parts_of_pair = parts(model, pair, chosen)
-        ours = resume(model, parts_of_pair.run, parts_of_pair.rows, lambda x: x[:, :, -1], memory=2**30)[0]
-        theirs = torch.stack([loop.patch(p) for p in chosen])
-        worst = max(worst, float((ours.float() - theirs.float()).abs().max()))
-    return worst
+def largest_difference(model: Lvlm, pair: CounterfactualPair, sample_size: int) -> float:
+    """Return the largest difference of a logit between both methods, over a sample of the patches of each sweep."""
+    loop = HookLoop(model, pair)
+    loop.run_pair()
+    rng, largest = np.random.default_rng(1), 0.0
+    for sweep in make_sweeps(model, pair):
+        sample = [sweep.patches[i] for i in rng.choice(len(sweep.patches), sample_size, replace=False)]
+        run, rows = prepare_rows(model, pair, sample)
+        patched = resume(model, run, rows, lambda x: x[:, :, -1], memory=2**30)[0]
+        expected = torch.stack([loop.patch(p) for p in sample])
+        largest = max(largest, float((patched.float() - expected.float()).abs().max()))
+    return largest
 
 
-def peak_share(model: Lvlm, pair: CounterfactualPair, memory: int) -> float:
-    """Return the most bytes that patching every head at all question tokens adds to what was recorded, over its budget."""
-    parts_of_pair = parts(model, pair, sweeps(model, pair)[1].patches)
-    with Live() as live:
-        resume(model, parts_of_pair.run, parts_of_pair.rows, lambda x: x[:, :, -1, :2].clone(), memory=memory)
-    return live.most / memory
+def measure_peak_share(model: Lvlm, pair: CounterfactualPair, memory: int) -> float:
+    """Return the peak memory of patching every head at all question tokens, divided by the budget `memory`, both in bytes.
+
+    The recording of the run is not included.
+    """
+    run, rows = prepare_rows(model, pair, make_sweeps(model, pair)[1].patches)
+    with TensorMemory() as counter:
+        resume(model, run, rows, lambda x: x[:, :, -1, :2].clone(), memory=memory)
+    return counter.peak / memory
 
 
-def growth(turns: int) -> dict[str, list[tuple[int, float, float]]]:
-    """Time all heads at the last token for models that grow in one way: size, our forwards, the loop's forwards."""
-    grown: dict[str, list[tuple[int, float, float]]] = {}
-    for name, sizes in (("layers", (4, 8, 16, 24)), ("heads", (4, 8, 12)), ("image tokens", (64, 256, 576, 1024))):
-        for size in sizes:
-            model = build(
-                layers=size if name == "layers" else 16,
-                heads=size if name == "heads" else 8,
-                side=round(size**0.5) if name == "image tokens" else 16,
-            )
-            sweep, loop = sweeps(model, pair_of())[0], Loop(model, pair_of())
-            seconds(loop.own_runs, model.device)
-            ratios = []
-            for _ in range(turns):
-                plain = seconds(lambda c=loop: c.forward(c.corrupt), model.device)
-                ours = seconds(sweep.run, model.device)
-                ratios.append(ours / min(plain, seconds(lambda c=loop: c.forward(c.corrupt), model.device)))
-            grown.setdefault(name, []).append((size, statistics.median(ratios), len(sweep.patches) + 2.0))
-    return grown
+# -- growth ----------------------------------------------------------------------------------------------------------------
 
 
-def show_growth(console: Console, path: Path, turns: int) -> None:
-    """Measure and draw growth, and print it as a table and a line of JSON."""
-    grown = growth(turns)
-    draw(grown, path)
-    table = Table("grown in", "to", "forwards", "one forward a head")
-    for name, rows in grown.items():
-        for size, ours, whole in rows:
-            table.add_row(name, str(size), f"{ours:.2f}", f"{whole:.0f}")
-    console.print(table)
+def measure_growth(n: int) -> dict[str, list[tuple[int, float, float]]]:
+    """Time patching of all heads at the last token in models of different sizes.
+
+    Returns
+    -------
+    growth
+        Varied axis to (size, cost of `patch_heads`, cost of one forward pass per head), in plain forward passes.
+    """
+    growth: dict[str, list[tuple[int, float, float]]] = {}
+    axes = {"layers": (4, 8, 16, 24), "heads": (4, 8, 12), "image tokens": (64, 256, 576, 1024)}
+    pair = make_pair()
+    with progress("model sizes", sum(map(len, axes.values()))) as advance:
+        for axis, sizes in axes.items():
+            for size in sizes:
+                model = build_lvlm(
+                    layers=size if axis == "layers" else 16,
+                    heads=size if axis == "heads" else 8,
+                    image_side=round(size**0.5) if axis == "image tokens" else 16,
+                )
+                sweep, loop = make_sweeps(model, pair)[0], HookLoop(model, pair)
+                time_call(loop.run_pair, model.device)  # warm-up
+                ratios = []
+                for _ in range(n):
+                    before = time_call(lambda loop=loop: loop.forward(loop.corrupt), model.device)
+                    seconds = time_call(sweep.run, model.device)
+                    after = time_call(lambda loop=loop: loop.forward(loop.corrupt), model.device)
+                    ratios.append(seconds / min(before, after))
+                growth.setdefault(axis, []).append((size, statistics.median(ratios), len(sweep.patches) + 2.0))
+                advance()
+    return growth
+
+
+def report_growth(path: Path, n: int) -> None:
+    """Measure and plot growth, and print it as a table and one JSON object."""
+    growth = measure_growth(n)
+    plot_growth(growth, path)
+    table = Table("varied", "size", "plain forward passes", "one forward pass per head")
+    for axis, rows in growth.items():
+        for size, cost, loop_cost in rows:
+            table.add_row(axis, str(size), f"{cost:.2f}", f"{loop_cost:.0f}")
+    wide_console().print(table)
     figures = {
-        f"forwards_at_{size}_{name.replace(' ', '_')}": {"value": round(ours, 3), "goal": "", "holds": True, "n": turns}
-        for name, rows in grown.items()
-        for size, ours, _ in rows
+        f"forwards_at_{size}_{axis.replace(' ', '_')}": figure(cost, "", n)
+        for axis, rows in growth.items()
+        for size, cost, _ in rows
     }
-    print(json.dumps({"benchmark": "patching", "device": device_name("cpu", "float32"), "figures": figures}))
-
-
-def device_name(device: str, dtype: str) -> str:
-    """Say what was measured on."""
-    cuda = device.startswith("cuda")
-    where = torch.cuda.get_device_name() if cuda else f"{platform.machine()}, {torch.get_num_threads()} threads"
-    return f"{where}, {dtype}, torch {torch.__version__}"
+    finish("patching", describe_device("torch", dtype="float32"), figures)
 
 
 def main() -> None:
     """Run, print a table, and as the last line one JSON object."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="few repetitions, about a minute")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser = option_parser(__doc__, device=True, dtypes=("float32", "bfloat16"))
     parser.add_argument(
-        "--figure", type=Path, help="instead draw growth with layers, heads and image tokens to this file"
+        "--figure", type=Path, help="only measure growth with the size of the model, and plot it to this file"
     )
     options = parser.parse_args()
-    console = Console()
+    console = wide_console()
     console.print(
-        "Compares exact patching of heads with the loop of one whole forward a patch; each counts all its runs."
+        "Compares exact patching of heads with one full forward pass per patch; both include the runs of the pair."
     )
     if options.figure:
-        show_growth(console, options.figure, 1 if options.quick else 5)
+        report_growth(options.figure, 1 if options.quick else 5)
         return
-    model = build()
+    model = build_lvlm()
     model.hf.to(options.device, getattr(torch, options.dtype))
-    pair = pair_of()
-    length, question = model.encode(pair.clean).tokens.length, len(sweeps(model, pair)[1].patches[0][2])
-    console.print(f"{model!r}: {length} tokens, {question} of them after the image, {torch.get_num_threads()} threads")
-    turns = (3, 1, 1) if options.quick else (5, 3, 1)
-    sample = 4 if options.quick else 8
-    table = Table("sweep", "patches", "seconds", "loop", "plain forward", "forwards", "times the loop", "n")
-    measured = []
-    for sweep, n in zip(sweeps(model, pair), turns, strict=True):
-        measurement = measure(model, pair, sweep, n, sample)
-        measured.append(measurement)
-        console.print(f"{sweep.name}: {measurement}")
-        times = (f"{measurement.ours:.2f}", f"{measurement.loop:.1f}", f"{measurement.forward:.3f}")
-        table.add_row(
-            sweep.name,
-            str(len(sweep.patches)),
-            *times,
-            f"{measurement.forwards:.2f}",
-            f"{measurement.speedup:.1f}",
-            str(n),
-        )
+    pair = make_pair()
+    sweeps = make_sweeps(model, pair)
+    length, suffix_length = model.encode(pair.clean).tokens.length, len(sweeps[1].patches[0][2])
+    threads = torch.get_num_threads()
+    console.print(f"{model!r}: {length} tokens, {suffix_length} of them after the image, {threads} threads")
+    repetitions, sample_size = ((3, 1, 1), 4) if options.quick else ((5, 3, 1), 8)
+    table = Table("sweep", "patches", "sweep, s", "loop, s", "plain forward, s", "plain forwards", "speedup", "n")
+    results = []
+    for sweep, n in zip(sweeps, repetitions, strict=True):
+        with progress(sweep.name):
+            times = time_sweep(model, pair, sweep, n, sample_size)
+        results.append(times)
+        seconds = (f"{times.sweep:.2f}", f"{times.loop:.1f}", f"{times.forward:.3f}")
+        ratios = (f"{times.forwards:.2f}", f"{times.speedup:.1f}")
+        table.add_row(sweep.name, str(len(sweep.patches)), *seconds, *ratios, str(n))
     console.print(table)
-    figures: dict[str, dict[str, Any]] = {}
-
-    def add(name: str, value: float, goal: str, n: int) -> None:
-        sign, _, bound = goal.partition(" ")
-        holds = not goal or (value <= float(bound) if sign == "<=" else value >= float(bound))
-        figures[name] = {"value": float(f"{value:.4g}"), "goal": goal, "holds": holds, "n": n}
-
-    last, joint, separate = measured
-    add("last_token_forwards", last.forwards, "<= 3", last.n)
-    add("last_token_speedup", last.speedup, ">= 40", last.n)
-    add("question_at_once_forwards", joint.forwards, "<= 10", joint.n)
-    add("question_at_once_speedup", joint.speedup, "", joint.n)
-    add("question_apart_speedup", separate.speedup, ">= 25", separate.n)
+    last, at_once, apart = results
+    figures: dict[str, Figure] = {
+        "last_token_forwards": figure(last.forwards, "<= 3", last.n),
+        "last_token_speedup": figure(last.speedup, ">= 40", last.n),
+        "question_at_once_forwards": figure(at_once.forwards, "<= 10", at_once.n),
+        "question_at_once_speedup": figure(at_once.speedup, "", at_once.n),
+        "question_apart_speedup": figure(apart.speedup, ">= 25", apart.n),
+    }
     count = 4 if options.quick else 12
-    error = largest_difference(model, pair, count)
-    add("largest_logit_difference", error, "<= 1e-5" if options.dtype == "float32" else "", 3 * count)
-    if options.device == "cpu":
-        budgets = (2**26, 2**28)
-        add("peak_memory_over_budget", max(peak_share(model, pair, m) for m in budgets), "<= 1", len(budgets))
-    rows = Table("figure", "value", "goal", "holds")
-    for name, figure in figures.items():
-        rows.add_row(name, f"{figure['value']:g}", figure["goal"], str(figure["holds"]))
-    console.print(rows)
-    device = device_name(options.device, options.dtype)
-    print(json.dumps({"benchmark": "patching", "device": device, "figures": figures}))
+    with progress("exactness and memory"):
+        difference = largest_difference(model, pair, count)
+        goal = "<= 1e-5" if options.dtype == "float32" else ""
+        figures["largest_logit_difference"] = figure(difference, goal, 3 * count)
+        if options.device == "cpu":
+            budgets = (2**26, 2**28)
+            share = max(measure_peak_share(model, pair, memory) for memory in budgets)
+            figures["peak_memory_over_budget"] = figure(share, "<= 1", len(budgets))
+    print_figures(figures)
+    finish("patching", describe_device("torch", device=options.device, dtype=options.dtype), figures)
 
 
 if __name__ == "__main__":

@@ -1,143 +1,66 @@
-"""What tracing costs: a traced forward, written to HDF5, against the plain forward of the same inputs.
-
-The model is a random LLaVA of middle size (hidden 512, 16 layers, 8 heads; 256 image and 32 text tokens, batch 8, scaled
-dot product attention). Baseline and candidate are two copies of it, so that the baseline has never met nnsight. They
-take turns, in alternating order; the figure is the median of the ratios of each turn. The candidate's time holds
-everything that comes after encoding: forward, selection, table, writing, sealing, syncing.
-
-The fixed cost of a trace is measured on the architecture of the embedded model, one example and one site. TransformerLens'
-`run_with_cache` of the same sites and inputs, kept in memory and not written, is measured for comparison: it computes attention
-step by step. Memory is the peak of a process that traces ten times as many examples, over that of one that does not.
+"""Cost of tracing: a traced forward pass that is written to HDF5, against a plain forward pass of the same inputs.
 
     python benchmarks/trace.py [--quick] [--device cuda] [--dtype bfloat16]
+
+The model is a random LLaVA of medium size (``_medium_llava.py``: hidden size 512, 16 layers, 8 heads, 256 image and 32 text
+tokens, batch size 8, scaled dot product attention). The plain forward passes run on a copy of the model that nnsight has never
+wrapped. Both run in alternating order. Figures:
+
+overhead_vs_plain
+    time of tracing divided by that of plain forward passes, median over repetitions. Tracing includes everything after encoding:
+    forward pass, selection of tokens, table of examples, writing, sealing and syncing of files;
+fixed_cost_ms
+    milliseconds that tracing adds to the forward pass of one example at one site of the embedded model's architecture, without
+    writing;
+transformer_lens_vs_plain
+    for comparison, TransformerLens' `run_with_cache` at the same sites of the decoder, divided by the plain forward pass. It
+    keeps the cache in memory, writes nothing, and computes attention step by step instead of with the fused kernel;
+peak_memory_10x
+    peak resident memory of a process that traces ten times as many examples, divided by that of one that does not.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from rich.console import Console
 from rich.table import Table
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from activation_store import StoreWriter
 from activation_store.tracing.plan import make_plan
 from activation_store.tracing.tracer import Tracer
-from concepts import ConceptDataset
-from concepts.scenes.questions import as_example
-from concepts.scenes.scene import TEST, generator, sample_scene
-from concepts.schema import YES_NO, Question
+from benchmarks._harness import alternate, describe_device, figure, finish, option_parser, progress, wide_console
+from benchmarks._medium_llava import BATCH_SIZE, build_network, build_processor, make_questions
 from lvlm import Lvlm, wrap_lvlm
-from lvlm.tiny.architecture import IMAGE, build_model, build_processor, build_tokenizer, vocabulary
+from lvlm.tiny import architecture as tiny
 from lvlm.transformer_lens import as_transformer_lens
 
 SITES = ["resid_post", "z"]
 TOKENS = ["last", "image:mean", "question:mean"]
-BATCH = 8
-TEXT = f"Is there a big cat {'or a dog ' * 6}in the image?"  # 32 text tokens with the template's own
-GOALS = {"overhead_vs_plain": 1.11, "fixed_cost_ms": 2.0, "peak_memory_10x": 1.10}
-PEAK = Path(__file__).resolve().parent / "_trace_memory.py"
+GOALS = {"overhead_vs_plain": "<= 1.11", "fixed_cost_ms": "<= 2.0", "peak_memory_10x": "<= 1.10"}
+MEMORY_SCRIPT = Path(__file__).resolve().parent / "_trace_memory.py"
+Times = list[tuple[float, float]]
+"""Seconds of baseline and candidate in each repetition."""
 
 
-def middle_model() -> LlavaForConditionalGeneration:
-    """Build the model with random weights."""
-    torch.manual_seed(0)
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(
-            hidden_size=256,
-            intermediate_size=1024,
-            num_hidden_layers=6,
-            num_attention_heads=4,
-            image_size=224,
-            patch_size=14,
-            projection_dim=256,
-        ),
-        text_config=LlamaConfig(
-            vocab_size=8192,
-            hidden_size=512,
-            intermediate_size=1376,
-            num_hidden_layers=16,
-            num_attention_heads=8,
-            num_key_value_heads=8,
-            max_position_embeddings=512,
-        ),
-        image_token_index=vocabulary().index(IMAGE),
-        vision_feature_layer=-1,
-        image_seq_length=256,
-    )
-    return LlavaForConditionalGeneration(config).eval()
-
-
-def middle_processor() -> LlavaProcessor:
-    """Build its processor; Pillow and numpy only."""
-    pictures = CLIPImageProcessorPil(do_resize=True, size={"height": 224, "width": 224}, do_center_crop=False)
-    tokenizer = build_tokenizer()
-    tokenizer.model_max_length = 512
-    return LlavaProcessor(
-        image_processor=pictures,
-        tokenizer=tokenizer,
-        patch_size=14,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        image_token=IMAGE,
-    )
-
-
-def questions(count: int, text: str = TEXT) -> ConceptDataset:
-    """Draw images and ask the same question about each."""
-    scenes = [sample_scene(generator(TEST, 0, i), f"b{i}") for i in range(count)]
-    question = Question(text, "yes", YES_NO, "object", "existence")
-    return ConceptDataset("benchmark", tuple(as_example(scene, question, "neutral") for scene in scenes))
-
-
-def seconds(work: Callable[[], object], device: torch.device) -> float:
-    """Time a piece of work to its end on the device."""
-    start = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
-
-
-def alternate(
-    baseline: Callable[[], object], candidate: Callable[[], object], n: int, device: torch.device
-) -> list[tuple[float, float]]:
-    """Time both in turn, each going first every other time, after one turn to warm up."""
-    pairs = []
-    for turn in range(n + 1):
-        if turn % 2:
-            traced, plain = seconds(candidate, device), seconds(baseline, device)
-        else:
-            plain, traced = seconds(baseline, device), seconds(candidate, device)
-        pairs.append((plain, traced))
-    return pairs[1:]
-
-
-def overhead(n: int, batches: int, device: str, dtype: torch.dtype) -> tuple[list[tuple[float, float]], Lvlm, int]:
-    """Time traced, written forwards against plain ones."""
-    network: Any = middle_model()
+def time_tracing(n: int, batches: int, device: str, dtype: torch.dtype) -> tuple[Times, Lvlm, int]:
+    """Time plain against traced and written forward passes; also return the traced model and the prompt's length."""
+    network: Any = build_network()
     network.to(device, dtype)
-    plain = wrap_lvlm(copy.deepcopy(network), middle_processor(), validate=False)
-    traced = wrap_lvlm(network, middle_processor(), validate=False)
-    data = questions(BATCH * batches)
-    encoded = list(traced.batches(data.examples, BATCH))
+    plain = wrap_lvlm(copy.deepcopy(network), build_processor(), validate=False)
+    traced = wrap_lvlm(network, build_processor(), validate=False)
+    data = make_questions(BATCH_SIZE * batches)
+    encoded = list(traced.batches(data.examples, BATCH_SIZE))
     plan = make_plan(traced, encoded[0].encodings[0], SITES, TOKENS, "float32")
-    tracer = Tracer.begin(traced, data, plan, BATCH, answers=True)
+    tracer = Tracer.begin(traced, data, plan, BATCH_SIZE, answers=True)
 
     def baseline() -> None:
         for batch in encoded:
@@ -148,29 +71,29 @@ def overhead(n: int, batches: int, device: str, dtype: torch.dtype) -> tuple[lis
             for batch in encoded:
                 writer.append(*tracer.batch(batch))
 
-    pairs = alternate(baseline, candidate, n, traced.device)
-    return pairs, traced, encoded[0].encodings[0].tokens.length
+    times = alternate(baseline, candidate, n, traced.device)
+    return times, traced, encoded[0].encodings[0].tokens.length
 
 
-def fixed_cost(n: int) -> list[tuple[float, float]]:
-    """Time a trace of one site of a small model on one example against its plain forward."""
-    network = build_model()
-    plain = wrap_lvlm(copy.deepcopy(network), build_processor(), validate=False)
-    traced = wrap_lvlm(network, build_processor(), validate=False)
-    data = questions(1, "Is there a cat in the image?")
+def time_one_site(n: int) -> Times:
+    """Time a plain against a traced forward pass of one example, at one site of a small model."""
+    network = tiny.build_model()
+    plain = wrap_lvlm(copy.deepcopy(network), tiny.build_processor(), validate=False)
+    traced = wrap_lvlm(network, tiny.build_processor(), validate=False)
+    data = make_questions(1, "Is there a cat in the image?")
     batch = next(traced.batches(data.examples, 1))
     plan = make_plan(traced, batch.encodings[0], ["decoder.L5.resid_post"], ["last"], "float32")
     tracer = Tracer.begin(traced, data, plan, 1, answers=True)
     return alternate(lambda: plain.logits(batch.inputs), lambda: tracer.forward(batch), n, traced.device)
 
 
-def transformer_lens(n: int, device: str, dtype: torch.dtype) -> list[tuple[float, float]]:
-    """Time TransformerLens' run_with_cache of the decoder's sites on one batch against the plain forward."""
-    network: Any = middle_model()
+def time_transformer_lens(n: int, device: str, dtype: torch.dtype) -> Times:
+    """Time a plain forward pass of one batch against TransformerLens' run_with_cache at the decoder's sites."""
+    network: Any = build_network()
     network.to(device, dtype)
-    plain = wrap_lvlm(network, middle_processor(), validate=False)
+    plain = wrap_lvlm(network, build_processor(), validate=False)
     bridge = as_transformer_lens(plain)
-    batch = next(plain.batches(questions(BATCH).examples, BATCH))
+    batch = next(plain.batches(make_questions(BATCH_SIZE).examples, BATCH_SIZE))
     inputs = dict(batch.inputs)
     ids = inputs.pop("input_ids")
 
@@ -184,59 +107,50 @@ def transformer_lens(n: int, device: str, dtype: torch.dtype) -> list[tuple[floa
     return alternate(lambda: plain.logits(batch.inputs), run, n, plain.device)
 
 
-def peak_memory(examples: int) -> float:
-    """Return the peak resident memory, in MiB, of a process that traces so many examples."""
-    done = subprocess.run([sys.executable, str(PEAK), str(examples)], capture_output=True, text=True, check=True)
+def measure_peak_memory(examples: int) -> float:
+    """Return the peak resident memory, in MiB, of a process that traces `examples` examples."""
+    command = [sys.executable, str(MEMORY_SCRIPT), str(examples)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     return float(done.stdout.splitlines()[-1])
 
 
 def main() -> None:
     """Run, print a table, and as the last line one JSON object."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="few repetitions, about a minute")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    options = parser.parse_args()
-    console = Console()
+    options = option_parser(__doc__, device=True, dtypes=("float32", "bfloat16", "float16")).parse_args()
+    console = wide_console()
     console.print(
-        "Compares tracing (nnsight, selection on the device, HDF5 written and synced) with the plain forward of the same "
-        "inputs; fixed cost: tracing without writing, of a small model."
+        "Compares tracing (forward pass, selection of tokens, HDF5) with plain forward passes of the same inputs."
     )
-    n, batches, small = (3, 1, 20) if options.quick else (9, 4, 100)
-    with console.status("middle-sized LLaVA") if console.is_terminal else tempfile.TemporaryDirectory():
-        pairs, model, length = overhead(n, batches, options.device, getattr(torch, options.dtype))
-        fixed = fixed_cost(small)
-        lens = transformer_lens(n, options.device, getattr(torch, options.dtype))
-        few = 64 if options.quick else 128
-        peaks = [peak_memory(few), peak_memory(10 * few)]
-    ratio = statistics.median(traced / plain for plain, traced in pairs)
-    cost = statistics.median(1000 * (traced - plain) for plain, traced in fixed)
-    figures = {
-        "overhead_vs_plain": {"value": round(ratio, 3), "n": n},
-        "fixed_cost_ms": {"value": round(cost, 2), "n": small},
+    n, batches, small_n, examples = (3, 1, 20, 64) if options.quick else (9, 4, 100, 128)
+    dtype = getattr(torch, options.dtype)
+    with progress("tracing"):
+        times, model, length = time_tracing(n, batches, options.device, dtype)
+    with progress("fixed cost, TransformerLens"):
+        one_site = time_one_site(small_n)
+        lens = time_transformer_lens(n, options.device, dtype)
+    with progress("memory"):
+        memory = [measure_peak_memory(examples), measure_peak_memory(10 * examples)]
+    values = {
+        "overhead_vs_plain": (statistics.median(traced / plain for plain, traced in times), n, times),
+        "fixed_cost_ms": (statistics.median(1000 * (traced - plain) for plain, traced in one_site), small_n, one_site),
+        "transformer_lens_vs_plain": (statistics.median(cached / plain for plain, cached in lens), n, lens),
     }
-    theirs = statistics.median(cached / plain for plain, cached in lens)
-    grown = {"value": round(peaks[1] / peaks[0], 3), "n": 1, "goal": f"<= {GOALS['peak_memory_10x']}"}
-    grown["holds"] = grown["value"] <= GOALS["peak_memory_10x"]
-    table = Table("figure", "plain", "traced", "value", "goal", "holds", "n")
-    for (name, figure), times in zip(figures.items(), (pairs, fixed), strict=True):
-        figure |= {"goal": f"<= {GOALS[name]}", "holds": figure["value"] <= GOALS[name]}
-        plain, traced = (statistics.median(column) * 1000 for column in zip(*times, strict=True))
-        row = (f"{plain:.1f} ms", f"{traced:.1f} ms", figure["value"], figure["goal"], figure["holds"], figure["n"])
-        table.add_row(name, *map(str, row))
-    times = [f"{statistics.median(column) * 1000:.1f} ms" for column in zip(*lens, strict=True)]
-    table.add_row("transformer_lens_vs_plain", *times, f"{theirs:.3f}", "", "", str(n))
-    table.add_row(
-        "peak_memory_10x", *(f"{p:.0f} MiB" for p in peaks), *(str(grown[k]) for k in ("value", "goal", "holds", "n"))
-    )
-    figures["transformer_lens_vs_plain"] = {"value": round(theirs, 3), "n": n, "goal": "", "holds": True}
-    figures["peak_memory_10x"] = grown
+    figures = {name: figure(value, GOALS.get(name, ""), count) for name, (value, count, _) in values.items()}
+    figures["peak_memory_10x"] = figure(memory[1] / memory[0], GOALS["peak_memory_10x"])
+    medians = {
+        name: [1000 * statistics.median(column) for column in zip(*t, strict=True)]
+        for name, (_, _, t) in values.items()
+    }
+    measured = {name: [f"{milliseconds:.1f} ms" for milliseconds in pair] for name, pair in medians.items()}
+    measured["peak_memory_10x"] = [f"{mebibytes:.0f} MiB" for mebibytes in memory]
+    table = Table("figure", "baseline", "candidate", "value", "goal", "holds", "n")
+    for name, entry in figures.items():
+        holds = str(entry["holds"]) if entry["goal"] else ""
+        table.add_row(name, *measured[name], str(entry["value"]), entry["goal"], holds, str(entry["n"]))
     console.print(table)
-    cuda = options.device.startswith("cuda")
-    where = torch.cuda.get_device_name() if cuda else f"{platform.machine()}, {torch.get_num_threads()} threads"
-    console.print(f"{model!r}: {batches} batches of {BATCH} x {length} tokens a turn, {', '.join(SITES)} at {TOKENS}")
-    device = f"{where}, {options.dtype}, torch {torch.__version__}"
-    print(json.dumps({"benchmark": "trace", "device": device, "figures": figures}))
+    sites = f"{', '.join(SITES)} at {', '.join(TOKENS)}"
+    console.print(f"{model!r}: {batches} batches of {BATCH_SIZE} x {length} tokens per repetition; {sites}")
+    finish("trace", describe_device("torch", device=options.device, dtype=options.dtype), figures)
 
 
 if __name__ == "__main__":
