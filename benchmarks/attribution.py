@@ -2,8 +2,8 @@
 
     python benchmarks/attribution.py [--quick] [--save [--resume]] [--parts cost,object,attribute,relation,planted]
 
-``cost``: on the random LLaVA of benchmarks/patching.py (256 image and 32 question tokens), divided by the time of a plain forward
-pass of the same prompt, in alternating order:
+``cost``: on the random LLaVA of benchmarks/patching.py (256 image and 32 question tokens), divided by the time of a plain
+forward pass of the same prompt, in alternating order:
 
 attribution_patching
     attribution patching of all heads, MLPs and embeddings at all positions of a pair;
@@ -12,20 +12,20 @@ five_points
 eap_ig
     edge attribution of all edges of the decoder with gradients at five points (EAP-IG);
 sources
-    `circuits.input_attribution.split` of four questions, divided by the plain forward passes of its distinct inputs in batches of
-    the same size.
+    `circuits.input_attribution.split` of four questions, divided by the plain forward passes of its distinct inputs in
+    batches of the same size.
 
 ``object``, ``attribute``, ``relation``: on the embedded model, with intervals over scenes,
 
 LEVEL_ESTIMATE
-    agreement of estimated and exact effects (rank correlation of heads, overlap of the best heads), and how faithful circuits of
-    the best heads are on other scenes (CPR: area under the faithfulness curve; CMD: area between the curve and 1), by exact
-    patching (``exact``), the estimates, attention to the image (``attention``) and random scores (``random``);
+    agreement of estimated and exact effects (rank correlation of heads, overlap of the best heads), and how faithful circuits
+    of the best heads are on other scenes (CPR: area under the faithfulness curve; CMD: area between the curve and 1), by
+    exact patching (``exact``), the estimates, attention to the image (``attention``) and random scores (``random``);
 LEVEL_edges_eap_ig, LEVEL_edges_random
     CPR and CMD of circuits of edges;
 LEVEL_queries
-    relative error and correlation of the estimated effects of queries, without (``plain``) and with (``fixed``) the correction of
-    attention scores.
+    relative error and correlation of the estimated effects of queries, without (``plain``) and with (``fixed``) the
+    correction of attention scores.
 
 ``planted``: the share of the heads of a planted circuit that each method ranks first.
 

@@ -2,11 +2,11 @@
 
     python benchmarks/chair_agreement.py --release DIR --pattern DIR [--captions FILE …] [--quick]
 
-The released scorer is not part of this project: clone LisaAnne/Hallucination (``--release``) and clips/pattern (``--pattern``),
-install nltk and its data ``punkt_tab``. The functions of both are run from their source, the first with its two Python 2 print
-statements replaced. Captions are JSON lines with a field ``caption``, as scorers of captions read them; without any, and next to
-them, captions are made from templates with every word of the released list, its plurals and phrases. Without ``--release`` there
-is nothing to compare with, and no figure.
+The released scorer is not part of this project: clone LisaAnne/Hallucination (``--release``) and clips/pattern
+(``--pattern``), install nltk and its data ``punkt_tab``. The functions of both are run from their source, the first with its
+two Python 2 print statements replaced. Captions are JSON lines with a field ``caption``, as scorers of captions read them;
+without any, and next to them, captions are made from templates with every word of the released list, its plurals and phrases.
+Without ``--release`` there is nothing to compare with, and no figure.
 """
 
 from __future__ import annotations

@@ -2,10 +2,10 @@
 
     python benchmarks/crash.py [--quick] [--kills 200] [--workers 3] [--seed 0]
 
-Several writer processes, each with its own sequence of shards, write one store. At random moments, from before the first byte to
-the writing of the manifest, random subsets of them are killed and restarted, until `--kills` kills have been made. A writer
-acknowledges an example once `StoreWriter.written` contains its id. The baseline is a store written without kills. Figures, all
-with goal 0:
+Several writer processes, each with its own sequence of shards, write one store. At random moments, from before the first byte
+to the writing of the manifest, random subsets of them are killed and restarted, until `--kills` kills have been made. A
+writer acknowledges an example once `StoreWriter.written` contains its id. The baseline is a store written without kills.
+Figures, all with goal 0:
 
 lost
     acknowledged examples that are not in the sealed shards after a kill, or whose values differ;

@@ -1,12 +1,11 @@
 """Whether a diagnosis finds the cause that was planted, and how long 200 wrong answers take.
 
 The embedded model is spoiled in four ways (`groundscope.testing.planted_failures`): its vision tower sees every object in one
-color, color is
-taken out of the projector's output, nothing after the image can attend to it, two heads of the last layer push an answer for each
-noun. Diagnosed are the answers that became wrong: right before, wrong now; for the heads also right with the heads in place and
-silent. Probes are fitted on the changed model, as for any model under diagnosis; no answer diagnosed is about an
-image that they were fitted to. The tower and the projector lose color only, so questions about color are asked of them; of the
-others questions of every kind, as many of each as there are, up to a limit.
+color, color is taken out of the projector's output, nothing after the image can attend to it, two heads of the last layer
+push an answer for each noun. Diagnosed are the answers that became wrong: right before, wrong now; for the heads also right
+with the heads in place and silent. Probes are fitted on the changed model, as for any model under diagnosis; no answer
+diagnosed is about an image that they were fitted to. The tower and the projector lose color only, so questions about color
+are asked of them; of the others questions of every kind, as many of each as there are, up to a limit.
 
 The embedded model without a planted failure is included: its causes are unknown, so the table only lists the verdicts.
 

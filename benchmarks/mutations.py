@@ -2,11 +2,11 @@
 
     python benchmarks/mutations.py [--quick] [--store 5000] [--others 1000] [--seed 0] [--batch 100] [--save]
 
-A small store, a probe grid, head scores, a steering vector and the receipt of a run's stage are written. Each mutation changes
-one file: a bit or a byte is flipped, the end is cut off, blocks are swapped, bytes are zeroed or inserted. The changed file is
-read in a worker process with limits on time and memory; a worker processes a batch of mutations, and after a hang or a crash the
-rest of its batch continues in a new worker. The baseline is the content that was written. Figures, for each kind of file, with
-goal 0:
+A small store, a probe grid, head scores, a steering vector and the receipt of a run's stage are written. Each mutation
+changes one file: a bit or a byte is flipped, the end is cut off, blocks are swapped, bytes are zeroed or inserted. The
+changed file is read in a worker process with limits on time and memory; a worker processes a batch of mutations, and after a
+hang or a crash the rest of its batch continues in a new worker. The baseline is the content that was written. Figures, for
+each kind of file, with goal 0:
 
 hangs, crashes
     of the worker; exceptions other than `GroundscopeError` count as crashes;

@@ -2,14 +2,14 @@
 
     python benchmarks/steering_embedded.py [--quick] [--save] [--work DIR]
 
-Everything is synthetic. Vectors are derived on the scenes of the default run (300, seed 0) at the six heads that patching finds
-there, or at heads, layers or tokens of their own. Place and strength are chosen on all questions about those scenes by the
-rule of the default run; the table is of other scenes (500, seed 1000). Controls push as far at the same strength: random
+Everything is synthetic. Vectors are derived on the scenes of the default run (300, seed 0) at the six heads that patching
+finds there, or at heads, layers or tokens of their own. Place and strength are chosen on all questions about those scenes by
+the rule of the default run; the table is of other scenes (500, seed 1000). Controls push as far at the same strength: random
 directions, the rule from shuffled labels, the same directions moved to other heads, each drawn three times (20 times for the
-best method), and the rule derived again at other heads. Methods that act at more than the last token, or differ from question to
-question, need whole forwards; they are chosen and tested on a fifth of the scenes, vsv on 40 questions of each split. Intervals
-are 95 % over scenes; those of controls are of the mean over draws. CHAIR_i is of 100 test scenes, "fading" where the vector
-halves with every token written. Finished parts are in the work folder, and are not repeated.
+best method), and the rule derived again at other heads. Methods that act at more than the last token, or differ from question
+to question, need whole forwards; they are chosen and tested on a fifth of the scenes, vsv on 40 questions of each split.
+Intervals are 95 % over scenes; those of controls are of the mean over draws. CHAIR_i is of 100 test scenes, "fading" where
+the vector halves with every token written. Finished parts are in the work folder, and are not repeated.
 """
 
 from __future__ import annotations

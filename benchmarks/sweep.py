@@ -1,21 +1,30 @@
-"""Overhead of a sweep in addition to its stages, and of starting the command.
-
-Compared: twelve probe stages, one after the other in one process that has all it needs loaded, with the whole command
-``groundscope -m stages=[examples,trace,probe] probe.folds=… probe.seed=…`` of twelve jobs over the same cache: starting
-Python, its imports, composing each job, taking the trace, the probes, the table and the page. In turn, the order
-alternating; medians. Both are reported in seconds of the clock and of the processor: the second ratio is what holds on a machine
-that does other things too. The trace is made once, before; how often it was made in all is counted in the receipts.
+"""Overhead of a sweep: the sweep command with twelve jobs, against its twelve probe stages alone.
 
     python benchmarks/sweep.py [--quick]
+
+The baseline runs twelve probe stages one after the other in one process in which everything is imported. The candidate is the
+command ``groundscope -m stages=[examples,trace,probe] probe.folds=… probe.seed=…`` with twelve jobs over the same cache:
+starting Python, imports, composing each job, taking the trace from the cache, the probes, the table and the report. Both run
+in alternating order, and use a trace that was made before. Figures, as medians over rounds:
+
+sweep_vs_stages, sweep_vs_stages_processor
+    time of the sweep divided by that of the stages, in wall-clock time and in processor time; the second is independent of
+    what else the computer does;
+traces_made
+    runs that traced activations instead of taking them from the cache;
+help_s
+    seconds of ``groundscope --help``;
+page_mb
+    size of the sweep's report in MB;
+stages_s, sweep_s
+    wall-clock seconds of both.
 """
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import os
-import platform
 import resource
 import shutil
 import statistics
@@ -27,10 +36,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
+from rich.table import Table
 
-# Another benchmark has the name of a package: the root comes first.
+# The root comes first: benchmarks/probes.py has the name of a package.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks._harness import describe_device, figure, finish, option_parser, print_figures, progress, wide_console
 from experiments.cli.overrides import compose
 from experiments.pipeline import execute
 from experiments.run.context import Context
@@ -43,32 +54,33 @@ QUIET = Console(file=io.StringIO())
 
 
 Seconds = tuple[float, float]
-"""Of the clock, and of the processor."""
+"""Wall-clock seconds and processor seconds."""
 
 
-def probes_alone(options: list[str], folder: Path) -> Seconds:
-    """Return the seconds of the twelve probe stages over a run's cache, without anything around them."""
+def run_stages(options: list[str], folder: Path) -> Seconds:
+    """Return the seconds of twelve probe stages over a run's cache, run one after the other in this process."""
     base, _ = compose(options)
     run = RunFolder(Path(base.root) / base.name)
-    clock, processor = 0.0, 0.0
+    wall, processor = 0.0, 0.0
     for number, (folds, seed) in enumerate((f, s) for f in FOLDS for s in SEEDS):
         context = Context(replace(base, probe=replace(base.probe, folds=folds, seed=seed)), run, QUIET)
-        at = folder / f"probes-{number}"
-        at.mkdir()
-        start, used = time.perf_counter(), time.process_time()
-        TABLE["probe"].work(context, at)
-        clock, processor = clock + time.perf_counter() - start, processor + time.process_time() - used
-    return clock, processor
+        stage_folder = folder / f"probes-{number}"
+        stage_folder.mkdir()
+        wall_start, processor_start = time.perf_counter(), time.process_time()
+        TABLE["probe"].work(context, stage_folder)
+        wall += time.perf_counter() - wall_start
+        processor += time.process_time() - processor_start
+    return wall, processor
 
 
-def sweep(options: list[str], cwd: Path) -> Seconds:
-    """Return the seconds of the command."""
+def run_sweep(options: list[str], cwd: Path) -> Seconds:
+    """Return the seconds of the sweep command with twelve jobs."""
     values = [f"probe.folds={','.join(map(str, FOLDS))}", f"probe.seed={','.join(map(str, SEEDS))}"]
-    return command(["-m", *options, *values, "sweep.name=bench"], cwd)
+    return run_command(["-m", *options, *values, "sweep.name=bench"], cwd)
 
 
-def command(arguments: list[str], cwd: Path) -> Seconds:
-    """Return the seconds of a command, from its start to its end."""
+def run_command(arguments: list[str], cwd: Path) -> Seconds:
+    """Return the seconds of a command, from the start of its process to the end."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run(
@@ -79,81 +91,67 @@ def command(arguments: list[str], cwd: Path) -> Seconds:
     return time.perf_counter() - start, used
 
 
-def traces_made(root: Path) -> tuple[int, int]:
-    """Return how many runs of a root have a trace, and how many made it themselves."""
+def count_traces(root: Path) -> tuple[int, int]:
+    """Return the number of runs below `root` with a trace, and how many of them did not take it from the cache."""
     receipts = [r for p in root.rglob("activations/stage.json") if (r := read_receipt(p.parent)) is not None]
-    return len(receipts), sum(not r.origin for r in receipts)
+    return len(receipts), sum(not receipt.origin for receipt in receipts)
 
 
 def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description="What a sweep costs.")
-    parser.add_argument("--quick", action="store_true", help="one round on fewer scenes")
-    quick = parser.parse_args().quick
+    """Run, print tables, and as the last line one JSON object."""
+    quick = option_parser(__doc__, quick="one round on fewer scenes").parse_args().quick
     rounds, scenes = (1, 40) if quick else (3, 60)
-    alone: list[Seconds] = []
-    swept: list[Seconds] = []
-    starts: list[float] = []
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        os.chdir(folder)
-        options = [f"data.n_images={scenes}", "data.test_images=10", "threads=1", "trace=heads"]
-        options.append("probe.concepts=[object:named,attribute:named,relation:named]")
-        options.append("stages=[examples,trace,probe]")
-        composed_once, _ = compose([*options, "stages=[examples,trace]"])
-        execute(composed_once, QUIET)
+    stage_times: list[Seconds] = []
+    sweep_times: list[Seconds] = []
+    help_times: list[float] = []
+    options = [f"data.n_images={scenes}", "data.test_images=10", "threads=1", "trace=heads"]
+    options.append("probe.concepts=[object:named,attribute:named,relation:named]")
+    options.append("stages=[examples,trace,probe]")
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name)
+        os.chdir(root)
+        with progress("tracing"):
+            config, _ = compose([*options, "stages=[examples,trace]"])
+            execute(config, QUIET)
         for number in range(rounds):
-            here = folder / f"round-{number}"
-            here.mkdir()
+            round_folder = root / f"round-{number}"
+            round_folder.mkdir()
 
-            def first(here: Path = here) -> None:
-                alone.append(probes_alone(options, here))
+            def time_stages(round_folder: Path = round_folder) -> None:
+                stage_times.append(run_stages(options, round_folder))
 
-            def second() -> None:
-                shutil.rmtree(folder / "runs" / "sweeps", ignore_errors=True)
-                swept.append(sweep(options, folder))
+            def time_sweep() -> None:
+                shutil.rmtree(root / "runs" / "sweeps", ignore_errors=True)
+                sweep_times.append(run_sweep(options, root))
 
-            for measure in (first, second) if number % 2 == 0 else (second, first):
-                measure()
-            starts.append(command(["--help"], folder)[0])
-        runs, trace_count = traces_made(folder / "runs")
-        size = json.loads((folder / "runs" / "sweeps" / "bench" / "sweep.json").read_text())["jobs"]
-        page = (folder / "runs" / "sweeps" / "bench" / "report.html").stat().st_size / 1e6
-        title = f"{len(size)} jobs over one cache of {scenes} scenes, medians of {rounds}"
-    ratio, of_processor = (statistics.median(s[k] / a[k] for s, a in zip(swept, alone, strict=True)) for k in (0, 1))
-    print(f"{title:<44} {'clock s':>10} {'processor s':>12}")
-    rows = {"twelve probe stages alone": alone, "the whole command, table and page": swept}
-    medians = {name: [statistics.median(v[k] for v in values) for k in (0, 1)] for name, values in rows.items()}
-    for name, (clock, processor) in medians.items():
-        print(f"{name:<44} {clock:>10.1f} {processor:>12.1f}")
-    print(f"{'ratio':<44} {ratio:>10.2f} {of_processor:>12.2f}")
-    (base, _), (whole, _) = medians.values()
-    print(f"{'runs with a trace, and those that made it':<40} {runs:>5}, {trace_count}")
-    print(f"{'groundscope --help':<40} {statistics.median(starts):8.2f} s")
-    figures = {
-        "sweep_vs_stages": {"value": round(ratio, 3), "goal": "<= 1.2", "holds": ratio <= 1.2, "n": rounds},
-        "sweep_vs_stages_processor": {
-            "value": round(of_processor, 3),
-            "goal": "<= 1.2",
-            "holds": of_processor <= 1.2,
-            "n": rounds,
-        },
-        "traces_made": {"value": trace_count, "goal": "1", "holds": trace_count == 1, "n": runs},
-        "help_s": {
-            "value": round(statistics.median(starts), 3),
-            "goal": "<= 2",
-            "holds": statistics.median(starts) <= 2,
-            "n": rounds,
-        },
-        "page_mb": {"value": round(page, 2), "goal": "<= 5", "holds": page <= 5, "n": 1},
-        "stages_s": {"value": round(base, 2), "n": rounds},
-        "sweep_s": {"value": round(whole, 2), "n": rounds},
-    }
-    print(
-        json.dumps(
-            {"benchmark": "sweep", "device": f"{platform.machine()}, {os.cpu_count()} cores", "figures": figures}
-        )
+            with progress(f"round {number + 1} of {rounds}"):
+                for work in (time_stages, time_sweep) if number % 2 == 0 else (time_sweep, time_stages):
+                    work()
+                help_times.append(run_command(["--help"], root)[0])
+        runs, traces = count_traces(root / "runs")
+        sweep_folder = root / "runs" / "sweeps" / "bench"
+        jobs = json.loads((sweep_folder / "sweep.json").read_text())["jobs"]
+        page = (sweep_folder / "report.html").stat().st_size / 1e6
+    ratio, processor_ratio = (
+        statistics.median(s[k] / a[k] for s, a in zip(sweep_times, stage_times, strict=True)) for k in (0, 1)
     )
+    stages, sweep = ([statistics.median(t[k] for t in times) for k in (0, 1)] for times in (stage_times, sweep_times))
+    title = f"{len(jobs)} jobs over one cache of {scenes} scenes, medians of {rounds}"
+    table = Table("", "wall-clock, s", "processor, s", title=title)
+    table.add_row("probe stages alone", *(f"{seconds:.1f}" for seconds in stages))
+    table.add_row("sweep command", *(f"{seconds:.1f}" for seconds in sweep))
+    wide_console().print(table)
+    figures = {
+        "sweep_vs_stages": figure(ratio, "<= 1.2", rounds),
+        "sweep_vs_stages_processor": figure(processor_ratio, "<= 1.2", rounds),
+        "traces_made": figure(traces, "= 1", runs),
+        "help_s": figure(statistics.median(help_times), "<= 2", rounds),
+        "page_mb": figure(page, "<= 5"),
+        "stages_s": figure(stages[0], "", rounds),
+        "sweep_s": figure(sweep[0], "", rounds),
+    }
+    print_figures(figures)
+    finish("sweep", describe_device(), figures)
 
 
 if __name__ == "__main__":

@@ -7,11 +7,11 @@ tokens, batch size 8, scaled dot product attention). The plain forward passes ru
 wrapped. Both run in alternating order. Figures:
 
 overhead_vs_plain
-    time of tracing divided by that of plain forward passes, median over repetitions. Tracing includes everything after encoding:
-    forward pass, selection of tokens, table of examples, writing, sealing and syncing of files;
+    time of tracing divided by that of plain forward passes, median over repetitions. Tracing includes everything after
+    encoding: forward pass, selection of tokens, table of examples, writing, sealing and syncing of files;
 fixed_cost_ms
-    milliseconds that tracing adds to the forward pass of one example at one site of the embedded model's architecture, without
-    writing;
+    milliseconds that tracing adds to the forward pass of one example at one site of the embedded model's architecture,
+    without writing;
 transformer_lens_vs_plain
     for comparison, TransformerLens' `run_with_cache` at the same sites of the decoder, divided by the plain forward pass. It
     keeps the cache in memory, writes nothing, and computes attention step by step instead of with the fused kernel;
