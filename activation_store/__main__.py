@@ -13,7 +13,7 @@ from rich.markup import escape
 from activation_store.merging import merge, repack
 from activation_store.reading.integrity import verify
 from activation_store.reading.store import ActivationStore
-from activation_store.summary import show
+from activation_store.summary import print_store
 from groundscope.core.errors import GroundscopeError
 
 
@@ -50,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
 def _run(options: argparse.Namespace, console: Console) -> int:
     if options.command == "info":
         with ActivationStore(options.path) as store:
-            show(store, console)
+            print_store(store, console)
         return 0
     if options.command == "verify":
         report = verify(options.path)

@@ -18,7 +18,7 @@ from activation_store.reading.store import ActivationStore
 _LONGEST = 100
 
 
-def show(store: ActivationStore, console: Console) -> None:
+def print_store(store: ActivationStore, console: Console) -> None:
     """Print the contents of a store."""
     size = sum(p.stat().st_size for part in store.folders for p in part.path.iterdir() if p.is_file())
     state = "complete" if store.complete else "not complete: only the sealed shards are read"

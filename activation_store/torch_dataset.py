@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from activation_store.reading.store import ActivationStore
 
 
-class TorchView(Dataset[tuple[Tensor, Tensor]]):
+class StoreDataset(Dataset[tuple[Tensor, Tensor]]):
     """Items (activation float32 [D], labels float32 [K]) of selected rows of a store; undefined labels are NaN.
 
     Created by `ActivationStore.torch`.

@@ -132,7 +132,7 @@ def measure_overlap(bench: Bench, root: Path, quick: bool) -> dict[str, Figure]:
                 names = [str(i) for i in range(at, at + 64)]
                 writer.append({info(layers).key: data[at // 64 % len(data)]}, {"id": names, "group": names})
                 if wait:
-                    _ = writer.written
+                    _ = writer.sealed_ids
 
     def only() -> None:
         with torch.no_grad():

@@ -4,7 +4,7 @@
 
 Several writer processes, each with its own sequence of shards, write one store. At random moments, from before the first byte
 to the writing of the manifest, random subsets of them are killed and restarted, until `--kills` kills have been made. A
-writer acknowledges an example once `StoreWriter.written` contains its id. The baseline is a store written without kills.
+writer acknowledges an example once `StoreWriter.sealed_ids` contains its id. The baseline is a store written without kills.
 Figures, all with goal 0:
 
 lost
@@ -75,7 +75,9 @@ def make_values(name: str) -> np.ndarray:
 
 def write(job: Job, worker: int, sender: Connection | None) -> None:
     """Write the missing examples of one writer; send the ids of examples as they are acknowledged."""
-    with StoreWriter(job.folder, SCHEMA, PROVENANCE, worker, SHARD_SIZE, workers=job.workers) as writer:
+    with StoreWriter(
+        job.folder, SCHEMA, PROVENANCE, worker=worker, workers=job.workers, shard_size=SHARD_SIZE
+    ) as writer:
         names, unacknowledged = job.ids(worker), set(job.ids(worker))
         for start in range(0, len(names), BATCH_SIZE):
             batch = names[start : start + BATCH_SIZE]
@@ -89,7 +91,7 @@ def write(job: Job, worker: int, sender: Connection | None) -> None:
             )
             if sender is not None:
                 # The pipe is read only after the writer's end, so its content must fit into the buffer: send each id once.
-                sender.send(acknowledged := unacknowledged & writer.written)
+                sender.send(acknowledged := unacknowledged & writer.sealed_ids)
                 unacknowledged -= acknowledged
     if sender is not None:
         sender.send(unacknowledged)

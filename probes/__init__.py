@@ -6,7 +6,7 @@
 - `permutation_test`: significance over the whole grid (`analysis.permutation`)
 - `lexical_control`, `control_task`, `random_features`: baselines (`analysis.baselines`)
 - `transfer`, `multiclass`: the same probes on other data; choices among concepts (`analysis`)
-- `journey`, `landmarks`: where in the model a concept appears and vanishes (`analysis.trajectory`)
+- `layer_trajectory`, `find_onsets`: where in the model a concept appears and vanishes (`analysis.trajectory`)
 - `alignment`, `logit_lens`: similarity of representations; the unembedding on a store
 - `LogisticProbe`, `RidgeProbe`, …: the same probes as scikit-learn classifiers (`classifiers`)
 - `fit_logistic`, `LinearFit`: many logistic regressions, each with a proven bound (`solvers`)

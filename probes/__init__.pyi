@@ -4,7 +4,7 @@ from .analysis import alignment, logit_lens
 from .analysis.baselines import control_task, lexical_control, random_features
 from .analysis.multiclass import multiclass
 from .analysis.permutation import Significance, permutation_test
-from .analysis.trajectory import journey, landmarks
+from .analysis.trajectory import find_onsets, layer_trajectory
 from .analysis.transfer import transfer
 from .classifiers import (
     ConceptSubspaceProbe,
@@ -37,10 +37,10 @@ __all__ = [
     "alignment",
     "control_task",
     "estimators",
+    "find_onsets",
     "fit_grid",
     "fit_logistic",
-    "journey",
-    "landmarks",
+    "layer_trajectory",
     "lexical_control",
     "logit_lens",
     "multiclass",

@@ -16,7 +16,7 @@ _SINCE_2 = ("attention", "revision", "unused-weights", "weights-sample")
 _LOG = logging.getLogger(__name__)
 
 
-def same_form(new: Mapping[str, Any], old: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+def convert_provenance(new: Mapping[str, Any], old: Mapping[str, Any], where: str = "") -> dict[str, Any]:
     """Return a provenance record in the version of another one, to compare the two.
 
     Parameters

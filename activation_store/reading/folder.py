@@ -16,7 +16,7 @@ from activation_store.format.folder_checks import check_ids, check_listed, check
 from activation_store.format.hdf5 import element_at, group_at
 from activation_store.format.manifest import IndexEntry, ShardEntry, read_manifest
 from activation_store.format.mapped_file import MappedFile
-from activation_store.format.provenance_versions import same_form
+from activation_store.format.provenance_versions import convert_provenance
 from activation_store.format.schema import (
     INDEX,
     MANIFEST,
@@ -190,8 +190,8 @@ def check_mergeable(parts: Sequence[tuple[Folder, Sequence[str]]]) -> None:
     first = parts[0][0]
     where: dict[str, Folder] = {}
     for folder, ids in parts:
-        expected = same_form(first.provenance, folder.provenance, str(folder.path))
-        provenance = same_form(folder.provenance, first.provenance, str(first.path))
+        expected = convert_provenance(first.provenance, folder.provenance, str(folder.path))
+        provenance = convert_provenance(folder.provenance, first.provenance, str(first.path))
         change = difference(_shared_record(first.schema, expected), _shared_record(folder.schema, provenance))
         if change is not None:
             field, old, new = change

@@ -32,7 +32,7 @@ from lvlm.token_selection import TokenSelection
 if TYPE_CHECKING:
     import pandas as pd
 
-    from activation_store.torch_dataset import TorchView
+    from activation_store.torch_dataset import StoreDataset
 
 try:
     import resource
@@ -335,7 +335,7 @@ class ActivationStore:
         labels: Sequence[str] = (),
         head: int | None = None,
         examples: RowSelection | None = None,
-    ) -> TorchView:
+    ) -> StoreDataset:
         """Return the store as a `torch.utils.data.Dataset` of (activation float32 [D], labels float32 [K]).
 
         Items are read on access; a `DataLoader` reads a whole batch at once.
@@ -345,7 +345,7 @@ class ActivationStore:
         SiteError, StoreError
             As `read`; also where a label is not in the store, or holds text or lists.
         """
-        from activation_store.torch_dataset import TorchView
+        from activation_store.torch_dataset import StoreDataset
 
         self._catalog.find(site, tokens, head)
         find_rows(self.columns, dict.fromkeys(labels), len(self), self._path)  # raises an error if one is missing
@@ -357,7 +357,7 @@ class ActivationStore:
             )
             raise StoreError(msg)
         rows = np.asarray(resolve_rows(examples, len(self), self._path), np.int64)
-        return TorchView(self, str(site), str(tokens), tuple(labels), head, rows)
+        return StoreDataset(self, str(site), str(tokens), tuple(labels), head, rows)
 
     def tensor(self, name: str) -> np.ndarray:
         """Return a model-level array; raise `StoreError`, which lists the names, if it is missing."""

@@ -37,7 +37,7 @@ class ContinuedBatch:
     """The answers as text."""
 
 
-def with_generated(model: Lvlm, batch: Batch, steps: int) -> ContinuedBatch:
+def append_generated(model: Lvlm, batch: Batch, steps: int) -> ContinuedBatch:
     """Decode an answer of at most `steps` tokens greedily, and return the inputs with the answers appended.
 
     An answer excludes its end token: a row that ends early has fewer tokens, one that ends at once has none.
@@ -46,7 +46,7 @@ def with_generated(model: Lvlm, batch: Batch, steps: int) -> ContinuedBatch:
     return _append_tokens(model, batch, answers)
 
 
-def with_answers(model: Lvlm, batch: Batch) -> ContinuedBatch:
+def append_answers(model: Lvlm, batch: Batch) -> ContinuedBatch:
     """Return the inputs with each example's true answer appended to its prompt.
 
     Raises

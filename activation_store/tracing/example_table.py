@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from lvlm.token_map import TokenMap
 
 
-def row(model: Lvlm, encoding: Encoding, logits: Tensor | None, concepts: Sequence[str]) -> dict[str, Any]:
+def build_row(model: Lvlm, encoding: Encoding, logits: Tensor | None, concepts: Sequence[str]) -> dict[str, Any]:
     """Return the table row of an example, without its spans and image digest.
 
     Parameters
@@ -70,7 +70,7 @@ def row(model: Lvlm, encoding: Encoding, logits: Tensor | None, concepts: Sequen
     }
 
 
-def spans(tokens: TokenMap, roles: Iterable[str]) -> dict[str, list[list[int]]]:
+def build_spans(tokens: TokenMap, roles: Iterable[str]) -> dict[str, list[list[int]]]:
     """Return the columns ``span:<role>`` of an example: the runs of its decoder positions for each role.
 
     Raises

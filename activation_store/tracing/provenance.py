@@ -119,7 +119,7 @@ def describe(
     }
 
 
-def unembedding(model: Lvlm, plan: Plan) -> Mapping[str, LazyTensor] | None:
+def read_unembedding(model: Lvlm, plan: Plan) -> Mapping[str, LazyTensor] | None:
     """Return the parameters that map a decoder residual to logits: final norm and unembedding, as float32.
 
     They are converted in blocks of rows. None if no site of the decoder is traced.

@@ -27,11 +27,11 @@ from activation_store.reading.store import ActivationStore
 from activation_store.tracing.continuation import (
     Continuation,
     ContinuedBatch,
+    append_answers,
+    append_generated,
     choose_continuation,
-    with_answers,
-    with_generated,
 )
-from activation_store.tracing.example_table import check_answers, has_answers, row, spans
+from activation_store.tracing.example_table import build_row, build_spans, check_answers, has_answers
 from activation_store.tracing.inputs import check_images, encode_first, unreadable_images
 from activation_store.tracing.plan import (
     Plan,
@@ -43,7 +43,7 @@ from activation_store.tracing.plan import (
     stack_layers,
     token_offsets,
 )
-from activation_store.tracing.provenance import check_hooks, describe, unembedding
+from activation_store.tracing.provenance import check_hooks, describe, read_unembedding
 from activation_store.writing.writer import StoreWriter
 from concepts.schema import ConceptDataset, Example
 from groundscope.core.errors import ConfigError, DataError, SiteError, StoreError
@@ -205,11 +205,11 @@ def trace(
         min(len(readable), worker_at * chunks // workers * size) for worker_at in (worker, worker + 1)
     )
     part = readable[first_row:stop_row]
-    extra = unembedding(model, plan)
+    extra = read_unembedding(model, plan)
     with StoreWriter(
-        folder, plan.schema, provenance, worker, shard_size=shard_size, workers=workers, extra=extra
+        folder, plan.schema, provenance, worker=worker, workers=workers, shard_size=shard_size, extra=extra
     ) as writer:
-        done = frozenset(writer.written)
+        done = frozenset(writer.sealed_ids)
         missing = [e for e in part if e.id not in done]
         pictures = check_images(missing, progress=progress)
         with step_bar("tracing", len(part), done=len(part) - len(missing), show=progress) as advance:
@@ -302,7 +302,9 @@ class Tracer:
         on = None
         if self.continuation:
             with _FORWARD:
-                on = with_generated(self.model, batch, self.steps) if self.steps else with_answers(self.model, batch)
+                on = (
+                    append_generated(self.model, batch, self.steps) if self.steps else append_answers(self.model, batch)
+                )
         with self.model.reading_answers(batch.encodings[0].tokens.length if on else None):
             values, logits = self.forward(batch, on)
         maps = on.tokens if on else tuple(e.tokens for e in batch.encodings)
@@ -313,7 +315,7 @@ class Tracer:
         last = [None] * len(batch.encodings) if logits is None else logits.float().cpu().unbind()  # B x [V]
         roles = [role for role in self.plan.roles if role not in {"generated", "answer"} or role == self.continuation]
         rows = [
-            {**row(self.model, encoding, logit, self.concepts), **spans(tokens, roles)}
+            {**build_row(self.model, encoding, logit, self.concepts), **build_spans(tokens, roles)}
             for encoding, logit, tokens in zip(batch.encodings, last, maps, strict=True)
         ]
         if on and self.steps:

@@ -21,7 +21,7 @@ from activation_store.format.folder_checks import check_ids, check_listed, check
 from activation_store.format.hdf5 import group_at
 from activation_store.format.manifest import DamagedManifestError, IndexEntry, Manifest, ShardEntry, read_manifest
 from activation_store.format.model_tensors import LazyTensor, tensors_entry, write_tensors
-from activation_store.format.provenance_versions import same_form
+from activation_store.format.provenance_versions import convert_provenance
 from activation_store.format.schema import (
     INDEX,
     NOT_COMPARED,
@@ -68,13 +68,13 @@ system buffers much more before it writes to the disk."""
 class StoreWriter:
     """Appends examples to a store; as a context manager it closes at the end, and after an exception sealed shards stay.
 
-    Rows become durable one shard at a time: a shard is written under a temporary name, synced and renamed, and `written`
+    Rows become durable one shard at a time: a shard is written under a temporary name, synced and renamed, and `sealed_ids`
     then contains its examples. A killed run loses the other examples: those of the current shard and of pending writes.
-    The next run skips the examples in `written` (they are ignored if appended) and ends with the same bytes as an
+    The next run skips the examples in `sealed_ids` (they are ignored if appended) and ends with the same bytes as an
     uninterrupted run.
 
     `append` returns after the batch is checked, encoded and copied; a background thread writes it while the caller computes
-    the next. A failed write raises its error in the next `append`, `written` or `close`.
+    the next. A failed write raises its error in the next `append`, `sealed_ids` or `close`.
 
     Several workers can write into one folder at once, each with its own number, without waiting for each other; the last
     worker to close writes the manifest.
@@ -126,10 +126,10 @@ class StoreWriter:
         path: str | Path,
         schema: Schema,
         provenance: Mapping[str, Any],
-        worker: int = 0,
-        shard_size: int = 512,
         *,
+        worker: int = 0,
         workers: int = 1,
+        shard_size: int = 512,
         allow_overflow: bool = False,
         extra: Mapping[str, np.ndarray | LazyTensor] | None = None,
     ) -> None:
@@ -184,7 +184,7 @@ class StoreWriter:
             raise
 
     @property
-    def written(self) -> KeysView[str]:
+    def sealed_ids(self) -> KeysView[str]:
         """Ids of the examples in sealed shards, of all workers; a live read-only view.
 
         It first waits for all pending writes, so that all full shards are sealed.
@@ -391,7 +391,7 @@ class StoreWriter:
 
     def _check_same(self, schema: Schema, provenance: Mapping[str, Any], where: str) -> None:
         # A store that an earlier release started is continued with that release's version of provenance.
-        self._provenance = same_form(self._provenance, provenance, str(self._path))
+        self._provenance = convert_provenance(self._provenance, provenance, str(self._path))
         change = difference(comparable(schema, provenance), comparable(self._schema, self._provenance))
         if change is not None:
             field, old, new = change

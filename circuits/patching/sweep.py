@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from activation_store.tracing.continuation import with_answers
+from activation_store.tracing.continuation import append_answers
 from circuits.execution.memory import kept_bytes, row_bytes
 from circuits.execution.patch_runner import PatchRunner
 from circuits.execution.prefix_cache import Recording, See, Values, observe
@@ -256,7 +256,7 @@ def _inputs(model: Lvlm, members: Sequence[Plan], side: Literal["clean", "corrup
         replace(e, example=replace(e.example, question=p.pair.clean.question, answer=p.pair.clean.answer))
         for e, p in zip(encodings, members, strict=True)
     )
-    return with_answers(model, Batch(tuple(range(len(with_clean_answers))), with_clean_answers, inputs)).inputs
+    return append_answers(model, Batch(tuple(range(len(with_clean_answers))), with_clean_answers, inputs)).inputs
 
 
 def _groups(model: Lvlm, plans: Sequence[Plan], rows: int, settings: Settings) -> Iterator[list[int]]:

@@ -145,9 +145,9 @@ def _stored_rows(examples: int) -> int:
 
 def _own_bytes(model: Lvlm, plan: Plan) -> float:
     """Return the bytes of final norm and unembedding in float32, which are stored once if the decoder is traced."""
-    from activation_store.tracing.provenance import unembedding
+    from activation_store.tracing.provenance import read_unembedding
 
-    arrays = unembedding(model, plan) or {}
+    arrays = read_unembedding(model, plan) or {}
     return float(sum(rows.nbytes for rows in arrays.values()))
 
 
@@ -174,7 +174,7 @@ def _narrow_store(
 
     from activation_store.format.ragged import Ragged
     from activation_store.format.schema import Schema
-    from activation_store.tracing.example_table import row, spans
+    from activation_store.tracing.example_table import build_row, build_spans
     from activation_store.writing.writer import StoreWriter
     from lvlm.family.specification import resolve
 
@@ -185,7 +185,9 @@ def _narrow_store(
     unembedding: Any = resolve(model.hf, model.spec.unembedding or "", model.spec)
     logits = torch.zeros(int(unembedding.weight.shape[0]))
     roles = [role for role in plan.roles if role not in {"generated", "answer"}]
-    rows = [{**row(model, e, logits, concepts), **spans(e.tokens, roles), "image": "0" * 64} for e in encodings]
+    rows = [
+        {**build_row(model, e, logits, concepts), **build_spans(e.tokens, roles), "image": "0" * 64} for e in encodings
+    ]
     with StoreWriter(folder, Schema(arrays, plan.schema.dtype), {}) as writer:
         writer.append(values, {name: [one[name] for one in rows] for name in rows[0]})
     written = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())

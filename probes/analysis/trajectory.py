@@ -15,7 +15,7 @@ STACKS = ("vision", "projector", "decoder")
 """In the order of the forward pass."""
 
 
-def journey(grids: Iterable[ProbeGrid]) -> pd.DataFrame:
+def layer_trajectory(grids: Iterable[ProbeGrid]) -> pd.DataFrame:
     """Concatenate the frames of several grids in the order of the forward pass.
 
     Grids can have any stacks, components and token selections. Columns are those of `ProbeGrid.frame` and ``place``
@@ -30,14 +30,14 @@ def journey(grids: Iterable[ProbeGrid]) -> pd.DataFrame:
     --------
     >>> import numpy as np
     >>> from activation_store import MemorySource
-    >>> from probes import fit_grid, journey
+    >>> from probes import fit_grid, layer_trajectory
     >>> cat = np.arange(120) % 2
     >>> x = np.random.default_rng(0).normal(size=(120, 1, 8)) + 2.0 * cat[:, None, None]
     >>> table = {"id": range(120), "group": range(120), "object:cat": cat}
     >>> store = MemorySource({"resid_post": x, "vision.resid_post": x, "projector.out": x}, table)
     >>> sites = ("resid_post", "projector.out", "vision.resid_post")
     >>> grids = [fit_grid(store, ["object:cat"], site, C=(0.1,), folds=2, control=0, resamples=2) for site in sites]
-    >>> journey(grids)[["place", "step", "balanced_accuracy"]].round(2)
+    >>> layer_trajectory(grids)[["place", "step", "balanced_accuracy"]].round(2)
                        place  step  balanced_accuracy
     0   vision.L0.resid_post     0                1.0
     1          projector.out     1                1.0
@@ -60,8 +60,8 @@ def journey(grids: Iterable[ProbeGrid]) -> pd.DataFrame:
     return table.sort_values(["step", "component", "tokens", "concept", "head"], kind="stable", ignore_index=True)
 
 
-def landmarks(table: pd.DataFrame, *, above: float = 0.5, score: str = "low") -> pd.DataFrame:
-    """Return where each concept appears and where it vanishes, at each component and token selection of a `journey`.
+def find_onsets(table: pd.DataFrame, *, above: float = 0.5, score: str = "low") -> pd.DataFrame:
+    """Return where each concept appears and where it vanishes, at each component and token selection of a `layer_trajectory`.
 
     It appears at the first place where the score (by default the lower end of the interval) exceeds `above` in any head,
     and vanishes at the place after the last such place.
@@ -74,12 +74,12 @@ def landmarks(table: pd.DataFrame, *, above: float = 0.5, score: str = "low") ->
     Examples
     --------
     >>> import pandas as pd
-    >>> from probes import landmarks
+    >>> from probes import find_onsets
     >>> table = pd.DataFrame({"concept": "object:cat", "component": "resid_post", "tokens": "last", "step": [0, 1, 2, 3]})
     >>> table["place"] = [f"decoder.L{layer}.resid_post" for layer in table["step"]]
     >>> table["low"] = [0.4, 0.6, 0.7, 0.45]
     >>> table["balanced_accuracy"] = [0.5, 0.7, 0.8, 0.55]
-    >>> landmarks(table)[["appears", "vanishes", "best"]].loc[0].tolist()
+    >>> find_onsets(table)[["appears", "vanishes", "best"]].loc[0].tolist()
     ['decoder.L1.resid_post', 'decoder.L3.resid_post', 'decoder.L2.resid_post']
     """
     import pandas as pd

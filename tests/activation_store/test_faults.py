@@ -57,10 +57,10 @@ def write(
 ) -> Path:
     provenance = {**PROVENANCE, **options}
     with StoreWriter(path, SCHEMA, provenance, shard_size=shard, extra=EXTRA) as writer:
-        names = [i for i in range(n) if f"{prefix}{i}" not in writer.written]
+        names = [i for i in range(n) if f"{prefix}{i}" not in writer.sealed_ids]
         if names:
             writer.append(batch(names, shift), table(names, prefix))
-        _ = writer.written
+        _ = writer.sealed_ids
         if not finish:
             writer.abandon()
     return path

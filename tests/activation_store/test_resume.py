@@ -30,7 +30,7 @@ PROVENANCE = {"model": {"id": "tiny", "weights": "ab"}, "dataset": "cd", "enviro
 
 
 def append(writer: StoreWriter, rows: range, batch: int = 7, *, skip: bool = True) -> None:
-    todo = [i for i in rows if not skip or IDS[i] not in writer.written]
+    todo = [i for i in rows if not skip or IDS[i] not in writer.sealed_ids]
     for at in range(0, len(todo), batch):
         some = todo[at : at + batch]
         columns = {
@@ -65,7 +65,7 @@ def test_resumed_run_is_bit_identical(tmp_path: Path, reference: Path, stopped_a
         raise KeyboardInterrupt
     assert not list(tmp_path.glob("*.part"))
     with StoreWriter(tmp_path, SCHEMA, {**PROVENANCE, "environment": {"numpy": "2"}}, shard_size=40) as writer:
-        assert list(writer.written) == IDS[: stopped_at // 40 * 40]
+        assert list(writer.sealed_ids) == IDS[: stopped_at // 40 * 40]
         append(writer, range(N), batch=13, skip=skip)
     if stopped_at >= 40:  # otherwise nothing remembers the first run's environment
         assert contents(tmp_path) == contents(reference)
@@ -128,7 +128,7 @@ with t.StoreWriter({path!r}, t.SCHEMA, t.PROVENANCE, shard_size=10) as writer:
     for i in range(t.N):
         t.append(writer, range(i, i + 1))
         if i % 10 == 9:
-            print(len(writer.written), flush=True)  # acknowledged
+            print(len(writer.sealed_ids), flush=True)  # acknowledged
         time.sleep(0.002)
 """
 
@@ -240,7 +240,7 @@ def test_foreign_shard_of_the_same_name_is_never_replaced(tmp_path: Path) -> Non
 def test_disk_full_at_sync(tmp_path: Path, reference: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     writer = StoreWriter(tmp_path, SCHEMA, PROVENANCE, shard_size=40)
     append(writer, range(45))
-    assert len(writer.written) == 40
+    assert len(writer.sealed_ids) == 40
 
     def full(_descriptor: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -262,7 +262,7 @@ def test_disk_full_at_sync(tmp_path: Path, reference: Path, monkeypatch: pytest.
 def test_disk_full_at_the_manifest(tmp_path: Path, reference: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     writer = StoreWriter(tmp_path, SCHEMA, PROVENANCE, shard_size=40)
     append(writer, range(N))
-    assert len(writer.written) == 120
+    assert len(writer.sealed_ids) == 120
     real, remaining = os.fsync, [2]  # the last shard and its folder pass, the manifest does not
 
     def full(descriptor: int) -> None:
@@ -289,7 +289,7 @@ def test_write_refused_by_the_system_inside_hdf5(tmp_path: Path, limit: int) -> 
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         writer = t.StoreWriter({str(tmp_path)!r}, t.SCHEMA, t.PROVENANCE, shard_size=40)
         t.append(writer, range(45))
-        assert len(writer.written) == 40
+        assert len(writer.sealed_ids) == 40
         resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, resource.RLIM_INFINITY))
         try:
             t.append(writer, range(45, t.N))
@@ -340,7 +340,7 @@ def test_a_store_is_read_while_it_is_written(tmp_path: Path) -> None:
     with StoreWriter(tmp_path, SCHEMA, PROVENANCE, shard_size=10) as writer:
         for i in range(0, N, 5):
             append(writer, range(i, i + 5))
-            acknowledged = len(writer.written) if i % 15 == 0 else 0
+            acknowledged = len(writer.sealed_ids) if i % 15 == 0 else 0
             try:
                 store = ActivationStore(tmp_path)
             except StoreError:
@@ -374,6 +374,6 @@ def test_a_shard_that_the_disk_refuses_ends_the_writer_while_it_writes_the_next(
     writer = StoreWriter(tmp_path, SCHEMA, PROVENANCE, shard_size=10)
     append(writer, range(25))
     with pytest.raises(StoreError, match="No space left on device; kept: 10 examples in sealed shards"):
-        _ = writer.written
+        _ = writer.sealed_ids
     assert sorted(p.name for p in tmp_path.glob("[!.]*")) == ["shard-0-00000.h5"]
     assert len(ActivationStore(tmp_path)) == 10

@@ -203,7 +203,7 @@ def test_round_trip(case: tuple) -> None:
                 rows = slice(at, at + batch)
                 writer.append({k: v[rows] for k, v in data.items()}, {k: v[rows] for k, v in columns.items()})
             if n:
-                assert list(writer.written) == columns["id"][: n // shard_size * shard_size]
+                assert list(writer.sealed_ids) == columns["id"][: n // shard_size * shard_size]
         assert verify(folder).ok
         with ActivationStore(folder) as store:
             assert len(store) == n
@@ -351,7 +351,7 @@ def test_unfinished_store_reads_what_is_sealed(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="no activation store"):
         ActivationStore(tmp_path)
     writer.append(data, table(100))
-    assert len(writer.written) == 80
+    assert len(writer.sealed_ids) == 80
     store = ActivationStore(tmp_path)
     assert (len(store), store.complete) == (80, False)
     assert "not complete" in repr(store)

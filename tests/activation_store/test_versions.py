@@ -84,7 +84,7 @@ def test_store_of_version_1_is_continued(tmp_path: Path) -> None:
     }
     table = {name: list(values[rows]) for name, values in old.columns.items()}
     with StoreWriter(path, old.schema, dict(old.provenance), worker=0, workers=2, shard_size=40) as writer:
-        assert len(writer.written) == 45
+        assert len(writer.sealed_ids) == 45
         writer.append(arrays, table)
     assert verify(path).ok
     new = ActivationStore(path)

@@ -10,7 +10,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from activation_store.tracing.continuation import with_answers
+from activation_store.tracing.continuation import append_answers
 from lvlm import Lvlm, answer_key, wrap_lvlm
 from lvlm.answer_keys import answer_tokens
 from lvlm.encoding.processor import Parts
@@ -83,7 +83,7 @@ def test_a_forced_answer_begins_with_the_answer_key() -> None:
     lvlm = model("qwen2_vl")
     question = replace(example(0), candidates=("yes", "no"), answer="yes")
     batch = next(lvlm.batches([question], 1))
-    on = with_answers(lvlm, batch)
+    on = append_answers(lvlm, batch)
     first = on.inputs["input_ids"][0, on.tokens[0].generated[0]] if on.tokens[0].generated else None
     assert first is not None
     assert int(first) in answer_key(lvlm, question).tokens[0]

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from activation_store.tracing.example_table import row
+from activation_store.tracing.example_table import build_row
 from concepts.schema import Box, SceneObject
 from groundscope.core.errors import DataError, ModelError
 from lvlm import Lvlm, wrap_lvlm
@@ -114,7 +114,7 @@ def test_an_object_that_is_cropped_away_has_no_token() -> None:
     encoding = lvlm.encode(replace(example(), image=picture, objects=things, subject="nowhere"))
     # Patches of 14 pixels from pixel 28 on: pixels 56 to 70 are the third patch of the third row.
     assert encoding.tokens.objects == {"out": (), "in": (10,)}
-    table = row(lvlm, encoding, None, [])
+    table = build_row(lvlm, encoding, None, [])
     assert (table["box_ids"], table["boxes"]) == (["out", "in"], [[0, 0, 20, 20], [56, 56, 70, 70]])
 
 

@@ -17,9 +17,9 @@ from groundscope.core.errors import ProbeError, SiteError
 from probes import (
     ProbeGrid,
     control_task,
+    find_onsets,
     fit_grid,
-    journey,
-    landmarks,
+    layer_trajectory,
     lexical_control,
     multiclass,
     random_features,
@@ -182,7 +182,7 @@ def test_landmarks_name_the_layers_where_a_concept_appears_and_vanishes(grid: Pr
     options: dict[str, Any] = {"C": (1e-2,), "folds": 3, "control": 0, "resamples": 200}
     vision = fit_grid(before, ["attribute:red"], "vision.resid_post", tokens="image:mean", **options)
     projector = fit_grid(before, ["attribute:red"], "projector.out", tokens="image:mean", **options)
-    table = journey([grid, projector, vision])
+    table = layer_trajectory([grid, projector, vision])
     way = table.drop_duplicates("step").sort_values("step")["place"].tolist()
     assert way == [
         "vision.L0.resid_post",
@@ -191,7 +191,7 @@ def test_landmarks_name_the_layers_where_a_concept_appears_and_vanishes(grid: Pr
         "decoder.L1.resid_post",
         "decoder.L2.resid_post",
     ]
-    layers = landmarks(table, above=0.55).set_index(["concept", "component", "tokens"])
+    layers = find_onsets(table, above=0.55).set_index(["concept", "component", "tokens"])
     red = layers.loc[("attribute:red", "resid_post", "last")]
     assert (red["appears"], red["best"], red["vanishes"]) == (
         "decoder.L1.resid_post",
@@ -201,7 +201,7 @@ def test_landmarks_name_the_layers_where_a_concept_appears_and_vanishes(grid: Pr
     nowhere = layers.loc[("attribute:red", "out", "image:mean")]
     assert nowhere[["appears", "vanishes"]].isna().all()
     with pytest.raises(ProbeError, match="at least one grid"):
-        journey([])
+        layer_trajectory([])
 
 
 # ---- long runs ---------------------------------------------------------------------------------------------------------

@@ -247,7 +247,7 @@ def _after_captions(model: Lvlm, examples: Sequence[Example], sites: Sequence[Si
     """Return activations at the last token of each example's answer, ``[N, 1 + layers, D]``: embeddings, then every layer."""
     import torch
 
-    from activation_store.tracing.continuation import with_answers
+    from activation_store.tracing.continuation import append_answers
 
     empty = next((e.id for e in examples if not e.answer.strip()), None)
     if empty is not None:
@@ -258,7 +258,7 @@ def _after_captions(model: Lvlm, examples: Sequence[Example], sites: Sequence[Si
     with progress_bar() as bar:
         task = bar.add_task("reading captions", total=len(examples))
         for batch in model.batches(examples, batch_rows(model, examples, 32)):
-            continued = with_answers(model, batch)
+            continued = append_answers(model, batch)
             ends = torch.tensor([(tokens.generated or (tokens.last,))[-1] for tokens in continued.tokens])
 
             def at_end(_site: Site, x: Tensor, ends: Tensor = ends) -> Tensor:
