@@ -15,6 +15,8 @@ from lvlm.model import Batch, Lvlm
 
 Condition = Sequence[Intervention]
 """Changes of one run; empty for the unchanged model. `SteeringVector.interventions` returns one."""
+_LAST = ("last", "last+generated")
+"""In a prompt without generated tokens, both are its last token."""
 _AT_LAST = ("z", "resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
 
 
@@ -61,7 +63,9 @@ def logits_under(
 def _at_last(item: Intervention) -> bool:
     """Whether a change applies to the decoder at the last token only."""
     here = item.site.stack == "decoder" and not item.site.cross and item.site.component in _AT_LAST
-    return here and item.positions == "last" and item.rows is None and item.gate is None
+    return (
+        here and isinstance(item.positions, str) and item.positions in _LAST and item.rows is None and item.gate is None
+    )
 
 
 def _resumed(

@@ -176,10 +176,18 @@ class DecoderTokens:
         return self._prompt
 
     def start(self, rule: str, count: int) -> int:
-        """Return the index in the forward pass of the first token that the rule ``all``, ``last`` or ``generated`` selects."""
+        """Return the index in the forward pass of the first token that a rule selects; it selects all tokens after it too.
+
+        For ``all``, ``last+generated`` and ``generated:all``.
+        """
         if rule == "all":
             return 0
-        return max(self.prompt(count) - (rule == "last") - self.past(), 0)
+        return max(self.prompt(count) - (rule == "last+generated") - self.past(), 0)
+
+    def last(self, count: int) -> int | None:
+        """Return the index in the forward pass of the prompt's last token; None if the pass does not contain it."""
+        index = self.prompt(count) - 1 - self.past()
+        return index if 0 <= index < count else None
 
     def steps(self, count: int) -> list[int]:
         """Return for each token of the forward pass the number of generated tokens up to and including it; 0 in the prompt."""
@@ -187,7 +195,7 @@ class DecoderTokens:
         return [max(0, first + i) for i in range(count)]
 
     def mask(self, rule: str, x: Tensor, where: object) -> Tensor:
-        """Return the tokens that the rule ``image``, ``suffix`` or ``question`` selects, bool ``[rows, positions]``.
+        """Return the tokens that ``image:all``, ``suffix+generated`` or ``suffix:all`` selects, bool ``[rows, positions]``.
 
         Raises
         ------
@@ -197,13 +205,15 @@ class DecoderTokens:
         rows, count = x.shape[:2]
         past, prompt = self.past(), self.prompt(count)
         first, end = min(past, prompt), min(past + count, prompt)
-        written = torch.full((rows, count - (end - first)), rule == "suffix", dtype=torch.bool, device=x.device)
+        written = torch.full(
+            (rows, count - (end - first)), rule == "suffix+generated", dtype=torch.bool, device=x.device
+        )
         if first == end:
             return written
         if not image_in_sequence(self._model):
             return torch.cat([torch.full((rows, end - first), True, device=x.device), written], dim=1)
         image = self._image(rule, rows, prompt, where).to(x.device)
-        chosen = image if rule == "image" else tokens_after_image(image)
+        chosen = image if rule == "image:all" else tokens_after_image(image)
         offset = prompt - image.shape[1]  # tokens of an earlier cache
         return torch.cat([chosen[:, first - offset : end - offset], written], dim=1)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from circuits.interventions.decoder_tokens import DecoderTokens
 from circuits.interventions.hooks import edit
-from circuits.interventions.options import RULES, Rule
+from circuits.interventions.options import RULES
 from circuits.interventions.transforms import Add, Amplify, Change, Project, Replace, Zero
 from groundscope.core.errors import ModelError, PatchError, SiteError
 from lvlm.active_interventions import ActiveIntervention, mark_intervention
@@ -24,6 +24,7 @@ from lvlm.intervention_digest import digest_of
 from lvlm.model import Lvlm
 from lvlm.site_width import site_width
 from lvlm.sites import Site
+from lvlm.token_selection import TokenSelection
 
 __all__ = [
     "RULES",
@@ -34,13 +35,13 @@ __all__ = [
     "Intervention",
     "Project",
     "Replace",
-    "Rule",
     "Zero",
     "intervened",
     "width",
 ]
 
-_AROUND_IMAGE = ("image", "suffix", "question")
+_AROUND_IMAGE = ("image:all", "suffix+generated", "suffix:all")
+_OUTSIDE_DECODER = ("all", "last", "last+generated")
 _REACHED = ("resid_pre", "q", "k", "v", "pattern", "z", "attn_out", "resid_mid", "mlp_out", "resid_post")
 
 
@@ -74,14 +75,16 @@ class Intervention:
         ``all``
             every token;
         ``last``
+            the last token of the prompt;
+        ``last+generated``
             the last token of the prompt, and every generated token;
-        ``image``
+        ``image:all``
             the image tokens, as in `lvlm.token_map.TokenMap.image`;
-        ``suffix``
-            every token after the image, including generated tokens; every token if the sequence has no image;
-        ``question``
-            as ``suffix``, without generated tokens;
-        ``generated``
+        ``suffix:all``
+            every prompt token after the image; every prompt token if the sequence has no image;
+        ``suffix+generated``
+            as ``suffix:all``, and every generated token;
+        ``generated:all``
             every generated token;
         a tuple of integers, or a LongTensor ``[rows, n]`` with the positions of each row
             counted from 0 in the prompt.
@@ -97,20 +100,19 @@ class Intervention:
 
     site: Site
     change: Change
-    positions: Rule | tuple[int, ...] | Tensor = "last"
+    positions: str | tuple[int, ...] | Tensor = "last+generated"
     head: int | None = None
     rows: tuple[int, ...] | None = None
     gate: Gate | None = None
     decay: float = 1.0
 
     def __post_init__(self) -> None:
-        if isinstance(self.positions, str) and self.positions not in RULES:
-            msg = f"unknown positions '{self.positions}'; choose from {', '.join(RULES)}, or pass positions counted from 0"
-            raise PatchError(msg)
+        if isinstance(self.positions, str):
+            TokenSelection.parse(self.positions, allowed=RULES)
         if not isinstance(self.positions, str) and min(_flat_positions(self.positions), default=0) < 0:
             msg = f"positions {self.positions} at '{self.site}' must not be negative; for the last token use 'last'"
             raise PatchError(msg)
-        if not _in_decoder(self.site) and isinstance(self.positions, str) and self.positions not in ("all", "last"):
+        if not _in_decoder(self.site) and isinstance(self.positions, str) and self.positions not in _OUTSIDE_DECODER:
             msg = (
                 f"positions '{self.positions}' at '{self.site}' are for the decoder only; use 'all', 'last' or numbers"
             )
@@ -155,7 +157,7 @@ def intervened(
         If a change does not fit the width of its site or is not finite; during a forward pass, if its batch lacks the
         positions or rows.
     ModelError
-        For positions ``image`` if the decoder's sequence has no image; during a forward pass, if the roles of its tokens
+        For positions ``image:all`` if the decoder's sequence has no image; during a forward pass, if the roles of its tokens
         are unknown (`circuits.interventions.decoder_tokens`).
     """
     by_site: dict[Site, list[tuple[Intervention, slice]]] = {}
@@ -213,10 +215,10 @@ def placed(model: Lvlm, item: Intervention) -> Intervention:
     Raises
     ------
     ModelError
-        For positions ``image`` if the decoder's sequence has no image tokens.
+        For positions ``image:all`` if the decoder's sequence has no image tokens.
     """
-    if item.positions == "image":
-        check_image_in_sequence(model, f"positions 'image' at '{item.site}'")
+    if item.positions == "image:all":
+        check_image_in_sequence(model, f"positions 'image:all' at '{item.site}'")
     gate = item.gate
     if gate is not None and gate.head is not None:
         gate = replace(gate, site=head_site(model, gate.site))
@@ -296,7 +298,7 @@ def _is_everything(item: Intervention, columns: slice, x: Tensor, tokens: Decode
     """Whether an intervention changes a full tensor, so that no copy is needed."""
     if item.rows is not None or item.gate is not None or columns != slice(0, x.shape[-1]):
         return False
-    if not isinstance(item.positions, str) or item.positions in _AROUND_IMAGE:
+    if not isinstance(item.positions, str) or item.positions in (*_AROUND_IMAGE, "last"):
         return False
     return item.positions == "all" or (_in_decoder(item.site) and tokens.start(item.positions, x.shape[1]) == 0)
 
@@ -346,9 +348,14 @@ def _index_of(item: Intervention, columns: slice, x: Tensor, tokens: DecoderToke
             mask = mask & only
         return mask, columns
     if isinstance(positions, str):
-        outside = count - 1 if positions == "last" else 0
-        start = tokens.start(positions, count) if _in_decoder(item.site) else outside
-        return None if start >= count else (slice(None) if rows is None else list(rows), slice(start, None), columns)
+        members = slice(None) if rows is None else list(rows)
+        if not _in_decoder(item.site):
+            return members, slice(0 if positions == "all" else count - 1, None), columns
+        if positions == "last":
+            last = tokens.last(count)
+            return None if last is None else (members, slice(last, last + 1), columns)
+        start = tokens.start(positions, count)
+        return None if start >= count else (members, slice(start, None), columns)
     at = torch.as_tensor(positions, device=x.device)
     past, prompt = (tokens.past(), tokens.prompt(count)) if _in_decoder(item.site) else (0, count)
     if past >= prompt:
@@ -366,10 +373,10 @@ def _index_of(item: Intervention, columns: slice, x: Tensor, tokens: DecoderToke
         )
         raise ModelError(msg)
     at = at - past
-    members = x.shape[0] if rows is None else len(rows)
-    index = torch.arange(members, device=x.device) if rows is None else torch.tensor(rows, device=x.device)
-    if at.dim() == 2 and at.shape[0] != members:
-        msg = f"positions {list(at.shape)} at '{item.site}' are for {at.shape[0]} rows, but {members} are changed"
+    n_rows = x.shape[0] if rows is None else len(rows)
+    index = torch.arange(n_rows, device=x.device) if rows is None else torch.tensor(rows, device=x.device)
+    if at.dim() == 2 and at.shape[0] != n_rows:
+        msg = f"positions {list(at.shape)} at '{item.site}' are for {at.shape[0]} rows, but {n_rows} are changed"
         raise PatchError(msg)
     return index[:, None], at if at.dim() == 2 else at[None], columns
 

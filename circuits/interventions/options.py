@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-Rule = Literal["all", "last", "image", "suffix", "question", "generated"]
-"""Which tokens an intervention changes."""
-RULES: tuple[Rule, ...] = ("all", "last", "image", "suffix", "question", "generated")
+from lvlm.token_selection import STEERABLE
+
+RULES = STEERABLE
+"""Token selections of an intervention, which need no encoded prompt."""
 Norm = Literal["free", "kept", "relative", "away"]
 """Effect on the norm of the changed vector; see `circuits.interventions.transforms.Add`."""
 NORMS: tuple[Norm, ...] = ("free", "kept", "relative", "away")

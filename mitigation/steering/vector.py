@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from circuits.interventions.options import NORMS, RULES, Norm
+from circuits.interventions.options import NORMS, Norm
 from groundscope.core import artifacts
 from groundscope.core.errors import ConfigError, ModelError, PatchError, StoreError
 from groundscope.core.files import canonical_json
@@ -30,9 +30,6 @@ if TYPE_CHECKING:
     from lvlm.model import Lvlm
 
 __all__ = ["NORMS", "Norm", "SteeringVector", "combine"]
-
-_OLD_RULES = {new: old for old, new in LEGACY_STEERING_POSITIONS.items()}
-"""Words of `circuits.interventions.options.RULES` for positions that it lacks."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -214,12 +211,11 @@ class SteeringVector:
             place = self.gate.place
             head = place.head if isinstance(place, Head) else None
             gate = Gate(site_of(place), tensor(self.gate.weights), self.gate.bias, head)
-        positions: Any = self.positions if self.positions in RULES else _OLD_RULES[self.positions]
         interventions = []
         for key, item in self.changes.items() if s else ():
             head = key.head if isinstance(key, Head) else None
             change = item.transform(s, self.norm)
-            interventions.append(Intervention(site_of(key), change, positions, head, gate=gate, decay=self.decay))
+            interventions.append(Intervention(site_of(key), change, self.positions, head, gate=gate, decay=self.decay))
         return interventions
 
     def displacements(self, strength: float | None = None) -> dict[Key, np.ndarray]:

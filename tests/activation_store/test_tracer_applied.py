@@ -227,7 +227,7 @@ def test_global_hooks_and_copied_hooks_are_found(model: Lvlm) -> None:
 
 
 def test_every_intervention_registers_itself_and_ends(model: Lvlm) -> None:
-    layer = Intervention(Site("decoder", 1, "z"), Zero(), "last", head=2)
+    layer = Intervention(Site("decoder", 1, "z"), Zero(), "last+generated", head=2)
     block = torch.zeros(1, 3, 3, dtype=torch.bool)
     with intervened(model, [layer]), blocked(model, [0, 1], block), vectors(model)["L2"].applied(model):
         kinds = [(intervention.kind, intervention.name) for intervention in model.interventions]
@@ -252,9 +252,9 @@ def test_every_intervention_registers_itself_and_ends(model: Lvlm) -> None:
 
 
 def test_a_digest_names_all_that_a_change_does() -> None:
-    base = Intervention(Site("decoder", 1, "z"), Add(torch.ones(4)), "last", head=2)
+    base = Intervention(Site("decoder", 1, "z"), Add(torch.ones(4)), "last+generated", head=2)
     gate = Gate(Site("decoder", 0, "z"), torch.ones(4), 0.5)
-    same = Intervention(Site("decoder", 1, "z"), Add(torch.ones(4)), "last", head=2)
+    same = Intervention(Site("decoder", 1, "z"), Add(torch.ones(4)), "last+generated", head=2)
     others = [
         replace(base, change=Add(torch.ones(4) * 2)),
         replace(base, change=Add(torch.ones(4), "kept")),
@@ -276,7 +276,7 @@ def test_a_digest_names_all_that_a_change_does() -> None:
 
 
 def test_a_change_without_a_digest_refuses_to_join_other_rows(model: Lvlm, tmp_path: Path) -> None:
-    own = Intervention(Site("decoder", 1, "z"), lambda x: 2 * x, "last")
+    own = Intervention(Site("decoder", 1, "z"), lambda x: 2 * x, "last+generated")
     with intervened(model, [own]):
         store = traced(model, tmp_path / "new")
         assert store.provenance["interventions"] == [{"kind": "intervention", "name": "decoder.L1.z", "digest": None}]

@@ -54,7 +54,7 @@ def test_the_model_is_afterwards_what_it_was(fails: bool) -> None:
     state = {name: p.clone() for name, p in model.hf.state_dict().items()}
     plain = model.logits(batch(model).inputs)
     change: Callable[[torch.Tensor], torch.Tensor] = (lambda x: x.reshape(7, 11, 13)) if fails else Zero()
-    items = [Intervention(SITE, change, "suffix"), Intervention(Site("decoder", 0, "resid_post"), Zero())]
+    items = [Intervention(SITE, change, "suffix:all"), Intervention(Site("decoder", 0, "resid_post"), Zero())]
     if fails:
         with pytest.raises(RuntimeError), intervened(model, items):
             model.logits(batch(model).inputs)
@@ -83,8 +83,11 @@ def test_positions_heads_and_rows() -> None:
     cases: list[tuple[Any, list[int]]] = [
         ("all", list(range(base.shape[1]))),
         ("last", [base.shape[1] - 1]),
-        ("image", image),
-        ("suffix", after),
+        ("last+generated", [base.shape[1] - 1]),
+        ("image:all", image),
+        ("suffix:all", after),
+        ("suffix+generated", after),
+        ("generated:all", []),
         ((0, 4), [0, 4]),
     ]
     for rule, where in cases:
@@ -189,12 +192,12 @@ def test_what_is_put_between_attention_and_mlp_reaches_the_layers_end(stack: str
             SiteError,
             "a head needs component 'z'",
         ),
-        (lambda: Intervention(Site("vision", 0, "z"), Zero(), "image"), SiteError, "are for the decoder only"),
+        (lambda: Intervention(Site("vision", 0, "z"), Zero(), "image:all"), SiteError, "are for the decoder only"),
         (lambda: Intervention(Site("decoder", 0, "pattern"), Zero()), SiteError, "cannot be changed"),
         (lambda: Intervention(SITE, Add(torch.ones(24))), PatchError, "must be 192"),
         (lambda: Intervention(SITE, Add(torch.ones(192)), head=0), PatchError, "must be 24"),
         (lambda: Intervention(SITE, Add(torch.full((192,), torch.nan))), PatchError, "NaN"),
-        (lambda: Intervention(SITE, Zero(), "first"), PatchError, "choose from all, last"),  # pyright: ignore[reportArgumentType]  # a mistake
+        (lambda: Intervention(SITE, Zero(), "first"), SiteError, "choose from last, last\\+generated"),  # pyright: ignore[reportArgumentType]  # a mistake
         (lambda: Intervention(SITE, Zero(), (-1,)), PatchError, "use 'last'"),
         (lambda: Intervention(SITE, Zero(), (0, 999)), PatchError, "position 999"),
         (lambda: Intervention(SITE, Zero(), torch.tensor([[1], [2], [3]])), PatchError, "for 3 rows, but 2"),
@@ -213,7 +216,7 @@ def test_invalid_interventions_are_refused(
 def test_image_positions_need_the_models_own_inputs() -> None:
     model = shared_model()
     embedded = torch.zeros(1, 5, model.width)
-    with pytest.raises(PatchError, match="input_ids"), intervened(model, [Intervention(SITE, Zero(), "image")]):
+    with pytest.raises(PatchError, match="input_ids"), intervened(model, [Intervention(SITE, Zero(), "image:all")]):
         model.hf(inputs_embeds=embedded)
 
 

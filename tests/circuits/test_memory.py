@@ -158,7 +158,7 @@ def test_scores_of_a_split_do_not_hold_logits(monkeypatch: pytest.MonkeyPatch) -
 def test_corrections_are_recorded_within_the_budget() -> None:
     lvlm, some = shared_model(), examples()[:6]
     batch = next(lvlm.batches(some, 6))
-    change = [Intervention(Site("decoder", 2, "z"), Add(torch.ones(lvlm.head_dim)), "last", 1)]
+    change = [Intervention(Site("decoder", 2, "z"), Add(torch.ones(lvlm.head_dim)), "last+generated", 1)]
     each = kept_bytes(lvlm, 1, batch.encodings[0].tokens.length)
     whole = logits_under(lvlm, [[], change])(batch)
     # Room for two recordings at a time is room for the resumed rows too.

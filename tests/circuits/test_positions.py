@@ -88,7 +88,7 @@ def test_rules_act_on_the_tokens_of_the_map(family: str) -> None:
         assert tokens.image == ()
         assert pixels_reach(lvlm, inputs) == []
         with pytest.raises(ModelError, match=f"{family} .* has none"):
-            moved(lvlm, inputs, "image")
+            moved(lvlm, inputs, "image:all")
         with pytest.raises(ModelError, match="has none"):
             image_tokens(lvlm, inputs)
         suffix = every
@@ -99,15 +99,16 @@ def test_rules_act_on_the_tokens_of_the_map(family: str) -> None:
         else:
             assert pixels_reach(lvlm, inputs) == image
         assert image == BY_HAND.get(family, list(range(image[0], image[-1] + 1)))
-        assert moved(lvlm, inputs, "image") == image
+        assert moved(lvlm, inputs, "image:all") == image
         suffix = every[max(image) + 1 :]
         assert set(tokens.question) <= set(suffix)
     assert list(tokens.suffix) == suffix
-    assert moved(lvlm, inputs, "suffix") == suffix
-    assert moved(lvlm, inputs, "question") == suffix
+    assert moved(lvlm, inputs, "suffix+generated") == suffix
+    assert moved(lvlm, inputs, "suffix:all") == suffix
     assert moved(lvlm, inputs, "all") == every
     assert moved(lvlm, inputs, "last") == every[-1:]
-    assert moved(lvlm, inputs, "generated") == []
+    assert moved(lvlm, inputs, "last+generated") == every[-1:]
+    assert moved(lvlm, inputs, "generated:all") == []
     assert moved(lvlm, inputs, (0,)) == [0]
     assert hooks_of(lvlm) == 0
 
@@ -138,11 +139,12 @@ def strengths(rule: str, image: list[int], prompt: int, length: int, decay: floa
     end = max(image, default=-1)
     selected = {
         "all": lambda p: True,
-        "last": lambda p: p >= prompt - 1,
-        "image": lambda p: p in image,
-        "suffix": lambda p: p > end,
-        "question": lambda p: end < p < prompt,
-        "generated": lambda p: p >= prompt,
+        "last": lambda p: p == prompt - 1,
+        "last+generated": lambda p: p >= prompt - 1,
+        "image:all": lambda p: p in image,
+        "suffix+generated": lambda p: p > end,
+        "suffix:all": lambda p: end < p < prompt,
+        "generated:all": lambda p: p >= prompt,
     }[rule]
     return [decay ** max(0, p - prompt + 1) if selected(p) else 0.0 for p in range(length)]
 
@@ -154,8 +156,14 @@ def test_generation_means_the_same_with_and_without_a_cache(family: str, cache: 
     encoding = lvlm.encode(example())
     inputs, prompt = lvlm.collate([encoding]), encoding.tokens.length
     cached = cache or family in EMBEDDED
-    for rule, decay in (("image", 1.0), ("suffix", 0.5), ("last", 0.5), ("generated", 0.5)):
-        if rule == "image" and family in OUTSIDE:
+    for rule, decay in (
+        ("image:all", 1.0),
+        ("suffix+generated", 0.5),
+        ("last+generated", 0.5),
+        ("generated:all", 0.5),
+        ("last", 1.0),
+    ):
+        if rule == "image:all" and family in OUTSIDE:
             continue
         item = Intervention(FIRST, Add(torch.ones(lvlm.width)), rule, decay=decay)  # pyright: ignore[reportArgumentType]
         with recorded(lvlm, item) as changes:
@@ -181,7 +189,9 @@ def pushed(lvlm: Lvlm, **form: Any) -> torch.Tensor:
     return torch.stack(out.logits, 1)
 
 
-@pytest.mark.parametrize("rule", ["last", "all", "image", "suffix", "question", "generated", (1, 20)])
+@pytest.mark.parametrize(
+    "rule", ["last", "last+generated", "all", "image:all", "suffix+generated", "suffix:all", "generated:all", (1, 20)]
+)
 def test_forms_of_generation(rule: Any) -> None:
     """A static cache and no cache give what a cache gives."""
     lvlm = model("llava")
@@ -200,7 +210,7 @@ def test_forms_of_generation(rule: Any) -> None:
         assert (plain - want).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("rule", ["last", "all", "generated", "suffix"])
+@pytest.mark.parametrize("rule", ["last", "last+generated", "all", "generated:all", "suffix+generated"])
 def test_a_prefill_in_chunks_and_candidates_of_several_tokens(rule: Any) -> None:
     """Without an image: transformers takes no pixels in these forms."""
     lvlm = model("llava")
@@ -230,7 +240,16 @@ def test_a_custom_decoding_loop_gets_the_same_positions() -> None:
     lvlm = model("llava")
     inputs = lvlm.collate([lvlm.encode(example())])
     more = torch.tensor([[25, 26]])
-    for rule, factors in (("last", [0, 1, 1]), ("generated", [0, 1, 1]), ("image", [0, 0, 0]), ("suffix", [0, 1, 1])):
+    factors_of = {
+        "last": 0,
+        "last+generated": 1,
+        "generated:all": 1,
+        "image:all": 0,
+        "suffix:all": 0,
+        "suffix+generated": 1,
+    }
+    for rule, factor in factors_of.items():
+        factors = [0, factor, factor]
         item = Intervention(FIRST, Add(torch.ones(lvlm.width)), rule, decay=0.5)  # pyright: ignore[reportArgumentType]
         with recorded(lvlm, item) as changes, torch.no_grad():
             out = lvlm.hf(**inputs, use_cache=True)
@@ -238,7 +257,7 @@ def test_a_custom_decoding_loop_gets_the_same_positions() -> None:
                 out = lvlm.hf(input_ids=token[None, None], past_key_values=out.past_key_values)
         assert [float(x[0, -1].round(decimals=3)) for x in changes[1:]] == [factors[k] * 0.5**k for k in (1, 2)], rule
     cache = DynamicCache()
-    with intervened(lvlm, [Intervention(FIRST, Add(torch.ones(lvlm.width)), "last")]), torch.no_grad():
+    with intervened(lvlm, [Intervention(FIRST, Add(torch.ones(lvlm.width)), "last+generated")]), torch.no_grad():
         lvlm.hf(**inputs, past_key_values=cache)
         with pytest.raises(ModelError, match="2 tokens after a cache of 30 outside of generate"):
             lvlm.hf(input_ids=more, past_key_values=cache)
@@ -246,11 +265,11 @@ def test_a_custom_decoding_loop_gets_the_same_positions() -> None:
         lvlm.hf(
             input_ids=more, past_key_values=lvlm.hf(**inputs, use_cache=True).past_key_values
         )  # needs to know nothing
-    image = Intervention(FIRST, Add(torch.ones(lvlm.width)), "image")
+    image = Intervention(FIRST, Add(torch.ones(lvlm.width)), "image:all")
     with intervened(lvlm, [image]), pytest.raises(PatchError, match="need input_ids"):
         lvlm.hf.model.language_model(inputs_embeds=torch.zeros(1, 30, lvlm.width))
     with (
-        intervened(lvlm, [Intervention(FIRST, Add(torch.ones(lvlm.width)), "last")]),
+        intervened(lvlm, [Intervention(FIRST, Add(torch.ones(lvlm.width)), "last+generated")]),
         pytest.raises(ModelError, match="batching"),
     ):
         lvlm.hf.generate_batch([[1, 2]])
@@ -260,7 +279,7 @@ def test_beams_share_their_prompt() -> None:
     lvlm = model("llava_next")
     inputs = lvlm.collate([lvlm.encode(example(k)) for k in (0, 0)])
     image = list(lvlm.encode(example()).tokens.image)
-    with recorded(lvlm, Intervention(FIRST, Add(torch.ones(lvlm.width)), "image")) as changes:
+    with recorded(lvlm, Intervention(FIRST, Add(torch.ones(lvlm.width)), "image:all")) as changes:
         lvlm.hf.generate(**inputs, max_new_tokens=2, num_beams=3, do_sample=False)
     assert changes[0].shape[0] == 6
     expected = torch.zeros(changes[0].shape)
@@ -271,7 +290,7 @@ def test_beams_share_their_prompt() -> None:
 def test_contexts_nest_and_restore_generate() -> None:
     lvlm = model("llava")
     before = lvlm.hf.generate
-    items = [Intervention(FIRST, Add(torch.ones(lvlm.width)), "generated")]
+    items = [Intervention(FIRST, Add(torch.ones(lvlm.width)), "generated:all")]
     inputs = lvlm.collate([lvlm.encode(example())])
     with intervened(lvlm, items), recorded(lvlm, items[0]) as changes:
         lvlm.hf.generate(**inputs, max_new_tokens=2, min_new_tokens=2, do_sample=False, use_cache=False)
@@ -297,11 +316,11 @@ def test_two_images_in_one_row_and_rows_without_any() -> None:
     lvlm = model("llava_next")
     pictures = [Image.new("RGB", (140, 100), "red"), Image.new("RGB", (140, 100), "blue")]
     inputs, tokens = lvlm.encode_prompt(lvlm.prompt("which?", 2), pictures, question="which?")
-    assert moved(lvlm, inputs, "image") == list(tokens.image)
-    assert moved(lvlm, inputs, "suffix") == list(tokens.suffix)
+    assert moved(lvlm, inputs, "image:all") == list(tokens.image)
+    assert moved(lvlm, inputs, "suffix+generated") == list(tokens.suffix)
     text = {"input_ids": torch.tensor([[1, 20, 21]]), "attention_mask": torch.ones(1, 3, dtype=torch.long)}
-    assert moved(lvlm, text, "image") == []
-    assert moved(lvlm, text, "suffix") == [0, 1, 2]
+    assert moved(lvlm, text, "image:all") == []
+    assert moved(lvlm, text, "suffix+generated") == [0, 1, 2]
 
 
 def test_a_class_token_is_no_part_of_the_image() -> None:
@@ -314,7 +333,7 @@ def test_a_class_token_is_no_part_of_the_image() -> None:
     assert encoding.tokens.separators == (3,)
     inputs = lvlm.collate([encoding])
     assert pixels_reach(lvlm, inputs) == runs((3, 19))
-    assert moved(lvlm, inputs, "image") == runs((4, 19))
+    assert moved(lvlm, inputs, "image:all") == runs((4, 19))
 
 
 def test_answers_that_are_read_in_one_forward_count_as_generated(tmp_path: Path) -> None:
@@ -322,7 +341,13 @@ def test_answers_that_are_read_in_one_forward_count_as_generated(tmp_path: Path)
     lvlm = model("llava")
     data, site = ConceptDataset("d", (example(0),)), "decoder.L1.resid_pre"
     tokens = lvlm.encode(example(0)).tokens
-    for rule, decay in (("generated", 0.5), ("last", 0.5), ("suffix", 1.0), ("image", 1.0), ("question", 1.0)):
+    for rule, decay in (
+        ("generated:all", 0.5),
+        ("last+generated", 0.5),
+        ("suffix+generated", 1.0),
+        ("image:all", 1.0),
+        ("suffix:all", 1.0),
+    ):
         stores = []
         for strength in (0.0, 1.0):
             item = Intervention(FIRST, Add(strength * torch.ones(lvlm.width)), rule, decay=decay)  # pyright: ignore[reportArgumentType]

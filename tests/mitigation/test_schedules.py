@@ -329,7 +329,7 @@ def test_additions_at_one_site_are_summed() -> None:
             "no later",
         ),
         (lambda: Intervention(Site("decoder", 0, "z"), Zero(), decay=0.5), PatchError, "without a strength"),
-        (lambda: Intervention(Site("vision", 0, "z"), Zero(), "generated"), SiteError, "are for the decoder only"),
+        (lambda: Intervention(Site("vision", 0, "z"), Zero(), "generated:all"), SiteError, "are for the decoder only"),
         (lambda: steering_vector(positions="answer"), ConfigError, "positions='answer'"),
     ],
 )
