@@ -35,14 +35,13 @@ from activation_store import trace
 from behavior import BehaviorResult, chair
 from behavior.metrics import METRICS, compare_metric, compute_metrics
 from benchmarks._steering_methods import Method, World, methods
-from circuits import patch_heads
+from circuits import patch_heads, top_heads
 from concepts import scenes
 from concepts.counterfactuals import balanced_pairs
 from concepts.scenes import questions
 from concepts.scenes.icons import NOUNS
 from concepts.schema import ConceptDataset
 from experiments.config import SteerConfig
-from experiments.stages.patch import top_heads
 from groundscope.core.errors import DataError, PatchError, SiteError
 from groundscope.core.statistics import Estimate, cluster_bootstrap, ratio
 from lvlm import Lvlm, load_lvlm
@@ -89,7 +88,7 @@ def world(plan: Plan, work: Path) -> World:
     questions_ = data.filter(lambda e: bool(e.candidates))
     store = trace(model, questions_, sites=["resid_post", "z", "mlp_out"], tokens=["last"], out=work / "activations")
     scores = {k: patch_heads(model, balanced_pairs(data, k, limit=60)) for k in ("object", "color", "relation")}
-    return World(model, store, store.frame(), questions_, tuple(top_heads(scores, 6)), plan.pairs)  # pyright: ignore[reportArgumentType]  # heads
+    return World(model, store, store.frame(), questions_, top_heads(scores, 6), plan.pairs)
 
 
 def part(data: ConceptDataset, method: Method, plan: Plan) -> ConceptDataset:

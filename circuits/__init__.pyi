@@ -12,15 +12,14 @@ from .patching.activation import patch, patch_heads
 from .patching.metrics import metrics
 from .patching.path import patch_paths
 from .results.graph import Graph
-from .results.head_scores import HeadScores, compare, random_heads
+from .results.head_scores import HeadScores, compare, random_heads, top_heads
 from .results.patch_scores import PatchScores
-from .results.statistics import Comparison, Stability
+from .results.statistics import RankingComparison, Stability
 
 __all__ = [
     "Ablation",
     "Add",
     "Amplify",
-    "Comparison",
     "Gate",
     "Graph",
     "HeadScores",
@@ -30,6 +29,7 @@ __all__ = [
     "Intervention",
     "PatchScores",
     "Project",
+    "RankingComparison",
     "Replace",
     "SourceShares",
     "Sources",
@@ -51,4 +51,5 @@ __all__ = [
     "patch_heads",
     "patch_paths",
     "random_heads",
+    "top_heads",
 ]

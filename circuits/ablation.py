@@ -39,7 +39,17 @@ _BY_EXAMPLE = ("ids", "groups", "levels")
 
 @dataclass(frozen=True, eq=False)
 class Ablation:
-    """The answer's margin with and without sets of heads; returned by `ablate`."""
+    """The answer's margin with and without sets of heads; returned by `ablate`.
+
+    Examples
+    --------
+    >>> import groundscope as gs
+    >>> model = gs.load_lvlm("tiny")
+    >>> questions = gs.scenes.dataset(n_images=10, seed=0)[:3]
+    >>> ablation = gs.ablate(model, questions, ["L1.H0"], method="zero")
+    >>> ablation.effects.shape, bool((ablation.select(ablation.right).margins > 0).all())
+    ((3, 1), True)
+    """
 
     margins: np.ndarray
     """Score of the true answer minus the best other score, of the intact model, float32 ``[n_examples]``, in logits."""
@@ -166,6 +176,15 @@ def ablate(
         If an answer cannot be read from one token.
     ModelError
         If logits are not finite, with or without ablation.
+
+    Examples
+    --------
+    >>> import groundscope as gs
+    >>> model = gs.load_lvlm("tiny")
+    >>> questions = gs.scenes.dataset(n_images=10, seed=0)[:3]
+    >>> ablation = gs.ablate(model, questions, ["L1.H0", gs.HeadSet(["L2.H0", "L2.H1"])])
+    >>> ablation.frame()["name"].tolist(), ablation.effects.shape
+    (['L1.H0', 'L2.H0+L2.H1'], (3, 2))
     """
     if method not in METHODS or batch_size < 1 or memory < 1:
         msg = (

@@ -42,7 +42,17 @@ _BY_EXAMPLE = ("ids", "groups", "levels")
 
 @dataclass(frozen=True, eq=False)
 class Knockout:
-    """Change of the true answer's probability when attention is blocked; returned by `sweep`."""
+    """Change of the true answer's probability when attention is blocked; returned by `sweep`.
+
+    Examples
+    --------
+    >>> import groundscope as gs
+    >>> model = gs.load_lvlm("tiny")
+    >>> questions = gs.scenes.dataset(n_images=10, seed=0)[:3]
+    >>> knockout = gs.attention_knockout.sweep(model, questions, windows=[[0, 1, 2]])
+    >>> knockout.target, knockout.source, knockout.change.shape[1]
+    ('last', 'image:all', 1)
+    """
 
     target: str
     """Tokens that may not attend ..."""
@@ -96,7 +106,14 @@ class Knockout:
 
 
 def layer_windows(n_layers: int, size: int) -> tuple[tuple[int, ...], ...]:
-    """Return the window around each layer, truncated at the ends; an even size extends one layer further back."""
+    """Return the window around each layer, truncated at the ends; an even size extends one layer further back.
+
+    Examples
+    --------
+    >>> from circuits.attention_knockout import layer_windows
+    >>> layer_windows(4, 3)
+    ((0, 1), (0, 1, 2), (1, 2, 3), (2, 3))
+    """
     return tuple(
         tuple(range(max(0, layer - size // 2), min(n_layers, layer + (size - 1) // 2 + 1))) for layer in range(n_layers)
     )
@@ -147,6 +164,15 @@ def sweep(
         If no example is answered correctly and has such tokens, or the model is in training mode.
     ModelError
         If the family's attention does not take an additive mask; checked by a forward pass on the first examples.
+
+    Examples
+    --------
+    >>> import groundscope as gs
+    >>> model = gs.load_lvlm("tiny")
+    >>> questions = gs.scenes.dataset(n_images=10, seed=0)[:3]
+    >>> knockout = gs.attention_knockout.sweep(model, questions, windows=[[0, 1], [4, 5]])
+    >>> knockout.frame()[["first", "last"]].values.tolist()
+    [[0, 1], [4, 5]]
     """
     if window < 1:
         msg = f"window={window} must be at least 1 layer"
@@ -210,6 +236,20 @@ def blocked(model: Lvlm, layers: Sequence[int], block: Tensor) -> Iterator[None]
     ------
     ModelError
         During a forward pass, if a layer's attention does not receive a mask that can be modified.
+
+    Examples
+    --------
+    >>> import groundscope as gs
+    >>> model = gs.load_lvlm("tiny")
+    >>> import torch
+    >>> example = gs.scenes.dataset(n_images=10, seed=0)[0]
+    >>> encoding = model.encode(example)
+    >>> block = torch.zeros(1, encoding.tokens.length, encoding.tokens.length, dtype=torch.bool)
+    >>> block[:, encoding.tokens.last, list(encoding.tokens.image)] = True
+    >>> with gs.attention_knockout.blocked(model, [0, 1], block):
+    ...     logits = model.logits(encoding.inputs)
+    >>> logits.shape[0]
+    1
     """
 
     @mark_intervention

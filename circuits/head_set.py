@@ -95,5 +95,13 @@ def head_set(item: object) -> HeadSet:
 
 
 def all_heads(model: Lvlm) -> list[Head]:
-    """Return all heads of the decoder, layer by layer."""
+    """Return all heads of the decoder, layer by layer.
+
+    Examples
+    --------
+    >>> import groundscope as gs
+    >>> heads = gs.all_heads(gs.load_lvlm("tiny"))
+    >>> len(heads), str(heads[-1])
+    (48, 'L5.H7')
+    """
     return [Head(i, h) for i in range(model.n_layers) for h in range(model.n_heads)]

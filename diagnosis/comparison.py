@@ -20,7 +20,7 @@ from behavior.comparison import change_interval, mcnemar_by_group, same_question
 from behavior.metrics import METRICS
 from behavior.result import Answer
 from circuits.results.head_scores import HeadScores
-from circuits.results.statistics import Rows, compare_rows
+from circuits.results.statistics import GroupedScores, compare_rows
 from diagnosis.results import RIGHT, VERDICTS, Diagnoses
 from groundscope.core import artifacts
 from groundscope.core.errors import ConfigError
@@ -289,7 +289,7 @@ def _heads(
             notes.append(f"heads for {kind}: {a.shape} and {b.shape} layers and heads cannot be compared")
             continue
         comparison = compare_rows(
-            Rows(b.effects, b.groups), Rows(a.effects, a.groups), _TOP, resamples=resamples, seed=seed
+            GroupedScores(b.effects, b.groups), GroupedScores(a.effects, a.groups), _TOP, resamples=resamples, seed=seed
         )
         for layer in range(a.shape[0]):
             for head in range(a.shape[1]):

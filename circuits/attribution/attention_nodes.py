@@ -67,14 +67,14 @@ class Rule:
         return self.scores(query, key).softmax(-1)
 
 
-Replace = Callable[[int, AttentionRecord], tuple[Tensor, Tensor, Tensor] | None]
+ReplaceInputs = Callable[[int, AttentionRecord], tuple[Tensor, Tensor, Tensor] | None]
 """Called with a layer and its attention inputs; returns replacement queries, keys and values ``[P, H, T, d]``, or None."""
 
 
 class ExposedAttention:
     """The replacement attention function; `records` has the record of each layer."""
 
-    def __init__(self, model: Lvlm, *, patterns: bool, change: Replace | None = None) -> None:
+    def __init__(self, model: Lvlm, *, patterns: bool, change: ReplaceInputs | None = None) -> None:
         path = model.spec.decoder.attention
         self.layers = {id(resolve(block, path, model.spec)): i for i, block in enumerate(model.layers("decoder"))}
         self.patterns, self.change = patterns, change
@@ -121,7 +121,7 @@ class ExposedAttention:
 
 @contextmanager
 def expose_attention(
-    model: Lvlm, *, patterns: bool = False, change: Replace | None = None
+    model: Lvlm, *, patterns: bool = False, change: ReplaceInputs | None = None
 ) -> Iterator[ExposedAttention]:
     """Expose the decoder's attention while the context is open; restore it afterwards, also after an error."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS

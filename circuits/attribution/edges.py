@@ -23,7 +23,7 @@ from torch import Tensor
 
 from circuits.attribution.attention_nodes import check_exposable
 from circuits.attribution.estimates import How, Point, Sides, Variant, check_how, groups, usable
-from circuits.attribution.norm_vjp import Reader, reader_of, through
+from circuits.attribution.norm_vjp import StreamReader, reader_of, through
 from circuits.attribution.residual_stream import Form, Run, Written, check_split, forms_of, run, weights_of, written_by
 from circuits.patching.activation import plans_of, record_of, settings_of
 from circuits.patching.metrics import MetricFunction, metric_of
@@ -103,6 +103,15 @@ def edges(
     ModelError
         If the family's head inputs cannot be separated, or its attention cannot be differentiated; raised before any
         forward pass.
+
+    Examples
+    --------
+    >>> import groundscope as gs
+    >>> model = gs.load_lvlm("tiny")
+    >>> pairs = gs.counterfactuals.pairs(gs.scenes.dataset(n_images=10, seed=0), "blank")[:2]
+    >>> graph = gs.attribution.edges(model, pairs[:1], point="run")
+    >>> len(graph), len(graph.greedy(20, prune=False))
+    (3628, 20)
     """
     how = How(mode, point, steps, variant=variant)
     check_how(model, how, batch_size)
@@ -189,7 +198,7 @@ class _Decoder:
 
     model: Lvlm
     forms: tuple[Form, ...] = ()
-    readers: tuple[Reader, ...] = ()
+    readers: tuple[StreamReader, ...] = ()
 
     @property
     def shape(self) -> Shape:

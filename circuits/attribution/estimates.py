@@ -13,7 +13,7 @@ from torch import Tensor
 from circuits.attribution.gradients import Metric, Slopes, check_differentiable, slopes
 from circuits.patching.metrics import Metric as PatchMetric
 from circuits.patching.pairs import MODES
-from circuits.patching.sweep import Mode, Plan, Settings, SweepResult, Unit, side_by_side
+from circuits.patching.sweep import Mode, PairPlan, Settings, SweepResult, Unit, side_by_side
 from groundscope.core.errors import ConfigError
 from groundscope.core.progress import progress_bar
 from lvlm.model import Inputs, Lvlm
@@ -61,7 +61,7 @@ class How:
 class Sides:
     """A batch of pairs of equal shape, ready to run."""
 
-    members: Sequence[Plan]
+    members: Sequence[PairPlan]
     source: Inputs
     run: Inputs
     measure: PatchMetric
@@ -72,17 +72,17 @@ class Sides:
         return torch.stack([self.measure.of_last(row, plan) for row, plan in rows])
 
 
-Estimate = Callable[[Sides], tuple[np.ndarray, Tensor, Tensor]]
+EstimateBatch = Callable[[Sides], tuple[np.ndarray, Tensor, Tensor]]
 """Return estimated changes of the metric ``[P, ...]``, and the metric in the source and in the run, ``[P]`` each."""
 
 
 def groups(
     model: Lvlm,
-    plans: Sequence[Plan],
+    plans: Sequence[PairPlan],
     how: How,
     settings: Settings,
     batch_size: int,
-    estimate_batch: Estimate,
+    estimate_batch: EstimateBatch,
     name: str,
 ) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
     """Yield indices of pairs, their estimates as shares of ``M_clean - M_corrupt``, and both metrics ``[2, P]``."""
@@ -111,7 +111,7 @@ def usable(clean: np.ndarray, corrupt: np.ndarray, min_effect: float) -> np.ndar
 
 
 def estimate(
-    model: Lvlm, plans: Sequence[Plan], units: Sequence[Unit], how: How, settings: Settings, batch_size: int
+    model: Lvlm, plans: Sequence[PairPlan], units: Sequence[Unit], how: How, settings: Settings, batch_size: int
 ) -> SweepResult:
     """Estimate the effect of patching each unit at each set of positions, in the form that a sweep returns."""
     most = max(len(plan.positions) for plan in plans)

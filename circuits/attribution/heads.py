@@ -96,6 +96,14 @@ def heads(
         As `patch_heads`.
     ModelError
         If no gradient reaches a site; for an attention that cannot be differentiated, before any forward pass.
+
+    Examples
+    --------
+    >>> import groundscope as gs
+    >>> model = gs.load_lvlm("tiny")
+    >>> pairs = gs.counterfactuals.pairs(gs.scenes.dataset(n_images=10, seed=0), "blank")[:2]
+    >>> gs.attribution.heads(model, pairs).top(2)
+    (Head(layer=4, head=7), Head(layer=5, head=3))
     """
     tokens = str(TokenSelection.parse(tokens, allowed=TOKENS))
     how = How(mode, point, steps, drop)
@@ -148,6 +156,14 @@ def nodes(
         As `heads`.
     SiteError
         As `patch`.
+
+    Examples
+    --------
+    >>> import groundscope as gs
+    >>> model = gs.load_lvlm("tiny")
+    >>> pairs = gs.counterfactuals.pairs(gs.scenes.dataset(n_images=10, seed=0), "blank")[:2]
+    >>> gs.attribution.nodes(model, pairs, ["decoder.L5.resid_post", "L4.H7"], tokens="last").mean.shape
+    (2, 1)
     """
     how = How(mode, point, steps, drop)
     check_how(model, how, batch_size)

@@ -17,7 +17,7 @@ from lvlm.family.specification import TOLERANCE
 
 
 @dataclass(frozen=True, eq=False)
-class Reader:
+class StreamReader:
     """How a layer's heads read the residual stream: projections and norm, for the backward pass."""
 
     norm: nn.Module | None
@@ -62,9 +62,9 @@ class Reader:
         return gradients.addcmul_(x[None], along[..., None], value=-1)
 
 
-def reader_of(norm: nn.Module | None, weights: Mapping[str, Tensor], x: Tensor) -> Reader:
+def reader_of(norm: nn.Module | None, weights: Mapping[str, Tensor], x: Tensor) -> StreamReader:
     """Return how a layer's heads read the stream; `x` is the norm's input in some run, ``[P, T, D]``."""
-    plain = Reader(norm, weights, None, centered=False)
+    plain = StreamReader(norm, weights, None, centered=False)
     if norm is None:
         return plain
     eps = next(
@@ -81,7 +81,7 @@ def reader_of(norm: nn.Module | None, weights: Mapping[str, Tensor], x: Tensor) 
     whole = plain.back(slopes, sample)
     for centered in (False, True):
         for factor in (scale.detach(), 1 + scale.detach()):
-            candidate = Reader(norm, {c: w * factor.to(w) for c, w in weights.items()}, eps, centered)
+            candidate = StreamReader(norm, {c: w * factor.to(w) for c, w in weights.items()}, eps, centered)
             error = float((candidate.back(slopes, sample) - whole).abs().max() / whole.abs().max())
             if error <= 2 * TOLERANCE[x.dtype]:
                 return candidate

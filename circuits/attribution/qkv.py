@@ -88,6 +88,14 @@ def inputs(
     ModelError
         If the family's queries and keys cannot be read, or its attention cannot be differentiated; raised before any
         forward pass.
+
+    Examples
+    --------
+    >>> import groundscope as gs
+    >>> model = gs.load_lvlm("tiny")
+    >>> pairs = gs.counterfactuals.pairs(gs.scenes.dataset(n_images=10, seed=0), "blank")[:2]
+    >>> gs.attribution.inputs(model, pairs, "v").shape
+    (6, 8)
     """
     if part not in PARTS:
         msg = f"unknown part '{part}'; choose from {', '.join(PARTS)}"

@@ -44,6 +44,18 @@ def logits_under(
     ------
     SiteError, PatchError
         As `intervened`, when a batch is run.
+
+    Examples
+    --------
+    >>> import groundscope as gs
+    >>> model = gs.load_lvlm("tiny")
+    >>> example = gs.scenes.dataset(n_images=10, seed=0)[0]
+    >>> zero = gs.Intervention(gs.Site.parse("decoder.L3.z"), gs.Zero())
+    >>> run = gs.logits_under(model, [[], [zero]])
+    >>> (batch,) = model.batches([example], 1)
+    >>> unchanged, ablated = run(batch)
+    >>> unchanged.shape == ablated.shape, bool((unchanged == ablated).all())
+    (True, False)
     """
     late = {i: condition for i, condition in enumerate(conditions) if condition and all(map(_at_last, condition))}
     plain = [i for i, condition in enumerate(conditions) if not condition]

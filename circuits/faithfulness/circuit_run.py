@@ -53,7 +53,7 @@ def ends_of(model: Lvlm, inputs: Mapping[str, Tensor], clean: Written, corrupt: 
 
 
 @dataclass(frozen=True, eq=False)
-class Heads:
+class HeadContributions:
     """Contributions of a layer's heads to the stream, in factored form: sums over any heads are computed on demand.
 
     Storing each head's contribution at every token would take heads x tokens x width numbers per layer.
@@ -70,7 +70,7 @@ class Heads:
     """Number of heads."""
 
     @classmethod
-    def of_run(cls, model: Lvlm, layer: int, z: Tensor, attention: Tensor) -> Heads:
+    def of_run(cls, model: Lvlm, layer: int, z: Tensor, attention: Tensor) -> HeadContributions:
         """Return the contributions of a layer's heads in one run.
 
         Parameters
@@ -89,7 +89,9 @@ class Heads:
         return cls._of(model.output_projection("decoder", layer), z, attention, scale, model.n_heads)
 
     @classmethod
-    def moved(cls, model: Lvlm, layer: int, now: tuple[Tensor, Tensor], before: tuple[Tensor, Tensor]) -> list[Heads]:
+    def moved(
+        cls, model: Lvlm, layer: int, now: tuple[Tensor, Tensor], before: tuple[Tensor, Tensor]
+    ) -> list[HeadContributions]:
         """Return terms whose sum is the change of heads between two runs, each run as `z` and `attention`."""
         place = model.place("decoder", layer, "attn_out")
         if place.gate is None and not model.spec.decoder.attention_out:  # linear: one term is enough
@@ -98,13 +100,15 @@ class Heads:
         return [cls.of_run(model, layer, *now), cls.of_run(model, layer, *before).negative()]
 
     @classmethod
-    def _of(cls, projection: nn.Linear, z: Tensor, attention: Tensor, scale: Tensor | None, count: int) -> Heads:
+    def _of(
+        cls, projection: nn.Linear, z: Tensor, attention: Tensor, scale: Tensor | None, count: int
+    ) -> HeadContributions:
         z = z.to(_dtype(z))
         empty = cls(projection, z, torch.zeros_like(attention[..., :1], dtype=z.dtype), None, count)
         heads_sum = empty.sum_of(np.arange(count))
         return replace(empty, even=(attention - heads_sum) / count, scale=scale)
 
-    def negative(self) -> Heads:
+    def negative(self) -> HeadContributions:
         """Return the contributions with the opposite sign."""
         return replace(self, z=-self.z, even=-self.even)
 
@@ -148,7 +152,7 @@ class _CircuitRun:
         self.z: dict[int, Tensor] = {}
         self.probing = False
         # Changes of node outputs relative to the corrupt run, for nodes computed so far.
-        self.heads: dict[int, list[Heads]] = {}
+        self.heads: dict[int, list[HeadContributions]] = {}
         self.mlps: dict[int, Tensor] = {}
         self._before = 0, torch.zeros_like(ends.embeddings, dtype=_dtype(ends.embeddings))
 
@@ -169,7 +173,7 @@ class _CircuitRun:
                 if not self.probing:
                     whole = out[0] if isinstance(out, tuple) else out
                     there = self.ends.corrupt.heads[i], self.ends.corrupt.attention[i]
-                    self.heads[i] = Heads.moved(model, i, (self.z.pop(i), whole), there)
+                    self.heads[i] = HeadContributions.moved(model, i, (self.z.pop(i), whole), there)
                     # The layer's attention is done: free its queries, keys, values and inputs.
                     self.attention.records.pop(i, None)
                     self.called.pop(i, None)

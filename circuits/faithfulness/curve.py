@@ -101,7 +101,14 @@ class FaithfulCurve:
 
 
 def area(shares: Sequence[float], values: np.ndarray) -> float:
-    """Return the area under values over shares, by the trapezoid rule."""
+    """Return the area under values over shares, by the trapezoid rule.
+
+    Examples
+    --------
+    >>> from circuits.faithfulness import area
+    >>> area((0.0, 0.5, 1.0), [0.0, 1.0, 1.0])
+    0.75
+    """
     return float(np.trapezoid(np.asarray(values, np.float64), np.asarray(shares, np.float64)))
 
 

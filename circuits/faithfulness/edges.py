@@ -31,7 +31,16 @@ EXACT = {2: 0.05, 4: 1e-3, 8: 1e-9}
 
 @dataclass(frozen=True, eq=False)
 class EdgeCurve(FaithfulCurve):
-    """Difference between clean and corrupt answer, in logits, that circuits of edges preserve."""
+    """Difference between clean and corrupt answer, in logits, that circuits of edges preserve.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from circuits.faithfulness import EdgeCurve
+    >>> curve = EdgeCurve((1.0,), np.array([[1.0]]), np.array([2.0]), np.array([0.0]), ("scene",), ((),))
+    >>> curve.faithfulness.tolist()
+    [0.5]
+    """
 
     counted = "edges"
 
@@ -88,6 +97,16 @@ def edges(
         `patch_heads`.
     ModelError
         If edges cannot be separated (see `attribution.edges`), or a run with all or no edges is not exact.
+
+    Examples
+    --------
+    >>> import groundscope as gs
+    >>> model = gs.load_lvlm("tiny")
+    >>> pairs = gs.counterfactuals.pairs(gs.scenes.dataset(n_images=10, seed=0), "blank")[:2]
+    >>> graph = gs.attribution.edges(model, pairs[:1], point="run")
+    >>> curve = gs.faithfulness.edges(model, pairs[:1], [graph.greedy(20, prune=False)])
+    >>> curve.sizes, curve.faithfulness.shape
+    ((20,), (1,))
     """
     if batch_size < 1:
         msg = f"batch_size={batch_size} must be at least 1"

@@ -32,7 +32,17 @@ Ranking = HeadScores | Sequence[Head | str] | np.ndarray
 
 @dataclass(frozen=True, eq=False)
 class Curve(FaithfulCurve):
-    """Share of the model's margin for the true answer that the best heads preserve."""
+    """Share of the model's margin for the true answer that the best heads preserve.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from circuits.faithfulness import Curve
+    >>> margins, full, empty = np.array([[1.0, 2.0]]), np.array([2.0]), np.array([0.0])
+    >>> curve = Curve((0.5, 1.0), margins, full, empty, ("scene",), ((), ()), "signed", "mean")
+    >>> curve.faithfulness.tolist(), curve.cpr
+    ([0.5, 1.0], 0.375)
+    """
 
     counted = "heads"
 
@@ -47,7 +57,15 @@ class Curve(FaithfulCurve):
 
 @dataclass(frozen=True)
 class MinimalSet:
-    """A small set of heads that is as faithful as required, with the contribution of each head."""
+    """A small set of heads that is as faithful as required, with the contribution of each head.
+
+    Examples
+    --------
+    >>> from circuits.faithfulness import MinimalSet
+    >>> from lvlm import Head
+    >>> MinimalSet((Head(1, 2),), 0.95, 0.1, (0.95,), (), goal=0.9, tolerance=0.01).faithfulness
+    0.95
+    """
 
     heads: tuple[Head, ...]
     faithfulness: float
@@ -139,6 +157,16 @@ def curve(
         If shares are not ascending between 0 and 1, or `order` is unknown.
     PatchError
         If the mean margin is the same with and without all heads, so that f is undefined; and as `ablate`.
+
+    Examples
+    --------
+    >>> import groundscope as gs
+    >>> model = gs.load_lvlm("tiny")
+    >>> questions = gs.scenes.dataset(n_images=10, seed=0)[:3]
+    >>> ranking = gs.all_heads(model)
+    >>> curve = gs.faithfulness.curve(model, questions, ranking, shares=(0.5, 1.0))
+    >>> curve.sizes, curve.faithfulness[-1].item()
+    ((24, 48), 1.0)
     """
     ascending = tuple(float(s) for s in shares)
     if not ascending or list(ascending) != sorted(set(ascending)) or not 0 <= ascending[0] <= ascending[-1] <= 1:
@@ -188,6 +216,15 @@ def minimal(
     ------
     PatchError
         As `curve`.
+
+    Examples
+    --------
+    >>> import groundscope as gs
+    >>> model = gs.load_lvlm("tiny")
+    >>> questions = gs.scenes.dataset(n_images=10, seed=0)[:3]
+    >>> small = gs.faithfulness.minimal(model, questions, gs.all_heads(model), goal=0.0, tolerance=0.0)
+    >>> small.faithfulness >= small.goal
+    True
     """
     best = ranked(model, ranking)
     circuit_margins = _CircuitMargins(model, examples, method, tokens, reference, batch_size, seed, progress)
@@ -212,7 +249,18 @@ def minimal(
 
 
 def ranked(model: Lvlm, ranking: Ranking, *, order: str = "signed") -> tuple[Head, ...]:
-    """Return all heads of a model, best first; raise `PatchError` if the ranking does not match the model's heads."""
+    """Return all heads of a model, best first; raise `PatchError` if the ranking does not match the model's heads.
+
+    Examples
+    --------
+    >>> import groundscope as gs
+    >>> model = gs.load_lvlm("tiny")
+    >>> import numpy as np
+    >>> scores = np.zeros((6, 8))
+    >>> scores[3, 5] = -1
+    >>> gs.faithfulness.ranked(model, scores, order="absolute")[0]
+    Head(layer=3, head=5)
+    """
     if order not in ("signed", "absolute"):
         msg = f"unknown order '{order}'; choose 'signed' or 'absolute'"
         raise ConfigError(msg)

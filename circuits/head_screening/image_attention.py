@@ -21,7 +21,18 @@ from lvlm.sites import Head, parse_heads
 
 @dataclass(frozen=True, eq=False)
 class ImageAttention:
-    """Attention of some heads from the last prompt token to the image, for some examples."""
+    """Attention of some heads from the last prompt token to the image, for some examples.
+
+    Examples
+    --------
+    >>> import groundscope as gs
+    >>> model = gs.load_lvlm("tiny")
+    >>> questions = gs.scenes.dataset(n_images=10, seed=0)[:3]
+    >>> attention = gs.attention_to_image(model, questions, "L1.H0")
+    >>> rows, columns = attention.grid
+    >>> attention.maps.shape == (3, 1, rows * columns)
+    True
+    """
 
     heads: tuple[Head, ...]
     maps: np.ndarray
@@ -71,6 +82,15 @@ def attention_to_image(
         If the images differ in their patch grid, or `examples` is empty.
     ModelError
         If the family's attention returns no weights.
+
+    Examples
+    --------
+    >>> import groundscope as gs
+    >>> model = gs.load_lvlm("tiny")
+    >>> questions = gs.scenes.dataset(n_images=10, seed=0)[:3]
+    >>> attention = gs.attention_to_image(model, questions, ["L1.H0", "L2.H1"])
+    >>> attention.image_mass.shape
+    (3, 2)
     """
     heads = parse_heads(heads)
     unknown = [str(h) for h in heads if not (0 <= h.layer < model.n_layers and 0 <= h.head < model.n_heads)]

@@ -16,7 +16,7 @@ from circuits.head_screening.direct_logit import direct_attribution, image_diffe
 from circuits.head_screening.image_attention import attention_to_image
 from circuits.head_screening.localization import selected
 from circuits.patching.activation import check_evaluating, patch_heads
-from circuits.results.statistics import Comparison, Rows, compare_rows, mean_interval
+from circuits.results.statistics import GroupedScores, RankingComparison, compare_rows, mean_interval
 from concepts.schema import CounterfactualPair, Example
 from groundscope.core import artifacts
 from groundscope.core.errors import ConfigError, PatchError, StoreError
@@ -41,7 +41,18 @@ _LISTS = ("ids", "groups", "levels")
 
 @dataclass(frozen=True, eq=False)
 class HeadTable:
-    """Several scores of every head for the same examples; returned by `head_scores`."""
+    """Several scores of every head for the same examples; returned by `head_scores`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from circuits import HeadTable
+    >>> effects = np.array([[[0.1, 0.9]], [[0.3, 0.7]]])
+    >>> about = {"ids": ("a", "b"), "groups": ("a", "b"), "levels": ("object", "object"), "model": "toy"}
+    >>> table = HeadTable({"direct": effects, "patching": 2 * effects}, **about, config_hash="", weights_hash="")
+    >>> table.top("direct", 1), table.compare("direct", k=[1]).overlap[1].value
+    ((Head(layer=0, head=1),), 1.0)
+    """
 
     values: Mapping[str, np.ndarray]
     """Scores by method, float32 ``[n_examples, n_layers, n_heads]``; NaN if an example has no score."""
@@ -73,7 +84,7 @@ class HeadTable:
         """Names of the scores, in the order of the request."""
         return tuple(self.values)
 
-    def rows(self, method: str) -> Rows:
+    def rows(self, method: str) -> GroupedScores:
         """Return a method's scores of the examples that have them; raise `PatchError` if no example has."""
         if method not in self.values:
             msg = f"unknown method '{method}'; choose from {', '.join(self.values)}"
@@ -82,7 +93,7 @@ class HeadTable:
         if not finite.any():
             msg = f"no example has a '{method}' score"
             raise PatchError(msg)
-        return Rows(self.values[method][finite], tuple(np.array(self.groups)[finite].tolist()))
+        return GroupedScores(self.values[method][finite], tuple(np.array(self.groups)[finite].tolist()))
 
     def mean(self, method: str) -> np.ndarray:
         """Return a method's mean over the examples with a score, float64 ``[n_layers, n_heads]``."""
@@ -114,7 +125,7 @@ class HeadTable:
 
     def compare(
         self, method: str, *, truth: str = "patching", k: Sequence[int] = (5, 10), resamples: int = 1000, seed: int = 0
-    ) -> Comparison:
+    ) -> RankingComparison:
         """Compare the rankings of heads by two methods; both use the same bootstrap draws of groups."""
         return compare_rows(self.rows(method), self.rows(truth), k, resamples=resamples, seed=seed)
 
@@ -209,6 +220,15 @@ def head_scores(
         If an answer cannot be read from one token, or the images differ in their patch grid.
     ModelError
         If the family does not support a method.
+
+    Examples
+    --------
+    >>> import groundscope as gs
+    >>> model = gs.load_lvlm("tiny")
+    >>> questions = gs.scenes.dataset(n_images=10, seed=0)[:3]
+    >>> table = gs.head_scores(model, questions, methods=["image_mass", "direct"])
+    >>> table.methods, table.mean("direct").shape
+    (('image_mass', 'direct'), (6, 8))
     """
     unknown = [m for m in methods if m not in CORRELATIONAL + CAUSAL]
     pairs = [item for item in data if isinstance(item, CounterfactualPair)]

@@ -98,6 +98,16 @@ def split(
         If `examples` is empty, neutral inputs differ in length, or an example has no neutral question.
     DataError
         If an example has no candidates, or candidates that begin with the same token.
+
+    Examples
+    --------
+    >>> import groundscope as gs
+    >>> model = gs.load_lvlm("tiny")
+    >>> questions = gs.scenes.dataset(n_images=10, seed=0)[:3]
+    >>> sources = gs.input_attribution.split(model, questions, neutral_questions={e.id: [e.question] for e in questions})
+    >>> answer = sources[0]
+    >>> answer.players, bool(abs(answer.prior + answer.shares.sum() - answer.log_odds) < 1e-6)
+    (('image', 'prompt'), True)
     """
     _check(model, examples, of, image, prompt, neutral_images, orders)
     keys = [answer_key(model, example) for example in examples]

@@ -30,7 +30,19 @@ PARTS = ("prior", "image", "prompt", "interaction", "log_odds")
 
 @dataclass(frozen=True, eq=False)
 class SourceShares:
-    """The split of one answer's log-odds: ``prior + shares.sum() == log_odds``, all in natural log-odds."""
+    """The split of one answer's log-odds: ``prior + shares.sum() == log_odds``, all in natural log-odds.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from circuits import SourceShares
+    >>> about = dict.fromkeys(("id", "group", "level", "split", "kind"), "") | {"question": "Is it red?", "truth": "yes"}
+    >>> shares, zeros = np.array([2.0, 0.5]), np.zeros(2)
+    >>> coalitions, values = np.array([[0, 0], [1, 0], [0, 1], [1, 1]]), np.array([1.0, 3.0, 1.5, 3.5])
+    >>> answer = ("yes", "yes", ("image", "prompt"), 1, 3.5, 1.0, shares, zeros, zeros, 0.0, coalitions, values, 4)
+    >>> print(SourceShares(about, *answer))
+    'yes' to 'Is it red?': log-odds +3.50 = prior +1.00, image +2.00, prompt +0.50
+    """
 
     example: Mapping[str, str]
     """``id``, ``group``, ``level``, ``split``, ``kind``, ``question`` and ``truth`` of the example."""
@@ -97,7 +109,17 @@ class SourceShares:
 
 @dataclass(frozen=True, eq=False)
 class Sources:
-    """Splits of the answers to some examples; returned by `circuits.input_attribution.attribute.split`."""
+    """Splits of the answers to some examples; returned by `circuits.input_attribution.attribute.split`.
+
+    Examples
+    --------
+    >>> import groundscope as gs
+    >>> model = gs.load_lvlm("tiny")
+    >>> questions = gs.scenes.dataset(n_images=10, seed=0)[:3]
+    >>> sources = gs.input_attribution.split(model, questions, neutral_questions={e.id: [e.question] for e in questions})
+    >>> len(sources), sorted(set(sources.frame()["part"]))
+    (3, ['image', 'prompt'])
+    """
 
     examples: tuple[SourceShares, ...]
     of: str

@@ -47,7 +47,16 @@ _REACHED = ("resid_pre", "q", "k", "v", "pattern", "z", "attn_out", "resid_mid",
 
 @dataclass(frozen=True, eq=False)
 class Gate:
-    """A linear probe that decides per token whether a change applies: where ``weights . x + bias > 0``."""
+    """A linear probe that decides per token whether a change applies: where ``weights . x + bias > 0``.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from circuits import Gate
+    >>> from lvlm import Site
+    >>> Gate(Site.parse("decoder.L2.resid_post"), torch.tensor([1.0, 0.0]), bias=-0.5).bias
+    -0.5
+    """
 
     site: Site
     """Decoder site of the probe; a forward pass must reach it no later than the changed site."""
@@ -96,6 +105,13 @@ class Intervention:
         Apply the change only at tokens where this probe is positive.
     decay
         Factor, in (0, 1], that multiplies the strength of the change with every generated token.
+
+    Examples
+    --------
+    >>> from circuits import Intervention, Zero
+    >>> from lvlm import Site
+    >>> Intervention(Site.parse("decoder.L3.z"), Zero(), positions="image:all", head=2).positions
+    'image:all'
     """
 
     site: Site
@@ -159,6 +175,17 @@ def intervened(
     ModelError
         For positions ``image:all`` if the decoder's sequence has no image; during a forward pass, if the roles of its tokens
         are unknown (`circuits.interventions.decoder_tokens`).
+
+    Examples
+    --------
+    >>> import groundscope as gs
+    >>> model = gs.load_lvlm("tiny")
+    >>> inputs = model.encode(gs.scenes.dataset(n_images=10, seed=0)[0]).inputs
+    >>> plain = model.logits(inputs)
+    >>> with gs.intervened(model, [gs.Intervention(gs.Site.parse("decoder.L3.z"), gs.Zero(), "last")]):
+    ...     ablated = model.logits(inputs)
+    >>> bool((plain == ablated).all()), bool((plain == model.logits(inputs)).all())
+    (False, True)
     """
     by_site: dict[Site, list[tuple[Intervention, slice]]] = {}
     for item in (placed(model, item) for item in interventions):

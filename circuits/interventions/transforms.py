@@ -19,7 +19,15 @@ _TINY = 1e-12
 
 @dataclass(frozen=True, eq=False)
 class Replace:
-    """Replace x by `value`: a patch, or a mean ablation if `value` is a mean over other runs."""
+    """Replace x by `value`: a patch, or a mean ablation if `value` is a mean over other runs.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from circuits import Replace
+    >>> Replace(torch.tensor([1.0, 2.0]))(torch.zeros(3, 2)).tolist()
+    [[1.0, 2.0], [1.0, 2.0], [1.0, 2.0]]
+    """
 
     value: Tensor
     """Anything that broadcasts to ``[rows, positions, d]``."""
@@ -42,6 +50,13 @@ class Add:
     ``away``
         ``|x| unit(x / |x| + (1 + max(0, cos(x, -value))) value)``: up to twice as strong if x points away from `value`;
         the rule in the run scripts of VISTA's release (github.com/LzVv123456/VISTA).
+
+    Examples
+    --------
+    >>> import torch
+    >>> from circuits import Add
+    >>> Add(torch.tensor([3.0, 0.0]), norm="kept")(torch.tensor([[0.0, 4.0]])).norm().item()
+    4.0
     """
 
     value: Tensor
@@ -73,7 +88,15 @@ class Add:
 
 @dataclass(frozen=True)
 class Zero:
-    """Replace x by 0."""
+    """Replace x by 0.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from circuits import Zero
+    >>> Zero()(torch.ones(2)).tolist()
+    [0.0, 0.0]
+    """
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return the changed ``[..., d]``."""
@@ -86,6 +109,13 @@ class Amplify:
 
     Without `reads` the result is ``mean + (1 + factor) (x - mean)``; a factor of -1 gives the mean. With `reads`, only the
     deviation within the subspace spanned by its rows changes: a factor of -1 removes it.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from circuits import Amplify
+    >>> Amplify(mean=torch.tensor([1.0, 1.0]), factor=0.5)(torch.tensor([3.0, 1.0])).tolist()
+    [4.0, 1.0]
     """
 
     mean: Tensor
@@ -117,6 +147,13 @@ class Project:
     """Remove the positive component of x along `value`: ``x - weight * max(<x, t>, 0) / <t, t> * t``.
 
     ProjectAway (Jiang et al. 2024, arXiv 2410.02762): a negative component does not change.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from circuits import Project
+    >>> Project(torch.tensor([2.0, 0.0]))(torch.tensor([[3.0, 1.0], [-3.0, 1.0]])).tolist()
+    [[0.0, 1.0], [-3.0, 1.0]]
     """
 
     value: Tensor

@@ -18,7 +18,7 @@ from circuits.patching.pairs import (
     pairs_digest,
     plan_pair,
 )
-from circuits.patching.sweep import Mode, Plan, Settings, SweepResult, patches, sweep
+from circuits.patching.sweep import Mode, PairPlan, Settings, SweepResult, patches, sweep
 from circuits.patching.targets import Target, every_head, units_of
 from circuits.results.head_scores import HeadScores
 from circuits.results.patch_scores import PatchScores
@@ -105,6 +105,21 @@ def patch_heads(
         If `tokens` is unknown or ambiguous.
     ConfigError
         If an option has an unknown value.
+
+    Examples
+    --------
+    >>> import groundscope as gs
+    >>> model = gs.load_lvlm("tiny")
+    >>> pairs = gs.counterfactuals.pairs(gs.scenes.dataset(n_images=10, seed=0), "blank")[:2]
+    >>> scores = gs.patch_heads(model, pairs)
+    >>> scores.shape, scores.top(2)
+    ((6, 8), (Head(layer=4, head=7), Head(layer=5, head=3)))
+
+    Any function of the logits at the last prompt token is a metric:
+
+    >>> spread = gs.patch_heads(model, pairs, metric=lambda logits, pair: logits.amax(-1) - logits.mean(-1))
+    >>> spread.effects.shape
+    (2, 6, 8)
     """
     tokens = str(TokenSelection.parse(tokens, allowed=TOKENS))
     settings = settings_of(model, mode, metric_of(metric), memory, batch_size, min_effect, progress)
@@ -119,7 +134,7 @@ def patch_heads(
 
 def head_scores_of(
     model: Lvlm,
-    plans: Sequence[Plan],
+    plans: Sequence[PairPlan],
     effects: np.ndarray,
     baseline: np.ndarray,
     used: np.ndarray,
@@ -142,7 +157,9 @@ def head_scores_of(
     )
 
 
-def record_of(model: Lvlm, plans: Sequence[Plan], used: np.ndarray, tokens: str, settings: Settings) -> dict[str, Any]:
+def record_of(
+    model: Lvlm, plans: Sequence[PairPlan], used: np.ndarray, tokens: str, settings: Settings
+) -> dict[str, Any]:
     """Return the fields of a `PairRecord`: those of the pairs used, and the settings."""
     pairs = [plan.pair for plan, keep in zip(plans, used, strict=True) if keep]
     return {
@@ -208,6 +225,16 @@ def patch(
         If the model has no such site or head, the site has no positions, or `tokens` is unknown or ambiguous.
     ConfigError
         If an option has an unknown value.
+
+    Examples
+    --------
+    >>> import groundscope as gs
+    >>> model = gs.load_lvlm("tiny")
+    >>> pairs = gs.counterfactuals.pairs(gs.scenes.dataset(n_images=10, seed=0), "blank")[:2]
+    >>> sites = ["decoder.L5.mlp_out", "L4.H7", gs.HeadSet(["L4.H7", "L5.H3"])]
+    >>> scores = gs.patch(model, pairs, sites, tokens="last")
+    >>> scores.sites, scores.mean.shape
+    (('decoder.L5.mlp_out', 'L4.H7', 'L4.H7+L5.H3'), (3, 1))
     """
     settings = settings_of(model, mode, metric_of(metric), memory, batch_size, min_effect, progress)
     units, names = units_of(model, sites)
@@ -220,7 +247,7 @@ def patch(
 
 def scores_of(
     model: Lvlm,
-    plans: Sequence[Plan],
+    plans: Sequence[PairPlan],
     result: SweepResult,
     settings: Settings,
     names: Sequence[str],
@@ -266,7 +293,7 @@ def settings_of(
     return Settings("denoise" if mode == "denoise" else "noise", metric, least, memory, batch_size, progress)
 
 
-def plans_of(model: Lvlm, pairs: Sequence[CounterfactualPair], tokens: str, settings: Settings) -> list[Plan]:
+def plans_of(model: Lvlm, pairs: Sequence[CounterfactualPair], tokens: str, settings: Settings) -> list[PairPlan]:
     """Check every pair and return its plan; raise `PatchError` for a pair that cannot be patched."""
     selection = TokenSelection.parse(tokens, allowed=PATCHABLE)
     plans = []

@@ -10,7 +10,7 @@ from itertools import zip_longest
 import numpy as np
 
 from circuits.patching.metrics import Metric, pair_key
-from circuits.patching.sweep import Plan
+from circuits.patching.sweep import PairPlan
 from concepts.schema import CounterfactualPair
 from groundscope.core.errors import PatchError, SiteError
 from lvlm.answer_keys import answer_tokens
@@ -21,7 +21,7 @@ from lvlm.token_selection import TokenSelection
 MODES = ("denoise", "noise")
 
 
-def plan_pair(model: Lvlm, pair: CounterfactualPair, tokens: TokenSelection, metric: Metric) -> Plan:
+def plan_pair(model: Lvlm, pair: CounterfactualPair, tokens: TokenSelection, metric: Metric) -> PairPlan:
     """Check a pair and return its plan.
 
     Raises
@@ -34,7 +34,7 @@ def plan_pair(model: Lvlm, pair: CounterfactualPair, tokens: TokenSelection, met
     answer: tuple[int, ...] = ()
     if metric.needs_answer:
         answer = _answer(model, pair)
-    return Plan(pair, key, clean, corrupt, positions_for(pair, clean.tokens, tokens), answer)
+    return PairPlan(pair, key, clean, corrupt, positions_for(pair, clean.tokens, tokens), answer)
 
 
 def check_pair(model: Lvlm, pair: CounterfactualPair) -> tuple[Encoding, Encoding]:

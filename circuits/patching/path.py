@@ -81,6 +81,14 @@ def patch_paths(
         If the model has no such head, or its inputs cannot be separated.
     ConfigError
         If an option has an unknown value.
+
+    Examples
+    --------
+    >>> import groundscope as gs
+    >>> model = gs.load_lvlm("tiny")
+    >>> pairs = gs.counterfactuals.pairs(gs.scenes.dataset(n_images=10, seed=0), "blank")[:2]
+    >>> gs.patch_paths(model, pairs, ["L1.H0"], ["L3.H1"]).sites
+    ('L1.H0->L3.H1',)
     """
     settings = settings_of(model, mode, metric_of(metric), memory, None, min_effect, progress)
     if mlps not in ("frozen", "live") or not inputs or set(inputs) - set("qkv"):

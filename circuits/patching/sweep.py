@@ -32,7 +32,7 @@ Unit = tuple[Part, ...]
 
 
 @dataclass(frozen=True, eq=False)
-class Plan:
+class PairPlan:
     """Everything about a pair that is known before the runs."""
 
     pair: CounterfactualPair
@@ -119,7 +119,7 @@ class Settings:
     progress: bool | None
 
 
-def sweep(model: Lvlm, plans: Sequence[Plan], work: Work, settings: Settings) -> SweepResult:
+def sweep(model: Lvlm, plans: Sequence[PairPlan], work: Work, settings: Settings) -> SweepResult:
     """Run `work` on every pair and return effects as shares of the difference between clean and corrupt metric."""
     most = max(len(plan.positions) for plan in plans)
     effects = np.full((len(plans), work.count, most), np.nan, np.float32)
@@ -138,7 +138,7 @@ def sweep(model: Lvlm, plans: Sequence[Plan], work: Work, settings: Settings) ->
 
 
 def _group(
-    model: Lvlm, members: Sequence[Plan], work: Work, settings: Settings, runner: PatchRunner
+    model: Lvlm, members: Sequence[PairPlan], work: Work, settings: Settings, runner: PatchRunner
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return effects ``[P, count, positions]``, the two baselines ``[2, P]`` and which pairs are used."""
     keep, start = settings.metric.keep(len(members[0].answer)), members[0].start
@@ -170,7 +170,7 @@ def _group(
 
 def _patched_metrics(
     model: Lvlm,
-    members: Sequence[Plan],
+    members: Sequence[PairPlan],
     work: Work,
     source: Values,
     run: Values,
@@ -246,7 +246,7 @@ def _are_equal(source: Values, run: Values, sites: Sequence[Site]) -> np.ndarray
     return alike
 
 
-def _inputs(model: Lvlm, members: Sequence[Plan], side: Literal["clean", "corrupt"] | str) -> Inputs:
+def _inputs(model: Lvlm, members: Sequence[PairPlan], side: Literal["clean", "corrupt"] | str) -> Inputs:
     """Return the inputs of one side of some pairs, with the clean answer appended if the metric needs it."""
     encodings = [plan.clean if side == "clean" else plan.corrupt for plan in members]
     inputs = model.collate(encodings)
@@ -259,7 +259,7 @@ def _inputs(model: Lvlm, members: Sequence[Plan], side: Literal["clean", "corrup
     return append_answers(model, Batch(tuple(range(len(with_clean_answers))), with_clean_answers, inputs)).inputs
 
 
-def _groups(model: Lvlm, plans: Sequence[Plan], rows: int, settings: Settings) -> Iterator[list[int]]:
+def _groups(model: Lvlm, plans: Sequence[PairPlan], rows: int, settings: Settings) -> Iterator[list[int]]:
     """Yield batches of pair indices, as large as memory allows for all patches of the pairs."""
 
     def size(first: int) -> int:

@@ -130,6 +130,16 @@ class Graph(PairRecord):
 
     Views (`edges`, `nodes`, `frame`) read two arrays. Circuits (`top`, `threshold`, `greedy`) are graphs with another
     `kept` mask.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from circuits.results.graph import Graph, Shape
+    >>> shape = Shape(n_layers=1, n_heads=1, parallel=(False,))
+    >>> record = {"mode": "denoise", "excluded": 0, "model": "toy", "config_hash": "", "weights_hash": "", "pairs_digest": ""}
+    >>> graph = Graph(np.where(shape.there, 0.5, 0), shape, n_pairs=3, **record)
+    >>> graph.score("input -> L0.H0.v"), graph.top(2, prune=False).edges[0].name
+    (0.5, 'input -> L0.H0.q')
     """
 
     scores: np.ndarray

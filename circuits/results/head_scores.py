@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -12,8 +12,8 @@ import numpy as np
 from circuits.results.head_plot import heatmap
 from circuits.results.pair_scores import PairScores, standard_error
 from circuits.results.statistics import (
-    Comparison,
-    Rows,
+    GroupedScores,
+    RankingComparison,
     Stability,
     compare_rows,
     family_p,
@@ -32,7 +32,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class HeadScores(PairScores):
-    """Effect of patching each head, by pair; returned by `patch_heads`. Effects are ``[n_pairs, n_layers, n_heads]``."""
+    """Effect of patching each head, by pair; returned by `patch_heads`. Effects are ``[n_pairs, n_layers, n_heads]``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from circuits import HeadScores
+    >>> by_pair = {"ids": ("a", "b"), "groups": ("a", "b"), "levels": ("object",) * 2, "kinds": ("blank",) * 2}
+    >>> record = {"mode": "denoise", "excluded": 0, "model": "toy", "config_hash": "", "weights_hash": "", "pairs_digest": ""}
+    >>> effects = np.array([[[0.1, 0.9]], [[0.3, 0.7]]])
+    >>> scores = HeadScores(effects, np.ones(2), -np.ones(2), **by_pair, **record, tokens="last")
+    >>> scores.top(1), scores.mean.round(2).tolist()
+    ((Head(layer=0, head=1),), [[0.2, 0.8]])
+    """
 
     _FILE: ClassVar[str] = "head_scores"
 
@@ -111,9 +123,8 @@ class HeadScores(PairScores):
 
     def top(self, k: int) -> tuple[Head, ...]:
         """Return the `k` heads of largest mean effect, largest first; raise `PatchError` if there are fewer heads."""
-        self._check_count(k)
-        order = np.argsort(-self.mean, axis=None, kind="stable")[:k]
-        return tuple(Head(int(i) // self.shape[1], int(i) % self.shape[1]) for i in order)
+        check_head_count(self.shape, k)
+        return largest_heads(self.mean, k)
 
     def random_heads(self, k: int, *, exclude: Collection[Head | str] = (), seed: int) -> tuple[Head, ...]:
         """Return `k` random heads, none of `exclude`, as a control; see `circuits.random_heads`."""
@@ -160,11 +171,6 @@ class HeadScores(PairScores):
         title = f"{self.model}: {self.mode} at {self.tokens}, {self.n_pairs} pairs"
         return heatmap(self.mean, title=title, label="mean effect", marked=self.family_p() <= alpha, path=path, ax=ax)
 
-    def _check_count(self, k: int) -> None:
-        if not 1 <= k <= self.mean.size:
-            msg = f"k={k} must be between 1 and {self.mean.size} heads ({self.shape[0]} layers of {self.shape[1]})"
-            raise PatchError(msg)
-
 
 def compare(
     a: HeadScores,
@@ -174,7 +180,7 @@ def compare(
     resamples: int = 1000,
     confidence: float = 0.95,
     seed: int = 0,
-) -> Comparison:
+) -> RankingComparison:
     """Measure the agreement of two scores of the same heads, e.g. with other pairs, positions, directions or models.
 
     Groups are drawn with replacement. A group in both scores is drawn jointly, so that the difference is paired on shared
@@ -198,9 +204,65 @@ def compare(
     ------
     PatchError
         If the shapes differ, or there are fewer than `k` heads.
+
+    Examples
+    --------
+    >>> import groundscope as gs
+    >>> model = gs.load_lvlm("tiny")
+    >>> pairs = gs.counterfactuals.pairs(gs.scenes.dataset(n_images=10, seed=0), "blank")
+    >>> first, second = (gs.patch_heads(model, half) for half in (pairs[:2], pairs[-2:]))
+    >>> comparison = gs.circuits.compare(first, second, k=(5,))
+    >>> comparison.difference.shape, comparison.groups
+    ((6, 8), (1, 1, 0))
     """
-    first, second = Rows(a.effects, a.groups), Rows(b.effects, b.groups)
+    first, second = GroupedScores(a.effects, a.groups), GroupedScores(b.effects, b.groups)
     return compare_rows(first, second, k, resamples=resamples, confidence=confidence, seed=seed)
+
+
+def top_heads(scores: Mapping[str, HeadScores] | Sequence[HeadScores], k: int) -> tuple[Head, ...]:
+    """Return the `k` heads of largest effect, averaged over several scores with equal weight.
+
+    Parameters
+    ----------
+    scores
+        Scores of one model, such as one for each kind of pair.
+    k
+        Number of heads.
+
+    Raises
+    ------
+    PatchError
+        If `scores` is empty, their shapes differ, or there are fewer than `k` heads.
+
+    Examples
+    --------
+    >>> import groundscope as gs
+    >>> model = gs.load_lvlm("tiny")
+    >>> data = gs.scenes.dataset(n_images=10, seed=0)
+    >>> pairs = {kind: gs.counterfactuals.pairs(data, kind)[:2] for kind in ("blank", "object")}
+    >>> scores = {kind: gs.patch_heads(model, some) for kind, some in pairs.items()}
+    >>> len(gs.top_heads(scores, 3))
+    3
+    """
+    each = list(scores.values()) if isinstance(scores, Mapping) else list(scores)
+    if len({s.shape for s in each}) != 1:
+        msg = f"top_heads needs scores of equal shape, at least one; got {[s.shape for s in each]}"
+        raise PatchError(msg)
+    check_head_count(each[0].shape, k)
+    return largest_heads(np.mean([s.mean for s in each], axis=0), k)
+
+
+def largest_heads(values: np.ndarray, k: int) -> tuple[Head, ...]:
+    """Return the `k` heads of largest value ``[n_layers, n_heads]``, largest first; ties in order of layer and head."""
+    order = np.argsort(-values, axis=None, kind="stable")[:k]
+    return tuple(Head(*divmod(int(i), values.shape[1])) for i in order)
+
+
+def check_head_count(shape: tuple[int, int], k: int) -> None:
+    """Raise `PatchError` unless there are `k` heads."""
+    if not 1 <= k <= shape[0] * shape[1]:
+        msg = f"k={k} must be between 1 and {shape[0] * shape[1]} heads ({shape[0]} layers of {shape[1]})"
+        raise PatchError(msg)
 
 
 def random_heads(
@@ -223,6 +285,13 @@ def random_heads(
     ------
     PatchError
         If fewer than `k` heads remain.
+
+    Examples
+    --------
+    >>> from circuits import random_heads
+    >>> heads = random_heads((6, 8), 3, exclude=["L0.H0"], seed=0)
+    >>> len(set(heads)), heads == random_heads((6, 8), 3, exclude=["L0.H0"], seed=0)
+    (3, True)
     """
     excluded = set(parse_heads(exclude))
     candidates = [head for i in range(shape[0]) for h in range(shape[1]) if (head := Head(i, h)) not in excluded]

@@ -21,6 +21,17 @@ class PatchScores(PairScores):
 
     Effects are ``[n_pairs, n_sites, n_positions]``; NaN if a pair has fewer positions than others: they are aligned at the
     last.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from circuits import PatchScores
+    >>> by_pair = {"ids": ("a",), "groups": ("a",), "levels": ("object",), "kinds": ("blank",)}
+    >>> record = {"mode": "denoise", "excluded": 0, "model": "toy", "config_hash": "", "weights_hash": "", "pairs_digest": ""}
+    >>> names = {"sites": ("decoder.L1.mlp_out",), "positions": ("last",), "path": "shared prefix"}
+    >>> scores = PatchScores(np.array([[[0.4]]]), np.ones(1), -np.ones(1), **names, **by_pair, **record, tokens="last")
+    >>> scores.frame()[["site", "position"]].values.tolist()
+    [['decoder.L1.mlp_out', 'last']]
     """
 
     _FILE: ClassVar[str] = "patch_scores"

@@ -23,7 +23,17 @@ _TIE = 1e-9
 
 @dataclass(frozen=True)
 class Stability:
-    """Agreement of the rankings of heads by two random halves of the groups."""
+    """Agreement of the rankings of heads by two random halves of the groups.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from circuits.results.statistics import stability
+    >>> effects = np.arange(6.0).reshape(1, 2, 3).repeat(8, axis=0)
+    >>> result = stability(effects, [f"scene {i}" for i in range(8)], k=2)
+    >>> result.rank_correlation.value, result.overlap.value, round(result.chance, 2)
+    (1.0, 1.0, 0.33)
+    """
 
     rank_correlation: Estimate
     """Median Spearman correlation of the two halves' mean effects over all heads, and its range over splits."""
@@ -35,8 +45,19 @@ class Stability:
 
 
 @dataclass(frozen=True, eq=False)
-class Comparison:
-    """Agreement of two scores of heads, with bootstrap intervals over groups; returned by `circuits.compare`."""
+class RankingComparison:
+    """Agreement of two scores of heads, with bootstrap intervals over groups; returned by `circuits.compare`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from circuits.results.statistics import GroupedScores, compare_rows
+    >>> groups = ("a", "b", "c")
+    >>> first = GroupedScores(np.arange(6.0).reshape(1, 2, 3).repeat(3, axis=0), groups)
+    >>> comparison = compare_rows(first, GroupedScores(-first.values, groups), k=[1])
+    >>> round(comparison.rank_correlation.value, 6), comparison.overlap[1].value, round(comparison.chance(1), 2)
+    (-1.0, 0.0, 0.17)
+    """
 
     rank_correlation: Estimate
     """Spearman correlation of the mean scores over all heads."""
@@ -63,7 +84,7 @@ class Comparison:
 
 
 @dataclass(frozen=True, eq=False)
-class Rows:
+class GroupedScores:
     """Scores by row, and the group of each row."""
 
     values: np.ndarray
@@ -165,8 +186,14 @@ def stability(
 
 
 def compare_rows(
-    a: Rows, b: Rows, k: Sequence[int], *, resamples: int = 1000, confidence: float = 0.95, seed: int = 0
-) -> Comparison:
+    a: GroupedScores,
+    b: GroupedScores,
+    k: Sequence[int],
+    *,
+    resamples: int = 1000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> RankingComparison:
     """Compare two sets of scores of the same heads; see `circuits.compare`."""
     if a.values.shape[1:] != b.values.shape[1:] or not len(a.values) or not len(b.values):
         msg = f"scores {list(a.values.shape)} and {list(b.values.shape)} differ in layers or heads, or are empty"
@@ -190,7 +217,7 @@ def compare_rows(
         return Estimate(float(value[0]), max(float(low), least), min(float(high), 1.0), n, fewest < FEW_GROUPS)
 
     low, high = draws_interval(means_a - means_b, mean_a - mean_b, fewest, confidence)
-    return Comparison(
+    return RankingComparison(
         rank_correlation=estimate(spearman(mean_a[None], mean_b[None]), spearman(means_a, means_b), -1.0),
         overlap={
             count: estimate(overlap(mean_a[None], mean_b[None], count), overlap(means_a, means_b, count), 0.0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,7 +35,7 @@ def check(context: Context) -> None:
 
 def make_head_scores(context: Context, root: Path) -> str:
     """Patch every head on counterfactual pairs of each kind that the data allow."""
-    from circuits import patch_heads
+    from circuits import patch_heads, top_heads
 
     options = context.config.patch
     done: dict[str, HeadScores] = {}
@@ -57,7 +56,8 @@ def make_head_scores(context: Context, root: Path) -> str:
             left_out[kind] = str(error)
             continue
         done[kind].save(root / f"{kind}.safetensors")
-    top = top_heads(done, options.top) if done else []
+    n_heads = max((scores.mean.size for scores in done.values()), default=0)
+    top = top_heads(done, min(options.top, n_heads)) if done else ()
     packages = {kind: package for kind, package in counterfactuals.KINDS.origins.items() if kind in done}
     card = {"heads": [str(h) for h in top], "left_out": left_out, "kinds": list(done)}
     write_json(root / "top.json", {**card, "packages": packages} if packages else card)
@@ -67,14 +67,3 @@ def make_head_scores(context: Context, root: Path) -> str:
         return f"no head could be scored{note}: {next(iter(left_out.values()))}"
     counts = ", ".join(f"{s.n_pairs} {kind}" for kind, s in done.items())
     return f"{counts} pairs, every head patched exactly; top heads {', '.join(map(str, top))}{note}"
-
-
-def top_heads(scores: Mapping[str, HeadScores], count: int) -> Sequence[object]:
-    """Return the heads with the largest effect, averaged over kinds of pairs with equal weight."""
-    import numpy as np
-
-    from lvlm import Head
-
-    mean = np.mean([s.mean for s in scores.values()], axis=0)
-    order = np.argsort(-mean, axis=None, kind="stable")[:count]
-    return [Head(int(i) // mean.shape[1], int(i) % mean.shape[1]) for i in order]

@@ -15,7 +15,7 @@ from circuits import HeadSet, ablate, faithfulness, input_attribution, logits_un
 from circuits.ablation import _means, _outputs
 from circuits.attribution.residual_stream import forms_of, run
 from circuits.execution.memory import batch_rows, kept_bytes
-from circuits.faithfulness.circuit_run import Heads, ends_of, run_circuit
+from circuits.faithfulness.circuit_run import HeadContributions, ends_of, run_circuit
 from circuits.head_screening.direct_logit import direct_attribution, image_difference
 from circuits.interventions.intervention import Add, Intervention
 from circuits.results.graph import Shape
@@ -106,7 +106,7 @@ def test_any_heads_shares_add_up_to_what_the_projection_gives() -> None:
     matrix = projection.weight.detach().double()
     attention = (z @ matrix.T).float()
     with torch.no_grad():
-        heads = Heads.of_run(lvlm, 1, z.float(), attention)
+        heads = HeadContributions.of_run(lvlm, 1, z.float(), attention)
         norm = lvlm.layers("decoder")[1].get_submodule(lvlm.spec.decoder.attention_out)
         scale = norm(attention) / attention
         for some in ([0], [1, 3], [0, 1, 2, 3]):

@@ -9,7 +9,7 @@ import pytest
 from scipy.stats import binom, norm, t
 
 from circuits.faithfulness.curve import FaithfulCurve
-from circuits.results.statistics import Rows, compare_rows, mean_interval
+from circuits.results.statistics import GroupedScores, compare_rows, mean_interval
 from diagnosis.calibration import calibrate
 from groundscope.core.intervals import combined_interval, rate_interval, share_interval, widen, wilson
 from groundscope.core.statistics import (
@@ -187,7 +187,7 @@ def test_differences_of_head_scores_are_covered() -> None:
     covered = []
     for seed in range(150):
         shared = rng.normal(size=(6, 1, 1))
-        a, b = (Rows(shared + rng.normal(mean, 1, (6, 1, 4)), tuple("abcdef")) for mean in (1.0, 0.0))
+        a, b = (GroupedScores(shared + rng.normal(mean, 1, (6, 1, 4)), tuple("abcdef")) for mean in (1.0, 0.0))
         comparison = compare_rows(a, b, [1], resamples=200, seed=seed)
         assert comparison.rank_correlation.few_groups
         covered.append(covers(comparison.low, comparison.high, 1.0))
