@@ -1,17 +1,21 @@
-"""How often CHAIR finds the same objects in a caption as the released scorer does.
+"""Agreement of `behavior.chair` with the released CHAIR scorer on the objects mentioned in captions.
 
     python benchmarks/chair_agreement.py --release DIR --pattern DIR [--captions FILE …] [--quick]
 
-The released scorer is not part of this project: clone LisaAnne/Hallucination (``--release``) and clips/pattern
-(``--pattern``), install nltk and its data ``punkt_tab``. The functions of both are run from their source, the first with its
-two Python 2 print statements replaced. Captions are JSON lines with a field ``caption``, as scorers of captions read them;
-without any, and next to them, captions are made from templates with every word of the released list, its plurals and phrases.
-Without ``--release`` there is nothing to compare with, and no figure.
+The baseline is the released scorer, which is not part of this project: clone LisaAnne/Hallucination (``--release``) and
+clips/pattern (``--pattern``), and install nltk with its data ``punkt_tab``. Functions of both are executed from their source
+files, the first with its two Python 2 print statements replaced. Without both options nothing is compared and there are no
+figures. Figures:
+
+equal_templates
+    share of captions with equal lists of objects, among captions generated from templates with every word of the released
+    list, its plurals and its phrases;
+equal_captions
+    the same among captions of the files of ``--captions`` (JSON lines with a field ``caption``).
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import platform
 import random
@@ -21,12 +25,20 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from behavior.chair import COCO_PHRASES, chair, read_synonyms
+from benchmarks._harness import (
+    Figure,
+    describe_device,
+    figure,
+    finish,
+    option_parser,
+    progress,
+    wide_console,
+)
 
 TEMPLATES = (
     "A {}.",
@@ -46,8 +58,8 @@ TEMPLATES = (
 Reader = Callable[[str], list[str]]
 
 
-def released(release: Path, pattern: Path) -> tuple[Reader, Callable[[str], str]]:
-    """Return the released scorer's reading of a caption, and its plural of a word, from source."""
+def load_release(release: Path, pattern: Path) -> tuple[Reader, Callable[[str], str]]:
+    """Return the released scorer's functions that list the objects of a caption and form the plural of a word."""
     text = (pattern / "pattern/text/en/inflect.py").read_text(encoding="utf-8")
     words: dict[str, Any] = {"re": re, "NOUN": "NN", "ADJECTIVE": "JJ"}
     exec(text[text.index("plural_prepositions =") : text.index("#### VERB CONJUGATION")], words)  # noqa: S102 - source that the user names
@@ -63,8 +75,8 @@ def released(release: Path, pattern: Path) -> tuple[Reader, Callable[[str], str]
 
 
 def build_captions(entries: list[str], plural: Callable[[str], str], count: int) -> Iterator[str]:
-    """Yield captions from templates."""
-    chance = random.Random(0)
+    """Yield captions from templates, filled with words in many forms."""
+    rng = random.Random(0)
     forms = [
         form
         for entry in map(str.strip, entries)
@@ -72,57 +84,50 @@ def build_captions(entries: list[str], plural: Callable[[str], str], count: int)
                      entry.replace(" ", "-"), f"baby {entry}", f"{entry}-like", f"{entry} seat", f"{entry}/cat")
     ]  # fmt: skip
     for _ in range(count):
-        template = chance.choice(TEMPLATES)
-        yield template.format(*chance.choices(forms, k=template.count("{}")))
+        template = rng.choice(TEMPLATES)
+        yield template.format(*rng.choices(forms, k=template.count("{}")))
 
 
 def main() -> None:
-    """Run, print a table and one line of JSON."""
-    parser = argparse.ArgumentParser()
+    """Run, print a table, and as the last line one JSON object."""
+    parser = option_parser(__doc__, quick="2,000 instead of 40,000 captions from templates")
     parser.add_argument("--release", type=Path, help="clone of LisaAnne/Hallucination")
     parser.add_argument("--pattern", type=Path, help="clone of clips/pattern")
     parser.add_argument("--captions", type=Path, nargs="*", default=[], help="JSON lines with a field caption")
-    parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
-    figures: dict[str, dict[str, object]] = {}
+    figures: dict[str, Figure] = {}
     if options.release is None or options.pattern is None:
-        print("nothing to compare with: give --release and --pattern")
+        print("Nothing was compared: --release and --pattern are required.")
     else:
-        theirs, plural = released(options.release, options.pattern)
+        find_objects, pluralize = load_release(options.release, options.pattern)
         synonyms = read_synonyms(options.release / "data/synonyms.txt")
-        entries = [*synonyms, *COCO_PHRASES]
         groups = {path.stem: [json.loads(line)["caption"] for line in path.open()] for path in options.captions}
-        groups["templates"] = list(build_captions(entries, plural, 2_000 if options.quick else 40_000))
-        table = Table("captions", "n", "equal objects, %", "mentions", "theirs")
-        everything = {"equal": 0, "captions": 0}
+        count = 2_000 if options.quick else 40_000
+        groups["templates"] = list(build_captions([*synonyms, *COCO_PHRASES], pluralize, count))
+        table = Table("captions", "n", "equal objects, %", "objects", "objects of the release")
+        equal, total = 0, 0
         for name, captions in groups.items():
-            keys = {str(i): caption for i, caption in enumerate(captions)}
-            ours = [
-                list(c.mentioned) for c in chair(keys, dict.fromkeys(keys, ()), synonyms, phrases=COCO_PHRASES).captions
-            ]
-            right = [theirs(caption) for caption in captions]
-            equal = sum(a == b for a, b in zip(ours, right, strict=True))
-            table.add_row(name, str(len(captions)), f"{100 * equal / len(captions):.2f}",
-                          str(sum(map(len, ours))), str(sum(map(len, right))))  # fmt: skip
-            if name != "templates":
-                everything["equal"] += equal
-                everything["captions"] += len(captions)
+            with progress(name, len(captions)) as advance:
+                by_id = {str(i): caption for i, caption in enumerate(captions)}
+                results = chair(by_id, dict.fromkeys(by_id, ()), synonyms, phrases=COCO_PHRASES).captions
+                objects = [list(result.mentioned) for result in results]
+                expected = []
+                for caption in captions:
+                    expected.append(find_objects(caption))
+                    advance()
+            equal_in_group = sum(a == b for a, b in zip(objects, expected, strict=True))
+            percent = f"{100 * equal_in_group / len(captions):.2f}"
+            counts = [str(sum(map(len, lists))) for lists in (objects, expected)]
+            table.add_row(name, str(len(captions)), percent, *counts)
+            if name == "templates":
+                figures["equal_templates"] = figure(equal_in_group / len(captions), ">= .99", len(captions))
             else:
-                share = equal / len(captions)
-                figures["equal_templates"] = {
-                    "value": share,
-                    "goal": ">= .99",
-                    "holds": share >= 0.99,
-                    "n": len(captions),
-                }
-        if everything["captions"]:
-            share = everything["equal"] / everything["captions"]
-            figures["equal_captions"] = {
-                "value": share, "goal": ">= .99", "holds": share >= 0.99, "n": everything["captions"],
-            }  # fmt: skip
-        Console().print(table)
-    versions = {"device": platform.machine(), "python": platform.python_version()}
-    print(json.dumps({"benchmark": "chair_agreement", **versions, "figures": figures}))
+                equal += equal_in_group
+                total += len(captions)
+        if total:
+            figures["equal_captions"] = figure(equal / total, ">= .99", total)
+        wide_console().print(table)
+    finish("chair_agreement", f"{describe_device()}, Python {platform.python_version()}", figures)
 
 
 if __name__ == "__main__":

@@ -1,26 +1,31 @@
-"""Whether a diagnosis finds the cause that was planted, and how long 200 wrong answers take.
-
-The embedded model is spoiled in four ways (`groundscope.testing.planted_failures`): its vision tower sees every object in one
-color, color is taken out of the projector's output, nothing after the image can attend to it, two heads of the last layer
-push an answer for each noun. Diagnosed are the answers that became wrong: right before, wrong now; for the heads also right
-with the heads in place and silent. Probes are fitted on the changed model, as for any model under diagnosis; no answer
-diagnosed is about an image that they were fitted to. The tower and the projector lose color only, so questions about color
-are asked of them; of the others questions of every kind, as many of each as there are, up to a limit.
-
-The embedded model without a planted failure is included: its causes are unknown, so the table only lists the verdicts.
-
-The time is that of `diagnosis.diagnose` alone, store and probes given, with sources and without a cache of anything.
+"""Accuracy of diagnoses on planted causes, and the time of diagnosing 200 wrong answers.
 
     python benchmarks/diagnosis.py [--quick] [--only CAUSE] [--folder PATH] [--save]
 
-With ``--folder`` what was traced is kept and found again; with ``--save`` figures are written as soon as a cause is done.
+Four causes are planted in the embedded model (`groundscope.testing.planted_failures`): the vision tower encodes every object
+in one color (not seen); color is removed from the projector's output (lost at the projector); tokens after the image cannot
+attend to it (not integrated); two heads of the last layer promote one answer for each noun (overridden by the prior). Answers
+are diagnosed that are right without the cause and wrong with it; for the planted heads, also right with the heads in place at
+strength 0. The baseline is the planted cause. The unchanged model is included without a goal: the causes of its errors are
+unknown.
+
+Probes are fitted on the changed model, as for any model under diagnosis, and on other images than those of the diagnosed
+answers. The first two causes only affect color, so only questions about color are asked; for the others questions of every
+kind, with an equal limit for each kind. Figures:
+
+CAUSE
+    share of the diagnosed answers whose verdict is the planted cause, with all verdicts by level, kind and split of the
+    questions;
+seconds_for_200
+    time of `diagnosis.diagnose` for 200 answers, without tracing and fitting, the largest over the causes.
+
+With ``--folder`` traces and answers are saved and reused; with ``--save`` figures are written after each cause.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
 import sys
 import tempfile
 import time
@@ -32,11 +37,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from activation_store import ActivationStore, trace
 from behavior import answer
+from benchmarks._harness import (
+    RESULTS,
+    Figure,
+    describe_device,
+    figure,
+    option_parser,
+    progress,
+    save_record,
+    wide_console,
+)
 from concepts import scenes
 from concepts.scenes.distributions import COLOR_NAMES
 from concepts.scenes.icons import NOUNS
@@ -46,23 +60,25 @@ from diagnosis.results import LOST, NOT_INTEGRATED, NOT_SEEN, OVERRIDDEN, VERDIC
 from groundscope.testing import planted_failures
 from lvlm import Head, Lvlm, load_lvlm
 
-RESULTS = Path(__file__).parent / "results" / "diagnosis.json"
 SPLITS = ("neutral", "random", "popular", "adversarial", "typical", "conflict")
 COLOR = {"color", "what_color"}
 SITES = ["resid_post", "z", "mlp_out", "vision.resid_post", "projector.out"]
-SHARE, SECONDS, COUNT = 0.9, 120.0, 200
-IMAGES, OF_COLOR, QUICK = 600, 300, 240
-"""Images of a run: of every kind of question (probes of nouns need as many), of color alone, and in a quick run."""
-OF_KIND = 60
-"""Wrong answers that are diagnosed of a kind of question, where every kind is asked."""
-OWN = "as it is"
-CAUSES = (*VERDICTS[:4], OWN)
+MIN_SHARE, MAX_SECONDS = 0.9, 120.0
+"""Goals: share of answers with the planted cause as verdict, and seconds for `COUNT` answers."""
+COUNT = 200
+"""Answers that are diagnosed, if all questions are about color."""
+IMAGES, COLOR_IMAGES, QUICK_IMAGES = 600, 300, 240
+"""Images for questions of every kind (probes of nouns need this number), for questions about color, and with ``--quick``."""
+COUNT_PER_KIND = 60
+"""Answers that are diagnosed for each kind of question, if every kind is asked."""
+UNCHANGED = "unchanged model"
+CAUSES = (*VERDICTS[:4], UNCHANGED)
 
 
-def spoiled(model: Lvlm, cause: str, strength: float = 0.5, seed: int = 98) -> Lvlm:
-    """Return the model with a cause planted."""
+def plant_cause(model: Lvlm, cause: str, strength: float = 0.5, seed: int = 98) -> Lvlm:
+    """Return the model with a planted cause; `seed` is that of the scenes from which planted directions are computed."""
     other = scenes.dataset(120, seed)
-    if cause == OWN:
+    if cause == UNCHANGED:
         return model
     if cause == NOT_SEEN:
         return planted_failures.color_blind(model)
@@ -77,8 +93,8 @@ def spoiled(model: Lvlm, cause: str, strength: float = 0.5, seed: int = 98) -> L
     return planted_failures.prior_head(pushed, examples, Head(5, 4), colors, strength)
 
 
-def right(model: Lvlm, data: ConceptDataset, cache: Path) -> set[str]:
-    """Return the ids of the questions a model answers right, kept in a file."""
+def find_correct(model: Lvlm, data: ConceptDataset, cache: Path) -> set[str]:
+    """Return the ids of the questions that a model answers correctly; `cache` is read if it exists, otherwise written."""
     if cache.is_file():
         return set(json.loads(cache.read_text()))
     correct = {a.id for a in answer(model, data, 64, progress=False).answers if a.correct}
@@ -86,13 +102,13 @@ def right(model: Lvlm, data: ConceptDataset, cache: Path) -> set[str]:
     return correct
 
 
-def chosen(wrong: list[Example], every_kind: bool) -> list[Example]:
-    """Return the wrong answers that are diagnosed: as many of each kind as there are up to `OF_KIND`, or `COUNT` in all."""
+def sample_wrong(wrong: list[Example], every_kind: bool) -> list[Example]:
+    """Return a random sample of the wrong answers: up to `COUNT_PER_KIND` of each kind, or `COUNT` in all."""
     sample = [wrong[int(i)] for i in np.random.default_rng(0).permutation(len(wrong))]
     if not every_kind:
         return sample[:COUNT]
     kinds = dict.fromkeys((e.level, e.kind) for e in sample)
-    return [e for kind in kinds for e in [x for x in sample if (x.level, x.kind) == kind][:OF_KIND]]
+    return [e for kind in kinds for e in [x for x in sample if (x.level, x.kind) == kind][:COUNT_PER_KIND]]
 
 
 def diagnose_model(
@@ -108,14 +124,15 @@ def diagnose_model(
     correct = dict(zip(frame["id"], frame["correct"], strict=True))
     free = [e for e in data if e.group not in training_groups]
     wrong = [e for e in free if (before is None or e.id in before) and not correct[e.id]]
-    answers: list[Example] = chosen(wrong, every_kind) + [e for e in free if correct[e.id]]
-    start = time.perf_counter()
-    diagnoses = diagnose(model, store, directions, answers, progress=False)
-    return diagnoses, time.perf_counter() - start
+    answers: list[Example] = sample_wrong(wrong, every_kind) + [e for e in free if correct[e.id]]
+    with progress("diagnosing"):
+        start = time.perf_counter()
+        diagnoses = diagnose(model, store, directions, answers, progress=False)
+        return diagnoses, time.perf_counter() - start
 
 
-def counted(diagnoses: Diagnoses, *by: str) -> dict[str, dict[str, int]]:
-    """Return how many of the wrong answers got each verdict, by some columns of the question."""
+def count_verdicts(diagnoses: Diagnoses, *by: str) -> dict[str, dict[str, int]]:
+    """Return the number of wrong answers with each verdict, grouped by fields of the question."""
     counts: dict[str, dict[str, int]] = {}
     for diagnosis in diagnoses.wrong:
         row = counts.setdefault(" ".join(diagnosis.example[name] for name in by), dict.fromkeys(VERDICTS, 0))
@@ -123,105 +140,94 @@ def counted(diagnoses: Diagnoses, *by: str) -> dict[str, dict[str, int]]:
     return dict(sorted(counts.items()))
 
 
-def figure_of(diagnoses: Diagnoses, cause: str, data: ConceptDataset, seconds: float) -> dict[str, Any]:
-    """Return what is kept of a cause."""
+def make_figure(diagnoses: Diagnoses, cause: str, data: ConceptDataset, seconds: float) -> Figure:
+    """Return the figure of a cause, with its verdicts in detail."""
     counts = Counter(str(diagnosis.verdict) for diagnosis in diagnoses.wrong)
-    figure: dict[str, Any] = {
+    n = len(diagnoses.wrong)
+    entry: Figure = {"n": n}
+    if cause != UNCHANGED:
+        entry = figure(counts[cause] / max(1, n), f">= {MIN_SHARE}", n)
+    return entry | {
         "threads": torch.get_num_threads(),
         "images": len({e.group for e in data}),
         "kinds": sorted({e.kind for e in data}),
+        "verdicts": {verdict: counts[verdict] for verdict in VERDICTS},
+        "by_level": count_verdicts(diagnoses, "level"),
+        "by_kind": count_verdicts(diagnoses, "level", "kind"),
+        "by_split": count_verdicts(diagnoses, "level", "split"),
+        "with_lean": sum(diagnosis.lean > 0 for diagnosis in diagnoses.wrong),
+        "correct_with_verdict": sum(d.verdict is not None for d in diagnoses.examples if d.said == d.example["truth"]),
+        "correct": len(diagnoses) - n,
+        "reasons_of_other": dict(Counter(d.reason for d in diagnoses.wrong if d.reason)),
+        "seconds": round(seconds, 1),
     }
-    if cause != OWN:
-        share = counts[cause] / max(1, len(diagnoses.wrong))
-        figure |= {"value": round(share, 4), "goal": f">= {SHARE}", "holds": share >= SHARE}
-    blamed = sum(o.verdict is not None for o in diagnoses.examples if o.said == o.example["truth"])
-    return figure | {
-        "n": len(diagnoses.wrong), "verdicts": {v: counts[v] for v in VERDICTS}, "by_level": counted(diagnoses, "level"),
-        "by_kind": counted(diagnoses, "level", "kind"), "by_split": counted(diagnoses, "level", "split"),
-        "leant": sum(o.lean > 0 for o in diagnoses.wrong), "right_with_verdict": blamed,
-        "of_right": len(diagnoses) - len(diagnoses.wrong),
-        "reasons_of_other": dict(Counter(o.reason for o in diagnoses.wrong if o.reason)), "seconds": round(seconds, 1),
-    }  # fmt: skip
 
 
 def main() -> None:
     """Run, print the confusion matrix, and as the last line one JSON object."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--quick", action="store_true", help="fewer images and questions about color only, about a minute"
-    )
-    parser.add_argument("--save", action="store_true", help="write the figures to benchmarks/results")
-    parser.add_argument(
-        "--seed", type=int, default=1007, help="of the scenes; 7 is the one that thresholds were set on"
-    )
-    parser.add_argument("--only", choices=CAUSES, help="one cause alone; saved figures of the others stay")
-    parser.add_argument("--folder", type=Path, help="keep what is traced there, and go on from it")
+    parser = option_parser(__doc__, quick="fewer images, and only questions about color, about a minute", save=True)
+    parser.add_argument("--seed", type=int, default=1007, help="seed of the scenes; thresholds were chosen with seed 7")
+    parser.add_argument("--only", choices=CAUSES, help="run one cause; with --save, figures of the others are kept")
+    parser.add_argument("--folder", type=Path, help="folder in which traces and answers are saved, and reused")
     options = parser.parse_args()
-    console = Console()
-    console.print("Compares the verdicts on answers that became wrong with the cause that was planted.")
-    causes = [options.only] if options.only else [c for c in CAUSES if c != OWN or not options.quick]
-    figures: dict[str, dict[str, Any]] = {}
-    outcome: dict[str, Any] = {}
+    wide_console().print("Compares the verdicts on answers that became wrong with the planted cause.")
+    causes = [options.only] if options.only else [c for c in CAUSES if c != UNCHANGED or not options.quick]
+    figures: dict[str, Figure] = {}
+    record: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as temporary:
         for cause in causes:
-            figures[cause.replace(" ", "_")] = run(cause, options, options.folder or Path(temporary), console)
-            outcome = merged_figures(figures, options)
-    show(console, figures)
-    print(json.dumps(outcome))
+            figures[cause.replace(" ", "_")] = run_cause(cause, options, options.folder or Path(temporary))
+            record = make_record(figures, options)
+            if options.save:
+                save_record(record)
+    print_verdicts(figures)
+    print(json.dumps(record))
 
 
-def run(cause: str, options: argparse.Namespace, folder: Path, console: Console) -> dict[str, Any]:
-    """Plant a cause, and return what became of it."""
+def run_cause(cause: str, options: argparse.Namespace, folder: Path) -> Figure:
+    """Plant a cause, diagnose the answers that became wrong, and return the figure."""
     folder.mkdir(parents=True, exist_ok=True)
     every_kind = not options.quick and cause not in (NOT_SEEN, LOST)
-    images = IMAGES if every_kind else QUICK if options.quick else OF_COLOR
+    images = IMAGES if every_kind else QUICK_IMAGES if options.quick else COLOR_IMAGES
     data = scenes.dataset(images, options.seed, splits=SPLITS)
     data = data if every_kind else data.filter(lambda e: e.kind in COLOR)
-    model, seed, about = (
-        load_lvlm("tiny"),
-        options.seed + 91,
-        f"{images}-{options.seed}{'' if every_kind else '-color'}",
-    )
-    before = None if cause == OWN else right(model, data, folder / f"before-{about}.json")
-    if cause == OVERRIDDEN and before is not None:
-        before &= right(spoiled(model, cause, 0.0, seed), data, folder / f"silent-{about}.json")
-    place = folder / f"{cause.replace(' ', '-')}-{about}"
-    diagnoses, seconds = diagnose_model(spoiled(model, cause, seed=seed), data, before, place, every_kind)
-    figure = figure_of(diagnoses, cause, data, seconds)
-    console.print(f"{cause}: {figure['verdicts']}, {figure['by_kind']}, {seconds:.0f} s; {figure['reasons_of_other']}")
-    return figure
+    model, seed = load_lvlm("tiny"), options.seed + 91
+    name = f"{images}-{options.seed}{'' if every_kind else '-color'}"
+    with progress(f"{cause}: answers without the cause"):
+        before = None if cause == UNCHANGED else find_correct(model, data, folder / f"before-{name}.json")
+        if cause == OVERRIDDEN and before is not None:
+            before &= find_correct(plant_cause(model, cause, 0.0, seed), data, folder / f"silent-{name}.json")
+    with progress(f"{cause}: planting"):
+        changed = plant_cause(model, cause, seed=seed)
+    store = folder / f"{cause.replace(' ', '-')}-{name}"
+    diagnoses, seconds = diagnose_model(changed, data, before, store, every_kind)
+    return make_figure(diagnoses, cause, data, seconds)
 
 
-def merged_figures(figures: dict[str, dict[str, Any]], options: argparse.Namespace) -> dict[str, Any]:
-    """Return all figures, with those saved before of causes that were not run; write them where asked to.
+def make_record(figures: dict[str, Figure], options: argparse.Namespace) -> dict[str, Any]:
+    """Return the record, with saved figures of causes that were not run.
 
-    The time of 200 answers is that of a run of all causes: a single cause is often run next to other work.
+    The time of 200 answers is only updated if all causes were run.
     """
-    previous = json.loads(RESULTS.read_text())["figures"] if options.save and RESULTS.is_file() else {}
-    whole = {**previous, **figures}
+    path = RESULTS / "diagnosis.json"
+    saved = json.loads(path.read_text())["figures"] if options.save and path.is_file() else {}
+    merged = {**saved, **figures}
     if not options.only:
-        each = [(f["seconds"] * COUNT / max(1, f["n"]), f["n"]) for f in figures.values()]
-        value, n = max(each)
-        holds = value <= SECONDS
-        whole["seconds_for_200"] = {"value": round(value, 1), "n": n, "goal": f"<= {SECONDS}", "holds": holds}
-    device = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    outcome = {"benchmark": "diagnosis", "device": device, "figures": whole}
-    if options.save:
-        RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(json.dumps(outcome, indent=1) + "\n")
-    return outcome
+        seconds, n = max((entry["seconds"] * COUNT / max(1, entry["n"]), entry["n"]) for entry in figures.values())
+        merged["seconds_for_200"] = figure(seconds, f"<= {MAX_SECONDS}", n)
+    return {"benchmark": "diagnosis", "device": describe_device("torch"), "figures": merged}
 
 
-def show(console: Console, figures: dict[str, dict[str, Any]]) -> None:
+def print_verdicts(figures: dict[str, Figure]) -> None:
     """Print verdicts by cause and kind of question."""
-    table = Table("planted", "questions", *VERDICTS, "wrong", "share found")
-    for name, figure in figures.items():
+    table = Table("planted cause", "questions", *VERDICTS, "wrong", "share with the planted cause")
+    for name, entry in figures.items():
         cause = name.replace("_", " ")
-        for kind, counts in {"all": figure["verdicts"], **figure["by_kind"]}.items():
+        for kind, counts in {"all": entry["verdicts"], **entry["by_kind"]}.items():
             total = sum(counts.values())
             share = f"{counts[cause] / max(1, total):.3f}" if cause in counts else ""
-            table.add_row(cause, kind, *(str(counts[v]) for v in VERDICTS), str(total), share)
-    console.print(table)
+            table.add_row(cause, kind, *(str(counts[verdict]) for verdict in VERDICTS), str(total), share)
+    wide_console().print(table)
 
 
 if __name__ == "__main__":
