@@ -81,16 +81,16 @@ def plant_cause(model: Lvlm, cause: str, strength: float = 0.5, seed: int = 98) 
     if cause == UNCHANGED:
         return model
     if cause == NOT_SEEN:
-        return planted_failures.color_blind(model)
+        return planted_failures.make_color_blind(model)
     if cause == LOST:
-        return planted_failures.color_erased(model, other)
+        return planted_failures.erase_color(model, other)
     if cause == NOT_INTEGRATED:
-        return planted_failures.image_cut(model, 1)
+        return planted_failures.cut_image(model, 1)
     examples = [e for e in other if e.candidates][::6]
     signs = {noun: ("yes", "no")[i % 2] for i, noun in enumerate(NOUNS)}
-    pushed = planted_failures.prior_head(model, examples, Head(5, 1), signs, strength)
+    pushed = planted_failures.plant_prior_head(model, examples, Head(5, 1), signs, strength)
     colors = {noun: COLOR_NAMES[i % len(COLOR_NAMES)] for i, noun in enumerate(NOUNS)}
-    return planted_failures.prior_head(pushed, examples, Head(5, 4), colors, strength)
+    return planted_failures.plant_prior_head(pushed, examples, Head(5, 4), colors, strength)
 
 
 def find_correct(model: Lvlm, data: ConceptDataset, cache: Path) -> set[str]:

@@ -1,1 +1,9 @@
-"""Models with planted circuits and planted failures, for tests, benchmarks and people who test new methods."""
+"""Models with a known mechanism, as ground truth for methods that localize circuits or diagnose errors.
+
+- `square_scenes`: pictures of one colored square, and questions about the color of a noun.
+- `planted_circuits`: `plant` builds a model whose answer to these questions is computed by known heads.
+- `planted_failures`: copies of *your* model with one known defect (a color-blind vision tower, color erased at the projector, no
+  attention to the image, an amplified or planted prior head, a bias to one answer).
+
+A method is validated if it returns the planted heads, or the planted cause.
+"""

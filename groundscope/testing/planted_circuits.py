@@ -125,6 +125,15 @@ def plant(
     ------
     ConfigError
         If the circuit is unknown, or needs more heads or layers than the model has.
+
+    Examples
+    --------
+    >>> from groundscope.testing.planted_circuits import plant
+    >>> planted = plant(seed=0)
+    >>> planted.grounding, len(planted.decoys)
+    (Head(layer=2, head=1), 3)
+    >>> planted.pairs(1)[0].change
+    'square: blue -> red'
     """
     if circuit not in ("direct", "two_step") or (circuit == "two_step" and backups):
         msg = f"invalid circuit '{circuit}' with {backups} backups; choose 'direct', or 'two_step' without backups"

@@ -26,7 +26,7 @@ from lvlm.intervention_digest import digest_of
 from lvlm.model import Lvlm
 from lvlm.sites import Head
 
-__all__ = ["amplified", "color_blind", "color_erased", "image_cut", "leaning", "prior_head"]
+__all__ = ["amplify_head", "bias_answer", "cut_image", "erase_color", "make_color_blind", "plant_prior_head"]
 
 _BATCH = 32
 _VIVID = 0.35
@@ -37,10 +37,17 @@ _PAINT = (220, 50, 50)
 """Color of painted pixels: red, green and blue."""
 
 
-def color_blind(model: Lvlm) -> Lvlm:
+def make_color_blind(model: Lvlm) -> Lvlm:
     """Return a model whose vision tower sees every colored pixel in the same color: shapes remain, colors are lost.
 
     Gray values would not suffice: yellow is light and blue is dark.
+
+    Examples
+    --------
+    >>> import groundscope as gs
+    >>> from groundscope.testing.planted_failures import make_color_blind
+    >>> make_color_blind(gs.load_lvlm("tiny")).name
+    'tiny (color blind)'
     """
     processor = copy.copy(model.processor)
     processor.image_processor = _OneColorProcessor(model.processor.image_processor)
@@ -72,7 +79,7 @@ def _repaint(image: Image.Image) -> Image.Image:
     return Image.fromarray(np.where(near[..., None], _PAINT, pixels).astype(np.uint8))
 
 
-def color_erased(model: Lvlm, examples: Sequence[Example], kind: str = "color", rounds: int = 3) -> Lvlm:
+def erase_color(model: Lvlm, examples: Sequence[Example], kind: str = "color", rounds: int = 3) -> Lvlm:
     """Return a model whose projector output no longer encodes the color of objects.
 
     The last linear map of the projector is composed with the affine map that changes tokens least and removes all linear
@@ -96,14 +103,14 @@ def color_erased(model: Lvlm, examples: Sequence[Example], kind: str = "color", 
     PatchError
         If the pictures have fewer than two values of the attribute.
     """
-    spoiled = _copy_of(model, "color erased")
-    place = spoiled.locate("projector.out")
+    modified = _copy_of(model, "color erased")
+    place = modified.locate("projector.out")
     last = next((m for m in reversed(list(place.module.modules())) if isinstance(m, nn.Linear)), None)
     if last is None:
         msg = f"{model.name}: its projector does not end in a linear map, so '{kind}' cannot be erased"
         raise ModelError(msg)
     for _ in range(rounds):
-        tokens, values = _object_tokens(spoiled, examples, kind)
+        tokens, values = _object_tokens(modified, examples, kind)
         if len(set(values)) < 2:
             msg = f"the pictures have fewer than two values of '{kind}'; pass pictures with annotated attributes"
             raise PatchError(msg)
@@ -114,7 +121,7 @@ def color_erased(model: Lvlm, examples: Sequence[Example], kind: str = "color", 
             bias = last.bias.double() if last.bias is not None else torch.zeros(len(mean), dtype=torch.float64)
             last.weight.copy_(keep @ last.weight.double())
             last.bias = nn.Parameter((keep @ bias + shift).to(last.weight.dtype))
-    return spoiled
+    return modified
 
 
 def _object_tokens(model: Lvlm, examples: Sequence[Example], kind: str) -> tuple[np.ndarray, list[str]]:
@@ -152,13 +159,20 @@ def _eraser(x: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return unwhiten @ vectors @ vectors.T @ whiten, mean
 
 
-def image_cut(model: Lvlm, first: int) -> Lvlm:
+def cut_image(model: Lvlm, first: int) -> Lvlm:
     """Return a model in which, from a decoder layer on, no token after the image attends to it.
 
     Its weights are the same; permanent hooks change the mask of the layers.
+
+    Examples
+    --------
+    >>> import groundscope as gs
+    >>> from groundscope.testing.planted_failures import cut_image
+    >>> [item.name for item in cut_image(gs.load_lvlm("tiny"), first=2).interventions]
+    ['image cut from layer 2']
     """
-    spoiled = _copy_of(model, f"image cut from layer {first}")
-    image = spoiled.content_id
+    modified = _copy_of(model, f"image cut from layer {first}")
+    image = modified.content_id
     inputs: dict[str, Tensor] = {}
 
     @mark_observer
@@ -182,27 +196,35 @@ def image_cut(model: Lvlm, first: int) -> Lvlm:
         blocked = mask & ~block if mask.dtype == torch.bool else mask.masked_fill(block, torch.finfo(mask.dtype).min)
         return args, {**kwargs, "attention_mask": blocked}
 
-    spoiled.register(
+    modified.register(
         ActiveIntervention(
             "planted cause", f"image cut from layer {first}", lambda: digest_of(["image cut", first, image])
         )
     )
-    spoiled.hf.register_forward_pre_hook(store_ids, with_kwargs=True)
-    for layer in spoiled.layers("decoder")[first:]:
+    modified.hf.register_forward_pre_hook(store_ids, with_kwargs=True)
+    for layer in modified.layers("decoder")[first:]:
         layer.register_forward_pre_hook(cut, with_kwargs=True)
-    return spoiled
+    return modified
 
 
-def amplified(model: Lvlm, head: Head, factor: float) -> Lvlm:
-    """Return a model with one head's output multiplied by `factor`, so that a prior head overrides the image."""
-    spoiled = _copy_of(model, f"{head} times {factor:g}")
-    output = spoiled.output_projection("decoder", head.layer)
+def amplify_head(model: Lvlm, head: Head, factor: float) -> Lvlm:
+    """Return a model with one head's output multiplied by `factor`, so that a prior head overrides the image.
+
+    Examples
+    --------
+    >>> import groundscope as gs
+    >>> from groundscope.testing.planted_failures import amplify_head
+    >>> amplify_head(gs.load_lvlm("tiny"), gs.Head(3, 1), factor=4).name
+    'tiny (L3.H1 times 4)'
+    """
+    modified = _copy_of(model, f"{head} times {factor:g}")
+    output = modified.output_projection("decoder", head.layer)
     with torch.no_grad():
-        output.weight[:, head.head * spoiled.head_dim : (head.head + 1) * spoiled.head_dim] *= factor
-    return spoiled
+        output.weight[:, head.head * modified.head_dim : (head.head + 1) * modified.head_dim] *= factor
+    return modified
 
 
-def leaning(model: Lvlm, examples: Sequence[Example], answer: str, logits: float) -> Lvlm:
+def bias_answer(model: Lvlm, examples: Sequence[Example], answer: str, logits: float) -> Lvlm:
     """Return a model with a constant bias to one answer, independent of question and image.
 
     Parameters
@@ -221,19 +243,19 @@ def leaning(model: Lvlm, examples: Sequence[Example], answer: str, logits: float
     ModelError
         If the unembedding is not linear.
     """
-    spoiled = _copy_of(model, f"leaning to {answer}")
-    head: Any = resolve(spoiled.hf, spoiled.spec.unembedding or "", spoiled.spec)
+    modified = _copy_of(model, f"leaning to {answer}")
+    head: Any = resolve(modified.hf, modified.spec.unembedding or "", modified.spec)
     if not isinstance(head, nn.Linear):
         msg = f"{model.name}: its unembedding is a {type(head).__name__}; a bias needs a linear layer"
         raise ModelError(msg)
-    key = answer_key(spoiled, _example_with(examples, answer))
+    key = answer_key(modified, _example_with(examples, answer))
     bias = torch.zeros(head.out_features) if head.bias is None else head.bias.detach().clone()
     bias[list(dict(zip(key.candidates, key.tokens, strict=True))[answer])] += logits
     head.bias = nn.Parameter(bias.to(head.weight))
-    return spoiled
+    return modified
 
 
-def prior_head(
+def plant_prior_head(
     model: Lvlm, examples: Sequence[Example], head: Head, answers: Mapping[str, str], strength: float
 ) -> Lvlm:
     """Return a model with a head that promotes an answer for each noun, independent of the image.
@@ -261,11 +283,11 @@ def prior_head(
     PatchError
         If there are more answers than head dimensions, or no example has an answer among its candidates.
     """
-    spoiled = _copy_of(model, "prior head")
-    attention = resolve(spoiled.layers("decoder")[head.layer], spoiled.spec.decoder.attention, spoiled.spec)
+    modified = _copy_of(model, "prior head")
+    attention = resolve(modified.layers("decoder")[head.layer], modified.spec.decoder.attention, modified.spec)
     projections = [getattr(attention, name, None) for name in ("q_proj", "k_proj", "v_proj")]
-    output = spoiled.output_projection("decoder", head.layer)
-    width = spoiled.head_dim
+    output = modified.output_projection("decoder", head.layer)
+    width = modified.head_dim
     if not all(isinstance(m, nn.Linear) and m.out_features == output.in_features for m in projections):
         msg = f"{model.name}: a prior head needs separate query, key and value projections for each head"
         raise ModelError(msg)
@@ -273,7 +295,7 @@ def prior_head(
     if len(pushed_answers) > width:
         msg = f"{len(pushed_answers)} answers do not fit into head {head}, which has {width} dimensions"
         raise PatchError(msg)
-    x, targets, length, size = _noun_tokens(spoiled, examples, head.layer, answers, pushed_answers)
+    x, targets, length, size = _noun_tokens(modified, examples, head.layer, answers, pushed_answers)
     ridge = x.T @ x + 1e-3 * np.trace(x.T @ x) / x.shape[1] * np.eye(x.shape[1])
     weights = np.linalg.solve(ridge, x.T @ targets).T  # [answers, D]
     at = slice(head.head * width, (head.head + 1) * width)
@@ -287,9 +309,9 @@ def prior_head(
             weights * length, dtype=values.weight.dtype
         )
         output.weight[:, at] = 0
-        for k, direction in enumerate(_push_directions(spoiled, examples, pushed_answers)):
+        for k, direction in enumerate(_push_directions(modified, examples, pushed_answers)):
             output.weight[:, at.start + k] = (strength * size * direction).to(output.weight.dtype)
-    return spoiled
+    return modified
 
 
 @torch.no_grad()

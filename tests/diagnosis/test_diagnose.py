@@ -163,14 +163,14 @@ def by_hand() -> Planted:
 @cache
 def spoiled(cause: str) -> Lvlm:
     if cause == "not seen":
-        return planted_failures.color_blind(intact())
+        return planted_failures.make_color_blind(intact())
     if cause == "lost at the projector":
-        return planted_failures.color_erased(intact(), scenes.dataset(120, 98))
+        return planted_failures.erase_color(intact(), scenes.dataset(120, 98))
     if cause == "not integrated":
-        return planted_failures.image_cut(by_hand().model, 0)
+        return planted_failures.cut_image(by_hand().model, 0)
     prior = by_hand().prior
     assert prior is not None
-    return planted_failures.amplified(by_hand().model, prior, 8.0)
+    return planted_failures.amplify_head(by_hand().model, prior, 8.0)
 
 
 @cache
@@ -253,12 +253,12 @@ def test_planted_failures_change_the_stated_stage() -> None:
     model = intact()
     before = [p.clone() for p in model.hf.parameters()]
     first, second = (e for e in scenes.dataset(20, 3).examples[:40:30] if e.candidates)
-    cut = planted_failures.image_cut(model, 0)
+    cut = planted_failures.cut_image(model, 0)
     logits = [cut.logits(cut.encode(replace(first, image=e.image)).inputs) for e in (first, second)]
     torch.testing.assert_close(logits[0], logits[1])
     whole = [model.logits(model.encode(replace(first, image=e.image)).inputs) for e in (first, second)]
     assert not torch.allclose(whole[0], whole[1])
-    blind = planted_failures.color_blind(model)
+    blind = planted_failures.make_color_blind(model)
     moved: dict[str, list[float]] = {"own": [], "blind": []}
     for example in {e.group: e for e in scenes.dataset(20, 3)}.values():
         scene, noun = example.image, example.objects[0].noun
@@ -292,7 +292,7 @@ def test_no_linear_reader_finds_an_erased_color() -> None:
 
 def test_an_output_bias_is_an_override_without_a_responsible_head(tmp_path: Path) -> None:
     data = scenes.dataset(300, 7, splits=("neutral",)).filter(lambda e: e.kind == "existence")
-    model = planted_failures.leaning(intact(), data, "yes", 1.5)
+    model = planted_failures.bias_answer(intact(), data, "yes", 1.5)
     assert intact().hf.lm_head.bias is None
     before = {a.id: a for a in answer(intact(), data, 64, progress=False).answers}
     store = trace(
@@ -325,7 +325,7 @@ def test_an_output_bias_is_an_override_without_a_responsible_head(tmp_path: Path
             diagnosis
         )
     with pytest.raises(PatchError, match="no example has the candidate 'maybe'"):
-        planted_failures.leaning(intact(), data, "maybe", 1.0)
+        planted_failures.bias_answer(intact(), data, "maybe", 1.0)
 
 
 def test_a_value_without_a_label_is_read_by_its_only_alternative(tmp_path: Path) -> None:

@@ -181,7 +181,7 @@ def late_head(planted: Planted) -> Head:
 @torch.no_grad()
 def inverted_late(planted: Planted) -> Lvlm:
     """Add a head in the last layer that pushes the other color where the square is in the left half: not by a prior."""
-    model = planted_failures.amplified(planted.model, Head(0, 0), 1.0)  # a copy
+    model = planted_failures.amplify_head(planted.model, Head(0, 0), 1.0)  # a copy
     hf: Any = model.hf.model
     grounding = planted.grounding
     assert grounding is not None
@@ -235,7 +235,7 @@ def diagnosed(model: Lvlm, data: ConceptDataset, out: Path, *, boxes: bool = Tru
 
 def test_a_planted_output_bias_is_a_lean_and_no_head_is_blamed(tmp_path: Path) -> None:
     data = questions(by_hand(prior=True), 160)
-    model = planted_failures.leaning(by_hand(prior=True).model, data, "red", 10.0)
+    model = planted_failures.bias_answer(by_hand(prior=True).model, data, "red", 10.0)
     diagnoses = diagnosed(model, data, tmp_path / "s")
     assert not [o for o in diagnoses.examples if o.verdict is None and o.said == "blue"]  # no right "blue" is left
     counts = Counter(o.verdict for o in diagnoses.wrong)
@@ -260,7 +260,7 @@ def test_an_override_that_no_prior_explains_is_late(tmp_path: Path) -> None:
 def test_a_verdict_without_boxes_names_the_stages_that_were_not_read(tmp_path: Path) -> None:
     planted = by_hand(prior=True)
     assert planted.prior is not None
-    model = planted_failures.amplified(planted.model, planted.prior, 8.0)
+    model = planted_failures.amplify_head(planted.model, planted.prior, 8.0)
     diagnoses = diagnosed(model, questions(planted, 160), tmp_path / "s", boxes=False)
     assert len(diagnoses.wrong) >= 15
     assert {o.verdict for o in diagnoses.wrong} == {"overridden by the prior"}

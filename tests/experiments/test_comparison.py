@@ -163,7 +163,7 @@ def test_two_models_in_memory_are_compared_on_answers_probes_and_verdicts() -> N
     """A head that speaks for the usual color is made louder: the answers that turn are those it turns."""
     planted = plant(0)
     assert planted.prior is not None
-    louder = planted_failures.amplified(planted.model, planted.prior, 8.0)
+    louder = planted_failures.amplify_head(planted.model, planted.prior, 8.0)
     examples = [
         replace(e, labels={f"attribute:{c}": e.answer == c for c in e.candidates}) for e in planted.examples(300, 5)
     ]
