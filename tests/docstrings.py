@@ -52,10 +52,12 @@ def _members(module: ModuleType, title: str) -> Iterator[tuple[str, object]]:
         if inspect.ismodule(value):
             if names is not None:
                 yield from _members(value, f"{title}.{name}")
-        elif callable(value) and not name.startswith("_"):
-            function = inspect.unwrap(value)
-            if names is not None or getattr(function, "__module__", None) == module.__name__:
-                yield f"{title}.{name}", value
+            continue
+        function = inspect.unwrap(value) if callable(value) else value
+        if name.startswith("_") or not (inspect.isclass(function) or inspect.isroutine(function)):
+            continue  # constants and type aliases
+        if names is not None or getattr(function, "__module__", None) == module.__name__:
+            yield f"{title}.{name}", value
 
 
 def without_examples() -> list[str]:
