@@ -45,7 +45,16 @@ def _attribute_labels(item: SceneObject) -> dict[str, bool]:
 
 
 def color(scene: Scene, item: SceneObject, name: str) -> Question:
-    """Return the question whether an object has a color; the prior answer is that of its typical color."""
+    """Return the question whether an object has a color; the prior answer is that of its typical color.
+
+    Examples
+    --------
+    >>> import groundscope as gs
+    >>> scene = gs.scenes.dataset(10)[0].image
+    >>> first, *others = scene.objects
+    >>> gs.scenes.questions.color(scene, first, first.attributes["color"]).answer
+    'yes'
+    """
     truth = item.attributes["color"] == name
     typical = TYPICAL.get(item.noun)
     return Question(
@@ -61,7 +70,17 @@ def color(scene: Scene, item: SceneObject, name: str) -> Question:
 
 
 def what_color(scene: Scene, item: SceneObject) -> Question:
-    """Return the question which color an object has; the prior answer is its typical color."""
+    """Return the question which color an object has; the prior answer is its typical color.
+
+    Examples
+    --------
+    >>> import groundscope as gs
+    >>> scene = gs.scenes.dataset(10)[0].image
+    >>> first, *others = scene.objects
+    >>> question = gs.scenes.questions.what_color(scene, first)
+    >>> question.answer == first.attributes["color"]
+    True
+    """
     typical = TYPICAL.get(item.noun)
     return Question(
         f"What color is the {item.noun}?",
@@ -76,7 +95,16 @@ def what_color(scene: Scene, item: SceneObject) -> Question:
 
 
 def size(scene: Scene, item: SceneObject, name: str) -> Question:
-    """Return the question whether an object is ``big`` or ``small``."""
+    """Return the question whether an object is ``big`` or ``small``.
+
+    Examples
+    --------
+    >>> import groundscope as gs
+    >>> scene = gs.scenes.dataset(10)[0].image
+    >>> first, *others = scene.objects
+    >>> gs.scenes.questions.size(scene, first, first.attributes["size"]).answer
+    'yes'
+    """
     truth = item.attributes["size"] == name
     return Question(
         f"Is the {item.noun} {name}?",
@@ -90,7 +118,17 @@ def size(scene: Scene, item: SceneObject, name: str) -> Question:
 
 
 def relation(scene: Scene, first: SceneObject, second: SceneObject, name: str) -> Question | None:
-    """Return the question whether `first` has a relation to `second`; None if the relation is not defined (`Scene.relation`)."""
+    """Return the question whether `first` has a relation to `second`; None if the relation is not defined (`Scene.relation`).
+
+    Examples
+    --------
+    >>> import groundscope as gs
+    >>> example = next(e for e in gs.scenes.dataset(10) if e.kind == "relation")
+    >>> first, second = example.image.objects[:2]
+    >>> question = gs.scenes.questions.relation(example.image, first, second, "left of")
+    >>> question is None or question.candidates == ("yes", "no")
+    True
+    """
     truth = scene.relation(first, second, name)
     if truth is None:
         return None
@@ -107,7 +145,16 @@ def relation(scene: Scene, first: SceneObject, second: SceneObject, name: str) -
 
 
 def place(scene: Scene, item: SceneObject, axis: str) -> Question:
-    """Return the question which third of the image, by ``column`` or ``row``, contains an object's center; used in training."""
+    """Return the question which third of the image, by ``column`` or ``row``, contains an object's center; used in training.
+
+    Examples
+    --------
+    >>> import groundscope as gs
+    >>> scene = gs.scenes.dataset(10)[0].image
+    >>> first, *others = scene.objects
+    >>> gs.scenes.questions.place(scene, first, "column").candidates
+    ('left', 'middle', 'right')
+    """
     coordinate = item.require_box().center[0 if axis == "column" else 1]
     words = THIRDS[axis]
     return Question(
@@ -121,7 +168,16 @@ def place(scene: Scene, item: SceneObject, axis: str) -> Question:
 
 
 def caption(scene: Scene) -> Question:
-    """Return the request for a description; the reference names each object with its color, from left to right."""
+    """Return the request for a description; the reference names each object with its color, from left to right.
+
+    Examples
+    --------
+    >>> import groundscope as gs
+    >>> scene = gs.scenes.dataset(10)[0].image
+    >>> first, *others = scene.objects
+    >>> gs.scenes.questions.caption(scene).text
+    'Describe the image.'
+    """
     objects = sorted(scene.objects, key=lambda o: o.require_box().center)
     parts = [f"{article(o.attributes['color'])} {o.attributes['color']} {o.noun}" for o in objects]
     text = ", ".join(parts[:-1]) + f" and {parts[-1]}" if len(parts) > 1 else "".join(parts)
@@ -139,6 +195,16 @@ def as_example(scene: Scene, question: Question, split: str, group: str | None =
         Test condition of the example.
     group
         Group of the example; by default the scene's id.
+
+    Examples
+    --------
+    >>> import groundscope as gs
+    >>> scene = gs.scenes.dataset(10)[0].image
+    >>> first, *others = scene.objects
+    >>> question = gs.scenes.questions.existence(scene, first.noun)
+    >>> example = gs.scenes.questions.as_example(scene, question, "neutral")
+    >>> example.answer, example.split
+    ('yes', 'neutral')
     """
     present = {o.noun for o in scene.objects}
     nouns = {f"object:{noun}": noun in present for noun in NOUNS}
