@@ -109,7 +109,7 @@ def test_means(kind: str, groups: int, least: float) -> None:
     covered = []
     for seed in range(600):
         values, index, truth = means_by_group(kind, groups, rng)
-        low, high = cluster_bootstrap(values, index.tolist(), n=1000, seed=seed)
+        low, high = cluster_bootstrap(values, index.tolist(), resamples=1000, seed=seed)
         head_low, head_high = mean_interval(values[:, None], [str(i) for i in index], resamples=1000, seed=seed)
         covered.append((low <= truth <= high, head_low[0] <= truth <= head_high[0]))
     print(f"{kind}, {groups} groups: {np.mean(covered, axis=0).round(3)}")

@@ -195,7 +195,7 @@ class Sources:
             groups = [answer.example["group"] for answer in answers]
             for part in PARTS:
                 values = np.array([getattr(answer, part) for answer in answers])
-                low, high = cluster_bootstrap(values, groups, n=resamples, seed=seed)
+                low, high = cluster_bootstrap(values, groups, resamples=resamples, seed=seed)
                 if len(set(groups)) < 2:
                     low, high = math.nan, math.nan
                 ends = {"n": len(answers), "mean": values.mean(), "low": low, "high": high}

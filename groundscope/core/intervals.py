@@ -23,7 +23,7 @@ _SMALL = 50
 def rate_interval(
     hits: ArrayLike,
     trials: ArrayLike,
-    level: float = 0.95,
+    confidence: float = 0.95,
     *,
     spread: ArrayLike = 1.0,
     prior: ArrayLike | None = None,
@@ -35,8 +35,8 @@ def rate_interval(
     hits, trials
         ``[..., G]``: totals of each group, ``0 <= hits <= trials``. For weighted trials, pass totals of weights that sum
         to the effective number of trials, ``sum(w) ** 2 / sum(w ** 2)``.
-    level
-        Coverage aimed at.
+    confidence
+        Nominal coverage of the interval.
     spread
         ``[...]``: variance of a trial divided by that of a binary trial of the same mean: 1 for binary trials, less for ratings.
     prior
@@ -66,23 +66,25 @@ def rate_interval(
 
     The lower end of Wilson's interval is too high for k = 1 or 2 hits of few trials (Brown, Cai & DasGupta 2001,
     Statistical Science 16:101, section 4.1.2). For up to 50 independent trials or groups, the end is the Poisson end of
-    that paper: the quantile ``1 - level`` of a gamma distribution of shape k, divided by the number of trials; likewise
+    that paper: the quantile ``1 - confidence`` of a gamma distribution of shape k, divided by the number of trials; likewise
     at 1.
     """
-    check_level(level)
+    check_confidence(confidence)
     a, b = np.asarray(hits, dtype=np.float64), np.asarray(trials, dtype=np.float64)
     total = b.sum(axis=-1)
     has_trials = total > 0
     p = np.clip(np.divide(a.sum(axis=-1), total, out=np.zeros_like(total), where=has_trials), 0.0, 1.0)
     of_trial = np.asarray(spread, dtype=np.float64)
-    excess, largest = design_excess(a, b, p, level, of_trial, prior)
+    excess, largest = design_excess(a, b, p, confidence, of_trial, prior)
     effective = np.where(has_trials, total, 1.0) / (of_trial * (1 + excess))
-    low, high = _wilson(p, effective, level)
+    low, high = _wilson(p, effective, confidence)
     agree = (effective <= _SMALL) & (excess >= largest) & (p > 0) & (p < 1)
     hit, missed = p * effective, (1 - p) * effective
     first, last = agree & (hit < 3), agree & (missed < 3)
-    low = np.where(first, np.minimum(low, gammaincinv(np.where(first, hit, 1.0), 1 - level) / effective), low)
-    high = np.where(last, np.maximum(high, 1 - gammaincinv(np.where(last, missed, 1.0), 1 - level) / effective), high)
+    low = np.where(first, np.minimum(low, gammaincinv(np.where(first, hit, 1.0), 1 - confidence) / effective), low)
+    high = np.where(
+        last, np.maximum(high, 1 - gammaincinv(np.where(last, missed, 1.0), 1 - confidence) / effective), high
+    )
     return np.where(has_trials, low, 0.0), np.where(has_trials, high, 1.0)
 
 
@@ -90,7 +92,7 @@ def design_excess(
     a: NDArray[np.float64],
     b: NDArray[np.float64],
     p: NDArray[np.float64],
-    level: float,
+    confidence: float,
     spread: NDArray[np.float64],
     prior: ArrayLike | None = None,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -110,7 +112,7 @@ def design_excess(
     weight = e**1.5
     before = largest if prior is None else np.asarray(prior, dtype=np.float64)
     excess = (measured * weight + before) / (weight + 1)
-    wider = np.minimum(excess * _student(np.maximum(e, 3.0), level) ** 2, np.maximum(excess, largest))
+    wider = np.minimum(excess * _student(np.maximum(e, 3.0), confidence) ** 2, np.maximum(excess, largest))
     return np.clip(np.where(excess > 0, wider, excess), _LOWEST, None), largest
 
 
@@ -118,7 +120,7 @@ def combined_interval(
     hits: ArrayLike,
     trials: ArrayLike,
     weights: ArrayLike,
-    level: float = 0.95,
+    confidence: float = 0.95,
     *,
     spread: ArrayLike = 1.0,
     prior: ArrayLike | None = None,
@@ -135,8 +137,8 @@ def combined_interval(
         ``[K, ..., G]``: totals of each group, as for `rate_interval`; 0 trials where a rate does not cover a group.
     weights
         ``[K]``: ``(.5, .5)`` for a balanced accuracy, ``(1, -1)`` for a difference.
-    level
-        Coverage aimed at.
+    confidence
+        Nominal coverage of the interval.
     spread
         ``[K]``, ``[K, ...]``, or a scalar, as for `rate_interval`.
     prior
@@ -152,7 +154,7 @@ def combined_interval(
     c = np.asarray(weights, dtype=np.float64).reshape(columns)  # [K, 1, ...]
     of_value = np.asarray(spread, dtype=np.float64)
     of_value = of_value.reshape(columns) if of_value.shape == (len(a),) else of_value
-    low, high = rate_interval(a, b, level, spread=np.broadcast_to(of_value, a.shape[:-1]), prior=prior)
+    low, high = rate_interval(a, b, confidence, spread=np.broadcast_to(of_value, a.shape[:-1]), prior=prior)
     total = b.sum(axis=-1)
     p = np.divide(a.sum(axis=-1), total, out=np.full(total.shape, np.nan), where=total > 0)  # [K, ...]
     residual = (a - np.nan_to_num(p)[..., None] * b) * np.divide(1, total, out=np.zeros(total.shape), where=total > 0)[
@@ -177,7 +179,7 @@ def combined_interval(
 
 
 def share_interval(
-    value: ArrayLike, variance: ArrayLike, trials: ArrayLike, groups: ArrayLike, level: float = 0.95
+    value: ArrayLike, variance: ArrayLike, trials: ArrayLike, groups: ArrayLike, confidence: float = 0.95
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return Wilson's interval of scores between 0 and 1 other than rates, from the variance of bootstrap draws.
 
@@ -195,22 +197,22 @@ def share_interval(
         ``[...]``: largest effective number of trials, counted over the groups that contribute to the variance.
     groups
         ``[...]``: number of groups that contribute to the variance.
-    level
-        Coverage aimed at.
+    confidence
+        Nominal coverage of the interval.
     """
     p, v, most, count = (np.asarray(x, dtype=np.float64) for x in (value, variance, trials, groups))
     degrees = np.maximum(count - 1, 1.0)
     v = v * (degrees + 1) / degrees
     effective = np.divide(p * (1 - p), v, out=np.full(np.broadcast(p, v).shape, np.inf), where=v > 0)
-    effective = np.clip(effective / _student(degrees, level) ** 2, 1.0, np.maximum(most, 1.0))
-    return _wilson(p, effective, level)
+    effective = np.clip(effective / _student(degrees, confidence) ** 2, 1.0, np.maximum(most, 1.0))
+    return _wilson(p, effective, confidence)
 
 
 def _wilson(
-    p: NDArray[np.float64], n: NDArray[np.float64], level: float
+    p: NDArray[np.float64], n: NDArray[np.float64], confidence: float
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return Wilson's interval of shares of n trials, n > 0, elementwise; see `wilson`."""
-    z = NormalDist().inv_cdf((1 + level) / 2)
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
     scale = 1 + z * z / n
     middle = (p + z * z / (2 * n)) / scale
     half = z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / scale
@@ -218,13 +220,13 @@ def _wilson(
     return np.where(p <= 0, 0.0, np.maximum(0.0, middle - half)), np.where(p >= 1, 1.0, np.minimum(1.0, middle + half))
 
 
-def _student(degrees: NDArray[np.float64], level: float) -> NDArray[np.float64]:
+def _student(degrees: NDArray[np.float64], confidence: float) -> NDArray[np.float64]:
     """Return Student's two-sided quantile divided by the normal quantile, at least 1."""
-    return np.maximum(stdtrit(degrees, (1 + level) / 2) / NormalDist().inv_cdf((1 + level) / 2), 1.0)
+    return np.maximum(stdtrit(degrees, (1 + confidence) / 2) / NormalDist().inv_cdf((1 + confidence) / 2), 1.0)
 
 
 def widen(
-    value: ArrayLike, low: ArrayLike, high: ArrayLike, groups: int | NDArray[np.int64], level: float = 0.95
+    value: ArrayLike, low: ArrayLike, high: ArrayLike, groups: int | NDArray[np.int64], confidence: float = 0.95
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Widen a percentile interval around its value, to correct for a small number of groups.
 
@@ -242,11 +244,11 @@ def widen(
     count = np.asarray(groups, dtype=np.float64)
     middle, below, above = (np.asarray(x, dtype=np.float64) for x in (value, low, high))
     degrees = np.maximum(count - 1, 1)
-    factor = np.where(count > 1, np.sqrt((degrees + 1) / degrees) * _student(degrees, level), np.nan)
+    factor = np.where(count > 1, np.sqrt((degrees + 1) / degrees) * _student(degrees, confidence), np.nan)
     return middle - factor * (middle - below), middle + factor * (above - middle)
 
 
-def wilson(k: float, n: float, level: float = 0.95) -> tuple[float, float]:
+def wilson(k: float, n: float, confidence: float = 0.95) -> tuple[float, float]:
     """Return Wilson's score interval of a proportion: `k` of `n` independent trials (Wilson 1927, JASA 22:209).
 
     The width is positive; ``(0, 1)`` for no trials. `k` and `n` may be fractional, for effective numbers.
@@ -254,20 +256,20 @@ def wilson(k: float, n: float, level: float = 0.95) -> tuple[float, float]:
     Raises
     ------
     ConfigError
-        Unless ``0 <= k <= n`` and the level is between 0 and 1.
+        Unless ``0 <= k <= n`` and the confidence is between 0 and 1.
     """
-    check_level(level)
+    check_confidence(confidence)
     if not 0 <= k <= n:
         msg = f"invalid proportion: k={k} of n={n} must satisfy 0 <= k <= n"
         raise ConfigError(msg)
     if n == 0:
         return 0.0, 1.0
-    low, high = _wilson(np.float64(k / n), np.float64(n), level)  # pyright: ignore[reportArgumentType]  # 0-d arrays
+    low, high = _wilson(np.float64(k / n), np.float64(n), confidence)  # pyright: ignore[reportArgumentType]  # 0-d arrays
     return float(low), float(high)
 
 
-def check_level(level: float) -> None:
-    """Raise `ConfigError` unless a level is between 0 and 1."""
-    if not 0 < level < 1:
-        msg = f"level={level} must be between 0 and 1, such as 0.95"
+def check_confidence(confidence: float) -> None:
+    """Raise `ConfigError` unless a confidence is between 0 and 1."""
+    if not 0 < confidence < 1:
+        msg = f"confidence={confidence} must be between 0 and 1, such as 0.95"
         raise ConfigError(msg)

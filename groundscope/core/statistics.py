@@ -80,9 +80,10 @@ def cluster_bootstrap(
     values: ArrayLike,
     groups: Iterable[Hashable],
     statistic: Statistic = mean,
-    n: int = 1000,
+    *,
+    resamples: int = 1000,
+    confidence: float = 0.95,
     seed: int = 0,
-    level: float = 0.95,
 ) -> tuple[float, float]:
     """Return the bootstrap interval of a statistic: percentiles of draws of whole groups, widened by `widen`.
 
@@ -97,12 +98,12 @@ def cluster_bootstrap(
         The group of each row, ``[N]``. Each draw has as many groups as the data.
     statistic
         Function of the totals of a draw: `mean`, `ratio`, or any `Statistic`.
-    n
-        Number of draws.
+    resamples
+        Number of draws n.
+    confidence
+        Nominal coverage of the interval.
     seed
         Seed of the draws.
-    level
-        Coverage aimed at.
 
     Returns
     -------
@@ -115,23 +116,23 @@ def cluster_bootstrap(
     DataError
         If the numbers of groups and rows differ.
     ConfigError
-        If there are fewer than 1 draws, or the level is not between 0 and 1.
+        If there are fewer than 1 draws, or the confidence is not between 0 and 1.
     """
-    _check_options(n, level)
+    _check_options(resamples, confidence)
     table = np.asarray(values, dtype=np.float64)
     table = table[:, None] if table.ndim == 1 else table  # [N, K]
     totals_by_group = group_totals(np.column_stack([table, np.ones(len(table))]), groups)  # [G, K + 1], last the rows
     if len(totals_by_group) == 0:
         return math.nan, math.nan
-    totals = _totals_of_draws(totals_by_group, n, np.random.Generator(np.random.PCG64(seed)))  # [n, K + 1]
+    totals = _totals_of_draws(totals_by_group, resamples, np.random.Generator(np.random.PCG64(seed)))  # [n, K + 1]
     whole = totals_by_group.sum(axis=0, keepdims=True)
     value = statistic(whole[:, :-1], whole[:, -1])[0]
-    low, high = draws_interval(statistic(totals[:, :-1], totals[:, -1]), value, len(totals_by_group), level)
+    low, high = draws_interval(statistic(totals[:, :-1], totals[:, -1]), value, len(totals_by_group), confidence)
     return float(low), float(high)
 
 
 def draws_interval(
-    draws: ArrayLike, value: ArrayLike, groups: int | NDArray[np.int64], level: float = 0.95
+    draws: ArrayLike, value: ArrayLike, groups: int | NDArray[np.int64], confidence: float = 0.95
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return the interval of values from draws of whole groups: percentiles, widened by `widen`.
 
@@ -143,21 +144,23 @@ def draws_interval(
         ``[...]``: the statistic of the data.
     groups
         Number of groups in the data, for all values or for each ``[...]``.
-    level
-        Coverage aimed at.
+    confidence
+        Nominal coverage of the interval.
 
     Returns
     -------
     tuple of ndarray
         Low and high ends ``[...]``; NaN if no draw is defined, or there is only one group.
     """
-    _check_options(1, level)
+    _check_options(1, confidence)
     table = np.asarray(draws, dtype=np.float64)
     defined = ~np.isnan(table).all(axis=0)
     low, high = np.full(defined.shape, np.nan), np.full(defined.shape, np.nan)
     if defined.any():
-        low[defined], high[defined] = np.nanquantile(table[:, defined], [(1 - level) / 2, (1 + level) / 2], axis=0)
-    return widen(value, low, high, groups, level)
+        low[defined], high[defined] = np.nanquantile(
+            table[:, defined], [(1 - confidence) / 2, (1 + confidence) / 2], axis=0
+        )
+    return widen(value, low, high, groups, confidence)
 
 
 def estimate(
@@ -165,9 +168,7 @@ def estimate(
     groups: Sequence[Hashable],
     denominator: ArrayLike | None = None,
     *,
-    n: int = 1000,
-    seed: int = 0,
-    level: float = 0.95,
+    confidence: float = 0.95,
 ) -> Estimate:
     """Estimate a rate, or any ratio of totals between 0 and 1, with an interval clustered by group (`rate_interval`).
 
@@ -179,12 +180,9 @@ def estimate(
         The group of each row.
     denominator
         ``[N]``: total of each row; 1 by default. Groups with a total of 0 are ignored.
-    n, seed
-        Not used, as the interval has a formula; accepted for compatibility.
-    level
-        Coverage aimed at.
+    confidence
+        Nominal coverage of the interval.
     """
-    del n, seed
     above = np.asarray(numerator, dtype=np.float64)
     below = np.ones(len(above)) if denominator is None else np.asarray(denominator, dtype=np.float64)
     total = float(below.sum())
@@ -195,22 +193,22 @@ def estimate(
     counted = int(np.count_nonzero(totals[:, 1]))
     single = bool(np.isin(below, (0.0, 1.0)).all())  # else a row counts several binary outcomes
     spread = relative_variance(above[below == 1], counted) if single else 1.0
-    low, high = rate_interval(totals[:, 0], totals[:, 1], level, spread=spread)
+    low, high = rate_interval(totals[:, 0], totals[:, 1], confidence, spread=spread)
     return Estimate(value, float(low), float(high), round(total), counted < FEW_GROUPS)
 
 
 def rates_of_columns(
-    values: ArrayLike, groups: Iterable[Hashable], level: float = 0.95
+    values: ArrayLike, groups: Iterable[Hashable], confidence: float = 0.95
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return the intervals of the means of rows between 0 and 1, clustered by group: ``[N, ...]`` -> twice ``[...]``.
 
     Each column is a separate rate on the same groups; see `rate_interval`.
     """
-    return _columns(values, groups, (1.0,), level)
+    return _columns(values, groups, (1.0,), confidence)
 
 
 def changes_of_columns(
-    values: ArrayLike, groups: Iterable[Hashable], level: float = 0.95
+    values: ArrayLike, groups: Iterable[Hashable], confidence: float = 0.95
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return the intervals of the means of changes between -1 and 1, clustered by group: ``[N, ...]`` -> twice ``[...]``.
 
@@ -218,11 +216,11 @@ def changes_of_columns(
     both are combined with their correlation over groups (`combined_interval`). So the interval is valid even if nothing
     or everything changes. The prior design effect is estimated from gains and losses jointly.
     """
-    return _columns(values, groups, (1.0, -1.0), level)
+    return _columns(values, groups, (1.0, -1.0), confidence)
 
 
 def _columns(
-    values: ArrayLike, groups: Iterable[Hashable], weights: Sequence[float], level: float
+    values: ArrayLike, groups: Iterable[Hashable], weights: Sequence[float], confidence: float
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     table = np.asarray(values, dtype=np.float64)
     flat = table.reshape(len(table), -1)
@@ -239,9 +237,9 @@ def _columns(
         either = hits.sum(axis=0)
         shared_spread = np.array([relative_variance(column, hits.shape[-1]) for column in sides.sum(axis=0).T])
         share = np.clip(either.sum(axis=-1) / trials[0].sum(axis=-1), 0.0, 1.0)
-        prior = design_excess(either, trials[0], share, level, shared_spread)[0]
+        prior = design_excess(either, trials[0], share, confidence, shared_spread)[0]
         spread = np.where(hits.sum(axis=-1) > 0, spread, shared_spread)
-    low, high = combined_interval(hits, trials, weights, level, spread=spread, prior=prior)
+    low, high = combined_interval(hits, trials, weights, confidence, spread=spread, prior=prior)
     return low.reshape(table.shape[1:]), high.reshape(table.shape[1:])
 
 
@@ -290,7 +288,7 @@ def _totals_of_draws(totals_by_group: NDArray[np.float64], n: int, rng: np.rando
     return totals
 
 
-def _check_options(n: int, level: float) -> None:
-    if n < 1 or not 0 < level < 1:
-        msg = f"invalid n={n} or level={level}: n must be at least 1, and level between 0 and 1, such as 0.95"
+def _check_options(resamples: int, confidence: float) -> None:
+    if resamples < 1 or not 0 < confidence < 1:
+        msg = f"resamples={resamples} must be at least 1, and confidence={confidence} between 0 and 1, such as 0.95"
         raise ConfigError(msg)

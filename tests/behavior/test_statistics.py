@@ -41,7 +41,7 @@ def test_bootstrap_agrees_with_resampling_groups_one_by_one(kind: str) -> None:
     shift = np.repeat(rng.random(150), sizes)
     values = shift + rng.normal(size=len(groups)) if kind.startswith("all") else rng.random(len(groups)) < shift
     expected = np.quantile(naive(values.astype(float), groups, 4000, 0), [0.025, 0.975])
-    interval = cluster_bootstrap(values, groups, n=20000)
+    interval = cluster_bootstrap(values, groups, resamples=20000)
     width = expected[1] - expected[0]
     assert np.allclose(interval, expected, atol=0.06 * width)
 
@@ -52,7 +52,7 @@ def test_bootstrap_of_a_ratio_agrees_with_resampling() -> None:
     above = rng.binomial(below, 0.3)
     picks = np.random.default_rng(3).integers(0, 80, size=(8000, 80))
     expected = np.quantile(above[picks].sum(1) / below[picks].sum(1), [0.025, 0.975])
-    interval = cluster_bootstrap(np.stack([above, below], axis=1), range(80), ratio, n=8000)
+    interval = cluster_bootstrap(np.stack([above, below], axis=1), range(80), ratio, resamples=8000)
     assert np.allclose(interval, expected, atol=0.01)
 
 
@@ -69,9 +69,9 @@ def test_coverage_is_near_its_level_where_rows_of_a_group_agree() -> None:
     rounds = 300
     for number in range(rounds):
         values, groups = clustered(rng, 60, 8, 0.7)
-        low, high = cluster_bootstrap(values, groups, n=400, seed=number)
+        low, high = cluster_bootstrap(values, groups, resamples=400, seed=number)
         by_group += low <= 0.7 <= high
-        low, high = cluster_bootstrap(values, range(len(values)), n=400, seed=number)
+        low, high = cluster_bootstrap(values, range(len(values)), resamples=400, seed=number)
         by_row += low <= 0.7 <= high
     assert 0.90 <= by_group / rounds <= 0.985
     assert by_row / rounds < 0.85
@@ -84,7 +84,7 @@ def test_estimate_covers_with_few_groups_and_near_the_ends(n_groups: int, share:
     rounds = 300
     covered = 0
     for _ in range(rounds):
-        interval = estimate(rng.random(n_groups) < share, range(n_groups), n=200)
+        interval = estimate(rng.random(n_groups) < share, range(n_groups))
         covered += interval.low <= share <= interval.high
     assert covered / rounds >= 0.85
 
@@ -141,7 +141,7 @@ def test_nothing_measured_is_nan() -> None:
 def test_bad_input_is_named() -> None:
     with pytest.raises(DataError, match="2 groups for 3 rows"):
         cluster_bootstrap([1, 2, 3], "ab")
-    with pytest.raises(ConfigError, match="level=95"):
-        cluster_bootstrap([1, 2], "ab", level=95)
+    with pytest.raises(ConfigError, match="confidence=95"):
+        cluster_bootstrap([1, 2], "ab", confidence=95)
     with pytest.raises(ConfigError, match="k=3 of n=2"):
         wilson(3, 2)

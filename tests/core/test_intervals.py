@@ -174,7 +174,7 @@ def test_means_of_groups_are_covered(kind: str, groups: int, least: float) -> No
     covered, by_rows = [], []
     for seed in range(200):
         values, index, truth = means_by_group(kind, groups, rng)
-        low, high = cluster_bootstrap(values, index.tolist(), n=300, seed=seed)
+        low, high = cluster_bootstrap(values, index.tolist(), resamples=300, seed=seed)
         covered.append(low <= truth <= high)
         head_low, head_high = mean_interval(values[:, None], [str(i) for i in index], resamples=300, seed=seed)
         by_rows.append(covers(head_low, head_high, truth))

@@ -211,7 +211,7 @@ def test_on_pure_noise_scores_are_at_chance_and_intervals_cover_it() -> None:
     assert np.mean(scores) == pytest.approx(0.5, abs=0.015)
     assert np.mean(controls) == pytest.approx(0.5, abs=0.015)
     # Cells of one store share their labels, so the binomial interval is taken at a fourth of the trials.
-    low, high = wilson(round(inside / 4), trials // 4, level=0.99)
+    low, high = wilson(round(inside / 4), trials // 4, confidence=0.99)
     assert low <= 0.95 <= high, inside / trials
 
 

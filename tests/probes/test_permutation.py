@@ -116,7 +116,7 @@ def test_family_wise_false_positives_are_at_their_rate_on_pure_noise() -> None:
         significance = permutation_test(grid, store, permutations=59, seed=seed)
         wrong += int(significance.p_family.min() <= 0.05)
         naive_wrong += int(significance.p.min() <= 0.05)
-    low, high = wilson(wrong, stores, level=0.99)
+    low, high = wilson(wrong, stores, confidence=0.99)
     assert low <= 0.05 <= high, wrong
     assert naive_wrong > 0.2 * stores  # the same cells without the correction for how many were looked at
 

@@ -72,14 +72,14 @@ def test_clustered_intervals_cover_at_their_nominal_rate_where_independent_ones_
             names, of_row = np.unique(units, return_inverse=True)
             low, high = balanced_accuracy_interval(y, margins, of_row, len(names))
             covered[kind] += int(low[0] <= 0.5 <= high[0])
-    low, high = wilson(covered["group"], trials, level=0.999)
+    low, high = wilson(covered["group"], trials, confidence=0.999)
     assert low <= 0.95 <= high, covered
     assert covered["row"] < 0.8 * trials
 
 
 def test_undefined_draws_are_left_out_of_an_interval() -> None:
     draws = np.array([[0.0, np.nan], [1.0, np.nan], [np.nan, np.nan]])
-    low, high = draws_interval(draws, np.array([0.5, np.nan]), groups=10**9, level=1 - 1e-9)
+    low, high = draws_interval(draws, np.array([0.5, np.nan]), groups=10**9, confidence=1 - 1e-9)
     np.testing.assert_allclose([low[0], high[0]], [0, 1], atol=1e-6)
     assert np.isnan([low[1], high[1]]).all()
 
