@@ -16,6 +16,7 @@ from circuits.interventions.intervention import Intervention, Replace, Zero, int
 from circuits.patching.activation import check_evaluating
 from circuits.results.statistics import mean_interval
 from concepts.schema import Example
+from groundscope.core.artifacts import freeze
 from groundscope.core.errors import ConfigError, PatchError
 from groundscope.core.progress import progress_bar
 from groundscope.core.short_repr import short_repr
@@ -74,8 +75,7 @@ class Ablation:
     __repr__ = short_repr
 
     def __post_init__(self) -> None:
-        self.margins.setflags(write=False)
-        self.ablated.setflags(write=False)
+        freeze(self)
 
     @property
     def effects(self) -> np.ndarray:

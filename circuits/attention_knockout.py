@@ -18,6 +18,7 @@ from circuits.patching.activation import check_evaluating
 from circuits.patching.metrics import probability
 from circuits.results.statistics import mean_interval
 from concepts.schema import Example
+from groundscope.core.artifacts import freeze
 from groundscope.core.errors import ConfigError, ModelError, PatchError, SiteError
 from groundscope.core.progress import progress_bar
 from groundscope.core.short_repr import short_repr
@@ -81,8 +82,7 @@ class Knockout:
     __repr__ = short_repr
 
     def __post_init__(self) -> None:
-        for name in ("probability", "change", "right"):
-            getattr(self, name).setflags(write=False)
+        freeze(self)
 
     def select(self, keep: np.ndarray) -> Self:
         """Return the results of a subset of the examples, selected by a boolean mask or by indices."""

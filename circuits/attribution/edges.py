@@ -22,11 +22,19 @@ import torch
 from torch import Tensor
 
 from circuits.attribution.attention_nodes import check_exposable
-from circuits.attribution.estimates import How, Point, Sides, Variant, check_how, groups, usable
+from circuits.attribution.estimates import (
+    GradientSettings,
+    Point,
+    Sides,
+    Variant,
+    check_gradient_settings,
+    groups,
+    usable,
+)
 from circuits.attribution.norm_vjp import StreamReader, reader_of, through
 from circuits.attribution.residual_stream import Form, Run, Written, check_split, forms_of, run, weights_of, written_by
 from circuits.patching.activation import plans_of, record_of, settings_of
-from circuits.patching.metrics import MetricFunction, metric_of
+from circuits.patching.metrics import MetricFunction, gradient_metric
 from circuits.patching.pairs import check_enough_pairs
 from circuits.patching.sweep import Mode
 from circuits.results.graph import Graph, Shape
@@ -113,10 +121,10 @@ def edges(
     >>> len(graph), len(graph.greedy(20, prune=False))
     (3628, 20)
     """
-    how = How(mode, point, steps, variant=variant)
-    check_how(model, how, batch_size)
+    how = GradientSettings(mode, point, steps, variant=variant)
+    check_gradient_settings(model, how, batch_size)
     check_exposable(model)
-    settings = settings_of(model, mode, metric_of(metric), 1, None, min_effect, progress)
+    settings = settings_of(model, mode, gradient_metric(metric), 1, None, min_effect, progress)
     plans = plans_of(model, pairs, "all", settings)
     decoder = _Decoder(model)
     total: np.ndarray | float = 0.0
@@ -147,7 +155,7 @@ def edges(
     )
 
 
-def _explained(model: Lvlm, how: How, sums: Sequence[float]) -> dict[str, Any]:
+def _explained(model: Lvlm, how: GradientSettings, sums: Sequence[float]) -> dict[str, Any]:
     """Return the sum of the input's edge scores (a share of the difference), and warn if it is far from 1."""
     if how.point != "path":
         return {}
@@ -221,7 +229,7 @@ class _Decoder:
         self.readers = tuple(reader_of(form.norm, weight, reading.entering) for form, weight, reading in layers)
 
 
-def _scores(decoder: _Decoder, sides: Sides, how: How) -> tuple[np.ndarray, Tensor, Tensor]:
+def _scores(decoder: _Decoder, sides: Sides, how: GradientSettings) -> tuple[np.ndarray, Tensor, Tensor]:
     """Return the estimated change of the metric per edge, ``[P, sources, targets]``, and the metric of both runs."""
     model = decoder.model
     first = decoder.run_source(sides)

@@ -26,7 +26,7 @@ VARIANTS: tuple[Variant, ...] = ("paper", "release")
 
 
 @dataclass(frozen=True)
-class How:
+class GradientSettings:
     """Mode of the patch, and where gradients are computed."""
 
     mode: Mode
@@ -79,7 +79,7 @@ EstimateBatch = Callable[[Sides], tuple[np.ndarray, Tensor, Tensor]]
 def groups(
     model: Lvlm,
     plans: Sequence[PairPlan],
-    how: How,
+    how: GradientSettings,
     settings: Settings,
     batch_size: int,
     estimate_batch: EstimateBatch,
@@ -111,7 +111,12 @@ def usable(clean: np.ndarray, corrupt: np.ndarray, min_effect: float) -> np.ndar
 
 
 def estimate(
-    model: Lvlm, plans: Sequence[PairPlan], units: Sequence[Unit], how: How, settings: Settings, batch_size: int
+    model: Lvlm,
+    plans: Sequence[PairPlan],
+    units: Sequence[Unit],
+    how: GradientSettings,
+    settings: Settings,
+    batch_size: int,
 ) -> SweepResult:
     """Estimate the effect of patching each unit at each set of positions, in the form that a sweep returns."""
     most = max(len(plan.positions) for plan in plans)
@@ -130,7 +135,7 @@ def estimate(
     return SweepResult(effects, baseline[0], baseline[1], used, shared=False)
 
 
-def check_how(model: Lvlm, how: How, batch_size: int) -> None:
+def check_gradient_settings(model: Lvlm, how: GradientSettings, batch_size: int) -> None:
     """Raise `ConfigError` for an unknown option value, `ModelError` for an attention without derivatives."""
     for name, value, allowed in (
         ("mode", how.mode, MODES),
@@ -146,7 +151,9 @@ def check_how(model: Lvlm, how: How, batch_size: int) -> None:
     check_differentiable(model)
 
 
-def _estimates(model: Lvlm, sides: Sides, units: Sequence[Unit], how: How) -> tuple[np.ndarray, Tensor, Tensor]:
+def _estimates(
+    model: Lvlm, sides: Sides, units: Sequence[Unit], how: GradientSettings
+) -> tuple[np.ndarray, Tensor, Tensor]:
     """Return estimated changes of the metric ``[P, units, sets of positions]`` and both runs' metrics ``[P]``."""
     sites = list(dict.fromkeys(site for unit in units for site, _ in unit))
     source, run, at = slopes_along(model, sides, sites, how)
@@ -163,7 +170,9 @@ def _estimates(model: Lvlm, sides: Sides, units: Sequence[Unit], how: How) -> tu
     return effects.double().cpu().numpy(), source.metric, run.metric
 
 
-def slopes_along(model: Lvlm, sides: Sides, sites: Sequence[Site], how: How) -> tuple[Slopes, Slopes, list[Slopes]]:
+def slopes_along(
+    model: Lvlm, sides: Sides, sites: Sequence[Site], how: GradientSettings
+) -> tuple[Slopes, Slopes, list[Slopes]]:
     """Return the source, the run, and the gradients at every point of the path."""
     metric: Metric = sides.metric
     ends = [

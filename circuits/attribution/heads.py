@@ -16,10 +16,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from circuits.attribution.estimates import How, Point, check_how, estimate
+from circuits.attribution.estimates import GradientSettings, Point, check_gradient_settings, estimate
 from circuits.head_set import HeadSet
 from circuits.patching.activation import head_scores_of, plans_of, scores_of, settings_of
-from circuits.patching.metrics import MetricFunction, metric_of
+from circuits.patching.metrics import MetricFunction, gradient_metric
 from circuits.patching.sweep import Mode, SweepResult
 from circuits.patching.targets import Target, every_head, units_of
 from circuits.results.head_scores import HeadScores
@@ -106,9 +106,9 @@ def heads(
     (Head(layer=4, head=7), Head(layer=5, head=3))
     """
     tokens = str(TokenSelection.parse(tokens, allowed=TOKENS))
-    how = How(mode, point, steps, drop)
-    check_how(model, how, batch_size)
-    settings = settings_of(model, mode, metric_of(metric), 1, None, min_effect, progress)
+    how = GradientSettings(mode, point, steps, drop)
+    check_gradient_settings(model, how, batch_size)
+    settings = settings_of(model, mode, gradient_metric(metric), 1, None, min_effect, progress)
     plans = plans_of(model, pairs, tokens, settings)
     estimates = estimate(model, plans, every_head(model), how, settings, batch_size)
     effects = estimates.effects[..., 0].reshape(len(plans), model.n_layers, model.n_heads)
@@ -165,9 +165,9 @@ def nodes(
     >>> gs.attribution.nodes(model, pairs, ["decoder.L5.resid_post", "L4.H7"], tokens="last").mean.shape
     (2, 1)
     """
-    how = How(mode, point, steps, drop)
-    check_how(model, how, batch_size)
-    settings = settings_of(model, mode, metric_of(metric), 1, None, min_effect, progress)
+    how = GradientSettings(mode, point, steps, drop)
+    check_gradient_settings(model, how, batch_size)
+    settings = settings_of(model, mode, gradient_metric(metric), 1, None, min_effect, progress)
     targets = [sites] if isinstance(sites, str | Site | Head | HeadSet) else sites
     tokens = str(TokenSelection.parse(tokens, allowed=PATCHABLE))
     units, names = units_of(model, [EMBEDDINGS if target == "embeddings" else target for target in targets])

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from circuits.attribution.attention_nodes import AttentionRecord, check_exposable, expose_attention
-from circuits.attribution.estimates import How, Point, Sides, check_how, groups, usable
+from circuits.attribution.estimates import GradientSettings, Point, Sides, check_gradient_settings, groups, usable
 from circuits.patching.activation import head_scores_of, plans_of, settings_of
-from circuits.patching.metrics import MetricFunction, metric_of
+from circuits.patching.metrics import MetricFunction, gradient_metric
 from circuits.patching.sweep import Mode
 from circuits.results.head_scores import HeadScores
 from concepts.schema import CounterfactualPair
@@ -101,10 +101,10 @@ def inputs(
         msg = f"unknown part '{part}'; choose from {', '.join(PARTS)}"
         raise ConfigError(msg)
     tokens = str(TokenSelection.parse(tokens, allowed=TOKENS))
-    how = How(mode, point, steps)
-    check_how(model, how, batch_size)
+    how = GradientSettings(mode, point, steps)
+    check_gradient_settings(model, how, batch_size)
     check_exposable(model)
-    settings = settings_of(model, mode, metric_of(metric), 1, None, min_effect, progress)
+    settings = settings_of(model, mode, gradient_metric(metric), 1, None, min_effect, progress)
     plans = plans_of(model, pairs, tokens, settings)
     effects = np.full((len(plans), model.n_layers, model.n_heads), np.nan, np.float32)
     baseline = np.zeros((2, len(plans)), np.float32)
@@ -132,7 +132,9 @@ class _QkvRun:
     embeddings: Tensor
 
 
-def _estimates(model: Lvlm, sides: Sides, part: Part, how: How, *, fix: bool) -> tuple[np.ndarray, Tensor, Tensor]:
+def _estimates(
+    model: Lvlm, sides: Sides, part: Part, how: GradientSettings, *, fix: bool
+) -> tuple[np.ndarray, Tensor, Tensor]:
     """Return estimated changes of the metric ``[P, layers, heads]``, and the metric of both runs."""
     name = "pattern" if fix else {"q": "query", "k": "key", "v": "value"}[part]
     source, run = (

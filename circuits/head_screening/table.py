@@ -69,9 +69,8 @@ class HeadTable:
         for name in _LISTS:
             object.__setattr__(self, name, tuple(getattr(self, name)))
         values = {name: np.array(array, np.float32) for name, array in self.values.items()}
-        for array in values.values():
-            array.setflags(write=False)
         object.__setattr__(self, "values", MappingProxyType(values))
+        artifacts.freeze(self)
         if not values or {a.shape[0] for a in values.values()} != {len(getattr(self, name)) for name in _LISTS}:
             msg = (
                 "invalid head table: each method needs scores [n_examples, n_layers, n_heads], and ids, groups and levels "

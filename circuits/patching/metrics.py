@@ -105,13 +105,16 @@ class Metric:
     def of_last(self, logits: Tensor, pair: MetricInput) -> Tensor:
         """Return M from the logits at the last position, ``[..., V]`` -> ``[...]``; raise `ConfigError` if it needs more."""
         if self.at_last is None:
-            names = [name for name in metrics.usable() if metric_of(name).differentiable]
-            msg = (
-                f"metric '{self.name}' needs several positions or the clean run, so it has no gradient here; choose from "
-                f"{', '.join(names)}, or pass a function of the logits at the last position"
-            )
-            raise ConfigError(msg)
+            raise ConfigError(self.problem_of_gradient())
         return self.at_last(logits, pair)
+
+    def problem_of_gradient(self) -> str:
+        """Return the message for a metric that attribution cannot use."""
+        names = ", ".join(name for name in metrics.usable() if metric_of(name).differentiable)
+        return (
+            f"metric '{self.name}' needs several positions or the clean run, so it has no gradient here; choose from {names}, "
+            "or pass a function of the logits at the last position"
+        )
 
     def _of_pair(self, logits: Tensor, pair: MetricInput, clean: Tensor) -> Tensor:
         return self.of_last(logits[:, -1], pair) if self.of_runs is None else self.of_runs(logits, pair, clean)
@@ -142,6 +145,14 @@ def metric_of(metric: str | MetricFunction) -> Metric:
     kind = type(metric)
     name = getattr(metric, "__qualname__", kind.__qualname__)
     return _of_function(metric, f"{getattr(metric, '__module__', None) or kind.__module__}.{name}")
+
+
+def gradient_metric(metric: str | MetricFunction) -> Metric:
+    """Return a metric as `metric_of`; raise `ConfigError` if it is not a function of the logits at the last position."""
+    chosen = metric_of(metric)
+    if not chosen.differentiable:
+        raise ConfigError(chosen.problem_of_gradient())
+    return chosen
 
 
 def _of_function(function: MetricFunction, name: str) -> Metric:

@@ -84,9 +84,8 @@ class PairScores(PairRecord):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in _ARRAYS:
-            array = np.array(getattr(self, name), np.float32)
-            array.setflags(write=False)
-            object.__setattr__(self, name, array)
+            object.__setattr__(self, name, np.array(getattr(self, name), np.float32))
+        artifacts.freeze(self)
         sizes = {name: len(getattr(self, name)) for name in (*_ARRAYS, *BY_PAIR)}
         if len(set(sizes.values())) != 1 or not len(self.effects):
             msg = f"scores of pairs need effects [n_pairs, ...] and all fields of equal length >= 1; got {sizes}"

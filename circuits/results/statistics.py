@@ -13,6 +13,7 @@ from types import MappingProxyType
 import numpy as np
 from jaxtyping import Float
 
+from groundscope.core.artifacts import freeze
 from groundscope.core.errors import ConfigError, PatchError
 from groundscope.core.short_repr import short_repr
 from groundscope.core.statistics import FEW_GROUPS, Estimate, draws_interval
@@ -75,8 +76,7 @@ class RankingComparison:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "overlap", MappingProxyType(dict(self.overlap)))
-        for name in ("difference", "low", "high"):
-            getattr(self, name).setflags(write=False)
+        freeze(self)
 
     def chance(self, k: int) -> float:
         """Return the expected overlap at `k` of unrelated rankings."""
