@@ -37,6 +37,12 @@ assert data.provenance["loader"] == "presence"
 assert all(p.clean.question == p.corrupt.question and p.clean.answer != p.corrupt.answer for p in pairs)
 assert len(pairs) > 5
 """,
+    "A metric of patching": """
+import numpy as np
+assert (scores.metric, same.metric) == ("certainty", "certainty.certainty")
+assert scores.n_pairs == 4
+np.testing.assert_array_equal(scores.effects, same.effects)
+""",
     "A method that derives a vector": """
 import numpy as np
 labels = store.frame()["object:named"].to_numpy(float)
