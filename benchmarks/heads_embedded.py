@@ -1,20 +1,24 @@
-"""Which heads of the embedded model carry the image to the answer, and what predicts them.
+"""Heads of the embedded model that carry visual information to the answer, by patching, ablation, and scores without patching.
 
     python benchmarks/heads_embedded.py [--quick] [--save]
 
-Everything is synthetic. For each level, pairs of neutral questions are divided into halves by scene. Heads found by patching
-on one half are held against the effects in the other half; then the best 5 % of them are ablated on the other half's
-questions, compared with 5 % at random. Scores that need no patching are compared with patching on the same pairs, and attention
-to the image is cut by layer. Intervals are 95 % over scenes; those of random heads are over scenes and over draws.
+The data is synthetic. Intervals are 95 % over scenes; those of random heads also over random sets. Figures, for each level:
+
+LEVEL, heads at TOKENS
+    pairs of neutral questions are divided into two halves of different scenes. Heads are selected by patching in the first
+    half; their effects are compared with those in the second half (rank correlation, overlap of the best five), and the best
+    5 % are ablated on questions about the scenes of the second half, against 5 % at random (loss of margin and of accuracy);
+agreement with patching, LEVEL, METHOD
+    rank correlation and overlap of scores that need no patching, such as attention to the image, with patching on the same
+    pairs;
+knockout, LEVEL, TARGET from SOURCE, window N
+    relative change of the answer's probability when attention from the target to the source tokens is removed in N layers, by
+    layer.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,9 +27,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.table import Table
 
+from benchmarks._harness import describe_device, finish, option_parser, progress, wide_console
 from circuits import HeadSet, ablate, attention_knockout, compare, head_scores, patch_heads
 from circuits.head_screening.table import CAUSAL, CORRELATIONAL
 from concepts import counterfactuals, scenes
@@ -34,7 +38,6 @@ from groundscope.core.statistics import Estimate, cluster_bootstrap, draws_inter
 from lvlm import load_lvlm
 from lvlm.model import Lvlm
 
-RESULTS = Path(__file__).parent / "results" / "heads_embedded.json"
 KINDS = {"object": "object", "attribute": "color", "relation": "relation"}
 SHARE = 0.05
 ROUTES: tuple[tuple[str, str, int], ...] = (
@@ -46,24 +49,25 @@ ROUTES: tuple[tuple[str, str, int], ...] = (
 )
 
 
-def halves(items: Sequence[Any], seed: int = 0) -> tuple[list[Any], list[Any]]:
-    """Divide by group: no scene is in both."""
+def split_halves(items: Sequence[Any], seed: int = 0) -> tuple[list[Any], list[Any]]:
+    """Divide items into two halves of different groups (scenes)."""
     groups = sorted({item.group for item in items})
     first = {groups[i] for i in np.random.default_rng(seed).permutation(len(groups))[: len(groups) // 2]}
     return [i for i in items if i.group in first], [i for i in items if i.group not in first]
 
 
-def spread(items: Sequence[Any], count: int) -> list[Any]:
-    """Return some of them, evenly spaced, so that they are of as many scenes as possible."""
+def take_evenly(items: Sequence[Any], count: int) -> list[Any]:
+    """Return `count` evenly spaced items, so that they are from as many scenes as possible."""
     return [items[i] for i in np.linspace(0, len(items) - 1, min(count, len(items))).astype(int)]
 
 
-def plain(e: Estimate) -> dict[str, float]:
+def as_dict(e: Estimate) -> dict[str, float]:
+    """Return an estimate as JSON values."""
     return {"value": round(e.value, 4), "low": round(e.low, 4), "high": round(e.high, 4), "n": e.n}
 
 
 def over_scenes(values: np.ndarray, groups: Sequence[str]) -> Estimate:
-    """Return the mean with its interval; of ``[N, sets]`` over draws of sets too."""
+    """Return the mean of ``[N]`` or ``[N, sets]`` with an interval over scenes, and over sets if there are several."""
     table = values[:, None] if values.ndim == 1 else values
     if table.shape[1] == 1:
         low, high = cluster_bootstrap(table[:, 0], groups)
@@ -81,17 +85,17 @@ def over_scenes(values: np.ndarray, groups: Sequence[str]) -> Estimate:
     return Estimate(float(table.mean()), float(low), float(high), len(table))
 
 
-def ablated(
+def ablate_best(
     model: Lvlm, pairs: Sequence[CounterfactualPair], questions: Sequence[Example], tokens: str, draws: int
 ) -> dict[str, Any]:
-    """Find heads on one half of the scenes, and see on the other half what they explain."""
-    discovery, held_out = halves(pairs)
+    """Select heads on one half of the scenes, and ablate them on the other half, against random heads."""
+    discovery, held_out = split_halves(pairs)
     first, second = (patch_heads(model, part, tokens=tokens) for part in (discovery, held_out))
-    alike = compare(first, second, k=(5,))
+    agreement = compare(first, second, k=(5,))
     size = max(1, round(SHARE * model.n_layers * model.n_heads))
     top = first.top(size)
     random = [first.random_heads(size, exclude=top, seed=seed) for seed in range(draws)]
-    # Of the questions too one half gives the means, the other is asked; no scene on which heads were found is asked about.
+    # Questions are divided by the same scenes: those of the first half give the means, those of the second are answered.
     used = {pair.group for pair in discovery}
     answered_questions = [e for e in questions if e.group not in used]
     sets = [HeadSet(heads) for heads in (top, *random)]
@@ -103,8 +107,8 @@ def ablated(
         "heads": [str(h) for h in top],
         "effect_of_heads": [round(float(first.mean[h.layer, h.head]), 3) for h in top],
         "heads_with_p_under_.05": int((p <= 0.05).sum()),
-        "rank_correlation_of_halves": plain(alike.rank_correlation),
-        "overlap_at_5": plain(alike.overlap[5]),
+        "rank_correlation_of_halves": as_dict(agreement.rank_correlation),
+        "overlap_at_5": as_dict(agreement.overlap[5]),
         "pairs": [first.n_pairs, second.n_pairs],
         "excluded": first.excluded + second.excluded,
         "scenes": [len(set(first.groups)), len(set(second.groups))],
@@ -112,24 +116,26 @@ def ablated(
     }
     for name, values in (("margin_lost", lost.effects), ("accuracy_lost", wrong)):
         best, chance = over_scenes(values[:, 0], lost.groups), over_scenes(values[:, 1:], lost.groups)
-        out[name] = {"top": plain(best), "random": plain(chance), "apart": bool(best.low > chance.high)}
+        out[name] = {"top": as_dict(best), "random": as_dict(chance), "apart": bool(best.low > chance.high)}
     return out
 
 
 def measure(model: Lvlm, data: ConceptDataset, limit: int, draws: int) -> dict[str, Any]:
-    """Collect every figure."""
+    """Return all figures."""
     neutral = data.where(split="neutral")
-    by_level = {level: spread(counterfactuals.pairs(neutral, KINDS[level]), limit) for level in LEVELS}
+    by_level = {level: take_evenly(counterfactuals.pairs(neutral, KINDS[level]), limit) for level in LEVELS}
     figures: dict[str, Any] = {}
     for level, pairs in by_level.items():
         kinds = {pair.clean.kind for pair in pairs}
-        questions = spread([e for e in neutral if e.kind in kinds], 2 * limit)
+        questions = take_evenly([e for e in neutral if e.kind in kinds], 2 * limit)
         for tokens in ("last", "suffix:all"):
-            figures[f"{level}, heads at {tokens.removesuffix(':all')}"] = ablated(
+            figures[f"{level}, heads at {tokens.removesuffix(':all')}"] = ablate_best(
                 model, pairs, questions, tokens, draws
             )
     table = head_scores(
-        model, [p for pairs in by_level.values() for p in spread(pairs, limit // 2)], methods=CORRELATIONAL + CAUSAL
+        model,
+        [p for pairs in by_level.values() for p in take_evenly(pairs, limit // 2)],
+        methods=CORRELATIONAL + CAUSAL,
     )
     for row in table.agreement(k=(5,)).to_dict("records"):
         figures[f"agreement with patching, {row['level']}, {row['method']}"] = {
@@ -140,7 +146,7 @@ def measure(model: Lvlm, data: ConceptDataset, limit: int, draws: int) -> dict[s
             for name in ("rank_correlation", "overlap@5")
         } | {"n": int(row["groups"]), "chance_of_overlap": round(float(row["chance@5"]), 4)}
     for level, pairs in by_level.items():
-        examples = [p.clean for p in spread(pairs, limit // 2)]
+        examples = [p.clean for p in take_evenly(pairs, limit // 2)]
         for target, source, window in ROUTES:
             cut = attention_knockout.sweep(model, examples, target=target, source=source, window=window)
             frame = cut.frame()
@@ -155,8 +161,9 @@ def measure(model: Lvlm, data: ConceptDataset, limit: int, draws: int) -> dict[s
     return figures
 
 
-def report(figures: dict[str, Any], console: Console) -> None:
+def print_tables(figures: dict[str, Any]) -> None:
     """Print the tables."""
+    console = wide_console()
 
     def text(e: dict[str, float]) -> str:
         return f"{e['value']:.2f} [{e['low']:.2f}, {e['high']:.2f}]"
@@ -191,25 +198,17 @@ def report(figures: dict[str, Any], console: Console) -> None:
 
 
 def main() -> None:
-    """Measure, print tables, and as the last line one JSON object."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer scenes, about a minute")
-    parser.add_argument("--save", action="store_true", help="write the figures to benchmarks/results")
-    options = parser.parse_args()
+    """Run, print tables, and as the last line one JSON object."""
+    options = option_parser(__doc__, quick="fewer scenes, about a minute", save=True).parse_args()
     torch.set_num_threads(1)
-    console = Console()
-    console.print("Compares heads found by patching with effects on other scenes, random heads and cheaper scores.")
-    start = time.perf_counter()
-    data = scenes.dataset(n_images=100 if options.quick else 300, seed=11)
-    figures = measure(load_lvlm("tiny"), data, *((40, 5) if options.quick else (100, 10)))
-    report(figures, console)
-    console.print(f"{time.perf_counter() - start:.0f} s")
-    device = f"{platform.machine()}, torch {torch.__version__}, numpy {np.__version__}"
-    outcome = {"benchmark": "heads_embedded", "device": device, "figures": figures}
-    if options.save:
-        RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(json.dumps(outcome, indent=1) + "\n")
-    print(json.dumps(outcome))
+    wide_console().print(
+        "Compares heads selected by patching with effects on other scenes, random heads and other scores."
+    )
+    with progress("heads"):
+        data = scenes.dataset(n_images=100 if options.quick else 300, seed=11)
+        figures = measure(load_lvlm("tiny"), data, *((40, 5) if options.quick else (100, 10)))
+    print_tables(figures)
+    finish("heads_embedded", describe_device("torch", "numpy"), figures, save=options.save)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,25 @@
-"""What probes find in the embedded model: where colour, noun and relation are decodable, also where it answers by prior.
+"""Where color, nouns and relations are decodable in the embedded model, also if its answer is wrong by prior.
 
     python benchmarks/probes_embedded.py [--quick] [--save]
 
-Everything is synthetic. Scores are balanced accuracies on held-out images, means over the concepts named; chance is 0.5.
-Probes are fitted on the neutral split only. "Wrong by prior" are answers on the conflict split that the model gets wrong;
-their images are other ones than those the probes were fitted to.
+The data is synthetic. Scores are balanced accuracies of linear probes on held-out images by layer, means over concepts;
+chance is 0.5. Probes are fitted on the neutral split only. Figures:
 
-"Lexical" is what the same probes reach on the same questions about one grey picture: what is not above it is not read from
-the image. The statements at the end are hypotheses; the table reports whether each holds.
+CONCEPT at SITE TOKENS
+    ``value``: scores; ``low``: mean lower ends of the intervals; ``control``: scores with shuffled labels; ``lexical``:
+    scores of the same probes on the same questions about a gray image, the baseline of what the words alone reveal;
+    ``concepts_above_lexical``: concepts whose score is above it; ``where_wrong_by_prior``: scores on answers of the conflict
+    split that the model gets wrong, on other images than those of the training rows;
+noun by the unembedding at image:mean, auc
+    area under the ROC curve of nouns read with the logit lens;
+image and question tokens, MEASURE
+    alignment of the representations of image and question tokens, with a permutation baseline;
+sentences such as "color is decodable at projector.out"
+    hypotheses: ``holds`` if the mean lower end of the intervals is above chance at some layer.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
 import sys
 import tempfile
 from dataclasses import dataclass, replace
@@ -23,19 +28,17 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import numpy as np
 import torch
 from PIL import Image
-from rich.console import Console
 from rich.table import Table
 
 from activation_store import ActivationStore, trace
+from benchmarks._harness import describe_device, finish, option_parser, progress, wide_console
 from concepts import ConceptDataset, scenes
 from lvlm import load_lvlm
 from probes import ProbeGrid, fit_grid, lexical_control, probeable, transfer
 from probes.analysis import alignment, logit_lens
 
-RESULTS = Path(__file__).parent / "results" / "probes_embedded.json"
 SITES = ["resid_post", "vision.resid_post", "projector.out"]
 TOKENS = ["last", "image:mean", "object:mean", "question:mean"]
 PLACES = (
@@ -53,37 +56,37 @@ PLACES = (
     ("named", "decoder", "resid_post", "last"),
     ("asked", "decoder", "resid_post", "last"),
 )
-"""What, and where. ``named``: whether what the question says is true. ``asked``: whether it asks for an attribute, which the
-is decodable from the words alone and not from the image: the lexical control must show it."""
+"""Concept, stack, component, tokens. ``named``: whether the statement in the question is true. ``asked``: whether the question is
+about an attribute, which is visible in the words alone: the lexical control must detect it."""
 
 
 @dataclass(frozen=True)
-class Grey:
-    """One grey picture of some size. The mean of an image's own pixels would not do: it tells the colors in it."""
+class GrayImage:
+    """A gray image; the mean color of the original image would reveal the colors in it."""
 
     size: tuple[int, int]
 
     @property
     def identity(self) -> str:
-        """Size and color."""
-        return f"grey 128 {self.size[0]}x{self.size[1]}"
+        """Color and size."""
+        return f"gray 128 {self.size[0]}x{self.size[1]}"
 
     def load(self) -> Image.Image:
-        """Return it, RGB."""
+        """Return the RGB image."""
         return Image.new("RGB", self.size, (128, 128, 128))
 
 
-def with_asked(data: ConceptDataset) -> ConceptDataset:
-    """Label each example with whether its question asks for an attribute."""
+def add_asked_label(data: ConceptDataset) -> ConceptDataset:
+    """Add the label ``attribute:asked``: whether the question is about an attribute."""
     return replace(
         data, examples=tuple(replace(e, labels={**e.labels, "attribute:asked": e.level == "attribute"}) for e in data)
     )
 
 
-def without_images(data: ConceptDataset) -> ConceptDataset:
-    """Return the same questions about a grey picture."""
+def replace_images(data: ConceptDataset) -> ConceptDataset:
+    """Return the same questions about a gray image."""
     size = data[0].image.load().size
-    return ConceptDataset(f"{data.name}, no images", tuple(replace(e, image=Grey(size)) for e in data))
+    return ConceptDataset(f"{data.name}, no images", tuple(replace(e, image=GrayImage(size)) for e in data))
 
 
 def by_layer(grid: ProbeGrid, score: str = "balanced_accuracy") -> list[float]:
@@ -92,7 +95,7 @@ def by_layer(grid: ProbeGrid, score: str = "balanced_accuracy") -> list[float]:
 
 
 def measure(store: ActivationStore, blank: ActivationStore) -> dict[str, Any]:
-    """Fit every place and collect figures."""
+    """Fit probes at every place of `PLACES` and return all figures; `blank` is the store of the questions about gray images."""
     frame = store.frame()
     neutral = (frame["split"] == "neutral").to_numpy()
     wrong = ((frame["split"] == "conflict") & (frame["correct"] == 0)).to_numpy()
@@ -128,7 +131,7 @@ def measure(store: ActivationStore, blank: ActivationStore) -> dict[str, Any]:
                 entry[name] = [round(float(v), 3) for v in moved.groupby("layer")[score].mean()]
             entry["n_wrong_by_prior"] = int(moved["n"].max())
         figures[f"{kind} at {stack}.{component} {tokens}"] = entry
-    figures |= statements(figures)
+    figures |= check_hypotheses(figures)
     vocabulary = logit_lens.read_vocabulary(store.path)
     nouns = [c for c in kinds["noun"] if c.split(":")[1] in vocabulary]
     if nouns:
@@ -145,8 +148,8 @@ def measure(store: ActivationStore, blank: ActivationStore) -> dict[str, Any]:
     return figures
 
 
-def statements(figures: dict[str, Any]) -> dict[str, Any]:
-    """Say what holds: decodable means that the mean lower end of the intervals is over chance at some layer."""
+def check_hypotheses(figures: dict[str, Any]) -> dict[str, Any]:
+    """Check the hypotheses; decodable means that the mean lower end of the intervals is above chance at some layer."""
 
     def best(name: str, key: str = "low") -> float:
         return max(figures[name][key], default=float("nan")) if name in figures else float("nan")
@@ -165,47 +168,41 @@ def statements(figures: dict[str, Any]) -> dict[str, Any]:
     for tokens in ("object:mean", "last"):
         value = best(f"color at decoder.resid_post {tokens}", "low_where_wrong_by_prior")
         out[f"true color is decodable where wrong by prior, {tokens}"] = statement(value, value > 0.5)
-    noun_figures = figures.get("asked at decoder.resid_post last")
-    if noun_figures:
-        value = sum(noun_figures["concepts_above_lexical"])
-        out["layers where the words' own concept is called visual"] = {
+    asked = figures.get("asked at decoder.resid_post last")
+    if asked:
+        value = sum(asked["concepts_above_lexical"])
+        out["layers where a concept of the words alone is called visual"] = {
             "value": [value],
-            "goal": "0",
+            "goal": "= 0",
             "holds": value == 0,
-            "n": len(noun_figures["value"]),
+            "n": len(asked["value"]),
         }
     return out
 
 
 def main() -> None:
     """Trace, fit, print a table, and as the last line one JSON object."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer images, about a minute")
-    parser.add_argument("--save", action="store_true", help="write the figures to benchmarks/results")
-    options = parser.parse_args()
+    options = option_parser(__doc__, quick="fewer images, about a minute", save=True).parse_args()
     torch.set_num_threads(1)
-    console = Console()
-    console.print("Compares what probes read from the embedded model, place by place, with shuffled labels.")
-    data = scenes.dataset(n_images=80 if options.quick else 250, seed=0).filter(lambda e: bool(e.candidates))
-    data = with_asked(data)
-    model = load_lvlm("tiny")
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "store"
+    console = wide_console()
+    console.print(
+        "Compares probes of the embedded model at several places with shuffled labels and with the words alone."
+    )
+    with tempfile.TemporaryDirectory() as folder, progress("tracing and fitting"):
+        data = scenes.dataset(n_images=80 if options.quick else 250, seed=0).filter(lambda e: bool(e.candidates))
+        data = add_asked_label(data)
+        model = load_lvlm("tiny")
+        path, blank_path = Path(folder) / "store", Path(folder) / "blank"
         trace(model, data, sites=SITES, tokens=TOKENS, out=path)
         logit_lens.keep_vocabulary(path, model.processor.tokenizer.get_vocab())
-        trace(model, without_images(data), sites=["resid_post"], tokens=TOKENS, out=path.with_name("blank"))
-        figures = measure(ActivationStore(path), ActivationStore(path.with_name("blank")))
-    table = Table("where", "by layer", "other figures", "n")
-    for name, f in figures.items():
-        other_figures = {k: v for k, v in f.items() if k not in {"value", "n"}}
-        table.add_row(name, str(f["value"]), "; ".join(f"{k} {v}" for k, v in other_figures.items()), str(f["n"]))
+        trace(model, replace_images(data), sites=["resid_post"], tokens=TOKENS, out=blank_path)
+        figures = measure(ActivationStore(path), ActivationStore(blank_path))
+    table = Table("figure", "value by layer", "other scores", "n")
+    for name, entry in figures.items():
+        others = {key: value for key, value in entry.items() if key not in {"value", "n"}}
+        table.add_row(name, str(entry["value"]), "; ".join(f"{k} {v}" for k, v in others.items()), str(entry["n"]))
     console.print(table)
-    device = f"{platform.machine()}, torch {torch.__version__}, numpy {np.__version__}"
-    outcome = {"benchmark": "probes_embedded", "device": device, "figures": figures}
-    if options.save:
-        RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(json.dumps(outcome, indent=1) + "\n")
-    print(json.dumps(outcome))
+    finish("probes_embedded", describe_device("torch", "numpy"), figures, save=options.save)
 
 
 if __name__ == "__main__":

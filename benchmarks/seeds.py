@@ -1,14 +1,14 @@
-"""Which claims about the default run hold for more than one seed.
-
-The default run is made once for each seed (its scenes, test scenes, splits and the choice of answers are all drawn with that
-seed), and each claim that the README and the guides make about it is checked on the files that the run writes. A claim repeats
-where it holds for every seed. The controls of a correction are drawn once in a run, so that a sentence about one of them may
-hold for one seed only.
-
-``--part steering`` makes the stages that the claims about the correction need (examples, trace, patch, steer, evaluate) and
-leaves out the claims about wrong answers. Runs that are finished are used again (``--folder``).
+"""Repeatability over seeds of the claims about the default run.
 
     python benchmarks/seeds.py [--quick] [--seeds 5] [--part all|steering] [--device cpu] [--folder PATH] [--save]
+
+The default run is executed once for each seed, which determines its scenes, test scenes, splits and sampled answers. Each
+claim that the README and the guides make about it is then checked in the files that the run writes. A figure is the share of
+seeds for which a claim holds; the goal is 1. ``by_seed`` has the measured values. A run draws each control of a correction
+only once, so a claim about a control may hold for a single seed by chance.
+
+``--part steering`` runs only the stages that the claims about the correction need (examples, trace, patch, steer, evaluate)
+and omits the claims about wrong answers. With ``--folder`` runs are saved, and finished ones are reused.
 """
 
 from __future__ import annotations
@@ -16,27 +16,24 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import platform
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks._harness import Figure, describe_device, finish, option_parser, progress, wide_console
 from circuits import HeadScores
 from diagnosis import Diagnoses
 from diagnosis.results import OVERRIDDEN, OVERRIDDEN_LATE, UNEXPLAINED
 from experiments.cli.overrides import compose
 from experiments.pipeline import execute
 
-RESULTS = Path(__file__).parent / "results" / "seeds.json"
 STEERING = ("examples", "trace", "patch", "steer", "evaluate")
 PRIOR, FALSE_YES = "conflict: wrong by prior", "adversarial absent: says yes"
 NEUTRAL, INVENTED = "neutral: right", "caption: invented of named (CHAIR_i)"
@@ -45,14 +42,14 @@ QUICK = ("data.n_images=60", "data.test_images=30", "patch.pairs=8", "steer.comp
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one run found."""
+    """Results of one run."""
 
     rates: Mapping[str, Mapping[str, Mapping[str, float]]]
-    """Condition to measure to value, low and high."""
+    """Condition to metric to value, low and high."""
     changes: Mapping[str, Mapping[str, Mapping[str, float]]]
-    """The same of paired differences to the answers before."""
+    """The same for paired differences from the answers without correction."""
     strongest: Mapping[str, tuple[str, float]]
-    """Kind of pair to the head with the largest effect, and the effect."""
+    """Kind of pair to the head with the largest effect, and its effect."""
     diagnoses: Diagnoses | None
 
     def rate(self, condition: str, measure: str) -> float:
@@ -71,13 +68,13 @@ def _share(outcome: Outcome, verdicts: tuple[str, ...]) -> float:
 
 @dataclass(frozen=True)
 class Claim:
-    """A sentence about the default run."""
+    """A claim about the default run, how it is checked, and the values it is about as text."""
 
     text: str
     holds: Callable[[Outcome], bool]
-    figure: Callable[[Outcome], str]
-    diagnosed: bool = False
-    """Whether it is about wrong answers that were diagnosed."""
+    values: Callable[[Outcome], str]
+    needs_diagnoses: bool = False
+    """Whether the claim is about diagnoses of wrong answers."""
 
 
 def _pair(measure: str, *conditions: str) -> Callable[[Outcome], str]:
@@ -91,7 +88,7 @@ CLAIMS = {
         _pair(PRIOR, "before", "after"),
     ),
     "fewer_false_yes": Claim(
-        "it makes fewer false yes to absent companions",
+        "the correction makes fewer false yes to absent companions (interval below 0)",
         lambda outcome: _lowered(outcome, FALSE_YES),
         _pair(FALSE_YES, "before", "after"),
     ),
@@ -101,21 +98,21 @@ CLAIMS = {
         _pair(NEUTRAL, "before", "after"),
     ),
     "captions_kept": Claim(
-        "captions stay as they were (within the interval before)",
+        "captions invent no more objects (within the interval without correction)",
         lambda outcome: outcome.rates["after"][INVENTED]["value"] <= outcome.rates["before"][INVENTED]["high"],
         _pair(INVENTED, "before", "after"),
     ),
     "random_direction_does_less": Claim(
-        "a random direction cuts less than half of what the correction cuts",
+        "a random direction removes less than half of the errors by prior that the correction removes",
         lambda outcome: 2 * _cut(outcome, "random direction") < _cut(outcome, "after"),
         _pair(PRIOR, "before", "after", "random direction"),
     ),
     "other_heads_do_as_much": Claim(
-        "the rule derived at other heads cuts at least as many errors by prior as at the selected heads",
+        "the method derived at other heads removes at least as many errors by prior as at the selected heads",
         lambda outcome: _cut(outcome, "derived at other heads") >= _cut(outcome, "after"),
         _pair(PRIOR, "before", "after", "derived at other heads"),
     ),
-    "heads_of_their_own": Claim(
+    "different_heads": Claim(
         "object, color and relation have different strongest heads",
         lambda outcome: len({head for head, _ in outcome.strongest.values()}) == len(outcome.strongest) >= 3,
         lambda outcome: ", ".join(
@@ -128,13 +125,13 @@ CLAIMS = {
         lambda outcome: (
             f"{100 * _share(outcome, (OVERRIDDEN,)):.0f} % by the prior, {100 * _share(outcome, (OVERRIDDEN_LATE,)):.0f} % late"
         ),
-        diagnosed=True,
+        needs_diagnoses=True,
     ),
     "few_unexplained": Claim(
-        "fewer than a fifth of them are not readable or not explained",
+        "fewer than a fifth of the wrong answers are not readable or not explained",
         lambda outcome: _share(outcome, UNEXPLAINED) < 0.2,
         lambda outcome: f"{100 * _share(outcome, UNEXPLAINED):.0f} %",
-        diagnosed=True,
+        needs_diagnoses=True,
     ),
 }
 
@@ -143,8 +140,8 @@ def _cut(outcome: Outcome, condition: str) -> float:
     return outcome.rate("before", PRIOR) - outcome.rate(condition, PRIOR)
 
 
-def run(seed: int, options: argparse.Namespace, root: Path) -> Outcome:
-    """Make the run of a seed, and read what it wrote."""
+def run_seed(seed: int, options: argparse.Namespace, root: Path) -> Outcome:
+    """Execute the run of a seed, or reuse it, and read its results."""
     stages = list(STEERING) if options.part == "steering" else [*STEERING, "probe", "diagnose"]
     about = [f"root={root}", f"name=seed-{seed}", f"stages=[{','.join(stages)}]", f"model.device={options.device}"]
     seeds = [f"data.seed={seed}", f"data.test_seed={seed + 1000}", f"probe.seed={seed}", f"diagnose.seed={seed}"]
@@ -166,17 +163,17 @@ def run(seed: int, options: argparse.Namespace, root: Path) -> Outcome:
     )
 
 
-def checked(outcomes: Mapping[int, Outcome]) -> dict[str, dict[str, Any]]:
-    """Return for each claim the seeds for which it holds, and the figures of each."""
-    figures: dict[str, dict[str, Any]] = {}
+def check_claims(outcomes: Mapping[int, Outcome]) -> dict[str, Figure]:
+    """Return for each claim the share of seeds for which it holds, and its values for each seed."""
+    figures: dict[str, Figure] = {}
     for name, claim in CLAIMS.items():
         each = {}
         for seed, outcome in outcomes.items():
-            if claim.diagnosed and outcome.diagnoses is None:
+            if claim.needs_diagnoses and outcome.diagnoses is None:
                 continue
             try:
-                each[seed] = (claim.holds(outcome), claim.figure(outcome))
-            except KeyError as missing:  # a control or a kind of question that this run does not have
+                each[seed] = (claim.holds(outcome), claim.values(outcome))
+            except KeyError as missing:  # the run has no such control or kind of question
                 each[seed] = (False, f"not measured: {missing}")
         if each:
             share = sum(holds for holds, _ in each.values()) / len(each)
@@ -188,36 +185,31 @@ def checked(outcomes: Mapping[int, Outcome]) -> dict[str, dict[str, Any]]:
 
 
 def main() -> None:
-    """Make the runs, print which claims repeat, and as the last line one JSON object."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one seed and few scenes: whether it works, no figures")
-    parser.add_argument("--seeds", type=int, default=5, help="how many, from 0")
-    parser.add_argument("--part", choices=("all", "steering"), default="all", help="which stages to make")
-    parser.add_argument("--device", default="cpu", help="where the model runs")
-    parser.add_argument("--folder", type=Path, help="keep the runs there, and use finished ones again")
-    parser.add_argument("--save", action="store_true", help="write the figures to benchmarks/results")
+    """Execute the runs, print for how many seeds each claim holds, and as the last line one JSON object."""
+    parser = option_parser(__doc__, quick="one seed and few scenes: a test, not a measurement", save=True)
+    parser.add_argument("--seeds", type=int, default=5, help="number of seeds, starting with 0")
+    parser.add_argument("--part", choices=("all", "steering"), default="all", help="stages to run")
+    parser.add_argument("--device", default="cpu", help="device of the model")
+    parser.add_argument("--folder", type=Path, help="folder in which runs are saved, and finished runs are reused")
     options = parser.parse_args()
     if options.save and options.quick:
-        parser.error("figures of few scenes are not saved: leave out --quick")
-    console = Console()
-    console.print("Compares what the README and the guides say of the default run with runs of other seeds.")
+        parser.error("--save needs figures of a full run: leave out --quick")
+    console = wide_console()
+    console.print("Compares claims of the README and the guides about the default run with runs of several seeds.")
     outcomes: dict[int, Outcome] = {}
-    with tempfile.TemporaryDirectory() as temporary:
-        for seed in range(1 if options.quick else options.seeds):
-            outcomes[seed] = run(seed, options, options.folder or Path(temporary))
-            console.print(f"seed {seed}: errors by prior {CLAIMS['fewer_by_prior'].figure(outcomes[seed])} %")
-    figures = checked(outcomes)
+    count = 1 if options.quick else options.seeds
+    with tempfile.TemporaryDirectory() as temporary, progress("seeds", count) as advance:
+        for seed in range(count):
+            outcomes[seed] = run_seed(seed, options, options.folder or Path(temporary))
+            advance()
+            console.print(f"seed {seed}: errors by prior {CLAIMS['fewer_by_prior'].values(outcomes[seed])} %")
+    figures = check_claims(outcomes)
     table = Table("claim", "holds for", *(f"seed {seed}" for seed in outcomes))
-    for figure in figures.values():
-        count = f"{round(figure['value'] * figure['n'])} of {figure['n']}"
-        table.add_row(figure["claim"], count, *(figure["by_seed"].get(str(seed), "") for seed in outcomes))
+    for entry in figures.values():
+        seeds = f"{round(entry['value'] * entry['n'])} of {entry['n']}"
+        table.add_row(entry["claim"], seeds, *(entry["by_seed"].get(str(seed), "") for seed in outcomes))
     console.print(table)
-    device = f"{options.device}, {platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    outcome = {"benchmark": "seeds", "device": device, "figures": figures}
-    if options.save:
-        RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(json.dumps(outcome, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(outcome))
+    finish("seeds", describe_device("torch", device=options.device), figures, save=options.save)
 
 
 if __name__ == "__main__":
