@@ -87,7 +87,7 @@ def test_any_flipped_byte_is_found(store: Path) -> None:
     assert verify(store).ok
 
 
-def test_damaged_manifest_is_told_and_refused(store: Path) -> None:
+def test_damaged_manifest_is_reported_and_refused(store: Path) -> None:
     flip(store / "manifest.json", (store / "manifest.json").read_bytes().find(b"tiny"))
     problem = only_problem(store)
     assert (problem.file, problem.kind, problem.examples) == ("manifest.json", "damaged", ())
@@ -118,7 +118,7 @@ def test_truncated_shard(store: Path, length: int) -> None:
         ActivationStore(store).read("decoder.L0.z", "last")
 
 
-def test_unfinished_files_are_told(store: Path) -> None:
+def test_unfinished_files_are_reported(store: Path) -> None:
     (store / "shard-0-00003.h5.123.part").write_bytes(b"half")
     problem = only_problem(store)
     assert (problem.kind, problem.examples) == ("unfinished", ())
@@ -126,7 +126,7 @@ def test_unfinished_files_are_told(store: Path) -> None:
     ActivationStore(store)
 
 
-def test_no_manifest_is_told(store: Path) -> None:
+def test_a_missing_manifest_is_reported(store: Path) -> None:
     (store / "manifest.json").unlink()
     problem = only_problem(store)
     assert (problem.file, problem.kind) == ("manifest.json", "unfinished")
@@ -173,7 +173,7 @@ def test_only_the_examples_of_a_damaged_block_are_affected(tmp_path: Path) -> No
     assert set(problem.examples) <= {names[i] for i in range(inside[0], inside[-1] + 1)}
 
 
-def test_index_that_is_lost_is_told_and_not_needed(store: Path) -> None:
+def test_a_missing_index_is_reported_and_not_needed(store: Path) -> None:
     (store / "index.h5").unlink()
     problem = only_problem(store)
     assert (problem.file, problem.kind, problem.examples) == ("index.h5", "missing", ())

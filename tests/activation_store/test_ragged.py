@@ -135,7 +135,7 @@ def test_overflow_in_a_ragged_array_names_the_example(tmp_path: Path) -> None:
         writer.append({INFO.key: tokens}, table(3))
 
 
-def test_each_way_of_reading_says_which_is_the_other(tmp_path: Path) -> None:
+def test_each_reading_method_names_the_other_for_the_wrong_kind_of_array(tmp_path: Path) -> None:
     with StoreWriter(tmp_path, Schema((INFO, DENSE)), {}) as writer:
         tokens = Ragged.of([np.zeros((1, 2, 6)), np.zeros((2, 2, 6))])
         writer.append({INFO.key: tokens, DENSE.key: np.zeros((2, 2, 6))}, table(2))
@@ -218,7 +218,7 @@ def test_compressed_reads_the_same(tmp_path: Path, compression: str, dtype: str)
         merge(store.merge(), tmp_path / "merged")
 
 
-def test_compression_that_is_none_or_not_installed(tmp_path: Path) -> None:
+def test_unknown_and_uninstalled_compression(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="unknown compression 'gzip'; choose from None, bitshuffle-lz4, blosc2-zstd"):
         Schema((DENSE,), "float32", "gzip")  # type: ignore[arg-type]
     with StoreWriter(tmp_path / "s", Schema((DENSE,), "float32", "bitshuffle-lz4"), {}) as writer:

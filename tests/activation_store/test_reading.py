@@ -316,7 +316,7 @@ def test_a_repack_that_the_disk_refuses_leaves_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists()
 
 
-def test_a_shard_that_somebody_has_open_is_read(tmp_path: Path) -> None:
+def test_a_shard_open_in_another_handle_is_read(tmp_path: Path) -> None:
     write(tmp_path)
     with h5py.File(tmp_path / "shard-0-00000.h5", "r") as theirs:
         assert theirs.attrs["rows"] == 40

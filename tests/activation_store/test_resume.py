@@ -100,7 +100,7 @@ def test_lost_file_is_rebuilt(tmp_path: Path, reference: Path, lost: str) -> Non
     assert contents(tmp_path) == contents(reference)
 
 
-def test_damaged_manifest_is_written_anew(tmp_path: Path, reference: Path) -> None:
+def test_a_damaged_manifest_is_rewritten(tmp_path: Path, reference: Path) -> None:
     whole(tmp_path)
     (tmp_path / "manifest.json").write_text("{")
     with pytest.raises(StoreError, match="the manifest is damaged; delete it and run the same trace again"):

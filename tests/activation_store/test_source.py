@@ -52,7 +52,7 @@ def test_the_digest_covers_values_and_table() -> None:
     assert len({source.digest, *(s.digest for s in others)}) == 4
 
 
-def test_what_does_not_fit_is_refused() -> None:
+def test_arrays_and_tables_of_different_length_are_refused() -> None:
     with pytest.raises(StoreError, match="misses the column group"):
         MemorySource({"z": Z}, {"id": TABLE["id"]})
     with pytest.raises(StoreError, match="repeats an id"):

@@ -150,7 +150,7 @@ def test_every_token_of_bfloat16_is_its_own(tmp_path: Path) -> None:
 # ---- the table ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_table_says_where_tokens_and_objects_are(model: Lvlm, tmp_path: Path) -> None:
+def test_the_table_records_positions_of_tokens_and_objects(model: Lvlm, tmp_path: Path) -> None:
     data = scenes.dataset(n_images=10, seed=0)[::4]
     store = trace(model, data, ["decoder.L0.z"], ["last"], tmp_path, batch_size=8)
     table = store.columns

@@ -192,7 +192,7 @@ def test_pope_answer_files_need_no_model(pope: Path, tmp_path: Path, field: str,
     assert BehaviorResult.load(tmp_path / "saved.json") == answers
 
 
-def test_what_answers_cost_is_told(pope: Path, tmp_path: Path) -> None:
+def test_costs_of_answers_are_reported(pope: Path, tmp_path: Path) -> None:
     path = lines(tmp_path / "a.jsonl", *({"id": f"random/{i}", "answer": "yes", "seconds": 0.5} for i in range(1, 5)))
     assert answered_elsewhere(loaders.pope(pope, tmp_path), path).cost == Cost(2.0, None, 4)
 

@@ -32,7 +32,7 @@ def test_two_captions_by_hand() -> None:
     assert result.frame()["id"].tolist() == ["1", "2"]
 
 
-def test_an_object_counts_once_or_as_often_as_it_is_named() -> None:
+def test_an_object_counts_once_or_once_per_mention() -> None:
     captions = {"1": "A truck, a red truck and two trucks by a car."}
     objects = {"1": ["car"]}
     assert chair(captions, objects, vocabulary=["truck"]).chair_i.value == pytest.approx(3 / 4)

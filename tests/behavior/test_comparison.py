@@ -105,7 +105,7 @@ def test_the_order_of_answers_and_other_rates() -> None:
     assert (comparison.first, comparison.second, comparison.gained, comparison.lost) == (0.5, 0.25, 0, 1)
 
 
-def test_what_cannot_be_compared_is_refused() -> None:
+def test_incomparable_results_are_refused() -> None:
     first = result(np.ones(3))
     with pytest.raises(DataError, match=r"different questions: only one answered 'q2' \(1 such\)"):
         compare(first, result(np.ones(2)))

@@ -279,7 +279,7 @@ def test_mme_pairs_are_consecutive_lines(tmp_path: Path) -> None:
         mme.score_files(tmp_path)
 
 
-def test_mme_as_it_is_released(tmp_path: Path) -> None:
+def test_mme_folders_of_the_release_are_read(tmp_path: Path) -> None:
     """A folder for each subtask: questions next to the images, or images and questions in two folders."""
     for place, questions in (("existence", "existence"), ("posters/images", "posters/questions_answers_YN"),
                              ("code_reasoning", "code_reasoning"), ("eval_tool", "eval_tool")):  # fmt: skip

@@ -107,7 +107,7 @@ def test_two_systems_by_level() -> None:
     assert frame["harm"].tolist() == [c.harm.value for c in changes]
 
 
-def test_what_cannot_be_weighed_is_refused() -> None:
+def test_invalid_weights_are_refused() -> None:
     for weight in (-0.1, 1.5, math.nan):
         with pytest.raises(
             ConfigError, match=r"severity of question '\d' \(object, count\) is .*; give a weight from 0 to 1"

@@ -163,8 +163,8 @@ def test_a_file_of_the_last_version_with_old_node_names_is_read(tmp_path: Path) 
     assert read.score("input -> L0.H0.q") == 1.0
     assert (read.mode, read.metric, read.tokens, read.min_effect) == ("noise", "logit_difference", "all", 0.25)
     assert (read.shape, read.n_pairs, read.ids) == (shape, 4, ())
-    again = Graph.load(read.save(tmp_path / "new.json"))
-    assert again.edges == read.edges
+    rewritten = Graph.load(read.save(tmp_path / "new.json"))
+    assert rewritten.edges == read.edges
 
 
 @pytest.mark.parametrize(

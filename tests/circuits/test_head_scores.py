@@ -342,5 +342,5 @@ def test_a_file_written_by_the_first_version_still_opens(tmp_path: Path) -> None
     assert (old.mode, old.tokens, old.shape, old.ids) == ("noise", "suffix:all", (3, 4), ("a", "b"))
     assert (old.metric, dict(old.provenance)) == ("kl", {"path": "shared prefix"})
     assert old.frame()["sign"].eq(1).all()
-    again = HeadScores.load(old.save(tmp_path / "new.safetensors"))
-    assert (again.mode, again.metric, again.select(np.array([1])).ids) == ("noise", "kl", ("b",))
+    rewritten = HeadScores.load(old.save(tmp_path / "new.safetensors"))
+    assert (rewritten.mode, rewritten.metric, rewritten.select(np.array([1])).ids) == ("noise", "kl", ("b",))

@@ -145,7 +145,7 @@ def test_elbow_and_selection() -> None:
     np.testing.assert_array_equal(selected(maps, (3, 3), 10), [[1, 1, 1, 0, 0]] * 2)
 
 
-def test_what_each_score_sees_of_a_known_circuit() -> None:
+def test_scores_of_heads_of_a_planted_circuit() -> None:
     for seed in range(4):
         p = planted_circuits.plant(seed)
         assert p.grounding is not None

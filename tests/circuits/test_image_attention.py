@@ -96,7 +96,7 @@ def test_attention_that_gives_no_weights_is_named() -> None:
         attention_to_image(model, examples()[:1], HEADS)
 
 
-def test_what_is_refused() -> None:
+def test_invalid_arguments_are_refused() -> None:
     model = shared_model()
     for heads in ([Head(6, 0)], [Head(0, 8)], []):
         with pytest.raises(SiteError, match="6 layers of 8 heads"):

@@ -170,7 +170,7 @@ def test_every_site_with_a_tensor_can_be_intervened_on() -> None:
 
 
 @pytest.mark.parametrize("stack", ["decoder", "vision"])
-def test_what_is_put_between_attention_and_mlp_reaches_the_layers_end(stack: str) -> None:
+def test_replacing_resid_mid_changes_resid_post(stack: str) -> None:
     model = shared_model()
     mid, out, mlp = (Site(stack, 1, c) for c in ("resid_mid", "resid_post", "mlp_out"))  # pyright: ignore[reportArgumentType]
     value = torch.randn(values_at(model, mid, []).shape[-1], generator=generator())

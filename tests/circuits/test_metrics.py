@@ -63,7 +63,7 @@ def test_a_registered_metric_is_used_by_name_and_its_file_is_read_without_it(tmp
         SCORES["heads"](shared_model(), "first token")
 
 
-def test_what_is_refused() -> None:
+def test_invalid_metrics_are_refused() -> None:
     model = shared_model()
     with pytest.raises(ConfigError, match=r"unknown metric .logit_diference.; .*did you mean logit_difference"):
         SCORES["heads"](model, "logit_diference")

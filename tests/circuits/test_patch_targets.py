@@ -339,7 +339,7 @@ def test_half_precision() -> None:
     assert np.corrcoef(rough.effects.ravel(), exact.effects.ravel())[0, 1] > 0.95
 
 
-def test_what_attention_was_is_put_back_after_an_error_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_attention_implementation_is_restored_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     lvlm, before = shared_model(), set(ALL_ATTENTION_FUNCTIONS)
@@ -357,7 +357,7 @@ def test_what_attention_was_is_put_back_after_an_error_too(monkeypatch: pytest.M
     assert {m.config._attn_implementation for m in lvlm.hf.modules() if hasattr(m, "config")} == kinds
 
 
-def test_an_encoder_decoder_says_that_it_runs_whole_forwards(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_encoder_decoder_reports_full_forwards(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "circuits.execution.patch_runner"):
         scores = patch(model("florence2"), [pair_of(0)], "z", min_effect=0)
     assert scores.path == "whole forwards"

@@ -131,7 +131,7 @@ def test_postscript_under_another_name_starts_no_program(tmp_path: Path, monkeyp
     assert not mark.exists()
 
 
-def test_what_is_no_regular_file_is_refused_at_once(tmp_path: Path) -> None:
+def test_files_that_are_not_regular_are_refused_without_blocking(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.png")
     for path in (tmp_path / "pipe.png", Path("/dev/zero"), tmp_path):
         image = FileImage(path, "a.png")

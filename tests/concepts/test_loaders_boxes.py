@@ -126,7 +126,7 @@ def test_resizing_is_known_to_a_pixel_of_the_smaller_size(
         assert coco(tmp_path, [[0, 0, *annotated]], annotated)[0].objects[0].box == Box(0, 0, *size)
 
 
-def test_gqa_and_visual_genome_place_boxes_alike(tmp_path: Path) -> None:
+def test_gqa_and_visual_genome_scale_boxes_in_the_same_way(tmp_path: Path) -> None:
     picture(tmp_path / "1.jpg", orientation=6, size=(WIDE // 2, HIGH // 2))
     Image.new("RGB", (9, 9)).save(tmp_path / "2.jpg")
     place = dict(zip("xywh", RED, strict=True))

@@ -250,7 +250,7 @@ def test_bad_files_are_refused_with_their_place(folder: Path, case: str) -> None
 
 
 @pytest.mark.parametrize("name", sorted(loaders.LOADERS))
-def test_every_loader_says_what_it_cannot_read_and_checks_its_options(folder: Path, name: str) -> None:
+def test_every_loader_names_unreadable_files_and_checks_its_options(folder: Path, name: str) -> None:
     loader = loaders.LOADERS[name]
     more = (folder / "none.json",) if name == "amber" else ()
     path = folder / ("none_att.json" if name == "sugarcrepe" else "existence.txt" if name == "mme" else "none.json")

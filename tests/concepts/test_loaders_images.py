@@ -87,7 +87,7 @@ def test_an_image_is_turned_upright(tmp_path: Path) -> None:
     assert FileImage(tmp_path / "turned.png", "turned.png").load().size == (6, 8)
 
 
-def test_what_is_no_image_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_that_are_not_images_are_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "text.png").write_text("not an image")
     whole = (folder / "val" / "a.png").read_bytes()
     (folder / "cut.png").write_bytes(whole[: len(whole) // 2])

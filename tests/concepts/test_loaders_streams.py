@@ -72,7 +72,7 @@ BROKEN: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_what_is_broken_is_named(tmp_path: Path, case: str) -> None:
+def test_invalid_json_is_named_with_its_place(tmp_path: Path, case: str) -> None:
     content, words = BROKEN[case]
     path = tmp_path / "x.json"
     path.write_bytes(content)

@@ -131,7 +131,7 @@ def test_categories_of_coco_are_different_nouns() -> None:
         ("slice of pizza", ["bread"], ["slices of pizza", "slice"]),
     ],
 )
-def test_what_is_absent_beside_a_noun(annotated: str, absent: list[str], possible: list[str]) -> None:
+def test_absent_nouns_given_the_nouns_of_an_image(annotated: str, absent: list[str], possible: list[str]) -> None:
     present = PresentNouns([annotated, "clock"])
     assert [noun for noun in absent if present.includes(noun)] == []
     assert [noun for noun in possible if not present.includes(noun)] == []

@@ -70,7 +70,7 @@ def test_rates_of_groups_are_covered(groups: int, size: int | str, agreement: fl
     assert min(covered) >= 0.90, covered
 
 
-def test_an_interval_says_that_groups_are_few() -> None:
+def test_an_interval_of_few_groups_is_flagged() -> None:
     few, many = (estimate([1, 0] * n, range(2 * n)) for n in (4, 5))
     assert (few.few_groups, many.few_groups) == (True, False)
     assert str(few).endswith("(few groups)")

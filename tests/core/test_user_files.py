@@ -52,7 +52,7 @@ def test_a_file_beyond_the_limit_is_refused_before_it_is_read(tmp_path: Path) ->
         (b"\xff\xfe{}", "not UTF-8 at byte 0"),
     ],
 )
-def test_what_is_wrong_with_a_document_is_named(tmp_path: Path, data: bytes, problem: str) -> None:
+def test_errors_in_a_document_are_named(tmp_path: Path, data: bytes, problem: str) -> None:
     (tmp_path / "x.json").write_bytes(data)
     with pytest.raises(DataError, match=problem):
         read_json(tmp_path / "x.json")

@@ -78,7 +78,7 @@ def place(stage: str, *, readable: bool, threshold: float = 0.0) -> Place:
     return Place("k", stage, f"{stage}.x", "last", 0, 50, accuracy, low, high, 1.0, threshold, readable, True)
 
 
-def test_probes_at_chance_say_something_only_if_all_after_them_are() -> None:
+def test_probes_at_chance_are_evidence_only_if_all_later_ones_are_at_chance() -> None:
     chance, good = place("vision", readable=False), place("last", readable=True)
     assert stage_state([], [chance, place("last", readable=False)], "vision") == "gone"
     assert stage_state([], [chance, good], "vision") == "unknown"
@@ -121,7 +121,7 @@ def test_two_sides_get_an_offset() -> None:
     assert calibration.accuracy == pytest.approx((read[side].mean() + read[~side].mean()) / 2)
 
 
-def test_chance_is_not_readable_and_few_examples_say_nothing() -> None:
+def test_probes_at_chance_or_with_few_examples_are_not_readable() -> None:
     rng = np.random.default_rng(2)
     margins = rng.normal(size=300)
     groups = [f"g{i // 3}" for i in range(300)]
@@ -464,7 +464,7 @@ def test_answers_must_be_in_the_store(tmp_path: Path) -> None:
         assert claim.holds == (example.answer == "yes")
 
 
-def test_a_right_answer_is_told_as_such() -> None:
+def test_a_right_answer_is_described_as_right() -> None:
     about = {
         "id": "a",
         "group": "g",

@@ -108,7 +108,7 @@ def direction(concept: str, site: str, tokens: str) -> ConceptDirection:
 
 
 @pytest.mark.parametrize(("n", "images"), [(16, 4), (400, 200)])
-def test_two_probed_nouns_say_nothing_of_eleven_others(n: int, images: int) -> None:
+def test_two_probed_nouns_are_no_evidence_about_eleven_others(n: int, images: int) -> None:
     """As on photographs: probes of two nouns, at chance, and wrong answers about other nouns."""
     probed = ("dog", "car")
     claims = {i: claim(i, probed[i % 2], ("yes", "no")[i // 2 % 2], "yes", probed) for i in range(n)}

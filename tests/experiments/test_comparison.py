@@ -142,7 +142,7 @@ def test_a_run_compared_with_itself_has_no_differences(runs: tuple[Path, Path], 
     assert saved["provenance"]["first"]["files"]
 
 
-def test_what_cannot_be_compared_is_said(runs: tuple[Path, Path], tmp_path: Path) -> None:
+def test_incomparable_parts_are_named(runs: tuple[Path, Path], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no answers 'before' in the run folder .*finish the run first"):
         compare_runs(runs[0], tmp_path)
     with pytest.raises(ConfigError, match=r"no answers 'after' in .*: there are answers before"):

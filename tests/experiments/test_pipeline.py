@@ -80,7 +80,7 @@ def test_every_stage_leaves_files_that_open(run: Path) -> None:
     SteeringVector.load(run / "steering" / "vector.safetensors")
 
 
-def test_what_is_found_is_what_the_model_knows(run: Path) -> None:
+def test_probes_decode_what_the_model_answers_correctly(run: Path) -> None:
     grid = ProbeGrid.load(run / "probes" / "decoder.resid_post@last")
     assert grid.array("object:named").max() > 0.85
     assert abs(grid.array("object:named", "control").mean() - 0.5) < 0.15
@@ -179,7 +179,7 @@ class Reader(HTMLParser):
             assert attributes.get("alt")
 
 
-def test_the_report_stands_alone_and_tells_the_story(run: Path) -> None:
+def test_the_report_is_self_contained_and_shows_every_stage(run: Path) -> None:
     text = (run / "report.html").read_text()
     page = Reader()
     page.feed(text)
@@ -254,8 +254,8 @@ def test_a_run_of_an_earlier_version_gets_a_report_without_images(
         files = {name: sha for name, sha in receipt.files.items() if "illustrations" not in name}
         assert receipt.digest == dataclasses.replace(receipt, files=files).full_digest
         assert receipt.digest != receipt.full_digest
-    status, said, complaint = run_command(("report", "runs/old"), tmp_path, monkeypatch, capsys)
-    assert (status, said) == (0, "report: runs/old/report.html\n"), complaint
+    status, output, errors = run_command(("report", "runs/old"), tmp_path, monkeypatch, capsys)
+    assert (status, output) == (0, "report: runs/old/report.html\n"), errors
     text = report_of(copy)
     assert "<img" not in text
     for stage in ("patch", "evaluate", "diagnose"):
@@ -298,13 +298,13 @@ def test_damaged_illustrations_are_an_error(tmp_path: Path) -> None:
     entry = Illustration("a", picture, (60, 40), {"after": "no"}, {"L0.H1": AttentionMap(weights, 0.75)})
     assert read_illustrations(tmp_path) is None
     write_illustrations(tmp_path, [entry], "the twin has no weights")
-    found = read_illustrations(tmp_path)
-    assert found is not None
-    assert (list(found), found.reason, found["a"].size, found["a"].answers) == (
+    loaded = read_illustrations(tmp_path)
+    assert loaded is not None
+    assert (list(loaded), loaded.reason, loaded["a"].size, loaded["a"].answers) == (
         ["a"], "the twin has no weights", (60, 40), {"after": "no"}
     )  # fmt: skip
-    assert np.array_equal(np.array(found["a"].image), np.array(picture))
-    assert np.array_equal(found["a"].attention["L0.H1"].weights, weights)
+    assert np.array_equal(np.array(loaded["a"].image), np.array(picture))
+    assert np.array_equal(loaded["a"].attention["L0.H1"].weights, weights)
     write_illustrations(tmp_path, [dataclasses.replace(entry, size=(0, 1))])
     with pytest.raises(ConfigError, match="image size of example 0 is not positive"):
         read_illustrations(tmp_path)
@@ -332,7 +332,7 @@ def test_every_method_and_control_was_tried_at_every_strength(run: Path) -> None
         assert (control.strength, control.decay) == (vector.strength, 0.5)
 
 
-def test_what_was_tried_together_is_what_each_gives_alone(run: Path) -> None:
+def test_strengths_of_one_sweep_give_the_answers_of_separate_runs(run: Path) -> None:
     from behavior import answer
     from behavior.metrics import compute_metrics
     from lvlm import load_lvlm

@@ -100,6 +100,6 @@ def test_a_trace_of_a_run_skips_images_that_cannot_be_read(tmp_path: Path) -> No
     assert make_activations(context, parts).startswith("22 examples (2 left out")
 
 
-def test_what_the_trace_does_with_such_an_image_is_one_of_two_words() -> None:
+def test_unreadable_images_are_skipped_or_an_error_by_option() -> None:
     with pytest.raises(ConfigError, match=r"trace\.on_error=leave: choose from raise, skip"):
         check(compose(["trace.on_error=leave", "name=x"])[0])

@@ -344,7 +344,7 @@ def test_a_receipt_that_cannot_be_used_is_not_a_missing_one(
     assert command("resume=runs/sent")[0] == 0
 
 
-def test_an_unreadable_receipt_says_why(received: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreadable_receipt_names_the_reason(received: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> Any:
         raise OSError(5, os.strerror(5))
 

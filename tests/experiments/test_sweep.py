@@ -141,7 +141,7 @@ def test_a_run_never_writes_into_what_another_holds(root: Path) -> None:
     assert theirs.read_bytes() == before
 
 
-def test_what_does_not_hold_any_more_is_not_taken(root: Path) -> None:
+def test_a_shared_stage_that_is_outdated_is_not_reused(root: Path) -> None:
     victim = root / "whole" / "examples" / "held_out.jsonl"
     victim.write_text(victim.read_text() + "\n")
     execute(configured(root, "other", "stages=[examples]"), QUIET)
@@ -151,7 +151,7 @@ def test_what_does_not_hold_any_more_is_not_taken(root: Path) -> None:
     assert receipt.holds(root / "other" / "examples")
 
 
-def test_force_makes_it_anew(root: Path) -> None:
+def test_force_runs_a_stage_again(root: Path) -> None:
     # The time of change: a new file may have the number of the one that was deleted.
     old = (root / "whole" / "examples" / "discovery.jsonl").stat().st_mtime_ns
     notes = root / "whole" / "examples" / "notes.txt"

@@ -100,7 +100,7 @@ def test_a_forced_answer_is_read_as_if_it_were_generated(tmp_path: Path) -> None
     assert store.columns["margin"][0] == pytest.approx(float(key.margin(logits, data[0].answer)), abs=1e-5)
 
 
-def test_what_does_not_go_together_is_refused(tmp_path: Path) -> None:
+def test_incompatible_options_are_refused(tmp_path: Path) -> None:
     lvlm, data = model("llava"), ConceptDataset("d", (example(0),))
     with pytest.raises(ConfigError, match="cannot follow the same prompt"):
         trace(lvlm, data, ["z"], ["answer:mean"], tmp_path / "a", generate=2)

@@ -1,4 +1,4 @@
-"""Florence-2's tower: pictures between layers, windows and channels inside them, one token after the other in its sites."""
+"""Florence-2's tower: feature maps between layers, attention over windows and channels, and token sequences at its sites."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_every_identity_holds_in_every_stage(stage: int) -> None:
             assert errors[f"vision.L{n}: {part}"] <= 1e-5
 
 
-def test_convolutions_that_are_not_said_are_found_out() -> None:
+def test_undeclared_convolutions_fail_validation() -> None:
     spec = families["florence2"]
     for field, message in (("attention_conv", "pre [+] attn_out = mid"), ("mlp_conv", "[+] mlp_out = post")):
         wrong = replace(spec, vision=replace(spec.vision, **{field: ""}))
@@ -117,7 +117,7 @@ def test_sites_equal_raw_hooks_and_naive_attention(stage: int) -> None:
 
 @STAGE
 @pytest.mark.parametrize("layer", [0, 1])
-def test_what_is_put_there_is_what_is_read_there(stage: int, layer: int) -> None:
+def test_values_written_at_a_site_are_read_back(stage: int, layer: int) -> None:
     lvlm = model(stage)
     inputs = lvlm.encode(example()).inputs
     for component in COMPONENTS:
@@ -198,7 +198,7 @@ def test_an_example_traced_in_a_batch_equals_the_example_traced_alone(tmp_path: 
     assert among.n_heads("vision") == 4
 
 
-def test_what_it_has_not_is_named() -> None:
+def test_missing_sites_are_named() -> None:
     lvlm = model()
     with pytest.raises(SiteError, match=r"'vision.L0.pattern' is in florence2, but its attention returns no weights"):
         lvlm.read(lvlm.encode(example()).inputs, ["vision.L0.pattern"], quiet=True)

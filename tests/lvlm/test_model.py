@@ -73,7 +73,7 @@ def test_each_list_of_forms_is_a_list_of_selections() -> None:
 
 
 @pytest.mark.parametrize("text", ["decoder.12.z", "decoder.L1.zz", "text.L0.z", "projector", "decoder.L-1.z", ""])
-def test_what_is_no_site_is_refused(text: str) -> None:
+def test_invalid_sites_are_refused(text: str) -> None:
     with pytest.raises(SiteError, match="is not a site"):
         Site.parse(text)
 
@@ -237,7 +237,7 @@ def test_sites_are_tensors_of_the_modules(model: Lvlm, example: Example) -> None
     torch.testing.assert_close(record["pre"] + record["out"], record["mid"])
 
 
-def test_hashes_tell_models_apart(model: Lvlm) -> None:
+def test_hashes_differ_between_models(model: Lvlm) -> None:
     twin = wrap_lvlm(build_model(), build_processor(), validate=False)
     assert (twin.config_hash, twin.weights_hash) == (model.config_hash, model.weights_hash)
     with torch.no_grad():
@@ -272,7 +272,7 @@ def test_unknown_answers_are_refused(model: Lvlm, example: Example) -> None:
 # -- loading -------------------------------------------------------------------------------------------------------
 
 
-def test_a_saved_model_loads_as_it_was(model: Lvlm, example: Example, tmp_path: Path) -> None:
+def test_a_loaded_model_equals_the_saved_one(model: Lvlm, example: Example, tmp_path: Path) -> None:
     model.hf.save_pretrained(tmp_path)
     model.processor.save_pretrained(tmp_path)
     loaded = load_lvlm(tmp_path)

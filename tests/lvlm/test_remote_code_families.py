@@ -117,7 +117,7 @@ def test_fused_queries_of_qwens_tower_are_split_by_head() -> None:
 
 
 @pytest.mark.parametrize("component", ["q", "v", "z", "attn_out", "mlp_out", "resid_mid", "resid_post"])
-def test_what_is_put_into_qwens_tower_is_what_is_read_there(component: str) -> None:
+def test_values_written_into_qwens_tower_are_read_back(component: str) -> None:
     lvlm = model("qwen")
     inputs = lvlm.encode(example()).inputs
     place = lvlm.locate(f"vision.L0.{component}")
@@ -231,7 +231,7 @@ def test_a_folder_with_code_of_its_own_loads_where_that_is_allowed(tmp_path: Pat
         torch.testing.assert_close(loaded.logits(inputs), network.eval()(**inputs).logits[:, -1], rtol=0, atol=1e-6)
 
 
-def test_a_tokenizer_that_does_not_tell_where_tokens_stand_is_refused() -> None:
+def test_a_tokenizer_without_offsets_is_refused() -> None:
     class Slow:
         is_fast = False
 

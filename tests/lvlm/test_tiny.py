@@ -69,7 +69,7 @@ def test_the_image_is_read_above_the_lowest_layer(models: dict[str, Lvlm]) -> No
     assert sum(loss >= 0.1 for name, loss in alone.items() if name != "only layer 0") >= 2
 
 
-def test_a_knockout_leaves_the_model_as_it_was(models: dict[str, Lvlm]) -> None:
+def test_a_knockout_does_not_change_the_model(models: dict[str, Lvlm]) -> None:
     model = models["tiny"]
     encoding = model.encode(scenes.dataset(10, 1)[0])
     before = model.logits(encoding.inputs)
@@ -264,7 +264,7 @@ def short() -> tuple[Stage, ...]:
     return tuple(replace(s, steps=4, size=2) for s in chosen)
 
 
-def test_a_killed_training_goes_on_to_the_same_weights(short: tuple[Stage, ...], tmp_path: Path) -> None:
+def test_a_killed_training_resumes_to_the_same_weights(short: tuple[Stage, ...], tmp_path: Path) -> None:
     train.train(tmp_path / "whole", stages=short, compiled=False, checkpoint=2)
     whole = (tmp_path / "whole" / "4-prior" / "model.safetensors").read_bytes()
     broken = tmp_path / "broken"
@@ -290,7 +290,7 @@ def test_a_killed_training_goes_on_to_the_same_weights(short: tuple[Stage, ...],
     assert (broken / "4-prior" / "model.safetensors").read_bytes() == whole
 
 
-def test_a_stage_trains_what_it_says_and_nothing_else(short: tuple[Stage, ...], tmp_path: Path) -> None:
+def test_a_stage_trains_only_its_parameters(short: tuple[Stage, ...], tmp_path: Path) -> None:
     train.train(tmp_path, stages=short, compiled=False)
     folders = [None, *sorted(p for p in tmp_path.iterdir() if p.is_dir())]
     before = build_model(0).state_dict()
@@ -304,7 +304,7 @@ def test_a_stage_trains_what_it_says_and_nothing_else(short: tuple[Stage, ...], 
         before = after
 
 
-def test_the_command_says_how_it_is_used() -> None:
+def test_the_command_prints_its_usage() -> None:
     for module in ("train", "evaluate"):
         out = subprocess.run(
             [sys.executable, "-m", f"lvlm.tiny.{module}", "--help"], capture_output=True, text=True, check=True

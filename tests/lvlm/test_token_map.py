@@ -77,7 +77,7 @@ SEVERAL = [*PLACED, "mllama"]
 
 
 @pytest.mark.parametrize("family", SEVERAL)
-def test_several_images_are_told_apart(family: str) -> None:
+def test_tokens_of_several_images_are_distinguished(family: str) -> None:
     lvlm = model(family)
     sizes = (
         [(112, 112), (112, 112)]

@@ -38,7 +38,7 @@ def lacks(lvlm: Lvlm, make: Callable[[], Any]) -> str:
 
 
 @FAMILY
-def test_every_family_runs_or_is_told_what_it_lacks(family: str) -> None:
+def test_every_family_runs_or_the_missing_site_is_named(family: str) -> None:
     lvlm = model(family)
     pairs = [pair_of(0), pair_of(2)]
     examples = [pair.clean for pair in pairs]

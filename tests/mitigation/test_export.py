@@ -128,7 +128,9 @@ def test_gguf_is_what_llama_cpp_adds(strength: float | None, tmp_path: Path) -> 
         ({"direction.1": np.ones(4, np.float32), "direction.2": np.ones(8, np.float32)}, r"lengths \[4, 8\]"),
     ],
 )
-def test_what_llama_cpp_refuses(tensors: dict[str, np.ndarray], message: str, tmp_path: Path) -> None:
+def test_vectors_that_llama_cpp_cannot_read_are_refused(
+    tensors: dict[str, np.ndarray], message: str, tmp_path: Path
+) -> None:
     writer = GGUFWriter(tmp_path / "bad.gguf", "controlvector")
     for name, tensor in tensors.items():
         writer.add_tensor(name, tensor)
@@ -140,7 +142,7 @@ def test_what_llama_cpp_refuses(tensors: dict[str, np.ndarray], message: str, tm
         check(tmp_path / "bad.gguf")
 
 
-def test_a_conversion_is_the_projection_and_says_what_it_is(tmp_path: Path) -> None:
+def test_a_conversion_is_the_projection_and_is_recorded_in_the_card(tmp_path: Path) -> None:
     model, vector = shared_model(), steering_vector(*HEADS, 2, MLP)
     path = export.gguf(vector, tmp_path / "v.gguf", model, convert=True)
     rows = check(path)
@@ -372,7 +374,7 @@ def test_every_format_writes_what_it_can_hold_and_refuses_the_rest(case: str, tm
         assert not path.exists()
 
 
-def test_refusals_say_what_would_help(tmp_path: Path) -> None:
+def test_refusals_name_the_fix(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="convert=True"):
         export.gguf(steering_vector(*HEADS), tmp_path / "v")
     with pytest.raises(ConfigError, match=r"vector\.at\('all'\)"):

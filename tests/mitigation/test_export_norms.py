@@ -1,4 +1,4 @@
-"""A push at a head, carried elsewhere: what arrives is the same, or the export refuses and says why."""
+"""Conversion of an addition at a head to the residual stream: exact, or the export refuses with the reason."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def gained(lvlm: Lvlm, vector: SteeringVector, site: str) -> np.ndarray:
 
 
 @FAMILY
-def test_what_heads_add_arrives_in_full_or_is_refused(family: str) -> None:
+def test_additions_at_heads_are_exact_in_the_residual_stream_or_refused(family: str) -> None:
     lvlm = model(family)
     for layer in (0, 1):
         head = Head(layer, 1)

@@ -341,7 +341,7 @@ def _one_group(store: MemoryStore) -> MemoryStore:
         (None, {"control": -1}, "control=-1"),
     ],
 )
-def test_what_cannot_be_probed_is_refused_before_anything_is_read(
+def test_invalid_concepts_are_refused_before_activations_are_read(
     store: MemoryStore,
     make: Callable[[MemoryStore], MemoryStore] | None,
     options: dict[str, Any],

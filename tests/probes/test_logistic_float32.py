@@ -146,7 +146,7 @@ def test_fits_without_a_certificate_are_solved_again_in_float64(
     np.testing.assert_allclose(fallback.decision(x), good.decision(x), atol=1e-3)
 
 
-def test_a_device_short_of_memory_gets_fewer_problems_then_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_short_of_memory_gets_smaller_batches_then_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = make("random", 60, 10, 3)
     block, weights = RowBlock.of(x), balanced_weights(y[None])
     whole = fit_rows(block, y[None], PENALTIES[None], weights)

@@ -118,12 +118,12 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_page_tells_of_everything_that_is_tested() -> None:
+def test_the_page_describes_every_tested_extension() -> None:
     assert set(SECTIONS) == set(TRUE)
 
 
 @pytest.mark.parametrize("section", TRUE)
-def test_what_is_added_works(section: str, house: Path, desk: Path) -> None:
+def test_extensions_of_the_page_work(section: str, house: Path, desk: Path) -> None:
     session = "".join(body for kind, title, body in BLOCK.findall(SECTIONS[section]) if kind == "python" and not title)
     assert session
     done = subprocess.run(
@@ -133,7 +133,7 @@ def test_what_is_added_works(section: str, house: Path, desk: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_what_is_added_is_as_clean_as_the_rest(house: Path) -> None:
+def test_extensions_of_the_page_pass_lint_and_types(house: Path) -> None:
     added = [str(house / title) for _, title, _ in BLOCK.findall(PAGE) if title.endswith(".py")]
     done = subprocess.run(
         [Path(sys.executable).parent / "ruff", "check", "--no-cache", "--config", ROOT / "pyproject.toml", *added],
