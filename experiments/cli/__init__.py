@@ -1,1 +1,1 @@
-"""The command: arguments, help, plan, status, comparison, sweeps, resuming."""
+"""The command line: dispatch, options, sweeps, and the commands `resume`, `status`, `compare`, `plan` and `help`."""

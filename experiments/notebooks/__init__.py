@@ -1,1 +1,1 @@
-"""Notebooks, kept as text. `python -m experiments.notebooks.render` runs them on a finished run."""
+"""Notebooks, stored as text. `python -m experiments.notebooks.render` runs them on a finished run."""

@@ -1,1 +1,1 @@
-"""Results of runs side by side: headline figures, comparisons of methods and models."""
+"""Readers of the results in a run folder; no model, no data files."""

@@ -1,1 +1,1 @@
-"""One run: its folder, locks and interrupts, what its stages share, its live table."""
+"""The folder of a run, its locks and receipts, and what its stages share."""

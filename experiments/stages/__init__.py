@@ -1,1 +1,1 @@
-"""The stages of a run."""
+"""The stages of a run, one module each; `table` lists them in order."""

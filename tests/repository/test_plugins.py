@@ -25,6 +25,7 @@ from sklearn.svm import LinearSVC
 from behavior.metrics import BehaviorMetric
 from concepts import ConceptDataset, CounterfactualPair, Example
 from concepts.image_files import FileImage
+from experiments.report import Section, html
 from lvlm import FamilySpec
 from mitigation import Capability, Export, MitigationMethod, derive
 from mitigation.methods import blank_contrast
@@ -56,6 +57,7 @@ def write_text(vector, path, model):
 
 text_file = Export(write_text, Capability("people", "nowhere", ("heads",), kinds=("amplify",), positions=("last+generated",)))
 amplify_more = MitigationMethod(lambda data: derive.amplification(blank_contrast(data), heads=data.heads, strength=2))
+tags_section = Section("Tags", lambda run: html.section("tags", "Tags", html.paragraph(f"{len(run.examples)} tags")))
 yes_ratio = BehaviorMetric(lambda a: set(a.candidates) == {"yes", "no"}, lambda a: a.given == "yes")
 svm = LinearSVC(C=0.01)
 
@@ -72,6 +74,7 @@ ENTRIES = {
     "groundscope.mitigations": ("amplify_more", "amplify_more"),
     "groundscope.exports": ("text_file", "text_file"),
     "groundscope.families": ("my_llava", "SPEC"),
+    "groundscope.report_sections": ("tags", "tags_section"),
 }
 """Entry-point group to the name of the entry and its function in the plug-in."""
 USE = """
@@ -99,6 +102,10 @@ assert gs.families.origins == {"my_llava": "good-plugin 1.2"}
 scores = gs.patch_heads(model, pairs, metric="spread", progress=False)
 assert (scores.metric, scores.provenance["metric_package"]) == ("spread", "good-plugin 1.2")
 
+from experiments.report import SECTIONS
+
+assert (SECTIONS["tags"].link, SECTIONS.origins) == ("Tags", {"tags": "good-plugin 1.2"})
+
 import numpy as np
 import pandas as pd
 
@@ -125,6 +132,7 @@ assert gs.exports["text_file"].write(vector, Path("vector.txt"), model).read_tex
 """
 BROKEN = """
 import groundscope as gs
+from experiments.report import SECTIONS
 from groundscope.core.errors import GroundscopeError
 
 TABLES = {
@@ -136,6 +144,7 @@ TABLES = {
     "groundscope.mitigations": gs.mitigations,
     "groundscope.exports": gs.exports,
     "groundscope.families": gs.families,
+    "groundscope.report_sections": SECTIONS,
 }
 assert TABLES.keys() == GROUPS
 for group, table in TABLES.items():
