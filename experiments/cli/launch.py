@@ -10,9 +10,11 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Any
 
 from groundscope.core.errors import ConfigError
+from groundscope.core.rooms import ROOMS
 
 
 def launch_jobs(overrides: Sequence[str]) -> None:
@@ -35,9 +37,30 @@ def launch_jobs(overrides: Sequence[str]) -> None:
         with initialize_config_module("experiments.conf", job_name="groundscope", version_base="1.3"):
             hydra: Any = GlobalHydra.instance().hydra
             hydra.config_loader = _ComposedOnce(hydra.config_loader)
-            hydra.multirun("config", run_task, overrides=[*overrides, "hydra.mode=MULTIRUN"])
+            hydra.multirun(
+                "config", run_task, overrides=[*overrides, *launcher_options(overrides), "hydra.mode=MULTIRUN"]
+            )
     except HydraException as error:
         raise ConfigError(str(error).splitlines()[0]) from error
+
+
+def launcher_options(overrides: Sequence[str]) -> list[str]:
+    """Return further overrides for the chosen launcher.
+
+    Ray puts the current folder first on the import path of its workers, after `import_rooms` has run there: a folder of the user
+    with the name of one of our packages then hides nothing. (Workers of joblib and submitit have ``PYTHONSAFEPATH``.)
+    """
+    keys = {word.lstrip("+").partition("=")[0] for word in overrides}
+    ray = any(word.lstrip("+") == "hydra/launcher=ray" for word in overrides)
+    if not ray or any(key.startswith("hydra.launcher.ray.init.runtime_env") for key in keys):
+        return []
+    return [f"+hydra.launcher.ray.init.runtime_env.worker_process_setup_hook={__name__}.{import_rooms.__name__}"]
+
+
+def import_rooms() -> None:
+    """Import all packages of this distribution, so that later changes of the import path do not hide them."""
+    for room in ROOMS:
+        import_module(room)
 
 
 def run_task(options: Any) -> None:

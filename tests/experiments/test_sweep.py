@@ -8,6 +8,8 @@ import io
 import json
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -22,6 +24,7 @@ from rich.console import Console
 
 from activation_store import ActivationStore, verify
 from experiments import pipeline
+from experiments.cli.launch import launcher_options
 from experiments.cli.overrides import compose
 from experiments.cli.plan import estimate
 from experiments.cli.sweep import job_name
@@ -35,7 +38,7 @@ from experiments.stages.table import TABLE
 from groundscope.core.errors import ConfigError
 from groundscope.core.rooms import ROOMS
 from lvlm import Lvlm, load_lvlm
-from tests.toys.command_line import FEW, TRACED, Command, run_command, spawn
+from tests.toys.command_line import FEW, ROOT, TRACED, Command, run_command, spawn
 
 QUIET = Console(file=io.StringIO())
 
@@ -181,15 +184,33 @@ LAUNCHERS = {
     "basic": [],
     "joblib": ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"],
     "submitit_local": ["hydra/launcher=submitit_local"],
-}
-if find_spec("hydra_plugins.hydra_ray_launcher"):  # in a separate environment, see CONTRIBUTING
-    LAUNCHERS["ray"] = [
+    "ray": [
         "hydra/launcher=ray",
         *(f"+hydra.launcher.ray.init.{o}" for o in ("include_dashboard=false", "num_cpus=2")),
-    ]
+    ],
+}
+NO_RAY = pytest.mark.skipif(
+    find_spec("hydra_plugins.hydra_ray_launcher") is None,
+    reason="hydra-ray-launcher conflicts with the tested versions; CONTRIBUTING.md shows how to run this test without them",
+)
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_ray_workers_import_our_packages_before_the_current_folder_is_on_their_path() -> None:
+    option = "+hydra.launcher.ray.init.runtime_env"
+    (word,) = launcher_options(["hydra/launcher=ray", "probe.folds=2,3"])
+    key, _, hook = word.partition("=")
+    assert key == f"{option}.worker_process_setup_hook"
+    module, _, name = hook.rpartition(".")
+    code = f"import sys; from {module} import {name}; {name}(); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert set(ROOMS) <= set(done.stdout.split())
+    assert launcher_options(["hydra/launcher=ray", f"{option}={{working_dir: x}}"]) == []
+    assert launcher_options(["hydra/launcher=joblib"]) == []
+
+
+@pytest.mark.parametrize(
+    "launcher", [name if name != "ray" else pytest.param(name, marks=NO_RAY) for name in LAUNCHERS]
+)
 def test_a_sweep_shares_its_trace_and_a_failed_job_leaves_the_others(root: Path, launcher: str) -> None:
     """Two jobs reuse the existing trace, a third fails; the table, the page and the list report it.
 
