@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -17,37 +17,15 @@ from lvlm.token_selection import TokenSelection
 from mitigation.steering.places import Key, name_of, site_of
 
 if TYPE_CHECKING:
-    import pandas as pd
     from torch import Tensor
 
+    from activation_store import ActivationSource
     from activation_store.format.schema import ArrayInfo
     from concepts.schema import Example
     from lvlm.model import HookPoint, Lvlm
 
 
-class Store(Protocol):
-    """The part of `ActivationStore` that derivations use."""
-
-    @property
-    def provenance(self) -> Mapping[str, Any]:
-        """Origin of the store; ``model`` contains the model's ``name`` and ``config`` hash."""
-        ...
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 that identifies the content."""
-        ...
-
-    def read(self, site: str | Site, tokens: str, head: int | None = None, examples: Any = None) -> np.ndarray:
-        """Return activations, float32 ``[n, d]``."""
-        ...
-
-    def frame(self) -> pd.DataFrame:
-        """Return one row per example, with a column for each concept (NaN where undefined)."""
-        ...
-
-
-def read(store: Store, key: Key, tokens: str) -> np.ndarray:
+def read(store: ActivationSource, key: Key, tokens: str) -> np.ndarray:
     """Return activations in float64 ``[N, d]``, because sums over many float32 rows lose precision."""
     if isinstance(key, Head):
         site = traced_heads(store).get(key.layer, site_of(key))
@@ -55,7 +33,7 @@ def read(store: Store, key: Key, tokens: str) -> np.ndarray:
     return store.read(site_of(key), tokens).astype(np.float64)
 
 
-def traced_heads(store: Store) -> dict[int, Site]:
+def traced_heads(store: ActivationSource) -> dict[int, Site]:
     """Return the site of each layer's heads in a store: cross-attention for layers that are traced only there."""
     arrays: Sequence[ArrayInfo] = getattr(store, "arrays", ())
     self_layers, cross_layers = (
@@ -68,7 +46,7 @@ def traced_heads(store: Store) -> dict[int, Site]:
     return dict(sorted(site_of_layer.items()))
 
 
-def labels_of(store: Store, concept: str) -> np.ndarray:
+def labels_of(store: ActivationSource, concept: str) -> np.ndarray:
     """Return the labels of a concept, float ``[N]``, NaN where undefined."""
     frame = store.frame()
     if concept not in frame.columns:

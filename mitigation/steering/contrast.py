@@ -11,13 +11,14 @@ import numpy as np
 
 from concepts.schema import Concept, CounterfactualPair
 from groundscope.core.errors import PatchError
-from mitigation.steering.activations import Store, check_image_reaches, labels_of, read, run
+from mitigation.steering.activations import check_image_reaches, labels_of, read, run
 from mitigation.steering.changes import VectorChange
 from mitigation.steering.places import Key
 from mitigation.steering.shuffling import shuffle_mask, swap_sides
 from mitigation.steering.vector import SteeringVector
 
 if TYPE_CHECKING:
+    from activation_store import ActivationSource
     from lvlm.model import Lvlm
 
 
@@ -50,7 +51,7 @@ class Contrast(ABC):
 
     @staticmethod
     def from_store(
-        store: Store,
+        store: ActivationSource,
         concept: Concept | str | None = None,
         *,
         positive: np.ndarray | None = None,
@@ -149,7 +150,7 @@ class Contrast(ABC):
 class StoreContrast(Contrast):
     """Positive and negative examples of a store; made by `Contrast.from_store`."""
 
-    store: Store
+    store: ActivationSource
     positive: np.ndarray
     """Boolean ``[N]``."""
     negative: np.ndarray
@@ -272,7 +273,7 @@ class PairContrast(Contrast):
 
 
 def from_store(
-    store: Store,
+    store: ActivationSource,
     changes: Mapping[Key, VectorChange],
     positions: str,
     strength: float,
@@ -293,7 +294,7 @@ def checked_mask(mask: object, size: int) -> np.ndarray:
     return array
 
 
-def _answered(store: Store) -> np.ndarray:
+def _answered(store: ActivationSource) -> np.ndarray:
     """Return a boolean ``[N]``: examples with an answer; all of them in a store of open-ended examples only."""
     frame = store.frame()
     if "model_answer" not in frame.columns:

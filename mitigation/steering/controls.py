@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from groundscope.core.errors import PatchError
 from lvlm.sites import Head, parse_heads
-from mitigation.steering.activations import Store, mean, read
+from mitigation.steering.activations import mean, read
 from mitigation.steering.changes import AddChange, AmplifyChange, VectorChange
 from mitigation.steering.places import Key, name_of, order
 from mitigation.steering.vector import SteeringVector
 
+if TYPE_CHECKING:
+    from activation_store import ActivationSource
+
 
 def match_displacement(
-    control: SteeringVector, vector: SteeringVector, store: Store, *, tokens: str = "last"
+    control: SteeringVector, vector: SteeringVector, store: ActivationSource, *, tokens: str = "last"
 ) -> SteeringVector:
     """Scale a control so that each place is displaced as far as the vector's: equal root mean square over a store's examples.
 
@@ -61,7 +65,7 @@ def match_displacement(
     return replace(control, changes=changes, provenance={**control.provenance, "as_far_as": dict(vector.provenance)})
 
 
-def displacement_rms(change: VectorChange, key: Key, store: Store, tokens: str) -> float:
+def displacement_rms(change: VectorChange, key: Key, store: ActivationSource, tokens: str) -> float:
     """Return the displacement at a place for strength 1: root mean square over examples of the added vector's length."""
     if isinstance(change, AddChange):
         return change.sigma
@@ -84,7 +88,7 @@ def _scale(change: VectorChange, factor: float) -> VectorChange:
 
 
 def move_to_heads(
-    vector: SteeringVector, heads: Sequence[Head | str], store: Store, *, tokens: str = "last"
+    vector: SteeringVector, heads: Sequence[Head | str], store: ActivationSource, *, tokens: str = "last"
 ) -> SteeringVector:
     """Return a control: the same directions at other heads, with the same displacement.
 

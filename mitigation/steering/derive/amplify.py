@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from concepts.schema import Concept
 from groundscope.core.errors import PatchError
 from lvlm.sites import Head, Site
-from mitigation.steering.activations import Store, labels_of, mean, read
+from mitigation.steering.activations import labels_of, mean, read
 from mitigation.steering.changes import AmplifyChange, VectorChange
 from mitigation.steering.contrast import Contrast, from_store
 from mitigation.steering.derive.base import derive_at, keys_of, unit_difference
 from mitigation.steering.places import Key, name_of
 from mitigation.steering.vector import SteeringVector
 
+if TYPE_CHECKING:
+    from activation_store import ActivationSource
+
 
 def concept_subspace(
-    store: Store,
+    store: ActivationSource,
     concepts: Sequence[Concept | str],
     *,
     heads: Iterable[Head | str] = (),

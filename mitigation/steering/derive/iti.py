@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from groundscope.core.errors import PatchError, SiteError
 from lvlm.sites import Head, parse_heads
-from mitigation.steering.activations import Store, mean, read, traced_heads
+from mitigation.steering.activations import mean, read, traced_heads
 from mitigation.steering.changes import VectorChange
 from mitigation.steering.contrast import Contrast
 from mitigation.steering.derive.base import Variant, along, check_variant, require_store
 from mitigation.steering.derive.head_selection import best, group_folds, probe_accuracies
 from mitigation.steering.places import Key
 from mitigation.steering.vector import SteeringVector
+
+if TYPE_CHECKING:
+    from activation_store import ActivationSource
 
 
 def iti(
@@ -125,7 +129,7 @@ def iti(
     )
 
 
-def _all_heads(store: Store) -> tuple[Head, ...]:
+def _all_heads(store: ActivationSource) -> tuple[Head, ...]:
     """Return all traced heads of the decoder; raises `SiteError` if a store has none."""
     sites = traced_heads(store)
     arrays = [a for a in getattr(store, "arrays", ()) if a.stack == "decoder" and a.component in ("z", "cross.z")]

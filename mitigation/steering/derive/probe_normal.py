@@ -8,19 +8,19 @@ from typing import TYPE_CHECKING
 from groundscope.core.errors import SiteError
 from lvlm.model import Lvlm
 from lvlm.sites import Head, Site
-from mitigation.steering.activations import Store
 from mitigation.steering.changes import AddChange, VectorChange
 from mitigation.steering.contrast import from_store
 from mitigation.steering.places import Key, canonical, name_of
 from mitigation.steering.vector import SteeringVector
 
 if TYPE_CHECKING:
+    from activation_store import ActivationSource
     from activation_store.direction import ConceptDirection
 
 
 def probe_normal(
     directions: Sequence[ConceptDirection],
-    source: Lvlm | Store,
+    source: Lvlm | ActivationSource,
     *,
     positions: str = "last+generated",
     strength: float = 1.0,
