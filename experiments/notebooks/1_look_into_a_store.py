@@ -1,9 +1,9 @@
 # %% [markdown]
 # # 1 · Look into a store of activations
 #
-# A store is a folder of HDF5 files: what a model held inside while it read each question. Nothing here needs the model.
+# A store is a folder of HDF5 files with the activations of a model for each question. Nothing here needs the model.
 #
-# The notebooks read a finished run. `make demo` makes `runs/default`; any other run will do: set `GROUNDSCOPE_RUN` to its folder.
+# The notebooks read a finished run. `make demo` makes `runs/default`; for another run set `GROUNDSCOPE_RUN` to its folder.
 
 # %%
 import os
@@ -21,8 +21,8 @@ store = ActivationStore(run / "activations")
 print(f"{len(store)} examples, {len(store.arrays)} arrays")
 
 # %% [markdown]
-# ## What was traced
-# One array for each site and token selection. Layers of one kind lie side by side.
+# ## Arrays
+# One array for each component and token selection, with all layers of a stack.
 
 # %%
 arrays = pd.DataFrame(store.arrays).astype({"n_heads": "Int64"})
@@ -30,14 +30,14 @@ arrays[["stack", "component", "tokens", "n_layers", "n_heads", "width"]]
 
 # %% [markdown]
 # ## The examples
-# One row a question, with what was asked, what is true, what the model said, and a column of labels for each concept.
+# One row per question: the question, its true answer, the answer of the model, and a column of labels for each concept.
 
 # %%
 examples = store.frame()
 examples[["id", "split", "level", "question", "answer", "model_answer"]].head(8)
 
 # %% [markdown]
-# How often is the model right, by what could mislead it? `conflict` shows things in colors that they usually do not have.
+# Accuracy by split and level. Split `conflict` shows objects in colors that they usually do not have.
 
 # %%
 right = examples["model_answer"] == examples["answer"]
@@ -45,7 +45,7 @@ right.groupby([examples["split"], examples["level"]]).agg(["mean", "size"]).roun
 
 # %% [markdown]
 # ## The values
-# A site is written `decoder.L3.z`; only what is asked for is read from the disk.
+# A site is written `decoder.L3.z`. Only the selected rows and heads are read from the disk.
 
 # %%
 head = store.read("decoder.L3.z", "last", head=5)
@@ -54,14 +54,14 @@ print(f"head {head.shape} {head.dtype}, layer {layer.shape} {layer.dtype}")
 
 # %% [markdown]
 # ## A first look
-# The two directions in which the residual stream at the last token varies most, after each layer. Questions that are
-# answered yes and no come apart with depth: by then the answer is decided.
+# The first two principal components of the residual stream at the last token, after three layers. Questions with the answers yes
+# and no separate with depth, as the model computes the answer.
 
 # %%
 yes, no = (store.select(answer=word) for word in ("yes", "no"))
-shown = (1, 3, 5)
-figure, axes = plt.subplots(1, len(shown), figsize=(11, 3.6), layout="constrained")
-for ax, number in zip(axes, shown, strict=True):
+layers = (1, 3, 5)
+figure, axes = plt.subplots(1, len(layers), figsize=(11, 3.6), layout="constrained")
+for ax, number in zip(axes, layers, strict=True):
     x = store.read(f"decoder.L{number}.resid_post", "last")
     x = x - x.mean(axis=0)
     _, _, directions = np.linalg.svd(x, full_matrices=False)
@@ -71,7 +71,7 @@ for ax, number in zip(axes, shown, strict=True):
     ax.set(title=f"after decoder layer {number}", xticks=[], yticks=[])
 _ = axes[0].legend(frameon=False, markerscale=2)
 # %% [markdown]
-# No model was imported for any of this.
+# None of this has imported a model.
 
 # %%
 model_stack = {"transformers", "nnsight", "transformer_lens"} & {name.split(".")[0] for name in sys.modules}

@@ -1,7 +1,7 @@
 # %% [markdown]
-# # 2 · Where is it known, and can that be believed?
+# # 2 · Where is it known? Probes and their controls
 #
-# A linear probe finds what can be read from activations. Whether it was *there*, or only found in noise, is what controls tell.
+# A linear probe measures what is decodable from activations. Controls show whether its accuracy is more than chance.
 
 # %%
 import os
@@ -63,11 +63,11 @@ table.sort_values("p_family").head(6)
 # %%
 accuracy = heads.array("object:named")
 figure, ax = plt.subplots(figsize=(5.4, 3.6), layout="constrained")
-drawn = ax.imshow(accuracy, vmin=0.5, vmax=1, cmap="viridis", origin="lower", aspect="auto")
+heatmap = ax.imshow(accuracy, vmin=0.5, vmax=1, cmap="viridis", origin="lower", aspect="auto")
 ax.set(xlabel="head", ylabel="layer", title="object:named at the last token")
 significant = table[table["p_family"] <= 0.05]
 ax.plot(significant["head"].astype(int), significant["layer"], "w.", markersize=4)
-_ = figure.colorbar(drawn, label="balanced accuracy")
+_ = figure.colorbar(heatmap, label="balanced accuracy")
 # %% [markdown]
 # Dots: significant with all heads allowed for. The best cell is chosen on the training rows, so its held-out score is not
 # inflated by the choice:

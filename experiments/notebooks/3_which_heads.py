@@ -1,8 +1,8 @@
 # %% [markdown]
 # # 3 · Which heads, and do cheap scores agree?
 #
-# Patching says which heads carry the answer, exactly. Looking at attention is cheaper, and often what people do instead. Here
-# both are computed on the same pairs and held against each other.
+# Patching measures exactly which heads carry the answer. Attention to the image is a cheaper and common substitute. This notebook
+# computes both on the same pairs and compares them.
 
 # %%
 import os
@@ -16,7 +16,7 @@ from lvlm import load_lvlm
 
 run = Path(os.environ.get("GROUNDSCOPE_RUN", "../../runs/default"))
 model = load_lvlm("tiny")
-data = scenes.dataset(n_images=40, seed=77)  # scenes of its own: not those of the run
+data = scenes.dataset(n_images=40, seed=77)  # not the scenes of the run
 neutral = data.where(split="neutral")
 
 # %% [markdown]
@@ -50,7 +50,7 @@ print(f"rank correlation {stability.rank_correlation}")
 print(f"first three in common {stability.overlap}; by chance {stability.chance:.2f}")
 
 # %% [markdown]
-# ## Cheap scores beside it
+# ## Comparison with cheap scores
 # Attention that falls on the image, on the object's box, localisation, the difference the image makes to the head, and what the
 # head writes toward the answer. All heads' Spearman correlation with patching, intervals over scenes:
 
@@ -84,5 +84,5 @@ lost.frame().assign(heads=list(sets))[["name", "heads", "effect", "effect_low", 
 
 # %%
 for path in sorted((run / "circuits").glob("*.safetensors")):
-    kept = HeadScores.load(path)
-    print(f"{path.stem:10} {kept.n_pairs:3} pairs  " + ", ".join(map(str, kept.top(4))))
+    run_scores = HeadScores.load(path)
+    print(f"{path.stem:10} {run_scores.n_pairs:3} pairs  " + ", ".join(map(str, run_scores.top(4))))

@@ -1,8 +1,8 @@
 # %% [markdown]
-# # 5 · Derive a correction, test it, hand it over
+# # 5 · Derive, test and export a correction
 #
-# A steering vector is worth what it does beside its controls, on questions that nothing was chosen on, and costs what it does to
-# questions it should leave alone.
+# The effect of a steering vector is measured against controls, on questions that were not used to choose anything. Its cost is
+# the change on questions that should not change.
 
 # %%
 import os
@@ -46,7 +46,7 @@ vector
 
 
 # %%
-def told_by(data, vector, strength):
+def answer_with(data, vector, strength):
     """Ask about the data with a vector applied."""
     with vector.applied(model, strength):
         return answer(model, data, progress=False)
@@ -70,7 +70,7 @@ rows = []
 for name, what in (("vector", vector), ("random direction", vector.randomized(0))):
     rows.append({"vector": name, "strength": 0.0, **plain})
     for strength in (0.5, 1.0, 1.5):
-        rows.append({"vector": name, "strength": strength, **rates(told_by(data["validation"], what, strength))})
+        rows.append({"vector": name, "strength": strength, **rates(answer_with(data["validation"], what, strength))})
 sweep = pd.DataFrame(rows)
 
 figure, ax = plt.subplots(figsize=(5.6, 3.8), layout="constrained")
@@ -95,10 +95,10 @@ _ = ax.legend(frameon=False)
 mine = sweep[(sweep["vector"] == "vector") & (sweep["neutral, right"] >= sweep["neutral, right"].iloc[0] - 0.015)]
 strength = float(mine.sort_values(["wrong by prior", "strength"])["strength"].iloc[0])
 before = answer(model, data["test"], progress=False)
-after = told_by(data["test"], vector, strength)
-control = told_by(data["test"], vector.randomized(0), strength)
+after = answer_with(data["test"], vector, strength)
+control = answer_with(data["test"], vector.randomized(0), strength)
 pd.DataFrame(
-    {"as it is": rates(before), f"steered, {strength:g}": rates(after), "random direction": rates(control)}
+    {"not steered": rates(before), f"steered, {strength:g}": rates(after), "random direction": rates(control)}
 ).round(3)
 
 # %%
@@ -107,10 +107,10 @@ for name, result in (("steered", after), ("random direction", control)):
     print(f"{name:17} {change.difference}  {change.gained} more errors, {change.lost} fewer, p = {change.p_value:.2g}")
 
 # %% [markdown]
-# Afterwards the model is what it was, bit for bit: the vector acts inside `with` only.
+# The vector acts inside `with` only; afterwards the model is unchanged, bit for bit.
 #
-# ## Hand it over
-# Each format holds what its consumer can do, and says no to what it cannot.
+# ## Export
+# A format accepts the vectors that its consumer supports, and refuses all others with the reason.
 
 # %%
 export.formats_for(vector)

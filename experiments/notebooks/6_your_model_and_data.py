@@ -25,9 +25,9 @@ folder = Path(tempfile.mkdtemp())
 # A POPE file is a line of JSON a question. Every other loader works the same way: `loaders.coco(…)`, `loaders.gqa(…)`, …
 
 # %%
-drawn = scenes.dataset(n_images=10, seed=3).filter(lambda e: e.kind == "existence")
+scene_data = scenes.dataset(n_images=10, seed=3).filter(lambda e: e.kind == "existence")
 lines = []
-for number, example in enumerate(drawn):
+for number, example in enumerate(scene_data):
     name = f"{example.group.replace('/', '-')}.png"
     example.image.load().save(folder / name)
     lines.append({"question_id": number, "image": name, "text": example.question, "label": example.answer})
@@ -37,7 +37,7 @@ data = loaders.pope(folder / "random.json", folder)
 print(f"{len(data)} questions on {len({e.group for e in data})} images; {data.provenance['left_out']}")
 
 # %% [markdown]
-# A file that is not what it should be says where:
+# An invalid file gives an error with the place:
 
 # %%
 broken = folder / "broken.json"

@@ -71,11 +71,11 @@ def more_data(context: Context) -> str:
 
 def check(context: Context) -> None:
     """Raise `ConfigError` for a concept that the data do not have."""
-    wanted = context.config.probe.concepts
-    if wanted is None:
+    concepts = context.config.probe.concepts
+    if concepts is None:
         return
-    known = list(dict.fromkeys(c for e in traced_examples(context) for c in e.labels))
-    missing = next((c for c in wanted if c not in known), None)
+    labels = list(dict.fromkeys(c for e in traced_examples(context) for c in e.labels))
+    missing = next((c for c in concepts if c not in labels), None)
     if missing is not None:
-        msg = f"concept '{missing}' is not in the data: there are {', '.join(known)}{nearest(missing, known)}"
+        msg = f"concept '{missing}' is not in the data; choose from {', '.join(labels)}{nearest(missing, labels)}"
         raise ConfigError(msg)

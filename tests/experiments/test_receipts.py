@@ -97,7 +97,7 @@ def test_a_trace_of_a_run_skips_images_that_cannot_be_read(tmp_path: Path) -> No
     parts = tmp_path / "parts"
     for part in (1, 0):  # one chunk of batches: the first part is empty
         trace_into(context, parts, part)
-    assert make_activations(context, parts).startswith("22 examples (2 left out")
+    assert make_activations(context, parts).startswith("22 examples (2 skipped")
 
 
 def test_unreadable_images_are_skipped_or_an_error_by_option() -> None:
