@@ -1,6 +1,39 @@
-"""Ask a model questions, parse its answers, and score them.
+"""Ask a model questions, parse its answers, and score them, as the released scorers of benchmarks do.
 
-`amber`, `judge_files`, `metrics`, `mme` and `taxonomy` are modules; `chair` and `pope` are functions.
+Answers:
+
+`answering`
+    Ask a model every question of a dataset, also under several conditions.
+`result`
+    `Answer`, `BehaviorResult` and rates such as accuracy, with intervals clustered by image.
+`parsing`
+    Rules that parse generated text into answers.
+`answer_files`
+    Read the answers of any model from files of many tools, and match them to questions.
+
+Benchmarks:
+
+`pope`, `pope_files`, `pope_scores`
+    POPE: does the model claim that absent objects are in the image?
+`mme`
+    MME: accuracy of each subtask over questions and over images.
+`amber`
+    AMBER: does the model deny false claims?
+`chair`, `chair_release`
+    CHAIR: objects that captions name but the image does not contain.
+`judge_files`
+    Benchmarks with a judge model: requests for the judge, and scores of its verdicts.
+
+Analysis:
+
+`metrics`
+    The open table of metrics that a run reports.
+`comparison`
+    The paired difference of two systems, with interval and exact test.
+`taxonomy`
+    Wrong answers by level and kind: frequency, severity and harm.
+
+Of the public names, `amber`, `judge_files`, `metrics`, `mme` and `taxonomy` are modules; `chair` and `pope` are functions.
 """
 
 import lazy_loader

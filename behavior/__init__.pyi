@@ -1,7 +1,7 @@
 """Public names of `behavior`, each with its module."""
 
 from . import amber, judge_files, metrics, mme, taxonomy
-from .answer_files import answered_elsewhere
+from .answer_files import load_answers
 from .answering import answer, answer_each
 from .chair import ChairResult, chair
 from .comparison import Comparison, compare
@@ -23,12 +23,12 @@ __all__ = [
     "amber",
     "answer",
     "answer_each",
-    "answered_elsewhere",
     "chair",
     "compare",
     "compare_metric",
     "compute_metrics",
     "judge_files",
+    "load_answers",
     "metrics",
     "mme",
     "pope",

@@ -79,7 +79,7 @@ class AmberResult:
         return pd.DataFrame(rows)
 
 
-def score(answers: BehaviorResult, variant: str = "release") -> AmberResult:
+def score(answers: BehaviorResult, *, variant: str = "release") -> AmberResult:
     """Score answers to AMBER's yes-no questions, as loaded by `concepts.loaders.amber`; descriptions are ignored.
 
     Parameters
@@ -115,8 +115,8 @@ def score_files(
     annotations: Path | str,
     responses: Path | str,
     queries: Path | str | None = None,
-    parser: str = "amber_release",
     *,
+    parser: str = "amber_release",
     variant: str = "release",
     answer_field: str | None = None,
 ) -> AmberResult:
@@ -187,7 +187,7 @@ def score_files(
                 text=answer.text,
             )
         )
-    return score(BehaviorResult(tuple(rows), Cost(None, None, len(rows))), variant)
+    return score(BehaviorResult(tuple(rows), Cost(None, None, len(rows))), variant=variant)
 
 
 def _scores(part: str, rows: Sequence[Answer], variant: str) -> AmberScores:

@@ -337,11 +337,11 @@ def _first_line(text: str) -> str:
     return re.split(r"[\r\n]", text.strip(), maxsplit=1)[0]
 
 
-def answered_elsewhere(
+def load_answers(
     data: ConceptDataset,
     path: Path | str,
-    parser: str | None = None,
     *,
+    parser: str | None = None,
     answer_field: str | None = None,
     id_field: str | None = None,
 ) -> BehaviorResult:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
-from rich.progress import Progress
 from torch import Tensor
 
 from behavior.parsing import Parser, named_parser, parser_for, read_answer
@@ -27,12 +26,12 @@ _SINGLE = "unmodified"
 def answer(
     model: Lvlm,
     data: ConceptDataset,
-    batch_size: int = 32,
     *,
     generate: bool = False,
     parser: str | None = None,
     max_new_tokens: int = 40,
-    progress: bool = True,
+    batch_size: int = 32,
+    progress: bool | None = None,
 ) -> BehaviorResult:
     """Ask a model every question of a dataset.
 
@@ -46,8 +45,6 @@ def answer(
         The model; hooks on it, such as an applied steering vector, act as in any forward pass.
     data
         The questions.
-    batch_size
-        Number of examples of equal length per forward pass.
     generate
         Generate text and parse the answer from it, also for questions with candidates.
     parser
@@ -55,8 +52,10 @@ def answer(
         benchmark that `data` was loaded from (`behavior.parsing.parser_for`).
     max_new_tokens
         Maximum number of generated tokens.
+    batch_size
+        Number of examples of equal length per forward pass.
     progress
-        Show a progress bar if stderr is a terminal.
+        Whether to show a progress bar; None shows it on a terminal.
 
     Returns
     -------
@@ -72,15 +71,23 @@ def answer(
         For a batch size or number of tokens below 1, or an unknown parser.
     ModelError
         If the logits are not finite.
+
+    Examples
+    --------
+    >>> import groundscope as gs
+    >>> model, data = gs.load_lvlm("tiny"), gs.scenes.dataset(10, splits=["conflict"])
+    >>> answers = gs.answer(model, data)
+    >>> len(answers), answers.rate("accuracy").n
+    (6, 6)
     """
     results = answer_each(
         model,
         data,
         {_SINGLE: nullcontext},
-        batch_size,
         generate=generate,
         parser=parser,
         max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
         progress=progress,
     )
     return results[_SINGLE]
@@ -90,19 +97,19 @@ def answer_each(
     model: Lvlm,
     data: ConceptDataset,
     conditions: Mapping[str, Callable[[], AbstractContextManager[None]]],
-    batch_size: int = 32,
     *,
     logits: Callable[[Batch], Sequence[Tensor]] | None = None,
     generate: bool = False,
     parser: str | None = None,
     max_new_tokens: int = 40,
-    progress: bool = True,
+    batch_size: int = 32,
+    progress: bool | None = None,
 ) -> dict[str, BehaviorResult]:
     """Ask a model every question of a dataset under several conditions; each batch is encoded once for all of them.
 
     Parameters
     ----------
-    model, data, batch_size, generate, parser, max_new_tokens, progress
+    model, data, generate, parser, max_new_tokens, batch_size, progress
         As for `answer`.
     conditions
         Name to a function that opens the condition's context, such as an applied steering vector.
@@ -120,6 +127,15 @@ def answer_each(
     ------
     DataError, ConfigError, ModelError
         As for `answer`.
+
+    Examples
+    --------
+    >>> from contextlib import nullcontext
+    >>> import groundscope as gs
+    >>> model, data = gs.load_lvlm("tiny"), gs.scenes.dataset(10, splits=["conflict"])
+    >>> results = gs.behavior.answer_each(model, data, {"first": nullcontext, "second": nullcontext})
+    >>> results["first"].answers == results["second"].answers
+    True
     """
     if batch_size < 1 or max_new_tokens < 1:
         msg = f"batch_size={batch_size}, max_new_tokens={max_new_tokens}: both must be at least 1"
@@ -137,7 +153,8 @@ def answer_each(
                 yield model.logits(batch.inputs, batch.images)
 
     start = time.perf_counter()
-    with _count_forwards(model) as forwards, _progress_bar(len(data), progress) as bar:
+    with _count_forwards(model) as forwards, display(show=progress) as bar:
+        bar.add_task("answering", total=len(data))
 
         def read(batch: Batch, logits_per_condition: Sequence[Tensor]) -> None:
             examples = [e.example for e in batch.encodings]
@@ -267,10 +284,3 @@ def _count_forwards(model: Lvlm) -> Iterator[list[None]]:
         yield passes
     finally:
         hook.remove()
-
-
-@contextmanager
-def _progress_bar(total: int, show: bool) -> Iterator[Progress]:
-    with display(show=None if show else False) as bar:
-        bar.add_task("answering", total=total)
-        yield bar

@@ -155,7 +155,7 @@ def chair(
     >>> result.captions[0].mentioned, result.captions[0].hallucinated, result.chair_i.value
     (('person', 'dog'), ('dog',), 0.5)
     """
-    from behavior.released_words import released_objects
+    from behavior.chair_release import released_objects
     from groundscope.core.statistics import estimate
 
     if variant not in VARIANTS:
@@ -276,7 +276,7 @@ def score_captions(
     Parameters
     ----------
     answers
-        Answers to `data`, from a model or read by `behavior.answer_files.answered_elsewhere`.
+        Answers to `data`, from a model or read by `behavior.answer_files.load_answers`.
     data
         Dataset with questions of kind ``caption``; the true answer contains the human captions, one per line, as
         `concepts.loaders.coco` loads them.

@@ -16,7 +16,17 @@ from groundscope.core.statistics import FEW_GROUPS, Estimate, changes_of_columns
 
 @dataclass(frozen=True)
 class Comparison:
-    """The same rate for two systems on the same questions."""
+    """The same rate for two systems on the same questions.
+
+    Examples
+    --------
+    >>> import groundscope as gs
+    >>> question = ("image 1", "neutral", "object", "existence", "Is there an apple?", "yes", ("yes", "no"))
+    >>> answers = gs.BehaviorResult((gs.Answer("q1", *question, "yes", correct=True),), gs.Cost(None, None, 1))
+    >>> comparison = gs.behavior.compare(answers, answers)
+    >>> comparison.first, comparison.second, comparison.p_value
+    (1.0, 1.0, 1.0)
+    """
 
     rate: str
     first: float
@@ -34,9 +44,7 @@ class Comparison:
     __repr__ = short_repr
 
 
-def compare(
-    first: BehaviorResult, second: BehaviorResult, rate: str = "accuracy", *, n: int = 1000, seed: int = 0
-) -> Comparison:
+def compare(first: BehaviorResult, second: BehaviorResult, *, rate: str = "accuracy") -> Comparison:
     """Compare two systems, or one system before and after a change, question by question.
 
     Questions of one group are not independent: the interval (`change_interval`) and the test (`mcnemar_by_group`) use
@@ -48,8 +56,6 @@ def compare(
         Answers to the same questions, in any order.
     rate
         One of `behavior.result.RATES`.
-    n, seed
-        Ignored: the interval has a closed form. Accepted for compatibility.
 
     Raises
     ------
@@ -57,6 +63,19 @@ def compare(
         If the questions differ, or the rate applies to no question.
     ConfigError
         For an unknown rate.
+
+    Examples
+    --------
+    >>> from dataclasses import replace
+    >>> import groundscope as gs
+    >>> question = ("neutral", "object", "existence", "Is there an apple?", "yes", ("yes", "no"))
+    >>> rows = [gs.Answer(f"q{i}", f"image {i}", *question, "no", correct=False) for i in range(4)]
+    >>> first = gs.BehaviorResult(tuple(rows), gs.Cost(None, None, 4))
+    >>> corrected = [replace(row, given="yes", correct=True) for row in rows[:3]]
+    >>> second = gs.BehaviorResult((*corrected, rows[3]), gs.Cost(None, None, 4))
+    >>> comparison = gs.behavior.compare(first, second)
+    >>> comparison.difference.value, comparison.gained, comparison.p_value
+    (0.75, 3, 0.25)
     """
     value = rate_of(rate)
     counted: list[tuple[bool, bool]] = []
@@ -72,7 +91,6 @@ def compare(
     table = np.array(counted, dtype=np.int64)  # [N, 2]
     change = table[:, 1] - table[:, 0]
     gained, lost = int((change == 1).sum()), int((change == -1).sum())
-    del n, seed
     return Comparison(
         rate=rate,
         first=float(table[:, 0].mean()),
@@ -165,14 +183,10 @@ def change_estimate(change: np.ndarray, groups: Sequence[Hashable]) -> Estimate:
     return Estimate(float(np.mean(change)), low, high, len(change), len(set(groups)) < FEW_GROUPS)
 
 
-def change_interval(
-    change: np.ndarray, groups: Sequence[Hashable], n: int = 1000, seed: int = 0, level: float = 0.95
-) -> tuple[float, float]:
+def change_interval(change: np.ndarray, groups: Sequence[Hashable], *, confidence: float = 0.95) -> tuple[float, float]:
     """Return an interval, clustered by group, of the mean of changes from -1 to 1 ``[N]``.
 
-    See `groundscope.core.statistics.changes_of_columns`. `n` and `seed` are ignored, because the interval has a closed form;
-    they are accepted for compatibility.
+    See `groundscope.core.statistics.changes_of_columns`.
     """
-    del n, seed
-    low, high = changes_of_columns(change, groups, level)
+    low, high = changes_of_columns(change, groups, confidence)
     return float(low), float(high)

@@ -98,7 +98,7 @@ def score(answers: BehaviorResult) -> MmeScores:
     return _scores({name: _pair_by_image(name, part) for name, part in _split_by_subtask(answers.answers).items()})
 
 
-def score_files(answers: Path | str, parser: str = "mme") -> MmeScores:
+def score_files(answers: Path | str, *, parser: str = "mme") -> MmeScores:
     r"""Score answer files from any source; neither model nor images are needed.
 
     As in the release, two consecutive lines are the two questions about an image; here, consecutive lines about different

@@ -33,7 +33,15 @@ Question = Mapping[str, str | int]
 
 @dataclass(frozen=True)
 class PopeResult:
-    """Scores by split, and the answers they are computed from."""
+    """Scores by split, and the answers they are computed from.
+
+    Examples
+    --------
+    >>> import groundscope as gs
+    >>> result = gs.behavior.pope(gs.load_lvlm("tiny"), gs.scenes.dataset(10, splits=["popular"]))
+    >>> list(result.frame().columns[:4])
+    ['split', 'n', 'unparsed', 'accuracy']
+    """
 
     splits: Mapping[str, PopeScores]
     answers: BehaviorResult
@@ -60,12 +68,12 @@ class PopeResult:
 def pope(
     model: Lvlm,
     data: ConceptDataset,
-    batch_size: int = 32,
     *,
     generate: bool = False,
     parser: str | None = None,
     max_new_tokens: int = 40,
-    progress: bool = True,
+    batch_size: int = 32,
+    progress: bool | None = None,
 ) -> PopeResult:
     """Ask a model the existence questions of a dataset and score its answers by split.
 
@@ -77,6 +85,13 @@ def pope(
     ------
     DataError
         If the dataset has no yes-no question of kind ``existence``.
+
+    Examples
+    --------
+    >>> import groundscope as gs
+    >>> result = gs.behavior.pope(gs.load_lvlm("tiny"), gs.scenes.dataset(20, splits=["random", "popular"]))
+    >>> {split: scores.n for split, scores in result.splits.items()}
+    {'random': 10, 'popular': 10}
     """
     from behavior.answering import answer
 
@@ -87,10 +102,10 @@ def pope(
     answers = answer(
         model,
         existence,
-        batch_size,
         generate=generate,
         parser=parser,
         max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
         progress=progress,
     )
     splits = dict.fromkeys(a.split for a in answers.answers)
@@ -109,8 +124,9 @@ def score_result(answers: BehaviorResult) -> PopeScores:
 def score(
     answers: Sequence[str],
     labels: Sequence[str],
-    parser: str = DEFAULT_PARSER,
     groups: Sequence[str] | None = None,
+    *,
+    parser: str = DEFAULT_PARSER,
 ) -> PopeScores:
     """Score answers from any source; no model is needed.
 
@@ -120,11 +136,11 @@ def score(
         Texts that answer the questions.
     labels
         ``yes`` or ``no``: the true answer to each question.
+    groups
+        The image of each question, for the intervals; by default each question counts as a separate image.
     parser
         Name of the parser of answers, one of `behavior.parsing.PARSERS`. By default a text that says neither yes nor no
         is unparsed and wrong; ``pope_release`` counts it as yes, as the release does.
-    groups
-        The image of each question, for the intervals; by default each question counts as a separate image.
 
     Raises
     ------
@@ -158,9 +174,9 @@ def score(
 def score_files(
     questions: Path | str,
     answers: Path | str,
-    parser: str = DEFAULT_PARSER,
     *,
     labels: Path | str | Sequence[Path | str] | None = None,
+    parser: str = DEFAULT_PARSER,
     answer_field: str | None = None,
     id_field: str | None = None,
 ) -> PopeScores:
@@ -176,11 +192,11 @@ def score_files(
         An answer file as for `behavior.answer_files.read_answers`, matched by id: ``<split>/<id>``, or the id alone, with
         the record's ``category`` if ids occur in several splits. Without ids, the answers must be in the order of the
         questions, as in the benchmark's own evaluation. If an answer also records its question, it must match.
+    labels
+        Label files for questions without labels, as for `concepts.loaders.pope`.
     parser
         Name of the parser of answers, one of `behavior.parsing.PARSERS`. By default a text that says neither yes nor no
         is unparsed and wrong; ``pope_release`` counts it as yes, as the release does.
-    labels
-        Label files for questions without labels, as for `concepts.loaders.pope`.
     answer_field, id_field
         As for `behavior.answer_files.read_answers`.
 
@@ -198,7 +214,7 @@ def score_files(
 
     def part(split: str | None = None) -> PopeScores:
         chosen = [row for row in rows if split in (None, row.split)]
-        return score([r.text for r in chosen], [r.label for r in chosen], parser, [r.image for r in chosen])
+        return score([r.text for r in chosen], [r.label for r in chosen], [r.image for r in chosen], parser=parser)
 
     splits = list(dict.fromkeys(row.split for row in rows))
     return replace(part(), splits={split: part(split) for split in splits} if len(splits) > 1 else {})
@@ -208,7 +224,7 @@ def score_files(
 
 
 def build(
-    images: Mapping[str, Sequence[str]], seed: int = 0, per_image: int = 3, n_images: int | None = None
+    images: Mapping[str, Sequence[str]], *, per_image: int = 3, n_images: int | None = None, seed: int = 0
 ) -> dict[str, tuple[Question, ...]]:
     """Build POPE's three splits from the objects in each image, by the rule of its release (RUCAIBox/POPE, ``utils.py``).
 
@@ -230,12 +246,12 @@ def build(
     ----------
     images
         Image path to its objects, in the order of the questions; duplicates count once.
-    seed
-        Seed of the image sample and of ``random``.
     per_image
         Number of question pairs per image.
     n_images
         Number of images to sample; by default all with enough objects.
+    seed
+        Seed of the image sample and of ``random``.
 
     Returns
     -------
@@ -286,7 +302,7 @@ def build(
 
 
 def questions_about(
-    data: ConceptDataset, seed: int = 0, per_image: int = 3, n_images: int | None = None
+    data: ConceptDataset, *, per_image: int = 3, n_images: int | None = None, seed: int = 0
 ) -> ConceptDataset:
     """Build POPE's three splits for the images of a dataset, from the objects of its examples.
 
@@ -303,7 +319,8 @@ def questions_about(
 
     first = {e.group: e for e in reversed(data.examples)}
     example_of = {name: first[name] for name in dict.fromkeys(e.group for e in data)}
-    built = build({name: [o.noun for o in e.objects] for name, e in example_of.items()}, seed, per_image, n_images)
+    objects = {name: [o.noun for o in e.objects] for name, e in example_of.items()}
+    built = build(objects, per_image=per_image, n_images=n_images, seed=seed)
     examples = []
     for split, records in built.items():
         for record in records:

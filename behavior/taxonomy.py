@@ -145,9 +145,7 @@ def tabulate(answers: BehaviorResult, severity: Severity = SEVERITY) -> Taxonomy
     )
 
 
-def compare_systems(
-    first: BehaviorResult, second: BehaviorResult, severity: Severity = SEVERITY, *, n: int = 1000, seed: int = 0
-) -> tuple[Change, ...]:
+def compare_systems(first: BehaviorResult, second: BehaviorResult, severity: Severity = SEVERITY) -> tuple[Change, ...]:
     """Compare two systems' wrong answers to the same questions: over all questions, then for each level of the data.
 
     Parameters
@@ -156,8 +154,6 @@ def compare_systems(
         Answers to the same questions, in any order.
     severity
         Weights of wrong answers; the same for both systems.
-    n, seed
-        Ignored: the intervals have a closed form. Accepted for compatibility.
 
     Raises
     ------
@@ -166,7 +162,6 @@ def compare_systems(
     ConfigError
         For a weight that is not between 0 and 1.
     """
-    del n, seed
     weigh = _weight_function(severity)
     differences: list[Change] = []
     for level in (ALL, *LEVELS):

@@ -62,7 +62,7 @@ def do_steer(model: Lvlm, _: Path) -> None:
     keys = [Head(layer, head) for layer in range(model.n_layers) for head in range(0, model.n_heads, 8)]
     vector = derive.mean_difference(Contrast.from_pairs(model, pairs(2)), heads=keys)
     with vector.applied(model):
-        answer(model, questions(EXAMPLES), BATCH, progress=False)
+        answer(model, questions(EXAMPLES), batch_size=BATCH, progress=False)
         model.generate(next(model.batches(list(questions(1)), 1)), 4)
 
 

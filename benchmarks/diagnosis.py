@@ -97,7 +97,7 @@ def find_correct(model: Lvlm, data: ConceptDataset, cache: Path) -> set[str]:
     """Return the ids of the questions that a model answers correctly; `cache` is read if it exists, otherwise written."""
     if cache.is_file():
         return set(json.loads(cache.read_text()))
-    correct = {a.id for a in answer(model, data, 64, progress=False).answers if a.correct}
+    correct = {a.id for a in answer(model, data, batch_size=64, progress=False).answers if a.correct}
     cache.write_text(json.dumps(sorted(correct)))
     return correct
 

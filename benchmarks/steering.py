@@ -127,7 +127,7 @@ def time_answering(network: Any, images: int, n: int) -> dict[str, list[float]]:
 
     def answer_questions() -> None:
         # A model caches the encodings of its last images: wrap it again, so that each repetition starts without them.
-        answer(wrap_lvlm(network, build_processor(), validate=False), data, BATCH_SIZE, progress=False)
+        answer(wrap_lvlm(network, build_processor(), validate=False), data, batch_size=BATCH_SIZE, progress=False)
 
     return rotate({"forward passes": run_forwards, "answers": answer_questions}, n, plain.device)
 

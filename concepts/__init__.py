@@ -1,4 +1,24 @@
-"""What a model is shown: scenes, questions, counterfactual pairs, and loaders of people's own data."""
+"""Inputs of a model: scenes, questions, counterfactual pairs, and loaders of files.
+
+`schema`
+    The data classes: concepts, objects, questions, examples, datasets and counterfactual pairs.
+`scenes`
+    Icon scenes, drawn from a description, with exact answers to questions about them.
+`loaders`
+    Loaders of question files and annotations, as published or of the user's own.
+`reading`
+    Parts shared by loaders (private): records of files, images below a folder, boxes, and questions about annotations.
+`counterfactuals`
+    Pairs of examples that differ in one stated thing, from scenes and from photographs.
+`image_files`
+    Image files of users: paths, headers, and conversion to RGB.
+`region_masking`
+    Images of which only some regions are visible.
+`nouns`
+    Grammar and synonyms of English nouns.
+`object_mentions`
+    Words of a text, and the objects that it mentions.
+"""
 
 import lazy_loader
 

@@ -94,7 +94,7 @@ def profile_model(
     questions = data.filter(lambda e: len(e.candidates) > 1)
     applied: AbstractContextManager[object] = vector.applied(model) if vector is not None else nullcontext()
     with applied, tempfile.TemporaryDirectory() as folder:
-        answers = answer(model, questions, 64)
+        answers = answer(model, questions, batch_size=64)
         store = trace(model, questions, sites=SITES, tokens=TOKENS, out=Path(folder) / "store", progress=progress)
         rows = training_rows(store, seed=seed)
         plan = plan_grids(store, folds=4, rows=rows)

@@ -101,7 +101,12 @@ def answer_under(
     changes = {name: [] if vector is None else vector.interventions() for name, vector in vectors.items()}
     contexts = {name: partial(intervened, model, items) for name, items in changes.items()}
     return answer_each(
-        model, data, contexts, batch_size, logits=logits_under(model, list(changes.values())), progress=progress
+        model,
+        data,
+        contexts,
+        logits=logits_under(model, list(changes.values())),
+        batch_size=batch_size,
+        progress=progress,
     )
 
 

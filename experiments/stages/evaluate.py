@@ -54,7 +54,7 @@ def make_behavior(context: Context, root: Path) -> str:
     }
     results = answer_under(context.model, data, vectors, batch_size=options.batch_size)
     if context.twin is not None and "twin" in conditions:
-        results["twin"] = answer(context.twin, data, options.batch_size)
+        results["twin"] = answer(context.twin, data, batch_size=options.batch_size)
     for run, result in results.items():
         result.save(root / f"{run.replace(' ', '-')}.json")
     synonyms = None if options.synonyms is None else read_synonyms(options.synonyms)

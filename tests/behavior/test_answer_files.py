@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from behavior import BehaviorResult, answered_elsewhere, mme
+from behavior import BehaviorResult, load_answers, mme
 from behavior.answer_files import read_answers
 from behavior.pope import PopeScores, score, score_files, score_result
 from concepts import ConceptDataset, loaders
@@ -88,11 +88,11 @@ def test_a_record_with_two_readings_is_refused_and_answer_field_decides(pope: Pa
     records, words, field = TWO_READINGS[case]
     path = lines(tmp_path / "a.jsonl", *records)
     data = loaders.pope(pope, tmp_path)
-    for read in (lambda: read_answers(path), lambda: score_files(pope, path), lambda: answered_elsewhere(data, path)):
+    for read in (lambda: read_answers(path), lambda: score_files(pope, path), lambda: load_answers(data, path)):
         with pytest.raises(DataError, match=r"a\.jsonl: line 1: .*" + words):
             read()
     assert figures(score_files(pope, path, answer_field=field)) == (0.0, 0.5, 0)
-    assert figures(score_result(answered_elsewhere(data, path, answer_field=field))) == (0.0, 0.5, 0)
+    assert figures(score_result(load_answers(data, path, answer_field=field))) == (0.0, 0.5, 0)
     with pytest.raises(DataError, match="line 1: no field 'nothing'; it has 'question_id'"):
         score_files(pope, path, answer_field="nothing")
 
@@ -144,10 +144,10 @@ def test_an_answer_that_is_neither_is_wrong_unless_the_release_rule_is_named(
 ) -> None:
     path = lines(tmp_path / "a.jsonl", *rows(answer=text))
     assert figures(score_files(pope, path)) == (0.0, 0.0, 4)
-    assert figures(score_files(pope, path, "pope_release")) == (0.5, 1.0, 4)
+    assert figures(score_files(pope, path, parser="pope_release")) == (0.5, 1.0, 4)
     data = loaders.pope(pope, tmp_path)
-    assert figures(score_result(answered_elsewhere(data, path))) == (0.0, 0.0, 4)
-    assert figures(score_result(answered_elsewhere(data, path, "pope_release"))) == (0.5, 1.0, 4)
+    assert figures(score_result(load_answers(data, path))) == (0.0, 0.0, 4)
+    assert figures(score_result(load_answers(data, path, parser="pope_release"))) == (0.5, 1.0, 4)
     assert figures(score([text] * 4, LABELS)) == (0.0, 0.0, 4)
 
 
@@ -204,7 +204,7 @@ def test_answers_of_llava_join_their_own_questions(tmp_path: Path) -> None:
         ("random/10000001", "yes"),
     ]
     assert data[2].labels == {"object:named": True, "object:orange": True}
-    assert score_result(answered_elsewhere(data, path)).accuracy == scores.accuracy
+    assert score_result(load_answers(data, path)).accuracy == scores.accuracy
     with pytest.raises(DataError, match=r"line 1: no field 'label' or 'answer'.*labels="):
         score_files(test, path)
     with pytest.raises(
@@ -256,7 +256,7 @@ def test_ids_that_each_split_uses_are_joined_by_the_category(tmp_path: Path) -> 
     path = lines(tmp_path / "samples.jsonl", *reversed(samples))
     scores = score_files(table, path)
     assert {k: v.accuracy.value for k, v in scores.splits.items()} == {"random": 1, "popular": 0, "adversarial": 0.5}
-    assert answered_elsewhere(data, path).rate("accuracy").value == scores.accuracy.value == 0.5
+    assert load_answers(data, path).rate("accuracy").value == scores.accuracy.value == 0.5
     by_name = [{"id": f"{r['category']}/{r['question_id']}", "answer": s["filtered_resps"][0]}
                for r, s in zip(records, samples, strict=True)]  # fmt: skip
     assert score_files(table, lines(path, *by_name)) == scores
@@ -288,7 +288,7 @@ def test_tables_of_vlmevalkit(tmp_path: Path) -> None:
     assert [e.id for e in data] == ["random/0", "random/1", "popular/1", "popular/2", "random/3"]
     assert [e.answer for e in data] == ["yes", "no", "no", "yes", "no"]
     assert data[2].group == "1.jpg"
-    assert answered_elsewhere(data, path).rate("accuracy").value == 0.6
+    assert load_answers(data, path).rate("accuracy").value == 0.6
     with pytest.raises(DataError, match=r"line 2: field 'answer'.*'category'"):
         read_answers(table)
 
@@ -304,7 +304,7 @@ def test_predictions_of_vlmevalkit_are_read_as_pandas_does(tmp_path: Path) -> No
         + "".join(f"{i}\t{q}\tYes\trandom\t{t}\n" for i, (q, t) in enumerate(zip(QUESTIONS, predictions, strict=True)))
     )
     assert [a.text for a in read_answers(results)] == ["nan", 'Yes,\nthere "is"', "nan", "no"]
-    scores = score_files(table, results, "vlmevalkit")
+    scores = score_files(table, results, parser="vlmevalkit")
     assert figures(scores) == (0.25, 0.25, 2)
     results.write_text(results.read_text().replace("random", "popular", 1))
     with pytest.raises(DataError, match="line 2: id '0' has category 'popular', but its question is in split 'random'"):
@@ -363,12 +363,12 @@ def test_answers_to_a_benchmark_are_read_by_its_rule(tmp_path: Path) -> None:
     data = loaders.mme(tmp_path / "color.txt", tmp_path)
     texts = ("Yes, the image is red.", "No, it is not blue", "  Yes", "yes it is")
     path = lines(tmp_path / "a.jsonl", *({"id": f"color/{i}", "answer": t} for i, t in enumerate(texts, 1)))
-    answers = answered_elsewhere(data, path)
+    answers = load_answers(data, path)
     assert answers.provenance["parser"] == "mme"
     # Three of four answers are right, and one of two pairs; the leading blanks hide the third.
     assert mme.score(answers).perception == pytest.approx(100 * (3 / 4 + 1 / 2))
     with pytest.raises(ConfigError, match="unknown parser 'x'"):
-        answered_elsewhere(data, path, "x")
+        load_answers(data, path, parser="x")
 
 
 # ---- files that are not what they seem ---------------------------------------------------------------------------------
@@ -409,7 +409,7 @@ def test_a_fifo_is_refused_and_does_not_block(pope: Path, tmp_path: Path) -> Non
         lambda: score_files(fifo, pope),
         lambda: score_files(pope, fifo),
         lambda: loaders.pope(fifo, tmp_path),
-        lambda: answered_elsewhere(data, fifo),
+        lambda: load_answers(data, fifo),
         lambda: BehaviorResult.load(fifo),
     ):
         with pytest.raises(DataError, match="not a regular file but a FIFO"):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from sklearn.metrics import f1_score, precision_score, recall_score
 
-from behavior import BehaviorResult, amber, answer, answered_elsewhere, chair, mme, taxonomy
+from behavior import BehaviorResult, amber, answer, chair, load_answers, mme, taxonomy
 from behavior.pope import questions_about, score_files, score_result, write_questions
 from behavior.result import Answer, Cost
 from concepts import loaders, scenes
@@ -78,7 +78,7 @@ def test_mme_answer_files(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"subtask 'count', image 'a\.png': 1 questions, but MME asks two"):
         mme.score_files(tmp_path)
     (tmp_path / "count.txt").write_text("a.png\tOne?\tyes\n")
-    with pytest.raises(DataError, match=r"count\.txt: line 1: 3 columns"):
+    with pytest.raises(DataError, match=r"count\.txt: line 1: 3 tab-separated columns"):
         mme.score_files(tmp_path)
     with pytest.raises(DataError, match="kind 'smell', which is not a subtask"):
         mme.score(result([row(0, "smell", "yes", "yes")]))
@@ -183,7 +183,7 @@ def test_pope_answer_files_need_no_model(pope: Path, tmp_path: Path, field: str,
     scores = score_files(pope, path)
     assert (scores.accuracy.value, scores.precision.value, scores.recall.value) == (0.5, 0.5, 0.5)
     assert scores.yes_ratio.value == 0.5
-    answers = answered_elsewhere(loaders.pope(pope, tmp_path), path, "pope_release")
+    answers = load_answers(loaders.pope(pope, tmp_path), path, parser="pope_release")
     assert score_result(answers) == scores
     assert [a.text for a in answers.answers] == texts
     assert answers.cost.seconds_per_answer is None
@@ -194,14 +194,14 @@ def test_pope_answer_files_need_no_model(pope: Path, tmp_path: Path, field: str,
 
 def test_costs_of_answers_are_reported(pope: Path, tmp_path: Path) -> None:
     path = lines(tmp_path / "a.jsonl", *({"id": f"random/{i}", "answer": "yes", "seconds": 0.5} for i in range(1, 5)))
-    assert answered_elsewhere(loaders.pope(pope, tmp_path), path).cost == Cost(2.0, None, 4)
+    assert load_answers(loaders.pope(pope, tmp_path), path).cost == Cost(2.0, None, 4)
 
 
 def test_answers_that_are_neither_are_counted(pope: Path, tmp_path: Path) -> None:
     path = lines(tmp_path / "a.jsonl", *({"answer": text} for text in ("yes", "oui", "", "nein")))
-    answers = answered_elsewhere(loaders.pope(pope, tmp_path), path)
+    answers = load_answers(loaders.pope(pope, tmp_path), path)
     assert answers.unparsed == 3
-    assert score_files(pope, path, "strict").unparsed == 3
+    assert score_files(pope, path, parser="strict").unparsed == 3
     assert answers.rate("accuracy").value == 0.25
 
 
@@ -229,7 +229,7 @@ def test_bad_answer_files_are_refused_with_their_place(pope: Path, tmp_path: Pat
     records, words = BAD[case]
     path = lines(tmp_path / "answers.jsonl", *records)
     with pytest.raises(DataError, match=words):
-        answered_elsewhere(loaders.pope(pope, tmp_path), path)
+        load_answers(loaders.pope(pope, tmp_path), path)
     with pytest.raises(DataError, match=words):
         score_files(pope, path)
 

@@ -13,11 +13,11 @@ import pytest
 from PIL import Image
 
 from behavior import BehaviorResult, chair
-from behavior.answer_files import answered_elsewhere, read_answers, row_of
+from behavior.answer_files import load_answers, read_answers, row_of
 from behavior.chair import COCO_CATEGORIES, COCO_PHRASES, COCO_SYNONYMS, read_synonyms, score_captions
+from behavior.chair_release import singularize
 from behavior.metrics import compute_metrics
 from behavior.parsing import PARSERS
-from behavior.released_words import singularize
 from behavior.result import Cost
 from concepts import ConceptDataset, loaders
 from concepts.object_mentions import tokenize_words
@@ -211,7 +211,7 @@ def test_caption_files_of_other_scorers_are_read(coco: ConceptDataset, tmp_path:
     path = tmp_path / "captions.jsonl"
     path.write_text('{"image_id": 2, "caption": "A cat."}\n{"image_id": 1, "caption": "A dog."}\n')
     assert [(a.id, a.text) for a in read_answers(path)] == [("2", "A cat."), ("1", "A dog.")]
-    result = answered_elsewhere(coco.where(kind="caption"), path)
+    result = load_answers(coco.where(kind="caption"), path)
     assert [(a.id, a.text) for a in result.answers] == [("1/caption", "A dog."), ("2/caption", "A cat.")]
 
 

@@ -63,11 +63,11 @@ def test_interval_agrees_with_resampling_groups_with_both_answers() -> None:
     second = (shared | (rng.random((80, 4)) < 0.2)).ravel()
     change = (second.astype(float) - first).reshape(80, 4)
     draws = [change[rng.integers(0, 80, size=80)].mean() for _ in range(5000)]
-    comparison = compare(result(first, 4), result(second, 4), n=5000)
+    comparison = compare(result(first, 4), result(second, 4))
     assert (comparison.difference.low, comparison.difference.high) == pytest.approx(
         np.quantile(draws, [0.025, 0.975]), abs=0.006
     )
-    turned = compare(result(second, 4), result(first, 4), n=5000)
+    turned = compare(result(second, 4), result(first, 4))
     assert turned.difference.value == pytest.approx(-comparison.difference.value)
     assert (turned.difference.low, turned.difference.high) == pytest.approx(
         (-comparison.difference.high, -comparison.difference.low), abs=0.006
@@ -101,7 +101,7 @@ def test_the_order_of_answers_and_other_rates() -> None:
     before, after = result(np.array([0, 0, 1, 1])), result(np.array([1, 0, 1, 1]))
     turned = BehaviorResult(after.answers[::-1], after.cost)
     assert compare(before, turned) == compare(before, after)
-    comparison = compare(before, after, "false_positive_rate")
+    comparison = compare(before, after, rate="false_positive_rate")
     assert (comparison.first, comparison.second, comparison.gained, comparison.lost) == (0.5, 0.25, 0, 1)
 
 
@@ -113,9 +113,9 @@ def test_incomparable_results_are_refused() -> None:
     with pytest.raises(DataError, match="question 'q0' differs"):
         compare(first, BehaviorResult(changed, first.cost))
     with pytest.raises(DataError, match="'wrong_by_prior' applies to none of the 3"):
-        compare(first, first, "wrong_by_prior")
+        compare(first, first, rate="wrong_by_prior")
     with pytest.raises(ConfigError, match="unknown rate 'f1'"):
-        compare(first, first, "f1")
+        compare(first, first, rate="f1")
 
 
 @given(st.lists(st.tuples(st.integers(-1, 1), st.integers(0, 6)), max_size=14))

@@ -119,7 +119,7 @@ def test_pope_by_lmms_eval(seed: int) -> None:
     false = sum((s, t) == ("yes", "no") for s, t in zip(predicted, labels, strict=True))
     missed = sum((s, t) == ("no", "yes") for s, t in zip(predicted, labels, strict=True))
     precision, recall = hits / (hits + false), hits / (hits + missed)
-    scores = score(texts, labels, "lmms_eval")
+    scores = score(texts, labels, parser="lmms_eval")
     assert scores.accuracy.value == pytest.approx(sum(s == t for s, t in zip(predicted, labels, strict=True)) / 60)
     assert scores.precision.value == pytest.approx(precision)
     assert scores.recall.value == pytest.approx(recall)

@@ -88,7 +88,7 @@ def test_two_systems_by_level() -> None:
     first = [(k, bool(r)) for k, r in zip(kinds, rng.random(240) < 0.6, strict=True)]
     second = [(k, bool(r or (k == "color" and i % 2))) for i, (k, r) in enumerate(first)]
     weights = {"color": 0.5, "object": 1.0, "relation": 0.25}
-    changes = taxonomy.compare_systems(result(first, 6), result(second, 6), weights, n=4000)
+    changes = taxonomy.compare_systems(result(first, 6), result(second, 6), weights)
     assert [c.level for c in changes] == ["all", "object", "attribute", "relation"]
     hue = changes[2]
     gained = sum(b and not a for (k, a), (_, b) in zip(first, second, strict=True) if k == "color")

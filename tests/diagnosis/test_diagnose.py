@@ -176,7 +176,7 @@ def spoiled(cause: str) -> Lvlm:
 @cache
 def right_before(cause: str) -> frozenset[str]:
     model = intact() if cause in VERDICTS[:2] else by_hand().model
-    return frozenset(a.id for a in answer(model, questions(cause), 64, progress=False).answers if a.correct)
+    return frozenset(a.id for a in answer(model, questions(cause), batch_size=64, progress=False).answers if a.correct)
 
 
 @dataclass(frozen=True)
@@ -294,7 +294,7 @@ def test_an_output_bias_is_an_override_without_a_responsible_head(tmp_path: Path
     data = scenes.dataset(300, 7, splits=("neutral",)).filter(lambda e: e.kind == "existence")
     model = planted_failures.bias_answer(intact(), data, "yes", 1.5)
     assert intact().hf.lm_head.bias is None
-    before = {a.id: a for a in answer(intact(), data, 64, progress=False).answers}
+    before = {a.id: a for a in answer(intact(), data, batch_size=64, progress=False).answers}
     store = trace(
         model, data, sites=["decoder.L5.resid_post", "z"], tokens=["last"], out=tmp_path / "s", progress=False
     )

@@ -126,11 +126,11 @@ def test_answers_under_many_conditions_are_those_under_each() -> None:
         for name, interventions in items.items()
     }
     for logits in (None, logits_under(model, list(items.values()))):
-        answers = answer_each(model, dataset, contexts, 4, logits=logits, max_new_tokens=4)
+        answers = answer_each(model, dataset, contexts, batch_size=4, logits=logits, max_new_tokens=4)
         assert list(answers) == list(items)
         for name, interventions in items.items():
             with intervened(model, interventions):
-                alone = answer(model, dataset, 4, max_new_tokens=4)
+                alone = answer(model, dataset, batch_size=4, max_new_tokens=4)
             assert [(a.given, a.text) for a in answers[name].answers] == [(a.given, a.text) for a in alone.answers]
             margins = [
                 (a.margin or 0, b.margin or 0) for a, b in zip(answers[name].answers, alone.answers, strict=True)
@@ -138,9 +138,9 @@ def test_answers_under_many_conditions_are_those_under_each() -> None:
             np.testing.assert_allclose(*np.transpose(margins), atol=1e-4)
             assert answers[name].provenance["condition"] == name
             assert (answers[name].cost.seconds, answers[name].cost.forwards) == (None, None)
-    assert answer(model, dataset, 4, max_new_tokens=1).cost.forwards
+    assert answer(model, dataset, batch_size=4, max_new_tokens=1).cost.forwards
     with pytest.raises(ConfigError, match="batch_size=0"):
-        answer_each(model, dataset, contexts, 0)
+        answer_each(model, dataset, contexts, batch_size=0)
 
 
 # ---- controls ----------------------------------------------------------------------------------------------------------
