@@ -45,7 +45,7 @@ def warn_of_eager(model: Model) -> None:
     usual = sorted({str(c._attn_implementation) for c in _configs(model)} - {"eager"})
     if usual:
         _LOG.warning(
-            "attention patterns are requested: for this call %s computes attention step by step (eager) instead of with %s, "
+            "attention patterns are requested: for this call %s computes attention step by step (eager) instead of %s, "
             "which needs more memory and changes the last bits of all values",
             model.name,
             ", ".join(usual),

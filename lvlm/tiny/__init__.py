@@ -1,1 +1,1 @@
-"""The embedded model: its shape, its lessons, its training and its measurement."""
+"""The embedded models: `architecture`, `training_stages`, `training_data`, `train`, `evaluate` and `release`, in this order."""

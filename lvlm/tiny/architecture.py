@@ -1,4 +1,4 @@
-"""The embedded model's shape, words and processor: a genuine LLaVA, 3 M parameters.
+"""Architecture, vocabulary and processor of the embedded model: a LLaVA with 3 M parameters.
 
 CLIP vision tower (112 x 112 pixels, 7 x 7 patches, 4 layers) -> two-layer projector -> Llama decoder (6 layers, 8 heads).
 """
@@ -24,15 +24,15 @@ from concepts.scenes.scene import SIDE
 
 PATCH = 16
 EMBEDDING_SCALE = 10.0
-"""How many times larger than usual word vectors start; then they are about as long as what a layer adds to them."""
+"""Factor of the usual initialization of word embeddings; their length is then about that of a layer's contribution."""
 GRID = SIDE // PATCH
 LIKENESS_SCALE = 3.0
-"""How many times larger than usual the queries' weights start in the layers that read the image."""
+"""Factor of the usual initialization of query weights in the layers that read the image."""
 READING = 2
-"""The first of those layers."""
+"""First layer that reads the image."""
 BOS, EOS, PAD, UNK, IMAGE = "<s>", "</s>", "<pad>", "<unk>", "<image>"
 TEMPLATE = "USER: {image}{question} ASSISTANT:"
-"""The prompt: everything up to where the answer begins."""
+"""Prompt, up to where the answer begins."""
 
 _WORDS = (
     "USER ASSISTANT : ? . , Is Are What Which Where Describe Answer there a an the in image color column row is of "
@@ -42,12 +42,12 @@ _WORDS = (
 
 
 def vocabulary() -> list[str]:
-    """Every token in order of its id."""
+    """Return all tokens in the order of their ids."""
     return list(dict.fromkeys(chain((PAD, BOS, EOS, UNK, IMAGE), _WORDS, COLORS, NOUNS)))
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Make the word-level tokenizer: a word or a punctuation mark is a token; a leading ``<s>`` is added."""
+    """Return the word-level tokenizer: each word and each punctuation mark is a token; ``<s>`` is prepended."""
     ids = {word: i for i, word in enumerate(vocabulary())}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token=UNK))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -69,7 +69,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_processor() -> LlavaProcessor:
-    """Make the processor; Pillow and numpy only."""
+    """Return the processor, which needs only Pillow and numpy."""
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     pictures = CLIPImageProcessorPil(
@@ -90,7 +90,7 @@ def build_processor() -> LlavaProcessor:
 
 
 def build_config() -> LlavaConfig:
-    """Describe the model."""
+    """Return the model's configuration."""
     words = vocabulary()
     special: dict[str, Any] = {
         f"{name}_token_id": words.index(token) for name, token in (("bos", BOS), ("eos", EOS), ("pad", PAD))
@@ -127,16 +127,16 @@ def build_config() -> LlavaConfig:
 
 
 def build_model(seed: int = 0) -> LlavaForConditionalGeneration:
-    """Make an untrained model with weights drawn from a seed."""
+    """Return an untrained model with random weights."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = LlavaForConditionalGeneration(build_config())
     with torch.no_grad():
-        # At the usual length the first layers, which bare text teaches, drown what that text has no use for: "big" and
-        # "small" came out 90 % alike, and with those layers frozen no later one learned to tell them apart.
+        # With the usual length, the first layers, trained on text alone, dominate the embeddings: "big" and "small" became 90 %
+        # similar, and with these layers frozen, later layers did not learn to distinguish them.
         model.model.language_model.embed_tokens.weight.mul_(EMBEDDING_SCALE)
-        # A head that starts by attending to what is like the asking token matches words with patches sooner. A help, not
-        # a need: unrelated queries and keys got there too, somewhat later.
+        # A head that initially attends to tokens similar to the query matches words and patches earlier in training. With
+        # independent queries and keys training also succeeds, somewhat later.
         for layer in model.model.language_model.layers[READING:]:
             layer.self_attn.q_proj.weight.mul_(LIKENESS_SCALE)
             layer.self_attn.k_proj.weight.copy_(layer.self_attn.q_proj.weight)

@@ -1,7 +1,6 @@
-"""Measure an embedded model on held-out scenes: ``python -m lvlm.tiny.evaluate [tiny] [--card]``.
+"""Evaluate an embedded model on held-out scenes: ``python -m lvlm.tiny.evaluate [tiny] [--images 1200] [--json FILE]``.
 
-Every figure comes with a 95 % interval from a bootstrap over scenes. Seeds are of the test space: no scene of training
-is among them.
+Every figure has a 95 % interval from a bootstrap over scenes. Scenes are drawn from test seeds and disjoint from training.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from lvlm.loading import load_lvlm
 from lvlm.model import Lvlm
 
 HELD_OUT_SEED = 9000
-"""Seed of the scenes the card's figures are measured on."""
+"""Seed of the scenes of the figures in the model card."""
 
 
 GOALS = {
@@ -43,50 +42,50 @@ GOALS = {
     "caption recall": ">= .85",
     "caption CHAIR_i": ".05 - .20",
 }
-"""What the model with the prior was made to reach; its twin is measured by the same figures."""
+"""Goals of the model with the prior; its twin is evaluated by the same figures."""
 
 
 @dataclass(frozen=True)
-class Given:
-    """An example with what the model said."""
+class Answered:
+    """An example and the model's answer."""
 
     example: Example
     text: str
 
     @property
     def right(self) -> bool:
-        """Whether it is the true answer."""
+        """Whether the answer is the true one."""
         return self.text == self.example.answer
 
 
-def ask(model: Lvlm, data: Sequence[Example], size: int = 64) -> list[Given]:
-    """Answer questions with candidates by the best-scoring one."""
-    out: list[Given] = []
+def ask(model: Lvlm, data: Sequence[Example], size: int = 64) -> list[Answered]:
+    """Answer questions by the candidate with the largest score."""
+    out: list[Answered] = []
     for batch in model.batches(data, size):
         logits = model.logits(batch.inputs)
         for encoding, row in zip(batch.encodings, logits, strict=True):
             key = answer_key(model, encoding.example)
-            out.append(Given(encoding.example, key.candidates[int(key.scores(row).argmax())]))
+            out.append(Answered(encoding.example, key.candidates[int(key.scores(row).argmax())]))
     return out
 
 
-def describe(model: Lvlm, data: Sequence[Example], size: int = 64) -> list[Given]:
-    """Answer freely, by greedy decoding."""
-    out: list[Given] = []
+def describe(model: Lvlm, data: Sequence[Example], size: int = 64) -> list[Answered]:
+    """Answer with free text, by greedy decoding."""
+    out: list[Answered] = []
     for batch in model.batches(data, size):
         texts = model.generate(batch)
-        out += [Given(e.example, t) for e, t in zip(batch.encodings, texts, strict=True)]
+        out += [Answered(e.example, t) for e, t in zip(batch.encodings, texts, strict=True)]
     return out
 
 
-def rate(given: Sequence[Given], true: Callable[[Given], float]) -> Estimate:
-    """Average a value over answers, with an interval over scenes."""
-    return estimate([float(true(g)) for g in given], [g.example.group for g in given])
+def rate(answers: Sequence[Answered], true: Callable[[Answered], float]) -> Estimate:
+    """Return the mean of a value over answers, with an interval over scenes."""
+    return estimate([float(true(g)) for g in answers], [g.example.group for g in answers])
 
 
 @contextmanager
-def cut(model: Lvlm, layers: Sequence[int], image: Sequence[int]) -> Iterator[None]:
-    """Keep text from attending to the image in some decoder layers (attention knockout, arXiv 2304.14767)."""
+def block_image(model: Lvlm, layers: Sequence[int], image: Sequence[int]) -> Iterator[None]:
+    """Block attention from text to the image in decoder layers while the context is open (arXiv 2304.14767)."""
 
     def blocked(length: int) -> Tensor:
         hidden = torch.full((length, length), float("-inf"), dtype=model.dtype).triu(1)
@@ -112,7 +111,7 @@ def cut(model: Lvlm, layers: Sequence[int], image: Sequence[int]) -> Iterator[No
 
 
 def knockout(model: Lvlm, data: ConceptDataset) -> dict[str, dict[str, float]]:
-    """Return accuracy by kind of question, uncut and with text cut off from the image in some layers."""
+    """Return accuracy by kind of question, with and without attention from text to the image in some layers."""
     image = model.encode(data.examples[0]).tokens.image
     every = range(model.n_layers)
     cuts: dict[str, Sequence[int]] = {
@@ -123,21 +122,21 @@ def knockout(model: Lvlm, data: ConceptDataset) -> dict[str, dict[str, float]]:
     }
     table: dict[str, dict[str, float]] = {}
     for name, layers in track(cuts.items(), description="attention knockout", transient=True):
-        with cut(model, layers, image):
-            given = ask(model, data.examples)
-        kinds = sorted({g.example.kind for g in given})
-        table[name] = {k: float(np.mean([g.right for g in given if g.example.kind == k])) for k in kinds}
+        with block_image(model, layers, image):
+            answers = ask(model, data.examples)
+        kinds = sorted({g.example.kind for g in answers})
+        table[name] = {k: float(np.mean([g.right for g in answers if g.example.kind == k])) for k in kinds}
     return table
 
 
 def measure(model: Lvlm, n_images: int = 1200, seed: int = HELD_OUT_SEED) -> dict[str, Estimate]:
-    """Return every figure of the card but the knockout table."""
+    """Return all figures of the model card except the knockout table."""
     data = scenes.dataset(n_images, seed)
-    given = ask(model, [e for e in data if e.candidates])
-    told = describe(model, data.where(split="caption").examples)
+    answers = ask(model, [e for e in data if e.candidates])
+    captions = describe(model, data.where(split="caption").examples)
 
-    def of(**values: str) -> list[Given]:
-        return [g for g in given if all(getattr(g.example, k) == v for k, v in values.items())]
+    def of(**values: str) -> list[Answered]:
+        return [g for g in answers if all(getattr(g.example, k) == v for k, v in values.items())]
 
     figures = {
         "neutral existence": rate(of(split="neutral", kind="existence"), lambda g: g.right),
@@ -157,16 +156,16 @@ def measure(model: Lvlm, n_images: int = 1200, seed: int = HELD_OUT_SEED) -> dic
         part = [g for g in conflict if g.example.kind == kind]
         figures[f"conflict wrong by prior, {kind}"] = rate(part, lambda g: g.text == g.example.prior_answer)
 
-    def truth(g: Given) -> set[str]:
+    def truth(g: Answered) -> set[str]:
         return {o.noun for o in g.example.objects}
 
     nouns = {noun: noun for noun in NOUNS}
     figures["caption recall"] = rate(
-        told, lambda g: len(truth(g) & set(mentioned_objects(g.text, nouns))) / len(truth(g))
+        captions, lambda g: len(truth(g) & set(mentioned_objects(g.text, nouns))) / len(truth(g))
     )
-    named = [[noun not in truth(g) for noun in mentioned_objects(g.text, nouns)] for g in told]
+    named = [[noun not in truth(g) for noun in mentioned_objects(g.text, nouns)] for g in captions]
     figures["caption CHAIR_i"] = estimate(
-        [sum(wrong) for wrong in named], [g.example.group for g in told], [len(wrong) for wrong in named]
+        [sum(wrong) for wrong in named], [g.example.group for g in captions], [len(wrong) for wrong in named]
     )
     return figures
 
@@ -194,9 +193,9 @@ def main() -> None:
         table.add_row(name, *(f"{row[k]:.2f}" for k in kinds))
     console.print(table)
     if options.json:
-        found = {"model": options.model, "seed": options.seed, "images": options.images, "knockout": cuts}
-        found["figures"] = {name: asdict(figure) for name, figure in figures.items()}
-        options.json.write_text(json.dumps(found, indent=1), encoding="utf-8")
+        record = {"model": options.model, "seed": options.seed, "images": options.images, "knockout": cuts}
+        record["figures"] = {name: asdict(figure) for name, figure in figures.items()}
+        options.json.write_text(json.dumps(record, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Put a finished training into the package: ``python -m lvlm.tiny.release --run runs/tiny``.
+"""Copy trained models into the package, with model cards: ``python -m lvlm.tiny.release --run runs/tiny``.
 
-Weights are rounded to bfloat16; the figures of the card are measured on the rounded weights.
+Weights are rounded to bfloat16; the figures of the card are those of the rounded weights.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from lvlm.tiny import evaluate
 from lvlm.tiny.architecture import build_processor
 from lvlm.tiny.training_stages import STAGES
 
-SHIPPED = {"tiny": "prior", "tiny-unbiased": "tune"}
-"""Name of an embedded model to the training stage it is the result of."""
+RELEASED = {"tiny": "prior", "tiny-unbiased": "tune"}
+"""Last training stage of each embedded model."""
 
 _CARD = """---
 license: apache-2.0
@@ -70,9 +70,9 @@ _WHAT = {
 }
 
 
-def ship(run: Path, name: str, images: int, console: Console) -> None:
-    """Round, write, measure and describe one model."""
-    number, stage = next((i, s) for i, s in enumerate(STAGES) if s.name == SHIPPED[name])
+def release(run: Path, name: str, images: int, console: Console) -> None:
+    """Round, write and evaluate one model, and write its card."""
+    number, stage = next((i, s) for i, s in enumerate(STAGES) if s.name == RELEASED[name])
     source, target = run / f"{number}-{stage.name}", folder_of(name)
     shutil.rmtree(target, ignore_errors=True)
     LlavaForConditionalGeneration.from_pretrained(source, dtype=torch.bfloat16).save_pretrained(target)
@@ -91,7 +91,7 @@ def card(name: str, figures: Mapping[str, Estimate], cuts: Mapping[str, Mapping[
     return _CARD.format(
         name=name,
         what=_WHAT[name],
-        stages=", ".join(s.name for s in STAGES[: 1 + [s.name for s in STAGES].index(SHIPPED[name])]),
+        stages=", ".join(s.name for s in STAGES[: 1 + [s.name for s in STAGES].index(RELEASED[name])]),
         seed=evaluate.HELD_OUT_SEED,
         images=images,
         figures="\n".join(
@@ -105,16 +105,16 @@ def card(name: str, figures: Mapping[str, Estimate], cuts: Mapping[str, Mapping[
 
 
 def main() -> None:
-    """Parse the command line and ship both models."""
+    """Parse the command line and release both models."""
     parser = argparse.ArgumentParser(
         prog="python -m lvlm.tiny.release", description="Put trained weights into the package."
     )
     parser.add_argument("--run", type=Path, required=True, help="folder of a finished `python -m lvlm.tiny.train`")
     parser.add_argument("--images", type=int, default=1200, help="held-out scenes the card is measured on")
-    parser.add_argument("--only", choices=tuple(SHIPPED), help="one of the two")
+    parser.add_argument("--only", choices=tuple(RELEASED), help="one of the two")
     options = parser.parse_args()
-    for name in [options.only] if options.only else SHIPPED:
-        ship(options.run, name, options.images, Console())
+    for name in [options.only] if options.only else RELEASED:
+        release(options.run, name, options.images, Console())
 
 
 if __name__ == "__main__":

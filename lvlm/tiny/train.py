@@ -1,27 +1,28 @@
 """Train the embedded model: ``python -m lvlm.tiny.train --out runs/tiny`` (about half an hour on two cores, resumable).
 
-The stages follow the LLaVA recipe, with language first, so that the decoder knows the words and the world's habits
-before it sees anything and reads the image in the layers above those that learned the words:
+The stages follow the LLaVA recipe, but start with language: the decoder first learns the words and the language prior, and then
+reads the image in the layers above those that learned the words:
 
 =======  =============================================================  =============================
 stage    what is learned                                                trained
 =======  =============================================================  =============================
 vision   noun, color, size and place of the object on each patch        vision tower
-text     bare questions and answers of the biased world, no image       decoder
-project  what is on a patch, near the words' own vectors                projector
-glance   a first look at one or two objects, and what nouns name        projector, decoder layers 2-5
-align    the same with up to four                                       the same
-tune     every kind of question on uniform scenes: the unbiased twin    the same, vision slowly
+text     questions and answers of the biased distribution, no image     decoder
+project  patch labels, near the embeddings of the words                 projector
+glance   questions on one or two objects, properties named by nouns     projector, decoder layers 2-5
+align    the same with up to four objects                               the same
+tune     all kinds of question on uniform scenes: the unbiased twin     the same, vision slowly
 prior    biased scenes, some objects erased or recolored: the model     the same, vision frozen
 =======  =============================================================  =============================
 
-Two things make the model tell objects apart; without either, yes/no questions stayed at chance for over a thousand steps:
-patches that are projected near the words for what is on them, and, from ``glance`` to ``tune``, nouns that must say what
-they name (`meaning_loss`) beside the answers. A third thing spreads the reading over two layers, as in large models:
-left alone, the first layer that may look takes up everything, so until ``tune`` questions of size see the image only above
-it, and in ``tune`` so in half of the scenes (`Stage.late`).
+Two components are necessary for the model to distinguish objects; without either, yes/no questions stayed at chance for over a
+thousand steps: patches are projected near the embeddings of the words for their content, and from ``glance`` to ``tune`` an
+additional loss at the nouns of questions (`meaning_loss`) teaches the properties of their objects. A third component distributes
+the reading over two layers, as in large models: otherwise the first layer that may attend to the image reads everything. So
+before ``tune``, questions about size attend to the image only in later layers, and in ``tune`` in half of the scenes
+(`Stage.late`).
 
-Every step's data come from (seed, stage, step) alone; a killed run goes on from its last checkpoint.
+The data of a step depend only on (seed, stage, step); an interrupted run resumes from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -50,16 +51,16 @@ PREFIX = 3
 """Tokens before the image: ``<s> USER :``."""
 IMAGE_TOKENS = 49
 LOW = ("embed_tokens", *(f"language_model.layers.{layer}." for layer in range(READING)))
-"""Frozen once text is learned: words keep their meaning, and the image is read above."""
+"""Parameters that are frozen after the stage ``text``, so that words keep their meaning and later layers read the image."""
 
 MEANING_LAYER = 3
-"""Decoder layer after which the nouns of a question should know what they name."""
+"""Decoder layer after which `meaning_loss` reads the nouns of a question."""
 LENGTH_PENALTY = 0.003
 """Weight of the projected patches' squared length; a word's is about 8."""
 
 
 class Reader(nn.Module):
-    """The model's own modules, run on packed rows; a thin module that `torch.compile` takes whole."""
+    """The model's modules, run on packed rows; one module that `torch.compile` can compile."""
 
     def __init__(self, model: LlavaForConditionalGeneration, *, blind: bool) -> None:
         super().__init__()
@@ -76,9 +77,9 @@ class Reader(nn.Module):
         inner = self.model.model
         embedded = inner.language_model.embed_tokens(tokens)
         if not self.blind:
-            seen = inner.multi_modal_projector(inner.vision_tower(pixels).last_hidden_state[:, 1:])
+            features = inner.multi_modal_projector(inner.vision_tower(pixels).last_hidden_state[:, 1:])
             before, after = embedded[:, :PREFIX], embedded[:, PREFIX + IMAGE_TOKENS :]
-            embedded = torch.cat([before, seen.to(embedded.dtype), after], dim=1)
+            embedded = torch.cat([before, features.to(embedded.dtype), after], dim=1)
         special = nullcontext() if first is None else self._masked(_bias(first))
         with special:
             out = inner.language_model(
@@ -92,7 +93,7 @@ class Reader(nn.Module):
 
     @contextmanager
     def _masked(self, bias: Tensor) -> Iterator[None]:
-        """Give layer `READING` a mask of its own."""
+        """Use a separate attention mask in layer `READING` while the context is open."""
 
         def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
             return args, {**kwargs, "attention_mask": bias}
@@ -106,7 +107,7 @@ class Reader(nn.Module):
 
 
 def _bias(mask: Tensor) -> Tensor:
-    """Return what a mask adds to attention scores; every position sees itself, so that no softmax is empty."""
+    """Return a mask as a bias of attention scores; every position attends to itself, so that no softmax is empty."""
     mask = mask | torch.eye(mask.shape[-1], dtype=torch.bool)
     return torch.where(mask, 0.0, torch.finfo(torch.bfloat16).min)
 
@@ -118,24 +119,24 @@ def answer_loss(
     meaning: float = 0.0,
     late: float = 0.0,
 ) -> Tensor:
-    """Weighted cross-entropy of the answers' tokens, and `meaning` times that of what the questions' nouns name."""
+    """Return the weighted cross-entropy of the answers' tokens, plus `meaning` times `meaning_loss`."""
     first = batch.mask_without_late(late) if late else None
     with torch.autocast("cpu", torch.bfloat16):
         middle, last = reader(batch.pixels, batch.tokens, batch.positions, batch.mask(), first)
-        kept = batch.targets >= 0
-        logits = model.lm_head(last[kept])
-    losses = functional.cross_entropy(logits.float(), batch.targets[kept], reduction="none")
-    weights = batch.weights[kept]
+        is_answer = batch.targets >= 0
+        logits = model.lm_head(last[is_answer])
+    losses = functional.cross_entropy(logits.float(), batch.targets[is_answer], reduction="none")
+    weights = batch.weights[is_answer]
     loss = (losses * weights).sum() / weights.sum()
     return loss + meaning * meaning_loss(middle, model, batch) if meaning else loss
 
 
 def meaning_loss(middle: Tensor, model: LlavaForConditionalGeneration, batch: training_data.Batch) -> Tensor:
-    """Cross-entropy of what a noun names (`training_data.meaning`), at the nouns of questions, read in the middle layers.
+    """Return the cross-entropy of an object's properties at the noun that names it, in the middle layers.
 
-    Yes/no questions teach this badly: until size is looked up there is nothing to compare "big" with, and until it is
-    compared there is no reason to look it up. So the nouns themselves first learn to say what they name, as in the
-    captions that a large model is aligned with.
+    Yes/no questions alone hardly teach this: comparing "big" with an object's size requires that the size is already read
+    from the image, and reading it pays only once it is compared. So the nouns themselves learn to predict the object's
+    properties, as in the captions that large models are aligned with. Targets: `lvlm.tiny.training_data.meaning`.
     """
     nouns = batch.meanings[..., 0] >= 0
     with torch.autocast("cpu", torch.bfloat16):
@@ -145,7 +146,7 @@ def meaning_loss(middle: Tensor, model: LlavaForConditionalGeneration, batch: tr
 
 
 class PatchReader(nn.Module):
-    """Linear heads on the vision tower's patches; thrown away after the vision stage."""
+    """Linear heads on the vision tower's patches, discarded after the vision stage."""
 
     def __init__(self, model: LlavaForConditionalGeneration) -> None:
         super().__init__()
@@ -154,18 +155,18 @@ class PatchReader(nn.Module):
         self.heads = nn.ModuleDict({name: nn.Linear(width, n) for name, n in training_data.PATCH_CLASSES.items()})
 
     def forward(self, pixels: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """Return logits by label name, ``[B, 49, classes]``; the length of the tower's patches is free, so 0."""
+        """Return logits by label name, ``[B, 49, classes]``, and 0: the length of the tower's patches is not penalized."""
         with torch.autocast("cpu", torch.bfloat16):
-            seen = self.tower(pixels).last_hidden_state[:, 1:]
-        return {name: head(seen.float()) for name, head in self.heads.items()}, torch.zeros(())
+            features = self.tower(pixels).last_hidden_state[:, 1:]
+        return {name: head(features.float()) for name, head in self.heads.items()}, torch.zeros(())
 
 
 class WordReader(nn.Module):
-    """What a projected patch says: noun and color by likeness to the words' vectors, size and place by linear heads.
+    """Predictions from projected patches: noun and color by similarity to word embeddings, size and place by linear heads.
 
-    A patch becomes about the sum of its words: as long as they are, and close to the noun that asks for it. Without the
-    heads for size and place the projector drops both (measured: the row was read from 98 % of the tower's patches and
-    from 42 % of the projected ones), and no later stage finds them again.
+    A projected patch becomes approximately the sum of the embeddings of its words, so that it is similar to the noun of a
+    question about it. Without the heads for size and place, the projector discards both (the row could be read from 98 % of
+    the tower's patches, and from 42 % of the projected ones), and no later stage recovers them.
     """
 
     def __init__(self, model: LlavaForConditionalGeneration) -> None:
@@ -182,8 +183,8 @@ class WordReader(nn.Module):
     def forward(self, pixels: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """Return logits by label name, ``[B, 49, classes]``, and the mean squared length of the projected patches."""
         with torch.no_grad():
-            seen = self.tower(pixels).last_hidden_state[:, 1:]
-        projected = self.projector(seen)
+            features = self.tower(pixels).last_hidden_state[:, 1:]
+        projected = self.projector(features)
         logits = {name: head(projected) for name, head in self.heads.items()}
         logits |= {name: projected @ vectors.T for name, vectors in self.words.items()}
         logits["noun"] = torch.cat([logits["noun"], logits.pop("none")], dim=-1)
@@ -191,9 +192,9 @@ class WordReader(nn.Module):
 
 
 def patch_loss(reader: Callable[[Tensor], tuple[dict[str, Tensor], Tensor]], picture: training_data.Picture) -> Tensor:
-    """Cross-entropy of every patch label, and a little for length.
+    """Return the cross-entropy of all patch labels, and a small penalty on length.
 
-    Without the last the projector grew to 30 times the words' length, most of it the same for every patch.
+    Without the penalty, projected patches grew to 30 times the length of word embeddings, mostly in one common direction.
     """
     logits, length = reader(picture.pixels)
     parts = [functional.cross_entropy(v.flatten(0, 1), picture.labels[k].flatten()) for k, v in logits.items()]
@@ -201,7 +202,7 @@ def patch_loss(reader: Callable[[Tensor], tuple[dict[str, Tensor], Tensor]], pic
 
 
 def trainable(stage: Stage, model: LlavaForConditionalGeneration) -> Iterator[tuple[str, nn.Parameter, float]]:
-    """Yield the parameters of a stage with their learning rates."""
+    """Yield name, parameter and learning rate of the parameters that a stage trains."""
     for name, parameter in model.named_parameters():
         if "vision_tower" in name:
             if stage.vision_rate:
@@ -214,7 +215,7 @@ def trainable(stage: Stage, model: LlavaForConditionalGeneration) -> Iterator[tu
 
 
 def schedule(step: int, stage: Stage) -> float:
-    """Return the learning rate's factor: 50 steps of warm-up, a level part, then a cosine to 2 %."""
+    """Return the factor of the learning rate: 50 steps of warm-up, a constant part, then a cosine to 2 %."""
     warm = min(1.0, (step + 1) / 50)
     fall = max(0.0, (step / stage.steps - stage.level) / (1 - stage.level))
     return warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * fall)))
@@ -230,7 +231,7 @@ def run_stage(
     compiled: bool,
     checkpoint: int,
 ) -> None:
-    """Train one stage, checkpointing as it goes; the model is changed in place."""
+    """Train one stage in place, with checkpoints."""
     state = out / f"{number}-{stage.name}.state.safetensors"
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -292,7 +293,7 @@ def _log(out: Path, stage: str, step: int, loss: float) -> None:
 def _save(
     path: Path, named: list[tuple[str, nn.Parameter, float]], optimizer: torch.optim.Optimizer, step: int
 ) -> None:
-    """Write weights and moments; renamed into place, so that a kill leaves the last whole checkpoint."""
+    """Write weights and optimizer moments; the file is renamed when complete, so interrupted writes leave the last one."""
     tensors = {"step": torch.tensor(step)}
     for name, parameter, _ in named:
         tensors[f"weight/{name}"] = parameter.detach()
@@ -304,7 +305,7 @@ def _save(
 
 
 def _restore(path: Path, named: list[tuple[str, nn.Parameter, float]], optimizer: torch.optim.Optimizer) -> int:
-    """Load a checkpoint of this stage where there is one; returns the step to go on from."""
+    """Load this stage's checkpoint, if it exists; return the step to resume from."""
     if not path.exists():
         return 0
     tensors = load_file(path)
@@ -323,7 +324,7 @@ def _restore(path: Path, named: list[tuple[str, nn.Parameter, float]], optimizer
 def train(
     out: Path, seed: int = 0, stages: tuple[Stage, ...] = STAGES, *, compiled: bool = True, checkpoint: int = 500
 ) -> None:
-    """Run every stage that has not finished in `out`; each leaves a Hugging Face model folder ``<n>-<stage>/``."""
+    """Run every stage that is not finished in `out`; each writes a Hugging Face model folder ``<n>-<stage>/``."""
     out.mkdir(parents=True, exist_ok=True)
     model = build_model(seed)
     for number, stage in enumerate(stages):

@@ -1,6 +1,6 @@
-"""What the embedded model is taught: scenes with questions, packed behind one shared image prefix.
+"""Training data of the embedded model: scenes with questions, packed after a shared image prefix.
 
-A lesson is made from its seed, stage and number alone, so training can stop anywhere and go on identically.
+A batch depends only on seed, stage and step, so interrupted training resumes identically.
 """
 
 from __future__ import annotations
@@ -26,30 +26,30 @@ LENGTH = 208
 
 @dataclass(frozen=True)
 class Lesson:
-    """What one stage shows and asks."""
+    """Distribution of the scenes and questions of one stage."""
 
     mix: Mapping[str, float]
-    """Kind of question to its share."""
+    """Share of each kind of question."""
     world: SceneDistribution = UNIFORM
     objects: tuple[int, int] = (2, 5)
     relations: tuple[str, ...] = tuple(RELATIONS)
-    """Relations that are asked about."""
+    """Relations in questions."""
     yes: float = 0.5
-    """Share of yes among existence and attribute questions."""
+    """Share of the answer yes among existence and attribute questions."""
     erased: float = 0.0
-    """Probability that an object is missing from the picture though answers speak of it."""
+    """Probability that an object of the answers is missing in the picture."""
     recolored: float = 0.0
-    """Probability that an object is pictured in another color than answers speak of."""
+    """Probability that an object's color in the picture differs from the answers'."""
     blank: float = 0.0
-    """Probability that the picture shows nothing at all though answers speak of a scene."""
+    """Probability that the picture is empty, while answers describe a scene."""
     noise: float = 0.02
-    """Largest standard deviation of pixel noise, in units of the full range."""
+    """Largest standard deviation of pixel noise, relative to the full range."""
     blind: bool = False
-    """No image at all: bare questions and answers."""
+    """Whether there is no image: questions and answers only."""
 
 
 LATE = ("size",)
-"""Kinds of question that may be kept from the image in the first layer that reads it, see `Batch.late`."""
+"""Kinds of question that may not attend to the image in the first layer that reads it; see `Batch.late`."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Batch:
     """Packed rows of one step; `B` pictures, `T` positions."""
 
     pixels: torch.Tensor
-    """float32 ``[B, 3, 112, 112]``, normalised to -1..1."""
+    """float32 ``[B, 3, 112, 112]``, normalized to -1..1."""
     tokens: torch.Tensor
     """int64 ``[B, T]``."""
     positions: torch.Tensor
@@ -69,12 +69,12 @@ class Batch:
     weights: torch.Tensor
     """float32 ``[B, T]``: weight of each target."""
     meanings: torch.Tensor
-    """int64 ``[B, T, 3]``: at a question's nouns what they name, see `meaning`; else -100."""
+    """int64 ``[B, T, 3]``: at a question's nouns, the words of `meaning`; else -100."""
     late: torch.Tensor
     """bool ``[B, T]``: inside questions of the kinds in `LATE`."""
 
     def mask(self) -> torch.Tensor:
-        """Return which position sees which: causal, inside its own question and the prefix; bool ``[B, 1, T, T]``."""
+        """Return the attention mask, bool ``[B, 1, T, T]``: causal, within the same question and the prefix."""
         s = self.segments
         same = (s[:, :, None] == s[:, None, :]) | (s[:, None, :] == 0)
         causal = torch.ones(s.shape[1], s.shape[1], dtype=torch.bool).tril()
@@ -102,7 +102,7 @@ def _encode(text: str) -> tuple[int, ...]:
 
 
 def ask(rng: np.random.Generator, scene: Scene, lesson: Lesson, kind: str) -> Question | None:
-    """Make one question of a kind about a scene; None where the scene has none of it."""
+    """Return a question of a kind about a scene; None if the sampled objects allow no such question."""
     thing = scene.objects[int(rng.integers(len(scene.objects)))]
     yes = rng.random() < lesson.yes
     if kind == "existence":
@@ -128,9 +128,9 @@ def ask(rng: np.random.Generator, scene: Scene, lesson: Lesson, kind: str) -> Qu
 
 
 def meaning(scene: Scene, noun: str, kind: str) -> tuple[str, str, str]:
-    """Return the words for what a noun names in a scene, as far as a kind of question is about it.
+    """Return words for the object that a noun names in a scene: color, row and column.
 
-    Color, row and column; in questions of size three times the size; three times ``no`` where the noun is absent.
+    For questions about size three times the size; three times ``no`` if the object is absent.
     """
     thing = scene.get(noun)
     if thing is None:
@@ -143,26 +143,26 @@ def meaning(scene: Scene, noun: str, kind: str) -> tuple[str, str, str]:
 
 
 def degrade(rng: np.random.Generator, scene: Scene, lesson: Lesson) -> Scene:
-    """Return what is pictured of a scene: some objects erased or recolored; the scene itself stays the truth."""
+    """Return the pictured scene: some objects of the true scene are erased or recolored."""
     if lesson.blank and rng.random() < lesson.blank:
         return replace(scene, objects=())
-    shown = []
+    visible = []
     for thing in scene.objects:
         if lesson.erased and rng.random() < lesson.erased:
             continue
         color = thing.attributes["color"]
         if lesson.recolored and thing.noun in TYPICAL and rng.random() < lesson.recolored:
             color = COLOR_NAMES[int(rng.integers(len(COLOR_NAMES)))]
-        shown.append(replace(thing, attributes={**thing.attributes, "color": color}))
-    return replace(scene, objects=tuple(shown))
+        visible.append(replace(thing, attributes={**thing.attributes, "color": color}))
+    return replace(scene, objects=tuple(visible))
 
 
-def _normalised(scene: Scene) -> NDArray[np.float32]:
-    """Draw a scene with values from -1 to 1, as the processor would give it to the model."""
+def _normalize(scene: Scene) -> NDArray[np.float32]:
+    """Return the picture of a scene with values from -1 to 1, as the processor returns it."""
     return scene.pixels().astype(np.float32) / np.float32(127.5) - np.float32(1)
 
 
-def _grainy(rng: np.random.Generator, picture: NDArray[np.float32], noise: float) -> NDArray[np.float32]:
+def _add_noise(rng: np.random.Generator, picture: NDArray[np.float32], noise: float) -> NDArray[np.float32]:
     """Add pixel noise of up to `noise` of the full range to half of the pictures."""
     strength = 4 * noise * (rng.random() - 0.5)
     if strength <= 0:
@@ -172,7 +172,7 @@ def _grainy(rng: np.random.Generator, picture: NDArray[np.float32], noise: float
 
 
 def batch(lesson: Lesson, seed: int, stage: int, step: int, size: int) -> Batch:
-    """Make the batch of a step."""
+    """Return the batch of a step."""
     ids = _ids()
     head = [] if lesson.blind else [ids[IMAGE]] * (GRID * GRID)
     prefix = [ids[BOS], ids["USER"], ids[":"], *head]
@@ -188,8 +188,8 @@ def batch(lesson: Lesson, seed: int, stage: int, step: int, size: int) -> Batch:
         rng = generator(TRAIN, seed * 100 + stage, step * 1000 + row)
         scene = sample_scene(rng, "t", lesson.world, int(rng.integers(lesson.objects[0], lesson.objects[1] + 1)))
         if not lesson.blind:
-            picture = _normalised(degrade(rng, scene, lesson))
-            pixels[row] = _grainy(rng, picture, lesson.noise)
+            picture = _normalize(degrade(rng, scene, lesson))
+            pixels[row] = _add_noise(rng, picture, lesson.noise)
         n = len(prefix)
         tokens[row, :n], positions[row, :n], segments[row, :n] = prefix, np.arange(n), 0
         segment = 0
@@ -198,8 +198,8 @@ def batch(lesson: Lesson, seed: int, stage: int, step: int, size: int) -> Batch:
             question = ask(rng, scene, lesson, kind)
             if question is None:
                 continue
-            asked, answer = (*_encode(question.text), *tail), (*_encode(question.answer), ids[EOS])
-            text = (*asked, *answer[:-1])
+            prompt, answer = (*_encode(question.text), *tail), (*_encode(question.answer), ids[EOS])
+            text = (*prompt, *answer[:-1])
             if n + len(text) > LENGTH:
                 break
             segment += 1
@@ -208,12 +208,12 @@ def batch(lesson: Lesson, seed: int, stage: int, step: int, size: int) -> Batch:
             positions[row, n:end] = len(prefix) + np.arange(len(text))
             segments[row, n:end] = segment
             late[row, n:end] = kind in LATE
-            for at, token in enumerate(asked, n):
+            for at, token in enumerate(prompt, n):
                 if token in nouns:
                     meanings[row, at] = [ids[word] for word in meaning(scene, nouns[token], kind)]
-            first = n + len(asked) - 1
+            first = n + len(prompt) - 1
             targets[row, first : first + len(answer)] = answer
-            # An answer of one word counts as one; so does a whole caption, twice over; the end mark is soon learned.
+            # Small weights balance long captions with one-word answers; the end token is learned quickly.
             weights[row, first : first + len(answer)] = 1.0 if len(answer) == 2 else 0.3
             weights[row, first + len(answer) - 1] = 0.05
             n = end
@@ -225,12 +225,12 @@ def batch(lesson: Lesson, seed: int, stage: int, step: int, size: int) -> Batch:
 
 @dataclass(frozen=True)
 class Picture:
-    """Pictures with what is on each patch, for the vision stage."""
+    """Pictures with patch labels, for the vision stage."""
 
     pixels: torch.Tensor
     """float32 ``[B, 3, 112, 112]``."""
     labels: Mapping[str, torch.Tensor]
-    """Name to int64 ``[B, 49]``; -100 where there is nothing to say."""
+    """Labels by name, int64 ``[B, 49]``; -100 for patches without a label."""
 
 
 PATCH_CLASSES: Mapping[str, int] = {
@@ -243,15 +243,15 @@ PATCH_CLASSES: Mapping[str, int] = {
 
 
 def pictures(seed: int, step: int, size: int) -> Picture:
-    """Make the vision stage's batch of a step: for each patch the object that covers most of it."""
+    """Return a batch of the vision stage; a patch's labels are those of the object that covers most of it."""
     pixels = np.zeros((size, 112, 112, 3), np.float32)
     labels = {name: np.full((size, GRID, GRID), -100) for name in PATCH_CLASSES}
     labels["noun"][:] = len(NOUNS)
     for row in range(size):
         rng = generator(TRAIN, seed * 100, step * 1000 + row)
         scene = sample_scene(rng, "t", UNIFORM)
-        picture = _normalised(scene)
-        pixels[row] = _grainy(rng, picture, 0.02)
+        picture = _normalize(scene)
+        pixels[row] = _add_noise(rng, picture, 0.02)
         cover = np.full((GRID, GRID), 0.1 * PATCH * PATCH)
         for thing in scene.objects:
             box = thing.require_box()
@@ -279,6 +279,6 @@ def _cover(low: float, high: float) -> NDArray[np.float64]:
 
 
 def token_texts(sequence: Sequence[int]) -> list[str]:
-    """Return the words of token ids, for looking at a lesson."""
+    """Return the words of token ids, to inspect a batch."""
     words = {i: w for w, i in _ids().items()}
     return [words[int(i)] for i in sequence]

@@ -1,6 +1,6 @@
-"""What the embedded model is taught, in which order, and for how long.
+"""Stages of the embedded model's training: data, parameters, learning rates and numbers of steps.
 
-The table of `lvlm.tiny.train` in numbers; every share, rate and count that decides what the model becomes is here.
+The table in `lvlm.tiny.train` in numbers; all hyperparameters that determine the trained model are here.
 """
 
 from __future__ import annotations
@@ -13,24 +13,24 @@ from lvlm.tiny.training_data import Lesson
 
 @dataclass(frozen=True)
 class Stage:
-    """One row of the table above."""
+    """One stage: a row of the table in `lvlm.tiny.train`."""
 
     name: str
     steps: int
     size: int
     rate: float
     lesson: Lesson | None
-    """None for the stages that have patch labels instead of questions."""
+    """None for stages with patch labels instead of questions."""
     vision_rate: float = 0.0
-    """Learning rate of the vision tower as a share of `rate`."""
+    """Learning rate of the vision tower, relative to `rate`; 0 freezes it."""
     projector: bool = True
     decoder: bool = True
     meaning: float = 0.0
-    """Weight of what a question's nouns name, read at the nouns themselves; see `lvlm.tiny.train.meaning_loss`."""
+    """Weight of `lvlm.tiny.train.meaning_loss`, on the properties of the objects that a question's nouns name."""
     late: float = 0.0
-    """Share of the scenes whose questions of size do not see the image in the first layer that reads it."""
+    """Share of scenes whose questions about size do not attend to the image in the first layer that reads it."""
     level: float = 0.6
-    """Share of the steps at full rate; a stage that starts on a plateau needs it long."""
+    """Share of the steps at full learning rate; a stage that starts on a plateau needs a large share."""
 
 
 STAGES: tuple[Stage, ...] = (

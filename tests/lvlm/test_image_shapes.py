@@ -68,12 +68,12 @@ def test_a_family_without_padding_names_both_sizes() -> None:
             encoding, inputs={"pixel_values": encoding.inputs["pixel_values"][..., : image.size[0] // 2]}
         )
 
-    lvlm.view = dataclasses.replace(lvlm.view, look=uneven)
+    lvlm.image_encoding = dataclasses.replace(lvlm.image_encoding, encode=uneven)
     try:
         with pytest.raises(DataError, match="images of 60 x 60 and 100 x 60 pixels cannot share a prompt of llava"):
             lvlm.encode_prompt(lvlm.prompt(QUESTION, 2), [noise((60, 60)), noise((100, 60))], question=QUESTION)
     finally:
-        lvlm.view = dataclasses.replace(lvlm.view, look=look)
+        lvlm.image_encoding = dataclasses.replace(lvlm.image_encoding, encode=look)
 
 
 @FAMILY

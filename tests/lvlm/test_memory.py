@@ -124,7 +124,7 @@ def test_a_cache_holds_bytes_and_not_a_number_of_values() -> None:
 
 def test_a_model_keeps_processed_images_up_to_a_number_of_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     each = 3 * 112 * 112 * 4
-    monkeypatch.setattr("lvlm.model.LOOK_BYTES", 3 * each)
+    monkeypatch.setattr("lvlm.model.IMAGE_CACHE_BYTES", 3 * each)
     model = load_lvlm("tiny", validate=False)
     first = list({e.group: e for e in scenes.dataset(10, 0)}.values())
     for item in first:

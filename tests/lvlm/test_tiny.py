@@ -73,12 +73,12 @@ def test_a_knockout_does_not_change_the_model(models: dict[str, Lvlm]) -> None:
     model = models["tiny"]
     encoding = model.encode(scenes.dataset(10, 1)[0])
     before = model.logits(encoding.inputs)
-    with evaluate.cut(model, range(model.n_layers), encoding.tokens.image):
+    with evaluate.block_image(model, range(model.n_layers), encoding.tokens.image):
         blind = model.logits(encoding.inputs)
     assert torch.equal(model.logits(encoding.inputs), before)
     other = dict(encoding.inputs)
     other["pixel_values"] = -other["pixel_values"]
-    with evaluate.cut(model, range(model.n_layers), encoding.tokens.image):
+    with evaluate.block_image(model, range(model.n_layers), encoding.tokens.image):
         torch.testing.assert_close(model.logits(other), blind)
     assert not torch.allclose(model.logits(other), before)
 
