@@ -1,9 +1,9 @@
-"""What benchmarks/consumers.py lets another Python run: each consumer's own code reads its file and, where it can, applies it.
+"""Run by benchmarks/consumers.py in another Python environment: read each export with its consumer's code, and apply it.
 
-    OTHER_PYTHON _consumers_read.py FOLDER CLONES
+    OTHER/bin/python benchmarks/_consumers_read.py FOLDER CLONES
 
-Needs nothing of groundscope. Leaves ``FOLDER/NAME.out.npz`` for each consumer, and prints one JSON object: name to version,
-reader and what went wrong.
+Imports nothing of groundscope. Writes ``FOLDER/NAME.out.npz`` for each consumer, and prints one JSON object: name to version,
+reader, and the error if there was one.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ Arrays = dict[str, Any]
 FOLDER, CLONES = Path(sys.argv[1]), Path(sys.argv[2])
 
 
-class Missing(Exception):
-    """A consumer that is not here."""
+class NotInstalledError(Exception):
+    """The consumer's code is not available."""
 
 
 def load_inputs() -> dict[str, torch.Tensor]:
     return {name: torch.from_numpy(x) for name, x in np.load(FOLDER / "inputs.npz").items()}
 
 
-def llava() -> Any:
+def load_llava() -> Any:
     from safetensors.torch import load_file
     from transformers import LlavaForConditionalGeneration, logging
 
@@ -51,13 +51,13 @@ def llava() -> Any:
 
 
 @torch.no_grad()
-def answered(model: Any) -> np.ndarray:
+def run_logits(model: Any) -> np.ndarray:
     inputs = {name: x for name, x in load_inputs().items() if name != "embedded"}
     return model(**inputs, use_cache=False).logits[:, -1].numpy()
 
 
-def llama(whole: Any) -> Any:
-    """Return the decoder of a LLaVA as a language model by itself."""
+def extract_decoder(whole: Any) -> Any:
+    """Return the decoder of a LLaVA as a separate language model."""
     from transformers import LlamaForCausalLM
 
     model = LlamaForCausalLM(whole.config.text_config).eval()
@@ -67,23 +67,23 @@ def llama(whole: Any) -> Any:
     return model
 
 
-def functions(clone: str, path: str, *names: str, **names_: Any) -> Any:
+def extract_functions(clone: str, path: str, *names: str, **globals_: Any) -> Any:
     """Extract functions and classes from a script of a repository, without its unneeded imports."""
     where = CLONES / clone / path
     if not where.is_file():
         msg = f"no {clone}/{path} in the folder of clones"
-        raise Missing(msg)
+        raise NotInstalledError(msg)
     nodes = [n for n in ast.parse(where.read_text()).body if getattr(n, "name", None) in names]
-    scope: dict[str, Any] = {"np": np, "torch": torch, "tqdm": lambda x, **_: x, **names_}
+    scope: dict[str, Any] = {"np": np, "torch": torch, "tqdm": lambda x, **_: x, **globals_}
     exec(compile(ast.Module(nodes, []), str(where), "exec"), scope)  # noqa: S102  # the consumer's own code
     return types.SimpleNamespace(**{name: scope[name] for name in names})
 
 
 def plain() -> Arrays:
-    whole = llava()
+    whole = load_llava()
     with torch.no_grad():
-        alone = llama(whole)(inputs_embeds=load_inputs()["embedded"], use_cache=False).logits[:, -1].numpy()
-    return {"logits": answered(whole), "alone": alone}
+        alone = extract_decoder(whole)(inputs_embeds=load_inputs()["embedded"], use_cache=False).logits[:, -1].numpy()
+    return {"logits": run_logits(whole), "alone": alone}
 
 
 def gguf_reader() -> Arrays:
@@ -96,7 +96,7 @@ def repeng() -> Arrays:
     from repeng import ControlModel, ControlVector
 
     vector = ControlVector.import_gguf(FOLDER / "v.gguf")
-    model = ControlModel(llama(llava()), sorted(vector.directions))
+    model = ControlModel(extract_decoder(load_llava()), sorted(vector.directions))
     model.set_control(vector, 1.0)
     with torch.no_grad():
         logits = torch.cat(
@@ -110,19 +110,19 @@ def _steering_vectors(name: str) -> Arrays:
 
     document = torch.load(FOLDER / name, weights_only=True)  # noqa: TID251  # as the consumer does
     vector = SteeringVector(document["layer_activations"], document["layer_type"])
-    model = llava()
+    model = load_llava()
     with vector.apply(model, layer_config=document["layer_config"]):
-        logits = answered(model)
+        logits = run_logits(model)
     rows = {f"direction.{i}": x.numpy() for i, x in vector.layer_activations.items()}
     return {"logits": logits, **rows}
 
 
 def hotwire() -> Arrays:
-    """Read and give out by hotwire's own store and bank; its kernel needs a GPU, so its rule is applied here."""
+    """Read with hotwire's store and bank of vectors; its kernel needs a GPU, so its rule is applied with hooks."""
     from hotwire._state import SteerState, parse_spec
 
-    model = llava()
-    layers = llama(model)
+    model = load_llava()
+    layers = extract_decoder(model)
     width, count = layers.config.hidden_size, layers.config.num_hidden_layers
     state = SteerState(count, width, 4096, torch.device("cpu"), torch.float32, 16)
     state.load_store(str(FOLDER / "vllm"))
@@ -159,9 +159,9 @@ def baked() -> Arrays:
     sys.path.insert(0, str(FOLDER))
     from apply_bias import apply
 
-    model = llava()
+    model = load_llava()
     apply(model, FOLDER / "bias.safetensors")
-    return {"logits": answered(model)}
+    return {"logits": run_logits(model)}
 
 
 def vti() -> Arrays:
@@ -169,7 +169,7 @@ def vti() -> Arrays:
 
     names = ("VTILayer", "get_nested_attr", "find_longest_modulelist", "find_module", "get_layers_path", "get_layers")
     typed = {"nn": torch.nn, "F": F, "Tensor": torch.Tensor, "PreTrainedModel": object}
-    code = functions("VTI", "vti_utils/llm_layers.py", *names, "add_vti_layers", **typed)
+    code = extract_functions("VTI", "vti_utils/llm_layers.py", *names, "add_vti_layers", **typed)
     arrays: Arrays = {}
     tensor: Any = torch.Tensor
     own = tensor.half
@@ -177,11 +177,11 @@ def vti() -> Arrays:
         directions = torch.load(FOLDER / f"vti_{kind}.pt", weights_only=True)  # noqa: TID251  # as the consumer does
         alpha = json.loads((FOLDER / f"vti_{kind}.pt.json").read_text())["alpha"]
         for name, half in ((kind, lambda x: x), (f"{kind} half", own)):
-            model = copy.deepcopy(llava())
+            model = copy.deepcopy(load_llava())
             code.add_vti_layers(getattr(model.model, stack), directions, alpha=[alpha])
             tensor.half = half  # its layer rounds to float16 whatever the model is; without, and with that
             try:
-                arrays[f"logits {name}"] = answered(model)
+                arrays[f"logits {name}"] = run_logits(model)
             finally:
                 tensor.half = own
     return arrays
@@ -193,7 +193,7 @@ def _by_heads(x: np.ndarray, heads: int) -> np.ndarray:
 
 def honest_llama() -> Arrays:
     names = ("layer_head_to_flattened_idx", "get_com_directions", "get_interventions_dict")
-    code = functions("honest_llama", "utils.py", *names)
+    code = extract_functions("honest_llama", "utils.py", *names)
     heads = json.loads((FOLDER / "heads.json").read_text())
     z = _by_heads(np.load(FOLDER / "features" / "toy_head_wise.npy"), heads["heads"])
     labels = np.load(FOLDER / "features" / "toy_labels.npy")
@@ -202,24 +202,24 @@ def honest_llama() -> Arrays:
         z.shape[1], z.shape[2], rows, np.array([], int), separate, [np.array([y]) for y in labels]
     )
     chosen = [tuple(head) for head in heads["chosen"]]
-    return _pushes(code.get_interventions_dict(chosen, None, z, z.shape[2], True, False, com))
+    return _name_directions(code.get_interventions_dict(chosen, None, z, z.shape[2], True, False, com))
 
 
 def ict() -> Arrays:
     names = ("layer_head_to_flattened_idx", "get_interventions_dict")
-    code = functions("ICT", "ICT/val_ict_pope.py", *names)
+    code = extract_functions("ICT", "ICT/val_ict_pope.py", *names)
     heads = json.loads((FOLDER / "heads.json").read_text())
     arrays = {n: _by_heads(np.load(FOLDER / "vectors" / f"{n}.npy"), heads["heads"]) for n in ("base", "hallucinated")}
     both = np.concatenate(list(arrays.values()))
     com = [a - b for a, b in zip(*(x.mean(0).reshape(-1, x.shape[-1]) for x in arrays.values()), strict=True)]
     chosen = [tuple(head) for head in heads["chosen"]]
-    return _pushes(code.get_interventions_dict(chosen, None, both, both.shape[2], True, False, com))
+    return _name_directions(code.get_interventions_dict(chosen, None, both, both.shape[2], True, False, com))
 
 
-def _pushes(files: dict[str, list[Any]]) -> Arrays:
-    """Name what scripts of ITI and ICT return: module to (head, direction, deviation)."""
+def _name_directions(interventions: dict[str, list[Any]]) -> Arrays:
+    """Name the directions that scripts of ITI and ICT return by module as (head, direction, deviation)."""
     arrays: Arrays = {}
-    for module, items in files.items():
+    for module, items in interventions.items():
         layer = next(part for part in module.split(".") if part.isdecimal())
         for head, direction, deviation in items:
             arrays[f"direction.{layer}.{head}"] = direction * deviation
@@ -250,14 +250,14 @@ CONSUMERS: dict[str, tuple[str, str, Callable[[], Arrays]]] = {
 
 
 def main() -> None:
-    """Run every consumer; one that fails stops no other."""
+    """Run every consumer; a failure does not stop the others."""
     readers: dict[str, dict[str, str]] = {}
     for name, (package, reader, run) in CONSUMERS.items():
         readers[name] = {"reader": reader, "version": ""}
         try:
             readers[name]["version"] = importlib.metadata.version(package) if package else "clone"
             np.savez(FOLDER / f"{name}.out.npz", **run())
-        except (ImportError, Missing) as error:
+        except (ImportError, NotInstalledError) as error:
             readers[name]["missing"] = f"{error}".splitlines()[0]
         except Exception as error:  # noqa: BLE001  # whatever it is, it is the finding
             readers[name]["error"] = f"{type(error).__name__}: {error}"

@@ -1,4 +1,9 @@
-"""Run one step on a model of real width in a separate process and print bytes as JSON. Used by benchmarks/real_width.py."""
+"""Run by benchmarks/real_width.py in a separate process: one step on a model, whose peak memory is printed as JSON.
+
+    python benchmarks/_real_width_run.py STEP FOLDER DTYPE DEVICE [THREADS]
+
+The JSON object has ``weights`` and ``peak`` in bytes, and ``tokens``, the length of a prompt.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +35,7 @@ QUESTION = "Please answer yes or no : {question}"
 
 
 def questions(count: int, kind: str = "existence") -> ConceptDataset:
-    """Yes-no questions about as many scenes, of one length."""
+    """Return yes-no questions of equal length about `count` scenes."""
     data = scenes.dataset(10, 0, splits=("neutral",)).filter(lambda e: e.kind == kind)
     first = list({e.group: e for e in data}.values())[:count]
     long_questions = {e.id: replace(e, question=QUESTION.format(question=e.question)) for e in first}
@@ -38,7 +43,7 @@ def questions(count: int, kind: str = "existence") -> ConceptDataset:
 
 
 def do_trace(model: Lvlm, folder: Path) -> ActivationStore:
-    """Trace what a run traces by default."""
+    """Trace the sites and tokens of the default run."""
     return trace(model, questions(EXAMPLES), SITES, TOKENS, folder / "store", batch_size=BATCH, progress=False)
 
 
@@ -48,15 +53,15 @@ def do_patch(model: Lvlm, _: Path) -> None:
 
 
 def do_ablate(model: Lvlm, _: Path) -> None:
-    """Take out all heads at all tokens, by means and by donors."""
-    some = list(questions(EXAMPLES))
+    """Ablate all heads at all tokens, by means and by resampling."""
+    examples = list(questions(EXAMPLES))
     heads = [Head(layer, h) for layer in range(model.n_layers) for h in range(model.n_heads)]
-    for how in ("mean", "resample"):
-        ablate(model, some, [HeadSet(heads)], method=how, tokens="all", batch_size=BATCH, progress=False)  # type: ignore[arg-type]
+    for method in ("mean", "resample"):
+        ablate(model, examples, [HeadSet(heads)], method=method, tokens="all", batch_size=BATCH, progress=False)  # type: ignore[arg-type]
 
 
 def do_steer(model: Lvlm, _: Path) -> None:
-    """Derive a vector from pairs, and answer and write with it."""
+    """Derive a vector from pairs, and answer and generate with it."""
     from behavior import answer
 
     keys = [Head(layer, head) for layer in range(model.n_layers) for head in range(0, model.n_heads, 8)]
@@ -67,7 +72,7 @@ def do_steer(model: Lvlm, _: Path) -> None:
 
 
 def do_diagnose(model: Lvlm, folder: Path) -> None:
-    """Diagnose wrong answers with probes that point anywhere."""
+    """Diagnose answers with probes of random directions."""
     store = do_trace(model, folder)
     reset()
     rng = np.random.default_rng(0)
@@ -83,7 +88,7 @@ def do_diagnose(model: Lvlm, folder: Path) -> None:
 
 
 def pairs(count: int) -> list[CounterfactualPair]:
-    """Pairs of scenes whose questions have the length of `questions`."""
+    """Return pairs whose questions have the length of `questions`."""
     data = scenes.dataset(20, 1, splits=("neutral",))
     short_pairs = counterfactuals.pairs(data, "object", limit=count)
 
@@ -100,14 +105,14 @@ def unit(rng: np.random.Generator, width: int) -> np.ndarray:
 
 
 def reset() -> None:
-    """Let the process's peak begin at what it takes now."""
+    """Reset the peak memory of the process to its current memory."""
     Path("/proc/self/clear_refs").write_text("5")
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
 
 
 def memory_bytes(name: str) -> int:
-    """Return a figure of the process's memory in bytes."""
+    """Return a value of /proc/self/status in bytes."""
     line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(name))
     return int(line.split()[1]) * 1024
 
@@ -122,7 +127,7 @@ STEPS: dict[str, Callable[[Lvlm, Path], object]] = {
 
 
 def main() -> None:
-    """Run the step named first, on the folder named second, in the dtype and on the device named then."""
+    """Run the step, and print its memory."""
     step, folder, dtype, device = sys.argv[1:5]
     torch.set_num_threads(int(sys.argv[5]) if len(sys.argv) > 5 else torch.get_num_threads())
     idle = memory_bytes("VmRSS")

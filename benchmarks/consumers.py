@@ -1,20 +1,20 @@
-"""Exports read back by those they are written for: every file, by its consumer's own reader, in the consumer's environment.
+"""Exported vectors, read and applied by the code of the programs that they are written for.
 
-Vectors of the embedded model are exported in every format; another Python (with packages that conflict with ours) reads
-each file with the consumer's code, applies it to the same saved model where the consumer can, and what it read and answered
-is held against the vector and against `SteeringVector.applied`. A consumer that is not installed is listed with the reason.
+    python benchmarks/consumers.py [--python OTHER/bin/python] [--clones FOLDER]
 
-    python benchmarks/consumers.py [--quick] [--python OTHER/bin/python] [--clones FOLDER]
+Vectors of the embedded model are exported in every format. Each file is read with the code of its consumer (the program that
+uses the format) in the Python environment of ``--python``, because packages of consumers conflict with those of groundscope,
+and is applied to the same saved model if the consumer can do that. A figure is the largest absolute difference of directions
+and logits from the exported vector and from `SteeringVector.applied`. A consumer that is not installed is listed with the
+reason.
 
-``--clones`` holds clones of github.com/shengliu66/VTI, likenneth/honest_llama and THU-BPM/ICT, under these names; their code
-comes in no package. How to set the environment up: docs/guides/steering.md.
+``--clones`` is a folder with clones of github.com/shengliu66/VTI, likenneth/honest_llama and THU-BPM/ICT, which are not
+distributed as packages. The setup of the environment is described in docs/benchmarks.md.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import platform
 import shutil
 import subprocess
 import sys
@@ -27,12 +27,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
-import torch
-from rich.console import Console
 from rich.table import Table
 from transformers import logging
 
 from activation_store import trace
+from benchmarks._harness import Figure, describe_device, finish, option_parser, progress, wide_console
 from concepts import counterfactuals, scenes
 from lvlm import Head, Lvlm, Site, load_lvlm
 from lvlm.model import Batch
@@ -42,30 +41,30 @@ from mitigation.steering.export import apply_bias
 from mitigation.steering.places import Key
 
 TOLERANCE = 1e-5
-READ = Path(__file__).resolve().parent / "_consumers_read.py"
-UNREAD = {
-    "llama.cpp": "the wheels tried (xllamacpp, cyllama) offer no control vectors; its rules are held by export.gguf.check",
+READER_SCRIPT = Path(__file__).resolve().parent / "_consumers_read.py"
+NOT_RUN = {
+    "llama.cpp": "the wheels tried (xllamacpp, cyllama) have no control vectors; export.gguf.check applies its rules",
     "vLLM": "hotwire-vllm's kernel runs inside it, on a GPU; its rule (add scale times row) is applied instead",
     "EasySteer": "a fork of vLLM, on a GPU; it reads the file that repeng reads",
 }
-"""Consumers that were not run, and why."""
+"""Consumers that are not run, and the reasons."""
 HEADS = (Head(1, 3), Head(1, 6), Head(4, 0))
 
 
 @dataclass(frozen=True)
 class Expected:
-    """What a consumer must have read, and what its model must answer."""
+    """The directions that a consumer must read, and the logits that its model must return."""
 
     directions: Mapping[str, np.ndarray]
     logits: Mapping[str, np.ndarray]
-    loose: tuple[str, ...] = ()
-    """Logits that are reported without a goal."""
+    without_goal: tuple[str, ...] = ()
+    """Names of logits whose difference is reported without a goal."""
 
 
 def make_vector(
     model: Lvlm, *keys: Key, shapes: Mapping[Key, tuple[int, ...]] | None = None, **changes: Any
 ) -> SteeringVector:
-    """Make a vector of random directions."""
+    """Return a vector of random directions."""
     rng, entries = np.random.default_rng(0), {}
     for key in keys:
         v = rng.standard_normal((shapes or {}).get(key, (model.head_dim if isinstance(key, Head) else model.width,)))
@@ -73,14 +72,14 @@ def make_vector(
     return SteeringVector(entries, "all", 1.5, model.name, model.config_hash, **changes)
 
 
-def steered(model: Lvlm, batch: Batch, vector: SteeringVector) -> np.ndarray:
-    """Return the logits of the model with a vector, by `applied`."""
+def steered_logits(model: Lvlm, batch: Batch, vector: SteeringVector) -> np.ndarray:
+    """Return the logits of the steered model."""
     with vector.applied(model):
         return model.logits(batch.inputs).numpy()
 
 
-def rows(model: Lvlm, vector: SteeringVector) -> dict[str, np.ndarray]:
-    """Return what a vector adds at each layer, in float64, heads through the output projection."""
+def layer_directions(model: Lvlm, vector: SteeringVector) -> dict[str, np.ndarray]:
+    """Return the vector that is added to the residual stream at each layer, in float64."""
     moves: dict[str, np.ndarray] = {}
     for key, move in vector.displacements().items():
         if isinstance(key, Head):
@@ -92,8 +91,8 @@ def rows(model: Lvlm, vector: SteeringVector) -> dict[str, np.ndarray]:
     return moves
 
 
-def write(model: Lvlm, folder: Path) -> dict[str, Expected]:
-    """Save the model, inputs and every export; return what each consumer must find."""
+def write_exports(model: Lvlm, folder: Path) -> dict[str, Expected]:
+    """Save the model, inputs and every export; return what is expected of each consumer."""
     data = scenes.dataset(10, seed=3)
     batch = next(b for b in model.batches(data.where(kind="existence").examples, 2) if len(b.index) == 2)
     model.hf.save_pretrained(folder / "model")
@@ -108,15 +107,17 @@ def write(model: Lvlm, folder: Path) -> dict[str, Expected]:
     export.steering_vectors(blocks, folder / "blocks.pt", model)
     export.steering_vectors(heads, folder / "heads.pt", model, convert=True)
     export.vllm(blocks, folder / "vllm" / "look.pt", model)
-    directions, logits = rows(model, blocks), {"logits": steered(model, batch, blocks)}
+    directions, logits = layer_directions(model, blocks), {"logits": steered_logits(model, batch, blocks)}
     expected |= {name: Expected(directions, {}) for name in ("gguf", "hidden-directions")}
     expected |= {name: Expected(directions, logits) for name in ("repeng", "steering-vectors", "hotwire-vllm")}
-    expected["steering-vectors, heads"] = Expected(rows(model, heads), {"logits": steered(model, batch, heads)})
+    expected["steering-vectors, heads"] = Expected(
+        layer_directions(model, heads), {"logits": steered_logits(model, batch, heads)}
+    )
 
     mixed = make_vector(model, *HEADS, 2, Site("decoder", 3, "mlp_out"))
     export.baked(mixed, folder / "bias.safetensors", model)
     shutil.copy(apply_bias.__file__, folder / "apply_bias.py")
-    expected["baked"] = Expected({}, {"logits": steered(model, batch, mixed)})
+    expected["baked"] = Expected({}, {"logits": steered_logits(model, batch, mixed)})
 
     answers = {}
     tokens = batch.encodings[0].tokens.sequence["vision"]
@@ -126,13 +127,13 @@ def write(model: Lvlm, folder: Path) -> dict[str, Expected]:
         shape = (width,) if stack == "decoder" else (tokens, width)
         vector = make_vector(model, *sites, shapes=dict.fromkeys(sites, shape), norm="relative")
         export.vti(vector.scaled(6.0), folder / f"vti_{kind}.pt", model)
-        answers[f"logits {kind}"] = answers[f"logits {kind} half"] = steered(model, batch, vector.scaled(6.0))
+        answers[f"logits {kind}"] = answers[f"logits {kind} half"] = steered_logits(model, batch, vector.scaled(6.0))
     expected["VTI"] = Expected({}, answers, tuple(name for name in answers if name.endswith("half")))
-    return expected | activations(model, folder)
+    return expected | write_activations(model, folder)
 
 
-def activations(model: Lvlm, folder: Path) -> dict[str, Expected]:
-    """Write what scripts of ITI and ICT derive from; what they derive must be what `derive` does."""
+def write_activations(model: Lvlm, folder: Path) -> dict[str, Expected]:
+    """Write the activations from which scripts of ITI and ICT derive directions; return the directions of `derive`."""
     data = scenes.dataset(10, seed=5).where(kind="existence")
     store = trace(model, data, ["z", "resid_post", "decoder.L0.resid_pre"], ["last"], folder / "store", progress=False)
     positive = np.array([e.answer == "yes" for e in data])
@@ -161,62 +162,65 @@ def activations(model: Lvlm, folder: Path) -> dict[str, Expected]:
     return {"honest_llama": Expected(pushes, {}), "ICT": Expected(ict, {})}
 
 
-def compared(folder: Path, name: str, want: Expected) -> dict[str, Any]:
-    """Hold what a consumer read and answered against what it must; differences, absolute and at most."""
+def compare_output(folder: Path, name: str, expected: Expected) -> dict[str, Any]:
+    """Return the largest absolute differences of a consumer's directions and logits from the expected ones."""
     arrays = dict(np.load(folder / f"{name}.out.npz"))
     read = {k for k in arrays if k.startswith("direction")}
-    same = {"directions": 0.0} if want.directions else {}
-    for key, row in want.directions.items():
+    same = {"directions": 0.0} if expected.directions else {}
+    for key, row in expected.directions.items():
         there = key in arrays and arrays[key].shape == row.shape
         same["directions"] = max(same["directions"], float(np.abs(arrays[key] - row).max()) if there else np.inf)
-    if read != set(want.directions):
+    if read != set(expected.directions):
         same["directions"] = np.inf
-    for key, row in want.logits.items():
+    for key, row in expected.logits.items():
         same[key] = float(np.abs(arrays[key] - row).max()) if key in arrays else np.inf
-    checked = [v for k, v in same.items() if k not in want.loose]
-    return {"value": max(checked), "holds": max(checked) <= TOLERANCE, "compared": same, "n": len(want.directions)}
+    checked = [v for k, v in same.items() if k not in expected.without_goal]
+    return {"value": max(checked), "holds": max(checked) <= TOLERANCE, "compared": same, "n": len(expected.directions)}
 
 
 def main() -> None:
     """Run, print a table, and as the last line one JSON object."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="for make bench; there is nothing to shorten")
-    parser.add_argument("--python", default=sys.executable, help="of the consumers' environment; by default this one")
-    parser.add_argument("--clones", default="none", help="folder of clones of VTI, honest_llama and ICT")
+    parser = option_parser(__doc__, quick="no effect")
+    parser.add_argument(
+        "--python", default=sys.executable, help="Python of the consumers' environment (default: this one)"
+    )
+    parser.add_argument("--clones", default="none", help="folder of the clones of VTI, honest_llama and ICT")
     options = parser.parse_args()
     logging.disable_progress_bar()
-    console = Console()
-    console.print("Compares what consumers read and answer with the exported vector and `applied` (float32, 1e-5).")
-    figures: dict[str, dict[str, Any]] = {}
+    console = wide_console()
+    console.print("Compares what consumers read and return with the exported vector and `applied` (float32, 1e-5).")
+    figures: dict[str, Figure] = {}
     table = Table("consumer", "reader", "version", "largest differences", "result")
-    with tempfile.TemporaryDirectory() as name, console.status("exporting, then reading elsewhere"):
+    with tempfile.TemporaryDirectory() as name, progress("exporting and reading"):
         folder = Path(name)
-        expected = write(load_lvlm("tiny"), folder)
-        command = [options.python, "-W", "ignore", str(READ), str(folder), str(Path(options.clones).resolve())]
+        expected = write_exports(load_lvlm("tiny"), folder)
+        clones = str(Path(options.clones).resolve())
+        command = [options.python, "-W", "ignore", str(READER_SCRIPT), str(folder), clones]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            raise SystemExit(f"{options.python} did not run the readers:\n{done.stderr[-2000:]}")  # noqa: EM102  # a check
-        answers = json.loads(done.stdout.splitlines()[-1])
-        for consumer, want in expected.items():
-            answer = answers[consumer]
-            figure: dict[str, Any] = {
-                **answer,
+            parser.error(f"'{options.python}' could not run the readers:\n{done.stderr[-2000:]}")
+        outputs = json.loads(done.stdout.splitlines()[-1])
+        for consumer, expected_output in expected.items():
+            output = outputs[consumer]
+            missing = "missing" in output
+            entry: Figure = {
                 "goal": f"<= {TOLERANCE}",
                 "value": None,
-                "holds": None if "missing" in answer else False,
+                "holds": None if missing else False,
+                "n": 0,
+                **output,
             }
-            if not answer.keys() & {"missing", "error"}:
-                figure |= compared(folder, consumer, want)
-            figures[consumer] = figure
-            differences = ", ".join(f"{k} {v:.1e}" for k, v in figure.get("compared", {}).items())
-            result = answer.get("error") or (f"not here: {answer['missing']}" if "missing" in answer else None)
-            table.add_row(consumer, answer["reader"], answer["version"], differences, result or str(figure["holds"]))
-    for consumer, reason in UNREAD.items():
+            if not output.keys() & {"missing", "error"}:
+                entry |= compare_output(folder, consumer, expected_output)
+            figures[consumer] = entry
+            differences = ", ".join(f"{k} {v:.1e}" for k, v in entry.get("compared", {}).items())
+            result = f"not installed: {output['missing']}" if missing else output.get("error") or str(entry["holds"])
+            table.add_row(consumer, output["reader"], output["version"], differences, result)
+    for consumer, reason in NOT_RUN.items():
         table.add_row(consumer, "", "", "", f"not run: {reason}")
     console.print(table)
-    device = f"{platform.machine()}, float32, torch {torch.__version__}"
-    print(json.dumps({"benchmark": "consumers", "device": device, "figures": figures, "not_run": UNREAD}))
-    if any(f["holds"] is False for f in figures.values()):
+    finish("consumers", describe_device("torch", dtype="float32"), figures, not_run=NOT_RUN)
+    if any(entry["holds"] is False for entry in figures.values()):
         raise SystemExit(1)
 
 
