@@ -127,8 +127,8 @@ def test_answers_share_pictures_and_leave_no_hook(written: bool) -> None:
     lvlm = model("llava")
     data = ConceptDataset("asked", tuple(questions()))
     with sizes(lvlm) as counts:
-        grouped = answer(lvlm, data, 8, generate=written, max_new_tokens=3)
-        alone = answer(lvlm, data, 1, generate=written, max_new_tokens=3)
+        grouped = answer(lvlm, data, batch_size=8, generate=written, max_new_tokens=3)
+        alone = answer(lvlm, data, batch_size=1, generate=written, max_new_tokens=3)
     assert counts == [3 * counts[1]] + [counts[1]] * 4
     for reference, other in zip(alone.answers, grouped.answers, strict=True):
         assert (reference.given, reference.text) == (other.given, other.text)
