@@ -99,6 +99,8 @@ def test_every_choice_of_every_group_has_a_description_and_composes() -> None:
             more = ["model.path=x"] if (group.name, name) == ("model", "hf") else []
             config, _ = compose([f"{group.name}={name}", *more])
             assert isinstance(config, RunConfig)
+            if group.name in {"patch", "probe"}:
+                pipeline.check(config)
 
 
 # -- what is refused -----------------------------------------------------------------------------------------------

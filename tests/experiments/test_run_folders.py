@@ -238,14 +238,17 @@ def test_options_of_an_earlier_version_are_read_under_their_present_names(receiv
     present = yaml.safe_load(path.read_text())
     former = copy.deepcopy(present)
     former["probe"]["penalties"] = [0.5]
+    former["patch"]["tokens"] = "suffix"
     del former["probe"]["C"]
     path.write_text(yaml.safe_dump(former))
     config = configured(received)
     assert config.probe.C == [0.5]
     assert key_options("probe", dataclasses.asdict(config.probe)) == former["probe"]
+    assert config.patch.tokens == "suffix:all"
+    assert key_options("patch", dataclasses.asdict(config.patch)) == former["patch"]
     refused(command("probe.penalties=[1]"), "option 'probe.penalties' is now called 'probe.C'")
-    stored = ["-m", "++probe.penalties=[1],[2]", "probe.folds=2,3"]
-    assert _allowed(stored, [], path) == ["-m", "++probe.C=[1],[2]", "probe.folds=2,3"]
+    stored = ["-m", "++probe.penalties=[1],[2]", "patch.tokens=suffix", "probe.folds=2,3"]
+    assert _allowed(stored, [], path) == ["-m", "++probe.C=[1],[2]", "patch.tokens=suffix:all", "probe.folds=2,3"]
 
 
 # -- runs, and files that are not ours -------------------------------------------------------------------------------------
