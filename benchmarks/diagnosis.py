@@ -155,8 +155,10 @@ def make_figure(diagnoses: Diagnoses, cause: str, data: ConceptDataset, seconds:
         "by_level": count_verdicts(diagnoses, "level"),
         "by_kind": count_verdicts(diagnoses, "level", "kind"),
         "by_split": count_verdicts(diagnoses, "level", "split"),
-        "with_lean": sum(diagnosis.lean > 0 for diagnosis in diagnoses.wrong),
-        "correct_with_verdict": sum(d.verdict is not None for d in diagnoses.examples if d.said == d.example["truth"]),
+        "with_lean": sum(diagnosis.offset > 0 for diagnosis in diagnoses.wrong),
+        "correct_with_verdict": sum(
+            d.verdict is not None for d in diagnoses.examples if d.model_answer == d.example["truth"]
+        ),
         "correct": len(diagnoses) - n,
         "reasons_of_other": dict(Counter(d.reason for d in diagnoses.wrong if d.reason)),
         "seconds": round(seconds, 1),

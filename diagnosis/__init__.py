@@ -1,4 +1,31 @@
-"""Why an answer is wrong: probes and causal checks together, one verdict for each answer."""
+"""Find out why an answer is wrong: probes and causal checks together, one verdict for each answer.
+
+Functions, in the order of their use
+    `fit_directions`
+        Fit the probes that a diagnosis reads activations with, from a store.
+    `diagnose`
+        Return `Diagnoses`: a verdict for each wrong answer, with its evidence.
+    `compare_models`
+        Compare answers, probes, heads and diagnoses of two models.
+
+Modules, in the order of a diagnosis
+    `diagnosis.fit`
+        Probes, their split, and the choice of answers.
+    `diagnosis.pipeline`
+        `diagnose`: calls the modules below in this order.
+    `diagnosis.claims`, `diagnosis.probe_sets`, `diagnosis.readings`
+        What a question is about, which probes decide it, and their margins.
+    `diagnosis.calibration`
+        Margins to log-odds, and whether a place is readable.
+    `diagnosis.causal_check`
+        Ablations that correct a wrong answer.
+    `diagnosis.verdicts`
+        From the state of each stage to a verdict.
+    `diagnosis.results`, `diagnosis.narrative`
+        Results as tables, files and sentences.
+    `diagnosis.comparison`, `diagnosis.compare_models`
+        Two models on the same data.
+"""
 
 import lazy_loader
 

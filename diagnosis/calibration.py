@@ -1,4 +1,4 @@
-"""From margins to log-odds that can be believed: slopes, thresholds and whether a place can be read at all."""
+"""Calibrate margins as log-odds: slope, threshold, and whether a place is readable."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import numpy as np
 from groundscope.core.intervals import combined_interval
 from groundscope.core.statistics import group_totals, relative_variance
 
-TAIL = 0.05
-"""Share of right answers that may fall beyond a threshold on the wrong side."""
-LEAST = 0.6
-"""Accuracy on held-out examples below which a place counts as unreadable, whatever its interval."""
-FEWEST = 15
-"""Held-out examples without which nothing is said of a place."""
+ERROR_SHARE = 0.05
+"""Share of right answers that may be beyond the threshold on the wrong side."""
+MIN_ACCURACY = 0.6
+"""Smallest held-out accuracy of a readable place, whatever its interval."""
+MIN_EXAMPLES = 15
+"""Smallest number of held-out examples for a calibration."""
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """How margins at a place become log-odds."""
+    """Conversion of margins at a place to log-odds."""
 
     n: int
     accuracy: float
@@ -28,45 +28,45 @@ class Calibration:
     high: float
     slope: float
     offset: float
-    """Added for truths of one side, taken away for those of the other."""
+    """Added for truths of class 1, subtracted for class 0."""
     threshold: float
     readable: bool
 
     def log_odds(self, margin: float, side: float) -> float:
-        """Return the log-odds of the truth for a margin on a side (1 or 0)."""
+        """Return the log-odds of the truth for a margin and a class (1 or 0)."""
         return self.slope * margin + self.offset * (1 if side else -1)
 
     def reads(self, values: np.ndarray, side: float) -> float:
-        """Return the share of rivals against which the truth is read; without a slope by the sign of the margins."""
+        """Return the share of rivals against which the truth is decoded; without a slope, by the sign of the margins."""
         return float(((self.slope or 1.0) * values + (self.offset if side else -self.offset) > 0).mean())
 
 
 def calibrate(
     values: Sequence[np.ndarray], sides: np.ndarray, groups: Sequence[str], right: np.ndarray, places: int
 ) -> Calibration:
-    """Fit slope and offset on all held-out examples, the threshold on those that the model answers right.
+    """Fit slope and offset on all held-out examples, and the threshold on those that the model answers correctly.
 
     Parameters
     ----------
     values
-        For each example its margins of the truth against each rival.
+        Margins of the truth against each rival, for each example.
     sides
-        ``[n]``, as in `Margins.classes`; both sides count the same.
+        ``[n]``, as in `Margins.classes`; both classes have equal weight.
     groups
-        Of each example.
+        Group of each example.
     right
         bool ``[n]``: whether the model's answer is right.
     places
-        How many places of the stage are tried: the interval of each is as much wider (Bonferroni).
+        Number of places of the stage; the interval of each is widened by it (Bonferroni).
 
     Returns
     -------
     Calibration
-        Log-odds are those of a logistic fit to one more example of each side than there are, of mean margin and read
-        wrongly: where all are read right, they are not infinite but those of the rule of succession.
+        The logistic fit has one additional example of each class with mean margin and the wrong decision, so log-odds are
+        finite even if all decisions are right (rule of succession).
     """
     n = len(values)
-    if n < FEWEST:
+    if n < MIN_EXAMPLES:
         nan = float("nan")
         return Calibration(n, nan, nan, nan, 0.0, 0.0, 0.0, readable=False)
     mean = np.array([v.mean() for v in values])
@@ -79,23 +79,25 @@ def calibrate(
     share = np.concatenate([np.full(len(v), w / len(v)) for v, w in zip(values, weight, strict=True)])
     side = np.concatenate([np.full(len(v), 1.0 if s else -1.0) for v, s in zip(values, sides, strict=True)])
     slope, offset = _platt(margin, side if two else np.zeros(len(margin)), share, n)
-    # Where no slope helps, what is read is the sign of the margins themselves.
+    # Without a slope, the sign of the margins decides.
     k = slope or 1.0
     read = np.array([(k * v + (offset if s else -offset) > 0).mean() for v, s in zip(values, sides, strict=True)])
     accuracy = float((weight * read).sum())
-    level = 1 - TAIL / max(1, places)
-    low, high = _accuracy_interval(read, sides, groups, level)
+    confidence = 1 - ERROR_SHARE / max(1, places)
+    low, high = _accuracy_interval(read, sides, groups, confidence)
     odds = slope * mean + offset * np.where(sides == 1, 1, -1)
-    kept = odds[right] if right.sum() >= FEWEST else odds
-    edge = float(np.quantile(kept, TAIL))
-    # An edge above 0 needs no threshold; one below means that noise reaches as far on either side.
+    reference = odds[right] if right.sum() >= MIN_EXAMPLES else odds
+    edge = float(np.quantile(reference, ERROR_SHARE))
+    # A quantile above 0 needs no threshold; below 0, its size is the range of the noise.
     return Calibration(
-        n, accuracy, low, high, slope, offset, max(0.0, -edge), readable=bool(low > 0.5 and accuracy >= LEAST)
+        n, accuracy, low, high, slope, offset, max(0.0, -edge), readable=bool(low > 0.5 and accuracy >= MIN_ACCURACY)
     )
 
 
-def _accuracy_interval(read: np.ndarray, sides: np.ndarray, groups: Sequence[str], level: float) -> tuple[float, float]:
-    """Return the interval, over groups, of the mean over sides of the share that is read right."""
+def _accuracy_interval(
+    read: np.ndarray, sides: np.ndarray, groups: Sequence[str], confidence: float
+) -> tuple[float, float]:
+    """Return the interval, clustered by group, of the mean accuracy over classes."""
     names = sorted(set(sides.tolist()))
     parts = [sides == name for name in names]
     columns = [column for part in parts for column in (part * read, part * 1.0)]
@@ -103,15 +105,17 @@ def _accuracy_interval(read: np.ndarray, sides: np.ndarray, groups: Sequence[str
     spreads = [
         relative_variance(read[part], int(np.count_nonzero(t))) for part, t in zip(parts, totals[1::2], strict=True)
     ]
-    low, high = combined_interval(totals[::2], totals[1::2], np.full(len(names), 1 / len(names)), level, spread=spreads)
+    low, high = combined_interval(
+        totals[::2], totals[1::2], np.full(len(names), 1 / len(names)), confidence, spread=spreads
+    )
     return float(low), float(high)
 
 
 def _platt(margin: np.ndarray, side: np.ndarray, weight: np.ndarray, n: int) -> tuple[float, float]:
-    """Return slope >= 0 and offset of the logistic fit that the truth is read; Newton's method, steps halved."""
+    """Return slope >= 0 and offset of the logistic fit of right decisions, by Newton's method with step halving."""
     scale = float(np.abs(margin).mean()) or 1.0
     sides = sorted(set(side.tolist()))
-    # One more example a side, read wrongly by a typical margin.
+    # One additional example of each class, decided wrongly with a typical margin.
     m = np.concatenate([margin / scale, np.full(len(sides), -1.0)])
     s = np.concatenate([side, np.array(sides)])
     w = np.concatenate([weight * n, np.ones(len(sides))])
@@ -119,7 +123,7 @@ def _platt(margin: np.ndarray, side: np.ndarray, weight: np.ndarray, n: int) -> 
     at = np.zeros(2)
 
     def loss(b: np.ndarray) -> float:
-        # The offset is held near 0 as by one observation, so that it exists where one side has none.
+        # A weak penalty on the offset, so that it exists if a class has no example.
         return float((w * np.logaddexp(0, -(x @ b))).sum() + 0.05 * b[1] ** 2)
 
     for _ in range(100):

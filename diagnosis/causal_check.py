@@ -1,9 +1,9 @@
-"""What pushes an answer at the last token (a lean of all answers, heads and MLPs), and what undoes it.
+"""Causal checks of a wrong answer: the components that favor it at the last token, and the changes that correct it.
 
-The usual value of a part is the mean of its output at the last token over right answers to questions of the same kind, each
-answer counting the same: what it puts out when nothing is known of which question this is (mean ablation towards a stated
-distribution, as in `circuits.ablate`). A part that right answers need as well would undo a wrong one by breaking the question
-itself; such parts are recognized by what they do to right answers, and left out.
+A component is a head or an MLP. Its mean output is taken at the last token over right answers to questions of the same kind,
+with equal weight for each answer; setting it to that mean is a mean ablation, as in `circuits.ablate`. A component that right
+answers need would correct a wrong answer only by destroying the question; such components are excluded by their effect on
+right answers. The offset is the common bias of all answers to questions of a kind.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from circuits.execution.patch_runner import PatchRunner
 from circuits.execution.suffix_runner import Reader, Row
 from circuits.interventions.intervention import Intervention, Replace
 from concepts.schema import Example
-from diagnosis.calibration import FEWEST
+from diagnosis.calibration import MIN_EXAMPLES
 from diagnosis.claims import Claim
 from diagnosis.results import Push
 from lvlm.answer_keys import answer_key
@@ -29,37 +29,37 @@ from lvlm.encoding.encode import Encoding, Inputs
 from lvlm.model import Lvlm
 from lvlm.sites import Site
 
-MOST = 6
-"""Parts that are put to their usual values together at the most."""
-HARM = 0.25
-"""Share of right answers of the kind that a part may turn wrong and still be named; without the question half of yes and no
-would be wrong, and some right answers are right by the very prior that makes others wrong."""
-_SHOWN = 8
-"""Parts that are kept in a diagnosis."""
+MAX_PARTS = 6
+"""Largest number of components that are ablated together."""
+MAX_HARM = 0.25
+"""Largest share of right answers of the kind that the ablation of a component may turn wrong. Without the question, half of the
+yes-no answers would be wrong; some right answers are right only because of the prior that makes others wrong."""
+_MAX_PUSHES = 8
+"""Largest number of components in a diagnosis."""
 _BATCH = 16
 
 
 @dataclass(frozen=True)
-class Undone:
-    """What pushes one answer, and what undoes it."""
+class Correction:
+    """The components that favor one wrong answer, and the smallest change that corrects it."""
 
     log_odds: float
     pushes: tuple[Push, ...]
-    undone_by: tuple[str, ...]
-    undone: float
-    """Log-odds with `undone_by` at their usual values and without `lean`; NaN where that does not undo the answer."""
-    lean: float
-    """What all such answers lean to the one given, where taking it away helps to undo it; NaN elsewhere."""
+    corrected_by: tuple[str, ...]
+    corrected_log_odds: float
+    """Log-odds of the truth with `corrected_by` ablated and without `offset`; NaN if no change corrects the answer."""
+    offset: float
+    """Common bias of such answers to this one, in logits, if its removal is part of the correction; NaN otherwise."""
 
 
-Usual = Mapping[str, Mapping[Site, np.ndarray]]
-"""Kind of question to site to mean ``[width]``."""
+MeanOutputs = Mapping[str, Mapping[Site, np.ndarray]]
+"""Kind of question to site to mean output ``[width]``."""
 Run = Callable[[Sequence[Row]], np.ndarray]
-"""Margins of the truth with some rows changed, ``[P, rows]``."""
+"""Margins of the truth under each row of changes, ``[P, rows]``."""
 
 
-def usual_values(model: Lvlm, store: ActivationStore, claims: Sequence[Claim], kinds: Sequence[str]) -> Usual:
-    """Return the mean output of every layer's heads, and MLPs where they are stored, over right answers of some kinds."""
+def mean_outputs(model: Lvlm, store: ActivationStore, claims: Sequence[Claim], kinds: Sequence[str]) -> MeanOutputs:
+    """Return the mean output of every layer's heads, and of its MLP if it is stored, over right answers of each kind."""
     components = ("z", "mlp_out") if store.has("decoder", "mlp_out", "last") else ("z",)
     sites = [
         model.head_site(layer) if component == "z" else Site("decoder", layer, component)  # pyright: ignore[reportArgumentType]
@@ -74,124 +74,132 @@ def usual_values(model: Lvlm, store: ActivationStore, claims: Sequence[Claim], k
                 members.setdefault(claim.truth, []).append(claim.row)
         if not members:
             continue
-        rows = np.array([r for some in members.values() for r in some])
-        weight = np.concatenate([np.full(len(some), 1 / len(some) / len(members)) for some in members.values()])
+        rows = np.array([row for rows_of_truth in members.values() for row in rows_of_truth])
+        weight = np.concatenate([np.full(len(part), 1 / len(part) / len(members)) for part in members.values()])
         out[kind] = {site: weight @ store.read(site, "last", examples=rows).astype(np.float64) for site in sites}
     return out
 
 
-def leans(claims: Sequence[Claim], kinds: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Return for kinds of question with two answers by how many logits all answers lean to each of them, whatever is asked.
+def answer_offsets(claims: Sequence[Claim], kinds: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Return the common bias to each answer, in logits, for kinds of question with two answers.
 
-    The mean log-odds of one answer against the other over all questions, right or wrong, those of both truths counting the
-    same: means over right answers alone are cut off at 0, and do not exist where a bias leaves no answer of one truth right. As
-    a part, a lean is left out where taking it away would turn too many right answers wrong. It is the prior that contextual
-    calibration takes away (Zhao et al. 2021, arXiv 2102.09690), there estimated from inputs without content.
+    The bias is the mean log-odds of one answer against the other over all questions, answered rightly or wrongly, with equal
+    weight for both truths. A mean over right answers only would be truncated at 0, and undefined if a bias leaves no right
+    answer of one truth. As for a component, an offset is excluded if its removal would turn too many right answers wrong.
+    Contextual calibration removes the same prior (Zhao et al. 2021, arXiv 2102.09690), estimated there from inputs without
+    content.
     """
     table = {}
     for kind in kinds:
         mine = [c for c in claims if c.kind == kind]
-        answers = sorted({c.truth for c in mine} | {c.said for c in mine})
-        # Margins are of the truth: the sign turns those of the second answer into log-odds of the first.
+        answers = sorted({c.truth for c in mine} | {c.model_answer for c in mine})
+        # A margin belongs to the truth; the sign converts those of the second answer to log-odds of the first.
         sides = [
             sign * np.array([c.margin for c in mine if c.truth == a]) for a, sign in zip(answers, (1, -1), strict=False)
         ]
-        if len(answers) != 2 or min(len(x) for x in sides) < FEWEST:
+        if len(answers) != 2 or min(len(x) for x in sides) < MIN_EXAMPLES:
             continue
-        lean = float(sides[0].mean() + sides[1].mean()) / 2
+        offset = float(sides[0].mean() + sides[1].mean()) / 2
         right = [side[sign * side > 0] for side, sign in zip(sides, (1, -1), strict=True)]
-        broken = [(sign * (x - lean) <= 0).mean() for x, sign in zip(right, (1, -1), strict=True) if len(x)]
-        if broken and np.mean(broken) <= HARM:
-            table[kind] = {answers[0]: lean, answers[1]: -lean}
+        broken = [(sign * (x - offset) <= 0).mean() for x, sign in zip(right, (1, -1), strict=True) if len(x)]
+        if broken and np.mean(broken) <= MAX_HARM:
+            table[kind] = {answers[0]: offset, answers[1]: -offset}
     return table
 
 
 @torch.no_grad()
-def undo(
+def find_corrections(
     model: Lvlm,
     examples: Sequence[Example],
     kinds: Sequence[str],
-    usual: Usual,
+    means: MeanOutputs,
     right: Mapping[str, Sequence[Example]],
-    leaning: Sequence[float],
-) -> list[Undone | None]:
-    """Find what undoes each answer: the lean of all such answers, or parts at their usual values, or both.
+    offsets: Sequence[float],
+) -> list[Correction | None]:
+    """Find the smallest correction of each answer: removal of the offset, ablation of components, or both.
 
-    The lean is tried first: a bias of the output is not the doing of any head or MLP. Each part is put to its usual value by
-    itself, then the strongest together, one more at a time; with the lean as well where that takes fewer, the lean counting as
-    one part. Effects are on the log-odds of the truth against the best other answer.
+    The offset is tested first, because a bias of the output is not caused by a head or MLP. Every component is ablated alone,
+    then the strongest together, adding one at a time; also with the offset, which counts as one component, if that needs
+    fewer. Effects are measured on the log-odds of the truth against the best other answer.
 
     Parameters
     ----------
     examples, kinds
         Wrong answers and their kinds of question.
-    usual
-        Of `usual_values`.
+    means
+        Result of `mean_outputs`.
     right
-        Right answers of each kind, which show what else a part does; kinds without any get no parts named.
-    leaning
-        For each example by how many logits all answers to such questions lean to the one given (`leans`); 0 for none.
+        Right answers of each kind, which show the other effects of a component; kinds without them get no components.
+    offsets
+        For each example the common bias to its answer, in logits (`answer_offsets`); 0 for no bias.
 
     Returns
     -------
     list
-        None for examples of a kind without right answers.
+        One correction per example; None for a kind without right answers.
     """
-    harmless = {kind: _harmless(model, some, usual[kind]) for kind, some in right.items() if kind in usual and some}
-    found: list[Undone | None] = [None] * len(examples)
+    harmless = {kind: _harmless(model, part, means[kind]) for kind, part in right.items() if kind in means and part}
+    corrections: list[Correction | None] = [None] * len(examples)
     for kind, usable in harmless.items():
         mine = [i for i, k in enumerate(kinds) if k == kind]
         for members, last, run in _runs(model, [examples[i] for i in mine]):
-            parts = _parts(model, usual[kind], last)
+            parts = _parts(model, means[kind], last)
             names = list(parts)
             after = run([(), *parts.values()])
             plain, effects = after[:, 0], after[:, 1:] - after[:, :1]
             order = np.argsort(-effects, axis=1, kind="stable")
             joint: list[list[tuple[str, ...]]] = []
             for p, line in enumerate(order):
-                strongest = [names[i] for i in line if effects[p, i] > 0 and names[i] in usable][:MOST]
+                strongest = [names[i] for i in line if effects[p, i] > 0 and names[i] in usable][:MAX_PARTS]
                 joint.append([tuple(strongest[: n + 1]) for n in range(len(strongest))])
-            wanted = list(dict.fromkeys(part for some in joint for part in some))
-            both = run([tuple(item for name in some for item in parts[name]) for some in wanted]) if wanted else plain
+            combinations = list(dict.fromkeys(part for part_sets in joint for part in part_sets))
+            joint_rows = [tuple(item for name in part_set for item in parts[name]) for part_set in combinations]
+            both = run(joint_rows) if combinations else plain
             for p, k in enumerate(members):
-                tried = [((), float(plain[p]))]
-                tried += [(some, float(both[p, wanted.index(some)])) for some in joint[p]]
-                enough = _fewest(tried, leaning[mine[k]])
-                pushing = [i for i in order[p] if effects[p, i] > 0 and names[i] in usable][:_SHOWN]
-                pushes = tuple(Push(names[i], float(effects[p, i])) for i in pushing)
-                found[mine[k]] = Undone(float(plain[p]), pushes, *enough)
-    return found
+                candidates = [((), float(plain[p]))]
+                candidates += [(part_set, float(both[p, combinations.index(part_set)])) for part_set in joint[p]]
+                smallest = _smallest_correction(candidates, offsets[mine[k]])
+                favoring = [i for i in order[p] if effects[p, i] > 0 and names[i] in usable][:_MAX_PUSHES]
+                pushes = tuple(Push(names[i], float(effects[p, i])) for i in favoring)
+                corrections[mine[k]] = Correction(float(plain[p]), pushes, *smallest)
+    return corrections
 
 
-def _fewest(tried: Sequence[tuple[tuple[str, ...], float]], lean: float) -> tuple[tuple[str, ...], float, float]:
-    """Return the fewest parts that undo an answer, its log-odds then, and the lean where that is one of them.
+def _smallest_correction(
+    candidates: Sequence[tuple[tuple[str, ...], float]], offset: float
+) -> tuple[tuple[str, ...], float, float]:
+    """Return the fewest components that correct an answer, the log-odds then, and the offset if it is removed too.
 
     Parameters
     ----------
-    tried
-        Parts, fewest first, with the log-odds of the truth under each set.
-    lean
-        To the answer given, in logits; counts as one part, and goes before a part.
+    candidates
+        Sets of components, smallest first, with the log-odds of the truth under the ablation of each.
+    offset
+        Common bias to the answer, in logits; counts as one component, and is preferred to one.
     """
     nan = float("nan")
-    alone = next(((parts, value) for parts, value in tried if parts and value > 0), None)
-    jointly = next(((parts, value + lean) for parts, value in tried if value + lean > 0), None) if lean > 0 else None
+    alone = next(((parts, value) for parts, value in candidates if parts and value > 0), None)
+    jointly = (
+        next(((parts, value + offset) for parts, value in candidates if value + offset > 0), None)
+        if offset > 0
+        else None
+    )
     if jointly is not None and (alone is None or len(jointly[0]) + 1 <= len(alone[0])):
-        return (*jointly, lean)
+        return (*jointly, offset)
     return (*alone, nan) if alone is not None else ((), nan, nan)
 
 
-def _harmless(model: Lvlm, right: Sequence[Example], usual: Mapping[Site, np.ndarray]) -> frozenset[str]:
-    """Return the parts whose usual values leave right answers right, each true answer counting the same."""
+def _harmless(model: Lvlm, right: Sequence[Example], means: Mapping[Site, np.ndarray]) -> frozenset[str]:
+    """Return the components whose ablation leaves right answers right, with equal weight for each true answer."""
     shares: dict[str, list[np.ndarray]] = {}
     names: list[str] = []
     for members, last, run in _runs(model, right):
-        parts = _parts(model, usual, last)
+        parts = _parts(model, means, last)
         names = list(parts)
         for k, row in zip(members, run(list(parts.values())) <= 0, strict=True):
             shares.setdefault(right[k].answer, []).append(row)
     harm = np.mean([np.mean(rows, axis=0) for rows in shares.values()], axis=0)
-    return frozenset(name for name, h in zip(names, harm, strict=True) if h <= HARM)
+    return frozenset(name for name, h in zip(names, harm, strict=True) if h <= MAX_HARM)
 
 
 def _run_of(model: Lvlm, runner: PatchRunner, inputs: Inputs, last: int, read: Reader) -> Run:
@@ -208,7 +216,7 @@ def _run_of(model: Lvlm, runner: PatchRunner, inputs: Inputs, last: int, read: R
 
 
 def _runs(model: Lvlm, examples: Sequence[Example]) -> Iterator[tuple[list[int], int, Run]]:
-    """Yield examples that share shape and candidates: their numbers, their last position, and how to run changes of them."""
+    """Yield examples with common shape and candidates: their indices, their last position, and a function that runs changes."""
     runner = PatchRunner(model, check="every")
     for batch in model.batches(examples, batch_rows(model, examples, _BATCH, recorded=True)):
         alike: dict[tuple[str, ...], list[int]] = {}
@@ -225,24 +233,24 @@ def _runs(model: Lvlm, examples: Sequence[Example]) -> Iterator[tuple[list[int],
 
 
 def _margins(model: Lvlm, encodings: Sequence[Encoding]) -> Reader:
-    asked = [(answer_key(model, e.example), e.example.answer) for e in encodings]
+    keys = [(answer_key(model, e.example), e.example.answer) for e in encodings]
 
     def read(logits: Tensor) -> Tensor:
         rows = logits[:, :, -1].float()
-        return torch.stack([key.margin(row, answer) for (key, answer), row in zip(asked, rows, strict=True)])
+        return torch.stack([key.margin(row, answer) for (key, answer), row in zip(keys, rows, strict=True)])
 
     return read
 
 
-def _parts(model: Lvlm, usual: Mapping[Site, np.ndarray], last: int) -> dict[str, Row]:
-    """Return for each head, and each MLP that is known, the change that puts it to its usual value."""
-    made: dict[str, Row] = {}
-    for site, mean in usual.items():
+def _parts(model: Lvlm, means: Mapping[Site, np.ndarray], last: int) -> dict[str, Row]:
+    """Return the ablation of each head, and of each MLP with a mean output."""
+    ablations: dict[str, Row] = {}
+    for site, mean in means.items():
         value = torch.tensor(mean, dtype=torch.float32)
         if site.component != "z":
-            made[f"L{site.layer}.mlp"] = (Intervention(site, Replace(value), (last,)),)
+            ablations[f"L{site.layer}.mlp"] = (Intervention(site, Replace(value), (last,)),)
             continue
         for head in range(model.n_heads):
             own = value.unflatten(0, (model.n_heads, -1))[head]
-            made[f"L{site.layer}.H{head}"] = (Intervention(site, Replace(own), (last,), head),)
-    return made
+            ablations[f"L{site.layer}.H{head}"] = (Intervention(site, Replace(own), (last,), head),)
+    return ablations

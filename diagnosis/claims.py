@@ -1,4 +1,4 @@
-"""What a question is about, and what it would take for each of two answers to be true."""
+"""Claims: the concept that a question is about, and the answers that compete."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _YES_NO = {"yes", "no"}
 
 @dataclass(frozen=True)
 class Claim:
-    """One row of a store as a choice between its true answer and others."""
+    """A row of a store as a choice between the true answer and others."""
 
     row: int
     id: str
@@ -24,25 +24,25 @@ class Claim:
     """Level and kind of the question, ``attribute what_color``."""
     level: str
     concept: str
-    """What it is about, ``attribute:red``; of a question with open answers the true one; empty where no label says so."""
+    """Concept of the question, ``attribute:red``; of an open question, its true answer; empty if no label matches."""
     holds: bool
-    """Whether what is asked is true of the image."""
+    """Whether the statement of the question is true of the image."""
     yes_no: bool
     truth: str
-    said: str
+    model_answer: str
     rivals: tuple[str, ...]
-    """Concepts of the other answers; of a wrong answer the one given. None for yes or no."""
+    """Concepts of the other answers; for a wrong answer that of the model's answer. Empty for yes or no."""
     nouns: tuple[str, ...]
-    """For a relation, the two object concepts it is between, in the order of the question."""
+    """For a relation, the concepts of its two objects in the order of the question."""
     margin: float
-    """Log-odds of the truth against the best other answer, as the model has it; below 0 where it is wrong."""
+    """The model's log-odds of the truth against the best other answer; negative for a wrong answer."""
     opposite: str = ""
-    """The value asked for where no label is of it, but of its only alternative, which is then the concept: ``small``."""
+    """Value in the question, ``small``, if only its single alternative has a label; that alternative is then the concept."""
 
     @property
     def right(self) -> bool:
         """Whether the model's answer is the true one."""
-        return self.said == self.truth
+        return self.model_answer == self.truth
 
     @property
     def concept_holds(self) -> bool:
@@ -51,21 +51,21 @@ class Claim:
 
     @property
     def asked(self) -> str:
-        """The concept that is asked for, with a label or without."""
+        """Concept in the question, with or without a label."""
         return f"{self.level}:{self.opposite}" if self.opposite else self.concept
 
     @property
     def named(self) -> str:
-        """The concept that what is asked is true of the image."""
+        """Concept that the statement of the question is true of the image."""
         return f"{self.level}:named"
 
 
 def claims_of(store: ActivationStore, opposites: Mapping[str, str] | None = None) -> list[Claim | None]:
-    """Return what each row of a store is about; None for rows without an answer to choose.
+    """Return the claim of each row of a store; None for rows without an answer of the model.
 
-    The concept of a yes-no question is the longest name among the store's labels of its level that stands in the question; or,
-    where none does, the opposite of an attribute that does (`opposites_of`). Words are compared whole ("bear" is not in
-    "bear-shaped"), and nouns in either number: "Are there bananas" is about the label ``object:banana``.
+    The concept of a yes-no question is the longest label of its level whose name occurs in the question; if there is no such
+    label, the opposite of an attribute that occurs (`opposites_of`). Whole words are compared ("bear" is not in
+    "bear-shaped"), nouns in singular and plural: "Are there bananas" is about the label ``object:banana``.
     """
     opposites = opposites or {}
     others = _Names(opposites)
@@ -75,32 +75,32 @@ def claims_of(store: ActivationStore, opposites: Mapping[str, str] | None = None
         concept = Concept.parse(label)
         if concept.name != "named":
             names.setdefault(concept.level, []).append(concept.name)
-    known = {level: _Names(found, numbers=level == "object") for level, found in names.items()}
+    names_of_level = {level: _Names(level_names, numbers=level == "object") for level, level_names in names.items()}
     kinds = [f"{a} {b}" for a, b in zip(columns["level"], columns["kind"], strict=True)]
     answers: dict[str, set[str]] = {}
     for kind, truth in zip(kinds, columns["answer"], strict=True):
         answers.setdefault(kind, set()).add(str(truth))
-    out: list[Claim | None] = []
+    claims: list[Claim | None] = []
     for row, (kind, question) in enumerate(zip(kinds, columns["question"], strict=True)):
-        level, truth, said = (str(columns[name][row]) for name in ("level", "answer", "model_answer"))
-        if not said:
-            out.append(None)
+        level, truth, model_answer = (str(columns[name][row]) for name in ("level", "answer", "model_answer"))
+        if not model_answer:
+            claims.append(None)
             continue
         yes_no = truth in _YES_NO
         if yes_no:
-            found = _longest(known.get(level), str(question))
-            opposite = _longest(others, str(question)) if level == "attribute" and not found else ""
-            found = found or opposites.get(opposite, "")
-            concept, rivals = (f"{level}:{found}" if found else ""), ()
+            matches = _longest(names_of_level.get(level), str(question))
+            opposite = _longest(others, str(question)) if level == "attribute" and not matches else ""
+            matches = matches or opposites.get(opposite, "")
+            concept, rivals = (f"{level}:{matches}" if matches else ""), ()
             holds = truth == "yes"
         else:
             concept, holds, opposite = f"{level}:{truth}", True, ""
-            wrong = sorted(answers[kind] - {truth}) if said == truth else [said]
+            wrong = sorted(answers[kind] - {truth}) if model_answer == truth else [model_answer]
             rivals = tuple(f"{level}:{name}" for name in wrong)
             concept = concept if concept in columns else ""
-        nouns = _between(known.get("object"), str(question)) if level == "relation" and yes_no else ()
+        nouns = _between(names_of_level.get("object"), str(question)) if level == "relation" and yes_no else ()
         about = (str(columns["id"][row]), str(columns["group"][row]))
-        out.append(
+        claims.append(
             Claim(
                 row,
                 *about,
@@ -110,47 +110,47 @@ def claims_of(store: ActivationStore, opposites: Mapping[str, str] | None = None
                 holds,
                 yes_no,
                 truth,
-                said,
+                model_answer,
                 rivals,
                 nouns,
                 float(columns["margin"][row]),
                 opposite,
             )
         )
-    return out
+    return claims
 
 
 def objects_of(claim: Claim, example: Example) -> tuple[str, ...]:
-    """Return the ids of the objects a relation is between, first the first named; empty where they are not both there."""
+    """Return the ids of the two objects of a relation in the order of the question; empty if one is not in the image."""
     by_noun = {f"object:{o.noun}": o.id for o in example.objects}
-    found = tuple(by_noun[noun] for noun in claim.nouns if noun in by_noun)
-    return found if len(found) == 2 else ()
+    matches = tuple(by_noun[noun] for noun in claim.nouns if noun in by_noun)
+    return matches if len(matches) == 2 else ()
 
 
 def opposites_of(examples: Iterable[Example], labels: Iterable[str]) -> dict[str, str]:
-    """Return attribute values that are no labels, with the one label that is their only alternative: ``{"small": "big"}``."""
+    """Return attribute values without a label, each with the label that is its only alternative: ``{"small": "big"}``."""
     kinds: dict[str, set[str]] = {}
-    for value, kind in values_seen(examples).items():
+    for value, kind in attribute_kinds(examples).items():
         kinds.setdefault(kind, set()).add(value)
     labelled = {Concept.parse(c).name for c in labels if c.startswith("attribute:")}
     pairs = (sorted(values, key=lambda v: v in labelled) for values in kinds.values() if len(values) == 2)
     return {a: b for a, b in pairs if a not in labelled and b in labelled}
 
 
-def values_seen(examples: Iterable[Example]) -> dict[str, str]:
-    """Return for each attribute value what kind of attribute it is: ``{"green": "color"}``."""
+def attribute_kinds(examples: Iterable[Example]) -> dict[str, str]:
+    """Return the kind of each attribute value: ``{"green": "color"}``."""
     return {value: kind for e in examples for o in e.objects for kind, value in o.attributes.items()}
 
 
 class _Names:
-    """Names of concepts, to be found in questions as whole words.
+    """Names of concepts, searched in questions as whole words.
 
     Parameters
     ----------
     names
         The names.
     numbers
-        Whether they are nouns, which count in singular and plural.
+        Whether they are nouns, which match in singular and plural.
     """
 
     def __init__(self, names: Iterable[str], *, numbers: bool = False) -> None:
@@ -161,14 +161,14 @@ class _Names:
         self._longest = max((words.count(" ") + 1 for words in self._names), default=0)
 
     def find(self, question: str) -> list[str]:
-        """Return the names in a question, in order, the longest at each place."""
+        """Return the names in a question in order, the longest at each position."""
         words = tokenize_words(question)
         names: list[str] = []
         start = 0
         while start < len(words):
             lengths = range(min(self._longest, len(words) - start), 0, -1)
-            found = ((length, self._name(" ".join(words[start : start + length]))) for length in lengths)
-            length, name = next(((length, name) for length, name in found if name is not None), (1, None))
+            matches = ((length, self._name(" ".join(words[start : start + length]))) for length in lengths)
+            length, name = next(((length, name) for length, name in matches if name is not None), (1, None))
             names += [] if name is None else [name]
             start += length
         return names
@@ -183,5 +183,5 @@ def _longest(names: _Names | None, question: str) -> str:
 
 
 def _between(names: _Names | None, question: str) -> tuple[str, ...]:
-    found = dict.fromkeys(f"object:{name}" for name in names.find(question)) if names else {}
-    return tuple(found) if len(found) == 2 else ()
+    matches = dict.fromkeys(f"object:{name}" for name in names.find(question)) if names else {}
+    return tuple(matches) if len(matches) == 2 else ()

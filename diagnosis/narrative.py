@@ -1,4 +1,4 @@
-"""A diagnosis in plain words, for people who have not read how it was made."""
+"""Explain a diagnosis in sentences, for readers who do not know the method."""
 
 from __future__ import annotations
 
@@ -22,99 +22,105 @@ _STAGE_NAMES = {
 
 
 def named_stages(stages: Sequence[str]) -> str:
-    """Name stages in words: ``the vision tower, the projector and the image's tokens``."""
+    """Return the names of stages: ``the vision tower, the projector and the image's tokens``."""
     names = [_STAGE_NAMES[stage] for stage in stages]
     return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]])) if names else ""
 
 
-def explain(one: Diagnosis) -> str:
-    """Return some sentences: what each part of the model shows, what pushed the answer, what it would say without the image."""
-    asked = f"Asked '{one.example['question']}', the model says '{one.said}'"
-    if one.verdict is None:
-        return f"{asked}, which is right."
-    true = f" ({one.fact})" if one.fact else ""
-    parts = [f"{asked}; right is '{one.example['truth']}'{true}.", *_way(one)]
-    if one.lean > 0 and not one.undone_by:
-        parts.append(
-            f"Right or not, answers to such questions lean to '{one.said}' by {one.lean:.1f} logits: without that, the answer "
-            "would be right."
+def explain(diagnosis: Diagnosis) -> str:
+    """Return some sentences: what each stage shows, which components favor the answer, and the answer without the image."""
+    answer = diagnosis.model_answer
+    question = f"Asked '{diagnosis.example['question']}', the model says '{answer}'"
+    if diagnosis.verdict is None:
+        return f"{question}, which is right."
+    attribute = f" ({diagnosis.attribute_clause})" if diagnosis.attribute_clause else ""
+    sentences = [f"{question}; right is '{diagnosis.example['truth']}'{attribute}.", *_stage_sentences(diagnosis)]
+    if diagnosis.offset > 0 and not diagnosis.corrected_by:
+        sentences.append(
+            f"All answers to such questions have an offset of {diagnosis.offset:.1f} logits towards '{answer}': without it, the "
+            "answer would be right."
         )
-    elif one.undone_by:
-        many = len(one.undone_by) > 1
-        lean = f" and without the {one.lean:.1f} logits by which all such answers lean to it" if one.lean > 0 else ""
-        parts.append(
-            f"{_listed(one.undone_by)} push{'' if many else 'es'} towards '{one.said}': as {'they' if many else 'it'} usually "
-            f"{'are' if many else 'is'}{lean}, the answer would be right."
+    elif diagnosis.corrected_by:
+        several = len(diagnosis.corrected_by) > 1
+        offset = f" and without the common offset of {diagnosis.offset:.1f} logits" if diagnosis.offset > 0 else ""
+        sentences.append(
+            f"{_listed(diagnosis.corrected_by)} favor{'' if several else 's'} '{answer}': with "
+            f"{'their mean outputs' if several else 'its mean output'}{offset}, the answer would be right."
         )
-    elif one.pushes:
-        parts.append(
-            f"{_listed([one.pushes[0].part])} pushes most towards '{one.said}', but does not explain it alone."
+    elif diagnosis.pushes:
+        sentences.append(
+            f"{_listed([diagnosis.pushes[0].part])} favors '{answer}' most, but does not explain it alone."
         )
-    if one.without_image:
-        also = "also " if one.without_image == one.said else ""
-        parts.append(f"Without the image it would {also}say '{one.without_image}'.")
-    if one.unread and not one.reason:
-        parts.append(f"Not read: {named_stages(one.unread)}; what they know of this is not part of the verdict.")
-    parts.append(f"Verdict: {verdict_of(one)}{f'; {one.reason}' if one.reason else ''}.")
-    return " ".join(parts)
+    if diagnosis.without_image:
+        also = "also " if diagnosis.without_image == answer else ""
+        sentences.append(f"Without the image it would {also}say '{diagnosis.without_image}'.")
+    if diagnosis.unread and not diagnosis.reason:
+        sentences.append(f"Not read: {named_stages(diagnosis.unread)}; the verdict does not depend on them.")
+    sentences.append(f"Verdict: {verdict_of(diagnosis)}{f'; {diagnosis.reason}' if diagnosis.reason else ''}.")
+    return " ".join(sentences)
 
 
-def verdict_of(one: Diagnosis) -> str:
-    """Return the verdict and how sure it is; of a verdict with a reason, which names no cause, the verdict alone."""
-    return str(one.verdict) if one.reason else f"{one.verdict} ({100 * one.confidence:.0f} % sure)"
+def verdict_of(diagnosis: Diagnosis) -> str:
+    """Return the verdict with its confidence, or without if it has a reason instead of a cause."""
+    if diagnosis.reason:
+        return str(diagnosis.verdict)
+    return f"{diagnosis.verdict} ({100 * diagnosis.confidence:.0f} % sure)"
 
 
-def _way(one: Diagnosis) -> list[str]:
-    """Say what is known along the way, as far as anything reads it."""
-    states = dict(one.stages)
+def _stage_sentences(diagnosis: Diagnosis) -> list[str]:
+    """Return what the probes of each stage show."""
+    states = dict(diagnosis.stages)
     if not states:
         return []
-    said = []
+    truth, claim = diagnosis.true_clause, diagnosis.answer_clause
+    sentences = []
     vision = {
-        "truth": f"The vision tower shows that {one.shows}.",
-        "other": f"In the vision tower it looks as if {one.says}.",
-        "unclear": f"The vision tower does not clearly show whether {one.says}.",
-        "gone": f"Nothing in the vision tower, or after it, tells whether {one.says}.",
+        "truth": f"The vision tower shows that {truth}.",
+        "other": f"The vision tower shows instead that {claim}.",
+        "unclear": f"The vision tower does not clearly show whether {claim}.",
+        "gone": f"Neither the vision tower nor any later stage shows whether {claim}.",
     }
     if states["vision"] in vision:
-        said.append(vision[states["vision"]])
+        sentences.append(vision[states["vision"]])
     if states["vision"] == "gone":
-        return said
-    known = states["vision"] == "truth"
-    for stage, place in (("projector", "After the projector"), ("image", "At the decoder's image tokens")):
+        return sentences
+    decodable = states["vision"] == "truth"
+    for stage, place in (("projector", "after the projector"), ("image", "at the image tokens of the decoder")):
         later = list(states)[list(states).index(stage) + 1 :]
-        if known and states[stage] in ("other", "gone", "unclear") and not any(states[s] == "truth" for s in later):
-            said.append(f"{place} it is no longer known.")
-            known = False
-        elif not known and states[stage] == "truth":
-            said.append(f"{place} it is known that {one.shows}.")
-            known = True
+        lost = states[stage] in ("other", "gone", "unclear") and not any(states[s] == "truth" for s in later)
+        if decodable and lost:
+            sentences.append(f"This is no longer decodable {place}.")
+            decodable = False
+        elif not decodable and states[stage] == "truth":
+            sentences.append(f"It is decodable {place} that {truth}.")
+            decodable = True
     if states["last"] == "truth":
-        layer = one.flip.split(".")[1].removeprefix("L") if one.flip else "?"
-        said.append(f"Where the answer is read, layer {layer} still knows that {one.shows}.")
-    elif states["last"] != "unknown" and known:
-        said.append("Where the answer is read, no layer ever knows it.")
-    return said
+        site = diagnosis.last_true_site
+        layer = site.split(".")[1].removeprefix("L") if site else "?"
+        sentences.append(f"At the last token, it is decodable up to layer {layer} that {truth}.")
+    elif states["last"] != "unknown" and decodable:
+        sentences.append("At the last token, it is decodable in no layer.")
+    return sentences
 
 
-def in_words(claim: Claim, example: Example, kinds: dict[str, str]) -> tuple[str, str, str]:
-    """Return as clauses what is true of the image, what the answer claims, and the attribute that the object has.
+def describe_claim(claim: Claim, example: Example, kinds: dict[str, str]) -> tuple[str, str, str]:
+    """Return as clauses the truth, the claim of the answer, and the true attribute of the object.
 
     Parameters
     ----------
     claim, example
-        The question.
+        The claim and the example of the question.
     kinds
         Attribute value to kind of attribute (``green`` to ``color``).
     """
     name = claim.asked.partition(":")[2]
-    thing = example.named_object()
-    noun = thing.noun if thing is not None else "it"
-    the, verb = ("it", "is") if thing is None else (f"the {noun}", be(noun))
+    target = example.named_object()
+    noun = target.noun if target is not None else "it"
+    the, verb = ("it", "is") if target is None else (f"the {noun}", be(noun))
     if not name:
-        return f"'{claim.truth}' is right", f"'{claim.said}' is right", ""
+        return f"'{claim.truth}' is right", f"'{claim.model_answer}' is right", ""
     if not claim.yes_no:
-        return f"{the} {verb} {claim.truth}", f"{the} {verb} {claim.said}", ""
+        return f"{the} {verb} {claim.truth}", f"{the} {verb} {claim.model_answer}", ""
     if claim.level == "object":
         words = existence_clause(name), absence_clause(name)
     elif claim.level == "relation" and len(claim.nouns) == 2:
@@ -122,13 +128,13 @@ def in_words(claim: Claim, example: Example, kinds: dict[str, str]) -> tuple[str
         words = f"the {a} {be(a)} {name} the {b}", f"the {a} {be(a)} not {name} the {b}"
     else:
         words = f"{the} {verb} {name}", f"{the} {verb} not {name}"
-    own = thing.attributes.get(kinds.get(name, ""), "") if thing is not None and claim.level == "attribute" else ""
-    fact = f"{the} {verb} {own}" if own and own != name else ""
-    return (*words, fact) if claim.holds else (words[1], words[0], fact)
+    own = target.attributes.get(kinds.get(name, ""), "") if target is not None and claim.level == "attribute" else ""
+    attribute = f"{the} {verb} {own}" if own and own != name else ""
+    return (*words, attribute) if claim.holds else (words[1], words[0], attribute)
 
 
 def _listed(parts: Sequence[str]) -> str:
-    """Name heads and MLPs: ``Heads L5.H2, L6.H0``."""
+    """Return the names of heads and MLPs: ``Heads L5.H2, L6.H0``."""
     heads = [p for p in parts if not p.endswith(".mlp")]
     layers = [p[1:].partition(".")[0] for p in parts if p.endswith(".mlp")]
     named = [f"head{'s' if len(heads) > 1 else ''} {', '.join(heads)}"] if heads else []

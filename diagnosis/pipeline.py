@@ -1,8 +1,8 @@
-"""Why an answer is wrong: where on its way through the model the truth is still known, and what turned the answer.
+"""Diagnose wrong answers: the stage at which the truth is no longer decodable, and the components that override it.
 
-The image passes through four stages: the vision tower, the projector, the decoder's image tokens, and the last token, where
-the answer is read. At each, probes say how strongly the truth is read against the answer given. The verdict is where that
-ends; causal checks say what ended it.
+The image passes the vision tower, the projector, the image tokens of the decoder, and the last token, at which the answer is
+computed. At each stage, probes measure how strongly the truth is decodable relative to the model's answer. Causal checks find
+the components that turn the answer at the last token.
 """
 
 from __future__ import annotations
@@ -22,35 +22,37 @@ from circuits.patching.activation import check_evaluating
 from concepts.counterfactuals import EditedImage
 from concepts.schema import Example
 from diagnosis.calibration import Calibration, calibrate
-from diagnosis.causal_check import Undone, leans, undo, usual_values
+from diagnosis.causal_check import Correction, answer_offsets, find_corrections, mean_outputs
 from diagnosis.checks import check_known, check_sites, check_store
-from diagnosis.claims import Claim, claims_of, opposites_of, values_seen
-from diagnosis.narrative import in_words
-from diagnosis.probe_sets import EVERY, ProbeSet, check_origin, probe_sets
+from diagnosis.claims import Claim, attribute_kinds, claims_of, opposites_of
+from diagnosis.narrative import describe_claim
+from diagnosis.probe_sets import ALL_IMAGE_TOKENS, ProbeSet, check_origin, probe_sets
 from diagnosis.readings import Margins, read_live, read_stored, read_tokens
 from diagnosis.results import OTHER, STAGES, Diagnoses, Diagnosis, Place, Reading
 from diagnosis.verdicts import (
-    OwnExamples,
+    ConceptAccuracy,
     belief,
+    concept_accuracy,
     judge,
-    own_examples,
     place_of_concept,
+    prior_suggests,
     stage_state,
     state_of,
-    suggests,
 )
 from groundscope.core.errors import DataError
 from groundscope.core.progress import progress_bar
+from groundscope.core.text import nearest
 from lvlm.answer_keys import answer_key
 from lvlm.finite_logits import check_finite
 from lvlm.model import Lvlm
 
-CALIBRATE = 150
-"""Held-out examples of a kind whose image tokens are read from the model; a store keeps one vector an example."""
+MAX_CALIBRATION = 150
+"""Largest number of calibration examples per kind whose image tokens are read from the model, because a store has one vector
+per example."""
 PARTS = ("image", "prompt", "prior", "log_odds")
-"""What is kept of an answer's sources."""
-CHECKED = 32
-"""Right answers of a kind on which it is seen what a part does beside."""
+"""Fields of an answer's sources in a diagnosis."""
+MAX_CHECKED = 32
+"""Largest number of right answers per kind on which other effects of a component are measured."""
 
 
 def diagnose(
@@ -60,311 +62,333 @@ def diagnose(
     answers: Sequence[Example],
     *,
     with_sources: bool = True,
-    compared: Collection[str] = (),
+    compare_ids: Collection[str] = (),
     seed: int = 0,
     progress: bool | None = None,
 ) -> Diagnoses:
-    """Say of each wrong answer whether the truth was not seen, lost, not integrated or overridden, with the evidence.
+    """Diagnose each wrong answer: not seen, lost at the projector, not integrated, or overridden, with the evidence.
 
     ``not seen``
-        the vision tower's probe of this concept reads another answer, or is at chance with so narrow an interval that the
-        tower does not carry the concept, and no probe after it reads the truth;
+        The probe of the concept at the vision tower decodes another answer, or has chance accuracy with an interval so narrow
+        that the tower does not encode the concept; and no later probe decodes the truth.
     ``lost at the projector``
-        the tower reads it, the projector and all after it do not;
+        The truth is decodable in the vision tower, but not at the projector or any later stage.
     ``not integrated``
-        it is read at the image's tokens, at the last token never;
+        The truth is decodable at the image tokens, but in no layer of the last token.
     ``overridden by the prior``
-        the last token reads it at some layer, the model answers otherwise, and taking away what all answers to such questions
-        lean to, or putting a few named heads or MLPs to their usual values at the last token, undoes that (parts that right
-        answers need as well do not count); and there is evidence of a prior: the answer about a blank picture is the same,
-        and where sources are split, prior and prompt speak for it more than the image does;
+        The truth is decodable in some layer of the last token, and the model answers otherwise; removing the common offset of
+        all answers to such questions, or setting a few named heads or MLPs to their mean output at the last token, corrects
+        the answer (components that right answers need are excluded). The words alone suggest the wrong answer: the answer
+        about a blank image is the same, and prior and prompt favor it more than the image does, if sources are computed.
     ``overridden late``
-        the same without evidence of a prior;
+        The same, but the words alone do not suggest the answer.
     ``not readable``
-        the stage that decides has no probe of this concept, or only one whose interval says nothing;
+        The deciding stage has no probe of the concept, or only one with an uninformative interval.
     ``other``
-        anything else, with the reason.
+        All other cases, with the reason.
 
-    A place is read where its held-out accuracy is above chance; its log-odds are calibrated on the held-out examples of
-    the same kind of question, and its threshold is such that 1 in 20 right answers falls beyond it on the wrong side. What is
-    read at a later stage was there at every one before it, so a stage that no probe reads although a later one does is a
-    blind spot of its probes and says nothing. Probes that are shown to be at chance at a stage, where none after it reads the
-    concept, say that it is not there: the probes are fitted on the model that is diagnosed. Stages that no probe reads are
-    named in every verdict (`Diagnosis.unread`).
+    A place is readable if its held-out accuracy is above chance. Its log-odds are calibrated on held-out examples of the same
+    kind of question; 1 in 20 right answers is beyond its threshold on the wrong side. What is decodable at a stage must have
+    passed all earlier stages, so a stage without decodable truth before a stage with it is no evidence. Chance accuracy at a
+    stage, with no later readable stage, is evidence of absence, because the probes are fitted on this model. Every verdict
+    lists the stages without a readable probe (`Diagnosis.unread`).
 
     Parameters
     ----------
     model
-        In evaluation mode.
+        Model in evaluation mode.
     store
-        Of this model, with the sites of the directions and ``decoder.z`` at ``last`` (and ``mlp_out``, where MLPs are to be
-        named). What the model answered is read from it.
+        Store of this model with the sites of the directions and ``decoder.z`` at ``last``, and with ``mlp_out`` if MLPs should
+        be named. The model's answers are read from it.
     directions
-        Probes, with the groups they were fitted to: attributes at ``object:mean``, nouns at ``image:mean`` or, read at each
-        of the image's tokens, at ``image:all``; at ``last`` ``<level>:named`` for yes-no questions and the answers' concepts
-        for others. Relations are read from where the two objects' nouns are found.
+        Directions with their training groups, such as those of `fit_directions`: attributes at ``object:mean``; nouns at
+        ``image:mean``, or at ``image:all`` to read every image token; at ``last`` ``<level>:named`` for yes-no questions and
+        the concepts of the answers for others. Relations are decoded from the image tokens of the two nouns.
     answers
-        Examples of the store. Right ones get no verdict and help to calibrate.
+        Examples of the store. Right answers get no verdict and are used for calibration. Examples without candidate answers
+        are left out; the provenance has their number.
     with_sources
-        Also split each wrong answer's log-odds into image, prompt and prior (`circuits.input_attribution.attribute`).
-    compared
-        Ids of right answers whose log-odds are split too, to compare those of wrong ones with.
+        Whether to attribute the log-odds of each wrong answer to image, prompt and prior
+        (`circuits.input_attribution.attribute`).
+    compare_ids
+        Ids of right answers whose log-odds are attributed too.
     seed
-        Decides which neutral questions are asked, and which right answers calibrate where there are many.
+        Seed of the choice of neutral questions, and of right answers for calibration.
     progress
-        Show progress; by default where standard error is a terminal.
+        Whether to show progress; by default on a terminal only.
 
     Raises
     ------
     StoreError
         For a store of another model.
     SiteError
-        For sites that the store lacks: it names them and the command that traces them.
+        For sites that the store lacks; the message has the command that traces them.
     ProbeError
-        For no directions, directions of another model, or two for the same.
+        For no directions, directions of another model, or two directions for the same concept and place.
     DataError
-        For answers that are not in the store, or right ones to compare with that are no answers.
+        For examples that are not in the store, or `compare_ids` that are not among the answers.
     PatchError
         For a model in training mode.
+
+    Examples
+    --------
+    Trace, fit probes, and diagnose the answers about all other images::
+
+        store = gs.trace(model, data, sites=["resid_post", "z", "mlp_out", "vision.resid_post", "projector.out"],
+                         tokens=["last", "object:mean"], out="activations")
+        directions = gs.fit_directions(store)
+        diagnoses = gs.diagnose(model, store, directions, [e for e in data if e.group not in directions.train_groups])
+        print(diagnoses.text(0))
     """
     check_evaluating(model)
     check_store(model, store)
     check_origin(model, store, directions)
     sets = probe_sets(directions)
     check_sites(store, sets)
+    open_ended = [e for e in answers if len(e.candidates) < 2]
+    answers = [e for e in answers if len(e.candidates) > 1]
     claims = {c.id: c for c in claims_of(store, opposites_of(answers, store.labels)) if c is not None}
     check_known(answers, claims)
-    asked = {e.id: e for e in answers}
-    if unknown := next((name for name in compared if name not in asked), None):
-        msg = f"'{unknown}' is to be compared, but is none of the answers"
+    example_of = {e.id: e for e in answers}
+    if unknown := next((name for name in compare_ids if name not in example_of), None):
+        msg = f"compare_ids: '{unknown}' is not among the answers{nearest(unknown, example_of)}"
         raise DataError(msg)
     wrong = [e for e in answers if not claims[e.id].right]
     kinds = list(dict.fromkeys(claims[e.id].kind for e in wrong))
-    steps = 4 + int(with_sources)
     with progress_bar(progress) as bar:
-        task = bar.add_task("diagnosing", total=steps)
-        live = _pictures(sets, claims, asked, wrong, seed)
+        task = bar.add_task("diagnosing", total=4 + int(with_sources))
+        live = _live_examples(sets, claims, example_of, wrong, seed)
         tokens = read_tokens(model, sets, live)
         bar.advance(task)
         margins = {
-            id(s): read_live(tokens, s, [claims[e.id] for e in live], asked)
-            if s.tokens == EVERY
+            id(s): read_live(tokens, s, [claims[e.id] for e in live], example_of)
+            if s.tokens == ALL_IMAGE_TOKENS
             else read_stored(store, s, [c for c in claims.values() if c.kind in kinds])
             for s in sets
         }
         by_row = {c.row: c for c in claims.values()}
-        found = {kind: _stages(kind, sets, margins, by_row) for kind in kinds}
+        stages_of = {kind: _stages(kind, sets, margins, by_row) for kind in kinds}
         bar.advance(task)
-        usual = usual_values(model, store, list(claims.values()), kinds)
-        by_kind = leans(list(claims.values()), kinds)
-        leaning = [by_kind.get(claims[e.id].kind, {}).get(claims[e.id].said, 0.0) for e in wrong]
-        right = _right(answers, claims, kinds, seed)
-        undone = undo(model, wrong, [claims[e.id].kind for e in wrong], usual, right, leaning)
+        means = mean_outputs(model, store, list(claims.values()), kinds)
+        table = answer_offsets(list(claims.values()), kinds)
+        offsets = [table.get(claims[e.id].kind, {}).get(claims[e.id].model_answer, 0.0) for e in wrong]
+        right = _right_answers(answers, claims, kinds, seed)
+        corrections = find_corrections(model, wrong, [claims[e.id].kind for e in wrong], means, right, offsets)
         bar.advance(task)
-        blind = _without_image(model, wrong)
+        blank_answers = _without_image(model, wrong)
         bar.advance(task)
-        split = [*wrong, *(asked[name] for name in compared if claims[name].right)]
-        shares = _sources(model, store, claims, split, seed) if with_sources else {}
-    made, seen = [], values_seen(answers)
-    each = dict(zip([e.id for e in wrong], zip(undone, blind, leaning, strict=True), strict=True))
+        attributed = [*wrong, *(example_of[name] for name in compare_ids if claims[name].right)]
+        sources = _sources(model, store, claims, attributed, seed) if with_sources else {}
+    kind_of_attribute = attribute_kinds(answers)
+    evidence = dict(zip([e.id for e in wrong], zip(corrections, blank_answers, offsets, strict=True), strict=True))
+    diagnoses = []
     for example in answers:
         claim = claims[example.id]
-        about = Diagnosis(_about(example), claim.said, claim.asked, None, math.nan)
-        if example.id in each:
-            change, said, lean = each[example.id]
-            if change is None and claim.margin + lean > 0:  # no right answer shows what a part does; a lean needs none
-                change = Undone(claim.margin, (), (), claim.margin + lean, lean)
-            shows, says, fact = in_words(claim, example, seen)
-            about = replace(about, shows=shows, says=says, fact=fact)
-            about = replace(about, without_image=said, sources=shares.get(example.id, {}))
-            about = _judged(about, claim, found[claim.kind], change)
-        made.append(replace(about, sources=shares.get(example.id, {})))
-    places = tuple(place for stages in found.values() for place in stages.places)
+        diagnosis = Diagnosis(_about(example), claim.model_answer, claim.asked, None, math.nan)
+        if example.id in evidence:
+            correction, blank_answer, offset = evidence[example.id]
+            # An offset needs no right answers, which show the other effects of a component.
+            if correction is None and claim.margin + offset > 0:
+                correction = Correction(claim.margin, (), (), claim.margin + offset, offset)
+            true_clause, answer_clause, attribute_clause = describe_claim(claim, example, kind_of_attribute)
+            diagnosis = replace(
+                diagnosis,
+                true_clause=true_clause,
+                answer_clause=answer_clause,
+                attribute_clause=attribute_clause,
+                without_image=blank_answer,
+                sources=sources.get(example.id, {}),
+            )
+            diagnosis = _judge_answer(diagnosis, claim, stages_of[claim.kind], correction)
+        diagnoses.append(replace(diagnosis, sources=sources.get(example.id, {})))
+    places = tuple(place for stages in stages_of.values() for place in stages.places)
     digest = hashlib.sha256(
         b"".join(d.vector.tobytes() + f"{d.site}|{d.tokens}|{d.concept}".encode() for d in directions)
     )
-    about = {"store": store.digest, "directions": digest.hexdigest(), "seed": seed, "sources": with_sources}
-    return Diagnoses(tuple(made), places, model.name, model.config_hash, model.weights_hash, about)
+    provenance = {"store": store.digest, "directions": digest.hexdigest(), "seed": seed, "sources": with_sources}
+    if open_ended:
+        provenance["without_answer"] = len(open_ended)
+    return Diagnoses(tuple(diagnoses), places, model.name, model.config_hash, model.weights_hash, provenance)
 
 
 @dataclass(frozen=True, eq=False)
 class _Stages:
-    """All places for one kind of question: how each is calibrated, and what it says of each row."""
+    """The places for one kind of question, with their calibration and their log-odds for each row."""
 
     sets: tuple[ProbeSet, ...]
     places: tuple[Place, ...]
     odds: tuple[Mapping[int, float], ...]
-    """Of each place, row of the store to log-odds of the truth; rows of concepts without a probe there are missing."""
-    own: tuple[Mapping[str, OwnExamples], ...]
-    """Of each place, how well it reads the held-out examples of a concept."""
-    trained: frozenset[str]
+    """For each place, row of the store to log-odds of the truth; rows without a probe of their concept are missing."""
+    by_concept: tuple[Mapping[str, ConceptAccuracy], ...]
+    """For each place, the accuracy on the held-out examples of each concept."""
+    train_groups: frozenset[str]
     """Groups that a probe was fitted to."""
 
 
 def _stages(
     kind: str, sets: Sequence[ProbeSet], margins: Mapping[int, Margins], claims: Mapping[int, Claim]
 ) -> _Stages:
-    places, odds, own, trained = [], [], [], set()
-    mine = [s for s in sets if any(claims[r].kind == kind for r in margins[id(s)].rows)]
-    # Probes fitted to just this kind of question leave out those fitted to any at the same place.
-    special = {(s.site, s.tokens) for s in mine if s.kind}
-    mine = [s for s in mine if s.kind or (s.site, s.tokens) not in special]
-    for s in mine:
-        read = margins[id(s)]
-        at = [i for i, row in enumerate(read.rows) if claims[row].kind == kind]
-        held = [i for i in at if claims[read.rows[i]].group not in s.train_groups]
-        some = [claims[read.rows[i]] for i in held]
-        fitted = calibrate(
-            [read.values[i] for i in held],
-            read.classes[held],
-            [c.group for c in some],
-            np.array([c.right for c in some], bool),
-            sum(other.stage == s.stage for other in mine),
+    """Calibrate every place for one kind of question, and choose one place per stage except at the last token."""
+    places, odds, by_concept, train_groups = [], [], [], set()
+    sets_of_kind = [s for s in sets if any(claims[r].kind == kind for r in margins[id(s)].rows)]
+    # Probes fitted to this kind of question take precedence over those fitted to all questions at the same place.
+    special = {(s.site, s.tokens) for s in sets_of_kind if s.kind}
+    sets_of_kind = [s for s in sets_of_kind if s.kind or (s.site, s.tokens) not in special]
+    for s in sets_of_kind:
+        here = margins[id(s)]
+        indices = [i for i, row in enumerate(here.rows) if claims[row].kind == kind]
+        held_out = [i for i in indices if claims[here.rows[i]].group not in s.train_groups]
+        held_out_claims = [claims[here.rows[i]] for i in held_out]
+        calibration = calibrate(
+            [here.values[i] for i in held_out],
+            here.classes[held_out],
+            [c.group for c in held_out_claims],
+            np.array([c.right for c in held_out_claims], bool),
+            sum(other.stage == s.stage for other in sets_of_kind),
         )
-        trained |= s.train_groups
-        places.append((s, fitted))
-        own.append(_by_concept(s, fitted, [read.values[i] for i in held], read.classes[held], some))
-        odds.append({read.rows[i]: fitted.log_odds(float(read.values[i].mean()), read.classes[i]) for i in at})
-    named = {c for claim in claims.values() if claim.kind == kind for c in (claim.concept, claim.named, *claim.rivals)}
+        train_groups |= s.train_groups
+        places.append((s, calibration))
+        values = [here.values[i] for i in held_out]
+        by_concept.append(_accuracy_by_concept(s, calibration, values, here.classes[held_out], held_out_claims))
+        odds.append(
+            {here.rows[i]: calibration.log_odds(float(here.values[i].mean()), here.classes[i]) for i in indices}
+        )
+    concepts = {
+        c for claim in claims.values() if claim.kind == kind for c in (claim.concept, claim.named, *claim.rivals)
+    }
+    concepts |= {noun for claim in claims.values() if claim.kind == kind for noun in claim.nouns}
     best = {}
     for stage in STAGES:
-        there = [(s, f) for s, f in places if s.stage == stage]
-        if there:
-            nouns = tuple(named | {n for claim in claims.values() if claim.kind == kind for n in claim.nouns})
-            best[stage] = max(there, key=lambda p: (p[1].readable, p[0].validation(nouns)))[0]
+        candidates = [(s, c) for s, c in places if s.stage == stage]
+        if candidates:
+            best[stage] = max(candidates, key=lambda p: (p[1].readable, p[0].validation(tuple(concepts))))[0]
     return _Stages(
         tuple(s for s, _ in places),
-        tuple(_place(kind, s, f, chosen=s.stage == "last" or best[s.stage] is s) for s, f in places),
+        tuple(_place(kind, s, c, chosen=s.stage == "last" or best[s.stage] is s) for s, c in places),
         tuple(odds),
-        tuple(own),
-        frozenset(trained),
+        tuple(by_concept),
+        frozenset(train_groups),
     )
 
 
-def _by_concept(
-    s: ProbeSet, fitted: Calibration, values: Sequence[np.ndarray], sides: np.ndarray, claims: Sequence[Claim]
-) -> dict[str, OwnExamples]:
-    """Count the held-out examples of each concept that is read at a place."""
+def _accuracy_by_concept(
+    s: ProbeSet, calibration: Calibration, values: Sequence[np.ndarray], classes: np.ndarray, claims: Sequence[Claim]
+) -> dict[str, ConceptAccuracy]:
+    """Return the accuracy on the held-out examples of each concept that is decoded at a place."""
     members: dict[str, list[int]] = {}
     for i, claim in enumerate(claims):
-        members.setdefault(_read_as(s, claim), []).append(i)
-    read = np.array([fitted.reads(v, side) for v, side in zip(values, sides, strict=True)])
-    two = len(set(sides.tolist())) == 2
+        members.setdefault(_decoded_concept(s, claim), []).append(i)
+    shares = np.array([calibration.reads(v, c) for v, c in zip(values, classes, strict=True)])
+    two = len(set(classes.tolist())) == 2
     return {
-        concept: own_examples(read[at], sides[at], [claims[i].group for i in at], two=two)
+        concept: concept_accuracy(shares[at], classes[at], [claims[i].group for i in at], two=two)
         for concept, at in members.items()
     }
 
 
-def _read_as(s: ProbeSet, claim: Claim) -> str:
-    """Name what a claim is read by at a place; relations, which are read by pairs of nouns, are one."""
+def _decoded_concept(s: ProbeSet, claim: Claim) -> str:
+    """Return the concept that decides a claim at a place; relations, which are decided by two nouns, share one name."""
     concepts = s.concepts_for(claim)
     return "" if concepts == claim.nouns or not concepts else concepts[0]
 
 
-def _place(kind: str, s: ProbeSet, f: Calibration, *, chosen: bool) -> Place:
-    return Place(
-        kind,
-        s.stage,
-        s.site,
-        s.tokens,
-        s.layer,
-        f.n,
-        f.accuracy,
-        f.low,
-        f.high,
-        f.slope,
-        f.threshold,
-        f.readable,
-        chosen,
-    )
+def _place(kind: str, s: ProbeSet, c: Calibration, *, chosen: bool) -> Place:
+    quality = (c.n, c.accuracy, c.low, c.high, c.slope, c.threshold, c.readable)
+    return Place(kind, s.stage, s.site, s.tokens, s.layer, *quality, chosen)
 
 
-def _judged(about: Diagnosis, claim: Claim, stages: _Stages, change: Undone | None) -> Diagnosis:
-    """Put the evidence together."""
-    readings, read_by = [], []
-    for s, place, odds, own in zip(stages.sets, stages.places, stages.odds, stages.own, strict=True):
+def _judge_answer(diagnosis: Diagnosis, claim: Claim, stages: _Stages, correction: Correction | None) -> Diagnosis:
+    """Return a diagnosis with its verdict and the evidence."""
+    readings, readable_places = [], []
+    for s, place, odds, by_concept in zip(stages.sets, stages.places, stages.odds, stages.by_concept, strict=True):
         if claim.row not in odds:
             continue  # no probe of this concept
-        here = place_of_concept(place, own.get(_read_as(s, claim), OwnExamples(0, math.nan, 0.0)))
+        accuracy = by_concept.get(_decoded_concept(s, claim), ConceptAccuracy(0, math.nan, 0.0))
+        here = place_of_concept(place, accuracy)
         state = state_of(here or place, odds[claim.row])
         readings.append(Reading(place.stage, place.site, place.tokens, place.layer, *state))
-        read_by += [here] if here is not None else []
+        readable_places += [here] if here is not None else []
     chosen = {(p.site, p.tokens) for p in stages.places if p.chosen}
-    judged = [r for r in readings if (r.site, r.tokens) in chosen]
-    states = {stage: stage_state([r.state for r in judged if r.stage == stage], read_by, stage) for stage in STAGES}
-    sure = {stage: belief([r for r in judged if r.stage == stage], states[stage], read_by, stage) for stage in STAGES}
-    flip = next((r.site for r in reversed(judged) if r.stage == "last" and r.state == "truth"), "")
-    undone = change is not None and change.undone > 0
-    prior = suggests(about.said, about.without_image, about.sources)
-    verdict, confidence, reason = judge(states, sure, undone=undone, prior=prior)
-    if claim.group in stages.trained:
+    chosen_readings = [r for r in readings if (r.site, r.tokens) in chosen]
+    readings_of = {stage: [r for r in chosen_readings if r.stage == stage] for stage in STAGES}
+    states = {stage: stage_state([r.state for r in readings_of[stage]], readable_places, stage) for stage in STAGES}
+    beliefs = {stage: belief(readings_of[stage], states[stage], readable_places, stage) for stage in STAGES}
+    last_true_site = next((r.site for r in reversed(readings_of["last"]) if r.state == "truth"), "")
+    corrected = correction is not None and correction.corrected_log_odds > 0
+    prior = prior_suggests(diagnosis.model_answer, diagnosis.without_image, diagnosis.sources)
+    verdict, confidence, reason = judge(states, beliefs, corrected=corrected, prior=prior)
+    if claim.group in stages.train_groups:
         verdict, confidence = OTHER, 0.0
-        reason = "probes were fitted to questions about this very image: fit them on other images"
-    return replace(
-        about,
+        reason = "probes were fitted to questions about this image; fit them on other images"
+    diagnosis = replace(
+        diagnosis,
         verdict=verdict,
         confidence=confidence,
         stages=states,
         reason=reason,
         readings=tuple(readings),
-        flip=flip,
-        pushes=change.pushes if change else (),
-        undone_by=change.undone_by if change else (),
-        log_odds=change.log_odds if change else math.nan,
-        undone=change.undone if change else math.nan,
-        lean=change.lean if change else math.nan,
+        last_true_site=last_true_site,
+    )
+    if correction is None:
+        return diagnosis
+    return replace(
+        diagnosis,
+        pushes=correction.pushes,
+        corrected_by=correction.corrected_by,
+        log_odds=correction.log_odds,
+        corrected_log_odds=correction.corrected_log_odds,
+        offset=correction.offset,
     )
 
 
-def _pictures(
+def _live_examples(
     sets: Sequence[ProbeSet],
     claims: Mapping[str, Claim],
-    asked: Mapping[str, Example],
+    example_of: Mapping[str, Example],
     wrong: Sequence[Example],
     seed: int,
 ) -> list[Example]:
-    """Return the examples whose image tokens are read: wrong ones, and of each kind as many others as calibrate."""
-    sets = [s for s in sets if s.tokens == EVERY]
+    """Return the examples whose image tokens are read: wrong answers, and right answers of each kind for calibration."""
+    sets = [s for s in sets if s.tokens == ALL_IMAGE_TOKENS]
     if not sets:
         return []
     kinds = {claims[e.id].kind for e in wrong}
-    trained = frozenset(g for s in sets for g in s.train_groups)
+    train_groups = frozenset(g for s in sets for g in s.train_groups)
     chosen = [e for e in wrong if any(s.concepts_for(claims[e.id]) for s in sets)]
     for kind in sorted(kinds):
-        free = [
+        candidates = [
             e
-            for e in asked.values()
+            for e in example_of.values()
             if claims[e.id].kind == kind
             and claims[e.id].right
-            and claims[e.id].group not in trained
+            and claims[e.id].group not in train_groups
             and any(s.concepts_for(claims[e.id]) for s in sets)
         ]
-        order = np.random.default_rng(seed).permutation(len(free))[:CALIBRATE]
-        chosen += [free[int(i)] for i in sorted(order)]
+        order = np.random.default_rng(seed).permutation(len(candidates))[:MAX_CALIBRATION]
+        chosen += [candidates[int(i)] for i in sorted(order)]
     return chosen
 
 
-def _right(
+def _right_answers(
     answers: Sequence[Example], claims: Mapping[str, Claim], kinds: Sequence[str], seed: int
 ) -> dict[str, list[Example]]:
-    """Return some right answers of each kind, as many of each true answer as there are."""
+    """Return a sample of right answers of each kind, balanced over the true answers."""
     rng = np.random.default_rng(seed)
-    out: dict[str, list[Example]] = {}
+    sample: dict[str, list[Example]] = {}
     for kind in kinds:
         by_truth: dict[str, list[Example]] = {}
         for example in answers:
             if claims[example.id].kind == kind and claims[example.id].right:
                 by_truth.setdefault(example.answer, []).append(example)
-        each = max(1, CHECKED // max(1, len(by_truth)))
-        out[kind] = [some[int(i)] for some in by_truth.values() for i in rng.permutation(len(some))[:each]]
-    return out
+        each = max(1, MAX_CHECKED // max(1, len(by_truth)))
+        sample[kind] = [part[int(i)] for part in by_truth.values() for i in rng.permutation(len(part))[:each]]
+    return sample
 
 
 @torch.no_grad()
 def _without_image(model: Lvlm, examples: Sequence[Example]) -> list[str]:
-    """Return what the model says to each question about a blank picture."""
-    out = [""] * len(examples)
+    """Return the model's answer to each question about a blank image."""
+    answers = [""] * len(examples)
     blank = [replace(e, image=EditedImage(e.image, "blank")) for e in examples]
     for batch in model.batches(blank, batch_rows(model, blank, 32)):
         for number, encoding, row in zip(batch.index, batch.encodings, model.logits(batch.inputs), strict=True):
@@ -372,14 +396,14 @@ def _without_image(model: Lvlm, examples: Sequence[Example]) -> list[str]:
             check_finite(
                 row.float().logsumexp(-1)[None], [f"example '{encoding.example.id}' without its image"], model.name
             )
-            out[number] = key.candidates[int(key.scores(row.float()).argmax())]
-    return out
+            answers[number] = key.candidates[int(key.scores(row.float()).argmax())]
+    return answers
 
 
 def _sources(
     model: Lvlm, store: ActivationStore, claims: Mapping[str, Claim], examples: Sequence[Example], seed: int
 ) -> dict[str, dict[str, float]]:
-    """Split answers by source; neutral questions are others of the same kind and length in the store."""
+    """Attribute answers to sources; neutral questions are others of the same kind and length in the store."""
     questions, length = store.columns["question"], store.columns["n_tokens"]
     pools: dict[tuple[str, float], list[str]] = {}
     for claim in claims.values():
@@ -396,10 +420,10 @@ def _sources(
     if not possible or model.encoder_decoder:
         return {}
     size = batch_rows(model, possible, 64)
-    found = input_attribution.split(model, possible, neutral_questions=neutral, batch_size=size, progress=False)
-    return {one.example["id"]: {name: getattr(one, name) for name in PARTS} for one in found.examples}
+    result = input_attribution.split(model, possible, neutral_questions=neutral, batch_size=size, progress=False)
+    return {item.example["id"]: {name: getattr(item, name) for name in PARTS} for item in result.examples}
 
 
 def _about(example: Example) -> dict[str, str]:
-    named = {name: str(getattr(example, name)) for name in ("id", "group", "level", "split", "kind", "question")}
-    return named | {"truth": example.answer}
+    about = {name: str(getattr(example, name)) for name in ("id", "group", "level", "split", "kind", "question")}
+    return about | {"truth": example.answer}

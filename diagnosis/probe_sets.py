@@ -1,4 +1,4 @@
-"""Directions sorted by where they are read, and what they say of a row for the truth and against another answer."""
+"""Directions grouped by the place that they read, and the concepts that decide a claim there."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from lvlm.sites import Site
 from lvlm.token_selection import TokenSelection
 from lvlm.weights_hash import short
 
-EVERY = "image:all"
-"""Directions at this selection are read at each of the image's tokens."""
+ALL_IMAGE_TOKENS = "image:all"
+"""Token selection of directions that read every image token."""
 
 
 @dataclass(frozen=True, eq=False)
 class ProbeSet:
-    """Directions that are read at one place together."""
+    """Directions that read one place."""
 
     stage: str
     site: str
     tokens: str
     kind: str
-    """Questions they were fitted to; empty for any."""
+    """Level and kind of the questions that they were fitted to; empty for all."""
     directions: Mapping[str, ConceptDirection]
     """By concept."""
 
@@ -39,34 +39,40 @@ class ProbeSet:
 
     @cached_property
     def train_groups(self) -> frozenset[str]:
-        """Groups that must not calibrate them."""
+        """Groups of the training examples, which must not calibrate the directions."""
         return frozenset[str]().union(*{d.train_groups for d in self.directions.values()})
 
     def weights(self) -> tuple[np.ndarray, np.ndarray]:
         """Return weights float64 ``[D, concepts]`` and intercepts ``[concepts]``."""
-        found = self.directions.values()
-        return np.stack([d.scale * d.vector.astype(float) for d in found], 1), np.array([d.intercept for d in found])
+        directions = self.directions.values()
+        return np.stack([d.scale * d.vector.astype(float) for d in directions], 1), np.array(
+            [d.intercept for d in directions]
+        )
 
     def validation(self, concepts: Sequence[str]) -> float:
-        """Return how well some concepts are read here, by what the held-out examples had no part in."""
-        found = [self.directions[c].statistics for c in concepts if c in self.directions]
-        return float(np.mean([s.get("validation", s.get("balanced_accuracy", 0.5)) for s in found])) if found else 0.0
+        """Return the mean validation accuracy of some concepts on training folds, without the held-out examples."""
+        statistics = [self.directions[c].statistics for c in concepts if c in self.directions]
+        return (
+            float(np.mean([s.get("validation", s.get("balanced_accuracy", 0.5)) for s in statistics]))
+            if statistics
+            else 0.0
+        )
 
     def concepts_for(self, claim: Claim) -> tuple[str, ...]:
-        """Return the concepts by which a claim is read here; empty where it cannot be."""
+        """Return the concepts whose directions decide a claim here; empty if the directions cannot decide it."""
         if self.kind not in ("", claim.kind):
             return ()
         if self.stage == "last":
             if claim.yes_no:
-                wanted = claim.named if claim.named in self.directions else claim.concept
-                return (wanted,) if wanted in self.directions else ()
+                concept = claim.named if claim.named in self.directions else claim.concept
+                return (concept,) if concept in self.directions else ()
             return self._choice(claim)
-        if self.tokens == EVERY:
+        if self.tokens == ALL_IMAGE_TOKENS:
             if claim.level == "object" and claim.yes_no:
                 return (claim.concept,) if claim.concept in self.directions else ()
             return claim.nouns if claim.nouns and all(n in self.directions for n in claim.nouns) else ()
         if claim.level == "object" and not self.tokens.startswith("image"):
-            return ()  # what is not there has no tokens of its own
+            return ()  # an absent object has no tokens
         if claim.yes_no:
             return (claim.concept,) if claim.concept in self.directions else ()
         return self._choice(claim)
@@ -77,27 +83,33 @@ class ProbeSet:
 
 
 def probe_sets(directions: Sequence[ConceptDirection]) -> list[ProbeSet]:
-    """Sort directions by place, in the order of the forward; raises `ProbeError` where there are none or two are the same."""
+    """Group directions by place, in the order of the forward pass; raises `ProbeError` for none, or two for one concept."""
     if not directions:
-        msg = "no directions to read with: fit probes, and take grid.direction(concept, layer) of them"
+        msg = "no directions; fit them with diagnosis.fit_directions(store), or use grid.direction(concept, layer)"
         raise ProbeError(msg)
-    found: dict[tuple[str, str, str], dict[str, ConceptDirection]] = {}
+    groups: dict[tuple[str, str, str], dict[str, ConceptDirection]] = {}
     for d in directions:
         if d.head is not None:
-            msg = f"direction '{d.concept}' at {d.site} reads head {d.head}: diagnoses read whole layers, fit on resid_post"
+            msg = (
+                f"direction '{d.concept}' at {d.site} reads head {d.head}, but a diagnosis reads whole layers; fit probes on "
+                "resid_post"
+            )
             raise ProbeError(msg)
-        here = found.setdefault((d.site, d.tokens, d.kind), {})
+        here = groups.setdefault((d.site, d.tokens, d.kind), {})
         if d.concept in here:
-            msg = f"two directions for '{d.concept}' at {d.site}, {d.tokens}: give one (or each the kind it was fitted to)"
+            msg = (
+                f"two directions for '{d.concept}' at {d.site}, {d.tokens}; pass one, or set the kind of question that each "
+                "was fitted to"
+            )
             raise ProbeError(msg)
         here[d.concept] = d
-    sets = [ProbeSet(_stage(site, tokens), site, tokens, kind, here) for (site, tokens, kind), here in found.items()]
+    sets = [ProbeSet(_stage(site, tokens), site, tokens, kind, here) for (site, tokens, kind), here in groups.items()]
     order = ("vision", "projector", "image", "last")
     return sorted(sets, key=lambda s: (order.index(s.stage), s.tokens, s.kind, s.layer))
 
 
 def check_origin(model: Lvlm, store: ActivationStore, directions: Sequence[ConceptDirection]) -> None:
-    """Raise `ProbeError` where a direction was fitted on another model; of the store's see `check_store`."""
+    """Raise `ProbeError` if a direction was fitted on another model; `check_store` checks the store."""
     recorded = {str(d.provenance["weights"]) for d in directions if d.provenance.get("weights")}
     same = {weights for weights in recorded if model.has_weights(weights)}
     for d in directions:
@@ -107,17 +119,17 @@ def check_origin(model: Lvlm, store: ActivationStore, directions: Sequence[Conce
             of = f"weights {short(str(weights))}" if weights else f"store {str(digest)[:12]}"
             here = short(model.weights_hash) if weights else store.digest[:12]
             msg = (
-                f"direction '{d.concept}' at {d.site} was fitted on {of}, this is {model.name} with {here}: fit probes on a "
+                f"direction '{d.concept}' at {d.site} was fitted on {of}, but {model.name} has {here}; fit probes on a "
                 "store of this model"
             )
             raise ProbeError(msg)
 
 
 def check_width(x: np.ndarray, probes: ProbeSet) -> None:
-    """Raise `SiteError` where what is stored has another width than the directions."""
+    """Raise `SiteError` if activations have another width than the directions."""
     width = len(next(iter(probes.directions.values())).vector)
     if x.shape[-1] != width:
-        msg = f"{probes.site} at {probes.tokens} has width {x.shape[-1]}, its directions read {width}: fit them on this store"
+        msg = f"{probes.site} at {probes.tokens} has width {x.shape[-1]}, but its directions have {width}; fit them on this store"
         raise SiteError(msg)
 
 
@@ -129,5 +141,5 @@ def _stage(site: str, tokens: str) -> str:
         return "image"
     if role == "last":
         return "last"
-    msg = f"directions at {site}, {tokens}: a diagnosis reads image, object and last tokens"
+    msg = f"directions at {site}, {tokens}: a diagnosis reads only image, object and last tokens"
     raise ProbeError(msg)

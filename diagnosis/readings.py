@@ -1,4 +1,4 @@
-"""Margins of the truth at every place: from a store where it holds one vector an example, else from the model."""
+"""Margins of the truth at every place: from the store if it has one vector per example, otherwise from the model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from activation_store import ActivationStore
 from circuits.execution.memory import batch_rows
 from concepts.schema import Example
 from diagnosis.claims import Claim, objects_of
-from diagnosis.probe_sets import EVERY, ProbeSet, check_width
+from diagnosis.probe_sets import ALL_IMAGE_TOKENS, ProbeSet, check_width
 from lvlm.encoding.encode import Encoding
 from lvlm.model import Lvlm
 from lvlm.sites import Site
@@ -24,29 +24,29 @@ _BATCH = 32
 
 @dataclass(frozen=True, eq=False)
 class Margins:
-    """What a probe set says of some claims."""
+    """Margins of some claims at one place."""
 
     rows: tuple[int, ...]
-    """Of the store."""
+    """Rows of the store."""
     values: tuple[np.ndarray, ...]
-    """For each row the margin of its truth against each rival (one for yes or no); positive where truth is read."""
+    """For each row the margins of the truth against each rival (one for yes or no); positive if the truth is decoded."""
     classes: np.ndarray
-    """For each row the side its truth is on: 1 or 0 where truths fall into two, 1 for all where sides are alike."""
+    """Class of each row: whether the concept is true, 1 or 0, for yes-no questions; 1 for all other questions."""
 
 
 @dataclass(frozen=True, eq=False)
 class TokenReadings:
-    """Decisions at every image token of some pictures."""
+    """Decisions at every image token of some images."""
 
     decisions: Mapping[tuple[str, str], np.ndarray]
-    """By picture and site, float64 ``[tokens, concepts]``."""
+    """By image and site, float64 ``[tokens, concepts]``."""
     objects: Mapping[tuple[str, str], Mapping[str, tuple[int, ...]]]
-    """By picture and stack, object id to numbers of its tokens."""
+    """By image and stack: object id to the indices of its tokens."""
 
 
 def read_stored(store: ActivationStore, probes: ProbeSet, claims: Sequence[Claim]) -> Margins:
-    """Read claims at a place that the store holds one vector for."""
-    used = [(c, found) for c in claims if (found := probes.concepts_for(c))]
+    """Return the margins of claims at a place that the store has one vector per example for."""
+    used = [(c, concepts) for c in claims if (concepts := probes.concepts_for(c))]
     if not used:
         return Margins((), (), np.zeros(0))
     x = store.read(probes.site, probes.tokens, examples=np.array([c.row for c, _ in used]))
@@ -57,7 +57,7 @@ def read_stored(store: ActivationStore, probes: ProbeSet, claims: Sequence[Claim
     rows, values, classes = [], [], []
     for (claim, concepts), line in zip(used, decisions, strict=True):
         if np.isnan(line).any():
-            continue  # the question is about nothing in this image
+            continue  # the object of the question is not in this image
         rows.append(claim.row)
         at = line[[number[c] for c in concepts]]
         holds = claim.holds if concepts == (claim.named,) else claim.concept_holds
@@ -71,15 +71,15 @@ def read_stored(store: ActivationStore, probes: ProbeSet, claims: Sequence[Claim
 
 @torch.no_grad()
 def read_tokens(model: Lvlm, sets: Sequence[ProbeSet], examples: Sequence[Example]) -> TokenReadings:
-    """Read the image tokens of each different picture once; what lies before the question cannot depend on it."""
-    sets = [s for s in sets if s.tokens == EVERY]
-    pictures = list({e.image.identity: e for e in examples}.values()) if sets else []
+    """Read the image tokens of each image once; tokens before the question do not depend on it."""
+    sets = [s for s in sets if s.tokens == ALL_IMAGE_TOKENS]
+    images = list({e.image.identity: e for e in examples}.values()) if sets else []
     sites = list(dict.fromkeys(s.site for s in sets))
     by_site = {s.site: s for s in sets}
     decisions: dict[tuple[str, str], np.ndarray] = {}
     objects: dict[tuple[str, str], Mapping[str, tuple[int, ...]]] = {}
-    everything = TokenSelection.parse(EVERY)
-    for batch in model.batches(pictures, batch_rows(model, pictures, _BATCH)):
+    everything = TokenSelection.parse(ALL_IMAGE_TOKENS)
+    for batch in model.batches(images, batch_rows(model, images, _BATCH)):
         encodings = batch.encodings
 
         def decide(site: Site, values: Tensor, encodings: Sequence[Encoding] = encodings) -> None:
@@ -109,11 +109,10 @@ def read_tokens(model: Lvlm, sets: Sequence[ProbeSet], examples: Sequence[Exampl
 def read_live(
     readings: TokenReadings, probes: ProbeSet, claims: Sequence[Claim], examples: Mapping[str, Example]
 ) -> Margins:
-    """Read claims from image tokens.
+    """Return the margins of claims at image tokens.
 
-    Whether a noun is in the image: the largest lead of its decision over those of all other nouns at any token. Which of two
-    objects is where, on which a relation rests: how much better each noun is read at its own object's tokens than at the
-    other's.
+    Presence of a noun: the largest difference, over tokens, between its decision and the highest decision of another noun.
+    Relation of two objects: the sum of differences between each noun's decision at its object's tokens and at the other's.
     """
     number = {concept: k for k, concept in enumerate(probes.directions)}
     rows, values, classes = [], [], []

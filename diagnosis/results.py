@@ -1,4 +1,4 @@
-"""What went wrong in each wrong answer, with the evidence: results of `diagnosis.diagnose`, as tables, words and files."""
+"""Results of `diagnosis.diagnose`: one verdict with its evidence per answer, as tables, text and files."""
 
 from __future__ import annotations
 
@@ -17,30 +17,31 @@ from groundscope.core.errors import ConfigError, StoreError
 from groundscope.core.result_fields import building, check_fields
 from groundscope.core.short_repr import short_repr
 from groundscope.core.statistics import estimate
+from groundscope.core.text import nearest
 
 if TYPE_CHECKING:
     import pandas as pd
 
 FORMAT, VERSION = "groundscope.diagnoses", 4
-"""Versions 1 and 2 have no digest, version 1 no lean; versions 1 to 3 have neither ``overridden late`` nor ``not readable``, and
-their ``overridden by the prior`` needs no evidence of a prior."""
+"""Versions 1 and 2 have no digest, version 1 no offset; versions 1 to 3 have neither ``overridden late`` nor ``not readable``,
+and their ``overridden by the prior`` needs no evidence of a prior."""
 _LAST_WITHOUT_DIGEST = 2
 NOT_SEEN, LOST, NOT_INTEGRATED = "not seen", "lost at the projector", "not integrated"
 OVERRIDDEN, OVERRIDDEN_LATE = "overridden by the prior", "overridden late"
 NOT_READABLE, OTHER, RIGHT = "not readable", "other", "right"
 VERDICTS = (NOT_SEEN, LOST, NOT_INTEGRATED, OVERRIDDEN, OVERRIDDEN_LATE, NOT_READABLE, OTHER)
-"""In the order in which an image passes through the model."""
+"""Verdicts in the order of the stages of the model."""
 UNEXPLAINED = (NOT_READABLE, OTHER)
-"""Verdicts that name no cause: they have a reason and no confidence."""
+"""Verdicts without a cause: they have a reason and no confidence."""
 STAGES = ("vision", "projector", "image", "last")
-"""Vision tower; projector; the decoder at the image's tokens; the decoder at the last token, where the answer is read."""
+"""Vision tower; projector; image tokens of the decoder; last token of the decoder, at which the answer is computed."""
 ABOUT = ("id", "group", "level", "split", "kind", "question", "truth")
 BY = ("level", "split", "kind", "concept")
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What a probe reads of one example at one place."""
+    """Decision of the probes of one place about one example."""
 
     stage: str
     """One of `STAGES`."""
@@ -48,24 +49,24 @@ class Reading:
     tokens: str
     layer: int
     log_odds: float
-    """Of the truth against the answer given, calibrated on held-out examples; NaN where it cannot be read there."""
+    """Log-odds of the truth against the model's answer, calibrated on held-out examples; NaN if the place is not readable."""
     state: str
-    """``truth``, ``other``, ``unclear`` (between the thresholds), or ``unreadable`` (chance on held-out examples)."""
+    """``truth``, ``other``, ``unclear`` (between the thresholds), or ``unreadable`` (chance accuracy on held-out examples)."""
 
 
 @dataclass(frozen=True)
 class Push:
-    """A part of the decoder whose output at the last token speaks for or against the truth."""
+    """Effect of a component of the decoder on an answer at the last token."""
 
     part: str
     """A head (``L5.H2``) or the MLP of a layer (``L5.mlp``)."""
     effect: float
-    """What the log-odds of the truth against the answer given gain when its output is put to its usual value."""
+    """Increase of the log-odds of the truth against the model's answer if the component is set to its mean output."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """How well a place is read on held-out examples of one kind of question, and where its thresholds lie."""
+    """Calibration of a place on held-out examples of one kind of question."""
 
     kind: str
     """Level and kind of the questions, ``attribute what_color``."""
@@ -76,65 +77,76 @@ class Place:
     n: int
     """Held-out examples."""
     accuracy: float
-    """Share of them, each answer counting the same, in which truth is read rather than another answer."""
+    """Share of them in which the truth is decoded rather than another answer, with equal weight for each class."""
     low: float
-    """Lower end of its interval over images; the place is readable where this is above chance, 0.5."""
+    """Lower end of the interval, clustered by image; the place is readable only if it is above chance, 0.5."""
     high: float
-    """Upper end; a place that is not readable shows that the concept is absent only where this is below
-    `diagnosis.verdicts.ABSENT`."""
+    """Upper end; a place that is not readable shows the absence of the concept only if it is below
+    `diagnosis.verdicts.ABSENCE_ACCURACY`."""
     slope: float
-    """What makes log-odds of the probes' margins."""
+    """Factor from the probes' margins to log-odds."""
     threshold: float
-    """Log-odds within this distance of 0 are called unclear: 1 in 20 right answers is read as wrong beyond it."""
+    """Log-odds of at most this size are ``unclear``; 1 in 20 right answers has wrong log-odds of a larger size."""
     readable: bool
     chosen: bool
-    """Whether the verdict rests on it: the layer of its stage that reads best on the probes' training folds."""
+    """Whether the verdict uses it: the layer of its stage with the best validation accuracy on the training folds; all layers at
+    the last token."""
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """One answer: what is wrong with it and how that is known."""
+    """The verdict about one answer, with the evidence.
+
+    Examples
+    --------
+    >>> from diagnosis import Diagnosis
+    >>> about = {"id": "q1", "group": "image 1", "level": "attribute", "split": "conflict", "kind": "is_color"}
+    >>> about |= {"question": "Is the apple red?", "truth": "no"}
+    >>> diagnosis = Diagnosis(about, "yes", "attribute:red", "overridden late", 0.9, attribute_clause="the apple is green")
+    >>> print(diagnosis)
+    Asked 'Is the apple red?', the model says 'yes'; right is 'no' (the apple is green). Verdict: overridden late (90 % sure).
+    """
 
     example: Mapping[str, str]
     """``id``, ``group``, ``level``, ``split``, ``kind``, ``question`` and ``truth``."""
-    said: str
+    model_answer: str
     concept: str
-    """What the question is about, ``attribute:green``; empty where no label says so."""
+    """Concept of the question, ``attribute:green``; empty if no label matches."""
     verdict: str | None
     """One of `VERDICTS`; None for a right answer."""
     confidence: float
-    """Probability of the verdict by its evidence, 0 to 1; 0 for `UNEXPLAINED` verdicts, NaN for a right answer."""
-    shows: str = ""
-    """What is true of the image of what is asked, as a clause: ``the apple is not red``."""
-    says: str = ""
-    """What the answer claims instead: ``the apple is red``."""
-    fact: str = ""
-    """The attribute the object has where another is asked for: ``the apple is green``."""
+    """Probability of the verdict given its evidence, 0 to 1; 0 for `UNEXPLAINED` verdicts, NaN for a right answer."""
+    true_clause: str = ""
+    """The truth about the question as a clause: ``the apple is not red``."""
+    answer_clause: str = ""
+    """The claim of the model's answer: ``the apple is red``."""
+    attribute_clause: str = ""
+    """The true attribute of the object if the question has another: ``the apple is green``."""
     stages: Mapping[str, str] = field(default_factory=dict)
-    """What each of `STAGES` reads: ``truth``, ``other``, ``unclear``, ``gone`` or ``unknown``; see
-    `diagnosis.verdicts`."""
+    """State of each of `STAGES`: ``truth``, ``other``, ``unclear``, ``gone`` or ``unknown``
+    (`diagnosis.verdicts.stage_state`)."""
     reason: str = ""
-    """Why it is ``other`` or ``not readable``, in words."""
+    """Reason of the verdict ``other`` or ``not readable``."""
     readings: tuple[Reading, ...] = ()
-    """Every place that was read, in the order of the forward."""
-    flip: str = ""
-    """Last site at which the last token still reads the truth; empty where it never does."""
+    """Decisions of all places, in the order of the forward pass."""
+    last_true_site: str = ""
+    """Last site at which the truth is decoded at the last token; empty if it is decoded nowhere."""
     pushes: tuple[Push, ...] = ()
-    """Parts that push towards the answer given, strongest first."""
-    undone_by: tuple[str, ...] = ()
-    """Fewest of them, strongest first, that together undo the answer when put to their usual values."""
+    """Components that favor the model's answer, strongest first."""
+    corrected_by: tuple[str, ...] = ()
+    """Fewest of them, strongest first, whose joint ablation corrects the answer."""
     log_odds: float = math.nan
-    """Of the truth against the answer given, as the model has it; below 0."""
-    undone: float = math.nan
-    """The same with `undone_by` put to their usual values, and without `lean` where that is a number."""
-    lean: float = math.nan
-    """By how many logits all answers to such questions lean to the one given, where the answer is right without that lean:
-    alone (`undone_by` is empty) or together with `undone_by`; NaN elsewhere. See `diagnosis.causal_check.leans`."""
+    """The model's log-odds of the truth against its answer; negative."""
+    corrected_log_odds: float = math.nan
+    """The same with `corrected_by` ablated, and without `offset` if that is a number."""
+    offset: float = math.nan
+    """Common bias of answers to such questions to this answer, in logits, if its removal corrects the answer: alone
+    (`corrected_by` is empty) or together with `corrected_by`; NaN otherwise. See `diagnosis.causal_check.answer_offsets`."""
     without_image: str = ""
-    """What it says when shown a blank picture."""
+    """The model's answer about a blank image."""
     sources: Mapping[str, float] = field(default_factory=dict)
-    """``image``, ``prompt``, ``prior`` and ``log_odds`` of the answer given; see `circuits.input_attribution.attribute`. Of right
-    answers, where they were to be compared."""
+    """``image``, ``prompt``, ``prior`` and ``log_odds`` of the model's answer (`circuits.input_attribution.attribute`); also for
+    right answers that were selected for comparison."""
 
     __repr__ = short_repr
 
@@ -145,7 +157,7 @@ class Diagnosis:
 
     @property
     def unread(self) -> tuple[str, ...]:
-        """Stages that no probe reads for this concept, or only probes that show neither its presence nor its absence."""
+        """Stages without a probe of this concept, or with probes that show neither its presence nor its absence."""
         return tuple(stage for stage in STAGES if self.stages.get(stage) == "unknown")
 
     def margins(self, stage: str) -> dict[str, float]:
@@ -158,16 +170,26 @@ class Diagnosis:
 
 @dataclass(frozen=True, eq=False)
 class Diagnoses:
-    """A verdict for every answer; made by `diagnosis.diagnose`."""
+    """A verdict for every answer; returned by `diagnosis.diagnose`.
+
+    Examples
+    --------
+    >>> from diagnosis import Diagnoses, Diagnosis
+    >>> about = {"id": "q1", "group": "image 1", "level": "object", "split": "neutral", "kind": "existence"}
+    >>> about |= {"question": "Is there a cat?", "truth": "no"}
+    >>> diagnoses = Diagnoses((Diagnosis(about, "yes", "object:cat", "not seen", 0.8),), (), "m", "c", "w")
+    >>> diagnoses.table("level").query("n > 0")[["verdict", "n", "of"]].to_dict("records")
+    [{'verdict': 'not seen', 'n': 1, 'of': 1}]
+    """
 
     examples: tuple[Diagnosis, ...]
     places: tuple[Place, ...]
-    """How far each place can be believed, by kind of question."""
+    """Calibration of each place, by kind of question."""
     model: str
     config_hash: str
     weights_hash: str
     provenance: Mapping[str, Any] = field(default_factory=dict)
-    """Digests of the store and of the directions, and every option."""
+    """Digests of the store and the directions, and all options."""
 
     __repr__ = short_repr
 
@@ -182,48 +204,54 @@ class Diagnoses:
 
     @property
     def wrong(self) -> tuple[Diagnosis, ...]:
-        """Those of wrong answers."""
-        return tuple(one for one in self.examples if one.verdict is not None)
+        """Diagnoses of wrong answers."""
+        return tuple(diagnosis for diagnosis in self.examples if diagnosis.verdict is not None)
 
     def text(self, index: int) -> str:
-        """Say in plain words what happened to an answer."""
+        """Return the explanation of an answer as text."""
         return narrative.explain(self.examples[index])
 
     def frame(self) -> pd.DataFrame:
-        """Return one row an answer: the example's columns, verdict, confidence, best reading of each stage, causes, words."""
+        """Return one row per answer: columns of the example, verdict, confidence, log-odds of each stage, causes and text."""
         import pandas as pd
 
         rows = []
-        for one in self.examples:
-            row: dict[str, Any] = {**one.example, "said": one.said, "concept": one.concept}
-            row |= {"verdict": one.verdict, "confidence": one.confidence}
-            row |= {f"{stage}_log_odds": self.strongest(one, stage) for stage in STAGES}
-            row |= {
-                "flip": one.flip,
-                "undone_by": " ".join(one.undone_by),
-                "lean": one.lean,
-                "unread": " ".join(one.unread),
-                "without_image": one.without_image,
+        for diagnosis in self.examples:
+            row: dict[str, Any] = {
+                **diagnosis.example,
+                "model_answer": diagnosis.model_answer,
+                "concept": diagnosis.concept,
             }
-            row |= {part: one.sources.get(part, math.nan) for part in ("image", "prompt", "prior")}
-            rows.append({**row, "text": narrative.explain(one)})
+            row |= {"verdict": diagnosis.verdict, "confidence": diagnosis.confidence}
+            row |= {f"{stage}_log_odds": self.strongest(diagnosis, stage) for stage in STAGES}
+            row |= {
+                "last_true_site": diagnosis.last_true_site,
+                "corrected_by": " ".join(diagnosis.corrected_by),
+                "offset": diagnosis.offset,
+                "unread": " ".join(diagnosis.unread),
+                "without_image": diagnosis.without_image,
+            }
+            row |= {part: diagnosis.sources.get(part, math.nan) for part in ("image", "prompt", "prior")}
+            rows.append({**row, "text": narrative.explain(diagnosis)})
         return pd.DataFrame(rows)
 
-    def strongest(self, one: Diagnosis, stage: str) -> float:
-        """Return the log-odds at the place that a stage is judged by; of the last token the largest of all layers."""
-        read = [r for r in one.readings if r.stage == stage and r.state != "unreadable"]
+    def strongest(self, diagnosis: Diagnosis, stage: str) -> float:
+        """Return the log-odds at the chosen place of a stage; at the last token the largest of all layers."""
+        readings = [r for r in diagnosis.readings if r.stage == stage and r.state != "unreadable"]
         if stage == "last":
-            return max((r.log_odds for r in read), default=math.nan)
-        judged = {(p.site, p.tokens) for p in self.places if p.stage == stage and p.chosen and p.kind == kind_of(one)}
-        return next((r.log_odds for r in read if (r.site, r.tokens) in judged), math.nan)
+            return max((r.log_odds for r in readings), default=math.nan)
+        judged = {
+            (p.site, p.tokens) for p in self.places if p.stage == stage and p.chosen and p.kind == kind_of(diagnosis)
+        }
+        return next((r.log_odds for r in readings if (r.site, r.tokens) in judged), math.nan)
 
     def table(self, by: str | Sequence[str] = ("level", "split")) -> pd.DataFrame:
-        """Return how many wrong answers got each verdict, and their share with an interval over images.
+        """Return the number and share of each verdict among wrong answers, with an interval clustered by image.
 
         Parameters
         ----------
         by
-            Of ``level``, ``split``, ``kind``, ``concept``; an empty sequence for one table over all.
+            Columns to group by: ``level``, ``split``, ``kind``, ``concept``; an empty sequence for one table over all.
 
         Returns
         -------
@@ -241,38 +269,39 @@ class Diagnoses:
         columns = [by] if isinstance(by, str) else list(by)
         unknown = [name for name in columns if name not in BY]
         if unknown:
-            msg = f"by='{unknown[0]}': choose of {', '.join(BY)}"
+            msg = f"unknown column by='{unknown[0]}'; choose from {', '.join(BY)}{nearest(unknown[0], BY)}"
             raise ConfigError(msg)
         members: dict[tuple[str, ...], list[Diagnosis]] = {}
-        for one in self.wrong:
-            about = {**one.example, "concept": one.concept}
-            members.setdefault(tuple(about[name] for name in columns), []).append(one)
+        for diagnosis in self.wrong:
+            about = {**diagnosis.example, "concept": diagnosis.concept}
+            members.setdefault(tuple(about[name] for name in columns), []).append(diagnosis)
         rows = []
-        for key, ones in sorted(members.items()):
-            groups = [one.example["group"] for one in ones]
+        for key, wrong in sorted(members.items()):
+            groups = [diagnosis.example["group"] for diagnosis in wrong]
             for verdict in VERDICTS:
-                mine = [one for one in ones if one.verdict == verdict]
-                found = estimate([one.verdict == verdict for one in ones], groups)
-                sure = sum(one.confidence for one in mine) / len(mine) if mine else math.nan
-                counts = {"n": len(mine), "of": len(ones), "share": found.value, "low": found.low, "high": found.high}
-                rows.append({**dict(zip(columns, key, strict=True)), "verdict": verdict, **counts, "confidence": sure})
+                mine = [diagnosis for diagnosis in wrong if diagnosis.verdict == verdict]
+                share = estimate([diagnosis.verdict == verdict for diagnosis in wrong], groups)
+                confidence = sum(diagnosis.confidence for diagnosis in mine) / len(mine) if mine else math.nan
+                counts = {"n": len(mine), "of": len(wrong), "share": share.value, "low": share.low, "high": share.high}
+                row = {**dict(zip(columns, key, strict=True)), "verdict": verdict, **counts, "confidence": confidence}
+                rows.append(row)
         names = [*columns, "verdict", "n", "of", "share", "low", "high", "confidence"]
         return pd.DataFrame(rows, columns=names)
 
     def calibration(self) -> pd.DataFrame:
-        """Return one row a place and kind of question: held-out accuracy, thresholds, whether it counts (`Place`)."""
+        """Return one row per place and kind of question, with the fields of `Place`."""
         import pandas as pd
 
         return pd.DataFrame([asdict(place) for place in self.places], columns=[f.name for f in fields(Place)])
 
     def save(self, path: str | Path) -> Path:
-        """Write one JSON file, an answer a line; raises `StoreError` where that cannot be done."""
+        """Write one JSON file with one line per answer; raises `StoreError` if it cannot be written."""
         card = {
             f.name: getattr(self, f.name) for f in fields(self) if f.name not in {"examples", "places", "provenance"}
         }
         head = {"format": FORMAT, "version": VERSION, **card, "provenance": dict(self.provenance)}
         head["places"] = [_plain(asdict(place)) for place in self.places]
-        records = [_plain(_record(one)) for one in self.examples]
+        records = [_plain(_record(diagnosis)) for diagnosis in self.examples]
         head[KEY] = document_digest({**head, "diagnoses": records})
         lines = ",\n".join(json.dumps(record, allow_nan=False) for record in records)
         text = f'{json.dumps(head, allow_nan=False)[:-1]}, "diagnoses": [\n{lines}\n]}}\n'
@@ -282,15 +311,15 @@ class Diagnoses:
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Read what `save` wrote; raises `StoreError` where it is missing, damaged, something else or newer."""
+        """Read a file of `save`; raises `StoreError` if it is missing, damaged, of another kind or newer."""
         path = Path(path)
         content = artifacts.read_document(
             path, FORMAT, "diagnosis", VERSION, last_without_digest=_LAST_WITHOUT_DIGEST, advice="diagnose again"
         )
         with building(f"diagnoses '{path}' are damaged", StoreError):
             places = tuple(Place(**_numbers(place, Place, "places")) for place in content.pop("places"))
-            made = tuple(_diagnosis(one) for one in content.pop("diagnoses"))
-            loaded = cls(made, places, **check_fields(content, cls))
+            examples = tuple(_diagnosis(diagnosis) for diagnosis in content.pop("diagnoses"))
+            loaded = cls(examples, places, **check_fields(content, cls))
         unknown = next((o.verdict for o in loaded.wrong if o.verdict not in VERDICTS), None)
         if unknown is not None:
             msg = f"diagnoses '{path}' are damaged: unknown verdict '{unknown}'; choose from {', '.join(VERDICTS)}"
@@ -298,27 +327,45 @@ class Diagnoses:
         return loaded
 
 
-def kind_of(one: Diagnosis) -> str:
-    """Return level and kind of a question, as `Place.kind` has them."""
-    return f"{one.example['level']} {one.example['kind']}"
+def kind_of(diagnosis: Diagnosis) -> str:
+    """Return level and kind of a question, as in `Place.kind`."""
+    return f"{diagnosis.example['level']} {diagnosis.example['kind']}"
 
 
-def _record(one: Diagnosis) -> dict[str, Any]:
-    record = {f.name: getattr(one, f.name) for f in fields(one)}
-    parts = {name: [asdict(item) for item in record[name]] for name in ("readings", "pushes")}
-    return record | parts | {name: dict(record[name]) for name in ("example", "sources", "stages")}
+_STORED_NAMES: Mapping[str, str] = {
+    "model_answer": "said",
+    "true_clause": "shows",
+    "answer_clause": "says",
+    "attribute_clause": "fact",
+    "last_true_site": "flip",
+    "corrected_by": "undone_by",
+    "corrected_log_odds": "undone",
+    "offset": "lean",
+}
+"""Names of fields in files, where they differ."""
 
 
-def _diagnosis(held: dict[str, Any]) -> Diagnosis:
-    values = _numbers(held, Diagnosis, "diagnoses")
-    values["readings"] = tuple(Reading(**_numbers(r, Reading, "diagnoses.readings")) for r in held["readings"])
-    values["pushes"] = tuple(Push(**check_fields(p, Push, "diagnoses.pushes")) for p in held["pushes"])
-    values["undone_by"] = tuple(held["undone_by"])
+def _record(diagnosis: Diagnosis) -> dict[str, Any]:
+    """Return a diagnosis as plain values with the names of the file."""
+    record = {f.name: getattr(diagnosis, f.name) for f in fields(diagnosis)}
+    record |= {name: [asdict(item) for item in record[name]] for name in ("readings", "pushes")}
+    record |= {name: dict(record[name]) for name in ("example", "sources", "stages")}
+    return {_STORED_NAMES.get(name, name): value for name, value in record.items()}
+
+
+def _diagnosis(stored: Any) -> Diagnosis:
+    """Return the diagnosis of a record of `_record`; raises what a damaged file causes."""
+    names = {old: new for new, old in _STORED_NAMES.items()}
+    record = {names.get(name, name): value for name, value in check_fields(stored, object, "diagnoses").items()}
+    values = _numbers(record, Diagnosis, "diagnoses")
+    values["readings"] = tuple(Reading(**_numbers(r, Reading, "diagnoses.readings")) for r in record["readings"])
+    values["pushes"] = tuple(Push(**check_fields(p, Push, "diagnoses.pushes")) for p in record["pushes"])
+    values["corrected_by"] = tuple(record["corrected_by"])
     return Diagnosis(**values)
 
 
 def _plain(value: Any) -> Any:
-    """Return plain values as JSON has them: it has no NaN, so that becomes null."""
+    """Return plain values for JSON, with null for NaN."""
     if isinstance(value, Mapping):
         return {k: _plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
@@ -326,10 +373,10 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _numbers(held: Any, kind: type, at: str) -> dict[str, Any]:
-    """Return a record with null numbers as NaN again, after a check of its types."""
+def _numbers(record: Any, kind: type, at: str) -> dict[str, Any]:
+    """Return a record with NaN for null numbers, after a check of its types."""
     numbers = {f.name for f in fields(kind) if f.type == "float"}
-    values = check_fields(held, object, at)
+    values = check_fields(record, object, at)
     plain = {k: math.nan if v is None and k in numbers else v for k, v in values.items()}
     shares: Any = plain.get("sources")
     if kind is Diagnosis and isinstance(shares, dict):

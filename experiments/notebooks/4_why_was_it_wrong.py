@@ -92,5 +92,5 @@ ax.set_xticks(
 )
 _ = ax.set(
     ylabel="log-odds of the truth",
-    title=f"{diagnosis.example['question']}  {diagnosis.example['truth']}, answer: {diagnosis.said}",
+    title=f"{diagnosis.example['question']}  {diagnosis.example['truth']}, answer: {diagnosis.model_answer}",
 )

@@ -60,7 +60,7 @@ def _diagnose(context: Context) -> Diagnoses | None:
         directions,
         [*wrong, *right],
         with_sources=options.sources,
-        compared=[e.id for e in select_evenly(right, options.compared, seed=options.seed)],
+        compare_ids=[e.id for e in select_evenly(right, options.compared, seed=options.seed)],
         seed=options.seed,
     )
     return replace(diagnoses, provenance={**diagnoses.provenance, "left_out": dict(directions.left_out)})

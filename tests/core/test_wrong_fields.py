@@ -101,7 +101,7 @@ def diagnoses() -> Diagnoses:
     place = Place("object x", "vision", "s", "last", 0, 9, 0.9, 0.8, 1.0, 1.0, 0.5, readable=True, chosen=True)
     diagnosis = Diagnosis(
         EXAMPLE, "no", "object:cat", "other", 0.0, stages={"vision": "truth"}, readings=(reading,),
-        pushes=(Push("L0.H0", 0.5),), undone_by=("L0.H0",), sources={"image": 0.5},
+        pushes=(Push("L0.H0", 0.5),), corrected_by=("L0.H0",), sources={"image": 0.5},
     )  # fmt: skip
     return Diagnoses((diagnosis,), (place,), "m", SHA, SHA, {"s": 1})
 

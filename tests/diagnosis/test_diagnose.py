@@ -23,7 +23,7 @@ from concepts.scenes.scene import Scene
 from concepts.schema import ConceptDataset, Example
 from diagnosis import Diagnoses, diagnose, fit_directions
 from diagnosis.calibration import calibrate
-from diagnosis.causal_check import leans
+from diagnosis.causal_check import answer_offsets
 from diagnosis.claims import Claim, claims_of, opposites_of
 from diagnosis.probe_sets import ProbeSet
 from diagnosis.readings import read_stored
@@ -43,7 +43,7 @@ SITES = [
 
 
 @pytest.mark.parametrize(
-    ("states", "undone", "verdict"),
+    ("states", "corrected", "verdict"),
     [
         ("other other other other", False, "not seen"),
         ("gone gone gone gone", True, "not seen"),
@@ -63,10 +63,10 @@ SITES = [
         ("unknown unknown other other", False, "not readable"),
     ],
 )
-def test_the_verdict_is_where_the_truth_was_last_known(states: str, undone: bool, verdict: str) -> None:
+def test_the_verdict_is_where_the_truth_was_last_known(states: str, corrected: bool, verdict: str) -> None:
     named = dict(zip(STAGES, states.split(), strict=True))
     belief = {"truth": 0.9, "other": 0.1, "gone": 0.05, "unclear": 0.5, "unknown": 0.5}
-    result, confidence, reason = judge(named, {s: belief[v] for s, v in named.items()}, undone=undone)
+    result, confidence, reason = judge(named, {s: belief[v] for s, v in named.items()}, corrected=corrected)
     assert result == verdict
     assert bool(reason) == (verdict in UNEXPLAINED)
     assert (confidence > 0) == (verdict not in UNEXPLAINED)
@@ -214,7 +214,7 @@ def test_the_verdict_names_the_planted_failure(planted: Callable[[str], Found], 
     counts = Counter(diagnosis.verdict for diagnosis in diagnoses.wrong)
     assert len(diagnoses.wrong) >= 15
     assert counts[cause] >= 0.9 * len(diagnoses.wrong), (counts, Counter(o.reason for o in diagnoses.wrong))
-    right = [diagnosis for diagnosis in diagnoses.examples if diagnosis.said == diagnosis.example["truth"]]
+    right = [diagnosis for diagnosis in diagnoses.examples if diagnosis.model_answer == diagnosis.example["truth"]]
     assert right
     assert all(diagnosis.verdict is None for diagnosis in right)
     assert len(right) + len(diagnoses.wrong) == len(diagnoses)
@@ -225,15 +225,17 @@ def test_a_diagnosis_has_text_tables_and_a_file(planted: Callable[[str], Found],
     diagnoses = planted(cause).diagnoses
     index, diagnosis = next((i, o) for i, o in enumerate(diagnoses.examples) if o.verdict == cause)
     text = diagnoses.text(index)
-    assert text.startswith(f"Asked '{diagnosis.example['question']}', the model says '{diagnosis.said}'; right is")
+    assert text.startswith(
+        f"Asked '{diagnosis.example['question']}', the model says '{diagnosis.model_answer}'; right is"
+    )
     assert f"Verdict: {cause} (" in text
     clue = {
-        "not seen": "Nothing in the vision tower, or after it, tells whether the",
-        "lost at the projector": "After the projector it is no longer known.",
-        "not integrated": "Where the answer is read, no layer ever knows it.",
-        "overridden by the prior": "as it usually is, the answer would be right",
+        "not seen": "Neither the vision tower nor any later stage shows whether the",
+        "lost at the projector": "This is no longer decodable after the projector.",
+        "not integrated": "At the last token, it is decodable in no layer.",
+        "overridden by the prior": "with its mean output, the answer would be right",
     }[cause]
-    several = "as they usually are, the answer would be right"
+    several = "with their mean outputs, the answer would be right"
     assert any(clue in str(o) or several in str(o) for o in diagnoses.wrong if o.verdict == cause)
     path = diagnoses.save(tmp_path / "d.json")
     loaded = Diagnoses.load(path)
@@ -313,16 +315,17 @@ def test_an_output_bias_is_an_override_without_a_responsible_head(tmp_path: Path
     assert Counter(o.verdict for o in diagnoses.wrong)["overridden by the prior"] >= 0.9 * len(diagnoses.wrong)
     # Over all answers, right and wrong: means over right ones alone are cut off at 0.
     yes, no = (frame.margin[frame.answer == truth].mean() for truth in ("yes", "no"))
-    leant = [o for o in diagnoses.wrong if not math.isnan(o.lean)]
+    leant = [o for o in diagnoses.wrong if not math.isnan(o.offset)]
     assert leant
-    alone = [diagnosis for diagnosis in leant if not diagnosis.undone_by]
+    alone = [diagnosis for diagnosis in leant if not diagnosis.corrected_by]
     assert len(alone) >= 0.5 * len(diagnoses.wrong)
     for diagnosis in alone:
-        assert diagnosis.said == "yes"
-        assert diagnosis.lean == pytest.approx((yes - no) / 2, abs=1e-4)
-        assert diagnosis.lean + diagnosis.log_odds > 0
-        assert f"lean to 'yes' by {diagnosis.lean:.1f} logits: without that, the answer would be right" in str(
-            diagnosis
+        assert diagnosis.model_answer == "yes"
+        assert diagnosis.offset == pytest.approx((yes - no) / 2, abs=1e-4)
+        assert diagnosis.offset + diagnosis.log_odds > 0
+        assert (
+            f"an offset of {diagnosis.offset:.1f} logits towards 'yes': without it, the answer would be right"
+            in str(diagnosis)
         )
     with pytest.raises(PatchError, match="no example has the candidate 'maybe'"):
         planted_failures.bias_answer(intact(), data, "maybe", 1.0)
@@ -358,16 +361,18 @@ def test_a_bias_is_the_mean_margin_over_both_truths_and_keeps_right_answers() ->
     sure = [claim("yes", 7.0 + i % 2) for i in range(30)]
     unsure = [claim("no", 1.0 + i % 3) for i in range(15)] + [claim("no", -9.0)] * 40
     # (7.5 + (40 * 9 - 15 * 2) / 55) / 2: wrong answers have weight 1.
-    assert leans([*sure, *unsure], ["object existence"]) == {"object existence": {"no": -6.75, "yes": 6.75}}
-    assert leans([*sure, *unsure[:15]], ["object existence"]) == {"object existence": {"no": -2.75, "yes": 2.75}}
-    assert leans([*sure, *unsure[:14]], ["object existence"]) == {}  # too few of one truth
+    assert answer_offsets([*sure, *unsure], ["object existence"]) == {"object existence": {"no": -6.75, "yes": 6.75}}
+    assert answer_offsets([*sure, *unsure[:15]], ["object existence"]) == {
+        "object existence": {"no": -2.75, "yes": 2.75}
+    }
+    assert answer_offsets([*sure, *unsure[:14]], ["object existence"]) == {}  # too few of one truth
     # A bias that leaves no right "no" is measured all the same.
     bias = [claim("no", -3.0)] * 40
-    assert leans([*sure, *bias], ["object existence"]) == {"object existence": {"no": -5.25, "yes": 5.25}}
+    assert answer_offsets([*sure, *bias], ["object existence"]) == {"object existence": {"no": -5.25, "yes": 5.25}}
     # Taking 2.5 away would turn all right answers of one truth wrong, half of all.
     split = [claim("yes", 1.0)] * 25 + [claim("yes", 20.0)] * 10 + [claim("no", 1.0)] * 20
-    assert leans(split, ["object existence"]) == {}
-    assert leans([claim("yes", 3.0, "a b")] * 20, ["a b"]) == {}
+    assert answer_offsets(split, ["object existence"]) == {}
+    assert answer_offsets([claim("yes", 3.0, "a b")] * 20, ["a b"]) == {}
 
 
 # ---- what pushes an answer ---------------------------------------------------------------------------------------------
@@ -454,8 +459,8 @@ def test_answers_must_be_in_the_store(tmp_path: Path) -> None:
         diagnose(intact(), store, [direction()], [stranger])
     with pytest.raises(DataError, match="no answers"):
         diagnose(intact(), store, [direction()], [])
-    with pytest.raises(DataError, match="'stranger' is to be compared, but is none of the answers"):
-        diagnose(intact(), store, [direction()], [data[0]], compared=["stranger"])
+    with pytest.raises(DataError, match="'stranger' is not among the answers"):
+        diagnose(intact(), store, [direction()], [data[0]], compare_ids=["stranger"])
     claims = claims_of(store)
     for claim, example in zip(claims, data, strict=True):
         assert claim is not None

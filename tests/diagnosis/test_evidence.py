@@ -20,14 +20,22 @@ from concepts import scenes
 from concepts.scenes.icons import NOUNS
 from concepts.schema import ConceptDataset
 from diagnosis import Diagnoses, diagnose, fit_directions
-from diagnosis.causal_check import Undone, _fewest
+from diagnosis.causal_check import Correction, _smallest_correction
 from diagnosis.claims import Claim
 from diagnosis.fit import CALIBRATION_SHARE
-from diagnosis.pipeline import _judged, _stages
+from diagnosis.pipeline import _judge_answer, _stages
 from diagnosis.probe_sets import ProbeSet
 from diagnosis.readings import Margins
 from diagnosis.results import STAGES, VERDICTS, Diagnosis, Place
-from diagnosis.verdicts import OwnExamples, belief, judge, own_examples, place_of_concept, stage_state, suggests
+from diagnosis.verdicts import (
+    ConceptAccuracy,
+    belief,
+    concept_accuracy,
+    judge,
+    place_of_concept,
+    prior_suggests,
+    stage_state,
+)
 from experiments.report.sections import diagnoses as report
 from groundscope.core.document_digest import value_digest
 from groundscope.core.errors import ProbeError, StoreError
@@ -62,22 +70,22 @@ def test_a_place_at_chance_shows_absence_only_where_its_interval_is_narrow(
     places = [place(stage, n, 0.5, low, high) for stage in STAGES]
     states = {s: stage_state(["unreadable"], places, s) for s in STAGES}
     sure = {s: belief([], states[s], places, s) for s in STAGES}
-    got, how_sure, reason = judge(states, sure, undone=False)
+    got, how_sure, reason = judge(states, sure, corrected=False)
     assert (got, how_sure) == (verdict, pytest.approx(confidence))
     assert ("the vision tower" in reason) == (verdict == "not readable")
 
 
 def test_a_concept_without_examples_uses_no_examples_of_other_concepts() -> None:
     chance, good = place("vision", 400, 0.5, 0.46, 0.54), place("vision", 400, 0.9, 0.87, 0.93, readable=True)
-    assert place_of_concept(chance, OwnExamples(4, 0.5, 4)) is None
-    assert place_of_concept(chance, OwnExamples(20, 0.55, 20)) == chance
-    assert place_of_concept(good, OwnExamples(0, math.nan, 0)) == good
+    assert place_of_concept(chance, ConceptAccuracy(4, 0.5, 4)) is None
+    assert place_of_concept(chance, ConceptAccuracy(20, 0.55, 20)) == chance
+    assert place_of_concept(good, ConceptAccuracy(0, math.nan, 0)) == good
     # 25 of 25: Wilson [.867, 1], above what all concepts together reach; 10 of 20: [.299, .701], below it.
-    readable_place = place_of_concept(chance, OwnExamples(25, 1.0, 25))
+    readable_place = place_of_concept(chance, ConceptAccuracy(25, 1.0, 25))
     assert readable_place is not None
     assert readable_place.readable
     assert (readable_place.low, readable_place.high) == (pytest.approx(0.8668, abs=1e-4), pytest.approx(1.0))
-    lost = place_of_concept(good, OwnExamples(20, 0.5, 20))
+    lost = place_of_concept(good, ConceptAccuracy(20, 0.5, 20))
     assert lost is not None
     assert not lost.readable
     assert (lost.low, lost.high) == (pytest.approx(0.2993, abs=1e-4), pytest.approx(0.7007, abs=1e-4))
@@ -86,13 +94,13 @@ def test_a_concept_without_examples_uses_no_examples_of_other_concepts() -> None
 def test_examples_of_a_concept_count_by_side_and_by_image() -> None:
     read = np.array([1.0, 1.0, 1.0, 0.0, 0.5])
     sides = np.array([1.0, 1.0, 1.0, 0.0, 0.0])
-    own = own_examples(read, sides, list("abcde"), two=True)
+    own = concept_accuracy(read, sides, list("abcde"), two=True)
     assert (own.n, own.accuracy) == (5, pytest.approx((1 + 0.25) / 2))
-    assert own.worth == pytest.approx(4 / (1 / 3 + 1 / 2))
-    assert own_examples(read, sides, list("aabbb"), two=True).worth == 2
-    assert math.isnan(own_examples(read[:3], sides[:3], list("abc"), two=True).accuracy)
+    assert own.effective_n == pytest.approx(4 / (1 / 3 + 1 / 2))
+    assert concept_accuracy(read, sides, list("aabbb"), two=True).effective_n == 2
+    assert math.isnan(concept_accuracy(read[:3], sides[:3], list("abc"), two=True).accuracy)
     # "What color is it?": probes that read red everywhere are right of all that is red, and see nothing.
-    assert math.isnan(own_examples(read[:3], sides[:3], list("abc"), two=False).accuracy)
+    assert math.isnan(concept_accuracy(read[:3], sides[:3], list("abc"), two=False).accuracy)
 
 
 def claim(row: int, noun: str, truth: str, answer: str, probed: Sequence[str]) -> Claim:
@@ -129,41 +137,41 @@ def test_two_probed_nouns_are_no_evidence_about_eleven_others(n: int, images: in
     stages = _stages(KIND, sets, margins, {**claims, **others})
     named = dict.fromkeys(("id", "group", "level", "split", "kind", "question", "truth"), "")
     about = Diagnosis(named, "yes", "", None, math.nan, without_image="yes")
-    verdicts = [_judged(about, c, stages, Undone(-1.0, (), (), math.nan, math.nan)) for c in others.values()]
+    verdicts = [_judge_answer(about, c, stages, Correction(-1.0, (), (), math.nan, math.nan)) for c in others.values()]
     assert {v.verdict for v in verdicts} == {"not readable"}
     assert all(v.unread == STAGES and not v.readings and v.confidence == 0 for v in verdicts)
     assert "the vision tower, the projector and the image's tokens" in verdicts[0].reason
     # A probed noun: so many examples at chance show that the tower does not carry it, so few do not.
     wrong = next(c for c in claims.values() if not c.right)
-    assert _judged(about, wrong, stages, None).verdict == ("not seen" if images > 4 else "not readable")
+    assert _judge_answer(about, wrong, stages, None).verdict == ("not seen" if images > 4 else "not readable")
 
 
 # ---- what undoes an answer, and whether that is a prior ----------------------------------------------------------------
 
 
-def test_a_lean_goes_before_parts_and_counts_as_one() -> None:
+def test_an_offset_is_preferred_to_a_component_and_counts_as_one() -> None:
     tried = [((), -2.0), (("L1.H0",), -1.0), (("L1.H0", "L2.H3"), 0.5)]
-    assert _fewest(tried, 0.0)[:2] == (("L1.H0", "L2.H3"), 0.5)
-    assert math.isnan(_fewest(tried, 0.0)[2])
-    assert _fewest(tried, 2.5) == ((), 0.5, 2.5)
-    assert _fewest(tried, 1.5) == (("L1.H0",), 0.5, 1.5)  # two either way: the lean first
-    assert _fewest(tried, 0.5)[:2] == (("L1.H0", "L2.H3"), 0.5)  # three with the lean
-    parts, odds, lean = _fewest(tried[:2], 0.5)
+    assert _smallest_correction(tried, 0.0)[:2] == (("L1.H0", "L2.H3"), 0.5)
+    assert math.isnan(_smallest_correction(tried, 0.0)[2])
+    assert _smallest_correction(tried, 2.5) == ((), 0.5, 2.5)
+    assert _smallest_correction(tried, 1.5) == (("L1.H0",), 0.5, 1.5)  # two either way: the offset first
+    assert _smallest_correction(tried, 0.5)[:2] == (("L1.H0", "L2.H3"), 0.5)  # three with the offset
+    parts, odds, offset = _smallest_correction(tried[:2], 0.5)
     assert parts == ()
     assert math.isnan(odds)
-    assert math.isnan(lean)
+    assert math.isnan(offset)
 
 
 def test_a_prior_needs_evidence_that_the_shares_do_not_contradict() -> None:
-    assert suggests("yes", "yes", {})
-    assert not suggests("yes", "no", {})
-    assert suggests("yes", "yes", {"prior": 0.3, "prompt": 2.0, "image": -1.0})
-    assert not suggests("yes", "yes", {"prior": 0.27, "prompt": 0.0, "image": 0.57})
-    assert not suggests("yes", "yes", {"prior": -0.3, "prompt": 0.1, "image": -0.2})
+    assert prior_suggests("yes", "yes", {})
+    assert not prior_suggests("yes", "no", {})
+    assert prior_suggests("yes", "yes", {"prior": 0.3, "prompt": 2.0, "image": -1.0})
+    assert not prior_suggests("yes", "yes", {"prior": 0.27, "prompt": 0.0, "image": 0.57})
+    assert not prior_suggests("yes", "yes", {"prior": -0.3, "prompt": 0.1, "image": -0.2})
     states = dict.fromkeys(STAGES, "truth")
     sure = dict.fromkeys(STAGES, 0.96)
-    assert judge(states, sure, undone=True, prior=True) == ("overridden by the prior", 0.96, "")
-    assert judge(states, sure, undone=True, prior=False) == ("overridden late", 0.96, "")
+    assert judge(states, sure, corrected=True, prior=True) == ("overridden by the prior", 0.96, "")
+    assert judge(states, sure, corrected=True, prior=False) == ("overridden late", 0.96, "")
 
 
 @cache
@@ -233,18 +241,20 @@ def diagnosed(model: Lvlm, data: ConceptDataset, out: Path, *, boxes: bool = Tru
     return diagnose(model, store, directions, free, with_sources=sources, progress=False)
 
 
-def test_a_planted_output_bias_is_a_lean_and_no_head_is_blamed(tmp_path: Path) -> None:
+def test_a_planted_output_bias_is_an_offset_and_no_head_is_blamed(tmp_path: Path) -> None:
     data = questions(by_hand(prior=True), 160)
     model = planted_failures.bias_answer(by_hand(prior=True).model, data, "red", 10.0)
     diagnoses = diagnosed(model, data, tmp_path / "s")
-    assert not [o for o in diagnoses.examples if o.verdict is None and o.said == "blue"]  # no right "blue" is left
+    assert not [
+        o for o in diagnoses.examples if o.verdict is None and o.model_answer == "blue"
+    ]  # no right "blue" is left
     counts = Counter(o.verdict for o in diagnoses.wrong)
     assert len(diagnoses.wrong) >= 15
     assert counts["overridden by the prior"] == len(diagnoses.wrong)
-    alone = [o for o in diagnoses.wrong if not o.undone_by]
+    alone = [o for o in diagnoses.wrong if not o.corrected_by]
     assert len(alone) >= 0.9 * len(diagnoses.wrong)
-    assert all(o.lean == pytest.approx(10.0, abs=1.0) and o.undone > 0 for o in alone)
-    assert all("by which all" in str(o) or "lean to 'red' by" in str(o) for o in diagnoses.wrong)
+    assert all(o.offset == pytest.approx(10.0, abs=1.0) and o.corrected_log_odds > 0 for o in alone)
+    assert all("common offset" in str(o) or "have an offset" in str(o) for o in diagnoses.wrong)
 
 
 def test_an_override_that_no_prior_explains_is_late(tmp_path: Path) -> None:
@@ -254,7 +264,7 @@ def test_an_override_that_no_prior_explains_is_late(tmp_path: Path) -> None:
     assert len(diagnoses.wrong) >= 15
     assert counts["overridden late"] >= 0.9 * len(diagnoses.wrong), counts
     assert all(o.sources["image"] > o.sources["prior"] + o.sources["prompt"] for o in diagnoses.wrong)
-    assert any(o.undone_by == (str(late_head(planted)),) for o in diagnoses.wrong)
+    assert any(o.corrected_by == (str(late_head(planted)),) for o in diagnoses.wrong)
 
 
 def test_a_verdict_without_boxes_names_the_stages_that_were_not_read(tmp_path: Path) -> None:

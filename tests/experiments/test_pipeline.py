@@ -123,7 +123,9 @@ def test_wrong_answers_are_diagnosed_and_reported(run: Path) -> None:
         (diagnosis.verdict is None) == bool(frame["correct"][diagnosis.example["id"]])
         for diagnosis in diagnoses.examples
     )
-    assert all(diagnosis.said == frame["model_answer"][diagnosis.example["id"]] for diagnosis in diagnoses.examples)
+    assert all(
+        diagnosis.model_answer == frame["model_answer"][diagnosis.example["id"]] for diagnosis in diagnoses.examples
+    )
     misled = diagnoses.table("split").set_index(["split", "verdict"]).loc[("conflict", "overridden by the prior")]
     assert misled["share"] > 0.5  # what this model's training made it do
     shares = [o.sources for o in diagnoses.wrong if o.sources]

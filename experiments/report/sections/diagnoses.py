@@ -138,7 +138,7 @@ def _detail(diagnoses: Diagnoses, index: int, illustration: Illustration | None)
     diagnosis = diagnoses[index]
     question, truth = diagnosis.example["question"], diagnosis.example["truth"]
     parts = [
-        f"<h3>{text(question)} “{text(diagnosis.said)}”</h3>",
+        f"<h3>{text(question)} “{text(diagnosis.model_answer)}”</h3>",
         example_block(_facts(diagnosis), illustration, f"{question} {truth}"),
         paragraph(diagnoses.text(index)),
     ]
@@ -159,23 +159,23 @@ def _detail(diagnoses: Diagnoses, index: int, illustration: Illustration | None)
 def _facts(diagnosis: Diagnosis) -> list[tuple[str, str]]:
     facts = [
         ("question", diagnosis.example["question"]),
-        ("answer of the model", diagnosis.said),
+        ("answer of the model", diagnosis.model_answer),
         ("true answer", diagnosis.example["truth"]),
         ("verdict", verdict_of(diagnosis)),
         ("answer without the image", diagnosis.without_image),
     ]
-    offset_only = diagnosis.lean > 0 and not diagnosis.undone_by
+    offset_only = diagnosis.offset > 0 and not diagnosis.corrected_by
     if diagnosis.pushes and not offset_only:
         pushes = ", ".join(f"{p.part} ({p.effect:+.2f})" for p in diagnosis.pushes[:3])
         facts.append(("parts that push the answer (effect of replacing them)", pushes))
     if offset_only:
         facts.append(
-            ("without the common offset", f"right: such answers have an offset of {diagnosis.lean:.1f} logits")
+            ("without the common offset", f"right: such answers have an offset of {diagnosis.offset:.1f} logits")
         )
-    elif diagnosis.undone_by:
-        offset = f" and the common offset of {diagnosis.lean:.1f} logits" if diagnosis.lean > 0 else ""
-        change = f"log-odds {diagnosis.log_odds:+.2f} → {diagnosis.undone:+.2f}"
-        facts.append(("corrected without", f"{', '.join(diagnosis.undone_by)}{offset}: {change}"))
+    elif diagnosis.corrected_by:
+        offset = f" and the common offset of {diagnosis.offset:.1f} logits" if diagnosis.offset > 0 else ""
+        change = f"log-odds {diagnosis.log_odds:+.2f} → {diagnosis.corrected_log_odds:+.2f}"
+        facts.append(("corrected without", f"{', '.join(diagnosis.corrected_by)}{offset}: {change}"))
     if diagnosis.sources:
         shares = ", ".join(f"{name} {diagnosis.sources[name]:+.2f}" for name in ("image", "prompt", "prior"))
         facts.append(("log-odds of the answer", f"{diagnosis.sources['log_odds']:+.2f} = {shares}"))
