@@ -345,7 +345,7 @@ def load_answers(
     answer_field: str | None = None,
     id_field: str | None = None,
 ) -> BehaviorResult:
-    """Read the answers to a dataset's questions from a file; no model is needed.
+    r"""Read the answers to a dataset's questions from a file; no model is needed.
 
     Parameters
     ----------
@@ -371,6 +371,17 @@ def load_answers(
         As for `read_answers` and `match_answers`.
     ConfigError
         For an unknown parser.
+
+    Examples
+    --------
+    >>> import json, tempfile
+    >>> from pathlib import Path
+    >>> import groundscope as gs
+    >>> data = gs.scenes.dataset(10, splits=["random"])
+    >>> path = Path(tempfile.mkdtemp()) / "answers.jsonl"
+    >>> _ = path.write_text("".join(json.dumps({"id": e.id, "answer": "Yes."}) + "\n" for e in data))
+    >>> gs.behavior.load_answers(data, path).rate("accuracy").value
+    0.5
     """
     name = parser_for(data, parser)
     rule = named_parser(name)

@@ -22,6 +22,13 @@ class PopeScores:
     if the true answer is yes, but not precision. 0 / 0 is NaN. Two parsers treat such an answer as their release does
     (`unparsed` still counts it): ``pope_release`` counts it as yes; ``lmms_eval`` counts it as wrong in accuracy and
     excludes it from recall and F1, and its `yes_ratio` is the share of yes among the true answers.
+
+    Examples
+    --------
+    >>> from behavior.pope import score
+    >>> scores = score(["Yes.", "No.", "Yes."], ["yes", "no", "no"])
+    >>> scores.n, scores.recall.value, scores.precision.value
+    (3, 1.0, 0.5)
     """
 
     n: int

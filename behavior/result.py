@@ -30,7 +30,16 @@ BY = ("split", "level", "kind", "group", "question", "answer")
 
 @dataclass(frozen=True)
 class Answer:
-    """One question with the model's answer."""
+    """One question with the model's answer.
+
+    Examples
+    --------
+    >>> import groundscope as gs
+    >>> about = ("q1", "image 1", "neutral", "object", "existence", "Is there an apple?", "yes", ("yes", "no"))
+    >>> answer = gs.Answer(*about, given="no", correct=False)
+    >>> answer.answer, answer.given
+    ('yes', 'no')
+    """
 
     id: str
     group: str
@@ -59,7 +68,14 @@ class Answer:
 
 @dataclass(frozen=True)
 class Cost:
-    """Computational cost of the answers."""
+    """Computational cost of the answers.
+
+    Examples
+    --------
+    >>> import groundscope as gs
+    >>> gs.Cost(seconds=2.0, forwards=5, answers=20).seconds_per_answer
+    0.1
+    """
 
     seconds: float | None
     """Wall time from the first encoding to the last answer; None for answers from a file without times, and for answers
@@ -125,6 +141,15 @@ class BehaviorResult:
     ------
     DataError
         If two answers have the same id.
+
+    Examples
+    --------
+    >>> import groundscope as gs
+    >>> about = ("neutral", "object", "existence", "Is there an apple?", "yes", ("yes", "no"))
+    >>> rows = [gs.Answer(f"q{i}", f"image {i}", *about, given="yes", correct=True) for i in range(4)]
+    >>> answers = gs.BehaviorResult(tuple(rows), gs.Cost(None, None, 4))
+    >>> answers.rate("accuracy").value, len(answers.where(id="q2"))
+    (1.0, 1)
     """
 
     answers: tuple[Answer, ...]
