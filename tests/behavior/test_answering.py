@@ -172,7 +172,7 @@ def test_invalid_data_is_refused_before_the_first_forward(
         (
             ConceptDataset("odd", (replace(first, answer="zebra", candidates=("zebra", "no")),)),
             DataError,
-            "does not know",
+            "is unknown to the tokenizer",
         ),
     ]
     monkeypatch.setattr(model, "logits", never)

@@ -183,7 +183,8 @@ def test_pairs_of_unlike_length_name_the_first_differing_token() -> None:
 
 
 @pytest.mark.parametrize(
-    ("answer", "message"), [("red", "the same answer"), ("red car", "same token"), ("mauve", "does not know")]
+    ("answer", "message"),
+    [("red", "the same answer"), ("red car", "same token"), ("mauve", "is unknown to the tokenizer")],
 )
 def test_answers_with_one_first_token_are_refused(answer: str, message: str) -> None:
     pair = pairs("color")[0]
