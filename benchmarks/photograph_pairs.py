@@ -1,13 +1,20 @@
-"""Heads found with pairs of photographs, compared with heads found with pairs of icon scenes.
+"""Heads selected with pairs of photographs, against heads selected with pairs of icon scenes.
 
     python benchmarks/photograph_pairs.py [--quick] [--pairs 60] [--save]
 
-Everything is synthetic: the photographs are icon scenes saved as JPEG files (quality 75), so that nothing can be drawn again.
-For each kind of pair, the heads of the embedded model are patched exactly on pairs of scenes and, for each method, on pairs of
-photographs of other scenes. Printed are the rank correlation of the two rankings, the correlation of two disjoint halves of
-scene pairs (the most that can be expected), how many of the best five heads agree, and whether the best head of the scenes has
-an effect on photographs within its interval on scenes. Placebo pairs, after whose change the true answer is the same, show how
-far the margin of the answer moves by the change itself.
+The data is synthetic: the photographs are icon scenes saved as JPEG files (quality 75), whose pairs are made by editing
+pixels. For each kind of pair, heads of the embedded model are patched exactly on pairs of scenes (the baseline) and, for each
+method of editing, on pairs of photographs of other scenes. Figures:
+
+KIND_METHOD_correlation_share
+    rank correlation of both rankings, divided by that of two disjoint halves of the scene pairs, the largest value to expect;
+KIND_METHOD_best_five
+    heads in common among the best five;
+KIND_METHOD_first_head
+    effect on photographs of the best head of the scenes; the goal is its interval on scenes.
+
+The table also shows how far the edit moves the margin of the answer, and how far a placebo edit does, after which the true
+answer is the same.
 """
 
 from __future__ import annotations

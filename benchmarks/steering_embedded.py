@@ -1,22 +1,30 @@
-"""What every way of steering does on the embedded model: errors by prior, what it costs, and its controls.
+"""Every steering method on the embedded model: effect on errors by prior, side effects, and controls.
 
     python benchmarks/steering_embedded.py [--quick] [--save] [--work DIR]
 
-Everything is synthetic. Vectors are derived on the scenes of the default run (300, seed 0) at the six heads that patching
-finds there, or at heads, layers or tokens of their own. Place and strength are chosen on all questions about those scenes by
-the rule of the default run; the table is of other scenes (500, seed 1000). Controls push as far at the same strength: random
-directions, the rule from shuffled labels, the same directions moved to other heads, each drawn three times (20 times for the
-best method), and the rule derived again at other heads. Methods that act at more than the last token, or differ from question
-to question, need whole forwards; they are chosen and tested on a fifth of the scenes, vsv on 40 questions of each split.
-Intervals are 95 % over scenes; those of controls are of the mean over draws. CHAIR_i is of 100 test scenes, "fading" where
-the vector halves with every token written. Finished parts are in the work folder, and are not repeated.
+The data is synthetic. Vectors are derived from the scenes of the default run (300, seed 0), at the six heads that patching
+selects there or at the method's own heads, layers or tokens. Place and strength are chosen on all questions about those
+scenes with the rule of the default run; the table is measured on other scenes (500, seed 1000). The baseline is the unsteered
+model. Controls move activations as far at the same strength: random directions, the method with shuffled labels, the same
+directions at other heads (three draws each, 20 for the best method), and the method derived at other heads.
+
+Methods that act on more tokens than the last, or whose vector depends on the question, need full forward passes. They are
+chosen and tested on a fifth of the scenes; vsv on 40 questions of each split. Intervals are 95 % over scenes; those of
+controls are of the mean over draws. CHAIR_i is measured on captions of 100 test scenes; "decaying" is with a strength that
+halves with each generated token. Results of finished methods are saved in the work folder, and reused. Figures, of the method
+with the fewest errors on the validation scenes:
+
+wrong_by_prior_cut, adversarial_yes_cut
+    share of the errors that steering removes; goal: at least half;
+..._cut_by_CONTROL
+    the same for each control; goal: less than a tenth;
+neutral_change
+    change of the accuracy on neutral questions; goal: at least -0.01.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import platform
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,13 +35,18 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
-import torch
-from rich.console import Console
 from rich.table import Table
 
 from activation_store import trace
 from behavior import BehaviorResult, chair
 from behavior.metrics import METRICS, compare_metric, compute_metrics
+from benchmarks._harness import (
+    RESULTS,
+    describe_device,
+    finish,
+    option_parser,
+    wide_console,
+)
 from benchmarks._steering_methods import Method, World, methods
 from circuits import patch_heads, top_heads
 from concepts import scenes
@@ -49,39 +62,41 @@ from mitigation import SteeringVector
 from mitigation.steering.controls import match_displacement, move_to_heads
 from mitigation.strength import PRIOR_ERRORS, RULE, Row, answer_under, choose_strength, cost, harm, sweep_strengths
 
-RESULTS = Path(__file__).parent / "results" / "steering_embedded.json"
 WORK = Path("runs") / "benchmark-steering"
-SHOWN = (*PRIOR_ERRORS, "neutral: right", "typical color: right", "present: says no")
+REPORTED_METRICS = (*PRIOR_ERRORS, "neutral: right", "typical color: right", "present: says no")
 MAX_DROP = SteerConfig().max_drop
-FADING = SteerConfig().decay
+DECAY = SteerConfig().decay
 BATCH = 6
 """Methods that share one run of the unsteered questions: more would keep too many answers in memory."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is done."""
+    """Sizes of the benchmark."""
 
     images: int
-    tested: int
+    """Scenes from which vectors are derived."""
+    test_images: int
     draws: int
+    """Draws of each control."""
     captions: int
-    share: int
-    """Methods that need whole forwards are asked about one scene in so many."""
+    """Captions of test scenes."""
+    scene_step: int
+    """Methods that need full forward passes use every `scene_step`-th scene."""
     questions: int
-    """Those that need some for each question are asked so many."""
+    """Questions for methods whose vector depends on the question."""
     pairs: int
-    """Pairs of images that a method is given at most."""
-    often: int
-    """How many times the controls of the best method are drawn."""
-    thin: int
-    """One strength in so many is tried."""
+    """Largest number of pairs of images for a method."""
+    best_draws: int
+    """Draws of each control of the best method."""
+    strength_step: int
+    """Every `strength_step`-th strength is tried."""
 
 
 FULL, QUICK = Plan(300, 500, 3, 100, 5, 240, 120, 20, 1), Plan(40, 40, 1, 10, 4, 30, 30, 2, 2)
 
 
-def world(plan: Plan, work: Path) -> World:
+def make_world(plan: Plan, work: Path) -> World:
     """Trace the discovery scenes and find the heads, as the default run does."""
     model = load_lvlm("tiny")
     data = scenes.dataset(plan.images, seed=0)
@@ -91,13 +106,13 @@ def world(plan: Plan, work: Path) -> World:
     return World(model, store, store.frame(), questions_, top_heads(scores, 6), plan.pairs)
 
 
-def part(data: ConceptDataset, method: Method, plan: Plan) -> ConceptDataset:
-    """Return the questions that a method is asked."""
+def select_questions(data: ConceptDataset, method: Method, plan: Plan) -> ConceptDataset:
+    """Return the questions on which a method is measured."""
     if method.late:
         return data
     if "residual" not in method.places:
-        return data.filter(lambda e: int(e.group.rsplit("-", 1)[-1]) % plan.share == 0)
-    # A vector for each question: of every split alike.
+        return data.filter(lambda e: int(e.group.rsplit("-", 1)[-1]) % plan.scene_step == 0)
+    # The vector depends on the question: the same number of questions of every split.
     counts: dict[str, int] = {}
 
     def room(split: str) -> bool:
@@ -107,7 +122,7 @@ def part(data: ConceptDataset, method: Method, plan: Plan) -> ConceptDataset:
     return data.filter(lambda e: room(e.split))
 
 
-def asked_by_parts(
+def answer_by_parts(
     model: Lvlm, data: ConceptDataset, method: Method, strengths: Sequence[float], *, control: bool = False
 ) -> dict[float, BehaviorResult]:
     """Answer questions under vectors that depend on the question, at each strength; 0 is the unsteered model."""
@@ -124,8 +139,8 @@ def asked_by_parts(
     }
 
 
-def chosen_places(
-    w: World, data: ConceptDataset, group: Mapping[str, Method], thin: int
+def choose_places(
+    w: World, data: ConceptDataset, group: Mapping[str, Method], strength_step: int
 ) -> dict[str, tuple[str, Row, Row]]:
     """Return for each method the place and the row of its sweep that the rule chooses, and the row without steering."""
     vectors: dict[str, tuple[SteeringVector, Sequence[float]]] = {}
@@ -134,7 +149,7 @@ def chosen_places(
         for place, make in method.places.items():
             if make is None:
                 continue
-            vectors[f"{name} at {place}"] = (make(None), method.strengths[::thin])
+            vectors[f"{name} at {place}"] = (make(None), method.strengths[::strength_step])
             names[f"{name} at {place}"] = (name, place)
     curves = sweep_strengths(w.model, data, vectors)
     best_places: dict[str, tuple[str, Row, Row]] = {}
@@ -146,7 +161,7 @@ def chosen_places(
     return best_places
 
 
-def controls_of(
+def make_controls(
     w: World, method: Method, place: str, vector: SteeringVector, draws: int
 ) -> dict[str, list[SteeringVector]]:
     """Return every control that a method can have, each drawn so many times."""
@@ -171,8 +186,8 @@ def controls_of(
     return {name: vectors for name, vectors in controls.items() if vectors}
 
 
-def cut(before: BehaviorResult, after: Sequence[BehaviorResult], name: str) -> Estimate:
-    """Return the share of an error that is gone, the mean over draws, with a paired interval over scenes."""
+def removed_share(before: BehaviorResult, after: Sequence[BehaviorResult], name: str) -> Estimate:
+    """Return the share of an error that steering removes, mean over draws, with a paired interval over scenes."""
     metric = METRICS[name]
     indices = [i for i, a in enumerate(before.answers) if metric.applies(a)]
     base = np.array([metric.counts(before.answers[i]) for i in indices], float)
@@ -182,29 +197,29 @@ def cut(before: BehaviorResult, after: Sequence[BehaviorResult], name: str) -> E
     return Estimate(float(table[:, 0].sum() / base.sum()) if base.any() else float("nan"), low, high, len(indices))
 
 
-def summarized(result: BehaviorResult, data: ConceptDataset) -> dict[str, Any]:
+def report_metrics(result: BehaviorResult, data: ConceptDataset) -> dict[str, Any]:
     """Return the measures that are shown."""
-    return {name: asdict(e) for name, e in compute_metrics(result, data).items() if name in SHOWN}
+    return {name: asdict(e) for name, e in compute_metrics(result, data).items() if name in REPORTED_METRICS}
 
 
-def row_of(
+def make_row(
     before: BehaviorResult,
     after: BehaviorResult,
     controls: Mapping[str, Sequence[BehaviorResult]],
     data: ConceptDataset,
 ) -> dict[str, Any]:
-    """Return what is written of a method on the test scenes."""
-    changes = {name: compare_metric(before, after, name) for name in SHOWN}
+    """Return the results of a method on the test scenes."""
+    changes = {name: compare_metric(before, after, name) for name in REPORTED_METRICS}
     return {
         "questions": len(data),
-        "before": summarized(before, data),
-        "test": summarized(after, data),
+        "before": report_metrics(before, data),
+        "test": report_metrics(after, data),
         "change": {name: asdict(c) for name, c in changes.items() if c is not None},
-        "cut": {name: asdict(cut(before, [after], name)) for name in PRIOR_ERRORS},
+        "cut": {name: asdict(removed_share(before, [after], name)) for name in PRIOR_ERRORS},
         "controls": {
             control: {
                 "draws": len(results),
-                "cut": {name: asdict(cut(before, results, name)) for name in PRIOR_ERRORS},
+                "cut": {name: asdict(removed_share(before, results, name)) for name in PRIOR_ERRORS},
                 "neutral": float(np.mean([compute_metrics(r, data)["neutral: right"].value for r in results])),
             }
             for control, results in controls.items()
@@ -212,8 +227,8 @@ def row_of(
     }
 
 
-def captioned(model: Lvlm, data: ConceptDataset, vector: SteeringVector | None, count: int) -> dict[str, Any]:
-    """Let the model describe scenes, and return what of it is not there."""
+def score_captions(model: Lvlm, data: ConceptDataset, vector: SteeringVector | None, count: int) -> dict[str, Any]:
+    """Generate captions of scenes, and return the share of invented objects and the recall."""
     firsts = list({e.group: e for e in data}.values())[:count]
     scenes: list[Any] = [e.image for e in firsts]
     scene_examples = [(s, questions.as_example(s, questions.caption(s), "caption")) for s in scenes]
@@ -224,13 +239,13 @@ def captioned(model: Lvlm, data: ConceptDataset, vector: SteeringVector | None, 
     return {"chair_i": asdict(scores.chair_i), "recall": asdict(scores.recall)}
 
 
-def tested(
+def test_methods(
     w: World, group: Mapping[str, Method], plan: Plan, data: ConceptDataset
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Choose and test methods that share their questions, and yield a row each."""
     kind = next(iter(group.values()))
-    validation, test = part(w.discovery, kind, plan), part(data, kind, plan)
-    places = chosen_places(w, validation, group, plan.thin)
+    validation, test = select_questions(w.discovery, kind, plan), select_questions(data, kind, plan)
+    places = choose_places(w, validation, group, plan.strength_step)
     vectors: dict[str, SteeringVector | None] = {"before": None}
     names: dict[tuple[str, str], list[str]] = {}
     for name, (place, row, _) in places.items():
@@ -240,104 +255,117 @@ def tested(
             continue
         vector = make(None).scaled(row["strength"])
         vectors[name] = vector
-        for control, control_vectors in controls_of(w, group[name], place, vector, plan.draws).items():
+        for control, control_vectors in make_controls(w, group[name], place, vector, plan.draws).items():
             names[name, control] = [f"{name}: {control} {i}" for i in range(len(control_vectors))]
             vectors.update(zip(names[name, control], control_vectors, strict=True))
     results = answer_under(w.model, test, vectors)
     for name, (place, row, start) in places.items():
         controls = {c: [results[k] for k in keys] for (n, c), keys in names.items() if n == name}
         about = {"place": place, "strength": row["strength"], "harm": [start["harm"], row["harm"]], "cost": row["cost"]}
-        captions = captioned(w.model, data, vectors[name], plan.captions)
+        captions = score_captions(w.model, data, vectors[name], plan.captions)
         vector = vectors[name]
         if vector is not None and vector.decay == 1 and group[name].late:
-            about["fading"] = captioned(w.model, data, vector.decaying(FADING), plan.captions)
-        yield name, {**about, **row_of(results["before"], results[name], controls, test), **captions}
+            about["fading"] = score_captions(w.model, data, vector.decaying(DECAY), plan.captions)
+        yield name, {**about, **make_row(results["before"], results[name], controls, test), **captions}
 
 
-def tested_by_parts(w: World, method: Method, plan: Plan, data: ConceptDataset) -> dict[str, Any]:
+def test_by_parts(w: World, method: Method, plan: Plan, data: ConceptDataset) -> dict[str, Any]:
     """Choose and test a method whose vector belongs to a question."""
-    validation, test = part(w.discovery, method, plan), part(data, method, plan)
+    validation, test = select_questions(w.discovery, method, plan), select_questions(data, method, plan)
     sweep: list[Row] = []
     before: dict[str, Estimate] = {}
-    for s, result in asked_by_parts(w.model, validation, method, method.strengths[:: plan.thin]).items():
+    for s, result in answer_by_parts(w.model, validation, method, method.strengths[:: plan.strength_step]).items():
         rates = compute_metrics(result, validation)
         before = before or rates
         sweep.append({"strength": s, "harm": harm(rates), "cost": cost(rates, before)})
     row = choose_strength(sweep, max_drop=MAX_DROP)
     used = [row["strength"]] if row["strength"] else []
-    results = asked_by_parts(w.model, test, method, used)
+    results = answer_by_parts(w.model, test, method, used)
     controls = {}
     if used:
-        controls["random direction"] = [asked_by_parts(w.model, test, method, used, control=True)[used[0]]]
+        controls["random direction"] = [answer_by_parts(w.model, test, method, used, control=True)[used[0]]]
     about = {"place": next(iter(method.places)), "strength": row["strength"], "cost": row["cost"]}
     about["harm"] = [sweep[0]["harm"], row["harm"]]
-    return {**about, **row_of(results[0.0], results[used[0] if used else 0.0], controls, test)}
+    return {**about, **make_row(results[0.0], results[used[0] if used else 0.0], controls, test)}
 
 
-def run(plan: Plan, work: Path, console: Console) -> dict[str, dict[str, Any]]:
-    """Do what is not done yet, and return every row."""
-    w = world(plan, work)
-    every = methods(w)
-    data = scenes.dataset(plan.tested, seed=1000).filter(lambda e: bool(e.candidates))
-    done = {name: work / f"{name.replace(' ', '-').replace(',', '')}.json" for name in every}
-    if not (work / "before.json").exists():
-        (work / "before.json").write_text(json.dumps(captioned(w.model, data, None, plan.captions)))
-    todo = [name for name in every if not done[name].exists()]
-    late = [name for name in todo if every[name].late]
+def run_methods(plan: Plan, work: Path) -> dict[str, dict[str, Any]]:
+    """Measure the methods that have no saved results, and return the results of all."""
+    with progress("tracing and patching"):
+        w = make_world(plan, work)
+        all_methods = methods(w)
+        data = scenes.dataset(plan.test_images, seed=1000).filter(lambda e: bool(e.candidates))
+        if not (work / "before.json").exists():
+            (work / "before.json").write_text(json.dumps(score_captions(w.model, data, None, plan.captions)))
+    paths = {name: work / f"{name.replace(' ', '-').replace(',', '')}.json" for name in all_methods}
+    missing = [name for name in all_methods if not paths[name].exists()]
+    late = [name for name in missing if all_methods[name].late]
     groups = [late[k : k + BATCH] for k in range(0, len(late), BATCH)]
-    groups += [[name] for name in todo if not every[name].late]
-    for number, group in enumerate(groups):
-        start = time.perf_counter()
-        if every[group[0]].parts is not None:
-            rows = [(group[0], tested_by_parts(w, every[group[0]], plan, data))]
-        else:
-            rows = list(tested(w, {name: every[name] for name in group}, plan, data))
-        for name, row in rows:
-            done[name].write_text(json.dumps(row))
-        console.print(f"{number + 1} of {len(groups)}: {'; '.join(group)}, {time.perf_counter() - start:.0f} s")
-    rows = {name: json.loads(path.read_text()) for name, path in done.items()}
-    best, best_path = best_of(rows), work / "best.json"
+    groups += [[name] for name in missing if not all_methods[name].late]
+    for number, group in enumerate(groups, 1):
+        method = all_methods[group[0]]
+        with progress(f"methods {number} of {len(groups)}: {'; '.join(group)}"):
+            if method.parts is not None:
+                results = [(group[0], test_by_parts(w, method, plan, data))]
+            else:
+                results = list(test_methods(w, {name: all_methods[name] for name in group}, plan, data))
+        for name, row in results:
+            paths[name].write_text(json.dumps(row))
+    rows = {name: json.loads(path.read_text()) for name, path in paths.items()}
+    best, best_path = find_best(rows), work / "best.json"
     if not best_path.exists():
-        best_path.write_text(json.dumps(drawn_often(w, every[best], rows[best], plan, data)))
+        with progress(f"controls of the best method: {best}"):
+            best_path.write_text(json.dumps(draw_more_controls(w, all_methods[best], rows[best], plan, data)))
     return {**rows, best: json.loads(best_path.read_text())}
 
 
-def best_of(rows: Mapping[str, dict[str, Any]]) -> str:
+def find_best(rows: Mapping[str, dict[str, Any]]) -> str:
     """Return the method with the fewest errors on the validation scenes, of those that were asked every question."""
     most = max(r["questions"] for r in rows.values())
     return min((n for n in rows if rows[n]["questions"] == most), key=lambda n: rows[n]["harm"][1])
 
 
-def drawn_often(w: World, method: Method, row: dict[str, Any], plan: Plan, data: ConceptDataset) -> dict[str, Any]:
+def draw_more_controls(
+    w: World, method: Method, row: dict[str, Any], plan: Plan, data: ConceptDataset
+) -> dict[str, Any]:
     """Return the row of a method with its controls drawn many times: three draws say little about a few errors."""
     make = method.places[row["place"]]
     if make is None or not row["strength"]:
         return row
     vector = make(None).scaled(row["strength"])
-    controls = controls_of(w, method, row["place"], vector, plan.often)
+    controls = make_controls(w, method, row["place"], vector, plan.best_draws)
     names = {c: [f"{c} {i}" for i in range(len(vectors_))] for c, vectors_ in controls.items()}
     vectors: dict[str, SteeringVector | None] = {"before": None, "after": vector}
     vectors |= {n: v for c, vectors_ in controls.items() for n, v in zip(names[c], vectors_, strict=True)}
     results = answer_under(w.model, data, vectors)
     many = {c: [results[n] for n in names[c]] for c in names}
-    return {**row, **row_of(results["before"], results["after"], many, data)}
+    return {**row, **make_row(results["before"], results["after"], many, data)}
 
 
 def percent(e: Mapping[str, float]) -> str:
-    """Return a rate and its interval as a reader wants it."""
+    """Return a rate and its interval as text, in percent."""
     return f"{100 * e['value']:.1f} [{100 * e['low']:.1f}, {100 * e['high']:.1f}]"
 
 
-def report(rows: Mapping[str, dict[str, Any]], before: Mapping[str, Any], console: Console) -> None:
+def print_tables(rows: Mapping[str, dict[str, Any]], before: Mapping[str, Any]) -> None:
     """Print the table of methods, and that of controls."""
+    console = wide_console()
     table = Table(
-        "method", "place", "strength", "wrong by prior %", "adversarial yes %", "neutral %", "CHAIR_i %", "fading", "n"
+        "method",
+        "place",
+        "strength",
+        "wrong by prior %",
+        "adversarial yes %",
+        "neutral %",
+        "CHAIR_i %",
+        "CHAIR_i %, decaying",
+        "n",
     )
     first = next(r for r in rows.values() if r["questions"] == max(q["questions"] for q in rows.values()))
-    cells_ = [percent(first["before"][m]) if m in first["before"] else "" for m in SHOWN[:3]]
+    cells_ = [percent(first["before"][m]) if m in first["before"] else "" for m in REPORTED_METRICS[:3]]
     table.add_row("none", "", "", *cells_, percent(before["chair_i"]), "", str(first["questions"]))
     for name, row in rows.items():
-        cells_ = [percent(row["test"][m]) if m in row["test"] else "" for m in SHOWN[:3]]
+        cells_ = [percent(row["test"][m]) if m in row["test"] else "" for m in REPORTED_METRICS[:3]]
         caption = percent(row["chair_i"]) if "chair_i" in row else ""
         fading = percent(row["fading"]["chair_i"]) if "fading" in row else ""
         table.add_row(name, row["place"], f"{row['strength']:g}", *cells_, caption, fading, str(row["questions"]))
@@ -352,9 +380,9 @@ def report(rows: Mapping[str, dict[str, Any]], before: Mapping[str, Any], consol
     console.print(table)
 
 
-def figures_of(rows: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Hold the best method by its validation scenes, of those asked every question, against the goals."""
-    best = best_of(rows)
+def make_figures(rows: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return the figures of the best method (see `find_best`)."""
+    best = find_best(rows)
     row = rows[best]
     figures: dict[str, dict[str, Any]] = {}
 
@@ -373,27 +401,24 @@ def figures_of(rows: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def main() -> None:
-    """Measure, print tables, and as the last line one JSON object."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer scenes and draws, under a minute")
-    parser.add_argument("--save", action="store_true", help="write the table to benchmarks/results")
-    parser.add_argument("--work", type=Path, help="where finished methods are kept; runs/benchmark-steering by default")
+    """Run, print tables, and as the last line one JSON object."""
+    parser = option_parser(__doc__, quick="fewer scenes and draws, about a minute", save=True)
+    parser.add_argument("--work", type=Path, default=WORK, help=f"folder of finished results (default: {WORK})")
     options = parser.parse_args()
-    console = Console()
+    console = wide_console()
     console.print("Compares every steering method with the unsteered model and with controls of equal displacement.")
     start = time.perf_counter()
     plan = QUICK if options.quick else FULL
-    work = (options.work or WORK) / ("quick" if options.quick else "full")
+    work = options.work / ("quick" if options.quick else "full")
     work.mkdir(parents=True, exist_ok=True)
-    rows = run(plan, work, console)
+    rows = run_methods(plan, work)
     before = json.loads((work / "before.json").read_text())
-    report(rows, before, console)
-    console.print(f"{time.perf_counter() - start:.0f} s; chosen by: {RULE} ({MAX_DROP:g})")
-    device = f"{platform.machine()}, torch {torch.__version__}, numpy {np.__version__}"
-    outcome = {"benchmark": "steering_embedded", "device": device, "figures": figures_of(rows)}
+    print_tables(rows, before)
+    console.print(f"{time.perf_counter() - start:.0f} s; rule of choice: {RULE} ({MAX_DROP:g})")
+    record = finish("steering_embedded", describe_device("torch", "numpy"), make_figures(rows))
     if options.save:
-        RESULTS.write_text(json.dumps({**outcome, "captions_before": before, "methods": rows}, indent=1) + "\n")
-    print(json.dumps(outcome))
+        path = RESULTS / "steering_embedded.json"
+        path.write_text(json.dumps({**record, "captions_before": before, "methods": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
