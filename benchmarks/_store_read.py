@@ -9,9 +9,10 @@ from pathlib import Path
 
 import h5py
 import numpy as np
-from _store_common import WIDTH, Bench, Figure, batches, ms, ratio, written
 
 from activation_store import ActivationStore, repack
+from benchmarks._harness import Figure
+from benchmarks._store_common import WIDTH, Bench, batches, ms, ratio, write_store
 
 
 def drop(folder: Path) -> None:
@@ -26,7 +27,7 @@ def drop(folder: Path) -> None:
 def measure_read(bench: Bench, root: Path, quick: bool) -> dict[str, Figure]:
     """Measure one layer, one head and random rows, warm and cold, of shards and repacked, against a memmap."""
     examples, layers = (1024, 4) if quick else (4096, 8)
-    written(root / "store", batches(examples, layers, 64), examples, layers, 512)
+    write_store(root / "store", batches(examples, layers, 64), examples, layers, 512)
     repack(ActivationStore(root / "store"), root / "packed")
     (root / "map").mkdir()
     shape = (layers, examples, WIDTH)
@@ -64,7 +65,7 @@ def measure_read(bench: Bench, root: Path, quick: bool) -> dict[str, Figure]:
             opened(False)
             before = (lambda _name: (stores.clear(), maps.clear(), opened(True))) if cold else None
             state = "cold" if cold else "warm"
-            times = bench.turns(f"{what}, {state}", variants(head), before)
+            times = bench.time(f"{what}, {state}", variants(head), before)
             for name, prefix in (("store", ""), ("packed", "repacked_")):
                 figures[f"{prefix}{what}_{state}_vs_memmap"] = {
                     "value": ratio(times[name], times["map"]),
@@ -72,7 +73,7 @@ def measure_read(bench: Bench, root: Path, quick: bool) -> dict[str, Figure]:
                     "candidate": f"{ms(times[name])} ms",
                 }
     opened(False)
-    times = bench.turns("random rows", variants(None, rows))
+    times = bench.time("random rows", variants(None, rows))
     baseline = f"memmap {ms(times['map'])} ms, repacked {ms(times['packed'])} ms"
     figures["random_256_rows_warm_ms"] = {
         "value": ms(times["store"]),
@@ -94,15 +95,15 @@ def measure_shards(bench: Bench, root: Path, quick: bool) -> dict[str, Figure]:
     """Measure a layer out of 64 shards, by our reader and through the index, against the same in one file."""
     examples, layers = (1024, 4) if quick else (4096, 8)
     data = batches(examples, layers, 64)
-    written(root / "many", data, examples, layers, examples // 64)
-    written(root / "one", data, examples, layers, examples)
+    write_store(root / "many", data, examples, layers, examples // 64)
+    write_store(root / "one", data, examples, layers, examples)
     many_store, single_store = ActivationStore(root / "many"), ActivationStore(root / "one")
     out = np.empty((examples, 1, WIDTH), np.float32)
     site = f"decoder.L{layers // 2}.z"
     with h5py.File(root / "many" / "index.h5") as index, h5py.File(root / "one" / "shard-0-00000.h5") as single:
         whole, name = np.s_[:, layers // 2 : layers // 2 + 1], "arrays/decoder.z/last"
         indexed, plain = index[name], single[name]
-        times = bench.turns(
+        times = bench.time(
             "64 shards",
             {
                 "many": lambda: many_store.read(site, "last"),

@@ -12,9 +12,10 @@ from typing import Any
 
 import h5py
 import numpy as np
-from _store_common import WIDTH, Bench, Figure, batches, info, ms, ratio, written
 
 from activation_store import ActivationStore, Schema, StoreWriter
+from benchmarks._harness import Figure
+from benchmarks._store_common import WIDTH, Bench, batches, info, ms, ratio, write_store
 
 
 def write_raw(folder: Path, data: Sequence[np.ndarray], examples: int, shard: int, work: str = "") -> None:
@@ -75,13 +76,13 @@ def measure_write(bench: Bench, root: Path, quick: bool) -> dict[str, Figure]:
         os.sync()
 
     chunk = np.ascontiguousarray(data[0][:32, :1])
-    times = bench.turns(
+    times = bench.time(
         "writing",
         {
             "raw": lambda: write_raw(root / "raw", data, examples, shard),
             "digest": lambda: write_raw(root / "digest", data, examples, shard, "digest"),
             "chunks": lambda: write_raw(root / "chunks", data, examples, shard, "chunks"),
-            "store": lambda: written(root / "written", data, examples, layers, shard),
+            "store": lambda: write_store(root / "written", data, examples, layers, shard),
             "fletcher32": fletcher,
             "hdf5": plain,
         },
@@ -140,7 +141,7 @@ def measure_overlap(bench: Bench, root: Path, quick: bool) -> dict[str, Figure]:
                 forward()
 
     variants = {"waiting": lambda: run(True), "background": lambda: run(False), "forward": only}
-    times = bench.turns("overlap", variants, before=lambda _name: os.sync())
+    times = bench.time("overlap", variants, before=lambda _name: os.sync())
     shutil.rmtree(root / "overlap")
     return {
         "background_vs_waiting": {
@@ -183,7 +184,7 @@ def measure_size(bench: Bench, root: Path, quick: bool) -> dict[str, Figure]:
                 with StoreWriter(folder, Schema(arrays, dtype, compression), {}) as writer:
                     writer.append(values, {"id": names, "group": names})
 
-            times = bench.turns(f"{dtype}, {compression}", {"write": write})
+            times = bench.time(f"{dtype}, {compression}", {"write": write})
             size = sum(p.stat().st_size for p in folder.glob("shard-*"))
             chunks = 0
             for shard in ActivationStore(folder).shards():

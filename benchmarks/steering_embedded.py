@@ -40,13 +40,7 @@ from rich.table import Table
 from activation_store import trace
 from behavior import BehaviorResult, chair
 from behavior.metrics import METRICS, compare_metric, compute_metrics
-from benchmarks._harness import (
-    RESULTS,
-    describe_device,
-    finish,
-    option_parser,
-    wide_console,
-)
+from benchmarks._harness import RESULTS, describe_device, finish, option_parser, progress, wide_console
 from benchmarks._steering_methods import Method, World, methods
 from circuits import patch_heads, top_heads
 from concepts import scenes

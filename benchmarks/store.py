@@ -1,19 +1,26 @@
-"""Cost of the activation store compared with the bare disk: writing, reading layers, heads and rows, many files, compression.
+"""Speed and size of the activation store, against plain files.
 
     python benchmarks/store.py [--quick] [--only write,read,shards,overlap,size] [--folder DIR]
 
-Writing is compared with ``os.write`` of the same bytes into as many files, each synced; both in turn. Reading is compared
-with a numpy memmap of the same values as [L, N, D], copied out (float32, so that nothing hides in a conversion). Warm: the
-files are in the page cache. Cold: the system is asked to drop them (``posix_fadvise``), and both are mapped again. All
-variants of a figure take turns in a new random order for each repetition; a figure is the median of the ratios of each.
+All variants of a figure run in a new random order in each repetition; a figure is the median over repetitions of the ratio to
+the baseline. Parts:
+
+write
+    speed of writing, divided by that of ``os.write`` of the same bytes into the same number of synced files;
+read
+    time of reading a layer, a head or random rows, divided by that of copying the same values from a numpy memmap [L, N, D]
+    in float32. Warm: the files are in the page cache. Cold: the operating system has dropped them (``posix_fadvise``), and
+    both are opened again;
+shards
+    time of reading a layer from 64 shards, divided by that of reading it from one shard;
+overlap
+    time of forward passes with writing in the background, divided by that with waiting for each batch to be written;
+size
+    bytes of compressed activations of the embedded model, divided by uncompressed bytes.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import platform
 import sys
 import tempfile
 from pathlib import Path
@@ -21,13 +28,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import h5py
-import numpy as np
-from _store_common import Bench, Figure
-from _store_read import measure_read, measure_shards
-from _store_write import measure_overlap, measure_size, measure_write
-from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
+
+from benchmarks._harness import Figure, describe_device, figure, finish, option_parser, wide_console
+from benchmarks._store_common import Bench
+from benchmarks._store_read import measure_read, measure_shards
+from benchmarks._store_write import measure_overlap, measure_size, measure_write
 
 GOALS = {
     "write_vs_raw": ">= 0.9",
@@ -55,49 +61,28 @@ MEASURES = {
 }
 
 
-def judge(figures: dict[str, Figure], n: int) -> None:
-    """Add goal, whether it holds, and the number of repetitions."""
-    for name, figure in figures.items():
-        figure["value"] = round(figure["value"], 3)
-        goal = GOALS.get(name, "")
-        sign, _, bound = goal.partition(" ")
-        holds = figure["value"] >= float(bound) if sign == ">=" else figure["value"] <= float(bound or "inf")
-        figure |= {"goal": goal, "holds": holds, "n": n}
-
-
 def main() -> None:
     """Run, print a table, and as the last line one JSON object."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="small stores, few repetitions: about a minute")
-    parser.add_argument("--only", default=",".join(MEASURES), help="parts to run, with commas between")
-    parser.add_argument("--folder", help="where to write; by default the folder of temporary files")
+    parser = option_parser(__doc__, quick="small stores and few repetitions, about a minute")
+    parser.add_argument("--only", default=",".join(MEASURES), help="parts, separated by commas (default: all)")
+    parser.add_argument("--folder", help="folder for the stores (default: the folder of temporary files)")
     options = parser.parse_args()
-    console = Console()
-    console.print(
-        "Compares the store with os.write and numpy.memmap of the same values, 64 files with one, background with waiting."
-    )
-    figures: dict[str, Figure] = {}
+    console = wide_console()
+    console.print("Compares the store with os.write and numpy.memmap of the same values, 64 shards with one.")
+    measured: dict[str, Figure] = {}
     repeats = 3 if options.quick else 9
-    terminal = Console(stderr=True)
-    with (
-        tempfile.TemporaryDirectory(dir=options.folder) as name,
-        Progress(console=terminal, transient=True, disable=not terminal.is_terminal) as progress,
-    ):
-        bench = Bench(repeats, progress)
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
         for part in options.only.split(","):
-            figures |= MEASURES[part](bench, Path(name), options.quick)
-    judge(figures, repeats)
-    table = Table("figure", "baseline", "store", "value", "goal", "holds", title=f"medians of {repeats} turns")
-    for key, f in figures.items():
-        table.add_row(
-            key, f["baseline"], f["candidate"], str(f["value"]), f["goal"], str(f["holds"]) if f["goal"] else ""
-        )
+            measured |= MEASURES[part](Bench(repeats), Path(name), options.quick)
+    figures = {
+        name: figure(entry.pop("value"), GOALS.get(name, ""), repeats, **entry) for name, entry in measured.items()
+    }
+    table = Table("figure", "baseline", "store", "value", "goal", "holds", title=f"medians of {repeats} repetitions")
+    for name, entry in figures.items():
+        holds = str(entry["holds"]) if entry["goal"] else ""
+        table.add_row(name, entry["baseline"], entry["candidate"], str(entry["value"]), entry["goal"], holds)
     console.print(table)
-    device = (
-        f"{platform.machine()}, {os.cpu_count()} cores, numpy {np.__version__}, "
-        f"h5py {h5py.__version__}, HDF5 {h5py.version.hdf5_version}"
-    )
-    print(json.dumps({"benchmark": "store", "device": device, "figures": figures}))
+    finish("store", f"{describe_device('numpy', 'h5py')}, HDF5 {h5py.version.hdf5_version}", figures)
 
 
 if __name__ == "__main__":
