@@ -75,8 +75,9 @@ class ModelComparison:
     ...     about = ("image", "neutral", "object", "existence", "Is there an apple?", "yes", ("yes", "no"))
     ...     return ModelProfile(name, BehaviorResult((Answer("q", *about, given, given == "yes"),), Cost(None, None, 1)))
     >>> comparison = compare_profiles(profile("before", "no"), profile("after", "yes"))
-    >>> comparison.frame("answers").loc[0, ["measure", "first", "second"]].tolist()
-    ['all: right', 0.0, 1.0]
+    >>> row = comparison.frame("answers").iloc[0]
+    >>> row["measure"], float(row["first"]), float(row["second"])
+    ('all: right', 0.0, 1.0)
     """
 
     first: str
@@ -167,10 +168,11 @@ def compare_profiles(
 
     Examples
     --------
-    >>> from behavior import BehaviorResult, Cost
+    >>> from behavior import Answer, BehaviorResult, Cost
     >>> from diagnosis import ModelProfile, compare_profiles
-    >>> profiles = [ModelProfile(name, BehaviorResult((), Cost(None, None, 0))) for name in ("before", "after")]
-    >>> print(compare_profiles(*profiles).text())
+    >>> about = ("image", "neutral", "object", "existence", "Is there an apple?", "yes", ("yes", "no"))
+    >>> answers = BehaviorResult((Answer("q", *about, "yes", True),), Cost(None, None, 1))
+    >>> print(compare_profiles(ModelProfile("before", answers), ModelProfile("after", answers)).text())
     after against before:
       no metric of the answers changed beyond its interval
     """

@@ -1,4 +1,19 @@
-"""Correct wrong answers: derive steering vectors, apply them, and export them to files that other code loads."""
+"""Correct wrong answers without training: steering vectors, their controls and exports, and the choice of a strength.
+
+From examples to a file that other code loads
+    `Contrast`
+        Two groups of examples, of a store or of counterfactual pairs.
+    `mitigation.derive`
+        Derive a `SteeringVector` from a contrast; one function per published method.
+    `sweep_strengths`, `choose_strength`
+        Errors and costs of vectors at several strengths, and the rule of choice.
+    `CONTROLS`
+        Vectors with the same displacement and without the information.
+    `mitigation.export`
+        Write the vector for llama.cpp, vLLM and others; `exports` is the open table of formats.
+
+`Mitigation` is the interface of all corrections, and `mitigations` the open table of named methods that make one.
+"""
 
 import lazy_loader
 
