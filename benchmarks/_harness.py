@@ -1,6 +1,6 @@
 """Shared by all benchmarks: command-line options, timing, progress lines, figures, tables, and the JSON record.
 
-A figure is a dictionary with ``value``, ``goal`` (a bound such as ``<= 2``; empty if there is none), ``holds`` (whether the
+A figure is a dictionary with ``value``, ``goal`` (a bound such as ``<= 2``; empty without a goal), ``holds`` (whether the
 value satisfies the goal) and ``n`` (repetitions, examples or fits behind the value). A benchmark prints its figures as a
 table and, as its last line, as one JSON object.
 """

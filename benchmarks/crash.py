@@ -74,7 +74,7 @@ def make_values(name: str) -> np.ndarray:
 
 
 def write(job: Job, worker: int, sender: Connection | None) -> None:
-    """Write the missing examples of one writer; send the ids of examples as they are acknowledged."""
+    """Write the missing examples of one writer; send the ids of acknowledged examples."""
     with StoreWriter(
         job.folder, SCHEMA, PROVENANCE, worker=worker, workers=job.workers, shard_size=SHARD_SIZE
     ) as writer:

@@ -338,13 +338,13 @@ def main() -> None:
         ratios = (f"{times.forwards:.2f}", f"{times.speedup:.1f}")
         table.add_row(sweep.name, str(len(sweep.patches)), *seconds, *ratios, str(n))
     console.print(table)
-    last, at_once, apart = results
+    last, at_once, separate = results
     figures: dict[str, Figure] = {
         "last_token_forwards": figure(last.forwards, "<= 3", last.n),
         "last_token_speedup": figure(last.speedup, ">= 40", last.n),
         "question_at_once_forwards": figure(at_once.forwards, "<= 10", at_once.n),
         "question_at_once_speedup": figure(at_once.speedup, "", at_once.n),
-        "question_apart_speedup": figure(apart.speedup, ">= 25", apart.n),
+        "question_apart_speedup": figure(separate.speedup, ">= 25", separate.n),
     }
     count = 4 if options.quick else 12
     with progress("exactness and memory"):

@@ -19,9 +19,6 @@ answer is the same.
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
 import sys
 import tempfile
 import time
@@ -31,9 +28,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
+from benchmarks._harness import describe_device, finish, option_parser, progress, wide_console
 from circuits import HeadScores, compare, patch_heads
 from concepts import counterfactuals, scenes
 from concepts.counterfactuals import METHODS, PairSet
@@ -44,7 +41,6 @@ from lvlm import load_lvlm
 from lvlm.answer_keys import answer_key
 from lvlm.model import Lvlm
 
-RESULTS = Path(__file__).parent / "results" / "photograph_pairs.json"
 KINDS = ("object", "color", "relation")
 MIN_CORRELATION = 0.9
 """Goal: correlation of photographs and scenes, as a share of the scenes' own split-half correlation."""
@@ -53,38 +49,33 @@ MIN_OVERLAP = {"object": 4, "color": 4, "relation": 0}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--pairs", type=int, default=60)
-    parser.add_argument("--save", action="store_true", help="write benchmarks/results/photograph_pairs.json")
-    arguments = parser.parse_args()
-    count = 12 if arguments.quick else arguments.pairs
-    console, start = Console(width=160), time.perf_counter()
+    """Run, print a table, and as the last line one JSON object."""
+    parser = option_parser(__doc__, quick="12 pairs of each kind and method", save=True)
+    parser.add_argument("--pairs", type=int, default=60, help="pairs of photographs of each kind and method")
+    options = parser.parse_args()
+    count = 12 if options.quick else options.pairs
+    console, start = wide_console(), time.perf_counter()
     console.print(
-        "Compares heads found with pairs of photographs with heads found with pairs of icon scenes. Synthetic."
+        "Compares heads selected with pairs of photographs and with pairs of icon scenes. The data is synthetic."
     )
     model = load_lvlm("tiny")
     figures: dict[str, Any] = {}
     rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, progress("kinds of pairs", len(KINDS)) as advance:
         first = scenes.dataset(8 * count, seed=0)
         photographs = save_as_photographs(scenes.dataset(8 * count, seed=1), folder, quality=75)
         for kind in KINDS:
             rows += measure_kind(model, kind, first, photographs, count, figures)
+            advance()
     console.print(as_table(rows))
-    report = {
-        "benchmark": "photograph_pairs", "device": f"{platform.machine()}, cpu", "seconds": round(time.perf_counter() - start),
-        "rows": rows, "figures": figures,
-    }  # fmt: skip
-    if arguments.save:
-        RESULTS.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(report))
+    seconds = round(time.perf_counter() - start)
+    finish("photograph_pairs", describe_device("torch"), figures, save=options.save, seconds=seconds, rows=rows)
 
 
 def measure_kind(
     model: Lvlm, kind: str, first: ConceptDataset, photographs: ConceptDataset, count: int, figures: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    """Return one row a method."""
+    """Measure all methods for one kind of pair: add their figures to `figures`, and return one table row per method."""
     own = patch_heads(model, counterfactuals.balanced_pairs(first, kind, limit=2 * count))
     halves = [half(own, odd) for odd in (False, True)]
     ceiling = compare(*halves, k=(5,)).rank_correlation.value
