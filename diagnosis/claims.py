@@ -50,7 +50,7 @@ class Claim:
         return self.holds != bool(self.opposite)
 
     @property
-    def asked(self) -> str:
+    def question_concept(self) -> str:
         """Concept in the question, with or without a label."""
         return f"{self.level}:{self.opposite}" if self.opposite else self.concept
 

@@ -113,7 +113,7 @@ def describe_claim(claim: Claim, example: Example, kinds: dict[str, str]) -> tup
     kinds
         Attribute value to kind of attribute (``green`` to ``color``).
     """
-    name = claim.asked.partition(":")[2]
+    name = claim.question_concept.partition(":")[2]
     target = example.named_object()
     noun = target.noun if target is not None else "it"
     the, verb = ("it", "is") if target is None else (f"the {noun}", be(noun))

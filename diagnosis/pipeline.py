@@ -184,7 +184,7 @@ def diagnose(
     diagnoses = []
     for example in answers:
         claim = claims[example.id]
-        diagnosis = Diagnosis(_about(example), claim.model_answer, claim.asked, None, math.nan)
+        diagnosis = Diagnosis(_about(example), claim.model_answer, claim.question_concept, None, math.nan)
         if example.id in evidence:
             correction, blank_answer, offset = evidence[example.id]
             # An offset needs no right answers, which show the other effects of a component.

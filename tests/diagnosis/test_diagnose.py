@@ -348,7 +348,7 @@ def test_a_value_without_a_label_is_read_by_its_only_alternative(tmp_path: Path)
         assert thing is not None
         big = thing.attributes["size"] == "big"
         size = "small" if "small" in example.question else "big"
-        assert (claim.concept, claim.asked) == ("attribute:big", f"attribute:{size}")
+        assert (claim.concept, claim.question_concept) == ("attribute:big", f"attribute:{size}")
         assert side == big
         assert value[0] == pytest.approx(mean if big else -mean, abs=1e-5)
 
