@@ -40,6 +40,16 @@ class AmberScores:
     which sums three kinds), so 0 / 0 becomes 0; F1 is computed from the rounded precision P and recall R as
     2PR / (P + R + .0001), with .001 for existence, and rounded again. The figures here are the printed ones divided by
     100; the intervals are those of the exact ratios. With ``exact``, 0 / 0 is NaN.
+
+    Examples
+    --------
+    >>> import groundscope as gs
+    >>> about = ("neutral", "object", "existence", "Is there a cat?")
+    >>> rows = [gs.Answer(f"q{i}", f"image {i}", *about, t, ("yes", "no"), "no", t == "no") for i, t in enumerate(["no", "yes"])]
+    >>> answers = gs.BehaviorResult(tuple(rows), gs.Cost(None, None, 2))
+    >>> scores = gs.behavior.amber.score(answers, variant="exact").parts["all"]
+    >>> scores.precision.value, scores.recall.value
+    (0.5, 1.0)
     """
 
     n: int
@@ -55,7 +65,17 @@ class AmberScores:
 
 @dataclass(frozen=True)
 class AmberResult:
-    """Scores over all questions, by dimension, and by kind of attribute."""
+    """Scores over all questions, by dimension, and by kind of attribute.
+
+    Examples
+    --------
+    >>> import groundscope as gs
+    >>> about = ("neutral", "attribute", "state", "Is the cat asleep?", "no", ("yes", "no"))
+    >>> rows = [gs.Answer(f"q{i}", f"image {i}", *about, given="no", correct=True) for i in range(4)]
+    >>> result = gs.behavior.amber.score(gs.BehaviorResult(tuple(rows), gs.Cost(None, None, 4)))
+    >>> result.frame()["part"].tolist()
+    ['all', 'attribute', 'state']
+    """
 
     parts: Mapping[str, AmberScores]
     """Keys: ``all``; ``existence``, ``attribute``, ``relation``; ``state``, ``number``, ``action``; only parts with answers."""
@@ -95,6 +115,16 @@ def score(answers: BehaviorResult, *, variant: str = "release") -> AmberResult:
         If there is no answer to a yes-no question.
     ConfigError
         For an unknown variant.
+
+    Examples
+    --------
+    >>> import groundscope as gs
+    >>> about = ("neutral", "object", "existence", "Is there a cat?", "no", ("yes", "no"))
+    >>> given = ["no", "no", "no", "yes"]
+    >>> rows = [gs.Answer(f"q{i}", f"image {i}", *about, text, text == "no") for i, text in enumerate(given)]
+    >>> answers = gs.BehaviorResult(tuple(rows), gs.Cost(None, None, 4))
+    >>> gs.behavior.amber.score(answers, variant="exact").parts["existence"].recall.value
+    0.75
     """
     if variant not in VARIANTS:
         msg = f"unknown variant '{variant}'; choose from {', '.join(VARIANTS)}"
@@ -146,6 +176,19 @@ def score_files(
         type, or a truth that is neither yes nor no.
     ConfigError
         For an unknown parser or variant.
+
+    Examples
+    --------
+    >>> import json, tempfile
+    >>> from pathlib import Path
+    >>> from behavior import amber
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> truths = [{"id": i, "type": "discriminative-hallucination", "truth": "no"} for i in (1, 2)]
+    >>> _ = (folder / "annotations.json").write_text(json.dumps(truths))
+    >>> _ = (folder / "responses.json").write_text(json.dumps([{"id": 1, "response": "No"}, {"id": 2, "response": "Yes"}]))
+    >>> result = amber.score_files(folder / "annotations.json", folder / "responses.json", variant="exact")
+    >>> result.parts["existence"].accuracy.value
+    0.5
     """
     from behavior.result import Cost
 

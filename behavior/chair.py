@@ -87,7 +87,15 @@ class CaptionObjects:
 
 @dataclass(frozen=True)
 class ChairResult:
-    """CHAIR over captions, with 95 % intervals over images; NaN if the denominator is 0."""
+    """CHAIR over captions, with 95 % intervals over images; NaN if the denominator is 0.
+
+    Examples
+    --------
+    >>> from behavior import chair
+    >>> result = chair({"1": "A cat and a dog."}, {"1": ["cat", "car"]}, vocabulary=["dog"])
+    >>> result.chair_i.value, result.chair_s.value, result.recall.value
+    (0.5, 1.0, 0.5)
+    """
 
     chair_i: Estimate
     """Share of mentioned objects that are hallucinated."""

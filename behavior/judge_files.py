@@ -27,7 +27,15 @@ VARIANTS = ("release", "judged_only")
 
 @dataclass(frozen=True)
 class Item:
-    """One answer to be judged."""
+    """One answer to be judged.
+
+    Examples
+    --------
+    >>> from behavior.judge_files import Item
+    >>> item = Item("q1", "What is on the table?", "A cup.", reference="A cup and a book.", image_content="table, cup, book")
+    >>> item.reference
+    'A cup and a book.'
+    """
 
     id: str
     question: str
@@ -45,7 +53,14 @@ class Item:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A judge's ratings of one answer."""
+    """A judge's ratings of one answer.
+
+    Examples
+    --------
+    >>> from behavior.judge_files import Item, Verdict
+    >>> Verdict(Item("q1", "What is on the table?", "A cup."), {"rating": 4.0}).values["rating"]
+    4.0
+    """
 
     item: Item
     values: Mapping[str, float]
@@ -53,7 +68,16 @@ class Verdict:
 
 @dataclass(frozen=True)
 class JudgedResult:
-    """Figures of a judged benchmark, with 95 % intervals clustered by image."""
+    """Figures of a judged benchmark, with 95 % intervals clustered by image.
+
+    Examples
+    --------
+    >>> from behavior.judge_files import JudgedResult
+    >>> from groundscope.core.statistics import Estimate
+    >>> result = JudgedResult("mmhal", {"score": Estimate(3.5, 3.0, 4.0, 96)}, kinds={}, unjudged=0)
+    >>> result.figures["score"].value
+    3.5
+    """
 
     benchmark: str
     figures: Mapping[str, Estimate]
@@ -70,7 +94,15 @@ class JudgedResult:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A judged benchmark: the fields of its verdicts, and the figures computed from them."""
+    """A judged benchmark: the fields of its verdicts, and the figures computed from them.
+
+    Examples
+    --------
+    >>> from behavior.judge_files import BENCHMARKS
+    >>> mmhal = BENCHMARKS["mmhal"]
+    >>> dict(mmhal.values), mmhal.needs
+    ({'rating': (0, 6)}, ('reference', 'image_content'))
+    """
 
     source: str
     instruction: str
@@ -100,6 +132,16 @@ def items_of(answers: BehaviorResult, image_content: Mapping[str, str] | None = 
         Answers with text.
     image_content
         Group to a description of its image.
+
+    Examples
+    --------
+    >>> import groundscope as gs
+    >>> about = ("q1", "image 1", "neutral", "object", "", "What is on the table?", "A cup.", ())
+    >>> answer = gs.Answer(*about, given=None, correct=None, text="A red cup.")
+    >>> answers = gs.BehaviorResult((answer,), gs.Cost(None, None, 1))
+    >>> (item,) = gs.behavior.judge_files.items_of(answers, {"image 1": "table, cup"})
+    >>> item.answer, item.reference, item.image_content
+    ('A red cup.', 'A cup.', 'table, cup')
     """
     content = image_content or {}
     return tuple(
@@ -117,6 +159,18 @@ def write_requests(path: Path | str, benchmark: str, items: Iterable[Item]) -> i
         For an unknown benchmark.
     DataError
         Names the item: for a repeated id, or an empty field that the benchmark requires.
+
+    Examples
+    --------
+    >>> import json, tempfile
+    >>> from pathlib import Path
+    >>> from behavior.judge_files import Item, write_requests
+    >>> item = Item("q1", "Describe the image.", "A cup on a table.", image_content="table, cup")
+    >>> path = Path(tempfile.mkdtemp()) / "requests.jsonl"
+    >>> write_requests(path, "gavie", [item])
+    1
+    >>> json.loads(path.read_text())["verdict"]
+    {'accuracy': '0 to 10', 'relevancy': '0 to 10'}
     """
     spec = _benchmark(benchmark)
     ids: set[str] = set()
@@ -159,6 +213,19 @@ def read_verdicts(path: Path | str, requests: Path | str, *, variant: str = "rel
         verdicts are null.
     ConfigError
         For an unknown variant.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from pathlib import Path
+    >>> from behavior.judge_files import Item, read_verdicts, write_requests
+    >>> item = Item("q1", "Describe the image.", "A cup on a table.", image_content="table, cup")
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> _ = write_requests(folder / "requests.jsonl", "gavie", [item])
+    >>> _ = (folder / "verdicts.jsonl").write_text('{"id": "q1", "accuracy": 8, "relevancy": 5}')
+    >>> result = read_verdicts(folder / "verdicts.jsonl", folder / "requests.jsonl")
+    >>> result.figures["accuracy"].value, result.figures["relevancy"].value
+    (8.0, 5.0)
     """
     if variant not in VARIANTS:
         msg = f"unknown variant '{variant}'; choose from {', '.join(VARIANTS)}"

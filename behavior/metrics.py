@@ -210,6 +210,18 @@ def score_dataset_captions(
     COCO captions are scored as by the released scorer, with COCO's categories, phrases and reference captions; captions of
     icon scenes with the nouns of the icons; all others with the annotated nouns and their synonyms. Only COCO scores are
     comparable with published figures, and only with the release's synonyms.
+
+    Examples
+    --------
+    >>> import groundscope as gs
+    >>> data = gs.scenes.dataset(10)[:1]
+    >>> about = (data[0].id, data[0].group, "neutral", "object", "caption", "Describe the image.", "", ())
+    >>> text = " and ".join(o.noun for o in data[0].objects)
+    >>> caption = gs.Answer(*about, given=None, correct=None, text=text)
+    >>> answers = gs.BehaviorResult((caption,), gs.Cost(None, None, 1))
+    >>> scores = gs.behavior.metrics.score_dataset_captions(answers, gs.ConceptDataset("one image", data))
+    >>> scores.chair_i.value, scores.recall.value
+    (0.0, 1.0)
     """
     loader = data.provenance.get("loader")
     if loader == "coco":

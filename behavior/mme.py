@@ -28,7 +28,19 @@ HALLUCINATION: Mapping[str, Level] = MappingProxyType(
 
 @dataclass(frozen=True)
 class SubtaskScores:
-    """Scores of one subtask, with 95 % intervals clustered by image."""
+    """Scores of one subtask, with 95 % intervals clustered by image.
+
+    Examples
+    --------
+    >>> import groundscope as gs
+    >>> about = ("image 1", "neutral", "object", "existence")
+    >>> right = gs.Answer("q1", *about, "Is there a cat?", "yes", ("yes", "no"), given="yes", correct=True)
+    >>> wrong = gs.Answer("q2", *about, "Is there a dog?", "no", ("yes", "no"), given="yes", correct=False)
+    >>> answers = gs.BehaviorResult((right, wrong), gs.Cost(None, None, 2))
+    >>> scores = gs.behavior.mme.score(answers).subtasks["existence"]
+    >>> scores.accuracy.value, scores.accuracy_plus.value, scores.score.value
+    (0.5, 0.0, 50.0)
+    """
 
     n: int
     """Number of questions, two per image."""
@@ -44,7 +56,17 @@ class SubtaskScores:
 
 @dataclass(frozen=True)
 class MmeScores:
-    """MME's scores by subtask, and their sums."""
+    """MME's scores by subtask, and their sums.
+
+    Examples
+    --------
+    >>> import groundscope as gs
+    >>> about = ("neutral", "object", "count", "Are there two cats?", "yes", ("yes", "no"))
+    >>> rows = [gs.Answer(f"q{i}", "image 1", *about, given="yes", correct=True) for i in range(2)]
+    >>> scores = gs.behavior.mme.score(gs.BehaviorResult(tuple(rows), gs.Cost(None, None, 2)))
+    >>> scores.perception, scores.cognition, scores.levels
+    (200.0, 0, {'object': 200.0})
+    """
 
     subtasks: Mapping[str, SubtaskScores]
 
@@ -94,6 +116,15 @@ def score(answers: BehaviorResult) -> MmeScores:
     ------
     DataError
         For other questions, and for an image without exactly two questions.
+
+    Examples
+    --------
+    >>> import groundscope as gs
+    >>> about = ("neutral", "attribute", "color", "Is the cat black?", "yes", ("yes", "no"))
+    >>> rows = [gs.Answer(f"q{i}", "image 1", *about, given="yes", correct=True) for i in range(2)]
+    >>> answers = gs.BehaviorResult(tuple(rows), gs.Cost(None, None, 2))
+    >>> gs.behavior.mme.score(answers).subtasks["color"].score.value
+    200.0
     """
     return _scores({name: _pair_by_image(name, part) for name, part in _split_by_subtask(answers.answers).items()})
 
@@ -120,6 +151,17 @@ def score_files(answers: Path | str, *, parser: str = "mme") -> MmeScores:
         consecutive lines about different images, or an odd number of lines.
     ConfigError
         For an unknown parser.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from pathlib import Path
+    >>> from behavior import mme
+    >>> path = Path(tempfile.mkdtemp()) / "existence.txt"
+    >>> rows = [("1.jpg", "Is there a cat?", "Yes", "Yes"), ("1.jpg", "Is there a dog?", "No", "Yes")]
+    >>> _ = path.write_text("\n".join("\t".join(row) for row in rows))
+    >>> mme.score_files(path).subtasks["existence"].score.value
+    50.0
     """
     parse = named_parser(parser)
     subtasks: dict[str, list[tuple[Answer, Answer]]] = {}

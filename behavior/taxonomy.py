@@ -33,7 +33,17 @@ ALL = "all"
 
 @dataclass(frozen=True)
 class Share:
-    """Wrong answers of one level, of one kind within a level, or of all questions."""
+    """Wrong answers of one level, of one kind within a level, or of all questions.
+
+    Examples
+    --------
+    >>> import groundscope as gs
+    >>> about = ("q1", "image 1", "neutral", "object", "existence", "Is there a cat?", "yes", ("yes", "no"))
+    >>> answers = gs.BehaviorResult((gs.Answer(*about, given="no", correct=False),), gs.Cost(None, None, 1))
+    >>> share = gs.behavior.taxonomy.tabulate(answers, {"object": 0.5}).get("object", "existence")
+    >>> share.frequency.value, share.severity.value, share.harm.value
+    (1.0, 0.5, 0.5)
+    """
 
     level: str
     """One of `concepts.schema.LEVELS`, or ``all``."""
@@ -53,7 +63,17 @@ class Share:
 
 @dataclass(frozen=True)
 class Taxonomy:
-    """Frequency, severity and harm of a system's wrong answers, and the cost of its answers."""
+    """Frequency, severity and harm of a system's wrong answers, and the cost of its answers.
+
+    Examples
+    --------
+    >>> import groundscope as gs
+    >>> about = ("q1", "image 1", "neutral", "object", "existence", "Is there a cat?", "yes", ("yes", "no"))
+    >>> answers = gs.BehaviorResult((gs.Answer(*about, given="no", correct=False),), gs.Cost(None, None, 1))
+    >>> table = gs.behavior.taxonomy.tabulate(answers)
+    >>> table.frame()[["level", "kind", "n", "frequency"]].values.tolist()
+    [['all', 'all', 1, 1.0], ['object', 'all', 1, 1.0], ['object', 'existence', 1, 1.0]]
+    """
 
     shares: tuple[Share, ...]
     """All questions, then each level of the data followed by its kinds."""
@@ -99,7 +119,19 @@ class Taxonomy:
 
 @dataclass(frozen=True)
 class Change:
-    """Difference in one level's wrong answers between two systems on the same questions."""
+    """Difference in one level's wrong answers between two systems on the same questions.
+
+    Examples
+    --------
+    >>> import groundscope as gs
+    >>> about = ("q1", "image 1", "neutral", "object", "existence", "Is there a cat?", "yes", ("yes", "no"))
+    >>> before, after = (
+    ...     gs.BehaviorResult((gs.Answer(*about, given, given == "yes"),), gs.Cost(None, None, 1)) for given in ("no", "yes")
+    ... )
+    >>> change = gs.behavior.taxonomy.compare_systems(before, after)[0]
+    >>> change.level, change.accuracy.difference.value, change.harm.value
+    ('all', 1.0, -1.0)
+    """
 
     level: str
     accuracy: Comparison
@@ -124,6 +156,17 @@ def tabulate(answers: BehaviorResult, severity: Severity = SEVERITY) -> Taxonomy
         If no question has candidates.
     ConfigError
         For a weight that is not between 0 and 1.
+
+    Examples
+    --------
+    >>> import groundscope as gs
+    >>> about = ("neutral", "attribute", "what_color", "What color is the cat?", "black", ("black", "white"))
+    >>> given = ["black", "white", "white", "black"]
+    >>> rows = [gs.Answer(f"q{i}", f"image {i}", *about, color, color == "black") for i, color in enumerate(given)]
+    >>> answers = gs.BehaviorResult(tuple(rows), gs.Cost(None, None, 4))
+    >>> share = gs.behavior.taxonomy.tabulate(answers).get("attribute")
+    >>> share.frequency.value, share.harm.value
+    (0.5, 0.125)
     """
     weigh = _weight_function(severity)
     rows = [a for a in answers.answers if a.correct is not None]
@@ -161,6 +204,16 @@ def compare_systems(first: BehaviorResult, second: BehaviorResult, severity: Sev
         If the questions differ, or no question has candidates.
     ConfigError
         For a weight that is not between 0 and 1.
+
+    Examples
+    --------
+    >>> import groundscope as gs
+    >>> about = ("q1", "image 1", "neutral", "object", "existence", "Is there a cat?", "yes", ("yes", "no"))
+    >>> before, after = (
+    ...     gs.BehaviorResult((gs.Answer(*about, given, given == "yes"),), gs.Cost(None, None, 1)) for given in ("no", "yes")
+    ... )
+    >>> [(change.level, change.harm.value) for change in gs.behavior.taxonomy.compare_systems(before, after)]
+    [('all', -1.0), ('object', -1.0)]
     """
     weigh = _weight_function(severity)
     differences: list[Change] = []
@@ -178,7 +231,17 @@ def compare_systems(first: BehaviorResult, second: BehaviorResult, severity: Sev
 
 
 def changes_frame(changes: tuple[Change, ...]) -> pd.DataFrame:
-    """Return one row per level of a comparison."""
+    """Return one row per level of a comparison.
+
+    Examples
+    --------
+    >>> import groundscope as gs
+    >>> about = ("q1", "image 1", "neutral", "object", "existence", "Is there a cat?", "yes", ("yes", "no"))
+    >>> answers = gs.BehaviorResult((gs.Answer(*about, given="no", correct=False),), gs.Cost(None, None, 1))
+    >>> changes = gs.behavior.taxonomy.compare_systems(answers, answers)
+    >>> gs.behavior.taxonomy.changes_frame(changes)[["level", "harm"]].values.tolist()
+    [['all', 0.0], ['object', 0.0]]
+    """
     import pandas as pd
 
     rows = []
