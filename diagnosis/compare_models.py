@@ -65,10 +65,18 @@ def compare_models(
 
     Examples
     --------
-    Both models, with a fine-tuned copy in the place of the second::
+    The model alone, and with a steering vector:
 
-        comparison = gs.compare_models(model, tuned, data)
-        print(comparison.text())
+    >>> import numpy as np
+    >>> import groundscope as gs
+    >>> model, data = gs.load_lvlm("tiny"), gs.scenes.dataset(20, splits=("neutral",)).where(level="object")
+    >>> changes = {2: gs.AddChange(np.eye(model.width)[0], sigma=3.0)}
+    >>> vector = gs.SteeringVector(changes, "last", 1.0, model.name, model.config_hash)
+    >>> comparison = gs.compare_models(model, model, data, vectors=(None, vector), kinds=("object",), pairs=2)
+    >>> comparison.first, comparison.second
+    ('tiny', 'tiny, steered')
+    >>> comparison.frame("answers")["measure"].tolist()[:3]
+    ['all: right', 'neutral: right', 'neutral, object: right']
     """
     profiles = [
         profile_model(m, data, vector=v, kinds=kinds, pairs=pairs, seed=seed, progress=progress)
@@ -90,6 +98,14 @@ def profile_model(
     """Return answers, probes, head scores and diagnoses of one model.
 
     Activations are kept in a temporary folder. Parameters are as for `compare_models`; `vector` is applied to the model.
+
+    Examples
+    --------
+    >>> import groundscope as gs
+    >>> model, data = gs.load_lvlm("tiny"), gs.scenes.dataset(30, splits=("neutral",)).where(level="object")
+    >>> profile = gs.profile_model(model, data, kinds=("object",), pairs=2)
+    >>> len(profile.answers) == len(data), sorted(profile.grids), sorted(profile.heads)
+    (True, ['decoder.resid_post@last', 'decoder.z@last'], ['object'])
     """
     questions = data.filter(lambda e: len(e.candidates) > 1)
     applied: AbstractContextManager[object] = vector.applied(model) if vector is not None else nullcontext()

@@ -132,13 +132,22 @@ def diagnose(
 
     Examples
     --------
-    Trace, fit probes, and diagnose the answers about all other images::
+    Trace, fit probes, and diagnose the answers about all other images:
 
-        store = gs.trace(model, data, sites=["resid_post", "z", "mlp_out", "vision.resid_post", "projector.out"],
-                         tokens=["last", "object:mean"], out="activations")
-        directions = gs.fit_directions(store)
-        diagnoses = gs.diagnose(model, store, directions, [e for e in data if e.group not in directions.train_groups])
-        print(diagnoses.text(0))
+    >>> import tempfile
+    >>> from pathlib import Path
+    >>> import groundscope as gs
+    >>> model, data = gs.load_lvlm("tiny"), gs.scenes.dataset(60, splits=("neutral",)).where(level="object")
+    >>> sites = ("vision.resid_post", "projector.out", "resid_post", "z")
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     store = gs.trace(model, data, sites=sites, tokens=("last", "image:mean"), out=Path(folder) / "store")
+    ...     directions = gs.fit_directions(store)
+    ...     examples = [e for e in data if e.group not in directions.train_groups]
+    ...     diagnoses = gs.diagnose(model, store, directions, examples, with_sources=False)
+    >>> len(diagnoses) == len(examples)
+    True
+    >>> all(diagnosis.model_answer != diagnosis.example["truth"] for diagnosis in diagnoses.wrong)
+    True
     """
     check_evaluating(model)
     check_store(model, store)

@@ -94,6 +94,18 @@ def answer_under(
     ------
     ModelError
         For a vector that was derived for another model.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import groundscope as gs
+    >>> model = gs.load_lvlm("tiny")
+    >>> data = gs.ConceptDataset("four questions", gs.scenes.dataset(10)[:4])
+    >>> changes = {2: gs.AddChange(np.eye(model.width)[0], sigma=3.0)}
+    >>> vector = gs.SteeringVector(changes, "last+generated", 1.0, model.name, model.config_hash)
+    >>> results = gs.answer_under(model, data, {"alone": None, "steered": vector}, progress=False)
+    >>> {name: len(answers) for name, answers in results.items()}
+    {'alone': 4, 'steered': 4}
     """
     for vector in vectors.values():
         if vector is not None:
@@ -126,6 +138,18 @@ def sweep_strengths(
         As for `answer_under`; use questions that neither derived the vectors nor will test them.
     vectors
         Name to a vector and its strengths.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import groundscope as gs
+    >>> model = gs.load_lvlm("tiny")
+    >>> data = gs.ConceptDataset("four questions", gs.scenes.dataset(10)[:4])
+    >>> changes = {2: gs.AddChange(np.eye(model.width)[0])}
+    >>> vector = gs.SteeringVector(changes, "last+generated", 1.0, model.name, model.config_hash)
+    >>> sweep = gs.sweep_strengths(model, data, {"first axis": (vector, [2.0, -1.0])}, progress=False)
+    >>> [row["strength"] for row in sweep["first axis"]]
+    [0.0, -1.0, 2.0]
     """
     conditions: dict[str, SteeringVector | None] = {"": None}
     conditions |= {f"{name} {s:g}": v.scaled(s) for name, (v, strengths) in vectors.items() for s in strengths}

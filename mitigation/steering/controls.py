@@ -47,6 +47,17 @@ def match_displacement(
         For other kinds, another number of places, or a control without effect.
     SiteError
         If the store lacks a place.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import groundscope as gs
+    >>> vector = gs.SteeringVector({2: gs.AddChange(np.eye(8)[0], sigma=3.0)}, "last", 1.0, "m", "c")
+    >>> control = gs.SteeringVector({4: gs.AddChange(np.eye(8)[1])}, "last", 1.0, "m", "c")
+    >>> class Memory:  # additions displace every example equally, so no activations are read
+    ...     pass
+    >>> gs.match_displacement(control, vector, Memory()).changes[4].sigma
+    3.0
     """
     for item in (control, vector):
         if item.kind not in ("add", "amplify") or item.norm != "free":
@@ -108,6 +119,21 @@ def move_to_heads(
     ------
     PatchError
         For another number of heads, a repeated head, or a vector that also acts at other places.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from mitigation import AmplifyChange, SteeringVector, move_to_heads
+    >>> class Memory:
+    ...     def read(self, site, tokens, head=None, examples=None):
+    ...         scale = 2.0 if site.layer == 4 else 1.0
+    ...         return scale * np.array([[1, 0], [-1, 0], [0, 1], [0, -1]], np.float32)
+    >>> vector = SteeringVector({"L2.H0": AmplifyChange(np.zeros(2))}, "last", 1.0, "m", "c")
+    >>> moved = move_to_heads(vector, ["L4.H1"], Memory())
+    >>> moved
+    SteeringVector(amplify at L4.H1; last, strength 1, for 'm')
+    >>> moved.changes[moved.heads[0]].writes.tolist()  # activations there are twice as large
+    [[0.5, 0.0], [0.0, 0.5]]
     """
     heads = parse_heads(heads)
     if (

@@ -69,6 +69,19 @@ def gguf(
         For a model that the vector was not derived for.
     StoreError
         If the file cannot be written.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> import numpy as np
+    >>> from pathlib import Path
+    >>> from mitigation import AddChange, SteeringVector, export
+    >>> from mitigation.steering.export.gguf import check
+    >>> vector = SteeringVector({2: AddChange(np.eye(4)[0], sigma=3.0)}, "all", 1.0, "m", "c")
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = export.gguf(vector, Path(folder) / "vector.gguf")
+    ...     {layer: direction.tolist() for layer, direction in check(path).items()}
+    {2: [3.0, 0.0, 0.0, 0.0]}
     """
     library = _package()
     vector = convert_to_residual(vector, model) if convert else vector

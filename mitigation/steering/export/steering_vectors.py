@@ -56,6 +56,21 @@ def steering_vectors(
         For a model that the vector was not derived for, or whose layer names have no common pattern.
     StoreError
         If the file cannot be written.
+
+    Examples
+    --------
+    >>> import tempfile, torch
+    >>> import numpy as np
+    >>> from pathlib import Path
+    >>> import groundscope as gs
+    >>> model = gs.load_lvlm("tiny")
+    >>> changes = {2: gs.AddChange(np.eye(model.width)[0], sigma=3.0)}
+    >>> vector = gs.SteeringVector(changes, "all", 1.0, model.name, model.config_hash)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = gs.export.steering_vectors(vector, Path(folder) / "vector.pt", model)
+    ...     content = torch.load(path, weights_only=True)
+    >>> content["layer_type"], content["layer_activations"][2][:3].tolist()
+    ('decoder_block', [3.0, 0.0, 0.0])
     """
     vector.check(model)
     s = vector.scaled(vector.strength if strength is None else strength).strength

@@ -49,6 +49,21 @@ def vllm(
         For a model that the vector was not derived for.
     StoreError
         If the file cannot be written.
+
+    Examples
+    --------
+    >>> import tempfile, torch
+    >>> import numpy as np
+    >>> from pathlib import Path
+    >>> import groundscope as gs
+    >>> model = gs.load_lvlm("tiny")
+    >>> changes = {2: gs.AddChange(np.eye(model.width)[0], sigma=3.0)}
+    >>> vector = gs.SteeringVector(changes, "all", 1.0, model.name, model.config_hash)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = gs.export.vllm(vector, Path(folder) / "vector.pt", model)
+    ...     matrix = torch.load(path, weights_only=True)
+    >>> matrix.shape == (model.n_layers, model.width), matrix[2, :3].tolist()
+    (True, [3.0, 0.0, 0.0])
     """
     vector.check(model)
     vector = to_residual(vector, model) if convert else vector

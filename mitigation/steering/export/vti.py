@@ -55,6 +55,21 @@ def vti(vector: SteeringVector, path: str | Path, model: Lvlm, *, strength: floa
         For a model that the vector was not derived for.
     StoreError
         If the file cannot be written.
+
+    Examples
+    --------
+    >>> import tempfile, torch
+    >>> import numpy as np
+    >>> from pathlib import Path
+    >>> import groundscope as gs
+    >>> model = gs.load_lvlm("tiny")
+    >>> changes = {"decoder.L2.mlp_out": gs.AddChange(np.eye(model.width)[0], sigma=0.1)}
+    >>> vector = gs.SteeringVector(changes, "all", 1.0, model.name, model.config_hash, norm="relative")
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = gs.export.vti(vector, Path(folder) / "directions.pt", model)
+    ...     directions = torch.load(path, weights_only=True)
+    >>> directions.shape == (model.n_layers, 1, model.width), directions[2, 0, :3].tolist()
+    (True, [1.0, 0.0, 0.0])
     """
     vector.check(model)
     require(vector, "vti", CAPABILITY)
