@@ -90,7 +90,7 @@ def head_set(item: object) -> HeadSet:
         return HeadSet(item)
     if isinstance(item, Head):
         return HeadSet([item])
-    msg = f"{item!r} is not a head; pass 'L12.H7' or Head(12, 7), or HeadSet([…]) for heads of one joint run"
+    msg = f"{item!r} is not a head; pass 'L12.H7' or Head(12, 7), or HeadSet([…]) for heads that are patched together"
     raise SiteError(msg)
 
 

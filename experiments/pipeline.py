@@ -107,7 +107,7 @@ def _digest(name: str, receipt: Receipt) -> str:
 
 
 def _record(context: Context) -> None:
-    """Write the configuration and the environment of a call that makes something."""
+    """Write configuration and environment of a call, unless it finds all stages unchanged."""
     config = context.config
     path = context.folder.path
     write_text(path / CONFIG, OmegaConf.to_yaml(OmegaConf.structured(trace_shards.whole(config))))

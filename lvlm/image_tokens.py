@@ -66,5 +66,5 @@ def image_tokens(model: Model, inputs: Mapping[str, Any]) -> Tensor:
 
 
 def tokens_after_image(image: Tensor) -> Tensor:
-    """Return which tokens follow the last image token of their row, bool ``[rows, positions]``; all in a row without one."""
+    """Return which tokens follow the last image token of their row, bool ``[rows, positions]``; all without an image."""
     return image.flip(1).cumsum(1).flip(1) == 0

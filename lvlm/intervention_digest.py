@@ -30,7 +30,7 @@ def digest_of(value: Any) -> str | None:
 
 
 def _feed(h: Any, value: Any) -> bool:
-    """Add a value to a digest; return whether all its parts are known."""
+    """Add a value to a digest; return False if a part has a type that the digest cannot represent."""
     h.update(f"{type(value).__module__}.{type(value).__qualname__}(".encode())
     complete = True
     if value is None or isinstance(value, str | int | float | bool | np.number):

@@ -199,6 +199,6 @@ def choose_strength(sweep: Sequence[Row], *, max_drop: float) -> Row:
     """
     allowed = [row for row in sweep if row["cost"] <= max_drop]
     if not allowed:
-        msg = f"no strength costs at most max_drop={max_drop:g}; include strength 0, or allow a larger loss"
+        msg = f"every strength of the sweep costs more than max_drop={max_drop:g}; add strength 0 to the sweep, or raise max_drop"
         raise ConfigError(msg)
     return min(allowed, key=lambda row: (row["harm"], abs(row["strength"])))

@@ -274,7 +274,7 @@ class ConceptSubspaceProbe(_Probe):
         self.random_state = random_state
 
     def fit(self, X: Any, y: Any, groups: Any = None) -> Self:
-        """Fit to features [n, D] and labels [n] of two classes; whole `groups` [n] are subsampled, by default single rows."""
+        """Fit to features [n, D] and labels [n] of two classes; whole `groups` [n] (default: rows) are drawn."""
         from probes.solvers import closed_form
 
         features, labels = self._start(X, y)

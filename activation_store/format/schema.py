@@ -232,7 +232,7 @@ class Schema:
                 wrong += ["n_heads"] * (type(a["n_heads"]) not in (int, type(None)))
                 wrong += ["layers"] * any(type(layer) is not int for layer in a["layers"])
                 if wrong or type(a.get("ragged", False)) is not bool:
-                    msg = f"'{(wrong or ['ragged'])[0]}' of an array has a wrong type"
+                    msg = f"field '{(wrong or ['ragged'])[0]}' of an array has the wrong type"
                     raise TypeError(msg)
             # Fields that version 1 lacks get their defaults.
             arrays = tuple(

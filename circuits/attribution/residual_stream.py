@@ -263,7 +263,7 @@ class _RecordedNodes:
         hooks.callback(edit(model, Site("decoder", last, "resid_post"), leave).remove)
 
     def written(self, metric: Tensor) -> Written:
-        """Return the outputs of nodes."""
+        """Return what the embeddings, each head, attention and MLP add to the residual stream."""
         layers = range(self.model.n_layers)
         extra = {i: self.at["pre", i + 1] - self.at["post", i] for i in layers if ("post", i) in self.at}
         values = {name: tuple(self.at[name, i].detach() for i in layers) for name in ("z", "attention", "mlp_out")}

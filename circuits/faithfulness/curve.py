@@ -89,7 +89,7 @@ class FaithfulCurve:
         return pd.DataFrame({**columns, "low": low, "high": high})
 
     def _draws(self, resamples: int, seed: int) -> np.ndarray:
-        """Return f of resampled groups, ``[resamples, n_shares]``; NaN where the denominator of a draw vanishes."""
+        """Return faithfulness for each draw of groups, ``[resamples, n_shares]``; NaN if full and empty circuit agree."""
         table = np.column_stack([self.margins, self.full, self.empty])
         _, sums, _ = by_group(table, self.groups)  # [G, n_shares + 2]
         rng = np.random.Generator(np.random.PCG64(seed))

@@ -134,7 +134,10 @@ class Intervention:
             )
             raise SiteError(msg)
         if not 0 < self.decay <= 1 or (self.decay < 1 and not hasattr(self.change, "scaled")):
-            msg = f"decay={self.decay} of {type(self.change).__name__} must be in (0, 1], and 1 for a change without a strength"
+            msg = (
+                f"decay={self.decay} of {type(self.change).__name__}: it must be above 0 and at most 1; a change without a "
+                "strength cannot decay, so its decay is 1"
+            )
             raise PatchError(msg)
         if self.gate is not None and (
             self.gate.site.stack != "decoder" or _order_of(self.gate.site) > _order_of(self.site)

@@ -73,7 +73,7 @@ def signal_scale(step: int) -> float:
 
 
 def edit_pairs(edit: str) -> Callable[[ConceptDataset], Iterator[CounterfactualPair]]:
-    """Return the function that makes pairs by one edit of `EditedImage`."""
+    """Return a function that pairs each example with its image after an edit, which is a name of `EditedImage.edit`."""
 
     def make(data: ConceptDataset) -> Iterator[CounterfactualPair]:
         for example in data:

@@ -64,7 +64,7 @@ def annotated_size(record: Record) -> tuple[int, int] | None:
 
 @dataclass(frozen=True, slots=True)
 class BoxFrame:
-    """Transformation of the boxes of one annotated image into pixels of the image that `FileImage.load` returns."""
+    """Converts annotated boxes of one image to pixels of the image as `FileImage.load` returns it."""
 
     size: tuple[int, int]
     """Width and height of the loaded image."""

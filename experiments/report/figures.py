@@ -287,7 +287,7 @@ def _stage(place: str) -> tuple[int, int]:
 
 
 def margins(lines: Mapping[str, Sequence[float]], places: Sequence[str], title: str) -> str:
-    """Draw probe margins on one image along the forward pass; a margin above 0 reads the concept."""
+    """Plot the margins of probes for one image, by place along the forward pass; above 0 the probe predicts the concept."""
     with drawing(6.4, 2.8) as figure:
         axes = figure.add_subplot()
         tints = (GREEN, ORANGE, BLUE)

@@ -60,7 +60,7 @@ def open_regular(path: str | os.PathLike[str], *, error: type[GroundscopeError] 
 def read_bytes(
     path: str | os.PathLike[str], *, limit: int = MAX_JSON_BYTES, error: type[GroundscopeError] = DataError
 ) -> bytes:
-    """Read a regular file of at most `limit` bytes. Raises as `open_regular`, and an `error` for a larger file."""
+    """Read a regular file of at most `limit` bytes. Raises as `open_regular` does, and `error` for a larger file."""
     with open_regular(path, error=error) as file:
         size = os.fstat(file.fileno()).st_size
         if size > limit:
@@ -72,7 +72,7 @@ def read_bytes(
 def read_text(
     path: str | os.PathLike[str], *, limit: int = MAX_JSON_BYTES, error: type[GroundscopeError] = DataError
 ) -> str:
-    """Read a regular UTF-8 file, in any locale. Raises as `read_bytes`, and an `error` for other encodings."""
+    """Read a regular UTF-8 file, in any locale. Raises what `read_bytes` raises, and `error` for other encodings."""
     data = read_bytes(path, limit=limit, error=error)
     try:
         return data.decode("utf-8-sig")

@@ -184,7 +184,7 @@ def _softmax_choices(
 def _choose(
     x: np.ndarray, classes: np.ndarray, fold: np.ndarray, test: np.ndarray, count: int, grid: ProbeGrid
 ) -> tuple[np.ndarray, float, float]:
-    """Select C, refit on all training rows, and return predictions on `test`, C and gap."""
+    """Select C, refit on all training rows, and return the predictions on `test`, the selected C and the gap to the optimum."""
     candidates = sorted(grid.provenance["penalties"])
     tolerance = float(grid.provenance["tolerance"])
     loss = np.zeros(len(candidates))

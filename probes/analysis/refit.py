@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def grid_site(grid: ProbeGrid) -> str:
-    """Return the site of a grid as an argument of `fit_grid`."""
+    """Return the `site` to pass to `fit_grid` to fit this grid again."""
     if len(grid.layers) == 1:
         return grid.site(grid.layers[0])
     # A named stack precedes the prefix of cross-attention: decoder.cross.z.

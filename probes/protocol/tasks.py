@@ -122,7 +122,7 @@ def _check_placed(table: SplitRows, concepts: Sequence[str], folds: int) -> None
 
 
 def _placement_problem(table: SplitRows, k: int, concept: str, folds: int) -> str:
-    """Say which class of a concept the split left out of a part that needs it; empty where it left out none."""
+    """Return a sentence that names each class with too few groups for a part of the split; empty if there is none."""
     problems = []
     for value in (0, 1):
         rows = table.labels[:, k] == value

@@ -102,7 +102,7 @@ class Rotated:
         return g
 
     def precondition(self, v: Tensor, curvature: Tensor) -> Tensor:
-        """See `Space`: with equal row weights the Hessian is diagonal in these coordinates."""
+        """Divide by the diagonal of the Hessian; exact for equal row weights (see `Space`)."""
         inverse = curvature[:, None] * self.spectrum
         inverse[:, :-1] += 1
         return v / inverse

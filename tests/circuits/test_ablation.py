@@ -179,7 +179,7 @@ def test_invalid_options_and_heads_are_refused() -> None:
     with pytest.raises(PatchError, match="heads is empty"):
         ablate(model, data, [])
     for joint in ([[Head(0, 0), Head(1, 1)]], [("L0.H0", "L1.H1")], [{Head(0, 0)}]):
-        with pytest.raises(SiteError, match=r"HeadSet\(\[…\]\) for heads of one joint run"):
+        with pytest.raises(SiteError, match=r"HeadSet\(\[…\]\) for heads that are patched together"):
             ablate(model, data, joint)  # pyright: ignore[reportArgumentType]  # a user's mistake
     with pytest.raises(SiteError, match="empty set of heads"):
         HeadSet([])

@@ -15,7 +15,7 @@ from experiments.results.selection import typical_error
 
 
 def example_section(run: RunFiles) -> str:
-    """Return the section; empty if no answer follows a prior against the image."""
+    """Return the section; empty if no wrong answer is the one that the prior predicts."""
     errors = errors_by_prior(run)
     example = typical_error([e for _, e in errors])
     thing = example.named_object() if example is not None else None

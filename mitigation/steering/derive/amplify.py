@@ -105,8 +105,8 @@ def amplification(
 ) -> SteeringVector:
     """Return ``x <- mean + (1 + strength)(x - mean)`` with the mean over the corrupt runs: increase the image's effect.
 
-    With pairs of kind ``blank`` the deviation from the mean is what a head reads from this image, so a larger deviation
-    outweighs the prior, whichever answer it favors. A suitable control is the same vector at random heads, or
+    With pairs of kind ``blank`` the deviation from the mean is what the image contributes to a head; increasing it strengthens
+    the image against the prior. A suitable control is the same vector at random heads, or
     `SteeringVector.randomized`.
 
     Parameters
