@@ -13,7 +13,7 @@ Answers:
 
 Benchmarks:
 
-`pope`, `pope_files`, `pope_scores`
+`pope`, `pope_answer_files`, `pope_scores`
     POPE: does the model claim that absent objects are in the image?
 `mme`
     MME: accuracy of each subtask over questions and over images.

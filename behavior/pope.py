@@ -207,7 +207,7 @@ def score_files(
     ConfigError
         For an unknown parser.
     """
-    from behavior.pope_files import join_answers
+    from behavior.pope_answer_files import join_answers
 
     named_parser(parser)
     rows = join_answers(questions, answers, labels, answer_field, id_field)

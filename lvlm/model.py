@@ -29,7 +29,7 @@ from lvlm.active_interventions import (
 )
 from lvlm.encoding.encode import Batch, Encoding, Inputs, Prompt, check_alike, encode
 from lvlm.encoding.registry import image_encodings
-from lvlm.family.discovery import complete, heads_of, text_config, vision_heads
+from lvlm.family.module_detection import complete, heads_of, text_config, vision_heads
 from lvlm.family.specification import FamilySpec, find, layer_list, resolve
 from lvlm.generation import greedy
 from lvlm.interfaces import EncodedImage, ImageEncoding

@@ -1,6 +1,6 @@
 """Counterfactual pairs: two examples that differ in one stated thing, under the same question.
 
-`kinds`
+`pair_making`
     The open table of kinds, and the functions that make pairs of a kind.
 `scene_edits`
     Kinds for icon scenes: an object, its color or a relation is changed, and the scene is drawn again.

@@ -1,8 +1,8 @@
 """Public names of `concepts.counterfactuals`, each with its module."""
 
 from .image_edits import EditedImage
-from .kinds import KINDS, PairMaker, balanced_pairs, check_kind, pairs, register
 from .methods import METHODS, PairMethod
+from .pair_making import KINDS, PairMaker, balanced_pairs, check_kind, pairs, register
 from .pair_set import PairSet
 from .photographs.canvas import CanvasImage, on_canvas
 from .photographs.inpaint import InpaintedImage

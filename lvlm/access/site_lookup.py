@@ -9,7 +9,7 @@ from torch import nn
 
 from groundscope.core.errors import SiteError
 from lvlm.access.hook_point import HookPoint
-from lvlm.family.discovery import bare
+from lvlm.family.module_detection import bare
 from lvlm.family.specification import FamilySpec, StackSpec, find, resolve
 from lvlm.interfaces import Model
 from lvlm.sites import CROSS_COMPONENTS, Component, Site, parse_component

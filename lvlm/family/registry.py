@@ -13,7 +13,7 @@ from torch import nn
 from groundscope.core.errors import ModelError
 from groundscope.core.registry import Registry
 from groundscope.core.text import nearest
-from lvlm.family.discovery import tree
+from lvlm.family.module_detection import tree
 from lvlm.family.specification import ABSENT, FamilySpec, StackSpec
 
 _NONE = StackSpec(ABSENT)

@@ -1,6 +1,6 @@
 """Specs of model families: paths of modules, the prompt, and how images become tokens.
 
-A `FamilySpec` names modules by dotted path. `lvlm.family.discovery` detects fields that are empty, and `lvlm.spec_validation`
+A `FamilySpec` names modules by dotted path. `lvlm.family.module_detection` detects empty fields, and `lvlm.spec_validation`
 checks at load that the paths are right.
 """
 

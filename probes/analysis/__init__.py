@@ -4,7 +4,7 @@
 - `transfer`, `multiclass`: a grid on other examples; choices among mutually exclusive concepts
 - `trajectory`: several grids in the order of the forward pass
 - `alignment`, `logit_lens`: measures without a fitted probe
-- `refit`: the split of a grid, reproduced on its store
+- `reproduce_split`: the split of a grid, reproduced on its store
 """
 
 import lazy_loader

@@ -9,7 +9,7 @@ import numpy as np
 
 from groundscope.core.errors import ProbeError
 from groundscope.core.text import nearest
-from probes.analysis.refit import grid_site
+from probes.analysis.reproduce_split import grid_site
 from probes.fit import fit_grid
 from probes.grid import ProbeGrid
 from probes.protocol.controls import control_labels

@@ -11,7 +11,7 @@ from groundscope.core.errors import ProbeError
 from groundscope.core.intervals import combined_interval
 from groundscope.core.progress import step_bar
 from groundscope.core.text import nearest
-from probes.analysis.refit import reproduce_split
+from probes.analysis.reproduce_split import reproduce_split
 from probes.grid import ProbeGrid
 from probes.protocol.cell import SELECTION
 from probes.solvers.closed_form import Spectrum

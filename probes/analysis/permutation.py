@@ -20,7 +20,7 @@ from groundscope.core.permutations import LEAST_MOVABLE
 from groundscope.core.progress import step_bar
 from groundscope.core.short_repr import short_repr
 from groundscope.core.text import nearest
-from probes.analysis.refit import reproduce_split
+from probes.analysis.reproduce_split import reproduce_split
 from probes.grid import ProbeGrid
 from probes.protocol.controls import movable, shuffle_labels, shuffle_within
 from probes.protocol.tasks import SplitRows

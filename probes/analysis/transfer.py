@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from groundscope.core.errors import ProbeError
-from probes.analysis.refit import grid_array
+from probes.analysis.reproduce_split import grid_array
 from probes.grid import ProbeGrid
 from probes.protocol.inputs import read_features, read_groups, read_labels, row_mask
 from probes.protocol.scoring import (

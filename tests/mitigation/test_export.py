@@ -31,8 +31,8 @@ from mitigation import Contrast, SteeringVector, derive, export
 from mitigation.steering.changes import AddChange, AmplifyChange, ProbeGate, ProjectChange, VectorChange
 from mitigation.steering.export import apply_bias
 from mitigation.steering.export.baked import apply
-from mitigation.steering.export.convert import to_residual
 from mitigation.steering.export.gguf import card_in, check
+from mitigation.steering.export.residual_conversion import to_residual
 from mitigation.steering.places import Key
 from tests.toys.random_models import data, examples, layers_of, pairs, random_model, shared_model
 

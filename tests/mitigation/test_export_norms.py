@@ -14,7 +14,7 @@ from mitigation import SteeringVector
 from mitigation.steering.changes import AddChange
 from mitigation.steering.export import exports
 from mitigation.steering.export.baked import apply, baked
-from mitigation.steering.export.convert import to_residual
+from mitigation.steering.export.residual_conversion import to_residual
 from tests.toys.examples import example
 from tests.toys.families import FAMILY, model
 

@@ -11,7 +11,7 @@ format               consumer                                                pla
 `vti`                VTI's code                                              MLP outputs
 ===================  ======================================================  ===============================
 
-`formats_for` lists the formats that represent a vector without conversion; `convert.to_residual` converts heads and MLP
+`formats_for` lists the formats for a vector; `residual_conversion.to_residual` converts heads and MLP
 outputs to the residual stream. `iti_activations` and `ict_activations` write the activations from which those papers' code
 derives its own vectors.
 """

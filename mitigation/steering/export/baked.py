@@ -17,7 +17,7 @@ from groundscope.core import artifacts
 from groundscope.core.errors import ConfigError, ModelError
 from lvlm.sites import Head
 from mitigation.steering.export.capability import Capability, require
-from mitigation.steering.export.convert import through_projection
+from mitigation.steering.export.residual_conversion import through_projection
 from mitigation.steering.places import name_of
 from mitigation.steering.vector import SteeringVector
 

@@ -11,7 +11,7 @@ import numpy as np
 from groundscope.core.errors import ConfigError
 from groundscope.core.files import canonical_json, explained, whole
 from mitigation.steering.export.capability import Capability, metadata_of, require
-from mitigation.steering.export.convert import to_residual
+from mitigation.steering.export.residual_conversion import to_residual
 from mitigation.steering.vector import SteeringVector
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def gguf(
     strength
         Strength in units of sigma; by default the vector's.
     convert
-        Convert heads and MLP outputs to the residual stream (`mitigation.steering.export.convert.to_residual`); the
+        Convert heads and MLP outputs to the residual stream (`mitigation.steering.export.residual_conversion.to_residual`); the
         metadata record it.
 
     Raises

@@ -9,7 +9,7 @@ import torch
 
 from groundscope.core.errors import ModelError
 from mitigation.steering.export.capability import Capability, metadata_of, require
-from mitigation.steering.export.convert import through_projection, to_residual
+from mitigation.steering.export.residual_conversion import through_projection, to_residual
 from mitigation.steering.export.torch_files import write_pt
 from mitigation.steering.vector import SteeringVector
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from mitigation.steering.export.capability import Capability, metadata_of, require
-from mitigation.steering.export.convert import to_residual
+from mitigation.steering.export.residual_conversion import to_residual
 from mitigation.steering.export.torch_files import write_pt
 from mitigation.steering.vector import SteeringVector
 

@@ -82,7 +82,7 @@ def to_residual(vector: SteeringVector, model: Lvlm) -> SteeringVector:
     --------
     >>> import numpy as np
     >>> import groundscope as gs
-    >>> from mitigation.steering.export.convert import to_residual
+    >>> from mitigation.steering.export.residual_conversion import to_residual
     >>> model = gs.load_lvlm("tiny")
     >>> changes = {"L3.H1": gs.AddChange(np.eye(model.head_dim)[0])}
     >>> to_residual(gs.SteeringVector(changes, "all", 1.0, model.name, model.config_hash), model)

@@ -33,7 +33,7 @@ def grid_array(grid: ProbeGrid, store: ActivationSource, tokens: str | None = No
 
 
 @dataclass(frozen=True)
-class RefitSetup:
+class SplitSetup:
     """The array and rows that a grid was fitted on, with their split."""
 
     store: ActivationSource
@@ -56,7 +56,7 @@ class RefitSetup:
 
 def reproduce_split(
     grid: ProbeGrid, store: ActivationSource, rows: Sequence[bool] | np.ndarray | pd.Series | None = None
-) -> RefitSetup:
+) -> SplitSetup:
     """Split the rows as for the grid.
 
     Raises
@@ -84,4 +84,4 @@ def reproduce_split(
     if tuple(str(i) for i in table.ids[table.fold < 0]) != grid.held_out:
         msg = "these rows are not split as the grid's were; use the same `rows` as in fit_grid"
         raise ProbeError(msg)
-    return RefitSetup(store, array, mask, ids, present, table, first)
+    return SplitSetup(store, array, mask, ids, present, table, first)
