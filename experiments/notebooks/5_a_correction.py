@@ -103,7 +103,7 @@ pd.DataFrame(
 
 # %%
 for name, result in (("steered", after), ("random direction", control)):
-    change = compare(before, result, "wrong_by_prior")
+    change = compare(before, result, rate="wrong_by_prior")
     print(f"{name:17} {change.difference}  {change.gained} more errors, {change.lost} fewer, p = {change.p_value:.2g}")
 
 # %% [markdown]

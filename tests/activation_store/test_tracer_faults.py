@@ -135,5 +135,5 @@ def test_where_no_image_can_be_read_nothing_is_written(some_unreadable: ConceptD
     with pytest.raises(DataError, match="no image can be read"):
         trace(random_models.shared_model(), data, ["resid_post"], ["last"], tmp_path / "s", on_error="skip")
     assert not (tmp_path / "s").exists()
-    with pytest.raises(ConfigError, match="'raise' or 'skip'"):
+    with pytest.raises(ConfigError, match="unknown on_error 'leave'; choose from raise, skip"):
         trace(random_models.shared_model(), data, ["z"], ["last"], tmp_path / "s", on_error="leave")  # type: ignore[arg-type]

@@ -90,7 +90,7 @@ def test_columns_equal_the_functions_that_compute_one_score() -> None:
     np.testing.assert_array_equal(table.values["image_mass"].reshape(len(data), -1), attention.image_mass)
     np.testing.assert_array_equal(table.values["box_mass"].reshape(len(data), -1), attention.box_mass)
     both = [e for p in data for e in (p.clean, p.corrupt)]
-    lost = ablate(model, clean, "heads", method="mean", tokens="last", reference=both)
+    lost = ablate(model, clean, "each", method="mean", tokens="last", reference=both)
     np.testing.assert_allclose(table.values["ablation"].reshape(len(data), -1), lost.effects, atol=1e-5)
     scores = patch_heads(model, data, min_effect=LEAST)
     patched = np.isfinite(table.values["patching"]).all((1, 2))

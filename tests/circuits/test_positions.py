@@ -303,7 +303,7 @@ def test_contexts_nest_and_restore_generate() -> None:
 def test_missing_sizes_and_masks_are_named() -> None:
     lvlm = model("llava_next")
     inputs = lvlm.encode(example()).inputs
-    with pytest.raises(DataError, match="found by image_sizes"):
+    with pytest.raises(DataError, match="image_sizes are needed to find the row ends"):
         image_tokens(lvlm, {"input_ids": inputs["input_ids"]})
     with pytest.raises(DataError, match="do not fit 1 images"):
         image_tokens(lvlm, {**inputs, "input_ids": inputs["input_ids"][:, :20]})

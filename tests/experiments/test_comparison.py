@@ -155,7 +155,7 @@ def test_incomparable_parts_are_named(runs: tuple[Path, Path], tmp_path: Path) -
     notes = " ".join(compare_profiles(a, small).notes)
     assert "only one of the two" in notes
     assert "layers and heads cannot be compared" in notes
-    with pytest.raises(ConfigError, match="no table 'answer'"):
+    with pytest.raises(ConfigError, match=r"unknown table 'answer'; choose from answers, .*did you mean answers"):
         compare_profiles(a, b).frame("answer")
 
 

@@ -31,7 +31,7 @@ from groundscope.core.errors import ConfigError
 from groundscope.core.statistics import Estimate
 from lvlm import Head
 from lvlm.tiny.architecture import build_model, build_processor
-from mitigation import SteeringVector
+from mitigation import CONTROLS, SteeringVector, mitigations
 from mitigation.steering.changes import AddChange, VectorChange
 from mitigation.steering.places import Key
 from mitigation.strength import choose_strength, cost, guards, harm
@@ -314,22 +314,22 @@ def test_damaged_illustrations_are_an_error(tmp_path: Path) -> None:
 
 def test_every_method_and_control_was_tried_at_every_strength(run: Path) -> None:
     sweep = json.loads((run / "steering" / "sweep.json").read_text())
-    assert set(sweep["curves"]) == {*steer.METHODS, *(f"control: {name}" for name in steer.CONTROLS)}
+    assert set(sweep["curves"]) == {*mitigations, *(f"control: {name}" for name in CONTROLS)}
     for name, rows in sweep["curves"].items():
-        unit = steer.METHODS[name].unit if name in steer.METHODS else 1.0
+        unit = mitigations[name].unit if name in mitigations else 1.0
         assert [row["strength"] for row in rows] == [0, unit, 2 * unit]
         assert rows[0] == sweep["sweep"][0]
         assert rows[0]["cost"] == 0
     assert sweep["chosen"] in sweep["sweep"]
     rates = json.loads((run / "behavior" / "rates.json").read_text())
-    assert set(rates) == {"before", "after", *steer.CONTROLS, "twin"}
+    assert set(rates) == {"before", "after", *CONTROLS, "twin"}
     text = (run / "report.html").read_text()
     assert "Benefit against side effect" in text
     for name in sweep["curves"]:
         assert f"{name}</text>" in text
     vector = SteeringVector.load(run / "steering" / "vector.safetensors")
     assert vector.decay == 0.5
-    for name in steer.CONTROLS:
+    for name in CONTROLS:
         control = SteeringVector.load(run / "steering" / steer.control_file(name))
         assert (control.strength, control.decay) == (vector.strength, 0.5)
 

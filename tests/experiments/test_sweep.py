@@ -224,7 +224,7 @@ def test_a_sweep_shares_its_trace_and_a_failed_job_leaves_the_others(root: Path,
     _, complaint = process.communicate(timeout=300)
     assert process.returncode == 1, complaint
     assert "sweep: 2 of 4 jobs done" in complaint
-    assert complaint.count("n_images=5, seed=0: at least 10 images") == 2
+    assert complaint.count("n_images=5, seed=0; give at least 10 images") == 2
     assert "continue with: groundscope resume=runs/sweeps/s" in complaint
     sweep = root / "sweeps" / "s"
     for folds in (2, 3):

@@ -129,7 +129,7 @@ def test_a_model_keeps_processed_images_up_to_a_number_of_bytes(monkeypatch: pyt
     first = list({e.group: e for e in scenes.dataset(10, 0)}.values())
     for item in first:
         model.encode(item)
-    assert model._looks.held == 3 * each
+    assert model._image_cache.held == 3 * each
     assert model.encode(first[-1]).inputs["pixel_values"] is model.encode(first[-1]).inputs["pixel_values"]
 
 

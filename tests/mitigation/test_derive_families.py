@@ -68,7 +68,7 @@ def test_every_family_runs_or_the_missing_site_is_named(family: str) -> None:
     else:
         head_scores(lvlm, examples, methods=["vhd"])
     if family in ENCODERS:
-        with pytest.raises(ModelError, match="an encoder reads its prompt"):
+        with pytest.raises(ModelError, match="an encoder reads the prompt"):
             derive.vsv(lvlm, examples[0])
     elif family in ("llava", "instructblip_llama", "mllama"):  # the toy's tokenizer does not know the others' templates
         derive.vsv(lvlm, examples[0], layers=[1])

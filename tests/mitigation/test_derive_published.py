@@ -422,10 +422,10 @@ def test_files_of_the_new_norm_rule(tmp_path: Path) -> None:
     steering = derive.vsv(shared_model(), examples()[0], layers=[2], variant="release")
     assert SteeringVector.load(steering.save(tmp_path / "v.safetensors")).norm == "away"
     card = json.loads((tmp_path / "v.json").read_text())
-    assert card["version"] == 3
+    assert card["version"] == 4
     plain = derive.vsv(shared_model(), examples()[0], layers=[2], variant="simple")
     plain.save(tmp_path / "w.safetensors")
-    assert json.loads((tmp_path / "w.json").read_text())["version"] == 2  # which earlier releases read
+    assert json.loads((tmp_path / "w.json").read_text())["version"] == 4
 
 
 @pytest.mark.parametrize("variant", ["paper", "release"])

@@ -315,7 +315,7 @@ def test_additions_at_one_site_are_summed() -> None:
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: steering_vector(norm="longer"), ConfigError, "norm from"),
+        (lambda: steering_vector(norm="longer"), ConfigError, "unknown norm 'longer'"),
         (lambda: steering_vector(kind="project", norm="kept"), ConfigError, "norm .free. unless the kind is .add."),
         (lambda: steering_vector().decaying(0), ConfigError, "decay=0"),
         (lambda: steering_vector().decaying(float("nan")), ConfigError, "decay=nan"),
@@ -330,7 +330,7 @@ def test_additions_at_one_site_are_summed() -> None:
         ),
         (lambda: Intervention(Site("decoder", 0, "z"), Zero(), decay=0.5), PatchError, "without a strength"),
         (lambda: Intervention(Site("vision", 0, "z"), Zero(), "generated:all"), SiteError, "are for the decoder only"),
-        (lambda: steering_vector(positions="answer"), ConfigError, "positions='answer'"),
+        (lambda: steering_vector(positions="answer"), SiteError, "unknown token selection 'answer'"),
     ],
 )
 def test_invalid_schedules_are_refused(make: Callable[[], Any], error: type[Exception], message: str) -> None:

@@ -9,7 +9,8 @@ from experiments.results.run_files import RunFiles
 def provenance_section(run: RunFiles) -> str:
     """Return the section."""
     packages = ", ".join(f"{name} {version}" for name, version in run.environment["packages"].items() if version)
-    receipts = run.receipts
+    # The stage report writes its receipt after this page, so the page does not depend on it.
+    receipts = {folder: receipt for folder, receipt in run.receipts.items() if receipt.stage != "report"}
     rows = [
         (
             receipt.stage,
