@@ -34,15 +34,15 @@ heads = list(
         h for kind in ("object", "color") for h in HeadScores.load(run / f"circuits/{kind}.safetensors").top(3)
     )
 )
-told = store.frame()["answer"].to_numpy()
+model_answers = store.frame()["answer"].to_numpy()
 vector = derive.discriminant(
-    Contrast.from_store(store, positive=told == "yes", negative=told == "no"), heads=heads, doubt=0.5
+    Contrast.from_store(store, positive=model_answers == "yes", negative=model_answers == "no"), heads=heads, doubt=0.5
 )
 vector
 
 # %% [markdown]
 # ## How strongly
-# Chosen on validation scenes: the most good at the least harm. Beside it a random direction of the same size.
+# Chosen on validation scenes; a random direction of the same size is evaluated next to it.
 
 
 # %%
@@ -58,12 +58,12 @@ def rates(result):
     return {"wrong by prior": result.rate("wrong_by_prior").value, "neutral, right": neutral.value}
 
 
-asked = {"validation": (30, 501), "test": (60, 502)}
+scene_sets = {"validation": (30, 501), "test": (60, 502)}
 data = {
     name: scenes.dataset(n_images=n, seed=seed).filter(
         lambda e: e.split in {"neutral", "conflict"} and bool(e.candidates)
     )
-    for name, (n, seed) in asked.items()
+    for name, (n, seed) in scene_sets.items()
 }
 plain = rates(answer(model, data["validation"], progress=False))
 rows = []
@@ -126,6 +126,8 @@ with tempfile.TemporaryDirectory() as folder:
 
 # %%
 direction = derive.mean_difference(
-    Contrast.from_store(store, positive=told == "yes", negative=told == "no"), heads=heads, positions="all"
+    Contrast.from_store(store, positive=model_answers == "yes", negative=model_answers == "no"),
+    heads=heads,
+    positions="all",
 )
 export.formats_for(direction)
