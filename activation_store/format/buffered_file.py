@@ -48,9 +48,10 @@ class BufferedFile:
 
     def close(self) -> None:
         """Close the file; can be called repeatedly."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        # The number is dropped first: a process that is forked in between would close a descriptor that is not its own.
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         """Move the position, relative to the start, the current position or the end."""

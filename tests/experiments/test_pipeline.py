@@ -324,7 +324,7 @@ def test_every_method_and_control_was_tried_at_every_strength(run: Path) -> None
     rates = json.loads((run / "behavior" / "rates.json").read_text())
     assert set(rates) == {"before", "after", *CONTROLS, "twin"}
     text = (run / "report.html").read_text()
-    assert "Benefit against side effect" in text
+    assert "Errors against cost" in text
     for name in sweep["curves"]:
         assert f"{name}</text>" in text
     vector = SteeringVector.load(run / "steering" / "vector.safetensors")
