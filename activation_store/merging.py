@@ -11,7 +11,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from activation_store.format.buffered_file import BufferedFile
+from activation_store.format.buffered_file import BufferedFile, open_hdf5
 from activation_store.format.compression import require_filter
 from activation_store.format.digests import blocks, read_digests
 from activation_store.format.manifest import Manifest, ShardEntry, read_manifest
@@ -139,7 +139,7 @@ def _one_shard(store: ActivationStore, schema: Schema, folder: Path, progress: b
         contextlib.closing(BufferedFile(temporary)) as raw_file,
         step_bar("repacking", total, show=progress) as advance,
     ):
-        with h5py.File(raw_file, "w") as file:
+        with open_hdf5(raw_file, "w") as file:
             start_shard(file, schema, store.provenance)
             for info in schema.arrays:
                 offsets = _offsets(store, info)

@@ -9,11 +9,13 @@ A forked child process writes nothing: the file belongs to the parent, and HDF5 
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import h5py
 from h5py._objects import phil
@@ -120,17 +122,45 @@ def create_hdf5(path: Path) -> Iterator[h5py.File]:
         If the file cannot be created, exists, or a write failed.
     """
     with closing(BufferedFile(path)) as raw_file:
-        with h5py.File(raw_file, "w") as file:
+        with open_hdf5(raw_file, "w") as file:
             yield file
         raw_file.sync()
 
 
+def open_hdf5(raw_file: Any, mode: str) -> h5py.File:
+    """Open an HDF5 file on a file-like object, so that no fork falls between the steps.
+
+    h5py stores a reference to the Python object in a property list of HDF5. If another thread forked before the file owned
+    that list, nothing in the child would keep the object alive, and the child would crash when HDF5 closes its files.
+
+    Raises
+    ------
+    OSError
+        If the object does not hold an HDF5 file.
+    """
+    with phil:
+        return h5py.File(raw_file, mode)
+
+
 @cache
 def hold_hdf5_while_forking() -> None:
-    """Make every later fork wait until no thread is inside HDF5.
+    """Make every later fork wait until no thread is inside HDF5, and let the child close its copies of open files.
 
     h5py guards HDF5 with one lock. If a thread held it during a fork, the child would wait for it forever, at the latest
     when its interpreter exits.
     """
     if hasattr(os, "register_at_fork"):
-        os.register_at_fork(before=phil.acquire, after_in_parent=phil.release, after_in_child=phil.release)
+        os.register_at_fork(before=phil.acquire, after_in_parent=phil.release, after_in_child=_after_fork_in_child)
+
+
+def _after_fork_in_child() -> None:
+    phil.release()
+    atexit.register(_close_open_files)
+
+
+def _close_open_files() -> None:
+    """Close every HDF5 file while Python still runs: HDF5's own exit would call file objects that no longer exist."""
+    with phil:
+        for file_id in h5py.h5f.get_obj_ids(h5py.h5f.OBJ_ALL, h5py.h5f.OBJ_FILE):
+            with suppress(OSError, RuntimeError, ValueError):
+                h5py.File(file_id).close()

@@ -13,6 +13,7 @@ from typing import Any
 import h5py
 import numpy as np
 
+from activation_store.format.buffered_file import open_hdf5
 from activation_store.format.columns import column_digest, columns_in, read_column, read_offsets, row_count
 from activation_store.format.digests import (
     arrays_in,
@@ -123,7 +124,7 @@ def check_outcome(path: Path, outcome: Outcome, entry: ShardEntry | None) -> Non
 def open_unscreened(path: Path, kind: str, source: MappedFile | None = None) -> h5py.File:
     """Open a file without screening it: after `screen`, or in a child process; errors as in `open_shard`."""
     with reading(path):
-        file = h5py.File(source or MappedFile(path), "r")
+        file = open_hdf5(source or MappedFile(path), "r")
     try:
         with reading(path):
             encoding = file.attrs.get("encoding-type")

@@ -13,7 +13,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from activation_store.format.buffered_file import BufferedFile
+from activation_store.format.buffered_file import BufferedFile, open_hdf5
 from activation_store.format.columns import write_columns
 from activation_store.format.compression import filter_options
 from activation_store.format.digests import array_digest, arrays_in, blocks, values_of
@@ -51,7 +51,7 @@ class ShardWriter:
         self._rows = 0
         self._columns: dict[str, list[Any]] = {}
         self._raw_file = BufferedFile(temporary)
-        self._file = h5py.File(self._raw_file, "w")
+        self._file = open_hdf5(self._raw_file, "w")
         # An unclosed shard is discarded, at the latest before the interpreter exits: HDF5 could not close it afterwards.
         self._finalizer = weakref.finalize(self, _discard, self._file, self._raw_file, temporary, os.getpid())
         start_shard(self._file, schema, provenance)
@@ -272,7 +272,7 @@ def publish_shard(
     `announce` is called before the rename, so that the digest is recorded before the final name exists. Raise `StoreError`
     if a file with that name exists.
     """
-    with contextlib.closing(h5py.File(MappedFile(temporary), "r")) as file:
+    with contextlib.closing(open_hdf5(MappedFile(temporary), "r")) as file:
         tables = []
         for name, element in arrays_in(file):
             where, digests = blocks(values_of(element)), dataset_at(group_at(file, "digests"), name)[...]
