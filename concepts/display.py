@@ -36,7 +36,8 @@ def examples_html(examples: Sequence[Example], title: str = "") -> str:
     shown = examples[:MAX_SHOWN]
     images = "".join(f"<td>{thumbnail(e.image)}</td>" for e in shown)
     texts = "".join(
-        f"<td>{html.escape(e.question)}<br><strong>{html.escape(_short(e.answer))}</strong></td>" for e in shown
+        f"<td>{html.escape(e.question)}<br>{_prefix(e)}<strong>{html.escape(_short(e.answer))}</strong></td>"
+        for e in shown
     )
     head = f"<p>{html.escape(title)}</p>" if title else ""
     return f"{head}<table><tr>{images}</tr><tr>{texts}</tr></table>"
@@ -45,6 +46,10 @@ def examples_html(examples: Sequence[Example], title: str = "") -> str:
 def pair_html(pair: CounterfactualPair) -> str:
     """Return both images of a pair with the question, both true answers and the change."""
     return examples_html((pair.clean, pair.corrupt), f"{pair.kind}: {pair.change}")
+
+
+def _prefix(example: Example) -> str:
+    return f"{html.escape(example.prefix.strip())} " if example.prefix else ""
 
 
 def _short(text: str, limit: int = 80) -> str:

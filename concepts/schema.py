@@ -224,6 +224,9 @@ class Example:
     """Id of the object of the question; None if the object is not in the image."""
     prior_answer: str | None = None
     """The most likely answer without the image, such as the typical color; None if unknown."""
+    prefix: str = ""
+    """Start of the answer that the model has already written, such as the words of a caption before a wrong word. The model
+    reads it after the prompt, and `answer` and `candidates` are what follows it; empty: the answer begins after the prompt."""
 
     __repr__ = short_repr
 
@@ -237,7 +240,7 @@ class Example:
         return next((o for o in self.objects if o.id == self.subject), None)
 
     def record(self) -> dict[str, object]:
-        """Return all fields as values that JSON can represent, with the image as its identity."""
+        """Return the fields as values that JSON can represent, with the image as its identity; without an empty prefix."""
         return {
             "id": self.id,
             "image": self.image.identity,
@@ -252,6 +255,7 @@ class Example:
             "objects": [{**asdict(o), "attributes": dict(o.attributes)} for o in self.objects],
             "subject": self.subject,
             "prior_answer": self.prior_answer,
+            **({"prefix": self.prefix} if self.prefix else {}),
         }
 
 
@@ -363,6 +367,11 @@ class CounterfactualPair:
     The image of `corrupt` is that of `clean` with one change, and its true answer is another one; after the changes
     ``blank``, ``blur``, ``noise`` and ``mask`` the image shows no evidence for any answer.
 
+    Raises
+    ------
+    DataError
+        If the two examples have different prefixes.
+
     Examples
     --------
     >>> import groundscope as gs
@@ -382,10 +391,19 @@ class CounterfactualPair:
     placebo: bool = False
     """Whether the true answer is the same in both: a control for what the change itself does."""
 
+    def __post_init__(self) -> None:
+        if self.clean.prefix != self.corrupt.prefix:
+            msg = (
+                f"pair '{self.clean.id}': clean has the prefix '{self.clean.prefix}', corrupt '{self.corrupt.prefix}'; give "
+                "both examples the same prefix"
+            )
+            raise DataError(msg)
+
     def __repr__(self) -> str:
         answers = f"'{self.clean.answer}' -> '{self.corrupt.answer}'"
         made = f", {self.method}" if self.method else ""
-        return f"CounterfactualPair({self.kind}{made}: {self.change}; '{self.clean.question}' {answers})"
+        after = f" after '{self.clean.prefix.strip()}'" if self.clean.prefix else ""
+        return f"CounterfactualPair({self.kind}{made}: {self.change}; '{self.clean.question}' {answers}{after})"
 
     def _repr_html_(self) -> str:
         from concepts.display import pair_html

@@ -64,6 +64,7 @@ EXAMPLE = {
     "objects": [{"id": TEXT, "noun": TEXT, "box": Optional(BOX), "attributes": {"*": TEXT}}],
     "subject": Optional(TEXT),
     "prior_answer": Optional(TEXT),
+    "prefix": Optional(TEXT),
 }
 FAILURE = {"error": TEXT}
 ENVIRONMENT = {"python": TEXT, "system": TEXT, "packages": {"*": Optional(TEXT)}}

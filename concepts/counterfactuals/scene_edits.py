@@ -72,4 +72,4 @@ def _pair(clean: Example, edited: Scene, question: Question, kind: str, change: 
     if question.answer == clean.answer:
         return
     corrupt = questions.as_example(edited, question, clean.split, group=clean.group)
-    yield CounterfactualPair(clean, replace(corrupt, id=f"{clean.id}|{change}"), kind, change)
+    yield CounterfactualPair(clean, replace(corrupt, id=f"{clean.id}|{change}", prefix=clean.prefix), kind, change)

@@ -229,6 +229,7 @@ def _example(line: str, place: str) -> Example:
                 "image": _AbsentImage(record["image"]),
                 "candidates": tuple(record["candidates"]),
                 "objects": _objects(record["objects"]),
+                "prefix": record.get("prefix") or "",
             }
         )
     except (ValueError, TypeError, RecursionError, DataError) as error:

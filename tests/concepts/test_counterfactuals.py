@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -87,3 +89,21 @@ def test_bad_input_is_named(data: ConceptDataset) -> None:
         counterfactuals.pairs(data, "colour")
     with pytest.raises(DataError, match="no example that allows a pair of kind 'relation'"):
         counterfactuals.pairs(data.where(kind="caption"), "relation")
+
+
+@pytest.mark.parametrize("kind", counterfactuals.KINDS)
+def test_both_sides_of_a_pair_carry_the_same_prefix(data: ConceptDataset, kind: str) -> None:
+    prefixed = ConceptDataset("p", tuple(replace(e, prefix="I think it is") for e in data))
+    pairs = counterfactuals.pairs(prefixed, kind)
+    assert len(pairs) == len(counterfactuals.pairs(data, kind))
+    assert {pair.clean.prefix for pair in pairs} == {pair.corrupt.prefix for pair in pairs} == {"I think it is"}
+    assert "after 'I think it is'" in repr(pairs[0])
+    with pytest.raises(DataError, match="the same prefix"):
+        replace(pairs[0], corrupt=replace(pairs[0].corrupt, prefix="It is"))
+
+
+def test_an_empty_prefix_leaves_records_and_digests_as_they_were(data: ConceptDataset) -> None:
+    prefixed = ConceptDataset("p", (replace(data[0], prefix="It is"),))
+    assert "prefix" not in data[0].record()
+    assert prefixed[0].record() == {**data[0].record(), "prefix": "It is"}
+    assert prefixed.digest != data[:1].digest

@@ -82,9 +82,9 @@ class _Index:
     """The true answers to questions, by question and photograph."""
 
     def __init__(self, examples: list[Example], data: ConceptDataset) -> None:
-        self._by_question: dict[tuple[str, tuple[str, ...]], dict[str, Example]] = defaultdict(dict)
+        self._by_question: dict[tuple[str, str, tuple[str, ...]], dict[str, Example]] = defaultdict(dict)
         for example in examples:
-            self._by_question[example.question, example.candidates].setdefault(example.group, example)
+            self._by_question[example.question, example.prefix, example.candidates].setdefault(example.group, example)
         labels: dict[str, dict[str, bool]] = defaultdict(dict)
         first: dict[str, Example] = {}
         for example in data:
@@ -120,14 +120,14 @@ class _Index:
         return f"questions without {same} answer on any other photograph"
 
     def _candidates(self, example: Example) -> Iterator[str]:
-        asked = self._by_question[example.question, example.candidates]
+        asked = self._by_question[example.question, example.prefix, example.candidates]
         yield from asked
         if example.kind in {"existence", "color"}:
             yield from (group for group in self._photographs if group not in asked)
 
     def answer(self, example: Example, group: str) -> str | None:
         """Return the true answer to the example's question about another photograph; None if it is not known."""
-        known = self._by_question[example.question, example.candidates].get(group)
+        known = self._by_question[example.question, example.prefix, example.candidates].get(group)
         if known is not None:
             return known.answer
         if set(example.candidates) != {"yes", "no"}:
@@ -144,7 +144,7 @@ class _Index:
 
     def counterpart(self, example: Example, group: str, answer: str) -> Example:
         """Return the example's question about another photograph."""
-        known = self._by_question[example.question, example.candidates].get(group)
+        known = self._by_question[example.question, example.prefix, example.candidates].get(group)
         if known is not None:
             return known
         photograph = self._photographs[group]
@@ -154,7 +154,8 @@ class _Index:
         return replace(
             photograph.example, question=example.question, candidates=example.candidates, answer=answer,
             level=example.level, kind=example.kind, split=example.split, subject=subject.id if subject else None,
-            prior_answer=example.prior_answer, labels=_labels(example, photograph, subject, answer),
+            prior_answer=example.prior_answer, prefix=example.prefix,
+            labels=_labels(example, photograph, subject, answer),
         )  # fmt: skip
 
     def _same_thing(self, example: Example, photograph: _Photograph) -> SceneObject | None:
