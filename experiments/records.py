@@ -37,11 +37,12 @@ SWEEP = {
     "rule": TEXT,
     "chosen": {"strength": NUMBER, "*": NUMBER},
     "sweep": [{"strength": NUMBER, "*": NUMBER}],
-    "curves": {"*": [{"strength": NUMBER, "*": NUMBER}]},
+    "curves": {"*": [{"strength": NUMBER, "cost": NUMBER, "harm": NUMBER, "*": NUMBER}]},
     "left_out": {"*": TEXT},
     "guards": Optional([TEXT]),
 }
-RATES = {"*": {"*": ESTIMATE}}
+RATES = {"before": {"*": ESTIMATE}, "*": {"*": ESTIMATE}}
+CHANGES = {"*": {"*": ESTIMATE}}
 HEADLINE_RATES = {"*": {"*": {"value": NUMBER, "low": NUMBER, "high": NUMBER}}}
 EXPORTS = {"written": {"*": TEXT}, "refused": {"*": TEXT}}
 REASON = {"reason": TEXT}

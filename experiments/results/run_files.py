@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from concepts.schema import LEVELS, Box, Example, SceneObject
 from experiments.config import RunConfig
 from experiments.records import (
+    CHANGES,
     ENVIRONMENT,
     EXAMPLE,
     EXPORTS,
@@ -148,7 +149,7 @@ class RunFiles:
     @cached_property
     def changes(self) -> dict[str, dict[str, Estimate]]:
         """Paired differences to condition ``before``, by condition and measure."""
-        return _estimates(self._record("behavior/changes.json", RATES))
+        return _estimates(self._record("behavior/changes.json", CHANGES))
 
     @cached_property
     def exports(self) -> dict[str, dict[str, str]]:

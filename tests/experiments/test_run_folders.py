@@ -27,6 +27,7 @@ from experiments.cli.overrides import compose, quoted, read, to_config
 from experiments.cli.resume import _allowed, configured
 from experiments.config import RunConfig, key_options
 from experiments.pipeline import execute
+from experiments.results.run_files import RunFiles
 from experiments.run import folder
 from experiments.run.context import Context, fingerprint
 from experiments.run.folder import RunFolder, read_receipt, write_json
@@ -767,3 +768,26 @@ def test_control_characters_of_a_file_are_escaped_in_the_terminal(received: Path
         assert status == 0
         assert "\x1b" not in output
         assert "\\x1b" in output
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "result", "field"),
+    [
+        ("behavior/rates.json", "{}", "rates", "before"),
+        ("behavior/rates.json", '{"before": {"all: right": {"value": 1, "low": 1, "high": 1}}}', "rates", "n"),
+        (
+            "steering/sweep.json",
+            '{"method": "m", "rule": "r", "chosen": {}, "sweep": [], "curves": {}, "left_out": {}}',
+            "sweep",
+            "strength",
+        ),
+        ("circuits/top.json", '{"heads": [], "left_out": {}}', "top_heads", "kinds"),
+        ("export/formats.json", '{"written": {}}', "exports", "refused"),
+        ("environment.json", '{"python": "3", "system": "x"}', "environment", "packages"),
+    ],
+)
+def test_a_missing_field_of_a_result_is_named(tmp_path: Path, file: str, text: str, result: str, field: str) -> None:
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text(text)
+    with pytest.raises(ConfigError, match=rf"{Path(file).name}.* has no field '{field}'"):
+        getattr(RunFiles(tmp_path), result)

@@ -48,7 +48,7 @@ def correction_section(run: RunFiles) -> str:
 def _rows(run: RunFiles, conditions: list[str]) -> list[list[str]]:
     rows = []
     for name in run.rates["before"]:
-        change = run.changes["after"].get(name)
+        change = run.changes.get("after", {}).get(name)
         rows.append(
             [
                 name,
