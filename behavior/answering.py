@@ -176,7 +176,7 @@ def answer_each(
             examples = [e.example for e in batch.encodings]
             for name, open_context in conditions.items():
                 with open_context():
-                    texts = model.generate(batch, max_new_tokens)
+                    texts = model.generate_batch(batch, max_new_tokens)
                 answers = [_parse(e, text, rule) for e, text in zip(examples, texts, strict=True)]
                 rows[name].update(zip((generated[i] for i in batch.index), answers, strict=True))
             bar.advance(bar.task_ids[0], len(examples))

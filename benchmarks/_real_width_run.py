@@ -68,7 +68,7 @@ def do_steer(model: Lvlm, _: Path) -> None:
     vector = derive.mean_difference(Contrast.from_pairs(model, pairs(2)), heads=keys)
     with vector.applied(model):
         answer(model, questions(EXAMPLES), batch_size=BATCH, progress=False)
-        model.generate(next(model.batches(list(questions(1)), 1)), 4)
+        model.generate_batch(next(model.batches(list(questions(1)), 1)), 4)
 
 
 def do_diagnose(model: Lvlm, folder: Path) -> None:

@@ -29,10 +29,26 @@ class ModelConfig:
     """`tiny`, `tiny-unbiased`, a Hugging Face id, or a folder with a model in Hugging Face layout."""
     twin: str | None = "tiny-unbiased"
     """A control model that answers the same questions, for example one without the prior; null for no control model."""
-    dtype: str = "float32"
-    """`float32`, `bfloat16` or `float16`."""
+    dtype: str = "auto"
+    """`float32`, `bfloat16`, `float16`, or `auto` for the number type of the checkpoint (float32 for the embedded models)."""
     device: str = "cpu"
     """Device on which it runs, as torch names it."""
+    device_map: Any = None
+    """How to distribute the model over GPUs, main memory and disk: `auto`, `balanced`, `sequential`, or modules with devices."""
+    max_memory: Any = None
+    """Largest memory of each device of a distributed model, such as `{0: 20GiB, cpu: 60GiB}`."""
+    quantization_config: Any = None
+    """`8bit` or `4bit` (bitsandbytes), or the settings of another quantization of transformers."""
+    attn_implementation: str | None = None
+    """`sdpa` or `eager`, or another name of transformers; null for the family's."""
+    min_pixels: int | None = None
+    """Smallest number of pixels to which an image is resized (Qwen-VL, GLM-4V); null for the model's own."""
+    max_pixels: int | None = None
+    """Largest number of pixels to which an image is resized (Qwen-VL, GLM-4V); null for the model's own."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hugging Face id; null for its main branch."""
+    cache_dir: str | None = None
+    """Folder of downloaded files; null for that of Hugging Face."""
     trust_remote_code: bool = False
     """Allow the model folder to run its own code."""
     validate: bool = True

@@ -100,6 +100,8 @@ def _parts(config: RunConfig) -> str | None:
 _AT_LEAST: Mapping[str, float] = MappingProxyType(
     {
         "threads": 1,
+        "model.min_pixels": 1,
+        "model.max_pixels": 1,
         "trace.batch_size": 1,
         "trace.shards": 1,
         "evaluate.batch_size": 1,
@@ -154,7 +156,7 @@ def _bounds(config: RunConfig) -> str | None:
 def _words(config: RunConfig) -> str | None:
     """Check options with a few allowed words."""
     for key, choices in (
-        ("model.dtype", _DTYPES),
+        ("model.dtype", ("auto", *_DTYPES)),
         ("trace.dtype", _DTYPES),
         ("trace.on_error", ("raise", "skip")),
         ("patch.tokens", ("last", "suffix:all")),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,7 +11,6 @@ from torch import Tensor
 
 from groundscope.core.errors import ModelError
 from lvlm.access.shared_vision_run import share_vision_runs
-from lvlm.encoding.encode import Batch
 from lvlm.finite_logits import check_finite
 from lvlm.interfaces import Model
 
@@ -44,7 +43,9 @@ def ignored_settings(model: Model) -> tuple[str, ...]:
 
 
 @torch.no_grad()
-def greedy(model: Model, batch: Batch, max_new_tokens: int) -> list[list[int]]:
+def greedy(
+    model: Model, inputs: Mapping[str, Tensor], max_new_tokens: int, *, images: Sequence[str] = ()
+) -> list[list[int]]:
     """Return each row's greedy answer as token ids, without the end token.
 
     Penalties, beams, n-gram rules, forced and suppressed tokens, sampling and all other settings of the checkpoint's
@@ -54,10 +55,12 @@ def greedy(model: Model, batch: Batch, max_new_tokens: int) -> list[list[int]]:
     ----------
     model
         The model.
-    batch
-        Prompts of equal shape.
+    inputs
+        Model inputs of prompts of equal shape, on the model's device.
     max_new_tokens
         Largest number of tokens of an answer.
+    images
+        Identity of each row's image; rows with equal ones share one run of the vision tower.
 
     Raises
     ------
@@ -65,11 +68,11 @@ def greedy(model: Model, batch: Batch, max_new_tokens: int) -> list[list[int]]:
         If the logits of a step are not finite.
     """
     name = "decoder_input_ids" if model.encoder_decoder else "input_ids"
-    with share_vision_runs(model, batch.images), _greedy_settings(model, max_new_tokens) as settings:
-        out = model.hf.generate(**batch.inputs, generation_config=settings, logits_processor=[_finite_check(model)])
+    with share_vision_runs(model, images), _greedy_settings(model, max_new_tokens) as settings:
+        out = model.hf.generate(**inputs, generation_config=settings, logits_processor=[_finite_check(model)])
     ends = end_tokens(model)
     answers = []
-    for row in out[:, batch.inputs[name].shape[1] :].tolist():
+    for row in out[:, inputs[name].shape[1] :].tolist():
         stop = next((i for i, token in enumerate(row) if token in ends), len(row))
         answers.append(row[:stop])
     return answers

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,22 @@ from lvlm.embedded_models import EMBEDDED, folder_of
 from lvlm.encoding.processor import assemble
 from lvlm.family.registry import family
 from lvlm.family.specification import FamilySpec
-from lvlm.load_checks import check_device, check_loading, check_pixels, check_sizes, unwrap
+from lvlm.load_checks import check_loading, check_pixels, check_sizes, unwrap
+from lvlm.load_options import (
+    AUTO,
+    DTYPES,
+    check_attention,
+    checkpoint_dtype,
+    dtype_name,
+    limit_pixels,
+    placement,
+    quantization,
+)
 from lvlm.model import Lvlm
 from lvlm.model_files import resolved_revision
 from lvlm.spec_validation import validate_once
 
 _LOG = logging.getLogger(__name__)
-_DTYPES = {d: getattr(torch, d) for d in ("float32", "bfloat16", "float16", "float64")}
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt")
 _WEIGHT_NAMES = (
     "model.safetensors",
@@ -54,11 +63,18 @@ def load_lvlm(
     source: str | Path,
     *,
     spec: FamilySpec | str | Path | None = None,
-    dtype: str = "float32",
+    dtype: str | torch.dtype = AUTO,
     device: str = "cpu",
+    device_map: str | Mapping[str, Any] | None = None,
+    max_memory: Mapping[Any, Any] | None = None,
+    quantization_config: Any = None,
+    attn_implementation: str | None = None,
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
     trust_remote_code: bool = False,
     validate: bool = True,
-    revision: str | None = None,
 ) -> Lvlm:
     """Load a model, and check with one forward pass that its activations are where its family's spec says.
 
@@ -69,25 +85,41 @@ def load_lvlm(
     spec
         Spec of the family, or a yaml file with its fields; by default the entry of `lvlm.families` for the model's type.
     dtype
-        ``float32``, ``bfloat16``, ``float16`` or ``float64``.
+        ``float32``, ``bfloat16``, ``float16``, ``float64``, or ``auto`` for the number type of the checkpoint (float32 for the
+        embedded models).
     device
-        Device, by torch's names; ``auto`` distributes the model over all GPUs, and over main memory and disk if they are
-        too small (requires accelerate).
+        Device, by torch's names; ``auto`` is ``device_map="auto"``. Weights are loaded onto the device directly if accelerate
+        is installed.
+    device_map
+        How to distribute the model over GPUs, main memory and disk, as in transformers: ``auto``, ``balanced``,
+        ``balanced_low_0``, ``sequential``, or module names with their devices. Requires accelerate.
+    max_memory
+        Largest memory of each device of a distributed model, such as ``{0: "20GiB", "cpu": "60GiB"}``.
+    quantization_config
+        ``8bit`` or ``4bit`` (bitsandbytes), or settings or an object of a quantization of transformers. What runs on a quantized
+        model is in the guide of model families.
+    attn_implementation
+        ``sdpa``, ``eager`` or another name of transformers; by default the family's.
+    min_pixels, max_pixels
+        Smallest and largest number of pixels to which an image is resized, for families that read images at their own
+        resolution (Qwen-VL, GLM-4V); by default the model's own.
+    revision
+        Branch, tag or commit of a Hugging Face id; by default its main branch. All files are read from one commit, which is in
+        `Lvlm.revision` and in provenance.
+    cache_dir
+        Folder of downloaded files; by default that of Hugging Face.
     trust_remote_code
         Whether to run the code in the model's folder.
     validate
         Whether to run `lvlm.spec_validation.validate` on one small example, unless this process has already checked the same
         spec with the same configuration.
-    revision
-        Branch, tag or commit of a Hugging Face id; by default its main branch. All files are read from one commit, which is in
-        `Lvlm.revision` and in provenance.
 
     Raises
     ------
     ModelError
-        If there is no such model, dtype or device, the model cannot be read, its checkpoint lacks weights, its family is
-        unknown, or a check fails. Tensors of the checkpoint that the model does not use cause a warning of the logger
-        ``lvlm.loading``, and are recorded in provenance.
+        If there is no such model, dtype, device or attention, two options contradict each other, the model cannot be read, its
+        checkpoint lacks weights, its family is unknown, or a check fails. Tensors of the checkpoint that the model does not use
+        cause a warning of the logger ``lvlm.loading``, and are recorded in provenance.
 
     Examples
     --------
@@ -96,15 +128,19 @@ def load_lvlm(
     Lvlm('tiny', llava: 6 layers x 8 heads of 24, vision 4 layers, torch.float32, cpu)
     >>> gs.load_lvlm("tiny", dtype="int8")
     Traceback (most recent call last):
-    groundscope.core.errors.ModelError: unknown dtype 'int8'; choose from float32, bfloat16, float16, float64
+    groundscope.core.errors.ModelError: unknown dtype 'int8'; choose from auto, float32, bfloat16, float16, float64
     """
-    torch_dtype = _dtype_of(dtype)
-    check_device(device)
+    dtype = dtype_name(dtype)
+    check_attention(attn_implementation)
+    quantized = quantization(quantization_config)
+    places = placement(device, device_map, max_memory, quantized=quantized is not None)
     name, folder = str(source), folder_of(source)
     local = folder.is_dir()
     _check_source(name, folder, revision)
     where = str(folder) if local else name
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": local}
+    if cache_dir is not None:
+        options["cache_dir"] = str(cache_dir)
     commit: str | None = None
     with _quiet_transformers(local=local), _explained(f"model '{name}' cannot be loaded", name, folder, options):
         from transformers import AutoConfig
@@ -112,25 +148,30 @@ def load_lvlm(
         if revision is not None:
             options["revision"] = revision
         config = AutoConfig.from_pretrained(where, **options)
-        commit = None if local else resolved_revision(name, revision)
+        commit = None if local else resolved_revision(name, revision, cache_dir)
         if commit is not None:
             options["revision"] = commit
             config = AutoConfig.from_pretrained(where, **options)
         check_sizes(config, name)
         family_spec = _read_spec(spec) or family(config.model_type)
-        device_map = {"device_map": "auto"} if device == "auto" else {}
+        dtype = checkpoint_dtype(source, config) if dtype == AUTO else dtype
+        if getattr(config, "quantization_config", None) is not None:  # a checkpoint that is stored quantized
+            places = placement(device, device_map, max_memory, quantized=True)
+        extra = {"quantization_config": quantized, "attn_implementation": attn_implementation}
         # Weights of another shape are not an error here, because check_loading reports them by name.
         loaded = _auto_class(config).from_pretrained(
             where,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
-            **_dtype_option(torch_dtype),
-            **device_map,
+            **_dtype_option(DTYPES.get(dtype, AUTO)),
+            **{key: value for key, value in extra.items() if value is not None},
+            **places,
             **options,
         )
         model, info = loaded if isinstance(loaded, tuple) else (loaded, {})
         unused = check_loading(model, info, name)
         processor = _processor(where, config, family_spec, options)
+    limit_pixels(processor, family_spec.view, name, min_pixels, max_pixels)
     if unused:
         _LOG.warning(
             "model '%s': its checkpoint has %d tensors that the model does not use, for example %s; all weights of the "
@@ -139,7 +180,7 @@ def load_lvlm(
             len(unused),
             unused[0],
         )
-    on_device = model if device == "auto" else _move(model, device, name)
+    on_device = model if places else _move(model, device, name)
     return _wrap(on_device, processor, family_spec, name, validate=validate, revision=commit, unused=unused)
 
 
@@ -224,14 +265,18 @@ def outline_lvlm(
     source: str | Path,
     *,
     spec: FamilySpec | str | Path | None = None,
-    dtype: str = "float32",
+    dtype: str | torch.dtype = AUTO,
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
     trust_remote_code: bool = False,
 ) -> Lvlm:
     """Return a model without weights, on the device ``meta``: it encodes examples and locates sites, and cannot run.
 
     Parameters
     ----------
-    source, spec, dtype, trust_remote_code
+    source, spec, dtype, min_pixels, max_pixels, revision, cache_dir, trust_remote_code
         As in `load_lvlm`. Weights of a folder are not read, and those of a Hugging Face id are not downloaded.
 
     Raises
@@ -245,10 +290,12 @@ def outline_lvlm(
     >>> outline_lvlm("tiny").n_layers
     6
     """
+    dtype = dtype_name(dtype)
     name, folder = str(source), folder_of(source)
     local = folder.is_dir()
     where = str(folder) if local else name
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": local}
+    options |= {k: v for k, v in (("revision", revision), ("cache_dir", cache_dir)) if v is not None}
     with _explained(f"the configuration of model '{name}' cannot be read", "", folder, options):
         from transformers import AutoConfig
 
@@ -259,10 +306,12 @@ def outline_lvlm(
             model = _auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
         processor = _processor(where, config, family_spec, options)
         check_pixels(processor, name)
-    return Lvlm(model.to(_dtype_of(dtype)), processor, family_spec, name)
+    limit_pixels(processor, family_spec.view, name, min_pixels, max_pixels)
+    dtype = checkpoint_dtype(source, config) if dtype == AUTO else dtype
+    return Lvlm(model.to(DTYPES.get(dtype, torch.float32)), processor, family_spec, name)
 
 
-def has_weights(source: str | Path) -> bool:
+def has_weights(source: str | Path, *, revision: str | None = None, cache_dir: str | Path | None = None) -> bool:
     """Whether a model's weights are in its folder or in the Hugging Face cache.
 
     Examples
@@ -276,14 +325,8 @@ def has_weights(source: str | Path) -> bool:
         return any(p.suffix in _WEIGHT_SUFFIXES for p in folder.iterdir())
     from huggingface_hub import try_to_load_from_cache
 
-    return any(isinstance(try_to_load_from_cache(str(source), name), str) for name in _WEIGHT_NAMES)
-
-
-def _dtype_of(name: str) -> torch.dtype:
-    if name not in _DTYPES:
-        msg = f"unknown dtype '{name}'; choose from {', '.join(_DTYPES)}{nearest(str(name), _DTYPES)}"
-        raise ModelError(msg)
-    return _DTYPES[name]
+    cached = (try_to_load_from_cache(str(source), name, cache_dir, revision) for name in _WEIGHT_NAMES)
+    return any(isinstance(path, str) for path in cached)
 
 
 def _check_source(name: str, folder: Path, revision: str | None) -> None:
@@ -352,7 +395,7 @@ def _auto_class(config: Any) -> Any:
     return getattr(transformers, in_own_code or next(name for name in names if hasattr(transformers, name)))
 
 
-def _dtype_option(dtype: torch.dtype) -> dict[str, torch.dtype]:
+def _dtype_option(dtype: torch.dtype | str) -> dict[str, torch.dtype | str]:
     """Return the argument of ``from_pretrained`` for the dtype, by its name in this release of transformers."""
     import transformers
 

@@ -32,6 +32,7 @@ from lvlm.encoding.registry import image_encodings
 from lvlm.family.module_detection import complete, heads_of, text_config, vision_heads
 from lvlm.family.specification import FamilySpec, find, layer_list, resolve
 from lvlm.generation import greedy
+from lvlm.images import as_rgb
 from lvlm.interfaces import EncodedImage, ImageEncoding
 from lvlm.processor_digest import pixel_settings
 from lvlm.prompting import prompt_of
@@ -222,8 +223,11 @@ class Lvlm:
     def collate(self, encodings: Sequence[Encoding]) -> Inputs:
         """Stack inputs of equal shape and move them to the model's device; raises `DataError` if shapes differ."""
         check_alike(encodings)
-        stacked = {k: torch.cat([e.inputs[k] for e in encodings]).to(self.device) for k in encodings[0].inputs}
-        return {k: v.to(self.dtype) if v.is_floating_point() else v for k, v in stacked.items()}
+        return self._on_device({k: torch.cat([e.inputs[k] for e in encodings]) for k in encodings[0].inputs})
+
+    def _on_device(self, inputs: Inputs) -> Inputs:
+        moved = {k: v.to(self.device) for k, v in inputs.items()}
+        return {k: v.to(self.dtype) if v.is_floating_point() else v for k, v in moved.items()}
 
     @property
     def placeholder(self) -> str:
@@ -319,9 +323,80 @@ class Lvlm:
         finally:
             handle.remove()
 
-    def generate(self, batch: Batch, max_new_tokens: int = 40) -> list[str]:
-        """Return greedy answers as text; the checkpoint's generation settings are ignored, see `lvlm.generation.greedy`."""
-        answers = greedy(self, batch, max_new_tokens)
+    def ask(self, image: Any, question: str, *, max_new_tokens: int = 40) -> str:
+        """Return the model's answer to a question about an image, in the prompt of its chat template.
+
+        Parameters
+        ----------
+        image
+            Path, Pillow image, array of unsigned bytes ``[height, width, 3]``, or a `concepts.schema.ImageSource`; a list of
+            them for a question about several images.
+        question
+            The user's turn.
+        max_new_tokens
+            Largest number of tokens of the answer.
+
+        Raises
+        ------
+        DataError
+            If an image cannot be read, or the family cannot read these images together.
+        ModelError
+            If the chat template fails, or the logits are not finite.
+
+        Examples
+        --------
+        >>> import groundscope as gs
+        >>> model = gs.load_lvlm("tiny")
+        >>> scene = next(e for e in gs.scenes.dataset(10, seed=0) if e.kind == "existence")
+        >>> model.ask(scene.image, scene.question) in ("yes", "no")
+        True
+        """
+        images = image if isinstance(image, list | tuple) else [image]
+        return self._answer(images, self.prompt(question, len(images)), question, max_new_tokens)
+
+    def generate(self, images: Any, prompt: str, *, max_new_tokens: int = 40) -> str:
+        """Return the greedy continuation of a prompt as text, without a chat template.
+
+        The checkpoint's generation settings are ignored, see `lvlm.generation.greedy`.
+
+        Parameters
+        ----------
+        images
+            An image or a list of images, as in `ask`.
+        prompt
+            Text with the model's `placeholder` once per image, up to where the answer begins; `prompt` writes the one of a
+            question.
+        max_new_tokens
+            Largest number of tokens of the answer.
+
+        Raises
+        ------
+        DataError
+            As `encode_prompt`; also if an image cannot be read.
+
+        Examples
+        --------
+        >>> import groundscope as gs
+        >>> model = gs.load_lvlm("tiny")
+        >>> scene = gs.scenes.dataset(10, seed=0).examples[0]
+        >>> model.generate(scene.image, model.prompt(scene.question)) == model.ask(scene.image, scene.question)
+        True
+        """
+        images = images if isinstance(images, list | tuple) else [images]
+        return self._answer(images, prompt, "", max_new_tokens)
+
+    def generate_batch(self, batch: Batch, max_new_tokens: int = 40) -> list[str]:
+        """Return the greedy answers to a batch as text; the checkpoint's generation settings are ignored, see `generate`."""
+        return self._texts(greedy(self, batch.inputs, max_new_tokens, images=batch.images))
+
+    def _answer(self, images: Sequence[Any], text: str, question: str, max_new_tokens: int) -> str:
+        if max_new_tokens < 1:
+            msg = f"max_new_tokens={max_new_tokens}; it must be at least 1"
+            raise ModelError(msg)
+        inputs, _ = self.encode_prompt(text, [as_rgb(image) for image in images], question=question)
+        return self._texts(greedy(self, self._on_device(inputs), max_new_tokens))[0]
+
+    def _texts(self, answers: list[list[int]]) -> list[str]:
         return [t.strip() for t in self.processor.tokenizer.batch_decode(answers, skip_special_tokens=True)]
 
     def unembed(self, residual: Tensor) -> Tensor:
@@ -518,8 +593,9 @@ class Lvlm:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Floating type of the first parameter."""
-        return next(self.hf.parameters()).dtype
+        """Floating type of the first parameter that is not quantized."""
+        kinds = (p.dtype for p in self.hf.parameters())
+        return next((d for d in kinds if d.is_floating_point and d.itemsize > 1), torch.float32)
 
     # -- state, for provenance -------------------------------------------------------------------------------------
 

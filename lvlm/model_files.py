@@ -64,7 +64,9 @@ def _determines_behavior(path: Path, *, weights: bool) -> bool:
     return weights or suffix not in WEIGHTS
 
 
-def resolved_revision(source: str | Path, revision: str | None = None) -> str | None:
+def resolved_revision(
+    source: str | Path, revision: str | None = None, cache_dir: str | Path | None = None
+) -> str | None:
     """Return the current commit of a Hugging Face id, from the Hub, or offline from the local cache.
 
     Parameters
@@ -73,6 +75,8 @@ def resolved_revision(source: str | Path, revision: str | None = None) -> str | 
         A Hugging Face id.
     revision
         A branch, tag or commit of it; by default its main branch.
+    cache_dir
+        Folder of downloaded files; by default that of Hugging Face.
 
     Returns
     -------
@@ -85,7 +89,7 @@ def resolved_revision(source: str | Path, revision: str | None = None) -> str | 
         return None
     from transformers.utils.hub import extract_commit_hash
 
-    path = hub_file(str(source), "config.json", {"revision": revision})
+    path = hub_file(str(source), "config.json", {"revision": revision, "cache_dir": cache_dir})
     return None if path is None else extract_commit_hash(str(path), None)
 
 

@@ -42,7 +42,7 @@ def append_generated(model: Lvlm, batch: Batch, steps: int) -> ContinuedBatch:
 
     An answer excludes its end token: a row that ends early has fewer tokens, one that ends at once has none.
     """
-    answers = greedy(model, batch, steps)
+    answers = greedy(model, batch.inputs, steps, images=batch.images)
     return _append_tokens(model, batch, answers)
 
 

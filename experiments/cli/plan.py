@@ -98,7 +98,8 @@ def estimate(context: Context, examples: int | None = None, seconds: float = SEC
     on_disk = sum(size * arrays[name] for name, size in sites.items())
     on_disk += _table_bytes(outline, data, plan, encodings, count) + _own_bytes(outline, plan)
     forwards = math.ceil(_forwards_of_each(outline, data, plan, first, options.batch_size) * count)
-    if not has_weights(context.config.model.path):
+    described = context.config.model
+    if not has_weights(described.path, revision=described.revision, cache_dir=described.cache_dir):
         return Estimate(count, 0, sites, on_disk, forwards, None, None)
     start = time.perf_counter()
     model = context.model

@@ -88,7 +88,16 @@ class Context:
 
         load_torch(self.config.threads)
         m = self.config.model
-        return outline_lvlm(m.path, dtype=m.dtype, trust_remote_code=m.trust_remote_code, spec=m.spec)
+        return outline_lvlm(
+            m.path,
+            spec=m.spec,
+            dtype=m.dtype,
+            min_pixels=m.min_pixels,
+            max_pixels=m.max_pixels,
+            revision=m.revision,
+            cache_dir=m.cache_dir,
+            trust_remote_code=m.trust_remote_code,
+        )
 
     @cached_property
     def twin(self) -> Lvlm | None:
@@ -109,34 +118,53 @@ class Context:
         m = self.config.model
         return load_lvlm(
             path,
+            spec=m.spec,
             dtype=m.dtype,
             device=m.device,
+            device_map=m.device_map,
+            max_memory=m.max_memory,
+            quantization_config=m.quantization_config,
+            attn_implementation=m.attn_implementation,
+            min_pixels=m.min_pixels,
+            max_pixels=m.max_pixels,
+            revision=m.revision if path == m.path else None,
+            cache_dir=m.cache_dir,
             trust_remote_code=m.trust_remote_code,
-            spec=m.spec,
             validate=m.validate,
         )
 
     def model_key(self) -> object:
         """Return what identifies the models without loading them: their options and the `fingerprint` of their files."""
         m = self.config.model
-        # Permission to run the model's code and checks at load change no value.
-        options = {k: v for k, v in asdict(m).items() if k not in {"trust_remote_code", "validate"}}
+        options = {k: v for k, v in asdict(m).items() if k not in _WITHOUT_EFFECT}
+        # An option that earlier versions did not have is in the key only if it is set, and `auto` as the type that it means.
+        options = {k: v for k, v in options.items() if k not in _ADDED or v is not None}
+        if m.dtype == "auto":
+            from lvlm.load_options import checkpoint_dtype
+
+            options["dtype"] = checkpoint_dtype(m.path)
         spec = file_digest(Path(m.spec)) if m.spec is not None and Path(m.spec).is_file() else None
-        return [options, spec, fingerprint(m.path), fingerprint(m.twin) if m.twin else None]
+        found = fingerprint(m.path, m.revision, m.cache_dir)
+        return [options, spec, found, fingerprint(m.twin, None, m.cache_dir) if m.twin else None]
 
     def has_model_files(self) -> bool:
         """Return whether the files of the models are on this machine."""
         m = self.config.model
-        return all(fingerprint(name) != name for name in (m.path, m.twin) if name)
+        found = ((m.path, m.revision), (m.twin, None))
+        return all(fingerprint(name, commit, m.cache_dir) != name for name, commit in found if name)
 
 
+_WITHOUT_EFFECT = frozenset({"trust_remote_code", "validate", "cache_dir", "max_memory"})
+"""Options of a model that change no value: permission to run its code, checks at load, places of files and weights."""
+_ADDED = frozenset({"device_map", "quantization_config", "attn_implementation", "min_pixels", "max_pixels", "revision"})
+"""Options of a model that earlier versions did not have."""
 _LARGE = 1 << 28
 """Size in bytes from which a file is sampled: the digest of a large model takes longer than the trace of a few examples."""
 _SMALL = 1 << 20
 """Size in bytes up to which a file is digested at each call."""
 
 
-def fingerprint(path: str) -> object:
+def fingerprint(path: str, revision: str | None = None, cache_dir: str | None = None) -> object:
     """Return what identifies the files of a model: a digest of each file of a folder, or the commit of a Hugging Face id.
 
     Every file of the folder counts, because many of them affect prompts, tokens, pixels or code: chat templates in several
@@ -147,7 +175,7 @@ def fingerprint(path: str) -> object:
 
     root = folder_of(path)
     if not root.is_dir():
-        commit = resolved_revision(path)
+        commit = resolved_revision(path, revision, cache_dir)
         return [path, commit] if commit else path
     return [[str(file.relative_to(root)), _file_key(file)] for file in deciding_files(root)]
 

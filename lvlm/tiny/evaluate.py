@@ -73,7 +73,7 @@ def describe(model: Lvlm, data: Sequence[Example], size: int = 64) -> list[Answe
     """Answer with free text, by greedy decoding."""
     out: list[Answered] = []
     for batch in model.batches(data, size):
-        texts = model.generate(batch)
+        texts = model.generate_batch(batch)
         out += [Answered(e.example, t) for e, t in zip(batch.encodings, texts, strict=True)]
     return out
 

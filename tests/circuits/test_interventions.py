@@ -229,7 +229,7 @@ def test_prompt_positions_are_in_no_later_step_of_generation() -> None:
         return x
 
     with intervened(model, [Intervention(SITE, change, (3, 5))]):
-        model.generate(b, max_new_tokens=4)
+        model.generate_batch(b, max_new_tokens=4)
     assert lengths == [2]
 
 

@@ -478,6 +478,15 @@ def test_the_spec_file_is_in_the_models_key_and_consent_is_not(tmp_path: Path) -
     assert json.dumps(context.model_key()) == second
 
 
+def test_runs_of_earlier_versions_have_the_same_model_key(tmp_path: Path) -> None:
+    """They had neither the default dtype `auto` nor the options that are null by default."""
+    config = compose(["name=x", "model.path=tiny", "model.twin=null"])[0]
+    options = Context(config, RunFolder(tmp_path / "x"), QUIET).model_key()[0]  # type: ignore[index]
+    assert options == {"path": "tiny", "twin": None, "dtype": "float32", "device": "cpu", "spec": None}
+    config.model.min_pixels, config.model.cache_dir = 100, "elsewhere"
+    assert Context(config, RunFolder(tmp_path / "x"), QUIET).model_key()[0] == {**options, "min_pixels": 100}  # type: ignore[index]
+
+
 def test_a_hub_id_counts_with_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def cached(commit: str) -> Callable[..., Path]:
         return lambda *_: tmp_path / "models--a--b" / "snapshots" / commit / "config.json"

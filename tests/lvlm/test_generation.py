@@ -73,7 +73,7 @@ def test_answers_are_greedy_under_every_generation_configuration(
         with monkeypatch.context() as changed:
             for part in parts:
                 changed.setattr(part.generation_config, name, value)
-            assert lvlm.generate(batch, STEPS) == texts, name
+            assert lvlm.generate_batch(batch, STEPS) == texts, name
             assert set(ignored_settings(lvlm)) == own | ({name} - {"do_sample"})
             assert getattr(parts[0].generation_config, name) == value
     for part in parts:
@@ -118,7 +118,7 @@ def test_a_model_that_does_not_write_is_named(monkeypatch: pytest.MonkeyPatch) -
     batch = next(lvlm.batches([example(0)], 1))
     monkeypatch.setattr(lvlm.hf, "generation_config", None)
     with pytest.raises(ModelError, match="llava has no generation_config"):
-        lvlm.generate(batch, 2)
+        lvlm.generate_batch(batch, 2)
 
 
 LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
@@ -161,4 +161,4 @@ def test_logits_that_are_not_finite_are_no_text() -> None:
     with torch.no_grad():
         lvlm.hf.lm_head.weight[3, 0] = float("nan")
     with pytest.raises(ModelError, match="the logits of tiny are not finite"):
-        lvlm.generate(batch, 3)
+        lvlm.generate_batch(batch, 3)

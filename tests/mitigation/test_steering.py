@@ -142,7 +142,7 @@ def test_image_positions_act_on_the_prompt_only() -> None:
     late = model.locate("decoder.L4.z").watch(lambda x: base.append(x.clone()))
     model.logits(inputs)
     with steering.applied(model):
-        model.generate(rows(model), max_new_tokens=3)
+        model.generate_batch(rows(model), max_new_tokens=3)
     hook.remove()
     late.remove()
     assert not torch.equal(base[0], base[1])
