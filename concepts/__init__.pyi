@@ -1,14 +1,29 @@
 """Public names of `concepts`, each with the module that it comes from."""
 
 from . import counterfactuals, loaders, scenes
-from .schema import Box, Concept, ConceptDataset, CounterfactualPair, Example, Question, SceneObject
+from .image_files import BytesImage, FileImage
+from .schema import (
+    Box,
+    Concept,
+    ConceptDataset,
+    CounterfactualPair,
+    Example,
+    ImageSource,
+    NoImage,
+    Question,
+    SceneObject,
+)
 
 __all__ = [
     "Box",
+    "BytesImage",
     "Concept",
     "ConceptDataset",
     "CounterfactualPair",
     "Example",
+    "FileImage",
+    "ImageSource",
+    "NoImage",
     "Question",
     "SceneObject",
     "counterfactuals",

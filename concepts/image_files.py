@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import stat
@@ -100,7 +101,7 @@ class FileImage:
 
     Examples
     --------
-    >>> from concepts.image_files import FileImage
+    >>> from concepts import FileImage
     >>> import tempfile
     >>> from pathlib import Path
     >>> from PIL import Image
@@ -112,8 +113,13 @@ class FileImage:
     """
 
     path: Path
-    name: str
-    """Path relative to the image folder, the same on every machine."""
+    name: str = ""
+    """Path relative to the image folder, the same on every machine; empty: the file's own name."""
+
+    def __post_init__(self) -> None:
+        path = Path(self.path)
+        object.__setattr__(self, "path", path)
+        object.__setattr__(self, "name", self.name or path.name)
 
     @cached_property
     def digest(self) -> str:
@@ -166,10 +172,17 @@ def open_image(path: Path) -> Iterator[Image.Image]:
         what = "is not a file" if path.exists() else "does not exist"
         msg = f"image '{path}' {what}"
         raise DataError(msg)
-    with _convert_errors(path), open_regular(path) as file, Image.open(file, formats=FORMATS) as image:
+    with _convert_errors(path), open_regular(path) as file, _opened(file, path) as image:
+        yield image
+
+
+@contextlib.contextmanager
+def _opened(file: IO[bytes], name: Path | str) -> Iterator[Image.Image]:
+    """Open an image from a file object; raises `DataError` for pixels without a defined range."""
+    with Image.open(file, formats=FORMATS) as image:
         problem = _undefined_range(image)
         if problem:
-            msg = f"image '{path}' contains {problem}; convert it to gray or RGB with 8 or 16 bits per channel"
+            msg = f"image '{name}' contains {problem}; convert it to gray or RGB with 8 or 16 bits per channel"
             raise DataError(msg)
         yield image
 
@@ -258,6 +271,61 @@ def _may_have_exif_after_pixels(image: Image.Image) -> bool:
 
 
 @dataclass(frozen=True)
+class BytesImage:
+    """The content of an image file in memory as an `ImageSource`: from a column of a table, a request, or an archive.
+
+    Examples
+    --------
+    >>> import io
+    >>> from PIL import Image
+    >>> import groundscope as gs
+    >>> file = io.BytesIO()
+    >>> Image.new("RGB", (4, 3), "red").save(file, format="PNG")
+    >>> image = gs.BytesImage(file.getvalue(), "row 7")
+    >>> image.load().size, image.header.upright_size
+    ((4, 3), (4, 3))
+    """
+
+    data: bytes
+    """The file's bytes, in one of `FORMATS`."""
+    name: str = "image in memory"
+    """Name in error messages, such as a file name or the row of a table."""
+
+    def __repr__(self) -> str:
+        return f"BytesImage({len(self.data):,} bytes, {self.name!r})"
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the bytes."""
+        return hashlib.sha256(self.data).hexdigest()
+
+    @property
+    def identity(self) -> str:
+        """The digest as JSON; independent of the name."""
+        return json.dumps({"sha256": self.digest})
+
+    @cached_property
+    def header(self) -> ImageHeader:
+        """Size and EXIF orientation; raises `DataError` as `check` does."""
+        with self._open() as image:
+            return ImageHeader(image.size, _orientation(image))
+
+    def check(self) -> None:
+        """Read the header; raises `DataError` if `load` would refuse the bytes before decoding their pixels."""
+        _ = self.header
+
+    def load(self) -> Image.Image:
+        """Return the image as RGB, as `FileImage.load` does; raises `DataError` for the same problems."""
+        with self._open() as image:
+            return to_rgb(image)
+
+    @contextlib.contextmanager
+    def _open(self) -> Iterator[Image.Image]:
+        with _convert_errors(self.name), _opened(io.BytesIO(self.data), self.name) as image:
+            yield image
+
+
+@dataclass(frozen=True)
 class CroppedImage:
     """A box of an image file as an `ImageSource`."""
 
@@ -289,7 +357,7 @@ class CroppedImage:
 
 
 @contextlib.contextmanager
-def _convert_errors(path: Path) -> Iterator[None]:
+def _convert_errors(path: Path | str) -> Iterator[None]:
     """Convert the errors of Pillow and of the system for a bad file into a `DataError` that names it."""
     try:
         with warnings.catch_warnings():

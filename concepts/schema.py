@@ -21,6 +21,26 @@ if TYPE_CHECKING:
 
 Level = Literal["object", "attribute", "relation"]
 LEVELS: tuple[Level, ...] = ("object", "attribute", "relation")
+EXAMPLE_COLUMNS = frozenset(
+    {"id", "group", "question", "answer", "split", "kind", "level", "subject", "prior_answer", "model_answer", "margin"}
+    | {"correct", "n_tokens", "boxes", "box_ids", "box_nouns", "image", "generated", "images", "candidates", "objects"}
+    | {"aliases", "prefix"}
+)
+"""Columns of tables of examples that are fields or results, not labels; names that start with ``span:`` are too."""
+
+
+def is_label_name(name: str) -> bool:
+    """Whether a column of a table of examples can hold labels, judged by its name.
+
+    Examples
+    --------
+    >>> from concepts.schema import is_label_name
+    >>> [is_label_name(name) for name in ("object:dog", "hallucinated", "scene:indoor", "question", "span:image")]
+    [True, True, True, False, False]
+    """
+    return name not in EXAMPLE_COLUMNS and not name.startswith("span:")
+
+
 YES_NO = ("yes", "no")
 """Candidates of a yes-no question."""
 
@@ -32,7 +52,7 @@ def yes_or_no(truth: bool) -> str:
 
 @dataclass(frozen=True, order=True)
 class Concept:
-    """A property that is true or false of an example, written ``level:name``.
+    """A property of an example, written ``level:name``, or a free name for a property of the user's own.
 
     ``object:<noun>``
         The image contains the noun.
@@ -42,6 +62,8 @@ class Concept:
         The first object of the question has this relation to the second.
     ``<level>:named``
         The statement that the question asks about is true of the image, whatever objects or attributes it names.
+    ``hallucinated``, ``scene:indoor``
+        A concept without a level: a label column of the user's own, or one value of it (`concepts.loaders.table`).
 
     Examples
     --------
@@ -50,22 +72,30 @@ class Concept:
     Concept(level='attribute', name='green')
     >>> str(gs.Concept("object", "apple"))
     'object:apple'
+    >>> gs.Concept.parse("hallucinated")
+    Concept(level='', name='hallucinated')
     """
 
-    level: Level
+    level: Level | Literal[""]
+    """One of `LEVELS`; empty for a free name."""
     name: str
 
     def __str__(self) -> str:
-        return f"{self.level}:{self.name}"
+        return f"{self.level}:{self.name}" if self.level else self.name
 
     @classmethod
     def parse(cls, text: str) -> Concept:
-        """Parse ``level:name``; raises `DataError` for any other form."""
-        level, _, name = text.partition(":")
-        if level not in LEVELS or not name:
-            msg = f"'{text}' is not a concept; write a level ({', '.join(LEVELS)}), a colon and a name, as in 'attribute:green'"
+        """Parse ``level:name`` or a free name; raises `DataError` for an empty text and for a level without a name."""
+        level, separator, name = text.partition(":")
+        if level in LEVELS and name:
+            return cls(level, name)
+        if not text.strip() or (level in LEVELS and separator) or text.startswith(":"):
+            levels = ", ".join(LEVELS)
+            msg = (
+                f"'{text}' is not a concept; write 'level:name', as in 'attribute:green' (levels: {levels}), or a name"
+            )
             raise DataError(msg)
-        return cls(level, name)
+        return cls("", text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +178,29 @@ class SceneObject:
 
 
 class ImageSource(Protocol):
-    """Source of one RGB image, which is decoded or drawn each time it is loaded."""
+    """Source of one RGB image, which is decoded or drawn each time it is loaded.
+
+    Any object with these two members can be the image of an example: `FileImage`, `BytesImage`, or a class of the user's own.
+    Derive identities from pixels or from what determines them: images with equal identities are encoded once.
+
+    Examples
+    --------
+    >>> from dataclasses import dataclass, replace
+    >>> from PIL import Image
+    >>> import groundscope as gs
+    >>> @dataclass(frozen=True)
+    ... class PlainImage:
+    ...     color: str
+    ...     @property
+    ...     def identity(self):
+    ...         return f"plain {self.color}"
+    ...     def load(self):
+    ...         return Image.new("RGB", (112, 112), self.color)
+    >>> example = replace(gs.scenes.dataset(10)[0], image=PlainImage("red"))
+    >>> model = gs.load_lvlm("tiny")
+    >>> model.encode(example).tokens.length == model.encode(gs.scenes.dataset(10)[0]).tokens.length
+    True
+    """
 
     def load(self) -> Image.Image:
         """Return the RGB image; raises `DataError`, naming the file, if it cannot be read."""
@@ -158,6 +210,28 @@ class ImageSource(Protocol):
     def identity(self) -> str:
         """Text that is equal for equal images, such as the description of a scene or the digest of a file."""
         ...
+
+
+@dataclass(frozen=True)
+class NoImage:
+    """The image of an example without one: its question is asked without an image.
+
+    Examples
+    --------
+    >>> from dataclasses import replace
+    >>> import groundscope as gs
+    >>> from concepts import NoImage
+    >>> example = replace(gs.scenes.dataset(10)[0], image=NoImage())
+    >>> example.images
+    ()
+    """
+
+    identity: str = "no image"
+
+    def load(self) -> Image.Image:
+        """Raise `DataError`: there is nothing to load."""
+        msg = "an example without an image is used where an image is needed; leave it out: data.filter(lambda e: e.images)"
+        raise DataError(msg)
 
 
 @dataclass(frozen=True)
@@ -216,8 +290,8 @@ class Example:
     """Test condition: ``neutral``, ``random``, ``popular``, ``adversarial``, ``typical``, ``conflict``, …"""
     group: str
     """The image or scene; training and test data never share a group, and intervals are clustered by it."""
-    labels: Mapping[str, bool] = field(default_factory=dict)
-    """Truth by concept (``level:name``); concepts that do not apply are missing."""
+    labels: Mapping[str, bool | float] = field(default_factory=dict)
+    """Truth by concept (``level:name``, or a free name), or a number; concepts that do not apply are missing."""
     objects: tuple[SceneObject, ...] = ()
     """The annotated objects of the image."""
     subject: str | None = None
@@ -227,6 +301,10 @@ class Example:
     prefix: str = ""
     """Start of the answer that the model has already written, such as the words of a caption before a wrong word. The model
     reads it after the prompt, and `answer` and `candidates` are what follows it; empty: the answer begins after the prompt."""
+    aliases: tuple[str, ...] = ()
+    """Other texts that count as the true answer of an open question."""
+    further_images: tuple[ImageSource, ...] = ()
+    """Images after the first, in the order in which the question refers to them; boxes belong to the first image."""
 
     __repr__ = short_repr
 
@@ -234,6 +312,11 @@ class Example:
         from concepts.display import examples_html
 
         return examples_html((self,))
+
+    @property
+    def images(self) -> tuple[ImageSource, ...]:
+        """The images of the question in order: none (`NoImage`), one, or several."""
+        return () if isinstance(self.image, NoImage) else (self.image, *self.further_images)
 
     def named_object(self) -> SceneObject | None:
         """Return the object of the question, or None if it is not in the image."""
@@ -256,6 +339,9 @@ class Example:
             "subject": self.subject,
             "prior_answer": self.prior_answer,
             **({"prefix": self.prefix} if self.prefix else {}),
+            # Only if there are any: records of earlier versions keep their digests.
+            **({"aliases": list(self.aliases)} if self.aliases else {}),
+            **({"further_images": [i.identity for i in self.further_images]} if self.further_images else {}),
         }
 
 
@@ -299,6 +385,9 @@ class ConceptDataset(Sequence[Example]):
     def __post_init__(self) -> None:
         ids: set[str] = set()
         for example in self.examples:
+            if example.further_images and not example.images:
+                msg = f"dataset '{self.name}': example '{example.id}' has further_images but no image; set image to the first"
+                raise DataError(msg)
             if example.id in ids:
                 msg = f"dataset '{self.name}': two examples have the id '{example.id}'; ids must be unique"
                 raise DataError(msg)
@@ -345,7 +434,11 @@ class ConceptDataset(Sequence[Example]):
 
         rows = []
         for e in self.examples:
-            row = {k: v for k, v in e.record().items() if k not in {"labels", "objects", "candidates", "image"}}
+            row = {
+                k: v
+                for k, v in e.record().items()
+                if k not in {"labels", "objects", "candidates", "image", "further_images", "aliases"}
+            }
             row.update({concept: float(value) for concept, value in e.labels.items()})
             rows.append(row)
         return pd.DataFrame(rows)

@@ -66,6 +66,8 @@ EXAMPLE = {
     "subject": Optional(TEXT),
     "prior_answer": Optional(TEXT),
     "prefix": Optional(TEXT),
+    "aliases": Optional([TEXT]),
+    "further_images": Optional([TEXT]),
 }
 FAILURE = {"error": TEXT}
 ENVIRONMENT = {"python": TEXT, "system": TEXT, "packages": {"*": Optional(TEXT)}}

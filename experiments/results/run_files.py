@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from concepts.schema import LEVELS, Box, Example, SceneObject
+from concepts.schema import LEVELS, Box, Example, NoImage, SceneObject
 from experiments.config import RunConfig
 from experiments.records import (
     CHANGES,
@@ -227,10 +227,12 @@ def _example(line: str, place: str) -> Example:
         return Example(
             **{
                 **record,
-                "image": _AbsentImage(record["image"]),
+                "image": NoImage() if record["image"] == NoImage().identity else _AbsentImage(record["image"]),
                 "candidates": tuple(record["candidates"]),
                 "objects": _objects(record["objects"]),
                 "prefix": record.get("prefix") or "",
+                "aliases": tuple(record.get("aliases") or ()),
+                "further_images": tuple(map(_AbsentImage, record.get("further_images") or ())),
             }
         )
     except (ValueError, TypeError, RecursionError, DataError) as error:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from concepts.image_files import FORMATS, FileImage
+from concepts.image_files import FORMATS, BytesImage, FileImage
 from groundscope.core.errors import DataError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -202,3 +202,18 @@ def test_every_image_of_a_user_is_opened_by_one_function() -> None:
     assert set(calls) == {"concepts/image_files.py", "concepts/scenes/icons/__init__.py"}
     assert all("formats=" in line for line in calls.values())
     assert not set(FORMATS) & {"EPS", "WMF", "FPX", "MIC"}
+
+
+@pytest.mark.parametrize("name", ["gray16.tif", "palette.gif", "rgb.bmp"])
+def test_bytes_give_the_pixels_of_the_file(tmp_path: Path, name: str) -> None:
+    path = ramp_file(tmp_path, name)
+    image = BytesImage(path.read_bytes(), "row 3")
+    np.testing.assert_array_equal(np.asarray(image.load()), np.asarray(FileImage(path).load()))
+    assert image.header == FileImage(path).header
+    assert image.digest == FileImage(path).digest
+    assert "bytes, 'row 3'" in repr(image)  # not the bytes themselves
+
+
+def test_bytes_that_are_no_image_are_named() -> None:
+    with pytest.raises(DataError, match="image 'row 3' cannot be read: not an image in one of the formats"):
+        BytesImage(b"no image", "row 3").check()

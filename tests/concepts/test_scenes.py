@@ -171,8 +171,10 @@ def test_bad_input_is_named() -> None:
         scenes.dataset(3)
     with pytest.raises(DataError, match="unknown icon 'zebra'"):
         icon("zebra", "red", 20)
-    with pytest.raises(DataError, match="'green' is not a concept"):
-        Concept.parse("green")
+    for text in ("object:", "", ":green"):
+        with pytest.raises(DataError, match=f"'{text}' is not a concept"):
+            Concept.parse(text)
+    assert Concept.parse("scene:indoor") == Concept("", "scene:indoor")  # a free name
     scene = sample_scene(generator(TEST, 0, 1), "s", nouns=["car", "dog"])
     with pytest.raises(DataError, match="has no 'cat'; choose from car, dog"):
         scene.without("cat")
