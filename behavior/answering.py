@@ -16,7 +16,7 @@ from concepts.schema import ConceptDataset, Example
 from groundscope.core.errors import ConfigError, DataError, ModelError
 from groundscope.core.progress import display
 from lvlm.active_interventions import intervention_record, mark_observer
-from lvlm.answer_keys import AnswerKey, answer_key
+from lvlm.answer_keys import AnswerKey, answer_key, check_prefixes
 from lvlm.model import Batch, Lvlm
 
 _SINGLE = "unmodified"
@@ -37,7 +37,8 @@ def answer(
 
     A question with candidates takes one forward pass: the answer is the candidate with the highest log-score at the
     last token of the prompt, and the margin is the difference of log-scores to the best other candidate. A question
-    without candidates (a caption) is answered by greedy generation; with `generate`, so are all questions.
+    without candidates (a caption) is answered by greedy generation; with `generate`, so are all questions. After the
+    prefix of an example (`Example.prefix`), the answer is what follows it: `Answer.text` does not repeat the prefix.
 
     Parameters
     ----------
@@ -222,6 +223,7 @@ def _check(model: Lvlm, data: ConceptDataset, *, generate: bool) -> None:
         if candidates and example.answer not in candidates:
             msg = f"example '{example.id}': the true answer '{example.answer}' is not one of {', '.join(candidates)}"
             raise DataError(msg)
+        check_prefixes(model, (example,))
         if candidates and not generate:
             answer_key(model, example)  # raises if the tokenizer gives two candidates the same tokens
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from concepts.schema import Example
 from groundscope.core.errors import DataError
+from lvlm.encoding.tokens_after_prompt import prefix_tokens, tokens_after, tokens_after_prefix
 from lvlm.model import Lvlm
 
 
@@ -30,7 +32,7 @@ class AnswerKey:
 
     candidates: tuple[str, ...]
     tokens: tuple[tuple[int, ...], ...]
-    """For each candidate the ids of its first token: as written, and capitalized."""
+    """For each candidate the ids of its first token, after the prompt and the prefix: as written, and capitalized."""
 
     def scores(self, logits: Tensor) -> Tensor:
         """Return the log-score of each candidate from logits ``[..., V]`` -> ``[..., n_candidates]``.
@@ -53,7 +55,8 @@ def answer_key(model: Lvlm, example: Example) -> AnswerKey:
     Raises
     ------
     DataError
-        If the answer is not a candidate, the tokenizer does not know a candidate, or two candidates begin with the same token.
+        If the answer is not a candidate, the tokenizer does not know a candidate, two candidates begin with the same token, or
+        a candidate does not start a token after the example's prefix.
 
     Examples
     --------
@@ -69,18 +72,19 @@ def answer_key(model: Lvlm, example: Example) -> AnswerKey:
             f"example '{example.id}': answer '{example.answer}' is not one of {', '.join(example.candidates) or 'any'}"
         )
         raise DataError(msg)
-    # Tokens of an answer depend on the end of the prompt; of the question, on its last word at most.
-    last_word = " ".join(example.question.split()[-1:])
+    # Tokens of an answer depend on the end of the prompt and on the prefix; of the question, on its last word at most.
+    end = replace(example, question=" ".join(example.question.split()[-1:]))
     tokenizer = model.processor.tokenizer
     template = str(getattr(model.processor, "chat_template", None))
-    key = ("answer key", example.candidates, last_word, tokenizer, len(tokenizer), template, model.placeholder)
-    return model.remember(key, lambda: _key(model, example.candidates, last_word))
+    context = (end.question, end.prefix, tokenizer, len(tokenizer), template, model.placeholder)
+    key = ("answer key", example.candidates, *context)
+    return model.remember(key, lambda: _key(model, end))
 
 
-def _key(model: Lvlm, candidates: tuple[str, ...], question: str) -> AnswerKey:
-    tokens = tuple(_first_tokens(model, question, c) for c in candidates)
+def _key(model: Lvlm, example: Example) -> AnswerKey:
+    tokens = tuple(_first_tokens(model, example, c) for c in example.candidates)
     owner: dict[int, str] = {}
-    for candidate, ids in zip(candidates, tokens, strict=True):
+    for candidate, ids in zip(example.candidates, tokens, strict=True):
         if not ids:
             msg = (
                 f"answer '{candidate}': its first word is unknown to the tokenizer of {model.name}; use another answer"
@@ -93,48 +97,60 @@ def _key(model: Lvlm, candidates: tuple[str, ...], question: str) -> AnswerKey:
                     "answers with different first tokens"
                 )
                 raise DataError(msg)
-    return AnswerKey(candidates, tokens)
+    return AnswerKey(example.candidates, tokens)
 
 
-def _first_tokens(model: Lvlm, question: str, candidate: str) -> tuple[int, ...]:
-    """Return the first tokens of a candidate after the prompt, as written and capitalized."""
+def _first_tokens(model: Lvlm, example: Example, candidate: str) -> tuple[int, ...]:
+    """Return the first tokens of a candidate after prompt and prefix, as written and capitalized."""
     unknown = model.processor.tokenizer.unk_token_id
     first: list[int] = []
     for form in dict.fromkeys((candidate, candidate[:1].upper() + candidate[1:])):
-        ids = answer_tokens(model, question, form)
+        try:
+            ids = answer_tokens(model, example, form)
+        except DataError:
+            if form == candidate:
+                raise
+            continue
         if ids and ids[0] != unknown and ids[0] not in first:
             first.append(ids[0])
     return tuple(first)
 
 
-def answer_tokens(model: Lvlm, question: str, answer: str) -> list[int]:
-    """Return the tokens of an answer after the model's prompt.
+def answer_tokens(model: Lvlm, example: Example, answer: str) -> list[int]:
+    """Return the tokens of an answer to an example's question, after the prompt and the example's prefix.
 
-    Prompt and answer are tokenized together; the tokens after those of the prompt are the answer's. They are separated by a space
-    unless the prompt ends in white space or in a token that is not text (``<sep>``). The decoder of an encoder-decoder receives
-    no prompt, so its answer is tokenized alone.
+    They are the tokens that the whole text has there (`lvlm.encoding.tokens_after_prompt`): for most tokenizers the first one
+    includes the space before the word.
 
     Parameters
     ----------
     model
         The model.
-    question
-        The question, or its end.
+    example
+        The example, of which the question and the prefix are used.
     answer
         The answer.
+
+    Raises
+    ------
+    DataError
+        If the answer does not start a token after the prefix.
     """
-    tokenizer = model.processor.tokenizer
+    prompt = model.prompt(example.question) if not model.encoder_decoder else ""
+    if not example.prefix:
+        return list(tokens_after(model, prompt, answer).ids)
+    ids = tokens_after_prefix(model, prompt, example.prefix, answer)
+    if not ids and answer:
+        msg = (
+            f"example '{example.id}': '{answer}' does not start a token after the prefix '{example.prefix}' for the tokenizer of "
+            f"{model.name}; end the prefix before the whole word"
+        )
+        raise DataError(msg)
+    return list(ids)
 
-    def tokenize(text: str) -> list[int]:
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    if model.encoder_decoder:
-        return tokenize(answer)
-    prompt = model.prompt(question)
-    before = tokenize(prompt)
-    not_text = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-    adjacent = prompt[-1:].isspace() or not before or before[-1] in not_text
-    both = tokenize(prompt + answer if adjacent else f"{prompt} {answer}")
-    # The tokenizer may merge a space at the end of the prompt into the answer's first token; the model reads the prompt alone
-    # and continues without that space.
-    return both[len(before) :] if both[: len(before)] == before else tokenize(answer)
+def check_prefixes(model: Lvlm, examples: Iterable[Example]) -> None:
+    """Raise `DataError`, which names the example, if a prefix is white space or has tokens that are not text."""
+    for example in examples:
+        if example.prefix:
+            prefix_tokens(model, model.prompt(example.question), example.prefix, example.id)

@@ -134,16 +134,18 @@ class Lvlm:
         return prompt_of(self, question, images)
 
     def encode(self, example: Example) -> Encoding:
-        """Return the model inputs and the token map of an example.
+        """Return the model inputs and the token map of an example: its prompt, and its prefix if it has one.
 
         Raises
         ------
         DataError
-            If the image cannot be read, or the prompt does not contain the image's tokens.
+            If the image cannot be read, the prompt does not contain the image's tokens, or the prefix is not plain text that
+            the tokenizer knows.
         """
         image = self._encode_image(example.image)
         boxes = {o.id: (0, o.box) for o in example.objects if o.box is not None}
-        prompt = Prompt(self.prompt(example.question), example.question, example.id, boxes, example.subject)
+        text = self.prompt(example.question)
+        prompt = Prompt(text, example.question, example.id, boxes, example.subject, example.prefix)
         return Encoding(example, *encode(self, prompt, [image]))
 
     def encode_prompt(
@@ -155,6 +157,7 @@ class Lvlm:
         name: str = "prompt",
         boxes: Mapping[str, tuple[int, Box]] | None = None,
         subject: str | None = None,
+        prefix: str = "",
     ) -> tuple[Inputs, TokenMap]:
         """Return the model inputs and the token map of any prompt about any number of images.
 
@@ -172,18 +175,20 @@ class Lvlm:
             Object id to the index of its image and its pixel box.
         subject
             Id of the object that the token selection ``object`` selects.
+        prefix
+            Start of the answer that the model has already written; its tokens follow those of the text.
 
         Raises
         ------
         DataError
             If the number of placeholders is not that of the images, images of different sizes cannot share a prompt of this
-            family, or a box is not finite, is negative or has no area.
+            family, a box is not finite, is negative or has no area, or the prefix is not plain text.
         """
         for identity, (_, box) in (boxes or {}).items():
             check_box(box, identity)
         encoded = [self.image_encoding.encode(self, image) for image in images]
         sizes = [image.size for image in images]
-        return encode(self, Prompt(text, question, name, boxes, subject), encoded, sizes)
+        return encode(self, Prompt(text, question, name, boxes, subject, prefix), encoded, sizes)
 
     def batches(self, examples: Sequence[Example], size: int = 32, *, in_order: bool = True) -> Iterator[Batch]:
         """Yield encoded examples in batches of equal shape, in a fixed order.
@@ -386,7 +391,10 @@ class Lvlm:
         return self._answer(images, prompt, "", max_new_tokens)
 
     def generate_batch(self, batch: Batch, max_new_tokens: int = 40) -> list[str]:
-        """Return the greedy answers to a batch as text; the checkpoint's generation settings are ignored, see `generate`."""
+        """Return the greedy answers to a batch as text, without the prefixes that they continue.
+
+        The checkpoint's generation settings are ignored, see `generate`.
+        """
         return self._texts(greedy(self, batch.inputs, max_new_tokens, images=batch.images))
 
     def _answer(self, images: Sequence[Any], text: str, question: str, max_new_tokens: int) -> str:

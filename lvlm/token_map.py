@@ -109,7 +109,7 @@ class TokenMap:
     """
 
     length: int
-    """Number of prompt tokens of the decoder."""
+    """Number of prompt tokens of the decoder, those of the prefix included."""
     question: tuple[int, ...]
     """Positions of the question's own words; empty if an encoder reads the prompt."""
     views: Mapping[Stack, tuple[ImageView, ...]]
@@ -126,6 +126,8 @@ class TokenMap:
     """Positions of the tokens of the answer, the model's own or the true one, in order; None before an answer exists."""
     encoder: bool = False
     """Whether an encoder reads the prompt, so that neither the image nor the question is in the decoder's sequence."""
+    prefix: tuple[int, ...] = ()
+    """Positions of the prefix, the written start of the answer, at the end of the prompt; empty without one."""
 
     __repr__ = short_repr
 
@@ -157,7 +159,7 @@ class TokenMap:
 
     @property
     def last(self) -> int:
-        """Position of the last prompt token, where the answer is read."""
+        """Position of the last token of prompt and prefix, where the answer is read."""
         return self.length - 1
 
     @property
@@ -223,6 +225,8 @@ class TokenMap:
                 return self.question
             case "suffix":
                 return self.suffix
+            case "prefix":
+                return self.prefix
             case "system":
                 return self.system
             case "positions":

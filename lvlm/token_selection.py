@@ -3,13 +3,14 @@
 ======================  ==================================================================================
 selection               tokens
 ======================  ==================================================================================
-``last``                the last token of the prompt
+``last``                the last token of the prompt, or of the prefix if the example has one
 ``bos``                  the first token
 ``all``                 every token: the prompt's, and generated tokens in a sequence that has some
 ``image:HOW``           image tokens
 ``object:HOW``          image tokens that overlap the box of the object in question; ``object:<id>:HOW`` another object
 ``question:HOW``        tokens of the question's own words
 ``suffix:HOW``          prompt tokens after the last image token; every prompt token if the sequence has no image tokens
+``prefix:HOW``          tokens of the prefix, the written start of the answer (`concepts.schema.Example.prefix`)
 ``system:HOW``          prompt tokens before the image, without the first
 ``generated:HOW``       tokens of the model's own answer; ``generated:<k>`` the k-th, counted from 0
 ``answer:HOW``          tokens of the true answer, appended to the prompt; ``answer:<k>`` the k-th
@@ -49,9 +50,9 @@ Reduction = Literal["mean", "all", "each"]
 REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
 SINGLE = ("last", "bos")
 """Roles of one token."""
-STORED_ROLES = ("bos", "system", "image", "question", "object", "last", "answer", "generated")
+STORED_ROLES = ("bos", "system", "image", "question", "object", "prefix", "last", "answer", "generated")
 """Roles whose positions an activation store records for every example, in the order of its columns."""
-_PLURAL = ("image", "object", "question", "suffix", "system", "generated", "answer")
+_PLURAL = ("image", "object", "question", "suffix", "prefix", "system", "generated", "answer")
 """Roles of several tokens, which need a reduction."""
 _ANSWERS = ("generated", "answer")
 _WITH_GENERATED = ("last", "suffix")
@@ -68,7 +69,7 @@ READABLE = tuple(form for form in _FORMS if not form.endswith((":each", "+genera
 """Forms that activations can be read at."""
 PATCHABLE = (
     *("last", "all", "all:each", "positions:<i>,<j>", "positions:<i>,<j>:each"),
-    *(f"{role}:{how}" for role in ("suffix", "question", "image", "object") for how in ("all", "each")),
+    *(f"{role}:{how}" for role in ("suffix", "question", "prefix", "image", "object") for how in ("all", "each")),
 )
 """Forms that an encoded prompt can be patched at."""
 STEERABLE = ("last", "last+generated", "all", "image:all", "suffix:all", "suffix+generated", "generated:all")

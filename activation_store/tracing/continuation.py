@@ -6,19 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from groundscope.core.errors import ConfigError, DataError
 from lvlm.answer_keys import answer_tokens
+from lvlm.encoding.continued_inputs import append_tokens
 from lvlm.generation import greedy
 from lvlm.model import Batch, Lvlm
 from lvlm.token_map import TokenMap
 from lvlm.token_selection import TokenSelection
-
-# Mask values of a token after the prompt; masks over tiles repeat their last value.
-_AFTER_PROMPT = {"attention_mask": 1, "mm_token_type_ids": 0, "token_type_ids": 1, "image_embeds_position_mask": 0}
-
 
 Continuation = Literal["", "generated", "answer"]
 """What follows the prompt: nothing, the model's own answer, or the true one."""
@@ -47,7 +43,7 @@ def append_generated(model: Lvlm, batch: Batch, steps: int) -> ContinuedBatch:
 
 
 def append_answers(model: Lvlm, batch: Batch) -> ContinuedBatch:
-    """Return the inputs with each example's true answer appended to its prompt.
+    """Return the inputs with each example's true answer appended to its prompt and prefix.
 
     Raises
     ------
@@ -57,7 +53,7 @@ def append_answers(model: Lvlm, batch: Batch) -> ContinuedBatch:
     tokenizer = model.processor.tokenizer
     answers = []
     for encoding in batch.encodings:
-        ids = answer_tokens(model, encoding.example.question, encoding.example.answer)
+        ids = answer_tokens(model, encoding.example, encoding.example.answer)
         if not ids or tokenizer.unk_token_id in ids:
             msg = (
                 f"example '{encoding.example.id}': the tokenizer of {model.name} cannot encode its answer "
@@ -73,20 +69,9 @@ def _append_tokens(model: Lvlm, batch: Batch, answers: Sequence[list[int]]) -> C
     tokenizer = model.processor.tokenizer
     fill = next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
     name = "decoder_input_ids" if model.encoder_decoder else "input_ids"
-    ids = batch.inputs[name]
     rows = [[*a, *[fill] * (extra - len(a))] for a in answers]
-    inputs = dict(batch.inputs)
-    length = ids.shape[1]
-    inputs[name] = torch.cat([ids, torch.tensor(rows, device=ids.device, dtype=ids.dtype)], dim=1)
-    if not model.encoder_decoder:
-        for other, value in _AFTER_PROMPT.items():
-            if other in inputs:
-                old = inputs[other]
-                mark = value if other != "token_type_ids" or not model.spec.token_types else 0
-                inputs[other] = torch.cat([old, old.new_full((len(old), extra), mark)], dim=1)
-        if "cross_attention_mask" in inputs:
-            mask = inputs["cross_attention_mask"]
-            inputs["cross_attention_mask"] = torch.cat([mask, mask[:, -1:].expand(-1, extra, -1, -1)], dim=1)
+    inputs = append_tokens(model, batch.inputs, rows)
+    length = batch.inputs[name].shape[1]
     maps = tuple(
         replace(e.tokens, generated=tuple(range(length, length + len(a))))
         for e, a in zip(batch.encodings, answers, strict=True)

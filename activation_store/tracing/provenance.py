@@ -37,6 +37,7 @@ ANSWER_RULE = (
 """Definition of the table's columns of the model's own answers; `correct` is 1 where `model_answer` is the true answer."""
 _ROLES = {
     "last": "the last prompt token, where the answer is read",
+    "prefix": "the tokens of the prefix, the written start of the answer; NaN where the example has none",
     "bos": "the first token",
     "system": "the tokens before the image, without the first",
     "image": "the image tokens",

@@ -54,6 +54,7 @@ from groundscope.core.text import nearest
 from lvlm.access.eager_attention import warn_of_eager
 from lvlm.access.hook_point import HookPoint, first_name
 from lvlm.access.weights import device_of
+from lvlm.answer_keys import check_prefixes
 from lvlm.model import Batch, Lvlm
 from lvlm.sites import Site
 
@@ -83,7 +84,8 @@ def trace(
 
     An existing store is continued after its sealed shards, with the same bytes as an uninterrupted run; a finished store is
     opened without a forward pass over the data. Besides the activations, each example's table row holds the model's own
-    answer (columns `model_answer`, `margin`, `correct`) from the same forward pass, the digest of its image (`image`), the
+    answer (columns `model_answer`, `margin`, `correct`) from the same forward pass, its prefix if any example has one
+    (`prefix`), the digest of its image (`image`), the
     boxes of its objects (`boxes`, `box_ids`, `box_nouns`) and the decoder positions of its tokens by role (`span:image`,
     `span:question`, …), as defined in `activation_store.format.schema`.
 
@@ -144,8 +146,8 @@ def trace(
     SiteError
         If the model does not have a site or a token selection.
     DataError
-        If there is no example, an image (with ``skip``: every image) cannot be read, or answers have the same first
-        token.
+        If there is no example, an image (with ``skip``: every image) cannot be read, answers have the same first token, or
+        a prefix is not plain text that the tokenizer knows.
     ModelError
         If the logits of an answer are not finite.
     ConfigError
@@ -186,6 +188,7 @@ def trace(
     if answers:
         check_answers(model, data)
     continuation = choose_continuation(tokens, generate)
+    check_prefixes(model, readable)
     with _FORWARD:
         first = encode_first(model, readable[0])
         if continuation:  # the plan needs only the fact that an answer follows, not its positions
@@ -244,6 +247,8 @@ class Tracer:
     """What follows the prompt: the model's own answer (``generated``), the true one (``answer``), or nothing."""
     steps: int = 0
     """Maximum number of tokens of the model's own answer."""
+    prefixes: bool = False
+    """Whether any example has a prefix; the table then has the columns ``prefix`` and ``span:prefix``."""
 
     @classmethod
     def begin(
@@ -266,7 +271,8 @@ class Tracer:
         # A module's tensor is fetched once for all its reads: for example queries, keys and values of one projection.
         reads = tuple((views[id(p.module)], tuple(group)) for p, group in _group_by_tensor(plan.reads))
         concepts = tuple(sorted({concept for example in data for concept in example.labels}))
-        return cls(model, wrapper, reads, plan, batch_size, concepts, answers, continuation, steps)
+        prefixes = any(example.prefix for example in data)
+        return cls(model, wrapper, reads, plan, batch_size, concepts, answers, continuation, steps, prefixes)
 
     def chunk(
         self, examples: Sequence[Example], on_batch: Callable[[Sequence[Example]], None]
@@ -313,11 +319,14 @@ class Tracer:
             if a.ragged:
                 arrays[a.key] = Ragged(np.asarray(arrays[a.key]), token_offsets(maps, a))
         last = [None] * len(batch.encodings) if logits is None else logits.float().cpu().unbind()  # B x [V]
-        roles = [role for role in self.plan.roles if role not in {"generated", "answer"} or role == self.continuation]
+        absent = {"generated", "answer"} - {self.continuation} | (set() if self.prefixes else {"prefix"})
+        roles = [role for role in self.plan.roles if role not in absent]
         rows = [
             {**build_row(self.model, encoding, logit, self.concepts), **build_spans(tokens, roles)}
             for encoding, logit, tokens in zip(batch.encodings, last, maps, strict=True)
         ]
+        if self.prefixes:
+            rows = [{**row, "prefix": e.example.prefix} for row, e in zip(rows, batch.encodings, strict=True)]
         if on and self.steps:
             rows = [{**fields, "generated": text} for fields, text in zip(rows, on.texts, strict=True)]
         return arrays, {name: [fields[name] for fields in rows] for name in rows[0]}

@@ -12,7 +12,7 @@ import numpy as np
 from circuits.patching.metrics import Metric, pair_key
 from circuits.patching.sweep import PairPlan
 from concepts.schema import CounterfactualPair
-from groundscope.core.errors import PatchError, SiteError
+from groundscope.core.errors import DataError, PatchError, SiteError
 from lvlm.answer_keys import answer_tokens
 from lvlm.model import Encoding, Lvlm
 from lvlm.token_map import TokenMap
@@ -122,7 +122,11 @@ def _answer(model: Lvlm, pair: CounterfactualPair) -> tuple[int, ...]:
             "patching needs pairs whose true answers differ"
         )
         raise PatchError(msg)
-    ids = answer_tokens(model, pair.clean.question, pair.clean.answer)
+    try:
+        ids = answer_tokens(model, pair.clean, pair.clean.answer)
+    except DataError as error:
+        msg = f"pair '{pair.clean.id}' ({pair.change}): {error}"
+        raise PatchError(msg) from error
     if not ids or model.processor.tokenizer.unk_token_id in ids:
         msg = f"pair '{pair.clean.id}': {model.name} cannot tokenize the answer '{pair.clean.answer}'"
         raise PatchError(msg)

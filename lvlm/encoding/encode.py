@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,6 +11,8 @@ from torch import Tensor
 
 from concepts.schema import Box, Example
 from groundscope.core.errors import DataError, ModelError
+from lvlm.encoding.continued_inputs import append_tokens
+from lvlm.encoding.tokens_after_prompt import prefix_tokens
 from lvlm.image_tokens import image_in_sequence, image_tokens
 from lvlm.interfaces import EncodedImage, Model
 from lvlm.prompting import find_question
@@ -66,12 +68,14 @@ class Prompt:
     """Object id to the index of its image and its pixel box."""
     subject: str | None = None
     """Id of the object in question."""
+    prefix: str = ""
+    """Start of the answer that the model has already written."""
 
 
 def encode(
     model: Model, prompt: Prompt, images: Sequence[EncodedImage], sizes: Sequence[tuple[int, int]] = ()
 ) -> tuple[Inputs, TokenMap]:
-    """Return the inputs and the token map of a prompt.
+    """Return the inputs and the token map of a prompt, followed by its prefix.
 
     Parameters
     ----------
@@ -88,7 +92,7 @@ def encode(
     ------
     DataError
         If the number of placeholders is not that of the images, the tokenizer splits image tokens, or the images differ in
-        size and the family does not pad them.
+        size and the family does not pad them; also if the prefix is white space or has tokens that are not text.
     ModelError
         If the tokenizer is not a fast tokenizer.
     """
@@ -116,10 +120,22 @@ def encode(
         tokens = TokenMap(
             1, (), views, boxes=prompt.boxes or {}, subject=prompt.subject, sequence=sequence, encoder=True
         )
-        return inputs, tokens
+        return _with_prefix(model, prompt, inputs, tokens)
     with_image = _tokens_in(offsets, image_spans) | {i for i, token in enumerate(ids) if token == model.content_id}
     separators = tuple(sorted(with_image - set(positions)))
-    return inputs, TokenMap(len(ids), question, views, separators, prompt.boxes or {}, prompt.subject, sequence)
+    tokens = TokenMap(len(ids), question, views, separators, prompt.boxes or {}, prompt.subject, sequence)
+    return _with_prefix(model, prompt, inputs, tokens)
+
+
+def _with_prefix(model: Model, prompt: Prompt, inputs: Inputs, tokens: TokenMap) -> tuple[Inputs, TokenMap]:
+    """Append the tokens of the prefix, as if the model had generated them."""
+    if not prompt.prefix:
+        return inputs, tokens
+    ids = prefix_tokens(model, prompt.text, prompt.prefix, prompt.name).ids
+    length = tokens.length + len(ids)
+    return append_tokens(model, inputs, [list(ids)]), replace(
+        tokens, length=length, prefix=tuple(range(tokens.length, length))
+    )
 
 
 def check_alike(encodings: Sequence[Encoding]) -> None:

@@ -20,8 +20,8 @@ from tests.toys.families import BUILDERS, build, model
 ANSWERS = ("yes", "no", "red")
 
 
-def spaced() -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer for which ``yes`` and `` yes`` are two tokens, like that of GPT-2."""
+def spaced(*merged: tuple[str, str]) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer for which ``yes`` and `` yes`` are two tokens, like that of GPT-2, and further merges."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {letter: i for i, letter in enumerate(letters)}
     merges: list[tuple[str, str]] = []
@@ -31,18 +31,21 @@ def spaced() -> PreTrainedTokenizerFast:
             if first + second not in vocabulary:
                 merges.append((first, second))
                 vocabulary[first + second] = len(vocabulary)
+    for first, second in merged:
+        merges.append((first, second))
+        vocabulary[first + second] = len(vocabulary)
     words = Tokenizer(models.BPE(vocabulary, merges))
-    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not merged)
     words.decoder = decoders.ByteLevel()
     words.add_special_tokens([AddedToken("<image>", normalized=False), AddedToken("[/INST]", normalized=False)])
     return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<image>")
 
 
-def with_template(template: str) -> Lvlm:
+def with_template(template: str, *merged: tuple[str, str]) -> Lvlm:
     network, processor = build("llava")
     spec = replace(model("llava").spec, template=template)
     return wrap_lvlm(
-        network, Parts(spaced(), processor.image_processor, "<image>"), spec=spec, name="s", validate=False
+        network, Parts(spaced(*merged), processor.image_processor, "<image>"), spec=spec, name="s", validate=False
     )
 
 
@@ -65,7 +68,7 @@ def test_the_answer_key_follows_the_whitespace_at_the_end_of_the_prompt(template
     assert [name(list(ids)) for ids in key.tokens] == [[f"{mark}{a}", f"{mark}{a.capitalize()}"] for a in ANSWERS]
     # The tokens the model is given, and the answer's, read as one text.
     prompt = lvlm.prompt(question.question)
-    ids = lvlm.processor.tokenizer(prompt)["input_ids"] + answer_tokens(lvlm, question.question, "yes")
+    ids = lvlm.processor.tokenizer(prompt)["input_ids"] + answer_tokens(lvlm, question, "yes")
     assert lvlm.processor.tokenizer.decode(ids) == prompt + (" yes" if space else "yes")
 
 
