@@ -173,6 +173,11 @@ class BehaviorResult:
         """Number of answers that match none of their question's candidates; they count as wrong."""
         return sum(a.given is None and bool(a.candidates) for a in self.answers)
 
+    @property
+    def texts(self) -> dict[str, str]:
+        """Generated text by id, for the answers that have one."""
+        return {a.id: a.text for a in self.answers if a.text is not None}
+
     def where(self, **values: object) -> BehaviorResult:
         """Return the answers whose fields equal `values`, e.g. ``where(split="conflict")``; the cost is unchanged."""
         unknown = set(values) - {f.name for f in fields(Answer)}

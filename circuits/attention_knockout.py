@@ -35,7 +35,7 @@ from lvlm.token_selection import TokenSelection
 if TYPE_CHECKING:
     import pandas as pd
 
-TOKENS = ("last", "image:all", "question:all", "object:all")
+TOKENS = ("last", "image:all", "question:all", "prefix:all", "object:all")
 WINDOW = 9
 """Number of adjacent layers to block jointly (both sources)."""
 _BY_EXAMPLE = ("ids", "groups", "levels")
@@ -144,7 +144,7 @@ def sweep(
         Questions with candidate answers.
     target, source
         ``image:all``: image tokens; ``question:all``: tokens of the question; ``last``: the last prompt token;
-        ``object:all``: image tokens of the object in question.
+        ``object:all``: image tokens of the object in question; ``prefix:all``: the written start of the answer.
     window
         Number of layers to block jointly, centered on each layer in turn.
     windows

@@ -413,7 +413,7 @@ def _sources(
     model: Lvlm, store: ActivationStore, claims: Mapping[str, Claim], examples: Sequence[Example], seed: int
 ) -> dict[str, dict[str, float]]:
     """Attribute answers to sources; neutral questions are others of the same kind and length in the store."""
-    questions, length = store.columns["question"], store.columns["n_tokens"]
+    questions, length = store.columns["question"], _prompt_lengths(store)
     pools: dict[tuple[str, float], list[str]] = {}
     for claim in claims.values():
         pool = pools.setdefault((claim.kind, float(length[claim.row])), [])
@@ -431,6 +431,13 @@ def _sources(
     size = batch_rows(model, possible, 64)
     result = input_attribution.split(model, possible, neutral_questions=neutral, batch_size=size, progress=False)
     return {item.example["id"]: {name: getattr(item, name) for name in PARTS} for item in result.examples}
+
+
+def _prompt_lengths(store: ActivationStore) -> np.ndarray:
+    """Return the number of prompt tokens of each example, without its prefix."""
+    lengths = np.asarray(store.columns["n_tokens"], np.float64)
+    spans = store.columns.get("span:prefix")
+    return lengths if spans is None else lengths - [sum(stop - start for start, stop in runs) for runs in spans]
 
 
 def _about(example: Example) -> dict[str, str]:

@@ -32,7 +32,7 @@ from lvlm.token_selection import PATCHABLE, TokenSelection
 
 __all__ = ["heads", "nodes"]
 
-TOKENS = ("last", "suffix:all", "image:all", "question:all", "object:all", "all")
+TOKENS = ("last", "suffix:all", "image:all", "question:all", "prefix:all", "object:all", "all")
 EMBEDDINGS = "decoder.L0.resid_pre"
 
 

@@ -30,7 +30,7 @@ from lvlm.token_selection import TokenSelection
 
 Part = Literal["q", "k", "v"]
 PARTS: tuple[Part, ...] = ("q", "k", "v")
-TOKENS = ("last", "suffix:all", "image:all", "question:all", "object:all", "all")
+TOKENS = ("last", "suffix:all", "image:all", "question:all", "prefix:all", "object:all", "all")
 
 
 def inputs(

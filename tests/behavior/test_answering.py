@@ -327,3 +327,28 @@ def test_pope_asks_the_existence_questions(model: Lvlm, data: ConceptDataset, re
     assert {"split", "n", "unparsed", "f1", "f1_low", "f1_high", "yes_ratio"} <= set(frame.columns)
     with pytest.raises(DataError, match="no yes-no questions of kind 'existence'"):
         pope(model, data.where(kind="caption"))
+
+
+def test_answers_continue_after_a_prefix(model: Lvlm, data: ConceptDataset) -> None:
+    captions = data.where(kind="caption")[:2]
+    tokenizer = model.processor.tokenizer
+    whole = answer(model, captions, max_new_tokens=6)
+    assert whole.texts == {a.id: a.text for a in whole.answers}
+    for caption in captions:
+        text = whole.texts[caption.id]
+        words = text.split()
+        if len(tokenizer(text, add_special_tokens=False)["input_ids"]) != len(words):
+            continue  # a random model may write marks without spaces
+        prefixed = replace(caption, prefix=" ".join(words[:3]))
+        rest = answer(model, ConceptDataset("p", (prefixed,)), max_new_tokens=6 - 3)
+        assert rest.texts[caption.id].split() == words[3:]
+        choice = replace(prefixed, candidates=("red", "green"), answer="red")
+        margin = answer(model, ConceptDataset("p", (choice,))).answers[0].margin
+        logits = model.logits(model.encode(prefixed).inputs)[0]
+        red, green = tokenizer.convert_tokens_to_ids(["red", "green"])
+        assert margin == pytest.approx(float(logits[red] - logits[green]), abs=1e-4)
+        break
+    else:
+        pytest.fail("no caption could be cut at a word")
+    with pytest.raises(DataError, match="prefix is white space"):
+        answer(model, ConceptDataset("p", (replace(captions[0], prefix=" "),)))
