@@ -3,6 +3,7 @@
 from . import amber, judge_files, metrics, mme, taxonomy
 from .answer_files import load_answers
 from .answering import answer, answer_each
+from .benchmark_table import BenchmarkRow, BenchmarkTable, benchmark_table
 from .chair import ChairResult, chair
 from .comparison import Comparison, compare
 from .metrics import BehaviorMetric, compare_metric, compute_metrics
@@ -15,6 +16,8 @@ __all__ = [
     "Answer",
     "BehaviorMetric",
     "BehaviorResult",
+    "BenchmarkRow",
+    "BenchmarkTable",
     "ChairResult",
     "Comparison",
     "Cost",
@@ -23,6 +26,7 @@ __all__ = [
     "amber",
     "answer",
     "answer_each",
+    "benchmark_table",
     "chair",
     "compare",
     "compare_metric",

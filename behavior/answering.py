@@ -10,8 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
-from behavior.parsing import Parser, named_parser, parser_for, read_answer
+from behavior.parsing import Parser, parsers_of, read_answer
 from behavior.result import Answer, BehaviorResult, Cost
+from concepts.combination import PARTS, dataset_parts
 from concepts.schema import ConceptDataset, Example
 from groundscope.core.errors import ConfigError, DataError, ModelError
 from groundscope.core.progress import display
@@ -141,8 +142,7 @@ def answer_each(
     if batch_size < 1 or max_new_tokens < 1:
         msg = f"batch_size={batch_size}, max_new_tokens={max_new_tokens}: both must be at least 1"
         raise ConfigError(msg)
-    parser = parser_for(data, parser)
-    rule = named_parser(parser)
+    parser, rules = parsers_of(data, parser)
     _check(model, data, generate=generate)
     scored = [i for i, e in enumerate(data) if e.candidates and not generate]
     generated = [i for i, e in enumerate(data) if generate or not e.candidates]
@@ -178,7 +178,7 @@ def answer_each(
             for name, open_context in conditions.items():
                 with open_context():
                     texts = model.generate_batch(batch, max_new_tokens)
-                answers = [_parse(e, text, rule) for e, text in zip(examples, texts, strict=True)]
+                answers = [_parse(e, text, rules[e.id]) for e, text in zip(examples, texts, strict=True)]
                 rows[name].update(zip((generated[i] for i in batch.index), answers, strict=True))
             bar.advance(bar.task_ids[0], len(examples))
     single = len(conditions) == 1
@@ -190,6 +190,7 @@ def answer_each(
         "weights_hash": model.weights_hash,
         "data": data.name,
         "data_digest": data.digest,
+        **({"parts": list(dataset_parts(data))} if PARTS in data.provenance else {}),
         "batch_size": batch_size,
         "generate": generate,
         "parser": parser,

@@ -7,13 +7,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from behavior.chair import COCO_CATEGORIES, COCO_PHRASES, COCO_SYNONYMS, ChairResult, chair, score_captions
 from behavior.comparison import change_estimate
 from behavior.result import Answer, BehaviorResult
+from concepts.combination import dataset_parts
 from concepts.nouns import canonical_noun
 from concepts.scenes.icons import NOUNS
 from concepts.schema import ConceptDataset
@@ -157,12 +158,20 @@ def compute_metrics(
         rows = [a for a in answers.answers if metric.applies(a)]
         if rows:
             rates[name] = estimate([metric.counts(a) for a in rows], [a.group for a in rows])
-    if any(a.kind == "caption" for a in answers.answers):
-        scores = score_dataset_captions(answers, data, synonyms=synonyms)
-        rates["caption: invented of named (CHAIR_i)"] = scores.chair_i
-        if "loader" in data.provenance:
-            rates["caption: with something invented (CHAIR_s)"] = scores.chair_s
-        rates["caption: named of shown (recall)"] = scores.recall
+    captions = {a.id: a for a in answers.answers if a.kind == "caption"}
+    parts = {name: part for name, part in dataset_parts(data).items() if any(e.id in captions for e in part)}
+    if captions and not parts:  # raises the error about captions that are not in the dataset
+        parts = {data.name: data}
+    for name, part in parts.items():
+        ids = {e.id for e in part} if len(parts) > 1 else captions.keys()
+        chosen = replace(answers, answers=tuple(a for id_, a in captions.items() if id_ in ids))
+        scores = score_dataset_captions(chosen, part, synonyms=synonyms)
+        # Each part has the vocabulary of its data, so the figures of several are not pooled.
+        caption = f"{name}, caption" if len(parts) > 1 else "caption"
+        rates[f"{caption}: invented of named (CHAIR_i)"] = scores.chair_i
+        if "loader" in part.provenance:
+            rates[f"{caption}: with something invented (CHAIR_s)"] = scores.chair_s
+        rates[f"{caption}: named of shown (recall)"] = scores.recall
     return rates
 
 

@@ -142,6 +142,19 @@ def parser_for(data: ConceptDataset, name: str | None = None) -> str:
     return parser
 
 
+def parsers_of(data: ConceptDataset, name: str | None = None) -> tuple[str, dict[str, Parser]]:
+    """Return the names of the parsers of a dataset, joined by commas, and the parser of each example by its id.
+
+    The parts of a combined dataset (`concepts.combine_datasets`) have a parser each, as by `parser_for`.
+    """
+    from concepts.combination import dataset_parts
+
+    parts = dataset_parts(data)
+    names = {part: parser_for(rows, name) for part, rows in parts.items()}
+    rules = {example.id: PARSERS[names[part]] for part, rows in parts.items() for example in rows}
+    return ", ".join(dict.fromkeys(names.values())) or parser_for(data, name), rules
+
+
 def read_answer(text: str, candidates: Sequence[str], rule: Parser) -> str | None:
     """Return the candidate that a text contains, or None if it contains no candidate or several.
 

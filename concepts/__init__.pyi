@@ -1,6 +1,7 @@
 """Public names of `concepts`, each with the module that it comes from."""
 
 from . import counterfactuals, loaders, scenes
+from .combination import combine_datasets, dataset_parts
 from .image_files import BytesImage, FileImage
 from .schema import (
     Box,
@@ -26,7 +27,9 @@ __all__ = [
     "NoImage",
     "Question",
     "SceneObject",
+    "combine_datasets",
     "counterfactuals",
+    "dataset_parts",
     "loaders",
     "scenes",
 ]

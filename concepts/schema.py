@@ -7,7 +7,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal, Protocol, overload
 
@@ -305,8 +305,20 @@ class Example:
     """Other texts that count as the true answer of an open question."""
     further_images: tuple[ImageSource, ...] = ()
     """Images after the first, in the order in which the question refers to them; boxes belong to the first image."""
+    suffix: str = ""
+    """Text of the prompt after the question, on a new line unless it begins with white space: "Answer the question using a
+    single word or phrase."."""
+    system: str | None = None
+    """System prompt; None for that of the model's chat template, if it has one."""
 
     __repr__ = short_repr
+
+    @property
+    def request(self) -> str:
+        """The user's text of the prompt: the question, followed by the suffix."""
+        if not self.suffix:
+            return self.question
+        return f"{self.question}{'' if self.suffix[0].isspace() else chr(10)}{self.suffix}"
 
     def _repr_html_(self) -> str:
         from concepts.display import examples_html
@@ -342,6 +354,8 @@ class Example:
             # Only if there are any: records of earlier versions keep their digests.
             **({"aliases": list(self.aliases)} if self.aliases else {}),
             **({"further_images": [i.identity for i in self.further_images]} if self.further_images else {}),
+            **({"suffix": self.suffix} if self.suffix else {}),
+            **({"system": self.system} if self.system is not None else {}),
         }
 
 
@@ -427,6 +441,27 @@ class ConceptDataset(Sequence[Example]):
             msg = f"unknown field '{unknown}' of examples; choose from {', '.join(names)}{nearest(unknown, names)}"
             raise ConfigError(msg)
         return self.filter(lambda e: all(getattr(e, key) == value for key, value in values.items()))
+
+    def with_prompt(self, *, suffix: str | None = None, system: str | None = None) -> ConceptDataset:
+        """Return the dataset with another prompt around every question; the questions themselves do not change.
+
+        Parameters
+        ----------
+        suffix
+            Text after the question, on a new line unless it begins with white space; None leaves the present one. LLaVA and
+            most evaluations of short answers use "Answer the question using a single word or phrase."
+        system
+            System prompt; None leaves the present one. The model's chat template must have a place for it.
+
+        Examples
+        --------
+        >>> import groundscope as gs
+        >>> data = gs.scenes.dataset(10).with_prompt(suffix="Answer the question using a single word or phrase.")
+        >>> data[0].request.splitlines()[1]
+        'Answer the question using a single word or phrase.'
+        """
+        more = {name: text for name, text in (("suffix", suffix), ("system", system)) if text is not None}
+        return ConceptDataset(self.name, tuple(replace(e, **more) for e in self.examples), self.provenance)
 
     def frame(self) -> pd.DataFrame:
         """Return one row per example: its fields, and one column per concept label, NaN if the concept does not apply."""

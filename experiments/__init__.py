@@ -13,6 +13,7 @@ that add a section to the report.
   the report (`selection`, `illustrations`)
 - `run`: the folder of a run with its receipts (`folder`, `stored_config`), stages that runs share (`stage_cache`), what stages
   share (`context`), progress (`live_table`), interrupts
+- `data`: load the data of a run and divide them
 - `config`, `validation`: all options, and the rules between them; `conf` has the named choices as YAML
 - `records`, `text`: shapes of JSON files, text for a terminal
 - `notebooks`: the notebooks as text, and `render`, which runs them

@@ -19,6 +19,19 @@ RENAMED_VALUES: Mapping[str, Mapping[str, str]] = MappingProxyType(
     {"patch.tokens": MappingProxyType({"suffix": "suffix:all"})}
 )
 """Option to its values in earlier versions, with their present spelling."""
+ADDED: Mapping[str, Any] = MappingProxyType(
+    {
+        "data.suffix": None,
+        "data.system": None,
+        "evaluate.generate": False,
+        "evaluate.parser": None,
+        "evaluate.max_new_tokens": 40,
+    }
+)
+"""Option that a later version added to the value at which a stage makes what earlier versions made: with it, the key of the
+stage does not contain the option."""
+OneOrMore = Any
+"""One text, or a list of texts."""
 
 
 @dataclass
@@ -61,8 +74,10 @@ class ModelConfig:
 class DataConfig:
     """Images and questions, in two parts without common images: discovery (probes, patching, steering, diagnosis) and test."""
 
-    source: str = "scenes"
-    """`scenes` for icon scenes with exact truth, or a format of `concepts.loaders.LOADERS`, with images on disk."""
+    source: OneOrMore = "scenes"
+    """`scenes` for icon scenes with exact truth, a format of `concepts.loaders.LOADERS`, with images on disk, or your function that
+    returns a `ConceptDataset`: `package.module:function` or `folder/file.py:function`. A list has the format of each file of
+    `questions`; `data=[pope,gqa]` means the same."""
     n_images: int = 300
     """Discovery scenes."""
     seed: int = 0
@@ -71,16 +86,24 @@ class DataConfig:
     """Test scenes."""
     test_seed: int = 1000
     """Seed of the test scenes; must differ from `seed`."""
-    questions: str | None = None
-    """File with questions or annotations, the first argument of the loader (all sources except `scenes`)."""
-    images: str | None = None
-    """Folder with its images (all sources except `scenes`)."""
+    questions: OneOrMore = None
+    """File with questions or annotations, the first argument of the loader, or a list of files that are used together, such as
+    the nine files of POPE (all sources except `scenes`)."""
+    images: OneOrMore = None
+    """Folder with its images, or a list with the folder of each file (all sources except `scenes`)."""
     test_share: float = 0.5
-    """Share of the images in the test part (all sources except `scenes`)."""
+    """Share of the images in the test part (all sources except `scenes`): 1 evaluates all of them and leaves none for the other
+    stages, 0 tests none."""
     limit: int | None = None
-    """Read at most this many questions, or images if the loader makes the questions (all sources except `scenes`)."""
+    """Read at most this many questions of each file, or images if the loader makes the questions (not of `scenes`)."""
     loader: dict[str, Any] = field(default_factory=dict)
-    """Further files and options of the loader, by the names of its arguments: `+data.loader.captions=FILE` for `source=coco`."""
+    """Further files and options of the loader, by the names of its arguments: `+data.loader.captions=FILE` for `source=coco`.
+    With several formats, by format: `+data.loader.coco.captions=FILE`."""
+    suffix: str | None = None
+    """Text of the prompt after each question, on a new line unless it begins with a space:
+    "data.suffix='Answer the question using a single word or phrase.'"; null for none."""
+    system: str | None = None
+    """System prompt; null for that of the model's chat template, if it has one."""
 
 
 @dataclass
@@ -165,6 +188,13 @@ class EvaluateConfig:
     """Conditions: `before`, `after` (steered), names of controls, `twin`; null for all. `before` is always included."""
     batch_size: int = 64
     """Questions per forward pass."""
+    generate: bool = False
+    """Let the model write its answers and parse them, as the released evaluations do; false compares the log-probabilities of the
+    candidate answers, which needs one forward pass and no parser."""
+    parser: str | None = None
+    """Rule that reads yes or no from a written answer, by its name in `behavior.PARSERS`; null for that of the benchmark."""
+    max_new_tokens: int = 40
+    """Largest number of tokens of a written answer or a caption."""
     synonyms: str | None = None
     """CHAIR for `data=coco`: file with the synonyms of each category, such as `data/synonyms.txt` of the released scorer, which
     published results use; null for `behavior.chair.COCO_SYNONYMS`."""
@@ -264,6 +294,7 @@ def key_options(group: str, options: dict[str, Any]) -> dict[str, Any]:
 
     Keys hold the names and values of earlier versions, so that a stage of an earlier version is recognized as unchanged.
     """
+    options = {k: v for k, v in options.items() if f"{group}.{k}" not in ADDED or ADDED[f"{group}.{k}"] != v}
     former = {new: old.partition(".")[2] for old, new in RENAMED.items()}
     result = {former.get(f"{group}.{name}", name): value for name, value in options.items()}
     for name, value in result.items():

@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from experiments.config import STAGES, RunConfig
+from experiments.results.scores import describe_answers
 from experiments.run import stage_cache
 from experiments.run.context import Context
 from experiments.run.folder import (
@@ -27,7 +28,7 @@ from experiments.run.interrupts import load_torch
 from experiments.run.live_table import LiveTable
 from experiments.run.stored_config import CONFIG
 from experiments.stages import trace_shards
-from experiments.stages.table import TABLE
+from experiments.stages.table import TABLE, needed_stages
 from experiments.validation import check
 from groundscope.core.document_digest import value_digest
 from groundscope.core.errors import ConfigError, DataError
@@ -71,23 +72,25 @@ def _run_stages(config: RunConfig, folder: RunFolder, console: Console | None) -
     with folder.lock(shared=config.trace.shard is not None), LiveTable(config.stages, console) as table:
         context = Context(config, folder, table.console)
         table.print(f"groundscope {config.name}: {context.headline()}", bold="groundscope")
-        _check_inputs(config.stages, folder)
+        _check_inputs(context)
         for name in config.stages:
             TABLE[name].check(context)
-        needed = _inputs(config.stages)
+        needed = _inputs(config.stages, context)
         receipts: dict[str, Receipt] = {}
         for name in STAGES:  # inputs that no stage of this call changes are checked before any stage runs
-            if name in needed and not _inputs([name], itself=True) & set(config.stages):
+            if name in needed and not _inputs([name], context, itself=True) & set(config.stages):
                 receipts[name] = _input(name, context, receipts)
         for name in STAGES:
-            stage = TABLE[name]
             if name in config.stages:
-                receipt = _run(name, context, table, {n: receipts[n] for n in stage.needs})
+                receipt = _run(name, context, table, {n: receipts[n] for n in needed_stages(name, context)})
                 if receipt is not None:
                     receipts[name] = receipt
             elif name in needed and name not in receipts:
                 receipts[name] = _input(name, context, receipts)
         table.print(f"finished in {time.perf_counter() - start:.0f} s: {folder.path}")
+        if "evaluate" in config.stages:
+            for line in describe_answers(folder.path):
+                table.print(line)
         report = folder.path / "report.html"
         if is_file(report):
             table.print(f"report: {report}")
@@ -96,7 +99,7 @@ def _run_stages(config: RunConfig, folder: RunFolder, console: Console | None) -
 def _basis(name: str, context: Context, receipts: Mapping[str, Receipt]) -> tuple[str, dict[str, str]]:
     """Return the digest of everything that a stage depends on except packages, and the digests of its inputs."""
     stage = TABLE[name]
-    inputs = {n: _digest(name, receipts[n]) for n in stage.needs}
+    inputs = {n: _digest(name, receipts[n]) for n in needed_stages(name, context)}
     basis = {"layout": LAYOUT, "stage": [name, stage.version], "options": stage.options(context), "inputs": inputs}
     return value_digest(basis), inputs
 
@@ -190,7 +193,9 @@ def _input(name: str, context: Context, receipts: Mapping[str, Receipt]) -> Rece
     receipt = folder.receipt(stage.folder)
     if receipt is None:
         raise ConfigError(_advice(name, "has not run", context))
-    changed = next((n for n in stage.needs if receipt.inputs.get(n) != _digest(name, receipts[n])), None)
+    changed = next(
+        (n for n in needed_stages(name, context) if receipt.inputs.get(n) != _digest(name, receipts[n])), None
+    )
     if not receipt.basis:
         raise ConfigError(_advice(name, "was made by an older release, which computed other numbers", context))
     if changed is not None:
@@ -209,29 +214,34 @@ def _input(name: str, context: Context, receipts: Mapping[str, Receipt]) -> Rece
 def _advice(name: str, problem: str, context: Context) -> str:
     """Return the message for an input that cannot be used, with the stages to run together."""
     requested = context.config.stages
-    rerun = {name} | {n for n in _inputs(requested) | set(requested) if name in _inputs([n])} | set(requested)
+    rerun = (
+        {name}
+        | {n for n in _inputs(requested, context) | set(requested) if name in _inputs([n], context)}
+        | set(requested)
+    )
     stages = ",".join(s for s in STAGES if s in rerun)
-    first = next((s for s in STAGES if s in requested and name in _inputs([s])), requested[0])
+    first = next((s for s in STAGES if s in requested and name in _inputs([s], context)), requested[0])
     return (
         f"stage '{first}' needs '{name}', which {problem} in '{context.folder.path}': "
         f"run both in one command, with stages=[{stages}]"
     )
 
 
-def _inputs(names: Iterable[str], *, itself: bool = False) -> set[str]:
+def _inputs(names: Iterable[str], context: Context, *, itself: bool = False) -> set[str]:
     """Return the stages that some stages depend on, directly or not; with `itself`, also the stages themselves."""
     names = list(names)
-    direct = {n for name in names for n in TABLE[name].needs}
-    return (set(names) if itself else set()) | direct | (_inputs(direct) if direct else set())
+    direct = {n for name in names for n in needed_stages(name, context)}
+    return (set(names) if itself else set()) | direct | (_inputs(direct, context) if direct else set())
 
 
-def _check_inputs(requested: Iterable[str], folder: RunFolder) -> None:
+def _check_inputs(context: Context) -> None:
     """Raise `ConfigError` if an input of a stage has not run and is not requested."""
-    chosen = set(requested)
+    chosen, folder = set(context.config.stages), context.folder
     for name in (s for s in STAGES if s in chosen):
-        missing = [n for n in TABLE[name].needs if n not in chosen and folder.receipt(TABLE[n].folder) is None]
+        needs = needed_stages(name, context)
+        missing = [n for n in needs if n not in chosen and folder.receipt(TABLE[n].folder) is None]
         if missing:
-            every = chosen | _missing_stages(missing, folder)
+            every = chosen | _missing_stages(missing, context)
             stages = ",".join(s for s in STAGES if s in every)
             msg = (
                 f"stage '{name}' needs '{missing[0]}', which has not run in '{folder.path}': "
@@ -240,10 +250,10 @@ def _check_inputs(requested: Iterable[str], folder: RunFolder) -> None:
             raise ConfigError(msg)
 
 
-def _missing_stages(names: Iterable[str], folder: RunFolder) -> set[str]:
+def _missing_stages(names: Iterable[str], context: Context) -> set[str]:
     """Return the stages among `names` that have not run, with those that they need in turn."""
     missing: set[str] = set()
     for name in names:
-        if folder.receipt(TABLE[name].folder) is None:
-            missing |= {name} | _missing_stages(TABLE[name].needs, folder)
+        if context.folder.receipt(TABLE[name].folder) is None:
+            missing |= {name} | _missing_stages(needed_stages(name, context), context)
     return missing

@@ -68,6 +68,8 @@ EXAMPLE = {
     "prefix": Optional(TEXT),
     "aliases": Optional([TEXT]),
     "further_images": Optional([TEXT]),
+    "suffix": Optional(TEXT),
+    "system": Optional(TEXT),
 }
 FAILURE = {"error": TEXT}
 ENVIRONMENT = {"python": TEXT, "system": TEXT, "packages": {"*": Optional(TEXT)}}

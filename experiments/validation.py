@@ -9,8 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
+from behavior.parsing import PARSERS
 from concepts.schema import LEVELS
 from experiments.config import STAGES, SWEEPS, RunConfig
+from experiments.data import data_problem, is_scenes
 from groundscope.core.errors import ConfigError, SiteError
 from groundscope.core.paths import name_problem
 from groundscope.core.text import nearest
@@ -67,8 +69,41 @@ def _shorten(text: str) -> str:
 def _scenes(config: RunConfig) -> str | None:
     data = config.data
     files = [n for n in ("questions", "images") if getattr(data, n) is not None] + [f"loader.{n}" for n in data.loader]
-    if data.source == "scenes" and files:
+    if is_scenes(data) and files:
         return f"data.{files[0]} has no effect with data=scenes; name the format of the files, such as data=pope"
+    return data_problem(data)
+
+
+def _shares(config: RunConfig) -> str | None:
+    share = config.data.test_share
+    if not 0 <= share <= 1:
+        return f"data.test_share={share:g}: must be from 0 to 1, such as data.test_share=0.3"
+    if is_scenes(config.data):
+        return None
+    if share == 1 and (stage := next((s for s in config.stages if s in _OF_DISCOVERY), None)):
+        return (
+            f"data.test_share=1 leaves no discovery questions, which stage '{stage}' needs: run groundscope evaluate, or "
+            "choose a share below 1"
+        )
+    if share == 0 and "evaluate" in config.stages:
+        return "data.test_share=0 leaves no test questions, which stage 'evaluate' needs: choose a share above 0"
+    return None
+
+
+_OF_DISCOVERY = ("trace", "probe", "patch", "steer", "diagnose")
+"""Stages that use the discovery questions."""
+
+
+def _answers(config: RunConfig) -> str | None:
+    """Check the options of answers."""
+    options = config.evaluate
+    if options.parser is not None and options.parser not in PARSERS:
+        return (
+            f"evaluate.parser={options.parser}: unknown parser; choose from {', '.join(PARSERS)}"
+            f"{nearest(options.parser, PARSERS)}"
+        )
+    if options.parser is not None and not options.generate:
+        return f"evaluate.parser={options.parser} has no effect without written answers; add evaluate.generate=true"
     return None
 
 
@@ -105,6 +140,7 @@ _AT_LEAST: Mapping[str, float] = MappingProxyType(
         "trace.batch_size": 1,
         "trace.shards": 1,
         "evaluate.batch_size": 1,
+        "evaluate.max_new_tokens": 1,
         "data.n_images": 1,
         "data.test_images": 1,
         "data.seed": 0,
@@ -124,7 +160,7 @@ _AT_LEAST: Mapping[str, float] = MappingProxyType(
     }
 )
 """Option to its smallest value; for a list, the smallest value of each element."""
-_BETWEEN = ("probe.test_fraction", "data.test_share")
+_BETWEEN = ("probe.test_fraction",)
 """Options that must be above 0 and below 1."""
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -217,6 +253,8 @@ RULES: Sequence[Callable[[RunConfig], str | None]] = (
     _stages,
     _name,
     _scenes,
+    _shares,
+    _answers,
     _twin,
     _parts,
     _bounds,

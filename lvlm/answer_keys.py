@@ -73,7 +73,7 @@ def answer_key(model: Lvlm, example: Example) -> AnswerKey:
         )
         raise DataError(msg)
     # Tokens of an answer depend on the end of the prompt and on the prefix; of the question, on its last word at most.
-    end = replace(example, question=" ".join(example.question.split()[-1:]))
+    end = replace(example, question=" ".join(example.request.split()[-1:]), suffix="", system=None)
     tokenizer = model.processor.tokenizer
     template = str(getattr(model.processor, "chat_template", None))
     context = (end.question, end.prefix, tokenizer, len(tokenizer), template, model.placeholder)
@@ -136,7 +136,7 @@ def answer_tokens(model: Lvlm, example: Example, answer: str) -> list[int]:
     DataError
         If the answer does not start a token after the prefix.
     """
-    prompt = model.prompt(example.question) if not model.encoder_decoder else ""
+    prompt = model.prompt(example.request) if not model.encoder_decoder else ""
     if not example.prefix:
         return list(tokens_after(model, prompt, answer).ids)
     ids = tokens_after_prefix(model, prompt, example.prefix, answer)
@@ -153,4 +153,4 @@ def check_prefixes(model: Lvlm, examples: Iterable[Example]) -> None:
     """Raise `DataError`, which names the example, if a prefix is white space or has tokens that are not text."""
     for example in examples:
         if example.prefix:
-            prefix_tokens(model, model.prompt(example.question), example.prefix, example.id)
+            prefix_tokens(model, model.prompt(example.request), example.prefix, example.id)

@@ -123,15 +123,17 @@ class Lvlm:
 
     # -- encoding examples -----------------------------------------------------------------------------------------
 
-    def prompt(self, question: str, images: int = 1) -> str:
+    def prompt(self, question: str, images: int = 1, *, system: str | None = None) -> str:
         """Return the text up to where the model's answer begins, with one placeholder per image.
+
+        `question` is all text of the user (`Example.request`), `system` a system prompt instead of the template's own.
 
         Raises
         ------
         ModelError
-            If the chat template fails, does not end, or returns no text or too much.
+            If the chat template fails, does not end, returns no text or too much, or has no place for a system prompt.
         """
-        return prompt_of(self, question, images)
+        return prompt_of(self, question, images, system)
 
     def encode(self, example: Example) -> Encoding:
         """Return the model inputs and the token map of an example: its prompt, and its prefix if it has one.
@@ -144,7 +146,7 @@ class Lvlm:
         """
         image = self._encode_image(example.image)
         boxes = {o.id: (0, o.box) for o in example.objects if o.box is not None}
-        text = self.prompt(example.question)
+        text = self.prompt(example.request, system=example.system)
         prompt = Prompt(text, example.question, example.id, boxes, example.subject, example.prefix)
         return Encoding(example, *encode(self, prompt, [image]))
 

@@ -21,23 +21,56 @@ class _StepLimit(Exception):
     """A chat template ran too many lines."""
 
 
-def prompt_of(model: Model, question: str, images: int) -> str:
+def prompt_of(model: Model, question: str, images: int, system: str | None = None) -> str:
     """Return the text up to where the model's answer begins, with one placeholder per image.
+
+    Parameters
+    ----------
+    model
+        The model.
+    question
+        Text of the user.
+    images
+        Number of images before it.
+    system
+        System prompt; None for that of the chat template, if it has one.
 
     Raises
     ------
     ModelError
-        If the chat template fails, does not end, or returns no text or too much.
+        If the chat template fails, does not end, or returns no text or too much; or if it has no place for a system prompt.
     """
     if not getattr(model.processor, "chat_template", None):
+        if system is not None:
+            msg = (
+                f"{model.name} has no chat template, so a system prompt has no place: write the text into the suffix, or set "
+                "processor.chat_template"
+            )
+            raise ModelError(msg)
         special = {n: getattr(model.processor.tokenizer, f"{n}_token") or "" for n in ("bos", "eos", "sep")}
         image = model.spec.around.format(image=model.placeholder) * images
         return model.spec.template.format(image=image, question=question, **special)
     content = [{"type": "image"}] * images + [{"type": "text", "text": question}]
     turn = [{"role": "user", "content": content}]
+    if system is None:
+        return _apply_template(model, turn, question)
+    # Templates read the content of a system turn as a list of parts, or as text.
+    for form in ([{"type": "text", "text": system}], system):
+        text = _apply_template(model, [{"role": "system", "content": form}, *turn], question)
+        if system.strip() in text and not any(mark in text for mark in ("{'type'", '{"type"')):
+            return text
+    msg = (
+        f"the chat template of {model.name} has no place for a system prompt: write the text into the suffix, or set "
+        "processor.chat_template to a template that repeats it"
+    )
+    raise ModelError(msg)
+
+
+def _apply_template(model: Model, turns: list[dict[str, Any]], question: str) -> str:
+    """Return the text of the chat template for some turns; raise `ModelError` if it fails."""
 
     def write() -> Any:
-        return model.processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+        return model.processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
 
     try:
         text = _with_step_limit(write)

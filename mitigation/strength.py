@@ -73,6 +73,9 @@ def answer_under(
     vectors: Mapping[str, SteeringVector | None],
     *,
     batch_size: int = 64,
+    generate: bool = False,
+    parser: str | None = None,
+    max_new_tokens: int = 40,
     progress: bool = True,
 ) -> dict[str, BehaviorResult]:
     """Ask every question of a dataset under each vector; all vectors share the forward pass up to the first change.
@@ -87,6 +90,8 @@ def answer_under(
         Vectors by name; None is the model without a vector.
     batch_size
         Questions in a batch.
+    generate, parser, max_new_tokens
+        As for `behavior.answer`.
     progress
         Whether to show progress.
 
@@ -117,6 +122,9 @@ def answer_under(
         data,
         contexts,
         logits=logits_under(model, list(changes.values())),
+        generate=generate,
+        parser=parser,
+        max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         progress=progress,
     )

@@ -57,7 +57,7 @@ def players_of(model: Lvlm, example: Example, encoding: Encoding, image: str, pr
     if "qformer_input_ids" in encoding.inputs:
         msg = f"prompt='words': {model.name} also reads the question in its Q-Former; use prompt='whole'"
         raise ConfigError(msg)
-    owner = _word_of_token(model, example.question, len(question))
+    owner = _word_of_token(model, example, len(question))
     words = example.question.split()
     positions_of_word = tuple(
         tuple(p for p, w in zip(question, owner, strict=True) if w == i) for i in range(len(words))
@@ -151,9 +151,9 @@ def _check_alike(encoding: Encoding, original: Encoding, question: str) -> Encod
     return encoding
 
 
-def _word_of_token(model: Lvlm, question: str, tokens: int) -> list[int]:
+def _word_of_token(model: Lvlm, example: Example, tokens: int) -> list[int]:
     """Return for each token of the question the index of the word in which it begins."""
-    text = model.prompt(question)
+    question, text = example.question, model.prompt(example.request, system=example.system)
     start = text.rindex(question)
     offsets = model.processor.tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)["offset_mapping"]
     inside = [(a - start, b - start) for a, b in offsets if b > start and a < start + len(question) and b > a]

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 USAGE = """\
 groundscope [option=value …]                   run the unfinished stages of the run `name`
 groundscope -m option=a,b [option=value …]     run each combination of values; stages they share run once
+groundscope evaluate [option=value …]          ask every question and print the scores; no trace, patching or steering
 groundscope resume=runs/x [option=value …]     continue a run or a sweep with its own configuration
 groundscope status [runs/]                     list runs with their stages, sizes and main results
 groundscope compare runs/a runs/b              compare the results of two runs
@@ -176,7 +177,7 @@ def _options(prefix: str, node: ast.ClassDef, constants: dict[str, str], skip: s
         options.append(
             Option(
                 prefix + field.target.id,
-                ast.unparse(field.annotation).replace(" | None", " or null"),
+                ast.unparse(field.annotation).replace(" | None", " or null").replace("OneOrMore", "str or list[str]"),
                 _default(field.value, constants),
                 description,
             )

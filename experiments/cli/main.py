@@ -5,6 +5,7 @@ groundscope model=hf model.path=FOLDER                 another model
 groundscope data=pope data.questions=F data.images=D   other data
 groundscope stages=[probe,report] probe.folds=5        some stages, with other options
 groundscope -m probe.folds=3,4                         several runs, which share equal stages
+groundscope evaluate data=pope data.questions=F data.images=D   answers only: no trace, patching or steering
 groundscope help | resume=RUN | status | compare | plan | report
 
 Each command imports what it needs when it starts, so that help is fast.
@@ -56,6 +57,8 @@ def _dispatch(arguments: Sequence[str], console: Console) -> int:
 
         sys.stdout.write(f"groundscope {version('groundscope')}\n")
         return 0
+    if first == "evaluate":
+        return _run(_evaluation(arguments[1:]), console)
     if first in COMMANDS:
         return COMMANDS[first](arguments[1:])
     if first.startswith("resume="):
@@ -90,6 +93,21 @@ def _run(arguments: Sequence[str], console: Console) -> int:
 
     execute(config)
     return 0
+
+
+_EVALUATION = {
+    "name": "evaluation",
+    "stages": "[examples,evaluate,report]",
+    "evaluate.conditions": "[before]",
+    "data.test_share": "1",
+}
+"""Options of `groundscope evaluate`: ask every question, without any stage before."""
+
+
+def _evaluation(arguments: Sequence[str]) -> list[str]:
+    """Return the command line of `groundscope evaluate`; options that it contains replace those of `_EVALUATION`."""
+    chosen = {word.lstrip("+").partition("=")[0] for word in arguments}
+    return [*(f"{key}={value}" for key, value in _EVALUATION.items() if key not in chosen), *arguments]
 
 
 def _hydra(arguments: Sequence[str]) -> None:

@@ -112,7 +112,7 @@ def _quote_twice(word: str | None) -> str:
     return f'"{key}={quoted(value.strip(chr(39) + chr(34)))}"'
 
 
-COMMANDS = ("status", "compare", "plan", "report", "help", "resume")
+COMMANDS = ("evaluate", "status", "compare", "plan", "report", "help", "resume")
 
 
 def _check(override: Override, *, own: bool) -> None:

@@ -24,3 +24,5 @@ class Section:
     link: str
     render: Callable[[RunFiles], str]
     """Returns HTML from the files of a run (see `experiments.report.html`); empty if the run has nothing to show."""
+    needs: tuple[str, ...] | None = None
+    """Stages without which it is left out; None for all stages with results."""

@@ -184,6 +184,11 @@ class RunFiles:
         receipts = {folder: read_receipt(self.root / folder) for folder in OWN}
         return {folder: receipt for folder, receipt in receipts.items() if receipt is not None}
 
+    @property
+    def finished(self) -> frozenset[str]:
+        """The stages that have finished in this folder."""
+        return frozenset(receipt.stage for receipt in self.receipts.values())
+
 
 def _estimates(record: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Estimate]]:
     return {condition: {k: Estimate(**v) for k, v in rates.items()} for condition, rates in record.items()}
@@ -233,6 +238,7 @@ def _example(line: str, place: str) -> Example:
                 "prefix": record.get("prefix") or "",
                 "aliases": tuple(record.get("aliases") or ()),
                 "further_images": tuple(map(_AbsentImage, record.get("further_images") or ())),
+                "suffix": record.get("suffix") or "",
             }
         )
     except (ValueError, TypeError, RecursionError, DataError) as error:

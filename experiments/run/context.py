@@ -11,12 +11,10 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from concepts.schema import ConceptDataset
-from experiments.config import DataConfig, RunConfig
+from experiments.config import RunConfig
+from experiments.data import describe_data, load_parts
 from experiments.run.folder import RunFolder, file_digest
 from experiments.run.interrupts import load_torch
-from groundscope.core.document_digest import value_digest
-from groundscope.core.errors import ConfigError
-from groundscope.core.text import nearest
 
 if TYPE_CHECKING:
     from activation_store import ActivationStore
@@ -28,9 +26,7 @@ ACTIVATIONS = "activations"
 
 def headline(config: RunConfig, folder: Path) -> str:
     """Return model, data and folder of a run in one line."""
-    data = config.data
-    source = f"{data.n_images} + {data.test_images} scenes" if data.source == "scenes" else str(data.questions)
-    return f"model {config.model.path}, {source}, folder {folder}"
+    return f"model {config.model.path}, {describe_data(config.data)}, folder {folder}"
 
 
 @dataclass(frozen=True)
@@ -54,15 +50,7 @@ class Context:
         ConfigError, DataError
             If the data cannot be loaded or divided.
         """
-        data = self.config.data
-        if data.source == "scenes":
-            if data.seed == data.test_seed:
-                msg = (
-                    f"data.seed and data.test_seed are both {data.seed}: test scenes must differ from discovery scenes"
-                )
-                raise ConfigError(msg)
-            return _scenes(data.n_images, data.seed), _scenes(data.test_images, data.test_seed)
-        return _divided(_loaded(data), data.test_share, data.seed)
+        return load_parts(self.config.data)
 
     @property
     def discovery(self) -> ConceptDataset:
@@ -198,41 +186,3 @@ def _file_key(file: Path) -> object:
 @lru_cache(4096)
 def _known_digest(file: str, _size: int, _changed: int) -> str:
     return file_digest(Path(file))
-
-
-@lru_cache(4)
-def _scenes(n_images: int, seed: int) -> ConceptDataset:
-    """Return the questions about icon scenes; jobs of a sweep that run in one process draw the same scenes once."""
-    from concepts import scenes
-
-    return scenes.dataset(n_images, seed)
-
-
-def _loaded(data: DataConfig) -> ConceptDataset:
-    """Load the files of the user with the loader of their format."""
-    from concepts import loaders
-
-    if data.source not in loaders.LOADERS:
-        names = ["scenes", *loaders.LOADERS]
-        msg = f"data.source={data.source}: choose from {', '.join(names)}{nearest(data.source, names)}"
-        raise ConfigError(msg)
-    if not data.questions or not data.images:
-        msg = f"data={data.source} needs data.questions=FILE and data.images=FOLDER"
-        raise ConfigError(msg)
-    if "limit" in data.loader:
-        msg = "data.loader.limit: set data.limit"
-        raise ConfigError(msg)
-    return loaders.load(data.source, data.questions, data.images, limit=data.limit, **data.loader)
-
-
-def _divided(whole: ConceptDataset, share: float, seed: int) -> tuple[ConceptDataset, ConceptDataset]:
-    """Divide a dataset by groups: the digest of its name decides for each group, independent of the other data."""
-    if not 0 < share < 1:
-        msg = f"data.test_share={share}: must be between 0 and 1"
-        raise ConfigError(msg)
-    tested = {g for g in {e.group for e in whole} if int(value_digest([g, seed])[:8], 16) / 0xFFFFFFFF < share}
-    first, second = whole.filter(lambda e: e.group not in tested), whole.filter(lambda e: e.group in tested)
-    if not len(first) or not len(second):
-        msg = f"dataset '{whole.name}' has too few images for discovery and test: add images, or change data.test_share"
-        raise ConfigError(msg)
-    return first, second

@@ -80,6 +80,7 @@ OWN: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "behavior": (
             "rates.json",
             "changes.json",
+            "scores.json",
             "before.json",
             "after.json",
             "twin.json",

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from behavior import answer
 from behavior.chair import read_synonyms
 from behavior.metrics import METRICS, compare_metric, compute_metrics
+from experiments.results.scores import write_scores
 from experiments.run.context import Context
 from experiments.run.folder import write_json
 from experiments.stages.illustrate import illustrate_prior_error
 from experiments.stages.steer import control_file
+from experiments.stages.table import needed_stages
 from groundscope.core.errors import ConfigError
 from groundscope.core.text import nearest
 from mitigation import CONTROLS, SteeringVector
@@ -28,7 +31,7 @@ def check(context: Context) -> None:
             msg = f"evaluate.conditions: unknown condition '{name}'; choose from {', '.join(RUNS)}{nearest(name, RUNS)}"
             raise ConfigError(msg)
     file, source = context.config.evaluate.synonyms, context.config.data.source
-    if file is not None and source != "coco":
+    if file is not None and "coco" not in (source if isinstance(source, list) else [source]):
         msg = f"evaluate.synonyms={file}: captions of data={source} are scored without it; use data=coco, or remove the option"
         raise ConfigError(msg)
     if file is not None:
@@ -45,16 +48,17 @@ def make_behavior(context: Context, root: Path) -> str:
     """Answer the test questions under each condition; write answers, rates and paired differences."""
     steering = context.folder.path / "steering"
     files = {"after": "vector.safetensors", **{name: control_file(name) for name in CONTROLS}}
+    with_vectors = "steer" in needed_stages("evaluate", context)
     data = context.held_out
     conditions = chosen_conditions(context)
     options = context.config.evaluate
     vectors: dict[str, SteeringVector | None] = {"before": None}
-    vectors |= {
-        r: SteeringVector.load(steering / f) for r, f in files.items() if r in conditions and (steering / f).exists()
-    }
-    results = answer_under(context.model, data, vectors, batch_size=options.batch_size)
+    made = {run: steering / file for run, file in files.items() if with_vectors and (steering / file).exists()}
+    vectors |= {run: SteeringVector.load(path) for run, path in made.items() if run in conditions}
+    answering: Any = {name: getattr(options, name) for name in ("batch_size", "generate", "parser", "max_new_tokens")}
+    results = answer_under(context.model, data, vectors, **answering)
     if context.twin is not None and "twin" in conditions:
-        results["twin"] = answer(context.twin, data, batch_size=options.batch_size)
+        results["twin"] = answer(context.twin, data, **answering)
     for run, result in results.items():
         result.save(root / f"{run.replace(' ', '-')}.json")
     synonyms = None if options.synonyms is None else read_synonyms(options.synonyms)
@@ -72,8 +76,11 @@ def make_behavior(context: Context, root: Path) -> str:
         if run not in {"before", "twin"}
     }
     write_json(root / "changes.json", changes)
-    illustrate_prior_error(context, root, vectors.get("after"), twin="twin" in results)
+    write_scores(root / "scores.json", results)
+    if with_vectors:  # else the run may have no activations
+        illustrate_prior_error(context, root, vectors.get("after"), twin="twin" in results)
     names = [n for n in (*PRIOR_ERRORS, "neutral: right", "all: right") if n in rates["before"]]
-    return "; ".join(
-        f"{n} {rates['before'][n].value:.3f} -> {rates.get('after', rates['before'])[n].value:.3f}" for n in names[:3]
-    )
+    if not names:
+        return f"{len(data)} answers"
+    after = {n: f" -> {rates['after'][n].value:.3f}" if "after" in rates else "" for n in names}
+    return f"{len(data)} questions; " + "; ".join(f"{n} {rates['before'][n].value:.3f}{after[n]}" for n in names[:3])

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.run.context import Context
+from experiments.data import is_scenes
 from experiments.run.folder import write_json
 from experiments.stages.trace import traced_examples
 from groundscope.core.errors import ConfigError, ProbeError
@@ -63,7 +64,7 @@ def make_probes(context: Context, root: Path) -> str:
 def more_data(context: Context) -> str:
     """Return the options of the configured data that give more discovery images."""
     data = context.config.data
-    if data.source == "scenes":
+    if is_scenes(data):
         return f"draw more scenes, with data.n_images above {data.n_images}"
     limited = f"raise data.limit={data.limit}, or " if data.limit is not None else ""
     return f"{limited}add questions on more images (data.questions, data.images), or lower data.test_share={data.test_share:g}"

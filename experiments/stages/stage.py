@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,8 @@ class Stage:
     work: Callable[[Context, Path], str]
     version: int = 1
     """Raised where the same options would now make something else."""
+    spared: Callable[[Context], Collection[str]] = lambda _: ()
+    """Stages of `needs` that it does not use with these options."""
     check: Callable[[Context], None] = lambda _: None
     """Raises `ConfigError` where its options cannot work; called before any stage works."""
     shared: bool = True

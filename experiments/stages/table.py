@@ -12,7 +12,7 @@ from importlib import import_module
 from types import MappingProxyType
 from typing import Any
 
-from experiments.config import key_options
+from experiments.config import STAGES, RunConfig, key_options
 from experiments.run.context import ACTIVATIONS, Context
 from experiments.stages.stage import Stage
 
@@ -36,10 +36,28 @@ def _trace_options(context: Context) -> object:
 def _evaluate_options(context: Context) -> object:
     from behavior.chair import read_synonyms
 
-    options = asdict(context.config.evaluate)
+    options = key_options("evaluate", asdict(context.config.evaluate))
     file = options.pop("synonyms")  # without it the key is the one of runs that had no such option
     words = {} if file is None else {"synonyms": sorted(read_synonyms(file).items())}
     return [options | words, context.model_key()]
+
+
+def applies_vectors(config: RunConfig) -> bool:
+    """Return whether the conditions of `evaluate` include the correction or its controls, which stage `steer` makes."""
+    conditions = config.evaluate.conditions
+    return conditions is None or not set(conditions) <= {"before", "twin"}
+
+
+def needed_stages(name: str, context: Context) -> tuple[str, ...]:
+    """Return the stages that a stage needs with the options of a run."""
+    spared = TABLE[name].spared(context)
+    return tuple(n for n in TABLE[name].needs if n not in spared)
+
+
+def _missing(context: Context) -> list[str]:
+    """Return the stages that have not run and do not run now: the report has no sections of them."""
+    runs = context.config.stages
+    return [s for s in STAGES if s not in runs and s != "examples" and context.folder.receipt(TABLE[s].folder) is None]
 
 
 TABLE: Mapping[str, Stage] = MappingProxyType(
@@ -47,7 +65,7 @@ TABLE: Mapping[str, Stage] = MappingProxyType(
         "examples": Stage(
             "examples",
             needs=(),
-            options=lambda c: [asdict(c.config.data), c.discovery.digest, c.held_out.digest],
+            options=lambda c: [key_options("data", asdict(c.config.data)), c.discovery.digest, c.held_out.digest],
             work=_function("examples.make_examples"),
             version=2,
         ),
@@ -85,6 +103,7 @@ TABLE: Mapping[str, Stage] = MappingProxyType(
         "evaluate": Stage(
             "behavior",
             needs=("examples", "steer"),
+            spared=lambda c: () if applies_vectors(c.config) else ("steer",),
             options=_evaluate_options,
             work=_function("evaluate.make_behavior"),
             version=3,
@@ -110,6 +129,7 @@ TABLE: Mapping[str, Stage] = MappingProxyType(
             needs=("examples", "trace", "probe", "patch", "steer", "evaluate", "diagnose", "export"),
             options=lambda c: [asdict(c.config.report), c.headline(), c.config.diagnose.shown, c.config.steer.max_drop],
             work=_function("report.make_report"),
+            spared=_missing,
             version=3,
             shared=False,
             illustrated=True,

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
+from behavior.benchmark_table import FIGURES
 from experiments.report import figures
 from experiments.report.figures import Point
-from experiments.report.html import figure, paragraph, section
+from experiments.report.html import closed, figure, paragraph, section, table
 from experiments.results.run_files import RunFiles
+from experiments.results.scores import score_tables
 from groundscope.core.statistics import Estimate
+
+if TYPE_CHECKING:
+    from behavior import BenchmarkTable
 
 CONDITIONS: Mapping[str, str] = {
     "before": "not steered",
@@ -48,7 +55,33 @@ def accuracy_section(run: RunFiles) -> str:
         parts.append(
             figure(figures.rates(wrong, CONDITIONS, "Errors"), "Share of errors by kind of question; lower is better.")
         )
+    for condition, answers in score_tables(run.root).items():
+        label = CONDITIONS[condition]
+        parts.append(
+            closed(f"scores-{condition}", f"Table by data set and split: {label}", table(*_table(answers)))
+            if condition != "before"
+            else paragraph(f"By data set and split, {label}, in percent, with 95 % intervals:")
+            + table(*_table(answers))
+        )
     return section("accuracy", "What the model says", *parts, stages=("evaluate",))
+
+
+def _table(answers: BenchmarkTable) -> tuple[list[str], list[list[str]]]:
+    """Return headings and rows of the table that papers print, with intervals."""
+    head, *_ = answers.cells()
+    with_form = "form" in head
+    rows = []
+    for row in answers.rows:
+        cells = [_cell(row.figures.get(name)) for name in FIGURES]
+        rows.append([row.data, row.split, *([row.form] if with_form else []), str(row.n), *cells, str(row.unparsed)])
+    return head, rows
+
+
+def _cell(figure: Estimate | None) -> str:
+    if figure is None or math.isnan(figure.value):
+        return ""
+    ends = "" if math.isnan(figure.low) else f" [{100 * figure.low:.1f}, {100 * figure.high:.1f}]"
+    return f"{100 * figure.value:.1f}{ends}"
 
 
 def points(rates: Mapping[str, Estimate], include: Callable[[str], bool]) -> dict[str, Point]:

@@ -20,18 +20,30 @@ if TYPE_CHECKING:
 
 def summary_section(run: RunFiles) -> str:
     """Return the section."""
-    items = (
-        ("Where is it known?", _known(run), "known" if run.grids else "accuracy"),
-        ("What uses it?", _used(run), "used"),
-        ("Why was it wrong?", _why(run), "why" if run.diagnoses is not None else "accuracy"),
-        ("What corrects it?", _corrected(run), "corrected" if "after" in run.rates else "accuracy"),
-    )
+    done = run.finished
+    items = []
+    if not {"probe", "patch", "diagnose", "steer"} & done and "evaluate" in done:
+        items.append(("What does it answer?", _answers(run), "accuracy"))
+    if "probe" in done:
+        items.append(("Where is it known?", _known(run), "known" if run.grids else "accuracy"))
+    if "patch" in done:
+        items.append(("What uses it?", _used(run), "used"))
+    if {"probe", "diagnose"} <= done:
+        items.append(("Why was it wrong?", _why(run), "why" if run.diagnoses is not None else "accuracy"))
+    if {"steer", "evaluate"} <= done:
+        items.append(("What corrects it?", _corrected(run), "corrected" if "after" in run.rates else "accuracy"))
     body = "".join(
         f'<li><strong><a href="#{link}">{text(question)}</a></strong>{text(answer)}</li>'
         for question, answer, link in items
     )
     note = paragraph("Brackets contain 95 % intervals over images.", soft=True)
     return section("summary", "Summary", f'<ul class="answers">{body}</ul>', note)
+
+
+def _answers(run: RunFiles) -> str:
+    right = run.rates["before"].get("all: right")
+    questions = f"{right.n} questions: {interval(right)} right" if right is not None else "Captions only"
+    return f"{questions}. The other stages have not run: groundscope resume={run.root} runs them."
 
 
 def _known(run: RunFiles) -> str:

@@ -77,7 +77,7 @@ def vsv(
     selected = tuple(range(model.n_layers) if layers is None else layers)
     sites = [Site("decoder", layer, "resid_post") for layer in selected]
     with_image = run(model, [example], [canonical(site) for site in sites], "last")
-    without_image = read_text(model, model.prompt(example.question, images=0), sites)
+    without_image = read_text(model, model.prompt(example.request, images=0, system=example.system), sites)
     changes: dict[Key, VectorChange] = {}
     for site in sites:
         difference = with_image[canonical(site)][0] - without_image[site]

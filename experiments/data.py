@@ -1,0 +1,246 @@
+"""The data of a run: scenes, or the files of the user, in two parts without common images."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
+from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from concepts.combination import combine_datasets
+from concepts.schema import ConceptDataset
+from experiments.config import DataConfig
+from groundscope.core.document_digest import value_digest
+from groundscope.core.errors import ConfigError, DataError
+from groundscope.core.text import nearest
+
+_SPLITS = ("random", "popular", "adversarial")
+"""Words in the names of POPE's files, which differ in nothing else within one data set."""
+
+
+def describe_data(data: DataConfig) -> str:
+    """Return the data of a run in a few words."""
+    if is_scenes(data):
+        return f"{data.n_images} + {data.test_images} scenes"
+    files = _list(data.questions)
+    if not files:
+        return ", ".join(map(str, _list(data.source)))
+    return str(files[0]) if len(files) == 1 else f"{files[0]} and {len(files) - 1} more files"
+
+
+def data_problem(data: DataConfig) -> str | None:
+    """Return what is wrong with the options of the data, as far as it can be known before a file is read; or None."""
+    from concepts import loaders
+
+    for name in ("source", "questions", "images"):
+        value = getattr(data, name)
+        texts = value if isinstance(value, list) else [value]
+        if not texts or not all(isinstance(t, str) or (t is None and value is None) for t in texts):
+            return f"data.{name} must be a text or a list of texts, such as data.{name}=[A,B], not {value!r}"
+    sources, files, folders = _list(data.source), _list(data.questions), _list(data.images)
+    names = ["scenes", *loaders.LOADERS]
+    for source in sources:
+        if source not in names and not is_function(source):
+            return (
+                f"data.source={source}: choose from {', '.join(names)}{nearest(source, names)}, or name your own function as "
+                "package.module:function or file.py:function"
+            )
+    if sources == ["scenes"]:
+        return None
+    if "scenes" in sources:
+        return "data=[…,scenes,…]: scenes are drawn, not read from files; run them in a run of their own"
+    if len(sources) > 1 and len(sources) != len(files):
+        return f"{len(sources)} formats ({', '.join(sources)}) for {len(files)} files: give one file of data.questions for each"
+    if len(folders) > 1 and len(folders) != len(files):
+        return f"data.images has {len(folders)} folders for {len(files)} files: give one for each file, or one for all"
+    needs = next((s for s in sources if not is_function(s)), None)
+    if needs is not None and not (files and folders):
+        return f"data={needs} needs data.questions=FILE and data.images=FOLDER"
+    if "limit" in data.loader:
+        return "data.loader.limit: set data.limit"
+    if len(sources) > 1:
+        wrong = next((k for k, v in data.loader.items() if k not in sources or not isinstance(v, dict)), None)
+        if wrong is not None:
+            return (
+                f"data.loader.{wrong}: with several formats write the format first, +data.loader.{sources[0]}.{wrong}=…"
+            )
+    return None
+
+
+def is_scenes(data: DataConfig) -> bool:
+    """Return whether the data are icon scenes."""
+    return _list(data.source) == ["scenes"]
+
+
+def is_function(source: object) -> bool:
+    """Return whether a source names a function of the user, ``module:function``."""
+    return isinstance(source, str) and ":" in source
+
+
+def load_parts(data: DataConfig) -> tuple[ConceptDataset, ConceptDataset]:
+    """Return discovery and test examples; no group is in both.
+
+    Raises
+    ------
+    ConfigError, DataError
+        If the data cannot be loaded or divided.
+    """
+    problem = data_problem(data)
+    if problem is not None:
+        raise ConfigError(problem)
+    if is_scenes(data):
+        if data.seed == data.test_seed:
+            msg = f"data.seed and data.test_seed are both {data.seed}: test scenes must differ from discovery scenes"
+            raise ConfigError(msg)
+        parts = _scenes(data.n_images, data.seed), _scenes(data.test_images, data.test_seed)
+    else:
+        parts = _divided(_loaded(data), data.test_share, data.seed)
+    first, second = (part.with_prompt(suffix=data.suffix, system=data.system) for part in parts)
+    return first, second
+
+
+def _list(value: Any) -> list[Any]:
+    return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
+
+
+@lru_cache(4)
+def _scenes(n_images: int, seed: int) -> ConceptDataset:
+    """Return the questions about icon scenes; jobs of a sweep that run in one process draw the same scenes once."""
+    from concepts import scenes
+
+    return scenes.dataset(n_images, seed)
+
+
+def _loaded(data: DataConfig) -> ConceptDataset:
+    """Load the files of the user, each with the loader of its format, and combine them if there are several."""
+    sources, files, folders = _list(data.source), _list(data.questions), _list(data.images)
+    count = max(len(files), 1)
+    several = len(sources) > 1
+    loaded = []
+    for i in range(count):
+        source = sources[i] if several else sources[0]
+        options = data.loader.get(source, {}) if several else data.loader
+        file = files[i] if files else None
+        folder = (folders[i] if len(folders) > 1 else folders[0]) if folders else None
+        loaded.append(_load_one(source, file, folder, data.limit, options))
+    return loaded[0] if count == 1 else combine_datasets(_named(files, sources, loaded))
+
+
+def _load_one(
+    source: str, file: str | None, folder: str | None, limit: int | None, options: dict[str, Any]
+) -> ConceptDataset:
+    from concepts import loaders
+
+    if not is_function(source):
+        return loaders.load(source, str(file), str(folder), limit=limit, **options)
+    function = user_function(source)
+    paths = [Path(p) for p in (file, folder) if p is not None]
+    more = {**options, **({"limit": limit} if limit is not None else {})}
+    try:
+        inspect.signature(function).bind(*paths, **more)
+    except (TypeError, ValueError) as error:
+        given = ", ".join([*(("data.questions", "data.images")[: len(paths)]), *more]) or "no arguments"
+        msg = f"data.source={source}: the function cannot be called with {given}: {error}"
+        raise ConfigError(msg) from error
+    dataset = function(*paths, **more)
+    if not isinstance(dataset, ConceptDataset):
+        msg = f"data.source={source}: the function returned an object of type {type(dataset).__name__}, not a ConceptDataset"
+        raise DataError(msg)
+    return dataset
+
+
+def user_function(source: str) -> Callable[..., Any]:
+    """Import a function of the user: ``package.module:function``, or ``folder/file.py:function``.
+
+    Raises
+    ------
+    ConfigError
+        If the module cannot be imported or has no such function.
+    """
+    place, _, name = source.rpartition(":")
+    module: ModuleType | None = None
+    if place.endswith(".py"):
+        path = Path(place)
+        if not path.is_file():
+            msg = f"data.source={source}: there is no file '{place}'"
+            raise ConfigError(msg)
+        spec = spec_from_file_location(f"groundscope_user_data_{value_digest(str(path.resolve()))[:16]}", path)
+        if spec is None or spec.loader is None:
+            msg = f"data.source={source}: '{place}' is not a Python file"
+            raise ConfigError(msg)
+        module = module_from_spec(spec)
+        sys.modules[spec.name] = module  # dataclasses and functions of the file look up their module
+        load = partial(spec.loader.exec_module, module)
+    else:
+        load = partial(import_module, place)
+    try:
+        loaded = load()
+        function = getattr(loaded if module is None else module, name, None)
+    except ImportError as error:
+        msg = (
+            f"data.source={source}: cannot be imported: {error}; install the package, or write the path of the file, "
+            "data.source=folder/file.py:function"
+        )
+        raise ConfigError(msg) from error
+    if not callable(function):
+        msg = f"data.source={source}: '{place}' has no function '{name}'"
+        raise ConfigError(msg)
+    return function
+
+
+def _named(files: Sequence[str], sources: Sequence[str], loaded: Sequence[ConceptDataset]) -> dict[str, ConceptDataset]:
+    """Return datasets by name: that of the file without the split, so that the three files of one POPE data set are one.
+
+    Files are one data set only if they have the same format and folder and no common id.
+    """
+    stems = [Path(f).stem for f in files]
+    bases = [_without_split(stem) if len(sources) == 1 and sources[0] == "pope" else stem for stem in stems]
+    members: dict[str, list[int]] = {}
+    for i, base in enumerate(bases):
+        members.setdefault(base, []).append(i)
+    named: dict[str, ConceptDataset] = {}
+    for base, rows in members.items():
+        ids = [e.id for i in rows for e in loaded[i]]
+        if len(set(ids)) == len(ids):
+            named[base] = _merged(base, [loaded[i] for i in rows]) if len(rows) > 1 else loaded[rows[0]]
+            continue
+        for k, i in enumerate(rows):
+            source = sources[i] if len(sources) > 1 else sources[0]
+            name = stems[i] if stems.count(stems[i]) == 1 else f"{stems[i]}-{source}"
+            named[name if name not in named else f"{name}-{k + 1}"] = loaded[i]
+    return named
+
+
+def _without_split(stem: str) -> str:
+    for split in _SPLITS:
+        if split in stem.lower():
+            start = stem.lower().index(split)
+            return (stem[:start] + stem[start + len(split) :]).strip("_-. ").replace("__", "_") or stem
+    return stem
+
+
+def _merged(name: str, loaded: Sequence[ConceptDataset]) -> ConceptDataset:
+    first = dict(loaded[0].provenance)
+    provenance = {
+        **({"loader": first["loader"]} if "loader" in first else {}),
+        "files": [dict(d.provenance) for d in loaded],
+    }
+    return ConceptDataset(name, tuple(e for d in loaded for e in d), provenance)
+
+
+def _divided(whole: ConceptDataset, share: float, seed: int) -> tuple[ConceptDataset, ConceptDataset]:
+    """Divide a dataset by groups: the digest of its name decides for each group, independent of the other data."""
+    if share in {0, 1}:
+        none = whole.filter(lambda _: False)
+        return (none, whole) if share else (whole, none)
+    tested = {g for g in {e.group for e in whole} if int(value_digest([g, seed])[:8], 16) / 0xFFFFFFFF < share}
+    first, second = whole.filter(lambda e: e.group not in tested), whole.filter(lambda e: e.group in tested)
+    if not len(first) or not len(second):
+        msg = f"dataset '{whole.name}' has too few images for discovery and test: add images, or change data.test_share"
+        raise ConfigError(msg)
+    return first, second

@@ -1,0 +1,64 @@
+"""The tables of answers that a run prints and its report shows: as in papers, by data set and split."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from experiments.records import HEADLINE_RATES, read_record
+from groundscope.core.errors import ConfigError
+from groundscope.core.paths import below, is_file
+
+if TYPE_CHECKING:
+    from behavior import BehaviorResult, BenchmarkTable
+
+SHOWN = ("before", "after", "twin")
+"""Conditions whose tables are shown; those of the controls are in ``behavior/scores.json``."""
+TITLES = {"before": "not steered", "after": "steered", "twin": "control model"}
+
+
+def score_tables(run: Path, conditions: Sequence[str] = SHOWN) -> dict[str, BenchmarkTable]:
+    """Return the tables of a run by condition, from the answers that it wrote; runs of earlier versions have them too."""
+    from behavior import benchmark_table
+
+    tables = {name: benchmark_table(result) for name, result in _results(run, conditions).items()}
+    return {name: table for name, table in tables.items() if table.rows}
+
+
+def describe_answers(run: Path) -> list[str]:
+    """Return the tables of a run, and its scores of captions, as lines for the terminal."""
+    tables = score_tables(run)
+    lines: list[str] = []
+    for name, table in tables.items():
+        title = f" ({TITLES[name]})" if len(tables) > 1 else ""
+        lines += ["", f"answers to the test questions{title}, in percent:", *table.text().splitlines()]
+    if tables:
+        lines.append("95 % intervals: behavior/scores.json in the run folder")
+    path = below(run, "behavior/rates.json", error=ConfigError)
+    rates = read_record(path, HEADLINE_RATES) if is_file(path) else {}
+    captions = {c: {n: r for n, r in rates[c].items() if "caption: " in n} for c in SHOWN if c in rates}
+    for condition, scores in captions.items():
+        if scores:
+            figures = ", ".join(
+                f"{name.replace('caption: ', '')} {100 * rate['value']:.1f}" for name, rate in scores.items()
+            )
+            lines.append(f"captions ({TITLES[condition]}), in percent: {figures}")
+    return lines
+
+
+def _results(run: Path, conditions: Sequence[str]) -> dict[str, BehaviorResult]:
+    from behavior import BehaviorResult
+
+    paths = {name: below(run, f"behavior/{name}.json", error=ConfigError) for name in conditions}
+    return {name: BehaviorResult.load(path) for name, path in paths.items() if is_file(path)}
+
+
+def write_scores(path: Path, results: dict[str, BehaviorResult]) -> None:
+    """Write the table of each condition as JSON."""
+    from behavior import benchmark_table
+    from groundscope.core.files import write_text
+
+    records = {name: benchmark_table(result).records() for name, result in results.items()}
+    write_text(path, json.dumps(records, indent=1, allow_nan=False) + "\n")
