@@ -75,9 +75,9 @@ class DataConfig:
     """Images and questions, in two parts without common images: discovery (probes, patching, steering, diagnosis) and test."""
 
     source: OneOrMore = "scenes"
-    """`scenes` for icon scenes with exact truth, a format of `concepts.loaders.LOADERS`, with images on disk, or your function that
-    returns a `ConceptDataset`: `package.module:function` or `folder/file.py:function`. A list has the format of each file of
-    `questions`; `data=[pope,gqa]` means the same."""
+    """`scenes` for icon scenes with exact truth, a format of `concepts.loaders.LOADERS`, with images on disk, or a function of
+    yours that returns a `ConceptDataset`: `package.module:function` or `folder/file.py:function`. A list has the format of each
+    file of `questions`; `data=[pope,gqa]` means the same."""
     n_images: int = 300
     """Discovery scenes."""
     seed: int = 0

@@ -61,6 +61,8 @@ def data_problem(data: DataConfig) -> str | None:
     needs = next((s for s in sources if not is_function(s)), None)
     if needs is not None and not (files and folders):
         return f"data={needs} needs data.questions=FILE and data.images=FOLDER"
+    if len(set(zip(sources * (len(files) // len(sources)), files, strict=True))) < len(files):
+        return f"data.questions=[{','.join(files)}] names a file twice: name each file once"
     if "limit" in data.loader:
         return "data.loader.limit: set data.limit"
     if len(sources) > 1:
@@ -209,10 +211,9 @@ def _named(files: Sequence[str], sources: Sequence[str], loaded: Sequence[Concep
         if len(set(ids)) == len(ids):
             named[base] = _merged(base, [loaded[i] for i in rows]) if len(rows) > 1 else loaded[rows[0]]
             continue
-        for k, i in enumerate(rows):
-            source = sources[i] if len(sources) > 1 else sources[0]
-            name = stems[i] if stems.count(stems[i]) == 1 else f"{stems[i]}-{source}"
-            named[name if name not in named else f"{name}-{k + 1}"] = loaded[i]
+        for i in rows:
+            same = sum(name == stems[i] or name.startswith(f"{stems[i]}-") for name in named)
+            named[f"{stems[i]}-{same + 1}" if same else stems[i]] = loaded[i]
     return named
 
 

@@ -17,6 +17,7 @@ from groundscope.core.paths import is_file, is_link
 
 RECORD = "sweep.json"
 TRUST = "model.trust_remote_code"
+SOURCE = "data.source"
 _COMMAND_LINE_ONLY = ("${", "_target_", "trust_remote_code")
 """Texts that a stored command line must not contain."""
 
@@ -105,6 +106,8 @@ def command_line_only(word: str) -> bool:
     """Return whether a word is accepted on the command line only, not from a file."""
     if word in {"-m", "--multirun"}:
         return False
+    if _key(word) == SOURCE and ":" in word.partition("=")[2]:  # a function of the user, which would run
+        return True
     return word.startswith("-") or _key(word).startswith("hydra") or any(part in word for part in _COMMAND_LINE_ONLY)
 
 
@@ -136,6 +139,15 @@ def configured(folder: Path, words: Sequence[str] = ()) -> Any:
         msg = (
             f"{folder / CONFIG} contains {TRUST}=true, which is not taken from a file: add {TRUST}=true to this command line if "
             f"you trust the code of the model, or {TRUST}=false to continue without it"
+        )
+        raise ConfigError(msg)
+    data = stored.get("data")
+    sources = data.get("source") if isinstance(data, dict) else None
+    function = next((s for s in (sources if isinstance(sources, list) else [sources]) if ":" in str(s)), None)
+    if function is not None and SOURCE not in {_key(w) for w in words}:
+        msg = (
+            f"{folder / CONFIG} contains {SOURCE}={function}, code that is not run from a file: add {SOURCE}={function} to this "
+            "command line if you trust it"
         )
         raise ConfigError(msg)
     inside = folder.absolute().parent.parent.name == SWEEPS  # a job of a sweep: its root is that of all runs

@@ -6,8 +6,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from experiments.run.context import Context
 from experiments.data import is_scenes
+from experiments.run.context import Context
 from experiments.run.folder import write_json
 from experiments.stages.trace import traced_examples
 from groundscope.core.errors import ConfigError, ProbeError

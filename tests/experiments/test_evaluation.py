@@ -1,0 +1,208 @@
+"""`groundscope evaluate`: answers without any stage before, on several files, with the table that papers print."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from behavior import BehaviorResult
+from behavior.pope import score_result
+from experiments.cli.main import _evaluation
+from experiments.cli.overrides import compose
+from experiments.config import DataConfig, RunConfig
+from experiments.data import load_parts, user_function
+from experiments.pipeline import execute
+from experiments.results.run_files import read_examples
+from experiments.run.folder import read_receipt
+from experiments.validation import check
+from groundscope.core.errors import ConfigError, DataError
+from tests.toys.command_line import run_command
+from tests.toys.pope_files import pope_folder
+
+SETS, SPLITS = ("coco_pope", "aokvqa_pope_seem", "gqa_pope_seem"), ("random", "popular", "adversarial")
+SUFFIX = "Answer the question using a single word or phrase."
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """POPE's nine question files, small, with images."""
+    folder = tmp_path_factory.mktemp("nine")
+    pope_folder(folder, 4)
+    text = (folder / "pope_random.json").read_text()
+    for name in SETS:
+        for split in SPLITS:
+            (folder / f"{name}_{split}.json").write_text(text)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def evaluation(files: Path) -> tuple[Path, str]:
+    """Folder and output of one evaluation of the nine files."""
+    nine = ",".join(str(files / f"{name}_{split}.json") for name in SETS for split in SPLITS)
+    words = ["data=pope", f"data.questions=[{nine}]", f"data.images={files / 'images'}", f"data.suffix='{SUFFIX}'"]
+    output = io.StringIO()
+    options = _evaluation([*words, f"root={files / 'runs'}", "threads=1"])
+    return execute(compose(options)[0], Console(file=output, width=200)), output.getvalue()
+
+
+def test_nine_files_are_three_data_sets_in_one_table(evaluation: tuple[Path, str]) -> None:
+    folder, output = evaluation
+    rows = [line.split() for line in output.splitlines() if line.startswith(SETS)]
+    assert [row[:3] for row in rows] == [
+        [name, split, str(8 if split != "mean" else 24)] for name in SETS for split in (*SPLITS, "mean")
+    ]
+    result = BehaviorResult.load(folder / "behavior" / "before.json")
+    scores = json.loads((folder / "behavior" / "scores.json").read_text())["before"]
+    row = next(r for r in scores if (r["data"], r["split"]) == ("gqa_pope_seem", "popular"))
+    chosen = tuple(a for a in result.answers if a.id.startswith("gqa_pope_seem/popular/"))
+    expected = score_result(BehaviorResult(chosen, result.cost, result.provenance))
+    assert row["recall"]["value"] == expected.recall.value
+    assert rows[9][3] == f"{100 * expected.accuracy.value:.1f}"
+
+
+def test_only_answers_are_made_and_the_report_shows_them(evaluation: tuple[Path, str]) -> None:
+    folder, _ = evaluation
+    made = {p.name for p in folder.iterdir() if p.is_dir()}
+    assert made == {"examples", "behavior", "report"}
+    receipt = read_receipt(folder / "behavior")
+    assert receipt is not None
+    assert set(receipt.inputs) == {"examples"}
+    page = (folder / "report.html").read_text()
+    assert "What does it answer?" in page
+    assert "aokvqa_pope_seem" in page
+    assert "Where is it known?" not in page
+
+
+def test_the_suffix_is_in_the_records_and_a_second_call_makes_nothing(
+    evaluation: tuple[Path, str], files: Path
+) -> None:
+    folder, _ = evaluation
+    examples = read_examples(folder / "examples" / "held_out.jsonl")
+    assert {e.suffix for e in examples} == {SUFFIX}
+    assert SUFFIX not in examples[0].question
+    output = io.StringIO()
+    words = (folder / "config.yaml").read_text()
+    assert "test_share: 1.0" in words
+    from experiments.cli.resume import configured
+
+    execute(configured(folder), Console(file=output, width=200))
+    assert output.getvalue().count(" unchanged ") == 3
+
+
+def config(**data: Any) -> RunConfig:
+    run = RunConfig(stages=["examples", "evaluate"], data=DataConfig(**data))
+    run.model.path = "tiny"
+    return run
+
+
+FILE = {"source": "pope", "questions": "q.json", "images": "d"}
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ({**FILE, "source": ["pope", "gqa"]}, r"2 formats \(pope, gqa\) for 1 files: give one file of data.questions"),
+        ({**FILE, "images": ["a", "b"]}, "data.images has 2 folders for 1 files: give one for each file"),
+        ({**FILE, "questions": [["a"]]}, r"data.questions must be a text or a list of texts"),
+        ({**FILE, "questions": []}, r"data.questions must be a text or a list of texts"),
+        ({**FILE, "source": ["pope", "scenes"]}, "scenes are drawn, not read from files"),
+        ({**FILE, "source": "popee"}, "data.source=popee: choose from .*; did you mean pope"),
+        (
+            {"source": ["pope", "coco"], "questions": ["a", "b"], "images": "d", "loader": {"captions": "c"}},
+            r"data.loader.captions: with several formats write the format first, \+data.loader.pope.captions",
+        ),
+        ({**FILE, "test_share": 0.0}, "data.test_share=0 leaves no test questions, which stage 'evaluate' needs"),
+        ({**FILE, "test_share": 1.5}, "data.test_share=1.5: must be from 0 to 1"),
+    ],
+)
+def test_wrong_data_are_refused_before_work(data: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        check(config(**data))
+
+
+def test_all_questions_for_the_test_leave_none_for_probes() -> None:
+    run = config(**FILE, test_share=1.0)
+    check(run)
+    run.stages = ["examples", "trace"]
+    with pytest.raises(
+        ConfigError, match="leaves no discovery questions, which stage 'trace' needs: run groundscope evaluate"
+    ):
+        check(run)
+
+
+def test_wrong_options_of_answers_are_refused_before_work() -> None:
+    run = config(**FILE)
+    run.evaluate.parser = "pope_releas"
+    with pytest.raises(ConfigError, match=r"unknown parser; choose from .*did you mean pope_release"):
+        check(run)
+    run.evaluate.parser = "pope_release"
+    with pytest.raises(ConfigError, match=r"has no effect without written answers; add evaluate\.generate=true"):
+        check(run)
+
+
+def test_files_whose_ids_are_the_same_keep_their_own_names(files: Path, tmp_path: Path) -> None:
+    first = files / "coco_pope_random.json"
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / first.name).write_text(first.read_text())
+    copies = [str(tmp_path / folder / first.name) for folder in ("a", "b")]
+    data = DataConfig(source="pope", questions=[*copies, str(first)], images=str(files / "images"), test_share=1.0)
+    names = [e.id.split("/")[0] for e in load_parts(data)[1]]
+    assert list(dict.fromkeys(names)) == ["coco_pope_random", "coco_pope_random-2", "coco_pope_random-3"]
+    data.questions = [str(first), str(first)]
+    with pytest.raises(ConfigError, match="names a file twice"):
+        load_parts(data)
+
+
+SOURCE = """
+from pathlib import Path
+import groundscope as gs
+
+def load(questions=None, images=None, limit=None, seed=0):
+    data = gs.scenes.dataset(10, seed=seed)
+    return data if limit is None else data[:limit]
+
+def wrong():
+    return 3
+"""
+
+
+def test_a_function_of_the_user_is_the_source(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(SOURCE)
+    data = DataConfig(source=f"{file}:load", loader={"seed": 2}, limit=30, test_share=0.5)
+    assert sum(map(len, load_parts(data))) == 30
+    for source, error, words in (
+        (f"{file}:lode", ConfigError, "has no function 'lode'"),
+        (f"{file}:wrong", DataError, "returned an object of type int, not a ConceptDataset"),
+        (f"{tmp_path}/none.py:load", ConfigError, "there is no file"),
+        ("no_such_package_x:load", ConfigError, "cannot be imported: .*or write the path of the file"),
+    ):
+        with pytest.raises(error, match=words):
+            load_parts(DataConfig(source=source))
+    with pytest.raises(ConfigError, match="the function cannot be called with colour: got an unexpected keyword"):
+        load_parts(DataConfig(source=f"{file}:load", loader={"colour": "red"}))
+    assert user_function(f"{file}:load")(limit=2)[1].id
+
+
+def test_code_of_the_user_runs_only_if_this_command_line_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine.py").write_text(SOURCE + f"\nPath({str(tmp_path / 'ran')!r}).write_text('ran')\n")
+    words = ("data.source=mine.py:load", "stages=[examples]", "name=x")
+    assert run_command(words, tmp_path, monkeypatch, capsys)[0] == 0
+    (tmp_path / "ran").unlink()
+    status, _, error = run_command(("resume=runs/x",), tmp_path, monkeypatch, capsys)
+    assert status == 2
+    assert (
+        "contains data.source=mine.py:load, code that is not run from a file: add data.source=mine.py:load"
+        in " ".join(error.split())
+    )
+    assert not (tmp_path / "ran").exists()
+    assert run_command(("resume=runs/x", "data.source=mine.py:load"), tmp_path, monkeypatch, capsys)[0] == 0
+    assert (tmp_path / "ran").exists()
