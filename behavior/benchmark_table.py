@@ -26,7 +26,17 @@ MEAN = "mean"
 
 @dataclass(frozen=True)
 class BenchmarkRow:
-    """The figures of the questions of one data set, split and form."""
+    """The figures of the questions of one data set, split and form.
+
+    Examples
+    --------
+    >>> import groundscope as gs
+    >>> from groundscope.core.statistics import Estimate
+    >>> accuracy = {"accuracy": Estimate(0.5, 0.1, 0.9, 2)}
+    >>> row = gs.BenchmarkRow("pope", "random", "choice", n=2, unparsed=0, figures=accuracy)
+    >>> gs.BenchmarkTable((row,)).cells()[1]
+    ['pope', 'random', '2', '50.0', '', '', '', '', '0']
+    """
 
     data: str
     """Name of the data set: the part of a combined dataset (`concepts.combine_datasets`)."""
