@@ -8,6 +8,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal, Protocol, overload
 
@@ -407,6 +408,58 @@ class ConceptDataset(Sequence[Example]):
                 raise DataError(msg)
             ids.add(example.id)
         object.__setattr__(self, "provenance", MappingProxyType(dict(self.provenance)))
+
+    @classmethod
+    def from_frame(
+        cls,
+        frame: pd.DataFrame,
+        images: Path | str | None = None,
+        *,
+        name: str = "frame",
+        classes: Sequence[str] = (),
+        ignore: Sequence[str] = (),
+    ) -> ConceptDataset:
+        """Return the dataset of a data frame with a row for each question; its columns are those of `concepts.loaders.table`.
+
+        Parameters
+        ----------
+        frame
+            Cells of ``image`` and ``images`` may also be images of Pillow and any `ImageSource`.
+        images
+            Folder of the image files; None: paths are used as they are.
+        name
+            Name of the dataset, and of the frame in messages.
+        classes, ignore
+            As for `concepts.loaders.table`.
+
+        Raises
+        ------
+        DataError, ConfigError
+            As `concepts.loaders.table`.
+
+        Examples
+        --------
+        >>> import pandas as pd
+        >>> import groundscope as gs
+        >>> image = gs.scenes.dataset(10)[0].image
+        >>> frame = pd.DataFrame({"image": [image], "question": ["What is this?"], "blurred": ["no"], "score": [0.3]})
+        >>> gs.ConceptDataset.from_frame(frame)[0].labels
+        {'blurred': False, 'score': 0.3}
+        """
+        from concepts.reading.image_folder import ImageFolder
+        from concepts.reading.record import Record
+        from concepts.reading.table_examples import Pictures, make_examples
+
+        pictures = Pictures(None if images is None else ImageFolder(Path(images)))
+        columns = {str(column): frame[column].tolist() for column in frame.columns}
+        records = [
+            Record(f"{name}: row {label}", {column: cells[i] for column, cells in columns.items()})
+            for i, label in enumerate(frame.index.tolist())
+        ]
+        examples, labeled = make_examples(records, pictures, classes=classes, ignore=ignore)
+        data = cls(name, tuple(examples), {"loader": "frame", "kept": len(examples), "labels": labeled})
+        pictures.check()
+        return data
 
     def __len__(self) -> int:
         return len(self.examples)

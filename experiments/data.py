@@ -36,6 +36,7 @@ def describe_data(data: DataConfig) -> str:
 def data_problem(data: DataConfig) -> str | None:
     """Return what is wrong with the options of the data, as far as it can be known before a file is read; or None."""
     from concepts import loaders
+    from concepts.loaders import images_optional
 
     for name in ("source", "questions", "images"):
         value = getattr(data, name)
@@ -58,9 +59,9 @@ def data_problem(data: DataConfig) -> str | None:
         return f"{len(sources)} formats ({', '.join(sources)}) for {len(files)} files: give one file of data.questions for each"
     if len(folders) > 1 and len(folders) != len(files):
         return f"data.images has {len(folders)} folders for {len(files)} files: give one for each file, or one for all"
-    needs = next((s for s in sources if not is_function(s)), None)
-    if needs is not None and not (files and folders):
-        return f"data={needs} needs data.questions=FILE and data.images=FOLDER"
+    needs = next((s for s in sources if not is_function(s) and not (files and (folders or images_optional(s)))), None)
+    if needs is not None:
+        return f"data={needs} needs data.questions=FILE" + ("" if images_optional(needs) else " and data.images=FOLDER")
     if len(set(zip(sources * (len(files) // len(sources)), files, strict=True))) < len(files):
         return f"data.questions=[{','.join(files)}] names a file twice: name each file once"
     if "limit" in data.loader:
@@ -139,7 +140,7 @@ def _load_one(
     from concepts import loaders
 
     if not is_function(source):
-        return loaders.load(source, str(file), str(folder), limit=limit, **options)
+        return loaders.load(source, str(file), None if folder is None else str(folder), limit=limit, **options)
     function = user_function(source)
     paths = [Path(p) for p in (file, folder) if p is not None]
     more = {**options, **({"limit": limit} if limit is not None else {})}

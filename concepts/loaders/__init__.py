@@ -39,6 +39,11 @@ Pairs of images:
 `pairs`
     A table of two images, a question and both answers (all levels).
 
+Your own:
+
+`table`
+    A table with images, questions, answers and any labels (all levels).
+
 `load` calls a loader by its name; `register` adds one. Loaders of installed packages are found by the entry-point group
 ``groundscope.loaders``.
 """
@@ -63,6 +68,7 @@ from concepts.loaders.mme import mme
 from concepts.loaders.pairs import pairs
 from concepts.loaders.pope import pope
 from concepts.loaders.sugarcrepe import sugarcrepe
+from concepts.loaders.table import table
 from concepts.loaders.visual_genome import visual_genome
 from concepts.loaders.vsr import vsr
 from concepts.loaders.whatsup import whatsup
@@ -79,6 +85,7 @@ __all__ = [
     "clevr",
     "coco",
     "gqa",
+    "images_optional",
     "load",
     "mme",
     "option_names",
@@ -86,6 +93,7 @@ __all__ = [
     "pope",
     "register",
     "sugarcrepe",
+    "table",
     "visual_genome",
     "vsr",
     "whatsup",
@@ -119,6 +127,7 @@ LOADERS: Registry[Loader] = Registry(
         "pairs": pairs,
         "pope": pope,
         "sugarcrepe": sugarcrepe,
+        "table": table,
         "visual_genome": visual_genome,
         "vsr": vsr,
         "whatsup": whatsup,
@@ -178,8 +187,21 @@ def option_names(name: str) -> tuple[str, ...]:
     return tuple(_options(LOADERS[name]))
 
 
+def images_optional(name: str) -> bool:
+    """Whether a loader runs without a folder of images.
+
+    Examples
+    --------
+    >>> import groundscope as gs
+    >>> gs.loaders.images_optional("table"), gs.loaders.images_optional("coco")
+    (True, False)
+    """
+    parameters = list(inspect.signature(LOADERS[name]).parameters.values())
+    return len(parameters) > 1 and parameters[1].default is not inspect.Parameter.empty
+
+
 def load(
-    name: str, file: Path | str, images: Path | str, /, *, limit: int | None = None, **options: Any
+    name: str, file: Path | str, images: Path | str | None = None, /, *, limit: int | None = None, **options: Any
 ) -> ConceptDataset:
     """Load a dataset with a loader that is given by name.
 
@@ -190,7 +212,7 @@ def load(
     file
         File of questions or annotations.
     images
-        Folder of its images.
+        Folder of its images; may be omitted for `table`, whose images can be next to the file or in it.
     limit
         As documented by the loader; for a loader without this option, the maximum number of questions.
     options
@@ -235,7 +257,11 @@ def load(
         msg = f"loader '{name}' needs the option '{missing[0]}'; its options are {', '.join(names)}"
         raise ConfigError(msg)
     has_limit = any_option or "limit" in available
-    data = loader(Path(file), Path(images), **options, **({"limit": limit} if has_limit else {}))
+    if images is None and not images_optional(name):
+        msg = f"loader '{name}' needs the folder of the images"
+        raise ConfigError(msg)
+    folder = () if images is None else (Path(images),)
+    data = loader(Path(file), *folder, **options, **({"limit": limit} if has_limit else {}))
     if not isinstance(data, ConceptDataset):
         msg = f"loader '{name}' returned an object of type {type(data).__name__}; it must return a ConceptDataset"
         raise DataError(msg)

@@ -89,7 +89,7 @@ class _Index:
         first: dict[str, Example] = {}
         for example in data:
             first.setdefault(example.group, example)
-            labels[example.group].update((k, v) for k, v in example.labels.items() if k.startswith("object:"))
+            labels[example.group].update((k, bool(v)) for k, v in example.labels.items() if k.startswith("object:"))
         self._photographs = {
             group: _Photograph(example, frozenset(canonical_noun(o.noun) for o in example.objects), labels[group])
             for group, example in first.items()
