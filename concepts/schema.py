@@ -8,7 +8,6 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal, Protocol, overload
 
@@ -17,6 +16,8 @@ from groundscope.core.short_repr import short_repr
 from groundscope.core.text import nearest
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import pandas as pd
     from PIL import Image
 
@@ -446,20 +447,10 @@ class ConceptDataset(Sequence[Example]):
         >>> gs.ConceptDataset.from_frame(frame)[0].labels
         {'blurred': False, 'score': 0.3}
         """
-        from concepts.reading.image_folder import ImageFolder
-        from concepts.reading.record import Record
-        from concepts.reading.table_examples import Pictures, make_examples
+        from concepts.reading.table_examples import examples_of_frame
 
-        pictures = Pictures(None if images is None else ImageFolder(Path(images)))
-        columns = {str(column): frame[column].tolist() for column in frame.columns}
-        records = [
-            Record(f"{name}: row {label}", {column: cells[i] for column, cells in columns.items()})
-            for i, label in enumerate(frame.index.tolist())
-        ]
-        examples, labeled = make_examples(records, pictures, classes=classes, ignore=ignore)
-        data = cls(name, tuple(examples), {"loader": "frame", "kept": len(examples), "labels": labeled})
-        pictures.check()
-        return data
+        examples, labeled = examples_of_frame(frame, images, name, classes=classes, ignore=ignore)
+        return cls(name, tuple(examples), {"loader": "frame", "kept": len(examples), "labels": labeled})
 
     def __len__(self) -> int:
         return len(self.examples)

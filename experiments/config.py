@@ -88,9 +88,9 @@ class DataConfig:
     """Seed of the test scenes; must differ from `seed`."""
     questions: OneOrMore = None
     """File with questions or annotations, the first argument of the loader, or a list of files that are used together, such as
-    the nine files of POPE (all sources except `scenes`)."""
+    the nine files of POPE (all sources except `scenes`); `data.path` means the same."""
     images: OneOrMore = None
-    """Folder with its images, or a list with the folder of each file (all sources except `scenes`)."""
+    """Folder with its images, or a list with the folder of each file (all sources except `scenes`; `data=table` needs none)."""
     test_share: float = 0.5
     """Share of the images in the test part (all sources except `scenes`): 1 evaluates all of them and leaves none for the other
     stages, 0 tests none."""

@@ -9,7 +9,7 @@ import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from concepts.image_files import BytesImage, FileImage
 from concepts.nouns import asked_noun
@@ -19,6 +19,9 @@ from concepts.reading.record import Record, abbreviate
 from concepts.schema import LEVELS, YES_NO, Box, Example, ImageSource, NoImage, SceneObject
 from groundscope.core.errors import ConfigError, DataError
 from groundscope.core.text import nearest
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 FIELDS = (
     "id", "image", "images", "question", "answer", "candidates", "aliases", "prefix", "group", "split", "level", "kind",
@@ -116,6 +119,26 @@ def make_examples(
         first[example.id] = row.where.rpartition(": ")[2]
         examples.append(example)
     return examples, {concept: sum(v is not None for v in values) for concept, values in labels.items()}
+
+
+def examples_of_frame(
+    frame: pd.DataFrame,
+    images: Path | str | None,
+    name: str,
+    *,
+    classes: Collection[str] = (),
+    ignore: Collection[str] = (),
+) -> tuple[list[Example], dict[str, int]]:
+    """Return the examples of a data frame, after all checks, and the number of labeled rows by concept."""
+    pictures = Pictures(None if images is None else ImageFolder(Path(images)))
+    columns = {str(column): frame[column].tolist() for column in frame.columns}
+    records = [
+        Record(f"{name}: row {label}", {column: cells[i] for column, cells in columns.items()})
+        for i, label in enumerate(frame.index.tolist())
+    ]
+    examples, labeled = make_examples(records, pictures, classes=classes, ignore=ignore)
+    pictures.check()
+    return examples, labeled
 
 
 def _labels(rows: Sequence[Record], names: list[str], classes: Collection[str]) -> dict[str, list[Label | None]]:

@@ -68,3 +68,16 @@ def test_every_loader_has_its_line_in_the_configuration() -> None:
     folder = Path(__file__).resolve().parents[2] / "experiments" / "conf" / "data"
     sources = {path.stem: yaml.safe_load(path.read_text())["source"] for path in folder.glob("*.yaml")}
     assert sources == {name: name for name in ("scenes", *loaders.LOADERS)}
+
+
+def test_a_table_needs_no_folder_of_images(tmp_path: Path) -> None:
+    rows = [f"{i}.png,Is there a dog in the image?,no,{'yes' if i % 3 else ''}" for i in range(12)]
+    for i in range(12):
+        Image.new("RGB", (2, 2)).save(tmp_path / f"{i}.png")
+    (tmp_path / "q.csv").write_text("\n".join(["image,question,answer,mine", *rows]))
+    config = RunConfig(root=str(tmp_path), data=DataConfig(source="table", questions=str(tmp_path / "q.csv")))
+    parts = Context(config, RunFolder(tmp_path), Console()).parts
+    assert sum("mine" in e.labels for part in parts for e in part) == 8
+    assert not {e.group for e in parts[0]} & {e.group for e in parts[1]}
+    with pytest.raises(ConfigError, match=r"data=table needs data.questions=FILE$"):
+        _ = Context(RunConfig(data=DataConfig(source="table")), RunFolder(tmp_path), Console()).parts
