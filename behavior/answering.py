@@ -36,10 +36,10 @@ def answer(
 ) -> BehaviorResult:
     """Ask a model every question of a dataset.
 
-    A question with candidates takes one forward pass: the answer is the candidate with the highest log-score at the
-    last token of the prompt, and the margin is the difference of log-scores to the best other candidate. A question
-    without candidates (a caption) is answered by greedy generation; with `generate`, so are all questions. After the
-    prefix of an example (`Example.prefix`), the answer is what follows it: `Answer.text` does not repeat the prefix.
+    A question with candidates takes one forward pass: the answer is the candidate with the highest score (log-sum-exp of
+    the logits of its first tokens) at the last token of the prompt; the margin is its score minus the best other score. A
+    question without candidates (a caption) is answered by greedy generation; with `generate`, so are all questions. After
+    the prefix of an example (`Example.prefix`), the answer is what follows it: `Answer.text` does not repeat the prefix.
 
     Parameters
     ----------

@@ -134,7 +134,7 @@ def compute_metrics(
     data
         The questions.
     synonyms
-        Words for the objects of COCO's captions; `behavior.chair.COCO_SYNONYMS` by default.
+        Word or phrase to the object it means, for CHAIR on COCO; `behavior.chair.COCO_SYNONYMS` by default.
 
     Returns
     -------
@@ -176,7 +176,9 @@ def compute_metrics(
 
 
 def compare_metric(before: BehaviorResult, after: BehaviorResult, name: str) -> Estimate | None:
-    """Return the paired change of a metric with its 95 % interval clustered by image; None if it applies to no answer.
+    """Return the change of a metric, after minus before, paired by question; None if the metric applies to no answer.
+
+    Its 95 % interval is clustered by image.
 
     Parameters
     ----------

@@ -226,7 +226,10 @@ def _pair_by_image(subtask: str, rows: Iterable[Answer]) -> list[tuple[Answer, A
         images.setdefault(row.group, []).append(row)
     for image, questions in images.items():
         if len(questions) != 2:
-            msg = f"subtask '{subtask}', image '{image}': {len(questions)} questions, but MME asks two questions per image"
+            msg = (
+                f"subtask '{subtask}', image '{image}': {len(questions)} questions, but MME asks two questions per image; "
+                "remove or complete them"
+            )
             raise DataError(msg)
     return [(first, second) for first, second in images.values()]
 

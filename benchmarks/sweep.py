@@ -46,7 +46,7 @@ from experiments.cli.overrides import compose
 from experiments.pipeline import execute
 from experiments.run.context import Context
 from experiments.run.folder import RunFolder, read_receipt
-from experiments.stages.table import TABLE
+from experiments.stages.registry import TABLE
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDS, SEEDS = (2, 3, 4), (0, 1, 2, 3)

@@ -29,7 +29,7 @@ Modules, in the order of a diagnosis
 
 import lazy_loader
 
-from groundscope.core.rooms import check_rooms
+from groundscope.core.packages import check_packages
 
-check_rooms()
+check_packages()
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -141,5 +141,8 @@ def _stage(site: str, tokens: str) -> str:
         return "image"
     if role == "last":
         return "last"
-    msg = f"directions at {site}, {tokens}: a diagnosis reads only image, object and last tokens"
+    msg = (
+        f"direction at {site}, tokens '{tokens}': a diagnosis reads the decoder at image, object or last tokens (such as "
+        "image:mean, object:mean, last); fit the probe at one of these"
+    )
     raise ProbeError(msg)

@@ -21,11 +21,11 @@ that add a section to the report.
 
 from __future__ import annotations
 
-from groundscope.core.rooms import check_rooms
+from groundscope.core.packages import check_packages
 
 __all__ = ["main"]
 
-check_rooms()
+check_packages()
 
 
 def main() -> None:

@@ -28,7 +28,7 @@ from experiments.run.interrupts import load_torch
 from experiments.run.live_table import LiveTable
 from experiments.run.stored_config import CONFIG
 from experiments.stages import trace_shards
-from experiments.stages.table import TABLE, needed_stages
+from experiments.stages.registry import TABLE, needed_stages
 from experiments.validation import check
 from groundscope.core.document_digest import value_digest
 from groundscope.core.errors import ConfigError, DataError

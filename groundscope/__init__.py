@@ -1,8 +1,8 @@
 """Find out why a vision-language model misdescribes an image: where it encodes the truth, what uses it, what corrects it.
 
-``import groundscope as gs`` exposes the rooms as attributes (``gs.probes``, ``gs.circuits``) and every public name that is
-unique to one room (``gs.load_lvlm``, ``gs.trace``, ``gs.fit_grid``). Names that exist in several rooms, such as ``compare``
-and ``pope``, are attributes of their room: ``gs.circuits.compare``, ``gs.behavior.pope``, ``gs.loaders.pope``. Modules are
+``import groundscope as gs`` exposes the packages as attributes (``gs.probes``, ``gs.circuits``) and every public name that is
+unique to one package (``gs.load_lvlm``, ``gs.trace``, ``gs.fit_grid``). Names that exist in several packages, such as ``compare``
+and ``pope``, are attributes of their package: ``gs.circuits.compare``, ``gs.behavior.pope``, ``gs.loaders.pope``. Modules are
 imported on first use.
 
 Examples
@@ -17,7 +17,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from groundscope.core.rooms import ROOMS, check_rooms
+from groundscope.core.packages import PACKAGES, check_packages
 
 if TYPE_CHECKING:
     import activation_store
@@ -538,12 +538,12 @@ _HOMES = {
     "wrap_lvlm": "lvlm",
 }
 
-check_rooms()
+check_packages()
 
 
 def __getattr__(name: str) -> Any:
-    """Import a room or a public name when it is first used."""
-    if name in ROOMS:
+    """Import a package or a public name when it is first used."""
+    if name in PACKAGES:
         return import_module(name)
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)

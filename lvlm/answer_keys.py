@@ -35,7 +35,7 @@ class AnswerKey:
     """For each candidate the ids of its first token, after the prompt and the prefix: as written, and capitalized."""
 
     def scores(self, logits: Tensor) -> Tensor:
-        """Return the log-score of each candidate from logits ``[..., V]`` -> ``[..., n_candidates]``.
+        """Return the score of each candidate from logits ``[..., V]`` -> ``[..., n_candidates]``.
 
         The score of a candidate with two first tokens (``yes``, ``Yes``) is the logarithm of their summed exponentials.
         """

@@ -16,7 +16,7 @@ Probes need only a store, or arrays in memory (`activation_store.MemorySource`):
 
 import lazy_loader
 
-from groundscope.core.rooms import check_rooms
+from groundscope.core.packages import check_packages
 
-check_rooms()
+check_packages()
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -72,7 +72,7 @@ class LogisticProbe(_Probe):
     """L2-regularized logistic regression on standardized features, with balanced classes.
 
     Equals ``make_pipeline(StandardScaler(), LogisticRegression(C=C, class_weight="balanced"))`` at its optimum;
-    ``gap_`` is the proven relative distance from it.
+    ``gap_`` is a proven upper bound on the relative distance of its objective from the minimum.
 
     Parameters
     ----------
@@ -115,7 +115,8 @@ class MultinomialProbe(_Probe):
     """L2-regularized multinomial (softmax) regression on standardized features, with two or more balanced classes.
 
     Equals ``make_pipeline(StandardScaler(), LogisticRegression(C=C, class_weight="balanced"))`` at its optimum for three
-    or more classes; ``gap_`` is the proven relative distance from it. ``coef_`` is [K, D], also for two classes.
+    or more classes; ``gap_`` is a proven upper bound on the relative distance of its objective from the minimum.
+    ``coef_`` is [K, D], also for two classes.
 
     Parameters
     ----------

@@ -64,8 +64,9 @@ def fit_grid(
     """Fit a linear probe for each concept at every layer, and every head of `z`.
 
     The protocol is the same for every cell: about `test_fraction` of the rows, in whole groups, are held out and used only
-    for the final score; the other groups are divided into `folds` folds; the C with the lowest cross-validated log-loss is
-    selected, and the probe refitted on all training rows. Features are standardized on the rows that a probe is fitted to.
+    for the final score; the other groups are divided into `folds` folds; C is
+    selected by the cross-validated loss (log-loss; squared error for ``ridge``; an estimator without a loss uses the smallest
+    C), and the probe refitted on all training rows. Features are standardized on the rows that a probe is fitted to.
     Classes are balanced (scikit-learn's ``class_weight="balanced"``), as in the score. All concepts share one split, so
     that no example is held out for one concept and used for training another.
 
@@ -96,15 +97,15 @@ def fit_grid(
         Parameters of the split, as above.
     control
         Number of label shuffles (see `probes.protocol.controls.shuffle_labels`); for each, the whole procedure is repeated,
-        including the choice of C, and the mean score is the control. 0: no control. The control of a concept is NaN if
-        fewer than 10 of its groups, or fewer than half, have the same number of rows as another group of their fold,
-        because most shuffled labels would equal the true ones; ``provenance["control_groups"]`` gives the counts by concept:
-        (movable, all).
+        including the choice of C, and the mean score is the control. 0: no control. A group is movable if its own labels
+        differ, or if a group of the same size in its part (fold or held-out rows) has other labels. The control is NaN if
+        fewer than 10 groups, or fewer than half, are movable; ``provenance["control_groups"]`` holds (movable, all) for
+        each concept.
     rows
         Boolean mask over the examples to use.
     skip_unplaceable
-        Leave out concepts that no split into whole groups can place (too few groups of a class, or a class that the split
-        leaves out of a part) instead of raising; ``provenance["left_out"]`` has the reason for each.
+        Leave out, instead of raising, concepts with too few groups of a class, or with a class missing from a part of the
+        split; ``provenance["left_out"]`` has the reason for each.
     tolerance
         Maximum proven relative gap of a logistic fit to its optimum; the fits on folds, which only select C, use 1e-6 if
         `tolerance` is smaller (`probes.protocol.cell.SELECTION`).
@@ -135,8 +136,8 @@ def fit_grid(
 
     Notes
     -----
-    Memory: one layer at a time, ``4 N D`` bytes as read and ``8 N D`` in float64 of N examples and a layer of width D,
-    twice the share of one head (or layer) in addition while it is fitted, and the grid itself.
+    Peak memory: one layer of N examples and width D, ``4 N D`` bytes as read plus ``8 N D`` in float64; two more copies of
+    the head (or layer) that is being fitted; and the grid.
 
     Examples
     --------

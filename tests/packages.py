@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from groundscope.core.rooms import ROOMS
+from groundscope.core.packages import PACKAGES
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("groundscope", *ROOMS)
+PACKAGES = ("groundscope", *PACKAGES)
 """Top-level packages, lowest first."""
 LIBRARY = tuple(package for package in PACKAGES if package != "experiments")
 """Packages that are used from Python; `experiments` is the command line."""

@@ -88,8 +88,8 @@ def verify(path: str | Path, *, progress: bool | None = None) -> IntegrityReport
 
     Every byte is verified before HDF5 parses the file, so that damage cannot hang or crash this process. If only blocks of
     values changed, only the examples in these blocks are reported. Files of layout versions 1 and 2, whose digests need
-    HDF5, are read in a child process with limits on time and memory; shards of these versions that no manifest lists are
-    checked by their internal digests: all values of arrays and columns, but not names and attributes.
+    HDF5, are read in a child process with limits on time and memory; if no manifest lists such a shard, only its
+    own digests are checked: they cover the values of arrays and columns, not names and attributes.
 
     Parameters
     ----------

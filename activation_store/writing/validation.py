@@ -206,7 +206,10 @@ def check_lists(
         first = non_empty[0]
         shape = "text" if isinstance(first, tuple) else "numbers" if first.ndim == 1 else f"{first.shape[1]} numbers"
         if shapes.setdefault(name, shape) != shape:
-            msg = f"column '{name}' held lists of {shapes[name]} in earlier batches and holds lists of {shape} in this one"
+            msg = (
+                f"column '{name}': lists of {shape} in this batch, lists of {shapes[name]} in earlier ones; give all batches "
+                f"lists of {shapes[name]}"
+            )
             raise StoreError(msg)
     return shapes
 

@@ -218,8 +218,8 @@ def _run_once(
     if len(records) != model.n_layers:
         missing = next(i for i in range(model.n_layers) if i not in records)
         msg = (
-            f"{model.name}: layer {missing} does not use transformers' table of attention functions, so its queries and "
-            "keys cannot be read"
+            f"{model.name}: layer {missing} does not call its attention through transformers' ALL_ATTENTION_FUNCTIONS, so its "
+            "queries and keys cannot be read; use attribution.heads, attribution.nodes or circuits.patch_paths"
         )
         raise ModelError(msg)
     slopes: tuple[Tensor, ...] = ()

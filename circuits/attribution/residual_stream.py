@@ -120,8 +120,9 @@ def run(
         if len(attention.records) != model.n_layers:
             missing = next(i for i in range(model.n_layers) if i not in attention.records)
             msg = (
-                f"{model.name}: layer {missing} does not use transformers' table of attention functions, so its "
-                "queries, keys and values cannot be separated"
+                f"{model.name}: layer {missing} does not call its attention through transformers' ALL_ATTENTION_FUNCTIONS, so "
+                "its queries, keys and values cannot be separated; use attribution.heads, attribution.nodes or "
+                "circuits.patch_paths"
             )
             raise ModelError(msg)
         readings, final = _readings(model, nodes, forms, attention.records, score) if forms else ((), None)
@@ -204,7 +205,10 @@ def weights_of(model: Lvlm, layer: int) -> dict[str, Tensor]:
 def _by_head(model: Lvlm, place: HookPoint) -> Tensor:
     module = place.module
     if not isinstance(module, nn.Linear):
-        msg = f"{model.name}: {type(module).__name__} is not a linear layer, so it has no slice per head"
+        msg = (
+            f"{model.name}: the projection of queries, keys or values is a {type(module).__name__}; edges need nn.Linear, "
+            "to take one slice per head; use attribution.heads, attribution.nodes or circuits.patch_paths"
+        )
         raise ModelError(msg)
     by_row = place.value(module.weight.detach().T[None], LayerCall())[0].T  # [KV * d, D]
     width = model.head_dim

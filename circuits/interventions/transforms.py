@@ -39,14 +39,15 @@ class Replace:
 
 @dataclass(frozen=True, eq=False)
 class Add:
-    """Replace x by ``x + value``, optionally rescaled to the norm of x.
+    """Replace x by ``x + value``, rescaled as `norm` says.
 
     ``free``
         ``x + value``.
     ``kept``
         ``|x| unit(x + value)``: VISTA (Li et al. 2025, arXiv 2502.03628).
     ``relative``
-        ``|x| unit(x / |x| + value)``, so that `value` is a share of x: VTI (Liu et al. 2024, arXiv 2410.15778).
+        ``|x| unit(x / |x| + value)``, so that the length of `value` is relative to that of x: VTI (Liu et al. 2024, arXiv
+        2410.15778).
     ``away``
         ``|x| unit(x / |x| + (1 + max(0, cos(x, -value))) value)``: up to twice as strong if x points away from `value`;
         the rule in the run scripts of VISTA's release (github.com/LzVv123456/VISTA).

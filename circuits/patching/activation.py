@@ -192,7 +192,7 @@ def patch(
     memory: int = MEMORY,
     progress: bool | None = None,
 ) -> PatchScores:
-    """Patch sites of the decoder at tokens, each separately, for each pair; `patch_heads` defines the effect.
+    """Measure the effect of patching each site of the decoder separately, for each pair; `patch_heads` defines the effect.
 
     Parameters
     ----------
@@ -205,8 +205,8 @@ def patch(
         ``mlp_out``; ``z`` for each head separately), a `Site`, a `Head`, or a `HeadSet` of heads to patch together, in one run.
     tokens
         ``last``; ``suffix:all`` (every token after the image), ``question:all``, ``image:all``, ``object:all`` or ``all``,
-        patched jointly, or each token separately, as in ``suffix:each``; or ``positions:12,13``, counted from 0. Positions
-        from the first patched one on are recomputed from the patched layer on, so early positions cost more than late ones.
+        patched jointly, or each token separately, as in ``suffix:each``; or ``positions:12,13``, counted from 0. A
+        patch recomputes the positions from its first one on, in the layers from its own on: early positions cost more.
     mode, metric, min_effect, batch_size, memory, progress
         As in `patch_heads`.
 

@@ -23,7 +23,7 @@ NOISE_STEP = 500
 
 @dataclass(frozen=True)
 class EditedImage:
-    """An image source with an edit of its pixels; itself an `ImageSource`.
+    """An `ImageSource`: a base image with an edit of its pixels.
 
     Examples
     --------

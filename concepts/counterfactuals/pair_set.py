@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, repr=False)
 class PairSet(Sequence[CounterfactualPair]):
-    """Pairs of one kind.
+    """Counterfactual pairs of one kind, with how they were made and what was left out.
 
     Examples
     --------

@@ -156,6 +156,9 @@ def _number(record: Record, annotation_of_id: Mapping[str, Record], annotations:
     if number not in annotation_of_id:
         ids = sorted(int(n) for n in annotation_of_id if n.isdecimal() and len(n) < 20)
         available = f"the annotations {ids[0]} to {ids[-1]}" if ids else "no annotation with a number as its id"
-        msg = f"{record.where}: no annotation with id '{number[:40]}'; '{annotations}' has {available}"
+        msg = (
+            f"{record.where}: no annotation with id '{number[:40]}'; '{annotations}' has {available}; use the annotations of "
+            "the same release"
+        )
         raise DataError(msg)
     return number

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiments.results.headlines import Headline, headlines
-from experiments.text import plain_console
+from experiments.terminal_text import plain_console
 from groundscope.core.errors import ConfigError, GroundscopeError
 
 

@@ -14,7 +14,7 @@ from importlib import import_module
 from typing import Any
 
 from groundscope.core.errors import ConfigError
-from groundscope.core.rooms import ROOMS
+from groundscope.core.packages import PACKAGES
 
 
 def launch_jobs(overrides: Sequence[str]) -> None:
@@ -47,20 +47,20 @@ def launch_jobs(overrides: Sequence[str]) -> None:
 def launcher_options(overrides: Sequence[str]) -> list[str]:
     """Return further overrides for the chosen launcher.
 
-    Ray puts the current folder first on the import path of its workers, after `import_rooms` has run there: a folder of the user
-    with the name of one of our packages then hides nothing. (Workers of joblib and submitit have ``PYTHONSAFEPATH``.)
+    Ray puts the current folder first on the import path of its workers, after `import_packages` has run there: a folder of
+    the user with the name of one of our packages then hides nothing. (Workers of joblib and submitit have ``PYTHONSAFEPATH``.)
     """
     keys = {word.lstrip("+").partition("=")[0] for word in overrides}
     ray = any(word.lstrip("+") == "hydra/launcher=ray" for word in overrides)
     if not ray or any(key.startswith("hydra.launcher.ray.init.runtime_env") for key in keys):
         return []
-    return [f"+hydra.launcher.ray.init.runtime_env.worker_process_setup_hook={__name__}.{import_rooms.__name__}"]
+    return [f"+hydra.launcher.ray.init.runtime_env.worker_process_setup_hook={__name__}.{import_packages.__name__}"]
 
 
-def import_rooms() -> None:
+def import_packages() -> None:
     """Import all packages of this distribution, so that later changes of the import path do not hide them."""
-    for room in ROOMS:
-        import_module(room)
+    for package in PACKAGES:
+        import_module(package)
 
 
 def run_task(options: Any) -> None:

@@ -161,7 +161,7 @@ def _run_guarded(work: Callable[[Console], int]) -> int:
 
 
 def _print_error(console: Console, text: str) -> None:
-    from experiments.text import printable
+    from experiments.terminal_text import printable
 
     console.print(f"[bold red]error:[/] {_escape(printable(text))}")
 

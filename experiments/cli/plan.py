@@ -284,7 +284,7 @@ def show(arguments: Sequence[str]) -> int:
 
     from experiments.cli.overrides import compose, read
     from experiments.run.folder import RunFolder
-    from experiments.text import plain_console, size
+    from experiments.terminal_text import plain_console, size
     from experiments.validation import check
 
     numbers = {w.partition("=")[0]: w.partition("=")[2] for w in arguments if w.startswith(("examples=", "seconds="))}

@@ -12,8 +12,8 @@ from experiments.records import FAILURE, read_record
 from experiments.results.headlines import headlines
 from experiments.run.folder import FAILED, MARKER, STARTED, check_layout, read_receipt
 from experiments.run.stage_cache import runs_in
-from experiments.stages.table import TABLE
-from experiments.text import plain_console, printable, size
+from experiments.stages.registry import TABLE
+from experiments.terminal_text import plain_console, printable, size
 from groundscope.core.errors import ConfigError, GroundscopeError
 from groundscope.core.locks import holder, is_locked
 from groundscope.core.paths import files_below, is_file

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from experiments.config import STAGES
-from experiments.text import printable
+from experiments.terminal_text import printable
 from groundscope.core.progress import watched
 
 _STYLES = {"unchanged": "dim", "shared": "cyan", "failed": "bold red", "waiting": "dim"}

@@ -1,1 +1,1 @@
-"""General helpers for all rooms: errors, files, locks, progress, statistics, text."""
+"""General helpers for all packages: errors, files, locks, progress, statistics, text."""

@@ -18,7 +18,10 @@ def qformer_question(model: Model, ids: list[int], images: Sequence[EncodedImage
         return {}
     tokenizer = getattr(model.processor, "qformer_tokenizer", None)
     if tokenizer is None:
-        msg = f"{model.name} has a Q-Former that reads the question, but its processor has no qformer_tokenizer"
+        msg = (
+            f"{model.name} has a Q-Former that reads the question, but its processor has no qformer_tokenizer; load the "
+            "model with a processor that has one"
+        )
         raise ModelError(msg)
     question = torch.tensor([tokenizer(text)["input_ids"]] * len(images))
     return {"qformer_input_ids": question, "qformer_attention_mask": torch.ones_like(question)}

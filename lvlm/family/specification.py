@@ -31,8 +31,8 @@ weights in float32 whatever the model's own precision is."""
 class StackSpec:
     """Paths of one transformer stack; all except `layers` are relative to a layer.
 
-    A path consists of attribute names and list indices, joined by dots. If layers of a stack differ, ``a|b`` is the first path
-    that a layer has. An empty path means that the stack has no such part.
+    A path consists of attribute names and list indices, joined by dots. If layers differ, write alternatives as ``a|b``:
+    each layer uses the first path that it has. An empty path means that the stack has no such part.
 
     Examples
     --------

@@ -181,7 +181,7 @@ VectorChange = AddChange | AmplifyChange | ProjectChange
 
 @dataclass(frozen=True, eq=False)
 class ProbeGate:
-    """A probe that restricts a vector to tokens where ``weights . x + bias > 0``.
+    """A linear probe that lets a steering vector act only at tokens where ``weights . x + bias > 0``.
 
     Examples
     --------

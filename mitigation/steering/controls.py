@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 def match_displacement(
     control: SteeringVector, vector: SteeringVector, store: ActivationSource, *, tokens: str = "last"
 ) -> SteeringVector:
-    """Scale a control so that each place is displaced as far as the vector's: equal root mean square over a store's examples.
+    """Scale a control so that it moves activations as far as the vector does.
+
+    The root mean square of the displacement over a store's examples is equal at each place.
 
     Parameters
     ----------
@@ -103,8 +105,8 @@ def move_to_heads(
 ) -> SteeringVector:
     """Return a control: the same directions at other heads, with the same displacement.
 
-    The reference point of an amplification belongs to its head: at another head, its offset from that head's mean equals
-    its offset from the mean of the original head.
+    An amplification measures deviations from `AmplifyChange.mean`. At the new head this point is the new head's mean
+    activation, plus the offset that it had from the original head's mean.
 
     Parameters
     ----------

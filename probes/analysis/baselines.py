@@ -215,8 +215,8 @@ def random_features(
 ) -> pd.DataFrame:
     """Score the same protocol on random features of the same width, correlated within groups.
 
-    Half of their variance is shared by the group, like an image by its questions, so that a split that divides groups
-    would score above chance. One layer is enough: random features have no depth.
+    Half of their variance is common to the group, as questions about one image share the image: a split that divides
+    groups would score above chance. One layer is enough: random features have no depth.
 
     Returns
     -------

@@ -17,7 +17,8 @@ def shuffle_labels(labels: np.ndarray, groups: np.ndarray, parts: np.ndarray, se
     not change labels that are constant over an image; shuffling rows freely, or blocks between groups of different sizes,
     would make the shuffled labels less correlated within groups than the real ones.
 
-    A group with a unique size in its part keeps its labels, up to their order: `movable` counts the others.
+    A group with a unique size in its part keeps its labels, up to their order. `movable` counts the groups whose labels can
+    change.
 
     Parameters
     ----------

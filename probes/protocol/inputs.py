@@ -188,7 +188,7 @@ def probeable(
 ) -> tuple[str, ...]:
     """Return the concepts of a store with enough groups of both classes for `fit_grid` with these settings.
 
-    Rows with an empty token selection are counted here, because no selection is given.
+    No token selection is given here, so rows that `fit_grid` would drop for an empty selection are counted.
 
     Examples
     --------

@@ -31,7 +31,7 @@ from experiments.pipeline import execute
 from experiments.run.folder import RunFolder
 from experiments.run.interrupts import defer_interrupt
 from experiments.run.live_table import LiveTable
-from experiments.stages.table import TABLE
+from experiments.stages.registry import TABLE
 from groundscope.core.errors import ConfigError, StoreError
 from groundscope.core.locks import lock
 from groundscope.core.progress import display

@@ -32,8 +32,8 @@ from experiments.run import folder
 from experiments.run.context import Context, fingerprint
 from experiments.run.folder import RunFolder, read_receipt, write_json
 from experiments.stages.export import make_exports
+from experiments.stages.registry import TABLE
 from experiments.stages.steer import make_steering
-from experiments.stages.table import TABLE
 from experiments.validation import check
 from groundscope.core.document_digest import document_digest
 from groundscope.core.errors import ConfigError

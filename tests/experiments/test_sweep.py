@@ -34,9 +34,9 @@ from experiments.run import context as context_module
 from experiments.run import stage_cache
 from experiments.run.context import Context
 from experiments.run.folder import RunFolder, read_receipt
-from experiments.stages.table import TABLE
+from experiments.stages.registry import TABLE
 from groundscope.core.errors import ConfigError
-from groundscope.core.rooms import ROOMS
+from groundscope.core.packages import PACKAGES
 from lvlm import Lvlm, load_lvlm
 from tests.toys.command_line import FEW, ROOT, TRACED, Command, run_command, spawn
 
@@ -203,7 +203,7 @@ def test_ray_workers_import_our_packages_before_the_current_folder_is_on_their_p
     module, _, name = hook.rpartition(".")
     code = f"import sys; from {module} import {name}; {name}(); print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert set(ROOMS) <= set(done.stdout.split())
+    assert set(PACKAGES) <= set(done.stdout.split())
     assert launcher_options(["hydra/launcher=ray", f"{option}={{working_dir: x}}"]) == []
     assert launcher_options(["hydra/launcher=joblib"]) == []
 
@@ -216,7 +216,7 @@ def test_a_sweep_shares_its_trace_and_a_failed_job_leaves_the_others(root: Path,
 
     The folder has packages named like ours, as a research repository has: neither the command nor a worker imports them.
     """
-    for room in ROOMS:
+    for room in PACKAGES:
         (root.parent / room).mkdir(exist_ok=True)
         (root.parent / room / "__init__.py").write_text("raise RuntimeError(__file__)\n")
     words = [*TRACED, "data.n_images=10,5", "probe.folds=2,3", "stages=[examples,trace]", "sweep.name=s"]

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 import groundscope as gs
-from groundscope.core.rooms import ROOMS
+from groundscope.core.packages import PACKAGES
 
 ROOT = Path(__file__).resolve().parents[2]
-LIBRARY = [room for room in ROOMS if room != "experiments"]
+LIBRARY = [room for room in PACKAGES if room != "experiments"]
 SEVERAL = {"amber", "mme", "pope"}
 """Functions of one room that are also loaders of `concepts`: reached through their room."""
 
@@ -37,7 +37,7 @@ def python(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
 def test_the_facade_has_every_room_and_every_name_that_one_room_has() -> None:
     count = Counter(name for room in LIBRARY for name in names_of(room))
     unique = {name for name, n in count.items() if n == 1} - SEVERAL
-    assert set(gs.__all__) == unique | set(ROOMS) | {"GroundscopeError", "__version__"}
+    assert set(gs.__all__) == unique | set(PACKAGES) | {"GroundscopeError", "__version__"}
     assert [name for name in gs.__all__ if not hasattr(gs, name)] == []
     assert not hasattr(gs, "no_such_name")
 
@@ -60,14 +60,14 @@ def test_a_function_is_not_replaced_by_the_module_of_its_name() -> None:
 
 
 def test_a_folder_that_hides_a_room_is_an_error_that_names_it(tmp_path: Path) -> None:
-    for room in ROOMS:
+    for room in PACKAGES:
         (tmp_path / room / room).mkdir(parents=True)
         (tmp_path / room / room / "__init__.py").write_text("x = 1\n")
     (tmp_path / "module").mkdir()
     (tmp_path / "module" / "probes.py").write_text("x = 1\n")
     code = f"""
 import sys
-for folder in [*{ROOMS!r}, "module"]:
+for folder in [*{PACKAGES!r}, "module"]:
     for first in ("groundscope", "concepts", "lvlm"):
         if first == folder:
             continue
@@ -82,7 +82,7 @@ for folder in [*{ROOMS!r}, "module"]:
 """
     result = python(code, tmp_path)
     lines = [line.split(" ", 1) for line in result.stdout.splitlines()]
-    assert [folder for folder, _ in lines] == [r for r in ROOMS for f in ("", "concepts", "lvlm") if f != r] + [
+    assert [folder for folder, _ in lines] == [r for r in PACKAGES for f in ("", "concepts", "lvlm") if f != r] + [
         "module"
     ] * 3
     for folder, message in lines:

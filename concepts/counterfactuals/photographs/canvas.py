@@ -55,7 +55,7 @@ def placement(size: tuple[int, int], canvas: tuple[int, int]) -> tuple[int, int,
 
 
 def on_canvas(data: ConceptDataset, canvas: tuple[int, int]) -> ConceptDataset:
-    """Return a dataset whose images are on one canvas; boxes of objects move and scale with them.
+    """Return a dataset whose images are scaled to fit one size and centered on gray; boxes of objects follow.
 
     Parameters
     ----------

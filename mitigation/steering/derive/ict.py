@@ -86,7 +86,7 @@ def ict(
     model, pairs = pair_contrast.model, pair_contrast.pairs
     kinds = sorted({p.kind for p in pairs})
     if len(kinds) > 1:
-        msg = f"pairs of several kinds ({', '.join(kinds)}); derive each level from one kind, and combine the vectors"
+        msg = f"ict takes pairs of one kind, these have {', '.join(kinds)}; call ict once per kind, then combine([…]) the vectors"
         raise PatchError(msg)
     is_clean = np.arange(2 * len(pairs)) < len(pairs)
     changes: dict[Key, VectorChange]

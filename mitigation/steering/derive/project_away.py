@@ -12,7 +12,7 @@ from groundscope.core.errors import PatchError
 from lvlm.sites import Site
 from mitigation.steering.changes import ProjectChange, VectorChange
 from mitigation.steering.derive.base import Variant, check_variant
-from mitigation.steering.derive.text_only import read_text, token_ids
+from mitigation.steering.derive.text_activations import read_text, token_ids
 from mitigation.steering.places import Key
 from mitigation.steering.vector import SteeringVector
 

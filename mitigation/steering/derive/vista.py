@@ -13,7 +13,7 @@ from lvlm.sites import Site
 from mitigation.steering.activations import run
 from mitigation.steering.changes import AddChange, VectorChange
 from mitigation.steering.derive.base import check_variant
-from mitigation.steering.derive.text_only import read_text
+from mitigation.steering.derive.text_activations import read_text
 from mitigation.steering.places import Key, canonical
 from mitigation.steering.vector import SteeringVector
 

@@ -1,8 +1,8 @@
-"""The list of rooms, and a check that all rooms come from one distribution.
+"""The list of packages, and a check that all of them come from one distribution.
 
-The rooms are top-level packages with common names. A user's folder ``probes/`` or ``experiments/`` with an
-``__init__.py`` in the current directory comes first on ``sys.path`` and hides the room. `groundscope` and every room call
-`check_rooms` on import, so that such a folder is an error and never a silent replacement. If the hidden room is the only
+They are top-level packages with common names. A user's folder ``probes/`` or ``experiments/`` with an
+``__init__.py`` in the current directory comes first on ``sys.path`` and hides ours. `groundscope` and every package call
+`check_packages` on import, so that such a folder is an error and never a silent replacement. If the hidden package is the only
 import, no code of groundscope runs: begin with ``import groundscope``.
 """
 
@@ -12,7 +12,7 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
-ROOMS = (
+PACKAGES = (
     "concepts",
     "lvlm",
     "activation_store",
@@ -27,17 +27,17 @@ ROOMS = (
 
 
 @cache
-def check_rooms() -> None:
-    """Check that every room is imported from the folder next to this package.
+def check_packages() -> None:
+    """Check that every package is imported from the folder next to this package.
 
     Raises
     ------
     ImportError
-        If another folder or module hides a room; the message names both paths and the fix. A room that cannot be imported
+        If another folder or module hides a package; the message names both paths and the fix. A package that cannot be imported
         at all is not an error here.
     """
     home = Path(__file__).resolve().parents[2]
-    for name in ROOMS:
+    for name in PACKAGES:
         place = _place(name)
         if place is not None and place.resolve() != home / name:
             msg = (
