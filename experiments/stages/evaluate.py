@@ -13,8 +13,8 @@ from experiments.results.scores import write_scores
 from experiments.run.context import Context
 from experiments.run.folder import write_json
 from experiments.stages.illustrate import illustrate_prior_error
+from experiments.stages.registry import needed_stages
 from experiments.stages.steer import control_file
-from experiments.stages.table import needed_stages
 from groundscope.core.errors import ConfigError
 from groundscope.core.text import nearest
 from mitigation import CONTROLS, SteeringVector

@@ -239,9 +239,12 @@ def multiply(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """Return the matrix product; on the CPU with numpy, which is faster for these shapes and detects a Gram matrix."""
     if a.device.type != "cpu":
         return torch.mm(a, b, out=out)
-    if out is None:
-        return torch.from_numpy(np.matmul(a.numpy(), b.numpy()))
-    np.matmul(a.numpy(), b.numpy(), out=out.numpy())
+    # Kernels of OpenBLAS may compute with unused lanes, whose contents then raise the flag of an invalid operation although
+    # the product is finite (numpy issues 13173, 24067). Features are finite, and the duality gap would be NaN otherwise.
+    with np.errstate(invalid="ignore"):
+        if out is None:
+            return torch.from_numpy(np.matmul(a.numpy(), b.numpy()))
+        np.matmul(a.numpy(), b.numpy(), out=out.numpy())
     return out
 
 
