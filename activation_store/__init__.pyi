@@ -3,6 +3,7 @@
 from .direction import ConceptDirection
 from .format.ragged import Ragged
 from .format.schema import ArrayInfo, Schema
+from .mention_rows import MentionRows
 from .merging import merge, repack
 from .reading.integrity import IntegrityReport, verify
 from .reading.store import ActivationStore
@@ -17,6 +18,7 @@ __all__ = [
     "ConceptDirection",
     "IntegrityReport",
     "MemorySource",
+    "MentionRows",
     "Ragged",
     "Schema",
     "StoreWriter",

@@ -24,7 +24,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from concepts.nouns import SYNONYMS, singular
-from concepts.object_mentions import mentioned_objects, tokenize_words
+from concepts.object_mentions import caption_lexicon, mentioned_objects, normalize_words, tokenize_words
 from groundscope.core.errors import ConfigError, DataError
 from groundscope.core.short_repr import short_repr
 
@@ -184,28 +184,27 @@ def chair(
     if unknown:
         msg = f"caption of image '{unknown[0]}': no objects for this image ({len(unknown)} such images); add them to objects"
         raise DataError(msg)
-    meaning = {_normalize(word): _normalize(noun) for word, noun in (synonyms or {}).items()}
+    meaning = {normalize_words(word): normalize_words(noun) for word, noun in (synonyms or {}).items()}
     chained = [noun for noun in meaning.values() if meaning.get(noun, noun) != noun]
     if chained:
         msg = f"synonyms: a word maps to '{chained[0]}', which maps to '{meaning[chained[0]]}'; map each word to its object"
         raise ConfigError(msg)
 
     def object_of(noun: str) -> str:
-        return meaning.get(_normalize(noun), _normalize(noun))
+        return meaning.get(normalize_words(noun), normalize_words(noun))
 
     present = {name: dict.fromkeys(object_of(noun) for noun in objects[name]) for name in captions}
     objects_of_word = {
-        _normalize(n): object_of(n) for n in (*vocabulary, *meaning.values(), *(n for o in objects.values() for n in o))
+        normalize_words(n): object_of(n)
+        for n in (*vocabulary, *meaning.values(), *(n for o in objects.values() for n in o))
     }
     if variant == "release":
-        released = {**objects_of_word, **{word: _normalize(noun) for word, noun in (synonyms or {}).items()}}
+        released = {**objects_of_word, **{word: normalize_words(noun) for word, noun in (synonyms or {}).items()}}
 
         def read(text: str) -> tuple[str, ...]:
             return released_objects(text, released, phrases)
     else:
-        words = {**objects_of_word, **meaning}
-        pairs = {_normalize(phrase): words.get(_normalize(means), "") for phrase, means in (phrases or {}).items()}
-        lexicon = {**words, **pairs}
+        lexicon = caption_lexicon(objects_of_word, synonyms, phrases)
         without_seat = {word: noun for word, noun in lexicon.items() if word != "seat"}
 
         def read(text: str) -> tuple[str, ...]:
@@ -259,11 +258,11 @@ def read_synonyms(path: Path | str) -> dict[str, str]:
         for entry in entries:
             if not entry.strip():
                 continue
-            if line_of_entry.setdefault(_normalize(entry), number) != number:
-                first_line = line_of_entry[_normalize(entry)]
+            if line_of_entry.setdefault(normalize_words(entry), number) != number:
+                first_line = line_of_entry[normalize_words(entry)]
                 msg = f"{file}: line {number}: '{entry}' already means another object, in line {first_line}"
                 raise DataError(msg)
-            objects[entry] = _normalize(entries[0])
+            objects[entry] = normalize_words(entries[0])
     if not objects:
         msg = f"{file}: the file contains no objects"
         raise DataError(msg)
@@ -319,11 +318,6 @@ def score_captions(
     for (number, _), caption in zip(lines, parsed.captions, strict=True):
         present[number] += caption.mentioned
     return chair(texts, present, synonyms, vocabulary=vocabulary_and_objects, phrases=phrases, variant=variant)
-
-
-def _normalize(words: str) -> str:
-    """Return words in lower case, separated by single spaces."""
-    return " ".join(words.lower().split())
 
 
 def _caption(name: str, mentioned: tuple[str, ...], present: Mapping[str, object]) -> CaptionObjects:

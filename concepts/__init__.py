@@ -18,6 +18,8 @@
     Grammar and synonyms of English nouns.
 `object_mentions`
     Words of a text, and the objects that it mentions.
+`mentions`, `written_text`
+    Texts of a model as the prefixes of examples, with the objects that they mention.
 """
 
 import lazy_loader

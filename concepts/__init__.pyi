@@ -3,6 +3,7 @@
 from . import counterfactuals, loaders, scenes
 from .combination import combine_datasets, dataset_parts
 from .image_files import BytesImage, FileImage
+from .mentions import with_mentions
 from .schema import (
     Box,
     Concept,
@@ -10,6 +11,7 @@ from .schema import (
     CounterfactualPair,
     Example,
     ImageSource,
+    Mention,
     NoImage,
     Question,
     SceneObject,
@@ -24,6 +26,7 @@ __all__ = [
     "Example",
     "FileImage",
     "ImageSource",
+    "Mention",
     "NoImage",
     "Question",
     "SceneObject",
@@ -32,4 +35,5 @@ __all__ = [
     "dataset_parts",
     "loaders",
     "scenes",
+    "with_mentions",
 ]

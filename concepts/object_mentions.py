@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from concepts.nouns import singular
 
@@ -79,8 +79,77 @@ def match_lexicon(words: Sequence[str], lexicon: Mapping[str, str], *, plurals: 
     >>> match_lexicon(["two", "dogs"], {"dog": "dog"}, plurals=True)
     ('dog',)
     """
+    return tuple(noun for noun, _, _ in _matches(words, lexicon, plurals=plurals))
+
+
+def find_mentions(text: str, lexicon: Mapping[str, str]) -> tuple[tuple[str, int, int], ...]:
+    """Return the objects that a text mentions, as `mentioned_objects`, each with its first character and one after its last.
+
+    Examples
+    --------
+    >>> from concepts.object_mentions import find_mentions
+    >>> find_mentions("A puppy, two hot dogs.", {"puppy": "dog", "hot dog": "hot dog"})
+    (('dog', 2, 7), ('hot dog', 13, 21))
+    """
+    # Words are runs of characters of the text in lower case, in order; white space and case are all that changes.
+    lower = [character.lower() for character in text]
+    place = [i for i, characters in enumerate(lower) for _ in characters]
+    joined = "".join(lower)
+    spans, at = [], 0
+    words = tokenize_words(text)
+    for word in words:
+        start = joined.index(word, at)
+        at = start + len(word)
+        spans.append((place[start], place[at - 1] + 1))
+    return tuple((noun, spans[a][0], spans[b - 1][1]) for noun, a, b in _matches(words, lexicon, plurals=True))
+
+
+def caption_lexicon(
+    nouns: Iterable[str], synonyms: Mapping[str, str] | None = None, phrases: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """Return the lexicon of captions: the objects that can be named, and the words for them.
+
+    Parameters
+    ----------
+    nouns
+        Objects.
+    synonyms
+        Word or phrase to the object it means.
+    phrases
+        Word pair to the word it counts as; that word is looked up among the others, and the pair is no object if it is not
+        there.
+
+    Examples
+    --------
+    >>> from concepts.object_mentions import caption_lexicon
+    >>> caption_lexicon(["dog"], {"puppy": "dog"}, {"baby dog": "dog", "home plate": "home plate"})
+    {'dog': 'dog', 'puppy': 'dog', 'baby dog': 'dog', 'home plate': ''}
+    """
+    meaning = {normalize_words(word): normalize_words(noun) for word, noun in (synonyms or {}).items()}
+    named = [normalize_words(noun) for noun in (*nouns, *meaning.values())]
+    words = {**{noun: meaning.get(noun, noun) for noun in named}, **meaning}
+    pairs = {
+        normalize_words(phrase): words.get(normalize_words(means), "") for phrase, means in (phrases or {}).items()
+    }
+    return {**words, **pairs}
+
+
+def normalize_words(words: str) -> str:
+    """Return words in lower case, separated by single spaces.
+
+    Examples
+    --------
+    >>> from concepts.object_mentions import normalize_words
+    >>> normalize_words(" Hot  dog")
+    'hot dog'
+    """
+    return " ".join(words.lower().split())
+
+
+def _matches(words: Sequence[str], lexicon: Mapping[str, str], *, plurals: bool) -> list[tuple[str, int, int]]:
+    """Return each object with its first word and one after its last."""
     longest = max((entry.count(" ") + 1 for entry in lexicon), default=1)
-    objects: list[str] = []
+    objects: list[tuple[str, int, int]] = []
     start = 0
     while start < len(words):
         for length in range(min(longest, len(words) - start), 0, -1):
@@ -89,9 +158,9 @@ def match_lexicon(words: Sequence[str], lexicon: Mapping[str, str], *, plurals: 
             if noun is None and plurals:
                 noun = lexicon.get(singular(entry))
             if noun is not None:
-                objects += [noun] if noun else []
+                objects += [(noun, start, start + length)] if noun else []
                 start += length
                 break
         else:
             start += 1
-    return tuple(objects)
+    return objects

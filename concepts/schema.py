@@ -26,9 +26,9 @@ LEVELS: tuple[Level, ...] = ("object", "attribute", "relation")
 EXAMPLE_COLUMNS = frozenset(
     {"id", "group", "question", "answer", "split", "kind", "level", "subject", "prior_answer", "model_answer", "margin"}
     | {"correct", "n_tokens", "boxes", "box_ids", "box_nouns", "image", "generated", "images", "candidates", "objects"}
-    | {"aliases", "prefix"}
+    | {"aliases", "prefix", "mentions"}
 )
-"""Columns of tables of examples that are fields or results, not labels; names that start with ``span:`` are too."""
+"""Columns of tables of examples that are fields or results, not labels, and names with ``span:`` or ``mention:`` before."""
 
 
 def is_label_name(name: str) -> bool:
@@ -40,7 +40,7 @@ def is_label_name(name: str) -> bool:
     >>> [is_label_name(name) for name in ("object:dog", "hallucinated", "scene:indoor", "question", "span:image")]
     [True, True, True, False, False]
     """
-    return name not in EXAMPLE_COLUMNS and not name.startswith("span:")
+    return name not in EXAMPLE_COLUMNS and not name.startswith(("span:", "mention:"))
 
 
 YES_NO = ("yes", "no")
@@ -265,6 +265,29 @@ class Question:
 
 
 @dataclass(frozen=True, slots=True)
+class Mention:
+    """Words of a written text that name an object.
+
+    Examples
+    --------
+    >>> import groundscope as gs
+    >>> text = "A cat and a hot dog."
+    >>> mention = gs.Mention("hot dog", 12, 19, present=False)
+    >>> text[mention.start : mention.stop], mention.present
+    ('hot dog', False)
+    """
+
+    noun: str
+    """The object."""
+    start: int
+    """First character in the text (`Example.prefix`)."""
+    stop: int
+    """One after its last character."""
+    present: bool | None = None
+    """Whether the object is in the image; False: hallucinated; None: unknown."""
+
+
+@dataclass(frozen=True, slots=True)
 class Example:
     """One question about one image, with its true answer and annotations.
 
@@ -303,6 +326,8 @@ class Example:
     prefix: str = ""
     """Start of the answer that the model has already written, such as the words of a caption before a wrong word. The model
     reads it after the prompt, and `answer` and `candidates` are what follows it; empty: the answer begins after the prompt."""
+    mentions: tuple[Mention, ...] = ()
+    """Objects that the prefix mentions, in the order of the text (`concepts.with_mentions`)."""
     aliases: tuple[str, ...] = ()
     """Other texts that count as the true answer of an open question."""
     further_images: tuple[ImageSource, ...] = ()
@@ -337,7 +362,10 @@ class Example:
         return next((o for o in self.objects if o.id == self.subject), None)
 
     def record(self) -> dict[str, object]:
-        """Return the fields as values that JSON can represent, with the image as its identity; without an empty prefix."""
+        """Return the fields as values that JSON can represent, with the image as its identity.
+
+        Fields that came after the first release are missing where they are empty, so that digests of older data are the same.
+        """
         return {
             "id": self.id,
             "image": self.image.identity,
@@ -353,6 +381,7 @@ class Example:
             "subject": self.subject,
             "prior_answer": self.prior_answer,
             **({"prefix": self.prefix} if self.prefix else {}),
+            **({"mentions": [asdict(m) for m in self.mentions]} if self.mentions else {}),
             # Only if there are any: records of earlier versions keep their digests.
             **({"aliases": list(self.aliases)} if self.aliases else {}),
             **({"further_images": [i.identity for i in self.further_images]} if self.further_images else {}),
@@ -516,7 +545,7 @@ class ConceptDataset(Sequence[Example]):
             row = {
                 k: v
                 for k, v in e.record().items()
-                if k not in {"labels", "objects", "candidates", "image", "further_images", "aliases"}
+                if k not in {"labels", "objects", "candidates", "image", "further_images", "aliases", "mentions"}
             }
             row.update({concept: float(value) for concept, value in e.labels.items()})
             rows.append(row)

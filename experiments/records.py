@@ -66,6 +66,7 @@ EXAMPLE = {
     "subject": Optional(TEXT),
     "prior_answer": Optional(TEXT),
     "prefix": Optional(TEXT),
+    "mentions": Optional([{"noun": TEXT, "start": INTEGER, "stop": INTEGER, "present": ANY}]),
     "aliases": Optional([TEXT]),
     "further_images": Optional([TEXT]),
     "suffix": Optional(TEXT),

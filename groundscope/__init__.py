@@ -36,6 +36,7 @@ if TYPE_CHECKING:
         ConceptDirection,
         IntegrityReport,
         MemorySource,
+        MentionRows,
         Ragged,
         Schema,
         StoreWriter,
@@ -110,6 +111,7 @@ if TYPE_CHECKING:
         Example,
         FileImage,
         ImageSource,
+        Mention,
         NoImage,
         Question,
         SceneObject,
@@ -118,6 +120,7 @@ if TYPE_CHECKING:
         dataset_parts,
         loaders,
         scenes,
+        with_mentions,
     )
     from diagnosis import (
         Diagnoses,
@@ -264,6 +267,8 @@ __all__ = [
     "Lvlm",
     "MeanDifferenceProbe",
     "MemorySource",
+    "Mention",
+    "MentionRows",
     "Mitigation",
     "MitigationMethod",
     "ModelComparison",
@@ -374,6 +379,7 @@ __all__ = [
     "training_rows",
     "transfer",
     "verify",
+    "with_mentions",
     "wrap_lvlm",
 ]
 
@@ -436,6 +442,8 @@ _HOMES = {
     "Lvlm": "lvlm",
     "MeanDifferenceProbe": "probes",
     "MemorySource": "activation_store",
+    "Mention": "concepts",
+    "MentionRows": "activation_store",
     "Mitigation": "mitigation",
     "MitigationMethod": "mitigation",
     "ModelComparison": "diagnosis",
@@ -535,6 +543,7 @@ _HOMES = {
     "training_rows": "diagnosis",
     "transfer": "probes",
     "verify": "activation_store",
+    "with_mentions": "concepts",
     "wrap_lvlm": "lvlm",
 }
 

@@ -147,7 +147,7 @@ class Lvlm:
         image = self._encode_image(example.image)
         boxes = {o.id: (0, o.box) for o in example.objects if o.box is not None}
         text = self.prompt(example.request, system=example.system)
-        prompt = Prompt(text, example.question, example.id, boxes, example.subject, example.prefix)
+        prompt = Prompt(text, example.question, example.id, boxes, example.subject, example.prefix, example.mentions)
         return Encoding(example, *encode(self, prompt, [image]))
 
     def encode_prompt(

@@ -128,6 +128,8 @@ class TokenMap:
     """Whether an encoder reads the prompt, so that neither the image nor the question is in the decoder's sequence."""
     prefix: tuple[int, ...] = ()
     """Positions of the prefix, the written start of the answer, at the end of the prompt; empty without one."""
+    mentions: tuple[tuple[int, int], ...] = ()
+    """First and last position of each object that the prefix mentions."""
 
     __repr__ = short_repr
 
@@ -227,6 +229,9 @@ class TokenMap:
                 return self.suffix
             case "prefix":
                 return self.prefix
+            case "mention":
+                shift, end = {"before": (-1, 0), "first": (0, 0), "last": (0, 1)}[selection.name]
+                return tuple(mention[end] + shift for mention in self.mentions)
             case "system":
                 return self.system
             case "positions":

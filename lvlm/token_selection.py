@@ -11,6 +11,9 @@ selection               tokens
 ``question:HOW``        tokens of the question's own words
 ``suffix:HOW``          prompt tokens after the last image token; every prompt token if the sequence has no image tokens
 ``prefix:HOW``          tokens of the prefix, the written start of the answer (`concepts.schema.Example.prefix`)
+``mention:WHICH``       one token for each object that the prefix mentions (`concepts.schema.Example.mentions`), stored as a
+                        ragged array: the mention's ``first`` or ``last`` token, or the one ``before`` it, where the model
+                        chooses the word
 ``system:HOW``          prompt tokens before the image, without the first
 ``generated:HOW``       tokens of the model's own answer; ``generated:<k>`` the k-th, counted from 0
 ``answer:HOW``          tokens of the true answer, appended to the prompt; ``answer:<k>`` the k-th
@@ -38,6 +41,7 @@ from groundscope.core.text import nearest
 __all__ = [
     "LEGACY_PATCH_TOKENS",
     "LEGACY_STEERING_POSITIONS",
+    "MENTION_TOKENS",
     "PATCHABLE",
     "READABLE",
     "SINGLE",
@@ -52,6 +56,8 @@ SINGLE = ("last", "bos")
 """Roles of one token."""
 STORED_ROLES = ("bos", "system", "image", "question", "object", "prefix", "last", "answer", "generated")
 """Roles whose positions an activation store records for every example, in the order of its columns."""
+MENTION_TOKENS = ("before", "first", "last")
+"""Tokens of a mention that the role ``mention`` selects."""
 _PLURAL = ("image", "object", "question", "suffix", "prefix", "system", "generated", "answer")
 """Roles of several tokens, which need a reduction."""
 _ANSWERS = ("generated", "answer")
@@ -61,6 +67,7 @@ _FORMS = (
     *("all", "all:mean", "all:each", "positions:<i>,<j>", "positions:<i>,<j>:mean", "positions:<i>,<j>:each"),
     *(f"{role}:{how}" for role in _PLURAL for how in REDUCTIONS),
     *(f"object:<id>:{how}" for how in REDUCTIONS),
+    *(f"mention:{which}" for which in MENTION_TOKENS),
 )
 _READINGS = {"all": "every one of them", "mean": "their mean", "each": "one at a time"}
 _POSITIONS = re.compile(r"^\d+(,\d+)*$")
@@ -119,7 +126,7 @@ class TokenSelection:
     step: int | None = None
     """Index of an answer token, counted from 0."""
     name: str = ""
-    """Id of the object; empty for the object in question."""
+    """Id of the object, empty for the object in question; of `MENTION_TOKENS` for the role ``mention``."""
     indices: tuple[int, ...] = ()
     """Prompt positions, for the role ``positions``."""
     generated: bool = False
@@ -137,6 +144,18 @@ class TokenSelection:
         return ":".join(part for part in parts if part)
 
     @property
+    def ragged(self) -> bool:
+        """Whether it selects any number of tokens of an example, each on its own row.
+
+        Examples
+        --------
+        >>> from lvlm import TokenSelection
+        >>> [TokenSelection.parse(text).ragged for text in ("image:all", "mention:first", "image:mean")]
+        [True, True, False]
+        """
+        return self.reduction == "all" or self.role == "mention"
+
+    @property
     def form(self) -> str:
         """The selection with placeholders for numbers and object ids, as lists of allowed selections spell it.
 
@@ -147,6 +166,8 @@ class TokenSelection:
         'positions:<i>,<j>:each'
         """
         how = "" if self.reduction is None else f":{self.reduction}"
+        if self.role == "mention":
+            return str(self)
         if self.indices:
             return f"positions:<i>,<j>{how.removesuffix(':all')}"
         if self.step is not None:
@@ -208,6 +229,8 @@ image:all?
                 return cls(role, step=int(step))
             case [("mean" | "all" | "each") as how] if role in _PLURAL:
                 return cls(role, how)
+            case [which] if role == "mention" and which in MENTION_TOKENS:
+                return cls(role, name=which)
             case [name, ("mean" | "all" | "each") as how] if role == "object" and name and name not in REDUCTIONS:
                 return cls(role, how, name=name)
             case _:
@@ -219,6 +242,11 @@ def _indices(numbers: str) -> tuple[int, ...]:
 
 
 def _problem(text: object, forms: Sequence[str]) -> str:
+    if text == "mention" and "mention:first" in forms:
+        return (
+            "token selection 'mention' has several readings: 'mention:before' (the token before each mention, where the word is "
+            "chosen), 'mention:first' and 'mention:last' (its first and last token); choose one of them"
+        )
     readings = [f"'{text}:{how}' ({_READINGS[how]})" for how in REDUCTIONS if f"{text}:{how}" in forms]
     if readings and text in _PLURAL:
         ambiguous = len(readings) > 1

@@ -17,7 +17,7 @@ A shard is plain HDF5 that any HDF5 library can open, with default library versi
     /arrays/<stack>.<component>/   type ``site-group``, e.g. ``decoder.z``, ``projector.out``, ``decoder.cross.z``
         <token selection>          type ``activation-array``: [N, L, D], chunks [32, 1, D] clipped to the sizes,
                                    e.g. ``last``, ``image:mean``; z as [N, L, H*head_dim], heads concatenated
-        <role>:all                 type ``ragged-array``, a group: ``values`` as above but [T, L, D], the concatenated
+        <role>:all, mention:<…>    type ``ragged-array``, a group: ``values`` as above but [T, L, D], the concatenated
                                    tokens of all examples, and ``offsets`` int64 [N+1], the start of each
     /digests/<stack>.<component>/
         <token selection>          type ``chunk-digests``: uint32 [blocks, L], the CRC-32 of the stored bytes of each chunk
@@ -44,7 +44,11 @@ array it is a row without tokens. Columns with a fixed meaning, if present: thos
 ``model_answer``, ``image`` (SHA-256 of the picture: over its width, ``x`` and height in ASCII digits, a zero byte, and its
 RGB values row by row, uint8), ``span:<role>`` (a list of [start, stop) pairs: the runs of decoder positions of a role,
 `runs`; a role that the decoder does not have has no column), ``boxes`` (a list of x0, y0, x1, y1 in pixels, half open),
-and ``box_ids`` and ``box_nouns``, lists of the same lengths as ``boxes``.
+and ``box_ids`` and ``box_nouns``, lists of the same lengths as ``boxes``. If tokens of mentions were traced, each of these
+lists has an item for each object that the prefix mentions, in the order of the rows of ``mention:<…>``: ``mention:noun``,
+``mention:present`` (1, 0 or NaN), ``mention:characters`` ([start, stop) in the column ``prefix``), ``mention:tokens``
+([start, stop) of decoder positions), ``mention:log_p`` and ``mention:first_log_p`` (the log-probability of the mention's
+tokens, and of the first of them, in nats).
 
 ``manifest.json`` is canonical JSON (sorted keys, indent 1, ASCII) with ``layout-version``, ``schema``, ``provenance``,
 ``tensors``, ``index``, ``shards`` (file, its layout version, bytes, rows, SHA-256, digests of its arrays, example ids)
@@ -131,7 +135,8 @@ class ArrayInfo:
     layers: tuple[int, ...] = ()
     """Layer numbers along the second axis, increasing; by default 0 to n_layers-1."""
     ragged: bool = False
-    """Every token of the selection is stored, [T, L, D] with offsets: for ``:all`` selections, and only for them."""
+    """Every token of the selection is stored, [T, L, D] with offsets: for ``:all`` and ``mention:…`` selections, and only for
+    them. A table with one row per mention (`activation_store.MentionRows`) has ``mention:…`` arrays that are not ragged."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(int(layer) for layer in self.layers) or tuple(range(self.n_layers)))
@@ -143,7 +148,7 @@ class ArrayInfo:
             problem = f"the component must be one of {', '.join(components)}"
         elif TokenSelection.parse(self.tokens).reduction == "all" and not self.ragged:
             problem = "':all' selects several vectors per example; use ':mean' for one vector, or set ragged=True"
-        elif TokenSelection.parse(self.tokens).reduction != "all" and self.ragged:
+        elif self.ragged and not TokenSelection.parse(self.tokens).ragged:
             problem = "ragged=True stores every token of a selection; use ':all'"
         elif self.n_layers < 1 or self.width < 1:
             problem = f"n_layers={self.n_layers} and width={self.width} must be at least 1"

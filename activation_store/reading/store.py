@@ -32,6 +32,7 @@ from lvlm.token_selection import TokenSelection
 if TYPE_CHECKING:
     import pandas as pd
 
+    from activation_store.mention_rows import MentionRows
     from activation_store.torch_dataset import StoreDataset
 
 try:
@@ -255,7 +256,8 @@ class ActivationStore:
         """
         info, layer, columns = self._catalog.find(site, tokens, head)
         if info.ragged:
-            msg = f"'{info.tokens}' of site '{site}' has many tokens per example; use ragged(…)"
+            rows = "mentions().read(…)" if TokenSelection.parse(info.tokens).role == "mention" else "ragged(…)"
+            msg = f"'{info.tokens}' of site '{site}' has many tokens per example; use {rows}"
             raise SiteError(msg)
         rows = resolve_rows(examples, len(self), self._path)
         out = np.empty((len(rows), columns.stop - columns.start), np.float32)
@@ -310,6 +312,18 @@ class ActivationStore:
         ordered = [parts[i] for i in range(len(rows))]
         empty = np.empty((0, columns.stop - columns.start), np.float32)
         return Ragged(np.concatenate([empty, *ordered]), np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]))
+
+    def mentions(self) -> MentionRows:
+        """Return the tokens of mentions (``mention:first``, …) as a table with one row per mention, for probes.
+
+        Raises
+        ------
+        SiteError
+            If no tokens of mentions were traced.
+        """
+        from activation_store.mention_rows import MentionRows
+
+        return MentionRows(self)
 
     def batches(
         self,

@@ -87,7 +87,7 @@ def make_plan(model: Lvlm, encoding: Encoding, sites: Sequence[str], tokens: Seq
         _check_tokens(encoding.tokens, shapes[site_of(family, layers[0])][1], stack, component)
         heads = _heads(model, stack, component, layers[0], width)
         arrays += [
-            ArrayInfo(stack, component, str(s), len(layers), width, heads, layers, ragged=s.reduction == "all")
+            ArrayInfo(stack, component, str(s), len(layers), width, heads, layers, ragged=s.ragged)
             for s in selections[stack]
         ]
     reads = tuple(Read(site, model.locate(site)) for site in shapes)
@@ -124,7 +124,7 @@ def outline_plan(model: Lvlm, encoding: Encoding, sites: Sequence[str], tokens: 
             width = site_width(model, site)
         heads = _heads(model, stack, component, layers[0], width)
         arrays += [
-            ArrayInfo(stack, component, str(s), len(layers), width, heads, layers, ragged=s.reduction == "all")
+            ArrayInfo(stack, component, str(s), len(layers), width, heads, layers, ragged=s.ragged)
             for s in selections[stack]
         ]
     return Plan((), Schema(tuple(arrays), cast("Dtype", dtype)), selections, skipped, _roles(encoding.tokens))
@@ -173,7 +173,7 @@ def make_reducer(positions: Sequence[tuple[int, ...]], selection: TokenSelection
     """Return a function that reduces a tensor ``[B, T, D]`` to the selected vectors ``[B, D]``, on the tensor's device.
 
     A single token is copied unchanged; a mean is computed in float32 for any dtype. A row with an empty selection becomes
-    NaN. For ``:all`` selections the result is ``[S, D]``, the concatenated tokens of all rows.
+    NaN. For ``:all`` and ``mention:…`` selections the result is ``[S, D]``, the concatenated tokens of all rows.
 
     Parameters
     ----------
@@ -184,7 +184,7 @@ def make_reducer(positions: Sequence[tuple[int, ...]], selection: TokenSelection
     device
         Device of the tensors.
     """
-    if selection.reduction == "all":
+    if selection.ragged:
         return _select_tokens(positions, device)
     first = positions[0]
     same = all(p == first for p in positions) and first == tuple(range(first[0], first[-1] + 1) if first else ())

@@ -35,6 +35,11 @@ ANSWER_RULE = (
     "score of the true answer minus the best other; both missing where an example has fewer than two candidates"
 )
 """Definition of the table's columns of the model's own answers; `correct` is 1 where `model_answer` is the true answer."""
+MENTION_RULE = (
+    "mention:log_p: the log-probability of the tokens of a mention, each after the tokens before it, summed, in nats; "
+    "mention:first_log_p: that of the first of them; mention:present: 1 where the object is annotated or in a reference caption"
+)
+"""Definition of the table's columns of mentions."""
 _ROLES = {
     "last": "the last prompt token, where the answer is read",
     "prefix": "the tokens of the prefix, the written start of the answer; NaN where the example has none",
@@ -42,6 +47,7 @@ _ROLES = {
     "system": "the tokens before the image, without the first",
     "image": "the image tokens",
     "question": "the tokens of the question's own words",
+    "mention": "of each object that the prefix mentions",
     "suffix": "the prompt tokens after the last image token",
     "all": "all tokens",
     "positions": "the prompt tokens at positions",
@@ -105,6 +111,7 @@ def describe(
         "sites": [str(read.site) for read in plan.reads],
         "tokens": {str(s): {"definition": _definition(s), "stacks": used} for s, used in stacks.items()},
         "answers": ANSWER_RULE if answers else "not recorded",
+        **({"mentions": MENTION_RULE} if any(s.role == "mention" for s in selections) else {}),
         **(
             {"generate": {"most_tokens": generate, "decoding": "greedy", "ends": ends, "left-out": rules}}
             if generate
@@ -158,6 +165,9 @@ def _rows(x: Tensor) -> LazyTensor:
 
 
 def _definition(selection: TokenSelection) -> str:
+    if selection.role == "mention":
+        which = {"before": "the token before the first one", "first": "the first token", "last": "the last token"}
+        return f"{which[selection.name]} {_ROLES['mention']}"
     reduction = {None: "", "mean": "mean in float32 over ", "all": "every one, kept apart, of "}[selection.reduction]
     step = "" if selection.step is None else f"number {selection.step}, counted from 0, of "
     named = f" (object '{selection.name}')" if selection.name else ""

@@ -33,6 +33,7 @@ from activation_store.tracing.continuation import (
 )
 from activation_store.tracing.example_table import build_row, build_spans, check_answers, has_answers
 from activation_store.tracing.inputs import check_images, encode_first, unreadable_images
+from activation_store.tracing.mention_tokens import MentionTokens, build_mentions, check_mentions
 from activation_store.tracing.plan import (
     Plan,
     Read,
@@ -104,7 +105,9 @@ def trace(
         Token selections: ``last``, ``image:mean``, ``object:mean``, …; selections that do not apply to a stack are skipped
         for it. ``image:all``, ``question:all`` and other ``:all`` selections store every token: one vector per token, with
         fewer examples in memory at a time. ``generated:0``, ``generated:mean`` read at the tokens of the model's own answer,
-        ``answer:0``, ``answer:mean`` at those of the true answer, appended to the prompt.
+        ``answer:0``, ``answer:mean`` at those of the true answer, appended to the prompt. ``mention:before``,
+        ``mention:first`` and ``mention:last`` have a row for each object that a written text mentions
+        (`concepts.with_mentions`); `ActivationStore.mentions` returns these rows with their labels.
     out
         Folder of the store.
     batch_size
@@ -147,7 +150,7 @@ def trace(
         If the model does not have a site or a token selection.
     DataError
         If there is no example, an image (with ``skip``: every image) cannot be read, answers have the same first token, or
-        a prefix is not plain text that the tokenizer knows.
+        a prefix is not plain text that the tokenizer knows, or no example has mentions and their tokens are requested.
     ModelError
         If the logits of an answer are not finite.
     ConfigError
@@ -189,6 +192,7 @@ def trace(
         check_answers(model, data)
     continuation = choose_continuation(tokens, generate)
     check_prefixes(model, readable)
+    check_mentions(tokens, data)
     with _FORWARD:
         first = encode_first(model, readable[0])
         if continuation:  # the plan needs only the fact that an answer follows, not its positions
@@ -249,6 +253,8 @@ class Tracer:
     """Maximum number of tokens of the model's own answer."""
     prefixes: bool = False
     """Whether any example has a prefix; the table then has the columns ``prefix`` and ``span:prefix``."""
+    mentions: bool = False
+    """Whether tokens of mentions are read; the table then has the columns ``mention:…``."""
 
     @classmethod
     def begin(
@@ -272,7 +278,9 @@ class Tracer:
         reads = tuple((views[id(p.module)], tuple(group)) for p, group in _group_by_tensor(plan.reads))
         concepts = tuple(sorted({concept for example in data for concept in example.labels}))
         prefixes = any(example.prefix for example in data)
-        return cls(model, wrapper, reads, plan, batch_size, concepts, answers, continuation, steps, prefixes)
+        mentions = any(s.role == "mention" for selections in plan.selections.values() for s in selections)
+        options = {"continuation": continuation, "steps": steps, "prefixes": prefixes, "mentions": mentions}
+        return cls(model, wrapper, reads, plan, batch_size, concepts, answers, **options)
 
     def chunk(
         self, examples: Sequence[Example], on_batch: Callable[[Sequence[Example]], None]
@@ -312,7 +320,7 @@ class Tracer:
                     append_generated(self.model, batch, self.steps) if self.steps else append_answers(self.model, batch)
                 )
         with self.model.reading_answers(batch.encodings[0].tokens.length if on else None):
-            values, logits = self.forward(batch, on)
+            values, logits, log_p = self.forward(batch, on)
         maps = on.tokens if on else tuple(e.tokens for e in batch.encodings)
         arrays: dict[Key, np.ndarray | Ragged] = {key: value.float().cpu().numpy() for key, value in values.items()}
         for a in self.plan.schema.arrays:
@@ -327,16 +335,24 @@ class Tracer:
         ]
         if self.prefixes:
             rows = [{**row, "prefix": e.example.prefix} for row, e in zip(rows, batch.encodings, strict=True)]
+        if self.mentions:
+            rows = [
+                {**row, **build_mentions(e, of_tokens)}
+                for row, e, of_tokens in zip(rows, batch.encodings, log_p, strict=True)
+            ]
         if on and self.steps:
             rows = [{**fields, "generated": text} for fields, text in zip(rows, on.texts, strict=True)]
         return arrays, {name: [fields[name] for fields in rows] for name in rows[0]}
 
     @torch.no_grad()
-    def forward(self, batch: Batch, on: ContinuedBatch | None = None) -> tuple[dict[Key, Tensor], Tensor | None]:
+    def forward(
+        self, batch: Batch, on: ContinuedBatch | None = None
+    ) -> tuple[dict[Key, Tensor], Tensor | None, list[list[float]]]:
         """Run one batch; return the selected vectors ``[B, L, D]`` on their device, and the last logits ``[B, V]`` or None.
 
-        Ragged arrays are float32 ``[S, L, D]`` on the CPU, the concatenated tokens of all rows.
-        With `on` the rows continue after their prompts; the logits are still those after the prompt's last token.
+        The third result is the log-probability of each token of the mentions of each row, if they are recorded. Ragged arrays
+        are float32 ``[S, L, D]`` on the CPU, the concatenated tokens of all rows. With `on` the rows continue after their
+        prompts; the logits are still those after the prompt's last token.
         """
         maps = on.tokens if on else tuple(e.tokens for e in batch.encodings)
         reducers = {
@@ -345,11 +361,14 @@ class Tracer:
             ]
             for stack, selections in self.plan.selections.items()
         }
-        needs_logits = self.answers and any(has_answers(e.example) for e in batch.encodings)
+        answered = self.answers and any(has_answers(e.example) for e in batch.encodings)
         vectors: dict[Key, dict[int, Tensor]] = {a.key: {} for a in self.plan.schema.arrays}
         widths = {a.key: a.width for a in self.plan.schema.arrays}
         logits: list[Tensor] = []
         extra = on.extra if on else 0
+        inputs = on.inputs if on else batch.inputs
+        written = MentionTokens.of(self.model, inputs, maps) if self.mentions else None
+        needs_logits = answered or written is not None
 
         def keep(reads: tuple[Read, ...], raw: Any) -> None:
             for read in reads:
@@ -361,7 +380,6 @@ class Tracer:
                     _check_width(site, x, widths[key], batch)
                     vectors[key][site.layer] = reduce(x)
 
-        inputs = on.inputs if on else batch.inputs
         with ExitStack() as stack:
             calls = {}
             for _, reads in self.reads:
@@ -371,7 +389,7 @@ class Tracer:
             if any(read.site.component == "pattern" for read in self.plan.reads):
                 stack.enter_context(self.model.eager())
             stack.enter_context(_FORWARD)
-            less = stack.enter_context(self.model.last_logits(extra + 1))
+            less = stack.enter_context(self.model.last_logits(max(extra + 1, written.keep if written else 0)))
             # The same call as `Lvlm.logits`. nnsight runs this body in step with the forward pass: each read waits for its
             # tensor. Results are stored in containers created outside, because names bound inside are not visible outside.
             with self.wrapper.trace(**inputs, use_cache=False, **less) as tracer:
@@ -379,10 +397,13 @@ class Tracer:
                     keep(reads, _raw(view, reads[0].place.side))
                 if needs_logits:
                     logits.append(self.wrapper.output.logits[:, -1 - extra])
+                    if written is not None:
+                        logits.append(written.select(self.wrapper.output.logits))
                 else:
                     tracer.stop()
         stacked = {a.key: stack_layers(vectors[a.key], a) for a in self.plan.schema.arrays}
-        return stacked, logits[0] if needs_logits else None
+        log_p = written.log_probabilities(logits[1]) if written else [[] for _ in maps]
+        return stacked, logits[0] if answered else None, log_p
 
 
 def _warn_about_skipped(skipped: Mapping[str, str], data: ConceptDataset) -> None:

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from concepts.schema import LEVELS, Box, Example, NoImage, SceneObject
+from concepts.schema import LEVELS, Box, Example, Mention, NoImage, SceneObject
 from experiments.config import RunConfig
 from experiments.records import (
     CHANGES,
@@ -236,6 +236,7 @@ def _example(line: str, place: str) -> Example:
                 "candidates": tuple(record["candidates"]),
                 "objects": _objects(record["objects"]),
                 "prefix": record.get("prefix") or "",
+                "mentions": tuple(Mention(**mention) for mention in record.get("mentions") or ()),
                 "aliases": tuple(record.get("aliases") or ()),
                 "further_images": tuple(map(_AbsentImage, record.get("further_images") or ())),
                 "suffix": record.get("suffix") or "",

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from concepts.schema import Box, Example
+from concepts.schema import Box, Example, Mention
 from groundscope.core.errors import DataError, ModelError
 from lvlm.encoding.continued_inputs import append_tokens
-from lvlm.encoding.tokens_after_prompt import prefix_tokens
+from lvlm.encoding.tokens_after_prompt import TextTokens, prefix_tokens
 from lvlm.image_tokens import image_in_sequence, image_tokens
 from lvlm.interfaces import EncodedImage, Model
 from lvlm.prompting import find_question
@@ -70,6 +70,8 @@ class Prompt:
     """Id of the object in question."""
     prefix: str = ""
     """Start of the answer that the model has already written."""
+    mentions: tuple[Mention, ...] = ()
+    """Objects that the prefix mentions."""
 
 
 def encode(
@@ -131,11 +133,30 @@ def _with_prefix(model: Model, prompt: Prompt, inputs: Inputs, tokens: TokenMap)
     """Append the tokens of the prefix, as if the model had generated them."""
     if not prompt.prefix:
         return inputs, tokens
-    ids = prefix_tokens(model, prompt.text, prompt.prefix, prompt.name).ids
-    length = tokens.length + len(ids)
-    return append_tokens(model, inputs, [list(ids)]), replace(
-        tokens, length=length, prefix=tuple(range(tokens.length, length))
+    written = prefix_tokens(model, prompt.text, prompt.prefix, prompt.name)
+    length = tokens.length + len(written.ids)
+    mentions = tuple(_place_mention(model, prompt, written, mention, tokens.length) for mention in prompt.mentions)
+    return append_tokens(model, inputs, [list(written.ids)]), replace(
+        tokens, length=length, prefix=tuple(range(tokens.length, length)), mentions=mentions
     )
+
+
+def _place_mention(model: Model, prompt: Prompt, written: TextTokens, mention: Mention, offset: int) -> tuple[int, int]:
+    """Return the first and the last position of a mention."""
+    inside = 0 <= mention.start < mention.stop <= len(prompt.prefix)
+    positions = written.positions(mention.start, mention.stop) if inside else ()
+    if not positions:
+        problem = (
+            f"{model.name}'s tokenizer has no token"
+            if inside
+            else f"the prefix has {len(prompt.prefix)} characters, not"
+        )
+        msg = (
+            f"example '{prompt.name}': {problem} at characters {mention.start}-{mention.stop - 1}, where it should mention "
+            f"'{mention.noun}'; make mentions of this prefix with concepts.with_mentions"
+        )
+        raise DataError(msg)
+    return offset + positions[0], offset + positions[-1]
 
 
 def check_alike(encodings: Sequence[Encoding]) -> None:

@@ -89,7 +89,8 @@ def prefix_tokens(model: Model, prompt: str, prefix: str, name: str) -> TextToke
     if special is None:
         return tokens
     if special == tokenizer.unk_token_id:
-        problem = f"{model.name}'s tokenizer does not know a word of it"
+        start, stop = tokens.spans[tokens.ids.index(special)]
+        problem = f"the tokenizer of {model.name} does not know '{prefix[max(start, 0) : stop].strip()}'"
     else:
         problem = f"it contains the special token '{tokenizer.convert_ids_to_tokens(special)}'"
     msg = f"example '{name}': the prefix '{prefix}' cannot be read: {problem}; give the words of an answer as text"

@@ -139,7 +139,7 @@ def test_prefixes_that_cannot_be_read_are_refused() -> None:
     lvlm = model("llava")
     for prefix, message in [
         ("  ", "its prefix is white space; give the words"),
-        ("the zyzzyva", "does not know a word of it; give the words"),
+        ("the zyzzyva", "does not know 'zyzzyva'; give the words"),
         ("the cat </s>", "contains the special token '</s>'; give the words"),
         ("the <image> is", "contains the special token '<image>'; give the words"),
     ]:
