@@ -88,9 +88,9 @@ def test_rows_do_not_depend_on_the_batch_or_on_other_selections(tmp_path: Path) 
         assert together.mentions().frame()[column].tolist() == alone.mentions().frame()[column].tolist()
     for column in ("mention:log_p", "mention:first_log_p"):
         values = [s.mentions().frame()[column].to_numpy() for s in (together, alone)]
-        np.testing.assert_allclose(*values, atol=1e-4)
+        np.testing.assert_allclose(values[0], values[1], atol=1e-4)
     read = [s.mentions().read("decoder.L1.z", "mention:first", head=1) for s in (together, alone)]
-    np.testing.assert_allclose(*read, atol=2e-5)
+    np.testing.assert_allclose(read[0], read[1], atol=2e-5)
     again = trace(lvlm, data, ["z"], ["mention:first"], tmp_path / "b", batch_size=1, answers=False, shard_size=1)
     assert again.digest == alone.digest
     others = ConceptDataset("w", tuple(replace(e, id=f"{e.id}2") for e in data))
