@@ -34,6 +34,7 @@ from lvlm.load_options import (
 )
 from lvlm.model import Lvlm
 from lvlm.model_files import resolved_revision
+from lvlm.prompting import check_placeholder
 from lvlm.spec_validation import validate_once
 
 _LOG = logging.getLogger(__name__)
@@ -255,6 +256,7 @@ def _wrap(
         revision=revision,
         unused_weights=unused,
     )
+    check_placeholder(lvlm)
     if validate:
         scene = sample_scene(generator(TEST, 0, 0), "check", count=2)
         validate_once(lvlm, lvlm.encode(as_example(scene, existence(scene, "apple"), "check")))

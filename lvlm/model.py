@@ -330,7 +330,7 @@ class Lvlm:
         finally:
             handle.remove()
 
-    def ask(self, image: Any, question: str, *, max_new_tokens: int = 40) -> str:
+    def ask(self, image: Any, question: str, *, system: str | None = None, max_new_tokens: int = 40) -> str:
         """Return the model's answer to a question about an image, in the prompt of its chat template.
 
         Parameters
@@ -340,6 +340,8 @@ class Lvlm:
             them for a question about several images.
         question
             The user's turn.
+        system
+            System prompt instead of the template's own.
         max_new_tokens
             Largest number of tokens of the answer.
 
@@ -359,7 +361,7 @@ class Lvlm:
         True
         """
         images = image if isinstance(image, list | tuple) else [image]
-        return self._answer(images, self.prompt(question, len(images)), question, max_new_tokens)
+        return self._answer(images, self.prompt(question, len(images), system=system), question, max_new_tokens)
 
     def generate(self, images: Any, prompt: str, *, max_new_tokens: int = 40) -> str:
         """Return the greedy continuation of a prompt as text, without a chat template.

@@ -92,6 +92,17 @@ def _apply_template(model: Model, turns: list[dict[str, Any]], question: str) ->
     raise ModelError(msg)
 
 
+def check_placeholder(model: Model) -> None:
+    """Raise `ModelError` if the prompt of a question about an image does not contain the image's placeholder."""
+    if model.spec.image_first or model.placeholder in prompt_of(model, "question", 1):
+        return
+    msg = (
+        f"the chat template of {model.name} writes no placeholder of an image ('{model.placeholder}') into a question about an "
+        "image; set processor.chat_template to a template that does, or FamilySpec.placeholder to what it writes"
+    )
+    raise ModelError(msg)
+
+
 def find_question(text: str, question: str) -> tuple[int, int] | None:
     """Return the span of the last occurrence of a question in a prompt, ignoring case; None if the template changed its words."""
     words = question.strip()
