@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from behavior.parsing import Parser, named_parser, parser_for, read_answer
+from behavior.parsing import Parser, judge_text, named_parser, parser_for
 from behavior.result import Answer, BehaviorResult, Cost
 from concepts.loaders.pope import SPLITS, same_wording, splits_of
 from concepts.reading.record import Record, as_record, is_text
@@ -412,7 +412,7 @@ def _aliases(example: Example) -> tuple[str, ...]:
 
 def row_of(example: Example, text: str, rule: Parser) -> Answer:
     """Return the answer to a question, parsed from text by a rule."""
-    parsed = read_answer(text, example.candidates, rule) if example.candidates else None
+    parsed, correct = judge_text(example, text, rule)
     return Answer(
         id=example.id,
         group=example.group,
@@ -423,7 +423,7 @@ def row_of(example: Example, text: str, rule: Parser) -> Answer:
         answer=example.answer,
         candidates=example.candidates,
         given=parsed,
-        correct=parsed == example.answer if example.candidates else None,
+        correct=correct,
         prior_answer=example.prior_answer,
         text=text,
     )

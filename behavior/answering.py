@@ -6,11 +6,14 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict
 from typing import Any
 
 from torch import Tensor
 
-from behavior.parsing import Parser, parsers_of, read_answer
+from behavior.matching import DEFAULT_MATCH, matches_answer
+from behavior.parsing import Parser, judge_text, parsers_of
+from behavior.repetition import repeat_sampled
 from behavior.result import Answer, BehaviorResult, Cost
 from concepts.combination import PARTS, dataset_parts
 from concepts.schema import ConceptDataset, Example
@@ -19,6 +22,7 @@ from groundscope.core.progress import display
 from lvlm.active_interventions import intervention_record, mark_observer
 from lvlm.answer_keys import AnswerKey, answer_key, check_prefixes
 from lvlm.model import Batch, Lvlm
+from lvlm.sampling import Sampling
 
 _SINGLE = "unmodified"
 """Name of the only condition of `answer`, which is not recorded in the provenance."""
@@ -30,7 +34,10 @@ def answer(
     *,
     generate: bool = False,
     parser: str | None = None,
+    match: str = DEFAULT_MATCH,
     max_new_tokens: int = 40,
+    sampling: Sampling | None = None,
+    seeds: int = 1,
     batch_size: int = 32,
     progress: bool | None = None,
 ) -> BehaviorResult:
@@ -38,8 +45,10 @@ def answer(
 
     A question with candidates takes one forward pass: the answer is the candidate with the highest score (log-sum-exp of
     the logits of its first tokens) at the last token of the prompt; the margin is its score minus the best other score. A
-    question without candidates (a caption) is answered by greedy generation; with `generate`, so are all questions. After
-    the prefix of an example (`Example.prefix`), the answer is what follows it: `Answer.text` does not repeat the prefix.
+    question without candidates is answered by generation, greedy unless `sampling` is given; with `generate`, so are all
+    questions. The text that answers an open question is compared with its true answer and aliases by `match`; a caption is
+    not. After the prefix of an example (`Example.prefix`), the answer is what follows it: `Answer.text` does not repeat the
+    prefix.
 
     Parameters
     ----------
@@ -52,8 +61,15 @@ def answer(
     parser
         Name of the parser of generated yes-no answers, one of `behavior.parsing.PARSERS`; by default that of the
         benchmark that `data` was loaded from (`behavior.parsing.parser_for`).
+    match
+        Rule for the answers to open questions, one of `behavior.matching.MATCHES`.
     max_new_tokens
         Maximum number of generated tokens.
+    sampling
+        How generated tokens are drawn; None takes the most likely token.
+    seeds
+        Number of sampled answers to each question that is answered by generation. Those after the first have ids
+        ``<id>#2``, ``<id>#3``, …; rates count all of them, and their intervals are clustered by image.
     batch_size
         Number of examples of equal length per forward pass.
     progress
@@ -70,7 +86,8 @@ def answer(
         For an empty dataset, a true answer that is not a candidate, a question with one candidate, or an image that
         cannot be read; all but the last are raised before the first forward pass.
     ConfigError
-        For a batch size or number of tokens below 1, or an unknown parser.
+        For a batch size, number of tokens or number of seeds below 1, several seeds without sampling, or an unknown parser
+        or rule.
     ModelError
         If the logits are not finite.
 
@@ -88,7 +105,10 @@ def answer(
         {_SINGLE: nullcontext},
         generate=generate,
         parser=parser,
+        match=match,
         max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        seeds=seeds,
         batch_size=batch_size,
         progress=progress,
     )
@@ -103,7 +123,10 @@ def answer_each(
     logits: Callable[[Batch], Sequence[Tensor]] | None = None,
     generate: bool = False,
     parser: str | None = None,
+    match: str = DEFAULT_MATCH,
     max_new_tokens: int = 40,
+    sampling: Sampling | None = None,
+    seeds: int = 1,
     batch_size: int = 32,
     progress: bool | None = None,
 ) -> dict[str, BehaviorResult]:
@@ -111,7 +134,7 @@ def answer_each(
 
     Parameters
     ----------
-    model, data, generate, parser, max_new_tokens, batch_size, progress
+    model, data, generate, parser, match, max_new_tokens, sampling, seeds, batch_size, progress
         As for `answer`.
     conditions
         Name to a function that opens the condition's context, such as an applied steering vector.
@@ -142,6 +165,12 @@ def answer_each(
     if batch_size < 1 or max_new_tokens < 1:
         msg = f"batch_size={batch_size}, max_new_tokens={max_new_tokens}: both must be at least 1"
         raise ConfigError(msg)
+    if seeds < 1 or (seeds > 1 and sampling is None):
+        msg = f"seeds={seeds}: must be at least 1, and above 1 only with sampling, because greedy answers are always the same"
+        raise ConfigError(msg)
+    matches_answer("", (), match)  # raises for an unknown rule
+    digest = data.digest
+    data = repeat_sampled(data, seeds, generate=generate)
     parser, rules = parsers_of(data, parser)
     _check(model, data, generate=generate)
     scored = [i for i, e in enumerate(data) if e.candidates and not generate]
@@ -177,8 +206,8 @@ def answer_each(
             examples = [e.example for e in batch.encodings]
             for name, open_context in conditions.items():
                 with open_context():
-                    texts = model.generate_batch(batch, max_new_tokens)
-                answers = [_parse(e, text, rules[e.id]) for e, text in zip(examples, texts, strict=True)]
+                    texts = model.generate_batch(batch, max_new_tokens, sampling=sampling)
+                answers = [_parse(e, text, rules[e.id], match) for e, text in zip(examples, texts, strict=True)]
                 rows[name].update(zip((generated[i] for i in batch.index), answers, strict=True))
             bar.advance(bar.task_ids[0], len(examples))
     single = len(conditions) == 1
@@ -189,7 +218,7 @@ def answer_each(
         "config_hash": model.config_hash,
         "weights_hash": model.weights_hash,
         "data": data.name,
-        "data_digest": data.digest,
+        "data_digest": digest,
         **({"parts": list(dataset_parts(data))} if PARTS in data.provenance else {}),
         "batch_size": batch_size,
         "generate": generate,
@@ -197,7 +226,9 @@ def answer_each(
         "max_new_tokens": max_new_tokens,
         "attention": model.attention,
         **({"revision": model.revision} if model.revision else {}),
-        **({"decoding": "greedy"} if generated else {}),
+        **({"decoding": "greedy" if sampling is None else asdict(sampling)} if generated else {}),
+        **({"seeds": seeds} if seeds > 1 else {}),
+        **({"match": match} if match != DEFAULT_MATCH else {}),
     }
     provenances: dict[str, dict[str, Any]] = {}
     for name, open_context in conditions.items():
@@ -265,12 +296,10 @@ def _choose(model: Lvlm, examples: Sequence[Example], logits: Tensor) -> list[An
     return [answers[row] for row in range(len(examples))]
 
 
-def _parse(example: Example, text: str, rule: Parser) -> Answer:
+def _parse(example: Example, text: str, rule: Parser, match: str) -> Answer:
     """Parse the generated text of one question."""
-    if not example.candidates:
-        return _row(example, given=None, correct=None, text=text)
-    choice = read_answer(text, example.candidates, rule)
-    return _row(example, given=choice, correct=choice == example.answer, text=text)
+    given, correct = judge_text(example, text, rule, match)
+    return _row(example, given=given, correct=correct, text=text)
 
 
 def _row(example: Example, **fields: Any) -> Answer:

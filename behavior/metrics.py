@@ -13,6 +13,7 @@ import numpy as np
 
 from behavior.chair import COCO_CATEGORIES, COCO_PHRASES, COCO_SYNONYMS, ChairResult, chair, score_captions
 from behavior.comparison import change_estimate
+from behavior.repetition import repeat_sampled
 from behavior.result import Answer, BehaviorResult
 from concepts.combination import dataset_parts
 from concepts.nouns import canonical_noun
@@ -158,6 +159,9 @@ def compute_metrics(
         rows = [a for a in answers.answers if metric.applies(a)]
         if rows:
             rates[name] = estimate([metric.counts(a) for a in rows], [a.group for a in rows])
+    data = repeat_sampled(
+        data, int(answers.provenance.get("seeds", 1)), generate=bool(answers.provenance.get("generate"))
+    )
     captions = {a.id: a for a in answers.answers if a.kind == "caption"}
     parts = {name: part for name, part in dataset_parts(data).items() if any(e.id in captions for e in part)}
     if captions and not parts:  # raises the error about captions that are not in the dataset

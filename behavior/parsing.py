@@ -7,10 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
+from behavior.matching import DEFAULT_MATCH, matches_answer
 from groundscope.core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from concepts.schema import ConceptDataset
+    from concepts.schema import ConceptDataset, Example
 
 Parser = Callable[[str], str | None]
 """Function from a text to ``yes``, ``no``, or None if it is neither."""
@@ -153,6 +154,20 @@ def parsers_of(data: ConceptDataset, name: str | None = None) -> tuple[str, dict
     names = {part: parser_for(rows, name) for part, rows in parts.items()}
     rules = {example.id: PARSERS[names[part]] for part, rows in parts.items() for example in rows}
     return ", ".join(dict.fromkeys(names.values())) or parser_for(data, name), rules
+
+
+def judge_text(example: Example, text: str, rule: Parser, match: str = DEFAULT_MATCH) -> tuple[str | None, bool | None]:
+    """Return the candidate that a text chooses, and whether it is right: ``given`` and ``correct`` of an `Answer`.
+
+    A question with candidates is parsed by `rule` (`read_answer`); an open question is compared with its true answer and
+    aliases by `match` (`behavior.matching`) and has no ``given``; a caption is neither right nor wrong.
+    """
+    if example.candidates:
+        choice = read_answer(text, example.candidates, rule)
+        return choice, choice == example.answer
+    if example.kind == "caption" or not example.answer.strip():
+        return None, None
+    return None, matches_answer(text, (example.answer, *example.aliases), match)
 
 
 def read_answer(text: str, candidates: Sequence[str], rule: Parser) -> str | None:

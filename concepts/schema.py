@@ -536,6 +536,47 @@ class ConceptDataset(Sequence[Example]):
         more = {name: text for name, text in (("suffix", suffix), ("system", system)) if text is not None}
         return ConceptDataset(self.name, tuple(replace(e, **more) for e in self.examples), self.provenance)
 
+    def with_choices(self, choices: Sequence[str]) -> ConceptDataset:
+        """Return the dataset with these candidates for every open question; captions and other questions do not change.
+
+        Raises
+        ------
+        DataError
+            If no question is open, or the true answer of one is not among the choices; an answer whose alias is a choice is
+            replaced by that choice.
+
+        Examples
+        --------
+        >>> from dataclasses import replace
+        >>> import groundscope as gs
+        >>> colors = gs.scenes.dataset(10).where(kind="what_color")
+        >>> open_questions = gs.ConceptDataset("open", tuple(replace(e, candidates=()) for e in colors))
+        >>> open_questions.with_choices(["red", "green", "yellow", "blue", "orange", "purple", "brown", "gray"])[0].candidates[:2]
+        ('red', 'green')
+        """
+        candidates = tuple(choices)
+        if len(set(candidates)) < max(2, len(candidates)):
+            msg = f"choices={list(candidates)}: give two or more different answers"
+            raise DataError(msg)
+        examples, count = [], 0
+        for example in self.examples:
+            if example.candidates or example.kind == "caption":
+                examples.append(example)
+                continue
+            count += 1
+            answer = next((a for a in (example.answer, *example.aliases) if a in candidates), None)
+            if answer is None:
+                msg = (
+                    f"example '{example.id}': the true answer '{example.answer}' is not one of the choices "
+                    f"{', '.join(candidates)}{nearest(example.answer, candidates)}"
+                )
+                raise DataError(msg)
+            examples.append(replace(example, answer=answer, candidates=candidates))
+        if not count:
+            msg = f"dataset '{self.name}' has no open question: the choices would have no effect"
+            raise DataError(msg)
+        return ConceptDataset(self.name, tuple(examples), self.provenance)
+
     def frame(self) -> pd.DataFrame:
         """Return one row per example: its fields, and one column per concept label, NaN if the concept does not apply."""
         import pandas as pd

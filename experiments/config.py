@@ -23,9 +23,15 @@ ADDED: Mapping[str, Any] = MappingProxyType(
     {
         "data.suffix": None,
         "data.system": None,
+        "data.choices": None,
         "evaluate.generate": False,
         "evaluate.parser": None,
+        "evaluate.match": "normalized",
         "evaluate.max_new_tokens": 40,
+        "evaluate.temperature": 0.0,
+        "evaluate.top_p": 1.0,
+        "evaluate.seeds": 1,
+        "evaluate.seed": 0,
     }
 )
 """Option that a later version added to the value at which a stage makes what earlier versions made: with it, the key of the
@@ -104,6 +110,9 @@ class DataConfig:
     "data.suffix='Answer the question using a single word or phrase.'"; null for none."""
     system: str | None = None
     """System prompt; null for that of the model's chat template, if it has one."""
+    choices: list[str] | None = None
+    """Candidate answers of the questions that have none, such as `[red,green,blue]`; null leaves these questions open: the model
+    writes its answer."""
 
 
 @dataclass
@@ -193,8 +202,19 @@ class EvaluateConfig:
     candidate answers, which needs one forward pass and no parser."""
     parser: str | None = None
     """Rule that reads yes or no from a written answer, by its name in `behavior.PARSERS`; null for that of the benchmark."""
+    match: str = "normalized"
+    """How the answer to an open question is compared with the true answer and its aliases: `normalized` (case, punctuation,
+    articles and number words do not count), `contains` (the answer is among the words) or `exact`."""
     max_new_tokens: int = 40
     """Largest number of tokens of a written answer or a caption."""
+    temperature: float = 0.0
+    """Temperature at which written answers and captions are drawn; 0 takes the most likely token."""
+    top_p: float = 1.0
+    """Probability of the most likely tokens among which the next one is drawn."""
+    seeds: int = 1
+    """Number of drawn answers to each question; figures are over all of them."""
+    seed: int = 0
+    """Seed of the draws."""
     synonyms: str | None = None
     """CHAIR for `data=coco`: file with the synonyms of each category, such as `data/synonyms.txt` of the released scorer, which
     published results use; null for `behavior.chair.COCO_SYNONYMS`."""

@@ -102,7 +102,9 @@ def load_parts(data: DataConfig) -> tuple[ConceptDataset, ConceptDataset]:
             raise ConfigError(msg)
         parts = _scenes(data.n_images, data.seed), _scenes(data.test_images, data.test_seed)
     else:
-        parts = _divided(_loaded(data), data.test_share, data.seed)
+        parts = _divided(load_files(data), data.test_share, data.seed)
+    if data.choices is not None:
+        parts = _with_choices(parts, data.choices)
     first, second = (part.with_prompt(suffix=data.suffix, system=data.system) for part in parts)
     return first, second
 
@@ -119,7 +121,23 @@ def _scenes(n_images: int, seed: int) -> ConceptDataset:
     return scenes.dataset(n_images, seed)
 
 
-def _loaded(data: DataConfig) -> ConceptDataset:
+def _with_choices(
+    parts: tuple[ConceptDataset, ConceptDataset], choices: Sequence[str]
+) -> tuple[ConceptDataset, ConceptDataset]:
+    try:
+        with_open = [any(not e.candidates and e.kind != "caption" for e in part) for part in parts]
+        if not any(with_open):
+            parts[0].with_choices(choices)  # raises
+        first, second = (
+            p.with_choices(choices) if has_open else p for p, has_open in zip(parts, with_open, strict=True)
+        )
+    except DataError as error:
+        msg = f"data.choices: {error}"
+        raise ConfigError(msg) from error
+    return first, second
+
+
+def load_files(data: DataConfig) -> ConceptDataset:
     """Load the files of the user, each with the loader of its format, and combine them if there are several."""
     sources, files, folders = _list(data.source), _list(data.questions), _list(data.images)
     count = max(len(files), 1)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
+from behavior.matching import MATCHES
 from behavior.parsing import PARSERS
 from concepts.schema import LEVELS
 from experiments.config import STAGES, SWEEPS, RunConfig
@@ -104,6 +105,13 @@ def _answers(config: RunConfig) -> str | None:
         )
     if options.parser is not None and not options.generate:
         return f"evaluate.parser={options.parser} has no effect without written answers; add evaluate.generate=true"
+    if options.match not in MATCHES:
+        return f"evaluate.match={options.match}: choose from {', '.join(MATCHES)}{nearest(options.match, MATCHES)}"
+    if not 0 < options.top_p <= 1:
+        return f"evaluate.top_p={options.top_p:g}: must be above 0 and at most 1"
+    if options.temperature == 0 and (options.seeds > 1 or options.top_p < 1 or options.seed != 0):
+        name = "seeds" if options.seeds > 1 else "top_p" if options.top_p < 1 else "seed"
+        return f"evaluate.{name}={getattr(options, name):g} has no effect on the most likely answer; add evaluate.temperature=1"
     return None
 
 
@@ -141,6 +149,9 @@ _AT_LEAST: Mapping[str, float] = MappingProxyType(
         "trace.shards": 1,
         "evaluate.batch_size": 1,
         "evaluate.max_new_tokens": 1,
+        "evaluate.temperature": 0,
+        "evaluate.seeds": 1,
+        "evaluate.seed": 0,
         "data.n_images": 1,
         "data.test_images": 1,
         "data.seed": 0,

@@ -5,6 +5,7 @@ from .family.registry import families
 from .family.specification import FamilySpec, StackSpec
 from .loading import load_lvlm, wrap_lvlm
 from .model import Lvlm
+from .sampling import Sampling
 from .sites import Head, Site
 from .token_map import PatchGrid, TokenMap
 from .token_selection import TokenSelection
@@ -15,6 +16,7 @@ __all__ = [
     "Head",
     "Lvlm",
     "PatchGrid",
+    "Sampling",
     "Site",
     "StackSpec",
     "TokenMap",

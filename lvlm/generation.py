@@ -27,6 +27,10 @@ _WITHOUT_EFFECT = {
 """Settings that do not change greedy answers: of sampling, length, cache and output, and of beams with a single beam."""
 
 
+Processor = Callable[[Tensor, Tensor], Tensor]
+"""Function of the tokens so far ``[B, T]`` and the logits ``[B, V]`` that returns new logits."""
+
+
 def end_tokens(model: Model) -> frozenset[int]:
     """Return the tokens that end an answer; empty if the model has none."""
     return frozenset(_ends(_special_tokens(model)["eos_token_id"]))
@@ -44,7 +48,12 @@ def ignored_settings(model: Model) -> tuple[str, ...]:
 
 @torch.no_grad()
 def greedy(
-    model: Model, inputs: Mapping[str, Tensor], max_new_tokens: int, *, images: Sequence[str] = ()
+    model: Model,
+    inputs: Mapping[str, Tensor],
+    max_new_tokens: int,
+    *,
+    images: Sequence[str] = (),
+    choose: Processor | None = None,
 ) -> list[list[int]]:
     """Return each row's greedy answer as token ids, without the end token.
 
@@ -61,6 +70,8 @@ def greedy(
         Largest number of tokens of an answer.
     images
         Identity of each row's image; rows with equal ones share one run of the vision tower.
+    choose
+        Logits processor after which the most likely token is the next one, such as that of `lvlm.sampling.Sampling`.
 
     Raises
     ------
@@ -68,8 +79,9 @@ def greedy(
         If the logits of a step are not finite.
     """
     name = "decoder_input_ids" if model.encoder_decoder else "input_ids"
+    processors = [_finite_check(model), *([] if choose is None else [choose])]
     with share_vision_runs(model, images), _greedy_settings(model, max_new_tokens) as settings:
-        out = model.hf.generate(**inputs, generation_config=settings, logits_processor=[_finite_check(model)])
+        out = model.hf.generate(**inputs, generation_config=settings, logits_processor=processors)
     ends = end_tokens(model)
     answers = []
     for row in out[:, inputs[name].shape[1] :].tolist():
@@ -78,7 +90,7 @@ def greedy(
     return answers
 
 
-def _finite_check(model: Model) -> Callable[[Tensor, Tensor], Tensor]:
+def _finite_check(model: Model) -> Processor:
     """Return a logits processor that raises for logits that are not finite: argmax of NaN would return token 0."""
 
     def check(_tokens: Tensor, logits: Tensor) -> Tensor:

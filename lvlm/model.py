@@ -36,6 +36,7 @@ from lvlm.images import as_rgb
 from lvlm.interfaces import EncodedImage, ImageEncoding
 from lvlm.processor_digest import pixel_settings
 from lvlm.prompting import prompt_of
+from lvlm.sampling import Sampling
 from lvlm.sites import Site
 from lvlm.token_map import TokenMap
 from lvlm.weights_hash import has_weights, weights_hash
@@ -394,12 +395,13 @@ class Lvlm:
         images = images if isinstance(images, list | tuple) else [images]
         return self._answer(images, prompt, "", max_new_tokens)
 
-    def generate_batch(self, batch: Batch, max_new_tokens: int = 40) -> list[str]:
-        """Return the greedy answers to a batch as text, without the prefixes that they continue.
+    def generate_batch(self, batch: Batch, max_new_tokens: int = 40, *, sampling: Sampling | None = None) -> list[str]:
+        """Return the answers to a batch as text, without the prefixes that they continue: greedy, or sampled.
 
-        The checkpoint's generation settings are ignored, see `generate`.
+        The checkpoint's generation settings are ignored, see `generate`. Sampled answers depend on the ids of their examples.
         """
-        return self._texts(greedy(self, batch.inputs, max_new_tokens, images=batch.images))
+        choose = None if sampling is None else sampling.processor([e.example.id for e in batch.encodings])
+        return self._texts(greedy(self, batch.inputs, max_new_tokens, images=batch.images, choose=choose))
 
     def _answer(self, images: Sequence[Any], text: str, question: str, max_new_tokens: int) -> str:
         if max_new_tokens < 1:

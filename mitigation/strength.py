@@ -6,12 +6,13 @@ from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 
 from behavior import BehaviorResult, answer_each
+from behavior.matching import DEFAULT_MATCH
 from behavior.metrics import METRICS, compute_metrics
 from circuits import intervened, logits_under
 from concepts.schema import ConceptDataset
 from groundscope.core.errors import ConfigError
 from groundscope.core.statistics import Estimate
-from lvlm import Lvlm
+from lvlm import Lvlm, Sampling
 from mitigation.steering.vector import SteeringVector
 
 RULE = (
@@ -75,7 +76,10 @@ def answer_under(
     batch_size: int = 64,
     generate: bool = False,
     parser: str | None = None,
+    match: str = DEFAULT_MATCH,
     max_new_tokens: int = 40,
+    sampling: Sampling | None = None,
+    seeds: int = 1,
     progress: bool = True,
 ) -> dict[str, BehaviorResult]:
     """Ask every question of a dataset under each vector; all vectors share the forward pass up to the first change.
@@ -90,7 +94,7 @@ def answer_under(
         Vectors by name; None is the model without a vector.
     batch_size
         Questions in a batch.
-    generate, parser, max_new_tokens
+    generate, parser, match, max_new_tokens, sampling, seeds
         As for `behavior.answer`.
     progress
         Whether to show progress.
@@ -124,7 +128,10 @@ def answer_under(
         logits=logits_under(model, list(changes.values())),
         generate=generate,
         parser=parser,
+        match=match,
         max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        seeds=seeds,
         batch_size=batch_size,
         progress=progress,
     )

@@ -79,9 +79,10 @@ def _dispatch(arguments: Sequence[str], console: Console) -> int:
 
 def _run(arguments: Sequence[str], console: Console) -> int:
     """Run one configuration, or several."""
-    from experiments.cli.overrides import compose, read
+    from experiments.cli.overrides import as_sources, compose, read
     from experiments.validation import check
 
+    arguments = [as_sources(argument) for argument in arguments]
     request = read(arguments)
     # Command lines with flags of Hydra (--cfg job, --config-dir) go to Hydra.
     if not request.plain:

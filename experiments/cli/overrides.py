@@ -84,7 +84,7 @@ def read(arguments: Sequence[str]) -> Request:
             msg = f"'{argument}' is neither a command nor option=value{nearest(argument, COMMANDS)}; groundscope help lists both"
             raise ConfigError(msg)
         else:
-            words.append(argument)
+            words.append(as_sources(argument))
     try:
         overrides = tuple(OverridesParser.create().parse_overrides(words))
     except OverrideParseException as error:
@@ -105,6 +105,12 @@ def read(arguments: Sequence[str]) -> Request:
         msg = f"{key} has several values: add -m to run each, write {key}=[…] for a list, or \"{key}='…'\" for a text"
         raise ConfigError(msg)
     return request
+
+
+def as_sources(word: str) -> str:
+    """Return ``data=[pope,gqa]`` as the option with the format of each file; every other word as it is."""
+    key, _, value = word.partition("=")
+    return f"data.source={value}" if key == "data" and value.startswith("[") else word
 
 
 def _quote_twice(word: str | None) -> str:

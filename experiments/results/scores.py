@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,11 +30,15 @@ def score_tables(run: Path, conditions: Sequence[str] = SHOWN) -> dict[str, Benc
 
 def describe_answers(run: Path) -> list[str]:
     """Return the tables of a run, and its scores of captions, as lines for the terminal."""
-    tables = score_tables(run)
+    from behavior import benchmark_table
+
+    results = _results(run, SHOWN)
+    tables = {name: table for name, result in results.items() if (table := benchmark_table(result)).rows}
     lines: list[str] = []
     for name, table in tables.items():
         title = f" ({TITLES[name]})" if len(tables) > 1 else ""
         lines += ["", f"answers to the test questions{title}, in percent:", *table.text().splitlines()]
+        lines += _describe_seeds(results[name])
     if tables:
         lines.append("95 % intervals: behavior/scores.json in the run folder")
     path = below(run, "behavior/rates.json", error=ConfigError)
@@ -46,6 +51,20 @@ def describe_answers(run: Path) -> list[str]:
             )
             lines.append(f"captions ({TITLES[condition]}), in percent: {figures}")
     return lines
+
+
+def _describe_seeds(answers: BehaviorResult) -> list[str]:
+    """Return the accuracy of each seed as a line; empty for answers of one seed."""
+    from behavior.repetition import divide_seeds
+
+    rates = [100 * part.rate("accuracy").value for part in divide_seeds(answers)]
+    if len(rates) < 2:
+        return []
+    deviation = statistics.stdev(rates)
+    values = ", ".join(f"{rate:.1f}" for rate in rates)
+    return [
+        f"accuracy of each of {len(rates)} seeds: {values} (mean {statistics.mean(rates):.1f}, deviation {deviation:.1f})"
+    ]
 
 
 def _results(run: Path, conditions: Sequence[str]) -> dict[str, BehaviorResult]:

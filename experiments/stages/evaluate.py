@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from behavior import answer
 from behavior.chair import read_synonyms
 from behavior.metrics import METRICS, compare_metric, compute_metrics
+from experiments.config import EvaluateConfig
 from experiments.results.scores import write_scores
 from experiments.run.context import Context
 from experiments.run.folder import write_json
@@ -19,6 +20,9 @@ from groundscope.core.errors import ConfigError
 from groundscope.core.text import nearest
 from mitigation import CONTROLS, SteeringVector
 from mitigation.strength import PRIOR_ERRORS, answer_under
+
+if TYPE_CHECKING:
+    from lvlm import Sampling
 
 RUNS = ("before", "after", *CONTROLS, "twin")
 """All conditions under which the test questions are answered."""
@@ -36,6 +40,22 @@ def check(context: Context) -> None:
         raise ConfigError(msg)
     if file is not None:
         read_synonyms(file)
+    options = context.config.evaluate
+    written = options.generate or any(not e.candidates for e in context.held_out)
+    if options.temperature > 0 and not written:
+        msg = (
+            f"evaluate.temperature={options.temperature:g}: every question of these data has candidates, so no answer is "
+            "written; add evaluate.generate=true"
+        )
+        raise ConfigError(msg)
+
+
+def _sampling(options: EvaluateConfig) -> Sampling | None:
+    if options.temperature == 0:
+        return None
+    from lvlm import Sampling
+
+    return Sampling(options.temperature, options.top_p, options.seed)
 
 
 def chosen_conditions(context: Context) -> list[str]:
@@ -55,7 +75,8 @@ def make_behavior(context: Context, root: Path) -> str:
     vectors: dict[str, SteeringVector | None] = {"before": None}
     made = {run: steering / file for run, file in files.items() if with_vectors and (steering / file).exists()}
     vectors |= {run: SteeringVector.load(path) for run, path in made.items() if run in conditions}
-    answering: Any = {name: getattr(options, name) for name in ("batch_size", "generate", "parser", "max_new_tokens")}
+    same = ("batch_size", "generate", "parser", "match", "max_new_tokens", "seeds")
+    answering: Any = {name: getattr(options, name) for name in same} | {"sampling": _sampling(options)}
     results = answer_under(context.model, data, vectors, **answering)
     if context.twin is not None and "twin" in conditions:
         results["twin"] = answer(context.twin, data, **answering)

@@ -16,8 +16,7 @@ def make_examples(context: Context, root: Path) -> str:
         write_json(
             root / f"{name}.json", {"name": part.name, "digest": part.digest, "provenance": dict(part.provenance)}
         )
-    images = [len({e.group for e in part}) for part in context.parts]
-    return (
-        f"{len(context.discovery)} discovery questions on {images[0]} images, "
-        f"{len(context.held_out)} test questions on {images[1]} images"
+    named = zip(("discovery", "test"), context.parts, strict=True)
+    return ", ".join(
+        f"{len(part)} {name} questions on {len({e.group for e in part})} images" for name, part in named if len(part)
     )

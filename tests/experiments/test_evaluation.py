@@ -13,7 +13,7 @@ from rich.console import Console
 from behavior import BehaviorResult
 from behavior.pope import score_result
 from experiments.cli.main import _evaluation
-from experiments.cli.overrides import compose
+from experiments.cli.overrides import compose, read
 from experiments.config import DataConfig, RunConfig
 from experiments.data import load_parts, user_function
 from experiments.pipeline import execute
@@ -125,6 +125,13 @@ def test_wrong_data_are_refused_before_work(data: dict[str, Any], words: str) ->
         check(config(**data))
 
 
+def test_several_formats_are_a_list_of_the_group() -> None:
+    words = ["data=[pope,gqa]", "data.questions=[a.json,b.json]", "data.images=d", "+data.loader.gqa.questions=c.json"]
+    run, _ = compose(read(words).first())
+    assert (run.data.source, run.data.loader) == (["pope", "gqa"], {"gqa": {"questions": "c.json"}})
+    check(run)
+
+
 def test_all_questions_for_the_test_leave_none_for_probes() -> None:
     run = config(**FILE, test_share=1.0)
     check(run)
@@ -140,6 +147,17 @@ def test_wrong_options_of_answers_are_refused_before_work() -> None:
     run.evaluate.parser = "pope_releas"
     with pytest.raises(ConfigError, match=r"unknown parser; choose from .*did you mean pope_release"):
         check(run)
+    for name, value, words in (
+        ("match", "normal", "evaluate.match=normal: choose from .*; did you mean normalized"),
+        ("seeds", 3, "evaluate.seeds=3 has no effect on the most likely answer; add evaluate.temperature=1"),
+        ("top_p", 0.0, "evaluate.top_p=0: must be above 0"),
+        ("temperature", -1.0, "evaluate.temperature=-1: must be at least 0"),
+    ):
+        run = config(**FILE)
+        setattr(run.evaluate, name, value)
+        with pytest.raises(ConfigError, match=words):
+            check(run)
+    run = config(**FILE)
     run.evaluate.parser = "pope_release"
     with pytest.raises(ConfigError, match=r"has no effect without written answers; add evaluate\.generate=true"):
         check(run)
@@ -160,12 +178,18 @@ def test_files_whose_ids_are_the_same_keep_their_own_names(files: Path, tmp_path
 
 
 SOURCE = """
+from dataclasses import replace
 from pathlib import Path
 import groundscope as gs
 
 def load(questions=None, images=None, limit=None, seed=0):
     data = gs.scenes.dataset(10, seed=seed)
     return data if limit is None else data[:limit]
+
+def colors():
+    data = gs.scenes.dataset(10)
+    wide = tuple(replace(e, candidates=()) for e in data.where(kind="what_color"))
+    return gs.ConceptDataset("colors", (*wide, *data.where(kind="existence")[:4]), {"loader": "mine"})
 
 def wrong():
     return 3
@@ -194,15 +218,19 @@ def test_code_of_the_user_runs_only_if_this_command_line_names_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "mine.py").write_text(SOURCE + f"\nPath({str(tmp_path / 'ran')!r}).write_text('ran')\n")
-    words = ("data.source=mine.py:load", "stages=[examples]", "name=x")
-    assert run_command(words, tmp_path, monkeypatch, capsys)[0] == 0
+    words = ("data.source=mine.py:colors", "name=x", "threads=1", "evaluate.temperature=2", "evaluate.seeds=2")
+    status, output, _ = run_command(("evaluate", *words), tmp_path, monkeypatch, capsys)
+    assert status == 0
+    rows = json.loads((tmp_path / "runs" / "x" / "behavior" / "scores.json").read_text())["before"]
+    assert {row["form"] for row in rows} == {"open", "yes-no"}
+    assert "accuracy of each of 2 seeds: " in output
     (tmp_path / "ran").unlink()
     status, _, error = run_command(("resume=runs/x",), tmp_path, monkeypatch, capsys)
     assert status == 2
     assert (
-        "contains data.source=mine.py:load, code that is not run from a file: add data.source=mine.py:load"
+        "contains data.source=mine.py:colors, code that is not run from a file: add data.source=mine.py:colors"
         in " ".join(error.split())
     )
     assert not (tmp_path / "ran").exists()
-    assert run_command(("resume=runs/x", "data.source=mine.py:load"), tmp_path, monkeypatch, capsys)[0] == 0
+    assert run_command(("resume=runs/x", "data.source=mine.py:colors"), tmp_path, monkeypatch, capsys)[0] == 0
     assert (tmp_path / "ran").exists()

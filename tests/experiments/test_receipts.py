@@ -13,7 +13,8 @@ from rich.console import Console
 
 from activation_store import ActivationStore
 from experiments.cli.overrides import compose
-from experiments.run.context import Context, _loaded
+from experiments.data import load_files
+from experiments.run.context import Context
 from experiments.run.folder import Receipt, RunFolder, read_receipt, write_receipt
 from experiments.stages.trace import make_activations, trace_into
 from experiments.validation import check
@@ -84,7 +85,7 @@ def test_a_trace_of_a_run_skips_images_that_cannot_be_read(tmp_path: Path) -> No
     for name, words in {"raise": (), "skip": ("trace.on_error=skip",)}.items():
         (tmp_path / name).mkdir()
         context = Context(compose([*options, *words])[0], RunFolder(tmp_path / "x"), Console(file=io.StringIO()))
-        context.__dict__.update(model=model, parts=(_loaded(context.config.data), None))
+        context.__dict__.update(model=model, parts=(load_files(context.config.data), None))
         contexts[name] = context
     with pytest.raises(DataError, match="cannot be read"):
         make_activations(contexts["raise"], tmp_path / "raise")
