@@ -66,8 +66,8 @@ def _dispatch(arguments: Sequence[str], console: Console) -> int:
 
         sys.stdout.write(f"groundscope {version('groundscope')}\n")
         return 0
-    if first == "evaluate":
-        return _run(_evaluation(arguments[1:]), console)
+    if "evaluate" in arguments[:2] and first not in COMMANDS:  # also after -m
+        return _run(evaluation_words([word for word in arguments if word != "evaluate"]), console)
     if first in COMMANDS:
         return COMMANDS[first](arguments[1:])
     if first.startswith("resume="):
@@ -114,7 +114,7 @@ _EVALUATION = {
 """Options of `groundscope evaluate`: ask every question, without any stage before."""
 
 
-def _evaluation(arguments: Sequence[str]) -> list[str]:
+def evaluation_words(arguments: Sequence[str]) -> list[str]:
     """Return the command line of `groundscope evaluate`; options that it contains replace those of `_EVALUATION`."""
     chosen = {word.lstrip("+").partition("=")[0] for word in arguments}
     return [*(f"{key}={value}" for key, value in _EVALUATION.items() if key not in chosen), *arguments]
