@@ -69,7 +69,7 @@ def execute(config: RunConfig, console: Console | None = None) -> Path:
 
 def _run_stages(config: RunConfig, folder: RunFolder, console: Console | None) -> None:
     start = time.perf_counter()
-    with folder.lock(shared=config.trace.shard is not None), LiveTable(config.stages, console) as table:
+    with folder.lock(shared=config.trace.shard is not None), LiveTable(config.stages, console, folder.path) as table:
         context = Context(config, folder, table.console)
         table.print(f"groundscope {config.name}: {context.headline()}", bold="groundscope")
         _check_inputs(context)

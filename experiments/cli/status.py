@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import stat
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from experiments.config import STAGES
-from experiments.records import FAILURE, read_record
+from experiments.records import FAILURE, NUMBER, TEXT, read_record
 from experiments.results.headlines import headlines
 from experiments.run.folder import FAILED, MARKER, STARTED, check_layout, read_receipt
+from experiments.run.live_table import PROGRESS, RECORD_EVERY
 from experiments.run.stage_cache import runs_in
 from experiments.stages.registry import TABLE
 from experiments.terminal_text import plain_console, printable, size
@@ -31,7 +33,7 @@ class RunStatus:
     stages: dict[str, str]
     """Stage to ``done``, ``failed``, ``started`` (not finished) or ``missing``."""
     process: str
-    """The process that is running it now; empty if there is none."""
+    """The process that is running it now, with its progress; empty if there is none."""
     bytes: int
     """Size of its files, including those that other runs share."""
     figures: tuple[str, ...]
@@ -51,7 +53,9 @@ def status(run: Path) -> RunStatus:
         if error:
             errors.append(f"{name}: {error}".splitlines()[0])
     count = sum(about.st_size for _, about in files_below(run) if stat.S_ISREG(about.st_mode))
-    process = holder(run / ".lock") if is_locked(run / ".lock") else ""
+    process = ""
+    if is_locked(run / ".lock"):
+        process = ", ".join([holder(run / ".lock"), *_progress(run)])
     try:
         check_layout(run)
         figures = tuple(_figures(run))
@@ -69,6 +73,21 @@ def _state(folder: Path) -> tuple[str, str]:
     if is_file(folder / FAILED):
         return "failed", read_record(folder / FAILED, FAILURE)["error"]
     return ("started" if is_file(folder / STARTED) else "missing"), ""
+
+
+def _progress(run: Path) -> list[str]:
+    """Return stage, counts, rate and remaining time of the process that is running a run, as it last wrote them."""
+    if not is_file(run / PROGRESS):
+        return []
+    try:
+        record = read_record(
+            run / PROGRESS, {"stage": TEXT, "text": TEXT, "seconds": NUMBER, "time": NUMBER}, limit=1 << 12
+        )
+    except ConfigError:  # replaced while it was read, or damaged
+        return []
+    age = max(0.0, time.time() - record["time"])
+    when = f" ({age:.0f} s ago)" if age > 2 * RECORD_EVERY else ""
+    return [f"{record['stage']} for {record['seconds']:.0f} s: {record['text'] or 'no counts yet'}{when}"]
 
 
 def _figures(run: Path) -> list[str]:

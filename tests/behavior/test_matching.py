@@ -46,9 +46,8 @@ def vqa_release(text: str) -> str:
         inside = f"{mark} " in plain or f" {mark}" in plain or re.search(r"(\d)(,)(\d)", plain) is not None
         plain = plain.replace(mark, "" if inside else " ")
     plain = re.sub(r"(?!<=\d)(\.)(?!\d)", "", plain)
-    numbers = dict(
-        zip("none zero one two three four five six seven eight nine ten".split(), "00123456789", strict=False)
-    )
+    names = "none zero one two three four five six seven eight nine ten".split()
+    numbers = {name: str(max(0, i - 1)) for i, name in enumerate(names)}
     words = [numbers.get(word, word) for word in plain.lower().split()]
     return " ".join(word for word in words if word not in {"a", "an", "the"})
 

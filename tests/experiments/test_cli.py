@@ -29,6 +29,7 @@ from experiments.cli.main import evaluation_words
 from experiments.cli.overrides import compose, read
 from experiments.config import STAGES, RunConfig
 from experiments.pipeline import execute
+from experiments.run import live_table
 from experiments.run.folder import RunFolder
 from experiments.run.interrupts import defer_interrupt
 from experiments.run.live_table import LiveTable
@@ -386,6 +387,38 @@ def test_a_terminal_sees_one_table_with_rates_and_others_plain_lines() -> None:
         live.start("examples")
         live.finish("examples", "0.1 s", "made " + "much " * 20)
     assert plain.getvalue() == f"  examples      0.1 s  made {'much ' * 20}\n"
+
+
+def test_long_stages_print_lines_without_a_terminal_and_tell_status(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Command
+) -> None:
+    run = finished_run(tmp_path / "runs", "a", 0.75)
+    monkeypatch.setattr(live_table, "LINE_EVERY", 0.1)
+    monkeypatch.setattr(live_table, "RECORD_EVERY", 0.05)
+    plain = io.StringIO()
+    with lock(run / ".lock"), LiveTable(["trace"], Console(file=plain, width=60), run) as live:
+        live.start("trace")
+        with display() as bar:
+            task = bar.add_task("tracing", total=1000)
+            for _ in range(20):
+                bar.advance(task, 10)
+                time.sleep(0.02)
+        output = command("status", "runs")[1]
+        assert re.search(r"running: .*, trace for 0 s: tracing \d+0 of 1000, [\d.]+/s, 0:\d\d left", output)
+        live.finish("trace", "1 s", "done")
+    assert not (run / live_table.PROGRESS).exists()
+    lines = plain.getvalue().splitlines()
+    assert 2 <= len(lines) <= 12
+    assert all(
+        re.fullmatch(r"  trace +0:00  (tracing \d+0 of 1000, [\d.]+/s, 0:\d\d left|running)", line)
+        for line in lines[:-1]
+    )
+    (run / live_table.PROGRESS).write_text('{"stage": 3}')
+    with lock(run / ".lock"):
+        status, output, _ = command("status", "runs")  # a damaged file is not progress
+    assert status == 0
+    assert "running: " in output
+    assert " for 0 s" not in output
 
 
 # -- the pages -----------------------------------------------------------------------------------------------------
