@@ -8,6 +8,7 @@ from .photographs.canvas import CanvasImage, on_canvas
 from .photographs.inpaint import InpaintedImage
 from .photographs.mirror import MirroredImage
 from .photographs.recolor import RecoloredImage
+from .written_words import word_pair
 
 __all__ = [
     "KINDS",
@@ -25,4 +26,5 @@ __all__ = [
     "on_canvas",
     "pairs",
     "register",
+    "word_pair",
 ]
