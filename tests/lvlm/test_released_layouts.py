@@ -271,3 +271,24 @@ def test_the_guide_states_what_is_read(models: Callable[[str], Loaded]) -> None:
         PAGE.write_text(before + start + table + end + after.partition(end)[2], encoding="utf-8")
         text = PAGE.read_text(encoding="utf-8")
     assert table == text.partition(start)[2].partition(end)[0], "run this test with WRITE_PROMPTS=1 to renew the table"
+
+
+@pytest.mark.parametrize("prefix", ["There is a dog, so", "Is there a dog? ", "I see:\n", 'He says "'])
+def test_a_prefix_and_its_next_word_have_the_tokens_of_the_whole_answer(loaded: Loaded, prefix: str) -> None:
+    _, _, model = loaded
+    question = replace(asked(), prefix=prefix)
+    tokenizer = model.processor.tokenizer
+    prompt = model.prompt(QUESTION)
+    start = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    ends_in_text = not prompt[-1:].isspace() and start[-1] not in {
+        *tokenizer.all_special_ids,
+        *tokenizer.added_tokens_decoder,
+    }
+    text = f"{prefix}yes" if prefix[-1] in ' \n"' else f"{prefix} yes"
+    whole = tokenizer(f"{prompt}{' ' * ends_in_text}{text}", add_special_tokens=False)["input_ids"]
+    encoding = model.encode(question)
+    written = encoding.inputs["input_ids"][0, list(encoding.tokens.prefix)].tolist()
+    assert encoding.inputs["input_ids"][0, encoding.tokens.prefix[0] - 1] == start[-1]
+    assert [*start, *written, answer_tokens(model, question, "yes")[0]] == whole
+    assert answer_key(model, question).tokens[0][0] == whole[-1]
+    assert tokenizer.decode(written).strip() == prefix.strip()
