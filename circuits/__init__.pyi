@@ -10,6 +10,7 @@ from .input_attribution.results import Sources, SourceShares
 from .interventions.intervention import Add, Amplify, Gate, Intervention, Project, Replace, Zero, intervened
 from .patching.activation import patch, patch_heads
 from .patching.metrics import metrics
+from .patching.outcomes import OUTCOMES, PairOutcomes, pair_outcomes
 from .patching.path import patch_paths
 from .results.graph import Graph
 from .results.head_scores import HeadScores, compare, random_heads, top_heads
@@ -17,6 +18,7 @@ from .results.patch_scores import PatchScores
 from .results.statistics import RankingComparison, Stability
 
 __all__ = [
+    "OUTCOMES",
     "Ablation",
     "Add",
     "Amplify",
@@ -27,6 +29,7 @@ __all__ = [
     "HeadTable",
     "ImageAttention",
     "Intervention",
+    "PairOutcomes",
     "PatchScores",
     "Project",
     "RankingComparison",
@@ -47,6 +50,7 @@ __all__ = [
     "intervened",
     "logits_under",
     "metrics",
+    "pair_outcomes",
     "patch",
     "patch_heads",
     "patch_paths",

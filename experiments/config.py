@@ -21,6 +21,7 @@ RENAMED_VALUES: Mapping[str, Mapping[str, str]] = MappingProxyType(
 """Option to its values in earlier versions, with their present spelling."""
 ADDED: Mapping[str, Any] = MappingProxyType(
     {
+        "data.canvas": None,
         "data.suffix": None,
         "data.system": None,
         "data.choices": None,
@@ -102,6 +103,9 @@ class DataConfig:
     stages, 0 tests none."""
     limit: int | None = None
     """Read at most this many questions of each file, or images if the loader makes the questions (not of `scenes`)."""
+    canvas: str | None = None
+    """Put all images on one canvas of `WxH` pixels, such as `672x672`, resized in proportion: for models whose number of image
+    tokens depends on the size of the image, so that all pairs of images can be patched (all sources except `scenes`)."""
     loader: dict[str, Any] = field(default_factory=dict)
     """Further files and options of the loader, by the names of its arguments: `+data.loader.captions=FILE` for `source=coco`.
     With several formats, by format: `+data.loader.coco.captions=FILE`."""
@@ -157,8 +161,14 @@ class ProbeConfig:
 class PatchConfig:
     """Activation patching of heads on counterfactual pairs."""
 
-    kinds: list[str] = field(default_factory=lambda: ["object", "color", "relation"])
-    """Kinds of pairs; kinds that the data do not allow are left out and named."""
+    kinds: list[str] | None = None
+    """Kinds of pairs; kinds that the data do not allow are left out and named. Null for object, color and relation, and for
+    photographs with such questions also attribute and action."""
+    methods: list[str] | None = None
+    """How photographs are changed: `given`, `swap`, `mirror`, `recolor`, `inpaint`, or a registered method; for each kind, the
+    first of these that makes enough pairs. Null for all, in this order."""
+    placebo: bool = True
+    """Also patch as many placebo pairs of photographs of each kind: the same change, after which the true answer is the same."""
     pairs: int = 60
     """Largest number of pairs of each kind."""
     tokens: str = "last"

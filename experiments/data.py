@@ -139,6 +139,9 @@ def _with_choices(
 
 def load_files(data: DataConfig) -> ConceptDataset:
     """Load the files of the user, each with the loader of its format, and combine them if there are several."""
+    from concepts.counterfactuals import on_canvas
+    from concepts.counterfactuals.photographs.canvas import parse_canvas
+
     sources, files, folders = _list(data.source), _list(data.questions), _list(data.images)
     count = max(len(files), 1)
     several = len(sources) > 1
@@ -146,10 +149,13 @@ def load_files(data: DataConfig) -> ConceptDataset:
     for i in range(count):
         source = sources[i] if several else sources[0]
         options = data.loader.get(source, {}) if several else data.loader
+        if source == "pairs" and data.canvas is not None:
+            options = {"equal_size": False, **options}  # the canvas makes them equal
         file = files[i] if files else None
         folder = (folders[i] if len(folders) > 1 else folders[0]) if folders else None
         loaded.append(_load_one(source, file, folder, data.limit, options))
-    return loaded[0] if count == 1 else combine_datasets(_named(files, sources, loaded))
+    whole = loaded[0] if count == 1 else combine_datasets(_named(files, sources, loaded))
+    return whole if data.canvas is None else on_canvas(whole, parse_canvas(data.canvas))
 
 
 def _load_one(

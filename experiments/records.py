@@ -30,7 +30,19 @@ TEXT, NUMBER, INTEGER, ANY = "text", "number", "integer", "any"
 """Simple shapes; `NUMBER` may be NaN. ``[shape]`` is a list, ``(shape, shape)`` a list of this length, a mapping an object with
 these fields and possibly others, ``{"*": shape}`` an object with any keys."""
 ESTIMATE = {"value": NUMBER, "low": NUMBER, "high": NUMBER, "n": INTEGER}
-TOP_HEADS = {"heads": [TEXT], "left_out": {"*": TEXT}, "kinds": [TEXT]}
+PAIRS = {
+    "method": TEXT,
+    "made": INTEGER,
+    "used": INTEGER,
+    "set": TEXT,
+    "outcomes": {"*": INTEGER},
+    "excluded": INTEGER,
+    "left_out": {"*": INTEGER},
+    "placebo": Optional(
+        {"used": INTEGER, "scale": Optional(NUMBER), "moved": Optional(NUMBER), "reason": Optional(TEXT)}
+    ),
+}
+TOP_HEADS = {"heads": [TEXT], "left_out": {"*": TEXT}, "kinds": [TEXT], "pairs": Optional({"*": PAIRS})}
 PLAN = [{"stack": TEXT, "component": TEXT, "tokens": TEXT, "concepts": [TEXT]}]
 SWEEP = {
     "method": TEXT,

@@ -70,6 +70,12 @@ def _shorten(text: str) -> str:
 def _scenes(config: RunConfig) -> str | None:
     data = config.data
     files = [n for n in ("questions", "images") if getattr(data, n) is not None] + [f"loader.{n}" for n in data.loader]
+    if data.canvas is not None:
+        from concepts.counterfactuals.photographs.canvas import parse_canvas
+
+        if is_scenes(data):
+            return "data.canvas has no effect with data=scenes, whose images have one size; remove it"
+        parse_canvas(data.canvas)
     if is_scenes(data) and files:
         return f"data.{files[0]} has no effect with data=scenes; name the format of the files, such as data=pope"
     return data_problem(data)

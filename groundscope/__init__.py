@@ -68,6 +68,7 @@ if TYPE_CHECKING:
         taxonomy,
     )
     from circuits import (
+        OUTCOMES,
         Ablation,
         Add,
         Amplify,
@@ -78,6 +79,7 @@ if TYPE_CHECKING:
         HeadTable,
         ImageAttention,
         Intervention,
+        PairOutcomes,
         PatchScores,
         Project,
         RankingComparison,
@@ -96,6 +98,7 @@ if TYPE_CHECKING:
         input_attribution,
         intervened,
         logits_under,
+        pair_outcomes,
         patch,
         patch_heads,
         patch_paths,
@@ -212,6 +215,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CONTROLS",
+    "OUTCOMES",
     "PARSERS",
     "Ablation",
     "ActivationSource",
@@ -276,6 +280,7 @@ __all__ = [
     "ModelProfile",
     "MultinomialProbe",
     "NoImage",
+    "PairOutcomes",
     "PatchGrid",
     "PatchScores",
     "PopeResult",
@@ -361,6 +366,7 @@ __all__ = [
     "mitigations",
     "move_to_heads",
     "multiclass",
+    "pair_outcomes",
     "patch",
     "patch_heads",
     "patch_paths",
@@ -387,6 +393,7 @@ __all__ = [
 
 _HOMES = {
     "CONTROLS": "mitigation",
+    "OUTCOMES": "circuits",
     "PARSERS": "behavior",
     "Ablation": "circuits",
     "ActivationSource": "activation_store",
@@ -454,6 +461,7 @@ _HOMES = {
     "MultinomialProbe": "probes",
     "NoImage": "concepts",
     "PatchGrid": "lvlm",
+    "PairOutcomes": "circuits",
     "PatchScores": "circuits",
     "PopeResult": "behavior",
     "PopeScores": "behavior",
@@ -527,6 +535,7 @@ _HOMES = {
     "mitigations": "mitigation",
     "move_to_heads": "mitigation",
     "multiclass": "probes",
+    "pair_outcomes": "circuits",
     "patch": "circuits",
     "patch_heads": "circuits",
     "patch_paths": "circuits",

@@ -12,9 +12,11 @@ from circuits.execution.memory import MEMORY
 from circuits.patching.metrics import Metric, MetricFunction, metric_of
 from circuits.patching.pairs import (
     MODES,
+    UnequalLengthError,
     check_enough_pairs,
     check_evaluating,
     check_pair,
+    combined_error,
     pairs_digest,
     plan_pair,
 )
@@ -41,6 +43,7 @@ def patch_heads(
     mode: Mode = "denoise",
     metric: str | MetricFunction = "logit_difference",
     min_effect: float | None = None,
+    scale: float | None = None,
     batch_size: int | None = None,
     memory: int = MEMORY,
     progress: bool | None = None,
@@ -66,7 +69,7 @@ def patch_heads(
     model
         In evaluation mode.
     pairs
-        Pairs of equal token length whose true answers differ.
+        Pairs of equal token length whose true answers differ, or placebo pairs, whose true answers are equal.
     tokens
         Positions to patch: ``last``, the last prompt token; ``suffix:all``, all tokens after the image jointly.
     mode
@@ -78,7 +81,12 @@ def patch_heads(
         Pairs with ``|M_clean - M_corrupt|`` below this are excluded and counted in `HeadScores.excluded`, as a share of
         a tiny difference is noise. By default 0.5 for ``logit_difference`` and ``log_probability``, 0.05 for
         ``probability`` and ``kl``, 0 for functions. With 0, pairs with identical images are included, and all their
-        effects are exactly 0.
+        effects are exactly 0. With `scale` the default is 0.
+    scale
+        Difference of the metric that is an effect of 1, the same for all pairs, such as `HeadScores.scale` of the pairs that
+        placebo pairs control. By default the difference ``M_clean - M_corrupt`` of each pair; for placebo pairs, whose own
+        differences are near 0, it is 1, so that effects are in units of the metric. The metric of a placebo pair compares
+        the true answer with the answer by prior, or the first wrong candidate.
     batch_size
         Largest number of patches per batch; None for as many as memory allows.
     memory
@@ -97,8 +105,9 @@ def patch_heads(
     ------
     PatchError
         Before any forward pass, if `pairs` is empty, a pair's examples differ in length or in the positions of the image,
-        answers are equal or begin with the same token, the model is in training mode, or `memory` is too small for one
-        patch; afterwards if more than half of the pairs are below `min_effect`.
+        answers begin with the same token or, except for placebo pairs, are equal, placebo pairs are mixed with others
+        without a `scale`, the model is in training mode, or `memory` is too small for one patch; afterwards if more than
+        half of the pairs are below `min_effect`.
     ModelError
         If the metric of a pair, patched or not, is not finite.
     SiteError
@@ -122,7 +131,8 @@ def patch_heads(
     (2, 6, 8)
     """
     tokens = str(TokenSelection.parse(tokens, allowed=TOKENS))
-    settings = settings_of(model, mode, metric_of(metric), memory, batch_size, min_effect, progress)
+    scale = scale_of(pairs, scale)
+    settings = settings_of(model, mode, metric_of(metric), memory, batch_size, min_effect, progress, scale)
     plans = plans_of(model, pairs, tokens, settings)
     result = sweep(model, plans, patches(model, every_head(model)), settings)
     effects = result.effects.reshape(len(plans), model.n_layers, model.n_heads)
@@ -153,8 +163,12 @@ def head_scores_of(
         baseline[0, used],
         baseline[1, used],
         **record_of(model, plans, used, tokens, settings),
-        provenance={**settings.metric.provenance, **provenance},
+        provenance={**_provenance(settings), **provenance},
     )
+
+
+def _provenance(settings: Settings) -> dict[str, Any]:
+    return {**settings.metric.provenance, **({} if settings.scale is None else {"scale": settings.scale})}
 
 
 def record_of(
@@ -188,6 +202,7 @@ def patch(
     mode: Mode = "denoise",
     metric: str | MetricFunction = "logit_difference",
     min_effect: float | None = None,
+    scale: float | None = None,
     batch_size: int | None = None,
     memory: int = MEMORY,
     progress: bool | None = None,
@@ -199,7 +214,7 @@ def patch(
     model
         In evaluation mode.
     pairs
-        Pairs of equal token length whose true answers differ.
+        Pairs of equal token length whose true answers differ, or placebo pairs.
     sites
         One or several of: a component of every layer (``resid_pre``, ``resid_mid``, ``resid_post``, ``attn_out``,
         ``mlp_out``; ``z`` for each head separately), a `Site`, a `Head`, or a `HeadSet` of heads to patch together, in one run.
@@ -207,7 +222,7 @@ def patch(
         ``last``; ``suffix:all`` (every token after the image), ``question:all``, ``image:all``, ``object:all`` or ``all``,
         patched jointly, or each token separately, as in ``suffix:each``; or ``positions:12,13``, counted from 0. A
         patch recomputes the positions from its first one on, in the layers from its own on: early positions cost more.
-    mode, metric, min_effect, batch_size, memory, progress
+    mode, metric, min_effect, scale, batch_size, memory, progress
         As in `patch_heads`.
 
     Returns
@@ -236,7 +251,8 @@ def patch(
     >>> scores.sites, scores.mean.shape
     (('decoder.L5.mlp_out', 'L4.H7', 'L4.H7+L5.H3'), (3, 1))
     """
-    settings = settings_of(model, mode, metric_of(metric), memory, batch_size, min_effect, progress)
+    scale = scale_of(pairs, scale)
+    settings = settings_of(model, mode, metric_of(metric), memory, batch_size, min_effect, progress, scale)
     units, names = units_of(model, sites)
     tokens = str(TokenSelection.parse(tokens, allowed=PATCHABLE))
     plans = plans_of(model, pairs, tokens, settings)
@@ -266,8 +282,33 @@ def scores_of(
         path="shared prefix" if result.shared else "whole forwards",
         through=through,
         **record_of(model, plans, result.used, tokens, settings),
-        provenance=settings.metric.provenance,
+        provenance=_provenance(settings),
     )
+
+
+def scale_of(pairs: Sequence[CounterfactualPair], scale: float | None) -> float | None:
+    """Return the scale of effects: as given, or 1 for placebo pairs, or None for the difference of each pair.
+
+    Raises
+    ------
+    PatchError
+        If some pairs are placebos, others not, and no scale is given.
+    ConfigError
+        For a scale that is not finite and above 0.
+    """
+    if scale is not None and not 0 < scale < math.inf:
+        msg = f"scale={scale} must be finite and above 0, such as HeadScores.scale of other pairs"
+        raise ConfigError(msg)
+    placebos = sum(pair.placebo for pair in pairs)
+    if not placebos or scale is not None:
+        return scale
+    if placebos < len(pairs):
+        msg = (
+            f"{placebos} of {len(pairs)} pairs are placebos, whose own differences are near 0: patch them separately, or pass "
+            "scale=…, the difference that is an effect of 1"
+        )
+        raise PatchError(msg)
+    return 1.0
 
 
 def settings_of(
@@ -278,30 +319,41 @@ def settings_of(
     batch_size: int | None,
     min_effect: float | None,
     progress: bool | None,
+    scale: float | None = None,
 ) -> Settings:
     """Return the settings of a sweep; raise `ConfigError` for an unknown option value, `PatchError` in training mode."""
     if mode not in MODES:
         msg = f"unknown mode '{mode}'; choose from {', '.join(MODES)}"
         raise ConfigError(msg)
-    least = metric.min_effect if min_effect is None else min_effect
+    default = metric.min_effect if scale is None else 0.0
+    least = default if min_effect is None else min_effect
     if (batch_size is not None and batch_size < 1) or memory < 1 or not least >= 0 or math.isinf(least):
         msg = (
             f"batch_size={batch_size} and memory={memory} must be at least 1, min_effect={least} finite and at least 0"
         )
         raise ConfigError(msg)
     check_evaluating(model)
-    return Settings("denoise" if mode == "denoise" else "noise", metric, least, memory, batch_size, progress)
+    return Settings("denoise" if mode == "denoise" else "noise", metric, least, memory, batch_size, progress, scale)
 
 
 def plans_of(model: Lvlm, pairs: Sequence[CounterfactualPair], tokens: str, settings: Settings) -> list[PairPlan]:
-    """Check every pair and return its plan; raise `PatchError` for a pair that cannot be patched."""
+    """Check every pair and return its plan; raise `PatchError` if any cannot be patched.
+
+    Placebo pairs are accepted with a scale only. If several pairs have unequal lengths, the message has their number.
+    """
     selection = TokenSelection.parse(tokens, allowed=PATCHABLE)
-    plans = []
+    plans: list[PairPlan] = []
+    unequal: list[UnequalLengthError] = []
     with progress_bar(settings.progress) as bar:
         task = bar.add_task("checking pairs", total=len(pairs))
         for pair in pairs:
-            plans.append(plan_pair(model, pair, selection, settings.metric))
+            try:
+                plans.append(plan_pair(model, pair, selection, settings.metric, placebo=settings.scale is not None))
+            except UnequalLengthError as error:
+                unequal.append(error)
             bar.advance(task)
+    if unequal:
+        raise combined_error(unequal, len(pairs))
     if not plans:
         msg = "pairs is empty; make pairs with counterfactuals.pairs(data, kind=…)"
         raise PatchError(msg)

@@ -171,7 +171,8 @@ def _of_function(function: MetricFunction, name: str) -> Metric:
 
 
 def _logit_difference(logits: Tensor, item: MetricInput) -> Tensor:
-    return logit_difference(logits, _key_of(item), item.pair.clean.answer, item.pair.corrupt.answer)
+    key = _key_of(item)
+    return logit_difference(logits, key, *key.candidates[:2])
 
 
 def _probability(logits: Tensor, item: MetricInput) -> Tensor:
@@ -216,15 +217,15 @@ entry point in the group ``groundscope.metrics``."""
 
 
 def pair_key(model: Lvlm, pair: CounterfactualPair) -> AnswerKey:
-    """Return the key of a pair's two true answers: the clean answer, then the corrupt answer.
+    """Return the key of a pair's two answers: the clean answer, then the corrupt answer, or for a placebo another candidate.
 
     Raises
     ------
     PatchError
-        If both have the same true answer, or the two answers begin with the same token, so that logits at one position
-        cannot distinguish them.
+        If both have the same true answer and the pair is no placebo, or the two answers begin with the same token, so that
+        logits at one position cannot distinguish them.
     """
-    right, wrong = pair.clean.answer, pair.corrupt.answer
+    right, wrong = pair.clean.answer, _other_answer(pair)
     if right == wrong:
         msg = (
             f"pair '{pair.clean.id}' ({pair.change}): clean and corrupt have the same answer '{right}'; "
@@ -236,6 +237,16 @@ def pair_key(model: Lvlm, pair: CounterfactualPair) -> AnswerKey:
     except DataError as error:
         msg = f"pair '{pair.clean.id}' ({pair.change}): {error}"
         raise PatchError(msg) from error
+
+
+def _other_answer(pair: CounterfactualPair) -> str:
+    """Return the corrupt example's answer; for a placebo the answer by prior, or the first candidate that is wrong."""
+    if not pair.placebo or pair.corrupt.answer != pair.clean.answer:
+        return pair.corrupt.answer
+    others = [candidate for candidate in pair.clean.candidates if candidate != pair.clean.answer]
+    if pair.clean.prior_answer in others:
+        return pair.clean.prior_answer
+    return others[0] if others else pair.corrupt.answer
 
 
 def logit_difference(logits: Tensor, key: AnswerKey, right: str, wrong: str) -> Tensor:

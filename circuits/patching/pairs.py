@@ -21,14 +21,40 @@ from lvlm.token_selection import TokenSelection
 MODES = ("denoise", "noise")
 
 
-def plan_pair(model: Lvlm, pair: CounterfactualPair, tokens: TokenSelection, metric: Metric) -> PairPlan:
-    """Check a pair and return its plan.
+class UnequalLengthError(PatchError):
+    """The two examples of a pair have different token positions."""
+
+    def __init__(self, pair: CounterfactualPair, lengths: tuple[int, int], reason: str) -> None:
+        super().__init__(f"pair '{pair.clean.id}' ({pair.change}): {reason}")
+        self.pair, self.lengths = pair, lengths
+
+
+def combined_error(errors: Sequence[UnequalLengthError], count: int) -> PatchError:
+    """Return one error for all pairs of unequal length among `count` pairs: which ones, and how many."""
+    if len(errors) == 1:
+        return errors[0]
+    shown = ", ".join(f"'{e.pair.clean.id}' ({e.lengths[0]} and {e.lengths[1]})" for e in errors[:3])
+    more = f" and {len(errors) - 3} more" if len(errors) > 3 else ""
+    return PatchError(
+        f"{len(errors)} of {count} pairs have different numbers or positions of tokens in their two examples, which patching "
+        f"needs equal: {shown}{more}; put all images on one canvas, with counterfactuals.on_canvas or data.canvas=WxH"
+    )
+
+
+def plan_pair(
+    model: Lvlm, pair: CounterfactualPair, tokens: TokenSelection, metric: Metric, *, placebo: bool = False
+) -> PairPlan:
+    """Check a pair and return its plan; `placebo`: accept placebo pairs.
 
     Raises
     ------
     PatchError
-        If its answers cannot be distinguished, its sides differ in token positions, or it lacks the requested tokens.
+        If its answers cannot be distinguished, it is a placebo that is not accepted, its sides differ in token positions, or it
+        lacks the requested tokens.
     """
+    if pair.placebo and not placebo:
+        msg = f"pair '{pair.clean.id}' ({pair.change}) is a placebo, whose two true answers are equal; use patch_heads or patch"
+        raise PatchError(msg)
     key = pair_key(model, pair) if metric.needs_key else None
     clean, corrupt = check_pair(model, pair)
     answer: tuple[int, ...] = ()
@@ -46,15 +72,15 @@ def check_pair(model: Lvlm, pair: CounterfactualPair) -> tuple[Encoding, Encodin
         ]
         differing = enumerate(zip_longest(*both, fillvalue="nothing"))
         position, (clean_token, corrupt_token) = next((i, words) for i, words in differing if words[0] != words[1])
-        msg = (
-            f"pair '{pair.clean.id}' ({pair.change}): clean has {clean.tokens.length} tokens, corrupt "
+        reason = (
+            f"clean has {clean.tokens.length} tokens, corrupt "
             f"{corrupt.tokens.length}; they first differ at position {position}, '{clean_token}' and '{corrupt_token}'; "
             "patching needs equal length"
         )
-        raise PatchError(msg)
+        raise UnequalLengthError(pair, (clean.tokens.length, corrupt.tokens.length), reason)
     if clean.tokens.image != corrupt.tokens.image:
-        msg = f"pair '{pair.clean.id}' ({pair.change}): clean and corrupt differ in image positions; patching needs equal ones"
-        raise PatchError(msg)
+        reason = "clean and corrupt differ in image positions; patching needs equal ones"
+        raise UnequalLengthError(pair, (clean.tokens.length, corrupt.tokens.length), reason)
     return clean, corrupt
 
 
@@ -116,7 +142,7 @@ def pairs_digest(pairs: Sequence[CounterfactualPair]) -> str:
 
 
 def _answer(model: Lvlm, pair: CounterfactualPair) -> tuple[int, ...]:
-    if pair.clean.answer == pair.corrupt.answer:
+    if pair.clean.answer == pair.corrupt.answer and not pair.placebo:
         msg = (
             f"pair '{pair.clean.id}' ({pair.change}): clean and corrupt have the same answer '{pair.clean.answer}'; "
             "patching needs pairs whose true answers differ"

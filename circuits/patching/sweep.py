@@ -117,6 +117,8 @@ class Settings:
     memory: int
     most: int | None
     progress: bool | None
+    scale: float | None = None
+    """Difference of the metric that is an effect of 1; None for the difference of each pair."""
 
 
 def sweep(model: Lvlm, plans: Sequence[PairPlan], work: Work, settings: Settings) -> SweepResult:
@@ -155,7 +157,8 @@ def _group(
     check_finite(np.stack(scores, axis=1), names, model.name)
     gap = scores[0] - scores[1]
     same = (gap == 0) & _are_equal(source, run, work.sites)
-    used = (abs(gap) >= settings.min_effect) & ((gap != 0) | same)
+    unit = gap if settings.scale is None else np.full_like(gap, settings.scale)
+    used = (abs(gap) >= settings.min_effect) & ((unit != 0) | same)
     effects = np.full((len(members), work.count, len(members[0].positions)), np.nan, np.float32)
     effects[used & same] = 0  # equal values have no effect
     todo = np.flatnonzero(used & ~same)
@@ -164,7 +167,7 @@ def _group(
         check_finite(patched, [f"patched {names[k]}" for k in todo], model.name)
         unpatched = scores[1 if denoise else 0][todo][:, None, None]
         sign = 1 if denoise else -1
-        effects[todo] = sign * (patched - unpatched) / gap[todo][:, None, None]
+        effects[todo] = sign * (patched - unpatched) / unit[todo][:, None, None]
     return effects, np.stack(scores), used
 
 

@@ -96,6 +96,11 @@ class PairScores(PairRecord):
         """Number of pairs."""
         return len(self.effects)
 
+    @property
+    def scale(self) -> float:
+        """Mean of ``|M_clean - M_corrupt|`` over pairs, in units of the metric."""
+        return float(np.abs(self.clean - self.corrupt).mean())
+
     def select(self, keep: np.ndarray) -> Self:
         """Return the scores of some pairs, by boolean mask or indices, e.g. ``np.array(s.levels) == 'object'``."""
         which = np.arange(self.n_pairs)[keep]

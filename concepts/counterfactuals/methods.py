@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -70,16 +70,24 @@ METHODS: Registry[PairMethod] = Registry(
 (entry-point group ``groundscope.pair_methods``)."""
 
 
-def methods_of(kind: str, method: str | None) -> dict[str, PairMethod]:
-    """Return the methods that make pairs of a kind, or the one that is named.
+def methods_of(kind: str, method: str | Sequence[str] | None) -> dict[str, PairMethod]:
+    """Return the methods that make pairs of a kind: all, the one that is named, or those of several, in their order.
 
     Raises
     ------
     ConfigError
-        For an unknown method, or one that does not make that kind.
+        For an unknown method, or if none that is named makes that kind.
     """
     if method is None:
         return {name: entry for name, entry in METHODS.usable().items() if kind in entry.kinds}
+    if not isinstance(method, str):
+        named = {name: METHODS[name] for name in method}
+        methods = {name: entry for name, entry in named.items() if kind in entry.kinds}
+        able = [name for name, entry in METHODS.usable().items() if kind in entry.kinds]
+        if able and not methods:
+            msg = f"none of the methods {', '.join(named)} makes pairs of kind '{kind}'; choose from {', '.join(able)}"
+            raise ConfigError(msg)
+        return methods
     entry = METHODS[method]
     if kind not in entry.kinds:
         kinds = ", ".join(entry.kinds)

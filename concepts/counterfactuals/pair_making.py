@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from itertools import chain, islice
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 
 from concepts.counterfactuals.image_edits import edit_pairs
-from concepts.counterfactuals.methods import METHODS, methods_of
+from concepts.counterfactuals.methods import METHODS, PairMethod, methods_of
 from concepts.counterfactuals.pair_set import PairSet
 from concepts.counterfactuals.scene_edits import color_pairs, object_pairs, relation_pairs
 from concepts.scenes.scene import Scene
@@ -169,17 +169,20 @@ def pairs(
     ('Is the airplane blue?', 'yes', 'no')
     """
     left_out: Counter[str] = Counter()
-    name, made = _make(data, kind, method, left_out, placebo=placebo)
-    result = tuple(islice(made, limit))
-    if not result:
-        raise _no_pair(data, kind, left_out)
-    return PairSet(result, kind, name, left_out)
+    for name, make in _ways(data, kind, method, placebo=placebo):
+        result = tuple(islice(make(left_out), limit))
+        if result:
+            return PairSet(result, kind, name, left_out)
+    raise _no_pair(data, kind, left_out)
 
 
 def balanced_pairs(
-    data: ConceptDataset, kind: str, *, method: str | None = None, placebo: bool = False, limit: int
+    data: ConceptDataset, kind: str, *, method: str | Sequence[str] | None = None, placebo: bool = False, limit: int
 ) -> PairSet:
     """Make pairs for patching: at most one per image, with the true answers in about equal numbers.
+
+    For photographs without a named method, or with several, the first that makes `limit` pairs is used, or else the one that
+    makes most.
 
     If examples of the split ``neutral`` allow such pairs, only these are used: in other splits the language prior suggests an
     answer. Heads that only raise one answer, such as yes, would look like grounding heads if most pairs had it as their
@@ -187,8 +190,10 @@ def balanced_pairs(
 
     Parameters
     ----------
-    data, kind, method, placebo
+    data, kind, placebo
         As for `pairs`.
+    method
+        As for `pairs`; also several names: those that make this kind are tried in their order.
     limit
         Maximum number of pairs.
 
@@ -204,22 +209,32 @@ def balanced_pairs(
     >>> len(pairs), len({pair.group for pair in pairs})
     (6, 6)
     """
-    neutral = data.where(split="neutral")
-    left_out: Counter[str] = Counter()
-    for source in (neutral, data):
-        name, made = _make(source, kind, method, left_out, placebo=placebo)
-        result = tuple(_balanced(made, limit))
-        if result:
-            return PairSet(result, kind, name, left_out)
-    raise _no_pair(data, kind, left_out)
+    total: Counter[str] = Counter()
+    for source in (data.where(split="neutral"), data):
+        best = PairSet((), kind)
+        for name, make in _ways(source, kind, method, placebo=placebo):
+            left_out: Counter[str] = Counter()
+            result = tuple(_balanced(make(left_out), limit, left_out))
+            if len(result) > len(best):
+                best = PairSet(result, kind, name, left_out)
+            total += left_out
+            if len(result) == limit:
+                break
+        if best:
+            return best
+    raise _no_pair(data, kind, total)
 
 
-def _balanced(made: Iterable[CounterfactualPair], limit: int) -> Iterator[CounterfactualPair]:
+def _balanced(made: Iterable[CounterfactualPair], limit: int, left_out: Counter[str]) -> Iterator[CounterfactualPair]:
     groups: set[str] = set()
     counts: dict[str, int] = {}
     for pair in made:
         answer = pair.clean.answer
-        if pair.group in groups or counts.get(answer, 0) > min(counts.values(), default=0) + 2:
+        if pair.group in groups:
+            left_out["further pairs of the same image"] += 1
+            continue
+        if counts.get(answer, 0) > min(counts.values(), default=0) + 2:
+            left_out["pairs whose answer is already the most frequent"] += 1
             continue
         groups.add(pair.group)
         counts[answer] = counts.get(answer, 0) + 1
@@ -228,25 +243,24 @@ def _balanced(made: Iterable[CounterfactualPair], limit: int) -> Iterator[Counte
             return
 
 
-def _make(
-    data: ConceptDataset, kind: str, method: str | None, left_out: Counter[str], *, placebo: bool
-) -> tuple[str, Iterator[CounterfactualPair]]:
-    """Return the name of the method, or an empty text for kinds without one, and the pairs."""
+def _ways(
+    data: ConceptDataset, kind: str, method: str | Sequence[str] | None, *, placebo: bool
+) -> list[tuple[str, Callable[[Counter[str]], Iterator[CounterfactualPair]]]]:
+    """Return the methods that can make the pairs, with an empty name for kinds without a method, and their functions."""
     check_kind(kind)
     methods = methods_of(kind, method)
     scenes = kind in KINDS and any(isinstance(e.image, Scene) for e in data)
-    if method is None and not placebo and (not methods or scenes):
-        return "", iter(KINDS[kind](data))
+    if not isinstance(method, str) and not placebo and (not methods or (scenes and method is None)):
+        return [("", lambda _: iter(KINDS[kind](data)))]
     if not methods:
         kinds = sorted({kind for entry in METHODS.usable().values() for kind in entry.kinds})
         msg = f"pairs of kind '{kind}' have no placebo; choose a kind of photographs: {', '.join(kinds)}"
         raise ConfigError(msg)
-    for name, entry in methods.items():
-        made = iter(entry.make(data, kind, left_out, placebo))
-        first = next(made, None)
-        if first is not None:
-            return name, chain((first,), made)
-    return "", iter(())
+
+    def of(entry: PairMethod) -> Callable[[Counter[str]], Iterator[CounterfactualPair]]:
+        return lambda left_out: iter(entry.make(data, kind, left_out, placebo))
+
+    return [(name, of(entry)) for name, entry in methods.items()]
 
 
 def _no_pair(data: ConceptDataset, kind: str, left_out: Counter[str]) -> DataError:

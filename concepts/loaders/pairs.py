@@ -21,7 +21,7 @@ LEVEL_OF_KIND: dict[str, Level] = {
 """Kind of a pair to the level of its question."""
 
 
-def pairs(file: Path | str, images: Path | str, *, limit: int | None = None) -> ConceptDataset:
+def pairs(file: Path | str, images: Path | str, *, equal_size: bool = True, limit: int | None = None) -> ConceptDataset:
     r"""Load image pairs from a table: edited, generated or selected images.
 
     Parameters
@@ -33,6 +33,9 @@ def pairs(file: Path | str, images: Path | str, *, limit: int | None = None) -> 
         ``|``; by default yes and no, or the two answers).
     images
         Folder of the images.
+    equal_size
+        Whether to require that both images of a pair have the same size, because images of different sizes can have different
+        numbers of tokens; False for images that `concepts.counterfactuals.on_canvas` makes equal afterwards.
     limit
         Maximum number of pairs; the first ones are used.
 
@@ -45,7 +48,7 @@ def pairs(file: Path | str, images: Path | str, *, limit: int | None = None) -> 
     ------
     DataError
         Names the file, record and field: for a missing field, an unknown kind, equal answers, an answer that is not a
-        candidate, an image that is missing or unreadable, or two images of different sizes.
+        candidate, or an image that is missing or unreadable; and for pairs of different sizes, with their number.
     ConfigError
         For a limit below 1.
 
@@ -71,7 +74,8 @@ def pairs(file: Path | str, images: Path | str, *, limit: int | None = None) -> 
     examples = [e for number, record in enumerate(islice(records, limit), 1) for e in _examples(record, number, folder)]
     left_out = {"pairs beyond the limit": sum(1 for _ in records)}
     data = build_dataset("pairs", [path], folder, examples, left_out)
-    _check_sizes(path, data)
+    if equal_size:
+        _check_sizes(path, data)
     return data
 
 
@@ -116,12 +120,16 @@ def _candidates(record: Record, answers: tuple[str, str]) -> tuple[str, ...]:
 
 
 def _check_sizes(path: Path, data: ConceptDataset) -> None:
-    """Raise `DataError` for a pair of images of different sizes: they can have different numbers of image tokens."""
+    """Raise `DataError` if the two images of any pair have different sizes: they can have different numbers of tokens."""
+    unequal = []
     for clean, corrupt in zip(data.examples[::2], data.examples[1::2], strict=True):
         sizes = [e.image.header.upright_size for e in (clean, corrupt)]  # pyright: ignore[reportAttributeAccessIssue]
         if sizes[0] != sizes[1]:
-            msg = (
-                f"{path}: pair '{clean.id}': the images have {sizes[0][0]} x {sizes[0][1]} and {sizes[1][0]} x {sizes[1][1]} "
-                "pixels; save both with one size"
-            )
-            raise DataError(msg)
+            unequal.append(f"'{clean.id}' ({sizes[0][0]} x {sizes[0][1]} and {sizes[1][0]} x {sizes[1][1]} pixels)")
+    if unequal:
+        more = f" and {len(unequal) - 3} more" if len(unequal) > 3 else ""
+        msg = (
+            f"{path}: {len(unequal)} of {len(data) // 2} pairs have two images of different sizes: "
+            f"{', '.join(unequal[:3])}{more}; save both with one size, or put all images on one canvas with data.canvas=WxH"
+        )
+        raise DataError(msg)

@@ -136,6 +136,21 @@ class RunFiles:
         """Kinds of pairs that the data do not allow, with the reason."""
         return self._top["left_out"]
 
+    @property
+    def pairs(self) -> dict[str, dict[str, Any]]:
+        """Method, counts and reasons by kind of pair; empty for runs of earlier versions."""
+        return self._top.get("pairs") or {}
+
+    def control_scores(self, name: str) -> dict[str, HeadScores]:
+        """Return control scores by kind of pair: ``all`` pairs, where only some localize, or ``placebo`` pairs."""
+        from circuits import HeadScores
+
+        folder, source = self.root / "circuits" / "controls", self.root / "circuits" / "top.json"
+        files = {
+            kind: below(folder, f"{kind}-{name}.safetensors", source=source, error=ConfigError) for kind in self.pairs
+        }
+        return {kind: HeadScores.load(file) for kind, file in files.items() if is_file(file)}
+
     @cached_property
     def sweep(self) -> dict[str, Any]:
         """Strengths that were tried, their results, and the choice."""

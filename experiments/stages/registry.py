@@ -89,7 +89,7 @@ TABLE: Mapping[str, Stage] = MappingProxyType(
             needs=("examples",),
             options=lambda c: [key_options("patch", asdict(c.config.patch)), c.model_key()],
             work=_function("patch.make_head_scores"),
-            version=2,
+            version=3,
             check=_function("patch.check"),
         ),
         "steer": Stage(

@@ -7,6 +7,7 @@ the same number.
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, replace
 
 from PIL import Image
@@ -79,14 +80,27 @@ def on_canvas(data: ConceptDataset, canvas: tuple[int, int]) -> ConceptDataset:
     if min(canvas) < 1:
         msg = f"canvas={canvas[0]}x{canvas[1]}: width and height must be at least 1"
         raise ConfigError(msg)
-    images: dict[str, CanvasImage] = {}
-    sizes: dict[str, tuple[int, int]] = {}
+    # By image, not by group: the two images of a pair have one group.
+    images: dict[int, tuple[CanvasImage, tuple[int, int]]] = {}
     for example in data:
-        if example.group not in images:
-            images[example.group] = CanvasImage(example.image, canvas)
-            sizes[example.group] = _size(example.image)
-    examples = tuple(_placed(e, images[e.group], sizes[e.group]) for e in data)
+        if id(example.image) not in images:
+            images[id(example.image)] = CanvasImage(example.image, canvas), _size(example.image)
+    examples = tuple(_placed(e, *images[id(e.image)]) for e in data)
     return ConceptDataset(data.name, examples, {**data.provenance, "canvas": list(canvas)})
+
+
+def parse_canvas(text: str) -> tuple[int, int]:
+    """Return width and height of a canvas that is written ``WxH``, in pixels; raises `ConfigError` for other text.
+
+    >>> from concepts.counterfactuals.photographs.canvas import parse_canvas
+    >>> parse_canvas("672x448")
+    (672, 448)
+    """
+    match = re.fullmatch(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})", text)
+    if match is None:
+        msg = f"data.canvas={text[:40]}: write width and height in pixels, such as data.canvas=672x672"
+        raise ConfigError(msg)
+    return int(match[1]), int(match[2])
 
 
 def _size(image: ImageSource) -> tuple[int, int]:
