@@ -166,10 +166,18 @@ class SceneObject:
     """Its box in pixels of the loaded image; None if unknown, and then no image token belongs to the object."""
     attributes: Mapping[str, str] = field(default_factory=dict)
     """Kind of attribute to its value, such as ``{"color": "green", "size": "big"}``; empty without annotation."""
+    outline: tuple[tuple[float, ...], ...] = ()
+    """Polygons ``(x0, y0, x1, y1, …)`` in pixels of the loaded image; empty without annotation."""
 
     def __post_init__(self) -> None:
         if self.box is not None:
             check_box(self.box, self.id)
+
+    def record(self) -> dict[str, object]:
+        """Return the fields as values that JSON can represent; without an empty outline."""
+        outline = {"outline": [list(polygon) for polygon in self.outline]} if self.outline else {}
+        box = None if self.box is None else asdict(self.box)
+        return {"id": self.id, "noun": self.noun, "box": box, "attributes": dict(self.attributes), **outline}
 
     def require_box(self) -> Box:
         """Return the box; raises `DataError` for an object without one."""
@@ -377,7 +385,7 @@ class Example:
             "split": self.split,
             "group": self.group,
             "labels": dict(self.labels),
-            "objects": [{**asdict(o), "attributes": dict(o.attributes)} for o in self.objects],
+            "objects": [o.record() for o in self.objects],
             "subject": self.subject,
             "prior_answer": self.prior_answer,
             **({"prefix": self.prefix} if self.prefix else {}),

@@ -74,7 +74,9 @@ EXAMPLE = {
     "split": TEXT,
     "group": TEXT,
     "labels": {"*": ANY},
-    "objects": [{"id": TEXT, "noun": TEXT, "box": Optional(BOX), "attributes": {"*": TEXT}}],
+    "objects": [
+        {"id": TEXT, "noun": TEXT, "box": Optional(BOX), "attributes": {"*": TEXT}, "outline": Optional([[NUMBER]])}
+    ],
     "subject": Optional(TEXT),
     "prior_answer": Optional(TEXT),
     "prefix": Optional(TEXT),

@@ -57,8 +57,8 @@ def _given(data: ConceptDataset, kind: str, left_out: Counter[str], placebo: boo
 METHODS: Registry[PairMethod] = Registry(
     "method of pairs",
     {
-        "given": PairMethod(("object", "color", "relation", "attribute"), _given),
-        "swap": PairMethod(("object", "color", "relation", "attribute"), _swap),
+        "given": PairMethod(("object", "color", "attribute", "relation", "action"), _given),
+        "swap": PairMethod(("object", "color", "attribute", "relation", "action"), _swap),
         "mirror": PairMethod(("relation",), partial(_of_one_kind, mirror_pairs)),
         "recolor": PairMethod(("color",), partial(_of_one_kind, recolor_pairs)),
         "inpaint": PairMethod(("object",), partial(_of_one_kind, inpaint_pairs)),

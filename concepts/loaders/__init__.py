@@ -31,6 +31,8 @@ Annotations, as questions about them:
     GQA: scene graphs, or its own questions (all levels).
 `visual_genome`
     Visual Genome: objects, attributes, relationships and regions (all levels).
+`vaw`
+    VAW: attributes that an object has and does not have (attribute).
 `clevr`
     CLEVR: rendered scenes (all levels).
 
@@ -69,6 +71,7 @@ from concepts.loaders.pairs import pairs
 from concepts.loaders.pope import pope
 from concepts.loaders.sugarcrepe import sugarcrepe
 from concepts.loaders.table import table
+from concepts.loaders.vaw import vaw
 from concepts.loaders.visual_genome import visual_genome
 from concepts.loaders.vsr import vsr
 from concepts.loaders.whatsup import whatsup
@@ -94,6 +97,7 @@ __all__ = [
     "register",
     "sugarcrepe",
     "table",
+    "vaw",
     "visual_genome",
     "vsr",
     "whatsup",
@@ -128,6 +132,7 @@ LOADERS: Registry[Loader] = Registry(
         "pope": pope,
         "sugarcrepe": sugarcrepe,
         "table": table,
+        "vaw": vaw,
         "visual_genome": visual_genome,
         "vsr": vsr,
         "whatsup": whatsup,
@@ -182,7 +187,7 @@ def option_names(name: str) -> tuple[str, ...]:
     --------
     >>> import groundscope as gs
     >>> gs.loaders.option_names("coco")
-    ('captions', 'per_image', 'seed', 'limit')
+    ('captions', 'outlines', 'per_image', 'seed', 'limit')
     """
     return tuple(_options(LOADERS[name]))
 

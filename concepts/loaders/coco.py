@@ -14,6 +14,7 @@ from concepts.reading.assembly import build_dataset, check_counts
 from concepts.reading.box_frames import annotated_size, box_numbers
 from concepts.reading.image_folder import ImageFolder
 from concepts.reading.json_stream import missing_list, stream, stream_list
+from concepts.reading.outlines import read_polygons
 from concepts.reading.record import Record
 from concepts.schema import ConceptDataset, Example, SceneObject
 from groundscope.core.errors import DataError
@@ -26,25 +27,32 @@ def coco(
     images: Path | str,
     captions: Path | str | None = None,
     *,
+    outlines: bool = False,
     per_image: int = 3,
     seed: int = 0,
     limit: int | None = None,
 ) -> ConceptDataset:
     """Load COCO annotations, and make questions about the presence of its categories, in POPE's wording.
 
-    The file is streamed: a box needs 48 bytes of memory while the file is read; its outline is not stored.
+    The file is streamed: a box needs 48 bytes of memory while the file is read. Files in the layout of LVIS, whose images
+    have ``neg_category_ids``, are read too: only these categories are certainly absent.
 
     Parameters
     ----------
     instances
         File with the lists ``images`` (``id, file_name, width, height``), ``annotations`` (``id, image_id, category_id, bbox``)
-        and ``categories`` (``id, name``), in any order. Other fields are ignored; crowds count as objects. With width and
-        height, boxes are converted for images that were resized in proportion or have an EXIF orientation.
+        and ``categories`` (``id, name``), in any order; optional are ``segmentation`` of annotations, and ``neg_category_ids``
+        and ``coco_url`` (instead of ``file_name``) of images, as in LVIS. Other fields are ignored; crowds count as
+        objects. With width and height, boxes are converted for images that were resized in proportion or have an EXIF
+        orientation.
     images
         Folder of the images.
     captions
         File with the list ``annotations`` (``image_id, caption``). It adds for each image a request for a description, whose
         answer has all of the image's captions, one per line; images without objects are then included.
+    outlines
+        Whether to read the polygons of ``segmentation`` as outlines of the objects, with which pairs change the object only and
+        not its box; crowds, whose outlines are run-length encoded, have none. They need about 300 bytes of memory each.
     per_image
         Maximum number of present categories to ask about for an image, the first in the file; for each, one question about a
         random absent category.
@@ -57,7 +65,8 @@ def coco(
     -------
     ConceptDataset
         Existence questions of split ``random``, and captions, with objects and boxes. The labels are ``object:named`` and,
-        because COCO annotates all of its categories, ``object:<category>`` for each category. Boxes are left out and counted if
+        because COCO annotates all of its categories, ``object:<category>`` for each category; for LVIS only for that of the
+        question. Boxes are left out and counted if
         they have no area, extend beyond the image by more than a pixel, or cannot be converted
         (`concepts.reading.box_frames`); these objects have no box.
 
@@ -92,13 +101,10 @@ def coco(
     check_counts(per_image=per_image, limit=limit)
     file, folder = Path(instances), ImageFolder(Path(images))
     left_out: Counter[str] = Counter({"images without objects": 0, _BEYOND: 0})
-    content = _read(file)
+    content = _read(file, outlines=outlines)
+    closed = {f"object:{noun}": canonical_noun(noun) for noun in content.categories.values()}
     maker = QuestionMaker(
-        tuple(content.categories.values()),
-        per_image,
-        seed,
-        left_out,
-        {f"object:{noun}": canonical_noun(noun) for noun in content.categories.values()},
+        tuple(content.categories.values()), per_image, seed, left_out, None if content.absent else closed
     )
     annotated = dict(_annotated_images(content, folder, left_out, limit, without_objects=captions is not None))
     files = [file]
@@ -116,15 +122,27 @@ class _Content:
     categories: dict[int, str]
     boxes: dict[int, array[float]]
     """Image id to the image's annotations, six numbers each: id, category id, x, y, width, height."""
+    outlines: dict[int, tuple[array[float], ...]]
+    """Annotation id to its polygons; empty unless they are read."""
+    absent: dict[int, tuple[int, ...]]
+    """Image id to the categories that are certainly absent; empty for COCO, whose other categories all are."""
+
+    def absent_nouns(self, image: int) -> tuple[str, ...] | None:
+        """Return the nouns of the categories that are certainly absent from an image; None if all others are."""
+        if not self.absent:
+            return None
+        return tuple(self.categories[number] for number in self.absent.get(image, ()) if number in self.categories)
 
 
-def _read(file: Path) -> _Content:
-    content = _Content({}, {}, {})
+def _read(file: Path, *, outlines: bool) -> _Content:
+    content = _Content({}, {}, {}, {}, {})
     for entry in stream(file):
         if entry.key == "images":
             record = entry.record()
             number = _new_id(record, content.images)
-            content.images[number] = (record.text("file_name"), record.where, annotated_size(record))
+            content.images[number] = (_file_name(record), record.where, annotated_size(record))
+            if "neg_category_ids" in record.values:
+                content.absent[number] = tuple(x for x in record.list("neg_category_ids") if isinstance(x, int))
         elif entry.key == "categories":
             record = entry.record()
             content.categories[_new_id(record, content.categories)] = record.text("name").strip().lower()
@@ -136,6 +154,8 @@ def _read(file: Path) -> _Content:
             if image not in content.boxes:
                 content.boxes[image] = array("d")
             content.boxes[image].extend(values)
+            if outlines and (polygons := read_polygons(record, "segmentation")):
+                content.outlines[values[0]] = tuple(array("f", polygon) for polygon in polygons)
     for key, part in (("images", content.images), ("annotations", content.boxes), ("categories", content.categories)):
         if not part:
             msg = f"{file}: {missing_list(key)}; an instances file has images, annotations and categories"
@@ -187,10 +207,11 @@ def _annotated_images(
                     content.categories[int(category)],
                     frame.place(x, y, w, h, left_out),
                     _NO_ATTRIBUTES,
+                    frame.place_outline(tuple(map(tuple, content.outlines.pop(int(number), ())))),
                 )
                 for number, category, x, y, w, h in rows
             )
-            yield image_id, AnnotatedImage(str(image_id), image, objects)
+            yield image_id, AnnotatedImage(str(image_id), image, objects, absent=content.absent_nouns(image_id))
 
 
 _NO_ATTRIBUTES: dict[str, str] = {}
@@ -221,6 +242,13 @@ def _caption_examples(file: Path, annotated: dict[int, AnnotatedImage], left_out
             group=image.image.name,
             objects=image.objects,
         )
+
+
+def _file_name(record: Record) -> str:
+    """Return the name of the image file; LVIS has only its address, which ends in the folder and the name."""
+    if "file_name" not in record.values and "coco_url" in record.values:
+        return record.text("coco_url").rstrip("/").rsplit("/", 1)[-1]
+    return record.text("file_name")
 
 
 def _box_values(record: Record) -> list[object]:

@@ -9,7 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 
-from concepts.reading.annotation_questions import RELATION_NAMES, AnnotatedImage, QuestionMaker, attributes_of
+from concepts.reading.annotation_questions import (
+    UNUSED_ATTRIBUTES,
+    AnnotatedImage,
+    QuestionMaker,
+    attributes_of,
+    relation_name,
+)
 from concepts.reading.assembly import build_dataset, check_counts
 from concepts.reading.box_frames import BoxFrame, annotated_size, box_numbers
 from concepts.reading.image_folder import ImageFolder
@@ -52,7 +58,7 @@ def gqa(
         with the answer yes or no, instead of making questions. Questions about images without a scene graph have no objects,
         and are counted in the provenance (``without_scene_graph``).
     per_image
-        Maximum number of question pairs to make of each level for an image (`concepts.reading.annotation_questions`).
+        Maximum number of question pairs to make of each kind for an image (`concepts.reading.annotation_questions`).
     seed
         Seed of the random choices.
     limit
@@ -63,8 +69,9 @@ def gqa(
     ConceptDataset
         Yes-no questions of all levels, with objects and boxes. The subject of a GQA question is the first object in its
         ``annotations.question``; a question about an absent object has none. The color of an object is its attribute
-        ``color`` if it has exactly one; other attributes have their own names. Boxes are left out and counted if they have no
-        area, extend beyond the image by more than a pixel, or cannot be converted (`concepts.reading.box_frames`); these
+        ``color`` if it has exactly one; attributes that exclude others are under their kind, such as ``material``
+        (`concepts.reading.attribute_values`), and all others under their own names. Boxes are left out and counted if they have
+        no area, extend beyond the image by more than a pixel, or cannot be converted (`concepts.reading.box_frames`); these
         objects have no box.
 
     Raises
@@ -92,7 +99,7 @@ def gqa(
     """
     check_counts(per_image=per_image, limit=limit)
     file, folder = Path(scene_graphs), ImageFolder(Path(images))
-    left_out: Counter[str] = Counter({_BEYOND: 0, "attributes that are not colors": 0, "relations without opposite": 0})
+    left_out: Counter[str] = Counter({_BEYOND: 0, UNUSED_ATTRIBUTES: 0, "relations without opposite": 0})
     nouns: dict[str, None] = {}
     for _, record in stream_keyed(file):
         for _, value in _object_records(record):
@@ -138,7 +145,8 @@ def _object_records(record: Record) -> Iterator[tuple[str, Record]]:
 def _read_object(key: str, value: Record, frame: BoxFrame, left_out: Counter[str]) -> SceneObject:
     box = frame.place(*box_numbers(value, *"xywh"), left_out)
     words = [w.strip().lower() for w in value.texts("attributes")] if "attributes" in value.values else []
-    return SceneObject(key, value.text("name").strip().lower(), box, attributes_of(words, left_out))
+    noun = value.text("name").strip().lower()
+    return SceneObject(key, noun, box, attributes_of(words, left_out, noun))
 
 
 def _relations(
@@ -155,8 +163,9 @@ def _relations(
         if other not in objects:
             msg = f"{relation.where}: field 'object' is '{other}', which is not an object of this image"
             raise DataError(msg)
-        if name in RELATION_NAMES:
-            yield key, RELATION_NAMES[name], other
+        known = relation_name(name)
+        if known is not None:
+            yield key, known, other
         else:
             left_out["relations without opposite"] += 1
 

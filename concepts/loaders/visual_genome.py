@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from concepts.image_files import FileImage
-from concepts.reading.annotation_questions import RELATION_NAMES, AnnotatedImage, QuestionMaker, attributes_of
+from concepts.reading.annotation_questions import AnnotatedImage, QuestionMaker, attributes_of, relation_name
 from concepts.reading.assembly import build_dataset, check_counts
 from concepts.reading.box_frames import annotated_size, box_numbers
 from concepts.reading.image_folder import ImageFolder
@@ -43,10 +43,10 @@ def visual_genome(
     images
         Folder with ``<image id>.jpg``, or with the published folders ``VG_100K`` and ``VG_100K_2``.
     attributes
-        File ``[{image_id, attributes: [{object_id, attributes}]}]``; adds color questions.
+        File ``[{image_id, attributes: [{object_id, attributes}]}]``; adds questions about colors and other attributes.
     relationships
         File ``[{image_id, relationships: [{predicate, subject: {object_id}, object: {object_id}}]}]``; adds questions about
-        relations that have an opposite.
+        relations that have an opposite, and actions that exclude another.
     regions
         File ``[{image_id, regions: [{phrase}]}]``; the id may be ``id``. Adds for each image a request for a description, whose
         answer has all of the image's phrases.
@@ -54,7 +54,7 @@ def visual_genome(
         File ``[{image_id, width, height}]``. With it, boxes are converted for images that were resized in proportion or have an
         EXIF orientation.
     per_image
-        Maximum number of question pairs of each level for an image (`concepts.reading.annotation_questions`).
+        Maximum number of question pairs of each kind for an image (`concepts.reading.annotation_questions`).
     seed
         Seed of the random choices.
     limit
@@ -146,7 +146,7 @@ def _annotated_images(
                 msg = f"{value.where}: field 'object_id': {number} was already used in this image"
                 raise DataError(msg)
             box = frame.place(*box_numbers(value, *"xywh"), left_out)
-            attributes = attributes_of(words.get(image_id, {}).get(number, []), left_out)
+            attributes = attributes_of(words.get(image_id, {}).get(number, []), left_out, _noun(value))
             objects[number] = SceneObject(number, _noun(value), box, attributes)
         image_relations = relations.get(image_id, [])
         annotated = tuple(r for r in image_relations if r[0] in objects and r[2] in objects)
@@ -200,8 +200,9 @@ def _read_relations(
                 as_record(f"{relation.where}, {end}", relation.field(end)).identifier("object_id")
                 for end in ("subject", "object")
             ]
-            if name in RELATION_NAMES:
-                relations.setdefault(image_id, []).append((ends[0], RELATION_NAMES[name], ends[1]))
+            known = relation_name(name)
+            if known is not None:
+                relations.setdefault(image_id, []).append((ends[0], known, ends[1]))
             else:
                 left_out["relations without opposite"] += 1
     return relations

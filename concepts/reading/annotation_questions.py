@@ -1,10 +1,12 @@
-"""Yes-no questions about annotated images: existence of objects, their colors, and relations of two objects.
+"""Yes-no questions about annotated images: existence of objects, their attributes, and relations and actions of two objects.
 
 Questions come in pairs, one with the answer yes and one with the answer no. Existence questions have POPE's wording, with the
 number and article of the noun. Only questions with a certain answer are made:
 
 - color: about an object whose noun, in singular or plural, is unique in the image, and that has exactly one color;
+- other attributes: about such an object, with a value that excludes another (`concepts.reading.attribute_values`);
 - relation: about two such objects, in a relation that has an opposite;
+- action: about two such objects, where one does something with the other that excludes another action;
 - existence: the absent noun names no annotated object, in any number and by any synonym (`concepts.nouns.PresentNouns`).
 
 All others are counted by reason.
@@ -19,9 +21,20 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from concepts.image_files import FileImage
-from concepts.nouns import PresentNouns, canonical_noun, existence_question, is_the, singular
+from concepts.nouns import PresentNouns, canonical_noun, existence_question, is_the, number, singular
+from concepts.reading.attribute_values import (
+    ACTION_NAMES,
+    ACTIONS,
+    ANTONYMS,
+    EXCLUSIVE,
+    alternatives,
+    attribute_kinds,
+)
 from concepts.schema import YES_NO, Example, Level, SceneObject, yes_or_no
 
+ATTRIBUTE_KINDS = (*EXCLUSIVE, *ANTONYMS)
+"""Kinds of attributes other than ``color``."""
+UNUSED_ATTRIBUTES = "attributes that are not colors and exclude no other"
 _UNPAIRED = "present objects without an absent object for a pair of questions"
 COLORS = tuple("red orange yellow green blue purple pink brown black white gray".split())
 SPELLINGS: Mapping[str, str] = MappingProxyType({"grey": "gray", "violet": "purple", **{c: c for c in COLORS}})
@@ -81,7 +94,9 @@ class AnnotatedImage:
     objects: tuple[SceneObject, ...]
     """In the order of the file."""
     relations: tuple[tuple[str, str, str], ...] = ()
-    """Id of the first object, one of `OPPOSITES`, id of the second object."""
+    """Id of the first object, one of `OPPOSITES` or of `concepts.reading.attribute_values.ACTIONS`, id of the second object."""
+    absent: tuple[str, ...] | None = None
+    """Nouns of objects that are certainly absent; None if every noun is that no annotated object has."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +106,7 @@ class QuestionMaker:
     nouns: tuple[str, ...]
     """Nouns for questions about absent objects."""
     per_image: int
-    """Maximum number of question pairs of each level for an image."""
+    """Maximum number of question pairs for an image about existence, colors, other attributes, relations and actions each."""
     seed: int
     left_out: Counter[str]
     """Number of questions that are not made, by reason."""
@@ -120,13 +135,20 @@ class QuestionMaker:
         unique = {o.id: o for o in image.objects if counts[singular(o.noun)] == 1}
         yield from self._colors(image, unique, rng)
         yield from self._relations(image, unique, rng)
+        yield from self._attributes(image, unique, rng)
+        yield from self._actions(image, unique, rng)
 
     def _existence(self, image: AnnotatedImage, rng: random.Random) -> Iterator[Example]:
         first_of_noun = {o.noun: o for o in reversed(image.objects)}
         present = frozenset(map(canonical_noun, first_of_noun))
         nouns = dict.fromkeys(o.noun for o in image.objects)
         objects = tuple(first_of_noun[noun] for noun in nouns)[: self.per_image]
-        absent = _sample_nouns(self.nouns, PresentNouns(first_of_noun).includes, len(objects), rng)
+        absent = _sample_nouns(
+            self.nouns if image.absent is None else image.absent,
+            PresentNouns(first_of_noun).includes,
+            len(objects),
+            rng,
+        )
         self.left_out[_UNPAIRED] += len(objects) - len(absent)
 
         def about(item: SceneObject) -> Example:
@@ -152,8 +174,9 @@ class QuestionMaker:
     def _relations(
         self, image: AnnotatedImage, unique: Mapping[str, SceneObject], rng: random.Random
     ) -> Iterator[Example]:
-        relations = [r for r in dict.fromkeys(image.relations) if r[0] in unique and r[2] in unique and r[0] != r[2]]
-        self.left_out["relations of objects whose noun is not unique"] += len(image.relations) - len(relations)
+        every = [r for r in image.relations if r[1] in OPPOSITES]
+        relations = [r for r in dict.fromkeys(every) if r[0] in unique and r[2] in unique and r[0] != r[2]]
+        self.left_out["relations of objects whose noun is not unique"] += len(every) - len(relations)
         # If both a relation and its opposite are annotated, neither is certain.
         annotated = set(relations)
         certain = [
@@ -167,6 +190,39 @@ class QuestionMaker:
                 text = f"{is_the(unique[first].noun)} {relation} the {unique[second].noun}?"
                 yield self._example(image, text, "relation", "relation", name, relation == name, first)
 
+    def _attributes(
+        self, image: AnnotatedImage, unique: Mapping[str, SceneObject], rng: random.Random
+    ) -> Iterator[Example]:
+        every = [
+            (o, kind, o.attributes[kind])
+            for o in image.objects
+            for kind in ATTRIBUTE_KINDS
+            if kind in o.attributes and (kind != "count" or number(o.noun) == "plural")
+        ]
+        certain = [(o, kind, value) for o, kind, value in every if o.id in unique]
+        self.left_out["attributes of objects whose noun is not unique"] += len(every) - len(certain)
+        for item, kind, value in rng.sample(certain, min(self.per_image, len(certain))):
+            others = alternatives(kind, value, item.noun)
+            labels = {f"attribute:{value}": True, **{f"attribute:{other}": False for other in others}}
+            for asked in (value, rng.choice(others)):
+                text = attribute_question(kind, asked, item.noun)
+                yield self._example(image, text, "attribute", kind, value, asked == value, item.id, labels=labels)
+
+    def _actions(
+        self, image: AnnotatedImage, unique: Mapping[str, SceneObject], rng: random.Random
+    ) -> Iterator[Example]:
+        every = [r for r in image.relations if r[1] in ACTIONS]
+        actions = [r for r in dict.fromkeys(every) if r[0] in unique and r[2] in unique and r[0] != r[2]]
+        self.left_out["actions of objects whose noun is not unique"] += len(every) - len(actions)
+        annotated = set(actions)
+        certain = [(a, name, b) for a, name, b in actions if not any((a, o, b) in annotated for o in ACTIONS[name])]
+        self.left_out["actions that contradict another"] += len(actions) - len(certain)
+        for first, name, second in rng.sample(certain, min(self.per_image, len(certain))):
+            labels = {f"relation:{name}": True, **{f"relation:{other}": False for other in ACTIONS[name]}}
+            for action in (name, rng.choice(ACTIONS[name])):
+                text = f"{is_the(unique[first].noun)} {action} the {unique[second].noun}?"
+                yield self._example(image, text, "relation", "action", name, action == name, first, labels=labels)
+
     def _example(
         self,
         image: AnnotatedImage,
@@ -177,10 +233,12 @@ class QuestionMaker:
         truth: bool,
         subject: str | None,
         present: frozenset[str] = frozenset(),
+        labels: Mapping[str, bool] | None = None,
     ) -> Example:
         """Return a question; `value` is the noun, true color or true relation, `present` the canonical present nouns."""
-        labels: Mapping[str, bool]
-        if level == "attribute":
+        if labels is not None:
+            labels = {**labels, f"{level}:named": truth}
+        elif level == "attribute":
             labels = {**{f"attribute:{c}": c == value for c in COLORS}, "attribute:named": truth}
         elif level == "relation":
             labels = {f"relation:{value}": True, f"relation:{OPPOSITES[value]}": False, "relation:named": truth}
@@ -209,7 +267,7 @@ def _sample_nouns(
 ) -> list[str]:
     """Draw up to `count` nouns that are not excluded and name different objects, with equal probability."""
     sample: dict[str, str] = {}
-    for _ in range(20 * count):  # rejection sampling is nearly always enough; the rest is exact
+    for _ in range(20 * count if nouns else 0):  # rejection sampling is nearly always enough; the rest is exact
         noun = rng.choice(nouns)
         if not is_excluded(noun):
             sample.setdefault(canonical_noun(noun), noun)
@@ -222,28 +280,54 @@ def _sample_nouns(
     return [*sample.values(), *rng.sample(list(remaining.values()), min(count - len(sample), len(remaining)))]
 
 
-def attributes_of(words: Sequence[str], left_out: Counter[str]) -> dict[str, str]:
+def attributes_of(words: Sequence[str], left_out: Counter[str], noun: str = "") -> dict[str, str]:
     """Return the attributes of an object from its annotated words.
 
-    A color is stored under ``color`` if the object has exactly one; every other word under its own name.
+    A color is stored under ``color`` if the object has exactly one; a value that excludes others under its kind, such as
+    ``material`` or ``size`` (`concepts.reading.attribute_values`); and every word that is not a color also under its own name.
 
     Parameters
     ----------
     words
         Words in lower case.
     left_out
-        Counts the words that are not colors, and the objects with several colors.
+        Counts the words that are neither, and the objects with several colors.
+    noun
+        The noun of the object.
 
     Examples
     --------
     >>> from collections import Counter
     >>> from concepts.reading.annotation_questions import attributes_of
-    >>> attributes_of(["grey", "wooden"], Counter())
-    {'wooden': 'wooden', 'color': 'gray'}
+    >>> attributes_of(["grey", "wooden"], Counter(), "table")
+    {'wooden': 'wooden', 'material': 'wooden', 'color': 'gray'}
     """
     colors = {SPELLINGS[word] for word in words if word in SPELLINGS}
     others = {word: word for word in words if word not in SPELLINGS}
-    left_out["attributes that are not colors"] += len(others)
+    kinds = attribute_kinds(words, noun)
+    left_out[UNUSED_ATTRIBUTES] += max(len(others) - len(kinds), 0)
     if len(colors) > 1:
         left_out["objects with several colors"] += 1
-    return {**others, "color": colors.pop()} if len(colors) == 1 else others
+    return {**others, **kinds, **({"color": colors.pop()} if len(colors) == 1 else {})}
+
+
+def relation_name(word: str) -> str | None:
+    """Return the relation or action that a word of an annotation names, or None if it has no opposite.
+
+    >>> from concepts.reading.annotation_questions import relation_name
+    >>> relation_name("left"), relation_name("wears"), relation_name("near")
+    ('to the left of', 'wearing', None)
+    """
+    return RELATION_NAMES.get(word) or ACTION_NAMES.get(word)
+
+
+def attribute_question(kind: str, value: str, noun: str) -> str:
+    """Return the question whether an object has an attribute.
+
+    >>> from concepts.reading.annotation_questions import attribute_question
+    >>> attribute_question("material", "wooden", "table"), attribute_question("count", "two", "dogs")
+    ('Is the table wooden?', 'Are there two dogs in the image?')
+    """
+    if kind == "count":
+        return f"Are there {value} {noun} in the image?"
+    return f"{is_the(noun)} {value}?"

@@ -106,6 +106,14 @@ class BoxFrame:
             return None
         return clipped
 
+    def place_outline(self, polygons: tuple[tuple[float, ...], ...]) -> tuple[tuple[float, ...], ...]:
+        """Return polygons ``(x0, y0, x1, y1, …)`` in pixels of the loaded image; none if it was rotated or mirrored."""
+        if not self.known or self.orientation != 1:
+            return ()
+        if self.scale == (1.0, 1.0):
+            return polygons
+        return tuple(tuple(x * self.scale[i % 2] for i, x in enumerate(polygon)) for polygon in polygons)
+
 
 def box_frame(image: FileImage, annotated_size: tuple[int, int] | None) -> BoxFrame:
     """Determine the transformation of an image's annotated boxes.

@@ -263,4 +263,13 @@ def _example(line: str, place: str) -> Example:
 
 
 def _objects(records: Sequence[Mapping[str, Any]]) -> tuple[SceneObject, ...]:
-    return tuple(SceneObject(**{**r, "box": None if r["box"] is None else Box(**r["box"])}) for r in records)
+    return tuple(
+        SceneObject(
+            **{
+                **r,
+                "box": None if r["box"] is None else Box(**r["box"]),
+                "outline": tuple(map(tuple, r.get("outline") or ())),
+            }
+        )
+        for r in records
+    )

@@ -173,7 +173,7 @@ GRAPHS: dict[str, Any] = {
         "width": 8, "height": 8,
         "objects": {
             "o1": {"name": "apple", "x": 0, "y": 1, "w": 2, "h": 3, "attributes": ["green", "round"],
-                   "relations": [{"name": "to the left of", "object": "o2"}, {"name": "wearing", "object": "o2"}]},
+                   "relations": [{"name": "to the left of", "object": "o2"}, {"name": "near", "object": "o2"}]},
             "o2": {"name": "Cup", "x": 4, "y": 4, "w": 2, "h": 2, "attributes": ["white", "red"],
                    "relations": {"r": {"name": "to the right of", "object": "o1"}}},
             "o3": {"name": "tree", "x": 0, "y": 0, "w": 1, "h": 1, "attributes": ["grey"], "relations": []},
@@ -188,7 +188,7 @@ GRAPHS: dict[str, Any] = {
 def test_gqa_by_hand(folder: Path) -> None:
     data = loaders.gqa(write(folder, GRAPHS), folder)
     first = [e for e in data if e.group == "1.jpg"]
-    colors = [e for e in first if e.level == "attribute"]
+    colors = [e for e in first if e.kind == "color"]
     # The cup has two colors, the trees are two: only the apple's color can be asked.
     assert next((e.question, e.answer) for e in colors) == ("Is the apple green?", "yes")
     assert len(colors) == 2
@@ -196,7 +196,8 @@ def test_gqa_by_hand(folder: Path) -> None:
     assert colors[1].question.removeprefix("Is the apple ").removesuffix("?") in set(COLORS) - {"green"}
     assert colors[0].labels["attribute:green"] is True
     assert colors[1].labels == {**colors[0].labels, "attribute:named": False}
-    relations = {e.question: e.answer for e in first if e.level == "relation"}
+    assert ("Is the apple round?", "yes") in {(e.question, e.answer) for e in first if e.kind == "shape"}
+    relations = {e.question: e.answer for e in first if e.kind == "relation"}
     assert relations == {
         "Is the apple to the left of the cup?": "yes", "Is the apple to the right of the cup?": "no",
         "Is the cup to the right of the apple?": "yes", "Is the cup to the left of the apple?": "no",
@@ -206,9 +207,9 @@ def test_gqa_by_hand(folder: Path) -> None:
     assert left_out(data)["present objects without an absent object for a pair of questions"] == 2
     assert balanced(data)
     assert {e.subject for e in colors} == {"o1"}
-    assert first[0].objects[0].attributes == {"round": "round", "color": "green"}
+    assert first[0].objects[0].attributes == {"round": "round", "shape": "round", "color": "green"}
     counts = left_out(data)
-    assert counts["attributes that are not colors"] == 1
+    assert counts["attributes that are not colors and exclude no other"] == 0
     assert counts["objects with several colors"] == 1
     assert counts["colors of objects whose noun is not unique"] == 1
     assert counts["relations without opposite"] == 1
@@ -219,7 +220,7 @@ def test_gqa_relations_that_contradict_are_not_asked(folder: Path) -> None:
     graphs = json.loads(json.dumps(GRAPHS))
     graphs["1"]["objects"]["o2"]["relations"] = [{"name": "to the left of", "object": "o1"}]
     data = loaders.gqa(write(folder, graphs), folder)
-    assert not len(data.where(level="relation"))
+    assert not len(data.where(kind="relation"))
     assert left_out(data)["relations that contradict another"] == 2
 
 

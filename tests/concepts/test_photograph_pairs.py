@@ -118,6 +118,41 @@ def test_a_box_is_mirrored_twice_to_itself() -> None:
     assert mirror_box(mirror_box(box, 100), 100) == box
 
 
+@pytest.mark.parametrize(
+    ("text", "answer", "labels", "reason"),
+    [
+        ("Is the cat to the left of the dog?", "yes", {}, None),
+        ('Is the statement "A cat at the right side of a dog." true of the image?', "yes", {}, None),
+        ("Is the cat to the left of the dog?", "no", {"relation:to the right of": True}, None),
+        ("Is the cat to the left of the dog?", "no", {"relation:right of": True}, None),
+        # The cat may be above the dog: it is then on neither side of it in the mirrored image too.
+        ("Is the cat to the left of the dog?", "no", {"relation:to the left of": False}, "do not say that the object"),
+        ("Is the cat above the dog?", "yes", {}, "other relations than left and right"),
+        ("Is the cat on the left side left of the dog?", "yes", {}, "other relations than left and right"),
+    ],
+)
+def test_only_questions_whose_mirrored_answer_is_certain_are_mirrored(
+    tmp_path: Path, text: str, answer: str, labels: dict[str, bool], reason: str | None
+) -> None:
+    image = image_file(tmp_path, "cat", np.zeros((8, 8, 3)))
+    data = ConceptDataset("cats", (question(image, text, answer, "relation", labels=labels),))
+    if reason is not None:
+        with pytest.raises(DataError, match=reason):
+            counterfactuals.pairs(data, "relation", method="mirror")
+        return
+    pair = counterfactuals.pairs(data, "relation", method="mirror")[0]
+    assert {answer, pair.corrupt.answer} == {"yes", "no"}
+    assert all(pair.corrupt.labels[name] is not truth for name, truth in labels.items())
+
+
+def test_questions_about_sides_are_no_placebos(tmp_path: Path) -> None:
+    image = image_file(tmp_path, "cat", np.zeros((8, 8, 3)))
+    texts = ("Is the cat facing left?", "Is the rightmost cat black?", "Is the cat bright?")
+    data = ConceptDataset("cats", tuple(question(image, text, "yes", "relation") for text in texts))
+    placebos = counterfactuals.pairs(data, "relation", method="mirror", placebo=True)
+    assert [p.clean.question for p in placebos] == ["Is the cat bright?"]
+
+
 def test_images_with_writing_are_not_mirrored(tmp_path: Path) -> None:
     image = image_file(tmp_path, "sign", np.zeros((8, 8, 3)))
     objects = (SceneObject("1", "stop signs", Box(0, 0, 4, 4)), SceneObject("2", "dog", Box(4, 4, 8, 8)))
@@ -244,6 +279,46 @@ def test_a_canvas_moves_boxes_with_the_pixels(tmp_path: Path) -> None:
         counterfactuals.on_canvas(data, (0, 80))
 
 
+def test_a_canvas_keeps_the_two_images_of_a_pair_apart(tmp_path: Path) -> None:
+    path = pairs_file(tmp_path, "a.png,wide.png,Is the wall red?,yes,no,color,wider")
+    data = counterfactuals.on_canvas(loaders.pairs(path, tmp_path, equal_size=False), (16, 16))
+    pair = counterfactuals.pairs(data, "color")[0]
+    assert pair.clean.image.load().size == pair.corrupt.image.load().size == (16, 16)
+    assert pair.clean.image.load() != pair.corrupt.image.load()
+    assert pair.clean.group == pair.corrupt.group
+
+
+@pytest.mark.parametrize("kind", ["object", "color", "relation"])
+def test_both_examples_of_a_pair_are_in_one_fold(photographs: ConceptDataset, kind: str) -> None:
+    for method, entry in counterfactuals.METHODS.items():
+        if kind not in entry.kinds or method == "given":
+            continue
+        pairs = counterfactuals.balanced_pairs(photographs, kind, method=method, limit=20)
+        images_of: dict[str, set[str]] = {}
+        for pair in pairs:
+            assert pair.clean.group == pair.corrupt.group == pair.group
+            images_of.setdefault(pair.group, set()).update({pair.clean.image.identity, pair.corrupt.image.identity})
+        # A split by group divides no pair, and no image is on both of its sides.
+        every = [image for images in images_of.values() for image in images]
+        assert len(every) == len(set(every))
+
+
+def test_the_method_that_makes_most_pairs_is_used(photographs: ConceptDataset) -> None:
+    counts = {
+        method: len(counterfactuals.balanced_pairs(photographs, "relation", method=method, limit=30))
+        for method in ("swap", "mirror")
+    }
+    best = counterfactuals.balanced_pairs(photographs, "relation", limit=30)
+    assert (len(best), best.method) == (max(counts.values()), max(counts, key=lambda name: counts[name]))
+    few = counterfactuals.balanced_pairs(photographs, "relation", method=("mirror", "swap"), limit=2)
+    assert few.method == "mirror"
+    assert best.left_out["further pairs of the same image"] > 0
+    with pytest.raises(
+        ConfigError, match="none of the methods mirror, recolor makes pairs of kind 'object'; choose from"
+    ):
+        counterfactuals.balanced_pairs(photographs, "object", method=["mirror", "recolor"], limit=2)
+
+
 def test_scenes_are_drawn_again_and_photographs_take_the_first_method(photographs: ConceptDataset) -> None:
     assert counterfactuals.pairs(scenes.dataset(10), "color").method == ""
     assert counterfactuals.pairs(photographs, "color").method == "swap"
@@ -300,7 +375,10 @@ def test_a_table_of_pairs_is_read_as_written(tmp_path: Path) -> None:
     [
         ("a.png,b.png,Is it red?,yes,yes,color,none", "'clean_answer' and 'corrupt_answer' are both 'yes'"),
         ("a.png,b.png,Is it red?,yes,no,colour,none", "field 'kind' is 'colour'; choose from object, color"),
-        ("a.png,wide.png,Is it red?,yes,no,color,none", "8 x 8 and 9 x 8 pixels; save both with one size"),
+        (
+            "a.png,wide.png,Is it red?,yes,no,color,none",
+            r"1 of 1 pairs have two images of different sizes: '1' \(8 x 8 and 9 x 8 pixels\); save both with one size",
+        ),
         ("a.png,c.png,Is it red?,yes,no,color,none", "c.png"),
         ("a.png,../b.png,Is it red?,yes,no,color,none", "leaves the image folder"),
         ("a.png,b.png,,yes,no,color,none", "'question'"),

@@ -53,7 +53,7 @@ def test_mistakes_name_what_there_is(folder: Path) -> None:
         ({"source": "cocoa"}, "data.source=cocoa: choose from scenes, amber, aro, .*; did you mean coco"),
         (
             {"source": "coco", "loader": {"caption": "x"}},
-            r"loader 'coco' has no option 'caption'; choose from captions, per_image, seed; did you mean captions",
+            r"loader 'coco' has no option 'caption'; choose from captions, outlines, per_image, seed; did you mean captions",
         ),
         ({"source": "vsr", "loader": {"limit": 3}}, r"data\.loader\.limit: set data\.limit"),
         ({"source": "amber"}, "loader 'amber' needs the option 'annotations'; its options are annotations"),

@@ -112,10 +112,11 @@ def _placed(example: Example, image: CanvasImage, size: tuple[int, int]) -> Exam
     width, height, left, top = placement(size, image.canvas)
 
     def place(o: SceneObject) -> SceneObject:
-        if o.box is None:
-            return o
-        sx, sy = width / size[0], height / size[1]
-        box = Box(o.box.x0 * sx + left, o.box.y0 * sy + top, o.box.x1 * sx + left, o.box.y1 * sy + top)
-        return replace(o, box=box)
+        def move(x: float, axis: int) -> float:
+            return x * (width / size[0], height / size[1])[axis] + (left, top)[axis]
+
+        box = None if o.box is None else Box(move(o.box.x0, 0), move(o.box.y0, 1), move(o.box.x1, 0), move(o.box.y1, 1))
+        outline = tuple(tuple(move(x, i % 2) for i, x in enumerate(polygon)) for polygon in o.outline)
+        return replace(o, box=box, outline=outline)
 
     return replace(example, image=image, objects=tuple(map(place, example.objects)))

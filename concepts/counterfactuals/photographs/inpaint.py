@@ -115,18 +115,25 @@ def inpaint_pairs(
             left_out["objects of which the image has several"] += 1
             continue
         image = example.image.load()
-        box = _elsewhere(image, subject.box, example.objects) if placebo else subject.box
+        box = _elsewhere(image, subject, example.objects) if placebo else subject.box
         if box is None:
             left_out["images without another smooth region of that size"] += 1
-        elif (problem := _problem(image, box, () if placebo else tuple(others))) is not None:
+        elif (problem := _problem(image, box, _outline(subject, box), () if placebo else tuple(others))) is not None:
             left_out[problem] += 1
         else:
             yield _pair(example, subject, box, placebo=placebo)
 
 
-def _problem(image: Image.Image, box: Box, others: tuple[SceneObject, ...]) -> str | None:
+def _outline(subject: SceneObject, box: Box) -> Outline:
+    """Return the outline of an object, moved to a box of the same size."""
+    own = subject.require_box()
+    moved = (box.x0 - own.x0, box.y0 - own.y0)
+    return tuple(tuple(x + moved[i % 2] for i, x in enumerate(polygon)) for polygon in subject.outline)
+
+
+def _problem(image: Image.Image, box: Box, outline: Outline, others: tuple[SceneObject, ...]) -> str | None:
     """Return why a region cannot be filled, or None."""
-    mask = filled_mask(image.size, box)
+    mask = filled_mask(image.size, box, outline)
     if mask.sum() > min(MAX_SHARE * mask.size, MAX_PIXELS):
         return "objects too large to fill"
     if share_covered(box, [o.box for o in others if o.box is not None]) > 0.1:
@@ -149,21 +156,24 @@ def _deviation(image: Image.Image, mask: np.ndarray) -> float:
     return float(rgb2lab(np.asarray(image)[rows, columns] / 255.0)[ring][:, 0].std())
 
 
-def _elsewhere(image: Image.Image, box: Box, objects: tuple[SceneObject, ...]) -> Box | None:
+def _elsewhere(image: Image.Image, subject: SceneObject, objects: tuple[SceneObject, ...]) -> Box | None:
     """Return a box of the same size that no object's box meets and that can be filled; the first on a grid of half boxes."""
     width, height = image.size
+    box = subject.require_box()
     w, h = box.x1 - box.x0, box.y1 - box.y0
     boxes = [o.box for o in objects if o.box is not None]
     for y in np.arange(0, height - h, max(h / 2, 1)):
         for x in np.arange(0, width - w, max(w / 2, 1)):
             candidate = Box(float(x), float(y), float(x + w), float(y + h))
-            if share_covered(candidate, boxes) == 0 and _problem(image, candidate, ()) is None:
+            if share_covered(candidate, boxes) > 0:
+                continue
+            if _problem(image, candidate, _outline(subject, candidate), ()) is None:
                 return candidate
     return None
 
 
 def _pair(example: Example, subject: SceneObject, box: Box, *, placebo: bool) -> CounterfactualPair:
-    image = InpaintedImage(example.image, box)
+    image = InpaintedImage(example.image, box, _outline(subject, box))
     if placebo:
         change = f"filled beside the {subject.noun}"
         corrupt = replace(example, id=f"{example.id}|{change}", image=image)

@@ -21,8 +21,9 @@ NOT_SYMMETRIC = frozenset(
     street sign, text, ticket, traffic sign, watch, word, writing""".split(",")
 )
 """Nouns of things that look wrong in a mirror: with writing on them, or of one handedness."""
-_RELATIONS = ("left of", "right of", "to the left of", "to the right of")
-_LEFT_OR_RIGHT = re.compile(r" (?:left|right) of the ")
+_SIDE_OF = re.compile(r" (left|right)(?:-hand)?(?: side)? of ")
+"""A relation of two objects, as in "to the left of the cup" and "at the right side of a plate"."""
+_SIDE = re.compile(r"\b(?:left|right)(?:most)?\b", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -67,10 +68,20 @@ def mirror_pairs(
     left_out
         Counts of examples without a pair, by reason; increased.
     placebo
-        Yield the other questions with candidates instead, whose true answers do not change.
+        Yield the questions without left and right instead, whose true answers do not change.
     """
     for example in data:
-        if not example.candidates or _asks_left_or_right(example) is placebo:
+        if not example.candidates:
+            continue
+        if placebo:
+            if _SIDE.search(example.question):
+                continue
+        elif not _asks_left_or_right(example):
+            if example.level == "relation":
+                left_out["questions about other relations than left and right"] += 1
+            continue
+        elif example.answer == "no" and not _is_on_other_side(example):
+            left_out["questions with the answer no that do not say that the object is on the other side"] += 1
             continue
         if any(singular(o.noun) in NOT_SYMMETRIC for o in example.objects):
             left_out["images with objects that look wrong when mirrored"] += 1
@@ -79,10 +90,22 @@ def mirror_pairs(
 
 
 def _asks_left_or_right(example: Example) -> bool:
+    """Whether a question is about one relation of two objects, to the left or to the right."""
     return (
-        example.kind == "relation"
+        example.level == "relation"
         and set(example.candidates) == {"yes", "no"}
-        and _LEFT_OR_RIGHT.search(example.question) is not None
+        and len(_SIDE.findall(example.question)) == 1
+        and _SIDE_OF.search(example.question) is not None
+    )
+
+
+def _is_on_other_side(example: Example) -> bool:
+    """Whether the labels of a question about one side say that the object is on the other one."""
+    match = _SIDE_OF.search(example.question)
+    other = "right" if match is not None and match[1] == "left" else "left"
+    return any(
+        truth and name.startswith("relation:") and _SIDE.findall(name) == [other]
+        for name, truth in example.labels.items()
     )
 
 
@@ -91,9 +114,9 @@ def _pair(example: Example, *, placebo: bool) -> CounterfactualPair:
     if not placebo:
         answer = "no" if example.answer == "yes" else "yes"
         labels["relation:named"] = answer == "yes"
-    for name in _RELATIONS:
-        if f"relation:{name}" in labels:
-            labels[f"relation:{name}"] = not labels[f"relation:{name}"]
+    for name in example.labels:
+        if name.startswith("relation:") and _SIDE_OF.search(f" {name.removeprefix('relation:')} ") and not placebo:
+            labels[name] = not labels[name]
     change = "mirrored left-right"
     corrupt = replace(
         example,
@@ -107,8 +130,15 @@ def _pair(example: Example, *, placebo: bool) -> CounterfactualPair:
 
 
 def mirror_objects(objects: tuple[SceneObject, ...], width: int) -> tuple[SceneObject, ...]:
-    """Return objects with their boxes in the mirrored image of that width."""
-    return tuple(o if o.box is None else replace(o, box=mirror_box(o.box, width)) for o in objects)
+    """Return objects with their boxes and outlines in the mirrored image of that width."""
+    return tuple(
+        replace(
+            o,
+            box=None if o.box is None else mirror_box(o.box, width),
+            outline=tuple(tuple(x if i % 2 else width - x for i, x in enumerate(polygon)) for polygon in o.outline),
+        )
+        for o in objects
+    )
 
 
 def image_width(image: ImageSource) -> int:

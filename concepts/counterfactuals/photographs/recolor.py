@@ -23,6 +23,9 @@ HUE_TOLERANCE = 0.06
 """Without an outline, only pixels of the box whose hue is this close to the object's color are changed."""
 MIN_SHARE = 0.25
 """Smallest share of an object's region whose pixels change."""
+MAX_LEAK = 0.25
+"""Without an outline, largest share of the pixels next to the box that have the object's color: the background must differ."""
+_RING = 4
 
 
 @dataclass(frozen=True)
@@ -133,7 +136,7 @@ def recolor_pairs(
         elif (target := _target(example.answer, color, asked, placebo=placebo)) is None:
             left_out["questions about colors that no recoloring makes"] += not placebo
         else:
-            image = RecoloredImage(example.image, subject.box, color, target)
+            image = RecoloredImage(example.image, subject.box, color, target, subject.outline)
             if (problem := _problem(image)) is not None:
                 left_out[problem] += 1
             else:
@@ -160,9 +163,18 @@ def _problem(image: RecoloredImage) -> str | None:
         return "objects of which less than a quarter of the pixels has the annotated color"
     if not image.outline and color_name(_median(base, mask)) != image.color:
         return "objects whose pixels do not have the annotated color"
+    if not image.outline and _leak(base, image.box, image.color) > MAX_LEAK:
+        return "objects on a background of the same color"
     if color_name(_median(_recolored(base, mask, image.target), mask)) != image.target:
         return "objects that do not show the new color"
     return None
+
+
+def _leak(image: Image.Image, box: Box, color: str) -> float:
+    """Return the share of the pixels in a ring around the box that would change if they were in it; 0 without such pixels."""
+    wide = Box(max(box.x0 - _RING, 0), max(box.y0 - _RING, 0), box.x1 + _RING, box.y1 + _RING)
+    ring = region_mask(image.size, wide) & ~region_mask(image.size, box)
+    return float(_changed(image, wide, color, ())[ring].mean()) if ring.any() else 0.0
 
 
 def _pair(

@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 from concepts.schema import Box
 
 Outline = tuple[tuple[float, ...], ...]
-"""Polygons ``(x0, y0, x1, y1, …)`` in pixels of the loaded image, as in COCO's ``segmentation``."""
+"""Polygons ``(x0, y0, x1, y1, …)`` in pixels of the loaded image, as in COCO's ``segmentation`` and `SceneObject.outline`."""
 
 
 def region_mask(size: tuple[int, int], box: Box, outline: Outline = ()) -> np.ndarray:

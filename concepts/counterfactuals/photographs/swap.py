@@ -13,16 +13,19 @@ from dataclasses import dataclass, replace
 from itertools import islice
 
 from concepts.image_files import FileImage
-from concepts.nouns import asked_noun, canonical_noun
+from concepts.nouns import asked_noun, canonical_noun, is_the
 from concepts.schema import ConceptDataset, CounterfactualPair, Example, SceneObject
 
 MAX_PARTNERS = 200
 """Photographs that are compared for one question, in the order of the dataset."""
-_KINDS: Mapping[str, str] = {"existence": "object", "color": "color", "relation": "relation"}
+_KINDS: Mapping[str, str] = {"existence": "object", "color": "color", "relation": "relation", "action": "action"}
 
 
 def pair_kind(example: Example) -> str:
-    """Return what changes between two images with different true answers: ``object``, ``color``, ``relation``, ``attribute``."""
+    """Return what changes between two images with different true answers.
+
+    ``object``, ``color``, ``attribute`` (another than the color), ``relation`` or ``action``.
+    """
     return _KINDS.get(example.kind, example.level)
 
 
@@ -33,7 +36,7 @@ def swap_pairs(
 
     Every photograph is in one couple at most, so that couples are independent: both examples of a pair have the group of
     the first. For a photograph that a question is not asked about, the true answer follows from its labels (a noun is
-    present or absent) or annotated objects (the color of the only such object).
+    present or absent) or annotated objects (an attribute of the only such object).
 
     Parameters
     ----------
@@ -122,7 +125,7 @@ class _Index:
     def _candidates(self, example: Example) -> Iterator[str]:
         asked = self._by_question[example.question, example.prefix, example.candidates]
         yield from asked
-        if example.kind in {"existence", "color"}:
+        if example.kind == "existence" or _is_attribute(example):
             yield from (group for group in self._photographs if group not in asked)
 
     def answer(self, example: Example, group: str) -> str | None:
@@ -135,9 +138,9 @@ class _Index:
         photograph = self._photographs[group]
         if example.kind == "existence":
             truth = photograph.labels.get(f"object:{asked_noun(example.question)}")
-        elif example.kind == "color":
+        elif _is_attribute(example):
             subject = self._same_thing(example, photograph)
-            truth = subject.attributes["color"] == _last_word(example.question) if subject else None
+            truth = subject.attributes[example.kind] == _asked_value(example) if subject else None
         else:
             truth = None
         return None if truth is None else "yes" if truth else "no"
@@ -149,7 +152,7 @@ class _Index:
             return known
         photograph = self._photographs[group]
         subject = (
-            self._same_thing(example, photograph) if example.kind == "color" else self._present(example, photograph)
+            self._same_thing(example, photograph) if _is_attribute(example) else self._present(example, photograph)
         )
         return replace(
             photograph.example, question=example.question, candidates=example.candidates, answer=answer,
@@ -159,12 +162,12 @@ class _Index:
         )  # fmt: skip
 
     def _same_thing(self, example: Example, photograph: _Photograph) -> SceneObject | None:
-        """Return the only object of another photograph that is what the question is about, if its color is annotated."""
+        """Return the only object of another photograph that is what the question is about, if its attribute is annotated."""
         own = example.named_object()
         if own is None:
             return None
         same = [o for o in photograph.example.objects if canonical_noun(o.noun) == canonical_noun(own.noun)]
-        return same[0] if len(same) == 1 and "color" in same[0].attributes else None
+        return same[0] if len(same) == 1 and example.kind in same[0].attributes else None
 
     def _present(self, example: Example, photograph: _Photograph) -> SceneObject | None:
         noun = asked_noun(example.question)
@@ -184,8 +187,8 @@ def _labels(example: Example, photograph: _Photograph, subject: SceneObject | No
     named = f"{example.level}:named"
     if example.kind == "existence":
         return {**{k: photograph.labels[k] for k in example.labels if k in photograph.labels}, named: answer == "yes"}
-    color = subject.attributes["color"] if subject else None
-    return {**{k: k == f"attribute:{color}" for k in example.labels}, named: answer == "yes"}
+    value = subject.attributes[example.kind] if subject else None
+    return {**{k: k == f"attribute:{value}" for k in example.labels}, named: answer == "yes"}
 
 
 def _similarity(first: frozenset[str], second: frozenset[str]) -> float:
@@ -194,5 +197,18 @@ def _similarity(first: frozenset[str], second: frozenset[str]) -> float:
     return len(first & second) / union if union else 0.0
 
 
-def _last_word(question: str) -> str:
-    return question.rstrip("?").rsplit(" ", 1)[-1]
+def _is_attribute(example: Example) -> bool:
+    """Whether the question is about an attribute that follows from an annotated object; a number of objects does not."""
+    subject = example.named_object()
+    return (
+        example.level == "attribute"
+        and example.kind != "count"
+        and example.kind in (subject.attributes if subject else {})
+    )
+
+
+def _asked_value(example: Example) -> str:
+    """Return the value of a question such as "Is the apple red?"."""
+    subject, question = example.named_object(), example.question.rstrip("?")
+    beginning = f"{is_the(subject.noun)} " if subject else ""
+    return question.removeprefix(beginning) if question.startswith(beginning) else question.rsplit(" ", 1)[-1]
