@@ -251,16 +251,27 @@ def _ways(
     methods = methods_of(kind, method)
     scenes = kind in KINDS and any(isinstance(e.image, Scene) for e in data)
     if not isinstance(method, str) and not placebo and (not methods or (scenes and method is None)):
-        return [("", lambda _: iter(KINDS[kind](data)))]
+        return [("", lambda left_out: iter(KINDS[kind](_with_images(data, left_out))))]
     if not methods:
         kinds = sorted({kind for entry in METHODS.usable().values() for kind in entry.kinds})
         msg = f"pairs of kind '{kind}' have no placebo; choose a kind of photographs: {', '.join(kinds)}"
         raise ConfigError(msg)
 
     def of(entry: PairMethod) -> Callable[[Counter[str]], Iterator[CounterfactualPair]]:
-        return lambda left_out: iter(entry.make(data, kind, left_out, placebo))
+        return lambda left_out: iter(entry.make(_with_images(data, left_out, several=False), kind, left_out, placebo))
 
     return [(name, of(entry)) for name, entry in methods.items()]
+
+
+def _with_images(data: ConceptDataset, left_out: Counter[str], *, several: bool = True) -> ConceptDataset:
+    """Return the examples with an image, without those with several images if they cannot be changed; count the others."""
+    without = sum(not e.images for e in data)
+    more = 0 if several else sum(len(e.images) > 1 for e in data)
+    if without:
+        left_out["questions without an image"] += without
+    if more:
+        left_out["questions about several images"] += more
+    return data.filter(lambda e: bool(e.images) and (several or len(e.images) == 1)) if without or more else data
 
 
 def _no_pair(data: ConceptDataset, kind: str, left_out: Counter[str]) -> DataError:

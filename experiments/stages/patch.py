@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from concepts import counterfactuals
+from experiments.data import is_scenes
 from experiments.run.context import Context
 from experiments.run.folder import write_json
 from experiments.stages.illustrate import illustrate_heads
@@ -92,7 +93,7 @@ def _kinds(context: Context) -> list[str]:
     kinds = context.config.patch.kinds
     if kinds is not None:
         return list(kinds)
-    if context.config.data.source == "scenes":
+    if is_scenes(context.config.data):
         return list(KINDS)
     present = {pair_kind(example) for example in context.discovery if example.candidates}
     return [*KINDS, *(kind for kind in PHOTOGRAPH_KINDS if kind in present)]

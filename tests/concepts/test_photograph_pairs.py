@@ -20,7 +20,7 @@ from concepts.counterfactuals.photographs.mirror import mirror_box
 from concepts.counterfactuals.photographs.recolor import RecoloredImage
 from concepts.counterfactuals.photographs.regions import region_mask
 from concepts.image_files import FileImage
-from concepts.schema import Box, ConceptDataset, Example, SceneObject
+from concepts.schema import Box, ConceptDataset, Example, NoImage, SceneObject
 from groundscope.core.errors import ConfigError, DataError
 from groundscope.testing.scene_photographs import save_as_photographs
 
@@ -151,6 +151,19 @@ def test_questions_about_sides_are_no_placebos(tmp_path: Path) -> None:
     data = ConceptDataset("cats", tuple(question(image, text, "yes", "relation") for text in texts))
     placebos = counterfactuals.pairs(data, "relation", method="mirror", placebo=True)
     assert [p.clean.question for p in placebos] == ["Is the cat bright?"]
+
+
+def test_questions_without_an_image_or_with_several_are_left_out(tmp_path: Path) -> None:
+    image = image_file(tmp_path, "cat", np.zeros((8, 8, 3)))
+    first = question(image, "Is the cat to the left of the dog?", "yes", "relation")
+    several = replace(first, id="several", further_images=(image,))
+    data = ConceptDataset("cats", (replace(first, id="none", image=NoImage()), several, first))
+    pairs = counterfactuals.pairs(data, "relation", method="mirror")
+    assert [p.clean.id for p in pairs] == [first.id]
+    assert pairs.left_out == {"questions without an image": 1, "questions about several images": 1}
+    placed = counterfactuals.on_canvas(data, (16, 8))
+    assert [[i.load().size for i in e.images] for e in placed] == [[], [(16, 8)] * 2, [(16, 8)]]
+    assert {p.clean.id for p in counterfactuals.pairs(data, "blank")} == {"several", first.id}
 
 
 def test_images_with_writing_are_not_mirrored(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 EVERY = [ROOT / "README.md", *sorted(p for p in (ROOT / "docs").rglob("*.md") if "api" not in p.parts)]
-PAGES = [p for p in EVERY if p.stem in {"transformer_lens"}]
+PAGES = [p for p in EVERY if p.stem in {"transformer_lens", "pairs"}]
 # What the page calls a result, and what must be true of it: a session that computes nothing would show here.
 SHOWN = {
     "transformer_lens": """
@@ -33,7 +33,13 @@ z = store.read(f"decoder.L{layer}.z", "last", head=head)
 result = z @ model.output_projection("decoder", layer).weight.detach().numpy().T.reshape(model.n_heads, model.head_dim, -1)[head]
 scale = np.sqrt((whole[:, 0].double().numpy() ** 2).mean(-1) + bridge.cfg.eps)
 np.testing.assert_allclose(heads[layer * model.n_heads + head].detach(), result @ toward_yes.numpy() / scale, atol=1e-3)
-"""
+""",
+    "pairs": """
+assert all(p.placebo and p.clean.answer == p.corrupt.answer for p in placebo)
+assert scores.mean[4, 7] > 0.5 > 2 * abs(control.mean[4, 7])
+assert outcomes.counts["right on both"] >= 6 and right.n_pairs == outcomes.counts["right on both"]
+assert len(pairs(own, "color")) == 2 and pairs(own, "color")[0].clean.image.load() != pairs(own, "color")[0].corrupt.image.load()
+""",
 }
 
 

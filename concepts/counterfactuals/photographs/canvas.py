@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from PIL import Image
@@ -82,10 +83,10 @@ def on_canvas(data: ConceptDataset, canvas: tuple[int, int]) -> ConceptDataset:
         raise ConfigError(msg)
     # By image, not by group: the two images of a pair have one group.
     images: dict[int, tuple[CanvasImage, tuple[int, int]]] = {}
-    for example in data:
-        if id(example.image) not in images:
-            images[id(example.image)] = CanvasImage(example.image, canvas), _size(example.image)
-    examples = tuple(_placed(e, *images[id(e.image)]) for e in data)
+    for image in (image for example in data for image in example.images):
+        if id(image) not in images:
+            images[id(image)] = CanvasImage(image, canvas), _size(image)
+    examples = tuple(_placed(e, images) if e.images else e for e in data)
     return ConceptDataset(data.name, examples, {**data.provenance, "canvas": list(canvas)})
 
 
@@ -108,7 +109,8 @@ def _size(image: ImageSource) -> tuple[int, int]:
     return header.upright_size if header is not None else image.load().size
 
 
-def _placed(example: Example, image: CanvasImage, size: tuple[int, int]) -> Example:
+def _placed(example: Example, images: Mapping[int, tuple[CanvasImage, tuple[int, int]]]) -> Example:
+    image, size = images[id(example.image)]
     width, height, left, top = placement(size, image.canvas)
 
     def place(o: SceneObject) -> SceneObject:
@@ -119,4 +121,5 @@ def _placed(example: Example, image: CanvasImage, size: tuple[int, int]) -> Exam
         outline = tuple(tuple(move(x, i % 2) for i, x in enumerate(polygon)) for polygon in o.outline)
         return replace(o, box=box, outline=outline)
 
-    return replace(example, image=image, objects=tuple(map(place, example.objects)))
+    further = tuple(images[id(other)][0] for other in example.further_images)
+    return replace(example, image=image, further_images=further, objects=tuple(map(place, example.objects)))
