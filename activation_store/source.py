@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from activation_store.reading.rows import RowSelection
+    from concepts.schema import ConceptDataset
 
 
 class ActivationSource(Protocol):
@@ -158,6 +159,28 @@ class MemorySource:
     def frame(self) -> pd.DataFrame:
         """Return a copy of the example table."""
         return self._table.copy()
+
+    def with_labels(self, labels: pd.DataFrame | ConceptDataset, *, classes: Sequence[str] = ()) -> MemorySource:
+        """Return these activations with label columns joined by example id; as `ActivationStore.with_labels`.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import pandas as pd
+        >>> from activation_store import MemorySource
+        >>> store = MemorySource({"resid_post": np.zeros((2, 1, 2))}, {"id": ["a", "b"], "group": ["x", "y"]})
+        >>> labels = pd.DataFrame({"id": ["b", "a"], "blurred": ["yes", "no"]})
+        >>> store.with_labels(labels).frame()["blurred"].tolist()
+        [False, True]
+        """
+        from activation_store.joined_labels import join_labels
+
+        columns = join_labels(self._table["id"].tolist(), labels, classes=classes)
+        arrays: dict[str | tuple[str, str], np.ndarray] = {
+            (f"{i.stack}.{i.component}", i.tokens): self._values[i.key] for i in self._arrays
+        }
+        heads = next((i.n_heads for i in self._arrays if i.n_heads), None)
+        return MemorySource(arrays, self._table.assign(**columns), n_heads=heads, provenance=self._provenance)
 
     def read(
         self,

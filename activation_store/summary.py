@@ -96,9 +96,13 @@ def _columns(store: ActivationStore) -> Table:
 def _labels(store: ActivationStore) -> Table:
     table = _table("labels", "label", "true", "false", "undefined")
     for name in store.labels:
-        values = store.columns[name]
-        counts = (np.sum(values > 0), np.sum(values <= 0), np.sum(np.isnan(values)))
-        table.add_row(escape(name), *(str(int(c)) for c in counts))
+        values = np.asarray(store.columns[name], dtype=np.float64)
+        defined = values[~np.isnan(values)]
+        missing = str(len(values) - len(defined))
+        if np.isin(defined, (0, 1)).all():
+            table.add_row(escape(name), str(int((defined == 1).sum())), str(int((defined == 0).sum())), missing)
+        else:
+            table.add_row(escape(name), f"{defined.min():g} to {defined.max():g}", "", missing)
     return table
 
 

@@ -6,7 +6,7 @@ of X. They use the same solvers as the probes of a grid, and can be used without
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
 import numpy as np
 from sklearn.base import BaseEstimator, ClassifierMixin
@@ -65,7 +65,7 @@ class _Probe(ClassifierMixin, BaseEstimator):
     def _fit(self, features: np.ndarray, labels: np.ndarray, groups: np.ndarray) -> LinearFit:
         rows = TrainingRows(RowBlock.of(features), groups, float(getattr(self, "tol", 1e-8)))
         C = np.array([[float(getattr(self, "C", 1.0))]])
-        return BUILT_IN[self._method].fit(rows, labels[None], C)
+        return cast("LinearFit", BUILT_IN[self._method].fit(rows, labels[None], C))
 
 
 class LogisticProbe(_Probe):

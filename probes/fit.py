@@ -18,12 +18,15 @@ from probes.protocol.inputs import (
     ProbedArray,
     check_support,
     concept_columns,
+    expand_concepts,
     find_array,
     read_features,
     read_groups,
     read_labels,
     row_mask,
 )
+from probes.protocol.numbers import NUMBER_SCORES
+from probes.protocol.splits import is_number
 from probes.protocol.tasks import SplitRows, Task, build_tasks, split_possible, split_rows
 
 if TYPE_CHECKING:
@@ -61,7 +64,7 @@ def fit_grid(
     seed: int = 0,
     progress: bool | None = None,
 ) -> ProbeGrid:
-    """Fit a linear probe for each concept at every layer, and every head of `z`.
+    """Fit a probe for each concept at every layer, and every head of `z`: linear, unless `estimator` is not.
 
     The protocol is the same for every cell: about `test_fraction` of the rows, in whole groups, are held out and used only
     for the final score; the other groups are divided into `folds` folds; C is
@@ -69,6 +72,10 @@ def fit_grid(
     C), and the probe refitted on all training rows. Features are standardized on the rows that a probe is fitted to.
     Classes are balanced (scikit-learn's ``class_weight="balanced"``), as in the score. All concepts share one split, so
     that no example is held out for one concept and used for training another.
+
+    A label column with numbers other than 0 and 1 is predicted by ridge regression, with C selected by the cross-validated
+    squared error, and scored by R2 (`ProbeGrid.r2`); its `validation` and `control` are R2 too. Its split balances the numbers
+    above and below their median.
 
     Examples without a label of a concept, such as open-ended questions, are left out for that concept, and examples with an
     empty token selection for all concepts; `ProbeGrid.n_undefined` and `ProbeGrid.n_dropped` count them.
@@ -78,7 +85,8 @@ def fit_grid(
     store
         An `ActivationStore`, or an object with the same methods (`activation_store.ActivationSource`).
     concepts
-        Label columns of the store, ``["object:apple", "attribute:green"]``. None: all that can be fitted, as with
+        Label columns of the store, ``["object:apple", "hallucinated"]``; the name of a column with classes (``place``) means
+        all of them (``place:room``, ``place:street``), one against the rest. None: all that can be fitted, as with
         `skip_unplaceable`.
     site
         A component at every layer (``z``, ``resid_post``, ``vision.resid_post``), ``projector.out``, or a single layer
@@ -89,8 +97,10 @@ def fit_grid(
         Whether to probe each head separately; by default only for `z`.
     estimator
         ``logistic`` (the reference), ``ridge``, ``lda``, ``mean_difference``, ``subspace`` (Gaussian concept subspace),
-        or another name in `probes.estimators`. Or a linear scikit-learn classifier, ``LinearSVC(C=0.01)``: it is used with
-        its own parameters on standardized features, and its gap is NaN, because its optimum is not certified.
+        or another name in `probes.estimators`. Or a scikit-learn classifier, ``LinearSVC(C=0.01)``: it is used with its own
+        parameters on standardized features, and its gap is NaN, because its optimum is not certified. A classifier that sets
+        no `coef_` (``SVC(kernel="rbf")``, a pipeline) has scores and held-out margins, but no weights and no direction. For
+        concepts with numbers, a linear scikit-learn regressor, ``Lasso(0.1)``; names mean ridge there.
     C
         Candidate inverse penalties; larger means less regularization.
     folds, test_fraction
@@ -131,7 +141,8 @@ def fit_grid(
     SiteError
         If the store has no such array, or `heads` is True for a component without heads.
     ProbeError
-        If a concept is not in the store, is constant, or has a class in too few groups; if an activation of a non-empty
+        If a concept is not in the store, is constant, or has a class in too few groups; if a scikit-learn estimator does not
+        fit the labels of a concept (a classifier for numbers, a regressor for classes); if an activation of a non-empty
         selection is not finite; if an option is out of range; or if the device has no memory for a single probe.
 
     Notes
@@ -160,10 +171,11 @@ def fit_grid(
     frame = store.frame()
     mask = row_mask(rows, len(frame))
     skip = skip_unplaceable or concepts is None
-    concepts = (
-        concept_columns(frame) if concepts is None else list(concepts) if not isinstance(concepts, str) else concepts
-    )
-    all_labels = read_labels(frame, concepts)[mask]
+    if concepts is None:
+        concepts = [c for c in concept_columns(frame) if _fits(recipe.own, frame[c].to_numpy(dtype=np.float64)[mask])]
+    elif not isinstance(concepts, str):
+        concepts = expand_concepts(frame, concepts)
+    all_labels = read_labels(frame, concepts, numbers=True)[mask]
     ids, groups = frame["id"].to_numpy()[mask], read_groups(frame)[mask]
     if not skip:
         check_support(concepts, all_labels, groups, folds, test_fraction)
@@ -177,6 +189,16 @@ def fit_grid(
         concepts, all_labels = [concepts[k] for k in used], all_labels[:, used]
     check_support(concepts, all_labels[present], groups[present], folds, test_fraction)
     table = split_rows(ids[present], groups[present], all_labels[present], folds, test_fraction, seed)
+    numbers = [is_number(column) for column in table.labels.T]
+    for k, concept in enumerate(concepts):
+        if not _fits(recipe.own, table.labels[:, k]):
+            kinds = (
+                ("classifier", "numbers; give a linear regressor")
+                if numbers[k]
+                else ("regressor", "yes or no; give a classifier")
+            )
+            msg = f"{recipe.own!r} is a {kinds[0]}, but '{concept}' holds {kinds[1]}, or fit other concepts"
+            raise ProbeError(msg)
     tasks = build_tasks(table, concepts, folds, control, resamples, seed)
 
     held_out = np.flatnonzero(table.fold < 0)
@@ -210,7 +232,7 @@ def fit_grid(
     saved = Checkpoint.at(
         checkpoint, {**options, "place": array.stored_text, "concepts": list(concepts), "rows": digest(mask)}
     )
-    out = _empty(len(concepts), len(array.layers), n_heads, width, len(held_out))
+    out = _empty(len(concepts), len(array.layers), n_heads, width, len(held_out), numbers=any(numbers))
     label = f"probing {array.stack}.{array.component}"
     with step_bar(label, len(array.layers) * n_heads, show=progress) as advance:
         for at, layer in enumerate(array.layers):
@@ -235,7 +257,9 @@ def fit_grid(
         layers=array.layers,
         n_heads=array.n_heads,
         **out,
-        majority=np.array([majority_accuracy(table.labels[t.test, k]) for k, t in enumerate(concept_tasks)]),
+        majority=np.array(
+            [np.nan if t.numbers else majority_accuracy(table.labels[t.test, k]) for k, t in enumerate(concept_tasks)]
+        ),
         n_train=np.array([len(t.train) for t in concept_tasks]),
         n_test=np.array([len(t.test) for t in concept_tasks]),
         n_dropped=np.sum(~np.isnan(all_labels[~present]), axis=0).astype(np.int64),
@@ -259,7 +283,8 @@ def _fit_layer(
 ) -> dict[str, np.ndarray]:
     """Fit every head of one layer: features [N, H * D], heads concatenated -> the grid's arrays with one layer."""
     by_head = x.reshape(len(x), n_heads, -1)
-    out = _empty(n_concepts, 1, n_heads, by_head.shape[2], len(held_out))
+    numbers = any(task.numbers for task in tasks)
+    out = _empty(n_concepts, 1, n_heads, by_head.shape[2], len(held_out), numbers=numbers)
     for head in range(n_heads):
         features = by_head[:, head].astype(np.float64)
         for task in tasks:
@@ -273,15 +298,21 @@ def _recipe(
 ) -> Recipe:
     import torch
 
-    entry, has_own_parameters = resolve(estimator)
+    entry, own = resolve(estimator)
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         msg = f"device '{device}' cannot be used: {str(error).splitlines()[0]}; use device='cpu'"
         raise ProbeError(msg) from error
-    return Recipe(
-        entry, np.array([np.nan]) if has_own_parameters else np.asarray(C, float), confidence, tolerance, device
-    )
+    values = np.asarray(C, float) if own is None else np.array([np.nan])
+    return Recipe(entry, values, confidence, tolerance, device, own)
+
+
+def _fits(own: BaseEstimator | None, labels: np.ndarray) -> bool:
+    """Whether a scikit-learn estimator fits labels: a classifier not numbers, a regressor not classes."""
+    from sklearn.base import is_classifier, is_regressor
+
+    return own is None or not (is_classifier(own) if is_number(labels) else is_regressor(own))
 
 
 def _check_present(x: np.ndarray, present: np.ndarray, ids: np.ndarray, array: ProbedArray, layer: int) -> None:
@@ -322,9 +353,12 @@ def _check_options(
         raise ProbeError(problem)
 
 
-def _empty(n_concepts: int, n_layers: int, n_heads: int, width: int, n_held: int) -> dict[str, np.ndarray]:
+def _empty(
+    n_concepts: int, n_layers: int, n_heads: int, width: int, n_held: int, *, numbers: bool
+) -> dict[str, np.ndarray]:
     cells = (n_concepts, n_layers, n_heads)
-    out: dict[str, np.ndarray] = {name: np.full(cells, np.nan) for name in SCORES}
+    names = (*SCORES, *NUMBER_SCORES) if numbers else SCORES
+    out: dict[str, np.ndarray] = {name: np.full(cells, np.nan) for name in names}
     out["weights"] = np.zeros((*cells, width))
     out["held_out_margins"] = np.full((*cells, n_held), np.nan, np.float32)
     return out

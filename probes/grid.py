@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import MappingProxyType
@@ -23,6 +23,8 @@ from groundscope.core.text import nearest
 from groundscope.core.user_files import read_bytes
 from probes.protocol.checkpoint import STORED_NAMES
 from probes.protocol.inputs import ProbedArray
+from probes.protocol.numbers import NUMBER_SCORES
+from probes.protocol.splits import is_number
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,7 +32,8 @@ if TYPE_CHECKING:
     from activation_store import ConceptDirection
 
 GRID_FORMAT = "groundscope.probe_grid"
-GRID_VERSION = 3
+GRID_VERSION = 4
+_LAST_WITHOUT_NUMBERS = 3
 _LAST_WITHOUT_DIGEST = 2
 _TENSORS, _CARD = "grid.safetensors", "grid.json"
 
@@ -57,13 +60,18 @@ class Cell:
     low: float
     high: float
     control: float
+    r2: float = float("nan")
+    """On the held-out rows, for a concept whose labels are numbers; otherwise NaN."""
+    r2_low: float = float("nan")
+    r2_high: float = float("nan")
 
 
 @dataclass(frozen=True, eq=False)
 class ProbeGrid:
-    """Linear probes of K concepts at L layers and H heads (H = 1 for probes on whole layers).
+    """Probes of K concepts at L layers and H heads (H = 1 for probes on whole layers).
 
-    Score arrays are float64 [K, L, H], in the order of `concepts` and `layers`.
+    Score arrays are float64 [K, L, H], in the order of `concepts` and `layers`. A concept whose labels are numbers has `r2`; its
+    accuracies, areas and log-losses are NaN.
 
     Examples
     --------
@@ -108,9 +116,9 @@ class ProbeGrid:
     calibration: np.ndarray
     """Expected calibration error on the held-out rows, with balanced classes."""
     control: np.ndarray
-    """Mean balanced accuracy of the same procedure on shuffled labels; NaN without controls."""
+    """Mean balanced accuracy (of numbers: R2) of the same procedure on shuffled labels; NaN without controls."""
     validation: np.ndarray
-    """Cross-validated balanced accuracy on the training rows, for the selection of cells."""
+    """Cross-validated balanced accuracy (of numbers: R2) on the training rows, for the selection of cells."""
     C: np.ndarray
     """The selected C; NaN for a scikit-learn estimator with its own parameters."""
     gap: np.ndarray
@@ -118,7 +126,7 @@ class ProbeGrid:
     sigma: np.ndarray
     """Standard deviation of the projections of the training rows on the unit direction."""
     weights: np.ndarray
-    """float64 [K, L, H, D], in the units of the activations."""
+    """float64 [K, L, H, D], in the units of the activations; NaN for an estimator that is not linear."""
     intercepts: np.ndarray
     """float64 [K, L, H]."""
 
@@ -137,22 +145,43 @@ class ProbeGrid:
     held_out_labels: np.ndarray
     """float64 [K, T], NaN where undefined."""
     held_out_margins: np.ndarray
-    """float32 [K, L, H, T]: the probes' margins, also where the label is undefined."""
+    """float32 [K, L, H, T]: the probes' margins (of numbers: predictions), also where the label is undefined."""
     train_groups: tuple[str, ...]
     """Groups of the training rows: their examples must not test these probes, in any store."""
     provenance: Mapping[str, Any]
     """Plain JSON: the store's digest, the split's seed, and every option."""
+    r2: np.ndarray = None  # pyright: ignore[reportAssignmentType]  # replaced by NaN in __post_init__
+    """Coefficient of determination on the held-out rows, for concepts whose labels are numbers; NaN for others."""
+    r2_low: np.ndarray = None  # pyright: ignore[reportAssignmentType]
+    """Lower end of the interval of `r2` over held-out groups."""
+    r2_high: np.ndarray = None  # pyright: ignore[reportAssignmentType]
 
     __repr__ = short_repr
 
     def __post_init__(self) -> None:
+        for name in NUMBER_SCORES:
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, np.full(self.balanced_accuracy.shape, np.nan))
         artifacts.freeze(self)
         object.__setattr__(self, "provenance", MappingProxyType(dict(self.provenance)))
 
     @property
     def selectivity(self) -> np.ndarray:
-        """Balanced accuracy minus the control's, float64 [K, L, H] (Hewitt and Liang 2019)."""
-        return self.balanced_accuracy - self.control
+        """Balanced accuracy (of numbers: R2) minus the control's, float64 [K, L, H] (Hewitt and Liang 2019)."""
+        return np.where(np.isnan(self.r2), self.balanced_accuracy, self.r2) - self.control
+
+    @property
+    def numbers(self) -> tuple[str, ...]:
+        """The concepts whose labels are numbers."""
+        scored = np.asarray(~np.isnan(self.r2).all(axis=(1, 2)))
+        return tuple(c for k, c in enumerate(self.concepts) if scored[k] or is_number(self.held_out_labels[k]))
+
+    def require_classes(self, what: str, concepts: Sequence[str] | None = None) -> None:
+        """Raise `ProbeError` if the labels of one of the concepts (default: all) are numbers; `what` begins the message."""
+        number = next((c for c in concepts or self.concepts if c in self.numbers), None)
+        if number is not None:
+            msg = f"{what} scores classes, but '{number}' holds numbers; fit a grid without it: fit_grid(store, [...])"
+            raise ProbeError(msg)
 
     @property
     def n_undefined(self) -> np.ndarray:
@@ -189,6 +218,8 @@ class ProbeGrid:
         columns["majority"] = self.majority[k]
         for score in ("control", "selectivity", "validation", "C", "gap"):
             columns[score] = getattr(self, score).ravel()
+        if self.numbers:
+            columns |= {score: getattr(self, score).ravel() for score in NUMBER_SCORES}
         for count in ("n_train", "n_test", "n_dropped"):
             columns[count] = getattr(self, count)[k]
         return pd.DataFrame(columns)
@@ -197,8 +228,10 @@ class ProbeGrid:
         """Return the site of a layer, ``decoder.L3.z``."""
         return self._array.site(layer)
 
-    def array(self, concept: str, score: str = "balanced_accuracy") -> np.ndarray:
+    def array(self, concept: str, score: str | None = None) -> np.ndarray:
         """Return a score of a concept over the grid, float64 [L], or [L, H] for probes on heads.
+
+        By default the balanced accuracy, or R2 if the concept's labels are numbers.
 
         Raises
         ------
@@ -207,6 +240,7 @@ class ProbeGrid:
         """
         scores = [f.name for f in fields(self) if np.shape(getattr(self, f.name)) == self.balanced_accuracy.shape]
         scores.append("selectivity")
+        score = score or ("r2" if concept in self.numbers else "balanced_accuracy")
         if score not in scores:
             msg = f"unknown score '{score}'; choose from {', '.join(scores)}{nearest(score, scores)}"
             raise ProbeError(msg)
@@ -226,6 +260,7 @@ class ProbeGrid:
             self.layers[at],
             int(head) if self.n_heads else None,
             *(float(getattr(self, s)[where]) for s in ("validation", "balanced_accuracy", "low", "high", "control")),
+            *(float(getattr(self, s)[where]) for s in NUMBER_SCORES),
         )
 
     def decision(self, concept: str, layer: int, head: int | None, x: np.ndarray) -> np.ndarray:
@@ -236,7 +271,7 @@ class ProbeGrid:
         ProbeError
             If the grid has no such concept, layer or head, or the width differs.
         """
-        where = self._where(concept, layer, head)
+        where = self._linear(concept, layer, head)
         rows = np.asarray(x, dtype=np.float64)
         if rows.ndim != 2 or rows.shape[1] != self.weights.shape[-1]:
             msg = f"activations have shape {list(rows.shape)}, the probe needs [n, {self.weights.shape[-1]}]"
@@ -253,12 +288,17 @@ class ProbeGrid:
         """
         from activation_store.direction import ConceptDirection
 
-        where = self._where(concept, layer, head)
+        where = self._linear(concept, layer, head)
         if not self.weights[where].any():
             msg = f"the probe of '{concept}' at {self._array.site(layer)} has no direction: its features are constant"
             raise ProbeError(msg)
         k = where[0]
-        statistics = {s: float(getattr(self, s)[where]) for s in ("balanced_accuracy", "low", "high", "auc", "control")}
+        scores = (
+            (*NUMBER_SCORES, "control")
+            if concept in self.numbers
+            else ("balanced_accuracy", "low", "high", "auc", "control")
+        )
+        statistics = {s: float(getattr(self, s)[where]) for s in scores}
         statistics |= {"validation": float(self.validation[where])}
         statistics |= {"n_train": float(self.n_train[k]), "n_test": float(self.n_test[k])}
         return ConceptDirection.from_weights(
@@ -294,13 +334,19 @@ class ProbeGrid:
 
         arrays, plain = {}, {}
         for item in fields(self):
+            if item.name in NUMBER_SCORES and not self.numbers:
+                continue  # a grid without them is a file that earlier versions read
             value = getattr(self, item.name)
             if isinstance(value, np.ndarray):
                 arrays[STORED_NAMES.get(item.name, item.name)] = np.ascontiguousarray(value)
             else:
                 plain[item.name] = dict(value) if isinstance(value, Mapping) else value
         data = save(arrays)
-        card = artifacts.sign_document(GRID_FORMAT, GRID_VERSION, {"sha256": hashlib.sha256(data).hexdigest(), **plain})
+        card = artifacts.sign_document(
+            GRID_FORMAT,
+            GRID_VERSION if self.numbers else _LAST_WITHOUT_NUMBERS,
+            {"sha256": hashlib.sha256(data).hexdigest(), **plain},
+        )
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
         # Each file is written under a temporary name and renamed, the card last: a run killed here leaves the old grid, or
@@ -357,6 +403,17 @@ class ProbeGrid:
                 msg = f"scores {list(grid.balanced_accuracy.shape)} are not concepts x layers x heads {list(shape)}"
                 raise ValueError(msg)
             return grid
+
+    def _linear(self, concept: str, layer: int, head: int | None) -> tuple[int, int, int]:
+        """Return the index of a cell; raises `ProbeError` if its probe is not linear."""
+        where = self._where(concept, layer, head)
+        if np.isnan(self.weights[where]).any():
+            msg = (
+                f"the probes of this grid ({self.provenance['estimator']}) are not linear, so they have no weights; use "
+                "held_out_frame, or fit the grid with a linear estimator"
+            )
+            raise ProbeError(msg)
+        return where
 
     @property
     def _array(self) -> ProbedArray:

@@ -11,7 +11,7 @@ import numpy as np
 from concepts.schema import Concept
 from groundscope.core.errors import ProbeError
 from groundscope.core.text import nearest
-from probes.protocol.inputs import concept_columns, probeable, row_mask
+from probes.protocol.inputs import concept_columns, expand_concepts, probeable, row_mask
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -68,7 +68,7 @@ def plan_grids(
 
     At the last token: what the question is about (the named concept of each level, attributes, relations). At the
     object's tokens: its attributes. At all image tokens: which nouns are in the image, the `PRESENCE_NOUNS` that are most
-    evenly divided.
+    evenly divided. Concepts without a level, of label columns of the user's own: at the last token, and at all image tokens.
 
     Parameters
     ----------
@@ -103,7 +103,7 @@ def plan_grids(
     frame: Any = store.frame()
     frame = frame[row_mask(rows, len(frame))]
     if concepts is not None:
-        columns = concept_columns(frame)
+        columns, concepts = concept_columns(frame), expand_concepts(frame, concepts)
         missing = [c for c in concepts if c not in columns]
         if missing:
             msg = f"concept '{missing[0]}' not in store; choose from {', '.join(columns)}{nearest(missing[0], columns)}"
@@ -114,8 +114,9 @@ def plan_grids(
     parsed = [Concept.parse(c) for c in names]
     attributes = tuple(str(c) for c in parsed if c.level == "attribute" and c.name != "named")
     relations = tuple(str(c) for c in parsed if c.level == "relation" and c.name != "named")
-    named = tuple(str(c) for c in parsed if c.name == "named")
+    named = tuple(str(c) for c in parsed if c.level and c.name == "named")
     nouns = tuple(str(c) for c in parsed if c.level == "object" and c.name != "named")
+    free = tuple(str(c) for c in parsed if not c.level)
     if concepts is None:
         imbalance = {c: abs(frame.groupby("group")[c].first().mean() - 0.5) for c in nouns}
         nouns = tuple(sorted(nouns, key=lambda c: imbalance[c])[:PRESENCE_NOUNS])
@@ -123,11 +124,11 @@ def plan_grids(
     for info in store.arrays:
         tokens = str(info.tokens)
         if tokens == "last" and info.component in _AT_LAST:
-            chosen = (*named, *attributes, *relations)
+            chosen = (*named, *attributes, *relations, *free)
         elif tokens == "object:mean" and info.component in {"resid_post", "out"}:
             chosen = attributes
         elif tokens == "image:mean" and info.component in {"resid_post", "out"}:
-            chosen = nouns
+            chosen = (*nouns, *free)
         else:
             continue
         if chosen:

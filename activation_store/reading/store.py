@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from activation_store.format.columns import join_columns
+from activation_store.format.columns import column_digest, join_columns
 from activation_store.format.encoding import Column
 from activation_store.format.model_tensors import read_tensor, tensor_names
 from activation_store.format.ragged import Ragged
@@ -24,6 +24,7 @@ from activation_store.reading.catalog import Catalog
 from activation_store.reading.folder import Folder, OpenShard, check_mergeable, open_folder, provenance_of
 from activation_store.reading.query import find_rows
 from activation_store.reading.rows import RowSelection, as_range, resolve_rows, token_rows
+from concepts.schema import is_label_name
 from groundscope.core.errors import SiteError, StoreError
 from groundscope.core.files import canonical_json, too_many_files
 from lvlm.sites import Site
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
     from activation_store.mention_rows import MentionRows
     from activation_store.torch_dataset import StoreDataset
+    from concepts.schema import ConceptDataset
 
 try:
     import resource
@@ -119,13 +121,20 @@ class ActivationStore:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the manifest; for an incomplete store, of its array digests; for a merged store, of its folders' digests."""
+        """SHA-256 of the manifest; for an incomplete store, of its array digests; for a merged store, of its folders' digests.
+
+        After `with_labels`, of this digest and the labels.
+        """
         return self._digest
 
     @cached_property
     def _digest(self) -> str:
         digests = [folder.digest() for folder in self._folders]
-        return digests[0] if len(digests) == 1 else hashlib.sha256(canonical_json(digests).encode()).hexdigest()
+        own = digests[0] if len(digests) == 1 else hashlib.sha256(canonical_json(digests).encode()).hexdigest()
+        if not self._joined:
+            return own
+        labels = {name: column_digest(values) for name, values in self._joined.items()}
+        return hashlib.sha256(canonical_json([own, labels]).encode()).hexdigest()
 
     @property
     def tensors(self) -> tuple[str, ...]:
@@ -147,15 +156,19 @@ class ActivationStore:
                     with reading(path):
                         parts.append((rows, shard.columns()))
             index += len(folder.shards)
-        columns = join_columns(parts)
+        columns = {**join_columns(parts), **self._joined}
         for values in columns.values():
             values.setflags(write=False)
         return MappingProxyType(columns)
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """Concepts with a label column, in order."""
-        return tuple(name for name in self.columns if is_label(name))
+        """Concepts with a label column, in order: columns of numbers that are no field of an example."""
+        return tuple(
+            name
+            for name, values in self.columns.items()
+            if is_label(name) or (is_label_name(name) and values.dtype != object)
+        )
 
     @property
     def examples(self) -> pd.DataFrame:
@@ -190,6 +203,54 @@ class ActivationStore:
         """
         return find_rows(self.columns, {**(where or {}), **columns}, len(self), self._path)
 
+    def with_labels(self, labels: pd.DataFrame | ConceptDataset, *, classes: Sequence[str] = ()) -> ActivationStore:
+        """Return this store with label columns joined by example id; nothing is traced or written.
+
+        The result equals a store that was traced with these labels.
+
+        Parameters
+        ----------
+        labels
+            A data frame with a column ``id`` and label columns as in `concepts.loaders.table`: yes or no, texts (classes) or
+            numbers, empty for examples without a label; columns that are fields of an example are ignored. Or a dataset with
+            labels. Rows of other examples are ignored, examples without a row have no label, and columns of the same name are
+            replaced.
+        classes
+            Columns whose numbers are names of classes.
+
+        Raises
+        ------
+        StoreError
+            If the frame has no column ``id``, no label column, a repeated id, or no id of this store.
+        DataError, ConfigError
+            As `concepts.loaders.table`, for a column of mixed types and unknown `classes`.
+
+        Examples
+        --------
+        >>> import tempfile
+        >>> import numpy as np
+        >>> import pandas as pd
+        >>> from activation_store import ActivationStore, ArrayInfo, Schema, StoreWriter
+        >>> info = ArrayInfo("decoder", "resid_post", "last", n_layers=1, width=3)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with StoreWriter(folder, Schema((info,)), {"model": "example"}) as writer:
+        ...         writer.append({info.key: np.ones((2, 1, 3), np.float32)}, {"id": ["a", "b"], "group": ["x", "y"]})
+        ...     mine = pd.DataFrame({"id": ["b", "a"], "place": ["street", "room"], "blurred": ["yes", None]})
+        ...     store = ActivationStore(folder).with_labels(mine)
+        ...     print(store.labels, store.frame()["place:room"].tolist(), store.frame()["blurred"].tolist())
+        ('blurred', 'place:room', 'place:street') [True, False] [nan, 1.0]
+        """
+        from activation_store.joined_labels import join_labels
+
+        ids = [str(i) for i in self.columns["id"]] if len(self) else []
+        return self._with_columns(join_labels(ids, labels, classes=classes))
+
+    def _with_columns(self, columns: Mapping[str, Column]) -> ActivationStore:
+        joined = ActivationStore.__new__(ActivationStore)
+        joined._set_folders(self._folders)
+        joined._joined = {**self._joined, **columns}
+        return joined
+
     def has(self, stack: str, component: str, tokens: str | TokenSelection) -> bool:
         """Whether an array was traced."""
         return self._catalog.has(stack, component, tokens)
@@ -218,6 +279,9 @@ class ActivationStore:
             an example is in two of them.
         """
         stores = [self, *(o if isinstance(o, ActivationStore) else ActivationStore(o) for o in others)]
+        if any(store._joined for store in stores):
+            msg = "stores with joined labels cannot be merged; merge the stores first, then join the labels by with_labels"
+            raise StoreError(msg)
         check_mergeable([(s._folders[0], s.columns["id"].tolist() if len(s) else []) for s in stores])
         merged = ActivationStore.__new__(ActivationStore)
         merged._set_folders(tuple(folder for store in stores for folder in store._folders))
@@ -400,10 +464,11 @@ class ActivationStore:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Open files are not shared between processes: each DataLoader worker opens its own.
-        return _open_all, (tuple(str(folder.path) for folder in self._folders),)
+        return _open_all, (tuple(str(folder.path) for folder in self._folders), self._joined)
 
     def _set_folders(self, folders: tuple[Folder, ...]) -> None:
         self._folders = folders
+        self._joined: Mapping[str, Column] = {}
         self._path = folders[0].path
         self._schema = folders[0].schema
         self._provenance = MappingProxyType(provenance_of(folders))
@@ -467,9 +532,10 @@ class ActivationStore:
                     screen(old, SHARD_KIND)
 
 
-def _open_all(paths: Sequence[str]) -> ActivationStore:
+def _open_all(paths: Sequence[str], joined: Mapping[str, Column]) -> ActivationStore:
     first, *others = paths
-    return ActivationStore(first).merge(*others) if others else ActivationStore(first)
+    store = ActivationStore(first).merge(*others) if others else ActivationStore(first)
+    return store._with_columns(joined) if joined else store
 
 
 def _open_files() -> int:

@@ -109,6 +109,7 @@ def lexical_control(
     """
     import pandas as pd
 
+    grid.require_classes("the lexical control")
     blank_grid = _refit(grid, blank, rows=rows, progress=progress)
     same = blank_grid.held_out == grid.held_out and np.array_equal(
         blank_grid.held_out_labels, grid.held_out_labels, equal_nan=True
@@ -184,6 +185,7 @@ def control_task(
     0      0               0.53        -0.01
     1      1               1.00         0.52
     """
+    grid.require_classes("the control task")
     frame: Any = store.frame()
     if types not in frame.columns or frame[types].nunique() < 2:
         names = [str(name) for name in frame.columns]

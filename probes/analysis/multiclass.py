@@ -29,7 +29,7 @@ HOW = ("rest", "softmax")
 
 def multiclass(
     grid: ProbeGrid,
-    concepts: Sequence[str],
+    concepts: Sequence[str] | str,
     *,
     how: str = "rest",
     store: ActivationSource | None = None,
@@ -44,6 +44,8 @@ def multiclass(
 
     Parameters
     ----------
+    concepts
+        The concepts; or the name of a label column with classes, ``place`` for ``place:room`` and ``place:street``.
     how
         ``rest``: the concept whose one-vs-rest probe of the grid has the largest margin. ``softmax``: a multinomial
         regression (`probes.MultinomialProbe`) fitted on the grid's training rows, with its folds and candidates of C.
@@ -85,6 +87,12 @@ def multiclass(
     """
     import pandas as pd
 
+    if isinstance(concepts, str):
+        column, concepts = concepts, [c for c in grid.concepts if c.startswith(f"{concepts}:")]
+        if not concepts:
+            columns = list(dict.fromkeys(c.partition(":")[0] for c in grid.concepts if ":" in c))
+            msg = f"no classes of '{column}' in this grid; choose from {', '.join(columns)}{nearest(column, columns)}"
+            raise ProbeError(msg)
     missing = [c for c in concepts if c not in grid.concepts]
     if missing or len(set(concepts)) < 2 or len(set(concepts)) < len(concepts):
         msg = f"choose at least two different concepts from {', '.join(grid.concepts)}; got {list(concepts)}"

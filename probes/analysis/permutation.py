@@ -176,6 +176,7 @@ def permutation_test(
     if scheme not in SCHEMES:
         msg = f"unknown scheme '{scheme}'; choose from {', '.join(SCHEMES)}{nearest(scheme, SCHEMES)}"
         raise ProbeError(msg)
+    grid.require_classes("the permutation test")
     setup = reproduce_split(grid, store, rows)
     array, table = setup.array, setup.table
     families = list(_families(table))

@@ -72,7 +72,7 @@ def reproduce_split(
     frame = store.frame()
     mask = row_mask(rows, len(frame))
     labels, ids, groups = (
-        read_labels(frame, grid.concepts)[mask],
+        read_labels(frame, grid.concepts, numbers=True)[mask],
         frame["id"].to_numpy()[mask],
         read_groups(frame)[mask],
     )

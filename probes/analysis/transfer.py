@@ -77,6 +77,7 @@ def transfer(
     """
     import pandas as pd
 
+    grid.require_classes("transfer")
     table: list[dict[str, object]] = []
     train_groups = np.array(grid.train_groups)
     for name, target in targets.items():

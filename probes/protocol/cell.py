@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from sklearn.base import BaseEstimator
 
-from probes.protocol.estimators import Estimator, TrainingRows
+from probes.protocol.estimators import Estimator, ModelFit, TrainingRows
+from probes.protocol.numbers import fit_number_cell
 from probes.protocol.scoring import (
     auc,
     auc_interval,
@@ -38,6 +40,8 @@ class Recipe:
     confidence: float
     tolerance: float
     device: str
+    own: BaseEstimator | None = None
+    """A scikit-learn estimator with its own parameters, of which `estimator` is made."""
 
 
 SELECTION = 1e-6
@@ -115,6 +119,9 @@ def fit_cell(
 
     `groups` [N] are those of all rows, `held_out` the row numbers of the held-out rows.
     """
+    if task.numbers:
+        fit_number_cell(x, task, held_out, recipe.C, recipe.own, recipe.confidence, out, cell)
+        return
     training = x[task.train]
     whole = RowBlock.of(training, recipe.device)
     chosen, left_out, start = choose(whole, training, task.labels, task.fold, groups[task.train], recipe)
@@ -123,18 +130,26 @@ def fit_cell(
     fit = final(rows, task.labels, chosen[:, None])
     n = len(task.concepts)
     weights, intercepts = fit.coefficients.copy(), fit.intercepts.copy()
+    scale = np.ones(len(task.labels))
+
+    def margins_of(rows: np.ndarray, count: int | None = None) -> np.ndarray:  # [m, D] -> [Q, m], or [count, m]
+        if isinstance(fit, ModelFit):
+            return (scale[:, None] * fit.decision(rows))[:count]
+        return weights[:count] @ rows.T + intercepts[:count, None]
+
     if not recipe.estimator.log_odds:
-        trained = weights @ training.T + intercepts[:, None]
+        trained = margins_of(training)
         same = recipe.estimator.final is None
         # Left-out rows give an unbiased slope; a final fit of another method has only its training rows.
         slope = [log_odds_slope(y, m) for y, m in zip(task.labels, left_out if same else trained, strict=True)]
-        weights *= np.array(slope)[:, None]
-        intercepts *= np.array(slope)
-    margins = weights @ x[task.test].T + intercepts[:, None]  # [Q, n_test]
+        scale = np.array(slope)
+        weights *= scale[:, None]
+        intercepts *= scale
+    margins = margins_of(x[task.test])  # [Q, n_test]
     scores = np.array([balanced_accuracy(y, m) for y, m in zip(task.test_labels, margins, strict=True)])
     trained = weights[:n] @ training.T
     length = np.linalg.norm(weights[:n], axis=1)
-    shared = weights[:n] @ x[held_out].T + intercepts[:n, None]
+    shared = margins_of(x[held_out], n)
     truths, groups_of, n_groups = task.test_labels[:n], task.test_groups, task.resamples.shape[1]
     low, high = balanced_accuracy_interval(truths, margins[:n], groups_of, n_groups, recipe.confidence)
     areas = np.array([auc(y, m) for y, m in zip(truths, margins[:n], strict=True)])
@@ -153,6 +168,6 @@ def fit_cell(
         out["auc_low"][where], out["auc_high"][where] = auc_low[at], auc_high[at]
         out["log_loss"][where], out["calibration"][where] = log_loss(truth, margin), calibration_error(truth, margin)
         out["C"][where], out["gap"][where] = chosen[at], fit.gap[at]
-        out["sigma"][where] = trained[at].std() / length[at] if length[at] > 0 else 0.0
+        out["sigma"][where] = trained[at].std() / length[at] if length[at] != 0 else 0.0
         out["intercepts"][where], out["weights"][where] = intercepts[at], weights[at]
         out["held_out_margins"][where] = shared[at]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -34,8 +34,52 @@ class TrainingRows:
     """Initial coefficients [Q x R, D] and intercepts [Q x R] of the iterations."""
 
 
-Fit = Callable[[TrainingRows, np.ndarray, np.ndarray], LinearFit]
+Fit = Callable[[TrainingRows, np.ndarray, np.ndarray], "LinearFit | ModelFit"]
 """Maps rows, labels [Q, n] and values of C [Q, R] to Q x R fits, C fastest."""
+
+
+@dataclass(frozen=True)
+class ModelFit:
+    """Fitted scikit-learn classifiers that are not linear: they have margins, but no direction."""
+
+    models: Sequence[Any]
+    block: RowBlock
+    """The rows that they were fitted to, whose standardization they need."""
+
+    @property
+    def coefficients(self) -> np.ndarray:
+        """NaN [P, D]."""
+        return np.full((len(self.models), len(self.block.mean)), np.nan)
+
+    @property
+    def intercepts(self) -> np.ndarray:
+        """NaN [P]."""
+        return np.full(len(self.models), np.nan)
+
+    @property
+    def gap(self) -> np.ndarray:
+        """NaN [P]: the optimum is not certified."""
+        return np.full(len(self.models), np.nan)
+
+    def decision(self, features: np.ndarray) -> np.ndarray:
+        """Return margins float64 [P, N] of features [N, D]; positive means class 1."""
+        inverse = np.divide(
+            1.0, self.block.deviation, out=np.zeros_like(self.block.mean), where=self.block.deviation > 0
+        )
+        standard = (np.asarray(features, dtype=np.float64) - self.block.mean) * inverse
+        return np.stack([_margins(model, standard) for model in self.models])
+
+
+def _margins(model: Any, standard: np.ndarray) -> np.ndarray:
+    """Return the margins of a fitted classifier [n]: its decision function, log-odds, or else -1 and +1."""
+    if not len(standard):
+        return np.zeros(0)
+    if hasattr(model, "decision_function"):
+        return np.asarray(model.decision_function(standard), dtype=np.float64)
+    if hasattr(model, "predict_proba"):
+        p = np.clip(model.predict_proba(standard)[:, 1], 1e-6, 1 - 1e-6)
+        return np.log(p / (1 - p))
+    return np.where(np.asarray(model.predict(standard)) == 1, 1.0, -1.0)
 
 
 @dataclass(frozen=True)
@@ -152,29 +196,23 @@ def _to_fit(rows: TrainingRows, weights: np.ndarray, intercepts: np.ndarray) -> 
     return closed_form.unstandardize(flat, intercepts.reshape(-1), rows.block.mean, rows.block.deviation)
 
 
-def linear_estimator(classifier: BaseEstimator) -> Estimator:
-    """Return the `Estimator` of a linear scikit-learn classifier, used with its own parameters on standardized features.
+def sklearn_estimator(classifier: BaseEstimator) -> Estimator:
+    """Return the `Estimator` of a scikit-learn classifier, used with its own parameters on standardized features.
 
-    Raises
-    ------
-    ProbeError
-        While it is fitted, if it does not set `coef_` [1, D] and `intercept_`.
+    If it sets `coef_` [1, D] and `intercept_`, its probes have directions; otherwise only margins.
     """
 
-    def fit(rows: TrainingRows, labels: np.ndarray, C: np.ndarray) -> LinearFit:
+    def fit(rows: TrainingRows, labels: np.ndarray, C: np.ndarray) -> LinearFit | ModelFit:
         standard = rows.block.standard.cpu().numpy().astype(np.float64)
-        weights, intercepts = np.empty((len(labels), standard.shape[1])), np.empty(len(labels))
-        for q, y in enumerate(labels):
+        models: list[Any] = []
+        for y in labels:
             model: Any = clone(classifier)
             model.fit(standard, y.astype(np.int64))
-            model = getattr(model, "best_estimator_", model)
-            if np.size(getattr(model, "coef_", ())) != standard.shape[1]:
-                msg = (
-                    f"{classifier!r} sets no coef_ of {standard.shape[1]} values: a grid needs a linear classifier with coef_ "
-                    f"and intercept_, for example sklearn.svm.LinearSVC()"
-                )
-                raise ProbeError(msg)
-            weights[q], intercepts[q] = np.ravel(model.coef_), np.ravel(model.intercept_)[0]
+            models.append(getattr(model, "best_estimator_", model))
+        if any(np.size(getattr(model, "coef_", ())) != standard.shape[1] for model in models):
+            return ModelFit([model for model in models for _ in range(C.shape[1])], rows.block)
+        weights = np.stack([np.ravel(model.coef_) for model in models]).astype(np.float64)
+        intercepts = np.array([np.ravel(model.intercept_)[0] for model in models], dtype=np.float64)
         weights, intercepts = (np.repeat(a, C.shape[1], axis=0) for a in (weights, intercepts))
         result = _to_fit(rows, weights, intercepts)
         return replace(result, gap=np.full(len(weights), np.nan))
@@ -200,18 +238,17 @@ BUILT_IN: Mapping[str, Estimator] = {
 def _problem(entry: object) -> str | None:
     if isinstance(entry, Estimator) or (isinstance(entry, BaseEstimator) and hasattr(entry, "fit")):
         return None
-    return f"{entry!r} is neither a probes.Estimator nor a scikit-learn classifier"
+    return f"{entry!r} is neither a probes.Estimator nor a scikit-learn estimator"
 
 
 estimators: Registry[Estimator | BaseEstimator] = Registry(
     "estimator", BUILT_IN, group="groundscope.estimators", check=_problem, error=ProbeError
 )
-"""Estimators of `probes.fit_grid` by name; ``register(name, estimator)`` adds an `Estimator` or a linear scikit-learn
-classifier."""
+"""Estimators of `probes.fit_grid` by name; ``register(name, estimator)`` adds an `Estimator` or a scikit-learn estimator."""
 
 
-def resolve(estimator: str | BaseEstimator | Estimator) -> tuple[Estimator, bool]:
-    """Return an estimator given by name or as an object, and whether it is a scikit-learn classifier.
+def resolve(estimator: str | BaseEstimator | Estimator) -> tuple[Estimator, BaseEstimator | None]:
+    """Return an estimator given by name or as an object, and the scikit-learn estimator if it is one.
 
     Raises
     ------
@@ -220,6 +257,6 @@ def resolve(estimator: str | BaseEstimator | Estimator) -> tuple[Estimator, bool
     """
     entry = estimators[estimator] if isinstance(estimator, str) else estimator
     if problem := _problem(entry):
-        msg = f"unknown estimator: {problem}; choose from {', '.join(estimators)}, or give a linear scikit-learn classifier"
+        msg = f"unknown estimator: {problem}; choose from {', '.join(estimators)}, or give a scikit-learn estimator"
         raise ProbeError(msg)
-    return (linear_estimator(entry), True) if isinstance(entry, BaseEstimator) else (entry, False)
+    return (sklearn_estimator(entry), entry) if isinstance(entry, BaseEstimator) else (entry, None)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from concepts.schema import LEVELS
+from concepts.schema import is_label_name
 from groundscope.core.errors import ProbeError, SiteError
 from groundscope.core.text import nearest
 from lvlm.sites import parse_component
@@ -77,8 +77,18 @@ def find_array(
 
 
 def concept_columns(frame: pd.DataFrame) -> list[str]:
-    """Return the columns of an example table that are concept labels."""
-    return [str(c) for c in frame.columns if str(c).partition(":")[0] in LEVELS and ":" in str(c)]
+    """Return the columns of an example table that are concept labels: those of numbers that are no field of an example."""
+    return [str(c) for c in frame.columns if is_label_name(str(c)) and frame[c].dtype.kind in "bifu"]
+
+
+def expand_concepts(frame: pd.DataFrame, concepts: Sequence[str]) -> list[str]:
+    """Return concepts with the name of a column of classes replaced by its classes, such as ``place`` by ``place:room``."""
+    available = concept_columns(frame)
+    expanded: list[str] = []
+    for concept in concepts:
+        of_column = [name for name in available if name.startswith(f"{concept}:")]
+        expanded += [concept] if concept in available or not of_column else of_column
+    return expanded
 
 
 def read_groups(frame: pd.DataFrame) -> np.ndarray:
@@ -108,13 +118,13 @@ def row_mask(rows: Sequence[bool] | np.ndarray | pd.Series | None, n: int) -> np
     return mask
 
 
-def read_labels(frame: pd.DataFrame, concepts: Sequence[str]) -> np.ndarray:
-    """Return labels float64 [N, K]: 0, 1 or NaN where undefined.
+def read_labels(frame: pd.DataFrame, concepts: Sequence[str], *, numbers: bool = False) -> np.ndarray:
+    """Return labels float64 [N, K]: 0, 1 or NaN where undefined; other values only with `numbers`.
 
     Raises
     ------
     ProbeError
-        If there is no concept, one is repeated, is not in the store, or has other values than 0, 1 and NaN.
+        If there is no concept, one is repeated, is not in the store, or has other values than 0, 1 and NaN without `numbers`.
     """
     available = concept_columns(frame)
     if isinstance(concepts, str) or not concepts:
@@ -129,12 +139,13 @@ def read_labels(frame: pd.DataFrame, concepts: Sequence[str]) -> np.ndarray:
         msg = f"{_quoted([c for c in dict.fromkeys(concepts) if list(concepts).count(c) > 1])} repeated; give each concept once"
         raise ProbeError(msg)
     labels = frame[list(concepts)].to_numpy(dtype=np.float64, copy=True)
-    invalid = ~(np.isnan(labels) | (labels == 0) | (labels == 1))
+    free = np.array([numbers and ":" not in concept for concept in concepts])  # concept:value is yes or no
+    invalid = np.where(free, np.isinf(labels), ~(np.isnan(labels) | (labels == 0) | (labels == 1)))
     if invalid.any():
         row, column = np.argwhere(invalid)[0]
         msg = (
             f"label '{concepts[column]}' of example '{frame['id'].iloc[row]}' is {labels[row, column]:g}: "
-            f"labels are 1 (true), 0 (false) or NaN (undefined)"
+            f"{'numbers must be finite' if free[column] else 'labels are 1 (true), 0 (false) or NaN (undefined)'}"
         )
         raise ProbeError(msg)
     return labels

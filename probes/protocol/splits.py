@@ -108,6 +108,25 @@ def grouped_folds(groups: Sequence[str] | np.ndarray, labels: np.ndarray, folds:
     return assign_parts(groups, labels, np.ones(folds), seed)
 
 
+def is_number(labels: np.ndarray) -> bool:
+    """Whether defined labels [N] are numbers to predict, not classes: one of them is neither 0 nor 1."""
+    return bool((~np.isnan(labels) & (labels != 0) & (labels != 1)).any())
+
+
+def strata(labels: np.ndarray) -> np.ndarray:
+    """Return the classes that splits balance, [N, K] or [N] in 0, 1 and NaN: of numbers, whether they exceed their median."""
+    y = np.array(labels, dtype=np.float64)
+    columns = y.reshape(len(y), -1)  # a view
+    for k in range(columns.shape[1]):
+        if is_number(columns[:, k]):
+            defined = ~np.isnan(columns[:, k])
+            values = columns[defined, k]
+            middle = np.median(values)
+            # Many equal numbers at the top have no numbers above their median.
+            columns[defined, k] = values > middle if (values > middle).any() else values >= middle
+    return y
+
+
 def groups_needed(folds: int, test_fraction: float) -> int:
     """Return the number of groups per class that allow one in each fold and two in the held-out part."""
     return max(math.ceil(folds / (1 - test_fraction)), math.ceil(2 / test_fraction))
@@ -115,6 +134,12 @@ def groups_needed(folds: int, test_fraction: float) -> int:
 
 def support_problem(concept: str, labels: np.ndarray, groups: np.ndarray, needed: int) -> str | None:
     """Return a message why the defined labels [N] of a concept cannot be split by group, or None if they can."""
+    if is_number(labels):
+        if len(np.unique(labels[~np.isnan(labels)])) < 2:
+            return (
+                f"'{concept}' is {labels[~np.isnan(labels)][0]:g} on all rows where it is defined; numbers must differ"
+            )
+        labels, concept = strata(labels), f"{concept} (above its median)"
     rows = {value: labels == value for value in (0.0, 1.0)}
     n_rows = {value: int(mask.sum()) for value, mask in rows.items()}
     n_groups = {value: len(np.unique(groups[mask])) for value, mask in rows.items()}

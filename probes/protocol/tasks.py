@@ -11,7 +11,7 @@ from groundscope.core.errors import ProbeError
 from groundscope.core.permutations import LEAST_MOVABLE
 from probes.protocol.controls import movable, shuffle_labels
 from probes.protocol.scoring import resample_groups
-from probes.protocol.splits import grouped_folds, grouped_split, groups_needed, support_problem
+from probes.protocol.splits import grouped_folds, grouped_split, groups_needed, is_number, strata, support_problem
 
 
 class UnplaceableError(ProbeError):
@@ -29,7 +29,7 @@ class SplitRows:
     ids: np.ndarray
     groups: np.ndarray
     labels: np.ndarray
-    """float64 [N, K]."""
+    """float64 [N, K]: 0, 1 or NaN, or numbers."""
     fold: np.ndarray
     """int64 [N]: fold of a training row, -1 for a held-out row."""
 
@@ -56,6 +56,8 @@ class Task:
     """float32 [B, G]: count of each held-out group in each resample."""
     movable: tuple[tuple[int, int], ...]
     """Per concept, the number of groups that shuffles can give other labels, and the number of groups."""
+    numbers: bool = False
+    """Whether the labels are numbers to predict."""
 
     def has_control(self, at: int) -> bool:
         """Whether shuffles of a concept are a valid control: at least 10 groups, and half of all groups, are movable."""
@@ -67,9 +69,10 @@ def split_rows(
     ids: np.ndarray, groups: np.ndarray, labels: np.ndarray, folds: int, test_fraction: float, seed: int
 ) -> SplitRows:
     """Hold out whole groups and assign the others to folds, the same for all concepts: labels [N, K] -> `SplitRows`."""
-    held_out = grouped_split(groups, labels, test_fraction, seed)
+    classes = strata(labels)
+    held_out = grouped_split(groups, classes, test_fraction, seed)
     fold = np.full(len(ids), -1)
-    fold[~held_out] = grouped_folds(groups[~held_out], labels[~held_out], folds, seed)
+    fold[~held_out] = grouped_folds(groups[~held_out], classes[~held_out], folds, seed)
     return SplitRows(ids, groups, labels, fold)
 
 
@@ -78,11 +81,12 @@ def build_tasks(
 ) -> tuple[Task, ...]:
     """Group concepts that are defined on the same rows, so that they share features and resamples."""
     _check_placed(table, concepts, folds)
-    members_by_rows: dict[bytes, list[int]] = {}
+    members_by_rows: dict[tuple[bytes, bool], list[int]] = {}
     for k in range(len(concepts)):
-        members_by_rows.setdefault(np.isnan(table.labels[:, k]).tobytes(), []).append(k)
+        key = np.isnan(table.labels[:, k]).tobytes(), is_number(table.labels[:, k])
+        members_by_rows.setdefault(key, []).append(k)
     tasks = []
-    for members in members_by_rows.values():
+    for (_, numbers), members in members_by_rows.items():
         rows = np.flatnonzero(~np.isnan(table.labels[:, members[0]]))
         true = table.labels[rows][:, members].T
         shuffled = [
@@ -105,6 +109,7 @@ def build_tasks(
                 of_row,
                 counts,
                 tuple(movable(row, table.groups[rows], table.fold[rows]) for row in true),
+                numbers,
             )
         )
     return tuple(tasks)
@@ -124,8 +129,9 @@ def _check_placed(table: SplitRows, concepts: Sequence[str], folds: int) -> None
 def _placement_problem(table: SplitRows, k: int, concept: str, folds: int) -> str:
     """Return a sentence that names each class with too few groups for a part of the split; empty if there is none."""
     problems = []
+    classes = strata(table.labels[:, k])
     for value in (0, 1):
-        rows = table.labels[:, k] == value
+        rows = classes == value
         tested = len(np.unique(table.groups[rows & (table.fold < 0)]))
         in_folds = sum(bool((rows & (table.fold == f)).any()) for f in range(folds))
         if tested < 2 or in_folds < 2:
@@ -177,7 +183,8 @@ def split_possible(
         unplaced = {k: p for at, k in enumerate(used) if (p := _placement_problem(table, at, concepts[k], folds))}
         if not unplaced:
             break
-        rarest = min(unplaced, key=lambda k: min(len(np.unique(groups[labels[:, k] == value])) for value in (0, 1)))
+        classes = strata(labels)
+        rarest = min(unplaced, key=lambda k: min(len(np.unique(groups[classes[:, k] == value])) for value in (0, 1)))
         left_out[concepts[rarest]] = unplaced[rarest]
         used.remove(rarest)
     if not used:

@@ -70,6 +70,17 @@ def ridge(spectrum: Spectrum, labels: np.ndarray, C: np.ndarray) -> tuple[np.nda
     return weights, midway(weights, high[:, None], low[:, None])
 
 
+def ridge_numbers(spectrum: Spectrum, targets: np.ndarray, C: np.ndarray) -> np.ndarray:
+    """Fit least squares on numbers: minimize ``||y - mean y - Xw||^2 + ||w||^2 / C`` (Hoerl and Kennard 1970).
+
+    Equals ``sklearn.linear_model.Ridge(alpha=1 / C)``; the intercept is the mean of the targets. Centered features [n, D],
+    targets [Q, n], C [Q, R] -> weights float64 [Q, R, D].
+    """
+    values, axes = spectrum.parts
+    projected = (targets - targets.mean(axis=1, keepdims=True)) @ spectrum.features @ axes
+    return (projected[:, None] / (values + 1 / C[:, :, None])) @ axes.T
+
+
 def discriminant(spectrum: Spectrum, labels: np.ndarray, C: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Fit Fisher's linear discriminant with ridge ``S + I / (C n)`` on the pooled within-class covariance S (divided by n).
 
