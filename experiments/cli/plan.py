@@ -2,7 +2,9 @@
 
 Sizes come from the configuration of the model, its processor and the data, without reading weights. If the weights are on this
 machine, some examples are traced for a bounded time and hours are extrapolated; a forward pass that takes longer is stopped
-between two layers. Hours are for this machine; bytes and forward passes are for any.
+between two layers. Without weights, a model of the same width with two layers and random weights runs, and the times of its
+layers are multiplied. For a GPU that this machine does not have, hours are operations divided by a stated speed, which is not
+checked. Hours are for this machine; bytes and forward passes are for any.
 """
 
 from __future__ import annotations
@@ -31,6 +33,10 @@ SECONDS = 30.0
 """Default time to measure, in seconds; with the time to load the model about a minute."""
 MOST_SECONDS = 60.0
 """Longest time to measure, in seconds."""
+TFLOPS = 100.0
+"""Default speed of a GPU that this machine does not have, in 10^12 operations per second: a third of an A100's peak."""
+THIN_BYTES = 6 << 30
+"""Largest size of the weights of a model with two layers."""
 _SAMPLE = 64
 """Examples whose tokens and table rows give the sizes."""
 _ENCODING_SECONDS = 10.0
@@ -46,7 +52,7 @@ class Estimate:
 
     examples: int
     measured: int
-    """Examples that were traced for the estimate; 0 if the weights are not on this machine."""
+    """Examples that ran for the estimate; 0 if nothing ran."""
     sites: dict[str, float]
     """Bytes of each array for all examples."""
     on_disk: float
@@ -56,6 +62,12 @@ class Estimate:
     """Seconds for all examples in one process, without loading the model; None if nothing was measured."""
     loading: float | None
     """Seconds to load the model, in each process; None if nothing was measured."""
+    weights: int = 0
+    """Bytes of the model's weights."""
+    method: str = "measured"
+    """How the seconds were estimated: `measured` with the weights, `thin` with two layers of random weights, or `operations`."""
+    tera_operations: float = 0.0
+    """Floating-point operations of all forward passes, in 10^12."""
 
     def hours(self, parts: int) -> float | None:
         """Return the hours of each of `parts` processes on as many equal machines; None if nothing was measured."""
@@ -64,7 +76,9 @@ class Estimate:
         return (self.seconds / parts + self.loading) / 3600
 
 
-def estimate(context: Context, examples: int | None = None, seconds: float = SECONDS) -> Estimate:
+def estimate(
+    context: Context, examples: int | None = None, seconds: float = SECONDS, tflops: float = TFLOPS
+) -> Estimate:
     """Estimate size and time of a trace.
 
     Parameters
@@ -75,6 +89,8 @@ def estimate(context: Context, examples: int | None = None, seconds: float = SEC
         Number of examples; by default those of the configured data.
     seconds
         Approximate time to measure; at most `MOST_SECONDS`.
+    tflops
+        Speed of a GPU that this machine does not have, in 10^12 operations per second.
 
     Raises
     ------
@@ -82,7 +98,9 @@ def estimate(context: Context, examples: int | None = None, seconds: float = SEC
         If the data have no question to trace.
     """
     from activation_store.tracing.plan import outline_plan
+    from lvlm.load_checks import devices
     from lvlm.loading import has_weights
+    from lvlm.thin_model import weight_bytes
 
     data, options = traced_examples(context), context.config.trace
     if not len(data):
@@ -97,15 +115,96 @@ def estimate(context: Context, examples: int | None = None, seconds: float = SEC
     arrays = {a.name: 1.0 if a.ragged else _stored_rows(count) / count for a in plan.schema.arrays}
     on_disk = sum(size * arrays[name] for name, size in sites.items())
     on_disk += _table_bytes(outline, data, plan, encodings, count) + _own_bytes(outline, plan)
-    forwards = math.ceil(_forwards_of_each(outline, data, plan, first, options.batch_size) * count)
-    described = context.config.model
-    if not has_weights(described.path, revision=described.revision, cache_dir=described.cache_dir):
-        return Estimate(count, 0, sites, on_disk, forwards, None, None)
+    each, images = _forwards_of_each(outline, data, plan, first, options.batch_size)
+    forwards, described = math.ceil(each * count), context.config.model
+    operations = _operations(outline, encodings, images) * count / 1e12
+    known = {"weights": weight_bytes(outline), "tera_operations": operations}
+    seconds = min(seconds, MOST_SECONDS)
+    there = described.device == "auto" or described.device in devices() or described.device == "cpu:0"
+    if not there:
+        return Estimate(count, 0, sites, on_disk, forwards, operations / tflops, 0.0, **known, method="operations")
+    if has_weights(described.path, revision=described.revision, cache_dir=described.cache_dir):
+        start = time.perf_counter()
+        model = context.model
+        loading = time.perf_counter() - start
+        measured, time_of_each = _measure(context, model, data, tokens, seconds)
+        return Estimate(count, measured, sites, on_disk, forwards, time_of_each * count, loading, **known)
+    thin = _thin(outline, described.device)
+    if thin is None:
+        return Estimate(count, 0, sites, on_disk, forwards, None, None, **known)
+    measured, time_of_each = _measure_thin(thin, outline, encodings, images, seconds)
+    return Estimate(count, measured, sites, on_disk, forwards, time_of_each * count, 0.0, **known, method="thin")
+
+
+def _operations(outline: Lvlm, encodings: Sequence[Encoding], images: float) -> float:
+    """Return the floating-point operations of an example, with `images` runs of the vision tower per example."""
+    from lvlm.thin_model import count_flops
+
+    parts = np.array([count_flops(outline, e) for e in encodings])
+    return float(parts[:, 0].mean() * images + parts[:, 1].mean())
+
+
+def _thin(outline: Lvlm, device: str) -> Lvlm | None:
+    """Return a model of the same width with two layers; None if the family cannot be built so, or it is too large."""
+    from groundscope.core.errors import ModelError
+    from lvlm.thin_model import LAYERS, thin_model, weight_bytes
+
+    layers = [layer for stack in ("decoder", "vision") for layer in outline.layers(stack)[LAYERS:]]
+    left_out = sum(p.numel() * p.element_size() for layer in layers for p in layer.parameters())
+    if weight_bytes(outline) - left_out > THIN_BYTES:
+        return None
+    try:
+        return thin_model(outline, device="cpu" if device == "auto" else device)
+    except ModelError:
+        return None
+
+
+def _measure_thin(
+    thin: Lvlm, outline: Lvlm, encodings: Sequence[Encoding], images: float, seconds: float
+) -> tuple[int, float]:
+    """Return the number of forward passes and the seconds per example of the full model.
+
+    A pass takes the time of its layers and a rest. The layers' times are multiplied by the ratio of their numbers in the full
+    and the thin model; the vision tower runs `images` times per example.
+    """
+    took: list[float] = []
     start = time.perf_counter()
-    model = context.model
-    loading = time.perf_counter() - start
-    measured, each = _measure(context, model, data, tokens, min(seconds, MOST_SECONDS))
-    return Estimate(count, measured, sites, on_disk, forwards, each * count, loading)
+    while not took or time.perf_counter() - start + 1.2 * took[-1] < seconds:
+        encoding = encodings[len(took) % len(encodings)]
+        spent, parts = _timed_forward(thin, encoding)
+        full = spent - parts["decoder"] - parts["vision"]
+        full += parts["decoder"] * outline.n_layers / max(1, thin.n_layers)
+        full += images * parts["vision"] * outline.n_vision_layers / max(1, thin.n_vision_layers)
+        took.append(full)
+        if len(took) == len(encodings):
+            break
+    # The first pass also allocates memory and starts threads.
+    return len(took), float(np.median(took[1:] or took))
+
+
+def _timed_forward(model: Lvlm, encoding: Encoding) -> tuple[float, dict[str, float]]:
+    """Return the seconds of a forward pass, and those within the layers of each stack."""
+    from lvlm.active_interventions import mark_observer
+
+    spent, begin = {"decoder": 0.0, "vision": 0.0}, [0.0]
+
+    @mark_observer
+    def before(*_: object) -> None:
+        begin[0] = time.perf_counter()
+
+    with ExitStack() as hooks:
+        for stack in spent:
+
+            @mark_observer
+            def after(*_: object, stack: str = stack) -> None:
+                spent[stack] += time.perf_counter() - begin[0]
+
+            for module in model.layers(stack):
+                hooks.callback(module.register_forward_pre_hook(before).remove)
+                hooks.callback(module.register_forward_hook(after).remove)
+        start = time.perf_counter()
+        model.logits(model.collate([encoding]))
+        return time.perf_counter() - start, spent
 
 
 def _planned(encoding: Encoding, tokens: Sequence[str]) -> Encoding:
@@ -195,19 +294,26 @@ def _narrow_store(
     return float(written - count * len(arrays) * _BYTES[plan.schema.dtype])
 
 
-def _forwards_of_each(model: Lvlm, data: ConceptDataset, plan: Plan, first: Encoding, batch_size: int) -> float:
-    """Return the forward passes per example, from as many chunks of the data as a bounded time allows."""
+def _forwards_of_each(
+    model: Lvlm, data: ConceptDataset, plan: Plan, first: Encoding, batch_size: int
+) -> tuple[float, float]:
+    """Return forward passes and runs of the vision tower per example, from as many chunks as a bounded time allows.
+
+    Rows of a batch about one image share a run of the vision tower.
+    """
     from activation_store.tracing.plan import chunk_batches
 
     size = chunk_batches(plan, first.tokens, batch_size) * batch_size
-    start, done, forwards = time.perf_counter(), 0, 0
+    start, done, forwards, images = time.perf_counter(), 0, 0, 0
     while done < len(data):
         chunk = data.examples[done : done + size]
-        forwards += sum(1 for _ in model.batches(chunk, batch_size))
+        for batch in model.batches(chunk, batch_size):
+            forwards += 1
+            images += len({*batch.images})
         done += len(chunk)
         if time.perf_counter() - start > _ENCODING_SECONDS:
             break
-    return forwards / done
+    return forwards / done, images / done
 
 
 def _measure(
@@ -287,16 +393,21 @@ def show(arguments: Sequence[str]) -> int:
     from experiments.terminal_text import plain_console, size
     from experiments.validation import check
 
-    numbers = {w.partition("=")[0]: w.partition("=")[2] for w in arguments if w.startswith(("examples=", "seconds="))}
+    numbers = {
+        w.partition("=")[0]: w.partition("=")[2]
+        for w in arguments
+        if w.startswith(("examples=", "seconds=", "tflops="))
+    }
     words = [w for w in arguments if w.partition("=")[0] not in numbers]
     try:
         examples = int(numbers["examples"]) if "examples" in numbers else None
         seconds = float(numbers.get("seconds", SECONDS))
+        tflops = float(numbers.get("tflops", TFLOPS))
     except ValueError as error:
-        msg = f"groundscope plan: {error}; write examples=100000 or seconds=30"
+        msg = f"groundscope plan: {error}; write examples=100000, seconds=30 or tflops=100"
         raise ConfigError(msg) from error
-    if (examples is not None and examples < 1) or not seconds > 0:
-        msg = "groundscope plan: examples and seconds must be above 0"
+    if (examples is not None and examples < 1) or not seconds > 0 or not tflops > 0:
+        msg = "groundscope plan: examples, seconds and tflops must be above 0"
         raise ConfigError(msg)
     config, _ = compose(read(words).first())
     check(config)
@@ -305,10 +416,17 @@ def show(arguments: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         context = Context(config, RunFolder(Path(folder)), console)
         with console.status("measuring") if console.is_terminal else nullcontext():
-            result = estimate(context, examples, seconds)
-    measured = f"measured on {result.measured}" if result.measured else "sizes from the configuration only"
+            result = estimate(context, examples, seconds, tflops)
+    how = {
+        "measured": f"measured on {result.measured}",
+        "thin": f"measured on {result.measured} with two layers of random weights",
+        "operations": "operations counted, not measured",
+    }
+    measured = how[result.method] if result.seconds is not None else "sizes from the configuration only"
     console.print(
-        f"model {config.model.path} on {config.model.device}, {result.examples} examples; {measured}", markup=False
+        f"model {config.model.path} on {config.model.device}, {size(result.weights)} of weights, {result.examples} examples "
+        f"to trace; {measured}",
+        markup=False,
     )
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("array")
@@ -317,19 +435,31 @@ def show(arguments: Sequence[str]) -> int:
         table.add_row(Text(name), size(count))
     table.add_row("total on disk", size(result.on_disk))
     console.print(table)
-    if result.seconds is None:
+    if result.seconds is None or result.loading is None:
         console.print(
             f"{result.forwards} forward passes; hours are not estimated, because the weights of {config.model.path} are not "
-            "on this machine",
+            "on this machine, and a model of its width with two layers cannot be built or takes too much memory",
             markup=False,
         )
         return 0
     each = result.seconds / result.examples
-    console.print(
-        f"{result.forwards} forward passes, {1000 * each:.1f} ms per example, {result.loading:.0f} s to load the model"
-    )
+    operations = f"{result.tera_operations:.3g} x 10^12 operations"
+    passes = f"{result.forwards} forward passes, {operations}, {1000 * each:.1f} ms per example"
+    loading = f", {result.loading:.0f} s to load the model" if result.method == "measured" else ""
+    console.print(f"{passes}{loading}", markup=False)
     for parts in sorted({1, 4, config.trace.shards}):
         label = "one process" if parts == 1 else f"{parts} processes, trace.shards={parts}"
         console.print(f"{label}: {result.hours(parts):.2f} hours" + ("" if parts == 1 else " each"))
-    console.print("hours are for this machine; several processes need as many equal machines")
+    console.print(_basis(result.method, config.model.device, tflops), markup=False)
     return 0
+
+
+def _basis(method: str, device: str, tflops: float) -> str:
+    """Return what the hours rest on."""
+    if method == "operations":
+        return (
+            f"not checked: this machine has no device '{device}', so hours are operations (two per weight and token, and "
+            f"attention) at {tflops:g} x 10^12 per second, without loading and writing; set tflops= to the speed of your GPU"
+        )
+    without = "; without the time to load the model and to write" if method == "thin" else ""
+    return f"hours are for this machine; several processes need as many equal machines{without}"

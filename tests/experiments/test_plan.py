@@ -9,7 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from rich.console import Console
+from torch.utils.flop_counter import FlopCounterMode
 
 from activation_store import ActivationStore
 from concepts import scenes
@@ -22,6 +24,7 @@ from experiments.stages.trace import trace_into, traced_examples, traced_tokens
 from groundscope.core.errors import ConfigError
 from lvlm import Lvlm, load_lvlm
 from lvlm.embedded_models import folder_of
+from lvlm.thin_model import count_flops, thin_model
 from tests.toys.pope_files import pope_folder
 
 
@@ -83,11 +86,13 @@ def test_the_unembedding_counts_once(pope: Path, loaded: Lvlm) -> None:
     assert constant == pytest.approx(own, rel=0.01)
 
 
-def test_sizes_need_no_weights(pope: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sizes_need_no_weights(
+    pope: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     shutil.copytree(folder_of("tiny"), tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors", "*.bin"))
     options = ("model=hf", f"model.path={tmp_path / 'model'}", "trace=heads")
-    run_context = context(pope, *options)
-    plan = estimate(run_context)
+    monkeypatch.setattr(planning, "THIN_BYTES", 0)
+    plan = estimate(context(pope, *options))
     assert (plan.measured, plan.seconds, plan.loading, plan.hours(1)) == (0, None, None, None)
     whole = estimate(context(pope, "trace=heads", model=load_lvlm("tiny")), seconds=0.01)
     assert (plan.sites, plan.forwards) == (whole.sites, whole.forwards)
@@ -97,6 +102,65 @@ def test_sizes_need_no_weights(pope: Path, tmp_path: Path, capsys: pytest.Captur
     output = " ".join(capsys.readouterr().out.split())
     assert "hours are not estimated, because the weights of" in output
     assert "sizes from the configuration" in output
+
+
+def test_a_thin_model_stands_in_for_weights(
+    pope: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 10 s, two decoder layers take 4 s and two vision layers 2 s: the model has 6 and 4, and 12 questions on 12 images."""
+    shutil.copytree(folder_of("tiny"), tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors", "*.bin"))
+    monkeypatch.setattr(planning, "_timed_forward", lambda *_: (10.0, {"decoder": 4.0, "vision": 2.0}))
+    options = ("model=hf", f"model.path={tmp_path / 'model'}", "trace=heads")
+    run_context = context(pope, *options)
+    plan = estimate(run_context, examples=10)
+    images = len({e.image.identity for e in traced_examples(run_context)}) / len(traced_examples(run_context))
+    assert plan.method == "thin"
+    assert plan.seconds == pytest.approx(10 * (4 + 4 * 6 / 2 + images * 2 * 4 / 2))
+    assert (
+        plan.weights == sum(p.numel() * 4 for p in load_lvlm("tiny", dtype="float32").hf.parameters()) // 2
+    )  # bfloat16
+    data = ("data=pope", f"data.questions={pope}/pope_random.json", f"data.images={pope}/images")
+    assert planning.show([*data, *options, "threads=1"]) == 0
+    output = " ".join(capsys.readouterr().out.split())
+    assert "with two layers of random weights" in output
+    assert "without the time to load the model and to write" in output
+
+
+def test_times_within_layers_are_those_of_their_hooks(loaded: Lvlm) -> None:
+    """The first hook of a layer runs before the timer starts, the second while it runs."""
+    encoding = loaded.encode(scenes.dataset(10, 0).examples[0])
+    thin = thin_model(loaded)
+    hooks = [m.register_forward_hook(lambda *_: time.sleep(0.1)) for m in thin.layers("decoder")]
+    try:
+        spent, parts = planning._timed_forward(thin, encoding)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert 0.2 <= parts["decoder"] < spent
+    assert 0 < parts["vision"] < spent - 0.2
+    assert (thin.n_layers, thin.n_vision_layers) == (2, 2)
+
+
+def test_operations_are_those_that_torch_counts(loaded: Lvlm) -> None:
+    """Without patch embedding and norms."""
+    encoding = loaded.encode(scenes.dataset(10, 0).examples[0])
+    inputs = loaded.collate([encoding])
+    with loaded.eager(), FlopCounterMode(display=False) as counter:
+        loaded.logits(inputs)
+    assert sum(count_flops(loaded, encoding)) == pytest.approx(counter.get_total_flops(), rel=0.04)
+
+
+def test_a_device_that_is_not_there_is_counted_and_marked(pope: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    plan = estimate(context(pope, "model.device=cuda"), tflops=2.0)
+    assert (plan.method, plan.measured) == ("operations", 0)
+    assert plan.seconds == pytest.approx(plan.tera_operations / 2)
+    data = ("data=pope", f"data.questions={pope}/pope_random.json", f"data.images={pope}/images")
+    assert planning.show([*data, "model.device=cuda", "tflops=50", "threads=1"]) == 0
+    assert "not checked: this machine has no device 'cuda'" in " ".join(capsys.readouterr().out.split())
+    with pytest.raises(ConfigError, match="tflops must be above 0"):
+        planning.show([*data, "tflops=0"])
 
 
 def test_a_long_forward_is_stopped_between_two_layers(loaded: Lvlm) -> None:
