@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal, Protocol, overload
@@ -396,6 +396,17 @@ class Example:
             **({"suffix": self.suffix} if self.suffix else {}),
             **({"system": self.system} if self.system is not None else {}),
         }
+
+
+def require_one_image(examples: Iterable[Example], purpose: str) -> None:
+    """Raise `DataError` for the first example without an image or with several; `purpose` begins the message."""
+    other = next((e for e in examples if len(e.images) != 1), None)
+    if other is not None:
+        msg = (
+            f"{purpose} needs questions about one image, and example '{other.id}' has {len(other.images) or 'no image'}; leave "
+            "such examples out: data.filter(lambda e: len(e.images) == 1)"
+        )
+        raise DataError(msg)
 
 
 @dataclass(frozen=True)

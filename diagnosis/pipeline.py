@@ -20,7 +20,7 @@ from circuits import input_attribution
 from circuits.execution.memory import batch_rows
 from circuits.patching.activation import check_evaluating
 from concepts.counterfactuals import EditedImage
-from concepts.schema import Example
+from concepts.schema import Example, require_one_image
 from diagnosis.calibration import Calibration, calibrate
 from diagnosis.causal_check import Correction, answer_offsets, find_corrections, mean_outputs
 from diagnosis.checks import check_known, check_sites, check_store
@@ -149,6 +149,7 @@ def diagnose(
     >>> all(diagnosis.model_answer != diagnosis.example["truth"] for diagnosis in diagnoses.wrong)
     True
     """
+    require_one_image(answers, "the diagnosis")
     check_evaluating(model)
     check_store(model, store)
     check_origin(model, store, directions)

@@ -139,17 +139,19 @@ class Lvlm:
     def encode(self, example: Example) -> Encoding:
         """Return the model inputs and the token map of an example: its prompt, and its prefix if it has one.
 
+        The prompt has the images of the example in their order: none, one or several; boxes belong to the first.
+
         Raises
         ------
         DataError
-            If the image cannot be read, the prompt does not contain the image's tokens, or the prefix is not plain text that
-            the tokenizer knows.
+            If an image cannot be read, the family needs another number of images or images of equal size, the prompt does not
+            contain the image's tokens, or the prefix is not plain text that the tokenizer knows.
         """
-        image = self._encode_image(example.image)
+        images = [self._encode_image(image) for image in example.images]
         boxes = {o.id: (0, o.box) for o in example.objects if o.box is not None}
-        text = self.prompt(example.request, system=example.system)
+        text = self.prompt(example.request, len(images), system=example.system)
         prompt = Prompt(text, example.question, example.id, boxes, example.subject, example.prefix, example.mentions)
-        return Encoding(example, *encode(self, prompt, [image]))
+        return Encoding(example, *encode(self, prompt, images))
 
     def encode_prompt(
         self,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from groundscope.core.errors import ModelError, SiteError
+from lvlm.encoding.encode import runs_without_image
 from lvlm.model import Lvlm
 from lvlm.sites import Site
 
@@ -58,13 +58,9 @@ def read_text_only(
         )
         raise ModelError(msg)
     sources = {site: _unskipped(model, site) for site in sites}
-    pixels = inspect.signature(model.hf.forward).parameters.get("pixel_values")
-    needed = pixels is not None and pixels.default is pixels.empty and pixels.kind is not pixels.VAR_KEYWORD
     distinct = list(dict.fromkeys(sources.values()))
-    if model.image_encoding.runs_without_image and not needed:
-        values = model.read(inputs, distinct, take=take)
-    else:
-        values = _run_decoder(model, inputs, distinct, take)
+    alone = not runs_without_image(model)
+    values = _run_decoder(model, inputs, distinct, take) if alone else model.read(inputs, distinct, take=take)
     return {str(site): values[str(source)] for site, source in sources.items()}
 
 

@@ -197,12 +197,12 @@ class TokenMap:
 
     def _image_positions(self, selection: TokenSelection, stack: Stack) -> tuple[int, ...]:
         views = self.views.get(stack)
-        if not views:
+        if views is None:
             msg = f"token selection '{selection}' does not apply to the {stack}: the image is not in its sequence"
             raise SiteError(msg)
         if selection.role == "image":
             return tuple(p for view in views for p in view.positions)
-        if all(view.grid is None for view in views):
+        if views and all(view.grid is None for view in views):
             msg = (
                 f"token selection '{selection}' does not apply to the {stack}: its image tokens have no place in the "
                 "image; use 'image:mean'"

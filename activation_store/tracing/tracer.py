@@ -22,7 +22,7 @@ from nnsight import NNsight
 from torch import Tensor
 
 from activation_store.format.ragged import Ragged
-from activation_store.format.schema import INDEX, TENSORS, Key, shard_numbers
+from activation_store.format.schema import INDEX, TENSORS, ArrayInfo, Key, shard_numbers
 from activation_store.reading.store import ActivationStore
 from activation_store.tracing.continuation import (
     Continuation,
@@ -193,8 +193,9 @@ def trace(
     continuation = choose_continuation(tokens, generate)
     check_prefixes(model, readable)
     check_mentions(tokens, data)
+    _check_no_image(model, readable)
     with _FORWARD:
-        first = encode_first(model, readable[0])
+        first = encode_first(model, next((e for e in readable if e.images), readable[0]))
         if continuation:  # the plan needs only the fact that an answer follows, not its positions
             first = replace(first, tokens=replace(first.tokens, generated=()))
         plan = make_plan(model, first, sites, tokens, dtype)
@@ -234,6 +235,21 @@ def trace(
     return ActivationStore(folder)
 
 
+def _check_no_image(model: Lvlm, examples: Sequence[Example]) -> None:
+    """Raise `DataError` for an example without an image, where the model skips layers without one."""
+    without = next((e for e in examples if not e.images), None)
+    if without is not None and any(model.head_site(layer).cross for layer in range(model.n_layers)):
+        msg = (
+            f"example '{without.id}' has no image, and without one {model.name} skips its layers of cross-attention; leave such "
+            "examples out: data.filter(lambda e: e.images)"
+        )
+        raise DataError(msg)
+
+
+Reads = tuple[tuple[Any, tuple[Read, ...]], ...]
+"""nnsight's view of a module, and the reads at one side of it."""
+
+
 @dataclass(frozen=True)
 class Tracer:
     """A model prepared for tracing."""
@@ -241,7 +257,7 @@ class Tracer:
     model: Lvlm
     wrapper: Any
     """nnsight's view of the model."""
-    reads: tuple[tuple[Any, tuple[Read, ...]], ...]
+    reads: Reads
     """nnsight's view of a module, and the reads at one side of it, in the order of the forward pass."""
     plan: Plan
     batch_size: int
@@ -380,9 +396,12 @@ class Tracer:
                     _check_width(site, x, widths[key], batch)
                     vectors[key][site.layer] = reduce(x)
 
+        # Without an image the vision tower and the projector do not run.
+        pictured = any(e.example.images for e in batch.encodings)
+        reached = self.reads if pictured else _decoder_only(self.reads)
         with ExitStack() as stack:
             calls = {}
-            for _, reads in self.reads:
+            for _, reads in reached:
                 for read in reads:
                     calls[read.site], handles = read.place.call()
                     stack.callback(handles.remove)
@@ -393,7 +412,7 @@ class Tracer:
             # The same call as `Lvlm.logits`. nnsight runs this body in step with the forward pass: each read waits for its
             # tensor. Results are stored in containers created outside, because names bound inside are not visible outside.
             with self.wrapper.trace(**inputs, use_cache=False, **less) as tracer:
-                for view, reads in self.reads:
+                for view, reads in reached:
                     keep(reads, _raw(view, reads[0].place.side))
                 if needs_logits:
                     logits.append(self.wrapper.output.logits[:, -1 - extra])
@@ -401,7 +420,10 @@ class Tracer:
                         logits.append(written.select(self.wrapper.output.logits))
                 else:
                     tracer.stop()
-        stacked = {a.key: stack_layers(vectors[a.key], a) for a in self.plan.schema.arrays}
+        stacked = {
+            a.key: stack_layers(vectors[a.key], a) if vectors[a.key] else _no_vectors(a, len(maps))
+            for a in self.plan.schema.arrays
+        }
         log_p = written.log_probabilities(logits[1]) if written else [[] for _ in maps]
         return stacked, logits[0] if answered else None, log_p
 
@@ -451,6 +473,19 @@ def _group_by_tensor(reads: Sequence[Read]) -> list[tuple[HookPoint, list[Read]]
         else:
             group.append(read)
     return groups
+
+
+def _decoder_only(reads: Reads) -> Reads:
+    """Return the reads that a forward pass without an image reaches."""
+    kept = [(view, tuple(r for r in group if r.site.stack == "decoder")) for view, group in reads]
+    return tuple((view, group) for view, group in kept if group)
+
+
+def _no_vectors(array: ArrayInfo, rows: int) -> Tensor:
+    """Return the values of an array for examples whose token selection is empty, because they have no image."""
+    if array.ragged:
+        return torch.empty((0, array.n_layers, array.width), dtype=torch.float32)
+    return torch.full((rows, array.n_layers, array.width), torch.nan)
 
 
 def _check_width(site: Site, x: Tensor, width: int, batch: Batch) -> None:

@@ -19,7 +19,7 @@ from circuits.input_attribution.results import Sources, SourceShares
 from circuits.patching.activation import check_evaluating
 from circuits.patching.sweep import side_by_side
 from concepts.counterfactuals import EditedImage
-from concepts.schema import Example, ImageSource
+from concepts.schema import Example, ImageSource, require_one_image
 from groundscope.core.errors import ConfigError, PatchError
 from groundscope.core.progress import progress_bar
 from lvlm.answer_keys import AnswerKey, answer_key
@@ -97,7 +97,7 @@ def split(
     PatchError
         If `examples` is empty, neutral inputs differ in length, or an example has no neutral question.
     DataError
-        If an example has no candidates, or candidates that begin with the same token.
+        If an example has no image or several, no candidates, or candidates that begin with the same token.
 
     Examples
     --------
@@ -242,6 +242,7 @@ def _check(
     neutral_images: Sequence[str | ImageSource],
     orders: int,
 ) -> None:
+    require_one_image(examples, "the attribution to image and prompt")
     for name, value, allowed in (
         ("of", of, ("said", "true")),
         ("image", image, ("whole", "objects")),

@@ -49,7 +49,8 @@ def _diagnose(context: Context) -> Diagnoses | None:
     frame = store.frame()
     correct = dict(zip(frame["id"], frame["correct"], strict=True))
     directions = fit_directions(store, seed=options.seed)
-    examples = [e for e in context.discovery if e.id in correct and e.group not in directions.train_groups]
+    untrained = [e for e in context.discovery if e.id in correct and e.group not in directions.train_groups]
+    examples = [e for e in untrained if len(e.images) == 1]  # the causes are about the one image of a question
     wrong = select_evenly([e for e in examples if correct[e.id] == 0], options.limit, seed=options.seed)
     if not wrong:
         return None

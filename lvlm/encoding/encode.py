@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -50,8 +51,8 @@ class Batch:
 
     @property
     def images(self) -> tuple[str, ...]:
-        """Identity of each row's image; equal for rows about the same image."""
-        return tuple(e.example.image.identity for e in self.encodings)
+        """Identity of each row's images; equal for rows about the same images."""
+        return tuple("\n".join(image.identity for image in e.example.images) for e in self.encodings)
 
 
 @dataclass(frozen=True)
@@ -98,21 +99,30 @@ def encode(
     ModelError
         If the tokenizer is not a fast tokenizer.
     """
+    if not images and not runs_without_image(model):
+        msg = (
+            f"example '{prompt.name}' has no image, and {model.name} ({model.spec.model_type}) does not run without one; leave "
+            "such examples out: data.filter(lambda e: e.images)"
+        )
+        raise DataError(msg)
     text, image_spans = _insert_images(model, prompt, images)
     ids, offsets = _tokenize(model, text, images)
     _check_image_tokens(model, prompt, ids, images)
     question = _question_positions(model, prompt, text, offsets)
     inputs: Inputs = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
-    for name in images[0].inputs:
+    for name in images[0].inputs if images else ():
         inputs[name] = _join(model, prompt.name, [image.inputs[name] for image in images], sizes)
     # Models need token types for positions with three axes, or for bidirectional attention among image tokens.
     for name in ("mm_token_type_ids", "token_type_ids"):
         if name in model.accepts:
             inputs[name] = torch.tensor([[int(token == model.content_id and model.spec.token_types) for token in ids]])
-    if model.image_encoding.extra_inputs is not None:
+    if images and model.image_encoding.extra_inputs is not None:
         inputs.update(model.image_encoding.extra_inputs(model, ids, images, text))
     positions = image_tokens(model, inputs)[0].nonzero().flatten().tolist() if image_in_sequence(model) else []
     views = _place_views(model, images, positions)
+    if not images:  # stacks that would contain an image contain none: selections of image tokens are empty, not errors
+        stacks: tuple[Stack, ...] = ("vision", "projector", *(("decoder",) if image_in_sequence(model) else ()))
+        views = dict.fromkeys(stacks, ())
     sequence: dict[Stack, int] = {}
     for image in images:
         for stack, length in image.sequence.items():
@@ -159,6 +169,13 @@ def _place_mention(model: Model, prompt: Prompt, written: TextTokens, mention: M
     return offset + positions[0], offset + positions[-1]
 
 
+def runs_without_image(model: Model) -> bool:
+    """Whether a model answers prompts without an image: its forward pass runs without pixels, and no encoder reads them."""
+    pixels = inspect.signature(model.hf.forward).parameters.get("pixel_values")
+    needed = pixels is not None and pixels.default is pixels.empty and pixels.kind is not pixels.VAR_KEYWORD
+    return model.image_encoding.runs_without_image and not needed and not model.encoder_decoder
+
+
 def check_alike(encodings: Sequence[Encoding]) -> None:
     """Raise `DataError` if there are no encodings, or if they differ in shape and cannot share a batch."""
     if not encodings:
@@ -199,13 +216,14 @@ def _insert_images(model: Model, prompt: Prompt, images: Sequence[EncodedImage])
             msg = f"example '{prompt.name}': the question contains '{placeholder}', the placeholder of an image; remove it"
             raise DataError(msg)
         return prompt.text, []
-    if len(parts) - 1 != len(images) or not images:
+    if len(parts) - 1 != len(images):
         msg = (
             f"example '{prompt.name}': the prompt has {len(parts) - 1} image placeholders ('{placeholder}') but "
             f"{len(images)} image{'' if len(images) == 1 else 's'}"
-            + ("" if images else f"; {model.name} needs at least one image")
         )
         raise DataError(msg)
+    if not images:
+        return prompt.text, []
     text, spans = parts[0], []
     for image, part in zip(images, parts[1:], strict=True):
         spans.append((len(text), len(text) + len(image.text)))

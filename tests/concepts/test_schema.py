@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from concepts import ConceptDataset, Example, NoImage, scenes
+from concepts.schema import require_one_image
 from groundscope.core.errors import DataError
 
 
@@ -36,3 +37,15 @@ def test_an_absent_image_says_so_when_it_is_needed(example: Example) -> None:
         replace(example, image=NoImage()).image.load()
     with pytest.raises(DataError, match="example 'a' has further_images but no image"):
         ConceptDataset("d", (replace(example, id="a", image=NoImage(), further_images=(example.image,)),))
+
+
+def test_methods_about_one_image_name_the_example(example: Example) -> None:
+    require_one_image([example], "the diagnosis")
+    for other, count in (
+        (replace(example, image=NoImage()), "no image"),
+        (replace(example, further_images=(example.image,)), "2"),
+    ):
+        with pytest.raises(
+            DataError, match=f"the diagnosis needs questions about one image, and example '.*' has {count}"
+        ):
+            require_one_image([example, other], "the diagnosis")
