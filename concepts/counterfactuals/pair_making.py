@@ -89,7 +89,7 @@ def check_kind(kind: str) -> None:
     >>> gs.counterfactuals.check_kind("attribute")
     >>> gs.counterfactuals.check_kind("colour")
     Traceback (most recent call last):
-    groundscope.core.errors.ConfigError: unknown kind of pair 'colour'; choose from attribute, ...; did you mean ...
+    groundscope.core.errors.ConfigError: unknown kind of pair 'colour'; choose from action, ...; did you mean ...
     """
     names = sorted({*KINDS, *(name for entry in METHODS.usable().values() for name in entry.kinds)})
     if kind not in names:

@@ -174,7 +174,7 @@ def grids(rows: Sequence[tuple[str, np.ndarray, np.ndarray]], width: int = 2) ->
 def effects(panels: Sequence[tuple[str, np.ndarray]], marked: Sequence[tuple[int, int]]) -> str:
     """Draw patching effects by layer and head, one panel for each kind of pair, with frames around marked heads."""
     limit = max(0.05, *(float(np.abs(v).max()) for _, v in panels))
-    with drawing(6.4, 2.6) as figure:
+    with drawing(max(6.4, 2.1 * len(panels)), 2.6) as figure:
         line = figure.subplots(1, len(panels), squeeze=False)[0]
         image: Any = None
         for axes, (title, values) in zip(line, panels, strict=True):

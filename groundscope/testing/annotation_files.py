@@ -81,12 +81,42 @@ def save_annotations(data: ConceptDataset, folder: Path | str, source: str, *, q
     >>> sorted({example.kind for example in files.load()})
     ['color', 'existence', 'relation', 'size']
     """
+    return write_annotations(save_as_photographs(data, Path(folder) / "images", quality=quality), folder, source)
+
+
+def write_annotations(photographs: ConceptDataset, folder: Path | str, source: str) -> AnnotationFiles:
+    """Write annotations of scenes whose images are already saved in ``folder/images``, as by `save_composites`.
+
+    Parameters
+    ----------
+    photographs
+        Examples with objects and image files.
+    folder
+        Folder of the files, with the images in ``images``; these may be renamed.
+    source
+        A key of `FORMATS`.
+
+    Raises
+    ------
+    ConfigError
+        For an unknown format.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from pathlib import Path
+    >>> import groundscope as gs
+    >>> from groundscope.testing.annotation_files import write_annotations
+    >>> from groundscope.testing.composite_photographs import save_composites
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> composites = save_composites(gs.scenes.dataset(10), folder / "images")
+    >>> len(write_annotations(composites, folder, "vaw").load()[0].objects[0].outline) > 0
+    True
+    """
     if source not in FORMATS:
         msg = f"no annotation files of '{source}'; choose from {', '.join(FORMATS)}{nearest(source, FORMATS)}"
         raise ConfigError(msg)
     folder = Path(folder)
-    images = folder / "images"
-    photographs = save_as_photographs(data, images, quality=quality)
     first: dict[str, Example] = {}
     for example in photographs:
         first.setdefault(example.image.identity, example)
@@ -117,12 +147,20 @@ def _left_or_right(example: Example) -> list[tuple[SceneObject, str, SceneObject
         return []
     first, second = example.objects[:2]
     difference = first.require_box().center[0] - second.require_box().center[0]
-    return [] if abs(difference) < 12 else [(first, f"to the {'left' if difference < 0 else 'right'} of", second)]
+    return (
+        []
+        if abs(difference) < 0.1 * _size(example)[0]
+        else [(first, f"to the {'left' if difference < 0 else 'right'} of", second)]
+    )
 
 
 def _write(path: Path, value: Any) -> Path:
     path.write_text(json.dumps(value), encoding="utf-8")
     return path
+
+
+def _points(item: SceneObject) -> list[list[tuple[float, float]]] | None:
+    return [list(zip(polygon[::2], polygon[1::2], strict=True)) for polygon in item.outline] or None
 
 
 def _rename(images: Path, examples: list[Example]) -> None:
@@ -148,6 +186,7 @@ def _coco(folder: Path, _: ConceptDataset, scenes: list[Example]) -> AnnotationF
                     "image_id": number,
                     "category_id": categories.index(item.noun),
                     "bbox": box,
+                    "segmentation": [list(polygon) for polygon in item.outline],
                 }
             )
     return AnnotationFiles("coco", _write(folder / "coco.json", document), folder / "images", {})
@@ -202,7 +241,7 @@ def _vaw(folder: Path, _: ConceptDataset, scenes: list[Example]) -> AnnotationFi
             records.append(
                 {
                     "image_id": _number(scene), "instance_id": f"{_number(scene)}{i}", "object_name": item.noun,
-                    "instance_bbox": list(_xywh(item).values()), "instance_polygon": None,
+                    "instance_bbox": list(_xywh(item).values()), "instance_polygon": _points(item),
                     "positive_attributes": [color, size],
                     "negative_attributes": [other, "small" if size == "big" else "big"],
                 }
