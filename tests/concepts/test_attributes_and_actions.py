@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from concepts import counterfactuals, loaders
+from concepts import counterfactuals, loaders, scenes
+from concepts.counterfactuals.photographs.color_names import color_name
 from concepts.counterfactuals.photographs.inpaint import InpaintedImage, filled_mask
 from concepts.counterfactuals.photographs.mirror import mirror_objects
 from concepts.counterfactuals.photographs.recolor import RecoloredImage
@@ -19,7 +20,9 @@ from concepts.counterfactuals.photographs.regions import region_mask
 from concepts.counterfactuals.photographs.swap import pair_kind
 from concepts.reading.attribute_values import ACTION_SETS, ACTIONS, ANTONYMS, EXCLUSIVE, alternatives, attribute_kinds
 from concepts.schema import ConceptDataset
-from groundscope.core.errors import DataError
+from groundscope.core.errors import ConfigError, DataError
+from groundscope.testing.annotation_files import write_annotations
+from groundscope.testing.composite_photographs import GRAY, save_composites
 
 
 def images(folder: Path, *names: str, size: tuple[int, int] = (60, 40)) -> None:
@@ -226,3 +229,39 @@ def test_outlines_move_with_mirrors_and_canvases(tmp_path: Path) -> None:
     mirrored = mirror_objects(data[0].objects, 60)[0]
     assert mirrored.outline == ((56.0, 6.0, 36.0, 6.0, 36.0, 16.0, 56.0, 16.0),)
     assert region_mask((60, 40), mirrored.require_box(), mirrored.outline).any()
+
+
+def test_icons_on_photographs_have_true_boxes_and_outlines(tmp_path: Path) -> None:
+    drawn = scenes.dataset(10, seed=4)
+    data = save_composites(drawn, tmp_path, gray_share=1.0)
+    first = {e.image.identity: e for e in data}
+    assert len({e.image.load().size for e in first.values()}) > 1
+    for example, scene in list({e.group: (e, d) for e, d in zip(data, drawn, strict=True)}.values())[:3]:
+        image = example.image.load()
+        # On a gray background every other pixel belongs to an icon.
+        icons = np.abs(np.asarray(image, float) - GRAY).max(axis=2) > 40
+        outlines, boxes = np.zeros_like(icons), np.zeros_like(icons)
+        for item in example.objects:
+            outlines |= region_mask(image.size, item.require_box(), item.outline)
+            boxes |= region_mask(image.size, item.require_box())
+        assert not (icons & ~boxes).any()
+        assert (icons & outlines).sum() > 0.93 * icons.sum()  # edges are soft
+        assert (icons & outlines).sum() > 0.8 * outlines.sum()  # the rest is light inside an icon
+        assert [o.noun for o in example.objects] == [o.noun for o in scene.objects]
+    with pytest.raises(ConfigError, match=r"gray_share=2 must be from 0 to 1"):
+        save_composites(drawn, tmp_path, gray_share=2)
+
+
+def test_recoloring_inside_an_outline_leaves_the_photograph_alone(tmp_path: Path) -> None:
+    composites = save_composites(scenes.dataset(16, seed=4), tmp_path / "images", gray_share=0.5)
+    data = write_annotations(composites, tmp_path, "vaw").load()
+    pairs = counterfactuals.balanced_pairs(data, "color", method="recolor", limit=4)
+    for pair in pairs:
+        clean, corrupt = (np.asarray(e.image.load()) for e in (pair.clean, pair.corrupt))
+        subject = pair.clean.named_object()
+        assert subject is not None
+        inside = region_mask(pair.clean.image.load().size, subject.require_box(), subject.outline)
+        assert (clean == corrupt)[~inside].all()
+        assert (clean != corrupt).any(axis=2)[inside].mean() > 0.3
+        median = tuple(float(v) for v in np.median(corrupt[(clean != corrupt).any(axis=2)], axis=0))
+        assert color_name((median[0], median[1], median[2])) == pair.change.rsplit(" ", 1)[-1]

@@ -412,3 +412,36 @@ def test_candidates_of_a_pair_contain_both_answers(tmp_path: Path) -> None:
     path.write_text(json.dumps({**row, "candidates": ["red", "green"]}) + "\n", encoding="utf-8")
     with pytest.raises(DataError, match="'candidates' must contain different answers, including 'red' and 'blue'"):
         loaders.pairs(path, tmp_path)
+
+
+def test_siblings_of_whatsup_are_pairs_of_relations(tmp_path: Path) -> None:
+    records = []
+    for first, second in (("mug", "plate"), ("book", "chair"), ("cap", "table"), ("dog", "bed")):
+        words = {"left_of": "to the left of", "right_of": "to the right of", "on": "on", "under": "under"}
+        captions = {prep: f"A {first} {text} a {second}" for prep, text in words.items()}
+        for number, prep in enumerate(words):
+            name = f"{first}_{prep}_{second}.png"
+            Image.new("RGB", (8, 8), (len(records), number, 0)).save(tmp_path / name)
+            true = captions[prep]
+            records.append(
+                {"image_path": name, "caption_options": [true, *(c for c in captions.values() if c != true)]}
+            )
+    (tmp_path / "controlled.json").write_text(json.dumps(records))
+    data = loaders.whatsup(tmp_path / "controlled.json", tmp_path)
+    pairs = counterfactuals.pairs(data, "relation", method="swap")
+    assert len(pairs) >= 4
+    for pair in pairs:
+        clean, corrupt = pair.change.removeprefix("photograph ").removesuffix(".png").split(".png -> ")
+        assert clean.split("_")[0] == corrupt.split("_")[0]
+        assert clean.split("_")[-1] == corrupt.split("_")[-1]
+        statement = pair.clean.question.split('"')[1]
+        for example, name in ((pair.clean, clean), (pair.corrupt, corrupt)):
+            place = " ".join(name.split("_")[1:-1])
+            place = f"to the {place}" if " of" in place else place
+            assert example.answer == ("yes" if f" {place} a " in statement else "no")
+    mirrored = counterfactuals.pairs(data, "relation", method="mirror")
+    # Of the questions with the answer no, only those about the other side are certain in the mirror.
+    assert all(" of a " in p.clean.question for p in mirrored)
+    for pair in mirrored:
+        if pair.clean.answer == "no":
+            assert ("left_of" in pair.group) is ("right of" in pair.clean.question)
