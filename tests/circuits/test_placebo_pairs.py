@@ -11,10 +11,12 @@ import torch
 
 from circuits import OUTCOMES, PairOutcomes, attribution, pair_outcomes, patch, patch_heads
 from concepts import counterfactuals, scenes
-from concepts.schema import CounterfactualPair
+from concepts.schema import ConceptDataset, CounterfactualPair
 from groundscope.core.errors import ConfigError, PatchError
 from lvlm import load_lvlm
 from lvlm.model import Lvlm
+from tests.toys.examples import example as example_of
+from tests.toys.families import model as model_of
 from tests.toys.random_models import pairs, shared_model
 
 
@@ -127,3 +129,24 @@ def test_scores_are_selected_by_outcome() -> None:
         outcomes.select(scores, "right")
     with pytest.raises(PatchError, match="pairs is empty"):
         pair_outcomes(model, [])
+
+
+def test_a_canvas_makes_pairs_of_any_size_patchable() -> None:
+    lvlm = model_of("qwen2_vl")  # its number of image tokens depends on the size of the image
+    sizes = ((140, 100), (84, 140), (140, 140))
+    made = []
+    for number, size in enumerate(sizes):
+        clean, other = example_of(number), example_of(number + 3, size)
+        answer = "no" if clean.answer == "yes" else "yes"
+        corrupt = replace(
+            other, id=f"{clean.id}|{size}", question=clean.question, answer=answer, candidates=clean.candidates
+        )
+        made.append((clean, replace(corrupt, group=clean.group)))
+    real = [CounterfactualPair(clean, corrupt, "object", "another size") for clean, corrupt in made]
+    with pytest.raises(PatchError, match=r"2 of 3 pairs have different numbers or positions of tokens"):
+        patch_heads(lvlm, real, min_effect=0)
+    data = ConceptDataset("sizes", tuple(e for pair in made for e in pair))
+    placed = counterfactuals.on_canvas(data, (112, 112))
+    examples = dict(zip([e.id for e in data], placed, strict=True))
+    same = [CounterfactualPair(examples[a.id], examples[b.id], "object", "another size") for a, b in made]
+    assert patch_heads(lvlm, same, min_effect=0).n_pairs == 3
