@@ -97,7 +97,7 @@ def accuracies(model: Lvlm, data: ConceptDataset, name: str) -> dict[str, Any]:
     for kind in ("existence", "color", "relation"):
         part = data.where(kind=kind, split="neutral")
         result = answer(model, part, progress=False)
-        row[kind] = round(sum(a.correct for a in result.answers) / len(part), 3)
+        row[kind] = round(sum(bool(a.correct) for a in result.answers) / len(part), 3)
     return row
 
 
