@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from behavior.parsing import YES_NO
-from behavior.pope import score_result
+from behavior.pope import SPLITS, score_result
 from groundscope.core.short_repr import short_repr
 
 # `import behavior` imports this module, so numpy and modules that need it are imported when scoring.
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 FIGURES = ("accuracy", "precision", "recall", "f1", "yes_ratio")
 """Figures of a row, in order. All but accuracy are of yes-no questions only, with ``yes`` as the positive class."""
 MEAN = "mean"
-"""Split of the row with the unweighted means over the splits of a data set."""
+"""Split of the row with the unweighted means over the splits of POPE: random, popular, adversarial."""
 
 
 @dataclass(frozen=True)
@@ -121,8 +121,8 @@ class BenchmarkTable:
 def benchmark_table(answers: BehaviorResult) -> BenchmarkTable:
     """Return the figures of answers by data set, split and form of the questions; captions are left out.
 
-    Yes-no questions are scored as by `behavior.pope` (Li et al. 2023, arXiv 2305.10355). A data set with several splits of
-    yes-no questions also has a row with the unweighted means over them, as papers report them.
+    Yes-no questions are scored as by `behavior.pope` (Li et al. 2023, arXiv 2305.10355). A data set with several of
+    POPE's splits also has a row with the unweighted means over them, as papers report them.
 
     Parameters
     ----------
@@ -156,7 +156,7 @@ def benchmark_table(answers: BehaviorResult) -> BenchmarkTable:
             _row(data, split, form, answers, chosen) for (part, split, form), chosen in members.items() if part == data
         ]
         rows += own
-        yes_no = [row for row in own if row.form == "yes-no"]
+        yes_no = [row for row in own if row.form == "yes-no" and row.split in SPLITS]
         if len(yes_no) > 1:
             means = {
                 figure: Estimate(sum(row.figures[figure].value for row in yes_no) / len(yes_no), math.nan, math.nan, 0)

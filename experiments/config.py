@@ -25,6 +25,8 @@ ADDED: Mapping[str, Any] = MappingProxyType(
         "data.suffix": None,
         "data.system": None,
         "data.choices": None,
+        "trace.layers": None,
+        "trace.unembedding": False,
         "evaluate.generate": False,
         "evaluate.parser": None,
         "evaluate.match": "normalized",
@@ -129,8 +131,16 @@ class TraceConfig:
     """Components of the decoder, or of a named stack, or single sites such as `decoder.L3.z`."""
     tokens: list[str] = field(default_factory=lambda: ["last", "image:mean", "object:mean"])
     """Token selections."""
+    layers: list[int] | None = None
+    """Layers of the decoder of which components are stored, such as `[8,16,24]`; null for all. Sites of a single layer, of the
+    vision tower and of the projector are stored as `sites` says."""
+    unembedding: bool = False
+    """Also store the final norm and the unembedding, in the type of the model's weights, for the logit lens on the store
+    (`probes.logit_lens`)."""
     batch_size: int = 32
     """Examples per forward pass."""
+    shard_size: int = 512
+    """Examples per file of the store."""
     dtype: str = "float32"
     """Type of the stored activations: `float32`, `float16` or `bfloat16`."""
     on_error: str = "raise"

@@ -153,6 +153,8 @@ _AT_LEAST: Mapping[str, float] = MappingProxyType(
         "model.max_pixels": 1,
         "trace.batch_size": 1,
         "trace.shards": 1,
+        "trace.shard_size": 1,
+        "trace.layers": 0,
         "evaluate.batch_size": 1,
         "evaluate.max_new_tokens": 1,
         "evaluate.temperature": 0,
@@ -230,6 +232,8 @@ def _places(config: RunConfig) -> str | None:
         return None
     if not trace.sites or not trace.tokens:
         return "trace.sites and trace.tokens need at least one site and one token selection"
+    if trace.layers is not None and not trace.layers:
+        return "trace.layers=[] stores nothing; name layers such as trace.layers=[8,16], or null for all"
     known = [*LAYER_COMPONENTS, *(f"vision.{c}" for c in LAYER_COMPONENTS), "projector.out"]
     for site in trace.sites:
         if not _SITE.fullmatch(site):

@@ -27,6 +27,9 @@ from groundscope.core.text import nearest
 KIND = "model-tensors"
 """The ``encoding-type`` of the file."""
 _BLOCK_BYTES = 8 << 20
+FLOAT16, BFLOAT16 = "float16", "bfloat16"
+ENCODED = "encoded-as"
+"""Attribute of an array that is read as float32: `FLOAT16`, or 16-bit integers with the bit patterns of `BFLOAT16`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +40,11 @@ class LazyTensor:
     dtype: np.dtype
     read: Callable[[slice], np.ndarray]
     """Returns a slice of rows of the first axis."""
+    encoding: str = ""
+    """`FLOAT16` or `BFLOAT16` for values that are read as float32; else empty. numpy has no bfloat16: the array has its bit
+    patterns as 16-bit integers."""
+    wide: LazyTensor | None = None
+    """The values as float32, as earlier versions stored them; None if they are float32."""
 
     @property
     def nbytes(self) -> int:
@@ -70,7 +78,7 @@ def write_tensors(folder: Path, arrays: Mapping[str, np.ndarray | LazyTensor], o
     plain = {name: _little_endian(name, values) for name, values in arrays.items()}
     path = folder / TENSORS
     if path.exists():
-        _check_same(path, {name: _digest(values) for name, values in plain.items()})
+        _check_same(path, plain)
         return
     temporary = part_of(path, owner)
     with explained(lambda reason: f"{path}: the model-level arrays cannot be written: {reason}"):
@@ -89,6 +97,8 @@ def write_tensors(folder: Path, arrays: Mapping[str, np.ndarray | LazyTensor], o
                         dataset = file.create_dataset(link_name(name), data=values)
                     mark(dataset, "model-tensor")
                     dataset.attrs["sha256"] = _digest(values)
+                    if isinstance(values, LazyTensor) and values.encoding:
+                        dataset.attrs[ENCODED] = values.encoding
             seal_tensors(temporary, plain)
             publish(temporary, path)
         finally:
@@ -96,7 +106,10 @@ def write_tensors(folder: Path, arrays: Mapping[str, np.ndarray | LazyTensor], o
 
 
 def read_tensor(folder: Path, name: str) -> np.ndarray:
-    """Return one model-level array with its original dtype; raise `StoreError`, which lists the names, if it is missing."""
+    """Return one model-level array with its original dtype; raise `StoreError`, which lists the names, if it is missing.
+
+    Weights of a model that are stored in 16 bits are read as float32, which changes no value.
+    """
     path = folder / TENSORS
     names = tensor_names(folder)
     if name not in names:
@@ -104,7 +117,12 @@ def read_tensor(folder: Path, name: str) -> np.ndarray:
         msg = f"{folder}: no tensor '{name}' in this store; choose from {choices}{nearest(name, names)}"
         raise StoreError(msg)
     with open_shard(path, KIND) as file, reading(path):
-        return np.asarray(dataset_at(file, link_name(name))[...])
+        dataset = dataset_at(file, link_name(name))
+        values = np.asarray(dataset[...])
+        encoding = dataset.attrs.get(ENCODED)
+        if encoding == BFLOAT16:
+            return (values.astype(np.uint32) << 16).view(np.float32)
+        return values.astype(np.float32) if encoding == FLOAT16 else values
 
 
 def tensor_names(folder: Path) -> tuple[str, ...]:
@@ -172,12 +190,15 @@ def tensors_entry(folder: Path) -> TensorsEntry | None:
     return TensorsEntry(TENSORS, path.stat().st_size, file_digest(path), tensor_names(folder))
 
 
-def _check_same(path: Path, new_digests: Mapping[str, str]) -> None:
+def _check_same(path: Path, arrays: Mapping[str, np.ndarray | LazyTensor]) -> None:
+    new_digests = {name: _digest(values) for name, values in arrays.items()}
     with open_shard(path, KIND) as file, reading(path):
         digests = {column_name(link): str(attribute(data, "sha256")) for link, data in datasets(file)}
     for name in sorted(digests.keys() | new_digests.keys()):
         old, new = digests.get(name, "nothing"), new_digests.get(name, "nothing")
-        if old != new:
+        values = arrays.get(name)
+        wide = values.wide if isinstance(values, LazyTensor) else None
+        if old != new and (wide is None or old != wide.digest()):
             msg = (
                 f"{path}: field 'extra.{name}' differs: the store has {old}, this run has {new}; "
                 f"write into another folder, or use the same model"

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from activation_store.format.model_tensors import LazyTensor
+from activation_store.format.model_tensors import BFLOAT16, FLOAT16, LazyTensor
 from activation_store.format.provenance_versions import VERSION
 from activation_store.format.schema import shard_numbers
 from activation_store.tracing.plan import Plan
@@ -128,9 +129,9 @@ def describe(
 
 
 def read_unembedding(model: Lvlm, plan: Plan) -> Mapping[str, LazyTensor] | None:
-    """Return the parameters that map a decoder residual to logits: final norm and unembedding, as float32.
+    """Return the parameters that map a decoder residual to logits: final norm and unembedding, in the type of the weights.
 
-    They are converted in blocks of rows. None if no site of the decoder is traced.
+    They are copied in blocks of rows. None if no site of the decoder is traced.
     """
     if "decoder" not in plan.selections:
         return None
@@ -161,7 +162,14 @@ def check_hooks(model: Lvlm, folder: Path, workers: int) -> None:
 
 
 def _rows(x: Tensor) -> LazyTensor:
-    return LazyTensor(tuple(x.shape), np.dtype("<f4"), lambda part: x[part].float().cpu().numpy())
+    shape = tuple(x.shape)
+    wide = LazyTensor(shape, np.dtype("<f4"), lambda part: x[part].float().cpu().numpy())
+    if x.dtype == torch.float16:
+        return LazyTensor(shape, np.dtype("<f2"), lambda part: x[part].cpu().numpy(), FLOAT16, wide)
+    if x.dtype == torch.bfloat16:
+        bits = lambda part: x[part].cpu().view(torch.uint16).numpy()  # noqa: E731
+        return LazyTensor(shape, np.dtype("<u2"), bits, BFLOAT16, wide)
+    return wide
 
 
 def _definition(selection: TokenSelection) -> str:

@@ -73,6 +73,7 @@ def trace(
     batch_size: int = 32,
     dtype: str = "float32",
     shard_size: int = 512,
+    unembedding: bool = True,
     answers: bool = True,
     generate: int = 0,
     worker: int = 0,
@@ -116,6 +117,9 @@ def trace(
         Storage dtype: ``float32``, ``float16`` or ``bfloat16``.
     shard_size
         Examples per file of the store.
+    unembedding
+        Store the final norm and the unembedding with decoder sites, in the dtype of the model's weights, for
+        `probes.logit_lens`.
     answers
         Record the model's own answers. Otherwise the forward pass stops after the last requested site.
     generate
@@ -142,7 +146,7 @@ def trace(
         selection; z with its heads concatenated. An example with an empty selection has a row of NaN. ``:all`` selections
         are read by ``ragged``: ``[T, D]`` for an example, no token if the selection is empty.
         ``tensor("final_norm.weight")`` [D] and ``tensor("unembedding.weight")`` [V, D] (and their biases, if any) are
-        stored with decoder sites.
+        stored with decoder sites if `unembedding` is true; they are float32 when read.
 
     Raises
     ------
@@ -213,7 +217,7 @@ def trace(
         min(len(readable), worker_at * chunks // workers * size) for worker_at in (worker, worker + 1)
     )
     part = readable[first_row:stop_row]
-    extra = read_unembedding(model, plan)
+    extra = read_unembedding(model, plan) if unembedding else None
     with StoreWriter(
         folder, plan.schema, provenance, worker=worker, workers=workers, shard_size=shard_size, extra=extra
     ) as writer:

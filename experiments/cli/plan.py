@@ -22,7 +22,7 @@ import numpy as np
 
 from concepts.schema import ConceptDataset, Example
 from experiments.run.context import Context
-from experiments.stages.trace import traced_examples, traced_tokens
+from experiments.stages.trace import traced_examples, traced_sites, traced_tokens
 from groundscope.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -109,12 +109,13 @@ def estimate(
     count = len(data) if examples is None else examples
     outline, tokens = context.outline, traced_tokens(context)
     first = _planned(outline.encode(data.examples[0]), tokens)
-    plan = outline_plan(outline, first, options.sites, tokens, options.dtype)
+    plan = outline_plan(outline, first, traced_sites(options), tokens, options.dtype)
     encodings = [_planned(outline.encode(e), tokens) for e in _spread(data, min(len(data), _SAMPLE))]
     sites = _array_bytes(plan, encodings, count)
     arrays = {a.name: 1.0 if a.ragged else _stored_rows(count) / count for a in plan.schema.arrays}
     on_disk = sum(size * arrays[name] for name, size in sites.items())
-    on_disk += _table_bytes(outline, data, plan, encodings, count) + _own_bytes(outline, plan)
+    on_disk += _table_bytes(outline, data, plan, encodings, count)
+    on_disk += _own_bytes(outline, plan) if options.unembedding else 0
     each, images = _forwards_of_each(outline, data, plan, first, options.batch_size)
     forwards, described = math.ceil(each * count), context.config.model
     operations = _operations(outline, encodings, images) * count / 1e12
@@ -244,7 +245,7 @@ def _stored_rows(examples: int) -> int:
 
 
 def _own_bytes(model: Lvlm, plan: Plan) -> float:
-    """Return the bytes of final norm and unembedding in float32, which are stored once if the decoder is traced."""
+    """Return the bytes of final norm and unembedding, which are stored once."""
     from activation_store.tracing.provenance import read_unembedding
 
     arrays = read_unembedding(model, plan) or {}
@@ -331,7 +332,7 @@ def _measure(
     # The plan needs a forward pass too, and a first chunk and a longer one must fit.
     if 8 * one > seconds:
         return 1, one
-    plan = make_plan(model, first, options.sites, tokens, options.dtype)
+    plan = make_plan(model, first, traced_sites(options), tokens, options.dtype)
     tracer = Tracer.begin(
         model, data, plan, options.batch_size, answers=True, continuation=choose_continuation(tokens, 0)
     )

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 SHOWN = ("before", "after", "twin")
 """Conditions whose tables are shown; those of the controls are in ``behavior/scores.json``."""
+PRINTED = ("before", "after")
+"""Conditions whose tables are printed."""
 TITLES = {"before": "not steered", "after": "steered", "twin": "control model"}
 
 
@@ -32,7 +34,7 @@ def describe_answers(run: Path) -> list[str]:
     """Return the tables of a run, and its scores of captions, as lines for the terminal."""
     from behavior import benchmark_table
 
-    results = _results(run, SHOWN)
+    results = _results(run, PRINTED)
     tables = {name: table for name, result in results.items() if (table := benchmark_table(result)).rows}
     lines: list[str] = []
     for name, table in tables.items():
@@ -40,10 +42,10 @@ def describe_answers(run: Path) -> list[str]:
         lines += ["", f"answers to the test questions{title}, in percent:", *table.text().splitlines()]
         lines += _describe_seeds(results[name])
     if tables:
-        lines.append("95 % intervals: behavior/scores.json in the run folder")
+        lines.append(f"95 % intervals: {run / 'behavior' / 'scores.json'}")
     path = below(run, "behavior/rates.json", error=ConfigError)
     rates = read_record(path, HEADLINE_RATES) if is_file(path) else {}
-    captions = {c: {n: r for n, r in rates[c].items() if "caption: " in n} for c in SHOWN if c in rates}
+    captions = {c: {n: r for n, r in rates[c].items() if "caption: " in n} for c in PRINTED if c in rates}
     for condition, scores in captions.items():
         if scores:
             figures = ", ".join(

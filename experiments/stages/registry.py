@@ -28,8 +28,9 @@ def _function(target: str) -> Callable[..., Any]:
 
 
 def _trace_options(context: Context) -> object:
-    # The number of parts changes neither rows nor values.
-    options = {k: v for k, v in asdict(context.config.trace).items() if k not in {"shards", "shard"}}
+    # The numbers of parts and files change neither rows nor values.
+    options = key_options("trace", asdict(context.config.trace))
+    options = {k: v for k, v in options.items() if k not in {"shards", "shard", "shard_size"}}
     return [options, context.model_key()]
 
 

@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Literal, cast
 
 from activation_store.format.schema import MANIFEST, manifest_name
 from concepts.schema import ConceptDataset
+from experiments.config import TraceConfig
 from experiments.run.context import Context
 from experiments.run.folder import SHARDS
 from groundscope.core.errors import ConfigError
 from groundscope.core.paths import is_file
 from groundscope.core.user_files import read_text
+from lvlm.sites import LAYER_COMPONENTS
 
 if TYPE_CHECKING:
     from activation_store import ActivationStore
@@ -31,15 +33,34 @@ def trace_into(context: Context, root: Path, worker: int = 0) -> ActivationStore
     return trace(
         context.model,
         traced_examples(context),
-        sites=options.sites,
+        sites=traced_sites(options),
         tokens=traced_tokens(context),
         out=root,
         batch_size=options.batch_size,
         dtype=options.dtype,
+        shard_size=options.shard_size,
+        unembedding=options.unembedding,
         worker=worker,
         workers=options.shards,
         on_error=cast('Literal["raise", "skip"]', options.on_error),
     )
+
+
+def traced_sites(options: TraceConfig) -> list[str]:
+    """Return the sites of the configuration, with components of the decoder restricted to its layers.
+
+    >>> from experiments.config import TraceConfig
+    >>> traced_sites(TraceConfig(sites=["z", "vision.z", "decoder.L5.z"], layers=[1, 2]))
+    ['decoder.L1.z', 'decoder.L2.z', 'vision.z', 'decoder.L5.z']
+    """
+    if options.layers is None:
+        return list(options.sites)
+    sites = []
+    for site in options.sites:
+        name = site.removeprefix("decoder.")
+        whole = name.removeprefix("cross.") in LAYER_COMPONENTS
+        sites += [f"decoder.L{layer}.{name}" for layer in options.layers] if whole else [site]
+    return list(dict.fromkeys(sites))
 
 
 def traced_examples(context: Context) -> ConceptDataset:

@@ -112,7 +112,7 @@ class Unembedding:
         if missing:
             msg = (
                 f"the store has no {' and no '.join(sorted(missing))} (it has {', '.join(sorted(names)) or 'none'}); "
-                f"trace a site of the decoder, which stores them"
+                "trace a site of the decoder with unembedding=True, in a run trace.unembedding=true"
             )
             raise ProbeError(msg)
         shift = store.tensor("final_norm.bias") if "final_norm.bias" in names else None

@@ -57,7 +57,7 @@ def real_bytes(root: Path) -> int:
     "options",
     [
         (),
-        ("trace=heads", "trace.dtype=bfloat16"),
+        ("trace=heads", "trace.dtype=bfloat16", "trace.layers=[1,4]", "trace.unembedding=true"),
         ("trace.sites=[resid_post]", "trace.tokens=[last,image:all]", "trace.dtype=float16"),
     ],
     ids=["default", "heads", "every-token"],
@@ -70,6 +70,9 @@ def test_planned_bytes_are_those_of_a_real_trace(
     plan = estimate(run_context, seconds=0.01)
     assert plan.examples == len(store)
     assert set(plan.sites) == {info.name for info in store.arrays}
+    if layers := run_context.config.trace.layers:
+        assert all(info.layers == tuple(layers) for info in store.arrays)
+    assert bool(store.tensors) == run_context.config.trace.unembedding
     assert plan.on_disk == pytest.approx(real_bytes(tmp_path / "store"), rel=0.3)
     width = {"float32": 4, "float16": 2, "bfloat16": 2}[run_context.config.trace.dtype]
     for info in store.arrays:
@@ -78,7 +81,7 @@ def test_planned_bytes_are_those_of_a_real_trace(
 
 
 def test_the_unembedding_counts_once(pope: Path, loaded: Lvlm) -> None:
-    run_context = context(pope, "trace=heads", model=loaded)
+    run_context = context(pope, "trace=heads", "trace.unembedding=true", model=loaded)
     few, many = (estimate(run_context, examples=n, seconds=0.01) for n in (512, 1024))
     own = sum(p.numel() * 4 for p in (loaded.hf.lm_head.weight, loaded.hf.model.language_model.norm.weight))
     # What is left of the smaller store when the larger one's growth is taken off is there once.

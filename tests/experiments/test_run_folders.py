@@ -503,10 +503,11 @@ def test_a_hub_id_counts_with_its_commit(tmp_path: Path, monkeypatch: pytest.Mon
 WRONG = [
     "patch.pairs=0", "patch.pairs=-1", "patch.top=-1", "patch.top=0", "steer.strengths=[1,-1]", "steer.strengths=[nan]",
     "data.limit=-1", "data.limit=0", "diagnose.limit=-1", "data.seed=-1", "data.test_seed=-3", "probe.seed=-1",
-    "diagnose.seed=-1", "probe.test_fraction=0", "probe.test_fraction=1", "probe.test_fraction=nan", "data.test_share=0",
+    "diagnose.seed=-1", "probe.test_fraction=0", "probe.test_fraction=1", "probe.test_fraction=nan", "data.test_share=-0.1",
     "probe.folds=1", "probe.C=[]", "probe.C=[0]", "patch.min_effect=-1", "steer.max_drop=nan",
     "model.dtype=bf16", "trace.dtype=float8", "trace.sites=[resid_pst]", "trace.tokens=[lst]",
     "probe.concepts=[objct:dog]", "patch.tokens=lst", "steer.doubt=inf",
+    "trace.layers=[]", "trace.layers=[-1]", "trace.shard_size=0", "evaluate.max_new_tokens=0", "evaluate.top_p=2",
 ]  # fmt: skip
 
 
