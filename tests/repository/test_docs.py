@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 EVERY = [ROOT / "README.md", *sorted(p for p in (ROOT / "docs").rglob("*.md") if "api" not in p.parts)]
-PAGES = [p for p in EVERY if p.stem in {"transformer_lens", "pairs"}]
+PAGES = [p for p in EVERY if p.stem in {"transformer_lens", "pairs", "caption_words"}]
 # What the page calls a result, and what must be true of it: a session that computes nothing would show here.
 SHOWN = {
     "transformer_lens": """
@@ -39,6 +39,14 @@ assert all(p.placebo and p.clean.answer == p.corrupt.answer for p in placebo)
 assert scores.mean[4, 7] > 0.5 > 2 * abs(control.mean[4, 7])
 assert outcomes.counts["right on both"] >= 6 and right.n_pairs == outcomes.counts["right on both"]
 assert len(pairs(own, "color")) == 2 and pairs(own, "color")[0].clean.image.load() != pairs(own, "color")[0].corrupt.image.load()
+""",
+    "caption_words": """
+by_word = sum(m.noun not in {o.noun for o in e.objects} for e in written for m in e.mentions)
+assert len(wrong) == by_word == table["object:hallucinated"].sum() > 5
+assert grid.frame()["balanced_accuracy"].max() > 0.6
+assert 0 < len(raised) < len(pairs)
+assert scores.top(1)[0].layer == 5 and scores.mean[5].max() > 0.2
+assert pair.clean.prefix and pair.clean.answer in {o.noun for o in pair.clean.objects}
 """,
 }
 
