@@ -44,8 +44,9 @@ assert len(pairs(own, "color")) == 2 and pairs(own, "color")[0].clean.image.load
 by_word = sum(m.noun not in {o.noun for o in e.objects} for e in written for m in e.mentions)
 assert len(wrong) == by_word == table["object:hallucinated"].sum() > 5
 assert grid.frame()["balanced_accuracy"].max() > 0.6
-assert 0 < len(raised) < len(pairs)
-assert scores.top(1)[0].layer == 5 and scores.mean[5].max() > 0.2
+share = (reference.clean - reference.corrupt > 0.5).mean()
+assert 0 < len(raised) / len(pairs) < 0.6 < 0.8 < share
+assert scores.top(1)[0].layer == 5 and scores.mean[5].max() > 0.2 and reference.top(1)[0].layer == 5
 assert pair.clean.prefix and pair.clean.answer in {o.noun for o in pair.clean.objects}
 """,
 }
