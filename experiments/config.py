@@ -156,7 +156,8 @@ class ProbeConfig:
     """Linear probes."""
 
     concepts: list[str] | None = None
-    """Concepts to decode; null for `named` of each level, and every attribute and relation with enough examples."""
+    """Concepts to decode, or label columns of a table; null for `named` of each level, every attribute and relation, and every
+    label of your own with enough examples."""
     C: list[float] = field(default_factory=lambda: [0.001, 0.01, 0.1, 1.0])
     """Inverse regularization strengths, as in scikit-learn; cross-validation on the training part chooses one."""
     folds: int = 4

@@ -44,6 +44,18 @@ PAIRS = {
 }
 TOP_HEADS = {"heads": [TEXT], "left_out": {"*": TEXT}, "kinds": [TEXT], "pairs": Optional({"*": PAIRS})}
 PLAN = [{"stack": TEXT, "component": TEXT, "tokens": TEXT, "concepts": [TEXT]}]
+CLASS_SCORES = [
+    {
+        "grid": TEXT,
+        "column": TEXT,
+        "layer": Optional(INTEGER),
+        "balanced_accuracy": Optional(NUMBER),
+        "low": Optional(NUMBER),
+        "high": Optional(NUMBER),
+        "chance": Optional(NUMBER),
+        "n": Optional(INTEGER),
+    }
+]
 SWEEP = {
     "method": TEXT,
     "rule": TEXT,

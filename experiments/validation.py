@@ -11,10 +11,10 @@ from typing import Any
 
 from behavior.matching import MATCHES
 from behavior.parsing import PARSERS
-from concepts.schema import LEVELS
+from concepts.schema import Concept
 from experiments.config import STAGES, SWEEPS, RunConfig
 from experiments.data import data_problem, is_scenes
-from groundscope.core.errors import ConfigError, SiteError
+from groundscope.core.errors import ConfigError, DataError, SiteError
 from groundscope.core.paths import name_problem
 from groundscope.core.text import nearest
 from lvlm.sites import LAYER_COMPONENTS
@@ -252,10 +252,10 @@ def _places(config: RunConfig) -> str | None:
 def _concepts(config: RunConfig) -> str | None:
     """Check the spelling of concepts; the check of stage `probe` finds concepts that the data do not have."""
     for concept in config.probe.concepts or ():
-        level, separator, name = concept.partition(":")
-        if not separator or not name or level not in LEVELS:
-            levels = ", ".join(f"{known}:…" for known in LEVELS)
-            return f"probe.concepts: '{concept}' is not a concept; write {levels}{nearest(level, LEVELS)}"
+        try:
+            Concept.parse(concept)
+        except DataError as error:
+            return f"probe.concepts: {error}"
     return "probe.concepts=[] fits no probe; name concepts, or null for all" if config.probe.concepts == [] else None
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from concepts.schema import LEVELS
+from concepts.schema import LEVELS, Concept
 from experiments.records import HEADLINE_RATES, NUMBER, PLAN, TOP_HEADS, read_record
 from experiments.run.folder import OWN, RECEIPT, read_receipt
 from groundscope.core.errors import ConfigError
@@ -78,15 +78,13 @@ def _probes(run: Path) -> Iterator[Headline]:
                 measure = f"{entry.name}, {level}: best cell, mean of {len(cells)}"
                 yield Headline("probe", measure, float(value), control=float(control))
         for cell in best:
-            yield Headline(
-                "probe",
-                f"{entry.name}, {cell.concept}: best cell",
-                float(cell.balanced_accuracy),
-                float(cell.low),
-                float(cell.high),
-                float(cell.control),
-                main=False,
+            number = cell.concept in grid.numbers
+            value, low, high = (
+                (cell.r2, cell.r2_low, cell.r2_high) if number else (cell.balanced_accuracy, cell.low, cell.high)
             )
+            measure = f"{entry.name}, {cell.concept}: best cell{', R2' if number else ''}"
+            own = not Concept.parse(cell.concept).level  # a label of the user's own
+            yield Headline("probe", measure, value, low, high, cell.control, main=own)
 
 
 def _heads(run: Path) -> Iterator[Headline]:

@@ -13,6 +13,7 @@ from concepts.schema import LEVELS, Box, Example, Mention, NoImage, SceneObject
 from experiments.config import RunConfig
 from experiments.records import (
     CHANGES,
+    CLASS_SCORES,
     ENVIRONMENT,
     EXAMPLE,
     EXPORTS,
@@ -105,6 +106,12 @@ class RunFiles:
             )
             for e in map(GridPlan.of, self._record("probes/plan.json", PLAN))
         }
+
+    @cached_property
+    def class_scores(self) -> list[dict[str, Any]]:
+        """Scores of softmax probes among the classes of label columns, one record per grid, column and layer."""
+        path = below(self.root, "probes/classes.json", error=ConfigError)
+        return self._record("probes/classes.json", CLASS_SCORES) if is_file(path) else []
 
     @cached_property
     def missing_probes(self) -> str:

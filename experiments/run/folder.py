@@ -74,7 +74,7 @@ OWN: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "examples": ("discovery.json*", "held_out.json*"),
         "activations": ("*.h5", "manifest*.json", ".*.lock", ".lock"),
-        "probes": ("plan.json", "left_out.json", "*@*/*"),
+        "probes": ("plan.json", "left_out.json", "classes.json", "*@*/*"),
         "circuits": ("top.json", "*.safetensors", "controls/*", "illustrations/*"),
         "steering": ("sweep.json", "vector.safetensors", "control-*.safetensors"),
         "behavior": (

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from concepts.schema import Concept
 from experiments.data import is_scenes
 from experiments.run.context import Context
 from experiments.run.folder import write_json
 from experiments.stages.trace import traced_examples
 from groundscope.core.errors import ConfigError, ProbeError
 from groundscope.core.text import nearest
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from probes import GridPlan
 
 
 def make_probes(context: Context, root: Path) -> str:
@@ -30,7 +38,8 @@ def make_probes(context: Context, root: Path) -> str:
         write_json(root / "left_out.json", {"reason": reason})
         write_json(root / "plan.json", [])
         return f"left out: {reason}"
-    fitted, done, left_out = 0, [], {}
+    fitted, done = 0, []
+    left_out = _unsupported(frame[mask], options.folds, options.test_fraction) if options.concepts is None else {}
     for entry in plan:
         try:
             grid = fit_grid(
@@ -52,6 +61,7 @@ def make_probes(context: Context, root: Path) -> str:
         fitted += grid.balanced_accuracy.size
         done.append(replace(entry, concepts=grid.concepts))
     write_json(root / "plan.json", [asdict(entry) for entry in done])
+    _score_classes(context, root, done, mask)
     if left_out:
         name, reason = next(iter(left_out.items()))
         write_json(root / "left_out.json", {"reason": reason, "grids": left_out})
@@ -59,6 +69,40 @@ def make_probes(context: Context, root: Path) -> str:
             return f"left out: {reason}; {more_data(context)}"
         return f"{fitted} probes and as many controls in {len(done)} grids; left out: {len(left_out)}, {name}: {reason}"
     return f"{fitted} probes and as many controls in {len(done)} grids"
+
+
+def _unsupported(frame: Any, folds: int, test_fraction: float) -> dict[str, str]:
+    """Return why labels of the user's own cannot be probed, by label."""
+    from probes.protocol.inputs import concept_columns, read_groups
+    from probes.protocol.splits import groups_needed, support_problem
+
+    groups, needed = read_groups(frame), groups_needed(folds, test_fraction)
+    free = [c for c in concept_columns(frame) if not Concept.parse(c).level]
+    problems = {c: support_problem(c, frame[c].to_numpy(dtype=np.float64), groups, needed) for c in free}
+    return {c: problem for c, problem in problems.items() if problem}
+
+
+def _score_classes(context: Context, root: Path, plan: Sequence[GridPlan], rows: np.ndarray) -> None:
+    """Write the scores of softmax probes among the classes of each label column of the user, for grids of whole layers."""
+    from probes import ProbeGrid, multiclass
+
+    records = []
+    for entry in plan:
+        grid = ProbeGrid.load(root / entry.name)
+        free = [c for c in grid.concepts if not Concept.parse(c).level and ":" in c]
+        for column in dict.fromkeys(c.partition(":")[0] for c in free):
+            classes = [c for c in free if c.startswith(f"{column}:")]
+            if len(classes) < 2 or grid.n_heads:
+                continue
+            try:
+                scores = multiclass(grid, classes, how="softmax", store=context.store, rows=rows)
+            except ProbeError as error:  # two columns that are not exclusive, or too few rows of a class
+                records.append({"grid": entry.name, "column": column, "reason": str(error)})
+                continue
+            for score in scores.drop(columns="head").to_dict("records"):
+                records.append({"grid": entry.name, "column": column, "classes": classes, **score})
+    if records:
+        write_json(root / "classes.json", records)
 
 
 def more_data(context: Context) -> str:
@@ -76,7 +120,8 @@ def check(context: Context) -> None:
     if concepts is None:
         return
     labels = list(dict.fromkeys(c for e in traced_examples(context) for c in e.labels))
-    missing = next((c for c in concepts if c not in labels), None)
+    columns = {c.partition(":")[0] for c in labels if not Concept.parse(c).level}
+    missing = next((c for c in concepts if c not in labels and c not in columns), None)
     if missing is not None:
         msg = f"concept '{missing}' is not in the data; choose from {', '.join(labels)}{nearest(missing, labels)}"
         raise ConfigError(msg)

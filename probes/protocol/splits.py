@@ -114,7 +114,7 @@ def is_number(labels: np.ndarray) -> bool:
 
 
 def strata(labels: np.ndarray) -> np.ndarray:
-    """Return the classes that splits balance, [N, K] or [N] in 0, 1 and NaN: of numbers, whether they exceed their median."""
+    """Return the classes that splits balance, [N, K] or [N] in 0, 1 and NaN: of numbers, whether they are above their median."""
     y = np.array(labels, dtype=np.float64)
     columns = y.reshape(len(y), -1)  # a view
     for k in range(columns.shape[1]):
@@ -122,8 +122,9 @@ def strata(labels: np.ndarray) -> np.ndarray:
             defined = ~np.isnan(columns[:, k])
             values = columns[defined, k]
             middle = np.median(values)
-            # Many equal numbers at the top have no numbers above their median.
-            columns[defined, k] = values > middle if (values > middle).any() else values >= middle
+            # Of many equal numbers, those at the median belong to the side that divides the rows more evenly.
+            above, least = values > middle, values >= middle
+            columns[defined, k] = above if above.sum() > 0 and above.sum() + least.sum() >= len(values) else least
     return y
 
 

@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 EVERY = [ROOT / "README.md", *sorted(p for p in (ROOT / "docs").rglob("*.md") if "api" not in p.parts)]
-PAGES = [p for p in EVERY if p.stem in {"transformer_lens", "pairs", "caption_words"}]
+PAGES = [p for p in EVERY if p.stem in {"transformer_lens", "pairs", "caption_words", "own_labels"}]
 # What the page calls a result, and what must be true of it: a session that computes nothing would show here.
 SHOWN = {
     "transformer_lens": """
@@ -33,6 +33,14 @@ z = store.read(f"decoder.L{layer}.z", "last", head=head)
 result = z @ model.output_projection("decoder", layer).weight.detach().numpy().T.reshape(model.n_heads, model.head_dim, -1)[head]
 scale = np.sqrt((whole[:, 0].double().numpy() ** 2).mean(-1) + bridge.cfg.eps)
 np.testing.assert_allclose(heads[layer * model.n_heads + head].detach(), result @ toward_yes.numpy() / scale, atol=1e-3)
+""",
+    "own_labels": """
+assert data[0].labels["crowd"] == len(questions[0].objects) and data[-1].images == ()
+assert grid.numbers == ("crowd",) and grid.best("crowd").r2 > 0.3
+assert set(softmax["chance"]) == {0.5}
+assert own.concepts == ("hallucinated",) and own.n_train[0] + own.n_test[0] == 40
+assert used.sum() == len(questions) and scores.mean() > 0.3
+assert [v.image for v in views] == [0, 1] and all(len(v.positions) == 49 for v in views)
 """,
     "pairs": """
 assert all(p.placebo and p.clean.answer == p.corrupt.answer for p in placebo)
