@@ -3,8 +3,7 @@
     python benchmarks/plan.py [--quick] [--save] [--dtype bfloat16] [--device cpu] [--layers 2] [--tower 2] [--examples 12]
 
 The model is a random LLaVA of the width of LLaVA-1.5-7B with few layers; the plan sees its folder without weights. ``--quick``
-uses width 1024. A trace begins with one forward pass that a plan does not count, so few examples raise the ratio. Plan and
-trace run one after the other, so on a busy machine the ratio follows the load. Figures:
+uses width 1024. Plan and trace run one after the other, so on a busy machine the ratio follows the load. Figures:
 
 ratio
     estimated seconds per example over those of the trace, or the inverse if it is larger; goal: at most 1.3.

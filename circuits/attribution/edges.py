@@ -40,6 +40,7 @@ from circuits.patching.sweep import Mode
 from circuits.results.graph import Graph, Shape
 from circuits.results.statistics import mean_interval
 from concepts.schema import CounterfactualPair
+from lvlm.access.weights import matrix_of
 from lvlm.model import Lvlm
 
 CHUNK = 2**27
@@ -308,8 +309,10 @@ def _contributions(decoder: _Decoder, at: Run, moved: Written, part: slice) -> T
     nodes[0] = embeddings
     for i in range(model.n_layers):
         first = shape.before_attention(i)
-        by_head = model.output_projection("decoder", i).weight.detach().unflatten(1, (model.n_heads, -1))  # [D, H, d]
         z = moved.heads[i][:, part].unflatten(-1, (model.n_heads, -1))
+        by_head = (
+            matrix_of(model.output_projection("decoder", i), z).to(z).unflatten(1, (model.n_heads, -1))
+        )  # [D, H, d]
         heads = torch.einsum("pthd,whd->hptw", z, by_head)
         nodes[first : first + model.n_heads] = _written(model, i, at.written.attention[i][:, part], heads)
         nodes[first + model.n_heads] = moved.mlps[i][:, part]

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lvlm.access.weights import weight
 from lvlm.family.specification import TOLERANCE
 
 
@@ -71,8 +72,8 @@ def reader_of(norm: nn.Module | None, weights: Mapping[str, Tensor], x: Tensor) 
         (e for name in ("variance_epsilon", "eps", "epsilon") if isinstance(e := getattr(norm, name, None), float)),
         None,
     )
-    scale = getattr(norm, "weight", None)
-    if eps is None or not isinstance(scale, Tensor) or scale.shape != x.shape[-1:]:
+    scale = weight(norm)  # may be offloaded until the norm runs
+    if eps is None or scale is None or scale.shape != x.shape[-1:]:
         return plain
     sample = x[:, :: max(1, x.shape[1] // 4)]
     draw = torch.Generator().manual_seed(0)

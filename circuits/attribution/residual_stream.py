@@ -21,6 +21,7 @@ from circuits.attribution.gradients import Metric
 from circuits.interventions.hooks import edit
 from groundscope.core.errors import ModelError
 from lvlm.access.hook_point import HookPoint, LayerCall, first_name
+from lvlm.access.weights import matrix_of
 from lvlm.family.specification import TOLERANCE, find, resolve
 from lvlm.model import Lvlm
 from lvlm.sites import Site
@@ -210,7 +211,8 @@ def _by_head(model: Lvlm, place: HookPoint) -> Tensor:
             "to take one slice per head; use attribution.heads, attribution.nodes or circuits.patch_paths"
         )
         raise ModelError(msg)
-    by_row = place.value(module.weight.detach().T[None], LayerCall())[0].T  # [KV * d, D]
+    matrix = matrix_of(module, torch.empty(0, dtype=model.dtype, device=model.device))
+    by_row = place.value(matrix.T[None], LayerCall())[0].T  # [KV * d, D]
     width = model.head_dim
     shared = by_row.unflatten(0, (-1, width))
     return shared.repeat_interleave(model.n_heads // len(shared), dim=0)

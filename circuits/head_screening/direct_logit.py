@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from groundscope.core.errors import ModelError
-from lvlm.access.weights import columns
+from lvlm.access.weights import columns, matrix_of, quantized
 from lvlm.answer_keys import AnswerKey
 from lvlm.encoding.encode import Batch
 from lvlm.family.specification import TOLERANCE, resolve
 from lvlm.image_tokens import image_in_sequence
 from lvlm.model import Lvlm
 from lvlm.sites import Site
+from lvlm.spec_validation import QUANTIZED
 from lvlm.text_only import read_text_only
 
 _BLOCK = 4096
@@ -44,7 +45,7 @@ def direct_attribution(model: Lvlm, batch: Batch, keys: Sequence[AnswerKey], ans
     residual = values[f"decoder.L{last}.resid_post"]  # [B, D]
     frozen = _frozen_norm(model, residual)
     unembedding: Any = resolve(model.hf, model.spec.unembedding or "", model.spec)
-    weight: Tensor = unembedding.weight  # [V, D]
+    weight = matrix_of(unembedding, residual.to(model.dtype))  # [V, D]
     bias: Tensor | None = getattr(unembedding, "bias", None)
     normed = (
         resolve(model.hf, model.spec.final_norm, model.spec)(residual.to(model.dtype))
@@ -67,7 +68,8 @@ def direct_attribution(model: Lvlm, batch: Batch, keys: Sequence[AnswerKey], ans
         gate = gate_of(model, sums[i])
         written = gate * torch.einsum("bhk,dhk->bhd", z, w_o)
         whole = written.sum(1) if projection.bias is None else written.sum(1) + gate * projection.bias.float()
-        _check(model, f"the attention of layer {i} does not add z W_O", whole, values[str(sums[i])])
+        tolerance = QUANTIZED if quantized(projection) else 0.0
+        _check(model, f"the attention of layer {i} does not add z W_O", whole, values[str(sums[i])], tolerance)
         out[:, i] = (frozen(written) * direction[:, None]).sum(-1)
     return out
 
@@ -158,7 +160,7 @@ def _error(actual: Tensor, expected: Tensor) -> float:
     return float((actual.float() - expected.float()).abs().max()) / max(float(expected.abs().max()), 1e-6)
 
 
-def _check(model: Lvlm, problem: str, actual: Tensor, expected: Tensor) -> None:
-    if not _error(actual, expected) <= TOLERANCE[model.dtype]:
+def _check(model: Lvlm, problem: str, actual: Tensor, expected: Tensor, tolerance: float = 0.0) -> None:
+    if not _error(actual, expected) <= max(TOLERANCE[model.dtype], tolerance):
         msg = f"{model.name} (family '{model.spec.model_type}'): {problem}, so direct contributions of heads are undefined"
         raise ModelError(msg)

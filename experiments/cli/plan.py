@@ -134,7 +134,8 @@ def estimate(
     if thin is None:
         return Estimate(count, 0, sites, on_disk, forwards, None, None, **known)
     measured, time_of_each = _measure_thin(thin, outline, encodings, images, seconds)
-    return Estimate(count, measured, sites, on_disk, forwards, time_of_each * count, 0.0, **known, method="thin")
+    whole = time_of_each * (count + 1)  # a trace begins with a forward pass of one example
+    return Estimate(count, measured, sites, on_disk, forwards, whole, 0.0, **known, method="thin")
 
 
 def _operations(outline: Lvlm, encodings: Sequence[Encoding], images: float) -> float:

@@ -57,6 +57,23 @@ def columns(module: nn.Linear, which: slice, like: Tensor) -> Tensor:
     return (out[:-1] - out[-1]).T
 
 
+def matrix_of(module: nn.Linear, like: Tensor) -> Tensor:
+    """Return the matrix that a linear layer applies, ``[out, in]``: its weight, or all `columns` if it is quantized.
+
+    Parameters
+    ----------
+    module
+        The layer.
+    like
+        A tensor with the dtype and device of the layer's inputs.
+    """
+    stored = weight(module)
+    if stored is not None and not quantized(module):
+        return stored.detach()
+    with torch.no_grad():
+        return columns(module, slice(0, module.in_features), like)
+
+
 def quantized(module: nn.Linear) -> bool:
     """Whether a linear layer stores anything other than its matrix in a floating type of at least two bytes."""
     stored = weight(module)

@@ -34,7 +34,7 @@ def read(path: str | Path) -> tuple[dict[str, torch.Tensor], dict]:
 def apply(model: nn.Module, path: str | Path) -> Callable[[], None]:
     """Add the changes to a model in place and return a function that restores the model bit for bit.
 
-    Raises `ValueError` if the model lacks one of the linear layers; the model is then unchanged.
+    Raises `ValueError` if the model lacks one of the linear layers or it is offloaded; the model is then unchanged.
     """
     changes, _ = read(path)
     modules = dict(model.named_modules())
@@ -44,10 +44,13 @@ def apply(model: nn.Module, path: str | Path) -> Callable[[], None]:
         if not isinstance(linear, nn.Linear) or linear.out_features != len(change):
             text = f"{path}: {type(model).__name__} has no linear layer of width {len(change)} for '{name}'"
             raise ValueError(text)
+        if linear.weight.is_meta:
+            text = f"{path}: '{name}' is offloaded by accelerate, which replaces its bias; load the model without offloading"
+            raise ValueError(text)
         targets.append((linear, change))
     before = [linear.bias for linear, _ in targets]
     for linear, change in targets:
-        old = torch.zeros_like(linear.weight[:, 0]) if linear.bias is None else linear.bias
+        old = _zeros(linear, change) if linear.bias is None else linear.bias
         linear.bias = nn.Parameter(old + change.to(old), requires_grad=False)
 
     def undo() -> None:
@@ -55,3 +58,10 @@ def apply(model: nn.Module, path: str | Path) -> Callable[[], None]:
             linear.bias = bias
 
     return undo
+
+
+def _zeros(linear: nn.Linear, change: torch.Tensor) -> torch.Tensor:
+    """Return a bias of zeros in the layer's number type; a quantized weight has none, so there it is that of the change."""
+    weight = linear.weight
+    kind = weight.dtype if weight.is_floating_point() and weight.element_size() > 1 else change.dtype
+    return torch.zeros(linear.out_features, dtype=kind, device=weight.device)

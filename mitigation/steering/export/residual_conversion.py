@@ -6,10 +6,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from circuits.head_screening.direct_logit import gate_of
 from groundscope.core.errors import ConfigError
-from lvlm.access.weights import weight
+from lvlm.access.weights import columns
 from lvlm.sites import Head
 from mitigation.steering.changes import AddChange, VectorChange
 from mitigation.steering.export.capability import place_of
@@ -28,11 +29,11 @@ LATE = (
 
 def through_projection(model: Lvlm, head: Head, move: np.ndarray) -> np.ndarray:
     """Return ``W_O d`` at the projection's output, float64 ``[D]``, for an addition d to a head's z, ``[head_dim]``."""
-    columns = slice(head.head * model.head_dim, (head.head + 1) * model.head_dim)
-    projection = model.head_projection(head.layer)
-    matrix = weight(projection)  # may be offloaded until the layer runs
-    matrix = projection.weight if matrix is None else matrix
-    return matrix[:, columns].detach().double().cpu().numpy() @ move
+    which = slice(head.head * model.head_dim, (head.head + 1) * model.head_dim)
+    inputs = torch.empty(0, dtype=model.dtype, device=model.device)
+    with torch.no_grad():  # the matrix may be offloaded until the layer runs, or quantized
+        matrix = columns(model.head_projection(head.layer), which, inputs)
+    return matrix.detach().double().cpu().numpy() @ move
 
 
 def in_residual(model: Lvlm, head: Head, move: np.ndarray) -> np.ndarray:
