@@ -10,7 +10,6 @@ from sklearn.base import BaseEstimator, clone
 from groundscope.core.errors import ProbeError
 from probes.protocol.tasks import Task
 from probes.solvers.closed_form import Spectrum, ridge_numbers, unstandardize
-from probes.solvers.logistic_float32 import RowBlock
 from probes.solvers.logistic_reference import LinearFit
 
 NUMBER_SCORES = ("r2", "r2_low", "r2_high")
@@ -130,6 +129,8 @@ def fit_number_cell(
 
 def _fit(x: np.ndarray, y: np.ndarray, C: np.ndarray, regressor: BaseEstimator | None) -> LinearFit:
     """Fit numbers [Q, n] on features [n, D] for values of C [Q, R]: Q x R fits, C fastest, in the units of the features."""
+    from probes.solvers.logistic_float32 import RowBlock  # imports torch, which readers of grids do not need
+
     block = RowBlock.of(x)
     standard = block.standard.cpu().numpy()
     if regressor is None:
