@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from activation_store import ActivationStore
-from concepts.nouns import singular
+from concepts.nouns import asked_noun, singular
 from concepts.object_mentions import tokenize_words
-from concepts.schema import Concept, Example
+from concepts.schema import LEVELS, Concept, Example
 
 _YES_NO = {"yes", "no"}
 
@@ -33,7 +34,7 @@ class Claim:
     rivals: tuple[str, ...]
     """Concepts of the other answers; for a wrong answer that of the model's answer. Empty for yes or no."""
     nouns: tuple[str, ...]
-    """For a relation, the concepts of its two objects in the order of the question."""
+    """Concepts of the objects that the question names, in its order: two for a relation, one for an attribute; else empty."""
     margin: float
     """The model's log-odds of the truth against the best other answer; negative for a wrong answer."""
     opposite: str = ""
@@ -60,22 +61,28 @@ class Claim:
         return f"{self.level}:named"
 
 
-def claims_of(store: ActivationStore, opposites: Mapping[str, str] | None = None) -> list[Claim | None]:
+def claims_of(
+    store: ActivationStore, opposites: Mapping[str, str] | None = None, concepts: Iterable[str] = ()
+) -> list[Claim | None]:
     """Return the claim of each row of a store; None for rows without an answer of the model.
+
+    `concepts` are further concepts that questions may name, such as those of probes that were fitted on other data.
 
     The concept of a yes-no question is the longest label of its level whose name occurs in the question; if there is no such
     label, the opposite of an attribute that occurs (`opposites_of`). Whole words are compared ("bear" is not in
-    "bear-shaped"), nouns in singular and plural: "Are there bananas" is about the label ``object:banana``.
+    "bear-shaped"), nouns in singular and plural: "Are there bananas" is about the label ``object:banana``. If no label
+    occurs in an existence question of a known wording, its noun is the concept (`presence_noun`).
     """
     opposites = opposites or {}
-    others = _Names(opposites)
+    others = Names(opposites)
     columns = store.columns
     names: dict[str, list[str]] = {}
-    for label in store.labels:
-        concept = Concept.parse(label)
-        if concept.name != "named":
-            names.setdefault(concept.level, []).append(concept.name)
-    names_of_level = {level: _Names(level_names, numbers=level == "object") for level, level_names in names.items()}
+    known = dict.fromkeys((*store.labels, *concepts))
+    for label in known:
+        level, _, name = label.partition(":")
+        if level in LEVELS and name and name != "named":
+            names.setdefault(level, []).append(name)
+    names_of_level = {level: Names(level_names, numbers=level == "object") for level, level_names in names.items()}
     kinds = [f"{a} {b}" for a, b in zip(columns["level"], columns["kind"], strict=True)]
     answers: dict[str, set[str]] = {}
     for kind, truth in zip(kinds, columns["answer"], strict=True):
@@ -91,14 +98,16 @@ def claims_of(store: ActivationStore, opposites: Mapping[str, str] | None = None
             matches = _longest(names_of_level.get(level), str(question))
             opposite = _longest(others, str(question)) if level == "attribute" and not matches else ""
             matches = matches or opposites.get(opposite, "")
+            if level == "object" and not matches:
+                matches = presence_noun(str(question)) or ""
             concept, rivals = (f"{level}:{matches}" if matches else ""), ()
             holds = truth == "yes"
         else:
             concept, holds, opposite = f"{level}:{truth}", True, ""
             wrong = sorted(answers[kind] - {truth}) if model_answer == truth else [model_answer]
             rivals = tuple(f"{level}:{name}" for name in wrong)
-            concept = concept if concept in columns else ""
-        nouns = _between(names_of_level.get("object"), str(question)) if level == "relation" and yes_no else ()
+            concept = concept if concept in known else ""
+        nouns = _nouns_of(names_of_level.get("object"), str(question), level) if level == "attribute" or yes_no else ()
         about = (str(columns["id"][row]), str(columns["group"][row]))
         claims.append(
             Claim(
@@ -142,7 +151,7 @@ def attribute_kinds(examples: Iterable[Example]) -> dict[str, str]:
     return {value: kind for e in examples for o in e.objects for kind, value in o.attributes.items()}
 
 
-class _Names:
+class Names:
     """Names of concepts, searched in questions as whole words.
 
     Parameters
@@ -178,10 +187,27 @@ class _Names:
         return self._names.get(singular(words)) if name is None and self._numbers else name
 
 
-def _longest(names: _Names | None, question: str) -> str:
+def _longest(names: Names | None, question: str) -> str:
     return max(names.find(question) if names else [], key=len, default="")
 
 
-def _between(names: _Names | None, question: str) -> tuple[str, ...]:
-    matches = dict.fromkeys(f"object:{name}" for name in names.find(question)) if names else {}
-    return tuple(matches) if len(matches) == 2 else ()
+def _nouns_of(names: Names | None, question: str, level: str) -> tuple[str, ...]:
+    matches = tuple(dict.fromkeys(f"object:{name}" for name in names.find(question))) if names else ()
+    if level == "attribute":
+        return matches[:1]
+    return matches if level == "relation" and len(matches) == 2 else ()
+
+
+def presence_noun(question: str) -> str | None:
+    """Return the noun of a question whether something is in the image, in the wordings of POPE, AMBER and MME.
+
+    >>> from diagnosis.claims import presence_noun
+    >>> presence_noun("Is there a dog in this image? Please answer yes or no."), presence_noun("Is the dog red?")
+    ('dog', None)
+    """
+    first, mark, _ = question.partition("?")
+    noun = asked_noun(_PICTURE.sub("the image", first) + mark)
+    return None if noun is None else noun.lower()
+
+
+_PICTURE = re.compile(r"\b(?:the|this) (?:image|picture|photo|photograph)\b", re.IGNORECASE)

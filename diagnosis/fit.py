@@ -9,8 +9,12 @@ from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
-from concepts.schema import LEVELS, Example
+from concepts.schema import LEVELS, ConceptDataset, Example
+from diagnosis.checks import check_store
+from diagnosis.fit_without_boxes import fit_located, locate
+from diagnosis.image_tokens import ALL_IMAGE_TOKENS, IMAGE_MEAN
 from groundscope.core.document_digest import value_digest
+from groundscope.core.errors import ConfigError, DataError
 from probes import fit_grid, probeable
 from probes.protocol.tasks import UnplaceableError
 
@@ -18,6 +22,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from activation_store import ActivationStore, ArrayInfo, ConceptDirection
+    from lvlm import Lvlm
 
 FOLDS = 3
 NOUN_FOLDS = 2
@@ -25,6 +30,8 @@ TEST_FRACTION = 0.3
 C_VALUES = (0.001, 0.01, 0.1)
 CALIBRATION_SHARE = 0.2
 """Share of the images that no probe is fitted to: they calibrate the probes, and answers about them can be diagnosed."""
+MAX_CHOICES = 20
+"""Largest number of true answers to a kind of question for which each answer has a probe without a label of its own."""
 MIN_IMAGES = 6
 """Images of each class that a concept needs; with fewer, the split would leave a part without the class."""
 
@@ -47,6 +54,9 @@ class DirectionSet(Sequence["ConceptDirection"]):
     directions: tuple[ConceptDirection, ...]
     left_out: Mapping[str, str] = field(default_factory=dict)
     """Concepts without a probe at some place, with the reason."""
+    train_images: frozenset[str] = frozenset()
+    """Digests of the images that a probe was fitted to, as in the column ``image`` of a store: answers about them cannot be
+    diagnosed, in whatever store they are."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "left_out", MappingProxyType(dict(self.left_out)))
@@ -114,23 +124,73 @@ def select_evenly(examples: Sequence[Example], limit: int, *, seed: int = 0) -> 
     return selected
 
 
-def fit_directions(store: ActivationStore, rows: np.ndarray | None = None, *, seed: int = 0) -> DirectionSet:
+def exclude_images(data: ConceptDataset, other: Sequence[Example]) -> ConceptDataset:
+    """Return the examples of a dataset about images that another one does not have: to fit probes for the other one.
+
+    Raises
+    ------
+    DataError
+        If no example is left.
+
+    Examples
+    --------
+    >>> import groundscope as gs
+    >>> data = gs.scenes.dataset(20)
+    >>> half = gs.diagnosis.exclude_images(data, data[:60])
+    >>> {e.image.identity for e in half} & {e.image.identity for e in data[:60]}, 0 < len(half) < len(data)
+    (set(), True)
+    """
+    known = {e.image.identity for e in other}
+    rest = data.filter(lambda e: e.image.identity not in known)
+    if not len(rest):
+        msg = f"all images of '{data.name}' are among those that are diagnosed; fit probes on other images"
+        raise DataError(msg)
+    return rest
+
+
+def fit_directions(
+    store: ActivationStore,
+    rows: np.ndarray | None = None,
+    *,
+    model: Lvlm | None = None,
+    data: Sequence[Example] | None = None,
+    without_boxes: bool | None = None,
+    seed: int = 0,
+) -> DirectionSet:
     """Fit the probes that `diagnose` reads activations with, on some rows of a store.
 
     Probes of attributes read the object's tokens. Probes of nouns are fitted there too and read every image token. At the
     last token, each kind of question has probes of whether its statement is true, or of which of its answers is true.
     Concepts with too few images, and those that no split into whole images can place, are left out.
 
+    Where objects have no boxes, probes read image tokens: the mean over all of them, and, with `model` and `data`, single
+    tokens. A noun is read at the token with the largest decision of a probe that is fitted to labels of whole images
+    (`diagnosis.noun_probes`); an attribute at the token where its noun is read; a relation as the difference between the tokens
+    of its two nouns. Nouns with too few images share one probe of image token and word embedding, if it reads nouns that it was
+    not fitted to.
+
     Parameters
     ----------
     store
-        Store with ``resid_post`` and ``projector.out`` at ``object:mean`` and ``resid_post`` at ``last``; arrays that it lacks
-        get no probes.
+        Store with ``resid_post`` and ``projector.out`` at ``object:mean`` or ``image:mean``, and ``resid_post`` at ``last``;
+        arrays that it lacks get no probes. It may be of other data than the diagnosed answers, but of the same model.
     rows
         Boolean ``[N]``: examples that probes may be fitted to; by default `training_rows`. About a fifth of their images, the
         same for all probes, are held out: they calibrate, and answers about them can be diagnosed.
+    model, data
+        The model and the examples of the store, to read single image tokens.
+    without_boxes
+        Whether to fit probes that need no boxes; by default for levels of questions whose images have none. True for probes that
+        read other data without boxes.
     seed
         Seed of the splits.
+
+    Raises
+    ------
+    ConfigError
+        If only one of `model` and `data` is given.
+    StoreError
+        If the store is of another model.
 
     Examples
     --------
@@ -144,21 +204,34 @@ def fit_directions(store: ActivationStore, rows: np.ndarray | None = None, *, se
     >>> sorted({d.concept for d in directions}), sorted({d.tokens for d in directions})
     (['object:named'], ['last'])
     """
+    if (model is None) != (data is None):
+        msg = "give both model and data, the examples of the store, or neither"
+        raise ConfigError(msg)
+    if model is not None:
+        check_store(model, store)
     rows = training_rows(store, seed=seed) if rows is None else rows
     left_out: dict[str, str] = {}
-    frame = store.frame()
+    frame = _with_answer_labels(store.frame())
     # The word "kept" is part of the hash that decides the split; another word would change results.
     shares = {g: int(value_digest([str(g), "kept", seed])[:8], 16) / 0xFFFFFFFF for g in set(frame["group"])}
     calibration = np.array([shares[g] < CALIBRATION_SHARE for g in frame["group"]])
     rows = rows & ~calibration
+    labelled: Any = _Relabelled(store, frame)
     attributes = [c for c in store.labels if c.startswith("attribute:") and c != "attribute:named"]
+    boxes = {level: _has_boxes(store, frame, level) for level in LEVELS}
     directions: list[ConceptDirection] = []
     for stack, component in (("vision", "resid_post"), ("projector", "out"), ("decoder", "resid_post")):
-        if store.has(stack, component, "object:mean"):
+        if any(boxes.values()) and store.has(stack, component, "object:mean"):
             site = f"{stack}.{component}"
             directions += _fit(store, attributes, site, "object:mean", rows, seed, left_out)
             nouns = _fit_nouns(store, site, rows, seed, left_out)
-            directions += [replace(d, tokens="image:all") for d in nouns]
+            directions += [replace(d, tokens=ALL_IMAGE_TOKENS) for d in nouns]
+    if without_boxes is None:
+        levels = [level for level in LEVELS if not boxes[level] and (frame["level"] == level).any()]
+    else:
+        levels = list(LEVELS) if without_boxes else []
+    if levels:
+        directions += _fit_image_tokens(labelled, levels, rows, model, data, seed, left_out, directions)
     if store.has("decoder", "resid_post", "last"):
         kinds: Any = frame["level"].astype(str) + " " + frame["kind"].astype(str)
         for kind in dict.fromkeys(kinds[rows]):
@@ -167,15 +240,48 @@ def fit_directions(store: ActivationStore, rows: np.ndarray | None = None, *, se
             level = kind.partition(" ")[0]
             concepts = [f"{level}:named"] if answers & {"yes", "no"} else [f"{level}:{a}" for a in sorted(answers)]
             available = [c for c in concepts if c in frame and level in LEVELS]
-            directions += _fit(store, available, "decoder.resid_post", "last", rows_of_kind, seed, left_out, kind)
-    return DirectionSet(tuple(directions), left_out)
+            directions += _fit(labelled, available, "decoder.resid_post", "last", rows_of_kind, seed, left_out, kind)
+    groups = {g for d in directions for g in d.train_groups}
+    trained = frame["group"].isin(groups).to_numpy()
+    images = frozenset(str(i) for i in frame["image"][trained] if i) if "image" in frame else frozenset()
+    return DirectionSet(tuple(directions), left_out, images)
 
 
-class _QuestionedNouns:
-    """A store in which a noun's label says whether it is the object that the question is about, if that is in the image."""
+def _has_boxes(store: ActivationStore, frame: pd.DataFrame, level: str) -> bool:
+    """Return whether at least half of the questions of a level are about images with boxes."""
+    of_level = (frame["level"] == level).to_numpy()
+    if "box_ids" not in store.columns:  # an earlier store
+        return store.has("decoder", "resid_post", "object:mean") or store.has("projector", "out", "object:mean")
+    counts = np.array([len(boxes) for boxes in store.columns["box_ids"]])
+    return bool(of_level.any()) and float((counts[of_level] > 0).mean()) >= 0.5
 
-    def __init__(self, store: ActivationStore) -> None:
-        self._store = store
+
+def _with_answer_labels(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return a table with labels that follow from true answers, where it has none: of statements, and of choices."""
+    columns: dict[str, np.ndarray] = {}
+    choice = ~frame["answer"].isin(["yes", "no"]).to_numpy()
+    for level in LEVELS:
+        of_level = (frame["level"] == level).to_numpy()
+        names = {f"{level}:named": (of_level & ~choice, "yes")} if (of_level & ~choice).any() else {}
+        kinds = frame["kind"].astype(str)
+        for kind in dict.fromkeys(kinds[of_level & choice]):
+            of_kind = of_level & choice & (kinds == kind).to_numpy()
+            answers = sorted(set(frame["answer"][of_kind]))
+            if 1 < len(answers) <= MAX_CHOICES:
+                names |= {f"{level}:{answer}": (of_kind, answer) for answer in answers}
+        for name, (defined, answer) in names.items():
+            old = frame[name].to_numpy(float) if name in frame else np.full(len(frame), np.nan)
+            new = np.where(defined & np.isnan(old), (frame["answer"] == answer).to_numpy(float), old)
+            if not np.array_equal(new, old, equal_nan=True):
+                columns[name] = new.astype(np.float32)
+    return frame.assign(**columns)
+
+
+class _Relabelled:
+    """A store with another example table."""
+
+    def __init__(self, store: ActivationStore, frame: pd.DataFrame) -> None:
+        self._store, self._frame = store, frame
 
     @property
     def arrays(self) -> Sequence[ArrayInfo]:
@@ -189,15 +295,49 @@ class _QuestionedNouns:
     def provenance(self) -> Mapping[str, Any]:
         return self._store.provenance
 
+    def has(self, stack: str, component: str, tokens: str) -> bool:
+        return self._store.has(stack, component, tokens)
+
     def frame(self) -> pd.DataFrame:
-        frame = self._store.frame()
-        nouns = [c for c in frame if str(c).startswith("object:") and c != "object:named"]
-        subject = frame["subject"].astype(str)
-        labels = {c: np.where(subject == "", np.nan, subject == str(c).partition(":")[2]) for c in nouns}
-        return frame.assign(**labels)
+        return self._frame
 
     def read(self, site: str, tokens: str, head: int | None = None, examples: Any = None) -> np.ndarray:
         return self._store.read(site, tokens, head=head, examples=examples)
+
+
+def _fit_image_tokens(
+    store: Any,
+    levels: Sequence[str],
+    rows: np.ndarray,
+    model: Lvlm | None,
+    data: Sequence[Example] | None,
+    seed: int,
+    left_out: dict[str, str],
+    others: Sequence[ConceptDirection],
+) -> Iterator[ConceptDirection]:
+    """Yield directions that need no boxes, for some levels: at the mean of all image tokens, and at single tokens."""
+    frame: Any = store.frame()
+    known = {(d.site, d.tokens, d.concept) for d in others}
+    concepts = {
+        level: [str(c) for c in frame if str(c).startswith(f"{level}:") and c != f"{level}:named"] for level in levels
+    }
+    for stack, component in (("vision", "resid_post"), ("projector", "out"), ("decoder", "resid_post")):
+        if store.has(stack, component, IMAGE_MEAN):
+            for level, names in concepts.items():
+                of_level = rows & (frame["level"] == level).to_numpy()
+                site = f"{stack}.{component}"
+                yield from _fit(store, names, site, IMAGE_MEAN, of_level, seed, left_out)
+    if model is None or data is None:
+        return
+    probes = locate(model, store, frame, {e.id: e for e in data}, rows, seed, left_out)
+    yield from (d for d in probes.nouns if (d.site, d.tokens, d.concept) not in known)
+
+    def fit(
+        source: Any, names: Sequence[str], site: str, tokens: str, of_level: np.ndarray
+    ) -> Iterator[ConceptDirection]:
+        yield from _fit(source, names, site, tokens, of_level, seed, left_out)
+
+    yield from fit_located(probes, {level: names for level, names in concepts.items() if level != "object"}, fit, rows)
 
 
 def _fit_nouns(
@@ -206,8 +346,11 @@ def _fit_nouns(
     """Yield directions of the noun of an object, fitted to one question about each object."""
     frame = store.frame()
     first = ~frame.duplicated(["group", "subject"]).to_numpy() & (frame["subject"] != "").to_numpy() & rows
-    view: Any = _QuestionedNouns(store)
     nouns = [str(c) for c in frame if str(c).startswith("object:") and c != "object:named"]
+    # A noun's label says whether it is the object that the question is about, if that is in the image.
+    subject = frame["subject"].astype(str)
+    labels = {c: np.where(subject == "", np.nan, subject == c.partition(":")[2]) for c in nouns}
+    view: Any = _Relabelled(store, frame.assign(**labels))
     yield from _fit(view, nouns, site, "object:mean", first, seed, left_out, folds=NOUN_FOLDS)
 
 

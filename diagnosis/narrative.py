@@ -115,8 +115,8 @@ def describe_claim(claim: Claim, example: Example, kinds: dict[str, str]) -> tup
     """
     name = claim.question_concept.partition(":")[2]
     target = example.named_object()
-    noun = target.noun if target is not None else "it"
-    the, verb = ("it", "is") if target is None else (f"the {noun}", be(noun))
+    noun = target.noun if target is not None else claim.nouns[0].partition(":")[2] if claim.nouns else ""
+    the, verb = (f"the {noun}", be(noun)) if noun else ("it", "is")
     if not name:
         return f"'{claim.truth}' is right", f"'{claim.model_answer}' is right", ""
     if not claim.yes_no:

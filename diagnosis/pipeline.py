@@ -25,8 +25,10 @@ from diagnosis.calibration import Calibration, calibrate
 from diagnosis.causal_check import Correction, answer_offsets, find_corrections, mean_outputs
 from diagnosis.checks import check_known, check_sites, check_store
 from diagnosis.claims import Claim, attribute_kinds, claims_of, opposites_of
+from diagnosis.fit import DirectionSet
+from diagnosis.image_tokens import ALL_IMAGE_TOKENS, IMAGE_MEAN
 from diagnosis.narrative import describe_claim
-from diagnosis.probe_sets import ALL_IMAGE_TOKENS, ProbeSet, check_origin, probe_sets
+from diagnosis.probe_sets import ProbeSet, check_origin, probe_sets
 from diagnosis.readings import Margins, read_live, read_stored, read_tokens
 from diagnosis.results import OTHER, STAGES, Diagnoses, Diagnosis, Place, Reading
 from diagnosis.verdicts import (
@@ -157,7 +159,8 @@ def diagnose(
     check_sites(store, sets)
     open_ended = [e for e in answers if len(e.candidates) < 2]
     answers = [e for e in answers if len(e.candidates) > 1]
-    claims = {c.id: c for c in claims_of(store, opposites_of(answers, store.labels)) if c is not None}
+    concepts = dict.fromkeys(d.concept for d in directions)
+    claims = {c.id: c for c in claims_of(store, opposites_of(answers, store.labels), concepts) if c is not None}
     check_known(answers, claims)
     example_of = {e.id: e for e in answers}
     if unknown := next((name for name in compare_ids if name not in example_of), None):
@@ -177,7 +180,8 @@ def diagnose(
             for s in sets
         }
         by_row = {c.row: c for c in claims.values()}
-        stages_of = {kind: _stages(kind, sets, margins, by_row) for kind in kinds}
+        trained = _trained_rows(store, directions)
+        stages_of = {kind: _stages(kind, sets, margins, by_row, trained) for kind in kinds}
         bar.advance(task)
         means = mean_outputs(model, store, list(claims.values()), kinds)
         table = answer_offsets(list(claims.values()), kinds)
@@ -209,7 +213,7 @@ def diagnose(
                 without_image=blank_answer,
                 sources=sources.get(example.id, {}),
             )
-            diagnosis = _judge_answer(diagnosis, claim, stages_of[claim.kind], correction)
+            diagnosis = _judge_answer(diagnosis, claim, stages_of[claim.kind], correction, store.digest)
         diagnoses.append(replace(diagnosis, sources=sources.get(example.id, {})))
     places = tuple(place for stages in stages_of.values() for place in stages.places)
     digest = hashlib.sha256(
@@ -233,10 +237,27 @@ class _Stages:
     """For each place, the accuracy on the held-out examples of each concept."""
     train_groups: frozenset[str]
     """Groups that a probe was fitted to."""
+    ranks: tuple[int, ...] = ()
+    """For each place, its rank within its stage: the readable one with the best validation accuracy is 0."""
+    trained: frozenset[int] = frozenset()
+    """Rows about images that probes of another store were fitted to."""
+
+
+def _trained_rows(store: ActivationStore, directions: Sequence[ConceptDirection]) -> frozenset[int]:
+    """Return the rows whose image is among those that probes of another store were fitted to, whatever its group is called."""
+    images = directions.train_images if isinstance(directions, DirectionSet) else frozenset()
+    other = any(d.provenance.get("store", store.digest) != store.digest for d in directions)
+    if not other or not images or "image" not in store.columns:
+        return frozenset()
+    return frozenset(i for i, digest in enumerate(store.columns["image"]) if str(digest) in images)
 
 
 def _stages(
-    kind: str, sets: Sequence[ProbeSet], margins: Mapping[int, Margins], claims: Mapping[int, Claim]
+    kind: str,
+    sets: Sequence[ProbeSet],
+    margins: Mapping[int, Margins],
+    claims: Mapping[int, Claim],
+    trained: frozenset[int] = frozenset(),
 ) -> _Stages:
     """Calibrate every place for one kind of question, and choose one place per stage except at the last token."""
     places, odds, by_concept, train_groups = [], [], [], set()
@@ -247,7 +268,9 @@ def _stages(
     for s in sets_of_kind:
         here = margins[id(s)]
         indices = [i for i, row in enumerate(here.rows) if claims[row].kind == kind]
-        held_out = [i for i in indices if claims[here.rows[i]].group not in s.train_groups]
+        held_out = [
+            i for i in indices if claims[here.rows[i]].group not in s.train_groups and here.rows[i] not in trained
+        ]
         held_out_claims = [claims[here.rows[i]] for i in held_out]
         calibration = calibrate(
             [here.values[i] for i in held_out],
@@ -267,17 +290,26 @@ def _stages(
         c for claim in claims.values() if claim.kind == kind for c in (claim.concept, claim.named, *claim.rivals)
     }
     concepts |= {noun for claim in claims.values() if claim.kind == kind for noun in claim.nouns}
-    best = {}
+    ranks = [0] * len(places)
     for stage in STAGES:
-        candidates = [(s, c) for s, c in places if s.stage == stage]
-        if candidates:
-            best[stage] = max(candidates, key=lambda p: (p[1].readable, p[0].validation(tuple(concepts))))[0]
+        candidates = [i for i, (s, _) in enumerate(places) if s.stage == stage]
+        quality = {
+            # Among places at chance those come first that can show absence.
+            i: (c.readable, c.readable or s.tokens != IMAGE_MEAN, s.validation(tuple(concepts)))
+            for i, (s, c) in ((i, places[i]) for i in candidates)
+        }
+        for rank, i in enumerate(sorted(candidates, key=quality.__getitem__, reverse=True)):
+            ranks[i] = rank
     return _Stages(
         tuple(s for s, _ in places),
-        tuple(_place(kind, s, c, chosen=s.stage == "last" or best[s.stage] is s) for s, c in places),
+        tuple(
+            _place(kind, s, c, chosen=s.stage == "last" or not rank) for (s, c), rank in zip(places, ranks, strict=True)
+        ),
         tuple(odds),
         tuple(by_concept),
         frozenset(train_groups),
+        tuple(ranks),
+        trained,
     )
 
 
@@ -307,27 +339,40 @@ def _place(kind: str, s: ProbeSet, c: Calibration, *, chosen: bool) -> Place:
     return Place(kind, s.stage, s.site, s.tokens, s.layer, *quality, chosen)
 
 
-def _judge_answer(diagnosis: Diagnosis, claim: Claim, stages: _Stages, correction: Correction | None) -> Diagnosis:
-    """Return a diagnosis with its verdict and the evidence."""
-    readings, readable_places = [], []
-    for s, place, odds, by_concept in zip(stages.sets, stages.places, stages.odds, stages.by_concept, strict=True):
+def _judge_answer(
+    diagnosis: Diagnosis, claim: Claim, stages: _Stages, correction: Correction | None, store: str = ""
+) -> Diagnosis:
+    """Return a diagnosis with its verdict and the evidence; `store` is the digest of the store."""
+    places: dict[int, tuple[Place, Place | None]] = {}
+    for i, (s, place, odds, by_concept) in enumerate(
+        zip(stages.sets, stages.places, stages.odds, stages.by_concept, strict=True)
+    ):
         if claim.row not in odds:
             continue  # no probe of this concept
         accuracy = by_concept.get(_decoded_concept(s, claim), ConceptAccuracy(0, math.nan, 0.0))
         here = place_of_concept(place, accuracy)
-        state = state_of(here or place, odds[claim.row])
-        readings.append(Reading(place.stage, place.site, place.tokens, place.layer, *state))
-        readable_places += [here] if here is not None else []
-    chosen = {(p.site, p.tokens) for p in stages.places if p.chosen}
-    chosen_readings = [r for r in readings if (r.site, r.tokens) in chosen]
-    readings_of = {stage: [r for r in chosen_readings if r.stage == stage] for stage in STAGES}
-    states = {stage: stage_state([r.state for r in readings_of[stage]], readable_places, stage) for stage in STAGES}
-    beliefs = {stage: belief(readings_of[stage], states[stage], readable_places, stage) for stage in STAGES}
+        if here is not None and not here.readable and not s.shows_absence(claim, store, readable=place.readable):
+            here = None
+        places[i] = (place, here)
+    # A place without a probe of this concept is replaced by the next best of its stage.
+    ranks = stages.ranks or (0,) * len(stages.sets)
+    used = {i for i, (place, _) in places.items() if place.stage == "last"}
+    for stage in STAGES[:-1]:
+        of_stage = [i for i, (place, _) in places.items() if place.stage == stage]
+        used |= set(sorted(of_stage, key=ranks.__getitem__)[:1])
+    readings = {}
+    for i, (place, here) in places.items():
+        state = state_of(here or replace(place, readable=False), stages.odds[i][claim.row])
+        readings[i] = Reading(place.stage, place.site, place.tokens, place.layer, *state, used=i in used)
+    evidence = [replace(here, chosen=i in used) for i, (_, here) in places.items() if here is not None]
+    readings_of = {stage: [r for r in readings.values() if r.stage == stage and r.used] for stage in STAGES}
+    states = {stage: stage_state([r.state for r in readings_of[stage]], evidence, stage) for stage in STAGES}
+    beliefs = {stage: belief(readings_of[stage], states[stage], evidence, stage) for stage in STAGES}
     last_true_site = next((r.site for r in reversed(readings_of["last"]) if r.state == "truth"), "")
     corrected = correction is not None and correction.corrected_log_odds > 0
     prior = prior_suggests(diagnosis.model_answer, diagnosis.without_image, diagnosis.sources)
     verdict, confidence, reason = judge(states, beliefs, corrected=corrected, prior=prior)
-    if claim.group in stages.train_groups:
+    if claim.group in stages.train_groups or claim.row in stages.trained:
         verdict, confidence = OTHER, 0.0
         reason = "probes were fitted to questions about this image; fit them on other images"
     diagnosis = replace(
@@ -336,7 +381,7 @@ def _judge_answer(diagnosis: Diagnosis, claim: Claim, stages: _Stages, correctio
         confidence=confidence,
         stages=states,
         reason=reason,
-        readings=tuple(readings),
+        readings=tuple(readings.values()),
         last_true_site=last_true_site,
     )
     if correction is None:

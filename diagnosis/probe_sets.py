@@ -10,14 +10,18 @@ import numpy as np
 
 from activation_store import ActivationStore, ConceptDirection
 from diagnosis.claims import Claim
+from diagnosis.fit_without_boxes import NOUN_ACCURACY, POOLING
+from diagnosis.image_tokens import ALL_IMAGE_TOKENS, IMAGE_MEAN
 from groundscope.core.errors import ProbeError, SiteError
 from lvlm.model import Lvlm
 from lvlm.sites import Site
 from lvlm.token_selection import TokenSelection
 from lvlm.weights_hash import short
 
-ALL_IMAGE_TOKENS = "image:all"
-"""Token selection of directions that read every image token."""
+CONTROL_ACCURACY = 0.7
+"""Smallest held-out accuracy of the probes that place a noun for which chance accuracy at its place is evidence of absence."""
+TRANSFER_ACCURACY = 0.75
+"""Probes that were fitted on another store, and are at least this accurate there, show no absence where they are at chance."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +46,42 @@ class ProbeSet:
         """Groups of the training examples, which must not calibrate the directions."""
         return frozenset[str]().union(*{d.train_groups for d in self.directions.values()})
 
+    @property
+    def pooled(self) -> bool:
+        """Whether presence of a noun is its largest decision over all image tokens, as its probe was fitted."""
+        return self.tokens == ALL_IMAGE_TOKENS and any(d.provenance.get(POOLING) for d in self.directions.values())
+
+    def shows_absence(self, claim: Claim, store: str, *, readable: bool) -> bool:
+        """Return whether chance accuracy on a concept is evidence that activations do not carry it.
+
+        Parameters
+        ----------
+        claim
+            The claim that is read.
+        store
+            Digest of the store with the answers.
+        readable
+            Whether the place is readable for all concepts of the kind of question together.
+
+        Notes
+        -----
+        The mean over the image dilutes what few tokens carry, so it never shows absence. A probe of single tokens shows it if a
+        control is readable there: for a noun the other nouns, for an attribute or relation the place of its nouns. Probes of
+        another store show it if they are at chance there too; otherwise the data may differ.
+        """
+        if self.tokens == IMAGE_MEAN:
+            return False
+        used = [self.directions[c] for c in self.concepts_for(claim)]
+        statistics = [
+            d.statistics.get("balanced_accuracy", 0.5) for d in used if d.provenance.get("store", store) != store
+        ]
+        if any(not accuracy < TRANSFER_ACCURACY for accuracy in statistics):
+            return False
+        control = [d.statistics[NOUN_ACCURACY] for d in used if NOUN_ACCURACY in d.statistics]
+        if control:
+            return min(control) >= CONTROL_ACCURACY
+        return readable or not any(d.provenance.get(POOLING) for d in used)
+
     def weights(self) -> tuple[np.ndarray, np.ndarray]:
         """Return weights float64 ``[D, concepts]`` and intercepts ``[concepts]``."""
         directions = self.directions.values()
@@ -52,11 +92,8 @@ class ProbeSet:
     def validation(self, concepts: Sequence[str]) -> float:
         """Return the mean validation accuracy of some concepts on training folds, without the held-out examples."""
         statistics = [self.directions[c].statistics for c in concepts if c in self.directions]
-        return (
-            float(np.mean([s.get("validation", s.get("balanced_accuracy", 0.5)) for s in statistics]))
-            if statistics
-            else 0.0
-        )
+        values = [s.get("validation", s.get("balanced_accuracy", 0.5)) for s in statistics]
+        return float(np.mean([0.5 if np.isnan(v) else v for v in values])) if values else 0.0
 
     def concepts_for(self, claim: Claim) -> tuple[str, ...]:
         """Return the concepts whose directions decide a claim here; empty if the directions cannot decide it."""
@@ -70,7 +107,13 @@ class ProbeSet:
         if self.tokens == ALL_IMAGE_TOKENS:
             if claim.level == "object" and claim.yes_no:
                 return (claim.concept,) if claim.concept in self.directions else ()
-            return claim.nouns if claim.nouns and all(n in self.directions for n in claim.nouns) else ()
+            if not claim.nouns or not all(n in self.directions for n in claim.nouns):
+                return ()
+            if claim.level == "relation" and claim.concept not in self.directions:
+                return claim.nouns
+            if claim.yes_no:
+                return (claim.concept,) if claim.concept in self.directions else ()
+            return self._choice(claim)
         if claim.level == "object" and not self.tokens.startswith("image"):
             return ()  # an absent object has no tokens
         if claim.yes_no:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -13,7 +13,9 @@ from activation_store import ActivationStore
 from circuits.execution.memory import batch_rows
 from concepts.schema import Example
 from diagnosis.claims import Claim, objects_of
-from diagnosis.probe_sets import ALL_IMAGE_TOKENS, ProbeSet, check_width
+from diagnosis.fit_without_boxes import site_weight
+from diagnosis.image_tokens import ALL_IMAGE_TOKENS
+from diagnosis.probe_sets import ProbeSet, check_width
 from lvlm.encoding.encode import Encoding
 from lvlm.model import Lvlm
 from lvlm.sites import Site
@@ -42,6 +44,9 @@ class TokenReadings:
     """By image and site, float64 ``[tokens, concepts]``."""
     objects: Mapping[tuple[str, str], Mapping[str, tuple[int, ...]]]
     """By image and stack: object id to the indices of its tokens."""
+    places: Mapping[tuple[str, str], Mapping[str, int]] = field(default_factory=dict)
+    """By image and site: concept of a noun to the index of the token with the largest sum of its decisions over all sites with
+    as many tokens; only for probes that were fitted to whole images, or if objects have no boxes."""
 
 
 def read_stored(store: ActivationStore, probes: ProbeSet, claims: Sequence[Claim]) -> Margins:
@@ -103,7 +108,24 @@ def read_tokens(model: Lvlm, sets: Sequence[ProbeSet], examples: Sequence[Exampl
                         name: tuple(number[p] for p in encoding.tokens.object(name, stack) if p in number)
                         for name in encoding.tokens.boxes
                     }
-    return TokenReadings(decisions, objects)
+    identities = dict.fromkeys(identity for identity, _ in decisions)
+    places = {identity: _places({s: decisions[identity, s] for s in sites}, by_site) for identity in identities}
+    return TokenReadings(decisions, objects, {(i, s): at for i, of in places.items() for s, at in of.items()})
+
+
+def _places(decisions: Mapping[str, np.ndarray], sets: Mapping[str, ProbeSet]) -> dict[str, dict[str, int]]:
+    """Return for each site the place of each noun in one image, as `diagnosis.fit_without_boxes` places it."""
+    totals: dict[tuple[int, str], np.ndarray] = {}
+    for site, table in decisions.items():
+        for k, (concept, direction) in enumerate(sets[site].directions.items()):
+            if concept.startswith("object:"):
+                weight = site_weight(direction.statistics.get("balanced_accuracy", float("nan")))
+                key = (len(table), concept)
+                totals[key] = totals.get(key, 0.0) + weight * table[:, k]
+    at = {key: int(total.argmax()) for key, total in totals.items()}
+    return {
+        site: {concept: i for (n, concept), i in at.items() if n == len(table)} for site, table in decisions.items()
+    }
 
 
 def read_live(
@@ -111,10 +133,13 @@ def read_live(
 ) -> Margins:
     """Return the margins of claims at image tokens.
 
-    Presence of a noun: the largest difference, over tokens, between its decision and the highest decision of another noun.
-    Relation of two objects: the sum of differences between each noun's decision at its object's tokens and at the other's.
+    Presence of a noun: the largest difference, over tokens, between its decision and the highest decision of another noun; for
+    probes that were fitted to whole images, its largest decision. Relation of two objects with boxes: the sum of differences
+    between each noun's decision at its object's tokens and at the other's. Attributes and relations without boxes: the
+    decision at the place of the noun (`TokenReadings.places`), or the difference of two.
     """
     number = {concept: k for k, concept in enumerate(probes.directions)}
+    nouns = [k for concept, k in number.items() if concept.startswith("object:")]
     rows, values, classes = [], [], []
     for claim in claims:
         concepts = probes.concepts_for(claim)
@@ -124,20 +149,27 @@ def read_live(
             continue
         table = readings.decisions[key]
         if claim.level == "object":
-            own = number[concepts[0]]
-            others = np.delete(table, own, axis=1)
-            lead = table[:, own] - (others.max(1) if others.shape[1] else 0.0)
-            value = float(lead.max()) * (1 if claim.holds else -1)
-            side = claim.holds
-        else:
+            own = table[:, number[concepts[0]]]
+            others = table[:, [k for k in nouns if k != number[concepts[0]]]]
+            lead = own - (others.max(1) if others.shape[1] and not probes.pooled else 0.0)
+            value, side = np.array([float(lead.max()) * (1 if claim.holds else -1)]), claim.holds
+        elif concepts == claim.nouns:
             ids = objects_of(claim, example)
             tokens = [list(readings.objects[key[0], Site.parse(probes.site).stack].get(name, ())) for name in ids]
             if len(tokens) != 2 or not all(tokens):
                 continue
             a, b = (number[c] for c in concepts)
             first, second = (table[t].mean(0) for t in tokens)
-            value, side = float(first[a] + second[b] - first[b] - second[a]), True
+            value, side = np.array([float(first[a] + second[b] - first[b] - second[a])]), True
+        else:
+            columns = [number[c] for c in concepts]
+            at = [table[readings.places[key][noun], columns] for noun in claim.nouns]
+            here = at[0]
+            if len(at) == 2:
+                here = at[0] - at[1] + np.array([probes.directions[c].intercept for c in concepts])
+            side = claim.concept_holds if claim.yes_no else True
+            value = (here if side else -here) if claim.yes_no else here[0] - here[1:]
         rows.append(claim.row)
-        values.append(np.array([value]))
+        values.append(value)
         classes.append(side)
     return Margins(tuple(rows), tuple(values), np.array(classes, float))

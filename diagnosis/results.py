@@ -22,9 +22,9 @@ from groundscope.core.text import nearest
 if TYPE_CHECKING:
     import pandas as pd
 
-FORMAT, VERSION = "groundscope.diagnoses", 4
+FORMAT, VERSION = "groundscope.diagnoses", 5
 """Versions 1 and 2 have no digest, version 1 no offset; versions 1 to 3 have neither ``overridden late`` nor ``not readable``,
-and their ``overridden by the prior`` needs no evidence of a prior."""
+and their ``overridden by the prior`` needs no evidence of a prior. Versions 1 to 4 do not say which readings a verdict uses."""
 _LAST_WITHOUT_DIGEST = 2
 NOT_SEEN, LOST, NOT_INTEGRATED = "not seen", "lost at the projector", "not integrated"
 OVERRIDDEN, OVERRIDDEN_LATE = "overridden by the prior", "overridden late"
@@ -52,6 +52,9 @@ class Reading:
     """Log-odds of the truth against the model's answer, calibrated on held-out examples; NaN if the place is not readable."""
     state: str
     """``truth``, ``other``, ``unclear`` (between the thresholds), or ``unreadable`` (chance accuracy on held-out examples)."""
+    used: bool = False
+    """Whether the verdict uses it: of each stage the chosen place, or the best one with a probe of the concept; all layers at the
+    last token. False in files of versions up to 4."""
 
 
 @dataclass(frozen=True)
@@ -240,6 +243,8 @@ class Diagnoses:
         readings = [r for r in diagnosis.readings if r.stage == stage and r.state != "unreadable"]
         if stage == "last":
             return max((r.log_odds for r in readings), default=math.nan)
+        if any(r.used for r in diagnosis.readings):
+            return next((r.log_odds for r in readings if r.used), math.nan)
         judged = {
             (p.site, p.tokens) for p in self.places if p.stage == stage and p.chosen and p.kind == kind_of(diagnosis)
         }

@@ -283,7 +283,7 @@ def test_a_verdict_without_boxes_names_the_stages_that_were_not_read(tmp_path: P
     assert Diagnoses.load(path).wrong[0].unread == ("vision", "projector", "image")
     document = json.loads(path.read_text())
     assert document.pop("digest")
-    assert document["version"] == 4
+    assert document["version"] == 5
     path.write_text(json.dumps({**document, "version": 2}))
     assert len(Diagnoses.load(path)) == len(diagnoses)
     document["version"], document["diagnoses"][0]["verdict"] = 2, "overridden"
