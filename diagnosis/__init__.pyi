@@ -2,7 +2,7 @@
 
 from .compare_models import compare_models, profile_model
 from .comparison import ModelComparison, ModelProfile, compare_profiles
-from .fit import DirectionSet, fit_directions, select_evenly, training_rows
+from .fit import DirectionSet, exclude_images, fit_directions, select_evenly, training_rows
 from .pipeline import diagnose
 from .results import Diagnoses, Diagnosis
 
@@ -15,6 +15,7 @@ __all__ = [
     "compare_models",
     "compare_profiles",
     "diagnose",
+    "exclude_images",
     "fit_directions",
     "profile_model",
     "select_evenly",

@@ -227,7 +227,8 @@ def fit_directions(
             nouns = _fit_nouns(store, site, rows, seed, left_out)
             directions += [replace(d, tokens=ALL_IMAGE_TOKENS) for d in nouns]
     if without_boxes is None:
-        levels = [level for level in LEVELS if not boxes[level] and (frame["level"] == level).any()]
+        asked = set(frame["level"])
+        levels = [level for level in LEVELS if not boxes[level] and level in asked]
     else:
         levels = list(LEVELS) if without_boxes else []
     if levels:
@@ -242,7 +243,7 @@ def fit_directions(
             available = [c for c in concepts if c in frame and level in LEVELS]
             directions += _fit(labelled, available, "decoder.resid_post", "last", rows_of_kind, seed, left_out, kind)
     groups = {g for d in directions for g in d.train_groups}
-    trained = frame["group"].isin(groups).to_numpy()
+    trained = np.array([group in groups for group in frame["group"]], bool)
     images = frozenset(str(i) for i in frame["image"][trained] if i) if "image" in frame else frozenset()
     return DirectionSet(tuple(directions), left_out, images)
 

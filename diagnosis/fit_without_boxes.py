@@ -39,8 +39,8 @@ UNLABELLED = 3
 """Images without a label that count as images without the noun, for each image with the noun."""
 POOLING = "pooling"
 """Key in the provenance of a direction that is read at the image token with its largest decision."""
-NOUN_ACCURACY = "noun_accuracy"
-"""Statistic of a direction that is read where a noun is: held-out accuracy of the probes that place the noun."""
+PLACED = "placed"
+"""Statistic of a direction that is read where a noun is: estimated share of the places that are right (`placed_share`)."""
 _COMPONENTS = (("vision", "resid_post"), ("projector", "out"), ("decoder", "resid_post"))
 _TOKENS = "object:mean"
 """Selection by which the located activations are read from `LocatedSource`."""
@@ -90,10 +90,19 @@ class LocatedProbes:
     accuracy: Mapping[str, float]
     """Site to the largest held-out accuracy of the nouns that place its tokens."""
 
-    def at_tokens(self, direction: ConceptDirection) -> ConceptDirection:
-        """Return a direction of `source` as one at all image tokens of the model."""
-        statistics = {**direction.statistics, NOUN_ACCURACY: self.accuracy[direction.site]}
-        return replace(direction, tokens=ALL_IMAGE_TOKENS, statistics=statistics)
+
+def placed_share(nouns: float, relations: float) -> float:
+    """Return the share of right places that held-out accuracies of nouns and relations imply, at least.
+
+    An accuracy of (1 + c) / 2 is that of a concept which is known in a share c of the cases. A noun is known where its place is
+    right; a relation where the places of both its nouns are, c = h ** 2.
+
+    >>> from diagnosis.fit_without_boxes import placed_share
+    >>> placed_share(0.75, 0.5), placed_share(0.5, 0.68), placed_share(0.4, float("nan"))
+    (0.5, 0.6, 0.0)
+    """
+    shares = [2 * nouns - 1, max(0.0, 2 * relations - 1) ** 0.5]
+    return round(max([0.0, *(s for s in shares if not np.isnan(s))]), 6)
 
 
 def site_weight(accuracy: float) -> float:
@@ -341,8 +350,18 @@ def fit_located(
     if probes.source is None:
         return
     frame = probes.source.frame()
+    directions: list[tuple[str, ConceptDirection]] = []
     for level, names in concepts.items():
         rows_of_level = rows & (frame["level"] == level).to_numpy()
         for info in probes.source.arrays:
-            for direction in fit(probes.source, names, f"{info.stack}.{info.component}", _TOKENS, rows_of_level):
-                yield probes.at_tokens(direction)
+            site = f"{info.stack}.{info.component}"
+            directions += [(level, d) for d in fit(probes.source, names, site, _TOKENS, rows_of_level)]
+    relations: dict[str, list[float]] = {}
+    for level, direction in directions:
+        if level == "relation":
+            relations.setdefault(direction.site, []).append(direction.statistics["balanced_accuracy"])
+    # Places are those of all sites together, so the best site shows how often they are right.
+    best = max((float(np.mean(values)) for values in relations.values()), default=float("nan"))
+    for _, direction in directions:
+        share = placed_share(probes.accuracy[direction.site], best)
+        yield replace(direction, tokens=ALL_IMAGE_TOKENS, statistics={**direction.statistics, PLACED: share})

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from concepts.nouns import absence_clause, be, existence_clause
 from concepts.schema import Example
+from diagnosis.image_tokens import ALL_IMAGE_TOKENS, IMAGE_MEAN
 
 if TYPE_CHECKING:
     from diagnosis.claims import Claim
@@ -54,10 +55,25 @@ def explain(diagnosis: Diagnosis) -> str:
     if diagnosis.without_image:
         also = "also " if diagnosis.without_image == answer else ""
         sentences.append(f"Without the image it would {also}say '{diagnosis.without_image}'.")
+    if reading := _token_sentence(diagnosis):
+        sentences.append(reading)
     if diagnosis.unread and not diagnosis.reason:
         sentences.append(f"Not read: {named_stages(diagnosis.unread)}; the verdict does not depend on them.")
     sentences.append(f"Verdict: {verdict_of(diagnosis)}{f'; {diagnosis.reason}' if diagnosis.reason else ''}.")
     return " ".join(sentences)
+
+
+def tokens_read(diagnosis: Diagnosis) -> str:
+    """Return which image tokens the verdict used in place of those in a box; empty if it used none."""
+    used = {r.tokens for r in diagnosis.readings if r.used and r.stage != "last" and r.state != "unreadable"}
+    if ALL_IMAGE_TOKENS in used and diagnosis.example["level"] == "attribute":
+        return "the image token at which its noun is most decodable"
+    return "the mean of all image tokens" if IMAGE_MEAN in used else ""
+
+
+def _token_sentence(diagnosis: Diagnosis) -> str:
+    tokens = tokens_read(diagnosis)
+    return f"Without a box, this was read at {tokens}." if tokens else ""
 
 
 def verdict_of(diagnosis: Diagnosis) -> str:

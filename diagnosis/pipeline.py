@@ -353,6 +353,9 @@ def _judge_answer(
         here = place_of_concept(place, accuracy)
         if here is not None and not here.readable and not s.shows_absence(claim, store, readable=place.readable):
             here = None
+        if here is not None and not here.readable:
+            # Where only a share of the places is right, a concept that is always known is read in that share.
+            here = replace(here, high=min(1.0, 0.5 + max(0.0, here.high - 0.5) / s.placed_share(claim)))
         places[i] = (place, here)
     # A place without a probe of this concept is replaced by the next best of its stage.
     ranks = stages.ranks or (0,) * len(stages.sets)

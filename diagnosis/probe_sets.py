@@ -10,7 +10,7 @@ import numpy as np
 
 from activation_store import ActivationStore, ConceptDirection
 from diagnosis.claims import Claim
-from diagnosis.fit_without_boxes import NOUN_ACCURACY, POOLING
+from diagnosis.fit_without_boxes import PLACED, POOLING
 from diagnosis.image_tokens import ALL_IMAGE_TOKENS, IMAGE_MEAN
 from groundscope.core.errors import ProbeError, SiteError
 from lvlm.model import Lvlm
@@ -18,8 +18,6 @@ from lvlm.sites import Site
 from lvlm.token_selection import TokenSelection
 from lvlm.weights_hash import short
 
-CONTROL_ACCURACY = 0.7
-"""Smallest held-out accuracy of the probes that place a noun for which chance accuracy at its place is evidence of absence."""
 TRANSFER_ACCURACY = 0.75
 """Probes that were fitted on another store, and are at least this accurate there, show no absence where they are at chance."""
 
@@ -66,8 +64,9 @@ class ProbeSet:
         Notes
         -----
         The mean over the image dilutes what few tokens carry, so it never shows absence. A probe of single tokens shows it if a
-        control is readable there: for a noun the other nouns, for an attribute or relation the place of its nouns. Probes of
-        another store show it if they are at chance there too; otherwise the data may differ.
+        control is readable there: for a noun the other nouns, for an attribute or relation the places of nouns, whose share of
+        right ones widens the interval (`placed_share`). Probes of another store show it if they are at chance there too;
+        otherwise the data may differ.
         """
         if self.tokens == IMAGE_MEAN:
             return False
@@ -77,10 +76,12 @@ class ProbeSet:
         ]
         if any(not accuracy < TRANSFER_ACCURACY for accuracy in statistics):
             return False
-        control = [d.statistics[NOUN_ACCURACY] for d in used if NOUN_ACCURACY in d.statistics]
-        if control:
-            return min(control) >= CONTROL_ACCURACY
-        return readable or not any(d.provenance.get(POOLING) for d in used)
+        return self.placed_share(claim) > 0 and (readable or not any(d.provenance.get(POOLING) for d in used))
+
+    def placed_share(self, claim: Claim) -> float:
+        """Return the estimated share of right places of the nouns of a claim; 1 if the place is known."""
+        shares = [self.directions[c].statistics.get(PLACED, 1.0) for c in self.concepts_for(claim)]
+        return min(shares, default=1.0)
 
     def weights(self) -> tuple[np.ndarray, np.ndarray]:
         """Return weights float64 ``[D, concepts]`` and intercepts ``[concepts]``."""

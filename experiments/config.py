@@ -284,6 +284,17 @@ class DiagnoseConfig:
     """Seed of the choice of answers, the split of the probes, and the choice of neutral questions."""
     shown: int = 6
     """Number of wrong answers that the report shows in detail."""
+    fit: str | None = None
+    """Format of other data that the probes are fitted to, such as `coco` for questions of `pope`, which have no boxes; images
+    that the run's own data have are left out. Null for the run's own data."""
+    fit_questions: str | None = None
+    """File of these data, as `data.questions`."""
+    fit_images: str | None = None
+    """Folder with their images."""
+    fit_limit: int | None = None
+    """Read at most this many questions or images of them, as `data.limit`."""
+    fit_loader: dict[str, Any] = field(default_factory=dict)
+    """Further files and options of their loader, as `data.loader`."""
 
 
 @dataclass

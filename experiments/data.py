@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import lru_cache, partial
 from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
@@ -14,7 +15,7 @@ from typing import Any
 
 from concepts.combination import combine_datasets
 from concepts.schema import ConceptDataset
-from experiments.config import DataConfig
+from experiments.config import DataConfig, RunConfig
 from groundscope.core.document_digest import value_digest
 from groundscope.core.errors import ConfigError, DataError
 from groundscope.core.text import nearest
@@ -107,6 +108,28 @@ def load_parts(data: DataConfig) -> tuple[ConceptDataset, ConceptDataset]:
         parts = _with_choices(parts, data.choices)
     first, second = (part.with_prompt(suffix=data.suffix, system=data.system) for part in parts)
     return first, second
+
+
+def probe_data(config: RunConfig) -> DataConfig:
+    """Return the data that the probes of a diagnosis are fitted to, as options of data; raises `ConfigError` for wrong ones."""
+    options, data = config.diagnose, config.data
+    if options.fit is None:
+        wrong = next((n for n in ("questions", "images", "limit", "loader") if getattr(options, f"fit_{n}")), None)
+        if wrong is not None:
+            msg = f"diagnose.fit_{wrong} needs diagnose.fit=FORMAT, such as diagnose.fit=coco"
+            raise ConfigError(msg)
+        return data
+    other = replace(
+        data, source=options.fit, questions=options.fit_questions, images=options.fit_images, limit=options.fit_limit,
+        loader=dict(options.fit_loader), test_share=0, seed=data.seed + is_scenes(DataConfig(source=options.fit)),
+    )  # fmt: skip
+    problem = data_problem(other)
+    if problem is not None:
+        names = ("questions", "images", "loader", "limit", "source")
+        for name in names:
+            problem = problem.replace(f"data.{name}", "diagnose.fit" if name == "source" else f"diagnose.fit_{name}")
+        raise ConfigError(problem.replace("data=", "diagnose.fit="))
+    return other
 
 
 def _list(value: Any) -> list[Any]:

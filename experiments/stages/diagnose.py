@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from diagnosis import diagnose, fit_directions, select_evenly
+import numpy as np
+
+from activation_store import trace
+from diagnosis import DirectionSet, diagnose, exclude_images, fit_directions, select_evenly
 from diagnosis.results import Diagnoses
+from experiments.data import load_parts, probe_data
 from experiments.run.context import Context
 from experiments.run.folder import write_json
 from experiments.stages.illustrate import illustrate_diagnoses
@@ -43,12 +48,17 @@ def make_diagnoses(context: Context, root: Path) -> str:
     return f"{len(diagnoses.wrong)} wrong answers: {verdicts}{without}"
 
 
+def check(context: Context) -> None:
+    """Raise `ConfigError` for wrong options of the data that probes are fitted to."""
+    probe_data(context.config)
+
+
 def _diagnose(context: Context) -> Diagnoses | None:
     """Diagnose wrong answers about images that no probe was fitted to; None if there are no such answers."""
     options, store = context.config.diagnose, context.store
     frame = store.frame()
     correct = dict(zip(frame["id"], frame["correct"], strict=True))
-    directions = fit_directions(store, seed=options.seed)
+    directions, fitted_to = _fit(context)
     untrained = [e for e in context.discovery if e.id in correct and e.group not in directions.train_groups]
     examples = [e for e in untrained if len(e.images) == 1]  # the causes are about the one image of a question
     wrong = select_evenly([e for e in examples if correct[e.id] == 0], options.limit, seed=options.seed)
@@ -64,4 +74,34 @@ def _diagnose(context: Context) -> Diagnoses | None:
         compare_ids=[e.id for e in select_evenly(right, options.compared, seed=options.seed)],
         seed=options.seed,
     )
-    return replace(diagnoses, provenance={**diagnoses.provenance, "left_out": dict(directions.left_out)})
+    about = {"left_out": dict(directions.left_out)} | ({"fitted_to": fitted_to} if fitted_to else {})
+    return replace(diagnoses, provenance={**diagnoses.provenance, **about})
+
+
+def _fit(context: Context) -> tuple[DirectionSet, str]:
+    """Return the probes, and a description of the data if they are not those of the run."""
+    options, store = context.config.diagnose, context.store
+    if options.fit is None:
+        return fit_directions(store, model=context.model, data=context.discovery, seed=options.seed), ""
+    whole = load_parts(probe_data(context.config))[0]
+    data = exclude_images(whole, context.discovery).filter(lambda e: len(e.candidates) > 1 and len(e.images) == 1)
+    trace_options = context.config.trace
+    with tempfile.TemporaryDirectory() as folder:
+        other = trace(
+            context.model,
+            data,
+            sites=trace_options.sites,
+            tokens=trace_options.tokens,
+            out=Path(folder) / "store",
+            batch_size=trace_options.batch_size,
+            dtype=trace_options.dtype,
+        )
+        everything = np.ones(len(other.frame()), bool)
+        fitted = fit_directions(
+            other, everything, model=context.model, data=data, without_boxes=True, seed=options.seed
+        )
+    # At the last token, kinds of questions that the other data do not have need probes of the run's own data.
+    kinds = {d.kind for d in fitted if d.kind}
+    own = [d for d in fit_directions(store, seed=options.seed) if d.kind and d.kind not in kinds]
+    described = f"{options.fit}: {len(data):,} questions about {len({e.group for e in data}):,} images"
+    return DirectionSet((*fitted, *own), fitted.left_out, fitted.train_images), described

@@ -61,6 +61,16 @@ def _missing(context: Context) -> list[str]:
     return [s for s in STAGES if s not in runs and s != "examples" and context.folder.receipt(TABLE[s].folder) is None]
 
 
+def _diagnose_options(context: Context) -> object:
+    from experiments.data import load_parts, probe_data
+
+    options = asdict(context.config.diagnose)
+    if options["fit"] is None:  # the key of runs that had no such options
+        options = {name: value for name, value in options.items() if not name.startswith("fit")}
+        return [options, context.model_key()]
+    return [options, load_parts(probe_data(context.config))[0].digest, context.model_key()]
+
+
 TABLE: Mapping[str, Stage] = MappingProxyType(
     {
         "examples": Stage(
@@ -113,9 +123,10 @@ TABLE: Mapping[str, Stage] = MappingProxyType(
         "diagnose": Stage(
             "diagnosis",
             needs=("examples", "trace"),
-            options=lambda c: [asdict(c.config.diagnose), c.model_key()],
+            options=_diagnose_options,
             work=_function("diagnose.make_diagnoses"),
-            version=2,
+            version=3,
+            check=_function("diagnose.check"),
         ),
         "export": Stage(
             "export",

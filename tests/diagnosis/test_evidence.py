@@ -309,7 +309,7 @@ def test_the_report_names_unreachable_verdicts() -> None:
     model = Diagnoses(diagnoses, (), "m", "c", "w")
     between, all_of_it = report.unread_stages(model)
     assert between.startswith(
-        "No probe at the projector and the image's tokens for wrong answers of kind object a (2)."
+        "No readable probe at the projector and the image's tokens for wrong answers of kind object a (2)."
     )
     assert between.endswith("This excludes the verdicts lost at the projector, not integrated.")
     assert (

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from diagnosis.narrative import named_stages, verdict_of
+from diagnosis.narrative import named_stages, tokens_read, verdict_of
 from diagnosis.results import (
     LOST,
     NOT_INTEGRATED,
@@ -15,6 +15,7 @@ from diagnosis.results import (
     OVERRIDDEN,
     OVERRIDDEN_LATE,
     STAGES,
+    UNEXPLAINED,
     VERDICTS,
     Diagnoses,
     Diagnosis,
@@ -35,9 +36,12 @@ MEANINGS: Mapping[str, str] = {
     "another answer (a common offset of such answers, or heads and MLPs); with a blank image the model gives the same wrong "
     "answer",
     "overridden late": "the same, but with a blank image the model does not give this answer",
-    "not readable": "the deciding stage has no probe of the concept, or its probe has an interval that includes chance",
+    "not readable": "the deciding stage has no probe of the concept, or a probe that is not accurate enough to show its presence "
+    "or absence; nothing is said about what the model encodes there",
     "other": "none of these; the reason is stated",
 }
+_MAX_MISSING = 30
+"""Largest number of concepts without a probe that are listed."""
 _MAX_PLACES = 40
 """Largest number of places in a figure."""
 
@@ -56,7 +60,10 @@ def diagnoses_section(run: RunFiles) -> str:
             f"{len(diagnoses.wrong)} wrong answers to discovery questions, on images that no probe was fitted to. Each verdict "
             "names the last place where a probe reads the truth. Shares have 95 % intervals over images."
         ),
-        *(paragraph(sentence) for sentence in unread_stages(diagnoses)),
+        *(
+            paragraph(sentence)
+            for sentence in (*without_cause(diagnoses), *readings_used(diagnoses), *unread_stages(diagnoses))
+        ),
         f'<dl class="meaning">{meanings}</dl>',
         table(["level", "split", "wrong", *VERDICTS], _shares(diagnoses)),
         *_missing_probes(diagnoses),
@@ -75,6 +82,31 @@ def diagnoses_section(run: RunFiles) -> str:
     )
 
 
+def without_cause(diagnoses: Diagnoses) -> list[str]:
+    """Return a sentence on the answers whose verdict names no cause, and one on probes of other data."""
+    sentences = []
+    counts = {verdict: sum(d.verdict == verdict for d in diagnoses.wrong) for verdict in UNEXPLAINED}
+    if total := sum(counts.values()):
+        named = " and ".join(f"{n} {verdict}" for verdict, n in counts.items() if n)
+        sentences.append(f"{total} of {len(diagnoses.wrong)} answers have no cause: {named}.")
+    if fitted_to := diagnoses.provenance.get("fitted_to"):
+        sentences.append(f"Probes were fitted to other data, {fitted_to}; images of the run's own data were left out.")
+    return sentences
+
+
+def readings_used(diagnoses: Diagnoses) -> list[str]:
+    """Return a sentence for each kind of question without boxes, which says where its image was read instead."""
+    kinds: dict[tuple[str, str], int] = {}
+    for diagnosis in diagnoses.wrong:
+        if tokens := tokens_read(diagnosis):
+            key = (kind_of(diagnosis), tokens)
+            kinds[key] = kinds.get(key, 0) + 1
+    return [
+        f"Without boxes, {count} answers of kind {kind} were read at {tokens}."
+        for (kind, tokens), count in kinds.items()
+    ]
+
+
 def unread_stages(diagnoses: Diagnoses) -> list[str]:
     """Return for each kind of question the stages that no probe reads in any wrong answer, and the verdicts this excludes."""
     kinds: dict[str, list[Diagnosis]] = {}
@@ -90,7 +122,7 @@ def unread_stages(diagnoses: Diagnoses) -> list[str]:
         if missing:
             consequence = f" This excludes the verdicts {', '.join(excluded)}." if excluded else ""
             sentences.append(
-                f"No probe at {named_stages(missing)} for wrong answers of kind {', '.join(names)}.{consequence}"
+                f"No readable probe at {named_stages(missing)} for wrong answers of kind {', '.join(names)}.{consequence}"
             )
     return sentences
 
@@ -111,7 +143,10 @@ def _possible_verdicts(missing: Sequence[str]) -> dict[str, bool]:
 def _missing_probes(diagnoses: Diagnoses) -> list[str]:
     """Return the concepts that have no probe at some place."""
     names = sorted(diagnoses.provenance.get("left_out", {}))
-    return [paragraph(f"Too few images for a probe at some place: {', '.join(names)}.", soft=True)] if names else []
+    if not names:
+        return []
+    more = f" and {len(names) - _MAX_MISSING} more" if len(names) > _MAX_MISSING else ""
+    return [paragraph(f"Too few images for a probe at some place: {', '.join(names[:_MAX_MISSING])}{more}.", soft=True)]
 
 
 def _shares(diagnoses: Diagnoses) -> list[list[str]]:
@@ -146,7 +181,7 @@ def _detail(diagnoses: Diagnoses, index: int, illustration: Illustration | None)
     if any(not math.isnan(log_odds) for _, log_odds, _ in places):
         read = [s for s in STAGES if any(r.stage == s and not math.isnan(r.log_odds) for r in diagnosis.readings)]
         absent = [s for s in STAGES if s not in read]
-        missing = f" No probe at {named_stages(absent)}." if absent else ""
+        missing = f" Not read: {named_stages(absent)}." if absent else ""
         drawn = figures.way(_thin(places), "Where the truth is read", "reads the truth", "reads the wrong answer")
         caption = (
             f"Calibrated log-odds of the truth against the wrong answer, at {named_stages(read)}. Crosses: probes at chance on "
