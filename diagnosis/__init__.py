@@ -11,6 +11,8 @@ Functions, in the order of their use
 Modules, in the order of a diagnosis
     `diagnosis.fit`
         Probes, their split, and the choice of answers.
+    `diagnosis.fit_without_boxes`, `diagnosis.image_tokens`, `diagnosis.noun_probes`
+        Probes for data without boxes: nouns at image tokens by labels of whole images, and what is read at their places.
     `diagnosis.pipeline`
         `diagnose`: calls the modules below in this order.
     `diagnosis.claims`, `diagnosis.probe_sets`, `diagnosis.readings`

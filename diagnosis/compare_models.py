@@ -135,7 +135,7 @@ def profile_model(
             except (DataError, PatchError):
                 continue  # the comparison notes a kind that only one of the models has
         try:
-            directions = fit_directions(store, rows, seed=seed)
+            directions = fit_directions(store, rows, model=model, data=questions, seed=seed)
             examples = [e for e in questions if e.group not in directions.train_groups]
             diagnoses = None
             if examples:

@@ -140,8 +140,8 @@ def exclude_images(data: ConceptDataset, other: Sequence[Example]) -> ConceptDat
     >>> {e.image.identity for e in half} & {e.image.identity for e in data[:60]}, 0 < len(half) < len(data)
     (set(), True)
     """
-    known = {e.image.identity for e in other}
-    rest = data.filter(lambda e: e.image.identity not in known)
+    known = {image.identity for e in other for image in e.images}
+    rest = data.filter(lambda e: not known & {image.identity for image in e.images})
     if not len(rest):
         msg = f"all images of '{data.name}' are among those that are diagnosed; fit probes on other images"
         raise DataError(msg)
@@ -330,7 +330,7 @@ def _fit_image_tokens(
                 yield from _fit(store, names, site, IMAGE_MEAN, of_level, seed, left_out)
     if model is None or data is None:
         return
-    probes = locate(model, store, frame, {e.id: e for e in data}, rows, seed, left_out)
+    probes = locate(model, store, frame, {e.id: e for e in data if len(e.images) == 1}, rows, seed, left_out)
     yield from (d for d in probes.nouns if (d.site, d.tokens, d.concept) not in known)
 
     def fit(

@@ -85,7 +85,8 @@ def diagnose(
     ``overridden late``
         The same, but the words alone do not suggest the answer.
     ``not readable``
-        The deciding stage has no probe of the concept, or only one with an uninformative interval.
+        The deciding stage has no probe of the concept, or only one that shows neither its presence nor its absence. This is not
+        "not seen": nothing is known about what the model encodes there.
     ``other``
         All other cases, with the reason.
 
@@ -105,7 +106,9 @@ def diagnose(
     directions
         Directions with their training groups, such as those of `fit_directions`: attributes at ``object:mean``; nouns at
         ``image:mean``, or at ``image:all`` to read every image token; at ``last`` ``<level>:named`` for yes-no questions and
-        the concepts of the answers for others. Relations are decoded from the image tokens of the two nouns.
+        the concepts of the answers for others. Relations are decoded from the image tokens of the two nouns. Without boxes,
+        attributes and relations at ``image:all`` are read where the nouns of the question are. Directions may be fitted to
+        another store of this model; answers about images that it has too (`DirectionSet.train_images`) get no verdict.
     answers
         Examples of the store. Right answers get no verdict and are used for calibration. Examples without candidate answers
         are left out; the provenance has their number.

@@ -218,8 +218,8 @@ def without_boxes(example: Example) -> Example:
 
 @pytest.fixture(scope="module")
 def lost(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, ActivationStore, ConceptDataset, DirectionSet]:
-    """Color removed at the projector; questions about color and presence without boxes, and their probes."""
-    kinds = {"existence", "color", "what_color"}
+    """Color removed at the projector; questions without boxes, of each kind one per image, and their probes."""
+    kinds = {"existence", "what_color", "relation"}
     scene_data = scenes.dataset(480, 7, splits=("neutral",))
     first = {(e.group, e.kind): without_boxes(e) for e in reversed(scene_data) if e.kind in kinds}
     data = ConceptDataset("photographs", tuple(first.values()))
@@ -279,7 +279,7 @@ def test_concepts_of_probes_are_found_in_questions_without_labels(
     claims = claims_of(store, {}, ["attribute:shiny", "object:bell"])
     by_id = {c.id: c for c in claims if c is not None}
     assert all(by_id[e.id].concept == f"object:{asked_noun(e.question)}" for e in data if e.level == "object")
-    color = next(by_id[e.id] for e in data if e.kind == "color")
+    color = next(by_id[e.id] for e in data if e.kind == "what_color")
     assert len(color.nouns) == 1
 
 

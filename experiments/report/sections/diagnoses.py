@@ -90,7 +90,9 @@ def without_cause(diagnoses: Diagnoses) -> list[str]:
         named = " and ".join(f"{n} {verdict}" for verdict, n in counts.items() if n)
         sentences.append(f"{total} of {len(diagnoses.wrong)} answers have no cause: {named}.")
     if fitted_to := diagnoses.provenance.get("fitted_to"):
-        sentences.append(f"Probes were fitted to other data, {fitted_to}; images of the run's own data were left out.")
+        sentences.append(
+            f"Probes were fitted to other data, {fitted_to}; images that the run's data also have were left out."
+        )
     return sentences
 
 
@@ -177,9 +179,12 @@ def _detail(diagnoses: Diagnoses, index: int, illustration: Illustration | None)
         example_block(_facts(diagnosis), illustration, f"{question} {truth}"),
         paragraph(diagnoses.text(index)),
     ]
-    places = [(_place(r.stage, r.layer), r.log_odds, r.state) for r in diagnosis.readings]
+    # One selection of tokens for each stage: the one that the verdict uses. Earlier versions do not say which.
+    used = {(r.stage, r.tokens) for r in diagnosis.readings if r.used}
+    shown = [r for r in diagnosis.readings if not used or (r.stage, r.tokens) in used]
+    places = [(_place(r.stage, r.layer), r.log_odds, r.state) for r in shown]
     if any(not math.isnan(log_odds) for _, log_odds, _ in places):
-        read = [s for s in STAGES if any(r.stage == s and not math.isnan(r.log_odds) for r in diagnosis.readings)]
+        read = [s for s in STAGES if any(r.stage == s and not math.isnan(r.log_odds) for r in shown)]
         absent = [s for s in STAGES if s not in read]
         missing = f" Not read: {named_stages(absent)}." if absent else ""
         drawn = figures.way(_thin(places), "Where the truth is read", "reads the truth", "reads the wrong answer")
