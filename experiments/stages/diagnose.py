@@ -15,6 +15,7 @@ from experiments.data import load_parts, probe_data
 from experiments.run.context import Context
 from experiments.run.folder import write_json
 from experiments.stages.illustrate import illustrate_diagnoses
+from experiments.stages.trace import traced_sites
 from groundscope.core.errors import GroundscopeError
 
 SHOWN = 5
@@ -90,7 +91,7 @@ def _fit(context: Context) -> tuple[DirectionSet, str]:
         other = trace(
             context.model,
             data,
-            sites=trace_options.sites,
+            sites=traced_sites(trace_options),
             tokens=trace_options.tokens,
             out=Path(folder) / "store",
             batch_size=trace_options.batch_size,
