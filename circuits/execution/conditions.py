@@ -25,9 +25,9 @@ def logits_under(
 ) -> Callable[[Batch], list[Tensor]]:
     """Return a function from a batch to its logits at the last position under each condition, ``[B, V]`` each.
 
-    A change of the decoder at the last token does not affect earlier positions. So the batch is run once without changes,
-    and each such condition resumes it for the last token, from the first layer that it changes; any other condition takes
-    a full forward pass. Each resumed batch includes an unchanged row as a check; if a model's layers cannot be resumed,
+    A change of the decoder does not affect layers before it, and a change at the last token no earlier position. So the batch is
+    run once without changes, and each condition whose changes are all at the last token, or at all tokens, resumes it for these
+    tokens from the first layer that it changes; any other condition takes a full forward pass. Each resumed batch includes an unchanged row as a check; if a model's layers cannot be resumed,
     every condition takes a full forward pass, and the logger ``circuits.execution.patch_runner`` emits a WARNING. Both ways
     give the same results up to the order of floating-point sums.
 
@@ -57,7 +57,7 @@ def logits_under(
     >>> unchanged.shape == ablated.shape, bool((unchanged == ablated).all())
     (True, False)
     """
-    late = {i: condition for i, condition in enumerate(conditions) if condition and all(map(_at_last, condition))}
+    late = {i: condition for i, condition in enumerate(conditions) if condition and all(map(_resumable, condition))}
     plain = [i for i, condition in enumerate(conditions) if not condition]
     runner = PatchRunner(model, memory=memory, check="every")
 
@@ -72,31 +72,36 @@ def logits_under(
     return run
 
 
-def _at_last(item: Intervention) -> bool:
-    """Whether a change applies to the decoder at the last token only."""
+def _resumable(item: Intervention) -> bool:
+    """Whether a change applies to the decoder at the last token or at all tokens only."""
     here = item.site.stack == "decoder" and not item.site.cross and item.site.component in _AT_LAST
-    return (
-        here and isinstance(item.positions, str) and item.positions in _LAST and item.rows is None and item.gate is None
-    )
+    positions = item.positions
+    return here and isinstance(positions, str) and positions in (*_LAST, "all") and item.rows is None and item.gate is None
 
 
 def _resumed(
     model: Lvlm, runner: PatchRunner, batch: Batch, late: dict[int, Condition], plain: Sequence[int], memory: int
 ) -> dict[int, Tensor]:
-    """Return the logits of the unchanged model, and of conditions at the last token, by index of the condition.
+    """Return the logits of the unchanged model, and of conditions that can be resumed, by index of the condition.
 
     Empty if the model's runs cannot be resumed.
     """
-    rows_within = max(1, memory // kept_bytes(model, 1, batch.encodings[0].tokens.length))
+    every = any(item.positions == "all" for items in late.values() for item in items)
+    length = batch.encodings[0].tokens.length
+    rows_within = max(1, memory // kept_bytes(model, length if every else 1, length))
     parts: dict[int, list[Tensor]] = {}
     for k in range(0, len(batch.encodings), rows_within):  # a recording has keys and values of every layer and token
         encodings = batch.encodings[k : k + rows_within]
         whole = len(encodings) == len(batch.encodings)
         last = encodings[0].tokens.last
-        recording = runner.record(batch.inputs if whole else model.collate(encodings), last)
+        recording = runner.record(batch.inputs if whole else model.collate(encodings), 0 if every else last)
         if recording is None:
             return {}
-        rows = [tuple(replace(placed(model, item), positions=(last,)) for item in items) for items in late.values()]
+        where = {"all": tuple(range(recording.length))}
+        rows = [
+            tuple(replace(placed(model, item), positions=where.get(str(item.positions), (last,))) for item in items)
+            for items in late.values()
+        ]
         logits = runner.resume(recording, rows, lambda logits: logits[:, :, -1])  # [B, rows, V]
         if logits is None:
             return {}

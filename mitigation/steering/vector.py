@@ -291,10 +291,18 @@ class SteeringVector:
 
     # ---- files
 
-    def save(self, path: str | Path) -> Path:
+    def save(self, path: str | Path, model: Lvlm | None = None) -> Path:
         """Write a safetensors file with metadata in its header, and the same metadata as a ``.json`` file.
 
-        The format is described in `mitigation.steering.vector_file`. Raises `StoreError` if a file cannot be written.
+        The format is described in `mitigation.steering.vector_file`. With the model, the file also names the modules of every
+        place, so that ``mitigation/steering/export/apply_vector.py`` can apply it without groundscope.
+
+        Raises
+        ------
+        StoreError
+            If a file cannot be written.
+        ModelError
+            For a model that the vector was not derived for.
         """
         path = Path(path)
         tensors, entries, gate = vector_file.encode(self.changes, self.gate)
@@ -312,6 +320,11 @@ class SteeringVector:
         }
         if gate:
             card["gate"] = gate
+        if model is not None:
+            from mitigation.steering.module_places import module_places
+
+            self.check(model)
+            card |= module_places(self, model)
         version = vector_file.VERSION
         artifacts.write(path, vector_file.KIND, version, tensors, card)
         text = f"{canonical_json({'version': version, **card})}\n"

@@ -2,7 +2,8 @@
 
 Tensors are named ``layers.{l}.head.{h}`` ``[head_dim]`` and ``layers.{l}.residual`` ``[D]``; an amplification may add
 ``….reads`` and ``….writes`` ``[k, d]``; other sites are named ``layers.{l}.mlp_out``, ``vision.layers.{l}.mlp_out``
-(``[n, d]`` if every token has a separate direction). A gate's probe is ``gate.weights`` ``[d]``.
+(``[n, d]`` if every token has a separate direction). A gate's probe is ``gate.weights`` ``[d]``. Files that were written with
+the model also name the module of each place (`mitigation.steering.module_places`).
 `mitigation.steering.vector.SteeringVector.save` and `load` write and read the files.
 """
 

@@ -57,6 +57,7 @@ VECTORS = {
     "relative": vector("add", [3], norm="relative"),
     "fading": vector("add", HEADS, decay=0.5),
     "everywhere": vector("add", HEADS, positions="all"),
+    "all tokens of a layer": vector("amplify", [2], positions="all"),
     "image": vector("add", [1], positions="image:all"),
     "gated": vector("add", HEADS, gate=ProbeGate(0, unit(WIDTH))),
 }
@@ -81,16 +82,16 @@ def test_logits_of_each_condition_equal_its_own_forward() -> None:
     assert hooks_of(model) == 0
 
 
-def test_interventions_at_the_last_token_need_no_additional_full_forward() -> None:
+def test_interventions_at_the_last_token_or_all_tokens_need_no_additional_full_forward() -> None:
     model, inputs_ = shared_model(), batch()
     calls: list[int] = []
     hook = model.hf.register_forward_pre_hook(lambda *_: calls.append(1))
-    late = [v.interventions() for name, v in VECTORS.items() if name not in ("everywhere", "image", "gated")]
+    late = [v.interventions() for name, v in VECTORS.items() if name not in ("image", "gated")]
     logits_under(model, [[], *late])(inputs_)
     assert len(calls) == 1
     logits_under(model, [[], *(v.interventions() for v in VECTORS.values())])(inputs_)
     hook.remove()
-    assert len(calls) == 1 + 4
+    assert len(calls) == 1 + 3
 
 
 def test_a_model_that_cannot_resume_runs_full_forwards_with_a_warning(

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 def safetensors(vector: SteeringVector, path: str | Path, model: Lvlm | None = None) -> Path:
     """Write a steering vector in groundscope's format, as `SteeringVector.save`; `SteeringVector.load` reads it.
 
+    Written with the model, the file also serves code without groundscope: ``apply_vector.py`` in this folder is a loader to
+    copy, which needs only torch and safetensors.
+
     Parameters
     ----------
     vector
@@ -21,7 +24,8 @@ def safetensors(vector: SteeringVector, path: str | Path, model: Lvlm | None = N
     path
         Path of the safetensors file; the metadata go into a file of the same name with the suffix ``.json``.
     model
-        Optional, for the common interface of exports: a model to check the vector against.
+        The model that the vector was derived for: its modules at the vector's places are named in the metadata. None for a
+        file that only groundscope reads.
 
     Raises
     ------
@@ -41,6 +45,4 @@ def safetensors(vector: SteeringVector, path: str | Path, model: Lvlm | None = N
     ...     SteeringVector.load(path)
     SteeringVector(add at L2; last+generated, strength 1, for 'm')
     """
-    if model is not None:
-        vector.check(model)
-    return vector.save(path)
+    return vector.save(path, model)
