@@ -202,12 +202,42 @@ class SteerConfig:
     """Strengths to choose from, on the discovery images."""
     decay: float = 0.5
     """Factor on the strength for each token that the model generates; 1 for a constant strength. With 0.5 one-word answers are
-    corrected fully, and captions hardly change."""
+    corrected fully, and captions hardly change. Only for vectors at `last+generated`."""
+    site: str | None = None
+    """Where the vector acts: a site such as `decoder.L3.resid_post`, a component of every layer such as `mlp_out`, or a head
+    (`L4.H7`); null for the heads that patching selects, or the method's own places."""
+    positions: str | None = None
+    """Token positions that the vector acts on, such as `all` or `last+generated`; null for the method's own."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Options of single methods: `+steer.options.phrase=apple` (`project_away`), `+steer.options.example=ID` (`vsv`),
+    `+steer.options.optimize.passes=12` (arguments of `derive.optimize`)."""
     compare: bool = True
     """Also evaluate all other methods at the same strengths, for the figure of the report."""
     max_drop: float = 0.015
-    """Largest loss of accuracy on neutral questions and on typical colors that a strength may cause; for data without such
-    questions (POPE), largest loss of recall on present objects."""
+    """Largest loss that a strength may cause in answers to questions: recall on present objects, accuracy on neutral questions,
+    on typical colors, and on all other questions. It is the limit of these guards."""
+    guards: dict[str, float | None] = field(
+        default_factory=lambda: {
+            "yes_ratio": 0.03,
+            "chair": 0.01,
+            "caption_recall": 0.02,
+            "caption_length": 0.1,
+            "plain_text": 0.2,
+        }
+    )
+    """Limit of each other guard, an entry of `mitigation.guards`: the largest loss that a strength may cause, as a share; null
+    for no limit. `yes_ratio`: share of yes beyond the true share; `chair`: invented objects in captions (CHAIR_i);
+    `caption_recall`; `caption_length`: relative change of words; `plain_text`: tokens of a text without an image that change."""
+    exportable: list[str] = field(default_factory=lambda: ["optimize"])
+    """Methods that are tried for the vector that other software can hold: one addition per place at every token. The best within
+    all guards is written in every format that can hold it; [] for none."""
+    exportable_sites: list[str] = field(default_factory=list)
+    """Sites at which each of them is tried; [] for the residual stream of the two layers in the middle of the decoder. Several
+    sites of one vector are separated by commas."""
+    exportable_positions: str = "all"
+    """Token positions of that vector: `all`, or `generated:all`, which only vLLM supports."""
+    exportable_strengths: list[float] = field(default_factory=lambda: [0.6, 0.8, 1.0, 1.2])
+    """Strengths to choose from."""
 
 
 @dataclass
@@ -215,7 +245,8 @@ class EvaluateConfig:
     """Answers on the test images."""
 
     conditions: list[str] | None = None
-    """Conditions: `before`, `after` (steered), names of controls, `twin`; null for all. `before` is always included."""
+    """Conditions: `before`, `after` (steered), `exportable` (steered with the exportable vector), names of controls, `twin`; null
+    for all. `before` is always included."""
     batch_size: int = 64
     """Questions per forward pass."""
     generate: bool = False
@@ -265,7 +296,7 @@ class ExportConfig:
 
     formats: list[str] | None = None
     """Formats by their names in `mitigation.exports`: `safetensors`, `baked`, `gguf`, `steering_vectors`,
-    `vllm`, `vti`. By default every format that can hold the vector is written."""
+    `vllm`, `vti`. By default every format that can hold the vector, or else the exportable one, is written."""
     convert: bool = False
     """Map head directions through the output projection for formats without heads; the card states where this is approximate."""
 

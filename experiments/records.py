@@ -64,11 +64,28 @@ SWEEP = {
     "curves": {"*": [{"strength": NUMBER, "cost": NUMBER, "harm": NUMBER, "*": NUMBER}]},
     "left_out": {"*": TEXT},
     "guards": Optional([TEXT]),
+    "limits": Optional({"*": Optional(NUMBER)}),
+    "exportable": Optional(
+        {
+            "method": TEXT,
+            "site": TEXT,
+            "name": TEXT,
+            "chosen": {"strength": NUMBER, "*": NUMBER},
+            "curves": {"*": [{"strength": NUMBER, "cost": NUMBER, "harm": NUMBER, "*": NUMBER}]},
+        }
+    ),
 }
+GUARDS = {
+    "conditions": {"*": {"*": {"before": ESTIMATE, "after": ESTIMATE, "loss": ESTIMATE}}},
+    "labels": {"*": TEXT},
+    "limits": {"*": Optional(NUMBER)},
+    "not_measured": {"*": TEXT},
+}
+"""The file of guards: by condition and guard, with the label and limit of each, and why others are missing."""
 RATES = {"before": {"*": ESTIMATE}, "*": {"*": ESTIMATE}}
 CHANGES = {"*": {"*": ESTIMATE}}
 HEADLINE_RATES = {"*": {"*": {"value": NUMBER, "low": NUMBER, "high": NUMBER}}}
-EXPORTS = {"written": {"*": TEXT}, "refused": {"*": TEXT}}
+EXPORTS = {"written": {"*": TEXT}, "refused": {"*": TEXT}, "vectors": Optional({"*": TEXT})}
 REASON = {"reason": TEXT}
 ILLUSTRATIONS = {
     "examples": [{"example": TEXT, "size": (INTEGER, INTEGER), "answers": {"*": TEXT}, "image_mass": {"*": NUMBER}}],

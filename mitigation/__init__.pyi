@@ -1,6 +1,8 @@
 """Public names of `mitigation`, each with its module."""
 
-from .methods import CONTROLS, DerivationData, MitigationMethod, mitigations
+from .guard import Guard, GuardResult, Outcome, TextProbe, guard_limits, guards, measure_guards
+from .method_data import DerivationData
+from .methods import CONTROLS, MitigationMethod, mitigations
 from .protocol import ForwardCost, Mitigation
 from .steering import derive, export
 from .steering.changes import AddChange, AmplifyChange, ProbeGate, ProjectChange
@@ -8,7 +10,7 @@ from .steering.contrast import Contrast
 from .steering.controls import match_displacement, move_to_heads
 from .steering.export import Capability, Export, exports
 from .steering.vector import SteeringVector, combine
-from .strength import answer_under, choose_strength, sweep_strengths
+from .strength import answer_under, choose_guarded, choose_strength, sweep_strengths
 
 __all__ = [
     "CONTROLS",
@@ -19,18 +21,26 @@ __all__ = [
     "DerivationData",
     "Export",
     "ForwardCost",
+    "Guard",
+    "GuardResult",
     "Mitigation",
     "MitigationMethod",
+    "Outcome",
     "ProbeGate",
     "ProjectChange",
     "SteeringVector",
+    "TextProbe",
     "answer_under",
+    "choose_guarded",
     "choose_strength",
     "combine",
     "derive",
     "export",
     "exports",
+    "guard_limits",
+    "guards",
     "match_displacement",
+    "measure_guards",
     "mitigations",
     "move_to_heads",
     "sweep_strengths",

@@ -6,66 +6,32 @@ point of the group ``groundscope.mitigations``, and runs use it with ``steer.met
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from circuits import random_heads
-from concepts import counterfactuals
-from concepts.schema import ConceptDataset, CounterfactualPair
+from concepts.schema import ConceptDataset
 from groundscope.core.errors import DataError
 from groundscope.core.registry import Registry
 from lvlm.sites import Head
+from mitigation import published_methods
+from mitigation.method_data import (
+    DerivationData,
+    answer_contrast,
+    blank_contrast,
+    change_contrast,
+    without_changes,
+    without_yes_or_no,
+)
 from mitigation.steering import derive
-from mitigation.steering.contrast import Contrast
 from mitigation.steering.controls import match_displacement, move_to_heads
 from mitigation.steering.vector import SteeringVector
 
 if TYPE_CHECKING:
     from activation_store import ActivationStore
-    from lvlm.model import Lvlm
     from mitigation.protocol import Mitigation
-
-CHANGED_KINDS = ("object", "color", "relation")
-"""Kinds of pairs whose images differ in one object, attribute or relation; only icon scenes can be drawn again."""
-MAX_PAIRS = 200
-"""Largest number of pairs that a vector is derived from."""
-
-
-@dataclass(frozen=True, eq=False)
-class DerivationData:
-    """What a method may use to make a mitigation; none of it should be used to test the mitigation.
-
-    Examples
-    --------
-    >>> import groundscope as gs
-    >>> data = gs.DerivationData(gs.load_lvlm("tiny"), None, gs.scenes.dataset(10), heads=["L3.H1"])
-    >>> data.heads
-    (Head(layer=3, head=1),)
-    """
-
-    model: Lvlm
-    store: ActivationStore | None
-    """Activations of the examples; None for methods that run the model themselves."""
-    examples: ConceptDataset
-    heads: Sequence[Head | str] = ()
-    """Heads to act on, such as those that patching ranks highest; stored as `Head`."""
-    shuffle_seed: int | None = None
-    """For a control: seed with which labels, or the sides of pairs, are exchanged at random; None for the true labels."""
-    options: Mapping[str, Any] = field(default_factory=dict)
-    """Options of single methods, such as ``doubt`` of ``discriminant``."""
-
-    def __post_init__(self) -> None:
-        from lvlm.sites import parse_heads
-
-        object.__setattr__(self, "heads", parse_heads(self.heads))
-        object.__setattr__(self, "options", MappingProxyType(dict(self.options)))
-
-    def shuffle(self, contrast: Contrast) -> Contrast:
-        """Return a contrast as it is, or shuffled if `shuffle_seed` is set."""
-        return contrast if self.shuffle_seed is None else contrast.shuffled(self.shuffle_seed)
 
 
 @dataclass(frozen=True)
@@ -85,60 +51,20 @@ class MitigationMethod:
     """Strength that corresponds to 1 in a list of strengths for several methods; negative for methods that remove."""
     problem: Callable[[ConceptDataset], str | None] = lambda _: None
     """Return why a method cannot be applied to a dataset, with the fix; None if it can. Called before any work starts."""
-
-
-def answer_contrast(data: DerivationData) -> Contrast:
-    """Contrast the questions with the answer yes and those with the answer no, including those answered incorrectly."""
-    if data.store is None:
-        msg = "the contrast of yes and no needs activations; pass a store"
-        raise DataError(msg)
-    answers = data.store.frame()["answer"].to_numpy()
-    return data.shuffle(Contrast.from_store(data.store, positive=answers == "yes", negative=answers == "no"))
-
-
-def blank_contrast(data: DerivationData) -> Contrast:
-    """Contrast images with blank images, in at most `MAX_PAIRS` pairs that are spread over the images."""
-    neutral = data.examples.where(split="neutral")
-    pairs = counterfactuals.pairs(neutral if len(neutral) else data.examples, "blank")
-    # One pair per question would use only the first few images.
-    step = max(1, len(pairs) // MAX_PAIRS)
-    return data.shuffle(Contrast.from_pairs(data.model, pairs[::step][:MAX_PAIRS]))
-
-
-def change_contrast(data: DerivationData) -> Contrast:
-    """Contrast images with images in which the answer is different."""
-    neutral = data.examples.where(split="neutral")
-    pairs: list[CounterfactualPair] = []
-    for kind in CHANGED_KINDS:
-        with suppress(DataError):  # these data have no pairs of this kind
-            candidates = counterfactuals.pairs(neutral, kind)
-            pairs += candidates[:: max(1, 3 * len(candidates) // MAX_PAIRS)][: MAX_PAIRS // 3]
-    if not pairs:
-        msg = f"no question allows a pair of kind {', '.join(CHANGED_KINDS)}; only icon scenes can be drawn again"
-        raise DataError(msg)
-    return data.shuffle(Contrast.from_pairs(data.model, pairs))
-
-
-def _without_yes_or_no(examples: ConceptDataset) -> str | None:
-    missing = {"yes", "no"} - {e.answer for e in examples}
-    if not missing:
-        return None
-    return f"it compares yes with no, but no question has the answer {' or '.join(sorted(missing))}; use the method amplify"
-
-
-def _without_changes(examples: ConceptDataset) -> str | None:
-    neutral = examples.where(split="neutral")
-    for kind in CHANGED_KINDS:
-        with suppress(DataError):
-            if counterfactuals.pairs(neutral, kind, limit=1):
-                return None
-    kinds = ", ".join(CHANGED_KINDS)
-    return f"it needs pairs of kind {kinds}, which only icon scenes allow; use the method discriminant or amplify"
+    required: tuple[str, ...] = ()
+    """Names of the options of `DerivationData` that the method needs."""
+    own_places: bool = False
+    """Whether the method selects its places itself, so that `DerivationData.site` has no effect."""
+    own_positions: bool = False
+    """Whether the method's positions are fixed, so that `DerivationData.positions` has no effect."""
+    compared: bool = True
+    """Whether runs with ``steer.compare=true`` try it, for the figure of the report, when it is not the chosen method."""
+    reads: str = ""
+    """Component whose activations at the last token of every example must be in the store, such as ``z``; empty for none."""
 
 
 def _discriminant(data: DerivationData) -> SteeringVector:
-    doubt = data.options.get("doubt", 0.0)
-    return derive.discriminant(answer_contrast(data), heads=data.heads, doubt=doubt)
+    return derive.discriminant(answer_contrast(data), doubt=data.options.get("doubt", 0.0), **data.where)
 
 
 def _check(entry: MitigationMethod) -> str | None:
@@ -150,20 +76,21 @@ def _check(entry: MitigationMethod) -> str | None:
 mitigations: Registry[MitigationMethod] = Registry(
     "mitigation method",
     {
-        "discriminant": MitigationMethod(_discriminant, problem=_without_yes_or_no),
-        "amplify": MitigationMethod(lambda data: derive.amplification(blank_contrast(data), heads=data.heads)),
+        "discriminant": MitigationMethod(_discriminant, problem=without_yes_or_no, reads="z"),
+        "amplify": MitigationMethod(lambda data: derive.amplification(blank_contrast(data), **data.where)),
         # Strength -1 removes the whole component.
         "prior_removal": MitigationMethod(
-            lambda data: derive.prior_removal(blank_contrast(data), heads=data.heads), unit=-0.5
+            lambda data: derive.prior_removal(blank_contrast(data), **data.where), unit=-0.5
         ),
         "pair_difference": MitigationMethod(
-            lambda data: derive.mean_difference(change_contrast(data), heads=data.heads), problem=_without_changes
+            lambda data: derive.mean_difference(change_contrast(data), **data.where), problem=without_changes
         ),
+        **{name: MitigationMethod(compared=False, **entry) for name, entry in published_methods.ENTRIES.items()},
     },
     group="groundscope.mitigations",
     check=_check,
 )
-"""Methods by name."""
+"""Methods by name: every function of `mitigation.derive`, each on the data that it needs."""
 
 
 # ---- controls

@@ -1,4 +1,4 @@
-"""Choose the strength of a steering vector: answers under many vectors, their errors and costs, and the rule of choice."""
+"""Choose the strength of a steering vector: answers under many vectors, their errors and losses, and the rule of choice."""
 
 from __future__ import annotations
 
@@ -13,21 +13,23 @@ from concepts.schema import ConceptDataset
 from groundscope.core.errors import ConfigError
 from groundscope.core.statistics import Estimate
 from lvlm import Lvlm, Sampling
+from mitigation.guard import ON_QUESTIONS, Outcome, TextProbe, excess, guard_limits, losses
 from mitigation.steering.vector import SteeringVector
 
-RULE = (
-    "the fewest errors by prior among the strengths that cost neutral and typical questions max_drop at most each; without "
-    "such questions, recall on present objects"
-)
+RULE = "the fewest errors by prior among the strengths at which no guard loses more than its limit"
 PRIOR_ERRORS = ("conflict: wrong by prior", "adversarial absent: says yes")
 """Measures that a mitigation should reduce; for data with neither, the share of wrong answers."""
-GUARDS = ("neutral: right", "typical color: right")
-"""Measures that a mitigation must not make worse."""
-RECALL_GUARD = "present: says no"
-"""The guard of data without any of `GUARDS`: present objects that are denied. Without it, a strength at which every answer is
-no would have the fewest errors on questions about absent objects."""
+COSTS = ("neutral: right", "typical color: right")
+"""Measures whose loss is the cost of a row."""
+RECALL_COST = "present: says no"
+"""The cost of data without any of `COSTS`: present objects that are denied."""
+LOSS = "loss: "
+"""Prefix of a guard's loss in a row."""
+TRIES = 8
+"""Largest number of rows whose captions and plain texts are measured."""
 Row = dict[str, float]
-"""``strength``, ``harm``, ``cost`` and every measure of one condition."""
+"""``strength``, ``harm``, ``cost``, ``excess`` (the largest loss of a guard in units of its limit), ``loss: NAME`` for each
+guard, and every measure of one condition."""
 
 
 def harm(rates: Mapping[str, Estimate]) -> float:
@@ -44,14 +46,14 @@ def harm(rates: Mapping[str, Estimate]) -> float:
     return sum(errors) / len(errors) if errors else 1 - rates["all: right"].value
 
 
-def guards(rates: Collection[str]) -> tuple[str, ...]:
-    """Return the names of the measures that a mitigation must not make worse; empty for data without such questions."""
-    names = tuple(name for name in GUARDS if name in rates)
-    return names or ((RECALL_GUARD,) if RECALL_GUARD in rates else ())
+def cost_measures(rates: Collection[str]) -> tuple[str, ...]:
+    """Return the names of the measures whose loss is the cost of a row; empty for data without such questions."""
+    names = tuple(name for name in COSTS if name in rates)
+    return names or ((RECALL_COST,) if RECALL_COST in rates else ())
 
 
 def cost(rates: Mapping[str, Estimate], before: Mapping[str, Estimate]) -> float:
-    """Return the largest loss among the guarded measures (`guards`) relative to the model without mitigation; 0 without guards.
+    """Return the largest loss among `cost_measures` relative to the model without mitigation; 0 without such measures.
 
     Examples
     --------
@@ -63,7 +65,7 @@ def cost(rates: Mapping[str, Estimate], before: Mapping[str, Estimate]) -> float
     """
     losses = [
         (rates[name].value - before[name].value) * (1 if METRICS[name].lower_is_better else -1)
-        for name in guards(rates)
+        for name in cost_measures(rates)
     ]
     return max(losses, default=0.0)
 
@@ -142,10 +144,11 @@ def sweep_strengths(
     data: ConceptDataset,
     vectors: Mapping[str, tuple[SteeringVector, Sequence[float]]],
     *,
+    limits: Mapping[str, float | None] | None = None,
     batch_size: int = 64,
     progress: bool = True,
 ) -> dict[str, list[Row]]:
-    """Return harm, cost and every measure of each vector at strength 0 and at its strengths, in order of their size.
+    """Return harm, cost, losses and every measure of each vector at strength 0 and at its strengths, in order of their size.
 
     Parameters
     ----------
@@ -153,6 +156,9 @@ def sweep_strengths(
         As for `answer_under`; use questions that neither derived the vectors nor will test them.
     vectors
         Name to a vector and its strengths.
+    limits
+        Limit of each guard, as `mitigation.guard_limits` returns them; None for the defaults. Only guards on answers to
+        questions are measured here.
 
     Examples
     --------
@@ -170,13 +176,18 @@ def sweep_strengths(
     conditions |= {f"{name} {s:g}": v.scaled(s) for name, (v, strengths) in vectors.items() for s in strengths}
     results = answer_under(model, data, conditions, batch_size=batch_size, progress=progress)
     rates_of = {name: compute_metrics(result, data) for name, result in results.items()}
+    outcomes = {name: Outcome(data, result) for name, result in results.items()}
+    limits = guard_limits({}) if limits is None else limits
 
     def row(strength: float, name: str) -> Row:
         rates = {item: estimate.value for item, estimate in rates_of[name].items()}
+        lost = losses(outcomes[""], outcomes[name], ON_QUESTIONS)
         return {
             "strength": float(strength),
             "harm": harm(rates_of[name]),
             "cost": cost(rates_of[name], rates_of[""]),
+            "excess": excess(lost, limits),
+            **{f"{LOSS}{item}": value for item, value in lost.items()},
             **rates,
         }
 
@@ -187,19 +198,20 @@ def sweep_strengths(
 
 
 def choose_strength(sweep: Sequence[Row], *, max_drop: float) -> Row:
-    """Return the row of a sweep with the least harm among those that cost at most `max_drop`; ties go to the smaller strength.
+    """Return the row of a sweep with the least harm among those within all limits; ties go to the smaller strength.
 
     Parameters
     ----------
     sweep
         Rows of `sweep_strengths`; strength 0 costs nothing, so it is always allowed.
     max_drop
-        Largest allowed loss in each guarded measure, as a share of the answers.
+        Largest allowed cost, as a share of the answers. Rows with an ``excess`` above 1, where a guard loses more than its limit,
+        are not allowed either.
 
     Raises
     ------
     ConfigError
-        If no row costs as little.
+        If no row is within the limits.
 
     Examples
     --------
@@ -212,8 +224,74 @@ def choose_strength(sweep: Sequence[Row], *, max_drop: float) -> Row:
     >>> choose_strength(sweep, max_drop=0.02)["strength"]
     1.0
     """
-    allowed = [row for row in sweep if row["cost"] <= max_drop]
+    allowed = [row for row in sweep if row["cost"] <= max_drop and row.get("excess", 0.0) <= 1]
     if not allowed:
         msg = f"every strength of the sweep costs more than max_drop={max_drop:g}; add strength 0 to the sweep, or raise max_drop"
         raise ConfigError(msg)
-    return min(allowed, key=lambda row: (row["harm"], abs(row["strength"])))
+    return min(allowed, key=_merit)
+
+
+def choose_guarded(
+    model: Lvlm,
+    sweeps: Mapping[str, tuple[SteeringVector, Sequence[Row]]],
+    probe: TextProbe,
+    *,
+    limits: Mapping[str, float | None] | None = None,
+    batch_size: int = 64,
+    progress: bool | None = None,
+) -> tuple[str, Row]:
+    """Return the name of a vector and the row with the least harm at which every guard holds, those on free text included.
+
+    Captions and plain texts take longer than answers, so they are measured for one row after the other, the least harm first,
+    until a row is within all limits (at most `TRIES` rows). Their losses are added to the rows.
+
+    Parameters
+    ----------
+    model
+        The model.
+    sweeps
+        Name to a vector and its rows (`sweep_strengths`).
+    probe
+        Captions and texts; of images that will not test the vector.
+    limits
+        As for `sweep_strengths`.
+    batch_size, progress
+        As for `answer_under`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import groundscope as gs
+    >>> from mitigation.guard import TextProbe
+    >>> from mitigation.strength import choose_guarded
+    >>> model, data = gs.load_lvlm("tiny"), gs.scenes.dataset(10)
+    >>> changes = {2: gs.AddChange(np.eye(model.width)[0])}
+    >>> vector = gs.SteeringVector(changes, "all", 1.0, model.name, model.config_hash)
+    >>> rows = [{"strength": 0.0, "harm": 0.5, "cost": 0.0}, {"strength": 90.0, "harm": 0.1, "cost": 0.0}]
+    >>> probe = TextProbe.of(model, data, captions=2, texts=2)
+    >>> choose_guarded(model, {"first axis": (vector, rows)}, probe)[1]["strength"]  # 90 destroys captions
+    0.0
+    """
+    limits = guard_limits({}) if limits is None else limits
+    ranked = [(name, row) for name, (_, rows) in sweeps.items() for row in rows if row.get("excess", 0.0) <= 1]
+    ranked.sort(key=lambda item: _merit(item[1]))
+    unchanged = next(((name, row) for name, row in ranked if not row["strength"]), None)
+    if unchanged is None:
+        msg = "no sweep has a row without steering; add strength 0"
+        raise ConfigError(msg)
+    before = None
+    for name, row in ranked[:TRIES]:
+        if not row["strength"]:
+            return name, row
+        before = before or probe.outcome(model, None, batch_size=batch_size, progress=progress)
+        after = probe.outcome(model, sweeps[name][0].scaled(row["strength"]), batch_size=batch_size, progress=progress)
+        lost = {item: loss for item, loss in losses(before, after).items() if item not in ON_QUESTIONS}
+        row.update({f"{LOSS}{item}": value for item, value in lost.items()})
+        row["excess"] = max(row.get("excess", 0.0), excess(lost, limits))
+        if row["excess"] <= 1:
+            return name, row
+    return unchanged
+
+
+def _merit(row: Row) -> tuple[float, float]:
+    return row["harm"], abs(row["strength"])

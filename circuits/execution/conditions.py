@@ -27,9 +27,9 @@ def logits_under(
 
     A change of the decoder does not affect layers before it, and a change at the last token no earlier position. So the batch is
     run once without changes, and each condition whose changes are all at the last token, or at all tokens, resumes it for these
-    tokens from the first layer that it changes; any other condition takes a full forward pass. Each resumed batch includes an unchanged row as a check; if a model's layers cannot be resumed,
-    every condition takes a full forward pass, and the logger ``circuits.execution.patch_runner`` emits a WARNING. Both ways
-    give the same results up to the order of floating-point sums.
+    tokens from the first layer that it changes; any other condition takes a full forward pass. Each resumed batch includes an
+    unchanged row as a check; if a model's layers cannot be resumed, every condition takes a full forward pass, and the logger
+    ``circuits.execution.patch_runner`` emits a WARNING. Both ways give the same results up to the order of floating-point sums.
 
     Parameters
     ----------
@@ -76,7 +76,9 @@ def _resumable(item: Intervention) -> bool:
     """Whether a change applies to the decoder at the last token or at all tokens only."""
     here = item.site.stack == "decoder" and not item.site.cross and item.site.component in _AT_LAST
     positions = item.positions
-    return here and isinstance(positions, str) and positions in (*_LAST, "all") and item.rows is None and item.gate is None
+    return (
+        here and isinstance(positions, str) and positions in (*_LAST, "all") and item.rows is None and item.gate is None
+    )
 
 
 def _resumed(

@@ -14,12 +14,22 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from PIL import Image
 
-BLUE, ORANGE, GREY, GREEN = "#2563a8", "#d9730d", "#8a8f98", "#2f8f4e"
-"""Model, correction, control, truth; markers and order distinguish them without color."""
-MARKERS = {"before": "o", "after": "D", "control": "s", "twin": "^", "shuffled": "x", "moved": "v", "derived": "P"}
+BLUE, ORANGE, GREY, GREEN, PURPLE = "#2563a8", "#d9730d", "#8a8f98", "#2f8f4e", "#7b4fa3"
+"""Model, correction, control, truth, exportable correction; markers and order distinguish them without color."""
+MARKERS = {
+    "before": "o",
+    "after": "D",
+    "exportable": "h",
+    "control": "s",
+    "twin": "^",
+    "shuffled": "x",
+    "moved": "v",
+    "derived": "P",
+}
 TINTS = {
     "before": BLUE,
     "after": ORANGE,
+    "exportable": PURPLE,
     "control": GREY,
     "twin": GREEN,
     "shuffled": GREY,

@@ -17,6 +17,7 @@ from experiments.records import (
     ENVIRONMENT,
     EXAMPLE,
     EXPORTS,
+    GUARDS,
     MAX_BYTES,
     PLAN,
     RATES,
@@ -174,8 +175,14 @@ class RunFiles:
         return _estimates(self._record("behavior/changes.json", CHANGES))
 
     @cached_property
+    def guards(self) -> dict[str, Any] | None:
+        """Guards by condition, with labels, limits and the reasons for missing ones; None for a run of an earlier version."""
+        file = "behavior/guards.json"
+        return self._record(file, GUARDS) if is_file(self.root / file) else None
+
+    @cached_property
     def exports(self) -> dict[str, dict[str, str]]:
-        """``written``: file by format; ``refused``: reason by format."""
+        """``written``: file by format; ``refused``: reason by format; ``vectors``: the vector in each file, if written."""
         return self._record("export/formats.json", EXPORTS)
 
     @cached_property

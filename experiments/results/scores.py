@@ -15,11 +15,16 @@ from groundscope.core.paths import below, is_file
 if TYPE_CHECKING:
     from behavior import BehaviorResult, BenchmarkTable
 
-SHOWN = ("before", "after", "twin")
+SHOWN = ("before", "after", "exportable", "twin")
 """Conditions whose tables are shown; those of the controls are in ``behavior/scores.json``."""
 PRINTED = ("before", "after")
 """Conditions whose tables are printed."""
-TITLES = {"before": "not steered", "after": "steered", "twin": "control model"}
+TITLES = {
+    "before": "not steered",
+    "after": "steered",
+    "exportable": "steered, exportable vector",
+    "twin": "control model",
+}
 
 
 def score_tables(run: Path, conditions: Sequence[str] = SHOWN) -> dict[str, BenchmarkTable]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,22 +10,35 @@ from typing import TYPE_CHECKING, Any
 from behavior import answer
 from behavior.chair import read_synonyms
 from behavior.metrics import METRICS, compare_metric, compute_metrics
+from concepts.schema import ConceptDataset
 from experiments.config import EvaluateConfig
 from experiments.results.scores import write_scores
 from experiments.run.context import Context
 from experiments.run.folder import write_json
 from experiments.stages.illustrate import illustrate_prior_error
 from experiments.stages.registry import needed_stages
-from experiments.stages.steer import control_file
+from experiments.stages.steer import EXPORTABLE, control_file
 from groundscope.core.errors import ConfigError
 from groundscope.core.text import nearest
 from mitigation import CONTROLS, SteeringVector
+from mitigation.guard import (
+    Outcome,
+    TextProbe,
+    caption_prompts,
+    guard_limits,
+    guards,
+    joined,
+    measure_guards,
+    not_measured,
+    plain_texts,
+)
 from mitigation.strength import PRIOR_ERRORS, answer_under
 
 if TYPE_CHECKING:
+    from behavior import BehaviorResult
     from lvlm import Sampling
 
-RUNS = ("before", "after", *CONTROLS, "twin")
+RUNS = ("before", "after", "exportable", *CONTROLS, "twin")
 """All conditions under which the test questions are answered."""
 
 
@@ -67,7 +81,7 @@ def chosen_conditions(context: Context) -> list[str]:
 def make_behavior(context: Context, root: Path) -> str:
     """Answer the test questions under each condition; write answers, rates and paired differences."""
     steering = context.folder.path / "steering"
-    files = {"after": "vector.safetensors", **{name: control_file(name) for name in CONTROLS}}
+    files = {"after": "vector.safetensors", "exportable": EXPORTABLE, **{name: control_file(name) for name in CONTROLS}}
     with_vectors = "steer" in needed_stages("evaluate", context)
     data = context.held_out
     conditions = chosen_conditions(context)
@@ -98,6 +112,7 @@ def make_behavior(context: Context, root: Path) -> str:
     }
     write_json(root / "changes.json", changes)
     write_scores(root / "scores.json", results)
+    _measure_guards(context, root, results, vectors)
     if with_vectors:  # else the run may have no activations
         illustrate_prior_error(context, root, vectors.get("after"), twin="twin" in results)
     names = [n for n in (*PRIOR_ERRORS, "neutral: right", "all: right") if n in rates["before"]]
@@ -105,3 +120,30 @@ def make_behavior(context: Context, root: Path) -> str:
         return f"{len(data)} answers"
     after = {n: f" -> {rates['after'][n].value:.3f}" if "after" in rates else "" for n in names}
     return f"{len(data)} questions; " + "; ".join(f"{n} {rates['before'][n].value:.3f}{after[n]}" for n in names[:3])
+
+
+def _measure_guards(
+    context: Context,
+    root: Path,
+    results: Mapping[str, BehaviorResult],
+    vectors: Mapping[str, SteeringVector | None],
+) -> None:
+    """Write what the vectors cost on the test images: each guard before and after, with intervals, and what was not measured."""
+    corrected = [run for run in ("after", "exportable") if vectors.get(run) is not None]
+    if not corrected:
+        return
+    model, data, options = context.model, context.held_out, context.config.steer
+    # Captions of the data have been written with the answers.
+    captions = ConceptDataset("no captions", ()) if any(e.kind == "caption" for e in data) else caption_prompts(data)
+    probe = TextProbe(captions, plain_texts(model, data))
+    outcomes = {
+        run: joined(Outcome(data, results[run]), probe.outcome(model, vectors[run])) for run in ("before", *corrected)
+    }
+    measured = {run: measure_guards(outcomes["before"], outcomes[run]) for run in corrected}
+    record = {
+        "conditions": {run: {name: asdict(r) for name, r in rows.items()} for run, rows in measured.items()},
+        "labels": {name: guard.label for name, guard in guards.usable().items()},
+        "limits": guard_limits(options.guards, options.max_drop),
+        "not_measured": not_measured(outcomes["before"]),
+    }
+    write_json(root / "guards.json", record)

@@ -108,7 +108,7 @@ TABLE: Mapping[str, Stage] = MappingProxyType(
             needs=("examples", "trace", "patch"),
             options=lambda c: [asdict(c.config.steer), c.model_key()],
             work=_function("steer.make_steering"),
-            version=4,
+            version=5,
             check=_function("steer.check"),
         ),
         "evaluate": Stage(
@@ -117,7 +117,7 @@ TABLE: Mapping[str, Stage] = MappingProxyType(
             spared=lambda c: () if applies_vectors(c.config) else ("steer",),
             options=_evaluate_options,
             work=_function("evaluate.make_behavior"),
-            version=3,
+            version=4,
             check=_function("evaluate.check"),
         ),
         "diagnose": Stage(
@@ -133,7 +133,7 @@ TABLE: Mapping[str, Stage] = MappingProxyType(
             needs=("steer",),
             options=lambda c: [asdict(c.config.export), c.model_key()],
             work=_function("export.make_exports"),
-            version=2,
+            version=3,
             check=_function("export.check"),
         ),
         "report": Stage(
@@ -142,7 +142,7 @@ TABLE: Mapping[str, Stage] = MappingProxyType(
             options=lambda c: [asdict(c.config.report), c.headline(), c.config.diagnose.shown, c.config.steer.max_drop],
             work=_function("report.make_report"),
             spared=_missing,
-            version=3,
+            version=4,
             shared=False,
             illustrated=True,
             outside=("report.html",),

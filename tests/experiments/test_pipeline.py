@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,8 +34,9 @@ from lvlm import Head
 from lvlm.tiny.architecture import build_model, build_processor
 from mitigation import CONTROLS, SteeringVector, mitigations
 from mitigation.steering.changes import AddChange, VectorChange
+from mitigation.steering.export import apply_vector
 from mitigation.steering.places import Key
-from mitigation.strength import choose_strength, cost, guards, harm
+from mitigation.strength import choose_strength, cost, cost_measures, harm
 from probes import ProbeGrid
 from tests.toys.command_line import SMALL, run_command
 from tests.toys.pope_files import pope_folder
@@ -314,7 +316,8 @@ def test_damaged_illustrations_are_an_error(tmp_path: Path) -> None:
 
 def test_every_method_and_control_was_tried_at_every_strength(run: Path) -> None:
     sweep = json.loads((run / "steering" / "sweep.json").read_text())
-    assert set(sweep["curves"]) == {*mitigations, *(f"control: {name}" for name in CONTROLS)}
+    compared = {name for name, method in mitigations.items() if method.compared}
+    assert set(sweep["curves"]) == {*compared, *(f"control: {name}" for name in CONTROLS)}
     for name, rows in sweep["curves"].items():
         unit = mitigations[name].unit if name in mitigations else 1.0
         assert [row["strength"] for row in rows] == [0, unit, 2 * unit]
@@ -322,7 +325,7 @@ def test_every_method_and_control_was_tried_at_every_strength(run: Path) -> None
         assert rows[0]["cost"] == 0
     assert sweep["chosen"] in sweep["sweep"]
     rates = json.loads((run / "behavior" / "rates.json").read_text())
-    assert set(rates) == {"before", "after", *CONTROLS, "twin"}
+    assert set(rates) == {"before", "after", "exportable", *CONTROLS, "twin"}
     text = (run / "report.html").read_text()
     assert "Errors against cost" in text
     for name in sweep["curves"]:
@@ -352,9 +355,21 @@ def test_exports_are_written_or_the_reason_is_recorded(run: Path, tmp_path: Path
     import shutil
 
     document = json.loads((run / "export" / "formats.json").read_text())
-    assert document["written"] == {"safetensors": "vector.safetensors"}
-    assert set(document["refused"]) == {"baked", "gguf", "steering_vectors", "vllm", "vti"}
-    assert "it is of kind 'amplify'" in document["refused"]["gguf"]
+    assert document["written"] == {
+        "safetensors": "vector.safetensors",
+        "baked": "baked.safetensors",
+        "gguf": "vector.gguf",
+        "steering_vectors": "steering_vectors.pt",
+        "vllm": "vllm.pt",
+        "safetensors, exportable": "exportable.safetensors",
+    }
+    assert set(document["vectors"].values()) == {"best", "exportable"}
+    assert set(document["refused"]) == {"vti"}
+    assert "it is of kind 'amplify'" in document["refused"]["vti"]
+    readme = (run / "export" / "README.md").read_text()
+    assert 'with steer(model, "vector.safetensors"):' in readme
+    assert all(f"| {file} |" in readme for file in document["written"].values())
+    assert (run / "export" / "apply_vector.py").read_bytes() == Path(apply_vector.__file__).read_bytes()
     saved, exported = (SteeringVector.load(run / part / "vector.safetensors") for part in ("steering", "export"))
     assert exported.provenance == saved.provenance
     assert "not written" in (run / "report.html").read_text()
@@ -369,12 +384,81 @@ def test_exports_are_written_or_the_reason_is_recorded(run: Path, tmp_path: Path
     context = Context(config, folder, Console())
     assert "vti" in export.make_exports(context, tmp_path)
     document = json.loads((tmp_path / "formats.json").read_text())
-    assert set(document["written"]) == {"safetensors", "baked", "gguf", "steering_vectors", "vllm"}
+    assert set(document["written"]) >= {"safetensors", "baked", "gguf", "steering_vectors", "vllm"}
+    assert {document["vectors"][name] for name in ("baked", "gguf", "steering_vectors", "vllm")} == {"best"}
     assert all((tmp_path / file).is_file() for file in document["written"].values())
     config.export.formats = ["vti", "baked"]
     assert export.make_exports(context, tmp_path) == (
         "written: baked (baked.safetensors); cannot represent it: vti (reasons: formats.json)"
     )
+
+
+def test_the_exportable_vector_is_reported_with_what_it_costs(run: Path) -> None:
+    sweep = json.loads((run / "steering" / "sweep.json").read_text())
+    exportable = sweep["exportable"]
+    vector = SteeringVector.load(run / "steering" / "exportable.safetensors")
+    assert (vector.kind, vector.positions, vector.decay, vector.strength) == (
+        "add",
+        "all",
+        1,
+        exportable["chosen"]["strength"],
+    )
+    assert vector.layers == (3, 4)
+    assert exportable["method"] == "optimize"
+    assert exportable["chosen"]["excess"] <= 1
+    assert exportable["chosen"]["harm"] < exportable["curves"][exportable["name"]][0]["harm"]
+    assert {"loss: chair", "loss: caption_recall", "loss: plain_text"} <= exportable["chosen"].keys()
+    guards = json.loads((run / "behavior" / "guards.json").read_text())
+    assert set(guards["conditions"]) == {"after", "exportable"}
+    assert not guards["not_measured"]
+    before, after, loss = (guards["conditions"]["exportable"]["neutral"][k] for k in ("before", "after", "loss"))
+    rates = json.loads((run / "behavior" / "rates.json").read_text())
+    assert before["value"] == pytest.approx(rates["before"]["neutral: right"]["value"])
+    assert after["value"] == pytest.approx(rates["exportable"]["neutral: right"]["value"])
+    assert loss["value"] == pytest.approx(before["value"] - after["value"])
+    text = (run / "report.html").read_text()
+    assert "What it costs" in text
+    assert "present objects denied" in text
+
+
+def test_every_exported_file_does_what_the_exportable_vector_does(run: Path) -> None:
+    """Each file by the rule of its consumer, on one batch, to 1e-5."""
+    import torch
+
+    from lvlm import load_lvlm
+    from mitigation.steering.export import apply_bias
+    from mitigation.steering.export.gguf import check
+
+    model, folder = load_lvlm("tiny"), run / "export"
+    vector = SteeringVector.load(folder / "exportable.safetensors")
+    inputs = next(model.batches(scenes.dataset(10, 7)[:4])).inputs
+    plain = model.logits(inputs)
+    with vector.applied(model):
+        expected = model.logits(inputs)
+
+    def added(rows: dict[int, torch.Tensor]) -> torch.Tensor:
+        layers = model.layers("decoder")
+        hooks = [layers[i].register_forward_hook(lambda _m, _a, out, row=row: out + row) for i, row in rows.items()]
+        try:
+            return model.logits(inputs)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def opened(name: str) -> Any:
+        return torch.load(folder / name, weights_only=True)  # noqa: TID251  # as the consumer does
+
+    undo = apply_bias.apply(model.hf, folder / "baked.safetensors")
+    results = {"baked": model.logits(inputs)}
+    undo()
+    results["gguf"] = added({i: torch.tensor(row) for i, row in check(folder / "vector.gguf").items()})
+    results["vllm"] = added(dict(enumerate(opened("vllm.pt"))))
+    results["steering_vectors"] = added(opened("steering_vectors.pt")["layer_activations"])
+    with apply_vector.steer(model.hf, folder / "exportable.safetensors"):
+        results["apply_vector"] = model.logits(inputs)
+    for name, logits in results.items():
+        torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5, msg=name)
+    assert not torch.allclose(expected, plain, atol=1e-3)
 
 
 def test_a_second_run_skips_what_is_done(run: Path) -> None:
@@ -484,6 +568,17 @@ def test_files_in_popes_layout(tmp_path: Path) -> None:
         (["steer.method=magic"], "steer.method=magic: unknown method; choose from discriminant, amplify"),
         (["steer.strengths=[]"], "steer.strengths is empty"),
         (["steer.decay=0"], "steer.decay=0"),
+        (["steer.method=vsv"], "steer.method=vsv needs an option: add +steer.options.example=…"),
+        (["steer.method=iti", "steer.site=decoder.L3.z"], "steer.site has no effect with steer.method=iti"),
+        (
+            ["steer.method=vti_vision", "steer.positions=all"],
+            "steer.positions has no effect with steer.method=vti_vision",
+        ),
+        (["steer.site=decoder.L40.z"], "steer.site=decoder.L40.z: site 'decoder.L40.z': tiny has decoder layers 0-5"),
+        (["steer.positions=first"], "steer.positions: unknown token selection 'first'"),
+        (["steer.exportable=[magic]"], "steer.exportable=magic: unknown method"),
+        (["+steer.guards.recal=0.1"], "steer.guards: unknown guard 'recal'"),
+        (["steer.guards.chair=-1"], "steer.guards: guard 'chair': the limit -1 must be at least 0"),
         (["export.formats=[onnx]"], "export.formats: unknown format 'onnx'; choose from safetensors, baked, gguf"),
     ],
 )
@@ -575,9 +670,9 @@ def test_recall_guards_a_strength_where_nothing_else_can() -> None:
     before = {n: Estimate(v, v, v, 10) for n, v in (("adversarial absent: says yes", 0.3), ("present: says no", 0.1))}
     rows = [row(0, 0.3, 0.1), row(1, 0.2, 0.11), row(8, 0.0, 1.0)]
     assert choose_strength(rows, max_drop=0.015)["strength"] == 1
-    assert guards(rows[0]) == ("present: says no",)
-    assert guards([*rows[0], "neutral: right"]) == ("neutral: right",)
-    assert guards(["adversarial absent: says yes"]) == ()
+    assert cost_measures(rows[0]) == ("present: says no",)
+    assert cost_measures([*rows[0], "neutral: right"]) == ("neutral: right",)
+    assert cost_measures(["adversarial absent: says yes"]) == ()
 
 
 def test_options_are_checked_before_any_stage_works(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 CONDITIONS: Mapping[str, str] = {
     "before": "not steered",
     "after": "steered",
+    "exportable": "steered, exportable vector",
     "random direction": "control: random direction",
     "shuffled labels": "control: shuffled labels",
     "moved to other heads": "control: same directions, other heads",

@@ -110,6 +110,16 @@ def _errors_by_prior(run: RunFiles) -> str:
 
 
 def _corrected(run: RunFiles) -> str:
+    text = _best(run)
+    if "exportable" not in run.rates:
+        return text
+    before, after = run.rates["before"], run.rates["exportable"]
+    names = [name for name in ERRORS[:2] if name in before] or ["all: right"]
+    changes = (f"{name}: {percent(before[name].value)} → {percent(after[name].value)}" for name in names)
+    return f"{text} The vector for other software: {'; '.join(changes)}."
+
+
+def _best(run: RunFiles) -> str:
     before, after = run.rates["before"], run.rates.get("after", run.rates["before"])
     if run.sweep["chosen"]["strength"]:
         changes = [

@@ -17,6 +17,7 @@ from other inputs
 -----------------------------------------------------------------------------------------------------------------
 `concept_subspace`  amplify the deviation within the subspace of several concepts of a store              amplify
 `probe_normal`      normals of probes                                                                     add
+`optimize`          fitted to right answers by gradient descent; descriptions of images are preserved     add
 `vti_text`          from hallucinated to correct captions, norm preserved                                 add
 `vti_vision`        to the vision tower's mean output over randomly masked images, norm preserved         add
 `vsv`               difference between the prompt with and without this image, norm preserved             add
@@ -35,6 +36,7 @@ from mitigation.steering.derive.discriminant import discriminant, lda
 from mitigation.steering.derive.ict import ict
 from mitigation.steering.derive.iti import iti
 from mitigation.steering.derive.mean_difference import mean_difference
+from mitigation.steering.derive.optimize import RIGHT, optimize
 from mitigation.steering.derive.paired_pca import paired_pca
 from mitigation.steering.derive.probe_normal import probe_normal
 from mitigation.steering.derive.project_away import project_away
@@ -42,6 +44,7 @@ from mitigation.steering.derive.vista import vsv
 from mitigation.steering.derive.vti import Demonstration, vti_text, vti_vision
 
 __all__ = [
+    "RIGHT",
     "Demonstration",
     "along",
     "amplification",
@@ -51,6 +54,7 @@ __all__ = [
     "iti",
     "lda",
     "mean_difference",
+    "optimize",
     "paired_pca",
     "prior_removal",
     "probe_normal",
