@@ -519,7 +519,6 @@ _HOMES = {
     "attention_knockout": "circuits",
     "attention_to_image": "circuits",
     "attribution": "circuits",
-    "benchmark_table": "behavior",
     "chair": "behavior",
     "choose_guarded": "mitigation",
     "choose_strength": "mitigation",

@@ -423,7 +423,7 @@ def caption_prompts(data: ConceptDataset, limit: int = CAPTIONS) -> ConceptDatas
     first_of: dict[str, Example] = {}
     for example in data:
         first_of.setdefault(example.group, example)
-    others = [e for group, e in first_of.items() if group not in described]
+    others = [e for group, e in first_of.items() if group not in described and e.images]
     count = max(0, limit - len(own))
     chosen = others[:: max(1, len(others) // max(count, 1))][:count]
     added = [

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from groundscope.core.rooms import ROOMS
+from groundscope.core.packages import PACKAGES
 from lvlm import Head, Site
 from mitigation import AddChange, AmplifyChange, ProbeGate, ProjectChange, SteeringVector, export
 from mitigation.steering.changes import VectorChange
@@ -87,7 +87,7 @@ def test_logits_are_those_of_the_vector(case: str, tmp_path: Path) -> None:
     inputs = dict(next(b for b in model.batches(examples(), 2) if len(b.index) == 2).inputs)
     path = export.safetensors(vector, tmp_path / "v.safetensors", model)
     assert SteeringVector.load(path).parameters == vector.parameters
-    plain, hooks = outputs(inputs), hooks_of(model)
+    plain, hooks, result = outputs(inputs), hooks_of(model), ()
     without_cache = {"use_cache": False}
     for options in ({}, without_cache) if "decay" in case or "question" in case else ({},):
         with vector.applied(model):
@@ -121,7 +121,7 @@ def test_the_loader_needs_only_torch_and_safetensors(tmp_path: Path) -> None:
     torch.save((inputs, {str(path): expected[name] for name, path in files.items()}), tmp_path / "expected.pt")  # noqa: TID251
     code = f"""
 import sys
-for room in {sorted({"groundscope", *ROOMS})!r}:
+for room in {sorted({"groundscope", *PACKAGES})!r}:
     sys.modules[room] = None
 sys.path.insert(0, {str(tmp_path)!r})
 import torch
