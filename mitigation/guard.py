@@ -17,13 +17,14 @@ import torch
 
 from behavior import BehaviorResult, Cost, answer
 from behavior.chair import ChairResult
+from behavior.comparison import change_estimate
 from behavior.metrics import METRICS, score_dataset_captions
 from behavior.result import Answer
 from circuits import intervened
 from concepts.schema import ConceptDataset, Example
 from groundscope.core.errors import ConfigError
 from groundscope.core.registry import Registry
-from groundscope.core.statistics import Estimate, cluster_bootstrap, ratio
+from groundscope.core.statistics import Estimate, cluster_bootstrap, estimate, ratio
 from groundscope.core.text import nearest
 
 if TYPE_CHECKING:
@@ -122,7 +123,7 @@ class GuardResult:
     """Paired: both conditions answer the same questions."""
 
 
-def _rate(
+def _rate_of(
     includes: Callable[[Answer], bool], counts: Callable[[Answer], bool]
 ) -> Callable[[Outcome, Outcome], Rows | None]:
     """Return the rows of a rate over some answers."""
@@ -212,28 +213,28 @@ guards: Registry[Guard] = Registry(
     {
         "recall": Guard(
             "present objects denied",
-            _rate(_asks_presence, lambda a: a.given == "no"),
+            _rate_of(_asks_presence, lambda a: a.given == "no"),
             "higher",
             MAX_DROP,
             "questions about the presence of an object that is in the image",
         ),
         "neutral": Guard(
             "neutral: right",
-            _rate(METRICS["neutral: right"].applies, METRICS["neutral: right"].counts),
+            _rate_of(METRICS["neutral: right"].applies, METRICS["neutral: right"].counts),
             "lower",
             MAX_DROP,
             "questions of split 'neutral'",
         ),
         "typical": Guard(
             "typical color: right",
-            _rate(METRICS["typical color: right"].applies, METRICS["typical color: right"].counts),
+            _rate_of(METRICS["typical color: right"].applies, METRICS["typical color: right"].counts),
             "lower",
             MAX_DROP,
             "questions of split 'typical'",
         ),
         "other_questions": Guard(
             "other questions: right",
-            _rate(_is_other, lambda a: bool(a.correct)),
+            _rate_of(_is_other, lambda a: bool(a.correct)),
             "lower",
             MAX_DROP,
             "questions other than those about the presence of objects or against a prior",
@@ -364,19 +365,35 @@ def measure_guards(before: Outcome, after: Outcome) -> dict[str, GuardResult]:
         if first is None or second is None:
             continue
         (table, groups), (other, _) = first, second
-
-        def lost(totals: np.ndarray, counts: np.ndarray, guard: Guard = guard) -> np.ndarray:
-            return guard._losses(ratio(totals[:, :2], counts), ratio(totals[:, 2:], counts))
-
         results[name] = GuardResult(
-            _estimate(table, groups, ratio),
-            _estimate(other, groups, ratio),
-            _estimate(np.column_stack([table, other]), groups, lost),
+            _rate(table, groups),
+            _rate(other, groups),
+            _paired(guard, table, other, groups),
         )
     return results
 
 
-def _estimate(table: np.ndarray, groups: Sequence[Hashable], statistic: Callable[..., np.ndarray]) -> Estimate:
+def _rate(table: np.ndarray, groups: Sequence[Hashable]) -> Estimate:
+    """Return a ratio with its interval: the one for rates, which is valid near 0 and 1, where it is a rate."""
+    if bool(((table[:, 0] >= 0) & (table[:, 0] <= table[:, 1])).all()):
+        return estimate(table[:, 0], list(groups), table[:, 1])
+    return _bootstrapped(table, groups, ratio)
+
+
+def _paired(guard: Guard, table: np.ndarray, other: np.ndarray, groups: Sequence[Hashable]) -> Estimate:
+    """Return the loss with a paired interval: the one for changes of answers where every row is one answer."""
+    sign = {"lower": -1, "higher": 1}.get(guard.worse)
+    both = np.concatenate([table, other])
+    if sign is not None and bool((both[:, 1] == 1).all()) and bool(np.isin(both[:, 0], (0, 1)).all()):
+        return change_estimate((sign * (other[:, 0] - table[:, 0])).astype(int), groups)
+
+    def lost(totals: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        return guard._losses(ratio(totals[:, :2], counts), ratio(totals[:, 2:], counts))
+
+    return _bootstrapped(np.column_stack([table, other]), groups, lost)
+
+
+def _bootstrapped(table: np.ndarray, groups: Sequence[Hashable], statistic: Callable[..., np.ndarray]) -> Estimate:
     value = statistic(table.sum(axis=0)[None], np.array([float(len(table))]))[0]
     low, high = cluster_bootstrap(table, groups, statistic)
     return Estimate(float(value), low, high, int(table[:, 1].sum()))

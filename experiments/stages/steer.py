@@ -114,16 +114,17 @@ def make_steering(context: Context, root: Path) -> str:
     left_out: dict[str, str] = {}
     derived: dict[str, SteeringVector] = {}
     method = mitigations[options.method]
+    acts = bool(heads or options.site or not _acts_on_heads(options.method, method))
     data = DerivationData(
         context.model,
-        context.store,
+        context.store if acts or options.exportable else None,
         context.discovery,
         heads,
         options={**options.options, "doubt": options.doubt},
         site=options.site,
         positions=options.positions,
     )
-    if not heads and options.site is None and _acts_on_heads(options.method, method):
+    if not acts:
         left_out[options.method] = _NO_HEAD
     else:
         derived = _derive_possible({options.method: partial(make_vector, method, data)}, left_out)

@@ -623,6 +623,7 @@ def test_pairs_that_photographs_do_not_allow_are_refused_before_work(tmp_path: P
 
 def test_no_vector_is_not_a_vector_without_effect(tmp_path: Path) -> None:
     context = photographs(tmp_path)
+    context.config.steer.exportable = []
     write_json(context.folder.path / "circuits" / "top.json", {"heads": [], "left_out": {}, "kinds": []})
     assert make_steering(context, tmp_path) == "no vector: no head to act on, since patching could score none"
     sweep = json.loads((tmp_path / "sweep.json").read_text())
