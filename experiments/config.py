@@ -236,7 +236,7 @@ class SteerConfig:
     sites of one vector are separated by commas."""
     exportable_positions: str = "all"
     """Token positions of that vector: `all`, or `generated:all`, which only vLLM supports."""
-    exportable_strengths: list[float] = field(default_factory=lambda: [0.6, 0.8, 1.0, 1.2])
+    exportable_strengths: list[float] = field(default_factory=lambda: [0.6, 0.8, 1.0])
     """Strengths to choose from."""
 
 

@@ -33,7 +33,7 @@ def test_the_first_step_follows_the_gradient_of_the_loss() -> None:
         if len(model.encode(e).inputs["input_ids"][0]) == len(model.encode(DATA[0]).inputs["input_ids"][0])
     ]
     vector = derive.optimize(
-        model, questions, layers=[3], passes=1, step=0.01, right=1000, emphasis=3.0, progress=False
+        model, questions, layers=[3], passes=1, steps=1, step=0.01, right=1000, emphasis=3.0, progress=False
     )
     change = vector.changes[3]
     assert isinstance(change, AddChange)
@@ -62,7 +62,7 @@ def test_the_first_step_follows_the_gradient_of_the_loss() -> None:
 def test_answers_improve_and_descriptions_stay() -> None:
     model = load_lvlm("tiny")
     texts = list(caption_prompts(DATA, 6))
-    options: dict[str, Any] = {"layers": [3, 4], "passes": 3, "step": 0.03, "progress": False}
+    options: dict[str, Any] = {"layers": [3, 4], "passes": 3, "steps": 1, "step": 0.03, "progress": False}
     vector = derive.optimize(model, DATA, texts=texts, keep=10.0, **options)
     assert (vector.kind, vector.positions, vector.layers, vector.decay) == ("add", "all", (3, 4), 1.0)
     assert sum(answers_under(vector)) > sum(answers_under(None))
@@ -78,7 +78,7 @@ def test_answers_improve_and_descriptions_stay() -> None:
 
 def test_stored_activations_change_nothing_but_the_time() -> None:
     model = load_lvlm("tiny")
-    options = {"layers": [4], "passes": 2, "texts": list(caption_prompts(DATA, 2)), "progress": False}
+    options = {"layers": [4], "passes": 2, "steps": 1, "texts": list(caption_prompts(DATA, 2)), "progress": False}
     stored = derive.optimize(model, DATA[:8], **options)
     whole = derive.optimize(model, DATA[:8], memory=0, **options)
     np.testing.assert_allclose(
@@ -100,6 +100,7 @@ def test_texts_without_an_image_are_preserved() -> None:
             plain=[(text.tokens, text.start)],
             layers=[4],
             passes=2,
+            steps=1,
             step=0.03,
             keep_plain=weight,
             progress=False,
@@ -113,7 +114,7 @@ def test_texts_without_an_image_are_preserved() -> None:
 def test_heads_and_the_last_token() -> None:
     model = load_lvlm("tiny")
     vector = derive.optimize(
-        model, DATA[:8], heads=["L3.H1", "L4.H7"], positions="last+generated", passes=1, progress=False
+        model, DATA[:8], heads=["L3.H1", "L4.H7"], positions="last+generated", passes=1, steps=1, progress=False
     )
     assert [str(h) for h in vector.heads] == ["L3.H1", "L4.H7"]
     assert vector.positions == "last+generated"

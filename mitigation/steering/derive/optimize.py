@@ -48,6 +48,7 @@ def optimize(
     positions: str = "all",
     strength: float = 1.0,
     passes: int = 6,
+    steps: int = 60,
     step: float = 0.0125,
     emphasis: float = 3.0,
     keep: float = 1.0,
@@ -84,8 +85,9 @@ def optimize(
         ``all`` or ``last+generated``.
     strength
         The vector's default strength; 1 is the fitted addition.
-    passes
-        Number of passes over the questions.
+    passes, steps
+        Number of passes over the questions, and smallest number of steps: with few questions there are more passes. A step
+        takes the questions of one batch.
     step
         Largest step of Adam, in units of an activation's root mean square at the place; decreases linearly to 0.
     emphasis
@@ -118,7 +120,7 @@ def optimize(
     --------
     >>> import groundscope as gs
     >>> model, data = gs.load_lvlm("tiny"), gs.scenes.dataset(10, splits=["conflict"])
-    >>> vector = gs.derive.optimize(model, data, layers=[4], passes=2, progress=False)
+    >>> vector = gs.derive.optimize(model, data, layers=[4], passes=1, steps=2, progress=False)
     >>> vector, vector.decay
     (SteeringVector(add at L4; all, strength 1, for 'tiny'), 1.0)
     """
@@ -149,7 +151,8 @@ def optimize(
         wrong = sum(int(part.wrong.sum()) for part in parts)
         additions.scale()
         kept = [(group, weight) for group, weight in ((descriptions, keep), (plain_parts, keep_plain)) if group]
-        _minimize(additions, selected, kept, passes, step, emphasis, seed, lambda: bar.advance(task, 0))
+        total = max(passes * len(selected), steps)
+        _minimize(additions, selected, kept, total, step, emphasis, seed, lambda: bar.advance(task, 0))
     changes: dict[Key, VectorChange] = {}
     for key, addition in additions.fitted().items():
         length = float(np.linalg.norm(addition))
@@ -164,6 +167,7 @@ def optimize(
         "texts": len(texts),
         "plain": len(plain),
         "passes": passes,
+        "steps": total,
         "step": step,
         "emphasis": emphasis,
         "keep": [keep, keep_plain],
@@ -419,7 +423,7 @@ def _minimize(
     additions: _Additions,
     questions: Sequence[tuple[_Questions, Tensor]],
     kept: Sequence[tuple[Sequence[_Description], float]],
-    passes: int,
+    total: int,
     step: float,
     emphasis: float,
     seed: int,
@@ -429,10 +433,10 @@ def _minimize(
     values = list(additions.values.values())
     optimizer = torch.optim.Adam(values, lr=step)
     draw = torch.Generator().manual_seed(seed)
-    total, done = passes * len(questions), 0
+    done = 0
     with additions.added(), torch.enable_grad():
-        for _ in range(passes):
-            for k in torch.randperm(len(questions), generator=draw).tolist():
+        for _ in range(-(-total // len(questions))):
+            for k in torch.randperm(len(questions), generator=draw).tolist()[: total - done]:
                 part, rows = questions[k]
                 additions.start = -1
                 loss = part.loss(rows, emphasis)
