@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from importlib.util import find_spec
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
@@ -150,7 +150,7 @@ def _check(override: Override, *, own: bool) -> None:
         msg = f"unknown option '{key}'{nearest(key, [*leaves, *groups])}; groundscope help lists all"
         raise ConfigError(msg)
     if not override.is_add() and not override.is_force_add() and not override.is_delete():
-        msg = f"{key}: options under {inside} depend on the loader; write +{override.input_line}"
+        msg = f"{key}: options under {inside} have no fixed names; write +{override.input_line}"
         raise ConfigError(msg)
 
 
@@ -175,6 +175,8 @@ def known_options() -> tuple[list[str], list[str], list[str]]:
         groups.append(name)
         inner = get_type_hints(kind)
         leaves += [f"{name}.{f.name}" for f in fields(kind)]
+        defaults = ((f.name, f.default_factory()) for f in fields(kind) if f.default_factory is not MISSING)
+        leaves += [f"{name}.{key}.{inside}" for key, value in defaults if isinstance(value, dict) for inside in value]
         free += [
             f"{name}.{key}" for key, of in inner.items() if dict in {of, get_origin(of), *map(get_origin, get_args(of))}
         ]

@@ -52,7 +52,7 @@ def optimize(
     step: float = 0.0125,
     emphasis: float = 3.0,
     keep: float = 1.0,
-    keep_plain: float = 0.1,
+    keep_plain: float = 0.03,
     right: int = RIGHT,
     max_new_tokens: int = 40,
     memory: int = MEMORY,
