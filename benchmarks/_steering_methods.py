@@ -18,6 +18,7 @@ from concepts.scenes.icons import NOUNS
 from concepts.schema import ConceptDataset, CounterfactualPair
 from lvlm import Head, Lvlm
 from mitigation import Contrast, SteeringVector, combine, derive
+from mitigation.published_methods import preserved
 from mitigation.steering.derive import Demonstration
 from mitigation.steering.places import Key, site_of
 from mitigation.steering.shuffling import shuffle_mask
@@ -180,6 +181,7 @@ def methods(world: World) -> dict[str, Method]:
     difference, lda = masked(derive.mean_difference, right_and_wrong), masked(derive.lda, right_and_wrong)
     tell, pca = masked(derive.discriminant, yes_and_no, doubt=0.5), paired(derive.paired_pca, changed)
     colors = sorted(c for c in w.frame.columns if c.startswith("attribute:"))
+    optimized = cache(lambda: _optimized(w))
     iti = masked(derive.iti, right_and_wrong, top=len(w.heads))
     return {
         "mean_difference": tried(difference, SIGMAS),
@@ -204,6 +206,9 @@ def methods(world: World) -> dict[str, Method]:
         "discriminant, all tokens": Method(
             {"heads": lambda s: tell({"heads": w.heads, "positions": "all"}, s)}, SHARES[:4], late=False
         ),
+        "optimize, all tokens": Method(
+            {"residual, middle": lambda _: optimized()}, (0.6, 0.8, 1.0), labels=False, late=False
+        ),
         "vti_text": Method(
             {"MLP": lambda _: derive.vti_text(w.model, w.demonstrations(w.pairs // 3))}, LENGTHS, late=False
         ),
@@ -215,6 +220,14 @@ def methods(world: World) -> dict[str, Method]:
         "vsv": Method({"residual": None}, LENGTHS[:4], late=False, parts=lambda data: _probed_objects(w.model, data)),
         "project_away": Method({"image tokens": None}, SHARES[:4], late=False, parts=lambda d: _named(w.model, d)),
     }
+
+
+def _optimized(world: World) -> SteeringVector:
+    """Fit one addition for every token to the questions about every second scene."""
+    first = set(list(dict.fromkeys(e.group for e in world.discovery))[::2])
+    part = world.discovery.filter(lambda e: e.group in first)
+    middle = world.model.n_layers // 2
+    return derive.optimize(world.model, list(part), **preserved(world.model, part), layers=[middle, middle + 1])
 
 
 def _probed_objects(model: Lvlm, data: ConceptDataset) -> list[tuple[ConceptDataset, SteeringVector | None]]:
