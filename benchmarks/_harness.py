@@ -41,6 +41,16 @@ COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
 # -- options ---------------------------------------------------------------------------------------------------------------
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose option ``--save`` is off by default.
+
+    nnsight adds a method `save` to every object, and argparse sets no default for an attribute that exists.
+    """
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return super().parse_known_args(args, argparse.Namespace(save=False) if namespace is None else namespace)
+
+
 def option_parser(
     description: str | None,
     *,
@@ -64,7 +74,7 @@ def option_parser(
     dtypes
         Choices of ``--dtype``; the first is the default.
     """
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help=quick)
     if save:
         parser.add_argument("--save", action="store_true", help="write the figures to benchmarks/results")
