@@ -168,7 +168,8 @@ def test_lists_that_cannot_be(tmp_path: Path, values: list, message: str) -> Non
         writer.append({DENSE.key: np.zeros((3, 2, 6))}, {**table(3), "boxes": [[[1, 2]], [], None]})
         more = {"id": ["x"], "group": ["g"]}
         with pytest.raises(
-            StoreError, match="held lists of 2 numbers in earlier batches and holds lists of text in this one"
+            StoreError,
+            match="lists of text in this batch, lists of 2 numbers in earlier ones; give all batches lists of 2 numbers",
         ):
             writer.append({DENSE.key: np.zeros((1, 2, 6))}, {**more, "boxes": [["a"]]})
     assert verify(tmp_path).ok

@@ -253,7 +253,9 @@ def test_attention_that_is_not_called_by_name_is_refused() -> None:
 
     attention.forward = own
     for method in (attribution.edges, attribution.inputs):
-        with pytest.raises(ModelError, match="layer 1 does not use transformers' table"):
+        with pytest.raises(
+            ModelError, match="layer 1 does not call its attention through transformers' ALL_ATTENTION_FUNCTIONS"
+        ):
             method(lvlm, [pair_of(0)], min_effect=0)
 
 
