@@ -15,6 +15,8 @@ SWEEPS = "sweeps"
 """Folder of all sweeps, below the root folder of runs."""
 RENAMED: Mapping[str, str] = MappingProxyType({"probe.penalties": "probe.C"})
 """Option name in earlier versions to its present name."""
+SYNONYMS: Mapping[str, str] = MappingProxyType({"data.path": "data.questions"})
+"""Second name of an option to its name."""
 RENAMED_VALUES: Mapping[str, Mapping[str, str]] = MappingProxyType(
     {"patch.tokens": MappingProxyType({"suffix": "suffix:all"})}
 )

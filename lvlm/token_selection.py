@@ -242,7 +242,7 @@ def _indices(numbers: str) -> tuple[int, ...]:
 
 
 def _problem(text: object, forms: Sequence[str]) -> str:
-    if text == "mention" and "mention:first" in forms:
+    if isinstance(text, str) and text == "mention" and "mention:first" in forms:
         return (
             "token selection 'mention' has several readings: 'mention:before' (the token before each mention, where the word is "
             "chosen), 'mention:first' and 'mention:last' (its first and last token); choose one of them"

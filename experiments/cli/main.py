@@ -25,9 +25,6 @@ from groundscope.core.errors import ConfigError, GroundscopeError
 if TYPE_CHECKING:
     from rich.console import Console
 
-_SYNONYMS = {"data.path": "data.questions"}
-"""Second name of an option to its name."""
-
 
 def main() -> None:
     """Run the command line; an error of the user gives one line and exit status 2."""
@@ -39,16 +36,9 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # characters that the terminal cannot show are escaped
             stream.reconfigure(errors="backslashreplace")
-    arguments = [_named(argument) for argument in sys.argv[1:]]
-    status = _run_guarded(lambda console: _dispatch(arguments, console))
+    status = _run_guarded(lambda console: _dispatch(sys.argv[1:], console))
     if status:
         sys.exit(status)
-
-
-def _named(argument: str) -> str:
-    """Return an argument with the name of its option in place of a synonym."""
-    key, separator, value = argument.partition("=")
-    return f"{_SYNONYMS.get(key, key)}{separator}{value}"
 
 
 def _dispatch(arguments: Sequence[str], console: Console) -> int:

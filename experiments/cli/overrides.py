@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 from experiments.cli.help import choices
-from experiments.config import RENAMED, RunConfig
+from experiments.config import RENAMED, SYNONYMS, RunConfig
 from groundscope.core.errors import ConfigError
 from groundscope.core.text import nearest
 
@@ -84,7 +84,7 @@ def read(arguments: Sequence[str]) -> Request:
             msg = f"'{argument}' is neither a command nor option=value{nearest(argument, COMMANDS)}; groundscope help lists both"
             raise ConfigError(msg)
         else:
-            words.append(as_sources(argument))
+            words.append(as_sources(_named(argument)))
     try:
         overrides = tuple(OverridesParser.create().parse_overrides(words))
     except OverrideParseException as error:
@@ -105,6 +105,12 @@ def read(arguments: Sequence[str]) -> Request:
         msg = f"{key} has several values: add -m to run each, write {key}=[…] for a list, or \"{key}='…'\" for a text"
         raise ConfigError(msg)
     return request
+
+
+def _named(word: str) -> str:
+    """Return an override with the name of its option in place of a synonym."""
+    key, separator, value = word.partition("=")
+    return f"{SYNONYMS.get(key, key)}{separator}{value}"
 
 
 def as_sources(word: str) -> str:

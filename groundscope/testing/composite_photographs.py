@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from concepts.image_files import FileImage
+from concepts.image_files import BytesImage, FileImage
 from concepts.scenes.icons import icon
 from concepts.scenes.scene import SIDE, Scene
 from concepts.schema import Box, ConceptDataset, SceneObject
@@ -96,8 +96,7 @@ def save_composites(
 @cache
 def _photograph(number: int) -> Image.Image:
     package, name = PHOTOGRAPHS[number]
-    with files(package).joinpath(name).open("rb") as stream:
-        return Image.open(stream).convert("RGB")
+    return BytesImage(files(package).joinpath(name).read_bytes(), name).load()
 
 
 def _background(rng: np.random.Generator, side: int, gray_share: float) -> np.ndarray:

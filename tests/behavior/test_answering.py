@@ -97,7 +97,9 @@ def test_written_answers_are_read_by_the_named_parser(
     model: Lvlm, data: ConceptDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     texts = {"existence": "No, there is not.", "what_color": "It is green.", "caption": "a car", "color": "Perhaps"}
-    monkeypatch.setattr(model, "generate", lambda batch, _: [texts[e.example.kind] for e in batch.encodings])
+    monkeypatch.setattr(
+        model, "generate_batch", lambda batch, _, **__: [texts[e.example.kind] for e in batch.encodings]
+    )
     plain = answer(model, data, generate=True)
     release = answer(model, data, generate=True, parser="pope_release")
     strict = answer(model, data, generate=True, parser="strict")

@@ -282,5 +282,7 @@ def test_questions_are_about_a_label_in_either_number() -> None:
         ("attribute", "Is the shirt reddish?"),
         ("relation", "Is the banana to the left of the bear?"),
     ]
-    assert _concepts(labels, questions) == ["object:banana", "object:trees", "object:teddy bear", "", "object:x-ray",
-                                        "attribute:red", "", "relation:to the left of"]  # fmt: skip
+    assert _concepts(labels, questions) == [
+        "object:banana", "object:trees", "object:teddy bear", "object:bear-shaped cup", "object:x-ray", "attribute:red", "",
+        "relation:to the left of",
+    ]  # fmt: skip

@@ -23,6 +23,7 @@ import torch
 from rich.console import Console
 
 from activation_store import ActivationStore, verify
+from experiments import data as run_data
 from experiments import pipeline
 from experiments.cli.launch import launcher_options
 from experiments.cli.overrides import compose
@@ -30,7 +31,6 @@ from experiments.cli.plan import estimate
 from experiments.cli.sweep import job_name
 from experiments.config import RunConfig
 from experiments.pipeline import execute
-from experiments.run import context as context_module
 from experiments.run import stage_cache
 from experiments.run.context import Context
 from experiments.run.folder import RunFolder, read_receipt
@@ -386,7 +386,7 @@ def test_the_configuration_of_a_job_is_composed_and_checked_once_and_its_scenes_
     count(ConfigLoaderImpl, "load_sweep_config", "jobs composed")
     count(scenes, "dataset", "parts drawn")
     monkeypatch.setattr(validation, "RULES", (lambda _: counts.update(["checked"]), *validation.RULES))
-    context_module._scenes.cache_clear()
+    run_data._scenes.cache_clear()
     few = ("data.n_images=11", "data.test_images=12", "threads=1", "stages=[examples]")
     status, _, complaint = command("-m", *few, "probe.seed=0,1,2", "name=s")
     assert (status, "3 of 3 jobs done" in complaint) == (0, True)
