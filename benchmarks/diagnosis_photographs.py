@@ -54,13 +54,13 @@ from concepts.schema import ConceptDataset, Example
 from diagnosis import DirectionSet, diagnose, fit_directions
 from diagnosis.calibration import calibrate
 from diagnosis.claims import claims_of
-from diagnosis.image_tokens import ALL_IMAGE_TOKENS
 from diagnosis.probe_sets import probe_sets
 from diagnosis.readings import read_live, read_stored, read_tokens
 from diagnosis.results import LOST, NOT_INTEGRATED, NOT_SEEN, OVERRIDDEN, OVERRIDDEN_LATE, UNEXPLAINED, VERDICTS
 from groundscope.core.document_digest import value_digest
 from groundscope.testing.scene_photographs import save_as_photographs
 from lvlm import Lvlm, load_lvlm
+from lvlm.token_selection import ALL_IMAGE_TOKENS
 
 SITES = ["resid_post", "z", "mlp_out", "vision.resid_post", "projector.out"]
 TOKENS = ["last", "image:mean", "object:mean"]

@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from activation_store import ActivationStore
 from concepts.schema import Example
 from diagnosis.claims import Claim
-from diagnosis.probe_sets import ALL_IMAGE_TOKENS, ProbeSet
+from diagnosis.probe_sets import ProbeSet
 from groundscope.core.errors import DataError, SiteError, StoreError
 from lvlm.model import Lvlm
+from lvlm.token_selection import ALL_IMAGE_TOKENS
 from lvlm.weights_hash import short
 
 

@@ -12,9 +12,9 @@ import numpy as np
 from concepts.schema import LEVELS, ConceptDataset, Example
 from diagnosis.checks import check_store
 from diagnosis.fit_without_boxes import fit_located, locate
-from diagnosis.image_tokens import ALL_IMAGE_TOKENS, IMAGE_MEAN
 from groundscope.core.document_digest import value_digest
 from groundscope.core.errors import ConfigError, DataError
+from lvlm.token_selection import ALL_IMAGE_TOKENS, IMAGE_MEAN
 from probes import fit_grid, probeable
 from probes.protocol.tasks import UnplaceableError
 

@@ -17,10 +17,11 @@ import torch
 from activation_store import ArrayInfo, ConceptDirection
 from diagnosis.calibration import MIN_ACCURACY
 from diagnosis.claims import Names, presence_noun
-from diagnosis.image_tokens import ALL_IMAGE_TOKENS, read_image_tokens, read_picked_tokens
+from diagnosis.image_tokens import read_image_tokens, read_picked_tokens
 from diagnosis.noun_probes import VALIDATION_SHARE, NounProbes, Presence, fit_nouns
 from groundscope.core.document_digest import value_digest
 from lvlm.sites import Site
+from lvlm.token_selection import ALL_IMAGE_TOKENS
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -14,12 +14,8 @@ from concepts.schema import Example
 from lvlm.encoding.encode import Encoding
 from lvlm.model import Lvlm
 from lvlm.sites import Site
-from lvlm.token_selection import TokenSelection
+from lvlm.token_selection import ALL_IMAGE_TOKENS, TokenSelection
 
-ALL_IMAGE_TOKENS = "image:all"
-"""Token selection of directions that read every image token."""
-IMAGE_MEAN = "image:mean"
-"""Token selection of directions that read the mean of all image tokens."""
 MEMORY = 1 << 30
 """Largest number of bytes of activations that are held at a time; more sites are read in several passes over the images."""
 MAX_WIDTH = 512

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from concepts.nouns import absence_clause, be, existence_clause
 from concepts.schema import Example
-from diagnosis.image_tokens import ALL_IMAGE_TOKENS, IMAGE_MEAN
+from lvlm.token_selection import ALL_IMAGE_TOKENS, IMAGE_MEAN
 
 if TYPE_CHECKING:
     from diagnosis.claims import Claim

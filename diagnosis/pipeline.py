@@ -26,7 +26,6 @@ from diagnosis.causal_check import Correction, answer_offsets, find_corrections,
 from diagnosis.checks import check_known, check_sites, check_store
 from diagnosis.claims import Claim, attribute_kinds, claims_of, opposites_of
 from diagnosis.fit import DirectionSet
-from diagnosis.image_tokens import ALL_IMAGE_TOKENS, IMAGE_MEAN
 from diagnosis.narrative import describe_claim
 from diagnosis.probe_sets import ProbeSet, check_origin, probe_sets
 from diagnosis.readings import Margins, read_live, read_stored, read_tokens
@@ -47,6 +46,7 @@ from groundscope.core.text import nearest
 from lvlm.answer_keys import answer_key
 from lvlm.finite_logits import check_finite
 from lvlm.model import Lvlm
+from lvlm.token_selection import ALL_IMAGE_TOKENS, IMAGE_MEAN
 
 MAX_CALIBRATION = 150
 """Largest number of calibration examples per kind whose image tokens are read from the model, because a store has one vector

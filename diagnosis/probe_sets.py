@@ -11,11 +11,10 @@ import numpy as np
 from activation_store import ActivationStore, ConceptDirection
 from diagnosis.claims import Claim
 from diagnosis.fit_without_boxes import PLACED, POOLING
-from diagnosis.image_tokens import ALL_IMAGE_TOKENS, IMAGE_MEAN
 from groundscope.core.errors import ProbeError, SiteError
 from lvlm.model import Lvlm
 from lvlm.sites import Site
-from lvlm.token_selection import TokenSelection
+from lvlm.token_selection import ALL_IMAGE_TOKENS, IMAGE_MEAN, TokenSelection
 from lvlm.weights_hash import short
 
 TRANSFER_ACCURACY = 0.75

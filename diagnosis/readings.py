@@ -14,12 +14,11 @@ from circuits.execution.memory import batch_rows
 from concepts.schema import Example
 from diagnosis.claims import Claim, objects_of
 from diagnosis.fit_without_boxes import site_weight
-from diagnosis.image_tokens import ALL_IMAGE_TOKENS
 from diagnosis.probe_sets import ProbeSet, check_width
 from lvlm.encoding.encode import Encoding
 from lvlm.model import Lvlm
 from lvlm.sites import Site
-from lvlm.token_selection import TokenSelection
+from lvlm.token_selection import ALL_IMAGE_TOKENS, TokenSelection
 
 _BATCH = 32
 

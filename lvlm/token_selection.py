@@ -97,6 +97,8 @@ LEGACY_STEERING_POSITIONS: Mapping[str, str] = MappingProxyType(
     }
 )
 """Positions in steering vectors of format versions 1 to 3, by today's spelling."""
+ALL_IMAGE_TOKENS, IMAGE_MEAN = "image:all", "image:mean"
+"""The selections of every image token, and of their mean."""
 
 
 @dataclass(frozen=True, order=True)
