@@ -81,6 +81,11 @@ def is_scenes(data: DataConfig) -> bool:
     return _list(data.source) == ["scenes"]
 
 
+def has_own_labels(data: DataConfig) -> bool:
+    """Return whether the data may have labels with free names: a table or a function of the user."""
+    return any(source == "table" or is_function(source) for source in _list(data.source))
+
+
 def is_function(source: object) -> bool:
     """Return whether a source names a function of the user, ``module:function``."""
     return isinstance(source, str) and ":" in source

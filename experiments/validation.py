@@ -11,9 +11,9 @@ from typing import Any
 
 from behavior.matching import MATCHES
 from behavior.parsing import PARSERS
-from concepts.schema import Concept
+from concepts.schema import LEVELS, Concept
 from experiments.config import STAGES, SWEEPS, RunConfig
-from experiments.data import data_problem, is_scenes
+from experiments.data import data_problem, has_own_labels, is_scenes
 from groundscope.core.errors import ConfigError, DataError, SiteError
 from groundscope.core.paths import name_problem
 from groundscope.core.text import nearest
@@ -253,9 +253,14 @@ def _concepts(config: RunConfig) -> str | None:
     """Check the spelling of concepts; the check of stage `probe` finds concepts that the data do not have."""
     for concept in config.probe.concepts or ():
         try:
-            Concept.parse(concept)
+            level = Concept.parse(concept).level
         except DataError as error:
             return f"probe.concepts: {error}"
+        if not level and not has_own_labels(config.data):
+            levels = ", ".join(f"{known}:…" for known in LEVELS)
+            return (
+                f"probe.concepts: '{concept}' is not a concept of these data; write {levels}{nearest(concept, LEVELS)}"
+            )
     return "probe.concepts=[] fits no probe; name concepts, or null for all" if config.probe.concepts == [] else None
 
 

@@ -55,7 +55,7 @@ def greedy(
     images: Sequence[str] = (),
     choose: Processor | None = None,
 ) -> list[list[int]]:
-    """Return each row's greedy answer as token ids, without the end token.
+    """Return each row's greedy answer as token ids, up to the end token or a placeholder of an image.
 
     Penalties, beams, n-gram rules, forced and suppressed tokens, sampling and all other settings of the checkpoint's
     generation configuration are ignored; only its begin, end and padding tokens are used.
@@ -82,7 +82,9 @@ def greedy(
     processors = [_finite_check(model), *([] if choose is None else [choose])]
     with share_vision_runs(model, images), _greedy_settings(model, max_new_tokens) as settings:
         out = model.hf.generate(**inputs, generation_config=settings, logits_processor=processors)
-    ends = end_tokens(model)
+    # A placeholder of an image is no text (only an untrained model writes one): in a later forward pass over the answer,
+    # transformers would look for the pixels of one more image.
+    ends = end_tokens(model) | {model.content_id}
     answers = []
     for row in out[:, inputs[name].shape[1] :].tolist():
         stop = next((i for i, token in enumerate(row) if token in ends), len(row))

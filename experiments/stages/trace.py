@@ -50,6 +50,7 @@ def traced_sites(options: TraceConfig) -> list[str]:
     """Return the sites of the configuration, with components of the decoder restricted to its layers.
 
     >>> from experiments.config import TraceConfig
+    >>> from experiments.stages.trace import traced_sites
     >>> traced_sites(TraceConfig(sites=["z", "vision.z", "decoder.L5.z"], layers=[1, 2]))
     ['decoder.L1.z', 'decoder.L2.z', 'vision.z', 'decoder.L5.z']
     """

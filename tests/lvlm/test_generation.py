@@ -14,7 +14,7 @@ from activation_store import trace
 from concepts import ConceptDataset
 from groundscope.core.errors import DataError, ModelError
 from lvlm import Lvlm, load_lvlm
-from lvlm.generation import end_tokens, ignored_settings
+from lvlm.generation import end_tokens, greedy, ignored_settings
 from lvlm.prompting import find_question
 from tests.toys.examples import example
 from tests.toys.families import model
@@ -48,6 +48,19 @@ def by_hand(lvlm: Lvlm, batch: Any) -> list[list[int]]:
     ends = lvlm.hf.generation_config.eos_token_id
     stops = set(ends if isinstance(ends, list) else [ends])
     return [row[: next((i for i, t in enumerate(row) if t in stops), len(row))] for row in rows]
+
+
+def test_an_answer_ends_before_a_placeholder_of_an_image() -> None:
+    lvlm = model("llava")
+    batch = next(lvlm.batches([example(0)], 1))
+    (answer,) = greedy(lvlm, batch.inputs, STEPS)
+    assert len(answer) == STEPS
+
+    def third(tokens: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        written = tokens.shape[1] - batch.inputs["input_ids"].shape[1]
+        return logits.index_fill(1, torch.tensor([lvlm.content_id]), 1e9) if written == 2 else logits
+
+    assert greedy(lvlm, batch.inputs, STEPS, choose=third) == [answer[:2]]
 
 
 @pytest.mark.parametrize("family", ["llava", "florence2", "blip2_opt", "instructblip_t5"])

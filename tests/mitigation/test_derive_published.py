@@ -496,7 +496,7 @@ def test_project_away_removes_the_component_along_the_word(variant: Any) -> None
         (
             lambda: derive.ict(Contrast.from_pairs(shared_model(), [*pairs("blur"), *pairs("mask")])),
             PatchError,
-            "each level",
+            "call ict once per kind",
         ),
         (lambda: derive.ict(Contrast.from_pairs(shared_model(), pairs("blur")[:1])), PatchError, "cannot be divided"),
         (
