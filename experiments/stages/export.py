@@ -75,12 +75,12 @@ def _write(context: Context, root: Path, name: str, vectors: Mapping[str, Steeri
             try:
                 form.write(vector, path, context.model, **more)
             except ImportError:
-                return which, path, f"its package is not installed: pip install 'groundscope[{name}]'"
+                return which, path, "a package that it needs is not installed"
             except GroundscopeError as error:
                 problem = str(error)
             else:
                 return which, path, ""
-        reason = reason or problem
+        reason = problem  # in the end that of the exportable vector, which is made for other software
     return which, path, reason
 
 

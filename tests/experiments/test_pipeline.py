@@ -365,7 +365,7 @@ def test_exports_are_written_or_the_reason_is_recorded(run: Path, tmp_path: Path
     }
     assert set(document["vectors"].values()) == {"best", "exportable"}
     assert set(document["refused"]) == {"vti"}
-    assert "it is of kind 'amplify'" in document["refused"]["vti"]
+    assert "the format only on MLP output" in document["refused"]["vti"]
     readme = (run / "export" / "README.md").read_text()
     assert 'with steer(model, "vector.safetensors"):' in readme
     assert all(f"| {file} |" in readme for file in document["written"].values())

@@ -27,7 +27,7 @@ def _package() -> Any:
     try:
         import gguf as package
     except ImportError as error:
-        msg = "the format gguf needs the package gguf: pip install 'groundscope[gguf]'"
+        msg = "the format gguf needs the package gguf: pip install gguf"
         raise ConfigError(msg) from error
     return package
 
@@ -44,8 +44,7 @@ def gguf(
 
     llama.cpp adds ``direction.{k}`` to the output of block k, counted from 0, at every token (`llama_adapter_cvec`);
     names follow repeng: ``general.architecture`` is ``controlvector``, with ``controlvector.model_hint`` and
-    ``controlvector.layer_count``. The metadata are the string ``groundscope.card``. Needs the package ``gguf``
-    (``pip install groundscope[gguf]``).
+    ``controlvector.layer_count``. The metadata are the string ``groundscope.card``.
 
     Parameters
     ----------
