@@ -96,12 +96,17 @@ def without_cause(diagnoses: Diagnoses) -> list[str]:
     return sentences
 
 
+def _shown_kind(diagnosis: Diagnosis) -> str:
+    """Return level and kind of a question, once if they are equal."""
+    return " ".join(dict.fromkeys(kind_of(diagnosis).split(" ")))
+
+
 def readings_used(diagnoses: Diagnoses) -> list[str]:
     """Return a sentence for each kind of question without boxes, which says where its image was read instead."""
     kinds: dict[tuple[str, str], int] = {}
     for diagnosis in diagnoses.wrong:
         if tokens := tokens_read(diagnosis):
-            key = (kind_of(diagnosis), tokens)
+            key = (_shown_kind(diagnosis), tokens)
             kinds[key] = kinds.get(key, 0) + 1
     return [
         f"Without boxes, {count} answers of kind {kind} were read at {tokens}."
@@ -113,7 +118,7 @@ def unread_stages(diagnoses: Diagnoses) -> list[str]:
     """Return for each kind of question the stages that no probe reads in any wrong answer, and the verdicts this excludes."""
     kinds: dict[str, list[Diagnosis]] = {}
     for diagnosis in diagnoses.wrong:
-        kinds.setdefault(kind_of(diagnosis), []).append(diagnosis)
+        kinds.setdefault(_shown_kind(diagnosis), []).append(diagnosis)
     groups: dict[tuple[str, ...], list[str]] = {}
     for kind, part in kinds.items():
         missing = tuple(stage for stage in STAGES if all(stage in d.unread for d in part))
