@@ -475,7 +475,7 @@ class ConceptDataset(Sequence[Example]):
         frame
             Cells of ``image`` and ``images`` may also be images of Pillow and any `ImageSource`.
         images
-            Folder of the image files; None: paths are used as they are.
+            Folder of the image files; None: paths are not resolved in a folder.
         name
             Name of the dataset, and of the frame in messages.
         classes, ignore

@@ -20,7 +20,7 @@ _SCRIPTS_WITHOUT_SPACES = (
 def join_words(start: str, words: str) -> str:
     """Return a written start followed by more words, as one text.
 
-    Text that ends in white space is continued as it is. Otherwise a space comes between, except after an opening bracket or
+    The next word follows directly after white space. Otherwise a space comes between, except after an opening bracket or
     quotation mark, a hyphen or a slash, and between characters of scripts without spaces.
 
     Parameters

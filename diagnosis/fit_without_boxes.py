@@ -35,7 +35,7 @@ MAX_LAYERS = 8
 MAX_IMAGES = 400
 """Largest number of images that the probes are fitted to."""
 MIN_POSITIVE = 3
-"""Smallest number of images with a noun for a probe of its own; rarer nouns use the shared probe."""
+"""Smallest number of images with a noun for a separate probe; rarer nouns use the shared probe."""
 UNLABELLED = 3
 """Images without a label that count as images without the noun, for each image with the noun."""
 POOLING = "pooling"

@@ -218,7 +218,7 @@ def _json(path: Path) -> Mapping[str, Any]:
 
 
 def _first_stored(folder: Path) -> str:
-    """Return the number type of the first floating tensor in a folder's safetensors files; ``auto`` if there is none."""
+    """Return the number type of the first floating tensor in a folder's safetensors files; ``auto`` without such a tensor."""
     for path in sorted(folder.glob("*.safetensors")):
         try:
             with path.open("rb") as file:

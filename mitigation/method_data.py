@@ -85,7 +85,7 @@ class DerivationData:
         return {} if self.positions is None else {"positions": self.positions}
 
     def shuffle(self, contrast: Contrast) -> Contrast:
-        """Return a contrast as it is, or shuffled if `shuffle_seed` is set."""
+        """Return a contrast, with shuffled labels if `shuffle_seed` is set."""
         return contrast if self.shuffle_seed is None else contrast.shuffled(self.shuffle_seed)
 
 

@@ -37,7 +37,7 @@ class Pictures:
     """The images that rows refer to: files below a folder, or the content of files in the table."""
 
     folder: ImageFolder | None
-    """None: paths are used as they are."""
+    """None: paths are not resolved in a folder."""
     checks: list[tuple[str, FileImage | BytesImage]] = field(default_factory=list)
     """Images whose headers `check` reads, with the row and column that refer to them first."""
     _known: dict[str, FileImage] = field(default_factory=dict)

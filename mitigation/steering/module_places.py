@@ -48,7 +48,7 @@ def module_places(vector: SteeringVector, model: Lvlm) -> dict[str, Any]:
 
 
 def _image_token_id(model: Lvlm) -> int | None:
-    """Return the id that marks every image token and no other token; None if there is none."""
+    """Return the id that marks every image token and no other token; None if no id does."""
     if not image_in_sequence(model):
         return NO_IMAGE
     mask = model.image_encoding.image_token_mask

@@ -127,19 +127,19 @@ def optimize(
     if positions not in POSITIONS or passes < 1:
         msg = f"positions='{positions}', passes={passes}: choose positions {' or '.join(POSITIONS)}, and at least one pass"
         raise ConfigError(msg)
-    asked = [e for e in questions if e.candidates]
-    if not asked:
+    candidate_questions = [e for e in questions if e.candidates]
+    if not candidate_questions:
         msg = "no question has candidate answers; pass questions with candidates, such as yes and no"
         raise DataError(msg)
     keys = tuple(sorted(keys_of(heads, layers, sites), key=order))
     first = min(site_of(key).layer if site_of(key).stack == "decoder" else 0 for key in keys)
     additions = _Additions(model, keys, positions)
-    size = batch_rows(model, asked, 32, recorded=True)
+    size = batch_rows(model, candidate_questions, 32, recorded=True)
     store = _Budget(memory)
     with progress_bar(progress) as bar:
-        task = bar.add_task("optimizing a vector", total=len(asked) + len(texts))
+        task = bar.add_task("optimizing a vector", total=len(candidate_questions) + len(texts))
         parts: list[_Questions] = []
-        for batch in model.batches(asked, size, in_order=False):
+        for batch in model.batches(candidate_questions, size, in_order=False):
             parts.append(_Questions.record(model, batch, first, store, additions))
             bar.advance(task, len(batch.index))
         selected = _select(parts, right)
@@ -150,9 +150,11 @@ def optimize(
         plain_parts = [_Description.of_text(model, ids, start, first, store, additions) for ids, start in plain]
         wrong = sum(int(part.wrong.sum()) for part in parts)
         additions.scale()
-        kept = [(group, weight) for group, weight in ((descriptions, keep), (plain_parts, keep_plain)) if group]
+        preserved_groups = [
+            (group, weight) for group, weight in ((descriptions, keep), (plain_parts, keep_plain)) if group
+        ]
         total = max(passes * len(selected), steps)
-        _minimize(additions, selected, kept, total, step, emphasis, seed, lambda: bar.advance(task, 0))
+        _minimize(additions, selected, preserved_groups, total, step, emphasis, seed, lambda: bar.advance(task, 0))
     changes: dict[Key, VectorChange] = {}
     for key, addition in additions.fitted().items():
         length = float(np.linalg.norm(addition))
@@ -422,7 +424,7 @@ def _select(parts: Sequence[_Questions], right: int) -> list[tuple[_Questions, T
 def _minimize(
     additions: _Additions,
     questions: Sequence[tuple[_Questions, Tensor]],
-    kept: Sequence[tuple[Sequence[_Description], float]],
+    preserved_groups: Sequence[tuple[Sequence[_Description], float]],
     total: int,
     step: float,
     emphasis: float,
@@ -440,7 +442,7 @@ def _minimize(
                 part, rows = questions[k]
                 additions.start = -1
                 loss = part.loss(rows, emphasis)
-                for group, weight in kept:
+                for group, weight in preserved_groups:
                     description = group[done % len(group)]
                     some = torch.randperm(len(description.mask), generator=draw)[: max(4, len(rows) // 2)]
                     additions.start = description.start
