@@ -4,6 +4,7 @@ from . import counterfactuals, loaders, scenes
 from .combination import combine_datasets, dataset_parts
 from .image_files import BytesImage, FileImage
 from .mentions import with_mentions
+from .run_length_masks import RunLengthMask
 from .schema import (
     Box,
     Concept,
@@ -29,6 +30,7 @@ __all__ = [
     "Mention",
     "NoImage",
     "Question",
+    "RunLengthMask",
     "SceneObject",
     "combine_datasets",
     "counterfactuals",

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal, Protocol, overload
 
+from concepts.outlines import Outline, outline_record
 from groundscope.core.errors import ConfigError, DataError
 from groundscope.core.short_repr import short_repr
 from groundscope.core.text import nearest
@@ -166,8 +167,8 @@ class SceneObject:
     """Its box in pixels of the loaded image; None if unknown, and then no image token belongs to the object."""
     attributes: Mapping[str, str] = field(default_factory=dict)
     """Kind of attribute to its value, such as ``{"color": "green", "size": "big"}``; empty without annotation."""
-    outline: tuple[tuple[float, ...], ...] = ()
-    """Polygons ``(x0, y0, x1, y1, …)`` in pixels of the loaded image; empty without annotation."""
+    outline: Outline = ()
+    """Polygons ``(x0, y0, x1, y1, …)`` in pixels of the loaded image, or a mask (`RunLengthMask`); empty without annotation."""
 
     def __post_init__(self) -> None:
         if self.box is not None:
@@ -175,7 +176,7 @@ class SceneObject:
 
     def record(self) -> dict[str, object]:
         """Return the fields as values that JSON can represent; without an empty outline."""
-        outline = {"outline": [list(polygon) for polygon in self.outline]} if self.outline else {}
+        outline = {"outline": outline_record(self.outline)} if self.outline else {}
         box = None if self.box is None else asdict(self.box)
         return {"id": self.id, "noun": self.noun, "box": box, "attributes": dict(self.attributes), **outline}
 

@@ -26,6 +26,14 @@ class Optional:
     shape: Any
 
 
+@dataclass(frozen=True)
+class OneOf:
+    """A field that holds either a list or an object."""
+
+    shapes: Mapping[str, Any]
+    """The shapes of ``list`` and ``object``; other values are compared with that of the list."""
+
+
 TEXT, NUMBER, INTEGER, ANY = "text", "number", "integer", "any"
 """Simple shapes; `NUMBER` may be NaN. ``[shape]`` is a list, ``(shape, shape)`` a list of this length, a mapping an object with
 these fields and possibly others, ``{"*": shape}`` an object with any keys."""
@@ -91,6 +99,7 @@ ILLUSTRATIONS = {
     "examples": [{"example": TEXT, "size": (INTEGER, INTEGER), "answers": {"*": TEXT}, "image_mass": {"*": NUMBER}}],
     "reason": TEXT,
 }
+OUTLINES = {"list": [[NUMBER]], "object": {"size": (INTEGER, INTEGER), "counts": TEXT}}
 BOX = {"x0": NUMBER, "y0": NUMBER, "x1": NUMBER, "y1": NUMBER}
 EXAMPLE = {
     "id": TEXT,
@@ -104,7 +113,13 @@ EXAMPLE = {
     "group": TEXT,
     "labels": {"*": ANY},
     "objects": [
-        {"id": TEXT, "noun": TEXT, "box": Optional(BOX), "attributes": {"*": TEXT}, "outline": Optional([[NUMBER]])}
+        {
+            "id": TEXT,
+            "noun": TEXT,
+            "box": Optional(BOX),
+            "attributes": {"*": TEXT},
+            "outline": Optional(OneOf(OUTLINES)),
+        }
     ],
     "subject": Optional(TEXT),
     "prior_answer": Optional(TEXT),
@@ -147,6 +162,8 @@ def problem(value: Any, shape: Any, at: str = "") -> str | None:
     """Return the first difference between a value and a shape, or None."""
     if isinstance(shape, Optional):
         return None if value is None else problem(value, shape.shape, at)
+    if isinstance(shape, OneOf):
+        return problem(value, shape.shapes["object" if isinstance(value, dict) else "list"], at)
     if isinstance(shape, str):
         return _simple(value, shape, at)
     if isinstance(shape, list):

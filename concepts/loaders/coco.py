@@ -9,13 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from concepts.nouns import canonical_noun
+from concepts.outlines import Outline
 from concepts.reading.annotation_questions import AnnotatedImage, QuestionMaker
 from concepts.reading.assembly import build_dataset, check_counts
 from concepts.reading.box_frames import annotated_size, box_numbers
 from concepts.reading.image_folder import ImageFolder
 from concepts.reading.json_stream import missing_list, stream, stream_list
-from concepts.reading.outlines import read_polygons
+from concepts.reading.outlines import read_outline
 from concepts.reading.record import Record
+from concepts.run_length_masks import RunLengthMask
 from concepts.schema import ConceptDataset, Example, SceneObject
 from groundscope.core.errors import DataError
 
@@ -51,8 +53,8 @@ def coco(
         File with the list ``annotations`` (``image_id, caption``). It adds for each image a request for a description, whose
         answer has all of the image's captions, one per line; images without objects are then included.
     outlines
-        Whether to read the polygons of ``segmentation`` as outlines of the objects, with which pairs change the object only and
-        not its box; crowds, whose outlines are run-length encoded, have none. They need about 300 bytes of memory each.
+        Whether to read ``segmentation`` as outlines of the objects, with which pairs change the object only and not its box:
+        polygons, and masks as run lengths, compressed or not, as those of crowds. They need about 300 bytes of memory each.
     per_image
         Maximum number of present categories to ask about for an image, the first in the file; for each, one question about a
         random absent category.
@@ -74,8 +76,8 @@ def coco(
     ------
     DataError
         Names the file, list, record and field: for invalid or truncated JSON, a field that is missing or of the wrong type, a
-        repeated id, an image or category that is not in the file, or an image that is missing, unreadable, outside the folder,
-        or of other proportions than in the file.
+        repeated id, an image or category that is not in the file, a mask of another size than its image, or an image that is
+        missing, unreadable, outside the folder, or of other proportions than in the file.
     ConfigError
         For a limit or number of questions below 1.
 
@@ -122,10 +124,15 @@ class _Content:
     categories: dict[int, str]
     boxes: dict[int, array[float]]
     """Image id to the image's annotations, six numbers each: id, category id, x, y, width, height."""
-    outlines: dict[int, tuple[array[float], ...]]
-    """Annotation id to its polygons; empty unless they are read."""
+    outlines: dict[int, tuple[array[float], ...] | RunLengthMask]
+    """Annotation id to its polygons or mask; empty unless they are read."""
     absent: dict[int, tuple[int, ...]]
     """Image id to the categories that are certainly absent; empty for COCO, whose other categories all are."""
+
+    def pop_outline(self, annotation: int) -> Outline:
+        """Return the outline of an annotation, and forget it."""
+        outline = self.outlines.pop(annotation, ())
+        return tuple(map(tuple, outline)) if isinstance(outline, tuple) else outline
 
     def absent_nouns(self, image: int) -> tuple[str, ...] | None:
         """Return the nouns of the categories that are certainly absent from an image; None if all others are."""
@@ -154,8 +161,9 @@ def _read(file: Path, *, outlines: bool) -> _Content:
             if image not in content.boxes:
                 content.boxes[image] = array("d")
             content.boxes[image].extend(values)
-            if outlines and (polygons := read_polygons(record, "segmentation")):
-                content.outlines[values[0]] = tuple(array("f", polygon) for polygon in polygons)
+            if outlines and (outline := read_outline(record, "segmentation")):
+                compact = tuple(array("f", polygon) for polygon in outline) if isinstance(outline, tuple) else outline
+                content.outlines[values[0]] = compact
     for key, part in (("images", content.images), ("annotations", content.boxes), ("categories", content.categories)):
         if not part:
             msg = f"{file}: {missing_list(key)}; an instances file has images, annotations and categories"
@@ -207,7 +215,7 @@ def _annotated_images(
                     content.categories[int(category)],
                     frame.place(x, y, w, h, left_out),
                     _NO_ATTRIBUTES,
-                    frame.place_outline(tuple(map(tuple, content.outlines.pop(int(number), ())))),
+                    frame.place_outline(content.pop_outline(int(number)), f"{where}: annotation {int(number)}"),
                 )
                 for number, category, x, y, w, h in rows
             )

@@ -15,7 +15,7 @@ from concepts.reading.assembly import build_dataset, check_counts
 from concepts.reading.attribute_values import attribute_kinds
 from concepts.reading.box_frames import box_numbers
 from concepts.reading.image_folder import ImageFolder
-from concepts.reading.outlines import read_polygons
+from concepts.reading.outlines import read_outline
 from concepts.reading.record import Record
 from concepts.reading.records import read_json_records
 from concepts.schema import YES_NO, ConceptDataset, Example, SceneObject, yes_or_no
@@ -123,7 +123,7 @@ def _instance(record: Record, folder: ImageFolder, image: FileImage, left_out: C
         noun,
         frame.place(*box, left_out),
         MappingProxyType(attributes_of(true, Counter(), noun)),
-        frame.place_outline(read_polygons(record, "instance_polygon")),
+        frame.place_outline(read_outline(record, "instance_polygon"), record.where),
     )
     return _Instance(item, true, false)
 

@@ -12,7 +12,9 @@ from collections import Counter
 from dataclasses import dataclass
 
 from concepts.image_files import FileImage, ImageHeader
+from concepts.outlines import Outline, place_outline
 from concepts.reading.record import Record
+from concepts.run_length_masks import RunLengthMask
 from concepts.schema import Box
 from groundscope.core.errors import DataError
 
@@ -106,13 +108,27 @@ class BoxFrame:
             return None
         return clipped
 
-    def place_outline(self, polygons: tuple[tuple[float, ...], ...]) -> tuple[tuple[float, ...], ...]:
-        """Return polygons ``(x0, y0, x1, y1, …)`` in pixels of the loaded image; none if it was rotated or mirrored."""
+    def place_outline(self, outline: Outline, where: str) -> Outline:
+        """Return an outline in pixels of the loaded image; none if the image was rotated or mirrored.
+
+        Raises
+        ------
+        DataError
+            If a mask is not of the annotated image's size; the message begins with `where`.
+        """
         if not self.known or self.orientation != 1:
             return ()
+        if isinstance(outline, RunLengthMask):
+            annotated = tuple(round(side / factor) for side, factor in zip(self.size, self.scale, strict=True))
+            if outline.size != annotated:
+                msg = (
+                    f"{where}: its mask has {outline.width} x {outline.height} pixels, its image {annotated[0]} x "
+                    f"{annotated[1]}; a mask must have the width and height of its image ('size' is height, width)"
+                )
+                raise DataError(msg)
         if self.scale == (1.0, 1.0):
-            return polygons
-        return tuple(tuple(x * self.scale[i % 2] for i, x in enumerate(polygon)) for polygon in polygons)
+            return outline
+        return place_outline(outline, self.scale, (0.0, 0.0), self.size)
 
 
 def box_frame(image: FileImage, annotated_size: tuple[int, int] | None) -> BoxFrame:

@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from concepts.outlines import outline_from_record
 from concepts.schema import LEVELS, Box, Example, Mention, NoImage, SceneObject
 from experiments.config import RunConfig
 from experiments.records import (
@@ -282,7 +283,7 @@ def _objects(records: Sequence[Mapping[str, Any]]) -> tuple[SceneObject, ...]:
             **{
                 **r,
                 "box": None if r["box"] is None else Box(**r["box"]),
-                "outline": tuple(map(tuple, r.get("outline") or ())),
+                "outline": outline_from_record(r.get("outline")),
             }
         )
         for r in records

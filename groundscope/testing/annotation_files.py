@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from concepts import counterfactuals
+from concepts.outlines import outline_record
 from concepts.schema import YES_NO, ConceptDataset, Example, SceneObject
 from groundscope.core.errors import ConfigError
 from groundscope.core.text import nearest
@@ -160,7 +161,9 @@ def _write(path: Path, value: Any) -> Path:
 
 
 def _points(item: SceneObject) -> list[list[tuple[float, float]]] | None:
-    return [list(zip(polygon[::2], polygon[1::2], strict=True)) for polygon in item.outline] or None
+    """Return the polygons of an object; None without polygons, as VAW has no masks."""
+    polygons = item.outline if isinstance(item.outline, tuple) else ()
+    return [list(zip(polygon[::2], polygon[1::2], strict=True)) for polygon in polygons] or None
 
 
 def _rename(images: Path, examples: list[Example]) -> None:
@@ -186,7 +189,7 @@ def _coco(folder: Path, _: ConceptDataset, scenes: list[Example]) -> AnnotationF
                     "image_id": number,
                     "category_id": categories.index(item.noun),
                     "bbox": box,
-                    "segmentation": [list(polygon) for polygon in item.outline],
+                    "segmentation": outline_record(item.outline),
                 }
             )
     return AnnotationFiles("coco", _write(folder / "coco.json", document), folder / "images", {})

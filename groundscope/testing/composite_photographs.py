@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from concepts.image_files import BytesImage, FileImage
+from concepts.run_length_masks import RunLengthMask
 from concepts.scenes.icons import icon
 from concepts.scenes.scene import SIDE, Scene
 from concepts.schema import Box, ConceptDataset, SceneObject
@@ -32,7 +33,13 @@ SIDES = (224, 280, 336)
 
 
 def save_composites(
-    data: ConceptDataset, folder: Path | str, *, gray_share: float = 0.5, quality: int = 75, seed: int = 0
+    data: ConceptDataset,
+    folder: Path | str,
+    *,
+    gray_share: float = 0.5,
+    quality: int = 75,
+    masks: bool = False,
+    seed: int = 0,
 ) -> ConceptDataset:
     """Paste the icons of scenes on photographs, save them as JPEG files of several sizes, and return the questions about them.
 
@@ -46,6 +53,8 @@ def save_composites(
         Share of gray in the background: 0 for the photograph, 1 for gray only.
     quality
         Quality of the JPEG files.
+    masks
+        Whether outlines are masks of pixels (`RunLengthMask`) instead of polygons.
     seed
         Seed of the choice of photograph, part of it and size for each scene.
 
@@ -81,7 +90,7 @@ def save_composites(
             side = SIDES[int(rng.integers(len(SIDES)))]
             name = f"{len(scenes):06d}.jpg"
             pixels = _background(rng, side, gray_share)
-            objects = tuple(_paste(pixels, item, side / SIDE) for item in scene.objects)
+            objects = tuple(_paste(pixels, item, side / SIDE, masks=masks) for item in scene.objects)
             Image.fromarray(np.rint(pixels).astype(np.uint8)).save(folder / name, quality=quality)
             scenes[scene.identity] = FileImage(folder / name, name), objects
     examples = tuple(
@@ -108,14 +117,19 @@ def _background(rng: np.random.Generator, side: int, gray_share: float) -> np.nd
     return np.asarray(part, np.float32) * (1 - gray_share) + GRAY * gray_share
 
 
-def _paste(pixels: np.ndarray, item: SceneObject, scale: float) -> SceneObject:
+def _paste(pixels: np.ndarray, item: SceneObject, scale: float, *, masks: bool) -> SceneObject:
     """Draw an icon into the pixels; return the object with its box and outline there."""
     box = item.require_box()
     x, y, side = (round(v * scale) for v in (box.x0, box.y0, box.x1 - box.x0))
     rgb, alpha = icon(item.noun, item.attributes["color"], side)
     region = pixels[y : y + side, x : x + side]
     region += (rgb - region) * alpha
-    return replace(item, box=Box(x, y, x + side, y + side), outline=_outline(alpha[..., 0], x, y))
+    box = Box(x, y, x + side, y + side)
+    if not masks:
+        return replace(item, box=box, outline=_outline(alpha[..., 0], x, y))
+    opaque = np.zeros(pixels.shape[:2], dtype=bool)
+    opaque[y : y + side, x : x + side] = (alpha[..., 0] > 0.5)[: len(pixels) - y, : len(pixels) - x]
+    return replace(item, box=box, outline=RunLengthMask.from_pixels(opaque))
 
 
 def _outline(alpha: np.ndarray, x: int, y: int) -> tuple[tuple[float, ...], ...]:

@@ -160,7 +160,7 @@ def test_vaw_asks_what_annotators_confirmed_or_denied(tmp_path: Path) -> None:
         ({"instance_bbox": [1, 2, 3]}, "'instance_bbox' must hold x, y, width, height, not 3 values"),
         (
             {"instance_polygon": [[[1, "a"]]]},
-            "'instance_polygon' must hold polygons, lists of x and y in pixels, or null",
+            "'instance_polygon' must hold polygons, lists of x and y in pixels, a mask of run lengths, or null",
         ),
         ({"instance_polygon": "none"}, "'instance_polygon' must hold polygons"),
         ({"positive_attributes": "red"}, "'positive_attributes' must hold a list"),
@@ -198,17 +198,14 @@ def test_outlines_of_coco_limit_what_an_edit_changes(tmp_path: Path) -> None:
         "categories": [{"id": 0, "name": "dog"}, {"id": 1, "name": "cat"}],
         "annotations": [
             {"id": 1, "image_id": 1, "category_id": 0, "bbox": [20, 20, 40, 40], "segmentation": [[2 * x for x in triangle]]},
-            {"id": 2, "image_id": 1, "category_id": 1, "bbox": [80, 0, 9, 9], "segmentation": {"counts": [1, 2], "size": [3, 1]}},
+            {"id": 2, "image_id": 1, "category_id": 1, "bbox": [80, 0, 9, 9]},
         ],
     }  # fmt: skip
     (tmp_path / "coco.json").write_text(json.dumps(document))
     plain, data = (loaders.coco(tmp_path / "coco.json", tmp_path, outlines=on)[0] for on in (False, True))
     assert plain.objects[0].outline == ()
     dog, cat = data.objects
-    assert (dog.outline, cat.outline) == (
-        (tuple(triangle),),
-        (),
-    )  # scaled with the boxes; run-length codes are of crowds
+    assert (dog.outline, cat.outline) == ((tuple(triangle),), ())  # scaled with the boxes
     inside = region_mask((60, 40), dog.require_box(), dog.outline)
     rows, columns = np.mgrid[:40, :60]
     by_hand = (columns >= 10) & (rows >= 10) & (columns + rows <= 40)

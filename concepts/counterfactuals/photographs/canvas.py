@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 from PIL import Image
 
+from concepts.outlines import place_outline
 from concepts.schema import Box, ConceptDataset, Example, ImageSource, SceneObject
 from groundscope.core.errors import ConfigError
 
@@ -112,14 +113,14 @@ def _size(image: ImageSource) -> tuple[int, int]:
 def _placed(example: Example, images: Mapping[int, tuple[CanvasImage, tuple[int, int]]]) -> Example:
     image, size = images[id(example.image)]
     width, height, left, top = placement(size, image.canvas)
+    scale, offset = (width / size[0], height / size[1]), (left, top)
 
     def place(o: SceneObject) -> SceneObject:
         def move(x: float, axis: int) -> float:
-            return x * (width / size[0], height / size[1])[axis] + (left, top)[axis]
+            return x * scale[axis] + offset[axis]
 
         box = None if o.box is None else Box(move(o.box.x0, 0), move(o.box.y0, 1), move(o.box.x1, 0), move(o.box.y1, 1))
-        outline = tuple(tuple(move(x, i % 2) for i, x in enumerate(polygon)) for polygon in o.outline)
-        return replace(o, box=box, outline=outline)
+        return replace(o, box=box, outline=place_outline(o.outline, scale, offset, image.canvas))
 
     further = tuple(images[id(other)][0] for other in example.further_images)
     return replace(example, image=image, further_images=further, objects=tuple(map(place, example.objects)))

@@ -14,8 +14,9 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 from PIL import Image
 
-from concepts.counterfactuals.photographs.regions import Outline, region_mask, share_covered
+from concepts.counterfactuals.photographs.regions import region_mask, share_covered
 from concepts.nouns import broader_nouns, canonical_noun
+from concepts.outlines import Outline, outline_record, place_outline
 from concepts.schema import Box, ConceptDataset, CounterfactualPair, Example, ImageSource, SceneObject
 
 MARGIN = 3
@@ -47,12 +48,12 @@ class InpaintedImage:
     box: Box
     """Box of the region in pixels."""
     outline: Outline = ()
-    """Polygons of the object; empty if only its box is known."""
+    """Polygons or mask of the object; empty if only its box is known."""
 
     @property
     def identity(self) -> str:
         """The edit and the identity of the base as JSON."""
-        return json.dumps(["inpaint", asdict(self.box), self.outline, self.base.identity])
+        return json.dumps(["inpaint", asdict(self.box), outline_record(self.outline), self.base.identity])
 
     def load(self) -> Image.Image:
         """Return the RGB image without the region."""
@@ -118,17 +119,19 @@ def inpaint_pairs(
         box = _elsewhere(image, subject, example.objects) if placebo else subject.box
         if box is None:
             left_out["images without another smooth region of that size"] += 1
-        elif (problem := _problem(image, box, _outline(subject, box), () if placebo else tuple(others))) is not None:
+        elif (
+            problem := _problem(image, box, _outline(subject, box, image.size), () if placebo else tuple(others))
+        ) is not None:
             left_out[problem] += 1
         else:
-            yield _pair(example, subject, box, placebo=placebo)
+            outline = _outline(subject, box, image.size)
+            yield _pair(example, subject, InpaintedImage(example.image, box, outline), placebo=placebo)
 
 
-def _outline(subject: SceneObject, box: Box) -> Outline:
-    """Return the outline of an object, moved to a box of the same size."""
+def _outline(subject: SceneObject, box: Box, size: tuple[int, int]) -> Outline:
+    """Return the outline of an object in an image of that size, moved to a box of the same size."""
     own = subject.require_box()
-    moved = (box.x0 - own.x0, box.y0 - own.y0)
-    return tuple(tuple(x + moved[i % 2] for i, x in enumerate(polygon)) for polygon in subject.outline)
+    return place_outline(subject.outline, (1.0, 1.0), (box.x0 - own.x0, box.y0 - own.y0), size)
 
 
 def _problem(image: Image.Image, box: Box, outline: Outline, others: tuple[SceneObject, ...]) -> str | None:
@@ -167,13 +170,12 @@ def _elsewhere(image: Image.Image, subject: SceneObject, objects: tuple[SceneObj
             candidate = Box(float(x), float(y), float(x + w), float(y + h))
             if share_covered(candidate, boxes) > 0:
                 continue
-            if _problem(image, candidate, _outline(subject, candidate), ()) is None:
+            if _problem(image, candidate, _outline(subject, candidate, image.size), ()) is None:
                 return candidate
     return None
 
 
-def _pair(example: Example, subject: SceneObject, box: Box, *, placebo: bool) -> CounterfactualPair:
-    image = InpaintedImage(example.image, box, _outline(subject, box))
+def _pair(example: Example, subject: SceneObject, image: InpaintedImage, *, placebo: bool) -> CounterfactualPair:
     if placebo:
         change = f"filled beside the {subject.noun}"
         corrupt = replace(example, id=f"{example.id}|{change}", image=image)

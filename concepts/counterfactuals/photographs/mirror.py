@@ -12,6 +12,7 @@ from PIL import Image, ImageOps
 
 from concepts.image_files import FileImage
 from concepts.nouns import singular
+from concepts.outlines import mirror_outline
 from concepts.schema import Box, ConceptDataset, CounterfactualPair, Example, ImageSource, SceneObject
 
 NOT_SYMMETRIC = frozenset(
@@ -135,7 +136,7 @@ def mirror_objects(objects: tuple[SceneObject, ...], width: int) -> tuple[SceneO
         replace(
             o,
             box=None if o.box is None else mirror_box(o.box, width),
-            outline=tuple(tuple(x if i % 2 else width - x for i, x in enumerate(polygon)) for polygon in o.outline),
+            outline=mirror_outline(o.outline, width),
         )
         for o in objects
     )

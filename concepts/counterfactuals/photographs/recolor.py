@@ -16,7 +16,8 @@ import numpy as np
 from PIL import Image
 
 from concepts.counterfactuals.photographs.color_names import HUES, MIN_SATURATION, PROTOTYPES, color_name, hue_distance
-from concepts.counterfactuals.photographs.regions import Outline, region_mask
+from concepts.counterfactuals.photographs.regions import region_mask
+from concepts.outlines import Outline, outline_record
 from concepts.schema import Box, ConceptDataset, CounterfactualPair, Example, ImageSource
 
 HUE_TOLERANCE = 0.06
@@ -52,12 +53,13 @@ class RecoloredImage:
     target: str
     """New color, a key of `HUES`."""
     outline: Outline = ()
-    """Polygons of the object; empty if only its box is known."""
+    """Polygons or mask of the object; empty if only its box is known."""
 
     @property
     def identity(self) -> str:
         """The edit and the identity of the base as JSON."""
-        return json.dumps(["recolor", asdict(self.box), self.color, self.target, self.outline, self.base.identity])
+        outline = outline_record(self.outline)
+        return json.dumps(["recolor", asdict(self.box), self.color, self.target, outline, self.base.identity])
 
     def mask(self) -> np.ndarray:
         """Return the pixels that change, bool ``[height, width]``."""

@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image, ImageDraw
 
+from concepts.outlines import Outline, outline_pixels
 from concepts.schema import Box
-
-Outline = tuple[tuple[float, ...], ...]
-"""Polygons ``(x0, y0, x1, y1, …)`` in pixels of the loaded image, as in COCO's ``segmentation`` and `SceneObject.outline`."""
 
 
 def region_mask(size: tuple[int, int], box: Box, outline: Outline = ()) -> np.ndarray:
@@ -23,12 +20,17 @@ def region_mask(size: tuple[int, int], box: Box, outline: Outline = ()) -> np.nd
     box
         Box of the object in pixels; the part outside of the image is ignored.
     outline
-        Polygons of the object.
+        Polygons or mask of the object.
 
     Returns
     -------
     ndarray
         Bool ``[height, width]``.
+
+    Raises
+    ------
+    DataError
+        If the outline is a mask of an image of another size.
 
     Examples
     --------
@@ -37,13 +39,9 @@ def region_mask(size: tuple[int, int], box: Box, outline: Outline = ()) -> np.nd
     >>> int(region_mask((8, 6), Box(1, 2, 4, 4)).sum())
     6
     """
-    width, height = size
     if outline:
-        image = Image.new("1", size)
-        draw = ImageDraw.Draw(image)
-        for polygon in outline:
-            draw.polygon(list(polygon), fill=1)
-        return np.asarray(image, dtype=bool)
+        return outline_pixels(outline, size)
+    width, height = size
     mask = np.zeros((height, width), dtype=bool)
     mask[_span(box.y0, box.y1, height), _span(box.x0, box.x1, width)] = True
     return mask
