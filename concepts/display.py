@@ -33,11 +33,11 @@ def thumbnail(image: ImageSource) -> str:
 
 def examples_html(examples: Sequence[Example], title: str = "") -> str:
     """Return a table with a row of images and a row of questions and true answers."""
-    shown = examples[:MAX_SHOWN]
-    images = "".join(f"<td>{thumbnail(e.image)}</td>" for e in shown)
+    first = examples[:MAX_SHOWN]
+    images = "".join(f"<td>{thumbnail(e.image)}</td>" for e in first)
     texts = "".join(
         f"<td>{html.escape(e.question)}<br>{_prefix(e)}<strong>{html.escape(_short(e.answer))}</strong></td>"
-        for e in shown
+        for e in first
     )
     head = f"<p>{html.escape(title)}</p>" if title else ""
     return f"{head}<table><tr>{images}</tr><tr>{texts}</tr></table>"

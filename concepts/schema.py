@@ -663,9 +663,9 @@ class CounterfactualPair:
 
     def __repr__(self) -> str:
         answers = f"'{self.clean.answer}' -> '{self.corrupt.answer}'"
-        made = f", {self.method}" if self.method else ""
+        method = f", {self.method}" if self.method else ""
         after = f" after '{self.clean.prefix.strip()}'" if self.clean.prefix else ""
-        return f"CounterfactualPair({self.kind}{made}: {self.change}; '{self.clean.question}' {answers}{after})"
+        return f"CounterfactualPair({self.kind}{method}: {self.change}; '{self.clean.question}' {answers}{after})"
 
     def _repr_html_(self) -> str:
         from concepts.display import pair_html

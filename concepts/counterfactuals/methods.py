@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from concepts.counterfactuals.photographs.given import given_pairs
+from concepts.counterfactuals.photographs.listed_pairs import listed_pairs
 from concepts.counterfactuals.photographs.inpaint import inpaint_pairs
 from concepts.counterfactuals.photographs.mirror import mirror_pairs
 from concepts.counterfactuals.photographs.recolor import recolor_pairs
@@ -50,14 +50,14 @@ def _swap(data: ConceptDataset, kind: str, left_out: Counter[str], placebo: bool
     return swap_pairs(data, left_out, kind, placebo=placebo)
 
 
-def _given(data: ConceptDataset, kind: str, left_out: Counter[str], placebo: bool) -> Iterator[CounterfactualPair]:
-    return iter(()) if placebo else given_pairs(data, left_out, kind)
+def _listed(data: ConceptDataset, kind: str, left_out: Counter[str], placebo: bool) -> Iterator[CounterfactualPair]:
+    return iter(()) if placebo else listed_pairs(data, left_out, kind)
 
 
 METHODS: Registry[PairMethod] = Registry(
     "method of pairs",
     {
-        "given": PairMethod(("object", "color", "attribute", "relation", "action"), _given),
+        "given": PairMethod(("object", "color", "attribute", "relation", "action"), _listed),
         "swap": PairMethod(("object", "color", "attribute", "relation", "action"), _swap),
         "mirror": PairMethod(("relation",), partial(_of_one_kind, mirror_pairs)),
         "recolor": PairMethod(("color",), partial(_of_one_kind, recolor_pairs)),

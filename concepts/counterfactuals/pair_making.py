@@ -225,10 +225,10 @@ def balanced_pairs(
     raise _no_pair(data, kind, total)
 
 
-def _balanced(made: Iterable[CounterfactualPair], limit: int, left_out: Counter[str]) -> Iterator[CounterfactualPair]:
+def _balanced(candidates: Iterable[CounterfactualPair], limit: int, left_out: Counter[str]) -> Iterator[CounterfactualPair]:
     groups: set[str] = set()
     counts: dict[str, int] = {}
-    for pair in made:
+    for pair in candidates:
         answer = pair.clean.answer
         if pair.group in groups:
             left_out["further pairs of the same image"] += 1

@@ -60,8 +60,8 @@ class PairSet(Sequence[CounterfactualPair]):
         lines = [f"PairSet({counts})"]
         if self.left_out:
             reasons = Counter(self.left_out).most_common()
-            shown = "; ".join(f"{count} {reason}" for reason, count in reasons[:3])
-            lines.append(f"left out: {shown}" + (f"; {len(reasons) - 3} more reasons" if len(reasons) > 3 else ""))
+            main_reasons = "; ".join(f"{count} {reason}" for reason, count in reasons[:3])
+            lines.append(f"left out: {main_reasons}" + (f"; {len(reasons) - 3} more reasons" if len(reasons) > 3 else ""))
         return "\n".join(lines)
 
     def frame(self) -> pd.DataFrame:

@@ -163,9 +163,9 @@ def _relations(
         if other not in objects:
             msg = f"{relation.where}: field 'object' is '{other}', which is not an object of this image"
             raise DataError(msg)
-        known = relation_name(name)
-        if known is not None:
-            yield key, known, other
+        standard_name = relation_name(name)
+        if standard_name is not None:
+            yield key, standard_name, other
         else:
             left_out["relations without opposite"] += 1
 

@@ -281,7 +281,7 @@ def _read_labels(labels: Path | str | Sequence[Path | str] | None) -> dict[tuple
 
 
 def split_of(name: str) -> str:
-    """Return the one of `SPLITS` in a file name; ``neutral`` if there is none or more than one."""
+    """Return the one of `SPLITS` in a file name; ``neutral`` for a name with none or several of them."""
     splits = [split for split in SPLITS if split in name.lower()]
     return splits[0] if len(splits) == 1 else "neutral"
 

@@ -200,9 +200,9 @@ def _read_relations(
                 as_record(f"{relation.where}, {end}", relation.field(end)).identifier("object_id")
                 for end in ("subject", "object")
             ]
-            known = relation_name(name)
-            if known is not None:
-                relations.setdefault(image_id, []).append((ends[0], known, ends[1]))
+            standard_name = relation_name(name)
+            if standard_name is not None:
+                relations.setdefault(image_id, []).append((ends[0], standard_name, ends[1]))
             else:
                 left_out["relations without opposite"] += 1
     return relations

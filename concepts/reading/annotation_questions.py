@@ -204,9 +204,9 @@ class QuestionMaker:
         for item, kind, value in rng.sample(certain, min(self.per_image, len(certain))):
             others = alternatives(kind, value, item.noun)
             labels = {f"attribute:{value}": True, **{f"attribute:{other}": False for other in others}}
-            for asked in (value, rng.choice(others)):
-                text = attribute_question(kind, asked, item.noun)
-                yield self._example(image, text, "attribute", kind, value, asked == value, item.id, labels=labels)
+            for named_value in (value, rng.choice(others)):
+                text = attribute_question(kind, named_value, item.noun)
+                yield self._example(image, text, "attribute", kind, value, named_value == value, item.id, labels=labels)
 
     def _actions(
         self, image: AnnotatedImage, unique: Mapping[str, SceneObject], rng: random.Random

@@ -74,7 +74,7 @@ class BoxFrame:
     """Pixels of the image per pixel of the annotation, along x and y of the annotation."""
     orientation: int = 1
     """EXIF orientation to apply to the boxes; 1 if they were drawn on the upright image."""
-    known: bool = True
+    is_known: bool = True
     """Whether the transformation is known; if not, all boxes are left out."""
 
     def place(self, x: float, y: float, width: float, height: float, left_out: Counter[str]) -> Box | None:
@@ -83,7 +83,7 @@ class BoxFrame:
         A box that extends beyond the image by at most `OVERSHOOT` pixels is clipped. Left out, and counted by reason in
         `left_out`, are boxes without area, boxes that extend further, and all boxes if the transformation is unknown.
         """
-        if not self.known:
+        if not self.is_known:
             left_out[UNKNOWN_FRAME] += 1
             return None
         if not width or not height:
@@ -116,7 +116,7 @@ class BoxFrame:
         DataError
             If a mask is not of the annotated image's size; the message begins with `where`.
         """
-        if not self.known or self.orientation != 1:
+        if not self.is_known or self.orientation != 1:
             return ()
         if isinstance(outline, RunLengthMask):
             annotated = tuple(round(side / factor) for side, factor in zip(self.size, self.scale, strict=True))
@@ -156,7 +156,7 @@ def box_frame(image: FileImage, annotated_size: tuple[int, int] | None) -> BoxFr
     header = image.header
     upright = header.upright_size
     if annotated_size is None:
-        return BoxFrame(upright, known=header.orientation == 1)
+        return BoxFrame(upright, is_known=header.orientation == 1)
     # Possible sizes of the annotated image, each with the orientation that leads from it to the loaded image.
     frames = [(upright, 1)] if header.orientation == 1 else [(upright, 1), (header.size, header.orientation)]
     matching = [frame for frame in frames if frame[0] == annotated_size]
@@ -166,7 +166,7 @@ def box_frame(image: FileImage, annotated_size: tuple[int, int] | None) -> BoxFr
         raise DataError(msg)
     size, orientation = matching[0]
     scale = (size[0] / annotated_size[0], size[1] / annotated_size[1])
-    return BoxFrame(upright, scale, orientation, known=len(matching) == 1)
+    return BoxFrame(upright, scale, orientation, is_known=len(matching) == 1)
 
 
 def _mismatch(image: FileImage, header: ImageHeader, annotated_size: tuple[int, int]) -> str:

@@ -85,7 +85,7 @@ class ImageFolder:
 
     def is_rotated(self, image: FileImage) -> bool:
         """Whether the image has an EXIF orientation; errors also name the first record that refers to the image."""
-        return self.box_frame(image, None).known is False
+        return self.box_frame(image, None).is_known is False
 
     def check(self) -> None:
         """Read the headers of all images; raises `DataError`, naming the record, for a missing or unreadable image."""

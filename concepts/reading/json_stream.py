@@ -231,12 +231,12 @@ class _Scanner:
         """Move the window forward; return False at the end of the file."""
         if self._ended:
             return False
-        rest = self._text[self._position :]
+        remainder = self._text[self._position :]
         # Double the window, so that a long record is decoded a few times, not once for each megabyte.
-        data = self._file.read(max(_WINDOW, len(rest)))
+        data = self._file.read(max(_WINDOW, len(remainder)))
         self._ended = not data
         try:
-            self._text = rest + self._utf8.decode(data, final=self._ended)
+            self._text = remainder + self._utf8.decode(data, final=self._ended)
         except UnicodeDecodeError as error:
             byte = self._bytes_read - len(self._utf8.getstate()[0]) + error.start + 1
             msg = f"{self._path}: {self._entry}: not UTF-8 near byte {byte}; save the file as UTF-8"
@@ -244,7 +244,7 @@ class _Scanner:
         self._position = 0
         self._bytes_read += len(data)
         self._bar.update(self._bar.task_ids[0], completed=self._bytes_read)
-        return not self._ended or len(self._text) > len(rest)
+        return not self._ended or len(self._text) > len(remainder)
 
     def _fail(self, reason: str) -> NoReturn:
         byte = self._bytes_read - len(self._text[self._position :].encode("utf-8", "surrogatepass"))

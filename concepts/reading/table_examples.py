@@ -280,12 +280,12 @@ def _check_inside(box: Box, images: Sequence[ImageSource], place: str) -> None:
 
 def _subject(row: Record, objects: Sequence[SceneObject], noun: str | None) -> str | None:
     """Return the id of the object of the question: the column's id or noun, or the only object with the noun in question."""
-    wanted = _text(row, "subject")
-    found = [o.id for o in objects if wanted in {o.id, o.noun}] if wanted else [o.id for o in objects if o.noun == noun]
-    if wanted and not found:
-        msg = f"{row.where}: column 'subject' holds '{wanted[:40]}', which is no id or noun in column 'boxes'"
+    subject = _text(row, "subject")
+    ids = [o.id for o in objects if subject in {o.id, o.noun}] if subject else [o.id for o in objects if o.noun == noun]
+    if subject and not ids:
+        msg = f"{row.where}: column 'subject' holds '{subject[:40]}', which is no id or noun in column 'boxes'"
         raise DataError(msg)
-    return found[0] if len(found) == 1 or (wanted and found) else None
+    return ids[0] if len(ids) == 1 or (subject and ids) else None
 
 
 def _text(row: Record, name: str, *, strip: bool = True) -> str:

@@ -3,7 +3,7 @@
 ======================= ===========================================================================
 `regions`               pixels of an object: its outline if annotated, else its box
 `color_names`           the eleven basic color terms of a color, and a typical color of each term
-`given`                 the pairs that a file lists
+`listed_pairs`          the pairs that a file lists
 `swap`                  two photographs on which the same question has different true answers
 `mirror`                the photograph mirrored left to right; answers about left and right change
 `recolor`               one object in another color

@@ -129,32 +129,32 @@ def recolor_pairs(
     for example in data:
         if example.kind != "color" or set(example.candidates) != {"yes", "no"}:
             continue
-        subject, asked = example.named_object(), example.question.rstrip("?").rsplit(" ", 1)[-1]
+        subject, named_color = example.named_object(), example.question.rstrip("?").rsplit(" ", 1)[-1]
         color = subject.attributes.get("color") if subject else None
         if subject is None or subject.box is None:
             left_out["questions about objects without a box"] += 1
         elif color is None or color not in HUES:
             left_out["objects without a chromatic color"] += 1
-        elif (target := _target(example.answer, color, asked, placebo=placebo)) is None:
+        elif (target := _target(example.answer, color, named_color, placebo=placebo)) is None:
             left_out["questions about colors that no recoloring makes"] += not placebo
         else:
             image = RecoloredImage(example.image, subject.box, color, target, subject.outline)
             if (problem := _problem(image)) is not None:
                 left_out[problem] += 1
             else:
-                yield _pair(example, image, subject.noun, subject.id, asked, placebo=placebo)
+                yield _pair(example, image, subject.noun, subject.id, named_color, placebo=placebo)
 
 
-def _target(answer: str, color: str, asked: str, *, placebo: bool) -> str | None:
+def _target(answer: str, color: str, named_color: str, *, placebo: bool) -> str | None:
     """Return the new color of the object, which changes the true answer, or for a placebo does not."""
-    others = [name for name in HUES if name not in {color, asked}]
+    others = [name for name in HUES if name not in {color, named_color}]
     # The farthest hue: a fixed choice that is easy to see.
     farthest = max(others, key=lambda name: hue_distance(HUES[name], HUES[color]))
     if placebo:
         return farthest if answer == "no" else None
     if answer == "yes":
         return farthest
-    return asked if asked in PROTOTYPES else None
+    return named_color if named_color in PROTOTYPES else None
 
 
 def _problem(image: RecoloredImage) -> str | None:
@@ -180,10 +180,10 @@ def _leak(image: Image.Image, box: Box, color: str) -> float:
 
 
 def _pair(
-    example: Example, image: RecoloredImage, noun: str, subject: str, asked: str, *, placebo: bool
+    example: Example, image: RecoloredImage, noun: str, subject: str, named_color: str, *, placebo: bool
 ) -> CounterfactualPair:
     change = f"{noun}: {image.color} -> {image.target}"
-    truth = image.target == asked
+    truth = image.target == named_color
     labels = dict(example.labels)
     for name, value in ((image.color, False), (image.target, True)):
         if f"attribute:{name}" in labels:

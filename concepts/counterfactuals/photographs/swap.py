@@ -123,16 +123,16 @@ class _Index:
         return f"questions without {same} answer on any other photograph"
 
     def _candidates(self, example: Example) -> Iterator[str]:
-        asked = self._by_question[example.question, example.prefix, example.candidates]
-        yield from asked
+        own_groups = self._by_question[example.question, example.prefix, example.candidates]
+        yield from own_groups
         if example.kind == "existence" or _is_attribute(example):
-            yield from (group for group in self._photographs if group not in asked)
+            yield from (group for group in self._photographs if group not in own_groups)
 
     def answer(self, example: Example, group: str) -> str | None:
         """Return the true answer to the example's question about another photograph; None if it is not known."""
-        known = self._by_question[example.question, example.prefix, example.candidates].get(group)
-        if known is not None:
-            return known.answer
+        counterpart = self._by_question[example.question, example.prefix, example.candidates].get(group)
+        if counterpart is not None:
+            return counterpart.answer
         if set(example.candidates) != {"yes", "no"}:
             return None
         photograph = self._photographs[group]
@@ -147,9 +147,9 @@ class _Index:
 
     def counterpart(self, example: Example, group: str, answer: str) -> Example:
         """Return the example's question about another photograph."""
-        known = self._by_question[example.question, example.prefix, example.candidates].get(group)
-        if known is not None:
-            return known
+        counterpart = self._by_question[example.question, example.prefix, example.candidates].get(group)
+        if counterpart is not None:
+            return counterpart
         photograph = self._photographs[group]
         subject = (
             self._same_thing(example, photograph) if _is_attribute(example) else self._present(example, photograph)
@@ -183,7 +183,7 @@ class _Index:
 
 
 def _labels(example: Example, photograph: _Photograph, subject: SceneObject | None, answer: str) -> dict[str, bool]:
-    """Return the concepts of the example's question, as they are on another photograph."""
+    """Return the labels of the example's question about another photograph."""
     named = f"{example.level}:named"
     if example.kind == "existence":
         return {**{k: photograph.labels[k] for k in example.labels if k in photograph.labels}, named: answer == "yes"}

@@ -9,7 +9,7 @@ from concepts.counterfactuals.photographs.swap import pair_kind
 from concepts.schema import ConceptDataset, CounterfactualPair
 
 
-def given_pairs(data: ConceptDataset, left_out: Counter[str], kind: str) -> Iterator[CounterfactualPair]:
+def listed_pairs(data: ConceptDataset, left_out: Counter[str], kind: str) -> Iterator[CounterfactualPair]:
     """Yield the pairs of a dataset that `concepts.loaders.pairs` has read.
 
     Parameters
