@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 from behavior.parsing import named_parser
 from behavior.result import Answer, BehaviorResult
+from concepts.concept import LEVELS, Level
 from concepts.loaders.mme import COGNITION, LEVEL_OF, answer_of, subtask_files
 from concepts.reading.tables import read_tab_separated
-from concepts.schema import LEVELS, Level
 from groundscope.core.errors import DataError
 from groundscope.core.short_repr import short_repr
 from groundscope.core.statistics import Estimate, estimate

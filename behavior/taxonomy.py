@@ -15,7 +15,7 @@ import numpy as np
 
 from behavior.comparison import Comparison, change_estimate, compare, same_questions
 from behavior.result import Answer, BehaviorResult, Cost
-from concepts.schema import LEVELS
+from concepts.concept import LEVELS
 from groundscope.core.errors import ConfigError, DataError
 from groundscope.core.short_repr import short_repr
 from groundscope.core.statistics import Estimate, estimate

@@ -33,7 +33,8 @@ from benchmarks._harness import describe_device, finish, option_parser, progress
 from circuits import HeadSet, ablate, attention_knockout, compare, head_scores, patch_heads
 from circuits.head_screening.table import CAUSAL, CORRELATIONAL
 from concepts import counterfactuals, scenes
-from concepts.schema import LEVELS, ConceptDataset, CounterfactualPair, Example
+from concepts.concept import LEVELS
+from concepts.schema import ConceptDataset, CounterfactualPair, Example
 from groundscope.core.statistics import Estimate, cluster_bootstrap, draws_interval
 from lvlm import load_lvlm
 from lvlm.model import Lvlm

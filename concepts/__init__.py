@@ -1,7 +1,11 @@
 """Inputs of a model: scenes, questions, counterfactual pairs, and loaders of files.
 
 `schema`
-    The data classes: concepts, objects, questions, examples, datasets and counterfactual pairs.
+    The data classes: objects, questions, examples, datasets and counterfactual pairs.
+`concept`
+    A property of an example, and the three levels of properties.
+`mention`
+    Words of a written text that name an object.
 `scenes`
     Icon scenes, drawn from a description, with exact answers to questions about them.
 `loaders`
@@ -18,7 +22,7 @@
     Grammar and synonyms of English nouns.
 `object_mentions`
     Words of a text, and the objects that it mentions.
-`mentions`, `written_text`
+`mention_labels`, `written_text`
     Texts of a model as the prefixes of examples, with the objects that they mention.
 """
 

@@ -2,17 +2,17 @@
 
 from . import counterfactuals, loaders, scenes
 from .combination import combine_datasets, dataset_parts
+from .concept import Concept
 from .image_files import BytesImage, FileImage
-from .mentions import with_mentions
+from .mention import Mention
+from .mention_labels import with_mentions
 from .run_length_masks import RunLengthMask
 from .schema import (
     Box,
-    Concept,
     ConceptDataset,
     CounterfactualPair,
     Example,
     ImageSource,
-    Mention,
     NoImage,
     Question,
     SceneObject,

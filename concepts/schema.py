@@ -1,4 +1,4 @@
-"""Data classes of a model's inputs: concepts, objects, questions, examples, datasets and counterfactual pairs."""
+"""Data classes of a model's inputs: objects, questions, examples, datasets and counterfactual pairs."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Literal, Protocol, overload
+from typing import TYPE_CHECKING, Protocol, overload
 
+from concepts.concept import Level
+from concepts.mention import Mention
 from concepts.outlines import Outline, outline_record
 from groundscope.core.errors import ConfigError, DataError
 from groundscope.core.short_repr import short_repr
@@ -22,8 +24,6 @@ if TYPE_CHECKING:
     import pandas as pd
     from PIL import Image
 
-Level = Literal["object", "attribute", "relation"]
-LEVELS: tuple[Level, ...] = ("object", "attribute", "relation")
 EXAMPLE_COLUMNS = frozenset(
     {"id", "group", "question", "answer", "split", "kind", "level", "subject", "prior_answer", "model_answer", "margin"}
     | {"correct", "n_tokens", "boxes", "box_ids", "box_nouns", "image", "generated", "images", "candidates", "objects"}
@@ -51,54 +51,6 @@ YES_NO = ("yes", "no")
 def yes_or_no(truth: bool) -> str:
     """Return the true answer to a yes-no question."""
     return YES_NO[0] if truth else YES_NO[1]
-
-
-@dataclass(frozen=True, order=True)
-class Concept:
-    """A property of an example, written ``level:name``, or a free name for a property of the user's own.
-
-    ``object:<noun>``
-        The image contains the noun.
-    ``attribute:<value>``
-        The object of the question has this attribute; undefined if the object is not in the image.
-    ``relation:<name>``
-        The first object of the question has this relation to the second.
-    ``<level>:named``
-        The statement that the question asks about is true of the image, whatever objects or attributes it names.
-    ``hallucinated``, ``scene:indoor``
-        A concept without a level: a label column of the user's own, or one value of it (`concepts.loaders.table`).
-
-    Examples
-    --------
-    >>> import groundscope as gs
-    >>> gs.Concept.parse("attribute:green")
-    Concept(level='attribute', name='green')
-    >>> str(gs.Concept("object", "apple"))
-    'object:apple'
-    >>> gs.Concept.parse("hallucinated")
-    Concept(level='', name='hallucinated')
-    """
-
-    level: Level | Literal[""]
-    """One of `LEVELS`; empty for a free name."""
-    name: str
-
-    def __str__(self) -> str:
-        return f"{self.level}:{self.name}" if self.level else self.name
-
-    @classmethod
-    def parse(cls, text: str) -> Concept:
-        """Parse ``level:name`` or a free name; raises `DataError` for an empty text and for a level without a name."""
-        level, separator, name = text.partition(":")
-        if level in LEVELS and name:
-            return cls(level, name)
-        if not text.strip() or (level in LEVELS and separator) or text.startswith(":"):
-            levels = ", ".join(LEVELS)
-            msg = (
-                f"'{text}' is not a concept; write 'level:name', as in 'attribute:green' (levels: {levels}), or a name"
-            )
-            raise DataError(msg)
-        return cls("", text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,29 +223,6 @@ class Question:
     """Truth of the concepts that the question is about, by concept (``level:name``)."""
     prior_answer: str | None = None
     """The most likely answer without the image, such as the typical color; None if unknown."""
-
-
-@dataclass(frozen=True, slots=True)
-class Mention:
-    """Words of a written text that name an object.
-
-    Examples
-    --------
-    >>> import groundscope as gs
-    >>> text = "A cat and a hot dog."
-    >>> mention = gs.Mention("hot dog", 12, 19, present=False)
-    >>> text[mention.start : mention.stop], mention.present
-    ('hot dog', False)
-    """
-
-    noun: str
-    """The object."""
-    start: int
-    """First character in the text (`Example.prefix`)."""
-    stop: int
-    """One after its last character."""
-    present: bool | None = None
-    """Whether the object is in the image; False: hallucinated; None: unknown."""
 
 
 @dataclass(frozen=True, slots=True)

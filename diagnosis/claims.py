@@ -7,9 +7,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from activation_store import ActivationStore
+from concepts.concept import LEVELS, Concept
 from concepts.nouns import asked_noun, singular
 from concepts.object_mentions import tokenize_words
-from concepts.schema import LEVELS, Concept, Example
+from concepts.schema import Example
 
 _YES_NO = {"yes", "no"}
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
-from concepts.schema import LEVELS, ConceptDataset, Example
+from concepts.concept import LEVELS
+from concepts.schema import ConceptDataset, Example
 from diagnosis.checks import check_store
 from diagnosis.fit_without_boxes import fit_located, locate
 from groundscope.core.document_digest import value_digest

@@ -11,7 +11,7 @@ from typing import Any
 
 from behavior.matching import MATCHES
 from behavior.parsing import PARSERS
-from concepts.schema import LEVELS, Concept
+from concepts.concept import LEVELS, Concept
 from experiments.config import STAGES, SWEEPS, RunConfig
 from experiments.data import data_problem, has_own_labels, is_scenes
 from groundscope.core.errors import ConfigError, DataError, SiteError

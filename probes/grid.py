@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from concepts.schema import Concept
+from concepts.concept import Concept
 from groundscope.core import artifacts
 from groundscope.core.errors import ProbeError
 from groundscope.core.files import write_whole

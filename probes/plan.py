@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from concepts.schema import Concept
+from concepts.concept import Concept
 from groundscope.core.errors import ProbeError
 from groundscope.core.text import nearest
 from probes.protocol.inputs import concept_columns, expand_concepts, probeable, row_mask

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from concepts.counterfactuals.photographs.listed_pairs import listed_pairs
 from concepts.counterfactuals.photographs.inpaint import inpaint_pairs
+from concepts.counterfactuals.photographs.listed_pairs import listed_pairs
 from concepts.counterfactuals.photographs.mirror import mirror_pairs
 from concepts.counterfactuals.photographs.recolor import recolor_pairs
 from concepts.counterfactuals.photographs.swap import swap_pairs

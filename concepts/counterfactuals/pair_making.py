@@ -225,7 +225,9 @@ def balanced_pairs(
     raise _no_pair(data, kind, total)
 
 
-def _balanced(candidates: Iterable[CounterfactualPair], limit: int, left_out: Counter[str]) -> Iterator[CounterfactualPair]:
+def _balanced(
+    candidates: Iterable[CounterfactualPair], limit: int, left_out: Counter[str]
+) -> Iterator[CounterfactualPair]:
     groups: set[str] = set()
     counts: dict[str, int] = {}
     for pair in candidates:

@@ -61,7 +61,9 @@ class PairSet(Sequence[CounterfactualPair]):
         if self.left_out:
             reasons = Counter(self.left_out).most_common()
             main_reasons = "; ".join(f"{count} {reason}" for reason, count in reasons[:3])
-            lines.append(f"left out: {main_reasons}" + (f"; {len(reasons) - 3} more reasons" if len(reasons) > 3 else ""))
+            lines.append(
+                f"left out: {main_reasons}" + (f"; {len(reasons) - 3} more reasons" if len(reasons) > 3 else "")
+            )
         return "\n".join(lines)
 
     def frame(self) -> pd.DataFrame:

@@ -6,7 +6,8 @@ import re
 from dataclasses import replace
 
 from concepts.counterfactuals.image_edits import EditedImage
-from concepts.schema import CounterfactualPair, Example, ImageSource, Mention
+from concepts.mention import Mention
+from concepts.schema import CounterfactualPair, Example, ImageSource
 from groundscope.core.errors import ConfigError, DataError
 
 _EDITS = ("blank", "blur", "noise")

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
+from concepts.concept import Level
 from concepts.image_files import CroppedImage
 from concepts.reading.assembly import build_dataset, check_counts
 from concepts.reading.box_frames import box_numbers
@@ -14,7 +15,7 @@ from concepts.reading.caption_questions import CaptionedImage, caption_questions
 from concepts.reading.image_folder import ImageFolder
 from concepts.reading.record import Record
 from concepts.reading.records import read_json_records
-from concepts.schema import ConceptDataset, Example, Level
+from concepts.schema import ConceptDataset, Example
 from groundscope.core.errors import DataError
 
 

@@ -10,13 +10,14 @@ from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
 
+from concepts.concept import Level
 from concepts.image_files import FileImage
 from concepts.nouns import existence_question
 from concepts.reading.assembly import build_dataset, check_counts
 from concepts.reading.image_folder import ImageFolder
 from concepts.reading.json_stream import stream_list
 from concepts.reading.record import Record, as_record
-from concepts.schema import YES_NO, ConceptDataset, Example, Level, SceneObject, yes_or_no
+from concepts.schema import YES_NO, ConceptDataset, Example, SceneObject, yes_or_no
 from groundscope.core.errors import DataError
 from groundscope.core.text import nearest
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 
+from concepts.concept import Level
 from concepts.reading.annotation_questions import (
     UNUSED_ATTRIBUTES,
     AnnotatedImage,
@@ -21,7 +22,7 @@ from concepts.reading.box_frames import BoxFrame, annotated_size, box_numbers
 from concepts.reading.image_folder import ImageFolder
 from concepts.reading.json_stream import stream_keyed
 from concepts.reading.record import Record, as_record
-from concepts.schema import YES_NO, ConceptDataset, Example, Level, SceneObject
+from concepts.schema import YES_NO, ConceptDataset, Example, SceneObject
 from groundscope.core.errors import DataError
 from groundscope.core.text import nearest
 

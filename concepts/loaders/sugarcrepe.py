@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
+from concepts.concept import LEVELS, Level
 from concepts.reading.assembly import build_dataset, check_counts
 from concepts.reading.caption_questions import CaptionedImage, caption_questions, check_form
 from concepts.reading.image_folder import ImageFolder
 from concepts.reading.json_stream import stream
-from concepts.schema import LEVELS, ConceptDataset, Example, Level
+from concepts.schema import ConceptDataset, Example
 from groundscope.core.errors import ConfigError
 from groundscope.core.text import nearest
 

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
+from concepts.concept import Level
 from concepts.image_files import FileImage
 from concepts.nouns import PresentNouns, canonical_noun, existence_question, is_the, number, singular
 from concepts.reading.attribute_values import (
@@ -30,7 +31,7 @@ from concepts.reading.attribute_values import (
     alternatives,
     attribute_kinds,
 )
-from concepts.schema import YES_NO, Example, Level, SceneObject, yes_or_no
+from concepts.schema import YES_NO, Example, SceneObject, yes_or_no
 
 ATTRIBUTE_KINDS = (*EXCLUSIVE, *ANTONYMS)
 """Kinds of attributes other than ``color``."""

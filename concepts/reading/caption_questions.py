@@ -10,7 +10,8 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from concepts.schema import YES_NO, Example, ImageSource, Level, yes_or_no
+from concepts.concept import Level
+from concepts.schema import YES_NO, Example, ImageSource, yes_or_no
 from groundscope.core.errors import ConfigError, DataError
 from groundscope.core.text import nearest
 

@@ -6,8 +6,9 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
+from concepts.concept import LEVELS, Concept
 from concepts.reading.tables import NOT_AVAILABLE
-from concepts.schema import LEVELS, Concept, is_label_name
+from concepts.schema import is_label_name
 from groundscope.core.errors import ConfigError, DataError
 from groundscope.core.text import nearest
 

@@ -11,12 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
+from concepts.concept import LEVELS
 from concepts.image_files import BytesImage, FileImage
 from concepts.nouns import asked_noun
 from concepts.reading.image_folder import ImageFolder
 from concepts.reading.label_columns import Label, label_names, parse_labels
 from concepts.reading.record import Record, abbreviate
-from concepts.schema import LEVELS, YES_NO, Box, Example, ImageSource, NoImage, SceneObject
+from concepts.schema import YES_NO, Box, Example, ImageSource, NoImage, SceneObject
 from groundscope.core.errors import ConfigError, DataError
 from groundscope.core.text import nearest
 

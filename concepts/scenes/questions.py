@@ -5,11 +5,12 @@ Existence questions have POPE's wording. Nouns are unique in a scene, so "the ap
 
 from __future__ import annotations
 
+from concepts.concept import Concept
 from concepts.nouns import article, existence_question
 from concepts.scenes.distributions import TYPICAL
 from concepts.scenes.icons import COLORS, NOUNS
 from concepts.scenes.scene import RELATIONS, SIDE, Scene
-from concepts.schema import YES_NO, Concept, Example, Question, SceneObject, yes_or_no
+from concepts.schema import YES_NO, Example, Question, SceneObject, yes_or_no
 
 COLOR_ANSWERS = tuple(COLORS)
 THIRDS = {"column": ("left", "middle", "right"), "row": ("top", "middle", "bottom")}

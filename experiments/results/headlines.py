@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from concepts.schema import LEVELS, Concept
+from concepts.concept import LEVELS, Concept
 from experiments.records import HEADLINE_RATES, NUMBER, PLAN, TOP_HEADS, read_record
 from experiments.run.folder import OWN, RECEIPT, read_receipt
 from groundscope.core.errors import ConfigError

@@ -9,8 +9,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from concepts.concept import LEVELS
+from concepts.mention import Mention
 from concepts.outlines import outline_from_record
-from concepts.schema import LEVELS, Box, Example, Mention, NoImage, SceneObject
+from concepts.schema import Box, Example, NoImage, SceneObject
 from experiments.config import RunConfig
 from experiments.records import (
     CHANGES,

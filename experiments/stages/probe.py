@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from concepts.schema import Concept
+from concepts.concept import Concept
 from experiments.data import is_scenes
 from experiments.run.context import Context
 from experiments.run.folder import write_json

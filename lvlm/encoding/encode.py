@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from concepts.schema import Box, Example, Mention
+from concepts.mention import Mention
+from concepts.schema import Box, Example
 from groundscope.core.errors import DataError, ModelError
 from lvlm.encoding.continued_inputs import append_tokens
 from lvlm.encoding.tokens_after_prompt import TextTokens, prefix_tokens

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from concepts.schema import Concept, CounterfactualPair
+from concepts.concept import Concept
+from concepts.schema import CounterfactualPair
 from groundscope.core.errors import PatchError
 from mitigation.steering.activations import check_image_reaches, labels_of, read, run
 from mitigation.steering.changes import VectorChange

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 
 from activation_store.source import ActivationSource
-from concepts.schema import Concept
+from concepts.concept import Concept
 from groundscope.core.errors import ProbeError, SiteError
 from groundscope.core.files import write_whole
 from groundscope.core.short_repr import short_repr

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 from concepts import scenes
+from concepts.concept import Concept
 from concepts.scenes.distributions import BIASED, COMPANION, POPULAR, TYPICAL, UNIFORM
 from concepts.scenes.icons import COLORS, NOUNS, icon
 from concepts.scenes.scene import MARGIN, SIDE, TEST, TRAIN, Scene, generator, sample_scene
-from concepts.schema import Concept, ConceptDataset, Example
+from concepts.schema import ConceptDataset, Example
 from groundscope.core.errors import ConfigError, DataError
 
 

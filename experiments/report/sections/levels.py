@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 
-from concepts.schema import LEVELS
+from concepts.concept import LEVELS
 from experiments.report.derived import best_layer
 from experiments.report.html import paragraph, percent, section, table
 from experiments.report.sections.sources import PARTS, shares

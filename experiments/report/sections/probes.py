@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from concepts.schema import LEVELS, Concept
+from concepts.concept import LEVELS, Concept
 from experiments.report import figures
 from experiments.report.derived import accuracy_by_place, level_accuracy
 from experiments.report.html import closed, figure, interval, paragraph, percent, section, table

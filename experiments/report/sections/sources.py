@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from concepts.schema import LEVELS
+from concepts.concept import LEVELS
 from diagnosis.results import Diagnosis
 from experiments.report import figures
 from experiments.report.figures import Point

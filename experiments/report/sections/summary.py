@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from concepts.schema import LEVELS
+from concepts.concept import LEVELS
 from diagnosis.results import VERDICTS
 from experiments.report.derived import best_layer, color_readings, errors_by_prior
 from experiments.report.figures import Point

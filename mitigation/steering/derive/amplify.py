@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from concepts.schema import Concept
+from concepts.concept import Concept
 from groundscope.core.errors import PatchError
 from lvlm.sites import Head, Site
 from mitigation.steering.activations import labels_of, mean, read
