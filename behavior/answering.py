@@ -24,6 +24,8 @@ from lvlm.answer_keys import AnswerKey, answer_key, check_prefixes
 from lvlm.model import Batch, Lvlm
 from lvlm.sampling import Sampling
 
+_EXCLUDED = -1e4
+"""Smallest logit that a margin is computed from."""
 _SINGLE = "unmodified"
 """Name of the only condition of `answer`, which is not recorded in the provenance."""
 
@@ -180,7 +182,7 @@ def answer_each(
     def in_contexts(batch: Batch) -> Iterator[Tensor]:
         for open_context in conditions.values():
             with open_context():
-                yield model.logits(batch.inputs, batch.images)
+                yield model.answer_logits(batch)
 
     start = time.perf_counter()
     with _count_forwards(model) as forwards, display(show=progress) as bar:
@@ -271,6 +273,8 @@ def _choose(model: Lvlm, examples: Sequence[Example], logits: Tensor) -> list[An
                 "load the model in float32"
             )
             raise ModelError(msg)
+    # A decoder excludes tokens by minus infinity; a margin stays finite.
+    wide = wide.clamp_min(_EXCLUDED)
     # Score rows together whose candidates and first tokens are the same.
     rows_of_key: dict[AnswerKey, list[int]] = {}
     for row, example in enumerate(examples):

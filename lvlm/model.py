@@ -7,7 +7,7 @@ import inspect
 import json
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,10 @@ from lvlm.sampling import Sampling
 from lvlm.sites import Site
 from lvlm.token_map import TokenMap
 from lvlm.weights_hash import has_weights, weights_hash
+
+if TYPE_CHECKING:
+    from lvlm.decoding.decoder import Decoder
+    from lvlm.decoding.row_layout import RowLayout
 
 __all__ = ["Batch", "Encoding", "HookPoint", "Inputs", "Lvlm", "Prompt"]
 
@@ -110,6 +114,8 @@ class Lvlm:
         self.n_heads: int = heads_of(text, config)
         self.n_vision_heads: int = vision_heads(self.spec, model, self.layers("vision"))
         self.answer_from: int | None = None
+        self.row_layout: RowLayout | None = None
+        self.decoder: Decoder | None = None
         self._softcap: float | None = getattr(text, "final_logit_softcapping", None)
         self._scaled: bool = bool(getattr(text, "scale_decoder_outputs", False))
         self._tower: tuple[tuple[nn.Module, ...], nn.Module | None] | None = None
@@ -233,9 +239,10 @@ class Lvlm:
     def collate(self, encodings: Sequence[Encoding]) -> Inputs:
         """Stack inputs of equal shape and move them to the model's device; raises `DataError` if shapes differ."""
         check_alike(encodings)
-        return self._on_device({k: torch.cat([e.inputs[k] for e in encodings]) for k in encodings[0].inputs})
+        return self.on_device({k: torch.cat([e.inputs[k] for e in encodings]) for k in encodings[0].inputs})
 
-    def _on_device(self, inputs: Inputs) -> Inputs:
+    def on_device(self, inputs: Inputs) -> Inputs:
+        """Return inputs on the model's device, floating ones in its dtype."""
         moved = {k: v.to(self.device) for k, v in inputs.items()}
         return {k: v.to(self.dtype) if v.is_floating_point() else v for k, v in moved.items()}
 
@@ -289,6 +296,13 @@ class Lvlm:
         """
         with share_vision_runs(self, images):
             return self.forward(inputs)[:, -1]
+
+    @torch.no_grad()
+    def answer_logits(self, batch: Batch) -> Tensor:
+        """Return the logits that the first token of each answer is chosen from, ``[B, V]``: the decoder's if one is active."""
+        if self.decoder is not None:
+            return self.decoder.first_logits(self, batch)
+        return self.logits(batch.inputs, batch.images)
 
     def forward(self, inputs: Mapping[str, Tensor], *, keep: int = 1, **options: Any) -> Tensor:
         """Run one forward pass, with gradients if they are enabled; return the logits at the last positions.
@@ -402,6 +416,8 @@ class Lvlm:
 
         The checkpoint's generation settings are ignored, see `generate`. Sampled answers depend on the ids of their examples.
         """
+        if self.decoder is not None:
+            return self._texts(self.decoder.generate(self, batch, max_new_tokens, sampling))
         choose = None if sampling is None else sampling.processor([e.example.id for e in batch.encodings])
         return self._texts(greedy(self, batch.inputs, max_new_tokens, images=batch.images, choose=choose))
 
@@ -410,7 +426,7 @@ class Lvlm:
             msg = f"max_new_tokens={max_new_tokens}; it must be at least 1"
             raise ModelError(msg)
         inputs, _ = self.encode_prompt(text, [as_rgb(image) for image in images], question=question)
-        return self._texts(greedy(self, self._on_device(inputs), max_new_tokens))[0]
+        return self._texts(greedy(self, self.on_device(inputs), max_new_tokens))[0]
 
     def _texts(self, answers: list[list[int]]) -> list[str]:
         return [t.strip() for t in self.processor.tokenizer.batch_decode(answers, skip_special_tokens=True)]
@@ -500,6 +516,33 @@ class Lvlm:
             yield
         finally:
             self.answer_from = before
+
+    @contextmanager
+    def decoding_with(self, decoder: Decoder) -> Iterator[None]:
+        """Choose the tokens of answers by a decoder while the context is open; see `lvlm.decoding`.
+
+        Raises
+        ------
+        ModelError
+            If another decoder is active: two rules for the next token have no order.
+        """
+        if self.decoder is not None:
+            msg = f"{type(self.decoder).__name__} and {type(decoder).__name__} both choose the next token; apply one of them"
+            raise ModelError(msg)
+        self.decoder = decoder
+        try:
+            yield
+        finally:
+            self.decoder = None
+
+    @contextmanager
+    def with_row_layout(self, layout: RowLayout | None) -> Iterator[None]:
+        """State what the rows and columns of forward passes are while the context is open; see `RowLayout`."""
+        before, self.row_layout = self.row_layout, layout
+        try:
+            yield
+        finally:
+            self.row_layout = before
 
     def remember(self, key: Hashable, make: Callable[[], _Value]) -> _Value:
         """Return a cached value, or compute it; the cache has 1,024 entries and is freed with the model.

@@ -6,19 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from groundscope.core.errors import ModelError, SiteError
+from lvlm.access.decoder_module import decoder_of
 from lvlm.encoding.encode import runs_without_image
 from lvlm.model import Lvlm
 from lvlm.sites import Site
-
-
-def decoder_of(model: Lvlm) -> nn.Module:
-    """Return the module that contains the decoder's list of layers and runs them."""
-    first = model.layers("decoder")[0]
-    path = next(name for name, module in model.hf.named_modules() if module is first).split(".")[:-2]
-    return model.hf.get_submodule(".".join(path))
 
 
 @torch.no_grad()

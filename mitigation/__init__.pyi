@@ -11,6 +11,8 @@ from .steering.controls import match_displacement, move_to_heads
 from .steering.export import Capability, Export, exports
 from .steering.vector import SteeringVector, combine
 from .strength import answer_under, choose_guarded, choose_strength, sweep_strengths
+from .training_free.method import TrainingFree
+from .training_free.table import training_free_methods
 
 __all__ = [
     "CONTROLS",
@@ -30,6 +32,7 @@ __all__ = [
     "ProjectChange",
     "SteeringVector",
     "TextProbe",
+    "TrainingFree",
     "answer_under",
     "choose_guarded",
     "choose_strength",
@@ -44,4 +47,5 @@ __all__ = [
     "mitigations",
     "move_to_heads",
     "sweep_strengths",
+    "training_free_methods",
 ]

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from groundscope.core.errors import ModelError, PatchError
+from lvlm.access.decoder_module import decoder_of
 from lvlm.active_interventions import mark_observer
 from lvlm.image_tokens import image_in_sequence, image_tokens, tokens_after_image
 from lvlm.model import Lvlm
-from lvlm.text_only import decoder_of
 
 _UNKNOWN_PREFILL = ("assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size")
 
@@ -165,6 +165,8 @@ class DecoderTokens:
             start = self._model.answer_from
             self._prompt = count if start is None else min(start, count)
             return self._prompt
+        if self._model.answer_from is not None:  # `lvlm.decoding` states where the answers begin
+            return self._model.answer_from
         if count > 1:
             msg = (
                 f"{self._model.name}: {count} tokens after a cache of {past} outside of generate may belong to the prompt or the "

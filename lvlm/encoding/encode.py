@@ -40,6 +40,11 @@ class Encoding:
         """Key that is equal for encodings that can share a batch without padding."""
         return (self.tokens.length, *((name, tuple(x.shape)) for name, x in sorted(self.inputs.items())))
 
+    @property
+    def image_key(self) -> str:
+        """Identity of the images; equal for encodings about the same images."""
+        return "\n".join(image.identity for image in self.example.images)
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -53,7 +58,7 @@ class Batch:
     @property
     def images(self) -> tuple[str, ...]:
         """Identity of each row's images; equal for rows about the same images."""
-        return tuple("\n".join(image.identity for image in e.example.images) for e in self.encodings)
+        return tuple(e.image_key for e in self.encodings)
 
 
 @dataclass(frozen=True)

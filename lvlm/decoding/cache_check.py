@@ -1,0 +1,28 @@
+"""Two prompts of different length about one image, with which a model's cache is checked."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image
+
+from lvlm.decoding.decoder import Prompts
+
+if TYPE_CHECKING:
+    from lvlm.model import Lvlm
+
+_SIZE = (112, 84)
+"""Width and height of the image in pixels; families with dynamic resolution turn it into few tokens."""
+_QUESTIONS = ("Is there a dog?", "What is in the image? Is there a dog?")
+
+
+def check_prompts(model: Lvlm) -> tuple[Prompts, ...]:
+    """Return two prompts about an image of random pixels, each a group of its own."""
+    pixels = np.random.default_rng(0).integers(0, 256, (*_SIZE[::-1], 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    groups = []
+    for row, question in enumerate(_QUESTIONS):
+        inputs, _ = model.encode_prompt(model.prompt(question), [image])
+        groups.append(Prompts((row,), model.on_device(inputs)))
+    return tuple(groups)

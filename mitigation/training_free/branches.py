@@ -1,0 +1,109 @@
+"""Branches that several methods compare with: without an image, with other pixels, or with other words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from concepts.schema import Example
+from groundscope.core.errors import ModelError
+from lvlm.decoding.decoder import Branch, Prompts
+from lvlm.encoding.encode import runs_without_image
+from lvlm.image_tokens import image_in_sequence, image_tokens
+
+if TYPE_CHECKING:
+    from lvlm.encoding.encode import Batch, Encoding
+    from lvlm.model import Lvlm
+
+
+def check_runs_without_image(model: Lvlm, label: str) -> None:
+    """Raise `ModelError` for a family that cannot answer a prompt without its image."""
+    if not runs_without_image(model):
+        msg = (
+            f"{label} compares with the prompt without its image, and {model.name} ({model.spec.model_type}) does not run "
+            "without one"
+        )
+        raise ModelError(msg)
+
+
+def without_image(model: Lvlm, batch: Batch) -> Branch:
+    """Return the prompts without their image tokens; markers around them and newlines stay, positions are those of text."""
+    return _replaced_image(model, batch, "no image", ())
+
+
+def unknown_image(model: Lvlm, batch: Batch, *, single: bool = False) -> Branch:
+    """Return the prompts with ``<unk>`` in place of each image token, or in place of the whole image with `single`.
+
+    Raises
+    ------
+    ModelError
+        If the tokenizer has no token for unknown words.
+    """
+    unknown = model.processor.tokenizer.unk_token_id
+    if unknown is None:
+        msg = f"the tokenizer of {model.name} has no token for unknown words to put in place of the image; use another form"
+        raise ModelError(msg)
+    return _replaced_image(model, batch, "unknown image", (int(unknown),), each=not single)
+
+
+def _replaced_image(model: Lvlm, batch: Batch, name: str, filler: tuple[int, ...], *, each: bool = True) -> Branch:
+    """Return the prompts as text, with `filler` in place of each image token, or of each run of image tokens."""
+    ids = batch.inputs["input_ids"]
+    image = image_tokens(model, batch.inputs) if image_in_sequence(model) else ids == model.content_id
+    rows: dict[int, list[tuple[int, list[int]]]] = {}
+    for row, (tokens, marks) in enumerate(zip(ids.tolist(), image.tolist(), strict=True)):
+        text: list[int] = []
+        for i, (token, marked) in enumerate(zip(tokens, marks, strict=True)):
+            if not marked:
+                text.append(token)
+            elif each or i == 0 or not marks[i - 1]:
+                text.extend(filler)
+        rows.setdefault(len(text), []).append((row, text))
+    prompts = []
+    for items in rows.values():
+        tokens = torch.tensor([text for _, text in items], device=ids.device)
+        inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+        for other in ("mm_token_type_ids", "token_type_ids"):
+            if other in model.accepts:
+                inputs[other] = torch.zeros_like(tokens)
+        prompts.append(Prompts(tuple(row for row, _ in items), inputs))
+    return Branch(name, tuple(prompts))
+
+
+def with_pixels(model: Lvlm, batch: Batch, name: str, change: Callable[[Example, str, Tensor], Tensor]) -> Branch:
+    """Return the prompts with other pixels.
+
+    Parameters
+    ----------
+    model, batch
+        The model and the prompts.
+    name
+        Name of the branch.
+    change
+        Function of an example, the name of a floating input (``pixel_values``) and its values that returns new values of equal
+        shape.
+    """
+
+    def changed(encoding: Encoding) -> Encoding:
+        inputs = {
+            key: change(encoding.example, key, x) if x.is_floating_point() else x for key, x in encoding.inputs.items()
+        }
+        return replace(encoding, inputs=inputs)
+
+    branch = Branch.of(name, model, [changed(encoding) for encoding in batch.encodings])
+    # Pixels are random for each answer, so rows about one image differ.
+    return replace(branch, prompts=tuple(replace(group, images=()) for group in branch.prompts))
+
+
+def with_examples(model: Lvlm, batch: Batch, name: str, change: Callable[[Example], Example]) -> Branch:
+    """Return the prompts of changed examples: other words, another system prompt, or another image."""
+    return Branch.of(name, model, encode_all(model, [change(encoding.example) for encoding in batch.encodings]))
+
+
+def encode_all(model: Lvlm, examples: Sequence[Example]) -> list[Encoding]:
+    """Encode examples."""
+    return [model.encode(example) for example in examples]

@@ -1,0 +1,28 @@
+"""The table of training-free methods.
+
+A package adds one with ``training_free_methods.register(name, MyMethod)`` or an entry point of the group
+``groundscope.training_free``.
+"""
+
+from __future__ import annotations
+
+from groundscope.core.registry import Registry
+from mitigation.training_free.method import TrainingFree
+from mitigation.training_free.methods.vcd import VCD
+
+
+def _check(entry: type[TrainingFree]) -> str | None:
+    if not (isinstance(entry, type) and issubclass(entry, TrainingFree)):
+        return "it must be a class derived from mitigation.TrainingFree"
+    return None
+
+
+training_free_methods: Registry[type[TrainingFree]] = Registry(
+    "training-free method",
+    {
+        "vcd": VCD,
+    },
+    group="groundscope.training_free",
+    check=_check,
+)
+"""Methods by name."""
