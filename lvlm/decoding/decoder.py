@@ -105,6 +105,9 @@ class AnswerRule:
         """Return the logits that the next token is chosen from, ``[B, V]``; minus infinity excludes a token."""
         return step.logits
 
+    def select(self, parents: Sequence[int]) -> None:
+        """Follow other answers: the i-th is answer ``parents[i]`` so far; for rules that remember something of each answer."""
+
 
 class Decoder(Protocol):
     """What chooses the tokens of answers while `Lvlm.decoding_with` is open."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from lvlm.sampling import Sampling
 
 _LOG = logging.getLogger(__name__)
-_PADDING = 0
+PADDING = 0
 """Token that continues an answer after its end, in the rows of a batch whose other answers go on; nothing attends to it."""
 
 
@@ -47,7 +48,7 @@ def prompts_of(batch: Batch) -> tuple[Prompts, ...]:
 @torch.no_grad()
 def first_logits(model: Lvlm, batch: Batch, rule: AnswerRule) -> Tensor:
     """Return the logits that the first token of each answer is chosen from, ``[B, V]``."""
-    return _Run(model, prompts_of(batch), rule, continues=False).start()
+    return DecodingRun(model, prompts_of(batch), rule, continues=False).start()
 
 
 @torch.no_grad()
@@ -121,7 +122,7 @@ def generate_prompts(
         Tokens after which an answer ends; they belong to it.
     """
     end = end_tokens(model) | {model.content_id} if ends else frozenset[int]()
-    run = _Run(model, prompts, rule, continues=max_new_tokens > 1, names=names)
+    run = DecodingRun(model, prompts, rule, continues=max_new_tokens > 1, names=names)
     answers: list[list[int]] = [[] for _ in names]
     running = [True] * len(names)
     logits = run.start()
@@ -136,13 +137,16 @@ def generate_prompts(
                 running[row] = token not in stops
         if number + 1 == max_new_tokens or not any(running):
             break
-        tokens = [token if alive else _PADDING for token, alive in zip(tokens, running, strict=True)]
+        tokens = [token if alive else PADDING for token, alive in zip(tokens, running, strict=True)]
         logits = run.next(torch.tensor(tokens, device=chosen.device))
     return answers
 
 
-class _Run:
-    """The state of one batch of answers: caches, positions and tokens of all rows."""
+class DecodingRun:
+    """The state of one batch of answers: caches, positions and tokens of all rows.
+
+    `start`, then `next` for each token; in between, `select` continues other answers (beams) and `rewind` replaces their tokens.
+    """
 
     def __init__(
         self,
@@ -159,6 +163,8 @@ class _Run:
         self.merges = continues and (merges_caches(model) if merges is None else merges)
         self.size = sum(len(group.rows) for group in prompts)
         self.groups: list[tuple[int, Prompts]] = [(0, group) for group in prompts]
+        self._prompts: list[tuple[int, Prompts]] = []
+        self._prompt_of = list(range(self.size))
         self.branches: tuple[Branch, ...] = ()
         self.activations: dict[str, Tensor] = {}
         self.tokens: Tensor | None = None
@@ -181,6 +187,7 @@ class _Run:
                     parts = [(group.rows, self._prefill(number, group)) for group in branch.prompts]
                 self.groups += [(number, group) for group in branch.prompts]
                 branch_logits.append(self._by_row(parts))
+        self._prompts = list(self.groups)
         if self.merges:
             self._merge()
         return self.rule.combine(Step(0, logits, tuple(branch_logits), None, self.activations))
@@ -223,25 +230,29 @@ class _Run:
 
     def next(self, tokens: Tensor) -> Tensor:
         """Continue all rows with the chosen tokens, int ``[B]``; return the combined logits of the next token, ``[B, V]``."""
-        column = tokens[:, None]
-        self.tokens = column if self.tokens is None else torch.cat([self.tokens, column], dim=1)
-        self.number += 1
+        return self._append(tokens[:, None])
+
+    def _append(self, tokens: Tensor) -> Tensor:
+        """Continue all rows with tokens, int ``[B, n]``; return the combined logits after them, ``[B, V]``."""
+        self.tokens = tokens if self.tokens is None else torch.cat([self.tokens, tokens], dim=1)
+        self.number += tokens.shape[1]
         self.activations = {}
         logits, *branches = self._step_merged(tokens) if self.merges else self._step_full(self.tokens)
         self._check(logits)
         return self.rule.combine(Step(self.number, logits, tuple(branches), self.tokens, self.activations))
 
     def _step_merged(self, tokens: Tensor) -> list[Tensor]:
-        model = self.model
+        model, count = self.model, tokens.shape[1]
         order = [row for _, group in self.groups for row in group.rows]
-        self._layout = self._layout.with_column()
-        position = self._position if self._position.shape[0] > 1 else self._position[0]
+        for _ in range(count):
+            self._layout = self._layout.with_column()
+        position = self._position + torch.arange(count, device=self._position.device)  # [axes, rows, n]
         inputs = {
-            "input_ids": tokens[order][:, None],
+            "input_ids": tokens[order],
             "attention_mask": self._layout.valid.long(),
-            "position_ids": position,
+            "position_ids": position if len(position) > 1 else position[0],
         }
-        self._position = self._position + 1
+        self._position = self._position + count
         with ExitStack() as stack:
             stack.enter_context(model.with_row_layout(self._layout))
             stack.enter_context(model.reading_answers(self._layout.prompt))
@@ -271,6 +282,55 @@ class _Run:
                     )
         return [self._by_row(part) for part in parts]
 
+    # ---- other answers
+
+    def select(self, parents: Sequence[int]) -> None:
+        """Continue other answers from here on: the i-th is answer ``parents[i]`` so far.
+
+        An answer can be continued several times, or not at all.
+        """
+        if list(parents) == list(range(self.size)):
+            return
+        self._prompt_of = [self._prompt_of[parent] for parent in parents]
+        self.names = [self.names[parent] for parent in parents] if self.names else self.names
+        if self.tokens is not None:
+            self.tokens = self.tokens[list(parents)]
+        if self.merges:
+            rows = [(number, row) for number, group in self.groups for row in group.rows]
+            place = {row: i for i, row in enumerate(rows)}
+            numbers = range(len(self.branches) + 1)
+            order = torch.tensor([place[number, parent] for number in numbers for parent in parents])
+            order = order.to(self._position.device)
+            self._cache.batch_select_indices(order)
+            self._layout = self._layout.selected(order)
+            self._position = self._position[:, order]
+            self.groups = [(number, Prompts(tuple(range(len(parents))), {})) for number in numbers]
+        else:
+            self.groups = [
+                (number, replace(group, rows=rows))
+                for number, group in self._prompts
+                for rows in _passes(group.rows, self._prompt_of)
+            ]
+        self.size = len(parents)
+        self.rule.select(parents)
+
+    def rewind(self, tokens: Tensor) -> Tensor:
+        """Replace the tokens of all answers, int ``[B, n]``, n >= 1; return the combined logits after them, ``[B, V]``.
+
+        Only tokens after the first that differs run again.
+        """
+        if self.tokens is None:
+            return self._append(tokens)
+        common = min(tokens.shape[1] - 1, self.number)
+        differs = (tokens[:, :common] != self.tokens[:, :common]).any(0).nonzero()
+        start = int(differs[0]) if len(differs) else common
+        if self.merges and start < self.number:
+            self._cache.crop(start - self.number)
+            self._layout = self._layout.without_columns(self.number - start)
+            self._position = self._position - (self.number - start)
+        self.tokens, self.number = self.tokens[:, :start], start
+        return self._append(tokens[:, start:])
+
     # ---- rows
 
     def _slices(self) -> Iterator[tuple[Sequence[int], slice]]:
@@ -293,12 +353,13 @@ class _Run:
         """Return the rows of several parts in the order of the answers."""
         if len(parts) == 1 and list(parts[0][0]) == list(range(self.size)):
             return parts[0][1]
-        rows = torch.tensor([row for part, _ in parts for row in part])
-        if sorted(rows.tolist()) != list(range(self.size)):
-            msg = f"a branch has prompts for the answers {sorted(rows.tolist())}, but there are {self.size} answers"
+        rows = [row for part, _ in parts for row in part]
+        if set(rows) != set(range(self.size)):
+            msg = f"a branch has prompts for the answers {sorted(rows)}, but there are {self.size} answers"
             raise DataError(msg)
         values = torch.cat([x for _, x in parts])
-        return values[rows.argsort().to(values.device)]
+        last = {row: i for i, row in enumerate(rows)}
+        return values[[last[row] for row in range(self.size)]]
 
     @contextmanager
     def _reading(self, where: Sequence[tuple[Sequence[int], slice]]) -> Iterator[None]:
@@ -319,6 +380,16 @@ class _Run:
     def _check(self, logits: Tensor) -> None:
         names = self.names or [f"row {row} of a batch" for row in range(self.size)]
         check_finite(logits.float().logsumexp(-1), names, self.model.name)
+
+
+def _passes(rows: Sequence[int], prompt_of: Sequence[int]) -> list[tuple[int, ...]]:
+    """Return the answers that each forward pass over whole prompts continues, one for each of the `rows` of prompts.
+
+    A prompt without as many answers as another one repeats its last, and one without any continues an arbitrary answer.
+    """
+    answers = [[i for i, prompt in enumerate(prompt_of) if prompt == row] or [0] for row in rows]
+    count = max(len(several) for several in answers)
+    return [tuple(several[min(i, len(several) - 1)] for several in answers) for i in range(count)]
 
 
 def _layout(model: Lvlm, prompts: Prompts, branch: int) -> RowLayout:
@@ -362,7 +433,7 @@ def _measure_merging(model: Lvlm) -> bool:
         prompts = check_prompts(model)
         count = sum(len(group.rows) for group in prompts)
         try:
-            merged, full = (_Run(model, prompts, AnswerRule(), merges=merges) for merges in (True, False))
+            merged, full = (DecodingRun(model, prompts, AnswerRule(), merges=merges) for merges in (True, False))
             token = merged.start().argmax(-1)
             full.start()
             difference = (merged.next(token).log_softmax(-1) - full.next(token).log_softmax(-1)).abs().amax().item()

@@ -58,6 +58,11 @@ class RowLayout:
             self.branch, torch.cat([self.image, ~end], dim=1), torch.cat([self.valid, end], dim=1), self.prompt
         )
 
+    def without_columns(self, count: int) -> RowLayout:
+        """Return the layout before the last `count` columns."""
+        end = self.valid.shape[1] - count
+        return RowLayout(self.branch, self.image[:, :end], self.valid[:, :end], min(self.prompt, end))
+
     def selected(self, rows: Tensor) -> RowLayout:
         """Return the layout of some rows, int ``[n]``, in their order."""
         return RowLayout(self.branch[rows], self.image[rows], self.valid[rows], self.prompt)

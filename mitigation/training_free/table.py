@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from groundscope.core.registry import Registry
 from mitigation.training_free.method import TrainingFree
+from mitigation.training_free.methods.beam import BeamSearch
 from mitigation.training_free.methods.vcd import VCD
 
 
@@ -20,6 +21,7 @@ def _check(entry: type[TrainingFree]) -> str | None:
 training_free_methods: Registry[type[TrainingFree]] = Registry(
     "training-free method",
     {
+        "beam": BeamSearch,
         "vcd": VCD,
     },
     group="groundscope.training_free",
