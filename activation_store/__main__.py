@@ -15,6 +15,7 @@ from activation_store.reading.integrity import verify
 from activation_store.reading.store import ActivationStore
 from activation_store.summary import print_store
 from groundscope.core.errors import GroundscopeError
+from groundscope.core.text import format_count
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -65,7 +66,9 @@ def _run(options: argparse.Namespace, console: Console) -> int:
         first, *others = options.path
         result = merge(ActivationStore(first).merge(*others), options.out)
     console.print(
-        escape(f"{result.path}: {len(result)} examples, {len(result.arrays)} arrays"), highlight=False, soft_wrap=True
+        escape(f"{result.path}: {format_count(len(result), 'example')}, {format_count(len(result.arrays), 'array')}"),
+        highlight=False,
+        soft_wrap=True,
     )
     return 0
 

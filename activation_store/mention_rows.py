@@ -13,6 +13,7 @@ import numpy as np
 from activation_store.format.schema import ArrayInfo
 from activation_store.reading.rows import resolve_rows
 from groundscope.core.errors import SiteError
+from groundscope.core.text import format_count
 from lvlm.sites import Site
 from lvlm.token_selection import TokenSelection
 
@@ -70,7 +71,10 @@ class MentionRows:
             raise SiteError(msg)
 
     def __repr__(self) -> str:
-        return f"MentionRows({len(self)} mentions of {len(self._store)} texts, {len(self._arrays)} arrays)"
+        return (
+            f"MentionRows({format_count(len(self), 'mention')} of {format_count(len(self._store), 'text')}, "
+            f"{format_count(len(self._arrays), 'array')})"
+        )
 
     def __len__(self) -> int:
         return len(self._table["id"])

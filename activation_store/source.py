@@ -11,7 +11,7 @@ import numpy as np
 
 from activation_store.format.schema import ArrayInfo
 from groundscope.core.errors import SiteError, StoreError
-from groundscope.core.text import nearest
+from groundscope.core.text import format_count, nearest
 from lvlm.sites import Site, parse_component
 from lvlm.token_selection import TokenSelection
 
@@ -123,7 +123,8 @@ class MemorySource:
             x = np.asarray(values, dtype=np.float32)
             if x.ndim != 3 or len(x) != len(self._table):
                 msg = (
-                    f"'{site}' has shape {list(x.shape)}; give [N, layers, width] with N = {len(self._table)} examples"
+                    f"'{site}' has shape {list(x.shape)}; give [N, layers, width] with N = "
+                    f"{format_count(len(self._table), 'example')}"
                 )
                 raise StoreError(msg)
             heads = n_heads if component.endswith("z") else None

@@ -14,6 +14,7 @@ from activation_store.format.columns import holds_lists
 from activation_store.format.encoding import STORAGE
 from activation_store.reading.catalog import layer_range
 from activation_store.reading.store import ActivationStore
+from groundscope.core.text import format_count
 
 _LONGEST = 100
 
@@ -25,7 +26,10 @@ def print_store(store: ActivationStore, console: Console) -> None:
     console.print(f"[bold]{escape(str(store.path))}[/bold]", highlight=False, soft_wrap=True)
     storage = f"{store.dtype}, {store.schema.compression or 'not compressed'}"
     shards = sum(len(part.shards) for part in store.folders)
-    console.print(f"{len(store)} examples in {shards} shards, {storage}, {_size(size)}, {state}", highlight=False)
+    console.print(
+        f"{format_count(len(store), 'example')} in {format_count(shards, 'shard')}, {storage}, {_size(size)}, {state}",
+        highlight=False,
+    )
     console.print(f"digest {store.digest}", highlight=False, soft_wrap=True)
     console.print(_arrays(store))
     if len(store):
@@ -82,7 +86,9 @@ def _columns(store: ActivationStore) -> Table:
         if name in store.labels:
             continue
         if holds_lists(values):
-            table.add_row(escape(name), "", f"lists, {sum(len(items) for items in values)} items in total")
+            table.add_row(
+                escape(name), "", f"lists, {format_count(sum(len(items) for items in values), 'item')} in total"
+            )
             continue
         distinct, counts = np.unique(values.astype(str), return_counts=True)
         if len(distinct) == 1 and not distinct[0]:

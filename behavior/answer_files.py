@@ -21,6 +21,7 @@ from concepts.reading.records import read_records
 from concepts.reading.text_files import sha256
 from concepts.schema import ConceptDataset, Example
 from groundscope.core.errors import DataError
+from groundscope.core.text import format_count
 
 IDS = ("question_id", "questionId", "index", "id", "image_id")
 """Fields that may identify the question; the first one present is used."""
@@ -266,8 +267,8 @@ def match_answers(
     if records[0].id is None:
         if len(records) != len(questions):
             msg = (
-                f"{path}: {len(records)} answers without ids for {len(questions)} questions; give one answer per "
-                "question, in the same order"
+                f"{path}: {format_count(len(records), 'answer')} without ids for "
+                f"{format_count(len(questions), 'question')}; give one answer per question, in the same order"
             )
             raise DataError(msg)
         matches = {question.id: record for question, record in zip(questions, records, strict=True)}

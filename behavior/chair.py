@@ -27,6 +27,7 @@ from concepts.nouns import SYNONYMS, singular
 from concepts.object_mentions import caption_lexicon, mentioned_objects, normalize_words, tokenize_words
 from groundscope.core.errors import ConfigError, DataError
 from groundscope.core.short_repr import short_repr
+from groundscope.core.text import format_count
 
 # `import behavior` imports this module, so numpy and modules that need it are imported when scoring.
 if TYPE_CHECKING:
@@ -182,7 +183,10 @@ def chair(
         raise DataError(msg)
     unknown = [name for name in captions if name not in objects]
     if unknown:
-        msg = f"caption of image '{unknown[0]}': no objects for this image ({len(unknown)} such images); add them to objects"
+        msg = (
+            f"caption of image '{unknown[0]}': no objects for this image ({format_count(len(unknown), 'such image')}); "
+            "add them to objects"
+        )
         raise DataError(msg)
     meaning = {normalize_words(word): normalize_words(noun) for word, noun in (synonyms or {}).items()}
     chained = [noun for noun in meaning.values() if meaning.get(noun, noun) != noun]

@@ -12,6 +12,7 @@ from behavior.result import Answer, BehaviorResult, rate_of
 from groundscope.core.errors import DataError
 from groundscope.core.short_repr import short_repr
 from groundscope.core.statistics import FEW_GROUPS, Estimate, changes_of_columns, group_totals
+from groundscope.core.text import format_count
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def compare(first: BehaviorResult, second: BehaviorResult, *, rate: str = "accur
             counted.append((a, b))
             groups.append(before.group)
     if not counted:
-        msg = f"rate '{rate}' applies to none of the {len(first)} questions; choose a rate that applies"
+        msg = f"rate '{rate}' applies to none of the {format_count(len(first), 'question')}; choose a rate that applies"
         raise DataError(msg)
     table = np.array(counted, dtype=np.int64)  # [N, 2]
     change = table[:, 1] - table[:, 0]

@@ -20,6 +20,7 @@ from concepts.reading.records import read_json_records
 from groundscope.core.errors import ConfigError, DataError
 from groundscope.core.files import write_whole
 from groundscope.core.statistics import FEW_GROUPS, Estimate, cluster_bootstrap, estimate, ratio
+from groundscope.core.text import format_count
 
 VARIANTS = ("release", "judged_only")
 """Treatment of an unreadable verdict: as in the benchmark's release, or excluded."""
@@ -264,8 +265,8 @@ def read_verdicts(path: Path | str, requests: Path | str, *, variant: str = "rel
     missing = [number for number in items if number not in verdicts]
     if missing:
         msg = (
-            f"{path}: no verdict on '{missing[0]}' ({len(missing)} of {len(items)} requests have no verdict); "
-            "write verdict: null for an unreadable verdict"
+            f"{path}: no verdict on '{missing[0]}' ({len(missing)} of {format_count(len(items), 'request')} have no "
+            "verdict); write verdict: null for an unreadable verdict"
         )
         raise DataError(msg)
     unjudged = sum(verdict is None for verdict in verdicts.values())

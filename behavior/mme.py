@@ -16,6 +16,7 @@ from concepts.reading.tables import read_tab_separated
 from groundscope.core.errors import DataError
 from groundscope.core.short_repr import short_repr
 from groundscope.core.statistics import Estimate, estimate
+from groundscope.core.text import format_count
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -195,7 +196,7 @@ def _pair_lines(subtask: str, rows: list[Answer], places: list[str]) -> list[tup
     """Pair consecutive lines, as the release does."""
     if len(rows) % 2:
         msg = (
-            f"subtask '{subtask}', image '{rows[-1].group}': 1 questions, but MME asks two questions per image, in "
+            f"subtask '{subtask}', image '{rows[-1].group}': 1 question, but MME asks two questions per image, in "
             "consecutive lines"
         )
         raise DataError(msg)
@@ -227,8 +228,8 @@ def _pair_by_image(subtask: str, rows: Iterable[Answer]) -> list[tuple[Answer, A
     for image, questions in images.items():
         if len(questions) != 2:
             msg = (
-                f"subtask '{subtask}', image '{image}': {len(questions)} questions, but MME asks two questions per image; "
-                "remove or complete them"
+                f"subtask '{subtask}', image '{image}': {format_count(len(questions), 'question')}, but MME asks two "
+                "questions per image; remove or complete them"
             )
             raise DataError(msg)
     return [(first, second) for first, second in images.values()]

@@ -16,6 +16,7 @@ from concepts.schema import ConceptDataset
 from groundscope.core.errors import ConfigError, DataError
 from groundscope.core.files import write_whole
 from groundscope.core.short_repr import short_repr
+from groundscope.core.text import format_count
 
 # `import behavior` imports this module, so numpy and modules that need it are imported in the functions.
 if TYPE_CHECKING:
@@ -151,8 +152,11 @@ def score(
     """
     rule = named_parser(parser)
     if not len(answers) == len(labels) == len(labels if groups is None else groups):
-        and_groups = "" if groups is None else f" and {len(groups)} groups"
-        msg = f"{len(answers)} answers for {len(labels)} labels{and_groups}; the lengths must be equal"
+        and_groups = "" if groups is None else f" and {format_count(len(groups), 'group')}"
+        msg = (
+            f"{format_count(len(answers), 'answer')} for {format_count(len(labels), 'label')}{and_groups}; the lengths "
+            "must be equal"
+        )
         raise DataError(msg)
     if not answers:
         msg = "no answers to score"
@@ -278,7 +282,11 @@ def build(
     eligible = [name for name, objects in distinct.items() if len(objects) >= per_image]
     n_sampled = len(eligible) if n_images is None else n_images
     if not eligible or n_sampled > len(eligible):
-        msg = f"{n_sampled or 1} images with at least {per_image} different objects are needed, but only {len(eligible)} qualify"
+        msg = (
+            f"{format_count(n_sampled or 1, 'image')} with at least {format_count(per_image, 'different object')} are "
+            "needed, but only "
+            f"{len(eligible)} qualify"
+        )
         raise DataError(msg)
     rng = np.random.Generator(np.random.PCG64(seed))
     indices = range(len(eligible)) if n_images is None else rng.choice(len(eligible), size=n_sampled, replace=False)
@@ -377,8 +385,8 @@ def _questions(
                 ]
                 if not free:
                     msg = (
-                        f"image '{image}': each of the {len(nouns)} objects is in the image or already asked about; "
-                        "give more images, or lower per_image"
+                        f"image '{image}': each of the {format_count(len(nouns), 'object')} is in the image or already "
+                        "asked about; give more images, or lower per_image"
                     )
                     raise DataError(msg)
                 negative = free[int(rng.integers(len(free)))]

@@ -23,6 +23,7 @@ from groundscope.core.errors import ConfigError, ModelError, PatchError, SiteErr
 from groundscope.core.progress import progress_bar
 from groundscope.core.short_repr import short_repr
 from groundscope.core.statistics import rates_of_columns
+from groundscope.core.text import format_count
 from lvlm.active_interventions import ActiveIntervention, mark_intervention
 from lvlm.answer_keys import answer_key
 from lvlm.encoding.encode import Batch
@@ -339,9 +340,9 @@ def _answered(
     keep = has & (margins > 0)
     if not keep.any():
         msg = (
-            f"none of {len(examples)} examples is answered correctly and has tokens of both roles: {int((~has).sum())} lack "
-            f"'{target}' or '{source}' (no object in question, or an image read by cross-attention), "
-            f"{int((has & (margins <= 0)).sum())} of the others are answered incorrectly"
+            f"none of {format_count(len(examples), 'example')} is answered correctly and has tokens of both roles: "
+            f"{int((~has).sum())} lack '{target}' or '{source}' (no object in question, or an image read by "
+            f"cross-attention), {int((has & (margins <= 0)).sum())} of the others are answered incorrectly"
         )
         raise PatchError(msg)
     answered = [e for e, k in zip(examples, keep, strict=True) if k]

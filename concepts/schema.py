@@ -16,7 +16,7 @@ from concepts.mention import Mention
 from concepts.outlines import Outline, outline_record
 from groundscope.core.errors import ConfigError, DataError
 from groundscope.core.short_repr import short_repr
-from groundscope.core.text import nearest
+from groundscope.core.text import format_count, nearest
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -364,7 +364,9 @@ class ConceptDataset(Sequence[Example]):
 
     def __repr__(self) -> str:
         images = len({example.group for example in self.examples})
-        counts = [f"ConceptDataset('{self.name}', {len(self):,} examples, {images:,} images)"]
+        counts = [
+            f"ConceptDataset('{self.name}', {format_count(len(self), 'example')}, {format_count(images, 'image')})"
+        ]
         for name in ("level", "kind", "split"):
             values = Counter(getattr(example, name) for example in self.examples).most_common()
             more = f", {len(values) - 6} more" if len(values) > 6 else ""

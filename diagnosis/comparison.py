@@ -24,7 +24,7 @@ from circuits.results.statistics import GroupedScores, compare_rows
 from diagnosis.results import RIGHT, VERDICTS, Diagnoses
 from groundscope.core import artifacts
 from groundscope.core.errors import ConfigError
-from groundscope.core.text import nearest
+from groundscope.core.text import format_count, nearest
 from probes import ProbeGrid
 from probes.protocol.scoring import class_totals, difference_interval
 
@@ -134,7 +134,7 @@ class ModelComparison:
             lines.append(f"  heads for {row['kind']}: rank correlation {row['rank_correlation']:.2f}")
         transitions = [row for row in self.verdicts.to_dict("records") if row["first"] != row["second"]]
         for row in sorted(transitions, key=lambda row: -row["n"])[:5]:
-            lines.append(f"  {row['n']} answers: {row['first']} -> {row['second']}")
+            lines.append(f"  {format_count(row['n'], 'answer')}: {row['first']} -> {row['second']}")
         return "\n".join([*lines, *(f"  not compared: {note}" for note in self.notes)])
 
     def save(self, path: str | Path) -> Path:

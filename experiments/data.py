@@ -18,7 +18,7 @@ from concepts.schema import ConceptDataset
 from experiments.config import DataConfig, RunConfig
 from groundscope.core.document_digest import value_digest
 from groundscope.core.errors import ConfigError, DataError
-from groundscope.core.text import nearest
+from groundscope.core.text import format_count, nearest
 
 _SPLITS = ("random", "popular", "adversarial")
 """Words in the names of POPE's files, which differ in nothing else within one data set."""
@@ -27,11 +27,11 @@ _SPLITS = ("random", "popular", "adversarial")
 def describe_data(data: DataConfig) -> str:
     """Return the data of a run in a few words."""
     if is_scenes(data):
-        return f"{data.n_images} + {data.test_images} scenes"
+        return f"{data.n_images} + {format_count(data.test_images, 'scene')}"
     files = _list(data.questions)
     if not files:
         return ", ".join(map(str, _list(data.source)))
-    return str(files[0]) if len(files) == 1 else f"{files[0]} and {len(files) - 1} more files"
+    return str(files[0]) if len(files) == 1 else f"{files[0]} and {format_count(len(files) - 1, 'more file')}"
 
 
 def data_problem(data: DataConfig) -> str | None:
@@ -57,9 +57,15 @@ def data_problem(data: DataConfig) -> str | None:
     if "scenes" in sources:
         return "data=[…,scenes,…]: scenes are drawn, not read from files; run them in a run of their own"
     if len(sources) > 1 and len(sources) != len(files):
-        return f"{len(sources)} formats ({', '.join(sources)}) for {len(files)} files: give one file of data.questions for each"
+        return (
+            f"{format_count(len(sources), 'format')} ({', '.join(sources)}) for {format_count(len(files), 'file')}: "
+            "give one file of data.questions for each"
+        )
     if len(folders) > 1 and len(folders) != len(files):
-        return f"data.images has {len(folders)} folders for {len(files)} files: give one for each file, or one for all"
+        return (
+            f"data.images has {format_count(len(folders), 'folder')} for {format_count(len(files), 'file')}: give one "
+            "for each file, or one for all"
+        )
     needs = next((s for s in sources if not is_function(s) and not (files and (folders or images_optional(s)))), None)
     if needs is not None:
         return f"data={needs} needs data.questions=FILE" + ("" if images_optional(needs) else " and data.images=FOLDER")

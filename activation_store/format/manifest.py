@@ -14,6 +14,7 @@ from typing import Any
 from activation_store.format.schema import INDEX, LAYOUT_VERSION, TENSORS, Schema, check_version, shard_numbers
 from groundscope.core.errors import StoreError
 from groundscope.core.files import DamagedFileError, canonical_json
+from groundscope.core.text import format_count
 from groundscope.core.user_files import read_bytes
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -141,7 +142,7 @@ def _shard_entry(record: Any) -> ShardEntry:
         raise TypeError(msg)
     rows, examples = _typed(record, "rows", int), _texts(record, "examples")
     if rows != len(examples) or not rows:
-        msg = f"'rows' is {rows} for {len(examples)} examples"
+        msg = f"'rows' is {rows} for {format_count(len(examples), 'example')}"
         raise TypeError(msg)
     version = record.get("version", 1)
     check_version(version, file)

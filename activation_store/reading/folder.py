@@ -41,6 +41,7 @@ from activation_store.format.shard import (
 from activation_store.reading.rows import ArrayReader
 from groundscope.core.errors import StoreError
 from groundscope.core.files import canonical_json, file_digest, system_reason
+from groundscope.core.text import format_count
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def _open_folder(folder: Path) -> Folder:
     for name, entry in listed.items():
         if name not in names:
             msg = (
-                f"{folder / name}: this shard with {entry.rows} examples ('{entry.examples[0]}' to "
+                f"{folder / name}: this shard with {format_count(entry.rows, 'example')} ('{entry.examples[0]}' to "
                 f"'{entry.examples[-1]}') is missing; run the same trace again: only these examples are traced again"
             )
             raise StoreError(msg)

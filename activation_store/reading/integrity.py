@@ -26,6 +26,7 @@ from groundscope.core.errors import StoreError
 from groundscope.core.files import DamagedFileError, file_digest, system_reason
 from groundscope.core.progress import step_bar
 from groundscope.core.short_repr import short_repr
+from groundscope.core.text import format_count
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class IntegrityReport:
     >>> from activation_store import IntegrityReport
     >>> report = IntegrityReport("activations", complete=True, shards=1, rows=512, problems=())
     >>> print(report)
-    activations: intact: 512 examples in 1 shards, every byte verified
+    activations: intact: 512 examples in 1 shard, every byte verified
     """
 
     path: str
@@ -75,8 +76,13 @@ class IntegrityReport:
 
     def __str__(self) -> str:
         if self.ok:
-            return f"{self.path}: intact: {self.rows} examples in {self.shards} shards, every byte verified"
-        lines = [f"{self.path}: {len(self.problems)} problems, {len(self.affected)} examples affected"]
+            return (
+                f"{self.path}: intact: {format_count(self.rows, 'example')} in {format_count(self.shards, 'shard')}, "
+                "every byte verified"
+            )
+        lines = [
+            f"{self.path}: {format_count(len(self.problems), 'problem')}, {format_count(len(self.affected), 'example')} affected"
+        ]
         for p in self.problems:
             names = f" (examples {_shortened(p.examples)})" if p.examples else ""
             lines.append(f"  {p.kind}: {p.message}{names}")

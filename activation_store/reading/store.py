@@ -27,6 +27,7 @@ from activation_store.reading.rows import RowSelection, as_range, resolve_rows, 
 from concepts.schema import is_label_name
 from groundscope.core.errors import SiteError, StoreError
 from groundscope.core.files import canonical_json, too_many_files
+from groundscope.core.text import format_count
 from lvlm.sites import Site
 from lvlm.token_selection import TokenSelection
 
@@ -451,7 +452,7 @@ class ActivationStore:
     def __repr__(self) -> str:
         state = "" if self.complete else ", not complete: only sealed shards"
         where = str(self._path) if len(self._folders) == 1 else f"{self._path} and {len(self._folders) - 1} more"
-        sizes = f"{len(self)} examples, {len(self.arrays)} arrays, {self.dtype}"
+        sizes = f"{format_count(len(self), 'example')}, {format_count(len(self.arrays), 'array')}, {self.dtype}"
         return f"ActivationStore({where!r}, {sizes}{state})"
 
     def __enter__(self) -> Self:

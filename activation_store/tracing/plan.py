@@ -13,6 +13,7 @@ from torch import Tensor
 
 from activation_store.format.schema import ArrayInfo, Dtype, Schema
 from groundscope.core.errors import SiteError
+from groundscope.core.text import format_count
 from lvlm.model import Encoding, HookPoint, Lvlm
 from lvlm.site_width import site_width
 from lvlm.sites import LAYER_COMPONENTS, Component, Site, Stack
@@ -164,7 +165,7 @@ def split_by_example(x: Tensor, examples: int, site: Site) -> Tensor:
     if x.dim() == 3 and x.shape[0] == examples:
         return x
     if x.dim() < 2 or x[..., 0].numel() % examples:
-        msg = f"site '{site}' has shape {list(x.shape)}, which does not divide into {examples} examples"
+        msg = f"site '{site}' has shape {list(x.shape)}, which does not divide into {format_count(examples, 'example')}"
         raise SiteError(msg)
     return x.reshape(examples, -1, x.shape[-1])
 

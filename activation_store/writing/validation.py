@@ -11,6 +11,7 @@ from activation_store.format.encoding import LARGEST, Encoded, as_lists, column_
 from activation_store.format.ragged import Ragged
 from activation_store.format.schema import REQUIRED_COLUMNS, STANDARD_COLUMNS, Dtype, Key, Schema, array_name
 from groundscope.core.errors import StoreError
+from groundscope.core.text import format_count
 
 
 def check_arrays(arrays: Mapping[Key, np.ndarray], schema: Schema, n: int) -> dict[Key, np.ndarray]:
@@ -222,7 +223,8 @@ def _check_ragged(key: Key, value: object, n: int, sizes: tuple[int, int]) -> No
     values = np.asarray(value.values)
     if len(value) != n or values.shape[1:] != sizes or values.dtype.kind != "f":
         msg = (
-            f"the batch of {name} has {len(value)} examples with tokens of shape {list(values.shape[1:])} and dtype "
-            f"{values.dtype}; it must be {n} (examples of the table) with {list(sizes)} (layers, width) of floating numbers"
+            f"the batch of {name} has {format_count(len(value), 'example')} with tokens of shape "
+            f"{list(values.shape[1:])} and dtype {values.dtype}; it must be {n} (examples of the table) with "
+            f"{list(sizes)} (layers, width) of floating numbers"
         )
         raise StoreError(msg)

@@ -59,6 +59,7 @@ from activation_store.writing.virtual_index import write_index
 from groundscope.core.errors import StoreError
 from groundscope.core.files import canonical_json, file_digest, part_of, system_reason, write_whole
 from groundscope.core.locks import acquire
+from groundscope.core.text import format_count
 
 _WAITING_BYTES = 16 << 20
 """Limit on data pending to be written before `append` blocks: data in the processor's cache is copied faster, and the
@@ -301,7 +302,9 @@ class StoreWriter:
     def __repr__(self) -> str:
         state = "closed" if self._closed else "open"
         worker = f"worker {self._worker} of {self._workers}"
-        return f"StoreWriter({str(self._path)!r}, {worker}, {len(self._sealed)} examples sealed, {state})"
+        return (
+            f"StoreWriter({str(self._path)!r}, {worker}, {format_count(len(self._sealed), 'example')} sealed, {state})"
+        )
 
     def _check_process(self) -> None:
         if os.getpid() != self._process:
@@ -487,9 +490,9 @@ class StoreWriter:
             if not isinstance(error, OSError | RuntimeError):
                 raise
             msg = (
-                f"{self._path}: cannot be written: {system_reason(error)}; "
-                f"kept: {len(self._sealed)} examples in sealed shards, read by ActivationStore; "
-                f"free disk space and run again to continue from there"
+                f"{self._path}: cannot be written: {system_reason(error)}; kept: "
+                f"{format_count(len(self._sealed), 'example')} in sealed shards, read by ActivationStore; free disk "
+                "space and run again to continue from there"
             )
             raise StoreError(msg) from error
 

@@ -18,6 +18,7 @@ from circuits.interventions.hooks import edit
 from circuits.interventions.options import RULES
 from circuits.interventions.transforms import Add, Amplify, Change, Project, Replace, Zero
 from groundscope.core.errors import ModelError, PatchError, SiteError
+from groundscope.core.text import format_count
 from lvlm.active_interventions import ActiveIntervention, mark_intervention
 from lvlm.image_tokens import check_image_in_sequence
 from lvlm.intervention_digest import digest_of
@@ -406,7 +407,7 @@ def _index_of(item: Intervention, columns: slice, x: Tensor, tokens: DecoderToke
     n_rows = x.shape[0] if rows is None else len(rows)
     index = torch.arange(n_rows, device=x.device) if rows is None else torch.tensor(rows, device=x.device)
     if at.dim() == 2 and at.shape[0] != n_rows:
-        msg = f"positions {list(at.shape)} at '{item.site}' are for {at.shape[0]} rows, but {n_rows} are changed"
+        msg = f"positions {list(at.shape)} at '{item.site}' are for {format_count(at.shape[0], 'row')}, but {n_rows} are changed"
         raise PatchError(msg)
     return index[:, None], at if at.dim() == 2 else at[None], columns
 

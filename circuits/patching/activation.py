@@ -27,6 +27,7 @@ from circuits.results.patch_scores import PatchScores
 from concepts.schema import CounterfactualPair
 from groundscope.core.errors import ConfigError, PatchError
 from groundscope.core.progress import progress_bar
+from groundscope.core.text import format_count
 from lvlm.model import Lvlm
 from lvlm.token_selection import PATCHABLE, TokenSelection
 
@@ -304,8 +305,8 @@ def scale_of(pairs: Sequence[CounterfactualPair], scale: float | None) -> float 
         return scale
     if placebos < len(pairs):
         msg = (
-            f"{placebos} of {len(pairs)} pairs are placebos, whose own differences are near 0: patch them separately, or pass "
-            "scale=…, the difference that is an effect of 1"
+            f"{placebos} of {format_count(len(pairs), 'pair')} are placebos, whose own differences are near 0: patch "
+            "them separately, or pass scale=…, the difference that is an effect of 1"
         )
         raise PatchError(msg)
     return 1.0

@@ -13,7 +13,7 @@ from circuits.results.head_scores import HeadScores
 from concepts.schema import CounterfactualPair, Example
 from groundscope.core.errors import ConfigError, PatchError
 from groundscope.core.progress import progress_bar
-from groundscope.core.text import nearest
+from groundscope.core.text import format_count, nearest
 from lvlm.answer_keys import answer_key
 from lvlm.model import Lvlm
 
@@ -97,7 +97,10 @@ class PairOutcomes:
         chosen = {pair for pair, outcome in zip(self.ids, self.outcomes, strict=True) if outcome in names}
         keep = np.array([pair in chosen for pair in scores.ids], bool)
         if not keep.any():
-            msg = f"none of the {scores.n_pairs} pairs of the scores is {' or '.join(names)}; the pairs are {self!r}"
+            msg = (
+                f"none of the {format_count(scores.n_pairs, 'pair')} of the scores is {' or '.join(names)}; the pairs "
+                f"are {self!r}"
+            )
             raise PatchError(msg)
         return scores.select(keep)
 

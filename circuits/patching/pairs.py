@@ -13,6 +13,7 @@ from circuits.patching.metrics import Metric, pair_key
 from circuits.patching.sweep import PairPlan
 from concepts.schema import CounterfactualPair
 from groundscope.core.errors import DataError, PatchError, SiteError
+from groundscope.core.text import format_count
 from lvlm.answer_keys import answer_tokens
 from lvlm.model import Encoding, Lvlm
 from lvlm.token_map import TokenMap
@@ -36,8 +37,9 @@ def combined_error(errors: Sequence[UnequalLengthError], count: int) -> PatchErr
     shown = ", ".join(f"'{e.pair.clean.id}' ({e.lengths[0]} and {e.lengths[1]})" for e in errors[:3])
     more = f" and {len(errors) - 3} more" if len(errors) > 3 else ""
     return PatchError(
-        f"{len(errors)} of {count} pairs have different numbers or positions of tokens in their two examples, which patching "
-        f"needs equal: {shown}{more}; put all images on one canvas, with counterfactuals.on_canvas or data.canvas=WxH"
+        f"{len(errors)} of {format_count(count, 'pair')} have different numbers or positions of tokens in their two "
+        f"examples, which patching needs equal: {shown}{more}; put all images on one canvas, with "
+        "counterfactuals.on_canvas or data.canvas=WxH"
     )
 
 
@@ -125,9 +127,9 @@ def check_enough_pairs(clean: np.ndarray, corrupt: np.ndarray, usable: np.ndarra
     excluded = int((~usable).sum())
     if 2 * excluded > len(usable):
         msg = (
-            f"{excluded} of {len(usable)} pairs have |M_clean - M_corrupt| below min_effect={min_effect:g}: the model "
-            f"hardly distinguishes clean from corrupt (median {np.median(np.abs(clean - corrupt)):.3g}); "
-            "use pairs that it distinguishes, or lower min_effect"
+            f"{excluded} of {format_count(len(usable), 'pair')} have |M_clean - M_corrupt| below "
+            f"min_effect={min_effect:g}: the model hardly distinguishes clean from corrupt (median "
+            f"{np.median(np.abs(clean - corrupt)):.3g}); use pairs that it distinguishes, or lower min_effect"
         )
         raise PatchError(msg)
 

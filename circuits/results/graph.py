@@ -18,6 +18,7 @@ from groundscope.core.artifacts import reading_result, write_bytes
 from groundscope.core.document_digest import KEY, document_digest, take_digest
 from groundscope.core.errors import PatchError, StoreError
 from groundscope.core.result_fields import building, check_fields
+from groundscope.core.text import format_count
 from groundscope.core.user_files import read_json
 
 if TYPE_CHECKING:
@@ -181,8 +182,8 @@ class Graph(PairRecord):
 
     def __repr__(self) -> str:
         return (
-            f"Graph({self.model}: {len(self)} of {int(self.shape.there.sum())} edges, {len(self.nodes)} nodes, "
-            f"{self.n_pairs} pairs, {self.mode})"
+            f"Graph({self.model}: {len(self)} of {format_count(int(self.shape.there.sum()), 'edge')}, "
+            f"{format_count(len(self.nodes), 'node')}, {format_count(self.n_pairs, 'pair')}, {self.mode})"
         )
 
     def __len__(self) -> int:
@@ -408,7 +409,7 @@ class Graph(PairRecord):
     def _check(self, n: int) -> None:
         there = int(self.shape.there.sum())
         if not 1 <= n <= there:
-            msg = f"a circuit of {n} edges is impossible: choose 1 to {there}"
+            msg = f"a circuit of {format_count(n, 'edge')} is impossible: choose 1 to {there}"
             raise PatchError(msg)
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from circuits.results.head_plot import write_figure
+from groundscope.core.text import format_count
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -58,7 +59,9 @@ def draw(
         _box(ax, name, x, y)
     _finish(ax, at, rows)
     omitted = len(graph) - len(edges)
-    caption = title or f"{graph.model}: {len(graph)} edges{f', the largest {most} drawn' if omitted else ''}"
+    caption = (
+        title or f"{graph.model}: {format_count(len(graph), 'edge')}{f', the largest {most} drawn' if omitted else ''}"
+    )
     ax.set_title(caption, fontsize=10, parse_math=False)
     figure = ax.get_figure(root=True)
     if path is not None and figure is not None:

@@ -23,6 +23,7 @@ from circuits.results.statistics import (
 )
 from groundscope.core.errors import PatchError
 from groundscope.core.short_repr import short_repr
+from groundscope.core.text import format_count
 from lvlm.sites import Head, parse_heads
 
 if TYPE_CHECKING:
@@ -168,7 +169,7 @@ class HeadScores(PairScores):
         alpha
             Significance level.
         """
-        title = f"{self.model}: {self.mode} at {self.tokens}, {self.n_pairs} pairs"
+        title = f"{self.model}: {self.mode} at {self.tokens}, {format_count(self.n_pairs, 'pair')}"
         return heatmap(self.mean, title=title, label="mean effect", marked=self.family_p() <= alpha, path=path, ax=ax)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from circuits.results.pair_scores import PairScores
 from groundscope.core.errors import PatchError
+from groundscope.core.text import format_count
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -58,8 +59,8 @@ class PatchScores(PairScores):
     def __repr__(self) -> str:
         pairs, sites, positions = self.effects.shape
         return (
-            f"PatchScores({pairs} pairs ({self.excluded} excluded) x {sites} sites x {positions} positions, {self.tokens}, "
-            f"{self.mode}, {self.metric}, {self.path})"
+            f"PatchScores({format_count(pairs, 'pair')} ({self.excluded} excluded) x {sites} sites x {positions} "
+            f"positions, {self.tokens}, {self.mode}, {self.metric}, {self.path})"
         )
 
     @property

@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, overload
 
 from concepts.schema import CounterfactualPair
+from groundscope.core.text import format_count
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -56,14 +57,13 @@ class PairSet(Sequence[CounterfactualPair]):
     def __repr__(self) -> str:
         method = f" by '{self.method}'" if self.method else ""
         images = len({pair.group for pair in self.pairs})
-        counts = f"{_count(len(self), 'pair')} of kind '{self.kind}'{method}, {_count(images, 'image')}"
+        counts = f"{format_count(len(self), 'pair')} of kind '{self.kind}'{method}, {format_count(images, 'image')}"
         lines = [f"PairSet({counts})"]
         if self.left_out:
             reasons = Counter(self.left_out).most_common()
             main_reasons = "; ".join(f"{count} {reason}" for reason, count in reasons[:3])
-            lines.append(
-                f"left out: {main_reasons}" + (f"; {len(reasons) - 3} more reasons" if len(reasons) > 3 else "")
-            )
+            more = f"; {format_count(len(reasons) - 3, 'more reason')}" if len(reasons) > 3 else ""
+            lines.append(f"left out: {main_reasons}{more}")
         return "\n".join(lines)
 
     def frame(self) -> pd.DataFrame:
@@ -79,7 +79,3 @@ class PairSet(Sequence[CounterfactualPair]):
             for p in self.pairs
         ]  # fmt: skip
         return pd.DataFrame(rows)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" + ("" if number == 1 else "s")

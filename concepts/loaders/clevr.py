@@ -19,7 +19,7 @@ from concepts.reading.json_stream import stream_list
 from concepts.reading.record import Record, as_record
 from concepts.schema import YES_NO, ConceptDataset, Example, SceneObject, yes_or_no
 from groundscope.core.errors import DataError
-from groundscope.core.text import nearest
+from groundscope.core.text import format_count, nearest
 
 WORDING: Mapping[str, tuple[str, str]] = MappingProxyType(
     {"left": ("left of", "right"), "right": ("right of", "left"), "front": ("in front of", "behind"),
@@ -122,7 +122,10 @@ def _read_scene(record: Record, folder: ImageFolder) -> _Scene:
         rows = relations.list(relation)
         valid = all(isinstance(row, list) and all(i in range(len(objects)) for i in row) for row in rows)
         if len(rows) != len(objects) or not valid:
-            msg = f"{relations.where}: '{relation}' must hold, for each of {len(objects)} objects, a list of object numbers"
+            msg = (
+                f"{relations.where}: '{relation}' must hold, for each of {format_count(len(objects), 'object')}, a "
+                "list of object numbers"
+            )
             raise DataError(msg)
         related[relation] = [frozenset(row) for row in rows]
     return _Scene(Path(name).stem, folder.find(name, record.where, "image_filename"), objects, related)

@@ -20,6 +20,7 @@ from concepts.reading.record import Record
 from concepts.run_length_masks import RunLengthMask
 from concepts.schema import ConceptDataset, Example, SceneObject
 from groundscope.core.errors import DataError
+from groundscope.core.text import format_count
 
 _BEYOND = "images beyond the limit"
 
@@ -179,7 +180,7 @@ def _check_references(file: Path, content: _Content) -> None:
         for number, category in zip(boxes[::6], boxes[1::6], strict=True):
             where = f"{file}: annotation {int(number)}"
             if image not in content.images:
-                msg = f"{where}: field 'image_id' is {image}, which is not among the {len(content.images)} images"
+                msg = f"{where}: field 'image_id' is {image}, which is not among the {format_count(len(content.images), 'image')}"
                 raise DataError(msg)
             if category not in content.categories:
                 some = ", ".join(map(str, sorted(content.categories)[:10]))

@@ -14,7 +14,7 @@ from concepts.reading.record import Record, is_text
 from concepts.reading.records import read_records
 from concepts.schema import YES_NO, ConceptDataset, Example
 from groundscope.core.errors import DataError
-from groundscope.core.text import nearest
+from groundscope.core.text import format_count, nearest
 
 LEVEL_OF_KIND: dict[str, Level] = {
     "object": "object", "color": "attribute", "attribute": "attribute", "relation": "relation", "action": "relation",
@@ -130,7 +130,7 @@ def _check_sizes(path: Path, data: ConceptDataset) -> None:
     if unequal:
         more = f" and {len(unequal) - 3} more" if len(unequal) > 3 else ""
         msg = (
-            f"{path}: {len(unequal)} of {len(data) // 2} pairs have two images of different sizes: "
+            f"{path}: two images of different sizes in {len(unequal)} of {format_count(len(data) // 2, 'pair')}: "
             f"{', '.join(unequal[:3])}{more}; save both with one size, or put all images on one canvas with data.canvas=WxH"
         )
         raise DataError(msg)

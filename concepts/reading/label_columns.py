@@ -10,7 +10,7 @@ from concepts.concept import LEVELS, Concept
 from concepts.reading.tables import NOT_AVAILABLE
 from concepts.schema import is_label_name
 from groundscope.core.errors import ConfigError, DataError
-from groundscope.core.text import nearest
+from groundscope.core.text import format_count, nearest
 
 MOST_CLASSES = 100
 """Largest number of different texts in a label column."""
@@ -110,8 +110,8 @@ def _classes(name: str, texts: list[str | None]) -> dict[str, list[Label | None]
     values = sorted({t for t in texts if t is not None})
     if len(values) > MOST_CLASSES:
         msg = (
-            f"column '{name}' holds {len(values)} different texts, and a label column at most {MOST_CLASSES} classes; if it is "
-            f"no label, leave it out with ignore=['{name}']"
+            f"column '{name}' holds {format_count(len(values), 'different text')}, and a label column at most "
+            f"{MOST_CLASSES} classes; if it is no label, leave it out with ignore=['{name}']"
         )
         raise DataError(msg)
     if name in LEVELS and any(":" in value for value in values):

@@ -9,6 +9,7 @@ from typing import IO
 from concepts.reading.record import Record
 from concepts.reading.text_files import numbered_lines, readable, skip_byte_order_mark
 from groundscope.core.errors import DataError
+from groundscope.core.text import format_count
 from groundscope.core.user_files import open_regular
 
 LONGEST_ROW = 1 << 26
@@ -49,7 +50,7 @@ def read_tab_separated(path: Path, fields: Sequence[str], *, optional: Sequence[
                 msg = f"{where}: not UTF-8 at byte {error.start + 1}; save the file as UTF-8"
                 raise DataError(msg) from error
             if not len(fields) <= len(cells) <= len(names):
-                msg = f"{where}: {len(cells)} tab-separated columns, expected {', '.join(names)}"
+                msg = f"{where}: {format_count(len(cells), 'tab-separated column')}, expected {', '.join(names)}"
                 raise DataError(msg)
             yield Record(where, dict(zip(names, cells, strict=False)))
 
@@ -79,7 +80,7 @@ def read_table(path: Path, separator: str) -> Iterator[Record]:
                     raise DataError(msg)
                 continue
             if len(cells) != len(names):
-                msg = f"{where}: {len(cells)} cells, but the header has {len(names)} columns"
+                msg = f"{where}: {format_count(len(cells), 'cell')}, but the header has {len(names)} columns"
                 raise DataError(msg)
             yield Record(
                 where, {n: None if c in NOT_AVAILABLE else c for n, c in zip(names, cells, strict=True)}, table=True

@@ -8,6 +8,7 @@ from pathlib import Path
 from experiments.results.headlines import Headline, headlines
 from experiments.terminal_text import plain_console
 from groundscope.core.errors import ConfigError, GroundscopeError
+from groundscope.core.text import format_count
 
 
 def show(arguments: Sequence[str]) -> int:
@@ -27,7 +28,7 @@ def show(arguments: Sequence[str]) -> int:
     from rich.text import Text
 
     if not 2 <= len(arguments) <= 4:
-        msg = f"groundscope compare takes two runs, such as runs/a runs/b; it received {len(arguments)} arguments"
+        msg = f"groundscope compare takes two runs, such as runs/a runs/b; it received {format_count(len(arguments), 'argument')}"
         raise ConfigError(msg)
     runs, conditions = arguments[:2], (list(arguments[2:]) or ["before"]) * 2
     first, second = (_figures(Path(a)) for a in runs)

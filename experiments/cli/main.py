@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from groundscope.core.errors import ConfigError, GroundscopeError
+from groundscope.core.text import format_count
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -190,7 +191,10 @@ def _report(arguments: Sequence[str]) -> int:
     from experiments.run.folder import check_layout
 
     if len(arguments) != 1:
-        msg = f"groundscope report takes one run folder, such as runs/default; it received {len(arguments)} arguments"
+        msg = (
+            "groundscope report takes one run folder, such as runs/default; it received "
+            f"{format_count(len(arguments), 'argument')}"
+        )
         raise ConfigError(msg)
     folder = Path(arguments[0])
     check_layout(folder)

@@ -24,6 +24,7 @@ from concepts.schema import ConceptDataset, Example
 from experiments.run.context import Context
 from experiments.stages.trace import traced_examples, traced_sites, traced_tokens
 from groundscope.core.errors import ConfigError
+from groundscope.core.text import format_count
 
 if TYPE_CHECKING:
     from activation_store.tracing.plan import Plan
@@ -426,8 +427,8 @@ def show(arguments: Sequence[str]) -> int:
     }
     measured = how[result.method] if result.seconds is not None else "sizes from the configuration only"
     console.print(
-        f"model {config.model.path} on {config.model.device}, {size(result.weights)} of weights, {result.examples} examples "
-        f"to trace; {measured}",
+        f"model {config.model.path} on {config.model.device}, {size(result.weights)} of weights, "
+        f"{format_count(result.examples, 'example')} to trace; {measured}",
         markup=False,
     )
     table = Table(box=None, padding=(0, 2, 0, 0))

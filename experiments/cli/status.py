@@ -19,6 +19,7 @@ from experiments.terminal_text import plain_console, printable, size
 from groundscope.core.errors import ConfigError, GroundscopeError
 from groundscope.core.locks import holder, is_locked
 from groundscope.core.paths import files_below, is_file
+from groundscope.core.text import format_count
 
 _MEASURES = ("all: right", "neutral: right", "conflict: wrong by prior", "adversarial absent: says yes")
 """Measures in the table, if a run has them."""
@@ -115,7 +116,7 @@ def show(arguments: Sequence[str]) -> int:
     runs = [root] if is_file(root / MARKER) else list(runs_in(root))
     if len(arguments) > 1 or not runs:
         msg = f"no runs in '{root}': groundscope status FOLDER takes a folder of runs, or a run" + (
-            f"; it received {len(arguments)} arguments" if len(arguments) > 1 else ""
+            f"; it received {format_count(len(arguments), 'argument')}" if len(arguments) > 1 else ""
         )
         raise ConfigError(msg)
     console = plain_console()
@@ -133,7 +134,9 @@ def show(arguments: Sequence[str]) -> int:
     console.print(table)
     console.print(", ".join(f"{mark} {state}" for state, mark in _MARKS.items()))
     files = {(s.st_dev, s.st_ino): s.st_size for _, s in files_below(root) if stat.S_ISREG(s.st_mode)}
-    console.print(f"{len(runs)} runs, {size(sum(files.values()))} on the disk; files that runs share are counted once")
+    console.print(
+        f"{format_count(len(runs), 'run')}, {size(sum(files.values()))} on the disk; files that runs share are counted once"
+    )
     return 0
 
 

@@ -30,6 +30,7 @@ from groundscope.core.document_digest import value_digest
 from groundscope.core.errors import ConfigError, GroundscopeError
 from groundscope.core.locks import lock
 from groundscope.core.paths import below, files_below, is_file
+from groundscope.core.text import format_count
 
 Row = dict[str, Any]
 JOBS = ".jobs"
@@ -179,7 +180,10 @@ def _report(folder: Path, about: dict[str, Any], problem: str, console: Console)
     records = [read_record(path, JOB) for path in _job_files(folder)]
     rows = collect_results(records)
     write_json(folder / RECORD, about | {"jobs": records, "figures": rows, "launcher": problem or None})
-    console.print(f"sweep: {sum(r['status'] == 'done' for r in records)} of {len(records)} jobs done", markup=False)
+    console.print(
+        f"sweep: {sum(r['status'] == 'done' for r in records)} of {format_count(len(records), 'job')} done",
+        markup=False,
+    )
     if rows:
         from experiments.report.sweep import make_sweep_report
 

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from groundscope.core.text import format_count
+
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
@@ -143,7 +145,7 @@ def _keyboard(page: Page) -> Iterator[str]:
             yield f"no outline when focused: {focus[2]}"
             return
     if len(reached) < 0.5 * min(stops, 400):
-        yield f"Tab reaches {len(reached)} of {stops} places"
+        yield f"Tab reaches {len(reached)} of {format_count(stops, 'place')}"
     if page.query_selector("summary") is not None:
         page.focus("summary")
         page.keyboard.press("Enter")
@@ -163,7 +165,7 @@ def main() -> None:
         parser.error(str(error))
     for message in messages:
         print(message)
-    print(f"{options.report}: {f'{len(messages)} problems' if messages else 'no problems'}")
+    print(f"{options.report}: {format_count(len(messages), 'problem')}")
     sys.exit(bool(messages))
 
 

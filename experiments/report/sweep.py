@@ -8,6 +8,7 @@ from typing import Any
 
 from experiments.report.figures import BLUE, GREY, drawing, svg
 from experiments.report.html import figure, page, paragraph, section, table
+from groundscope.core.text import format_count
 
 _TINTS = (BLUE, "#d9730d", "#2f8f4e", "#8a4fbe", "#8a8f98", "#b23b3b")
 _MARKS = "oDs^vP"
@@ -49,7 +50,9 @@ def make_sweep_report(
             (stage, stage, section(stage, stage, figure(multiples(selected, measures, keys), caption), numbers))
         )
     return page(
-        f"groundscope sweep: {folder.name}", f"{len(records)} jobs over {', '.join(by)}; {folder}/sweep.csv", parts
+        f"groundscope sweep: {folder.name}",
+        f"{format_count(len(records), 'job')} over {', '.join(by)}; {folder}/sweep.csv",
+        parts,
     )
 
 
@@ -118,7 +121,11 @@ def _jobs(by: Sequence[str], records: Sequence[Mapping[str, Any]]) -> str:
         for r in records
     ]
     failed = sum(r["status"] != "done" for r in records)
-    state = f"{failed} of {len(records)} jobs did not finish." if failed else f"All {len(records)} jobs finished."
+    state = (
+        f"{failed} of {format_count(len(records), 'job')} did not finish."
+        if failed
+        else f"All {format_count(len(records), 'job')} finished."
+    )
     return section("jobs", "Jobs", paragraph(state), table(["job", *by, "status", "seconds", "folder", "error"], rows))
 
 

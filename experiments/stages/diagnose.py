@@ -17,6 +17,7 @@ from experiments.run.folder import write_json
 from experiments.stages.illustrate import illustrate_diagnoses
 from experiments.stages.trace import traced_sites
 from groundscope.core.errors import GroundscopeError
+from groundscope.core.text import format_count
 
 SHOWN = 5
 """Concepts without a probe that the stage's message names; the result names all of them."""
@@ -46,7 +47,7 @@ def make_diagnoses(context: Context, root: Path) -> str:
     missing = sorted(diagnoses.provenance.get("left_out", {}))
     more = f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
     without = f"; no probe of {', '.join(missing[:SHOWN])}{more}" if missing else ""
-    return f"{len(diagnoses.wrong)} wrong answers: {verdicts}{without}"
+    return f"{format_count(len(diagnoses.wrong), 'wrong answer')}: {verdicts}{without}"
 
 
 def check(context: Context) -> None:
@@ -104,5 +105,8 @@ def _fit(context: Context) -> tuple[DirectionSet, str]:
     # At the last token, kinds of questions that the other data do not have need probes of the run's own data.
     kinds = {d.kind for d in fitted if d.kind}
     own = [d for d in fit_directions(store, seed=options.seed) if d.kind and d.kind not in kinds]
-    described = f"{options.fit}: {len(data):,} questions about {len({e.group for e in data}):,} images"
+    described = (
+        f"{options.fit}: {format_count(len(data), 'question')} about "
+        f"{format_count(len({e.group for e in data}), 'image')}"
+    )
     return DirectionSet((*fitted, *own), fitted.left_out, fitted.train_images), described

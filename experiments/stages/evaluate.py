@@ -19,7 +19,7 @@ from experiments.stages.illustrate import illustrate_prior_error
 from experiments.stages.registry import needed_stages
 from experiments.stages.steer import EXPORTABLE, control_file
 from groundscope.core.errors import ConfigError
-from groundscope.core.text import nearest
+from groundscope.core.text import format_count, nearest
 from mitigation import CONTROLS, SteeringVector
 from mitigation.guard import (
     Outcome,
@@ -117,9 +117,11 @@ def make_behavior(context: Context, root: Path) -> str:
         illustrate_prior_error(context, root, vectors.get("after"), twin="twin" in results)
     names = [n for n in (*PRIOR_ERRORS, "neutral: right", "all: right") if n in rates["before"]]
     if not names:
-        return f"{len(data)} answers"
+        return f"{format_count(len(data), 'answer')}"
     after = {n: f" -> {rates['after'][n].value:.3f}" if "after" in rates else "" for n in names}
-    return f"{len(data)} questions; " + "; ".join(f"{n} {rates['before'][n].value:.3f}{after[n]}" for n in names[:3])
+    return f"{format_count(len(data), 'question')}; " + "; ".join(
+        f"{n} {rates['before'][n].value:.3f}{after[n]}" for n in names[:3]
+    )
 
 
 def _measure_guards(

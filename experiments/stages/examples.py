@@ -7,6 +7,7 @@ from pathlib import Path
 
 from experiments.run.context import Context
 from experiments.run.folder import write_json, write_text
+from groundscope.core.text import format_count
 
 
 def make_examples(context: Context, root: Path) -> str:
@@ -18,5 +19,7 @@ def make_examples(context: Context, root: Path) -> str:
         )
     named = zip(("discovery", "test"), context.parts, strict=True)
     return ", ".join(
-        f"{len(part)} {name} questions on {len({e.group for e in part})} images" for name, part in named if len(part)
+        f"{len(part)} {name} questions on {format_count(len({e.group for e in part}), 'image')}"
+        for name, part in named
+        if len(part)
     )

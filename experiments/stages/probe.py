@@ -14,7 +14,7 @@ from experiments.run.context import Context
 from experiments.run.folder import write_json
 from experiments.stages.trace import traced_examples
 from groundscope.core.errors import ConfigError, ProbeError
-from groundscope.core.text import nearest
+from groundscope.core.text import format_count, nearest
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -67,8 +67,11 @@ def make_probes(context: Context, root: Path) -> str:
         write_json(root / "left_out.json", {"reason": reason, "grids": left_out})
         if not done:
             return f"left out: {reason}; {more_data(context)}"
-        return f"{fitted} probes and as many controls in {len(done)} grids; left out: {len(left_out)}, {name}: {reason}"
-    return f"{fitted} probes and as many controls in {len(done)} grids"
+        return (
+            f"{format_count(fitted, 'probe')} and as many controls in {format_count(len(done), 'grid')}; left out: "
+            f"{len(left_out)}, {name}: {reason}"
+        )
+    return f"{format_count(fitted, 'probe')} and as many controls in {format_count(len(done), 'grid')}"
 
 
 def _unsupported(frame: Any, folds: int, test_fraction: float) -> dict[str, str]:

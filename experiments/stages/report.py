@@ -7,6 +7,7 @@ from pathlib import Path
 from experiments.report.page import REPORT, write_report
 from experiments.run.context import Context
 from experiments.run.folder import write_json
+from groundscope.core.text import format_count
 
 
 def make_report(context: Context, root: Path) -> str:
@@ -14,4 +15,4 @@ def make_report(context: Context, root: Path) -> str:
     parts = write_report(context.folder.path)
     write_json(root / "sections.json", list(parts))
     size = (context.folder.path / REPORT).stat().st_size
-    return f"{len(parts)} sections, {size / 1e6:.1f} MB"
+    return f"{format_count(len(parts), 'section')}, {size / 1e6:.1f} MB"

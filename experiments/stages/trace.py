@@ -12,6 +12,7 @@ from experiments.run.context import Context
 from experiments.run.folder import SHARDS
 from groundscope.core.errors import ConfigError
 from groundscope.core.paths import is_file
+from groundscope.core.text import format_count
 from groundscope.core.user_files import read_text
 from lvlm.sites import LAYER_COMPONENTS
 
@@ -105,7 +106,7 @@ def describe(store: ActivationStore, root: Path) -> str:
     size = sum(p.stat().st_size for p in root.rglob("*.h5")) / 1e6
     skipped = len(store.provenance.get("skipped", {}))
     note = f" ({skipped} skipped, because their images cannot be read)" if skipped else ""
-    return f"{len(store)} examples{note}, {len(store.arrays)} arrays, {size:.0f} MB"
+    return f"{format_count(len(store), 'example')}{note}, {format_count(len(store.arrays), 'array')}, {size:.0f} MB"
 
 
 def unfinished(root: Path, shards: int) -> list[int]:
@@ -129,7 +130,7 @@ def merge(context: Context, root: Path) -> ActivationStore:
     if missing:
         which = ",".join(map(str, missing[:20])) + (",…" if len(missing) > 20 else "")
         msg = (
-            f"{len(missing)} of {shards} parts are not traced: {which}; trace them with groundscope -m "
+            f"{len(missing)} of {format_count(shards, 'part')} are not traced: {which}; trace them with groundscope -m "
             f"stages=[examples,trace] trace.shards={shards} trace.shard={which} and the options of this run"
         )
         raise ConfigError(msg)
@@ -137,7 +138,7 @@ def merge(context: Context, root: Path) -> ActivationStore:
     store = ActivationStore(root) if (root / MANIFEST).exists() else trace_into(context, root, 0)
     count = len(traced_examples(context)) - len(store.provenance.get("skipped", {}))
     if len(store) != count:
-        msg = f"'{root}' has {len(store)} of {count} examples: remove that folder and trace again"
+        msg = f"'{root}' has {len(store)} of {format_count(count, 'example')}: remove that folder and trace again"
         raise ConfigError(msg)
     return store
 
@@ -148,7 +149,7 @@ def check_parts(root: Path, shards: int) -> None:
     started = read_text(mark, limit=64, error=ConfigError).strip() if is_file(mark) else ""
     if started not in {"", str(shards)} and not (root / MANIFEST).exists():
         msg = (
-            f"the trace in '{root}' was started in {started} parts, not {shards}: continue with trace.shards={started}, "
+            f"the trace in '{root}' was started with trace.shards={started}, not {shards}: continue with that number, "
             "or remove that folder to start again"
         )
         raise ConfigError(msg)

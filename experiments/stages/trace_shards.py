@@ -21,6 +21,7 @@ from experiments.run.folder import RECEIPT, SHARDS, Receipt, started_key, write_
 from experiments.run.live_table import LiveTable
 from experiments.stages.trace import check_parts, describe, merge, trace_into, unfinished
 from groundscope.core.errors import StoreError
+from groundscope.core.text import format_count
 
 
 def whole(config: RunConfig) -> RunConfig:
@@ -64,7 +65,7 @@ def trace_part(context: Context, table: LiveTable, key: str, about: Mapping[str,
     if number in unfinished(root, options.shards):
         try:
             store = trace_into(context, root, number)
-            summary = f"{len(store)} examples in the store so far"
+            summary = f"{format_count(len(store), 'example')} in the store so far"
         except StoreError:
             # With fewer chunks than parts some parts are empty: such a part is finished, and there may be no shard to open.
             if number in unfinished(root, options.shards):
@@ -75,7 +76,7 @@ def trace_part(context: Context, table: LiveTable, key: str, about: Mapping[str,
     missing = unfinished(root, options.shards)
     part = f"part {number} of {options.shards}"
     if missing:
-        table.finish("trace", "part", f"{part}: {summary}, {len(missing)} parts remain")
+        table.finish("trace", "part", f"{part}: {summary}, {format_count(len(missing), 'part')} to do")
         return None
     with stage_cache.stage_lock(runs, "trace", key, lambda _: None):
         # Several parts may find the trace complete: the first to hold the lock writes the receipt.

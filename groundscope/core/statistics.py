@@ -18,6 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from groundscope.core.errors import ConfigError, DataError
 from groundscope.core.intervals import combined_interval, design_excess, rate_interval, widen, wilson
+from groundscope.core.text import format_count
 
 __all__ = [
     "FEW_GROUPS",
@@ -264,7 +265,7 @@ def group_totals(table: NDArray[np.float64], groups: Iterable[Hashable]) -> NDAr
     numbers: dict[Hashable, int] = {}
     member = np.array([numbers.setdefault(group, len(numbers)) for group in groups], dtype=np.intp)
     if len(member) != len(table):
-        msg = f"got {len(member)} groups for {len(table)} rows; pass one group per row"
+        msg = f"got {format_count(len(member), 'group')} for {format_count(len(table), 'row')}; pass one group per row"
         raise DataError(msg)
     columns = [np.bincount(member, weights=column, minlength=len(numbers)) for column in table.T]
     return np.stack(columns, axis=1).astype(np.float64, copy=False)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from concepts.schema import Example
 from groundscope.core.errors import ModelError, PatchError
+from groundscope.core.text import format_count
 from lvlm.active_interventions import ActiveIntervention, mark_intervention, mark_observer
 from lvlm.answer_keys import answer_key
 from lvlm.family.specification import resolve
@@ -293,7 +294,7 @@ def plant_prior_head(
         raise ModelError(msg)
     pushed_answers = sorted(set(answers.values()))
     if len(pushed_answers) > width:
-        msg = f"{len(pushed_answers)} answers do not fit into head {head}, which has {width} dimensions"
+        msg = f"head {head} has {width} dimensions, too few for {format_count(len(pushed_answers), 'answer')}"
         raise PatchError(msg)
     x, targets, length, size = _noun_tokens(modified, examples, head.layer, answers, pushed_answers)
     ridge = x.T @ x + 1e-3 * np.trace(x.T @ x) / x.shape[1] * np.eye(x.shape[1])

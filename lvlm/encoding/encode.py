@@ -13,6 +13,7 @@ from torch import Tensor
 from concepts.mention import Mention
 from concepts.schema import Box, Example
 from groundscope.core.errors import DataError, ModelError
+from groundscope.core.text import format_count
 from lvlm.encoding.continued_inputs import append_tokens
 from lvlm.encoding.tokens_after_prompt import TextTokens, prefix_tokens
 from lvlm.image_tokens import image_in_sequence, image_tokens
@@ -225,7 +226,7 @@ def _insert_images(model: Model, prompt: Prompt, images: Sequence[EncodedImage])
     if len(parts) - 1 != len(images):
         msg = (
             f"example '{prompt.name}': the prompt has {len(parts) - 1} image placeholders ('{placeholder}') but "
-            f"{len(images)} image{'' if len(images) == 1 else 's'}"
+            f"{format_count(len(images), 'image')}"
         )
         raise DataError(msg)
     if not images:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from groundscope.core.errors import DataError
+from groundscope.core.text import format_count
 from lvlm.encoding.tiled import anyres_layout
 from lvlm.interfaces import Model
 
@@ -31,7 +32,7 @@ def without_class_token(model: Model, inputs: Mapping[str, Any]) -> Tensor:
     images = int(pixels.shape[0])
     each, remainder = divmod(int(candidates.sum()), images)
     if remainder or each <= class_tokens:
-        msg = f"{int(candidates.sum())} image tokens do not fit {images} images of equal size; check input_ids"
+        msg = f"{int(candidates.sum())} image tokens do not fit {format_count(images, 'image')} of equal size; check input_ids"
         raise DataError(msg)
     return _select(candidates, [[False] * class_tokens + [True] * (each - class_tokens)] * images)
 
@@ -77,8 +78,8 @@ def _select(candidates: Tensor, patterns: Sequence[Sequence[bool]]) -> Tensor:
     pattern = [selected for image in patterns for selected in image]
     if len(pattern) != int(candidates.sum()):
         msg = (
-            f"{int(candidates.sum())} image tokens do not fit {len(patterns)} images, which become {len(pattern)} tokens; "
-            "check image_sizes and input_ids"
+            f"{int(candidates.sum())} image tokens do not fit {format_count(len(patterns), 'image')}, which become "
+            f"{len(pattern)} tokens; check image_sizes and input_ids"
         )
         raise DataError(msg)
     mask = torch.zeros_like(candidates)

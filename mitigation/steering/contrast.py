@@ -12,6 +12,7 @@ import numpy as np
 from concepts.concept import Concept
 from concepts.schema import CounterfactualPair
 from groundscope.core.errors import PatchError
+from groundscope.core.text import format_count
 from mitigation.steering.activations import check_image_reaches, labels_of, read, run
 from mitigation.steering.changes import VectorChange
 from mitigation.steering.places import Key
@@ -89,7 +90,10 @@ class Contrast(ABC):
             first = checked_mask(positive, len(answered))
             sides = first, ~first if negative is None else checked_mask(negative, len(answered))
         if (sides[0] & sides[1]).any():
-            msg = f"{int((sides[0] & sides[1]).sum())} examples are both positive and negative; the masks must not overlap"
+            msg = (
+                "the masks of positive and negative examples must not overlap; both select "
+                f"{format_count(int((sides[0] & sides[1]).sum()), 'example')}"
+            )
             raise PatchError(msg)
         left_out = int(((sides[0] | sides[1]) & ~answered).sum())
         name = None if concept is None else str(concept)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from groundscope.core.errors import PatchError
+from groundscope.core.text import format_count
 from lvlm.sites import Head, parse_heads
 from mitigation.steering.activations import mean, read
 from mitigation.steering.changes import AddChange, AmplifyChange, VectorChange
@@ -66,7 +67,10 @@ def match_displacement(
             msg = f"{item}: the displacement is defined only for kinds 'add' and 'amplify' with norm 'free'"
             raise PatchError(msg)
     if len(control.changes) != len(vector.changes):
-        msg = f"a control with {len(control.changes)} places for a vector with {len(vector.changes)}; the numbers must be equal"
+        msg = (
+            f"a control with {format_count(len(control.changes), 'place')} for a vector with {len(vector.changes)}; "
+            "the numbers must be equal"
+        )
         raise PatchError(msg)
     changes: dict[Key, VectorChange] = {}
     for (key, change), (place, reference) in zip(control.changes.items(), vector.changes.items(), strict=True):

@@ -10,6 +10,7 @@ import numpy as np
 from concepts.schema import CounterfactualPair
 from groundscope.core.errors import PatchError
 from groundscope.core.permutations import LEAST_MOVABLE, exchange_groups, movable_groups
+from groundscope.core.text import format_count
 
 
 def shuffle_mask(
@@ -42,8 +43,9 @@ def shuffle_mask(
     movable = movable_groups(names[indices], constant, mask[indices])
     if movable.sum() < LEAST_MOVABLE:
         msg = (
-            f"labels cannot be shuffled: only {int(movable.sum())} of {len(movable)} groups can take other labels, "
-            f"{LEAST_MOVABLE} are needed; only groups with equal numbers of examples exchange labels, so trace more images"
+            f"labels cannot be shuffled: only {int(movable.sum())} of {format_count(len(movable), 'group')} can take "
+            f"other labels, {LEAST_MOVABLE} are needed; only groups with equal numbers of examples exchange labels, so "
+            "trace more images"
         )
         raise PatchError(msg)
     shuffled_mask = mask.copy()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from groundscope.core.errors import ProbeError
-from groundscope.core.text import nearest
+from groundscope.core.text import format_count, nearest
 from probes.protocol.inputs import find_array, read_features, read_groups, row_mask
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def mutual_knn(x: np.ndarray, y: np.ndarray, k: int = NEIGHBORS, clamp: float | 
     """
     x, y = _paired(x, y)
     if not 1 <= k < len(x):
-        msg = f"k={k} neighbors of {len(x)} rows: k must be at least 1 and less than the number of rows"
+        msg = f"k={k} neighbors of {format_count(len(x), 'row')}: k must be at least 1 and less than the number of rows"
         raise ProbeError(msg)
     near = [_neighbors(values, k, clamp) for values in (x, y)]
     shared = [len(np.intersect1d(a, b, assume_unique=True)) for a, b in zip(*near, strict=True)]
@@ -106,7 +106,7 @@ def cka(x: np.ndarray, y: np.ndarray, *, unbiased: bool = True, batch: int | Non
     x, y = _paired(x, y)
     size = len(x) if batch is None else min(batch, len(x))
     if size < 4:
-        msg = f"CKA of {len(x)} rows in batches of {size}: at least 4 rows per batch are needed"
+        msg = f"CKA of {format_count(len(x), 'row')} in batches of {size}: at least 4 rows per batch are needed"
         raise ProbeError(msg)
     order = np.random.default_rng(seed).permutation(len(x)) if size < len(x) else np.arange(len(x))
     measure = hsic_unbiased if unbiased else hsic_biased
@@ -337,7 +337,8 @@ def layerwise(
         both = np.flatnonzero(~np.isnan(x).any(axis=1) & ~np.isnan(y).any(axis=1))[:limit]
         if len(both) < NEIGHBORS + 2:
             msg = (
-                f"{arrays[0].site(layer)}: {len(both)} groups have both {image} and {text}; {NEIGHBORS + 2} are needed"
+                f"{arrays[0].site(layer)}: {format_count(len(both), 'group')} {'has' if len(both) == 1 else 'have'} both "
+                f"{image} and {text}; {NEIGHBORS + 2} are needed"
             )
             raise ProbeError(msg)
         part = compare(x[both], y[both], permutations=permutations, seed=seed)

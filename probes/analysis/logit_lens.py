@@ -20,7 +20,7 @@ from concepts.concept import Concept
 from groundscope.core.errors import ProbeError, SiteError
 from groundscope.core.files import write_whole
 from groundscope.core.short_repr import short_repr
-from groundscope.core.text import nearest
+from groundscope.core.text import format_count, nearest
 from groundscope.core.user_files import read_json
 from probes.protocol.inputs import ProbedArray, find_array, read_features, read_groups, read_labels, row_mask
 from probes.protocol.scoring import auc, auc_interval, bootstrap_auc, resample_groups
@@ -350,7 +350,10 @@ def _numbers(words: Sequence[str], vocabulary: Mapping[str, int], size: int) -> 
     numbers = [int(vocabulary[w]) for w in words]
     outside = [w for w, number in zip(words, numbers, strict=True) if not 0 <= number < size]
     if outside:
-        msg = f"{outside[0]!r} is number {vocabulary[outside[0]]} of an unembedding of {size} rows; use the model's vocabulary"
+        msg = (
+            f"{outside[0]!r} is number {vocabulary[outside[0]]} of an unembedding of {format_count(size, 'row')}; use "
+            "the model's vocabulary"
+        )
         raise ProbeError(msg)
     return numbers
 

@@ -19,7 +19,7 @@ from groundscope.core.errors import ProbeError
 from groundscope.core.permutations import LEAST_MOVABLE
 from groundscope.core.progress import step_bar
 from groundscope.core.short_repr import short_repr
-from groundscope.core.text import nearest
+from groundscope.core.text import format_count, nearest
 from probes.analysis.reproduce_split import reproduce_split
 from probes.grid import ProbeGrid
 from probes.protocol.controls import movable, shuffle_labels, shuffle_within
@@ -248,7 +248,9 @@ def _movable(table: SplitRows, concept: int, scheme: str) -> tuple[int, int]:
 
 def _check_movable(concepts: Sequence[str], moving: np.ndarray) -> None:
     few = [
-        f"'{c}': {m} of {n} groups" for c, (m, n) in zip(concepts, moving.tolist(), strict=True) if m < LEAST_MOVABLE
+        f"'{c}': {m} of {format_count(n, 'group')}"
+        for c, (m, n) in zip(concepts, moving.tolist(), strict=True)
+        if m < LEAST_MOVABLE
     ]
     if few:
         msg = (

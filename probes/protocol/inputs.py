@@ -10,7 +10,7 @@ import numpy as np
 
 from concepts.schema import is_label_name
 from groundscope.core.errors import ProbeError, SiteError
-from groundscope.core.text import nearest
+from groundscope.core.text import format_count, nearest
 from lvlm.sites import parse_component
 from lvlm.token_selection import TokenSelection
 from probes.protocol.splits import groups_needed, support_problem
@@ -97,7 +97,7 @@ def read_groups(frame: pd.DataFrame) -> np.ndarray:
     missing = np.flatnonzero(groups == "")
     if missing.size:
         msg = (
-            f"example '{frame['id'].iloc[missing[0]]}' has no group ({missing.size} of {len(frame)} examples): "
+            f"example '{frame['id'].iloc[missing[0]]}' has no group ({missing.size} of {format_count(len(frame), 'example')}): "
             f"splits must not divide examples of one image or scene, so every example needs its group"
         )
         raise ProbeError(msg)
@@ -113,7 +113,7 @@ def row_mask(rows: Sequence[bool] | np.ndarray | pd.Series | None, n: int) -> np
         msg = f"rows must be {n} booleans, one for each example of the store; got {mask.dtype} of shape {mask.shape}"
         raise ProbeError(msg)
     if not mask.any():
-        msg = f"rows selects none of the {n} examples; select at least one"
+        msg = f"rows selects none of the {format_count(n, 'example')}; select at least one"
         raise ProbeError(msg)
     return mask
 
@@ -169,7 +169,7 @@ def read_features(
         count = int((~np.isfinite(x[first])).sum())
         msg = (
             f"{site} at {array.tokens}: example '{ids[first]}' has {count} of {x.shape[1]} values that are not finite "
-            f"({int(invalid.sum())} such examples); trace in float32 or bfloat16, or exclude them with rows=…"
+            f"({format_count(int(invalid.sum()), 'such example')}); trace in float32 or bfloat16, or exclude them with rows=…"
         )
         raise ProbeError(msg)
     return x
@@ -184,8 +184,9 @@ def check_support(
     problems = [p for p in results if p]
     if problems:
         msg = (
-            f"{'; '.join(problems)}. {folds} folds and a held-out share of {test_fraction:g} need {needed} groups of each "
-            f"class: exclude the concept, or set skip_unplaceable=True to fit the others; use fewer folds, or add data"
+            f"{'; '.join(problems)}. {folds} folds and a held-out share of {test_fraction:g} need "
+            f"{format_count(needed, 'group')} of each class: exclude the concept, or set skip_unplaceable=True to fit "
+            "the others; use fewer folds, or add data"
         )
         raise ProbeError(msg)
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from groundscope.core.errors import ProbeError
+from groundscope.core.text import format_count
 
 
 def assign_parts(
@@ -44,7 +45,7 @@ def assign_parts(
     y = np.asarray(labels, dtype=np.float64).reshape(len(labels), -1)
     portions = np.asarray(shares, dtype=np.float64)
     if len(names) != len(y):
-        msg = f"{len(names)} groups and {len(y)} rows of labels: give one group for each row"
+        msg = f"{len(names)} groups and {format_count(len(y), 'row')} of labels: give one group for each row"
         raise ProbeError(msg)
     if portions.ndim != 1 or not len(portions) or not (np.isfinite(portions).all() and (portions > 0).all()):
         msg = f"shares {portions.tolist()} must be positive numbers, one for each part"
@@ -103,7 +104,9 @@ def grouped_folds(groups: Sequence[str] | np.ndarray, labels: np.ndarray, folds:
     """
     n_groups = len(np.unique(np.asarray(groups)))
     if folds < 2 or n_groups < folds:
-        msg = f"{folds} folds of {n_groups} groups: give at least 2 folds, and no more folds than groups"
+        msg = (
+            f"{folds} folds of {format_count(n_groups, 'group')}: give at least 2 folds, and no more folds than groups"
+        )
         raise ProbeError(msg)
     return assign_parts(groups, labels, np.ones(folds), seed)
 
@@ -148,11 +151,15 @@ def support_problem(concept: str, labels: np.ndarray, groups: np.ndarray, needed
         return f"'{concept}' is undefined on all used rows"
     for value, count in n_rows.items():
         if not count:
-            return f"'{concept}' is {1 - value:.0f} on all {n_rows[1 - value]} rows where it is defined; both classes are needed"
+            return (
+                f"'{concept}' is {1 - value:.0f} on all {format_count(n_rows[1 - value], 'row')} where it is defined; "
+                "both classes are needed"
+            )
     for value, count in n_groups.items():
         if count < needed:
             return (
-                f"class {value:.0f} of '{concept}' is in {count} group{'s' * (count != 1)} ({n_rows[value]} rows), "
-                f"{needed} are needed (class {1 - value:.0f}: {n_groups[1 - value]} groups)"
+                f"class {value:.0f} of '{concept}' is in {format_count(count, 'group')} "
+                f"({format_count(n_rows[value], 'row')}), {needed} are needed (class {1 - value:.0f}: "
+                f"{format_count(n_groups[1 - value], 'group')})"
             )
     return None

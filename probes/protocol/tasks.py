@@ -9,6 +9,7 @@ import numpy as np
 
 from groundscope.core.errors import ProbeError
 from groundscope.core.permutations import LEAST_MOVABLE
+from groundscope.core.text import format_count
 from probes.protocol.controls import movable, shuffle_labels
 from probes.protocol.scoring import resample_groups
 from probes.protocol.splits import grouped_folds, grouped_split, groups_needed, is_number, strata, support_problem
@@ -137,8 +138,8 @@ def _placement_problem(table: SplitRows, k: int, concept: str, folds: int) -> st
         if tested < 2 or in_folds < 2:
             total = len(np.unique(table.groups[rows]))
             problems.append(
-                f"class {value} of '{concept}', in {total} groups, got {tested} of the held-out groups (2 are needed) "
-                f"and {in_folds} of the {folds} folds (2 are needed)"
+                f"class {value} of '{concept}', in {format_count(total, 'group')}, got {tested} of the held-out groups "
+                f"(2 are needed) and {in_folds} of the {folds} folds (2 are needed)"
             )
     return "; ".join(problems)
 

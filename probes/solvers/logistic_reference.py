@@ -18,6 +18,7 @@ import numpy as np
 
 from groundscope.core.errors import ProbeError
 from groundscope.core.short_repr import short_repr
+from groundscope.core.text import format_count
 from probes.solvers.newton import Batch, Design, minimize
 
 CHUNK_ELEMENTS = 100_000
@@ -158,8 +159,8 @@ def _problems(
     count = max(len(y), len(w), len(c))
     if y.shape[1] != n_rows or w.shape[1] != n_rows or any(len(part) not in {1, count} for part in (y, w, c)):
         msg = (
-            f"labels {y.shape}, weights {w.shape} and C {c.shape} do not fit features of {n_rows} rows: "
-            f"give [P, {n_rows}], [P, {n_rows}] and [P]"
+            f"labels {y.shape}, weights {w.shape} and C {c.shape} do not fit features of "
+            f"{format_count(n_rows, 'row')}: give [P, {n_rows}], [P, {n_rows}] and [P]"
         )
         raise ProbeError(msg)
     if not (np.isfinite(c).all() and (c > 0).all()):
@@ -176,6 +177,6 @@ def _problems(
     positive = ((y == 1) & used).sum(axis=1)
     single = np.flatnonzero((positive == 0) | (positive == used.sum(axis=1)))
     if single.size:
-        msg = f"problem {single[0]} of {count} has only one class among its {int(used[single[0]].sum())} rows"
+        msg = f"problem {single[0]} of {count} has only one class among its {format_count(int(used[single[0]].sum()), 'row')}"
         raise ProbeError(msg)
     return np.where(y == 1, 1.0, -1.0), w, c

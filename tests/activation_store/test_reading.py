@@ -330,7 +330,7 @@ def test_a_shard_open_in_another_handle_is_read(tmp_path: Path) -> None:
 def test_commands_write_stores(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a, b = write(tmp_path / "a", range(50)), write(tmp_path / "b", range(50, N))
     assert main(["merge", str(a), str(b), "--out", str(tmp_path / "c")]) == 0
-    assert f"{tmp_path / 'c'}: 90 examples, 1 arrays" in capsys.readouterr().out
+    assert f"{tmp_path / 'c'}: 90 examples, 1 array" in capsys.readouterr().out
     assert main(["repack", str(tmp_path / "c")]) == 0
     assert f"{tmp_path / 'c-repacked'}: 90 examples" in capsys.readouterr().out
     assert main(["verify", str(tmp_path / "c-repacked")]) == 0

@@ -313,7 +313,7 @@ def test_predictions_of_vlmevalkit_are_read_as_pandas_does(tmp_path: Path) -> No
     comma.write_text('index,prediction\n0,Yes\n1,"No, not"\n2,Yes\n3,No\n')
     assert figures(score_files(table, comma)) == (1.0, 0.5, 0)
     for text, words in (
-        ("index,prediction\n0\n", "line 2: 1 cells, but the header has 2 columns"),
+        ("index,prediction\n0\n", "line 2: 1 cell, but the header has 2 columns"),
         ("index,prediction\n0,Yes,No\n", "line 2: 3 cells"),
         ("index,prediction,prediction\n", "line 1: column 'prediction' occurs twice"),
         ('index,prediction\n0,"Yes\n', "line 2: a quote is not closed"),

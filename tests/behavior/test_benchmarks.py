@@ -75,7 +75,7 @@ def test_mme_answer_files(tmp_path: Path) -> None:
     assert (scores.perception, scores.cognition) == (pytest.approx(50), pytest.approx(50))
     assert scores.levels == {"attribute": pytest.approx(50)}
     (tmp_path / "count.txt").write_text("a.png\tOne?\tyes\tyes\n")
-    with pytest.raises(DataError, match=r"subtask 'count', image 'a\.png': 1 questions, but MME asks two"):
+    with pytest.raises(DataError, match=r"subtask 'count', image 'a\.png': 1 question, but MME asks two"):
         mme.score_files(tmp_path)
     (tmp_path / "count.txt").write_text("a.png\tOne?\tyes\n")
     with pytest.raises(DataError, match=r"count\.txt: line 1: 3 tab-separated columns"):
@@ -219,7 +219,7 @@ BAD: dict[str, tuple[list[Any], str]] = {
     "no words": ([{"id": 1, "answer": None}], "must hold text, not None"),
     "unknown": ([{"id": 7, "answer": "a"}], "line 1: id '7' matches no question; ids are"),
     "missing": ([{"id": 1, "answer": "a"}], r"no answer to question '.*2' \(3 of 4 have none\)"),
-    "too few": ([{"answer": "a"}], "1 answers without ids for 4 questions"),
+    "too few": ([{"answer": "a"}], "1 answer without ids for 4 questions"),
     "both names": ([{"id": 1, "answer": "a"}, {"id": "random/1", "answer": "b"}], "already answered|matches no"),
 }
 

@@ -142,7 +142,7 @@ def test_questions_of_one_image_count_once() -> None:
     assert comparison.difference.few_groups
     with pytest.raises(DataError, match="whole numbers"):
         mcnemar_by_group([0.5], [0])
-    with pytest.raises(DataError, match="1 groups for 2 rows"):
+    with pytest.raises(DataError, match="1 group for 2 rows"):
         mcnemar_by_group([1, 1], [0])
 
 

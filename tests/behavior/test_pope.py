@@ -140,9 +140,9 @@ def test_intervals_are_wider_where_the_questions_of_an_image_agree() -> None:
 
 
 def test_scoring_refuses_what_does_not_fit() -> None:
-    with pytest.raises(DataError, match="1 answers for 2 labels"):
+    with pytest.raises(DataError, match="1 answer for 2 labels"):
         score(["yes"], ["yes", "no"])
-    with pytest.raises(DataError, match="1 answers for 1 labels and 2 groups"):
+    with pytest.raises(DataError, match="1 answer for 1 label and 2 groups"):
         score(["yes"], ["yes"], groups=["a", "b"])
     with pytest.raises(DataError, match="no answers"):
         score([], [])
@@ -292,7 +292,7 @@ def test_wording_and_doubles() -> None:
 def test_building_refuses_what_cannot_be_asked() -> None:
     with pytest.raises(DataError, match="3 images with at least 5 different objects are needed, but only 0 qualify"):
         build(IMAGES, per_image=5, n_images=3)
-    with pytest.raises(DataError, match="1 images with at least 9"):
+    with pytest.raises(DataError, match="1 image with at least 9"):
         build(IMAGES, per_image=9)
     with pytest.raises(DataError, match=r"image '1.png': each of the 4 objects is in the image"):
         build({"1.png": ["a", "b", "c"], "2.png": ["a", "b", "d"]})

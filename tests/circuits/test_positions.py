@@ -305,7 +305,7 @@ def test_missing_sizes_and_masks_are_named() -> None:
     inputs = lvlm.encode(example()).inputs
     with pytest.raises(DataError, match="image_sizes are needed to find the row ends"):
         image_tokens(lvlm, {"input_ids": inputs["input_ids"]})
-    with pytest.raises(DataError, match="do not fit 1 images"):
+    with pytest.raises(DataError, match="do not fit 1 image"):
         image_tokens(lvlm, {**inputs, "input_ids": inputs["input_ids"][:, :20]})
     kosmos = model("kosmos2")
     with pytest.raises(DataError, match="image_embeds_position_mask"):

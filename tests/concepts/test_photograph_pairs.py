@@ -390,7 +390,7 @@ def test_a_table_of_pairs_is_read_as_written(tmp_path: Path) -> None:
         ("a.png,b.png,Is it red?,yes,no,colour,none", "field 'kind' is 'colour'; choose from object, color"),
         (
             "a.png,wide.png,Is it red?,yes,no,color,none",
-            r"1 of 1 pairs have two images of different sizes: '1' \(8 x 8 and 9 x 8 pixels\); save both with one size",
+            r"two images of different sizes in 1 of 1 pair: '1' \(8 x 8 and 9 x 8 pixels\); save both with one size",
         ),
         ("a.png,c.png,Is it red?,yes,no,color,none", "c.png"),
         ("a.png,../b.png,Is it red?,yes,no,color,none", "leaves the image folder"),

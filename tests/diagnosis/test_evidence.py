@@ -324,6 +324,16 @@ def test_the_report_names_unreachable_verdicts() -> None:
     assert set(report.MEANINGS) == set(VERDICTS)
 
 
+@pytest.mark.parametrize(
+    ("n", "sentence"),
+    [(1, "Without a cause: 1 of 1 answer (1 other)."), (2, "Without a cause: 2 of 2 answers (2 other).")],
+)
+def test_the_report_counts_one_answer_in_the_singular(n: int, sentence: str) -> None:
+    about = dict.fromkeys(("id", "group", "split", "question", "truth"), "x") | {"level": "object", "kind": "a"}
+    unexplained = Diagnosis(about, "yes", "", "other", 0.0, stages=dict.fromkeys(STAGES, "unknown"))
+    assert report.without_cause(Diagnoses((unexplained,) * n, (), "m", "c", "w")) == [sentence]
+
+
 # ---- concepts that no split can place ----------------------------------------------------------------------------------
 
 

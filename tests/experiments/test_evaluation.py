@@ -106,8 +106,8 @@ FILE = {"source": "pope", "questions": "q.json", "images": "d"}
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        ({**FILE, "source": ["pope", "gqa"]}, r"2 formats \(pope, gqa\) for 1 files: give one file of data.questions"),
-        ({**FILE, "images": ["a", "b"]}, "data.images has 2 folders for 1 files: give one for each file"),
+        ({**FILE, "source": ["pope", "gqa"]}, r"2 formats \(pope, gqa\) for 1 file: give one file of data.questions"),
+        ({**FILE, "images": ["a", "b"]}, "data.images has 2 folders for 1 file: give one for each file"),
         ({**FILE, "questions": [["a"]]}, r"data.questions must be a text or a list of texts"),
         ({**FILE, "questions": []}, r"data.questions must be a text or a list of texts"),
         ({**FILE, "source": ["pope", "scenes"]}, "scenes are drawn, not read from files"),

@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 EVERY = [ROOT / "README.md", *sorted(p for p in (ROOT / "docs").rglob("*.md") if "api" not in p.parts)]
-PAGES = [p for p in EVERY if p.stem in {"transformer_lens", "pairs", "caption_words", "own_labels"}]
+PAGES = [p for p in EVERY if p.stem in {"transformer_lens", "pairs", "caption_words", "own_labels", "steering"}]
 # What the page calls a result, and what must be true of it: a session that computes nothing would show here.
 SHOWN = {
     "transformer_lens": """
@@ -47,6 +47,17 @@ assert all(p.placebo and p.clean.answer == p.corrupt.answer for p in placebo)
 assert scores.mean[4, 7] > 0.5 > 2 * abs(control.mean[4, 7])
 assert outcomes.counts["right on both"] >= 6 and right.n_pairs == outcomes.counts["right on both"]
 assert len(pairs(own, "color")) == 2 and pairs(own, "color")[0].clean.image.load() != pairs(own, "color")[0].corrupt.image.load()
+""",
+    "steering": """
+import numpy as np
+(change,) = vector.changes.values()
+assert len(contrast.pairs) > 10 and abs(float(np.linalg.norm(change.direction)) - 1) < 1e-6
+plain = gs.answer(model, data.filter(lambda e: e.group == question.group), progress=False)
+assert len(steered) == len(plain) > 1
+assert any(a.margin != b.margin for a, b in zip(steered.answers, plain.answers, strict=True))
+assert [r["strength"] for r in sweep] == [0.0, 0.5, 1.0, 2.0] and limits["plain_text"] is None
+assert name == "mine" and row in sweep and row.get("excess", 0) <= 1
+assert any(r["harm"] != sweep[0]["harm"] for r in sweep)
 """,
     "caption_words": """
 by_word = sum(m.noun not in {o.noun for o in e.objects} for e in written for m in e.mentions)

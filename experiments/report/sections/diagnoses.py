@@ -27,6 +27,7 @@ from experiments.results.illustrations import Illustration
 from experiments.results.run_files import RunFiles
 from experiments.results.selection import detailed_diagnoses
 from groundscope.core.statistics import estimate
+from groundscope.core.text import format_count
 
 MEANINGS: Mapping[str, str] = {
     "not seen": "the probe in the vision tower reads another answer or is at chance, and no later probe reads the truth",
@@ -57,8 +58,9 @@ def diagnoses_section(run: RunFiles) -> str:
         "why",
         title,
         paragraph(
-            f"{len(diagnoses.wrong)} wrong answers to discovery questions, on images that no probe was fitted to. Each verdict "
-            "names the last place where a probe reads the truth. Shares have 95 % intervals over images."
+            f"{format_count(len(diagnoses.wrong), 'wrong answer')} to discovery questions, on images that no probe was "
+            "fitted to. Each verdict names the last place where a probe reads the truth. Shares have 95 % intervals "
+            "over images."
         ),
         *(
             paragraph(sentence)
@@ -88,7 +90,7 @@ def without_cause(diagnoses: Diagnoses) -> list[str]:
     counts = {verdict: sum(d.verdict == verdict for d in diagnoses.wrong) for verdict in UNEXPLAINED}
     if total := sum(counts.values()):
         named = " and ".join(f"{n} {verdict}" for verdict, n in counts.items() if n)
-        sentences.append(f"{total} of {len(diagnoses.wrong)} answers have no cause: {named}.")
+        sentences.append(f"Without a cause: {total} of {format_count(len(diagnoses.wrong), 'answer')} ({named}).")
     if fitted_to := diagnoses.provenance.get("fitted_to"):
         sentences.append(
             f"Probes were fitted to other data, {fitted_to}; images that the run's data also have were left out."
@@ -109,7 +111,7 @@ def readings_used(diagnoses: Diagnoses) -> list[str]:
             key = (_shown_kind(diagnosis), tokens)
             kinds[key] = kinds.get(key, 0) + 1
     return [
-        f"Without boxes, {count} answers of kind {kind} were read at {tokens}."
+        f"Without boxes, images were read at {tokens} for {format_count(count, 'answer')} of kind {kind}."
         for (kind, tokens), count in kinds.items()
     ]
 

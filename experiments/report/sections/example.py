@@ -12,6 +12,7 @@ from experiments.report.html import example_block, figure, missing_illustrations
 from experiments.results.illustrations import Illustration
 from experiments.results.run_files import RunFiles
 from experiments.results.selection import typical_error
+from groundscope.core.text import format_count
 
 
 def example_section(run: RunFiles) -> str:
@@ -69,7 +70,7 @@ def _summary(readings: list[ColorMargins], true: str, prior: str) -> str:
     if not readings:
         return "Not every color has a probe, so the color cannot be followed through the model."
     other = [r.place for r in readings if _margin(r, true) <= _margin(r, prior)]
-    count = f"Probes read {true} rather than {prior} at {len(readings) - len(other)} of {len(readings)} places"
+    count = f"Probes read {true} rather than {prior} at {len(readings) - len(other)} of {format_count(len(readings), 'place')}"
     if not other:
         return f"{count}: the color is decodable everywhere, yet the answer is {prior}."
     return f"{count}; they read {prior} at {', '.join(other)}."
@@ -96,6 +97,5 @@ def _all_errors(run: RunFiles) -> str:
         )
         for r in readings
     ]
-    return paragraph(f"The same for all {readings[0].n} answers that follow the prior against the image:") + table(
-        ["place", "probes read the true color", "probes read the prior's color"], rows
-    )
+    lead = paragraph(f"The same for all answers by the prior against the image ({readings[0].n}):")
+    return lead + table(["place", "probes read the true color", "probes read the prior's color"], rows)

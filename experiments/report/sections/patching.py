@@ -8,6 +8,7 @@ from circuits.results.head_scores import HeadScores, compare
 from experiments.report import figures
 from experiments.report.html import closed, figure, paragraph, section, table
 from experiments.results.run_files import RunFiles
+from groundscope.core.text import format_count
 from lvlm.sites import Head
 
 TOP = 5
@@ -20,7 +21,9 @@ def patching_section(run: RunFiles) -> str:
         reasons = (paragraph(f"{kind}: {reason}") for kind, reason in run.missing_pairs.items())
         return section("used", "What uses it", *reasons)
     heads = [Head.parse(head) for head in run.top_heads]
-    panels = [(f"{kind} ({scores.n_pairs} pairs)", scores.mean) for kind, scores in run.head_scores.items()]
+    panels = [
+        (f"{kind} ({format_count(scores.n_pairs, 'pair')})", scores.mean) for kind, scores in run.head_scores.items()
+    ]
     excluded = ", ".join(f"{s.excluded} of {s.n_pairs + s.excluded} {kind}" for kind, s in run.head_scores.items())
     missing = "".join(
         paragraph(f"No pairs of kind {kind}: {reason}", soft=True) for kind, reason in run.missing_pairs.items()
@@ -69,7 +72,7 @@ def _placebo(run: RunFiles, heads: list[Head]) -> str:
     ]
     if scores:
         moved = ", ".join(
-            f"{about[kind]['moved'] / about[kind]['scale']:.0%} of it for {kind} ({s.n_pairs} pairs)"
+            f"{about[kind]['moved'] / about[kind]['scale']:.0%} of it for {kind} ({format_count(s.n_pairs, 'pair')})"
             for kind, s in scores.items()
             if about[kind].get("scale")
         )
@@ -123,8 +126,9 @@ def _agreement(kind: str, right: HeadScores, every: HeadScores) -> str:
     comparison = compare(right, every, k=(k,), resamples=200)
     common = round(k * comparison.overlap[k].value)
     return (
-        f"{kind}: heads from the {right.n_pairs} pairs with two right answers, compared with all {every.n_pairs}: {common} of "
-        f"the best {k} in common, rank correlation {comparison.rank_correlation.value:.2f}."
+        f"{kind}: heads from the {format_count(right.n_pairs, 'pair')} with two right answers, compared with all "
+        f"{every.n_pairs}: {common} of the best {k} in common, rank correlation "
+        f"{comparison.rank_correlation.value:.2f}."
     )
 
 

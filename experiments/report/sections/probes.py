@@ -11,6 +11,7 @@ from experiments.report import figures
 from experiments.report.derived import accuracy_by_place, level_accuracy
 from experiments.report.html import closed, figure, interval, paragraph, percent, section, table
 from experiments.results.run_files import RunFiles
+from groundscope.core.text import format_count
 from probes import Cell, GridPlan, ProbeGrid
 
 
@@ -27,7 +28,7 @@ def probes_section(run: RunFiles) -> str:
         accuracy = level_accuracy(run, "decoder", "z", "last", level)
         if accuracy is not None:
             values, controls, names = accuracy
-            rows.append((f"{level} ({len(names)} concept{'s' if len(names) > 1 else ''})", values, controls))
+            rows.append((f"{level} ({format_count(len(names), 'concept')})", values, controls))
     if rows:
         parts.append(
             figure(

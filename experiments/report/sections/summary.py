@@ -12,6 +12,7 @@ from experiments.report.html import interval, paragraph, percent, section, text
 from experiments.report.sections.accuracy import ERRORS
 from experiments.report.sections.diagnoses import unread_stages
 from experiments.results.run_files import RunFiles
+from groundscope.core.text import format_count
 
 if TYPE_CHECKING:
     from circuits import HeadScores
@@ -42,7 +43,9 @@ def summary_section(run: RunFiles) -> str:
 
 def _answers(run: RunFiles) -> str:
     right = run.rates["before"].get("all: right")
-    questions = f"{right.n} questions: {interval(right)} right" if right is not None else "Captions only"
+    questions = (
+        f"{format_count(right.n, 'question')}: {interval(right)} right" if right is not None else "Captions only"
+    )
     return f"{questions}. The other stages have not run: groundscope resume={run.root} runs them."
 
 
@@ -79,14 +82,17 @@ def _why(run: RunFiles) -> str:
         wrong = run.diagnoses.wrong
         counts = sorted(((sum(d.verdict == v for d in wrong), v) for v in VERDICTS), key=lambda item: -item[0])
         verdicts = ", ".join(f"{n} {verdict}" for n, verdict in counts if n)
-        sentences += [f"Verdicts of {len(wrong)} diagnosed wrong answers: {verdicts}.", *unread_stages(run.diagnoses)]
+        sentences += [
+            f"Verdicts of {format_count(len(wrong), 'diagnosed wrong answer')}: {verdicts}.",
+            *unread_stages(run.diagnoses),
+        ]
     return " ".join(sentences)
 
 
 def _errors_by_prior(run: RunFiles) -> str:
     """Return what probes read in the answers that follow the prior against the image."""
     if run.frame is None:
-        return "The run folder has no activations, so answers that follow the prior cannot be examined."
+        return "The run folder has no activations, so answers by the prior cannot be examined."
     readings = color_readings(run)
     if readings:
         at_object = [r for r in readings if r.tokens == "object:mean"] or readings[:1]
@@ -94,17 +100,17 @@ def _errors_by_prior(run: RunFiles) -> str:
         seen, last = (max(part, key=lambda r: r.true) for part in (at_object, at_last))
         n = readings[0].n
         if seen.true <= 0.5:
-            return f"In {n} answers that follow the prior, probes read the true color in at most {percent(seen.true)}."
+            return f"In {format_count(n, 'answer')} by the prior, probes read the true color in at most {percent(seen.true)}."
         return (
-            f"In {n} answers that follow the prior, probes read the true color at {seen.place} (object tokens) in "
-            f"{percent(seen.true)} and at {last.place} (last token) in {percent(last.true)}: the model sees the color, and "
-            "the answer does not use it."
+            f"In {format_count(n, 'answer')} by the prior, probes read the true color at {seen.place} (object tokens) "
+            f"in {percent(seen.true)} and at {last.place} (last token) in {percent(last.true)}: the model sees the "
+            "color, and the answer does not use it."
         )
     errors = len(errors_by_prior(run))
     if errors:
         return (
-            f"{errors} answers follow the prior against the image, but too few images show each color to fit probes of all "
-            "colors."
+            f"The prior decided {format_count(errors, 'answer')} against the image, but too few images show each color "
+            "to fit probes of all colors."
         )
     return "No wrong answer of these data follows a known prior."
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from groundscope.core.errors import PatchError
+from groundscope.core.text import format_count
 from lvlm.sites import Head, Site
 from mitigation.steering.activations import mean
 from mitigation.steering.changes import AddChange, AmplifyChange
@@ -138,7 +139,7 @@ def fisher(positive: np.ndarray, negative: np.ndarray, key: Key) -> tuple[np.nda
     difference = mean(positive, key) - mean(negative, key)
     if min(len(positive), len(negative)) < 2 or not np.linalg.norm(difference) > 0:
         msg = (
-            f"at {name_of(key)} there are {len(positive)} positive and {len(negative)} negative examples; "
+            f"at {name_of(key)} there are {len(positive)} positive and {format_count(len(negative), 'negative example')}; "
             f"a discriminant needs at least two of each, with different means"
         )
         raise PatchError(msg)

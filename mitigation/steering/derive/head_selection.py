@@ -8,6 +8,7 @@ import numpy as np
 
 from groundscope.core.errors import PatchError
 from groundscope.core.progress import progress_bar
+from groundscope.core.text import format_count
 from mitigation.steering.places import Key
 
 Fold = tuple[np.ndarray, np.ndarray]
@@ -48,7 +49,7 @@ def probe_accuracies(
         if len(set(truth[train].tolist())) < 2 or not validation.any():
             msg = (
                 f"probes cannot be fitted: {int(truth[train].sum())} positive and {int((~truth[train]).sum())} negative "
-                f"training examples, {int(validation.sum())} validation examples; give examples of more images"
+                f"training examples, {format_count(int(validation.sum()), 'validation example')}; give examples of more images"
             )
             raise PatchError(msg)
     accuracy_of: dict[Key, float] = {}
@@ -76,7 +77,7 @@ def group_folds(groups: Sequence[Hashable], count: int, seed: int) -> list[Fold]
     """Divide rows into folds at random by `seed`, each group in one fold; raises `PatchError` for too few groups."""
     names = sorted(set(groups), key=str)
     if len(names) < count:
-        msg = f"{len(names)} images cannot be divided into {count} folds; give at least {count} images"
+        msg = f"{len(names)} images cannot be divided into {count} folds; give at least {format_count(count, 'image')}"
         raise PatchError(msg)
     shuffled = np.random.default_rng(seed).permutation(len(names))
     fold_of = {names[k]: i % count for i, k in enumerate(shuffled)}

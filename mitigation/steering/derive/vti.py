@@ -12,6 +12,7 @@ import numpy as np
 from circuits.execution.memory import batch_rows
 from groundscope.core.errors import DataError, ModelError, PatchError, SiteError
 from groundscope.core.progress import progress_bar
+from groundscope.core.text import format_count
 from lvlm.family.specification import resolve
 from lvlm.sites import Site
 from mitigation.steering.changes import AddChange, VectorChange
@@ -182,7 +183,10 @@ def vti_vision(
     """
     check_variant(variant)
     if not examples or copies < 1 or not 0 < ratio <= 1:
-        msg = f"{len(examples)} examples, copies={copies}, ratio={ratio}: examples and copies must be at least 1, ratio in (0, 1]"
+        msg = (
+            f"{format_count(len(examples), 'example')}, copies={copies}, ratio={ratio}: examples and copies must be at "
+            "least 1, ratio in (0, 1]"
+        )
         raise PatchError(msg)
     sites = [Site("vision", i, "resid_post") for i in range(model.n_vision_layers)]
     selected = tuple(range(model.n_vision_layers) if layers is None else layers)

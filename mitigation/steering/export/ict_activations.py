@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from groundscope.core.errors import PatchError
+from groundscope.core.text import format_count
 from lvlm.sites import Site
 from mitigation.steering.activations import run
 from mitigation.steering.contrast import Contrast
@@ -64,8 +65,8 @@ def ict_activations(
     model, pairs = first.model, first.pairs
     if [p.clean.id for p in pairs] != [p.clean.id for p in second.pairs] or second.model is not model:
         msg = (
-            f"{len(pairs)} blurred and {len(second.pairs)} masked pairs; give pairs of the same clean examples in the same "
-            "order, for the same model"
+            f"{len(pairs)} blurred and {format_count(len(second.pairs), 'masked pair')}; give pairs of the same clean "
+            "examples in the same order, for the same model"
         )
         raise PatchError(msg)
     sites: list[Key] = [Site("decoder", layer, "attn_out") for layer in range(model.n_layers)]
