@@ -86,6 +86,9 @@ class Step:
     """The tokens of the answers so far, int ``[B, number]``."""
     activations: Mapping[str, Tensor] = field(default_factory=dict)
     """By name of each of `AnswerRule.sites`: its activations at the last token of each answer, ``[B, D]``."""
+    image_activations: Mapping[str, tuple[Tensor, ...]] = field(default_factory=dict)
+    """By name of each of `AnswerRule.image_sites`, for each answer: its activations at the image tokens, ``[n, D]``; in the first
+    step only."""
 
 
 class AnswerRule:
@@ -96,6 +99,8 @@ class AnswerRule:
 
     sites: Sequence[Site] = ()
     """Sites of the decoder that `Step.activations` contains."""
+    image_sites: Sequence[Site] = ()
+    """Sites of the decoder that `Step.image_activations` contains."""
 
     def branches(self, first: Step) -> Sequence[Branch]:
         """Return the branches; called once, after the prefill of the prompts, whose step is `first`."""

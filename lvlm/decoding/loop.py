@@ -167,6 +167,7 @@ class DecodingRun:
         self._prompt_of = list(range(self.size))
         self.branches: tuple[Branch, ...] = ()
         self.activations: dict[str, Tensor] = {}
+        self.image_activations: dict[str, list[Tensor]] = {}
         self.tokens: Tensor | None = None
         self.number = 0
         self._caches: list[Any] = []
@@ -180,7 +181,8 @@ class DecodingRun:
         with reuse_vision_runs(self.model):
             logits = self._by_row([(group.rows, self._prefill(0, group)) for _, group in self.groups])
             self._check(logits)
-            self.branches = tuple(self.rule.branches(Step(0, logits, activations=dict(self.activations))))
+            first = self._first_step(logits)
+            self.branches = tuple(self.rule.branches(first))
             branch_logits = []
             for number, branch in enumerate(self.branches, 1):
                 with branch.context():
@@ -190,7 +192,12 @@ class DecodingRun:
         self._prompts = list(self.groups)
         if self.merges:
             self._merge()
-        return self.rule.combine(Step(0, logits, tuple(branch_logits), None, self.activations))
+        self.image_activations = {}
+        return self.rule.combine(replace(first, branches=tuple(branch_logits)))
+
+    def _first_step(self, logits: Tensor) -> Step:
+        image = {name: tuple(rows) for name, rows in self.image_activations.items()}
+        return Step(0, logits, activations=dict(self.activations), image_activations=image)
 
     def _prefill(self, branch: int, prompts: Prompts) -> Tensor:
         """Run prompts of equal shape; return the logits at their last token, ``[rows, V]``."""
@@ -211,6 +218,7 @@ class DecodingRun:
             stack.enter_context(model.with_row_layout(layout))
             if branch == 0:
                 stack.enter_context(self._reading([(prompts.rows, slice(0, len(prompts.rows)))]))
+                stack.enter_context(self._reading_image(prompts.rows, layout))
             stack.callback(decoder_of(model).register_forward_pre_hook(read_positions, with_kwargs=True).remove)
             logits = model.forward(inputs, **options)[:, -1]
         if self.merges:
@@ -373,6 +381,20 @@ class DecodingRun:
                         if name not in self.activations:
                             self.activations[name] = values.new_empty(self.size, *values.shape[1:])
                         self.activations[name][list(rows)] = values
+
+                stack.callback(self.model.locate(site).watch(store).remove)
+            yield
+
+    @contextmanager
+    def _reading_image(self, rows: Sequence[int], layout: RowLayout) -> Iterator[None]:
+        """Read the image sites of the rule at the image tokens of prompts."""
+        with ExitStack() as stack:
+            for site in self.rule.image_sites:
+
+                def store(x: Tensor, name: str = str(site)) -> None:
+                    values = self.image_activations.setdefault(name, [x.new_empty(0, x.shape[-1])] * self.size)
+                    for i, row in enumerate(rows):
+                        values[row] = x[i, layout.image[i].to(x.device)]
 
                 stack.callback(self.model.locate(site).watch(store).remove)
             yield

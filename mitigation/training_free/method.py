@@ -39,7 +39,7 @@ class TrainingFree:
 
     Examples
     --------
-    >>> from mitigation.training_free import TrainingFree
+    >>> from mitigation import TrainingFree
     >>> TrainingFree().parameters
     {}
     """
@@ -68,6 +68,10 @@ class TrainingFree:
     def parameters(self) -> Mapping[str, Any]:
         """All parameters, for provenance."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    def used_parameters(self, model: Lvlm) -> Mapping[str, Any]:
+        """Return `parameters` as they are used on a model: with layers and counts scaled to its size, for provenance."""
+        return self.parameters
 
     @property
     def forward_cost(self) -> ForwardCost:
@@ -132,6 +136,13 @@ def check_range(name: str, value: float, low: float, high: float = math.inf, *, 
     bound = f"above {low:g}" if above else f"at least {low:g}"
     msg = f"{name}={value}: must be a number {bound}" + (f" and at most {high:g}" if high < math.inf else "")
     raise ConfigError(msg)
+
+
+def check_count(name: str, value: int, low: int = 1) -> None:
+    """Raise `ConfigError` if a parameter is not a whole number of at least `low`."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < low:
+        msg = f"{name}={value}: must be a whole number of at least {low}"
+        raise ConfigError(msg)
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

@@ -9,6 +9,9 @@ from __future__ import annotations
 from groundscope.core.registry import Registry
 from mitigation.training_free.method import TrainingFree
 from mitigation.training_free.methods.beam import BeamSearch
+from mitigation.training_free.methods.deco import DeCo
+from mitigation.training_free.methods.dola import DoLa
+from mitigation.training_free.methods.revisit import ReVisiT
 from mitigation.training_free.methods.vcd import VCD
 
 
@@ -22,6 +25,9 @@ training_free_methods: Registry[type[TrainingFree]] = Registry(
     "training-free method",
     {
         "beam": BeamSearch,
+        "deco": DeCo,
+        "dola": DoLa,
+        "revisit": ReVisiT,
         "vcd": VCD,
     },
     group="groundscope.training_free",

@@ -119,6 +119,33 @@ def test_sites_are_read_at_the_last_token_of_each_answer() -> None:
             torch.testing.assert_close(step.activations[str(site)][row], expected, atol=1e-5, rtol=0)
 
 
+def test_image_sites_are_read_at_the_image_tokens_of_prompts_of_different_length() -> None:
+    from dataclasses import replace
+
+    lvlm = double_model("llava")
+    texts = ["Is there a cat?", "What is in the image? Is there a cat?"]
+    encodings = [lvlm.encode(replace(example(i), question=text)) for i, text in enumerate(texts)]
+    site = Site.parse("decoder.L1.resid_post")
+    steps: list[Step] = []
+
+    class Reads(AnswerRule):
+        image_sites = (site,)
+
+        def branches(self, first: Step) -> Sequence[Branch]:
+            steps.append(first)
+            return ()
+
+        def combine(self, step: Step) -> Tensor:
+            assert step.number == 0 or not step.image_activations
+            return step.logits
+
+    generate_prompts(lvlm, Branch.of("", lvlm, encodings[::-1]).prompts, Reads(), 2, names=["a", "b"])
+    for row, encoding in enumerate(encodings[::-1]):
+        inputs = lvlm.on_device(encoding.inputs)
+        expected = lvlm.read(inputs, [site])[str(site)][0, inputs["input_ids"][0] == lvlm.content_id]
+        torch.testing.assert_close(steps[0].image_activations[str(site)][row], expected, atol=1e-5, rtol=0)
+
+
 def test_logits_of_the_first_token_are_those_of_the_rule() -> None:
     lvlm = double_model("llava")
     batch = next(lvlm.batches([example(0)], 1))
