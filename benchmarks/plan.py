@@ -29,7 +29,7 @@ from benchmarks._harness import describe_device, figure, finish, option_parser, 
 from benchmarks.real_width import write_model
 from concepts.schema import ConceptDataset
 from experiments.cli.overrides import compose
-from experiments.cli.plan import estimate
+from experiments.planning.estimate import estimate
 from experiments.run.context import Context
 from experiments.run.folder import RunFolder
 from experiments.stages.trace import traced_examples, traced_tokens

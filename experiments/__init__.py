@@ -5,6 +5,7 @@ that add a section to the report.
 
 - `cli`: the command line. `main` dispatches commands; `overrides`, `launch` and `sweep` read options and start jobs; `resume`,
   `status`, `compare`, `plan` and `help` are commands
+- `planning`: estimates of a trace before it runs: sizes, times and operations
 - `pipeline`: run the stages of a configuration, skipping unchanged ones
 - `stages`: one module for each stage (`examples`, `trace`, `probe`, `patch`, `steer`, `evaluate`, `diagnose`, `export`,
   `report`), their `table`, parts of a trace (`trace_shards`), and what they write for the report (`illustrate`)

@@ -15,9 +15,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from activation_store import ActivationStore
 from concepts import scenes
-from experiments.cli import plan as planning
 from experiments.cli.overrides import compose
-from experiments.cli.plan import MOST_SECONDS, estimate
+from experiments.cli.plan import show
+from experiments.planning import times
+from experiments.planning.estimate import MOST_SECONDS, estimate
 from experiments.run.context import Context
 from experiments.run.folder import RunFolder
 from experiments.stages.trace import trace_into, traced_examples, traced_tokens
@@ -94,14 +95,14 @@ def test_sizes_need_no_weights(
 ) -> None:
     shutil.copytree(folder_of("tiny"), tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors", "*.bin"))
     options = ("model=hf", f"model.path={tmp_path / 'model'}", "trace=heads")
-    monkeypatch.setattr(planning, "THIN_BYTES", 0)
+    monkeypatch.setattr(times, "THIN_BYTES", 0)
     plan = estimate(context(pope, *options))
     assert (plan.measured, plan.seconds, plan.loading, plan.hours(1)) == (0, None, None, None)
     whole = estimate(context(pope, "trace=heads", model=load_lvlm("tiny")), seconds=0.01)
     assert (plan.sites, plan.forwards) == (whole.sites, whole.forwards)
     assert plan.on_disk == pytest.approx(whole.on_disk, rel=0.01)
     data = ("data=pope", f"data.questions={pope}/pope_random.json", f"data.images={pope}/images")
-    assert planning.show([*data, *options, "threads=1"]) == 0
+    assert show([*data, *options, "threads=1"]) == 0
     output = " ".join(capsys.readouterr().out.split())
     assert "hours are not estimated, because the weights of" in output
     assert "sizes from the configuration" in output
@@ -112,7 +113,7 @@ def test_a_thin_model_stands_in_for_weights(
 ) -> None:
     """Of 10 s, two decoder layers take 4 s and two vision layers 2 s: the model has 6 and 4, and 12 questions on 12 images."""
     shutil.copytree(folder_of("tiny"), tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors", "*.bin"))
-    monkeypatch.setattr(planning, "_timed_forward", lambda *_: (10.0, {"decoder": 4.0, "vision": 2.0}))
+    monkeypatch.setattr(times, "time_layers", lambda *_: (10.0, {"decoder": 4.0, "vision": 2.0}))
     options = ("model=hf", f"model.path={tmp_path / 'model'}", "trace=heads")
     run_context = context(pope, *options)
     plan = estimate(run_context, examples=10)
@@ -123,7 +124,7 @@ def test_a_thin_model_stands_in_for_weights(
         plan.weights == sum(p.numel() * 4 for p in load_lvlm("tiny", dtype="float32").hf.parameters()) // 2
     )  # bfloat16
     data = ("data=pope", f"data.questions={pope}/pope_random.json", f"data.images={pope}/images")
-    assert planning.show([*data, *options, "threads=1"]) == 0
+    assert show([*data, *options, "threads=1"]) == 0
     output = " ".join(capsys.readouterr().out.split())
     assert "with two layers of random weights" in output
     assert "without the time to load the model and to write" in output
@@ -135,7 +136,7 @@ def test_times_within_layers_are_those_of_their_hooks(loaded: Lvlm) -> None:
     thin = thin_model(loaded)
     hooks = [m.register_forward_hook(lambda *_: time.sleep(0.1)) for m in thin.layers("decoder")]
     try:
-        spent, parts = planning._timed_forward(thin, encoding)
+        spent, parts = times.time_layers(thin, encoding)
     finally:
         for hook in hooks:
             hook.remove()
@@ -160,10 +161,10 @@ def test_a_device_that_is_not_there_is_counted_and_marked(pope: Path, capsys: py
     assert (plan.method, plan.measured) == ("operations", 0)
     assert plan.seconds == pytest.approx(plan.tera_operations / 2)
     data = ("data=pope", f"data.questions={pope}/pope_random.json", f"data.images={pope}/images")
-    assert planning.show([*data, "model.device=cuda", "tflops=50", "threads=1"]) == 0
+    assert show([*data, "model.device=cuda", "tflops=50", "threads=1"]) == 0
     assert "not checked: this machine has no device 'cuda'" in " ".join(capsys.readouterr().out.split())
     with pytest.raises(ConfigError, match="tflops must be above 0"):
-        planning.show([*data, "tflops=0"])
+        show([*data, "tflops=0"])
 
 
 def test_a_long_forward_is_stopped_between_two_layers(loaded: Lvlm) -> None:
@@ -172,7 +173,7 @@ def test_a_long_forward_is_stopped_between_two_layers(loaded: Lvlm) -> None:
     ]  # 1.2 s in all
     try:
         start = time.perf_counter()
-        took = planning._one_forward(loaded, loaded.encode(scenes.dataset(10, 0).examples[0]), 0.3)
+        took = times.time_one_forward(loaded, loaded.encode(scenes.dataset(10, 0).examples[0]), 0.3)
         spent = time.perf_counter() - start
     finally:
         for hook in hooks:
@@ -184,11 +185,11 @@ def test_a_long_forward_is_stopped_between_two_layers(loaded: Lvlm) -> None:
 def test_measuring_time_has_an_upper_bound(pope: Path, loaded: Lvlm, monkeypatch: pytest.MonkeyPatch) -> None:
     limits: list[float] = []
 
-    def measure(_context: object, _model: object, _data: object, _tokens: object, seconds: float) -> tuple[int, float]:
+    def measure(_options: object, _model: object, _data: object, _tokens: object, seconds: float) -> tuple[int, float]:
         limits.append(seconds)
         return 1, 2.0
 
-    monkeypatch.setattr(planning, "_measure", measure)
+    monkeypatch.setattr("experiments.planning.estimate.measure_trace", measure)
     plan = estimate(context(pope, "trace=heads", model=loaded), examples=10, seconds=1e9)
     assert limits == [MOST_SECONDS]
     assert MOST_SECONDS <= 60

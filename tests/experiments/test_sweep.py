@@ -27,10 +27,10 @@ from experiments import data as run_data
 from experiments import pipeline
 from experiments.cli.launch import launcher_options
 from experiments.cli.overrides import compose
-from experiments.cli.plan import estimate
 from experiments.cli.sweep import job_name
 from experiments.config import RunConfig
 from experiments.pipeline import execute
+from experiments.planning.estimate import estimate
 from experiments.run import stage_cache
 from experiments.run.context import Context
 from experiments.run.folder import RunFolder, read_receipt
