@@ -205,8 +205,8 @@ def _load_one(
     try:
         inspect.signature(function).bind(*paths, **more)
     except (TypeError, ValueError) as error:
-        given = ", ".join([*(("data.questions", "data.images")[: len(paths)]), *more]) or "no arguments"
-        msg = f"data.source={source}: the function cannot be called with {given}: {error}"
+        arguments = ", ".join([*(("data.questions", "data.images")[: len(paths)]), *more]) or "no arguments"
+        msg = f"data.source={source}: the function cannot be called with {arguments}: {error}"
         raise ConfigError(msg) from error
     dataset = function(*paths, **more)
     if not isinstance(dataset, ConceptDataset):

@@ -46,8 +46,8 @@ def _name(config: RunConfig) -> str | None:
             f"name='{_shorten(config.name)}': the name of a run is a plain path below '{_shorten(config.root)}' ({problem}); "
             "root=… moves all runs"
         )
-    first, *rest = config.name.split("/")
-    if first.startswith(".") or (first == SWEEPS and len(rest) != 2):
+    first, *subfolders = config.name.split("/")
+    if first.startswith(".") or (first == SWEEPS and len(subfolders) != 2):
         return f"name='{config.name}': '{first}' is reserved; choose another name"
     name = config.sweep.name
     if name is not None and (problem := name_problem(name) or ("/" in name and "it holds '/'") or None):
@@ -234,12 +234,12 @@ def _places(config: RunConfig) -> str | None:
         return "trace.sites and trace.tokens need at least one site and one token selection"
     if trace.layers is not None and not trace.layers:
         return "trace.layers=[] stores nothing; name layers such as trace.layers=[8,16], or null for all"
-    known = [*LAYER_COMPONENTS, *(f"vision.{c}" for c in LAYER_COMPONENTS), "projector.out"]
+    sites = [*LAYER_COMPONENTS, *(f"vision.{c}" for c in LAYER_COMPONENTS), "projector.out"]
     for site in trace.sites:
         if not _SITE.fullmatch(site):
             return (
                 f"trace.sites: '{site}' is not a site; write a component of the decoder ({', '.join(LAYER_COMPONENTS)}), "
-                f"of a named stack ('vision.z'), 'projector.out', or a single layer ('decoder.L3.z'){nearest(site, known)}"
+                f"of a named stack ('vision.z'), 'projector.out', or a single layer ('decoder.L3.z'){nearest(site, sites)}"
             )
     for tokens in trace.tokens:
         try:
@@ -257,7 +257,7 @@ def _concepts(config: RunConfig) -> str | None:
         except DataError as error:
             return f"probe.concepts: {error}"
         if not level and not has_own_labels(config.data):
-            levels = ", ".join(f"{known}:…" for known in LEVELS)
+            levels = ", ".join(f"{name}:…" for name in LEVELS)
             return (
                 f"probe.concepts: '{concept}' is not a concept of these data; write {levels}{nearest(concept, LEVELS)}"
             )

@@ -186,15 +186,15 @@ def _options(prefix: str, node: ast.ClassDef, constants: dict[str, str], skip: s
 
 
 def _default(node: ast.expr | None, constants: dict[str, str]) -> str:
-    """Return a default as it is written on the command line; empty for a required option."""
+    """Return a default in the notation of the command line; empty for a required option."""
     if node is None or (isinstance(node, ast.Name) and node.id == "MISSING"):
         return ""
     if isinstance(node, ast.Call):  # field(default_factory=list), or =lambda: […]
-        made = next((k.value for k in node.keywords if k.arg == "default_factory"), None)
-        if isinstance(made, ast.Lambda):
-            return _default(made.body, constants)
-        if isinstance(made, ast.Name):
-            return {"list": "[]", "dict": "{}"}.get(made.id, made.id)
+        factory = next((k.value for k in node.keywords if k.arg == "default_factory"), None)
+        if isinstance(factory, ast.Lambda):
+            return _default(factory.body, constants)
+        if isinstance(factory, ast.Name):
+            return {"list": "[]", "dict": "{}"}.get(factory.id, factory.id)
         # list(STAGES)
         inside = node.args[0] if node.args else None
         if isinstance(inside, ast.Name) and inside.id in constants:

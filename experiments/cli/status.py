@@ -34,7 +34,7 @@ class RunStatus:
     stages: dict[str, str]
     """Stage to ``done``, ``failed``, ``started`` (not finished) or ``missing``."""
     process: str
-    """The process that is running it now, with its progress; empty if there is none."""
+    """The process that is running it now, with its progress; empty if no process runs it."""
     bytes: int
     """Size of its files, including those that other runs share."""
     figures: tuple[str, ...]

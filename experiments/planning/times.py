@@ -101,8 +101,8 @@ def measure_thin(
 ) -> tuple[int, float]:
     """Return the number of forward passes and the seconds per example of the full model.
 
-    A pass takes the time of its layers and of the other modules. The layers' times are multiplied by the ratio of their numbers in the full
-    and the thin model; the vision tower runs `images` times per example.
+    A pass takes the time of its layers and of the other modules. The layers' times are multiplied by the ratio of their numbers
+    in the full and the thin model; the vision tower runs `images` times per example.
     """
     took: list[float] = []
     start = time.perf_counter()

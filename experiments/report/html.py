@@ -91,15 +91,15 @@ def picture(image: Image.Image, description: str) -> str:
 
 
 def example_block(facts: Sequence[tuple[str, object]], illustration: Illustration | None, description: str) -> str:
-    """Return facts about an example beside its image, if the run has a copy."""
+    """Return facts about an example, with its image if the run has a copy."""
     pairs = "".join(f"<dt>{text(name)}</dt><dd>{text(value)}</dd>" for name, value in facts)
-    shown = ""
+    image_html = ""
     if illustration is not None:
         image = illustration.image
         if image.width < _ENLARGED:
             image = image.resize((image.width * 3, image.height * 3), resample=Image.Resampling.NEAREST)
-        shown = picture(image, description)
-    return f'<div class="example">{shown}<dl>{pairs}</dl></div>'
+        image_html = picture(image, description)
+    return f'<div class="example">{image_html}<dl>{pairs}</dl></div>'
 
 
 def missing_illustrations(illustrations: Illustrations | None, run: RunFiles, stage: str) -> str:

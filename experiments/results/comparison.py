@@ -43,8 +43,10 @@ def read_run(path: str | Path, condition: str = "before") -> ModelProfile:
     answers = root / "behavior" / f"{condition.replace(' ', '-')}.json"
     if not answers.is_file():
         stems = sorted(p.stem.replace("-", " ") for p in (root / "behavior").glob("*.json"))
-        known = [name for name in stems if name not in {"rates", "changes", "stage"}]
-        exists = f"there are answers {', '.join(known)}" if known else "it has no answers: finish the run first"
+        conditions = [name for name in stems if name not in {"rates", "changes", "stage"}]
+        exists = (
+            f"there are answers {', '.join(conditions)}" if conditions else "it has no answers: finish the run first"
+        )
         msg = f"no answers '{condition}' in the run folder '{root}': {exists}"
         raise ConfigError(msg)
     cards = sorted((root / "probes").glob("*/grid.json"))

@@ -93,7 +93,7 @@ def prior_errors(frame: pd.DataFrame, examples: Mapping[str, Example]) -> list[i
 
 
 def typical_error(errors: Sequence[Example]) -> Example | None:
-    """Return the error by prior that the report follows through the model; None if there is none.
+    """Return the error by prior that the report follows through the model; None without errors.
 
     The choice depends on the question and the image only, not on the effect of steering: a green apple, else an apple, else
     the first; open questions about the color before yes/no questions.

@@ -132,14 +132,14 @@ class Context:
 
             options["dtype"] = checkpoint_dtype(m.path)
         spec = file_digest(Path(m.spec)) if m.spec is not None and Path(m.spec).is_file() else None
-        found = fingerprint(m.path, m.revision, m.cache_dir)
-        return [options, spec, found, fingerprint(m.twin, None, m.cache_dir) if m.twin else None]
+        files = fingerprint(m.path, m.revision, m.cache_dir)
+        return [options, spec, files, fingerprint(m.twin, None, m.cache_dir) if m.twin else None]
 
     def has_model_files(self) -> bool:
         """Return whether the files of the models are on this machine."""
         m = self.config.model
-        found = ((m.path, m.revision), (m.twin, None))
-        return all(fingerprint(name, commit, m.cache_dir) != name for name, commit in found if name)
+        models = ((m.path, m.revision), (m.twin, None))
+        return all(fingerprint(name, commit, m.cache_dir) != name for name, commit in models if name)
 
 
 _WITHOUT_EFFECT = frozenset({"trust_remote_code", "validate", "cache_dir", "max_memory"})

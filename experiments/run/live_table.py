@@ -162,6 +162,6 @@ def _mean_speed(task: Task) -> float | None:
 
 def _clock(seconds: float) -> str:
     """Return a duration as ``0:04`` or ``2:03:04``."""
-    minutes, rest = divmod(int(seconds), 60)
+    minutes, second = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+    return f"{hours}:{minutes:02d}:{second:02d}" if hours else f"{minutes}:{second:02d}"

@@ -69,9 +69,9 @@ def take(root: Path, run: RunFolder, folder: str, key: str) -> Receipt | None:
             continue
         if not receipt.holds(target):
             continue
-        taken = replace(receipt, origin=receipt.origin or str(other.relative_to(root)))
-        write_receipt(target, taken)
-        return taken
+        own_receipt = replace(receipt, origin=receipt.origin or str(other.relative_to(root)))
+        write_receipt(target, own_receipt)
+        return own_receipt
     return None
 
 

@@ -87,8 +87,8 @@ def make_behavior(context: Context, root: Path) -> str:
     conditions = chosen_conditions(context)
     options = context.config.evaluate
     vectors: dict[str, SteeringVector | None] = {"before": None}
-    made = {run: steering / file for run, file in files.items() if with_vectors and (steering / file).exists()}
-    vectors |= {run: SteeringVector.load(path) for run, path in made.items() if run in conditions}
+    vector_files = {run: steering / file for run, file in files.items() if with_vectors and (steering / file).exists()}
+    vectors |= {run: SteeringVector.load(path) for run, path in vector_files.items() if run in conditions}
     same = ("batch_size", "generate", "parser", "match", "max_new_tokens", "seeds")
     answering: Any = {name: getattr(options, name) for name in same} | {"sampling": _sampling(options)}
     results = answer_under(context.model, data, vectors, **answering)

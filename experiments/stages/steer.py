@@ -92,13 +92,13 @@ def _check_traced(context: Context, method: MitigationMethod) -> None:
     config = context.config
     if not method.reads or "trace" not in config.stages:
         return
-    wanted = method.reads if config.steer.site is None else config.steer.site.rpartition(".")[2]
-    wanted = "z" if wanted.startswith("H") else wanted
-    stored = any(site == wanted or site.endswith(f".{wanted}") for site in config.trace.sites)
+    component = method.reads if config.steer.site is None else config.steer.site.rpartition(".")[2]
+    component = "z" if component.startswith("H") else component
+    stored = any(site == component or site.endswith(f".{component}") for site in config.trace.sites)
     if not stored or "last" not in config.trace.tokens:
         msg = (
-            f"steer.method={config.steer.method} is derived from {wanted} at the last token, which would not be traced: "
-            f"add {wanted} to trace.sites and last to trace.tokens, or choose another method (steer.method=amplify)"
+            f"steer.method={config.steer.method} is derived from {component} at the last token, which would not be traced: "
+            f"add {component} to trace.sites and last to trace.tokens, or choose another method (steer.method=amplify)"
         )
         raise ConfigError(msg)
 
@@ -208,8 +208,8 @@ def _make_exportable(
     options = context.config.steer
     if not options.exportable or (best is not None and best.strength and can_be_exported(best)):
         return None
-    examples, rest = _halves(data.examples)
-    rest = rest.filter(lambda e: bool(e.candidates))
+    examples, other_half = _halves(data.examples)
+    questions = other_half.filter(lambda e: bool(e.candidates))
     middle, last = data.model.n_layers // 2, data.model.n_layers - 1
     two = ", ".join(f"decoder.L{layer}.resid_post" for layer in dict.fromkeys((middle, min(middle + 1, last))))
     sites = options.exportable_sites or [two]
@@ -222,12 +222,12 @@ def _make_exportable(
             label = f"{name} at {site}" if site else name
             makers[f"exportable: {label}"] = partial(_exportable_vector, method, part)
     vectors = _derive_possible(makers, left_out)
-    if not vectors or not len(rest):
+    if not vectors or not len(questions):
         return None
     units = {f: mitigations[f.removeprefix("exportable: ").split(" at ")[0]].unit for f in vectors}
     sweeps = sweep_strengths(
         context.model,
-        rest,
+        questions,
         {f: (v, [units[f] * s for s in options.exportable_strengths]) for f, v in vectors.items()},
         limits=limits,
     )

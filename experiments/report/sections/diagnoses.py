@@ -188,18 +188,18 @@ def _detail(diagnoses: Diagnoses, index: int, illustration: Illustration | None)
     ]
     # One selection of tokens for each stage: the one that the verdict uses. Earlier versions do not say which.
     used = {(r.stage, r.tokens) for r in diagnosis.readings if r.used}
-    shown = [r for r in diagnosis.readings if not used or (r.stage, r.tokens) in used]
-    places = [(_place(r.stage, r.layer), r.log_odds, r.state) for r in shown]
+    readings = [r for r in diagnosis.readings if not used or (r.stage, r.tokens) in used]
+    places = [(_place(r.stage, r.layer), r.log_odds, r.state) for r in readings]
     if any(not math.isnan(log_odds) for _, log_odds, _ in places):
-        read = [s for s in STAGES if any(r.stage == s and not math.isnan(r.log_odds) for r in shown)]
+        read = [s for s in STAGES if any(r.stage == s and not math.isnan(r.log_odds) for r in readings)]
         absent = [s for s in STAGES if s not in read]
         missing = f" Not read: {named_stages(absent)}." if absent else ""
-        drawn = figures.way(_thin(places), "Where the truth is read", "reads the truth", "reads the wrong answer")
+        plot = figures.way(_thin(places), "Where the truth is read", "reads the truth", "reads the wrong answer")
         caption = (
             f"Calibrated log-odds of the truth against the wrong answer, at {named_stages(read)}. Crosses: probes at chance on "
             f"held-out images.{missing}"
         )
-        parts.append(figure(drawn, caption))
+        parts.append(figure(plot, caption))
     return "".join(parts)
 
 

@@ -83,9 +83,13 @@ def _effects(run: RunFiles, detailed: set[Head]) -> str:
             value, head = float(largest[layer, number]), Head(layer, number)
             # Size of the effect: share of the tint; its sign: the color. Mixed with the page's color for dark mode.
             tint = f"--effect:{round(100 * abs(value) / limit)}%;--tint:var(--{'for' if value >= 0 else 'against'})"
-            shown = f"{round(100 * value) or 0}"
-            label = f"{head}: {shown} percent"
-            inner = f'<a href="#head-{head}" aria-label="{text(label)}">{shown}</a>' if head in detailed else shown
+            percentage = f"{round(100 * value) or 0}"
+            label = f"{head}: {percentage} percent"
+            inner = (
+                f'<a href="#head-{head}" aria-label="{text(label)}">{percentage}</a>'
+                if head in detailed
+                else percentage
+            )
             cells.append(f'<td style="{tint}">{inner}</td>')
         lines.append(f'<tr><th scope="row">L{layer}</th>{"".join(cells)}</tr>')
     return f'<div class="scroll" tabindex="0"><table class="heads">{"".join(lines)}</table></div>'

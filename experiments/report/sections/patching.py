@@ -60,7 +60,7 @@ def _cell(scores: HeadScores, head: Head) -> str:
 
 
 def _placebo(run: RunFiles, heads: list[Head]) -> str:
-    """Return the effects of the same heads in placebo pairs, or the reasons why there are none; empty for icon scenes."""
+    """Return the effects of the same heads in placebo pairs, or why no such pairs exist; empty for icon scenes."""
     about = {kind: card["placebo"] for kind, card in run.pairs.items() if card.get("placebo")}
     if not about:
         return ""

@@ -78,7 +78,7 @@ def _own_labels(run: RunFiles) -> list[str]:
                 best[concept] = cell, grid
     if not best:
         return []
-    rows = [_row(concept, *found) for concept, found in best.items()]
+    rows = [_row(concept, cell, grid) for concept, (cell, grid) in best.items()]
     rows += _class_rows(run)
     head = ("label", "place", "score on held-out images", "shuffled labels", "examples")
     note = paragraph(

@@ -26,7 +26,7 @@ def summary_section(run: RunFiles) -> str:
     if not {"probe", "patch", "diagnose", "steer"} & done and "evaluate" in done:
         items.append(("What does it answer?", _answers(run), "accuracy"))
     if "probe" in done:
-        items.append(("Where is it known?", _known(run), "known" if run.grids else "accuracy"))
+        items.append(("Where is it known?", _knowledge(run), "known" if run.grids else "accuracy"))
     if "patch" in done:
         items.append(("What uses it?", _used(run), "used"))
     if {"probe", "diagnose"} <= done:
@@ -49,7 +49,7 @@ def _answers(run: RunFiles) -> str:
     return f"{questions}. The other stages have not run: groundscope resume={run.root} runs them."
 
 
-def _known(run: RunFiles) -> str:
+def _knowledge(run: RunFiles) -> str:
     if run.missing_probes and not run.grids:
         return f"No probe was fitted: {run.missing_probes}."
     read = [
@@ -97,13 +97,13 @@ def _errors_by_prior(run: RunFiles) -> str:
     if readings:
         at_object = [r for r in readings if r.tokens == "object:mean"] or readings[:1]
         at_last = [r for r in readings if r.tokens == "last"] or readings[:1]
-        seen, last = (max(part, key=lambda r: r.true) for part in (at_object, at_last))
+        object_best, last_best = (max(part, key=lambda r: r.true) for part in (at_object, at_last))
         n = readings[0].n
-        if seen.true <= 0.5:
-            return f"In {format_count(n, 'answer')} by the prior, probes read the true color in at most {percent(seen.true)}."
+        if object_best.true <= 0.5:
+            return f"In {format_count(n, 'answer')} by the prior, probes read the true color in at most {percent(object_best.true)}."
         return (
-            f"In {format_count(n, 'answer')} by the prior, probes read the true color at {seen.place} (object tokens) "
-            f"in {percent(seen.true)} and at {last.place} (last token) in {percent(last.true)}: the model sees the "
+            f"In {format_count(n, 'answer')} by the prior, probes read the true color at {object_best.place} (object tokens) "
+            f"in {percent(object_best.true)} and at {last_best.place} (last token) in {percent(last_best.true)}: the model sees the "
             "color, and the answer does not use it."
         )
     errors = len(errors_by_prior(run))
