@@ -36,12 +36,12 @@ def join_labels(
         As `concepts.reading.label_columns.parse_labels`.
     """
     if isinstance(labels, ConceptDataset):
-        known = {e.id: e.labels for e in labels}
+        labels_by_id = {e.id: e.labels for e in labels}
         names = sorted({name for e in labels for name in e.labels})
         columns: Mapping[str, Mapping[str, Any]] = {
-            n: {i: own[n] for i, own in known.items() if n in own} for n in names
+            n: {i: own[n] for i, own in labels_by_id.items() if n in own} for n in names
         }
-        rows = list(known)
+        rows = list(labels_by_id)
     else:
         if "id" not in labels:
             msg = "the table of labels has no column 'id'; add one with the ids of the store's examples (store.frame()['id'])"

@@ -302,8 +302,8 @@ def _choose(model: Lvlm, examples: Sequence[Example], logits: Tensor) -> list[An
 
 def _parse(example: Example, text: str, rule: Parser, match: str) -> Answer:
     """Parse the generated text of one question."""
-    given, correct = judge_text(example, text, rule, match)
-    return _row(example, given=given, correct=correct, text=text)
+    choice, correct = judge_text(example, text, rule, match)
+    return _row(example, given=choice, correct=correct, text=text)
 
 
 def _row(example: Example, **fields: Any) -> Answer:

@@ -108,10 +108,10 @@ class BenchmarkTable:
         """Return the table as lines of text, in percent."""
         lines = self.cells()
         widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-        left = lines[0].index("n")
+        n_texts = lines[0].index("n")
         return "\n".join(
             "  ".join(
-                cell.ljust(width) if i < left else cell.rjust(width)
+                cell.ljust(width) if i < n_texts else cell.rjust(width)
                 for i, (cell, width) in enumerate(zip(line, widths, strict=True))
             ).rstrip()
             for line in lines

@@ -35,9 +35,9 @@ def divide_seeds(answers: BehaviorResult) -> list[BehaviorResult]:
     seeds = int(answers.provenance.get("seeds", 1))
     rows = answers.answers
     repeated = {a.id.rpartition("#")[0] for a in rows if seeds > 1 and a.id.endswith("#2")}
-    once = [a for a in rows if not any(a.id == f"{a.id.rpartition('#')[0]}#{n}" for n in range(2, seeds + 1))]
-    results = [replace(answers, answers=tuple(once))]
-    fixed = [a for a in once if a.id not in repeated]
+    first_answers = [a for a in rows if not any(a.id == f"{a.id.rpartition('#')[0]}#{n}" for n in range(2, seeds + 1))]
+    results = [replace(answers, answers=tuple(first_answers))]
+    fixed = [a for a in first_answers if a.id not in repeated]
     for number in range(2, seeds + 1):
         own = [a for a in rows if a.id.endswith(f"#{number}") and a.id.rpartition("#")[0] in repeated]
         results.append(replace(answers, answers=(*fixed, *own)))

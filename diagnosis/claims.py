@@ -78,8 +78,8 @@ def claims_of(
     others = Names(opposites)
     columns = store.columns
     names: dict[str, list[str]] = {}
-    known = dict.fromkeys((*store.labels, *concepts))
-    for label in known:
+    labels = dict.fromkeys((*store.labels, *concepts))
+    for label in labels:
         level, _, name = label.partition(":")
         if level in LEVELS and name and name != "named":
             names.setdefault(level, []).append(name)
@@ -107,7 +107,7 @@ def claims_of(
             concept, holds, opposite = f"{level}:{truth}", True, ""
             wrong = sorted(answers[kind] - {truth}) if model_answer == truth else [model_answer]
             rivals = tuple(f"{level}:{name}" for name in wrong)
-            concept = concept if concept in known else ""
+            concept = concept if concept in labels else ""
         nouns = _nouns_of(names_of_level.get("object"), str(question), level) if level == "attribute" or yes_no else ()
         about = (str(columns["id"][row]), str(columns["group"][row]))
         claims.append(

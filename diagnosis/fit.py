@@ -32,7 +32,7 @@ C_VALUES = (0.001, 0.01, 0.1)
 CALIBRATION_SHARE = 0.2
 """Share of the images that no probe is fitted to: they calibrate the probes, and answers about them can be diagnosed."""
 MAX_CHOICES = 20
-"""Largest number of true answers to a kind of question for which each answer has a probe without a label of its own."""
+"""Largest number of true answers to a kind of question for which an answer without a label gets a probe."""
 MIN_IMAGES = 6
 """Images of each class that a concept needs; with fewer, the split would leave a part without the class."""
 
@@ -141,12 +141,12 @@ def exclude_images(data: ConceptDataset, other: Sequence[Example]) -> ConceptDat
     >>> {e.image.identity for e in half} & {e.image.identity for e in data[:60]}, 0 < len(half) < len(data)
     (set(), True)
     """
-    known = {image.identity for e in other for image in e.images}
-    rest = data.filter(lambda e: not known & {image.identity for image in e.images})
-    if not len(rest):
+    identities = {image.identity for e in other for image in e.images}
+    other_images = data.filter(lambda e: not identities & {image.identity for image in e.images})
+    if not len(other_images):
         msg = f"all images of '{data.name}' are among those that are diagnosed; fit probes on other images"
         raise DataError(msg)
-    return rest
+    return other_images
 
 
 def fit_directions(
@@ -228,8 +228,8 @@ def fit_directions(
             nouns = _fit_nouns(store, site, rows, seed, left_out)
             directions += [replace(d, tokens=ALL_IMAGE_TOKENS) for d in nouns]
     if without_boxes is None:
-        asked = set(frame["level"])
-        levels = [level for level in LEVELS if not boxes[level] and level in asked]
+        levels_of_questions = set(frame["level"])
+        levels = [level for level in LEVELS if not boxes[level] and level in levels_of_questions]
     else:
         levels = list(LEVELS) if without_boxes else []
     if levels:
@@ -319,7 +319,7 @@ def _fit_image_tokens(
 ) -> Iterator[ConceptDirection]:
     """Yield directions that need no boxes, for some levels: at the mean of all image tokens, and at single tokens."""
     frame: Any = store.frame()
-    known = {(d.site, d.tokens, d.concept) for d in others}
+    other_keys = {(d.site, d.tokens, d.concept) for d in others}
     concepts = {
         level: [str(c) for c in frame if str(c).startswith(f"{level}:") and c != f"{level}:named"] for level in levels
     }
@@ -332,7 +332,7 @@ def _fit_image_tokens(
     if model is None or data is None:
         return
     probes = locate(model, store, frame, {e.id: e for e in data if len(e.images) == 1}, rows, seed, left_out)
-    yield from (d for d in probes.nouns if (d.site, d.tokens, d.concept) not in known)
+    yield from (d for d in probes.nouns if (d.site, d.tokens, d.concept) not in other_keys)
 
     def fit(
         source: Any, names: Sequence[str], site: str, tokens: str, of_level: np.ndarray

@@ -258,20 +258,20 @@ def locate(
     read = {site: of_length[n] for site, n in length.items() if n in places}
     if not subjects or not read:
         return LocatedProbes(tuple(directions), None, {})
-    wanted = {row: (number[examples[ids[row]].image.identity], at) for row, at in subjects.items()}
+    image_and_nouns = {row: (number[examples[ids[row]].image.identity], at) for row, at in subjects.items()}
     picked = {site: {image: places[length[site]][image] for image in range(len(images))} for site in read}
     values = read_picked_tokens(model, list(images.values()), picked)
-    located = {site: _differences(values[site], wanted, len(ids)) for site in read}
+    located = {site: _differences(values[site], image_and_nouns, len(ids)) for site in read}
     return LocatedProbes(tuple(directions), LocatedSource(store, frame, located), read)
 
 
-def _differences(values: np.ndarray, wanted: Mapping[int, tuple[int, tuple[int, ...]]], n: int) -> np.ndarray:
+def _differences(values: np.ndarray, image_and_nouns: Mapping[int, tuple[int, tuple[int, ...]]], n: int) -> np.ndarray:
     """Return ``[n, D]``: for each row the activation at its noun's place, or the difference of two; NaN for other rows.
 
-    `values` are activations ``[images, nouns, D]``; `wanted` has the image and the nouns of each row.
+    `values` are activations ``[images, nouns, D]``; `image_and_nouns` has the image and the nouns of each row.
     """
     out = np.full((n, values.shape[2]), np.nan, dtype=np.float32)
-    for row, (image, nouns) in wanted.items():
+    for row, (image, nouns) in image_and_nouns.items():
         parts = values[image, list(nouns)]
         out[row] = parts[0] if len(parts) == 1 else parts[0] - parts[1]
     return out
@@ -302,11 +302,11 @@ def _subjects(frame: pd.DataFrame, rows: np.ndarray, nouns: Sequence[str]) -> di
     for row in np.flatnonzero(rows):
         level = frame["level"].iloc[row]
         if level in ("attribute", "relation"):
-            found = tuple(dict.fromkeys(at[name] for name in names.find(str(frame["question"].iloc[row]))))
-            if level == "attribute" and found:
-                subjects[int(row)] = found[:1]
-            elif len(found) == 2:
-                subjects[int(row)] = found
+            indices = tuple(dict.fromkeys(at[name] for name in names.find(str(frame["question"].iloc[row]))))
+            if level == "attribute" and indices:
+                subjects[int(row)] = indices[:1]
+            elif len(indices) == 2:
+                subjects[int(row)] = indices
     return subjects
 
 

@@ -132,18 +132,18 @@ def quantization(settings: Any) -> Any:
     from transformers.quantizers.auto import AutoQuantizationConfig
 
     try:
-        made = AutoQuantizationConfig.from_dict(dict(settings))
+        config = AutoQuantizationConfig.from_dict(dict(settings))
     except (ValueError, TypeError, ImportError, AttributeError) as error:
         text = str(error).strip().splitlines()
         msg = f"quantization_config={dict(settings)}: {text[0] if text else type(error).__name__}"
         raise ModelError(msg) from error
-    if "bitsandbytes" in str(made.quant_method).lower().replace("_", "") and find_spec("bitsandbytes") is None:
+    if "bitsandbytes" in str(config.quant_method).lower().replace("_", "") and find_spec("bitsandbytes") is None:
         msg = (
             "quantization_config needs the package bitsandbytes, which is not installed; run pip install bitsandbytes, or load "
             "the model in its own dtype"
         )
         raise ModelError(msg)
-    return made
+    return config
 
 
 def check_attention(name: str | None) -> None:

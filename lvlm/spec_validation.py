@@ -34,7 +34,7 @@ def validate(model: Lvlm, encoding: Encoding) -> dict[str, float]:
     - the heads' contributions ``z_h W_O^h`` and the bias sum to the attention's output;
     - ``resid_pre`` plus the contributions of attention and MLP, after norms, gates and scales, is ``resid_post`` (in post-norm
       transformers step by step, through the norms of the residual stream);
-    - a layer's ``resid_post`` is the next layer's ``resid_pre``, except at image positions if the spec says so;
+    - a layer's ``resid_post`` is the next layer's ``resid_pre``, except at image positions if the spec declares it;
     - the unembedding of the normed last residual is the logits;
     - reading activations does not change the logits;
     - rows of attention patterns sum to 1.

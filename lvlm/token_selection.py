@@ -213,8 +213,8 @@ image:all?
 
     @classmethod
     def _read(cls, text: str, forms: Sequence[str]) -> TokenSelection:
-        role, *rest = text.split(":") if isinstance(text, str) else [""]
-        match rest:
+        role, *parts = text.split(":") if isinstance(text, str) else [""]
+        match parts:
             case [] if role in SINGLE:
                 return cls(role)
             case [] if role == "all":
@@ -261,8 +261,8 @@ def _problem(text: object, forms: Sequence[str]) -> str:
         return (
             f"unknown token selection '{text}'; write 'positions:{text.replace(' ', '')}' for positions counted from 0"
         )
-    shown = f"'{text}'" if isinstance(text, str) else repr(text)
-    return f"unknown token selection {shown}; choose from {_choices(forms)}{nearest(str(text), forms)}"
+    literal = f"'{text}'" if isinstance(text, str) else repr(text)
+    return f"unknown token selection {literal}; choose from {_choices(forms)}{nearest(str(text), forms)}"
 
 
 def _choices(forms: Sequence[str]) -> str:

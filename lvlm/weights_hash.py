@@ -146,7 +146,7 @@ def _state(module: nn.Module) -> tuple[object, ...]:
 
 
 def _digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """Hash all bytes, chunks in parallel; tensors that are read from disk are released as soon as they are hashed."""
+    """Hash all bytes, chunks in parallel; tensors that are read from disk are released once hashed."""
     threads = max(1, min(torch.get_num_threads(), os.cpu_count() or 1))
     waiting = threading.Semaphore(2 * threads)
     parts: dict[str, list[Future[bytes]]] = {}

@@ -3,7 +3,7 @@
 A correction that answers "no" to everything removes every false "yes". So a strength is chosen by its losses, too. `guards` is an
 open table: a package adds a guard with ``guards.register(name, Guard(…))`` or an entry point of the group ``groundscope.guards``.
 A guard that a dataset cannot have (captions without annotated objects, questions about present objects) is not measured, and the
-report says so.
+report states it.
 """
 
 from __future__ import annotations
@@ -184,8 +184,8 @@ def _named(outcome: Outcome, _before: Outcome) -> Rows | None:
     if scored is None:
         return None
     scores, groups = scored
-    shown = [(len(set(c.mentioned) - set(c.hallucinated)), len(set(c.missed))) for c in scores.captions]
-    table = np.array([[named, named + missed] for named, missed in shown], float)
+    counts = [(len(set(c.mentioned) - set(c.hallucinated)), len(set(c.missed))) for c in scores.captions]
+    table = np.array([[named, named + missed] for named, missed in counts], float)
     return table, [groups[c.id] for c in scores.captions]
 
 
@@ -571,8 +571,8 @@ def joined(questions: Outcome, text: Outcome) -> Outcome:
     3
     """
     ids = {e.id for e in text.data}
-    asked = [a for a in questions.answers.answers if a.id not in ids]
-    answers = BehaviorResult((*asked, *text.answers.answers), questions.answers.cost)
+    own_answers = [a for a in questions.answers.answers if a.id not in ids]
+    answers = BehaviorResult((*own_answers, *text.answers.answers), questions.answers.cost)
     data = ConceptDataset(
         questions.data.name, (*(e for e in questions.data if e.id not in ids), *text.data), questions.data.provenance
     )

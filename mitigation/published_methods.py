@@ -124,7 +124,7 @@ def demonstrations(examples: ConceptDataset, limit: int = DEMONSTRATIONS) -> lis
     Empty for data without written captions of annotated images.
     """
     nouns = sorted({canonical_noun(o.noun) for e in examples for o in e.objects})
-    found: list[Demonstration] = []
+    demonstrations: list[Demonstration] = []
     for example in examples:
         if example.kind != "caption" or not example.answer or not example.objects:
             continue
@@ -132,11 +132,11 @@ def demonstrations(examples: ConceptDataset, limit: int = DEMONSTRATIONS) -> lis
         absent = [noun for noun in nouns if noun not in present]
         named = mentioned_objects(example.answer, {noun: noun for noun in present})
         if named and absent:
-            wrong = absent[len(found) % len(absent)].join(example.answer.rsplit(named[-1], 1))
-            found.append(Demonstration(example, example.answer, wrong))
-        if len(found) == limit:
+            wrong = absent[len(demonstrations) % len(absent)].join(example.answer.rsplit(named[-1], 1))
+            demonstrations.append(Demonstration(example, example.answer, wrong))
+        if len(demonstrations) == limit:
             break
-    return found
+    return demonstrations
 
 
 def _vti_vision(data: DerivationData) -> SteeringVector:

@@ -481,8 +481,8 @@ def _group_by_tensor(reads: Sequence[Read]) -> list[tuple[HookPoint, list[Read]]
 
 def _decoder_only(reads: Reads) -> Reads:
     """Return the reads that a forward pass without an image reaches."""
-    kept = [(view, tuple(r for r in group if r.site.stack == "decoder")) for view, group in reads]
-    return tuple((view, group) for view, group in kept if group)
+    decoder_reads = [(view, tuple(r for r in group if r.site.stack == "decoder")) for view, group in reads]
+    return tuple((view, group) for view, group in decoder_reads if group)
 
 
 def _no_vectors(array: ArrayInfo, rows: int) -> Tensor:

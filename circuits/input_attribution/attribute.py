@@ -153,8 +153,8 @@ def _run(model: Lvlm, runs: Sequence[tuple[Encoding, AnswerKey]], size: int) -> 
 def _shares(example: Example, key: AnswerKey, game: Game, scores: np.ndarray, of: str) -> SourceShares:
     """Compute shares from candidate scores ``[runs, candidates]``."""
     everything = int(game.members[-1, 0])
-    said = key.candidates[int(scores[everything].argmax())]
-    answer = said if of == "said" else example.answer
+    model_answer = key.candidates[int(scores[everything].argmax())]
+    answer = model_answer if of == "said" else example.answer
     answer_index = key.candidates.index(answer)
     odds = scores[:, answer_index] - np.logaddexp.reduce(np.delete(scores, answer_index, axis=1), axis=1)  # [runs]
     values = odds[game.members]  # [coalitions, neutrals]
@@ -174,7 +174,7 @@ def _shares(example: Example, key: AnswerKey, game: Game, scores: np.ndarray, of
     return SourceShares(
         example=_example_fields(example),
         answer=answer,
-        said=said,
+        said=model_answer,
         players=game.players.names,
         of_image=game.players.of_image,
         log_odds=log_odds,

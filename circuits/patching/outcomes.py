@@ -112,10 +112,10 @@ class PairOutcomes:
         return pd.DataFrame(
             [
                 {
-                    "id": name, "group": group, "clean": true[0], "corrupt": true[1], "model_clean": given[0],
-                    "model_corrupt": given[1], "outcome": outcome,
+                    "id": name, "group": group, "clean": true[0], "corrupt": true[1], "model_clean": answers[0],
+                    "model_corrupt": answers[1], "outcome": outcome,
                 }
-                for name, group, true, given, outcome in rows
+                for name, group, true, answers, outcome in rows
             ]
         )  # fmt: skip
 
@@ -165,11 +165,11 @@ def pair_outcomes(
                 key = keys[number // 2]
                 answers[number] = key.candidates[int(key.scores(logits[row].float()).argmax())]
             bar.advance(task, len(batch.index))
-    given = zip(answers[::2], answers[1::2], strict=True)
+    model_answers = zip(answers[::2], answers[1::2], strict=True)
     return PairOutcomes(
         tuple(p.clean.id for p in pairs),
         tuple((p.clean.answer, p.corrupt.answer) for p in pairs),
-        tuple(given),
+        tuple(model_answers),
         tuple(p.group for p in pairs),
     )
 

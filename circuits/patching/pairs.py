@@ -34,11 +34,11 @@ def combined_error(errors: Sequence[UnequalLengthError], count: int) -> PatchErr
     """Return one error for all pairs of unequal length among `count` pairs: which ones, and how many."""
     if len(errors) == 1:
         return errors[0]
-    shown = ", ".join(f"'{e.pair.clean.id}' ({e.lengths[0]} and {e.lengths[1]})" for e in errors[:3])
+    examples = ", ".join(f"'{e.pair.clean.id}' ({e.lengths[0]} and {e.lengths[1]})" for e in errors[:3])
     more = f" and {len(errors) - 3} more" if len(errors) > 3 else ""
     return PatchError(
         f"{len(errors)} of {format_count(count, 'pair')} have different numbers or positions of tokens in their two "
-        f"examples, which patching needs equal: {shown}{more}; put all images on one canvas, with "
+        f"examples, which patching needs equal: {examples}{more}; put all images on one canvas, with "
         "counterfactuals.on_canvas or data.canvas=WxH"
     )
 

@@ -164,14 +164,14 @@ def lock(
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        held = acquire(path, shared=shared, refuse=refuse, waiting=waiting, transient=transient)
+        lock = acquire(path, shared=shared, refuse=refuse, waiting=waiting, transient=transient)
     except OSError as error:
         msg = f"'{path.parent}' cannot be written: {error.strerror}; choose a writable folder (root=…, name=…)"
         raise ConfigError(msg) from error
     try:
         yield
     finally:
-        held.release()
+        lock.release()
 
 
 def _open_lock_file(path: Path, error: type[GroundscopeError]) -> IO[str]:

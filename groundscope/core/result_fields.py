@@ -81,10 +81,10 @@ def check_fields(values: Any, kind: type, at: str = "") -> dict[str, Any]:
         hint = hints.get(name, Any)
         if not _matches(value, hint):
             field = f"{at}.{name}" if at else name
-            shown = (
+            actual = (
                 "a list or object with an element of a wrong type" if _right_outside(value, hint) else _type_of(value)
             )
-            msg = f"'{field}' must be {_describe(hint)}, not {shown}"
+            msg = f"'{field}' must be {_describe(hint)}, not {actual}"
             raise TypeError(msg)
     return values
 
@@ -97,7 +97,7 @@ def _hints(kind: type) -> dict[str, Any]:
 def _matches(value: Any, hint: Any) -> bool:
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
-        return any(_matches(value, one) for one in inner)
+        return any(_matches(value, option) for option in inner)
     if origin is tuple:
         return isinstance(value, list | tuple) and all(_matches(item, inner[0]) for item in value)
     if origin is Mapping:
@@ -115,7 +115,7 @@ def _right_outside(value: Any, hint: Any) -> bool:
 def _describe(hint: Any) -> str:
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
-        return " or ".join(_describe(one) for one in inner)
+        return " or ".join(_describe(option) for option in inner)
     if origin is tuple:
         return f"a list, each element {_describe(inner[0])}"
     if origin is Mapping:

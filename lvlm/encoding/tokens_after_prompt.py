@@ -105,8 +105,8 @@ def tokens_after_prefix(model: Model, prompt: str, prefix: str, words: str) -> t
     """
     before = tokens_after(model, prompt, prefix.rstrip(" ")).ids
     both = tokens_after(model, prompt, join_words(prefix, words)).ids
-    return _rest(both, before)
+    return _continuation(both, before)
 
 
-def _rest(both: Sequence[int], before: Sequence[int]) -> tuple[int, ...]:
+def _continuation(both: Sequence[int], before: Sequence[int]) -> tuple[int, ...]:
     return tuple(both[len(before) :]) if tuple(both[: len(before)]) == tuple(before) else ()

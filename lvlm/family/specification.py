@@ -170,12 +170,10 @@ class FamilySpec:
         return cls.from_mapping(record)
 
 
-def _check_fields(what: str, values: Mapping[str, Any], known: Sequence[str], required: str) -> None:
-    unknown = sorted(str(name) for name in values.keys() - set(known))
+def _check_fields(what: str, values: Mapping[str, Any], fields: Sequence[str], required: str) -> None:
+    unknown = sorted(str(name) for name in values.keys() - set(fields))
     if unknown:
-        msg = (
-            f"{what}: unknown field '{unknown[0]}'; choose from {', '.join(sorted(known))}{nearest(unknown[0], known)}"
-        )
+        msg = f"{what}: unknown field '{unknown[0]}'; choose from {', '.join(sorted(fields))}{nearest(unknown[0], fields)}"
         raise ModelError(msg)
     if required not in values:
         msg = f"{what}: the field '{required}' is missing"

@@ -100,11 +100,12 @@ def _errors_by_prior(run: RunFiles) -> str:
         object_best, last_best = (max(part, key=lambda r: r.true) for part in (at_object, at_last))
         n = readings[0].n
         if object_best.true <= 0.5:
-            return f"In {format_count(n, 'answer')} by the prior, probes read the true color in at most {percent(object_best.true)}."
+            highest = percent(object_best.true)
+            return f"In {format_count(n, 'answer')} by the prior, probes read the true color in at most {highest}."
         return (
             f"In {format_count(n, 'answer')} by the prior, probes read the true color at {object_best.place} (object tokens) "
-            f"in {percent(object_best.true)} and at {last_best.place} (last token) in {percent(last_best.true)}: the model sees the "
-            "color, and the answer does not use it."
+            f"in {percent(object_best.true)} and at {last_best.place} (last token) in {percent(last_best.true)}: the model sees "
+            "the color, and the answer does not use it."
         )
     errors = len(errors_by_prior(run))
     if errors:

@@ -297,8 +297,8 @@ class _Forward:
         resumed = cls(model, inputs, keep, first, hidden, calls)
         try:
             with torch.no_grad():
-                again = resumed.logits()
-            fits = bool(((again - logits).abs().max() <= _TOLERANCE * logits.abs().max()).item())
+                resumed_logits = resumed.logits()
+            fits = bool(((resumed_logits - logits).abs().max() <= _TOLERANCE * logits.abs().max()).item())
         except (TypeError, RuntimeError, ValueError, AttributeError):
             fits = False  # layers that need more than their recorded arguments
         if not fits or not store.take(hidden.numel() * hidden.element_size()):
@@ -409,13 +409,13 @@ def _select(parts: Sequence[_Questions], right: int) -> list[tuple[_Questions, T
         raise PatchError(msg)
     others = sum(len(part.wrong) for part in parts) - wrong
     every = max(1, others // (right * wrong))
-    selected, seen = [], 0
+    selected, n_right = [], 0
     for part in parts:
         rows = []
         for i, is_wrong in enumerate(part.wrong.tolist()):
-            if is_wrong or seen % every == 0:
+            if is_wrong or n_right % every == 0:
                 rows.append(i)
-            seen += not is_wrong
+            n_right += not is_wrong
         if rows:
             selected.append((part, torch.tensor(rows)))
     return selected

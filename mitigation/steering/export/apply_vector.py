@@ -221,8 +221,8 @@ class _Tokens:
         @functools.wraps(original)
         def generate(*args: Any, **kwargs: Any) -> Any:
             ids = args[0] if args and isinstance(args[0], Tensor) else kwargs.get("input_ids", kwargs.get("inputs"))
-            given = kwargs.get("inputs_embeds")
-            length = next((x.shape[1] for x in (given, ids) if isinstance(x, Tensor) and x.dim() > 1), 0)
+            embeddings = kwargs.get("inputs_embeds")
+            length = next((x.shape[1] for x in (embeddings, ids) if isinstance(x, Tensor) and x.dim() > 1), 0)
             mask = kwargs.get("attention_mask")
             length = max(length, mask.shape[1] if isinstance(mask, Tensor) and mask.dim() == 2 else 0)
             self._generating, self._prompt, self._ids = True, length, ids if isinstance(ids, Tensor) else None
