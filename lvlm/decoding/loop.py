@@ -22,6 +22,7 @@ from lvlm.access.decoder_module import decoder_of
 from lvlm.access.reused_vision_run import reuse_vision_runs
 from lvlm.access.shared_vision_run import share_vision_runs
 from lvlm.active_interventions import mark_observer
+from lvlm.decoding.attention_edits import without_attention_edits
 from lvlm.decoding.cache import merge_caches, new_cache
 from lvlm.decoding.decoder import AnswerRule, Branch, Prompts, Step
 from lvlm.decoding.row_layout import RowLayout, stack_layouts
@@ -451,7 +452,7 @@ def merges_caches(model: Lvlm) -> bool:
 def _measure_merging(model: Lvlm) -> bool:
     from lvlm.decoding.cache_check import check_prompts
 
-    with model.with_row_layout(None):
+    with model.with_row_layout(None), without_attention_edits(model):
         prompts = check_prompts(model)
         count = sum(len(group.rows) for group in prompts)
         try:
