@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +13,33 @@ from groundscope.core.errors import DataError
 
 if TYPE_CHECKING:
     from PIL import Image
+
+
+@dataclass(frozen=True, eq=False)
+class MemoryImage:
+    """An RGB image in memory as a `concepts.schema.ImageSource`.
+
+    Examples
+    --------
+    >>> from PIL import Image
+    >>> from lvlm.images import MemoryImage
+    >>> red, same = (MemoryImage.of(Image.new("RGB", (4, 3), "red")) for _ in range(2))
+    >>> red.identity == same.identity, red.load().size
+    (True, (4, 3))
+    """
+
+    image: Image.Image
+    identity: str
+    """Digest of the pixels and their shape."""
+
+    @classmethod
+    def of(cls, image: Image.Image) -> MemoryImage:
+        """Return the source of an RGB image."""
+        return cls(image, hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest())
+
+    def load(self) -> Image.Image:
+        """Return the image."""
+        return self.image
 
 
 def as_rgb(image: Any) -> Image.Image:

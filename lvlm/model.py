@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from concepts.schema import Box, Example, ImageSource, check_box
+from concepts.schema import Box, Example, ImageSource, NoImage, check_box
 from groundscope.core.bounded_cache import BoundedCache
 from groundscope.core.errors import ModelError, SiteError
 from lvlm.access.eager_attention import eager, implementations, warn_of_eager
@@ -32,7 +32,7 @@ from lvlm.encoding.registry import image_encodings
 from lvlm.family.module_detection import complete, heads_of, text_config, vision_heads
 from lvlm.family.specification import FamilySpec, find, layer_list, resolve
 from lvlm.generation import greedy
-from lvlm.images import as_rgb
+from lvlm.images import MemoryImage, as_rgb
 from lvlm.interfaces import EncodedImage, ImageEncoding
 from lvlm.processor_digest import pixel_settings
 from lvlm.prompting import prompt_of
@@ -378,7 +378,8 @@ class Lvlm:
         True
         """
         images = image if isinstance(image, list | tuple) else [image]
-        return self._answer(images, self.prompt(question, len(images), system=system), question, max_new_tokens)
+        text = self.prompt(question, len(images), system=system)
+        return self._answer(images, text, question, max_new_tokens, system=system)
 
     def generate(self, images: Any, prompt: str, *, max_new_tokens: int = 40) -> str:
         """Return the greedy continuation of a prompt as text, without a chat template.
@@ -398,7 +399,8 @@ class Lvlm:
         Raises
         ------
         DataError
-            As `encode_prompt`; also if an image cannot be read.
+            As `encode_prompt`; also if an image cannot be read, and while a mitigation is active that writes another prompt for
+            the question, because this one has no question.
 
         Examples
         --------
@@ -421,12 +423,24 @@ class Lvlm:
         choose = None if sampling is None else sampling.processor([e.example.id for e in batch.encodings])
         return self._texts(greedy(self, batch.inputs, max_new_tokens, images=batch.images, choose=choose))
 
-    def _answer(self, images: Sequence[Any], text: str, question: str, max_new_tokens: int) -> str:
+    def _answer(
+        self, images: Sequence[Any], text: str, question: str, max_new_tokens: int, *, system: str | None = None
+    ) -> str:
         if max_new_tokens < 1:
             msg = f"max_new_tokens={max_new_tokens}; it must be at least 1"
             raise ModelError(msg)
-        inputs, _ = self.encode_prompt(text, [as_rgb(image) for image in images], question=question)
-        return self._texts(greedy(self, self.on_device(inputs), max_new_tokens))[0]
+        pictures = [as_rgb(image) for image in images]
+        inputs, tokens = self.encode_prompt(text, pictures, question=question)
+        if self.decoder is None:
+            return self._texts(greedy(self, self.on_device(inputs), max_new_tokens))[0]
+        first, *further = map(MemoryImage.of, pictures) if pictures else (NoImage(),)
+        example = Example(
+            *("prompt", first, question, "", (), "object", "open", "", "prompt"),
+            further_images=tuple(further),
+            system=system,
+        )
+        batch = Batch((0,), (Encoding(example, inputs, tokens),), self.on_device(inputs))
+        return self._texts(self.decoder.generate(self, batch, max_new_tokens))[0]
 
     def _texts(self, answers: list[list[int]]) -> list[str]:
         return [t.strip() for t in self.processor.tokenizer.batch_decode(answers, skip_special_tokens=True)]

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from concepts.schema import Example
-from groundscope.core.errors import ModelError
+from concepts.schema import Example, ImageSource
+from groundscope.core.errors import DataError, ModelError
 from lvlm.decoding.decoder import Branch, Prompts
 from lvlm.encoding.encode import runs_without_image
 from lvlm.image_tokens import image_in_sequence, image_tokens
@@ -32,7 +32,7 @@ def check_runs_without_image(model: Lvlm, label: str) -> None:
 
 def without_image(model: Lvlm, batch: Batch) -> Branch:
     """Return the prompts without their image tokens; markers around them and newlines stay, positions are those of text."""
-    return _replaced_image(model, batch, "no image", ())
+    return replaced_image(model, batch, "no image", [()] * len(batch.encodings))
 
 
 def unknown_image(model: Lvlm, batch: Batch, *, single: bool = False) -> Branch:
@@ -43,15 +43,36 @@ def unknown_image(model: Lvlm, batch: Batch, *, single: bool = False) -> Branch:
     ModelError
         If the tokenizer has no token for unknown words.
     """
+    return replaced_image(
+        model, batch, "unknown image", [(unknown_token(model),)] * len(batch.encodings), each=not single
+    )
+
+
+def unknown_token(model: Lvlm) -> int:
+    """Return the token for unknown words; raises `ModelError` if the tokenizer has none."""
     unknown = model.processor.tokenizer.unk_token_id
     if unknown is None:
         msg = f"the tokenizer of {model.name} has no token for unknown words to put in place of the image; use another form"
         raise ModelError(msg)
-    return _replaced_image(model, batch, "unknown image", (int(unknown),), each=not single)
+    return int(unknown)
 
 
-def _replaced_image(model: Lvlm, batch: Batch, name: str, filler: tuple[int, ...], *, each: bool = True) -> Branch:
-    """Return the prompts as text, with `filler` in place of each image token, or of each run of image tokens."""
+def replaced_image(
+    model: Lvlm, batch: Batch, name: str, fillers: Sequence[Sequence[int]], *, each: bool = False
+) -> Branch:
+    """Return the prompts as text, with other tokens in place of the image.
+
+    Parameters
+    ----------
+    model, batch
+        The model and the prompts.
+    name
+        Name of the branch.
+    fillers
+        For each prompt the tokens in place of the image.
+    each
+        Whether they replace each image token, and not each run of image tokens.
+    """
     ids = batch.inputs["input_ids"]
     image = image_tokens(model, batch.inputs) if image_in_sequence(model) else ids == model.content_id
     rows: dict[int, list[tuple[int, list[int]]]] = {}
@@ -61,7 +82,7 @@ def _replaced_image(model: Lvlm, batch: Batch, name: str, filler: tuple[int, ...
             if not marked:
                 text.append(token)
             elif each or i == 0 or not marks[i - 1]:
-                text.extend(filler)
+                text.extend(fillers[row])
         rows.setdefault(len(text), []).append((row, text))
     prompts = []
     for items in rows.values():
@@ -100,10 +121,31 @@ def with_pixels(model: Lvlm, batch: Batch, name: str, change: Callable[[Example,
 
 
 def with_examples(model: Lvlm, batch: Batch, name: str, change: Callable[[Example], Example]) -> Branch:
-    """Return the prompts of changed examples: other words, another system prompt, or another image."""
-    return Branch.of(name, model, encode_all(model, [change(encoding.example) for encoding in batch.encodings]))
+    """Return the prompts of changed examples: other words, another system prompt, or another image.
+
+    Raises
+    ------
+    DataError
+        For a prompt without a question, as in `Lvlm.generate`.
+    """
+    return Branch.of(name, model, [model.encode(change(example)) for example in examples_of(batch, name)])
 
 
-def encode_all(model: Lvlm, examples: Sequence[Example]) -> list[Encoding]:
-    """Encode examples."""
-    return [model.encode(example) for example in examples]
+def with_images(model: Lvlm, batch: Batch, name: str, images: Sequence[Sequence[ImageSource]]) -> Branch:
+    """Return the prompts about other images, given for each prompt as many as it has; boxes do not belong to them."""
+    examples = [
+        replace(example, image=others[0], further_images=tuple(others[1:]), objects=(), subject=None)
+        if others
+        else example
+        for example, others in zip(examples_of(batch, name), images, strict=True)
+    ]
+    return Branch.of(name, model, [model.encode(example) for example in examples])
+
+
+def examples_of(batch: Batch, purpose: str) -> list[Example]:
+    """Return the examples of a batch; raises `DataError` for a prompt without a question, as in `Lvlm.generate`."""
+    examples = [encoding.example for encoding in batch.encodings]
+    if any(not example.question for example in examples):
+        msg = f"{purpose}: another prompt is written for the question, and Lvlm.generate receives none; use Lvlm.ask"
+        raise DataError(msg)
+    return examples

@@ -35,7 +35,7 @@ Variant = Literal["paper", "release"]
 
 @dataclass(frozen=True)
 class TrainingFree:
-    """A training-free method; subclasses add their parameters as fields and override `_check`, `_decoder` or `_changed`.
+    """A training-free method; subclasses add their parameters as fields and override `_check` and `_enter`.
 
     Examples
     --------
@@ -52,6 +52,8 @@ class TrainingFree:
     regime: ClassVar[Regime] = "greedy"
     """How the method's release writes answers."""
     cost: ClassVar[ForwardCost] = ForwardCost()
+    control: ClassVar[bool] = False
+    """Whether this is a control, a row that a method must beat, and not a published method."""
     needs: ClassVar[tuple[str, ...]] = ()
     """What `derive` reads of `DerivationData` beside the model: ``heads``, ``store``, ``examples``."""
 

@@ -11,8 +11,13 @@ from mitigation.training_free.method import TrainingFree
 from mitigation.training_free.methods.beam import BeamSearch
 from mitigation.training_free.methods.deco import DeCo
 from mitigation.training_free.methods.dola import DoLa
+from mitigation.training_free.methods.icd import ICD
+from mitigation.training_free.methods.lcd import LCD
+from mitigation.training_free.methods.m3id import M3ID
 from mitigation.training_free.methods.revisit import ReVisiT
+from mitigation.training_free.methods.ritual import RITUAL
 from mitigation.training_free.methods.vcd import VCD
+from mitigation.training_free.methods.vdd import VDD, VDDCalibration
 
 
 def _check(entry: type[TrainingFree]) -> str | None:
@@ -27,8 +32,14 @@ training_free_methods: Registry[type[TrainingFree]] = Registry(
         "beam": BeamSearch,
         "deco": DeCo,
         "dola": DoLa,
+        "icd": ICD,
+        "lcd": LCD,
+        "m3id": M3ID,
         "revisit": ReVisiT,
+        "ritual": RITUAL,
         "vcd": VCD,
+        "vdd": VDD,
+        "vdd_calibration": VDDCalibration,
     },
     group="groundscope.training_free",
     check=_check,
