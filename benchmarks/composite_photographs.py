@@ -64,18 +64,18 @@ def main() -> None:
         )
         for kind in KINDS
     }
-    drawn = scenes.dataset(n_scenes, seed=1)
+    icon_scenes = scenes.dataset(n_scenes, seed=1)
     figures: dict[str, Any] = {}
-    accuracy = [accuracies(model, drawn, "drawn")]
+    accuracy = [accuracies(model, icon_scenes, "drawn")]
     rows: list[dict[str, Any]] = []
     with progress("shares of gray", len(SHARES)) as advance:
         for share in SHARES:
             with tempfile.TemporaryDirectory() as folder:
-                composites = save_composites(drawn, Path(folder) / "seen" / "images", gray_share=share)
+                composites = save_composites(icon_scenes, Path(folder) / "seen" / "images", gray_share=share)
                 accuracy.append(accuracies(model, composites, f"gray {share:.1f}"))
                 for kind, source in KINDS.items():
                     place = Path(folder) / kind
-                    saved = save_composites(drawn, place / "images", gray_share=share)
+                    saved = save_composites(icon_scenes, place / "images", gray_share=share)
                     data = write_annotations(saved, place, source).load()
                     row = measure(model, kind, counterfactuals.on_canvas(data, (224, 224)), own[kind], n_pairs)
                     rows.append({"gray": share, **row})

@@ -76,16 +76,16 @@ def run_seed(seed: int, images: int, test_images: int, captions: int) -> dict[st
     """Derive, choose and test the vector of one seed."""
     model, limits = load_lvlm("tiny"), guard_limits(SteerConfig().guards, SteerConfig().max_drop)
     first, second = halves(scenes.dataset(images, seed=seed))
-    questions, rest = (part.filter(lambda e: bool(e.candidates)) for part in (first, second))
-    kept, middle = preserved(model, first), model.n_layers // 2
+    questions, other_questions = (part.filter(lambda e: bool(e.candidates)) for part in (first, second))
+    preservation, middle = preserved(model, first), model.n_layers // 2
     layers = [middle, middle + 1]
-    vector = derive.optimize(model, list(questions), **kept, layers=layers, progress=False)
-    sweep = sweep_strengths(model, rest, {"v": (vector, STRENGTHS)}, limits=limits, progress=False)["v"]
+    vector = derive.optimize(model, list(questions), **preservation, layers=layers, progress=False)
+    sweep = sweep_strengths(model, other_questions, {"v": (vector, STRENGTHS)}, limits=limits, progress=False)["v"]
     _, chosen = choose_guarded(
         model, {"v": (vector, sweep)}, TextProbe.of(model, second), limits=limits, progress=False
     )
     vector = vector.scaled(chosen["strength"])
-    control = derive.optimize(model, exchanged(questions), **kept, layers=layers, progress=False)
+    control = derive.optimize(model, exchanged(questions), **preservation, layers=layers, progress=False)
     vectors: dict[str, SteeringVector | None] = {"before": None, "vector": vector}
     vectors |= {"random direction": vector.randomized(seed), "exchanged answers": control.scaled(chosen["strength"])}
     data = scenes.dataset(test_images, seed=1000 + seed).filter(lambda e: bool(e.candidates))

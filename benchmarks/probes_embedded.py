@@ -168,14 +168,14 @@ def check_hypotheses(figures: dict[str, Any]) -> dict[str, Any]:
     for tokens in ("object:mean", "last"):
         value = best(f"color at decoder.resid_post {tokens}", "low_where_wrong_by_prior")
         out[f"true color is decodable where wrong by prior, {tokens}"] = statement(value, value > 0.5)
-    asked = figures.get("asked at decoder.resid_post last")
-    if asked:
-        value = sum(asked["concepts_above_lexical"])
+    named = figures.get("asked at decoder.resid_post last")
+    if named:
+        value = sum(named["concepts_above_lexical"])
         out["layers where a concept of the words alone is called visual"] = {
             "value": [value],
             "goal": "= 0",
             "holds": value == 0,
-            "n": len(asked["value"]),
+            "n": len(named["value"]),
         }
     return out
 

@@ -24,7 +24,7 @@ _LARGEST_DIGITS = 7
 
 @dataclass(frozen=True, slots=True)
 class RunLengthMask:
-    """The pixels of one object in an image of a certain size; false if there are none.
+    """The pixels of one object in an image of a certain size; false for an empty mask.
 
     Raises
     ------

@@ -128,7 +128,7 @@ def _check_placed(table: SplitRows, concepts: Sequence[str], folds: int) -> None
 
 
 def _placement_problem(table: SplitRows, k: int, concept: str, folds: int) -> str:
-    """Return a sentence that names each class with too few groups for a part of the split; empty if there is none."""
+    """Return a sentence that names each class with too few groups for a part of the split; empty if each class has enough."""
     problems = []
     classes = strata(table.labels[:, k])
     for value in (0, 1):

@@ -90,9 +90,9 @@ def test_a_joined_store_is_a_store(stores: tuple[ActivationStore, ActivationStor
     assert joined.digest != plain.digest  # grids of other labels are grids of another store
     assert "blurred" not in plain.labels
     assert copy.copy(joined).digest == joined.digest  # by the same parts as in the workers of a data loader
-    again = joined.with_labels(pd.DataFrame({"id": [e.id for e in data], "blurred": 1.5}))
-    assert set(again.frame()["blurred"]) == {1.5}
-    assert again.frame()["size"].equals(joined.frame()["size"])
+    relabeled = joined.with_labels(pd.DataFrame({"id": [e.id for e in data], "blurred": 1.5}))
+    assert set(relabeled.frame()["blurred"]) == {1.5}
+    assert relabeled.frame()["size"].equals(joined.frame()["size"])
     labeled = ConceptDataset("mine", (replace(data[2], labels={"blurred": True}),))
     assert np.flatnonzero(plain.with_labels(labeled).frame()["blurred"] == 1).tolist() == [2]
     with pytest.raises(StoreError, match="stores with joined labels cannot be merged; merge the stores first"):

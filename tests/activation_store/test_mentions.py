@@ -82,17 +82,17 @@ def test_rows_are_the_tokens_of_each_mention(family: str, tmp_path: Path) -> Non
 
 def test_rows_do_not_depend_on_the_batch_or_on_other_selections(tmp_path: Path) -> None:
     lvlm, data = model("llava"), written()
-    together = trace(lvlm, data, ["z"], ["mention:first", "answer:0"], tmp_path / "a", batch_size=4)
+    batched = trace(lvlm, data, ["z"], ["mention:first", "answer:0"], tmp_path / "a", batch_size=4)
     alone = trace(lvlm, data, ["z"], ["mention:first"], tmp_path / "b", batch_size=1, answers=False, shard_size=1)
     for column in ("mention:noun", "object:hallucinated", "mention:number"):
-        assert together.mentions().frame()[column].tolist() == alone.mentions().frame()[column].tolist()
+        assert batched.mentions().frame()[column].tolist() == alone.mentions().frame()[column].tolist()
     for column in ("mention:log_p", "mention:first_log_p"):
-        values = [s.mentions().frame()[column].to_numpy() for s in (together, alone)]
+        values = [s.mentions().frame()[column].to_numpy() for s in (batched, alone)]
         np.testing.assert_allclose(values[0], values[1], atol=1e-4)
-    read = [s.mentions().read("decoder.L1.z", "mention:first", head=1) for s in (together, alone)]
+    read = [s.mentions().read("decoder.L1.z", "mention:first", head=1) for s in (batched, alone)]
     np.testing.assert_allclose(read[0], read[1], atol=2e-5)
-    again = trace(lvlm, data, ["z"], ["mention:first"], tmp_path / "b", batch_size=1, answers=False, shard_size=1)
-    assert again.digest == alone.digest
+    repeated = trace(lvlm, data, ["z"], ["mention:first"], tmp_path / "b", batch_size=1, answers=False, shard_size=1)
+    assert repeated.digest == alone.digest
     others = ConceptDataset("w", tuple(replace(e, id=f"{e.id}2") for e in data))
     second = trace(lvlm, others, ["z"], ["mention:first"], tmp_path / "c", batch_size=1, answers=False)
     merged = merge(ActivationStore(tmp_path / "b").merge(second), tmp_path / "d")

@@ -342,8 +342,8 @@ def test_answers_continue_after_a_prefix(model: Lvlm, data: ConceptDataset) -> N
         if len(tokenizer(text, add_special_tokens=False)["input_ids"]) != len(words):
             continue  # a random model may write marks without spaces
         prefixed = replace(caption, prefix=" ".join(words[:3]))
-        rest = answer(model, ConceptDataset("p", (prefixed,)), max_new_tokens=6 - 3)
-        assert rest.texts[caption.id].split() == words[3:]
+        continuation = answer(model, ConceptDataset("p", (prefixed,)), max_new_tokens=6 - 3)
+        assert continuation.texts[caption.id].split() == words[3:]
         choice = replace(prefixed, candidates=("red", "green"), answer="red")
         margin = answer(model, ConceptDataset("p", (choice,))).answers[0].margin
         logits = model.logits(model.encode(prefixed).inputs)[0]

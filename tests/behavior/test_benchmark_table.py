@@ -21,10 +21,10 @@ def answers(seed: int, parts: tuple[str, ...] = ()) -> BehaviorResult:
     for part in parts or ("",):
         for split in ("random", "popular"):
             for i in range(30):
-                truth, given = (["yes", "no"][int(rng.random() < 0.4)] for _ in range(2))
+                truth, choice = (["yes", "no"][int(rng.random() < 0.4)] for _ in range(2))
                 name = f"{part}/{split}/{i}" if part else f"{split}/{i}"
                 about = (name, f"image {i // 3}", split, "object", "existence", "Is there a dog?", truth, ("yes", "no"))
-                rows.append(Answer(*about, given=given, correct=given == truth))
+                rows.append(Answer(*about, given=choice, correct=choice == truth))
     return BehaviorResult(tuple(rows), Cost(None, None, len(rows)), {"data": "d", "parts": list(parts)})
 
 
@@ -38,13 +38,13 @@ def test_figures_are_those_of_scikit_learn_and_means_are_unweighted() -> None:
         if row.split == "mean":
             continue
         chosen = [a for a in result.answers if a.id.startswith(f"{row.data}/{row.split}/")]
-        true, given = ([getattr(a, field) == "yes" for a in chosen] for field in ("answer", "given"))
+        true, predicted = ([getattr(a, field) == "yes" for a in chosen] for field in ("answer", "given"))
         expected = {
-            "accuracy": accuracy_score(true, given),
-            "precision": precision_score(true, given),
-            "recall": recall_score(true, given),
-            "f1": f1_score(true, given),
-            "yes_ratio": np.mean(given),
+            "accuracy": accuracy_score(true, predicted),
+            "precision": precision_score(true, predicted),
+            "recall": recall_score(true, predicted),
+            "f1": f1_score(true, predicted),
+            "yes_ratio": np.mean(predicted),
         }
         assert {n: f.value for n, f in row.figures.items()} == pytest.approx(expected)
         assert row.n == 30

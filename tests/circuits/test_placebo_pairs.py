@@ -134,19 +134,19 @@ def test_scores_are_selected_by_outcome() -> None:
 def test_a_canvas_makes_pairs_of_any_size_patchable() -> None:
     lvlm = model_of("qwen2_vl")  # its number of image tokens depends on the size of the image
     sizes = ((140, 100), (84, 140), (140, 140))
-    made = []
+    couples = []
     for number, size in enumerate(sizes):
         clean, other = example_of(number), example_of(number + 3, size)
         answer = "no" if clean.answer == "yes" else "yes"
         corrupt = replace(
             other, id=f"{clean.id}|{size}", question=clean.question, answer=answer, candidates=clean.candidates
         )
-        made.append((clean, replace(corrupt, group=clean.group)))
-    real = [CounterfactualPair(clean, corrupt, "object", "another size") for clean, corrupt in made]
+        couples.append((clean, replace(corrupt, group=clean.group)))
+    real = [CounterfactualPair(clean, corrupt, "object", "another size") for clean, corrupt in couples]
     with pytest.raises(PatchError, match=r"2 of 3 pairs have different numbers or positions of tokens"):
         patch_heads(lvlm, real, min_effect=0)
-    data = ConceptDataset("sizes", tuple(e for pair in made for e in pair))
+    data = ConceptDataset("sizes", tuple(e for pair in couples for e in pair))
     placed = counterfactuals.on_canvas(data, (112, 112))
     examples = dict(zip([e.id for e in data], placed, strict=True))
-    same = [CounterfactualPair(examples[a.id], examples[b.id], "object", "another size") for a, b in made]
+    same = [CounterfactualPair(examples[a.id], examples[b.id], "object", "another size") for a, b in couples]
     assert patch_heads(lvlm, same, min_effect=0).n_pairs == 3

@@ -91,11 +91,11 @@ def test_actions_ask_for_subject_verb_and_object(tmp_path: Path) -> None:
         "2": {"1": thing("man", 0, pushing="2"), "2": thing("horse", 20)},
     }  # fmt: skip
     data = gqa(tmp_path, graphs, per_image=5)
-    asked = [(e.group, e.question, e.answer) for e in data if e.kind == "action"]
-    assert ("1.jpg", "Is the man riding the horse?", "yes") in asked
-    assert ("2.jpg", "Is the man pushing the horse?", "yes") in asked
-    assert {a for _, _, a in asked} == {"yes", "no"}
-    assert not [q for _, q, _ in asked if "dog" in q]  # two actions of one set contradict each other
+    actions = [(e.group, e.question, e.answer) for e in data if e.kind == "action"]
+    assert ("1.jpg", "Is the man riding the horse?", "yes") in actions
+    assert ("2.jpg", "Is the man pushing the horse?", "yes") in actions
+    assert {a for _, _, a in actions} == {"yes", "no"}
+    assert not [q for _, q, _ in actions if "dog" in q]  # two actions of one set contradict each other
     assert data.provenance["left_out"]["actions that contradict another"] == 2  # pyright: ignore[reportIndexIssue]
     assert {e.level for e in data if e.kind == "action"} == {"relation"}
 
@@ -115,8 +115,8 @@ def test_actions_and_attributes_are_exchanged_between_photographs(tmp_path: Path
                     "action": ("riding", "pushing", "carrying")[number % 3],
                     "attribute": ("wooden", "metal")[number % 2],
                 }
-                asked = pair.clean.question.rstrip("?").split()[3 if word == 2 else -1]
-                assert pair.corrupt.answer == ("yes" if asked == truth[kind] else "no")
+                named = pair.clean.question.rstrip("?").split()[3 if word == 2 else -1]
+                assert pair.corrupt.answer == ("yes" if named == truth[kind] else "no")
                 assert (pair.corrupt.answer == pair.clean.answer) is placebo
                 assert (pair.kind, pair.clean.question) == (kind, pair.corrupt.question)
 
@@ -229,11 +229,11 @@ def test_outlines_move_with_mirrors_and_canvases(tmp_path: Path) -> None:
 
 
 def test_icons_on_photographs_have_true_boxes_and_outlines(tmp_path: Path) -> None:
-    drawn = scenes.dataset(10, seed=4)
-    data = save_composites(drawn, tmp_path, gray_share=1.0)
+    icon_scenes = scenes.dataset(10, seed=4)
+    data = save_composites(icon_scenes, tmp_path, gray_share=1.0)
     first = {e.image.identity: e for e in data}
     assert len({e.image.load().size for e in first.values()}) > 1
-    for example, scene in list({e.group: (e, d) for e, d in zip(data, drawn, strict=True)}.values())[:3]:
+    for example, scene in list({e.group: (e, d) for e, d in zip(data, icon_scenes, strict=True)}.values())[:3]:
         image = example.image.load()
         # On a gray background every other pixel belongs to an icon.
         icons = np.abs(np.asarray(image, float) - GRAY).max(axis=2) > 40
@@ -246,7 +246,7 @@ def test_icons_on_photographs_have_true_boxes_and_outlines(tmp_path: Path) -> No
         assert (icons & outlines).sum() > 0.8 * outlines.sum()  # the rest is light inside an icon
         assert [o.noun for o in example.objects] == [o.noun for o in scene.objects]
     with pytest.raises(ConfigError, match=r"gray_share=2 must be from 0 to 1"):
-        save_composites(drawn, tmp_path, gray_share=2)
+        save_composites(icon_scenes, tmp_path, gray_share=2)
 
 
 def test_recoloring_inside_an_outline_leaves_the_photograph_alone(tmp_path: Path) -> None:

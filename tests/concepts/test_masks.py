@@ -207,15 +207,15 @@ def test_a_record_keeps_either_kind_of_outline() -> None:
 
 
 def test_composites_have_masks_that_edits_use(tmp_path: Path) -> None:
-    drawn = scenes.dataset(16, seed=4)
-    data = save_composites(drawn, tmp_path / "gray", gray_share=1.0, masks=True)
+    icon_scenes = scenes.dataset(16, seed=4)
+    data = save_composites(icon_scenes, tmp_path / "gray", gray_share=1.0, masks=True)
     image = data[0].image.load()
     icons = np.abs(np.asarray(image, float) - GRAY).max(axis=2) > 40
     masks = np.zeros_like(icons)
     for item in data[0].objects:
         masks |= region_mask(image.size, item.require_box(), item.outline)
     assert (icons & masks).sum() > 0.93 * icons.sum()  # edges are soft
-    composites = save_composites(drawn, tmp_path / "images", masks=True)
+    composites = save_composites(icon_scenes, tmp_path / "images", masks=True)
     files = write_annotations(composites, tmp_path, "coco")
     annotated = loaders.coco(files.file, files.images, outlines=True)
     by_group = {e.group: e for e in annotated}

@@ -75,7 +75,7 @@ def test_a_frame_gives_the_examples_of_its_file(folder: Path) -> None:
     paths = frame.assign(image=[folder / name if name else None for name in frame["image"]])
     assert [
         dict(e.labels) for e in ConceptDataset.from_frame(paths)
-    ] == LABELS  # without a folder, paths are used as they are
+    ] == LABELS  # without a folder, paths are used unchanged
     picture = pd.DataFrame({"image": [Image.new("RGB", (3, 2), "green")], "question": ["What is this?"]})
     assert ConceptDataset.from_frame(picture)[0].image.load().getpixel((0, 0)) == (0, 128, 0)
 

@@ -67,8 +67,8 @@ def test_nine_files_are_three_data_sets_in_one_table(evaluation: tuple[Path, str
 
 def test_only_answers_are_made_and_the_report_shows_them(evaluation: tuple[Path, str]) -> None:
     folder, _ = evaluation
-    made = {p.name for p in folder.iterdir() if p.is_dir()}
-    assert made == {"examples", "behavior", "report"}
+    folders = {p.name for p in folder.iterdir() if p.is_dir()}
+    assert folders == {"examples", "behavior", "report"}
     receipt = read_receipt(folder / "behavior")
     assert receipt is not None
     assert set(receipt.inputs) == {"examples"}

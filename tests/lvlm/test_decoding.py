@@ -95,10 +95,10 @@ def test_prompts_of_different_length_are_decoded_together_as_alone(family: str) 
     encodings = [lvlm.encode(replace(e, question=text)) for e, text in zip(questions, texts, strict=True)]
     assert len({e.shape for e in encodings}) > 1
     branch = Branch.of("prompts", lvlm, encodings)
-    together = generate_prompts(lvlm, branch.prompts, AnswerRule(), STEPS, names=["a", "b", "c"], ends=False)
+    batched = generate_prompts(lvlm, branch.prompts, AnswerRule(), STEPS, names=["a", "b", "c"], ends=False)
     for row, encoding in enumerate(encodings):
         alone = [Prompts((0,), lvlm.collate([encoding]))]
-        assert generate_prompts(lvlm, alone, AnswerRule(), STEPS, names=["a"], ends=False) == [together[row]]
+        assert generate_prompts(lvlm, alone, AnswerRule(), STEPS, names=["a"], ends=False) == [batched[row]]
 
 
 def test_sites_are_read_at_the_last_token_of_each_answer() -> None:
@@ -159,10 +159,10 @@ def test_sampled_answers_do_not_depend_on_the_batch() -> None:
     lvlm = model("llava")
     sampling = Sampling(temperature=2.0, seed=3)
     batch = next(lvlm.batches([example(0), example(1)], 2))
-    together = generate(lvlm, batch, AnswerRule(), STEPS, sampling=sampling)
+    batched = generate(lvlm, batch, AnswerRule(), STEPS, sampling=sampling)
     for row, question in enumerate((example(0), example(1))):
         alone = next(lvlm.batches([question], 1))
-        assert generate(lvlm, alone, AnswerRule(), STEPS, sampling=sampling) == [together[row]]
+        assert generate(lvlm, alone, AnswerRule(), STEPS, sampling=sampling) == [batched[row]]
 
 
 def test_two_decoders_are_refused_and_the_first_stays() -> None:

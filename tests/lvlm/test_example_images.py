@@ -136,7 +136,7 @@ def test_batches_share_no_image_by_mistake() -> None:
     rows = [example("a", Noise(0), Noise(1)), example("b", Noise(0), Noise(2)), example("c", Noise(0), Noise(1))]
     (batch,) = lvlm.batches(rows, 4)
     assert batch.images[0] == batch.images[2] != batch.images[1]
-    together = lvlm.logits(batch.inputs, batch.images)
+    batched = lvlm.logits(batch.inputs, batch.images)
     alone = torch.cat([lvlm.logits(lvlm.collate([lvlm.encode(e)])) for e in rows])
-    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(batched, alone, atol=1e-5, rtol=1e-5)
     assert image_encodings[lvlm.spec.view].axis == 0

@@ -24,22 +24,22 @@ from tests.toys.families import build
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Folders of two families; the weights of LLaVA are stored in bfloat16."""
-    root, made = tmp_path_factory.mktemp("models"), {}
+    root, paths = tmp_path_factory.mktemp("models"), {}
     for family in ("llava", "qwen2_vl"):
         network, processor = build(family)
-        made[family] = root / family
-        network.save_pretrained(made[family])
-        processor.save_pretrained(made[family])
-        config = json.loads((made[family] / "config.json").read_text())
+        paths[family] = root / family
+        network.save_pretrained(paths[family])
+        processor.save_pretrained(paths[family])
+        config = json.loads((paths[family] / "config.json").read_text())
         if family == "llava":
             from safetensors.torch import load_file, save_file
 
-            file = made[family] / "model.safetensors"
+            file = paths[family] / "model.safetensors"
             save_file({k: v.bfloat16() for k, v in load_file(file).items()}, file, metadata={"format": "pt"})
             for part in (config, config["text_config"], config["vision_config"]):
                 part["dtype"] = "bfloat16"
-        (made[family] / "config.json").write_text(json.dumps(config))
-    return made
+        (paths[family] / "config.json").write_text(json.dumps(config))
+    return paths
 
 
 def test_the_default_dtype_is_that_of_the_checkpoint(folders: dict[str, Path]) -> None:
@@ -143,11 +143,11 @@ def tiny() -> Lvlm:
 
 def test_an_answer_is_that_of_the_same_question_in_a_dataset(tiny: Lvlm, tmp_path: Path) -> None:
     """From every form of the image."""
-    shown = example()
-    (batch,) = tiny.batches([shown], 1)
+    question = example()
+    (batch,) = tiny.batches([question], 1)
     assert isinstance(batch, Batch)
     expected = tiny.processor.tokenizer.decode(greedy(tiny, batch.inputs, 40)[0], skip_special_tokens=True).strip()
-    image = shown.image.load()
+    image = question.image.load()
     image.save(tmp_path / "a.png")
     transparent = np.dstack([np.asarray(image), np.full(image.size[::-1], 255, np.uint8)])
     for form in (
@@ -156,14 +156,14 @@ def test_an_answer_is_that_of_the_same_question_in_a_dataset(tiny: Lvlm, tmp_pat
         transparent,
         tmp_path / "a.png",
         str(tmp_path / "a.png"),
-        shown.image,
+        question.image,
         [image],
     ):
-        assert tiny.ask(form, shown.question) == expected
-    assert tiny.generate([image], tiny.prompt(shown.question)) == expected
+        assert tiny.ask(form, question.question) == expected
+    assert tiny.generate([image], tiny.prompt(question.question)) == expected
     assert tiny.generate_batch(batch) == [expected]
     gray = image.convert("L")
-    assert tiny.ask(gray, shown.question) == tiny.ask(np.asarray(gray), shown.question)
+    assert tiny.ask(gray, question.question) == tiny.ask(np.asarray(gray), question.question)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Folders as they are released load as they are, and their tokenizers read prompts and answers as the released ones do."""
+"""Released folders load unchanged, and their tokenizers read prompts and answers as the released ones do."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def loaded(request: pytest.FixtureRequest, models: Callable[[str], Loaded]) -> L
     return models(request.param)
 
 
-def asked(question: str = QUESTION) -> Any:
+def yes_no_example(question: str = QUESTION) -> Any:
     return replace(example(0), question=question, answer="yes", candidates=("yes", "no"))
 
 
@@ -81,12 +81,12 @@ def test_every_weight_of_the_files_is_in_the_model(loaded: Loaded) -> None:
 
 def test_the_configuration_of_the_release_is_read(loaded: Loaded) -> None:
     release, _, model = loaded
-    config, known = model.hf.config, release.config
+    config, released = model.hf.config, release.config
     assert model.content_token == release.image
-    assert model.content_id == known.get("image_token_index", known.get("image_token_id"))
+    assert model.content_id == released.get("image_token_index", released.get("image_token_id"))
     assert config.get_text_config().hidden_size == 32
-    if "vision_feature_layer" in known:
-        assert config.vision_feature_layer == known["vision_feature_layer"]
+    if "vision_feature_layer" in released:
+        assert config.vision_feature_layer == released["vision_feature_layer"]
     if release.model_type.startswith("qwen"):
         size = model.processor.image_processor.size
         assert (size["shortest_edge"], size["longest_edge"]) == (3136, 12845056)
@@ -98,7 +98,7 @@ def test_the_prompt_is_that_of_the_released_template(loaded: Loaded) -> None:
     """Proved by decoding: the tokens that the model reads are the prompt, with at most one first token before it."""
     release, _, model = loaded
     assert model.prompt(QUESTION) == release.prompt
-    encoding, tokenizer = model.encode(asked()), model.processor.tokenizer
+    encoding, tokenizer = model.encode(yes_no_example()), model.processor.tokenizer
     ids = encoding.inputs["input_ids"][0].tolist()
     first = tokenizer.bos_token_id
     assert ids.count(first) == (first is not None)
@@ -117,14 +117,14 @@ def test_the_prompt_is_that_of_the_released_template(loaded: Loaded) -> None:
 def test_answers_begin_with_the_tokens_that_continue_the_prompt(loaded: Loaded) -> None:
     release, _, model = loaded
     tokenizer = model.processor.tokenizer
-    key = answer_key(model, asked())
+    key = answer_key(model, yes_no_example())
     prompt = tokenizer(release.prompt, add_special_tokens=False)["input_ids"]
     for answer, tokens in zip(key.candidates, key.tokens, strict=True):
         text, small, capital_text, capital = FIRST[release.tokenizer][answer]
         assert tokens == (small, capital)
         for form, token in ((text, small), (capital_text, capital)):
             assert tokenizer.decode([*prompt, token]) == tokenizer.decode(prompt) + form
-    several = answer_tokens(model, asked(), "surfboard ball")
+    several = answer_tokens(model, yes_no_example(), "surfboard ball")
     assert len(several) > 1
     assert tokenizer.decode([*prompt, *several]).endswith("surfboard ball")
 
@@ -134,7 +134,7 @@ def test_transformers_own_processor_makes_the_same_inputs(loaded: Loaded) -> Non
     if type(model.processor).__name__ == "Parts":
         pytest.skip("transformers' own processor of this family needs torchvision")
     image = example(0).image.load()
-    ours = model.encode(asked()).inputs
+    ours = model.encode(yes_no_example()).inputs
     theirs = model.processor(
         text=release.prompt, images=image, return_tensors="pt", add_special_tokens=release.tokenizer != "llama3_1"
     )
@@ -194,7 +194,7 @@ def test_a_system_prompt_is_written_or_refused_as_the_template_does(models: Call
 
 def test_two_answers_with_the_same_first_token_are_refused(models: Callable[[str], Loaded]) -> None:
     _, _, model = models("LLaVA-1.5")
-    two = replace(asked(), answer="surfboard", candidates=("surfboard", "surf"))
+    two = replace(yes_no_example(), answer="surfboard", candidates=("surfboard", "surf"))
     with pytest.raises(DataError, match="begin with the same token"):
         answer_key(model, two)
 
@@ -246,17 +246,25 @@ def test_a_word_of_the_text_keeps_its_merges_and_ids() -> None:
 def row(name: str, release: Release, model: Lvlm) -> str:
     tokenizer = model.processor.tokenizer
 
-    def shown(ids: list[int]) -> str:
+    def token_list(ids: list[int]) -> str:
         return " ".join(f"`{tokenizer.convert_ids_to_tokens(i)}`" for i in ids)
 
-    ids = model.encode(asked()).inputs["input_ids"][0].tolist()
+    ids = model.encode(yes_no_example()).inputs["input_ids"][0].tolist()
     first, last = ids.index(model.content_id), len(ids) - 1 - ids[::-1].index(model.content_id)
-    key = answer_key(model, asked())
-    answers = ", ".join(f"{shown([i])} {i}" for tokens in key.tokens for i in tokens)
+    key = answer_key(model, yes_no_example())
+    answers = ", ".join(f"{token_list([i])} {i}" for tokens in key.tokens for i in tokens)
     system = "`You are a helpful assistant.`" if "helpful" in release.prompt else "none"
-    begin = shown(ids[:1]) if ids[0] == tokenizer.bos_token_id else "none"
-    around = f"{shown(ids[max(0, first - 2) : first])} … {shown(ids[last + 1 : last + 3])}"
-    cells = (name, begin, system, around, shown(ids[-2:]), answers, shown(answer_tokens(model, asked(), "surfboard")))
+    begin = token_list(ids[:1]) if ids[0] == tokenizer.bos_token_id else "none"
+    around = f"{token_list(ids[max(0, first - 2) : first])} … {token_list(ids[last + 1 : last + 3])}"
+    cells = (
+        name,
+        begin,
+        system,
+        around,
+        token_list(ids[-2:]),
+        answers,
+        token_list(answer_tokens(model, yes_no_example(), "surfboard")),
+    )
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
@@ -279,7 +287,7 @@ def test_the_guide_states_what_is_read(models: Callable[[str], Loaded]) -> None:
 @pytest.mark.parametrize("prefix", ["There is a dog, so", "Is there a dog? ", "I see:\n", 'He says "'])
 def test_a_prefix_and_its_next_word_have_the_tokens_of_the_whole_answer(loaded: Loaded, prefix: str) -> None:
     _, _, model = loaded
-    question = replace(asked(), prefix=prefix)
+    question = replace(yes_no_example(), prefix=prefix)
     tokenizer = model.processor.tokenizer
     prompt = model.prompt(QUESTION)
     start = tokenizer(prompt, add_special_tokens=False)["input_ids"]

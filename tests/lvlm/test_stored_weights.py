@@ -45,10 +45,10 @@ Values = np.ndarray
 
 @cache
 def data() -> ConceptDataset:
-    drawn = scenes.dataset(10, 0, splits=("neutral",))
+    icon_scenes = scenes.dataset(10, 0, splits=("neutral",))
     alike = [
         e
-        for e in drawn
+        for e in icon_scenes
         if e.kind == "existence" and e.question.startswith("Is there a ") and e.question.count(" ") == 6
     ]
     return ConceptDataset("d", tuple(alike[:2]), {})

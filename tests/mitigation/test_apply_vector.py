@@ -29,7 +29,7 @@ def unit(d: int) -> np.ndarray:
     return v / np.linalg.norm(v)
 
 
-def made(*keys: Key, kind: str = "add", width: int = 192, **more: Any) -> SteeringVector:
+def make_vector(*keys: Key, kind: str = "add", width: int = 192, **more: Any) -> SteeringVector:
     model = shared_model()
     changes: dict[Key, VectorChange] = {}
     for key in keys:
@@ -47,21 +47,21 @@ def made(*keys: Key, kind: str = "add", width: int = 192, **more: Any) -> Steeri
 
 HEADS = (Head(1, 3), Head(1, 6), Head(4, 0))
 VECTORS = {
-    "heads": made(*HEADS),
-    "heads amplify, decay": made(*HEADS, kind="amplify", decay=0.5),
-    "project image": made(1, 2, kind="project", positions="image:all"),
-    "everywhere": made(2, Site("decoder", 3, "mlp_out"), Head(3, 1), positions="all"),
-    "question": made(1, positions="suffix:all"),
-    "question and answer, decay": made(1, positions="suffix+generated", decay=0.7),
-    "answer": made(3, positions="generated:all"),
-    "last, kept": made(2, positions="last", norm="kept"),
-    "relative, decay": made(2, norm="relative", decay=0.5),
-    "away": made(2, 4, positions="all", norm="away"),
-    "vision": made(Site("vision", 1, "resid_post"), positions="all", width=128),
-    "attention output, gate at a head": made(
+    "heads": make_vector(*HEADS),
+    "heads amplify, decay": make_vector(*HEADS, kind="amplify", decay=0.5),
+    "project image": make_vector(1, 2, kind="project", positions="image:all"),
+    "everywhere": make_vector(2, Site("decoder", 3, "mlp_out"), Head(3, 1), positions="all"),
+    "question": make_vector(1, positions="suffix:all"),
+    "question and answer, decay": make_vector(1, positions="suffix+generated", decay=0.7),
+    "answer": make_vector(3, positions="generated:all"),
+    "last, kept": make_vector(2, positions="last", norm="kept"),
+    "relative, decay": make_vector(2, norm="relative", decay=0.5),
+    "away": make_vector(2, 4, positions="all", norm="away"),
+    "vision": make_vector(Site("vision", 1, "resid_post"), positions="all", width=128),
+    "attention output, gate at a head": make_vector(
         Site("decoder", 1, "attn_out"), kind="amplify", positions="all", gate=ProbeGate("L1.H2", unit(24), 0.1)
     ),
-    "gate": made(*HEADS[2:], gate=ProbeGate(2, unit(192), -0.2), positions="all"),
+    "gate": make_vector(*HEADS[2:], gate=ProbeGate(2, unit(192), -0.2), positions="all"),
 }
 
 
@@ -162,7 +162,7 @@ def test_files_that_cannot_be_applied_are_refused_before_anything_changes(tmp_pa
 
 
 def test_a_place_that_is_no_plain_tensor_is_refused_by_name(tmp_path: Path) -> None:
-    vector = made(Site("decoder", 2, "resid_mid"))
+    vector = make_vector(Site("decoder", 2, "resid_mid"))
     path = export.safetensors(vector, tmp_path / "v.safetensors", shared_model())
     with pytest.raises(ValueError, match=r"'layers\.2\.resid_mid' is not the plain input or output of a module"):
         apply_vector.read(path)

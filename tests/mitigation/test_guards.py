@@ -28,14 +28,16 @@ from tests.toys.random_models import examples, shared_model
 YES_NO = ("yes", "no")
 
 
-def asked(number: int, truth: str, given: str, *, split: str = "random", kind: str = "existence") -> Answer:
+def make_answer(number: int, truth: str, choice: str, *, split: str = "random", kind: str = "existence") -> Answer:
     about = (f"q{number}", f"image {number % 4}", split, "object", kind, "?", truth, YES_NO)
-    return Answer(*about, given=given, correct=truth == given)
+    return Answer(*about, given=choice, correct=truth == choice)
 
 
 def described(name: str, text: str, objects: tuple[str, ...] = ()) -> tuple[Example, Answer]:
-    shown = tuple(SceneObject(str(i), noun, None) for i, noun in enumerate(objects))
-    example = replace(examples()[0], id=name, group=name, kind="caption", candidates=(), answer="", objects=shown)
+    scene_objects = tuple(SceneObject(str(i), noun, None) for i, noun in enumerate(objects))
+    example = replace(
+        examples()[0], id=name, group=name, kind="caption", candidates=(), answer="", objects=scene_objects
+    )
     about = (name, name, "caption", "object", "caption", "Describe.", "", ())
     return example, Answer(*about, given=None, correct=None, text=text)
 
@@ -46,9 +48,9 @@ def outcome(answers: list[Answer], captions: list[tuple[Example, Answer]] | None
     return Outcome(data, BehaviorResult((*answers, *(a for _, a in captions)), Cost(None, None, len(answers))), **more)
 
 
-PRESENT = [asked(i, "yes", "yes") for i in range(10)]
-ABSENT = [asked(10 + i, "no", "yes" if i < 4 else "no", split="adversarial") for i in range(10)]
-COLORS = [asked(20 + i, "yes", "yes", split="neutral", kind="color") for i in range(5)]
+PRESENT = [make_answer(i, "yes", "yes") for i in range(10)]
+ABSENT = [make_answer(10 + i, "no", "yes" if i < 4 else "no", split="adversarial") for i in range(10)]
+COLORS = [make_answer(20 + i, "yes", "yes", split="neutral", kind="color") for i in range(5)]
 BEFORE = outcome(PRESENT + ABSENT + COLORS)
 
 

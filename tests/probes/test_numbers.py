@@ -110,9 +110,9 @@ def test_free_concepts_and_classes_are_probed_by_name(store: MemorySource, grid:
     assert grid.best("hard").balanced_accuracy > 0.8
     assert set(grid.frame()["level"]) == {""}
     assert grid.numbers == ("size",)
-    rest = multiclass(grid, "place")
+    one_against_others = multiclass(grid, "place")
     softmax = multiclass(grid, "place", how="softmax", store=store)
-    assert (rest["balanced_accuracy"][1], softmax["balanced_accuracy"][1]) > (0.8, 0.8)
+    assert (one_against_others["balanced_accuracy"][1], softmax["balanced_accuracy"][1]) > (0.8, 0.8)
     assert softmax["chance"][1] == pytest.approx(1 / 3)
     assert {c for p in plan_grids(store) for c in p.concepts} == set(
         grid.concepts

