@@ -5,6 +5,8 @@ Functions, in the order of their use
         Fit the probes that a diagnosis reads activations with, from a store.
     `diagnose`
         Return `Diagnoses`: a verdict for each wrong answer, with its evidence.
+    `preference_pairs`
+        Pairs of the true answer and the answer that overrode it, to tune on (`mitigation.preference`).
     `compare_models`
         Compare answers, probes, heads and diagnoses of two models.
 
@@ -25,6 +27,8 @@ Modules, in the order of a diagnosis
         From the state of each stage to a verdict.
     `diagnosis.results`, `diagnosis.narrative`
         Results as tables, files and sentences.
+    `diagnosis.preference_pairs`
+        Verdicts to preference data.
     `diagnosis.comparison`, `diagnosis.compare_models`
         Two models on the same data.
 """

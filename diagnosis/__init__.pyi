@@ -4,6 +4,7 @@ from .compare_models import compare_models, profile_model
 from .comparison import ModelComparison, ModelProfile, compare_profiles
 from .fit import DirectionSet, exclude_images, fit_directions, select_evenly, training_rows
 from .pipeline import diagnose
+from .preference_pairs import preference_pairs
 from .results import Diagnoses, Diagnosis
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "diagnose",
     "exclude_images",
     "fit_directions",
+    "preference_pairs",
     "profile_model",
     "select_evenly",
     "training_rows",

@@ -1,4 +1,4 @@
-"""Correct wrong answers without training: steering vectors, their controls and exports, and the choice of a strength.
+"""Correct wrong answers: steering vectors, their controls and exports, the choice of a strength, and tuning on preferences.
 
 From examples to a file that other code loads
     `Contrast`
@@ -11,6 +11,12 @@ From examples to a file that other code loads
         Vectors with the same displacement and without the information.
     `mitigation.export`
         Write the vector for llama.cpp, vLLM and others; `exports` is the open table of formats.
+
+Preference tuning, which does train (`mitigation.preference`)
+    `PreferenceData`
+        Chosen and rejected answers, from diagnoses, labels or files; `preference_formats` is the open table of file formats.
+    `tune`
+        Train an `Adapter` on them; its tuned copy of the model can be probed, patched and diagnosed again.
 
 `Mitigation` is the interface of all corrections, and `mitigations` the open table of named methods that make one.
 """

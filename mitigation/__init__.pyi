@@ -1,8 +1,21 @@
 """Public names of `mitigation`, each with its module."""
 
+from . import preference
 from .guard import Guard, GuardResult, Outcome, TextProbe, guard_limits, guards, measure_guards
 from .method_data import DerivationData
 from .methods import CONTROLS, MitigationMethod, mitigations
+from .preference import (
+    Adapter,
+    PreferenceData,
+    PreferenceFormat,
+    PreferencePair,
+    TuneOptions,
+    Tuning,
+    preference_formats,
+    read_preferences,
+    tune,
+    write_preferences,
+)
 from .protocol import ForwardCost, Mitigation
 from .steering import derive, export
 from .steering.changes import AddChange, AmplifyChange, ProbeGate, ProjectChange
@@ -16,6 +29,7 @@ from .training_free.table import training_free_methods
 
 __all__ = [
     "CONTROLS",
+    "Adapter",
     "AddChange",
     "AmplifyChange",
     "Capability",
@@ -28,11 +42,16 @@ __all__ = [
     "Mitigation",
     "MitigationMethod",
     "Outcome",
+    "PreferenceData",
+    "PreferenceFormat",
+    "PreferencePair",
     "ProbeGate",
     "ProjectChange",
     "SteeringVector",
     "TextProbe",
     "TrainingFree",
+    "TuneOptions",
+    "Tuning",
     "answer_under",
     "choose_guarded",
     "choose_strength",
@@ -46,6 +65,11 @@ __all__ = [
     "measure_guards",
     "mitigations",
     "move_to_heads",
+    "preference",
+    "preference_formats",
+    "read_preferences",
     "sweep_strengths",
     "training_free_methods",
+    "tune",
+    "write_preferences",
 ]
