@@ -14,10 +14,12 @@ from mitigation.training_free.methods.dola import DoLa
 from mitigation.training_free.methods.icd import ICD
 from mitigation.training_free.methods.lcd import LCD
 from mitigation.training_free.methods.m3id import M3ID
+from mitigation.training_free.methods.memvr import MemVR
 from mitigation.training_free.methods.revisit import ReVisiT
 from mitigation.training_free.methods.ritual import RITUAL
 from mitigation.training_free.methods.vcd import VCD
 from mitigation.training_free.methods.vdd import VDD, VDDCalibration
+from mitigation.training_free.methods.vista import VISTA
 
 
 def _check(entry: type[TrainingFree]) -> str | None:
@@ -35,11 +37,13 @@ training_free_methods: Registry[type[TrainingFree]] = Registry(
         "icd": ICD,
         "lcd": LCD,
         "m3id": M3ID,
+        "memvr": MemVR,
         "revisit": ReVisiT,
         "ritual": RITUAL,
         "vcd": VCD,
         "vdd": VDD,
         "vdd_calibration": VDDCalibration,
+        "vista": VISTA,
     },
     group="groundscope.training_free",
     check=_check,

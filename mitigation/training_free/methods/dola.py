@@ -122,6 +122,9 @@ class _Rule(AnswerRule):
         self._prompt = batch.inputs["decoder_input_ids" if model.encoder_decoder else "input_ids"]
         self.sites = hidden_state_sites(method._layers(model))
 
+    def select(self, parents: Sequence[int]) -> None:
+        self._prompt = self._prompt[list(parents)]
+
     def combine(self, step: Step) -> Tensor:
         method = self._method
         unembed = lens if method.variant == "paper" else lens_without_norm

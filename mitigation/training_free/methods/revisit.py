@@ -99,6 +99,9 @@ class _Rule(AnswerRule):
         self._image = [lens(self._model, x) for x in first.image_activations[str(site)]]
         return ()
 
+    def select(self, parents: Sequence[int]) -> None:
+        self._image = [self._image[parent] for parent in parents]
+
     def combine(self, step: Step) -> Tensor:
         logits = at_least_float32(step.logits)
         rows = zip(logits, self._image, strict=True)
