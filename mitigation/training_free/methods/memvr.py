@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -237,8 +237,8 @@ def _network(model: Lvlm, layer: int) -> nn.Module:
     return module
 
 
-def _activation(model: Lvlm, module: nn.Module) -> Callable[[Tensor], Tensor]:
-    """Return the activation function of a feed-forward network."""
+def _activation(model: Lvlm, module: nn.Module) -> Any:
+    """Return the activation function of a feed-forward network, a function of a tensor."""
     for name in ("act_fn", "activation_fn", "act"):
         function: Any = getattr(module, name, None)
         if callable(function):
