@@ -33,7 +33,7 @@ Processor = Callable[[Tensor, Tensor], Tensor]
 
 def end_tokens(model: Model) -> frozenset[int]:
     """Return the tokens that end an answer; empty if the model has none."""
-    return frozenset(_ends(_special_tokens(model)["eos_token_id"]))
+    return frozenset(_ends(_special_tokens(model)["eos_token_id"])) if model.ends else frozenset()
 
 
 def ignored_settings(model: Model) -> tuple[str, ...]:
@@ -84,7 +84,7 @@ def greedy(
         out = model.hf.generate(**inputs, generation_config=settings, logits_processor=processors)
     # A placeholder of an image is no text (only an untrained model writes one): in a later forward pass over the answer,
     # transformers would look for the pixels of one more image.
-    ends = end_tokens(model) | {model.content_id}
+    ends = end_tokens(model) | ({model.content_id} if model.ends else set())
     answers = []
     for row in out[:, inputs[name].shape[1] :].tolist():
         stop = next((i for i, token in enumerate(row) if token in ends), len(row))
@@ -114,6 +114,8 @@ def _greedy_settings(model: Model, max_new_tokens: int) -> Iterator[Any]:
     ends = _ends(ids["eos_token_id"])
     pad = ids["pad_token_id"]
     ids["pad_token_id"] = pad if pad is not None else next(iter(ends), 0)
+    if not model.ends:
+        ids["eos_token_id"] = None
     parts = _modules_with_settings(model)
     if not parts:
         msg = f"{model.name} has no generation_config: {type(model.hf).__name__} cannot generate; load a class that can"

@@ -36,6 +36,8 @@ class Model(Protocol):
     """Attention heads of a decoder layer."""
     n_vision_heads: int
     """Attention heads of a vision layer."""
+    ends: bool
+    """Whether end tokens end an answer; False to measure the cost of answers of equal length."""
 
     @property
     def placeholder(self) -> str:

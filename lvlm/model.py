@@ -116,6 +116,7 @@ class Lvlm:
         self.answer_from: int | None = None
         self.row_layout: RowLayout | None = None
         self.decoder: Decoder | None = None
+        self.ends: bool = True
         self._softcap: float | None = getattr(text, "final_logit_softcapping", None)
         self._scaled: bool = bool(getattr(text, "scale_decoder_outputs", False))
         self._tower: tuple[tuple[nn.Module, ...], nn.Module | None] | None = None
@@ -548,6 +549,15 @@ class Lvlm:
             yield
         finally:
             self.decoder = None
+
+    @contextmanager
+    def without_end_tokens(self) -> Iterator[None]:
+        """Write answers of full length while the context is open, to measure their cost: end tokens end nothing."""
+        before, self.ends = self.ends, False
+        try:
+            yield
+        finally:
+            self.ends = before
 
     @contextmanager
     def with_row_layout(self, layout: RowLayout | None) -> Iterator[None]:

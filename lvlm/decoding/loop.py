@@ -122,7 +122,7 @@ def generate_prompts(
     stops
         Tokens after which an answer ends; they belong to it.
     """
-    end = end_tokens(model) | {model.content_id} if ends else frozenset[int]()
+    end = end_tokens(model) | {model.content_id} if ends and model.ends else frozenset[int]()
     run = DecodingRun(model, prompts, rule, continues=max_new_tokens > 1, names=names)
     answers: list[list[int]] = [[] for _ in names]
     running = [True] * len(names)

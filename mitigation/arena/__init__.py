@@ -1,0 +1,1 @@
+"""The arena: training-free methods and their controls on the same questions, with what each costs."""

@@ -1,0 +1,145 @@
+"""Choose a method's parameters on validation images, with the same number of configurations for every method and control."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from groundscope.core.errors import GroundscopeError
+from mitigation.arena.measures import Counted, count_answers
+from mitigation.arena.rows import ArenaRow, row_of
+from mitigation.strength import PRIOR_ERRORS, RECALL_COST
+
+if TYPE_CHECKING:
+    from concepts.schema import ConceptDataset
+    from mitigation.method_data import DerivationData
+
+CONFIGURATIONS = 5
+"""Number of configurations of each method; the published one is among them."""
+_ALPHA = ("alpha", (0.25, 0.5, 1.0, 2.0, 3.0))
+GRIDS: Mapping[str, tuple[str, tuple[Any, ...]]] = {
+    **dict.fromkeys(("vcd", "icd", "vdd", "avisc", "sid"), _ALPHA),
+    "damro": ("alpha", (0.5, 1.0, 1.5, 2.0, 3.0)),
+    "ritual": ("kappa", (0.5, 1.0, 2.0, 3.0, 5.0)),
+    "m3id": ("decay", (0.005, 0.01, 0.02, 0.05, 0.1)),
+    "pai": ("alpha", (0.1, 0.2, 0.3, 0.5, 0.8)),
+    "middle_layers": ("alpha", (0.1, 0.25, 0.5, 0.75, 1.0)),
+    "vaf": ("image_factor", (1.05, 1.1, 1.15, 1.25, 1.5)),
+    "spin": ("suppression", (0.02, 0.05, 0.08, 0.2, 0.5)),
+    "deco": ("alpha", (0.2, 0.4, 0.6, 0.8, 1.0)),
+    "vista": ("strength", (0.01, 0.05, 0.1, 0.17, 0.3)),
+    "vhr": ("scale", (1.25, 1.5, 2.0, 2.5, 3.0)),
+}
+"""Method to the parameter that is searched and its values; steering vectors are searched over `STRENGTHS`."""
+STRENGTHS = (0.25, 0.5, 1.0, 1.5, 2.0)
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One configuration on the validation images.
+
+    Examples
+    --------
+    >>> from mitigation.arena.search import Configuration
+    >>> Configuration({"alpha": 0.5}, errors=0.1, denied=0.02, allowed=True).allowed
+    True
+    """
+
+    parameters: Mapping[str, Any]
+    errors: float
+    """Mean of the errors by prior, or the share of wrong answers."""
+    denied: float
+    """Increase of the share of present objects that are denied."""
+    allowed: bool
+    """Whether `denied` is within the guard."""
+    problem: str | None = None
+
+
+def configurations(name: str) -> list[dict[str, Any]]:
+    """Return the configurations of a method that are tried; one, without parameters, for a method that has no grid.
+
+    Examples
+    --------
+    >>> from mitigation.arena.search import configurations
+    >>> configurations("discriminant")[0]
+    {'strength': 0.25}
+    """
+    from mitigation.methods import mitigations
+
+    if name in GRIDS:
+        parameter, values = GRIDS[name]
+        return [{parameter: value} for value in values]
+    return [{"strength": value} for value in STRENGTHS] if name in mitigations else [{}]
+
+
+def choose_parameters(
+    name: str,
+    data: DerivationData,
+    validation: ConceptDataset,
+    *,
+    max_drop: float = 0.02,
+    batch_size: int = 32,
+) -> tuple[ArenaRow | None, tuple[Configuration, ...]]:
+    """Return the row of a method with the fewest errors by prior within the guard on recall, and what was tried.
+
+    Parameters
+    ----------
+    name
+        Name of the method or of the derivation of a steering vector.
+    data
+        What the method is made from.
+    validation
+        Questions about images that are neither in `data` nor among the test images.
+    max_drop
+        Largest increase of the share of present objects that are denied.
+    batch_size
+        Number of questions per forward pass.
+
+    Returns
+    -------
+    tuple
+        The row, None if no configuration is within the guard; and each configuration.
+    """
+    from behavior import answer
+
+    model = data.model
+    before = count_answers(answer(model, validation, batch_size=batch_size, progress=False), validation)
+    tried: list[tuple[Configuration, ArenaRow | None]] = []
+    for parameters in configurations(name):
+        row = row_of(name, parameters, data)
+        if row.mitigation is None:
+            tried.append((Configuration(parameters, 1.0, 1.0, allowed=False, problem=row.problem), None))
+            continue
+        try:
+            with row.mitigation.applied(model):
+                after = count_answers(answer(model, validation, batch_size=batch_size, progress=False), validation)
+        except GroundscopeError as error:
+            tried.append((Configuration(parameters, 1.0, 1.0, allowed=False, problem=str(error)), None))
+            continue
+        denied = _value(after, RECALL_COST) - _value(before, RECALL_COST)
+        tried.append((Configuration(parameters, _errors(after), denied, allowed=denied <= max_drop), row))
+    allowed = [(c, row) for c, row in tried if c.allowed and row is not None]
+    best = min(allowed, key=lambda item: item[0].errors, default=None)
+    return None if best is None else best[1], tuple(c for c, _ in tried)
+
+
+def _value(counted: Counted, name: str) -> float:
+    return counted.estimate(name).value if name in counted.counts else 0.0
+
+
+def _errors(counted: Counted) -> float:
+    names = [name for name in PRIOR_ERRORS if name in counted.counts]
+    if not names:
+        return 1 - _value(counted, "all: right")
+    return sum(_value(counted, name) for name in names) / len(names)
+
+
+def search_summary(tried: Sequence[Configuration]) -> str:
+    """Return what was tried in one line."""
+    parts = []
+    for c in tried:
+        listed = ", ".join(f"{key}={value}" for key, value in c.parameters.items()) or "published parameters"
+        outcome = c.problem or f"errors {100 * c.errors:.1f} %, denied {100 * c.denied:+.1f} points"
+        parts.append(f"{listed}: {outcome}" + ("" if c.allowed else " (not allowed)"))
+    return "; ".join(parts)

@@ -1,0 +1,280 @@
+"""The arena: counts against the released measures, paired changes, controls, prices, tables, resumption and failures."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+
+import groundscope as gs
+from behavior.metrics import compare_metric, compute_metrics
+from concepts import ConceptDataset
+from groundscope.core.errors import ConfigError, DataError, ModelError
+from groundscope.core.statistics import Estimate
+from lvlm import Lvlm, Sampling
+from mitigation.arena.caption_controls import cut_to_length, cut_to_recall
+from mitigation.arena.figure import front, pareto_figure
+from mitigation.arena.measures import CAPTION_INVENTED, CAPTION_WORDS, change, count_answers, improves
+from mitigation.arena.price import measure_price
+from mitigation.arena.result import ArenaResult
+from mitigation.arena.rows import ArenaRow, make_row, parse_row
+from mitigation.arena.run import ArenaOptions, run_arena
+from mitigation.arena.search import choose_parameters, configurations, search_summary
+from mitigation.arena.tables import as_csv, as_html, as_latex, as_text
+from mitigation.protocol import ForwardCost
+from mitigation.training_free.method import TrainingFree
+
+
+@pytest.fixture(scope="module")
+def model() -> Lvlm:
+    return gs.load_lvlm("tiny")
+
+
+@pytest.fixture(scope="module")
+def data() -> ConceptDataset:
+    return gs.scenes.dataset(20, seed=1000)
+
+
+@pytest.fixture(scope="module")
+def answers(model: Lvlm, data: ConceptDataset) -> gs.BehaviorResult:
+    return gs.answer(model, data)
+
+
+@dataclass(frozen=True)
+class Fails(TrainingFree):
+    """A method that stops while it is applied."""
+
+    label: ClassVar[str] = "fails"
+
+    @contextmanager
+    def applied(self, model: Lvlm) -> Iterator[None]:
+        msg = "no such layer"
+        raise ModelError(msg)
+        yield
+
+
+@dataclass(frozen=True)
+class Counts(TrainingFree):
+    """A method that changes nothing and counts how often it was applied."""
+
+    label: ClassVar[str] = "counts"
+    control: ClassVar[bool] = True
+    applications: ClassVar[list[None]] = []
+
+    @contextmanager
+    def applied(self, model: Lvlm) -> Iterator[None]:
+        self.applications.append(None)
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("arena")
+
+
+@pytest.fixture(scope="module")
+def arena(model: Lvlm, data: ConceptDataset, folder: Path) -> ArenaResult:
+    made = gs.DerivationData(model, None, data)
+    rows = [make_row("vcd", made), ArenaRow("fails", Fails()), ArenaRow("counts", Counts(), control=True)]
+    options = ArenaOptions(price_questions=1, price_tokens=4, price_repetitions=1)
+    return run_arena(model, rows, data, options, folder=folder)
+
+
+def test_measures_are_those_of_the_metrics_and_of_pope(answers: gs.BehaviorResult, data: ConceptDataset) -> None:
+    counted = count_answers(answers, data)
+    for name, rate in compute_metrics(answers, data).items():
+        assert counted.estimate(name).value == pytest.approx(rate.value, abs=1e-12)
+        assert counted.estimate(name).low == pytest.approx(rate.low, abs=1e-12)
+    table = {(r.split, k): v.value for r in gs.benchmark_table(answers).rows for k, v in r.figures.items()}
+    names = {"accuracy": "accuracy", "precision": "precision", "recall": "recall", "f1": "F1", "yes_ratio": "yes ratio"}
+    for split in ("random", "popular", "adversarial"):
+        for key, name in names.items():
+            assert counted.estimate(f"{split}: {name}").value == pytest.approx(table[split, key], abs=1e-12)
+
+
+def test_changes_are_paired_and_wider_for_more_methods(answers: gs.BehaviorResult, data: ConceptDataset) -> None:
+    rows = [replace(a, given=a.answer, correct=True) if a.split == "conflict" else a for a in answers.answers]
+    after = replace(answers, answers=tuple(rows))
+    before, better = count_answers(answers, data), count_answers(after, data)
+    name = "conflict: wrong by prior"
+    one, ten = (change(before, better, name, comparisons=n) for n in (1, 10))
+    assert one is not None
+    assert ten is not None
+    expected = compare_metric(answers, after, name)
+    assert expected is not None
+    assert (one.value, one.low, one.high) == pytest.approx((expected.value, expected.low, expected.high))
+    assert ten.value == one.value
+    assert ten.low < one.low
+    assert ten.high > one.high
+
+
+def test_a_ratio_changes_by_the_ratio_of_totals(answers: gs.BehaviorResult, data: ConceptDataset) -> None:
+    after = replace(
+        answers, answers=tuple(replace(a, text="a dog") if a.kind == "caption" else a for a in answers.answers)
+    )
+    before, cut = count_answers(answers, data), count_answers(after, data)
+    amount = change(before, cut, CAPTION_INVENTED)
+    assert amount is not None
+    (a, b), (c, d) = (x.values(CAPTION_INVENTED).sum(axis=0) for x in (before, cut))
+    assert amount.value == pytest.approx(c / d - a / b)
+    assert cut.estimate(CAPTION_WORDS).value == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "amount", "expected"),
+    [
+        ("all: right", (0.1, 0.05, 0.2), True),
+        ("all: right", (0.1, -0.05, 0.2), None),
+        ("present: says no", (0.1, 0.05, 0.2), False),
+        (CAPTION_INVENTED, (-0.1, -0.2, -0.05), True),
+        (CAPTION_WORDS, (5.0, 4.0, 6.0), None),
+        ("random: yes ratio", (0.1, 0.05, 0.2), None),
+    ],
+)
+def test_only_changes_beyond_the_interval_count(
+    name: str, amount: tuple[float, float, float], expected: bool | None
+) -> None:
+    assert improves(name, Estimate(*amount, 10)) is expected
+
+
+def test_captions_are_cut_to_a_length_and_to_a_recall(model: Lvlm, data: ConceptDataset) -> None:
+    from behavior.metrics import score_dataset_captions
+
+    captions = ConceptDataset("captions", tuple(e for e in data if e.kind == "caption"), data.provenance)
+    plain = gs.answer(model, captions)
+    cut = cut_to_length(plain, captions, 6.0)
+    lengths = [min(len(t.split()), cut.words) for t in plain.texts.values()]
+    means = [np.mean([min(len(t.split()), n) for t in plain.texts.values()]) for n in range(1, 40)]
+    assert cut.mean_words == pytest.approx(np.mean(lengths))
+    assert abs(cut.mean_words - 6) == pytest.approx(min(abs(m - 6) for m in means))
+    scores = score_dataset_captions(plain, captions)
+    half = cut_to_recall(plain, captions, scores.recall.value / 2)
+    shorter = replace(
+        plain, answers=tuple(replace(a, text=" ".join((a.text or "").split()[: half.words - 1])) for a in plain.answers)
+    )
+    assert half.recall >= scores.recall.value / 2 > score_dataset_captions(shorter, captions).recall.value
+    assert cut_to_recall(plain, captions, 1.1).recall == pytest.approx(scores.recall.value)
+
+
+def test_a_failed_method_is_named_and_leaves_the_others(arena: ArenaResult) -> None:
+    assert [r.name for r in arena.rows] == ["unmodified", "VCD", "fails", "counts"]
+    assert arena.row("fails").problem == "ModelError: no such layer"
+    assert arena.row("VCD").measures
+    assert arena.row("unmodified").measures[0].change is None
+
+
+def test_a_control_that_changes_nothing_is_not_a_gain(arena: ArenaResult) -> None:
+    row = arena.row("counts")
+    assert all(m.change is not None and m.change.value == 0 for m in row.measures)
+    assert "unmodified" in arena.row("VCD").not_beaten or "counts" not in arena.row("VCD").not_beaten
+    assert row.not_beaten == ()
+
+
+def test_answers_are_stored_and_not_asked_again(
+    model: Lvlm, data: ConceptDataset, folder: Path, arena: ArenaResult
+) -> None:
+    before = len(Counts.applications)
+    rows = [ArenaRow("counts", Counts(), control=True)]
+    again = run_arena(model, rows, data, ArenaOptions(price_questions=0), folder=folder)
+    assert len(Counts.applications) == before
+    assert [m.value for m in again.row("counts").measures] == [m.value for m in arena.row("counts").measures]
+
+
+def test_a_result_is_read_back_and_a_damaged_one_refused(arena: ArenaResult, tmp_path: Path) -> None:
+    path = tmp_path / "arena.json"
+    arena.save(path)
+    assert as_csv(ArenaResult.load(path)) == as_csv(arena)
+    path.write_text(path.read_text().replace("VCD", "XXX"))
+    with pytest.raises(DataError, match="does not match its digest"):
+        ArenaResult.load(path)
+
+
+def test_tables_show_every_row(arena: ArenaResult) -> None:
+    lines = list(csv.DictReader(io.StringIO(as_csv(arena))))
+    assert [line["method"] for line in lines] == ["unmodified", "VCD", "fails", "counts"]
+    for text in (as_text(arena), as_latex(arena), as_html(arena)):
+        assert all(name in text for name in ("unmodified", "VCD", "fails", "counts"))
+    assert r"CHAIR\_i" in as_latex(arena)
+    hostile = replace(arena, rows=(replace(arena.rows[0], name="<b>&"),))
+    assert "&lt;b&gt;&amp;" in as_html(hostile)
+
+
+def test_the_front_is_what_nothing_dominates(arena: ArenaResult) -> None:
+    points = [(1.0, 5.0), (2.0, 5.0), (3.0, 1.0), (float("nan"), 0.0)]
+    assert front(points) == [0, 2]
+    figure = pareto_figure(arena)
+    assert len(figure.axes) == 3
+
+
+def test_the_price_counts_rows_of_prompts_and_branches(model: Lvlm, data: ConceptDataset) -> None:
+    method = make_row("vcd", gs.DerivationData(model, None, data)).mitigation
+    examples = [e for e in data if e.kind == "caption"][:1]
+    price = measure_price(model, method, examples, new_tokens=6, repetitions=1)
+    assert (price.first_rows, price.token_rows, price.tokens) == (2, 2, 6)
+    alone = measure_price(model, None, examples, new_tokens=6, repetitions=1)
+    assert (alone.first_rows, alone.token_rows, alone.first_ratio) == (1, 1, 1)
+
+
+def test_sampled_rows_have_a_spread_over_seeds(model: Lvlm) -> None:
+    data = gs.scenes.dataset(10, splits=["conflict"])
+    options = ArenaOptions(regimes=("sampling",), seeds=2, sampling=Sampling(temperature=2.0), price_questions=0)
+    row = run_arena(model, [], data, options).row("unmodified", "sampling")
+    measure = row.measure("all: right")
+    assert measure is not None
+    assert measure.spread is not None
+    assert measure.value.n == 12
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("vdc", "unknown method 'vdc'.*did you mean vcd"),
+        ("vcd(alfa=1)", "did you mean alpha"),
+        ("vcd(alpha)", "must be parameter=value"),
+        ("vcd(alpha=1", "is no row of an arena"),
+        ("discriminant(alpha=1)", "has the parameter strength only"),
+    ],
+)
+def test_unknown_rows_are_refused_before_work(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_row(text)
+
+
+def test_parameters_are_chosen_within_the_guard(model: Lvlm) -> None:
+    validation = gs.scenes.dataset(10, seed=7, splits=["conflict", "adversarial"])
+    made = gs.DerivationData(model, None, validation)
+    row, tried = choose_parameters("vcd", made, validation)
+    assert [dict(c.parameters) for c in tried] == configurations("vcd")
+    allowed = [c for c in tried if c.allowed]
+    assert row is not None
+    assert row.mitigation is not None
+    assert row.mitigation.parameters["alpha"] == min(allowed, key=lambda c: c.errors).parameters["alpha"]
+    nothing, refused = choose_parameters("vcd", made, validation, max_drop=-1.0)
+    assert nothing is None
+    assert search_summary(refused).count("(not allowed)") == len(tried)
+
+
+def test_a_method_that_needs_heads_has_a_problem_without_them(model: Lvlm, data: ConceptDataset) -> None:
+    row = make_row("discriminant", gs.DerivationData(model, None, data))
+    assert row.mitigation is None
+    assert row.problem
+
+
+def test_two_rows_with_one_name_are_refused(model: Lvlm, data: ConceptDataset) -> None:
+    row = make_row("vcd", gs.DerivationData(model, None, data))
+    with pytest.raises(DataError, match="two rows of the arena are named 'VCD'"):
+        run_arena(model, [row, row], data)
+
+
+def test_provenance_is_json(arena: ArenaResult) -> None:
+    parameters: dict[str, Any] = dict(arena.row("VCD").parameters)
+    assert json.loads(json.dumps(parameters))["beta"] == 0.1
+    assert ForwardCost().per_token == 1
