@@ -12,6 +12,7 @@ from rich.table import Table
 
 from activation_store.format.columns import holds_lists
 from activation_store.format.encoding import STORAGE
+from activation_store.format.schema import ArrayInfo
 from activation_store.reading.catalog import layer_range
 from activation_store.reading.store import ActivationStore
 from groundscope.core.text import format_count
@@ -67,12 +68,19 @@ def _arrays(store: ActivationStore) -> Table:
             a.tokens,
             f"[{rows}, {a.n_layers}, {a.width}]",
             layer_range(a.layers),
-            f"{a.n_heads} x {a.width // a.n_heads}" if a.n_heads else "",
+            _heads(a),
             _size(disk),
             ", ".join(filter(None, notes)),
         )
         table.add_row(*map(escape, row))
     return table
+
+
+def _heads(info: ArrayInfo) -> str:
+    """Return the number and width of the heads, and their numbers if only some are stored."""
+    if not info.n_heads:
+        return ""
+    return f"{info.n_heads} x {info.width // info.n_heads}" + (f": {layer_range(info.heads)}" if info.heads else "")
 
 
 def _table(title: str, *columns: str) -> Table:

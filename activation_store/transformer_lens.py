@@ -67,6 +67,13 @@ def activation_cache(
         traced = ", ".join(sorted({f"{a.component} at {a.tokens}" for a in store.arrays if a.stack == "decoder"}))
         msg = f"no decoder site at '{tokens}' in {store.path}; choose from: {traced or '(no decoder site)'}"
         raise SiteError(msg)
+    partial = next((a for a in arrays if a.heads), None)
+    if partial is not None:
+        msg = (
+            f"'{partial.name}' has heads {', '.join(map(str, partial.heads))} only, but TransformerLens' cache holds all heads; "
+            "trace all heads, or leave this site out"
+        )
+        raise SiteError(msg)
     layers = model.cfg.n_layers
     highest = max(n for a in arrays for n in a.layers)
     widths = {a.width for a in arrays if a.n_heads is None}

@@ -239,7 +239,7 @@ def _probes(
         a, b = first[name], second[name]
         concepts = [c for c in a.concepts if c in b.concepts]
         layers = [layer for layer in a.layers if layer in b.layers]
-        if a.n_heads != b.n_heads or not concepts or not layers:
+        if (a.n_heads, a.heads) != (b.n_heads, b.heads) or not concepts or not layers:
             notes.append(f"probes {name}: the two have no common layers, heads and concepts")
             continue
         paired = a.held_out == b.held_out and np.array_equal(_labels(a, concepts), _labels(b, concepts), equal_nan=True)
@@ -251,7 +251,7 @@ def _probes(
             scores = [_scores(grid, concept, layers, names) for grid in (a, b)]
             low, high = difference_interval(scores[1][1], scores[0][1])
             values = [score[0] for score in scores]
-            for cell, (layer, head) in enumerate((i, h) for i in layers for h in range(a.n_heads or 1)):
+            for cell, (layer, head) in enumerate((i, h) for i in layers for h in a.head_numbers):
                 yield {
                     "grid": name, "concept": concept, "layer": layer, "head": head if a.n_heads else None,
                     "first": values[0][cell], "second": values[1][cell],

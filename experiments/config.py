@@ -28,6 +28,7 @@ ADDED: Mapping[str, Any] = MappingProxyType(
         "data.system": None,
         "data.choices": None,
         "trace.layers": None,
+        "trace.heads": None,
         "trace.unembedding": False,
         "evaluate.generate": False,
         "evaluate.parser": None,
@@ -136,6 +137,8 @@ class TraceConfig:
     layers: list[int] | None = None
     """Layers of the decoder of which components are stored, such as `[8,16,24]`; null for all. Sites of a single layer, of the
     vision tower and of the projector are stored as `sites` says."""
+    heads: list[int] | None = None
+    """Heads of the decoder of which `z`, `q` and `pattern` are stored in each traced layer, such as `[2,7]`; null for all."""
     unembedding: bool = False
     """Also store the final norm and the unembedding, in the type of the model's weights, for the logit lens on the store
     (`probes.logit_lens`)."""

@@ -155,6 +155,7 @@ _AT_LEAST: Mapping[str, float] = MappingProxyType(
         "trace.shards": 1,
         "trace.shard_size": 1,
         "trace.layers": 0,
+        "trace.heads": 0,
         "evaluate.batch_size": 1,
         "evaluate.max_new_tokens": 1,
         "evaluate.temperature": 0,
@@ -234,6 +235,8 @@ def _places(config: RunConfig) -> str | None:
         return "trace.sites and trace.tokens need at least one site and one token selection"
     if trace.layers is not None and not trace.layers:
         return "trace.layers=[] stores nothing; name layers such as trace.layers=[8,16], or null for all"
+    if trace.heads is not None and not trace.heads:
+        return "trace.heads=[] stores nothing; name heads such as trace.heads=[2,7], or null for all"
     sites = [*LAYER_COMPONENTS, *(f"vision.{c}" for c in LAYER_COMPONENTS), "projector.out"]
     for site in trace.sites:
         if not _SITE.fullmatch(site):

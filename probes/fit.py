@@ -256,6 +256,7 @@ def fit_grid(
         tokens=array.tokens,
         layers=array.layers,
         n_heads=array.n_heads,
+        heads=array.heads,
         **out,
         majority=np.array(
             [np.nan if t.numbers else majority_accuracy(table.labels[t.test, k]) for k, t in enumerate(concept_tasks)]

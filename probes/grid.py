@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from activation_store import ConceptDirection
 
 GRID_FORMAT = "groundscope.probe_grid"
-GRID_VERSION = 4
+GRID_VERSION = 5
+_LAST_WITHOUT_HEADS = 4
 _LAST_WITHOUT_NUMBERS = 3
 _LAST_WITHOUT_DIGEST = 2
 _TENSORS, _CARD = "grid.safetensors", "grid.json"
@@ -150,6 +151,8 @@ class ProbeGrid:
     """Groups of the training rows: their examples must not test these probes, in any store."""
     provenance: Mapping[str, Any]
     """Plain JSON: the store's digest, the split's seed, and every option."""
+    heads: tuple[int, ...] = ()
+    """Numbers of the heads if the store has only some of them; else 0 to n_heads-1 (`head_numbers`)."""
     r2: np.ndarray = None  # pyright: ignore[reportAssignmentType]  # replaced by NaN in __post_init__
     """Coefficient of determination on the held-out rows, for concepts whose labels are numbers; NaN for others."""
     r2_low: np.ndarray = None  # pyright: ignore[reportAssignmentType]
@@ -201,7 +204,7 @@ class ProbeGrid:
             "component": self.component,
             "tokens": self.tokens,
             "layer": np.array(self.layers)[at],
-            "head": pd.array(head if self.n_heads else [pd.NA] * len(head), dtype="Int64"),
+            "head": self._array.head_column(head),
         }
         for score in (
             "balanced_accuracy",
@@ -258,7 +261,7 @@ class ProbeGrid:
         return Cell(
             concept,
             self.layers[at],
-            int(head) if self.n_heads else None,
+            self.head_numbers[int(head)] if self.n_heads else None,
             *(float(getattr(self, s)[where]) for s in ("validation", "balanced_accuracy", "low", "high", "control")),
             *(float(getattr(self, s)[where]) for s in NUMBER_SCORES),
         )
@@ -336,6 +339,8 @@ class ProbeGrid:
         for item in fields(self):
             if item.name in NUMBER_SCORES and not self.numbers:
                 continue  # a grid without them is a file that earlier versions read
+            if item.name == "heads" and not self.heads:
+                continue
             value = getattr(self, item.name)
             if isinstance(value, np.ndarray):
                 arrays[STORED_NAMES.get(item.name, item.name)] = np.ascontiguousarray(value)
@@ -344,7 +349,7 @@ class ProbeGrid:
         data = save(arrays)
         card = artifacts.sign_document(
             GRID_FORMAT,
-            GRID_VERSION if self.numbers else _LAST_WITHOUT_NUMBERS,
+            self._version,
             {"sha256": hashlib.sha256(data).hexdigest(), **plain},
         )
         path = Path(folder)
@@ -395,8 +400,8 @@ class ProbeGrid:
             )
             for name, stored in STORED_NAMES.items():
                 values[name] = values.pop(stored)
-            for name in ("concepts", "layers", "held_out", "held_out_groups", "train_groups"):
-                values[name] = tuple(values[name])
+            for name in ("concepts", "layers", "held_out", "held_out_groups", "train_groups", "heads"):
+                values[name] = tuple(values.get(name, ()))
             grid = cls(**values)
             shape = (len(grid.concepts), len(grid.layers), 1 if grid.n_heads is None else grid.n_heads)
             if grid.balanced_accuracy.shape != shape:
@@ -417,7 +422,19 @@ class ProbeGrid:
 
     @property
     def _array(self) -> ProbedArray:
-        return ProbedArray(self.stack, self.component, self.tokens, self.layers, self.n_heads)
+        return ProbedArray(self.stack, self.component, self.tokens, self.layers, self.n_heads, self.heads)
+
+    @property
+    def _version(self) -> int:
+        """The lowest version of files that can hold this grid."""
+        if self.heads:
+            return GRID_VERSION
+        return _LAST_WITHOUT_HEADS if self.numbers else _LAST_WITHOUT_NUMBERS
+
+    @property
+    def head_numbers(self) -> tuple[int, ...]:
+        """The number of each head along the axis of heads; one entry, 0, for probes on whole layers."""
+        return self._array.head_numbers
 
     def _concept(self, concept: str) -> int:
         if concept not in self.concepts:
@@ -436,7 +453,8 @@ class ProbeGrid:
                 msg = f"head={head} is not valid for a grid of whole layers; omit it, or fit the grid with heads=True"
                 raise ProbeError(msg)
             return k, at, 0
-        if head is None or not 0 <= head < self.n_heads:
-            msg = f"head {head} not in this grid; choose from 0-{self.n_heads - 1}"
+        if head is None or head not in self.head_numbers:
+            numbers = ", ".join(map(str, self.heads)) or f"0-{self.n_heads - 1}"
+            msg = f"head {head} not in this grid; choose from {numbers}"
             raise ProbeError(msg)
-        return k, at, head
+        return k, at, self.head_numbers.index(head)

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from activation_store.format.schema import INDEX, LAYOUT_VERSION, TENSORS, Schema, check_version, shard_numbers
+from activation_store.format.schema import INDEX, TENSORS, Schema, check_version, shard_numbers
 from groundscope.core.errors import StoreError
 from groundscope.core.files import DamagedFileError, canonical_json
 from groundscope.core.text import format_count
@@ -79,7 +79,7 @@ class Manifest:
     def encode(self) -> bytes:
         """Return the bytes of ``manifest.json``: equal for equal stores, whether or not their runs were interrupted."""
         body = {
-            "layout-version": LAYOUT_VERSION,
+            "layout-version": self.schema.layout_version,
             "schema": self.schema.record(),
             "provenance": dict(self.provenance),
             "tensors": asdict(self.tensors) if self.tensors else None,

@@ -1,4 +1,4 @@
-"""The layout of an activation store on disk, version 3. Versions 1 and 2 can also be read.
+"""The layout of an activation store on disk, versions 3 and 4. Versions 1 and 2 can also be read.
 
 A store is a folder::
 
@@ -65,7 +65,11 @@ Version 1 has no ragged arrays, list columns, compression, LND order, index or c
 little-endian values in the order row block (of the chunk's rows), layer, row, width, and the SHA-256 of a shard covers the
 whole file. A store can hold shards of all versions.
 
-A reader of version 3 raises an error for a higher ``layout-version``, and ignores unknown elements and fields.
+Version 4 is version 3 with arrays of some heads only: the attribute ``heads`` and the field of the same name in the schema hold
+the numbers of the heads along the width. A store is of version 4 only if it has such an array, so that earlier releases read all
+others.
+
+A reader raises an error for a higher ``layout-version``, and ignores unknown elements and fields.
 """
 
 from __future__ import annotations
@@ -81,7 +85,10 @@ from groundscope.core.text import nearest
 from lvlm.sites import LAYER_COMPONENTS
 from lvlm.token_selection import TokenSelection
 
-LAYOUT_VERSION = 3
+LAYOUT_VERSION = 4
+"""The highest version that is read."""
+PLAIN_VERSION = 3
+"""The version that is written for a store without elements that only version 4 has."""
 ENCODING_VERSION = "1"
 CHUNK_ROWS = 32
 MANIFEST = "manifest.json"
@@ -134,12 +141,15 @@ class ArrayInfo:
     """Number of equal slices (heads, concatenated) of the width; None if the width is not divided."""
     layers: tuple[int, ...] = ()
     """Layer numbers along the second axis, increasing; by default 0 to n_layers-1."""
+    heads: tuple[int, ...] = ()
+    """Numbers of the heads along the width, increasing, if only some of the model's heads are stored; else 0 to n_heads-1."""
     ragged: bool = False
     """Every token of the selection is stored, [T, L, D] with offsets: for ``:all`` and ``mention:…`` selections, and only for
     them. A table with one row per mention (`activation_store.MentionRows`) has ``mention:…`` arrays that are not ragged."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(int(layer) for layer in self.layers) or tuple(range(self.n_layers)))
+        object.__setattr__(self, "heads", tuple(int(head) for head in self.heads))
         components = ("out",) if self.stack == "projector" else LAYER_COMPONENTS
         problem = ""
         if self.stack not in ("vision", "projector", "decoder"):
@@ -156,6 +166,10 @@ class ArrayInfo:
             problem = f"layers={self.layers} must be {self.n_layers} different increasing numbers"
         elif self.n_heads is not None and (self.n_heads < 1 or self.width % self.n_heads):
             problem = f"its width {self.width} does not divide into n_heads={self.n_heads}"
+        elif self.heads and (
+            len(self.heads) != self.n_heads or list(self.heads) != sorted(set(self.heads)) or self.heads[0] < 0
+        ):
+            problem = f"heads={self.heads} must be n_heads={self.n_heads} different increasing numbers"
         if problem:
             msg = f"array {self.stack}.{self.component} [{self.tokens}] cannot be stored: {problem}"
             raise SiteError(msg)
@@ -169,6 +183,16 @@ class ArrayInfo:
     def name(self) -> str:
         """Path of the array under ``/arrays`` in a shard: ``decoder.z/last``."""
         return array_name(self.key)
+
+    @property
+    def head_numbers(self) -> tuple[int, ...]:
+        """Numbers of the stored heads, in the order of their slices; empty for a component without heads."""
+        return self.heads or tuple(range(self.n_heads or 0))
+
+    def record(self) -> dict[str, Any]:
+        """Return the fields as JSON-serializable values; without `heads` if all heads are stored."""
+        values = {**asdict(self), "layers": list(self.layers), "heads": list(self.heads)}
+        return {name: value for name, value in values.items() if name != "heads" or value}
 
     @property
     def head_dim(self) -> int | None:
@@ -222,9 +246,14 @@ class Schema:
             )
             raise StoreError(msg)
 
+    @property
+    def layout_version(self) -> int:
+        """The layout version of its files: the lowest that can hold its arrays."""
+        return LAYOUT_VERSION if any(a.heads for a in self.arrays) else PLAIN_VERSION
+
     def record(self) -> dict[str, Any]:
         """Return the schema as JSON-serializable values."""
-        arrays = [{**asdict(a), "layers": list(a.layers)} for a in self.arrays]
+        arrays = [a.record() for a in self.arrays]
         return {"dtype": self.dtype, "compression": self.compression, "arrays": arrays}
 
     @classmethod
@@ -236,12 +265,16 @@ class Schema:
                 wrong = [f for f, kind in fields.items() if type(a[f]) is not kind]
                 wrong += ["n_heads"] * (type(a["n_heads"]) not in (int, type(None)))
                 wrong += ["layers"] * any(type(layer) is not int for layer in a["layers"])
+                heads = a.get("heads", [])
+                wrong += ["heads"] * (type(heads) is not list or any(type(head) is not int for head in heads))
                 if wrong or type(a.get("ragged", False)) is not bool:
                     msg = f"field '{(wrong or ['ragged'])[0]}' of an array has the wrong type"
                     raise TypeError(msg)
             # Fields that version 1 lacks get their defaults.
             arrays = tuple(
-                ArrayInfo(**{f: a[f] for f in (*fields, "n_heads")}, ragged=a.get("ragged", False))
+                ArrayInfo(
+                    **{f: a[f] for f in (*fields, "n_heads")}, heads=a.get("heads", ()), ragged=a.get("ragged", False)
+                )
                 for a in record["arrays"]
             )
             return cls(arrays, cast("Dtype", record["dtype"]), record.get("compression"))
@@ -328,7 +361,7 @@ def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[str, obj
 
 def comparable(schema: Schema, provenance: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values that must be equal for two runs to write into one store."""
-    arrays = {a.name: {**asdict(a), "layers": list(a.layers)} for a in schema.arrays}
+    arrays = {a.name: a.record() for a in schema.arrays}
     compared = {key: value for key, value in provenance.items() if key not in NOT_COMPARED}
     return {"dtype": schema.dtype, "compression": schema.compression, "arrays": arrays, "provenance": compared}
 

@@ -33,9 +33,9 @@ class Catalog:
             raise SiteError(msg)
         return family
 
-    def n_heads(self, stack: str) -> int:
-        """Return the number of attention heads of a stack; raise `SiteError` if no z was traced in it."""
-        heads = [a.n_heads for a in self._arrays if a.stack == stack and a.component == "z" and a.n_heads]
+    def heads(self, stack: str) -> tuple[int, ...]:
+        """Return the numbers of the traced heads of a stack; raise `SiteError` if no z was traced in it."""
+        heads = [a.head_numbers for a in self._arrays if a.stack == stack and a.component == "z" and a.n_heads]
         if not heads:
             msg = f"heads of '{stack}' not in store: its z was not traced; {self._traced_components()}; trace again with z"
             raise SiteError(msg)
@@ -91,14 +91,16 @@ def _head_slice(info: ArrayInfo, site: str, head: int | None) -> slice:
     if dim is None or info.n_heads is None:
         msg = f"site '{site}' has no heads, so head={head} cannot be read; heads are in 'z'"
         raise SiteError(msg)
-    if not 0 <= head < info.n_heads:
-        msg = f"head {head} of site '{site}' not in store: it has heads 0-{info.n_heads - 1}"
+    if head not in info.head_numbers:
+        again = f"; trace again with heads=[{head}] if the model has it" if info.heads else ""
+        msg = f"head {head} of site '{site}' not in store: it has heads {layer_range(info.head_numbers)}{again}"
         raise SiteError(msg)
-    return slice(head * dim, (head + 1) * dim)
+    index = info.head_numbers.index(head)
+    return slice(index * dim, (index + 1) * dim)
 
 
 def layer_range(layers: Sequence[int]) -> str:
-    """Format layer numbers: ``0-31`` for a contiguous range, otherwise a list."""
+    """Format numbers of layers or heads: ``0-31`` for a contiguous range, otherwise a list."""
     if len(layers) > 1 and list(layers) == list(range(layers[0], layers[-1] + 1)):
         return f"{layers[0]}-{layers[-1]}"
     return ", ".join(map(str, layers))

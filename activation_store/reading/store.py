@@ -265,8 +265,12 @@ class ActivationStore:
         return self._catalog.family(stack, component)[0].width
 
     def n_heads(self, stack: str) -> int:
-        """Return the number of attention heads of a stack; raise `SiteError` if no z was traced in it."""
-        return self._catalog.n_heads(stack)
+        """Return the number of traced attention heads of a stack; raise `SiteError` if no z was traced in it."""
+        return len(self._catalog.heads(stack))
+
+    def heads(self, stack: str) -> tuple[int, ...]:
+        """Return the numbers of the traced attention heads of a stack; raise `SiteError` if no z was traced in it."""
+        return self._catalog.heads(stack)
 
     def merge(self, *others: ActivationStore | str | Path) -> ActivationStore:
         """Return this store and others as one, this one's rows first; nothing is copied.
@@ -304,7 +308,7 @@ class ActivationStore:
         tokens
             A token selection, ``last``.
         head
-            One head of z (or of q, k, v).
+            The number of one head of z (or of q, k, v), as in the model also if only some heads were traced.
         examples
             Rows: a slice, a boolean mask of all examples, or row numbers in any order; all by default.
 

@@ -52,8 +52,22 @@ class Plan:
     roles: tuple[str, ...]
     """Roles of the decoder's tokens, in the order of `lvlm.token_selection.STORED_ROLES`."""
 
+    def columns(self, info: ArrayInfo) -> tuple[int, ...] | None:
+        """Return the columns of a site that an array holds: those of its heads; None for all."""
+        if not info.heads or not info.n_heads:
+            return None
+        width = info.width // info.n_heads
+        return tuple(head * width + column for head in info.heads for column in range(width))
 
-def make_plan(model: Lvlm, encoding: Encoding, sites: Sequence[str], tokens: Sequence[str], dtype: str) -> Plan:
+
+def make_plan(
+    model: Lvlm,
+    encoding: Encoding,
+    sites: Sequence[str],
+    tokens: Sequence[str],
+    dtype: str,
+    heads: Sequence[int] | None = None,
+) -> Plan:
     """Locate the requested sites in the model, with one forward pass of one example.
 
     The forward pass determines the order in which the sites are reached, and their widths.
@@ -64,13 +78,13 @@ def make_plan(model: Lvlm, encoding: Encoding, sites: Sequence[str], tokens: Seq
         The model under study.
     encoding
         Any encoded example.
-    sites, tokens, dtype
+    sites, tokens, dtype, heads
         As in `activation_store.trace`.
 
     Raises
     ------
     SiteError
-        If the model does not have a site, a token selection applies to no stack, or a site does not give one vector
+        If the model does not have a site or head, a token selection applies to no stack, or a site does not give one vector
         per layer.
     StoreError
         If the dtype is unknown.
@@ -86,29 +100,33 @@ def make_plan(model: Lvlm, encoding: Encoding, sites: Sequence[str], tokens: Seq
         stack, component = family
         width = _width(model, {n: shapes[site_of(family, n)] for n in layers}, f"{stack}.{component}")
         _check_tokens(encoding.tokens, shapes[site_of(family, layers[0])][1], stack, component)
-        heads = _heads(model, stack, component, layers[0], width)
-        arrays += [
-            ArrayInfo(stack, component, str(s), len(layers), width, heads, layers, ragged=s.ragged)
-            for s in selections[stack]
-        ]
+        arrays += _arrays(model, stack, component, layers, width, selections[stack], heads)
+    _check_heads(arrays, heads)
     reads = tuple(Read(site, model.locate(site)) for site in shapes)
     return Plan(reads, Schema(tuple(arrays), cast("Dtype", dtype)), selections, skipped, _roles(encoding.tokens))
 
 
-def outline_plan(model: Lvlm, encoding: Encoding, sites: Sequence[str], tokens: Sequence[str], dtype: str) -> Plan:
+def outline_plan(
+    model: Lvlm,
+    encoding: Encoding,
+    sites: Sequence[str],
+    tokens: Sequence[str],
+    dtype: str,
+    heads: Sequence[int] | None = None,
+) -> Plan:
     """Return the plan of a trace without a forward pass and without weights: its arrays, and no `reads`.
 
     Parameters
     ----------
     model
         The model under study, or its outline (`lvlm.loading.outline_lvlm`).
-    encoding, sites, tokens, dtype
+    encoding, sites, tokens, dtype, heads
         As in `make_plan`.
 
     Raises
     ------
     SiteError
-        If the model does not have a site, or a token selection applies to no stack.
+        If the model does not have a site or head, or a token selection applies to no stack.
     """
     families = _families(model, sites)
     stacks: list[Stack] = list(dict.fromkeys(stack for stack, _ in families))
@@ -123,12 +141,50 @@ def outline_plan(model: Lvlm, encoding: Encoding, sites: Sequence[str], tokens: 
             width = keys * (model.n_heads if stack == "decoder" else model.n_vision_heads)
         else:
             width = site_width(model, site)
-        heads = _heads(model, stack, component, layers[0], width)
-        arrays += [
-            ArrayInfo(stack, component, str(s), len(layers), width, heads, layers, ragged=s.ragged)
-            for s in selections[stack]
-        ]
+        arrays += _arrays(model, stack, component, layers, width, selections[stack], heads)
+    _check_heads(arrays, heads)
     return Plan((), Schema(tuple(arrays), cast("Dtype", dtype)), selections, skipped, _roles(encoding.tokens))
+
+
+HEADED = ("z", "q", "pattern")
+"""Components of the decoder of which some heads can be stored: those with a slice for each query head."""
+
+
+def _arrays(
+    model: Lvlm,
+    stack: Stack,
+    component: str,
+    layers: tuple[int, ...],
+    width: int,
+    selections: Sequence[TokenSelection],
+    heads: Sequence[int] | None,
+) -> list[ArrayInfo]:
+    """Return the arrays of one family, restricted to the requested heads if it has a slice for each."""
+    count = _heads(model, stack, component, layers[0], width)
+    chosen: tuple[int, ...] = ()
+    if heads is not None and count and stack == "decoder" and component.removeprefix("cross.") in HEADED:
+        chosen = tuple(sorted(heads))
+        wrong = [head for head in chosen if not 0 <= head < count]
+        if wrong or not chosen or len(set(chosen)) < len(chosen):
+            problem = f"head {wrong[0]} does not exist" if wrong else "give at least one head, and each once"
+            msg = f"heads={list(heads)}: {problem}; {stack}.{component} of {model.name} has heads 0-{count - 1}"
+            raise SiteError(msg)
+        width, count = width // count * len(chosen), len(chosen)
+    return [
+        ArrayInfo(stack, component, str(s), len(layers), width, count, layers, chosen, ragged=s.ragged)
+        for s in selections
+    ]
+
+
+def _check_heads(arrays: Sequence[ArrayInfo], heads: Sequence[int] | None) -> None:
+    """Raise `SiteError` if heads are requested of sites that have none."""
+    if heads is not None and not any(a.heads for a in arrays):
+        names = ", ".join(dict.fromkeys(f"{a.stack}.{a.component}" for a in arrays))
+        msg = (
+            f"heads={list(heads)} applies to {', '.join(HEADED)} of the decoder, but the sites are {names}; add 'z', or omit "
+            "heads"
+        )
+        raise SiteError(msg)
 
 
 def chunk_batches(plan: Plan, example: TokenMap, batch_size: int) -> int:

@@ -72,6 +72,7 @@ def trace(
     *,
     batch_size: int = 32,
     dtype: str = "float32",
+    heads: Sequence[int] | None = None,
     shard_size: int = 512,
     unembedding: bool = True,
     answers: bool = True,
@@ -115,6 +116,9 @@ def trace(
         Maximum number of examples per forward pass; only examples of equal token length share one, without padding.
     dtype
         Storage dtype: ``float32``, ``float16`` or ``bfloat16``.
+    heads
+        Numbers of the heads of the decoder of which ``z``, ``q`` and ``pattern`` are stored, in each traced layer; all by
+        default. Reading uses the model's numbers: ``store.read("decoder.L3.z", "last", head=7)``.
     shard_size
         Examples per file of the store.
     unembedding
@@ -151,7 +155,7 @@ def trace(
     Raises
     ------
     SiteError
-        If the model does not have a site or a token selection.
+        If the model does not have a site, a token selection or a head, or heads are requested of sites without heads.
     DataError
         If there is no example, an image (with ``skip``: every image) cannot be read, answers have the same first token, or
         a prefix is not plain text that the tokenizer knows, or no example has mentions and their tokens are requested.
@@ -202,7 +206,7 @@ def trace(
         first = encode_first(model, next((e for e in readable if e.images), readable[0]))
         if continuation:  # the plan needs only the fact that an answer follows, not its positions
             first = replace(first, tokens=replace(first.tokens, generated=()))
-        plan = make_plan(model, first, sites, tokens, dtype)
+        plan = make_plan(model, first, sites, tokens, dtype, heads)
     provenance = describe(model, data, plan, batch_size, answers=answers, generate=generate)
     if skipped:
         provenance["skipped"] = skipped
@@ -275,6 +279,13 @@ class Tracer:
     """Whether any example has a prefix; the table then has the columns ``prefix`` and ``span:prefix``."""
     mentions: bool = False
     """Whether tokens of mentions are read; the table then has the columns ``mention:…``."""
+
+    @property
+    def widths(self) -> dict[Key, int]:
+        """The width of the tensor from which each array is read: of all heads, also if only some are stored."""
+        return {
+            a.key: a.width // len(a.heads) * self.model.n_heads if a.heads else a.width for a in self.plan.schema.arrays
+        }
 
     @classmethod
     def begin(
@@ -383,7 +394,7 @@ class Tracer:
         }
         answered = self.answers and any(has_answers(e.example) for e in batch.encodings)
         vectors: dict[Key, dict[int, Tensor]] = {a.key: {} for a in self.plan.schema.arrays}
-        widths = {a.key: a.width for a in self.plan.schema.arrays}
+        columns = {a.key: self.plan.columns(a) for a in self.plan.schema.arrays}
         logits: list[Tensor] = []
         extra = on.extra if on else 0
         inputs = on.inputs if on else batch.inputs
@@ -397,8 +408,9 @@ class Tracer:
                 component = f"cross.{site.component}" if site.cross else site.component
                 for selection, reduce in reducers[site.stack]:
                     key = (site.stack, component, selection)
-                    _check_width(site, x, widths[key], batch)
-                    vectors[key][site.layer] = reduce(x)
+                    _check_width(site, x, self.widths[key], batch)
+                    selected = reduce(x)
+                    vectors[key][site.layer] = selected if columns[key] is None else selected[..., columns[key]]
 
         # Without an image the vision tower and the projector do not run.
         pictured = any(e.example.images for e in batch.encodings)

@@ -23,7 +23,6 @@ from activation_store.format.manifest import ShardEntry
 from activation_store.format.mapped_file import MappedFile
 from activation_store.format.schema import (
     CHUNK_ROWS,
-    LAYOUT_VERSION,
     STANDARD_COLUMNS,
     ArrayInfo,
     Key,
@@ -31,6 +30,7 @@ from activation_store.format.schema import (
     is_label,
 )
 from activation_store.format.seal import block_table, write_seal
+from activation_store.format.shard import version_of
 from activation_store.writing.queue import Background, Pool
 from groundscope.core.errors import StoreError
 from groundscope.core.files import canonical_json, publish_new
@@ -245,7 +245,7 @@ class ArrayWriter:
 def start_shard(file: h5py.File, schema: Schema, provenance: Mapping[str, Any]) -> None:
     """Write the first elements of a shard: schema, provenance and groups."""
     mark(file, "activation-shard")
-    file.attrs["layout-version"] = LAYOUT_VERSION
+    file.attrs["layout-version"] = schema.layout_version
     for name, value in (("schema", schema.record()), ("provenance", dict(provenance))):
         mark(file.create_dataset(name, data=canonical_json(value), dtype=h5py.string_dtype()), "json")
     mark(file.create_group("arrays"), "array-groups")
@@ -273,12 +273,12 @@ def publish_shard(
     if a file with that name exists.
     """
     with contextlib.closing(open_hdf5(MappedFile(temporary), "r")) as file:
-        tables = []
+        tables, layout_version = [], version_of(file)
         for name, element in arrays_in(file):
             where, digests = blocks(values_of(element)), dataset_at(group_at(file, "digests"), name)[...]
             tables.append(np.stack([where.offsets, where.sizes, digests.astype(np.int64)]).reshape(3, -1))
     sha256 = write_seal(temporary, block_table(*np.concatenate(tables, axis=1)), rows=len(ids))
-    entry = ShardEntry(final.name, temporary.stat().st_size, len(ids), sha256, arrays, ids, LAYOUT_VERSION)
+    entry = ShardEntry(final.name, temporary.stat().st_size, len(ids), sha256, arrays, ids, layout_version)
     if announce is not None:
         announce(entry)
     try:
@@ -330,6 +330,8 @@ def describe_array(
     element.attrs["dtype"] = dtype
     element.attrs["layers"] = np.asarray(info.layers, np.int64)
     element.attrs["n_heads"] = info.n_heads or 0
+    if info.heads:
+        element.attrs["heads"] = np.asarray(info.heads, np.int64)
     element.attrs["overflow"] = overflow
     element.attrs["nonfinite"] = nonfinite
     if offsets is not None and isinstance(element, h5py.Group):

@@ -15,7 +15,7 @@ from activation_store.format.digests import layer_major, values_of
 from activation_store.format.encoding import STORAGE
 from activation_store.format.hdf5 import element_at, group_at, mark
 from activation_store.format.manifest import IndexEntry
-from activation_store.format.schema import INDEX, LAYOUT_VERSION, ArrayInfo, Schema
+from activation_store.format.schema import INDEX, ArrayInfo, Schema
 from activation_store.format.shard import open_shard, read_rows, reading
 from activation_store.writing.shard_writer import site_group
 from groundscope.core.files import canonical_json, file_digest, part_of, publish, same_bytes
@@ -47,7 +47,7 @@ def write_index(
     try:
         with create_hdf5(temporary) as file:
             mark(file, "activation-index")
-            file.attrs["layout-version"] = LAYOUT_VERSION
+            file.attrs["layout-version"] = schema.layout_version
             file.attrs["rows"] = sum(rows for rows, _ in tables)
             for name, value in (("schema", schema.record()), ("provenance", dict(provenance))):
                 mark(file.create_dataset(name, data=canonical_json(value), dtype=h5py.string_dtype()), "json")
@@ -102,6 +102,8 @@ def _write_virtual(
     element.attrs["dtype"] = schema.dtype
     element.attrs["layers"] = np.asarray(info.layers, np.int64)
     element.attrs["n_heads"] = info.n_heads or 0
+    if info.heads:
+        element.attrs["heads"] = np.asarray(info.heads, np.int64)
 
 
 def _space(shape: tuple[int, ...]) -> h5py.h5s.SpaceID:

@@ -97,7 +97,7 @@ def estimate(
     count = len(data) if examples is None else examples
     outline, tokens = context.outline, traced_tokens(context)
     first = encode_planned(outline.encode(data.examples[0]), tokens)
-    plan = outline_plan(outline, first, traced_sites(options), tokens, options.dtype)
+    plan = outline_plan(outline, first, traced_sites(options), tokens, options.dtype, options.heads)
     encodings = [encode_planned(outline.encode(e), tokens) for e in spread(data, min(len(data), _SAMPLE))]
     sites = array_bytes(plan, encodings, count)
     arrays = {a.name: 1.0 if a.ragged else stored_rows(count) / count for a in plan.schema.arrays}

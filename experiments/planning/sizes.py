@@ -79,7 +79,7 @@ def _narrow_store(
     from activation_store.writing.writer import StoreWriter
     from lvlm.family.specification import resolve
 
-    arrays = tuple(replace(a, n_layers=1, width=1, n_heads=None, layers=(0,)) for a in plan.schema.arrays)
+    arrays = tuple(replace(a, n_layers=1, width=1, n_heads=None, layers=(0,), heads=()) for a in plan.schema.arrays)
     count = len(encodings)
     nothing = np.zeros((count, 1, 1), np.float32)
     values: dict[Any, Any] = {a.key: Ragged(nothing, np.arange(count + 1)) if a.ragged else nothing for a in arrays}

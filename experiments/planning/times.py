@@ -35,7 +35,7 @@ def measure_trace(
     # The plan needs a forward pass too, and a first chunk and a longer one must fit.
     if 8 * forward_seconds > seconds:
         return 1, forward_seconds
-    plan = make_plan(model, first, traced_sites(options), tokens, options.dtype)
+    plan = make_plan(model, first, traced_sites(options), tokens, options.dtype, options.heads)
     tracer = Tracer.begin(
         model, data, plan, options.batch_size, answers=True, continuation=choose_continuation(tokens, 0)
     )

@@ -97,6 +97,7 @@ def _fit(context: Context) -> tuple[DirectionSet, str]:
             out=Path(folder) / "store",
             batch_size=trace_options.batch_size,
             dtype=trace_options.dtype,
+            heads=trace_options.heads,
         )
         everything = np.ones(len(other.frame()), bool)
         fitted = fit_directions(

@@ -39,6 +39,7 @@ def trace_into(context: Context, root: Path, worker: int = 0) -> ActivationStore
         out=root,
         batch_size=options.batch_size,
         dtype=options.dtype,
+        heads=options.heads,
         shard_size=options.shard_size,
         unembedding=options.unembedding,
         worker=worker,

@@ -131,7 +131,7 @@ def lexical_control(
         ]
         (low,), (high,) = difference_interval(both[0], both[1], confidence)
         score, lexical = (float(g.balanced_accuracy[k, at, head]) for g in (grid, blank_grid))
-        cell = (grid.concepts[k], grid.layers[at], head if grid.n_heads else pd.NA)
+        cell = (grid.concepts[k], grid.layers[at], grid.head_numbers[head] if grid.n_heads else pd.NA)
         table.append((*cell, score, lexical, score - lexical, float(low), float(high), bool(low > 0)))
     columns = "concept layer head balanced_accuracy lexical visual visual_low visual_high is_visual".split()
     return pd.DataFrame(table, columns=columns).astype({"head": "Int64"})

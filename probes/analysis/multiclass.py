@@ -125,7 +125,7 @@ def multiclass(
         hits, total = np.array(tables, dtype=np.float64).swapaxes(0, 1)  # [C, G] each
         recalls = hits.sum(axis=1) / total.sum(axis=1)
         low, high = combined_interval(hits, total, np.full(len(classes), 1 / len(classes)), confidence)
-        cell = (grid.layers[where], head if grid.n_heads else pd.NA)
+        cell = (grid.layers[where], grid.head_numbers[head] if grid.n_heads else pd.NA)
         table.append((*cell, float(np.mean(recalls)), float(low), float(high), 1 / len(classes), len(truth), *fitted))
     columns = ["layer", "head", "balanced_accuracy", "low", "high", "chance", "n"]
     columns += ["C", "gap"] if how == "softmax" else []

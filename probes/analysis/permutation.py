@@ -23,6 +23,7 @@ from groundscope.core.text import format_count, nearest
 from probes.analysis.reproduce_split import reproduce_split
 from probes.grid import ProbeGrid
 from probes.protocol.controls import movable, shuffle_labels, shuffle_within
+from probes.protocol.inputs import ProbedArray
 from probes.protocol.tasks import SplitRows
 from probes.solvers.ridge_many_labels import Targets, ridge_scores
 from probes.solvers.threads import map_in_threads
@@ -71,6 +72,8 @@ class Significance:
     n_groups: np.ndarray
     """int64 [K]: number of groups in which the concept is defined."""
     provenance: Mapping[str, Any]
+    heads: tuple[int, ...] = ()
+    """Numbers of the heads of a subset; else 0 to n_heads-1."""
 
     def __post_init__(self) -> None:
         artifacts.freeze(self)
@@ -91,7 +94,7 @@ class Significance:
             {
                 "concept": np.array(self.concepts, dtype=object)[k],
                 "layer": np.array(self.layers)[at],
-                "head": pd.array(head if self.n_heads else [pd.NA] * len(head), dtype="Int64"),
+                "head": ProbedArray("", "", "", self.layers, self.n_heads, self.heads).head_column(head),
                 **{name: getattr(self, name).ravel() for name in scores},
                 "movable": self.movable[k],
                 "n_groups": self.n_groups[k],
@@ -295,6 +298,7 @@ def adjust(
         concepts=grid.concepts,
         layers=grid.layers,
         n_heads=grid.n_heads,
+        heads=grid.heads,
         observed=observed,
         p=p,
         p_concept=by_concept,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from groundscope.core.errors import ProbeError
+from groundscope.core.errors import ProbeError, SiteError
 from probes.protocol.inputs import ProbedArray, find_array, read_features, read_groups, read_labels, row_mask
 from probes.protocol.tasks import SplitRows, split_rows
 
@@ -29,7 +29,12 @@ def grid_site(grid: ProbeGrid) -> str:
 
 def grid_array(grid: ProbeGrid, store: ActivationSource, tokens: str | None = None) -> ProbedArray:
     """Find the array of a grid in a store, by default at the grid's token selection; raise `SiteError` if it has none."""
-    return find_array(store, grid_site(grid), tokens or grid.tokens, heads=grid.n_heads is not None)
+    array = find_array(store, grid_site(grid), tokens or grid.tokens, heads=grid.n_heads is not None)
+    if array.head_numbers != grid.head_numbers and grid.n_heads:
+        here, there = (", ".join(map(str, numbers)) for numbers in (grid.head_numbers, array.head_numbers))
+        msg = f"the grid has heads {here} of {grid_site(grid)}, the store {there}; trace the same heads"
+        raise SiteError(msg)
+    return array
 
 
 @dataclass(frozen=True)

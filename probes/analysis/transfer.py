@@ -111,7 +111,7 @@ def transfer(
                     where = (k, at, head)
                     margin = by_head[used, head] @ grid.weights[where] + grid.intercepts[where]
                     score = _scores(truth, margin, of_row, counts, confidence)
-                    cell = {"layer": layer, "head": head if grid.n_heads else pd.NA}
+                    cell = {"layer": layer, "head": grid.head_numbers[head] if grid.n_heads else pd.NA}
                     home = float(grid.balanced_accuracy[where])
                     counted = {"home": home, "n": len(truth), "n_known": n_known}
                     table.append({"target": name, "concept": concept, **cell, **score, **counted})

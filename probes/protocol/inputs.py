@@ -31,17 +31,31 @@ class ProbedArray:
     layers: tuple[int, ...]
     n_heads: int | None
     """None for probes on whole layers."""
+    heads: tuple[int, ...] = ()
+    """Numbers of the heads if the store has only some of them; else 0 to n_heads-1."""
+
+    @property
+    def head_numbers(self) -> tuple[int, ...]:
+        """The number of each head; one entry, 0, for probes on whole layers."""
+        return self.heads or tuple(range(self.n_heads or 1))
 
     def site(self, layer: int) -> str:
         """Return the site of a layer, for example ``decoder.L3.z``."""
         return "projector.out" if self.stack == "projector" else f"{self.stack}.L{layer}.{self.component}"
+
+    def head_column(self, positions: np.ndarray) -> pd.api.extensions.ExtensionArray:
+        """Return the number of the head at each position along the axis of heads; missing for probes on whole layers."""
+        import pandas as pd
+
+        numbers = np.array(self.head_numbers)[positions] if self.n_heads else [pd.NA] * len(positions)
+        return pd.array(numbers, dtype="Int64")
 
     @property
     def stored_text(self) -> str:
         """The text that checkpoints of every release record."""
         return (
             f"Place(stack={self.stack!r}, component={self.component!r}, tokens={self.tokens!r}, layers={self.layers!r}, "
-            f"n_heads={self.n_heads!r})"
+            f"n_heads={self.n_heads!r}{f', heads={self.heads!r}' if self.heads else ''})"
         )
 
 
@@ -73,7 +87,9 @@ def find_array(
         msg = f"{stack}.{component} has no heads; use heads=False, or probe z"
         raise SiteError(msg)
     layers = tuple(array.layers) if layer is None else (layer,)
-    return ProbedArray(stack, component, selection, layers, array.n_heads if by_heads else None)
+    if not by_heads:
+        return ProbedArray(stack, component, selection, layers, None)
+    return ProbedArray(stack, component, selection, layers, array.n_heads, array.heads)
 
 
 def concept_columns(frame: pd.DataFrame) -> list[str]:

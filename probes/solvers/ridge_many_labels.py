@@ -139,7 +139,9 @@ class _Fold:
         projection = (axes / deviation[:, None]).astype(np.float32)
         offset = (mean @ projection).astype(np.float32)
         rows = standard @ projection - offset
-        square = np.empty((0, 0), np.float32) if wide else rows[span].T @ rows[span]
+        # The same choice as in `ridge_scores`: a fold can have fewer other rows than features where all rows are more.
+        by_rows = standard.shape[1] > len(standard)
+        square = np.empty((0, 0), np.float32) if by_rows else rows[span].T @ rows[span]
         return cls(span, len(others), values, projection, offset, square, rows)
 
     def forms(self, C: np.ndarray) -> tuple[np.ndarray, ...]:

@@ -333,15 +333,15 @@ def test_newer_layout_is_refused(tmp_path: Path) -> None:
     written(tmp_path, n=3)
     (tmp_path / "manifest.json").unlink()
     with h5py.File(tmp_path / "shard-0-00000.h5", "a") as file:
-        file.attrs["layout-version"] = 4
+        file.attrs["layout-version"] = 5
     for call in (lambda: ActivationStore(tmp_path), lambda: written(tmp_path, n=3)):
-        with pytest.raises(StoreError, match="layout version 4 is newer than 3"):
+        with pytest.raises(StoreError, match="layout version 5 is newer than 4"):
             call()
     manifest = {"layout-version": 7, "something": "else"}
     digest = hashlib.sha256(json.dumps(manifest, sort_keys=True, indent=1).encode()).hexdigest()
     text = json.dumps({**manifest, "sha256": digest}, sort_keys=True, indent=1)
     (tmp_path / "manifest.json").write_text(text)
-    with pytest.raises(StoreError, match="layout version 7 is newer than 3"):
+    with pytest.raises(StoreError, match="layout version 7 is newer than 4"):
         ActivationStore(tmp_path)
 
 

@@ -59,9 +59,10 @@ def real_bytes(root: Path) -> int:
     [
         (),
         ("trace=heads", "trace.dtype=bfloat16", "trace.layers=[1,4]", "trace.unembedding=true"),
+        ("trace.sites=[z,resid_post]", "trace.tokens=[last]", "trace.heads=[2,7]"),
         ("trace.sites=[resid_post]", "trace.tokens=[last,image:all]", "trace.dtype=float16"),
     ],
-    ids=["default", "heads", "every-token"],
+    ids=["default", "heads", "some-heads", "every-token"],
 )
 def test_planned_bytes_are_those_of_a_real_trace(
     options: tuple[str, ...], pope: Path, loaded: Lvlm, tmp_path: Path

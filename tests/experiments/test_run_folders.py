@@ -507,7 +507,8 @@ WRONG = [
     "probe.folds=1", "probe.C=[]", "probe.C=[0]", "patch.min_effect=-1", "steer.max_drop=nan",
     "model.dtype=bf16", "trace.dtype=float8", "trace.sites=[resid_pst]", "trace.tokens=[lst]",
     "probe.concepts=[objct:dog]", "patch.tokens=lst", "steer.doubt=inf",
-    "trace.layers=[]", "trace.layers=[-1]", "trace.shard_size=0", "evaluate.max_new_tokens=0", "evaluate.top_p=2",
+    "trace.layers=[]", "trace.layers=[-1]", "trace.heads=[]", "trace.heads=[-1]",
+    "trace.shard_size=0", "evaluate.max_new_tokens=0", "evaluate.top_p=2",
 ]  # fmt: skip
 
 

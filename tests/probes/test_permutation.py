@@ -41,9 +41,9 @@ def naive(x: np.ndarray, t: np.ndarray, fold: np.ndarray) -> float:
     return float(np.mean([(positive == (v == 1))[t[~train] == v].mean() for v in (-1, 1)]))
 
 
-@pytest.mark.parametrize("width", [9, 300])
+@pytest.mark.parametrize("width", [9, 100, 300])
 def test_scores_equal_a_naive_loop(width: int) -> None:
-    """Narrow and wide features take other ways."""
+    """Narrow and wide features take other ways; 100 are fewer than the rows and more than those of the other folds."""
     rng = np.random.default_rng(width)
     n = 160
     x = rng.normal(size=(n, width)) * rng.uniform(0.1, 10, width) + rng.normal(size=width) * 5

@@ -133,8 +133,8 @@ def _all_heads(store: ActivationSource) -> tuple[Head, ...]:
     """Return all traced heads of the decoder; raises `SiteError` if a store has none."""
     sites = traced_heads(store)
     arrays = [a for a in getattr(store, "arrays", ()) if a.stack == "decoder" and a.component in ("z", "cross.z")]
-    count = next((a.n_heads for a in arrays if a.n_heads), 0)
-    if not sites or not count:
+    numbers = next((a.head_numbers for a in arrays if a.n_heads), ())
+    if not sites or not numbers:
         msg = "the store has no heads of the decoder; trace sites=['z'], or pass heads="
         raise SiteError(msg)
-    return tuple(Head(layer, k) for layer in sites for k in range(count))
+    return tuple(Head(layer, k) for layer in sites for k in numbers)

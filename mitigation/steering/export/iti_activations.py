@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from groundscope.core.errors import ModelError, PatchError
+from groundscope.core.errors import ModelError, PatchError, SiteError
 from groundscope.core.files import explained, whole
 from groundscope.core.progress import progress_bar
 from lvlm.family.specification import resolve
@@ -80,6 +80,13 @@ def iti_activations(
     if store.provenance.get("model", {}).get("config") != model.config_hash:
         msg = f"the store was not traced from '{model.name}'; pass the model that it was traced from"
         raise ModelError(msg)
+    partial = next((a for a in getattr(store, "arrays", ()) if a.heads and a.component.endswith("z")), None)
+    if partial is not None:
+        msg = (
+            f"the store has heads {', '.join(map(str, partial.heads))} of {partial.stack}.{partial.component} only, but "
+            "honest_llama's files hold all heads; trace all heads"
+        )
+        raise SiteError(msg)
     heads_at = [model.head_site(layer) for layer in range(model.n_layers)]
     layers = len(heads_at)
     first = read(store, heads_at[0], tokens)
