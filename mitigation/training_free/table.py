@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from groundscope.core.registry import Registry
 from mitigation.training_free.method import TrainingFree
+from mitigation.training_free.methods.ad_hh import ADHH
+from mitigation.training_free.methods.adapt_vis import AdaptVis
 from mitigation.training_free.methods.beam import BeamSearch
 from mitigation.training_free.methods.deco import DeCo
 from mitigation.training_free.methods.dola import DoLa
@@ -15,8 +17,12 @@ from mitigation.training_free.methods.icd import ICD
 from mitigation.training_free.methods.lcd import LCD
 from mitigation.training_free.methods.m3id import M3ID
 from mitigation.training_free.methods.memvr import MemVR
+from mitigation.training_free.methods.middle_layers import MiddleLayers
+from mitigation.training_free.methods.pai import PAI
 from mitigation.training_free.methods.revisit import ReVisiT
 from mitigation.training_free.methods.ritual import RITUAL
+from mitigation.training_free.methods.spin import SPIN
+from mitigation.training_free.methods.vaf import VAF
 from mitigation.training_free.methods.vcd import VCD
 from mitigation.training_free.methods.vdd import VDD, VDDCalibration
 from mitigation.training_free.methods.vista import VISTA
@@ -31,6 +37,8 @@ def _check(entry: type[TrainingFree]) -> str | None:
 training_free_methods: Registry[type[TrainingFree]] = Registry(
     "training-free method",
     {
+        "ad_hh": ADHH,
+        "adapt_vis": AdaptVis,
         "beam": BeamSearch,
         "deco": DeCo,
         "dola": DoLa,
@@ -38,8 +46,12 @@ training_free_methods: Registry[type[TrainingFree]] = Registry(
         "lcd": LCD,
         "m3id": M3ID,
         "memvr": MemVR,
+        "middle_layers": MiddleLayers,
+        "pai": PAI,
         "revisit": ReVisiT,
         "ritual": RITUAL,
+        "spin": SPIN,
+        "vaf": VAF,
         "vcd": VCD,
         "vdd": VDD,
         "vdd_calibration": VDDCalibration,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import pytest
@@ -11,17 +9,19 @@ import torch
 from torch import Tensor
 
 from groundscope.core.errors import ModelError
-from lvlm import Lvlm
-from lvlm.decoding.attention_edits import attention_modules, check_attention_edits, edit_attention, read_attention
+from lvlm import Lvlm, wrap_lvlm
+from lvlm.decoding.attention_edits import check_attention_edits, edit_attention, read_attention
 from lvlm.decoding.attention_rows import AttentionRows, attention_scores
 from lvlm.decoding.decoder import AnswerRule, Branch, Step
 from lvlm.decoding.loop import generate, generate_prompts
 from mitigation.training_free.branches import without_image
+from tests.toys.attention_oracle import Call, by_hand, plain
 from tests.toys.decoding_oracle import double_model, naive_steps, text_only
 from tests.toys.edge_oracle import double
 from tests.toys.examples import example
 from tests.toys.families import BUILDERS, model
 from tests.toys.random_models import hooks_of
+from tests.toys.remote_code_families import STAND_INS, build_stand_in
 
 FAMILIES = ("llava", "qwen2_5_vl", "gemma3", "paligemma2")
 ENCODER_DECODERS = {"instructblip_t5", "florence2"}
@@ -31,52 +31,11 @@ def boost(rows: AttentionRows) -> AttentionRows:
     return rows.with_scores(torch.where(rows.image, rows.scores + 0.5 * rows.scores.abs(), 1.3 * rows.scores))
 
 
-def boost_by_hand(scores: Tensor, image: Tensor) -> Tensor:
-    return torch.where(image, scores + 0.5 * scores.abs(), 1.3 * scores)
-
-
-@contextmanager
-def by_hand(
-    lvlm: Lvlm, edit: Callable[[Tensor, Tensor], Tensor], prompt: int, *, blind: bool = False
-) -> Iterator[None]:
-    """Eager attention written out for one unpadded row, with an edit of the scores of the queries from `prompt` - 1 on."""
-    image: list[Tensor] = []
-
-    def ids(_module: Any, _args: Any, kwargs: dict[str, Any]) -> None:
-        image[:] = [(kwargs["input_ids"][0] == lvlm.content_id)]
-
-    def attend(
-        module: Any, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None, **options: Any
-    ) -> tuple[Tensor, None]:
-        _, heads, n, _ = q.shape
-        k, v = (x.repeat_interleave(heads // x.shape[1], 1) for x in (k, v))
-        scores = q @ k.transpose(2, 3) * options["scaling"]
-        if options.get("softcap"):
-            scores = options["softcap"] * torch.tanh(scores / options["softcap"])
-        mask = torch.ones(n, n, dtype=torch.bool).tril()
-        if attention_mask is not None:
-            mask = attention_mask[0, 0] if attention_mask.dtype == torch.bool else attention_mask[0, 0] > -1
-        edited = edit(scores, image[0][:n].expand(n, n))
-        late = torch.arange(n)[:, None] >= prompt - 1
-        scores = torch.where(late & (not blind), edited, scores).masked_fill(~mask, -torch.inf)
-        return (scores.softmax(-1) @ v).transpose(1, 2), None
-
-    with ExitStack() as stack:
-        stack.callback(lvlm.hf.register_forward_pre_hook(ids, with_kwargs=True).remove)
-        for module in attention_modules(lvlm):
-            names = type(module).forward.__globals__
-            interface = names["ALL_ATTENTION_FUNCTIONS"]
-
-            class Ours(dict):
-                def get_interface(self, name: str, default: Any, module: Any = module, was: Any = interface) -> Any:
-                    usual = was.get_interface(name, default)
-                    decoder = set(map(id, attention_modules(lvlm)))
-                    return lambda m, *a, **k: attend(m, *a, **k) if id(m) in decoder else usual(m, *a, **k)
-
-            if not isinstance(interface, Ours) and type(interface).__name__ != "Ours":
-                names["ALL_ATTENTION_FUNCTIONS"] = Ours()
-                stack.callback(names.__setitem__, "ALL_ATTENTION_FUNCTIONS", interface)
-        yield
+def boost_by_hand(call: Call) -> Tensor:
+    w = call.scores
+    boosted = torch.where(call.image, w + 0.5 * w.abs(), 1.3 * w).masked_fill(w.isinf(), -torch.inf)
+    late = torch.arange(w.shape[1])[:, None] >= call.prompt - 1
+    return torch.where(late, boosted, w).softmax(-1) @ call.values
 
 
 class Contrast(AnswerRule):
@@ -117,7 +76,7 @@ def test_an_edit_is_eager_attention_by_hand(family: str, implementation: str) ->
         prompt = inputs["input_ids"].shape[1]
         context = [
             lambda p=prompt: by_hand(lvlm, boost_by_hand, p),
-            lambda: by_hand(lvlm, boost_by_hand, 0, blind=True),
+            lambda: by_hand(lvlm, plain, 0),
         ]
         tokens, scores = naive_steps(
             lvlm, [inputs, text_only(lvlm, inputs)], lambda _, x: 2 * x[0] - x[1], steps, context
@@ -172,6 +131,13 @@ def test_attention_that_does_not_use_the_interface_is_refused() -> None:
 
     lvlm.layers("decoder")[1].self_attn = OwnAttention()
     with pytest.raises(ModelError, match="its OwnAttention does not call transformers' AttentionInterface"):
+        check_attention_edits(lvlm)
+
+
+@pytest.mark.parametrize("family", sorted(STAND_INS))
+def test_families_with_their_own_attention_are_refused(family: str) -> None:
+    lvlm = wrap_lvlm(*build_stand_in(family), name=family, validate=False)
+    with pytest.raises(ModelError, match=f"attention of {family} .* cannot be edited: its .*Attention does not call"):
         check_attention_edits(lvlm)
 
 

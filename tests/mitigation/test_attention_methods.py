@@ -1,0 +1,282 @@
+"""Methods that edit attention, against the written rules in whole uncached forwards in float64, by head and query."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import groundscope as gs
+from groundscope.core.errors import ConfigError, ModelError
+from lvlm import Lvlm
+from lvlm.decoding.decoder import AnswerRule, Step
+from lvlm.decoding.loop import generate
+from mitigation.training_free.attention import AttentionMethod, image_attention
+from mitigation.training_free.method import TrainingFree
+from mitigation.training_free.methods.ad_hh import ADHH
+from mitigation.training_free.methods.adapt_vis import AdaptVis
+from mitigation.training_free.methods.middle_layers import MiddleLayers
+from mitigation.training_free.methods.pai import PAI
+from mitigation.training_free.methods.spin import SPIN, top_heads
+from mitigation.training_free.methods.vaf import VAF
+from tests.toys.attention_oracle import Call, by_hand, edited_scores, plain
+from tests.toys.decoding_oracle import double_model, naive_steps, text_only
+from tests.toys.examples import example
+from tests.toys.families import model
+from tests.toys.random_models import hooks_of
+
+FAMILIES = ("llava", "qwen2_5_vl", "mistral3")
+STEPS = 3
+
+
+class Recorded:
+    """A rule whose scores at each step are stored."""
+
+    def __init__(self, rule: AnswerRule) -> None:
+        self.rule, self.scores = rule, []
+        self.sites, self.image_sites, self.branches = rule.sites, rule.image_sites, rule.branches
+
+    def combine(self, step: Step) -> Tensor:
+        self.scores.append(self.rule.combine(step))
+        return self.scores[-1]
+
+
+def inputs_of(batch: Any) -> list[dict[str, Tensor]]:
+    return [{n: x.double() if x.is_floating_point() else x for n, x in e.inputs.items()} for e in batch.encodings]
+
+
+def answers_of(lvlm: Lvlm, batch: Any, method: TrainingFree) -> tuple[list[list[int]], list[Tensor]]:
+    """Two prompts in one batch with caches."""
+    with method.applied(lvlm):
+        decoder: Any = lvlm.decoder
+        ours: Any = Recorded(decoder.start(lvlm, batch) if decoder else AnswerRule())
+        return generate(lvlm, batch, ours, STEPS, ends=False), ours.scores
+
+
+def assert_rule(
+    family: str, method: TrainingFree, rule: Callable[[Lvlm], Any], combine: Any = None, *, blind: bool = False
+) -> None:
+    lvlm = double_model(family)
+    batch = next(lvlm.batches([example(0), example(1)], 2))
+    answers, scores = answers_of(lvlm, batch, method)
+    changed = False
+    for row, inputs in enumerate(inputs_of(batch)):
+        prompt = inputs["input_ids"].shape[1]
+        prompts = [inputs, text_only(lvlm, inputs)] if blind else [inputs]
+        contexts = [lambda n=prompt: by_hand(lvlm, rule(lvlm), n), lambda: by_hand(lvlm, plain, 0)]
+        tokens, expected = naive_steps(lvlm, prompts, combine or (lambda _, x: x[0]), STEPS, contexts)
+        assert answers[row] == tokens
+        for ours, written in zip(scores, expected, strict=True):
+            assert torch.equal(ours[row].isinf(), written.isinf())
+            torch.testing.assert_close(ours[row].log_softmax(-1), written.log_softmax(-1), atol=1e-5, rtol=0)
+        _, unchanged = naive_steps(lvlm, [inputs], lambda _, x: x[0], 1)
+        changed |= not torch.allclose(unchanged[0].log_softmax(-1), expected[0].log_softmax(-1), atol=1e-4)
+    assert changed
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pai_is_the_written_rule(family: str) -> None:
+    def raised(call: Call, head: int, query: int) -> Tensor:
+        w = call.scores[head, query]
+        return torch.where(call.image, w + 0.4 * w.abs(), w)
+
+    def combine(_step: int, logits: Any) -> Tensor:
+        log_p, log_u = (x.log_softmax(-1) for x in logits)
+        mixed = 2 * (log_p - log_u) + log_u
+        return mixed.masked_fill(log_p.exp() < 0.1 * log_p.exp().max(), -math.inf)
+
+    # 2 to 31 of 32 is every layer of three except the first half of one: round(2 * 3 / 32) = 0.
+    assert_rule(family, PAI(alpha=0.4, gamma=2), lambda _: edited_scores(raised, range(3)), combine, blind=True)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_middle_layers_are_the_written_rule(family: str) -> None:
+    def raised(call: Call, head: int, query: int) -> Tensor:
+        w = call.scores[:, query]
+        mean = sum(w[h].abs() for h in range(len(w))) / len(w)
+        return torch.where(call.image, w[head] + 0.5 * mean, w[head])
+
+    method = MiddleLayers(layers=(0, 2))
+    assert_rule(family, method, lambda _: edited_scores(raised, [0, 2]))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_vaf_is_the_written_rule(family: str) -> None:
+    def multiplied(call: Call, head: int, query: int) -> Tensor:
+        w = call.scores[head, query].clone()
+        positions = call.image.nonzero().flatten().tolist()
+        if query <= positions[-1]:
+            return w
+        w[positions] *= 1.5
+        w[: positions[0]] *= 0.9
+        return w
+
+    method = VAF(1.5, 0.9)
+    assert_rule(family, method, lambda _: edited_scores(multiplied, [1], live=False))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_spin_is_the_written_rule(family: str) -> None:
+    def rule(call: Call) -> Tensor:
+        out = call.plain.clone()
+        for query in call.live:
+            sums = [float(call.scores[h, query][call.image].sum()) for h in range(4)]
+            least = sorted(range(4), key=lambda h: sums[h])[:2]  # floor(.5 * 4) stay
+            out[least, query] *= 0.3
+        return out
+
+    assert_rule(family, SPIN(0.5, 0.3), lambda _: rule)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ad_hh_is_the_written_rule(family: str) -> None:
+    def rule(call: Call) -> Tensor:
+        weights = call.scores.softmax(-1)
+        end = int(call.image.nonzero().amax()) + 1
+        for layer, head in ((0, 1), (2, 0), (2, 3)):
+            for query in call.live:
+                if call.layer == layer and weights[head, query, end:].sum() >= 0.1:
+                    weights[head, query, end:] = 0
+        return weights @ call.values
+
+    assert_rule(family, ADHH(("L0.H1", "L2.H0", "L2.H3"), 0.1), lambda _: rule)
+
+
+@pytest.mark.parametrize("rows", ["last", "all"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_adapt_vis_is_the_written_rule(family: str, rows: Any) -> None:
+    lvlm = double_model(family)
+    batch = next(lvlm.batches([example(0), example(1)], 2))
+    confidences = lvlm.logits(batch.inputs).softmax(-1).amax(-1)
+    method = AdaptVis(0.5, 1.5, float(confidences.mean()), rows)
+    with method.applied(lvlm):
+        assert lvlm.decoder is not None
+        first, answers = lvlm.decoder.first_logits(lvlm, batch), lvlm.decoder.generate(lvlm, batch, STEPS)
+    for row, inputs in enumerate(inputs_of(batch)):
+        factor = 0.5 if confidences[row] < confidences.mean() else 1.5
+        prompt = inputs["input_ids"].shape[1]
+
+        def multiplied(call: Call, head: int, query: int, factor: float = factor) -> Tensor:
+            w = call.scores[head, query]
+            inside = query == call.prompt - 1 or (rows == "all" and query < call.prompt)
+            return torch.where(call.image & inside, w * factor, w)
+
+        rule = edited_scores(multiplied, range(3), live=False)
+        contexts = [lambda n=prompt, r=rule: by_hand(lvlm, r, n)]
+        tokens, expected = naive_steps(lvlm, [inputs], lambda _, x: x[0], STEPS, contexts)
+        assert answers[row] == tokens[: len(answers[row])]
+        torch.testing.assert_close(first[row].log_softmax(-1), expected[0].log_softmax(-1), atol=1e-5, rtol=0)
+
+
+def test_heads_with_the_highest_sums_stay() -> None:
+    scores = torch.tensor([[1.0, 9.0], [2.0, -9.0], [3.0, 0.0], [-5.0, 0.0], [0.0, 0.0]])[None, :, None]
+    image = torch.tensor([True, False])[None, None, None]
+    assert top_heads(scores, image, 0.6)[0, :, 0].tolist() == [True, True, True, False, False]
+    assert top_heads(scores, image, 0.59)[0, :, 0].tolist() == [False, True, True, False, False]
+
+
+def test_attention_to_the_image_is_that_of_the_query_that_produced_the_token() -> None:
+    lvlm = double_model("llava")
+    batch = next(lvlm.batches([example(0), example(1)], 2))
+    answers = [[5, 7], [9]]
+    for row, sums in enumerate(image_attention(lvlm, batch, answers)):
+        inputs = inputs_of(batch)[row]
+        prompt = inputs["input_ids"].shape[1]
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([answers[row]])], 1)
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        weights: dict[int, Tensor] = {}
+
+        def rule(call: Call, weights: dict[int, Tensor] = weights) -> Tensor:
+            weights[call.layer] = call.scores.softmax(-1)[:, :, call.image].sum(-1)
+            return call.plain
+
+        with torch.no_grad(), by_hand(lvlm, rule, prompt):
+            lvlm.hf(**inputs, use_cache=False)
+        for layer in range(3):
+            expected = weights[layer][:, prompt - 1 : prompt - 1 + len(answers[row])]
+            torch.testing.assert_close(sums[layer], expected, atol=1e-6, rtol=0)
+
+
+NEUTRAL = [PAI(0, 1), MiddleLayers(0), VAF(1, 1), SPIN(1), SPIN(factor=1), ADHH(), AdaptVis(1, 1)]
+
+
+@pytest.mark.parametrize("method", NEUTRAL, ids=lambda m: m.name)
+def test_neutral_parameters_leave_the_model_alone(method: TrainingFree) -> None:
+    lvlm = model("llava")
+    batch = next(lvlm.batches([example(0), example(1)], 2))
+    before, written = lvlm.answer_logits(batch), lvlm.generate_batch(batch, 4)
+    with method.applied(lvlm):
+        assert torch.equal(lvlm.answer_logits(batch), before)
+        assert lvlm.generate_batch(batch, 4) == written
+
+
+@pytest.mark.parametrize("method", [PAI(0, 1.0000001), MiddleLayers(1e-12), VAF(1, 1 - 1e-12)], ids=lambda m: m.label)
+def test_nearly_neutral_parameters_run_the_edit_and_change_nothing(method: TrainingFree) -> None:
+    lvlm = double_model("qwen2_5_vl")
+    batch = next(lvlm.batches([example(0), example(1)], 2))
+    plain_answers, plain_scores = answers_of(lvlm, batch, TrainingFree())
+    answers, scores = answers_of(lvlm, batch, method)
+    assert answers == plain_answers
+    for ours, before in zip(scores, plain_scores, strict=True):
+        possible = ~ours.isinf()
+        difference = ours.log_softmax(-1) - before.masked_fill(~possible, -math.inf).log_softmax(-1)
+        assert difference[possible].abs().max() < 1e-5
+
+
+METHODS = [PAI(), MiddleLayers(), VAF(), SPIN(), ADHH(("L1.H0",)), AdaptVis()]
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.label)
+def test_the_model_is_unchanged_after_the_context_and_after_an_error(method: TrainingFree) -> None:
+    lvlm = model("llava")
+    batch = next(lvlm.batches([example(0)], 1))
+    before = lvlm.attention, hooks_of(lvlm), lvlm.logits(batch.inputs)
+    with method.applied(lvlm):
+        lvlm.generate_batch(batch, 2)
+        assert [record.name for record in lvlm.interventions] == [method.name]
+        assert lvlm.unregistered_hooks == ()
+    with pytest.raises(RuntimeError), method.applied(lvlm):
+        raise RuntimeError
+    assert (lvlm.attention, hooks_of(lvlm)) == before[:2]
+    assert torch.equal(lvlm.logits(batch.inputs), before[2])
+    assert lvlm.decoder is None
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.label)
+def test_families_without_image_tokens_in_the_decoder_are_refused(method: TrainingFree) -> None:
+    for family, reader in (("mllama", "cross-attention reads"), ("florence2", "an encoder reads")):
+        with pytest.raises(ModelError, match=f"{method.label} acts on image tokens.*{reader}"):
+            method.check(model(family))
+
+
+def test_wrong_parameters_are_refused() -> None:
+    lvlm = model("llava")
+    with pytest.raises(ConfigError, match="SPIN: layer 3, but llava has layers 0-2"):
+        SPIN(layers=(3,)).check(lvlm)
+    with pytest.raises(ConfigError, match="AD-HH: head 9, but layers of llava have heads 0-3"):
+        ADHH(("L1.H9",)).check(lvlm)
+    with pytest.raises(ConfigError, match="AD-HH needs heads"):
+        ADHH.derive(gs.DerivationData(lvlm, None, gs.scenes.dataset(10)))
+    with pytest.raises(ConfigError, match=r"keep=1\.5: must be a number at least 0 and at most 1"):
+        SPIN(1.5)
+    with pytest.raises(ConfigError, match=r"gamma=0\.9: must be a number at least 1"):
+        PAI(gamma=0.9)
+
+
+def test_published_layers_are_scaled() -> None:
+    def layers(method: AttentionMethod, depth: int) -> tuple[int, ...]:
+        class Deep:
+            n_layers = depth
+
+        return method.edited_layers(Deep())  # type: ignore[arg-type]
+
+    assert layers(PAI(), 32) == tuple(range(2, 32))
+    assert layers(MiddleLayers(), 32) == tuple(range(5, 18))
+    assert layers(MiddleLayers(variant="release"), 32) == tuple(range(5, 19))
+    assert layers(VAF(), 32) == tuple(range(9, 15))
+    assert layers(VAF(), 28) == tuple(range(8, 13))
+    assert layers(SPIN(), 28) == tuple(range(28))
