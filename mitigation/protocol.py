@@ -19,13 +19,15 @@ class ForwardCost:
     --------
     >>> from mitigation import ForwardCost
     >>> ForwardCost(per_token=2.0, prompts=1.0)  # contrastive decoding: a second pass for the prompt and for each token
-    ForwardCost(per_token=2.0, prompts=1.0)
+    ForwardCost(per_token=2.0, prompts=1.0, written_tokens=0)
     """
 
     per_token: float = 1.0
     """Passes for each generated token; 1 for the model alone."""
     prompts: float = 0.0
     """Additional passes over a prompt for each answer."""
+    written_tokens: int = 0
+    """Largest number of tokens that the model writes before each answer, such as a description of the image."""
 
 
 @runtime_checkable

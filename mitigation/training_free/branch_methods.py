@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class BranchMethod(TrainingFree):
     """A method with a rule for logits; subclasses override `_combine`, and `_branches` if the rule compares with some.
 
-    `_start` returns what the rule needs for a batch, which `_branches` and `_combine` receive as ``state``.
+    `_start` returns what the rule needs for each answer, which `_branches` and `_combine` receive as ``state``.
 
     Examples
     --------
@@ -45,8 +45,8 @@ class BranchMethod(TrainingFree):
         """Whether the parameters leave the model's own answers as they are."""
         return False
 
-    def _start(self, model: Lvlm, batch: Batch) -> Any:
-        """Return what the rule needs for a batch of answers, such as their candidates."""
+    def _start(self, model: Lvlm, batch: Batch) -> Sequence[Any] | None:
+        """Return what the rule needs for each answer of a batch, such as its candidates."""
         return None
 
     def _branches(self, model: Lvlm, batch: Batch, state: Any) -> Sequence[Branch]:
@@ -86,3 +86,7 @@ class BranchRule(AnswerRule):
     def combine(self, step: Step) -> Tensor:
         """Return the logits of the method."""
         return self.method._combine(step, self.state)
+
+    def select(self, parents: Sequence[int]) -> None:
+        """Follow other answers."""
+        self.state = None if self.state is None else tuple(self.state[parent] for parent in parents)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from lvlm.encoding.encode import Batch, Encoding
     from lvlm.model import Lvlm
 
+FillerPlace = Literal["each token", "each image", "all images"]
+"""What tokens stand in place of, in `replaced_image`."""
+
 
 def check_runs_without_image(model: Lvlm, label: str) -> None:
     """Raise `ModelError` for a family that cannot answer a prompt without its image."""
@@ -32,20 +35,19 @@ def check_runs_without_image(model: Lvlm, label: str) -> None:
 
 def without_image(model: Lvlm, batch: Batch) -> Branch:
     """Return the prompts without their image tokens; markers around them and newlines stay, positions are those of text."""
-    return replaced_image(model, batch, "no image", [()] * len(batch.encodings))
+    return replaced_image(model, batch, "no image", [()] * len(batch.encodings), at="all images")
 
 
 def unknown_image(model: Lvlm, batch: Batch, *, single: bool = False) -> Branch:
-    """Return the prompts with ``<unk>`` in place of each image token, or in place of the whole image with `single`.
+    """Return the prompts with ``<unk>`` in place of each image token, or in place of each whole image with `single`.
 
     Raises
     ------
     ModelError
         If the tokenizer has no token for unknown words.
     """
-    return replaced_image(
-        model, batch, "unknown image", [(unknown_token(model),)] * len(batch.encodings), each=not single
-    )
+    fillers = [(unknown_token(model),)] * len(batch.encodings)
+    return replaced_image(model, batch, "unknown image", fillers, at="each image" if single else "each token")
 
 
 def unknown_token(model: Lvlm) -> int:
@@ -58,9 +60,9 @@ def unknown_token(model: Lvlm) -> int:
 
 
 def replaced_image(
-    model: Lvlm, batch: Batch, name: str, fillers: Sequence[Sequence[int]], *, each: bool = False
+    model: Lvlm, batch: Batch, name: str, fillers: Sequence[Sequence[int]], *, at: FillerPlace
 ) -> Branch:
-    """Return the prompts as text, with other tokens in place of the image.
+    """Return the prompts as text, with other tokens in place of the image tokens.
 
     Parameters
     ----------
@@ -70,19 +72,29 @@ def replaced_image(
         Name of the branch.
     fillers
         For each prompt the tokens in place of the image.
-    each
-        Whether they replace each image token, and not each run of image tokens.
+    at
+        Where they are: in place of each image token, of each image (all its tiles), or of all images of the prompt together.
     """
     ids = batch.inputs["input_ids"]
     image = image_tokens(model, batch.inputs) if image_in_sequence(model) else ids == model.content_id
     rows: dict[int, list[tuple[int, list[int]]]] = {}
     for row, (tokens, marks) in enumerate(zip(ids.tolist(), image.tolist(), strict=True)):
+        marked = [i for i, mark in enumerate(marks) if mark]
+        starts = set(marked)
+        if at == "each image":
+            views = batch.encodings[row].tokens.views.get("decoder", ())
+            firsts: dict[int, int] = {}
+            for view in views:
+                firsts[view.image] = min(firsts.get(view.image, len(tokens)), *view.positions)
+            starts = set(firsts.values()) if views else set(marked[:1])
+        elif at == "all images":
+            starts = set(marked[:1])
         text: list[int] = []
-        for i, (token, marked) in enumerate(zip(tokens, marks, strict=True)):
-            if not marked:
-                text.append(token)
-            elif each or i == 0 or not marks[i - 1]:
+        for i, token in enumerate(tokens):
+            if i in starts:
                 text.extend(fillers[row])
+            elif not marks[i]:
+                text.append(token)
         rows.setdefault(len(text), []).append((row, text))
     prompts = []
     for items in rows.values():

@@ -31,6 +31,7 @@ Regime = Literal["greedy", "sampling", "beam"]
 """How a method's release writes answers."""
 Variant = Literal["paper", "release"]
 """Form of a rule: as the paper states it, or as its released code computes it."""
+_KIND = "training-free method"
 
 
 @dataclass(frozen=True)
@@ -105,12 +106,20 @@ class TrainingFree:
         """Correct the model's answers while the context is open; afterwards the model is unchanged."""
         self.check(model)
         with ExitStack() as stack:
-            active = ActiveIntervention("training-free method", self.name, lambda: digest_of(self))
+            others = [item.name for item in model.interventions if item.kind == _KIND]
+            active = ActiveIntervention(_KIND, self.name, self._digest)
             stack.callback(model.register(active).remove)
             decoder = self._enter(model, stack)
             if decoder is not None:
+                if model.decoder is not None and others:
+                    msg = f"{self.name} chooses the next token, and so does {' or '.join(others)}; apply one of them"
+                    raise ModelError(msg)
                 stack.enter_context(model.decoding_with(decoder))
             yield
+
+    def _digest(self) -> str | None:
+        """Return a digest of everything that determines the effect; None if it contains code."""
+        return digest_of(self)
 
     def _check(self, model: Lvlm) -> None:
         """Raise `ModelError` if a family lacks what the method needs."""

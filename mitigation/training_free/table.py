@@ -10,7 +10,10 @@ from groundscope.core.registry import Registry
 from mitigation.training_free.method import TrainingFree
 from mitigation.training_free.methods.ad_hh import ADHH
 from mitigation.training_free.methods.adapt_vis import AdaptVis
+from mitigation.training_free.methods.augment import Augment
 from mitigation.training_free.methods.beam import BeamSearch
+from mitigation.training_free.methods.code import CODE
+from mitigation.training_free.methods.counterfactual_keywords import CounterfactualKeywords
 from mitigation.training_free.methods.deco import DeCo
 from mitigation.training_free.methods.dola import DoLa
 from mitigation.training_free.methods.icd import ICD
@@ -21,10 +24,12 @@ from mitigation.training_free.methods.middle_layers import MiddleLayers
 from mitigation.training_free.methods.pai import PAI
 from mitigation.training_free.methods.revisit import ReVisiT
 from mitigation.training_free.methods.ritual import RITUAL
+from mitigation.training_free.methods.skip_newline import SkipNewline
 from mitigation.training_free.methods.spin import SPIN
 from mitigation.training_free.methods.vaf import VAF
 from mitigation.training_free.methods.vcd import VCD
 from mitigation.training_free.methods.vdd import VDD, VDDCalibration
+from mitigation.training_free.methods.vdgd import VDGD
 from mitigation.training_free.methods.vista import VISTA
 
 
@@ -39,7 +44,10 @@ training_free_methods: Registry[type[TrainingFree]] = Registry(
     {
         "ad_hh": ADHH,
         "adapt_vis": AdaptVis,
+        "augment": Augment,
         "beam": BeamSearch,
+        "code": CODE,
+        "counterfactual_keywords": CounterfactualKeywords,
         "deco": DeCo,
         "dola": DoLa,
         "icd": ICD,
@@ -50,11 +58,13 @@ training_free_methods: Registry[type[TrainingFree]] = Registry(
         "pai": PAI,
         "revisit": ReVisiT,
         "ritual": RITUAL,
+        "skip_newline": SkipNewline,
         "spin": SPIN,
         "vaf": VAF,
         "vcd": VCD,
         "vdd": VDD,
         "vdd_calibration": VDDCalibration,
+        "vdgd": VDGD,
         "vista": VISTA,
     },
     group="groundscope.training_free",
