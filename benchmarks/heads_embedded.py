@@ -30,7 +30,7 @@ import torch
 from rich.table import Table
 
 from benchmarks._harness import describe_device, finish, option_parser, progress, wide_console
-from circuits import HeadSet, ablate, attention_knockout, compare, head_scores, patch_heads
+from circuits import HeadSet, ablate, attention_knockout, compare, head_table, patch_heads
 from circuits.head_screening.table import CAUSAL, CORRELATIONAL
 from concepts import counterfactuals, scenes
 from concepts.concept import LEVELS
@@ -133,7 +133,7 @@ def measure(model: Lvlm, data: ConceptDataset, limit: int, draws: int) -> dict[s
             figures[f"{level}, heads at {tokens.removesuffix(':all')}"] = ablate_best(
                 model, pairs, questions, tokens, draws
             )
-    table = head_scores(
+    table = head_table(
         model,
         [p for pairs in by_level.values() for p in take_evenly(pairs, limit // 2)],
         methods=CORRELATIONAL + CAUSAL,

@@ -4,7 +4,7 @@ from . import attention_knockout, attribution, faithfulness, input_attribution
 from .ablation import Ablation, ablate
 from .execution.conditions import logits_under
 from .head_screening.image_attention import ImageAttention, attention_to_image
-from .head_screening.table import HeadTable, head_scores
+from .head_screening.table import HeadTable, head_table
 from .head_set import HeadSet, all_heads
 from .input_attribution.results import Sources, SourceShares
 from .interventions.intervention import Add, Amplify, Gate, Intervention, Project, Replace, Zero, intervened
@@ -45,7 +45,7 @@ __all__ = [
     "attribution",
     "compare",
     "faithfulness",
-    "head_scores",
+    "head_table",
     "input_attribution",
     "intervened",
     "logits_under",

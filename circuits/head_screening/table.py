@@ -41,7 +41,7 @@ _LISTS = ("ids", "groups", "levels")
 
 @dataclass(frozen=True, eq=False)
 class HeadTable:
-    """Several scores of every head for the same examples; returned by `head_scores`.
+    """Several scores of every head for the same examples; returned by `head_table`.
 
     Examples
     --------
@@ -171,7 +171,7 @@ class HeadTable:
             return cls(values={name: tensors[name] for name in card.pop("methods")}, **check_fields(card, cls))
 
 
-def head_scores(
+def head_table(
     model: Lvlm,
     data: Sequence[CounterfactualPair] | Sequence[Example],
     *,
@@ -225,7 +225,7 @@ def head_scores(
     >>> import groundscope as gs
     >>> model = gs.load_lvlm("tiny")
     >>> questions = gs.scenes.dataset(n_images=10, seed=0)[:3]
-    >>> table = gs.head_scores(model, questions, methods=["image_mass", "direct"])
+    >>> table = gs.head_table(model, questions, methods=["image_mass", "direct"])
     >>> table.methods, table.mean("direct").shape
     (('image_mass', 'direct'), (6, 8))
     """

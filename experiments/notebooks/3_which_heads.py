@@ -10,7 +10,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from circuits import HeadScores, HeadSet, ablate, head_scores, patch_heads
+from circuits import HeadScores, HeadSet, ablate, head_table, patch_heads
 from concepts import counterfactuals, scenes
 from lvlm import load_lvlm
 
@@ -55,7 +55,7 @@ print(f"first three in common {stability.overlap}; by chance {stability.chance:.
 # head writes toward the answer. All heads' Spearman correlation with patching, intervals over scenes:
 
 # %%
-table = head_scores(model, pairs, methods=["image_mass", "box_mass", "localisation", "vhd", "direct", "patching"])
+table = head_table(model, pairs, methods=["image_mass", "box_mass", "localisation", "vhd", "direct", "patching"])
 agreement = table.agreement(truth="patching", k=[3])
 agreement.loc[
     agreement["level"] == "object",

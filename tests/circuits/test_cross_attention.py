@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from activation_store import trace
-from circuits import HeadSet, ablate, head_scores, patch
+from circuits import HeadSet, ablate, head_table, patch
 from circuits.execution.conditions import logits_under
 from concepts import ConceptDataset
 from concepts.schema import Example
@@ -76,18 +76,18 @@ def test_ablation_equals_raw_hooks(family: str) -> None:
 @pytest.mark.parametrize("family", READ_ELSEWHERE)
 def test_scores_of_heads(family: str) -> None:
     lvlm, data = model(family), [pair_of(k).clean for k in (0, 2)]
-    scores = head_scores(lvlm, data, methods=["ablation"]).values["ablation"]
+    scores = head_table(lvlm, data, methods=["ablation"]).values["ablation"]
     means = ablate(lvlm, data, method="mean", tokens="last").effects
     np.testing.assert_array_equal(scores.reshape(means.shape), means)
     assert np.abs(scores).max() > 1e-5
     with pytest.raises(ModelError, match="has no image tokens"):
-        head_scores(lvlm, data, methods=["vhd"])
+        head_table(lvlm, data, methods=["vhd"])
 
 
 def test_direct_attribution_through_the_gate() -> None:
     """The sum over a cross layer's heads is what its attention adds, after its gate, to the margin."""
     lvlm, example = model("mllama"), pair_of(0).clean
-    direct = head_scores(lvlm, [example], methods=["direct"]).values["direct"][0]  # [L, H]
+    direct = head_table(lvlm, [example], methods=["direct"]).values["direct"][0]  # [L, H]
     sites = ["decoder.L3.resid_post", "decoder.L1.cross.attn_out"]
     values = lvlm.read(lvlm.encode(example).inputs, sites)
     x, added = (values[site][0, -1].detach().double() for site in sites)

@@ -11,7 +11,7 @@ import torch
 from safetensors.numpy import save_file
 from scipy import ndimage, stats
 
-from circuits import HeadTable, ablate, attention_to_image, head_scores, patch_heads
+from circuits import HeadTable, ablate, attention_to_image, head_table, patch_heads
 from circuits.head_screening.localization import components, elbow, selected, spatial_entropy
 from concepts.schema import Example
 from groundscope.core.errors import ConfigError, ModelError, PatchError, StoreError
@@ -48,7 +48,7 @@ def answer_ids(model: Lvlm, example: Example) -> dict[str, int]:
 
 def test_direct_attribution_against_float64() -> None:
     model, data = shared_model(), examples()
-    scores = head_scores(model, data, methods=["direct"], batch_size=3).values["direct"]
+    scores = head_table(model, data, methods=["direct"], batch_size=3).values["direct"]
     w_u = model.hf.lm_head.weight.detach().double().numpy()
     norm = model.hf.model.language_model.norm
     for n, example in enumerate(data):
@@ -69,7 +69,7 @@ def test_direct_attribution_against_float64() -> None:
 
 def test_vision_aware_divergence_against_a_run_without_the_image() -> None:
     model, data = shared_model(), examples()[:5]
-    scores = head_scores(model, data, methods=["vhd"], batch_size=2).values["vhd"]
+    scores = head_table(model, data, methods=["vhd"], batch_size=2).values["vhd"]
     image = model.processor.tokenizer.convert_tokens_to_ids("<image>")
     for n, example in enumerate(data):
         inputs = model.encode(example).inputs
@@ -83,7 +83,7 @@ def test_vision_aware_divergence_against_a_run_without_the_image() -> None:
 
 def test_columns_equal_the_functions_that_compute_one_score() -> None:
     model, data = shared_model(), pairs("color")
-    table = head_scores(model, data, methods=ALL, min_effect=LEAST)
+    table = head_table(model, data, methods=ALL, min_effect=LEAST)
     clean = [p.clean for p in data]
     heads = [Head(i, h) for i in range(model.n_layers) for h in range(model.n_heads)]
     attention = attention_to_image(model, clean, heads)
@@ -102,7 +102,7 @@ def test_columns_equal_the_functions_that_compute_one_score() -> None:
 def test_pairs_that_patching_leaves_out_have_no_score_there() -> None:
     model, data = shared_model(), list(pairs("color"))
     same = replace(data[0], corrupt=replace(data[0].corrupt, image=data[0].clean.image))
-    table = head_scores(model, [same, *data], methods=["patching", "image_mass"], min_effect=LEAST)
+    table = head_table(model, [same, *data], methods=["patching", "image_mass"], min_effect=LEAST)
     assert np.isnan(table.values["patching"][0]).all()
     assert np.isfinite(table.values["image_mass"]).all()
     assert len(table.rows("patching").values) == len(patch_heads(model, [same, *data], min_effect=LEAST).ids)
@@ -150,7 +150,7 @@ def test_scores_of_heads_of_a_planted_circuit() -> None:
         p = planted_circuits.plant(seed)
         assert p.grounding is not None
         assert p.prior is not None
-        table = head_scores(p.model, p.pairs(12), methods=ALL)
+        table = head_table(p.model, p.pairs(12), methods=ALL)
         looking = {p.grounding, *p.decoys}
         assert table.top("patching", 1) == (p.grounding,)
         assert table.top("ablation", 1) == (p.grounding,)
@@ -203,7 +203,7 @@ def test_agreement_against_scipy() -> None:
 
 
 def test_files_and_frames(tmp_path: Path) -> None:
-    table = head_scores(shared_model(), examples()[:4], methods=["image_mass", "box_mass"])
+    table = head_table(shared_model(), examples()[:4], methods=["image_mass", "box_mass"])
     loaded = HeadTable.load(table.save(tmp_path / "deep" / "table.safetensors"))
     for method in table.methods:
         np.testing.assert_array_equal(table.values[method], loaded.values[method])
@@ -228,19 +228,19 @@ def test_unknown_methods_are_refused() -> None:
     model, data = shared_model(), examples()[:2]
     for methods in (["attention"], [], ["vhd", "vhd"], ["patching"]):
         with pytest.raises(ConfigError):
-            head_scores(model, data, methods=methods)
+            head_table(model, data, methods=methods)
     with pytest.raises(PatchError, match="data is empty"):
-        head_scores(model, [])
+        head_table(model, [])
 
 
 def test_a_model_whose_logits_are_no_linear_map_is_named() -> None:
     p = planted_circuits.plant(0)
     hook = p.model.hf.lm_head.register_forward_hook(lambda _m, _a, out: 3 * torch.tanh(out / 3))
     with pytest.raises(ModelError, match="not linear in the normed residual"):
-        head_scores(p.model, p.examples(2), methods=["direct"])
+        head_table(p.model, p.examples(2), methods=["direct"])
     hook.remove()
     layer = layers_of(p.model)[1].self_attn
     hook = layer.register_forward_hook(lambda _m, _a, out: (2 * out[0], *out[1:]))
     with pytest.raises(ModelError, match="attention of layer 1 does not add"):
-        head_scores(p.model, p.examples(2), methods=["direct"])
+        head_table(p.model, p.examples(2), methods=["direct"])
     hook.remove()

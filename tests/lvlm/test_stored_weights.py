@@ -21,7 +21,7 @@ from circuits import (
     attention_to_image,
     attribution,
     faithfulness,
-    head_scores,
+    head_table,
     patch,
     patch_heads,
     patch_paths,
@@ -110,7 +110,7 @@ def circuit() -> Any:
 
 
 def table_of(model: Lvlm, _: Path) -> Values:
-    return np.concatenate([np.ravel(v) for v in head_scores(model, list(data()), progress=False).values.values()])
+    return np.concatenate([np.ravel(v) for v in head_table(model, list(data()), progress=False).values.values()])
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ ROWS: Mapping[str, Row] = {
     "`ablate`": Row(
         lambda m, _: effects(circuits.ablate(m, list(data()), [HeadSet(HEADS)], progress=False)), 0.1, 0.1, unit=1
     ),
-    "`head_scores`": Row(table_of, 0.1, 0.1),
+    "`head_table`": Row(table_of, 0.1, 0.1),
     "`attention_to_image`": Row(lambda m, _: attention_to_image(m, list(data()), HEADS, progress=False).maps, 0.1, 0.1),
     "`attribution.heads`": Row(lambda m, _: effects(attribution.heads(m, pairs(), **QUIET)), 0.1, 0.1),
     "`attribution.nodes`": Row(lambda m, _: effects(attribution.nodes(m, pairs(), **QUIET)), 0.1, 0.1),

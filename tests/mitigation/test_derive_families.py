@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from circuits import head_scores
+from circuits import head_table
 from groundscope.core.errors import ModelError
 from lvlm import Head, Lvlm, Site
 from lvlm.text_only import read_text_only
@@ -64,9 +64,9 @@ def test_every_family_runs_or_the_missing_site_is_named(family: str) -> None:
             assert "layer 1, the first of mllama" in early
     if family in {*ENCODERS, "mllama"}:
         with pytest.raises(ModelError, match="cannot be removed from the prompt"):
-            head_scores(lvlm, examples, methods=["vhd"])
+            head_table(lvlm, examples, methods=["vhd"])
     else:
-        head_scores(lvlm, examples, methods=["vhd"])
+        head_table(lvlm, examples, methods=["vhd"])
     if family in ENCODERS:
         with pytest.raises(ModelError, match="an encoder reads the prompt"):
             derive.vsv(lvlm, examples[0])
