@@ -14,10 +14,10 @@ import numpy as np
 from activation_store.format.buffered_file import BufferedFile, open_hdf5
 from activation_store.format.compression import require_filter
 from activation_store.format.digests import blocks, read_digests
+from activation_store.format.hdf5_safety import screen
 from activation_store.format.manifest import Manifest, ShardEntry, read_manifest
 from activation_store.format.model_tensors import tensors_entry, write_tensors
 from activation_store.format.schema import MANIFEST, ArrayInfo, Schema, shard_name, shard_numbers
-from activation_store.format.screening import screen
 from activation_store.format.shard import SHARD_KIND, check_outcome, inspect, rebuild_advice
 from activation_store.reading.store import ActivationStore
 from activation_store.writing.shard_writer import create_array, describe_array, finish_shard, publish_shard, start_shard

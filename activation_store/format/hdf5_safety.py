@@ -33,7 +33,7 @@ MEMORY = 2 << 30
 WAITING = 10.0
 """Factor on the time limit: how long the parent waits for a child, because other processes can use the processor."""
 _MAX_CACHED = 1 << 16
-_CODE = "import sys,json;sys.path[:]=json.loads(sys.argv[1]);from activation_store.reading.screening_child import main;main()"
+_CODE = "import sys,json;sys.path[:]=json.loads(sys.argv[1]);from activation_store.reading.hdf5_safety_child import main;main()"
 
 _outcomes: dict[tuple[int, int, int, int], Outcome] = {}
 

@@ -15,9 +15,9 @@ from h5py import Dataset
 
 from activation_store.format.buffered_file import create_hdf5
 from activation_store.format.hdf5 import attribute, dataset_at, datasets, mark
+from activation_store.format.hdf5_safety import examine_in_child
 from activation_store.format.manifest import TensorsEntry
 from activation_store.format.schema import PLAIN_VERSION, TENSORS, column_name, link_name
-from activation_store.format.screening import examine_in_child
 from activation_store.format.seal import block_table, read_seal, write_seal
 from activation_store.format.shard import check_outcome, open_shard, reading
 from groundscope.core.errors import StoreError

@@ -24,10 +24,10 @@ from activation_store.format.digests import (
     values_of,
 )
 from activation_store.format.hdf5 import attribute, dataset_at, element_at, group_at
+from activation_store.format.hdf5_safety import Outcome, screen
 from activation_store.format.manifest import ShardEntry
 from activation_store.format.mapped_file import MappedFile
 from activation_store.format.schema import CHUNK_ROWS, check_version, link_name
-from activation_store.format.screening import Outcome, screen
 from activation_store.format.seal import changed_blocks, read_seal
 from groundscope.core.errors import StoreError
 from groundscope.core.files import DamagedFileError, file_digest, system_number, system_reason

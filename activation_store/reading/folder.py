@@ -14,6 +14,7 @@ from activation_store.format.digests import stated_digest
 from activation_store.format.encoding import Column
 from activation_store.format.folder_checks import check_ids, check_listed, check_sealed, read_index, read_sealed
 from activation_store.format.hdf5 import element_at, group_at
+from activation_store.format.hdf5_safety import screen
 from activation_store.format.manifest import IndexEntry, ShardEntry, read_manifest
 from activation_store.format.mapped_file import MappedFile
 from activation_store.format.provenance_versions import convert_provenance
@@ -28,7 +29,6 @@ from activation_store.format.schema import (
     difference,
     shard_numbers,
 )
-from activation_store.format.screening import screen
 from activation_store.format.shard import (
     SHARD_KIND,
     check_outcome,

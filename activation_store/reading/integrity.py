@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Literal
 
 from activation_store.format.folder_checks import read_sealed
+from activation_store.format.hdf5_safety import Outcome, examine_in_child
 from activation_store.format.manifest import DamagedManifestError, Manifest, ShardEntry, read_manifest
 from activation_store.format.model_tensors import damaged_tensors
 from activation_store.format.schema import INDEX, MANIFEST, TENSORS, shard_numbers
-from activation_store.format.screening import Outcome, examine_in_child
 from activation_store.format.seal import changed_blocks, read_seal, seal_digest, structure_is_whole
 from activation_store.format.shard import (
     LAST_UNSEALED,

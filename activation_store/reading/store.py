@@ -15,10 +15,10 @@ import numpy as np
 
 from activation_store.format.columns import column_digest, join_columns
 from activation_store.format.encoding import Column
+from activation_store.format.hdf5_safety import screen
 from activation_store.format.model_tensors import read_tensor, tensor_names
 from activation_store.format.ragged import Ragged
 from activation_store.format.schema import ArrayInfo, Schema, is_label
-from activation_store.format.screening import screen
 from activation_store.format.shard import DAMAGE, LAST_UNSEALED, SHARD_KIND, reading
 from activation_store.reading.catalog import Catalog
 from activation_store.reading.folder import Folder, OpenShard, check_mergeable, open_folder, provenance_of

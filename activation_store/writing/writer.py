@@ -19,6 +19,7 @@ from activation_store.format.compression import require_filter
 from activation_store.format.encoding import stored_kind
 from activation_store.format.folder_checks import check_ids, check_listed, check_sealed, read_index, read_sealed
 from activation_store.format.hdf5 import group_at
+from activation_store.format.hdf5_safety import screen
 from activation_store.format.manifest import DamagedManifestError, IndexEntry, Manifest, ShardEntry, read_manifest
 from activation_store.format.model_tensors import LazyTensor, tensors_entry, write_tensors
 from activation_store.format.provenance_versions import convert_provenance
@@ -33,7 +34,6 @@ from activation_store.format.schema import (
     shard_name,
     shard_numbers,
 )
-from activation_store.format.screening import screen
 from activation_store.format.shard import (
     LAST_UNSEALED,
     SHARD_KIND,
