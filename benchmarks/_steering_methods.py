@@ -1,4 +1,4 @@
-"""The methods that benchmarks/steering_embedded.py compares: how each is made, where it acts, at which strengths."""
+"""The methods that benchmarks/steering_tiny_model.py compares: how each is made, where it acts, at which strengths."""
 
 from __future__ import annotations
 

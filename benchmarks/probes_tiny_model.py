@@ -1,6 +1,6 @@
 """Where color, nouns and relations are decodable in the embedded model, also if its answer is wrong by prior.
 
-    python benchmarks/probes_embedded.py [--quick] [--save]
+    python benchmarks/probes_tiny_model.py [--quick] [--save]
 
 The data is synthetic. Scores are balanced accuracies of linear probes on held-out images by layer, means over concepts;
 chance is 0.5. Probes are fitted on the neutral split only. Figures:
@@ -202,7 +202,7 @@ def main() -> None:
         others = {key: value for key, value in entry.items() if key not in {"value", "n"}}
         table.add_row(name, str(entry["value"]), "; ".join(f"{k} {v}" for k, v in others.items()), str(entry["n"]))
     console.print(table)
-    finish("probes_embedded", describe_device("torch", "numpy"), figures, save=options.save)
+    finish("probes_tiny_model", describe_device("torch", "numpy"), figures, save=options.save)
 
 
 if __name__ == "__main__":

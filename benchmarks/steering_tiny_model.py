@@ -1,6 +1,6 @@
 """Every steering method on the embedded model: effect on errors by prior, side effects, and controls.
 
-    python benchmarks/steering_embedded.py [--quick] [--save] [--work DIR]
+    python benchmarks/steering_tiny_model.py [--quick] [--save] [--work DIR]
 
 The data is synthetic. Vectors are derived from the scenes of the default run (300, seed 0), at the six heads that patching
 selects there or at the method's own heads, layers or tokens. Place and strength are chosen on all questions about those
@@ -409,9 +409,9 @@ def main() -> None:
     before = json.loads((work / "before.json").read_text())
     print_tables(rows, before)
     console.print(f"{time.perf_counter() - start:.0f} s; rule of choice: {RULE} ({MAX_DROP:g})")
-    record = finish("steering_embedded", describe_device("torch", "numpy"), make_figures(rows))
+    record = finish("steering_tiny_model", describe_device("torch", "numpy"), make_figures(rows))
     if options.save:
-        path = RESULTS / "steering_embedded.json"
+        path = RESULTS / "steering_tiny_model.json"
         path.write_text(json.dumps({**record, "captions_before": before, "methods": rows}, indent=1) + "\n")
 
 

@@ -1,6 +1,6 @@
 """Heads of the embedded model that carry visual information to the answer, by patching, ablation, and scores without patching.
 
-    python benchmarks/heads_embedded.py [--quick] [--save]
+    python benchmarks/heads_tiny_model.py [--quick] [--save]
 
 The data is synthetic. Intervals are 95 % over scenes; those of random heads also over random sets. Figures, for each level:
 
@@ -209,7 +209,7 @@ def main() -> None:
         data = scenes.dataset(n_images=100 if options.quick else 300, seed=11)
         figures = measure(load_lvlm("tiny"), data, *((40, 5) if options.quick else (100, 10)))
     print_tables(figures)
-    finish("heads_embedded", describe_device("torch", "numpy"), figures, save=options.save)
+    finish("heads_tiny_model", describe_device("torch", "numpy"), figures, save=options.save)
 
 
 if __name__ == "__main__":
