@@ -8,6 +8,7 @@ from .merging import merge, repack
 from .reading.integrity import IntegrityReport, verify
 from .reading.store import ActivationStore
 from .source import ActivationSource, MemorySource
+from .tracing.reductions import LensLogProbability, LensRank, Margin, Reduction, reductions
 from .tracing.tracer import trace
 from .writing.writer import StoreWriter
 
@@ -17,12 +18,17 @@ __all__ = [
     "ArrayInfo",
     "ConceptDirection",
     "IntegrityReport",
+    "LensLogProbability",
+    "LensRank",
+    "Margin",
     "MemorySource",
     "MentionRows",
     "Ragged",
+    "Reduction",
     "Schema",
     "StoreWriter",
     "merge",
+    "reductions",
     "repack",
     "trace",
     "verify",

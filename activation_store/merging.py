@@ -144,7 +144,7 @@ def _one_shard(store: ActivationStore, schema: Schema, folder: Path, progress: b
             for info in schema.arrays:
                 offsets = _offsets(store, info)
                 n = len(store) if offsets is None else int(offsets[-1])
-                element, values = create_array(file, info, schema.dtype, (info.n_layers, n, info.width))
+                element, values = create_array(file, info, schema.storage(info), (info.n_layers, n, info.width))
                 for layer in range(info.n_layers):
                     _copy_layer(store, info, values, layer)
                     raw_file.check()
@@ -157,7 +157,7 @@ def _one_shard(store: ActivationStore, schema: Schema, folder: Path, progress: b
                     element,
                     values,
                     info,
-                    schema.dtype,
+                    schema.storage(info),
                     table,
                     offsets=offsets,
                     overflow=overflow,

@@ -50,13 +50,13 @@ def _arrays(store: ActivationStore) -> Table:
     table = _table("arrays", "site", "tokens", "shape", "layers", "heads", "on disk", "notes")
     for column in table.columns[:3]:
         column.no_wrap = True  # a truncated name or shape is useless; notes can wrap
-    for a in store.arrays:
+    for a in store.schema.arrays:
         rows = disk = overflow = nonfinite = 0
         for shard in store.shards():
             array = shard.array(a)
             rows, disk = rows + array.rows, disk + array.bytes
             overflow, nonfinite = overflow + array.counts[0], nonfinite + array.counts[1]
-        raw = rows * a.n_layers * a.width * STORAGE[store.dtype].itemsize
+        raw = rows * a.n_layers * a.width * STORAGE[store.schema.storage(a)].itemsize
         notes = (
             f"{rows} tokens" if a.ragged else "",
             f"{disk / raw:.0%} of raw" if raw and store.schema.compression else "",
@@ -64,7 +64,7 @@ def _arrays(store: ActivationStore) -> Table:
             f"{nonfinite} NaN or inf" if nonfinite else "",
         )
         row = (
-            f"{a.stack}.{a.component}",
+            f"{a.stack}.{a.key[1]}",
             a.tokens,
             f"[{rows}, {a.n_layers}, {a.width}]",
             layer_range(a.layers),

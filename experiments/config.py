@@ -29,6 +29,7 @@ ADDED: Mapping[str, Any] = MappingProxyType(
         "data.choices": None,
         "trace.layers": None,
         "trace.heads": None,
+        "trace.reduce": {},
         "trace.unembedding": False,
         "evaluate.generate": False,
         "evaluate.parser": None,
@@ -139,6 +140,10 @@ class TraceConfig:
     vision tower and of the projector are stored as `sites` says."""
     heads: list[int] | None = None
     """Heads of the decoder of which `z`, `q` and `pattern` are stored in each traced layer, such as `[2,7]`; null for all."""
+    reduce: dict[str, Any] = field(default_factory=dict)
+    """Values of each token that are stored instead of its activations, by reduction (`margin`, `log_p`, `rank`, or a registered
+    one), each with `tokens` and its options: `+trace.reduce.rank.tokens=image:all +trace.reduce.rank.words=[dog,cat]`,
+    `+trace.reduce.margin.tokens=image:all +trace.reduce.margin.probes=runs/a/probes/decoder.resid_post@image-mean`."""
     unembedding: bool = False
     """Also store the final norm and the unembedding, in the type of the model's weights, for the logit lens on the store
     (`probes.logit_lens`)."""

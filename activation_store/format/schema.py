@@ -65,9 +65,10 @@ Version 1 has no ragged arrays, list columns, compression, LND order, index or c
 little-endian values in the order row block (of the chunk's rows), layer, row, width, and the SHA-256 of a shard covers the
 whole file. A store can hold shards of all versions.
 
-Version 4 is version 3 with arrays of some heads only: the attribute ``heads`` and the field of the same name in the schema hold
-the numbers of the heads along the width. A store is of version 4 only if it has such an array, so that earlier releases read all
-others.
+Version 4 is version 3 with two more kinds of arrays. Arrays of some heads only: the attribute ``heads`` and the field of the same
+name in the schema hold the numbers of the heads along the width. Arrays of reduced tokens, always float32, named
+``arrays/<site>|<reduction>/<tokens>``: the fields ``reduction`` and ``values`` in the schema name the reduction and the values
+along the width. A store is of version 4 only if it has such an array, so that earlier releases read all others.
 
 A reader raises an error for a higher ``layout-version``, and ignores unknown elements and fields.
 """
@@ -112,6 +113,9 @@ COMPRESSIONS: tuple[Compression, ...] = ("bitshuffle-lz4", "blosc2-zstd")
 Key = tuple[str, str, str]
 """Key of an array: (stack, component, token selection), e.g. ``("decoder", "z", "last")``."""
 
+_LATER_FIELDS = ("heads", "reduction", "values")
+"""Fields of arrays that version 4 added."""
+_REDUCTION = re.compile(r"[a-z0-9_-]+")
 _PER_HEAD = frozenset({"z", "q", "k", "v"})
 _SHARD = re.compile(r"^shard-(\d+)-(\d+)\.h5$")
 
@@ -143,6 +147,10 @@ class ArrayInfo:
     """Layer numbers along the second axis, increasing; by default 0 to n_layers-1."""
     heads: tuple[int, ...] = ()
     """Numbers of the heads along the width, increasing, if only some of the model's heads are stored; else 0 to n_heads-1."""
+    reduction: str = ""
+    """Name of the reduction (`activation_store.reductions`) whose values are stored instead of activations; empty for none."""
+    values: tuple[str, ...] = ()
+    """Names of the values along the width, of a reduction only."""
     ragged: bool = False
     """Every token of the selection is stored, [T, L, D] with offsets: for ``:all`` and ``mention:…`` selections, and only for
     them. A table with one row per mention (`activation_store.MentionRows`) has ``mention:…`` arrays that are not ragged."""
@@ -150,6 +158,7 @@ class ArrayInfo:
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(int(layer) for layer in self.layers) or tuple(range(self.n_layers)))
         object.__setattr__(self, "heads", tuple(int(head) for head in self.heads))
+        object.__setattr__(self, "values", tuple(str(value) for value in self.values))
         components = ("out",) if self.stack == "projector" else LAYER_COMPONENTS
         problem = ""
         if self.stack not in ("vision", "projector", "decoder"):
@@ -170,14 +179,21 @@ class ArrayInfo:
             len(self.heads) != self.n_heads or list(self.heads) != sorted(set(self.heads)) or self.heads[0] < 0
         ):
             problem = f"heads={self.heads} must be n_heads={self.n_heads} different increasing numbers"
+        elif (self.reduction and not _REDUCTION.fullmatch(self.reduction)) or (self.values and not self.reduction):
+            problem = f"reduction='{self.reduction}' must be of lower-case letters, digits, '_' and '-'"
+        elif self.reduction and (
+            len(set(self.values)) < len(self.values) or len(self.values) != self.width or self.n_heads
+        ):
+            problem = f"a reduction needs {self.width} different names of values and no heads, not values={self.values}"
         if problem:
             msg = f"array {self.stack}.{self.component} [{self.tokens}] cannot be stored: {problem}"
             raise SiteError(msg)
 
     @property
     def key(self) -> Key:
-        """Key of the array: ``(stack, component, tokens)``."""
-        return (self.stack, self.component, self.tokens)
+        """Key of the array: ``(stack, component, tokens)``; the component of a reduction is followed by ``|`` and its name."""
+        component = f"{self.component}|{self.reduction}" if self.reduction else self.component
+        return (self.stack, component, self.tokens)
 
     @property
     def name(self) -> str:
@@ -190,9 +206,10 @@ class ArrayInfo:
         return self.heads or tuple(range(self.n_heads or 0))
 
     def record(self) -> dict[str, Any]:
-        """Return the fields as JSON-serializable values; without `heads` if all heads are stored."""
-        values = {**asdict(self), "layers": list(self.layers), "heads": list(self.heads)}
-        return {name: value for name, value in values.items() if name != "heads" or value}
+        """Return the fields as JSON-serializable values; without those of version 4 where they are empty."""
+        lists = {"layers": list(self.layers), "heads": list(self.heads), "values": list(self.values)}
+        fields = {**asdict(self), **lists}
+        return {name: value for name, value in fields.items() if value or name not in _LATER_FIELDS}
 
     @property
     def head_dim(self) -> int | None:
@@ -246,10 +263,14 @@ class Schema:
             )
             raise StoreError(msg)
 
+    def storage(self, info: ArrayInfo) -> Dtype:
+        """Return the dtype in which an array is stored: float32 for reductions, whose ranks 16 bits cannot hold."""
+        return "float32" if info.reduction else self.dtype
+
     @property
     def layout_version(self) -> int:
         """The layout version of its files: the lowest that can hold its arrays."""
-        return LAYOUT_VERSION if any(a.heads for a in self.arrays) else PLAIN_VERSION
+        return LAYOUT_VERSION if any(a.heads or a.reduction for a in self.arrays) else PLAIN_VERSION
 
     def record(self) -> dict[str, Any]:
         """Return the schema as JSON-serializable values."""
@@ -267,13 +288,17 @@ class Schema:
                 wrong += ["layers"] * any(type(layer) is not int for layer in a["layers"])
                 heads = a.get("heads", [])
                 wrong += ["heads"] * (type(heads) is not list or any(type(head) is not int for head in heads))
+                names = a.get("values", [])
+                wrong += ["values"] * (type(names) is not list or any(type(name) is not str for name in names))
+                wrong += ["reduction"] * (type(a.get("reduction", "")) is not str)
                 if wrong or type(a.get("ragged", False)) is not bool:
                     msg = f"field '{(wrong or ['ragged'])[0]}' of an array has the wrong type"
                     raise TypeError(msg)
             # Fields that version 1 lacks get their defaults.
             arrays = tuple(
                 ArrayInfo(
-                    **{f: a[f] for f in (*fields, "n_heads")}, heads=a.get("heads", ()), ragged=a.get("ragged", False)
+                    **{f: a[f] for f in (*fields, "n_heads")},
+                    **{f: a[f] for f in ("ragged", *_LATER_FIELDS) if f in a},
                 )
                 for a in record["arrays"]
             )

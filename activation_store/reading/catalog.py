@@ -15,9 +15,10 @@ class Catalog:
     """The arrays of a store."""
 
     def __init__(self, arrays: Sequence[ArrayInfo]) -> None:
-        self._arrays = tuple(arrays)
+        self._arrays = tuple(a for a in arrays if not a.reduction)
+        self._reduced = tuple(a for a in arrays if a.reduction)
         self._by_key = {a.key: a for a in arrays}
-        self._cache: dict[tuple[object, object, int | None], tuple[ArrayInfo, int, slice]] = {}
+        self._cache: dict[tuple[object, object, int | None, str], tuple[ArrayInfo, int, slice]] = {}
 
     def has(self, stack: str, component: str, tokens: str | TokenSelection) -> bool:
         """Whether an array was traced."""
@@ -29,7 +30,9 @@ class Catalog:
         if not family:
             name = f"{stack}.{component}"
             similar = nearest(name, dict.fromkeys(f"{a.stack}.{a.component}" for a in self._arrays))
-            msg = f"'{name}' not in store: {self._traced_components()}; trace again with sites=['{name}']{similar}"
+            names = {a.reduction: "" for a in self._reduced if (a.stack, a.component) == (stack, component)}
+            reduced = f" (reduced only: reduction={' or '.join(map(repr, names))})" if names else ""
+            msg = f"'{name}' not in store{reduced}: {self._traced_components()}; trace again with sites=['{name}']{similar}"
             raise SiteError(msg)
         return family
 
@@ -42,18 +45,22 @@ class Catalog:
         return heads[0]
 
     def find(
-        self, site: str | Site, tokens: str | TokenSelection, head: int | None = None
+        self, site: str | Site, tokens: str | TokenSelection, head: int | None = None, reduction: str = ""
     ) -> tuple[ArrayInfo, int, slice]:
         """Return the array, the index of the layer along its second axis, and the columns of the head (None: all).
+
+        With `reduction` the array of its values.
 
         Raises
         ------
         SiteError
             If the site, token selection or head is not in the store; the message lists the traced ones.
         """
-        query = (site, tokens, head)
+        query = (site, tokens, head, reduction)
         if query not in self._cache:  # parsing takes longer than reading a head from memory
-            self._cache[query] = self._look_up(site, tokens, head)
+            self._cache[query] = (
+                self._look_up_reduced(site, tokens, head, reduction) if reduction else self._look_up(site, tokens, head)
+            )
         return self._cache[query]
 
     def _look_up(
@@ -68,7 +75,8 @@ class Catalog:
             traced = ", ".join(f"'{a.tokens}'" for a in family)
             msg = (
                 f"token selection '{selection}' of site '{place}' not in store: {traced} were traced; "
-                f"trace again with tokens=['{selection}']{nearest(selection, [a.tokens for a in family])}"
+                f"{self._reduced_hint(place, selection)}trace again with tokens=['{selection}']"
+                f"{nearest(selection, [a.tokens for a in family])}"
             )
             raise SiteError(msg)
         if place.layer not in info.layers:
@@ -79,9 +87,40 @@ class Catalog:
             raise SiteError(msg)
         return info, info.layers.index(place.layer), _head_slice(info, str(site), head)
 
+    def _look_up_reduced(
+        self, site: str | Site, tokens: str | TokenSelection, head: int | None, reduction: str
+    ) -> tuple[ArrayInfo, int, slice]:
+        place = site if isinstance(site, Site) else Site.parse(site)
+        component = f"cross.{place.component}" if place.cross else place.component
+        selection = str(tokens if isinstance(tokens, TokenSelection) else TokenSelection.parse(tokens))
+        info = self._by_key.get((place.stack, f"{component}|{reduction}", selection))
+        if info is None or place.layer not in info.layers:
+            stored = [
+                f"{a.reduction} of {a.tokens} at {a.stack}.{a.component}, layers {layer_range(a.layers)}"
+                for a in self._reduced
+            ]
+            msg = (
+                f"reduction '{reduction}' of '{selection}' at '{place}' not in store; it has {'; '.join(stored) or 'none'}; "
+                "trace again with reduce="
+            )
+            raise SiteError(msg)
+        if head is not None:
+            msg = f"reduction '{reduction}' has values of whole sites; omit head={head}"
+            raise SiteError(msg)
+        return info, info.layers.index(place.layer), slice(0, info.width)
+
+    def _reduced_hint(self, place: Site, selection: str) -> str:
+        component = f"cross.{place.component}" if place.cross else place.component
+        names = [
+            a.reduction
+            for a in self._reduced
+            if (a.stack, a.component, a.tokens) == (place.stack, component, selection)
+        ]
+        return f"read its reduced values with reduction={' or '.join(map(repr, names))}, or " if names else ""
+
     def _traced_components(self) -> str:
         names = dict.fromkeys(f"{a.stack}.{a.component}" for a in self._arrays)
-        return f"{', '.join(names)} were traced"
+        return f"{', '.join(names) or 'no activations'} were traced"
 
 
 def _head_slice(info: ArrayInfo, site: str, head: int | None) -> slice:

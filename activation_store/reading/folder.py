@@ -142,7 +142,7 @@ class OpenShard:
             require_filter(self._schema.compression)
             with open_shard(self._path, source=self._source) as file:
                 element = element_at(file, f"arrays/{info.name}")
-                reader = ArrayReader(self._path, info.name, element, self._source, self._schema.dtype)
+                reader = ArrayReader(self._path, info.name, element, self._source, self._schema.storage(info))
             self._readers[info.key] = reader
         return self._readers[info.key]
 

@@ -98,8 +98,13 @@ class ActivationStore:
 
     @property
     def arrays(self) -> tuple[ArrayInfo, ...]:
-        """The arrays of the store, sorted by stack, component and token selection."""
-        return self._schema.arrays
+        """The arrays of activations, sorted by stack, component and token selection; those of reductions are `reductions`."""
+        return tuple(a for a in self._schema.arrays if not a.reduction)
+
+    @property
+    def reductions(self) -> tuple[ArrayInfo, ...]:
+        """The arrays of reduced tokens (``trace(…, reduce=…)``); `ArrayInfo.values` names the values along their width."""
+        return tuple(a for a in self._schema.arrays if a.reduction)
 
     @property
     def dtype(self) -> str:
@@ -298,6 +303,8 @@ class ActivationStore:
         tokens: str | TokenSelection,
         head: int | None = None,
         examples: RowSelection | None = None,
+        *,
+        reduction: str = "",
     ) -> np.ndarray:
         """Read the activations of one site; only the requested layer, head and rows are read from the files.
 
@@ -311,19 +318,21 @@ class ActivationStore:
             The number of one head of z (or of q, k, v), as in the model also if only some heads were traced.
         examples
             Rows: a slice, a boolean mask of all examples, or row numbers in any order; all by default.
+        reduction
+            Name of a reduction: read its K values (`reductions`) instead of activations.
 
         Returns
         -------
-        float32 [n, D]; [n, head_dim] with `head`. A row is NaN where the token selection was empty.
+        float32 [n, D]; [n, head_dim] with `head`, [n, K] with `reduction`. A row is NaN where the token selection was empty.
 
         Raises
         ------
         SiteError
-            If the site, token selection or head is not in the store.
+            If the site, token selection, head or reduction is not in the store.
         StoreError
             If `examples` does not fit the store, or a shard cannot be read.
         """
-        info, layer, columns = self._catalog.find(site, tokens, head)
+        info, layer, columns = self._catalog.find(site, tokens, head, reduction)
         if info.ragged:
             rows = "mentions().read(…)" if TokenSelection.parse(info.tokens).role == "mention" else "ragged(…)"
             msg = f"'{info.tokens}' of site '{site}' has many tokens per example; use {rows}"
@@ -352,15 +361,18 @@ class ActivationStore:
         tokens: str | TokenSelection,
         head: int | None = None,
         examples: RowSelection | None = None,
+        *,
+        reduction: str = "",
     ) -> Ragged:
         """Read every token of an ``:all`` selection (``image:all``); parameters and errors as in `read`.
 
         Returns
         -------
         Ragged
-            ``values`` float32 [T, D] (or head_dim) and ``offsets`` [n+1]; item i is the array [T_i, D] of example i.
+            ``values`` float32 [T, D] (head_dim with `head`, K with `reduction`) and ``offsets`` [n+1];
+            item i is the array [T_i, D] of example i.
         """
-        info, layer, columns = self._catalog.find(site, tokens, head)
+        info, layer, columns = self._catalog.find(site, tokens, head, reduction)
         if not info.ragged:
             msg = f"'{info.tokens}' of site '{site}' has one vector per example; use read(…)"
             raise SiteError(msg)

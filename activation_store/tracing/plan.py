@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import cast
 
 import numpy as np
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from activation_store.format.schema import ArrayInfo, Dtype, Schema
+from activation_store.tracing.reductions import Reduction
 from groundscope.core.errors import SiteError
 from groundscope.core.text import format_count
 from lvlm.model import Encoding, HookPoint, Lvlm
@@ -26,6 +27,8 @@ CHUNK_BYTES = 256 << 20
 """Approximate limit on a chunk's ragged arrays, in bytes; a chunk has at least one batch."""
 FIXED_BYTES = 512 << 20
 """Limit on a chunk's arrays with one vector per example and layer, in bytes; a chunk has at least one batch."""
+Reduce = Mapping[str, Reduction | Sequence[Reduction]]
+"""Reductions by token selection."""
 Family = tuple[Stack, str]
 """Sites of one array: a stack and a component, ``cross.z`` for cross-attention."""
 
@@ -52,6 +55,9 @@ class Plan:
     roles: tuple[str, ...]
     """Roles of the decoder's tokens, in the order of `lvlm.token_selection.STORED_ROLES`."""
 
+    reductions: Mapping[TokenSelection, tuple[Reduction, ...]] = field(default_factory=dict)
+    """Reductions by token selection."""
+
     def columns(self, info: ArrayInfo) -> tuple[int, ...] | None:
         """Return the columns of a site that an array holds: those of its heads; None for all."""
         if not info.heads or not info.n_heads:
@@ -67,6 +73,7 @@ def make_plan(
     tokens: Sequence[str],
     dtype: str,
     heads: Sequence[int] | None = None,
+    reduce: Reduce | None = None,
 ) -> Plan:
     """Locate the requested sites in the model, with one forward pass of one example.
 
@@ -78,7 +85,7 @@ def make_plan(
         The model under study.
     encoding
         Any encoded example.
-    sites, tokens, dtype, heads
+    sites, tokens, dtype, heads, reduce
         As in `activation_store.trace`.
 
     Raises
@@ -91,7 +98,8 @@ def make_plan(
     """
     families = _families(model, sites)
     stacks: list[Stack] = list(dict.fromkeys(stack for stack, _ in families))
-    selections, skipped = _selections(encoding.tokens, tokens, stacks)
+    whole, reduced = parse_tokens(tokens, reduce)
+    selections, skipped = _selections(encoding.tokens, [*map(str, whole), *map(str, reduced)], stacks)
     families = {family: layers for family, layers in families.items() if selections[family[0]]}
     requested = [site_of(family, n) for family, layers in families.items() for n in layers]
     shapes = _run_probe_forward(model, encoding, [Read(site, model.locate(site)) for site in requested])
@@ -100,10 +108,13 @@ def make_plan(
         stack, component = family
         width = _width(model, {n: shapes[site_of(family, n)] for n in layers}, f"{stack}.{component}")
         _check_tokens(encoding.tokens, shapes[site_of(family, layers[0])][1], stack, component)
-        arrays += _arrays(model, stack, component, layers, width, selections[stack], heads)
+        arrays += _arrays(model, stack, component, layers, width, [s for s in selections[stack] if s in whole], heads)
+        arrays += _reduced_arrays(family, layers, selections[stack], reduced)
     _check_heads(arrays, heads)
+    _check_reductions(arrays, families, reduced)
     reads = tuple(Read(site, model.locate(site)) for site in shapes)
-    return Plan(reads, Schema(tuple(arrays), cast("Dtype", dtype)), selections, skipped, _roles(encoding.tokens))
+    schema = Schema(tuple(arrays), cast("Dtype", dtype))
+    return Plan(reads, schema, selections, skipped, _roles(encoding.tokens), reduced)
 
 
 def outline_plan(
@@ -113,6 +124,7 @@ def outline_plan(
     tokens: Sequence[str],
     dtype: str,
     heads: Sequence[int] | None = None,
+    reduce: Reduce | None = None,
 ) -> Plan:
     """Return the plan of a trace without a forward pass and without weights: its arrays, and no `reads`.
 
@@ -120,7 +132,7 @@ def outline_plan(
     ----------
     model
         The model under study, or its outline (`lvlm.loading.outline_lvlm`).
-    encoding, sites, tokens, dtype, heads
+    encoding, sites, tokens, dtype, heads, reduce
         As in `make_plan`.
 
     Raises
@@ -130,7 +142,8 @@ def outline_plan(
     """
     families = _families(model, sites)
     stacks: list[Stack] = list(dict.fromkeys(stack for stack, _ in families))
-    selections, skipped = _selections(encoding.tokens, tokens, stacks)
+    whole, reduced = parse_tokens(tokens, reduce)
+    selections, skipped = _selections(encoding.tokens, [*map(str, whole), *map(str, reduced)], stacks)
     arrays = []
     for family, layers in families.items():
         stack, component = family
@@ -141,9 +154,12 @@ def outline_plan(
             width = keys * (model.n_heads if stack == "decoder" else model.n_vision_heads)
         else:
             width = site_width(model, site)
-        arrays += _arrays(model, stack, component, layers, width, selections[stack], heads)
+        arrays += _arrays(model, stack, component, layers, width, [s for s in selections[stack] if s in whole], heads)
+        arrays += _reduced_arrays(family, layers, selections[stack], reduced)
     _check_heads(arrays, heads)
-    return Plan((), Schema(tuple(arrays), cast("Dtype", dtype)), selections, skipped, _roles(encoding.tokens))
+    _check_reductions(arrays, families, reduced)
+    schema = Schema(tuple(arrays), cast("Dtype", dtype))
+    return Plan((), schema, selections, skipped, _roles(encoding.tokens), reduced)
 
 
 HEADED = ("z", "q", "pattern")
@@ -174,6 +190,68 @@ def _arrays(
         ArrayInfo(stack, component, str(s), len(layers), width, count, layers, chosen, ragged=s.ragged)
         for s in selections
     ]
+
+
+def parse_tokens(
+    tokens: Sequence[str], reduce: Reduce | None
+) -> tuple[tuple[TokenSelection, ...], dict[TokenSelection, tuple[Reduction, ...]]]:
+    """Return the token selections of which activations are stored, and the reductions of the others; raises `SiteError`."""
+    names = [tokens] if isinstance(tokens, str) else list(tokens)
+    whole = tuple(TokenSelection.parse(name, allowed=READABLE) for name in dict.fromkeys(names))
+    reduced: dict[TokenSelection, tuple[Reduction, ...]] = {}
+    for name, value in (reduce or {}).items():
+        chosen = tuple(value) if isinstance(value, Sequence) else (value,)
+        repeated = [r.name for r in chosen if [other.name for other in chosen].count(r.name) > 1]
+        if repeated or not chosen:
+            problem = (
+                f"repeats '{repeated[0]}'; give each reduction another name=" if repeated else "names no reduction"
+            )
+            msg = f"reduce={{'{name}': …}} {problem}"
+            raise SiteError(msg)
+        reduced[TokenSelection.parse(name, allowed=READABLE)] = chosen
+    return whole, reduced
+
+
+def _reduced_arrays(
+    family: Family,
+    layers: tuple[int, ...],
+    selections: Sequence[TokenSelection],
+    reduced: Mapping[TokenSelection, tuple[Reduction, ...]],
+) -> list[ArrayInfo]:
+    """Return the arrays of the reductions at the layers of one family where they apply."""
+    arrays = []
+    for selection in selections:
+        for reduction in reduced.get(selection, ()):
+            at = tuple(layer for layer in layers if reduction.applies(site_of(family, layer)))
+            values = tuple(reduction.values)
+            if at:
+                options = {"ragged": selection.ragged, "reduction": reduction.name, "values": values}
+                arrays.append(ArrayInfo(*family, str(selection), len(at), len(values), None, at, **options))
+    return arrays
+
+
+def _check_reductions(
+    arrays: Sequence[ArrayInfo],
+    families: Iterable[Family],
+    reduced: Mapping[TokenSelection, tuple[Reduction, ...]],
+) -> None:
+    """Raise `SiteError` if a reduction applies to no traced site, or nothing would be stored of a site."""
+    for stack, component in families:
+        if not any((a.stack, a.component) == (stack, component) for a in arrays):
+            names = ", ".join(r.name for chosen in reduced.values() for r in chosen)
+            msg = (
+                f"nothing of '{stack}.{component}' would be stored, because the reductions ({names}) do not apply to it; add a "
+                "token selection, or leave the site out"
+            )
+            raise SiteError(msg)
+    for selection, chosen in reduced.items():
+        for reduction in chosen:
+            if not any((a.reduction, a.tokens) == (reduction.name, str(selection)) for a in arrays):
+                msg = (
+                    f"reduction '{reduction.name}' of '{selection}' applies to no traced site; add sites at which it applies, "
+                    "such as 'resid_post' for the logit lens, or those of the directions"
+                )
+                raise SiteError(msg)
 
 
 def _check_heads(arrays: Sequence[ArrayInfo], heads: Sequence[int] | None) -> None:

@@ -111,6 +111,7 @@ def describe(
         },
         "sites": [str(read.site) for read in plan.reads],
         "tokens": {str(s): {"definition": _definition(s), "stacks": used} for s, used in stacks.items()},
+        **({"reductions": reduced} if (reduced := _reductions(plan)) else {}),
         "answers": ANSWER_RULE if answers else "not recorded",
         **({"mentions": MENTION_RULE} if any(s.role == "mention" for s in selections) else {}),
         **(
@@ -125,6 +126,14 @@ def describe(
             "device": str(model.device),
             "batch_size": batch_size,
         },
+    }
+
+
+def _reductions(plan: Plan) -> dict[str, Any]:
+    """Return the reductions by token selection and name, with what determines their values."""
+    return {
+        str(selection): {r.name: {"values": list(r.values), **json.loads(json.dumps(dict(r.record())))} for r in chosen}
+        for selection, chosen in plan.reductions.items()
     }
 
 

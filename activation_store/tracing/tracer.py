@@ -12,7 +12,7 @@ import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,6 +37,7 @@ from activation_store.tracing.mention_tokens import MentionTokens, build_mention
 from activation_store.tracing.plan import (
     Plan,
     Read,
+    Reduce,
     chunk_batches,
     make_plan,
     make_reducer,
@@ -73,6 +74,7 @@ def trace(
     batch_size: int = 32,
     dtype: str = "float32",
     heads: Sequence[int] | None = None,
+    reduce: Reduce | None = None,
     shard_size: int = 512,
     unembedding: bool = True,
     answers: bool = True,
@@ -119,6 +121,11 @@ def trace(
     heads
         Numbers of the heads of the decoder of which ``z``, ``q`` and ``pattern`` are stored, in each traced layer; all by
         default. Reading uses the model's numbers: ``store.read("decoder.L3.z", "last", head=7)``.
+    reduce
+        Reductions by token selection: a few values of each token instead of its activations, at the sites where they apply,
+        such as ``{"image:all": [Margin(directions), LensRank(["dog"])]}`` (`activation_store.Reduction`). They are read by
+        ``store.ragged("decoder.L3.resid_post", "image:all", reduction="rank")``, one column for each of its values. A selection
+        that is also in `tokens` is stored both ways.
     shard_size
         Examples per file of the store.
     unembedding
@@ -155,7 +162,8 @@ def trace(
     Raises
     ------
     SiteError
-        If the model does not have a site, a token selection or a head, or heads are requested of sites without heads.
+        If the model does not have a site, a token selection or a head, or heads are requested of sites without heads, or
+        a reduction applies to none of the sites.
     DataError
         If there is no example, an image (with ``skip``: every image) cannot be read, answers have the same first token, or
         a prefix is not plain text that the tokenizer knows, or no example has mentions and their tokens are requested.
@@ -198,15 +206,16 @@ def trace(
         _warn_about_skipped(skipped, data)
     if answers:
         check_answers(model, data)
-    continuation = choose_continuation(tokens, generate)
+    selected = [*([tokens] if isinstance(tokens, str) else tokens), *(reduce or {})]
+    continuation = choose_continuation(selected, generate)
     check_prefixes(model, readable)
-    check_mentions(tokens, data)
+    check_mentions(selected, data)
     _check_no_image(model, readable)
     with _FORWARD:
         first = encode_first(model, next((e for e in readable if e.images), readable[0]))
         if continuation:  # the plan needs only the fact that an answer follows, not its positions
             first = replace(first, tokens=replace(first.tokens, generated=()))
-        plan = make_plan(model, first, sites, tokens, dtype, heads)
+        plan = make_plan(model, first, sites, tokens, dtype, heads, reduce)
     provenance = describe(model, data, plan, batch_size, answers=answers, generate=generate)
     if skipped:
         provenance["skipped"] = skipped
@@ -279,13 +288,14 @@ class Tracer:
     """Whether any example has a prefix; the table then has the columns ``prefix`` and ``span:prefix``."""
     mentions: bool = False
     """Whether tokens of mentions are read; the table then has the columns ``mention:…``."""
+    reduced: Mapping[tuple[Site, str], tuple[tuple[Key, Callable[[Tensor], Tensor]], ...]] = field(default_factory=dict)
+    """For a site and a token selection, the arrays of its reductions and the functions that compute them."""
 
     @property
     def widths(self) -> dict[Key, int]:
         """The width of the tensor from which each array is read: of all heads, also if only some are stored."""
-        return {
-            a.key: a.width // len(a.heads) * self.model.n_heads if a.heads else a.width for a in self.plan.schema.arrays
-        }
+        plain = [a for a in self.plan.schema.arrays if not a.reduction]
+        return {a.key: a.width // len(a.heads) * self.model.n_heads if a.heads else a.width for a in plain}
 
     @classmethod
     def begin(
@@ -310,7 +320,8 @@ class Tracer:
         concepts = tuple(sorted({concept for example in data for concept in example.labels}))
         prefixes = any(example.prefix for example in data)
         mentions = any(s.role == "mention" for selections in plan.selections.values() for s in selections)
-        options = {"continuation": continuation, "steps": steps, "prefixes": prefixes, "mentions": mentions}
+        options: dict[str, Any] = {"continuation": continuation, "steps": steps, "prefixes": prefixes}
+        options |= {"mentions": mentions, "reduced": _prepared(model, plan)}
         return cls(model, wrapper, reads, plan, batch_size, concepts, answers, **options)
 
     def chunk(
@@ -394,7 +405,7 @@ class Tracer:
         }
         answered = self.answers and any(has_answers(e.example) for e in batch.encodings)
         vectors: dict[Key, dict[int, Tensor]] = {a.key: {} for a in self.plan.schema.arrays}
-        columns = {a.key: self.plan.columns(a) for a in self.plan.schema.arrays}
+        columns, widths = {a.key: self.plan.columns(a) for a in self.plan.schema.arrays}, self.widths
         logits: list[Tensor] = []
         extra = on.extra if on else 0
         inputs = on.inputs if on else batch.inputs
@@ -408,9 +419,12 @@ class Tracer:
                 component = f"cross.{site.component}" if site.cross else site.component
                 for selection, reduce in reducers[site.stack]:
                     key = (site.stack, component, selection)
-                    _check_width(site, x, self.widths[key], batch)
                     selected = reduce(x)
-                    vectors[key][site.layer] = selected if columns[key] is None else selected[..., columns[key]]
+                    if key in widths:
+                        _check_width(site, x, widths[key], batch)
+                        vectors[key][site.layer] = selected if columns[key] is None else selected[..., columns[key]]
+                    for reduced_key, values in self.reduced.get((site, selection), ()):
+                        vectors[reduced_key][site.layer] = values(selected)
 
         # Without an image the vision tower and the projector do not run.
         pictured = any(e.example.images for e in batch.encodings)
@@ -489,6 +503,21 @@ def _group_by_tensor(reads: Sequence[Read]) -> list[tuple[HookPoint, list[Read]]
         else:
             group.append(read)
     return groups
+
+
+def _prepared(model: Lvlm, plan: Plan) -> dict[tuple[Site, str], tuple[tuple[Key, Callable[[Tensor], Tensor]], ...]]:
+    """Return the functions of the plan's reductions, by site and token selection."""
+    prepared: dict[tuple[Site, str], tuple[tuple[Key, Callable[[Tensor], Tensor]], ...]] = {}
+    arrays = {(a.stack, a.component, a.tokens, a.reduction): a for a in plan.schema.arrays if a.reduction}
+    for selection, chosen in plan.reductions.items():
+        for site in (read.site for read in plan.reads):
+            component = f"cross.{site.component}" if site.cross else site.component
+            for reduction in chosen:
+                info = arrays.get((site.stack, component, str(selection), reduction.name))
+                if info is not None and site.layer in info.layers:
+                    key = (site, str(selection))
+                    prepared[key] = (*prepared.get(key, ()), (info.key, reduction.prepare(model, site)))
+    return prepared
 
 
 def _decoder_only(reads: Reads) -> Reads:

@@ -126,7 +126,7 @@ class ArrayWriter:
     ) -> None:
         self.info = info
         self._raw_file = raw_file
-        self._file, self._dtype, self._disk = file, schema.dtype, disk
+        self._file, self._dtype, self._disk = file, schema.storage(info), disk
         self._compressed = filter_options(schema.compression)
         self._pool = pool
         self._block = self._new_block()

@@ -187,9 +187,9 @@ def encode_batch(arrays: Arrays, schema: Schema, n: int) -> dict[Key, Encoded]:
     for info in schema.arrays:
         value = ragged_values.get(info.key)
         if isinstance(value, Ragged):
-            out[info.key] = encode_ragged(np.asarray(value.values), value.offsets, schema.dtype)
+            out[info.key] = encode_ragged(np.asarray(value.values), value.offsets, schema.storage(info))
         else:
-            out[info.key] = encode(dense[info.key], schema.dtype)
+            out[info.key] = encode(dense[info.key], schema.storage(info))
     return out
 
 

@@ -87,7 +87,7 @@ def _write_virtual(
         start += length
     shape = (total, info.n_layers, info.width)
     dataset_id = h5py.h5d.create(
-        parent.id, name.encode(), h5py.h5t.py_create(STORAGE[schema.dtype]), _space(shape), dcpl=properties
+        parent.id, name.encode(), h5py.h5t.py_create(STORAGE[schema.storage(info)]), _space(shape), dcpl=properties
     )
     element = values = h5py.Dataset(dataset_id)
     if info.ragged:
@@ -99,7 +99,7 @@ def _write_virtual(
                 offsets.append(shard_offsets[1:] + offsets[-1][-1])
         mark(parent.create_dataset("offsets", data=np.concatenate(offsets).astype("<i8")), "offsets")
     mark(element, "ragged-array" if info.ragged else "activation-array")
-    element.attrs["dtype"] = schema.dtype
+    element.attrs["dtype"] = schema.storage(info)
     element.attrs["layers"] = np.asarray(info.layers, np.int64)
     element.attrs["n_heads"] = info.n_heads or 0
     if info.heads:

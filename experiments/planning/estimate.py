@@ -15,7 +15,7 @@ from experiments.planning.samples import encode_planned, spread
 from experiments.planning.sizes import array_bytes, stored_rows, table_bytes, unembedding_bytes
 from experiments.planning.times import build_thin, measure_thin, measure_trace
 from experiments.run.context import Context
-from experiments.stages.trace import traced_examples, traced_sites, traced_tokens
+from experiments.stages.trace import traced_examples, traced_reductions, traced_sites, traced_tokens
 from groundscope.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -96,9 +96,11 @@ def estimate(
         raise ConfigError(msg)
     count = len(data) if examples is None else examples
     outline, tokens = context.outline, traced_tokens(context)
-    first = encode_planned(outline.encode(data.examples[0]), tokens)
-    plan = outline_plan(outline, first, traced_sites(options), tokens, options.dtype, options.heads)
-    encodings = [encode_planned(outline.encode(e), tokens) for e in spread(data, min(len(data), _SAMPLE))]
+    reduce = traced_reductions(options)
+    planned = [*tokens, *reduce]
+    first = encode_planned(outline.encode(data.examples[0]), planned)
+    plan = outline_plan(outline, first, traced_sites(options), tokens, options.dtype, options.heads, reduce)
+    encodings = [encode_planned(outline.encode(e), planned) for e in spread(data, min(len(data), _SAMPLE))]
     sites = array_bytes(plan, encodings, count)
     arrays = {a.name: 1.0 if a.ragged else stored_rows(count) / count for a in plan.schema.arrays}
     on_disk = sum(size * arrays[name] for name, size in sites.items())

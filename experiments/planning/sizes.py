@@ -32,7 +32,7 @@ def array_bytes(plan: Plan, encodings: Sequence[Encoding], examples: int) -> dic
         if array.ragged:
             selection, stack = TokenSelection.parse(array.tokens), array.stack
             tokens = float(np.mean([len(e.tokens.positions(selection, stack)) for e in encodings]))  # type: ignore[arg-type]
-        sizes[array.name] = examples * tokens * array.n_layers * array.width * _BYTES[plan.schema.dtype]
+        sizes[array.name] = examples * tokens * array.n_layers * array.width * _BYTES[plan.schema.storage(array)]
     return sizes
 
 
@@ -79,7 +79,8 @@ def _narrow_store(
     from activation_store.writing.writer import StoreWriter
     from lvlm.family.specification import resolve
 
-    arrays = tuple(replace(a, n_layers=1, width=1, n_heads=None, layers=(0,), heads=()) for a in plan.schema.arrays)
+    narrow = {"n_layers": 1, "width": 1, "n_heads": None, "layers": (0,), "heads": ()}
+    arrays = tuple(replace(a, **narrow, values=a.values[:1]) for a in plan.schema.arrays)
     count = len(encodings)
     nothing = np.zeros((count, 1, 1), np.float32)
     values: dict[Any, Any] = {a.key: Ragged(nothing, np.arange(count + 1)) if a.ragged else nothing for a in arrays}
@@ -92,4 +93,4 @@ def _narrow_store(
     with StoreWriter(folder, Schema(arrays, plan.schema.dtype), {}) as writer:
         writer.append(values, {name: [row[name] for row in rows] for name in rows[0]})
     written = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
-    return float(written - count * len(arrays) * _BYTES[plan.schema.dtype])
+    return float(written - count * sum(_BYTES[plan.schema.storage(a)] for a in arrays))

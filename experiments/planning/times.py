@@ -12,7 +12,7 @@ import numpy as np
 from concepts.schema import ConceptDataset
 from experiments.config import TraceConfig
 from experiments.planning.samples import encode_planned, spread
-from experiments.stages.trace import traced_sites
+from experiments.stages.trace import traced_reductions, traced_sites
 
 if TYPE_CHECKING:
     from lvlm.model import Encoding, Lvlm
@@ -35,7 +35,8 @@ def measure_trace(
     # The plan needs a forward pass too, and a first chunk and a longer one must fit.
     if 8 * forward_seconds > seconds:
         return 1, forward_seconds
-    plan = make_plan(model, first, traced_sites(options), tokens, options.dtype, options.heads)
+    reduce = traced_reductions(options)
+    plan = make_plan(model, first, traced_sites(options), tokens, options.dtype, options.heads, reduce)
     tracer = Tracer.begin(
         model, data, plan, options.batch_size, answers=True, continuation=choose_continuation(tokens, 0)
     )

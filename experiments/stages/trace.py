@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
@@ -17,7 +18,7 @@ from groundscope.core.user_files import read_text
 from lvlm.sites import LAYER_COMPONENTS
 
 if TYPE_CHECKING:
-    from activation_store import ActivationStore
+    from activation_store import ActivationStore, Reduction
 
 
 def make_activations(context: Context, root: Path) -> str:
@@ -40,6 +41,7 @@ def trace_into(context: Context, root: Path, worker: int = 0) -> ActivationStore
         batch_size=options.batch_size,
         dtype=options.dtype,
         heads=options.heads,
+        reduce=traced_reductions(options),
         shard_size=options.shard_size,
         unembedding=options.unembedding,
         worker=worker,
@@ -64,6 +66,44 @@ def traced_sites(options: TraceConfig) -> list[str]:
         whole = name.removeprefix("cross.") in LAYER_COMPONENTS
         sites += [f"decoder.L{layer}.{name}" for layer in options.layers] if whole else [site]
     return list(dict.fromkeys(sites))
+
+
+def traced_reductions(options: TraceConfig) -> dict[str, list[Reduction]]:
+    """Return the reductions of the configuration by token selection.
+
+    Raises
+    ------
+    ConfigError
+        For an unknown reduction, one without token selection, or wrong options of one.
+    """
+    from activation_store import reductions
+    from probes import ProbeGrid
+
+    by_tokens: dict[str, list[Reduction]] = {}
+    for name, settings in options.reduce.items():
+        make = reductions[name]
+        values = dict(settings) if isinstance(settings, Mapping) else {}
+        tokens = values.pop("tokens", None)
+        if not tokens:
+            msg = f"trace.reduce.{name} needs a token selection: +trace.reduce.{name}.tokens=image:all"
+            raise ConfigError(msg)
+        folders, concepts = values.pop("probes", None), values.pop("concepts", None)
+        if folders is not None:
+            grids = [ProbeGrid.load(folder) for folder in ([folders] if isinstance(folders, str) else folders)]
+            values["directions"] = [
+                grid.direction(concept, layer)
+                for grid in grids
+                for concept in concepts or grid.concepts
+                for layer in grid.layers
+            ]
+        try:
+            reduction = make(**values)
+        except TypeError as error:
+            msg = f"trace.reduce.{name}: {str(error).split('() ')[-1]}"
+            raise ConfigError(msg) from error
+        for selection in [tokens] if isinstance(tokens, str) else tokens:
+            by_tokens.setdefault(selection, []).append(reduction)
+    return by_tokens
 
 
 def traced_examples(context: Context) -> ConceptDataset:

@@ -60,9 +60,14 @@ def real_bytes(root: Path) -> int:
         (),
         ("trace=heads", "trace.dtype=bfloat16", "trace.layers=[1,4]", "trace.unembedding=true"),
         ("trace.sites=[z,resid_post]", "trace.tokens=[last]", "trace.heads=[2,7]"),
+        (
+            "trace.sites=[resid_post]",
+            "trace.dtype=float16",
+            "+trace.reduce.rank={tokens: 'image:all', words: [dog, cat]}",
+        ),
         ("trace.sites=[resid_post]", "trace.tokens=[last,image:all]", "trace.dtype=float16"),
     ],
-    ids=["default", "heads", "some-heads", "every-token"],
+    ids=["default", "heads", "some-heads", "reduced", "every-token"],
 )
 def test_planned_bytes_are_those_of_a_real_trace(
     options: tuple[str, ...], pope: Path, loaded: Lvlm, tmp_path: Path
@@ -71,12 +76,14 @@ def test_planned_bytes_are_those_of_a_real_trace(
     store = trace_into(run_context, tmp_path / "store")
     plan = estimate(run_context, seconds=0.01)
     assert plan.examples == len(store)
-    assert set(plan.sites) == {info.name for info in store.arrays}
+    assert set(plan.sites) == {info.name for info in (*store.arrays, *store.reductions)}
     if layers := run_context.config.trace.layers:
         assert all(info.layers == tuple(layers) for info in store.arrays)
     assert bool(store.tensors) == run_context.config.trace.unembedding
     assert plan.on_disk == pytest.approx(real_bytes(tmp_path / "store"), rel=0.3)
     width = {"float32": 4, "float16": 2, "bfloat16": 2}[run_context.config.trace.dtype]
+    for info in store.reductions:
+        assert plan.sites[info.name] == len(store) * 49 * info.n_layers * 2 * 4  # two words, in float32
     for info in store.arrays:
         tokens = 49 if info.ragged else 1
         assert plan.sites[info.name] == pytest.approx(len(store) * tokens * info.n_layers * info.width * width)
