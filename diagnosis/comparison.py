@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
@@ -23,7 +23,8 @@ from circuits.results.head_scores import HeadScores
 from circuits.results.statistics import GroupedScores, compare_rows
 from diagnosis.results import RIGHT, VERDICTS, Diagnoses
 from groundscope.core import artifacts
-from groundscope.core.errors import ConfigError
+from groundscope.core.errors import ConfigError, StoreError
+from groundscope.core.result_fields import building
 from groundscope.core.text import format_count, nearest
 from probes import ProbeGrid
 from probes.protocol.scoring import class_totals, difference_interval
@@ -33,7 +34,24 @@ if TYPE_CHECKING:
 
 PARTS = ("answers", "probes", "heads", "ranking", "verdicts")
 RESAMPLES = 500
+FORMAT, VERSION = "groundscope.model_comparison", 1
 _TOP = (5, 10)
+_CHANGE = ("first", "second", "difference", "low", "high")
+COLUMNS: Mapping[str, list[str]] = MappingProxyType(
+    {
+        "answers": ["measure", "n", *_CHANGE, "gained", "lost", "p"],
+        "probes": ["grid", "concept", "layer", "head", *_CHANGE, "n", "paired"],
+        "heads": ["kind", "name", *_CHANGE],
+        "ranking": [
+            "kind",
+            *("rank_correlation", "rank_correlation_low", "rank_correlation_high"),
+            *(f"overlap_{k}" for k in _TOP),
+            "shared_groups",
+        ],
+        "verdicts": ["first", "second", "n"],
+    }
+)
+"""Columns of each table."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,10 +161,28 @@ class ModelComparison:
             part: json.loads(str(self.frame(part).to_json(orient="records", double_precision=15))) for part in PARTS
         }
         card = {"first": self.first, "second": self.second, "notes": list(self.notes)}
-        document = {**card, "provenance": dict(self.provenance), **tables}
-        text = json.dumps(document, indent=1, default=str) + "\n"
-        artifacts.write_bytes(Path(path), text.encode(), "model comparison")
+        provenance = json.loads(json.dumps(dict(self.provenance), default=str))
+        document = artifacts.sign_document(FORMAT, VERSION, {**card, "provenance": provenance, **tables})
+        artifacts.write_bytes(Path(path), (json.dumps(document, indent=1) + "\n").encode(), "model comparison")
         return Path(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a file that `save` wrote; raises `StoreError` if it is missing, damaged, or another file."""
+        import pandas as pd
+
+        file = Path(path)
+        document = artifacts.read_document(file, FORMAT, "model comparison", VERSION, advice="compare again")
+        with building(f"{file} is a damaged model comparison", StoreError):
+            tables: dict[str, Any] = {part: pd.DataFrame(document[part], columns=COLUMNS[part]) for part in PARTS}
+            tables["probes"] = tables["probes"].astype({"head": "Int64"})
+            return cls(
+                str(document["first"]),
+                str(document["second"]),
+                **tables,
+                notes=tuple(map(str, document["notes"])),
+                provenance=dict(document["provenance"]),
+            )
 
 
 def compare_profiles(
@@ -181,16 +217,15 @@ def compare_profiles(
     notes: list[str] = []
     pairs = same_questions(first.answers, second.answers)
     heads, ranking = _heads(first.heads, second.heads, notes, resamples, seed)
-    columns = ["grid", "concept", "layer", "head", "first", "second", "difference", "low", "high", "n", "paired"]
-    probes = pd.DataFrame(_probes(first.grids, second.grids, notes), columns=columns)
+    probes = pd.DataFrame(_probes(first.grids, second.grids, notes), columns=COLUMNS["probes"])
     return ModelComparison(
         first.name,
         second.name,
-        pd.DataFrame(_answers(pairs)),
+        pd.DataFrame(_answers(pairs), columns=COLUMNS["answers"]),
         probes.astype({"head": "Int64"}),
         heads,
         ranking,
-        pd.DataFrame(_verdicts(first.diagnoses, second.diagnoses, notes), columns=["first", "second", "n"]),
+        pd.DataFrame(_verdicts(first.diagnoses, second.diagnoses, notes), columns=COLUMNS["verdicts"]),
         tuple(notes),
         {"first": dict(first.provenance), "second": dict(second.provenance), "resamples": resamples, "seed": seed},
     )
@@ -315,10 +350,7 @@ def _heads(
             "rank_correlation_high": correlation.high,
         }
         ranks.append({"kind": kind, **ends, **overlaps, "shared_groups": comparison.groups[2]})
-    head_columns = ["kind", "name", "first", "second", "difference", "low", "high"]
-    rank_columns = ["kind", "rank_correlation", "rank_correlation_low", "rank_correlation_high"]
-    rank_columns += [*(f"overlap_{k}" for k in _TOP), "shared_groups"]
-    return pd.DataFrame(rows, columns=head_columns), pd.DataFrame(ranks, columns=rank_columns)
+    return pd.DataFrame(rows, columns=COLUMNS["heads"]), pd.DataFrame(ranks, columns=COLUMNS["ranking"])
 
 
 def _verdicts(first: Diagnoses | None, second: Diagnoses | None, notes: list[str]) -> Iterator[dict[str, Any]]:

@@ -1,13 +1,17 @@
-"""``groundscope compare runs/a runs/b``: the results of two runs, side by side."""
+"""``groundscope compare runs/a runs/b``: the results of two runs, side by side; ``page=FILE`` also writes what changed inside."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from experiments.results.headlines import Headline, headlines
 from experiments.terminal_text import plain_console
 from groundscope.core.errors import ConfigError, GroundscopeError
+
+if TYPE_CHECKING:
+    from diagnosis import ModelComparison
 from groundscope.core.text import format_count
 
 
@@ -17,7 +21,8 @@ def show(arguments: Sequence[str]) -> int:
     Parameters
     ----------
     arguments
-        Two runs, and optionally the condition of each (or one for both): ``before``, ``after``, …
+        Two runs, and optionally the condition of each (or one for both): ``before``, ``after``, …; or a comparison that
+        `diagnosis.ModelComparison.save` wrote. ``page=FILE`` writes the paired comparison as an HTML page too.
 
     Raises
     ------
@@ -27,6 +32,18 @@ def show(arguments: Sequence[str]) -> int:
     from rich.table import Table
     from rich.text import Text
 
+    pages = [a.partition("=")[2] for a in arguments if a.startswith("page=")]
+    arguments = [a for a in arguments if not a.startswith("page=")]
+    if len(pages) > 1 or "" in pages:
+        msg = "page= takes one file, such as page=changes.html"
+        raise ConfigError(msg)
+    if len(arguments) == 1 and arguments[0].endswith(".json"):
+        from diagnosis import ModelComparison
+
+        comparison = ModelComparison.load(arguments[0])
+        plain_console().print(comparison.text(), markup=False)
+        _write_page(comparison, pages)
+        return 0
     if not 2 <= len(arguments) <= 4:
         msg = f"groundscope compare takes two runs, such as runs/a runs/b; it received {format_count(len(arguments), 'argument')}"
         raise ConfigError(msg)
@@ -46,18 +63,26 @@ def show(arguments: Sequence[str]) -> int:
         table.add_row(Text(name), _cell(a), _cell(b), difference)
     console = plain_console()
     console.print(table)
-    console.print(_paired(runs, conditions), markup=False)
-    return 0
-
-
-def _paired(runs: Sequence[str], conditions: Sequence[str]) -> str:
-    """Return the paired comparison in words, or why the runs cannot be compared question by question."""
     from experiments.results.comparison import compare_runs
 
     try:
-        return compare_runs(runs[0], runs[1], conditions=(conditions[0], conditions[1])).text()
+        comparison = compare_runs(runs[0], runs[1], conditions=(conditions[0], conditions[1]))
     except GroundscopeError as error:
-        return f"not compared question by question: {error}"
+        if pages:
+            raise
+        console.print(f"not compared question by question: {error}", markup=False)
+        return 0
+    console.print(comparison.text(), markup=False)
+    _write_page(comparison, pages)
+    return 0
+
+
+def _write_page(comparison: ModelComparison, pages: Sequence[str]) -> None:
+    if pages:
+        from experiments.report.changes import write_changes
+
+        write_changes(comparison, Path(pages[0]))
+        plain_console().print(f"page: {pages[0]}", markup=False)
 
 
 def _figures(run: Path) -> dict[str, Headline]:

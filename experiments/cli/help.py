@@ -24,7 +24,9 @@ groundscope -m option=a,b [option=value …]     run each combination of values;
 groundscope evaluate [option=value …]          ask every question and print the scores; no trace, patching or steering
 groundscope resume=runs/x [option=value …]     continue a run or a sweep with its own configuration
 groundscope status [runs/]                     list runs with their stages, sizes and main results
-groundscope compare runs/a runs/b              compare the results of two runs
+groundscope compare runs/a runs/b [page=FILE]  compare the results of two runs; a page of what changed inside
+groundscope preferences runs/x [format=trl]    write the overridden answers of a run as preference files
+groundscope tune runs/x [out=FOLDER]           tune the model of a run on them, and write the tuned model
 groundscope plan [option=value …]              estimate bytes, forward passes and hours of a trace
 groundscope report runs/x                      write the report of a run folder again; needs no model
 groundscope help=probe                         describe the options of a group

@@ -6,7 +6,7 @@ groundscope data=pope data.questions=F data.images=D   other data
 groundscope stages=[probe,report] probe.folds=5        some stages, with other options
 groundscope -m probe.folds=3,4                         several runs, which share equal stages
 groundscope evaluate data=pope data.questions=F data.images=D   answers only: no trace, patching or steering
-groundscope help | resume=RUN | status | compare | plan | report
+groundscope help | resume=RUN | status | compare | plan | report | preferences | tune
 
 Each command imports what it needs when it starts, so that help is fast.
 """
@@ -203,10 +203,24 @@ def _report(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _preferences(arguments: Sequence[str]) -> int:
+    from experiments.cli.preferences import write
+
+    return write(arguments)
+
+
+def _tune(arguments: Sequence[str]) -> int:
+    from experiments.cli.preferences import tune
+
+    return tune(arguments)
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "status": _status,
     "compare": _compare,
     "plan": _plan,
     "report": _report,
+    "preferences": _preferences,
+    "tune": _tune,
 }
 """Commands by name; all other arguments are options of a run."""

@@ -111,6 +111,23 @@ class Adapter:
                 weight += torch.from_numpy(change).to(weight)
         return Lvlm(network, model.processor, model.spec, f"{model.name}, tuned")
 
+    def save_merged(self, model: Lvlm, folder: Path | str) -> Path:
+        """Write the tuned model with its processor as a folder that `load_lvlm` and transformers load.
+
+        Raises
+        ------
+        ModelError
+            As `merged`, and if the folder has files already.
+        """
+        root = Path(folder)
+        if root.is_dir() and any(root.iterdir()):
+            msg = f"'{root}' has files already; choose another folder for the tuned model"
+            raise ModelError(msg)
+        tuned = self.merged(model)
+        tuned.hf.save_pretrained(root)
+        tuned.processor.save_pretrained(root)
+        return root
+
     def save(self, folder: Path | str) -> Path:
         """Write the folder: PEFT's two files, which `peft.PeftModel.from_pretrained` loads, and a record with digests."""
         root = Path(folder)
