@@ -11,7 +11,7 @@ dpo, no anchors   pairs of overridden answers only;
 exchanged         control: the pairs of `dpo`, half of them with the opposite preference;
 sft               control: cross-entropy of the chosen answers of `dpo`, without the rejected ones.
 
-Then `compare_profiles` compares the model before with `dpo` and with `exchanged` on 60 of the test scenes: probes (fitted anew
+Then `compare_profiles` compares the model before with `dpo` and with `exchanged` on 60 of the test scenes: probes (fitted again
 on each model), heads (patching), verdicts and answers. Figures are means over seeds; ``worst`` is the worst seed.
 
 wrong_by_prior_cut, false_yes_cut

@@ -131,8 +131,8 @@ def _head_slice(info: ArrayInfo, site: str, head: int | None) -> slice:
         msg = f"site '{site}' has no heads, so head={head} cannot be read; heads are in 'z'"
         raise SiteError(msg)
     if head not in info.head_numbers:
-        again = f"; trace again with heads=[{head}] if the model has it" if info.heads else ""
-        msg = f"head {head} of site '{site}' not in store: it has heads {layer_range(info.head_numbers)}{again}"
+        remedy = f"; trace again with heads=[{head}] if the model has it" if info.heads else ""
+        msg = f"head {head} of site '{site}' not in store: it has heads {layer_range(info.head_numbers)}{remedy}"
         raise SiteError(msg)
     index = info.head_numbers.index(head)
     return slice(index * dim, (index + 1) * dim)

@@ -219,14 +219,14 @@ def diverse_tokens(log_p: Tensor, running: Sequence[bool], diversity: float) -> 
     >>> diverse_tokens(log_p, [True, True, True], 2.0)
     [0, 1, 0]
     """
-    taken = torch.zeros(log_p.shape[1], dtype=log_p.dtype, device=log_p.device)
+    counts = torch.zeros(log_p.shape[1], dtype=log_p.dtype, device=log_p.device)
     tokens = []
     for row, alive in zip(log_p, running, strict=True):
         token = PADDING
         if alive:
-            scores = row - diversity * taken
+            scores = row - diversity * counts
             token = int((scores == scores.max()).nonzero()[0])
-            taken[token] += 1
+            counts[token] += 1
         tokens.append(token)
     return tokens
 
@@ -276,4 +276,7 @@ def continue_diversely(
             break
         tokens = [token if alive else PADDING for token, alive in zip(tokens, running, strict=True)]
         logits = run.next(torch.tensor(tokens, device=logits.device))
-    return [Continuation(tuple(one), total, end) for one, total, end in zip(written, totals, ended, strict=True)]
+    return [
+        Continuation(tuple(tokens_of_row), total, end)
+        for tokens_of_row, total, end in zip(written, totals, ended, strict=True)
+    ]

@@ -18,7 +18,7 @@ _QUESTIONS = ("Is there a dog?", "What is in the image? Is there a dog?")
 
 
 def check_prompts(model: Lvlm) -> tuple[Prompts, ...]:
-    """Return two prompts about an image of random pixels, each a group of its own."""
+    """Return two prompts about an image of random pixels, each a separate group."""
     pixels = np.random.default_rng(0).integers(0, 256, (*_SIZE[::-1], 3), dtype=np.uint8)
     image = Image.fromarray(pixels)
     groups = []

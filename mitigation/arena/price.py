@@ -54,7 +54,7 @@ def measure_price(
     new_tokens: int = 64,
     repetitions: int = 3,
 ) -> Price:
-    """Measure a method on single questions, each in a batch of its own, in alternation with the model alone.
+    """Measure a method on single questions, each in a separate batch, in alternation with the model alone.
 
     End tokens are ignored, so that all answers have the same length.
 

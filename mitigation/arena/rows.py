@@ -136,10 +136,10 @@ def _make(name: str, parameters: Mapping[str, Any], data: DerivationData) -> Mit
     if name in training_free_methods:
         return training_free_methods[name].derive(data, **parameters)
     entry = mitigations[name]
-    made = entry.make(data)
+    mitigation = entry.make(data)
     strength = parameters.get("strength", 1.0) * entry.unit
-    scaled = getattr(made, "scaled", None)
-    return made if scaled is None else scaled(strength)
+    scaled = getattr(mitigation, "scaled", None)
+    return mitigation if scaled is None else scaled(strength)
 
 
 def _named(label: str, parameters: Mapping[str, Any]) -> str:

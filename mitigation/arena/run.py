@@ -196,8 +196,8 @@ def _measure(
             return _Measured(row, regime, None, None, None, problem, chosen)
         answers = _answers(model, row, data, regime, options, cells)
         seeds = int(answers.provenance.get("seeds", 1))
-        asked = repeat_sampled(data, seeds, generate=bool(answers.provenance.get("generate")))
-        counted = count_answers(answers, asked)
+        questions = repeat_sampled(data, seeds, generate=bool(answers.provenance.get("generate")))
+        counted = count_answers(answers, questions)
         price = None
         if options.price_questions and regime == options.regimes[0]:
             price = measure_price(
@@ -217,8 +217,8 @@ def _first_problem(model: Lvlm, row: ArenaRow, data: ConceptDataset) -> str | No
     check: Callable[[Any, Any], str | None] | None = getattr(row.mitigation, "problem", None)
     if check is None:
         return None
-    asked = {(e.question, e.suffix, e.system): e for e in data}
-    return next((p for e in asked.values() if (p := check(model, e)) is not None), None)
+    distinct = {(e.question, e.suffix, e.system): e for e in data}
+    return next((p for e in distinct.values() if (p := check(model, e)) is not None), None)
 
 
 def _priced(data: ConceptDataset, count: int) -> list[Example]:
@@ -341,10 +341,10 @@ def _spread(answers: BehaviorResult, data: ConceptDataset, name: str) -> float |
         return None
     values = []
     for number, part in enumerate(parts, 1):
-        asked = [e if number == 1 else replace(e, id=f"{e.id}#{number}") for e in data]
+        repeated = [e if number == 1 else replace(e, id=f"{e.id}#{number}") for e in data]
         ids = {a.id for a in part.answers}
         own = type(data)(
-            data.name, tuple(e if e.id in ids else f for e, f in zip(asked, data, strict=True)), data.provenance
+            data.name, tuple(e if e.id in ids else f for e, f in zip(repeated, data, strict=True)), data.provenance
         )
         values.append(count_answers(part, own).estimate(name).value)
     return float(np.std(values, ddof=1))

@@ -46,12 +46,12 @@ class Column:
 def columns(arena: ArenaResult) -> list[Column]:
     """Return the columns of an arena: measures with a short name, accuracies by split as POPE prints them, and the price."""
     names = arena.measure_names
-    result = [Column(short, _shown(name), name) for name, short in _SHORT.items() if name in names]
+    result = [Column(short, _measured_cell(name), name) for name, short in _SHORT.items() if name in names]
     for split in _SPLITS:
         for part in ("accuracy", "F1", "yes ratio"):
             name = f"{split}: {part}"
             if name in names:
-                result.append(Column(f"{split} {part}", _shown(name), name))
+                result.append(Column(f"{split} {part}", _measured_cell(name), name))
     result += [Column(name, _number(name), name) for name in names if name.startswith(("MME", "AMBER"))]
     if any(row.cut_to_length is not None for row in arena.rows):
         result.append(Column("CHAIR_i of own captions at this length", lambda r: _cut(r.cut_to_length)))
@@ -67,7 +67,7 @@ def columns(arena: ArenaResult) -> list[Column]:
     return result
 
 
-def _shown(name: str) -> Callable[[RowResult], str]:
+def _measured_cell(name: str) -> Callable[[RowResult], str]:
     scale = 1.0 if name == CAPTION_WORDS else 100.0
 
     def cell(row: RowResult) -> str:
@@ -119,14 +119,14 @@ def label(row: RowResult) -> str:
 
 def cells(arena: ArenaResult, regime: str) -> list[list[str]]:
     """Return the table of one regime as text: headings, then rows."""
-    shown = columns(arena)
-    lines = [["class", "method", *(c.heading for c in shown), "not better than"]]
+    shown_columns = columns(arena)
+    lines = [["class", "method", *(c.heading for c in shown_columns), "not better than"]]
     for row in ordered(arena, regime):
         kind = "control" if row.control else row.category
         if row.problem is not None:
-            lines.append([kind, label(row), *[""] * len(shown), row.problem])
+            lines.append([kind, label(row), *[""] * len(shown_columns), row.problem])
         else:
-            lines.append([kind, label(row), *(c.cell(row) for c in shown), ", ".join(row.not_beaten)])
+            lines.append([kind, label(row), *(c.cell(row) for c in shown_columns), ", ".join(row.not_beaten)])
     return lines
 
 

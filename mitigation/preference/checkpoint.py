@@ -36,7 +36,7 @@ def save(path: Path, trainer: Trainer, key: str) -> None:
 
 
 def restore(path: Path, trainer: Trainer, key: str) -> bool:
-    """Continue a training from its file; return False if there is none.
+    """Continue a training from its file; return False without one.
 
     Raises
     ------

@@ -105,11 +105,11 @@ def _of_judged(rows: Sequence[Record], folder: ImageFolder, left_out: dict[str, 
     questions: dict[tuple[str, str], dict[str, tuple[bool, Record]]] = {}
     for row in rows:
         answer, correct = row.text("answer"), _judgment(row)
-        known = questions.setdefault((row.text("image"), row.text("question")), {})
-        if answer in known and known[answer][0] != correct:
+        judgments = questions.setdefault((row.text("image"), row.text("question")), {})
+        if answer in judgments and judgments[answer][0] != correct:
             msg = f"{row.where}: the answer '{answer[:40]}' is judged both correct and wrong; keep one judgment"
             raise DataError(msg)
-        known[answer] = correct, row
+        judgments[answer] = correct, row
     left_out["questions with answers of one kind"] = 0
     for number, ((image, question), answers) in enumerate(questions.items(), 1):
         right = [a for a, (correct, _) in answers.items() if correct]
@@ -220,7 +220,7 @@ def scored_pair(
     source: str = "self_judgment",
     provenance: Mapping[str, Any] | None = None,
 ) -> PreferencePair | None:
-    """Return the pair of the best and the worst of several scored answers; None if they cannot be told apart.
+    """Return the pair of the best and the worst of several scored answers; None if they cannot be distinguished.
 
     Parameters
     ----------

@@ -42,7 +42,7 @@ class BranchMethod(TrainingFree):
 
     @property
     def _neutral(self) -> bool:
-        """Whether the parameters leave the model's own answers as they are."""
+        """Whether the parameters leave the model's own answers unchanged."""
         return False
 
     def _start(self, model: Lvlm, batch: Batch) -> Sequence[Any] | None:

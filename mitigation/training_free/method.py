@@ -56,7 +56,7 @@ class TrainingFree:
     control: ClassVar[bool] = False
     """Whether this is a control, a row that a method must beat, and not a published method."""
     needs: ClassVar[tuple[str, ...]] = ()
-    """What `derive` reads of `DerivationData` beside the model: ``heads``, ``store``, ``examples``."""
+    """What `derive` reads of `DerivationData` in addition to the model: ``heads``, ``store``, ``examples``."""
 
     @property
     def name(self) -> str:
@@ -73,7 +73,7 @@ class TrainingFree:
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
     def used_parameters(self, model: Lvlm) -> Mapping[str, Any]:
-        """Return `parameters` as they are used on a model: with layers and counts scaled to its size, for provenance."""
+        """Return the effective `parameters` for a model: with layers and counts scaled to its size, for provenance."""
         return self.parameters
 
     @property

@@ -119,18 +119,18 @@ def write_about_images(
     list
         For each example the number of its text among those that the model wrote, and its tokens.
     """
-    asked: dict[tuple[str, str | None], Example] = {}
+    prompts: dict[tuple[str, str | None], Example] = {}
     keys = []
     for example in examples:
         key = ("\n".join(image.identity for image in example.images), example.system)
         keys.append(key)
-        asked.setdefault(
+        prompts.setdefault(
             key, replace(example, question=prompt, suffix="", prefix="", mentions=(), objects=(), subject=None)
         )
-    branch = Branch.of("text about the image", model, [model.encode(example) for example in asked.values()])
-    names = [example.id for example in asked.values()]
+    branch = Branch.of("text about the image", model, [model.encode(example) for example in prompts.values()])
+    names = [example.id for example in prompts.values()]
     texts = generate_prompts(model, branch.prompts, _Read(read), max_new_tokens, names=names)
-    numbers = {key: number for number, key in enumerate(asked)}
+    numbers = {key: number for number, key in enumerate(prompts)}
     return [(numbers[key], texts[numbers[key]]) for key in keys]
 
 

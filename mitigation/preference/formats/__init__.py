@@ -154,8 +154,8 @@ def _check_options(form: str, options: dict[str, Any]) -> None:
     import inspect
 
     entry = preference_formats[form]
-    known = {n for f in (entry.write, entry.read) for n in list(inspect.signature(f).parameters)[2:]}
-    unknown = next((name for name in options if name not in known), None)
+    names = {n for f in (entry.write, entry.read) for n in list(inspect.signature(f).parameters)[2:]}
+    unknown = next((name for name in options if name not in names), None)
     if unknown is not None:
-        msg = f"format '{form}' has no option '{unknown}'; its options: {', '.join(sorted(known)) or 'none'}"
+        msg = f"format '{form}' has no option '{unknown}'; its options: {', '.join(sorted(names)) or 'none'}"
         raise ConfigError(msg)

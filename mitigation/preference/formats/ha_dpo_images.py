@@ -40,8 +40,8 @@ def write_index(data: PreferenceData, folder: Path) -> dict[str, int]:
     """
     names = write_images(data, folder)
     ids = {identity: int(hashlib.sha256(name.encode()).hexdigest()[:12], 16) for identity, name in names.items()}
-    known = index_of(folder) if is_file(folder / INDEX) else {}
-    index = {**known, **{ids[identity]: name for identity, name in names.items()}}
+    earlier = index_of(folder) if is_file(folder / INDEX) else {}
+    index = {**earlier, **{ids[identity]: name for identity, name in names.items()}}
     write_json(folder / INDEX, [{"image_id": number, "url": name} for number, name in index.items()])
     return ids
 

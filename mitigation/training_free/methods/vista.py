@@ -49,7 +49,7 @@ RELEASE_STRENGTH = 0.17
 
 @dataclass(frozen=True)
 class VISTA(TrainingFree):
-    """Visual steering vectors with self-logits augmentation, for each image and question anew.
+    """Visual steering vectors with self-logits augmentation, computed for each image and question.
 
     **Vector.** ``v`` is the output of a block at the last token of the prompt, minus that of the prompt without the
     image. In every block ``h <- |h| unit(h + strength v)`` at the last token of the prompt and at generated tokens.
@@ -59,7 +59,7 @@ class VISTA(TrainingFree):
 
     ``variant="release"`` (github.com/LzVv123456/VISTA) steers the outputs of the MLPs, at every token of the prompt
     too: ``x <- |x| unit(unit(x) + strength (1 + max(0, cos(x, -v))) unit(v))``. Its principal component analysis of one
-    sample leaves v as it is, except that 1 is added to coordinate 0 of block 0.
+    sample leaves v unchanged, except that 1 is added to coordinate 0 of block 0.
 
     No strength is published for the paper's form: 0.1 is a placeholder, to be chosen on other images. The release's
     scripts use 0.17 for captions and 0.01 for POPE. Published late blocks are 25 to 30 of 32; in a model of fewer than
