@@ -21,11 +21,13 @@ from mitigation.training_free.methods.lcd import LCD
 from mitigation.training_free.methods.m3id import M3ID
 from mitigation.training_free.methods.memvr import MemVR
 from mitigation.training_free.methods.middle_layers import MiddleLayers
+from mitigation.training_free.methods.nullu import Nullu
 from mitigation.training_free.methods.pai import PAI
 from mitigation.training_free.methods.revisit import ReVisiT
 from mitigation.training_free.methods.ritual import RITUAL
 from mitigation.training_free.methods.skip_newline import SkipNewline
 from mitigation.training_free.methods.spin import SPIN
+from mitigation.training_free.methods.steering import Steering
 from mitigation.training_free.methods.vaf import VAF
 from mitigation.training_free.methods.vcd import VCD
 from mitigation.training_free.methods.vdd import VDD, VDDCalibration
@@ -55,11 +57,13 @@ training_free_methods: Registry[type[TrainingFree]] = Registry(
         "m3id": M3ID,
         "memvr": MemVR,
         "middle_layers": MiddleLayers,
+        "nullu": Nullu,
         "pai": PAI,
         "revisit": ReVisiT,
         "ritual": RITUAL,
         "skip_newline": SkipNewline,
         "spin": SPIN,
+        "steering": Steering,
         "vaf": VAF,
         "vcd": VCD,
         "vdd": VDD,

@@ -126,6 +126,7 @@ def require(vector: SteeringVector, name: str, capability: Capability, *, conver
     >>> vector = SteeringVector({2: AddChange(np.eye(8)[0])}, "all", 1.0, "m", "c")
     >>> export.require(vector, "mine", Capability("my server", "output of a layer", ("residual",)))
     """
+    require_vector(vector, name, capability)
     obstacles = capability.obstacles(vector)
     if not obstacles:
         return
@@ -139,6 +140,16 @@ def require(vector: SteeringVector, name: str, capability: Capability, *, conver
         f"{', '.join(suggestions)}"
     )
     raise ConfigError(msg)
+
+
+def require_vector(vector: object, name: str, capability: Capability) -> None:
+    """Raise `ConfigError` for anything but a steering vector, such as a method that changes weights."""
+    if not isinstance(vector, SteeringVector):
+        msg = (
+            f"{type(vector).__name__} cannot be written as '{name}' for {capability.consumer}: it is no steering vector; a "
+            "method that changes weights is written by mitigation.training_free.weight_export"
+        )
+        raise ConfigError(msg)
 
 
 def place_of(key: Key) -> str:

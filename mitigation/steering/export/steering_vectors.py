@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from groundscope.core.errors import ModelError
-from mitigation.steering.export.capability import Capability, metadata_of, require
+from mitigation.steering.export.capability import Capability, metadata_of, require, require_vector
 from mitigation.steering.export.residual_conversion import through_projection, to_residual
 from mitigation.steering.export.torch_files import write_pt
 from mitigation.steering.vector import SteeringVector
@@ -73,6 +73,7 @@ def steering_vectors(
     ('decoder_block', [3.0, 0.0, 0.0])
     """
     vector.check(model)
+    require_vector(vector, "steering_vectors", CAPABILITY)
     s = vector.scaled(vector.strength if strength is None else strength).strength
     at_heads = convert and len(vector.heads) == len(vector.changes)
     rows: dict[int, torch.Tensor] = {}
