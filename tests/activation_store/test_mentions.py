@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,8 +12,11 @@ import torch
 
 from activation_store import ActivationStore, merge, trace, verify
 from concepts import ConceptDataset, Mention, with_mentions
-from groundscope.core.errors import DataError, SiteError
+from groundscope.core.errors import DataError, ProbeError, SiteError
+from lvlm import Lvlm
 from probes import fit_grid
+from probes.analysis import logit_lens
+from probes.analysis.logit_lens import Unembedding
 from tests.toys.examples import example
 from tests.toys.families import model
 
@@ -111,6 +115,75 @@ def test_probes_are_fitted_on_mentions(tmp_path: Path) -> None:
     grid = fit_grid(rows, None, "resid_post", tokens="mention:first", folds=2, C=(0.1,), control=0)
     assert grid.concepts == ("object:hallucinated",)
     assert grid.frame()["balanced_accuracy"].max() == pytest.approx(1.0)  # the word itself tells
+
+
+@torch.no_grad()
+def layer_outputs(lvlm: Lvlm, inputs: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+    """The residual stream after each layer, before the final norm."""
+    outputs: list[torch.Tensor] = []
+
+    def keep(_module: object, _args: object, out: torch.Tensor | tuple[torch.Tensor, ...]) -> None:
+        outputs.append(out[0] if isinstance(out, tuple) else out)
+
+    hooks = [layer.register_forward_hook(keep) for layer in lvlm.layers("decoder")]
+    lvlm.hf(**inputs)
+    for hook in hooks:
+        hook.remove()
+    return outputs
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
+def test_the_logit_lens_reads_words_at_mentions(family: str, tmp_path: Path) -> None:
+    """Against hidden states of plain transformers, each layer's normed and unembedded in float64."""
+    lvlm, data, words = model(family), written(), ["dog", "cat", "red"]
+    store = trace(lvlm, data, ["resid_post"], [*TOKENS[:3], "last"], tmp_path, batch_size=4)
+    config, vocabulary = lvlm.hf.config.get_text_config(), lvlm.processor.tokenizer.get_vocab()
+    norm, unembedding = (m.weight.detach().double() for m in (lvlm.hf.get_decoder().norm, lvlm.hf.lm_head))
+    unembed = Unembedding.of(store, epsilon=config.rms_norm_eps)
+    lenses = {
+        which: logit_lens.logit_lens(
+            store.mentions(), words, vocabulary, tokens=f"mention:{which}", unembedding=unembed
+        )
+        for which in ("before", "first", "last")
+    }
+    at = 0
+    for question in data:
+        encoding = lvlm.encode(question)
+        residuals = layer_outputs(lvlm, encoding.inputs)
+        start = encoding.tokens.length - len(TEXTS[question.id].split())
+        for _, first, last in HAND[question.id]:
+            for which, position in (("before", first - 1), ("first", first), ("last", last)):
+                for layer, residual in enumerate(residuals):
+                    h = residual.reshape(-1, residual.shape[-1])[start + position].double()
+                    normed = h / torch.sqrt((h * h).mean() + config.rms_norm_eps) * norm
+                    log_p = torch.log_softmax(normed @ unembedding.T, -1)
+                    want = [float(log_p[vocabulary[word]]) for word in words]
+                    np.testing.assert_allclose(lenses[which][layer][at], want, atol=2e-5)
+            at += 1
+    assert at == len(lenses["first"][0])
+    # At the last layer before a mention the lens is the model's own log-probability of its first token.
+    frame, top = store.mentions().frame(), lvlm.n_layers - 1
+    of_noun = [lenses["before"][top][i, words.index(noun)] for i, noun in enumerate(frame["mention:noun"])]
+    named = [i for i, text in enumerate(frame["mention:noun"]) if text == "cat" or frame["id"][i].startswith("b")]
+    np.testing.assert_allclose(np.array(of_noun)[named], frame["mention:first_log_p"][named], atol=1e-4)
+    with pytest.raises(ProbeError, match="'zyzzyva' not in the vocabulary"):
+        logit_lens.logit_lens(store.mentions(), ["zyzzyva"], vocabulary, tokens="mention:first")
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
+def test_the_logit_lens_after_a_prefix_ends_in_the_answer_of_the_model(family: str, tmp_path: Path) -> None:
+    lvlm = model(family)
+    data = ConceptDataset("p", tuple(replace(e, prefix=text) for e, text in zip(PLAIN, TEXTS.values(), strict=True)))
+    store = trace(lvlm, data, ["resid_post"], ["last"], tmp_path)
+    config, vocabulary = lvlm.hf.config.get_text_config(), lvlm.processor.tokenizer.get_vocab()
+    unembed = Unembedding.of(store, epsilon=config.rms_norm_eps)
+    lens = logit_lens.logit_lens(store, ["red", "dog"], vocabulary, tokens="last", unembedding=unembed)
+    for row, question in enumerate(data):
+        with torch.no_grad():
+            logits = lvlm.hf(**lvlm.encode(question).inputs).logits[0, -1].double()
+        log_p = torch.log_softmax(logits, -1)
+        want = [float(log_p[vocabulary[word]]) for word in ("red", "dog")]
+        np.testing.assert_allclose(lens[lvlm.n_layers - 1][row], want, atol=2e-5)
 
 
 def test_bad_mentions_are_refused(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -101,7 +102,8 @@ def compared(
     lvlm: Lvlm, layers: Any, pair: CounterfactualPair, tokens: str, inputs: str, mlps: Any, least: float
 ) -> None:
     where = lvlm.encode(pair.clean).tokens
-    positions = [where.last] if tokens == "last" else list(range(max(where.image) + 1, where.length))
+    suffix = list(range(max(where.image) + 1, where.length))
+    positions = {"last": [where.last], "suffix:all": suffix, "prefix:all": list(where.prefix)}[tokens]
     senders = [Head(0, 1), Head(1, 3)]
     receivers = [Head(1, 0), Head(2, 2)]
     loop = Naive(lvlm, layers, pair.clean, pair.corrupt)
@@ -135,6 +137,38 @@ def test_equals_frozen_whole_forwards(tokens: str, inputs: str, mlps: Any) -> No
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "idefics3", "mistral3"])
 def test_of_other_families_too(family: str) -> None:
     compared(model(family), at(model(family).hf, WHERE[family][0]), pair_of(0), "suffix:all", "v", "frozen", 1e-7)
+
+
+@pytest.mark.parametrize("mlps", ["frozen", "live"])
+@pytest.mark.parametrize("tokens", ["last", "suffix:all", "prefix:all"])
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
+def test_paths_to_the_word_after_a_prefix(family: str, tokens: str, mlps: Any) -> None:
+    """The answer is read after the prefix, whose tokens belong to the suffix; prefixes of two lengths give two results."""
+    effects = []
+    for prefix in ("the cat is", "a big"):
+        pair, words = pair_of(0), {"prefix": prefix, "candidates": ("red", "green")}
+        clean, corrupt = replace(pair.clean, answer="red", **words), replace(pair.corrupt, answer="green", **words)
+        pair = CounterfactualPair(clean, corrupt, "word", "another image")
+        lvlm = model(family)
+        compared(lvlm, at(lvlm.hf, WHERE[family][0]), pair, tokens, "qkv", mlps, 1e-6)
+        effects.append(patch_paths(lvlm, [pair], [Head(0, 1)], tokens=tokens, mlps=mlps, min_effect=0).effects)
+    assert not np.allclose(*effects, atol=1e-6)
+
+
+def test_the_last_token_is_that_of_the_prefix() -> None:
+    lvlm, pair = model("llava"), pair_of(0)
+    words = {"prefix": "the cat is", "candidates": ("red", "green")}
+    clean, corrupt = replace(pair.clean, answer="red", **words), replace(pair.corrupt, answer="green", **words)
+    pair = CounterfactualPair(clean, corrupt, "word", "another image")
+    last, written = (
+        patch_paths(lvlm, [pair], [Head(1, h) for h in range(4)], tokens=tokens, min_effect=0)
+        for tokens in ("last", f"positions:{lvlm.encode(clean).tokens.prefix[-1]}")
+    )
+    np.testing.assert_allclose(last.effects, written.effects, atol=1e-6)
+    # A sender of the last layer that is patched before the last token of the prefix reaches nothing.
+    top = Head(lvlm.n_layers - 1, 0)
+    before = f"positions:{lvlm.encode(clean).tokens.prefix[0]}"
+    assert np.abs(patch_paths(lvlm, [pair], [top], tokens=before, min_effect=0).effects).max() < 1e-4
 
 
 def test_a_head_of_the_last_layer_has_no_way_but_the_direct_one() -> None:
