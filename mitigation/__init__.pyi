@@ -24,7 +24,9 @@ from .steering.controls import match_displacement, move_to_heads
 from .steering.export import Capability, Export, exports
 from .steering.vector import SteeringVector, combine
 from .strength import answer_under, choose_guarded, choose_strength, sweep_strengths
+from .training_free.composition import compose
 from .training_free.method import TrainingFree
+from .training_free.methods.augment import augment
 from .training_free.table import training_free_methods
 
 __all__ = [
@@ -53,9 +55,11 @@ __all__ = [
     "TuneOptions",
     "Tuning",
     "answer_under",
+    "augment",
     "choose_guarded",
     "choose_strength",
     "combine",
+    "compose",
     "derive",
     "export",
     "exports",

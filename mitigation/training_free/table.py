@@ -7,6 +7,9 @@ A package adds one with ``training_free_methods.register(name, MyMethod)`` or an
 from __future__ import annotations
 
 from groundscope.core.registry import Registry
+from mitigation.training_free.controls.cut import CutGreedy
+from mitigation.training_free.controls.random_branches import GaussianBranch, OtherImageBranch
+from mitigation.training_free.controls.rules import APCOnly, Greedy, YesNoBias
 from mitigation.training_free.method import TrainingFree
 from mitigation.training_free.methods.ad_hh import ADHH
 from mitigation.training_free.methods.adapt_vis import AdaptVis
@@ -45,6 +48,12 @@ training_free_methods: Registry[type[TrainingFree]] = Registry(
     "training-free method",
     {
         "ad_hh": ADHH,
+        "apc_only": APCOnly,
+        "constant_bias": YesNoBias,
+        "gaussian_branch": GaussianBranch,
+        "greedy": Greedy,
+        "greedy_cut": CutGreedy,
+        "other_image_branch": OtherImageBranch,
         "adapt_vis": AdaptVis,
         "augment": Augment,
         "beam": BeamSearch,

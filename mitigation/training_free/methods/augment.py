@@ -41,7 +41,7 @@ class Augment(PromptMethod):
     Examples
     --------
     >>> import groundscope as gs
-    >>> from mitigation.training_free.methods.augment import augment
+    >>> from mitigation import augment
     >>> model, data = gs.load_lvlm("tiny"), gs.scenes.dataset(10, splits=["conflict"])
     >>> captions = {e.group: "the image shows a " + e.objects[0].noun + " ." for e in data}
     >>> with augment(captions, key="group").applied(model):

@@ -1,0 +1,1 @@
+"""Controls: rows of a table that a method must beat before its gain is its own."""
